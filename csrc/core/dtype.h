@@ -1,0 +1,176 @@
+// The element types that kernels take, and the one switch that turns a run-time DType into a type.
+//
+// The 16-bit types are plain bit patterns with conversions written here: neither the CUDA toolkit's
+// cuda_fp16.h nor a compiler's _Float16 is needed, so the same kernel source builds everywhere.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+
+#if defined(__CUDACC__)
+#define FUSEREG_HD __host__ __device__
+#define FUSEREG_INLINE static __host__ __device__ __forceinline__
+#else
+#define FUSEREG_HD
+// Internal linkage and always inlined: these functions are compiled once per instruction set, and an
+// out-of-line copy built for AVX-512 must never be the one that the linker keeps for a baseline caller.
+#define FUSEREG_INLINE static inline __attribute__((always_inline))
+#endif
+
+namespace fusereg {
+
+enum class DType : std::uint8_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
+
+struct Half {
+  std::uint16_t bits;
+};
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+template <class To, class From>
+FUSEREG_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs types of one size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+FUSEREG_INLINE float to_float(BFloat16 x) {
+  return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
+}
+
+FUSEREG_INLINE BFloat16 to_bfloat16(float x) {
+  const std::uint32_t u = bit_cast<std::uint32_t>(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return {static_cast<std::uint16_t>((u >> 16) | 0x40u)};
+  // Round to nearest even: add half an ulp, less one where the kept part is even.
+  return {static_cast<std::uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
+}
+
+FUSEREG_INLINE float to_float(Half x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
+  // Shift exponent and mantissa into float's place, then let one exact multiplication by 2^112
+  // rebias the exponent; it renormalizes subnormals on the way.
+  const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
+  const std::uint32_t magnitude = static_cast<std::uint32_t>(x.bits & 0x7fffu) << 13;
+  if (magnitude >= (0x7c00u << 13)) return bit_cast<float>(sign | magnitude | 0x7f800000u);
+  return bit_cast<float>(sign | bit_cast<std::uint32_t>(bit_cast<float>(magnitude) * 0x1p112f));
+#endif
+}
+
+FUSEREG_INLINE Half to_half(float x) {
+#if defined(__CUDA_ARCH__)
+  Half y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#else
+  const std::uint32_t u = bit_cast<std::uint32_t>(x);
+  const auto sign = static_cast<std::uint16_t>((u >> 16) & 0x8000u);
+  const std::uint32_t magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {static_cast<std::uint16_t>(sign | 0x7e00u)};
+  if (magnitude >= 0x477ff000u) return {static_cast<std::uint16_t>(sign | 0x7c00u)};  // >= 65520
+  if (magnitude < 0x38800000u) {
+    // Below 2^-14 the result is subnormal, a multiple of 2^-24: adding 0.5 in float lets the adder
+    // round to nearest even at exactly that bit, and the low bits of the sum are the result.
+    const float shifted = bit_cast<float>(magnitude) + 0.5f;
+    return {static_cast<std::uint16_t>(sign | (bit_cast<std::uint32_t>(shifted) - 0x3f000000u))};
+  }
+  const std::uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return {static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
+#endif
+}
+
+// Traits<T>: the type in which arithmetic on T is done, its DType, and the conversions between them.
+template <class T>
+struct Traits;
+
+template <>
+struct Traits<double> {
+  using Compute = double;
+  static constexpr DType kDType = DType::kFloat64;
+  // Magnitudes up to this round to zero when stored as T.
+  static constexpr double kRoundsToZero = 0.0;
+};
+template <>
+struct Traits<float> {
+  using Compute = float;
+  static constexpr DType kDType = DType::kFloat32;
+  static constexpr float kRoundsToZero = 0.0f;
+};
+template <>
+struct Traits<Half> {
+  using Compute = float;
+  static constexpr DType kDType = DType::kFloat16;
+  static constexpr float kRoundsToZero = 0x1p-25f;
+};
+template <>
+struct Traits<BFloat16> {
+  using Compute = float;
+  static constexpr DType kDType = DType::kBFloat16;
+  static constexpr float kRoundsToZero = 0x1p-134f;
+};
+
+template <class T>
+using Compute = typename Traits<T>::Compute;
+
+FUSEREG_INLINE double to_compute(double x) { return x; }
+FUSEREG_INLINE float to_compute(float x) { return x; }
+FUSEREG_INLINE float to_compute(Half x) { return to_float(x); }
+FUSEREG_INLINE float to_compute(BFloat16 x) { return to_float(x); }
+
+template <class T>
+FUSEREG_INLINE T from_compute(Compute<T> x) {
+  if constexpr (Traits<T>::kDType == DType::kFloat16) {
+    return to_half(x);
+  } else if constexpr (Traits<T>::kDType == DType::kBFloat16) {
+    return to_bfloat16(x);
+  } else {
+    return x;
+  }
+}
+
+inline constexpr int dtype_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+inline const char* dtype_name(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return "float64";
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBFloat16:
+      return "bfloat16";
+  }
+  return "unknown";
+}
+
+template <class T>
+struct TypeTag {
+  using type = T;
+};
+
+// dispatch_dtype(dtype, [&](auto tag) { using T = typename decltype(tag)::type; ... });
+template <class F>
+FUSEREG_HD inline auto dispatch_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(TypeTag<double>{});
+    case DType::kFloat32:
+      return f(TypeTag<float>{});
+    case DType::kFloat16:
+      return f(TypeTag<Half>{});
+    default:
+      return f(TypeTag<BFloat16>{});
+  }
+}
+
+}  // namespace fusereg

@@ -1,0 +1,48 @@
+#include "core/parallel.h"
+
+#include <algorithm>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace fusereg {
+
+int max_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+void parallel_for(std::int64_t n, std::int64_t grain, RangeFunction f) {
+  if (n <= 0) return;
+#if defined(_OPENMP)
+  const std::int64_t wanted = (n + grain - 1) / std::max<std::int64_t>(grain, 1);
+  const auto threads = static_cast<int>(std::min<std::int64_t>(wanted, max_threads()));
+  if (threads > 1 && !omp_in_parallel()) {
+#pragma omp parallel num_threads(threads)
+    {
+      // The runtime may give fewer threads than asked for.
+      const std::int64_t count = omp_get_num_threads();
+      const std::int64_t id = omp_get_thread_num();
+      const std::int64_t begin = n * id / count;
+      const std::int64_t end = n * (id + 1) / count;
+      if (begin < end) f(begin, end);
+    }
+    return;
+  }
+#else
+  (void)grain;
+#endif
+  f(0, n);
+}
+
+double ordered_sum(const double* values, std::int64_t n) {
+  double sum = 0.0;
+  for (std::int64_t i = 0; i < n; ++i) sum += values[i];
+  return sum;
+}
+
+}  // namespace fusereg

@@ -1,0 +1,125 @@
+// Short vectors of the instruction set that this file is being compiled for, on the compiler's vector
+// extension: one source gives SSE2 or NEON, AVX2 and AVX-512 code at the native width.
+//
+// Everything lives in the ISA's namespace and is always inlined (see FUSEREG_INLINE). No standard
+// library beyond <cstring>: an inline function of the library, compiled here with AVX-512, could be
+// the copy that the linker keeps for everybody.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/dtype.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if !defined(FUSEREG_ISA)
+#error "simd.h is for files that are compiled once per instruction set (FUSEREG_ISA=baseline|avx2|avx512)"
+#endif
+
+namespace fusereg::FUSEREG_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+// Vector<C>: as many C as a register holds.
+template <class C>
+struct VectorOf {
+  typedef C type __attribute__((vector_size(kVectorBytes)));
+};
+template <class C>
+using Vector = typename VectorOf<C>::type;
+template <class C>
+inline constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(C));
+
+template <class C>
+FUSEREG_INLINE Vector<C> broadcast(C x) {
+  return Vector<C>{} + x;
+}
+
+FUSEREG_INLINE Vector<float> load(const float* p) {
+  Vector<float> v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+FUSEREG_INLINE Vector<double> load(const double* p) {
+  Vector<double> v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+FUSEREG_INLINE void store(float* p, Vector<float> v) { memcpy(p, &v, sizeof(v)); }
+FUSEREG_INLINE void store(double* p, Vector<double> v) { memcpy(p, &v, sizeof(v)); }
+
+// 16-bit types: kWidth<float> elements, widened to float and narrowed with round to nearest even.
+typedef std::uint16_t U16Vector __attribute__((vector_size(kVectorBytes / 2)));
+typedef std::uint32_t U32Vector __attribute__((vector_size(kVectorBytes)));
+
+FUSEREG_INLINE Vector<float> load(const BFloat16* p) {
+  U16Vector bits;
+  memcpy(&bits, p, sizeof(bits));
+  return bit_cast<Vector<float>>(__builtin_convertvector(bits, U32Vector) << 16);
+}
+FUSEREG_INLINE void store(BFloat16* p, Vector<float> v) {
+  const U32Vector u = bit_cast<U32Vector>(v);
+  const U32Vector nan = bit_cast<U32Vector>(v != v);
+  const U32Vector rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const U32Vector quiet = (u >> 16) | 0x40u;
+  const U16Vector bits = __builtin_convertvector((quiet & nan) | (rounded & ~nan), U16Vector);
+  memcpy(p, &bits, sizeof(bits));
+}
+
+FUSEREG_INLINE Vector<float> load(const Half* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vector<float> v;
+  for (int i = 0; i < kWidth<float>; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+FUSEREG_INLINE void store(Half* p, Vector<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < kWidth<float>; ++i) p[i] = to_half(v[i]);
+#endif
+}
+
+// The first n < kWidth elements; the rest of the vector is zero.
+template <class T>
+FUSEREG_INLINE Vector<Compute<T>> load_partial(const T* p, std::int64_t n) {
+  T buffer[kWidth<Compute<T>>];
+  memset(buffer, 0, sizeof(buffer));
+  memcpy(buffer, p, static_cast<std::size_t>(n) * sizeof(T));
+  return load(buffer);
+}
+template <class T>
+FUSEREG_INLINE void store_partial(T* p, Vector<Compute<T>> v, std::int64_t n) {
+  T buffer[kWidth<Compute<T>>];
+  store(buffer, v);
+  memcpy(p, buffer, static_cast<std::size_t>(n) * sizeof(T));
+}
+
+// |v| by clearing the sign bit.
+FUSEREG_INLINE Vector<float> abs(Vector<float> v) {
+  return bit_cast<Vector<float>>(bit_cast<U32Vector>(v) & 0x7fffffffu);
+}
+typedef std::uint64_t U64Vector __attribute__((vector_size(kVectorBytes)));
+FUSEREG_INLINE Vector<double> abs(Vector<double> v) {
+  return bit_cast<Vector<double>>(bit_cast<U64Vector>(v) & 0x7fffffffffffffffull);
+}
+
+}  // namespace fusereg::FUSEREG_ISA

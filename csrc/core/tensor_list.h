@@ -1,0 +1,106 @@
+// Lists of tensors, as penalties and optimizers take them.
+#pragma once
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "core/tensor.h"
+
+namespace fusereg {
+
+// What a call over a list did. Python acts on everything but kDone, and nothing was written then.
+enum class ListStatus : int {
+  kDone = 0,
+  kNeedsFloat64Value = 1,  // an input is float64, the 0-d result that was passed is not
+  kNeedsPreparation = 2,   // a tensor that only Python can prepare, or can explain why it cannot
+};
+
+// Borrowed items of a Python list or tuple.
+class ObjectList {
+ public:
+  ObjectList(const py::object& sequence, const char* op, const char* name)
+      : fast_(py::reinterpret_steal<py::object>(PySequence_Fast(sequence.ptr(), ""))) {
+    if (!fast_) {
+      PyErr_Clear();
+      throw py::type_error(std::string("fusereg.") + op + ": " + name + " must be a list, got " +
+                           type_name(sequence));
+    }
+  }
+  std::size_t size() const { return static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast_.ptr())); }
+  py::handle operator[](std::size_t i) const {
+    return PySequence_Fast_GET_ITEM(fast_.ptr(), static_cast<Py_ssize_t>(i));
+  }
+
+ private:
+  py::object fast_;
+};
+
+// A strength that is one number for all tensors or one for each.
+class PerTensor {
+ public:
+  PerTensor(const py::object& value, std::size_t count, const char* op, const char* name) {
+    if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr())) {
+      values_.push_back(check(PyFloat_AsDouble(value.ptr()), op, name));
+      return;
+    }
+    const ObjectList list(value, op, name);
+    if (list.size() != count) {
+      throw py::value_error(std::string("fusereg.") + op + ": " + name + " must be one number or " +
+                            std::to_string(count) + " of them (one per tensor), got " +
+                            std::to_string(list.size()));
+    }
+    for (std::size_t i = 0; i < count; ++i) {
+      const double x = PyFloat_AsDouble(list[i].ptr());
+      if (x == -1.0 && PyErr_Occurred() != nullptr) {
+        PyErr_Clear();
+        throw py::type_error(std::string("fusereg.") + op + ": " + name + "[" + std::to_string(i) +
+                             "] must be a number, got " + type_name(list[i]));
+      }
+      values_.push_back(check(x, op, name));
+    }
+    single_ = false;
+  }
+  double operator[](std::size_t i) const { return values_[single_ ? 0 : i]; }
+
+ private:
+  static double check(double x, const char* op, const char* name) {
+    if (std::isfinite(x) && x >= 0.0) return x;
+    throw py::value_error(std::string("fusereg.") + op + ": " + name +
+                          " must be finite and not negative, got " + std::string(py::str(py::float_(x))));
+  }
+
+  std::vector<double> values_;
+  bool single_ = true;
+};
+
+// Addresses seen so far; open addressing, because lists have thousands of entries and calls microseconds.
+class AddressSet {
+ public:
+  explicit AddressSet(std::size_t count) {
+    std::size_t slots = 16;
+    while (slots < 2 * count) slots *= 2;
+    slots_.assign(slots, Slot{});
+  }
+  // The index that `address` was inserted with before, or -1 after inserting it now.
+  std::int64_t insert(const void* address, std::int64_t index) {
+    std::size_t at = (reinterpret_cast<std::uintptr_t>(address) >> 4) * 0x9e3779b97f4a7c15ull >> 20;
+    for (;; ++at) {
+      Slot& slot = slots_[at & (slots_.size() - 1)];
+      if (slot.address == address) return slot.index;
+      if (slot.address == nullptr) {
+        slot = {address, index};
+        return -1;
+      }
+    }
+  }
+
+ private:
+  struct Slot {
+    const void* address = nullptr;
+    std::int64_t index = 0;
+  };
+  std::vector<Slot> slots_;
+};
+
+}  // namespace fusereg

@@ -1,0 +1,98 @@
+// fusereg._C: one bind() per technique, and what the package needs to know about the build.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "core/isa.h"
+#include "core/tensor.h"
+#include "core/tensor_list.h"
+
+#if defined(FUSEREG_CUDA)
+#include "core/cuda_info.h"
+#endif
+
+namespace fusereg::penalty {
+void bind(py::module_& m);
+}
+
+namespace fusereg {
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FUSEREG_VERSION;
+  info["compiler"] = FUSEREG_COMPILER;
+  info["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR);
+  info["dlpack"] = std::to_string(DLPACK_MAJOR_VERSION) + "." + std::to_string(DLPACK_MINOR_VERSION);
+  std::vector<std::string> isas{"baseline"};
+#if defined(FUSEREG_X86_ISAS)
+  isas.insert(isas.end(), {"avx2", "avx512"});
+#endif
+  info["isas"] = isas;
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#if defined(FUSEREG_CUDA_ON_HOST)
+  info["cuda"] = "on host";
+#elif defined(FUSEREG_CUDA)
+  info["cuda"] = FUSEREG_CUDA_VERSION;
+#else
+  info["cuda"] = py::none();
+#endif
+#if defined(FUSEREG_CUDA_ARCHITECTURES)
+  info["cuda_architectures"] = FUSEREG_CUDA_ARCHITECTURES;
+#else
+  info["cuda_architectures"] = "";
+#endif
+  return info;
+}
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (const Isa isa : available_isas()) names.emplace_back(isa_name(isa));
+  return names;
+}
+
+// Whether all are exactly torch.Tensor or Parameter, and the indices of those that are the same object
+// as an earlier one.
+py::tuple scan(const py::object& tensors) {
+  const ObjectList list(tensors, "scan", "tensors");
+  std::vector<std::int64_t> repeated;
+  bool plain = true;
+  AddressSet seen(list.size());
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    plain = plain && is_plain_type(list[i]);
+    const auto index = static_cast<std::int64_t>(i);
+    if (seen.insert(list[i].ptr(), index) >= 0) repeated.push_back(index);
+  }
+  return py::make_tuple(plain, repeated);
+}
+
+// The kind of one object: 0 plain, 1 to be prepared in Python, 2 no tensor; and whether it is dense.
+py::tuple inspect(const py::object& object) {
+  TensorView view;
+  const Kind kind = read_tensor(object, view);
+  return py::make_tuple(static_cast<int>(kind), kind == Kind::kPlain && view.dense());
+}
+
+}  // namespace
+}  // namespace fusereg
+
+PYBIND11_MODULE(FUSEREG_MODULE_NAME, m) {
+  using namespace fusereg;
+  m.doc() = "fusereg's compiled kernels; use them through the package fusereg.";
+  m.def("bind_torch", &bind_torch, py::arg("tensor"), py::arg("parameter"), py::arg("increment_version"));
+  m.def("build_info", &build_info);
+  m.def("cpu_isa", [] { return std::string(isa_name(current_isa())); });
+  m.def("cpu_isas", &cpu_isas);
+  m.def("set_cpu_isa", &set_isa, py::arg("name"));
+  m.def("scan", &scan, py::arg("tensors"));
+  m.def("inspect", &inspect, py::arg("tensor"));
+#if defined(FUSEREG_CUDA_ON_HOST)
+  m.attr("CUDA_ON_HOST") = true;
+#else
+  m.attr("CUDA_ON_HOST") = false;
+#endif
+  penalty::bind(m);
+}

@@ -1,0 +1,69 @@
+"""The compiled module. Private: the package's functions check arguments and prepare odd tensors first.
+
+Functions over lists return a status: 0 done; 1 the value must be float64; 2 a tensor needs preparing in
+Python. Nothing has been written unless it is 0.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+PENALTY_WORKSPACE_BYTES: int
+CUDA_ON_HOST: bool
+
+_Strength = float | Sequence[float]
+
+def bind_torch(
+    tensor: type[torch.Tensor], parameter: type[torch.nn.Parameter], increment_version: object
+) -> None: ...
+def build_info() -> dict[str, Any]: ...
+def cuda_device_info() -> list[dict[str, Any]]: ...
+def cuda_error() -> str: ...
+def cpu_isa() -> str: ...
+def cpu_isas() -> list[str]: ...
+def set_cpu_isa(name: str) -> None: ...
+def scan(tensors: Sequence[object]) -> tuple[bool, list[int]]: ...
+def inspect(tensor: object) -> tuple[int, bool]: ...
+def penalty_forward(
+    params: Sequence[torch.Tensor],
+    value: torch.Tensor,
+    l1: _Strength,
+    l2: _Strength,
+    group: _Strength,
+    dim: int,
+    workspace: torch.Tensor | None,
+    op: str,
+) -> int: ...
+def penalty_backward(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    scale: torch.Tensor | float | None,
+    l1: _Strength,
+    l2: _Strength,
+    group: _Strength,
+    dim: int,
+    workspace: torch.Tensor | None,
+    op: str,
+) -> int: ...
+def penalty_add_grad_(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor | None] | None,
+    value: torch.Tensor,
+    scale: torch.Tensor | float | None,
+    l1: _Strength,
+    l2: _Strength,
+    group: _Strength,
+    dim: int,
+    workspace: torch.Tensor | None,
+    op: str,
+) -> int: ...
+def prox_(
+    params: Sequence[torch.Tensor],
+    l1: _Strength,
+    l2: _Strength,
+    group: _Strength,
+    dim: int,
+    workspace: torch.Tensor | None,
+    op: str,
+) -> int: ...

@@ -1,0 +1,26 @@
+"""fusereg: regularization for PyTorch as hand-written fused C++/CUDA kernels.
+
+>>> import fusereg
+>>> penalty = fusereg.WeightPenalty(model, l1=1e-5, l2=1e-4)
+>>> loss.backward()
+>>> penalty.add_grad_()          # every gradient in one pass
+>>> optimizer.step()
+
+``fusereg info`` on the command line tells what this build and this machine offer.
+"""
+
+from . import _dispatch as _dispatch
+from . import _C, functional, prox
+from ._version import __version__
+from .penalty import PenaltyGroup, WeightPenalty, add_penalty_grad_, sparsity
+
+__all__ = [
+    "PenaltyGroup",
+    "WeightPenalty",
+    "__version__",
+    "_C",
+    "add_penalty_grad_",
+    "functional",
+    "prox",
+    "sparsity",
+]

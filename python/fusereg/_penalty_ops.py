@@ -1,0 +1,596 @@
+"""Penalties and proximal steps as torch operations: calls of the kernels, autograd, torch.library.
+
+One form serves all public functions: each tensor w has strengths (l1, l2, group) and contributes
+
+    R(w) = l1 * sum |w|  +  l2/2 * sum w^2  +  group * sum_g sqrt(n_g) * ||w_g||_2
+
+with groups along one dimension. Layers, from the kernel outwards:
+
+``value``, ``write_grads``, ``add_grads_``, ``prox_``
+    prepare what a kernel cannot take as it is (odd layouts, several devices) and call it; no autograd.
+``_Penalty``
+    the eager autograd function over ``value`` and ``write_grads``.
+``torch.ops.fusereg.penalty*``, ``torch.ops.fusereg.prox_``
+    the same for torch.compile, export, fake tensors and functorch.
+``penalty``
+    the entry: picks between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _C, _dispatch, _params
+from ._params import Strength
+
+_DONE, _NEEDS_FLOAT64, _NEEDS_PREPARATION = 0, 1, 2
+
+
+class Strengths(NamedTuple):
+    l1: Strength
+    l2: Strength
+    group: Strength
+
+    def select(self, indices: Sequence[int]) -> Strengths:
+        return Strengths(*(_params.select(s, indices) for s in self))
+
+    def lists(self, count: int, op: str) -> tuple[list[float], list[float], list[float]]:
+        l1, l2, group = (
+            _params.as_floats(s, count, op, name)
+            for s, name in zip(self, self._fields, strict=True)
+        )
+        return l1, l2, group
+
+
+def _value_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
+
+
+# --- the kernels, on whatever tensors there are ------------------------------------------------
+
+
+def value(op: str, tensors: list[Tensor], s: Strengths, dim: int) -> Tensor:
+    """The sum of R over the tensors: 0-d, on the first tensor's device."""
+    device = tensors[0].device if isinstance(tensors[0], Tensor) else torch.device("cpu")
+    if device.type in ("cpu", "cuda"):
+        dtype = torch.float32
+        for _ in range(2):
+            out = torch.empty((), dtype=dtype, device=device)
+            work = _dispatch.workspace(device)
+            status = _C.penalty_forward(tensors, out, *s, dim, work, op)
+            if status == _DONE:
+                return out
+            if status == _NEEDS_PREPARATION:
+                break
+            dtype = torch.float64
+
+    plain = [_params.dense(_params.plain(t, op, f"params[{i}]")) for i, t in enumerate(tensors)]
+    dtype = _value_dtype(plain)
+    parts = []
+    for device, indices in _params.by_device(plain).items():
+        out = torch.empty((), dtype=dtype, device=device)
+        part = [plain[i] for i in indices]
+        _must(
+            _C.penalty_forward(
+                part, out, *s.select(indices), dim, _dispatch.workspace(device), op
+            ),
+            op,
+        )
+        parts.append(out)
+    return _sum_on_first(parts)
+
+
+def write_grads(
+    op: str, scale: Tensor, tensors: Sequence[Tensor], s: Strengths, dim: int
+) -> list[Tensor]:
+    """scale * dR/dw for each tensor, in its dtype and, where it is dense, its layout."""
+    plain = [_params.plain(t, op, f"params[{i}]") for i, t in enumerate(tensors)]
+    plain = [_params.dense(t) for t in plain]
+    grads = [torch.empty_like(t) for t in plain]
+    for device, indices in _params.by_device(plain).items():
+        _must(
+            _C.penalty_backward(
+                [plain[i] for i in indices],
+                [grads[i] for i in indices],
+                scale.detach().resolve_neg().to(device),
+                *s.select(indices),
+                dim,
+                _dispatch.workspace(device),
+                op,
+            ),
+            op,
+        )
+    return grads
+
+
+def add_grads_(
+    op: str,
+    tensors: list[Tensor],
+    grads: Sequence[Tensor | None] | None,
+    scale: Tensor | float | None,
+    s: Strengths,
+    dim: int,
+) -> Tensor:
+    """Adds scale * dR/dw into each gradient and gives the sum of R, in one pass over the memory.
+
+    ``grads=None`` means each tensor's ``.grad``, created where it is missing.
+    """
+    device = tensors[0].device if isinstance(tensors[0], Tensor) else torch.device("cpu")
+    if device.type in ("cpu", "cuda"):
+        dtype = torch.float32
+        for _ in range(2):
+            out = torch.empty((), dtype=dtype, device=device)
+            work = _dispatch.workspace(device)
+            status = _C.penalty_add_grad_(tensors, grads, out, scale, *s, dim, work, op)
+            if status == _DONE:
+                return out
+            if status == _NEEDS_PREPARATION:
+                break
+            dtype = torch.float64
+
+    plain = [_params.plain(t, op, f"params[{i}]") for i, t in enumerate(tensors)]
+    targets = grads if grads is not None else _own_grads(tensors, op)
+    ready: list[Tensor | None] = []
+    copy_back: list[tuple[Tensor, Tensor]] = []
+    for i, (w, g) in enumerate(zip(plain, targets, strict=True)):
+        if g is None:
+            ready.append(None)
+            plain[i] = _params.dense(w)
+            continue
+        _check_grad(w, g, op, i)
+        _params.check_writable(g, op, f"params[{i}].grad")
+        w, target = _matching(w, g)
+        if target is not g:
+            copy_back.append((g, target))
+        plain[i] = w
+        ready.append(target)
+    dtype = _value_dtype(plain)
+    parts = []
+    for device, indices in _params.by_device(plain).items():
+        out = torch.empty((), dtype=dtype, device=device)
+        here = scale.to(device) if isinstance(scale, Tensor) else scale
+        _must(
+            _C.penalty_add_grad_(
+                [plain[i] for i in indices],
+                [ready[i] for i in indices],
+                out,
+                here,
+                *s.select(indices),
+                dim,
+                _dispatch.workspace(device),
+                op,
+            ),
+            op,
+        )
+        parts.append(out)
+    with torch.no_grad():
+        for g, target in copy_back:
+            g.copy_(target)
+    return _sum_on_first(parts)
+
+
+def prox_(op: str, tensors: list[Tensor], s: Strengths, dim: int) -> None:
+    """The proximal step of R, in place."""
+    device = tensors[0].device if isinstance(tensors[0], Tensor) else torch.device("cpu")
+    if device.type in ("cpu", "cuda"):
+        status = _C.prox_(tensors, *s, dim, _dispatch.workspace(device), op)
+        if status == _DONE:
+            return
+    plain = []
+    for i, t in enumerate(tensors):
+        _params.check(t, op, f"params[{i}]")
+        _params.check_writable(t, op, f"params[{i}]")
+        plain.append(_params.plain(t, op, f"params[{i}]"))
+    ready = [_params.dense(t) for t in plain]
+    for device, indices in _params.by_device(ready).items():
+        part = [ready[i] for i in indices]
+        _must(_C.prox_(part, *s.select(indices), dim, _dispatch.workspace(device), op), op)
+    with torch.no_grad():
+        for t, p, r in zip(tensors, plain, ready, strict=True):
+            if r is not p or t.is_neg():
+                t.copy_(r)
+
+
+def _own_grads(tensors: Sequence[Tensor], op: str) -> list[Tensor | None]:
+    """Each tensor's .grad, zeros where one is wanted and missing; nothing is created on an error."""
+    for i, t in enumerate(tensors):
+        if t.requires_grad and not t.is_leaf:
+            raise ValueError(
+                f"fusereg.{op}: params[{i}] is not a leaf (it was computed from another tensor), "
+                "so it has no .grad of its own; pass the parameters themselves"
+            )
+        if t.requires_grad and t.grad is not None:
+            _check_grad(t, t.grad, op, i)
+    for t in tensors:
+        if t.requires_grad and t.grad is None:
+            t.grad = torch.zeros_like(t, memory_format=torch.preserve_format)
+    return [t.grad if t.requires_grad else None for t in tensors]
+
+
+def _check_grad(w: Tensor, g: Tensor, op: str, index: int) -> None:
+    name = f"params[{index}].grad"
+    _params.check(g, op, name)
+    if g.shape != w.shape:
+        raise ValueError(
+            f"fusereg.{op}: {name} must have shape {tuple(w.shape)}, got {tuple(g.shape)}"
+        )
+    if g.device != w.device:
+        raise ValueError(f"fusereg.{op}: {name} must be on {w.device}, got {g.device}")
+
+
+def _matching(w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """w and a gradient to write to that share layout and dtype; the gradient's is kept if it can be."""
+    g = g.detach()
+    if type(g) is not Tensor:
+        g = g.as_subclass(Tensor)
+    if g.dtype == w.dtype and not g.is_neg() and _C.inspect(g) == (0, True):
+        if w.stride() == g.stride():
+            return w, g
+        return torch.empty_like(g).copy_(w), g
+    w = _params.dense(w)
+    return w, torch.empty_like(w).copy_(g)
+
+
+def _sum_on_first(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total.device)
+    return total
+
+
+def _must(status: int, op: str) -> None:
+    if status != _DONE:
+        raise RuntimeError(f"fusereg.{op}: the kernel refused prepared tensors; please report this")
+
+
+# --- autograd ------------------------------------------------------------------------------------
+
+
+def _differentiable_grad(
+    scale: Tensor, w: Tensor, l1: float, l2: float, group: float, dim: int
+) -> Tensor:
+    """scale * dR/dw from torch's own operations: used where the gradient itself is differentiated."""
+    x = w if w.dtype is torch.float64 else w.float()
+    # sign() of NaN is 0; a NaN weight must stay visible.
+    grad = torch.where(x.isnan(), x, x.sign()) * l1 + l2 * x if l1 else l2 * x
+    if group and x.numel():
+        dims = [d for d in range(x.dim()) if d != dim % x.dim()] if x.dim() else []
+        square = x.square().sum(dims, keepdim=True) if dims else x.square()
+        size = x.numel() // square.numel()
+        zero = square == 0
+        norm = torch.where(zero, torch.ones_like(square), square).sqrt()
+        grad = grad + torch.where(zero, torch.zeros_like(x), (group * size**0.5) * x / norm)
+    return (scale.to(device=x.device, dtype=x.dtype) * grad).to(w.dtype)
+
+
+def _differentiable_grads(
+    scale: Tensor, tensors: Sequence[Tensor], s: Strengths, dim: int, op: str
+) -> list[Tensor]:
+    lists = zip(*s.lists(len(tensors), op), strict=True)
+    return [
+        _differentiable_grad(scale, w, *strengths, dim)
+        for w, strengths in zip(tensors, lists, strict=True)
+    ]
+
+
+def _tangent(
+    op: str, s: Strengths, dim: int, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None]
+) -> Tensor:
+    """Forward mode: the sum of <dR/dw, tangent of w>."""
+    dtype = _value_dtype(tensors)
+    total = torch.zeros((), dtype=dtype, device=tensors[0].device)
+    one = torch.ones((), dtype=dtype, device=tensors[0].device)
+    grads = _differentiable_grads(one, tensors, s, dim, op)
+    for g, t in zip(grads, tangents, strict=True):
+        if t is not None:
+            total = total + (g.to(dtype) * t.to(dtype)).sum().to(total.device)
+    return total
+
+
+def _backward(
+    op: str, scale: Tensor, tensors: Sequence[Tensor], s: Strengths, dim: int
+) -> list[Tensor]:
+    if not torch.is_grad_enabled():
+        return write_grads(op, scale, tensors, s, dim)
+    return _differentiable_grads(scale, tensors, s, dim, op)
+
+
+class _Penalty(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, op: str, s: Strengths, dim: int, *tensors: Tensor
+    ) -> Tensor:
+        ctx.call = (op, s, dim)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        return value(op, list(tensors), s, dim)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        op, s, dim = ctx.call
+        return _tangent(op, s, dim, ctx.saved_tensors, tangents[3:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        op, s, dim = ctx.call
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        tensors = [ctx.saved_tensors[i] for i in wanted]
+        grads: list[Tensor | None] = [None] * len(ctx.saved_tensors)
+        for i, g in zip(wanted, _backward(op, grad, tensors, s.select(wanted), dim), strict=True):
+            grads[i] = g
+        return (None, None, None, *grads)
+
+
+# --- torch.library -------------------------------------------------------------------------------
+
+_dispatch.library.define(
+    "penalty(Tensor[] params, float[] l1, float[] l2, float[] group, int dim) -> Tensor"
+)
+_dispatch.library.define(
+    "penalty_backward(Tensor scale, Tensor[] params, float[] l1, float[] l2, float[] group, int dim)"
+    " -> Tensor[]"
+)
+_dispatch.library.define(
+    "penalty_add_grad_(Tensor[] params, Tensor(a!)[] grads, Tensor? scale, float factor,"
+    " float[] l1, float[] l2, float[] group, int dim) -> Tensor"
+)
+_dispatch.library.define(
+    "prox_(Tensor(a!)[] params, float[] l1, float[] l2, float[] group, int dim) -> ()"
+)
+
+_Floats = list[float]
+
+
+def _op_penalty(
+    params: list[Tensor], l1: _Floats, l2: _Floats, group: _Floats, dim: int
+) -> Tensor:
+    return value("penalty", params, Strengths(l1, l2, group), dim)
+
+
+def _op_penalty_backward(
+    scale: Tensor, params: list[Tensor], l1: _Floats, l2: _Floats, group: _Floats, dim: int
+) -> list[Tensor]:
+    return write_grads("penalty", scale, params, Strengths(l1, l2, group), dim)
+
+
+def _op_penalty_add_grad_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    scale: Tensor | None,
+    factor: float,
+    l1: _Floats,
+    l2: _Floats,
+    group: _Floats,
+    dim: int,
+) -> Tensor:
+    whole = factor if scale is None else scale if factor == 1.0 else scale * factor
+    return add_grads_("add_penalty_grad_", params, grads, whole, Strengths(l1, l2, group), dim)
+
+
+def _op_prox_(
+    params: list[Tensor], l1: _Floats, l2: _Floats, group: _Floats, dim: int
+) -> None:
+    prox_("prox", params, Strengths(l1, l2, group), dim)
+
+
+for _key in ("CPU", "CUDA"):
+    _dispatch.library.impl("penalty", _op_penalty, _key)
+    _dispatch.library.impl("penalty_backward", _op_penalty_backward, _key)
+    _dispatch.library.impl("penalty_add_grad_", _op_penalty_add_grad_, _key)
+    _dispatch.library.impl("prox_", _op_prox_, _key)
+
+
+def _fake_value(params: Sequence[Tensor]) -> Tensor:
+    return params[0].new_empty((), dtype=_value_dtype(params))
+
+
+torch.library.register_fake(
+    "fusereg::penalty", lambda params, l1, l2, group, dim: _fake_value(params), lib=_dispatch.library
+)
+torch.library.register_fake(
+    "fusereg::penalty_backward",
+    lambda scale, params, l1, l2, group, dim: [torch.empty_like(p) for p in params],
+    lib=_dispatch.library,
+)
+torch.library.register_fake(
+    "fusereg::penalty_add_grad_",
+    lambda params, grads, scale, factor, l1, l2, group, dim: _fake_value(params),
+    lib=_dispatch.library,
+)
+torch.library.register_fake(
+    "fusereg::prox_", lambda params, l1, l2, group, dim: None, lib=_dispatch.library
+)
+
+
+def _save_for_penalty(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    params, *ctx.call = inputs
+    ctx.save_for_backward(*params)
+
+
+def _penalty_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grads = torch.ops.fusereg.penalty_backward(grad, list(ctx.saved_tensors), *ctx.call)
+    return grads, None, None, None, None
+
+
+def _save_for_backward_op(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    scale, params, *ctx.call = inputs
+    ctx.save_for_backward(scale, *params)
+
+
+def _penalty_second_gradient(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    scale, *params = ctx.saved_tensors
+    l1, l2, group, dim = ctx.call
+    with torch.enable_grad():
+        scale = scale.detach().requires_grad_()
+        params = [p.detach().requires_grad_() for p in params]
+        first = _differentiable_grads(scale, params, Strengths(l1, l2, group), dim, "penalty")
+        used = [(f, g) for f, g in zip(first, grads, strict=True) if g is not None]
+        if not used:
+            return None, [None] * len(params), None, None, None, None
+        second = torch.autograd.grad(
+            [f for f, _ in used], [scale, *params], [g for _, g in used], allow_unused=True
+        )
+    return second[0], list(second[1:]), None, None, None, None
+
+
+torch.library.register_autograd(
+    "fusereg::penalty", _penalty_gradient, setup_context=_save_for_penalty, lib=_dispatch.library
+)
+torch.library.register_autograd(
+    "fusereg::penalty_backward",
+    _penalty_second_gradient,
+    setup_context=_save_for_backward_op,
+    lib=_dispatch.library,
+)
+
+
+# --- torch.func ------------------------------------------------------------------------------------
+
+
+def _unbatched(tensors: Sequence[Tensor], in_dims: Sequence[int | None], i: int) -> list[Tensor]:
+    return [
+        t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True)
+    ]
+
+
+class _PenaltyTransform(torch.autograd.Function):
+    """As _Penalty, for torch.func: grad, jacrev, vmap and their compositions."""
+
+    @staticmethod
+    def forward(op: str, s: Strengths, dim: int, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        if _dispatch.eager():
+            return value(op, list(tensors), s, dim)
+        result: Tensor = torch.ops.fusereg.penalty(tensors, *s.lists(len(tensors), op), dim)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *ctx.call, tensors = *inputs[:3], inputs[3:]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        op, s, dim = ctx.call
+        return _tangent(op, s, dim, ctx.saved_tensors, tangents[3:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return None, None, None, *_GradTransform.apply(*ctx.call, grad, *ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(  # type: ignore[override]
+        info: Any, in_dims: tuple[Any, ...], op: str, s: Strengths, dim: int, *tensors: Tensor
+    ) -> tuple[Tensor, int]:
+        # One call a sample: the kernel takes lists, not batches.
+        values = [
+            _PenaltyTransform.apply(op, s, dim, *_unbatched(tensors, in_dims[3:], i))
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(values), 0
+
+
+class _GradTransform(torch.autograd.Function):
+    """scale * dR/dw, differentiable again through torch's own operations."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        op: str, s: Strengths, dim: int, scale: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        if _dispatch.eager():
+            return tuple(write_grads(op, scale, tensors, s, dim))
+        lists = s.lists(len(tensors), op)
+        return tuple(torch.ops.fusereg.penalty_backward(scale, tensors, *lists, dim))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *ctx.call, scale_and_tensors = *inputs[:3], inputs[3:]
+        ctx.save_for_backward(*scale_and_tensors)
+        ctx.save_for_forward(*scale_and_tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        _, pullback = torch.func.vjp(_GradTransform._formula(ctx), *ctx.saved_tensors)
+        return None, None, None, *pullback(grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        saved = ctx.saved_tensors
+        given = tuple(
+            torch.zeros_like(x) if t is None else t
+            for x, t in zip(saved, tangents[3:], strict=True)
+        )
+        _, out = torch.func.jvp(_GradTransform._formula(ctx), saved, given)
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _formula(ctx: Any) -> Callable[..., tuple[Tensor, ...]]:
+        op, s, dim = ctx.call
+        return lambda scale, *tensors: tuple(_differentiable_grads(scale, tensors, s, dim, op))
+
+    @staticmethod
+    def vmap(  # type: ignore[override]
+        info: Any, in_dims: tuple[Any, ...], op: str, s: Strengths, dim: int, *tensors: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        grads = [
+            _GradTransform.apply(op, s, dim, *_unbatched(tensors, in_dims[3:], i))
+            for i in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(g) for g in zip(*grads, strict=True))
+        return stacked, (0,) * len(stacked)
+
+
+# --- the entries -----------------------------------------------------------------------------------
+
+
+def collect(
+    params: _params.Params, strengths: tuple[object, object, object], op: str
+) -> tuple[list[Tensor], Strengths]:
+    """The list of distinct tensors and their strengths."""
+    tensors = _params.as_list(params, op)
+    s = tuple(
+        _params.normalize_strength(x, op, name)
+        for x, name in zip(strengths, Strengths._fields, strict=True)
+    )
+    for name, strength in zip(Strengths._fields, s, strict=True):
+        if isinstance(strength, Sequence) and len(strength) != len(tensors):
+            _params.as_floats(strength, len(tensors), op, name)  # raises
+    if isinstance(params, torch.nn.Module):
+        repeated: list[int] = []
+    elif torch.compiler.is_compiling():  # cannot be traced through compiled code
+        seen: dict[int, int] = {}
+        repeated = [i for i, t in enumerate(tensors) if seen.setdefault(id(t), i) != i]
+    else:
+        repeated = _C.scan(tensors)[1]
+    tensors, s = _params.without_repeats(tensors, s, repeated, op)
+    return tensors, Strengths(*s)
+
+
+def penalty(
+    params: _params.Params, l1: object, l2: object, group: object, dim: int, op: str
+) -> Tensor:
+    """The differentiable sum of R over params."""
+    tensors, s = collect(params, (l1, l2, group), op)
+    if not tensors:
+        return torch.zeros(())
+    if not _dispatch.eager():
+        for i, t in enumerate(tensors):
+            _params.check(t, op, f"params[{i}]")
+        if _dispatch.functorch():
+            return _PenaltyTransform.apply(op, s, dim, *tensors)  # type: ignore[no-any-return]
+        result: Tensor = torch.ops.fusereg.penalty(tensors, *s.lists(len(tensors), op), dim)
+        return result
+    if not _C.scan(tensors)[0]:
+        for i, t in enumerate(tensors):
+            _params.check(t, op, f"params[{i}]")
+        if _dispatch.has_dtensor(tensors):
+            from . import _dtensor
+
+            return _dtensor.penalty(op, tensors, s, dim)
+    if torch.is_grad_enabled():
+        return _Penalty.apply(op, s, dim, *tensors)  # type: ignore[no-any-return]
+    return value(op, tensors, s, dim)
