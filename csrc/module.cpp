@@ -89,6 +89,13 @@ PYBIND11_MODULE(FUSEREG_MODULE_NAME, m) {
   m.def("set_cpu_isa", &set_isa, py::arg("name"));
   m.def("scan", &scan, py::arg("tensors"));
   m.def("inspect", &inspect, py::arg("tensor"));
+#if defined(FUSEREG_CUDA)
+  m.def("cuda_device_info", &cuda_device_info);
+  m.def("cuda_error", &cuda_error);
+#else
+  m.def("cuda_device_info", [] { return py::list(); });
+  m.def("cuda_error", [] { return std::string("this build has no CUDA kernels"); });
+#endif
 #if defined(FUSEREG_CUDA_ON_HOST)
   m.attr("CUDA_ON_HOST") = true;
 #else

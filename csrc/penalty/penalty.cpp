@@ -13,7 +13,7 @@ namespace {
 using namespace ::fusereg::FUSEREG_ISA;
 
 constexpr int kLanes = 32;
-constexpr int kStepsPerFlush = 32;  // float32 terms a lane adds before it goes to float64
+constexpr int kStepsPerFlush = 8;  // float32 terms a lane adds before it goes to float64
 constexpr std::int64_t kFlush = kLanes * kStepsPerFlush;
 
 // Which terms are there; a strength of 0 must not touch inf or NaN.

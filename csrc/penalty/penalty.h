@@ -17,7 +17,7 @@
 // group lasso and a sparse group lasso"). Zeros come out as +0.0, also after rounding to 16 bits.
 //
 // Dtypes: float64, float32, float16, bfloat16, mixed freely within a list; w and its g share one.
-// Arithmetic is in float32 (float64 for float64); sums run in float32 over at most 32 terms, then in
+// Arithmetic is in float32 (float64 for float64); sums run in float32 over at most 8 terms, then in
 // float64. A sum that overflows float32 is done again in float64.
 // Bytes moved per element of size e: kValue e, kAddGrad 3e, kWriteGrad 2e, kProx 2e; groups are read a
 // second time from cache.
@@ -45,7 +45,7 @@ struct GroupShape {
   std::int64_t outer = 1;
   std::int64_t groups = 1;
   std::int64_t inner = 1;
-  std::int64_t group_size() const { return outer * inner; }
+  FUSEREG_HD std::int64_t group_size() const { return outer * inner; }
 };
 
 struct Strengths {
@@ -57,7 +57,7 @@ struct Strengths {
 // One tensor of a list: dense, w and g in the same memory order.
 struct Item {
   void* w = nullptr;
-  void* g = nullptr;  // null for kValue and kProx
+  void* g = nullptr;  // null for kValue and kProx, and for kAddGrad where no gradient is wanted
   std::int64_t numel = 0;
   DType dtype = DType::kFloat32;
   Strengths strengths;

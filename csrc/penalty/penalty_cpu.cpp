@@ -85,6 +85,11 @@ class CpuRun {
     }
   }
 
+  // A tensor that needs no gradient counts in the value only.
+  Op op_for(const void* g) const {
+    return job_.op == Op::kAddGrad && g == nullptr ? Op::kValue : job_.op;
+  }
+
   Coefficients coefficients(double l1, double l2, double prox_factor) const {
     return job_.op == Op::kProx ? Coefficients{l1, 0.0, prox_factor} : Coefficients{l1, l2, scale_};
   }
@@ -119,7 +124,7 @@ class CpuRun {
 
   double elementwise() {
     for_each_chunk(runs_, [this](const Run& run, char* w, char* g, std::int64_t n) {
-      return kernels_.elements(job_.op, run.dtype, w, g, n, run.gradient);
+      return kernels_.elements(op_for(run.g), run.dtype, w, g, n, run.gradient);
     });
     double value = 0.0;
     for (std::size_t i = 0; i < runs_.size(); ++i) {
@@ -174,7 +179,7 @@ class CpuRun {
       for (std::int64_t i = begin; i < end; ++i) {
         const GroupTask& task = tasks_[static_cast<std::size_t>(i)];
         values[static_cast<std::size_t>(i)] =
-            kernels_.groups(job_.op, *task.item, scale_, task.begin, task.end);
+            kernels_.groups(op_for(task.item->g), *task.item, scale_, task.begin, task.end);
       }
     });
     return ordered_sum(values.data(), count);

@@ -1,26 +1,27 @@
 """Penalties of sharded models: the local part of each DTensor, then one all-reduce per mesh.
 
-A DTensor's penalty is that of the whole tensor, on every rank. Each rank computes its own shard's part
-and the parts are added over the mesh dimensions along which the tensor is sharded; over those along
-which it is replicated there is nothing to add. Group terms need whole groups on one rank: sharding
-along the group dimension (as FSDP2 shards rows) keeps them so.
+A DTensor's penalty is that of the whole tensor, on every rank. Each rank computes its own shard's
+part and the parts are added over the mesh dimensions along which the tensor is sharded; over those
+along which it is replicated there is nothing to add. Group terms need whole groups on one rank:
+sharding along the group dimension (as FSDP2 shards rows) keeps them so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
-from . import _dispatch, _penalty_ops
+from . import _dispatch, _params, _penalty_ops
 from ._penalty_ops import Strengths
 
-_Where = tuple[DeviceMesh, tuple[int, ...]] | None  # mesh and its sharded dimensions; None: not a DTensor
+# The mesh and those of its dimensions along which a tensor is sharded; None: not a DTensor.
+_Where = tuple[DeviceMesh, tuple[int, ...]] | None
 
 
 def _placement(op: str, tensor: Tensor, group: float, dim: int, index: int) -> _Where:
@@ -29,17 +30,20 @@ def _placement(op: str, tensor: Tensor, group: float, dim: int, index: int) -> _
     tensor = cast(DTensor, tensor)
     sharded = []
     for mesh_dim, placement in enumerate(tensor.placements):
-        if isinstance(placement, Replicate):
+        if placement.is_replicate() or tensor.device_mesh.size(mesh_dim) == 1:
             continue
-        if not isinstance(placement, Shard):
+        # Not isinstance(Shard): FSDP2 over tensor parallelism deals rows out in another order, with
+        # a placement that is none of its subclasses but has a dim as well.
+        along = getattr(placement, "dim", None)
+        if not isinstance(along, int):
             raise ValueError(
                 f"fusereg.{op}: params[{index}] is a DTensor with placement {placement}; "
                 "redistribute it to Shard or Replicate first"
             )
-        if group and placement.dim % tensor.dim() != dim % tensor.dim():
+        if group and along % tensor.dim() != dim % tensor.dim():
             raise ValueError(
-                f"fusereg.{op}: params[{index}] is sharded along dimension {placement.dim}, which cuts "
-                f"its groups (along dimension {dim}) across ranks; shard it along dimension {dim}"
+                f"fusereg.{op}: params[{index}] is sharded along dimension {along}, which cuts its "
+                f"groups (along dimension {dim}) across ranks; shard it along dimension {dim}"
             )
         sharded.append(mesh_dim)
     return tensor.device_mesh, tuple(sharded)
@@ -50,26 +54,26 @@ def _buckets(
 ) -> list[tuple[_Where, list[int]]]:
     """Indices by mesh and sharded dimensions, in an order that is the same on every rank."""
     groups = s.lists(len(tensors), op)[2]
-    found: dict[Any, tuple[_Where, list[int]]] = {}
+    found: dict[_Where, list[int]] = {}
     for i, (t, group) in enumerate(zip(tensors, groups, strict=True)):
         where = _placement(op, t, group, dim, i)
-        key = None if where is None else (id(where[0]), where[1])
-        found.setdefault(key, (where, []))[1].append(i)
-    return list(found.values())
+        # By the mesh's value: fully_shard() without a mesh makes a new, equal one at each call.
+        found.setdefault(where, []).append(i)
+    return list(found.items())
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduced value; its gradient is that of the local part, for every rank holds the same total."""
+    """All-reduced value. Its gradient is the local part's, for every rank holds the same total."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, mesh: DeviceMesh, dims: tuple[int, ...]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, value: Tensor, mesh: DeviceMesh, dims: tuple[int, ...]) -> Tensor:
         total = value.clone()
         for mesh_dim in dims:
             dist.all_reduce(total, group=mesh.get_group(mesh_dim))
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return grad, None, None
 
 
@@ -83,7 +87,7 @@ def _total(values: list[Tensor]) -> Tensor:
 def _reduced(value: Tensor, where: _Where) -> Tensor:
     if where is None or not where[1]:
         return value
-    return cast(Tensor, _SumOverRanks.apply(value, *where))
+    return cast(Tensor, _SumOverRanks.apply(value, *where))  # type: ignore[no-untyped-call]
 
 
 def penalty(op: str, tensors: Sequence[Tensor], s: Strengths, dim: int) -> Tensor:
@@ -100,35 +104,41 @@ def add_grads_(
     op: str, tensors: Sequence[Tensor], scale: Tensor | float | None, s: Strengths, dim: int
 ) -> Tensor:
     """As _penalty_ops.add_grads_, over local shards and their gradients."""
+    for i, t in enumerate(tensors):
+        _params.check(t, op, f"params[{i}]")
     buckets = _buckets(op, tensors, s, dim)
     for i, t in enumerate(tensors):
-        grad = t.grad
+        grad = t.grad if t.is_leaf else None
         if _dispatch.is_dtensor(t) and grad is not None:
             wanted = cast(DTensor, t).placements
             if not _dispatch.is_dtensor(grad) or cast(DTensor, grad).placements != wanted:
                 raise ValueError(
-                    f"fusereg.{op}: params[{i}].grad must be a DTensor placed as its parameter, {wanted}"
+                    f"fusereg.{op}: params[{i}].grad must be a DTensor placed as its parameter, "
+                    f"{wanted}"
                 )
-    for t in tensors:
-        if t.requires_grad and t.grad is None:
-            t.grad = torch.zeros_like(t)
+    targets = _penalty_ops._own_grads(tensors, op)
     values = []
     with torch.no_grad():
         for where, indices in buckets:
             local = [_local(tensors[i]) for i in indices]
-            grads = [
-                None if (g := tensors[i].grad) is None or not tensors[i].requires_grad else _local(g)
-                for i in indices
-            ]
+            grads = [None if (g := targets[i]) is None else _local(g) for i in indices]
             value = _penalty_ops.add_grads_(op, local, grads, scale, s.select(indices), dim)
             values.append(_reduced(value, where))
+    _tell_autograd(t for t in targets if t is not None)
     return _total(values)
 
 
 def prox_(op: str, tensors: Sequence[Tensor], s: Strengths, dim: int) -> None:
-    _buckets(op, tensors, s, dim)  # raises where a group would be cut; there is nothing to communicate
+    """As _penalty_ops.prox_, over local shards; there is nothing to communicate."""
+    _buckets(op, tensors, s, dim)  # raises where a group would be cut
     with torch.no_grad():
         _penalty_ops.prox_(op, [_local(t) for t in tensors], s, dim)
+    _tell_autograd(tensors)
+
+
+def _tell_autograd(written: Iterable[Tensor]) -> None:
+    """A DTensor counts its versions apart from those of its local part, which the kernel moved."""
+    torch.autograd.graph.increment_version([t for t in written if _dispatch.is_dtensor(t)])
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -138,8 +148,9 @@ def _local(tensor: Tensor) -> Tensor:
 def zeros(tensors: Sequence[Tensor]) -> Tensor:
     """The number of exact zeros in the whole tensors, the same on every rank."""
     counts = []
-    for i, t in enumerate(tensors):
-        local = _local(t.detach())
-        count = local.numel() - torch.count_nonzero(local)
-        counts.append(_reduced(count, _placement("sparsity", t, 0.0, 0, i)))
+    with torch.no_grad():
+        for where, indices in _buckets("sparsity", tensors, Strengths(0.0, 0.0, 0.0), 0):
+            local = [_local(tensors[i]) for i in indices]
+            count = _total([t.numel() - torch.count_nonzero(t) for t in local])
+            counts.append(_reduced(count, where))
     return _total(counts)

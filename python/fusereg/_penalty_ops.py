@@ -317,9 +317,10 @@ class _Penalty(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         op, s, dim = ctx.call
+        saved = ctx.saved_tensors  # asked once: activation checkpointing allows no more
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
-        tensors = [ctx.saved_tensors[i] for i in wanted]
-        grads: list[Tensor | None] = [None] * len(ctx.saved_tensors)
+        tensors = [saved[i] for i in wanted]
+        grads: list[Tensor | None] = [None] * len(saved)
         for i, g in zip(wanted, _backward(op, grad, tensors, s.select(wanted), dim), strict=True):
             grads[i] = g
         return (None, None, None, *grads)

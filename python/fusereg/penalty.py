@@ -1,11 +1,11 @@
-"""Weight penalties for training loops: the fused gradient, and the object that people put in them."""
+"""Weight penalties for training loops: the fused gradient, and the object that holds them."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,27 +28,29 @@ def add_penalty_grad_(
 
     For the penalty
 
-    .. math:: R(w) = l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2 + group \sum_g \sqrt{n_g}\,\|w_g\|_2
+    .. math:: R(w) = l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2
+                     + group \sum_g \sqrt{n_g}\,\|w_g\|_2
 
-    (groups along dimension 0) this does what ``R.backward()`` does after ``loss.backward()``, but reads
-    each weight once and reads and writes each gradient once: 12 bytes an element in float32. Call it
-    after ``backward()`` and before the optimizer's step. There is no host synchronization.
+    (groups along dimension 0) this does what ``R.backward()`` does after ``loss.backward()``, but
+    reads each weight once and reads and writes each gradient once: 12 bytes an element in float32.
+    Call it after ``backward()`` and before the optimizer's step. There is no host synchronization.
 
     Args:
         params: a tensor, an iterable of tensors, or a module. Any mix of float64, float32, float16,
             bfloat16, devices and layouts. A missing ``.grad`` is created. A tensor that needs no
             gradient counts in the value only.
         l1, l2, group: strengths >= 0, one number or one per tensor.
-        grad_scale: what the loss was multiplied by before ``backward()``, as a ``GradScaler`` does, so
-            that unscaling gives the right sum: a number or a 0-d tensor (read on the device).
+        grad_scale: what the loss was multiplied by before ``backward()``, as a ``GradScaler`` does,
+            so that unscaling gives the right sum: a number or a 0-d tensor (read on the device).
             The returned value is not scaled.
 
     Returns:
         R as a 0-d tensor on the first tensor's device, float32 (float64 if any input is), detached.
 
     Raises:
-        TypeError, ValueError: as :func:`fusereg.functional.l1_penalty`; also for tensors that are not
-            leaves, and where two tensors share one gradient's memory. No gradient has changed then.
+        TypeError, ValueError: as :func:`fusereg.functional.l1_penalty`; also for tensors that are
+            not leaves, and where two tensors share one gradient's memory. No gradient has changed
+            then.
 
     Example:
         >>> loss.backward()
@@ -73,8 +75,8 @@ def _check_scale(scale: Tensor | float | None, op: str) -> Tensor | float | None
     if isinstance(scale, Tensor):
         if scale.numel() != 1 or not scale.is_floating_point():
             raise ValueError(
-                f"fusereg.{op}: grad_scale must be a number or a floating-point tensor of one element, "
-                f"got shape {tuple(scale.shape)} of {scale.dtype}"
+                f"fusereg.{op}: grad_scale must be a number or a floating-point tensor of one "
+                f"element, got shape {tuple(scale.shape)} of {scale.dtype}"
             )
         return scale.detach()
     if scale is not None and not isinstance(scale, (int, float)):
@@ -159,6 +161,7 @@ class PenaltyGroup:
 
 
 Rule = Mapping[str, float] | None
+_Key: TypeAlias = str | type[nn.Module]
 
 
 class WeightPenalty:
@@ -167,28 +170,32 @@ class WeightPenalty:
     .. math:: R = \sum_w l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2
                   + group \sum_g \sqrt{n_g}\,\|w_g\|_2
 
-    with :math:`l_2 \sum w_i^2` in the middle for ``half=False``, and groups along dimension 0. Use one of::
+    with :math:`l_2 \sum w_i^2` in the middle for ``half=False``, and groups along dimension 0. Use
+    one of::
 
         loss = criterion(model(x), y) + penalty.penalty()      # a term in the loss, or
         loss.backward(); penalty.add_grad_()                   # after backward: one pass, faster
 
     Args:
-        model: the module whose parameters are penalized. Parameters are looked up now; after replacing
-            some (``fully_shard``, ``to_empty``, new layers), call :meth:`refresh`. Tied parameters count
-            once.
+        model: the module whose parameters are penalized. Parameters are looked up now; after
+            replacing some (``fully_shard``, ``to_empty``, new layers), call :meth:`refresh`. Tied
+            parameters count once, under the first of their names.
         l1, l2, group: strengths >= 0.
         half: whether the L2 term carries the factor 1/2 (so that its gradient is ``l2 * w``).
-        exclude: what is not penalized: ``"bias"`` (parameters named bias), ``"norm"`` (parameters of
-            normalization layers), name patterns (``"head.*"``), or module types.
-        rules: other strengths for some: name patterns or module types to a mapping with ``l1``, ``l2``,
-            ``group`` (those missing keep their default), or to None for no penalty. The last match wins.
-            What ``exclude`` names stays excluded. A pattern that concerns no parameter is an error.
+        exclude: what is not penalized: ``"bias"`` (parameters named so: ``bias``, ``in_proj_bias``,
+            ``bias_ih_l0``), ``"norm"`` (parameters of normalization layers), name patterns
+            (``"head.*"``), or types of the modules that hold the parameters.
+        rules: other strengths for some: names, patterns or types as in ``exclude`` to a mapping with
+            ``l1``, ``l2``, ``group`` (those missing keep their default), or to None for no penalty.
+            The last match wins. What ``exclude`` names stays excluded. A pattern that concerns no
+            parameter is an error.
         schedule: a function of the number of :meth:`step` calls so far that gives a factor for all
             strengths, e.g. ``lambda t: min(1.0, t / 1000)`` for a warm-up.
 
     Attributes:
-        groups: a list of :class:`PenaltyGroup`, one per distinct rule; their strengths may be set between
-            steps, and so may ``l1``, ``l2``, ``group`` of the whole, which are those of the default group.
+        groups: a list of :class:`PenaltyGroup`, the default one and then one per rule; their
+            strengths may be set between steps, and so may ``l1``, ``l2``, ``group`` of the whole,
+            which are those of the default group.
 
     Example:
         >>> penalty = fusereg.WeightPenalty(model, l1=1e-5, l2=1e-4, rules={"head.*": {"l1": 0.0}})
@@ -207,15 +214,16 @@ class WeightPenalty:
         l2: float = 0.0,
         group: float = 0.0,
         half: bool = True,
-        exclude: Iterable[str | type[nn.Module]] = ("bias", "norm"),
-        rules: Mapping[str | type[nn.Module], Rule] | None = None,
+        exclude: Iterable[_Key] | _Key = ("bias", "norm"),
+        rules: Mapping[_Key, Rule] | None = None,
         schedule: Callable[[int], float] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"fusereg.WeightPenalty: model must be a torch.nn.Module, got {type(model).__name__}"
+                "fusereg.WeightPenalty: model must be a torch.nn.Module, "
+                f"got {type(model).__name__}"
             )
-        if isinstance(exclude, str):
+        if isinstance(exclude, (str, type)):
             exclude = (exclude,)
         self.half = half
         self.schedule = schedule
@@ -225,9 +233,14 @@ class WeightPenalty:
         self._rules = dict(rules or {})
         self._check_keys()
         defaults = _check_strengths({"l1": l1, "l2": l2, "group": group}, "WeightPenalty")
-        self.groups: list[PenaltyGroup] = []
+        groups = [PenaltyGroup(self._DEFAULT, [], [], **defaults)]
+        for key, label in self._labels().items():
+            if (rule := self._rules[key]) is not None:
+                own = _check_strengths(rule, f"WeightPenalty: the rule for {label}")
+                groups.append(PenaltyGroup(label, [], [], **{**defaults, **own}))
+        self.groups = groups
         self.excluded: list[str] = []
-        self._build(defaults, {})
+        self.refresh()
 
     # -- what is penalized --
 
@@ -247,39 +260,47 @@ class WeightPenalty:
                     f'{{"l1": 1e-4}} or None, got {rule!r}'
                 )
 
-    def _build(self, defaults: dict[str, float], strengths: dict[str, dict[str, float]]) -> None:
-        groups: dict[str, PenaltyGroup] = {
-            self._DEFAULT: PenaltyGroup(self._DEFAULT, [], [], **defaults)
-        }
-        for key, rule in self._rules.items():
-            if rule is not None:
-                label = _label(key)
-                own = {**defaults, **_check_strengths(rule, f"WeightPenalty: the rule for {label}")}
-                groups[label] = PenaltyGroup(label, [], [], **strengths.get(label, own))
+    def _labels(self) -> dict[_Key, str]:
+        """A name for each rule; distinct ones, also where two types are called the same."""
+        labels: dict[_Key, str] = {}
+        for key in self._rules:
+            label, n = _label(key), 1
+            while label == self._DEFAULT or label in labels.values():
+                n += 1
+                label = f"{_label(key)} ({n})"
+            labels[key] = label
+        return labels
+
+    def refresh(self) -> None:
+        """Looks up the model's parameters again, keeping the groups and their strengths.
+
+        Raises:
+            ValueError: a pattern concerns no parameter. Nothing has changed then.
+        """
+        labels = self._labels()
+        members: dict[str, list[tuple[str, Tensor]]] = {g.label: [] for g in self.groups}
         excluded = []
-        unmatched = {k for k in (*self._exclude, *self._rules) if k not in ("bias", "norm")}
+        without_match = {k for k in self._exclude if k not in ("bias", "norm")}
+        without_effect = set(self._rules)
         for name, param, module in _named_parameters(self._model):
             out = [k for k in self._exclude if _matches(k, name, module)]
             found = [] if out else [k for k in self._rules if _matches(k, name, module)]
-            unmatched.difference_update(found, out)
+            without_match.difference_update(out)
+            without_effect.difference_update(found)
             if out or (found and self._rules[found[-1]] is None):
                 excluded.append(name)
-                continue
-            target = groups[_label(found[-1]) if found else self._DEFAULT]
-            target.names.append(name)
-            target.params.append(param)
-        if unmatched:
-            patterns = ", ".join(sorted(_label(k) for k in unmatched))
+            else:
+                label = labels[found[-1]] if found else self._DEFAULT
+                members[label].append((name, param))
+        if without_match or without_effect:
+            patterns = ", ".join(sorted(_label(k) for k in without_match | without_effect))
             raise ValueError(
                 f"fusereg.WeightPenalty: no parameter (that is not excluded) matches {patterns}"
             )
-        self.groups = list(groups.values())
+        for g in self.groups:
+            g.names = [name for name, _ in members[g.label]]
+            g.params = [param for _, param in members[g.label]]
         self.excluded = excluded
-
-    def refresh(self) -> None:
-        """Looks up the model's parameters again, keeping the strengths."""
-        strengths = {g.label: {"l1": g.l1, "l2": g.l2, "group": g.group} for g in self.groups}
-        self._build(strengths[self._DEFAULT], strengths)
 
     def _default(self) -> PenaltyGroup:
         return self.groups[0]
@@ -377,11 +398,19 @@ class WeightPenalty:
         """Takes over strengths and step count. Nothing changes if the state is of another model.
 
         Raises:
-            ValueError: the state's groups or parameter names are not this penalty's.
+            ValueError: this is no such state, or its groups or parameter names are not this
+                penalty's, or a strength is negative or not finite.
         """
-        if not isinstance(state, Mapping) or state.get("version") != 1:
-            raise ValueError("fusereg.WeightPenalty: this is no state of a WeightPenalty (version 1)")
-        saved = state["groups"]
+        try:
+            if state["version"] != 1:
+                raise ValueError(f"version {state['version']}")
+            saved = {label: dict(group) for label, group in state["groups"].items()}
+            names = {label: list(group.pop("names")) for label, group in saved.items()}
+            steps, half = int(state["steps"]), bool(state["half"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"fusereg.WeightPenalty: this is no state of a WeightPenalty (version 1): {error!r}"
+            ) from error
         here = {g.label: g for g in self.groups}
         if set(saved) != set(here):
             raise ValueError(
@@ -390,14 +419,11 @@ class WeightPenalty:
             )
         loaded = {}
         for label, g in here.items():
-            if list(saved[label]["names"]) != g.names:
+            if names[label] != g.names:
                 raise ValueError(
                     f"fusereg.WeightPenalty: group '{label}' of the state names other parameters"
                 )
-            loaded[label] = _check_strengths(
-                {k: saved[label][k] for k in ("l1", "l2", "group")}, "WeightPenalty.load_state_dict"
-            )
-        steps, half = int(state["steps"]), bool(state["half"])
+            loaded[label] = _check_strengths(saved[label], "WeightPenalty.load_state_dict")
         for label, strengths in loaded.items():
             for name, strength in strengths.items():
                 setattr(here[label], name, strength)
@@ -410,7 +436,8 @@ class WeightPenalty:
         for g in self.groups:
             if not g.names:
                 continue
-            numel = sum(p.numel() for p in g.params)
+            # A lazy module's parameter has no size before the first forward.
+            numel = sum(0 if nn.parameter.is_lazy(p) else p.numel() for p in g.params)
             lines.append(
                 f"  {g.label}: l1={g.l1:g}, l2={g.l2:g}, group={g.group:g} on "
                 f"{len(g.names)} tensors, {numel:,} elements: {_shortened(g.names)}"
@@ -447,18 +474,19 @@ def _named_parameters(model: nn.Module) -> Iterable[tuple[str, Tensor, nn.Module
                 yield (f"{prefix}.{name}" if prefix else name), param, module
 
 
-def _matches(key: str | type[nn.Module], name: str, module: nn.Module) -> bool:
+def _matches(key: _Key, name: str, module: nn.Module) -> bool:
     if isinstance(key, type):
         return isinstance(module, key)
     if key == "bias":
-        return name.rpartition(".")[2].endswith("bias")
+        own = name.rpartition(".")[2]
+        return own.endswith("bias") or "bias" in own.split("_")  # bias_ih_l0 of recurrent layers
     if key == "norm":
         # By name, so that everybody's normalization layers are known: LlamaRMSNorm, BatchNormAct2d.
         return any("norm" in base.__name__.lower() for base in type(module).__mro__)
     return fnmatch.fnmatchcase(name, key)
 
 
-def _label(key: str | type[nn.Module]) -> str:
+def _label(key: _Key) -> str:
     return key if isinstance(key, str) else key.__name__
 
 

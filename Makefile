@@ -1,0 +1,124 @@
+# Everything happens in ./.venv and ./build; nothing else on the machine is touched.
+#
+#   make demo     trains on real handwritten digits with every technique: table and plots
+#   make test     the whole suite, the CUDA kernels on the host included
+#   make bench    the benchmarks, as a table and as JSON      (BENCH="penalty --quick" for less)
+#   make lint     ruff, mypy --strict, clang-format
+#   make wheel    a wheel and an sdist in ./dist
+#   make clean    removes ./build and ./dist; `make distclean` ./.venv as well
+#
+# PYTHON=python3.12 picks another Python (3.10 or newer); FUSEREG_CUDA=OFF leaves the CUDA kernels out.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+FUSEREG_CUDA ?= AUTO
+DEMO ?=
+BENCH ?= --all
+PYTEST ?=
+# Without a GPU the CUDA kernels are only checked to compile, and for that one architecture is enough.
+ARCHITECTURES ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo native || echo 90)
+
+VENV := $(CURDIR)/.venv
+export PATH := $(VENV)/bin:$(PATH)
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
+NATIVE := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
+# An editable install knows its Python files by name: a new one wants a new install.
+PYTHON_FILES := $(sort $(shell find python bench -name '*.py'))
+HOST_BUILD := build/cuda_on_host
+HOST_MODULE := $(HOST_BUILD)/.built
+
+say = printf '\n== %s\n' "$(1)"
+# A build's progress, line by line; all that it said if it fails.
+follow = > build/$(1).log 2>&1 & pid=$$!; \
+	tail -f --pid=$$pid -n +1 build/$(1).log 2>/dev/null | grep --line-buffered -E '^ *(\[[0-9]+/|-- fusereg|CMake Error|.*error:)' || true; \
+	wait $$pid || { cat build/$(1).log >&2; echo "the build failed; README.md, 'When the build fails', may help" >&2; exit 1; }
+
+.PHONY: help
+help:
+	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
+
+# --- the environment --------------------------------------------------------------------------------
+
+$(VENV)/.python:
+	@$(call say,creating .venv with $(PYTHON))
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"fusereg needs Python 3.10 or newer, this is {v[0]}.{v[1]}; do: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -m venv "$(VENV)" || { echo "Python has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@touch $@
+
+# Torch first and pinned: a looser request is answered with the registry's newest CUDA build.
+$(VENV)/.tools: constraints.txt | $(VENV)/.python
+	@$(call say,installing torch and the build tools (some 200 MB the first time))
+	@$(PIP) install -c constraints.txt torch numpy setuptools "scikit-build-core>=0.11" "pybind11>=3" "apache-tvm-ffi>=0.1.3" "cmake>=3.24,<5" ninja
+	@touch $@
+
+build/.python-files: FORCE
+	@mkdir -p build
+	@echo "$(PYTHON_FILES)" | cmp -s - $@ || echo "$(PYTHON_FILES)" > $@
+.PHONY: FORCE
+
+# Editable: Python files are used where they lie. The build folder stays, so only what changed is compiled.
+$(VENV)/.installed: $(NATIVE) build/.python-files | $(VENV)/.tools
+	@$(call say,building fusereg (CUDA $(FUSEREG_CUDA)))
+	@command -v c++ >/dev/null || { echo "no C++ compiler; on Debian and Ubuntu: apt-get install g++" >&2; exit 1; }
+	@mkdir -p build
+	@$(PIP) install -v --no-build-isolation --no-deps -c constraints.txt -Cbuild-dir=build/dev \
+	    -Ccmake.define.FUSEREG_CUDA=$(FUSEREG_CUDA) -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=$(ARCHITECTURES) \
+	    -e . $(call follow,install)
+	@touch $@
+
+# The extras' packages, found in the metadata of the package that is installed now.
+$(VENV)/.extras: pyproject.toml | $(VENV)/.installed
+	@$(call say,installing what the demo, the tests and the benchmarks use)
+	@$(PIP) install -c constraints.txt "fusereg[demo,bench,test,lint]"
+	@touch $@
+
+.PHONY: env
+env: $(VENV)/.installed $(VENV)/.extras
+
+# The CUDA kernels as host C++ under the sanitizers: one more backend for the same tests.
+$(HOST_MODULE): $(NATIVE) $(wildcard tests/cuda_on_host/*.*) | $(VENV)/.tools
+	@$(call say,building the CUDA kernels for the host (AddressSanitizer and UBSan))
+	@mkdir -p $(HOST_BUILD)
+	@(cmake -S . -B $(HOST_BUILD) -G Ninja -DFUSEREG_CUDA=OFF -DFUSEREG_CUDA_ON_HOST=ON \
+	    -DPython_EXECUTABLE="$(VENV)/bin/python" && cmake --build $(HOST_BUILD) --target _C_cuda_on_host) $(call follow,host)
+	@touch $@
+
+# --- what one runs ----------------------------------------------------------------------------------
+
+.PHONY: demo test bench lint wheel clean distclean
+demo: env
+	@$(VENV)/bin/fusereg demo $(DEMO)
+
+test: env $(HOST_MODULE)
+	@$(call say,the suite: CPU kernels of every instruction set)
+	@$(VENV)/bin/python -m pytest $(PYTEST)
+	@$(call say,the suite again: CUDA kernels on the host)
+	@tests/cuda_on_host/run.sh $(HOST_BUILD) $(PYTEST)
+
+bench: env
+	@$(VENV)/bin/fusereg bench $(BENCH)
+
+lint: env
+	@$(call say,ruff)
+	@ruff check . && ruff format --check .
+	@$(call say,mypy --strict)
+	@mypy
+	@$(call say,clang-format)
+	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run --Werror
+
+wheel: $(VENV)/.tools
+	@$(call say,building a wheel and an sdist in dist/)
+	@$(PIP) install -q -c constraints.txt build
+	@mkdir -p build
+	@$(VENV)/bin/python -m build --no-isolation --outdir dist $(call follow,wheel)
+	@ls -l dist
+
+clean:
+	rm -rf build dist
+
+distclean: clean
+	rm -rf "$(VENV)"

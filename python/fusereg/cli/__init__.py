@@ -1,0 +1,5 @@
+"""The command line: `fusereg info`, `fusereg demo`, `fusereg bench`."""
+
+from fusereg.cli.app import main
+
+__all__ = ["main"]

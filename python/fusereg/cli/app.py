@@ -1,0 +1,97 @@
+"""Parses the command line, runs one command, turns errors into one line and an exit code.
+
+Exit codes: 0 all is well; 1 the command ran and something failed (a kernel's result is wrong, a
+file cannot be written); 2 the command line or the input data are wrong.
+
+A command is a module of this package with `add_parser(subparsers)` and `run(args) -> int`, and one
+word in COMMANDS. It imports nothing heavy at the top: all are loaded for `fusereg --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import fusereg
+from fusereg.cli.errors import InputError
+
+COMMANDS = ("info", "demo", "bench")
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # what shells report for a program that SIGINT ended
+
+
+class Command(Protocol):
+    """What each command's module provides."""
+
+    def add_parser(self, subparsers: argparse._SubParsersAction[Any]) -> object: ...
+
+    def run(self, args: argparse.Namespace) -> int: ...
+
+
+def _command(name: str) -> Command:
+    return cast(Command, importlib.import_module(f"fusereg.cli.{name}"))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="fusereg",
+        description="Regularization techniques for PyTorch as fused C++/CUDA kernels.",
+        epilog="Exit codes: 0 all is well, 1 something failed, 2 wrong usage or input data.",
+    )
+    parser.add_argument("--version", action="version", version=f"fusereg {fusereg.__version__}")
+    parser.add_argument(
+        "--traceback",
+        action="store_true",
+        help="show the full traceback of an error, for bug reports",
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name in COMMANDS:
+        _command(name).add_parser(subparsers)
+    return parser
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        text = str(error)
+    text = " ".join(text.split()) or type(error).__name__
+    return text if isinstance(error, InputError | OSError) else f"{type(error).__name__}: {text}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `fusereg` with these arguments (None: the process's own) and gives its exit code."""
+    parser = build_parser()
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has already printed its line, or the help
+        return stop.code if isinstance(stop.code, int) else EXIT_USAGE
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return EXIT_USAGE
+    try:
+        code = _command(args.command).run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print(f"fusereg {args.command}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`fusereg info | head`) has left. Python would complain once more when it
+        # flushes stdout at exit, so give it somewhere to flush to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        if args.traceback:
+            traceback.print_exc()
+        print(f"fusereg {args.command}: error: {_one_line(error)}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, InputError) else EXIT_FAILED

@@ -1,0 +1,69 @@
+"""``fusereg bench``: how fast the kernels are on this machine, next to the other ways to do it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_DESCRIPTION = """\
+Measures the kernels against eager PyTorch, torch._foreach and torch.compile on this machine, all
+interleaved, and against a copy that moves as many bytes. Losses are shown like wins. Close other
+programs first; a full run takes minutes, and Ctrl-C keeps what has been measured.
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds the command and its arguments."""
+    parser = subparsers.add_parser(
+        "bench", help="benchmark the kernels on this machine", description=_DESCRIPTION
+    )
+    parser.add_argument(
+        "technique", nargs="?", help="the technique to measure, such as penalty; default: each"
+    )
+    parser.add_argument("--all", action="store_true", help="float32 and bfloat16, not only float32")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda", "auto"), default="auto", help="default: CUDA if there"
+    )
+    parser.add_argument("--dtype", metavar="NAMES", help="such as float32,bfloat16")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's")
+    parser.add_argument(
+        "--only", metavar="PATTERN", help="only cases whose name has this in it (* and ? allowed)"
+    )
+    parser.add_argument("--providers", metavar="NAMES", help="such as eager,fusereg; default: all")
+    parser.add_argument("--list", action="store_true", help="print the cases' names and stop")
+    parser.add_argument(
+        "--quick", action="store_true", help="seconds: few rounds, small work, no torch.compile"
+    )
+    parser.add_argument(
+        "--min-time", type=float, metavar="S", help="sampling time a provider and case (0.5)"
+    )
+    parser.add_argument(
+        "--compile-limit",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="give up a torch.compile after so many seconds (120)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write rows, samples and machine")
+    parser.add_argument("--plot", metavar="FILE.png", help="write percent of copy against bytes")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print a Markdown table instead of the wide one"
+    )
+    parser.add_argument(
+        "--from",
+        dest="read",
+        metavar="FILE",
+        help="measure nothing: show a file that --json wrote (with --markdown, --plot)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures and reports; returns the exit status."""
+    # By name, and only now: the package lies in the repository's bench/ and is put here by the
+    # build, and `fusereg --help` must not wait for it.
+    command = importlib.import_module("fusereg.bench.command")
+    return int(command.run(args))

