@@ -186,7 +186,7 @@ class WeightPenalty:
             ``bias_ih_l0``), ``"norm"`` (parameters of normalization layers), name patterns
             (``"head.*"``), or types of the modules that hold the parameters.
         rules: other strengths for some: names, patterns or types as in ``exclude`` to a mapping with
-            ``l1``, ``l2``, ``group`` (those missing keep their default), or to None for no penalty.
+            ``l1``, ``l2``, ``group`` (those missing keep their default) or to None for no penalty.
             The last match wins. What ``exclude`` names stays excluded. A pattern that concerns no
             parameter is an error.
         schedule: a function of the number of :meth:`step` calls so far that gives a factor for all
@@ -404,8 +404,9 @@ class WeightPenalty:
         try:
             if state["version"] != 1:
                 raise ValueError(f"version {state['version']}")
-            saved = {label: dict(group) for label, group in state["groups"].items()}
-            names = {label: list(group.pop("names")) for label, group in saved.items()}
+            saved = dict(state["groups"])
+            names = {label: list(g["names"]) for label, g in saved.items()}
+            strengths = {k: {n: g[n] for n in ("l1", "l2", "group")} for k, g in saved.items()}
             steps, half = int(state["steps"]), bool(state["half"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -417,16 +418,14 @@ class WeightPenalty:
                 f"fusereg.WeightPenalty: the state has groups {sorted(saved)}, "
                 f"this penalty has {sorted(here)}"
             )
-        loaded = {}
         for label, g in here.items():
             if names[label] != g.names:
                 raise ValueError(
                     f"fusereg.WeightPenalty: group '{label}' of the state names other parameters"
                 )
-            loaded[label] = _check_strengths(saved[label], "WeightPenalty.load_state_dict")
-        for label, strengths in loaded.items():
-            for name, strength in strengths.items():
-                setattr(here[label], name, strength)
+            _check_strengths(strengths[label], "WeightPenalty.load_state_dict")
+        for label, g in here.items():
+            g.l1, g.l2, g.group = (float(s) for s in strengths[label].values())
         self.steps, self.half = steps, half
 
     def __repr__(self) -> str:
