@@ -135,6 +135,16 @@ FUSEREG_INLINE T from_compute(Compute<T> x) {
   }
 }
 
+// |w|, and a number with another one's sign bit added. simd.h has them for vectors.
+FUSEREG_INLINE float abs(float w) { return __builtin_fabsf(w); }
+FUSEREG_INLINE double abs(double w) { return __builtin_fabs(w); }
+FUSEREG_INLINE float with_sign_of(float magnitude, float sign) {
+  return __builtin_copysignf(magnitude, sign);
+}
+FUSEREG_INLINE double with_sign_of(double magnitude, double sign) {
+  return __builtin_copysign(magnitude, sign);
+}
+
 inline constexpr int dtype_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }

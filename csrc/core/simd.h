@@ -68,10 +68,9 @@ FUSEREG_INLINE Vector<float> load(const BFloat16* p) {
 }
 FUSEREG_INLINE void store(BFloat16* p, Vector<float> v) {
   const U32Vector u = bit_cast<U32Vector>(v);
-  const U32Vector nan = bit_cast<U32Vector>(v != v);
-  const U32Vector rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const U32Vector quiet = (u >> 16) | 0x40u;
-  const U16Vector bits = __builtin_convertvector((quiet & nan) | (rounded & ~nan), U16Vector);
+  const U32Vector rounded = u + (((u >> 16) & 1u) + 0x7fffu);
+  const U32Vector quiet = u | 0x400000u;
+  const U16Vector bits = __builtin_convertvector((v != v ? quiet : rounded) >> 16, U16Vector);
   memcpy(p, &bits, sizeof(bits));
 }
 
@@ -113,13 +112,45 @@ FUSEREG_INLINE void store_partial(T* p, Vector<Compute<T>> v, std::int64_t n) {
   memcpy(p, buffer, static_cast<std::size_t>(n) * sizeof(T));
 }
 
-// |v| by clearing the sign bit.
-FUSEREG_INLINE Vector<float> abs(Vector<float> v) {
-  return bit_cast<Vector<float>>(bit_cast<U32Vector>(v) & 0x7fffffffu);
-}
 typedef std::uint64_t U64Vector __attribute__((vector_size(kVectorBytes)));
-FUSEREG_INLINE Vector<double> abs(Vector<double> v) {
-  return bit_cast<Vector<double>>(bit_cast<U64Vector>(v) & 0x7fffffffffffffffull);
+
+// Adds a vector's elements, widened, to as many float64 sums in memory order.
+FUSEREG_INLINE void add_widened(Vector<float> v, Vector<double> (&sums)[2]) {
+  typedef float HalfVector __attribute__((vector_size(kVectorBytes / 2)));
+  struct Halves {
+    HalfVector low, high;
+  };
+  const auto halves = bit_cast<Halves>(v);
+#if defined(__AVX512F__)
+  // GCC 12 would convert by quarters.
+  sums[0] += _mm512_cvtps_pd(halves.low);
+  sums[1] += _mm512_cvtps_pd(halves.high);
+#else
+  sums[0] += __builtin_convertvector(halves.low, Vector<double>);
+  sums[1] += __builtin_convertvector(halves.high, Vector<double>);
+#endif
 }
+FUSEREG_INLINE void add_widened(Vector<double> v, Vector<double> (&sums)[1]) { sums[0] += v; }
 
 }  // namespace fusereg::FUSEREG_ISA
+
+namespace fusereg {
+
+// As the scalar functions of dtype.h, in the same namespace: one set of overloads for formulas that serve
+// numbers and vectors. They have internal linkage, so each instruction set keeps its own.
+FUSEREG_INLINE FUSEREG_ISA::Vector<float> abs(FUSEREG_ISA::Vector<float> v) {
+  return bit_cast<FUSEREG_ISA::Vector<float>>(bit_cast<FUSEREG_ISA::U32Vector>(v) & 0x7fffffffu);
+}
+FUSEREG_INLINE FUSEREG_ISA::Vector<double> abs(FUSEREG_ISA::Vector<double> v) {
+  return bit_cast<FUSEREG_ISA::Vector<double>>(bit_cast<FUSEREG_ISA::U64Vector>(v) & 0x7fffffffffffffffull);
+}
+FUSEREG_INLINE FUSEREG_ISA::Vector<float> with_sign_of(FUSEREG_ISA::Vector<float> magnitude, FUSEREG_ISA::Vector<float> sign) {
+  return bit_cast<FUSEREG_ISA::Vector<float>>(bit_cast<FUSEREG_ISA::U32Vector>(magnitude) |
+                                 (bit_cast<FUSEREG_ISA::U32Vector>(sign) & 0x80000000u));
+}
+FUSEREG_INLINE FUSEREG_ISA::Vector<double> with_sign_of(FUSEREG_ISA::Vector<double> magnitude, FUSEREG_ISA::Vector<double> sign) {
+  return bit_cast<FUSEREG_ISA::Vector<double>>(bit_cast<FUSEREG_ISA::U64Vector>(magnitude) |
+                                  (bit_cast<FUSEREG_ISA::U64Vector>(sign) & 0x8000000000000000ull));
+}
+
+}  // namespace fusereg

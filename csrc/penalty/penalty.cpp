@@ -14,7 +14,7 @@ using namespace ::fusereg::FUSEREG_ISA;
 
 constexpr int kLanes = 32;
 constexpr int kStepsPerFlush = 8;  // float32 terms a lane adds before it goes to float64
-constexpr std::int64_t kFlush = kLanes * kStepsPerFlush;
+constexpr std::int64_t kFlush = kLanes * kStepsPerFlush;  // elements
 
 // Which terms are there; a strength of 0 must not touch inf or NaN.
 enum class Terms { kL1, kL2, kBoth };
@@ -24,19 +24,15 @@ constexpr bool has_l2(Terms t) { return t != Terms::kL1; }
 constexpr bool gives_sums(Op op) { return op == Op::kValue || op == Op::kAddGrad; }
 
 // Lane i and lane i + width, until one is left.
-FUSEREG_INLINE double add_lanes(double* lanes) {
+template <int kVectors, int kWide>
+FUSEREG_INLINE double add_lanes(const Vector<double> (&sums)[kVectors][kWide]) {
+  double lanes[kLanes];
+  static_assert(sizeof(lanes) == sizeof(sums), "one sum a lane");
+  memcpy(lanes, sums, sizeof(lanes));
   for (int i = 0; i < 16; ++i) lanes[i] += lanes[i + 16];
   for (int i = 0; i < 8; ++i) lanes[i] += lanes[i + 8];
   for (int i = 0; i < 4; ++i) lanes[i] += lanes[i + 4];
   return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
-}
-
-// The lanes of one flush, widened, onto the running sums.
-template <class C>
-FUSEREG_INLINE void flush(const Vector<C>* sums, double* lanes) {
-  C narrow[kLanes];
-  memcpy(narrow, sums, sizeof(narrow));
-  for (int i = 0; i < kLanes; ++i) lanes[i] += static_cast<double>(narrow[i]);
 }
 
 FUSEREG_INLINE bool is_finite(double x) { return x - x == 0.0; }
@@ -48,7 +44,7 @@ FUSEREG_INLINE Vector<Compute<T>> gradient_or_prox(Vector<Compute<T>> w, Vector<
   using V = Vector<Compute<T>>;
   if constexpr (op == Op::kProx) {
     // Here l2 holds the factor.
-    return positive_zero<T>(soft_threshold(w, l1) * l2);
+    return soft_threshold<T>(w, l1, l2);
   } else {
     V d = op == Op::kAddGrad ? g : V{};
     if constexpr (has_l1(terms)) d += l1 * sign(w);
@@ -80,42 +76,55 @@ Sums elements(T* w, T* g, std::int64_t n, const Coefficients& c) {
   const V l2 = broadcast(static_cast<C>(prox ? c.scale : c.l2 * c.scale));
   T* const out = prox ? w : g;
 
-  double absolute[kLanes] = {};
-  double square[kLanes] = {};
-  for (std::int64_t base = 0; base < n; base += kFlush) {
-    const std::int64_t end = n - base < kFlush ? n - base : kFlush;
-    V sum_absolute[kVectors] = {};
-    V sum_square[kVectors] = {};
-    auto add = [&](int v, V x) __attribute__((always_inline)) {
-      if constexpr (kSums && has_l1(terms)) sum_absolute[v] += abs(x);
-      if constexpr (kSums && has_l2(terms)) sum_square[v] += x * x;
-    };
-    std::int64_t i = base;
-    for (const std::int64_t whole = base + end / kLanes * kLanes; i < whole; i += kLanes) {
-#pragma GCC unroll 8
+  constexpr int kWide = static_cast<int>(sizeof(double) / sizeof(C));
+  Vector<double> absolute[kVectors][kWide] = {};
+  Vector<double> square[kVectors][kWide] = {};
+  V step_absolute[kVectors] = {};
+  V step_square[kVectors] = {};
+  auto add = [&](int v, V x) __attribute__((always_inline)) {
+    if constexpr (kSums && has_l1(terms)) step_absolute[v] += abs(x);
+    if constexpr (kSums && has_l2(terms)) step_square[v] += x * x;
+  };
+  auto flush = [&]() __attribute__((always_inline)) {
+    if constexpr (kSums) {
       for (int v = 0; v < kVectors; ++v) {
-        const V x = load(w + i + v * kW);
-        add(v, x);
-        if constexpr (op != Op::kValue) {
-          V before{};
-          if constexpr (op == Op::kAddGrad) before = load(g + i + v * kW);
-          store(out + i + v * kW, gradient_or_prox<T, op, terms>(x, before, l1, l2));
-        }
+        if constexpr (has_l1(terms)) add_widened(step_absolute[v], absolute[v]);
+        if constexpr (has_l2(terms)) add_widened(step_square[v], square[v]);
+        step_absolute[v] = step_square[v] = V{};
       }
     }
-    for (int v = 0; i < base + end; i += kW, ++v) {
-      const std::int64_t rest = base + end - i < kW ? base + end - i : kW;
-      const V x = load_partial(w + i, rest);
+  };
+  auto step = [&](std::int64_t i) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const std::int64_t at = i + v * kW;
+      const V x = load(w + at);
       add(v, x);
       if constexpr (op != Op::kValue) {
         V before{};
-        if constexpr (op == Op::kAddGrad) before = load_partial(g + i, rest);
-        store_partial(out + i, gradient_or_prox<T, op, terms>(x, before, l1, l2), rest);
+        if constexpr (op == Op::kAddGrad) before = load(g + at);
+        store(out + at, gradient_or_prox<T, op, terms>(x, before, l1, l2));
       }
     }
-    if constexpr (kSums && has_l1(terms)) flush<C>(sum_absolute, absolute);
-    if constexpr (kSums && has_l2(terms)) flush<C>(sum_square, square);
+  };
+
+  std::int64_t i = 0;
+  for (; n - i >= kFlush; i += kFlush) {
+    for (int s = 0; s < kStepsPerFlush; ++s) step(i + s * kLanes);
+    flush();
   }
+  for (; n - i >= kLanes; i += kLanes) step(i);
+  for (int v = 0; i < n; i += kW, ++v) {
+    const std::int64_t rest = n - i < kW ? n - i : kW;
+    const V x = load_partial(w + i, rest);
+    add(v, x);
+    if constexpr (op != Op::kValue) {
+      V before{};
+      if constexpr (op == Op::kAddGrad) before = load_partial(g + i, rest);
+      store_partial(out + i, gradient_or_prox<T, op, terms>(x, before, l1, l2), rest);
+    }
+  }
+  flush();
   Sums sums;
   if constexpr (kSums) {
     if constexpr (has_l1(terms)) sums.absolute = add_lanes(absolute);
@@ -192,7 +201,7 @@ template <class T>
 double shrunk_square(const T* w, std::int64_t n, double threshold) {
   double square = 0.0;
   for (std::int64_t i = 0; i < n; ++i) {
-    const double x = soft_threshold(static_cast<double>(to_compute(w[i])), threshold);
+    const double x = soft_threshold<double>(static_cast<double>(to_compute(w[i])), threshold, 1.0);
     square += x * x;
   }
   return square;
@@ -278,7 +287,7 @@ double column_tile(T* w, T* g, const Item& item, double scale, std::int64_t begi
       const T* const line = w + first + o * stride;
       for (int i = 0; i < columns; i += kW) {
         V x = i + kW <= columns ? load(line + i) : load_partial(line + i, columns - i);
-        if (prox) x = soft_threshold(x, threshold);
+        if (prox) x = soft_threshold<C>(x, threshold, broadcast(C(1)));
         store(part_absolute + i, load(part_absolute + i) + abs(x));
         store(part_square + i, load(part_square + i) + x * x);
       }

@@ -153,7 +153,7 @@ inline constexpr bool kGivesValue = op == Op::kValue || op == Op::kAddGrad;
 template <class T, Op op, class C = Compute<T>>
 FUSEREG_DEVICE_INLINE C new_element(C w, C before, C l1, C l2, bool has_l1, bool has_l2) {
   if constexpr (op == Op::kProx) {
-    return positive_zero<T>(soft_threshold(w, l1) * l2);
+    return soft_threshold<T>(w, l1, l2);
   } else {
     C d = op == Op::kAddGrad ? before : C(0);
     if (has_l1) d += l1 * sign(w);
@@ -283,7 +283,7 @@ __device__ void add_group(const T* w, const GroupShape& shape, std::int64_t grou
   for (std::int64_t k = thread; k < shape.group_size(); k += step) {
     const std::int64_t at = (k / shape.inner * shape.groups + group) * shape.inner + k % shape.inner;
     double x = to_compute(w[at]);
-    if (kThresholded) x = soft_threshold(x, threshold);
+    if (kThresholded) x = soft_threshold<double>(x, threshold, 1.0);
     sums[0] += x < 0.0 ? -x : x;
     sums[1] += x * x;
   }
@@ -365,7 +365,7 @@ __device__ double groups_by_columns(T* w, T* g, const GroupShape& shape, const S
   double sums[2] = {0.0, 0.0};
   for (std::int64_t o = warp; mine && o < shape.outer; o += kWarps) {
     double x = to_compute(w[o * width + column]);
-    if (op == Op::kProx) x = soft_threshold(x, s.l1);
+    if (op == Op::kProx) x = soft_threshold<double>(x, s.l1, 1.0);
     sums[0] += x < 0.0 ? -x : x;
     sums[1] += x * x;
   }

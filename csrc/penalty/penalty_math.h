@@ -1,4 +1,5 @@
-// The scalar formulas of penalty.h, for a number or a vector of them, on the host and on the device.
+// The scalar formulas of penalty.h, for a number or (after core/simd.h) a vector of them, on the host and on
+// the device.
 #pragma once
 
 #include "core/dtype.h"
@@ -13,21 +14,14 @@ FUSEREG_INLINE V sign(V w) {
   return w > zero ? one : (w < zero ? -one : w);
 }
 
-// sign(w) * max(|w| - threshold, 0), with +0.0 for every zero; NaN stays.
-template <class V>
-FUSEREG_INLINE V soft_threshold(V w, V threshold) {
-  const V zero{};
-  const V shrunk = w > zero ? w - threshold : w + threshold;
-  const V magnitude = w > zero ? w : -w;
-  return magnitude <= threshold ? zero : shrunk;
-}
-
-// Replaces what rounds to a zero of either sign in T by +0.0.
+// factor * sign(w) * max(|w| - threshold, 0), as it will be stored in T: every zero, also one that the
+// rounding to T makes, is +0.0; NaN stays.
 template <class T, class V>
-FUSEREG_INLINE V positive_zero(V w) {
-  const V limit = V{} + Traits<T>::kRoundsToZero;
-  const V magnitude = w > V{} ? w : -w;
-  return magnitude <= limit ? V{} : w;
+FUSEREG_INLINE V soft_threshold(V w, V threshold, V factor) {
+  const V zero{};
+  const V largest_zero = zero + Traits<T>::kRoundsToZero;
+  const V shrunk = (abs(w) - threshold) * factor;
+  return shrunk <= largest_zero ? zero : with_sign_of(shrunk, w);
 }
 
 // What the group term adds to l2 in the gradient: group * sqrt(n) / norm, and 0 for an all-zero group.

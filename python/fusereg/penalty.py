@@ -185,7 +185,7 @@ class WeightPenalty:
         exclude: what is not penalized: ``"bias"`` (parameters named so: ``bias``, ``in_proj_bias``,
             ``bias_ih_l0``), ``"norm"`` (parameters of normalization layers), name patterns
             (``"head.*"``), or types of the modules that hold the parameters.
-        rules: other strengths for some: names, patterns or types as in ``exclude`` to a mapping with
+        rules: other strengths for some: patterns or types, as in ``exclude``, to a mapping with
             ``l1``, ``l2``, ``group`` (those missing keep their default) or to None for no penalty.
             The last match wins. What ``exclude`` names stays excluded. A pattern that concerns no
             parameter is an error.
