@@ -11,6 +11,7 @@ Each way to do it is written as a good user of it would:
 
 - ``eager``: the obvious way. The loss from ``abs().sum()`` and ``pow(2).sum()`` of each tensor, and
   ``backward()``; for prox, ``softshrink`` of each tensor, copied back.
+- ``formula``: for prox, sign(w) * max(|w| - t, 0) spelled out, which is what most code has.
 - ``foreach``: ``torch._foreach_*`` over the lists, with the fewest passes known to the authors.
 - ``torch.compile``: the formula written out (value and gradient together, without autograd, which
   costs further passes), the whole list in one graph. A graph of thousands of tensors takes
@@ -242,6 +243,12 @@ def _prox_providers(data: _Data) -> list[Provider]:
                 p.copy_(torch.nn.functional.softshrink(p, THRESHOLD))
         return None
 
+    def formula() -> object:
+        with torch.no_grad():
+            for p in parameters:
+                p.copy_(p.sign() * (p.abs() - THRESHOLD).clamp(min=0))
+        return None
+
     def foreach() -> object:
         # w - clamp(w, -t, t) is soft thresholding, in three passes; the form with sign and abs
         # takes six.
@@ -257,6 +264,7 @@ def _prox_providers(data: _Data) -> list[Provider]:
 
     return [
         Provider(EAGER, lambda: eager, note="torch.nn.functional.softshrink and copy_"),
+        Provider("formula", lambda: formula, note="sign(w) * clamp(|w| - t, min=0) and copy_"),
         Provider("foreach", lambda: foreach),
         _compiled(data.plain, None, _formula_prox),
         Provider("fusereg", lambda: own),

@@ -21,8 +21,10 @@ py::dict build_info() {
   py::dict info;
   info["version"] = FUSEREG_VERSION;
   info["compiler"] = FUSEREG_COMPILER;
-  info["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR);
-  info["dlpack"] = std::to_string(DLPACK_MAJOR_VERSION) + "." + std::to_string(DLPACK_MINOR_VERSION);
+  info["pybind11"] =
+      PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR);
+  info["dlpack"] =
+      std::to_string(DLPACK_MAJOR_VERSION) + "." + std::to_string(DLPACK_MINOR_VERSION);
   std::vector<std::string> isas{"baseline"};
 #if defined(FUSEREG_X86_ISAS)
   isas.insert(isas.end(), {"avx2", "avx512"});
@@ -54,8 +56,8 @@ std::vector<std::string> cpu_isas() {
   return names;
 }
 
-// Whether all are exactly torch.Tensor or Parameter, and the indices of those that are the same object
-// as an earlier one.
+// Whether all are exactly torch.Tensor or Parameter, and the indices of those that are the same
+// object as an earlier one.
 py::tuple scan(const py::object& tensors) {
   const ObjectList list(tensors, "scan", "tensors");
   std::vector<std::int64_t> repeated;
@@ -69,7 +71,8 @@ py::tuple scan(const py::object& tensors) {
   return py::make_tuple(plain, repeated);
 }
 
-// The kind of one object: 0 plain, 1 to be prepared in Python, 2 no tensor; and whether it is dense.
+// The kind of one object: 0 plain, 1 to be prepared in Python, 2 no tensor; and whether it is
+// dense.
 py::tuple inspect(const py::object& object) {
   TensorView view;
   const Kind kind = read_tensor(object, view);
@@ -82,7 +85,8 @@ py::tuple inspect(const py::object& object) {
 PYBIND11_MODULE(FUSEREG_MODULE_NAME, m) {
   using namespace fusereg;
   m.doc() = "fusereg's compiled kernels; use them through the package fusereg.";
-  m.def("bind_torch", &bind_torch, py::arg("tensor"), py::arg("parameter"), py::arg("increment_version"));
+  m.def("bind_torch", &bind_torch, py::arg("tensor"), py::arg("parameter"),
+        py::arg("increment_version"));
   m.def("build_info", &build_info);
   m.def("cpu_isa", [] { return std::string(isa_name(current_isa())); });
   m.def("cpu_isas", &cpu_isas);

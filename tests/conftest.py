@@ -1,9 +1,9 @@
 """Backends, devices and tolerances that all tests share.
 
-A test that takes the fixture ``backend`` runs once for each of them: every CPU instruction set that this
-machine has, and a CUDA device if there is one. With FUSEREG_TEST_HOST_MODULE naming the module that
-tests/cuda_on_host builds (its run.sh sets it), the same tests run the CUDA kernels on the host instead,
-and those that do not take ``backend`` are left out, for they have run already.
+A test that takes the fixture ``backend`` runs once for each of them: every CPU instruction set that
+this machine has, and a CUDA device if there is one. With FUSEREG_TEST_HOST_MODULE naming the module
+that tests/cuda_on_host builds (its run.sh sets it), the same tests run the CUDA kernels on the host
+instead, and those that do not take ``backend`` are left out, for they have run already.
 """
 
 from __future__ import annotations

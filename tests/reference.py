@@ -22,7 +22,9 @@ def group_norms(w: Tensor, dim: int) -> tuple[Tensor, int]:
     return norms, math.prod(w.shape[d] for d in dims)
 
 
-def penalty(w: Tensor, l1: float = 0.0, l2: float = 0.0, group: float = 0.0, dim: int = 0) -> Tensor:
+def penalty(
+    w: Tensor, l1: float = 0.0, l2: float = 0.0, group: float = 0.0, dim: int = 0
+) -> Tensor:
     w = w.detach().double()
     value = torch.zeros((), dtype=torch.float64, device=w.device)
     if l1:

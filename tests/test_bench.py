@@ -41,6 +41,7 @@ from fusereg.bench.harness import (
     run_cases,
 )
 from fusereg.bench.timers import Call
+
 from fusereg.cli import bench as cli_bench
 
 CPU = torch.device("cpu")

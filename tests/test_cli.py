@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import fusereg
 import pytest
 import torch
+
+import fusereg
 from fusereg import _C
 from fusereg.cli import app, checks, info, machine, main
 from fusereg.cli.errors import InputError, require_packages

@@ -15,14 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from matplotlib.image import imread
+from rich.console import Console
+from torch import Tensor, nn
+
 from fusereg.cli import main
 from fusereg.cli.errors import InputError
 from fusereg.demo import data as demo_data
 from fusereg.demo import report, run, techniques, train
 from fusereg.demo.idx import read_idx
-from matplotlib.image import imread
-from rich.console import Console
-from torch import Tensor, nn
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import fusereg
 import pytest
 import torch
+
+import fusereg
 
 _C = fusereg._C
 PACKAGE = Path(inspect.getfile(fusereg)).parent

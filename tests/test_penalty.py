@@ -6,18 +6,31 @@ import math
 from collections.abc import Callable
 
 import pytest
-import reference
 import torch
-from conftest import DTYPES, TOLERANCES, Backend
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import fusereg
+import reference
+from conftest import DTYPES, TOLERANCES, Backend
 from fusereg import functional as F
 
 # Empty anywhere (also last), one element, odd, more than one chunk, four dimensions.
-SHAPES = [(0,), (), (1,), (3,), (31,), (5, 7), (0, 4), (33, 65), (2, 3, 5, 7), (1000,), (16385,), (4, 0)]
+SHAPES = [
+    (0,),
+    (),
+    (1,),
+    (3,),
+    (31,),
+    (5, 7),
+    (0, 4),
+    (33, 65),
+    (2, 3, 5, 7),
+    (1000,),
+    (16385,),
+    (4, 0),
+]
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype, backend: Backend) -> Tensor:
@@ -35,7 +48,7 @@ def assert_close(
     factor: float = 1.0,
     scale: float | None = None,
 ) -> None:
-    """Errors count relative to the largest expected magnitude, or to ``scale`` where terms cancel."""
+    """Errors count relative to the largest expected magnitude, or to ``scale`` if terms cancel."""
     actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
     assert actual.shape == expected.shape
     finite = expected.isfinite()
@@ -121,10 +134,10 @@ def test_an_empty_last_tensor_drops_nothing(backend: Backend) -> None:
     assert torch.equal(F.l1_penalty([empty, w], 1.0), F.l1_penalty(w, 1.0))
 
 
-# --- groups ------------------------------------------------------------------------------------------
+# --- groups ---------------------------------------------------------------------------------------
 
-# Every way in which groups lie in memory: rows, short rows, columns, columns of runs shorter and longer
-# than a vector, many rows, more columns than a tile, one group, one element a group.
+# Every way in which groups lie in memory: rows, short rows, columns, columns of runs shorter and
+# longer than a vector, many rows, more columns than a tile, one group, one element a group.
 GROUP_CASES = [
     ((6, 40), 0),
     ((300, 3), 0),
@@ -173,7 +186,9 @@ def test_group_lasso_in_channels_last(dim: int, backend: Backend) -> None:
     assert_close(w.grad, reference.gradient(w, group=0.5, dim=dim), torch.float32)
 
 
-@pytest.mark.parametrize(("shape", "dim"), [((2, 150_000), 0), ((150_000, 2), 1), ((1, 150_000), 0)])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((2, 150_000), 0), ((150_000, 2), 1), ((1, 150_000), 0)]
+)
 def test_groups_larger_than_a_task(
     shape: tuple[int, ...], dim: int, dtype: torch.dtype, backend: Backend
 ) -> None:
@@ -201,7 +216,7 @@ def test_group_lasso_of_a_vector_is_l1(backend: Backend) -> None:
     assert torch.equal(F.group_lasso_penalty(w, 0.3), F.l1_penalty(w, 0.3))
 
 
-# --- add_penalty_grad_ -----------------------------------------------------------------------------------
+# --- add_penalty_grad_ ----------------------------------------------------------------------------
 
 
 @pytest.mark.sanitizer
@@ -289,7 +304,7 @@ def test_gradient_of_another_layout_or_dtype(grad_dtype: torch.dtype, backend: B
     assert_close(w.grad, wanted, grad_dtype)
 
 
-# --- proximal steps --------------------------------------------------------------------------------------
+# --- proximal steps -------------------------------------------------------------------------------
 
 
 @pytest.mark.sanitizer
@@ -339,7 +354,7 @@ def test_sparsity_counts_both_zeros_and_no_nan(backend: Backend) -> None:
     assert fusereg.sparsity([]) == 0.0
 
 
-# --- special values --------------------------------------------------------------------------------------
+# --- special values -------------------------------------------------------------------------------
 
 
 def test_nan_stays_visible(dtype: torch.dtype, backend: Backend) -> None:
@@ -386,7 +401,11 @@ def test_squares_that_overflow_float32(backend: Backend) -> None:
     groups = w.view(3, 1000)
     wanted = reference.penalty(groups, group=1.0)
     assert_close(F.group_lasso_penalty(groups, 1.0), wanted, torch.float32)
-    assert_close(F.group_lasso_penalty(groups, 1.0, 1), reference.penalty(groups, group=1.0, dim=1), torch.float32)
+    assert_close(
+        F.group_lasso_penalty(groups, 1.0, 1),
+        reference.penalty(groups, group=1.0, dim=1),
+        torch.float32,
+    )
 
 
 def test_seventy_thousand_ones_in_half_precision(backend: Backend) -> None:
@@ -403,7 +422,7 @@ def test_sums_are_accurate(backend: Backend) -> None:
     assert abs(F.l1_penalty(w, 1.0).item() / exact - 1) < 2e-7
 
 
-# --- layouts, dtypes, devices ----------------------------------------------------------------------------
+# --- layouts, dtypes, devices ---------------------------------------------------------------------
 
 
 def layouts(dtype: torch.dtype, backend: Backend) -> dict[str, Tensor]:
@@ -479,7 +498,7 @@ def test_long_lists_span_launches(backend: Backend) -> None:
         assert_close(p.grad, wanted, torch.float32)
 
 
-# --- determinism -----------------------------------------------------------------------------------------
+# --- determinism ----------------------------------------------------------------------------------
 
 
 def run_everything(params: list[Tensor]) -> list[Tensor]:
@@ -540,7 +559,7 @@ def test_every_instruction_set_gives_the_same_bits(dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements(backend: Backend) -> None:
-    """4 GiB of bfloat16 zeros, which the system hands out without touching them, but for the last."""
+    """4 GiB of bfloat16 zeros, which the system hands out untouched, but for two."""
     if backend.isa is not None and backend.isa != fusereg._C.cpu_isas()[-1]:
         pytest.skip("indices are the launcher's: one instruction set is enough")
     n = 2**31 + 8191
@@ -560,7 +579,7 @@ def test_more_than_two_to_the_31_elements(backend: Backend) -> None:
         assert w[2**31].item() == 4.0
 
 
-# --- properties ------------------------------------------------------------------------------------------
+# --- properties -----------------------------------------------------------------------------------
 
 
 @st.composite

@@ -1,17 +1,19 @@
-"""The penalties inside torch: second derivatives, torch.library, compile, export, func, autocast, fakes."""
+"""The penalties inside torch: second derivatives, torch.library, compile, export, func, autocast,
+fakes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import pytest
-import reference
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusereg
+import reference
 from fusereg import functional as F
 
 PENALTIES: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
@@ -32,7 +34,7 @@ def matrices(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [torch.randn(4, 3, dtype=dtype), torch.randn(2, 5, dtype=dtype)]
 
 
-# --- derivatives -------------------------------------------------------------------------------------
+# --- derivatives ----------------------------------------------------------------------------------
 
 
 def test_gradcheck_and_gradgradcheck(case: tuple[Callable[..., Tensor], dict[str, float]]) -> None:
@@ -63,7 +65,7 @@ def test_second_derivative_of_zero_groups_and_zero_weights_is_finite() -> None:
 
 
 def test_gradient_penalty_of_a_penalized_loss() -> None:
-    """A loss that differentiates a gradient which holds a penalty (as in WGAN-GP or meta-learning)."""
+    """A loss that differentiates a gradient which holds a penalty (as in meta-learning)."""
     w = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
 
     def outer(penalty: Callable[[Tensor], Tensor]) -> Tensor:
@@ -97,7 +99,7 @@ def test_intermediate_tensors_may_be_penalized() -> None:
     assert torch.allclose(ours, w.grad, rtol=1e-12)
 
 
-# --- torch.library ---------------------------------------------------------------------------------------
+# --- torch.library --------------------------------------------------------------------------------
 
 _OPS = torch.ops.fusereg
 
@@ -135,7 +137,7 @@ def test_opcheck_prox_() -> None:
     torch.library.opcheck(_OPS.prox_.default, (matrices(), [0.3, 0.1], [0.7, 0.0], [0.2, 0.0], 0))
 
 
-# --- compile, export ---------------------------------------------------------------------------------------
+# --- compile, export ------------------------------------------------------------------------------
 
 
 class Model(nn.Module):
@@ -212,7 +214,7 @@ def test_make_fx_records_the_operator(mode: str) -> None:
     assert torch.equal(graph(w), F.elastic_net_penalty(w, 0.3, 0.7))
 
 
-# --- torch.func --------------------------------------------------------------------------------------------
+# --- torch.func -----------------------------------------------------------------------------------
 
 
 def test_func_grad_and_vmap_and_hessian(
@@ -239,7 +241,7 @@ def test_vmap_over_another_dimension_and_an_unbatched_tensor() -> None:
     assert torch.allclose(ours, wanted)
 
 
-# --- modes ---------------------------------------------------------------------------------------------------
+# --- modes ----------------------------------------------------------------------------------------
 
 
 def test_fake_tensors_give_the_right_shape_dtype_and_device() -> None:

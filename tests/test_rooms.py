@@ -13,9 +13,10 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import fusereg
 import pytest
 import torch
+
+import fusereg
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE_SUFFIXES = {".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".cmake", ".sh"}

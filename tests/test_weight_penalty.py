@@ -10,14 +10,15 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import fusereg
 import pytest
 import torch
-from conftest import Backend
-from fusereg import PenaltyGroup, WeightPenalty
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+
+import fusereg
+from conftest import Backend
+from fusereg import PenaltyGroup, WeightPenalty
 
 # --- models, and the same penalty written the obvious way ---------------------------------------
 

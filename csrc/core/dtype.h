@@ -13,8 +13,9 @@
 #define FUSEREG_INLINE static __host__ __device__ __forceinline__
 #else
 #define FUSEREG_HD
-// Internal linkage and always inlined: these functions are compiled once per instruction set, and an
-// out-of-line copy built for AVX-512 must never be the one that the linker keeps for a baseline caller.
+// Internal linkage and always inlined: these functions are compiled once per instruction set, and
+// an out-of-line copy built for AVX-512 must never be the one that the linker keeps for a baseline
+// caller.
 #define FUSEREG_INLINE static inline __attribute__((always_inline))
 #endif
 
@@ -86,7 +87,8 @@ FUSEREG_INLINE Half to_half(float x) {
 #endif
 }
 
-// Traits<T>: the type in which arithmetic on T is done, its DType, and the conversions between them.
+// Traits<T>: the type in which arithmetic on T is done, its DType, and the conversions between
+// them.
 template <class T>
 struct Traits;
 

@@ -36,7 +36,8 @@ bool runs_here(Isa isa) {
 
 std::string join_available() {
   std::string names;
-  for (const Isa isa : available_isas()) names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
+  for (const Isa isa : available_isas())
+    names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
   return names;
 }
 

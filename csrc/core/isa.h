@@ -37,27 +37,28 @@ const Table& select_isa(const Table* baseline, const Table* avx2, const Table* a
 
 }  // namespace fusereg
 
-// One line in a room's header: declares NAME in the namespaces of the instruction sets that were built.
+// One line in a room's header: declares NAME in the namespaces of the instruction sets that were
+// built.
 #if defined(FUSEREG_X86_ISAS)
-#define FUSEREG_DECLARE_PER_ISA(TYPE, NAME)                 \
-  namespace baseline {                                      \
-  extern const TYPE NAME;                                   \
-  }                                                         \
-  namespace avx2 {                                          \
-  extern const TYPE NAME;                                   \
-  }                                                         \
-  namespace avx512 {                                        \
-  extern const TYPE NAME;                                   \
-  }                                                         \
-  inline const TYPE& cpu_##NAME() {                         \
+#define FUSEREG_DECLARE_PER_ISA(TYPE, NAME)                                    \
+  namespace baseline {                                                         \
+  extern const TYPE NAME;                                                      \
+  }                                                                            \
+  namespace avx2 {                                                             \
+  extern const TYPE NAME;                                                      \
+  }                                                                            \
+  namespace avx512 {                                                           \
+  extern const TYPE NAME;                                                      \
+  }                                                                            \
+  inline const TYPE& cpu_##NAME() {                                            \
     return ::fusereg::select_isa(&baseline::NAME, &avx2::NAME, &avx512::NAME); \
   }
 #else
-#define FUSEREG_DECLARE_PER_ISA(TYPE, NAME)                                             \
-  namespace baseline {                                                                  \
-  extern const TYPE NAME;                                                               \
-  }                                                                                     \
-  inline const TYPE& cpu_##NAME() {                                                     \
-    return ::fusereg::select_isa<TYPE>(&baseline::NAME, nullptr, nullptr);              \
+#define FUSEREG_DECLARE_PER_ISA(TYPE, NAME)                                \
+  namespace baseline {                                                     \
+  extern const TYPE NAME;                                                  \
+  }                                                                        \
+  inline const TYPE& cpu_##NAME() {                                        \
+    return ::fusereg::select_isa<TYPE>(&baseline::NAME, nullptr, nullptr); \
   }
 #endif

@@ -1,5 +1,5 @@
-// Short vectors of the instruction set that this file is being compiled for, on the compiler's vector
-// extension: one source gives SSE2 or NEON, AVX2 and AVX-512 code at the native width.
+// Short vectors of the instruction set that this file is being compiled for, on the compiler's
+// vector extension: one source gives SSE2 or NEON, AVX2 and AVX-512 code at the native width.
 //
 // Everything lives in the ISA's namespace and is always inlined (see FUSEREG_INLINE). No standard
 // library beyond <cstring>: an inline function of the library, compiled here with AVX-512, could be
@@ -16,7 +16,8 @@
 #endif
 
 #if !defined(FUSEREG_ISA)
-#error "simd.h is for files that are compiled once per instruction set (FUSEREG_ISA=baseline|avx2|avx512)"
+#error \
+    "simd.h is for files that are compiled once per instruction set (FUSEREG_ISA=baseline|avx2|avx512)"
 #endif
 
 namespace fusereg::FUSEREG_ISA {
@@ -136,21 +137,26 @@ FUSEREG_INLINE void add_widened(Vector<double> v, Vector<double> (&sums)[1]) { s
 
 namespace fusereg {
 
-// As the scalar functions of dtype.h, in the same namespace: one set of overloads for formulas that serve
-// numbers and vectors. They have internal linkage, so each instruction set keeps its own.
+// As the scalar functions of dtype.h, in the same namespace: one set of overloads for formulas that
+// serve numbers and vectors. They have internal linkage, so each instruction set keeps its own.
 FUSEREG_INLINE FUSEREG_ISA::Vector<float> abs(FUSEREG_ISA::Vector<float> v) {
   return bit_cast<FUSEREG_ISA::Vector<float>>(bit_cast<FUSEREG_ISA::U32Vector>(v) & 0x7fffffffu);
 }
 FUSEREG_INLINE FUSEREG_ISA::Vector<double> abs(FUSEREG_ISA::Vector<double> v) {
-  return bit_cast<FUSEREG_ISA::Vector<double>>(bit_cast<FUSEREG_ISA::U64Vector>(v) & 0x7fffffffffffffffull);
+  return bit_cast<FUSEREG_ISA::Vector<double>>(bit_cast<FUSEREG_ISA::U64Vector>(v) &
+                                               0x7fffffffffffffffull);
 }
-FUSEREG_INLINE FUSEREG_ISA::Vector<float> with_sign_of(FUSEREG_ISA::Vector<float> magnitude, FUSEREG_ISA::Vector<float> sign) {
-  return bit_cast<FUSEREG_ISA::Vector<float>>(bit_cast<FUSEREG_ISA::U32Vector>(magnitude) |
-                                 (bit_cast<FUSEREG_ISA::U32Vector>(sign) & 0x80000000u));
+FUSEREG_INLINE FUSEREG_ISA::Vector<float> with_sign_of(FUSEREG_ISA::Vector<float> magnitude,
+                                                       FUSEREG_ISA::Vector<float> sign) {
+  return bit_cast<FUSEREG_ISA::Vector<float>>(
+      bit_cast<FUSEREG_ISA::U32Vector>(magnitude) |
+      (bit_cast<FUSEREG_ISA::U32Vector>(sign) & 0x80000000u));
 }
-FUSEREG_INLINE FUSEREG_ISA::Vector<double> with_sign_of(FUSEREG_ISA::Vector<double> magnitude, FUSEREG_ISA::Vector<double> sign) {
-  return bit_cast<FUSEREG_ISA::Vector<double>>(bit_cast<FUSEREG_ISA::U64Vector>(magnitude) |
-                                  (bit_cast<FUSEREG_ISA::U64Vector>(sign) & 0x8000000000000000ull));
+FUSEREG_INLINE FUSEREG_ISA::Vector<double> with_sign_of(FUSEREG_ISA::Vector<double> magnitude,
+                                                        FUSEREG_ISA::Vector<double> sign) {
+  return bit_cast<FUSEREG_ISA::Vector<double>>(
+      bit_cast<FUSEREG_ISA::U64Vector>(magnitude) |
+      (bit_cast<FUSEREG_ISA::U64Vector>(sign) & 0x8000000000000000ull));
 }
 
 }  // namespace fusereg

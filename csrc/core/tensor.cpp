@@ -48,8 +48,9 @@ bool known_device(DLDeviceType type) {
 }
 
 py::object descriptor_value(PyObject* descriptor, py::handle object) {
-  PyObject* const value =
-      Py_TYPE(descriptor)->tp_descr_get(descriptor, object.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())));
+  PyObject* const value = Py_TYPE(descriptor)
+                              ->tp_descr_get(descriptor, object.ptr(),
+                                             reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())));
   if (value == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(value);
 }
@@ -104,20 +105,24 @@ bool TensorView::same_layout(const TensorView& other) const {
   return true;
 }
 
-void bind_torch(const py::type& tensor, const py::type& parameter, const py::object& increment_version) {
+void bind_torch(const py::type& tensor, const py::type& parameter,
+                const py::object& increment_version) {
   const char* const kAttribute = "__dlpack_c_exchange_api__";
   if (!py::hasattr(tensor, kAttribute)) {
-    throw py::import_error("fusereg needs torch >= 2.10: this torch.Tensor has no __dlpack_c_exchange_api__");
+    throw py::import_error(
+        "fusereg needs torch >= 2.10: this torch.Tensor has no __dlpack_c_exchange_api__");
   }
   const py::object capsule = tensor.attr(kAttribute);
-  const auto* api =
-      static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  const auto* api = static_cast<const DLPackExchangeAPI*>(
+      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (api == nullptr) throw py::error_already_set();
   // A newer torch may put a newer table in front; the chain leads to the one that we know.
   const DLPackExchangeAPIHeader* header = &api->header;
-  while (header != nullptr && header->version.major != DLPACK_MAJOR_VERSION) header = header->prev_api;
+  while (header != nullptr && header->version.major != DLPACK_MAJOR_VERSION)
+    header = header->prev_api;
   api = reinterpret_cast<const DLPackExchangeAPI*>(header);
-  if (api == nullptr || api->dltensor_from_py_object_no_sync == nullptr || api->current_work_stream == nullptr) {
+  if (api == nullptr || api->dltensor_from_py_object_no_sync == nullptr ||
+      api->current_work_stream == nullptr) {
     throw py::import_error("fusereg: this torch offers no DLPack exchange API of major version " +
                            std::to_string(DLPACK_MAJOR_VERSION) + "; a newer fusereg is needed");
   }
@@ -126,7 +131,8 @@ void bind_torch(const py::type& tensor, const py::type& parameter, const py::obj
   torch.tensor = reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr());
   torch.parameter = reinterpret_cast<PyTypeObject*>(py::object(parameter).release().ptr());
   torch.grad = py::object(tensor.attr("__base__").attr("__dict__")["grad"]).release().ptr();
-  torch.requires_grad = py::object(tensor.attr("__base__").attr("__dict__")["requires_grad"]).release().ptr();
+  torch.requires_grad =
+      py::object(tensor.attr("__base__").attr("__dict__")["requires_grad"]).release().ptr();
   torch.is_neg = py::object(tensor.attr("is_neg")).release().ptr();
   torch.increment_version = py::object(increment_version).release().ptr();
   for (PyObject* const descriptor : {torch.grad, torch.requires_grad}) {
@@ -146,16 +152,19 @@ namespace {
 
 // Everything but the sign.
 Kind read_memory(py::handle object, TensorView& view) {
-  if (g_torch.exchange == nullptr) throw std::runtime_error("fusereg._C is used through the package fusereg");
+  if (g_torch.exchange == nullptr)
+    throw std::runtime_error("fusereg._C is used through the package fusereg");
   if (!is_plain_type(object)) {
-    return PyType_IsSubtype(Py_TYPE(object.ptr()), g_torch.tensor) ? Kind::kElsewhere : Kind::kNotTensor;
+    return PyType_IsSubtype(Py_TYPE(object.ptr()), g_torch.tensor) ? Kind::kElsewhere
+                                                                   : Kind::kNotTensor;
   }
   DLTensor t;
   if (g_torch.exchange->dltensor_from_py_object_no_sync(object.ptr(), &t) != 0) {
     PyErr_Clear();
     return Kind::kElsewhere;
   }
-  if (!convert_dtype(t.dtype, view.dtype) || !known_device(t.device.device_type)) return Kind::kElsewhere;
+  if (!convert_dtype(t.dtype, view.dtype) || !known_device(t.device.device_type))
+    return Kind::kElsewhere;
   view.data = t.data == nullptr ? nullptr : static_cast<char*>(t.data) + t.byte_offset;
   view.device = {t.device.device_type, t.device.device_id};
   view.ndim = t.ndim;
@@ -205,16 +214,20 @@ TensorView tensor_argument(py::handle object, const char* op, const char* name) 
     case Kind::kNotTensor:
       throw py::type_error(where + "a torch.Tensor, got " + type_name(object));
     default:
-      throw py::value_error(where + "a strided float64, float32, float16 or bfloat16 tensor in CPU or CUDA memory, got " +
-                            std::string(py::str(object.attr("dtype"))) + ", " +
-                            std::string(py::str(object.attr("layout"))) + " on " +
-                            std::string(py::str(object.attr("device"))) + " (" + type_name(object) + ")");
+      throw py::value_error(
+          where +
+          "a strided float64, float32, float16 or bfloat16 tensor in CPU or CUDA memory, got " +
+          std::string(py::str(object.attr("dtype"))) + ", " +
+          std::string(py::str(object.attr("layout"))) + " on " +
+          std::string(py::str(object.attr("device"))) + " (" + type_name(object) + ")");
   }
 }
 
 py::object grad_of(py::handle tensor) { return descriptor_value(g_torch.grad, tensor); }
 
-bool requires_grad(py::handle tensor) { return descriptor_value(g_torch.requires_grad, tensor).ptr() == Py_True; }
+bool requires_grad(py::handle tensor) {
+  return descriptor_value(g_torch.requires_grad, tensor).ptr() == Py_True;
+}
 
 void increment_version(const py::list& tensors) { py::handle(g_torch.increment_version)(tensors); }
 

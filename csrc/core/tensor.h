@@ -1,5 +1,5 @@
-// Python tensors seen by kernels: read through DLPack's C exchange API, which torch (>= 2.10) puts on
-// torch.Tensor. Nothing here links torch. https://dmlc.github.io/dlpack/latest/c_api.html
+// Python tensors seen by kernels: read through DLPack's C exchange API, which torch (>= 2.10) puts
+// on torch.Tensor. Nothing here links torch. https://dmlc.github.io/dlpack/latest/c_api.html
 #pragma once
 
 #include <dlpack/dlpack.h>
@@ -23,12 +23,12 @@ struct Device {
   std::string name() const;
 };
 
-// Whether the CUDA kernels serve this device: the device's in a CUDA build, the host's in the build that
-// runs them on the host (tests/cuda_on_host).
+// Whether the CUDA kernels serve this device: the device's in a CUDA build, the host's in the build
+// that runs them on the host (tests/cuda_on_host).
 bool runs_cuda_kernels(const Device& device);
 
-// A tensor's memory. `sizes` and `strides` (in elements) point into the tensor and live as long as it
-// is neither freed nor resized: copy what is needed before the GIL is released.
+// A tensor's memory. `sizes` and `strides` (in elements) point into the tensor and live as long as
+// it is neither freed nor resized: copy what is needed before the GIL is released.
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -44,30 +44,34 @@ struct TensorView {
   bool same_layout(const TensorView& other) const;
 };
 
-// What a tensor is to the fast path. Everything but kPlain is left to Python, which either prepares an
-// ordinary tensor from it or says precisely why it cannot.
+// What a tensor is to the fast path. Everything but kPlain is left to Python, which either prepares
+// an ordinary tensor from it or says precisely why it cannot.
 enum class Kind {
   kPlain,      // a strided floating-point tensor with memory that the kernels can read
-  kElsewhere,  // a subclass, negated or conjugated view, other layout, dtype or device, wrapper, fake
+  kElsewhere,  // a subclass, negated or conjugated view, other layout, dtype or device, wrapper,
+               // fake
   kNotTensor,
 };
 
 // Called once at import with torch's types; also fetches the exchange table. Throws ImportError.
-void bind_torch(const py::type& tensor, const py::type& parameter, const py::object& increment_version);
+void bind_torch(const py::type& tensor, const py::type& parameter,
+                const py::object& increment_version);
 
 // Never throws for a strange object; never leaves a Python error set.
 //
-// Asking a tensor whether its sign is pending (is_neg) costs as much as all the rest, for torch releases
-// and takes the GIL around it. So a Parameter or a .grad is asked only where it can be: the negated views
-// that torch's public functions make are imaginary parts of complex tensors, with a stride of two, and a
-// Parameter or a gradient that is one is not dense (or has one element). Other tensors are always asked.
+// Asking a tensor whether its sign is pending (is_neg) costs as much as all the rest, for torch
+// releases and takes the GIL around it. So a Parameter or a .grad is asked only where it can be:
+// the negated views that torch's public functions make are imaginary parts of complex tensors, with
+// a stride of two, and a Parameter or a gradient that is one is not dense (or has one element).
+// Other tensors are always asked.
 Kind read_tensor(py::handle object, TensorView& view);
 Kind read_gradient(py::handle object, TensorView& view);
 
 // Exactly torch.Tensor or torch.nn.Parameter, no subclass.
 bool is_plain_type(py::handle object);
 
-// One named argument: the view, or an error that names operation, argument, what came and what was wanted.
+// One named argument: the view, or an error that names operation, argument, what came and what was
+// wanted.
 TensorView tensor_argument(py::handle object, const char* op, const char* name);
 
 // t.grad as a new reference, and t.requires_grad, without attribute look-ups.
@@ -77,7 +81,8 @@ bool requires_grad(py::handle tensor);
 // Tells autograd that these tensors (a list) were written to.
 void increment_version(const py::list& tensors);
 
-// The stream on which the framework is working now; null on the CPU. Asked at each call, never cached.
+// The stream on which the framework is working now; null on the CPU. Asked at each call, never
+// cached.
 void* current_stream(const Device& device);
 
 std::string type_name(py::handle object);

@@ -27,7 +27,9 @@ class ObjectList {
                            type_name(sequence));
     }
   }
-  std::size_t size() const { return static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast_.ptr())); }
+  std::size_t size() const {
+    return static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast_.ptr()));
+  }
   py::handle operator[](std::size_t i) const {
     return PySequence_Fast_GET_ITEM(fast_.ptr(), static_cast<Py_ssize_t>(i));
   }
@@ -67,14 +69,16 @@ class PerTensor {
   static double check(double x, const char* op, const char* name) {
     if (std::isfinite(x) && x >= 0.0) return x;
     throw py::value_error(std::string("fusereg.") + op + ": " + name +
-                          " must be finite and not negative, got " + std::string(py::str(py::float_(x))));
+                          " must be finite and not negative, got " +
+                          std::string(py::str(py::float_(x))));
   }
 
   std::vector<double> values_;
   bool single_ = true;
 };
 
-// Addresses seen so far; open addressing, because lists have thousands of entries and calls microseconds.
+// Addresses seen so far; open addressing, because lists have thousands of entries and calls
+// microseconds.
 class AddressSet {
  public:
   explicit AddressSet(std::size_t count) {

@@ -69,8 +69,8 @@ class JobBuilder {
       if (job_.op != Op::kValue && target != nullptr && w.numel > 0) {
         const std::int64_t other = written.insert(target, static_cast<std::int64_t>(i));
         if (other >= 0) {
-          throw py::value_error(std::string("fusereg.") + a_.op + ": params[" + std::to_string(other) +
-                                "] and params[" + std::to_string(i) +
+          throw py::value_error(std::string("fusereg.") + a_.op + ": params[" +
+                                std::to_string(other) + "] and params[" + std::to_string(i) +
                                 "] share memory that would be written twice; pass one of them");
         }
       }
@@ -85,8 +85,8 @@ class JobBuilder {
     if (any_float64_ && v.dtype != DType::kFloat64) return ListStatus::kNeedsFloat64Value;
     check_scalar(v, "value");
     if (v.dtype != DType::kFloat32 && v.dtype != DType::kFloat64) {
-      throw py::value_error(std::string("fusereg.") + a_.op + ": value must be float32 or float64, got " +
-                            dtype_name(v.dtype));
+      throw py::value_error(std::string("fusereg.") + a_.op +
+                            ": value must be float32 or float64, got " + dtype_name(v.dtype));
     }
     job_.value = v.data;
     job_.value_dtype = v.dtype;
@@ -112,7 +112,8 @@ class JobBuilder {
 #if defined(FUSEREG_CUDA)
     if (runs_cuda_kernels(device_)) {
       // Read as bytes through its pointer: int64 tensors are none of read_tensor's.
-      auto* const memory = reinterpret_cast<void*>(py::cast<std::uintptr_t>(workspace.attr("data_ptr")()));
+      auto* const memory =
+          reinterpret_cast<void*>(py::cast<std::uintptr_t>(workspace.attr("data_ptr")()));
       run_cuda(job_, memory, device_.index, current_stream(device_));
       return;
     }
@@ -129,7 +130,8 @@ class JobBuilder {
   void mark_written(py::handle tensor) { written_.append(tensor); }
 
  private:
-  bool read_target(std::size_t i, const TensorView& w, const std::optional<ObjectList>& grads, Item& item) {
+  bool read_target(std::size_t i, const TensorView& w, const std::optional<ObjectList>& grads,
+                   Item& item) {
     py::object grad;
     if (grads) {
       grad = py::reinterpret_borrow<py::object>((*grads)[i]);
@@ -139,7 +141,9 @@ class JobBuilder {
     }
     if (grad.is_none()) return grads.has_value();
     TensorView g;
-    if (read_gradient(grad, g) != Kind::kPlain || g.device != w.device || g.dtype != w.dtype || !w.same_layout(g)) return false;
+    if (read_gradient(grad, g) != Kind::kPlain || g.device != w.device || g.dtype != w.dtype ||
+        !w.same_layout(g))
+      return false;
     item.g = g.data;
     written_.append(grad);
     return true;
@@ -147,8 +151,9 @@ class JobBuilder {
 
   void check_scalar(const TensorView& v, const char* name) const {
     if (v.numel == 1 && v.device == device_) return;
-    throw py::value_error(std::string("fusereg.") + a_.op + ": " + name + " must be one element on " +
-                          device_.name() + ", got " + std::to_string(v.numel) + " on " + v.device.name());
+    throw py::value_error(std::string("fusereg.") + a_.op + ": " + name +
+                          " must be one element on " + device_.name() + ", got " +
+                          std::to_string(v.numel) + " on " + v.device.name());
   }
 
   const Arguments& a_;
@@ -159,8 +164,9 @@ class JobBuilder {
   py::list written_;  // also keeps the gradients alive while the kernel runs
 };
 
-int penalty_forward(const py::object& params, const py::object& value, const py::object& l1, const py::object& l2,
-                    const py::object& group, std::int64_t dim, const py::object& workspace, const char* op) {
+int penalty_forward(const py::object& params, const py::object& value, const py::object& l1,
+                    const py::object& l2, const py::object& group, std::int64_t dim,
+                    const py::object& workspace, const char* op) {
   const ObjectList tensors(params, op, "params");
   const PerTensor l1s(l1, tensors.size(), op, "l1");
   const PerTensor l2s(l2, tensors.size(), op, "l2");
@@ -173,12 +179,13 @@ int penalty_forward(const py::object& params, const py::object& value, const py:
   return static_cast<int>(status);
 }
 
-int penalty_backward(const py::object& params, const py::object& grads, const py::object& scale, const py::object& l1,
-                     const py::object& l2, const py::object& group, std::int64_t dim, const py::object& workspace,
-                     const char* op) {
+int penalty_backward(const py::object& params, const py::object& grads, const py::object& scale,
+                     const py::object& l1, const py::object& l2, const py::object& group,
+                     std::int64_t dim, const py::object& workspace, const char* op) {
   const ObjectList tensors(params, op, "params");
   const ObjectList targets(grads, op, "grads");
-  if (targets.size() != tensors.size()) throw py::value_error("fusereg: as many grads as params are wanted");
+  if (targets.size() != tensors.size())
+    throw py::value_error("fusereg: as many grads as params are wanted");
   const PerTensor l1s(l1, tensors.size(), op, "l1");
   const PerTensor l2s(l2, tensors.size(), op, "l2");
   const PerTensor groups(group, tensors.size(), op, "group");
@@ -191,8 +198,9 @@ int penalty_backward(const py::object& params, const py::object& grads, const py
 }
 
 int penalty_add_grad_(const py::object& params, const py::object& grads, const py::object& value,
-                      const py::object& scale, const py::object& l1, const py::object& l2, const py::object& group,
-                      std::int64_t dim, const py::object& workspace, const char* op) {
+                      const py::object& scale, const py::object& l1, const py::object& l2,
+                      const py::object& group, std::int64_t dim, const py::object& workspace,
+                      const char* op) {
   const ObjectList tensors(params, op, "params");
   std::optional<ObjectList> targets;
   if (!grads.is_none()) targets.emplace(grads, op, "grads");
@@ -211,8 +219,8 @@ int penalty_add_grad_(const py::object& params, const py::object& grads, const p
   return static_cast<int>(status);
 }
 
-int prox_(const py::object& params, const py::object& l1, const py::object& l2, const py::object& group,
-          std::int64_t dim, const py::object& workspace, const char* op) {
+int prox_(const py::object& params, const py::object& l1, const py::object& l2,
+          const py::object& group, std::int64_t dim, const py::object& workspace, const char* op) {
   const ObjectList tensors(params, op, "params");
   const PerTensor l1s(l1, tensors.size(), op, "l1");
   const PerTensor l2s(l2, tensors.size(), op, "l2");
@@ -229,13 +237,14 @@ int prox_(const py::object& params, const py::object& l1, const py::object& l2, 
 
 void bind(py::module_& m) {
   using py::arg;
-  m.def("penalty_forward", &penalty_forward, arg("params"), arg("value"), arg("l1"), arg("l2"), arg("group"),
-        arg("dim"), arg("workspace"), arg("op"));
-  m.def("penalty_backward", &penalty_backward, arg("params"), arg("grads"), arg("scale"), arg("l1"), arg("l2"),
+  m.def("penalty_forward", &penalty_forward, arg("params"), arg("value"), arg("l1"), arg("l2"),
         arg("group"), arg("dim"), arg("workspace"), arg("op"));
-  m.def("penalty_add_grad_", &penalty_add_grad_, arg("params"), arg("grads"), arg("value"), arg("scale"), arg("l1"),
+  m.def("penalty_backward", &penalty_backward, arg("params"), arg("grads"), arg("scale"), arg("l1"),
         arg("l2"), arg("group"), arg("dim"), arg("workspace"), arg("op"));
-  m.def("prox_", &prox_, arg("params"), arg("l1"), arg("l2"), arg("group"), arg("dim"), arg("workspace"), arg("op"));
+  m.def("penalty_add_grad_", &penalty_add_grad_, arg("params"), arg("grads"), arg("value"),
+        arg("scale"), arg("l1"), arg("l2"), arg("group"), arg("dim"), arg("workspace"), arg("op"));
+  m.def("prox_", &prox_, arg("params"), arg("l1"), arg("l2"), arg("group"), arg("dim"),
+        arg("workspace"), arg("op"));
   m.attr("PENALTY_WORKSPACE_BYTES") = kWorkspaceBytes;
 }
 

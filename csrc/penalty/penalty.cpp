@@ -1,7 +1,7 @@
 // CPU kernels of the penalties; compiled once per instruction set. Contract: penalty.h.
 //
-// Sums are kept in kLanes columns, element i in column i % kLanes, whatever the vector width: so every
-// instruction set adds the same numbers in the same order and gives the same bits.
+// Sums are kept in kLanes columns, element i in column i % kLanes, whatever the vector width: so
+// every instruction set adds the same numbers in the same order and gives the same bits.
 #include "penalty/penalty.h"
 
 #include "core/simd.h"
@@ -170,8 +170,9 @@ Sums elements_any(Op op, DType dtype, void* w, void* g, std::int64_t n, const Co
 
 // --- groups ---
 
-// The norm from a float32 sum of squares, which is done again in float64 (through `again`) where float32
-// squares overflow or lose their bits: a group of tiny weights must not look like an all-zero one.
+// The norm from a float32 sum of squares, which is done again in float64 (through `again`) where
+// float32 squares overflow or lose their bits: a group of tiny weights must not look like an
+// all-zero one.
 template <class C, class Again>
 FUSEREG_INLINE double safe_norm(double square, Again again) {
   constexpr double kSmallest = 1e-28;
@@ -185,8 +186,8 @@ struct GroupTerms {
   double factor;  // of its proximal step
 };
 
-FUSEREG_INLINE GroupTerms group_terms(const Strengths& s, double group_sqrt_n, double absolute, double square,
-                                      double norm) {
+FUSEREG_INLINE GroupTerms group_terms(const Strengths& s, double group_sqrt_n, double absolute,
+                                      double square, double norm) {
   GroupTerms t;
   t.value = group_sqrt_n * norm;
   if (s.l1 != 0.0) t.value += s.l1 * absolute;
@@ -196,7 +197,8 @@ FUSEREG_INLINE GroupTerms group_terms(const Strengths& s, double group_sqrt_n, d
   return t;
 }
 
-// Sum of squares after soft-thresholding, in float64 throughout (only the sparse group step needs it).
+// Sum of squares after soft-thresholding, in float64 throughout (only the sparse group step needs
+// it).
 template <class T>
 double shrunk_square(const T* w, std::int64_t n, double threshold) {
   double square = 0.0;
@@ -207,10 +209,11 @@ double shrunk_square(const T* w, std::int64_t n, double threshold) {
   return square;
 }
 
-// Groups whose elements lie in runs long enough for vectors: one after the other, each walked twice, the
-// second time from cache.
+// Groups whose elements lie in runs long enough for vectors: one after the other, each walked
+// twice, the second time from cache.
 template <class T, Op op>
-double groups_by_runs(T* w, T* g, const Item& item, double scale, std::int64_t begin, std::int64_t end) {
+double groups_by_runs(T* w, T* g, const Item& item, double scale, std::int64_t begin,
+                      std::int64_t end) {
   const GroupShape& shape = item.shape;
   const Strengths& s = item.strengths;
   const double group_sqrt_n = s.group * __builtin_sqrt(static_cast<double>(shape.group_size()));
@@ -244,8 +247,10 @@ double groups_by_runs(T* w, T* g, const Item& item, double scale, std::int64_t b
     const GroupTerms t = group_terms(s, group_sqrt_n, sums.absolute, sums.square, norm);
     value += t.value;
     if constexpr (op != Op::kValue) {
-      const Coefficients c = op == Op::kProx ? Coefficients{s.l1, 0.0, t.factor} : Coefficients{s.l1, t.l2, scale};
-      // The sums are known: kAddGrad's own would be dead work, but they cost less than a second code path.
+      const Coefficients c =
+          op == Op::kProx ? Coefficients{s.l1, 0.0, t.factor} : Coefficients{s.l1, t.l2, scale};
+      // The sums are known: kAddGrad's own would be dead work, but they cost less than a second
+      // code path.
       for (std::int64_t o = 0; o < shape.outer; ++o) {
         const std::int64_t at = first + o * stride;
         elements_with<T, op>(w + at, op == Op::kProx ? nullptr : g + at, shape.inner, c);
@@ -255,12 +260,13 @@ double groups_by_runs(T* w, T* g, const Item& item, double scale, std::int64_t b
   return value;
 }
 
-// Groups of short runs with a stride between them (columns of a matrix): a tile of neighbouring columns is
-// walked row by row, so that memory is read in order; the second walk comes from cache.
+// Groups of short runs with a stride between them (columns of a matrix): a tile of neighbouring
+// columns is walked row by row, so that memory is read in order; the second walk comes from cache.
 constexpr int kMaxColumns = 512;
 
 template <class T, Op op>
-double column_tile(T* w, T* g, const Item& item, double scale, std::int64_t begin, std::int64_t end) {
+double column_tile(T* w, T* g, const Item& item, double scale, std::int64_t begin,
+                   std::int64_t end) {
   using C = Compute<T>;
   using V = Vector<C>;
   constexpr int kW = kWidth<C>;
@@ -280,7 +286,8 @@ double column_tile(T* w, T* g, const Item& item, double scale, std::int64_t begi
   C part_absolute[kMaxColumns + 64];
   C part_square[kMaxColumns + 64];
   for (std::int64_t row = 0; row < shape.outer; row += kStepsPerFlush) {
-    const std::int64_t last = shape.outer - row < kStepsPerFlush ? shape.outer : row + kStepsPerFlush;
+    const std::int64_t last =
+        shape.outer - row < kStepsPerFlush ? shape.outer : row + kStepsPerFlush;
     memset(part_absolute, 0, sizeof(part_absolute));
     memset(part_square, 0, sizeof(part_square));
     for (std::int64_t o = row; o < last; ++o) {
@@ -335,7 +342,8 @@ double column_tile(T* w, T* g, const Item& item, double scale, std::int64_t begi
         const bool whole = rest == kW;
         const V x = whole ? load(w + at + i) : load_partial(w + at + i, rest);
         V before{};
-        if constexpr (op == Op::kAddGrad) before = whole ? load(g + at + i) : load_partial(g + at + i, rest);
+        if constexpr (op == Op::kAddGrad)
+          before = whole ? load(g + at + i) : load_partial(g + at + i, rest);
         const V y = gradient_or_prox<T, op, Terms::kBoth>(x, before, l1, load(coefficient + i));
         T* const out = (op == Op::kProx ? w : g) + at + i;
         if (whole) {
@@ -350,10 +358,12 @@ double column_tile(T* w, T* g, const Item& item, double scale, std::int64_t begi
 }
 
 template <class T, Op op>
-double groups_with(T* w, T* g, const Item& item, double scale, std::int64_t begin, std::int64_t end) {
+double groups_with(T* w, T* g, const Item& item, double scale, std::int64_t begin,
+                   std::int64_t end) {
   constexpr std::int64_t kShortRun = 64;
   const GroupShape& shape = item.shape;
-  if (shape.outer == 1 || shape.inner >= kShortRun) return groups_by_runs<T, op>(w, g, item, scale, begin, end);
+  if (shape.outer == 1 || shape.inner >= kShortRun)
+    return groups_by_runs<T, op>(w, g, item, scale, begin, end);
   // As many columns at once as keep a tile in the L2 cache, within what the accumulators hold.
   constexpr std::int64_t kTileBytes = 512 * 1024;
   std::int64_t columns = kTileBytes / (shape.outer * static_cast<std::int64_t>(sizeof(T)));

@@ -1,9 +1,10 @@
 // CUDA kernels of the penalties. Contract: penalty.h.
 //
-// A launch takes a table of tensors in its parameters (constant memory), as many as fit. Work is cut into
-// chunks that never span tensors; a block finds its chunk's tensor by binary search over the chunk counts,
-// so the number of tensors and of blocks do not limit each other. Each block adds its share of the value in
-// float64 and leaves it in its own slot; the last block to finish adds the slots in their order.
+// A launch takes a table of tensors in its parameters (constant memory), as many as fit. Work is
+// cut into chunks that never span tensors; a block finds its chunk's tensor by binary search over
+// the chunk counts, so the number of tensors and of blocks do not limit each other. Each block adds
+// its share of the value in float64 and leaves it in its own slot; the last block to finish adds
+// the slots in their order.
 #include <algorithm>
 #include <cmath>
 
@@ -52,12 +53,14 @@ struct ElementTable {
   double l2[kMaxElementEntries];  // kProx: the factor
   DType dtype[kMaxElementEntries];
 };
-static_assert(sizeof(ElementTable) <= cuda::kMaxKernelParamBytes, "the table does not fit a launch");
+static_assert(sizeof(ElementTable) <= cuda::kMaxKernelParamBytes,
+              "the table does not fit a launch");
 
 // --- groups ---
 
 constexpr int kGroupEntryBytes = 72;
-constexpr int kMaxGroupEntries = static_cast<int>((cuda::kMaxKernelParamBytes - 256) / kGroupEntryBytes);
+constexpr int kMaxGroupEntries =
+    static_cast<int>((cuda::kMaxKernelParamBytes - 256) / kGroupEntryBytes);
 
 struct GroupTable {
   Output output;
@@ -201,11 +204,12 @@ __device__ double chunk_value(T* w, T* g, std::int64_t n, double l1, double l2, 
     out[i] = from_compute<T>(new_element<T, op>(x, before, c1, c2, has_l1, has_l2));
   };
 
-  // Elements before the first 16-byte boundary one by one, then whole vectors, then the rest. Where w and
-  // g lie differently against that boundary, no vector fits both.
+  // Elements before the first 16-byte boundary one by one, then whole vectors, then the rest. Where
+  // w and g lie differently against that boundary, no vector fits both.
   const auto misalignment = reinterpret_cast<std::uintptr_t>(w) % 16;
   const bool together = !writes || reinterpret_cast<std::uintptr_t>(out) % 16 == misalignment;
-  std::int64_t head = misalignment == 0 ? 0 : static_cast<std::int64_t>((16 - misalignment) / sizeof(T));
+  std::int64_t head =
+      misalignment == 0 ? 0 : static_cast<std::int64_t>((16 - misalignment) / sizeof(T));
   if (!together || head > n) head = n;
   const std::int64_t vectors = (n - head) / kN;
   for (std::int64_t i = threadIdx.x; i < head; i += kThreads) one(i);
@@ -224,7 +228,8 @@ __device__ double chunk_value(T* w, T* g, std::int64_t n, double l1, double l2, 
       const C element = to_compute(x[k]);
       add(element);
       if constexpr (kWrites) {
-        y[k] = from_compute<T>(new_element<T, op>(element, to_compute(y[k]), c1, c2, has_l1, has_l2));
+        y[k] =
+            from_compute<T>(new_element<T, op>(element, to_compute(y[k]), c1, c2, has_l1, has_l2));
       }
     }
     flush();
@@ -236,7 +241,8 @@ __device__ double chunk_value(T* w, T* g, std::int64_t n, double l1, double l2, 
 
   if constexpr (!kGivesValue<op>) return 0.0;
   if (sizeof(C) == 4 && !(is_finite(absolute_sum) && is_finite(square_sum))) {
-    // float32 squares overflow from 1.8e19 on although the value may not: this thread's elements again.
+    // float32 squares overflow from 1.8e19 on although the value may not: this thread's elements
+    // again.
     absolute_sum = square_sum = 0.0;
     auto again = [&](std::int64_t i) {
       const double x = to_compute(w[i]);
@@ -256,13 +262,15 @@ __device__ double chunk_value(T* w, T* g, std::int64_t n, double l1, double l2, 
 }
 
 template <Op op>
-__global__ void __launch_bounds__(kThreads) penalty_elements_kernel(FUSEREG_GRID_CONSTANT(ElementTable, t)) {
+__global__ void __launch_bounds__(kThreads)
+    penalty_elements_kernel(FUSEREG_GRID_CONSTANT(ElementTable, t)) {
   const double scale = read_scale(t.scale);
   double value = 0.0;
   const std::uint32_t chunks = t.first_chunk[t.count];
   for (std::uint32_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const int i = find_entry(t.first_chunk, t.count, chunk);
-    const std::int64_t offset = static_cast<std::int64_t>(chunk - t.first_chunk[i]) * kChunkElements;
+    const std::int64_t offset =
+        static_cast<std::int64_t>(chunk - t.first_chunk[i]) * kChunkElements;
     const std::int64_t rest = t.numel[i] - offset;
     const std::int64_t n = rest < kChunkElements ? rest : kChunkElements;
     auto run = [&](auto tag) {
@@ -281,7 +289,8 @@ template <class T, bool kThresholded>
 __device__ void add_group(const T* w, const GroupShape& shape, std::int64_t group, unsigned thread,
                           unsigned step, double threshold, double (&sums)[2]) {
   for (std::int64_t k = thread; k < shape.group_size(); k += step) {
-    const std::int64_t at = (k / shape.inner * shape.groups + group) * shape.inner + k % shape.inner;
+    const std::int64_t at =
+        (k / shape.inner * shape.groups + group) * shape.inner + k % shape.inner;
     double x = to_compute(w[at]);
     if (kThresholded) x = soft_threshold<double>(x, threshold, 1.0);
     sums[0] += x < 0.0 ? -x : x;
@@ -291,7 +300,7 @@ __device__ void add_group(const T* w, const GroupShape& shape, std::int64_t grou
 
 struct GroupTerms {
   double value;
-  double l2;      // kProx: the factor
+  double l2;  // kProx: the factor
 };
 
 template <Op op>
@@ -308,21 +317,23 @@ __device__ GroupTerms group_terms(const Strengths& s, std::int64_t size, const d
 }
 
 template <class T, Op op>
-FUSEREG_DEVICE_INLINE void write_element(T* w, T* g, std::int64_t at, double l1, double l2, double scale) {
+FUSEREG_DEVICE_INLINE void write_element(T* w, T* g, std::int64_t at, double l1, double l2,
+                                         double scale) {
   using C = Compute<T>;
   const C x = to_compute(w[at]);
   if constexpr (op == Op::kProx) {
-    w[at] = from_compute<T>(new_element<T, op>(x, C(0), static_cast<C>(l1), static_cast<C>(l2), true, true));
+    w[at] = from_compute<T>(
+        new_element<T, op>(x, C(0), static_cast<C>(l1), static_cast<C>(l2), true, true));
   } else {
     const C before = op == Op::kAddGrad ? to_compute(g[at]) : C(0);
-    g[at] = from_compute<T>(new_element<T, op>(x, before, static_cast<C>(l1 * scale), static_cast<C>(l2 * scale),
-                                               l1 != 0.0, true));
+    g[at] = from_compute<T>(new_element<T, op>(x, before, static_cast<C>(l1 * scale),
+                                               static_cast<C>(l2 * scale), l1 != 0.0, true));
   }
 }
 
 template <class T, Op op>
-__device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, const Strengths& s, double scale,
-                                 std::int64_t first, bool by_warp) {
+__device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, const Strengths& s,
+                                 double scale, std::int64_t first, bool by_warp) {
   const unsigned thread = by_warp ? cuda::lane_id() : threadIdx.x;
   const unsigned step = by_warp ? cuda::kWarpSize : kThreads;
   const std::int64_t group = by_warp ? first + cuda::warp_id() : first;
@@ -345,7 +356,8 @@ __device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, const Stre
   const GroupTerms t = group_terms<op>(s, shape.group_size(), sums);
   if (op == Op::kProx || (op != Op::kValue && g != nullptr)) {
     for (std::int64_t k = thread; k < shape.group_size(); k += step) {
-      const std::int64_t at = (k / shape.inner * shape.groups + group) * shape.inner + k % shape.inner;
+      const std::int64_t at =
+          (k / shape.inner * shape.groups + group) * shape.inner + k % shape.inner;
       write_element<T, op>(w, g, at, s.l1, t.l2, scale);
     }
   }
@@ -353,8 +365,8 @@ __device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, const Stre
 }
 
 template <class T, Op op>
-__device__ double groups_by_columns(T* w, T* g, const GroupShape& shape, const Strengths& s, double scale,
-                                    std::int64_t first) {
+__device__ double groups_by_columns(T* w, T* g, const GroupShape& shape, const Strengths& s,
+                                    double scale, std::int64_t first) {
   FUSEREG_SHARED(partial, double[2][kWarps][cuda::kWarpSize]);
   const auto inner = static_cast<unsigned>(shape.inner);
   const unsigned lane = cuda::lane_id();
@@ -395,7 +407,8 @@ __device__ double groups_by_columns(T* w, T* g, const GroupShape& shape, const S
 }
 
 template <Op op>
-__global__ void __launch_bounds__(kThreads) penalty_groups_kernel(FUSEREG_GRID_CONSTANT(GroupTable, t)) {
+__global__ void __launch_bounds__(kThreads)
+    penalty_groups_kernel(FUSEREG_GRID_CONSTANT(GroupTable, t)) {
   const double scale = read_scale(t.scale);
   double value = 0.0;
   const std::uint32_t tasks = t.first_task[t.count];
@@ -403,13 +416,15 @@ __global__ void __launch_bounds__(kThreads) penalty_groups_kernel(FUSEREG_GRID_C
     const int i = find_entry(t.first_task, t.count, task);
     const GroupShape shape = t.shape[i];
     const Strengths s = t.strengths[i];
-    const std::int64_t first = static_cast<std::int64_t>(task - t.first_task[i]) * groups_per_task(shape);
+    const std::int64_t first =
+        static_cast<std::int64_t>(task - t.first_task[i]) * groups_per_task(shape);
     auto run = [&](auto tag) {
       using T = typename decltype(tag)::type;
       T* const w = static_cast<T*>(t.w[i]);
       T* const g = static_cast<T*>(t.g[i]);
       const GroupMode mode = group_mode(shape);
-      if (mode == GroupMode::kColumns) return groups_by_columns<T, op>(w, g, shape, s, scale, first);
+      if (mode == GroupMode::kColumns)
+        return groups_by_columns<T, op>(w, g, shape, s, scale, first);
       return groups_by_runs<T, op>(w, g, shape, s, scale, first, mode == GroupMode::kWarp);
     };
     value += dispatch_dtype(t.dtype[i], run);
@@ -423,8 +438,9 @@ class CudaRun {
  public:
   CudaRun(const Job& job, void* workspace, cuda::Stream stream) : job_(job), stream_(stream) {
     auto* const bytes = static_cast<char*>(workspace);
-    output_ = {reinterpret_cast<unsigned*>(bytes), reinterpret_cast<double*>(bytes + 8),
-               reinterpret_cast<double*>(bytes + 16), job.value, job.value_dtype == DType::kFloat64, true};
+    output_ = {reinterpret_cast<unsigned*>(bytes),    reinterpret_cast<double*>(bytes + 8),
+               reinterpret_cast<double*>(bytes + 16), job.value,
+               job.value_dtype == DType::kFloat64,    true};
     scale_ = {job.scale, job.scale_dtype, job.host_scale};
   }
 
@@ -455,7 +471,9 @@ class CudaRun {
 
   void add_elements(ElementTable& t, const Item& item) {
     const std::int64_t chunks = (item.numel + kChunkElements - 1) / kChunkElements;
-    if (t.count == kMaxElementEntries || (t.count > 0 && t.first_chunk[t.count] + chunks > kMaxTasks)) flush(t);
+    if (t.count == kMaxElementEntries ||
+        (t.count > 0 && t.first_chunk[t.count] + chunks > kMaxTasks))
+      flush(t);
     const int i = t.count++;
     const bool prox = job_.op == Op::kProx;
     t.w[i] = item.w;
@@ -470,7 +488,8 @@ class CudaRun {
   void add_groups(GroupTable& t, const Item& item) {
     const std::int64_t per_task = groups_per_task(item.shape);
     const std::int64_t tasks = (item.shape.groups + per_task - 1) / per_task;
-    if (t.count == kMaxGroupEntries || (t.count > 0 && t.first_task[t.count] + tasks > kMaxTasks)) flush(t);
+    if (t.count == kMaxGroupEntries || (t.count > 0 && t.first_task[t.count] + tasks > kMaxTasks))
+      flush(t);
     const int i = t.count++;
     t.w[i] = item.w;
     t.g[i] = item.g;
@@ -488,13 +507,15 @@ class CudaRun {
   }
 
   void flush(GroupTable& t) {
-    launch(t, t.first_task[t.count], &penalty_groups_kernel<Op::kValue>, &penalty_groups_kernel<Op::kAddGrad>,
-           &penalty_groups_kernel<Op::kWriteGrad>, &penalty_groups_kernel<Op::kProx>);
+    launch(t, t.first_task[t.count], &penalty_groups_kernel<Op::kValue>,
+           &penalty_groups_kernel<Op::kAddGrad>, &penalty_groups_kernel<Op::kWriteGrad>,
+           &penalty_groups_kernel<Op::kProx>);
     t.count = 0;
   }
 
   template <class Table, class Kernel>
-  void launch(Table& t, std::uint32_t tasks, Kernel value, Kernel add_grad, Kernel write_grad, Kernel prox) {
+  void launch(Table& t, std::uint32_t tasks, Kernel value, Kernel add_grad, Kernel write_grad,
+              Kernel prox) {
     t.output = output_;
     t.scale = scale_;
     const Kernel kernel = job_.op == Op::kValue       ? value

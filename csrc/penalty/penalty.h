@@ -1,7 +1,7 @@
 // Penalties on weights and their proximal steps, over lists of tensors.
 //
-// For one tensor w with strengths l1, l2, group >= 0, whose groups are the slices along one dimension
-// (n_g elements each), the penalty is
+// For one tensor w with strengths l1, l2, group >= 0, whose groups are the slices along one
+// dimension (n_g elements each), the penalty is
 //
 //   R(w) = l1 * sum |w_i|  +  l2/2 * sum w_i^2  +  group * sum_g sqrt(n_g) * ||w_g||_2
 //   dR/dw_i = l1 * sign(w_i)  +  (l2 + group * sqrt(n_g) / ||w_g||_2) * w_i
@@ -19,9 +19,9 @@
 // Dtypes: float64, float32, float16, bfloat16, mixed freely within a list; w and its g share one.
 // Arithmetic is in float32 (float64 for float64); sums run in float32 over at most 8 terms, then in
 // float64. A sum that overflows float32 is done again in float64.
-// Bytes moved per element of size e: kValue e, kAddGrad 3e, kWriteGrad 2e, kProx 2e; groups are read a
-// second time from cache.
-// Deterministic: chunk sizes, slots and the order of additions depend on shapes alone.
+// Bytes moved per element of size e: kValue e, kAddGrad 3e, kWriteGrad 2e, kProx 2e; groups are
+// read a second time from cache. Deterministic: chunk sizes, slots and the order of additions
+// depend on shapes alone.
 #pragma once
 
 #include <cstdint>
@@ -70,8 +70,8 @@ struct Job {
   // kValue, kAddGrad: where the 0-d value goes, float32 or float64.
   void* value = nullptr;
   DType value_dtype = DType::kFloat32;
-  // kAddGrad, kWriteGrad: the gradient's factor, host_scale * *scale; scale may be null. It is read by
-  // the kernel, so that a scale on the device costs no synchronization.
+  // kAddGrad, kWriteGrad: the gradient's factor, host_scale * *scale; scale may be null. It is read
+  // by the kernel, so that a scale on the device costs no synchronization.
   const void* scale = nullptr;
   DType scale_dtype = DType::kFloat32;
   double host_scale = 1.0;
@@ -79,8 +79,9 @@ struct Job {
 
 void run_cpu(const Job& job);
 
-// CUDA only: `workspace` is kWorkspaceBytes of device memory whose first 8 bytes are zero; it is left so.
-// One launch for the elementwise terms of up to some 700 tensors, one for the group terms of as many.
+// CUDA only: `workspace` is kWorkspaceBytes of device memory whose first 8 bytes are zero; it is
+// left so. One launch for the elementwise terms of up to some 700 tensors, one for the group terms
+// of as many.
 inline constexpr std::int64_t kMaxBlocks = 4096;
 inline constexpr std::int64_t kWorkspaceBytes = 16 + 8 * kMaxBlocks;
 void run_cuda(const Job& job, void* workspace, int device, void* stream);
@@ -92,8 +93,8 @@ struct Sums {
   double square = 0.0;    // sum w^2
 };
 
-// The gradient of one run of elements is add/write scale * (l1 * sign(w) + l2 * w); the proximal step is
-// soft(w, l1) * scale. The group term has become part of l2 (or of scale) by then.
+// The gradient of one run of elements is add/write scale * (l1 * sign(w) + l2 * w); the proximal
+// step is soft(w, l1) * scale. The group term has become part of l2 (or of scale) by then.
 struct Coefficients {
   double l1 = 0.0;
   double l2 = 0.0;
@@ -101,7 +102,8 @@ struct Coefficients {
 };
 
 struct CpuKernels {
-  // One chunk of consecutive elements. Gives the sums that the value needs (for kValue and kAddGrad).
+  // One chunk of consecutive elements. Gives the sums that the value needs (for kValue and
+  // kAddGrad).
   Sums (*elements)(Op op, DType dtype, void* w, void* g, std::int64_t n, const Coefficients& c);
   // Groups [begin, end) whole, each read once from memory; gives their part of the value.
   double (*groups)(Op op, const Item& item, double scale, std::int64_t begin, std::int64_t end);
@@ -109,7 +111,8 @@ struct CpuKernels {
 
 FUSEREG_DECLARE_PER_ISA(CpuKernels, kernels)
 
-// Elements a chunk: small enough that w and g stay in the L2 cache, large enough that its fixed costs vanish.
+// Elements a chunk: small enough that w and g stay in the L2 cache, large enough that its fixed
+// costs vanish.
 inline constexpr std::int64_t kChunk = 16384;
 // A contiguous group of more elements than this is cut into chunks of its own.
 inline constexpr std::int64_t kLargeGroup = 8 * kChunk;

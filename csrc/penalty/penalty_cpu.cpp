@@ -28,7 +28,8 @@ struct GroupTask {
   std::int64_t end;
 };
 
-// Elements that one thread should get at least: below that, waking a thread costs more than it saves.
+// Elements that one thread should get at least: below that, waking a thread costs more than it
+// saves.
 constexpr std::int64_t kGrainElements = 4 * kChunk;
 
 constexpr std::int64_t kColumnsPerTask = 64;
@@ -67,8 +68,8 @@ class CpuRun {
     if (s.group == 0.0) {
       // Nothing to add, nothing to shrink; but kWriteGrad must still write its zeros.
       if (s.l1 == 0.0 && s.l2 == 0.0 && job_.op != Op::kWriteGrad) return;
-      runs_.push_back({at(item.w, 0, item.dtype), at(item.g, 0, item.dtype), item.numel, item.dtype, s,
-                       coefficients(s.l1, s.l2, 1.0 / (1.0 + s.l2))});
+      runs_.push_back({at(item.w, 0, item.dtype), at(item.g, 0, item.dtype), item.numel, item.dtype,
+                       s, coefficients(s.l1, s.l2, 1.0 / (1.0 + s.l2))});
       return;
     }
     const GroupShape& shape = item.shape;
@@ -110,7 +111,8 @@ class CpuRun {
     const std::int64_t* const starts = starts_.data();
     const std::size_t count = starts_.size();
     parallel_for(chunks, grain, [&](std::int64_t begin, std::int64_t end) {
-      auto index = static_cast<std::size_t>(std::upper_bound(starts, starts + count, begin) - starts - 1);
+      auto index =
+          static_cast<std::size_t>(std::upper_bound(starts, starts + count, begin) - starts - 1);
       for (std::int64_t chunk = begin; chunk < end; ++chunk) {
         while (chunk >= starts[index + 1]) ++index;
         const Run& run = runs[index];
@@ -138,15 +140,19 @@ class CpuRun {
     return value;
   }
 
-  // A contiguous group too large for one task: its norm by chunks first, then it joins the elementwise
-  // runs with its factor known.
+  // A contiguous group too large for one task: its norm by chunks first, then it joins the
+  // elementwise runs with its factor known.
   double large_groups() {
     std::vector<Run> groups;
     for (const Item* item : large_) {
       for (std::int64_t index = 0; index < item->shape.groups; ++index) {
         const std::int64_t first = index * item->shape.inner;
-        groups.push_back({at(item->w, first, item->dtype), at(item->g, first, item->dtype), item->shape.inner,
-                          item->dtype, item->strengths, {}});
+        groups.push_back({at(item->w, first, item->dtype),
+                          at(item->g, first, item->dtype),
+                          item->shape.inner,
+                          item->dtype,
+                          item->strengths,
+                          {}});
       }
     }
     for_each_chunk(groups, [this](const Run& run, char* w, char*, std::int64_t n) {
@@ -163,8 +169,9 @@ class CpuRun {
       const double norm = std::sqrt(square);
       const double group_sqrt_n = run.value.group * std::sqrt(static_cast<double>(run.numel));
       value += group_sqrt_n * norm;
-      run.gradient = coefficients(run.value.l1, run.value.l2 + group_gradient_factor(group_sqrt_n, norm),
-                                  group_prox_factor(group_sqrt_n, norm) / (1.0 + run.value.l2));
+      run.gradient =
+          coefficients(run.value.l1, run.value.l2 + group_gradient_factor(group_sqrt_n, norm),
+                       group_prox_factor(group_sqrt_n, norm) / (1.0 + run.value.l2));
     }
     runs_.insert(runs_.end(), groups.begin(), groups.end());
     return value;

@@ -1,5 +1,5 @@
-// The scalar formulas of penalty.h, for a number or (after core/simd.h) a vector of them, on the host and on
-// the device.
+// The scalar formulas of penalty.h, for a number or (after core/simd.h) a vector of them, on the
+// host and on the device.
 #pragma once
 
 #include "core/dtype.h"
@@ -14,8 +14,8 @@ FUSEREG_INLINE V sign(V w) {
   return w > zero ? one : (w < zero ? -one : w);
 }
 
-// factor * sign(w) * max(|w| - threshold, 0), as it will be stored in T: every zero, also one that the
-// rounding to T makes, is +0.0; NaN stays.
+// factor * sign(w) * max(|w| - threshold, 0), as it will be stored in T: every zero, also one that
+// the rounding to T makes, is +0.0; NaN stays.
 template <class T, class V>
 FUSEREG_INLINE V soft_threshold(V w, V threshold, V factor) {
   const V zero{};
@@ -24,7 +24,8 @@ FUSEREG_INLINE V soft_threshold(V w, V threshold, V factor) {
   return shrunk <= largest_zero ? zero : with_sign_of(shrunk, w);
 }
 
-// What the group term adds to l2 in the gradient: group * sqrt(n) / norm, and 0 for an all-zero group.
+// What the group term adds to l2 in the gradient: group * sqrt(n) / norm, and 0 for an all-zero
+// group.
 FUSEREG_INLINE double group_gradient_factor(double group_sqrt_n, double norm) {
   return norm == 0.0 ? 0.0 : group_sqrt_n / norm;
 }

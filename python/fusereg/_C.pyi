@@ -1,7 +1,7 @@
-"""The compiled module. Private: the package's functions check arguments and prepare odd tensors first.
+"""The compiled module. Private: the package's functions check and prepare what they pass to it.
 
-Functions over lists return a status: 0 done; 1 the value must be float64; 2 a tensor needs preparing in
-Python. Nothing has been written unless it is 0.
+Functions over lists return a status: 0 done; 1 the value must be float64; 2 a tensor needs
+preparing in Python. Nothing has been written unless it is 0.
 """
 
 from collections.abc import Sequence

@@ -9,16 +9,16 @@
 ``fusereg info`` on the command line tells what this build and this machine offer.
 """
 
-from . import _dispatch as _dispatch
 from . import _C, functional, prox
+from . import _dispatch as _dispatch
 from ._version import __version__
 from .penalty import PenaltyGroup, WeightPenalty, add_penalty_grad_, sparsity
 
 __all__ = [
+    "_C",
     "PenaltyGroup",
     "WeightPenalty",
     "__version__",
-    "_C",
     "add_penalty_grad_",
     "functional",
     "prox",

@@ -29,11 +29,12 @@ _C.bind_torch(torch.Tensor, torch.nn.Parameter, torch.autograd.graph.increment_v
 #: Operators are defined here, each with a fake kernel and an autograd formula.
 library = torch.library.Library("fusereg", "DEF")
 
+
 def functorch() -> bool:
     """True inside torch.func transforms (grad, vmap, ...), whose tensors are wrapped.
 
-    There an autograd function must have ``setup_context`` and a ``vmap`` rule (17 us instead of 6, so
-    not used otherwise); operators with ``torch.library.register_autograd`` have neither.
+    There an autograd function must have ``setup_context`` and a ``vmap`` rule (17 us instead of 6,
+    so not used otherwise); operators with ``torch.library.register_autograd`` have neither.
     """
     return not torch.compiler.is_compiling() and _functorch_level() is not None
 
@@ -58,8 +59,8 @@ _workspaces: dict[tuple[int, int], torch.Tensor] = {}
 def workspace(device: torch.device) -> torch.Tensor | None:
     """Scratch memory that CUDA reductions leave zeroed as they found it; None on the CPU.
 
-    One for each device and stream, because kernels on two streams may run at once. While a CUDA graph
-    is being captured it is a fresh one, which belongs to the graph's own memory.
+    One for each device and stream, because kernels on two streams may run at once. While a CUDA
+    graph is being captured it is a fresh one, which belongs to the graph's own memory.
     """
     if device.type == "cpu":
         if not _C.CUDA_ON_HOST:

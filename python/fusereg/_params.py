@@ -1,4 +1,4 @@
-"""Lists of parameters: what callers may pass, what kernels take, and what to say when they differ."""
+"""Lists of parameters: what callers may pass, what kernels take, and what errors say."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ def check(tensor: object, op: str, name: str) -> None:
     """Raises, with the tensor's name and what is wrong, if kernels can never take it."""
     where = f"fusereg.{op}: {name}"
     if not isinstance(tensor, Tensor):
-        hint = (
-            "; pass parameters(), not named_parameters()" if isinstance(tensor, tuple) else ""
-        )
+        hint = "; pass parameters(), not named_parameters()" if isinstance(tensor, tuple) else ""
         raise TypeError(f"{where} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
     if tensor.is_nested:
         raise ValueError(f"{where} is a nested tensor; pass its components (unbind())")
@@ -175,5 +173,3 @@ def normalize_strength(strength: object, op: str, name: str) -> Strength:
         f"fusereg.{op}: {name} must be a number or a sequence of numbers (one per tensor), "
         f"got {type(strength).__name__}"
     )
-
-

@@ -7,7 +7,8 @@ One form serves all public functions: each tensor w has strengths (l1, l2, group
 with groups along one dimension. Layers, from the kernel outwards:
 
 ``value``, ``write_grads``, ``add_grads_``, ``prox_``
-    prepare what a kernel cannot take as it is (odd layouts, several devices) and call it; no autograd.
+    prepare what a kernel cannot take as it is (odd layouts, several devices) and call it; no
+    autograd.
 ``_Penalty``
     the eager autograd function over ``value`` and ``write_grads``.
 ``torch.ops.fusereg.penalty*``, ``torch.ops.fusereg.prox_``
@@ -19,7 +20,7 @@ with groups along one dimension. Layers, from the kernel outwards:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -75,9 +76,7 @@ def value(op: str, tensors: list[Tensor], s: Strengths, dim: int) -> Tensor:
         out = torch.empty((), dtype=dtype, device=device)
         part = [plain[i] for i in indices]
         _must(
-            _C.penalty_forward(
-                part, out, *s.select(indices), dim, _dispatch.workspace(device), op
-            ),
+            _C.penalty_forward(part, out, *s.select(indices), dim, _dispatch.workspace(device), op),
             op,
         )
         parts.append(out)
@@ -196,7 +195,7 @@ def prox_(op: str, tensors: list[Tensor], s: Strengths, dim: int) -> None:
 
 
 def _own_grads(tensors: Sequence[Tensor], op: str) -> list[Tensor | None]:
-    """Each tensor's .grad, zeros where one is wanted and missing; nothing is created on an error."""
+    """Each tensor's .grad, zeros where it is wanted and missing; none is created on an error."""
     for i, t in enumerate(tensors):
         if t.requires_grad and not t.is_leaf:
             raise ValueError(
@@ -223,7 +222,9 @@ def _check_grad(w: Tensor, g: Tensor, op: str, index: int) -> None:
 
 
 def _matching(w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """w and a gradient to write to that share layout and dtype; the gradient's is kept if it can be."""
+    """w and a gradient to write to that share layout and dtype; the gradient's is kept if it can
+    be.
+    """
     g = g.detach()
     if type(g) is not Tensor:
         g = g.as_subclass(Tensor)
@@ -253,7 +254,7 @@ def _must(status: int, op: str) -> None:
 def _differentiable_grad(
     scale: Tensor, w: Tensor, l1: float, l2: float, group: float, dim: int
 ) -> Tensor:
-    """scale * dR/dw from torch's own operations: used where the gradient itself is differentiated."""
+    """scale * dR/dw from torch's own operations, for where the gradient is differentiated."""
     x = w if w.dtype is torch.float64 else w.float()
     # sign() of NaN is 0; a NaN weight must stay visible.
     grad = torch.where(x.isnan(), x, x.sign()) * l1 + l2 * x if l1 else l2 * x
@@ -299,11 +300,14 @@ def _backward(
     return _differentiable_grads(scale, tensors, s, dim, op)
 
 
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """torch types neither apply() nor what it returns."""
+    return function.apply(*args)
+
+
 class _Penalty(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, op: str, s: Strengths, dim: int, *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, op: str, s: Strengths, dim: int, *tensors: Tensor) -> Tensor:
         ctx.call = (op, s, dim)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -315,7 +319,7 @@ class _Penalty(torch.autograd.Function):
         return _tangent(op, s, dim, ctx.saved_tensors, tangents[3:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         op, s, dim = ctx.call
         saved = ctx.saved_tensors  # asked once: activation checkpointing allows no more
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
@@ -332,8 +336,8 @@ _dispatch.library.define(
     "penalty(Tensor[] params, float[] l1, float[] l2, float[] group, int dim) -> Tensor"
 )
 _dispatch.library.define(
-    "penalty_backward(Tensor scale, Tensor[] params, float[] l1, float[] l2, float[] group, int dim)"
-    " -> Tensor[]"
+    "penalty_backward(Tensor scale, Tensor[] params,"
+    " float[] l1, float[] l2, float[] group, int dim) -> Tensor[]"
 )
 _dispatch.library.define(
     "penalty_add_grad_(Tensor[] params, Tensor(a!)[] grads, Tensor? scale, float factor,"
@@ -346,9 +350,7 @@ _dispatch.library.define(
 _Floats = list[float]
 
 
-def _op_penalty(
-    params: list[Tensor], l1: _Floats, l2: _Floats, group: _Floats, dim: int
-) -> Tensor:
+def _op_penalty(params: list[Tensor], l1: _Floats, l2: _Floats, group: _Floats, dim: int) -> Tensor:
     return value("penalty", params, Strengths(l1, l2, group), dim)
 
 
@@ -372,9 +374,7 @@ def _op_penalty_add_grad_(
     return add_grads_("add_penalty_grad_", params, grads, whole, Strengths(l1, l2, group), dim)
 
 
-def _op_prox_(
-    params: list[Tensor], l1: _Floats, l2: _Floats, group: _Floats, dim: int
-) -> None:
+def _op_prox_(params: list[Tensor], l1: _Floats, l2: _Floats, group: _Floats, dim: int) -> None:
     prox_("prox", params, Strengths(l1, l2, group), dim)
 
 
@@ -390,7 +390,9 @@ def _fake_value(params: Sequence[Tensor]) -> Tensor:
 
 
 torch.library.register_fake(
-    "fusereg::penalty", lambda params, l1, l2, group, dim: _fake_value(params), lib=_dispatch.library
+    "fusereg::penalty",
+    lambda params, l1, l2, group, dim: _fake_value(params),
+    lib=_dispatch.library,
 )
 torch.library.register_fake(
     "fusereg::penalty_backward",
@@ -449,20 +451,18 @@ torch.library.register_autograd(
 )
 
 
-# --- torch.func ------------------------------------------------------------------------------------
+# --- torch.func -----------------------------------------------------------------------------------
 
 
 def _unbatched(tensors: Sequence[Tensor], in_dims: Sequence[int | None], i: int) -> list[Tensor]:
-    return [
-        t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True)
-    ]
+    return [t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True)]
 
 
 class _PenaltyTransform(torch.autograd.Function):
     """As _Penalty, for torch.func: grad, jacrev, vmap and their compositions."""
 
     @staticmethod
-    def forward(op: str, s: Strengths, dim: int, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(op: str, s: Strengths, dim: int, *tensors: Tensor) -> Tensor:
         if _dispatch.eager():
             return value(op, list(tensors), s, dim)
         result: Tensor = torch.ops.fusereg.penalty(tensors, *s.lists(len(tensors), op), dim)
@@ -470,9 +470,9 @@ class _PenaltyTransform(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *ctx.call, tensors = *inputs[:3], inputs[3:]
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        ctx.call = inputs[:3]
+        ctx.save_for_backward(*inputs[3:])
+        ctx.save_for_forward(*inputs[3:])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -480,16 +480,16 @@ class _PenaltyTransform(torch.autograd.Function):
         return _tangent(op, s, dim, ctx.saved_tensors, tangents[3:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return None, None, None, *_GradTransform.apply(*ctx.call, grad, *ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, None, None, *_apply(_GradTransform, *ctx.call, grad, *ctx.saved_tensors)
 
     @staticmethod
-    def vmap(  # type: ignore[override]
+    def vmap(
         info: Any, in_dims: tuple[Any, ...], op: str, s: Strengths, dim: int, *tensors: Tensor
     ) -> tuple[Tensor, int]:
         # One call a sample: the kernel takes lists, not batches.
         values = [
-            _PenaltyTransform.apply(op, s, dim, *_unbatched(tensors, in_dims[3:], i))
+            _apply(_PenaltyTransform, op, s, dim, *_unbatched(tensors, in_dims[3:], i))
             for i in range(info.batch_size)
         ]
         return torch.stack(values), 0
@@ -499,7 +499,7 @@ class _GradTransform(torch.autograd.Function):
     """scale * dR/dw, differentiable again through torch's own operations."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         op: str, s: Strengths, dim: int, scale: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         if _dispatch.eager():
@@ -509,13 +509,13 @@ class _GradTransform(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *ctx.call, scale_and_tensors = *inputs[:3], inputs[3:]
-        ctx.save_for_backward(*scale_and_tensors)
-        ctx.save_for_forward(*scale_and_tensors)
+        ctx.call = inputs[:3]
+        ctx.save_for_backward(*inputs[3:])
+        ctx.save_for_forward(*inputs[3:])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        _, pullback = torch.func.vjp(_GradTransform._formula(ctx), *ctx.saved_tensors)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        pullback = torch.func.vjp(_GradTransform._formula(ctx), *ctx.saved_tensors)[1]
         return None, None, None, *pullback(grads)
 
     @staticmethod
@@ -525,8 +525,8 @@ class _GradTransform(torch.autograd.Function):
             torch.zeros_like(x) if t is None else t
             for x, t in zip(saved, tangents[3:], strict=True)
         )
-        _, out = torch.func.jvp(_GradTransform._formula(ctx), saved, given)
-        return out  # type: ignore[no-any-return]
+        out: tuple[Tensor, ...] = torch.func.jvp(_GradTransform._formula(ctx), saved, given)[1]
+        return out
 
     @staticmethod
     def _formula(ctx: Any) -> Callable[..., tuple[Tensor, ...]]:
@@ -534,18 +534,18 @@ class _GradTransform(torch.autograd.Function):
         return lambda scale, *tensors: tuple(_differentiable_grads(scale, tensors, s, dim, op))
 
     @staticmethod
-    def vmap(  # type: ignore[override]
+    def vmap(
         info: Any, in_dims: tuple[Any, ...], op: str, s: Strengths, dim: int, *tensors: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         grads = [
-            _GradTransform.apply(op, s, dim, *_unbatched(tensors, in_dims[3:], i))
+            _apply(_GradTransform, op, s, dim, *_unbatched(tensors, in_dims[3:], i))
             for i in range(info.batch_size)
         ]
         stacked = tuple(torch.stack(g) for g in zip(*grads, strict=True))
         return stacked, (0,) * len(stacked)
 
 
-# --- the entries -----------------------------------------------------------------------------------
+# --- the entries ----------------------------------------------------------------------------------
 
 
 def collect(
@@ -582,7 +582,7 @@ def penalty(
         for i, t in enumerate(tensors):
             _params.check(t, op, f"params[{i}]")
         if _dispatch.functorch():
-            return _PenaltyTransform.apply(op, s, dim, *tensors)  # type: ignore[no-any-return]
+            return cast(Tensor, _apply(_PenaltyTransform, op, s, dim, *tensors))
         result: Tensor = torch.ops.fusereg.penalty(tensors, *s.lists(len(tensors), op), dim)
         return result
     if not _C.scan(tensors)[0]:
@@ -593,5 +593,5 @@ def penalty(
 
             return _dtensor.penalty(op, tensors, s, dim)
     if torch.is_grad_enabled():
-        return _Penalty.apply(op, s, dim, *tensors)  # type: ignore[no-any-return]
+        return cast(Tensor, _apply(_Penalty, op, s, dim, *tensors))
     return value(op, tensors, s, dim)

@@ -17,8 +17,9 @@ _ARGUMENTS = """
 """
 _RETURNS = """
     Returns:
-        A 0-d tensor on the first tensor's device, float32 (float64 if any input is); 0 for no tensors.
-        Sums run in float64 whatever the dtype. NaN in gives NaN out, in the value and the gradient.
+        A 0-d tensor on the first tensor's device, float32 (float64 if any input is); 0 for no
+        tensors. Sums over more than 8 terms run in float64, whatever the dtype. NaN in gives NaN
+        out, in the value and the gradient.
 
     Raises:
         TypeError: something in ``params`` is not a tensor.
@@ -33,8 +34,8 @@ def l1_penalty(params: Params, strength: Strength) -> Tensor:
     The gradient is :math:`\lambda\,\mathrm{sign}(w)`, with the subgradient 0 at 0. A step along it
     never gives exact zeros; :func:`fusereg.prox.l1_` does.
     {arguments}
-        strength: :math:`\lambda \ge 0`, one number or one per tensor. A tensor with strength 0 is left
-            out, NaN and all.
+        strength: :math:`\lambda \ge 0`, one number or one per tensor. A tensor with strength 0 is
+            left out, NaN and all.
     {returns}
     Example:
         >>> loss = criterion(model(x), y) + fusereg.functional.l1_penalty(model, 1e-5)
@@ -65,14 +66,15 @@ def elastic_net_penalty(params: Params, l1: Strength, l2: Strength) -> Tensor:
     (Zou and Hastie 2005, with the factor 1/2 of Friedman, Hastie, Tibshirani 2010).
 
     Both sums come from one pass over the weights, the gradient
-    :math:`\lambda_1\,\mathrm{sign}(w) + \lambda_2 w` from another. :func:`fusereg.add_penalty_grad_`
-    does both in one.
+    :math:`\lambda_1\,\mathrm{sign}(w) + \lambda_2 w` from another.
+    :func:`fusereg.add_penalty_grad_` does both in one.
     {arguments}
         l1: :math:`\lambda_1 \ge 0`, one number or one per tensor.
         l2: :math:`\lambda_2 \ge 0`, one number or one per tensor.
     {returns}
     Example:
-        >>> loss = criterion(model(x), y) + fusereg.functional.elastic_net_penalty(model, 1e-5, 1e-4)
+        >>> from fusereg import functional as F
+        >>> loss = criterion(model(x), y) + F.elastic_net_penalty(model, 1e-5, 1e-4)
     """
     return _penalty_ops.penalty(params, l1, l2, 0.0, 0, "elastic_net_penalty")
 
@@ -80,17 +82,18 @@ def elastic_net_penalty(params: Params, l1: Strength, l2: Strength) -> Tensor:
 def group_lasso_penalty(params: Params, strength: Strength, dim: int = 0) -> Tensor:
     r"""The group lasso :math:`\lambda \sum_g \sqrt{n_g}\,\|w_g\|_2` (Yuan and Lin 2006).
 
-    The groups of a tensor are its slices along ``dim``: with ``dim=0`` the rows of a linear layer (one
-    output unit each) or the filters of a convolution, with ``dim=1`` their inputs. :math:`n_g` is the
-    number of elements of a slice. The gradient of group g is
-    :math:`\lambda \sqrt{n_g}\,w_g / \|w_g\|_2`, and 0 for an all-zero group. A 1-d tensor has groups of
-    one element, for which this is the L1 penalty.
+    The groups of a tensor are its slices along ``dim``: with ``dim=0`` the rows of a linear layer
+    (one output unit each) or the filters of a convolution, with ``dim=1`` their inputs. :math:`n_g`
+    is the number of elements of a slice. The gradient of group g is :math:`\lambda \sqrt{n_g}\,w_g
+    / \|w_g\|_2`, and 0 for an all-zero group. A 1-d tensor has groups of one element, for which
+    this is the L1 penalty.
     {arguments}
         strength: :math:`\lambda \ge 0`, one number or one per tensor.
         dim: the dimension that counts the groups; negative counts from the end.
     {returns}
     Example:
-        >>> loss = criterion(model(x), y) + fusereg.functional.group_lasso_penalty(linear.weight, 1e-3)
+        >>> from fusereg import functional as F
+        >>> loss = criterion(model(x), y) + F.group_lasso_penalty(linear.weight, 1e-3)
     """
     return _penalty_ops.penalty(params, 0.0, 0.0, strength, dim, "group_lasso_penalty")
 

@@ -145,7 +145,7 @@ def sparsity(params: Params) -> float:
         for t in tensors:
             count = torch.count_nonzero(t.detach())
             nonzero[t.device] = nonzero[t.device] + count if t.device in nonzero else count
-    return 1.0 - sum(int(n) for n in nonzero.values()) / total
+    return (total - sum(int(n) for n in nonzero.values())) / total
 
 
 @dataclass

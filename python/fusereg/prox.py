@@ -1,15 +1,16 @@
 r"""Proximal steps in place: the way to weights that are exactly zero.
 
 The proximal operator of a penalty R is
-:math:`\mathrm{prox}_R(v) = \arg\min_w \tfrac12 \|w - v\|^2 + R(w)` (Moreau 1965; Parikh and Boyd 2014).
-A proximal gradient step is a gradient step on the loss, then ``prox`` with the step's learning rate in
-the threshold::
+:math:`\mathrm{prox}_R(v) = \arg\min_w \tfrac12 \|w - v\|^2 + R(w)` (Moreau 1965; Parikh and Boyd
+2014). A proximal gradient step is a gradient step on the loss, then ``prox`` with the step's
+learning rate in the threshold::
 
     optimizer.step()
     fusereg.prox.l1_(model.parameters(), threshold=lr * l1)
 
-Each step reads and writes every element once, over all tensors in one call. Zeros are ``+0.0``, NaN stays
-NaN. Nothing is recorded for autograd, and nothing is returned; :func:`fusereg.sparsity` counts zeros.
+Each step reads and writes every element once, over all tensors in one call. Zeros are ``+0.0``, NaN
+stays NaN. Nothing is recorded for autograd, and nothing is returned; :func:`fusereg.sparsity`
+counts zeros.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ def l1_(params: Params, threshold: Strength) -> None:
     Args:
         params: a tensor, an iterable of tensors, or a module; changed in place. Any mix of float64,
             float32, float16, bfloat16, devices and layouts.
-        threshold: :math:`t \ge 0`, usually learning rate times lambda; one number or one per tensor.
+        threshold: :math:`t \ge 0`, usually learning rate times lambda; one number or one per
+            tensor.
 
     Raises:
-        TypeError, ValueError: as :func:`fusereg.functional.l1_penalty`; also for expanded tensors and
-            for two tensors over the same memory. Nothing is changed then.
+        TypeError, ValueError: as :func:`fusereg.functional.l1_penalty`; also for expanded tensors
+            and for two tensors over the same memory. Nothing is changed then.
     """
     _prox(params, threshold, 0.0, 0.0, 0, "prox.l1_")
 
@@ -60,7 +62,8 @@ def group_lasso_(params: Params, threshold: Strength, dim: int = 0) -> None:
 
     Args:
         params: as in :func:`l1_`.
-        threshold: :math:`t \ge 0`, usually learning rate times lambda; one number or one per tensor.
+        threshold: :math:`t \ge 0`, usually learning rate times lambda; one number or one per
+            tensor.
         dim: the dimension that counts the groups, as in
             :func:`fusereg.functional.group_lasso_penalty`.
 
@@ -70,9 +73,7 @@ def group_lasso_(params: Params, threshold: Strength, dim: int = 0) -> None:
     _prox(params, 0.0, 0.0, threshold, dim, "prox.group_lasso_")
 
 
-def _prox(
-    params: Params, l1: Strength, l2: Strength, group: Strength, dim: int, op: str
-) -> None:
+def _prox(params: Params, l1: Strength, l2: Strength, group: Strength, dim: int, op: str) -> None:
     tensors, s = _penalty_ops.collect(params, (l1, l2, group), op)
     if not tensors:
         return
