@@ -1,4 +1,4 @@
-"""A zoo of tensors: those that must be read right in spite of their layout, and those that cannot be.
+"""A zoo of tensors: some to be read right in spite of their layout, some that cannot be read.
 
 Each entry makes its tensor on a given device. Weights are small multiples of 1/4.
 """
@@ -33,7 +33,9 @@ def parameter(*shape: int, device: torch.device, grad: bool = True) -> nn.Parame
 
 
 def memory(t: Tensor) -> Tensor:
-    """A copy of all that the tensor's storage holds, whatever the view."""
+    """A copy of all that the tensor's storage holds, or nothing if it has none."""
+    if t.layout is not torch.strided or t._is_zerotensor():
+        return torch.empty(0, dtype=torch.uint8)
     plain = t.detach().as_subclass(Tensor)
     whole = torch.empty(0, dtype=plain.dtype, device=plain.device)
     return whole.set_(plain.untyped_storage()).clone().view(torch.uint8)

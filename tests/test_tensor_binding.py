@@ -12,7 +12,6 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,12 +75,6 @@ OPERATIONS = [
 ]
 STEPS = [op for op in OPERATIONS if op.name.startswith("prox")]
 every_operation = pytest.mark.parametrize("op", OPERATIONS, ids=lambda op: op.name)
-
-
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    """For what could end the process."""
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 # --- tensors that are read as they are ------------------------------------------------------------
@@ -201,22 +194,27 @@ def test_prox_refuses_elements_that_are_one_in_memory(
     op: Operation, layout: str, device: torch.device
 ) -> None:
     w, other = OVERLAPPING[layout](device), quarters(5, device=device)
-    message = rf"fusereg\.{re.escape(op.name)}: params\[1\] .*memory"
+    message = rf"fusereg\.{re.escape(op.name)}: .*params\[1\] .*memory"
     with nothing_changes(w, other), pytest.raises(ValueError, match=message):
         op.call([other, w])
+
+
+def refuses_grads(device: torch.device, grads: list[Tensor], message: str) -> None:
+    """add_penalty_grad_ fails with this message; it changes nothing and creates no grad."""
+    params = [parameter(3, device=device, grad=False), parameter(3, device=device)]
+    for grad in grads:
+        params.append(nn.Parameter(quarters(*grad.shape, device=device)))
+        params[-1].grad = grad
+    match = rf"^fusereg\.add_penalty_grad_: {message}"
+    with nothing_changes(*params), pytest.raises(ValueError, match=match):
+        fusereg.add_penalty_grad_(params, l1=0.5)
 
 
 @pytest.mark.parametrize("layout", OVERLAPPING)
 def test_add_penalty_grad_refuses_a_grad_whose_elements_are_one_in_memory(
     layout: str, device: torch.device
 ) -> None:
-    grad = OVERLAPPING[layout](device)
-    with_grad, without = parameter(3, device=device), parameter(3, device=device, grad=False)
-    p = nn.Parameter(quarters(*grad.shape, device=device))
-    p.grad = grad
-    message = r"fusereg\.add_penalty_grad_: params\[2\]\.grad .*memory"
-    with nothing_changes(with_grad, without, p), pytest.raises(ValueError, match=message):
-        fusereg.add_penalty_grad_([with_grad, without, p], l1=0.5)
+    refuses_grads(device, [OVERLAPPING[layout](device)], r".*params\[2\]\.grad .*memory")
 
 
 # --- tensors that are refused ---------------------------------------------------------------------
@@ -279,23 +277,10 @@ def test_inside_fake_tensor_mode_nothing_is_computed(op: Operation, device: torc
 # --- gradients that cannot be written -------------------------------------------------------------
 
 
-def refuses_gradients(params: list[Tensor], message: str, **arguments: Any) -> None:
-    """The call fails with this message, changes nothing and creates no grad."""
-    match = rf"^fusereg\.add_penalty_grad_: {message}"
-    with nothing_changes(*params), pytest.raises(ValueError, match=match):
-        fusereg.add_penalty_grad_(params, l1=0.5, **arguments)
-
-
 @pytest.mark.parametrize("kind", ["sparse COO", "zero tensor"])
 def test_a_grad_that_cannot_be_written_is_refused_by_name(kind: str, device: torch.device) -> None:
     make, reason = UNREADABLE[kind]
-    grad = make(device)
-    p = nn.Parameter(quarters(*grad.shape, device=device))
-    p.grad = grad
-    without, with_grad = parameter(3, device=device, grad=False), parameter(3, device=device)
-    match = rf"^fusereg\.add_penalty_grad_: params\[2\]\.grad .*{reason}"
-    with nothing_changes(without, with_grad), pytest.raises(ValueError, match=match):
-        fusereg.add_penalty_grad_([without, with_grad, p], l1=0.5)
+    refuses_grads(device, [make(device)], rf"params\[2\]\.grad .*{reason}")
 
 
 @pytest.mark.skipif(bool(HOST_MODULE), reason="a process of its own has the module for the CPU")
@@ -313,7 +298,8 @@ def test_freed_memory_ends_in_an_error_not_in_a_crash(what: str, device: torch.d
         except ValueError as error:
             print(error, params[0].grad.tolist())
     """
-    done = run_python(code)
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert re.match(rf"fusereg\.\w+: {re.escape(what)} .*{NO_MEMORY}.*\[0.0, 0.0", done.stdout)
 
@@ -408,11 +394,8 @@ def test_prox_refuses_two_tensors_over_the_same_memory(
 def test_add_penalty_grad_refuses_two_grads_over_the_same_memory(
     how: str, device: torch.device
 ) -> None:
-    params: list[Tensor] = [parameter(3, device=device, grad=False)]
-    for grad in SHARED[how](quarters(6, 6, device=device)):
-        params.append(nn.Parameter(quarters(*grad.shape, device=device)))
-        params[-1].grad = grad
-    refuses_gradients(params, r"params\[1\](\.grad)? and params\[2\](\.grad)? share memory")
+    message = r"params\[2\](\.grad)? and params\[3\](\.grad)? share memory"
+    refuses_grads(device, [*SHARED[how](quarters(6, 6, device=device))], message)
 
 
 @pytest.mark.parametrize("how", APART)
@@ -545,13 +528,11 @@ each_strength = pytest.mark.parametrize("arg", ARGUMENTS, ids=lambda a: f"{a.op}
         (float("inf"), "finite and not negative"),
         ([0.5, -1.0], "finite and not negative"),
         (torch.tensor([0.5, float("nan")]), "finite and not negative"),
-        (10**400, "finite"),
-        ([0.5, 10**400], "finite"),
         ([], "one number or 2 of them .* got 0"),
         ([0.5], "one number or 2 of them .* got 1"),
         (torch.ones(3), "one number or 2 of them .* got 3"),
     ],
-    ids=["-1", "nan", "inf", "[-1]", "[nan]", "huge", "[huge]", "none", "one", "three"],
+    ids=["-1", "nan", "inf", "[-1]", "[nan]", "none", "one", "three"],
 )
 def test_a_strength_of_a_bad_value_is_refused(
     strength: Any, reason: str, arg: Argument, device: torch.device
@@ -575,32 +556,47 @@ def test_a_refused_strength_is_named_as_the_caller_wrote_it(
         arg.call(params, strength)
 
 
-NOT_NUMBERS: list[Any] = ["0.5", b"ab", None, {}, 1j, ["1", "1"], [0.5, None], torch.ones(2, 2)]
+NOT_NUMBERS: list[Any] = ["0.5", None, {}, 1j, ["1", "1"], [0.5, None]]
 
 
 @each_strength
-@pytest.mark.parametrize("strength", NOT_NUMBERS, ids=lambda s: repr(s).replace("\n", ""))
-@pytest.mark.parametrize("mode", ["eager", "fake"])
+@pytest.mark.parametrize("strength", [*NOT_NUMBERS, np.ones((2, 2))], ids=repr)
 def test_a_strength_that_is_no_number_is_refused(
-    strength: Any, mode: str, arg: Argument, device: torch.device
+    strength: Any, arg: Argument, device: torch.device
 ) -> None:
-    match = rf"^fusereg\.{re.escape(arg.op)}: .*must be a number"
-    if mode == "fake":
-        if isinstance(strength, Tensor):
-            pytest.skip("no fake tensor has a value")
-        with FakeTensorMode(), pytest.raises(TypeError, match=match):
-            arg.call([torch.empty(3, device=device), torch.empty(4, device=device)], strength)
-        return
     params = [parameter(3, device=device, grad=False), parameter(4, device=device)]
+    match = rf"^fusereg\.{re.escape(arg.op)}: .*must be a number"
     with nothing_changes(*params), pytest.raises(TypeError, match=match):
         arg.call(params, strength)
 
 
+@each_strength
+@pytest.mark.parametrize("strength", NOT_NUMBERS, ids=repr)
+def test_a_strength_that_is_no_number_is_refused_for_fake_tensors_too(
+    strength: Any, arg: Argument, device: torch.device
+) -> None:
+    match = rf"^fusereg\.{re.escape(arg.op)}: .*must be a number"
+    with FakeTensorMode(), pytest.raises(TypeError, match=match):
+        arg.call([torch.empty(3, device=device), torch.empty(4, device=device)], strength)
+
+
+def test_bytes_are_no_strengths(device: torch.device) -> None:
+    with pytest.raises(TypeError, match=r"^fusereg\.l1_penalty: .*must be a number"):
+        functional.l1_penalty([quarters(3, device=device), quarters(4, device=device)], b"ab")
+
+
 @pytest.mark.parametrize(
     "strength",
-    [np.float32(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor(0.5, dtype=torch.bfloat16)]
-    + [[0.5, 0.5], (0.5, 0.5), np.array([0.5, 0.5]), torch.full((2,), 0.5)],
-    ids=["np.float32", "array", "tensor", "bfloat16", "list", "tuple", "array1", "tensor1"],
+    [
+        np.float32(0.5),
+        np.array(0.5),
+        torch.tensor(0.5, dtype=torch.bfloat16),
+        [0.5, 0.5],
+        (0.5, 0.5),
+        np.array([0.5, 0.5]),
+        torch.full((2,), 0.5),
+    ],
+    ids=repr,
 )
 def test_a_strength_may_be_any_kind_of_number_or_one_per_tensor(
     strength: Any, device: torch.device
@@ -610,7 +606,7 @@ def test_a_strength_may_be_any_kind_of_number_or_one_per_tensor(
     is_right(got, reference.total(params, l1=0.5, l2=0.5).to(device))
 
 
-@pytest.mark.parametrize("strength", [1, True, Fraction(1)], ids=repr)
+@pytest.mark.parametrize("strength", [1, True, np.int64(1)], ids=repr)
 def test_a_strength_of_one_is_one_in_every_number_type(strength: Any, device: torch.device) -> None:
     w = quarters(5, device=device)
     is_right(functional.l1_penalty(w, strength), reference.penalty(w, l1=1.0))
@@ -646,8 +642,10 @@ def test_a_tensor_listed_twice_with_two_strengths_is_refused(
 
 
 @pytest.mark.parametrize("dim", [2, -3, "0", 1.0, None], ids=repr)
-@pytest.mark.parametrize("step", [False, True], ids=["group_lasso_penalty", "prox.group_lasso_"])
-def test_a_dim_that_is_none_is_refused_by_name(dim: Any, step: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("step", [False, True], ids=["penalty", "prox"])
+def test_a_dim_that_no_tensor_has_is_refused_by_name(
+    dim: Any, step: bool, device: torch.device
+) -> None:
     w = [quarters(2, 3, device=device), quarters(2, 3, device=device)]
     call: Any = prox.group_lasso_ if step else functional.group_lasso_penalty
     name = "prox.group_lasso_" if step else "group_lasso_penalty"
@@ -683,7 +681,7 @@ def test_defaults_of_torch_do_not_change_the_result(device: torch.device) -> Non
 
 @pytest.mark.parametrize(
     "kind",
-    [k for k in UNREADABLE if not k.startswith(("int", "bool", "c", "freed", "wrapper", "zero"))],
+    [k for k in UNREADABLE if k.startswith(("fake", "meta", "sparse", "mkldnn", "nested", "lazy"))],
 )
 def test_sparsity_refuses_what_it_cannot_count_by_name(kind: str, device: torch.device) -> None:
     odd = UNREADABLE[kind][0](device)

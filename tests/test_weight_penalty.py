@@ -921,6 +921,7 @@ def test_refresh_after_replacing_a_layer() -> None:
         "4.weight": (0.1, 0.7, 0.0),
     }
     assert penalty.groups[1] is head
+    assert penalty.excluded == ["0.0.bias", "0.1.bias", "2.bias", "4.bias"]
     assert penalty.steps == 1
     assert_same(penalty.penalty(), obvious(model, strengths(penalty)))
     penalty.add_grad_()

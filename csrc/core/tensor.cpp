@@ -13,6 +13,7 @@ struct TorchApi {
   const DLPackExchangeAPI* exchange = nullptr;
   PyObject* grad = nullptr;           // getset descriptor of Tensor.grad
   PyObject* requires_grad = nullptr;  // of Tensor.requires_grad
+  PyObject* is_leaf = nullptr;        // of Tensor.is_leaf
   PyObject* is_neg = nullptr;         // method descriptor
   PyObject* increment_version = nullptr;
 };
@@ -133,11 +134,12 @@ void bind_torch(const py::type& tensor, const py::type& parameter,
   torch.grad = py::object(tensor.attr("__base__").attr("__dict__")["grad"]).release().ptr();
   torch.requires_grad =
       py::object(tensor.attr("__base__").attr("__dict__")["requires_grad"]).release().ptr();
+  torch.is_leaf = py::object(tensor.attr("__base__").attr("__dict__")["is_leaf"]).release().ptr();
   torch.is_neg = py::object(tensor.attr("is_neg")).release().ptr();
   torch.increment_version = py::object(increment_version).release().ptr();
-  for (PyObject* const descriptor : {torch.grad, torch.requires_grad}) {
+  for (PyObject* const descriptor : {torch.grad, torch.requires_grad, torch.is_leaf}) {
     if (Py_TYPE(descriptor)->tp_descr_get == nullptr) {
-      throw py::import_error("fusereg: torch.Tensor.grad is not a descriptor in this torch");
+      throw py::import_error("fusereg: torch.Tensor.grad and its like are no descriptors in this torch");
     }
   }
   g_torch = torch;
@@ -229,7 +231,20 @@ bool requires_grad(py::handle tensor) {
   return descriptor_value(g_torch.requires_grad, tensor).ptr() == Py_True;
 }
 
-void increment_version(const py::list& tensors) { py::handle(g_torch.increment_version)(tensors); }
+bool is_leaf(py::handle tensor) {
+  return Py_TYPE(tensor.ptr()) == g_torch.parameter ||
+         descriptor_value(g_torch.is_leaf, tensor).ptr() == Py_True;
+}
+
+bool increment_version(const py::list& tensors) {
+  PyObject* const done = PyObject_CallOneArg(g_torch.increment_version, tensors.ptr());
+  if (done == nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  Py_DECREF(done);
+  return true;
+}
 
 void* current_stream(const Device& device) {
   if (device.type == kDLCPU) return nullptr;

@@ -78,8 +78,11 @@ TensorView tensor_argument(py::handle object, const char* op, const char* name);
 py::object grad_of(py::handle tensor);
 bool requires_grad(py::handle tensor);
 
-// Tells autograd that these tensors (a list) were written to.
-void increment_version(const py::list& tensors);
+// A Parameter is one by its type; others are asked.
+bool is_leaf(py::handle tensor);
+
+// Tells autograd that these tensors (a list) are written to; false if it refuses.
+bool increment_version(const py::list& tensors);
 
 // The stream on which the framework is working now; null on the CPU. Asked at each call, never
 // cached.

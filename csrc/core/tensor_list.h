@@ -1,6 +1,7 @@
 // Lists of tensors, as penalties and optimizers take them.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -75,6 +76,38 @@ class PerTensor {
 
   std::vector<double> values_;
   bool single_ = true;
+};
+
+// Memory that a call is about to write, from all the tensors of its list.
+class WrittenRanges {
+ public:
+  void reserve(std::size_t count) { ranges_.reserve(count); }
+  void add(const void* data, std::int64_t bytes) {
+    if (bytes == 0) return;
+    const auto begin = reinterpret_cast<std::uintptr_t>(data);
+    ascending_ = ascending_ && (ranges_.empty() || begin >= ranges_.back().end);
+    descending_ = descending_ && (ranges_.empty() || begin + bytes <= ranges_.back().begin);
+    ranges_.push_back({begin, begin + static_cast<std::uintptr_t>(bytes)});
+  }
+  // Gradients are mostly allocated one after the other, forwards or backwards; only else is there work.
+  bool overlap() {
+    if (ascending_ || descending_) return false;
+    std::sort(ranges_.begin(), ranges_.end(),
+              [](const Range& a, const Range& b) { return a.begin < b.begin; });
+    for (std::size_t i = 1; i < ranges_.size(); ++i) {
+      if (ranges_[i].begin < ranges_[i - 1].end) return true;
+    }
+    return false;
+  }
+
+ private:
+  struct Range {
+    std::uintptr_t begin;
+    std::uintptr_t end;
+  };
+  std::vector<Range> ranges_;
+  bool ascending_ = true;
+  bool descending_ = true;
 };
 
 // Addresses seen so far; open addressing, because lists have thousands of entries and calls

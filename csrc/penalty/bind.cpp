@@ -41,7 +41,8 @@ class JobBuilder {
     const std::size_t count = a_.tensors.size();
     const bool writes_grad = job_.op == Op::kAddGrad || job_.op == Op::kWriteGrad;
     job_.items.reserve(count);
-    AddressSet written(count);
+    WrittenRanges written;
+    if (job_.op != Op::kValue) written.reserve(count);
     for (std::size_t i = 0; i < count; ++i) {
       TensorView w;
       if (read_tensor(a_.tensors[i], w) != Kind::kPlain || !w.dense()) return false;
@@ -66,17 +67,13 @@ class JobBuilder {
         if (!read_target(i, w, grads, item)) return false;
         target = item.g;
       }
-      if (job_.op != Op::kValue && target != nullptr && w.numel > 0) {
-        const std::int64_t other = written.insert(target, static_cast<std::int64_t>(i));
-        if (other >= 0) {
-          throw py::value_error(std::string("fusereg.") + a_.op + ": params[" +
-                                std::to_string(other) + "] and params[" + std::to_string(i) +
-                                "] share memory that would be written twice; pass one of them");
-        }
+      if (job_.op != Op::kValue && target != nullptr) {
+        written.add(target, w.numel * dtype_size(w.dtype));
       }
       job_.items.push_back(item);
     }
-    return true;
+    // Python says which of them share memory.
+    return !written.overlap();
   }
 
   // Where the value goes; kNeedsFloat64Value if it cannot hold it.
@@ -106,8 +103,8 @@ class JobBuilder {
   }
 
   // Autograd is told before anything is written: if it refuses, nothing has changed.
-  void run(const py::object& workspace) {
-    if (py::len(written_) != 0) increment_version(written_);
+  ListStatus run(const py::object& workspace) {
+    if (py::len(written_) != 0 && !increment_version(written_)) return ListStatus::kNeedsPreparation;
     constexpr std::int64_t kWorthReleasing = 1 << 15;
 #if defined(FUSEREG_CUDA)
     if (runs_cuda_kernels(device_)) {
@@ -115,16 +112,17 @@ class JobBuilder {
       auto* const memory =
           reinterpret_cast<void*>(py::cast<std::uintptr_t>(workspace.attr("data_ptr")()));
       run_cuda(job_, memory, device_.index, current_stream(device_));
-      return;
+      return ListStatus::kDone;
     }
 #endif
     (void)workspace;
     if (numel_ < kWorthReleasing) {
       run_cpu(job_);
-      return;
+      return ListStatus::kDone;
     }
     const py::gil_scoped_release release;
     run_cpu(job_);
+    return ListStatus::kDone;
   }
 
   void mark_written(py::handle tensor) { written_.append(tensor); }
@@ -137,6 +135,7 @@ class JobBuilder {
       grad = py::reinterpret_borrow<py::object>((*grads)[i]);
     } else {
       if (!requires_grad(a_.tensors[i])) return true;
+      if (!is_leaf(a_.tensors[i])) return false;
       grad = grad_of(a_.tensors[i]);
     }
     if (grad.is_none()) return grads.has_value();
@@ -174,8 +173,8 @@ int penalty_forward(const py::object& params, const py::object& value, const py:
   const Arguments a{op, tensors, l1s, l2s, groups, dim};
   JobBuilder job(Op::kValue, a);
   if (!job.read(std::nullopt)) return static_cast<int>(ListStatus::kNeedsPreparation);
-  const ListStatus status = job.set_value(value);
-  if (status == ListStatus::kDone) job.run(workspace);
+  ListStatus status = job.set_value(value);
+  if (status == ListStatus::kDone) status = job.run(workspace);
   return static_cast<int>(status);
 }
 
@@ -193,8 +192,7 @@ int penalty_backward(const py::object& params, const py::object& grads, const py
   JobBuilder job(Op::kWriteGrad, a);
   if (!job.read(targets)) return static_cast<int>(ListStatus::kNeedsPreparation);
   job.set_scale(scale);
-  job.run(workspace);
-  return static_cast<int>(ListStatus::kDone);
+  return static_cast<int>(job.run(workspace));
 }
 
 int penalty_add_grad_(const py::object& params, const py::object& grads, const py::object& value,
@@ -214,8 +212,8 @@ int penalty_add_grad_(const py::object& params, const py::object& grads, const p
   JobBuilder job(Op::kAddGrad, a);
   if (!job.read(targets)) return static_cast<int>(ListStatus::kNeedsPreparation);
   job.set_scale(scale);
-  const ListStatus status = job.set_value(value);
-  if (status == ListStatus::kDone) job.run(workspace);
+  ListStatus status = job.set_value(value);
+  if (status == ListStatus::kDone) status = job.run(workspace);
   return static_cast<int>(status);
 }
 
@@ -229,8 +227,7 @@ int prox_(const py::object& params, const py::object& l1, const py::object& l2,
   JobBuilder job(Op::kProx, a);
   if (!job.read(std::nullopt)) return static_cast<int>(ListStatus::kNeedsPreparation);
   for (std::size_t i = 0; i < tensors.size(); ++i) job.mark_written(tensors[i]);
-  job.run(workspace);
-  return static_cast<int>(ListStatus::kDone);
+  return static_cast<int>(job.run(workspace));
 }
 
 }  // namespace

@@ -9,8 +9,8 @@
 ``fusereg info`` on the command line tells what this build and this machine offer.
 """
 
+from . import _dispatch as _dispatch  # isort: skip  # first: it refuses a torch that is too old
 from . import _C, functional, prox
-from . import _dispatch as _dispatch
 from ._version import __version__
 from .penalty import PenaltyGroup, WeightPenalty, add_penalty_grad_, sparsity
 

@@ -39,6 +39,14 @@ def functorch() -> bool:
     return not torch.compiler.is_compiling() and _functorch_level() is not None
 
 
+def escaped_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether this is a functorch wrapper that outlived its transform: it answers no question."""
+    if torch.compiler.is_compiling() or _functorch_level() is not None:
+        return False
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped
+
+
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 
@@ -93,4 +101,5 @@ def is_dtensor(tensor: object) -> bool:
 
 
 def has_dtensor(tensors: Sequence[torch.Tensor]) -> bool:
-    return any(is_dtensor(t) for t in tensors)
+    only_plain, _ = _C.scan(tensors)  # a few nanoseconds a tensor
+    return not only_plain and any(is_dtensor(t) for t in tensors)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from . import _dispatch, _params, _penalty_ops
-from ._penalty_ops import Strengths
+from . import _dispatch, _params, _penalty_kernels, _penalty_ops
+from ._penalty_kernels import Strengths
 
 # The mesh and those of its dimensions along which a tensor is sharded; None: not a DTensor.
 _Where = tuple[DeviceMesh, tuple[int, ...]] | None
@@ -53,7 +53,7 @@ def _buckets(
     op: str, tensors: Sequence[Tensor], s: Strengths, dim: int
 ) -> list[tuple[_Where, list[int]]]:
     """Indices by mesh and sharded dimensions, in an order that is the same on every rank."""
-    groups = s.lists(len(tensors), op)[2]
+    groups = s.lists(len(tensors))[2]
     found: dict[_Where, list[int]] = {}
     for i, (t, group) in enumerate(zip(tensors, groups, strict=True)):
         where = _placement(op, t, group, dim, i)
@@ -96,14 +96,14 @@ def penalty(op: str, tensors: Sequence[Tensor], s: Strengths, dim: int) -> Tenso
     for where, indices in _buckets(op, tensors, s, dim):
         local = [_local(tensors[i]) for i in indices]
         part = s.select(indices)
-        values.append(_reduced(_penalty_ops.penalty(local, *part, dim, op), where))
+        values.append(_reduced(_penalty_ops.penalty(op, local, part, dim), where))
     return _total(values)
 
 
 def add_grads_(
     op: str, tensors: Sequence[Tensor], scale: Tensor | float | None, s: Strengths, dim: int
 ) -> Tensor:
-    """As _penalty_ops.add_grads_, over local shards and their gradients."""
+    """As _penalty_kernels.add_grads_, over local shards and their gradients."""
     for i, t in enumerate(tensors):
         _params.check(t, op, f"params[{i}]")
     buckets = _buckets(op, tensors, s, dim)
@@ -116,23 +116,23 @@ def add_grads_(
                     f"fusereg.{op}: params[{i}].grad must be a DTensor placed as its parameter, "
                     f"{wanted}"
                 )
-    targets = _penalty_ops._own_grads(tensors, op)
+    targets = _penalty_kernels.own_grads(tensors, op)
     values = []
     with torch.no_grad():
         for where, indices in buckets:
             local = [_local(tensors[i]) for i in indices]
             grads = [None if (g := targets[i]) is None else _local(g) for i in indices]
-            value = _penalty_ops.add_grads_(op, local, grads, scale, s.select(indices), dim)
+            value = _penalty_kernels.add_grads_(op, local, grads, scale, s.select(indices), dim)
             values.append(_reduced(value, where))
     _tell_autograd(t for t in targets if t is not None)
     return _total(values)
 
 
 def prox_(op: str, tensors: Sequence[Tensor], s: Strengths, dim: int) -> None:
-    """As _penalty_ops.prox_, over local shards; there is nothing to communicate."""
+    """As _penalty_kernels.prox_, over local shards; there is nothing to communicate."""
     _buckets(op, tensors, s, dim)  # raises where a group would be cut
     with torch.no_grad():
-        _penalty_ops.prox_(op, [_local(t) for t in tensors], s, dim)
+        _penalty_kernels.prox_(op, [_local(t) for t in tensors], s, dim)
     _tell_autograd(tensors)
 
 

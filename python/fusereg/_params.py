@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from . import _C
+from . import _C, _dispatch
 
 Params: TypeAlias = Tensor | Iterable[Tensor] | torch.nn.Module
 Strength: TypeAlias = float | Sequence[float]
@@ -62,6 +62,14 @@ def check(tensor: object, op: str, name: str) -> None:
     if not isinstance(tensor, Tensor):
         hint = "; pass parameters(), not named_parameters()" if isinstance(tensor, tuple) else ""
         raise TypeError(f"{where} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ValueError(
+            f"{where} is an uninitialized parameter of a lazy module; call the module once first"
+        )
+    if _dispatch.escaped_wrapper(tensor):
+        raise ValueError(
+            f"{where} is a wrapper that has left its torch.func transform; it has no memory to read"
+        )
     if tensor.is_nested:
         raise ValueError(f"{where} is a nested tensor; pass its components (unbind())")
     if tensor.layout is not torch.strided:
@@ -113,11 +121,71 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 def check_writable(tensor: Tensor, op: str, name: str) -> None:
-    if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+    """Raises if an element of it is written more than once, or autograd forbids it."""
+    if not _elements_apart(tensor):
         raise ValueError(
-            f"fusereg.{op}: {name} is expanded: several of its elements are one in memory; "
-            "clone() it before writing in place"
+            f"fusereg.{op}: {name} has several elements that are one in memory (it is expanded, or "
+            "windows of it overlap); clone() it before writing in place"
         )
+    if tensor.is_neg() and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"fusereg.{op}: {name} is a negated view of an inference tensor; "
+            "change it inside torch.inference_mode(), or clone() it"
+        )
+
+
+def _elements_apart(tensor: Tensor) -> bool:
+    """Each stride reaches beyond all that the smaller ones span.
+
+    Exotic strides may fail this without sharing an element; they are refused as well.
+    """
+    span = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < span:
+                return False
+            span += (size - 1) * stride
+    return True
+
+
+def check_apart(tensors: Sequence[Tensor | None], op: str, name: str) -> None:
+    """Raises if two of the tensors, which are about to be written, have an element in common.
+
+    ``name`` has a ``{}`` for the index.
+    """
+    extents = []
+    for i, t in enumerate(tensors):
+        if t is not None and t.numel() > 0:
+            start = t.data_ptr()
+            reach = sum((n - 1) * s for s, n in zip(t.stride(), t.shape, strict=True)) + 1
+            extents.append((start, start + reach * t.element_size(), i))
+    extents.sort()
+    open_extents: list[tuple[int, int, int]] = []
+    for start, end, i in extents:
+        open_extents = [e for e in open_extents if e[1] > start]
+        for _, _, j in open_extents:
+            first, second = tensors[min(i, j)], tensors[max(i, j)]
+            assert first is not None
+            assert second is not None
+            if first.device == second.device and _share_an_element(first, second):
+                raise ValueError(
+                    f"fusereg.{op}: {name.format(min(i, j))} and {name.format(max(i, j))} share "
+                    "memory that would be written twice; pass one of them"
+                )
+        open_extents.append((start, end, i))
+
+
+def _share_an_element(a: Tensor, b: Tensor) -> bool:
+    """Exactly, by marking the elements of both; only asked of views whose extents overlap."""
+    start = min(a.data_ptr(), b.data_ptr())
+
+    def addresses(t: Tensor) -> Tensor:
+        at = torch.tensor(t.data_ptr() - start)
+        for stride, size in zip(t.stride(), t.shape, strict=True):
+            at = at.unsqueeze(-1) + torch.arange(size) * (stride * t.element_size())
+        return at.flatten()
+
+    return bool(torch.isin(addresses(a), addresses(b)).any())
 
 
 def by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
@@ -132,44 +200,54 @@ def select(strength: Strength, indices: Sequence[int]) -> Strength:
     return [strength[i] for i in indices] if isinstance(strength, Sequence) else strength
 
 
-def as_floats(strength: Strength, count: int, op: str, name: str) -> list[float]:
-    """One float for each tensor; the kernels' own check, for what does not reach them directly."""
+def as_floats(strength: Strength, count: int) -> list[float]:
+    """One float for each tensor, of a strength that has been checked."""
     if isinstance(strength, Sequence):
-        values = [float(s) for s in strength]
-        if len(values) != count:
-            raise ValueError(
-                f"fusereg.{op}: {name} must be one number or {count} of them (one per tensor), "
-                f"got {len(values)}"
-            )
-    else:
-        values = [float(strength)] * count
-    for v in values:
-        if not 0.0 <= v < float("inf"):
-            raise ValueError(f"fusereg.{op}: {name} must be finite and not negative, got {v}")
-    return values
+        return [float(s) for s in strength]
+    return [float(strength)] * count
+
+
+def check_strength(strength: object, count: int, op: str, name: str) -> Strength:
+    """A number >= 0, or one for each of ``count`` tensors.
+
+    It may come as a number, a sequence, a tensor or an array; ``name`` is what the caller calls it.
+    """
+    where = f"fusereg.{op}: {name}"
+    if isinstance(strength, Tensor) or (
+        hasattr(strength, "tolist") and not isinstance(strength, Sequence)
+    ):
+        strength = strength.tolist()
+    if isinstance(strength, (int, float)):
+        return _finite(float(strength), where)
+    if not isinstance(strength, Sequence) or isinstance(strength, (str, bytes)):
+        raise TypeError(
+            f"{where} must be a number or a sequence of numbers (one per tensor), "
+            f"got {type(strength).__name__}"
+        )
+    for i, s in enumerate(strength):
+        if not isinstance(s, (int, float)):
+            raise TypeError(f"{where}[{i}] must be a number, got {type(s).__name__}")
+        _finite(s, f"{where}[{i}]")
+    if len(strength) != count:
+        raise ValueError(
+            f"{where} must be one number or {count} of them (one per tensor), got {len(strength)}"
+        )
+    return strength
+
+
+def check_dim(dim: object, op: str) -> int:
+    if not isinstance(dim, int):
+        raise TypeError(f"fusereg.{op}: dim must be an int, got {type(dim).__name__}")
+    return dim
+
+
+def _finite(strength: float, where: str) -> float:
+    if 0.0 <= strength < float("inf"):
+        return strength
+    raise ValueError(f"{where} must be finite and not negative, got {strength}")
 
 
 def scaled(strength: Strength, factor: float) -> Strength:
-    if factor == 1.0:
-        return strength
     if isinstance(strength, Sequence):
         return [factor * s for s in strength]
     return factor * strength
-
-
-def normalize_strength(strength: object, op: str, name: str) -> Strength:
-    """Accepts numbers, 0-d and 1-d tensors and arrays, and sequences of numbers."""
-    if isinstance(strength, float):
-        return strength
-    if isinstance(strength, Tensor):
-        strength = strength.tolist()
-    elif not isinstance(strength, Sequence) and hasattr(strength, "tolist"):
-        strength = strength.tolist()  # NumPy
-    if isinstance(strength, (int, float)):
-        return float(strength)
-    if isinstance(strength, Sequence) and not isinstance(strength, str):
-        return strength
-    raise TypeError(
-        f"fusereg.{op}: {name} must be a number or a sequence of numbers (one per tensor), "
-        f"got {type(strength).__name__}"
-    )

@@ -1,4 +1,4 @@
-"""Penalties and proximal steps as torch operations: calls of the kernels, autograd, torch.library.
+"""Penalties and proximal steps as torch operations: autograd, torch.library, torch.func.
 
 One form serves all public functions: each tensor w has strengths (l1, l2, group) and contributes
 
@@ -6,9 +6,8 @@ One form serves all public functions: each tensor w has strengths (l1, l2, group
 
 with groups along one dimension. Layers, from the kernel outwards:
 
-``value``, ``write_grads``, ``add_grads_``, ``prox_``
-    prepare what a kernel cannot take as it is (odd layouts, several devices) and call it; no
-    autograd.
+``_penalty_kernels``
+    calls the kernels; no autograd.
 ``_Penalty``
     the eager autograd function over ``value`` and ``write_grads``.
 ``torch.ops.fusereg.penalty*``, ``torch.ops.fusereg.prox_``
@@ -20,233 +19,14 @@ with groups along one dimension. Layers, from the kernel outwards:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import _C, _dispatch, _params
 from ._params import Strength
-
-_DONE, _NEEDS_FLOAT64, _NEEDS_PREPARATION = 0, 1, 2
-
-
-class Strengths(NamedTuple):
-    l1: Strength
-    l2: Strength
-    group: Strength
-
-    def select(self, indices: Sequence[int]) -> Strengths:
-        return Strengths(*(_params.select(s, indices) for s in self))
-
-    def lists(self, count: int, op: str) -> tuple[list[float], list[float], list[float]]:
-        l1, l2, group = (
-            _params.as_floats(s, count, op, name)
-            for s, name in zip(self, self._fields, strict=True)
-        )
-        return l1, l2, group
-
-
-def _value_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
-
-
-# --- the kernels, on whatever tensors there are ------------------------------------------------
-
-
-def value(op: str, tensors: list[Tensor], s: Strengths, dim: int) -> Tensor:
-    """The sum of R over the tensors: 0-d, on the first tensor's device."""
-    device = tensors[0].device if isinstance(tensors[0], Tensor) else torch.device("cpu")
-    if device.type in ("cpu", "cuda"):
-        dtype = torch.float32
-        for _ in range(2):
-            out = torch.empty((), dtype=dtype, device=device)
-            work = _dispatch.workspace(device)
-            status = _C.penalty_forward(tensors, out, *s, dim, work, op)
-            if status == _DONE:
-                return out
-            if status == _NEEDS_PREPARATION:
-                break
-            dtype = torch.float64
-
-    plain = [_params.dense(_params.plain(t, op, f"params[{i}]")) for i, t in enumerate(tensors)]
-    dtype = _value_dtype(plain)
-    parts = []
-    for device, indices in _params.by_device(plain).items():
-        out = torch.empty((), dtype=dtype, device=device)
-        part = [plain[i] for i in indices]
-        _must(
-            _C.penalty_forward(part, out, *s.select(indices), dim, _dispatch.workspace(device), op),
-            op,
-        )
-        parts.append(out)
-    return _sum_on_first(parts)
-
-
-def write_grads(
-    op: str, scale: Tensor, tensors: Sequence[Tensor], s: Strengths, dim: int
-) -> list[Tensor]:
-    """scale * dR/dw for each tensor, in its dtype and, where it is dense, its layout."""
-    plain = [_params.plain(t, op, f"params[{i}]") for i, t in enumerate(tensors)]
-    plain = [_params.dense(t) for t in plain]
-    grads = [torch.empty_like(t) for t in plain]
-    for device, indices in _params.by_device(plain).items():
-        _must(
-            _C.penalty_backward(
-                [plain[i] for i in indices],
-                [grads[i] for i in indices],
-                scale.detach().resolve_neg().to(device),
-                *s.select(indices),
-                dim,
-                _dispatch.workspace(device),
-                op,
-            ),
-            op,
-        )
-    return grads
-
-
-def add_grads_(
-    op: str,
-    tensors: list[Tensor],
-    grads: Sequence[Tensor | None] | None,
-    scale: Tensor | float | None,
-    s: Strengths,
-    dim: int,
-) -> Tensor:
-    """Adds scale * dR/dw into each gradient and gives the sum of R, in one pass over the memory.
-
-    ``grads=None`` means each tensor's ``.grad``, created where it is missing.
-    """
-    device = tensors[0].device if isinstance(tensors[0], Tensor) else torch.device("cpu")
-    if device.type in ("cpu", "cuda"):
-        dtype = torch.float32
-        for _ in range(2):
-            out = torch.empty((), dtype=dtype, device=device)
-            work = _dispatch.workspace(device)
-            status = _C.penalty_add_grad_(tensors, grads, out, scale, *s, dim, work, op)
-            if status == _DONE:
-                return out
-            if status == _NEEDS_PREPARATION:
-                break
-            dtype = torch.float64
-
-    plain = [_params.plain(t, op, f"params[{i}]") for i, t in enumerate(tensors)]
-    targets = grads if grads is not None else _own_grads(tensors, op)
-    ready: list[Tensor | None] = []
-    copy_back: list[tuple[Tensor, Tensor]] = []
-    for i, (w, g) in enumerate(zip(plain, targets, strict=True)):
-        if g is None:
-            ready.append(None)
-            plain[i] = _params.dense(w)
-            continue
-        _check_grad(w, g, op, i)
-        _params.check_writable(g, op, f"params[{i}].grad")
-        w, target = _matching(w, g)
-        if target is not g:
-            copy_back.append((g, target))
-        plain[i] = w
-        ready.append(target)
-    dtype = _value_dtype(plain)
-    parts = []
-    for device, indices in _params.by_device(plain).items():
-        out = torch.empty((), dtype=dtype, device=device)
-        here = scale.to(device) if isinstance(scale, Tensor) else scale
-        _must(
-            _C.penalty_add_grad_(
-                [plain[i] for i in indices],
-                [ready[i] for i in indices],
-                out,
-                here,
-                *s.select(indices),
-                dim,
-                _dispatch.workspace(device),
-                op,
-            ),
-            op,
-        )
-        parts.append(out)
-    with torch.no_grad():
-        for g, target in copy_back:
-            g.copy_(target)
-    return _sum_on_first(parts)
-
-
-def prox_(op: str, tensors: list[Tensor], s: Strengths, dim: int) -> None:
-    """The proximal step of R, in place."""
-    device = tensors[0].device if isinstance(tensors[0], Tensor) else torch.device("cpu")
-    if device.type in ("cpu", "cuda"):
-        status = _C.prox_(tensors, *s, dim, _dispatch.workspace(device), op)
-        if status == _DONE:
-            return
-    plain = []
-    for i, t in enumerate(tensors):
-        _params.check(t, op, f"params[{i}]")
-        _params.check_writable(t, op, f"params[{i}]")
-        plain.append(_params.plain(t, op, f"params[{i}]"))
-    ready = [_params.dense(t) for t in plain]
-    for device, indices in _params.by_device(ready).items():
-        part = [ready[i] for i in indices]
-        _must(_C.prox_(part, *s.select(indices), dim, _dispatch.workspace(device), op), op)
-    with torch.no_grad():
-        for t, p, r in zip(tensors, plain, ready, strict=True):
-            if r is not p or t.is_neg():
-                t.copy_(r)
-
-
-def _own_grads(tensors: Sequence[Tensor], op: str) -> list[Tensor | None]:
-    """Each tensor's .grad, zeros where it is wanted and missing; none is created on an error."""
-    for i, t in enumerate(tensors):
-        if t.requires_grad and not t.is_leaf:
-            raise ValueError(
-                f"fusereg.{op}: params[{i}] is not a leaf (it was computed from another tensor), "
-                "so it has no .grad of its own; pass the parameters themselves"
-            )
-        if t.requires_grad and t.grad is not None:
-            _check_grad(t, t.grad, op, i)
-    for t in tensors:
-        if t.requires_grad and t.grad is None:
-            t.grad = torch.zeros_like(t, memory_format=torch.preserve_format)
-    return [t.grad if t.requires_grad else None for t in tensors]
-
-
-def _check_grad(w: Tensor, g: Tensor, op: str, index: int) -> None:
-    name = f"params[{index}].grad"
-    _params.check(g, op, name)
-    if g.shape != w.shape:
-        raise ValueError(
-            f"fusereg.{op}: {name} must have shape {tuple(w.shape)}, got {tuple(g.shape)}"
-        )
-    if g.device != w.device:
-        raise ValueError(f"fusereg.{op}: {name} must be on {w.device}, got {g.device}")
-
-
-def _matching(w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """w and a gradient to write to that share layout and dtype; the gradient's is kept if it can
-    be.
-    """
-    g = g.detach()
-    if type(g) is not Tensor:
-        g = g.as_subclass(Tensor)
-    if g.dtype == w.dtype and not g.is_neg() and _C.inspect(g) == (0, True):
-        if w.stride() == g.stride():
-            return w, g
-        return torch.empty_like(g).copy_(w), g
-    w = _params.dense(w)
-    return w, torch.empty_like(w).copy_(g)
-
-
-def _sum_on_first(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part.to(total.device)
-    return total
-
-
-def _must(status: int, op: str) -> None:
-    if status != _DONE:
-        raise RuntimeError(f"fusereg.{op}: the kernel refused prepared tensors; please report this")
-
+from ._penalty_kernels import Strengths, add_grads_, prox_, value, value_dtype, write_grads
 
 # --- autograd ------------------------------------------------------------------------------------
 
@@ -269,9 +49,9 @@ def _differentiable_grad(
 
 
 def _differentiable_grads(
-    scale: Tensor, tensors: Sequence[Tensor], s: Strengths, dim: int, op: str
+    scale: Tensor, tensors: Sequence[Tensor], s: Strengths, dim: int
 ) -> list[Tensor]:
-    lists = zip(*s.lists(len(tensors), op), strict=True)
+    lists = zip(*s.lists(len(tensors)), strict=True)
     return [
         _differentiable_grad(scale, w, *strengths, dim)
         for w, strengths in zip(tensors, lists, strict=True)
@@ -279,13 +59,13 @@ def _differentiable_grads(
 
 
 def _tangent(
-    op: str, s: Strengths, dim: int, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None]
+    s: Strengths, dim: int, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None]
 ) -> Tensor:
     """Forward mode: the sum of <dR/dw, tangent of w>."""
-    dtype = _value_dtype(tensors)
+    dtype = value_dtype(tensors)
     total = torch.zeros((), dtype=dtype, device=tensors[0].device)
     one = torch.ones((), dtype=dtype, device=tensors[0].device)
-    grads = _differentiable_grads(one, tensors, s, dim, op)
+    grads = _differentiable_grads(one, tensors, s, dim)
     for g, t in zip(grads, tangents, strict=True):
         if t is not None:
             total = total + (g.to(dtype) * t.to(dtype)).sum().to(total.device)
@@ -297,7 +77,7 @@ def _backward(
 ) -> list[Tensor]:
     if not torch.is_grad_enabled():
         return write_grads(op, scale, tensors, s, dim)
-    return _differentiable_grads(scale, tensors, s, dim, op)
+    return _differentiable_grads(scale, tensors, s, dim)
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -309,23 +89,26 @@ class _Penalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: str, s: Strengths, dim: int, *tensors: Tensor) -> Tensor:
         ctx.call = (op, s, dim)
-        ctx.save_for_backward(*tensors)
+        # Only what backward reads: a frozen tensor may change before it, or be an inference tensor.
+        ctx.wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        ctx.count = len(tensors)
+        ctx.save_for_backward(*(tensors[i] for i in ctx.wanted))
         ctx.save_for_forward(*tensors)
         return value(op, list(tensors), s, dim)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        op, s, dim = ctx.call
-        return _tangent(op, s, dim, ctx.saved_tensors, tangents[3:])
+        _, s, dim = ctx.call
+        return _tangent(s, dim, ctx.saved_tensors, tangents[3:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         op, s, dim = ctx.call
         saved = ctx.saved_tensors  # asked once: activation checkpointing allows no more
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
-        tensors = [saved[i] for i in wanted]
-        grads: list[Tensor | None] = [None] * len(saved)
-        for i, g in zip(wanted, _backward(op, grad, tensors, s.select(wanted), dim), strict=True):
+        grads: list[Tensor | None] = [None] * ctx.count
+        for i, g in zip(
+            ctx.wanted, _backward(op, grad, saved, s.select(ctx.wanted), dim), strict=True
+        ):
             grads[i] = g
         return (None, None, None, *grads)
 
@@ -386,7 +169,7 @@ for _key in ("CPU", "CUDA"):
 
 
 def _fake_value(params: Sequence[Tensor]) -> Tensor:
-    return params[0].new_empty((), dtype=_value_dtype(params))
+    return params[0].new_empty((), dtype=value_dtype(params))
 
 
 torch.library.register_fake(
@@ -430,7 +213,7 @@ def _penalty_second_gradient(ctx: Any, grads: list[Tensor | None]) -> tuple[Any,
     with torch.enable_grad():
         scale = scale.detach().requires_grad_()
         params = [p.detach().requires_grad_() for p in params]
-        first = _differentiable_grads(scale, params, Strengths(l1, l2, group), dim, "penalty")
+        first = _differentiable_grads(scale, params, Strengths(l1, l2, group), dim)
         used = [(f, g) for f, g in zip(first, grads, strict=True) if g is not None]
         if not used:
             return None, [None] * len(params), None, None, None, None
@@ -465,7 +248,7 @@ class _PenaltyTransform(torch.autograd.Function):
     def forward(op: str, s: Strengths, dim: int, *tensors: Tensor) -> Tensor:
         if _dispatch.eager():
             return value(op, list(tensors), s, dim)
-        result: Tensor = torch.ops.fusereg.penalty(tensors, *s.lists(len(tensors), op), dim)
+        result: Tensor = torch.ops.fusereg.penalty(tensors, *s.lists(len(tensors)), dim)
         return result
 
     @staticmethod
@@ -476,8 +259,8 @@ class _PenaltyTransform(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        op, s, dim = ctx.call
-        return _tangent(op, s, dim, ctx.saved_tensors, tangents[3:])
+        _, s, dim = ctx.call
+        return _tangent(s, dim, ctx.saved_tensors, tangents[3:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -504,7 +287,7 @@ class _GradTransform(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         if _dispatch.eager():
             return tuple(write_grads(op, scale, tensors, s, dim))
-        lists = s.lists(len(tensors), op)
+        lists = s.lists(len(tensors))
         return tuple(torch.ops.fusereg.penalty_backward(scale, tensors, *lists, dim))
 
     @staticmethod
@@ -530,8 +313,8 @@ class _GradTransform(torch.autograd.Function):
 
     @staticmethod
     def _formula(ctx: Any) -> Callable[..., tuple[Tensor, ...]]:
-        op, s, dim = ctx.call
-        return lambda scale, *tensors: tuple(_differentiable_grads(scale, tensors, s, dim, op))
+        _, s, dim = ctx.call
+        return lambda scale, *tensors: tuple(_differentiable_grads(scale, tensors, s, dim))
 
     @staticmethod
     def vmap(
@@ -548,18 +331,22 @@ class _GradTransform(torch.autograd.Function):
 # --- the entries ----------------------------------------------------------------------------------
 
 
+Names = tuple[str, str, str]
+
+
 def collect(
-    params: _params.Params, strengths: tuple[object, object, object], op: str
+    params: _params.Params,
+    strengths: tuple[object, object, object],
+    op: str,
+    names: Names = Strengths._fields,
+    l2_factor: float = 1.0,
 ) -> tuple[list[Tensor], Strengths]:
-    """The list of distinct tensors and their strengths."""
+    """The distinct tensors and their strengths (l1, l2, group), which errors call ``names``."""
     tensors = _params.as_list(params, op)
-    s = tuple(
-        _params.normalize_strength(x, op, name)
-        for x, name in zip(strengths, Strengths._fields, strict=True)
+    s: tuple[Strength, ...] = tuple(
+        _params.check_strength(x, len(tensors), op, name)
+        for x, name in zip(strengths, names, strict=True)
     )
-    for name, strength in zip(Strengths._fields, s, strict=True):
-        if isinstance(strength, Sequence) and len(strength) != len(tensors):
-            _params.as_floats(strength, len(tensors), op, name)  # raises
     if isinstance(params, torch.nn.Module):
         repeated: list[int] = []
     elif torch.compiler.is_compiling():  # cannot be traced through compiled code
@@ -568,22 +355,20 @@ def collect(
     else:
         repeated = _C.scan(tensors)[1]
     tensors, s = _params.without_repeats(tensors, s, repeated, op)
-    return tensors, Strengths(*s)
+    l1, l2, group = s
+    return tensors, Strengths(l1, _params.scaled(l2, l2_factor), group)
 
 
-def penalty(
-    params: _params.Params, l1: object, l2: object, group: object, dim: int, op: str
-) -> Tensor:
-    """The differentiable sum of R over params."""
-    tensors, s = collect(params, (l1, l2, group), op)
+def penalty(op: str, tensors: list[Tensor], s: Strengths, dim: int = 0) -> Tensor:
+    """The differentiable sum of R over the tensors."""
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     if not _dispatch.eager():
         for i, t in enumerate(tensors):
             _params.check(t, op, f"params[{i}]")
         if _dispatch.functorch():
             return cast(Tensor, _apply(_PenaltyTransform, op, s, dim, *tensors))
-        result: Tensor = torch.ops.fusereg.penalty(tensors, *s.lists(len(tensors), op), dim)
+        result: Tensor = torch.ops.fusereg.penalty(tensors, *s.lists(len(tensors)), dim)
         return result
     if not _C.scan(tensors)[0]:
         for i, t in enumerate(tensors):

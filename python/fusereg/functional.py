@@ -40,7 +40,9 @@ def l1_penalty(params: Params, strength: Strength) -> Tensor:
     Example:
         >>> loss = criterion(model(x), y) + fusereg.functional.l1_penalty(model, 1e-5)
     """
-    return _penalty_ops.penalty(params, strength, 0.0, 0.0, 0, "l1_penalty")
+    op = "l1_penalty"
+    tensors, s = _penalty_ops.collect(params, (strength, 0.0, 0.0), op, ("strength", "", ""))
+    return _penalty_ops.penalty(op, tensors, s)
 
 
 def l2_penalty(params: Params, strength: Strength, *, half: bool = False) -> Tensor:
@@ -56,9 +58,11 @@ def l2_penalty(params: Params, strength: Strength, *, half: bool = False) -> Ten
     Example:
         >>> loss = criterion(model(x), y) + fusereg.functional.l2_penalty(model, 1e-4, half=True)
     """
-    strength = _params.normalize_strength(strength, "l2_penalty", "strength")
-    l2 = _params.scaled(strength, 1.0 if half else 2.0)
-    return _penalty_ops.penalty(params, 0.0, l2, 0.0, 0, "l2_penalty")
+    op = "l2_penalty"
+    tensors, s = _penalty_ops.collect(
+        params, (0.0, strength, 0.0), op, ("", "strength", ""), l2_factor=1.0 if half else 2.0
+    )
+    return _penalty_ops.penalty(op, tensors, s)
 
 
 def elastic_net_penalty(params: Params, l1: Strength, l2: Strength) -> Tensor:
@@ -76,7 +80,9 @@ def elastic_net_penalty(params: Params, l1: Strength, l2: Strength) -> Tensor:
         >>> from fusereg import functional as F
         >>> loss = criterion(model(x), y) + F.elastic_net_penalty(model, 1e-5, 1e-4)
     """
-    return _penalty_ops.penalty(params, l1, l2, 0.0, 0, "elastic_net_penalty")
+    op = "elastic_net_penalty"
+    tensors, s = _penalty_ops.collect(params, (l1, l2, 0.0), op)
+    return _penalty_ops.penalty(op, tensors, s)
 
 
 def group_lasso_penalty(params: Params, strength: Strength, dim: int = 0) -> Tensor:
@@ -95,7 +101,9 @@ def group_lasso_penalty(params: Params, strength: Strength, dim: int = 0) -> Ten
         >>> from fusereg import functional as F
         >>> loss = criterion(model(x), y) + F.group_lasso_penalty(linear.weight, 1e-3)
     """
-    return _penalty_ops.penalty(params, 0.0, 0.0, strength, dim, "group_lasso_penalty")
+    op = "group_lasso_penalty"
+    tensors, s = _penalty_ops.collect(params, (0.0, 0.0, strength), op, ("", "", "strength"))
+    return _penalty_ops.penalty(op, tensors, s, _params.check_dim(dim, op))
 
 
 for _function in (l1_penalty, l2_penalty, elastic_net_penalty, group_lasso_penalty):

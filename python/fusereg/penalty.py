@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from . import _dispatch, _params, _penalty_ops
+from . import _dispatch, _params, _penalty_kernels, _penalty_ops
 from ._params import Params, Strength
+from ._penalty_kernels import Strengths
 
 __all__ = ["PenaltyGroup", "WeightPenalty", "add_penalty_grad_", "sparsity"]
 
@@ -58,9 +59,14 @@ def add_penalty_grad_(
         >>> optimizer.step()
     """
     op = "add_penalty_grad_"
-    tensors, s = _penalty_ops.collect(params, (l1, l2, group), op)
+    return _add_grads(op, *_penalty_ops.collect(params, (l1, l2, group), op), grad_scale)
+
+
+def _add_grads(
+    op: str, tensors: list[Tensor], s: Strengths, grad_scale: Tensor | float | None
+) -> Tensor:
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     scale = _check_scale(grad_scale, op)
     if not _dispatch.eager():
         return _through_operator(tensors, s, scale, op)
@@ -68,17 +74,18 @@ def add_penalty_grad_(
         from . import _dtensor
 
         return _dtensor.add_grads_(op, tensors, scale, s, 0)
-    return _penalty_ops.add_grads_(op, tensors, None, scale, s, 0)
+    return _penalty_kernels.add_grads_(op, tensors, None, scale, s, 0)
 
 
 def _check_scale(scale: Tensor | float | None, op: str) -> Tensor | float | None:
     if isinstance(scale, Tensor):
-        if scale.numel() != 1 or not scale.is_floating_point():
+        _params.check(scale, op, "grad_scale")
+        if scale.numel() != 1:
             raise ValueError(
-                f"fusereg.{op}: grad_scale must be a number or a floating-point tensor of one "
-                f"element, got shape {tuple(scale.shape)} of {scale.dtype}"
+                f"fusereg.{op}: grad_scale must be a number or a tensor of one element, "
+                f"got shape {tuple(scale.shape)}"
             )
-        return scale.detach()
+        return _params.plain(scale, op, "grad_scale") if _dispatch.eager() else scale.detach()
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(
             f"fusereg.{op}: grad_scale must be a number or a 0-d tensor, got {type(scale).__name__}"
@@ -87,11 +94,11 @@ def _check_scale(scale: Tensor | float | None, op: str) -> Tensor | float | None
 
 
 def _through_operator(
-    tensors: list[Tensor], s: _penalty_ops.Strengths, scale: Tensor | float | None, op: str
+    tensors: list[Tensor], s: Strengths, scale: Tensor | float | None, op: str
 ) -> Tensor:
     for i, t in enumerate(tensors):
         _params.check(t, op, f"params[{i}]")
-    l1, l2, group = s.lists(len(tensors), op)
+    l1, l2, group = s.lists(len(tensors))
     needed = [i for i, t in enumerate(tensors) if t.requires_grad]
     frozen = [i for i, t in enumerate(tensors) if not t.requires_grad]
     with torch.no_grad():
@@ -131,8 +138,9 @@ def sparsity(params: Params) -> float:
     """
     tensors = _penalty_ops.collect(params, (0.0, 0.0, 0.0), "sparsity")[0]
     for i, t in enumerate(tensors):
-        if not isinstance(t, Tensor):
-            _params.check(t, "sparsity", f"params[{i}]")
+        _params.check(t, "sparsity", f"params[{i}]")
+        if not _dispatch.is_dtensor(t):
+            _params.plain(t, "sparsity", f"params[{i}]")
     total = sum(t.numel() for t in tensors)
     if total == 0:
         return 0.0
@@ -372,13 +380,13 @@ class WeightPenalty:
     def penalty(self) -> Tensor:
         """R as a differentiable 0-d tensor, to add to the loss."""
         params, l1, l2, group = self._arguments()
-        return _penalty_ops.penalty(params, l1, l2, group, 0, "WeightPenalty")
+        return _penalty_ops.penalty("WeightPenalty", params, Strengths(l1, l2, group))
 
     def add_grad_(self, *, grad_scale: Tensor | float | None = None) -> Tensor:
         """Adds R's gradient into the parameters' ``.grad`` and returns R, in one pass; see
         :func:`fusereg.add_penalty_grad_`."""
         params, l1, l2, group = self._arguments()
-        return add_penalty_grad_(params, l1=l1, l2=l2, group=group, grad_scale=grad_scale)
+        return _add_grads("WeightPenalty", params, Strengths(l1, l2, group), grad_scale)
 
     # -- state --
 

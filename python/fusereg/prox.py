@@ -16,8 +16,9 @@ counts zeros.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from . import _dispatch, _params, _penalty_ops
+from . import _dispatch, _params, _penalty_kernels, _penalty_ops
 from ._params import Params, Strength
 
 __all__ = ["elastic_net_", "group_lasso_", "l1_"]
@@ -36,7 +37,8 @@ def l1_(params: Params, threshold: Strength) -> None:
         TypeError, ValueError: as :func:`fusereg.functional.l1_penalty`; also for expanded tensors
             and for two tensors over the same memory. Nothing is changed then.
     """
-    _prox(params, threshold, 0.0, 0.0, 0, "prox.l1_")
+    op = "prox.l1_"
+    _prox(op, *_penalty_ops.collect(params, (threshold, 0.0, 0.0), op, ("threshold", "", "")))
 
 
 def elastic_net_(params: Params, l1: Strength, l2: Strength) -> None:
@@ -52,7 +54,8 @@ def elastic_net_(params: Params, l1: Strength, l2: Strength) -> None:
     Raises:
         TypeError, ValueError: as :func:`l1_`.
     """
-    _prox(params, l1, l2, 0.0, 0, "prox.elastic_net_")
+    op = "prox.elastic_net_"
+    _prox(op, *_penalty_ops.collect(params, (l1, l2, 0.0), op))
 
 
 def group_lasso_(params: Params, threshold: Strength, dim: int = 0) -> None:
@@ -70,21 +73,24 @@ def group_lasso_(params: Params, threshold: Strength, dim: int = 0) -> None:
     Raises:
         TypeError, ValueError: as :func:`l1_`; also if a tensor has no dimension ``dim``.
     """
-    _prox(params, 0.0, 0.0, threshold, dim, "prox.group_lasso_")
+    op = "prox.group_lasso_"
+    tensors, s = _penalty_ops.collect(
+        params, (0.0, 0.0, threshold), op, names=("", "", "threshold")
+    )
+    _prox(op, tensors, s, _params.check_dim(dim, op))
 
 
-def _prox(params: Params, l1: Strength, l2: Strength, group: Strength, dim: int, op: str) -> None:
-    tensors, s = _penalty_ops.collect(params, (l1, l2, group), op)
+def _prox(op: str, tensors: list[Tensor], s: _penalty_kernels.Strengths, dim: int = 0) -> None:
     if not tensors:
         return
     if not _dispatch.eager():
         for i, t in enumerate(tensors):
             _params.check(t, op, f"params[{i}]")
         with torch.no_grad():
-            torch.ops.fusereg.prox_(tensors, *s.lists(len(tensors), op), dim)
+            torch.ops.fusereg.prox_(tensors, *s.lists(len(tensors)), dim)
     elif _dispatch.has_dtensor(tensors):
         from . import _dtensor
 
         _dtensor.prox_(op, tensors, s, dim)
     else:
-        _penalty_ops.prox_(op, tensors, s, dim)
+        _penalty_kernels.prox_(op, tensors, s, dim)
