@@ -16,7 +16,7 @@ const char* isa_name(Isa isa);
 std::vector<Isa> available_isas();
 
 // The one in use: the best available, or the one that FUSEREG_CPU_ISA names.
-// Throws std::runtime_error if the variable names one that is unknown or cannot run here.
+// Throws std::invalid_argument if the variable names one that is unknown or cannot run here.
 Isa current_isa();
 
 // Changes it for the whole process (for tests and benchmarks). Throws std::invalid_argument.

@@ -62,7 +62,8 @@ void bind_torch(const py::type& tensor, const py::type& parameter,
 // Asking a tensor whether its sign is pending (is_neg) costs as much as all the rest, for torch
 // releases and takes the GIL around it. So a Parameter or a .grad is asked only where it can be:
 // the negated views that torch's public functions make are imaginary parts of complex tensors, with
-// a stride of two, and a Parameter or a gradient that is one is not dense (or has one element).
+// a stride of two, and a Parameter or a gradient that is one is not dense (or has one element),
+// unless somebody gave it other strides (as_strided) or made it with the private torch._neg_view.
 // Other tensors are always asked.
 Kind read_tensor(py::handle object, TensorView& view);
 Kind read_gradient(py::handle object, TensorView& view);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
@@ -62,7 +63,7 @@ def check(tensor: object, op: str, name: str) -> None:
     if not isinstance(tensor, Tensor):
         hint = "; pass parameters(), not named_parameters()" if isinstance(tensor, tuple) else ""
         raise TypeError(f"{where} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
-    if torch.nn.parameter.is_lazy(tensor):
+    if not torch.compiler.is_compiling() and torch.nn.parameter.is_lazy(tensor):
         raise ValueError(
             f"{where} is an uninitialized parameter of a lazy module; call the module once first"
         )
@@ -218,7 +219,7 @@ def check_strength(strength: object, count: int, op: str, name: str) -> Strength
     ):
         strength = strength.tolist()
     if isinstance(strength, (int, float)):
-        return _finite(float(strength), where)
+        return _finite(strength, where)
     if not isinstance(strength, Sequence) or isinstance(strength, (str, bytes)):
         raise TypeError(
             f"{where} must be a number or a sequence of numbers (one per tensor), "
@@ -242,8 +243,8 @@ def check_dim(dim: object, op: str) -> int:
 
 
 def _finite(strength: float, where: str) -> float:
-    if 0.0 <= strength < float("inf"):
-        return strength
+    if 0.0 <= strength <= sys.float_info.max:  # compares integers of any size
+        return float(strength)
     raise ValueError(f"{where} must be finite and not negative, got {strength}")
 
 

@@ -167,9 +167,8 @@ def prox_(op: str, tensors: list[Tensor], s: Strengths, dim: int) -> None:
     for i, t in enumerate(tensors):
         plain.append(_params.plain(t, op, f"params[{i}]"))
         _params.check_writable(t, op, f"params[{i}]")
-    _params.check_apart(
-        [p if t.is_neg() else t for t, p in zip(tensors, plain, strict=True)], op, "params[{}]"
-    )
+    _params.check_apart(tensors, op, "params[{}]")
+    _check_dim(tensors, s, dim, op)
     ready = [_params.dense(t) for t in plain]
     for device, indices in _params.by_device(ready).items():
         part = [ready[i] for i in indices]
@@ -177,6 +176,16 @@ def prox_(op: str, tensors: list[Tensor], s: Strengths, dim: int) -> None:
     for t, p, r in zip(tensors, plain, ready, strict=True):
         if r is not p or t.is_neg():
             _copy_into(t, r)
+
+
+def _check_dim(tensors: Sequence[Tensor], s: Strengths, dim: int, op: str) -> None:
+    """As the kernels' binding does, but before the first of several devices has been written."""
+    for i, (t, group) in enumerate(zip(tensors, s.lists(len(tensors))[2], strict=True)):
+        rank = max(t.dim(), 1)
+        if group and not -rank <= dim < rank:
+            raise ValueError(
+                f"fusereg.{op}: dim {dim} is out of range for params[{i}] with {t.dim()} dimensions"
+            )
 
 
 def own_grads(tensors: Sequence[Tensor], op: str) -> list[Tensor | None]:
