@@ -103,9 +103,14 @@ def penalty(op: str, tensors: Sequence[Tensor], s: Strengths, dim: int) -> Tenso
 def add_grads_(
     op: str, tensors: Sequence[Tensor], scale: Tensor | float | None, s: Strengths, dim: int
 ) -> Tensor:
-    """As _penalty_kernels.add_grads_, over local shards and their gradients."""
-    for i, t in enumerate(tensors):
-        _params.check(t, op, f"params[{i}]")
+    """As _penalty_kernels.add_grads_, over local shards and their gradients.
+
+    Everything is checked before the first bucket's gradients are written.
+    """
+    with torch.no_grad():
+        local = [_local(t) for t in tensors]
+    for i, t in enumerate(local):
+        _params.plain(t, op, f"params[{i}]")
     buckets = _buckets(op, tensors, s, dim)
     for i, t in enumerate(tensors):
         grad = t.grad if t.is_leaf else None
@@ -116,13 +121,15 @@ def add_grads_(
                     f"fusereg.{op}: params[{i}].grad must be a DTensor placed as its parameter, "
                     f"{wanted}"
                 )
-    targets = _penalty_kernels.own_grads(tensors, op)
     values = []
     with torch.no_grad():
+        found = [g if g is None else _local(g) for g in _penalty_kernels.own_grads(tensors, op)]
+        _penalty_kernels._check_targets(local, found, op)
+        targets = _penalty_kernels._create_missing(tensors)
         for where, indices in buckets:
-            local = [_local(tensors[i]) for i in indices]
+            part = [local[i] for i in indices]
             grads = [None if (g := targets[i]) is None else _local(g) for i in indices]
-            value = _penalty_kernels.add_grads_(op, local, grads, scale, s.select(indices), dim)
+            value = _penalty_kernels.add_grads_(op, part, grads, scale, s.select(indices), dim)
             values.append(_reduced(value, where))
     _tell_autograd(t for t in targets if t is not None)
     return _total(values)

@@ -123,7 +123,7 @@ def add_grads_(
     targets = list(grads) if grads is not None else own_grads(tensors, op)
     _check_targets(plain, targets, op)
     if grads is None:
-        targets = _create_missing(tensors)
+        targets = create_missing(tensors)
     ready: list[Tensor | None] = []
     copy_back: list[tuple[Tensor, Tensor]] = []
     for i, g in enumerate(targets):
@@ -199,7 +199,8 @@ def own_grads(tensors: Sequence[Tensor], op: str) -> list[Tensor | None]:
     return [t.grad if t.requires_grad else None for t in tensors]
 
 
-def _create_missing(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+def create_missing(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """Zeros for each .grad that is wanted and missing; all of them, after all checks."""
     for t in tensors:
         if t.requires_grad and t.grad is None:
             t.grad = torch.zeros_like(t, memory_format=torch.preserve_format)
