@@ -568,6 +568,25 @@ def gradients_placed_otherwise_are_refused(ranks: Ranks) -> None:
     assert torch.equal(whole(x.grad), torch.ones(4, 3))
 
 
+@on(2)
+def gradients_are_all_checked_before_one_is_written(ranks: Ranks) -> None:
+    plain = torch.randn(2, 3).requires_grad_()
+    plain.grad = torch.ones(2, 3)
+    x = shard(torch.randn(4, 3), ranks, Shard(0)).requires_grad_()
+    x.grad = shard(torch.ones(4, 3), ranks, Shard(0))
+    missing = shard(torch.randn(4, 3), ranks, Shard(0)).requires_grad_()
+    expanded = torch.randn(3).requires_grad_()
+    expanded.grad = torch.ones(()).expand(3)
+    shared = torch.randn(2, 3).requires_grad_()
+    shared.grad = x.grad.to_local()
+    for wrong, said in ((expanded, r"params\[3\]\.grad"), (shared, r"params\[1\].*params\[3\]")):
+        with pytest.raises(ValueError, match=rf"^fusereg\.add_penalty_grad_: {said}"):
+            fusereg.add_penalty_grad_([plain, x, missing, wrong], l1=0.5)
+        assert torch.equal(plain.grad, torch.ones(2, 3))
+        assert torch.equal(whole(x.grad), torch.ones(4, 3))
+        assert missing.grad is None
+
+
 # --- models -------------------------------------------------------------------------------------
 
 
