@@ -140,6 +140,8 @@ def _elements_apart(tensor: Tensor) -> bool:
 
     Exotic strides may fail this without sharing an element; they are refused as well.
     """
+    if tensor.numel() == 0:
+        return True
     span = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
