@@ -8,36 +8,15 @@ shows it as a test of its own. References are whole tensors, made by every rank 
 from __future__ import annotations
 
 import copy
-import faulthandler
-import json
 import math
-import os
 import re
-import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor, nn
-
-import fusereg
-import reference
-from fusereg import WeightPenalty
-from fusereg import functional as F
-
-if not (dist.is_available() and dist.is_gloo_available()):
-    pytest.skip("this torch has no torch.distributed with gloo", allow_module_level=True)
-
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -45,232 +24,20 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-try:
-    from torch.distributed.fsdp import fully_shard
-except ImportError:
-    fully_shard = None
-
-LIMIT = 180.0  # seconds for one program, which takes some ten on two cores
-TIMEOUT = timedelta(seconds=60)  # for a collective in which other ranks do not take part
-PATIENCE = timedelta(seconds=40)  # for the other ranks to end a check
-
-
-# --- the program --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ranks:
-    rank: int
-    world: int
-    mesh: DeviceMesh  # one dimension, over all ranks
-
-
-Check = Callable[[Ranks], None]
-CHECKS: dict[int, dict[str, Check]] = {2: {}, 3: {}, 4: {}}
-
-
-def on(*worlds: int) -> Callable[[Check], Check]:
-    """Registers a check for these numbers of processes."""
-
-    def register(check: Check) -> Check:
-        for world in worlds:
-            CHECKS[world][check.__name__] = check
-        return check
-
-    return register
-
-
-def can_run(name: str) -> bool:
-    return fully_shard is not None or "fsdp" not in name
-
-
-def program(rank: int, world: int, folder: str) -> None:
-    """What each process runs. It writes how each check went."""
-    torch.set_num_threads(1)
-    results: dict[str, str] = {}
-    stack = (Path(folder) / f"rank{rank}.stack").open("w")
-    faulthandler.dump_traceback_later(LIMIT - 5, file=stack)
-    try:
-        store = dist.FileStore(f"{folder}/store", world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-        ranks = Ranks(rank, world, init_device_mesh("cpu", (world,)))
-        for name, check in CHECKS[world].items():
-            if can_run(name):
-                torch.manual_seed(20240229)
-                try:
-                    check(ranks)
-                    results[name] = "ok"
-                except BaseException:
-                    results[name] = traceback.format_exc()
-                # A rank that failed takes part in no collective before the others have come as far.
-                store.set(f"{name} {rank}", "done")
-                store.wait([f"{name} {r}" for r in range(world)], PATIENCE)
-        dist.barrier()
-        dist.destroy_process_group()
-        results["the end"] = "ok"
-    except BaseException:
-        results["the end"] = traceback.format_exc()
-    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(results))
-    # At once: after a failure, a regular end could wait for ranks that do not answer any more.
-    os._exit(0)
-
-
-def run(world: int, folder: Path) -> list[dict[str, str]]:
-    """Runs the program and gives each rank's results; ranks that hang are ended at the limit."""
-    processes = mp.spawn(program, (world, str(folder)), world, join=False).processes
-    deadline = time.monotonic() + LIMIT
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-            process.join()
-    found = []
-    for rank, process in enumerate(processes):
-        try:
-            found.append(json.loads((folder / f"rank{rank}.json").read_text()))
-        except OSError:
-            stack = folder / f"rank{rank}.stack"
-            hung = stack.read_text() if stack.exists() else ""
-            found.append({"its process": f"exit code {process.exitcode}\n{hung}"})
-    return found
-
-
-def failures(results: list[dict[str, str]], name: str) -> str:
-    """What went wrong on which rank in this check; empty if nothing did."""
-    said = []
-    for rank, result in enumerate(results):
-        if name not in result:
-            other = "\n".join(f"{n}: {r}" for n, r in result.items() if r != "ok")
-            said.append(f"rank {rank} did not come to {name}, but this failed:\n{other}")
-        elif result[name] != "ok":
-            said.append(f"rank {rank}: {result[name]}")
-    return "\n".join(said)
-
-
-@pytest.fixture(scope="module")
-def results(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Callable[[int], list[dict[str, str]]]]:
-    done: dict[int, list[dict[str, str]]] = {}
-
-    def of(world: int) -> list[dict[str, str]]:
-        if world not in done:
-            done[world] = run(world, tmp_path_factory.mktemp(f"ranks{world}"))
-        return done[world]
-
-    with pytest.MonkeyPatch.context() as patch:
-        # Loopback only: whatever the host's name resolves to is none of these tests' business.
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-        yield of
-
-
-# --- what the checks share ----------------------------------------------------------------------
-
-
-@dataclass
-class Case:
-    """A whole tensor, and the same one as the ranks hold it."""
-
-    name: str
-    whole: Tensor
-    held: Tensor
-
-
-def shard(whole: Tensor, ranks: Ranks, placement: Any) -> Tensor:
-    # Of a copy: replicas may be the very memory that they are made from.
-    return distribute_tensor(whole.clone(), ranks.mesh, [placement])
-
-
-def make_cases(
-    ranks: Ranks, dtype: torch.dtype = torch.float64, columns: bool = False
-) -> list[Case]:
-    """Every way in which a tensor may lie on the ranks; columns cut groups along dimension 0."""
-    wanted: list[tuple[str, tuple[int, ...], Any]] = [
-        ("plain", (2, 5), None),
-        ("even", (4 * ranks.world, 3), Shard(0)),
-        ("uneven", (2 * ranks.world + 1, 3), Shard(0)),
-        ("empty shards", (1, 4), Shard(0)),
-        ("empty", (0, 3), Shard(0)),
-        ("replicated", (4, 3), Replicate()),
-        ("replicated scalar", (), Replicate()),
-        ("one dimension", (ranks.world + 1,), Shard(0)),
-        ("four dimensions", (5, 2, 3, 3), Shard(0)),
-        ("plain scalar", (), None),
-        ("more than one chunk", (2 * ranks.world - 1, 20_000), Shard(0)),
-    ]
-    if columns:
-        wanted += [("columns", (3, 7), Shard(1)), ("columns, negative", (2, 3, 5), Shard(-1))]
-    cases = []
-    for name, shape, placement in wanted:
-        whole = torch.randn(shape, dtype=torch.float64).to(dtype)
-        held = whole.clone() if placement is None else shard(whole, ranks, placement)
-        cases.append(Case(name, whole, held.requires_grad_()))
-    return cases
-
-
-def whole(tensor: Tensor | None) -> Tensor:
-    """The whole of a plain or sharded tensor; where it is replicated, the same on every rank."""
-    assert tensor is not None
-    tensor = tensor.detach()
-    if not isinstance(tensor, DTensor):
-        return tensor
-    for mesh_dim, placement in enumerate(tensor.placements):
-        if placement.is_replicate():
-            local = tensor.to_local().contiguous()
-            other = local.clone()
-            dist.broadcast(other, group=tensor.device_mesh.get_group(mesh_dim), group_src=0)
-            assert torch.equal(local, other), "replicas differ"
-    return tensor.full_tensor()
-
-
-def same_on_every_rank(value: Tensor) -> None:
-    """To the bit."""
-    assert not isinstance(value, DTensor)
-    values = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-    dist.all_gather(values, value.detach().contiguous())
-    assert all(torch.equal(v, values[0]) for v in values), values
-
-
-def assert_value(value: Tensor, wanted: Tensor, tolerance: float = 1e-13) -> None:
-    assert value.shape == ()
-    torch.testing.assert_close(
-        value.detach().double(), wanted.double(), rtol=tolerance, atol=tolerance
-    )
-    same_on_every_rank(value)
-
-
-def assert_same(actual: Tensor, wanted: Tensor, tolerance: float = 1e-13) -> None:
-    torch.testing.assert_close(
-        actual.detach().double(), wanted.detach().double(), rtol=tolerance, atol=tolerance
-    )
-
-
-@contextmanager
-def counted_reductions() -> Iterator[list[int]]:
-    """The number of elements of each all-reduce."""
-    sizes: list[int] = []
-    original = dist.all_reduce
-
-    def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sizes.append(tensor.numel())
-        return original(tensor, *args, **kwargs)
-
-    dist.all_reduce = all_reduce
-    try:
-        yield sizes
-    finally:
-        dist.all_reduce = original
-
-
-PENALTIES: list[tuple[str, Callable[[Any], Tensor], dict[str, float]]] = [
-    ("l1", lambda p: F.l1_penalty(p, 0.3), {"l1": 0.3}),
-    ("l2", lambda p: F.l2_penalty(p, 0.7), {"l2": 1.4}),
-    ("l2 half", lambda p: F.l2_penalty(p, 0.7, half=True), {"l2": 0.7}),
-    ("elastic net", lambda p: F.elastic_net_penalty(p, 0.3, 0.7), {"l1": 0.3, "l2": 0.7}),
-    ("group", lambda p: F.group_lasso_penalty(p, 0.5), {"group": 0.5}),
-]
-
+import fusereg
+import reference
+from fusereg import WeightPenalty
+from fusereg import functional as F
+from ranks import CHECKS, Ranks, can_run, failures, fully_shard, on, results
+from sharded import (
+    PENALTIES,
+    assert_same,
+    assert_value,
+    counted_reductions,
+    make_cases,
+    shard,
+    whole,
+)
 
 # --- functions ----------------------------------------------------------------------------------
 
@@ -913,9 +680,9 @@ def fsdp_training_over_tensor_parallelism(ranks: Ranks) -> None:
     ("world", "name"),
     [(world, name) for world, checks in CHECKS.items() for name in (*checks, "the end")],
 )
-def test_ranks(world: int, name: str, results: Callable[[int], list[dict[str, str]]]) -> None:
+def test_ranks(world: int, name: str) -> None:
     if not can_run(name):
         pytest.skip("this torch has no torch.distributed.fsdp.fully_shard")
-    said = failures(results(world), name)
+    said = failures(results(world, __name__), name)
     if said:
         pytest.fail(said, pytrace=False)
