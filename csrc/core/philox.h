@@ -63,22 +63,21 @@ FUSEREG_INLINE FUSEREG_ISA::U64Vector multiply_low(FUSEREG_ISA::U64Vector a, std
 }
 #endif
 
+// One round, with that round's key.
 template <class W>
-FUSEREG_INLINE void philox_rounds(PhiloxState<W>& s, std::uint64_t key) {
-  auto key0 = static_cast<std::uint32_t>(key);
-  auto key1 = static_cast<std::uint32_t>(key >> 32);
-  FUSEREG_UNROLL_10
-  for (int round = 0; round < 10; ++round) {
-    const W product0 = multiply_low(s.word[0], 0xd2511f53u);
-    const W product1 = multiply_low(s.word[2], 0xcd9e8d57u);
-    s.word[0] = (product1 >> 32) ^ s.word[1] ^ (W{} + key0);
-    s.word[1] = product1;
-    s.word[2] = (product0 >> 32) ^ s.word[3] ^ (W{} + key1);
-    s.word[3] = product0;
-    key0 += 0x9e3779b9u;
-    key1 += 0xbb67ae85u;
-  }
+FUSEREG_INLINE void philox_round(PhiloxState<W>& s, W key0, W key1) {
+  const W product0 = multiply_low(s.word[0], 0xd2511f53u);
+  const W product1 = multiply_low(s.word[2], 0xcd9e8d57u);
+  s.word[0] = (product1 >> 32) ^ s.word[1] ^ key0;
+  s.word[1] = product1;
+  s.word[2] = (product0 >> 32) ^ s.word[3] ^ key1;
+  s.word[3] = product0;
 }
+
+inline constexpr int kPhiloxRounds = 10;
+// What the key's halves grow by from round to round.
+inline constexpr std::uint32_t kPhiloxStep0 = 0x9e3779b9u;
+inline constexpr std::uint32_t kPhiloxStep1 = 0xbb67ae85u;
 
 struct PhiloxWords {
   std::uint32_t word[4];
@@ -87,7 +86,14 @@ struct PhiloxWords {
 // `low` and `high` are the counter's halves: offset / 4 and the chunk.
 FUSEREG_INLINE PhiloxWords philox(std::uint64_t key, std::uint64_t low, std::uint64_t high) {
   PhiloxState<std::uint64_t> s = {{low, low >> 32, high, high >> 32}};
-  philox_rounds(s, key);
+  auto key0 = static_cast<std::uint32_t>(key);
+  auto key1 = static_cast<std::uint32_t>(key >> 32);
+  FUSEREG_UNROLL_10
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    philox_round<std::uint64_t>(s, key0, key1);
+    key0 += kPhiloxStep0;
+    key1 += kPhiloxStep1;
+  }
   return {{static_cast<std::uint32_t>(s.word[0]), static_cast<std::uint32_t>(s.word[1]),
            static_cast<std::uint32_t>(s.word[2]), static_cast<std::uint32_t>(s.word[3])}};
 }
@@ -134,12 +140,32 @@ FUSEREG_INLINE U64Vector philox_lanes() {
   return v;
 }
 
+// The round keys as vectors, made once for many counters. They stay in memory, where the exclusive-or reads them:
+// without the barrier, GCC prefers to make each of them again for every counter.
+struct PhiloxKeys {
+  __attribute__((always_inline)) inline explicit PhiloxKeys(std::uint64_t seed) {
+    auto key0 = static_cast<std::uint32_t>(seed);
+    auto key1 = static_cast<std::uint32_t>(seed >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      key[round][0] = U64Vector{} + key0;
+      key[round][1] = U64Vector{} + key1;
+      key0 += kPhiloxStep0;
+      key1 += kPhiloxStep1;
+    }
+    asm("" : "+m"(key));
+  }
+  U64Vector key[kPhiloxRounds][2];
+};
+
 // 4 words of each of the chunks first, first + 1, ... in memory order: chunk after chunk, word after word.
-FUSEREG_INLINE void philox_chunks(std::uint64_t key, std::uint64_t low, std::uint64_t first,
+FUSEREG_INLINE void philox_chunks(const PhiloxKeys& keys, std::uint64_t low, std::uint64_t first,
                                   U64Vector (&draws)[2]) {
   const U64Vector high = philox_lanes() + first;
   PhiloxState<U64Vector> s = {{U64Vector{} + low, U64Vector{} + (low >> 32), high, high >> 32}};
-  philox_rounds(s, key);
+  FUSEREG_UNROLL_10
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    philox_round<U64Vector>(s, keys.key[round][0], keys.key[round][1]);
+  }
   const U64Vector pair0 = (s.word[0] & 0xffffffffu) | (s.word[1] << 32);
   const U64Vector pair1 = (s.word[2] & 0xffffffffu) | (s.word[3] << 32);
   draws[0] = interleave_even(pair0, pair1);
