@@ -55,9 +55,6 @@ def mask(count: int, p: float, seed: int, offset: int, index_offset: int = 0) ->
             high = chunk % 2**64
             words = philox(seed % 2**64, (low & _M32, low >> 32, high & _M32, high >> 32))
         at = index % per_chunk
-        if bits == 32:
-            draw = words[at]
-        else:
-            draw = words[at // 2] >> 16 * (at % 2) & 0xFFFF
+        draw = words[at] if bits == 32 else words[at // 2] >> 16 * (at % 2) & 0xFFFF
         kept.append(draw < limit)
     return torch.tensor(kept, dtype=torch.bool)
