@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
+import fusereg
 import pytest
 import reference_philox
 import torch
 from conftest import Backend
-from torch import Tensor
-
-import fusereg
 from fusereg import functional as F
 from fusereg import nn
+from torch import Tensor
 
 SEED = 0x1234_5678_9ABC_DEF0
 
@@ -48,7 +48,7 @@ def assert_dropped(y: Tensor, x: Tensor, mask: Tensor, p: float) -> None:
     assert not torch.signbit(y[~mask.to(x.device)]).any()
 
 
-# --- the mask ---------------------------------------------------------------------------------------
+# --- the mask -------------------------------------------------------------------------------------
 
 
 @pytest.mark.sanitizer
@@ -72,7 +72,7 @@ def test_shards_give_the_whole_mask(dtype: torch.dtype, backend: Backend) -> Non
     x = make((6, 77), dtype, backend)
     whole = F.dropout(x, 0.3, seed=SEED)
     cuts = [0, 1, 3, 6]
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in itertools.pairwise(cuts):
         shard = F.dropout(x[a:b], 0.3, seed=SEED, index_offset=77 * a)
         assert torch.equal(shard, whole[a:b])
 
@@ -123,7 +123,7 @@ def test_threads_do_not_change_a_bit(backend: Backend) -> None:
         assert_dropped(results[0][at : at + 100], x[at : at + 100], mask, 0.3)
 
 
-# --- layouts ------------------------------------------------------------------------------------------
+# --- layouts --------------------------------------------------------------------------------------
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t,
@@ -167,7 +167,7 @@ def test_backward_with_a_gradient_of_another_layout(backend: Backend) -> None:
     assert torch.equal(x.grad, torch.where(y != 0, 2 * gradient, 0.0))
 
 
-# --- rows -----------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 ROW_KINDS: list[tuple[Callable[..., Tensor], tuple[int, ...], int]] = [
     (F.dropout1d, (6, 5), 1),
@@ -241,7 +241,7 @@ def test_rows_larger_than_a_task(shape: tuple[int, ...], backend: Backend) -> No
         assert_dropped(y, last, mask.expand(last.shape), 0.5)
 
 
-# --- alpha ------------------------------------------------------------------------------------------------
+# --- alpha ----------------------------------------------------------------------------------------
 
 ALPHA = -1.7580993408473766
 
@@ -298,7 +298,7 @@ def test_alpha_keeps_mean_and_variance(p: float) -> None:
     assert abs(y.var() - 1) < 2e-2
 
 
-# --- the arguments --------------------------------------------------------------------------------------
+# --- the arguments --------------------------------------------------------------------------------
 
 
 def test_no_dropping_returns_the_tensor_itself(backend: Backend) -> None:
@@ -413,9 +413,9 @@ def test_other_inputs_are_refused_by_name() -> None:
         for training in (True, False):
             with pytest.raises(ValueError, match=f"fusereg.dropout: x has dtype {dtype}; wanted"):
                 F.dropout(torch.ones(3).to(dtype), training=training)
-    with pytest.raises(TypeError, match="x must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list"):
         F.dropout([1.0])  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="x must be a torch.Tensor, got float"):
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got float"):
         F.dropout2d(1.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="p must be a number, got str"):
         F.dropout(torch.ones(3), "0.5")  # type: ignore[arg-type]
@@ -431,7 +431,7 @@ def test_other_inputs_are_refused_by_name() -> None:
         F.feature_alpha_dropout(torch.ones(3))
 
 
-# --- chance ---------------------------------------------------------------------------------------------
+# --- chance ---------------------------------------------------------------------------------------
 
 
 def chi_squared_limit(degrees: int, z: float = 4.75) -> float:

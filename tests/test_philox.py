@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import reference_philox
 from conftest import Backend
+from fusereg import _C
 from hypothesis import given
 from hypothesis import strategies as st
-
-from fusereg import _C
 
 M32, M64 = 2**32 - 1, 2**64 - 1
 

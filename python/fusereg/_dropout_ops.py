@@ -385,7 +385,7 @@ def dropout(
     ):
         call = Call(p, alpha, row_dims, 0, op)
         pair = _random.new_pair(x)
-        if torch.is_grad_enabled() and x.requires_grad:
+        if _differentiated(x):
             return _apply(x, call, pair)
         return forward(call, pair, x)
 
@@ -413,14 +413,20 @@ def dropout(
         )
     pair = _random.eager_pair(x.device, seed, generator, op)
     if inplace:
+        if _dispatch.forward_mode():
+            return x.copy_(_apply(x, call, pair))
         if torch.is_grad_enabled() and x.requires_grad:
             return _applied(_DropoutInPlace, x, call, pair)
         return _written(_run(_C.dropout_forward, x, x, call, pair))
     if out is not None:
         return _written(_run(_C.dropout_forward, out, x, call, pair))
-    if torch.is_grad_enabled() and x.requires_grad:
+    if _differentiated(x):
         return _apply(x, call, pair)
     return forward(call, pair, x)
+
+
+def _differentiated(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or _dispatch.forward_mode())
 
 
 def _written(y: Tensor) -> Tensor:
