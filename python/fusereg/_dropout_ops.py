@@ -20,18 +20,19 @@ Element i of the memory of ``torch.empty_like(x)`` has draw ``index_offset + i``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import _C, _dispatch, _params, _random
-from ._random import Pair
 
 
 class Call(NamedTuple):
-    """A call's constants."""
+    """A call's constants, in the order in which the kernels take them after the tensors."""
 
+    seed: int | Tensor
+    offset: int
     p: float
     alpha: bool
     row_dims: int
@@ -42,23 +43,23 @@ class Call(NamedTuple):
 # --- the kernels, on whatever tensors there are ---------------------------------------------------
 
 
-def _call(kernel: Callable[..., int], y: Tensor, x: Tensor, call: Call, pair: Pair) -> bool:
-    seed, offset = (pair, 0) if isinstance(pair, Tensor) else pair
-    return kernel(y, x, seed, offset, *call) == 0
-
-
-def _run(kernel: Callable[..., int], y: Tensor, x: Tensor, call: Call, pair: Pair) -> Tensor:
+def _run(kernel: Callable[..., int], y: Tensor, x: Tensor, call: Call) -> Tensor:
     """Writes into y, whatever the layouts; x's decides on the order of the draws."""
+    if call.p and kernel(y, x, *call) == 0:
+        return y
+    return _run_prepared(kernel, y, x, call)
+
+
+def _run_prepared(kernel: Callable[..., int], y: Tensor, x: Tensor, call: Call) -> Tensor:
+    """The same for what a kernel does not take as it is."""
     if call.p == 0.0:
         return y.copy_(x)
-    if _call(kernel, y, x, call, pair):
-        return y
     plain = _params.plain(x, call.op, "x")
     ready = torch.empty_like(plain)
     if call.row_dims and not _rows_fit(ready):
         ready = torch.empty(plain.shape, dtype=plain.dtype, device=plain.device)
     ready.copy_(plain)
-    if not _call(kernel, ready, ready, call, pair):
+    if kernel(ready, ready, *call) != 0:
         raise RuntimeError(
             f"fusereg.{call.op}: the kernel refused a prepared tensor; please report this"
         )
@@ -73,17 +74,16 @@ def _rows_fit(x: Tensor) -> bool:
     return x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def forward(call: Call, pair: Pair, x: Tensor) -> Tensor:
-    return _run(_C.dropout_forward, torch.empty_like(x), x, call, pair)
+def forward(call: Call, x: Tensor) -> Tensor:
+    return _run(_C.dropout_forward, torch.empty_like(x), x, call)
 
 
-def backward(call: Call, pair: Pair, grad: Tensor, strides: Sequence[int]) -> Tensor:
+def backward(call: Call, grad: Tensor, strides: Sequence[int]) -> Tensor:
     """The gradient of x, walked in the order in which forward walked x (its result's strides)."""
     if grad.stride() != strides:
-        grad = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device).copy_(
-            grad
-        )
-    return _run(_C.dropout_backward, torch.empty_like(grad), grad, call, pair)
+        empty = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
+        grad = empty.copy_(grad)
+    return _run(_C.dropout_backward, torch.empty_like(grad), grad, call)
 
 
 def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
@@ -96,54 +96,56 @@ def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: Call, pair: Pair) -> Tensor:
-        y = forward(call, pair, x)
-        ctx.call = (call, pair, y.stride())
+    def forward(ctx: Any, x: Tensor, call: Call) -> Tensor:
+        y = forward(call, x)
+        ctx.call = (call, y.stride())
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gradient(ctx, grad), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gradient(ctx, grad), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return backward(ctx.call[0], ctx.call[1], tangent, ctx.call[2])
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        call, strides = ctx.call
+        return backward(call, tangent, strides)
 
 
 class _DropoutInPlace(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: Call, pair: Pair) -> Tensor:
-        ctx.call = (call, pair, torch.empty_like(x, device="meta").stride())
+    def forward(ctx: Any, x: Tensor, call: Call) -> Tensor:
+        ctx.call = (call, torch.empty_like(x, device="meta").stride())
         ctx.mark_dirty(x)
-        return _run(_C.dropout_forward, x, x, call, pair)
+        return _run(_C.dropout_forward, x, x, call)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gradient(ctx, grad), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gradient(ctx, grad), None
 
 
 class _DropoutBackward(torch.autograd.Function):
     """Linear in the gradient, and its own gradient."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, call: Call, pair: Pair, strides: Sequence[int]) -> Tensor:
-        ctx.call = (call, pair, strides)
-        return backward(call, pair, grad, strides)
+    def forward(ctx: Any, grad: Tensor, call: Call, strides: Sequence[int]) -> Tensor:
+        ctx.call = (call, strides)
+        return backward(call, grad, strides)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _gradient(ctx, grad), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gradient(ctx, grad), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return backward(ctx.call[0], ctx.call[1], tangent, ctx.call[2])
+        call, strides = ctx.call
+        return backward(call, tangent, strides)
 
 
 def _gradient(ctx: Any, grad: Tensor) -> Tensor:
-    call, pair, strides = ctx.call
+    call, strides = ctx.call
     if torch.is_grad_enabled():
-        return _applied(_DropoutBackward, grad, call, pair, strides)
-    return backward(call, pair, grad, strides)
+        return _applied(_DropoutBackward, grad, call, strides)
+    return backward(call, grad, strides)
 
 
 #: _Dropout.apply without its question for functorch, which the gate has answered: 1.2 us less.
@@ -168,7 +170,7 @@ _define(
 def _op_dropout(
     x: Tensor, seed: Tensor, p: float, alpha: bool, row_dims: int, index_offset: int
 ) -> Tensor:
-    return forward(Call(p, alpha, row_dims, index_offset, "dropout"), seed, x)
+    return forward(Call(seed, 0, p, alpha, row_dims, index_offset, "dropout"), x)
 
 
 def _op_dropout_backward(
@@ -180,8 +182,8 @@ def _op_dropout_backward(
     index_offset: int,
     stride: Sequence[int],
 ) -> Tensor:
-    call = Call(p, alpha, row_dims, index_offset, "dropout")
-    return backward(call, seed, grad, tuple(stride))
+    call = Call(seed, 0, p, alpha, row_dims, index_offset, "dropout")
+    return backward(call, grad, tuple(stride))
 
 
 for _key in ("CPU", "CUDA"):
@@ -239,38 +241,47 @@ torch.library.register_autograd(
 # --- torch.func -----------------------------------------------------------------------------------
 
 
+#: (p, alpha, row_dims, index_offset), as the operators take them after the pair.
+_Constants: TypeAlias = tuple[float, bool, int, int]
+
+
 class _DropoutTransform(torch.autograd.Function):
     """Forward, or (``gradient``) the linear map that backward is."""
 
     @staticmethod
-    def forward(x: Tensor, seed: Tensor, call: Call, gradient: bool) -> Tensor:
+    def forward(x: Tensor, seed: Tensor, constants: _Constants, gradient: bool) -> Tensor:
         # A sample of a batch may lie in any way, its gradient in another: row-major is for both.
         x = x.contiguous()
         if gradient:
-            result: Tensor = torch.ops.fusereg.dropout_backward(x, seed, *call[:4], x.stride())
+            result: Tensor = torch.ops.fusereg.dropout_backward(x, seed, *constants, x.stride())
         else:
-            result = torch.ops.fusereg.dropout(x, seed, *call[:4])
+            result = torch.ops.fusereg.dropout(x, seed, *constants)
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, seed, ctx.call, _ = inputs
+        _, seed, ctx.constants, _ = inputs
         ctx.save_for_backward(seed)
         ctx.save_for_forward(seed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (seed,) = ctx.saved_tensors
-        return _applied(_DropoutTransform, grad, seed, ctx.call, True), None, None, None
+        return _applied(_DropoutTransform, grad, seed, ctx.constants, True), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         (seed,) = ctx.saved_tensors
-        return _applied(_DropoutTransform, tangent, seed, ctx.call, True)
+        return _applied(_DropoutTransform, tangent, seed, ctx.constants, True)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], x: Tensor, seed: Tensor, call: Call, gradient: bool
+        info: Any,
+        in_dims: tuple[Any, ...],
+        x: Tensor,
+        seed: Tensor,
+        constants: _Constants,
+        gradient: bool,
     ) -> tuple[Tensor, int]:
         # One call a sample: its draws start at index_offset, as they would alone.
         def sample(t: Tensor, dim: int | None, i: int) -> Tensor:
@@ -281,7 +292,7 @@ class _DropoutTransform(torch.autograd.Function):
                 _DropoutTransform,
                 sample(x, in_dims[0], i),
                 sample(seed, in_dims[1], i),
-                call,
+                constants,
                 gradient,
             )
             for i in range(info.batch_size)
@@ -358,7 +369,6 @@ def dropout(
     p: float,
     training: bool,
     inplace: bool,
-    *,
     seed: int | Tensor | None,
     generator: torch.Generator | None,
     index_offset: int,
@@ -383,11 +393,8 @@ def dropout(
         and generator is None
         and _dispatch.eager()
     ):
-        call = Call(p, alpha, row_dims, 0, op)
-        pair = _random.new_pair(x)
-        if _differentiated(x):
-            return _apply(x, call, pair)
-        return forward(call, pair, x)
+        call = Call(*_random.new_pair(x), p, alpha, row_dims, 0, op)
+        return _apply(x, call) if _differentiated(x) else forward(call, x)
 
     check_probability(p, op)
     _check_input(x, op)
@@ -399,30 +406,30 @@ def dropout(
         return x if out is None or out is x else out.copy_(x)
     if inplace:
         _check_in_place(x, op)
-    call = Call(float(p), alpha, row_dims, index_offset, op)
     if (
         not _dispatch.eager()
         or x.device.type == "meta"
         or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
     ):
-        return _observed(call, x, seed, generator, x if inplace else out)
+        constants = (float(p), alpha, row_dims, index_offset)
+        pair = _random.operator_pair(x.device, seed, generator, op)
+        return _observed(x, pair, constants, x if inplace else out)
 
     if isinstance(index_offset, bool) or not isinstance(index_offset, int) or index_offset < 0:
         raise ValueError(
             f"fusereg.{op}: index_offset must be an integer and not negative, got {index_offset!r}"
         )
-    pair = _random.eager_pair(x.device, seed, generator, op)
-    if inplace:
-        if _dispatch.forward_mode():
-            return x.copy_(_apply(x, call, pair))
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _applied(_DropoutInPlace, x, call, pair)
-        return _written(_run(_C.dropout_forward, x, x, call, pair))
+    numbers = _random.eager_pair(x.device, seed, generator, op)
+    call = Call(*numbers, float(p), alpha, row_dims, index_offset, op)
     if out is not None:
-        return _written(_run(_C.dropout_forward, out, x, call, pair))
-    if _differentiated(x):
-        return _apply(x, call, pair)
-    return forward(call, pair, x)
+        return _written(_run(_C.dropout_forward, out, x, call))
+    if not inplace:
+        return _apply(x, call) if _differentiated(x) else forward(call, x)
+    if _dispatch.forward_mode():
+        return x.copy_(_apply(x, call))
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _applied(_DropoutInPlace, x, call)
+    return _written(_run(_C.dropout_forward, x, x, call))
 
 
 def _differentiated(x: Tensor) -> bool:
@@ -435,19 +442,12 @@ def _written(y: Tensor) -> Tensor:
     return y
 
 
-def _observed(
-    call: Call,
-    x: Tensor,
-    seed: int | Tensor | None,
-    generator: torch.Generator | None,
-    target: Tensor | None,
-) -> Tensor:
+def _observed(x: Tensor, pair: Tensor, constants: _Constants, target: Tensor | None) -> Tensor:
     """Under a compiler, a mode or a transform, and for subclasses: through operators."""
-    pair = _random.operator_pair(x.device, seed, generator, call.op)
     if _dispatch.functorch():
-        y: Tensor = _applied(_DropoutTransform, x, pair, call, False)
+        y = _applied(_DropoutTransform, x, pair, constants, False)
     else:
-        y = torch.ops.fusereg.dropout(x, pair, *call[:4])
+        y = torch.ops.fusereg.dropout(x, pair, *constants)
     return y if target is None else target.copy_(y)
 
 
@@ -465,5 +465,4 @@ def mask(
     if isinstance(shape, int):
         shape = (shape,)
     ones = torch.ones(tuple(shape), dtype=torch.float32, device=device)
-    call = Call(float(p), False, 0, index_offset, op)
-    return forward(call, (seed, offset), ones) != 0
+    return forward(Call(seed, offset, float(p), False, 0, index_offset, op), ones) != 0

@@ -25,8 +25,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-#: (seed, offset), or an int64 tensor that holds both where the kernel can read them.
-Pair: TypeAlias = tuple[int, int] | Tensor
+#: (seed, offset), or (an int64 tensor that holds both where the kernel can read them, 0).
+Pair: TypeAlias = tuple[int | Tensor, int]
 
 #: What a call takes of a CUDA generator's offset: one step of Philox's counter.
 _OFFSET_STEP = 4
@@ -41,13 +41,13 @@ def _cpu_pair(generator: torch.Generator | None) -> Pair:
         # A tensor made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             numbers = _local.numbers = torch.empty(2, dtype=torch.int64)
-    seed, offset = numbers.random_(generator=generator).tolist()
-    return seed, offset
+    filled = numbers.random_() if generator is None else numbers.random_(generator=generator)
+    return tuple(filled.tolist())
 
 
 def _cuda_pair(device: torch.device, generator: torch.Generator | None) -> Pair:
     if torch.cuda.is_current_stream_capturing():
-        return device_pair(device, generator)
+        return device_pair(device, generator), 0
     if generator is None:
         index = torch.cuda.current_device() if device.index is None else device.index
         generator = torch.cuda.default_generators[index]
@@ -96,7 +96,7 @@ def eager_pair(
     if seed is not None or generator is not None:
         _check(device, seed, generator, op)
     if isinstance(seed, Tensor):
-        return seed.detach().clone()  # backward reads it again, whatever becomes of the caller's
+        return seed.detach().clone(), 0  # backward reads it again, whatever becomes of the caller's
     if seed is not None:
         return seed, 0
     return _cuda_pair(device, generator) if device.type == "cuda" else _cpu_pair(generator)

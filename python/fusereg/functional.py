@@ -167,8 +167,7 @@ def dropout(
         >>> y = fusereg.functional.dropout(x, 0.1, training=model.training)
     """
     return _dropout_ops.dropout(
-        x, p, training, inplace, seed=seed, generator=generator, index_offset=index_offset,
-        out=out, alpha=False, row_dims=0, op="dropout",
+        x, p, training, inplace, seed, generator, index_offset, out, False, 0, "dropout"
     )
 
 
@@ -222,8 +221,7 @@ def _channel_dropout(
         wanted = " or ".join(str(n) for n in row_dims) if few else f"at least {min(row_dims)}"
         raise ValueError(f"fusereg.{op}: x must have {wanted} dimensions, got {x.dim()}")
     return _dropout_ops.dropout(
-        x, p, training, inplace, seed=seed, generator=generator, index_offset=index_offset,
-        out=None, alpha=alpha, row_dims=rows, op=op,
+        x, p, training, inplace, seed, generator, index_offset, None, alpha, rows, op
     )
 
 
@@ -315,8 +313,7 @@ def alpha_dropout(
         x: as in :func:`dropout`.
     {dropout_arguments}{dropout_returns}"""
     return _dropout_ops.dropout(
-        x, p, training, inplace, seed=seed, generator=generator, index_offset=index_offset,
-        out=None, alpha=True, row_dims=0, op="alpha_dropout",
+        x, p, training, inplace, seed, generator, index_offset, None, True, 0, "alpha_dropout"
     )
 
 

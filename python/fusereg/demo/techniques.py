@@ -206,6 +206,20 @@ class PlainProxPixels(Method):
         self.first.mul_((1 - threshold / norms.clamp_min(1e-30)).clamp_min(0))
 
 
+# --- layers ---
+
+
+class WithDropout(Method):
+    """A dropout layer after the hidden one."""
+
+    def __init__(self, layer: Callable[[], nn.Module]) -> None:
+        self.layer = layer
+
+    def network(self, base: nn.Module) -> nn.Module:
+        layers = list(base.children())
+        return nn.Sequential(*layers[:-1], self.layer(), layers[-1])
+
+
 # Strengths: found by trying on the bundled digits. They narrow the gap and lower the test loss,
 # while test accuracy stays within chance of the unregularized one.
 TECHNIQUES: list[Technique] = [
@@ -255,6 +269,15 @@ TECHNIQUES: list[Technique] = [
         fused=lambda: FusedProxPixels(1.5e-4),
         plain=lambda: PlainProxPixels(1.5e-4),
         settings={"group": 1.5e-4},
+    ),
+    Technique(
+        name="dropout",
+        label="dropout",
+        summary="h / (1 - p) with probability 1 - p, else 0, after the hidden layer",
+        fused=lambda: WithDropout(lambda: fusereg.nn.Dropout(0.3)),
+        plain=lambda: WithDropout(lambda: nn.Dropout(0.3)),
+        settings={"p": 0.3},
+        same_steps=False,
     ),
 ]
 
