@@ -1,9 +1,10 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"): random
-// numbers as a pure function of a 64-bit key and a 128-bit counter. One source for the host, the device and,
-// in files that are compiled once per instruction set, for vectors of counters.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"):
+// random numbers as a pure function of a 64-bit key and a 128-bit counter. One source for the host,
+// the device and, in files that are compiled once per instruction set, for vectors of counters.
 //
-// How fusereg uses it: key = seed; counter = (offset / 4 as 64 bits, chunk as 64 bits), low word first, as in
-// cuRAND, whose `subsequence` is our chunk. One counter gives the draws of one chunk of elements:
+// How fusereg uses it: key = seed; counter = (offset / 4 as 64 bits, chunk as 64 bits), low word
+// first, as in cuRAND, whose `subsequence` is our chunk. One counter gives the draws of one chunk
+// of elements:
 //   16 bits a draw: 8 elements, element e takes half e % 2 (low half first) of word e / 2;
 //   32 bits a draw: 4 elements, element e takes word e.
 // A call that reserves 4 of a generator's offset owns all chunks of one value of offset / 4.
@@ -29,9 +30,9 @@
 
 namespace fusereg {
 
-// The state is kept in words of 64 bits (or vectors of them) of which the low 32 count: the product of two
-// low halves is then one instruction, its low half is the next state as it stands, and nobody pays for
-// clearing the high one.
+// The state is kept in words of 64 bits (or vectors of them) of which the low 32 count: the product
+// of two low halves is then one instruction, its low half is the next state as it stands, and
+// nobody pays for clearing the high one.
 template <class W>
 struct PhiloxState {
   W word[4];
@@ -43,8 +44,8 @@ FUSEREG_INLINE std::uint64_t multiply_low(std::uint64_t a, std::uint32_t b) {
 
 #if defined(FUSEREG_ISA)
 #if defined(__AVX512F__)
-// The unmasked intrinsics of GCC 12 hold an operand that it then warns is not initialized; a mask of ones
-// gives the same instruction.
+// The unmasked intrinsics of GCC 12 hold an operand that it then warns is not initialized; a mask
+// of ones gives the same instruction.
 inline constexpr __mmask8 kAllLanes = 0xff;
 #endif
 
@@ -52,11 +53,14 @@ FUSEREG_INLINE FUSEREG_ISA::U64Vector multiply_low(FUSEREG_ISA::U64Vector a, std
   const FUSEREG_ISA::U64Vector wide = FUSEREG_ISA::U64Vector{} + b;
   // (a & 0xffffffff) * wide would become the slow 64-bit multiplication.
 #if defined(__AVX512F__)
-  return bit_cast<FUSEREG_ISA::U64Vector>(_mm512_maskz_mul_epu32(kAllLanes, bit_cast<__m512i>(a), bit_cast<__m512i>(wide)));
+  return bit_cast<FUSEREG_ISA::U64Vector>(
+      _mm512_maskz_mul_epu32(kAllLanes, bit_cast<__m512i>(a), bit_cast<__m512i>(wide)));
 #elif defined(__AVX2__)
-  return bit_cast<FUSEREG_ISA::U64Vector>(_mm256_mul_epu32(bit_cast<__m256i>(a), bit_cast<__m256i>(wide)));
+  return bit_cast<FUSEREG_ISA::U64Vector>(
+      _mm256_mul_epu32(bit_cast<__m256i>(a), bit_cast<__m256i>(wide)));
 #elif defined(__SSE2__)
-  return bit_cast<FUSEREG_ISA::U64Vector>(_mm_mul_epu32(bit_cast<__m128i>(a), bit_cast<__m128i>(wide)));
+  return bit_cast<FUSEREG_ISA::U64Vector>(
+      _mm_mul_epu32(bit_cast<__m128i>(a), bit_cast<__m128i>(wide)));
 #else
   return (a & 0xffffffffu) * wide;
 #endif
@@ -107,7 +111,8 @@ inline constexpr int kPhiloxChunks = kVectorBytes / 8;
 // Pairs the even (or odd) 64-bit lanes of two vectors: a0 b0 a2 b2 ... (or a1 b1 a3 b3 ...).
 FUSEREG_INLINE U64Vector interleave_even(U64Vector a, U64Vector b) {
 #if defined(__AVX512F__)
-  return bit_cast<U64Vector>(_mm512_maskz_unpacklo_epi64(kAllLanes, bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+  return bit_cast<U64Vector>(
+      _mm512_maskz_unpacklo_epi64(kAllLanes, bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
 #elif defined(__AVX2__)
   return bit_cast<U64Vector>(_mm256_unpacklo_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
 #elif defined(__SSE2__)
@@ -120,7 +125,8 @@ FUSEREG_INLINE U64Vector interleave_even(U64Vector a, U64Vector b) {
 }
 FUSEREG_INLINE U64Vector interleave_odd(U64Vector a, U64Vector b) {
 #if defined(__AVX512F__)
-  return bit_cast<U64Vector>(_mm512_maskz_unpackhi_epi64(kAllLanes, bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+  return bit_cast<U64Vector>(
+      _mm512_maskz_unpackhi_epi64(kAllLanes, bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
 #elif defined(__AVX2__)
   return bit_cast<U64Vector>(_mm256_unpackhi_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
 #elif defined(__SSE2__)
@@ -132,16 +138,18 @@ FUSEREG_INLINE U64Vector interleave_odd(U64Vector a, U64Vector b) {
 #endif
 }
 
-// The lanes' chunks relative to the first: 0, n/2, 1, n/2 + 1, ... so that interleaving words leaves whole
-// chunks in their order.
+// The lanes' chunks relative to the first: 0, n/2, 1, n/2 + 1, ... so that interleaving words
+// leaves whole chunks in their order.
 FUSEREG_INLINE U64Vector philox_lanes() {
   U64Vector v{};
-  for (int i = 0; i < kPhiloxChunks; ++i) v[i] = static_cast<std::uint64_t>(i / 2 + i % 2 * (kPhiloxChunks / 2));
+  for (int i = 0; i < kPhiloxChunks; ++i)
+    v[i] = static_cast<std::uint64_t>(i / 2 + i % 2 * (kPhiloxChunks / 2));
   return v;
 }
 
-// The round keys as vectors, made once for many counters. They stay in memory, where the exclusive-or reads them:
-// without the barrier, GCC prefers to make each of them again for every counter.
+// The round keys as vectors, made once for many counters. They stay in memory, where the
+// exclusive-or reads them: without the barrier, GCC prefers to make each of them again for every
+// counter.
 struct PhiloxKeys {
   __attribute__((always_inline)) inline explicit PhiloxKeys(std::uint64_t seed) {
     auto key0 = static_cast<std::uint32_t>(seed);
@@ -157,7 +165,8 @@ struct PhiloxKeys {
   U64Vector key[kPhiloxRounds][2];
 };
 
-// 4 words of each of the chunks first, first + 1, ... in memory order: chunk after chunk, word after word.
+// 4 words of each of the chunks first, first + 1, ... in memory order: chunk after chunk, word
+// after word.
 FUSEREG_INLINE void philox_chunks(const PhiloxKeys& keys, std::uint64_t low, std::uint64_t first,
                                   U64Vector (&draws)[2]) {
   const U64Vector high = philox_lanes() + first;

@@ -1,8 +1,9 @@
 // CUDA kernels of dropout. Contract: dropout.h.
 //
-// A thread takes groups of 8 elements (one Philox call of 16-bit draws), kGroupsPerThread of them a block's width
-// apart: all loads are under way before the first draw is made. Memory moves in 16-byte vectors where pointers and
-// index_offset allow it, element by element otherwise; the draws are the same.
+// A thread takes groups of 8 elements (one Philox call of 16-bit draws), kGroupsPerThread of them a
+// block's width apart: all loads are under way before the first draw is made. Memory moves in
+// 16-byte vectors where pointers and index_offset allow it, element by element otherwise; the draws
+// are the same.
 #include <algorithm>
 
 #include "core/cuda.cuh"
@@ -71,7 +72,8 @@ FUSEREG_DEVICE_INLINE T apply(T x, bool keep, const Constants<Compute<T>>& k) {
 }
 
 template <class T, int kBits, bool kLinear, bool kVectors>
-__global__ void __launch_bounds__(kThreads) dropout_elements_kernel(FUSEREG_GRID_CONSTANT(Arguments, g)) {
+__global__ void __launch_bounds__(kThreads)
+    dropout_elements_kernel(FUSEREG_GRID_CONSTANT(Arguments, g)) {
   constexpr int kN = cuda::kVecSize<T> < kGroup ? cuda::kVecSize<T> : kGroup;
   constexpr int kParts = kGroup / kN;
   const T* const x = static_cast<const T*>(g.x);
@@ -79,12 +81,14 @@ __global__ void __launch_bounds__(kThreads) dropout_elements_kernel(FUSEREG_GRID
   const std::uint64_t seed = seed_of(g);
   const std::uint64_t low = low_of(g);
   const auto k = constants<Compute<T>>(g);
-  // Position of the first group's first element: 0, or negative where index_offset is within a group.
+  // Position of the first group's first element: 0, or negative where index_offset is within a
+  // group.
   const std::uint64_t first_group = g.index_offset / kGroup;
   const std::int64_t origin = -static_cast<std::int64_t>(g.index_offset % kGroup);
   const std::int64_t groups = (g.numel - origin + kGroup - 1) / kGroup;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads * kGroupsPerThread;
-  std::int64_t base = static_cast<std::int64_t>(blockIdx.x) * kThreads * kGroupsPerThread + threadIdx.x;
+  std::int64_t base =
+      static_cast<std::int64_t>(blockIdx.x) * kThreads * kGroupsPerThread + threadIdx.x;
   for (; base < groups; base += step) {
     cuda::Vec<T, kN> data[kGroupsPerThread][kParts];
     if constexpr (kVectors) {
@@ -124,7 +128,8 @@ __global__ void __launch_bounds__(kThreads) dropout_elements_kernel(FUSEREG_GRID
 
 // Rows: kN elements that share a draw (inner = 1) or have consecutive ones of one group.
 template <class T, int kBits, bool kLinear, int kN, class Index>
-__global__ void __launch_bounds__(kThreads) dropout_rows_kernel(FUSEREG_GRID_CONSTANT(Arguments, g)) {
+__global__ void __launch_bounds__(kThreads)
+    dropout_rows_kernel(FUSEREG_GRID_CONSTANT(Arguments, g)) {
   const T* const x = static_cast<const T*>(g.x);
   T* const y = static_cast<T*>(g.y);
   const std::uint64_t seed = seed_of(g);
@@ -134,11 +139,13 @@ __global__ void __launch_bounds__(kThreads) dropout_rows_kernel(FUSEREG_GRID_CON
   const auto inner = static_cast<Index>(g.inner);
   const auto vectors = static_cast<std::int64_t>(g.numel / kN);
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  for (std::int64_t v = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; v < vectors; v += step) {
+  for (std::int64_t v = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; v < vectors;
+       v += step) {
     const Index at = static_cast<Index>(v) * kN;
     const Index outer = at / (repeat * inner);
     const std::uint64_t index = g.index_offset + outer * inner + at % inner;
-    std::uint32_t mask = keep_mask<kBits>(seed, low, index / kGroup, g.threshold) >> (index % kGroup);
+    std::uint32_t mask =
+        keep_mask<kBits>(seed, low, index / kGroup, g.threshold) >> (index % kGroup);
     if (inner == 1) mask = (mask & 1u) != 0 ? 0xffu : 0u;
     cuda::Vec<T, kN> data;
     if ((mask & ((1u << kN) - 1u)) == 0) {
@@ -180,14 +187,18 @@ void dispatch(const Job& job, F&& f) {
 void run_cuda(const Job& job, int device, void* stream) {
   if (job.numel == 0) return;
   const cuda::DeviceGuard guard(device);
-  const Arguments g = {job.x,    job.y,      job.numel, job.rows.repeat,    job.rows.inner, job.index_offset, job.seed,
-                       job.offset, job.pair, job.draw.threshold, job.affine.a, job.affine.b,   job.affine.c};
-  const std::int64_t most = static_cast<std::int64_t>(cuda::device_properties(device).sm_count) * kBlocksPerSm;
+  const Arguments g = {
+      job.x,       job.y,      job.numel, job.rows.repeat,    job.rows.inner, job.index_offset,
+      job.seed,    job.offset, job.pair,  job.draw.threshold, job.affine.a,   job.affine.b,
+      job.affine.c};
+  const std::int64_t most =
+      static_cast<std::int64_t>(cuda::device_properties(device).sm_count) * kBlocksPerSm;
   cuda::LaunchConfig config;
   config.block = dim3(kThreads);
   config.stream = static_cast<cuda::Stream>(stream);
   auto set_grid = [&](std::int64_t threads) {
-    config.grid = dim3(static_cast<unsigned>(std::clamp<std::int64_t>(cuda::ceil_div(threads, kThreads), 1, most)));
+    config.grid = dim3(static_cast<unsigned>(
+        std::clamp<std::int64_t>(cuda::ceil_div(threads, kThreads), 1, most)));
   };
   const bool aligned = cuda::is_aligned(job.x, 16) && cuda::is_aligned(job.y, 16);
   constexpr const char* kOp = "fusereg.dropout";
@@ -206,8 +217,9 @@ void run_cuda(const Job& job, int device, void* stream) {
       return;
     }
     constexpr int kN = cuda::kVecSize<T> < kGroup ? cuda::kVecSize<T> : kGroup;
-    const bool vectors = aligned && (job.rows.inner == 1 ? job.rows.repeat % kN == 0
-                                                         : job.rows.inner % kN == 0 && job.index_offset % kN == 0);
+    const bool vectors =
+        aligned && (job.rows.inner == 1 ? job.rows.repeat % kN == 0
+                                        : job.rows.inner % kN == 0 && job.index_offset % kN == 0);
     const bool small = job.numel < (std::int64_t{1} << 31);
     set_grid(vectors ? job.numel / kN : job.numel);
     if (vectors && small) {

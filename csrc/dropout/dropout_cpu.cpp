@@ -1,4 +1,5 @@
-// The CPU launcher of dropout, and what both launchers share: thresholds and coefficients. Contract: dropout.h.
+// The CPU launcher of dropout, and what both launchers share: thresholds and coefficients.
+// Contract: dropout.h.
 #include <algorithm>
 #include <cmath>
 
@@ -9,8 +10,8 @@
 namespace fusereg::dropout {
 namespace {
 
-// Elements a thread should get at least, and the unit in which they are handed out: whole blocks of every
-// instruction set, where the index starts at one.
+// Elements a thread should get at least, and the unit in which they are handed out: whole blocks of
+// every instruction set, where the index starts at one.
 constexpr std::int64_t kGrain = 1 << 15;
 constexpr std::int64_t kUnit = 4096;
 constexpr std::int64_t kSegment = 1 << 14;
@@ -47,12 +48,13 @@ class CpuRun {
 
  private:
   void elements() const {
-    parallel_for(ceil_div(job_.numel, kUnit), kGrain / kUnit, [this](std::int64_t begin, std::int64_t end) {
-      const std::int64_t first = begin * kUnit;
-      const std::int64_t last = std::min(end * kUnit, job_.numel);
-      kernels_.elements(job_.dtype, x_ + first * size_, y_ + first * size_, last - first,
-                        job_.index_offset + static_cast<std::uint64_t>(first), stream_);
-    });
+    parallel_for(
+        ceil_div(job_.numel, kUnit), kGrain / kUnit, [this](std::int64_t begin, std::int64_t end) {
+          const std::int64_t first = begin * kUnit;
+          const std::int64_t last = std::min(end * kUnit, job_.numel);
+          kernels_.elements(job_.dtype, x_ + first * size_, y_ + first * size_, last - first,
+                            job_.index_offset + static_cast<std::uint64_t>(first), stream_);
+        });
   }
 
   void rows() const {
@@ -60,25 +62,26 @@ class CpuRun {
     const std::int64_t pieces = ceil_div(length, kSegment);
     const std::int64_t piece = std::min(length, kSegment);
     const Draw& draw = job_.draw;
-    parallel_for(job_.rows.outer * pieces, std::max<std::int64_t>(1, kGrain / piece),
-                 [&](std::int64_t begin, std::int64_t end) {
-                   std::uint64_t known_group = 0;
-                   std::uint32_t mask = 0;
-                   for (std::int64_t task = begin; task < end; ++task) {
-                     const std::int64_t row = task / pieces;
-                     const std::int64_t from = task % pieces * kSegment;
-                     const std::uint64_t index = job_.index_offset + static_cast<std::uint64_t>(row);
-                     if (task == begin || index / kGroup != known_group) {
-                       known_group = index / kGroup;
-                       mask = draw.bits == 16
-                                  ? keep_mask<16>(stream_.seed, stream_.low, known_group, draw.threshold)
-                                  : keep_mask<32>(stream_.seed, stream_.low, known_group, draw.threshold);
-                     }
-                     const std::int64_t at = (row * length + from) * size_;
-                     kernels_.row(job_.dtype, x_ + at, y_ + at, std::min(kSegment, length - from),
-                                  (mask >> (index % kGroup) & 1u) != 0, job_.affine);
-                   }
-                 });
+    parallel_for(
+        job_.rows.outer * pieces, std::max<std::int64_t>(1, kGrain / piece),
+        [&](std::int64_t begin, std::int64_t end) {
+          std::uint64_t known_group = 0;
+          std::uint32_t mask = 0;
+          for (std::int64_t task = begin; task < end; ++task) {
+            const std::int64_t row = task / pieces;
+            const std::int64_t from = task % pieces * kSegment;
+            const std::uint64_t index = job_.index_offset + static_cast<std::uint64_t>(row);
+            if (task == begin || index / kGroup != known_group) {
+              known_group = index / kGroup;
+              mask = draw.bits == 16
+                         ? keep_mask<16>(stream_.seed, stream_.low, known_group, draw.threshold)
+                         : keep_mask<32>(stream_.seed, stream_.low, known_group, draw.threshold);
+            }
+            const std::int64_t at = (row * length + from) * size_;
+            kernels_.row(job_.dtype, x_ + at, y_ + at, std::min(kSegment, length - from),
+                         (mask >> (index % kGroup) & 1u) != 0, job_.affine);
+          }
+        });
   }
 
   void columns() const {
@@ -87,19 +90,21 @@ class CpuRun {
     const std::int64_t tiles = ceil_div(rows.inner, width);
     const std::int64_t height = std::min(rows.repeat, std::max<std::int64_t>(1, kSegment / width));
     const std::int64_t bands = ceil_div(rows.repeat, height);
-    parallel_for(rows.outer * bands * tiles, std::max<std::int64_t>(1, kGrain / (width * height)),
-                 [&](std::int64_t begin, std::int64_t end) {
-                   for (std::int64_t task = begin; task < end; ++task) {
-                     const std::int64_t column = task % tiles * width;
-                     const std::int64_t line = task / tiles % bands * height;
-                     const std::int64_t outer = task / tiles / bands;
-                     const std::int64_t at = ((outer * rows.repeat + line) * rows.inner + column) * size_;
-                     kernels_.columns(job_.dtype, x_ + at, y_ + at, std::min(width, rows.inner - column),
-                                      std::min(height, rows.repeat - line), rows.inner,
-                                      job_.index_offset + static_cast<std::uint64_t>(outer * rows.inner + column),
-                                      stream_);
-                   }
-                 });
+    parallel_for(
+        rows.outer * bands * tiles, std::max<std::int64_t>(1, kGrain / (width * height)),
+        [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t task = begin; task < end; ++task) {
+            const std::int64_t column = task % tiles * width;
+            const std::int64_t line = task / tiles % bands * height;
+            const std::int64_t outer = task / tiles / bands;
+            const std::int64_t at = ((outer * rows.repeat + line) * rows.inner + column) * size_;
+            kernels_.columns(
+                job_.dtype, x_ + at, y_ + at, std::min(width, rows.inner - column),
+                std::min(height, rows.repeat - line), rows.inner,
+                job_.index_offset + static_cast<std::uint64_t>(outer * rows.inner + column),
+                stream_);
+          }
+        });
   }
 
   const Job& job_;

@@ -24,7 +24,7 @@ FUSEREG_INLINE std::uint32_t keep_mask(std::uint64_t seed, std::uint64_t low, st
     FUSEREG_UNROLL_10
     for (int half = 0; half < 2; ++half) {
       const PhiloxWords w = philox(seed, low, 2 * group + static_cast<std::uint64_t>(half));
-    FUSEREG_UNROLL_10
+      FUSEREG_UNROLL_10
       for (int i = 0; i < 4; ++i) {
         mask |= static_cast<std::uint32_t>(w.word[i] < threshold) << (4 * half + i);
       }
