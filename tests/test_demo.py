@@ -271,8 +271,8 @@ def test_both_ways_learn_where_each_draws_its_own_numbers(
     result = train.train_pair(technique, small, epochs=3, seed=1)
     assert result.plain is not None
     assert result.max_loss_difference is None
-    for run in (result.fused, result.plain):
-        assert run.losses[-7:].mean() < run.losses[:7].mean()
+    for trained in (result.fused, result.plain):
+        assert trained.losses[-7:].mean() < trained.losses[:7].mean()
     assert not torch.equal(result.fused.losses, result.plain.losses)
     assert report.problems([result]) == []
 

@@ -86,7 +86,7 @@ def backward(call: Call, grad: Tensor, strides: Sequence[int]) -> Tensor:
     return _run(_C.dropout_backward, torch.empty_like(grad), grad, call)
 
 
-def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     result: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
     return result
 
@@ -103,7 +103,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gradient(ctx, grad), None
+        return gradient(grad, *ctx.call), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
@@ -120,7 +120,7 @@ class _DropoutInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gradient(ctx, grad), None
+        return gradient(grad, *ctx.call), None
 
 
 class _DropoutBackward(torch.autograd.Function):
@@ -133,7 +133,7 @@ class _DropoutBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gradient(ctx, grad), None, None
+        return gradient(grad, *ctx.call), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
@@ -141,11 +141,16 @@ class _DropoutBackward(torch.autograd.Function):
         return backward(call, tangent, strides)
 
 
-def _gradient(ctx: Any, grad: Tensor) -> Tensor:
-    call, strides = ctx.call
+def gradient(grad: Tensor, call: Call, strides: Sequence[int]) -> Tensor:
+    """backward(), differentiable where that is asked for."""
     if torch.is_grad_enabled():
-        return _applied(_DropoutBackward, grad, call, strides)
+        return applied(_DropoutBackward, grad, call, strides)
     return backward(call, grad, strides)
+
+
+def dropped(x: Tensor, call: Call) -> Tensor:
+    """forward(), differentiable where that is asked for."""
+    return _apply(x, call) if _differentiated(x) else forward(call, x)
 
 
 #: _Dropout.apply without its question for functorch, which the gate has answered: 1.2 us less.
@@ -267,12 +272,12 @@ class _DropoutTransform(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (seed,) = ctx.saved_tensors
-        return _applied(_DropoutTransform, grad, seed, ctx.constants, True), None, None, None
+        return applied(_DropoutTransform, grad, seed, ctx.constants, True), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         (seed,) = ctx.saved_tensors
-        return _applied(_DropoutTransform, tangent, seed, ctx.constants, True)
+        return applied(_DropoutTransform, tangent, seed, ctx.constants, True)
 
     @staticmethod
     def vmap(
@@ -288,7 +293,7 @@ class _DropoutTransform(torch.autograd.Function):
             return t if dim is None else t.select(dim, i)
 
         results = [
-            _applied(
+            applied(
                 _DropoutTransform,
                 sample(x, in_dims[0], i),
                 sample(seed, in_dims[1], i),
@@ -310,8 +315,8 @@ def check_probability(p: object, op: str, name: str = "p") -> None:
         raise ValueError(f"fusereg.{op}: {name} must be within [0, 1], got {p}")
 
 
-def _check_input(x: object, op: str) -> None:
-    where = f"fusereg.{op}: x"
+def check_input(x: object, op: str, name: str = "x") -> None:
+    where = f"fusereg.{op}: {name}"
     if not isinstance(x, Tensor):
         raise TypeError(f"{where} must be a torch.Tensor, got {type(x).__name__}")
     if x.is_nested or x.layout is not torch.strided:
@@ -322,7 +327,7 @@ def _check_input(x: object, op: str) -> None:
             f"{where} has dtype {x.dtype}; wanted float64, float32, float16 or bfloat16"
         )
     if x.device.type != "meta":
-        _params.check(x, op, "x")
+        _params.check(x, op, name)
 
 
 def _check_target(x: Tensor, out: object, op: str) -> Tensor:
@@ -394,10 +399,10 @@ def dropout(
         and _dispatch.eager()
     ):
         call = Call(*_random.new_pair(x), p, alpha, row_dims, 0, op)
-        return _apply(x, call) if _differentiated(x) else forward(call, x)
+        return dropped(x, call)
 
     check_probability(p, op)
-    _check_input(x, op)
+    check_input(x, op)
     if out is not None:
         if inplace:
             raise ValueError(f"fusereg.{op}: inplace and out exclude each other")
@@ -424,11 +429,11 @@ def dropout(
     if out is not None:
         return _written(_run(_C.dropout_forward, out, x, call))
     if not inplace:
-        return _apply(x, call) if _differentiated(x) else forward(call, x)
+        return dropped(x, call)
     if _dispatch.forward_mode():
         return x.copy_(_apply(x, call))
     if torch.is_grad_enabled() and x.requires_grad:
-        return _applied(_DropoutInPlace, x, call)
+        return applied(_DropoutInPlace, x, call)
     return _written(_run(_C.dropout_forward, x, x, call))
 
 
@@ -445,7 +450,7 @@ def _written(y: Tensor) -> Tensor:
 def _observed(x: Tensor, pair: Tensor, constants: _Constants, target: Tensor | None) -> Tensor:
     """Under a compiler, a mode or a transform, and for subclasses: through operators."""
     if _dispatch.functorch():
-        y = _applied(_DropoutTransform, x, pair, constants, False)
+        y = applied(_DropoutTransform, x, pair, constants, False)
     else:
         y = torch.ops.fusereg.dropout(x, pair, *constants)
     return y if target is None else target.copy_(y)

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from . import _dropout_ops, _params, _penalty_ops
+from . import _drop_connect, _dropout_ops, _params, _penalty_ops
 from ._params import Params, Strength
 
 __all__ = [
     "alpha_dropout",
+    "drop_connect_linear",
     "drop_path",
     "dropout",
     "dropout1d",
@@ -363,6 +364,38 @@ def drop_path(
     return _channel_dropout(
         x, p, training, inplace, seed, generator, index_offset,
         dict.fromkeys(range(1, 65), 1), "drop_path",
+    )
+
+
+def drop_connect_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""A linear layer under DropConnect: :math:`y = x\, (m \odot W / (1-p))^T + b` (Wan et al. 2013).
+
+    One mask for the whole batch. In eager mode the dropped weight is not kept for backward: it is
+    drawn again.
+
+    Args:
+        x: of shape (..., in_features).
+        weight: of shape (out_features, in_features), float64, float32, float16 or bfloat16.
+        bias: of shape (out_features,), or None. It is not dropped.
+        p: the probability of dropping a weight, within [0, 1].
+        training: whether to drop at all.
+        seed: as in :func:`dropout`; ``dropout_mask(weight.shape, p, seed)`` is then the mask.
+        generator: as in :func:`dropout`.
+
+    Raises:
+        TypeError, ValueError: as :func:`dropout`, of the weight; also if it has not 2 dimensions.
+    """
+    return _drop_connect.linear(
+        x, weight, bias, p, training, seed, generator, "drop_connect_linear"
     )
 
 

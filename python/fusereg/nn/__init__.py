@@ -2,6 +2,7 @@
 
 from .dropout import (
     AlphaDropout,
+    DropConnectLinear,
     Dropout,
     Dropout1d,
     Dropout2d,
@@ -12,6 +13,7 @@ from .dropout import (
 
 __all__ = [
     "AlphaDropout",
+    "DropConnectLinear",
     "DropPath",
     "Dropout",
     "Dropout1d",
