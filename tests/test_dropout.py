@@ -123,6 +123,27 @@ def test_threads_do_not_change_a_bit(backend: Backend) -> None:
         assert_dropped(results[0][at : at + 100], x[at : at + 100], mask, 0.3)
 
 
+def free_memory() -> int:
+    """Bytes; 0 where nobody says."""
+    try:
+        with open("/proc/meminfo") as lines:
+            found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    except OSError:
+        return 0
+    return found.get("MemAvailable", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(free_memory() < 7 << 30, reason="needs 7 GB of free memory")
+def test_more_than_2_to_the_31_elements() -> None:
+    n = 2**31 + 1001
+    x = torch.ones(n, dtype=torch.bfloat16)
+    F.dropout(x, 0.5, inplace=True, seed=SEED)
+    for at in (0, 2**31 - 500, n - 1000):
+        mask = reference_philox.mask(1000, 0.5, SEED, 0, at)
+        assert_dropped(x[at : at + 1000], torch.ones(1000, dtype=x.dtype), mask, 0.5)
+
+
 # --- layouts --------------------------------------------------------------------------------------
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
