@@ -10,6 +10,9 @@
 #include "core/cuda_info.h"
 #endif
 
+namespace fusereg::dropout {
+void bind(py::module_& m);
+}
 namespace fusereg::penalty {
 void bind(py::module_& m);
 }
@@ -105,5 +108,6 @@ PYBIND11_MODULE(FUSEREG_MODULE_NAME, m) {
 #else
   m.attr("CUDA_ON_HOST") = false;
 #endif
+  dropout::bind(m);
   penalty::bind(m);
 }

@@ -139,7 +139,8 @@ void bind_torch(const py::type& tensor, const py::type& parameter,
   torch.increment_version = py::object(increment_version).release().ptr();
   for (PyObject* const descriptor : {torch.grad, torch.requires_grad, torch.is_leaf}) {
     if (Py_TYPE(descriptor)->tp_descr_get == nullptr) {
-      throw py::import_error("fusereg: torch.Tensor.grad and its like are no descriptors in this torch");
+      throw py::import_error(
+          "fusereg: torch.Tensor.grad and its like are no descriptors in this torch");
     }
   }
   g_torch = torch;

@@ -89,7 +89,8 @@ class WrittenRanges {
     descending_ = descending_ && (ranges_.empty() || begin + bytes <= ranges_.back().begin);
     ranges_.push_back({begin, begin + static_cast<std::uintptr_t>(bytes)});
   }
-  // Gradients are mostly allocated one after the other, forwards or backwards; only else is there work.
+  // Gradients are mostly allocated one after the other, forwards or backwards; only else is there
+  // work.
   bool overlap() {
     if (ascending_ || descending_) return false;
     std::sort(ranges_.begin(), ranges_.end(),

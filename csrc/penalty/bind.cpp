@@ -104,7 +104,8 @@ class JobBuilder {
 
   // Autograd is told before anything is written: if it refuses, nothing has changed.
   ListStatus run(const py::object& workspace) {
-    if (py::len(written_) != 0 && !increment_version(written_)) return ListStatus::kNeedsPreparation;
+    if (py::len(written_) != 0 && !increment_version(written_))
+      return ListStatus::kNeedsPreparation;
     constexpr std::int64_t kWorthReleasing = 1 << 15;
 #if defined(FUSEREG_CUDA)
     if (runs_cuda_kernels(device_)) {

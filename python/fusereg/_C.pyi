@@ -67,3 +67,27 @@ def prox_(
     workspace: torch.Tensor | None,
     op: str,
 ) -> int: ...
+def dropout_forward(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    seed: int | torch.Tensor,
+    offset: int,
+    p: float,
+    alpha: bool,
+    row_dims: int,
+    index_offset: int,
+    op: str,
+) -> int: ...
+def dropout_backward(
+    grad_x: torch.Tensor,
+    grad_y: torch.Tensor,
+    seed: int | torch.Tensor,
+    offset: int,
+    p: float,
+    alpha: bool,
+    row_dims: int,
+    index_offset: int,
+    op: str,
+) -> int: ...
+def dropout_constants(p: float, alpha: bool) -> tuple[int, int, float, float, float, float]: ...
+def philox_words(key: int, low: int, high: int, vector: bool) -> list[int]: ...

@@ -10,8 +10,9 @@
 """
 
 from . import _dispatch as _dispatch  # isort: skip  # first: it refuses a torch that is too old
-from . import _C, functional, prox
+from . import _C, functional, nn, prox
 from ._version import __version__
+from .functional import dropout_mask
 from .penalty import PenaltyGroup, WeightPenalty, add_penalty_grad_, sparsity
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "WeightPenalty",
     "__version__",
     "add_penalty_grad_",
+    "dropout_mask",
     "functional",
+    "nn",
     "prox",
     "sparsity",
 ]

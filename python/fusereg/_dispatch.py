@@ -61,6 +61,11 @@ def eager() -> bool:
     )
 
 
+def forward_mode() -> bool:
+    """True inside torch.autograd.forward_ad.dual_level(): a tensor may carry a tangent unseen."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 _workspaces: dict[tuple[int, int], torch.Tensor] = {}
 
 

@@ -122,16 +122,11 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 def check_writable(tensor: Tensor, op: str, name: str) -> None:
-    """Raises if an element of it is written more than once, or autograd forbids it."""
+    """Raises if an element of it would be written more than once."""
     if not _elements_apart(tensor):
         raise ValueError(
             f"fusereg.{op}: {name} has several elements that are one in memory (it is expanded, or "
             "windows of it overlap); clone() it before writing in place"
-        )
-    if tensor.is_neg() and tensor.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            f"fusereg.{op}: {name} is a negated view of an inference tensor; "
-            "change it inside torch.inference_mode(), or clone() it"
         )
 
 

@@ -208,6 +208,63 @@ def _prox_group_lasso(device: torch.device) -> Pairs:
     return _in_place(lambda weights: prox.group_lasso_(weights, threshold), exact, device)
 
 
+P = 0.3
+
+
+def _masked(
+    drop: Callable[[Tensor], Tensor],
+    mask: Tensor,
+    exact: Callable[[Tensor, Tensor, float], Tensor],
+    x: Tensor,
+) -> Pairs:
+    """Result and gradient, on both sides with the mask that dropout_mask shows."""
+    keep = fusereg._C.dropout_constants(P, False)[2]
+    mask = mask.cpu()
+    x.requires_grad_()
+    wanted = x.detach().double().cpu().requires_grad_()
+    y, reference = drop(x), exact(wanted, mask, keep)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    (reference_gradient,) = torch.autograd.grad(reference.sum(), wanted)
+    return [(y, reference), (gradient, reference_gradient)]
+
+
+@kernel_check("dropout", "keep ? x / (1 - p) : 0")
+def _dropout(device: torch.device) -> Pairs:
+    x = _weights(device)[0]
+    mask = fusereg.dropout_mask(x.shape, P, 5, device=device)
+    return _masked(
+        lambda t: functional.dropout(t, P, seed=5),
+        mask,
+        lambda t, m, keep: torch.where(m, t / keep, 0.0),
+        x,
+    )
+
+
+@kernel_check("dropout2d", "the same, a draw for each channel")
+def _dropout2d(device: torch.device) -> Pairs:
+    x = torch.randn(3, 8, 5, 7, generator=torch.Generator().manual_seed(20)).to(device)
+    mask = fusereg.dropout_mask((3, 8, 1, 1), P, 5, device=device).expand(x.shape)
+    return _masked(
+        lambda t: functional.dropout2d(t, P, seed=5),
+        mask,
+        lambda t, m, keep: torch.where(m, t / keep, 0.0),
+        x,
+    )
+
+
+@kernel_check("alpha_dropout", "a * (keep ? x : alpha') + b")
+def _alpha_dropout(device: torch.device) -> Pairs:
+    x = _weights(device)[0]
+    mask = fusereg.dropout_mask(x.shape, P, 5, device=device)
+    limit = -1.7580993408473766
+
+    def exact(t: Tensor, m: Tensor, keep: float) -> Tensor:
+        a = math.sqrt(1 / (keep * (1 + (1 - keep) * limit**2)))
+        return a * torch.where(m, t, limit) - a * (1 - keep) * limit
+
+    return _masked(lambda t: functional.alpha_dropout(t, P, seed=5), mask, exact, x)
+
+
 @kernel_check("sparsity", "share of exact zeros")
 def _sparsity(device: torch.device) -> Pairs:
     weights = _weights(device)

@@ -1,0 +1,188 @@
+// fusereg._C: dropout in all its kinds. Contract: dropout.h, _C.pyi.
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "core/philox.h"
+#include "core/tensor.h"
+#include "dropout/dropout.h"
+
+namespace fusereg::dropout {
+namespace {
+
+constexpr int kDone = 0;
+constexpr int kNeedsPreparation = 2;
+
+std::string where(const char* op, const char* name) {
+  return std::string("fusereg.") + op + ": " + name;
+}
+
+// Memory order of the draws: one for each index of the first `row_dims` dimensions (0: one an
+// element). False: the elements of a row do not lie as the kernels want them.
+bool find_rows(const TensorView& x, int row_dims, Rows& rows) {
+  if (row_dims == 0 || x.numel == 0) {
+    rows = {x.numel, 1, 1};
+    return x.dense();
+  }
+  std::int64_t draws = 1;
+  for (int d = 0; d < row_dims; ++d) draws *= x.sizes[d];
+  // Contiguous from dimension `first` on, with `last` put behind all others (-1: none).
+  auto contiguous = [&x](int last) {
+    std::int64_t expected = 1;
+    auto fits = [&](int d) {
+      if (x.sizes[d] == 1) return true;
+      const bool good = x.strides[d] == expected;
+      expected *= x.sizes[d];
+      return good;
+    };
+    if (last >= 0 && !fits(last)) return false;
+    for (int d = x.ndim - 1; d >= 0; --d) {
+      if (d != last && !fits(d)) return false;
+    }
+    return true;
+  };
+  if (contiguous(-1)) {
+    rows = {draws, x.numel / draws, 1};
+  } else if (row_dims == 2 && contiguous(1)) {  // channels_last
+    rows = {x.sizes[0], x.numel / draws, x.sizes[1]};
+  } else {
+    return false;
+  }
+  return true;
+}
+
+// One of seed and offset: a Python integer of up to 64 bits; negative ones wrap.
+std::uint64_t bits_of(const py::object& number, const char* op, const char* name) {
+  if (!PyLong_Check(number.ptr())) {
+    throw py::type_error(where(op, name) + " must be an integer, got " + type_name(number));
+  }
+  const unsigned long long value = PyLong_AsUnsignedLongLongMask(number.ptr());
+  if (value == static_cast<unsigned long long>(-1) && PyErr_Occurred() != nullptr)
+    throw py::error_already_set();
+  return value;
+}
+
+// Where the kernel reads (seed, offset) by itself: two int64, which are none of read_tensor's.
+const std::int64_t* pair_of(const py::object& pair, const Device& device, const char* op) {
+  const bool good = is_plain_type(pair) && py::cast<std::int64_t>(pair.attr("numel")()) == 2 &&
+                    py::cast<bool>(pair.attr("is_contiguous")()) &&
+                    std::string(py::str(pair.attr("dtype"))) == "torch.int64";
+  if (!good) {
+    throw py::type_error(where(op, "seed") +
+                         " must be an integer or a contiguous int64 tensor of 2 elements, got " +
+                         std::string(py::repr(pair)));
+  }
+  const std::string type = py::cast<std::string>(pair.attr("device").attr("type"));
+  if (type != (device.type == kDLCPU ? "cpu" : "cuda")) {
+    throw py::value_error(where(op, "seed") + " must be on " + device.name() +
+                          " as the input, got " + type);
+  }
+  return reinterpret_cast<const std::int64_t*>(py::cast<std::uintptr_t>(pair.attr("data_ptr")()));
+}
+
+void run(const Job& job, const Device& device) {
+#if defined(FUSEREG_CUDA)
+  if (runs_cuda_kernels(device)) {
+    run_cuda(job, device.index, current_stream(device));
+    return;
+  }
+#endif
+  (void)device;
+  constexpr std::int64_t kWorthReleasing = 1 << 14;
+  if (job.numel < kWorthReleasing) {
+    run_cpu(job);
+    return;
+  }
+  const py::gil_scoped_release release;
+  run_cpu(job);
+}
+
+// Forward and backward are one kernel, on x or on the gradient. 0: done; 2: Python must prepare a
+// tensor first, and nothing has been written.
+int apply(Kind kind, const py::object& y, const py::object& x, const py::object& seed,
+          const py::object& offset, double p, int row_dims, const py::object& index_offset,
+          const char* op) {
+  if (!(p > 0.0 && p <= 1.0))
+    throw py::value_error(where(op, "p") + " must be within (0, 1] for the kernel");
+  TensorView in;
+  TensorView out;
+  Job job;
+  if (read_tensor(x, in) != ::fusereg::Kind::kPlain ||
+      read_tensor(y, out) != ::fusereg::Kind::kPlain || in.dtype != out.dtype ||
+      in.device != out.device || !in.same_layout(out)) {
+    return kNeedsPreparation;
+  }
+  if (row_dims < 0 || row_dims > in.ndim)
+    throw py::value_error(where(op, "row_dims") + " is out of range");
+  if (!find_rows(in, row_dims, job.rows)) return kNeedsPreparation;
+  job.x = in.data;
+  job.y = out.data;
+  job.dtype = in.dtype;
+  job.numel = in.numel;
+  job.index_offset = bits_of(index_offset, op, "index_offset");
+  if (PyLong_Check(seed.ptr())) {
+    job.seed = bits_of(seed, op, "seed");
+    job.offset = bits_of(offset, op, "offset");
+  } else {
+    job.pair = pair_of(seed, in.device, op);
+  }
+  job.draw = make_draw(p);
+  job.affine = make_affine(kind, job.draw);
+  run(job, in.device);
+  return kDone;
+}
+
+int dropout_forward(const py::object& y, const py::object& x, const py::object& seed,
+                    const py::object& offset, double p, bool alpha, int row_dims,
+                    const py::object& index_offset, const char* op) {
+  return apply(alpha ? Kind::kAlpha : Kind::kDropout, y, x, seed, offset, p, row_dims, index_offset,
+               op);
+}
+
+int dropout_backward(const py::object& grad_x, const py::object& grad_y, const py::object& seed,
+                     const py::object& offset, double p, bool alpha, int row_dims,
+                     const py::object& index_offset, const char* op) {
+  return apply(alpha ? Kind::kAlphaBackward : Kind::kDropout, grad_x, grad_y, seed, offset, p,
+               row_dims, index_offset, op);
+}
+
+// (bits, threshold, keep, a, b, c) of dropout.h for 0 < p <= 1.
+py::tuple dropout_constants(double p, bool alpha) {
+  if (!(p > 0.0 && p <= 1.0))
+    throw py::value_error("fusereg.dropout_constants: p must be within (0, 1]");
+  const Draw draw = make_draw(p);
+  const Affine f = make_affine(alpha ? Kind::kAlpha : Kind::kDropout, draw);
+  return py::make_tuple(draw.bits, draw.threshold, draw.keep, f.a, f.b, f.c);
+}
+
+// The words of the counters (low, high), (low, high + 1), ...: one by the scalar code, or as many
+// as a vector of the chosen instruction set gives.
+std::vector<std::uint32_t> philox_words(const py::object& key, const py::object& low,
+                                        const py::object& high, bool vector) {
+  const char* const op = "philox_words";
+  const std::uint64_t k = bits_of(key, op, "key");
+  const std::uint64_t l = bits_of(low, op, "low");
+  const std::uint64_t h = bits_of(high, op, "high");
+  if (!vector) {
+    const PhiloxWords w = philox(k, l, h);
+    return {w.word, w.word + 4};
+  }
+  std::uint32_t words[kMaxWords];
+  const int chunks = cpu_kernels().words(k, l, h, words);
+  return {words, words + 4 * chunks};
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  using py::arg;
+  m.def("dropout_forward", &dropout_forward, arg("y"), arg("x"), arg("seed"), arg("offset"),
+        arg("p"), arg("alpha"), arg("row_dims"), arg("index_offset"), arg("op"));
+  m.def("dropout_backward", &dropout_backward, arg("grad_x"), arg("grad_y"), arg("seed"),
+        arg("offset"), arg("p"), arg("alpha"), arg("row_dims"), arg("index_offset"), arg("op"));
+  m.def("dropout_constants", &dropout_constants, arg("p"), arg("alpha"));
+  m.def("philox_words", &philox_words, arg("key"), arg("low"), arg("high"), arg("vector"));
+}
+
+}  // namespace fusereg::dropout

@@ -1,0 +1,235 @@
+// CUDA kernels of dropout. Contract: dropout.h.
+//
+// A thread takes groups of 8 elements (one Philox call of 16-bit draws), kGroupsPerThread of them a
+// block's width apart: all loads are under way before the first draw is made. Memory moves in
+// 16-byte vectors where pointers and index_offset allow it, element by element otherwise; the draws
+// are the same.
+#include <algorithm>
+
+#include "core/cuda.cuh"
+#include "dropout/dropout.h"
+#include "dropout/dropout_math.h"
+
+namespace fusereg::dropout {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kGroupsPerThread = 2;
+constexpr int kBlocksPerSm = 32;
+
+struct Arguments {
+  const void* x;
+  void* y;
+  std::int64_t numel;
+  std::int64_t repeat;
+  std::int64_t inner;
+  std::uint64_t index_offset;
+  std::uint64_t seed;
+  std::uint64_t offset;
+  const std::int64_t* pair;
+  std::uint32_t threshold;
+  double a, b, c;
+};
+
+__device__ inline std::uint64_t seed_of(const Arguments& g) {
+  return g.pair == nullptr ? g.seed : static_cast<std::uint64_t>(g.pair[0]);
+}
+__device__ inline std::uint64_t low_of(const Arguments& g) {
+  return (g.pair == nullptr ? g.offset : static_cast<std::uint64_t>(g.pair[1])) / 4;
+}
+
+// Each operation rounds by itself, as on the CPU: nvcc would make one fused multiply-add of both.
+FUSEREG_DEVICE_INLINE float multiply(float x, float a) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(x, a);
+#else
+  return x * a;
+#endif
+}
+FUSEREG_DEVICE_INLINE double multiply(double x, double a) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(x, a);
+#else
+  return x * a;
+#endif
+}
+
+template <class C>
+struct Constants {
+  C a, b, c;
+};
+
+template <class C>
+FUSEREG_DEVICE_INLINE Constants<C> constants(const Arguments& g) {
+  return {static_cast<C>(g.a), static_cast<C>(g.b), static_cast<C>(g.c)};
+}
+
+template <class T, bool kLinear>
+FUSEREG_DEVICE_INLINE T apply(T x, bool keep, const Constants<Compute<T>>& k) {
+  Compute<T> y = multiply(to_compute(x), k.a);
+  if constexpr (!kLinear) y = y + k.b;
+  return from_compute<T>(keep ? y : k.c);
+}
+
+template <class T, int kBits, bool kLinear, bool kVectors>
+__global__ void __launch_bounds__(kThreads)
+    dropout_elements_kernel(FUSEREG_GRID_CONSTANT(Arguments, g)) {
+  constexpr int kN = cuda::kVecSize<T> < kGroup ? cuda::kVecSize<T> : kGroup;
+  constexpr int kParts = kGroup / kN;
+  const T* const x = static_cast<const T*>(g.x);
+  T* const y = static_cast<T*>(g.y);
+  const std::uint64_t seed = seed_of(g);
+  const std::uint64_t low = low_of(g);
+  const auto k = constants<Compute<T>>(g);
+  // Position of the first group's first element: 0, or negative where index_offset is within a
+  // group.
+  const std::uint64_t first_group = g.index_offset / kGroup;
+  const std::int64_t origin = -static_cast<std::int64_t>(g.index_offset % kGroup);
+  const std::int64_t groups = (g.numel - origin + kGroup - 1) / kGroup;
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads * kGroupsPerThread;
+  std::int64_t base =
+      static_cast<std::int64_t>(blockIdx.x) * kThreads * kGroupsPerThread + threadIdx.x;
+  for (; base < groups; base += step) {
+    cuda::Vec<T, kN> data[kGroupsPerThread][kParts];
+    if constexpr (kVectors) {
+      FUSEREG_UNROLL
+      for (int u = 0; u < kGroupsPerThread; ++u) {
+        const std::int64_t at = (base + u * kThreads) * kGroup;
+        if (at + kGroup > g.numel) continue;
+        FUSEREG_UNROLL
+        for (int i = 0; i < kParts; ++i) data[u][i] = cuda::load_streaming<kN>(x + at + i * kN);
+      }
+    }
+    FUSEREG_UNROLL
+    for (int u = 0; u < kGroupsPerThread; ++u) {
+      const std::int64_t group = base + u * kThreads;
+      if (group >= groups) break;
+      const std::int64_t at = origin + group * kGroup;
+      const std::uint32_t mask =
+          keep_mask<kBits>(seed, low, first_group + static_cast<std::uint64_t>(group), g.threshold);
+      if (kVectors && at + kGroup <= g.numel) {
+        FUSEREG_UNROLL
+        for (int i = 0; i < kParts; ++i) {
+          FUSEREG_UNROLL
+          for (int e = 0; e < kN; ++e) {
+            data[u][i][e] = apply<T, kLinear>(data[u][i][e], (mask >> (i * kN + e) & 1u) != 0, k);
+          }
+          cuda::store(y + at + i * kN, data[u][i]);
+        }
+      } else {
+        for (int e = 0; e < kGroup; ++e) {
+          if (at + e < 0 || at + e >= g.numel) continue;
+          y[at + e] = apply<T, kLinear>(x[at + e], (mask >> e & 1u) != 0, k);
+        }
+      }
+    }
+  }
+}
+
+// Rows: kN elements that share a draw (inner = 1) or have consecutive ones of one group.
+template <class T, int kBits, bool kLinear, int kN, class Index>
+__global__ void __launch_bounds__(kThreads)
+    dropout_rows_kernel(FUSEREG_GRID_CONSTANT(Arguments, g)) {
+  const T* const x = static_cast<const T*>(g.x);
+  T* const y = static_cast<T*>(g.y);
+  const std::uint64_t seed = seed_of(g);
+  const std::uint64_t low = low_of(g);
+  const auto k = constants<Compute<T>>(g);
+  const auto repeat = static_cast<Index>(g.repeat);
+  const auto inner = static_cast<Index>(g.inner);
+  const auto vectors = static_cast<std::int64_t>(g.numel / kN);
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
+  for (std::int64_t v = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; v < vectors;
+       v += step) {
+    const Index at = static_cast<Index>(v) * kN;
+    const Index outer = at / (repeat * inner);
+    const std::uint64_t index = g.index_offset + outer * inner + at % inner;
+    std::uint32_t mask =
+        keep_mask<kBits>(seed, low, index / kGroup, g.threshold) >> (index % kGroup);
+    if (inner == 1) mask = (mask & 1u) != 0 ? 0xffu : 0u;
+    cuda::Vec<T, kN> data;
+    if ((mask & ((1u << kN) - 1u)) == 0) {
+      // A row that is dropped is not read.
+      FUSEREG_UNROLL
+      for (int e = 0; e < kN; ++e) data[e] = from_compute<T>(k.c);
+    } else {
+      data = cuda::load_streaming<kN>(x + at);
+      FUSEREG_UNROLL
+      for (int e = 0; e < kN; ++e) data[e] = apply<T, kLinear>(data[e], (mask >> e & 1u) != 0, k);
+    }
+    cuda::store(y + at, data);
+  }
+}
+
+// Calls f with compile-time values of a job's dtype, bits and form.
+template <class F>
+void dispatch(const Job& job, F&& f) {
+  dispatch_dtype(job.dtype, [&](auto tag) {
+    using Wide = std::integral_constant<int, 32>;
+    using Narrow = std::integral_constant<int, 16>;
+    const bool linear = job.affine.linear();
+    if (job.draw.bits == 16) {
+      if (linear) {
+        f(tag, Narrow{}, std::true_type{});
+      } else {
+        f(tag, Narrow{}, std::false_type{});
+      }
+    } else if (linear) {
+      f(tag, Wide{}, std::true_type{});
+    } else {
+      f(tag, Wide{}, std::false_type{});
+    }
+  });
+}
+
+}  // namespace
+
+void run_cuda(const Job& job, int device, void* stream) {
+  if (job.numel == 0) return;
+  const cuda::DeviceGuard guard(device);
+  const Arguments g = {
+      job.x,       job.y,      job.numel, job.rows.repeat,    job.rows.inner, job.index_offset,
+      job.seed,    job.offset, job.pair,  job.draw.threshold, job.affine.a,   job.affine.b,
+      job.affine.c};
+  const std::int64_t most =
+      static_cast<std::int64_t>(cuda::device_properties(device).sm_count) * kBlocksPerSm;
+  cuda::LaunchConfig config;
+  config.block = dim3(kThreads);
+  config.stream = static_cast<cuda::Stream>(stream);
+  auto set_grid = [&](std::int64_t threads) {
+    config.grid = dim3(static_cast<unsigned>(
+        std::clamp<std::int64_t>(cuda::ceil_div(threads, kThreads), 1, most)));
+  };
+  const bool aligned = cuda::is_aligned(job.x, 16) && cuda::is_aligned(job.y, 16);
+  constexpr const char* kOp = "fusereg.dropout";
+
+  dispatch(job, [&](auto tag, auto bits, auto linear) {
+    using T = typename decltype(tag)::type;
+    constexpr int kBits = decltype(bits)::value;
+    constexpr bool kLinear = decltype(linear)::value;
+    if (job.rows.repeat == 1) {
+      set_grid(cuda::ceil_div(job.numel, kGroup * kGroupsPerThread) + 1);
+      if (aligned && job.index_offset % kGroup == 0) {
+        cuda::launch(kOp, dropout_elements_kernel<T, kBits, kLinear, true>, config, g);
+      } else {
+        cuda::launch(kOp, dropout_elements_kernel<T, kBits, kLinear, false>, config, g);
+      }
+      return;
+    }
+    constexpr int kN = cuda::kVecSize<T> < kGroup ? cuda::kVecSize<T> : kGroup;
+    const bool vectors =
+        aligned && (job.rows.inner == 1 ? job.rows.repeat % kN == 0
+                                        : job.rows.inner % kN == 0 && job.index_offset % kN == 0);
+    const bool small = job.numel < (std::int64_t{1} << 31);
+    set_grid(vectors ? job.numel / kN : job.numel);
+    if (vectors && small) {
+      cuda::launch(kOp, dropout_rows_kernel<T, kBits, kLinear, kN, std::uint32_t>, config, g);
+    } else if (vectors) {
+      cuda::launch(kOp, dropout_rows_kernel<T, kBits, kLinear, kN, std::uint64_t>, config, g);
+    } else {
+      cuda::launch(kOp, dropout_rows_kernel<T, kBits, kLinear, 1, std::uint64_t>, config, g);
+    }
+  });
+}
+
+}  // namespace fusereg::dropout

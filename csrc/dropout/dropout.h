@@ -1,0 +1,114 @@
+// Dropout with no stored mask: every element's draw is a pure function of (seed, offset, index), so
+// that backward draws it again (core/philox.h).
+//
+//   y_i = keep_i ? a * x_i + b : c        keep_i = draw(index_i) < threshold
+//
+//   dropout               a = 1 / keep, b = c = 0          Srivastava et al. 2014, inverted
+//   its backward          the same on the gradient
+//   alpha dropout         a = (keep * (1 + (1 - keep) * s^2))^(-1/2), b = -a * (1 - keep) * s, c =
+//   a * s + b,
+//                         s = -(scale * alpha) of SELU = -1.7580993408473766     Klambauer et al.
+//                         2017
+//   its backward          a as before, b = c = 0
+//
+// Draws have 16 bits (8 elements a Philox call), threshold = round(65536 * (1 - p)), unless that
+// misses p or 1 - p by more than 1 part in 1024; then they have 32 (4 elements a call). `keep` is
+// what the threshold really gives, threshold / 2^bits, and a, b, c are made from it: the mean is
+// unbiased for every p. p = 1 has threshold 0 and writes zeros. A dropped element is never
+// multiplied: inf and NaN become c as well.
+//
+// index_i = index_offset + (position of element i in memory), for a tensor without gaps; with rows,
+// the position of its row among the rows. It depends on nothing else: not on dtype, device,
+// instruction set, threads, launch.
+//
+// Dtypes: float64, float32, float16, bfloat16, x and y alike. Arithmetic in float32 (float64 for
+// float64): one multiplication and, for alpha dropout, one addition, each rounded; then rounded to
+// the dtype. Bytes moved per element of size e: 2e; rows that are dropped are not read. y may be x.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/isa.h"
+
+namespace fusereg::dropout {
+
+enum class Kind : std::uint8_t { kDropout, kAlpha, kAlphaBackward };
+
+struct Draw {
+  int bits = 16;
+  std::uint32_t threshold = 0;
+  double keep = 0.0;
+};
+
+// Needs 0 < p <= 1.
+Draw make_draw(double p);
+
+struct Affine {
+  double a = 1.0;
+  double b = 0.0;
+  double c = 0.0;
+  FUSEREG_HD bool linear() const { return b == 0.0 && c == 0.0; }
+};
+
+Affine make_affine(Kind kind, const Draw& draw);
+
+// Memory as [outer, repeat, inner]: the elements along `repeat` share a draw, whose index is
+// outer_index * inner + inner_index. repeat = 1 is one draw an element.
+struct Rows {
+  std::int64_t outer = 1;
+  std::int64_t repeat = 1;
+  std::int64_t inner = 1;
+};
+
+struct Job {
+  const void* x = nullptr;
+  void* y = nullptr;
+  DType dtype = DType::kFloat32;
+  std::int64_t numel = 0;
+  Rows rows;
+  std::uint64_t index_offset = 0;
+  // The pair, or where the kernel finds it: two 64-bit integers in memory of x's device.
+  std::uint64_t seed = 0;
+  std::uint64_t offset = 0;
+  const std::int64_t* pair = nullptr;
+  Draw draw;
+  Affine affine;
+};
+
+void run_cpu(const Job& job);
+
+// One launch; no workspace.
+void run_cuda(const Job& job, int device, void* stream);
+
+// --- what the CPU kernels of one instruction set provide (dropout.cpp) ---
+
+// One call's constants, `low` being offset / 4.
+struct Stream {
+  std::uint64_t seed;
+  std::uint64_t low;
+  Draw draw;
+  Affine affine;
+};
+
+struct CpuKernels {
+  // n consecutive elements, the first of which has this index.
+  void (*elements)(DType dtype, const void* x, void* y, std::int64_t n, std::uint64_t index,
+                   const Stream& s);
+  // n consecutive elements that share a draw.
+  void (*row)(DType dtype, const void* x, void* y, std::int64_t n, bool keep, const Affine& affine);
+  // `repeat` lines of n elements, `stride` apart; element i of each line has the draw of index + i.
+  // n <= kMaxColumns.
+  void (*columns)(DType dtype, const void* x, void* y, std::int64_t n, std::int64_t repeat,
+                  std::int64_t stride, std::uint64_t index, const Stream& s);
+  // The 4 words of counters (low, high), (low, high + 1), ... as many as a vector call gives;
+  // returns how many.
+  int (*words)(std::uint64_t seed, std::uint64_t low, std::uint64_t high, std::uint32_t* words);
+};
+
+FUSEREG_DECLARE_PER_ISA(CpuKernels, kernels)
+
+inline constexpr std::int64_t kMaxColumns = 512;
+inline constexpr int kMaxWords = 32;
+
+}  // namespace fusereg::dropout
