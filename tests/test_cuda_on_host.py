@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIM = ROOT / "tests" / "cuda_on_host"
-SOURCE = SHIM / "selftest" / "selftest.cu"
+FAULTS = SHIM / "selftest" / "planted_faults.cu"
+SOURCES = (SHIM / "selftest" / "selftest.cu", FAULTS)
 SCHEDULES = ("forward", "reverse", "random:1", "random:2", "random:3")
 
 RIGHT = (
@@ -59,17 +60,17 @@ SANITIZER_FAULTS = {
     "stack_overflow": r"stack-overflow",
 }
 
-# Command: what the error must say; {line} stands for the planted line.
+# Command: what the error must say; {place} stands for the planted line.
 REPORTED_FAULTS = {
-    "divergent_barrier": r"divergent barrier: reached __syncthreads .*selftest\.cu:{line}\b",
+    "divergent_barrier": r"divergent barrier: reached __syncthreads .*{place}",
     "deadlock": r"deadlock: 48 threads wait forever\n"
     r"  block \(0, 0, 0\): 16 of 64 threads exited; 45 in __syncthreads .*"
-    r"1 in warp shuffle at selftest\.cu:{line} with mask 0x00000003",
-    "dead_lane": r"warp shuffle at selftest\.cu:{line}.*0xffffffff",
+    r"1 in warp shuffle at {place} with mask 0x00000003",
+    "dead_lane": r"warp shuffle at {place}.*0xffffffff",
     "short_warp": r"names lanes that the block does not have \(it has 0x0000ffff\)",
-    "unnamed_lane": r"selftest\.cu:{line}: the mask 0x00000002 does not name the calling lane 0",
+    "unnamed_lane": r"{place}: the mask 0x00000002 does not name the calling lane 0",
     "unnamed_source": r"the mask 0x00000003 does not name lane 7",
-    "divergent_warp": r"(?=.*divergent warp)(?=.*__syncthreads).*shuffle at selftest\.cu:{line}",
+    "divergent_warp": r"(?=.*divergent warp)(?=.*__syncthreads).*shuffle at {place}",
     "cooperative_too_large": r"too_large: .*CooperativeLaunchTooLarge.*max_resident_blocks",
     "not_cooperative": r"livelock: polls at .*unless the launch is cooperative",
     "cluster_exit": r"cluster_map: block \([01], 0, 0\) has exited",
@@ -82,7 +83,7 @@ REPORTED_FAULTS = {
 
 def planted_line(command: str) -> int:
     """The line that says it plants this fault; 0 where the fault has no single line."""
-    for number, line in enumerate(SOURCE.read_text().splitlines(), start=1):
+    for number, line in enumerate(FAULTS.read_text().splitlines(), start=1):
         if re.search(rf"// PLANTED {command}$", line):
             return number
     return 0
@@ -101,9 +102,9 @@ def build(out: Path, *flags: str) -> Path:
         "-DFUSEREG_CUDA_ON_HOST",
         f"-I{ROOT / 'csrc'}",
         f"-I{SHIM}",
-        str(SHIM / "cuda_on_host.cpp"),
+        *(str(path) for path in sorted(SHIM.glob("*.cpp"))),
         "-xc++",
-        str(SOURCE),
+        *(str(path) for path in SOURCES),
         "-o",
         str(out),
     ]
@@ -167,7 +168,7 @@ def test_the_sanitizers_name_the_planted_line(selftest: Path, command: str, sche
     assert re.search(SANITIZER_FAULTS[command], output), output
     line = planted_line(command)
     assert line > 0
-    assert re.search(rf"selftest\.cu:{line}\b", output), output
+    assert re.search(rf"planted_faults\.cu:{line}\b", output), output
 
 
 @pytest.mark.parametrize("schedule", ["forward", "reverse", "random:1"])
@@ -176,7 +177,8 @@ def test_faults_are_reported_and_do_not_hang(selftest: Path, command: str, sched
     status, output = run(selftest, command, schedule)
     assert status == 2, output
     assert output.startswith(f"FAULT: {command.replace('cooperative_too', 'too').split('_')[0]}")
-    pattern = REPORTED_FAULTS[command].replace("{line}", str(planted_line(command)))
+    place = rf"planted_faults\.cu:{planted_line(command)}\b"
+    pattern = REPORTED_FAULTS[command].replace("{place}", place)
     assert re.search(pattern, output), output
 
 
@@ -227,7 +229,8 @@ def test_plain_shared_memory_is_refused(tmp_path: Path) -> None:
     assert "on_the_host_declare_shared_memory_with_FUSEREG_SHARED" in done.stderr
 
 
-def test_the_dialect_is_cuda(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_the_dialect_is_cuda(tmp_path: Path, source: Path) -> None:
     """nvcc accepts the same source, for a device."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
@@ -236,7 +239,7 @@ def test_the_dialect_is_cuda(tmp_path: Path) -> None:
         [
             *(nvcc, "-std=c++17", "-arch=sm_90", "-Werror=all-warnings"),
             *("-Xcompiler=-Wall,-Wextra", f"-I{ROOT / 'csrc'}"),
-            *("-c", str(SOURCE), "-o", str(tmp_path / "selftest.o")),
+            *("-c", str(source), "-o", str(tmp_path / "selftest.o")),
         ],
         capture_output=True,
         text=True,
