@@ -23,18 +23,22 @@ DASHES: tuple[str | tuple[int, tuple[float, ...]], ...] = (
     "-.",
     ":",
 )
+# Rows beyond the palette take its colours again, but never the black of the control, dashed anew.
+LATER_DASHES = ((0, (6, 1.5, 1, 1.5)), (0, (1, 1)), (0, (6, 3)))
 GREY = "#666666"
 FUSED_COLOUR, PLAIN_COLOUR = "#0072B2", "#E69F00"
 
 
 def colour(index: int) -> str:
     """The colour of a row of the table."""
-    return COLOURS[index % len(COLOURS)]
+    return COLOURS[index if index == 0 else 1 + (index - 1) % (len(COLOURS) - 1)]
 
 
 def dashes(index: int) -> str | tuple[int, tuple[float, ...]]:
     """The line style of a row of the table."""
-    return DASHES[index % len(DASHES)]
+    if index < len(DASHES):
+        return DASHES[index]
+    return LATER_DASHES[(index - len(DASHES)) // (len(COLOURS) - 1) % len(LATER_DASHES)]
 
 
 def new_figure(width: float, height: float, title: str, subtitle: str) -> Figure:
