@@ -124,7 +124,7 @@ def add_grads_(
     values = []
     with torch.no_grad():
         found = [g if g is None else _local(g) for g in _penalty_kernels.own_grads(tensors, op)]
-        _penalty_kernels._check_targets(local, found, op)
+        _penalty_kernels.check_targets(local, found, op)
         targets = _penalty_kernels.create_missing(tensors)
         for where, indices in buckets:
             part = [local[i] for i in indices]

@@ -121,7 +121,7 @@ def add_grads_(
 
     plain = [_params.plain(t, op, f"params[{i}]") for i, t in enumerate(tensors)]
     targets = list(grads) if grads is not None else own_grads(tensors, op)
-    _check_targets(plain, targets, op)
+    check_targets(plain, targets, op)
     if grads is None:
         targets = create_missing(tensors)
     ready: list[Tensor | None] = []
@@ -207,7 +207,7 @@ def create_missing(tensors: Sequence[Tensor]) -> list[Tensor | None]:
     return [t.grad if t.requires_grad else None for t in tensors]
 
 
-def _check_targets(tensors: Sequence[Tensor], grads: Sequence[Tensor | None], op: str) -> None:
+def check_targets(tensors: Sequence[Tensor], grads: Sequence[Tensor | None], op: str) -> None:
     for i, (w, g) in enumerate(zip(tensors, grads, strict=True)):
         if g is None:
             continue
