@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/philox.h"
+#include "core/seed_argument.h"
 #include "core/tensor.h"
 #include "dropout/dropout.h"
 
@@ -52,35 +53,6 @@ bool find_rows(const TensorView& x, int row_dims, Rows& rows) {
   return true;
 }
 
-// One of seed and offset: a Python integer of up to 64 bits; negative ones wrap.
-std::uint64_t bits_of(const py::object& number, const char* op, const char* name) {
-  if (!PyLong_Check(number.ptr())) {
-    throw py::type_error(where(op, name) + " must be an integer, got " + type_name(number));
-  }
-  const unsigned long long value = PyLong_AsUnsignedLongLongMask(number.ptr());
-  if (value == static_cast<unsigned long long>(-1) && PyErr_Occurred() != nullptr)
-    throw py::error_already_set();
-  return value;
-}
-
-// Where the kernel reads (seed, offset) by itself: two int64, which are none of read_tensor's.
-const std::int64_t* pair_of(const py::object& pair, const Device& device, const char* op) {
-  const bool good = is_plain_type(pair) && py::cast<std::int64_t>(pair.attr("numel")()) == 2 &&
-                    py::cast<bool>(pair.attr("is_contiguous")()) &&
-                    std::string(py::str(pair.attr("dtype"))) == "torch.int64";
-  if (!good) {
-    throw py::type_error(where(op, "seed") +
-                         " must be an integer or a contiguous int64 tensor of 2 elements, got " +
-                         std::string(py::repr(pair)));
-  }
-  const std::string type = py::cast<std::string>(pair.attr("device").attr("type"));
-  if (type != (device.type == kDLCPU ? "cpu" : "cuda")) {
-    throw py::value_error(where(op, "seed") + " must be on " + device.name() +
-                          " as the input, got " + type);
-  }
-  return reinterpret_cast<const std::int64_t*>(py::cast<std::uintptr_t>(pair.attr("data_ptr")()));
-}
-
 void run(const Job& job, const Device& device) {
 #if defined(FUSEREG_CUDA)
   if (runs_cuda_kernels(device)) {
@@ -120,13 +92,8 @@ int apply(Kind kind, const py::object& y, const py::object& x, const py::object&
   job.y = out.data;
   job.dtype = in.dtype;
   job.numel = in.numel;
-  job.index_offset = bits_of(index_offset, op, "index_offset");
-  if (PyLong_Check(seed.ptr())) {
-    job.seed = bits_of(seed, op, "seed");
-    job.offset = bits_of(offset, op, "offset");
-  } else {
-    job.pair = pair_of(seed, in.device, op);
-  }
+  job.index_offset = bits_argument(index_offset, op, "index_offset");
+  job.random = seed_argument(seed, offset, in.device, op);
   job.draw = make_draw(p);
   job.affine = make_affine(kind, job.draw);
   run(job, in.device);
@@ -161,9 +128,9 @@ py::tuple dropout_constants(double p, bool alpha) {
 std::vector<std::uint32_t> philox_words(const py::object& key, const py::object& low,
                                         const py::object& high, bool vector) {
   const char* const op = "philox_words";
-  const std::uint64_t k = bits_of(key, op, "key");
-  const std::uint64_t l = bits_of(low, op, "low");
-  const std::uint64_t h = bits_of(high, op, "high");
+  const std::uint64_t k = bits_argument(key, op, "key");
+  const std::uint64_t l = bits_argument(low, op, "low");
+  const std::uint64_t h = bits_argument(high, op, "high");
   if (!vector) {
     const PhiloxWords w = philox(k, l, h);
     return {w.word, w.word + 4};

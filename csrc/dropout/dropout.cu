@@ -8,7 +8,6 @@
 
 #include "core/cuda.cuh"
 #include "dropout/dropout.h"
-#include "dropout/dropout_math.h"
 
 namespace fusereg::dropout {
 namespace {
@@ -24,19 +23,10 @@ struct Arguments {
   std::int64_t repeat;
   std::int64_t inner;
   std::uint64_t index_offset;
-  std::uint64_t seed;
-  std::uint64_t offset;
-  const std::int64_t* pair;
+  SeedPair random;
   std::uint32_t threshold;
   double a, b, c;
 };
-
-__device__ inline std::uint64_t seed_of(const Arguments& g) {
-  return g.pair == nullptr ? g.seed : static_cast<std::uint64_t>(g.pair[0]);
-}
-__device__ inline std::uint64_t low_of(const Arguments& g) {
-  return (g.pair == nullptr ? g.offset : static_cast<std::uint64_t>(g.pair[1])) / 4;
-}
 
 // Each operation rounds by itself, as on the CPU: nvcc would make one fused multiply-add of both.
 FUSEREG_DEVICE_INLINE float multiply(float x, float a) {
@@ -78,8 +68,8 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kParts = kGroup / kN;
   const T* const x = static_cast<const T*>(g.x);
   T* const y = static_cast<T*>(g.y);
-  const std::uint64_t seed = seed_of(g);
-  const std::uint64_t low = low_of(g);
+  const std::uint64_t seed = g.random.key();
+  const std::uint64_t low = g.random.low();
   const auto k = constants<Compute<T>>(g);
   // Position of the first group's first element: 0, or negative where index_offset is within a
   // group.
@@ -132,8 +122,8 @@ __global__ void __launch_bounds__(kThreads)
     dropout_rows_kernel(FUSEREG_GRID_CONSTANT(Arguments, g)) {
   const T* const x = static_cast<const T*>(g.x);
   T* const y = static_cast<T*>(g.y);
-  const std::uint64_t seed = seed_of(g);
-  const std::uint64_t low = low_of(g);
+  const std::uint64_t seed = g.random.key();
+  const std::uint64_t low = g.random.low();
   const auto k = constants<Compute<T>>(g);
   const auto repeat = static_cast<Index>(g.repeat);
   const auto inner = static_cast<Index>(g.inner);
@@ -187,10 +177,12 @@ void dispatch(const Job& job, F&& f) {
 void run_cuda(const Job& job, int device, void* stream) {
   if (job.numel == 0) return;
   const cuda::DeviceGuard guard(device);
-  const Arguments g = {
-      job.x,       job.y,      job.numel, job.rows.repeat,    job.rows.inner, job.index_offset,
-      job.seed,    job.offset, job.pair,  job.draw.threshold, job.affine.a,   job.affine.b,
-      job.affine.c};
+  const Arguments g = {job.x,          job.y,
+                       job.numel,      job.rows.repeat,
+                       job.rows.inner, job.index_offset,
+                       job.random,     job.draw.threshold,
+                       job.affine.a,   job.affine.b,
+                       job.affine.c};
   const std::int64_t most =
       static_cast<std::int64_t>(cuda::device_properties(device).sm_count) * kBlocksPerSm;
   cuda::LaunchConfig config;

@@ -28,21 +28,13 @@
 
 #include <cstdint>
 
+#include "core/draw.h"
 #include "core/dtype.h"
 #include "core/isa.h"
 
 namespace fusereg::dropout {
 
 enum class Kind : std::uint8_t { kDropout, kAlpha, kAlphaBackward };
-
-struct Draw {
-  int bits = 16;
-  std::uint32_t threshold = 0;
-  double keep = 0.0;
-};
-
-// Needs 0 < p <= 1.
-Draw make_draw(double p);
 
 struct Affine {
   double a = 1.0;
@@ -68,10 +60,7 @@ struct Job {
   std::int64_t numel = 0;
   Rows rows;
   std::uint64_t index_offset = 0;
-  // The pair, or where the kernel finds it: two 64-bit integers in memory of x's device.
-  std::uint64_t seed = 0;
-  std::uint64_t offset = 0;
-  const std::int64_t* pair = nullptr;
+  SeedPair random;
   Draw draw;
   Affine affine;
 };

@@ -1,11 +1,10 @@
-// The CPU launcher of dropout, and what both launchers share: thresholds and coefficients.
+// The CPU launcher of dropout, and what both launchers share: the coefficients.
 // Contract: dropout.h.
 #include <algorithm>
 #include <cmath>
 
 #include "core/parallel.h"
 #include "dropout/dropout.h"
-#include "dropout/dropout_math.h"
 
 namespace fusereg::dropout {
 namespace {
@@ -29,8 +28,8 @@ class CpuRun {
         x_(static_cast<const char*>(job.x)),
         y_(static_cast<char*>(job.y)),
         size_(dtype_size(job.dtype)) {
-    stream_.seed = job.pair == nullptr ? job.seed : static_cast<std::uint64_t>(job.pair[0]);
-    stream_.low = (job.pair == nullptr ? job.offset : static_cast<std::uint64_t>(job.pair[1])) / 4;
+    stream_.seed = job.random.key();
+    stream_.low = job.random.low();
     stream_.draw = job.draw;
     stream_.affine = job.affine;
   }
@@ -116,19 +115,6 @@ class CpuRun {
 };
 
 }  // namespace
-
-Draw make_draw(double p) {
-  constexpr double k16 = 65536.0;
-  constexpr double k32 = 4294967296.0;
-  if (p >= 1.0) return {16, 0, 0.0};
-  const double keep = 1.0 - p;
-  const double coarse = std::nearbyint(keep * k16);
-  if (std::abs(coarse - keep * k16) <= std::min(p, keep) * (k16 / 1024)) {
-    return {16, static_cast<std::uint32_t>(coarse), coarse / k16};
-  }
-  const double fine = std::clamp(std::nearbyint(keep * k32), 1.0, k32 - 1.0);
-  return {32, static_cast<std::uint32_t>(fine), fine / k32};
-}
 
 Affine make_affine(Kind kind, const Draw& draw) {
   if (draw.keep == 0.0) return {0.0, 0.0, 0.0};

@@ -1,9 +1,42 @@
-// The draws of dropout.h, one at a time, on the host and on the device.
+// Bernoulli draws: which elements are kept, as a pure function of (seed, offset, index).
+//
+//   keep_i = draw(index_i) < threshold
+//
+// Draws have 16 bits (8 elements a Philox call), threshold = round(65536 * (1 - p)), unless that
+// misses p or 1 - p by more than 1 part in 1024; then they have 32 (4 elements a call). `keep` is
+// what the threshold really gives, threshold / 2^bits: what scales by it is unbiased for every p.
+// p = 1 has threshold 0. draw_simd.h has the same draws as masks of vectors.
 #pragma once
+
+#include <cstdint>
 
 #include "core/philox.h"
 
-namespace fusereg::dropout {
+namespace fusereg {
+
+struct Draw {
+  int bits = 16;
+  std::uint32_t threshold = 0;
+  double keep = 0.0;
+};
+
+// Needs 0 < p <= 1.
+Draw make_draw(double p);
+
+// A call's (seed, offset), or where the kernel finds it: two 64-bit integers in memory of the
+// tensors' device.
+struct SeedPair {
+  std::uint64_t seed = 0;
+  std::uint64_t offset = 0;
+  const std::int64_t* pair = nullptr;
+  // Philox's key, and the low half of its counter.
+  FUSEREG_HD std::uint64_t key() const {
+    return pair == nullptr ? seed : static_cast<std::uint64_t>(pair[0]);
+  }
+  FUSEREG_HD std::uint64_t low() const {
+    return (pair == nullptr ? offset : static_cast<std::uint64_t>(pair[1])) / 4;
+  }
+};
 
 // Elements that are drawn together: one Philox call of 16-bit draws, two of 32-bit draws.
 inline constexpr int kGroup = 8;
@@ -41,4 +74,4 @@ FUSEREG_INLINE bool is_kept(std::uint64_t seed, std::uint64_t low, std::uint64_t
   return (mask >> (index % kGroup) & 1u) != 0;
 }
 
-}  // namespace fusereg::dropout
+}  // namespace fusereg
