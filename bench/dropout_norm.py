@@ -169,8 +169,8 @@ def _check_both(
     references = torch.autograd.grad(wanted, exact, upstream.double())
     error = 0.0
     for came, reference in zip((y, *gradients), (wanted, *references), strict=True):
-        difference = float((came.double() - reference).abs().max())
-        error = max(error, difference / float(reference.abs().max()))
+        difference = float((came.detach().double() - reference.detach()).abs().max())
+        error = max(error, difference / float(reference.detach().abs().max()))
     n = x.numel()
     deviation = abs(float(kept.double().mean()) - (1 - P)) / math.sqrt(P * (1 - P) / n)
     # By chance once in a billion; a tiny case says nothing about the rate.
