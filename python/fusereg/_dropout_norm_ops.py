@@ -5,11 +5,10 @@
 ``_DropoutNorm``, ``_DropoutNormBackward``
     the eager autograd functions. Forward gives the sum s as a result of its own, for the caller or
     not: backward keeps it, and through it derivatives of any order find their way to x and
-    residual. A second derivative is a formula of torch operations (``second_gradient``).
+    residual. A second derivative is a formula of torch operations
+    (_dropout_norm_formulas.py).
 ``torch.ops.fusereg.dropout_norm``, ``torch.ops.fusereg.dropout_norm_backward``
     the same as pure functions, for torch.compile, export, fake tensors.
-``_unfused``
-    the same operation in steps, for torch.func transforms and forward-mode derivatives.
 ``dropout_norm``
     the entry: checks, and picks between them.
 """
@@ -21,9 +20,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional as torch_functional
 
 from . import _C, _dispatch, _dropout_ops, _params, _random
+from ._dropout_norm_formulas import Gradients, compute_dtype, second_gradient, unfused
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -40,13 +39,8 @@ class Call(NamedTuple):
     op: str
 
 
-#: Gradients of x, residual, weight, bias; or which of them are wanted.
-Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+#: Which of the gradients of x, residual, weight, bias are wanted.
 Wanted: TypeAlias = Sequence[bool]
-
-
-def _compute(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _sum_is_x(p: float, residual: object) -> bool:
@@ -80,7 +74,7 @@ def forward(
             like = x if residual is None else residual
             total = torch.empty(x.shape, dtype=like.dtype, device=x.device)
         rows = (*x.shape[:-1], 1 if call.rms else 3)
-        statistics = torch.empty(rows, dtype=_compute(x.dtype), device=x.device)
+        statistics = torch.empty(rows, dtype=compute_dtype(x.dtype), device=x.device)
     if _C.dropout_norm_forward(y, total, statistics, x, residual, weight, bias, *call) != 0:
         op = call.op
         ready = (
@@ -123,7 +117,9 @@ def backward(
         grad_bias = torch.empty_like(weight) if of_bias else None
         on_cuda = grad.is_cuda or _C.CUDA_ON_HOST
         chunks = _C.dropout_norm_chunks(grad.numel() // max(length, 1), on_cuda)
-        partials = torch.empty((chunks, slots, length), dtype=_compute(grad.dtype), device=device)
+        partials = torch.empty(
+            (chunks, slots, length), dtype=compute_dtype(grad.dtype), device=device
+        )
         barrier = _dispatch.barrier(device)
 
     def run(
@@ -161,61 +157,6 @@ def backward(
         if run(*ready) != 0:  # type: ignore[arg-type]
             raise _refused(op)
     return grad_x, grad_x if shared else grad_residual, grad_weight, grad_bias
-
-
-# --- the second derivative ------------------------------------------------------------------------
-
-
-def second_gradient(
-    drop: Callable[[Tensor], Tensor],
-    eps: float,
-    rms: bool,
-    grad: Tensor,
-    total: Tensor,
-    weight: Tensor | None,
-    along: Gradients,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of ``grad``, of the sum's gradient, of the sum and of weight.
-
-    ``along`` are those of the four results of backward; ``drop`` is the linear map of dropout. With
-    the names of dropout_norm.h, u the gradient of grad_s and P(v) = v - mean(v) - h mean(v h) (RMS:
-    without mean(v)), the projection in grad_s = rstd P(g) + grad_sum, which is symmetric:
-    """
-    compute = _compute(grad.dtype)
-    v_x, v_residual, v_weight, v_bias = (None if v is None else v.to(compute) for v in along)
-    s, dy = total.to(compute), grad.to(compute)
-    w = torch.ones((), dtype=compute, device=s.device) if weight is None else weight.to(compute)
-    n = s.shape[-1]
-
-    def mean(v: Tensor) -> Tensor:
-        return v.sum(-1, keepdim=True) / n
-
-    d = s if rms else s - mean(s)
-    rstd = torch.rsqrt(mean(d * d) + eps)
-    h = d * rstd
-
-    def project(v: Tensor) -> Tensor:
-        p = v - h * mean(v * h)
-        return p if rms else p - mean(v)
-
-    u = torch.zeros_like(s) if v_residual is None else v_residual
-    if v_x is not None:
-        u = u + drop(v_x.contiguous())
-    g = dy * w
-    through = rstd * project(u)
-    of_grad = w * through
-    # What h gets by itself, and rstd by itself: d rstd / d s_i = -rstd^2 h_i / n.
-    of_h = -rstd * (u * mean(g * h) + g * mean(u * h))
-    if v_weight is not None:
-        of_grad = of_grad + v_weight * h
-        of_h = of_h + v_weight * dy
-    if v_bias is not None:
-        of_grad = of_grad + v_bias
-    of_sum = rstd * project(of_h) - rstd * rstd * h * mean(u * project(g))
-    of_weight = None
-    if weight is not None:
-        of_weight = (dy * through).reshape(-1, n).sum(0).to(weight.dtype)
-    return of_grad.to(grad.dtype), u.to(total.dtype), of_sum.to(total.dtype), of_weight
 
 
 # --- eager autograd -------------------------------------------------------------------------------
@@ -374,7 +315,7 @@ def _fake_dropout_norm(
     y = x.new_empty(x.shape)
     if not keep:
         return y, x.new_empty(0), x.new_empty(0)
-    statistics = x.new_empty((*x.shape[:-1], 1 if rms else 3), dtype=_compute(x.dtype))
+    statistics = x.new_empty((*x.shape[:-1], 1 if rms else 3), dtype=compute_dtype(x.dtype))
     if _sum_is_x(p, residual):
         return y, x.new_empty(0), statistics
     return y, x.new_empty(x.shape, dtype=(x if residual is None else residual).dtype), statistics
@@ -563,48 +504,6 @@ def _check(
         )
 
 
-def _unfused(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    p: float,
-    eps: float,
-    rms: bool,
-    seed: int | Tensor | None,
-    generator: torch.Generator | None,
-    index_offset: int,
-    op: str,
-) -> tuple[Tensor, Tensor]:
-    """Step by step, with the same mask, in the dtype in which the kernels compute."""
-    compute = _compute(x.dtype)
-
-    def wide(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(compute)
-
-    s = _dropout_ops.dropout(
-        x.to(compute).contiguous(),
-        p,
-        True,
-        False,
-        seed,
-        generator,
-        index_offset,
-        None,
-        False,
-        0,
-        op,
-    )
-    if residual is not None:
-        s = residual.to(compute) + s
-    with torch.autocast(x.device.type, enabled=False):
-        if rms:
-            y = torch_functional.rms_norm(s, s.shape[-1:], wide(weight), eps)
-        else:
-            y = torch_functional.layer_norm(s, s.shape[-1:], wide(weight), wide(bias), eps)
-    return y.to(x.dtype), s.to((x if residual is None else residual).dtype)
-
-
 def dropout_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -632,7 +531,7 @@ def dropout_norm(
     tensors = (x, residual, weight, bias)
     if _dispatch.functorch() or _dispatch.forward_mode():
         given = (*tensors, p, eps, rms, seed, generator, index_offset, op)
-        y, total = _unfused(*given)
+        y, total = unfused(*given)
         return (y, total) if return_sum else y
 
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
