@@ -10,14 +10,19 @@ from .dropout import (
     DropPath,
     FeatureAlphaDropout,
 )
+from .fused_dropout import ActivationDropout, BiasDropoutAdd, DropoutAdd, DropPathAdd
 
 __all__ = [
+    "ActivationDropout",
     "AlphaDropout",
+    "BiasDropoutAdd",
     "DropConnectLinear",
     "DropPath",
+    "DropPathAdd",
     "Dropout",
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "DropoutAdd",
     "FeatureAlphaDropout",
 ]
