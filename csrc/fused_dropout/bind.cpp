@@ -61,9 +61,8 @@ bool last_is_innermost(const TensorView& x) {
 
 // A vector of x's last dimension.
 bool is_vector_of(const TensorView& x, const TensorView& vector) {
-  return vector.dtype == x.dtype && vector.device == x.device && vector.ndim == 1 &&
-         x.ndim > 0 && vector.sizes[0] == x.sizes[x.ndim - 1] &&
-         (vector.sizes[0] < 2 || vector.strides[0] == 1);
+  return vector.dtype == x.dtype && vector.device == x.device && vector.ndim == 1 && x.ndim > 0 &&
+         vector.sizes[0] == x.sizes[x.ndim - 1] && (vector.sizes[0] < 2 || vector.strides[0] == 1);
 }
 
 void run(const Job& job, const Device& device) {
@@ -86,9 +85,8 @@ void run(const Job& job, const Device& device) {
 // y = residual + dropout(x + bias), or with rows: whole slices of the first dimension. 0: done; 2:
 // Python must prepare a tensor first, and nothing has been written.
 int fused_dropout_add(const py::object& y, const py::object& x, const py::object& bias,
-                      const py::object& residual, const py::object& seed,
-                      const py::object& offset, double p, bool rows,
-                      const py::object& index_offset, const char* op) {
+                      const py::object& residual, const py::object& seed, const py::object& offset,
+                      double p, bool rows, const py::object& index_offset, const char* op) {
   Job job;
   set_draw(job, p, op);
   TensorView in, out, other, vector;
@@ -120,7 +118,8 @@ int fused_dropout_add(const py::object& y, const py::object& x, const py::object
 
 // Elements of float64 that fused_dropout_bias_backward needs for its partial sums.
 std::int64_t fused_dropout_partials(std::int64_t numel, std::int64_t columns) {
-  if (numel <= 0 || columns <= 0) return 1;
+  if (columns <= 0) return 1;
+  numel = std::max<std::int64_t>(numel, 1);
   const Chunks cpu = make_chunks(numel, columns, kCpuRule);
   const Chunks cuda = make_chunks(numel, columns, kCudaRule);
   return std::max(cpu.width * cpu.count, cuda.width * cuda.count);
@@ -130,8 +129,8 @@ std::int64_t fused_dropout_partials(std::int64_t numel, std::int64_t columns) {
 int fused_dropout_bias_backward(const py::object& grad_x, const py::object& grad_bias,
                                 const py::object& grad, const py::object& partials,
                                 const py::object& counters, const py::object& seed,
-                                const py::object& offset, double p,
-                                const py::object& index_offset, const char* op) {
+                                const py::object& offset, double p, const py::object& index_offset,
+                                const char* op) {
   Job job;
   job.form = Form::kBiasBackward;
   set_draw(job, p, op);
@@ -165,8 +164,8 @@ int fused_dropout_bias_backward(const py::object& grad_x, const py::object& grad
 // y = dropout(activation(x)).
 int activation_dropout_forward(const py::object& y, const py::object& x,
                                const std::string& activation, const py::object& seed,
-                               const py::object& offset, double p,
-                               const py::object& index_offset, const char* op) {
+                               const py::object& offset, double p, const py::object& index_offset,
+                               const char* op) {
   Job job;
   job.form = Form::kActivate;
   job.activation = parse_activation(activation, op);
@@ -208,13 +207,13 @@ void bind(py::module_& m) {
         arg("seed"), arg("offset"), arg("p"), arg("rows"), arg("index_offset"), arg("op"));
   m.def("fused_dropout_partials", &fused_dropout_partials, arg("numel"), arg("columns"));
   m.def("fused_dropout_bias_backward", &fused_dropout_bias_backward, arg("grad_x"),
-        arg("grad_bias"), arg("grad"), arg("partials"), arg("counters"), arg("seed"),
-        arg("offset"), arg("p"), arg("index_offset"), arg("op"));
+        arg("grad_bias"), arg("grad"), arg("partials"), arg("counters"), arg("seed"), arg("offset"),
+        arg("p"), arg("index_offset"), arg("op"));
   m.def("activation_dropout_forward", &activation_dropout_forward, arg("y"), arg("x"),
         arg("activation"), arg("seed"), arg("offset"), arg("p"), arg("index_offset"), arg("op"));
   m.def("activation_dropout_backward", &activation_dropout_backward, arg("grad_x"), arg("grad"),
-        arg("saved"), arg("activation"), arg("seed"), arg("offset"), arg("p"),
-        arg("index_offset"), arg("op"));
+        arg("saved"), arg("activation"), arg("seed"), arg("offset"), arg("p"), arg("index_offset"),
+        arg("op"));
   m.attr("FUSED_DROPOUT_COUNTERS") = kMaxTiles;
 }
 

@@ -138,8 +138,7 @@ FUSEREG_INLINE Pair<Compute<T>> keep(const Pair<Compute<T>>& pair, std::uint64_t
              _mm512_maskz_mov_pd(static_cast<__mmask8>(bits >> 8), pair.v[1])}};
   } else if constexpr (kTurn) {
     const __m512i all = _mm512_set1_epi32(static_cast<int>(bits));
-    const __mmask16 even =
-        _mm512_test_epi32_mask(all, bit_cast<__m512i>(own_bits<float, true>(0)));
+    const __mmask16 even = _mm512_test_epi32_mask(all, bit_cast<__m512i>(own_bits<float, true>(0)));
     const __mmask16 odd = _mm512_test_epi32_mask(all, bit_cast<__m512i>(own_bits<float, true>(1)));
     return {{_mm512_maskz_mov_ps(even, pair.v[0]), _mm512_maskz_mov_ps(odd, pair.v[1])}};
   } else {
@@ -147,8 +146,7 @@ FUSEREG_INLINE Pair<Compute<T>> keep(const Pair<Compute<T>>& pair, std::uint64_t
              _mm512_maskz_mov_ps(static_cast<__mmask16>(bits >> 16), pair.v[1])}};
   }
 #else
-  const MaskVector<C> all =
-      MaskVector<C>{} + static_cast<typename MaskType<C>::type>(bits);
+  const MaskVector<C> all = MaskVector<C>{} + static_cast<typename MaskType<C>::type>(bits);
   Pair<C> kept;
   FUSEREG_UNROLL_10
   for (int i = 0; i < 2; ++i) {
@@ -191,8 +189,8 @@ struct Activate {
   using C = Compute<T>;
   static FUSEREG_ALWAYS_INLINE Pair<C> apply(const Pair<C>& x, const Pair<C>&, const Pair<C>&,
                                              Vector<C> scale, std::uint64_t bits) {
-    return keep<T>(
-        {{activate<kActivation>(x.v[0]) * scale, activate<kActivation>(x.v[1]) * scale}}, bits);
+    return keep<T>({{activate<kActivation>(x.v[0]) * scale, activate<kActivation>(x.v[1]) * scale}},
+                   bits);
   }
 };
 
@@ -319,7 +317,8 @@ void elements(const Span& span, const Stream& s) {
   const Drawing draw(s);
   const Vector<C> scale = broadcast(static_cast<C>(s.scale));
   using Window = BiasWindow<T>;
-  Window window(static_cast<const T*>(span.bias), Function::kBias ? span.columns : Window::kSmall + 1);
+  Window window(static_cast<const T*>(span.bias),
+                Function::kBias ? span.columns : Window::kSmall + 1);
   std::int64_t column = span.column;
   walk<T, Function::kOther>(
       span, [&](const T* x, const T* other, T* y, std::uint64_t word, std::int64_t skip,

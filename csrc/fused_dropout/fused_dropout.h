@@ -55,8 +55,8 @@ struct Job {
   std::uint64_t index_offset = 0;
   SeedPair random;
   Draw draw;
-  double scale = 1.0;           // a
-  double* partials = nullptr;   // kBiasBackward: partial_count() of them
+  double scale = 1.0;            // a
+  double* partials = nullptr;    // kBiasBackward: partial_count() of them
   unsigned* counters = nullptr;  // CUDA, kBiasBackward: kMaxTiles, zero; they are zero again after
 };
 
@@ -77,8 +77,8 @@ struct Chunks {
 
 struct ChunkRule {
   std::int64_t min_width;
-  std::int64_t tile;       // columns that are walked together
-  std::int64_t elements;   // what a chunk of a tile should have at least
+  std::int64_t tile;      // columns that are walked together
+  std::int64_t elements;  // what a chunk of a tile should have at least
   std::int64_t max_count;
 };
 inline constexpr ChunkRule kCpuRule = {1024, 2048, 65536, 256};

@@ -46,14 +46,10 @@ class CpuRun {
  private:
   Span span(std::int64_t first, std::int64_t n) const {
     const char* const other = other_ == nullptr ? nullptr : other_ + first * size_;
-    return {x_ + first * size_,
-            job_.bias,
-            other,
-            y_ + first * size_,
-            n,
-            job_.index_offset + static_cast<std::uint64_t>(first),
-            first % job_.columns,
-            job_.columns};
+    return {
+        x_ + first * size_,   job_.bias,   other,
+        y_ + first * size_,   n,           job_.index_offset + static_cast<std::uint64_t>(first),
+        first % job_.columns, job_.columns};
   }
 
   void elements() const {
@@ -73,9 +69,9 @@ class CpuRun {
 
   bool row_is_kept(std::int64_t row) const {
     const Draw& draw = job_.draw;
-    return draw.bits == 0 || is_kept(stream_.seed, stream_.low,
-                                     job_.index_offset + static_cast<std::uint64_t>(row),
-                                     draw.bits, draw.threshold);
+    return draw.bits == 0 ||
+           is_kept(stream_.seed, stream_.low, job_.index_offset + static_cast<std::uint64_t>(row),
+                   draw.bits, draw.threshold);
   }
 
   void rows() const {

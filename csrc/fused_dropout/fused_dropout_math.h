@@ -103,17 +103,16 @@ FUSEREG_INLINE V exp_negative(V x, V tail) {
   if constexpr (is_double<V>()) {
     const V r = ((x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33) + tail;
     // Taylor: |r| <= ln(2) / 2, the first term left out is below 4e-18.
-    return scale_by_power(
-        polynomial(r, 1.0, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
-                   1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600,
-                   1.0 / 6227020800.0),
-        shifted);
+    return scale_by_power(polynomial(r, 1.0, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720,
+                                     1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800,
+                                     1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0),
+                          shifted);
   } else {
     const V r = ((x - n * 0.693359375f) - n * -2.12194440e-4f) + tail;
     // The first term left out is below 6e-9.
-    return scale_by_power(polynomial(r, 1.0, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720,
-                                     1.0 / 5040),
-                          shifted);
+    return scale_by_power(
+        polynomial(r, 1.0, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040),
+        shifted);
   }
 }
 
@@ -145,8 +144,8 @@ FUSEREG_INLINE Normal<V> normal(V x) {
   V a = abs(x);
   a = a > most ? most : a;
   // a^2 / 2 exactly enough for its exponential: the square of a's upper half is exact.
-  const Unsigned upper =
-      is_double<V>() ? bit_cast<Unsigned>(a) & ~Unsigned{} << 27 : bit_cast<Unsigned>(a) & ~Unsigned{} << 12;
+  const Unsigned upper = is_double<V>() ? bit_cast<Unsigned>(a) & ~Unsigned{} << 27
+                                        : bit_cast<Unsigned>(a) & ~Unsigned{} << 12;
   const V high = bit_cast<V>(upper);
   const V g = exp_negative(V(high * high * E(-0.5)), V((a - high) * (a + high) * E(-0.5)));
   // Phi(-a) = exp(-a^2 / 2) R(a). R falls slowly from 1/2 to nothing; its rational approximations
@@ -154,19 +153,19 @@ FUSEREG_INLINE Normal<V> normal(V x) {
   // [0, 39] below 2e-18, on [0, 15] below 7e-9.
   V numerator, denominator;
   if constexpr (is_double<V>()) {
-    numerator = polynomial(
-        a, 0.5, 0.82681126795482073, 0.67785674910992994, 0.35598248529196459, 0.13137305088984236,
-        0.035437008509731712, 0.0070661247600933664, 0.0010297020193070026, 0.00010534495650326284,
-        6.8801960597480896e-6, 2.2049756841141965e-7);
-    denominator = polynomial(
-        a, 1.0, 2.451507096712507, 2.8117331613854198, 1.9956114210622485, 0.97615361770220417,
-        0.34649295018167777, 0.091373995815205657, 0.017975103341823178, 0.0025983262902357905,
-        0.00026461335199692481, 1.7246093978401531e-5, 5.5270543946730876e-7);
+    numerator = polynomial(a, 0.5, 0.82681126795482073, 0.67785674910992994, 0.35598248529196459,
+                           0.13137305088984236, 0.035437008509731712, 0.0070661247600933664,
+                           0.0010297020193070026, 0.00010534495650326284, 6.8801960597480896e-6,
+                           2.2049756841141965e-7);
+    denominator = polynomial(a, 1.0, 2.451507096712507, 2.8117331613854198, 1.9956114210622485,
+                             0.97615361770220417, 0.34649295018167777, 0.091373995815205657,
+                             0.017975103341823178, 0.0025983262902357905, 0.00026461335199692481,
+                             1.7246093978401531e-5, 5.5270543946730876e-7);
   } else {
     numerator =
         polynomial(a, 0.500000003f, 0.438326388f, 0.18323562f, 0.0406269872f, 0.00411365582f);
-    denominator = polynomial(a, 1.0f, 1.67453773f, 1.20255451f, 0.469466856f, 0.101843078f,
-                             0.0103112899f);
+    denominator =
+        polynomial(a, 1.0f, 1.67453773f, 1.20255451f, 0.469466856f, 0.101843078f, 0.0103112899f);
   }
   const V left = g * (numerator / denominator);
   const V one = V{} + E(1);

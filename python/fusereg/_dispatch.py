@@ -69,9 +69,7 @@ def forward_mode() -> bool:
 _workspaces: dict[tuple[int, int, int], torch.Tensor] = {}
 
 
-def workspace(
-    device: torch.device, size: int = _C.PENALTY_WORKSPACE_BYTES
-) -> torch.Tensor | None:
+def workspace(device: torch.device, size: int = _C.PENALTY_WORKSPACE_BYTES) -> torch.Tensor | None:
     """Scratch memory that CUDA reductions leave zeroed as they found it; None on the CPU.
 
     One for each number of bytes, device and stream, because kernels on two streams may run at once.

@@ -38,9 +38,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _refused(op: str) -> RuntimeError:
-    return RuntimeError(
-        f"fusereg.{op}: the kernel refused a prepared tensor; please report this"
-    )
+    return RuntimeError(f"fusereg.{op}: the kernel refused a prepared tensor; please report this")
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -182,9 +180,7 @@ def _gradients(
 
 class Add(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor, call: Call
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor, call: Call) -> Tensor:
         y = add(call, x, bias, residual)
         ctx.call = (call, y.stride())
         if _dispatch.forward_mode():
@@ -210,9 +206,7 @@ class Add(torch.autograd.Function):
 
 class AddInPlace(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor, call: Call
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor, call: Call) -> Tensor:
         ctx.call = (call, torch.empty_like(x, device="meta").stride())
         ctx.mark_dirty(x)
         return run_add(x, x, bias, residual, call)
@@ -233,9 +227,7 @@ class _BiasBackward(torch.autograd.Function):
         return _bias_backward(call, grad, strides)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_x: Tensor, grad_bias: Tensor
-    ) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_x: Tensor, grad_bias: Tensor) -> tuple[Tensor, None, None]:
         total = grad_x + grad_bias
         return _dropout_ops.gradient(total, *ctx.call), None, None
 
@@ -378,14 +370,10 @@ def _op_add(
 def _op_bias_backward(
     grad: Tensor, seed: Tensor, p: float, index_offset: int, stride: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    return _bias_backward(
-        _call(seed, p, 0, index_offset, "fused_dropout_add"), grad, tuple(stride)
-    )
+    return _bias_backward(_call(seed, p, 0, index_offset, "fused_dropout_add"), grad, tuple(stride))
 
 
-def _op_activate(
-    x: Tensor, seed: Tensor, p: float, activation: str, index_offset: int
-) -> Tensor:
+def _op_activate(x: Tensor, seed: Tensor, p: float, activation: str, index_offset: int) -> Tensor:
     return activate(_call(seed, p, 0, index_offset, "activation_dropout"), x, activation)
 
 

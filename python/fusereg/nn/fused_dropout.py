@@ -116,9 +116,7 @@ class ActivationDropout(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The activation of the input, with elements dropped in training mode."""
-        return F.activation_dropout(
-            input, self.p, self.activation, self.training, self.inplace
-        )
+        return F.activation_dropout(input, self.p, self.activation, self.training, self.inplace)
 
     def extra_repr(self) -> str:
         """The arguments."""
