@@ -242,10 +242,11 @@ def test_activations_are_good_to_the_last_places(activation: str, backend: Backe
 
 def test_activations_at_the_ends(backend: Backend) -> None:
     ends = torch.tensor([math.inf, 1e30, -1e30, math.nan, 0.0, -0.0], device=backend.device)
-    for activation, formula in ACTIVATIONS.items():
+    wanted = torch.tensor([math.inf, 1e30, 0.0, math.nan, 0.0, 0.0], device=backend.device)
+    for activation in ACTIVATIONS:
         x = leaf(ends)
         y = F.activation_dropout(x, 0.0, activation)
-        assert torch.equal(y.nan_to_num(7.0), formula(ends).nan_to_num(7.0)), activation
+        assert torch.equal(y.nan_to_num(7.0), wanted.nan_to_num(7.0)), activation
         (grad,) = gradients(y, torch.ones_like(y), x)
         assert grad[1] == 1.0
         assert grad[2] == 0.0
@@ -348,7 +349,9 @@ def test_in_place(dtype: torch.dtype, backend: Backend) -> None:
         y = F.bias_dropout_add(start, start[0], residual, 0.4, seed=SEED)
         assert torch.equal(F.bias_dropout_add(start, start[0], own, 0.4, seed=SEED, out=own), y)
     strided = torch.full((70, 5), 3.0, dtype=dtype, device=start.device).t()
-    assert torch.equal(F.bias_dropout_add(start, start[0], residual, 0.4, seed=SEED, out=strided), y)
+    assert torch.equal(
+        F.bias_dropout_add(start, start[0], residual, 0.4, seed=SEED, out=strided), y
+    )
 
 
 # --- the arguments --------------------------------------------------------------------------------
@@ -379,7 +382,10 @@ def test_arguments_that_do_not_fit_are_refused_by_name() -> None:
         with pytest.raises(kind, match=rf"fusereg\.bias_dropout_add: {text}"):
             call()
     whole = torch.randn(9, 6)
-    for out, text in ((whole[1:5], "residual and out overlap"), (whole[5:], "bias and out overlap")):
+    for out, text in (
+        (whole[1:5], "residual and out overlap"),
+        (whole[5:], "bias and out overlap"),
+    ):
         with pytest.raises(ValueError, match=text):
             f(x, whole[5], whole[:4], out=out)
     with pytest.raises(ValueError, match="out= supports no gradients, and bias requires one"):
