@@ -18,15 +18,17 @@ _OPS = torch.ops.fusereg
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
+
+def _activation(name: str) -> Callable[..., Tensor]:
+    return lambda x, r, b, p=0.4, **k: F.activation_dropout(x, p, name, **k)
+
+
 #: Each operation as a function of up to three tensors (x, residual, bias) and a seed.
 KINDS: dict[str, Callable[..., Tensor]] = {
     "bias_dropout_add": lambda x, r, b, p=0.4, **k: F.bias_dropout_add(x, b, r, p, **k),
     "dropout_add": lambda x, r, b, p=0.4, **k: F.dropout_add(x, r, p, **k),
     "drop_path_add": lambda x, r, b, p=0.4, **k: F.drop_path_add(x, r, p, **k),
-    **{
-        a: (lambda a: lambda x, r, b, p=0.4, **k: F.activation_dropout(x, p, a, **k))(a)
-        for a in ACTIVATIONS
-    },
+    **{a: _activation(a) for a in ACTIVATIONS},
 }
 
 
@@ -375,7 +377,7 @@ def test_autocast_takes_what_comes() -> None:
     for t in (linear.weight, bias, residual):
         assert t.grad is not None
         assert t.grad.dtype is torch.float32
-    with pytest.raises(ValueError, match="residual must be torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"residual must be torch\.bfloat16"):
         F.dropout_add(x, residual)
 
 

@@ -26,7 +26,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import _C, _dispatch, _dropout_ops, _params, _random
+from . import _C, _dispatch, _dropout_ops, _params
 from ._dropout_ops import Call, applied, laid_out
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
