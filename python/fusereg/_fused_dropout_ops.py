@@ -189,7 +189,8 @@ class Add(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(grad, *ctx.call, ctx.needs_input_grad), None)
+        call, strides = ctx.call
+        return (*_gradients(grad, call, strides, ctx.needs_input_grad), None)
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor | None, bias: Tensor | None, *others: Tensor | None) -> Tensor:
@@ -213,7 +214,8 @@ class AddInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(grad, *ctx.call, ctx.needs_input_grad), None)
+        call, strides = ctx.call
+        return (*_gradients(grad, call, strides, ctx.needs_input_grad), None)
 
 
 class _BiasBackward(torch.autograd.Function):
