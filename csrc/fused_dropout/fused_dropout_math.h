@@ -9,7 +9,8 @@
 //   relu(x)       max(x, 0), NaN stays
 //
 // All of it stands on exp() of numbers that are not positive, so nothing overflows, and on no
-// difference of almost equal numbers: the tails keep their relative accuracy.
+// difference of almost equal numbers: the tails keep their relative accuracy, that of the tanh form
+// as far as the rounding of its cubic argument allows.
 #pragma once
 
 #include "core/dtype.h"

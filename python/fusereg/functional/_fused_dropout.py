@@ -186,7 +186,8 @@ def activation_dropout(
     ``"relu"``: :math:`\max(x, 0)`. ``"gelu"``: :math:`x \Phi(x)` with the normal distribution
     function (Hendrycks, Gimpel 2016), ``"gelu_tanh"``: its tanh form. ``"silu"``:
     :math:`x / (1 + e^{-x})`. Exponential and distribution function are the kernel's own, good to
-    some units of the last place in the tails too, and the same bits on every CPU instruction set.
+    some units of the last place in the tails too (``"gelu_tanh"`` as far as its cubic argument is),
+    and the same bits on every CPU instruction set.
 
     Args:
         x: of any shape and layout.
