@@ -16,6 +16,9 @@ void bind(py::module_& m);
 namespace fusereg::dropout_norm {
 void bind(py::module_& m);
 }
+namespace fusereg::fused_dropout {
+void bind(py::module_& m);
+}
 namespace fusereg::penalty {
 void bind(py::module_& m);
 }
@@ -113,5 +116,6 @@ PYBIND11_MODULE(FUSEREG_MODULE_NAME, m) {
 #endif
   dropout::bind(m);
   dropout_norm::bind(m);
+  fused_dropout::bind(m);
   penalty::bind(m);
 }

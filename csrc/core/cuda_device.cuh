@@ -283,22 +283,25 @@ FUSEREG_DEVICE_INLINE void store_release(unsigned* p, unsigned v) {
 #endif
 }
 
-// True, in all threads, for the one block that gets here last; that block sees everything that the
-// others wrote before they called. So a grid reduces in one launch: each block writes its partial
-// result to its own slot, and the last one adds the slots in their order. *counter must be 0 before
-// the first launch, and is 0 again after each, if every block calls once.
-FUSEREG_DEVICE_INLINE bool is_last_block(unsigned* counter) {
+// True, in all threads, for the one of `blocks` blocks that gets here last; that block sees
+// everything that the others wrote before they called. So a grid reduces in one launch: each block
+// writes its partial result to its own slot, and the last one adds the slots in their order.
+// *counter must be 0 before the first launch, and is 0 again after each, if every block calls once.
+FUSEREG_DEVICE_INLINE bool is_last_block(unsigned* counter, unsigned blocks) {
   FUSEREG_SHARED(is_last, bool);
   __threadfence();  // what this thread wrote is visible ...
   __syncthreads();  // ... as is what the block wrote, before one thread says so
   if (thread_rank() == 0) {
-    const unsigned last = grid_blocks() - 1;
+    const unsigned last = blocks - 1;
     is_last = atomicInc(counter, last) == last;  // wraps to 0 with the last block
   }
   __syncthreads();
   const bool result = is_last;
   if (result) __threadfence();
   return result;
+}
+FUSEREG_DEVICE_INLINE bool is_last_block(unsigned* counter) {
+  return is_last_block(counter, grid_blocks());
 }
 
 // A barrier of the whole grid, for cooperative launches. *state must be 0 before the first launch

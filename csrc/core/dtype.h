@@ -171,6 +171,10 @@ struct TypeTag {
 };
 
 // dispatch_dtype(dtype, [&](auto tag) { using T = typename decltype(tag)::type; ... });
+#if defined(__CUDACC__)
+// Host code calls it with host functions, device code with device functions.
+#pragma nv_exec_check_disable
+#endif
 template <class F>
 FUSEREG_HD inline auto dispatch_dtype(DType dtype, F&& f) {
   switch (dtype) {

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+FUSED_DROPOUT_COUNTERS: int
 PENALTY_WORKSPACE_BYTES: int
 CUDA_ON_HOST: bool
 
@@ -86,6 +87,52 @@ def dropout_backward(
     p: float,
     alpha: bool,
     row_dims: int,
+    index_offset: int,
+    op: str,
+) -> int: ...
+def fused_dropout_add(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    seed: int | torch.Tensor,
+    offset: int,
+    p: float,
+    rows: bool,
+    index_offset: int,
+    op: str,
+) -> int: ...
+def fused_dropout_partials(numel: int, columns: int) -> int: ...
+def fused_dropout_bias_backward(
+    grad_x: torch.Tensor,
+    grad_bias: torch.Tensor,
+    grad: torch.Tensor,
+    partials: torch.Tensor,
+    counters: torch.Tensor | None,
+    seed: int | torch.Tensor,
+    offset: int,
+    p: float,
+    index_offset: int,
+    op: str,
+) -> int: ...
+def activation_dropout_forward(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    activation: str,
+    seed: int | torch.Tensor,
+    offset: int,
+    p: float,
+    index_offset: int,
+    op: str,
+) -> int: ...
+def activation_dropout_backward(
+    grad_x: torch.Tensor,
+    grad: torch.Tensor,
+    saved: torch.Tensor,
+    activation: str,
+    seed: int | torch.Tensor,
+    offset: int,
+    p: float,
     index_offset: int,
     op: str,
 ) -> int: ...

@@ -66,32 +66,32 @@ def forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-_workspaces: dict[tuple[int, int], torch.Tensor] = {}
+_workspaces: dict[tuple[int, int, int], torch.Tensor] = {}
 
 
-def workspace(device: torch.device) -> torch.Tensor | None:
+def workspace(device: torch.device, size: int = _C.PENALTY_WORKSPACE_BYTES) -> torch.Tensor | None:
     """Scratch memory that CUDA reductions leave zeroed as they found it; None on the CPU.
 
-    One for each device and stream, because kernels on two streams may run at once. While a CUDA
-    graph is being captured it is a fresh one, which belongs to the graph's own memory.
+    One for each number of bytes, device and stream, because kernels on two streams may run at once.
+    While a CUDA graph is being captured it is a fresh one, which belongs to the graph's own memory.
     """
     if device.type == "cpu":
         if not _C.CUDA_ON_HOST:
             return None
-        key = (-1, 0)
+        key = (size, -1, 0)
     else:
         if torch.cuda.is_current_stream_capturing():
-            return _new_workspace(device)
+            return _new_workspace(device, size)
         stream = torch.cuda.current_stream(device)
-        key = (stream.device.index, stream.cuda_stream)
+        key = (size, stream.device.index, stream.cuda_stream)
     found = _workspaces.get(key)
     if found is None:
-        found = _workspaces[key] = _new_workspace(device)
+        found = _workspaces[key] = _new_workspace(device, size)
     return found
 
 
-def _new_workspace(device: torch.device) -> torch.Tensor:
-    return torch.zeros(_C.PENALTY_WORKSPACE_BYTES // 8, dtype=torch.float64, device=device)
+def _new_workspace(device: torch.device, size: int) -> torch.Tensor:
+    return torch.zeros(size // 8, dtype=torch.float64, device=device)
 
 
 _barriers: dict[tuple[int, int], torch.Tensor] = {}

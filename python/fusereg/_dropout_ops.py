@@ -80,10 +80,15 @@ def forward(call: Call, x: Tensor) -> Tensor:
 
 def backward(call: Call, grad: Tensor, strides: Sequence[int]) -> Tensor:
     """The gradient of x, walked in the order in which forward walked x (its result's strides)."""
-    if grad.stride() != strides:
-        empty = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
-        grad = empty.copy_(grad)
+    grad = laid_out(grad, strides)
     return _run(_C.dropout_backward, torch.empty_like(grad), grad, call)
+
+
+def laid_out(t: Tensor, strides: Sequence[int]) -> Tensor:
+    """The tensor itself if it lies in memory as these strides say, else a copy that does."""
+    if t.stride() == strides:
+        return t
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
 def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
@@ -150,7 +155,7 @@ def gradient(grad: Tensor, call: Call, strides: Sequence[int]) -> Tensor:
 
 def dropped(x: Tensor, call: Call) -> Tensor:
     """forward(), differentiable where that is asked for."""
-    return _apply(x, call) if _differentiated(x) else forward(call, x)
+    return _apply(x, call) if differentiated(x) else forward(call, x)
 
 
 #: _Dropout.apply without its question for functorch, which the gate has answered: 1.2 us less.
@@ -330,7 +335,15 @@ def check_input(x: object, op: str, name: str = "x") -> None:
         _params.check(x, op, name)
 
 
-def _check_target(x: Tensor, out: object, op: str) -> Tensor:
+def check_index_offset(index_offset: object, op: str) -> None:
+    if isinstance(index_offset, bool) or not isinstance(index_offset, int) or index_offset < 0:
+        raise ValueError(
+            f"fusereg.{op}: index_offset must be an integer and not negative, got {index_offset!r}"
+        )
+
+
+def check_target(x: Tensor, out: object, op: str) -> Tensor:
+    """``out`` for a result like x."""
     if not isinstance(out, Tensor):
         raise TypeError(f"fusereg.{op}: out must be a torch.Tensor, got {type(out).__name__}")
     if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
@@ -344,12 +357,12 @@ def _check_target(x: Tensor, out: object, op: str) -> Tensor:
             f"fusereg.{op}: out= supports no gradients, and x or out requires one; "
             "leave out= away, or call under torch.no_grad()"
         )
-    if _overlap_partly(x, out):
+    if overlap_partly(x, out):
         raise ValueError(f"fusereg.{op}: x and out overlap in memory without being the same")
     return out
 
 
-def _overlap_partly(x: Tensor, out: Tensor) -> bool:
+def overlap_partly(x: Tensor, out: Tensor) -> bool:
     if x is out or not _dispatch.eager() or x.numel() == 0 or x.device.type == "meta":
         return False
 
@@ -361,7 +374,7 @@ def _overlap_partly(x: Tensor, out: Tensor) -> bool:
     return a < b_end and b < a_end and not (a == b and x.stride() == out.stride())
 
 
-def _check_in_place(x: Tensor, op: str) -> None:
+def check_in_place(x: Tensor, op: str) -> None:
     _params.check_writable(x, op, "x")
     if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
         raise ValueError(
@@ -406,11 +419,11 @@ def dropout(
     if out is not None:
         if inplace:
             raise ValueError(f"fusereg.{op}: inplace and out exclude each other")
-        _check_target(x, out, op)
+        check_target(x, out, op)
     if not training or p == 0:
         return x if out is None or out is x else out.copy_(x)
     if inplace:
-        _check_in_place(x, op)
+        check_in_place(x, op)
     if (
         not _dispatch.eager()
         or x.device.type == "meta"
@@ -420,28 +433,25 @@ def dropout(
         pair = _random.operator_pair(x.device, seed, generator, op)
         return _observed(x, pair, constants, x if inplace else out)
 
-    if isinstance(index_offset, bool) or not isinstance(index_offset, int) or index_offset < 0:
-        raise ValueError(
-            f"fusereg.{op}: index_offset must be an integer and not negative, got {index_offset!r}"
-        )
+    check_index_offset(index_offset, op)
     numbers = _random.eager_pair(x.device, seed, generator, op)
     call = Call(*numbers, float(p), alpha, row_dims, index_offset, op)
     if out is not None:
-        return _written(_run(_C.dropout_forward, out, x, call))
+        return written(_run(_C.dropout_forward, out, x, call))
     if not inplace:
         return dropped(x, call)
     if _dispatch.forward_mode():
         return x.copy_(_apply(x, call))
     if torch.is_grad_enabled() and x.requires_grad:
         return applied(_DropoutInPlace, x, call)
-    return _written(_run(_C.dropout_forward, x, x, call))
+    return written(_run(_C.dropout_forward, x, x, call))
 
 
-def _differentiated(x: Tensor) -> bool:
+def differentiated(x: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or _dispatch.forward_mode())
 
 
-def _written(y: Tensor) -> Tensor:
+def written(y: Tensor) -> Tensor:
     if not y.is_inference():
         torch.autograd.graph.increment_version(y)
     return y

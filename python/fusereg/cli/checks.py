@@ -297,6 +297,89 @@ def _dropout_add_rms_norm(device: torch.device) -> Pairs:
     return _dropout_norm(device, rms=True)
 
 
+def _fused(
+    call: Callable[..., Tensor],
+    exact: Callable[..., Tensor],
+    tensors: list[Tensor],
+) -> Pairs:
+    """Result and the gradients of all tensors; exact gets the kept share after them."""
+    keep = fusereg._C.dropout_constants(P, False)[2]
+    leaves = [t.requires_grad_() for t in tensors]
+    wanted = [t.requires_grad_() for t in _exact(tensors)]
+    y, reference = call(*leaves), exact(*wanted, keep)
+    weights = torch.linspace(-1.0, 1.0, y.numel(), dtype=torch.float64).reshape(y.shape)
+    gradients = torch.autograd.grad(y, leaves, weights.float().to(y.device))
+    references = torch.autograd.grad(reference, wanted, weights.float().double())
+    return [(y, reference), *zip(gradients, references, strict=True)]
+
+
+def _matrices(device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(20)
+    shapes = ((37, 65), (37, 65), (65,))
+    return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+
+
+@kernel_check("bias_dropout_add", "residual + dropout(x + bias)")
+def _bias_dropout_add(device: torch.device) -> Pairs:
+    mask = fusereg.dropout_mask((37, 65), P, 5, device=device).cpu()
+    return _fused(
+        lambda x, r, b: functional.bias_dropout_add(x, b, r, P, seed=5),
+        lambda x, r, b, keep: r + torch.where(mask, (x + b) / keep, 0.0),
+        _matrices(device),
+    )
+
+
+@kernel_check("dropout_add", "residual + dropout(x)")
+def _dropout_add(device: torch.device) -> Pairs:
+    mask = fusereg.dropout_mask((37, 65), P, 5, device=device).cpu()
+    return _fused(
+        lambda x, r: functional.dropout_add(x, r, P, seed=5),
+        lambda x, r, keep: r + torch.where(mask, x / keep, 0.0),
+        _matrices(device)[:2],
+    )
+
+
+@kernel_check("drop_path_add", "residual + x for each row kept")
+def _drop_path_add(device: torch.device) -> Pairs:
+    mask = fusereg.dropout_mask((37, 1), P, 5, device=device).cpu()
+    return _fused(
+        lambda x, r: functional.drop_path_add(x, r, P, seed=5),
+        lambda x, r, keep: r + torch.where(mask, x / keep, 0.0),
+        _matrices(device)[:2],
+    )
+
+
+def _activated(name: str, f: Callable[[Tensor], Tensor], device: torch.device) -> Pairs:
+    mask = fusereg.dropout_mask((37, 65), P, 5, device=device).cpu()
+    return _fused(
+        lambda x: functional.activation_dropout(x, P, name, seed=5),
+        lambda x, keep: torch.where(mask, f(x) / keep, 0.0),
+        _matrices(device)[:1],
+    )
+
+
+@kernel_check("activation_dropout, relu", "dropout(max(x, 0))")
+def _relu(device: torch.device) -> Pairs:
+    return _activated("relu", torch.relu, device)
+
+
+@kernel_check("activation_dropout, gelu", "dropout(x * Phi(x))")
+def _gelu(device: torch.device) -> Pairs:
+    return _activated("gelu", torch.nn.functional.gelu, device)
+
+
+@kernel_check("activation_dropout, gelu_tanh", "the tanh form of it")
+def _gelu_tanh(device: torch.device) -> Pairs:
+    return _activated(
+        "gelu_tanh", lambda x: torch.nn.functional.gelu(x, approximate="tanh"), device
+    )
+
+
+@kernel_check("activation_dropout, silu", "dropout(x / (1 + exp(-x)))")
+def _silu(device: torch.device) -> Pairs:
+    return _activated("silu", torch.nn.functional.silu, device)
+
+
 @kernel_check("sparsity", "share of exact zeros")
 def _sparsity(device: torch.device) -> Pairs:
     weights = _weights(device)

@@ -12,6 +12,12 @@ from ._dropout import (
     feature_alpha_dropout,
 )
 from ._dropout_norm import dropout_add_layer_norm, dropout_add_rms_norm
+from ._fused_dropout import (
+    activation_dropout,
+    bias_dropout_add,
+    drop_path_add,
+    dropout_add,
+)
 from ._penalty import (
     elastic_net_penalty,
     group_lasso_penalty,
@@ -20,13 +26,17 @@ from ._penalty import (
 )
 
 __all__ = [
+    "activation_dropout",
     "alpha_dropout",
+    "bias_dropout_add",
     "drop_connect_linear",
     "drop_path",
+    "drop_path_add",
     "dropout",
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
     "dropout_mask",

@@ -11,15 +11,20 @@ from .dropout import (
     FeatureAlphaDropout,
 )
 from .dropout_norm import DropoutAddLayerNorm, DropoutAddRMSNorm
+from .fused_dropout import ActivationDropout, BiasDropoutAdd, DropoutAdd, DropPathAdd
 
 __all__ = [
+    "ActivationDropout",
     "AlphaDropout",
+    "BiasDropoutAdd",
     "DropConnectLinear",
     "DropPath",
+    "DropPathAdd",
     "Dropout",
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "DropoutAdd",
     "DropoutAddLayerNorm",
     "DropoutAddRMSNorm",
     "FeatureAlphaDropout",

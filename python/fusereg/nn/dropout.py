@@ -23,7 +23,8 @@ __all__ = [
 ]
 
 
-def _probability(p: float | None, keep_prob: float | None, op: str) -> float:
+def probability(p: float | None, keep_prob: float | None, op: str) -> float:
+    """p, or 1 - keep_prob, or one half if neither is given."""
     if keep_prob is None:
         p = 0.5 if p is None else p
         _dropout_ops.check_probability(p, op)
@@ -49,7 +50,7 @@ class Dropout(nn.Dropout):
     def __init__(
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
-        super().__init__(_probability(p, keep_prob, "Dropout"), inplace)
+        super().__init__(probability(p, keep_prob, "Dropout"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with elements dropped; itself in evaluation mode."""
@@ -68,7 +69,7 @@ class Dropout1d(nn.Dropout1d):
     def __init__(
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
-        super().__init__(_probability(p, keep_prob, "Dropout1d"), inplace)
+        super().__init__(probability(p, keep_prob, "Dropout1d"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with channels dropped; itself in evaluation mode."""
@@ -87,7 +88,7 @@ class Dropout2d(nn.Dropout2d):
     def __init__(
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
-        super().__init__(_probability(p, keep_prob, "Dropout2d"), inplace)
+        super().__init__(probability(p, keep_prob, "Dropout2d"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with channels dropped; itself in evaluation mode."""
@@ -106,7 +107,7 @@ class Dropout3d(nn.Dropout3d):
     def __init__(
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
-        super().__init__(_probability(p, keep_prob, "Dropout3d"), inplace)
+        super().__init__(probability(p, keep_prob, "Dropout3d"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with channels dropped; itself in evaluation mode."""
@@ -125,7 +126,7 @@ class AlphaDropout(nn.AlphaDropout):
     def __init__(
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
-        super().__init__(_probability(p, keep_prob, "AlphaDropout"), inplace)
+        super().__init__(probability(p, keep_prob, "AlphaDropout"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with elements at SELU's limit; itself in evaluation mode."""
@@ -144,7 +145,7 @@ class FeatureAlphaDropout(nn.FeatureAlphaDropout):
     def __init__(
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
-        super().__init__(_probability(p, keep_prob, "FeatureAlphaDropout"), inplace)
+        super().__init__(probability(p, keep_prob, "FeatureAlphaDropout"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with channels at SELU's limit; itself in evaluation mode."""
@@ -164,7 +165,7 @@ class DropPath(nn.Module):
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
         super().__init__()
-        self.p = _probability(p, keep_prob, "DropPath")
+        self.p = probability(p, keep_prob, "DropPath")
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
@@ -201,7 +202,7 @@ class DropConnectLinear(nn.Linear):
         keep_prob: float | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.p = _probability(p, keep_prob, "DropConnectLinear")
+        self.p = probability(p, keep_prob, "DropConnectLinear")
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer with weights dropped; the plain one in evaluation mode."""

@@ -1,0 +1,220 @@
+// fusereg._C: dropout fused with its neighbours. Contract: fused_dropout.h, _C.pyi.
+#include <algorithm>
+#include <string>
+
+#include "core/seed_argument.h"
+#include "core/tensor.h"
+#include "fused_dropout/fused_dropout.h"
+
+namespace fusereg::fused_dropout {
+namespace {
+
+constexpr int kDone = 0;
+constexpr int kNeedsPreparation = 2;
+
+std::string where(const char* op, const char* name) {
+  return std::string("fusereg.") + op + ": " + name;
+}
+
+Activation parse_activation(const std::string& name, const char* op) {
+  if (name == "relu") return Activation::kRelu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "silu") return Activation::kSilu;
+  throw py::value_error(where(op, "activation") + " must be relu, gelu, gelu_tanh or silu, got " +
+                        name);
+}
+
+void set_draw(Job& job, double p, const char* op) {
+  if (!(p >= 0.0 && p <= 1.0)) throw py::value_error(where(op, "p") + " must be within [0, 1]");
+  if (p == 0.0) {
+    job.draw = {0, 0, 1.0};
+    return;
+  }
+  job.draw = make_draw(p);
+  job.scale = job.draw.keep == 0.0 ? 0.0 : 1.0 / job.draw.keep;
+}
+
+bool plain(const py::object& object, TensorView& view) {
+  return read_tensor(object, view) == Kind::kPlain;
+}
+
+// Reads x and y into the job; false: Python must prepare them.
+bool set_tensors(Job& job, const TensorView& x, const TensorView& y) {
+  if (x.dtype != y.dtype || x.device != y.device || !x.same_layout(y) || !x.dense()) return false;
+  job.x = x.data;
+  job.y = y.data;
+  job.dtype = x.dtype;
+  job.numel = x.numel;
+  return true;
+}
+
+bool fits(const TensorView& x, const TensorView& other) {
+  return x.dtype == other.dtype && x.device == other.device && x.same_layout(other);
+}
+
+// Whether the last dimension is the one whose elements lie side by side: then the column of an
+// element is its position modulo the bias's size.
+bool last_is_innermost(const TensorView& x) {
+  return x.ndim > 0 && (x.numel == 0 || x.sizes[x.ndim - 1] == 1 || x.strides[x.ndim - 1] == 1);
+}
+
+// A vector of x's last dimension.
+bool is_vector_of(const TensorView& x, const TensorView& vector) {
+  return vector.dtype == x.dtype && vector.device == x.device && vector.ndim == 1 && x.ndim > 0 &&
+         vector.sizes[0] == x.sizes[x.ndim - 1] && (vector.sizes[0] < 2 || vector.strides[0] == 1);
+}
+
+void run(const Job& job, const Device& device) {
+#if defined(FUSEREG_CUDA)
+  if (runs_cuda_kernels(device)) {
+    run_cuda(job, device.index, current_stream(device));
+    return;
+  }
+#endif
+  (void)device;
+  constexpr std::int64_t kWorthReleasing = 1 << 14;
+  if (job.numel < kWorthReleasing) {
+    run_cpu(job);
+    return;
+  }
+  const py::gil_scoped_release release;
+  run_cpu(job);
+}
+
+// y = residual + dropout(x + bias), or with rows: whole slices of the first dimension. 0: done; 2:
+// Python must prepare a tensor first, and nothing has been written.
+int fused_dropout_add(const py::object& y, const py::object& x, const py::object& bias,
+                      const py::object& residual, const py::object& seed, const py::object& offset,
+                      double p, bool rows, const py::object& index_offset, const char* op) {
+  Job job;
+  set_draw(job, p, op);
+  TensorView in, out, other, vector;
+  if (!plain(x, in) || !plain(y, out) || !plain(residual, other) || !set_tensors(job, in, out) ||
+      !fits(in, other)) {
+    return kNeedsPreparation;
+  }
+  if (!bias.is_none()) {
+    if (rows) throw py::value_error(where(op, "bias") + " does not go with rows");
+    if (!plain(bias, vector) || !is_vector_of(in, vector) || !last_is_innermost(in))
+      return kNeedsPreparation;
+    job.bias = vector.data;
+    job.columns = std::max<std::int64_t>(vector.numel, 1);
+  }
+  if (rows) {
+    if (in.ndim == 0) throw py::value_error(where(op, "x") + " must have a dimension");
+    // Each slice in one piece, one after the other.
+    if (in.numel > 0 && in.sizes[0] > 1 && in.strides[0] * in.sizes[0] != in.numel)
+      return kNeedsPreparation;
+    job.form = Form::kRows;
+    job.rows = std::max<std::int64_t>(in.sizes[0], 1);
+  }
+  job.other = other.data;
+  job.index_offset = bits_argument(index_offset, op, "index_offset");
+  job.random = seed_argument(seed, offset, in.device, op);
+  run(job, in.device);
+  return kDone;
+}
+
+// Elements of float64 that fused_dropout_bias_backward needs for its partial sums.
+std::int64_t fused_dropout_partials(std::int64_t numel, std::int64_t columns) {
+  if (columns <= 0) return 1;
+  numel = std::max<std::int64_t>(numel, 1);
+  const Chunks cpu = make_chunks(numel, columns, kCpuRule);
+  const Chunks cuda = make_chunks(numel, columns, kCudaRule);
+  return std::max(cpu.width * cpu.count, cuda.width * cuda.count);
+}
+
+// grad_x = dropout(grad), grad_bias = its sum over all but the last dimension.
+int fused_dropout_bias_backward(const py::object& grad_x, const py::object& grad_bias,
+                                const py::object& grad, const py::object& partials,
+                                const py::object& counters, const py::object& seed,
+                                const py::object& offset, double p, const py::object& index_offset,
+                                const char* op) {
+  Job job;
+  job.form = Form::kBiasBackward;
+  set_draw(job, p, op);
+  TensorView in, out, vector, slots;
+  if (!plain(grad, in) || !plain(grad_x, out) || !plain(grad_bias, vector) ||
+      !set_tensors(job, in, out) || !is_vector_of(in, vector) || !last_is_innermost(in)) {
+    return kNeedsPreparation;
+  }
+  job.grad_bias = vector.data;
+  job.columns = vector.numel;
+  slots = tensor_argument(partials, op, "partials");
+  if (slots.dtype != DType::kFloat64 || slots.device != in.device || !slots.dense() ||
+      slots.numel < fused_dropout_partials(job.numel, job.columns)) {
+    throw py::value_error(where(op, "partials") +
+                          " must be float64 on the gradient's device, as many as "
+                          "fused_dropout_partials() says");
+  }
+  job.partials = static_cast<double*>(slots.data);
+  if (runs_cuda_kernels(in.device)) {
+    const TensorView zeros = tensor_argument(counters, op, "counters");
+    if (zeros.device != in.device || zeros.numel * dtype_size(zeros.dtype) < 4 * kMaxTiles)
+      throw py::value_error(where(op, "counters") + " is too small");
+    job.counters = static_cast<unsigned*>(zeros.data);
+  }
+  job.index_offset = bits_argument(index_offset, op, "index_offset");
+  job.random = seed_argument(seed, offset, in.device, op);
+  run(job, in.device);
+  return kDone;
+}
+
+// y = dropout(activation(x)).
+int activation_dropout_forward(const py::object& y, const py::object& x,
+                               const std::string& activation, const py::object& seed,
+                               const py::object& offset, double p, const py::object& index_offset,
+                               const char* op) {
+  Job job;
+  job.form = Form::kActivate;
+  job.activation = parse_activation(activation, op);
+  set_draw(job, p, op);
+  TensorView in, out;
+  if (!plain(x, in) || !plain(y, out) || !set_tensors(job, in, out)) return kNeedsPreparation;
+  job.index_offset = bits_argument(index_offset, op, "index_offset");
+  job.random = seed_argument(seed, offset, in.device, op);
+  run(job, in.device);
+  return kDone;
+}
+
+// grad_x = dropout(grad * activation'(saved)); saved is x, or y for relu.
+int activation_dropout_backward(const py::object& grad_x, const py::object& grad,
+                                const py::object& saved, const std::string& activation,
+                                const py::object& seed, const py::object& offset, double p,
+                                const py::object& index_offset, const char* op) {
+  Job job;
+  job.form = Form::kActivateBackward;
+  job.activation = parse_activation(activation, op);
+  set_draw(job, p, op);
+  TensorView in, out, other;
+  if (!plain(grad, in) || !plain(grad_x, out) || !plain(saved, other) ||
+      !set_tensors(job, in, out) || !fits(in, other)) {
+    return kNeedsPreparation;
+  }
+  job.other = other.data;
+  job.index_offset = bits_argument(index_offset, op, "index_offset");
+  job.random = seed_argument(seed, offset, in.device, op);
+  run(job, in.device);
+  return kDone;
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  using py::arg;
+  m.def("fused_dropout_add", &fused_dropout_add, arg("y"), arg("x"), arg("bias"), arg("residual"),
+        arg("seed"), arg("offset"), arg("p"), arg("rows"), arg("index_offset"), arg("op"));
+  m.def("fused_dropout_partials", &fused_dropout_partials, arg("numel"), arg("columns"));
+  m.def("fused_dropout_bias_backward", &fused_dropout_bias_backward, arg("grad_x"),
+        arg("grad_bias"), arg("grad"), arg("partials"), arg("counters"), arg("seed"), arg("offset"),
+        arg("p"), arg("index_offset"), arg("op"));
+  m.def("activation_dropout_forward", &activation_dropout_forward, arg("y"), arg("x"),
+        arg("activation"), arg("seed"), arg("offset"), arg("p"), arg("index_offset"), arg("op"));
+  m.def("activation_dropout_backward", &activation_dropout_backward, arg("grad_x"), arg("grad"),
+        arg("saved"), arg("activation"), arg("seed"), arg("offset"), arg("p"), arg("index_offset"),
+        arg("op"));
+  m.attr("FUSED_DROPOUT_COUNTERS") = kMaxTiles;
+}
+
+}  // namespace fusereg::fused_dropout
