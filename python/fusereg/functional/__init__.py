@@ -1,8 +1,8 @@
 """Functions without state. All are differentiable unless they say otherwise."""
 
+from ._drop_connect import drop_connect_conv2d, drop_connect_linear
 from ._dropout import (
     alpha_dropout,
-    drop_connect_linear,
     drop_path,
     dropout,
     dropout1d,
@@ -20,6 +20,7 @@ from ._penalty import (
 
 __all__ = [
     "alpha_dropout",
+    "drop_connect_conv2d",
     "drop_connect_linear",
     "drop_path",
     "dropout",

@@ -1,4 +1,4 @@
-"""Dropout of elements, channels, samples, weights."""
+"""Dropout of elements, channels, samples."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .. import _drop_connect, _dropout_ops
+from .. import _dropout_ops
 from .._docs import share_paragraphs
 
 __all__ = [
     "alpha_dropout",
-    "drop_connect_linear",
     "drop_path",
     "dropout",
     "dropout1d",
@@ -297,38 +296,6 @@ def drop_path(
         index_offset,
         dict.fromkeys(range(1, 65), 1),
         "drop_path",
-    )
-
-
-def drop_connect_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    p: float = 0.5,
-    training: bool = True,
-    *,
-    seed: int | Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    r"""Linear layer with DropConnect, :math:`y = x\, (m \odot W / (1-p))^T + b` (Wan et al. 2013).
-
-    One mask for the whole batch. In eager mode the dropped weight is not kept for backward: it is
-    drawn again.
-
-    Args:
-        x: of shape (..., in_features).
-        weight: of shape (out_features, in_features), float64, float32, float16 or bfloat16.
-        bias: of shape (out_features,), or None. It is not dropped.
-        p: the probability of dropping a weight, within [0, 1].
-        training: whether to drop at all.
-        seed: as in :func:`dropout`; ``dropout_mask(weight.shape, p, seed)`` is then the mask.
-        generator: as in :func:`dropout`.
-
-    Raises:
-        TypeError, ValueError: as :func:`dropout`, of the weight; also if it has not 2 dimensions.
-    """
-    return _drop_connect.linear(
-        x, weight, bias, p, training, seed, generator, "drop_connect_linear"
     )
 
 

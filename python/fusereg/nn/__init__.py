@@ -1,8 +1,8 @@
 """Layers: drop-in replacements for those of torch.nn, with the same arguments and the same repr."""
 
+from .drop_connect import DropConnectConv2d, DropConnectLinear
 from .dropout import (
     AlphaDropout,
-    DropConnectLinear,
     Dropout,
     Dropout1d,
     Dropout2d,
@@ -13,6 +13,7 @@ from .dropout import (
 
 __all__ = [
     "AlphaDropout",
+    "DropConnectConv2d",
     "DropConnectLinear",
     "DropPath",
     "Dropout",

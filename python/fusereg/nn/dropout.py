@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from .. import _dropout_ops
@@ -13,7 +12,6 @@ from .. import functional as F
 
 __all__ = [
     "AlphaDropout",
-    "DropConnectLinear",
     "DropPath",
     "Dropout",
     "Dropout1d",
@@ -23,7 +21,8 @@ __all__ = [
 ]
 
 
-def _probability(p: float | None, keep_prob: float | None, op: str) -> float:
+def probability(p: float | None, keep_prob: float | None, op: str) -> float:
+    """p of a layer's two ways to give it."""
     if keep_prob is None:
         p = 0.5 if p is None else p
         _dropout_ops.check_probability(p, op)
@@ -49,7 +48,7 @@ class Dropout(nn.Dropout):
     def __init__(
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
-        super().__init__(_probability(p, keep_prob, "Dropout"), inplace)
+        super().__init__(probability(p, keep_prob, "Dropout"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with elements dropped; itself in evaluation mode."""
@@ -68,7 +67,7 @@ class Dropout1d(nn.Dropout1d):
     def __init__(
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
-        super().__init__(_probability(p, keep_prob, "Dropout1d"), inplace)
+        super().__init__(probability(p, keep_prob, "Dropout1d"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with channels dropped; itself in evaluation mode."""
@@ -87,7 +86,7 @@ class Dropout2d(nn.Dropout2d):
     def __init__(
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
-        super().__init__(_probability(p, keep_prob, "Dropout2d"), inplace)
+        super().__init__(probability(p, keep_prob, "Dropout2d"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with channels dropped; itself in evaluation mode."""
@@ -106,7 +105,7 @@ class Dropout3d(nn.Dropout3d):
     def __init__(
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
-        super().__init__(_probability(p, keep_prob, "Dropout3d"), inplace)
+        super().__init__(probability(p, keep_prob, "Dropout3d"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with channels dropped; itself in evaluation mode."""
@@ -125,7 +124,7 @@ class AlphaDropout(nn.AlphaDropout):
     def __init__(
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
-        super().__init__(_probability(p, keep_prob, "AlphaDropout"), inplace)
+        super().__init__(probability(p, keep_prob, "AlphaDropout"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with elements at SELU's limit; itself in evaluation mode."""
@@ -144,7 +143,7 @@ class FeatureAlphaDropout(nn.FeatureAlphaDropout):
     def __init__(
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
-        super().__init__(_probability(p, keep_prob, "FeatureAlphaDropout"), inplace)
+        super().__init__(probability(p, keep_prob, "FeatureAlphaDropout"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
         """The input with channels at SELU's limit; itself in evaluation mode."""
@@ -164,7 +163,7 @@ class DropPath(nn.Module):
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
         super().__init__()
-        self.p = _probability(p, keep_prob, "DropPath")
+        self.p = probability(p, keep_prob, "DropPath")
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
@@ -174,39 +173,3 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         """The arguments, as torch's dropout layers show them."""
         return f"p={self.p}, inplace={self.inplace}"
-
-
-class DropConnectLinear(nn.Linear):
-    """:func:`fusereg.functional.drop_connect_linear`: a linear layer that drops weights.
-
-    Args:
-        in_features: size of each input sample.
-        out_features: size of each output sample.
-        bias: whether there is one; it is not dropped.
-        device: where the parameters lie.
-        dtype: of the parameters.
-        p: the probability of dropping a weight, 0.5 if not given.
-        keep_prob: 1 - p, in place of ``p``.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        p: float | None = None,
-        keep_prob: float | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self.p = _probability(p, keep_prob, "DropConnectLinear")
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The layer with weights dropped; the plain one in evaluation mode."""
-        return F.drop_connect_linear(input, self.weight, self.bias, self.p, self.training)
-
-    def extra_repr(self) -> str:
-        """As torch.nn.Linear's, and p."""
-        return f"{super().extra_repr()}, p={self.p}"
