@@ -11,6 +11,7 @@ import torch
 
 PENALTY_WORKSPACE_BYTES: int
 CUDA_ON_HOST: bool
+DROP_BLOCK_SLOTS: int
 
 _Strength = float | Sequence[float]
 
@@ -91,3 +92,26 @@ def dropout_backward(
 ) -> int: ...
 def dropout_constants(p: float, alpha: bool) -> tuple[int, int, float, float, float, float]: ...
 def philox_words(key: int, low: int, high: int, vector: bool) -> list[int]: ...
+def drop_block_forward(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    kept: torch.Tensor,
+    slots: torch.Tensor | None,
+    seed: int | torch.Tensor,
+    offset: int,
+    p: float,
+    block_size: int,
+    index_offset: int,
+    op: str,
+) -> int: ...
+def drop_block_backward(
+    grad_x: torch.Tensor,
+    grad_y: torch.Tensor,
+    kept: torch.Tensor,
+    seed: int | torch.Tensor,
+    offset: int,
+    p: float,
+    block_size: int,
+    index_offset: int,
+    op: str,
+) -> int: ...

@@ -150,7 +150,7 @@ def gradient(grad: Tensor, call: Call, strides: Sequence[int]) -> Tensor:
 
 def dropped(x: Tensor, call: Call) -> Tensor:
     """forward(), differentiable where that is asked for."""
-    return _apply(x, call) if _differentiated(x) else forward(call, x)
+    return _apply(x, call) if differentiated(x) else forward(call, x)
 
 
 #: _Dropout.apply without its question for functorch, which the gate has answered: 1.2 us less.
@@ -330,6 +330,13 @@ def check_input(x: object, op: str, name: str = "x") -> None:
         _params.check(x, op, name)
 
 
+def check_index_offset(index_offset: object, op: str) -> None:
+    if isinstance(index_offset, bool) or not isinstance(index_offset, int) or index_offset < 0:
+        raise ValueError(
+            f"fusereg.{op}: index_offset must be an integer and not negative, got {index_offset!r}"
+        )
+
+
 def _check_target(x: Tensor, out: object, op: str) -> Tensor:
     if not isinstance(out, Tensor):
         raise TypeError(f"fusereg.{op}: out must be a torch.Tensor, got {type(out).__name__}")
@@ -361,7 +368,7 @@ def _overlap_partly(x: Tensor, out: Tensor) -> bool:
     return a < b_end and b < a_end and not (a == b and x.stride() == out.stride())
 
 
-def _check_in_place(x: Tensor, op: str) -> None:
+def check_in_place(x: Tensor, op: str) -> None:
     _params.check_writable(x, op, "x")
     if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
         raise ValueError(
@@ -410,7 +417,7 @@ def dropout(
     if not training or p == 0:
         return x if out is None or out is x else out.copy_(x)
     if inplace:
-        _check_in_place(x, op)
+        check_in_place(x, op)
     if (
         not _dispatch.eager()
         or x.device.type == "meta"
@@ -420,28 +427,25 @@ def dropout(
         pair = _random.operator_pair(x.device, seed, generator, op)
         return _observed(x, pair, constants, x if inplace else out)
 
-    if isinstance(index_offset, bool) or not isinstance(index_offset, int) or index_offset < 0:
-        raise ValueError(
-            f"fusereg.{op}: index_offset must be an integer and not negative, got {index_offset!r}"
-        )
+    check_index_offset(index_offset, op)
     numbers = _random.eager_pair(x.device, seed, generator, op)
     call = Call(*numbers, float(p), alpha, row_dims, index_offset, op)
     if out is not None:
-        return _written(_run(_C.dropout_forward, out, x, call))
+        return written(_run(_C.dropout_forward, out, x, call))
     if not inplace:
         return dropped(x, call)
     if _dispatch.forward_mode():
         return x.copy_(_apply(x, call))
     if torch.is_grad_enabled() and x.requires_grad:
         return applied(_DropoutInPlace, x, call)
-    return _written(_run(_C.dropout_forward, x, x, call))
+    return written(_run(_C.dropout_forward, x, x, call))
 
 
-def _differentiated(x: Tensor) -> bool:
+def differentiated(x: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or _dispatch.forward_mode())
 
 
-def _written(y: Tensor) -> Tensor:
+def written(y: Tensor) -> Tensor:
     if not y.is_inference():
         torch.autograd.graph.increment_version(y)
     return y

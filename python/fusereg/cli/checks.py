@@ -252,6 +252,21 @@ def _dropout2d(device: torch.device) -> Pairs:
     )
 
 
+@kernel_check("drop_block2d", "dropped ? 0 : x * numel / kept")
+def _drop_block2d(device: torch.device) -> Pairs:
+    x = torch.randn(3, 8, 9, 7, generator=torch.Generator().manual_seed(20)).to(device)
+    gamma = P / 9 * (9 * 7) / (7 * 5)
+    corners = ~fusereg.dropout_mask((3, 8, 7, 5), gamma, 5, device=device)
+    padded = torch.nn.functional.pad(corners.float(), (2, 2, 2, 2))
+    mask = torch.nn.functional.max_pool2d(padded, 3, 1) == 0
+    return _masked(
+        lambda t: functional.drop_block2d(t, P, 3, seed=5),
+        mask,
+        lambda t, m, _: torch.where(m, t * m.numel() / m.sum(), 0.0),
+        x,
+    )
+
+
 @kernel_check("alpha_dropout", "a * (keep ? x : alpha') + b")
 def _alpha_dropout(device: torch.device) -> Pairs:
     x = _weights(device)[0]

@@ -1,5 +1,6 @@
 """Layers: drop-in replacements for those of torch.nn, with the same arguments and the same repr."""
 
+from .drop_block import DropBlock2d
 from .drop_connect import DropConnectConv2d, DropConnectLinear
 from .dropout import (
     AlphaDropout,
@@ -13,6 +14,7 @@ from .dropout import (
 
 __all__ = [
     "AlphaDropout",
+    "DropBlock2d",
     "DropConnectConv2d",
     "DropConnectLinear",
     "DropPath",
