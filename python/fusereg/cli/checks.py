@@ -252,6 +252,18 @@ def _dropout2d(device: torch.device) -> Pairs:
     )
 
 
+@kernel_check("consistent_dropout", "the same, a draw for all steps of a sequence")
+def _consistent_dropout(device: torch.device) -> Pairs:
+    x = torch.randn(3, 8, 37, generator=torch.Generator().manual_seed(20)).to(device)
+    mask = fusereg.dropout_mask((3, 1, 37), P, 5, device=device).expand(x.shape)
+    return _masked(
+        lambda t: functional.consistent_dropout(t, P, 1, seed=5),
+        mask,
+        lambda t, m, keep: torch.where(m, t / keep, 0.0),
+        x,
+    )
+
+
 @kernel_check("drop_block2d", "dropped ? 0 : x * numel / kept")
 def _drop_block2d(device: torch.device) -> Pairs:
     x = torch.randn(3, 8, 9, 7, generator=torch.Generator().manual_seed(20)).to(device)

@@ -1,5 +1,6 @@
 """Functions without state. All are differentiable unless they say otherwise."""
 
+from ._consistent_dropout import consistent_dropout
 from ._drop_block import drop_block2d
 from ._drop_connect import drop_connect_conv2d, drop_connect_linear
 from ._dropout import (
@@ -21,6 +22,7 @@ from ._penalty import (
 
 __all__ = [
     "alpha_dropout",
+    "consistent_dropout",
     "drop_block2d",
     "drop_connect_conv2d",
     "drop_connect_linear",

@@ -1,5 +1,6 @@
 """Layers: drop-in replacements for those of torch.nn, with the same arguments and the same repr."""
 
+from .consistent_dropout import ConsistentDropout
 from .drop_block import DropBlock2d
 from .drop_connect import DropConnectConv2d, DropConnectLinear
 from .dropout import (
@@ -14,6 +15,7 @@ from .dropout import (
 
 __all__ = [
     "AlphaDropout",
+    "ConsistentDropout",
     "DropBlock2d",
     "DropConnectConv2d",
     "DropConnectLinear",
