@@ -23,7 +23,7 @@ __all__ = [
     "run_cases",
 ]
 
-SUITES: tuple[str, ...] = ("drop_block", "dropout", "penalty")
+SUITES: tuple[str, ...] = ("drop_block", "dropout", "gaussian_dropout", "penalty")
 """The techniques that have a benchmark, each the name of a module of this package."""
 
 

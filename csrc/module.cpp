@@ -16,6 +16,9 @@ void bind(py::module_& m);
 namespace fusereg::dropout {
 void bind(py::module_& m);
 }
+namespace fusereg::gaussian_dropout {
+void bind(py::module_& m);
+}
 namespace fusereg::penalty {
 void bind(py::module_& m);
 }
@@ -113,5 +116,6 @@ PYBIND11_MODULE(FUSEREG_MODULE_NAME, m) {
 #endif
   drop_block::bind(m);
   dropout::bind(m);
+  gaussian_dropout::bind(m);
   penalty::bind(m);
 }

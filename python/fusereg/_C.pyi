@@ -115,3 +115,21 @@ def drop_block_backward(
     index_offset: int,
     op: str,
 ) -> int: ...
+def gaussian_dropout_forward(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    seed: int | torch.Tensor,
+    offset: int,
+    p: float,
+    index_offset: int,
+    op: str,
+) -> int: ...
+def gaussian_dropout_backward(
+    grad_x: torch.Tensor,
+    grad_y: torch.Tensor,
+    seed: int | torch.Tensor,
+    offset: int,
+    p: float,
+    index_offset: int,
+    op: str,
+) -> int: ...

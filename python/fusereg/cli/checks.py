@@ -279,6 +279,22 @@ def _drop_block2d(device: torch.device) -> Pairs:
     )
 
 
+@kernel_check("gaussian_dropout", "x * (1 + sqrt(p / (1 - p)) * n)")
+def _gaussian_dropout(device: torch.device) -> Pairs:
+    """Result and gradient have the same noise, and the noise has its standard deviation."""
+    x = _weights(device)[0]
+    noise = functional.gaussian_dropout(torch.ones_like(x), P, seed=5).double().cpu()
+    normals = (noise - 1.0) / math.sqrt(P / (1 - P))
+    spread = normals.square().mean().sqrt()
+    ones = torch.ones((), dtype=torch.float64)
+    # 2405 numbers: a standard deviation that is 15 errors off is no chance.
+    plausible = torch.where((spread - 1.0).abs() < 0.2, ones, spread)
+    x.requires_grad_()
+    y = functional.gaussian_dropout(x, P, seed=5)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    return [(y, _exact([x])[0] * noise), (gradient, noise), (plausible, ones)]
+
+
 @kernel_check("alpha_dropout", "a * (keep ? x : alpha') + b")
 def _alpha_dropout(device: torch.device) -> Pairs:
     x = _weights(device)[0]

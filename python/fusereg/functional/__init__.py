@@ -13,6 +13,7 @@ from ._dropout import (
     dropout_mask,
     feature_alpha_dropout,
 )
+from ._gaussian_dropout import gaussian_dropout
 from ._penalty import (
     elastic_net_penalty,
     group_lasso_penalty,
@@ -34,6 +35,7 @@ __all__ = [
     "dropout_mask",
     "elastic_net_penalty",
     "feature_alpha_dropout",
+    "gaussian_dropout",
     "group_lasso_penalty",
     "l1_penalty",
     "l2_penalty",

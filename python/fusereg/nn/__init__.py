@@ -12,6 +12,7 @@ from .dropout import (
     DropPath,
     FeatureAlphaDropout,
 )
+from .gaussian_dropout import GaussianDropout
 
 __all__ = [
     "AlphaDropout",
@@ -25,4 +26,5 @@ __all__ = [
     "Dropout2d",
     "Dropout3d",
     "FeatureAlphaDropout",
+    "GaussianDropout",
 ]
