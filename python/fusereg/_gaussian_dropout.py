@@ -258,6 +258,19 @@ def gaussian_dropout(
         return x
     if inplace:
         _dropout_ops.check_in_place(x, OP)
+    if _dispatch.is_dtensor(x):
+        from . import _dropout_dtensor
+
+        y = _dropout_dtensor.apply(
+            x,
+            seed,
+            generator,
+            index_offset,
+            0,
+            OP,
+            lambda local, pair, first: gaussian_dropout(local, p, True, False, pair, None, first),
+        )
+        return x.copy_(y) if inplace else y
     if (
         not _dispatch.eager()
         or x.is_meta
