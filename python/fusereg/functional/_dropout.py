@@ -28,9 +28,12 @@ _DROPOUT_ARGUMENTS = """
         inplace: write the result into ``x``.
         seed: an integer that determines the mask, or an int64 tensor (seed, offset) on x's device,
             which is read by the kernel. Default: a new pair from ``generator``.
-        generator: the torch.Generator to draw from; torch's default one if not given.
+        generator: the torch.Generator to draw from; torch's default one if not given. Under
+            torch.compile it breaks the graph, and ``fullgraph=True`` does not take it: pass a
+            ``seed`` tensor there.
         index_offset: what is added to every index, so that a shard of a larger tensor gets its part
-            of the whole tensor's mask under one ``seed``.
+            of the whole tensor's mask under one ``seed``. DTensors see to it by themselves: a shard
+            along the first dimension gets its part, replicas get the same mask.
 """
 _DROPOUT_RETURNS = """
     Nothing is kept for backward but the seed: the mask is drawn again. It is a function of seed,
