@@ -68,6 +68,15 @@ def ranks_share_a_pair_that_nobody_gave(ranks: Ranks) -> None:
 
 
 @on(2)
+def sequences_share_their_mask(ranks: Ranks) -> None:
+    x = torch.randn(6, 5, 4)
+    for placement in (Shard(0), Shard(1), Replicate()):
+        held = distribute_tensor(x, ranks.mesh, [placement])
+        y = F.consistent_dropout(held, 0.4, 1, seed=SEED)
+        assert torch.equal(whole(y), F.consistent_dropout(x, 0.4, 1, seed=SEED)), placement
+
+
+@on(2)
 def other_shards_are_independent(ranks: Ranks) -> None:
     x = torch.ones(200, 64)
     y = F.dropout(distribute_tensor(x, ranks.mesh, [Shard(1)]), 0.5, seed=SEED)
@@ -94,6 +103,9 @@ def modules_in_place_and_errors(ranks: Ranks) -> None:
     partial = DTensor.from_local(x, ranks.mesh, [Partial()])
     with pytest.raises(ValueError, match=r"fusereg\.dropout: x is a DTensor with placement"):
         F.dropout(partial)
+    images = distribute_tensor(torch.ones(4, 2, 5, 5), ranks.mesh, [Shard(0)])
+    with pytest.raises(ValueError, match=r"fusereg\.drop_block2d: x is a DTensor"):
+        F.drop_block2d(images)
     with pytest.raises(ValueError, match="seed and generator exclude each other"):
         F.dropout(held, seed=1, generator=torch.Generator())
 

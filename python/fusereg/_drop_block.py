@@ -288,6 +288,11 @@ def drop_block2d(
     check_block_size(block_size, OP)
     if not training or p == 0:
         return x
+    if _dispatch.is_dtensor(x):
+        raise ValueError(
+            f"fusereg.{OP}: x is a DTensor, and its scale would need a count over all ranks; "
+            "call it on x.to_local(), which is scaled by its own count"
+        )
     if inplace:
         _dropout_ops.check_in_place(x, OP)
     if (
