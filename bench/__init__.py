@@ -23,7 +23,14 @@ __all__ = [
     "run_cases",
 ]
 
-SUITES: tuple[str, ...] = ("dropout", "dropout_norm", "fused_dropout", "penalty")
+SUITES: tuple[str, ...] = (
+    "drop_block",
+    "dropout",
+    "dropout_norm",
+    "fused_dropout",
+    "gaussian_dropout",
+    "penalty",
+)
 """The techniques that have a benchmark, each the name of a module of this package."""
 
 

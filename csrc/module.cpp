@@ -10,6 +10,9 @@
 #include "core/cuda_info.h"
 #endif
 
+namespace fusereg::drop_block {
+void bind(py::module_& m);
+}
 namespace fusereg::dropout {
 void bind(py::module_& m);
 }
@@ -17,6 +20,9 @@ namespace fusereg::dropout_norm {
 void bind(py::module_& m);
 }
 namespace fusereg::fused_dropout {
+void bind(py::module_& m);
+}
+namespace fusereg::gaussian_dropout {
 void bind(py::module_& m);
 }
 namespace fusereg::penalty {
@@ -114,8 +120,10 @@ PYBIND11_MODULE(FUSEREG_MODULE_NAME, m) {
 #else
   m.attr("CUDA_ON_HOST") = false;
 #endif
+  drop_block::bind(m);
   dropout::bind(m);
   dropout_norm::bind(m);
   fused_dropout::bind(m);
+  gaussian_dropout::bind(m);
   penalty::bind(m);
 }

@@ -62,6 +62,16 @@ def on(*worlds: int) -> Callable[[Check], Check]:
     return register
 
 
+def named(module: str) -> list[tuple[int, str]]:
+    """(number of processes, name) of each check that a module has registered, and of the end."""
+    return [
+        (world, name)
+        for world, checks in CHECKS.items()
+        if (own := [n for n, check in checks.items() if check.__module__ == module])
+        for name in (*own, "the end")
+    ]
+
+
 def can_run(name: str) -> bool:
     return fully_shard is not None or "fsdp" not in name
 

@@ -346,6 +346,17 @@ def test_dropped_inf_and_nan_become_zero(bad: float, dtype: torch.dtype, backend
     assert torch.equal(rows == 0, ~mask)
 
 
+@pytest.mark.parametrize("p", [0.5, 0.3])
+def test_every_bfloat16(p: float, backend: Backend) -> None:
+    """All 65536 of them: NaN of every kind stays NaN, infinities and zeros stay what they are."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).to(backend.device)
+    keep = fusereg.dropout_mask(x.shape, p, SEED, device=backend.device)
+    y, wanted = F.dropout(x, p, seed=SEED), torch.where(keep, scaled(x, p), torch.zeros_like(x))
+    assert torch.equal(y.isnan(), wanted.isnan())
+    number = ~wanted.isnan()
+    assert torch.equal(y[number].view(torch.int16), wanted[number].view(torch.int16))
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_in_place(requires_grad: bool, backend: Backend) -> None:
     leaf = make((5, 7), torch.float32, backend).requires_grad_(requires_grad)

@@ -120,13 +120,15 @@ def test_cuda_generator_moves_on_by_one_step() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_graph_replays_draw_anew() -> None:
-    x = torch.ones(1000, device="cuda", requires_grad=True)
-    F.dropout(x).sum().backward()
+@pytest.mark.parametrize("name", ["dropout", "dropout2d", "drop_block2d", "gaussian_dropout"])
+def test_cuda_graph_replays_draw_anew(name: str) -> None:
+    function = getattr(F, name)
+    x = torch.ones(4, 8, 16, 16, device="cuda", requires_grad=True)
+    function(x, 0.3).sum().backward()
     graph = torch.cuda.CUDAGraph()
     x.grad = None
     with torch.cuda.graph(graph):
-        y = F.dropout(x)
+        y = function(x, 0.3)
         (gradient,) = torch.autograd.grad(y.sum(), x)
     masks = []
     for _ in range(3):
@@ -309,6 +311,29 @@ def test_compile_with_a_seed_gives_the_eager_mask(
     torch._dynamo.reset()
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True)
     assert torch.equal(compiled(x), f(x))
+
+
+def test_compile_with_a_generator() -> None:
+    """The graph breaks at the generator; a pair drawn from it outside does not break it."""
+    generator, x = torch.Generator().manual_seed(3), torch.ones(100)
+
+    def f(t: Tensor) -> Tensor:
+        return F.dropout(t * 1, generator=generator) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, backend="aot_eager")
+    first, second = compiled(x), compiled(x)
+    assert not torch.equal(first, second)
+    generator.manual_seed(3)
+    assert torch.equal(compiled(x), first)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Generator"):
+        torch.compile(f, backend="aot_eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+    whole = torch.compile(lambda t, s: F.dropout(t, seed=s), backend="aot_eager", fullgraph=True)
+    pairs = torch.randint(2**63 - 1, (2, 2), generator=generator)
+    for pair in pairs:
+        assert torch.equal(whole(x, pair), F.dropout(x, seed=pair))
 
 
 def test_compile_in_place_and_checkpoint() -> None:

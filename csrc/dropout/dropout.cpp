@@ -50,9 +50,17 @@ FUSEREG_INLINE Vector<double> apply(Vector<double> x, Bits keep, const Constants
 // bfloat16 with 16-bit draws: the elements at even and at odd positions are computed where they
 // lie, each in the upper half of a float, so that nothing is ever unpacked or packed.
 FUSEREG_INLINE U32Vector round_to_bfloat16(Vector<float> v) {
-  // In the upper halves; the lower ones are rubbish. As store(BFloat16*) rounds.
+  // In the upper halves; the lower ones are rubbish. As store(BFloat16*) rounds, but for NaN, which
+  // needs no care here: it comes from x, so its lower half is 0, and what is added carries nothing
+  // into the upper one.
   const auto u = bit_cast<U32Vector>(v);
-  return v != v ? u | 0x400000u : u + (((u >> 16) & 1u) + 0x7fffu);
+#if defined(__AVX512F__)
+  const __m512i up = bit_cast<__m512i>(u + 0x7fffu);
+  const __mmask16 odd = _mm512_test_epi32_mask(bit_cast<__m512i>(u), _mm512_set1_epi32(0x10000));
+  return bit_cast<U32Vector>(_mm512_mask_sub_epi32(up, odd, up, _mm512_set1_epi32(-1)));
+#else
+  return u + (((u >> 16) & 1u) + 0x7fffu);
+#endif
 }
 
 template <bool kLinear>

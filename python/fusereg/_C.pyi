@@ -12,6 +12,7 @@ import torch
 FUSED_DROPOUT_COUNTERS: int
 PENALTY_WORKSPACE_BYTES: int
 CUDA_ON_HOST: bool
+DROP_BLOCK_SLOTS: int
 
 _Strength = float | Sequence[float]
 
@@ -174,3 +175,44 @@ def dropout_norm_backward(
     op: str,
 ) -> int: ...
 def dropout_norm_chunks(rows: int, cuda: bool) -> int: ...
+def drop_block_forward(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    kept: torch.Tensor,
+    slots: torch.Tensor | None,
+    seed: int | torch.Tensor,
+    offset: int,
+    p: float,
+    block_size: int,
+    index_offset: int,
+    op: str,
+) -> int: ...
+def drop_block_backward(
+    grad_x: torch.Tensor,
+    grad_y: torch.Tensor,
+    kept: torch.Tensor,
+    seed: int | torch.Tensor,
+    offset: int,
+    p: float,
+    block_size: int,
+    index_offset: int,
+    op: str,
+) -> int: ...
+def gaussian_dropout_forward(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    seed: int | torch.Tensor,
+    offset: int,
+    p: float,
+    index_offset: int,
+    op: str,
+) -> int: ...
+def gaussian_dropout_backward(
+    grad_x: torch.Tensor,
+    grad_y: torch.Tensor,
+    seed: int | torch.Tensor,
+    offset: int,
+    p: float,
+    index_offset: int,
+    op: str,
+) -> int: ...

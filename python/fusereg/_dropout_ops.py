@@ -424,6 +424,22 @@ def dropout(
         return x if out is None or out is x else out.copy_(x)
     if inplace:
         check_in_place(x, op)
+    if _dispatch.is_dtensor(x):
+        from . import _dropout_dtensor
+
+        y = _dropout_dtensor.apply(
+            x,
+            seed,
+            generator,
+            index_offset,
+            row_dims,
+            op,
+            lambda local, pair, first: dropout(
+                local, p, True, False, pair, None, first, None, alpha, row_dims, op
+            ),
+        )
+        target = x if inplace else out
+        return y if target is None else target.copy_(y)
     if (
         not _dispatch.eager()
         or x.device.type == "meta"

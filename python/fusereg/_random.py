@@ -42,7 +42,8 @@ def _cpu_pair(generator: torch.Generator | None) -> Pair:
         with torch.inference_mode(False):
             numbers = _local.numbers = torch.empty(2, dtype=torch.int64)
     filled = numbers.random_() if generator is None else numbers.random_(generator=generator)
-    return tuple(filled.tolist())
+    seed, offset = filled.tolist()
+    return seed, offset
 
 
 def _cuda_pair(device: torch.device, generator: torch.Generator | None) -> Pair:

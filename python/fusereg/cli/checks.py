@@ -252,6 +252,49 @@ def _dropout2d(device: torch.device) -> Pairs:
     )
 
 
+@kernel_check("consistent_dropout", "the same, a draw for all steps of a sequence")
+def _consistent_dropout(device: torch.device) -> Pairs:
+    x = torch.randn(3, 8, 37, generator=torch.Generator().manual_seed(20)).to(device)
+    mask = fusereg.dropout_mask((3, 1, 37), P, 5, device=device).expand(x.shape)
+    return _masked(
+        lambda t: functional.consistent_dropout(t, P, 1, seed=5),
+        mask,
+        lambda t, m, keep: torch.where(m, t / keep, 0.0),
+        x,
+    )
+
+
+@kernel_check("drop_block2d", "dropped ? 0 : x * numel / kept")
+def _drop_block2d(device: torch.device) -> Pairs:
+    x = torch.randn(3, 8, 9, 7, generator=torch.Generator().manual_seed(20)).to(device)
+    gamma = P / 9 * (9 * 7) / (7 * 5)
+    corners = ~fusereg.dropout_mask((3, 8, 7, 5), gamma, 5, device=device)
+    padded = torch.nn.functional.pad(corners.float(), (2, 2, 2, 2))
+    mask = torch.nn.functional.max_pool2d(padded, 3, 1) == 0
+    return _masked(
+        lambda t: functional.drop_block2d(t, P, 3, seed=5),
+        mask,
+        lambda t, m, _: torch.where(m, t * m.numel() / m.sum(), 0.0),
+        x,
+    )
+
+
+@kernel_check("gaussian_dropout", "x * (1 + sqrt(p / (1 - p)) * n)")
+def _gaussian_dropout(device: torch.device) -> Pairs:
+    """Result and gradient have the same noise, and the noise has its standard deviation."""
+    x = _weights(device)[0]
+    noise = functional.gaussian_dropout(torch.ones_like(x), P, seed=5).double().cpu()
+    normals = (noise - 1.0) / math.sqrt(P / (1 - P))
+    spread = normals.square().mean().sqrt()
+    ones = torch.ones((), dtype=torch.float64)
+    # 2405 numbers: a standard deviation that is 15 errors off is no chance.
+    plausible = torch.where((spread - 1.0).abs() < 0.2, ones, spread)
+    x.requires_grad_()
+    y = functional.gaussian_dropout(x, P, seed=5)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    return [(y, _exact([x])[0] * noise), (gradient, noise), (plausible, ones)]
+
+
 @kernel_check("alpha_dropout", "a * (keep ? x : alpha') + b")
 def _alpha_dropout(device: torch.device) -> Pairs:
     x = _weights(device)[0]

@@ -1,8 +1,10 @@
 """Functions without state. All are differentiable unless they say otherwise."""
 
+from ._consistent_dropout import consistent_dropout
+from ._drop_block import drop_block2d
+from ._drop_connect import drop_connect_conv2d, drop_connect_linear
 from ._dropout import (
     alpha_dropout,
-    drop_connect_linear,
     drop_path,
     dropout,
     dropout1d,
@@ -18,6 +20,7 @@ from ._fused_dropout import (
     drop_path_add,
     dropout_add,
 )
+from ._gaussian_dropout import gaussian_dropout
 from ._penalty import (
     elastic_net_penalty,
     group_lasso_penalty,
@@ -29,6 +32,9 @@ __all__ = [
     "activation_dropout",
     "alpha_dropout",
     "bias_dropout_add",
+    "consistent_dropout",
+    "drop_block2d",
+    "drop_connect_conv2d",
     "drop_connect_linear",
     "drop_path",
     "drop_path_add",
@@ -42,6 +48,7 @@ __all__ = [
     "dropout_mask",
     "elastic_net_penalty",
     "feature_alpha_dropout",
+    "gaussian_dropout",
     "group_lasso_penalty",
     "l1_penalty",
     "l2_penalty",

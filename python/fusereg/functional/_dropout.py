@@ -1,4 +1,4 @@
-"""Dropout of elements, channels, samples, weights."""
+"""Dropout of elements, channels, samples."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .. import _drop_connect, _dropout_ops
+from .. import _dropout_ops
 from .._docs import share_paragraphs
 
 __all__ = [
     "alpha_dropout",
-    "drop_connect_linear",
     "drop_path",
     "dropout",
     "dropout1d",
@@ -29,9 +28,12 @@ _DROPOUT_ARGUMENTS = """
         inplace: write the result into ``x``.
         seed: an integer that determines the mask, or an int64 tensor (seed, offset) on x's device,
             which is read by the kernel. Default: a new pair from ``generator``.
-        generator: the torch.Generator to draw from; torch's default one if not given.
+        generator: the torch.Generator to draw from; torch's default one if not given. Under
+            torch.compile it breaks the graph, and ``fullgraph=True`` does not take it: pass a
+            ``seed`` tensor there.
         index_offset: what is added to every index, so that a shard of a larger tensor gets its part
-            of the whole tensor's mask under one ``seed``.
+            of the whole tensor's mask under one ``seed``. DTensors see to it by themselves: a shard
+            along the first dimension gets its part, replicas get the same mask.
 """
 _DROPOUT_RETURNS = """
     Nothing is kept for backward but the seed: the mask is drawn again. It is a function of seed,
@@ -297,38 +299,6 @@ def drop_path(
         index_offset,
         dict.fromkeys(range(1, 65), 1),
         "drop_path",
-    )
-
-
-def drop_connect_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    p: float = 0.5,
-    training: bool = True,
-    *,
-    seed: int | Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    r"""Linear layer with DropConnect, :math:`y = x\, (m \odot W / (1-p))^T + b` (Wan et al. 2013).
-
-    One mask for the whole batch. In eager mode the dropped weight is not kept for backward: it is
-    drawn again.
-
-    Args:
-        x: of shape (..., in_features).
-        weight: of shape (out_features, in_features), float64, float32, float16 or bfloat16.
-        bias: of shape (out_features,), or None. It is not dropped.
-        p: the probability of dropping a weight, within [0, 1].
-        training: whether to drop at all.
-        seed: as in :func:`dropout`; ``dropout_mask(weight.shape, p, seed)`` is then the mask.
-        generator: as in :func:`dropout`.
-
-    Raises:
-        TypeError, ValueError: as :func:`dropout`, of the weight; also if it has not 2 dimensions.
-    """
-    return _drop_connect.linear(
-        x, weight, bias, p, training, seed, generator, "drop_connect_linear"
     )
 
 

@@ -1,8 +1,10 @@
 """Layers: drop-in replacements for those of torch.nn, with the same arguments and the same repr."""
 
+from .consistent_dropout import ConsistentDropout
+from .drop_block import DropBlock2d
+from .drop_connect import DropConnectConv2d, DropConnectLinear
 from .dropout import (
     AlphaDropout,
-    DropConnectLinear,
     Dropout,
     Dropout1d,
     Dropout2d,
@@ -12,11 +14,15 @@ from .dropout import (
 )
 from .dropout_norm import DropoutAddLayerNorm, DropoutAddRMSNorm
 from .fused_dropout import ActivationDropout, BiasDropoutAdd, DropoutAdd, DropPathAdd
+from .gaussian_dropout import GaussianDropout
 
 __all__ = [
     "ActivationDropout",
     "AlphaDropout",
     "BiasDropoutAdd",
+    "ConsistentDropout",
+    "DropBlock2d",
+    "DropConnectConv2d",
     "DropConnectLinear",
     "DropPath",
     "DropPathAdd",
@@ -28,4 +34,5 @@ __all__ = [
     "DropoutAddLayerNorm",
     "DropoutAddRMSNorm",
     "FeatureAlphaDropout",
+    "GaussianDropout",
 ]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from .. import _dropout_ops
@@ -13,7 +12,6 @@ from .. import functional as F
 
 __all__ = [
     "AlphaDropout",
-    "DropConnectLinear",
     "DropPath",
     "Dropout",
     "Dropout1d",
@@ -175,39 +173,3 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         """The arguments, as torch's dropout layers show them."""
         return f"p={self.p}, inplace={self.inplace}"
-
-
-class DropConnectLinear(nn.Linear):
-    """:func:`fusereg.functional.drop_connect_linear`: a linear layer that drops weights.
-
-    Args:
-        in_features: size of each input sample.
-        out_features: size of each output sample.
-        bias: whether there is one; it is not dropped.
-        device: where the parameters lie.
-        dtype: of the parameters.
-        p: the probability of dropping a weight, 0.5 if not given.
-        keep_prob: 1 - p, in place of ``p``.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        p: float | None = None,
-        keep_prob: float | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self.p = probability(p, keep_prob, "DropConnectLinear")
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The layer with weights dropped; the plain one in evaluation mode."""
-        return F.drop_connect_linear(input, self.weight, self.bias, self.p, self.training)
-
-    def extra_repr(self) -> str:
-        """As torch.nn.Linear's, and p."""
-        return f"{super().extra_repr()}, p={self.p}"

@@ -1,0 +1,377 @@
+"""DropBlock on every backend, against a mask made in plain Python and float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import fusereg
+import reference_philox
+from conftest import Backend
+from fusereg import functional as F
+from fusereg import nn
+
+SEED = 0x1234_5678_9ABC_DEF0
+
+#: (N, C, H, W) and block size: one element, blocks of one element, even, as large as the image and
+#: larger, odd sizes, more channels than a vector, rows longer than a word of bits.
+SHAPES = [
+    ((1, 1, 1, 1), 1),
+    ((2, 3, 5, 7), 1),
+    ((2, 3, 8, 6), 2),
+    ((1, 2, 4, 4), 4),
+    ((1, 2, 4, 5), 9),
+    ((2, 37, 7, 9), 3),
+    ((1, 3, 6, 75), 5),
+]
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, backend: Backend) -> Tensor:
+    """Without zeros, so that the mask can be read off the result."""
+    x = torch.randn(shape, dtype=torch.float64)
+    return (x + x.sign()).to(dtype).to(backend.device)
+
+
+def gamma(shape: tuple[int, ...], p: float, b: int) -> float:
+    h, w = shape[2:]
+    return min(1.0, p * (h * w) / (b * b * ((h - b + 1) * (w - b + 1))))
+
+
+def kept(shape: tuple[int, ...], p: float, block_size: int, index_offset: int = 0) -> Tensor:
+    n, c, h, w = shape
+    b = min(block_size, h, w)
+    drawn = reference_philox.mask(
+        n * c * (h - b + 1) * (w - b + 1), gamma(shape, p, b), SEED, 0, index_offset
+    )
+    return spread(~drawn.view(n, c, h - b + 1, w - b + 1), b, shape)
+
+
+def spread(corners: Tensor, b: int, shape: tuple[int, ...]) -> Tensor:
+    """What blocks at these corners leave."""
+    dropped = torch.zeros(shape, dtype=torch.bool)
+    for n, c, i, j in corners.nonzero().tolist():
+        dropped[n, c, i : i + b, j : j + b] = True
+    return ~dropped
+
+
+def assert_dropped(y: Tensor, x: Tensor, mask: Tensor) -> None:
+    """y is x scaled where the mask says so and +0.0 elsewhere, bit for bit."""
+    mask = mask.to(x.device)
+    compute = torch.float64 if x.dtype is torch.float64 else torch.float32
+    count = int(mask.sum())
+    scale = torch.tensor(mask.numel() / count if count else 0.0, dtype=compute, device=x.device)
+    wanted = torch.where(mask, (x.to(compute) * scale).to(x.dtype), torch.zeros_like(x))
+    assert y.dtype is x.dtype
+    assert torch.equal(y, wanted)
+    assert not torch.signbit(y[~mask]).any()
+
+
+# --- the mask and the values ----------------------------------------------------------------------
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize(("shape", "block_size"), SHAPES, ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+def test_mask_and_values(
+    shape: tuple[int, ...], block_size: int, p: float, dtype: torch.dtype, backend: Backend
+) -> None:
+    mask = kept(shape, p, block_size)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = make(shape, dtype, backend).contiguous(memory_format=memory_format).requires_grad_()
+        y = F.drop_block2d(x, p, block_size, seed=SEED)
+        assert y.stride() == torch.empty_like(x).stride()
+        assert_dropped(y.detach(), x.detach(), mask)
+        y.backward(x.detach())
+        assert x.grad is not None
+        assert_dropped(x.grad, x.detach(), mask)
+
+
+@pytest.mark.parametrize(("p", "bits"), [(0.75, 16), (0.016, 32)])
+def test_draws_of_16_and_of_32_bits(p: float, bits: int, backend: Backend) -> None:
+    shape = (2, 11, 12, 11)
+    assert reference_philox.threshold(gamma(shape, p, 2))[0] == bits
+    mask = kept(shape, p, 2)
+    assert 0 < mask.sum() < mask.numel()
+    x = make(shape, torch.float32, backend)
+    assert_dropped(F.drop_block2d(x, p, 2, seed=SEED), x, mask)
+
+
+@pytest.mark.parametrize("index_offset", [1, 8, 100, 2**32 - 3, 2**62])
+def test_index_offset(index_offset: int, backend: Backend) -> None:
+    shape = (2, 3, 9, 7)
+    x = make(shape, torch.float32, backend)
+    mask = kept(shape, 0.4, 3, index_offset)
+    for t in (x, x.contiguous(memory_format=torch.channels_last)):
+        assert_dropped(F.drop_block2d(t, 0.4, 3, seed=SEED, index_offset=index_offset), t, mask)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "block_size"),
+    [((1, 2, 300, 260), 7), ((3, 40, 40, 61), 5), ((1, 2, 3, 40_000), 2), ((1, 9, 700, 100), 80)],
+    ids=str,
+)
+def test_images_of_several_tiles(
+    shape: tuple[int, int, int, int], block_size: int, channels_last: bool, backend: Backend
+) -> None:
+    n, c, h, w = shape
+    b = min(block_size, h, w)
+    places = (n, c, h - b + 1, w - b + 1)
+    drawn = fusereg.dropout_mask(places, gamma(shape, 0.1, b), SEED, device=backend.device)
+    mask = spread(~drawn.cpu(), b, shape)
+    assert 0 < mask.sum() < mask.numel()
+    x = make(shape, torch.bfloat16, backend)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    assert_dropped(F.drop_block2d(x, 0.1, block_size, seed=SEED), x, mask)
+
+
+def test_other_layouts(dtype: torch.dtype, backend: Backend) -> None:
+    shape = (3, 5, 8, 6)
+    x = make(shape, dtype, backend)
+    wanted = F.drop_block2d(x, 0.3, 3, seed=SEED)
+    others = [
+        torch.cat([x.flatten()[:1], x.flatten()])[1:].view(shape),  # misaligned
+        x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        torch.cat([x, x], 3)[..., :6],
+    ]
+    for other in others:
+        assert torch.equal(F.drop_block2d(other, 0.3, 3, seed=SEED), wanted)
+    expanded = x[:, :1].expand(shape)
+    assert torch.equal(F.drop_block2d(expanded, 0.3, 3, seed=SEED) != 0, wanted != 0)
+    x.requires_grad_()
+    y = F.drop_block2d(x, 0.3, 3, seed=SEED)
+    y.sum().backward()  # a gradient of stride 0
+    assert x.grad is not None
+    assert torch.equal(x.grad != 0, y != 0)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    x = torch.randn(4, 32, 57, 43)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(F.drop_block2d(x, 0.2, 5, seed=SEED))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_the_share_that_is_dropped_and_the_sum() -> None:
+    """Away from the border, a share of 1 - (1 - gamma)^(b^2) is dropped."""
+    shape, p, b = (64, 64, 28, 28), 0.1, 5
+    y = F.drop_block2d(torch.ones(shape), p, b, seed=3)
+    assert abs(float(y.double().mean()) - 1.0) < 1e-6
+    inside = y[:, :, b - 1 : 28 - b + 1, b - 1 : 28 - b + 1]
+    wanted = 1 - (1 - gamma(shape, p, b)) ** (b * b)
+    # 1.6M elements; those under a block count as one, and overlap.
+    error = 6 * math.sqrt(wanted / (inside.numel() / b**2))
+    assert abs(float((inside == 0).double().mean()) - wanted) < error
+
+
+# --- the arguments --------------------------------------------------------------------------------
+
+
+def test_nothing_kept_and_nothing_dropped(backend: Backend) -> None:
+    x = make((2, 3, 4, 4), torch.float32, backend)
+    assert F.drop_block2d(x, 0.0) is x
+    assert F.drop_block2d(x, 0.5, training=False) is x
+    # A block as large as the image and p = 1: each is dropped.
+    assert torch.equal(F.drop_block2d(x, 1.0, 4), torch.zeros_like(x))
+    tiny = F.drop_block2d(x, 1e-12, 2, seed=1)
+    assert torch.equal(tiny, x)
+    for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)):
+        empty = torch.empty(shape, device=backend.device, requires_grad=True)
+        y = F.drop_block2d(empty, 0.5)
+        assert y.shape == shape
+        y.sum().backward()
+
+
+def test_dropped_inf_and_nan_become_zero(backend: Backend) -> None:
+    x = torch.full((2, 3, 6, 6), math.nan, device=backend.device)
+    y = F.drop_block2d(x, 0.4, 3, seed=SEED)
+    assert torch.equal(y.isnan().cpu(), kept((2, 3, 6, 6), 0.4, 3))
+    assert torch.equal(y.nan_to_num(0.0), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_in_place(requires_grad: bool, backend: Backend) -> None:
+    leaf = make((2, 3, 6, 7), torch.float32, backend).requires_grad_(requires_grad)
+    for view in (leaf * 1, (leaf * 1).permute(0, 1, 3, 2)):
+        before, version = view.detach().clone(), view._version
+        leaf.grad = None
+        y = F.drop_block2d(view, 0.4, 3, inplace=True, seed=SEED)
+        assert y is view
+        assert y._version > version
+        assert_dropped(y.detach(), before, kept(tuple(view.shape), 0.4, 3))
+        if requires_grad:
+            y.sum().backward()
+            assert leaf.grad is not None
+            assert int((leaf.grad != 0).sum()) == int((y != 0).sum())
+
+
+def test_bad_arguments_are_named() -> None:
+    x = torch.ones(2, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"fusereg\.drop_block2d: p must be within \[0, 1\]"):
+        F.drop_block2d(x, 1.5)
+    with pytest.raises(ValueError, match=r"x must have 4 dimensions \(N, C, H, W\), got 3"):
+        F.drop_block2d(x[0])
+    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+        F.drop_block2d(x, 0.5, 0)
+    with pytest.raises(TypeError, match="block_size must be an integer, got float"):
+        F.drop_block2d(x, 0.5, 2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"x has dtype torch\.int64"):
+        F.drop_block2d(x.long())
+    with pytest.raises(ValueError, match="x must be at most 65536 wide, got 65537"):
+        F.drop_block2d(torch.ones(1, 1, 1, 65537))
+    with pytest.raises(ValueError, match="index_offset must be an integer and not negative"):
+        F.drop_block2d(x, index_offset=-1)
+    with pytest.raises(ValueError, match="changed in place"):
+        F.drop_block2d(x.requires_grad_(), inplace=True)
+
+
+# --- inside torch ---------------------------------------------------------------------------------
+
+
+def seeded(t: Tensor) -> Tensor:
+    return F.drop_block2d(t, 0.4, 2, seed=5)
+
+
+def test_manual_seed_and_generator() -> None:
+    x = torch.ones(4, 4, 16, 16)
+    torch.manual_seed(7)
+    first = F.drop_block2d(x, 0.3)
+    assert not torch.equal(F.drop_block2d(x, 0.3), first)
+    torch.manual_seed(7)
+    assert torch.equal(F.drop_block2d(x.requires_grad_(), 0.3), first)
+    generator = torch.Generator().manual_seed(3)
+    drawn = F.drop_block2d(x, 0.3, generator=generator)
+    assert torch.equal(F.drop_block2d(x, 0.3, generator=generator.manual_seed(3)), drawn)
+    pair = torch.tensor([5, 0])
+    assert torch.equal(F.drop_block2d(x, 0.4, 2, seed=pair), seeded(x))
+
+
+def test_gradcheck_twice() -> None:
+    x = torch.randn(2, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(seeded, (x,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(seeded, (x,))
+    pair = torch.tensor([5, 0])
+
+    def through_the_operator(t: Tensor) -> Tensor:
+        result: Tensor = torch.ops.fusereg.drop_block2d(t, pair, 0.4, 2, 0)[0]
+        return result
+
+    assert torch.equal(through_the_operator(x), seeded(x))
+    assert torch.autograd.gradcheck(through_the_operator, (x,))
+    assert torch.autograd.gradgradcheck(through_the_operator, (x,))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad: bool) -> None:
+    x = torch.randn(2, 3, 6, 5, requires_grad=requires_grad)
+    pair = torch.tensor([5, 0])
+    for t in (x, x.permute(0, 1, 3, 2), x[:0]):
+        torch.library.opcheck(torch.ops.fusereg.drop_block2d.default, (t, pair, 0.4, 2, 3))
+    count = torch.tensor(90.0, dtype=torch.float64)
+    torch.library.opcheck(
+        torch.ops.fusereg.drop_block2d_backward.default, (x, count, pair, 0.4, 2, 3)
+    )
+
+
+def test_one_number_is_kept_for_backward() -> None:
+    saved: list[int] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t.untyped_storage().nbytes())
+        return t
+
+    x = torch.randn(2, 8, 16, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = F.drop_block2d(x, 0.3)
+        torch.ops.fusereg.drop_block2d(x, torch.tensor([1, 0]), 0.3, 7, 0)
+    node: Any = y.grad_fn
+    held = [t.untyped_storage().nbytes() for t in node.call if isinstance(t, Tensor)]
+    assert held == [8], "the count alone"
+    assert sorted(saved) == [8, 16], "the count and the pair"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_draws_the_same_mask_again(reentrant: bool) -> None:
+    x = torch.randn(2, 4, 9, 9, requires_grad=True)
+    masks: list[Tensor] = []
+
+    def block(t: Tensor) -> Tensor:
+        y = F.drop_block2d(t * 2, 0.3, 3)
+        masks.append(y.detach() != 0)
+        return y.square()
+
+    y = checkpoint(block, x, use_reentrant=reentrant)
+    F.drop_block2d(torch.ones(1, 1, 4, 4), 0.3)
+    y.sum().backward()
+    assert len(masks) == 2
+    assert torch.equal(masks[0], masks[1])
+    assert x.grad is not None
+    assert torch.equal(x.grad != 0, masks[0])
+
+
+def test_compile_fullgraph() -> None:
+    x = torch.randn(2, 3, 6, 5, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(seeded, fullgraph=True, backend="aot_eager", dynamic=True)
+    y = compiled(x)
+    assert torch.equal(y, seeded(x))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    (wanted,) = torch.autograd.grad(seeded(x).sum(), x)
+    assert torch.equal(gradient, wanted)
+    layer = nn.DropBlock2d(0.3, 3)
+    torch._dynamo.reset()
+    whole = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert not torch.equal(whole(x), whole(x))
+    layer.eval()
+    assert torch.equal(whole(x), x)
+
+
+def test_func_transforms() -> None:
+    x = torch.randn(3, 2, 2, 5, 4)
+    each = torch.stack([seeded(t) for t in x])
+    assert torch.equal(torch.vmap(seeded)(x), each)
+    assert torch.equal(torch.vmap(seeded, in_dims=1)(x.movedim(0, 1)), each)
+    scales = seeded(torch.ones_like(x[0]))
+
+    def loss(t: Tensor) -> Tensor:
+        return seeded(t).square().sum()
+
+    wanted = 2 * scales**2 * x
+    assert torch.allclose(torch.vmap(torch.func.grad(loss))(x), wanted)
+    hessian = torch.func.hessian(loss)(x[0]).reshape(80, 80)
+    assert torch.allclose(hessian, torch.diag(2 * scales.flatten() ** 2))
+    _, tangent = torch.func.jvp(seeded, (x[0],), (x[1],))
+    assert torch.equal(tangent, seeded(x[1]))
+    different = torch.vmap(lambda t: F.drop_block2d(t, 0.5, 2), randomness="different")(
+        torch.ones(4, 2, 2, 8, 8)
+    )
+    assert len({tuple(r.flatten().tolist()) for r in different}) == 4
+
+
+def test_module() -> None:
+    layer = nn.DropBlock2d()
+    assert repr(layer) == "DropBlock2d(p=0.1, block_size=7, inplace=False)"
+    assert nn.DropBlock2d(keep_prob=0.75, block_size=3).p == 0.25
+    with pytest.raises(ValueError, match="p and keep_prob exclude each other"):
+        nn.DropBlock2d(0.5, keep_prob=0.5)
+    with pytest.raises(ValueError, match="DropBlock2d: block_size must be at least 1"):
+        nn.DropBlock2d(0.5, 0)
+    x = torch.randn(4, 8, 14, 14)
+    y = layer(x)
+    assert not torch.equal(y, x)
+    assert layer.eval()(x) is x
+    in_place = nn.DropBlock2d(0.5, 3, inplace=True)
+    assert in_place(x) is x
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.train()(x.bfloat16()).dtype is torch.bfloat16
