@@ -99,9 +99,7 @@ def forward(
 ) -> Results:
     """y, the moments (new ones unless given), and the bits if asked for and of any use."""
     if moments is None and call.statistics == COMPUTE:
-        moments = torch.empty(
-            (3, statistics_shape(x, call)), dtype=torch.float64, device=x.device
-        )
+        moments = torch.empty((3, statistics_shape(x, call)), dtype=torch.float64, device=x.device)
     y = torch.empty_like(x) if out is None else out
     bits = None
     if keep_bits and keeps_bits(call, residual):
@@ -194,7 +192,9 @@ def _forward_prepared(
     result = y if y.stride() == x.stride() and y.data_ptr() != x.data_ptr() else None
     if result is None or _C.inspect(result) != (0, True):
         result = torch.empty_like(x)
-    bits = _new_bits(x, call, mask is not None) if keep_bits and keeps_bits(call, residual) else None
+    bits = (
+        _new_bits(x, call, mask is not None) if keep_bits and keeps_bits(call, residual) else None
+    )
     statistics = [_plain(t, call.op, "running statistics") for t in running[:2]]
     batches = running.batches
     scratch, semaphores = _dispatch.scratch(x.device, 0)
