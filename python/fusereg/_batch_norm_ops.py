@@ -6,8 +6,6 @@
 ``torch.ops.fusereg.batch_norm``, ``torch.ops.fusereg.batch_norm_backward``
     the same as pure functions, for torch.compile, export, fake tensors; running statistics are then
     updated by torch's own operations.
-``_Synchronized``
-    with a ``reduce_sums`` between the two steps of backward, for several processes.
 ``batch_norm``
     the entry: picks between them. torch.func transforms, forward-mode derivatives and second
     derivatives are composed of torch's operations (_batch_norm_reference).
@@ -24,20 +22,18 @@ from torch import Tensor
 from . import _batch_norm_kernels as kernels
 from . import _batch_norm_reference as reference
 from . import _dispatch
-from ._batch_norm_kernels import FIXED, RECTIFIERS, Call, Gradients, Running
-
-ReduceSums = Callable[[Tensor], Tensor]
+from ._batch_norm_kernels import FIXED, RECTIFIERS, Call, Running
 
 _increment_version: Callable[[Any], None] = torch.autograd.graph.increment_version
 
 
-def _mark_written(running: Running) -> None:
+def mark_written(running: Running) -> None:
     written = [t for t in running[:3] if isinstance(t, Tensor) and not t.is_inference()]
     if written:
         _increment_version(written)
 
 
-def _keeps_residual(call: Call) -> bool:
+def keeps_residual(call: Call) -> bool:
     """Whether backward has to add the residual again: neither x nor its sign bit tell z."""
     return call.activation not in (0, *RECTIFIERS)
 
@@ -63,8 +59,8 @@ class _BatchNorm(torch.autograd.Function):
         )
         fixed = call.statistics == FIXED
         if not fixed:
-            _mark_written(running)
-        kept = residual if residual is not None and _keeps_residual(call) else None
+            mark_written(running)
+        kept = residual if residual is not None and keeps_residual(call) else None
         if fixed and moments is None:
             ctx.save_for_backward(x, weight, bias, kept, mask, bits, None, running[0], running[1])
         else:
@@ -185,7 +181,7 @@ def _call_of(constants: _Constants, seed: Tensor | None) -> Call:
     return Call(*constants[:6], 0 if seed is None else seed, 0, constants[6], "batch_norm")
 
 
-def _constants_of(call: Call) -> _Constants:
+def constants_of(call: Call) -> _Constants:
     return (*call[:6], call.index_offset)
 
 
@@ -337,7 +333,7 @@ def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.call = call
     ctx.has_residual = residual is not None
     ctx.mark_non_differentiable(new_moments, bits)
-    if not _keeps_residual(call):
+    if not keeps_residual(call):
         residual = None
     if moments is None and call.statistics == kernels.COMPUTE:
         moments = new_moments
@@ -361,7 +357,7 @@ def _op_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     else:
         g = torch.ops.fusereg.batch_norm_backward(
             grad, x, residual, mask, bits, moments, weight, bias, mean, var, seed, None,
-            *_constants_of(ctx.call), wanted, not (ctx.call.statistics == FIXED
+            *constants_of(ctx.call), wanted, not (ctx.call.statistics == FIXED
                                                   and not any(wanted[2:])),
         )  # fmt: skip
     gx, gr, gw, gb = (t if want else None for t, want in zip(g[:4], wanted, strict=True))
@@ -427,7 +423,7 @@ def normalize(
                 return _apply(x, weight, bias, residual, call, mask, moments, running)
             y = kernels.forward(call, x, residual, mask, weight, bias, moments, running).y
             if call.statistics != FIXED:
-                _mark_written(running)
+                mark_written(running)
             return y
     y, moments = _observed(call, x, residual, mask, weight, bias, moments, running)
     if call.statistics != FIXED and moments is not None:
@@ -459,7 +455,7 @@ def _into(
 ) -> Tensor:
     kernels.forward(call, x, residual, mask, weight, bias, moments, running, out=out)
     if call.statistics != FIXED:
-        _mark_written(running)
+        mark_written(running)
     if not out.is_inference():
         _increment_version(out)
     return out
@@ -481,7 +477,7 @@ def _observed(
     seed = call.seed if isinstance(call.seed, Tensor) else None
     fixed = running[:2] if call.statistics == FIXED and moments is None else (None, None)
     y, new, _ = torch.ops.fusereg.batch_norm(
-        x, residual, mask, weight, bias, moments, *fixed, seed, *_constants_of(call), True
+        x, residual, mask, weight, bias, moments, *fixed, seed, *constants_of(call), True
     )
     return y, new if call.statistics == kernels.COMPUTE else moments
 

@@ -142,3 +142,29 @@ def is_dtensor(tensor: object) -> bool:
 def has_dtensor(tensors: Sequence[torch.Tensor]) -> bool:
     only_plain, _ = _C.scan(tensors)  # a few nanoseconds a tensor
     return not only_plain and any(is_dtensor(t) for t in tensors)
+
+
+def all_gather(tensor: torch.Tensor, group: object) -> torch.Tensor:
+    """[processes, *shape]: every process's tensor, in the order of ranks."""
+    world: int = torch.distributed.get_world_size(group)  # type: ignore[arg-type]
+    if torch.compiler.is_compiling():
+        from torch.distributed import _functional_collectives as functional
+
+        flat = functional.all_gather_tensor(tensor.flatten(), 0, group)  # type: ignore[arg-type]
+        return flat.view(world, *tensor.shape)
+    result = tensor.new_empty((world, *tensor.shape))
+    torch.distributed.all_gather_into_tensor(
+        result.view(-1), tensor.contiguous().view(-1), group=group
+    )
+    return result
+
+
+def all_reduce(tensor: torch.Tensor, group: object) -> torch.Tensor:
+    """The sum of every process's tensor; ``tensor`` itself may be written to."""
+    if torch.compiler.is_compiling():
+        from torch.distributed import _functional_collectives as functional
+
+        result: torch.Tensor = functional.all_reduce(tensor, "sum", group)  # type: ignore[arg-type]
+        return result
+    torch.distributed.all_reduce(tensor, group=group)
+    return tensor

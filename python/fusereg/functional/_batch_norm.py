@@ -29,6 +29,7 @@ def batch_norm(
     out: Tensor | None = None,
     negative_slope: float = 0.01,
     mask: Tensor | None = None,
+    virtual_batch_size: int | None = None,
     num_batches_tracked: Tensor | None = None,
     update_stats: bool = True,
     seed: int | Tensor | None = None,
@@ -59,6 +60,9 @@ def batch_norm(
         negative_slope: of leaky ReLU.
         mask: of shape (N, ...) without the channels, bool: where it is False, an element belongs to
             no statistic, and its result and gradient are 0 (padded sequences).
+        virtual_batch_size: as many consecutive samples share statistics, in training (ghost batch
+            normalization, Hoffer et al. 2017); the last group may be smaller. Running statistics
+            are those of the whole batch.
         num_batches_tracked: an int64 tensor that is counted up in training.
         update_stats: whether running statistics and ``num_batches_tracked`` are updated at all. Off
             where a batch is seen again, as by activation checkpointing.
@@ -83,10 +87,45 @@ def batch_norm(
         ... )
     """
     op = "batch_norm"
+    call, running = prepared(
+        x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual,
+        dropout, out, negative_slope, mask, virtual_batch_size, num_batches_tracked, update_stats,
+        seed, generator, op,
+    )  # fmt: skip
+    return _batch_norm_ops.normalize(call, x, residual, mask, weight, bias, None, running, out)
+
+
+def prepared(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+    dropout: float,
+    out: Tensor | None,
+    negative_slope: float,
+    mask: Tensor | None,
+    virtual_batch_size: int | None,
+    num_batches_tracked: Tensor | None,
+    update_stats: bool,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    op: str,
+    single_values: bool = False,
+) -> tuple[Call, Running]:
+    """The checked arguments as the operations take them.
+
+    ``single_values``: whether one value per channel will do, because other processes have more.
+    """
     use_batch = training or running_mean is None or running_var is None
     _check(
         x, running_mean, running_var, weight, bias, use_batch, momentum, eps, residual, out, mask,
-        num_batches_tracked, op,
+        num_batches_tracked, single_values, op,
     )  # fmt: skip
     try:
         number = kernels.ACTIVATIONS[activation]
@@ -95,6 +134,9 @@ def batch_norm(
         raise ValueError(
             f"fusereg.{op}: activation must be one of {names}, got {activation!r}"
         ) from None
+    group = 0
+    if virtual_batch_size is not None:
+        group = _group_samples(x, virtual_batch_size, use_batch, op)
     p = 0.0
     key: int | Tensor = 0
     offset = 0
@@ -120,8 +162,8 @@ def batch_norm(
     else:
         statistics = kernels.FIXED
         running = Running(running_mean, running_var)
-    call = Call(statistics, eps, 0, number, negative_slope, p, key, offset, 0, op)
-    return _batch_norm_ops.normalize(call, x, residual, mask, weight, bias, None, running, out)
+    call = Call(statistics, eps, group, number, negative_slope, p, key, offset, 0, op)
+    return call, running
 
 
 def _check(
@@ -137,6 +179,7 @@ def _check(
     out: Tensor | None,
     mask: Tensor | None,
     num_batches_tracked: Tensor | None,
+    single_values: bool,
     op: str,
 ) -> None:
     """Raises, before anything is written, where an argument is wrong."""
@@ -167,7 +210,7 @@ def _check(
             raise ValueError(
                 f"fusereg.{op}: momentum must be within [0, 1] or None, got {momentum}"
             )
-        if x.numel() == channels and channels:
+        if x.numel() == channels and channels and not single_values:
             raise ValueError(
                 f"fusereg.{op}: training wants more than 1 value per channel, "
                 f"got x of shape {tuple(shape)}"
@@ -189,6 +232,26 @@ def _check(
             f"fusereg.{op}: num_batches_tracked must be an int64 tensor of one element, "
             f"got {num_batches_tracked!r}"
         )
+
+
+def _group_samples(x: Tensor, size: object, use_batch: bool, op: str) -> int:
+    where = f"fusereg.{op}: virtual_batch_size"
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"{where} must be an integer or None, got {type(size).__name__}")
+    if size < 1:
+        raise ValueError(f"{where} must be positive, got {size}")
+    if not use_batch:
+        return 0
+    samples, channels = x.shape[0], x.shape[1]
+    if samples and channels and x.numel():
+        values = x.numel() // (samples * channels)
+        smallest = samples % size or min(size, samples)
+        if smallest * values == 1:
+            raise ValueError(
+                f"fusereg.{op}: training wants more than 1 value per channel in each virtual "
+                f"batch, and a batch of {samples} in parts of {size} leaves one with 1"
+            )
+    return size
 
 
 def _wrong_vector(name: str, values: object, channels: int, device: torch.device, op: str) -> None:

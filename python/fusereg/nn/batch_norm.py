@@ -18,6 +18,17 @@ from .._docs import share_paragraphs
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 
+def check_activation(activation: object, name: str) -> None:
+    """Raises unless this is None or the name of an activation."""
+    if activation is not None and not (
+        isinstance(activation, str) and activation in kernels.ACTIVATIONS
+    ):
+        names = ", ".join(repr(name) for name in kernels.ACTIVATIONS)
+        raise ValueError(
+            f"fusereg.nn.{name}: activation must be one of {names}, got {activation!r}"
+        )
+
+
 class _Fused(nn.modules.batchnorm._BatchNorm):
     """What the layers have in common."""
 
@@ -43,12 +54,7 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
-        if activation not in kernels.ACTIVATIONS:
-            names = ", ".join(repr(name) for name in kernels.ACTIVATIONS)
-            raise ValueError(
-                f"fusereg.nn.{type(self).__name__}: activation must be one of {names}, "
-                f"got {activation!r}"
-            )
+        check_activation(activation, type(self).__name__)
         _dropout_ops.check_probability(dropout, f"nn.{type(self).__name__}", "dropout")
         self.activation = activation
         self.dropout = dropout
@@ -59,6 +65,15 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
     ) -> Tensor:
         """The input normalized, the residual added, activated, dropped."""
+        return self._normalized(input, residual, mask)
+
+    def _normalized(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        virtual_batch_size: int | None = None,
+    ) -> Tensor:
         self._check_input_dim(input)
         return F.batch_norm(
             input,
@@ -74,6 +89,7 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             dropout=self.dropout,
             negative_slope=self.negative_slope,
             mask=mask,
+            virtual_batch_size=virtual_batch_size,
             num_batches_tracked=self.num_batches_tracked,
             update_stats=self.update_stats,
         )
