@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fusereg import dropout_mask
+from fusereg._batch_norm_ops import statistics
 from fusereg._batch_norm_sync import combined
 from fusereg.nn import BatchNorm2d, SyncBatchNorm
 from ranks import Ranks, can_run, cases, failures, on, results
@@ -91,6 +93,23 @@ def empty_batches(ranks: Ranks) -> None:
 def epilogues(ranks: Ranks) -> None:
     for activation in ("relu", "leaky_relu", "silu", "gelu"):
         compare(ranks, [2, 3], torch.contiguous_format, activation=activation)
+
+
+@on(2)
+def dropout_draws_a_mask_of_each_process_s_own(ranks: Ranks) -> None:
+    layer, _ = layers(dropout=0.5)
+    x = batch(40)[20 * ranks.rank : 20 * ranks.rank + 20].requires_grad_()
+    torch.manual_seed(ranks.rank)
+    y = layer(x)
+    kept = y != 0
+    assert 0.4 < kept.double().mean().item() < 0.6
+    both = [torch.empty_like(kept) for _ in range(2)]
+    dist.all_gather(both, kept)
+    assert not torch.equal(*both)
+    y.sum().backward()
+    torch.manual_seed(ranks.rank)
+    plain = dropout_mask(x.shape, 0.5, *torch.empty(2, dtype=torch.int64).random_().tolist())
+    assert torch.equal(plain, kept)
 
 
 @on(2)
@@ -206,22 +225,12 @@ def test_without_processes_it_is_batch_norm() -> None:
 def test_moments_of_parts_are_those_of_the_whole() -> None:
     x = batch(7, torch.float64) + 1e6
     parts = [x[:2], x[2:2], x[2:3], x[3:]]
-    moments = torch.stack(
-        [
-            torch.ops.fusereg.batch_norm_moments(part, None, 0).nan_to_num(float("nan"))
-            for part in parts
-        ]
-    )
+    moments = torch.stack([statistics(part) for part in parts])
     mean, var, count = combined(moments)
     flat = x.transpose(0, 1).flatten(1)
     close(mean, flat.mean(1), 1e-15)
     torch.testing.assert_close(var, flat.var(1, correction=0), atol=0.0, rtol=1e-9)
     assert count.tolist() == [7 * 12.0] * CHANNELS
-
-
-def test_opcheck_of_the_moments() -> None:
-    for x, mask in ((batch(3), None), (batch(3), torch.rand(3, 4, 3) > 0.3)):
-        torch.library.opcheck(torch.ops.fusereg.batch_norm_moments.default, (x, mask, 0))
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm3d, BatchNorm2d, nn.SyncBatchNorm])

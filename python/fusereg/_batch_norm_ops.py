@@ -6,6 +6,8 @@
 ``torch.ops.fusereg.batch_norm``, ``torch.ops.fusereg.batch_norm_backward``
     the same as pure functions, for torch.compile, export, fake tensors; running statistics are then
     updated by torch's own operations.
+``_Synchronized``
+    with a ``reduce_sums`` between the two steps of backward, for several processes.
 ``batch_norm``
     the entry: picks between them. torch.func transforms, forward-mode derivatives and second
     derivatives are composed of torch's operations (_batch_norm_reference).
@@ -24,16 +26,18 @@ from . import _batch_norm_reference as reference
 from . import _dispatch
 from ._batch_norm_kernels import FIXED, RECTIFIERS, Call, Running
 
+ReduceSums = Callable[[Tensor], Tensor]
+
 _increment_version: Callable[[Any], None] = torch.autograd.graph.increment_version
 
 
-def mark_written(running: Running) -> None:
+def _mark_written(running: Running) -> None:
     written = [t for t in running[:3] if isinstance(t, Tensor) and not t.is_inference()]
     if written:
         _increment_version(written)
 
 
-def keeps_residual(call: Call) -> bool:
+def _keeps_residual(call: Call) -> bool:
     """Whether backward has to add the residual again: neither x nor its sign bit tell z."""
     return call.activation not in (0, *RECTIFIERS)
 
@@ -59,8 +63,8 @@ class _BatchNorm(torch.autograd.Function):
         )
         fixed = call.statistics == FIXED
         if not fixed:
-            mark_written(running)
-        kept = residual if residual is not None and keeps_residual(call) else None
+            _mark_written(running)
+        kept = residual if residual is not None and _keeps_residual(call) else None
         if fixed and moments is None:
             ctx.save_for_backward(x, weight, bias, kept, mask, bits, None, running[0], running[1])
         else:
@@ -173,6 +177,8 @@ _define(
     f" {_CONSTANTS}, bool[] wanted, bool reduce) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
+_define("batch_norm_statistics(Tensor x, Tensor? mask, int group_samples) -> Tensor")
+
 #: (statistics, eps, group_samples, activation, slope, p, index_offset)
 _Constants = tuple[int, float, int, int, float, float, int]
 
@@ -181,7 +187,7 @@ def _call_of(constants: _Constants, seed: Tensor | None) -> Call:
     return Call(*constants[:6], 0 if seed is None else seed, 0, constants[6], "batch_norm")
 
 
-def constants_of(call: Call) -> _Constants:
+def _constants_of(call: Call) -> _Constants:
     return (*call[:6], call.index_offset)
 
 
@@ -319,9 +325,22 @@ def _fake_backward(
     return (*made, x.new_empty(shape, dtype=torch.float64))  # type: ignore[return-value]
 
 
+def _op_statistics(x: Tensor, mask: Tensor | None, group_samples: int) -> Tensor:
+    return kernels.moments_of(kernels.statistics_call(group_samples), x, mask)
+
+
+def _fake_statistics(x: Tensor, mask: Tensor | None, group_samples: int) -> Tensor:
+    call = kernels.statistics_call(group_samples)
+    return x.new_empty((3, kernels.statistics_shape(x, call)), dtype=torch.float64)
+
+
 for _key in ("CPU", "CUDA"):
+    _implement("batch_norm_statistics", _op_statistics, _key)
     _implement("batch_norm", _op_batch_norm, _key)
     _implement("batch_norm_backward", _op_backward, _key)
+torch.library.register_fake(
+    "fusereg::batch_norm_statistics", _fake_statistics, lib=_dispatch.library
+)
 torch.library.register_fake("fusereg::batch_norm", _fake_batch_norm, lib=_dispatch.library)
 torch.library.register_fake("fusereg::batch_norm_backward", _fake_backward, lib=_dispatch.library)
 
@@ -333,7 +352,7 @@ def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.call = call
     ctx.has_residual = residual is not None
     ctx.mark_non_differentiable(new_moments, bits)
-    if not keeps_residual(call):
+    if not _keeps_residual(call):
         residual = None
     if moments is None and call.statistics == kernels.COMPUTE:
         moments = new_moments
@@ -357,7 +376,7 @@ def _op_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     else:
         g = torch.ops.fusereg.batch_norm_backward(
             grad, x, residual, mask, bits, moments, weight, bias, mean, var, seed, None,
-            *constants_of(ctx.call), wanted, not (ctx.call.statistics == FIXED
+            *_constants_of(ctx.call), wanted, not (ctx.call.statistics == FIXED
                                                   and not any(wanted[2:])),
         )  # fmt: skip
     gx, gr, gw, gb = (t if want else None for t, want in zip(g[:4], wanted, strict=True))
@@ -367,6 +386,73 @@ def _op_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd(
     "fusereg::batch_norm", _op_gradient, setup_context=_save_for_op, lib=_dispatch.library
 )
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+class _Synchronized(torch.autograd.Function):
+    """With ``reduce_sums`` between the two steps of backward; traced by torch.compile as it is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        moments: Tensor,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        constants: _Constants,
+        reduce_sums: ReduceSums,
+    ) -> Tensor:
+        y, _, bits = torch.ops.fusereg.batch_norm(
+            x, residual, mask, weight, bias, moments, None, None, seed, *constants, True
+        )
+        call = _call_of(constants, None)
+        kept = residual if _keeps_residual(call) else None
+        ctx.bits_kept = kernels.keeps_bits(call, residual)
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(x, weight, bias, kept, moments, mask, seed, bits)
+        ctx.constants = constants
+        ctx.reduce_sums = reduce_sums
+        result: Tensor = y
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, residual, moments, mask, seed, bits = ctx.saved_tensors
+        bits = bits if ctx.bits_kept else None
+        has = (True, ctx.has_residual, weight is not None, bias is not None)
+        common = (x, residual, mask, bits, moments, weight, bias, None, None, seed)
+        *_, gw, gb, sums = torch.ops.fusereg.batch_norm_backward(
+            grad, *common, None, *ctx.constants, [False, False, *has[2:]], True
+        )
+        sums = ctx.reduce_sums(sums)
+        gx, gr, *_ = torch.ops.fusereg.batch_norm_backward(
+            grad, *common, sums, *ctx.constants, [*has[:2], False, False], False
+        )
+        return (
+            gx,
+            gw if has[2] else None,
+            gb if has[3] else None,
+            gr if has[1] else None,
+            *[None] * 5,
+        )
+
+
+def statistics(x: Tensor, mask: Tensor | None = None, group_samples: int = 0) -> Tensor:
+    """The moments of x: float64 [3, statistics], mean, biased variance, count; no gradient.
+
+    ``group_samples``: of each group of so many samples (0: of all), group after group.
+    """
+    x = x.detach()
+    if _dispatch.eager() and _plain_types(x):
+        return kernels.moments_of(kernels.statistics_call(group_samples), x, mask)
+    moments: Tensor = torch.ops.fusereg.batch_norm_statistics(x, mask, group_samples)
+    return moments
 
 
 # --- running statistics by torch's operations -----------------------------------------------------
@@ -408,13 +494,23 @@ def normalize(
     moments: Tensor | None,
     running: Running,
     out: Tensor | None = None,
+    reduce_sums: ReduceSums | None = None,
 ) -> Tensor:
     """y by whatever path fits; the arguments have been checked.
 
     call.statistics: COMPUTE (moments None); GIVEN (the batch's moments, whoever computed them);
     FIXED (constants: the moments or, without these, the running statistics). The running
-    statistics are updated unless they are the constants.
+    statistics are updated unless they are the constants. ``reduce_sums``: with GIVEN moments of
+    several processes, what adds backward's sums (float64 [2, statistics]) over these; then there is
+    no second derivative, and the seed must be a tensor.
     """
+    if reduce_sums is not None and moments is not None:
+        seed = call.seed if isinstance(call.seed, Tensor) else None
+        y = _Synchronized.apply(
+            x, weight, bias, residual, moments, mask, seed, _constants_of(call), reduce_sums
+        )
+        update_running(running, moments, x.shape[1])
+        return y if out is None else out.copy_(y)
     if _dispatch.eager() and _plain_types(x, residual, weight, bias):
         if out is not None:
             return _into(out, call, x, residual, mask, weight, bias, moments, running)
@@ -423,7 +519,7 @@ def normalize(
                 return _apply(x, weight, bias, residual, call, mask, moments, running)
             y = kernels.forward(call, x, residual, mask, weight, bias, moments, running).y
             if call.statistics != FIXED:
-                mark_written(running)
+                _mark_written(running)
             return y
     y, moments = _observed(call, x, residual, mask, weight, bias, moments, running)
     if call.statistics != FIXED and moments is not None:
@@ -455,7 +551,7 @@ def _into(
 ) -> Tensor:
     kernels.forward(call, x, residual, mask, weight, bias, moments, running, out=out)
     if call.statistics != FIXED:
-        mark_written(running)
+        _mark_written(running)
     if not out.is_inference():
         _increment_version(out)
     return out
@@ -477,7 +573,7 @@ def _observed(
     seed = call.seed if isinstance(call.seed, Tensor) else None
     fixed = running[:2] if call.statistics == FIXED and moments is None else (None, None)
     y, new, _ = torch.ops.fusereg.batch_norm(
-        x, residual, mask, weight, bias, moments, *fixed, seed, *constants_of(call), True
+        x, residual, mask, weight, bias, moments, *fixed, seed, *_constants_of(call), True
     )
     return y, new if call.statistics == kernels.COMPUTE else moments
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _batch_norm_kernels as kernels
-from .. import _batch_norm_ops, _batch_norm_sync
+from .. import _batch_norm_ops
 from .. import functional as F
 from ..functional import _batch_norm as functional
 from .batch_norm import _Fused, check_activation
@@ -131,7 +131,7 @@ class BatchRenorm(_AnyDimension):
             None, self.num_batches_tracked, self.update_stats, None, None, "batch_renorm",
         )  # fmt: skip
         with torch.no_grad():
-            moments = _batch_norm_sync.moments(input, mask)
+            moments = _batch_norm_ops.statistics(input, mask)
             mean, var, _ = moments.unbind(0)
             running_std = (self.running_var.double() + self.eps).sqrt()
             r = ((var + self.eps).sqrt() / running_std).clamp(1.0 / self.r_max, self.r_max)
