@@ -10,6 +10,9 @@
 #include "core/cuda_info.h"
 #endif
 
+namespace fusereg::batch_norm {
+void bind(py::module_& m);
+}
 namespace fusereg::drop_block {
 void bind(py::module_& m);
 }
@@ -120,6 +123,7 @@ PYBIND11_MODULE(FUSEREG_MODULE_NAME, m) {
 #else
   m.attr("CUDA_ON_HOST") = false;
 #endif
+  batch_norm::bind(m);
   drop_block::bind(m);
   dropout::bind(m);
   dropout_norm::bind(m);

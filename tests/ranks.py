@@ -48,27 +48,26 @@ class Ranks:
 
 
 Check = Callable[[Ranks], None]
-CHECKS: dict[int, dict[str, Check]] = {2: {}, 3: {}, 4: {}}
+#: The checks of each module, by the number of processes.
+CHECKS: dict[str, dict[int, dict[str, Check]]] = {}
 
 
 def on(*worlds: int) -> Callable[[Check], Check]:
     """Registers a check for these numbers of processes."""
 
     def register(check: Check) -> Check:
+        checks = CHECKS.setdefault(check.__module__, {})
         for world in worlds:
-            CHECKS[world][check.__name__] = check
+            checks.setdefault(world, {})[check.__name__] = check
         return check
 
     return register
 
 
-def named(module: str) -> list[tuple[int, str]]:
-    """(number of processes, name) of each check that a module has registered, and of the end."""
+def cases(module: str) -> list[tuple[int, str]]:
+    """(processes, name) of each of a module's checks, and of the end of each program."""
     return [
-        (world, name)
-        for world, checks in CHECKS.items()
-        if (own := [n for n, check in checks.items() if check.__module__ == module])
-        for name in (*own, "the end")
+        (world, name) for world, checks in CHECKS[module].items() for name in (*checks, "the end")
     ]
 
 
@@ -87,7 +86,7 @@ def program(rank: int, world: int, folder: str, module: str) -> None:
         store = dist.FileStore(f"{folder}/store", world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
         ranks = Ranks(rank, world, init_device_mesh("cpu", (world,)))
-        for name, check in CHECKS[world].items():
+        for name, check in CHECKS[module][world].items():
             if can_run(name):
                 torch.manual_seed(20240229)
                 try:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import fusereg
 from fusereg import functional as F
-from ranks import Ranks, failures, named, on, results
+from ranks import Ranks, cases, failures, on, results
 
 SEED = 11
 
@@ -125,7 +125,7 @@ def meshes_of_two_dimensions(ranks: Ranks) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "name"), named(__name__))
+@pytest.mark.parametrize(("world", "name"), cases(__name__))
 def test_ranks(world: int, name: str) -> None:
     said = failures(results(world, __name__), name)
     if said:

@@ -12,6 +12,7 @@
 from . import _dispatch as _dispatch  # isort: skip  # first: it refuses a torch that is too old
 from . import _C, functional, nn, prox
 from ._version import __version__
+from .fold import fold_into_conv
 from .functional import dropout_mask
 from .penalty import PenaltyGroup, WeightPenalty, add_penalty_grad_, sparsity
 
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "add_penalty_grad_",
     "dropout_mask",
+    "fold_into_conv",
     "functional",
     "nn",
     "prox",

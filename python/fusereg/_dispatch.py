@@ -118,6 +118,40 @@ def barrier(device: torch.device) -> torch.Tensor | None:
     return found
 
 
+#: Scratch memory, and semaphores that kernels leave zeroed as they found them, of each stream.
+_scratch: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def scratch(device: torch.device, size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Scratch of at least ``size`` bytes and zeroed semaphores for CUDA kernels; CPU kernels: none.
+
+    They belong to the present stream, whose kernels run one after the other; while a CUDA graph is
+    captured they are fresh ones, which belong to the graph's own memory.
+    """
+    if device.type == "cpu":
+        if not _C.CUDA_ON_HOST:
+            return None, None
+        key = (-1, 0)
+    else:
+        if torch.cuda.is_current_stream_capturing():
+            return _new_scratch(device, size)
+        stream = torch.cuda.current_stream(device)
+        key = (stream.device.index, stream.cuda_stream)
+    found = _scratch.get(key)
+    if found is None or found[0].numel() < size:
+        found = _scratch[key] = _new_scratch(device, size)
+    return found
+
+
+def _new_scratch(device: torch.device, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    # Whole kilobytes, at least what small shapes want, so that few sizes are ever asked for.
+    size = max(64 * 1024, -(-size // 1024) * 1024)
+    return (
+        torch.empty(size, dtype=torch.uint8, device=device),
+        torch.zeros(_C.BATCH_NORM_SEMAPHORE_BYTES, dtype=torch.uint8, device=device),
+    )
+
+
 def is_dtensor(tensor: object) -> bool:
     """Whether this is a torch.distributed DTensor, without importing that package for nothing."""
     if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:
@@ -132,3 +166,29 @@ def is_dtensor(tensor: object) -> bool:
 def has_dtensor(tensors: Sequence[torch.Tensor]) -> bool:
     only_plain, _ = _C.scan(tensors)  # a few nanoseconds a tensor
     return not only_plain and any(is_dtensor(t) for t in tensors)
+
+
+def all_gather(tensor: torch.Tensor, group: object) -> torch.Tensor:
+    """[processes, *shape]: every process's tensor, in the order of ranks."""
+    world: int = torch.distributed.get_world_size(group)  # type: ignore[arg-type]
+    if torch.compiler.is_compiling():
+        from torch.distributed import _functional_collectives as functional
+
+        flat = functional.all_gather_tensor(tensor.flatten(), 0, group)  # type: ignore[arg-type]
+        return flat.view(world, *tensor.shape)
+    result = tensor.new_empty((world, *tensor.shape))
+    torch.distributed.all_gather_into_tensor(
+        result.view(-1), tensor.contiguous().view(-1), group=group
+    )
+    return result
+
+
+def all_reduce(tensor: torch.Tensor, group: object) -> torch.Tensor:
+    """The sum of every process's tensor; ``tensor`` itself may be written to."""
+    if torch.compiler.is_compiling():
+        from torch.distributed import _functional_collectives as functional
+
+        result: torch.Tensor = functional.all_reduce(tensor, "sum", group)  # type: ignore[arg-type]
+        return result
+    torch.distributed.all_reduce(tensor, group=group)
+    return tensor

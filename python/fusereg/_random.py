@@ -117,6 +117,10 @@ def operator_pair(
     if isinstance(seed, Tensor):
         return seed
     if seed is not None:
-        signed = (seed + 2**63) % 2**64 - 2**63
-        return torch.tensor([signed, 0], dtype=torch.int64, device=device)
+        return torch.tensor([signed(seed), 0], dtype=torch.int64, device=device)
     return device_pair(device, generator)
+
+
+def signed(number: int) -> int:
+    """The int64 with the low 64 bits of a number."""
+    return (number + 2**63) % 2**64 - 2**63

@@ -1,5 +1,6 @@
 """Functions without state. All are differentiable unless they say otherwise."""
 
+from ._batch_norm import batch_norm
 from ._consistent_dropout import consistent_dropout
 from ._drop_block import drop_block2d
 from ._drop_connect import drop_connect_conv2d, drop_connect_linear
@@ -31,6 +32,7 @@ from ._penalty import (
 __all__ = [
     "activation_dropout",
     "alpha_dropout",
+    "batch_norm",
     "bias_dropout_add",
     "consistent_dropout",
     "drop_block2d",

@@ -1,5 +1,7 @@
 """Layers: drop-in replacements for those of torch.nn, with the same arguments and the same repr."""
 
+from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .batch_norm_variants import BatchRenorm, FrozenBatchNorm, GhostBatchNorm
 from .consistent_dropout import ConsistentDropout
 from .drop_block import DropBlock2d
 from .drop_connect import DropConnectConv2d, DropConnectLinear
@@ -15,10 +17,15 @@ from .dropout import (
 from .dropout_norm import DropoutAddLayerNorm, DropoutAddRMSNorm
 from .fused_dropout import ActivationDropout, BiasDropoutAdd, DropoutAdd, DropPathAdd
 from .gaussian_dropout import GaussianDropout
+from .sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "ActivationDropout",
     "AlphaDropout",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchRenorm",
     "BiasDropoutAdd",
     "ConsistentDropout",
     "DropBlock2d",
@@ -34,5 +41,8 @@ __all__ = [
     "DropoutAddLayerNorm",
     "DropoutAddRMSNorm",
     "FeatureAlphaDropout",
+    "FrozenBatchNorm",
     "GaussianDropout",
+    "GhostBatchNorm",
+    "SyncBatchNorm",
 ]

@@ -1,0 +1,342 @@
+"""Ghost, renormalized and frozen batch normalization; folding into convolutions."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusereg
+from conftest import TOLERANCES, Backend
+from fusereg.nn import BatchNorm2d, BatchRenorm, FrozenBatchNorm, GhostBatchNorm
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    scale = max(1.0, wanted.abs().max().item()) if wanted.numel() else 1.0
+    torch.testing.assert_close(
+        found.cpu().double(), wanted.cpu().double(), atol=tolerance * scale, rtol=0.0
+    )
+
+
+def randomized(layer: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for name, values in (*layer.named_parameters(), *layer.named_buffers()):
+            if values.is_floating_point():
+                values.copy_(torch.rand_like(values) + (0.5 if "var" in name else -0.4))
+    return layer
+
+
+# --- ghost ----------------------------------------------------------------------------------------
+
+
+def by_loop(x: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
+    parts = [nn.functional.batch_norm(p, None, None, weight, bias, True) for p in x.split(size)]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "form"),
+    [
+        ((8, 5, 4, 3), 4, torch.contiguous_format),
+        ((8, 5, 4, 3), 3, torch.channels_last),
+        ((7, 16, 5), 3, torch.contiguous_format),
+        ((6, 3), 2, torch.contiguous_format),
+        ((4, 3, 2), 9, torch.contiguous_format),
+    ],
+    ids=str,
+)
+def test_ghost(
+    backend: Backend,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    size: int,
+    form: torch.memory_format,
+) -> None:
+    x = torch.randn(shape).add(3.0).to(backend.device, dtype).contiguous(memory_format=form)
+    x.requires_grad_()
+    layer = randomized(GhostBatchNorm(shape[1], virtual_batch_size=size, activation="relu"))
+    layer.to(backend.device, torch.float64 if dtype is torch.float64 else torch.float32)
+    double = x.detach().double().requires_grad_()
+    weight, bias = (p.detach().double().requires_grad_() for p in (layer.weight, layer.bias))
+    wanted = by_loop(double, weight, bias, size).relu()
+    grad = torch.randn(shape, device=backend.device).to(dtype)
+    wanted.backward(grad.double())
+    mean = layer.running_mean.double() * 0.9 + 0.1 * double.detach().transpose(0, 1).flatten(
+        1
+    ).mean(1)
+    y = layer(x)
+    y.backward(grad)
+    tolerance = 10 * TOLERANCES[dtype]
+    close(y.detach(), wanted.detach(), tolerance)
+    assert x.grad is not None
+    close(x.grad, double.grad, tolerance)
+    close(layer.weight.grad, weight.grad, tolerance)
+    close(layer.bias.grad, bias.grad, tolerance)
+    close(layer.running_mean, mean, 1e-6)
+    assert int(layer.num_batches_tracked) == 1
+    layer.eval()
+    running = nn.functional.batch_norm(
+        double.detach(), layer.running_mean.double(), layer.running_var.double(), weight, bias
+    ).relu()
+    close(layer(x.detach()), running.detach(), tolerance)
+
+
+def test_ghost_is_differentiable_twice() -> None:
+    x = torch.randn(5, 3, 2, dtype=torch.float64, requires_grad=True)
+    layer = GhostBatchNorm(3, virtual_batch_size=2, dtype=torch.float64, update_stats=False)
+
+    def f(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return fusereg.functional.batch_norm(
+            x, None, None, weight, bias, True, virtual_batch_size=2, activation="leaky_relu"
+        )
+
+    randomized(layer)
+    arguments = (x, layer.weight.detach().requires_grad_(), layer.bias.detach().requires_grad_())
+    assert torch.autograd.gradcheck(f, arguments)
+    assert torch.autograd.gradgradcheck(f, arguments)
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "text"),
+    [
+        (0, ValueError, "virtual_batch_size must be positive, got 0"),
+        (2.0, TypeError, "virtual_batch_size must be an integer, got float"),
+        (True, TypeError, "virtual_batch_size must be an integer, got bool"),
+    ],
+)
+def test_a_bad_virtual_batch_size(size: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        GhostBatchNorm(4, virtual_batch_size=size)
+    with pytest.raises(error, match=text.replace("integer", "integer or None")):
+        fusereg.functional.batch_norm(
+            torch.ones(3, 4), None, None, training=True, virtual_batch_size=size
+        )
+
+
+def test_a_virtual_batch_of_one_value_is_refused_and_changes_nothing() -> None:
+    layer = GhostBatchNorm(4, virtual_batch_size=2)
+    with pytest.raises(ValueError, match="a batch of 5 in parts of 2 leaves one with 1"):
+        layer(torch.randn(5, 4))
+    assert int(layer.num_batches_tracked) == 0
+    assert not layer.running_mean.any()
+
+
+# --- renormalization ------------------------------------------------------------------------------
+
+
+def renormalized(layer: BatchRenorm, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The paper's algorithm in float64."""
+    dims = [0, *range(2, x.dim())]
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    mean = x.mean(dims)
+    std = (x.var(dims, correction=0) + layer.eps).sqrt()
+    run_mean = layer.running_mean.double()
+    run_std = (layer.running_var.double() + layer.eps).sqrt()
+    r = (std / run_std).detach().clamp(1 / layer.r_max, layer.r_max)
+    d = ((mean - run_mean) / run_std).detach().clamp(-layer.d_max, layer.d_max)
+    y = (x - mean.view(shape)) / std.view(shape) * r.view(shape) + d.view(shape)
+    return y * weight.view(shape) + bias.view(shape)
+
+
+@pytest.mark.parametrize("limits", [(1.0, 0.0), (1.2, 0.3), (100.0, 100.0)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 5, 3, 2), (9, 4)], ids=str)
+def test_renorm(backend: Backend, shape: tuple[int, ...], limits: tuple[float, float]) -> None:
+    layer = BatchRenorm(shape[1], r_max=limits[0], d_max=limits[1]).to(backend.device)
+    randomized(layer)
+    x = torch.randn(shape, device=backend.device).mul(1.5).add(0.7).requires_grad_()
+    double = x.detach().double().requires_grad_()
+    weight, bias = (p.detach().double().requires_grad_() for p in (layer.weight, layer.bias))
+    wanted = renormalized(layer, double, weight, bias)
+    grad = torch.randn(shape, device=backend.device)
+    wanted.backward(grad.double())
+    old = layer.running_mean.clone()
+    y = layer(x)
+    y.backward(grad)
+    close(y.detach(), wanted.detach(), 2e-6)
+    assert x.grad is not None
+    close(x.grad, double.grad, 2e-6)
+    close(layer.weight.grad, weight.grad, 2e-6)
+    close(layer.bias.grad, bias.grad, 2e-6)
+    mean = double.detach().mean([0, *range(2, x.dim())])
+    close(layer.running_mean, 0.9 * old.double() + 0.1 * mean, 1e-6)
+    if limits == (1.0, 0.0):
+        plain = nn.functional.batch_norm(double, None, None, weight, bias, True)
+        close(y.detach(), plain.detach(), 2e-6)
+    if limits == (100.0, 100.0):
+        # Nothing is clipped: what evaluation would have given with the statistics before.
+        evaluated = copy.deepcopy(layer).eval()
+        evaluated.running_mean.copy_(old)
+        evaluated.running_var.copy_(
+            (layer.running_var - 0.1 * double.detach().float().transpose(0, 1).flatten(1).var(1))
+            / 0.9
+        )
+        close(y.detach(), evaluated(x.detach()), 2e-5)
+
+
+def test_renorm_compiles_whole() -> None:
+    layer = randomized(BatchRenorm(4))
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(6, 4, 3)
+    y, wanted = compiled(x), twin(x)
+    y.sum().backward()
+    wanted.sum().backward()
+    close(y.detach(), wanted.detach(), 1e-6)
+    close(layer.weight.grad, twin.weight.grad, 1e-5)
+    close(layer.running_var, twin.running_var, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("limits", "text"),
+    [
+        ({"r_max": 0.5}, "r_max must be at least 1, got 0.5"),
+        ({"d_max": -1.0}, "d_max must be at least 0, got -1.0"),
+        ({"r_max": float("nan")}, "r_max must be at least 1, got nan"),
+        ({"track_running_stats": False}, "track_running_stats must be True"),
+    ],
+    ids=str,
+)
+def test_bad_limits(limits: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        BatchRenorm(4, **limits)
+
+
+# --- frozen ---------------------------------------------------------------------------------------
+
+
+def test_frozen(backend: Backend) -> None:
+    layer = randomized(nn.BatchNorm2d(6)).to(backend.device)
+    frozen = FrozenBatchNorm.from_batch_norm(layer)
+    assert not list(frozen.parameters())
+    x = torch.randn(3, 6, 4, 5, device=backend.device, requires_grad=True)
+    y = frozen(x)
+    assert frozen.training
+    layer.eval()
+    double = x.detach().double().requires_grad_()
+    wanted = copy.deepcopy(layer).double()(double)
+    close(y.detach(), wanted.detach(), 1e-6)
+    grad = torch.randn_like(x)
+    y.backward(grad)
+    wanted.backward(grad.double())
+    assert x.grad is not None
+    close(x.grad, double.grad, 1e-6)
+    before = {name: value.clone() for name, value in frozen.state_dict().items()}
+    frozen(x)
+    assert all(torch.equal(value, before[name]) for name, value in frozen.state_dict().items())
+
+
+def test_frozen_loads_a_batch_norm_s_state() -> None:
+    layer = randomized(nn.BatchNorm2d(6))
+    frozen = FrozenBatchNorm(6)
+    frozen.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 6, 3, 3)
+    close(frozen(x), layer.eval()(x), 1e-6)
+    assert "num_batches_tracked" not in frozen.state_dict()
+    with pytest.raises(ValueError, match="no running statistics to freeze"):
+        FrozenBatchNorm.from_batch_norm(nn.BatchNorm2d(6, track_running_stats=False))
+
+
+# --- folding --------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A residual block whose structure only its forward tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.relu = nn.ReLU()
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1, groups=2)
+        self.bn2 = BatchNorm2d(6, activation="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))), x)
+
+
+class Branching(nn.Module):
+    """What fx cannot trace whole; and a convolution whose result is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.conv = nn.Conv2d(6, 6, 1)
+        self.bn = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        if x.sum() > 1e9:
+            return x
+        z = self.conv(x)
+        return self.bn(z) + z
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "sequence": (
+        lambda: nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)),
+        0,
+    ),
+    "leaky": (
+        lambda: nn.Sequential(
+            nn.Conv2d(6, 4, 3), BatchNorm2d(4, activation="leaky_relu", negative_slope=0.2)
+        ),
+        0,
+    ),
+    "frozen": (lambda: nn.Sequential(nn.Conv2d(6, 4, 3), FrozenBatchNorm(4)), 0),
+    "transposed": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(6, 4, 3, groups=2), nn.BatchNorm2d(4)),
+        0,
+    ),
+    "not affine": (
+        lambda: nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4, affine=False)),
+        0,
+    ),
+    "block": (Block, 0),
+    "branching": (Branching, 1),
+    "nothing before": (lambda: nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)), 1),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_folding(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    make, left = MODELS[name]
+    model = randomized(make()).eval()
+    kept = copy.deepcopy(model.state_dict())
+    caplog.set_level(logging.INFO, "fusereg")
+    folded = fusereg.fold_into_conv(model)
+    norms = [
+        m
+        for m in folded.modules()
+        if isinstance(m, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm))
+    ]
+    assert len(norms) == left
+    assert len([r for r in caplog.records if "stays" in r.message]) == left
+    x = torch.randn(2, 6, 7, 5)
+    close(folded(x), model(x), 5e-6)
+    assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())
+
+
+def test_a_layer_with_a_hook_is_not_folded() -> None:
+    model = nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)).eval()
+    model[0].register_forward_hook(lambda *_: None)
+    assert isinstance(fusereg.fold_into_conv(model)[1], nn.BatchNorm2d)
+
+
+def test_a_convolution_that_is_called_twice_is_not_folded() -> None:
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.Sequential(conv, nn.BatchNorm2d(4), conv, nn.BatchNorm2d(4)).eval()
+    randomized(model)
+    x = torch.randn(2, 4, 5, 5)
+    close(fusereg.fold_into_conv(model)(x), model(x), 1e-6)
+
+
+def test_folding_wants_evaluation_mode() -> None:
+    with pytest.raises(ValueError, match=r"1 is in training mode; call model.eval\(\) first"):
+        fusereg.fold_into_conv(nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)))
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
+        fusereg.fold_into_conv([])

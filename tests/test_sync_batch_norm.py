@@ -1,0 +1,281 @@
+"""Synchronized batch normalization: several processes give what one gives on the whole batch.
+
+Each check is a function of the ``Ranks`` that runs on gloo processes; see ranks.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fusereg import dropout_mask
+from fusereg._batch_norm_ops import statistics
+from fusereg._batch_norm_sync import combined
+from fusereg.nn import BatchNorm2d, SyncBatchNorm
+from ranks import Ranks, can_run, cases, failures, on, results
+
+CHANNELS = 5
+
+
+def batch(samples: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(samples, CHANNELS, 4, 3, dtype=torch.float64).add(2.0).to(dtype)
+
+
+def layers(**arguments: Any) -> tuple[SyncBatchNorm, BatchNorm2d]:
+    """A synchronized layer, and its twin in float64 for the whole batch."""
+    one = SyncBatchNorm(CHANNELS, **arguments)
+    with torch.no_grad():
+        one.weight.copy_(torch.randn(CHANNELS))
+        one.bias.copy_(torch.randn(CHANNELS))
+    whole = BatchNorm2d(CHANNELS, dtype=torch.float64, **arguments)
+    whole.load_state_dict(one.state_dict())
+    return one, whole
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-6) -> None:
+    scale = max(1.0, wanted.abs().max().item()) if wanted.numel() else 1.0
+    torch.testing.assert_close(found.double(), wanted.double(), atol=tolerance * scale, rtol=0.0)
+
+
+def compare(ranks: Ranks, parts: list[int], form: torch.memory_format, **arguments: Any) -> None:
+    layer, twin = layers(**arguments)
+    x, residual, grad = (batch(sum(parts)).contiguous(memory_format=form) for _ in range(3))
+    if "activation" not in arguments:
+        residual = None
+    begin = sum(parts[: ranks.rank])
+    mine = slice(begin, begin + parts[ranks.rank])
+    own = x[mine].requires_grad_()
+    own_residual = None if residual is None else residual[mine].requires_grad_()
+    whole = x.double().requires_grad_()
+    whole_residual = None if residual is None else residual.double().requires_grad_()
+    y, wanted = layer(own, own_residual), twin(whole, whole_residual)
+    y.backward(grad[mine])
+    wanted.backward(grad.double())
+    close(y.detach(), wanted.detach()[mine])
+    assert own.grad is not None
+    assert whole.grad is not None
+    close(own.grad, whole.grad[mine])
+    if own_residual is not None and whole_residual is not None:
+        close(own_residual.grad, whole_residual.grad[mine])
+    for p, q in zip(layer.parameters(), twin.parameters(), strict=True):
+        # Each process has its own part of the parameters' gradients, which DDP averages.
+        total = p.grad.double().clone()
+        dist.all_reduce(total)
+        close(total, q.grad, 5e-6)
+    for (name, a), b in zip(layer.named_buffers(), twin.buffers(), strict=True):
+        assert a.dtype is (torch.int64 if "num" in name else torch.float32)
+        close(a, b)
+
+
+@on(2, 3)
+def as_one_process_on_the_whole_batch(ranks: Ranks) -> None:
+    for form in (torch.contiguous_format, torch.channels_last):
+        compare(ranks, [3] * ranks.world, form)
+
+
+@on(2, 3)
+def uneven_batches(ranks: Ranks) -> None:
+    compare(ranks, [1, 4, 2][: ranks.world], torch.contiguous_format)
+
+
+@on(2, 3)
+def empty_batches(ranks: Ranks) -> None:
+    compare(ranks, [0, 4, 1][: ranks.world], torch.contiguous_format)
+    compare(ranks, [3, 0, 0][: ranks.world], torch.contiguous_format, activation="relu")
+
+
+@on(2)
+def epilogues(ranks: Ranks) -> None:
+    for activation in ("relu", "leaky_relu", "silu", "gelu"):
+        compare(ranks, [2, 3], torch.contiguous_format, activation=activation)
+
+
+@on(2)
+def dropout_draws_a_mask_of_each_process_s_own(ranks: Ranks) -> None:
+    layer, _ = layers(dropout=0.5)
+    x = batch(40)[20 * ranks.rank : 20 * ranks.rank + 20].requires_grad_()
+    torch.manual_seed(ranks.rank)
+    y = layer(x)
+    kept = y != 0
+    assert 0.4 < kept.double().mean().item() < 0.6
+    both = [torch.empty_like(kept) for _ in range(2)]
+    dist.all_gather(both, kept)
+    assert not torch.equal(*both)
+    y.sum().backward()
+    torch.manual_seed(ranks.rank)
+    plain = dropout_mask(x.shape, 0.5, *torch.empty(2, dtype=torch.int64).random_().tolist())
+    assert torch.equal(plain, kept)
+
+
+@on(2)
+def cumulative_momentum(ranks: Ranks) -> None:
+    compare(ranks, [2, 3], torch.contiguous_format, momentum=None)
+
+
+@on(2)
+def one_value_per_channel_on_each_process(ranks: Ranks) -> None:
+    layer = SyncBatchNorm(3)
+    y = layer(torch.full((1, 3), float(ranks.rank)))
+    close(y, torch.full((1, 3), 2.0 * ranks.rank - 1.0), 1e-4)
+
+
+@on(2)
+def a_large_mean(ranks: Ranks) -> None:
+    layer = SyncBatchNorm(CHANNELS, affine=False)
+    x = batch(8) + 1e4
+    y = layer(x[4 * ranks.rank : 4 * ranks.rank + 4])
+    wanted = nn.functional.batch_norm(x.double(), None, None, training=True)
+    close(y, wanted[4 * ranks.rank : 4 * ranks.rank + 4], 2e-6)
+
+
+@on(2)
+def evaluation_synchronizes_nothing(ranks: Ranks) -> None:
+    layer, twin = layers()
+    layer.eval()
+    twin.eval()
+    if ranks.rank == 0:  # the other takes no part
+        x = batch(2)
+        close(layer(x), twin(x.double()))
+
+
+@on(2)
+def a_group_of_one_process(ranks: Ranks) -> None:
+    groups = [dist.new_group([rank]) for rank in range(ranks.world)]
+    layer, twin = layers()
+    layer.process_group = groups[ranks.rank]
+    x = batch(2) + ranks.rank
+    close(layer(x), twin(x.double()))
+
+
+@on(2)
+def compiled_whole(ranks: Ranks) -> None:
+    layer, _ = layers(activation="relu")
+    plain = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = batch(4)[2 * ranks.rank : 2 * ranks.rank + 2]
+    own, twin = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, wanted = compiled(own), plain(twin)
+    y.square().sum().backward()
+    wanted.square().sum().backward()
+    close(y.detach(), wanted.detach())
+    close(own.grad, twin.grad)
+    close(layer.weight.grad, plain.weight.grad)
+    close(layer.running_var, plain.running_var)
+    assert int(layer.num_batches_tracked) == 1
+
+
+@on(2)
+def a_converted_model_under_ddp(ranks: Ranks) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(CHANNELS, 4, 3), BatchNorm2d(4, activation="relu"), nn.Flatten(), nn.Linear(8, 2)
+    )
+    whole = copy.deepcopy(model)
+    ours = SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(ours[1]) is SyncBatchNorm
+    assert ours[1].activation == "relu"
+    parallel = nn.parallel.DistributedDataParallel(ours)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (ours, whole)]
+    for _ in range(3):
+        x = batch(4)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        parallel(x[2 * ranks.rank : 2 * ranks.rank + 2]).square().mean().backward()
+        whole(x).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(ours.state_dict().values(), whole.state_dict().values(), strict=True):
+        close(p, q, 2e-5)
+
+
+@on(2)
+def a_second_derivative_is_refused(ranks: Ranks) -> None:
+    layer, _ = layers()
+    x = batch(2).requires_grad_()
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "name"), cases(__name__))
+def test_ranks(world: int, name: str) -> None:
+    if not can_run(name):
+        pytest.skip("this torch cannot run it")
+    said = failures(results(world, __name__), name)
+    if said:
+        pytest.fail(said, pytrace=False)
+
+
+# --- one process ----------------------------------------------------------------------------------
+
+
+def test_without_processes_it_is_batch_norm() -> None:
+    layer, twin = layers(activation="silu")
+    x = batch(3)
+    close(layer(x), twin(x.double()))
+    close(layer.running_mean, twin.running_mean)
+
+
+def test_moments_of_parts_are_those_of_the_whole() -> None:
+    x = batch(7, torch.float64) + 1e6
+    parts = [x[:2], x[2:2], x[2:3], x[3:]]
+    moments = torch.stack([statistics(part) for part in parts])
+    mean, var, count = combined(moments)
+    flat = x.transpose(0, 1).flatten(1)
+    close(mean, flat.mean(1), 1e-15)
+    torch.testing.assert_close(var, flat.var(1, correction=0), atol=0.0, rtol=1e-9)
+    assert count.tolist() == [7 * 12.0] * CHANNELS
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm3d, BatchNorm2d, nn.SyncBatchNorm])
+def test_converting_and_back(kind: type[nn.Module]) -> None:
+    fused = {"activation": "relu", "dropout": 0.25} if kind is BatchNorm2d else {}
+    layer = kind(4, momentum=0.3, **fused)
+    calls: list[str] = []
+    layer.register_forward_hook(lambda *_: calls.append("called"))
+    model = nn.Sequential(nn.Sequential(layer), nn.Identity(), layer)
+    weight, keys = layer.weight, list(model.state_dict())
+    made = SyncBatchNorm.convert_sync_batchnorm(model.eval())
+    assert made is model
+    assert made[2] is made[0][0], "a shared layer stays shared"
+    assert type(made[2]) is SyncBatchNorm
+    assert made[2].weight is weight
+    assert not made[2].training
+    assert made[2].momentum == 0.3
+    assert list(made.state_dict()) == keys
+    shape = (2, 4, 3, 3, 3) if kind is nn.BatchNorm3d else (2, 4)
+    made(torch.ones(shape))
+    assert calls == ["called", "called"]
+    if fused:
+        assert made[2].activation == "relu"
+        assert made[2].dropout == 0.25
+    back = SyncBatchNorm.revert_sync_batchnorm(made)
+    assert type(back[2]) is kind
+    assert back[2].weight is weight
+    assert repr(back[2]) == repr(layer)
+    assert list(back.state_dict()) == keys
+
+
+def test_torch_s_layer_cannot_take_a_fused_activation() -> None:
+    layer = SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm2d(4))
+    layer.activation = "relu"
+    with pytest.raises(ValueError, match=r"cannot become a torch.nn.modules.batchnorm.BatchNorm2d"):
+        SyncBatchNorm.revert_sync_batchnorm(layer)
+
+
+def test_a_state_dict_goes_both_ways() -> None:
+    ours, torchs = SyncBatchNorm(4), nn.SyncBatchNorm(4)
+    torchs.running_mean.fill_(3.0)
+    ours.load_state_dict(torchs.state_dict())
+    torchs.load_state_dict(ours.state_dict())
+    assert ours.running_mean.tolist() == [3.0] * 4
+    with pytest.raises(
+        ValueError, match=r"weight must have shape \(5,\), got \(4,\)|running_mean must"
+    ):
+        ours(torch.randn(3, 5))
