@@ -108,3 +108,18 @@ def is_dtensor(tensor: object) -> bool:
 def has_dtensor(tensors: Sequence[torch.Tensor]) -> bool:
     only_plain, _ = _C.scan(tensors)  # a few nanoseconds a tensor
     return not only_plain and any(is_dtensor(t) for t in tensors)
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        # Looked up by name: to import torch._dynamo, for its type, takes seconds.
+        compiled = getattr(module, "_orig_mod", None)
+        if isinstance(compiled, torch.nn.Module):
+            module = compiled
+        elif torch.distributed.is_available() and isinstance(
+            module, torch.nn.parallel.DistributedDataParallel
+        ):
+            module = module.module
+        else:
+            return module
