@@ -5,9 +5,9 @@
 ...     train(model)
 ...     stopper.step(validate(model), epoch=epoch)   # the loop ends by itself, with the best model
 
-From the inside out: ``decision`` is the pure state machine, ``metrics`` and ``smoothing`` what comes
-before it, ``snapshot`` the copies in memory, ``encoding`` and ``checkpoint`` the files, ``agreement``
-the ranks, ``stopper`` the object that holds all of them.
+From the inside out: ``decision`` is the pure state machine, ``metrics`` and ``smoothing`` what
+comes before it, ``snapshot`` the copies in memory, ``encoding`` and ``checkpoint`` the files,
+``agreement`` the ranks, ``stopper`` the object that holds all of them.
 """
 
 from .checkpoint import CheckpointError
