@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,8 @@ class CheckpointFolder:
     def make(self) -> None:
         """Makes the folder and tries to write there: better now than after the first epoch."""
         self.path.mkdir(parents=True, exist_ok=True)
-        trial = self._temporary()
-        with trial.open("xb"):
-            pass
-        trial.unlink()
+        with self._workplace() as work:
+            (work / "trial").write_bytes(b"")
 
     # -- reading --
 
@@ -171,25 +170,25 @@ class CheckpointFolder:
         committed = False
         created: Path | None = None
         try:
-            if tensors is not None:
-                assert entry is not None
-                created = self._write_tensors(entry, tensors)
-            content = {
-                "format": FORMAT,
-                "version": VERSION,
-                "progress": dict(progress),
-                "best": entry,
-            }
-            content["sha256"] = _hash_of(content)
-            text = json.dumps(content, allow_nan=False, indent=1) + "\n"
-            with self._new_file() as temporary:
-                with temporary.open("xb") as file:
-                    file.write(text.encode())
+            with self._workplace() as work:
+                if tensors is not None:
+                    assert entry is not None
+                    created = self._write_tensors(work / "best", tensors, entry)
+                    self._flush_folder()
+                content = {
+                    "format": FORMAT,
+                    "version": VERSION,
+                    "progress": dict(progress),
+                    "best": entry,
+                }
+                content["sha256"] = _hash_of(content)
+                with (work / COMMIT).open("xb") as file:
+                    file.write((json.dumps(content, allow_nan=False, indent=1) + "\n").encode())
                     file.flush()
                     os.fsync(file.fileno())
-                os.replace(temporary, self.path / COMMIT)
+                os.replace(work / COMMIT, self.path / COMMIT)
                 committed = True
-            self._flush_folder()
+                self._flush_folder()
         except BaseException:
             # The same epoch saved again may have the old file's name: that one stays.
             old = None if self._best is None else self._best["file"]
@@ -201,38 +200,33 @@ class CheckpointFolder:
                 self._best, self._fresh = entry, False
         self._tidy(None if entry is None else entry["file"])
 
-    def _write_tensors(self, entry: dict[str, Any], tensors: Any) -> Path:
+    def _write_tensors(self, temporary: Path, tensors: Any, entry: dict[str, Any]) -> Path:
         from safetensors.torch import save_file
 
-        with self._new_file() as temporary:
-            save_file(tensors, temporary, {"format": "pt"})
-            with temporary.open("r+b") as file:
-                digest = _hash_file(file)
-                os.fsync(file.fileno())
-            path = self.path / f"best-{entry['epoch']:06d}-{digest[:12]}.safetensors"
-            entry.update(file=path.name, sha256=digest)
-            os.replace(temporary, path)
-        try:
-            self._flush_folder()
-        except BaseException:
-            if self._best is None or path.name != self._best["file"]:
-                path.unlink(missing_ok=True)
-            raise
+        save_file(tensors, temporary, {"format": "pt"})
+        # safetensors makes a file that only its owner reads; a folder made here tells the umask.
+        temporary.chmod(temporary.parent.stat().st_mode & 0o666)
+        with temporary.open("r+b") as file:
+            digest = _hash_file(file)
+            os.fsync(file.fileno())
+        path = self.path / f"best-{entry['epoch']:06d}-{digest[:12]}.safetensors"
+        entry.update(file=path.name, sha256=digest)
+        os.replace(temporary, path)
         return path
 
-    def _temporary(self) -> Path:
-        return self.path / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}.tmp"
-
     @contextlib.contextmanager
-    def _new_file(self) -> Iterator[Path]:
-        """A name for a temporary file in this folder, which is gone afterwards unless renamed."""
-        path = self._temporary()
+    def _workplace(self) -> Iterator[Path]:
+        """A new folder in this one, thus on the same disk, that is gone afterwards.
+
+        A folder, as safetensors writes by a temporary file of its own beside the one it is told:
+        this way all that a killed process leaves lies under a name of ours.
+        """
+        work = self.path / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        work.mkdir()
         try:
-            yield path
-        except BaseException:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-            raise
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
     def _flush_folder(self) -> None:
         """A rename lasts once the folder is on the disk. Windows does so by itself."""
@@ -250,7 +244,9 @@ class CheckpointFolder:
             for path in self.path.iterdir():
                 old = path.name.startswith("best-") and path.name.endswith(".safetensors")
                 left = path.name.startswith(_TEMPORARY) and path.name.endswith(".tmp")
-                if (old and path.name != keep) or left:
+                if left:
+                    shutil.rmtree(path, ignore_errors=True)
+                elif old and path.name != keep:
                     path.unlink(missing_ok=True)
 
 
