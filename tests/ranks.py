@@ -62,6 +62,15 @@ def on(*worlds: int) -> Callable[[Check], Check]:
     return register
 
 
+def cases(module: str) -> list[tuple[int, str]]:
+    """(number of processes, check) of all checks that this module registers, and "the end"."""
+    found = []
+    for world, checks in CHECKS.items():
+        names = [name for name, check in checks.items() if check.__module__ == module]
+        found += [(world, name) for name in (*names, "the end") if names]
+    return found
+
+
 def can_run(name: str) -> bool:
     return fully_shard is not None or "fsdp" not in name
 
