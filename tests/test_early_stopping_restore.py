@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -408,6 +410,25 @@ def test_a_loaded_state_is_a_copy() -> None:
     assert holds(other, 1)
     second.load_state_dict(first.state_dict(snapshot=False))
     assert second.restore() is None
+
+
+def test_the_example_in_the_readme_runs() -> None:
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Early stopping\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    trained: list[int] = []
+
+    def train_one(model: nn.Module) -> None:
+        fill(model, len(trained))
+        trained.append(len(trained))
+
+    names: dict[str, Any] = {
+        "train": train_one,
+        "validate": lambda model: abs(trained[-1] - 3.0),
+    }
+    exec(compile(code, "README.md", "exec"), names)
+    assert trained == list(range(9)), "the best is epoch 3, and the fifth check without a gain is 8"
+    assert holds(names["model"], 3)
 
 
 @pytest.mark.gpu
