@@ -6,8 +6,8 @@
 ...     stopper.step(validate(model), epoch=epoch)   # the loop ends by itself, with the best model
 
 From the inside out: ``decision`` is the pure state machine, ``metrics`` and ``smoothing`` what
-comes before it, ``snapshot`` the copies in memory, ``encoding`` and ``checkpoint`` the files,
-``agreement`` the ranks, ``stopper`` the object that holds all of them.
+comes before it; ``snapshot`` are the copies in memory, ``encoding`` and ``checkpoint`` the files,
+``keeper`` has both; ``agreement`` is between the ranks, ``stopper`` the object in front of it all.
 """
 
 from .checkpoint import CheckpointError

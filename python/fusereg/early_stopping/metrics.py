@@ -61,13 +61,20 @@ def number(value: Any, name: str) -> float:
                 f"{_OP}.step: {name} must be a number or a tensor of one element, "
                 f"got shape {tuple(value.shape)}"
             )
+        if value.is_complex():
+            raise TypeError(f"{_OP}.step: {name} must be real, got dtype {value.dtype}")
         return float(value.detach())
-    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
-        raise TypeError(
-            f"{_OP}.step: {name} must be a number or a tensor of one element, "
-            f"got {type(value).__name__}"
-        )
-    return float(value)
+    if not isinstance(value, (bool, str, bytes)) and hasattr(value, "__float__"):
+        try:
+            return float(value)
+        except TypeError:  # an array of several elements
+            pass
+        except OverflowError:  # an integer beyond floating point
+            return math.inf if value > 0 else -math.inf
+    raise TypeError(
+        f"{_OP}.step: {name} must be a number or a tensor of one element, "
+        f"got {type(value).__name__}"
+    )
 
 
 def weighted_sum(weights: list[float], values: list[float]) -> float:

@@ -47,7 +47,7 @@ class RandomState:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Sets the generators."""
         torch.set_rng_state(state_dict["cpu"])
-        if "cuda" in state_dict:
+        if "cuda" in state_dict and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state_dict["cuda"])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from .agreement import Agreement, Ranks, raise_first, told
 from .checkpoint import CheckpointError, CheckpointFolder
 from .decision import Decision, Metric, Mode, Rules, State, advance, choice, explain, whole
+from .keeper import Keeper, OnSaveError, Where
 from .metrics import check_metrics, check_weights, number, weighted_sum
 from .smoothing import Smoothing
-from .snapshot import Snapshot, Sources, Stateful, clone, release
+from .snapshot import Snapshot, Sources, Stateful
 
 _OP = "fusereg.EarlyStopping"
 _VERSION = 1
@@ -93,9 +93,9 @@ class EarlyStopping:
         on_save_error: ``"raise"``, or ``"warn"`` and train on; the next check tries again. The last
             checkpoint stays whole either way.
         agreement: with torch.distributed, how the ranks' metrics become one: their ``"mean"``,
-            ``"min"``, ``"max"``, or that of ``"rank0"`` (others may pass None); ``"none"``: each
-            rank decides alone. Otherwise rank 0 decides for all, and each rank must call
-            :meth:`step` at each check. A metric that is not finite on one rank is not finite.
+            ``"min"``, ``"max"``, or that of ``"rank0"`` (others may pass None); then rank 0 decides
+            for all, and each rank must call :meth:`step` at each check. A metric that is not finite
+            on one rank is not finite. ``"none"``: each rank decides alone, without a folder.
         process_group: the ranks that decide together; None: all.
 
     Raises:
@@ -138,11 +138,11 @@ class EarlyStopping:
         best_by: str | None = None,
         also: Mapping[str, Stateful] | None = None,
         rng: bool = False,
-        snapshot: Literal["cpu", "device", "disk", "none"] = "cpu",
+        snapshot: Where = "cpu",
         restore_best: bool = True,
         folder: str | os.PathLike[str] | None = None,
         resume: bool | None = None,
-        on_save_error: Literal["raise", "warn"] = "raise",
+        on_save_error: OnSaveError = "raise",
         agreement: Agreement = "mean",
         process_group: Any = None,
     ) -> None:
@@ -162,35 +162,17 @@ class EarlyStopping:
             combine,
             next(iter(found), "") if best_by is None else best_by,
         )
-        choice("snapshot", snapshot, ("cpu", "device", "disk", "none"))
-        choice("on_save_error", on_save_error, ("raise", "warn"))
         choice("agreement", agreement, ("mean", "min", "max", "rank0", "none"))
-        if folder is None and (snapshot == "disk" or resume is not None):
-            name = "resume" if resume is not None else 'snapshot="disk"'
-            raise ValueError(f"{_OP}: {name} needs a folder")
-        if folder is not None and snapshot == "none":
-            raise ValueError(
-                f'{_OP}: snapshot="none" leaves nothing to write to folder; use "disk"'
-            )
-        self._sources = Sources(model, also, rng)
-        if folder is not None and self._sources.sharded():
-            raise ValueError(
-                f"{_OP}: folder: parameters that are sharded over ranks (DTensor) cannot be "
-                "written; keep the best in memory and save it by torch.distributed.checkpoint"
-            )
-        self._place = snapshot
         self._restore_best = restore_best
-        self._on_save_error = on_save_error
+        self._entered = False
         self._ranks = Ranks(agreement, process_group)
         self._state = State.initial(self._rules)
-        self._best: Snapshot | None = None
-        self._unsaved: Snapshot | None = None
-        self._on_disk: int | None = None  # the epoch of this run's best in the folder
-        self._entered = False
-        self._folder: CheckpointFolder | None = None
-        if folder is not None:
-            self._folder = CheckpointFolder(folder, fresh=resume is False)
-            self._open_folder(self._folder, resume)
+        sources = Sources(model, also, rng)
+        self._keeper = Keeper(sources, self._ranks, snapshot, folder, resume, on_save_error)
+        progress = self._keeper.open()
+        if progress is not None:
+            self._state = self._checked(progress)
+            self._keeper.take_over()
 
     # -- what there is to know --
 
@@ -273,13 +255,15 @@ class EarlyStopping:
         state, decision = self._ranks.from_first(
             lambda: advance(self._rules, self._state, reduced, epoch)
         )
-        captured = self._capture(state) if decision.new_best else None
+        captured = None
+        if decision.new_best:
+            track = state.tracks[self._best_index]
+            assert track.best is not None
+            captured = self._keeper.capture(epoch, track.best)
         # Together, and only now: whatever goes wrong before leaves record and snapshot in step.
         self._state = state
-        if captured is not None:
-            self._best = captured if self._place in ("cpu", "device") else None
-            self._unsaved = captured
-        self._save()
+        self._keeper.accept(captured)
+        self._keeper.write(self.state_dict(snapshot=False), epoch)
         return decision
 
     def epochs(self, count: int, *, start: int | None = None) -> Iterator[int]:
@@ -330,14 +314,7 @@ class EarlyStopping:
         Raises:
             CheckpointError: with ``snapshot="disk"``, the file is damaged.
         """
-        kept = self._unsaved if self._unsaved is not None else self._best
-        if kept is None and self._place == "disk" and self._on_disk is not None:
-            assert self._folder is not None
-            kept = self._folder.load_best()
-        if kept is None:
-            return None
-        self._sources.restore(kept)
-        return kept.epoch
+        return self._keeper.restore()
 
     # -- going on later --
 
@@ -346,23 +323,15 @@ class EarlyStopping:
 
         Args:
             snapshot: whether the best state, where it is kept in memory, is part of it (without
-                copying). Needed to restore, after resuming, a best from before.
+                copying). Needed to restore, after resuming, a best from before, unless it is in
+                the folder that the run is resumed from.
         """
-        kept = self._unsaved if self._unsaved is not None else self._best
-        content: dict[str, Any] = {
+        return {
             "version": _VERSION,
             "meaning": self._meaning(),
             "state": self._state.as_dict(),
-            "best": None,
+            "best": self._keeper.content() if snapshot else None,
         }
-        if snapshot and kept is not None:
-            content["best"] = {
-                "epoch": kept.epoch,
-                "value": kept.value,
-                "states": release(kept.states, {}, copying=False),
-                "buffers": release(kept.buffers, {}, copying=False),
-            }
-        return content
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from what ``state_dict`` gave; the decisions are those of an unbroken run.
@@ -374,20 +343,9 @@ class EarlyStopping:
                 or the unit of patience differ. Nothing has changed then.
         """
         state = self._checked(state_dict)
-        best = state_dict.get("best")
-        kept = None
-        if best is not None:
-            memo: dict[Any, Any] = {}
-            place: Literal["cpu", "device"] = "device" if self._place == "device" else "cpu"
-            kept = Snapshot(
-                best["epoch"],
-                best["value"],
-                clone(best["states"], place, memo),
-                clone(best["buffers"], place, memo),
-            )
+        track = state.tracks[self._best_index]
+        self._keeper.load(state_dict.get("best"), track.best_epoch, track.best)
         self._state = state
-        self._best = kept if self._place in ("cpu", "device") else None
-        self._unsaved = kept if self._folder is not None else None
 
     def _meaning(self) -> dict[str, Any]:
         """What the records of a run depend on."""
@@ -435,7 +393,7 @@ class EarlyStopping:
             if metric is None and self._ranks.agreement == "rank0" and self._ranks.index() > 0:
                 return [math.nan] * len(self._rules.metrics), None
             return self._values(metric), None
-        except (TypeError, ValueError) as problem:
+        except Exception as problem:  # whatever it is, the other ranks wait to hear of it
             return [], problem
 
     def _values(self, metric: Any) -> list[float]:
@@ -456,99 +414,6 @@ class EarlyStopping:
         if self._weights is None:
             return values
         return [weighted_sum(list(self._weights.values()), values)]
-
-    # -- keeping and writing --
-
-    def _capture(self, state: State) -> Snapshot | None:
-        """The snapshot of a new best, once all ranks have theirs; raises on all if one has none."""
-        if not self._sources or self._place == "none":
-            return None
-        captured, own = None, None
-        if self._place != "disk" or self._ranks.index() == 0:
-            track = state.tracks[self._best_index]
-            assert track.best is not None
-            assert track.best_epoch is not None
-            place: Literal["cpu", "device"] = "device" if self._place == "device" else "cpu"
-            try:
-                captured = self._sources.capture(track.best_epoch, track.best, place)
-            except Exception as problem:
-                own = problem
-        raise_first(self._ranks.gather(told(own)), own)
-        return captured
-
-    def _save(self) -> None:
-        if self._folder is None:
-            self._unsaved = None
-            return
-        own: Exception | None = None
-        if self._ranks.index() == 0:
-            try:
-                self._folder.save(self.state_dict(snapshot=False), self._unsaved)
-                self._on_disk = self._folder.best_epoch
-                self._unsaved = None
-            except CheckpointError as error:
-                own = self._failed(self._folder, error)
-            except (TypeError, ValueError) as error:
-                own = error
-        if self._ranks.count() > 1:
-            heard = self._ranks.gather((told(own), self._on_disk))
-            self._on_disk = heard[0][1]
-            if self._place == "disk" or self._ranks.index() > 0:
-                # What one rank alone still has, the others cannot go back to.
-                self._unsaved = None
-            raise_first([problem for problem, _ in heard], own)
-        elif own is not None:
-            raise own
-
-    def _failed(self, folder: CheckpointFolder, error: CheckpointError) -> Exception | None:
-        """Warns, or gives what is to be raised. The message says what is whole and what follows."""
-        intact = (
-            "there was none before"
-            if folder.best_epoch is None
-            else f"the checkpoint of epoch {folder.best_epoch} is intact"
-        )
-        goes_on = self._on_save_error == "warn"
-        text = (
-            f"{_OP}: cannot write the checkpoint of epoch {self._state.epoch} to {folder.path}: "
-            f"{error}; {intact}; "
-            + ("training goes on" if goes_on else "training stops")
-            + f' (on_save_error="{self._on_save_error}")'
-        )
-        if goes_on:
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
-            return None
-        made = CheckpointError(text)
-        made.__cause__ = error.__cause__
-        return made
-
-    def _open_folder(self, folder: CheckpointFolder, resume: bool | None) -> None:
-        try:
-            folder.make()
-        except OSError as error:
-            text = f"{_OP}: cannot write to folder {folder.path}: {error.strerror or error}"
-            if self._on_save_error == "raise":
-                raise CheckpointError(text) from error
-            warnings.warn(
-                f'{text}; training goes on (on_save_error="warn")', RuntimeWarning, stacklevel=3
-            )
-        try:
-            progress = folder.read()
-        except CheckpointError:
-            if resume is not False:
-                raise
-            return
-        if progress is None or resume is False:
-            return
-        if resume is None:
-            raise ValueError(
-                f"{_OP}: folder {folder.path} holds a checkpoint (best epoch: {folder.best_epoch}"
-                "); resume=True goes on from it, resume=False starts anew and replaces it"
-            )
-        state = self._checked(progress)
-        if self._place in ("cpu", "device"):
-            self._best = folder.load_best()
-        self._on_disk = folder.best_epoch
-        self._state = state
 
 
 def load_best(folder: str | os.PathLike[str]) -> Snapshot:
