@@ -76,7 +76,9 @@ def test_the_folder_holds_the_best_and_one_commit(tmp_path: Path) -> None:
     plain = safetensors_torch.load_file(folder / tensors)
     assert sorted(plain) == ["model.bias", "model.weight"]
     fresh = nn.Linear(3, 2)
-    fresh.load_state_dict(load_best(folder).states["model"])
+    state = load_best(folder).states["model"]
+    assert state._metadata == model.state_dict()._metadata  # type: ignore[attr-defined]
+    fresh.load_state_dict(state)
     assert bool((fresh.weight == 1).all())
     mask = os.umask(0)
     os.umask(mask)
@@ -438,6 +440,13 @@ def test_beginning_anew_does_not_fall_back_on_the_old_run(tmp_path: Path, place:
     assert anew.restore() == 7
     anew.step(4.0, epoch=8)
     assert_holds(tmp_path, 7, 5)
+
+
+def test_beginning_anew_without_a_best_yet(tmp_path: Path) -> None:
+    EarlyStopping(linear(4), patience=3, folder=tmp_path).step(0.1, epoch=0)
+    anew = EarlyStopping(linear(5), patience=3, folder=tmp_path, resume=False, nan="count")
+    anew.step(math.nan, epoch=0)
+    assert names(tmp_path) == [COMMIT], "the other run's best is none of this one's"
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

@@ -138,6 +138,9 @@ def test_not_if_it_is_not_wanted() -> None:
     assert holds(model, 3)
     assert stopper.restore() == 1
     assert holds(model, 1)
+    stopper = EarlyStopping(model, patience=2, restore_best=False)
+    assert list(train(stopper, model, VALUES)) == [0, 1, 2, 3]
+    assert holds(model, 3)
 
 
 def test_without_a_best_the_model_stays_as_it_is() -> None:
@@ -312,6 +315,21 @@ def test_training_goes_on_from_the_best_as_it_did_the_first_time(
             stopper = stop(parts, resume=True)
         assert stopper.restore() == 0
         assert torch.equal(continued(*parts, 5), wanted)
+
+
+def test_under_inference_mode_training_can_go_on_afterwards() -> None:
+    """Where a validation function is decorated with it, step() and restore() may be inside."""
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    parts = (model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), AveragedModel(model))
+    continued(*parts, 2)
+    stopper = EarlyStopping(model, patience=2, also={"optimizer": optimizer})
+    with torch.inference_mode():
+        stopper.step(torch.ones(()), epoch=0)
+        assert stopper.restore() == 0
+    continued(*parts, 2)
+    assert stopper.restore() == 0
+    continued(*parts, 2)
 
 
 def test_a_gradient_scaler_comes_back() -> None:

@@ -7,7 +7,8 @@ old one. What several names share (tied weights) is copied once, and is one tens
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
@@ -128,13 +129,13 @@ def release(tree: Any, memo: dict[int, Tensor], copying: bool) -> Any:
 def _rebuild(tree: Any, each: Any) -> Any:
     if isinstance(tree, Mapping):
         try:
-            made = copy.copy(tree)  # keeps the type: OrderedDict, Counter, defaultdict
+            # Keeps the type (OrderedDict, Counter, defaultdict), and the modules' versions that
+            # Module.state_dict() hangs on it.
+            made = copy.copy(tree)
             for key in tree:
                 made[key] = each(tree[key])  # type: ignore[index]
         except TypeError:  # a mapping that cannot be written to
             return {key: each(value) for key, value in tree.items()}
-        if hasattr(tree, "_metadata"):  # versions of modules, on what Module.state_dict() gives
-            cast(Any, made)._metadata = copy.deepcopy(cast(Any, tree)._metadata)
         return made
     if isinstance(tree, list):
         return [each(item) for item in tree]
@@ -222,7 +223,7 @@ class Sources:
         """Copies everything."""
         objects = self._current()
         memo: dict[Any, Any] = {}
-        with torch.no_grad():
+        with _plain_tensors():
             states = {name: thing.state_dict() for name, thing in objects.items()}
             buffers = {
                 name: _left_out(thing, states[name])
@@ -247,7 +248,7 @@ class Sources:
                 f"{', '.join(missing)}; it has {', '.join(snapshot.states)}"
             )
         memo: dict[int, Tensor] = {}
-        with torch.no_grad():
+        with _plain_tensors():
             for name, thing in objects.items():
                 # A module copies into its own tensors; an optimizer keeps what it is given, and
                 # would train on inside the snapshot.
@@ -255,6 +256,13 @@ class Sources:
                 thing.load_state_dict(release(snapshot.states[name], memo, copying=not module))
                 if isinstance(thing, nn.Module):
                     _put_back(thing, release(snapshot.buffers.get(name, {}), memo, copying=False))
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Under a caller's inference_mode too: an optimizer could not train on inference tensors."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _left_out(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
