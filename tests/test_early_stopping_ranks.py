@@ -165,6 +165,18 @@ def a_wrong_argument_on_one_rank_raises_on_all(ranks: Ranks) -> None:
 
 
 @on(2, 3)
+def arguments_that_differ_raise_and_nobody_waits(ranks: Ranks) -> None:
+    """A folder for the rank that writes alone, a model for the one that keeps it: so one thinks."""
+    shared = common_folder()
+    folder = shared if ranks.rank == 0 else None
+    for options in ({"folder": folder}, {"model": nn.Linear(2, 2) if ranks.rank == 0 else None}):
+        stopper = EarlyStopping(patience=2, **options)  # type: ignore[arg-type]
+        said = raised(ValueError, lambda made=stopper: made.step(1.0, epoch=0))  # type: ignore[misc]
+        assert "the ranks must have the same arguments (rank 0 alone writes to folder" in said
+        assert stopper.epoch is None
+
+
+@on(2, 3)
 def a_snapshot_that_fails_on_one_rank_counts_on_none(ranks: Ranks) -> None:
     class Thing:
         fails = False

@@ -73,6 +73,15 @@ class Keeper:
         self._on_disk: int | None = None  # the epoch of this run's best in the folder
         self._folder = None if folder is None else CheckpointFolder(folder, fresh=resume is False)
 
+    @property
+    def meetings(self) -> dict[str, object]:
+        """What decides when the ranks meet: where it differs, one would wait for the others."""
+        return {
+            "snapshot": self._where,
+            "folder": self._folder is not None,
+            "model or also": bool(self._sources),
+        }
+
     # -- going on from a folder --
 
     def open(self) -> dict[str, Any] | None:

@@ -35,10 +35,11 @@ class EarlyStopping:
 
     ``improved`` sets ref to :math:`m_t` and patience anew; anything else is a miss, and with the
     ``patience``-th miss in a row training stops. ``new_best`` sets best to :math:`m_t`, takes a
-    snapshot and writes the checkpoint. So many small gains do not prolong training, and the best
-    model is still the best one. ``mode="max"`` mirrors both. The reasons to stop, the first one
-    that holds: ``"non_finite"`` (by ``nan``), ``"divergence"`` (:math:`m_t > divergence`),
-    ``"target"`` (:math:`m_t \le target`), ``"patience"``.
+    snapshot and writes the checkpoint. So gains that are too small to matter do not prolong
+    training, unless they add up, and the best model is still the best one. ``mode="max"`` mirrors
+    both. The reasons to stop, the first one that holds: ``"non_finite"`` (by ``nan``),
+    ``"divergence"`` (:math:`m_t > divergence`), ``"target"`` (:math:`m_t \le target`),
+    ``"patience"``.
 
     The model is brought back to the best check on every way out: at the end of ``epochs()`` or of
     the ``with`` block, by stopping, by the last epoch, by ``break``, by an exception, by Ctrl-C.
@@ -240,17 +241,24 @@ class EarlyStopping:
 
         Raises:
             TypeError, ValueError: an argument is not as described, here or on another rank, or the
-                ranks are at different epochs. Nothing has changed then.
+                ranks are at different epochs or were made with different arguments. Nothing has
+                changed then.
             CheckpointError: a write failed and ``on_save_error`` is ``"raise"``. The decision
                 counts, the snapshot in memory is the new one, the folder holds the old checkpoint.
         """
         values, own = self._read(metric, epoch)
-        heard = self._ranks.gather((values, epoch, told(own)))
-        raise_first([problem for _, _, problem in heard], own)
-        epochs = [other for _, other, _ in heard]
+        heard = self._ranks.gather((values, epoch, self._keeper.meetings, told(own)))
+        raise_first([problem for _, _, _, problem in heard], own)
+        epochs = [other for _, other, _, _ in heard]
         if any(other != epoch for other in epochs):
             raise ValueError(f"{_OP}.step: the ranks are at different epochs: {epochs}")
-        by_metric = zip(*(theirs for theirs, _, _ in heard), strict=True)
+        meetings = [other for _, _, other, _ in heard]
+        if any(other != meetings[0] for other in meetings):
+            raise ValueError(
+                f"{_OP}.step: the ranks must have the same arguments (rank 0 alone writes to "
+                f"folder, but all must be given it), got {meetings}"
+            )
+        by_metric = zip(*(theirs for theirs, _, _, _ in heard), strict=True)
         reduced = [self._ranks.reduce(of_all) for of_all in by_metric]
         state, decision = self._ranks.from_first(
             lambda: advance(self._rules, self._state, reduced, epoch)
