@@ -19,6 +19,7 @@ FUSEREG_CUDA ?= AUTO
 DEMO ?=
 BENCH ?= --all
 PYTEST ?=
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 # Without a GPU the CUDA kernels are only checked to compile, and for that one architecture is enough.
 ARCHITECTURES ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo native || echo 90)
 
@@ -30,6 +31,9 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 PYTHON_FILES := $(sort $(shell find python bench -name '*.py'))
 HOST_BUILD := build/cuda_on_host
 HOST_MODULE := $(HOST_BUILD)/.built
+
+# Processes take tests from each other, so that none waits for the slowest file.
+PARALLEL = -n $(WORKERS) --dist worksteal
 
 say = printf '\n== %s\n' "$(1)"
 # A build's progress, line by line; all that it said if it fails.
@@ -95,9 +99,9 @@ demo: env
 
 test: env $(HOST_MODULE)
 	@$(call say,the suite: CPU kernels of every instruction set)
-	@$(VENV)/bin/python -m pytest $(PYTEST)
+	@$(VENV)/bin/python -m pytest $(PARALLEL) $(PYTEST)
 	@$(call say,the suite again: CUDA kernels on the host)
-	@tests/cuda_on_host/run.sh $(HOST_BUILD) $(PYTEST)
+	@tests/cuda_on_host/run.sh $(HOST_BUILD) $(PARALLEL) $(PYTEST)
 
 bench: env
 	@$(VENV)/bin/fusereg bench $(BENCH)

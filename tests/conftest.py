@@ -100,6 +100,11 @@ def _seed() -> None:
     torch.manual_seed(20240229)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Functions by their name: the default is their address, which differs between processes."""
+    return getattr(val, "__name__", None) if callable(val) else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="no CUDA device, or a build without CUDA kernels")
     kept, left_out = [], []

@@ -207,7 +207,9 @@ ROW_KINDS: list[tuple[Callable[..., Tensor], tuple[int, ...], int]] = [
 
 
 @pytest.mark.sanitizer
-@pytest.mark.parametrize(("kind", "shape", "dims"), ROW_KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "shape", "dims"), ROW_KINDS, ids=lambda v: getattr(v, "__name__", str(v))
+)
 @pytest.mark.parametrize("p", [0.4, 0.9997])
 def test_rows(
     kind: Callable[..., Tensor],

@@ -490,7 +490,7 @@ def test_weights_make_one_metric_of_several() -> None:
         ({"also": {"model": torch.nn.ReLU()}}, ValueError, 'the name "model" is taken'),
         ({"also": {"x": object()}}, TypeError, r'also\["x"\] must have state_dict and load_state'),
     ],
-    ids=lambda v: str(v)[:40] if isinstance(v, dict) else "",
+    ids=lambda v: " ".join(v) if isinstance(v, dict) else "",
 )
 def test_arguments_that_make_no_sense(
     given_: dict[str, Any], error: type[Exception], text: str

@@ -49,7 +49,11 @@ ALL += ["head.weight", "head.bias"]
         (nn.Linear, [n for n in ALL if n not in ("scale", "body.1.weight")]),
         ((MyRMSNorm, "head.bias"), ["body.1.weight", "head.bias"]),
         ((Net,), ["scale"]),
-        (iter(("bias", "norm")), ["body.0.bias", "body.1.weight", "body.2.bias", "head.bias"]),
+        pytest.param(
+            iter(("bias", "norm")),
+            ["body.0.bias", "body.1.weight", "body.2.bias", "head.bias"],
+            id="iterator",
+        ),
     ],
     ids=str,
 )

@@ -91,3 +91,39 @@ def dropout_backward(
 ) -> int: ...
 def dropout_constants(p: float, alpha: bool) -> tuple[int, int, float, float, float, float]: ...
 def philox_words(key: int, low: int, high: int, vector: bool) -> list[int]: ...
+def dropout_norm_forward(
+    y: torch.Tensor,
+    sum: torch.Tensor | None,
+    statistics: torch.Tensor | None,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    seed: int | torch.Tensor,
+    offset: int,
+    p: float,
+    eps: float,
+    rms: bool,
+    index_offset: int,
+    op: str,
+) -> int: ...
+def dropout_norm_backward(
+    grad_x: torch.Tensor | None,
+    grad_residual: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+    grad_bias: torch.Tensor | None,
+    grad_y: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    sum: torch.Tensor,
+    statistics: torch.Tensor,
+    weight: torch.Tensor | None,
+    seed: int | torch.Tensor,
+    offset: int,
+    p: float,
+    rms: bool,
+    index_offset: int,
+    partials: torch.Tensor | None,
+    barrier: torch.Tensor | None,
+    op: str,
+) -> int: ...
+def dropout_norm_chunks(rows: int, cuda: bool) -> int: ...

@@ -94,6 +94,30 @@ def _new_workspace(device: torch.device) -> torch.Tensor:
     return torch.zeros(_C.PENALTY_WORKSPACE_BYTES // 8, dtype=torch.float64, device=device)
 
 
+_barriers: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def barrier(device: torch.device) -> torch.Tensor | None:
+    """The word at which the blocks of a cooperative CUDA launch meet; None on the CPU.
+
+    One for each device and stream, as with ``workspace``, and used for nothing else.
+    """
+    if device.type == "cpu":
+        if not _C.CUDA_ON_HOST:
+            return None
+        key = (-1, 0)
+    else:
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(1, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device)
+        key = (stream.device.index, stream.cuda_stream)
+    found = _barriers.get(key)
+    if found is None:
+        with torch.inference_mode(False):
+            found = _barriers[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return found
+
+
 def is_dtensor(tensor: object) -> bool:
     """Whether this is a torch.distributed DTensor, without importing that package for nothing."""
     if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:

@@ -265,6 +265,38 @@ def _alpha_dropout(device: torch.device) -> Pairs:
     return _masked(lambda t: functional.alpha_dropout(t, P, seed=5), mask, exact, x)
 
 
+def _dropout_norm(device: torch.device, rms: bool) -> Pairs:
+    """y, the sum, and the gradients of x, residual, weight and bias."""
+    generator = torch.Generator().manual_seed(20)
+    shapes = ((9, 37), (9, 37), (37,), (37,))
+    tensors = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    tensors = tensors[:3] if rms else tensors
+    mask = fusereg.dropout_mask(shapes[0], P, 5, device=device).cpu()
+    keep = fusereg._C.dropout_constants(P, False)[2]
+    wanted = [t.requires_grad_() for t in _exact(tensors)]
+    tensors = [t.requires_grad_() for t in tensors]
+    s = wanted[1] + torch.where(mask, wanted[0] / keep, 0.0)
+    torch_norm: Callable[..., Tensor] = torch.nn.functional.layer_norm
+    norm: Callable[..., tuple[Tensor, Tensor]] = functional.dropout_add_layer_norm
+    if rms:
+        torch_norm, norm = torch.nn.functional.rms_norm, functional.dropout_add_rms_norm
+    y = torch_norm(s, (37,), *wanted[2:], 1e-5)
+    results = norm(*tensors, P, 1e-5, seed=5, return_sum=True)
+    gradients = torch.autograd.grad([t.square().sum() for t in results], tensors)
+    references = torch.autograd.grad([t.square().sum() for t in (y, s)], wanted)
+    return list(zip((*results, *gradients), (y, s, *references), strict=True))
+
+
+@kernel_check("dropout_add_layer_norm", "(s - E[s]) / sqrt(Var[s] + eps) * w + b, s = r + dropout")
+def _dropout_add_layer_norm(device: torch.device) -> Pairs:
+    return _dropout_norm(device, rms=False)
+
+
+@kernel_check("dropout_add_rms_norm", "s / sqrt(E[s^2] + eps) * w, s = r + dropout(x)")
+def _dropout_add_rms_norm(device: torch.device) -> Pairs:
+    return _dropout_norm(device, rms=True)
+
+
 @kernel_check("sparsity", "share of exact zeros")
 def _sparsity(device: torch.device) -> Pairs:
     weights = _weights(device)

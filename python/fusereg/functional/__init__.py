@@ -11,6 +11,7 @@ from ._dropout import (
     dropout_mask,
     feature_alpha_dropout,
 )
+from ._dropout_norm import dropout_add_layer_norm, dropout_add_rms_norm
 from ._penalty import (
     elastic_net_penalty,
     group_lasso_penalty,
@@ -26,6 +27,8 @@ __all__ = [
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
     "dropout_mask",
     "elastic_net_penalty",
     "feature_alpha_dropout",

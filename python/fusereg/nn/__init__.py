@@ -10,6 +10,7 @@ from .dropout import (
     DropPath,
     FeatureAlphaDropout,
 )
+from .dropout_norm import DropoutAddLayerNorm, DropoutAddRMSNorm
 
 __all__ = [
     "AlphaDropout",
@@ -19,5 +20,7 @@ __all__ = [
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "DropoutAddLayerNorm",
+    "DropoutAddRMSNorm",
     "FeatureAlphaDropout",
 ]

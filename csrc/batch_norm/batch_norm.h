@@ -1,0 +1,156 @@
+// Batch normalization (Ioffe and Szegedy 2015) with its epilogue, over every layout as one view.
+//
+// x is seen as [outer, channels, inner], element (o, c, i) at (o * channels + c) * inner + i:
+// contiguous (N, C, ...) has inner = the product of the rest, channels_last and (N, C) have
+// inner = 1. Statistics are taken over (o, i), for each channel c, and for each group of
+// `group_rows` consecutive o (ghost batch norm; outer for the plain kind; the last group may be
+// smaller). Statistic s = (o / group_rows) * channels + c.
+//
+//   mean_s = E[x]        variance_s = E[(x - mean_s)^2]  (biased)       over the count_s elements
+//   z = (x - mean_s) * weight_c / sqrt(variance_s + eps) + bias_c + residual
+//   y = dropout(activation(z))
+//
+// The mean is used as a sum of two numbers, m_hi + m_lo, and z computed as (x - m_hi) * a + b with
+// a = weight * invstd, b = bias - m_lo * a, all three made in float64: in float32 the error of y
+// stays below 1e-6 of its scale for mean / std up to 1e5.
+//
+// Running statistics: r <- (1 - momentum) * r + momentum * value, with the unbiased variance
+// (count / (count - 1)); over several groups the groups' moments are combined first. With
+// `batches` given (momentum=None, a cumulative average) momentum is 1 / *batches.
+// A statistic of no elements changes nothing.
+//
+// Backward, with dz = gradient of z (dropout drawn again, activation'(z) from x, or from `bits`),
+// over the count_s elements:
+//   sum_s = sum dz      dot_s = sum dz * (x - mean_s)
+//   grad_bias_c = sum over groups of sum_s        grad_weight_c = sum of invstd_s * dot_s
+//   grad_x = a * (dz - sum_s / count_s - (x - mean_s) * invstd_s^2 * dot_s / count_s)
+//   grad_residual = dz
+// with fixed statistics (evaluation, frozen): grad_x = a * dz.
+//
+// mask: one byte for each (o, i), o * inner + i; where it is 0 an element belongs to no statistic,
+// y and grad_x are 0. Applies to padded sequences.
+//
+// bits: the sign of z, 1 where z > 0, kept for a ReLU or leaky ReLU after a residual was added
+// (without one, backward computes z again from x). One line of bytes for each line of memory: the
+// inner elements of (o, c), or with inner = 1 the channels of o; each line starts at a new byte,
+// bit e % 8 of byte e / 8 is element e.
+//
+// Dtypes: x, y, residual and their gradients alike: float64, float32, float16, bfloat16; weight,
+// bias and running statistics of x's dtype or float32 (float64 for float64), each its own.
+// Arithmetic on elements in float32 (float64 for float64); sums in float32 over short fixed runs,
+// then in float64; moments and sums are float64. Nothing is rounded to 16 bits but y and grad_x.
+// Deterministic: the same bits for any number of threads and any CPU instruction set.
+//
+// Bytes per element of size e that must move: forward 2e where the group of elements behind one
+// statistic stays in cache (CPU) or on chip (CUDA resident kernels) between the two passes, else
+// 3e; residual e more; backward 3e or 5e, residual's gradient e more. y may be residual or x
+// (then backward has no x), grad_x may be grad.
+#pragma once
+
+#include <cstdint>
+
+#include "core/draw.h"
+#include "core/dtype.h"
+#include "core/isa.h"
+
+namespace fusereg::batch_norm {
+
+enum class Activation : std::uint8_t { kNone, kRelu, kLeakyRelu, kSilu, kGelu };
+
+struct Layout {
+  std::int64_t outer = 0;
+  std::int64_t channels = 0;
+  std::int64_t inner = 1;
+  std::int64_t group_rows = 0;
+  FUSEREG_HD std::int64_t numel() const { return outer * channels * inner; }
+  FUSEREG_HD std::int64_t groups() const {
+    return outer == 0 ? 1 : (outer + group_rows - 1) / group_rows;
+  }
+  // How many statistics of each kind there are.
+  FUSEREG_HD std::int64_t statistics() const { return groups() * channels; }
+  // Bytes of `bits`.
+  FUSEREG_HD std::int64_t bit_bytes() const {
+    return inner > 1 ? outer * channels * ((inner + 7) / 8) : outer * ((channels + 7) / 8);
+  }
+};
+
+// A vector with one number for each channel; may be absent.
+struct PerChannel {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
+struct Epilogue {
+  Activation activation = Activation::kNone;
+  double slope = 0.01;  // of leaky ReLU
+  // Dropout of the result: element e of memory has the draw of index_offset + e.
+  bool dropout = false;
+  Draw draw;
+  SeedPair random;
+  std::uint64_t index_offset = 0;
+};
+
+// What a call is to do with the statistics.
+enum class Statistics : std::uint8_t {
+  kCompute,  // batch statistics of x, into `moments`
+  kGiven,    // batch statistics that `moments` holds (synchronized ones); backward as for kCompute
+  kFixed,    // constants that `moments` holds (running statistics): backward does not see them
+};
+
+// moments: float64 [3, statistics]: mean, biased variance, count.
+struct Forward {
+  Layout layout;
+  DType dtype = DType::kFloat32;
+  Statistics statistics = Statistics::kCompute;
+  const void* x = nullptr;
+  const void* residual = nullptr;
+  const std::uint8_t* mask = nullptr;
+  void* y = nullptr;  // null: statistics only
+  std::uint8_t* bits = nullptr;
+  double* moments = nullptr;
+  PerChannel weight, bias;
+  // Updated from the moments, whoever computed them; absent: not.
+  PerChannel running_mean, running_var;
+  std::int64_t* batches = nullptr;
+  double momentum = 0.1;
+  double eps = 1e-5;
+  Epilogue epilogue;
+};
+
+// sums: float64 [2, statistics]: sum_s, dot_s.
+struct Backward {
+  Layout layout;
+  DType dtype = DType::kFloat32;
+  Statistics statistics = Statistics::kCompute;
+  const void* grad = nullptr;
+  const void* x = nullptr;
+  const std::uint8_t* mask = nullptr;
+  const std::uint8_t* bits = nullptr;
+  // Where neither x nor bits tell z: a residual before SiLU or GELU.
+  const void* residual = nullptr;
+  const double* moments = nullptr;
+  PerChannel weight, bias;
+  double eps = 1e-5;
+  Epilogue epilogue;
+  // Two steps, each of which may be left out: the sums (of this process), and with the sums (by
+  // then of all processes) the gradients of the elements. grad_weight and grad_bias are of the
+  // first step, so of this process.
+  bool reduce = true;
+  double* sums = nullptr;
+  PerChannel grad_weight, grad_bias;
+  void* grad_x = nullptr;         // null: not wanted
+  void* grad_residual = nullptr;  // null: not wanted, or equal to grad
+};
+
+void forward_cpu(const Forward& job);
+void backward_cpu(const Backward& job);
+
+// `scratch`: uninitialized device memory, 16-byte aligned, of at least these bytes. `semaphores`:
+// kSemaphoreBytes of zeros, which are left zeros.
+inline constexpr std::int64_t kSemaphoreBytes = 64 * 1024;
+std::int64_t forward_scratch_bytes(const Forward& job, int device);
+std::int64_t backward_scratch_bytes(const Backward& job, int device);
+void forward_cuda(const Forward& job, void* scratch, void* semaphores, int device, void* stream);
+void backward_cuda(const Backward& job, void* scratch, void* semaphores, int device, void* stream);
+
+}  // namespace fusereg::batch_norm

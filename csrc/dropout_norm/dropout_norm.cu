@@ -1,0 +1,505 @@
+// CUDA kernels of dropout + normalization. Contract: dropout_norm.h.
+//
+// A block takes a row at a time, or in backward a chunk of rows; a thread takes groups of 8
+// neighbouring elements of the row, whose draws are one Philox call of 16-bit draws (two, where
+// rows do not start at a group). Rows of up to 8192 elements stay in registers between the sums and
+// the result, so that everything is read once; longer ones are read again, from L2 as a rule.
+// Memory moves in 16-byte vectors where length and pointers allow it, element by element otherwise;
+// the bits are the same.
+#include <algorithm>
+
+#include "core/cuda.cuh"
+#include "dropout_norm/dropout_norm.h"
+
+namespace fusereg::dropout_norm {
+namespace {
+
+// Groups that a thread keeps in registers, and the most threads of a block.
+constexpr int kForwardGroups = 4;
+constexpr int kForwardThreads = 256;
+constexpr int kBackwardGroups = 2;
+constexpr int kBackwardThreads = 512;
+constexpr int kBlocksPerSm = 64;
+// Columns of grad_weight that a block adds up at a time.
+constexpr int kTile = 8;
+
+static_assert(kForwardGroups * kForwardThreads == kBackwardGroups * kBackwardThreads,
+              "one limit for rows in registers");
+constexpr std::int64_t kMostHeld = std::int64_t{kForwardGroups} * kForwardThreads * kGroup;
+
+// Rounded by itself, as on the CPU: nvcc would make one fused multiply-add of it and an addition.
+FUSEREG_DEVICE_INLINE float multiply(float x, float a) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(x, a);
+#else
+  return x * a;
+#endif
+}
+FUSEREG_DEVICE_INLINE double multiply(double x, double a) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(x, a);
+#else
+  return x * a;
+#endif
+}
+FUSEREG_DEVICE_INLINE float square_root(float x) { return sqrtf(x); }
+FUSEREG_DEVICE_INLINE double square_root(double x) { return sqrt(x); }
+
+// --- groups of 8 elements ---
+
+// Elements [at, at + count) of p; zeros beyond. `vectors`: all 8 are there, and aligned.
+template <class T, class C>
+FUSEREG_DEVICE_INLINE void load_group(const T* p, std::int64_t at, int count, bool vectors,
+                                      C (&v)[kGroup]) {
+  constexpr int kN = cuda::kVecSize<T> < kGroup ? cuda::kVecSize<T> : kGroup;
+  if (vectors) {
+    cuda::Vec<T, kN> parts[kGroup / kN];
+    FUSEREG_UNROLL
+    for (int i = 0; i < kGroup / kN; ++i) parts[i] = cuda::load<kN>(p + at + i * kN);
+    FUSEREG_UNROLL
+    for (int e = 0; e < kGroup; ++e) v[e] = to_compute(parts[e / kN][e % kN]);
+  } else {
+    FUSEREG_UNROLL
+    for (int e = 0; e < kGroup; ++e) v[e] = e < count ? to_compute(p[at + e]) : C(0);
+  }
+}
+template <class T, class C>
+FUSEREG_DEVICE_INLINE void store_group(T* p, std::int64_t at, int count, bool vectors,
+                                       const C (&v)[kGroup]) {
+  constexpr int kN = cuda::kVecSize<T> < kGroup ? cuda::kVecSize<T> : kGroup;
+  if (vectors) {
+    FUSEREG_UNROLL
+    for (int i = 0; i < kGroup / kN; ++i) {
+      cuda::Vec<T, kN> part;
+      FUSEREG_UNROLL
+      for (int e = 0; e < kN; ++e) part[e] = from_compute<T>(v[i * kN + e]);
+      cuda::store(p + at + i * kN, part);
+    }
+  } else {
+    FUSEREG_UNROLL
+    for (int e = 0; e < kGroup; ++e) {
+      if (e < count) p[at + e] = from_compute<T>(v[e]);
+    }
+  }
+}
+
+// The same for an array of T, or of float32 where a 16-bit T has a wide companion.
+template <class T, class C>
+FUSEREG_DEVICE_INLINE void load_wide(const void* p, bool wide, std::int64_t at, int count,
+                                     bool vectors, C (&v)[kGroup]) {
+  if constexpr (sizeof(T) == 2) {
+    if (wide) {
+      load_group(static_cast<const float*>(p), at, count, vectors, v);
+      return;
+    }
+  }
+  load_group(static_cast<const T*>(p), at, count, vectors, v);
+}
+template <class T, class C>
+FUSEREG_DEVICE_INLINE void store_wide(void* p, bool wide, std::int64_t at, int count, bool vectors,
+                                      const C (&v)[kGroup]) {
+  if constexpr (sizeof(T) == 2) {
+    if (wide) {
+      store_group(static_cast<float*>(p), at, count, vectors, v);
+      return;
+    }
+  }
+  store_group(static_cast<T*>(p), at, count, vectors, v);
+}
+
+// Bit e is set if element index + e is kept.
+FUSEREG_DEVICE_INLINE std::uint32_t kept_of(const Draw& draw, std::uint64_t seed, std::uint64_t low,
+                                            std::uint64_t index) {
+  if (draw.bits == 0) return 0xffu;
+  const auto group_mask = [&](std::uint64_t group) {
+    return draw.bits == 16 ? keep_mask<16>(seed, low, group, draw.threshold)
+                           : keep_mask<32>(seed, low, group, draw.threshold);
+  };
+  const std::uint64_t group = index / kGroup;
+  const auto within = static_cast<int>(index % kGroup);
+  std::uint32_t mask = group_mask(group) >> within;
+  if (within != 0) mask |= group_mask(group + 1) << (kGroup - within);
+  return mask;
+}
+
+template <class C>
+FUSEREG_DEVICE_INLINE void drop(C (&v)[kGroup], std::uint32_t kept, C scale) {
+  FUSEREG_UNROLL
+  for (int e = 0; e < kGroup; ++e) v[e] = (kept >> e & 1u) != 0 ? multiply(v[e], scale) : C(0);
+}
+
+template <class C>
+FUSEREG_DEVICE_INLINE C scale_of(const Draw& draw) {
+  return static_cast<C>(draw.keep == 0.0 ? 0.0 : 1.0 / draw.keep);
+}
+
+// What the threads of a block do with the groups of a row. kHeld groups a thread are known at
+// compile time, so that what they hold stays in registers; 0: any number.
+template <int kHeld, class F>
+FUSEREG_DEVICE_INLINE void each_group(std::int64_t groups, F f) {
+  if constexpr (kHeld > 0) {
+    FUSEREG_UNROLL
+    for (int u = 0; u < kHeld; ++u) {
+      const std::int64_t g = threadIdx.x + static_cast<std::int64_t>(u) * blockDim.x;
+      if (g < groups) f(g, u);
+    }
+  } else {
+    for (std::int64_t g = threadIdx.x; g < groups; g += blockDim.x) f(g, 0);
+  }
+}
+
+FUSEREG_DEVICE_INLINE int count_of(std::int64_t length, std::int64_t group) {
+  const std::int64_t left = length - group * kGroup;
+  return left < kGroup ? static_cast<int>(left) : kGroup;
+}
+
+// --- forward ---
+
+template <class T, int kHeld>
+__global__ void __launch_bounds__(kForwardThreads)
+    dropout_norm_forward_kernel(FUSEREG_GRID_CONSTANT(Forward, f), bool vectors) {
+  using C = Compute<T>;
+  constexpr int kSlots = kHeld > 0 ? kHeld : 1;
+  const auto* const x = static_cast<const T*>(f.x);
+  const std::uint64_t seed = f.random.key();
+  const std::uint64_t low = f.random.low();
+  const C scale = scale_of<C>(f.draw);
+  const auto n = static_cast<C>(f.length);
+  const std::int64_t groups = (f.length + kGroup - 1) / kGroup;
+
+  for (std::int64_t row = blockIdx.x; row < f.rows; row += gridDim.x) {
+    const std::int64_t base = row * f.length;
+    C held[kSlots][kGroup];
+    C added[kSlots][kGroup];
+    auto load = [&](std::int64_t g, int u) {
+      const std::int64_t at = base + g * kGroup;
+      const int count = count_of(f.length, g);
+      load_group(x, at, count, vectors, held[u]);
+      if (f.residual != nullptr) load_wide<T>(f.residual, f.wide_sum, at, count, vectors, added[u]);
+    };
+    auto add = [&](std::int64_t g, int u, bool write) {
+      const std::int64_t at = base + g * kGroup;
+      const int count = count_of(f.length, g);
+      if (f.draw.bits != 0)
+        drop(held[u], kept_of(f.draw, seed, low, f.index_offset + static_cast<std::uint64_t>(at)),
+             scale);
+      FUSEREG_UNROLL
+      for (int e = 0; e < kGroup; ++e) {
+        C s = held[u][e];
+        if (f.residual != nullptr) s = added[u][e] + s;
+        if (sizeof(T) == 2 && !f.wide_sum) s = to_compute(from_compute<T>(s));
+        held[u][e] = e < count ? s : C(0);
+      }
+      if (write && f.sum != nullptr) store_wide<T>(f.sum, f.wide_sum, at, count, vectors, held[u]);
+    };
+    // use(g, u) with the group's sums in held[u].
+    auto sweep = [&](bool first, auto use) {
+      if constexpr (kHeld > 0) {
+        if (first) {
+          // All loads are under way before the first draw is made.
+          each_group<kHeld>(groups, load);
+          each_group<kHeld>(groups, [&](std::int64_t g, int u) { add(g, u, true); });
+        }
+        each_group<kHeld>(groups, use);
+      } else {
+        each_group<0>(groups, [&](std::int64_t g, int u) {
+          load(g, u);
+          add(g, u, first);
+          use(g, u);
+        });
+      }
+    };
+
+    C hi = 0;
+    C lo = 0;
+    C variance = 0;
+    C sums[1] = {C(0)};
+    if (f.rms) {
+      sweep(true, [&](std::int64_t, int u) {
+        FUSEREG_UNROLL
+        for (int e = 0; e < kGroup; ++e) sums[0] += held[u][e] * held[u][e];
+      });
+      cuda::block_sum(sums);
+      variance = sums[0] / n;
+    } else {
+      sweep(true, [&](std::int64_t, int u) {
+        FUSEREG_UNROLL
+        for (int e = 0; e < kGroup; ++e) sums[0] += held[u][e];
+      });
+      cuda::block_sum(sums);
+      hi = sums[0] / n;
+      C centered[2] = {C(0), C(0)};
+      sweep(false, [&](std::int64_t g, int u) {
+        const int count = count_of(f.length, g);
+        FUSEREG_UNROLL
+        for (int e = 0; e < kGroup; ++e) {
+          const C d = e < count ? held[u][e] - hi : C(0);
+          centered[0] += d;
+          centered[1] += d * d;
+        }
+      });
+      cuda::block_sum(centered);
+      lo = centered[0] / n;
+      variance = centered[1] / n - lo * lo;
+      if (variance < C(0)) variance = C(0);
+    }
+    const C rstd = C(1) / square_root(variance + static_cast<C>(f.eps));
+    if (f.statistics != nullptr && threadIdx.x == 0) {
+      C* const kept = static_cast<C*>(f.statistics) + row * statistics_per_row(f.rms);
+      if (!f.rms) {
+        kept[0] = hi;
+        kept[1] = lo;
+      }
+      kept[f.rms ? 0 : 2] = rstd;
+    }
+    sweep(false, [&](std::int64_t g, int u) {
+      const std::int64_t column = g * kGroup;
+      const int count = count_of(f.length, g);
+      C y[kGroup];
+      FUSEREG_UNROLL
+      for (int e = 0; e < kGroup; ++e) y[e] = ((held[u][e] - hi) - lo) * rstd;
+      C v[kGroup];
+      if (f.weight != nullptr) {
+        load_wide<T>(f.weight, f.wide_weight, column, count, vectors, v);
+        FUSEREG_UNROLL
+        for (int e = 0; e < kGroup; ++e) y[e] *= v[e];
+      }
+      if (f.bias != nullptr) {
+        load_wide<T>(f.bias, f.wide_weight, column, count, vectors, v);
+        FUSEREG_UNROLL
+        for (int e = 0; e < kGroup; ++e) y[e] += v[e];
+      }
+      store_group(static_cast<T*>(f.y), base + column, count, vectors, y);
+    });
+  }
+}
+
+// --- backward ---
+
+// Adds the slots of all chunks, kTile columns a block and step: thread t takes every
+// (blockDim / kTile)-th chunk of column t % kTile, and one thread a column adds up what they have.
+template <class T>
+FUSEREG_DEVICE_INLINE void combine(const Backward& b, std::int64_t chunks) {
+  using C = Compute<T>;
+  FUSEREG_SHARED(sums, double[kBackwardThreads]);
+  const auto* const partials = static_cast<const C*>(b.partials);
+  const std::int64_t columns = b.slots() * b.length;
+  const int lanes = static_cast<int>(blockDim.x) / kTile;
+  const int lane = static_cast<int>(threadIdx.x) / kTile;
+  const int within = static_cast<int>(threadIdx.x) % kTile;
+  for (std::int64_t from = static_cast<std::int64_t>(blockIdx.x) * kTile; from < columns;
+       from += static_cast<std::int64_t>(gridDim.x) * kTile) {
+    const std::int64_t column = from + within;
+    double sum = 0.0;
+    if (column < columns) {
+      for (std::int64_t c = lane; c < chunks; c += lanes)
+        sum += static_cast<double>(partials[c * columns + column]);
+    }
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (lane == 0 && column < columns) {
+      for (int i = 1; i < lanes; ++i) sum += sums[i * kTile + within];
+      const bool in_weight = b.grad_weight != nullptr && column < b.length;
+      void* const out = in_weight ? b.grad_weight : b.grad_bias;
+      const std::int64_t at = column - (in_weight || b.slots() == 1 ? 0 : b.length);
+      const auto value = static_cast<C>(sum);
+      if (b.wide_weight) {
+        static_cast<float*>(out)[at] = static_cast<float>(value);
+      } else {
+        static_cast<T*>(out)[at] = from_compute<T>(value);
+      }
+    }
+    __syncthreads();  // sums is free again
+  }
+}
+
+template <class T, int kHeld>
+__global__ void __launch_bounds__(kBackwardThreads)
+    dropout_norm_backward_kernel(FUSEREG_GRID_CONSTANT(Backward, b), Chunks chunks, bool vectors,
+                                 unsigned* barrier) {
+  using C = Compute<T>;
+  constexpr int kSlots = kHeld > 0 ? kHeld : 1;
+  const auto* const grad_y = static_cast<const T*>(b.grad_y);
+  const std::uint64_t seed = b.random.key();
+  const std::uint64_t low = b.random.low();
+  const C scale = scale_of<C>(b.draw);
+  const auto n = static_cast<C>(b.length);
+  const std::int64_t groups = (b.length + kGroup - 1) / kGroup;
+  const bool gradients = b.grad_x != nullptr || b.grad_residual != nullptr;
+  C h[kSlots][kGroup];  // the normalized sum
+  C g[kSlots][kGroup];  // grad_y * weight
+
+  for (std::int64_t chunk = blockIdx.x; chunk < chunks.count; chunk += gridDim.x) {
+    const std::int64_t first = chunk * chunks.rows_each;
+    const std::int64_t last = b.rows - first < chunks.rows_each ? b.rows : first + chunks.rows_each;
+    C* const of_weight = b.grad_weight == nullptr
+                             ? nullptr
+                             : static_cast<C*>(b.partials) + chunk * b.slots() * b.length;
+    C* const of_bias = b.grad_bias == nullptr
+                           ? nullptr
+                           : static_cast<C*>(b.partials) +
+                                 (chunk * b.slots() + (of_weight == nullptr ? 0 : 1)) * b.length;
+    // The chunk's share of the columns that are this thread's, where registers hold them.
+    C weight_sums[kSlots][kGroup] = {};
+    C bias_sums[kSlots][kGroup] = {};
+
+    for (std::int64_t row = first; row < last; ++row) {
+      const std::int64_t base = row * b.length;
+      const C* const kept = static_cast<const C*>(b.statistics) + row * statistics_per_row(b.rms);
+      const C hi = b.rms ? C(0) : kept[0];
+      const C lo = b.rms ? C(0) : kept[1];
+      const C rstd = kept[b.rms ? 0 : 2];
+      // dy comes in d; it is added to the thread's columns the first time.
+      auto load = [&](std::int64_t group, int u, bool accumulate) {
+        const std::int64_t column = group * kGroup;
+        const int count = count_of(b.length, group);
+        C d[kGroup];
+        load_group(grad_y, base + column, count, vectors, d);
+        load_wide<T>(b.sum, b.wide_sum, base + column, count, vectors, h[u]);
+        C w[kGroup];
+        if (b.weight != nullptr) load_wide<T>(b.weight, b.wide_weight, column, count, vectors, w);
+        FUSEREG_UNROLL
+        for (int e = 0; e < kGroup; ++e) {
+          h[u][e] = ((h[u][e] - hi) - lo) * rstd;
+          g[u][e] = b.weight == nullptr ? d[e] : d[e] * w[e];
+          if (!accumulate) continue;
+          if constexpr (kHeld > 0) {
+            weight_sums[u][e] += d[e] * h[u][e];
+            bias_sums[u][e] += d[e];
+          } else if (e < count) {
+            const C before_w = row == first || of_weight == nullptr ? C(0) : of_weight[column + e];
+            const C before_b = row == first || of_bias == nullptr ? C(0) : of_bias[column + e];
+            if (of_weight != nullptr) of_weight[column + e] = before_w + d[e] * h[u][e];
+            if (of_bias != nullptr) of_bias[column + e] = before_b + d[e];
+          }
+        }
+      };
+      C sums[2] = {C(0), C(0)};
+      each_group<kHeld>(groups, [&](std::int64_t group, int u) { load(group, u, true); });
+      if (!gradients) continue;
+      each_group<kHeld>(groups, [&](std::int64_t group, int u) {
+        if constexpr (kHeld == 0) load(group, u, false);
+        const int count = count_of(b.length, group);
+        FUSEREG_UNROLL
+        for (int e = 0; e < kGroup; ++e) {
+          if (e >= count) continue;
+          sums[0] += g[u][e] * h[u][e];
+          sums[1] += g[u][e];
+        }
+      });
+      cuda::block_sum(sums);
+      const C along = sums[0] / n;
+      const C mean = b.rms ? C(0) : sums[1] / n;
+      each_group<kHeld>(groups, [&](std::int64_t group, int u) {
+        if constexpr (kHeld == 0) load(group, u, false);
+        const std::int64_t at = base + group * kGroup;
+        const int count = count_of(b.length, group);
+        C ds[kGroup];
+        FUSEREG_UNROLL
+        for (int e = 0; e < kGroup; ++e) ds[e] = ((g[u][e] - mean) - h[u][e] * along) * rstd;
+        if (b.grad_sum != nullptr) {
+          C v[kGroup];
+          load_wide<T>(b.grad_sum, b.wide_sum, at, count, vectors, v);
+          FUSEREG_UNROLL
+          for (int e = 0; e < kGroup; ++e) ds[e] += v[e];
+        }
+        if (b.grad_residual != nullptr)
+          store_wide<T>(b.grad_residual, b.wide_sum, at, count, vectors, ds);
+        if (b.grad_x != nullptr) {
+          if (b.draw.bits != 0)
+            drop(ds, kept_of(b.draw, seed, low, b.index_offset + static_cast<std::uint64_t>(at)),
+                 scale);
+          store_group(static_cast<T*>(b.grad_x), at, count, vectors, ds);
+        }
+      });
+    }
+    if constexpr (kHeld > 0) {
+      each_group<kHeld>(groups, [&](std::int64_t group, int u) {
+        const std::int64_t column = group * kGroup;
+        FUSEREG_UNROLL
+        for (int e = 0; e < kGroup; ++e) {
+          if (e >= count_of(b.length, group)) continue;
+          if (of_weight != nullptr) of_weight[column + e] = weight_sums[u][e];
+          if (of_bias != nullptr) of_bias[column + e] = bias_sums[u][e];
+        }
+      });
+    }
+  }
+  if (b.slots() == 0) return;
+  cuda::grid_sync(barrier);
+  combine<T>(b, chunks.count);
+}
+
+// --- launchers ---
+
+unsigned threads_for(std::int64_t length, int held, int most) {
+  const std::int64_t wanted = cuda::ceil_div(cuda::ceil_div(length, kGroup), std::max(held, 1));
+  const std::int64_t warps = cuda::ceil_div(wanted, cuda::kWarpSize);
+  return static_cast<unsigned>(
+      std::clamp<std::int64_t>(warps * cuda::kWarpSize, cuda::kWarpSize, most));
+}
+
+template <class... P>
+bool all_aligned(const P*... pointers) {
+  return (cuda::is_aligned(pointers, 16) && ...);
+}
+
+}  // namespace
+
+void run_cuda(const Forward& f, int device, void* stream) {
+  if (f.rows == 0 || f.length == 0) return;
+  const cuda::DeviceGuard guard(device);
+  const bool vectors =
+      f.length % kGroup == 0 && all_aligned(f.y, f.sum, f.x, f.residual, f.weight, f.bias);
+  const bool held = f.length <= kMostHeld;
+  cuda::LaunchConfig config;
+  config.stream = static_cast<cuda::Stream>(stream);
+  config.block = dim3(threads_for(f.length, held ? kForwardGroups : 0, kForwardThreads));
+  const std::int64_t most =
+      static_cast<std::int64_t>(cuda::device_properties(device).sm_count) * kBlocksPerSm;
+  config.grid = dim3(static_cast<unsigned>(std::min(f.rows, most)));
+  const char* const op = f.rms ? "fusereg.dropout_add_rms_norm" : "fusereg.dropout_add_layer_norm";
+  dispatch_dtype(f.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (held) {
+      cuda::launch(op, dropout_norm_forward_kernel<T, kForwardGroups>, config, f, vectors);
+    } else {
+      cuda::launch(op, dropout_norm_forward_kernel<T, 0>, config, f, vectors);
+    }
+  });
+}
+
+void run_cuda(const Backward& b, unsigned* barrier, int device, void* stream) {
+  const bool combines = b.slots() != 0;
+  if (b.length == 0 || (b.rows == 0 && !combines)) return;
+  const cuda::DeviceGuard guard(device);
+  const Chunks chunks = cuda_chunks(b.rows);
+  const bool vectors = b.length % kGroup == 0 && all_aligned(b.grad_x, b.grad_residual, b.grad_y,
+                                                             b.grad_sum, b.sum, b.weight);
+  const bool held = b.length <= kMostHeld;
+  cuda::LaunchConfig config;
+  config.stream = static_cast<cuda::Stream>(stream);
+  config.block = dim3(threads_for(b.length, held ? kBackwardGroups : 0, kBackwardThreads));
+  config.cooperative = combines;
+  const char* const op = b.rms ? "fusereg.dropout_add_rms_norm" : "fusereg.dropout_add_layer_norm";
+  dispatch_dtype(b.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    auto launch = [&](auto* kernel) {
+      std::int64_t blocks = std::max<std::int64_t>(chunks.count, 1);
+      if (combines) {
+        blocks = std::min<std::int64_t>(
+            blocks, cuda::max_resident_blocks(op, kernel, static_cast<int>(config.block.x)));
+      }
+      config.grid =
+          dim3(static_cast<unsigned>(std::min<std::int64_t>(blocks, std::int64_t{1} << 30)));
+      cuda::launch(op, kernel, config, b, chunks, vectors, barrier);
+    };
+    if (held) {
+      launch(dropout_norm_backward_kernel<T, kBackwardGroups>);
+    } else {
+      launch(dropout_norm_backward_kernel<T, 0>);
+    }
+  });
+}
+
+}  // namespace fusereg::dropout_norm
