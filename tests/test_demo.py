@@ -296,7 +296,7 @@ def test_both_ways_take_the_same_steps(
 
 def test_every_penalty_changes_the_training(small: demo_data.DataSet) -> None:
     """So that a technique which does nothing cannot pass for one that agrees."""
-    none, *others = techniques.TECHNIQUES
+    none, *others = (t for t in techniques.TECHNIQUES if t.name != "early_stopping")
     control = train.train_pair(none, small, epochs=1, seed=1, baseline=False)
     for technique in others:
         result = train.train_pair(technique, small, epochs=1, seed=1, baseline=False)
@@ -334,6 +334,37 @@ def test_the_same_seed_gives_the_same_run(small: demo_data.DataSet) -> None:
     losses = [result.fused.losses for result in runs]
     assert torch.equal(losses[0], losses[1])
     assert not torch.equal(losses[0], losses[2])
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_early_stopping_ends_and_goes_back(cut: bool, small: demo_data.DataSet) -> None:
+    """With a gain asked for that no epoch has, it ends by patience; else by the last epoch."""
+    min_delta = 10.0 if cut else 0.0
+    technique = techniques.Technique(
+        "early_stopping",
+        "early stopping",
+        "",
+        fused=lambda: techniques.FusedEarlyStopping(3, min_delta),
+        plain=lambda: techniques.PlainEarlyStopping(3, min_delta),
+    )
+    result = train.train_pair(technique, small, epochs=5, seed=1)
+    assert result.plain is not None
+    for made in (result.fused, result.plain):
+        losses = [epoch.test_loss for epoch in made.epochs]
+        assert len(losses) == (4 if cut else 5)
+        assert made.stopped == cut
+        assert made.restored == losses.index(min(losses))
+        assert made.last.test_loss == min(losses)
+        # The figures of the row are the model's own.
+        again = train._evaluate(made.model, small.test_images, small.test_labels)
+        assert again == (made.last.test_loss, made.last.test_accuracy)
+    assert report.problems([result]) == []
+    (text,) = (t for t in report.findings([result], small) if t.startswith("Early stopping:"))
+    how = "stopped after epoch 4" if cut else "no reason to stop in 5 epochs"
+    assert text.startswith(f"Early stopping: {how}; restored epoch {result.fused.restored + 1}")
+    result.plain.restored = 0
+    result.fused.restored = 1
+    assert "ended with different epochs" in report.problems([result])[0]
 
 
 class _EveryHook(techniques.Method):
@@ -403,7 +434,17 @@ def test_demo_from_end_to_end(
     for number, name in enumerate(names, start=1):
         assert f"row {number}/{len(names)} {name}: 3 epochs" in printed.out
         assert name in rows
-    for word in ("train", "test", "gap", "zeros", "fusereg", "PyTorch", "Overfitting:", "Speed:"):
+    for word in (
+        "train",
+        "test",
+        "gap",
+        "zeros",
+        "fusereg",
+        "PyTorch",
+        "Overfitting:",
+        "Early",
+        "Speed:",
+    ):
         assert word in printed.out
     assert printed.err == ""
 
@@ -426,13 +467,15 @@ def test_demo_from_end_to_end(
     }
     assert content["machine"]["versions"]["torch"] == torch.__version__
     assert content["problems"] == []
-    assert 2 <= len(content["findings"]) <= 4
+    assert 2 <= len(content["findings"]) <= 5
     assert sorted(content["plots"]) == [f"{name}.png" for name in PLOTS]
     assert [entry["name"] for entry in content["techniques"]] == names
     for entry in content["techniques"]:
         for provider in ("fusereg", "pytorch"):
             made = entry[provider]
             assert len(made["epochs"]) == 3
+            assert made["stopped_epoch"] is None
+            assert (made["restored_epoch"] is None) == (entry["name"] != "early_stopping")
             assert 0 <= made["test_accuracy"] <= 1
             assert made["gap"] == pytest.approx(made["train_accuracy"] - made["test_accuracy"])
             assert made["seconds_per_epoch"] > 0

@@ -10,19 +10,22 @@
 """
 
 from . import _dispatch as _dispatch  # isort: skip  # first: it refuses a torch that is too old
-from . import _C, functional, nn, prox
+from . import _C, early_stopping, functional, nn, prox
 from ._version import __version__
+from .early_stopping import EarlyStopping
 from .fold import fold_into_conv
 from .functional import dropout_mask
 from .penalty import PenaltyGroup, WeightPenalty, add_penalty_grad_, sparsity
 
 __all__ = [
     "_C",
+    "EarlyStopping",
     "PenaltyGroup",
     "WeightPenalty",
     "__version__",
     "add_penalty_grad_",
     "dropout_mask",
+    "early_stopping",
     "fold_into_conv",
     "functional",
     "nn",

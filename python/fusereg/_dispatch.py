@@ -192,3 +192,18 @@ def all_reduce(tensor: torch.Tensor, group: object) -> torch.Tensor:
         return result
     torch.distributed.all_reduce(tensor, group=group)
     return tensor
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        # Looked up by name: to import torch._dynamo, for its type, takes seconds.
+        compiled = getattr(module, "_orig_mod", None)
+        if isinstance(compiled, torch.nn.Module):
+            module = compiled
+        elif torch.distributed.is_available() and isinstance(
+            module, torch.nn.parallel.DistributedDataParallel
+        ):
+            module = module.module
+        else:
+            return module

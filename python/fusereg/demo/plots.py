@@ -72,6 +72,9 @@ def loss_curves(results: Sequence[Result]) -> Figure:
                 linewidth=1.8,
                 label=result.technique.label,
             )
+            back = result.fused.restored
+            if back is not None:  # the model is this epoch's, whatever came after
+                axes.plot(back + 1, values[back], "D", markersize=6, color=colour(index))
             if result.plain is not None:
                 dots = [getattr(epoch, what) for epoch in result.plain.epochs]
                 every = max(1, len(dots) // 8)
@@ -119,8 +122,7 @@ def accuracy(results: Sequence[Result], data: DataSet) -> Figure:
         9.5,
         1.6 + 0.5 * max(len(shown), 2),
         title,
-        f"After the last epoch; {len(data.test_labels):,} test images. Right: share of weights "
-        "exactly zero.",
+        f"At the end; {len(data.test_labels):,} test images. Right: share of weights exactly zero.",
     )
     axes = figure.subplots()
     bottom = 0.62 / figure.get_figheight()

@@ -144,6 +144,25 @@ def _sparsity(results: Sequence[Result], data: DataSet) -> str | None:
     return f"Zeros: {'; '.join(parts)}." if parts else None
 
 
+def _early_stopping(results: Sequence[Result]) -> str | None:
+    stopped = _find(results, "early_stopping")
+    if stopped is None or stopped.fused.restored is None or stopped.fused.diverged:
+        return None
+    run, back, ended = stopped.fused, stopped.fused.restored + 1, len(stopped.fused.epochs)
+    how = f"stopped after epoch {ended}" if run.stopped else f"no reason to stop in {ended} epochs"
+    text = (
+        f"Early stopping: {how}; restored epoch {back}, with a test loss of "
+        f"{run.last.test_loss:.3f} against {run.epochs[-1].test_loss:.3f} after its last epoch"
+    )
+    control = _find(results, "none")
+    if control is not None and not control.fused.diverged:
+        text += (
+            f" and {control.fused.last.test_loss:.3f} after epoch {len(control.fused.epochs)} of "
+            "the same training without it"
+        )
+    return text + "."
+
+
 def _speed(results: Sequence[Result]) -> str | None:
     ratios = {
         r.technique.name: r.plain.seconds_per_epoch / r.fused.seconds_per_epoch
@@ -188,10 +207,11 @@ def _agreement(results: Sequence[Result]) -> str | None:
 
 
 def findings(results: Sequence[Result], data: DataSet) -> list[str]:
-    """Two to four sentences that say what the table shows, worked out from its figures."""
+    """Two to five sentences that say what the table shows, worked out from its figures."""
     found = [
         _overfitting(results, data),
         _sparsity(results, data),
+        _early_stopping(results),
         _speed(results),
         _agreement(results),
     ]
@@ -214,6 +234,12 @@ def problems(results: Sequence[Result]) -> list[str]:
                 "first epoch, "
                 f"more than rounding explains ({LARGEST_FIRST_EPOCH_DIFFERENCE:g})"
             )
+        if result.max_loss_difference == 0 and result.plain is not None:
+            ours, theirs = ((len(run.epochs), run.restored) for run in (result.fused, result.plain))
+            if ours != theirs:
+                found.append(
+                    f"{name}: the same losses, but fusereg and PyTorch ended with different epochs"
+                )
     return found
 
 
@@ -233,6 +259,8 @@ def _run_json(run: Run) -> dict[str, object]:
         "test_loss": _finite(end.test_loss),
         "seconds_per_epoch": run.seconds_per_epoch,
         "diverged": run.diverged,
+        "stopped_epoch": len(run.epochs) if run.stopped else None,
+        "restored_epoch": None if run.restored is None else run.restored + 1,
         "epochs": [
             {key: _finite(value) for key, value in asdict(epoch).items()} for epoch in run.epochs
         ],

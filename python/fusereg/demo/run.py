@@ -106,11 +106,14 @@ class ProgressBar:
         self._bar.update(self._task, completed=sum(self._per_row[: self._rows]))
         if not self._live:
             end, passed = result.fused.last, time.perf_counter() - self._started
+            back = result.fused.restored
             left = passed / self._rows * (self._count - self._rows)
             print(
                 f"row {self._rows}/{self._count} {result.technique.name}: "
                 f"{len(result.fused.epochs)} epochs, loss {end.train_loss:.4f}, "
-                f"train {end.train_accuracy:.1%}, test {end.test_accuracy:.1%}; "
+                f"train {end.train_accuracy:.1%}, test {end.test_accuracy:.1%}"
+                + ("" if back is None else f", back at epoch {back + 1}")
+                + "; "
                 f"{passed:.0f} s passed, about {left:.0f} s left",
                 flush=True,
             )

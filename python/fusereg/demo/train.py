@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +49,13 @@ class Run:
     optimizer: torch.optim.Optimizer
     epochs: list[Epoch] = field(default_factory=list)
     step_losses: list[Tensor] = field(default_factory=list)
+    stopped: bool = False  # by its method, before the last epoch or at it
+    restored: int | None = None  # the epoch (from 0) whose model was brought back at the end
 
     @property
     def last(self) -> Epoch:
-        return self.epochs[-1]
+        """The epoch that the model is of now."""
+        return self.epochs[-1 if self.restored is None else self.restored]
 
     @property
     def gap(self) -> float:
@@ -195,6 +198,13 @@ def train_pair(
                 run.epochs.append(_epoch(run, data, order))
                 if on_epoch is not None:
                     on_epoch(technique, run.provider, epoch + 1, run.last.train_loss)
-                if run.method.stop(epoch, run.last.test_loss):
+                started = time.perf_counter()
+                ended = run.method.stop(epoch, run.last.test_loss)
+                passed = run.last.seconds + time.perf_counter() - started
+                run.epochs[-1] = replace(run.last, seconds=passed)
+                if ended:
+                    run.stopped = True
                     active.remove(run)
+        for run in runs:
+            run.restored = run.method.finish()
     return Result(technique, runs[0], runs[1] if len(runs) > 1 else None)

@@ -1,0 +1,328 @@
+"""Early stopping on several ranks: one decision, one best, and nobody waits for one that has gone.
+
+Each check is a function of the ``Ranks`` that runs on two and three gloo processes; see ranks.py.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fusereg import EarlyStopping
+from fusereg.early_stopping import CheckpointError, Decision, Rolling, load_best
+from ranks import Ranks, can_run, cases, failures, fully_shard, on, results
+
+
+def everywhere(mine: Any) -> list[Any]:
+    """What each rank has, on all ranks."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def assert_agreed(mine: Any) -> None:
+    of_all = everywhere(mine)
+    assert all(other == mine for other in of_all), of_all
+
+
+def fill(model: nn.Module, value: float) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(value)
+
+
+def common_folder() -> Path:
+    """One folder that all ranks see."""
+    held = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(held)
+    assert held[0] is not None
+    return Path(held[0])
+
+
+def raised(kind: type[BaseException], call: Callable[[], Any]) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    return str(caught.value)
+
+
+# --- the decision ---------------------------------------------------------------------------------
+
+
+@on(2, 3)
+def diverging_metrics_give_one_decision(ranks: Ranks) -> None:
+    """Each rank alone would stop at another epoch: rank r's metric rises after epoch 2 + r."""
+    alone = EarlyStopping(patience=2, agreement="none")
+    together = EarlyStopping(patience=2)
+    own = [abs(epoch - 2.0 - ranks.rank) for epoch in range(20)]
+    mean = [
+        sum(abs(epoch - 2.0 - rank) for rank in range(ranks.world)) / ranks.world
+        for epoch in range(20)
+    ]
+    reference = EarlyStopping(patience=2, agreement="none")
+    made = []
+    for epoch in together.epochs(20):
+        made.append(together.step(own[epoch], epoch=epoch))
+        assert made[-1] == reference.step(mean[epoch], epoch=epoch)
+    for epoch in alone.epochs(20):
+        alone.step(own[epoch], epoch=epoch)
+    assert_agreed((made, together.state_dict()))
+    assert together.stopped
+    assert len(set(everywhere(alone.epoch))) == ranks.world
+    assert together.state_dict() == reference.state_dict()
+
+
+@on(2, 3)
+def each_way_to_agree(ranks: Ranks) -> None:
+    last = ranks.world - 1
+    for agreement, wanted in (("min", 0.0), ("max", last), ("mean", last / 2), ("rank0", 0.0)):
+        stopper = EarlyStopping(patience=2, agreement=agreement)  # type: ignore[arg-type]
+        stopper.step(torch.tensor(float(ranks.rank)), epoch=0)
+        assert_agreed(stopper.best)
+        assert stopper.best == wanted
+    stopper = EarlyStopping(patience=2, agreement="rank0")
+    assert stopper.step(0.25 if ranks.rank == 0 else None, epoch=0).new_best
+    assert stopper.best == 0.25
+
+
+@on(2, 3)
+def equal_metrics_stay_exactly_so(ranks: Ranks) -> None:
+    """A mean that rounds would make new bests of nothing."""
+    stopper = EarlyStopping(patience=9)
+    made = [stopper.step(0.1, epoch=e).new_best for e in range(3)]
+    assert made == [True, False, False]
+    assert stopper.best == 0.1
+
+
+@on(2, 3)
+def one_rank_s_nan_is_everybodys(ranks: Ranks) -> None:
+    bad = math.nan if ranks.rank == ranks.world - 1 else 0.5
+    stopper = EarlyStopping(patience=2)
+    decision = stopper.step(bad, epoch=0)
+    assert decision == Decision(False, False, True, "non_finite")
+    stopper = EarlyStopping(patience=2, nan="count")
+    assert [stopper.step(bad, epoch=e).stop for e in range(2)] == [False, True]
+    assert stopper.best is None
+    # Only rank 0's counts where only rank 0 is asked.
+    assert EarlyStopping(patience=2, agreement="rank0").step(bad, epoch=0).new_best
+
+
+@on(2, 3)
+def several_metrics_and_smoothing(ranks: Ranks) -> None:
+    from fusereg.early_stopping import Metric
+
+    metrics = {"loss": Metric(smoothing=Rolling(2)), "f1": Metric("max")}
+    stopper = EarlyStopping(patience=2, metrics=metrics)
+    made = []
+    for epoch in stopper.epochs(20):
+        both = {"f1": 0.1 * min(epoch, 3 + ranks.rank), "loss": 1.0 + ranks.rank}
+        made.append(stopper.step(both, epoch=epoch))
+    assert_agreed((made, stopper.state_dict()))
+    assert len(made) == 3 + ranks.world + 2  # the mean f1 rises as long as that of the last rank
+
+
+@on(2, 3)
+def ranks_that_came_from_different_states_follow_rank_0(ranks: Ranks) -> None:
+    stopper = EarlyStopping(patience=3)
+    before = EarlyStopping(patience=3, agreement="none")
+    for epoch in range(ranks.rank + 1):
+        before.step(1.0 - 0.1 * ranks.rank, epoch=epoch)
+    stopper.load_state_dict(before.state_dict())
+    stopper.step(2.0, epoch=9)
+    assert_agreed(stopper.state_dict())
+    assert stopper.best == 1.0
+
+
+# --- what goes wrong on one rank ------------------------------------------------------------------
+
+
+@on(2, 3)
+def a_wrong_argument_on_one_rank_raises_on_all(ranks: Ranks) -> None:
+    stopper = EarlyStopping(patience=2)
+    last = ranks.world - 1
+    said = raised(
+        TypeError,
+        lambda: stopper.step("x" if ranks.rank == last else 1.0, epoch=0),  # type: ignore[arg-type]
+    )
+    assert "metric must be a number or a tensor of one element, got str" in said
+    assert ranks.rank == last or said.endswith(f"(on rank {last} of {ranks.world})")
+    assert "got NoneType" in raised(
+        TypeError, lambda: stopper.step(1.0 if ranks.rank else None, epoch=0)
+    )
+    said = raised(ValueError, lambda: stopper.step(1.0, epoch=5 + ranks.rank))
+    assert f"the ranks are at different epochs: {[5 + r for r in range(ranks.world)]}" in said
+    assert stopper.epoch is None
+    assert stopper.step(1.0, epoch=0).new_best
+
+
+@on(2, 3)
+def arguments_that_differ_raise_and_nobody_waits(ranks: Ranks) -> None:
+    """A folder for the rank that writes alone, a model for the one that keeps it: so one thinks."""
+    shared = common_folder()
+    folder = shared if ranks.rank == 0 else None
+    for options in ({"folder": folder}, {"model": nn.Linear(2, 2) if ranks.rank == 0 else None}):
+        stopper = EarlyStopping(patience=2, **options)  # type: ignore[arg-type]
+        said = raised(ValueError, lambda made=stopper: made.step(1.0, epoch=0))  # type: ignore[misc]
+        assert "the ranks must have the same arguments (rank 0 alone writes to folder" in said
+        assert stopper.epoch is None
+
+
+@on(2, 3)
+def a_snapshot_that_fails_on_one_rank_counts_on_none(ranks: Ranks) -> None:
+    class Thing:
+        fails = False
+
+        def state_dict(self) -> Any:
+            if self.fails:
+                raise LookupError("no state today")
+            return {}
+
+        def load_state_dict(self, state: Any) -> None:
+            pass
+
+    thing = Thing()
+    stopper = EarlyStopping(patience=2, also={"thing": thing})
+    stopper.step(2.0, epoch=0)
+    thing.fails = ranks.rank == 1
+    if ranks.rank == 1:
+        assert "no state today" in raised(LookupError, lambda: stopper.step(1.0, epoch=1))
+    else:
+        said = raised(RuntimeError, lambda: stopper.step(1.0, epoch=1))
+        assert said == f"LookupError: no state today (on rank 1 of {ranks.world})"
+    assert_agreed((stopper.best, stopper.epoch))
+    assert stopper.best == 2.0
+
+
+# --- models and files -----------------------------------------------------------------------------
+
+
+@on(2, 3)
+def ddp_goes_back_to_the_same_best_and_the_file_loads_without_it(ranks: Ranks) -> None:
+    folder = common_folder()
+    model = DistributedDataParallel(nn.Linear(3, 2))
+    with EarlyStopping(model, patience=2, folder=folder) as stopper:
+        for epoch in stopper.epochs(9):
+            fill(model, epoch)
+            stopper.step([3.0, 1.0, 2.0, 2.0][epoch] + ranks.rank, epoch=epoch)
+    assert_agreed((stopper.epoch, stopper.best_epoch))
+    assert (stopper.epoch, stopper.best_epoch) == (3, 1)
+    assert all(bool((p == 1).all()) for p in model.parameters())
+    best = load_best(folder)
+    assert best.epoch == 1
+    plain = nn.Linear(3, 2)
+    plain.load_state_dict(best.states["model"])
+    assert bool((plain.weight == 1).all())
+    dist.barrier()
+    resumed = EarlyStopping(plain, patience=2, folder=folder, resume=True)
+    assert resumed.stopped
+    fill(plain, 7)
+    assert resumed.restore() == 1
+    assert bool((plain.weight == 1).all())
+
+
+@on(2, 3)
+def on_disk_only_all_ranks_go_back_to_what_rank_0_wrote(ranks: Ranks) -> None:
+    folder = common_folder()
+    model = nn.Linear(3, 2)
+    stopper = EarlyStopping(model, patience=5, folder=folder, snapshot="disk", on_save_error="warn")
+    assert stopper.restore() is None
+    fill(model, 1)
+    stopper.step(2.0, epoch=0)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        patch.setattr("safetensors.torch.save_file", full)
+        fill(model, 2)
+        assert stopper.step(1.0, epoch=1).new_best
+    assert len(heard) == (1 if ranks.rank == 0 else 0)
+    fill(model, 3)
+    assert stopper.restore() == 0
+    assert bool((model.weight == 1).all())
+
+
+def full(*args: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@on(2, 3)
+def a_full_disk_on_rank_0_stops_all_or_none(ranks: Ranks) -> None:
+    folder = common_folder()
+    model = nn.Linear(3, 2)
+    stopper = EarlyStopping(model, patience=5, folder=folder)
+    fill(model, 1)
+    stopper.step(2.0, epoch=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full)
+        fill(model, 2)
+        said = raised(CheckpointError, lambda: stopper.step(1.0, epoch=1))
+    assert "No space left on device; the checkpoint of epoch 0 is intact; training stops" in said
+    assert_agreed((stopper.epoch, stopper.best))
+    assert load_best(folder).epoch == 0
+    dist.barrier()
+    stopper.step(3.0, epoch=2)  # writes what could not be written then
+    assert load_best(folder).epoch == 1
+
+
+@on(2, 3)
+def fsdp_shards_are_kept_and_come_back(ranks: Ranks) -> None:
+    assert fully_shard is not None
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 1))
+    fully_shard(model, mesh=ranks.mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def train() -> torch.Tensor:
+        torch.manual_seed(5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 5)).square().sum().backward()
+            optimizer.step()
+        return torch.cat([p.full_tensor().flatten() for p in model.parameters()])  # type: ignore[attr-defined]
+
+    train()
+    stopper = EarlyStopping(model, patience=2, also={"optimizer": optimizer})
+    stopper.step(1.0, epoch=0)
+    wanted = train()
+    for _ in range(2):
+        assert stopper.restore() == 0
+        assert torch.equal(train(), wanted)
+    other = EarlyStopping(model, patience=2, also={"optimizer": optimizer})
+    other.load_state_dict(stopper.state_dict())
+    assert other.restore() == 0
+    assert torch.equal(train(), wanted)
+    with tempfile.TemporaryDirectory() as folder:
+        said = raised(ValueError, lambda: EarlyStopping(model, patience=2, folder=folder))
+    assert "sharded over ranks (DTensor) cannot be written; keep the best in memory" in said
+
+
+@on(3)
+def a_group_of_some_ranks_decides_by_itself(ranks: Ranks) -> None:
+    some = dist.new_group([1, 2])
+    if ranks.rank == 0:
+        return
+    stopper = EarlyStopping(patience=2, process_group=some)
+    stopper.step(float(ranks.rank), epoch=0)
+    assert stopper.best == 1.5
+    stopper = EarlyStopping(patience=2, process_group=some, agreement="rank0")
+    stopper.step(float(ranks.rank), epoch=0)
+    assert stopper.best == 1.0
+
+
+# --- the tests ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "name"), cases(__name__))
+def test_ranks(world: int, name: str) -> None:
+    if not can_run(name):
+        pytest.skip("this torch has no torch.distributed.fsdp.fully_shard")
+    said = failures(results(world, __name__), name)
+    if said:
+        pytest.fail(said, pytrace=False)

@@ -1,0 +1,466 @@
+"""Early stopping: what a snapshot holds, and that every way out of the loop brings it back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from fusereg import EarlyStopping
+from fusereg.early_stopping import snapshot as snapshots
+
+
+class Odd(nn.Module):
+    """Tied weights, running statistics, a buffer outside state_dict, extra state, odd strides."""
+
+    extra = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.norm = nn.BatchNorm1d(4)
+        self.few = nn.Parameter(torch.randn(3, dtype=torch.bfloat16))
+        self.empty = nn.Parameter(torch.empty(0, 3))
+        self.register_buffer("cache", torch.zeros(2), persistent=False)
+        self.cache: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.norm(self.first(x)))
+
+    def get_extra_state(self) -> int:
+        return self.extra
+
+    def set_extra_state(self, state: int) -> None:
+        self.extra = state
+
+
+def fill(model: nn.Module, value: float) -> None:
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(value)
+    if isinstance(model, Odd):
+        model.extra = int(value)
+
+
+def holds(model: nn.Module, value: float) -> bool:
+    tensors = [*model.parameters(), *model.buffers()]
+    return (
+        all(bool((t == value).all()) for t in tensors) and getattr(model, "extra", value) == value
+    )
+
+
+def train(stopper: EarlyStopping, model: nn.Module, values: list[float]) -> Iterator[int]:
+    """Epochs that fill the model with their own number; best at the least value."""
+    for epoch in stopper.epochs(len(values)):
+        fill(model, epoch)
+        stopper.step(values[epoch], epoch=epoch)
+        yield epoch
+
+
+# --- the ways out ---------------------------------------------------------------------------------
+
+VALUES = [3.0, 1.0, 2.0, 2.0, 2.0, 2.0]  # best at epoch 1
+
+
+@pytest.mark.parametrize("place", ["cpu", "device"])
+def test_stopping_brings_the_best_back(place: Any) -> None:
+    model = Odd()
+    stopper = EarlyStopping(model, patience=2, snapshot=place)
+    assert list(train(stopper, model, VALUES)) == [0, 1, 2, 3]
+    assert holds(model, 1)
+    assert model.first.weight is model.second.weight
+
+
+def test_so_does_the_last_epoch() -> None:
+    model = Odd()
+    assert list(train(EarlyStopping(model, patience=9), model, VALUES))[-1] == 5
+    assert holds(model, 1)
+
+
+def test_so_does_break() -> None:
+    model = Odd()
+    stopper = EarlyStopping(model, patience=9)
+    for epoch in stopper.epochs(10):
+        fill(model, epoch)
+        stopper.step(VALUES[epoch], epoch=epoch)
+        if epoch == 3:
+            break
+    assert holds(model, 1)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("block", [True, False], ids=["with", "plain"])
+def test_so_does_an_exception(error: type[BaseException], block: bool) -> None:
+    model = Odd()
+    stopper = EarlyStopping(model, patience=9)
+
+    def loop() -> None:
+        for epoch in stopper.epochs(10):
+            fill(model, epoch)
+            if epoch == 4:
+                raise error
+            stopper.step(VALUES[epoch], epoch=epoch)
+
+    with pytest.raises(error), stopper if block else nullcontext():
+        loop()
+    assert holds(model, 1)
+
+
+def test_the_block_restores_at_its_end_and_not_before() -> None:
+    model = Odd()
+    with EarlyStopping(model, patience=2) as stopper:
+        for epoch in stopper.epochs(10):
+            fill(model, epoch)
+            stopper.step(VALUES[epoch], epoch=epoch)
+        assert holds(model, 3)
+    assert holds(model, 1)
+
+
+def test_not_if_it_is_not_wanted() -> None:
+    model = Odd()
+    with EarlyStopping(model, patience=2, restore_best=False) as stopper:
+        for epoch in stopper.epochs(10):
+            fill(model, epoch)
+            stopper.step(VALUES[epoch], epoch=epoch)
+    assert holds(model, 3)
+    assert stopper.restore() == 1
+    assert holds(model, 1)
+    stopper = EarlyStopping(model, patience=2, restore_best=False)
+    assert list(train(stopper, model, VALUES)) == [0, 1, 2, 3]
+    assert holds(model, 3)
+
+
+def test_without_a_best_the_model_stays_as_it_is() -> None:
+    model = Odd()
+    with EarlyStopping(model, patience=2) as stopper:
+        fill(model, 7)
+        assert stopper.step(float("nan"), epoch=0).reason == "non_finite"
+        assert stopper.restore() is None
+    assert holds(model, 7)
+    for stopper in (EarlyStopping(patience=2), EarlyStopping(model, patience=2, snapshot="none")):
+        stopper.step(1.0, epoch=0)
+        assert stopper.restore() is None
+
+
+def test_restoring_again_gives_the_same_though_training_went_on() -> None:
+    model = Odd()
+    stopper = EarlyStopping(model, patience=2)
+    list(train(stopper, model, VALUES))
+    for _ in range(2):
+        fill(model, 9)
+        assert stopper.restore() == 1
+        assert holds(model, 1)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_snapshot_leaves_the_old_one_and_its_record(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Odd()
+    stopper = EarlyStopping(model, patience=9)
+    fill(model, 1)
+    stopper.step(1.0, epoch=1)
+    before = stopper.state_dict(snapshot=False)
+    copies = []
+
+    def interrupted(*args: Any) -> Any:
+        if len(copies) == 4:
+            raise error
+        copies.append(clone(*args))
+        return copies[-1]
+
+    clone = snapshots._clone_tensor
+    monkeypatch.setattr(snapshots, "_clone_tensor", interrupted)
+    fill(model, 2)
+    with pytest.raises(error), stopper:
+        stopper.step(0.5, epoch=2)
+    assert len(copies) == 4
+    assert holds(model, 1)
+    assert stopper.state_dict(snapshot=False) == before
+    monkeypatch.undo()
+    fill(model, 2)
+    assert stopper.step(0.5, epoch=2).new_best  # the check that did not count can be made again
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+
+def test_shared_tensors_are_copied_once() -> None:
+    model = Odd()
+    stopper = EarlyStopping(model, patience=2)
+    stopper.step(1.0, epoch=0)
+    kept = stopper.state_dict()["best"]["states"]["model"]
+    assert kept["first.weight"] is kept["second.weight"]
+    assert kept["first.weight"].data_ptr() != model.first.weight.data_ptr()
+    assert not kept["first.weight"].requires_grad
+    assert kept["conv.weight"].stride() == model.conv.weight.stride()
+    assert kept["few"].dtype == torch.bfloat16
+    assert isinstance(kept, OrderedDict)
+    assert kept._metadata["norm"] == {"version": 2}  # type: ignore[attr-defined]
+
+
+def test_overlapping_views_and_expanded_tensors_come_back() -> None:
+    model = nn.Module()
+    flat = torch.arange(6.0)
+    model.register_buffer("all", flat)
+    model.register_buffer("part", flat[2:4])
+    model.register_buffer("wide", torch.ones(1, 3).expand(4, 3).clone().t())
+    stopper = EarlyStopping(model, patience=2)
+    stopper.step(1.0, epoch=0)
+    wanted = {name: b.clone() for name, b in model.named_buffers()}
+    flat.zero_()
+    model.get_buffer("wide").zero_()
+    stopper.restore()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, wanted[name])
+    assert model.get_buffer("part").data_ptr() == flat[2:].data_ptr()
+
+
+def test_a_buffer_that_grew_or_went_comes_back() -> None:
+    model = Odd()
+    stopper = EarlyStopping(model, patience=2)
+    fill(model, 1)
+    stopper.step(1.0, epoch=0)
+    model.cache = torch.zeros(5)
+    stopper.restore()
+    assert torch.equal(model.cache, torch.ones(2))
+
+
+Make = Callable[[nn.Module], tuple[torch.optim.Optimizer, Any]]
+
+
+def sgd_multistep(model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 3, 3])
+
+
+def adam_plateau(model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, amsgrad=True)
+    return optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+
+
+def adam_onecycle(model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.Adam([{"params": model.parameters(), "lr": torch.tensor(0.1)}])
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=40)
+
+
+def continued(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, ema: AveragedModel, n: int
+) -> torch.Tensor:
+    for _ in range(n):
+        optimizer.zero_grad()
+        loss = model(torch.randn(8, 4)).square().mean()
+        loss.backward()
+        optimizer.step()
+        ema.update_parameters(model)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            scheduler.step(loss.detach())
+        else:
+            scheduler.step()
+    parts = [p.detach().flatten().float() for m in (model, ema) for p in m.parameters()]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("make", [sgd_multistep, adam_plateau, adam_onecycle])
+@pytest.mark.parametrize("how", ["cpu", "device", "state_dict", "disk", "folder"])
+def test_training_goes_on_from_the_best_as_it_did_the_first_time(
+    make: Make, how: Any, tmp_path: Any
+) -> None:
+    """Model, optimizer, scheduler, average and random numbers: all of it, or the steps differ.
+
+    Twice, as an optimizer that is given a snapshot's own tensors trains on inside the snapshot.
+    """
+    options: dict[str, Any] = {"snapshot": how if how in ("cpu", "device", "disk") else "cpu"}
+    if how in ("disk", "folder"):
+        options["folder"] = tmp_path
+
+    def build() -> tuple[Any, ...]:
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        optimizer, scheduler = make(model)
+        return model, optimizer, scheduler, AveragedModel(model)
+
+    def stop(parts: tuple[Any, ...], **more: Any) -> EarlyStopping:
+        model, optimizer, scheduler, ema = parts
+        also = {"optimizer": optimizer, "scheduler": scheduler, "ema": ema}
+        return EarlyStopping(model, patience=2, also=also, rng=True, **options, **more)
+
+    parts = build()
+    stopper = stop(parts)
+    continued(*parts, 2)
+    stopper.step(1.0, epoch=0)
+    wanted = continued(*parts, 5)
+    for _ in range(2):
+        if how == "state_dict":
+            file = io.BytesIO()
+            torch.save(stopper.state_dict(), file)
+            file.seek(0)
+            parts = build()
+            stopper = stop(parts)
+            stopper.load_state_dict(torch.load(file, weights_only=True))
+        elif how == "folder":
+            parts = build()
+            stopper = stop(parts, resume=True)
+        assert stopper.restore() == 0
+        assert torch.equal(continued(*parts, 5), wanted)
+
+
+def test_under_inference_mode_training_can_go_on_afterwards() -> None:
+    """Where a validation function is decorated with it, step() and restore() may be inside."""
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    parts = (model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), AveragedModel(model))
+    continued(*parts, 2)
+    stopper = EarlyStopping(model, patience=2, also={"optimizer": optimizer})
+    with torch.inference_mode():
+        stopper.step(torch.ones(()), epoch=0)
+        assert stopper.restore() == 0
+    continued(*parts, 2)
+    assert stopper.restore() == 0
+    continued(*parts, 2)
+
+
+def test_a_gradient_scaler_comes_back() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    stopper = EarlyStopping(patience=2, also={"scaler": scaler})
+    scaler.scale(torch.ones(()))
+    stopper.step(1.0, epoch=0)
+    scaler.update(2.0)
+    assert scaler.get_scale() == 2.0
+    stopper.restore()
+    assert scaler.get_scale() == 64.0
+
+
+def test_plain_objects_come_back_with_their_types() -> None:
+    class Thing:
+        def __init__(self) -> None:
+            self.state: Any = {
+                "counter": Counter({3: 2}),
+                "tuple": (1, [2.5, None]),
+                "nested": {1: {"t": torch.ones(2)}},
+            }
+
+        def state_dict(self) -> Any:
+            return self.state
+
+        def load_state_dict(self, state: Any) -> None:
+            self.state = state
+
+    thing = Thing()
+    stopper = EarlyStopping(patience=2, also={"thing": thing})
+    stopper.step(1.0, epoch=0)
+    mine = thing.state
+    mine["counter"][3] = 0
+    mine["nested"][1]["t"].zero_()
+    mine["tuple"][1][0] = 0.0
+    for _ in range(2):
+        stopper.restore()
+        assert thing.state is not mine
+        assert thing.state["counter"] == Counter({3: 2})
+        assert type(thing.state["counter"]) is Counter
+        assert thing.state["tuple"] == (1, [2.5, None])
+        assert torch.equal(thing.state["nested"][1]["t"], torch.ones(2))
+        thing.state["nested"][1]["t"].zero_()
+
+
+def test_wrappers_are_looked_through() -> None:
+    """So that a checkpoint made under a wrapper loads without it."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self._orig_mod = module
+
+    model = nn.Linear(2, 2)
+    stopper = EarlyStopping(Wrapper(model), patience=2)
+    stopper.step(1.0, epoch=0)
+    assert list(stopper.state_dict()["best"]["states"]["model"]) == ["weight", "bias"]
+    fill(model, 5)
+    stopper.restore()
+    assert not holds(model, 5)
+
+
+def test_a_tensor_without_values_is_refused() -> None:
+    model = nn.Linear(2, 2, device="meta")
+    stopper = EarlyStopping(model, patience=2)
+    with pytest.raises(ValueError, match="a tensor on the meta device has no values to keep"):
+        stopper.step(1.0, epoch=0)
+    assert stopper.epoch is None
+
+
+def test_a_state_of_other_companions_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    first = EarlyStopping(model, patience=2)
+    first.step(1.0, epoch=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    second = EarlyStopping(model, patience=2, also={"optimizer": optimizer})
+    second.load_state_dict(first.state_dict())
+    before = copy.deepcopy(model.state_dict())
+    fill(model, 3)
+    with pytest.raises(ValueError, match="epoch 0 holds nothing for optimizer; it has model"):
+        second.restore()
+    assert holds(model, 3)
+    first.restore()
+    assert torch.equal(model.weight, before["weight"])
+
+
+def test_a_loaded_state_is_a_copy() -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    first, second = EarlyStopping(model, patience=2), EarlyStopping(other, patience=2)
+    fill(model, 1)
+    first.step(1.0, epoch=0)
+    state = first.state_dict()
+    second.load_state_dict(state)
+    state["best"]["states"]["model"]["weight"].zero_()
+    second.restore()
+    assert holds(other, 1)
+    third = EarlyStopping(other, patience=2)
+    third.load_state_dict(first.state_dict(snapshot=False))
+    assert (third.best_epoch, third.restore()) == (0, None)
+
+
+def test_the_example_in_the_readme_runs() -> None:
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Early stopping\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    trained: list[int] = []
+
+    def train_one(model: nn.Module) -> None:
+        fill(model, len(trained))
+        trained.append(len(trained))
+
+    names: dict[str, Any] = {
+        "train": train_one,
+        "validate": lambda model: abs(trained[-1] - 3.0),
+    }
+    exec(compile(code, "README.md", "exec"), names)
+    assert trained == list(range(9)), "the best is epoch 3, and the fifth check without a gain is 8"
+    assert holds(names["model"], 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", ["cpu", "device"])
+def test_a_model_on_a_gpu(place: Any) -> None:
+    model = Odd().cuda()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    stopper = EarlyStopping(model, patience=2, snapshot=place, also={"optimizer": optimizer})
+    fill(model, 1)
+    stopper.step(torch.tensor(1.0, device="cuda"), epoch=0)
+    kept = stopper.state_dict()["best"]["states"]["model"]["first.weight"]
+    assert kept.device.type == ("cpu" if place == "cpu" else "cuda")
+    fill(model, 2)
+    assert stopper.restore() == 0
+    assert holds(model, 1)
+    assert next(model.parameters()).is_cuda
