@@ -172,9 +172,7 @@ def test_gradient_penalty() -> None:
         ((gradient.flatten(1).norm(dim=1) - 1) ** 2).mean().backward()
         return [p.grad for p in net.parameters() if p.grad is not None]
 
-    for ours, theirs in zip(
-        penalty(fusereg.nn.BatchNorm2d), penalty(nn.BatchNorm2d), strict=True
-    ):
+    for ours, theirs in zip(penalty(fusereg.nn.BatchNorm2d), penalty(nn.BatchNorm2d), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
