@@ -20,7 +20,7 @@ constexpr std::int64_t kTileElements = 1 << 16;  // of a tile, at least
 constexpr std::int64_t kMaxTiles = 64;           // of the rows of a group
 constexpr std::int64_t kLineBytes = 4096;        // of the lines of one row of a tile, about
 constexpr std::int64_t kCacheBytes = 768 * 1024;
-constexpr std::int64_t kNarrowBytes = 256;  // of the columns of a row, at least
+constexpr std::int64_t kFewColumns = 256;  // fewer in a strip cost more than they save
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -61,7 +61,7 @@ class Tiling {
       width_ = std::min(layout.channels, kMaxColumns);
       // Columns whose elements fit the cache, if they are not too narrow for that.
       const std::int64_t fitting = kCacheBytes / std::max<std::int64_t>(rows * size, 1) / 32 * 32;
-      if (fitting < width_ && fitting * size >= kNarrowBytes) width_ = fitting;
+      if (fitting < width_ && fitting >= kFewColumns) width_ = fitting;
     } else if (layout.inner <= kMaxFolded) {
       width_ = std::min(layout.channels, kMaxColumns / layout.inner);
     } else {
