@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 SUITES: tuple[str, ...] = (
+    "batch_norm",
     "drop_block",
     "dropout",
     "dropout_norm",

@@ -15,10 +15,11 @@
 // stays below 1e-6 of its scale for mean / std up to 1e5.
 //
 // Running statistics: r <- (1 - momentum) * r + momentum * value, with the unbiased variance
-// (count / (count - 1)); over several groups the groups' moments are combined first (sums of counts,
-// means and squared deviations). `batches`, if given, is counted up by one before that; a negative
-// momentum means a cumulative average, 1 / *batches. A statistic of no elements changes nothing (a
-// batch is counted nevertheless, as torch counts it); one of a single element leaves the variance.
+// (count / (count - 1)); over several groups the groups' moments are combined first (sums of
+// counts, means and squared deviations). `batches`, if given, is counted up by one before that; a
+// negative momentum means a cumulative average, 1 / *batches. A statistic of no elements changes
+// nothing (a batch is counted nevertheless, as torch counts it); one of a single element leaves the
+// variance.
 //
 // Backward, with dz = gradient of z (dropout drawn again, activation'(z) from x, or from `bits`),
 // over the count_s elements:

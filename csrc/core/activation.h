@@ -1,6 +1,6 @@
-// Smooth activations and their derivatives, for a number or (after core/simd.h) a vector of them, on
-// the host and on the device. Nothing but +, -, *, / and comparisons, each rounded by itself: every
-// instruction set gives the same bits.
+// Smooth activations and their derivatives, for a number or (after core/simd.h) a vector of them,
+// on the host and on the device. Nothing but +, -, *, / and comparisons, each rounded by itself:
+// every instruction set gives the same bits.
 //
 //   silu(x)       x * s(x)                              s(z) = 1 / (1 + exp(-z))
 //   gelu(x)       x * Phi(x)                            Hendrycks, Gimpel 2016

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import _batch_norm_kernels as kernels
 from . import _batch_norm_reference as reference
-from . import _dispatch
+from . import _dispatch, _dropout_ops
 from ._batch_norm_kernels import FIXED, RECTIFIERS, Call, Running
 
 ReduceSums = Callable[[Tensor], Tensor]
@@ -32,9 +32,11 @@ _increment_version: Callable[[Any], None] = torch.autograd.graph.increment_versi
 
 
 def _mark_written(running: Running) -> None:
-    written = [t for t in running[:3] if isinstance(t, Tensor) and not t.is_inference()]
-    if written:
-        _increment_version(written)
+    mean, var, batches, _ = running
+    if mean is None and var is None and batches is None:
+        return
+    written = [t for t in (mean, var, batches) if t is not None and not t.is_inference()]
+    _increment_version(written)
 
 
 def _keeps_residual(call: Call) -> bool:
@@ -288,11 +290,11 @@ def _op_backward(
         call, grad, x, residual, mask, bits, moments, weight, bias,
         Running(running_mean, running_var), tuple(wanted), reduce, sums, reduce,
     )  # fmt: skip
-    given_sums = g.sums is None or sums is not None
+    new_sums = None if sums is not None else g.sums
     nothing = (x.new_empty((0,)) for _ in range(4))
     return (
         *(n if t is None else t for t, n in zip(g[:4], nothing, strict=True)),
-        x.new_empty((0,), dtype=torch.float64) if given_sums else g.sums,
+        x.new_empty((0,), dtype=torch.float64) if new_sums is None else new_sums,
     )  # type: ignore[return-value]
 
 
@@ -345,7 +347,7 @@ torch.library.register_fake("fusereg::batch_norm", _fake_batch_norm, lib=_dispat
 torch.library.register_fake("fusereg::batch_norm_backward", _fake_backward, lib=_dispatch.library)
 
 
-def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, residual, mask, weight, bias, moments, mean, var, seed, *constants, _ = inputs
     _, new_moments, bits = output
     call = _call_of(tuple(constants), seed)
@@ -421,7 +423,7 @@ class _Synchronized(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, residual, moments, mask, seed, bits = ctx.saved_tensors
         bits = bits if ctx.bits_kept else None
@@ -506,9 +508,10 @@ def normalize(
     """
     if reduce_sums is not None and moments is not None:
         seed = call.seed if isinstance(call.seed, Tensor) else None
-        y = _Synchronized.apply(
-            x, weight, bias, residual, moments, mask, seed, _constants_of(call), reduce_sums
-        )
+        y = _dropout_ops.applied(
+            _Synchronized, x, weight, bias, residual, moments, mask, seed, _constants_of(call),
+            reduce_sums,
+        )  # fmt: skip
         update_running(running, moments, x.shape[1])
         return y if out is None else out.copy_(y)
     if _dispatch.eager() and _plain_types(x, residual, weight, bias):
@@ -591,7 +594,7 @@ def _composed(
     fixed = None
     if call.statistics == FIXED:
         fixed = running[:2] if moments is None else (moments[0], moments[1])
-    y, (mean, var) = reference.normalized(call, x, residual, mask, weight, bias, fixed)  # type: ignore[arg-type]
+    y, (mean, var) = reference.normalized(call, x, residual, mask, weight, bias, fixed)
     spatial = x.numel() / max(x.shape[1], 1)
     count = torch.full_like(mean, spatial) if mask is None else mask.bool().sum().expand_as(mean)
     return y, torch.stack([mean.detach(), var.detach(), count]).double()
