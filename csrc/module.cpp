@@ -12,6 +12,7 @@
 
 namespace fusereg::batch_norm {
 void bind(py::module_& m);
+void bind_plan(py::module_& m);
 }
 namespace fusereg::dropout {
 void bind(py::module_& m);
@@ -112,6 +113,7 @@ PYBIND11_MODULE(FUSEREG_MODULE_NAME, m) {
   m.attr("CUDA_ON_HOST") = false;
 #endif
   batch_norm::bind(m);
+  batch_norm::bind_plan(m);
   dropout::bind(m);
   penalty::bind(m);
 }

@@ -27,9 +27,8 @@ __global__ void __launch_bounds__(kThreads)
   const Tiling& t = g.tiling;
   const Share share = share_of(t, blockIdx.x / t.splits, blockIdx.x % t.splits);
   auto* const partials = static_cast<Moments*>(g.partials);
-  block_moments<T>(TypeTag<Walk>{}, g.job, t, share, Ignore{}, [&](int c, const Moments& m) {
-    partials[partial_index(t, share, c)] = m;
-  });
+  block_moments<T>(TypeTag<Walk>{}, g.job, t, share, Ignore{},
+                   [&](int c, const Moments& m) { partials[partial_index(t, share, c)] = m; });
   finish_forward(g, share.slab, partials, t.splits);
 }
 
@@ -116,11 +115,13 @@ void forward_cuda(const Forward& job, void* scratch, void* semaphores, int devic
   if (job.y == nullptr || job.layout.numel() == 0) return;
   g.tiling = plan.apply;
   set_grid(config, kForwardOp, g.tiling.items() * g.tiling.splits);
-  dispatch_kernel(job.dtype, g.tiling, is_heavy(job.epilogue), [&](auto tag, auto walk, auto heavy) {
-    using T = typename decltype(tag)::type;
-    using Walk = typename decltype(walk)::type;
-    cuda::launch(kForwardOp, batch_norm_apply_kernel<T, Walk, decltype(heavy)::value>, config, g);
-  });
+  dispatch_kernel(
+      job.dtype, g.tiling, is_heavy(job.epilogue), [&](auto tag, auto walk, auto heavy) {
+        using T = typename decltype(tag)::type;
+        using Walk = typename decltype(walk)::type;
+        cuda::launch(kForwardOp, batch_norm_apply_kernel<T, Walk, decltype(heavy)::value>, config,
+                     g);
+      });
 }
 
 }  // namespace fusereg::batch_norm

@@ -32,8 +32,7 @@ __global__ void __launch_bounds__(kThreads)
   auto* const partials = static_cast<GradientSums*>(g.partials);
   block_sums<kHeavy, T>(
       TypeTag<Walk>{}, job, t, share, coefficients, Ignore{}, [&](int i, const GradientSums& s) {
-        const Statistic statistic =
-            read_statistic(job, t, share.group, share.slab * t.pack + i);
+        const Statistic statistic = read_statistic(job, t, share.group, share.slab * t.pack + i);
         partials[partial_index(t, share, i)] =
             about_mean(s, static_cast<double>(coefficients.m[i]), statistic.mean);
       });
@@ -53,8 +52,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = static_cast<int>(threadIdx.x); i < slab_channels(t, share.slab); i += kThreads) {
     const std::int64_t c = share.slab * t.pack + i;
     const std::int64_t s = share.group * t.channels + c;
-    const Statistic statistic = set_coefficients(coefficients, i, job, c,
-                                                 read_statistic(job, t, share.group, c));
+    const Statistic statistic =
+        set_coefficients(coefficients, i, job, c, read_statistic(job, t, share.group, c));
     GradientSums sums;
     if (job.sums != nullptr) sums = {job.sums[s], job.sums[all + s]};
     set_gradient(coefficients, i, job, c, statistic, sums);
@@ -81,8 +80,7 @@ std::int64_t backward_scratch_bytes(const Backward& job, int device) {
                   partial_bytes<GradientSums>(plan_of(job, device, false)));
 }
 
-void backward_cuda(const Backward& job, void* scratch, void* semaphores, int device,
-                   void* stream) {
+void backward_cuda(const Backward& job, void* scratch, void* semaphores, int device, void* stream) {
   if (job.layout.channels == 0) return;
   const cuda::DeviceGuard guard(device);
   Arguments<Backward> g{};

@@ -152,15 +152,15 @@ FUSEREG_DEVICE_INLINE Statistic set_coefficients(ChannelNumbers<C>& k, int i, co
   const double a = number_or(job.weight, c, 1.0) / sqrt(s.variance + job.eps);
   k.m[i] = static_cast<C>(s.mean);
   k.a[i] = static_cast<C>(a);
-  k.b[i] = static_cast<C>(number_or(job.bias, c, 0.0) -
-                          (s.mean - static_cast<double>(k.m[i])) * a);
+  k.b[i] = static_cast<C>(number_or(job.bias, c, 0.0) - (s.mean - static_cast<double>(k.m[i])) * a);
   return s;
 }
 
 // fixed: the statistics are constants.
 template <class C>
 FUSEREG_DEVICE_INLINE void set_gradient(ChannelNumbers<C>& k, int i, const Backward& job,
-                                        std::int64_t c, const Statistic& s, const GradientSums& sums) {
+                                        std::int64_t c, const Statistic& s,
+                                        const GradientSums& sums) {
   double q = 0.0;
   double r = 0.0;
   if (job.statistics != Statistics::kFixed && s.count > 0.0) {
@@ -276,7 +276,11 @@ class Lines {
 
   FUSEREG_DEVICE_INLINE Lines(const Tiling& t, const Share& s, const std::uint8_t* mask,
                               unsigned first, unsigned step)
-      : t_(t), mask_(mask), channel_(s.slab), step_row_(step / t.width), step_octet_(step % t.width) {
+      : t_(t),
+        mask_(mask),
+        channel_(s.slab),
+        step_row_(step / t.width),
+        step_octet_(step % t.width) {
     const std::int64_t begin = first_row(t, s.group);
     const std::int64_t octets = (first_row(t, s.group + 1) - begin) * t.width;
     q_ = s.split * t.share + first;
@@ -299,8 +303,7 @@ class Lines {
   FUSEREG_DEVICE_INLINE Place place() const {
     const std::int64_t line = row_ * t_.channels + channel_;
     // Wide octets lie at multiples of 8 elements, in lines that may begin anywhere.
-    const std::int64_t position =
-        octet_ * kOctet - (kWide ? (line * t_.inner) & (kOctet - 1) : 0);
+    const std::int64_t position = octet_ * kOctet - (kWide ? (line * t_.inner) & (kOctet - 1) : 0);
     Place p;
     p.at = line * t_.inner + position;
     p.bits_at = line * ((t_.inner + kOctet - 1) / kOctet) + octet_;
@@ -385,13 +388,13 @@ class Columns {
 };
 
 template <bool kWide>
-FUSEREG_DEVICE_INLINE Lines<kWide> walk_share(TypeTag<Lines<kWide>>, const Tiling& t, const Share& s,
-                                        const std::uint8_t* mask) {
+FUSEREG_DEVICE_INLINE Lines<kWide> walk_share(TypeTag<Lines<kWide>>, const Tiling& t,
+                                              const Share& s, const std::uint8_t* mask) {
   return Lines<kWide>(t, s, mask, threadIdx.x, kThreads);
 }
 template <bool kWide>
-FUSEREG_DEVICE_INLINE Columns<kWide> walk_share(TypeTag<Columns<kWide>>, const Tiling& t, const Share& s,
-                                          const std::uint8_t* mask) {
+FUSEREG_DEVICE_INLINE Columns<kWide> walk_share(TypeTag<Columns<kWide>>, const Tiling& t,
+                                                const Share& s, const std::uint8_t* mask) {
   return Columns<kWide>(t, s, mask, threadIdx.x);
 }
 
@@ -422,20 +425,20 @@ FUSEREG_DEVICE_INLINE void for_each_octet(Walk& walk, const Load& load, const Us
 // (e * width + octet) * stride + lane, with an odd stride where many lanes would meet in one bank.
 template <class C>
 struct ColumnBuffer {
-  C first[kColumnNumbers], second[kColumnNumbers];
+  static constexpr int kNumbers = sizeof(C) == 4 ? kColumnNumbers : kNarrowColumnNumbers;
+  C first[kNumbers], second[kNumbers];
   int count[kThreads];
   FUSEREG_DEVICE_INLINE static int stride(const Tiling& t) {
     return t.rows_at_once >= 4 ? t.rows_at_once | 1 : t.rows_at_once;
   }
   template <bool kWide>
-  FUSEREG_DEVICE_INLINE void put(const Tiling& t, const Columns<kWide>& walk,
-                                 const C (&a)[kOctet], const C (&b)[kOctet], int rows) {
+  FUSEREG_DEVICE_INLINE void put(const Tiling& t, const Columns<kWide>& walk, const C (&a)[kOctet],
+                                 const C (&b)[kOctet], int rows) {
     if (walk.lane() >= t.rows_at_once) return;
     if (walk.octet() == 0) count[walk.lane()] = rows;
     FUSEREG_UNROLL
     for (int e = 0; e < kOctet; ++e) {
-      const int at =
-          (e * static_cast<int>(t.width) + walk.octet()) * stride(t) + walk.lane();
+      const int at = (e * static_cast<int>(t.width) + walk.octet()) * stride(t) + walk.lane();
       first[at] = a[e];
       second[at] = b[e];
     }
@@ -449,8 +452,8 @@ struct ColumnBuffer {
     int n = 0;
     for (int i = static_cast<int>(cuda::lane_id()); i < inner * lanes; i += cuda::kWarpSize) {
       const int column = channel * inner + i / lanes;
-      const int at = (column % kOctet * static_cast<int>(t.width) + column / kOctet) * stride(t) +
-                     i % lanes;
+      const int at =
+          (column % kOctet * static_cast<int>(t.width) + column / kOctet) * stride(t) + i % lanes;
       a += static_cast<double>(first[at]);
       b += static_cast<double>(second[at]);
       n += count[i % lanes];

@@ -256,9 +256,9 @@ FUSEREG_DEVICE_INLINE void gradient_of_z(const Backward& job, const Plain<C>& pl
 
 template <bool kHeavy, class Walk, class T, class C>
 FUSEREG_DEVICE_INLINE void write_backward(const Backward& job, const Plain<C>& plain,
-                                          const Kept<C, Walk::kSets>& k,
-                                          const C (&q)[Walk::kSets], const C (&r)[Walk::kSets],
-                                          const Place& place, const BackwardData<T>& data) {
+                                          const Kept<C, Walk::kSets>& k, const C (&q)[Walk::kSets],
+                                          const C (&r)[Walk::kSets], const Place& place,
+                                          const BackwardData<T>& data) {
   C dz[kOctet];
   C d[kOctet];
   gradient_of_z<kHeavy, Walk>(job, plain, k, place, data, dz, d);
@@ -274,8 +274,8 @@ FUSEREG_DEVICE_INLINE void write_backward(const Backward& job, const Plain<C>& p
   FUSEREG_UNROLL
   for (int e = 0; e < kOctet; ++e) {
     const int i = Walk::kSets == 1 ? 0 : e;
-    const C v = fixed ? dz[e] * k.a[i]
-                      : multiply_add(dz[e], k.a[i], multiply_add(d[e], q[i], r[i]));
+    const C v =
+        fixed ? dz[e] * k.a[i] : multiply_add(dz[e], k.a[i], multiply_add(d[e], q[i], r[i]));
     out[e] = from_compute<T>((place.live >> e & 1u) != 0 ? v : C(0));
   }
   store_octet<Walk::kWide>(static_cast<T*>(job.grad_x), place, out);
@@ -342,6 +342,23 @@ FUSEREG_DEVICE_INLINE Compute<T> first_live(const Forward& job, Walk walk) {
   return Compute<T>(0);
 }
 
+// float32 squares overflow from 1.8e19 on although the variance may not: such sums are taken again
+// in float64. So are those of elements that are not finite, with the same result as before.
+template <class C>
+FUSEREG_DEVICE_INLINE bool overflowed(double squares) {
+  return sizeof(C) == 4 && !(squares - squares == 0.0);
+}
+FUSEREG_DEVICE_INLINE double term(double x, double center, bool square) {
+  const double d = x - center;
+  return square ? d * d : d;
+}
+// sum(center, square): the sum over all elements of term().
+template <class F>
+FUSEREG_DEVICE_INLINE Moments moments_in_float64(double count, const F& sum) {
+  const double mean = sum(0.0, false) / count;
+  return {count, mean, sum(mean, true)};
+}
+
 // Moments of the block's share: calls keep(octet) for each octet in the order of the walk, and
 // emit(channel of the slab, moments) in one thread for each channel.
 //
@@ -375,7 +392,21 @@ __device__ void block_moments(TypeTag<Lines<kWide>>, const Forward& job, const T
   sums.flush();
   double v[3] = {sums.wide_first, sums.wide_second, static_cast<double>(count)};
   cuda::block_sum(v);
-  if (threadIdx.x == 0) emit(0, shifted_moments(v[2], static_cast<double>(shift), v[0], v[1]));
+  Moments moments = shifted_moments(v[2], static_cast<double>(shift), v[0], v[1]);
+  if (overflowed<C>(v[1])) {
+    const auto sum = [&](double center, bool square) {
+      double s = 0.0;
+      for (Walk again(t, share, job.mask, threadIdx.x, kThreads); again.valid(); again.next()) {
+        const Place p = again.place();
+        for (int e = 0; e < kOctet; ++e) {
+          if ((p.live >> e & 1u) != 0) s += term(to_compute(x[p.at + e]), center, square);
+        }
+      }
+      return cuda::block_sum(s);
+    };
+    moments = moments_in_float64(v[2], sum);
+  }
+  if (threadIdx.x == 0) emit(0, moments);
 }
 
 // Rows of a share of columns, the same for all threads of the block.
@@ -442,9 +473,22 @@ __device__ void block_moments(TypeTag<Columns<kWide>>, const Forward& job, const
     for (int c = static_cast<int>(cuda::warp_id()); c < channels; c += kWarps) {
       double sum, squares, n;
       buffer.get(t, c, sum, squares, n);
-      if (cuda::lane_id() == 0) {
-        totals[c].add(shifted_moments(n, static_cast<double>(shifts[c]), sum, squares));
+      Moments moments = shifted_moments(n, static_cast<double>(shifts[c]), sum, squares);
+      if (overflowed<C>(squares)) {
+        const auto inner = static_cast<std::int64_t>(t.inner);
+        const auto again = [&](double center, bool square) {
+          double s = 0.0;
+          for (std::int64_t i = cuda::lane_id(); i < (end - begin) * inner; i += cuda::kWarpSize) {
+            const std::int64_t o = begin + i / inner;
+            if (job.mask != nullptr && job.mask[o] == 0) continue;
+            const std::int64_t line = o * t.channels + share.slab * t.pack + c;
+            s += term(to_compute(x[line * inner + i % inner]), center, square);
+          }
+          return cuda::warp_sum(s);
+        };
+        moments = moments_in_float64(n, again);
       }
+      if (cuda::lane_id() == 0) totals[c].add(moments);
     }
   }
   __syncthreads();
@@ -492,7 +536,8 @@ __device__ void block_sums(TypeTag<Columns<kWide>>, const Backward& job, const T
   const int channels = slab_channels(t, share.slab);
   const RowRange rows = rows_of(t, share);
   const std::int64_t step = static_cast<std::int64_t>(kRunRows) * t.rows_at_once;
-  for (int c = static_cast<int>(threadIdx.x); c < channels; c += kThreads) totals[c] = GradientSums{};
+  for (int c = static_cast<int>(threadIdx.x); c < channels; c += kThreads)
+    totals[c] = GradientSums{};
   Walk walk(t, share, job.mask, threadIdx.x);
   const auto k = kept_coefficients(walk, coefficients);
   for (std::int64_t begin = rows.begin; begin < rows.end; begin += step) {

@@ -132,8 +132,7 @@ inline bool aligned(std::initializer_list<const void*> pointers) {
 
 inline Plan plan_of(const Forward& job, int device, bool resident = true) {
   return make_plan(job.layout, job.dtype, Direction::kForward,
-                   aligned({job.x, job.residual, job.y}), job.mask != nullptr,
-                   job.bits != nullptr,
+                   aligned({job.x, job.residual, job.y}), job.mask != nullptr, job.bits != nullptr,
                    resident && job.statistics == Statistics::kCompute && job.y != nullptr,
                    device_limits(device));
 }

@@ -47,6 +47,14 @@ void split_for_streaming(Tiling& t, std::int64_t octets_per_thread, const Device
   set_splits(t, std::clamp<std::int64_t>(std::max(useful, wanted), 1, most));
 }
 
+// A slab's row of octets with inner = 1.
+void set_columns(Tiling& t, int octets) {
+  t.width = std::min<std::int64_t>(octets, ceil_div(t.channels, kOctet));
+  t.pack = static_cast<int>(t.width) * kOctet;
+  t.rows_at_once = kThreads / static_cast<int>(t.width);
+  t.slabs = ceil_div(t.channels, t.pack);
+}
+
 Tiling make_tiling(const Layout& layout, DType dtype, bool aligned, bool masked, bool bits) {
   Tiling t;
   t.channels = layout.channels;
@@ -61,31 +69,29 @@ Tiling make_tiling(const Layout& layout, DType dtype, bool aligned, bool masked,
   if (inner == 1) {
     t.columns = true;
     t.wide = aligned && row % kOctet == 0;
-    t.width = std::min<std::int64_t>(kColumnOctets, ceil_div(row, kOctet));
-    t.pack = static_cast<int>(t.width) * kOctet;
-  } else if (inner % kOctet != 0 && aligned && row % kOctet == 0 && !masked && !bits) {
+    set_columns(t, kColumnOctets);
+    return t;
+  }
+  if (inner % kOctet != 0 && aligned && row % kOctet == 0 && !masked && !bits) {
     // The fewest channels that fill whole octets together; several times as many where that is
     // narrow.
     const std::int64_t pack = kOctet / std::gcd<std::int64_t>(inner, kOctet);
     const std::int64_t octets = pack * inner / kOctet;
-    const std::int64_t times =
-        std::clamp<std::int64_t>(ceil_div(32, octets), 1, kMaxPack / pack);
+    const std::int64_t times = std::clamp<std::int64_t>(ceil_div(32, octets), 1, kMaxPack / pack);
     if (octets <= kThreads) {
       t.columns = t.wide = true;
       t.pack = static_cast<int>(std::min(pack * times, t.channels));
       t.width = t.pack * inner / kOctet;
+      t.rows_at_once = kThreads / static_cast<int>(t.width);
+      t.slabs = ceil_div(t.channels, t.pack);
+      return t;
     }
-  }
-  if (t.columns) {
-    t.rows_at_once = kThreads / static_cast<int>(t.width);
-    t.slabs = ceil_div(t.channels, t.pack);
-    return t;
   }
   // Octets of memory need not begin with a line: those of its ends are shared with the neighbours.
   // Bits have their bytes counted from the line's start.
   t.wide = aligned && (inner % kOctet == 0 || !bits);
-  t.width = t.wide && inner % kOctet != 0 ? (inner + 2 * (kOctet - 1)) / kOctet
-                                          : ceil_div(inner, kOctet);
+  t.width =
+      t.wide && inner % kOctet != 0 ? (inner + 2 * (kOctet - 1)) / kOctet : ceil_div(inner, kOctet);
   t.slabs = t.channels;
   return t;
 }
@@ -102,10 +108,20 @@ bool plan_resident(Plan& plan, DType dtype, Direction direction, const DeviceLim
                                   (direction == Direction::kForward ? 1 : 2);
   const std::int64_t most_steps = std::max<std::int64_t>(memory, 0) / step_bytes;
   if (most_steps == 0) return false;
-  // A slab in shares that fit: of columns, the last threads of a block may have nothing to do.
-  const std::int64_t capacity = t.columns ? most_steps * t.rows_at_once : most_steps * kThreads;
-  const std::int64_t units = t.columns ? group_rows(t) : slab_octets(t);
-  const std::int64_t least = ceil_div(units, capacity);
+  // The fewest blocks that hold a slab of a group.
+  const auto least_splits = [&] {
+    const std::int64_t units = t.columns ? group_rows(t) : slab_octets(t);
+    return ceil_div(units, most_steps * (t.columns ? t.rows_at_once : kThreads));
+  };
+  if (t.columns && t.inner == 1) {
+    // Fewer channels, but no less than whole 64-byte sectors of memory.
+    for (int octets = kColumnOctets; least_splits() > blocks;) {
+      octets /= 2;
+      if (octets * kOctet * dtype_size(dtype) < 64) break;
+      set_columns(t, octets);
+    }
+  }
+  const std::int64_t least = least_splits();
   if (least > blocks) return false;
   std::int64_t teams = std::min(t.items(), blocks / least);
   teams = ceil_div(t.items(), ceil_div(t.items(), teams));  // as many as take equally many slabs
@@ -116,8 +132,8 @@ bool plan_resident(Plan& plan, DType dtype, Direction direction, const DeviceLim
   // A team of one waits for nobody: as many as there are slabs, run in whatever order.
   plan.teams = t.splits == 1 ? t.items() : std::min(t.items(), blocks / t.splits);
   if (t.splits > 1) plan.teams = std::min<std::int64_t>(plan.teams, kMaxTeams);
-  plan.steps = static_cast<int>(
-      ceil_div(t.share, t.columns ? t.rows_at_once : std::int64_t{kThreads}));
+  plan.steps =
+      static_cast<int>(ceil_div(t.share, t.columns ? t.rows_at_once : std::int64_t{kThreads}));
   plan.shared_bytes = static_cast<int>(plan.steps * step_bytes);
   plan.kind = KernelKind::kResident;
   return plan.teams > 0;
@@ -141,8 +157,8 @@ Plan make_plan(const Layout& layout, DType dtype, Direction direction, bool alig
 void force_plan(const char* kind, std::int64_t splits) {
   const std::string name = kind;
   if (name != "" && name != "streaming" && name != "resident") {
-    throw std::invalid_argument("fusereg.batch_norm: kernels are \"streaming\" or \"resident\", got \"" +
-                                name + "\"");
+    throw std::invalid_argument(
+        "fusereg.batch_norm: kernels are \"streaming\" or \"resident\", got \"" + name + "\"");
   }
   forced_kind = name == "" ? 0 : name == "streaming" ? 1 : 2;
   forced_splits = splits;

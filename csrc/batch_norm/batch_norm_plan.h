@@ -42,8 +42,8 @@ struct Tiling {
   bool columns = false;
   // 16-byte access; otherwise element by element.
   bool wide = false;
-  int pack = 1;          // channels of a slab
-  int rows_at_once = 1;  // columns: rows that a block's threads cover together
+  int pack = 1;            // channels of a slab
+  int rows_at_once = 1;    // columns: rows that a block's threads cover together
   std::int64_t width = 1;  // octets of a line, or of a slab's row
   std::int64_t slabs = 1;
   std::int64_t splits = 1;
@@ -65,8 +65,10 @@ inline constexpr int kThreads = 256;
 inline constexpr int kOctet = 8;
 // Channels of a slab, at most.
 inline constexpr int kMaxPack = 128;
-// Numbers that a block's threads leave for each other's sums: 8 for each, and padding.
+// Numbers that a block's threads leave for each other's sums, 8 for each, and padding: of any
+// width, and of the 8 octets at most that float64 has.
 inline constexpr int kColumnNumbers = 2560;
+inline constexpr int kNarrowColumnNumbers = 2112;
 // What the resident kernels declare as static shared memory stays below this.
 inline constexpr int kColumnsStaticBytes = 28 * 1024;
 inline constexpr int kLinesStaticBytes = 4 * 1024;

@@ -183,7 +183,8 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
           data.grad = grad_shelf.get(step++);
           write_backward<kHeavy, Walk>(job, plain, k, q, r, place, data);
         });
-    if (team.member == 0) finish_backward(g, share.slab, static_cast<const GradientSums*>(nullptr), 1);
+    if (team.member == 0)
+      finish_backward(g, share.slab, static_cast<const GradientSums*>(nullptr), 1);
     __syncthreads();  // the coefficients have been read
   }
   team.leave(t);
