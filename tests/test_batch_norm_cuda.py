@@ -231,30 +231,25 @@ def test_a_team_that_could_not_be_resident_is_refused(cuda: Backend) -> None:
 def test_scratch_is_as_large_as_asked_for(kind: str, splits: int, cuda: Backend) -> None:
     # Memory of exactly that size: on the host, what lies behind it is a red zone.
     call = call_of(activation=1)
+    zeros = torch.zeros(_C.BATCH_NORM_SEMAPHORE_BYTES, dtype=torch.uint8, device=cuda.device)
     for shape, channels_last in WIDE[:3] + WIDE[4:5]:
         x = make(shape, torch.float32, cuda, channels_last).x
         y, grad_x = torch.empty_like(x), torch.empty_like(x)
         moments = torch.empty((3, shape[1]), dtype=torch.float64, device=cuda.device)
         sums = torch.empty((2, shape[1]), dtype=torch.float64, device=cuda.device)
-        zeros = torch.zeros(_C.BATCH_NORM_SEMAPHORE_BYTES, dtype=torch.uint8, device=cuda.device)
 
-        def run(backward: bool, memory: Tensor | None) -> int:
-            if backward:
-                return int(_C.batch_norm_backward(
-                    grad_x, None, None, None, sums, x, x, None, None, None, moments, None, None,
-                    None, None, memory, zeros, True, *call,
-                ))  # fmt: skip
-            return int(_C.batch_norm_forward(
-                y, moments, None, x, None, None, None, None, None, None, None, memory, zeros, 0.1,
-                *call,
-            ))  # fmt: skip
-
+        nothing = [None] * 2
+        first = (y, moments, None, x, *nothing, *nothing, *nothing, None)
+        second = (grad_x, None, *nothing, sums, x, x, None, *nothing, moments, *nothing, *nothing)
+        runs = (
+            lambda memory, a=first: _C.batch_norm_forward(*a, memory, zeros, 0.1, *call),
+            lambda memory, a=second: _C.batch_norm_backward(*a, memory, zeros, True, *call),
+        )
         with forced(kind, splits):
-            for backward in (False, True):
-                status = run(backward, None)
+            for run in runs:
+                status = run(None)
                 assert status < 0
-                memory = torch.empty(-status, dtype=torch.uint8, device=cuda.device)
-                assert run(backward, memory) == 0
+                assert run(torch.empty(-status, dtype=torch.uint8, device=cuda.device)) == 0
         assert int(zeros.count_nonzero()) == 0
         wanted = torch.nn.functional.batch_norm(x.double(), None, None, training=True).relu()
         torch.testing.assert_close(y.double(), wanted, rtol=0.0, atol=4e-6)

@@ -36,8 +36,8 @@ def octets_of_a_slab(layout: tuple[int, int, int], tiling: Any) -> int:
 
 
 # ResNet-50's layers at N = 256 in bfloat16: blocks of a team, teams, octets that a thread keeps.
-# By hand: a multiprocessor's half of 228 KB holds 27 octets of 16 bytes for each of 256 threads next
-# to 4 KB of static memory, or 21 next to 28 KB; 264 blocks are resident.
+# By hand: half of a multiprocessor's 228 KB holds 27 octets of 16 bytes for each of 256 threads
+# beside 4 KB of static memory, or 21 beside 28 KB; 264 blocks are resident.
 NCHW = {
     (256, 64, 112 * 112): (66, 4, 24),
     (256, 64, 56 * 56): (16, 16, 25),
