@@ -24,7 +24,7 @@ from torch import Tensor
 from . import _batch_norm_kernels as kernels
 from . import _batch_norm_reference as reference
 from . import _dispatch
-from ._batch_norm_kernels import FIXED, RECTIFIERS, Call, Gradients, Running
+from ._batch_norm_kernels import FIXED, RECTIFIERS, Call, Running
 
 ReduceSums = Callable[[Tensor], Tensor]
 
