@@ -42,8 +42,8 @@ def cuda(backend: Backend) -> Backend:
 
 
 @contextlib.contextmanager
-def forced(kind: str, splits: int = 0) -> Iterator[None]:
-    _C.batch_norm_force(kind, splits)
+def forced(kind: str, splits: int = 0, counters: int = 0) -> Iterator[None]:
+    _C.batch_norm_force(kind, splits, counters)
     try:
         yield
     finally:
@@ -255,20 +255,17 @@ def test_scratch_is_as_large_as_asked_for(kind: str, splits: int, cuda: Backend)
         torch.testing.assert_close(y.double(), wanted, rtol=0.0, atol=4e-6)
 
 
+@pytest.mark.sanitizer
 def test_more_slabs_than_counters(cuda: Backend) -> None:
-    # Two slabs share a counter then; a channel has one thread with something to do.
-    channels = 8001
-    x = torch.randn(1, channels, 2, device=cuda.device)
-    running = kernels.Running(
-        torch.zeros(channels, device=cuda.device), None, torch.tensor(0, device=cuda.device), 1.0
-    )
-    y, moments, _ = forward(x, call_of(), running=running)
-    torch.testing.assert_close(moments[0], x.double().mean((0, 2)))  # type: ignore[index]
-    torch.testing.assert_close(running.mean, x.mean((0, 2)))
-    assert int(running.batches) == 1  # type: ignore[arg-type]
-    wanted = torch.nn.functional.batch_norm(x.double(), None, None, training=True)
-    torch.testing.assert_close(y.double(), wanted, rtol=0.0, atol=1e-5)
-    assert_semaphores_are_zero(cuda.device)
+    # Slabs then share counters, three and three and one.
+    for kind, splits in KINDS:
+        case = make((3, 7, 8, 16), torch.float32, cuda)
+        batches = torch.tensor(0, device=cuda.device)
+        with forced(kind, splits, counters=3):
+            found = ours(case, True, None, num_batches_tracked=batches)
+        assert_near(found, exact(case, True, None), torch.float32)
+        assert int(batches) == 1
+        assert_semaphores_are_zero(cuda.device)
 
 
 @pytest.mark.parametrize("kind", ["streaming", "resident"])

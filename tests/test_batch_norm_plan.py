@@ -176,6 +176,16 @@ def test_every_plan_covers_x_and_fits_the_device(
             assert p["teams"] == t["slabs"] * t["groups"]
 
 
+def test_counters() -> None:
+    # A counter for each slab, while there are 8000.
+    assert plan((1, 8000, 8), "float32")["reduce"]["bundle"] == 1
+    assert plan((1, 8001, 8), "float32")["reduce"]["bundle"] == 2
+    assert plan((1, 80_000, 8), "float32")["reduce"]["bundle"] == 10
+    assert plan((100, 500_000, 1), "float32")["reduce"]["bundle"] == 1
+    with pytest.raises(ValueError, match="are too many"):
+        plan((1, 1, 2**34), "float32")
+
+
 def test_forced_kinds() -> None:
     layout = (4, 64, 28 * 28)
     try:

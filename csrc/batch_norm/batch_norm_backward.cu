@@ -16,8 +16,12 @@
 namespace fusereg::batch_norm {
 namespace {
 
+// At least so many blocks on a multiprocessor, or too few loads would be under way.
+template <class T>
+constexpr int kBlocksPerSm = sizeof(T) == 8 ? 1 : 2;
+
 template <class T, class Walk, bool kHeavy>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
     batch_norm_sums_kernel(FUSEREG_GRID_CONSTANT(Arguments<Backward>, g)) {
   using C = Compute<T>;
   FUSEREG_SHARED(coefficients, ChannelNumbers<C>);
@@ -40,7 +44,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, class Walk, bool kHeavy>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
     batch_norm_gradient_kernel(FUSEREG_GRID_CONSTANT(Arguments<Backward>, g)) {
   using C = Compute<T>;
   FUSEREG_SHARED(coefficients, ChannelNumbers<C>);

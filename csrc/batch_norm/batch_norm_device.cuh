@@ -274,46 +274,48 @@ class Lines {
   static constexpr bool kWide = kWide_;
   static constexpr int kSets = 1;
 
-  FUSEREG_DEVICE_INLINE Lines(const Tiling& t, const Share& s, const std::uint8_t* mask,
-                              unsigned first, unsigned step)
-      : t_(t),
-        mask_(mask),
-        channel_(s.slab),
-        step_row_(step / t.width),
-        step_octet_(step % t.width) {
+  FUSEREG_DEVICE_INLINE Lines(const Tiling& t, const Share& s, const std::uint8_t* mask, int first,
+                              int step)
+      : t_(t), mask_(mask) {
     const std::int64_t begin = first_row(t, s.group);
     const std::int64_t octets = (first_row(t, s.group + 1) - begin) * t.width;
-    q_ = s.split * t.share + first;
-    end_ = (s.split + 1) * t.share < octets ? (s.split + 1) * t.share : octets;
-    row_ = begin + q_ / t.width;
-    octet_ = q_ % t.width;
-    step_ = step;
+    const std::int64_t at = s.split * t.share + first;
+    const std::int64_t end = (s.split + 1) * t.share < octets ? (s.split + 1) * t.share : octets;
+    left_ = at < end ? static_cast<int>((end - at + step - 1) / step) : 0;
+    line_ = (begin + at / t.width) * t.channels + s.slab;
+    octet_ = static_cast<int>(at % t.width);
+    const int width = static_cast<int>(t.width);
+    step_line_ = step / width * t.channels;
+    step_octet_ = step % width;
   }
 
-  FUSEREG_DEVICE_INLINE bool valid() const { return q_ < end_; }
+  FUSEREG_DEVICE_INLINE bool valid() const { return left_ > 0; }
   FUSEREG_DEVICE_INLINE void next() {
-    q_ += step_;
-    row_ += step_row_;
+    --left_;
+    line_ += step_line_;
     octet_ += step_octet_;
-    if (octet_ >= t_.width) {
-      octet_ -= t_.width;
-      ++row_;
+    if (octet_ >= static_cast<int>(t_.width)) {
+      octet_ -= static_cast<int>(t_.width);
+      line_ += t_.channels;
     }
   }
   FUSEREG_DEVICE_INLINE Place place() const {
-    const std::int64_t line = row_ * t_.channels + channel_;
+    const std::int64_t start = line_ * t_.inner;
     // Wide octets lie at multiples of 8 elements, in lines that may begin anywhere.
-    const std::int64_t position = octet_ * kOctet - (kWide ? (line * t_.inner) & (kOctet - 1) : 0);
+    const std::int64_t position =
+        std::int64_t{octet_} * kOctet - (kWide ? start & (kOctet - 1) : 0);
     Place p;
-    p.at = line * t_.inner + position;
-    p.bits_at = line * ((t_.inner + kOctet - 1) / kOctet) + octet_;
+    p.at = start + position;
+    p.bits_at = line_ * ((t_.inner + kOctet - 1) / kOctet) + octet_;
     p.inside = kAllInside;
     if (position < 0) p.inside = kAllInside << -position;
     const std::int64_t rest = t_.inner - position;
     if (rest < kOctet) p.inside &= rest > 0 ? (1u << rest) - 1u : 0u;
     p.inside &= kAllInside;
     p.live = p.inside;
-    if (mask_ != nullptr) p.live = mask_bits(mask_ + row_ * t_.inner + position, p.inside);
+    if (mask_ != nullptr) {
+      p.live = mask_bits(mask_ + line_ / t_.channels * t_.inner + position, p.inside);
+    }
     return p;
   }
   // Of an element of the octet, within the slab.
@@ -322,8 +324,8 @@ class Lines {
  private:
   const Tiling& t_;
   const std::uint8_t* mask_;
-  std::int64_t channel_, step_row_, step_octet_;
-  std::int64_t q_, end_, row_, octet_, step_;
+  std::int64_t line_, step_line_;
+  int left_, octet_, step_octet_;
 };
 
 // Columns: the thread stays in one octet of the row.
@@ -390,7 +392,7 @@ class Columns {
 template <bool kWide>
 FUSEREG_DEVICE_INLINE Lines<kWide> walk_share(TypeTag<Lines<kWide>>, const Tiling& t,
                                               const Share& s, const std::uint8_t* mask) {
-  return Lines<kWide>(t, s, mask, threadIdx.x, kThreads);
+  return Lines<kWide>(t, s, mask, static_cast<int>(threadIdx.x), kThreads);
 }
 template <bool kWide>
 FUSEREG_DEVICE_INLINE Columns<kWide> walk_share(TypeTag<Columns<kWide>>, const Tiling& t,
@@ -493,7 +495,7 @@ struct Bundle {
   std::int64_t index, first_slab, slabs, bundles;
 };
 FUSEREG_DEVICE_INLINE Bundle bundle_of(const Tiling& t, std::int64_t slab) {
-  const std::int64_t size = (t.slabs + kBundleCounters - 1) / kBundleCounters;
+  const std::int64_t size = t.bundle;
   const std::int64_t index = slab / size;
   const std::int64_t first = index * size;
   return {index, first, t.slabs - first < size ? t.slabs - first : size,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "batch_norm/batch_norm_device.cuh"
+#include "core/activation.h"
 
 namespace fusereg::batch_norm {
 
@@ -48,21 +49,6 @@ FUSEREG_DEVICE_INLINE unsigned kept_bits(const Epilogue& e, const Plain<C>& plai
   return bits & kAllInside;
 }
 
-FUSEREG_DEVICE_INLINE float exp_of(float x) { return expf(x); }
-FUSEREG_DEVICE_INLINE double exp_of(double x) { return exp(x); }
-FUSEREG_DEVICE_INLINE float erf_of(float x) { return erff(x); }
-FUSEREG_DEVICE_INLINE double erf_of(double x) { return erf(x); }
-
-template <class C>
-FUSEREG_DEVICE_INLINE C sigmoid(C z) {
-  return C(1) / (C(1) + exp_of(-z));
-}
-// The normal distribution's function.
-template <class C>
-FUSEREG_DEVICE_INLINE C normal_cdf(C z) {
-  return C(0.5) * (C(1) + erf_of(z * C(0.70710678118654752440)));
-}
-
 template <bool kHeavy, class C>
 FUSEREG_DEVICE_INLINE void activate(C (&z)[kOctet], Activation activation, C slope) {
   switch (activation) {
@@ -77,13 +63,13 @@ FUSEREG_DEVICE_INLINE void activate(C (&z)[kOctet], Activation activation, C slo
     case Activation::kSilu:
       if constexpr (kHeavy) {
         FUSEREG_UNROLL
-        for (int e = 0; e < kOctet; ++e) z[e] *= sigmoid(z[e]);
+        for (int e = 0; e < kOctet; ++e) z[e] = silu(z[e]);
       }
       break;
     case Activation::kGelu:
       if constexpr (kHeavy) {
         FUSEREG_UNROLL
-        for (int e = 0; e < kOctet; ++e) z[e] *= normal_cdf(z[e]);
+        for (int e = 0; e < kOctet; ++e) z[e] = gelu(z[e]);
       }
       break;
     default:
@@ -107,19 +93,13 @@ FUSEREG_DEVICE_INLINE void activate_backward(C (&dz)[kOctet], const C (&z)[kOcte
     case Activation::kSilu:
       if constexpr (kHeavy) {
         FUSEREG_UNROLL
-        for (int e = 0; e < kOctet; ++e) {
-          const C s = sigmoid(z[e]);
-          dz[e] *= s * (C(1) + z[e] * (C(1) - s));
-        }
+        for (int e = 0; e < kOctet; ++e) dz[e] *= silu_derivative(z[e]);
       }
       break;
     case Activation::kGelu:
       if constexpr (kHeavy) {
         FUSEREG_UNROLL
-        for (int e = 0; e < kOctet; ++e) {
-          const C density = C(0.39894228040143267794) * exp_of(C(-0.5) * z[e] * z[e]);
-          dz[e] *= normal_cdf(z[e]) + z[e] * density;
-        }
+        for (int e = 0; e < kOctet; ++e) dz[e] *= gelu_derivative(z[e]);
       }
       break;
     default:
@@ -373,7 +353,7 @@ __device__ void block_moments(TypeTag<Lines<kWide>>, const Forward& job, const T
   const C shift = first_live<T>(job, Walk(t, share, job.mask, 0, 1));
   LineSums<C> sums;
   std::int64_t count = 0;
-  Walk walk(t, share, job.mask, threadIdx.x, kThreads);
+  Walk walk(t, share, job.mask, static_cast<int>(threadIdx.x), kThreads);
   for_each_octet<kAhead<T>>(
       walk, [&](const Place& place) { return load_octet<kWide>(x, place); },
       [&](const Place& place, const Octet<T>& octet) {
@@ -396,7 +376,8 @@ __device__ void block_moments(TypeTag<Lines<kWide>>, const Forward& job, const T
   if (overflowed<C>(v[1])) {
     const auto sum = [&](double center, bool square) {
       double s = 0.0;
-      for (Walk again(t, share, job.mask, threadIdx.x, kThreads); again.valid(); again.next()) {
+      for (Walk again(t, share, job.mask, static_cast<int>(threadIdx.x), kThreads); again.valid();
+           again.next()) {
         const Place p = again.place();
         for (int e = 0; e < kOctet; ++e) {
           if ((p.live >> e & 1u) != 0) s += term(to_compute(x[p.at + e]), center, square);
@@ -504,7 +485,7 @@ __device__ void block_sums(TypeTag<Lines<kWide>>, const Backward& job, const Til
   using C = Compute<T>;
   using Walk = Lines<kWide>;
   const Plain<C> plain(job.epilogue);
-  Walk walk(t, share, job.mask, threadIdx.x, kThreads);
+  Walk walk(t, share, job.mask, static_cast<int>(threadIdx.x), kThreads);
   const auto k = kept_coefficients(walk, coefficients);
   LineSums<C> sums;
   for_each_octet<kAhead<T> / 2>(

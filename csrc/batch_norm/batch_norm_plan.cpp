@@ -22,6 +22,7 @@ constexpr int kReservedPerBlock = 1024;
 // 0: free; 1: streaming; 2: resident.
 std::atomic<int> forced_kind{0};
 std::atomic<std::int64_t> forced_splits{0};
+std::atomic<std::int64_t> forced_counters{0};
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -31,6 +32,8 @@ std::int64_t group_rows(const Tiling& t) { return std::min(t.outer, t.group_rows
 std::int64_t slab_octets(const Tiling& t) { return group_rows(t) * t.width; }
 
 void set_splits(Tiling& t, std::int64_t splits) {
+  const std::int64_t forced = forced_counters;
+  t.bundle = std::max<std::int64_t>(ceil_div(t.slabs, forced > 0 ? forced : kBundleCounters), 1);
   const std::int64_t units = t.columns ? group_rows(t) : slab_octets(t);
   // Shares of columns are whole rounds of the block's threads.
   const std::int64_t round = t.columns ? t.rows_at_once : 1;
@@ -92,6 +95,10 @@ Tiling make_tiling(const Layout& layout, DType dtype, bool aligned, bool masked,
   t.wide = aligned && (inner % kOctet == 0 || !bits);
   t.width =
       t.wide && inner % kOctet != 0 ? (inner + 2 * (kOctet - 1)) / kOctet : ceil_div(inner, kOctet);
+  if (t.width > 0x7fffffff) {
+    throw std::invalid_argument("fusereg.batch_norm: " + std::to_string(inner) +
+                                " elements of one sample and channel are too many");
+  }
   t.slabs = t.channels;
   return t;
 }
@@ -154,7 +161,7 @@ Plan make_plan(const Layout& layout, DType dtype, Direction direction, bool alig
   return plan;
 }
 
-void force_plan(const char* kind, std::int64_t splits) {
+void force_plan(const char* kind, std::int64_t splits, std::int64_t counters) {
   const std::string name = kind;
   if (name != "" && name != "streaming" && name != "resident") {
     throw std::invalid_argument(
@@ -162,6 +169,7 @@ void force_plan(const char* kind, std::int64_t splits) {
   }
   forced_kind = name == "" ? 0 : name == "streaming" ? 1 : 2;
   forced_splits = splits;
+  forced_counters = counters;
 }
 
 bool resident_forced() { return forced_kind == 2; }

@@ -47,7 +47,8 @@ struct Tiling {
   std::int64_t width = 1;  // octets of a line, or of a slab's row
   std::int64_t slabs = 1;
   std::int64_t splits = 1;
-  std::int64_t share = 1;  // lines: octets of a share; columns: rows
+  std::int64_t share = 1;   // lines: octets of a share; columns: rows
+  std::int64_t bundle = 1;  // slabs that share a counter
   FUSEREG_HD std::int64_t items() const { return slabs * groups; }
 };
 
@@ -87,9 +88,9 @@ static_assert((kFirstTeamCounter + 2 * kMaxTeams) * 4 <= kSemaphoreBytes, "semap
 Plan make_plan(const Layout& layout, DType dtype, Direction direction, bool aligned, bool masked,
                bool bits, bool resident, const DeviceLimits& device);
 
-// For tests: all later plans are of one kind, and resident teams of so many blocks (0: as it
-// comes). "" ends it. Throws std::invalid_argument.
-void force_plan(const char* kind, std::int64_t splits);
+// For tests: all later plans are of one kind ("": of any), resident teams are of so many blocks and
+// slabs have so many counters (0: as it comes). Throws std::invalid_argument.
+void force_plan(const char* kind, std::int64_t splits, std::int64_t counters);
 // Whether resident kernels are forced: one that does not fit is then an error.
 bool resident_forced();
 

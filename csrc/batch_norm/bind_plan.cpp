@@ -29,6 +29,7 @@ py::dict tiling_dict(const Tiling& t) {
   d["groups"] = t.groups;
   d["splits"] = t.splits;
   d["share"] = t.share;
+  d["bundle"] = t.bundle;
   return d;
 }
 
@@ -74,8 +75,10 @@ void bind_plan(py::module_& m) {
         arg("resident") = true);
   m.def(
       "batch_norm_force",
-      [](const std::string& kind, std::int64_t splits) { force_plan(kind.c_str(), splits); },
-      arg("kind"), arg("splits") = 0);
+      [](const std::string& kind, std::int64_t splits, std::int64_t counters) {
+        force_plan(kind.c_str(), splits, counters);
+      },
+      arg("kind"), arg("splits") = 0, arg("counters") = 0);
 }
 
 }  // namespace fusereg::batch_norm
