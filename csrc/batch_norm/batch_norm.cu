@@ -15,10 +15,11 @@
 //   2048 x 7^2      51 MB     37 us         24 us
 // plus some 3 us for each launch. In channels_last, 64 (or 32) channels of the first two shapes are
 // more than all shared memory together, some 23 MB: these take the 3 transfers. So do float64, and
-// what does not begin at multiples of 16 bytes. The second read walks backwards, so that what is left of x in L2
-// (up to some 25 MB) is not read from memory: 6 % of the first row, half of the last.
-#include "batch_norm/batch_norm_epilogue.cuh"
+// what does not begin at multiples of 16 bytes. The second read walks backwards, so that what is
+// left of x in L2 (up to some 25 MB) is not read from memory: 6 % of the first row, half of the
+// last.
 #include "batch_norm/batch_norm_finish.cuh"
+#include "batch_norm/batch_norm_sums.cuh"
 
 namespace fusereg::batch_norm {
 namespace {

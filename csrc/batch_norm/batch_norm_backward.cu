@@ -10,8 +10,8 @@
 //   1024 x 14^2    103 MB    122 us         73 us
 //   2048 x 7^2      51 MB     61 us         37 us
 // Bits add 1 / 16 of a transfer to each read, a residual's gradient one transfer.
-#include "batch_norm/batch_norm_epilogue.cuh"
 #include "batch_norm/batch_norm_finish.cuh"
+#include "batch_norm/batch_norm_sums.cuh"
 
 namespace fusereg::batch_norm {
 namespace {

@@ -1,6 +1,5 @@
 // The end of the kernels that sum: partial results become statistics, running statistics and
-// gradients of parameters, in the block that is last to arrive; and what launches need. Comes after
-// batch_norm_device.cuh.
+// gradients of parameters, in the block that is last to arrive; and what launches need.
 #pragma once
 
 #include <algorithm>

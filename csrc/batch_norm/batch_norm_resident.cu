@@ -13,8 +13,8 @@
 // that neighbouring threads meet neighbouring banks.
 //
 // Two blocks of 256 threads share a multiprocessor: while one waits or stores, the other loads.
-#include "batch_norm/batch_norm_epilogue.cuh"
 #include "batch_norm/batch_norm_finish.cuh"
+#include "batch_norm/batch_norm_sums.cuh"
 
 namespace fusereg::batch_norm {
 namespace {
