@@ -59,24 +59,58 @@ struct Numbers {
   C q[kMaxColumns + kPad], r[kMaxColumns + kPad];
 };
 
+// How a tile's elements become lines. Short lines would cost more for themselves than for their
+// elements, so several are taken as one, whose columns have the coefficients of their channels over
+// and over: a few rows of channels (inner = 1), or a row's lines of several channels.
+struct Fold {
+  bool columns = false;      // whether each column has coefficients and sums of its own
+  std::int64_t rows = 1;     // of o in a line
+  std::int64_t width = 1;    // columns
+  std::int64_t inner = 1;    // columns in a row that are of one channel
+
+  Fold(const Layout& l, const Tile& t, const std::uint8_t* mask, const std::uint8_t* bits) {
+    columns = l.inner <= kMaxFolded;
+    if (!columns) return;
+    inner = l.inner;
+    width = t.channels * inner;
+    const bool whole_bytes = bits == nullptr || l.channels % 8 == 0;
+    if (inner == 1 && mask == nullptr && t.channels == l.channels && whole_bytes) {
+      rows = kMaxColumns / width;
+      if (rows > t.rows) rows = t.rows;
+      width *= rows;
+    }
+  }
+};
+
 template <class C>
-void convert(C* to, const double* from, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) to[i] = static_cast<C>(from[i]);
-  memset(to + n, 0, kPad * sizeof(C));
+void convert(C* to, const double* from, std::int64_t channels, const Fold& fold) {
+  if (fold.inner == 1) {
+    for (std::int64_t i = 0; i < channels; ++i) to[i] = static_cast<C>(from[i]);
+    for (std::int64_t r = 1; r < fold.rows; ++r)
+      memcpy(to + r * channels, to, static_cast<std::size_t>(channels) * sizeof(C));
+  } else {
+    const std::int64_t inner = fold.columns ? fold.inner : 1;
+    for (std::int64_t c = 0; c < channels; ++c) {
+      const C value = static_cast<C>(from[c]);
+      for (std::int64_t i = 0; i < inner; ++i) to[c * inner + i] = value;
+    }
+  }
+  memset(to + (fold.columns ? fold.width : channels), 0, kPad * sizeof(C));
 }
 
-// gradient: with q and r, which are zero otherwise.
+// m alone, or also a and b, or also q and r.
+enum class Which { kM, kAffine, kGradient };
+
 template <class C>
-void convert(Numbers<C>& k, const Coefficients& from, std::int64_t n, bool gradient) {
-  convert(k.m, from.m, n);
-  convert(k.a, from.a, n);
-  convert(k.b, from.b, n);
-  if (gradient) {
-    convert(k.q, from.q, n);
-    convert(k.r, from.r, n);
-  } else {
-    memset(k.q, 0, static_cast<std::size_t>(n + kPad) * sizeof(C));
-    memset(k.r, 0, static_cast<std::size_t>(n + kPad) * sizeof(C));
+void convert(Numbers<C>& k, const Coefficients& from, std::int64_t n, const Fold& fold,
+             Which which) {
+  convert(k.m, from.m, n, fold);
+  if (which == Which::kM) return;
+  convert(k.a, from.a, n, fold);
+  convert(k.b, from.b, n, fold);
+  if (which == Which::kGradient) {
+    convert(k.q, from.q, n, fold);
+    convert(k.r, from.r, n, fold);
   }
 }
 
@@ -217,16 +251,21 @@ struct Line {
 // on_masked_row(line): a line of which the mask says that it counts for nothing.
 template <class OnLine, class OnMaskedRow>
 FUSEREG_INLINE void for_each_line(const Layout& l, const std::uint8_t* mask, const Tile& t,
-                                  bool reverse, OnLine on_line, OnMaskedRow on_masked_row) {
+                                  const Fold& fold, bool reverse, OnLine on_line,
+                                  OnMaskedRow on_masked_row) {
   constexpr std::int64_t kBand = 16;
-  const std::int64_t bands = (t.rows + kBand - 1) / kBand;
+  const std::int64_t band_rows = kBand * fold.rows;
+  const std::int64_t bands = (t.rows + band_rows - 1) / band_rows;
+  const std::int64_t bit_line = l.inner == 1 ? (l.channels + 7) / 8 : (l.inner + 7) / 8;
   for (std::int64_t band = 0; band < bands; ++band) {
-    const std::int64_t from = (reverse ? bands - 1 - band : band) * kBand;
-    const std::int64_t to = from + kBand < t.rows ? from + kBand : t.rows;
-    for (std::int64_t row = t.row + from; row < t.row + to; ++row) {
+    const std::int64_t from = (reverse ? bands - 1 - band : band) * band_rows;
+    const std::int64_t to = from + band_rows < t.rows ? from + band_rows : t.rows;
+    for (std::int64_t row = t.row + from; row < t.row + to; row += fold.rows) {
+      const std::int64_t first = row * l.channels + t.channel;
       if (l.inner == 1) {
-        const Line line{row * l.channels + t.channel, t.channels, 0,
-                        row * ((l.channels + 7) / 8) + t.channel / 8, nullptr};
+        const std::int64_t left = t.row + to - row;
+        const std::int64_t n = left < fold.rows ? left * t.channels : fold.width;
+        const Line line{first, n, 0, row * bit_line + t.channel / 8, nullptr};
         if (mask != nullptr && mask[row] == 0) {
           on_masked_row(line);
         } else {
@@ -234,23 +273,37 @@ FUSEREG_INLINE void for_each_line(const Layout& l, const std::uint8_t* mask, con
         }
         continue;
       }
+      const std::uint8_t* const row_mask = mask == nullptr ? nullptr : mask + row * l.inner;
+      if (fold.columns) {
+        on_line(Line{first * l.inner, fold.width, 0, first * bit_line, row_mask}, 0);
+        continue;
+      }
       for (std::int64_t c = 0; c < t.channels; ++c) {
-        const std::int64_t index = row * l.channels + t.channel + c;
-        on_line(Line{index * l.inner, l.inner, 0, index * ((l.inner + 7) / 8),
-                     mask == nullptr ? nullptr : mask + row * l.inner},
-                c);
+        on_line(Line{(first + c) * l.inner, l.inner, 0, (first + c) * bit_line, row_mask}, c);
       }
     }
   }
 }
 
+template <class K>
+constexpr const K* none() {
+  return nullptr;
+}
+template <class K>
+struct PlainOf;
+template <class K>
+struct PlainOf<const K&> {
+  using type = K;
+};
+template <class K>
+using Plain = typename PlainOf<K>::type;
+
 // --- strips ---------------------------------------------------------------------------------------
 
-// The strip's elements as numbers C, padded with `fill` to whole blocks: where they lie, if that
-// will do, or in the buffer.
-template <class T>
-const Compute<T>* widen(const T* from, std::int64_t n, Buffer<Compute<T>>& buffer,
-                        Compute<T> fill) {
+// The strip's elements as numbers C: where they lie, if these are whole blocks, or in the buffer,
+// padded to such with m, so that what is past the end adds nothing to a sum (k null: with zeros).
+template <class T, class K>
+const Compute<T>* widen(const T* from, std::int64_t n, Buffer<Compute<T>>& buffer, const K* k) {
   using C = Compute<T>;
   constexpr int kW = kWidth<C>;
   if constexpr (sizeof(T) == sizeof(C)) {
@@ -259,7 +312,7 @@ const Compute<T>* widen(const T* from, std::int64_t n, Buffer<Compute<T>>& buffe
   std::int64_t i = 0;
   for (; i + kW <= n; i += kW) store(buffer.at + i, load(from + i));
   if (i < n) store(buffer.at + i, load_partial(from + i, n - i));
-  for (i = n; i < padded(n); ++i) buffer.at[i] = fill;
+  for (i = n; i < padded(n); ++i) buffer.at[i] = k == nullptr ? C(0) : k->m_[K::kOne ? 0 : i];
   return buffer.at;
 }
 
@@ -283,15 +336,6 @@ void narrow(T* to, const Compute<T>* from, std::int64_t n) {
   if (i < n) store_partial(to + i, load(from + i), n - i);
 }
 
-// Where the mask has no ones: `value`.
-template <class C>
-const C* blank(const C* x, const Word<C>* words, std::int64_t n, Buffer<C>& buffer, C value) {
-  for (std::int64_t i = 0; i < n; i += kWidth<C>) {
-    store(buffer.at + i, select<C>(load_words<C>(words + i), load(x + i), broadcast(value)));
-  }
-  return buffer.at;
-}
-
 // One channel's coefficients for all elements of a strip, or a channel for each element.
 template <class C>
 struct Same {
@@ -303,7 +347,6 @@ struct Same {
   const C* r_;
   Same(const Numbers<C>& k, std::int64_t c)
       : m_(k.m + c), a_(k.a + c), b_(k.b + c), q_(k.q + c), r_(k.r + c) {}
-  C fill() const { return *m_; }
   FUSEREG_ALWAYS_INLINE Vector<C> get(const C* p, std::int64_t) const { return broadcast(*p); }
 };
 template <class C>
@@ -316,9 +359,18 @@ struct Columns {
   const C* r_;
   Columns(const Numbers<C>& k, std::int64_t c)
       : m_(k.m + c), a_(k.a + c), b_(k.b + c), q_(k.q + c), r_(k.r + c) {}
-  C fill() const { return C(0); }
   FUSEREG_ALWAYS_INLINE Vector<C> get(const C* p, std::int64_t i) const { return load(p + i); }
 };
+
+// Where the mask has no ones: m (k null: zero).
+template <class C, class K>
+const C* blank(const C* x, const Word<C>* words, std::int64_t n, Buffer<C>& buffer, const K* k) {
+  for (std::int64_t i = 0; i < n; i += kWidth<C>) {
+    const Vector<C> value = k == nullptr ? Vector<C>{} : k->get(k->m_, i);
+    store(buffer.at + i, select<C>(load_words<C>(words + i), load(x + i), value));
+  }
+  return buffer.at;
+}
 
 // Coefficient p at element i; for Same, what was loaded before the loop.
 #define FUSEREG_AT(p, i) (K::kOne ? p##0 : k.get(k.p##_, i))
@@ -450,10 +502,10 @@ void gradient(C* to, const C* dz, const C* x, std::int64_t n, const K k) {
 template <class C>
 struct LaneSums {
   static constexpr int kWide = static_cast<int>(sizeof(double) / sizeof(C));
-  Block<C> first{}, second{};
-  Vector<double> wide_first[kVectors<C>][kWide] = {};
-  Vector<double> wide_second[kVectors<C>][kWide] = {};
-  int terms = 0;
+  Block<C> first, second;
+  Vector<double> wide_first[kVectors<C>][kWide];
+  Vector<double> wide_second[kVectors<C>][kWide];
+  int terms;
 };
 
 template <class C>
@@ -482,8 +534,9 @@ template <class C>
 struct ColumnSums {
   C first[kMaxColumns + kPad], second[kMaxColumns + kPad];
   double wide_first[kMaxColumns], wide_second[kMaxColumns];
-  int terms = 0;
-  explicit ColumnSums(std::int64_t n) {
+  int terms;
+  void clear(std::int64_t n) {
+    terms = 0;
     const auto count = static_cast<std::size_t>(n);
     memset(first, 0, (count + kPad) * sizeof(C));
     memset(second, 0, (count + kPad) * sizeof(C));
@@ -531,10 +584,9 @@ void add_line(LaneSums<C>& total, const C* x, const C* dz, C m, std::int64_t n) 
 }
 
 template <bool kMoments, class C>
-void add_row(ColumnSums<C>& total, std::int64_t column, const C* x, const C* dz, const C* m,
-             std::int64_t n) {
-  C* const first = total.first + column;
-  C* const second = total.second + column;
+void add_row(ColumnSums<C>& total, const C* x, const C* dz, const C* m, std::int64_t n) {
+  C* const first = total.first;
+  C* const second = total.second;
   for (std::int64_t i = 0; i < n; i += kWidth<C>) {
     const Vector<C> d = load(x + i) - load(m + i);
     const Vector<C> one = kMoments ? d : load(dz + i);
@@ -547,62 +599,99 @@ void add_row(ColumnSums<C>& total, std::int64_t column, const C* x, const C* dz,
 template <class C>
 class TileSums {
  public:
-  TileSums(const Layout& layout, const Tile& tile) : columns_(layout.inner == 1 ? tile.channels : 0),
-      by_columns_(layout.inner == 1), channels_(tile.channels) {}
+  TileSums(const Tile& tile, const Fold& fold) : fold_(fold), channels_(tile.channels) {
+    if (fold.columns) {
+      columns_.clear(fold.width);
+    } else {
+      memset(static_cast<void*>(lines_), 0,
+             static_cast<std::size_t>(tile.channels) * sizeof(LaneSums<C>));
+    }
+  }
 
   template <bool kMoments>
-  void add(const Same<C>& k, std::int64_t channel, const Line&, const C* x, const C* dz,
-           std::int64_t n) {
+  void add(const Same<C>& k, std::int64_t channel, const C* x, const C* dz, std::int64_t n) {
     add_line<kMoments>(lines_[channel], x, dz, *k.m_, n);
   }
   template <bool kMoments>
-  void add(const Columns<C>& k, std::int64_t, const Line& strip, const C* x, const C* dz,
-           std::int64_t n) {
-    add_row<kMoments>(columns_, strip.column, x, dz, k.m_, n);
+  void add(const Columns<C>& k, std::int64_t, const C* x, const C* dz, std::int64_t n) {
+    add_row<kMoments>(columns_, x, dz, k.m_, n);
   }
   void row_done() {
-    if (++columns_.terms == kRun) columns_.flush(channels_);
+    if (++columns_.terms == kRun) columns_.flush(fold_.width);
   }
   void add_to(Sums sums) {
-    if (by_columns_) columns_.flush(channels_);
+    if (fold_.columns) columns_.flush(fold_.width);
     for (std::int64_t c = 0; c < channels_; ++c) {
-      if (by_columns_) {
-        sums.first[c] += columns_.wide_first[c];
-        sums.second[c] += columns_.wide_second[c];
+      double first = 0.0;
+      double second = 0.0;
+      if (fold_.columns) {
+        // Four at a time, for one addition would wait for the other.
+        double part[2][4] = {};
+        for (std::int64_t r = 0; r < fold_.rows; ++r) {
+          for (std::int64_t i = 0; i < fold_.inner; ++i) {
+            const std::int64_t column = (r * channels_ + c) * fold_.inner + i;
+            part[0][(r + i) % 4] += columns_.wide_first[column];
+            part[1][(r + i) % 4] += columns_.wide_second[column];
+          }
+        }
+        first = (part[0][0] + part[0][1]) + (part[0][2] + part[0][3]);
+        second = (part[1][0] + part[1][1]) + (part[1][2] + part[1][3]);
       } else {
         LaneSums<C>& total = lines_[c];
         flush(total, total.first, total.second);
-        sums.first[c] += add_lanes(total.wide_first);
-        sums.second[c] += add_lanes(total.wide_second);
+        first = add_lanes(total.wide_first);
+        second = add_lanes(total.wide_second);
       }
+      sums.first[c] += first;
+      sums.second[c] += second;
     }
   }
 
  private:
+  const Fold& fold_;
+  std::int64_t channels_;
   ColumnSums<C> columns_;
   LaneSums<C> lines_[kMaxLines];
-  bool by_columns_;
-  std::int64_t channels_;
 };
 
 // Calls on_strip(coefficients, strip, channel in the tile) for each strip of the tile.
 template <class C, class OnStrip, class OnMaskedRow>
 FUSEREG_INLINE void for_each_strip(const Layout& layout, const std::uint8_t* mask, const Tile& tile,
-                                   bool reverse, const Numbers<C>& k, OnStrip& on_strip,
-                                   OnMaskedRow on_masked_row) {
+                                   const Fold& fold, bool reverse, const Numbers<C>& k,
+                                   OnStrip& on_strip, OnMaskedRow on_masked_row) {
   auto on_line = [&](const Line& line, std::int64_t channel) {
+    if (fold.columns) {
+      on_strip(Columns<C>(k, 0), line, channel);
+      return;
+    }
     for (std::int64_t i = 0; i < line.n; i += kStrip) {
       const std::int64_t n = line.n - i < kStrip ? line.n - i : kStrip;
-      const Line strip{line.at + i, n, line.column + i, line.bits + i / 8,
-                       line.mask == nullptr ? nullptr : line.mask + i};
-      if (layout.inner == 1) {
-        on_strip(Columns<C>(k, strip.column), strip, channel);
-      } else {
-        on_strip(Same<C>(k, channel), strip, channel);
-      }
+      on_strip(Same<C>(k, channel),
+               Line{line.at + i, n, i, line.bits + i / 8,
+                    line.mask == nullptr ? nullptr : line.mask + i},
+               channel);
     }
   };
-  for_each_line(layout, mask, tile, reverse, on_line, on_masked_row);
+  for_each_line(layout, mask, tile, fold, reverse, on_line, on_masked_row);
+}
+
+// A strip's words of the mask.
+template <class C>
+void mask_words(Word<C>* words, const Line& strip, const Fold& fold) {
+  const std::int64_t inner = fold.columns ? fold.inner : strip.n;
+  for (std::int64_t i = 0; i < strip.n; i += inner) words_of_bytes<C>(words + i, strip.mask, inner);
+}
+
+// Calls f(byte of the strip's bits, element of the strip, elements) for each of its lines of bits.
+template <class F>
+FUSEREG_INLINE void for_each_bit_line(const Line& strip, const Fold& fold, F f) {
+  if (!fold.columns || fold.inner == 1) {
+    f(strip.bits, std::int64_t{0}, strip.n);
+    return;
+  }
+  const std::int64_t bytes = (fold.inner + 7) / 8;
+  for (std::int64_t i = 0, at = strip.bits; i < strip.n; i += fold.inner, at += bytes)
+    f(at, i, fold.inner);
 }
 
 // --- forward --------------------------------------------------------------------------------------
@@ -612,20 +701,21 @@ void moments(const Forward& job, const Tile& tile, const Coefficients& coefficie
   using C = Compute<T>;
   const T* const x = static_cast<const T*>(job.x);
   Numbers<C> k;
-  convert(k, coefficients, tile.channels, false);
-  TileSums<C> total(job.layout, tile);
+  const Fold fold(job.layout, tile, job.mask, nullptr);
+  convert(k, coefficients, tile.channels, fold, Which::kM);
+  TileSums<C> total(tile, fold);
   Buffer<C> buffer;
   Buffer<Word<C>> mask;
   auto on_strip = [&](const auto& co, const Line& strip, std::int64_t channel) {
-    const C* from = widen(x + strip.at, strip.n, buffer, co.fill());
+    const C* from = widen(x + strip.at, strip.n, buffer, &co);
     if (strip.mask != nullptr) {
-      words_of_bytes<C>(mask.at, strip.mask, strip.n);
-      from = blank<C>(from, mask.at, padded(strip.n), buffer, co.fill());
+      mask_words<C>(mask.at, strip, fold);
+      from = blank<C>(from, mask.at, padded(strip.n), buffer, &co);
     }
-    total.template add<true>(co, channel, strip, from, nullptr, padded(strip.n));
-    if (job.layout.inner == 1) total.row_done();
+    total.template add<true>(co, channel, from, nullptr, padded(strip.n));
+    if (fold.columns) total.row_done();
   };
-  for_each_strip<C>(job.layout, job.mask, tile, false, k, on_strip, [](const Line&) {});
+  for_each_strip<C>(job.layout, job.mask, tile, fold, false, k, on_strip, [](const Line&) {});
   total.add_to(sums);
 }
 
@@ -640,28 +730,34 @@ void forward(const Forward& job, const Tile& tile, const Coefficients& coefficie
   const C slope = static_cast<C>(e.slope);
   const C scale = scale_of<C>(e);
   Numbers<C> k;
-  convert(k, coefficients, tile.channels, false);
+  const Fold fold(job.layout, tile, job.mask, job.bits);
+  convert(k, coefficients, tile.channels, fold, Which::kAffine);
   Keeper<C> keeper(e, e.dropout);
   Buffer<C> x_buffer, residual_buffer, y_buffer;
   Buffer<Word<C>> mask;
   auto on_strip = [&](const auto& co, const Line& strip, std::int64_t) {
+    using K = Plain<decltype(co)>;
     const std::int64_t n = padded(strip.n);
-    const C* const from = widen(x + strip.at, strip.n, x_buffer, C(0));
+    const C* const from = widen(x + strip.at, strip.n, x_buffer, &co);
     const C* const more =
         residual == nullptr ? nullptr
-                            : widen(residual + strip.at, strip.n, residual_buffer, C(0));
+                            : widen(residual + strip.at, strip.n, residual_buffer, none<K>());
     C* const z = target(y + strip.at, strip.n, y_buffer);
     affine<C>(z, from, more, n, co, relu);
-    if (job.bits != nullptr) write_bits<C>(job.bits + strip.bits, z, strip.n);
+    if (job.bits != nullptr) {
+      for_each_bit_line(strip, fold, [&](std::int64_t byte, std::int64_t i, std::int64_t count) {
+        write_bits<C>(job.bits + byte, z + i, count);
+      });
+    }
     if (!relu && e.activation != Activation::kNone) activate<C>(z, n, e.activation, slope);
     if (e.dropout) keep<C>(z, z, n, keeper.words(strip.at, strip.n), scale);
     if (strip.mask != nullptr) {
-      words_of_bytes<C>(mask.at, strip.mask, strip.n);
+      mask_words<C>(mask.at, strip, fold);
       keep<C>(z, z, n, mask.at, C(1));
     }
     narrow(y + strip.at, z, strip.n);
   };
-  for_each_strip<C>(job.layout, job.mask, tile, true, k, on_strip, [&](const Line& line) {
+  for_each_strip<C>(job.layout, job.mask, tile, fold, true, k, on_strip, [&](const Line& line) {
     memset(y + line.at, 0, static_cast<std::size_t>(line.n) * sizeof(T));
     if (job.bits != nullptr)
       memset(job.bits + line.bits, 0, static_cast<std::size_t>((line.n + 7) / 8));
@@ -675,8 +771,9 @@ template <class T>
 class GradientOfZ {
  public:
   using C = Compute<T>;
-  explicit GradientOfZ(const Backward& job)
+  GradientOfZ(const Backward& job, const Fold& fold)
       : job_(job),
+        fold_(fold),
         keeper_(job.epilogue, job.epilogue.dropout),
         slope_(static_cast<C>(job.epilogue.slope)),
         scale_(scale_of<C>(job.epilogue)) {}
@@ -685,18 +782,18 @@ class GradientOfZ {
   void make(const K& co, const Line& strip) {
     const Epilogue& e = job_.epilogue;
     const std::int64_t n = padded(strip.n);
-    x = widen(static_cast<const T*>(job_.x) + strip.at, strip.n, x_, co.fill());
-    const C* g = widen(static_cast<const T*>(job_.grad) + strip.at, strip.n, grad_, C(0));
+    x = widen(static_cast<const T*>(job_.x) + strip.at, strip.n, x_, &co);
+    const C* g = widen(static_cast<const T*>(job_.grad) + strip.at, strip.n, grad_, none<K>());
     const C* residual = nullptr;
     if (job_.residual != nullptr && job_.bits == nullptr && e.activation != Activation::kNone)
-      residual = widen(static_cast<const T*>(job_.residual) + strip.at, strip.n, residual_, C(0));
+      residual = widen(static_cast<const T*>(job_.residual) + strip.at, strip.n, residual_, none<K>());
     words = nullptr;
     if (strip.mask != nullptr) {
-      words_of_bytes<C>(mask_.at, strip.mask, strip.n);
+      mask_words<C>(mask_.at, strip, fold_);
       words = mask_.at;
-      x = blank<C>(x, words, n, x_, co.fill());
-      g = blank<C>(g, words, n, grad_, C(0));
-      if (residual != nullptr) residual = blank<C>(residual, words, n, residual_, C(0));
+      x = blank<C>(x, words, n, x_, &co);
+      g = blank<C>(g, words, n, grad_, none<K>());
+      if (residual != nullptr) residual = blank<C>(residual, words, n, residual_, none<K>());
     }
     if (e.dropout) {
       keep<C>(grad_.at, g, n, keeper_.words(strip.at, strip.n), scale_);
@@ -707,7 +804,10 @@ class GradientOfZ {
     dz = dz_.at;
     const bool relu = e.activation == Activation::kRelu;
     if (job_.bits != nullptr) {
-      rectify_by_bits<C>(dz_.at, g, strip.n, job_.bits + strip.bits, relu, slope_);
+      // A line's last block may reach into the next line, which is then made again.
+      for_each_bit_line(strip, fold_, [&](std::int64_t byte, std::int64_t i, std::int64_t count) {
+        rectify_by_bits<C>(dz_.at + i, g + i, count, job_.bits + byte, relu, slope_);
+      });
     } else if (relu) {
       rectify<true>(dz_.at, g, x, residual, n, co, slope_);
     } else if (e.activation == Activation::kLeakyRelu) {
@@ -724,6 +824,7 @@ class GradientOfZ {
 
  private:
   const Backward& job_;
+  const Fold& fold_;
   Keeper<C> keeper_;
   C slope_, scale_;
   Buffer<C> x_, grad_, residual_, z_, dz_;
@@ -734,15 +835,16 @@ template <class T>
 void reduce(const Backward& job, const Tile& tile, const Coefficients& coefficients, Sums sums) {
   using C = Compute<T>;
   Numbers<C> k;
-  convert(k, coefficients, tile.channels, false);
-  GradientOfZ<T> from(job);
-  TileSums<C> total(job.layout, tile);
+  const Fold fold(job.layout, tile, job.mask, job.bits);
+  convert(k, coefficients, tile.channels, fold, Which::kAffine);
+  GradientOfZ<T> from(job, fold);
+  TileSums<C> total(tile, fold);
   auto on_strip = [&](const auto& co, const Line& strip, std::int64_t channel) {
     from.make(co, strip);
-    total.template add<false>(co, channel, strip, from.x, from.dz, padded(strip.n));
-    if (job.layout.inner == 1) total.row_done();
+    total.template add<false>(co, channel, from.x, from.dz, padded(strip.n));
+    if (fold.columns) total.row_done();
   };
-  for_each_strip<C>(job.layout, job.mask, tile, false, k, on_strip, [](const Line&) {});
+  for_each_strip<C>(job.layout, job.mask, tile, fold, false, k, on_strip, [](const Line&) {});
   total.add_to(sums);
 }
 
@@ -752,8 +854,9 @@ void backward(const Backward& job, const Tile& tile, const Coefficients& coeffic
   T* const grad_x = static_cast<T*>(job.grad_x);
   T* const grad_residual = static_cast<T*>(job.grad_residual);
   Numbers<C> k;
-  convert(k, coefficients, tile.channels, true);
-  GradientOfZ<T> from(job);
+  const Fold fold(job.layout, tile, job.mask, job.bits);
+  convert(k, coefficients, tile.channels, fold, Which::kGradient);
+  GradientOfZ<T> from(job, fold);
   Buffer<C> buffer;
   auto on_strip = [&](const auto& co, const Line& strip, std::int64_t) {
     const std::int64_t n = padded(strip.n);
@@ -769,7 +872,7 @@ void backward(const Backward& job, const Tile& tile, const Coefficients& coeffic
     if (grad_residual != nullptr) narrow(grad_residual + strip.at, from.dz, strip.n);
     if (grad_x != nullptr) narrow(grad_x + strip.at, made, strip.n);
   };
-  for_each_strip<C>(job.layout, job.mask, tile, true, k, on_strip, [&](const Line& line) {
+  for_each_strip<C>(job.layout, job.mask, tile, fold, true, k, on_strip, [&](const Line& line) {
     const auto bytes = static_cast<std::size_t>(line.n) * sizeof(T);
     if (grad_residual != nullptr) memset(grad_residual + line.at, 0, bytes);
     if (grad_x != nullptr) memset(grad_x + line.at, 0, bytes);

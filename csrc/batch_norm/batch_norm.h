@@ -160,9 +160,11 @@ void backward_cuda(const Backward& job, void* scratch, void* semaphores, int dev
 
 inline constexpr std::int64_t kMaxColumns = 512;
 inline constexpr std::int64_t kMaxLines = 16;
+// Up to this inner, lines of several channels are taken as one line of at most kMaxColumns.
+inline constexpr std::int64_t kMaxFolded = 256;
 
-// `rows` values of o from `row` on, of one group, and some channels: at most kMaxColumns with
-// inner = 1, at most kMaxLines otherwise.
+// `rows` values of o from `row` on, of one group, and some channels: at most kMaxColumns / inner up
+// to kMaxFolded, at most kMaxLines otherwise.
 struct Tile {
   std::int64_t row = 0;
   std::int64_t rows = 0;

@@ -49,6 +49,8 @@ class Tiling {
       // Columns whose elements fit the cache, if they are not too narrow for that.
       const std::int64_t fitting = kCacheBytes / std::max<std::int64_t>(rows * size, 1) / 32 * 32;
       if (fitting < width_ && fitting * size >= kNarrowBytes) width_ = fitting;
+    } else if (layout.inner <= kMaxFolded) {
+      width_ = std::min(layout.channels, kMaxColumns / layout.inner);
     } else {
       width_ = std::clamp<std::int64_t>(kLineBytes / (layout.inner * size), 1, kMaxLines);
     }

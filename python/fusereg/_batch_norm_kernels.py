@@ -36,6 +36,11 @@ class Call(NamedTuple):
     op: str
 
 
+def statistics_call(group_samples: int, op: str = "batch_norm") -> Call:
+    """The constants of a call for nothing but moments."""
+    return Call(COMPUTE, 1.0, group_samples, 0, 0.0, 0.0, 0, 0, 0, op)
+
+
 class Running(NamedTuple):
     """Running statistics and the count of batches; each may be missing."""
 
