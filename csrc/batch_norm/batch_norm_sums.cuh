@@ -44,11 +44,16 @@ FUSEREG_DEVICE_INLINE Compute<T> first_live(const Forward& job, Walk walk) {
   return Compute<T>(0);
 }
 
-// float32 squares overflow from 1.8e19 on although the variance may not: such sums are taken again
-// in float64. So are those of elements that are not finite, with the same result as before.
+// Whether such sums are to be taken again, in float64. Squares of float32 overflow from 1.8e19 on
+// although the variance may not. And a shift that is far from all others, an outlier, leaves too
+// few digits to them: farther than 8 standard deviations from the mean, which is rare. Elements
+// that are not finite give the same result as before.
 template <class C>
-FUSEREG_DEVICE_INLINE bool overflowed(double squares) {
-  return sizeof(C) == 4 && !(squares - squares == 0.0);
+FUSEREG_DEVICE_INLINE bool inaccurate(double count, double sum, double squares) {
+  if (sizeof(C) == 8 || count == 0.0) return false;
+  if (!(squares - squares == 0.0)) return true;
+  // (sum / count)^2 > 64 (squares / count - (sum / count)^2)
+  return 65.0 * sum * sum > 64.0 * squares * count;
 }
 FUSEREG_DEVICE_INLINE double term(double x, double center, bool square) {
   const double d = x - center;
@@ -95,7 +100,7 @@ __device__ void block_moments(TypeTag<Lines<kWide>>, const Forward& job, const T
   double v[3] = {sums.wide_first, sums.wide_second, static_cast<double>(count)};
   cuda::block_sum(v);
   Moments moments = shifted_moments(v[2], static_cast<double>(shift), v[0], v[1]);
-  if (overflowed<C>(v[1])) {
+  if (inaccurate<C>(v[2], v[0], v[1])) {
     const auto sum = [&](double center, bool square) {
       double s = 0.0;
       for (Walk again(t, share, job.mask, static_cast<int>(threadIdx.x), kThreads); again.valid();
@@ -177,7 +182,7 @@ __device__ void block_moments(TypeTag<Columns<kWide>>, const Forward& job, const
       double sum, squares, n;
       buffer.get(t, c, sum, squares, n);
       Moments moments = shifted_moments(n, static_cast<double>(shifts[c]), sum, squares);
-      if (overflowed<C>(squares)) {
+      if (inaccurate<C>(n, sum, squares)) {
         const auto inner = static_cast<std::int64_t>(t.inner);
         const auto again = [&](double center, bool square) {
           double s = 0.0;
