@@ -152,6 +152,7 @@ struct DeviceProperties {
   int minor = 0;
   int sm_count = 0;
   int max_threads_per_sm = 0;
+  int max_shared_per_sm = 0;
   int max_shared_per_block_optin = 0;
   int l2_bytes = 0;
 };
@@ -174,6 +175,7 @@ inline const DeviceProperties& device_properties(int device) {
   ask(&properties->minor, cudaDevAttrComputeCapabilityMinor);
   ask(&properties->sm_count, cudaDevAttrMultiProcessorCount);
   ask(&properties->max_threads_per_sm, cudaDevAttrMaxThreadsPerMultiProcessor);
+  ask(&properties->max_shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   ask(&properties->max_shared_per_block_optin, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   ask(&properties->l2_bytes, cudaDevAttrL2CacheSize);
   // Two threads may ask at once: the first answer stays, for the life of the process.

@@ -275,6 +275,17 @@ def batch_norm_backward(
     index_offset: int,
     op: str,
 ) -> int: ...
+def batch_norm_plan(
+    layout: tuple[int, int, int, int],
+    dtype: str,
+    backward: bool,
+    device: tuple[int, int, int],
+    aligned: bool = True,
+    mask: bool = False,
+    bits: bool = False,
+    resident: bool = True,
+) -> dict[str, Any]: ...
+def batch_norm_force(kind: str, splits: int = 0, counters: int = 0) -> None: ...
 def batch_norm_layout(
     x: torch.Tensor, group_samples: int, mask: bool
 ) -> tuple[int, int, int, int, int] | None: ...

@@ -1,0 +1,283 @@
+// What becomes of an octet, forward and backward.
+#pragma once
+
+#include "batch_norm/batch_norm_device.cuh"
+#include "core/activation.h"
+
+namespace fusereg::batch_norm {
+
+// Octets that a thread has under way at once.
+template <class T>
+inline constexpr int kAhead = sizeof(T) == 2 ? 4 : 2;
+
+// ---- Epilogues ----
+// What a call does is decided by branches that go the same way for the whole grid, once an octet.
+// kHeavy: with the code for SiLU, GELU and dropout, which would cost the others registers.
+
+inline bool is_heavy(const Epilogue& e) {
+  return e.dropout || e.activation == Activation::kSilu || e.activation == Activation::kGelu;
+}
+
+template <class C>
+struct Plain {
+  C slope, scale;
+  std::uint64_t seed, low;
+  FUSEREG_DEVICE_INLINE explicit Plain(const Epilogue& e)
+      : slope(static_cast<C>(e.slope)),
+        scale(static_cast<C>(e.dropout && e.draw.keep > 0.0 ? 1.0 / e.draw.keep : 0.0)),
+        seed(e.dropout ? e.random.key() : 0),
+        low(e.dropout ? e.random.low() : 0) {}
+};
+
+// Which elements of the octet dropout keeps.
+template <class C>
+FUSEREG_DEVICE_INLINE unsigned kept_bits(const Epilogue& e, const Plain<C>& plain,
+                                         std::int64_t at) {
+  const std::uint64_t index = e.index_offset + static_cast<std::uint64_t>(at);
+  const auto draw = [&](std::uint64_t group) {
+    return e.draw.bits == 16 ? keep_mask<16>(plain.seed, plain.low, group, e.draw.threshold)
+                             : keep_mask<32>(plain.seed, plain.low, group, e.draw.threshold);
+  };
+  const auto shift = static_cast<unsigned>(index % kGroup);
+  unsigned bits = draw(index / kGroup) >> shift;
+  if (shift != 0) bits |= draw(index / kGroup + 1) << (kGroup - shift);
+  return bits & kAllInside;
+}
+
+template <bool kHeavy, class C>
+FUSEREG_DEVICE_INLINE void activate(C (&z)[kOctet], Activation activation, C slope) {
+  switch (activation) {
+    case Activation::kRelu:
+      FUSEREG_UNROLL
+      for (int e = 0; e < kOctet; ++e) z[e] = z[e] < C(0) ? C(0) : z[e];
+      break;
+    case Activation::kLeakyRelu:
+      FUSEREG_UNROLL
+      for (int e = 0; e < kOctet; ++e) z[e] = z[e] < C(0) ? z[e] * slope : z[e];
+      break;
+    case Activation::kSilu:
+      if constexpr (kHeavy) {
+        FUSEREG_UNROLL
+        for (int e = 0; e < kOctet; ++e) z[e] = silu(z[e]);
+      }
+      break;
+    case Activation::kGelu:
+      if constexpr (kHeavy) {
+        FUSEREG_UNROLL
+        for (int e = 0; e < kOctet; ++e) z[e] = gelu(z[e]);
+      }
+      break;
+    default:
+      break;
+  }
+}
+
+// dz *= activation'(z); of ReLU and leaky ReLU, `positive` tells.
+template <bool kHeavy, class C>
+FUSEREG_DEVICE_INLINE void activate_backward(C (&dz)[kOctet], const C (&z)[kOctet],
+                                             unsigned positive, Activation activation, C slope) {
+  switch (activation) {
+    case Activation::kRelu:
+      FUSEREG_UNROLL
+      for (int e = 0; e < kOctet; ++e) dz[e] = (positive >> e & 1u) != 0 ? dz[e] : C(0);
+      break;
+    case Activation::kLeakyRelu:
+      FUSEREG_UNROLL
+      for (int e = 0; e < kOctet; ++e) dz[e] = (positive >> e & 1u) != 0 ? dz[e] : dz[e] * slope;
+      break;
+    case Activation::kSilu:
+      if constexpr (kHeavy) {
+        FUSEREG_UNROLL
+        for (int e = 0; e < kOctet; ++e) dz[e] *= silu_derivative(z[e]);
+      }
+      break;
+    case Activation::kGelu:
+      if constexpr (kHeavy) {
+        FUSEREG_UNROLL
+        for (int e = 0; e < kOctet; ++e) dz[e] *= gelu_derivative(z[e]);
+      }
+      break;
+    default:
+      break;
+  }
+}
+
+// ---- Forward ----
+
+template <class T>
+struct ForwardData {
+  Octet<T> x, residual;
+};
+
+template <class Walk, class T>
+FUSEREG_DEVICE_INLINE void finish_octet_inputs(const Forward& job, const Place& place,
+                                               ForwardData<T>& data) {
+  if (job.residual != nullptr) {
+    data.residual = load_octet<Walk::kWide>(static_cast<const T*>(job.residual), place);
+  }
+}
+
+template <bool kHeavy, class Walk, class T, class C>
+FUSEREG_DEVICE_INLINE void write_forward(const Forward& job, const Plain<C>& plain,
+                                         const Kept<C, Walk::kSets>& k, const Place& place,
+                                         const ForwardData<T>& data) {
+  C z[kOctet];
+  FUSEREG_UNROLL
+  for (int e = 0; e < kOctet; ++e) {
+    const int i = Walk::kSets == 1 ? 0 : e;
+    z[e] = multiply_add(to_compute(data.x[e]) - k.m[i], k.a[i], k.b[i]);
+  }
+  if (job.residual != nullptr) {
+    FUSEREG_UNROLL
+    for (int e = 0; e < kOctet; ++e) z[e] += to_compute(data.residual[e]);
+  }
+  if (job.bits != nullptr) {
+    unsigned positive = 0;
+    FUSEREG_UNROLL
+    for (int e = 0; e < kOctet; ++e) positive |= static_cast<unsigned>(z[e] > C(0)) << e;
+    job.bits[place.bits_at] = static_cast<std::uint8_t>(positive & place.live);
+  }
+  activate<kHeavy>(z, job.epilogue.activation, plain.slope);
+  unsigned live = place.live;
+  if constexpr (kHeavy) {
+    if (job.epilogue.dropout) {
+      live &= kept_bits(job.epilogue, plain, place.at);
+      FUSEREG_UNROLL
+      for (int e = 0; e < kOctet; ++e) z[e] *= plain.scale;
+    }
+  }
+  Octet<T> y;
+  FUSEREG_UNROLL
+  for (int e = 0; e < kOctet; ++e) {
+    y[e] = from_compute<T>((live >> e & 1u) != 0 ? z[e] : C(0));
+  }
+  store_octet<Walk::kWide>(static_cast<T*>(job.y), place, y);
+}
+
+// ---- Backward ----
+
+template <class T>
+struct BackwardData {
+  Octet<T> grad, x, residual;
+  unsigned positive;
+};
+
+// What is not kept on the chip: the residual, where one is needed, and the bits.
+template <class Walk, class T>
+FUSEREG_DEVICE_INLINE void finish_octet_inputs(const Backward& job, const Place& place,
+                                               BackwardData<T>& data) {
+  data.positive = 0;
+  if (job.bits != nullptr) {
+    data.positive = place.inside != 0 ? job.bits[place.bits_at] : 0u;
+  } else if (job.residual != nullptr) {
+    data.residual = load_octet<Walk::kWide>(static_cast<const T*>(job.residual), place);
+  }
+}
+
+template <class Walk, class T>
+FUSEREG_DEVICE_INLINE BackwardData<T> load_backward(const Backward& job, const Place& place) {
+  BackwardData<T> data{};
+  data.grad = load_octet<Walk::kWide>(static_cast<const T*>(job.grad), place);
+  if (job.x != nullptr) data.x = load_octet<Walk::kWide>(static_cast<const T*>(job.x), place);
+  finish_octet_inputs<Walk>(job, place, data);
+  return data;
+}
+
+// dz, and d = x - m; both zero for elements that do not count.
+template <bool kHeavy, class Walk, class T, class C>
+FUSEREG_DEVICE_INLINE void gradient_of_z(const Backward& job, const Plain<C>& plain,
+                                         const Kept<C, Walk::kSets>& k, const Place& place,
+                                         const BackwardData<T>& data, C (&dz)[kOctet],
+                                         C (&d)[kOctet]) {
+  FUSEREG_UNROLL
+  for (int e = 0; e < kOctet; ++e) {
+    const int i = Walk::kSets == 1 ? 0 : e;
+    dz[e] = to_compute(data.grad[e]);
+    d[e] = job.x != nullptr ? to_compute(data.x[e]) - k.m[i] : C(0);
+  }
+  unsigned kept = place.live;
+  if constexpr (kHeavy) {
+    if (job.epilogue.dropout) {
+      kept &= kept_bits(job.epilogue, plain, place.at);
+      FUSEREG_UNROLL
+      for (int e = 0; e < kOctet; ++e) dz[e] *= plain.scale;
+    }
+  }
+  if (job.epilogue.activation != Activation::kNone) {
+    C z[kOctet];
+    unsigned positive = data.positive;
+    if (job.bits == nullptr) {
+      FUSEREG_UNROLL
+      for (int e = 0; e < kOctet; ++e) {
+        const int i = Walk::kSets == 1 ? 0 : e;
+        z[e] = multiply_add(d[e], k.a[i], k.b[i]);
+        if (job.residual != nullptr) z[e] += to_compute(data.residual[e]);
+        positive |= static_cast<unsigned>(z[e] > C(0)) << e;
+      }
+    } else {
+      FUSEREG_UNROLL
+      for (int e = 0; e < kOctet; ++e) z[e] = C(0);
+    }
+    activate_backward<kHeavy>(dz, z, positive, job.epilogue.activation, plain.slope);
+  }
+  if (kept != kAllInside) {
+    FUSEREG_UNROLL
+    for (int e = 0; e < kOctet; ++e) {
+      if ((kept >> e & 1u) == 0) dz[e] = C(0);
+      if ((place.live >> e & 1u) == 0) d[e] = C(0);
+    }
+  }
+}
+
+template <bool kHeavy, class Walk, class T, class C>
+FUSEREG_DEVICE_INLINE void write_backward(const Backward& job, const Plain<C>& plain,
+                                          const Kept<C, Walk::kSets>& k, const C (&q)[Walk::kSets],
+                                          const C (&r)[Walk::kSets], const Place& place,
+                                          const BackwardData<T>& data) {
+  C dz[kOctet];
+  C d[kOctet];
+  gradient_of_z<kHeavy, Walk>(job, plain, k, place, data, dz, d);
+  Octet<T> out;
+  if (job.grad_residual != nullptr) {
+    FUSEREG_UNROLL
+    for (int e = 0; e < kOctet; ++e) out[e] = from_compute<T>(dz[e]);
+    store_octet<Walk::kWide>(static_cast<T*>(job.grad_residual), place, out);
+  }
+  if (job.grad_x == nullptr) return;
+  // Constant statistics: no 0 * (x - m), which would be NaN where x is infinite.
+  const bool fixed = job.statistics == Statistics::kFixed;
+  FUSEREG_UNROLL
+  for (int e = 0; e < kOctet; ++e) {
+    const int i = Walk::kSets == 1 ? 0 : e;
+    const C v =
+        fixed ? dz[e] * k.a[i] : multiply_add(dz[e], k.a[i], multiply_add(d[e], q[i], r[i]));
+    out[e] = from_compute<T>((place.live >> e & 1u) != 0 ? v : C(0));
+  }
+  store_octet<Walk::kWide>(static_cast<T*>(job.grad_x), place, out);
+}
+
+template <class Walk, class C>
+FUSEREG_DEVICE_INLINE Kept<C, Walk::kSets> kept_coefficients(const Walk& walk,
+                                                             const ChannelNumbers<C>& all) {
+  Kept<C, Walk::kSets> k;
+  FUSEREG_UNROLL
+  for (int e = 0; e < Walk::kSets; ++e) {
+    const int c = walk.channel(e);
+    k.m[e] = all.m[c];
+    k.a[e] = all.a[c];
+    k.b[e] = all.b[c];
+  }
+  return k;
+}
+
+template <class Walk, class C>
+FUSEREG_DEVICE_INLINE void kept_gradient(const Walk& walk, const ChannelNumbers<C>& all,
+                                         C (&q)[Walk::kSets], C (&r)[Walk::kSets]) {
+  FUSEREG_UNROLL
+  for (int e = 0; e < Walk::kSets; ++e) {
+    q[e] = all.q[walk.channel(e)];
+    r[e] = all.r[walk.channel(e)];
+  }
+}
+
+}  // namespace fusereg::batch_norm

@@ -1,0 +1,260 @@
+// CUDA kernels of batch normalization that read x (and backward, the gradient) once from memory.
+// Contract: batch_norm.h; shapes and figures: batch_norm_plan.h, batch_norm.cu.
+//
+// A team of blocks holds a slab in shared memory: each block loads its share and sums it, leaves
+// its partial result in its slot, waits for the team, combines all slots in their order (every
+// block the same way, so with the same bits) and finishes its share from shared memory. Teams take
+// one slab after the other. A team that waits needs all its blocks to be resident: the launch is
+// cooperative, no larger than what the device holds by its own answer, and refused by the driver
+// otherwise. Teams of one block wait for nobody and are an ordinary launch.
+//
+// Slots are never used twice in a launch, so one barrier for each slab is enough. A share stays as
+// it came, in x's own dtype: in octets, octet `step` of a thread at step * kThreads + thread, so
+// that neighbouring threads meet neighbouring banks.
+//
+// Two blocks of 256 threads share a multiprocessor: while one waits or stores, the other loads.
+#include "batch_norm/batch_norm_finish.cuh"
+#include "batch_norm/batch_norm_sums.cuh"
+
+namespace fusereg::batch_norm {
+namespace {
+
+// A thread's octets in shared memory.
+template <class T>
+class Shelf {
+ public:
+  using Part = cuda::Vec<T, Octet<T>::kPart>;
+  FUSEREG_DEVICE_INLINE explicit Shelf(Part* memory) : memory_(memory + threadIdx.x) {}
+  FUSEREG_DEVICE_INLINE void put(int step, const Octet<T>& v) const {
+    FUSEREG_UNROLL
+    for (int i = 0; i < Octet<T>::kParts; ++i) {
+      cuda::store(at(step, i).values, v.parts[i]);
+    }
+  }
+  FUSEREG_DEVICE_INLINE Octet<T> get(int step) const {
+    Octet<T> v;
+    FUSEREG_UNROLL
+    for (int i = 0; i < Octet<T>::kParts; ++i) {
+      v.parts[i] = cuda::load<Octet<T>::kPart>(at(step, i).values);
+    }
+    return v;
+  }
+
+ private:
+  FUSEREG_DEVICE_INLINE Part& at(int step, int i) const {
+    return memory_[(step * Octet<T>::kParts + i) * kThreads];
+  }
+  Part* memory_;
+};
+
+// How a resident block goes through its slabs.
+template <class Job>
+struct Team {
+  std::int64_t index, member;
+  unsigned* counters;
+  std::int64_t round = 0;
+  FUSEREG_DEVICE_INLINE explicit Team(const Arguments<Job>& g)
+      : index(blockIdx.x / g.tiling.splits),
+        member(blockIdx.x % g.tiling.splits),
+        counters(g.semaphores + kFirstTeamCounter + 2 * index) {}
+  FUSEREG_DEVICE_INLINE void sync(const Tiling& t) {
+    if (t.splits > 1) {
+      team_sync(counters, t.splits, ++round);
+    } else {
+      __syncthreads();
+    }
+  }
+  FUSEREG_DEVICE_INLINE void leave(const Tiling& t) const {
+    if (t.splits > 1) team_leave(counters, t.splits);
+  }
+};
+
+template <class T, class Walk, bool kHeavy>
+__global__ void __launch_bounds__(kThreads, kResidentPerSm)
+    batch_norm_forward_resident_kernel(FUSEREG_GRID_CONSTANT(Arguments<Forward>, g)) {
+  using C = Compute<T>;
+  FUSEREG_SHARED(coefficients, ChannelNumbers<C>);
+  const Forward& job = g.job;
+  const Tiling& t = g.tiling;
+  const Shelf<T> shelf(cuda::dynamic_shared<typename Shelf<T>::Part>());
+  auto* const partials = static_cast<Moments*>(g.partials);
+  const Plain<C> plain(job.epilogue);
+  Team<Forward> team(g);
+  for (std::int64_t item = team.index; item < t.items(); item += g.teams) {
+    const Share share = share_of(t, item, team.member);
+    int step = 0;
+    block_moments<T>(
+        TypeTag<Walk>{}, job, t, share, [&](const Octet<T>& octet) { shelf.put(step++, octet); },
+        [&](int c, const Moments& m) { partials[partial_index(t, share, c)] = m; });
+    team.sync(t);
+    for (int i = static_cast<int>(cuda::warp_id()); i < slab_channels(t, share.slab); i += kWarps) {
+      const std::int64_t c = share.slab * t.pack + i;
+      const Moments m = combine(partials + (share.group * t.channels + c) * t.splits, t.splits);
+      if (cuda::lane_id() == 0) {
+        const double variance = m.count > 0.0 ? m.m2 / m.count : 0.0;
+        set_coefficients(coefficients, i, job, c, {m.mean, variance, m.count});
+        if (team.member == 0) write_moments(job, t, share.group, c, m);
+      }
+    }
+    __syncthreads();
+    Walk walk = walk_share(TypeTag<Walk>{}, t, share, job.mask);
+    const auto k = kept_coefficients(walk, coefficients);
+    step = 0;
+    for_each_octet<1>(
+        walk,
+        [&](const Place& place) {
+          ForwardData<T> data{};
+          finish_octet_inputs<Walk>(job, place, data);
+          return data;
+        },
+        [&](const Place& place, ForwardData<T>& data) {
+          data.x = shelf.get(step++);
+          write_forward<kHeavy, Walk>(job, plain, k, place, data);
+        });
+    if (team.member == 0) finish_forward(g, share.slab, static_cast<const Moments*>(nullptr), 1);
+    __syncthreads();  // the coefficients have been read
+  }
+  team.leave(t);
+}
+
+template <class T, class Walk, bool kHeavy>
+__global__ void __launch_bounds__(kThreads, kResidentPerSm)
+    batch_norm_backward_resident_kernel(FUSEREG_GRID_CONSTANT(Arguments<Backward>, g)) {
+  using C = Compute<T>;
+  FUSEREG_SHARED(coefficients, ChannelNumbers<C>);
+  const Backward& job = g.job;
+  const Tiling& t = g.tiling;
+  auto* const memory = cuda::dynamic_shared<typename Shelf<T>::Part>();
+  const Shelf<T> x_shelf(memory);
+  const Shelf<T> grad_shelf(memory + g.steps * Octet<T>::kParts * kThreads);
+  auto* const partials = static_cast<GradientSums*>(g.partials);
+  const Plain<C> plain(job.epilogue);
+  const std::int64_t all = t.groups * t.channels;
+  Team<Backward> team(g);
+  for (std::int64_t item = team.index; item < t.items(); item += g.teams) {
+    const Share share = share_of(t, item, team.member);
+    const int channels = slab_channels(t, share.slab);
+    for (int i = static_cast<int>(threadIdx.x); i < channels; i += kThreads) {
+      const std::int64_t c = share.slab * t.pack + i;
+      set_coefficients(coefficients, i, job, c, read_statistic(job, t, share.group, c));
+    }
+    __syncthreads();
+    int step = 0;
+    block_sums<kHeavy, T>(
+        TypeTag<Walk>{}, job, t, share, coefficients,
+        [&](const BackwardData<T>& data) {
+          x_shelf.put(step, data.x);
+          grad_shelf.put(step++, data.grad);
+        },
+        [&](int i, const GradientSums& s) {
+          const Statistic statistic = read_statistic(job, t, share.group, share.slab * t.pack + i);
+          partials[partial_index(t, share, i)] =
+              about_mean(s, static_cast<double>(coefficients.m[i]), statistic.mean);
+        });
+    team.sync(t);
+    for (int i = static_cast<int>(cuda::warp_id()); i < channels; i += kWarps) {
+      const std::int64_t c = share.slab * t.pack + i;
+      const std::int64_t s = share.group * t.channels + c;
+      const GradientSums sums = combine(partials + s * t.splits, t.splits);
+      if (cuda::lane_id() == 0) {
+        set_gradient(coefficients, i, job, c, read_statistic(job, t, share.group, c), sums);
+        if (team.member == 0) {
+          job.sums[s] = sums.sum;
+          job.sums[all + s] = sums.dot;
+        }
+      }
+    }
+    __syncthreads();
+    Walk walk = walk_share(TypeTag<Walk>{}, t, share, job.mask);
+    const auto k = kept_coefficients(walk, coefficients);
+    C q[Walk::kSets];
+    C r[Walk::kSets];
+    kept_gradient(walk, coefficients, q, r);
+    step = 0;
+    for_each_octet<1>(
+        walk,
+        [&](const Place& place) {
+          BackwardData<T> data{};
+          finish_octet_inputs<Walk>(job, place, data);
+          return data;
+        },
+        [&](const Place& place, BackwardData<T>& data) {
+          data.x = x_shelf.get(step);
+          data.grad = grad_shelf.get(step++);
+          write_backward<kHeavy, Walk>(job, plain, k, q, r, place, data);
+        });
+    if (team.member == 0)
+      finish_backward(g, share.slab, static_cast<const GradientSums*>(nullptr), 1);
+    __syncthreads();  // the coefficients have been read
+  }
+  team.leave(t);
+}
+
+// The plan counted on kResidentPerSm blocks a multiprocessor; the device may hold fewer, and then
+// there are fewer teams.
+template <class Job, class Kernel>
+bool launch_teams(const char* op, Arguments<Job> g, const Plan& plan, Kernel kernel,
+                  cuda::Stream stream) {
+  cuda::LaunchConfig config;
+  config.shared_bytes = static_cast<std::size_t>(plan.shared_bytes);
+  config.stream = stream;
+  config.cooperative = plan.reduce.splits > 1;
+  if (config.cooperative) {
+    const std::int64_t most =
+        cuda::max_resident_blocks(op, kernel, kThreads, config.shared_bytes) / plan.reduce.splits;
+    g.teams = std::min(g.teams, most);
+    if (g.teams == 0) return false;
+  }
+  set_grid(config, op, g.teams * plan.reduce.splits);
+  cuda::launch(op, kernel, config, g);
+  return true;
+}
+
+// As dispatch_kernel(), but there is only the wide kind, of float32 and the 16-bit types.
+template <class F>
+bool dispatch_resident(DType dtype, bool columns, bool heavy, const F& f) {
+  const auto with_type = [&](auto tag) {
+    const auto with_walk = [&](auto walk) {
+      return heavy ? f(tag, walk, std::true_type{}) : f(tag, walk, std::false_type{});
+    };
+    return columns ? with_walk(TypeTag<Columns<true>>{}) : with_walk(TypeTag<Lines<true>>{});
+  };
+  switch (dtype) {
+    case DType::kFloat32:
+      return with_type(TypeTag<float>{});
+    case DType::kFloat16:
+      return with_type(TypeTag<Half>{});
+    case DType::kBFloat16:
+      return with_type(TypeTag<BFloat16>{});
+    default:
+      return false;
+  }
+}
+
+}  // namespace
+
+bool launch_resident(const Arguments<Forward>& g, const Plan& plan, cuda::Stream stream) {
+  const bool heavy = is_heavy(g.job.epilogue);
+  return dispatch_resident(
+      g.job.dtype, plan.reduce.columns, heavy, [&](auto tag, auto walk, auto is_heavy) {
+        using T = typename decltype(tag)::type;
+        using Walk = typename decltype(walk)::type;
+        constexpr bool kHeavy = decltype(is_heavy)::value;
+        return launch_teams(kForwardOp, g, plan,
+                            &batch_norm_forward_resident_kernel<T, Walk, kHeavy>, stream);
+      });
+}
+
+bool launch_resident(const Arguments<Backward>& g, const Plan& plan, cuda::Stream stream) {
+  const bool heavy = is_heavy(g.job.epilogue);
+  return dispatch_resident(
+      g.job.dtype, plan.reduce.columns, heavy, [&](auto tag, auto walk, auto is_heavy) {
+        using T = typename decltype(tag)::type;
+        using Walk = typename decltype(walk)::type;
+        constexpr bool kHeavy = decltype(is_heavy)::value;
+        return launch_teams(kBackwardOp, g, plan,
+                            &batch_norm_backward_resident_kernel<T, Walk, kHeavy>, stream);
+      });
+}
+
+}  // namespace fusereg::batch_norm

@@ -1,0 +1,252 @@
+// How a block walks its share of x, and loads and stores octets. See batch_norm_plan.h for slabs,
+// shares and octets.
+#pragma once
+
+#include "batch_norm/batch_norm_plan.h"
+#include "core/cuda.cuh"
+
+namespace fusereg::batch_norm {
+
+// ---- Elements ----
+
+template <class T>
+struct Octet {
+  cuda::Vec<T, (cuda::kVecSize<T> < kOctet ? cuda::kVecSize<T> : kOctet)>
+      parts[kOctet / (cuda::kVecSize<T> < kOctet ? cuda::kVecSize<T> : kOctet)];
+  static constexpr int kPart = cuda::kVecSize<T> < kOctet ? cuda::kVecSize<T> : kOctet;
+  static constexpr int kParts = kOctet / kPart;
+  FUSEREG_DEVICE_INLINE T& operator[](int e) { return parts[e / kPart][e % kPart]; }
+  FUSEREG_DEVICE_INLINE const T& operator[](int e) const { return parts[e / kPart][e % kPart]; }
+};
+
+// An octet of memory from element `at` on: which of its elements are inside the line, and which of
+// those count (the mask).
+struct Place {
+  std::int64_t at = 0;
+  std::int64_t bits_at = 0;
+  unsigned inside = 0;
+  unsigned live = 0;
+};
+
+inline constexpr unsigned kAllInside = 0xffu;
+
+template <bool kWide, class T>
+FUSEREG_DEVICE_INLINE Octet<T> load_octet(const T* p, const Place& place) {
+  Octet<T> v{};
+  if (kWide && place.inside == kAllInside) {
+    FUSEREG_UNROLL
+    for (int i = 0; i < Octet<T>::kParts; ++i) {
+      v.parts[i] = cuda::load<Octet<T>::kPart>(p + place.at + i * Octet<T>::kPart);
+    }
+  } else {
+    FUSEREG_UNROLL
+    for (int e = 0; e < kOctet; ++e) {
+      if ((place.inside >> e & 1u) != 0) v[e] = p[place.at + e];
+    }
+  }
+  return v;
+}
+
+template <bool kWide, class T>
+FUSEREG_DEVICE_INLINE void store_octet(T* p, const Place& place, const Octet<T>& v) {
+  if (kWide && place.inside == kAllInside) {
+    FUSEREG_UNROLL
+    for (int i = 0; i < Octet<T>::kParts; ++i) {
+      cuda::store_streaming(p + place.at + i * Octet<T>::kPart, v.parts[i]);
+    }
+  } else {
+    FUSEREG_UNROLL
+    for (int e = 0; e < kOctet; ++e) {
+      if ((place.inside >> e & 1u) != 0) p[place.at + e] = v[e];
+    }
+  }
+}
+
+FUSEREG_DEVICE_INLINE float multiply_add(float x, float a, float b) { return fmaf(x, a, b); }
+FUSEREG_DEVICE_INLINE double multiply_add(double x, double a, double b) { return fma(x, a, b); }
+
+struct Ignore {
+  template <class V>
+  FUSEREG_DEVICE_INLINE void operator()(const V&) const {}
+};
+
+// ---- Walking a share ----
+
+// A block's place in the work: its slab, group and share.
+struct Share {
+  std::int64_t slab, group, split;
+};
+FUSEREG_DEVICE_INLINE Share share_of(const Tiling& t, std::int64_t item, std::int64_t split) {
+  return {item % t.slabs, item / t.slabs, split};
+}
+
+FUSEREG_DEVICE_INLINE std::int64_t first_row(const Tiling& t, std::int64_t group) {
+  const std::int64_t row = group * t.group_rows;
+  return row < t.outer ? row : t.outer;
+}
+
+FUSEREG_DEVICE_INLINE unsigned mask_bits(const std::uint8_t* mask, unsigned inside) {
+  unsigned bits = 0;
+  FUSEREG_UNROLL
+  for (int e = 0; e < kOctet; ++e) {
+    if ((inside >> e & 1u) != 0 && mask[e] != 0) bits |= 1u << e;
+  }
+  return bits;
+}
+
+// Lines: one channel; the thread's octets are `step` apart.
+template <bool kWide_>
+class Lines {
+ public:
+  static constexpr bool kColumns = false;
+  static constexpr bool kWide = kWide_;
+  static constexpr int kSets = 1;
+
+  FUSEREG_DEVICE_INLINE Lines(const Tiling& t, const Share& s, const std::uint8_t* mask, int first,
+                              int step)
+      : t_(t), mask_(mask) {
+    const std::int64_t begin = first_row(t, s.group);
+    const std::int64_t octets = (first_row(t, s.group + 1) - begin) * t.width;
+    const std::int64_t at = s.split * t.share + first;
+    const std::int64_t end = (s.split + 1) * t.share < octets ? (s.split + 1) * t.share : octets;
+    left_ = at < end ? static_cast<int>((end - at + step - 1) / step) : 0;
+    line_ = (begin + at / t.width) * t.channels + s.slab;
+    octet_ = static_cast<int>(at % t.width);
+    const int width = static_cast<int>(t.width);
+    step_line_ = step / width * t.channels;
+    step_octet_ = step % width;
+  }
+
+  FUSEREG_DEVICE_INLINE bool valid() const { return left_ > 0; }
+  FUSEREG_DEVICE_INLINE void next() {
+    --left_;
+    line_ += step_line_;
+    octet_ += step_octet_;
+    if (octet_ >= static_cast<int>(t_.width)) {
+      octet_ -= static_cast<int>(t_.width);
+      line_ += t_.channels;
+    }
+  }
+  FUSEREG_DEVICE_INLINE Place place() const {
+    const std::int64_t start = line_ * t_.inner;
+    // Wide octets lie at multiples of 8 elements, in lines that may begin anywhere.
+    const std::int64_t position =
+        std::int64_t{octet_} * kOctet - (kWide ? start & (kOctet - 1) : 0);
+    Place p;
+    p.at = start + position;
+    p.bits_at = line_ * ((t_.inner + kOctet - 1) / kOctet) + octet_;
+    p.inside = kAllInside;
+    if (position < 0) p.inside = kAllInside << -position;
+    const std::int64_t rest = t_.inner - position;
+    if (rest < kOctet) p.inside &= rest > 0 ? (1u << rest) - 1u : 0u;
+    p.inside &= kAllInside;
+    p.live = p.inside;
+    if (mask_ != nullptr) {
+      p.live = mask_bits(mask_ + line_ / t_.channels * t_.inner + position, p.inside);
+    }
+    return p;
+  }
+  // Of an element of the octet, within the slab.
+  FUSEREG_DEVICE_INLINE int channel(int) const { return 0; }
+
+ private:
+  const Tiling& t_;
+  const std::uint8_t* mask_;
+  std::int64_t line_, step_line_;
+  int left_, octet_, step_octet_;
+};
+
+// Columns: the thread stays in one octet of the row.
+template <bool kWide_>
+class Columns {
+ public:
+  static constexpr bool kColumns = true;
+  static constexpr bool kWide = kWide_;
+  static constexpr int kSets = kOctet;
+
+  FUSEREG_DEVICE_INLINE Columns(const Tiling& t, const Share& s, const std::uint8_t* mask,
+                                unsigned thread)
+      : t_(t), mask_(mask), width_(static_cast<int>(t.width)) {
+    octet_ = static_cast<int>(thread) % width_;
+    lane_ = static_cast<int>(thread) / width_;
+    pitch_ = t.channels * t.inner;
+    column_ = s.slab * t.width * kOctet + octet_ * kOctet;
+    inside_ = 0;
+    if (lane_ < t.rows_at_once && column_ < pitch_) {
+      inside_ = pitch_ - column_ < kOctet ? (1u << (pitch_ - column_)) - 1u : kAllInside;
+    }
+    const std::int64_t begin = first_row(t, s.group);
+    const std::int64_t end = first_row(t, s.group + 1);
+    first_ = begin + s.split * t.share;
+    end_ = first_ + t.share < end ? first_ + t.share : end;
+    if (inside_ == 0) first_ = end_ = 0;  // has no part in it
+    row_ = first_ + lane_;
+    limit_ = end_;
+  }
+
+  FUSEREG_DEVICE_INLINE bool valid() const { return row_ < limit_; }
+  FUSEREG_DEVICE_INLINE void next() { row_ += t_.rows_at_once; }
+  // Stops after so many rows of each thread; the next call goes on from there.
+  FUSEREG_DEVICE_INLINE void run(int rows) {
+    first_ = row_ - lane_;
+    limit_ = first_ + static_cast<std::int64_t>(rows) * t_.rows_at_once;
+    if (limit_ > end_) limit_ = end_;
+  }
+  FUSEREG_DEVICE_INLINE Place place() const {
+    Place p;
+    p.at = row_ * pitch_ + column_;
+    p.bits_at = row_ * ((pitch_ + kOctet - 1) / kOctet) + column_ / kOctet;
+    p.inside = p.live = inside_;
+    // A mask comes with inner = 1 only: one byte for the row.
+    if (mask_ != nullptr && mask_[row_] == 0) p.live = 0;
+    return p;
+  }
+  FUSEREG_DEVICE_INLINE int channel(int e) const {
+    const int column = octet_ * kOctet + e;
+    const int c = t_.inner == 1 ? column : column / static_cast<int>(t_.inner);
+    return c < t_.pack ? c : 0;
+  }
+  FUSEREG_DEVICE_INLINE int octet() const { return octet_; }
+  FUSEREG_DEVICE_INLINE int lane() const { return lane_; }
+
+ private:
+  const Tiling& t_;
+  const std::uint8_t* mask_;
+  int width_, octet_, lane_;
+  unsigned inside_;
+  std::int64_t pitch_, column_, first_, end_, row_, limit_;
+};
+
+template <bool kWide>
+FUSEREG_DEVICE_INLINE Lines<kWide> walk_share(TypeTag<Lines<kWide>>, const Tiling& t,
+                                              const Share& s, const std::uint8_t* mask) {
+  return Lines<kWide>(t, s, mask, static_cast<int>(threadIdx.x), kThreads);
+}
+template <bool kWide>
+FUSEREG_DEVICE_INLINE Columns<kWide> walk_share(TypeTag<Columns<kWide>>, const Tiling& t,
+                                                const Share& s, const std::uint8_t* mask) {
+  return Columns<kWide>(t, s, mask, threadIdx.x);
+}
+
+// Calls load(place) for up to kAhead octets before use(place, loaded) for the first of them.
+template <int kAhead, class Walk, class Load, class Use>
+FUSEREG_DEVICE_INLINE void for_each_octet(Walk& walk, const Load& load, const Use& use) {
+  while (walk.valid()) {
+    Place places[kAhead];
+    decltype(load(places[0])) data[kAhead];
+    FUSEREG_UNROLL
+    for (int u = 0; u < kAhead; ++u) {
+      if (walk.valid()) {
+        places[u] = walk.place();
+        data[u] = load(places[u]);
+        walk.next();
+      }
+    }
+    FUSEREG_UNROLL
+    for (int u = 0; u < kAhead; ++u) {
+      if (places[u].inside != 0) use(places[u], data[u]);
+    }
+  }
+}
+
+}  // namespace fusereg::batch_norm
