@@ -31,27 +31,6 @@ void bind(py::module_& m);
 namespace fusereg::penalty {
 void bind(py::module_& m);
 }
-void bind(py::module_& m);
-void bind_plan(py::module_& m);
-}
-namespace fusereg::drop_block {
-void bind(py::module_& m);
-}
-namespace fusereg::dropout {
-void bind(py::module_& m);
-}
-namespace fusereg::dropout_norm {
-void bind(py::module_& m);
-}
-namespace fusereg::fused_dropout {
-void bind(py::module_& m);
-}
-namespace fusereg::gaussian_dropout {
-void bind(py::module_& m);
-}
-namespace fusereg::penalty {
-void bind(py::module_& m);
-}
 
 namespace fusereg {
 namespace {

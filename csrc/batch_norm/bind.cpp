@@ -7,6 +7,9 @@
 #include "core/tensor.h"
 
 namespace fusereg::batch_norm {
+
+void bind_plan(py::module_& m);  // bind_plan.cpp
+
 namespace {
 
 constexpr int kDone = 0;
@@ -303,6 +306,7 @@ void bind(py::module_& m) {
         arg("offset"), arg("index_offset"), arg("op"));
   m.def("batch_norm_layout", &batch_norm_layout, arg("x"), arg("group_samples"), arg("mask"));
   m.attr("BATCH_NORM_SEMAPHORE_BYTES") = kSemaphoreBytes;
+  bind_plan(m);
 }
 
 }  // namespace fusereg::batch_norm
