@@ -10,6 +10,9 @@
 #include "core/cuda_info.h"
 #endif
 
+namespace fusereg::batch_norm {
+void bind(py::module_& m);
+}
 namespace fusereg::dropout {
 void bind(py::module_& m);
 }
@@ -108,6 +111,7 @@ PYBIND11_MODULE(FUSEREG_MODULE_NAME, m) {
 #else
   m.attr("CUDA_ON_HOST") = false;
 #endif
+  batch_norm::bind(m);
   dropout::bind(m);
   penalty::bind(m);
 }

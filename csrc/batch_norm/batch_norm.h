@@ -15,9 +15,10 @@
 // stays below 1e-6 of its scale for mean / std up to 1e5.
 //
 // Running statistics: r <- (1 - momentum) * r + momentum * value, with the unbiased variance
-// (count / (count - 1)); over several groups the groups' moments are combined first. With
-// `batches` given (momentum=None, a cumulative average) momentum is 1 / *batches.
-// A statistic of no elements changes nothing.
+// (count / (count - 1)); over several groups the groups' moments are combined first (sums of counts,
+// means and squared deviations). `batches`, if given, is counted up by one before that; a negative
+// momentum means a cumulative average, 1 / *batches. A statistic of no elements changes nothing (a
+// batch is counted nevertheless, as torch counts it); one of a single element leaves the variance.
 //
 // Backward, with dz = gradient of z (dropout drawn again, activation'(z) from x, or from `bits`),
 // over the count_s elements:
@@ -33,7 +34,7 @@
 // bits: the sign of z, 1 where z > 0, kept for a ReLU or leaky ReLU after a residual was added
 // (without one, backward computes z again from x). One line of bytes for each line of memory: the
 // inner elements of (o, c), or with inner = 1 the channels of o; each line starts at a new byte,
-// bit e % 8 of byte e / 8 is element e.
+// bit e % 8 of byte e / 8 is element e; bits past a line's end are zero.
 //
 // Dtypes: x, y, residual and their gradients alike: float64, float32, float16, bfloat16; weight,
 // bias and running statistics of x's dtype or float32 (float64 for float64), each its own.
@@ -94,7 +95,8 @@ struct Epilogue {
 enum class Statistics : std::uint8_t {
   kCompute,  // batch statistics of x, into `moments`
   kGiven,    // batch statistics that `moments` holds (synchronized ones); backward as for kCompute
-  kFixed,    // constants that `moments` holds (running statistics): backward does not see them
+  kFixed,    // constants, of which backward knows: in `moments` or, if that is null, the running
+             // statistics, which are then read and never written
 };
 
 // moments: float64 [3, statistics]: mean, biased variance, count.
@@ -109,15 +111,15 @@ struct Forward {
   std::uint8_t* bits = nullptr;
   double* moments = nullptr;
   PerChannel weight, bias;
-  // Updated from the moments, whoever computed them; absent: not.
+  // Updated from the moments, whoever computed them (not with kFixed); absent: not.
   PerChannel running_mean, running_var;
   std::int64_t* batches = nullptr;
-  double momentum = 0.1;
+  double momentum = 0.1;  // negative: cumulative, 1 / *batches
   double eps = 1e-5;
   Epilogue epilogue;
 };
 
-// sums: float64 [2, statistics]: sum_s, dot_s.
+// sums: float64 [2, statistics]: sum_s, dot_s; on the CPU null where nobody asks for them.
 struct Backward {
   Layout layout;
   DType dtype = DType::kFloat32;
@@ -129,6 +131,7 @@ struct Backward {
   // Where neither x nor bits tell z: a residual before SiLU or GELU.
   const void* residual = nullptr;
   const double* moments = nullptr;
+  PerChannel running_mean, running_var;  // with kFixed and no moments
   PerChannel weight, bias;
   double eps = 1e-5;
   Epilogue epilogue;
@@ -152,5 +155,43 @@ std::int64_t forward_scratch_bytes(const Forward& job, int device);
 std::int64_t backward_scratch_bytes(const Backward& job, int device);
 void forward_cuda(const Forward& job, void* scratch, void* semaphores, int device, void* stream);
 void backward_cuda(const Backward& job, void* scratch, void* semaphores, int device, void* stream);
+
+// --- what the CPU kernels of one instruction set provide (batch_norm.cpp) ---
+
+inline constexpr std::int64_t kMaxColumns = 512;
+inline constexpr std::int64_t kMaxLines = 16;
+
+// `rows` values of o from `row` on, of one group, and some channels: at most kMaxColumns with
+// inner = 1, at most kMaxLines otherwise.
+struct Tile {
+  std::int64_t row = 0;
+  std::int64_t rows = 0;
+  std::int64_t channel = 0;
+  std::int64_t channels = 0;
+};
+
+// For each channel of a tile: z = (x - m) * a + b; grad_x = a * dz + q * (x - m) + r. `m`, `a`, `b`
+// are numbers of the type that computes.
+struct Coefficients {
+  double m[kMaxColumns], a[kMaxColumns], b[kMaxColumns], q[kMaxColumns], r[kMaxColumns];
+};
+
+// Two sums for each channel of a tile, to which a kernel adds the tile's: so partial results of
+// fixed tiles, added in their order, are the same whoever adds them.
+struct Sums {
+  double* first;
+  double* second;
+};
+
+struct CpuKernels {
+  // sum (x - m), sum (x - m)^2
+  void (*moments)(const Forward& job, const Tile& tile, const Coefficients& k, Sums sums);
+  void (*forward)(const Forward& job, const Tile& tile, const Coefficients& k);
+  // sum dz, sum dz * (x - m)
+  void (*reduce)(const Backward& job, const Tile& tile, const Coefficients& k, Sums sums);
+  void (*backward)(const Backward& job, const Tile& tile, const Coefficients& k);
+};
+
+FUSEREG_DECLARE_PER_ISA(CpuKernels, kernels)
 
 }  // namespace fusereg::batch_norm

@@ -208,6 +208,30 @@ Kind read_gradient(py::handle object, TensorView& view) {
   return !exempt && is_negated(object) ? Kind::kElsewhere : kind;
 }
 
+bool read_raw(py::handle object, RawView& view) {
+  if (g_torch.exchange == nullptr)
+    throw std::runtime_error("fusereg._C is used through the package fusereg");
+  if (!is_plain_type(object)) return false;
+  DLTensor t;
+  if (g_torch.exchange->dltensor_from_py_object_no_sync(object.ptr(), &t) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (t.dtype.lanes != 1 || t.dtype.bits % 8 != 0 || !known_device(t.device.device_type))
+    return false;
+  view.data = t.data == nullptr ? nullptr : static_cast<char*>(t.data) + t.byte_offset;
+  view.bytes = t.dtype.bits / 8;
+  view.device = {t.device.device_type, t.device.device_id};
+  view.numel = 1;
+  view.contiguous = true;
+  for (int d = t.ndim - 1; d >= 0; --d) {
+    if (t.shape[d] != 1 && t.strides[d] != view.numel) view.contiguous = false;
+    view.numel *= t.shape[d];
+  }
+  if (view.numel == 0) view.contiguous = true;
+  return view.numel == 0 || view.data != nullptr;
+}
+
 TensorView tensor_argument(py::handle object, const char* op, const char* name) {
   TensorView view;
   const std::string where = std::string("fusereg.") + op + ": " + name + " must be ";

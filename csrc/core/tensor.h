@@ -68,6 +68,18 @@ void bind_torch(const py::type& tensor, const py::type& parameter,
 Kind read_tensor(py::handle object, TensorView& view);
 Kind read_gradient(py::handle object, TensorView& view);
 
+// Memory of any dtype: counters, masks, scratch.
+struct RawView {
+  void* data = nullptr;
+  int bytes = 0;  // of an element
+  std::int64_t numel = 0;
+  Device device;
+  bool contiguous = false;
+};
+
+// False for what is no plain strided tensor with memory that the kernels can read.
+bool read_raw(py::handle object, RawView& view);
+
 // Exactly torch.Tensor or torch.nn.Parameter, no subclass.
 bool is_plain_type(py::handle object);
 

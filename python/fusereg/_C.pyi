@@ -11,6 +11,7 @@ import torch
 
 PENALTY_WORKSPACE_BYTES: int
 CUDA_ON_HOST: bool
+BATCH_NORM_SEMAPHORE_BYTES: int
 
 _Strength = float | Sequence[float]
 
@@ -91,3 +92,64 @@ def dropout_backward(
 ) -> int: ...
 def dropout_constants(p: float, alpha: bool) -> tuple[int, int, float, float, float, float]: ...
 def philox_words(key: int, low: int, high: int, vector: bool) -> list[int]: ...
+
+# A negative status is the scratch, in bytes, that must be passed; nothing has been written then.
+def batch_norm_forward(
+    y: torch.Tensor | None,
+    moments: torch.Tensor | None,
+    bits: torch.Tensor | None,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    batches: torch.Tensor | None,
+    scratch: torch.Tensor | None,
+    semaphores: torch.Tensor | None,
+    momentum: float,
+    statistics: int,
+    eps: float,
+    group_samples: int,
+    activation: int,
+    slope: float,
+    p: float,
+    seed: int | torch.Tensor,
+    offset: int,
+    index_offset: int,
+    op: str,
+) -> int: ...
+def batch_norm_backward(
+    grad_x: torch.Tensor | None,
+    grad_residual: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+    grad_bias: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    bits: torch.Tensor | None,
+    moments: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    scratch: torch.Tensor | None,
+    semaphores: torch.Tensor | None,
+    reduce: bool,
+    statistics: int,
+    eps: float,
+    group_samples: int,
+    activation: int,
+    slope: float,
+    p: float,
+    seed: int | torch.Tensor,
+    offset: int,
+    index_offset: int,
+    op: str,
+) -> int: ...
+def batch_norm_layout(
+    x: torch.Tensor, group_samples: int, mask: bool
+) -> tuple[int, int, int, int, int] | None: ...

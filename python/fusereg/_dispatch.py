@@ -94,6 +94,40 @@ def _new_workspace(device: torch.device) -> torch.Tensor:
     return torch.zeros(_C.PENALTY_WORKSPACE_BYTES // 8, dtype=torch.float64, device=device)
 
 
+#: Scratch memory, and semaphores that kernels leave zeroed as they found them, of each stream.
+_scratch: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def scratch(device: torch.device, size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Scratch of at least ``size`` bytes and zeroed semaphores for CUDA kernels; CPU kernels: none.
+
+    They belong to the present stream, whose kernels run one after the other; while a CUDA graph is
+    captured they are fresh ones, which belong to the graph's own memory.
+    """
+    if device.type == "cpu":
+        if not _C.CUDA_ON_HOST:
+            return None, None
+        key = (-1, 0)
+    else:
+        if torch.cuda.is_current_stream_capturing():
+            return _new_scratch(device, size)
+        stream = torch.cuda.current_stream(device)
+        key = (stream.device.index, stream.cuda_stream)
+    found = _scratch.get(key)
+    if found is None or found[0].numel() < size:
+        found = _scratch[key] = _new_scratch(device, size)
+    return found
+
+
+def _new_scratch(device: torch.device, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    # Whole kilobytes, at least what small shapes want, so that few sizes are ever asked for.
+    size = max(64 * 1024, -(-size // 1024) * 1024)
+    return (
+        torch.empty(size, dtype=torch.uint8, device=device),
+        torch.zeros(_C.BATCH_NORM_SEMAPHORE_BYTES, dtype=torch.uint8, device=device),
+    )
+
+
 def is_dtensor(tensor: object) -> bool:
     """Whether this is a torch.distributed DTensor, without importing that package for nothing."""
     if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:

@@ -330,7 +330,7 @@ def check_input(x: object, op: str, name: str = "x") -> None:
         _params.check(x, op, name)
 
 
-def _check_target(x: Tensor, out: object, op: str) -> Tensor:
+def check_target(x: Tensor, out: object, op: str) -> Tensor:
     if not isinstance(out, Tensor):
         raise TypeError(f"fusereg.{op}: out must be a torch.Tensor, got {type(out).__name__}")
     if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
@@ -406,7 +406,7 @@ def dropout(
     if out is not None:
         if inplace:
             raise ValueError(f"fusereg.{op}: inplace and out exclude each other")
-        _check_target(x, out, op)
+        check_target(x, out, op)
     if not training or p == 0:
         return x if out is None or out is x else out.copy_(x)
     if inplace:

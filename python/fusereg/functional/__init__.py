@@ -1,5 +1,6 @@
 """Functions without state. All are differentiable unless they say otherwise."""
 
+from ._batch_norm import batch_norm
 from ._dropout import (
     alpha_dropout,
     drop_connect_linear,
@@ -20,6 +21,7 @@ from ._penalty import (
 
 __all__ = [
     "alpha_dropout",
+    "batch_norm",
     "drop_connect_linear",
     "drop_path",
     "dropout",

@@ -1,5 +1,6 @@
 """Layers: drop-in replacements for those of torch.nn, with the same arguments and the same repr."""
 
+from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .dropout import (
     AlphaDropout,
     DropConnectLinear,
@@ -13,6 +14,9 @@ from .dropout import (
 
 __all__ = [
     "AlphaDropout",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "DropConnectLinear",
     "DropPath",
     "Dropout",

@@ -1,0 +1,563 @@
+// The CPU launcher of batch normalization: tiles, threads, and what is done once for each
+// statistic. Contract: batch_norm.h.
+//
+// What a tile is depends on the shape alone, and the sums of a channel's tiles are added in their
+// order. Threads take whole blocks of channels where there are enough of them: sums, then the
+// elements, last rows first, so that the second pass finds in the cache what the first one left
+// there. Otherwise they share the tiles, and meet between the passes.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "batch_norm/batch_norm.h"
+#include "core/parallel.h"
+
+namespace fusereg::batch_norm {
+namespace {
+
+constexpr std::int64_t kGrain = 1 << 15;         // elements a thread should get at least
+constexpr std::int64_t kTileElements = 1 << 16;  // of a tile, at least
+constexpr std::int64_t kMaxTiles = 64;           // of the rows of a group
+constexpr std::int64_t kLineBytes = 4096;        // of the lines of one row of a tile, about
+constexpr std::int64_t kCacheBytes = 768 * 1024;
+constexpr std::int64_t kNarrowBytes = 256;  // of the columns of a row, at least
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+double get(const PerChannel& values, std::int64_t i) {
+  return dispatch_dtype(values.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    return static_cast<double>(to_compute(static_cast<const T*>(values.data)[i]));
+  });
+}
+
+void set(const PerChannel& values, std::int64_t i, double value) {
+  dispatch_dtype(values.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    static_cast<T*>(values.data)[i] = from_compute<T>(static_cast<Compute<T>>(value));
+  });
+}
+
+// How the elements are cut up.
+class Tiling {
+ public:
+  Tiling(const Layout& layout, DType dtype) : layout_(layout), groups_(layout.groups()) {
+    const std::int64_t size = dtype_size(dtype);
+    const std::int64_t rows = std::min(layout.group_rows, layout.outer);
+    if (layout.inner == 1) {
+      width_ = std::min(layout.channels, kMaxColumns);
+      // Columns whose elements fit the cache, if they are not too narrow for that.
+      const std::int64_t fitting = kCacheBytes / std::max<std::int64_t>(rows * size, 1) / 32 * 32;
+      if (fitting < width_ && fitting * size >= kNarrowBytes) width_ = fitting;
+    } else {
+      width_ = std::clamp<std::int64_t>(kLineBytes / (layout.inner * size), 1, kMaxLines);
+    }
+    fits_ = rows * width_ * layout.inner * size <= kCacheBytes;
+    blocks_ = ceil_div(layout.channels, width_);
+    tile_rows_ = std::max({ceil_div(kTileElements, std::max<std::int64_t>(width_ * layout.inner, 1)),
+                           ceil_div(rows, kMaxTiles), std::int64_t{1}});
+    tiles_ = ceil_div(rows, tile_rows_);
+  }
+
+  std::int64_t groups() const { return groups_; }
+  // Of channels.
+  std::int64_t blocks() const { return blocks_; }
+  // Of a group's rows; the last group may have fewer.
+  std::int64_t tiles() const { return tiles_; }
+
+  std::int64_t group_begin(std::int64_t group) const { return group * layout_.group_rows; }
+  std::int64_t group_rows(std::int64_t group) const {
+    return std::min(layout_.group_rows, layout_.outer - group_begin(group));
+  }
+
+  // `rows` is 0 where there is no such tile.
+  Tile tile(std::int64_t group, std::int64_t block, std::int64_t index) const {
+    Tile t;
+    t.channel = block * width_;
+    t.channels = std::min(width_, layout_.channels - t.channel);
+    t.row = group_begin(group) + index * tile_rows_;
+    t.rows = std::clamp<std::int64_t>(group_rows(group) - index * tile_rows_, 0, tile_rows_);
+    return t;
+  }
+
+  // Whether a thread should do both passes over the rows of a block of channels.
+  bool by_blocks() const {
+    const std::int64_t pieces = groups_ * blocks_;
+    const std::int64_t threads = max_threads();
+    if (threads == 1 || pieces * tiles_ == 1) return true;
+    const bool balanced = pieces % threads == 0 || pieces >= 4 * threads;
+    return balanced && (fits_ || layout_.inner > 1);
+  }
+
+  std::int64_t elements_per_block() const {
+    return std::max<std::int64_t>(layout_.numel() / std::max<std::int64_t>(groups_ * blocks_, 1), 1);
+  }
+  std::int64_t elements_per_tile() const {
+    return std::max<std::int64_t>(elements_per_block() / std::max<std::int64_t>(tiles_, 1), 1);
+  }
+
+ private:
+  Layout layout_;
+  std::int64_t groups_;
+  std::int64_t width_ = 1;
+  std::int64_t blocks_ = 0;
+  std::int64_t tile_rows_ = 1;
+  std::int64_t tiles_ = 0;
+  bool fits_ = false;
+};
+
+// Two sums for each channel of a block; zeros at first.
+struct BlockSums {
+  double first[kMaxColumns], second[kMaxColumns];
+  explicit BlockSums(std::int64_t channels) {
+    std::fill_n(first, channels, 0.0);
+    std::fill_n(second, channels, 0.0);
+  }
+  Sums sums() { return {first, second}; }
+};
+
+// What forward and backward have in common: the two passes, by blocks or by tiles. Derived classes
+// say what a pass does:
+//   prepare_sums(group, tile, coefficients)   what the sums are taken with
+//   add(tile, coefficients, sums)             a tile's sums
+//   finish_sums(group, tile, sums)            a block's sums are there; true: once more, please
+//   prepare(group, tile, coefficients)        what the elements are written with
+//   write(tile, coefficients)
+template <class Derived>
+class Passes {
+ public:
+  Passes(const Layout& layout, DType dtype) : tiling_(layout, dtype), layout_(layout) {}
+
+  void run(bool with_sums, bool with_elements) {
+    if (layout_.numel() == 0) return;
+    if (tiling_.by_blocks()) {
+      const std::int64_t grain = ceil_div(kGrain, tiling_.elements_per_block());
+      parallel_for(tiling_.groups() * tiling_.blocks(), grain,
+                   [&](std::int64_t begin, std::int64_t end) {
+                     for (std::int64_t i = begin; i < end; ++i) {
+                       const std::int64_t group = i / tiling_.blocks();
+                       const std::int64_t block = i % tiling_.blocks();
+                       if (with_sums) sum_block(group, block);
+                       if (with_elements) write_block(group, block);
+                     }
+                   });
+      return;
+    }
+    if (with_sums) sum_by_tiles();
+    if (with_elements) write_by_tiles();
+  }
+
+ protected:
+  Tiling tiling_;
+  Layout layout_;
+
+ private:
+  Derived& self() { return *static_cast<Derived*>(this); }
+
+  void sum_block(std::int64_t group, std::int64_t block) {
+    const Tile whole = tiling_.tile(group, block, 0);
+    bool again = true;
+    while (again) {
+      Coefficients k;
+      self().prepare_sums(group, whole, k);
+      BlockSums total(whole.channels);
+      for (std::int64_t t = 0; t < tiling_.tiles(); ++t) {
+        const Tile tile = tiling_.tile(group, block, t);
+        if (tile.rows > 0) self().add(tile, k, total.sums());
+      }
+      again = self().finish_sums(group, whole, total.sums());
+    }
+  }
+
+  void write_block(std::int64_t group, std::int64_t block) {
+    Coefficients k;
+    self().prepare(group, tiling_.tile(group, block, 0), k);
+    for (std::int64_t t = tiling_.tiles() - 1; t >= 0; --t) {
+      const Tile tile = tiling_.tile(group, block, t);
+      if (tile.rows > 0) self().write(tile, k);
+    }
+  }
+
+  // Tiles in the order of memory: blocks of channels of the same rows are neighbours.
+  template <class F>
+  void for_each_tile(F f) {
+    const std::int64_t blocks = tiling_.blocks();
+    const std::int64_t tiles = tiling_.tiles();
+    const std::int64_t grain = ceil_div(kGrain, tiling_.elements_per_tile());
+    const std::int64_t count = tiling_.groups() * tiles * blocks;
+    parallel_for(count, grain, [&](std::int64_t begin, std::int64_t end) { f(begin, end); });
+  }
+
+  void sum_by_tiles() {
+    const std::int64_t blocks = tiling_.blocks();
+    const std::int64_t tiles = tiling_.tiles();
+    const std::int64_t channels = layout_.channels;
+    // [group, tile, 2, channel]
+    std::vector<double> parts(static_cast<std::size_t>(tiling_.groups() * tiles * 2 * channels));
+    bool again = true;
+    while (again) {
+      std::fill(parts.begin(), parts.end(), 0.0);
+      for_each_tile([&](std::int64_t begin, std::int64_t end) {
+        Coefficients k;
+        for (std::int64_t i = begin; i < end; ++i) {
+          const std::int64_t group = i / blocks / tiles;
+          const Tile tile = tiling_.tile(group, i % blocks, i / blocks % tiles);
+          if (tile.rows == 0) continue;
+          self().prepare_sums(group, tile, k);
+          double* const part = parts.data() + i / blocks * 2 * channels + tile.channel;
+          self().add(tile, k, {part, part + channels});
+        }
+      });
+      again = false;
+      for (std::int64_t i = 0; i < tiling_.groups() * blocks; ++i) {
+        const std::int64_t group = i / blocks;
+        const Tile whole = tiling_.tile(group, i % blocks, 0);
+        BlockSums total(whole.channels);
+        for (std::int64_t t = 0; t < tiles; ++t) {
+          const double* const part =
+              parts.data() + (group * tiles + t) * 2 * channels + whole.channel;
+          for (std::int64_t c = 0; c < whole.channels; ++c) {
+            total.first[c] += part[c];
+            total.second[c] += part[channels + c];
+          }
+        }
+        again = self().finish_sums(group, whole, total.sums()) || again;
+      }
+    }
+  }
+
+  void write_by_tiles() {
+    const std::int64_t blocks = tiling_.blocks();
+    const std::int64_t tiles = tiling_.tiles();
+    for_each_tile([&](std::int64_t begin, std::int64_t end) {
+      Coefficients k;
+      for (std::int64_t i = end - 1; i >= begin; --i) {
+        const std::int64_t group = i / blocks / tiles;
+        const Tile tile = tiling_.tile(group, i % blocks, i / blocks % tiles);
+        if (tile.rows == 0) continue;
+        self().prepare(group, tile, k);
+        self().write(tile, k);
+      }
+    });
+  }
+};
+
+// As a number of the type that computes.
+double rounded_for(DType dtype, double value) {
+  return dtype == DType::kFloat64 ? value : static_cast<double>(static_cast<float>(value));
+}
+
+// What a variance is while its sums are being taken.
+constexpr double kFirstTime = -1.0;
+constexpr double kSecondTime = -2.0;
+
+// m, a and b of z = (x - m) * a + b.
+struct Affine {
+  double m, a, b;
+};
+
+Affine make_affine(double mean, double variance, double weight, double bias, double eps,
+                   DType dtype) {
+  Affine f;
+  f.m = rounded_for(dtype, mean);
+  f.a = weight / std::sqrt(variance + eps);
+  f.b = bias - (mean - f.m) * f.a;
+  return f;
+}
+
+// How many elements of a group's rows count, for each group.
+double count_of(const Layout& l, const std::uint8_t* mask, std::int64_t begin, std::int64_t rows) {
+  if (mask == nullptr) return static_cast<double>(rows * l.inner);
+  std::int64_t count = 0;
+  for (std::int64_t i = begin * l.inner; i < (begin + rows) * l.inner; ++i) count += mask[i] != 0;
+  return static_cast<double>(count);
+}
+
+class ForwardRun : public Passes<ForwardRun> {
+ public:
+  explicit ForwardRun(const Forward& job)
+      : Passes(job.layout, job.dtype), job_(job), kernels_(cpu_kernels()) {}
+
+  void execute() {
+    const bool compute = job_.statistics == Statistics::kCompute;
+    if (compute) start();
+    run(compute, job_.y != nullptr);
+    if (job_.statistics != Statistics::kFixed) update_running();
+  }
+
+  void prepare_sums(std::int64_t group, const Tile& tile, Coefficients& k) const {
+    // Only m is used, and must be a number of the type that computes.
+    const double* const mean = job_.moments + group * layout_.channels + tile.channel;
+    for (std::int64_t c = 0; c < tile.channels; ++c) {
+      k.m[c] = mean[c];
+      k.a[c] = k.b[c] = 0.0;
+    }
+  }
+
+  void add(const Tile& tile, const Coefficients& k, Sums sums) const {
+    kernels_.moments(job_, tile, k, sums);
+  }
+
+  // The sums are of x - shift, and exact enough if the shift was within two standard deviations of
+  // the mean; else they are taken once more about the mean that they gave. Until a statistic is
+  // done, its variance says so.
+  bool finish_sums(std::int64_t group, const Tile& whole, Sums sums) const {
+    const std::int64_t statistics = layout_.statistics();
+    bool again = false;
+    for (std::int64_t i = 0; i < whole.channels; ++i) {
+      const std::int64_t s = group * layout_.channels + whole.channel + i;
+      double& mean = job_.moments[s];
+      double& variance = job_.moments[statistics + s];
+      const double n = job_.moments[2 * statistics + s];
+      if (variance != kFirstTime && variance != kSecondTime) continue;
+      if (n == 0.0) {
+        mean = variance = 0.0;
+        continue;
+      }
+      const double d = sums.first[i] / n;
+      const double v = std::max(0.0, sums.second[i] / n - d * d);
+      const bool finite = std::isfinite(sums.second[i]);
+      mean += d;
+      if (!finite) {
+        in_float64(group, whole.channel + i, mean, variance);
+      } else if (variance == kFirstTime && d * d > 4.0 * v) {
+        mean = rounded(mean);
+        variance = kSecondTime;
+        again = true;
+      } else {
+        variance = v;
+      }
+    }
+    return again;
+  }
+
+  void prepare(std::int64_t group, const Tile& tile, Coefficients& k) const {
+    const std::int64_t statistics = layout_.statistics();
+    const bool from_running = job_.moments == nullptr;
+    for (std::int64_t i = 0; i < tile.channels; ++i) {
+      const std::int64_t c = tile.channel + i;
+      const std::int64_t s = group * layout_.channels + c;
+      const double mean = from_running ? get(job_.running_mean, c) : job_.moments[s];
+      const double var = from_running ? get(job_.running_var, c) : job_.moments[statistics + s];
+      const double weight = job_.weight.data == nullptr ? 1.0 : get(job_.weight, c);
+      const double bias = job_.bias.data == nullptr ? 0.0 : get(job_.bias, c);
+      const Affine f = make_affine(mean, var, weight, bias, job_.eps, job_.dtype);
+      k.m[i] = f.m;
+      k.a[i] = f.a;
+      k.b[i] = f.b;
+    }
+  }
+
+  void write(const Tile& tile, const Coefficients& k) const { kernels_.forward(job_, tile, k); }
+
+ private:
+  // Counts, and as means the numbers about which the sums are first taken: the mean of a few of a
+  // channel's elements.
+  void start() const {
+    const std::int64_t statistics = layout_.statistics();
+    for (std::int64_t group = 0; group < tiling_.groups(); ++group) {
+      const std::int64_t begin = tiling_.group_begin(group);
+      const std::int64_t rows = layout_.outer == 0 ? 0 : tiling_.group_rows(group);
+      const double count = count_of(layout_, job_.mask, begin, rows);
+      for (std::int64_t c = 0; c < layout_.channels; ++c) {
+        const std::int64_t s = group * layout_.channels + c;
+        job_.moments[s] = 0.0;
+        job_.moments[statistics + s] = layout_.numel() == 0 ? 0.0 : kFirstTime;
+        job_.moments[2 * statistics + s] = count;
+      }
+      if (count > 0.0) guess_means(group, begin, rows);
+    }
+  }
+
+  void guess_means(std::int64_t group, std::int64_t begin, std::int64_t rows) const {
+    dispatch_dtype(job_.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const T* const x = static_cast<const T*>(job_.x);
+      constexpr std::int64_t kSamples = 16;
+      const std::int64_t inner = std::min(layout_.inner, kSamples);
+      const std::int64_t outer = layout_.inner == 1 ? std::min(rows, kSamples) : 1;
+      double* const mean = job_.moments + group * layout_.channels;
+      double n = 0.0;
+      for (std::int64_t o = begin; o < begin + outer; ++o) {
+        for (std::int64_t i = 0; i < inner; ++i) {
+          if (job_.mask != nullptr && job_.mask[o * layout_.inner + i] == 0) continue;
+          n += 1.0;
+          for (std::int64_t c = 0; c < layout_.channels; ++c) {
+            mean[c] += static_cast<double>(to_compute(x[(o * layout_.channels + c) * layout_.inner + i]));
+          }
+        }
+      }
+      for (std::int64_t c = 0; c < layout_.channels; ++c) {
+        const double guess = n == 0.0 ? 0.0 : mean[c] / n;
+        mean[c] = std::isfinite(guess) ? rounded(guess) : 0.0;
+      }
+    });
+  }
+
+  double rounded(double value) const { return rounded_for(job_.dtype, value); }
+
+  // Where float32 squares overflow; elements that are not finite give NaN.
+  void in_float64(std::int64_t group, std::int64_t channel, double& mean, double& variance) const {
+    dispatch_dtype(job_.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const T* const x = static_cast<const T*>(job_.x);
+      const std::int64_t begin = tiling_.group_begin(group);
+      const std::int64_t end = begin + tiling_.group_rows(group);
+      auto sum = [&](double shift, bool square) {
+        double total = 0.0;
+        double n = 0.0;
+        for (std::int64_t o = begin; o < end; ++o) {
+          for (std::int64_t i = 0; i < layout_.inner; ++i) {
+            if (job_.mask != nullptr && job_.mask[o * layout_.inner + i] == 0) continue;
+            const T element = x[(o * layout_.channels + channel) * layout_.inner + i];
+            const double d = static_cast<double>(to_compute(element)) - shift;
+            if (!std::isfinite(d)) return std::nan("");
+            total += square ? d * d : d;
+            n += 1.0;
+          }
+        }
+        return total / n;
+      };
+      mean = sum(0.0, false);
+      variance = std::isnan(mean) ? mean : sum(mean, true);
+    });
+  }
+
+  void update_running() const {
+    if (job_.batches != nullptr) ++*job_.batches;
+    if (job_.running_mean.data == nullptr && job_.running_var.data == nullptr) return;
+    const double momentum = job_.momentum >= 0.0 ? job_.momentum
+                            : job_.batches == nullptr
+                                ? 1.0
+                                : 1.0 / static_cast<double>(*job_.batches);
+    const std::int64_t statistics = layout_.statistics();
+    for (std::int64_t c = 0; c < layout_.channels; ++c) {
+      double count = 0.0;
+      double mean = 0.0;
+      double square = 0.0;  // sum of squared deviations
+      for (std::int64_t group = 0; group < layout_.groups(); ++group) {
+        const std::int64_t s = group * layout_.channels + c;
+        const double n = job_.moments[2 * statistics + s];
+        if (n == 0.0) continue;
+        const double d = job_.moments[s] - mean;
+        count += n;
+        mean += d * n / count;
+        square += job_.moments[statistics + s] * n + d * d * n * (count - n) / count;
+      }
+      if (count == 0.0) continue;
+      blend(job_.running_mean, c, mean, momentum);
+      if (count > 1.0) blend(job_.running_var, c, square / (count - 1.0), momentum);
+    }
+  }
+
+  static void blend(const PerChannel& running, std::int64_t c, double value, double momentum) {
+    if (running.data != nullptr)
+      set(running, c, (1.0 - momentum) * get(running, c) + momentum * value);
+  }
+
+  const Forward& job_;
+  const CpuKernels& kernels_;
+};
+
+class BackwardRun : public Passes<BackwardRun> {
+ public:
+  BackwardRun(const Backward& job, double* sums)
+      : Passes(job.layout, job.dtype), job_(job), kernels_(cpu_kernels()), sums_(sums) {}
+
+  void execute() {
+    if (job_.reduce && layout_.numel() == 0)
+      std::fill_n(sums_, 2 * layout_.statistics(), 0.0);
+    run(job_.reduce, job_.grad_x != nullptr || job_.grad_residual != nullptr);
+    if (job_.reduce) parameter_gradients();
+  }
+
+  void prepare_sums(std::int64_t group, const Tile& tile, Coefficients& k) const {
+    for (std::int64_t i = 0; i < tile.channels; ++i) {
+      const Affine f = affine(group, tile.channel + i);
+      k.m[i] = f.m;
+      k.a[i] = f.a;
+      k.b[i] = f.b;
+    }
+  }
+
+  void add(const Tile& tile, const Coefficients& k, Sums sums) const {
+    kernels_.reduce(job_, tile, k, sums);
+  }
+
+  bool finish_sums(std::int64_t group, const Tile& whole, Sums sums) const {
+    for (std::int64_t i = 0; i < whole.channels; ++i) {
+      const std::int64_t c = whole.channel + i;
+      const std::int64_t s = group * layout_.channels + c;
+      const double low = mean(s, c) - affine(group, c).m;
+      sums_[s] = sums.first[i];
+      sums_[layout_.statistics() + s] = sums.second[i] - low * sums.first[i];
+    }
+    return false;
+  }
+
+  void prepare(std::int64_t group, const Tile& tile, Coefficients& k) const {
+    prepare_sums(group, tile, k);
+    const std::int64_t statistics = layout_.statistics();
+    for (std::int64_t i = 0; i < tile.channels; ++i) {
+      const std::int64_t c = tile.channel + i;
+      const std::int64_t s = group * layout_.channels + c;
+      k.q[i] = k.r[i] = 0.0;
+      if (job_.statistics == Statistics::kFixed) continue;
+      const double n = job_.moments[2 * statistics + s];
+      if (n == 0.0) continue;
+      const double a = affine(group, c).a;
+      k.q[i] = -a * sums_[statistics + s] / (n * (variance(s, c) + job_.eps));
+      k.r[i] = -a * sums_[s] / n - k.q[i] * (mean(s, c) - k.m[i]);
+    }
+  }
+
+  void write(const Tile& tile, const Coefficients& k) const { kernels_.backward(job_, tile, k); }
+
+ private:
+  double mean(std::int64_t s, std::int64_t c) const {
+    return job_.moments == nullptr ? get(job_.running_mean, c) : job_.moments[s];
+  }
+  double variance(std::int64_t s, std::int64_t c) const {
+    return job_.moments == nullptr ? get(job_.running_var, c)
+                                   : job_.moments[layout_.statistics() + s];
+  }
+  Affine affine(std::int64_t group, std::int64_t c) const {
+    const std::int64_t s = group * layout_.channels + c;
+    return make_affine(mean(s, c), variance(s, c),
+                       job_.weight.data == nullptr ? 1.0 : get(job_.weight, c),
+                       job_.bias.data == nullptr ? 0.0 : get(job_.bias, c), job_.eps, job_.dtype);
+  }
+
+  void parameter_gradients() const {
+    for (std::int64_t c = 0; c < layout_.channels; ++c) {
+      double weight = 0.0;
+      double bias = 0.0;
+      for (std::int64_t group = 0; group < layout_.groups(); ++group) {
+        const std::int64_t s = group * layout_.channels + c;
+        bias += sums_[s];
+        weight += sums_[layout_.statistics() + s] / std::sqrt(variance(s, c) + job_.eps);
+      }
+      if (job_.grad_weight.data != nullptr) set(job_.grad_weight, c, weight);
+      if (job_.grad_bias.data != nullptr) set(job_.grad_bias, c, bias);
+    }
+  }
+
+  const Backward& job_;
+  const CpuKernels& kernels_;
+  double* sums_;
+};
+
+}  // namespace
+
+void forward_cpu(const Forward& job) { ForwardRun(job).execute(); }
+
+void backward_cpu(const Backward& job) {
+  if (job.sums != nullptr) {
+    BackwardRun(job, job.sums).execute();
+    return;
+  }
+  std::vector<double> sums(static_cast<std::size_t>(2 * job.layout.statistics()));
+  BackwardRun(job, sums.data()).execute();
+}
+
+}  // namespace fusereg::batch_norm

@@ -1,0 +1,231 @@
+"""Batch normalization with its epilogue."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _batch_norm_kernels as kernels
+from .. import _batch_norm_ops, _dispatch, _dropout_ops, _random
+from .._batch_norm_kernels import Call, Running
+from .._params import SUPPORTED_DTYPES
+
+__all__ = ["batch_norm"]
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    dropout: float = 0.0,
+    out: Tensor | None = None,
+    negative_slope: float = 0.01,
+    mask: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    update_stats: bool = True,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Batch normalization, and what often follows it, in one pass (Ioffe and Szegedy 2015).
+
+    :math:`y = \mathrm{dropout}(\mathrm{act}(\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}\,\gamma
+    + \beta + r))` with the mean :math:`\mu` and the biased variance :math:`\sigma^2` of each
+    channel over the batch, or with the running statistics if not ``training``.
+
+    Args:
+        x: of shape (N, C) or (N, C, ...), float64, float32, float16 or bfloat16, in any layout;
+            contiguous, channels_last and other dense layouts are read as they lie.
+        running_mean: of shape (C,), or None. In training it becomes
+            ``(1 - momentum) * running_mean + momentum * mean``.
+        running_var: the same for the unbiased variance.
+        weight: gamma, of shape (C,); 1 if not given. Parameters and running statistics may be
+            float32 for 16-bit ``x``.
+        bias: beta, of shape (C,); 0 if not given.
+        training: whether to use the batch's statistics; also used without running ones.
+        momentum: within [0, 1]; None for a cumulative average, 1 / ``num_batches_tracked``.
+        eps: added to the variance, > 0.
+        activation: None, "relu", "leaky_relu", "silu" or "gelu".
+        residual: r, of x's shape and dtype; added before the activation.
+        dropout: the probability of dropping an element of the result, in training.
+        out: where to write the result, under ``torch.no_grad()``; may be ``x`` or ``residual``.
+        negative_slope: of leaky ReLU.
+        mask: of shape (N, ...) without the channels, bool: where it is False, an element belongs to
+            no statistic, and its result and gradient are 0 (padded sequences).
+        num_batches_tracked: an int64 tensor that is counted up in training.
+        update_stats: whether running statistics and ``num_batches_tracked`` are updated at all. Off
+            where a batch is seen again, as by activation checkpointing.
+        seed: of dropout, as in :func:`dropout`.
+        generator: of dropout, as in :func:`dropout`.
+
+    Statistics are taken about a value near the mean and added in float64: the float32 result is
+    right to 1e-6 of its scale for mean / std up to 1e5. Results are the same bits for any number of
+    threads and any CPU instruction set. For backward x and the statistics are kept, and one bit an
+    element for a ReLU or leaky ReLU after a residual (the residual itself for SiLU and GELU); a
+    dropout mask is drawn again. An empty batch leaves the running statistics.
+
+    Raises:
+        TypeError: an argument is no tensor, number or name where one is wanted.
+        ValueError: shapes, dtypes or devices do not fit; ``eps`` is not positive, ``momentum`` or
+            ``dropout`` outside [0, 1]; training on one value per channel. Running statistics are
+            then as they were.
+
+    Example:
+        >>> y = fusereg.functional.batch_norm(
+        ...     x, mean, var, weight, bias, True, activation="relu", residual=shortcut
+        ... )
+    """
+    op = "batch_norm"
+    use_batch = training or running_mean is None or running_var is None
+    _check(
+        x, running_mean, running_var, weight, bias, use_batch, momentum, eps, residual, out, mask,
+        num_batches_tracked, op,
+    )  # fmt: skip
+    try:
+        number = kernels.ACTIVATIONS[activation]
+    except (KeyError, TypeError):
+        names = ", ".join(repr(name) for name in kernels.ACTIVATIONS)
+        raise ValueError(
+            f"fusereg.{op}: activation must be one of {names}, got {activation!r}"
+        ) from None
+    p = 0.0
+    key: int | Tensor = 0
+    offset = 0
+    if dropout:
+        _dropout_ops.check_probability(dropout, op, "dropout")
+        if training:
+            p = float(dropout)
+            if _dispatch.eager():
+                key, offset = _random.eager_pair(x.device, seed, generator, op)
+            else:
+                key = _random.operator_pair(x.device, seed, generator, op)
+    if use_batch:
+        statistics = kernels.COMPUTE
+        if training and update_stats:
+            running = Running(
+                running_mean,
+                running_var,
+                num_batches_tracked,
+                -1.0 if momentum is None else momentum,
+            )
+        else:
+            running = kernels.NO_RUNNING
+    else:
+        statistics = kernels.FIXED
+        running = Running(running_mean, running_var)
+    call = Call(statistics, eps, 0, number, negative_slope, p, key, offset, 0, op)
+    return _batch_norm_ops.normalize(call, x, residual, mask, weight, bias, None, running, out)
+
+
+def _check(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    use_batch: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+    out: Tensor | None,
+    mask: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    op: str,
+) -> None:
+    """Raises, before anything is written, where an argument is wrong."""
+    if type(x) is not Tensor or x.dtype not in SUPPORTED_DTYPES or x.layout is not torch.strided:
+        _dropout_ops.check_input(x, op)
+    shape = x.shape
+    if len(shape) < 2:
+        raise ValueError(
+            f"fusereg.{op}: x must have at least 2 dimensions (N, C, ...), got {len(shape)}"
+        )
+    device = x.device
+    channels = shape[1]
+    for name, values in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if values is not None and (
+            not isinstance(values, Tensor)
+            or values.dim() != 1
+            or values.shape[0] != channels
+            or values.device != device
+        ):
+            _wrong_vector(name, values, channels, device, op)
+    if use_batch:
+        if momentum is not None and not 0.0 <= momentum <= 1.0:
+            raise ValueError(
+                f"fusereg.{op}: momentum must be within [0, 1] or None, got {momentum}"
+            )
+        if x.numel() == channels and channels:
+            raise ValueError(
+                f"fusereg.{op}: training wants more than 1 value per channel, "
+                f"got x of shape {tuple(shape)}"
+            )
+    if not eps > 0.0:
+        raise ValueError(f"fusereg.{op}: eps must be positive, got {eps}")
+    if residual is not None:
+        _check_like(x, residual, "residual", op)
+    if out is not None:
+        _check_out(x, out, (weight, bias, residual), op)
+    if mask is not None:
+        _check_mask(x, mask, op)
+    if num_batches_tracked is not None and (
+        not isinstance(num_batches_tracked, Tensor)
+        or num_batches_tracked.dtype is not torch.int64
+        or num_batches_tracked.numel() != 1
+    ):
+        raise ValueError(
+            f"fusereg.{op}: num_batches_tracked must be an int64 tensor of one element, "
+            f"got {num_batches_tracked!r}"
+        )
+
+
+def _wrong_vector(name: str, values: object, channels: int, device: torch.device, op: str) -> None:
+    where = f"fusereg.{op}: {name}"
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{where} must be a torch.Tensor or None, got {type(values).__name__}")
+    if values.device != device:
+        raise ValueError(f"{where} must be on {device} as x, got {values.device}")
+    raise ValueError(f"{where} must have shape ({channels},), got {tuple(values.shape)}")
+
+
+def _check_like(x: Tensor, other: object, name: str, op: str) -> None:
+    where = f"fusereg.{op}: {name}"
+    if not isinstance(other, Tensor):
+        raise TypeError(f"{where} must be a torch.Tensor, got {type(other).__name__}")
+    if other.shape != x.shape or other.dtype != x.dtype or other.device != x.device:
+        raise ValueError(
+            f"{where} must be {x.dtype} of shape {tuple(x.shape)} on {x.device}, "
+            f"got {other.dtype} of shape {tuple(other.shape)} on {other.device}"
+        )
+
+
+def _check_out(x: Tensor, out: object, inputs: tuple[Tensor | None, ...], op: str) -> None:
+    _dropout_ops.check_target(x, out, op)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        raise ValueError(
+            f"fusereg.{op}: out= supports no gradients, and an argument requires one; "
+            "leave out= away, or call under torch.no_grad()"
+        )
+
+
+def _check_mask(x: Tensor, mask: object, op: str) -> None:
+    wanted = (x.shape[0], *x.shape[2:])
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"fusereg.{op}: mask must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype is not torch.bool or tuple(mask.shape) != wanted or mask.device != x.device:
+        raise ValueError(
+            f"fusereg.{op}: mask must be torch.bool of shape {wanted} on {x.device}, "
+            f"got {mask.dtype} of shape {tuple(mask.shape)} on {mask.device}"
+        )
