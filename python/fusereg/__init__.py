@@ -12,6 +12,7 @@
 from . import _dispatch as _dispatch  # isort: skip  # first: it refuses a torch that is too old
 from . import _C, functional, nn, prox
 from ._version import __version__
+from .convert import convert, revert
 from .functional import dropout_mask
 from .penalty import PenaltyGroup, WeightPenalty, add_penalty_grad_, sparsity
 
@@ -21,9 +22,11 @@ __all__ = [
     "WeightPenalty",
     "__version__",
     "add_penalty_grad_",
+    "convert",
     "dropout_mask",
     "functional",
     "nn",
     "prox",
+    "revert",
     "sparsity",
 ]

@@ -142,3 +142,14 @@ def is_dtensor(tensor: object) -> bool:
 def has_dtensor(tensors: Sequence[torch.Tensor]) -> bool:
     only_plain, _ = _C.scan(tensors)  # a few nanoseconds a tensor
     return not only_plain and any(is_dtensor(t) for t in tensors)
+
+
+def hooked(module: torch.nn.Module) -> bool:
+    """Whether a call of the module is more than its forward: some hook would see it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch.nn.modules.module._has_any_global_hook()
+    )
