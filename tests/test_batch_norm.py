@@ -26,6 +26,7 @@ SHAPES = [
 ]
 
 ACTIVATIONS = [None, "relu", "leaky_relu"]
+SMOOTH = ["silu", "gelu"]
 SLOPE = 0.2
 
 
@@ -190,3 +191,207 @@ def test_threads_and_instruction_sets_do_not_change_a_bit(backend: Backend) -> N
         for other in results[1:]:
             for name, t in results[0].items():
                 assert torch.equal(t, other[name]), (name, shape, channels_last)
+
+
+@pytest.mark.parametrize("activation", SMOOTH)
+def test_smooth_activations(activation: str, dtype: torch.dtype, backend: Backend) -> None:
+    for shape, residual in itertools.product([(9, 40), (4, 3, 5, 7)], (False, True)):
+        case = make(shape, dtype, backend, residual=residual)
+        assert_near(ours(case, True, activation), exact(case, True, activation), dtype)
+
+
+def test_many_channels_and_long_lines(backend: Backend) -> None:
+    """More than a tile of channels, more than a strip of a line, more than one tile of rows."""
+    shapes = [(3, 1100), (2, 3, 1500), (70, 2, 300)]
+    if not backend.on_host:
+        shapes += [(2500, 33), (40, 600, 9), (9, 3, 20_000)]
+    for shape in shapes:
+        case = make(shape, torch.float32, backend, residual=True)
+        assert_near(ours(case, True, "relu"), exact(case, True, "relu"), torch.float32)
+
+
+# --- accuracy -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1e1, 1e3, 1e5])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_far_from_zero(ratio: float, channels_last: bool, backend: Backend) -> None:
+    """mean / std up to 1e5: the deviation is as exact as x itself allows."""
+    shape = (4, 3, 9, 11) if backend.on_host else (16, 3, 33, 35)
+    case = make(shape, torch.float32, backend, channels_last)
+    case = case._replace(x=(case.x * 0.3 + 0.3 * ratio).to(torch.float32))
+    for mean_factor in (1.0, 0.0):  # the running mean: near the mean, and far from it
+        case = case._replace(mean=case.mean * mean_factor)
+        wanted = exact(case, True, None)
+        found = ours(case, True, None)
+        assert_near({k: found[k] for k in ("y", "grad_x", "mean", "var")}, wanted, torch.float32)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_first_element_far_from_the_others(channels_last: bool, backend: Backend) -> None:
+    """What the sums are taken about comes from a few elements: they may mislead."""
+    case = make((6, 3, 20, 21), torch.float32, backend, channels_last)
+    case.x[0, :, :2] += 1e4
+    case.x[0, 1, 0, 0] = 3e7
+    assert_near(ours(case, True, "relu"), exact(case, True, "relu"), torch.float32)
+
+
+def test_constant_channels_and_huge_values(backend: Backend) -> None:
+    x = torch.full((5, 3, 4), 1234.56, device=backend.device)
+    y = F.batch_norm(x, None, None)
+    assert torch.equal(y, torch.zeros_like(y))
+    huge = torch.randn(50, 2, 3, dtype=torch.float64) * 1e25
+    y = F.batch_norm(huge.float().to(backend.device), None, None)
+    wanted = torch.nn.functional.batch_norm(huge.float().double(), None, None, training=True)
+    assert torch.allclose(y.double().cpu(), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_nan_and_inf_stay_in_their_channel(
+    bad: float, channels_last: bool, backend: Backend
+) -> None:
+    case = make((4, 5, 6, 7), torch.float32, backend, channels_last)
+    clean = ours(case, True, "relu")
+    x = case.x.clone(memory_format=torch.preserve_format)
+    x[1, 2, 3, 3] = bad
+    dirty = ours(case._replace(x=x), True, "relu")
+    others = [0, 1, 3, 4]
+    for name in ("y", "grad_x"):
+        assert torch.equal(dirty[name][:, others], clean[name][:, others]), name
+    for name in ("mean", "var", "grad_weight", "grad_bias"):
+        assert torch.equal(dirty[name][others], clean[name][others]), name
+    assert dirty["y"][:, 2].isnan().any()
+    assert dirty["var"][2].isnan()
+
+
+# --- dropout, masks, layouts ----------------------------------------------------------------------
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("p", [0.3, 0.001, 1.0])
+def test_dropout_is_dropout_of_the_result(
+    p: float, activation: str | None, dtype: torch.dtype, backend: Backend
+) -> None:
+    for shape, channels_last, residual in (
+        ((3, 5, 6, 7), False, True),
+        ((3, 5, 6, 7), True, True),
+        ((2, 3, 600), False, False),
+        ((9, 40), False, False),
+    ):
+        case = make(shape, dtype, backend, channels_last, residual)
+        found = ours(case, True, activation, dropout=p, seed=7)
+        # The gradient of what is dropped is dropped.
+        dropped = F.dropout(case.gradient.double(), p, seed=7)
+        wanted = exact(case._replace(gradient=dropped), True, activation)
+        factors = F.dropout(torch.ones_like(case.x, dtype=torch.float64), p, seed=7)
+        wanted["y"] = wanted["y"] * factors.cpu()
+        assert_near(found, wanted, dtype)
+        assert torch.equal(found["y"][factors == 0], torch.zeros_like(found["y"][factors == 0]))
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_masked_elements_belong_to_nothing(activation: str | None, backend: Backend) -> None:
+    for shape, channels_last in (((4, 3, 40), False), ((4, 3, 6, 7), True), ((5, 2, 300), False)):
+        case = make(shape, torch.float32, backend, channels_last, True)
+        keep = torch.rand(shape[0], *shape[2:]) > 0.4
+        every = keep.unsqueeze(1).expand(shape).to(case.x.device)
+        rubbish = case.x.masked_fill(~every, float("nan"))
+        found = ours(
+            case._replace(x=rubbish, residual=case.residual.masked_fill(~every, float("inf"))),  # type: ignore[union-attr]
+            True,
+            activation,
+            mask=keep.to(case.x.device),
+        )
+
+        def packed(t: Tensor, keep: Tensor = keep) -> Tensor:
+            return t.movedim(1, -1)[keep.to(t.device)]
+
+        alone = Case(
+            *(None if t is None else packed(t) for t in case[:2]), *case[2:6], packed(case.gradient)
+        )  # type: ignore[arg-type]
+        wanted = exact(alone, True, activation)
+        for name in ("y", "grad_x", "grad_residual"):
+            assert not found[name][~every].any(), name
+            found[name] = packed(found[name])
+        assert_near(found, wanted, torch.float32, 4.0)
+
+
+LAYOUTS = {
+    "misaligned": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
+    "permuted": lambda t: t.permute(2, 1, 3, 0),
+    "swapped": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "sliced": lambda t: t[:, :, 1:, ::2],
+    "expanded": lambda t: t[:1].expand(t.shape),
+    "negated": lambda t: torch.complex(t, t).conj().imag,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, backend: Backend) -> None:
+    base = make((4, 5, 6, 7), torch.float32, backend)
+    x = LAYOUTS[layout](base.x)
+    residual = torch.randn(x.shape, device=x.device)
+    case = base._replace(x=x, residual=residual, gradient=torch.randn(x.shape, device=x.device))
+    for gradient in (case.gradient, torch.ones((), device=x.device).expand(x.shape)):
+        case = case._replace(gradient=gradient)
+        for activation in ("relu", "silu"):
+            found = ours(case, True, activation)
+            assert_near(found, exact(case, True, activation), torch.float32)
+
+
+def test_out_may_be_the_input_or_the_residual(backend: Backend) -> None:
+    for channels_last in (False, True):
+        case = make((3, 5, 6, 7), torch.float32, backend, channels_last, True)
+        wanted = F.batch_norm(case.x, None, None, residual=case.residual, activation="relu")
+        for target in ("new", "x", "residual"):
+            x, residual = case.x.clone(), case.residual.clone()  # type: ignore[union-attr]
+            out = {"new": torch.empty_like(x), "x": x, "residual": residual}[target]
+            y = F.batch_norm(x, None, None, residual=residual, activation="relu", out=out)
+            assert y is out
+            assert torch.equal(y, wanted)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(4)}, ValueError, "x must have at least 2 dimensions"),
+        ({"x": torch.zeros(4, 3, dtype=torch.int32)}, ValueError, "x has dtype torch.int32"),
+        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+        ({"x": torch.zeros(1, 3)}, ValueError, "more than 1 value per channel"),
+        ({"weight": torch.ones(2)}, ValueError, r"weight must have shape \(3,\), got \(2,\)"),
+        ({"weight": 1.0}, TypeError, "weight must be a torch.Tensor or None, got float"),
+        ({"weight": torch.ones(3).double()}, ValueError, "weight must be float32 for float32 x"),
+        ({"bias": torch.ones(3, device="meta")}, ValueError, "bias must be on cpu as x, got meta"),
+        ({"running_var": torch.ones(3).half()}, ValueError, None),
+        ({"eps": 0.0}, ValueError, "eps must be positive, got 0.0"),
+        ({"momentum": 1.5}, ValueError, r"momentum must be within \[0, 1\] or None, got 1.5"),
+        ({"activation": "tanh"}, ValueError, "activation must be one of None, 'relu'"),
+        ({"dropout": 2.0}, ValueError, r"dropout must be within \[0, 1\], got 2.0"),
+        ({"residual": torch.zeros(4, 3).double()}, ValueError, "residual must be torch.float32"),
+        ({"residual": torch.zeros(4, 2)}, ValueError, "residual must be torch.float32 of shape"),
+        ({"mask": torch.ones(4)}, ValueError, r"mask must be torch.bool of shape \(4,\)"),
+        ({"num_batches_tracked": torch.zeros(())}, ValueError, "must be an int64 tensor"),
+    ],
+    ids=lambda v: str(next(iter(v))) if isinstance(v, dict) else "",
+)
+def test_errors_are_named_and_write_nothing(
+    change: dict[str, Any], error: type[Exception], message: str | None
+) -> None:
+    arguments: dict[str, Any] = {
+        "x": torch.randn(4, 3),
+        "running_mean": torch.zeros(3),
+        "running_var": torch.ones(3),
+        "weight": torch.ones(3),
+        "bias": torch.zeros(3),
+        "training": True,
+        **change,
+    }
+    with pytest.raises(error, match=r"fusereg\.batch_norm: .*" + (message or "running_var")):
+        F.batch_norm(**arguments)
+    assert torch.equal(arguments["running_mean"], torch.zeros(3))
+    assert torch.equal(arguments["running_var"].float(), torch.ones(3))

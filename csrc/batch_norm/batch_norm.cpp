@@ -2,351 +2,30 @@
 //
 // A tile is walked line by line: a line is the inner elements of one (o, c), whose coefficients are
 // the same for all of them (Same), or with inner = 1 the channels of one o, each with its own
-// (Columns). Lines are walked in blocks of kLanes elements, element i of a line in lane i % kLanes,
-// whatever the vector width: so every instruction set adds the same numbers in the same order and
-// gives the same bits. What a block is to do is decided by branches that go the same way for the
-// whole call, which costs less than a kernel for each combination of epilogues would.
+// (Columns). A line is cut into strips, which stay in the first-level cache from one loop over them
+// to the next: so each step of an epilogue is a loop of its own, and there is one for each step
+// rather than one for each combination of them. Strips are padded to whole blocks of kLanes.
+//
+// Sums along a line are kept in kLanes columns, element i of a strip in column i % kLanes, whatever
+// the vector width: so every instruction set adds the same numbers in the same order and gives the
+// same bits.
 #include "batch_norm/batch_norm.h"
 
-#include "core/draw_simd.h"
+#include "batch_norm/batch_norm_strips.h"
 
 namespace fusereg::batch_norm::FUSEREG_ISA {
 namespace {
 
-using namespace ::fusereg::FUSEREG_ISA;
-
-constexpr int kLanes = 32;
-constexpr int kRun = 16;                    // float32 terms that are added before they go to float64
-constexpr std::int64_t kStrip = 512;        // elements whose keep words are made at once
-constexpr std::int64_t kSlack = 2 * kLanes + 64;  // partial blocks read whole vectors
-
-template <class C>
-constexpr int kVectors = kLanes / kWidth<C>;
-template <class C>
-using Word = typename MaskType<C>::type;
-
-template <class C>
-struct Block {
-  Vector<C> v[kVectors<C>];
-};
-
-#define FUSEREG_EACH_VECTOR(v) \
-  _Pragma("GCC unroll 16") for (int v = 0; v < kVectors<C>; ++v)
-
-// The elements [i, i + rest) of a line; kWhole: all lanes are there, else the others are zero.
-template <bool kWhole, class T>
-FUSEREG_INLINE Block<Compute<T>> load_block(const T* p, std::int64_t rest) {
-  using C = Compute<T>;
-  Block<C> block;
-  FUSEREG_EACH_VECTOR(v) {
-    const std::int64_t n = rest - v * kWidth<C>;
-    if (kWhole || n >= kWidth<C>) {
-      block.v[v] = load(p + v * kWidth<C>);
-    } else {
-      block.v[v] = n > 0 ? load_partial(p + v * kWidth<C>, n) : Vector<C>{};
-    }
-  }
-  return block;
-}
-
-template <bool kWhole, class T>
-FUSEREG_INLINE void store_block(T* p, const Block<Compute<T>>& block, std::int64_t rest) {
-  using C = Compute<T>;
-  FUSEREG_EACH_VECTOR(v) {
-    const std::int64_t n = rest - v * kWidth<C>;
-    if (kWhole || n >= kWidth<C>) {
-      store(p + v * kWidth<C>, block.v[v]);
-    } else if (n > 0) {
-      store_partial(p + v * kWidth<C>, block.v[v], n);
-    }
-  }
-}
-
-// --- coefficients ---------------------------------------------------------------------------------
-
-// A tile's, as numbers of the type that computes; each array may be read past its end.
-template <class C>
-struct Numbers {
-  C m[kMaxColumns + kSlack], a[kMaxColumns + kSlack], b[kMaxColumns + kSlack];
-  C q[kMaxColumns + kSlack], r[kMaxColumns + kSlack];
-};
-
-template <class C>
-void convert(C* to, const double* from, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) to[i] = static_cast<C>(from[i]);
-  memset(to + n, 0, kSlack * sizeof(C));
-}
-
-// gradient: with q and r, which are zero otherwise.
-template <class C>
-void convert(Numbers<C>& k, const Coefficients& from, std::int64_t n, bool gradient) {
-  convert(k.m, from.m, n);
-  convert(k.a, from.a, n);
-  convert(k.b, from.b, n);
-  if (gradient) {
-    convert(k.q, from.q, n);
-    convert(k.r, from.r, n);
-  } else {
-    memset(k.q, 0, static_cast<std::size_t>(n + kSlack) * sizeof(C));
-    memset(k.r, 0, static_cast<std::size_t>(n + kSlack) * sizeof(C));
-  }
-}
-
-template <class C>
-struct Same {
-  Vector<C> m_, a_, b_, q_, r_;
-  Same(const Numbers<C>& k, std::int64_t c)
-      : m_(broadcast(k.m[c])),
-        a_(broadcast(k.a[c])),
-        b_(broadcast(k.b[c])),
-        q_(broadcast(k.q[c])),
-        r_(broadcast(k.r[c])) {}
-  Vector<C> m(std::int64_t) const { return m_; }
-  Vector<C> a(std::int64_t) const { return a_; }
-  Vector<C> b(std::int64_t) const { return b_; }
-  Vector<C> q(std::int64_t) const { return q_; }
-  Vector<C> r(std::int64_t) const { return r_; }
-};
-
-template <class C>
-struct Columns {
-  const Numbers<C>& k;
-  explicit Columns(const Numbers<C>& numbers, std::int64_t = 0) : k(numbers) {}
-  Vector<C> m(std::int64_t i) const { return load(k.m + i); }
-  Vector<C> a(std::int64_t i) const { return load(k.a + i); }
-  Vector<C> b(std::int64_t i) const { return load(k.b + i); }
-  Vector<C> q(std::int64_t i) const { return load(k.q + i); }
-  Vector<C> r(std::int64_t i) const { return load(k.r + i); }
-};
-
-// --- masks ----------------------------------------------------------------------------------------
-
-FUSEREG_INLINE std::uint32_t positive_bits(Vector<float> z) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask(z, Vector<float>{}, _CMP_GT_OQ);
-#elif defined(__AVX2__)
-  return static_cast<std::uint32_t>(_mm256_movemask_ps(bit_cast<__m256>(z > Vector<float>{})));
-#elif defined(__SSE2__)
-  return static_cast<std::uint32_t>(_mm_movemask_ps(bit_cast<__m128>(z > Vector<float>{})));
-#else
-  std::uint32_t bits = 0;
-  for (int i = 0; i < kWidth<float>; ++i) bits |= static_cast<std::uint32_t>(z[i] > 0) << i;
-  return bits;
-#endif
-}
-FUSEREG_INLINE std::uint32_t positive_bits(Vector<double> z) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_pd_mask(z, Vector<double>{}, _CMP_GT_OQ);
-#elif defined(__AVX2__)
-  return static_cast<std::uint32_t>(_mm256_movemask_pd(bit_cast<__m256d>(z > Vector<double>{})));
-#elif defined(__SSE2__)
-  return static_cast<std::uint32_t>(_mm_movemask_pd(bit_cast<__m128d>(z > Vector<double>{})));
-#else
-  std::uint32_t bits = 0;
-  for (int i = 0; i < kWidth<double>; ++i) bits |= static_cast<std::uint32_t>(z[i] > 0) << i;
-  return bits;
-#endif
-}
-
-// All ones in the lanes whose bit is set.
-template <class C>
-FUSEREG_INLINE MaskVector<C> mask_of_bits(std::uint32_t bits) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(C) == 4) {
-    return bit_cast<MaskVector<C>>(_mm512_movm_epi32(static_cast<__mmask16>(bits)));
-  } else {
-    return bit_cast<MaskVector<C>>(_mm512_movm_epi64(static_cast<__mmask8>(bits)));
-  }
-#else
-  MaskVector<C> lane{};
-  for (int i = 0; i < kWidth<C>; ++i) lane[i] = Word<C>(1) << i;
-  return ((MaskVector<C>{} + static_cast<Word<C>>(bits)) & lane) == lane;
-#endif
-}
-
-template <class C>
-FUSEREG_INLINE Vector<C> masked(Vector<C> v, MaskVector<C> mask) {
-  return bit_cast<Vector<C>>(bit_cast<MaskVector<C>>(v) & mask);
-}
-template <class C>
-FUSEREG_INLINE Vector<C> select(MaskVector<C> mask, Vector<C> yes, Vector<C> no) {
-  return bit_cast<Vector<C>>((bit_cast<MaskVector<C>>(yes) & mask) |
-                             (bit_cast<MaskVector<C>>(no) & ~mask));
-}
-
-// Ones in the first n lanes.
-template <class C>
-FUSEREG_INLINE MaskVector<C> first_lanes(std::int64_t n) {
-  const std::int64_t count = n < 0 ? 0 : n < kWidth<C> ? n : kWidth<C>;
-  return mask_of_bits<C>((1u << count) - 1u);
-}
-
-template <class C>
-FUSEREG_INLINE MaskVector<C> load_words(const Word<C>* words) {
-  MaskVector<C> mask;
-  memcpy(&mask, words, sizeof(mask));
-  return mask;
-}
-
-// The lanes of vector v of the block at i whose byte is set.
-template <class C>
-FUSEREG_INLINE MaskVector<C> mask_of_bytes(const std::uint8_t* bytes, std::int64_t i, int v,
-                                           std::int64_t rest) {
-  std::uint32_t bits = 0;
-  for (std::int64_t j = 0; j < kWidth<C> && v * kWidth<C> + j < rest; ++j)
-    bits |= static_cast<std::uint32_t>(bytes[i + v * kWidth<C> + j] != 0) << j;
-  return mask_of_bits<C>(bits);
-}
-
-// Which elements of a strip are kept by dropout and belong to a padded sequence: a word of ones or
-// zeros for each.
-template <class C>
-class Keeper {
- public:
-  Keeper(const Epilogue& e, bool dropout)
-      : draw_(e.draw),
-        dropout_(dropout),
-        index_offset_(e.index_offset),
-        low_(dropout ? e.random.low() : 0),
-        keys_(dropout ? e.random.key() : 0) {
-    if (dropout) memset(buffer_, 0, sizeof(buffer_));
-  }
-
-  // The words of n <= kStrip elements from element `at` of memory on; valid until the next call.
-  // inner_mask: one byte for each of them, or null.
-  const Word<C>* words(std::int64_t at, std::int64_t n, const std::uint8_t* inner_mask) {
-    Word<C>* words = buffer_;
-    if (dropout_) {
-      const std::uint64_t index = index_offset_ + static_cast<std::uint64_t>(at);
-      words += draw_.bits == 16 ? fill<16>(index, n) : fill<32>(index, n);
-      if (inner_mask != nullptr) {
-        for (std::int64_t i = 0; i < n; ++i) words[i] &= -static_cast<Word<C>>(inner_mask[i] != 0);
-      }
-    } else {
-      for (std::int64_t i = 0; i < n; ++i) words[i] = -static_cast<Word<C>>(inner_mask[i] != 0);
-      memset(words + n, 0, kSlack * sizeof(Word<C>));
-    }
-    return words;
-  }
-
- private:
-  // Returns where the first word is.
-  template <int kBits>
-  std::int64_t fill(std::uint64_t index, std::int64_t n) {
-    constexpr int kHalf = kBlock<kBits> / 2;
-    constexpr auto kSize = static_cast<std::uint64_t>(kBlock<kBits>);
-    const DrawVector<kBits> threshold =
-        DrawVector<kBits>{} + static_cast<typename DrawType<kBits>::type>(draw_.threshold);
-    std::uint64_t block = index / kSize;
-    const auto skip = static_cast<std::int64_t>(index % kSize);
-    for (std::int64_t at = 0; at < skip + n; at += kBlock<kBits>, ++block) {
-      U64Vector draws[2];
-      philox_chunks(keys_, low_, block * kPhiloxChunks, draws);
-      for (int half = 0; half < 2; ++half) {
-        const auto masks = Masks<C, kBits>::make(draws[half], threshold);
-        for (int i = 0; i < Masks<C, kBits>::kParts; ++i) {
-#if defined(__AVX512F__)
-          const MaskVector<C> part = mask_of_bits<C>(masks.part(i));
-#else
-          const MaskVector<C> part = masks.part(i);
-#endif
-          memcpy(buffer_ + at + half * kHalf + i * kWidth<C>, &part, sizeof(part));
-        }
-      }
-    }
-    return skip;
-  }
-
-  Draw draw_;
-  bool dropout_;
-  std::uint64_t index_offset_;
-  std::uint64_t low_;
-  PhiloxKeys keys_;
-  Word<C> buffer_[kStrip + 2 * kBlock<16> + kSlack];
-};
-
-// --- lines ----------------------------------------------------------------------------------------
-
-// Where the elements of a line, or of a strip of one, are.
-struct Line {
-  std::int64_t at;               // element of memory
-  std::int64_t n;
-  std::int64_t column;           // of the first element: its channel in the tile (Columns)
-  std::int64_t bits;             // byte
-  const std::uint8_t* mask;      // one byte an element, or null
-};
-
-// Calls on_line(line, channel in the tile) for each line of the tile; reverse: the last rows first.
-// on_masked_row(line): a line of which the mask says that it counts for nothing.
-template <class OnLine, class OnMaskedRow>
-FUSEREG_INLINE void for_each_line(const Layout& l, const std::uint8_t* mask, const Tile& t,
-                                  bool reverse, OnLine on_line, OnMaskedRow on_masked_row) {
-  constexpr std::int64_t kBand = 16;
-  const std::int64_t bands = (t.rows + kBand - 1) / kBand;
-  for (std::int64_t band = 0; band < bands; ++band) {
-    const std::int64_t from = (reverse ? bands - 1 - band : band) * kBand;
-    const std::int64_t to = from + kBand < t.rows ? from + kBand : t.rows;
-    for (std::int64_t row = t.row + from; row < t.row + to; ++row) {
-      if (l.inner == 1) {
-        const Line line{row * l.channels + t.channel, t.channels, 0,
-                        row * ((l.channels + 7) / 8) + t.channel / 8, nullptr};
-        if (mask != nullptr && mask[row] == 0) {
-          on_masked_row(line);
-        } else {
-          on_line(line, 0);
-        }
-        continue;
-      }
-      for (std::int64_t c = 0; c < t.channels; ++c) {
-        const std::int64_t index = row * l.channels + t.channel + c;
-        on_line(Line{index * l.inner, l.inner, 0, index * ((l.inner + 7) / 8),
-                     mask == nullptr ? nullptr : mask + row * l.inner},
-                c);
-      }
-    }
-  }
-}
-
-// Cuts a line into strips for which there are keep words.
-template <class C, class OnStrip>
-FUSEREG_INLINE void for_each_strip(const Line& line, Keeper<C>& keeper, bool keep,
-                                   OnStrip on_strip) {
-  if (!keep && line.mask == nullptr) {
-    on_strip(line, static_cast<const Word<C>*>(nullptr));
-    return;
-  }
-  for (std::int64_t i = 0; i < line.n; i += kStrip) {
-    const std::int64_t n = line.n - i < kStrip ? line.n - i : kStrip;
-    const std::uint8_t* const mask = line.mask == nullptr ? nullptr : line.mask + i;
-    const Line strip{line.at + i, n, line.column + i, line.bits + i / 8, mask};
-    on_strip(strip, keeper.words(strip.at, n, mask));
-  }
-}
-
-// Calls on_block(i, rest, whole) for the blocks of n elements; `whole` is a type.
-struct Whole {
-  static constexpr bool value = true;
-};
-struct Partial {
-  static constexpr bool value = false;
-};
-template <class OnBlock>
-FUSEREG_INLINE void for_each_block(std::int64_t n, OnBlock on_block) {
-  std::int64_t i = 0;
-  for (; n - i >= kLanes; i += kLanes) on_block(i, std::int64_t{kLanes}, Whole{});
-  if (i < n) on_block(i, n - i, Partial{});
-}
-
-// --- sums -----------------------------------------------------------------------------------------
+// --- sums ---
 
 // Of one channel whose elements lie in lines: a sum for each lane.
 template <class C>
 struct LaneSums {
   static constexpr int kWide = static_cast<int>(sizeof(double) / sizeof(C));
-  Block<C> first{}, second{};
-  Vector<double> wide_first[kVectors<C>][kWide] = {};
-  Vector<double> wide_second[kVectors<C>][kWide] = {};
-  int terms = 0;
+  Block<C> first, second;
+  Vector<double> wide_first[kVectors<C>][kWide];
+  Vector<double> wide_second[kVectors<C>][kWide];
+  int terms;
 };
 
 template <class C>
@@ -356,7 +35,6 @@ FUSEREG_INLINE void flush(LaneSums<C>& sums, Block<C>& first, Block<C>& second) 
     add_widened(second.v[v], sums.wide_second[v]);
     first.v[v] = second.v[v] = Vector<C>{};
   }
-  sums.terms = 0;
 }
 
 // Lane i and lane i + width, until one is left.
@@ -374,13 +52,14 @@ FUSEREG_INLINE double add_lanes(const Vector<double> (&sums)[kN][kWide]) {
 // Of the channels of a tile whose rows are lines: a sum for each column.
 template <class C>
 struct ColumnSums {
-  C first[kMaxColumns + kSlack], second[kMaxColumns + kSlack];
+  C first[kMaxColumns + kPad], second[kMaxColumns + kPad];
   double wide_first[kMaxColumns], wide_second[kMaxColumns];
-  int terms = 0;
-  explicit ColumnSums(std::int64_t n) {
+  int terms;
+  void clear(std::int64_t n) {
+    terms = 0;
     const auto count = static_cast<std::size_t>(n);
-    memset(first, 0, (count + kSlack) * sizeof(C));
-    memset(second, 0, (count + kSlack) * sizeof(C));
+    memset(first, 0, (count + kPad) * sizeof(C));
+    memset(second, 0, (count + kPad) * sizeof(C));
     memset(wide_first, 0, count * sizeof(double));
     memset(wide_second, 0, count * sizeof(double));
   }
@@ -394,195 +73,170 @@ struct ColumnSums {
   }
 };
 
-// Adds, for each channel of the tile, what `terms` gives for its elements:
-// terms(coefficients, strip, words, i, rest, whole, first block, second block).
-template <class C, class Terms>
-FUSEREG_INLINE void add_sums(const Layout& layout, const std::uint8_t* mask, const Tile& tile,
-                             const Numbers<C>& k, Keeper<C>& keeper, bool keep, Sums sums,
-                             Terms terms) {
-  if (layout.inner == 1) {
-    const Columns<C> columns(k);
-    ColumnSums<C> total(tile.channels);
-    for_each_line(
-        layout, mask, tile, false,
-        [&](const Line& line, std::int64_t) {
-          for_each_strip<C>(line, keeper, keep, [&](const Line& strip, const Word<C>* words) {
-            for_each_block(strip.n, [&](std::int64_t i, std::int64_t rest, auto whole) {
-              Block<C> first, second;
-              terms(columns, strip, words, i, rest, whole, first, second);
-              C* const p = total.first + strip.column + i;
-              C* const q = total.second + strip.column + i;
-              FUSEREG_EACH_VECTOR(v) {
-                store(p + v * kWidth<C>, load(p + v * kWidth<C>) + first.v[v]);
-                store(q + v * kWidth<C>, load(q + v * kWidth<C>) + second.v[v]);
-              }
-            });
-          });
-          if (++total.terms == kRun) total.flush(tile.channels);
-        },
-        [](const Line&) {});
-    total.flush(tile.channels);
-    for (std::int64_t c = 0; c < tile.channels; ++c) {
-      sums.first[c] += total.wide_first[c];
-      sums.second[c] += total.wide_second[c];
+// What is added for an element: d and d^2 (dz null), or dz and dz * d; d = x - m.
+template <bool kMoments, class C>
+void add_line(LaneSums<C>& total, const C* x, const C* dz, C m, std::int64_t n) {
+  const Vector<C> m0 = broadcast(m);
+  // Copies, so that they stay in registers.
+  Block<C> first = total.first;
+  Block<C> second = total.second;
+  int count = total.terms;
+  for (std::int64_t i = 0; i < n;) {
+    const std::int64_t there = (n - i) / kLanes;
+    const std::int64_t blocks = there < kRun - count ? there : kRun - count;
+    for (std::int64_t b = 0; b < blocks; ++b, i += kLanes) {
+      FUSEREG_EACH_VECTOR(v) {
+        const Vector<C> d = load(x + i + v * kWidth<C>) - m0;
+        const Vector<C> one = kMoments ? d : load(dz + i + v * kWidth<C>);
+        first.v[v] += one;
+        second.v[v] += one * d;
+      }
     }
-    return;
+    count += static_cast<int>(blocks);
+    if (count == kRun) {
+      flush(total, first, second);
+      count = 0;
+    }
   }
-  LaneSums<C> lanes[kMaxLines];
-  for_each_line(
-      layout, mask, tile, false,
-      [&](const Line& line, std::int64_t channel) {
-        const Same<C> same(k, channel);
-        LaneSums<C>& total = lanes[channel];
-        Block<C> sum_first = total.first;
-        Block<C> sum_second = total.second;
-        for_each_strip<C>(line, keeper, keep, [&](const Line& strip, const Word<C>* words) {
-          auto step = [&](std::int64_t i, std::int64_t rest, auto whole) {
-            Block<C> first, second;
-            terms(same, strip, words, i, rest, whole, first, second);
-            FUSEREG_EACH_VECTOR(v) {
-              sum_first.v[v] += first.v[v];
-              sum_second.v[v] += second.v[v];
-            }
-          };
-          std::int64_t i = 0;
-          while (strip.n - i >= kLanes) {
-            const std::int64_t there = (strip.n - i) / kLanes;
-            const std::int64_t blocks = there < kRun - total.terms ? there : kRun - total.terms;
-            for (std::int64_t b = 0; b < blocks; ++b, i += kLanes) {
-              step(i, std::int64_t{kLanes}, Whole{});
-            }
-            total.terms += static_cast<int>(blocks);
-            if (total.terms == kRun) flush(total, sum_first, sum_second);
-          }
-          if (i < strip.n) {
-            step(i, strip.n - i, Partial{});
-            if (++total.terms == kRun) flush(total, sum_first, sum_second);
-          }
-        });
-        total.first = sum_first;
-        total.second = sum_second;
-      },
-      [](const Line&) {});
-  for (std::int64_t c = 0; c < tile.channels; ++c) {
-    LaneSums<C>& total = lanes[c];
-    flush(total, total.first, total.second);
-    sums.first[c] += add_lanes(total.wide_first);
-    sums.second[c] += add_lanes(total.wide_second);
+  total.first = first;
+  total.second = second;
+  total.terms = count;
+}
+
+template <bool kMoments, class C>
+void add_row(ColumnSums<C>& total, const C* x, const C* dz, const C* m, std::int64_t n) {
+  C* const first = total.first;
+  C* const second = total.second;
+  for (std::int64_t i = 0; i < n; i += kWidth<C>) {
+    const Vector<C> d = load(x + i) - load(m + i);
+    const Vector<C> one = kMoments ? d : load(dz + i);
+    store(first + i, load(first + i) + one);
+    store(second + i, load(second + i) + one * d);
   }
 }
 
-// --- epilogues ------------------------------------------------------------------------------------
-
-// What a call does with each element, apart from its coefficients.
+// Both kinds of sums, for one tile.
 template <class C>
-struct Plan {
-  Activation activation;
-  bool dropout;
-  Vector<C> slope;
-  Vector<C> scale;  // 1 / keep
-  explicit Plan(const Epilogue& e)
-      : activation(e.activation),
-        dropout(e.dropout),
-        slope(broadcast(static_cast<C>(e.slope))),
-        scale(broadcast(static_cast<C>(e.dropout && e.draw.keep > 0.0 ? 1.0 / e.draw.keep : 0.0))) {
+class TileSums {
+ public:
+  TileSums(const Tile& tile, const Fold& fold) : fold_(fold), channels_(tile.channels) {
+    if (fold.columns) {
+      columns_.clear(fold.width);
+    } else {
+      memset(static_cast<void*>(lines_), 0,
+             static_cast<std::size_t>(tile.channels) * sizeof(LaneSums<C>));
+    }
   }
+
+  template <bool kMoments>
+  void add(const Same<C>& k, std::int64_t channel, const C* x, const C* dz, std::int64_t n) {
+    add_line<kMoments>(lines_[channel], x, dz, *k.m_, n);
+  }
+  template <bool kMoments>
+  void add(const Columns<C>& k, std::int64_t, const C* x, const C* dz, std::int64_t n) {
+    add_row<kMoments>(columns_, x, dz, k.m_, n);
+  }
+  void row_done() {
+    if (++columns_.terms == kRun) columns_.flush(fold_.width);
+  }
+  void add_to(Sums sums) {
+    if (fold_.columns) columns_.flush(fold_.width);
+    for (std::int64_t c = 0; c < channels_; ++c) {
+      double first = 0.0;
+      double second = 0.0;
+      if (fold_.columns) {
+        // Four at a time, for one addition would wait for the other.
+        double part[2][4] = {};
+        for (std::int64_t r = 0; r < fold_.rows; ++r) {
+          for (std::int64_t i = 0; i < fold_.inner; ++i) {
+            const std::int64_t column = (r * channels_ + c) * fold_.inner + i;
+            part[0][(r + i) % 4] += columns_.wide_first[column];
+            part[1][(r + i) % 4] += columns_.wide_second[column];
+          }
+        }
+        first = (part[0][0] + part[0][1]) + (part[0][2] + part[0][3]);
+        second = (part[1][0] + part[1][1]) + (part[1][2] + part[1][3]);
+      } else {
+        LaneSums<C>& total = lines_[c];
+        flush(total, total.first, total.second);
+        first = add_lanes(total.wide_first);
+        second = add_lanes(total.wide_second);
+      }
+      sums.first[c] += first;
+      sums.second[c] += second;
+    }
+  }
+
+ private:
+  const Fold& fold_;
+  std::int64_t channels_;
+  ColumnSums<C> columns_;
+  LaneSums<C> lines_[kMaxLines];
 };
 
-template <class C>
-FUSEREG_INLINE void activate(Block<C>& z, const Plan<C>& plan) {
-  const Vector<C> zero{};
-  switch (plan.activation) {
-    case Activation::kNone:
-      break;
-    case Activation::kRelu:
-      FUSEREG_EACH_VECTOR(v) z.v[v] = select<C>(z.v[v] < zero, zero, z.v[v]);
-      break;
-    case Activation::kLeakyRelu:
-      FUSEREG_EACH_VECTOR(v) {
-        z.v[v] = select<C>(z.v[v] < zero, z.v[v] * plan.slope, z.v[v]);
-      }
-      break;
-    default:
-      break;
-  }
+// Calls on_strip(coefficients, strip, channel in the tile) for each strip of the tile.
+template <class C, class OnStrip, class OnMaskedRow>
+FUSEREG_INLINE void for_each_strip(const Layout& layout, const std::uint8_t* mask, const Tile& tile,
+                                   const Fold& fold, bool reverse, const Numbers<C>& k,
+                                   OnStrip& on_strip, OnMaskedRow on_masked_row) {
+  auto on_line = [&](const Line& line, std::int64_t channel) {
+    if (fold.columns) {
+      on_strip(Columns<C>(k, 0), line, channel);
+      return;
+    }
+    for (std::int64_t i = 0; i < line.n; i += kStrip) {
+      const std::int64_t n = line.n - i < kStrip ? line.n - i : kStrip;
+      on_strip(Same<C>(k, channel),
+               Line{line.at + i, n, i, line.bits + i / 8,
+                    line.mask == nullptr ? nullptr : line.mask + i},
+               channel);
+    }
+  };
+  for_each_line(layout, mask, tile, fold, reverse, on_line, on_masked_row);
 }
 
-// Multiplies by the activation's derivative at z.
+// A strip's words of the mask.
 template <class C>
-FUSEREG_INLINE void activate_backward(Block<C>& dz, const Block<C>& z, const Plan<C>& plan) {
-  const Vector<C> zero{};
-  switch (plan.activation) {
-    case Activation::kNone:
-      break;
-    case Activation::kRelu:
-      FUSEREG_EACH_VECTOR(v) dz.v[v] = masked<C>(dz.v[v], z.v[v] > zero);
-      break;
-    case Activation::kLeakyRelu:
-      FUSEREG_EACH_VECTOR(v) {
-        dz.v[v] = select<C>(z.v[v] > zero, dz.v[v], dz.v[v] * plan.slope);
-      }
-      break;
-    default:
-      break;
-  }
+void mask_words(Word<C>* words, const Line& strip, const Fold& fold) {
+  const std::int64_t inner = fold.columns ? fold.inner : strip.n;
+  for (std::int64_t i = 0; i < strip.n; i += inner) words_of_bytes<C>(words + i, strip.mask, inner);
 }
 
-// A block's bits, of which `rest` elements are there.
-template <class C>
-FUSEREG_INLINE void write_bits(std::uint8_t* to, const Block<C>& z, std::int64_t rest) {
-  std::uint32_t bits = 0;
-  FUSEREG_EACH_VECTOR(v) bits |= positive_bits(z.v[v]) << (v * kWidth<C>);
-  if (rest >= kLanes) {
-    memcpy(to, &bits, sizeof(bits));
+// Calls f(byte of the strip's bits, element of the strip, elements) for each of its lines of bits.
+template <class F>
+FUSEREG_INLINE void for_each_bit_line(const Line& strip, const Fold& fold, F f) {
+  if (!fold.columns || fold.inner == 1) {
+    f(strip.bits, std::int64_t{0}, strip.n);
     return;
   }
-  bits &= (1u << rest) - 1u;
-  for (std::int64_t i = 0; i < rest; i += 8) to[i / 8] = static_cast<std::uint8_t>(bits >> i);
+  const std::int64_t bytes = (fold.inner + 7) / 8;
+  for (std::int64_t i = 0, at = strip.bits; i < strip.n; i += fold.inner, at += bytes)
+    f(at, i, fold.inner);
 }
 
-FUSEREG_INLINE std::uint32_t read_bits(const std::uint8_t* from, std::int64_t rest) {
-  std::uint32_t bits = 0;
-  if (rest >= kLanes) {
-    memcpy(&bits, from, sizeof(bits));
-    return bits;
-  }
-  for (std::int64_t i = 0; i < rest; i += 8) bits |= static_cast<std::uint32_t>(from[i / 8]) << i;
-  return bits;
-}
-
-// --- forward --------------------------------------------------------------------------------------
+// --- forward ---
 
 template <class T>
 void moments(const Forward& job, const Tile& tile, const Coefficients& coefficients, Sums sums) {
   using C = Compute<T>;
   const T* const x = static_cast<const T*>(job.x);
   Numbers<C> k;
-  convert(k, coefficients, tile.channels, false);
-  Keeper<C> keeper(job.epilogue, false);
-  add_sums<C>(job.layout, job.mask, tile, k, keeper, false, sums,
-              [x](const auto& co, const Line& strip, const Word<C>* words, std::int64_t i,
-                  std::int64_t rest, auto whole, Block<C>& first, Block<C>& second)
-                  __attribute__((always_inline)) {
-                    constexpr bool kWhole = decltype(whole)::value;
-                    first = load_block<kWhole>(x + strip.at + i, rest);
-                    FUSEREG_EACH_VECTOR(v) {
-                      const std::int64_t at = i + v * kWidth<C>;
-                      Vector<C>& d = first.v[v];
-                      d -= co.m(strip.column + at);
-                      if (!kWhole) d = masked<C>(d, first_lanes<C>(rest - v * kWidth<C>));
-                      if (words != nullptr) d = masked<C>(d, load_words<C>(words + at));
-                      second.v[v] = d * d;
-                    }
-                  });
-}
-
-template <class C, class K>
-FUSEREG_INLINE void normalize(Block<C>& x, const K& co, std::int64_t column) {
-  FUSEREG_EACH_VECTOR(v) {
-    const std::int64_t at = column + v * kWidth<C>;
-    x.v[v] = (x.v[v] - co.m(at)) * co.a(at) + co.b(at);
-  }
+  const Fold fold(job.layout, tile, job.mask, nullptr);
+  convert(k, coefficients, tile.channels, fold, Which::kM);
+  TileSums<C> total(tile, fold);
+  Buffer<C> buffer;
+  Buffer<Word<C>> mask;
+  auto on_strip = [&](const auto& co, const Line& strip, std::int64_t channel) {
+    const C* from = widen(x + strip.at, strip.n, buffer, &co);
+    if (strip.mask != nullptr) {
+      mask_words<C>(mask.at, strip, fold);
+      from = blank<C>(from, mask.at, padded(strip.n), buffer, &co);
+    }
+    total.template add<true>(co, channel, from, nullptr, padded(strip.n));
+    if (fold.columns) total.row_done();
+  };
+  for_each_strip<C>(job.layout, job.mask, tile, fold, false, k, on_strip, [](const Line&) {});
+  total.add_to(sums);
 }
 
 template <class T>
@@ -591,185 +245,162 @@ void forward(const Forward& job, const Tile& tile, const Coefficients& coefficie
   const T* const x = static_cast<const T*>(job.x);
   const T* const residual = static_cast<const T*>(job.residual);
   T* const y = static_cast<T*>(job.y);
-  std::uint8_t* const bits = job.bits;
+  const Epilogue& e = job.epilogue;
+  const bool relu = e.activation == Activation::kRelu && job.bits == nullptr;
+  const C slope = static_cast<C>(e.slope);
+  const C scale = scale_of<C>(e);
   Numbers<C> k;
-  convert(k, coefficients, tile.channels, false);
-  const Plan<C> plan(job.epilogue);
-  Keeper<C> keeper(job.epilogue, plan.dropout);
-
-  auto on_line = [&](const auto& co, const Line& line) __attribute__((always_inline)) {
-    for_each_strip<C>(line, keeper, plan.dropout, [&](const Line& strip, const Word<C>* words) {
-      for_each_block(strip.n, [&](std::int64_t i, std::int64_t rest, auto whole)
-                                  __attribute__((always_inline)) {
-        constexpr bool kWhole = decltype(whole)::value;
-        const std::int64_t e = strip.at + i;
-        Block<C> z = load_block<kWhole>(x + e, rest);
-        normalize<C>(z, co, strip.column + i);
-        if (residual != nullptr) {
-          const Block<C> r = load_block<kWhole>(residual + e, rest);
-          FUSEREG_EACH_VECTOR(v) z.v[v] += r.v[v];
-        }
-        if (bits != nullptr) write_bits<C>(bits + strip.bits + i / 8, z, rest);
-        activate<C>(z, plan);
-        if (words != nullptr) {
-          if (plan.dropout) FUSEREG_EACH_VECTOR(v) z.v[v] *= plan.scale;
-          FUSEREG_EACH_VECTOR(v) {
-            z.v[v] = masked<C>(z.v[v], load_words<C>(words + i + v * kWidth<C>));
-          }
-        }
-        store_block<kWhole>(y + e, z, rest);
+  const Fold fold(job.layout, tile, job.mask, job.bits);
+  convert(k, coefficients, tile.channels, fold, Which::kAffine);
+  Keeper<C> keeper(e, e.dropout);
+  Buffer<C> x_buffer, residual_buffer, y_buffer;
+  Buffer<Word<C>> mask;
+  auto on_strip = [&](const auto& co, const Line& strip, std::int64_t) {
+    using K = Plain<decltype(co)>;
+    const std::int64_t n = padded(strip.n);
+    const C* const from = widen(x + strip.at, strip.n, x_buffer, &co);
+    const C* const more = residual == nullptr
+                              ? nullptr
+                              : widen(residual + strip.at, strip.n, residual_buffer, none<K>());
+    C* const z = target(y + strip.at, strip.n, y_buffer);
+    affine<C>(z, from, more, n, co, relu);
+    if (job.bits != nullptr) {
+      for_each_bit_line(strip, fold, [&](std::int64_t byte, std::int64_t i, std::int64_t count) {
+        write_bits<C>(job.bits + byte, z + i, count);
       });
-    });
+    }
+    if (!relu && e.activation != Activation::kNone) activate<C>(z, n, e.activation, slope);
+    if (e.dropout) keep<C>(z, z, n, keeper.words(strip.at, strip.n), scale);
+    if (strip.mask != nullptr) {
+      mask_words<C>(mask.at, strip, fold);
+      keep<C>(z, z, n, mask.at, C(1));
+    }
+    narrow(y + strip.at, z, strip.n);
   };
-  auto on_masked_row = [&](const Line& line) {
+  for_each_strip<C>(job.layout, job.mask, tile, fold, true, k, on_strip, [&](const Line& line) {
     memset(y + line.at, 0, static_cast<std::size_t>(line.n) * sizeof(T));
-    if (bits != nullptr) memset(bits + line.bits, 0, static_cast<std::size_t>((line.n + 7) / 8));
-  };
-  if (job.layout.inner == 1) {
-    const Columns<C> columns(k);
-    for_each_line(
-        job.layout, job.mask, tile, true,
-        [&](const Line& line, std::int64_t) { on_line(columns, line); }, on_masked_row);
-  } else {
-    for_each_line(
-        job.layout, job.mask, tile, true,
-        [&](const Line& line, std::int64_t c) { on_line(Same<C>(k, c), line); }, on_masked_row);
-  }
+    if (job.bits != nullptr)
+      memset(job.bits + line.bits, 0, static_cast<std::size_t>((line.n + 7) / 8));
+  });
 }
 
-// --- backward -------------------------------------------------------------------------------------
+// --- backward ---
 
+// What both passes of backward make of a strip: x, and dz.
 template <class T>
-struct Sources {
-  const T* grad;
-  const T* x;
-  const T* residual;
-  const std::uint8_t* bits;
-  explicit Sources(const Backward& job)
-      : grad(static_cast<const T*>(job.grad)),
-        x(static_cast<const T*>(job.x)),
-        residual(static_cast<const T*>(job.residual)),
-        bits(job.bits) {}
-};
-
-// dz, and d = x - m.
-template <bool kWhole, class T, class K>
-FUSEREG_INLINE void gradient_of_z(const Sources<T>& from, const K& co, const Line& strip,
-                                  const Word<Compute<T>>* words, std::int64_t i, std::int64_t rest,
-                                  const Plan<Compute<T>>& plan, Block<Compute<T>>& dz,
-                                  Block<Compute<T>>& d) {
+class GradientOfZ {
+ public:
   using C = Compute<T>;
-  const std::int64_t e = strip.at + i;
-  const std::int64_t column = strip.column + i;
-  dz = load_block<kWhole>(from.grad + e, rest);
-  d = load_block<kWhole>(from.x + e, rest);
-  FUSEREG_EACH_VECTOR(v) d.v[v] -= co.m(column + v * kWidth<C>);
-  if (plan.dropout) FUSEREG_EACH_VECTOR(v) dz.v[v] *= plan.scale;
-  if (words != nullptr) {
-    FUSEREG_EACH_VECTOR(v) {
-      const MaskVector<C> keep = load_words<C>(words + i + v * kWidth<C>);
-      dz.v[v] = masked<C>(dz.v[v], keep);
+  GradientOfZ(const Backward& job, const Fold& fold)
+      : job_(job),
+        fold_(fold),
+        keeper_(job.epilogue, job.epilogue.dropout),
+        slope_(static_cast<C>(job.epilogue.slope)),
+        scale_(scale_of<C>(job.epilogue)) {}
+
+  template <class K>
+  void make(const K& co, const Line& strip) {
+    const Epilogue& e = job_.epilogue;
+    const std::int64_t n = padded(strip.n);
+    x = widen(static_cast<const T*>(job_.x) + strip.at, strip.n, x_, &co);
+    const C* g = widen(static_cast<const T*>(job_.grad) + strip.at, strip.n, grad_, none<K>());
+    const C* residual = nullptr;
+    if (job_.residual != nullptr && job_.bits == nullptr && e.activation != Activation::kNone)
+      residual =
+          widen(static_cast<const T*>(job_.residual) + strip.at, strip.n, residual_, none<K>());
+    words = nullptr;
+    if (strip.mask != nullptr) {
+      mask_words<C>(mask_.at, strip, fold_);
+      words = mask_.at;
+      x = blank<C>(x, words, n, x_, &co);
+      g = blank<C>(g, words, n, grad_, none<K>());
+      if (residual != nullptr) residual = blank<C>(residual, words, n, residual_, none<K>());
+    }
+    if (e.dropout) {
+      keep<C>(grad_.at, g, n, keeper_.words(strip.at, strip.n), scale_);
+      g = grad_.at;
+    }
+    dz = g;
+    if (e.activation == Activation::kNone) return;
+    dz = dz_.at;
+    const bool relu = e.activation == Activation::kRelu;
+    if (job_.bits != nullptr) {
+      // A line's last block may reach into the next line, which is then made again.
+      for_each_bit_line(strip, fold_, [&](std::int64_t byte, std::int64_t i, std::int64_t count) {
+        rectify_by_bits<C>(dz_.at + i, g + i, count, job_.bits + byte, relu, slope_);
+      });
+    } else if (relu) {
+      rectify<true>(dz_.at, g, x, residual, n, co, slope_);
+    } else if (e.activation == Activation::kLeakyRelu) {
+      rectify<false>(dz_.at, g, x, residual, n, co, slope_);
+    } else {
+      affine<C>(z_.at, x, residual, n, co, false);
+      multiply_by_derivative<C>(dz_.at, g, z_.at, n, e.activation);
     }
   }
-  if (strip.mask != nullptr || !kWhole) {
-    // What is not there may be anything, NaN as well, and dz = 0 alone would not hide it.
-    FUSEREG_EACH_VECTOR(v) {
-      if (!kWhole) d.v[v] = masked<C>(d.v[v], first_lanes<C>(rest - v * kWidth<C>));
-      if (strip.mask != nullptr) d.v[v] = masked<C>(d.v[v], mask_of_bytes<C>(strip.mask, i, v, rest));
-    }
-  }
-  if (plan.activation == Activation::kNone) return;
-  if (from.bits != nullptr) {
-    const std::uint32_t bits = read_bits(from.bits + strip.bits + i / 8, rest);
-    FUSEREG_EACH_VECTOR(v) {
-      const MaskVector<C> positive = mask_of_bits<C>(bits >> (v * kWidth<C>));
-      dz.v[v] = plan.activation == Activation::kRelu
-                    ? masked<C>(dz.v[v], positive)
-                    : select<C>(positive, dz.v[v], dz.v[v] * plan.slope);
-    }
-    return;
-  }
-  Block<C> z;
-  FUSEREG_EACH_VECTOR(v) {
-    const std::int64_t at = column + v * kWidth<C>;
-    z.v[v] = d.v[v] * co.a(at) + co.b(at);
-  }
-  if (from.residual != nullptr) {
-    const Block<C> r = load_block<kWhole>(from.residual + e, rest);
-    FUSEREG_EACH_VECTOR(v) z.v[v] += r.v[v];
-  }
-  activate_backward<C>(dz, z, plan);
-}
+
+  const C* x = nullptr;
+  const C* dz = nullptr;
+  const Word<C>* words = nullptr;  // of the mask
+
+ private:
+  const Backward& job_;
+  const Fold& fold_;
+  Keeper<C> keeper_;
+  C slope_, scale_;
+  Buffer<C> x_, grad_, residual_, z_, dz_;
+  Buffer<Word<C>> mask_;
+};
 
 template <class T>
 void reduce(const Backward& job, const Tile& tile, const Coefficients& coefficients, Sums sums) {
   using C = Compute<T>;
-  const Sources<T> from(job);
   Numbers<C> k;
-  convert(k, coefficients, tile.channels, false);
-  const Plan<C> plan(job.epilogue);
-  Keeper<C> keeper(job.epilogue, plan.dropout);
-  add_sums<C>(job.layout, job.mask, tile, k, keeper, plan.dropout, sums,
-              [&](const auto& co, const Line& strip, const Word<C>* words, std::int64_t i,
-                  std::int64_t rest, auto whole, Block<C>& first, Block<C>& second)
-                  __attribute__((always_inline)) {
-                    constexpr bool kWhole = decltype(whole)::value;
-                    gradient_of_z<kWhole>(from, co, strip, words, i, rest, plan, first, second);
-                    FUSEREG_EACH_VECTOR(v) second.v[v] *= first.v[v];
-                  });
+  const Fold fold(job.layout, tile, job.mask, job.bits);
+  convert(k, coefficients, tile.channels, fold, Which::kAffine);
+  GradientOfZ<T> from(job, fold);
+  TileSums<C> total(tile, fold);
+  auto on_strip = [&](const auto& co, const Line& strip, std::int64_t channel) {
+    from.make(co, strip);
+    total.template add<false>(co, channel, from.x, from.dz, padded(strip.n));
+    if (fold.columns) total.row_done();
+  };
+  for_each_strip<C>(job.layout, job.mask, tile, fold, false, k, on_strip, [](const Line&) {});
+  total.add_to(sums);
 }
 
 template <class T>
 void backward(const Backward& job, const Tile& tile, const Coefficients& coefficients) {
   using C = Compute<T>;
-  const Sources<T> from(job);
   T* const grad_x = static_cast<T*>(job.grad_x);
   T* const grad_residual = static_cast<T*>(job.grad_residual);
   Numbers<C> k;
-  convert(k, coefficients, tile.channels, true);
-  const Plan<C> plan(job.epilogue);
-  Keeper<C> keeper(job.epilogue, plan.dropout);
-
-  auto on_line = [&](const auto& co, const Line& line) __attribute__((always_inline)) {
-    for_each_strip<C>(line, keeper, plan.dropout, [&](const Line& strip, const Word<C>* words) {
-      for_each_block(strip.n, [&](std::int64_t i, std::int64_t rest, auto whole)
-                                  __attribute__((always_inline)) {
-        constexpr bool kWhole = decltype(whole)::value;
-        const std::int64_t e = strip.at + i;
-        Block<C> dz, d;
-        gradient_of_z<kWhole>(from, co, strip, words, i, rest, plan, dz, d);
-        if (grad_residual != nullptr) store_block<kWhole>(grad_residual + e, dz, rest);
-        if (grad_x == nullptr) return;
-        FUSEREG_EACH_VECTOR(v) {
-          const std::int64_t at = strip.column + i + v * kWidth<C>;
-          Vector<C>& result = dz.v[v];
-          result = co.a(at) * result + co.q(at) * d.v[v] + co.r(at);
-          if (strip.mask != nullptr) {
-            result = masked<C>(result, mask_of_bytes<C>(strip.mask, i, v, rest));
-          }
-        }
-        store_block<kWhole>(grad_x + e, dz, rest);
-      });
-    });
+  const Fold fold(job.layout, tile, job.mask, job.bits);
+  convert(k, coefficients, tile.channels, fold, Which::kGradient);
+  GradientOfZ<T> from(job, fold);
+  Buffer<C> buffer;
+  auto on_strip = [&](const auto& co, const Line& strip, std::int64_t) {
+    const std::int64_t n = padded(strip.n);
+    from.make(co, strip);
+    C* const made = grad_x == nullptr || grad_residual != nullptr
+                        ? buffer.at
+                        : target(grad_x + strip.at, strip.n, buffer);
+    if (grad_x != nullptr) {
+      gradient<C>(made, from.dz, from.x, n, co);
+      if (from.words != nullptr) keep<C>(made, made, n, from.words, C(1));
+    }
+    // grad_x or grad_residual may be grad, from which dz may be read until here.
+    if (grad_residual != nullptr) narrow(grad_residual + strip.at, from.dz, strip.n);
+    if (grad_x != nullptr) narrow(grad_x + strip.at, made, strip.n);
   };
-  auto on_masked_row = [&](const Line& line) {
+  for_each_strip<C>(job.layout, job.mask, tile, fold, true, k, on_strip, [&](const Line& line) {
     const auto bytes = static_cast<std::size_t>(line.n) * sizeof(T);
     if (grad_residual != nullptr) memset(grad_residual + line.at, 0, bytes);
     if (grad_x != nullptr) memset(grad_x + line.at, 0, bytes);
-  };
-  if (job.layout.inner == 1) {
-    const Columns<C> columns(k);
-    for_each_line(
-        job.layout, job.mask, tile, true,
-        [&](const Line& line, std::int64_t) { on_line(columns, line); }, on_masked_row);
-  } else {
-    for_each_line(
-        job.layout, job.mask, tile, true,
-        [&](const Line& line, std::int64_t c) { on_line(Same<C>(k, c), line); }, on_masked_row);
-  }
+  });
 }
 
-// --- the table ------------------------------------------------------------------------------------
+// --- the table ---
 
 void moments_any(const Forward& job, const Tile& tile, const Coefficients& k, Sums sums) {
   dispatch_dtype(job.dtype,

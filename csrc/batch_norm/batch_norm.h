@@ -15,10 +15,11 @@
 // stays below 1e-6 of its scale for mean / std up to 1e5.
 //
 // Running statistics: r <- (1 - momentum) * r + momentum * value, with the unbiased variance
-// (count / (count - 1)); over several groups the groups' moments are combined first (sums of counts,
-// means and squared deviations). `batches`, if given, is counted up by one before that; a negative
-// momentum means a cumulative average, 1 / *batches. A statistic of no elements changes nothing (a
-// batch is counted nevertheless, as torch counts it); one of a single element leaves the variance.
+// (count / (count - 1)); over several groups the groups' moments are combined first (sums of
+// counts, means and squared deviations). `batches`, if given, is counted up by one before that; a
+// negative momentum means a cumulative average, 1 / *batches. A statistic of no elements changes
+// nothing (a batch is counted nevertheless, as torch counts it); one of a single element leaves the
+// variance.
 //
 // Backward, with dz = gradient of z (dropout drawn again, activation'(z) from x, or from `bits`),
 // over the count_s elements:
@@ -160,9 +161,11 @@ void backward_cuda(const Backward& job, void* scratch, void* semaphores, int dev
 
 inline constexpr std::int64_t kMaxColumns = 512;
 inline constexpr std::int64_t kMaxLines = 16;
+// Up to this inner, lines of several channels are taken as one line of at most kMaxColumns.
+inline constexpr std::int64_t kMaxFolded = 256;
 
-// `rows` values of o from `row` on, of one group, and some channels: at most kMaxColumns with
-// inner = 1, at most kMaxLines otherwise.
+// `rows` values of o from `row` on, of one group, and some channels: at most kMaxColumns / inner up
+// to kMaxFolded, at most kMaxLines otherwise.
 struct Tile {
   std::int64_t row = 0;
   std::int64_t rows = 0;

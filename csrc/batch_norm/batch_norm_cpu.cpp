@@ -31,6 +31,19 @@ double get(const PerChannel& values, std::int64_t i) {
   });
 }
 
+// The numbers of `n` channels; `absent` for each if there are none.
+void read(const PerChannel& values, std::int64_t begin, std::int64_t n, double absent, double* to) {
+  if (values.data == nullptr) {
+    std::fill_n(to, n, absent);
+    return;
+  }
+  dispatch_dtype(values.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const T* const from = static_cast<const T*>(values.data) + begin;
+    for (std::int64_t i = 0; i < n; ++i) to[i] = static_cast<double>(to_compute(from[i]));
+  });
+}
+
 void set(const PerChannel& values, std::int64_t i, double value) {
   dispatch_dtype(values.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -49,13 +62,16 @@ class Tiling {
       // Columns whose elements fit the cache, if they are not too narrow for that.
       const std::int64_t fitting = kCacheBytes / std::max<std::int64_t>(rows * size, 1) / 32 * 32;
       if (fitting < width_ && fitting * size >= kNarrowBytes) width_ = fitting;
+    } else if (layout.inner <= kMaxFolded) {
+      width_ = std::min(layout.channels, kMaxColumns / layout.inner);
     } else {
       width_ = std::clamp<std::int64_t>(kLineBytes / (layout.inner * size), 1, kMaxLines);
     }
     fits_ = rows * width_ * layout.inner * size <= kCacheBytes;
     blocks_ = ceil_div(layout.channels, width_);
-    tile_rows_ = std::max({ceil_div(kTileElements, std::max<std::int64_t>(width_ * layout.inner, 1)),
-                           ceil_div(rows, kMaxTiles), std::int64_t{1}});
+    tile_rows_ =
+        std::max({ceil_div(kTileElements, std::max<std::int64_t>(width_ * layout.inner, 1)),
+                  ceil_div(rows, kMaxTiles), std::int64_t{1}});
     tiles_ = ceil_div(rows, tile_rows_);
   }
 
@@ -90,7 +106,8 @@ class Tiling {
   }
 
   std::int64_t elements_per_block() const {
-    return std::max<std::int64_t>(layout_.numel() / std::max<std::int64_t>(groups_ * blocks_, 1), 1);
+    return std::max<std::int64_t>(layout_.numel() / std::max<std::int64_t>(groups_ * blocks_, 1),
+                                  1);
   }
   std::int64_t elements_per_tile() const {
     return std::max<std::int64_t>(elements_per_block() / std::max<std::int64_t>(tiles_, 1), 1);
@@ -251,19 +268,30 @@ double rounded_for(DType dtype, double value) {
 constexpr double kFirstTime = -1.0;
 constexpr double kSecondTime = -2.0;
 
-// m, a and b of z = (x - m) * a + b.
-struct Affine {
-  double m, a, b;
-};
+// What z and its gradient are made of, for the channels of a tile; Job: Forward or Backward.
+struct Parameters {
+  double mean[kMaxColumns], variance[kMaxColumns];
 
-Affine make_affine(double mean, double variance, double weight, double bias, double eps,
-                   DType dtype) {
-  Affine f;
-  f.m = rounded_for(dtype, mean);
-  f.a = weight / std::sqrt(variance + eps);
-  f.b = bias - (mean - f.m) * f.a;
-  return f;
-}
+  template <class Job>
+  Parameters(const Job& job, std::int64_t group, const Tile& tile, Coefficients& k) {
+    const std::int64_t n = tile.channels;
+    if (job.moments == nullptr) {
+      read(job.running_mean, tile.channel, n, 0.0, mean);
+      read(job.running_var, tile.channel, n, 1.0, variance);
+    } else {
+      const std::int64_t s = group * job.layout.channels + tile.channel;
+      std::copy_n(job.moments + s, n, mean);
+      std::copy_n(job.moments + job.layout.statistics() + s, n, variance);
+    }
+    read(job.weight, tile.channel, n, 1.0, k.a);
+    read(job.bias, tile.channel, n, 0.0, k.b);
+    for (std::int64_t i = 0; i < n; ++i) {
+      k.m[i] = rounded_for(job.dtype, mean[i]);
+      k.a[i] = k.a[i] / std::sqrt(variance[i] + job.eps);
+      k.b[i] = k.b[i] - (mean[i] - k.m[i]) * k.a[i];
+    }
+  }
+};
 
 // How many elements of a group's rows count, for each group.
 double count_of(const Layout& l, const std::uint8_t* mask, std::int64_t begin, std::int64_t rows) {
@@ -286,12 +314,8 @@ class ForwardRun : public Passes<ForwardRun> {
   }
 
   void prepare_sums(std::int64_t group, const Tile& tile, Coefficients& k) const {
-    // Only m is used, and must be a number of the type that computes.
-    const double* const mean = job_.moments + group * layout_.channels + tile.channel;
-    for (std::int64_t c = 0; c < tile.channels; ++c) {
-      k.m[c] = mean[c];
-      k.a[c] = k.b[c] = 0.0;
-    }
+    // m alone, which is a number of the type that computes.
+    std::copy_n(job_.moments + group * layout_.channels + tile.channel, tile.channels, k.m);
   }
 
   void add(const Tile& tile, const Coefficients& k, Sums sums) const {
@@ -332,20 +356,7 @@ class ForwardRun : public Passes<ForwardRun> {
   }
 
   void prepare(std::int64_t group, const Tile& tile, Coefficients& k) const {
-    const std::int64_t statistics = layout_.statistics();
-    const bool from_running = job_.moments == nullptr;
-    for (std::int64_t i = 0; i < tile.channels; ++i) {
-      const std::int64_t c = tile.channel + i;
-      const std::int64_t s = group * layout_.channels + c;
-      const double mean = from_running ? get(job_.running_mean, c) : job_.moments[s];
-      const double var = from_running ? get(job_.running_var, c) : job_.moments[statistics + s];
-      const double weight = job_.weight.data == nullptr ? 1.0 : get(job_.weight, c);
-      const double bias = job_.bias.data == nullptr ? 0.0 : get(job_.bias, c);
-      const Affine f = make_affine(mean, var, weight, bias, job_.eps, job_.dtype);
-      k.m[i] = f.m;
-      k.a[i] = f.a;
-      k.b[i] = f.b;
-    }
+    const Parameters made(job_, group, tile, k);
   }
 
   void write(const Tile& tile, const Coefficients& k) const { kernels_.forward(job_, tile, k); }
@@ -383,7 +394,8 @@ class ForwardRun : public Passes<ForwardRun> {
           if (job_.mask != nullptr && job_.mask[o * layout_.inner + i] == 0) continue;
           n += 1.0;
           for (std::int64_t c = 0; c < layout_.channels; ++c) {
-            mean[c] += static_cast<double>(to_compute(x[(o * layout_.channels + c) * layout_.inner + i]));
+            mean[c] +=
+                static_cast<double>(to_compute(x[(o * layout_.channels + c) * layout_.inner + i]));
           }
         }
       }
@@ -426,10 +438,9 @@ class ForwardRun : public Passes<ForwardRun> {
   void update_running() const {
     if (job_.batches != nullptr) ++*job_.batches;
     if (job_.running_mean.data == nullptr && job_.running_var.data == nullptr) return;
-    const double momentum = job_.momentum >= 0.0 ? job_.momentum
-                            : job_.batches == nullptr
-                                ? 1.0
-                                : 1.0 / static_cast<double>(*job_.batches);
+    const double momentum = job_.momentum >= 0.0      ? job_.momentum
+                            : job_.batches == nullptr ? 1.0
+                                                      : 1.0 / static_cast<double>(*job_.batches);
     const std::int64_t statistics = layout_.statistics();
     for (std::int64_t c = 0; c < layout_.channels; ++c) {
       double count = 0.0;
@@ -465,19 +476,13 @@ class BackwardRun : public Passes<BackwardRun> {
       : Passes(job.layout, job.dtype), job_(job), kernels_(cpu_kernels()), sums_(sums) {}
 
   void execute() {
-    if (job_.reduce && layout_.numel() == 0)
-      std::fill_n(sums_, 2 * layout_.statistics(), 0.0);
+    if (job_.reduce && layout_.numel() == 0) std::fill_n(sums_, 2 * layout_.statistics(), 0.0);
     run(job_.reduce, job_.grad_x != nullptr || job_.grad_residual != nullptr);
     if (job_.reduce) parameter_gradients();
   }
 
   void prepare_sums(std::int64_t group, const Tile& tile, Coefficients& k) const {
-    for (std::int64_t i = 0; i < tile.channels; ++i) {
-      const Affine f = affine(group, tile.channel + i);
-      k.m[i] = f.m;
-      k.a[i] = f.a;
-      k.b[i] = f.b;
-    }
+    const Parameters made(job_, group, tile, k);
   }
 
   void add(const Tile& tile, const Coefficients& k, Sums sums) const {
@@ -488,7 +493,7 @@ class BackwardRun : public Passes<BackwardRun> {
     for (std::int64_t i = 0; i < whole.channels; ++i) {
       const std::int64_t c = whole.channel + i;
       const std::int64_t s = group * layout_.channels + c;
-      const double low = mean(s, c) - affine(group, c).m;
+      const double low = mean(s, c) - rounded_for(job_.dtype, mean(s, c));
       sums_[s] = sums.first[i];
       sums_[layout_.statistics() + s] = sums.second[i] - low * sums.first[i];
     }
@@ -496,18 +501,17 @@ class BackwardRun : public Passes<BackwardRun> {
   }
 
   void prepare(std::int64_t group, const Tile& tile, Coefficients& k) const {
-    prepare_sums(group, tile, k);
+    const Parameters made(job_, group, tile, k);
+    std::fill_n(k.q, tile.channels, 0.0);
+    std::fill_n(k.r, tile.channels, 0.0);
+    if (job_.statistics == Statistics::kFixed) return;
     const std::int64_t statistics = layout_.statistics();
     for (std::int64_t i = 0; i < tile.channels; ++i) {
-      const std::int64_t c = tile.channel + i;
-      const std::int64_t s = group * layout_.channels + c;
-      k.q[i] = k.r[i] = 0.0;
-      if (job_.statistics == Statistics::kFixed) continue;
+      const std::int64_t s = group * layout_.channels + tile.channel + i;
       const double n = job_.moments[2 * statistics + s];
       if (n == 0.0) continue;
-      const double a = affine(group, c).a;
-      k.q[i] = -a * sums_[statistics + s] / (n * (variance(s, c) + job_.eps));
-      k.r[i] = -a * sums_[s] / n - k.q[i] * (mean(s, c) - k.m[i]);
+      k.q[i] = -k.a[i] * sums_[statistics + s] / (n * (made.variance[i] + job_.eps));
+      k.r[i] = -k.a[i] * sums_[s] / n - k.q[i] * (made.mean[i] - k.m[i]);
     }
   }
 
@@ -521,13 +525,6 @@ class BackwardRun : public Passes<BackwardRun> {
     return job_.moments == nullptr ? get(job_.running_var, c)
                                    : job_.moments[layout_.statistics() + s];
   }
-  Affine affine(std::int64_t group, std::int64_t c) const {
-    const std::int64_t s = group * layout_.channels + c;
-    return make_affine(mean(s, c), variance(s, c),
-                       job_.weight.data == nullptr ? 1.0 : get(job_.weight, c),
-                       job_.bias.data == nullptr ? 0.0 : get(job_.bias, c), job_.eps, job_.dtype);
-  }
-
   void parameter_gradients() const {
     for (std::int64_t c = 0; c < layout_.channels; ++c) {
       double weight = 0.0;
@@ -556,7 +553,14 @@ void backward_cpu(const Backward& job) {
     BackwardRun(job, job.sums).execute();
     return;
   }
-  std::vector<double> sums(static_cast<std::size_t>(2 * job.layout.statistics()));
+  constexpr std::int64_t kFew = 512;
+  const std::int64_t count = 2 * job.layout.statistics();
+  if (count <= kFew) {
+    double sums[kFew];
+    BackwardRun(job, sums).execute();
+    return;
+  }
+  std::vector<double> sums(static_cast<std::size_t>(count));
   BackwardRun(job, sums.data()).execute();
 }
 

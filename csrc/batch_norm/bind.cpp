@@ -85,14 +85,13 @@ class Reader {
                             std::to_string(layout_.channels) + ",), got " +
                             std::string(py::str(py::tuple(tensor.attr("shape")))));
     }
-    const bool fits = view.dtype == x_.dtype ||
-                      (view.dtype == DType::kFloat32 && x_.dtype != DType::kFloat64);
+    const bool fits =
+        view.dtype == x_.dtype || (view.dtype == DType::kFloat32 && x_.dtype != DType::kFloat64);
     if (!fits) {
-      throw py::value_error(where(op_, name) + " must be " + dtype_name(x_.dtype) +
-                            (x_.dtype == DType::kFloat64 || x_.dtype == DType::kFloat32
-                                 ? ""
-                                 : " or float32") +
-                            " for " + dtype_name(x_.dtype) + " x, got " + dtype_name(view.dtype));
+      throw py::value_error(
+          where(op_, name) + " must be " + dtype_name(x_.dtype) +
+          (x_.dtype == DType::kFloat64 || x_.dtype == DType::kFloat32 ? "" : " or float32") +
+          " for " + dtype_name(x_.dtype) + " x, got " + dtype_name(view.dtype));
     }
     return {view.data, view.dtype};
   }
@@ -170,8 +169,8 @@ std::int64_t on_cuda(const Job& job, std::int64_t bytes, const py::object& scrat
                      void (*run)(const Job&, void*, void*, int, void*)) {
   RawView memory;
   RawView zeros;
-  const bool there = read_raw(scratch, memory) && memory.device == x.device &&
-                     memory.contiguous && memory.numel * memory.bytes >= bytes;
+  const bool there = read_raw(scratch, memory) && memory.device == x.device && memory.contiguous &&
+                     memory.numel * memory.bytes >= bytes;
   if (!there) return -std::max<std::int64_t>(bytes, 16);
   if (!read_raw(semaphores, zeros) || zeros.device != x.device || !zeros.contiguous ||
       zeros.numel * zeros.bytes < kSemaphoreBytes) {
@@ -188,9 +187,9 @@ std::int64_t batch_norm_forward(
     const py::object& residual, const py::object& mask, const py::object& weight,
     const py::object& bias, const py::object& running_mean, const py::object& running_var,
     const py::object& batches, [[maybe_unused]] const py::object& scratch,
-    [[maybe_unused]] const py::object& semaphores, double momentum, int statistics, double eps, std::int64_t group_samples, int activation,
-    double slope, double p, const py::object& seed, const py::object& offset,
-    const py::object& index_offset, const char* op) {
+    [[maybe_unused]] const py::object& semaphores, double momentum, int statistics, double eps,
+    std::int64_t group_samples, int activation, double slope, double p, const py::object& seed,
+    const py::object& offset, const py::object& index_offset, const char* op) {
   Reader reader(x, group_samples, !mask.is_none(), op);
   Forward job;
   job.layout = reader.layout();
@@ -230,14 +229,13 @@ std::int64_t batch_norm_forward(
 std::int64_t batch_norm_backward(
     const py::object& grad_x, const py::object& grad_residual, const py::object& grad_weight,
     const py::object& grad_bias, const py::object& sums, const py::object& grad,
-    const py::object& x, const py::object& residual, const py::object& mask,
-    const py::object& bits, const py::object& moments, const py::object& weight,
-    const py::object& bias, const py::object& running_mean, const py::object& running_var,
-    [[maybe_unused]] const py::object& scratch,
-    [[maybe_unused]] const py::object& semaphores, bool reduce, int statistics,
-    double eps, std::int64_t group_samples, int activation, double slope, double p,
-    const py::object& seed, const py::object& offset, const py::object& index_offset,
-    const char* op) {
+    const py::object& x, const py::object& residual, const py::object& mask, const py::object& bits,
+    const py::object& moments, const py::object& weight, const py::object& bias,
+    const py::object& running_mean, const py::object& running_var,
+    [[maybe_unused]] const py::object& scratch, [[maybe_unused]] const py::object& semaphores,
+    bool reduce, int statistics, double eps, std::int64_t group_samples, int activation,
+    double slope, double p, const py::object& seed, const py::object& offset,
+    const py::object& index_offset, const char* op) {
   Reader reader(x, group_samples, !mask.is_none(), op);
   Backward job;
   job.layout = reader.layout();
@@ -299,10 +297,10 @@ void bind(py::module_& m) {
         arg("p"), arg("seed"), arg("offset"), arg("index_offset"), arg("op"));
   m.def("batch_norm_backward", &batch_norm_backward, arg("grad_x"), arg("grad_residual"),
         arg("grad_weight"), arg("grad_bias"), arg("sums"), arg("grad"), arg("x"), arg("residual"),
-        arg("mask"), arg("bits"), arg("moments"), arg("weight"), arg("bias"),
-        arg("running_mean"), arg("running_var"), arg("scratch"), arg("semaphores"), arg("reduce"),
-        arg("statistics"), arg("eps"), arg("group_samples"), arg("activation"), arg("slope"),
-        arg("p"), arg("seed"), arg("offset"), arg("index_offset"), arg("op"));
+        arg("mask"), arg("bits"), arg("moments"), arg("weight"), arg("bias"), arg("running_mean"),
+        arg("running_var"), arg("scratch"), arg("semaphores"), arg("reduce"), arg("statistics"),
+        arg("eps"), arg("group_samples"), arg("activation"), arg("slope"), arg("p"), arg("seed"),
+        arg("offset"), arg("index_offset"), arg("op"));
   m.def("batch_norm_layout", &batch_norm_layout, arg("x"), arg("group_samples"), arg("mask"));
   m.attr("BATCH_NORM_SEMAPHORE_BYTES") = kSemaphoreBytes;
 }

@@ -36,6 +36,11 @@ class Call(NamedTuple):
     op: str
 
 
+def statistics_call(group_samples: int, op: str = "batch_norm") -> Call:
+    """The constants of a call for nothing but moments."""
+    return Call(COMPUTE, 1.0, group_samples, 0, 0.0, 0.0, 0, 0, 0, op)
+
+
 class Running(NamedTuple):
     """Running statistics and the count of batches; each may be missing."""
 
@@ -99,7 +104,12 @@ def forward(
 ) -> Results:
     """y, the moments (new ones unless given), and the bits if asked for and of any use."""
     if moments is None and call.statistics == COMPUTE:
-        moments = torch.empty((3, statistics_shape(x, call)), dtype=torch.float64, device=x.device)
+        shape = (3, statistics_shape(x, call) if call.group_samples else x.shape[1])
+        moments = (
+            torch.empty(shape, dtype=torch.float64)
+            if x.is_cpu
+            else torch.empty(shape, dtype=torch.float64, device=x.device)
+        )
     y = torch.empty_like(x) if out is None else out
     bits = None
     if keep_bits and keeps_bits(call, residual):
@@ -195,20 +205,21 @@ def _forward_prepared(
     bits = (
         _new_bits(x, call, mask is not None) if keep_bits and keeps_bits(call, residual) else None
     )
-    statistics = [_plain(t, call.op, "running statistics") for t in running[:2]]
+    mean = _plain(running.mean, call.op, "running_mean")
+    var = _plain(running.var, call.op, "running_var")
     batches = running.batches
     scratch, semaphores = _dispatch.scratch(x.device, 0)
     status = -1
     while status:
         status = _C.batch_norm_forward(
-            result, moments, bits, x, residual, mask, weight, bias, *statistics, batches,
+            result, moments, bits, x, residual, mask, weight, bias, mean, var, batches,
             scratch, semaphores, running.momentum, *call,
         )  # fmt: skip
         if status > 0:
             _refused(call.op)
         if status < 0:
             scratch, semaphores = _dispatch.scratch(x.device, -status)
-    for given, used in zip(running[:2], statistics, strict=True):
+    for given, used in ((running.mean, mean), (running.var, var)):
         if given is not None and used is not None and used.data_ptr() != given.data_ptr():
             given.copy_(used)
     return Results(result if result is y else y.copy_(result), moments, bits)
@@ -264,7 +275,10 @@ def backward(
             grad = torch.empty_like(x).copy_(grad)
             residual = _as(x, residual)
             weight, bias = _plain(weight, call.op, "weight"), _plain(bias, call.op, "bias")
-            running = Running(*(_plain(t, call.op, "running statistics") for t in running[:2]))
+            running = Running(
+                _plain(running.mean, call.op, "running_mean"),
+                _plain(running.var, call.op, "running_var"),
+            )
             grad_x = torch.empty_like(x) if want_x else None
             grad_residual = torch.empty_like(x) if want_residual else None
             if grad_weight is not None and weight is not None:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from . import _batch_norm_kernels as kernels
 from . import _batch_norm_reference as reference
-from . import _dispatch
-from ._batch_norm_kernels import FIXED, RECTIFIERS, Call, Gradients, Running
+from . import _dispatch, _dropout_ops
+from ._batch_norm_kernels import FIXED, RECTIFIERS, Call, Running
 
 ReduceSums = Callable[[Tensor], Tensor]
 
@@ -32,9 +32,11 @@ _increment_version: Callable[[Any], None] = torch.autograd.graph.increment_versi
 
 
 def _mark_written(running: Running) -> None:
-    written = [t for t in running[:3] if isinstance(t, Tensor) and not t.is_inference()]
-    if written:
-        _increment_version(written)
+    mean, var, batches, _ = running
+    if mean is None and var is None and batches is None:
+        return
+    written = [t for t in (mean, var, batches) if t is not None and not t.is_inference()]
+    _increment_version(written)
 
 
 def _keeps_residual(call: Call) -> bool:
@@ -177,6 +179,8 @@ _define(
     f" {_CONSTANTS}, bool[] wanted, bool reduce) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
+_define("batch_norm_statistics(Tensor x, Tensor? mask, int group_samples) -> Tensor")
+
 #: (statistics, eps, group_samples, activation, slope, p, index_offset)
 _Constants = tuple[int, float, int, int, float, float, int]
 
@@ -286,11 +290,11 @@ def _op_backward(
         call, grad, x, residual, mask, bits, moments, weight, bias,
         Running(running_mean, running_var), tuple(wanted), reduce, sums, reduce,
     )  # fmt: skip
-    given_sums = g.sums is None or sums is not None
+    new_sums = None if sums is not None else g.sums
     nothing = (x.new_empty((0,)) for _ in range(4))
     return (
         *(n if t is None else t for t, n in zip(g[:4], nothing, strict=True)),
-        x.new_empty((0,), dtype=torch.float64) if given_sums else g.sums,
+        x.new_empty((0,), dtype=torch.float64) if new_sums is None else new_sums,
     )  # type: ignore[return-value]
 
 
@@ -323,14 +327,27 @@ def _fake_backward(
     return (*made, x.new_empty(shape, dtype=torch.float64))  # type: ignore[return-value]
 
 
+def _op_statistics(x: Tensor, mask: Tensor | None, group_samples: int) -> Tensor:
+    return kernels.moments_of(kernels.statistics_call(group_samples), x, mask)
+
+
+def _fake_statistics(x: Tensor, mask: Tensor | None, group_samples: int) -> Tensor:
+    call = kernels.statistics_call(group_samples)
+    return x.new_empty((3, kernels.statistics_shape(x, call)), dtype=torch.float64)
+
+
 for _key in ("CPU", "CUDA"):
+    _implement("batch_norm_statistics", _op_statistics, _key)
     _implement("batch_norm", _op_batch_norm, _key)
     _implement("batch_norm_backward", _op_backward, _key)
+torch.library.register_fake(
+    "fusereg::batch_norm_statistics", _fake_statistics, lib=_dispatch.library
+)
 torch.library.register_fake("fusereg::batch_norm", _fake_batch_norm, lib=_dispatch.library)
 torch.library.register_fake("fusereg::batch_norm_backward", _fake_backward, lib=_dispatch.library)
 
 
-def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, residual, mask, weight, bias, moments, mean, var, seed, *constants, _ = inputs
     _, new_moments, bits = output
     call = _call_of(tuple(constants), seed)
@@ -373,6 +390,73 @@ torch.library.register_autograd(
 )
 
 
+# --- several processes ----------------------------------------------------------------------------
+
+
+class _Synchronized(torch.autograd.Function):
+    """With ``reduce_sums`` between the two steps of backward; traced by torch.compile as it is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        moments: Tensor,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        constants: _Constants,
+        reduce_sums: ReduceSums,
+    ) -> Tensor:
+        y, _, bits = torch.ops.fusereg.batch_norm(
+            x, residual, mask, weight, bias, moments, None, None, seed, *constants, True
+        )
+        call = _call_of(constants, None)
+        kept = residual if _keeps_residual(call) else None
+        ctx.bits_kept = kernels.keeps_bits(call, residual)
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(x, weight, bias, kept, moments, mask, seed, bits)
+        ctx.constants = constants
+        ctx.reduce_sums = reduce_sums
+        result: Tensor = y
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, residual, moments, mask, seed, bits = ctx.saved_tensors
+        bits = bits if ctx.bits_kept else None
+        has = (True, ctx.has_residual, weight is not None, bias is not None)
+        common = (x, residual, mask, bits, moments, weight, bias, None, None, seed)
+        *_, gw, gb, sums = torch.ops.fusereg.batch_norm_backward(
+            grad, *common, None, *ctx.constants, [False, False, *has[2:]], True
+        )
+        sums = ctx.reduce_sums(sums)
+        gx, gr, *_ = torch.ops.fusereg.batch_norm_backward(
+            grad, *common, sums, *ctx.constants, [*has[:2], False, False], False
+        )
+        return (
+            gx,
+            gw if has[2] else None,
+            gb if has[3] else None,
+            gr if has[1] else None,
+            *[None] * 5,
+        )
+
+
+def statistics(x: Tensor, mask: Tensor | None = None, group_samples: int = 0) -> Tensor:
+    """The moments of x: float64 [3, statistics], mean, biased variance, count; no gradient.
+
+    ``group_samples``: of each group of so many samples (0: of all), group after group.
+    """
+    x = x.detach()
+    if _dispatch.eager() and _plain_types(x):
+        return kernels.moments_of(kernels.statistics_call(group_samples), x, mask)
+    moments: Tensor = torch.ops.fusereg.batch_norm_statistics(x, mask, group_samples)
+    return moments
+
+
 # --- running statistics by torch's operations -----------------------------------------------------
 
 
@@ -412,13 +496,24 @@ def normalize(
     moments: Tensor | None,
     running: Running,
     out: Tensor | None = None,
+    reduce_sums: ReduceSums | None = None,
 ) -> Tensor:
     """y by whatever path fits; the arguments have been checked.
 
     call.statistics: COMPUTE (moments None); GIVEN (the batch's moments, whoever computed them);
     FIXED (constants: the moments or, without these, the running statistics). The running
-    statistics are updated unless they are the constants.
+    statistics are updated unless they are the constants. ``reduce_sums``: with GIVEN moments of
+    several processes, what adds backward's sums (float64 [2, statistics]) over these; then there is
+    no second derivative, and the seed must be a tensor.
     """
+    if reduce_sums is not None and moments is not None:
+        seed = call.seed if isinstance(call.seed, Tensor) else None
+        y = _dropout_ops.applied(
+            _Synchronized, x, weight, bias, residual, moments, mask, seed, _constants_of(call),
+            reduce_sums,
+        )  # fmt: skip
+        update_running(running, moments, x.shape[1])
+        return y if out is None else out.copy_(y)
     if _dispatch.eager() and _plain_types(x, residual, weight, bias):
         if out is not None:
             return _into(out, call, x, residual, mask, weight, bias, moments, running)
@@ -499,7 +594,7 @@ def _composed(
     fixed = None
     if call.statistics == FIXED:
         fixed = running[:2] if moments is None else (moments[0], moments[1])
-    y, (mean, var) = reference.normalized(call, x, residual, mask, weight, bias, fixed)  # type: ignore[arg-type]
+    y, (mean, var) = reference.normalized(call, x, residual, mask, weight, bias, fixed)
     spatial = x.numel() / max(x.shape[1], 1)
     count = torch.full_like(mean, spatial) if mask is None else mask.bool().sum().expand_as(mean)
     return y, torch.stack([mean.detach(), var.detach(), count]).double()

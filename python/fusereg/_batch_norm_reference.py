@@ -37,7 +37,7 @@ def normalized(
     mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    fixed: tuple[Tensor, Tensor] | None,
+    fixed: tuple[Tensor | None, Tensor | None] | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """y, and mean and variance: ``fixed``, or with call.statistics other than FIXED the batch's."""
     group = call.group_samples
@@ -78,10 +78,12 @@ def _activated_sum(
     mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    fixed: tuple[Tensor, Tensor] | None,
+    fixed: tuple[Tensor | None, Tensor | None] | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     wide = _wide(x)
     if call.statistics == FIXED and fixed is not None:
+        assert fixed[0] is not None
+        assert fixed[1] is not None
         mean, var = fixed[0].to(wide.dtype), fixed[1].to(wide.dtype)
     else:
         mean, var = batch_moments(wide, mask)

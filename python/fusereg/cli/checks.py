@@ -265,6 +265,67 @@ def _alpha_dropout(device: torch.device) -> Pairs:
     return _masked(lambda t: functional.alpha_dropout(t, P, seed=5), mask, exact, x)
 
 
+def _images(device: torch.device, channels_last: bool) -> list[Tensor]:
+    """x, residual, gradient of odd sizes, far from zero; weight and bias."""
+    generator = torch.Generator().manual_seed(20)
+    shape = (5, 37, 9, 11)
+    elements = [torch.randn(shape, generator=generator) for _ in range(3)]
+    elements[0] = elements[0] + 100.0
+    if channels_last:
+        elements = [t.contiguous(memory_format=torch.channels_last) for t in elements]
+    vectors = [torch.randn(37, generator=generator) for _ in range(2)]
+    return [t.to(device) for t in elements + vectors]
+
+
+def _batch_norm_pairs(
+    device: torch.device,
+    channels_last: bool,
+    training: bool,
+    activation: str | None,
+    exact: Callable[[Tensor], Tensor],
+    with_residual: bool,
+) -> Pairs:
+    """Result, running statistics and gradients."""
+    x, residual, gradient, weight, bias = _images(device, channels_last)
+    inputs = [x, weight, bias] + ([residual] if with_residual else [])
+    wanted = [t.requires_grad_() for t in _exact(inputs)]
+    mean, var = torch.full((37,), 99.0, device=device), torch.ones(37, device=device)
+    exact_mean, exact_var = _exact([mean, var])
+    for t in inputs:
+        t.requires_grad_()
+    y = functional.batch_norm(
+        x, mean, var, weight, bias, training, activation=activation,
+        residual=residual if with_residual else None,
+    )  # fmt: skip
+    z = torch.nn.functional.batch_norm(
+        wanted[0], exact_mean, exact_var, wanted[1], wanted[2], training
+    )
+    reference = exact(z + wanted[3] if with_residual else z)
+    gradients = torch.autograd.grad(y, inputs, gradient)
+    references = torch.autograd.grad(reference, wanted, _exact([gradient])[0])
+    return [
+        (y, reference),
+        (mean, exact_mean),
+        (var, exact_var),
+        *zip(gradients, references, strict=True),
+    ]
+
+
+@kernel_check("batch_norm", "(x - mean) / sqrt(var + eps) * weight + bias")
+def _batch_norm(device: torch.device) -> Pairs:
+    return _batch_norm_pairs(device, False, True, None, lambda z: z, False)
+
+
+@kernel_check("batch_norm, evaluation, SiLU", "the same with running statistics")
+def _batch_norm_evaluation(device: torch.device) -> Pairs:
+    return _batch_norm_pairs(device, False, False, "silu", torch.nn.functional.silu, False)
+
+
+@kernel_check("batch_norm + add + ReLU", "max(0, batch_norm(x) + residual), channels_last")
+def _batch_norm_add_relu(device: torch.device) -> Pairs:
+    return _batch_norm_pairs(device, True, True, "relu", torch.relu, True)
+
+
 @kernel_check("sparsity", "share of exact zeros")
 def _sparsity(device: torch.device) -> Pairs:
     weights = _weights(device)

@@ -80,7 +80,7 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         """As torch's, and what is fused."""
-        text = super().extra_repr()
+        text: str = super().extra_repr()  # type: ignore[no-untyped-call]
         if self.activation is not None:
             text += f", activation={self.activation!r}"
             if self.activation == "leaky_relu":

@@ -1,0 +1,362 @@
+"""Batch normalization inside torch: modules, derivatives, compile, export, operators."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import fusereg
+from fusereg import _batch_norm_ops as ops
+from fusereg import functional as F
+from fusereg._batch_norm_kernels import COMPUTE, GIVEN, Call, Running
+
+MODULES: dict[str, tuple[int, ...]] = {
+    "BatchNorm1d": (6, 5, 7),
+    "BatchNorm2d": (4, 5, 3, 2),
+    "BatchNorm3d": (3, 5, 2, 3, 2),
+}
+
+
+@pytest.fixture(params=MODULES)
+def name(request: pytest.FixtureRequest) -> str:
+    chosen: str = request.param
+    return chosen
+
+
+def pair(name: str, **arguments: Any) -> tuple[nn.Module, nn.Module]:
+    theirs = getattr(nn, name)(5, **arguments)
+    if theirs.weight is not None:
+        nn.init.normal_(theirs.weight)
+        nn.init.normal_(theirs.bias)
+    ours = getattr(fusereg.nn, name)(5, **arguments)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+# --- modules --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"momentum": None},
+        {"momentum": 1.0, "eps": 0.1},
+        {"affine": False},
+        {"track_running_stats": False},
+    ],
+    ids=str,
+)
+def test_modules_are_torchs(name: str, arguments: dict[str, Any]) -> None:
+    ours, theirs = pair(name, **arguments)
+    assert isinstance(ours, getattr(nn, name))
+    assert repr(ours) == repr(theirs)
+    for step in range(5):
+        x = torch.randn(MODULES[name]) * (1 + step) + step
+        if step == 3:
+            ours.eval()
+            theirs.eval()
+        assert torch.allclose(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+        state = ours.state_dict()
+        for key, value in theirs.state_dict().items():
+            assert torch.allclose(state[key], value, rtol=1e-5, atol=1e-6), key
+            assert state[key].dtype is value.dtype
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.equal(copy.deepcopy(ours)(x), ours(x))
+
+
+def test_what_is_fused_is_in_the_repr() -> None:
+    layer = fusereg.nn.BatchNorm2d(4, activation="leaky_relu", dropout=0.1, update_stats=False)
+    assert "activation='leaky_relu', negative_slope=0.01, dropout=0.1" in repr(layer)
+    assert "update_stats=False" in repr(layer)
+
+
+def test_residual_activation_and_dropout_in_a_module() -> None:
+    layer = fusereg.nn.BatchNorm2d(5, activation="relu", dropout=0.5)
+    plain = nn.BatchNorm2d(5)
+    x, residual = torch.randn(4, 5, 6, 7), torch.randn(4, 5, 6, 7)
+    wanted = (plain(x) + residual).relu()
+    torch.manual_seed(3)
+    y = layer(x, residual)
+    assert torch.equal(y == 0, (y == 0) | (wanted == 0))
+    kept = y != 0
+    assert 0.3 < kept[wanted > 0].float().mean() < 0.7
+    assert torch.allclose(y[kept], 2 * wanted[kept], rtol=1e-4, atol=1e-5)
+    torch.manual_seed(3)
+    assert torch.equal(copy.deepcopy(layer)(x, residual), y)
+    wanted = (plain.eval()(x) + residual).relu()
+    assert torch.allclose(layer.eval()(x, residual), wanted, atol=1e-5)
+
+
+def test_update_stats_off_leaves_everything() -> None:
+    layer = fusereg.nn.BatchNorm1d(3, update_stats=False)
+    before = copy.deepcopy(layer.state_dict())
+    layer(torch.randn(8, 3))
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+def test_empty_batch_leaves_the_running_statistics() -> None:
+    for shape in ((0, 5), (0, 5, 3, 2), (2, 5, 0, 3)):
+        mean, var = torch.randn(5), torch.rand(5)
+        before = mean.clone(), var.clone()
+        weight = torch.ones(5, requires_grad=True)
+        x = torch.empty(shape, requires_grad=True)
+        y = F.batch_norm(x, mean, var, weight, None, True)
+        assert y.shape == shape
+        assert torch.equal(mean, before[0])
+        assert torch.equal(var, before[1])
+        y.sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == shape
+        assert torch.equal(weight.grad, torch.zeros(5))  # type: ignore[arg-type]
+
+
+def test_in_eval_a_later_update_is_noticed() -> None:
+    """Backward would read statistics that are no longer those of forward."""
+    mean, var = torch.zeros(3), torch.ones(3)
+    x = torch.randn(4, 3, requires_grad=True)
+    y = F.batch_norm(x, mean, var, torch.ones(3, requires_grad=True))
+    F.batch_norm(x.detach(), mean, var, training=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+# --- derivatives ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", [None, "leaky_relu", "silu", "gelu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradcheck_and_gradgradcheck(activation: str | None, training: bool) -> None:
+    shape = (3, 2, 3, 2)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    residual = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    mean, var = torch.randn(2).double(), torch.rand(2).double() + 0.5
+
+    def f(*tensors: Tensor) -> Tensor:
+        x, weight, bias, *more = tensors
+        return F.batch_norm(
+            x,
+            mean,
+            var,
+            weight,
+            bias,
+            training,
+            0.0,
+            activation=activation,
+            residual=more[0] if more else None,
+            dropout=0.3,
+            seed=5,
+        )
+
+    for inputs in ((x, weight, bias), (x, weight, bias, residual)):
+        assert torch.autograd.gradcheck(f, inputs)
+        assert torch.autograd.gradgradcheck(f, inputs)
+
+
+def test_gradient_penalty() -> None:
+    """As WGAN-GP: the norm of a gradient is trained on."""
+
+    def penalty(norm: type[nn.Module]) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(2, 4, 3), norm(4), nn.LeakyReLU(), nn.Conv2d(4, 1, 3))
+        x = torch.randn(3, 2, 8, 8, requires_grad=True)
+        (gradient,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        ((gradient.flatten(1).norm(dim=1) - 1) ** 2).mean().backward()
+        return [p.grad for p in net.parameters() if p.grad is not None]
+
+    for ours, theirs in zip(penalty(fusereg.nn.BatchNorm2d), penalty(nn.BatchNorm2d), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_func_and_forward_mode() -> None:
+    x, tangent = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+
+    def ours(t: Tensor) -> Tensor:
+        return F.batch_norm(t, None, None, activation="silu")
+
+    def theirs(t: Tensor) -> Tensor:
+        return nn.functional.silu(nn.functional.batch_norm(t, None, None, training=True))
+
+    for mine, reference in zip(
+        torch.func.jvp(ours, (x,), (tangent,)),
+        torch.func.jvp(theirs, (x,), (tangent,)),
+        strict=True,
+    ):
+        assert torch.allclose(mine, reference)
+    loss = torch.func.grad(lambda t: ours(t).square().sum())(x)
+    assert torch.allclose(loss, torch.func.grad(lambda t: theirs(t).square().sum())(x))
+    stacked = torch.randn(4, 5, 3)
+    each = torch.stack([ours(t) for t in stacked])
+    assert torch.allclose(torch.vmap(ours)(stacked), each, atol=1e-5)
+
+
+def test_checkpoint_with_update_stats_off_in_the_second_pass() -> None:
+    layer = fusereg.nn.BatchNorm1d(3)
+    x = torch.randn(8, 3, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+    assert layer.num_batches_tracked == 2, "as torch's: the opt-out is the caller's"
+    assert x.grad is not None
+
+
+# --- operators, compile, export -------------------------------------------------------------------
+
+_OPS = torch.ops.fusereg
+_NUMBERS = (1e-5, 0, 1, 0.1, 0.25, 3)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_opcheck_batch_norm(channels_last: bool, residual: bool) -> None:
+    x = torch.randn(3, 4, 5, 2)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    more = torch.randn_like(x).requires_grad_() if residual else None
+    weight = torch.randn(4, requires_grad=True)
+    torch.library.opcheck(
+        _OPS.batch_norm.default,
+        (x.requires_grad_(), more, None, weight, None, None, None, None,
+         torch.tensor([1, 0]), COMPUTE, *_NUMBERS, True),
+    )  # fmt: skip
+
+
+def test_opcheck_batch_norm_backward() -> None:
+    x, grad, weight = torch.randn(3, 4, 5), torch.randn(3, 4, 5), torch.randn(4)
+    moments = _OPS.batch_norm_statistics(x, None, 0)
+    for wanted, reduce, sums in (
+        ([True, True, True, False], True, None),
+        ([True, False, False, False], False, torch.randn(2, 4, dtype=torch.float64)),
+    ):
+        torch.library.opcheck(
+            _OPS.batch_norm_backward.default,
+            (grad, x, None, None, None, moments, weight, None, None, None,
+             torch.tensor([1, 0]), sums, COMPUTE, *_NUMBERS, wanted, reduce),
+        )  # fmt: skip
+
+
+def test_opcheck_batch_norm_statistics() -> None:
+    x = torch.randn(5, 4, 3)
+    torch.library.opcheck(_OPS.batch_norm_statistics.default, (x, None, 0))
+    torch.library.opcheck(_OPS.batch_norm_statistics.default, (x, torch.rand(5, 3) > 0.5, 2))
+
+
+class Net(nn.Module):
+    def __init__(self, momentum: float | None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3)
+        self.norm = fusereg.nn.BatchNorm2d(6, momentum=momentum, activation="relu")
+        self.again = fusereg.nn.BatchNorm2d(6, momentum=momentum, activation="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        result: Tensor = self.again(y * 2, residual=y)
+        return result
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_compile_fullgraph_updates_the_statistics(momentum: float | None) -> None:
+    eager = Net(momentum)
+    model = copy.deepcopy(eager)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        x = torch.randn(4, 2, 6, 6)
+        found, wanted = compiled(x), eager(x)
+        assert torch.allclose(found, wanted, atol=1e-6)
+        found.sum().backward()
+        wanted.sum().backward()
+    for (key, value), other in zip(
+        model.state_dict().items(), eager.state_dict().values(), strict=True
+    ):
+        assert torch.allclose(value, other, atol=1e-6), key
+    for p, q in zip(model.parameters(), eager.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+    model.eval()
+    eager.eval()
+    assert torch.allclose(compiled(x), eager(x), atol=1e-6)
+
+
+def test_export() -> None:
+    program = torch.export.export(Net(0.1).eval(), (torch.randn(4, 2, 6, 6),))
+    assert "fusereg.batch_norm" in str(program.graph)
+    assert program.module()(torch.randn(4, 2, 6, 6)).shape == (4, 6, 4, 4)
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 4, 5, dtype=torch.bfloat16, requires_grad=True)
+        y = F.batch_norm(x.contiguous(memory_format=torch.channels_last), None, None)
+        assert (y.shape, y.dtype) == (x.shape, x.dtype)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        y.sum().backward()
+        assert x.grad is not None
+
+
+@pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_dtype_that_comes(amp_dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), fusereg.nn.BatchNorm1d(8, activation="relu"))
+    with torch.autocast("cpu", dtype=amp_dtype):
+        y = model(torch.randn(4, 6))
+    assert y.dtype is amp_dtype
+    y.float().sum().backward()
+    for p in model.parameters():
+        assert p.grad is not None
+        assert p.grad.dtype is torch.float32
+
+
+# --- the pieces for other kinds -------------------------------------------------------------------
+
+
+def test_given_moments_and_reduced_sums_are_the_whole_batchs() -> None:
+    """Two halves of a batch, as two processes would see them."""
+    x = torch.randn(6, 3, 4, requires_grad=True)
+    weight = torch.randn(3, requires_grad=True)
+    gradient = torch.randn(6, 3, 4)
+    whole = F.batch_norm(x, None, None, weight, activation="relu")
+    wanted = torch.autograd.grad(whole, (x, weight), gradient)
+
+    moments = ops.statistics(x)
+    call = Call(GIVEN, 1e-5, 0, 1, 0.0, 0.0, 0, 0, 0, "batch_norm")
+    halves, sums, parts = x.split(3), [], []
+
+    def remember(local: Tensor) -> Tensor:
+        sums.append(local)
+        return local
+
+    for half, g in zip(halves, gradient.split(3), strict=True):
+        y = ops.normalize(
+            call, half, None, None, weight, None, moments, Running(), reduce_sums=remember
+        )
+        torch.autograd.grad(y, (half, weight), g)
+    total = sums[0] + sums[1]
+    for half, g in zip(halves, gradient.split(3), strict=True):
+        y = ops.normalize(
+            call, half, None, None, weight, None, moments, Running(), reduce_sums=lambda _: total
+        )
+        parts.append(torch.autograd.grad(y, (half, weight), g))
+    assert torch.allclose(torch.cat([p[0] for p in parts]), wanted[0], atol=1e-5)
+    assert torch.allclose(parts[0][1] + parts[1][1], wanted[1], rtol=1e-4, atol=1e-5)
+
+
+def test_groups_are_batches_of_their_own() -> None:
+    x = torch.randn(7, 3, 4, requires_grad=True)
+    call = Call(COMPUTE, 1e-5, 3, 1, 0.0, 0.0, 0, 0, 0, "batch_norm")
+    mean, var = torch.zeros(3), torch.ones(3)
+    y = ops.normalize(call, x, None, None, None, None, None, Running(mean, var, None, 1.0))
+    parts = [F.batch_norm(p, None, None, activation="relu") for p in x.split(3)]
+    assert torch.allclose(y, torch.cat(parts), atol=1e-6)
+    (found,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+    (wanted,) = torch.autograd.grad(torch.cat(parts).square().sum(), x)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert torch.allclose(mean, x.mean((0, 2)), atol=1e-6)
+    assert torch.allclose(var, x.var((0, 2)), atol=1e-6)
+    assert ops.statistics(x, None, 3).shape == (3, 9)
