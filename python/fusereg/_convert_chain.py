@@ -8,7 +8,7 @@ called one after the other, as the model's own code does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn import functional as torch_F
@@ -56,7 +56,7 @@ def is_dropout(layer: nn.Module) -> bool:
 
 
 def batch_norm(
-    layer: nn.Module,
+    layer: Any,
     x: Tensor,
     residual: Tensor | None,
     activation: str | None,
@@ -90,8 +90,15 @@ NORMS: dict[type, Callable[..., Tensor]] = {
 }
 
 
-def chain(x: Tensor, residual: Tensor | None, norm: nn.Module, *followers: Follower) -> Tensor:
-    """The followers, one after the other, of ``norm(x)``; as many as possible in its kernel."""
+def chain(x: Tensor, residual: Any, norm: Any, *followers: Any) -> Tensor:
+    """The followers, one after the other, of ``norm(x)``; as many as possible in its kernel.
+
+    Args:
+        x: what the norm takes.
+        residual: a tensor, or anything that can be added, if ADD is among the followers.
+        norm: a layer.
+        followers: each a :data:`Follower`.
+    """
     kernel = NORMS.get(type(norm))
     done = 0
     y: Tensor
@@ -135,11 +142,11 @@ def chain(x: Tensor, residual: Tensor | None, norm: nn.Module, *followers: Follo
     return y
 
 
-def _is_plain(norm: nn.Module) -> bool:
+def _is_plain(norm: Any) -> bool:
     return not _dispatch.hooked(norm) and norm.activation is None and not norm.dropout
 
 
-def _alike(x: Tensor, residual: Tensor | None) -> bool:
+def _alike(x: Tensor, residual: object) -> bool:
     return (
         isinstance(residual, Tensor)
         and residual.shape == x.shape

@@ -46,9 +46,17 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
 ORIGINAL = "_fusereg_original"
 
 
-@functools.cache
 def _extras(original: type[nn.Module]) -> dict[str, Any]:
     """The attributes that a layer of ours has and one of torch's has not, as they are at first."""
+    if original not in _known_extras:
+        _known_extras[original] = _find_extras(original)
+    return _known_extras[original]
+
+
+_known_extras: dict[type[nn.Module], dict[str, Any]] = {}
+
+
+def _find_extras(original: type[nn.Module]) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     if issubclass(original, nn.modules.batchnorm._BatchNorm):
         arguments = {"num_features": 1, "device": "meta"}
@@ -89,8 +97,8 @@ class Adapted:
     fusereg_kind: str
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        _, _, *state = super().__reduce_ex__(max(2, protocol))
-        return _new, (self.fusereg_kind, self.fusereg_original), *state
+        reduced: tuple[Any, ...] = tuple(super().__reduce_ex__(max(2, protocol)))
+        return _new, (self.fusereg_kind, self.fusereg_original), *reduced[2:]
 
 
 def _new(kind: str, original: type[nn.Module]) -> nn.Module:
@@ -99,9 +107,17 @@ def _new(kind: str, original: type[nn.Module]) -> nn.Module:
     return module
 
 
-@functools.cache
+_adapted: dict[tuple[str, type[nn.Module]], type[nn.Module]] = {}
+
+
 def adapted(kind: str, original: type[nn.Module]) -> type[nn.Module]:
     """A subclass of the original class, of the same name, with the forward of this kind."""
+    if (kind, original) not in _adapted:
+        _adapted[kind, original] = _make_adapted(kind, original)
+    return _adapted[kind, original]
+
+
+def _make_adapted(kind: str, original: type[nn.Module]) -> type[nn.Module]:
     bases, forward = _KINDS[kind]
     namespace = {
         "__module__": original.__module__,
@@ -119,7 +135,7 @@ def adapt(kind: str, module: nn.Module) -> None:
         module.__class__ = adapted(kind, type(module))
 
 
-def adapt_back(module: nn.Module) -> str | None:
+def adapt_back(module: Any) -> str | None:
     """Gives an adapted module back its class; why not, where something stands on it."""
     cls = type(module)
     vars(module).pop("fusereg_plan", None)
@@ -158,7 +174,8 @@ class BatchNormAct2d(fused_nn.BatchNorm2d):
     activation = None
 
     def extra_repr(self) -> str:
-        return nn.BatchNorm2d.extra_repr(self)
+        text: str = nn.BatchNorm2d.extra_repr(self)
+        return text
 
 
 def _batch_norm_act_forward(original: type[nn.Module]) -> Callable[..., Any]:
@@ -172,7 +189,8 @@ def _batch_norm_act_forward(original: type[nn.Module]) -> Callable[..., Any]:
         ):
             found = (None, 0.01) if type(act) is nn.Identity else _chain.activation_of(act)
             if found is not None:
-                return _chain.batch_norm(self, x, None, *found, 0.0)
+                activation, slope = found
+                return _chain.batch_norm(self, x, None, activation, slope, 0.0)
         return written(self, x)
 
     return forward
@@ -185,7 +203,8 @@ class DropPath(fused_nn.DropPath):
 
     @property
     def p(self) -> float:  # type: ignore[override]
-        return self.drop_prob or 0.0
+        probability: Any = self.drop_prob
+        return float(probability or 0.0)
 
     def extra_repr(self) -> str:
         return f"drop_prob={round(self.p, 3):0.3f}"

@@ -189,7 +189,7 @@ def _recorder(
     cls = type(module)
 
     def read(self: nn.Module, name: str) -> Any:
-        value = super(recorder, self).__getattribute__(name)  # type: ignore[misc]
+        value = cls.__getattribute__(self, name)
         if name not in _INTERNAL and name in nn.Module.__getattribute__(self, "__dict__"):
             if name == "training" or not _is_plain(value):
                 what = "" if name == "training" else f", a {type(value).__name__}"
@@ -199,8 +199,7 @@ def _recorder(
 
     names = ", ".join(f"x{i}" for i in range(count))
     entry = eval(f"lambda self, {names}: forward(self, {names})", {"forward": forward})
-    recorder = type(cls.__name__, (cls,), {"forward": entry, "__getattribute__": read})
-    return recorder
+    return type(cls.__name__, (cls,), {"forward": entry, "__getattribute__": read})
 
 
 def _required(forward: types.FunctionType) -> int:
@@ -221,8 +220,6 @@ def _trace(
     seen: dict[str, Any] = {}
     cls = type(module)
     _check_code(forward.__code__, forward.__globals__)
-    if not set(forward.__code__.co_freevars) <= {"__class__"} or hasattr(forward, "__wrapped__"):
-        raise NotStraightError("it is decorated")
     module.__class__ = _recorder(module, forward, count, seen)
     try:
         with _watched(forward.__code__):
@@ -259,8 +256,8 @@ def _function_name(node: fx.Node) -> str:
 
 def _follower(
     module: nn.Module, node: fx.Node, current: fx.Node, allowed: Callable[[nn.Module], bool]
-) -> tuple[Follower | None, fx.Node | None]:
-    """What this node does with the current value, and the residual if it adds one."""
+) -> Follower | None:
+    """What this node does with the current value; None if that cannot be in a chain."""
     layer = _target(module, node)
     if layer is not None:
         known = (
@@ -269,7 +266,7 @@ def _follower(
             or _chain.is_dropout(layer)
         )
         fits = node.args == (current,) and not node.kwargs and allowed(layer)
-        return (layer if known and fits else None), None
+        return layer if known and fits else None
     name = _function_name(node)
     if name in ("add", "iadd"):
         if len(node.args) == 2 and not node.kwargs:
@@ -281,11 +278,11 @@ def _follower(
             # What is written into must be the current value, which nobody else sees.
             fits = left is not right and not (in_place and right is current)
             if fits and isinstance(other, fx.Node):
-                return ADD, other
-        return None, None
+                return ADD
+        return None
     if name in _chain.FUNCTIONS and node.args == (current,) and set(node.kwargs) <= {"inplace"}:
-        return name, None
-    return None, None
+        return name
+    return None
 
 
 class _Found:
@@ -294,7 +291,7 @@ class _Found:
     def __init__(self, norm: fx.Node) -> None:
         self.nodes = [norm]
         self.followers: list[Follower] = []
-        self.residual: fx.Node | None = None
+        self.added = False
 
 
 def _find(
@@ -311,12 +308,12 @@ def _find(
         moved = all(isinstance(f, nn.Identity) for f in found.followers)
         if order[node] != order[current] + 1 and not (private and moved):
             break
-        follower, residual = _follower(module, node, current, allowed)
-        if follower is None or (residual is not None and found.residual is not None):
+        follower = _follower(module, node, current, allowed)
+        if follower is None or (follower is ADD and found.added):
             break
         found.nodes.append(node)
         found.followers.append(follower)
-        found.residual = residual or found.residual
+        found.added = found.added or follower is ADD
     while found.followers and isinstance(found.followers[-1], nn.Identity):
         found.nodes.pop()
         found.followers.pop()
@@ -347,12 +344,17 @@ def _layer(module: nn.Module, node: fx.Node) -> nn.Module:
 def _rewrite(graph: fx.Graph, found: _Found) -> str:
     """Puts one call in place of the chain; gives its description."""
     norm, last = found.nodes[0], found.nodes[-1]
+    residual = None
     with graph.inserting_before(last):
-        arguments: list[Any] = [norm.args[0], found.residual, graph.get_attr(str(norm.target))]
-        for node, follower in zip(found.nodes[1:], found.followers, strict=True):
+        layers: list[Any] = [graph.get_attr(str(norm.target))]
+        for before, node, follower in zip(
+            found.nodes, found.nodes[1:], found.followers, strict=False
+        ):
             is_layer = isinstance(follower, nn.Module)
-            arguments.append(graph.get_attr(str(node.target)) if is_layer else follower)
-        call = graph.call_function(_chain.chain, tuple(arguments))
+            layers.append(graph.get_attr(str(node.target)) if is_layer else follower)
+            if follower is ADD:
+                (residual,) = (value for value in node.args if value is not before)
+        call = graph.call_function(_chain.chain, (norm.args[0], residual, *layers))
     last.replace_all_uses_with(call)
     for node in reversed(found.nodes):
         graph.erase_node(node)
@@ -454,6 +456,8 @@ def make_plan(
     """
     if not isinstance(forward, types.FunctionType):
         raise NotStraightError("its forward is no function")
+    if hasattr(forward, "__wrapped__") or not set(forward.__code__.co_freevars) <= {"__class__"}:
+        raise NotStraightError("it is decorated")
     count = _required(forward)
     try:
         graph, seen = _trace(module, forward, count)

@@ -145,9 +145,10 @@ def has_dtensor(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def hooked(module: torch.nn.Module) -> bool:
-    """Whether a call of the module is more than its forward: some hook would see it."""
+    """Whether a call of the module is not just its class's forward: a hook would see it."""
     return bool(
-        module._forward_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

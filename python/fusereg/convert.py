@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -243,7 +244,7 @@ def _fusible(chosen: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Modu
         if isinstance(module, (*_CONTAINERS, torch.fx.GraphModule)) or "forward" in vars(module):
             continue
         forward = _forward_of(module)
-        code = getattr(forward, "__code__", None)
+        code = getattr(inspect.unwrap(forward), "__code__", None)
         of_torch = code is not None and code.co_filename.startswith(_trace.TORCH)
         if of_torch and forward is not nn.Sequential.forward:
             continue
@@ -251,7 +252,7 @@ def _fusible(chosen: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Modu
             yield name, module
 
 
-def _forward_of(module: nn.Module) -> object:
+def _forward_of(module: nn.Module) -> Callable[..., Any]:
     cls = type(module)
     if isinstance(module, _layers.Adapted):
         cls = module.fusereg_original
