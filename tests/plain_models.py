@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import fusereg
+
+Maker: TypeAlias = Callable[[], nn.Module]
 
 
 class BasicBlock(nn.Module):
@@ -195,3 +202,44 @@ def stir(model: nn.Module) -> nn.Module:
             if tensor.is_floating_point() and tensor.dim() <= 1:
                 tensor.uniform_(0.5, math.e) if tensor.min() >= 0 else tensor.normal_()
     return model
+
+
+# --- what the tests share -------------------------------------------------------------------------
+
+
+def images(count: int = 6) -> Tensor:
+    return torch.randn(count, 3, 12, 12, dtype=torch.float64)
+
+
+def twins(make: Maker) -> tuple[nn.Module, nn.Module]:
+    """A model and its converted copy, in double precision, without dropout."""
+    model = stir(without_dropout(make())).double()
+    return model, fusereg.convert(copy.deepcopy(model))
+
+
+def close(actual: Tensor, wanted: Tensor, tolerance: float = 1e-11) -> None:
+    torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
+
+
+def same_state(a: nn.Module, b: nn.Module, tolerance: float = 1e-11) -> None:
+    wanted = b.state_dict()
+    assert list(a.state_dict()) == list(wanted)
+    for name, tensor in a.state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+Calls: TypeAlias = list[tuple[str | None, bool, float]]
+
+
+def watched_calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """What the batch-norm kernels are asked to fuse: activation, residual or not, dropout."""
+    seen: Calls = []
+    original = fusereg.functional.batch_norm
+
+    def batch_norm(*args: object, **kwargs: object) -> Tensor:
+        residual = kwargs.get("residual") is not None
+        seen.append((kwargs.get("activation"), residual, kwargs.get("dropout", 0.0)))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(fusereg.functional, "batch_norm", batch_norm)
+    return seen
