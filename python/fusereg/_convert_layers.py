@@ -138,7 +138,7 @@ def adapt(kind: str, module: nn.Module) -> None:
 def adapt_back(module: Any) -> str | None:
     """Gives an adapted module back its class; why not, where something stands on it."""
     cls = type(module)
-    vars(module).pop("fusereg_plan", None)
+    vars(module).pop("fusereg_plans", None)
     if "fusereg_original" not in vars(cls):
         # Without a plan a rewritten forward is the original one; the others compute on.
         return f"it is a {cls.__name__} of {cls.__module__} by now"
@@ -149,7 +149,7 @@ def adapt_back(module: Any) -> str | None:
 class Planned:
     """A module with a rewritten forward."""
 
-    fusereg_plan: Plan | None = None
+    fusereg_plans: tuple[Plan, ...] = ()
 
 
 def _planned_forward(original: type[nn.Module]) -> Callable[..., Any]:
@@ -157,9 +157,9 @@ def _planned_forward(original: type[nn.Module]) -> Callable[..., Any]:
 
     @functools.wraps(written)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        plan = self.fusereg_plan
-        if plan is not None and plan.fits(self, args, kwargs):
-            return plan.run(self, *args)
+        for plan in self.fusereg_plans:
+            if plan.fits(self, args, kwargs):
+                return plan.run(self, *args)
         return written(self, *args, **kwargs)
 
     return forward

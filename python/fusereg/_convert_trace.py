@@ -7,7 +7,7 @@ taken, code that could not have decided otherwise:
 - it reads of the module only layers, parameters and attributes that are plain values. Those are
   written down, and at every call it is asked whether they are still the same (:class:`Plan`);
 - it calls nothing but layers, functions of torch, and helpers that are straight themselves;
-- it stores nothing, draws no random decision, asks for no types or modes, enters no context.
+- it stores nothing, draws no random decision, asks for no types, enters no context.
 
 All else is left as it is, with the reason.
 """
@@ -53,7 +53,7 @@ _BUILTINS = _words(
 )
 #: Modes, random decisions, and calls that hand forward's code to somebody else.
 _REFUSED = _words("""
-    training is_grad_enabled is_inference_mode_enabled is_autocast_enabled is_autocast_cpu_enabled
+    is_grad_enabled is_inference_mode_enabled is_autocast_enabled is_autocast_cpu_enabled
     is_tracing is_compiling is_dynamo_compiling is_exporting set_grad_enabled
     rand randn randint randperm bernoulli normal random initial_seed get_rng_state
     checkpoint checkpoint_sequential utils compile cond fork
@@ -88,21 +88,27 @@ def _check_global(name: str, namespace: dict[str, Any]) -> None:
 
 
 def _check_code(code: types.CodeType, namespace: dict[str, Any]) -> None:
+    before: Any = None
     for instruction in dis.get_instructions(code):
         name, argument = instruction.opname, instruction.argval
         if name in ("LOAD_GLOBAL", "LOAD_NAME"):
             _check_global(argument, namespace)
         elif name in ("LOAD_ATTR", "LOAD_METHOD"):
-            if argument in _REFUSED:
+            # The module's own mode is among what is written down, that of its layers is not.
+            of_self = (
+                before.opname.startswith("LOAD_FAST") and before.argval in code.co_varnames[:1]
+            )
+            if argument in _REFUSED or (argument == "training" and not of_self):
                 raise NotStraightError(f"it uses {argument}")
         elif name in _STORES:
             raise NotStraightError("it stores values")
         elif name in _CONTEXTS:
             raise NotStraightError("it enters a context")
+        before = instruction
 
 
 @contextmanager
-def _watched(entry: types.CodeType) -> Iterator[None]:
+def _watched(module: nn.Module, entry: types.CodeType) -> Iterator[None]:
     """Checks each function before it runs, if forward calls it, or what forward calls calls it."""
     known = {entry}
 
@@ -121,6 +127,9 @@ def _watched(entry: types.CodeType) -> Iterator[None]:
             return
         if not set(frame.f_code.co_freevars) <= {"__class__", *caller.co_cellvars}:
             raise NotStraightError(f"it calls {frame.f_code.co_name}, a closure")
+        own = [frame.f_locals.get(name) for name in frame.f_code.co_varnames[:1]]
+        if any(isinstance(value, nn.Module) and value is not module for value in own):
+            raise NotStraightError(f"it calls {frame.f_code.co_name} of another module")
         _check_code(frame.f_code, frame.f_globals)
         known.add(frame.f_code)
 
@@ -191,9 +200,8 @@ def _recorder(
     def read(self: nn.Module, name: str) -> Any:
         value = cls.__getattribute__(self, name)
         if name not in _INTERNAL and name in nn.Module.__getattribute__(self, "__dict__"):
-            if name == "training" or not _is_plain(value):
-                what = "" if name == "training" else f", a {type(value).__name__}"
-                raise NotStraightError(f"it reads self.{name}{what}")
+            if not _is_plain(value):
+                raise NotStraightError(f"it reads self.{name}, a {type(value).__name__}")
             seen[name] = value
         return value
 
@@ -222,7 +230,7 @@ def _trace(
     _check_code(forward.__code__, forward.__globals__)
     module.__class__ = _recorder(module, forward, count, seen)
     try:
-        with _watched(forward.__code__):
+        with _watched(module, forward.__code__):
             graph = _Tracer().trace(module)
     finally:
         module.__class__ = cls
@@ -446,14 +454,32 @@ def _parents(graph: fx.Graph) -> list[tuple[str, ...]]:
     return sorted({path[:length] for path in paths for length in range(len(path) + 1)})
 
 
-def make_plan(
+def make_plans(
     module: nn.Module, forward: Callable[..., Any], allowed: Callable[[nn.Module], bool]
-) -> Plan | None:
-    """A plan for this module, None if it has no chain of allowed layers.
+) -> tuple[Plan, ...]:
+    """A plan for this module; two if it asks for its mode; none without chains of allowed layers.
 
     Raises:
         NotStraightError: forward cannot be read, for the reason that the text says.
     """
+    plans = []
+    mode = module.training
+    try:
+        for training in (mode, not mode):
+            module.training = training
+            plan, asks = _make_plan(module, forward, allowed)
+            plans += [] if plan is None else [plan]
+            if not asks:
+                break
+    finally:
+        module.training = mode
+    return tuple(plans)
+
+
+def _make_plan(
+    module: nn.Module, forward: Callable[..., Any], allowed: Callable[[nn.Module], bool]
+) -> tuple[Plan | None, bool]:
+    """A plan for the module's mode, and whether it asks for it."""
     if not isinstance(forward, types.FunctionType):
         raise NotStraightError("its forward is no function")
     if hasattr(forward, "__wrapped__") or not set(forward.__code__.co_freevars) <= {"__class__"}:
@@ -471,8 +497,9 @@ def make_plan(
         for path in _parents(graph)
     )
     chains = _chains(module, graph, allowed)
+    asks = "training" in seen
     if not chains:
-        return None
+        return None, asks
     said = [_rewrite(graph, found) for found in chains]
     code = graph.python_code("self")
-    return Plan(said, code.src, code.globals, count, tuple(seen.items()), children)
+    return Plan(said, code.src, code.globals, count, tuple(seen.items()), children), asks

@@ -272,14 +272,15 @@ def _fuse(name: str, module: nn.Module, allowed: set[int], report: _Report) -> N
     try:
         if reason is not None:
             raise _trace.NotStraightError(reason)
-        plan = _trace.make_plan(module, _forward_of(module), lambda m: id(m) in allowed)
+        plans = _trace.make_plans(module, _forward_of(module), lambda m: id(m) in allowed)
     except _trace.NotStraightError as error:
         report.skip(name, f"({type(module).__name__}) not fused", str(error))
         return
-    if plan is None:
+    if not plans:
         return
     _layers.adapt("planned", module)
-    vars(module)["fusereg_plan"] = plan
-    report.chains += len(plan.chains)
-    for chain in plan.chains:
+    vars(module)["fusereg_plans"] = plans
+    chains = max((plan.chains for plan in plans), key=len)
+    report.chains += len(chains)
+    for chain in chains:
         _log.debug("fusereg.convert: %s: fused %s", name or "the model", chain)
