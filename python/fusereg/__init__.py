@@ -12,6 +12,7 @@
 from . import _dispatch as _dispatch  # isort: skip  # first: it refuses a torch that is too old
 from . import _C, early_stopping, functional, nn, prox
 from ._version import __version__
+from .convert import convert, revert
 from .early_stopping import EarlyStopping
 from .fold import fold_into_conv
 from .functional import dropout_mask
@@ -24,11 +25,13 @@ __all__ = [
     "WeightPenalty",
     "__version__",
     "add_penalty_grad_",
+    "convert",
     "dropout_mask",
     "early_stopping",
     "fold_into_conv",
     "functional",
     "nn",
     "prox",
+    "revert",
     "sparsity",
 ]

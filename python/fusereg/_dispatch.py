@@ -207,3 +207,15 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
             module = module.module
         else:
             return module
+
+
+def hooked(module: torch.nn.Module) -> bool:
+    """Whether a call of the module is not just its class's forward: a hook would see it."""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch.nn.modules.module._has_any_global_hook()
+    )

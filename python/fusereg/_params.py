@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
@@ -13,8 +14,21 @@ from . import _C, _dispatch
 
 Params: TypeAlias = Tensor | Iterable[Tensor] | torch.nn.Module
 Strength: TypeAlias = float | Sequence[float]
+#: What picks parts of a model: a name pattern, or a type of modules.
+Key: TypeAlias = str | type[torch.nn.Module]
 
 SUPPORTED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_key(key: object) -> bool:
+    return isinstance(key, str) or (isinstance(key, type) and issubclass(key, torch.nn.Module))
+
+
+def matches(key: Key, name: str, module: torch.nn.Module) -> bool:
+    """Whether a key picks what has this name and is, or is held by, this module."""
+    if isinstance(key, type):
+        return isinstance(module, key)
+    return fnmatch.fnmatchcase(name, key)
 
 
 def as_list(params: Params, op: str) -> list[Tensor]:

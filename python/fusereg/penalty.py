@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _dispatch, _params, _penalty_kernels, _penalty_ops
-from ._params import Params, Strength
+from ._params import Key, Params, Strength
 from ._penalty_kernels import Strengths
 
 __all__ = ["PenaltyGroup", "WeightPenalty", "add_penalty_grad_", "sparsity"]
@@ -169,7 +168,6 @@ class PenaltyGroup:
 
 
 Rule = Mapping[str, float] | None
-_Key: TypeAlias = str | type[nn.Module]
 
 
 class WeightPenalty:
@@ -222,8 +220,8 @@ class WeightPenalty:
         l2: float = 0.0,
         group: float = 0.0,
         half: bool = True,
-        exclude: Iterable[_Key] | _Key = ("bias", "norm"),
-        rules: Mapping[_Key, Rule] | None = None,
+        exclude: Iterable[Key] | Key = ("bias", "norm"),
+        rules: Mapping[Key, Rule] | None = None,
         schedule: Callable[[int], float] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -254,9 +252,7 @@ class WeightPenalty:
 
     def _check_keys(self) -> None:
         for key in (*self._exclude, *self._rules):
-            if not isinstance(key, str) and not (
-                isinstance(key, type) and issubclass(key, nn.Module)
-            ):
+            if not _params.is_key(key):
                 raise TypeError(
                     "fusereg.WeightPenalty: exclude and rules take name patterns or module types, "
                     f"got {key!r}"
@@ -268,9 +264,9 @@ class WeightPenalty:
                     f'{{"l1": 1e-4}} or None, got {rule!r}'
                 )
 
-    def _labels(self) -> dict[_Key, str]:
+    def _labels(self) -> dict[Key, str]:
         """A name for each rule; distinct ones, also where two types are called the same."""
-        labels: dict[_Key, str] = {}
+        labels: dict[Key, str] = {}
         for key in self._rules:
             label, n = _label(key), 1
             while label == self._DEFAULT or label in labels.values():
@@ -481,19 +477,17 @@ def _named_parameters(model: nn.Module) -> Iterable[tuple[str, Tensor, nn.Module
                 yield (f"{prefix}.{name}" if prefix else name), param, module
 
 
-def _matches(key: _Key, name: str, module: nn.Module) -> bool:
-    if isinstance(key, type):
-        return isinstance(module, key)
+def _matches(key: Key, name: str, module: nn.Module) -> bool:
     if key == "bias":
         own = name.rpartition(".")[2]
         return own.endswith("bias") or "bias" in own.split("_")  # bias_ih_l0 of recurrent layers
     if key == "norm":
         # By name, so that everybody's normalization layers are known: LlamaRMSNorm, BatchNormAct2d.
         return any("norm" in base.__name__.lower() for base in type(module).__mro__)
-    return fnmatch.fnmatchcase(name, key)
+    return _params.matches(key, name, module)
 
 
-def _label(key: _Key) -> str:
+def _label(key: Key) -> str:
     return key if isinstance(key, str) else key.__name__
 
 
