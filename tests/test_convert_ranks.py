@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fusereg
 from fusereg import _convert_layers
 from plain_models import BasicBlock, basic, bottleneck, stir, without_dropout
-from ranks import CHECKS, Ranks, can_run, failures, fully_shard, on, results
+from ranks import Ranks, can_run, cases, failures, fully_shard, on, results
 from sharded import whole
 
 
@@ -40,6 +40,24 @@ def train(models: list[nn.Module], rank: int) -> None:
 def models_of(make: Callable[[], nn.Module]) -> list[nn.Module]:
     model = stir(without_dropout(make())).double()
     return [copy.deepcopy(model) for _ in range(3)]
+
+
+@on(2)
+def synchronized_layers(ranks: Ranks) -> None:
+    """torch's SyncBatchNorm does not run on the CPU: the reference has the whole batch."""
+    plain, converted, _ = models_of(basic)
+    nn.SyncBatchNorm.convert_sync_batchnorm(converted)
+    fusereg.convert(converted)
+    kinds = {type(m) for m in converted.modules() if "BatchNorm" in type(m).__name__}
+    assert kinds == {fusereg.nn.SyncBatchNorm}
+    assert any(isinstance(m, _convert_layers.Planned) for m in converted.modules())
+    x = torch.randn(6, 3, 12, 12, dtype=torch.float64)
+    mine = slice(3 * ranks.rank, 3 * ranks.rank + 3)
+    torch.testing.assert_close(converted(x[mine]), plain(x)[mine], rtol=1e-9, atol=1e-9)
+    fusereg.revert(converted)
+    assert {type(m) for m in converted.modules() if "BatchNorm" in type(m).__name__} == {
+        nn.SyncBatchNorm
+    }
 
 
 @on(2)
@@ -107,10 +125,10 @@ def fsdp_layers(ranks: Ranks) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*CHECKS[2], "the end"])
-def test_ranks(name: str) -> None:
+@pytest.mark.parametrize(("world", "name"), cases(__name__))
+def test_ranks(world: int, name: str) -> None:
     if not can_run(name):
         pytest.skip("this torch has no torch.distributed.fsdp.fully_shard")
-    said = failures(results(2, __name__), name)
+    said = failures(results(world, __name__), name)
     if said:
         pytest.fail(said, pytrace=False)

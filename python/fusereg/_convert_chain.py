@@ -82,11 +82,23 @@ def batch_norm(
     )
 
 
+def sync_batch_norm(
+    layer: fused_nn.SyncBatchNorm,
+    x: Tensor,
+    residual: Tensor | None,
+    activation: str | None,
+    slope: float,
+    dropout: float,
+) -> Tensor:
+    return layer.with_epilogue(x, residual, None, activation, slope, dropout)
+
+
 #: Layers that can begin a chain, and the call that computes them with an epilogue.
 NORMS: dict[type, Callable[..., Tensor]] = {
     fused_nn.BatchNorm1d: batch_norm,
     fused_nn.BatchNorm2d: batch_norm,
     fused_nn.BatchNorm3d: batch_norm,
+    fused_nn.SyncBatchNorm: sync_batch_norm,
 }
 
 

@@ -35,6 +35,7 @@ _NAMES = (
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "SyncBatchNorm",
 )
 
 #: A layer of torch and the one that takes its place.

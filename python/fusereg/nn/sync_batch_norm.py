@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import _batch_norm_sync
+from .. import _batch_norm_ops, _batch_norm_sync
 from ..functional import _batch_norm as functional
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _Fused
 
@@ -84,15 +84,32 @@ class SyncBatchNorm(_Fused):
         self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
     ) -> Tensor:
         """The input normalized, the residual added, activated, dropped."""
+        return self.with_epilogue(
+            input, residual, mask, self.activation, self.negative_slope, self.dropout
+        )
+
+    def with_epilogue(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        activation: str | None,
+        negative_slope: float,
+        dropout: float,
+    ) -> Tensor:
+        """As ``forward``, followed by something else than the layer's own settings say."""
+        self._check_input_dim(input)
         group = self._process_group() if self.training else None
-        if group is None:
-            return self._normalized(input, residual, mask)
         call, running = functional.prepared(
-            input, self.running_mean, self.running_var, self.weight, self.bias, True,
-            self.momentum, self.eps, self.activation, residual, self.dropout, None,
-            self.negative_slope, mask, None, self.num_batches_tracked, self.update_stats,
-            None, None, "sync_batch_norm", single_values=True,
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training,
+            self.momentum, self.eps, activation, residual, dropout, None, negative_slope, mask,
+            None, self.num_batches_tracked, self.update_stats, None, None, "sync_batch_norm",
+            single_values=group is not None,
         )  # fmt: skip
+        if group is None:
+            return _batch_norm_ops.normalize(
+                call, input, residual, mask, self.weight, self.bias, None, running
+            )
         return _batch_norm_sync.synchronized(
             call, input, residual, mask, self.weight, self.bias, group, running
         )
