@@ -13,6 +13,9 @@
 namespace fusereg::dropout {
 void bind(py::module_& m);
 }
+namespace fusereg::optimizer {
+void bind(py::module_& m);
+}
 namespace fusereg::penalty {
 void bind(py::module_& m);
 }
@@ -109,5 +112,6 @@ PYBIND11_MODULE(FUSEREG_MODULE_NAME, m) {
   m.attr("CUDA_ON_HOST") = false;
 #endif
   dropout::bind(m);
+  optimizer::bind(m);
   penalty::bind(m);
 }

@@ -10,7 +10,7 @@
 
 #include "core/cuda.cuh"
 #include "penalty/penalty.h"
-#include "penalty/penalty_math.h"
+#include "core/soft_threshold.h"
 
 namespace fusereg::penalty {
 namespace {

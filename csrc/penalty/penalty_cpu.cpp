@@ -6,7 +6,7 @@
 
 #include "core/parallel.h"
 #include "penalty/penalty.h"
-#include "penalty/penalty_math.h"
+#include "core/soft_threshold.h"
 
 namespace fusereg::penalty {
 namespace {

@@ -1,7 +1,7 @@
 """The compiled module. Private: the package's functions check and prepare what they pass to it.
 
 Functions over lists return a status: 0 done; 1 the value must be float64; 2 a tensor needs
-preparing in Python. Nothing has been written unless it is 0.
+preparing in Python; 3 an optimizer's state is missing. Nothing has been written unless it is 0.
 """
 
 from collections.abc import Sequence
@@ -64,6 +64,31 @@ def prox_(
     l2: _Strength,
     group: _Strength,
     dim: int,
+    workspace: torch.Tensor | None,
+    op: str,
+) -> int: ...
+def optimizer_step(
+    algorithm: int,
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor | None] | None,
+    states: Sequence[dict[str, Any]],
+    counts: tuple[int, ...],
+    hypers: tuple[tuple[Any, ...], ...],
+    fresh: tuple[int, ...],
+    value: torch.Tensor | None,
+    grad_scale: torch.Tensor | float | None,
+    found_inf: torch.Tensor | float | None,
+    norm: torch.Tensor | None,
+    max_norm: float,
+    workspace: torch.Tensor | None,
+    op: str,
+) -> int: ...
+def grad_norm(
+    tensors: Sequence[torch.Tensor],
+    of_params: bool,
+    out: torch.Tensor,
+    norm: int,
+    clip: float,
     workspace: torch.Tensor | None,
     op: str,
 ) -> int: ...

@@ -10,7 +10,7 @@
 """
 
 from . import _dispatch as _dispatch  # isort: skip  # first: it refuses a torch that is too old
-from . import _C, functional, nn, prox
+from . import _C, functional, nn, optim, prox
 from ._version import __version__
 from .functional import dropout_mask
 from .penalty import PenaltyGroup, WeightPenalty, add_penalty_grad_, sparsity
@@ -24,6 +24,7 @@ __all__ = [
     "dropout_mask",
     "functional",
     "nn",
+    "optim",
     "prox",
     "sparsity",
 ]
