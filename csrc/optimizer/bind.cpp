@@ -66,7 +66,7 @@ Scalar read_number(py::handle value, const Device& device, const char* op, const
 }
 
 // (lr, first, second, eps, weight_decay, l1, l2, group, prox, maximize, amsgrad, nesterov,
-//  decoupled_decay, momentum)
+//  decoupled_decay, momentum, master_weights)
 Hyper read_hyper_tuple(py::handle values, const Device& device, const char* op) {
   const auto t = py::reinterpret_borrow<py::tuple>(values);
   const char* const names[8] = {"lr",           "first", "second", "eps",
@@ -117,6 +117,7 @@ class JobBuilder {
         device_ = p.device;
         for (std::size_t h = 0; h < counts.size(); ++h) {
           job_.hypers.push_back(read_hyper_tuple(hypers[h], device_, op_));
+          masters_.push_back(hypers[h].cast<py::tuple>()[14].cast<bool>());
         }
       }
       if (p.device != device_ || g.device != device_ || !p.dense() || !p.same_layout(g))
@@ -213,7 +214,9 @@ class JobBuilder {
     }
     if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return 0;
     PyObject* const master = lookup(state, keys_.master);
-    if (master == nullptr) return 0;
+    if (master == nullptr) {
+      return masters_[static_cast<std::size_t>(item.hyper)] ? kNeedsState : 0;
+    }
     TensorView m;
     if (read_gradient(master, m) != Kind::kPlain || m.device != device_ || !p.same_layout(m) ||
         m.dtype != DType::kFloat32)
@@ -236,6 +239,7 @@ class JobBuilder {
   const char* op_;
   Keys keys_;
   Job job_;
+  std::vector<bool> masters_;  // of each group of hyperparameters: master weights are wanted
   Device device_;
   WrittenRanges written_;
   std::vector<py::object> grads_;  // alive while the kernel runs

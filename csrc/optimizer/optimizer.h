@@ -143,8 +143,8 @@ struct ClipJob {
 void run_clip_cpu(const ClipJob& job);
 
 // CUDA only: `workspace` is kWorkspaceBytes of device memory whose first 8 bytes are zero; it is
-// left so. One launch for the elementwise parameters of up to kMaxItems tensors, one for those with
-// a group term; the last launch of a call also counts the steps up.
+// left so. One launch for the elementwise parameters of up to some 300 tensors, one for those with
+// a group term of as many.
 inline constexpr std::int64_t kMaxBlocks = 4096;
 inline constexpr std::int64_t kWorkspaceBytes = 16 + 8 * kMaxBlocks;
 void run_cuda(const Job& job, void* workspace, int device, void* stream);

@@ -243,6 +243,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         return (
             *(group["lr"], first, second, eps, group["weight_decay"], l1, l2, row, prox),
             *(bool(group["maximize"]), amsgrad, nesterov, decoupled, momentum),
+            bool(group["master_weights"]),
         )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
