@@ -103,6 +103,8 @@ class Reference:
         elif o["prox"] == "preconditioned" and self.name != "SGD":
             self.p = soft(p, lr * o["l1"] / metric) / (1 + lr * o["l2"] / metric)
         else:
+            if o["prox"] == "preconditioned" and o["momentum"]:
+                lr = lr * (1 - o["dampening"]) / (1 - o["momentum"])
             v = soft(p, lr * o["l1"])
             if o["group"]:
                 r = rows(v)

@@ -132,7 +132,11 @@ PENALTIES = [
     {"l1": 0.1, "l2": 0.3, "group": 0.15},
 ]
 EXTRAS: dict[str, list[dict[str, Any]]] = {
-    "SGD": [{"lr": 0.1}, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}],
+    "SGD": [
+        {"lr": 0.1},
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        {"lr": 0.1, "momentum": 0.5, "dampening": 0.2},
+    ],
     "Adam": [{"lr": 0.1}, {"lr": 0.1, "amsgrad": True, "maximize": True, "weight_decay": 0.1}],
     "AdamW": [{"lr": 0.1, "weight_decay": 0.2}],
     "Adagrad": [{"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.2}],

@@ -65,6 +65,8 @@ FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const Hype
       k.first = h.first;
       k.second = fresh ? 1.0 : 1.0 - h.second;
       k.rate = lr;
+      // A gradient that stays moves p by this much more, so its counterpart in the penalty must.
+      if (f.momentum && f.prox == Prox::kPreconditioned) lr *= (1.0 - h.second) / (1.0 - h.first);
       break;
     case Algorithm::kAdam:
       k.first = 1.0 - h.first;

@@ -17,7 +17,9 @@ namespace fusereg::optimizer {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPerThread = 8;
+// Elements that a thread moves at once; of float64 fewer, for they would take twice the registers.
+template <class C>
+inline constexpr int kPerThread = sizeof(C) == 8 ? 4 : 8;
 constexpr std::int64_t kChunkElements = 16 * 1024;
 constexpr int kMaxHypers = 8;
 
@@ -134,22 +136,22 @@ FUSEREG_DEVICE_INLINE void store_one(DType dtype, void* x, std::int64_t at, C y)
   }
 }
 
-// kPerThread elements from a 16-byte boundary on.
+// A thread's elements, from a 16-byte boundary on.
 template <class T, class C>
-FUSEREG_DEVICE_INLINE void load_typed(const T* x, C (&y)[kPerThread]) {
-  constexpr int kN = cuda::kVecSize<T>;
+FUSEREG_DEVICE_INLINE void load_typed(const T* x, C (&y)[kPerThread<C>]) {
+  constexpr int kN = cuda::kVecSize<T> < kPerThread<C> ? cuda::kVecSize<T> : kPerThread<C>;
   FUSEREG_UNROLL
-  for (int i = 0; i < kPerThread; i += kN) {
+  for (int i = 0; i < kPerThread<C>; i += kN) {
     const auto v = cuda::load<kN>(x + i);
     FUSEREG_UNROLL
     for (int k = 0; k < kN; ++k) y[i + k] = static_cast<C>(to_compute(v[k]));
   }
 }
 template <class T, class C>
-FUSEREG_DEVICE_INLINE void store_typed(T* x, const C (&y)[kPerThread]) {
-  constexpr int kN = cuda::kVecSize<T>;
+FUSEREG_DEVICE_INLINE void store_typed(T* x, const C (&y)[kPerThread<C>]) {
+  constexpr int kN = cuda::kVecSize<T> < kPerThread<C> ? cuda::kVecSize<T> : kPerThread<C>;
   FUSEREG_UNROLL
-  for (int i = 0; i < kPerThread; i += kN) {
+  for (int i = 0; i < kPerThread<C>; i += kN) {
     cuda::Vec<T, kN> v;
     FUSEREG_UNROLL
     for (int k = 0; k < kN; ++k) v[k] = from_compute<T>(static_cast<Compute<T>>(y[i + k]));
@@ -158,7 +160,7 @@ FUSEREG_DEVICE_INLINE void store_typed(T* x, const C (&y)[kPerThread]) {
 }
 template <class C>
 FUSEREG_DEVICE_INLINE void load_many(DType dtype, const void* x, std::int64_t at,
-                                     C (&y)[kPerThread]) {
+                                     C (&y)[kPerThread<C>]) {
   dispatch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     load_typed(static_cast<const T*>(x) + at, y);
@@ -166,7 +168,7 @@ FUSEREG_DEVICE_INLINE void load_many(DType dtype, const void* x, std::int64_t at
 }
 template <class C>
 FUSEREG_DEVICE_INLINE void store_many(DType dtype, void* x, std::int64_t at,
-                                      const C (&y)[kPerThread]) {
+                                      const C (&y)[kPerThread<C>]) {
   dispatch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     store_typed(static_cast<T*>(x) + at, y);
@@ -237,6 +239,7 @@ FUSEREG_DEVICE_INLINE bool aligned_at(const void* x, DType dtype, std::int64_t a
 template <Algorithm algorithm, class C>
 __device__ Shares<C> chunk(const Item& item, const Work<double>& w, std::int64_t begin,
                            std::int64_t n) {
+  constexpr int kN = kPerThread<C>;
   const Coefficients<C> k = in_type<C>(w.k);
   const Flags f = w.flags;
   const int states = w.skip ? 0 : state_count(algorithm, f);
@@ -250,33 +253,33 @@ __device__ Shares<C> chunk(const Item& item, const Work<double>& w, std::int64_t
   // Elements before p's first 16-byte boundary one by one, then whole groups, then the rest. Where
   // another tensor lies differently against that boundary, no group fits them all.
   std::int64_t head = 0;
-  while (head < kPerThread && !aligned_at(item.p, item.p_dtype, begin + head)) ++head;
+  while (head < 8 && !aligned_at(item.p, item.p_dtype, begin + head)) ++head;
   bool together = aligned_at(item.g, item.g_dtype, begin + head) &&
                   (item.copy == nullptr || aligned_at(item.copy, item.copy_dtype, begin + head));
   for (int j = 0; j < states; ++j) {
     together = together && aligned_at(item.state[j], item.state_dtype, begin + head);
   }
   if (!together || head > n) head = n;
-  const std::int64_t groups = (n - head) / kPerThread;
+  const std::int64_t groups = (n - head) / kN;
   for (std::int64_t i = threadIdx.x; i < head; i += kThreads) one(begin + i);
   for (std::int64_t v = threadIdx.x; v < groups; v += kThreads) {
-    const std::int64_t at = begin + head + v * kPerThread;
-    C p[kPerThread];
+    const std::int64_t at = begin + head + v * kN;
+    C p[kN];
     load_many(item.p_dtype, item.p, at, p);
     if (value) {
       FUSEREG_UNROLL
-      for (int i = 0; i < kPerThread; ++i) shares.add(p[i]);
+      for (int i = 0; i < kN; ++i) shares.add(p[i]);
     }
     if (skip) continue;
-    C g[kPerThread];
-    C s[kMaxStates][kPerThread];
+    C g[kN];
+    C s[kMaxStates][kN];
     load_many(item.g_dtype, item.g, at, g);
     FUSEREG_UNROLL
     for (int j = 0; j < kMaxStates; ++j) {
       if (j < states) load_many(item.state_dtype, item.state[j], at, s[j]);
     }
     FUSEREG_UNROLL
-    for (int i = 0; i < kPerThread; ++i) {
+    for (int i = 0; i < kN; ++i) {
       C own[kMaxStates] = {s[0][i], s[1][i], s[2][i]};
       p[i] = updated<algorithm>(p[i], g[i], own, k, f);
       FUSEREG_UNROLL
@@ -289,14 +292,15 @@ __device__ Shares<C> chunk(const Item& item, const Work<double>& w, std::int64_t
       if (j < states) store_many(item.state_dtype, item.state[j], at, s[j]);
     }
   }
-  for (std::int64_t i = head + groups * kPerThread + threadIdx.x; i < n; i += kThreads) {
+  for (std::int64_t i = head + groups * kN + threadIdx.x; i < n; i += kThreads) {
     one(begin + i);
   }
   return shares;
 }
 
+// Two blocks to a multiprocessor: enough loads in flight to keep the memory busy.
 template <Algorithm algorithm>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     optimizer_elements_kernel(FUSEREG_GRID_CONSTANT(Table, t)) {
   FUSEREG_SHARED(work, Work<double>);
   double value = 0.0;

@@ -25,7 +25,8 @@
 //     kDecoupled         row by row v = soft(p, lr * l1),
 //                        p = v * max(0, 1 - lr * group * sqrt(n_r) / ||v_r||) / (1 + lr * l2)
 //     kPreconditioned    p_i = soft(p_i, lr * l1 / D_i) / (1 + lr * l2 / D_i): the proximal step in
-//                        the metric of the update (no group term: it has no closed form there)
+//                        the metric of the update (no group term: it has no closed form there);
+//                        SGD: as kDecoupled with lr * (1 - dampening) / (1 - momentum) for lr
 //
 // with soft(p, t) = sign(p) * max(|p| - t, 0); zeros come out as +0.0. lr in the proximal step of
 // Adagrad is lr_t. Sources: kDecoupled follows Loshchilov and Hutter's decoupled decay (2019),

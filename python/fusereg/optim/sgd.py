@@ -31,7 +31,10 @@ class SGD(RegularizedOptimizer):
         weight_decay: :math:`\lambda`, added to the gradient.
         {penalty}
 
-    The update has no metric, so ``prox="preconditioned"`` is the same as ``"decoupled"``.
+    torch's momentum amplifies a gradient that stays by :math:`(1 - \tau) / (1 - \mu)`, and
+    ``prox="preconditioned"`` amplifies lr in the proximal step as much: its fixed points are those
+    of the penalized problem, as those of ``prox=False`` are. The decoupled step's fixed points have
+    a penalty that is weaker by that factor. Without momentum the two are the same.
 
     {notes}
 
@@ -86,6 +89,14 @@ class SGD(RegularizedOptimizer):
             **own_defaults(l1, l2, group, prox, master_weights),
         }
         super().__init__(params, defaults, max_grad_norm)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group["prox"] == "preconditioned" and not group["momentum"] < 1.0:
+            raise ValueError(
+                "fusereg.optim.SGD: prox='preconditioned' needs momentum < 1, "
+                f"got {group['momentum']}"
+            )
 
     def _numbers(self, group: dict[str, Any]) -> tuple[Any, Any, Any]:
         return group["momentum"], group["dampening"], 0.0
