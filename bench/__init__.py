@@ -23,7 +23,7 @@ __all__ = [
     "run_cases",
 ]
 
-SUITES: tuple[str, ...] = ("dropout", "penalty")
+SUITES: tuple[str, ...] = ("dropout", "optimizer", "penalty")
 """The techniques that have a benchmark, each the name of a module of this package."""
 
 
