@@ -65,28 +65,76 @@ Scalar read_number(py::handle value, const Device& device, const char* op, const
   })};
 }
 
-// (lr, first, second, eps, weight_decay, l1, l2, group, prox, maximize, amsgrad, nesterov,
-//  decoupled_decay, momentum, master_weights)
-Hyper read_hyper_tuple(py::handle values, const Device& device, const char* op) {
-  const auto t = py::reinterpret_borrow<py::tuple>(values);
-  const char* const names[8] = {"lr",           "first", "second", "eps",
-                                "weight_decay", "l1",    "l2",     "group"};
-  Hyper h;
-  Scalar* const scalars[8] = {&h.lr,           &h.first, &h.second, &h.eps,
-                              &h.weight_decay, &h.l1,    &h.l2,     &h.group};
-  for (std::size_t i = 0; i < 8; ++i) *scalars[i] = read_number(t[i], device, op, names[i]);
-  h.flags.prox = static_cast<Prox>(t[8].cast<int>());
-  h.flags.maximize = t[9].cast<bool>();
-  h.flags.amsgrad = t[10].cast<bool>();
-  h.flags.nesterov = t[11].cast<bool>();
-  h.flags.decoupled_decay = t[12].cast<bool>();
-  h.flags.momentum = t[13].cast<bool>();
-  return h;
+// A tuple of (lr, first, second, eps, weight_decay, l1, l2, group, prox, maximize, amsgrad,
+// nesterov, decoupled_decay, momentum, master_weights).
+struct HyperTuple {
+  py::tuple values;
+  Flags flags;
+  bool master = false;
+
+  explicit HyperTuple(py::handle tuple) : values(py::reinterpret_borrow<py::tuple>(tuple)) {
+    flags.prox = static_cast<Prox>(values[8].cast<int>());
+    flags.maximize = values[9].cast<bool>();
+    flags.amsgrad = values[10].cast<bool>();
+    flags.nesterov = values[11].cast<bool>();
+    flags.decoupled_decay = values[12].cast<bool>();
+    flags.momentum = values[13].cast<bool>();
+    master = values[14].cast<bool>();
+  }
+
+  Hyper read(const Device& device, const char* op) const {
+    const char* const names[8] = {"lr",           "first", "second", "eps",
+                                  "weight_decay", "l1",    "l2",     "group"};
+    Hyper h;
+    Scalar* const scalars[8] = {&h.lr,           &h.first, &h.second, &h.eps,
+                                &h.weight_decay, &h.l1,    &h.l2,     &h.group};
+    for (std::size_t i = 0; i < 8; ++i) *scalars[i] = read_number(values[i], device, op, names[i]);
+    h.flags = flags;
+    return h;
+  }
+};
+
+// What belongs to one parameter, borrowed; null where it is absent.
+struct Objects {
+  PyObject* parameter = nullptr;
+  PyObject* state[kMaxStates] = {nullptr, nullptr, nullptr};
+  PyObject* step = nullptr;
+  PyObject* master = nullptr;
+};
+
+// Thousands of small tensors lie all over memory, and what a step of theirs takes is the waiting
+// for it. A tensor's object has a pointer to the tensor right behind its header; where it has not,
+// the hint is a wrong one and does no harm.
+void prefetch_object(const PyObject* object) {
+  if (object != nullptr) __builtin_prefetch(object);
+}
+void prefetch_tensor(PyObject* object) {
+  if (object == nullptr || Py_TYPE(object)->tp_basicsize < 32) return;
+  const char* address[2];
+  memcpy(address, reinterpret_cast<const char*>(object) + 16, sizeof(address));
+  for (const char* const a : address) {
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(a + 64 * line);
+  }
+}
+void prefetch_objects(const Objects& o, bool tensors) {
+  const auto f = [tensors](PyObject* object) {
+    if (tensors) {
+      prefetch_tensor(object);
+    } else {
+      prefetch_object(object);
+    }
+  };
+  f(o.parameter);
+  for (PyObject* const s : o.state) f(s);
+  f(o.step);
+  f(o.master);
 }
 
 bool is_zero(const Scalar& s) { return s.device == nullptr && s.host == 0.0; }
 
 class JobBuilder {
+  static constexpr std::size_t kAhead = 4;  // parameters
+
  public:
   JobBuilder(Algorithm algorithm, const char* op) : op_(op), keys_(keys_of(algorithm)) {
     job_.algorithm = algorithm;
@@ -98,6 +146,8 @@ class JobBuilder {
            const ObjectList& states, const py::tuple& counts, const py::tuple& hypers,
            const py::tuple& fresh) {
     const std::size_t count = params.size();
+    for (const py::handle h : hypers) tuples_.emplace_back(h);
+    const std::vector<Objects> objects = gather(params, states, counts);
     job_.items.reserve(count);
     written_.reserve(count);
     grads_.reserve(count);
@@ -106,6 +156,8 @@ class JobBuilder {
     std::size_t next_fresh = 0;
     for (std::size_t i = 0; i < count; ++i) {
       while (i == group_end) group_end += counts[group++].cast<std::size_t>();
+      if (i + 2 * kAhead < count) prefetch_objects(objects[i + 2 * kAhead], false);
+      if (i + kAhead < count) prefetch_objects(objects[i + kAhead], true);
       py::object grad =
           grads ? py::reinterpret_borrow<py::object>((*grads)[i]) : grad_of(params[i]);
       if (grad.is_none()) continue;
@@ -115,10 +167,7 @@ class JobBuilder {
         return refused();
       if (job_.items.empty()) {
         device_ = p.device;
-        for (std::size_t h = 0; h < counts.size(); ++h) {
-          job_.hypers.push_back(read_hyper_tuple(hypers[h], device_, op_));
-          masters_.push_back(hypers[h].cast<py::tuple>()[14].cast<bool>());
-        }
+        for (const HyperTuple& h : tuples_) job_.hypers.push_back(h.read(device_, op_));
       }
       if (p.device != device_ || g.device != device_ || !p.dense() || !p.same_layout(g))
         return refused();
@@ -131,7 +180,7 @@ class JobBuilder {
       item.numel = p.numel;
       while (next_fresh < fresh.size() && fresh[next_fresh].cast<std::size_t>() < i) ++next_fresh;
       item.fresh = next_fresh < fresh.size() && fresh[next_fresh].cast<std::size_t>() == i;
-      const int status = read_state(states[i], p, item);
+      const int status = read_state(objects[i], p, item);
       if (status != 0) return status;
       if (!read_rows(p, item)) return refused();
       written_.add(p.data, p.numel * dtype_size(p.dtype));
@@ -190,11 +239,31 @@ class JobBuilder {
  private:
   static int refused() { return static_cast<int>(ListStatus::kNeedsPreparation); }
 
-  int read_state(py::handle state, const TensorView& p, Item& item) {
+  std::vector<Objects> gather(const ObjectList& params, const ObjectList& states,
+                              const py::tuple& counts) const {
+    std::vector<Objects> found(params.size());
+    std::size_t i = 0;
+    for (std::size_t group = 0; group < counts.size(); ++group) {
+      const int wanted = state_count(job_.algorithm, tuples_[group].flags);
+      const std::size_t end = i + counts[group].cast<std::size_t>();
+      for (; i < end && i < params.size(); ++i) {
+        if (i + 2 * kAhead < params.size()) prefetch_object(states[i + 2 * kAhead].ptr());
+        if (i + kAhead < params.size()) prefetch_tensor(states[i + kAhead].ptr());
+        Objects& o = found[i];
+        o.parameter = params[i].ptr();
+        for (int k = 0; k < wanted; ++k) o.state[k] = lookup(states[i], keys_.state[k]);
+        if (has_step(job_.algorithm)) o.step = lookup(states[i], keys_.step);
+        o.master = lookup(states[i], keys_.master);
+      }
+    }
+    return found;
+  }
+
+  int read_state(const Objects& objects, const TensorView& p, Item& item) {
     const Flags& flags = job_.hypers[static_cast<std::size_t>(item.hyper)].flags;
     const int count = state_count(job_.algorithm, flags);
     for (int k = 0; k < count; ++k) {
-      PyObject* const tensor = lookup(state, keys_.state[k]);
+      PyObject* const tensor = objects.state[k];
       if (tensor == nullptr) return kNeedsState;
       TensorView s;
       if (read_gradient(tensor, s) != Kind::kPlain || s.device != device_ || !p.same_layout(s) ||
@@ -204,7 +273,7 @@ class JobBuilder {
       item.state_dtype = s.dtype;
     }
     if (has_step(job_.algorithm)) {
-      PyObject* const tensor = lookup(state, keys_.step);
+      PyObject* const tensor = objects.step;
       if (tensor == nullptr) return kNeedsState;
       TensorView s;
       if (read_tensor(tensor, s) != Kind::kPlain || s.device != device_ || s.numel != 1 ||
@@ -213,9 +282,9 @@ class JobBuilder {
       item.step = static_cast<float*>(s.data);
     }
     if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return 0;
-    PyObject* const master = lookup(state, keys_.master);
+    PyObject* const master = objects.master;
     if (master == nullptr) {
-      return masters_[static_cast<std::size_t>(item.hyper)] ? kNeedsState : 0;
+      return tuples_[static_cast<std::size_t>(item.hyper)].master ? kNeedsState : 0;
     }
     TensorView m;
     if (read_gradient(master, m) != Kind::kPlain || m.device != device_ || !p.same_layout(m) ||
@@ -239,7 +308,7 @@ class JobBuilder {
   const char* op_;
   Keys keys_;
   Job job_;
-  std::vector<bool> masters_;  // of each group of hyperparameters: master weights are wanted
+  std::vector<HyperTuple> tuples_;
   Device device_;
   WrittenRanges written_;
   std::vector<py::object> grads_;  // alive while the kernel runs

@@ -9,8 +9,8 @@
 #include <cmath>
 
 #include "core/cuda.cuh"
-#include "penalty/penalty.h"
 #include "core/soft_threshold.h"
+#include "penalty/penalty.h"
 
 namespace fusereg::penalty {
 namespace {

@@ -104,8 +104,6 @@ class RegularizedOptimizer(torch.optim.Optimizer):
     Attributes:
         penalty_value: the penalty R of the weights that the last step began with, over those that
             had a gradient: a 0-d tensor on their device, float32 (float64 if a parameter is).
-        grad_norm: with ``max_grad_norm``, the norm of all gradients that the last step found
-            (unscaled), a 0-d tensor; else None.
         max_grad_norm: may be changed between steps.
     """
 
@@ -206,6 +204,10 @@ class RegularizedOptimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
+        """With ``max_grad_norm``: the norm of all gradients at the last step, unscaled; else None.
+
+        A 0-d tensor on their device.
+        """
         if self._norm is None or self._norm_scale is None:
             return self._norm
         return self._norm / self._norm_scale
@@ -246,7 +248,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             bool(group["master_weights"]),
         )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_dispatch.outside_graphs
     def _run(self) -> None:
         groups = self.param_groups
         plan = self._plan
