@@ -195,8 +195,9 @@ class JobBuilder {
   int set_value(py::handle value) {
     if (value.is_none()) return 0;
     const TensorView v = tensor_argument(value, op_, "value");
-    if (v.numel != 1 || v.device != device_ ||
-        (v.dtype != DType::kFloat32 && v.dtype != DType::kFloat64)) {
+    // The list begins with a parameter without a gradient, on another device.
+    if (v.device != device_) return refused();
+    if (v.numel != 1 || (v.dtype != DType::kFloat32 && v.dtype != DType::kFloat64)) {
       throw py::value_error(std::string("fusereg.") + op_ +
                             ": value must be one float32 or float64 element on " + device_.name());
     }
@@ -329,7 +330,8 @@ int optimizer_step(int algorithm, const py::object& params, const py::object& gr
   const int status = job.read(param_list, grad_list, state_list, counts, hypers, fresh);
   if (status != 0) return status;
   if (job.empty()) return 0;
-  job.set_value(value);
+  const int refused = job.set_value(value);
+  if (refused != 0) return refused;
   job.set_scaling(grad_scale, found_inf, norm, max_norm);
   return job.run(workspace);
 }
