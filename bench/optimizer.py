@@ -43,7 +43,7 @@ STEP = "step"
 CLIP = "clip"
 # Elements of the parameters' dtype moved for each element of the list: see the module's text.
 MOVED = {STEP: 7, CLIP: 1}
-OPS = {STEP: "AdamW + elastic net prox", CLIP: "clip_grad_norm_"}
+OPS = {STEP: "AdamW elastic net", CLIP: "clip_grad_norm_"}
 
 
 @dataclass(frozen=True)

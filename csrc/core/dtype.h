@@ -137,7 +137,8 @@ FUSEREG_INLINE T from_compute(Compute<T> x) {
   }
 }
 
-// |w|, the square root, and a number with another one's sign bit added. simd.h has them for vectors.
+// |w|, the square root, and a number with another one's sign bit added. simd.h has them for
+// vectors.
 FUSEREG_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 FUSEREG_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 FUSEREG_INLINE float abs(float w) { return __builtin_fabsf(w); }
