@@ -62,6 +62,16 @@ def on(*worlds: int) -> Callable[[Check], Check]:
     return register
 
 
+def registered(module: str) -> list[tuple[int, str]]:
+    """(world, name) of a module's own checks, each world with "the end"; another test file of this
+    process may have registered others."""
+    found = []
+    for world, checks in CHECKS.items():
+        own = [name for name, check in checks.items() if check.__module__ == module]
+        found += [(world, name) for name in (*own, "the end") if own]
+    return found
+
+
 def can_run(name: str) -> bool:
     return fully_shard is not None or "fsdp" not in name
 

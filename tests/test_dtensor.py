@@ -28,7 +28,7 @@ import fusereg
 import reference
 from fusereg import WeightPenalty
 from fusereg import functional as F
-from ranks import CHECKS, Ranks, can_run, failures, fully_shard, on, results
+from ranks import Ranks, can_run, failures, fully_shard, on, registered, results
 from sharded import (
     PENALTIES,
     assert_same,
@@ -676,10 +676,7 @@ def fsdp_training_over_tensor_parallelism(ranks: Ranks) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("world", "name"),
-    [(world, name) for world, checks in CHECKS.items() for name in (*checks, "the end")],
-)
+@pytest.mark.parametrize(("world", "name"), registered(__name__))
 def test_ranks(world: int, name: str) -> None:
     if not can_run(name):
         pytest.skip("this torch has no torch.distributed.fsdp.fully_shard")

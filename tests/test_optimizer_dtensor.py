@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from fusereg import optim
-from ranks import CHECKS, Ranks, can_run, failures, fully_shard, on, results
+from ranks import Ranks, can_run, failures, fully_shard, on, registered, results
 from sharded import assert_same, assert_value, make_cases, shard, whole
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -122,16 +122,8 @@ def fsdp_models_train_as_one_process_does(ranks: Ranks) -> None:
 # --- the tests ----------------------------------------------------------------------------------
 
 
-def own_checks(world: int) -> list[str]:
-    """Another file of this process may have registered its own."""
-    return [name for name, check in CHECKS[world].items() if check.__module__ == __name__]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("world", "name"),
-    [(world, name) for world in (2, 3) for name in (*own_checks(world), "the end")],
-)
+@pytest.mark.parametrize(("world", "name"), registered(__name__))
 def test_ranks(world: int, name: str) -> None:
     if not can_run(name):
         pytest.skip("this torch has no torch.distributed.fsdp.fully_shard")
