@@ -30,6 +30,7 @@ SUITES: tuple[str, ...] = (
     "dropout_norm",
     "fused_dropout",
     "gaussian_dropout",
+    "optimizer",
     "penalty",
 )
 """The techniques that have a benchmark, each the name of a module of this package."""

@@ -28,6 +28,9 @@ void bind(py::module_& m);
 namespace fusereg::gaussian_dropout {
 void bind(py::module_& m);
 }
+namespace fusereg::optimizer {
+void bind(py::module_& m);
+}
 namespace fusereg::penalty {
 void bind(py::module_& m);
 }
@@ -129,5 +132,6 @@ PYBIND11_MODULE(FUSEREG_MODULE_NAME, m) {
   dropout_norm::bind(m);
   fused_dropout::bind(m);
   gaussian_dropout::bind(m);
+  optimizer::bind(m);
   penalty::bind(m);
 }

@@ -641,7 +641,10 @@ def test_quick_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_list_names_the_cases(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli_bench.run(arguments("--list", "--device", "cpu", "--only", "*/resnet50/*")) == 0
+    assert (
+        cli_bench.run(arguments("penalty", "--list", "--device", "cpu", "--only", "*/resnet50/*"))
+        == 0
+    )
     assert capsys.readouterr().out.split() == [
         "penalty/elastic-net/value/resnet50/float32",
         "penalty/elastic-net/value+gradient/resnet50/float32",
@@ -687,7 +690,7 @@ def test_a_killed_run_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.Mon
         write(path, data)
 
     monkeypatch.setattr(command.report, "write_json", spy)
-    words = ["--quick", "--only", "tiny", "--device", "cpu", "--min-time", "0"]
+    words = ["penalty", "--quick", "--only", "tiny", "--device", "cpu", "--min-time", "0"]
     args = arguments(*words, "--providers", "eager,fusereg", "--json", str(tmp_path / "a.json"))
     assert cli_bench.run(args) == 0
     assert seen == [True, True, True, False]

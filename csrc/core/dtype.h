@@ -137,7 +137,10 @@ FUSEREG_INLINE T from_compute(Compute<T> x) {
   }
 }
 
-// |w|, and a number with another one's sign bit added. simd.h has them for vectors.
+// |w|, the square root, and a number with another one's sign bit added. simd.h has them for
+// vectors.
+FUSEREG_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+FUSEREG_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 FUSEREG_INLINE float abs(float w) { return __builtin_fabsf(w); }
 FUSEREG_INLINE double abs(double w) { return __builtin_fabs(w); }
 FUSEREG_INLINE float with_sign_of(float magnitude, float sign) {

@@ -11,7 +11,7 @@
 
 #include "core/dtype.h"
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -145,6 +145,31 @@ FUSEREG_INLINE FUSEREG_ISA::Vector<float> abs(FUSEREG_ISA::Vector<float> v) {
 FUSEREG_INLINE FUSEREG_ISA::Vector<double> abs(FUSEREG_ISA::Vector<double> v) {
   return bit_cast<FUSEREG_ISA::Vector<double>>(bit_cast<FUSEREG_ISA::U64Vector>(v) &
                                                0x7fffffffffffffffull);
+}
+FUSEREG_INLINE FUSEREG_ISA::Vector<float> square_root(FUSEREG_ISA::Vector<float> v) {
+#if defined(__AVX512F__)
+  // Masked, because GCC 12 warns about the undefined operand of the plain one.
+  return _mm512_maskz_sqrt_ps(static_cast<__mmask16>(-1), v);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(v);
+#elif defined(__SSE2__)
+  return _mm_sqrt_ps(v);
+#else
+  for (int i = 0; i < FUSEREG_ISA::kWidth<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+FUSEREG_INLINE FUSEREG_ISA::Vector<double> square_root(FUSEREG_ISA::Vector<double> v) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_sqrt_pd(static_cast<__mmask8>(-1), v);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_pd(v);
+#elif defined(__SSE2__)
+  return _mm_sqrt_pd(v);
+#else
+  for (int i = 0; i < FUSEREG_ISA::kWidth<double>; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+#endif
 }
 FUSEREG_INLINE FUSEREG_ISA::Vector<float> with_sign_of(FUSEREG_ISA::Vector<float> magnitude,
                                                        FUSEREG_ISA::Vector<float> sign) {

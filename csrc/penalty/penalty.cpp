@@ -5,7 +5,7 @@
 #include "penalty/penalty.h"
 
 #include "core/simd.h"
-#include "penalty/penalty_math.h"
+#include "core/soft_threshold.h"
 
 namespace fusereg::penalty::FUSEREG_ISA {
 namespace {

@@ -9,8 +9,8 @@
 #include <cmath>
 
 #include "core/cuda.cuh"
+#include "core/soft_threshold.h"
 #include "penalty/penalty.h"
-#include "penalty/penalty_math.h"
 
 namespace fusereg::penalty {
 namespace {

@@ -5,8 +5,8 @@
 #include <utility>
 
 #include "core/parallel.h"
+#include "core/soft_threshold.h"
 #include "penalty/penalty.h"
-#include "penalty/penalty_math.h"
 
 namespace fusereg::penalty {
 namespace {

@@ -289,3 +289,28 @@ def batch_norm_force(kind: str, splits: int = 0, counters: int = 0) -> None: ...
 def batch_norm_layout(
     x: torch.Tensor, group_samples: int, mask: bool
 ) -> tuple[int, int, int, int, int] | None: ...
+def optimizer_step(
+    algorithm: int,
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor | None] | None,
+    states: Sequence[dict[str, Any]],
+    counts: tuple[int, ...],
+    hypers: tuple[tuple[Any, ...], ...],
+    fresh: tuple[int, ...],
+    value: torch.Tensor | None,
+    grad_scale: torch.Tensor | float | None,
+    found_inf: torch.Tensor | float | None,
+    norm: torch.Tensor | None,
+    max_norm: float,
+    workspace: torch.Tensor | None,
+    op: str,
+) -> int: ...
+def grad_norm(
+    tensors: Sequence[torch.Tensor],
+    of_params: bool,
+    out: torch.Tensor,
+    norm: int,
+    clip: float,
+    workspace: torch.Tensor | None,
+    op: str,
+) -> int: ...

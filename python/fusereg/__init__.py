@@ -10,7 +10,7 @@
 """
 
 from . import _dispatch as _dispatch  # isort: skip  # first: it refuses a torch that is too old
-from . import _C, early_stopping, functional, nn, prox
+from . import _C, early_stopping, functional, nn, optim, prox
 from ._version import __version__
 from .convert import convert, revert
 from .early_stopping import EarlyStopping
@@ -31,6 +31,7 @@ __all__ = [
     "fold_into_conv",
     "functional",
     "nn",
+    "optim",
     "prox",
     "revert",
     "sparsity",

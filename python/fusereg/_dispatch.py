@@ -10,7 +10,8 @@ This is the only file that touches private torch interfaces.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -64,6 +65,16 @@ def eager() -> bool:
 def forward_mode() -> bool:
     """True inside torch.autograd.forward_ad.dual_level(): a tensor may carry a tangent unseen."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+_F = TypeVar("_F", bound=Callable[..., object])
+
+
+def outside_graphs(function: _F) -> _F:
+    """The function, called as it is from compiled code. ``torch.compiler.disable`` does the same,
+    but imports the compiler at once; this waits for the first call, as torch's optimizers do."""
+    wrapped: _F = torch._disable_dynamo(function)  # type: ignore[attr-defined, assignment]
+    return wrapped
 
 
 _workspaces: dict[tuple[int, int, int], torch.Tensor] = {}

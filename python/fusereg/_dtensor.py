@@ -21,10 +21,10 @@ from . import _dispatch, _params, _penalty_kernels, _penalty_ops
 from ._penalty_kernels import Strengths
 
 # The mesh and those of its dimensions along which a tensor is sharded; None: not a DTensor.
-_Where = tuple[DeviceMesh, tuple[int, ...]] | None
+Where = tuple[DeviceMesh, tuple[int, ...]] | None
 
 
-def _placement(op: str, tensor: Tensor, group: float, dim: int, index: int) -> _Where:
+def _placement(op: str, tensor: Tensor, group: float, dim: int, index: int) -> Where:
     if not _dispatch.is_dtensor(tensor):
         return None
     tensor = cast(DTensor, tensor)
@@ -49,12 +49,12 @@ def _placement(op: str, tensor: Tensor, group: float, dim: int, index: int) -> _
     return tensor.device_mesh, tuple(sharded)
 
 
-def _buckets(
+def by_mesh(
     op: str, tensors: Sequence[Tensor], s: Strengths, dim: int
-) -> list[tuple[_Where, list[int]]]:
+) -> list[tuple[Where, list[int]]]:
     """Indices by mesh and sharded dimensions, in an order that is the same on every rank."""
     groups = s.lists(len(tensors))[2]
-    found: dict[_Where, list[int]] = {}
+    found: dict[Where, list[int]] = {}
     for i, (t, group) in enumerate(zip(tensors, groups, strict=True)):
         where = _placement(op, t, group, dim, i)
         # By the mesh's value: fully_shard() without a mesh makes a new, equal one at each call.
@@ -84,7 +84,7 @@ def _total(values: list[Tensor]) -> Tensor:
     return total
 
 
-def _reduced(value: Tensor, where: _Where) -> Tensor:
+def sum_over_ranks(value: Tensor, where: Where) -> Tensor:
     if where is None or not where[1]:
         return value
     return cast(Tensor, _SumOverRanks.apply(value, *where))  # type: ignore[no-untyped-call]
@@ -93,10 +93,10 @@ def _reduced(value: Tensor, where: _Where) -> Tensor:
 def penalty(op: str, tensors: Sequence[Tensor], s: Strengths, dim: int) -> Tensor:
     """The differentiable sum of R over whole tensors, the same on every rank."""
     values = []
-    for where, indices in _buckets(op, tensors, s, dim):
-        local = [_local(tensors[i]) for i in indices]
+    for where, indices in by_mesh(op, tensors, s, dim):
+        local = [local_part(tensors[i]) for i in indices]
         part = s.select(indices)
-        values.append(_reduced(_penalty_ops.penalty(op, local, part, dim), where))
+        values.append(sum_over_ranks(_penalty_ops.penalty(op, local, part, dim), where))
     return _total(values)
 
 
@@ -108,10 +108,10 @@ def add_grads_(
     Everything is checked before the first bucket's gradients are written.
     """
     with torch.no_grad():
-        local = [_local(t) for t in tensors]
+        local = [local_part(t) for t in tensors]
     for i, t in enumerate(local):
         _params.plain(t, op, f"params[{i}]")
-    buckets = _buckets(op, tensors, s, dim)
+    buckets = by_mesh(op, tensors, s, dim)
     for i, t in enumerate(tensors):
         grad = t.grad if t.is_leaf else None
         if _dispatch.is_dtensor(t) and grad is not None:
@@ -123,23 +123,23 @@ def add_grads_(
                 )
     values = []
     with torch.no_grad():
-        found = [g if g is None else _local(g) for g in _penalty_kernels.own_grads(tensors, op)]
+        found = [g if g is None else local_part(g) for g in _penalty_kernels.own_grads(tensors, op)]
         _penalty_kernels.check_targets(local, found, op)
         targets = _penalty_kernels.create_missing(tensors)
         for where, indices in buckets:
             part = [local[i] for i in indices]
-            grads = [None if (g := targets[i]) is None else _local(g) for i in indices]
+            grads = [None if (g := targets[i]) is None else local_part(g) for i in indices]
             value = _penalty_kernels.add_grads_(op, part, grads, scale, s.select(indices), dim)
-            values.append(_reduced(value, where))
+            values.append(sum_over_ranks(value, where))
     _tell_autograd(t for t in targets if t is not None)
     return _total(values)
 
 
 def prox_(op: str, tensors: Sequence[Tensor], s: Strengths, dim: int) -> None:
     """As _penalty_kernels.prox_, over local shards; there is nothing to communicate."""
-    _buckets(op, tensors, s, dim)  # raises where a group would be cut
+    by_mesh(op, tensors, s, dim)  # raises where a group would be cut
     with torch.no_grad():
-        _penalty_kernels.prox_(op, [_local(t) for t in tensors], s, dim)
+        _penalty_kernels.prox_(op, [local_part(t) for t in tensors], s, dim)
     _tell_autograd(tensors)
 
 
@@ -148,7 +148,7 @@ def _tell_autograd(written: Iterable[Tensor]) -> None:
     torch.autograd.graph.increment_version([t for t in written if _dispatch.is_dtensor(t)])
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     return cast(DTensor, tensor).to_local() if _dispatch.is_dtensor(tensor) else tensor
 
 
@@ -156,8 +156,8 @@ def zeros(tensors: Sequence[Tensor]) -> Tensor:
     """The number of exact zeros in the whole tensors, the same on every rank."""
     counts = []
     with torch.no_grad():
-        for where, indices in _buckets("sparsity", tensors, Strengths(0.0, 0.0, 0.0), 0):
-            local = [_local(tensors[i]) for i in indices]
+        for where, indices in by_mesh("sparsity", tensors, Strengths(0.0, 0.0, 0.0), 0):
+            local = [local_part(tensors[i]) for i in indices]
             count = _total([t.numel() - torch.count_nonzero(t) for t in local])
-            counts.append(_reduced(count, where))
+            counts.append(sum_over_ranks(count, where))
     return _total(counts)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fusereg
-from fusereg import _C, functional, prox
+from fusereg import _C, functional, optim, prox
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -482,6 +482,81 @@ def _batch_norm_evaluation(device: torch.device) -> Pairs:
 @kernel_check("batch_norm + add + ReLU", "max(0, batch_norm(x) + residual), channels_last")
 def _batch_norm_add_relu(device: torch.device) -> Pairs:
     return _batch_norm_pairs(device, True, True, "relu", torch.relu, True)
+
+
+def _step(
+    make: Callable[[list[Tensor]], torch.optim.Optimizer],
+    exact: Callable[[Tensor, Tensor], Tensor],
+    device: torch.device,
+) -> Pairs:
+    """The first step from gradients that are half the weights and 0.1."""
+    weights = [w.requires_grad_() for w in _weights(device)]
+    pairs = []
+    for w in weights:
+        w.grad = w.detach() / 2 + 0.1
+        pairs.append((w, exact(w.detach().double().cpu(), w.grad.double().cpu())))
+    make(weights).step()
+    return pairs
+
+
+@kernel_check("optim.SGD, group lasso", "prox of lr * R after the step")
+def _sgd(device: torch.device) -> Pairs:
+    def exact(w: Tensor, g: Tensor) -> Tensor:
+        v = w - 0.1 * g
+        if v.dim() < 2 or v.shape[1] == 1:
+            return _soft(v, 0.1 * L1 + 0.1 * GROUP)  # a group of one element is one of l1
+        v = _soft(v, 0.1 * L1)
+        norms = torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min(1e-300)
+        shrunk: Tensor = v * (1 - 0.1 * GROUP * math.sqrt(v.shape[1]) / norms).clamp_min(0.0)
+        return shrunk
+
+    return _step(lambda p: optim.SGD(p, lr=0.1, l1=L1, group=GROUP), exact, device)
+
+
+@kernel_check("optim.AdamW, elastic net", "prox of lr * R after the step")
+def _adamw(device: torch.device) -> Pairs:
+    def exact(w: Tensor, g: Tensor) -> Tensor:
+        v = w * (1 - 0.1 * 0.01) - 0.1 * g / (g.abs() + 1e-8)
+        return _soft(v, 0.1 * L1) / (1 + 0.1 * L2)
+
+    return _step(lambda p: optim.AdamW(p, lr=0.1, l1=L1, l2=L2), exact, device)
+
+
+@kernel_check("optim.Adagrad, preconditioned", "prox in the metric of the step")
+def _adagrad(device: torch.device) -> Pairs:
+    def exact(w: Tensor, g: Tensor) -> Tensor:
+        metric = (g.square() + 0.5).sqrt()
+        v = w - 0.1 * g / metric
+        return v.sign() * (v.abs() - 0.1 * L1 / metric).clamp_min(0.0) / (1 + 0.1 * L2 / metric)
+
+    def make(p: list[Tensor]) -> torch.optim.Optimizer:
+        return optim.Adagrad(p, 0.1, 0.0, 0.0, 0.5, 0.0, l1=L1, l2=L2, prox="preconditioned")
+
+    return _step(make, exact, device)
+
+
+@kernel_check("optim.FTRL", "-soft(z, l1) / ((beta + sqrt(n)) / lr + l2)")
+def _ftrl(device: torch.device) -> Pairs:
+    def exact(w: Tensor, g: Tensor) -> Tensor:
+        z = -w / 0.1 + g - g.abs() / 0.1 * w
+        return -_soft(z, L1) / ((1 + g.abs()) / 0.1 + L2)
+
+    return _step(lambda p: optim.FTRL(p, lr=0.1, l1=L1, l2=L2), exact, device)
+
+
+@kernel_check("optim.clip_grad_norm_", "g * min(1, max_norm / ||g||)")
+def _clip(device: torch.device) -> Pairs:
+    weights = _weights(device)
+    for w in weights:
+        w.grad = w.clone()
+    wanted = _exact(weights)
+    total = torch.cat([w.flatten() for w in wanted]).norm()
+    norm = optim.clip_grad_norm_(weights, 2.0)
+    pairs = [(norm, total)]
+    for w, exact in zip(weights, wanted, strict=True):
+        assert w.grad is not None
+        pairs.append((w.grad, exact * 2.0 / (total + 1e-6)))
+    return pairs
 
 
 @kernel_check("sparsity", "share of exact zeros")

@@ -211,6 +211,42 @@ class PlainProxPixels(Method):
         self.first.mul_((1 - threshold / norms.clamp_min(1e-30)).clamp_min(0))
 
 
+class FusedProxAdamW(Method):
+    """fusereg.optim.AdamW: the proximal step of the weights is part of the optimizer's."""
+
+    rate = 0.05  # of the learning rate, which is made for SGD
+
+    def __init__(self, l1: float) -> None:
+        self.l1 = l1
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        groups = fusereg.optim.param_groups_weight_decay(self.model, 0.01, l1=self.l1)
+        return fusereg.optim.AdamW(groups, lr=self.rate * self.learning_rate)
+
+
+class PlainProxAdamW(Method):
+    """torch's AdamW, then softshrink, a matrix at a time."""
+
+    rate = FusedProxAdamW.rate
+
+    def __init__(self, l1: float) -> None:
+        self.l1 = l1
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        self.weights = linear_weights(self.model)
+        biases = [p for p in self.model.parameters() if p.dim() == 1]
+        groups: list[dict[str, object]] = [
+            {"params": self.weights},
+            {"params": biases, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.rate * self.learning_rate, weight_decay=0.01)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        for w in self.weights:
+            w.copy_(F.softshrink(w, self.rate * self.learning_rate * self.l1))
+
+
 # --- layers ---
 
 
@@ -394,6 +430,14 @@ TECHNIQUES: list[Technique] = [
         fused=lambda: FusedProxPixels(1.5e-4),
         plain=lambda: PlainProxPixels(1.5e-4),
         settings={"group": 1.5e-4},
+    ),
+    Technique(
+        name="prox_adamw",
+        label="prox AdamW",
+        summary="AdamW with soft-thresholding inside the optimizer's step",
+        fused=lambda: FusedProxAdamW(1e-2),
+        plain=lambda: PlainProxAdamW(1e-2),
+        settings={"l1": 1e-2},
     ),
     Technique(
         name="dropout",

@@ -1,0 +1,428 @@
+// fusereg._C: optimizer steps, norms of gradients and clipping. Contract: optimizer.h, _C.pyi.
+#include <optional>
+
+#include "core/tensor_list.h"
+#include "optimizer/optimizer.h"
+#include "optimizer/optimizer_math.h"
+
+namespace fusereg::optimizer {
+namespace {
+
+// In addition to ListStatus: a parameter with a gradient has no state yet.
+constexpr int kNeedsState = 3;
+
+constexpr std::int64_t kWorthReleasing = 1 << 15;
+
+// A dict's value under an interned key, borrowed; null where there is none.
+PyObject* lookup(py::handle dict, py::handle key) {
+  PyObject* const found = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+  if (found == nullptr && PyErr_Occurred() != nullptr) PyErr_Clear();
+  return found == Py_None ? nullptr : found;
+}
+
+// The names of an algorithm's states, as torch has them.
+struct Keys {
+  py::object state[kMaxStates];
+  py::object step;
+  py::object master;
+};
+
+Keys keys_of(Algorithm algorithm) {
+  static const char* const kNames[4][kMaxStates] = {{"momentum_buffer", "", ""},
+                                                    {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+                                                    {"sum", "", ""},
+                                                    {"linear", "sum", ""}};
+  const auto intern = [](const char* name) {
+    return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name));
+  };
+  Keys keys;
+  for (int i = 0; i < kMaxStates; ++i) {
+    keys.state[i] = intern(kNames[static_cast<int>(algorithm)][i]);
+  }
+  keys.step = intern("step");
+  keys.master = intern("master_param");
+  return keys;
+}
+
+bool has_step(Algorithm algorithm) {
+  return algorithm == Algorithm::kAdam || algorithm == Algorithm::kAdagrad;
+}
+
+// A Python number, or a tensor of one element: the CPU's is read now, the device's by the kernel.
+Scalar read_number(py::handle value, const Device& device, const char* op, const char* name) {
+  if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr()))
+    return {PyFloat_AsDouble(value.ptr())};
+  const TensorView v = tensor_argument(value, op, name);
+  if (v.numel != 1 || (v.device != device && v.device.type != kDLCPU)) {
+    throw py::value_error(std::string("fusereg.") + op + ": " + name + " must be one element on " +
+                          device.name() + ", got " + std::to_string(v.numel) + " on " +
+                          v.device.name());
+  }
+  if (v.device == device) return {0.0, v.data, v.dtype};
+  return {dispatch_dtype(v.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    return static_cast<double>(to_compute(*static_cast<const T*>(v.data)));
+  })};
+}
+
+// A tuple of (lr, first, second, eps, weight_decay, l1, l2, group, prox, maximize, amsgrad,
+// nesterov, decoupled_decay, momentum, master_weights).
+struct HyperTuple {
+  py::tuple values;
+  Flags flags;
+  bool master = false;
+
+  explicit HyperTuple(py::handle tuple) : values(py::reinterpret_borrow<py::tuple>(tuple)) {
+    flags.prox = static_cast<Prox>(values[8].cast<int>());
+    flags.maximize = values[9].cast<bool>();
+    flags.amsgrad = values[10].cast<bool>();
+    flags.nesterov = values[11].cast<bool>();
+    flags.decoupled_decay = values[12].cast<bool>();
+    flags.momentum = values[13].cast<bool>();
+    master = values[14].cast<bool>();
+  }
+
+  Hyper read(const Device& device, const char* op) const {
+    const char* const names[8] = {"lr",           "first", "second", "eps",
+                                  "weight_decay", "l1",    "l2",     "group"};
+    Hyper h;
+    Scalar* const scalars[8] = {&h.lr,           &h.first, &h.second, &h.eps,
+                                &h.weight_decay, &h.l1,    &h.l2,     &h.group};
+    for (std::size_t i = 0; i < 8; ++i) *scalars[i] = read_number(values[i], device, op, names[i]);
+    h.flags = flags;
+    return h;
+  }
+};
+
+// What belongs to one parameter, borrowed; null where it is absent.
+struct Objects {
+  PyObject* parameter = nullptr;
+  PyObject* state[kMaxStates] = {nullptr, nullptr, nullptr};
+  PyObject* step = nullptr;
+  PyObject* master = nullptr;
+};
+
+// Thousands of small tensors lie all over memory, and what a step of theirs takes is the waiting
+// for it. A tensor's object has a pointer to the tensor right behind its header; where it has not,
+// the hint is a wrong one and does no harm.
+void prefetch_object(const PyObject* object) {
+  if (object != nullptr) __builtin_prefetch(object);
+}
+void prefetch_tensor(PyObject* object) {
+  if (object == nullptr || Py_TYPE(object)->tp_basicsize < 32) return;
+  const char* address[2];
+  memcpy(address, reinterpret_cast<const char*>(object) + 16, sizeof(address));
+  for (const char* const a : address) {
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(a + 64 * line);
+  }
+}
+void prefetch_objects(const Objects& o, bool tensors) {
+  const auto f = [tensors](PyObject* object) {
+    if (tensors) {
+      prefetch_tensor(object);
+    } else {
+      prefetch_object(object);
+    }
+  };
+  f(o.parameter);
+  for (PyObject* const s : o.state) f(s);
+  f(o.step);
+  f(o.master);
+}
+
+bool is_zero(const Scalar& s) { return s.device == nullptr && s.host == 0.0; }
+
+class JobBuilder {
+  static constexpr std::size_t kAhead = 4;  // parameters
+
+ public:
+  JobBuilder(Algorithm algorithm, const char* op) : op_(op), keys_(keys_of(algorithm)) {
+    job_.algorithm = algorithm;
+  }
+
+  // `counts`: how many of the parameters belong to each group of hyperparameters.
+  // `grads` absent: each parameter's .grad. Parameters without a gradient are left out.
+  int read(const ObjectList& params, const std::optional<ObjectList>& grads,
+           const ObjectList& states, const py::tuple& counts, const py::tuple& hypers,
+           const py::tuple& fresh) {
+    const std::size_t count = params.size();
+    for (const py::handle h : hypers) tuples_.emplace_back(h);
+    const std::vector<Objects> objects = gather(params, states, counts);
+    job_.items.reserve(count);
+    written_.reserve(count);
+    grads_.reserve(count);
+    std::size_t group = 0;
+    std::size_t group_end = 0;
+    std::size_t next_fresh = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+      while (i == group_end) group_end += counts[group++].cast<std::size_t>();
+      if (i + 2 * kAhead < count) prefetch_objects(objects[i + 2 * kAhead], false);
+      if (i + kAhead < count) prefetch_objects(objects[i + kAhead], true);
+      py::object grad =
+          grads ? py::reinterpret_borrow<py::object>((*grads)[i]) : grad_of(params[i]);
+      if (grad.is_none()) continue;
+      TensorView p;
+      TensorView g;
+      if (read_tensor(params[i], p) != Kind::kPlain || read_gradient(grad, g) != Kind::kPlain)
+        return refused();
+      if (job_.items.empty()) {
+        device_ = p.device;
+        for (const HyperTuple& h : tuples_) job_.hypers.push_back(h.read(device_, op_));
+      }
+      if (p.device != device_ || g.device != device_ || !p.dense() || !p.same_layout(g))
+        return refused();
+      Item item;
+      item.hyper = static_cast<std::int32_t>(group - 1);
+      item.p = p.data;
+      item.p_dtype = p.dtype;
+      item.g = g.data;
+      item.g_dtype = g.dtype;
+      item.numel = p.numel;
+      while (next_fresh < fresh.size() && fresh[next_fresh].cast<std::size_t>() < i) ++next_fresh;
+      item.fresh = next_fresh < fresh.size() && fresh[next_fresh].cast<std::size_t>() == i;
+      const int status = read_state(objects[i], p, item);
+      if (status != 0) return status;
+      if (!read_rows(p, item)) return refused();
+      written_.add(p.data, p.numel * dtype_size(p.dtype));
+      changed_.append(params[i]);
+      grads_.push_back(std::move(grad));
+      numel_ += p.numel;
+      job_.items.push_back(item);
+    }
+    return written_.overlap() ? refused() : 0;
+  }
+
+  int set_value(py::handle value) {
+    if (value.is_none()) return 0;
+    const TensorView v = tensor_argument(value, op_, "value");
+    // The list begins with a parameter without a gradient, on another device.
+    if (v.device != device_) return refused();
+    if (v.numel != 1 || (v.dtype != DType::kFloat32 && v.dtype != DType::kFloat64)) {
+      throw py::value_error(std::string("fusereg.") + op_ +
+                            ": value must be one float32 or float64 element on " + device_.name());
+    }
+    job_.value = v.data;
+    job_.value_dtype = v.dtype;
+    return 0;
+  }
+
+  void set_scaling(py::handle grad_scale, py::handle found_inf, py::handle norm, double max_norm) {
+    if (!grad_scale.is_none())
+      job_.grad_scale = read_number(grad_scale, device_, op_, "grad_scale");
+    if (!found_inf.is_none()) job_.found_inf = read_number(found_inf, device_, op_, "found_inf");
+    if (norm.is_none()) return;
+    job_.norm = read_number(norm, device_, op_, "norm");
+    job_.max_norm = max_norm;
+  }
+
+  bool empty() const { return job_.items.empty(); }
+
+  // Autograd is told before anything is written: if it refuses, nothing has changed.
+  int run([[maybe_unused]] const py::object& workspace) {
+    if (!increment_version(changed_)) return refused();
+#if defined(FUSEREG_CUDA)
+    if (runs_cuda_kernels(device_)) {
+      auto* const memory =
+          reinterpret_cast<void*>(py::cast<std::uintptr_t>(workspace.attr("data_ptr")()));
+      run_cuda(job_, memory, device_.index, current_stream(device_));
+      return 0;
+    }
+#endif
+    if (numel_ < kWorthReleasing) {
+      run_cpu(job_);
+      return 0;
+    }
+    const py::gil_scoped_release release;
+    run_cpu(job_);
+    return 0;
+  }
+
+ private:
+  static int refused() { return static_cast<int>(ListStatus::kNeedsPreparation); }
+
+  std::vector<Objects> gather(const ObjectList& params, const ObjectList& states,
+                              const py::tuple& counts) const {
+    std::vector<Objects> found(params.size());
+    std::size_t i = 0;
+    for (std::size_t group = 0; group < counts.size(); ++group) {
+      const int wanted = state_count(job_.algorithm, tuples_[group].flags);
+      const std::size_t end = i + counts[group].cast<std::size_t>();
+      for (; i < end && i < params.size(); ++i) {
+        if (i + 2 * kAhead < params.size()) prefetch_object(states[i + 2 * kAhead].ptr());
+        if (i + kAhead < params.size()) prefetch_tensor(states[i + kAhead].ptr());
+        Objects& o = found[i];
+        o.parameter = params[i].ptr();
+        for (int k = 0; k < wanted; ++k) o.state[k] = lookup(states[i], keys_.state[k]);
+        if (has_step(job_.algorithm)) o.step = lookup(states[i], keys_.step);
+        o.master = lookup(states[i], keys_.master);
+      }
+    }
+    return found;
+  }
+
+  int read_state(const Objects& objects, const TensorView& p, Item& item) {
+    const Flags& flags = job_.hypers[static_cast<std::size_t>(item.hyper)].flags;
+    const int count = state_count(job_.algorithm, flags);
+    for (int k = 0; k < count; ++k) {
+      PyObject* const tensor = objects.state[k];
+      if (tensor == nullptr) return kNeedsState;
+      TensorView s;
+      if (read_gradient(tensor, s) != Kind::kPlain || s.device != device_ || !p.same_layout(s) ||
+          (k > 0 && s.dtype != item.state_dtype))
+        return refused();
+      item.state[k] = s.data;
+      item.state_dtype = s.dtype;
+    }
+    if (has_step(job_.algorithm)) {
+      PyObject* const tensor = objects.step;
+      if (tensor == nullptr) return kNeedsState;
+      TensorView s;
+      if (read_tensor(tensor, s) != Kind::kPlain || s.device != device_ || s.numel != 1 ||
+          s.dtype != DType::kFloat32)
+        return refused();
+      item.step = static_cast<float*>(s.data);
+    }
+    if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return 0;
+    PyObject* const master = objects.master;
+    if (master == nullptr) {
+      return tuples_[static_cast<std::size_t>(item.hyper)].master ? kNeedsState : 0;
+    }
+    TensorView m;
+    if (read_gradient(master, m) != Kind::kPlain || m.device != device_ || !p.same_layout(m) ||
+        m.dtype != DType::kFloat32)
+      return refused();
+    item.copy = item.p;
+    item.copy_dtype = item.p_dtype;
+    item.p = m.data;
+    item.p_dtype = DType::kFloat32;
+    return 0;
+  }
+
+  // False: the rows of dimension 0 do not lie one after the other.
+  bool read_rows(const TensorView& p, Item& item) const {
+    if (is_zero(job_.hypers[static_cast<std::size_t>(item.hyper)].group) || p.numel == 0)
+      return true;
+    item.row = p.ndim == 0 ? 1 : p.numel / p.sizes[0];
+    return item.row == 1 || p.sizes[0] == 1 || p.strides[0] == item.row;
+  }
+
+  const char* op_;
+  Keys keys_;
+  Job job_;
+  std::vector<HyperTuple> tuples_;
+  Device device_;
+  WrittenRanges written_;
+  std::vector<py::object> grads_;  // alive while the kernel runs
+  py::list changed_;
+  std::int64_t numel_ = 0;
+};
+
+int optimizer_step(int algorithm, const py::object& params, const py::object& grads,
+                   const py::object& states, const py::tuple& counts, const py::tuple& hypers,
+                   const py::tuple& fresh, const py::object& value, const py::object& grad_scale,
+                   const py::object& found_inf, const py::object& norm, double max_norm,
+                   const py::object& workspace, const char* op) {
+  const ObjectList param_list(params, op, "params");
+  const ObjectList state_list(states, op, "states");
+  std::optional<ObjectList> grad_list;
+  if (!grads.is_none()) grad_list.emplace(grads, op, "grads");
+  JobBuilder job(static_cast<Algorithm>(algorithm), op);
+  const int status = job.read(param_list, grad_list, state_list, counts, hypers, fresh);
+  if (status != 0) return status;
+  if (job.empty()) return 0;
+  const int refused = job.set_value(value);
+  if (refused != 0) return refused;
+  job.set_scaling(grad_scale, found_inf, norm, max_norm);
+  return job.run(workspace);
+}
+
+// Reads a list of gradients (or, of parameters, their .grad); absent ones are left out.
+class NormList {
+ public:
+  bool read(const ObjectList& tensors, bool of_params) {
+    items.reserve(tensors.size());
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      py::object grad =
+          of_params ? grad_of(tensors[i]) : py::reinterpret_borrow<py::object>(tensors[i]);
+      if (grad.is_none()) continue;
+      TensorView g;
+      if (read_gradient(grad, g) != Kind::kPlain || !g.dense()) return false;
+      if (items.empty()) device = g.device;
+      if (g.device != device) return false;
+      items.push_back({g.data, g.numel, g.dtype});
+      any_float64 = any_float64 || g.dtype == DType::kFloat64;
+      numel += g.numel;
+      kept.append(std::move(grad));
+    }
+    return true;
+  }
+  std::vector<NormItem> items;
+  Device device;
+  std::int64_t numel = 0;
+  bool any_float64 = false;
+  py::list kept;
+};
+
+// clip < 0: the norm alone.
+int grad_norm(const py::object& tensors, bool of_params, const py::object& out, int norm,
+              double clip, [[maybe_unused]] const py::object& workspace, const char* op) {
+  const ObjectList list(tensors, op, of_params ? "parameters" : "tensors");
+  NormList grads;
+  if (!grads.read(list, of_params)) return static_cast<int>(ListStatus::kNeedsPreparation);
+  if (grads.items.empty()) grads.device = tensor_argument(out, op, "out").device;
+  const TensorView to = tensor_argument(out, op, "out");
+  if (to.device != grads.device) return static_cast<int>(ListStatus::kNeedsPreparation);
+  if (grads.any_float64 && to.dtype != DType::kFloat64)
+    return static_cast<int>(ListStatus::kNeedsFloat64Value);
+  NormJob job;
+  job.norm = static_cast<Norm>(norm);
+  job.items = std::move(grads.items);
+  job.out = to.data;
+  job.out_dtype = to.dtype;
+  ClipJob clipping;
+  if (clip >= 0.0) {
+    WrittenRanges written;
+    written.reserve(job.items.size());
+    for (const NormItem& item : job.items)
+      written.add(item.data, item.numel * dtype_size(item.dtype));
+    if (written.overlap() || !increment_version(grads.kept))
+      return static_cast<int>(ListStatus::kNeedsPreparation);
+    clipping.items = job.items;
+    clipping.norm = {0.0, to.data, to.dtype};
+    clipping.max_norm = clip;
+  }
+#if defined(FUSEREG_CUDA)
+  if (runs_cuda_kernels(grads.device)) {
+    auto* const memory =
+        reinterpret_cast<void*>(py::cast<std::uintptr_t>(workspace.attr("data_ptr")()));
+    void* const stream = current_stream(grads.device);
+    run_norm_cuda(job, memory, grads.device.index, stream);
+    if (clip >= 0.0) run_clip_cuda(clipping, grads.device.index, stream);
+    return 0;
+  }
+#endif
+  const auto run = [&] {
+    run_norm_cpu(job);
+    if (clip >= 0.0) run_clip_cpu(clipping);
+  };
+  if (grads.numel < kWorthReleasing) {
+    run();
+    return 0;
+  }
+  const py::gil_scoped_release release;
+  run();
+  return 0;
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  using py::arg;
+  m.def("optimizer_step", &optimizer_step, arg("algorithm"), arg("params"), arg("grads"),
+        arg("states"), arg("counts"), arg("hypers"), arg("fresh"), arg("value"), arg("grad_scale"),
+        arg("found_inf"), arg("norm"), arg("max_norm"), arg("workspace"), arg("op"));
+  m.def("grad_norm", &grad_norm, arg("tensors"), arg("of_params"), arg("out"), arg("norm"),
+        arg("clip"), arg("workspace"), arg("op"));
+}
+
+}  // namespace fusereg::optimizer

@@ -1,0 +1,26 @@
+r"""Optimizers with a penalty in the step: torch's arguments and semantics, plus ``l1``, ``l2``,
+``group`` and ``prox``.
+
+>>> optimizer = fusereg.optim.AdamW(model.parameters(), lr=1e-3, l1=1e-5, l2=1e-4)
+
+With all strengths zero the results equal ``torch.optim``'s within rounding. With ``prox`` (the
+default) L1 and group penalties give weights that are exactly zero.
+"""
+
+from .adagrad import Adagrad
+from .adam import Adam, AdamW
+from .clip import clip_grad_norm_, get_total_norm
+from .ftrl import FTRL
+from .groups import param_groups_weight_decay
+from .sgd import SGD
+
+__all__ = [
+    "FTRL",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "clip_grad_norm_",
+    "get_total_norm",
+    "param_groups_weight_decay",
+]

@@ -1,0 +1,189 @@
+"""Adam and AdamW with a penalty in the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from ._texts import share
+from .optimizer import ParamsT, RegularizedOptimizer, check_numbers, own_defaults
+
+__all__ = ["Adam", "AdamW"]
+
+
+class Adam(RegularizedOptimizer):
+    r"""``torch.optim.Adam`` (Kingma and Ba 2015) with a penalty in the same pass.
+
+    .. math::
+        g &\leftarrow g + \lambda p \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2
+        \\
+        D &= \sqrt{v / (1 - \beta_2^t)} + \epsilon, \quad
+        p \leftarrow p - lr\, \frac{m / (1 - \beta_1^t)}{D}
+
+    and then, for ``prox="decoupled"``, :math:`p \leftarrow \mathrm{prox}_{lr R}(p)`; for
+    ``prox="preconditioned"``, with a threshold of its own for each coordinate,
+
+    .. math:: p_i \leftarrow \frac{\mathrm{sign}(p_i)\max(|p_i| - lr\, l_1 / D_i, 0)}
+                                  {1 + lr\, l_2 / D_i}
+
+    which is ProxGen's step (Yun, Lozano and Yang 2021): its fixed points are those of the penalized
+    problem, while the decoupled step's, like those of AdamW's decay, also depend on D.
+
+    Args:
+        params: parameters or param groups.
+        lr: learning rate, a number or a 0-d tensor.
+        betas, eps, amsgrad, maximize: as torch's.
+        weight_decay: :math:`\lambda`, added to the gradient; decoupled as in AdamW with
+            ``decoupled_weight_decay``.
+        capturable: accepted for torch's sake: the step counts are on the parameters' device anyway.
+        {penalty}
+
+    {notes}
+
+    Example:
+        >>> optimizer = fusereg.optim.Adam(model.parameters(), lr=1e-3, l1=1e-4)
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> objective = loss.detach() + optimizer.penalty_value
+    """
+
+    _algorithm = 1
+    _name = "Adam"
+    _keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _has_step = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | Tensor = 0.0,
+        amsgrad: bool = False,
+        *,
+        l1: float | Tensor = 0.0,
+        l2: float | Tensor = 0.0,
+        group: float | Tensor = 0.0,
+        prox: bool | str = True,
+        max_grad_norm: float | None = None,
+        master_weights: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        check_numbers(
+            self._name,
+            lr=(lr, math.inf),
+            eps=(eps, math.inf),
+            weight_decay=(weight_decay, math.inf),
+            **{"betas[0]": (betas[0], 1.0), "betas[1]": (betas[1], 1.0)},
+        )
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            **own_defaults(l1, l2, group, prox, master_weights),
+        }
+        super().__init__(params, defaults, max_grad_norm)
+
+    def _numbers(self, group: dict[str, Any]) -> tuple[Any, Any, Any]:
+        beta1, beta2 = group["betas"]
+        return beta1, beta2, group["eps"]
+
+    def _options(self, group: dict[str, Any]) -> tuple[bool, bool, bool, bool]:
+        return bool(group["amsgrad"]), False, bool(group["decoupled_weight_decay"]), False
+
+    def _wanted_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self._keys if group["amsgrad"] else self._keys[:2]
+
+
+class AdamW(Adam):
+    r"""``torch.optim.AdamW`` (Loshchilov and Hutter 2019) with a penalty in the same pass.
+
+    As :class:`Adam`, with the weight decay decoupled: :math:`p \leftarrow (1 - lr\,\lambda) p`
+    before the update. An elastic net's step costs 28 bytes a float32 element, as AdamW's alone.
+
+    Args:
+        params: parameters or param groups.
+        lr: learning rate, a number or a 0-d tensor.
+        betas, eps, amsgrad, maximize: as torch's.
+        weight_decay: :math:`\lambda`, decoupled.
+        capturable: accepted for torch's sake: the step counts are on the parameters' device anyway.
+        {penalty}
+
+    {notes}
+
+    Example:
+        >>> groups = fusereg.optim.param_groups_weight_decay(model, 0.01, l1=1e-5)
+        >>> optimizer = fusereg.optim.AdamW(groups, lr=1e-3)
+        >>> loss.backward()
+        >>> optimizer.step()
+    """
+
+    _name = "AdamW"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | Tensor = 1e-2,
+        amsgrad: bool = False,
+        *,
+        l1: float | Tensor = 0.0,
+        l2: float | Tensor = 0.0,
+        group: float | Tensor = 0.0,
+        prox: bool | str = True,
+        max_grad_norm: float | None = None,
+        master_weights: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            l1=l1,
+            l2=l2,
+            group=group,
+            prox=prox,
+            max_grad_norm=max_grad_norm,
+            master_weights=master_weights,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Also after loading a state dict of Adam.
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True
+
+
+share(Adam)
+share(AdamW)

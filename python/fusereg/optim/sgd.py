@@ -1,0 +1,120 @@
+"""SGD with a penalty in the step: proximal gradient descent."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from ._kernels import Call
+from ._texts import share
+from .optimizer import ParamsT, RegularizedOptimizer, check_numbers, own_defaults
+
+__all__ = ["SGD"]
+
+
+class SGD(RegularizedOptimizer):
+    r"""``torch.optim.SGD`` with a penalty in the same pass.
+
+    .. math::
+        g &\leftarrow g + \lambda p, \quad b \leftarrow \mu b + (1 - \tau) g \\
+        p &\leftarrow p - lr\, b \quad (\text{Nesterov: } g + \mu b)
+
+    and then, with ``prox``, :math:`p \leftarrow \mathrm{prox}_{lr R}(p)`. Without momentum this is
+    proximal gradient descent, ISTA (Beck and Teboulle 2009) on a full batch.
+
+    Args:
+        params: parameters or param groups.
+        lr: learning rate, a number or a 0-d tensor.
+        momentum, dampening, nesterov, maximize: :math:`\mu`, :math:`\tau` and so on, as torch's.
+        weight_decay: :math:`\lambda`, added to the gradient.
+        {penalty}
+
+    torch's momentum amplifies a gradient that stays by :math:`(1 - \tau) / (1 - \mu)`, and
+    ``prox="preconditioned"`` amplifies lr in the proximal step as much: its fixed points are those
+    of the penalized problem, as those of ``prox=False`` are. The decoupled step's fixed points have
+    a penalty that is weaker by that factor. Without momentum the two are the same.
+
+    {notes}
+
+    Example:
+        >>> optimizer = fusereg.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, l1=1e-4)
+        >>> loss.backward()
+        >>> optimizer.step()
+    """
+
+    _algorithm = 0
+    _name = "SGD"
+    _keys = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
+        nesterov: bool = False,
+        *,
+        l1: float | Tensor = 0.0,
+        l2: float | Tensor = 0.0,
+        group: float | Tensor = 0.0,
+        prox: bool | str = True,
+        max_grad_norm: float | None = None,
+        master_weights: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        check_numbers(
+            self._name,
+            lr=(lr, math.inf),
+            momentum=(momentum, math.inf),
+            weight_decay=(weight_decay, math.inf),
+        )
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+            **own_defaults(l1, l2, group, prox, master_weights),
+        }
+        super().__init__(params, defaults, max_grad_norm)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group["prox"] == "preconditioned" and not group["momentum"] < 1.0:
+            raise ValueError(
+                "fusereg.optim.SGD: prox='preconditioned' needs momentum < 1, "
+                f"got {group['momentum']}"
+            )
+
+    def _numbers(self, group: dict[str, Any]) -> tuple[Any, Any, Any]:
+        return group["momentum"], group["dampening"], 0.0
+
+    def _options(self, group: dict[str, Any]) -> tuple[bool, bool, bool, bool]:
+        return False, bool(group["nesterov"]), False, group["momentum"] != 0
+
+    def _wanted_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self._keys if group["momentum"] != 0 else ()
+
+    def _forgets(self, call: Call) -> bool:
+        """Whether states that were made for this step must go, because an overflow skips it.
+
+        The first gradient enters the buffer undampened, so a first step that is skipped must be a
+        first one again. Only then does the host wait for the device.
+        """
+        dampened = any(h[2] for h in call.hypers)
+        return dampened and call.found_inf is not None and float(call.found_inf) != 0.0
+
+
+share(SGD)

@@ -1,0 +1,122 @@
+"""Optimizer steps in float64, written from the formulas of csrc/optimizer/optimizer.h."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def soft(w: Tensor, threshold: Tensor | float) -> Tensor:
+    return w.sign() * (w.abs() - threshold).clamp_min(0.0)
+
+
+def rows(w: Tensor) -> Tensor:
+    return w.reshape(w.shape[0], -1) if w.dim() else w.reshape(1, 1)
+
+
+def penalty(w: Tensor, l1: float = 0.0, l2: float = 0.0, group: float = 0.0) -> float:
+    if w.numel() == 0:
+        return 0.0
+    w = w.detach().double().cpu()
+    norms = rows(w).norm(dim=1).sum() * math.sqrt(rows(w).shape[1])
+    return float(l1 * w.abs().sum() + l2 / 2 * w.square().sum() + group * norms)
+
+
+class Reference:
+    """One parameter; ``step(g)`` updates ``p`` in float64."""
+
+    def __init__(self, name: str, p: Tensor, **options: Any) -> None:
+        self.name = name
+        self.p = p.detach().double().cpu().clone()
+        self.o = {
+            "lr": 1e-3,
+            "momentum": 0.0,
+            "dampening": 0.0,
+            "nesterov": False,
+            "betas": (0.9, 0.999),
+            "eps": 1e-10 if name == "Adagrad" else 1e-8,
+            "amsgrad": False,
+            "lr_decay": 0.0,
+            "initial_accumulator_value": 0.0,
+            "beta": 1.0,
+            "weight_decay": 0.0,
+            "maximize": False,
+            "l1": 0.0,
+            "l2": 0.0,
+            "group": 0.0,
+            "prox": True,
+            **options,
+        }
+        self.t = 0
+        self.s: dict[str, Tensor] = {}
+
+    def step(self, g: Tensor) -> None:
+        o, p, s = self.o, self.p, self.s
+        if p.numel() == 0:
+            return
+        self.t += 1
+        lr = o["lr"]
+        g = g.detach().double().cpu().clone() * (-1.0 if o["maximize"] else 1.0)
+        if self.name == "AdamW":
+            p = p * (1 - lr * o["weight_decay"])
+        else:
+            g = g + o["weight_decay"] * p
+        if not o["prox"] and self.name != "FTRL":
+            g = g + o["l1"] * self.p.sign() + o["l2"] * self.p
+            if o["group"]:
+                r = rows(self.p)
+                norm = r.norm(dim=1, keepdim=True)
+                part = o["group"] * math.sqrt(r.shape[1]) * r / norm
+                g = g + torch.where(norm == 0, 0.0, part).reshape(p.shape)
+        metric = torch.ones_like(p)
+        if self.name == "SGD":
+            if o["momentum"]:
+                if "b" in s:
+                    s["b"] = o["momentum"] * s["b"] + (1 - o["dampening"]) * g
+                else:
+                    s["b"] = g.clone()
+                g = g + o["momentum"] * s["b"] if o["nesterov"] else s["b"]
+            p = p - lr * g
+        elif self.name in ("Adam", "AdamW"):
+            b1, b2 = o["betas"]
+            s["m"] = b1 * s.get("m", torch.zeros_like(p)) + (1 - b1) * g
+            s["v"] = b2 * s.get("v", torch.zeros_like(p)) + (1 - b2) * g * g
+            u = s["v"]
+            if o["amsgrad"]:
+                u = s["u"] = torch.maximum(s.get("u", u), u)
+            metric = (u / (1 - b2**self.t)).sqrt() + o["eps"]
+            p = p - lr * s["m"] / (1 - b1**self.t) / metric
+        elif self.name == "Adagrad":
+            lr = lr / (1 + (self.t - 1) * o["lr_decay"])
+            start = torch.full_like(p, o["initial_accumulator_value"])
+            s["s"] = s.get("s", start) + g * g
+            metric = s["s"].sqrt() + o["eps"]
+            p = p - lr * g / metric
+        else:
+            self.p = self._ftrl(g, lr)
+            return
+        if not o["prox"]:
+            self.p = p
+        elif o["prox"] == "preconditioned" and self.name != "SGD":
+            self.p = soft(p, lr * o["l1"] / metric) / (1 + lr * o["l2"] / metric)
+        else:
+            if o["prox"] == "preconditioned" and o["momentum"]:
+                lr = lr * (1 - o["dampening"]) / (1 - o["momentum"])
+            v = soft(p, lr * o["l1"])
+            if o["group"]:
+                r = rows(v)
+                cut = lr * o["group"] * math.sqrt(r.shape[1])
+                norm = r.norm(dim=1, keepdim=True)
+                v = torch.where(norm <= cut, 0.0, r * (1 - cut / norm)).reshape(p.shape)
+            self.p = v / (1 + lr * o["l2"])
+
+    def _ftrl(self, g: Tensor, lr: float) -> Tensor:
+        o, s = self.o, self.s
+        n = s.get("n", torch.full_like(g, o["initial_accumulator_value"]))
+        z = s.get("z", -self.p * (o["beta"] + n.sqrt()) / lr)
+        s["n"] = n + g * g
+        s["z"] = z = z + g - (s["n"].sqrt() - n.sqrt()) / lr * self.p
+        return -soft(z, o["l1"]) / ((o["beta"] + s["n"].sqrt()) / lr + o["l2"])

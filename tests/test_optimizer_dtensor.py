@@ -1,0 +1,132 @@
+"""Optimizers of sharded models: each rank steps its shards, and the whole is that of one process.
+
+As in test_dtensor.py, one program for each number of gloo processes runs all checks.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from fusereg import optim
+from ranks import Ranks, can_run, cases, failures, fully_shard, on, results
+from sharded import assert_same, assert_value, make_cases, shard, whole
+
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "l1": 0.1}),
+    ("AdamW", {"lr": 0.1, "l1": 0.1, "l2": 0.2, "prox": "preconditioned"}),
+    ("AdamW", {"lr": 0.1, "l1": 0.1, "group": 0.1}),
+    ("Adagrad", {"lr": 0.1, "group": 0.1, "prox": False}),
+    ("FTRL", {"lr": 0.1, "l1": 0.1}),
+]
+
+
+def give_grads(held: list[Tensor], plain: list[Tensor], ranks: Ranks) -> None:
+    for p, q in zip(held, plain, strict=True):
+        g = torch.randn(q.shape, dtype=q.dtype)
+        q.grad = g.clone()
+        if isinstance(p, DTensor):
+            p.grad = distribute_tensor(g, ranks.mesh, p.placements)
+        else:
+            p.grad = g
+
+
+@on(2, 3)
+def steps_are_those_of_the_whole(ranks: Ranks) -> None:
+    for name, options in OPTIONS:
+        cases = make_cases(ranks)
+        held = [c.held for c in cases]
+        plain = [c.whole.clone().requires_grad_() for c in cases]
+        ours = getattr(optim, name)(held, **options)
+        theirs = getattr(optim, name)(plain, **options)
+        for _ in range(3):
+            give_grads(held, plain, ranks)
+            ours.step()
+            theirs.step()
+            assert_value(ours.penalty_value, theirs.penalty_value, 1e-12)
+        for p, q in zip(held, plain, strict=True):
+            assert_same(whole(p), q, 1e-12)
+            for key in ours._keys:
+                if key in ours.state[p]:
+                    assert isinstance(ours.state[p][key], DTensor) == isinstance(p, DTensor)
+
+
+@on(2, 3)
+def norms_are_those_of_the_whole(ranks: Ranks) -> None:
+    for norm_type in (1.0, 2.0, float("inf")):
+        cases = make_cases(ranks, columns=True)
+        held = [c.held for c in cases]
+        plain = [c.whole.clone().requires_grad_() for c in cases]
+        give_grads(held, plain, ranks)
+        wanted = optim.clip_grad_norm_(plain, 0.5, norm_type)
+        assert_value(optim.clip_grad_norm_(held, 0.5, norm_type), wanted, 1e-12)
+        for p, q in zip(held, plain, strict=True):
+            assert q.grad is not None
+            assert_same(whole(p.grad), q.grad, 1e-12)
+
+
+@on(2)
+def clipping_inside_the_step(ranks: Ranks) -> None:
+    cases = make_cases(ranks)
+    held = [c.held for c in cases]
+    plain = [c.whole.clone().requires_grad_() for c in cases]
+    ours = optim.SGD(held, lr=0.1, max_grad_norm=0.3)
+    theirs = optim.SGD(plain, lr=0.1, max_grad_norm=0.3)
+    give_grads(held, plain, ranks)
+    ours.step()
+    theirs.step()
+    for p, q in zip(held, plain, strict=True):
+        assert_same(whole(p), q, 1e-6)
+
+
+@on(2)
+def groups_that_are_cut_are_refused(ranks: Ranks) -> None:
+    p = shard(torch.randn(3, 7), ranks, Shard(1)).requires_grad_()
+    before = whole(p).clone()
+    p.grad = torch.zeros_like(p)
+    with pytest.raises(ValueError, match="is sharded along dimension 1, which cuts its groups"):
+        optim.SGD([p], lr=0.1, group=0.1).step()
+    assert torch.equal(whole(p), before)
+
+
+@on(2)
+def fsdp_models_train_as_one_process_does(ranks: Ranks) -> None:
+    assert fully_shard is not None
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+    same = copy.deepcopy(model)
+    fully_shard(model, mesh=ranks.mesh)
+    options: dict[str, Any] = {"lr": 0.05, "l1": 0.01, "group": 0.01}
+    ours = optim.AdamW(model.parameters(), **options)
+    theirs = optim.AdamW(same.parameters(), **options)
+    for _ in range(3):
+        x = torch.randn(8, 6)
+        for network, optimizer in ((model, ours), (same, theirs)):
+            optimizer.zero_grad()
+            network(x).square().mean().backward()
+            optimizer.step()
+        assert_value(ours.penalty_value, theirs.penalty_value, 1e-5)
+    for p, q in zip(model.parameters(), same.parameters(), strict=True):
+        assert_same(whole(p), q, 1e-5)
+    saved = ours.state_dict()
+    assert isinstance(saved["state"][0]["exp_avg"], DTensor)
+    ours.load_state_dict(saved)
+    ours.step()
+
+
+# --- the tests ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "name"), cases(__name__))
+def test_ranks(world: int, name: str) -> None:
+    if not can_run(name):
+        pytest.skip("this torch has no torch.distributed.fsdp.fully_shard")
+    said = failures(results(world, __name__), name)
+    if said:
+        pytest.fail(said, pytrace=False)
