@@ -559,7 +559,7 @@ def test_bytes_by_contract() -> None:
 
 
 def test_an_unknown_technique_is_named() -> None:
-    with pytest.raises(ValueError, match=r"no benchmark named 'x'; there are: dropout, "):
+    with pytest.raises(ValueError, match=r"no benchmark named 'x'; there are: .*, dropout, "):
         collect_cases("x", Options(CPU))
     assert "penalty" in SUITES
 
