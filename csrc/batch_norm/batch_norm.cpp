@@ -1,5 +1,7 @@
 // CPU kernels of batch normalization; compiled once per instruction set. Contract: batch_norm.h.
 //
+// The plain cases have kernels of their own: batch_norm_plain.h. What follows is of all others.
+//
 // A tile is walked line by line: a line is the inner elements of one (o, c), whose coefficients are
 // the same for all of them (Same), or with inner = 1 the channels of one o, each with its own
 // (Columns). A line is cut into strips, which stay in the first-level cache from one loop over them
@@ -11,67 +13,12 @@
 // same bits.
 #include "batch_norm/batch_norm.h"
 
-#include "batch_norm/batch_norm_strips.h"
+#include "batch_norm/batch_norm_plain.h"
 
 namespace fusereg::batch_norm::FUSEREG_ISA {
 namespace {
 
 // --- sums ---
-
-// Of one channel whose elements lie in lines: a sum for each lane.
-template <class C>
-struct LaneSums {
-  static constexpr int kWide = static_cast<int>(sizeof(double) / sizeof(C));
-  Block<C> first, second;
-  Vector<double> wide_first[kVectors<C>][kWide];
-  Vector<double> wide_second[kVectors<C>][kWide];
-  int terms;
-};
-
-template <class C>
-FUSEREG_INLINE void flush(LaneSums<C>& sums, Block<C>& first, Block<C>& second) {
-  FUSEREG_EACH_VECTOR(v) {
-    add_widened(first.v[v], sums.wide_first[v]);
-    add_widened(second.v[v], sums.wide_second[v]);
-    first.v[v] = second.v[v] = Vector<C>{};
-  }
-}
-
-// Lane i and lane i + width, until one is left.
-template <int kN, int kWide>
-FUSEREG_INLINE double add_lanes(const Vector<double> (&sums)[kN][kWide]) {
-  double lanes[kLanes];
-  static_assert(sizeof(lanes) == sizeof(sums), "one sum a lane");
-  memcpy(lanes, sums, sizeof(lanes));
-  for (int i = 0; i < 16; ++i) lanes[i] += lanes[i + 16];
-  for (int i = 0; i < 8; ++i) lanes[i] += lanes[i + 8];
-  for (int i = 0; i < 4; ++i) lanes[i] += lanes[i + 4];
-  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
-}
-
-// Of the channels of a tile whose rows are lines: a sum for each column.
-template <class C>
-struct ColumnSums {
-  C first[kMaxColumns + kPad], second[kMaxColumns + kPad];
-  double wide_first[kMaxColumns], wide_second[kMaxColumns];
-  int terms;
-  void clear(std::int64_t n) {
-    terms = 0;
-    const auto count = static_cast<std::size_t>(n);
-    memset(first, 0, (count + kPad) * sizeof(C));
-    memset(second, 0, (count + kPad) * sizeof(C));
-    memset(wide_first, 0, count * sizeof(double));
-    memset(wide_second, 0, count * sizeof(double));
-  }
-  void flush(std::int64_t n) {
-    for (std::int64_t i = 0; i < n; ++i) {
-      wide_first[i] += static_cast<double>(first[i]);
-      wide_second[i] += static_cast<double>(second[i]);
-      first[i] = second[i] = C(0);
-    }
-    terms = 0;
-  }
-};
 
 // What is added for an element: d and d^2 (dz null), or dz and dz * d; d = x - m.
 template <bool kMoments, class C>
@@ -403,19 +350,40 @@ void backward(const Backward& job, const Tile& tile, const Coefficients& coeffic
 // --- the table ---
 
 void moments_any(const Forward& job, const Tile& tile, const Coefficients& k, Sums sums) {
-  dispatch_dtype(job.dtype,
-                 [&](auto tag) { moments<typename decltype(tag)::type>(job, tile, k, sums); });
+  dispatch_dtype(job.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if constexpr (sizeof(Compute<T>) == sizeof(float)) {
+      if (is_plain(job.layout, job.dtype, job.mask)) return plain_moments<T>(job, tile, k, sums);
+    }
+    moments<T>(job, tile, k, sums);
+  });
 }
 void forward_any(const Forward& job, const Tile& tile, const Coefficients& k) {
-  dispatch_dtype(job.dtype, [&](auto tag) { forward<typename decltype(tag)::type>(job, tile, k); });
+  dispatch_dtype(job.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if constexpr (sizeof(Compute<T>) == sizeof(float)) {
+      if (is_plain(job)) return plain_forward<T>(job, tile, k);
+    }
+    forward<T>(job, tile, k);
+  });
 }
 void reduce_any(const Backward& job, const Tile& tile, const Coefficients& k, Sums sums) {
-  dispatch_dtype(job.dtype,
-                 [&](auto tag) { reduce<typename decltype(tag)::type>(job, tile, k, sums); });
+  dispatch_dtype(job.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if constexpr (sizeof(Compute<T>) == sizeof(float)) {
+      if (is_plain(job)) return plain_reduce<T>(job, tile, k, sums);
+    }
+    reduce<T>(job, tile, k, sums);
+  });
 }
 void backward_any(const Backward& job, const Tile& tile, const Coefficients& k) {
-  dispatch_dtype(job.dtype,
-                 [&](auto tag) { backward<typename decltype(tag)::type>(job, tile, k); });
+  dispatch_dtype(job.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if constexpr (sizeof(Compute<T>) == sizeof(float)) {
+      if (is_plain(job)) return plain_backward<T>(job, tile, k);
+    }
+    backward<T>(job, tile, k);
+  });
 }
 
 }  // namespace

@@ -15,10 +15,11 @@
 namespace fusereg::batch_norm {
 namespace {
 
-constexpr std::int64_t kGrain = 1 << 15;         // elements a thread should get at least
-constexpr std::int64_t kTileElements = 1 << 16;  // of a tile, at least
-constexpr std::int64_t kMaxTiles = 64;           // of the rows of a group
-constexpr std::int64_t kLineBytes = 4096;        // of the lines of one row of a tile, about
+constexpr std::int64_t kGrain = 1 << 15;          // elements a thread should get at least
+constexpr std::int64_t kTileElements = 1 << 17;   // of a tile, at least
+constexpr std::int64_t kMaxTiles = 64;            // of the rows of a group
+constexpr std::int64_t kLineBytes = 4096;         // of the lines of one row of a tile, about
+constexpr std::int64_t kBlockBytes = 128 * 1024;  // of a block of plain lines, about
 constexpr std::int64_t kCacheBytes = 768 * 1024;
 constexpr std::int64_t kFewColumns = 256;  // fewer in a strip cost more than they save
 
@@ -54,7 +55,8 @@ void set(const PerChannel& values, std::int64_t i, double value) {
 // How the elements are cut up.
 class Tiling {
  public:
-  Tiling(const Layout& layout, DType dtype) : layout_(layout), groups_(layout.groups()) {
+  Tiling(const Layout& layout, DType dtype, bool plain)
+      : layout_(layout), groups_(layout.groups()) {
     const std::int64_t size = dtype_size(dtype);
     const std::int64_t rows = std::min(layout.group_rows, layout.outer);
     if (layout.inner == 1) {
@@ -62,6 +64,9 @@ class Tiling {
       // Columns whose elements fit the cache, if they are not too narrow for that.
       const std::int64_t fitting = kCacheBytes / std::max<std::int64_t>(rows * size, 1) / 32 * 32;
       if (fitting < width_ && fitting >= kFewColumns) width_ = fitting;
+    } else if (plain) {
+      const std::int64_t bytes = std::max<std::int64_t>(rows * layout.inner * size, 1);
+      width_ = std::clamp<std::int64_t>(kBlockBytes / bytes, 1, kMaxPlainLines);
     } else if (layout.inner <= kMaxFolded) {
       width_ = std::min(layout.channels, kMaxColumns / layout.inner);
     } else {
@@ -135,6 +140,7 @@ struct BlockSums {
 
 // What forward and backward have in common: the two passes, by blocks or by tiles. Derived classes
 // say what a pass does:
+//   begin_sums(group, tile)                    before the first sums of a block
 //   prepare_sums(group, tile, coefficients)   what the sums are taken with
 //   add(tile, coefficients, sums)             a tile's sums
 //   finish_sums(group, tile, sums)            a block's sums are there; true: once more, please
@@ -143,7 +149,8 @@ struct BlockSums {
 template <class Derived>
 class Passes {
  public:
-  Passes(const Layout& layout, DType dtype) : tiling_(layout, dtype), layout_(layout) {}
+  Passes(const Layout& layout, DType dtype, bool plain)
+      : tiling_(layout, dtype, plain), layout_(layout) {}
 
   void run(bool with_sums, bool with_elements) {
     if (layout_.numel() == 0) return;
@@ -173,6 +180,7 @@ class Passes {
 
   void sum_block(std::int64_t group, std::int64_t block) {
     const Tile whole = tiling_.tile(group, block, 0);
+    self().begin_sums(group, whole);
     bool again = true;
     while (again) {
       Coefficients k;
@@ -211,6 +219,8 @@ class Passes {
     const std::int64_t channels = layout_.channels;
     // [group, tile, 2, channel]
     std::vector<double> parts(static_cast<std::size_t>(tiling_.groups() * tiles * 2 * channels));
+    for (std::int64_t i = 0; i < tiling_.groups() * blocks; ++i)
+      self().begin_sums(i / blocks, tiling_.tile(i / blocks, i % blocks, 0));
     bool again = true;
     while (again) {
       std::fill(parts.begin(), parts.end(), 0.0);
@@ -304,13 +314,42 @@ double count_of(const Layout& l, const std::uint8_t* mask, std::int64_t begin, s
 class ForwardRun : public Passes<ForwardRun> {
  public:
   explicit ForwardRun(const Forward& job)
-      : Passes(job.layout, job.dtype), job_(job), kernels_(cpu_kernels()) {}
+      : Passes(job.layout, job.dtype, is_plain(job)), job_(job), kernels_(cpu_kernels()) {}
 
   void execute() {
     const bool compute = job_.statistics == Statistics::kCompute;
     if (compute) start();
     run(compute, job_.y != nullptr);
     if (job_.statistics != Statistics::kFixed) update_running();
+  }
+
+  // As means the numbers about which the sums are first taken: the mean of a few of a channel's
+  // elements.
+  void begin_sums(std::int64_t group, const Tile& whole) const {
+    constexpr std::int64_t kSamples = 8;
+    if (job_.moments[2 * layout_.statistics() + group * layout_.channels] == 0.0) return;
+    const std::int64_t inner = std::min(layout_.inner, kSamples);
+    const std::int64_t outer =
+        layout_.inner == 1 ? std::min(tiling_.group_rows(group), kSamples) : 1;
+    double* const mean = job_.moments + group * layout_.channels + whole.channel;
+    dispatch_dtype(job_.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const T* const x = static_cast<const T*>(job_.x);
+      double n = 0.0;
+      for (std::int64_t o = whole.row; o < whole.row + outer; ++o) {
+        for (std::int64_t i = 0; i < inner; ++i) {
+          if (job_.mask != nullptr && job_.mask[o * layout_.inner + i] == 0) continue;
+          n += 1.0;
+          const T* const from = x + (o * layout_.channels + whole.channel) * layout_.inner + i;
+          for (std::int64_t c = 0; c < whole.channels; ++c)
+            mean[c] += static_cast<double>(to_compute(from[c * layout_.inner]));
+        }
+      }
+      for (std::int64_t c = 0; c < whole.channels; ++c) {
+        const double guess = n == 0.0 ? 0.0 : mean[c] / n;
+        mean[c] = std::isfinite(guess) ? rounded(guess) : 0.0;
+      }
+    });
   }
 
   void prepare_sums(std::int64_t group, const Tile& tile, Coefficients& k) const {
@@ -362,48 +401,16 @@ class ForwardRun : public Passes<ForwardRun> {
   void write(const Tile& tile, const Coefficients& k) const { kernels_.forward(job_, tile, k); }
 
  private:
-  // Counts, and as means the numbers about which the sums are first taken: the mean of a few of a
-  // channel's elements.
   void start() const {
     const std::int64_t statistics = layout_.statistics();
     for (std::int64_t group = 0; group < tiling_.groups(); ++group) {
-      const std::int64_t begin = tiling_.group_begin(group);
       const std::int64_t rows = layout_.outer == 0 ? 0 : tiling_.group_rows(group);
-      const double count = count_of(layout_, job_.mask, begin, rows);
-      for (std::int64_t c = 0; c < layout_.channels; ++c) {
-        const std::int64_t s = group * layout_.channels + c;
-        job_.moments[s] = 0.0;
-        job_.moments[statistics + s] = layout_.numel() == 0 ? 0.0 : kFirstTime;
-        job_.moments[2 * statistics + s] = count;
-      }
-      if (count > 0.0) guess_means(group, begin, rows);
+      const double count = count_of(layout_, job_.mask, tiling_.group_begin(group), rows);
+      double* const first = job_.moments + group * layout_.channels;
+      std::fill_n(first, layout_.channels, 0.0);
+      std::fill_n(first + statistics, layout_.channels, layout_.numel() == 0 ? 0.0 : kFirstTime);
+      std::fill_n(first + 2 * statistics, layout_.channels, count);
     }
-  }
-
-  void guess_means(std::int64_t group, std::int64_t begin, std::int64_t rows) const {
-    dispatch_dtype(job_.dtype, [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      const T* const x = static_cast<const T*>(job_.x);
-      constexpr std::int64_t kSamples = 16;
-      const std::int64_t inner = std::min(layout_.inner, kSamples);
-      const std::int64_t outer = layout_.inner == 1 ? std::min(rows, kSamples) : 1;
-      double* const mean = job_.moments + group * layout_.channels;
-      double n = 0.0;
-      for (std::int64_t o = begin; o < begin + outer; ++o) {
-        for (std::int64_t i = 0; i < inner; ++i) {
-          if (job_.mask != nullptr && job_.mask[o * layout_.inner + i] == 0) continue;
-          n += 1.0;
-          for (std::int64_t c = 0; c < layout_.channels; ++c) {
-            mean[c] +=
-                static_cast<double>(to_compute(x[(o * layout_.channels + c) * layout_.inner + i]));
-          }
-        }
-      }
-      for (std::int64_t c = 0; c < layout_.channels; ++c) {
-        const double guess = n == 0.0 ? 0.0 : mean[c] / n;
-        mean[c] = std::isfinite(guess) ? rounded(guess) : 0.0;
-      }
-    });
   }
 
   double rounded(double value) const { return rounded_for(job_.dtype, value); }
@@ -473,13 +480,18 @@ class ForwardRun : public Passes<ForwardRun> {
 class BackwardRun : public Passes<BackwardRun> {
  public:
   BackwardRun(const Backward& job, double* sums)
-      : Passes(job.layout, job.dtype), job_(job), kernels_(cpu_kernels()), sums_(sums) {}
+      : Passes(job.layout, job.dtype, is_plain(job)),
+        job_(job),
+        kernels_(cpu_kernels()),
+        sums_(sums) {}
 
   void execute() {
     if (job_.reduce && layout_.numel() == 0) std::fill_n(sums_, 2 * layout_.statistics(), 0.0);
     run(job_.reduce, job_.grad_x != nullptr || job_.grad_residual != nullptr);
     if (job_.reduce) parameter_gradients();
   }
+
+  void begin_sums(std::int64_t, const Tile&) const {}
 
   void prepare_sums(std::int64_t group, const Tile& tile, Coefficients& k) const {
     const Parameters made(job_, group, tile, k);

@@ -72,6 +72,16 @@ struct Fold {
       width *= rows;
     }
   }
+
+  // For the plain kernels, which walk down so many columns at a time: no more rows than that takes.
+  Fold(const Layout& l, const Tile& t, std::int64_t at_least, const std::uint8_t* bits)
+      : columns(true), width(t.channels) {
+    if (t.channels != l.channels || (bits != nullptr && l.channels % 8 != 0)) return;
+    while (width < at_least && 2 * rows <= t.rows) {
+      rows *= 2;
+      width *= 2;
+    }
+  }
 };
 
 template <class C>

@@ -1,0 +1,674 @@
+// For batch_norm.cpp alone, once per instruction set: the kernels of the plain cases (no mask, no
+// dropout, ReLU or no activation, and lines that are not short), which are those of most networks.
+// Each is one loop that keeps in registers what the strips of the others keep in the cache.
+//
+// Lines (inner >= kLanes): a channel's lines follow one another, and its sums stay in registers
+// from its first row to its last; element i of a line in lane i % kLanes.
+// Columns (inner = 1): kBand rows by kChunk vectors at a time, downwards, with the coefficients and
+// sums of these columns in registers. So a column's terms are added in the order of the rows.
+#pragma once
+
+#include "batch_norm/batch_norm_sums.h"
+
+namespace fusereg::batch_norm::FUSEREG_ISA {
+namespace {
+
+constexpr int kPlainRun = 64;  // float32 terms that are added before they go to float64
+constexpr std::int64_t kBand = 8;
+constexpr int kChunk = 4;
+constexpr std::int64_t kAhead = 2048;  // bytes that lines are asked for before their time
+
+// What becomes of z, or of its gradient; and as a type.
+enum class After { kNothing, kRelu, kReluBits };
+template <After kAfter>
+struct AfterTag {
+  static constexpr After kValue = kAfter;
+};
+
+// --- vectors ---
+
+// Asks for what lies `i` elements from p: an address that need not be the tensor's.
+template <class T>
+FUSEREG_INLINE void ask_for(const T* p, std::int64_t i) {
+  const auto address =
+      reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(i) * sizeof(T);
+  __builtin_prefetch(reinterpret_cast<const void*>(address));
+}
+
+// p: a multiple of the bytes that are stored.
+FUSEREG_INLINE void store_past_the_cache(float* p, Vector<float> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+template <class T>
+FUSEREG_INLINE void store_past_the_cache(T* p, Vector<float> v) {
+#if defined(__AVX512F__)
+  T buffer[kWidth<float>];
+  store(buffer, v);
+  __m256i words;
+  memcpy(&words, buffer, sizeof(words));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), words);
+#elif defined(__AVX2__)
+  T buffer[kWidth<float>];
+  store(buffer, v);
+  __m128i words;
+  memcpy(&words, buffer, sizeof(words));
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), words);
+#else
+  store(p, v);
+#endif
+}
+FUSEREG_INLINE void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Results of at least so many bytes would drive everything else out of the caches, and would have
+// to be read before they are written.
+constexpr std::int64_t kStreamBytes = std::int64_t{2} << 20;
+constexpr std::uintptr_t kLineBytes = 64;  // of the cache
+
+// How many elements there are from p to the next line of the cache.
+template <class T>
+FUSEREG_INLINE std::int64_t to_next_line(const T* p) {
+  return static_cast<std::int64_t>((kLineBytes - reinterpret_cast<std::uintptr_t>(p) % kLineBytes) %
+                                   kLineBytes / sizeof(T));
+}
+
+#if defined(__AVX512F__)
+FUSEREG_INLINE Vector<float> load_some(const float* p, std::int64_t n) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
+}
+template <class T>
+FUSEREG_INLINE Vector<float> load_some(const T* p, std::int64_t n) {
+  T buffer[kWidth<float>];
+  const __m256i words = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p);
+  memcpy(buffer, &words, sizeof(buffer));
+  return load(buffer);
+}
+FUSEREG_INLINE void store_some(float* p, Vector<float> v, std::int64_t n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), v);
+}
+template <class T>
+FUSEREG_INLINE void store_some(T* p, Vector<float> v, std::int64_t n) {
+  T buffer[kWidth<float>];
+  store(buffer, v);
+  __m256i words;
+  memcpy(&words, buffer, sizeof(words));
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), words);
+}
+#else
+template <class T>
+FUSEREG_INLINE Vector<float> load_some(const T* p, std::int64_t n) {
+  T buffer[kWidth<float>];
+  memset(buffer, 0, sizeof(buffer));
+  for (std::int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+template <class T>
+FUSEREG_INLINE void store_some(T* p, Vector<float> v, std::int64_t n) {
+  T buffer[kWidth<float>];
+  store(buffer, v);
+  for (std::int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+}
+#endif
+
+// All ones in the first n lanes.
+FUSEREG_INLINE MaskVector<float> first_lanes(std::int64_t n) {
+#if defined(__AVX512F__)
+  return mask_of_bits<float>((1u << n) - 1u);
+#else
+  MaskVector<float> lane{};
+  for (int i = 0; i < kWidth<float>; ++i) lane[i] = static_cast<Word<float> >(i);
+  return lane < static_cast<Word<float> >(n);
+#endif
+}
+
+FUSEREG_INLINE Vector<float> relu(Vector<float> z) {
+  const Vector<float> zero{};
+  return z < zero ? zero : z;
+}
+
+// The bits of n <= kWidth elements, of which the first is element i of a line of bits.
+FUSEREG_INLINE void put_bits(std::uint8_t* line, std::int64_t i, std::uint32_t bits,
+                             std::int64_t n) {
+  constexpr int kW = kWidth<float>;
+  if (n < kW) bits &= (1u << n) - 1u;
+  if constexpr (kW >= 8) {
+    for (std::int64_t j = 0; j < n; j += 8)
+      line[(i + j) / 8] = static_cast<std::uint8_t>(bits >> j);
+  } else {
+    // Half a byte; its other half is there already, or follows.
+    std::uint8_t& byte = line[i / 8];
+    byte = i % 8 == 0 ? static_cast<std::uint8_t>(bits)
+                      : static_cast<std::uint8_t>(byte | (bits << (i % 8)));
+  }
+}
+FUSEREG_INLINE std::uint32_t get_bits(const std::uint8_t* line, std::int64_t i, std::int64_t n) {
+  constexpr int kW = kWidth<float>;
+  std::uint32_t bits = 0;
+  if constexpr (kW >= 8) {
+    for (std::int64_t j = 0; j < n; j += 8)
+      bits |= static_cast<std::uint32_t>(line[(i + j) / 8]) << j;
+  } else {
+    bits = static_cast<std::uint32_t>(line[i / 8]) >> (i % 8) & ((1u << kW) - 1u);
+  }
+  return bits;
+}
+
+// A channel's coefficients, or a vector of columns'.
+struct Coefficient {
+  Vector<float> m, a, b, q, r;
+};
+
+// --- what is done to a vector of elements; `i`: of memory; `line`, `e`: its bits ---
+
+struct At {
+  std::int64_t i;
+  std::int64_t line;  // first byte of the line of bits
+  std::int64_t e;     // element of that line
+};
+
+// A vector's elements are all there, or some of them; kStream: all, and the results go past the
+// cache, straight to memory.
+enum class How { kWhole, kPart, kStream };
+template <How kHow>
+struct HowTag {
+  static constexpr How kValue = kHow;
+};
+
+template <How kHow, class T>
+FUSEREG_INLINE Vector<float> get(const T* p, std::int64_t n) {
+  return kHow == How::kPart ? load_some(p, n) : load(p);
+}
+template <How kHow, class T>
+FUSEREG_INLINE void put(T* p, Vector<float> v, std::int64_t n) {
+  if (kHow == How::kPart) {
+    store_some(p, v, n);
+  } else if (kHow == How::kStream) {
+    store_past_the_cache(p, v);
+  } else {
+    store(p, v);
+  }
+}
+
+template <class T, After kAfter, bool kResidual>
+struct Write {
+  const T* x;
+  const T* residual;
+  T* y;
+  std::uint8_t* bits;
+  explicit Write(const Forward& job)
+      : x(static_cast<const T*>(job.x)),
+        residual(static_cast<const T*>(job.residual)),
+        y(static_cast<T*>(job.y)),
+        bits(job.bits) {}
+  const std::uint8_t* lines_of_bits() const { return bits; }
+  static constexpr bool kBits = kAfter == After::kReluBits;
+  const T* result() const { return y; }
+  bool streams() const { return y != x && y != residual; }
+  template <How kHow>
+  FUSEREG_ALWAYS_INLINE void apply(const At& at, const Coefficient& k, std::int64_t n) const {
+    Vector<float> z = (get<kHow>(x + at.i, n) - k.m) * k.a + k.b;
+    if constexpr (kResidual) z += get<kHow>(residual + at.i, n);
+    if constexpr (kAfter == After::kReluBits)
+      put_bits(bits + at.line, at.e, positive_bits(z), kHow == How::kPart ? n : kWidth<float>);
+    if constexpr (kAfter != After::kNothing) z = relu(z);
+    put<kHow>(y + at.i, z, n);
+  }
+  FUSEREG_ALWAYS_INLINE void ahead(std::int64_t i) const {
+    ask_for(x, i);
+    if constexpr (kResidual) ask_for(residual, i);
+  }
+};
+
+template <class T, After kAfter>
+struct GradientOf {
+  const T* x;
+  const T* grad;
+  const std::uint8_t* bits;
+  explicit GradientOf(const Backward& job)
+      : x(static_cast<const T*>(job.x)), grad(static_cast<const T*>(job.grad)), bits(job.bits) {}
+  const std::uint8_t* lines_of_bits() const { return bits; }
+  // x - m, and returns dz
+  template <How kHow>
+  FUSEREG_ALWAYS_INLINE Vector<float> make(const At& at, const Coefficient& k, std::int64_t n,
+                                           Vector<float>& d) const {
+    d = get<kHow>(x + at.i, n) - k.m;
+    const Vector<float> g = get<kHow>(grad + at.i, n);
+    if constexpr (kAfter == After::kNothing) return g;
+    if constexpr (kAfter == After::kRelu) {
+      const Vector<float> zero{};
+      return d * k.a + k.b > zero ? g : zero;
+    }
+    return masked<float>(g, mask_of_bits<float>(get_bits(bits + at.line, at.e,
+                                                         kHow == How::kPart ? n : kWidth<float>)));
+  }
+  FUSEREG_ALWAYS_INLINE void ahead(std::int64_t i) const {
+    ask_for(x, i);
+    ask_for(grad, i);
+  }
+};
+
+template <class T, After kAfter, bool kResidual>
+struct WriteGradient {
+  GradientOf<T, kAfter> from;
+  T* grad_x;
+  T* grad_residual;
+  explicit WriteGradient(const Backward& job)
+      : from(job),
+        grad_x(static_cast<T*>(job.grad_x)),
+        grad_residual(static_cast<T*>(job.grad_residual)) {}
+  const std::uint8_t* lines_of_bits() const { return from.bits; }
+  static constexpr bool kBits = kAfter == After::kReluBits;
+  const T* result() const { return grad_x; }
+  // The second result has to lie as the first one does, for both to begin a line at once.
+  bool streams() const {
+    if (grad_x == from.grad || grad_x == from.x) return false;
+    return !kResidual ||
+           (grad_residual != from.grad && to_next_line(grad_x) == to_next_line(grad_residual));
+  }
+  template <How kHow>
+  FUSEREG_ALWAYS_INLINE void apply(const At& at, const Coefficient& k, std::int64_t n) const {
+    Vector<float> d;
+    const Vector<float> dz = from.template make<kHow>(at, k, n, d);
+    if constexpr (kResidual) put<kHow>(grad_residual + at.i, dz, n);
+    put<kHow>(grad_x + at.i, k.a * dz + k.q * d + k.r, n);
+  }
+  FUSEREG_ALWAYS_INLINE void ahead(std::int64_t i) const { from.ahead(i); }
+};
+
+// The two terms of an element.
+struct Terms {
+  Vector<float> first, second;
+};
+
+template <class T>
+struct MomentTerms {
+  const T* x;
+  explicit MomentTerms(const Forward& job) : x(static_cast<const T*>(job.x)) {}
+  const std::uint8_t* lines_of_bits() const { return nullptr; }
+  template <How kHow>
+  FUSEREG_ALWAYS_INLINE Terms get(const At& at, const Coefficient& k, std::int64_t n) const {
+    Vector<float> d = FUSEREG_ISA::get<kHow>(x + at.i, n) - k.m;
+    if constexpr (kHow == How::kPart) d = masked<float>(d, first_lanes(n));
+    return {d, d * d};
+  }
+  FUSEREG_ALWAYS_INLINE void ahead(std::int64_t i) const { ask_for(x, i); }
+};
+
+template <class T, After kAfter>
+struct GradientTerms {
+  GradientOf<T, kAfter> from;
+  explicit GradientTerms(const Backward& job) : from(job) {}
+  const std::uint8_t* lines_of_bits() const { return from.bits; }
+  template <How kHow>
+  FUSEREG_ALWAYS_INLINE Terms get(const At& at, const Coefficient& k, std::int64_t n) const {
+    Vector<float> d;
+    Vector<float> dz = from.template make<kHow>(at, k, n, d);
+    if constexpr (kHow == How::kPart) {
+      dz = masked<float>(dz, first_lanes(n));
+      d = masked<float>(d, first_lanes(n));
+    }
+    return {dz, dz * d};
+  }
+  FUSEREG_ALWAYS_INLINE void ahead(std::int64_t i) const { from.ahead(i); }
+};
+
+// --- lines ---
+
+FUSEREG_INLINE Coefficient of_channel(const Coefficients& k, std::int64_t c, Which which) {
+  Coefficient v{};
+  v.m = broadcast(static_cast<float>(k.m[c]));
+  if (which == Which::kM) return v;
+  v.a = broadcast(static_cast<float>(k.a[c]));
+  v.b = broadcast(static_cast<float>(k.b[c]));
+  if (which == Which::kAffine) return v;
+  v.q = broadcast(static_cast<float>(k.q[c]));
+  v.r = broadcast(static_cast<float>(k.r[c]));
+  return v;
+}
+
+template <Which kWhich, class T, class F>
+void sum_lines(const Layout& l, const Tile& t, const Coefficients& coefficients, Sums sums,
+               const F f) {
+  using C = float;
+  constexpr int kW = kWidth<float>;
+  constexpr std::int64_t kFetch = kAhead / static_cast<std::int64_t>(sizeof(T));
+  const std::int64_t bit_line = (l.inner + 7) / 8;
+  for (std::int64_t c = 0; c < t.channels; ++c) {
+    const Coefficient k = of_channel(coefficients, c, kWhich);
+    LaneSums<float> total{};
+    Block<float> first{}, second{};
+    int room = kPlainRun;
+    for (std::int64_t row = t.row; row < t.row + t.rows; ++row) {
+      const std::int64_t line = row * l.channels + t.channel + c;
+      At at{line * l.inner, line * bit_line, 0};
+      for (std::int64_t blocks = l.inner / kLanes; blocks > 0;) {
+        const std::int64_t run = blocks < room ? blocks : room;
+        for (std::int64_t j = 0; j < run; ++j) {
+          f.ahead(at.i + kFetch);
+          if constexpr (kLanes * sizeof(T) > 64) f.ahead(at.i + kFetch + kLanes / 2);
+          FUSEREG_EACH_VECTOR(v) {
+            const Terms add = f.template get<How::kWhole>(at, k, kW);
+            first.v[v] += add.first;
+            second.v[v] += add.second;
+            at.i += kW;
+            at.e += kW;
+          }
+        }
+        blocks -= run;
+        room -= static_cast<int>(run);
+        if (room == 0) {
+          flush(total, first, second);
+          room = kPlainRun;
+        }
+      }
+      std::int64_t left = l.inner % kLanes;
+      if (left == 0) continue;
+      FUSEREG_EACH_VECTOR(v) {
+        if (left <= 0) break;
+        const Terms add = left >= kW ? f.template get<How::kWhole>(at, k, kW)
+                                     : f.template get<How::kPart>(at, k, left);
+        first.v[v] += add.first;
+        second.v[v] += add.second;
+        at.i += kW;
+        at.e += kW;
+        left -= kW;
+      }
+      if (--room == 0) {
+        flush(total, first, second);
+        room = kPlainRun;
+      }
+    }
+    flush(total, first, second);
+    sums.first[c] += add_lanes(total.wide_first);
+    sums.second[c] += add_lanes(total.wide_second);
+  }
+}
+
+template <Which kWhich, class T, class F>
+void write_lines(const Layout& l, const Tile& t, const Coefficients& coefficients, const F f) {
+  using C = float;
+  constexpr int kW = kWidth<float>;
+  constexpr std::int64_t kFetch = kAhead / static_cast<std::int64_t>(sizeof(T));
+  constexpr std::int64_t kWorthStreaming = 2048;  // bytes of a line
+  const std::int64_t bit_line = (l.inner + 7) / 8;
+  const auto size = static_cast<std::int64_t>(sizeof(T));
+  const bool streams =
+      f.streams() && l.numel() * size >= kStreamBytes && l.inner * size >= kWorthStreaming;
+  for (std::int64_t c = 0; c < t.channels; ++c) {
+    const Coefficient k = of_channel(coefficients, c, kWhich);
+    for (std::int64_t row = t.row; row < t.row + t.rows; ++row) {
+      const std::int64_t line = row * l.channels + t.channel + c;
+      At at{line * l.inner, line * bit_line, 0};
+      std::int64_t left = l.inner;
+      auto next = [&](std::int64_t n) {
+        at.i += n;
+        at.e += n;
+        left -= n;
+      };
+      auto blocks = [&](auto how) {
+        constexpr How kHow = decltype(how)::kValue;
+        while (left >= kLanes) {
+          f.ahead(at.i + kFetch);
+          if constexpr (kLanes * sizeof(T) > kLineBytes) f.ahead(at.i + kFetch + kLanes / 2);
+          FUSEREG_EACH_VECTOR(v) {
+            f.template apply<kHow>(at, k, kW);
+            next(kW);
+          }
+        }
+      };
+      // Bits are written by whole bytes: with them, only lines that begin where they should.
+      std::int64_t head = streams ? to_next_line(f.result() + at.i) : 0;
+      if (streams && (head == 0 || !F::kBits)) {
+        for (; head >= kW; head -= kW) {
+          f.template apply<How::kWhole>(at, k, kW);
+          next(kW);
+        }
+        if (head > 0) {
+          f.template apply<How::kPart>(at, k, head);
+          next(head);
+        }
+        blocks(HowTag<How::kStream>{});
+      } else {
+        blocks(HowTag<How::kWhole>{});
+      }
+      while (left >= kW) {
+        f.template apply<How::kWhole>(at, k, kW);
+        next(kW);
+      }
+      if (left > 0) f.template apply<How::kPart>(at, k, left);
+    }
+  }
+  if (streams) finish_streams();
+}
+
+// --- columns ---
+
+FUSEREG_INLINE Coefficient of_columns(const Numbers<float>& k, std::int64_t i, Which which) {
+  Coefficient v{};
+  v.m = load(k.m + i);
+  if (which == Which::kM) return v;
+  v.a = load(k.a + i);
+  v.b = load(k.b + i);
+  if (which == Which::kAffine) return v;
+  v.q = load(k.q + i);
+  v.r = load(k.r + i);
+  return v;
+}
+
+// A tile of columns as a matrix: lines of `width` columns, of which the last may be shorter.
+struct Matrix {
+  std::int64_t begin, lines, step;  // element of memory; elements from line to line
+  std::int64_t width, last;         // columns; those of the last line
+  std::int64_t bits, bit_step;      // bytes
+  Matrix(const Layout& l, const Tile& t, const Fold& fold) {
+    begin = t.row * l.channels + t.channel;
+    lines = (t.rows + fold.rows - 1) / fold.rows;
+    step = fold.rows * l.channels;
+    width = fold.width;
+    last = (t.rows - (lines - 1) * fold.rows) * t.channels;
+    const std::int64_t bit_line = (l.channels + 7) / 8;
+    bits = t.row * bit_line + t.channel / 8;
+    bit_step = fold.rows * bit_line;
+  }
+};
+
+// Calls f(first line, lines, columns) for each band of lines of the same length.
+template <class F>
+FUSEREG_INLINE void for_each_band(const Matrix& m, F f) {
+  const std::int64_t whole = m.last == m.width ? m.lines : m.lines - 1;
+  for (std::int64_t line = 0; line < whole; line += kBand)
+    f(line, whole - line < kBand ? whole - line : kBand, m.width);
+  if (whole < m.lines) f(whole, std::int64_t{1}, m.last);
+}
+
+// kN vectors of columns from `column` on, or with How::kPart n < kWidth columns; of `lines` lines.
+template <Which kWhich, int kN, How kHow, class F>
+FUSEREG_INLINE void sum_columns(const Matrix& m, std::int64_t line, std::int64_t lines,
+                                std::int64_t column, std::int64_t n, const Numbers<float>& numbers,
+                                ColumnSums<float>& total, const F& f) {
+  constexpr int kW = kWidth<float>;
+  Coefficient k[kN];
+  Vector<float> first[kN], second[kN];
+  FUSEREG_UNROLL_10
+  for (int v = 0; v < kN; ++v) {
+    k[v] = of_columns(numbers, column + v * kW, kWhich);
+    first[v] = load(total.first + column + v * kW);
+    second[v] = load(total.second + column + v * kW);
+  }
+  for (std::int64_t j = line; j < line + lines; ++j) {
+    const At at{m.begin + j * m.step + column, m.bits + j * m.bit_step, column};
+    FUSEREG_UNROLL_10
+    for (int v = 0; v < kN; ++v) {
+      f.ahead(at.i + kBand * m.step + v * kW);
+      const Terms add = f.template get<kHow>({at.i + v * kW, at.line, at.e + v * kW}, k[v], n);
+      first[v] += add.first;
+      second[v] += add.second;
+    }
+  }
+  FUSEREG_UNROLL_10
+  for (int v = 0; v < kN; ++v) {
+    store(total.first + column + v * kW, first[v]);
+    store(total.second + column + v * kW, second[v]);
+  }
+}
+
+template <Which kWhich, class T, class F>
+void sum_columns(const Layout& l, const Tile& t, const Coefficients& coefficients, Sums sums,
+                 const F f) {
+  constexpr int kW = kWidth<float>;
+  constexpr int kLong = kChunk * kW;
+  const Fold fold(l, t, std::int64_t{64}, f.lines_of_bits());
+  Numbers<float> k;
+  convert(k, coefficients, t.channels, fold, kWhich);
+  ColumnSums<float> total;
+  total.clear(fold.width);
+  const Matrix m(l, t, fold);
+  for_each_band(m, [&](std::int64_t line, std::int64_t lines, std::int64_t n) {
+    std::int64_t i = 0;
+    for (; i + kLong <= n; i += kLong)
+      sum_columns<kWhich, kChunk, How::kWhole>(m, line, lines, i, kW, k, total, f);
+    for (; i + kW <= n; i += kW)
+      sum_columns<kWhich, 1, How::kWhole>(m, line, lines, i, kW, k, total, f);
+    if (i < n) sum_columns<kWhich, 1, How::kPart>(m, line, lines, i, n - i, k, total, f);
+    total.terms += static_cast<int>(lines);
+    if (total.terms > kPlainRun - kBand) total.flush(fold.width);
+  });
+  total.flush(fold.width);
+  for (std::int64_t r = 0; r < fold.rows; ++r) {
+    for (std::int64_t c = 0; c < t.channels; ++c) {
+      sums.first[c] += total.wide_first[r * t.channels + c];
+      sums.second[c] += total.wide_second[r * t.channels + c];
+    }
+  }
+}
+
+template <Which kWhich, int kN, How kHow, class F>
+FUSEREG_INLINE void write_columns(const Matrix& m, std::int64_t line, std::int64_t lines,
+                                  std::int64_t column, std::int64_t n,
+                                  const Numbers<float>& numbers, const F& f) {
+  constexpr int kW = kWidth<float>;
+  Coefficient k[kN];
+  FUSEREG_UNROLL_10
+  for (int v = 0; v < kN; ++v) k[v] = of_columns(numbers, column + v * kW, kWhich);
+  for (std::int64_t j = line; j < line + lines; ++j) {
+    const At at{m.begin + j * m.step + column, m.bits + j * m.bit_step, column};
+    FUSEREG_UNROLL_10
+    for (int v = 0; v < kN; ++v) {
+      f.ahead(at.i + kBand * m.step + v * kW);
+      f.template apply<kHow>({at.i + v * kW, at.line, at.e + v * kW}, k[v], n);
+    }
+  }
+}
+
+template <Which kWhich, class T, class F>
+void write_columns(const Layout& l, const Tile& t, const Coefficients& coefficients, const F f) {
+  constexpr int kW = kWidth<float>;
+  constexpr int kLong = kChunk * kW;
+  const Fold fold(l, t, std::int64_t{64}, f.lines_of_bits());
+  Numbers<float> k;
+  convert(k, coefficients, t.channels, fold, kWhich);
+  const Matrix m(l, t, fold);
+  const auto size = static_cast<std::int64_t>(sizeof(T));
+  const bool streams = f.streams() && l.numel() * size >= kStreamBytes &&
+                       to_next_line(f.result() + m.begin) == 0 &&
+                       m.step * size % static_cast<std::int64_t>(kLineBytes) == 0;
+  for_each_band(m, [&](std::int64_t line, std::int64_t lines, std::int64_t n) {
+    std::int64_t i = 0;
+    if (streams) {
+      for (; i + kLong <= n; i += kLong)
+        write_columns<kWhich, kChunk, How::kStream>(m, line, lines, i, kW, k, f);
+    }
+    for (; i + kLong <= n; i += kLong)
+      write_columns<kWhich, kChunk, How::kWhole>(m, line, lines, i, kW, k, f);
+    for (; i + kW <= n; i += kW) write_columns<kWhich, 1, How::kWhole>(m, line, lines, i, kW, k, f);
+    if (i < n) write_columns<kWhich, 1, How::kPart>(m, line, lines, i, n - i, k, f);
+  });
+  if (streams) finish_streams();
+}
+
+// --- which of them ---
+
+template <Which kWhich, class T, class F>
+void sum_plain(const Layout& l, const Tile& t, const Coefficients& k, Sums sums, const F& f) {
+  if (l.inner == 1) {
+    sum_columns<kWhich, T>(l, t, k, sums, f);
+  } else {
+    sum_lines<kWhich, T>(l, t, k, sums, f);
+  }
+}
+template <Which kWhich, class T, class F>
+void write_plain(const Layout& l, const Tile& t, const Coefficients& k, const F& f) {
+  if (l.inner == 1) {
+    write_columns<kWhich, T>(l, t, k, f);
+  } else {
+    write_lines<kWhich, T>(l, t, k, f);
+  }
+}
+
+template <class T>
+void plain_moments(const Forward& job, const Tile& t, const Coefficients& k, Sums sums) {
+  sum_plain<Which::kM, T>(job.layout, t, k, sums, MomentTerms<T>(job));
+}
+
+template <class T, After kAfter>
+void plain_forward(const Forward& job, const Tile& t, const Coefficients& k) {
+  if (job.residual != nullptr) {
+    write_plain<Which::kAffine, T>(job.layout, t, k, Write<T, kAfter, true>(job));
+  } else if constexpr (kAfter != After::kReluBits) {
+    write_plain<Which::kAffine, T>(job.layout, t, k, Write<T, kAfter, false>(job));
+  }
+}
+template <class T>
+void plain_forward(const Forward& job, const Tile& t, const Coefficients& k) {
+  if (job.epilogue.activation == Activation::kNone) {
+    plain_forward<T, After::kNothing>(job, t, k);
+  } else if (job.bits == nullptr) {
+    plain_forward<T, After::kRelu>(job, t, k);
+  } else {
+    plain_forward<T, After::kReluBits>(job, t, k);
+  }
+}
+
+// Calls f with what becomes of the gradient.
+template <class F>
+FUSEREG_INLINE void with_gradient(const Backward& job, F f) {
+  if (job.epilogue.activation == Activation::kNone) {
+    f(AfterTag<After::kNothing>{});
+  } else if (job.bits == nullptr) {
+    f(AfterTag<After::kRelu>{});
+  } else {
+    f(AfterTag<After::kReluBits>{});
+  }
+}
+template <class T>
+void plain_reduce(const Backward& job, const Tile& t, const Coefficients& k, Sums sums) {
+  with_gradient(job, [&](auto after) {
+    constexpr After kAfter = decltype(after)::kValue;
+    sum_plain<Which::kAffine, T>(job.layout, t, k, sums, GradientTerms<T, kAfter>(job));
+  });
+}
+template <class T>
+void plain_backward(const Backward& job, const Tile& t, const Coefficients& k) {
+  with_gradient(job, [&](auto after) {
+    constexpr After kAfter = decltype(after)::kValue;
+    if (job.grad_residual == nullptr) {
+      write_plain<Which::kGradient, T>(job.layout, t, k, WriteGradient<T, kAfter, false>(job));
+    } else {
+      write_plain<Which::kGradient, T>(job.layout, t, k, WriteGradient<T, kAfter, true>(job));
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fusereg::batch_norm::FUSEREG_ISA

@@ -1,0 +1,66 @@
+// For batch_norm.cpp alone, once per instruction set: float32 sums over short runs, which then go
+// to float64.
+#pragma once
+
+#include "batch_norm/batch_norm_strips.h"
+
+namespace fusereg::batch_norm::FUSEREG_ISA {
+namespace {
+
+// Of one channel whose elements lie in lines: a sum for each lane.
+template <class C>
+struct LaneSums {
+  static constexpr int kWide = static_cast<int>(sizeof(double) / sizeof(C));
+  Block<C> first, second;
+  Vector<double> wide_first[kVectors<C>][kWide];
+  Vector<double> wide_second[kVectors<C>][kWide];
+  int terms;
+};
+
+template <class C>
+FUSEREG_INLINE void flush(LaneSums<C>& sums, Block<C>& first, Block<C>& second) {
+  FUSEREG_EACH_VECTOR(v) {
+    add_widened(first.v[v], sums.wide_first[v]);
+    add_widened(second.v[v], sums.wide_second[v]);
+    first.v[v] = second.v[v] = Vector<C>{};
+  }
+}
+
+// Lane i and lane i + width, until one is left.
+template <int kN, int kWide>
+FUSEREG_INLINE double add_lanes(const Vector<double> (&sums)[kN][kWide]) {
+  double lanes[kLanes];
+  static_assert(sizeof(lanes) == sizeof(sums), "one sum a lane");
+  memcpy(lanes, sums, sizeof(lanes));
+  for (int i = 0; i < 16; ++i) lanes[i] += lanes[i + 16];
+  for (int i = 0; i < 8; ++i) lanes[i] += lanes[i + 8];
+  for (int i = 0; i < 4; ++i) lanes[i] += lanes[i + 4];
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+}
+
+// Of the channels of a tile whose rows are lines: a sum for each column.
+template <class C>
+struct ColumnSums {
+  C first[kMaxColumns + kPad], second[kMaxColumns + kPad];
+  double wide_first[kMaxColumns], wide_second[kMaxColumns];
+  int terms;
+  void clear(std::int64_t n) {
+    terms = 0;
+    const auto count = static_cast<std::size_t>(n);
+    memset(first, 0, (count + kPad) * sizeof(C));
+    memset(second, 0, (count + kPad) * sizeof(C));
+    memset(wide_first, 0, count * sizeof(double));
+    memset(wide_second, 0, count * sizeof(double));
+  }
+  void flush(std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) {
+      wide_first[i] += static_cast<double>(first[i]);
+      wide_second[i] += static_cast<double>(second[i]);
+      first[i] = second[i] = C(0);
+    }
+    terms = 0;
+  }
+};
+
+}  // namespace
+}  // namespace fusereg::batch_norm::FUSEREG_ISA
