@@ -27,12 +27,16 @@ struct AfterTag {
 
 // --- vectors ---
 
-// Asks for what lies `i` elements from p: an address that need not be the tensor's.
+// Asks for what lies `i` elements from p, an address that need not be the tensor's. For 16-bit
+// types alone, whose conversions keep the processor from looking far ahead: asking for float32
+// takes places from its own prefetching, which then reads half as fast (measured on Zen 4).
 template <class T>
 FUSEREG_INLINE void ask_for(const T* p, std::int64_t i) {
-  const auto address =
-      reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(i) * sizeof(T);
-  __builtin_prefetch(reinterpret_cast<const void*>(address));
+  if constexpr (sizeof(T) == 2) {
+    const auto address =
+        reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(i) * sizeof(T);
+    __builtin_prefetch(reinterpret_cast<const void*>(address));
+  }
 }
 
 // p: a multiple of the bytes that are stored.
@@ -356,7 +360,6 @@ void sum_lines(const Layout& l, const Tile& t, const Coefficients& coefficients,
         const std::int64_t run = blocks < room ? blocks : room;
         for (std::int64_t j = 0; j < run; ++j) {
           f.ahead(at.i + kFetch);
-          if constexpr (kLanes * sizeof(T) > 64) f.ahead(at.i + kFetch + kLanes / 2);
           FUSEREG_EACH_VECTOR(v) {
             const Terms add = f.template get<How::kWhole>(at, k, kW);
             first.v[v] += add.first;
@@ -420,7 +423,6 @@ void write_lines(const Layout& l, const Tile& t, const Coefficients& coefficient
         constexpr How kHow = decltype(how)::kValue;
         while (left >= kLanes) {
           f.ahead(at.i + kFetch);
-          if constexpr (kLanes * sizeof(T) > kLineBytes) f.ahead(at.i + kFetch + kLanes / 2);
           FUSEREG_EACH_VECTOR(v) {
             f.template apply<kHow>(at, k, kW);
             next(kW);
