@@ -27,13 +27,19 @@ struct AfterTag {
 
 // --- vectors ---
 
-// Asks for what lies `i` elements from p: an address that need not be the tensor's.
+// Asks for what lies `i` elements from p, an address that need not be the tensor's.
 template <class T>
 FUSEREG_INLINE void ask_for(const T* p, std::int64_t i) {
   const auto address =
       reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(i) * sizeof(T);
   __builtin_prefetch(reinterpret_cast<const void*>(address));
 }
+
+// Whether to ask where memory is read from end to end: for 16-bit types alone, whose conversions
+// keep the processor from looking far ahead. Asking for float32 takes places from its own
+// prefetching, which then reads half as fast (measured on Zen 4).
+template <class T>
+constexpr bool kAsk = sizeof(T) == 2;
 
 // p: a multiple of the bytes that are stored.
 FUSEREG_INLINE void store_past_the_cache(float* p, Vector<float> v) {
@@ -355,8 +361,7 @@ void sum_lines(const Layout& l, const Tile& t, const Coefficients& coefficients,
       for (std::int64_t blocks = l.inner / kLanes; blocks > 0;) {
         const std::int64_t run = blocks < room ? blocks : room;
         for (std::int64_t j = 0; j < run; ++j) {
-          f.ahead(at.i + kFetch);
-          if constexpr (kLanes * sizeof(T) > 64) f.ahead(at.i + kFetch + kLanes / 2);
+          if constexpr (kAsk<T>) f.ahead(at.i + kFetch);
           FUSEREG_EACH_VECTOR(v) {
             const Terms add = f.template get<How::kWhole>(at, k, kW);
             first.v[v] += add.first;
@@ -419,8 +424,7 @@ void write_lines(const Layout& l, const Tile& t, const Coefficients& coefficient
       auto blocks = [&](auto how) {
         constexpr How kHow = decltype(how)::kValue;
         while (left >= kLanes) {
-          f.ahead(at.i + kFetch);
-          if constexpr (kLanes * sizeof(T) > kLineBytes) f.ahead(at.i + kFetch + kLanes / 2);
+          if constexpr (kAsk<T>) f.ahead(at.i + kFetch);
           FUSEREG_EACH_VECTOR(v) {
             f.template apply<kHow>(at, k, kW);
             next(kW);
@@ -471,7 +475,10 @@ struct Matrix {
   std::int64_t begin, lines, step;  // element of memory; elements from line to line
   std::int64_t width, last;         // columns; those of the last line
   std::int64_t bits, bit_step;      // bytes
-  Matrix(const Layout& l, const Tile& t, const Fold& fold) {
+  bool asks;                        // for the next band
+  // `one_chunk`: the columns of a chunk; wider lines are not read from end to end.
+  Matrix(const Layout& l, const Tile& t, const Fold& fold, bool ask, std::int64_t one_chunk) {
+    asks = ask || fold.width > one_chunk;
     begin = t.row * l.channels + t.channel;
     lines = (t.rows + fold.rows - 1) / fold.rows;
     step = fold.rows * l.channels;
@@ -510,7 +517,7 @@ FUSEREG_INLINE void sum_columns(const Matrix& m, std::int64_t line, std::int64_t
     const At at{m.begin + j * m.step + column, m.bits + j * m.bit_step, column};
     FUSEREG_UNROLL_10
     for (int v = 0; v < kN; ++v) {
-      f.ahead(at.i + kBand * m.step + v * kW);
+      if (m.asks) f.ahead(at.i + kBand * m.step + v * kW);
       const Terms add = f.template get<kHow>({at.i + v * kW, at.line, at.e + v * kW}, k[v], n);
       first[v] += add.first;
       second[v] += add.second;
@@ -533,7 +540,7 @@ void sum_columns(const Layout& l, const Tile& t, const Coefficients& coefficient
   convert(k, coefficients, t.channels, fold, kWhich);
   ColumnSums<float> total;
   total.clear(fold.width);
-  const Matrix m(l, t, fold);
+  const Matrix m(l, t, fold, kAsk<T>, kLong);
   for_each_band(m, [&](std::int64_t line, std::int64_t lines, std::int64_t n) {
     std::int64_t i = 0;
     for (; i + kLong <= n; i += kLong)
@@ -565,7 +572,7 @@ FUSEREG_INLINE void write_columns(const Matrix& m, std::int64_t line, std::int64
     const At at{m.begin + j * m.step + column, m.bits + j * m.bit_step, column};
     FUSEREG_UNROLL_10
     for (int v = 0; v < kN; ++v) {
-      f.ahead(at.i + kBand * m.step + v * kW);
+      if (m.asks) f.ahead(at.i + kBand * m.step + v * kW);
       f.template apply<kHow>({at.i + v * kW, at.line, at.e + v * kW}, k[v], n);
     }
   }
@@ -578,7 +585,7 @@ void write_columns(const Layout& l, const Tile& t, const Coefficients& coefficie
   const Fold fold(l, t, std::int64_t{64}, f.lines_of_bits());
   Numbers<float> k;
   convert(k, coefficients, t.channels, fold, kWhich);
-  const Matrix m(l, t, fold);
+  const Matrix m(l, t, fold, kAsk<T>, kLong);
   const auto size = static_cast<std::int64_t>(sizeof(T));
   const bool streams = f.streams() && l.numel() * size >= kStreamBytes &&
                        to_next_line(f.result() + m.begin) == 0 &&
