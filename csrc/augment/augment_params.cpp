@@ -161,8 +161,8 @@ struct Range {
 // Where a window may start along one axis.
 Range starts(std::int64_t canvas, std::int64_t window, std::int64_t before, std::int64_t after,
              int larger) {
-  if (larger == 2) return {std::min<std::int64_t>(0, canvas - window),
-                           std::max<std::int64_t>(0, canvas - window)};
+  if (larger == 2)
+    return {std::min<std::int64_t>(0, canvas - window), std::max<std::int64_t>(0, canvas - window)};
   const std::int64_t lacking = window - (canvas + before + after);
   if (lacking > 0 && larger == 1) {
     before += lacking;
@@ -246,8 +246,8 @@ void affine(const Step& step, Sample& s) {
   g.x1 = centre_x - (g.xx * from_x + g.xy * from_y);
   g.y1 = centre_y - (g.yx * from_x + g.yy * from_y);
   s.map = compose(s.map, g);
-  const double drawn[] = {angle,           1.0 / inverse_x, 1.0 / inverse_y, shear_x,
-                          shear_y, move_x,  move_y};
+  const double drawn[] = {angle,   1.0 / inverse_x, 1.0 / inverse_y, shear_x,
+                          shear_y, move_x,          move_y};
   std::memcpy(s.draws, drawn, sizeof drawn);
 }
 
@@ -462,7 +462,8 @@ Size output_size(const Job& job) {
         if (x.high < x.low || y.high < y.low) {
           throw std::invalid_argument(
               "size (" + std::to_string(whole(step.values[0])) + ", " +
-              std::to_string(whole(step.values[1])) + ") is larger than the image with its padding, (" +
+              std::to_string(whole(step.values[1])) +
+              ") is larger than the image with its padding, (" +
               std::to_string(canvas.height + whole(step.values[3]) + whole(step.values[5])) + ", " +
               std::to_string(canvas.width + whole(step.values[2]) + whole(step.values[4])) + ")");
         }

@@ -26,7 +26,8 @@ std::vector<params::Step> read_steps(const std::vector<StepTuple>& steps, const 
     if (kind < 0 || kind >= params::kStepKinds ||
         values.size() != static_cast<std::size_t>(params::kStepValues[kind]) || occurrence < 0 ||
         occurrence > 255) {
-      throw py::value_error(where(op, "steps") + " has a step that is not as augment_params.h says");
+      throw py::value_error(where(op, "steps") +
+                            " has a step that is not as augment_params.h says");
     }
     result.push_back(
         {static_cast<params::StepKind>(kind), static_cast<std::uint32_t>(occurrence), values});

@@ -126,7 +126,9 @@ def per_channel(value: object, op: str, name: str) -> tuple[float, ...]:
     """One number, or one for each channel."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) == 0:
-            raise ValueError(f"fusereg.{op}: {name} must be a number or one for each channel, got none")
+            raise ValueError(
+                f"fusereg.{op}: {name} must be a number or one for each channel, got none"
+            )
         return tuple(number(v, op, name) for v in value)
     return (number(value, op, name),)
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from ._arguments import (
-    FILL_MODES,
     INTERPOLATIONS,
     Interval,
     PerChannel,
@@ -66,8 +65,8 @@ class Augment(Keyed):
       multiples of 90 degrees are exact;
     - C: ``crop``, the window of the turned image that is the result.
 
-    Values: interpolation, colour (clamped to the image's range), then ``(v - mean) / std`` with v in
-    [0, 1], then erasing, then mixing, then rounding.
+    Values: interpolation, colour (clamped to the image's range), then ``(v - mean) / std`` with v
+    in [0, 1], then erasing, then mixing, then rounding.
 
     Every random number is a function of (seed, epoch, sample id, operation), by Philox: neither
     batch size nor order, workers, device or the other arguments change it. So with ``sample_ids`` a
@@ -78,7 +77,7 @@ class Augment(Keyed):
         degrees: the rotation's range: a number d is (-d, d).
         scale: zoom factors (from, to), or (from, to, from, to) for x and y by themselves.
         translate: the largest shift (x, y) as shares of width and height; a number is both.
-        shear: degrees: a number a is x from -a to a; (from, to) of x; or (from, to, from, to) of x, y.
+        shear: degrees: a number a is x from -a to a; (from, to) of x; four numbers: of x and of y.
         hflip: probability of mirroring left to right.
         vflip: probability of mirroring top to bottom.
         crop: "random": a window of ``size`` at a random place (an image that is smaller lies
@@ -353,7 +352,11 @@ def collate(augment: Any, mixed: bool, samples: Sequence[Any]) -> Any:
             what = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
             raise TypeError(f"fusereg.{op}.collate: images must be tensors (C, H, W), got {what}")
     targets = None if alone or len(samples[0]) < 2 else default_collate([s[1] for s in samples])
-    rest = [] if alone else [default_collate(list(part)) for part in list(zip(*samples))[2:]]
+    rest = (
+        []
+        if alone
+        else [default_collate(list(part)) for part in list(zip(*samples, strict=True))[2:]]
+    )
     if all(image.shape == images[0].shape for image in images):
         result = augment(torch.stack(images), targets, sample_ids=ids)
         if alone or targets is None:
@@ -401,7 +404,9 @@ def affine_step(
     shear_x = shear_y = (0.0, 0.0)
     if shear is not None:
         if isinstance(shear, Sequence) and not isinstance(shear, str):
-            four = numbers(shear, op, "shear", (2, 4), "a number, (from, to) or (from, to, from, to)")
+            four = numbers(
+                shear, op, "shear", (2, 4), "a number, (from, to) or (from, to, from, to)"
+            )
             shear_x = interval(four[:2], op, "shear", low=-90, high=90)
             if len(four) == 4:
                 shear_y = interval(four[2:], op, "shear", low=-90, high=90)

@@ -15,8 +15,8 @@ pixel is repeated), its "nearest" is "border". torchvision's RandomAffine moves 
 its centres are counted from the image's corner, half a pixel from ours.
 
 Two things are not imitated. torchvision weighs a constant fill twice where bilinear weights are
-partly outside (a constant image of 200 filled with 200 shows 150 there); here it counts once. kornia
-with ``align_corners=False`` works on a grid that is not that of the pixels; what is compared with is
+partly outside (a constant image of 200 filled with 200 shows 150 there); here it counts once.
+kornia with ``align_corners=False`` works on a grid that is not that of the pixels; this is its
 ``align_corners=True``.
 """
 

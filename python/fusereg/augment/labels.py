@@ -90,7 +90,7 @@ def mix_labels(
     pair = MixedLabels(a, a[other], weight.float())
     if num_classes is None:
         return pair
-    if n and not (0 <= int(a.min()) and int(a.max()) < num_classes):
+    if n and not (int(a.min()) >= 0 and int(a.max()) < num_classes):
         raise ValueError(
             f"fusereg.{op}: class indices must be within [0, {num_classes}), "
             f"got {int(a.min())} to {int(a.max())}"
@@ -148,9 +148,7 @@ def transform_targets(
                     for i, t in enumerate(targets)
                 ]
     if isinstance(targets, Mapping):
-        return {
-            k: transform_targets(v, params, mixed, num_classes, op) for k, v in targets.items()
-        }
+        return {k: transform_targets(v, params, mixed, num_classes, op) for k, v in targets.items()}
     if not mixed:
         return targets
     return mix_labels(targets, params, num_classes, op)
@@ -162,8 +160,8 @@ def _each(
     """Detection's form: a mapping of boxes, masks and labels for each sample."""
     if mixed:
         raise ValueError(
-            f"fusereg.{op}: targets of single samples cannot be mixed; leave mix out, or pass labels "
-            "of the whole batch"
+            f"fusereg.{op}: targets of single samples cannot be mixed; leave mix out, or "
+            "pass labels of the whole batch"
         )
     tv = _tv_tensors()
     results = []
@@ -199,7 +197,5 @@ def tv_boxes(boxes: list[Any], params: AugmentParams, op: str) -> list[Any]:
     for i, box in enumerate(boxes):
         name = str(box.format.value).lower()
         moved = alone[i].boxes(box.as_subclass(Tensor)[None], format=name)
-        results.append(
-            tv.BoundingBoxes(moved[0], format=box.format, canvas_size=params.size)  # type: ignore[index]
-        )
+        results.append(tv.BoundingBoxes(moved[0], format=box.format, canvas_size=params.size))
     return results

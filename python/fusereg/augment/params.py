@@ -160,13 +160,17 @@ class AugmentParams:
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> AugmentParams:
         n = len(self)
         if isinstance(index, int) and not -n <= index < n:
-            raise IndexError(f"fusereg.AugmentParams: index {index} is out of range for {n} samples")
+            raise IndexError(
+                f"fusereg.AugmentParams: index {index} is out of range for {n} samples"
+            )
         positions = torch.arange(n)
         chosen = positions[[index] if isinstance(index, int) else _cpu(index)]
         place = torch.full((n + 1,), -2, dtype=torch.int64)
         place[-1] = -1  # the partner of those without one
         # Of a sample that is chosen twice, the first.
-        place.scatter_reduce_(0, chosen, positions.new_tensor(range(len(chosen))), "amin", include_self=False)
+        place.scatter_reduce_(
+            0, chosen, positions.new_tensor(range(len(chosen))), "amin", include_self=False
+        )
         partners = place[self.partners.cpu()[chosen]]
         if bool((partners == -2).any()):
             raise ValueError(
@@ -230,7 +234,11 @@ class AugmentParams:
                 f"fusereg.{op}: state must have version {_VERSION}, got {state['version']!r}"
             )
         n = len(state["records"])
-        for name, width in (("records", _C.AUGMENT_RECORD), ("draws", _C.AUGMENT_DRAWS), ("keys", 2)):
+        for name, width in (
+            ("records", _C.AUGMENT_RECORD),
+            ("draws", _C.AUGMENT_DRAWS),
+            ("keys", 2),
+        ):
             if tuple(state[name].shape) != (n, width):
                 raise ValueError(
                     f"fusereg.{op}: {name} must have shape ({n}, {width}), "
@@ -281,10 +289,7 @@ class AugmentParams:
             The same form, floating; points may lie outside the image.
         """
         if not isinstance(points, Tensor):
-            return [
-                self._one(i, len(points)).keypoints(p[None])[0]  # type: ignore[index]
-                for i, p in enumerate(points)
-            ]
+            return [self._one(i, len(points)).keypoints(p[None])[0] for i, p in enumerate(points)]
         self._check_points(points, "keypoints", "points", 2)
         x = points if points.is_floating_point() else points.to(torch.float32)
         m = self.inverse().matrices.to(x.device)
@@ -311,7 +316,7 @@ class AugmentParams:
         one_of(format, op, "format", _BOX_FORMATS)
         if not isinstance(boxes, Tensor):
             return [
-                self._one(i, len(boxes)).boxes(b[None], format=format, clip=clip)[0]  # type: ignore[index]
+                self._one(i, len(boxes)).boxes(b[None], format=format, clip=clip)[0]
                 for i, b in enumerate(boxes)
             ]
         self._check_points(boxes, "boxes", "boxes", 4)

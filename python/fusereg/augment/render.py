@@ -142,12 +142,12 @@ class Look:
         if asked is not None:
             if asked not in _INPUTS:
                 raise ValueError(
-                    f"fusereg.{op}: out_dtype must be uint8, float16, bfloat16, float32 or float64, "
-                    f"got {asked}"
+                    f"fusereg.{op}: out_dtype must be uint8, float16, bfloat16, float32 or "
+                    f"float64, got {asked}"
                 )
             if asked is torch.uint8 and self.mean is not None:
                 raise ValueError(
-                    f"fusereg.{op}: out_dtype must be a floating one to hold what mean and std give, "
+                    f"fusereg.{op}: out_dtype must be floating to hold what mean and std give, "
                     "got torch.uint8"
                 )
             return asked
