@@ -10,6 +10,8 @@
 
 namespace fusereg::augment {
 
+void bind_params(py::module_& m);
+
 namespace {
 
 constexpr int kDone = 0;
@@ -235,6 +237,7 @@ int augment_backward(const py::object& grad_x, const py::object& grad_y, const p
 
 void bind(py::module_& m) {
   using py::arg;
+  bind_params(m);
   m.attr("AUGMENT_MAX_CHANNELS") = kMaxChannels;
   m.attr("AUGMENT_RECORD") = kRecord;
   m.def("augment_forward", &augment_forward, arg("y"), arg("x"), arg("records"), arg("keys"),
