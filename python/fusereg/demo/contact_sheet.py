@@ -21,7 +21,7 @@ def _rows(images: Tensor) -> list[tuple[str, Tensor]]:
     ids = range(len(images))
     rows = [("as they are", images)]
     rows += [
-        (f"the row's, epoch {epoch + 1}", chain(images, sample_ids=ids, epoch=epoch))
+        (f"epoch {epoch + 1}", chain(images, sample_ids=ids, epoch=epoch))
         for epoch in range(DRAWS)
     ]
     others = {
