@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fusereg
-from fusereg import _C, functional, optim, prox
+from fusereg import _C, augment, functional, optim, prox
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -262,6 +262,33 @@ def _consistent_dropout(device: torch.device) -> Pairs:
         lambda t, m, keep: torch.where(m, t / keep, 0.0),
         x,
     )
+
+
+@kernel_check("augment", "warped by M, then v * scale + shift")
+def _augment(device: torch.device) -> Pairs:
+    """A turned and zoomed batch in both layouts, and its gradient, against grid_sample."""
+    x = torch.rand(2, 3, 11, 23, generator=torch.Generator().manual_seed(20)).to(device)
+    x.requires_grad_()
+    m = torch.tensor([[0.9, 0.3, -1.2], [-0.25, 1.1, 2.3]], dtype=torch.float64)
+    rows, columns = torch.meshgrid(torch.arange(9.0), torch.arange(37.0), indexing="ij")
+    at = torch.stack([columns, rows, torch.ones_like(rows)], -1).double() @ m.T
+    grid = (2 * at + 1) / torch.tensor([23.0, 11.0]) - 1
+    plain = x.detach().double().cpu().requires_grad_()
+    wanted = torch.nn.functional.grid_sample(
+        plain, grid.expand(2, -1, -1, -1), align_corners=False
+    )
+    (wanted - 0.5).square().sum().backward()
+    pairs: Pairs = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x.grad = None
+        y = augment.warp_affine(
+            x.contiguous(memory_format=layout), m, (9, 37), mean=0.5, std=1.0
+        )
+        y.square().sum().backward()
+        assert x.grad is not None
+        assert plain.grad is not None
+        pairs += [(y, wanted - 0.5), (x.grad, plain.grad)]
+    return pairs
 
 
 @kernel_check("drop_block2d", "dropped ? 0 : x * numel / kept")
