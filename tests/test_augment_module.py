@@ -430,6 +430,17 @@ def test_pinned_memory() -> None:
 # --- the module ---
 
 
+def test_without_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Tensor) -> Tensor:
+        raise RuntimeError("unable to open shared memory object")
+
+    monkeypatch.setattr(Tensor, "share_memory_", refuse)
+    with pytest.warns(UserWarning, match="set_epoch will not reach the persistent workers"):
+        augment = Augment(8)
+    augment.set_epoch(3)
+    assert augment.epoch == 3
+
+
 def test_copies_and_pickles() -> None:
     augment = everything()
     augment.set_epoch(4)

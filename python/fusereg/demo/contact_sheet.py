@@ -21,8 +21,7 @@ def _rows(images: Tensor) -> list[tuple[str, Tensor]]:
     ids = range(len(images))
     rows = [("as they are", images)]
     rows += [
-        (f"epoch {epoch + 1}", chain(images, sample_ids=ids, epoch=epoch))
-        for epoch in range(DRAWS)
+        (f"epoch {epoch + 1}", chain(images, sample_ids=ids, epoch=epoch)) for epoch in range(DRAWS)
     ]
     others = {
         "resized crop": Augment(size, crop="resized", crop_scale=(0.5, 0.9)),
