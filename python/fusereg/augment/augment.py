@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from .. import _augment_ops
 from ._arguments import (
     INTERPOLATIONS,
     Interval,
@@ -29,7 +30,7 @@ from .conventions import Convention, convention
 from .keyed import Keyed
 from .labels import transform_targets
 from .params import AugmentParams, draw
-from .render import Erase, Look, Mix, as_batch, check_input, render
+from .render import Erase, Look, Mix, render, repeat_edge
 from .steps import (
     LARGER_ANYWHERE,
     Affine,
@@ -86,9 +87,10 @@ class Augment(Keyed):
             whole image, resized.
         interpolation: "nearest", "bilinear" or "bicubic".
         antialias: filter as wide as the output pixel is where the image is made smaller.
-        fill_mode: what lies outside the image: "constant", "border" (the edge pixel), "reflect"
-            (-1 is 1), "symmetric" (-1 is 0) or "wrap". Chains that only crop and resize read
-            nothing outside but half-pixel margins, which repeat the edge.
+        fill_mode: what lies outside the image: "constant" (the default; "symmetric" for Keras),
+            "border" (the edge pixel), "reflect" (-1 is 1), "symmetric" (-1 is 0) or "wrap". Chains
+            that only crop and resize read nothing outside but half-pixel margins, which repeat the
+            edge.
         fill: the constant, in the images' units (0 to 255 for uint8); one number for each channel.
         brightness: v is (1 - v, 1 + v); a factor of all values.
         contrast: likewise; a factor of the distance to mid-grey. (torchvision takes the image's
@@ -183,7 +185,7 @@ class Augment(Keyed):
             num_classes=None if mixing is None else mixing.num_classes,
         )
         if affine.still and self.crop in ("resized", "none"):
-            look = as_batch(look)
+            look = repeat_edge(look)
         look.out_dtype(torch.empty(0), out_dtype, op, False)
         crops: dict[str, Step] = {
             "random": Window(self.size, larger=LARGER_ANYWHERE),
@@ -201,14 +203,15 @@ class Augment(Keyed):
         self._look = look
         self._steps = encode(steps)
         still = crops["center" if self.crop in ("random", "center") else "none"]
-        self._still_look = Look(
+        calm = Look(
             interpolation=look.interpolation,
             antialias=look.antialias,
-            fill_mode=look.fill_mode if self.crop in ("random", "center") else "border",
+            fill_mode=look.fill_mode,
             fill=look.fill,
             mean=look.mean,
             std=look.std,
         )
+        self._still_look = calm if isinstance(still, Centre) else repeat_edge(calm)
         self._still_steps = encode([still])
         self._text = ", ".join(
             f"{name}={value!r}"
@@ -245,7 +248,7 @@ class Augment(Keyed):
         sample_ids: Tensor | Sequence[int] | None = None,
         epoch: int | None = None,
     ) -> AugmentParams:
-        """Draws the parameters of n samples, on the CPU.
+        """Draws the parameters of n samples, on the CPU (in evaluation mode: the central crop's).
 
         Args:
             n: how many.
@@ -276,7 +279,8 @@ class Augment(Keyed):
             targets: class indices [N] or probabilities [N, K], which come back mixed if the images
                 are; torchvision's BoundingBoxes and Mask move with the images (a list of N, or a
                 mapping of targets); anything else comes back as it is where nothing is mixed.
-            sample_ids: N integers that name the samples.
+            sample_ids: N integers that name the samples; those on a GPU are waited for. Without
+                them the next numbers of a running count.
             epoch: default: that of :meth:`set_epoch`.
             params: what :meth:`sample_params` drew, on any device; nothing is drawn then.
             out: where the result goes: [N, C, *size].
@@ -284,7 +288,7 @@ class Augment(Keyed):
         Returns:
             The result, differentiable in x; (result, targets) if there are targets.
         """
-        check_input(x, self._op)
+        _augment_ops.check_images(x, self._op)
         if params is None:
             params = self.sample_params(
                 x.shape[0], input_size=tuple(x.shape[2:]), sample_ids=sample_ids, epoch=epoch

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _augment_ops
 from ._arguments import flag
 from .augment import check_memory_format, collate
 from .fuse import Pass, Plan, Stage, fuse
 from .keyed import Keyed
 from .labels import transform_targets
 from .params import AugmentParams, draw
-from .render import check_input, render
+from .render import render
 from .steps import Encoded, encode
 
 __all__ = ["Compose", "Transform"]
@@ -39,9 +40,10 @@ class Passes(Keyed):
         self._encoded: list[list[Encoded]] = [
             encode([step for stage in p.stages for step in stage.steps], seen) for p in self._passes
         ]
-        self._mixed = any(p.look.mixed for p in self._passes)
-        for p in self._passes:
-            p.look.out_dtype(torch.empty(0), out_dtype, self._op, True)
+        self._looks = [p.look() for p in self._passes]
+        self._mixed = any(look.mixed for look in self._looks)
+        for look in self._looks:
+            look.out_dtype(torch.empty(0), out_dtype, self._op, True)
 
     def sample_params(
         self,
@@ -102,7 +104,7 @@ class Passes(Keyed):
             if targets is not None or out is not None:
                 raise ValueError(f"fusereg.{op}: targets and out are for batches (N, C, H, W)")
             x = x[None]
-        check_input(x, op)
+        _augment_ops.check_images(x, op)
         if params is not None and (sample_ids is not None or epoch is not None):
             raise ValueError(f"fusereg.{op}: params exclude sample_ids and epoch")
         given = None if params is None else list(params)
@@ -125,17 +127,17 @@ class Passes(Keyed):
                 assert ids is not None
                 size = (x.shape[-2], x.shape[-1])
                 own = draw(encoded, ids, size, self.seed, number, op)
+            look = self._looks[i]
             x = render(
                 x,
                 own,
-                p.look,
+                look,
                 op,
                 out_dtype=self.out_dtype if i == last else None,
                 keep_dtype=True,
                 memory_format=self.memory_format,
                 out=out if i == last else None,
             )
-            look = p.look
             targets = transform_targets(targets, own, look.mixed, look.num_classes, op)
         if single:
             x = x[0]
@@ -169,8 +171,9 @@ class Transform(Passes):
 class Compose(Passes):
     """A list of transforms in as few passes over the batch as can be.
 
-    Takes fusereg's transforms, torchvision's of the same names (their arguments are read), and any
-    function of a batch, which is called as it is. Geometry composes to one matrix a sample; a
+    Takes fusereg's transforms, torchvision's of the same names (their arguments are read), another
+    Compose (its transforms are taken, not its arguments), and any function of a batch, which is
+    called as it is. Geometry composes to one matrix a sample; a
     normalization, an erased box and MixUp or CutMix ride along. :meth:`plan` says what was fused,
     what not and why, and where the result differs from one transform after the other: two resamples
     in one are sharper, and a turned crop shows the image's own pixels in its corners.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
+from .. import _dispatch
 from ._arguments import integer
 from .params import sample_id_tensor
 
@@ -22,6 +24,19 @@ def check_epoch(epoch: object, op: str) -> int:
     if not 0 <= value < _EPOCHS:
         raise ValueError(f"fusereg.{op}: epoch must be within [0, 2^32), got {value}")
     return value
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """The tensor in memory that worker processes see, where the machine has any."""
+    try:
+        tensor.share_memory_()
+    except (OSError, RuntimeError) as error:
+        warnings.warn(
+            f"fusereg.augment: no shared memory ({error}): set_epoch will not reach the persistent "
+            "workers of a DataLoader",
+            stacklevel=4,
+        )
+    return tensor
 
 
 class Keyed(nn.Module):
@@ -40,7 +55,7 @@ class Keyed(nn.Module):
     def __init__(self, seed: object) -> None:
         super().__init__()
         self.seed = integer(seed, self._op, "seed")
-        self._shared_epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._shared_epoch = _shared(torch.zeros((), dtype=torch.int64))
         self._count = 0
         self._worker: int | None = None
 
@@ -62,9 +77,11 @@ class Keyed(nn.Module):
         self._shared_epoch.fill_(int(state["epoch"]))
         self._count = int(state["count"])
 
+    @_dispatch.outside_graphs
     def _epoch_of(self, epoch: int | None) -> int:
         return self.epoch if epoch is None else check_epoch(epoch, self._op)
 
+    @_dispatch.outside_graphs
     def _ids_of(self, sample_ids: Tensor | Sequence[int] | None, n: int) -> Tensor:
         if sample_ids is not None:
             return sample_id_tensor(sample_ids, n, self._op)
@@ -81,5 +98,5 @@ class Keyed(nn.Module):
         memo[id(self)] = copied
         copied.__dict__.update(deepcopy(self.__dict__, memo))
         # torch copies a shared tensor to memory that is not.
-        copied._shared_epoch.share_memory_()
+        copied._shared_epoch = _shared(copied._shared_epoch)
         return copied
