@@ -371,6 +371,29 @@ def test_crop_flip_normalize(channels_last: bool, backend: Backend) -> None:
     assert torch.equal(plain, x[:, :, 2:10, 3:11])
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_rows_of_whole_vectors(dtype: torch.dtype, channels_last: bool, backend: Backend) -> None:
+    """Windows that are copied by rows; on the CPU some are large enough to go past the cache."""
+    side = 40 if backend.on_host else 840
+    x = images((2, 3, side, side), dtype, backend)
+    x = x.contiguous(memory_format=FORMATS[channels_last])
+    size = side - 8
+    y = A.crop_flip_normalize(
+        x, size, top=torch.tensor([3, 5]), left=torch.tensor([1, 8]),
+        hflip=torch.tensor([True, False]), mean=(0.1, 0.2, 0.3), std=(0.5, 1.0, 2.0),
+        out_dtype=torch.float32,
+    )  # fmt: skip
+    unit = 255 if dtype is torch.uint8 else 1
+    crops = [x[0, :, 3 : 3 + size, 1 : 1 + size].flip(2), x[1, :, 5 : 5 + size, 8 : 8 + size]]
+    mean, std = (torch.tensor(v, dtype=torch.float64) for v in ((0.1, 0.2, 0.3), (0.5, 1.0, 2.0)))
+    wanted = (torch.stack(crops).cpu().double() / unit - mean[:, None, None]) / std[:, None, None]
+    assert_near(y, wanted, 1e-6)
+    turned = A.warp_affine(x, torch.tensor([[0.9, 0.1, 3], [-0.1, 0.9, 7]]), size)
+    few = A.warp_affine(x[1:], torch.tensor([[0.9, 0.1, 3], [-0.1, 0.9, 7]]), size)
+    assert torch.equal(turned[1:], few)
+
+
 @pytest.mark.parametrize("size", [(7, 11), (13, 17), (20, 40), (3, 60)], ids=str)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_resize_is_torchs(interpolation: str, size: tuple[int, int], backend: Backend) -> None:

@@ -182,14 +182,76 @@ FUSEREG_INLINE void ask_ahead(const Job& job, std::int64_t sample, std::int64_t 
     __builtin_prefetch(next + i, 0, 2);
 }
 
+// The normalization of three channels last, repeated over three vectors.
+struct Pattern {
+  Floats scale[3], shift[3];
+};
+FUSEREG_INLINE void make_pattern(const Job& job, Pattern& pattern) {
+  float scale[3 * kLanes], shift[3 * kLanes];
+  for (int i = 0; i < 3 * kLanes; ++i) {
+    scale[i] = static_cast<float>(job.scale[i % 3]);
+    shift[i] = static_cast<float>(job.shift[i % 3]);
+  }
+  for (int k = 0; k < 3; ++k) {
+    pattern.scale[k] = load(scale + k * kLanes);
+    pattern.shift[k] = load(shift + k * kLanes);
+  }
+}
+
+// A whole row that is a run of pixels of the image, mirrored or not: float32, nothing but
+// normalized, laid out as x is. False where it is something else.
+template <class T, bool kPast>
+bool copy_row(const Job& job, const Frame& f, const Pattern& pattern, std::int64_t row, float* to) {
+  const Images& x = job.x;
+  const bool mirrored = f.m[0] < 0.0;
+  const std::int64_t width = job.y.w;
+  const auto from = static_cast<std::int64_t>(f.m[2]) - (mirrored ? width - 1 : 0);
+  const auto line = static_cast<std::int64_t>(f.m[5]) + (f.m[4] < 0.0 ? -row : row);
+  if (!f.copies || width % kLanes != 0 || from < 0 || from + width > x.w || line < 0 ||
+      line >= x.h || (row >= f.erase.y0 && row < f.erase.y1) ||
+      (f.partner >= 0 && row >= f.mix.y0 && row < f.mix.y1)) {
+    return false;
+  }
+  const T* at = static_cast<const T*>(x.data) + f.sample * x.sample + line * x.row + from * x.pixel;
+  // Where vector i of the result comes from.
+  auto source = [&](std::int64_t i) { return mirrored ? width - kLanes - i : i; };
+  if (x.pixel == 1) {
+    for (int c = 0; c < job.c; ++c, at += x.channel, to += job.y.channel) {
+      const auto scale = broadcast(static_cast<float>(job.scale[c]));
+      const auto shift = broadcast(static_cast<float>(job.shift[c]));
+      for (std::int64_t i = 0; i < width; i += kLanes) {
+        const Floats v = load_run(at + source(i));
+        put<kPast>(to + i, (mirrored ? reversed(v) : v) * scale + shift);
+      }
+    }
+    return true;
+  }
+  for (std::int64_t i = 0; i < width; i += kLanes, to += 3 * kLanes) {
+    const T* const p = at + 3 * source(i);
+    Floats v[3] = {load_run(p), load_run(p + kLanes), load_run(p + 2 * kLanes)};
+    if (mirrored) {
+      Floats planes[3];
+      separate(v, planes);
+      interleave(reversed(planes[0]), reversed(planes[1]), reversed(planes[2]), v);
+    }
+    for (int k = 0; k < 3; ++k)
+      put<kPast>(to + k * kLanes, v[k] * pattern.scale[k] + pattern.shift[k]);
+  }
+  return true;
+}
+
 template <class T, Interpolation kHow, bool kPast>
 void block_rows(const Job& job, std::int64_t begin, std::int64_t end) {
   Frame frame;
   Frame partner;
+  Pattern pattern;
+  make_pattern(job, pattern);
   std::int64_t sample = -1;
   alignas(kVectorBytes) float values[kMaxChannels * kBlock];
   alignas(kVectorBytes) float others[kMaxChannels * kBlock];
   const bool planes = job.y.type == Element::kFloat32 && job.y.pixel == 1;
+  const bool copyable = job.y.type == Element::kFloat32 && !job.colour &&
+                        job.x.pixel == job.y.pixel && (planes || (job.c == 3 && job.y.pixel == 3));
   for (std::int64_t i = begin; i < end; ++i) {
     const std::int64_t row = i % job.y.h;
     if (i / job.y.h != sample) {
@@ -198,6 +260,10 @@ void block_rows(const Job& job, std::int64_t begin, std::int64_t end) {
       if (frame.partner >= 0) make_frame(job, frame.partner, partner);
     }
     ask_ahead(job, sample, row, job.x.sample * static_cast<std::int64_t>(sizeof(T)));
+    if (copyable && frame.copies) {
+      float* const to = static_cast<float*>(job.y.data) + sample * job.y.sample + row * job.y.row;
+      if (copy_row<T, kPast>(job, frame, pattern, row, to)) continue;
+    }
     const double lam = frame.record[15];
     for (std::int64_t first = 0; first < job.y.w; first += kBlock) {
       const std::int64_t left = job.y.w - first;

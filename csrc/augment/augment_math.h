@@ -13,7 +13,7 @@ using normal::multiply;
 
 // Before functions that are too large to be part of each of their callers. Internal linkage, for
 // the same reason as FUSEREG_INLINE.
-#define FUSEREG_STATIC static FUSEREG_HD
+#define FUSEREG_STATIC [[maybe_unused]] static FUSEREG_HD
 
 // --- elements
 // -------------------------------------------------------------------------------------
