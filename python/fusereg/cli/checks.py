@@ -274,16 +274,12 @@ def _augment(device: torch.device) -> Pairs:
     at = torch.stack([columns, rows, torch.ones_like(rows)], -1).double() @ m.T
     grid = (2 * at + 1) / torch.tensor([23.0, 11.0]) - 1
     plain = x.detach().double().cpu().requires_grad_()
-    wanted = torch.nn.functional.grid_sample(
-        plain, grid.expand(2, -1, -1, -1), align_corners=False
-    )
+    wanted = torch.nn.functional.grid_sample(plain, grid.expand(2, -1, -1, -1), align_corners=False)
     (wanted - 0.5).square().sum().backward()
     pairs: Pairs = []
     for layout in (torch.contiguous_format, torch.channels_last):
         x.grad = None
-        y = augment.warp_affine(
-            x.contiguous(memory_format=layout), m, (9, 37), mean=0.5, std=1.0
-        )
+        y = augment.warp_affine(x.contiguous(memory_format=layout), m, (9, 37), mean=0.5, std=1.0)
         y.square().sum().backward()
         assert x.grad is not None
         assert plain.grad is not None
