@@ -62,7 +62,7 @@ class Outputs:
         return any((self.plot, self.html, self.folder))
 
 
-def choose_outputs(args: argparse.Namespace) -> Outputs:
+def choose_outputs(args: argparse.Namespace, errors: Console) -> Outputs:
     """Before the measurement, so that an hour's figures are not lost for a wrong folder.
 
     Raises:
@@ -80,9 +80,14 @@ def choose_outputs(args: argparse.Namespace) -> Outputs:
         html=path(args.html, "report.html"),
         folder=Path(args.report) if args.report else None,
     )
-    if outputs.draws and importlib.util.find_spec("matplotlib") is None:
-        option = "--plot" if args.plot else "--html" if args.html else "--report"
-        raise UsageError(f"{option} needs matplotlib: pip install 'fusereg[bench]' brings it")
+    if importlib.util.find_spec("matplotlib") is None:
+        how = "matplotlib: pip install 'fusereg[bench]' brings it"
+        for option in ("plot", "html"):
+            if getattr(args, option):
+                raise UsageError(f"--{option} needs {how}")
+        if outputs.folder:
+            errors.print(f"the report is its JSON only; page and plots need {how}", markup=False)
+            outputs = Outputs(outputs.json, None, None, None)
     for option, target in (
         ("--json", outputs.json),
         ("--plot", outputs.plot),
@@ -96,11 +101,13 @@ def choose_outputs(args: argparse.Namespace) -> Outputs:
 def _run(args: argparse.Namespace, console: Console, errors: Console) -> int:
     if args.compare:
         return _compare(args, console)
+    if args.slower is not None:
+        raise UsageError("--fail-on-slower goes with --compare")
     if args.list:
         for case in _cases(args):
             console.print(case.id, markup=False, highlight=False, soft_wrap=True)
         return 0
-    outputs = choose_outputs(args)
+    outputs = choose_outputs(args, errors)
     if args.read:
         rows, data = report.read_json(args.read)
         return _show(args, console, errors, outputs, rows, data["machine"], data["interrupted"])

@@ -17,8 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .harness import OWN, Row, quantile
+from . import machine as machine_facts
+from .harness import OWN, Row, Settings, quantile
 from .report import time_text
+
+#: Fewer samples than a full run's smallest number tell little about their spread.
+FEW_ROUNDS = Settings().min_rounds
 
 #: What makes two runs' times comparable at all.
 MACHINE_KEYS = ("cpu", "threads", "isa", "torch", "gpu")
@@ -104,7 +108,11 @@ def percent(change: Change) -> str:
     return "failed" if change.ratio is None else f"{100.0 * (change.ratio - 1.0):+.0f} %"
 
 
-HEADER = ("case", "provider", "old p50", "p20 to p80", "new p50", "p20 to p80", "time")
+HEADER = (
+    "case", "provider", "time", "old p50", "new p50", "old p20 to p80", "new p20 to p80",
+)  # fmt: skip
+#: The column that says how far the time moved.
+MOVED_COLUMN = 2
 
 
 def cells(change: Change) -> tuple[str, ...]:
@@ -117,11 +125,11 @@ def cells(change: Change) -> tuple[str, ...]:
     return (
         change.name,
         new.provider,
-        time_text(old.p50_us),
-        spread(old),
-        time_text(new.p50_us),
-        spread(new),
         percent(change),
+        time_text(old.p50_us),
+        time_text(new.p50_us),
+        spread(old),
+        spread(new),
     )
 
 
@@ -145,6 +153,14 @@ def remarks(found: Comparison, old: dict[str, Any], new: dict[str, Any]) -> list
             "everything that is not fusereg took "
             f"{100.0 * (found.yardsticks - 1.0):+.1f} % in the median: so much is the machine's"
         )
+    if any(0 < row.rounds < FEW_ROUNDS for c in found.changes for row in (c.old, c.new)):
+        lines.append(
+            f"some times come from fewer than {FEW_ROUNDS} rounds (--quick): their ranges are rough"
+        )
+    for when, facts in (("before", old), ("now", new)):
+        warning = machine_facts.noise_warning(facts)
+        if warning:
+            lines.append(f"{when}: {warning}")
     if found.only_old or found.only_new:
         lines.append(f"{found.only_old} rows only in the old run, {found.only_new} only in the new")
     return lines
@@ -164,7 +180,7 @@ def print_comparison(
         for change in found.moved:
             texts = [Text(text) for text in cells(change)]
             if change.own:
-                texts[-1].stylize("green" if (change.ratio or 2.0) < 1.0 else "bold red")
+                texts[MOVED_COLUMN].stylize("green" if (change.ratio or 2.0) < 1.0 else "bold red")
             table.add_row(*texts)
         console.print(table)
     for line in remarks(found, old, new):

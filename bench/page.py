@@ -38,6 +38,7 @@ th { color: var(--muted); font-weight: 600; border-bottom: 1px solid var(--line)
 th.text, td.text { text-align: left; }
 tr.case td { border-top: 1px solid var(--line); padding-top: .5rem; }
 tr.case td { white-space: normal; font-weight: 600; }
+td.text { white-space: normal; min-width: 5rem; }
 tr.own td { font-weight: 650; } tr.copy td { color: var(--muted); }
 td.win { color: var(--win); } td.loss { color: var(--loss); font-weight: 650; }
 details { margin: .6rem 0; } summary { cursor: pointer; padding: .3rem 0; }
@@ -212,7 +213,7 @@ def _machine(machine: dict[str, Any]) -> str:
         if value is None or value == {}:
             continue
         if isinstance(value, dict):
-            value = ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
+            value = ", ".join(f"{n} {_plain(v)}" for n, v in value.items() if v not in (None, ""))
         elif key.endswith("_bytes"):
             value = f"{value / 2**30:.1f} GiB"
         name = key.replace("_bytes", "").replace("_", " ")
@@ -231,7 +232,11 @@ def changes(found: comparison.Comparison, old: dict[str, Any], new: dict[str, An
         verdict = ""
         if change.own:
             verdict = "win" if (change.ratio or 2.0) < 1.0 else "loss"
-        lines.append(_line(comparison.cells(change), 2, "own" if change.own else "", (verdict,)))
+        lines.append(
+            _line(
+                comparison.cells(change), 2, "own" if change.own else "", (verdict, "", "", "", "")
+            )
+        )
     names = [f"{m.get('fusereg')} ({m.get('git_commit') or 'no commit known'})" for m in (old, new)]
     body = ["<h1>fusereg benchmark: what moved</h1>"]
     body.append(f'<p class="muted">{_text(names[0])} before, {_text(names[1])} now</p>')
