@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _dropout_ops
-from ._batch_norm_kernels import FIXED, Call
+from ._batch_norm_kernels import FIXED, Call, Running
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
@@ -65,6 +65,47 @@ def normalized(
     if mask is not None:
         y = torch.where(mask.bool().unsqueeze(1), y, 0.0)
     return y.to(x.dtype), moments
+
+
+def composed(
+    call: Call,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: Tensor | None,
+    running: Running,
+) -> tuple[Tensor, Tensor]:
+    """y and the moments of the whole batch (with constant statistics: these)."""
+    fixed = None
+    if call.statistics == FIXED:
+        fixed = running[:2] if moments is None else (moments[0], moments[1])
+    y, (mean, var) = normalized(call, x, residual, mask, weight, bias, fixed)
+    spatial = x.numel() / max(x.shape[1], 1)
+    count = torch.full_like(mean, spatial) if mask is None else mask.bool().sum().expand_as(mean)
+    return y, torch.stack([mean.detach(), var.detach(), count]).double()
+
+
+def of_torch(
+    call: Call,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: Tensor | None,
+    running: Running,
+) -> tuple[Tensor, Tensor | None]:
+    """The same, with torch's own operator for evaluation, which other programs know by name."""
+    if call.statistics != FIXED:
+        return composed(call, x, residual, mask, weight, bias, moments, running)
+    mean, var = running[:2] if moments is None else (moments[0], moments[1])
+    if moments is not None and weight is not None:
+        mean, var = moments[0].to(weight.dtype), moments[1].to(weight.dtype)
+    z = torch.nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, call.eps)
+    y = activated(z if residual is None else z + residual, call)
+    return (y if mask is None else torch.where(mask.bool().unsqueeze(1), y, 0.0)), moments
 
 
 def _wide(x: Tensor) -> Tensor:

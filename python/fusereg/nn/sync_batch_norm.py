@@ -68,6 +68,8 @@ class SyncBatchNorm(_Fused):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **epilogue
         )
+        if self.inplace:
+            raise ValueError("fusereg.nn.SyncBatchNorm: inplace=True is not supported")
         self.process_group = process_group
 
     def _check_input_dim(self, input: Tensor) -> None:
