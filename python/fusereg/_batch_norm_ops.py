@@ -413,9 +413,9 @@ class _Synchronized(torch.autograd.Function):
             x, residual, mask, weight, bias, moments, None, None, seed, *constants, True
         )
         call = call_of(constants, None)
-        kept = residual if _keeps_residual(call) else None
         ctx.bits_kept = kernels.keeps_bits(call, residual)
         ctx.has_residual = residual is not None
+        kept = residual if _keeps_residual(call) else None
         ctx.save_for_backward(x, weight, bias, kept, moments, mask, seed, bits)
         ctx.constants = constants
         ctx.reduce_sums = reduce_sums
@@ -423,11 +423,12 @@ class _Synchronized(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, residual, moments, mask, seed, bits = ctx.saved_tensors
         bits = bits if ctx.bits_kept else None
         has = (True, ctx.has_residual, weight is not None, bias is not None)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _synchronized_gradients(ctx, grad, has)
         common = (x, residual, mask, bits, moments, weight, bias, None, None, seed)
         *_, gw, gb, sums = torch.ops.fusereg.batch_norm_backward(
             grad, *common, None, *ctx.constants, [False, False, *has[2:]], True
@@ -443,6 +444,34 @@ class _Synchronized(torch.autograd.Function):
             gr if has[1] else None,
             *[None] * 5,
         )
+
+
+def _synchronized_gradients(
+    ctx: Any, grad: Tensor, has: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients as functions of all that they depend on, in all processes."""
+    x, weight, bias, residual, moments, mask, seed, bits = ctx.saved_tensors
+    call = call_of(ctx.constants, seed)
+    if ctx.bits_kept:
+        # Of the activation after a residual its sign is what is known, and a constant.
+        with torch.no_grad():
+            factor = kernels.backward(
+                call._replace(statistics=FIXED), torch.ones_like(x), x, None, mask, bits, moments,
+                weight, bias, kernels.NO_RUNNING, (False, True, False, False), reduce=False,
+            ).residual  # fmt: skip
+        assert factor is not None
+        grad = grad * factor
+        call = call._replace(activation=0, p=0.0)
+    gx, gw, gb, gr = reference.gradients(
+        call, grad, x, residual, mask, weight, bias, moments, ctx.reduce_sums
+    )
+    return (
+        gx,
+        None if weight is None else gw.to(weight.dtype),
+        None if bias is None else gb.to(bias.dtype),
+        gr if has[1] else None,
+        *[None] * 5,
+    )
 
 
 def statistics(x: Tensor, mask: Tensor | None = None, group_samples: int = 0) -> Tensor:
