@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import other_libraries  # noqa: F401  # before ignite
 import pytest
 import torch
 from torch import Tensor, nn
+
+import other_libraries  # noqa: F401  # before ignite
 
 pytest.importorskip("ignite")
 
@@ -107,14 +108,15 @@ def test_it_leaves_the_optimizer_when_the_run_is_over_or_broken() -> None:
         if steps == 1:
             raise RuntimeError("in the midst")
 
-    trainer = Engine(update)
     handler = PenaltyHandler(fusereg.WeightPenalty(model, l2=0.5), optimizer)
+    trainer, another = Engine(update), Engine(update)
     handler.attach(trainer)
+    handler.attach(another)
     weight = model[0].weight.detach().clone()
     with pytest.raises(RuntimeError, match="in the midst"):
         trainer.run([0], max_epochs=1)
     assert torch.allclose(model[0].weight, weight * 0.5)
-    trainer.run([0], max_epochs=1)  # attached once, not twice
+    another.run([0], max_epochs=1)  # attached once, not twice
     assert torch.allclose(model[0].weight, weight * 0.25)
     update(trainer, None)
     assert torch.allclose(model[0].weight, weight * 0.25)
@@ -197,7 +199,7 @@ def test_several_metrics_and_a_missing_one() -> None:
 
 
 def test_checkpoints_of_ignite_hold_both(tmp_path: Path) -> None:
-    """The run goes on from the file with the same decisions, and the best from before it is back."""
+    """The run goes on from the file with the same decisions; the best from before is back."""
     whole = Run()
     whole.run()
     first, second = Run(), Run()

@@ -6,10 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import other_libraries  # noqa: F401  # before transformers
 import pytest
 import torch
 from torch import Tensor, nn
+
+import other_libraries  # noqa: F401  # before transformers
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -180,7 +181,7 @@ def test_it_leaves_the_optimizer_when_training_ends(tmp_path: Path) -> None:
 
 def test_deepspeed_is_refused() -> None:
     class Arguments:
-        deepspeed = {"zero": 1}
+        deepspeed = "zero.json"
 
     with pytest.raises(RuntimeError, match="DeepSpeed keeps the gradients"):
         PenaltyCallback(l1=1.0).on_train_begin(Arguments(), None, None)
@@ -194,15 +195,16 @@ def test_the_factory_takes_the_training_arguments(name: str, tmp_path: Path) -> 
     args = arguments(tmp_path, weight_decay=0.1, adam_beta2=0.9, num_train_epochs=1)
     model = Regression()
     model.net[3].bias.requires_grad_(False)
+    l1 = 5.0 if name == "FTRL" else 0.5
     trainer = train(
-        model, args, optimizer_cls_and_kwargs=optimizer_of(args, name, l1=0.5, max_grad_norm=1.0)
+        model, args, optimizer_cls_and_kwargs=optimizer_of(args, name, l1=l1, max_grad_norm=1.0)
     )
     optimizer = trainer.optimizer.optimizer
     assert type(optimizer) is getattr(fusereg.optim, name)
     decayed, rest = optimizer.param_groups
     assert [id(p) for p in decayed["params"]] == [id(model.net[0].weight), id(model.net[3].weight)]
     assert len(rest["params"]) == 3  # without the frozen bias
-    assert (decayed["weight_decay"], decayed["l1"]) == (0.1, 0.5)
+    assert (decayed["weight_decay"], decayed["l1"]) == (0.1, l1)
     assert (rest["weight_decay"], rest["l1"]) == (0.0, 0.0)
     assert decayed["initial_lr"] == 0.05  # the Trainer's scheduler drives it
     assert decayed["lr"] < 0.05

@@ -18,7 +18,8 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,16 +37,21 @@ __all__ = ["EarlyStoppingCallback", "PenaltyCallback"]
 
 _log = logging.getLogger(__name__)
 
-# The same library under either of its names; the one that is in use already.
-_NAME = (
-    "pytorch_lightning"
-    if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
-    else "lightning.pytorch"
-)
-_callbacks = library(f"{_NAME}.callbacks", "lightning")
+# The same library goes under two names: the one in use already, else the one that is installed.
+_NAMES = ("lightning.pytorch", "pytorch_lightning")
+_USED = [name for name in _NAMES if sys.modules.get(name) is not None]
+_INSTALLED = [name for name in _NAMES if find_spec(name.partition(".")[0]) is not None]
+_NAME = [*_USED, *_INSTALLED, *_NAMES][0]
+
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.callbacks import EarlyStopping as LightningsOwn
+else:
+    _callbacks = library(f"{_NAME}.callbacks", "lightning")
+    Callback, LightningsOwn = _callbacks.Callback, _callbacks.EarlyStopping
 
 
-class PenaltyCallback(_callbacks.Callback):
+class PenaltyCallback(Callback):
     r"""Adds the gradient of a :class:`fusereg.WeightPenalty` before each optimizer step.
 
     That is what adding the penalty to the loss would do, in one pass over the weights: once a step
@@ -151,7 +157,7 @@ def _scale(trainer: Any, optimizer: Any) -> Tensor | None:
     return scale
 
 
-class EarlyStoppingCallback(_callbacks.EarlyStopping):
+class EarlyStoppingCallback(LightningsOwn):
     """:class:`fusereg.EarlyStopping` in place of Lightning's: stops, and restores the best weights.
 
     The best weights are back when ``trainer.fit`` returns (after the last checkpoints were written,

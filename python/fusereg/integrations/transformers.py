@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,15 @@ from ._stopping import Monitored
 
 __all__ = ["EarlyStoppingCallback", "PenaltyCallback", "optimizer_of"]
 
-_TrainerCallback = library("transformers", "transformers").TrainerCallback
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+else:
+    TrainerCallback = library("transformers", "transformers").TrainerCallback
+
 _OP = "integrations.transformers"
 
 
-class PenaltyCallback(_TrainerCallback):
+class PenaltyCallback(TrainerCallback):
     r"""Adds the gradient of a :class:`fusereg.WeightPenalty` before each optimizer step.
 
     Once a step, after the last accumulated batch, scaled as the gradients are where a
@@ -139,7 +143,7 @@ class PenaltyCallback(_TrainerCallback):
             state.stateful_callbacks[self._key] = self.penalty.state_dict()
 
 
-class EarlyStoppingCallback(_TrainerCallback):
+class EarlyStoppingCallback(TrainerCallback):
     """:class:`fusereg.EarlyStopping` for the Trainer: stops, and restores the best weights.
 
     Each evaluation in training is a check, and what :class:`fusereg.EarlyStopping` calls its epoch
