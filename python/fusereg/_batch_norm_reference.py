@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _dropout_ops
+from . import _dispatch, _dropout_ops
 from ._batch_norm_kernels import FIXED, Call
 
 
@@ -113,6 +113,10 @@ def activated(z: Tensor, call: Call) -> Tensor:
 def keep_factors(x: Tensor, call: Call) -> Tensor:
     """1 / (1 - p) where dropout keeps an element, else 0."""
     ones = torch.ones_like(x, dtype=torch.float32).detach()
+    if isinstance(call.seed, Tensor) and _dispatch.functorch():
+        return _dropout_ops.dropout(
+            ones, call.p, True, False, call.seed, None, call.index_offset, None, False, 0, call.op
+        )
     return _dropout_ops.forward(
         _dropout_ops.Call(call.seed, call.offset, call.p, False, 0, call.index_offset, call.op),
         ones,
