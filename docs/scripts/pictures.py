@@ -26,9 +26,9 @@ from fusereg.demo.style import COLOURS, FUSED_COLOUR, GREY, PLAIN_COLOUR, new_fi
 IMAGES = Path(__file__).resolve().parents[1] / "images"
 
 
-def _axes(figure: Figure, columns: int, bottom: float = 0.15, top: float = 0.8) -> list[Axes]:
+def _axes(figure: Figure, columns: int, bottom: float = 0.15, top: float = 0.76) -> list[Axes]:
     made = figure.subplots(1, columns, squeeze=False)
-    figure.subplots_adjust(left=0.08, right=0.98, bottom=bottom, top=top, wspace=0.25)
+    figure.subplots_adjust(left=0.09, right=0.98, bottom=bottom, top=top, wspace=0.25)
     return list(made[0])
 
 
@@ -56,7 +56,7 @@ def _paths(
     axes.set_xlabel("step")
     axes.set_ylabel("weight")
     zeros = int((history[-1] == 0).sum())
-    axes.set_title(f"{title}: {zeros} exact zeros at the end", fontsize=10)
+    axes.set_title(f"{title}: {zeros} exact zeros", fontsize=10)
     tidy(axes)
 
 
@@ -86,7 +86,7 @@ def penalties() -> Figure:
     left, right = _axes(figure, 2)
     _paths(left, run(False), relevant, "add_penalty_grad_", 0.01)
     _paths(right, run(True), relevant, "prox.l1_", 0.01)
-    right.legend(frameon=False, fontsize=8, loc="center right")
+    right.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1.0, 0.85))
     return figure
 
 
@@ -98,7 +98,7 @@ def optimizers() -> Figure:
         w = nn.Parameter(0.1 * torch.randn(40))
         optimizer = fusereg.optim.AdamW([w], lr=0.02, weight_decay=0.0, l1=0.05, prox=prox)
         kept = []
-        for _ in range(500):
+        for _ in range(600):
             kept.append(w.detach().clone())
             optimizer.zero_grad()
             (0.5 * (x @ w - y).square().mean()).backward()
@@ -108,10 +108,12 @@ def optimizers() -> Figure:
     figure = new_figure(
         9.5, 3.9, "AdamW with an L1 penalty in its step", "the same lasso problem, lr 0.02, l1 0.05"
     )
-    left, right = _axes(figure, 2)
-    _paths(left, run(False), relevant, "prox=False", 0.01)
-    _paths(right, run(True), relevant, "prox=True", 0.01)
-    right.legend(frameon=False, fontsize=8, loc="center right")
+    panels = _axes(figure, 3)
+    for axes, prox in zip(panels, (False, True, "preconditioned"), strict=True):
+        _paths(axes, run(prox), relevant, f"prox={prox!r}", 0.01)
+    for axes in panels[1:]:
+        axes.set_ylabel("")
+    panels[-1].legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1.0, 0.85))
     return figure
 
 
@@ -128,11 +130,16 @@ def dropouts() -> Figure:
         ("DropPath", F.drop_path(x, p, seed=6)),
         ("DropBlock2d, 5 × 5", F.drop_block2d(x, p, 5, seed=5)),
         ("GaussianDropout", F.gaussian_dropout(x, p, seed=5)),
-        ("AlphaDropout", F.alpha_dropout(torch.randn(2, 3, size, size), p, seed=5)),
+        ("AlphaDropout of noise", F.alpha_dropout(torch.randn(2, 3, size, size), p, seed=5)),
         ("ConsistentDropout", F.consistent_dropout(sequences, p, 1, seed=3)),
         ("DropConnect: weights", F.dropout(torch.ones(1, 1, size, 3 * size // 2), p, seed=9)),
     ]
-    figure = new_figure(9.5, 4.6, "What is kept", f"p = {p}; darker is larger, white is dropped")
+    figure = new_figure(
+        9.5,
+        4.6,
+        "What is kept",
+        f"p = {p}; darker is larger, white is dropped (AlphaDropout: one shade)",
+    )
     grid = figure.subplots(2, 4)
     figure.subplots_adjust(left=0.02, right=0.98, bottom=0.03, top=0.77, wspace=0.08, hspace=0.28)
     for axes, (name, y) in zip(grid.flat, kinds, strict=True):
@@ -145,8 +152,9 @@ def dropouts() -> Figure:
             line = torch.full((y.shape[0], 1, wide.shape[2]), float("nan"))
             tiles = torch.cat([wide, line], 1).flatten(0, 1)
             title = name
+        low, high = (-3.0, 4.5) if "Alpha" in name else (0.0, 2.2)
         picture = axes.imshow(
-            tiles.numpy(), cmap="Blues", vmin=0, vmax=2.2, interpolation="nearest", aspect="auto"
+            tiles, cmap="Blues", vmin=low, vmax=high, interpolation="nearest", aspect="auto"
         )
         picture.cmap.set_bad("#666666")
         axes.set_title(title, fontsize=9.5)
@@ -206,8 +214,10 @@ def fused_bytes() -> Figure:
         axes.set_title(title, fontsize=10)
         tidy(axes)
         axes.grid(False, axis="y")
-    axes.legend(frameon=False, fontsize=8.5, loc="lower right")
-    figure.subplots_adjust(left=0.2, wspace=0.08)
+    figure.legend(
+        *axes.get_legend_handles_labels(), frameon=False, fontsize=8.5, loc="upper right", ncols=2
+    )
+    figure.subplots_adjust(left=0.21, wspace=0.08)
     return figure
 
 
@@ -346,9 +356,13 @@ def convert() -> Figure:
     def arrow(x0: float, y0: float, x1: float, y1: float, bend: float = 0.0) -> None:
         axes.add_patch(
             FancyArrowPatch(
-                (x0, y0), (x1, y1), arrowstyle="->", mutation_scale=11, color="#444444",
+                (x0, y0),
+                (x1, y1),
+                arrowstyle="->",
+                mutation_scale=11,
+                color="#444444",
                 connectionstyle=f"arc3,rad={bend}",
-            )  # fmt: skip
+            )
         )
 
     torch_colour, fused = "#fbe3b3", "#bcd9ee"
@@ -361,7 +375,7 @@ def convert() -> Figure:
             arrow(at + width + 0.4, 28.5, at + width + 3.6, 28.5)
         at += width + 4
     arrow(9, 28.5, 11.6, 28.5)
-    arrow(10, 29.5, 71, 32.8, -0.22)
+    arrow(10, 29.5, 76.5, 32.8, -0.13)
     axes.text(1, 8.5, "converted", fontsize=10, va="center")
     at = 12.0
     after = [("conv", 9), ("bn1 + ReLU", 20), ("conv", 9), ("bn2 + shortcut + ReLU", 29)]
@@ -371,7 +385,7 @@ def convert() -> Figure:
             arrow(at + width + 0.4, 8.5, at + width + 3.6, 8.5)
         at += width + 4
     arrow(9.2, 8.5, 11.6, 8.5)
-    arrow(10, 9.5, 72, 12.8, -0.2)
+    arrow(10, 9.5, 76.5, 12.8, -0.13)
     return figure
 
 
@@ -428,7 +442,7 @@ def roofline() -> Figure:
             alpha=0.85,
         )
     axes.axhline(100, color=GREY, linewidth=1)
-    axes.text(1.05e6, 106, "copy", color=GREY, fontsize=8.5)
+    axes.text(3.3e6, 106, "copy", color=GREY, fontsize=8.5)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
