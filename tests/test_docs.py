@@ -259,9 +259,7 @@ def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     # mkdocs-material advertises its successor on every build unless told not to.
     quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=quiet
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=quiet)
     assert done.returncode == 0, done.stdout + done.stderr
     fetched = re.compile(r"""(?:src|<link[^>]* href)=["']?(https?:)?//[^"'>\s]+""")
     for path in tmp_path.glob("*.html"):
