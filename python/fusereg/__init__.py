@@ -16,10 +16,11 @@ from .convert import convert, revert
 from .early_stopping import EarlyStopping
 from .fold import fold_into_conv
 from .functional import dropout_mask
-from .penalty import PenaltyGroup, WeightPenalty, add_penalty_grad_, sparsity
+from .penalty import AttachedPenalty, PenaltyGroup, WeightPenalty, add_penalty_grad_, sparsity
 
 __all__ = [
     "_C",
+    "AttachedPenalty",
     "EarlyStopping",
     "PenaltyGroup",
     "WeightPenalty",
