@@ -450,34 +450,36 @@ void choose_partners(const Job& job, std::uint32_t occurrence, const std::vector
   }
 }
 
+std::string text(const Size& size) {
+  return "(" + std::to_string(size.height) + ", " + std::to_string(size.width) + ")";
+}
+
 }  // namespace
 
 Size output_size(const Job& job) {
   Size canvas = job.input;
   for (const Step& step : job.steps) {
-    switch (step.kind) {
-      case StepKind::kWindow: {
-        const Range x = window_starts_x(step, canvas);
-        const Range y = window_starts_y(step, canvas);
-        if (x.high < x.low || y.high < y.low) {
-          throw std::invalid_argument(
-              "size (" + std::to_string(whole(step.values[0])) + ", " +
-              std::to_string(whole(step.values[1])) +
-              ") is larger than the image with its padding, (" +
-              std::to_string(canvas.height + whole(step.values[3]) + whole(step.values[5])) + ", " +
-              std::to_string(canvas.width + whole(step.values[2]) + whole(step.values[4])) + ")");
-        }
-        canvas = {whole(step.values[0]), whole(step.values[1])};
-        break;
-      }
-      case StepKind::kCentre:
-      case StepKind::kResized:
-      case StepKind::kWhole:
-        canvas = {whole(step.values[0]), whole(step.values[1])};
-        break;
-      default:
-        break;
+    if (step.kind != StepKind::kWindow && step.kind != StepKind::kCentre &&
+        step.kind != StepKind::kResized && step.kind != StepKind::kWhole) {
+      continue;
     }
+    const Size size{whole(step.values[0]), whole(step.values[1])};
+    Size room = canvas;
+    bool fits = true;
+    if (step.kind == StepKind::kWindow) {
+      const Range x = window_starts_x(step, canvas);
+      const Range y = window_starts_y(step, canvas);
+      fits = x.low <= x.high && y.low <= y.high;
+      room.height += whole(step.values[3]) + whole(step.values[5]);
+      room.width += whole(step.values[2]) + whole(step.values[4]);
+    } else if (step.kind == StepKind::kCentre && step.values[2] == 0.0) {
+      fits = size.height <= room.height && size.width <= room.width;
+    }
+    if (!fits) {
+      throw std::invalid_argument("size " + text(size) +
+                                  " is larger than the image with its padding, " + text(room));
+    }
+    canvas = size;
   }
   return canvas;
 }

@@ -64,13 +64,13 @@ inline constexpr int kStepKinds = 9;
 //   window   height, width; margins left, top, right, bottom that may be seen; what to do where the
 //            window is larger than that: 0 an error, 1 widen the margins on both sides by what is
 //            lacking, 2 put the canvas anywhere in the window
-//   centre   height, width
+//   centre   height, width; where the window is larger: 0 an error, 2 surround the canvas
 //   resized  height, width; share of the area from, to; width / height from, to
 //   whole    height, width
 //   colour   brightness from, to; contrast from, to; saturation from, to
 //   erase    probability; share of the area from, to; height / width from, to
 //   mix      probability; MixUp's alpha; CutMix's alpha; share of CutMix
-inline constexpr int kStepValues[kStepKinds] = {22, 2, 7, 2, 6, 2, 6, 5, 4};
+inline constexpr int kStepValues[kStepKinds] = {22, 2, 7, 3, 6, 2, 6, 5, 4};
 
 struct Step {
   StepKind kind = StepKind::kAffine;

@@ -29,7 +29,7 @@ from .conventions import Convention, convention
 from .keyed import Keyed
 from .labels import transform_targets
 from .params import AugmentParams, draw
-from .render import Erase, Look, Mix, as_batch, check_input, render
+from .render import Erase, Look, Mix, check_input, render, repeat_edge
 from .steps import (
     LARGER_ANYWHERE,
     Affine,
@@ -183,7 +183,7 @@ class Augment(Keyed):
             num_classes=None if mixing is None else mixing.num_classes,
         )
         if affine.still and self.crop in ("resized", "none"):
-            look = as_batch(look)
+            look = repeat_edge(look)
         look.out_dtype(torch.empty(0), out_dtype, op, False)
         crops: dict[str, Step] = {
             "random": Window(self.size, larger=LARGER_ANYWHERE),
@@ -201,14 +201,15 @@ class Augment(Keyed):
         self._look = look
         self._steps = encode(steps)
         still = crops["center" if self.crop in ("random", "center") else "none"]
-        self._still_look = Look(
+        calm = Look(
             interpolation=look.interpolation,
             antialias=look.antialias,
-            fill_mode=look.fill_mode if self.crop in ("random", "center") else "border",
+            fill_mode=look.fill_mode,
             fill=look.fill,
             mean=look.mean,
             std=look.std,
         )
+        self._still_look = calm if isinstance(still, Centre) else repeat_edge(calm)
         self._still_steps = encode([still])
         self._text = ", ".join(
             f"{name}={value!r}"

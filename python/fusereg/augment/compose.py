@@ -39,9 +39,10 @@ class Passes(Keyed):
         self._encoded: list[list[Encoded]] = [
             encode([step for stage in p.stages for step in stage.steps], seen) for p in self._passes
         ]
-        self._mixed = any(p.look.mixed for p in self._passes)
-        for p in self._passes:
-            p.look.out_dtype(torch.empty(0), out_dtype, self._op, True)
+        self._looks = [p.look() for p in self._passes]
+        self._mixed = any(look.mixed for look in self._looks)
+        for look in self._looks:
+            look.out_dtype(torch.empty(0), out_dtype, self._op, True)
 
     def sample_params(
         self,
@@ -125,17 +126,17 @@ class Passes(Keyed):
                 assert ids is not None
                 size = (x.shape[-2], x.shape[-1])
                 own = draw(encoded, ids, size, self.seed, number, op)
+            look = self._looks[i]
             x = render(
                 x,
                 own,
-                p.look,
+                look,
                 op,
                 out_dtype=self.out_dtype if i == last else None,
                 keep_dtype=True,
                 memory_format=self.memory_format,
                 out=out if i == last else None,
             )
-            look = p.look
             targets = transform_targets(targets, own, look.mixed, look.num_classes, op)
         if single:
             x = x[0]

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .render import Look
-from .steps import Step
+from .render import Look, repeat_edge
+from .steps import LARGER_IS_AN_ERROR, Centre, Step, Window
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,10 @@ class Stage:
         resamples: pixels do not fall on pixels.
         moves: pixels can leave the canvas, or it becomes smaller: what comes later must not look
             for them.
-        looks_outside: reads what is outside the canvas, and fills it.
-        half_pixels: looks outside by half a pixel alone, where it repeats the edge.
-        interpolation, antialias, fill_mode, fill: of what resamples or looks outside.
+        fills: reads what is outside the canvas, and fills it.
+        may_fill: does so where its window is larger than the canvas.
+        half_pixels: looks outside by half a pixel, where it repeats the edge.
+        interpolation, antialias, fill_mode, fill: of what resamples or fills.
         mean, std: of a normalization.
         erases, erase, erase_noise: of erased boxes.
         mixes, num_classes: of MixUp and CutMix.
@@ -32,7 +33,8 @@ class Stage:
     steps: tuple[Step, ...] = ()
     resamples: bool = False
     moves: bool = False
-    looks_outside: bool = False
+    fills: bool = False
+    may_fill: bool = False
     half_pixels: bool = False
     interpolation: str = "bilinear"
     antialias: bool = False
@@ -67,7 +69,6 @@ class Pass:
     reason: str = ""
     function: Callable[..., Any] | None = None
     stages: list[Stage] = field(default_factory=list)
-    look: Look = field(default_factory=lambda: Look(fill_mode="border"))
 
     def __str__(self) -> str:
         lines = [" + ".join(self.names)]
@@ -81,21 +82,56 @@ class Pass:
     def _last(self, wanted: Callable[[Stage], bool]) -> Stage | None:
         return next((s for s in reversed(self.stages) if wanted(s)), None)
 
+    def _filler(self) -> Stage | None:
+        """Whose fill the pass has: one that surely fills, if there is one."""
+        return self._last(lambda s: s.fills) or self._last(lambda s: s.may_fill)
+
+    def _clashes(self, a: Stage, b: Stage) -> bool:
+        """Whether what both see outside is not the same."""
+        if (a.fill_mode, a.fill) != (b.fill_mode, b.fill):
+            return True
+        before = [s.mean is not None for s in self.stages]
+        since = before[self.stages.index(a) :] if a in self.stages else []
+        return a.fill_mode == "constant" and any(since)
+
+    def look(self) -> Look:
+        """What the kernel is told besides the geometry."""
+        look = Look()
+        normalized = False
+        filler = self._filler()
+        for s in self.stages:
+            if s.resamples:
+                antialias = look.antialias or s.antialias
+                look = replace(look, interpolation=s.interpolation, antialias=antialias)
+            if s is filler:
+                constant = s.fill_mode == "constant"
+                look = replace(
+                    look,
+                    fill_mode=s.fill_mode,
+                    fill=s.fill,
+                    fill_normalized=normalized and constant,
+                )
+            if s.mean is not None:
+                look = replace(look, mean=s.mean, std=s.std)
+                normalized = True
+            if s.erases:
+                look = replace(
+                    look, erase=s.erase, erase_noise=s.erase_noise, erase_before=not normalized
+                )
+            if s.mixes:
+                look = replace(look, mixed=True, num_classes=s.num_classes)
+        return look if filler else repeat_edge(look)
+
     def refuses(self, new: Stage, exact: bool) -> str:
         """Why the stage cannot join; empty if it can."""
         erased = self._last(lambda s: s.erases)
         mixed = self._last(lambda s: s.mixes)
         normal = self._last(lambda s: s.mean is not None)
-        if new.geometric and (erased or mixed):
-            before = mixed or erased
-            assert before is not None
+        before = mixed or erased
+        if new.geometric and before:
             return f"{new.name} would move the boxes of {before.name}"
-        if new.erases and (erased or mixed):
-            before = mixed or erased
-            assert before is not None
-            return (
-                f"{before.name} comes before {new.name}, and a pass has one erased box, mixed last"
-            )
+        if new.erases and before:
+            return f"a pass erases one box and mixes last, and {before.name} comes first"
         if new.mixes and mixed:
             return f"a pass mixes once, and {mixed.name} has"
         if new.mean is not None:
@@ -108,64 +144,53 @@ class Pass:
         return ""
 
     def _refuses_geometry(self, new: Stage, exact: bool) -> str:
-        normal = self._last(lambda s: s.mean is not None)
-        if new.resamples:
-            other = self._last(lambda s: s.resamples)
-            if other and other.interpolation != new.interpolation:
+        other = self._last(lambda s: s.resamples)
+        if new.resamples and other:
+            if other.interpolation != new.interpolation:
                 return (
                     f"{new.name} reads by {new.interpolation}, "
                     f"{other.name} by {other.interpolation}"
                 )
-            if other and exact:
+            if exact:
                 return f"{other.name} and {new.name} resample, and exact=True keeps both"
-        if new.looks_outside and not new.half_pixels:
-            other = self._last(lambda s: s.looks_outside and not s.half_pixels)
-            if other and (other.fill_mode, other.fill) != (new.fill_mode, new.fill):
-                return f"{new.name} fills by {_fill_text(new)}, {other.name} by {_fill_text(other)}"
-            if other and normal and not self.look.fill_normalized and new.fill_mode == "constant":
-                return f"{normal.name} lies between the fills of {other.name} and {new.name}"
+        filler = self._last(lambda s: s.fills)
+        if new.fills and filler and self._clashes(filler, new):
+            if (filler.fill_mode, filler.fill) == (new.fill_mode, new.fill):
+                return (
+                    f"the images are normalized between the fills of {filler.name} and {new.name}"
+                )
+            return f"{new.name} fills by {_fill_text(new)}, {filler.name} by {_fill_text(filler)}"
         moved = self._last(lambda s: s.moves)
-        if exact and moved and (new.looks_outside or new.resamples):
-            return (
-                f"{new.name} would see pixels that {moved.name} removed, and exact=True forbids it"
-            )
+        if exact and moved and (new.fills or new.may_fill or new.resamples):
+            return f"{new.name} would see what {moved.name} removed, and exact=True forbids it"
         return ""
 
     def add(self, new: Stage) -> None:
         """The stage joins."""
         if new.geometric:
             self._note(new)
-            if new.resamples:
-                self.look = replace(
-                    self.look,
-                    interpolation=new.interpolation,
-                    antialias=self.look.antialias or new.antialias,
-                )
-            if new.looks_outside and not new.half_pixels:
-                normalized = any(s.mean is not None for s in self.stages)
-                self.look = replace(
-                    self.look,
-                    fill_mode=new.fill_mode,
-                    fill=new.fill,
-                    fill_normalized=normalized and new.fill_mode == "constant",
-                )
-        if new.mean is not None:
-            self.look = replace(
-                self.look,
-                mean=new.mean,
-                std=new.std,
-            )
-        if new.erases:
-            self.look = replace(
-                self.look,
-                erase=new.erase,
-                erase_noise=new.erase_noise,
-                erase_before=all(s.mean is None for s in self.stages),
-            )
-        if new.mixes:
-            self.look = replace(self.look, mixed=True, num_classes=new.num_classes)
+        filler = self._filler()
+        if new.may_fill and filler and self._clashes(filler, new):
+            new = self._must_fit(new, filler)
+        if new.fills:
+            self.stages = [
+                self._must_fit(s, new) if s.may_fill and self._clashes(s, new) else s
+                for s in self.stages
+            ]
         self.stages.append(new)
         self.names.append(new.name)
+
+    def _must_fit(self, optional: Stage, other: Stage) -> Stage:
+        """A crop that would fill where it is larger than the image: it has no fill of its own."""
+        self.notes.append(
+            f"{optional.name} must not be larger than the images (an error says so): the fill is "
+            f"that of {other.name}"
+        )
+        steps = tuple(
+            replace(step, larger=LARGER_IS_AN_ERROR) if isinstance(step, (Window, Centre)) else step
+            for step in optional.steps
+        )
+        return replace(optional, steps=steps, may_fill=False)
 
     def _note(self, new: Stage) -> None:
         other = self._last(lambda s: s.resamples)
@@ -175,12 +200,13 @@ class Pass:
                 "one after the other"
             )
         moved = self._last(lambda s: s.moves)
-        if moved and new.looks_outside and not new.half_pixels:
+        if moved and (new.fills or new.may_fill):
+            where = "" if new.fills else ", if it is larger than they are,"
             self.notes.append(
-                f"{new.name} sees the image's own pixels where {moved.name} had removed them, and "
-                "fills only what is outside the image"
+                f"{new.name}{where} sees the images' own pixels where {moved.name} had removed "
+                "them, and fills only what is outside the images"
             )
-        elif new.half_pixels and self.stages and any(s.geometric for s in self.stages):
+        elif new.half_pixels and any(s.geometric for s in self.stages):
             self.notes.append(
                 f"{new.name} reads the pixels beyond its window's edge instead of repeating it"
             )

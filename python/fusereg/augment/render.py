@@ -261,6 +261,10 @@ def _check_out(
         )
 
 
-def as_batch(look: Look) -> Look:
-    """The same for images that only resizing reads: their half-pixel margins repeat the edge."""
-    return replace(look, fill_mode="border", fill=(0.0,))
+def repeat_edge(look: Look) -> Look:
+    """The same for images of which only resizing reads the outside, by half a pixel.
+
+    Antialiasing drops the taps outside and raises the others' weights, as torch's resize does;
+    without it the edge is repeated, as torch's resize does.
+    """
+    return replace(look, fill_mode="constant" if look.antialias else "border", fill=(0.0,))

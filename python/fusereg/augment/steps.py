@@ -90,7 +90,7 @@ class Flip(Step):
         return [self.x, self.y]
 
 
-#: What a Window does where it is larger than the image with its margins.
+#: What is done where a window is larger than the image with its margins.
 LARGER_IS_AN_ERROR, LARGER_WIDENS_MARGINS, LARGER_ANYWHERE = 0, 1, 2
 
 
@@ -114,12 +114,13 @@ class Centre(Step):
     """The window in the middle."""
 
     size: tuple[int, int] = (1, 1)
+    larger: int = LARGER_ANYWHERE
 
     kind = 3
     group = "crop"
 
     def values(self) -> list[float]:
-        return [float(v) for v in self.size]
+        return [float(v) for v in (*self.size, self.larger)]
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def _warp_stage(
         (step,),
         resamples=not still,
         moves=not still,
-        looks_outside=not still,
+        fills=not still,
         interpolation=_interpolation(interpolation, rules, name),
         fill_mode=rules.mode(rules.fill_mode if fill_mode is None else fill_mode, name),
         fill=per_channel(0.0 if fill is None else fill, name, "fill"),
@@ -221,7 +221,6 @@ class RandomResizedCrop(Transform):
             (step,),
             resamples=True,
             moves=True,
-            looks_outside=True,
             half_pixels=True,
             interpolation=mode,
             antialias=flag(bool(antialias), op, "antialias") and mode != "nearest",
@@ -283,7 +282,8 @@ class RandomCrop(Transform):
             op,
             (step,),
             moves=True,
-            looks_outside=any(step.margins) or pad_if_needed,
+            fills=any(step.margins),
+            may_fill=pad_if_needed,
             fill_mode=convention("torchvision", op).mode(padding_mode, op, "padding_mode"),
             fill=per_channel(0.0 if fill is None else fill, op, "fill"),
         )
@@ -312,7 +312,7 @@ class CenterCrop(Transform):
     def __init__(self, size: Size, *, seed: int | None = None) -> None:
         op = "CenterCrop"
         step = Centre(size_pair(size, op))
-        super().__init__(Stage(op, (step,), moves=True, looks_outside=True), seed)
+        super().__init__(Stage(op, (step,), moves=True, may_fill=True), seed)
         self._text = f"size={step.size}"
 
 
