@@ -494,7 +494,7 @@ class BackwardRun : public Passes<BackwardRun> {
   void begin_sums(std::int64_t, const Tile&) const {}
 
   void prepare_sums(std::int64_t group, const Tile& tile, Coefficients& k) const {
-    const Parameters made(job_, group, tile, k);
+    parameters(group, tile, k);
   }
 
   void add(const Tile& tile, const Coefficients& k, Sums sums) const {
@@ -505,15 +505,17 @@ class BackwardRun : public Passes<BackwardRun> {
     for (std::int64_t i = 0; i < whole.channels; ++i) {
       const std::int64_t c = whole.channel + i;
       const std::int64_t s = group * layout_.channels + c;
-      const double low = mean(s, c) - rounded_for(job_.dtype, mean(s, c));
+      const double center = job_.from_y ? bias(c) : mean(s, c);
+      const double low = center - rounded_for(job_.dtype, center);
+      const double dot = sums.second[i] - low * sums.first[i];
       sums_[s] = sums.first[i];
-      sums_[layout_.statistics() + s] = sums.second[i] - low * sums.first[i];
+      sums_[layout_.statistics() + s] = job_.from_y ? dot * inverse_of_a(s, c) : dot;
     }
     return false;
   }
 
   void prepare(std::int64_t group, const Tile& tile, Coefficients& k) const {
-    const Parameters made(job_, group, tile, k);
+    const Parameters made = parameters(group, tile, k);
     std::fill_n(k.q, tile.channels, 0.0);
     std::fill_n(k.r, tile.channels, 0.0);
     if (job_.statistics == Statistics::kFixed) return;
@@ -523,6 +525,7 @@ class BackwardRun : public Passes<BackwardRun> {
       const double n = job_.moments[2 * statistics + s];
       if (n == 0.0) continue;
       k.q[i] = -k.a[i] * sums_[statistics + s] / (n * (made.variance[i] + job_.eps));
+      if (job_.from_y) k.q[i] *= inverse_of_a(s, tile.channel + i);
       k.r[i] = -k.a[i] * sums_[s] / n - k.q[i] * (made.mean[i] - k.m[i]);
     }
   }
@@ -530,6 +533,22 @@ class BackwardRun : public Passes<BackwardRun> {
   void write(const Tile& tile, const Coefficients& k) const { kernels_.backward(job_, tile, k); }
 
  private:
+  // With from_y, what the kernels take for x is z = (x - mean) * a + bias: its center is the bias.
+  Parameters parameters(std::int64_t group, const Tile& tile, Coefficients& k) const {
+    Parameters made(job_, group, tile, k);
+    if (job_.from_y) {
+      read(job_.bias, tile.channel, tile.channels, 0.0, made.mean);
+      for (std::int64_t i = 0; i < tile.channels; ++i)
+        k.m[i] = rounded_for(job_.dtype, made.mean[i]);
+    }
+    return made;
+  }
+  // From z - bias to x - mean; 0 where the weight has left nothing of x.
+  double inverse_of_a(std::int64_t s, std::int64_t c) const {
+    const double weight = job_.weight.data == nullptr ? 1.0 : get(job_.weight, c);
+    return weight == 0.0 ? 0.0 : std::sqrt(variance(s, c) + job_.eps) / weight;
+  }
+  double bias(std::int64_t c) const { return job_.bias.data == nullptr ? 0.0 : get(job_.bias, c); }
   double mean(std::int64_t s, std::int64_t c) const {
     return job_.moments == nullptr ? get(job_.running_mean, c) : job_.moments[s];
   }

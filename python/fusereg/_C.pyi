@@ -264,6 +264,7 @@ def batch_norm_backward(
     scratch: torch.Tensor | None,
     semaphores: torch.Tensor | None,
     reduce: bool,
+    from_y: bool,
     statistics: int,
     eps: float,
     group_samples: int,

@@ -11,6 +11,7 @@
 
 from . import _dispatch as _dispatch  # isort: skip  # first: it refuses a torch that is too old
 from . import _C, early_stopping, functional, nn, optim, prox
+from ._decompositions import decompositions
 from ._version import __version__
 from .convert import convert, revert
 from .early_stopping import EarlyStopping
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "add_penalty_grad_",
     "convert",
+    "decompositions",
     "dropout_mask",
     "early_stopping",
     "fold_into_conv",

@@ -240,8 +240,11 @@ def backward(
     reduce: bool = True,
     sums: Tensor | None = None,
     keep_sums: bool = False,
+    from_y: bool = False,
 ) -> Gradients:
     """The gradients of x, residual, weight and bias that are wanted.
+
+    ``from_y``: x is y, which was written over it.
 
     Two steps, if asked for one by one: ``reduce`` alone (wanted without x and residual, keep_sums)
     gives the sums and the gradients of the parameters; ``reduce=False`` takes the sums and gives
@@ -263,7 +266,8 @@ def backward(
     while status:
         status = _C.batch_norm_backward(
             grad_x, grad_residual, grad_weight, grad_bias, sums, grad, x, residual, mask, bits,
-            moments, weight, bias, running[0], running[1], scratch, semaphores, reduce, *call,
+            moments, weight, bias, running[0], running[1], scratch, semaphores, reduce, from_y,
+            *call,
         )  # fmt: skip
         if status < 0:
             scratch, semaphores = _dispatch.scratch(x.device, -status)

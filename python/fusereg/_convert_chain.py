@@ -155,7 +155,11 @@ def chain(x: Tensor, residual: Any, norm: Any, *followers: Any) -> Tensor:
 
 
 def _is_plain(norm: Any) -> bool:
-    return not _dispatch.hooked(norm) and norm.activation is None and not norm.dropout
+    return (
+        not _dispatch.hooked(norm)
+        and norm.activation is None
+        and not (norm.dropout or norm.inplace)
+    )
 
 
 def _alike(x: Tensor, residual: object) -> bool:

@@ -14,6 +14,7 @@ from .. import _batch_norm_kernels as kernels
 from .. import _dropout_ops
 from .. import functional as F
 from .._docs import share_paragraphs
+from ..functional import _batch_norm as functional
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -50,16 +51,21 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         dropout: float = 0.0,
         negative_slope: float = 0.01,
         update_stats: bool = True,
+        inplace: bool = False,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
         check_activation(activation, type(self).__name__)
         _dropout_ops.check_probability(dropout, f"nn.{type(self).__name__}", "dropout")
+        if inplace:
+            where = f"fusereg.nn.{type(self).__name__}"
+            functional.check_inplace(activation, negative_slope, dropout, where)
         self.activation = activation
         self.dropout = dropout
         self.negative_slope = negative_slope
         self.update_stats = update_stats
+        self.inplace = inplace
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
@@ -92,6 +98,7 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             virtual_batch_size=virtual_batch_size,
             num_batches_tracked=self.num_batches_tracked,
             update_stats=self.update_stats,
+            inplace=self.inplace,
         )
 
     def extra_repr(self) -> str:
@@ -105,6 +112,8 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             text += f", dropout={self.dropout}"
         if not self.update_stats:
             text += ", update_stats=False"
+        if self.inplace:
+            text += ", inplace=True"
         return text
 
 
@@ -124,6 +133,12 @@ _ARGUMENTS = """
         negative_slope: of leaky ReLU.
         update_stats: whether training updates the running statistics; switch it off while a batch
             is seen a second time, as activation checkpointing sees it.
+        inplace: write the result into the input and keep it in the input's place for backward;
+            with ``activation`` None or "leaky_relu", without dropout and residual. See
+            :func:`fusereg.functional.batch_norm`.
+
+    Raises:
+        ValueError: ``activation`` or ``dropout`` is out of range, or cannot be in place.
 """
 
 
