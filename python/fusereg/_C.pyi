@@ -14,6 +14,8 @@ PENALTY_WORKSPACE_BYTES: int
 BATCH_NORM_SEMAPHORE_BYTES: int
 CUDA_ON_HOST: bool
 DROP_BLOCK_SLOTS: int
+AUGMENT_DRAWS: int
+AUGMENT_RECORD: int
 
 _Strength = float | Sequence[float]
 
@@ -315,3 +317,16 @@ def grad_norm(
     workspace: torch.Tensor | None,
     op: str,
 ) -> int: ...
+def augment_params(
+    records: torch.Tensor,
+    draws: torch.Tensor,
+    keys: torch.Tensor,
+    ids: torch.Tensor,
+    seed: int,
+    epoch: int,
+    height: int,
+    width: int,
+    steps: Sequence[tuple[int, int, list[float]]],
+    op: str,
+) -> tuple[int, int]: ...
+def augment_elementary(x: float) -> tuple[float, float, float, float]: ...
