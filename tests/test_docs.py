@@ -87,6 +87,7 @@ def lacking(before: str) -> list[str]:
     needed = NEEDS.fullmatch(before.strip())
     if needed is None:
         return []
+    importlib.import_module("other_libraries")  # some want it before their first import
     return [n for n in re.split(r"[, ]+", needed[1]) if importlib.util.find_spec(n) is None]
 
 

@@ -285,6 +285,60 @@ def norm_error() -> Figure:
     return figure
 
 
+# --- augmentation ---------------------------------------------------------------------------------
+
+
+def _cards(n: int, size: int = 96) -> Tensor:
+    """Test images [n, 3, size, size] uint8: a grid, a disc, a triangle that shows what is up."""
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    cards = []
+    for i in range(n):
+        hue = torch.tensor([0.0, 2.1, 4.2]) + 0.9 * i
+        base = 0.55 + 0.4 * torch.cos(hue)
+        shade = (0.45 + 0.55 * x / size)[None] * base[:, None, None]
+        card = shade.clone()
+        card[:, (x % 16 == 0) | (y % 16 == 0)] = 1.0
+        disc = (x - size * 0.68).square() + (y - size * 0.66).square() < (size * 0.2) ** 2
+        card[:, disc] = torch.tensor([0.95, 0.85, 0.2])[:, None]
+        triangle = (y > size * 0.12) & (y < size * 0.5) & ((x - size * 0.35).abs() < (y - 11) * 0.5)
+        card[:, triangle] = 0.12
+        cards.append((card * 255).round().clamp(0, 255).to(torch.uint8))
+    return torch.stack(cards)
+
+
+def augmentation() -> Figure:
+    from fusereg.augment import Augment, Erase, Mix
+
+    cards = _cards(8)
+    augment = Augment(
+        80,
+        degrees=25,
+        scale=(0.8, 1.3),
+        shear=8,
+        hflip=0.5,
+        brightness=0.25,
+        erase=Erase(0.35, scale=(0.03, 0.12)),
+        mix=Mix(cutmix=1.0, mixup=0.4, p=0.4),
+        seed=5,
+    )
+    ids = torch.arange(8)
+    rows = [augment(cards, sample_ids=ids, epoch=epoch) for epoch in range(3)]
+    figure = new_figure(
+        9.5, 5.5, "One kernel, every epoch another image", "8 samples with ids of their own"
+    )
+    grid = figure.subplots(4, 8)
+    figure.subplots_adjust(left=0.075, right=0.99, bottom=0.02, top=0.84, wspace=0.06, hspace=0.06)
+    names = ["input", "epoch 0", "epoch 1", "epoch 2"]
+    for line, name, images in zip(grid, names, [cards, *rows], strict=True):
+        for axes, image in zip(line, images, strict=True):
+            shown = image if image.dtype is torch.uint8 else (image.clamp(0, 1) * 255).byte()
+            axes.imshow(shown.permute(1, 2, 0), interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+        line[0].set_ylabel(name, fontsize=9.5)
+    return figure
+
+
 # --- early stopping, conversion, communication ----------------------------------------------------
 
 
@@ -462,6 +516,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
         shards,
         fused_bytes,
         norm_error,
+        augmentation,
         early_stopping,
         convert,
         communication,

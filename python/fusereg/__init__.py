@@ -10,7 +10,7 @@
 """
 
 from . import _dispatch as _dispatch  # isort: skip  # first: it refuses a torch that is too old
-from . import _C, early_stopping, functional, nn, optim, prox
+from . import _C, augment, early_stopping, functional, nn, optim, prox
 from ._decompositions import decompositions
 from ._version import __version__
 from .convert import convert, revert
@@ -27,6 +27,7 @@ __all__ = [
     "WeightPenalty",
     "__version__",
     "add_penalty_grad_",
+    "augment",
     "convert",
     "decompositions",
     "dropout_mask",
