@@ -2,7 +2,7 @@
 #
 #   make demo     trains on real handwritten digits with every technique: table and plots
 #   make test     the whole suite, the CUDA kernels on the host included
-#   make bench    the benchmarks, as a table and as JSON      (BENCH="penalty --quick" for less)
+#   make bench    every benchmark, as a page and as JSON in ./bench-report   (BENCH="penalty --quick" for less)
 #   make lint     ruff, mypy --strict, clang-format
 #   make docs     the documents as a site in ./build/site, their tables made anew
 #   make wheel    a wheel and an sdist in ./dist
