@@ -9,6 +9,7 @@ conventions.py what other libraries mean by their arguments.
 
 from .augment import Augment, WithIds
 from .compose import Compose, Transform
+from .functional import crop_flip_normalize, erase, mix, resize, warp_affine
 from .fuse import Plan
 from .labels import MixedLabels, mix_labels
 from .params import AugmentParams
@@ -48,5 +49,10 @@ __all__ = [
     "RandomVerticalFlip",
     "Transform",
     "WithIds",
+    "crop_flip_normalize",
+    "erase",
+    "mix",
     "mix_labels",
+    "resize",
+    "warp_affine",
 ]
