@@ -31,11 +31,10 @@ NO_KERNELS = {
 
 
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.name)
-def test_every_check_passes_in_every_dtype(
-    check: KernelCheck, backend: Backend, dtype: torch.dtype
-) -> None:
-    result = checks.run_check(check, Inputs(backend.device, dtype), backend.name)
-    assert result.ok, verify.why(result)
+def test_every_check_passes_in_every_dtype(check: KernelCheck, backend: Backend) -> None:
+    for dtype in checks.TOLERANCES:
+        result = checks.run_check(check, Inputs(backend.device, dtype), backend.name)
+        assert result.ok, f"{dtype}: {verify.why(result)}"
 
 
 def test_a_technique_is_a_file_for_each_room() -> None:
@@ -244,7 +243,7 @@ def test_a_worker_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["nothing"], "no technique named 'nothing'; there are: batch_norm,"),
+        (["nothing"], "no technique named 'nothing'; there are:"),
         (["--dtype", "int8"], "--dtype int8: there are: float64, float32,"),
         (["--isa", "mmx"], "--isa mmx: this machine has:"),
         (["--device", "cuda:99"], "--device cuda:99: not here"),

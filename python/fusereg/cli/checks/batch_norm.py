@@ -144,6 +144,28 @@ def _leaky_dropout(inputs: Inputs) -> Pairs:
     )  # fmt: skip
 
 
+@kernel_check("batch_norm, in place", "leaky(batch_norm(x)) over x; backward has y alone")
+def _in_place(inputs: Inputs) -> Pairs:
+    data = _Data(inputs)
+    # Backward takes the affine map back: the less the bias weighs, the fewer digits that costs.
+    data.weight, data.bias = data.weight.abs() + 1.0, data.bias / 16.0
+
+    def call(x: Tensor, m: Tensor, v: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        return functional.batch_norm(
+            x.clone(), m, v, w, b, True, activation="leaky_relu", negative_slope=0.5, inplace=True
+        )
+
+    def after(z: Tensor) -> Tensor:
+        return torch.nn.functional.leaky_relu(z, 0.5)
+
+    def wanted(x: Tensor, m: Tensor, v: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return _torch_norm(x, m, v, w, b, True)
+
+    pairs = data.pairs(call, wanted, after, corner=True)
+    # Gradients of the parameters are float32, but no more exact than y, which is all there is.
+    return [(came.to(inputs.dtype), reference) for came, reference in pairs]
+
+
 @kernel_check("batch_norm, virtual batches", "each 2 samples by their own statistics")
 def _ghost(inputs: Inputs) -> Pairs:
     def wanted(x: Tensor, m: Tensor, v: Tensor, w: Tensor, b: Tensor) -> Tensor:
