@@ -112,6 +112,17 @@ FUSEREG_INLINE U narrowed(float v) {
 // Planes of values to the result, whatever its layout.
 template <class U>
 void store_block(const Job& job, U* y, const float* values, int count) {
+  if constexpr (sizeof(U) == 4) {
+    if (count == kBlock && job.c == 3 && job.y.pixel == 3) {
+      for (int p = 0; p < kBlock; p += kLanes, y += 3 * kLanes) {
+        Floats mixed[3];
+        interleave(load(values + p), load(values + kBlock + p), load(values + 2 * kBlock + p),
+                   mixed);
+        for (int k = 0; k < 3; ++k) store(y + k * kLanes, mixed[k]);
+      }
+      return;
+    }
+  }
   for (int c = 0; c < job.c; ++c) {
     const float* const line = values + c * kBlock;
     U* const to = y + c * job.y.channel;

@@ -310,6 +310,100 @@ FUSEREG_INLINE void part_by_pixels(const Source<std::uint8_t>& x, const Spot& s,
 }
 #endif
 
+// --- whole-pixel shifts and flips -----------------------------------------------------------------
+
+// kLanes neighbours in memory.
+template <class T>
+FUSEREG_INLINE Floats load_run(const T* p) {
+  if constexpr (sizeof(T) == 1) {
+#if defined(__AVX512F__)
+    return to_floats(bit_cast<Ints>(_mm512_maskz_cvtepu8_epi32(
+        0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#elif defined(__AVX2__)
+    return to_floats(bit_cast<Ints>(
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#else
+    Ints v;
+    for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+    return to_floats(v);
+#endif
+  } else {
+    return load(p);
+  }
+}
+
+// Lane i takes element index(i) of a and b together.
+template <class F>
+FUSEREG_INLINE Floats shuffled(Floats a, Floats b, const F& index) {
+  Ints mask;
+  for (int i = 0; i < kLanes; ++i) mask[i] = index(i);
+  return __builtin_shuffle(a, b, mask);
+}
+
+FUSEREG_INLINE Floats reversed(Floats v) {
+  return shuffled(v, v, [](int i) { return kLanes - 1 - i; });
+}
+
+// Three planes of kLanes pixels as pixels of three channels.
+FUSEREG_INLINE void interleave(Floats v0, Floats v1, Floats v2, Floats (&out)[3]) {
+  FUSEREG_UNROLL_10
+  for (int k = 0; k < 3; ++k) {
+    const int base = k * kLanes;
+    const Floats two = shuffled(v0, v1, [base](int i) {
+      const int channel = (base + i) % 3;
+      return channel < 2 ? channel * kLanes + (base + i) / 3 : 0;
+    });
+    out[k] = shuffled(two, v2, [base](int i) {
+      return (base + i) % 3 < 2 ? i : kLanes + (base + i) / 3;
+    });
+  }
+}
+// The other way.
+FUSEREG_INLINE void separate(const Floats (&in)[3], Floats (&out)[3]) {
+  FUSEREG_UNROLL_10
+  for (int k = 0; k < 3; ++k) {
+    const Floats two = shuffled(in[0], in[1], [k](int i) {
+      return 3 * i + k < 2 * kLanes ? 3 * i + k : 0;
+    });
+    out[k] = shuffled(two, in[2], [k](int i) {
+      return 3 * i + k < 2 * kLanes ? i : 3 * i + k - kLanes;
+    });
+  }
+}
+
+// Whether the block is a run of pixels inside the image; its values then.
+template <class T>
+FUSEREG_INLINE bool copy_block(const Job& job, const Frame& f, const Source<T>& x, std::int64_t row,
+                               std::int64_t first, float* out, std::int64_t stride) {
+  const bool mirrored = f.m[0] < 0.0;
+  const auto from = static_cast<std::int64_t>(f.m[2]) + (mirrored ? -first - kBlock + 1 : first);
+  const auto line = static_cast<std::int64_t>(f.m[5]) + (f.m[4] < 0.0 ? -row : row);
+  if (from < 0 || from + kBlock > x.w || line < 0 || line >= x.h) return false;
+  const T* at = x.data + line * x.row + from * x.pixel;
+  if (x.pixel == 1) {
+    for (int c = 0; c < job.c; ++c, at += x.channel, out += stride) {
+      for (int p = 0; p < kParts; ++p) {
+        if (mirrored) {
+          store(out + (kParts - 1 - p) * kLanes, reversed(load_run(at + p * kLanes)));
+        } else {
+          store(out + p * kLanes, load_run(at + p * kLanes));
+        }
+      }
+    }
+    return true;
+  }
+  if (x.pixel != 3 || x.channel != 1) return false;
+  for (int p = 0; p < kParts; ++p, at += 3 * kLanes) {
+    const Floats mixed[3] = {load_run(at), load_run(at + kLanes), load_run(at + 2 * kLanes)};
+    Floats planes[3];
+    separate(mixed, planes);
+    float* const to = out + (mirrored ? kParts - 1 - p : p) * kLanes;
+    for (int c = 0; c < 3; ++c)
+      store(to + c * stride, mirrored ? reversed(planes[c]) : planes[c]);
+  }
+  return true;
+}
+
 // The block's warped values: 16 of each channel, `stride` apart.
 template <class T, Interpolation kHow>
 FUSEREG_INLINE void warp_block(const Job& job, const Frame& f, std::int64_t row, std::int64_t first,
@@ -319,6 +413,7 @@ FUSEREG_INLINE void warp_block(const Job& job, const Frame& f, std::int64_t row,
   const Source<T> x = {static_cast<const T*>(job.x.data) + f.sample * job.x.sample, job.x.channel,
                        static_cast<std::int32_t>(job.x.row), static_cast<std::int32_t>(job.x.pixel),
                        static_cast<std::int32_t>(job.x.w), static_cast<std::int32_t>(job.x.h)};
+  if (f.copies && copy_block(job, f, x, row, first, out, stride)) return;
   const Start start = {block_start(f.m[0], row_start(f.m, row), first, f.bits),
                        block_start(f.m[3], row_start(f.m + 3, row), first, f.bits)};
   const std::int32_t half = kHow == Interpolation::kNearest ? (1 << f.bits) >> 1 : 0;
