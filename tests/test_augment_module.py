@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,22 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import augment_reference
 from conftest import Backend
-from fusereg.augment import Augment, AugmentParams, Erase, Mix, MixedLabels, WithIds, mix_labels
+from fusereg.augment import (
+    Augment,
+    AugmentParams,
+    Compose,
+    Erase,
+    Mix,
+    MixedLabels,
+    MixUp,
+    Normalize,
+    RandomErasing,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    RandomRotation,
+    WithIds,
+    mix_labels,
+)
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 IDS = range(5)
@@ -414,6 +430,17 @@ def test_pinned_memory() -> None:
 # --- the module ---
 
 
+def test_without_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Tensor) -> Tensor:
+        raise RuntimeError("unable to open shared memory object")
+
+    monkeypatch.setattr(Tensor, "share_memory_", refuse)
+    with pytest.warns(UserWarning, match="set_epoch will not reach the persistent workers"):
+        augment = Augment(8)
+    augment.set_epoch(3)
+    assert augment.epoch == 3
+
+
 def test_copies_and_pickles() -> None:
     augment = everything()
     augment.set_epoch(4)
@@ -461,6 +488,23 @@ def test_copies_and_pickles() -> None:
 def test_bad_calls(call: Any, text: str) -> None:
     with pytest.raises((ValueError, TypeError), match=f"fusereg.Augment: {text}"):
         call(everything())
+
+
+def test_the_readmes_example() -> None:
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Data augmentation")[1].split("\n## ")[0]
+    names: dict[str, Any] = {}
+    exec(compile(section.split("```python\n")[1].split("```")[0], "README.md", "exec"), names)
+    assert names["x"].shape == (8, 3, 192, 192)
+    assert isinstance(names["mixed"], MixedLabels)
+    chain: list[Any] = [
+        RandomResizedCrop(192),
+        RandomHorizontalFlip(),
+        RandomRotation(9, "bilinear"),
+    ]
+    chain += [Normalize(0.5, 0.2), RandomErasing(), MixUp()]
+    for line in str(Compose(chain).plan()).splitlines():
+        assert line in section
 
 
 # --- training ---

@@ -87,9 +87,10 @@ class Augment(Keyed):
             whole image, resized.
         interpolation: "nearest", "bilinear" or "bicubic".
         antialias: filter as wide as the output pixel is where the image is made smaller.
-        fill_mode: what lies outside the image: "constant", "border" (the edge pixel), "reflect"
-            (-1 is 1), "symmetric" (-1 is 0) or "wrap". Chains that only crop and resize read
-            nothing outside but half-pixel margins, which repeat the edge.
+        fill_mode: what lies outside the image: "constant" (the default; "symmetric" for Keras),
+            "border" (the edge pixel), "reflect" (-1 is 1), "symmetric" (-1 is 0) or "wrap". Chains
+            that only crop and resize read nothing outside but half-pixel margins, which repeat the
+            edge.
         fill: the constant, in the images' units (0 to 255 for uint8); one number for each channel.
         brightness: v is (1 - v, 1 + v); a factor of all values.
         contrast: likewise; a factor of the distance to mid-grey. (torchvision takes the image's
@@ -247,7 +248,7 @@ class Augment(Keyed):
         sample_ids: Tensor | Sequence[int] | None = None,
         epoch: int | None = None,
     ) -> AugmentParams:
-        """Draws the parameters of n samples, on the CPU.
+        """Draws the parameters of n samples, on the CPU (in evaluation mode: the central crop's).
 
         Args:
             n: how many.
@@ -278,7 +279,8 @@ class Augment(Keyed):
             targets: class indices [N] or probabilities [N, K], which come back mixed if the images
                 are; torchvision's BoundingBoxes and Mask move with the images (a list of N, or a
                 mapping of targets); anything else comes back as it is where nothing is mixed.
-            sample_ids: N integers that name the samples.
+            sample_ids: N integers that name the samples; those on a GPU are waited for. Without
+                them the next numbers of a running count.
             epoch: default: that of :meth:`set_epoch`.
             params: what :meth:`sample_params` drew, on any device; nothing is drawn then.
             out: where the result goes: [N, C, *size].

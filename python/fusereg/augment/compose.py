@@ -171,8 +171,9 @@ class Transform(Passes):
 class Compose(Passes):
     """A list of transforms in as few passes over the batch as can be.
 
-    Takes fusereg's transforms, torchvision's of the same names (their arguments are read), and any
-    function of a batch, which is called as it is. Geometry composes to one matrix a sample; a
+    Takes fusereg's transforms, torchvision's of the same names (their arguments are read), another
+    Compose (its transforms are taken, not its arguments), and any function of a batch, which is
+    called as it is. Geometry composes to one matrix a sample; a
     normalization, an erased box and MixUp or CutMix ride along. :meth:`plan` says what was fused,
     what not and why, and where the result differs from one transform after the other: two resamples
     in one are sharper, and a turned crop shows the image's own pixels in its corners.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
@@ -25,6 +26,19 @@ def check_epoch(epoch: object, op: str) -> int:
     return value
 
 
+def _shared(tensor: Tensor) -> Tensor:
+    """The tensor in memory that worker processes see, where the machine has any."""
+    try:
+        tensor.share_memory_()
+    except (OSError, RuntimeError) as error:
+        warnings.warn(
+            f"fusereg.augment: no shared memory ({error}): set_epoch will not reach the persistent "
+            "workers of a DataLoader",
+            stacklevel=4,
+        )
+    return tensor
+
+
 class Keyed(nn.Module):
     """Base of the modules whose random numbers are keyed by (seed, epoch, sample id, operation).
 
@@ -41,7 +55,7 @@ class Keyed(nn.Module):
     def __init__(self, seed: object) -> None:
         super().__init__()
         self.seed = integer(seed, self._op, "seed")
-        self._shared_epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._shared_epoch = _shared(torch.zeros((), dtype=torch.int64))
         self._count = 0
         self._worker: int | None = None
 
@@ -84,5 +98,5 @@ class Keyed(nn.Module):
         memo[id(self)] = copied
         copied.__dict__.update(deepcopy(self.__dict__, memo))
         # torch copies a shared tensor to memory that is not.
-        copied._shared_epoch.share_memory_()
+        copied._shared_epoch = _shared(copied._shared_epoch)
         return copied
