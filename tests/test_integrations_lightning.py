@@ -211,7 +211,7 @@ def test_what_does_not_work_is_said_at_once() -> None:
         strategy = DeepSpeedStrategy()
 
     with pytest.raises(RuntimeError, match="DeepSpeed strategy keeps the gradients"):
-        PenaltyCallback().on_train_start(Stub(), Regression())
+        PenaltyCallback().on_fit_start(Stub(), Regression())
 
 
 def test_the_optimizers_of_fusereg_train_in_lightning(tmp_path: Path) -> None:
