@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,10 +28,9 @@ from lightning.pytorch.plugins import MixedPrecision
 import fusereg
 from fusereg.integrations.lightning import EarlyStoppingCallback, PenaltyCallback
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval.*"),
-]
+# Lightning warns by classes of its own, which the process that collects the results would have to
+# import; what it warns of here (few workers, no validation loop) is meant.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 STRENGTHS = {"l1": 0.02, "l2": 0.1, "group": 0.01}
 Make = Callable[[Any], Any]
@@ -211,7 +213,7 @@ def test_what_does_not_work_is_said_at_once() -> None:
         strategy = DeepSpeedStrategy()
 
     with pytest.raises(RuntimeError, match="DeepSpeed strategy keeps the gradients"):
-        PenaltyCallback().on_train_start(Stub(), Regression())
+        PenaltyCallback().on_fit_start(Stub(), Regression())
 
 
 def test_the_optimizers_of_fusereg_train_in_lightning(tmp_path: Path) -> None:
@@ -412,6 +414,62 @@ def test_another_fit_of_the_same_trainer_goes_on_and_of_another_one_begins_anew(
     fit_scripted(model, stopping, max_epochs=2)
     assert stopping.stopper is not first
     assert pickle.loads(pickle.dumps(stopping)).stopper is not None
+
+
+ON_TWO = """
+import sys
+import other_libraries
+import torch
+from torch.utils.data import DataLoader
+import test_integrations_lightning as t
+
+class Apart(t.Scripted):
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
+        rank = self.trainer.global_rank  # the ranks' losses are apart; their mean is the script's
+        self.log("apart", t.LOSSES[self.current_epoch] + (1.5 if rank else -1.5))
+
+model = Apart(t.LOSSES)
+regression = t.Regression()
+stopping = t.EarlyStoppingCallback("apart", patience=3)
+options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+made = t.trainer(stopping, max_epochs=8, **options)
+made.fit(model, DataLoader(t.ONE), DataLoader(t.ONE))
+assert (made.current_epoch, float(model.weight)) == (7, 3.0), (made.current_epoch, model.weight)
+assert stopping.stopper.best == 2.0, stopping.stopper.best
+
+# Each rank has the same data, so that the averaged gradients are those of one process.
+wanted = t.Regression(in_loss=True)
+made = t.trainer(t.PenaltyCallback(**t.STRENGTHS), **options)
+made.fit(regression, DataLoader(t.data(), 4))
+plain = t.sgd(wanted.parameters())
+for batch in [*DataLoader(t.data(), 4)] * 2:
+    plain.zero_grad()
+    wanted.training_step(batch, 0).backward()
+    plain.step()
+t.assert_same(wanted, regression)
+sys.stdout.write(f"rank {made.global_rank} is done\\n")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_decide_together_and_have_the_penalty_once(tmp_path: Path) -> None:
+    program = tmp_path / "on_two.py"
+    program.write_text(ON_TWO)
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    here = Path(__file__).resolve().parent
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node=2", str(program)],
+        cwd=here,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": loopback, "PYTHONPATH": str(here)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 is done" in done.stdout
+    assert "rank 1 is done" in done.stdout
 
 
 def test_it_decides_as_lightnings_own_where_that_one_is_right() -> None:

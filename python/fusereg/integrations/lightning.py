@@ -112,8 +112,13 @@ class PenaltyCallback(Callback):
         key: str = self._generate_state_key(name=self._name)
         return key
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Looks the parameters up: every strategy has made them what they stay by now."""
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Begins anew for each fit."""
+        if stage == "fit":
+            self.penalty = None
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Looks the parameters up: the strategy has made them what they stay, and none has run."""
         if "DeepSpeed" in type(trainer.strategy).__name__:
             raise RuntimeError(
                 "fusereg.integrations.lightning.PenaltyCallback: the DeepSpeed strategy keeps the "
@@ -142,8 +147,11 @@ class PenaltyCallback(Callback):
         return self._loaded or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them over when training begins."""
-        self._loaded = state_dict
+        """Takes them over; some strategies load before the fit starts, some after."""
+        if self.penalty is None:
+            self._loaded = state_dict
+        else:
+            self.penalty.load_state_dict(state_dict)
 
 
 def _scale(trainer: Any, optimizer: Any) -> Tensor | None:
@@ -230,16 +238,16 @@ class EarlyStoppingCallback(LightningsOwn):
         if self._of != of:
             self.stopper, self._of = None, of
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Makes the stopper; every strategy has made the parameters what they stay by now."""
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Makes the stopper: the strategy has made the parameters what they stay."""
         if self.stopper is None:
             also = {} if self._also is None else {"also": self._also(trainer)}
             self.stopper = self._monitored.stopper(pl_module, **also)
+        if any(_dispatch.is_dtensor(value) for value in pl_module.state_dict().values()):
+            self._in_checkpoint = False
         if self._loaded is not None:
             self.stopper.load_state_dict(self._loaded)
             self._loaded = None
-        if any(_dispatch.is_dtensor(p) for p in pl_module.parameters()):
-            self._in_checkpoint = False
         self._fitting = True
 
     def _run_early_stopping_check(self, trainer: Any) -> None:
@@ -284,5 +292,8 @@ class EarlyStoppingCallback(LightningsOwn):
         return self._loaded or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them over when training begins."""
-        self._loaded = state_dict
+        """Takes them over; some strategies load before the fit starts, some after."""
+        if self._fitting and self.stopper is not None:
+            self.stopper.load_state_dict(state_dict)
+        else:
+            self._loaded = state_dict
