@@ -478,6 +478,29 @@ def test_ftrl_learns_from_single_examples_and_keeps_most_weights_zero() -> None:
     assert float((x @ w.detach() - y).square().mean()) < 0.2 * float(y.square().mean())
 
 
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_ftrl_rests_while_the_rate_is_zero(rate: Any) -> None:
+    """A schedule's first step, and the one by which distributed checkpoints make states."""
+    resting, other = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    start = resting.detach().clone()
+    optimizer = optim.FTRL([{"params": [resting]}, {"params": [other], "lr": 0.1}], rate)
+    first = optimizer.param_groups[0]
+    first["lr"] = torch.zeros(()) if isinstance(rate, Tensor) else 0.0
+    resting.grad, other.grad = torch.ones(4), torch.ones(4)
+    optimizer.step()
+    assert torch.equal(resting, start)
+    assert torch.equal(resting.grad, torch.ones(4))
+    assert (other - start).abs().max() > 0
+    assert not optimizer.state[resting]["linear"].requires_grad
+    first["lr"] = rate
+    wanted = start.clone().requires_grad_()
+    plain = optim.FTRL([wanted], rate)
+    wanted.grad = torch.ones(4)
+    optimizer.step()
+    plain.step()
+    assert_same([resting], [wanted], 1e-6)
+
+
 def test_a_group_lasso_drops_whole_rows() -> None:
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(100, 12, generator=generator)

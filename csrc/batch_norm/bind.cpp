@@ -327,13 +327,13 @@ void bind(py::module_& m) {
         arg("residual"), arg("mask"), arg("weight"), arg("bias"), arg("running_mean"),
         arg("running_var"), arg("batches"), arg("scratch"), arg("semaphores"), arg("momentum"),
         arg("statistics"), arg("eps"), arg("group_samples"), arg("activation"), arg("slope"),
-        arg("p"), arg("seed"), arg("offset"), arg("index_offset"), arg("op"));
+        arg("p"), arg("seed"), arg("offset"), arg("index_offset"), op_argument());
   m.def("batch_norm_backward", &batch_norm_backward, arg("grad_x"), arg("grad_residual"),
         arg("grad_weight"), arg("grad_bias"), arg("sums"), arg("grad"), arg("x"), arg("residual"),
         arg("mask"), arg("bits"), arg("moments"), arg("weight"), arg("bias"), arg("running_mean"),
         arg("running_var"), arg("scratch"), arg("semaphores"), arg("reduce"), arg("from_y"),
         arg("statistics"), arg("eps"), arg("group_samples"), arg("activation"), arg("slope"),
-        arg("p"), arg("seed"), arg("offset"), arg("index_offset"), arg("op"));
+        arg("p"), arg("seed"), arg("offset"), arg("index_offset"), op_argument());
   m.def("batch_norm_layout", &batch_norm_layout, arg("x"), arg("group_samples"), arg("mask"));
   m.def("batch_norm_fits", &batch_norm_fits, arg("x"), arg("running_mean"), arg("running_var"),
         arg("weight"), arg("bias"));

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _dropout_ops
+from . import _dispatch, _dropout_ops
 from ._batch_norm_kernels import FIXED, RECTIFIERS, Call, Running
 
 #: Gives the sum of a tensor over processes; may write to the tensor.
@@ -239,6 +239,10 @@ def gradients(
 def keep_factors(x: Tensor, call: Call) -> Tensor:
     """1 / (1 - p) where dropout keeps an element, else 0."""
     ones = torch.ones_like(x, dtype=torch.float32).detach()
+    if isinstance(call.seed, Tensor) and _dispatch.functorch():
+        return _dropout_ops.dropout(
+            ones, call.p, True, False, call.seed, None, call.index_offset, None, False, 0, call.op
+        )
     return _dropout_ops.forward(
         _dropout_ops.Call(call.seed, call.offset, call.p, False, 0, call.index_offset, call.op),
         ones,

@@ -237,6 +237,11 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
             return module
 
 
+def unscales_in_step(optimizer: object) -> bool:
+    """Whether a GradScaler leaves it to the optimizer's step to undo the scale of its gradients."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
 def hooked(module: torch.nn.Module) -> bool:
     """Whether a call of the module is not just its class's forward: a hook would see it."""
     return bool(

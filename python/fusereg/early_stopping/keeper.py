@@ -152,6 +152,12 @@ class Keeper:
         self._sources.restore(kept)
         return kept.epoch
 
+    @property
+    def restorable(self) -> bool:
+        """Whether ``restore`` would find a state."""
+        on_disk = self._where == "disk" and self._on_disk is not None
+        return on_disk or self._kept() is not None
+
     def _kept(self) -> Snapshot | None:
         return self._unsaved if self._unsaved is not None else self._in_memory
 

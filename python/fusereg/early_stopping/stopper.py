@@ -203,6 +203,11 @@ class EarlyStopping:
         return self._state.tracks[self._best_index].best_epoch
 
     @property
+    def restorable(self) -> bool:
+        """Whether :meth:`restore` would find the best state; after resuming it may be lost."""
+        return self._keeper.restorable
+
+    @property
     def misses(self) -> int:
         """Checks (or epochs, by ``patience_unit``) since the last improvement.
 
