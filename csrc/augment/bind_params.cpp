@@ -96,6 +96,7 @@ py::tuple augment_elementary(double x) {
 
 void bind_params(py::module_& m) {
   using py::arg;
+  m.attr("AUGMENT_RECORD") = params::kRecordSize;
   m.attr("AUGMENT_DRAWS") = params::kDrawsSize;
   m.def("augment_params", &augment_params, arg("records"), arg("draws"), arg("keys"), arg("ids"),
         arg("seed"), arg("epoch"), arg("height"), arg("width"), arg("steps"), op_argument());

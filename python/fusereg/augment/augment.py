@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from .. import _augment_ops
 from ._arguments import (
     INTERPOLATIONS,
     Interval,
@@ -29,7 +30,7 @@ from .conventions import Convention, convention
 from .keyed import Keyed
 from .labels import transform_targets
 from .params import AugmentParams, draw
-from .render import Erase, Look, Mix, check_input, render, repeat_edge
+from .render import Erase, Look, Mix, render, repeat_edge
 from .steps import (
     LARGER_ANYWHERE,
     Affine,
@@ -285,7 +286,7 @@ class Augment(Keyed):
         Returns:
             The result, differentiable in x; (result, targets) if there are targets.
         """
-        check_input(x, self._op)
+        _augment_ops.check_images(x, self._op)
         if params is None:
             params = self.sample_params(
                 x.shape[0], input_size=tuple(x.shape[2:]), sample_ids=sample_ids, epoch=epoch

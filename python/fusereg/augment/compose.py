@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _augment_ops
 from ._arguments import flag
 from .augment import check_memory_format, collate
 from .fuse import Pass, Plan, Stage, fuse
 from .keyed import Keyed
 from .labels import transform_targets
 from .params import AugmentParams, draw
-from .render import check_input, render
+from .render import render
 from .steps import Encoded, encode
 
 __all__ = ["Compose", "Transform"]
@@ -103,7 +104,7 @@ class Passes(Keyed):
             if targets is not None or out is not None:
                 raise ValueError(f"fusereg.{op}: targets and out are for batches (N, C, H, W)")
             x = x[None]
-        check_input(x, op)
+        _augment_ops.check_images(x, op)
         if params is not None and (sample_ids is not None or epoch is not None):
             raise ValueError(f"fusereg.{op}: params exclude sample_ids and epoch")
         given = None if params is None else list(params)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C, _augment_ops
+from .. import _C, _augment_ops, _dispatch
 from ._arguments import FILL_MODES, INTERPOLATIONS, for_channels, integer, one_of, per_channel
 from .steps import Encoded
 
@@ -449,6 +449,7 @@ def _cpu(index: slice | Sequence[int] | Tensor) -> Any:
     return index if isinstance(index, slice) else list(index)
 
 
+@_dispatch.outside_graphs
 def draw(
     steps: Sequence[Encoded],
     sample_ids: Tensor,

@@ -25,8 +25,6 @@ from .steps import EraseBox, MixPair
 
 __all__ = ["Erase", "Mix"]
 
-_INPUTS = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 @dataclass(frozen=True)
 class Erase:
@@ -140,7 +138,7 @@ class Look:
         """The result's dtype: as asked; else floats stay, uint8 becomes float32 (with ``keep``:
         only if it is normalized)."""
         if asked is not None:
-            if asked not in _INPUTS:
+            if asked not in _augment_ops.DTYPES:
                 raise ValueError(
                     f"fusereg.{op}: out_dtype must be uint8, float16, bfloat16, float32 or "
                     f"float64, got {asked}"
@@ -172,21 +170,6 @@ def affine_of_values(
     return [1.0 / (limit * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
 
 
-def check_input(x: object, op: str) -> Tensor:
-    """[N, C, H, W] of a dtype that the kernels read."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"fusereg.{op}: x must be a tensor, got {type(x).__name__}")
-    if x.dim() != 4:
-        raise ValueError(f"fusereg.{op}: x must have shape (N, C, H, W), got {tuple(x.shape)}")
-    if x.dtype not in _INPUTS:
-        raise TypeError(
-            f"fusereg.{op}: x must be uint8, float16, bfloat16, float32 or float64, got {x.dtype}"
-        )
-    if 0 in x.shape[1:]:
-        raise ValueError(f"fusereg.{op}: x must have channels and pixels, got {tuple(x.shape)}")
-    return x
-
-
 def render(
     x: Tensor,
     params: AugmentParams,
@@ -199,16 +182,14 @@ def render(
     out: Tensor | None = None,
 ) -> Tensor:
     """The pass over a batch: [N, C, *params.size]."""
-    plain = check_input(unwrap(x), op)
+    plain = _augment_ops.check_images(unwrap(x), op)
     params.check_images(plain, op)
     channels = plain.shape[1]
     if look.three_channels and channels != 3:
         raise ValueError(f"fusereg.{op}: saturation needs images of 3 channels, got {channels}")
-    if out is not None and out_dtype is None:
+    if isinstance(out, Tensor) and out_dtype is None:
         out_dtype = out.dtype
     dtype = look.out_dtype(plain, out_dtype, op, keep_dtype)
-    if out is not None:
-        _check_out(out, (plain.shape[0], channels, *params.size), dtype, plain.device, op)
     scale, shift = affine_of_values(look, plain.dtype, dtype, channels, op)
     fill = for_channels(look.fill, channels, op, "fill")
     if look.fill_normalized:
@@ -249,16 +230,6 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-def _check_out(
-    out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, op: str
-) -> None:
-    if tuple(out.shape) != shape or out.dtype is not dtype or out.device != device:
-        raise ValueError(
-            f"fusereg.{op}: out must be {dtype} of shape {shape} on {device}, got {out.dtype} of "
-            f"shape {tuple(out.shape)} on {out.device}"
-        )
 
 
 def repeat_edge(look: Look) -> Look:
