@@ -335,6 +335,8 @@ def main() -> int:
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--cases", type=int, default=2000, help="of all functions together")
     parse.add_argument("--only", help="FUNCTION, or FUNCTION:NUMBER for one case in words")
+    parse.add_argument("--own-calls", action="store_true", help="the package's calls, unchanged")
+    parse.add_argument("--after", help="FUNCTION:NUMBER of the last case to be left out")
     parse.add_argument("--progress", type=Path, default=Path(os.devnull))
     options = parse.parse_args()
     faulthandler.enable()
@@ -350,13 +352,22 @@ def main() -> int:
         print(case.run())
         return 0
     names = [name] if name else names
+    if options.own_calls:
+        for name, calls in own.items():
+            print(name, Counter(f"status {getattr(_C, name)(*call)!r:.20}" for call in calls))
+        return 0
     progress = os.open(options.progress, os.O_WRONLY | os.O_CREAT)
     failed = 0
     # A function with many arguments has more to be got wrong.
     weights = {n: 1 + len(signatures()[n]) for n in names}
+    total = sum(weights.values())
+    begin = 0
+    if options.after:
+        last, _, number = options.after.partition(":")
+        names, begin = names[names.index(last) :], int(number) + 1
     for name in names:
         ends: Counter[str] = Counter()
-        for index in range(1 + options.cases * weights[name] // sum(weights.values())):
+        for index in range(begin, 1 + options.cases * weights[name] // total):
             os.pwrite(progress, f"{name}:{index}\n".ljust(80).encode(), 0)
             case = Case(name, index, options.seed, own.get(name, []))
             try:
@@ -366,7 +377,9 @@ def main() -> int:
                 print(f"--- {name}:{index} {failure}\n{case.describe()}", flush=True)
                 if failure.__cause__ is not None:
                     traceback.print_exception(failure.__cause__)
+        begin = 0
         print(name, *(f"{how} {n}," for how, n in ends.most_common()), flush=True)
+    print("finished")
     return int(failed > 0)
 
 
