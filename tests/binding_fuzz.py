@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 import conftest  # puts the module with the CUDA kernels on the host in place, if it is to be tested
-import fuzz_values as fv
 import fusereg
+import fuzz_values as fv
 from fusereg.cli import checks
 
 _C = fusereg._C
@@ -123,7 +123,9 @@ class Case:
         else:
             self.shape = self.rng.choice(fv.SHAPES)
             self.dtype = self.rng.choice(fv.FLOATS)
-            args = [self.made(a) for a in signatures()[name] if a.required or self.rng.random() < 0.5]
+            args = [
+                self.made(a) for a in signatures()[name] if a.required or self.rng.random() < 0.5
+            ]
         if self.rng.random() < 0.03:
             self.miscount(args)
         self.args = args
@@ -138,7 +140,9 @@ class Case:
         elif how == 2:
             self.named = {"nobody": 1}
         elif args:
-            self.named = {self.rng.choice(signatures()[self.name] or [Argument("x", "", True)])[0]: 1}
+            self.named = {
+                self.rng.choice(signatures()[self.name] or [Argument("x", "", True)])[0]: 1
+            }
 
     def made(self, a: Argument) -> Any:
         """A value of the argument's type, mostly."""
@@ -155,7 +159,10 @@ class Case:
             count = rng.choice((0, 1, 2, 2, 3))
             if "Tensor" not in a.type and "dict" not in a.type:
                 return [rng.random() for _ in range(count)]
-            return [self.tensor() if "Tensor" in a.type else {"step": self.tensor()} for _ in range(count)]
+            return [
+                self.tensor() if "Tensor" in a.type else {"step": self.tensor()}
+                for _ in range(count)
+            ]
         if "tuple" in a.type:
             return tuple(rng.choice(fv.NUMBERS) for _ in range(rng.choice((0, 1, 3, 4, 4))))
         if "Tensor" in a.type and ("int" not in a.type or rng.random() < 0.1):
@@ -209,7 +216,9 @@ class Case:
 
     def new_grad(self, value: Tensor) -> Tensor | None:
         try:
-            value.grad = fv.relative(self.rng, value.grad.detach()) if value.grad is not None else None
+            value.grad = (
+                fv.relative(self.rng, value.grad.detach()) if value.grad is not None else None
+            )
         except (RuntimeError, TypeError):
             value.grad = None
         return value.grad
@@ -294,7 +303,11 @@ class Memory:
             whole = torch.empty(0, dtype=torch.uint8).set_(storage)
             address = storage.data_ptr()
             if address not in self.parts:
-                self.parts[address] = (whole, whole.clone(), torch.ones(len(whole), dtype=torch.bool))
+                self.parts[address] = (
+                    whole,
+                    whole.clone(),
+                    torch.ones(len(whole), dtype=torch.bool),
+                )
             size = plain.element_size()
             outside = self.parts[address][2].as_strided(
                 (*[n if s else 1 for n, s in zip(plain.shape, plain.stride(), strict=True)], size),

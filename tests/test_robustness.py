@@ -50,7 +50,9 @@ def test_no_call_of_the_binding_crashes_or_writes_where_it_should_not(tmp_path: 
             break
         case = progress.read_text(encoding="utf-8").split()[0]
         said = fuzz("--only", case)
-        failures.append(f"{case} ended the process ({done.returncode}):\n{said.stdout}{said.stderr}")
+        failures.append(
+            f"{case} ended the process ({done.returncode}):\n{said.stdout}{said.stderr}"
+        )
         done = fuzz(*options, "--after", case)
     assert not failures, "\n\n".join(failures)
     assert done.returncode == 0, done.stderr

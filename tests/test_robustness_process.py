@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import re
+import ctypes
 import sys
+import sysconfig
 import threading
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +13,9 @@ from torch import Tensor
 
 import fusereg
 from fusereg import functional
-from test_module import needs_openmp, on_linux, run_python
+from test_module import MODULE, needs_openmp, on_linux, run_python
 
 _C = fusereg._C
-ROOT = Path(__file__).parents[1]
 
 # --- threads of Python ----------------------------------------------------------------------------
 
@@ -31,7 +28,7 @@ def _penalty(size: int) -> list[Tensor]:
 
 def _dropout(size: int) -> list[Tensor]:
     x = torch.linspace(-2, 3, size, requires_grad=True)
-    y = functional.dropout(x, 0.3, seed=(7, 4))
+    y = functional.dropout(x, 0.3, seed=7)
     return [y.detach(), *torch.autograd.grad(y.sum(), x)]
 
 
@@ -46,7 +43,7 @@ def _batch_norm(size: int) -> list[Tensor]:
 def _norm(size: int) -> list[Tensor]:
     x = torch.linspace(-2, 3, size // 64 * 64).view(-1, 64).requires_grad_()
     weight = torch.linspace(0, 1, 64, requires_grad=True)
-    y = functional.dropout_add_layer_norm(x, x.detach(), 64, weight, p=0.2, seed=(3, 8))
+    y = functional.dropout_add_layer_norm(x, x.detach(), weight, p=0.2, seed=3)
     return [y.detach(), *torch.autograd.grad(y.square().sum(), (x, weight))]
 
 
@@ -197,24 +194,44 @@ def test_ten_thousand_steps_leave_no_object_and_no_memory_behind() -> None:
             with open("/proc/self/statm") as f:
                 return len(gc.get_objects()), int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         steps(500)
-        objects, resident = in_use()
-        steps(10_000)
-        more_objects, more_resident = in_use()
-        print(more_objects - objects, more_resident - resident)
+        objects = in_use()[0]
+        steps(4500)  # the heap grows to its size, by some 2 MB
+        resident = in_use()[1]
+        steps(5000)
+        print(in_use()[0] - objects, in_use()[1] - resident)
     """
     objects, resident = map(int, run_python(code).stdout.split())
     assert objects < 50
-    # 100 bytes a step would be 1 MB.
-    assert resident < 1 << 20
+    assert resident < 100 * 5000  # less than two small objects a step
 
 
 # --- interpreters ---------------------------------------------------------------------------------
 
 
-def test_the_module_says_that_it_needs_the_gil() -> None:
-    """References to items of lists and dicts are borrowed under it: module.cpp declares it."""
-    text = (ROOT / "csrc" / "module.cpp").read_text(encoding="utf-8")
-    assert re.search(r"PYBIND11_MODULE\([^)]*py::mod_gil_not_used\(false\)", text)
+#: moduleobject.h. Slots of a module, and what an absent one means for these two: 0, as declared here.
+MOD_EXEC, MOD_MULTIPLE_INTERPRETERS, MOD_GIL = 2, 3, 4
+
+
+def _module_slots() -> dict[int, int]:
+    """The slots of the module's definition: PyModuleDef, up to and with m_slots, is 10 words."""
+    initialize = getattr(ctypes.PyDLL(str(MODULE)), f"PyInit_{MODULE.name.split('.')[0]}")
+    initialize.restype = ctypes.c_void_p
+    words = (ctypes.c_void_p * 10).from_address(initialize())
+    slots, at = {}, words[9]
+    while slot := ctypes.c_int.from_address(at).value:
+        slots[slot] = ctypes.c_void_p.from_address(at + 8).value or 0
+        at += 16
+    return slots
+
+
+@pytest.mark.skipif(bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="another layout")
+def test_the_module_declares_that_it_needs_the_gil_and_the_main_interpreter() -> None:
+    slots = _module_slots()
+    assert MOD_EXEC in slots, "the definition was read wrong"
+    assert slots.get(MOD_GIL, 0) == 0
+    assert slots.get(MOD_MULTIPLE_INTERPRETERS, 0) == 0
+    if sys.version_info >= (3, 12):
+        assert MOD_MULTIPLE_INTERPRETERS in slots
 
 
 @pytest.mark.skipif(
@@ -233,38 +250,23 @@ def test_a_free_threaded_interpreter_turns_the_gil_on() -> None:
     assert run_python(code, PYTHON_GIL="").stdout.split() == ["True", "True"]
 
 
-def _subinterpreters() -> str | None:
-    names = ("_interpreters", "_xxsubinterpreters")
-    return next((n for n in names if n in sys.builtin_module_names or _importable(n)), None)
-
-
-def _importable(name: str) -> bool:
-    try:
-        __import__(name)
-    except ImportError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(_subinterpreters() is None, reason="no module for subinterpreters")
-@pytest.mark.parametrize("first", [False, True], ids=["alone", "beside the main interpreter"])
-def test_a_subinterpreter_is_refused_by_an_error(first: bool) -> None:
-    code = f"""
-        import {_subinterpreters()} as interpreters
-        FIRST
-        other = interpreters.create()
-        said = interpreters.run_string(other, '''if True:
+@on_linux
+def test_a_subinterpreter_is_refused_by_an_error_before_torch_is_imported() -> None:
+    """Importing torch there may hang."""
+    code = """
+        import os, signal
+        try:
+            import _interpreters as interpreters
+        except ImportError:
+            import _xxsubinterpreters as interpreters
+        signal.alarm(120)
+        interpreters.run_string(interpreters.create(), '''if True:
             try:
                 import fusereg
             except ImportError as error:
-                print("ImportError:", error, flush=True)
-            else:
-                print("imported", flush=True)
+                print(error, flush=True)
         ''')
-        print("alive", flush=True)
-        import os
-        os._exit(0)
+        os._exit(0)  # interpreters that are left cannot disturb the end
     """
-    done = run_python(code.replace("FIRST", "import fusereg" if first else ""), check=False)
-    assert done.returncode == 0, done.stderr
-    assert "alive" in done.stdout
+    said = run_python(code).stdout
+    assert said.strip() == "fusereg runs in the main interpreter alone, as torch does"
