@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 import conftest  # puts the module with the CUDA kernels on the host in place, if it is to be tested
-import fuzz_values as fv
 import fusereg
+import fuzz_values as fv
 from fusereg.cli import checks
 
 _C = fusereg._C
@@ -123,7 +123,9 @@ class Case:
         else:
             self.shape = self.rng.choice(fv.SHAPES)
             self.dtype = self.rng.choice(fv.FLOATS)
-            args = [self.made(a) for a in signatures()[name] if a.required or self.rng.random() < 0.5]
+            args = [
+                self.made(a) for a in signatures()[name] if a.required or self.rng.random() < 0.5
+            ]
         if self.rng.random() < 0.03:
             self.miscount(args)
         self.args = args
@@ -138,7 +140,9 @@ class Case:
         elif how == 2:
             self.named = {"nobody": 1}
         elif args:
-            self.named = {self.rng.choice(signatures()[self.name] or [Argument("x", "", True)])[0]: 1}
+            self.named = {
+                self.rng.choice(signatures()[self.name] or [Argument("x", "", True)])[0]: 1
+            }
 
     def made(self, a: Argument) -> Any:
         """A value of the argument's type, mostly."""
@@ -155,7 +159,10 @@ class Case:
             count = rng.choice((0, 1, 2, 2, 3))
             if "Tensor" not in a.type and "dict" not in a.type:
                 return [rng.random() for _ in range(count)]
-            return [self.tensor() if "Tensor" in a.type else {"step": self.tensor()} for _ in range(count)]
+            return [
+                self.tensor() if "Tensor" in a.type else {"step": self.tensor()}
+                for _ in range(count)
+            ]
         if "tuple" in a.type:
             return tuple(rng.choice(fv.NUMBERS) for _ in range(rng.choice((0, 1, 3, 4, 4))))
         if "Tensor" in a.type and ("int" not in a.type or rng.random() < 0.1):
@@ -209,7 +216,9 @@ class Case:
 
     def new_grad(self, value: Tensor) -> Tensor | None:
         try:
-            value.grad = fv.relative(self.rng, value.grad.detach()) if value.grad is not None else None
+            value.grad = (
+                fv.relative(self.rng, value.grad.detach()) if value.grad is not None else None
+            )
         except (RuntimeError, TypeError):
             value.grad = None
         return value.grad
@@ -294,7 +303,11 @@ class Memory:
             whole = torch.empty(0, dtype=torch.uint8).set_(storage)
             address = storage.data_ptr()
             if address not in self.parts:
-                self.parts[address] = (whole, whole.clone(), torch.ones(len(whole), dtype=torch.bool))
+                self.parts[address] = (
+                    whole,
+                    whole.clone(),
+                    torch.ones(len(whole), dtype=torch.bool),
+                )
             size = plain.element_size()
             outside = self.parts[address][2].as_strided(
                 (*[n if s else 1 for n, s in zip(plain.shape, plain.stride(), strict=True)], size),
@@ -335,6 +348,8 @@ def main() -> int:
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--cases", type=int, default=2000, help="of all functions together")
     parse.add_argument("--only", help="FUNCTION, or FUNCTION:NUMBER for one case in words")
+    parse.add_argument("--own-calls", action="store_true", help="the package's calls, unchanged")
+    parse.add_argument("--after", help="FUNCTION:NUMBER of the last case to be left out")
     parse.add_argument("--progress", type=Path, default=Path(os.devnull))
     options = parse.parse_args()
     faulthandler.enable()
@@ -350,13 +365,22 @@ def main() -> int:
         print(case.run())
         return 0
     names = [name] if name else names
+    if options.own_calls:
+        for name, calls in own.items():
+            print(name, Counter(f"status {getattr(_C, name)(*call)!r:.20}" for call in calls))
+        return 0
     progress = os.open(options.progress, os.O_WRONLY | os.O_CREAT)
     failed = 0
     # A function with many arguments has more to be got wrong.
     weights = {n: 1 + len(signatures()[n]) for n in names}
+    total = sum(weights.values())
+    begin = 0
+    if options.after:
+        last, _, number = options.after.partition(":")
+        names, begin = names[names.index(last) :], int(number) + 1
     for name in names:
         ends: Counter[str] = Counter()
-        for index in range(1 + options.cases * weights[name] // sum(weights.values())):
+        for index in range(begin, 1 + options.cases * weights[name] // total):
             os.pwrite(progress, f"{name}:{index}\n".ljust(80).encode(), 0)
             case = Case(name, index, options.seed, own.get(name, []))
             try:
@@ -366,7 +390,9 @@ def main() -> int:
                 print(f"--- {name}:{index} {failure}\n{case.describe()}", flush=True)
                 if failure.__cause__ is not None:
                     traceback.print_exception(failure.__cause__)
+        begin = 0
         print(name, *(f"{how} {n}," for how, n in ends.most_common()), flush=True)
+    print("finished")
     return int(failed > 0)
 
 

@@ -109,11 +109,13 @@ def _raises(self: Any, *args: Any, **kwargs: Any) -> Any:
     raise HostileError("asked a hostile object")
 
 
-_ASKED = "index int float bool len iter next getitem contains call eq hash repr str dlpack".split()
+_ASKED = ["index", "int", "float", "bool", "len", "iter", "next", "getitem", "contains", "call", "eq", "hash", "repr", "str", "dlpack"]
 Hostile = type("Hostile", (), {f"__{name}__": _raises for name in _ASKED})
 HostileInt = type("HostileInt", (int,), {f"__{n}__": _raises for n in ("index", "int", "bool")})
 HostileFloat = type("HostileFloat", (float,), {f"__{n}__": _raises for n in ("float", "bool")})
-HostileList = type("HostileList", (list,), {f"__{n}__": _raises for n in ("len", "iter", "getitem")})
+HostileList = type(
+    "HostileList", (list,), {f"__{n}__": _raises for n in ("len", "iter", "getitem")}
+)
 HostileTuple = type("HostileTuple", (tuple,), {f"__{n}__": _raises for n in ("len", "getitem")})
 HostileTensor = type("HostileTensor", (Tensor,), {"__torch_function__": classmethod(_raises)})
 
@@ -188,7 +190,17 @@ NUMBERS: list[Any] = [
     *(float("nan"), True, False, None),
 ]
 
-STRINGS: list[Any] = ["", "relu", "gelu", "float32", "bfloat16", "avx2", "x" * 70000, "\0", "\udc80"]
+STRINGS: list[Any] = [
+    "",
+    "relu",
+    "gelu",
+    "float32",
+    "bfloat16",
+    "avx2",
+    "x" * 70000,
+    "\0",
+    "\udc80",
+]
 
 OBJECTS: list[Callable[[], Any]] = [
     *(Hostile, Pretender, object, list, tuple, dict, set, lambda: b"", lambda: b"12345678"),

@@ -256,6 +256,7 @@ std::int64_t batch_norm_backward(
   job.reduce = reduce;
   job.from_y = from_y;
   job.x = reader.x().data;
+  if (grad.is_none()) throw py::type_error(where(op, "grad") + " must be a tensor, got None");
   job.grad = reader.like_x(grad);
   job.grad_x = reader.like_x(grad_x);
   job.grad_residual = reader.like_x(grad_residual);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "core/parallel.h"
+
 namespace fusereg {
 namespace {
 
@@ -16,6 +18,7 @@ struct TorchApi {
   PyObject* is_leaf = nullptr;        // of Tensor.is_leaf
   PyObject* is_neg = nullptr;         // method descriptor
   PyObject* increment_version = nullptr;
+  PyObject* get_num_threads = nullptr;
 };
 TorchApi g_torch;
 
@@ -46,6 +49,14 @@ bool known_device(DLDeviceType type) {
   if (type == kDLCUDA) return true;
 #endif
   return type == kDLCPU;
+}
+
+// Torch hands its number of threads to OpenMP, for the calling thread, when that asks for it.
+void ask_torch_for_threads() {
+  const py::gil_scoped_acquire gil;
+  PyObject* const threads = PyObject_CallNoArgs(g_torch.get_num_threads);
+  if (threads == nullptr) PyErr_Clear();
+  Py_XDECREF(threads);
 }
 
 py::object descriptor_value(PyObject* descriptor, py::handle object) {
@@ -152,7 +163,10 @@ void bind_torch(const py::type& tensor, const py::type& parameter,
           "fusereg: torch.Tensor.grad and its like are no descriptors in this torch");
     }
   }
+  torch.get_num_threads =
+      py::object(py::module_::import("torch").attr("get_num_threads")).release().ptr();
   g_torch = torch;
+  ask_for_threads(&ask_torch_for_threads);
 }
 
 bool is_plain_type(py::handle object) {

@@ -140,7 +140,13 @@ class JobBuilder {
       if (!is_leaf(a_.tensors[i])) return false;
       grad = grad_of(a_.tensors[i]);
     }
-    if (grad.is_none()) return grads.has_value();
+    if (grad.is_none()) {
+      if (job_.op == Op::kWriteGrad) {
+        throw py::type_error(std::string("fusereg.") + a_.op + ": grads[" + std::to_string(i) +
+                             "] must be a tensor, got None");
+      }
+      return grads.has_value();
+    }
     TensorView g;
     if (read_gradient(grad, g) != Kind::kPlain || g.device != w.device || g.dtype != w.dtype ||
         !w.same_layout(g))

@@ -9,7 +9,8 @@
 ``fusereg info`` on the command line tells what this build and this machine offer.
 """
 
-from . import _dispatch as _dispatch  # isort: skip  # first: it refuses a torch that is too old
+from . import _interpreter as _interpreter  # isort: skip  # first: before torch is imported
+from . import _dispatch as _dispatch  # isort: skip  # then: it refuses a torch that is too old
 from . import _C, augment, early_stopping, functional, nn, optim, prox
 from ._decompositions import decompositions
 from ._version import __version__
