@@ -113,8 +113,10 @@ FUSEREG_INLINE Fixed block_start(double step, double v, std::int64_t first, int 
 
 // From there to the block's pixel `lane`.
 FUSEREG_INLINE std::int32_t lane_step(double step, int lane, int bits) {
-  const double by = within_reach(multiply(step, static_cast<double>(lane)) * power_of_two(bits));
-  return static_cast<std::int32_t>(floor_of(add(by, 0.5)));
+  const double by = multiply(step, static_cast<double>(lane)) * power_of_two(bits);
+  const double least = by > -2.0 * kFarthest ? by : -2.0 * kFarthest;
+  return static_cast<std::int32_t>(
+      floor_of(add(least < 2.0 * kFarthest ? least : 2.0 * kFarthest, 0.5)));
 }
 
 // m1 y + m2: the row's part of a coordinate.

@@ -50,7 +50,9 @@ bool read_images(const py::object& tensor, Images& images, std::int64_t (&sizes)
     return false;
   }
   if (ndim != 4) return false;
+  const bool empty = sizes[0] * sizes[1] * sizes[2] * sizes[3] == 0;
   auto contiguous = [&](const int (&order)[4]) {
+    if (empty) return true;
     std::int64_t expected = 1;
     for (int i = 3; i >= 0; --i) {
       const int d = order[i];

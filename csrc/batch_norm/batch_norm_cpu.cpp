@@ -584,6 +584,10 @@ class BackwardRun : public Passes<BackwardRun> {
   double mean(std::int64_t s, std::int64_t c) const {
     return job_.moments == nullptr ? get(job_.running_mean, c) : job_.moments[s];
   }
+  double variance(std::int64_t s, std::int64_t c) const {
+    return job_.moments == nullptr ? get(job_.running_var, c)
+                                   : job_.moments[layout_.statistics() + s];
+  }
   void parameter_gradients() const {
     if (job_.grad_weight.data == nullptr && job_.grad_bias.data == nullptr) return;
     const std::int64_t statistics = layout_.statistics();

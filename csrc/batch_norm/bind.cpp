@@ -303,6 +303,22 @@ py::object batch_norm_layout(const py::object& x, std::int64_t group_samples, bo
   return py::make_tuple(l.outer, l.channels, l.inner, l.statistics(), l.bit_bytes());
 }
 
+// Whether x and the vectors, each of which may be None, have shapes and devices that go together.
+// False: Python has to look for what is wrong, or for why they cannot be read.
+bool batch_norm_fits(const py::object& x, const py::object& running_mean,
+                     const py::object& running_var, const py::object& weight,
+                     const py::object& bias) {
+  TensorView view;
+  if (!is_plain_type(x) || read_tensor(x, view) != Kind::kPlain || view.ndim < 2) return false;
+  const auto fits = [&](const py::object& vector) {
+    if (vector.is_none()) return true;
+    TensorView v;
+    return is_plain_type(vector) && read_tensor(vector, v) == Kind::kPlain && v.ndim == 1 &&
+           v.numel == view.sizes[1] && v.device == view.device;
+  };
+  return fits(running_mean) && fits(running_var) && fits(weight) && fits(bias);
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
@@ -319,6 +335,8 @@ void bind(py::module_& m) {
         arg("statistics"), arg("eps"), arg("group_samples"), arg("activation"), arg("slope"),
         arg("p"), arg("seed"), arg("offset"), arg("index_offset"), op_argument());
   m.def("batch_norm_layout", &batch_norm_layout, arg("x"), arg("group_samples"), arg("mask"));
+  m.def("batch_norm_fits", &batch_norm_fits, arg("x"), arg("running_mean"), arg("running_var"),
+        arg("weight"), arg("bias"));
   m.attr("BATCH_NORM_SEMAPHORE_BYTES") = kSemaphoreBytes;
   bind_plan(m);
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _batch_norm_inplace, _batch_norm_ops, _dispatch, _dropout_ops, _random
+from .. import _C, _batch_norm_inplace, _batch_norm_ops, _dispatch, _dropout_ops, _random
 from .. import _batch_norm_kernels as kernels
 from .._batch_norm_kernels import Call, Running
 from .._params import SUPPORTED_DTYPES
@@ -221,28 +221,10 @@ def _check(
     op: str,
 ) -> None:
     """Raises, before anything is written, where an argument is wrong."""
-    if type(x) is not Tensor or x.dtype not in SUPPORTED_DTYPES or x.layout is not torch.strided:
-        _dropout_ops.check_input(x, op)
+    if not (_dispatch.eager() and _C.batch_norm_fits(x, running_mean, running_var, weight, bias)):
+        _check_shapes(x, running_mean, running_var, weight, bias, op)
     shape = x.shape
-    if len(shape) < 2:
-        raise ValueError(
-            f"fusereg.{op}: x must have at least 2 dimensions (N, C, ...), got {len(shape)}"
-        )
-    device = x.device
     channels = shape[1]
-    for name, values in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if values is not None and (
-            not isinstance(values, Tensor)
-            or values.dim() != 1
-            or values.shape[0] != channels
-            or values.device != device
-        ):
-            _wrong_vector(name, values, channels, device, op)
     if use_batch:
         if momentum is not None and not 0.0 <= momentum <= 1.0:
             raise ValueError(
@@ -270,6 +252,38 @@ def _check(
             f"fusereg.{op}: num_batches_tracked must be an int64 tensor of one element, "
             f"got {num_batches_tracked!r}"
         )
+
+
+def _check_shapes(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    op: str,
+) -> None:
+    if type(x) is not Tensor or x.dtype not in SUPPORTED_DTYPES or x.layout is not torch.strided:
+        _dropout_ops.check_input(x, op)
+    shape = x.shape
+    if len(shape) < 2:
+        raise ValueError(
+            f"fusereg.{op}: x must have at least 2 dimensions (N, C, ...), got {len(shape)}"
+        )
+    device = x.device
+    channels = shape[1]
+    for name, values in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if values is not None and (
+            not isinstance(values, Tensor)
+            or values.dim() != 1
+            or values.shape[0] != channels
+            or values.device != device
+        ):
+            _wrong_vector(name, values, channels, device, op)
 
 
 def _group_samples(x: Tensor, size: object, use_batch: bool, op: str) -> int:

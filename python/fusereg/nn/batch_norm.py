@@ -81,12 +81,21 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         virtual_batch_size: int | None = None,
     ) -> Tensor:
         self._check_input_dim(input)
+        # nn.Module takes half a microsecond for each attribute that is a parameter or a buffer.
+        buffers, parameters = self._buffers, self._parameters
+        try:
+            mean, var = buffers["running_mean"], buffers["running_var"]
+            batches = buffers["num_batches_tracked"]
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:  # parametrized, or replaced by something that is neither
+            mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+            weight, bias = self.weight, self.bias
         return F.batch_norm(
             input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
+            mean,
+            var,
+            weight,
+            bias,
             self.training,
             self.momentum,
             self.eps,
@@ -96,7 +105,7 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             negative_slope=self.negative_slope,
             mask=mask,
             virtual_batch_size=virtual_batch_size,
-            num_batches_tracked=self.num_batches_tracked,
+            num_batches_tracked=batches,
             update_stats=self.update_stats,
             inplace=self.inplace,
         )
