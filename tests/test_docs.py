@@ -208,6 +208,7 @@ def test_every_operation_that_can_be_tried_is_in_a_table() -> None:
     assert sorted(name for _, name in NAMED) == sorted(SUPPORT.SUBJECTS)
     functions = {name for name in fusereg.functional.__all__ if name != "dropout_mask"}
     assert functions <= set(SUPPORT.SUBJECTS)
+    assert "augment.warp_affine" in SUPPORT.SUBJECTS
 
 
 def test_an_attempt_that_fails_says_no() -> None:

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fusereg
+from fusereg import augment
 from fusereg import functional as F
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,6 +113,19 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "batch_norm, dropout": Subject(
         lambda x: F.batch_norm(x, None, None, _vector(x), _vector(x), True, dropout=0.3)
+    ),
+    "augment.warp_affine": Subject(
+        lambda x: augment.warp_affine(x, torch.tensor([[0.9, 0.2, 0.0], [-0.2, 0.9, 0.5]]))
+    ),
+    "augment.crop_flip_normalize": Subject(
+        lambda x: augment.crop_flip_normalize(x, 5, top=1, left=2, hflip=True, mean=0.5, std=0.2)
+    ),
+    "augment.resize": Subject(lambda x: augment.resize(x, (5, 11))),
+    "augment.erase": Subject(
+        lambda x: augment.erase(x, torch.tensor([[1, 1, 4, 5]]).expand(x.shape[0], 4))
+    ),
+    "augment.mix": Subject(
+        lambda x: augment.mix(x, torch.arange(x.shape[0]).roll(1), 0.3)
     ),
 }
 
