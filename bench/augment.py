@@ -199,9 +199,7 @@ def _grid_sample(data: _Data) -> Tensor:
     steps = torch.arange(SIZE, dtype=torch.float32, device=x.device)
     m = data.matrix.float()[:, None, None]
     col, row = steps[None, None, :], steps[None, :, None]
-    grid = torch.stack(
-        [m[..., i, 0] * col + m[..., i, 1] * row + m[..., i, 2] for i in (0, 1)], -1
-    )
+    grid = torch.stack([m[..., i, 0] * col + m[..., i, 1] * row + m[..., i, 2] for i in (0, 1)], -1)
     grid = (2 * grid + 1) / SIDE - 1
     y = torch.nn.functional.grid_sample(x, grid, align_corners=False)
     return data.normalized(y)
@@ -341,8 +339,6 @@ def _exact(data: _Data, mode: str) -> Tensor:
     m = data.matrix[:4, None, None]
     steps = torch.arange(SIZE, dtype=torch.float64, device=x.device)
     col, row = steps[None, None, :], steps[None, :, None]
-    grid = torch.stack(
-        [m[..., i, 0] * col + m[..., i, 1] * row + m[..., i, 2] for i in (0, 1)], -1
-    )
+    grid = torch.stack([m[..., i, 0] * col + m[..., i, 1] * row + m[..., i, 2] for i in (0, 1)], -1)
     y = torch.nn.functional.grid_sample(x, (2 * grid + 1) / SIDE - 1, align_corners=False)
     return (y / 255 - data.mean) / data.std

@@ -229,7 +229,7 @@ def augment(
 
 
 def rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """To the result's dtype; integers to nearest (halves to even), and no further than 0 and 255."""
+    """To the result's dtype; integers to nearest (halves to even), within 0 and 255."""
     if dtype is torch.uint8:
         return y.nan_to_num(0.0).round().clamp(0, 255).to(dtype)
     return y.to(dtype)

@@ -141,9 +141,7 @@ def test_dtypes_channels_and_layouts(dtype: torch.dtype, channels: int, backend:
     values = numbers(channels, dtype)
     for interpolation in INTERPOLATIONS:
         wide = run(x, records, (10, 35), interpolation, out_dtype=torch.float32, **values)
-        wanted = reference.augment(
-            x, records, size=(10, 35), interpolation=interpolation, **values
-        )
+        wanted = reference.augment(x, records, size=(10, 35), interpolation=interpolation, **values)
         assert_near(wide, wanted, 4e-6)
         for out_dtype in ALL_DTYPES:
             exact = run(x, records, (10, 35), interpolation, out_dtype=out_dtype, **values)
@@ -454,9 +452,7 @@ def test_out_and_other_layouts(backend: Backend) -> None:
             "mean and std must be given both",
         ),
         (
-            lambda x: A.warp_affine(
-                x, torch.eye(2, 3), interpolation="nearest", antialias=True
-            ),
+            lambda x: A.warp_affine(x, torch.eye(2, 3), interpolation="nearest", antialias=True),
             ValueError,
             "antialias needs",
         ),

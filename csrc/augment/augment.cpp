@@ -7,7 +7,8 @@
 namespace fusereg::augment::FUSEREG_ISA {
 namespace {
 
-// --- forward, one pixel after the other: float64, antialiasing ------------------------------------
+// --- forward, one pixel after the other: float64, antialiasing
+// ------------------------------------
 
 template <class T, int kGroup>
 void plain_row(const Job& job, std::int64_t sample, std::int64_t row) {
@@ -33,7 +34,8 @@ void plain_rows(const Job& job, std::int64_t begin, std::int64_t end) {
   }
 }
 
-// --- forward, by blocks ---------------------------------------------------------------------------
+// --- forward, by blocks
+// ---------------------------------------------------------------------------
 
 FUSEREG_INLINE Floats clamped(Floats v, float limit) {
   return select(v < 0.0f, Floats{}, select(v > limit, broadcast(limit), v));
@@ -63,27 +65,46 @@ void erase_block(const Job& job, const Frame& f, std::int64_t row, std::int64_t 
   }
 }
 
+// Past the cache (kPast), or as usual. `to` is aligned to a vector then.
+template <bool kPast>
+FUSEREG_INLINE void put(float* to, Floats v) {
+#if defined(__AVX512F__)
+  if constexpr (kPast) return _mm512_stream_ps(to, v);
+#elif defined(__AVX2__)
+  if constexpr (kPast) return _mm256_stream_ps(to, v);
+#elif defined(__SSE2__)
+  if constexpr (kPast) return _mm_stream_ps(to, v);
+#endif
+  store(to, v);
+}
+
 // Colour, clamp and normalization of a block's values.
-FUSEREG_INLINE void finish_block(const Job& job, const Frame& f, float* out, std::int64_t stride) {
+template <bool kPast>
+FUSEREG_INLINE void finish_block(const Job& job, const Frame& f, const float* in, float* out,
+                                 std::int64_t stride) {
   const double* const m = f.record + 16;
   const auto limit = static_cast<float>(job.limit);
   for (int p = 0; p < kBlock; p += kLanes) {
-    float* const at = out + p;
+    const float* const at = in + p;
+    float* const to = out + p;
+    auto normalized = [&](int c, Floats v) {
+      return v * static_cast<float>(job.scale[c]) + static_cast<float>(job.shift[c]);
+    };
     if (job.colour && job.c == 3) {
-      const Floats v0 = load(at), v1 = load(at + stride), v2 = load(at + 2 * stride);
+      const Floats v0 = load(at), v1 = load(at + kBlock), v2 = load(at + 2 * kBlock);
       for (int k = 0; k < 3; ++k) {
         const double* const r = m + 4 * k;
         const Floats sum = (v0 * static_cast<float>(r[0]) + v1 * static_cast<float>(r[1])) +
                            v2 * static_cast<float>(r[2]);
-        store(at + k * stride, clamped(sum + static_cast<float>(r[3]), limit));
+        const Floats v = clamped(sum + static_cast<float>(r[3]), limit);
+        put<kPast>(to + k * stride, normalized(k, v));
       }
+      continue;
     }
     for (int c = 0; c < job.c; ++c) {
-      Floats v = load(at + c * stride);
-      if (job.colour && job.c != 3)
-        v = clamped(v * static_cast<float>(m[0]) + static_cast<float>(m[3]), limit);
-      store(at + c * stride,
-            v * static_cast<float>(job.scale[c]) + static_cast<float>(job.shift[c]));
+      Floats v = load(at + c * kBlock);
+      if (job.colour) v = clamped(v * static_cast<float>(m[0]) + static_cast<float>(m[3]), limit);
+      put<kPast>(to + c * stride, normalized(c, v));
     }
   }
 }
@@ -91,13 +112,12 @@ FUSEREG_INLINE void finish_block(const Job& job, const Frame& f, float* out, std
 // A(sample) for the 16 pixels of a block, of which `count` are there.
 template <class T, Interpolation kHow>
 void unmixed_block(const Job& job, const Frame& f, std::int64_t row, std::int64_t first, int count,
-                   float* out, std::int64_t stride) {
-  const Cut erased = cut_block(f.erase, row, first, count);
+                   const Cut& erased, float* out) {
   if (erased.end - erased.begin < count) {
-    warp_block<T, kHow>(job, f, row, first, out, stride);
-    finish_block(job, f, out, stride);
+    warp_block<T, kHow>(job, f, row, first, out, kBlock);
+    finish_block<false>(job, f, out, out, kBlock);
   }
-  if (erased.begin < erased.end) erase_block(job, f, row, first, erased, out, stride);
+  if (erased.begin < erased.end) erase_block(job, f, row, first, erased, out, kBlock);
 }
 
 template <class U>
@@ -110,7 +130,7 @@ FUSEREG_INLINE U narrowed(float v) {
 }
 
 // Planes of values to the result, whatever its layout.
-template <class U>
+template <class U, bool kPast>
 void store_block(const Job& job, U* y, const float* values, int count) {
   if constexpr (sizeof(U) == 4) {
     if (count == kBlock && job.c == 3 && job.y.pixel == 3) {
@@ -118,7 +138,7 @@ void store_block(const Job& job, U* y, const float* values, int count) {
         Floats mixed[3];
         interleave(load(values + p), load(values + kBlock + p), load(values + 2 * kBlock + p),
                    mixed);
-        for (int k = 0; k < 3; ++k) store(y + k * kLanes, mixed[k]);
+        for (int k = 0; k < 3; ++k) put<kPast>(y + k * kLanes, mixed[k]);
       }
       return;
     }
@@ -130,14 +150,46 @@ void store_block(const Job& job, U* y, const float* values, int count) {
   }
 }
 
-template <class T, Interpolation kHow>
+template <bool kPast>
+FUSEREG_INLINE void store_values(const Job& job, std::int64_t at, const float* values, int count) {
+  if (job.y.type == Element::kFloat32) {
+    store_block<float, kPast>(job, static_cast<float*>(job.y.data) + at, values, count);
+    return;
+  }
+  dispatch_element(job.y.type, [&](auto tag) {
+    using U = typename decltype(tag)::type;
+    if constexpr (sizeof(U) == 8) {
+      double* const y = static_cast<double*>(job.y.data) + at;
+      for (int c = 0; c < job.c; ++c) {
+        for (int k = 0; k < count; ++k)
+          y[c * job.y.channel + k * job.y.pixel] = static_cast<double>(values[c * kBlock + k]);
+      }
+    } else if constexpr (sizeof(U) < 4) {
+      store_block<U, false>(job, static_cast<U*>(job.y.data) + at, values, count);
+    }
+  });
+}
+
+// Asks for a part of the next sample, as large as a row's share of it: a warp reads an image in an
+// order that the processor does not foresee.
+FUSEREG_INLINE void ask_ahead(const Job& job, std::int64_t sample, std::int64_t row,
+                              std::int64_t bytes) {
+  constexpr std::int64_t kLine = 64;
+  constexpr std::int64_t kMost = 512 * 1024;  // of an image, so that it stays in the cache
+  if (sample + 1 >= job.n || bytes > kMost) return;
+  const char* const next = static_cast<const char*>(job.x.data) + (sample + 1) * bytes;
+  for (std::int64_t i = bytes * row / job.y.h; i < bytes * (row + 1) / job.y.h; i += kLine)
+    __builtin_prefetch(next + i, 0, 2);
+}
+
+template <class T, Interpolation kHow, bool kPast>
 void block_rows(const Job& job, std::int64_t begin, std::int64_t end) {
   Frame frame;
   Frame partner;
   std::int64_t sample = -1;
-  float values[kMaxChannels * kBlock];
-  float others[kMaxChannels * kBlock];
-  const bool direct = job.y.type == Element::kFloat32 && job.y.pixel == 1;
+  alignas(kVectorBytes) float values[kMaxChannels * kBlock];
+  alignas(kVectorBytes) float others[kMaxChannels * kBlock];
+  const bool planes = job.y.type == Element::kFloat32 && job.y.pixel == 1;
   for (std::int64_t i = begin; i < end; ++i) {
     const std::int64_t row = i % job.y.h;
     if (i / job.y.h != sample) {
@@ -145,44 +197,56 @@ void block_rows(const Job& job, std::int64_t begin, std::int64_t end) {
       make_frame(job, sample, frame);
       if (frame.partner >= 0) make_frame(job, frame.partner, partner);
     }
+    ask_ahead(job, sample, row, job.x.sample * static_cast<std::int64_t>(sizeof(T)));
     const double lam = frame.record[15];
     for (std::int64_t first = 0; first < job.y.w; first += kBlock) {
       const std::int64_t left = job.y.w - first;
       const int count = left < kBlock ? static_cast<int>(left) : kBlock;
       const std::int64_t at = sample * job.y.sample + row * job.y.row + first * job.y.pixel;
       const Cut mixed = frame.partner >= 0 ? cut_block(frame.mix, row, first, count) : Cut{0, 0};
-      // Whole blocks of float32 planes are written where they belong.
-      const bool in_place = direct && count == kBlock;
-      float* const out = in_place ? static_cast<float*>(job.y.data) + at : values;
-      const std::int64_t stride = in_place ? job.y.channel : kBlock;
+      const Cut erased = cut_block(frame.erase, row, first, count);
+      if (planes && count == kBlock && erased.begin >= erased.end && mixed.begin >= mixed.end) {
+        // What most blocks of a batch are.
+        warp_block<T, kHow>(job, frame, row, first, values, kBlock);
+        finish_block<kPast>(job, frame, values, static_cast<float*>(job.y.data) + at,
+                            job.y.channel);
+        continue;
+      }
       if (mixed.end - mixed.begin < count || lam != 0.0)
-        unmixed_block<T, kHow>(job, frame, row, first, count, out, stride);
+        unmixed_block<T, kHow>(job, frame, row, first, count, erased, values);
       if (mixed.begin < mixed.end) {
-        unmixed_block<T, kHow>(job, partner, row, first, count, others, kBlock);
+        unmixed_block<T, kHow>(job, partner, row, first, count,
+                               cut_block(partner.erase, row, first, count), others);
         const auto share = static_cast<float>(lam);
         const auto rest = static_cast<float>(1.0 - lam);
         for (int c = 0; c < job.c; ++c) {
           for (int k = mixed.begin; k < mixed.end; ++k) {
-            float& v = out[c * stride + k];
+            float& v = values[c * kBlock + k];
             const float other = others[c * kBlock + k];
             v = lam == 0.0 ? other : v * share + other * rest;
           }
         }
       }
-      if (in_place) continue;
-      dispatch_element(job.y.type, [&](auto tag) {
-        using U = typename decltype(tag)::type;
-        if constexpr (sizeof(U) == 8) {
-          double* const y = static_cast<double*>(job.y.data) + at;
-          for (int c = 0; c < job.c; ++c) {
-            for (int k = 0; k < count; ++k)
-              y[c * job.y.channel + k * job.y.pixel] = static_cast<double>(values[c * kBlock + k]);
-          }
-        } else {
-          store_block(job, static_cast<U*>(job.y.data) + at, values, count);
-        }
-      });
+      store_values<kPast>(job, at, values, count);
     }
+  }
+#if defined(__SSE2__)
+  if constexpr (kPast) _mm_sfence();
+#endif
+}
+
+template <class T, Interpolation kHow>
+void block_rows(const Job& job, std::int64_t begin, std::int64_t end) {
+  // A result that no cache holds is written past it: else each line would be read first.
+  constexpr std::int64_t kLarge = std::int64_t{1} << 23;
+  const bool aligned =
+      (reinterpret_cast<std::uintptr_t>(job.y.data) | static_cast<std::uintptr_t>(job.y.w * 4)) %
+          kVectorBytes ==
+      0;
+  if (job.y.type == Element::kFloat32 && aligned && job.n * job.y.sample * 4 >= kLarge) {
+    block_rows<T, kHow, true>(job, begin, end);
+  } else {
+    block_rows<T, kHow, false>(job, begin, end);
   }
 }
 
@@ -215,7 +279,8 @@ void forward(const Job& job, std::int64_t begin, std::int64_t end) {
   });
 }
 
-// --- backward -------------------------------------------------------------------------------------
+// --- backward
+// -------------------------------------------------------------------------------------
 
 // Adds what one output image gives to the rows [row_begin, row_end) of grad_x[sample].
 template <class T, int kGroup>

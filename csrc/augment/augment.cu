@@ -1,8 +1,8 @@
 // CUDA kernels of augmentation. Contract: augment.h.
 //
 // A thread takes an output pixel (forward) or an input pixel (backward), with all its channels, so
-// that coordinates and weights are worked out once. Neighbouring threads take neighbouring pixels of
-// a row: their taps share cache lines, and a warp's stores are whole lines.
+// that coordinates and weights are worked out once. Neighbouring threads take neighbouring pixels
+// of a row: their taps share cache lines, and a warp's stores are whole lines.
 #include <algorithm>
 
 #include "augment/augment.h"
@@ -17,8 +17,8 @@ constexpr int kBlocksPerSm = 32;
 constexpr const char* kOp = "fusereg.augment";
 
 template <class T, int kGroup>
-__global__ void __launch_bounds__(kThreads) augment_forward_kernel(FUSEREG_GRID_CONSTANT(Job,
-                                                                                         job)) {
+__global__ void __launch_bounds__(kThreads)
+    augment_forward_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
   const std::int64_t pixels = job.n * job.y.h * job.y.w;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < pixels;
@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kThreads) augment_forward_kernel(FUSEREG_GRID_
   }
 }
 
-// --- backward -------------------------------------------------------------------------------------
+// --- backward
+// -------------------------------------------------------------------------------------
 
 struct Range {
   double low, high;
@@ -167,8 +168,7 @@ __global__ void __launch_bounds__(kThreads)
     const auto x = static_cast<std::int32_t>(i % grad.w);
     const auto y = static_cast<std::int32_t>(i / grad.w % grad.h);
     const std::int64_t sample = i / (grad.w * grad.h);
-    C* const at =
-        static_cast<C*>(grad.data) + sample * grad.sample + y * grad.row + x * grad.pixel;
+    C* const at = static_cast<C*>(grad.data) + sample * grad.sample + y * grad.row + x * grad.pixel;
     for (int c = 0; c < job.c; c += kGroup) {
       C sum[kGroup] = {};
       gather_gradient<T, kGroup>(job, sample, sample, false, x, y, c, sum);

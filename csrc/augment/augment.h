@@ -8,7 +8,8 @@
 // uint8 elements are the numbers 0 to 255.
 //
 // A record is a row of 28 float64 for each sample, in memory of x's device:
-//   0..5    M = [m00 m01 m02; m10 m11 m12]: output pixel (x, y) comes from M (x, y, 1) in the input;
+//   0..5    M = [m00 m01 m02; m10 m11 m12]: output pixel (x, y) comes from M (x, y, 1) in the
+//   input;
 //           integers are the centres of pixels in both
 //   6..9    erase box x0 y0 x1 y1 in output pixels, half open; empty if x1 <= x0 or y1 <= y0
 //   10..13  mix box, likewise
@@ -26,8 +27,8 @@
 //   coloured    if `colour`; then clamped to [0, 255] (uint8) or [0, 1]
 //   normalized  v * scale[c] + shift[c]
 //   erased      inside the erase box erase[c] (in y's units), or a standard normal (`erase_noise`):
-//               Philox under keys[i] = (seed, low half of the counter), element (c Ho + y) Wo + x as
-//               in Gaussian dropout (core/normal.h)
+//               Philox under keys[i] = (seed, low half of the counter), element (c Ho + y) Wo + x
+//               as in Gaussian dropout (core/normal.h)
 //   mixed       see above. lam 0 reads the partner alone, lam 1 the sample alone.
 //   stored      rounded to y's dtype; uint8: to nearest, halves to even, 0 to 255, NaN 0
 //
@@ -47,12 +48,12 @@
 //
 // Bytes: every byte of x that is needed once, every element of y once. No workspace.
 //
-// Backward: grad_x [N, C, H, W] = the transpose of the map that forward is in x: the sum over output
-// pixels, in row-major order, own output first and then those of the samples that have it as their
-// partner in their order, of weight * gradient; erased pixels give none. With `colour` x must be
-// there: where the clamp acts there is no gradient. On the CPU one thread
-// owns a band of a sample's rows and adds in that order; on CUDA a thread owns an input pixel and
-// walks the output pixels that can reach it in the same order. Deterministic; no atomics.
+// Backward: grad_x [N, C, H, W] = the transpose of the map that forward is in x: the sum over
+// output pixels, in row-major order, own output first and then those of the samples that have it as
+// their partner in their order, of weight * gradient; erased pixels give none. With `colour` x must
+// be there: where the clamp acts there is no gradient. On the CPU one thread owns a band of a
+// sample's rows and adds in that order; on CUDA a thread owns an input pixel and walks the output
+// pixels that can reach it in the same order. Deterministic; no atomics.
 #pragma once
 
 #include <cstdint>

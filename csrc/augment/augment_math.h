@@ -11,11 +11,12 @@ namespace fusereg::augment {
 using normal::add;
 using normal::multiply;
 
-// Before functions that are too large to be part of each of their callers. Internal linkage, for the
-// same reason as FUSEREG_INLINE.
+// Before functions that are too large to be part of each of their callers. Internal linkage, for
+// the same reason as FUSEREG_INLINE.
 #define FUSEREG_STATIC static FUSEREG_HD
 
-// --- elements -------------------------------------------------------------------------------------
+// --- elements
+// -------------------------------------------------------------------------------------
 
 template <class T>
 struct NumberOf {
@@ -38,8 +39,8 @@ FUSEREG_INLINE Number<T> read(const T* p) {
   }
 }
 
-// To nearest, halves to even, within [0, 255]; NaN becomes 0. Adding 1.5 * 2^23 leaves no bits after
-// the point.
+// To nearest, halves to even, within [0, 255]; NaN becomes 0. Adding 1.5 * 2^23 leaves no bits
+// after the point.
 template <class C>
 FUSEREG_INLINE std::uint8_t to_uint8(C v) {
   const C low = v > C{0} ? v : C{0};
@@ -68,7 +69,8 @@ FUSEREG_INLINE void write(void* data, Element type, std::int64_t at, C v) {
   }
 }
 
-// --- coordinates ----------------------------------------------------------------------------------
+// --- coordinates
+// ----------------------------------------------------------------------------------
 
 inline constexpr double kFarthest = 536870912.0;  // 2^29
 
@@ -161,7 +163,8 @@ FUSEREG_INLINE void place(const double* m, std::int64_t col, std::int64_t row, b
   place_on_axis(add(multiply(m[3], c), row_start(m + 3, row)), nearest, p.y, p.ty);
 }
 
-// --- taps -----------------------------------------------------------------------------------------
+// --- taps
+// -----------------------------------------------------------------------------------------
 
 // The pixel that stands for `at`; negative under constant fill outside the image.
 FUSEREG_STATIC std::int32_t fold(std::int32_t at, std::int32_t size, FillMode mode) {
@@ -205,7 +208,8 @@ FUSEREG_STATIC Number<T> pixel_at(const Plane<T>& p, std::int32_t x, std::int32_
   return i < 0 || j < 0 ? p.fill : read(p.data + j * p.row + i * p.pixel);
 }
 
-// --- interpolation --------------------------------------------------------------------------------
+// --- interpolation
+// --------------------------------------------------------------------------------
 
 // a + t (b - a), and a itself where t is zero or there is no difference: infinities and constants
 // stay, and what has no weight does not count.
@@ -245,7 +249,8 @@ FUSEREG_STATIC C interpolate(const Plane<T>& plane, const Place<C>& p, Interpola
   if (how == Interpolation::kBilinear) {
     const C top = lerp(pixel_at(plane, p.x, p.y), pixel_at(plane, p.x + 1, p.y), p.tx);
     if (p.ty == C{0}) return top;
-    return lerp(top, lerp(pixel_at(plane, p.x, p.y + 1), pixel_at(plane, p.x + 1, p.y + 1), p.tx), p.ty);
+    return lerp(top, lerp(pixel_at(plane, p.x, p.y + 1), pixel_at(plane, p.x + 1, p.y + 1), p.tx),
+                p.ty);
   }
   const Cubic<C> wx = cubic_weights(p.tx);
   const Cubic<C> wy = cubic_weights(p.ty);
@@ -253,13 +258,14 @@ FUSEREG_STATIC C interpolate(const Plane<T>& plane, const Place<C>& p, Interpola
   FUSEREG_UNROLL_10
   for (int j = 0; j < 4; ++j) {
     const std::int32_t y = p.y - 1 + j;
-    line[j] = cubic_of(pixel_at(plane, p.x - 1, y), pixel_at(plane, p.x, y), pixel_at(plane, p.x + 1, y),
-                       pixel_at(plane, p.x + 2, y), wx);
+    line[j] = cubic_of(pixel_at(plane, p.x - 1, y), pixel_at(plane, p.x, y),
+                       pixel_at(plane, p.x + 1, y), pixel_at(plane, p.x + 2, y), wx);
   }
   return cubic_of(line[0], line[1], line[2], line[3], wy);
 }
 
-// --- antialiasing ---------------------------------------------------------------------------------
+// --- antialiasing
+// ---------------------------------------------------------------------------------
 
 // The filters of antialiased interpolation: a tent, and Keys' cubic with a = -1/2.
 template <class C>
@@ -361,7 +367,8 @@ FUSEREG_STATIC C filtered(const Plane<T>& plane, const Spans<C>& s, Interpolatio
   return lerp(plane.fill, sum, coverage);
 }
 
-// --- a pixel's values -----------------------------------------------------------------------------
+// --- a pixel's values
+// -----------------------------------------------------------------------------
 
 // A box of a record, cut to the output.
 struct Box {
@@ -380,15 +387,14 @@ FUSEREG_INLINE Box box_of(const double* r, const Images& y) {
 // The sample that is mixed in, or -1.
 FUSEREG_INLINE std::int64_t partner_of(const double* record, std::int64_t n) {
   const double p = record[14];
-  return p >= 0.0 && p < static_cast<double>(n) && record[15] != 1.0
-             ? static_cast<std::int64_t>(p)
-             : -1;
+  return p >= 0.0 && p < static_cast<double>(n) && record[15] != 1.0 ? static_cast<std::int64_t>(p)
+                                                                     : -1;
 }
 
 // The normal of an element.
 FUSEREG_STATIC float normal_at(const std::int64_t* key, std::uint64_t index) {
-  const PhiloxWords w = philox(static_cast<std::uint64_t>(key[0]),
-                               static_cast<std::uint64_t>(key[1]), index / 4);
+  const PhiloxWords w =
+      philox(static_cast<std::uint64_t>(key[0]), static_cast<std::uint64_t>(key[1]), index / 4);
   const bool second = (index & 2) != 0;
   float n[2];
   normal::normal_pair<float, std::uint32_t>(second ? w.word[2] : w.word[0],
@@ -424,8 +430,7 @@ FUSEREG_STATIC void warped(const Job& job, std::int64_t sample, std::int64_t col
   plane.mode = job.fill_mode;
   plane.data += channel * job.x.channel;
   if (job.antialias) {
-    const Spans<C> spans =
-        make_spans<C>(record, col, row, job.x, job.interpolation, job.fill_mode);
+    const Spans<C> spans = make_spans<C>(record, col, row, job.x, job.interpolation, job.fill_mode);
     for (int k = 0; k < kGroup; ++k, plane.data += job.x.channel) {
       plane.fill = static_cast<C>(job.fill[channel + k]);
       v[k] = filtered(plane, spans, job.interpolation);
@@ -450,9 +455,10 @@ FUSEREG_STATIC void unmixed(const Job& job, std::int64_t sample, std::int64_t co
     for (int k = 0; k < kGroup; ++k) {
       const int c = channel + k;
       const std::int64_t index = (c * job.y.h + row) * job.y.w + col;
-      v[k] = job.erase_noise ? static_cast<C>(normal_at(job.keys + 2 * sample,
-                                                        static_cast<std::uint64_t>(index)))
-                             : static_cast<C>(job.erase[c]);
+      v[k] =
+          job.erase_noise
+              ? static_cast<C>(normal_at(job.keys + 2 * sample, static_cast<std::uint64_t>(index)))
+              : static_cast<C>(job.erase[c]);
     }
     return;
   }
@@ -492,12 +498,13 @@ FUSEREG_STATIC void augmented(const Job& job, std::int64_t sample, std::int64_t 
   }
 }
 
-// --- gradients ------------------------------------------------------------------------------------
+// --- gradients
+// ------------------------------------------------------------------------------------
 
 // f(x, y, weight) for every pixel of the image that an output pixel has a weight in, row by row.
 template <class C, class F>
 FUSEREG_STATIC void for_taps(const Job& job, const double* m, std::int64_t col, std::int64_t row,
-                                const F& f) {
+                             const F& f) {
   const Interpolation how = job.interpolation;
   const auto w = static_cast<std::int32_t>(job.x.w);
   const auto h = static_cast<std::int32_t>(job.x.h);
@@ -563,8 +570,8 @@ FUSEREG_STATIC bool gradient_at(const Job& job, std::int64_t sample, std::int64_
   const double lam = mixes ? mixing[15] : 1.0;
   const auto share = static_cast<C>(as_partner ? 1.0 - lam : lam);
   if (share == C{0} || has(box_of(record + 6, job.y), col, row)) return false;
-  const C* const grad = static_cast<const C*>(job.y.data) + out * job.y.sample + row * job.y.row +
-                        col * job.y.pixel;
+  const C* const grad =
+      static_cast<const C*>(job.y.data) + out * job.y.sample + row * job.y.row + col * job.y.pixel;
   for (int k = 0; k < kGroup; ++k) {
     const int c = channel + k;
     g[k] = multiply(multiply(grad[c * job.y.channel], share), static_cast<C>(job.scale[c]));

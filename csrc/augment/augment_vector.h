@@ -1,10 +1,10 @@
 // Vectors of neighbouring output pixels: float32 arithmetic, no antialiasing. The operations and
 // their order are those of augment_math.h, lane by lane. For augment.cpp, once per instruction set.
 //
-// A row is done in blocks of 16 pixels, whose coordinates have one float64 base. Where all taps of a
-// block lie inside the image, none is checked. uint8 taps that are neighbours in memory come in one
-// gathered word: a whole pair (or, bicubic, all four) of one channel, or with three channels last a
-// pair of all channels.
+// A row is done in blocks of 16 pixels, whose coordinates have one float64 base. Where all taps of
+// a block lie inside the image, none is checked. uint8 taps that are neighbours in memory come in
+// one gathered word: a whole pair (or, bicubic, all four) of one channel, or with three channels
+// last a pair of all channels.
 #pragma once
 
 #include "augment/augment_math.h"
@@ -42,8 +42,8 @@ FUSEREG_INLINE Floats select(Ints mask, Floats yes, Floats no) {
 
 FUSEREG_INLINE Floats lerp(Floats a, Floats b, Floats t) {
 #if defined(__AVX512F__)
-  const __mmask16 moved = _mm512_mask_cmp_ps_mask(
-      _mm512_cmp_ps_mask(t, Floats{}, _CMP_NEQ_UQ), a, b, _CMP_NEQ_UQ);
+  const __mmask16 moved =
+      _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(t, Floats{}, _CMP_NEQ_UQ), a, b, _CMP_NEQ_UQ);
   return _mm512_mask_add_ps(a, moved, a, t * (b - a));
 #else
   return select((t != 0.0f) & (a != b), a + t * (b - a), a);
@@ -69,7 +69,8 @@ FUSEREG_INLINE Floats cubic_of(Floats before, Floats centre, Floats next, Floats
                     last, centre, w.last);
 }
 
-// --- a sample -------------------------------------------------------------------------------------
+// --- a sample
+// -------------------------------------------------------------------------------------
 
 // What a record says, worked out once for many rows.
 struct Frame {
@@ -108,7 +109,8 @@ void make_frame(const Job& job, std::int64_t sample, Frame& f) {
   f.partner = partner_of(f.record, job.n);
 }
 
-// --- taps -----------------------------------------------------------------------------------------
+// --- taps
+// -----------------------------------------------------------------------------------------
 
 // Where the pixels of a part of a block are.
 struct Spot {
@@ -176,14 +178,12 @@ FUSEREG_INLINE Ints gather_words(const std::uint8_t* p, Ints at) {
 FUSEREG_INLINE void gather_pairs(const std::uint8_t* p, Ints at, Ints& low, Ints& high) {
 #if defined(__AVX512F__)
   const auto index = bit_cast<__m512i>(at);
-  const __m512i a = _mm512_mask_i32gather_epi64(__m512i{}, 0xff,
-                                                _mm512_castsi512_si256(index), p, 1);
+  const __m512i a =
+      _mm512_mask_i32gather_epi64(__m512i{}, 0xff, _mm512_castsi512_si256(index), p, 1);
   const __m512i b = _mm512_mask_i32gather_epi64(
       __m512i{}, 0xff, _mm512_maskz_extracti64x4_epi64(0xf, index, 1), p, 1);
-  const __m512i even =
-      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd =
-      _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
   low = bit_cast<Ints>(_mm512_permutex2var_epi32(a, even, b));
   high = bit_cast<Ints>(_mm512_permutex2var_epi32(a, odd, b));
 #else
@@ -210,7 +210,8 @@ struct Source {
   std::int32_t row, pixel, w, h;
 };
 
-// --- interpolation --------------------------------------------------------------------------------
+// --- interpolation
+// --------------------------------------------------------------------------------
 
 template <class T, Interpolation kHow>
 FUSEREG_INLINE Floats combine(const Floats (&tap)[4][4], const Spot& s, const Cubic<Floats>& wx,
@@ -230,7 +231,9 @@ FUSEREG_INLINE Floats combine(const Floats (&tap)[4][4], const Spot& s, const Cu
 template <class T, Interpolation kHow, bool kChecked>
 void part_by_taps(const Job& job, const Source<T>& x, const Spot& s, float* out,
                   std::int64_t stride) {
-  constexpr int kTaps = kHow == Interpolation::kNearest ? 1 : kHow == Interpolation::kBilinear ? 2 : 4;
+  constexpr int kTaps = kHow == Interpolation::kNearest    ? 1
+                        : kHow == Interpolation::kBilinear ? 2
+                                                           : 4;
   constexpr int kBefore = kTaps == 4 ? 1 : 0;
   std::int32_t at[kTaps][kTaps][kLanes];
   for (int j = 0; j < kTaps; ++j) {
@@ -310,18 +313,19 @@ FUSEREG_INLINE void part_by_pixels(const Source<std::uint8_t>& x, const Spot& s,
 }
 #endif
 
-// --- whole-pixel shifts and flips -----------------------------------------------------------------
+// --- whole-pixel shifts and flips
+// -----------------------------------------------------------------
 
 // kLanes neighbours in memory.
 template <class T>
 FUSEREG_INLINE Floats load_run(const T* p) {
   if constexpr (sizeof(T) == 1) {
 #if defined(__AVX512F__)
-    return to_floats(bit_cast<Ints>(_mm512_maskz_cvtepu8_epi32(
-        0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
-#elif defined(__AVX2__)
     return to_floats(bit_cast<Ints>(
-        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+        _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#elif defined(__AVX2__)
+    return to_floats(
+        bit_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
 #else
     Ints v;
     for (int i = 0; i < kLanes; ++i) v[i] = p[i];
@@ -353,21 +357,18 @@ FUSEREG_INLINE void interleave(Floats v0, Floats v1, Floats v2, Floats (&out)[3]
       const int channel = (base + i) % 3;
       return channel < 2 ? channel * kLanes + (base + i) / 3 : 0;
     });
-    out[k] = shuffled(two, v2, [base](int i) {
-      return (base + i) % 3 < 2 ? i : kLanes + (base + i) / 3;
-    });
+    out[k] = shuffled(two, v2,
+                      [base](int i) { return (base + i) % 3 < 2 ? i : kLanes + (base + i) / 3; });
   }
 }
 // The other way.
 FUSEREG_INLINE void separate(const Floats (&in)[3], Floats (&out)[3]) {
   FUSEREG_UNROLL_10
   for (int k = 0; k < 3; ++k) {
-    const Floats two = shuffled(in[0], in[1], [k](int i) {
-      return 3 * i + k < 2 * kLanes ? 3 * i + k : 0;
-    });
-    out[k] = shuffled(two, in[2], [k](int i) {
-      return 3 * i + k < 2 * kLanes ? i : 3 * i + k - kLanes;
-    });
+    const Floats two =
+        shuffled(in[0], in[1], [k](int i) { return 3 * i + k < 2 * kLanes ? 3 * i + k : 0; });
+    out[k] = shuffled(two, in[2],
+                      [k](int i) { return 3 * i + k < 2 * kLanes ? i : 3 * i + k - kLanes; });
   }
 }
 
@@ -398,8 +399,7 @@ FUSEREG_INLINE bool copy_block(const Job& job, const Frame& f, const Source<T>& 
     Floats planes[3];
     separate(mixed, planes);
     float* const to = out + (mirrored ? kParts - 1 - p : p) * kLanes;
-    for (int c = 0; c < 3; ++c)
-      store(to + c * stride, mirrored ? reversed(planes[c]) : planes[c]);
+    for (int c = 0; c < 3; ++c) store(to + c * stride, mirrored ? reversed(planes[c]) : planes[c]);
   }
   return true;
 }
@@ -409,10 +409,15 @@ template <class T, Interpolation kHow>
 FUSEREG_INLINE void warp_block(const Job& job, const Frame& f, std::int64_t row, std::int64_t first,
                                float* out, std::int64_t stride) {
   constexpr int kBefore = kHow == Interpolation::kBicubic ? 1 : 0;
-  constexpr int kAfter = kHow == Interpolation::kNearest ? 0 : kHow == Interpolation::kBilinear ? 1 : 2;
-  const Source<T> x = {static_cast<const T*>(job.x.data) + f.sample * job.x.sample, job.x.channel,
-                       static_cast<std::int32_t>(job.x.row), static_cast<std::int32_t>(job.x.pixel),
-                       static_cast<std::int32_t>(job.x.w), static_cast<std::int32_t>(job.x.h)};
+  constexpr int kAfter = kHow == Interpolation::kNearest    ? 0
+                         : kHow == Interpolation::kBilinear ? 1
+                                                            : 2;
+  const Source<T> x = {static_cast<const T*>(job.x.data) + f.sample * job.x.sample,
+                       job.x.channel,
+                       static_cast<std::int32_t>(job.x.row),
+                       static_cast<std::int32_t>(job.x.pixel),
+                       static_cast<std::int32_t>(job.x.w),
+                       static_cast<std::int32_t>(job.x.h)};
   if (f.copies && copy_block(job, f, x, row, first, out, stride)) return;
   const Start start = {block_start(f.m[0], row_start(f.m, row), first, f.bits),
                        block_start(f.m[3], row_start(f.m + 3, row), first, f.bits)};

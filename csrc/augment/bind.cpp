@@ -183,8 +183,8 @@ int augment_forward(const py::object& y, const py::object& x, const py::object& 
   }
   if (y_sizes[0] != sizes[0] || y_sizes[1] != sizes[1])
     throw py::value_error(where(op, "y") + " must have x's batch size and channels");
-  const Options options{interpolation, antialias, fill_mode, colour, fill, scale, shift, erase,
-                        erase_noise};
+  const Options options{interpolation, antialias, fill_mode, colour,     fill,
+                        scale,         shift,     erase,     erase_noise};
   set_options(job, options, sizes, device, records, keys, op);
   if (job.n == 0 || job.c == 0 || job.y.h == 0 || job.y.w == 0) return kDone;
   if (job.x.h == 0 || job.x.w == 0)
@@ -227,8 +227,8 @@ int augment_backward(const py::object& grad_x, const py::object& grad_y, const p
     job.x = job.grad_x;
     job.x.data = nullptr;
   }
-  const Options options{interpolation, antialias, fill_mode, colour, fill, scale, shift, erase,
-                        false};
+  const Options options{interpolation, antialias, fill_mode, colour, fill,
+                        scale,         shift,     erase,     false};
   set_options(job, options, sizes, device, records, py::none(), op);
   if (job.n == 0 || job.c == 0 || job.x.h == 0 || job.x.w == 0) return kDone;
   run(job, device, &backward_cpu, kBackwardCuda);

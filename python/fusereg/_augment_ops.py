@@ -182,9 +182,7 @@ class _AugmentBackward(torch.autograd.Function):
         return backward(tangent, ctx.x, records, ctx.like, ctx.call.options, ctx.call.op)
 
 
-def _gradient(
-    grad: Tensor, x: Tensor | None, records: Tensor, like: Target, call: Call
-) -> Tensor:
+def _gradient(grad: Tensor, x: Tensor | None, records: Tensor, like: Target, call: Call) -> Tensor:
     """backward(), differentiable where that is asked for."""
     if torch.is_grad_enabled():
         return applied(_AugmentBackward, grad, x, records, like, call)
@@ -203,8 +201,9 @@ def _linear(x: Tensor, records: Tensor, call: Call) -> Tensor:
 def _check_linear(options: Options, op: str) -> None:
     if options.colour:
         raise NotImplementedError(
-            f"fusereg.{op}: with brightness, contrast or saturation there are first derivatives in "
-            "reverse mode alone; leave these out where second derivatives or forward mode are needed"
+            f"fusereg.{op}: with brightness, contrast or saturation there are first derivatives "
+            "in reverse mode alone; leave these out where second derivatives or forward mode are "
+            "needed"
         )
 
 
@@ -278,7 +277,7 @@ torch.library.register_fake(
 
 
 def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, records, _, size, dtype, channels_last, *ctx.options = inputs
+    x, records, _, _, _, _, *ctx.options = inputs
     ctx.save_for_backward(x if ctx.options[3] else None, records)
     ctx.like = ((x.shape[2], x.shape[3]), x.dtype, is_channels_last(x))
 
@@ -354,9 +353,7 @@ class _AugmentTransform(torch.autograd.Function):
         if ctx.gradient:
             _check_linear(options, "augment")
             options = options.linear()
-        result = applied(
-            _AugmentTransform, grad, x, records, ctx.like, options, not ctx.gradient
-        )
+        result = applied(_AugmentTransform, grad, x, records, ctx.like, options, not ctx.gradient)
         return result, None, None, None, None, None
 
     @staticmethod

@@ -151,12 +151,12 @@ def warp_affine(
         fill_mode: what lies outside the image: "constant" (``fill``), "border" (its nearest pixel),
             "reflect" (-1 is 1), "symmetric" (-1 is 0) or "wrap".
         fill: a number, or one for each channel, in x's units.
-{common}
+    {common}
 
     Returns:
         (N, C, height, width). Whole-pixel shifts, flips and quarter turns are exact. A NaN reaches
         only the pixels that it has a weight in.
-{tail}
+    {tail}
 
     Example::
 
@@ -246,11 +246,11 @@ def crop_flip_normalize(
         fill_mode: what lies outside the image: "constant" (``fill``), "border" (its nearest pixel),
             "reflect" (-1 is 1), "symmetric" (-1 is 0) or "wrap".
         fill: a number, or one for each channel, in x's units.
-{common}
+    {common}
 
     Returns:
         (N, C, height, width).
-{tail}
+    {tail}
 
     Example::
 
@@ -314,11 +314,11 @@ def resize(
         interpolation: "nearest" (torch's "nearest-exact"; needs ``antialias=False``), "bilinear" or
             "bicubic".
         antialias: widens the filter where the image shrinks.
-{common}
+    {common}
 
     Returns:
         (N, C, height, width).
-{tail}
+    {tail}
 
     Example::
 
@@ -381,7 +381,7 @@ def erase(
 
     Returns:
         Like x.
-{tail}
+    {tail}
 
     Example::
 
@@ -435,7 +435,7 @@ def mix(
 
     Returns:
         Like x.
-{tail}
+    {tail}
 
     Example::
 
