@@ -2,8 +2,9 @@
 #
 #   make demo     trains on real handwritten digits with every technique: table and plots
 #   make test     the whole suite, the CUDA kernels on the host included
-#   make bench    the benchmarks, as a table and as JSON      (BENCH="penalty --quick" for less)
+#   make bench    every benchmark, as a page and as JSON in ./bench-report   (BENCH="penalty --quick" for less)
 #   make lint     ruff, mypy --strict, clang-format
+#   make docs     the documents as a site in ./build/site, their tables made anew
 #   make wheel    a wheel and an sdist in ./dist; `make wheel-test` installs the one wheel beside each of
 #                 TORCH_VERSIONS and builds another from the sdist where there is no torch
 #   make clean    removes ./build and ./dist; `make distclean` ./.venv as well
@@ -95,7 +96,7 @@ $(HOST_MODULE): $(NATIVE) $(wildcard tests/cuda_on_host/*.*) | $(VENV)/.tools
 
 # --- what one runs ----------------------------------------------------------------------------------
 
-.PHONY: demo test bench lint wheel wheel-test clean distclean
+.PHONY: demo test bench lint docs wheel wheel-test clean distclean
 demo: env
 	@$(VENV)/bin/fusereg demo $(DEMO)
 
@@ -115,6 +116,18 @@ lint: env
 	@mypy
 	@$(call say,clang-format)
 	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run --Werror
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/.installed
+	@$(call say,installing what the documents are made with)
+	@$(PIP) install -c constraints.txt "fusereg[docs]"
+	@touch $@
+
+docs: env $(VENV)/.docs
+	@$(call say,tables of measured times, and of what is supported by trying it)
+	@$(VENV)/bin/python docs/scripts/tables.py
+	@$(VENV)/bin/python docs/scripts/support.py
+	@$(call say,the site in build/site/index.html)
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 
 wheel: $(VENV)/.tools
 	@$(call say,building a wheel and an sdist in dist/)

@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 SUITES: tuple[str, ...] = (
+    "augment",
     "batch_norm",
     "drop_block",
     "dropout",

@@ -10,6 +10,9 @@
 #include "core/cuda_info.h"
 #endif
 
+namespace fusereg::augment {
+void bind(py::module_& m);
+}
 namespace fusereg::batch_norm {
 void bind(py::module_& m);
 }
@@ -128,6 +131,7 @@ PYBIND11_MODULE(FUSEREG_MODULE_NAME, m, pybind11::multiple_interpreters::not_sup
 #else
   m.attr("CUDA_ON_HOST") = false;
 #endif
+  augment::bind(m);
   batch_norm::bind(m);
   drop_block::bind(m);
   dropout::bind(m);

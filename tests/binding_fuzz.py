@@ -95,7 +95,7 @@ def recorded_calls() -> dict[str, list[Call]]:
         for name, function in originals.items():
             setattr(_C, name, recorder(name, function))
         for check in checks.CHECKS:
-            check.call(torch.device("cpu"))
+            check.call(checks.Inputs(torch.device("cpu")))
     finally:
         for name, function in originals.items():
             setattr(_C, name, function)

@@ -27,7 +27,7 @@ from fusereg.demo.idx import read_idx
 
 Bytes = npt.NDArray[np.uint8]
 
-PLOTS = ["accuracy", "epoch_times", "filters", "loss_curves", "weight_histograms"]
+PLOTS = ["accuracy", "augmentation", "epoch_times", "filters", "loss_curves", "weight_histograms"]
 
 
 # --- data of our own ---
@@ -467,7 +467,7 @@ def test_demo_from_end_to_end(
     }
     assert content["machine"]["versions"]["torch"] == torch.__version__
     assert content["problems"] == []
-    assert 2 <= len(content["findings"]) <= 5
+    assert 2 <= len(content["findings"]) <= 6
     assert sorted(content["plots"]) == [f"{name}.png" for name in PLOTS]
     assert [entry["name"] for entry in content["techniques"]] == names
     for entry in content["techniques"]:

@@ -245,6 +245,10 @@ bool read_raw(py::handle object, RawView& view) {
   view.data = t.data == nullptr ? nullptr : static_cast<char*>(t.data) + t.byte_offset;
   view.bytes = t.dtype.bits / 8;
   view.integer = t.dtype.code == kDLInt;
+  view.is_uint8 = t.dtype.code == kDLUInt && t.dtype.bits == 8;
+  view.ndim = t.ndim;
+  view.sizes = t.shape;
+  view.strides = t.strides;
   view.device = {t.device.device_type, t.device.device_id};
   view.numel = 1;
   view.contiguous = true;

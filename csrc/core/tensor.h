@@ -70,11 +70,15 @@ void bind_torch(const py::type& tensor, const py::type& parameter,
 Kind read_tensor(py::handle object, TensorView& view);
 Kind read_gradient(py::handle object, TensorView& view);
 
-// Memory of any dtype: counters, masks, scratch.
+// Memory of any dtype: counters, masks, scratch, images. `sizes` and `strides` as above.
 struct RawView {
   void* data = nullptr;
   int bytes = 0;         // of an element
   bool integer = false;  // signed
+  bool is_uint8 = false;
+  int ndim = 0;
+  const std::int64_t* sizes = nullptr;
+  const std::int64_t* strides = nullptr;
   std::int64_t numel = 0;
   Device device;
   bool contiguous = false;

@@ -47,6 +47,8 @@ bool find_rows(const TensorView& x, int row_dims, Rows& rows) {
     rows = {draws, x.numel / draws, 1};
   } else if (row_dims == 2 && contiguous(1)) {  // channels_last
     rows = {x.sizes[0], x.numel / draws, x.sizes[1]};
+  } else if (row_dims == 1 && contiguous(1)) {  // a sample's elements lie together, in any order
+    rows = {draws, x.numel / draws, 1};
   } else {
     return false;
   }

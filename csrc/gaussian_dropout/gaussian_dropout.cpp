@@ -2,12 +2,13 @@
 #include "gaussian_dropout/gaussian_dropout.h"
 
 #include "core/draw_simd.h"
-#include "gaussian_dropout/gaussian_dropout_math.h"
+#include "core/normal.h"
 
 namespace fusereg::gaussian_dropout::FUSEREG_ISA {
 namespace {
 
 using namespace ::fusereg::FUSEREG_ISA;
+using namespace ::fusereg::normal;
 
 // Elements that one vector call of Philox serves.
 constexpr int kElements = kBlock<32>;

@@ -5,11 +5,13 @@
 #include <algorithm>
 
 #include "core/cuda.cuh"
+#include "core/normal.h"
 #include "gaussian_dropout/gaussian_dropout.h"
-#include "gaussian_dropout/gaussian_dropout_math.h"
 
 namespace fusereg::gaussian_dropout {
 namespace {
+
+using namespace ::fusereg::normal;
 
 constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 32;

@@ -7,7 +7,7 @@
 //
 // index_i = index_offset + (position of element i in memory), for a tensor without gaps. Philox's
 // chunk index_i / 4 has 4 words: words 0 and 1 make normals 0 and 1, words 2 and 3 make 2 and 3, by
-// the method of Box and Muller 1958 (gaussian_dropout_math.h). The arithmetic is float32, each
+// the method of Box and Muller 1958 (core/normal.h). The arithmetic is float32, each
 // operation rounded by itself and no library function among them: the same bits on every
 // instruction set and device. |n| is at most 6.67, which is exceeded with probability 3e-11.
 //

@@ -14,6 +14,9 @@ PENALTY_WORKSPACE_BYTES: int
 BATCH_NORM_SEMAPHORE_BYTES: int
 CUDA_ON_HOST: bool
 DROP_BLOCK_SLOTS: int
+AUGMENT_DRAWS: int
+AUGMENT_MAX_CHANNELS: int
+AUGMENT_RECORD: int
 
 _Strength = float | Sequence[float]
 
@@ -264,6 +267,7 @@ def batch_norm_backward(
     scratch: torch.Tensor | None,
     semaphores: torch.Tensor | None,
     reduce: bool,
+    from_y: bool,
     statistics: int,
     eps: float,
     group_samples: int,
@@ -286,6 +290,9 @@ def batch_norm_plan(
     resident: bool = True,
 ) -> dict[str, Any]: ...
 def batch_norm_force(kind: str, splits: int = 0, counters: int = 0) -> None: ...
+def batch_norm_fits(
+    x: object, running_mean: object, running_var: object, weight: object, bias: object
+) -> bool: ...
 def batch_norm_layout(
     x: torch.Tensor, group_samples: int, mask: bool
 ) -> tuple[int, int, int, int, int] | None: ...
@@ -314,3 +321,47 @@ def grad_norm(
     workspace: torch.Tensor | None,
     op: str,
 ) -> int: ...
+def augment_forward(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    records: torch.Tensor,
+    keys: torch.Tensor | None,
+    interpolation: int,
+    antialias: bool,
+    fill_mode: int,
+    colour: bool,
+    fill: Sequence[float],
+    scale: Sequence[float],
+    shift: Sequence[float],
+    erase: Sequence[float],
+    erase_noise: bool,
+    op: str,
+) -> int: ...
+def augment_backward(
+    grad_x: torch.Tensor,
+    grad_y: torch.Tensor,
+    x: torch.Tensor | None,
+    records: torch.Tensor,
+    interpolation: int,
+    antialias: bool,
+    fill_mode: int,
+    colour: bool,
+    fill: Sequence[float],
+    scale: Sequence[float],
+    shift: Sequence[float],
+    erase: Sequence[float],
+    op: str,
+) -> int: ...
+def augment_params(
+    records: torch.Tensor,
+    draws: torch.Tensor,
+    keys: torch.Tensor,
+    ids: torch.Tensor,
+    seed: int,
+    epoch: int,
+    height: int,
+    width: int,
+    steps: Sequence[tuple[int, int, list[float]]],
+    op: str,
+) -> tuple[int, int]: ...
+def augment_elementary(x: float) -> tuple[float, float, float, float]: ...

@@ -1,4 +1,4 @@
-"""The demo's pictures, made in memory: losses, accuracies, weights, filters, times.
+"""The demo's pictures, made in memory: losses, accuracies, weights, filters, augmentation, times.
 
 Titles are worked out from the figures, so that they hold for any data.
 """
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from fusereg.demo.contact_sheet import contact_sheet
 from fusereg.demo.data import DataSet
 from fusereg.demo.filters import filters
 from fusereg.demo.style import (
@@ -283,6 +284,8 @@ def make_all(results: Sequence[Result], data: DataSet) -> dict[str, bytes]:
         "weight_histograms.png": weight_histograms(results),
         "filters.png": filters(results, data),
     }
+    if any(result.technique.name == "augmentation" for result in results):
+        figures["augmentation.png"] = contact_sheet(data)
     if any(result.plain is not None for result in results):
         figures["epoch_times.png"] = epoch_times(results)
     return {name: png(figure) for name, figure in figures.items()}

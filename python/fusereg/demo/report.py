@@ -144,6 +144,21 @@ def _sparsity(results: Sequence[Result], data: DataSet) -> str | None:
     return f"Zeros: {'; '.join(parts)}." if parts else None
 
 
+def _augmentation(results: Sequence[Result]) -> str | None:
+    augmented, control = _find(results, "augmentation"), _find(results, "none")
+    if augmented is None or control is None or augmented.fused.diverged or control.fused.diverged:
+        return None
+    before, after = control.fused.last, augmented.fused.last
+    gain = 100 * (after.test_accuracy - before.test_accuracy)
+    verb = "gains" if gain >= 0 else "loses"
+    return (
+        f"Augmentation: {verb} {abs(gain):.1f} points of test accuracy "
+        f"({_percent(after.test_accuracy)} % against {_percent(before.test_accuracy)} %) and "
+        f"brings the gap between training and test from {100 * control.fused.gap:.1f} to "
+        f"{100 * augmented.fused.gap:.1f} points."
+    )
+
+
 def _early_stopping(results: Sequence[Result]) -> str | None:
     stopped = _find(results, "early_stopping")
     if stopped is None or stopped.fused.restored is None or stopped.fused.diverged:
@@ -207,10 +222,11 @@ def _agreement(results: Sequence[Result]) -> str | None:
 
 
 def findings(results: Sequence[Result], data: DataSet) -> list[str]:
-    """Two to five sentences that say what the table shows, worked out from its figures."""
+    """Two to six sentences that say what the table shows, worked out from its figures."""
     found = [
         _overfitting(results, data),
         _sparsity(results, data),
+        _augmentation(results),
         _early_stopping(results),
         _speed(results),
         _agreement(results),

@@ -118,6 +118,7 @@ OnEpoch = Callable[[Technique, str, int, float], None]
 def _start(method: Method, provider: str, data: DataSet, seed: int) -> Run:
     base = make_network(data.pixels, CLASSES, seed)
     model = method.network(copy.deepcopy(base)).to(data.train_images.device)
+    method.image_size = (data.height, data.width)
     method.attach(model, LEARNING_RATE)
     return Run(provider, model, method, method.optimizer())
 

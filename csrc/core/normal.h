@@ -10,7 +10,7 @@
 
 #include "core/philox.h"
 
-namespace fusereg::gaussian_dropout {
+namespace fusereg::normal {
 
 // Operations that round by themselves: nvcc would fuse a multiplication with an addition.
 FUSEREG_INLINE float multiply(float a, float b) {
@@ -131,4 +131,4 @@ FUSEREG_INLINE void normal_pair(U word0, U word1, F& normal0, F& normal1) {
   normal1 = bit_cast<F>(bit_cast<U>(s) ^ exchanged ^ sign);
 }
 
-}  // namespace fusereg::gaussian_dropout
+}  // namespace fusereg::normal

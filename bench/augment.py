@@ -1,0 +1,348 @@
+"""Benchmark of data augmentation against the ways in which it is usually done.
+
+The work is a batch of 64 uint8 images, 3 x 224 x 224, to normalized 192 x 192 (both layouts):
+
+- ``warp``: rotated by up to 15 degrees, scaled by 0.8 to 1.2, flipped with probability 0.5, cropped
+  at random, normalized;
+- ``crop``: cropped at random, flipped with probability 0.5, normalized.
+
+By contract each byte of the input (``crop``: of the windows) is read once and each element of the
+result written once. Images a second are 64 (quick: 8) over the time. Providers:
+
+- ``eager``: the composed matrices, one ``grid_sample`` of the images as floats, normalized; for
+  ``crop`` a loop of slices and flips, stacked, and normalized.
+- ``kornia``, ``torchvision v2``: their transforms, with parameters of each sample's own (the latter
+  in a loop over the images). torchvision's transforms need none of its C++ operators; where those
+  are missing, stand-ins are declared so that it can be imported.
+- ``cv2``, ``cv2 x 2``: ``warpAffine`` with the composed matrices, image by image, on one thread and
+  on two.
+- ``fusereg``: ``warp_affine`` or ``crop_flip_normalize``, given the same parameters as eager.
+- ``Augment``: ``fusereg.augment.Augment``, which also draws the parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .harness import EAGER, Accuracy, Case, Options, Provider, Workload
+from .timers import Call
+
+SIDE, SIZE = 224, 192
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+WARP, CROP = "warp", "crop"
+
+_TOLERANCE = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-4,  # grid_sample has float32 coordinates over the whole image
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
+
+
+def cases(options: Options) -> list[Case]:
+    """Both layouts in each mode and each dtype of the result."""
+    batch = 8 if options.quick else 64
+    layouts = {"": torch.contiguous_format, " nhwc": torch.channels_last}
+    return [
+        _case(f"{batch}x3x{SIDE}x{SIDE}{name}", batch, layout, mode, dtype, options)
+        for mode in (WARP, CROP)
+        for name, layout in layouts.items()
+        for dtype in options.dtypes
+    ]
+
+
+def _case(
+    name: str,
+    batch: int,
+    layout: torch.memory_format,
+    mode: str,
+    dtype: torch.dtype,
+    options: Options,
+) -> Case:
+    elements = batch * 3 * SIZE * SIZE
+    read = batch * 3 * SIDE * SIDE if mode == WARP else elements
+    return Case(
+        suite="augment",
+        op="augment",
+        mode=mode,
+        shape=name,
+        dtype=dtype,
+        device=options.device,
+        tensors=1,
+        elements=elements,
+        bytes_moved=read + elements * dtype.itemsize,
+        # float32 and float64 copies of images and results, grids, and the checks' references.
+        memory=batch * 3 * SIDE * SIDE * 64,
+        setup=lambda: _setup(batch, layout, mode, dtype, options),
+        host=False,
+    )
+
+
+class _Data:
+    """The images and each one's parameters."""
+
+    def __init__(self, batch: int, layout: torch.memory_format, dtype: torch.dtype, device: Any):
+        generator = torch.Generator().manual_seed(0)
+
+        def uniform(low: float, high: float) -> Tensor:
+            numbers = torch.rand(batch, generator=generator, dtype=torch.float64)
+            return low + (high - low) * numbers
+
+        # Smooth, as photographs are: on noise, a small error of a coordinate would be a large one.
+        coarse = torch.rand(batch, 3, 16, 16, generator=generator) * 255
+        smooth = torch.nn.functional.interpolate(coarse, SIDE, mode="bicubic").clamp(0, 255)
+        self.x = smooth.to(torch.uint8).to(device).contiguous(memory_format=layout)
+        self.dtype, self.layout = dtype, layout
+        self.top = uniform(0, SIDE - SIZE + 1).long()
+        self.left = uniform(0, SIDE - SIZE + 1).long()
+        self.flip = uniform(0, 1) < 0.5
+        angle, zoom = uniform(-15, 15).deg2rad(), uniform(0.8, 1.2)
+        centre = (SIDE - 1) / 2
+        cos, sin = angle.cos() / zoom, angle.sin() / zoom
+        mirror = 1.0 - 2.0 * self.flip
+        # Output pixel, to the window (mirrored), to the image turned about its centre.
+        start_x = self.left + self.flip * (SIZE - 1) - centre
+        start_y = self.top - centre
+        rows = [
+            torch.stack([cos * mirror, -sin, cos * start_x - sin * start_y + centre], 1),
+            torch.stack([sin * mirror, cos, sin * start_x + cos * start_y + centre], 1),
+        ]
+        self.matrix = torch.stack(rows, 1).to(device)
+        self.mean = torch.tensor(MEAN, device=device)[:, None, None]
+        self.std = torch.tensor(STD, device=device)[:, None, None]
+
+    def normalized(self, v: Tensor) -> Tensor:
+        y = (v / 255 - self.mean) / self.std
+        return y.to(self.dtype).contiguous(memory_format=self.layout)
+
+
+def _setup(
+    batch: int, layout: torch.memory_format, mode: str, dtype: torch.dtype, options: Options
+) -> Workload:
+    data = _Data(batch, layout, dtype, options.device)
+    makers = _warps(data) if mode == WARP else _crops(data)
+    providers = [
+        Provider(name, functools.partial(_without_gradients, make), note=note)
+        for name, make, note in makers
+    ]
+    return Workload(providers, lambda call: _check(data, mode, call))
+
+
+def _without_gradients(make: Callable[[], Call]) -> Call:
+    call = make()
+
+    def plain() -> object:
+        with torch.no_grad():
+            return call()
+
+    return plain
+
+
+# -------------------------------------------------------------------------------------- providers
+
+_Makers = Sequence[tuple[str, Callable[[], Call], str]]
+_DRAWS = "draws its own parameters"
+
+
+def _warps(data: _Data) -> _Makers:
+    from fusereg import augment
+
+    module = augment.Augment(
+        SIZE, degrees=15, scale=(0.8, 1.2), hflip=0.5, mean=MEAN, std=STD, out_dtype=data.dtype
+    )
+
+    def given() -> Tensor:
+        return augment.warp_affine(
+            data.x, data.matrix, SIZE, mean=MEAN, std=STD, out_dtype=data.dtype
+        )
+
+    found: list[tuple[str, Callable[[], Call], str]] = [
+        (EAGER, lambda: lambda: _grid_sample(data), "composed matrices, one grid_sample")
+    ]
+    found += _kornia(data, WARP) + _torchvision(data, WARP) + _cv2(data)
+    return [
+        *found,
+        ("fusereg", lambda: given, ""),
+        ("Augment", lambda: lambda: module(data.x), _DRAWS),
+    ]
+
+
+def _crops(data: _Data) -> _Makers:
+    from fusereg import augment
+
+    module = augment.Augment(SIZE, hflip=0.5, mean=MEAN, std=STD, out_dtype=data.dtype)
+    given = functools.partial(
+        augment.crop_flip_normalize, data.x, SIZE, top=data.top, left=data.left, hflip=data.flip,
+        mean=MEAN, std=STD, out_dtype=data.dtype,
+    )  # fmt: skip
+    found: list[tuple[str, Callable[[], Call], str]] = [
+        (EAGER, lambda: lambda: _slices(data), "a loop of slices and flips")
+    ]
+    found += _kornia(data, CROP) + _torchvision(data, CROP)
+    return [
+        *found,
+        ("fusereg", lambda: given, ""),
+        ("Augment", lambda: lambda: module(data.x), _DRAWS),
+    ]
+
+
+def _grid_sample(data: _Data) -> Tensor:
+    x = data.x.float()
+    steps = torch.arange(SIZE, dtype=torch.float32, device=x.device)
+    m = data.matrix.float()[:, None, None]
+    col, row = steps[None, None, :], steps[None, :, None]
+    grid = torch.stack(
+        [m[..., i, 0] * col + m[..., i, 1] * row + m[..., i, 2] for i in (0, 1)], -1
+    )
+    grid = (2 * grid + 1) / SIDE - 1
+    y = torch.nn.functional.grid_sample(x, grid, align_corners=False)
+    return data.normalized(y)
+
+
+def _slices(data: _Data) -> Tensor:
+    views = []
+    for image, t, s, flip in zip(
+        data.x, data.top.tolist(), data.left.tolist(), data.flip.tolist(), strict=True
+    ):
+        view = image[:, t : t + SIZE, s : s + SIZE]
+        views.append(view.flip(2) if flip else view)
+    return data.normalized(torch.stack(views))
+
+
+def _kornia(data: _Data, mode: str) -> list[tuple[str, Callable[[], Call], str]]:
+    if importlib.util.find_spec("kornia") is None:
+        return []
+
+    def make() -> Call:
+        import kornia.augmentation as K
+
+        steps = [
+            K.RandomHorizontalFlip(p=0.5),
+            K.RandomCrop((SIZE, SIZE)),
+            K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+        ]
+        if mode == WARP:
+            steps.insert(0, K.RandomAffine(15.0, scale=(0.8, 1.2), p=1.0))
+        chain = torch.nn.Sequential(*steps)
+        return lambda: chain(data.x.float() / 255).to(data.dtype)
+
+    return [("kornia", make, _DRAWS)]
+
+
+def _torchvision(data: _Data, mode: str) -> list[tuple[str, Callable[[], Call], str]]:
+    if importlib.util.find_spec("torchvision") is None:
+        return []
+
+    def make() -> Call:
+        v2 = torchvision_transforms()
+        steps = [
+            v2.RandomHorizontalFlip(0.5),
+            v2.RandomCrop(SIZE),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+        if mode == WARP:
+            bilinear = v2.InterpolationMode.BILINEAR
+            steps.insert(0, v2.RandomAffine(15, scale=(0.8, 1.2), interpolation=bilinear))
+        chain = v2.Compose(steps)
+        return lambda: torch.stack([chain(image) for image in data.x]).to(data.dtype)
+
+    return [("torchvision v2", make, _DRAWS)]
+
+
+def torchvision_transforms() -> Any:
+    """torchvision.transforms.v2, also where torchvision's C++ operators are missing."""
+    try:
+        import torchvision.transforms.v2 as v2
+    except RuntimeError:
+        global _stand_ins
+        _stand_ins = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"):
+            for form in (name, f"_{name}_backward"):
+                _stand_ins.define(f"{form}(Tensor x) -> Tensor")
+        import torchvision.transforms.v2 as v2
+    return v2
+
+
+_stand_ins: Any = None
+
+
+def _cv2(data: _Data) -> list[tuple[str, Callable[[], Call], str]]:
+    if importlib.util.find_spec("cv2") is None or data.x.is_cuda:
+        return []
+
+    def make(threads: int) -> Call:
+        import cv2
+        import numpy as np
+
+        cv2.setNumThreads(1)
+        images = data.x.permute(0, 2, 3, 1).contiguous().numpy()
+        matrices = data.matrix.numpy()
+        scale = (1 / (255 * np.array(STD))).astype(np.float32)
+        shift = (-np.array(MEAN) / np.array(STD)).astype(np.float32)
+        y = np.empty((len(images), SIZE, SIZE, 3), np.float32)
+
+        def one(i: int) -> None:
+            warped = cv2.warpAffine(
+                images[i], matrices[i], (SIZE, SIZE), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+            )
+            np.multiply(warped, scale, out=y[i])
+            np.add(y[i], shift, out=y[i])
+
+        pool = ThreadPoolExecutor(threads)
+
+        def call() -> Tensor:
+            list(pool.map(one, range(len(images))))
+            result = torch.from_numpy(y).permute(0, 3, 1, 2)
+            return result.to(data.dtype).contiguous(memory_format=data.layout)
+
+        return call
+
+    note = "weights of 5 bits"
+    return [
+        ("cv2", functools.partial(make, 1), note),
+        ("cv2 x 2", functools.partial(make, 2), note),
+    ]
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+
+def _check(data: _Data, mode: str, call: Call) -> Accuracy:
+    """Against float64, image by image; what draws its own parameters, by shape and spread."""
+    result: Any = call()
+    shape = (data.x.shape[0], 3, SIZE, SIZE)
+    if tuple(result.shape) != shape or result.dtype is not data.dtype:
+        return Accuracy(math.inf, 0.0, f"result of shape {tuple(result.shape)}")
+    wanted = _exact(data, mode)
+    error = float((result[:4].double() - wanted).abs().max() / wanted.abs().max())
+    tolerance = _TOLERANCE[data.dtype]
+    if error <= 0.05:
+        # cv2's weights are multiples of 1/32.
+        return Accuracy(error, max(tolerance, 0.01), "the first images")
+    spread = float(result.double().std())
+    return Accuracy(0.0 if 0.3 < spread < 3.0 else math.inf, tolerance, "spread")
+
+
+def _exact(data: _Data, mode: str) -> Tensor:
+    x = data.x[:4].double()
+    if mode == CROP:
+        few = _Data.__new__(_Data)
+        few.__dict__.update(data.__dict__, x=data.x[:4], dtype=torch.float64)
+        return _slices(few)
+    m = data.matrix[:4, None, None]
+    steps = torch.arange(SIZE, dtype=torch.float64, device=x.device)
+    col, row = steps[None, None, :], steps[None, :, None]
+    grid = torch.stack(
+        [m[..., i, 0] * col + m[..., i, 1] * row + m[..., i, 2] for i in (0, 1)], -1
+    )
+    y = torch.nn.functional.grid_sample(x, (2 * grid + 1) / SIDE - 1, align_corners=False)
+    return (y / 255 - data.mean) / data.std

@@ -1,0 +1,225 @@
+// CUDA kernels of augmentation. Contract: augment.h.
+//
+// A thread takes an output pixel (forward) or an input pixel (backward), with all its channels, so
+// that coordinates and weights are worked out once. Neighbouring threads take neighbouring pixels of
+// a row: their taps share cache lines, and a warp's stores are whole lines.
+#include <algorithm>
+
+#include "augment/augment.h"
+#include "augment/augment_math.h"
+#include "core/cuda.cuh"
+
+namespace fusereg::augment {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBlocksPerSm = 32;
+constexpr const char* kOp = "fusereg.augment";
+
+template <class T, int kGroup>
+__global__ void __launch_bounds__(kThreads) augment_forward_kernel(FUSEREG_GRID_CONSTANT(Job,
+                                                                                         job)) {
+  const std::int64_t pixels = job.n * job.y.h * job.y.w;
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < pixels;
+       i += step) {
+    const std::int64_t col = i % job.y.w;
+    const std::int64_t row = i / job.y.w % job.y.h;
+    const std::int64_t sample = i / (job.y.w * job.y.h);
+    const std::int64_t at = sample * job.y.sample + row * job.y.row + col * job.y.pixel;
+    for (int c = 0; c < job.c; c += kGroup) {
+      Number<T> v[kGroup];
+      augmented<T, kGroup>(job, sample, col, row, c, v);
+      for (int k = 0; k < kGroup; ++k)
+        write(job.y.data, job.y.type, at + (c + k) * job.y.channel, v[k]);
+    }
+  }
+}
+
+// --- backward -------------------------------------------------------------------------------------
+
+struct Range {
+  double low, high;
+};
+
+// Along one axis, all coordinates of the output pixels.
+FUSEREG_DEVICE_INLINE Range all_coordinates(const double* m, const Images& y) {
+  Range r = {m[2], m[2]};
+  const double by[2] = {m[0] * static_cast<double>(y.w - 1), m[1] * static_cast<double>(y.h - 1)};
+  for (const double b : by) (b < 0.0 ? r.low : r.high) += b;
+  return r;
+}
+
+// Along one axis, where the pixels that stand for `at` can be: itself, and under a fill mode that
+// folds, everything on a side of the image that holds another one.
+FUSEREG_DEVICE_INLINE Range unfolded(std::int32_t at, std::int32_t size, FillMode mode,
+                                     const Range& all) {
+  Range r = {static_cast<double>(at), static_cast<double>(at)};
+  if (mode == FillMode::kConstant) return r;
+  // The nearest pixels on either side that are folded to this one.
+  double before = at - size;
+  double after = at + size;
+  if (mode == FillMode::kBorder) {
+    before = at == 0 ? -1.0 : -2.0 * kFarthest;
+    after = at == size - 1 ? size : 2.0 * kFarthest;
+  } else if (mode == FillMode::kSymmetric) {
+    before = -1.0 - at;
+    after = 2.0 * size - 1.0 - at;
+  } else if (mode == FillMode::kReflect) {
+    before = size == 1 ? -1.0 : at == 0 ? -2.0 * (size - 1) : -at;
+    after = size == 1 ? 1.0 : at == size - 1 ? 3.0 * (size - 1) : 2.0 * (size - 1) - at;
+  }
+  if (all.low <= before && all.low < r.low) r.low = all.low;
+  if (all.high >= after && all.high > r.high) r.high = all.high;
+  return r;
+}
+
+// Output columns [begin, end) of a row at which step * x + start is within the range.
+FUSEREG_DEVICE_INLINE void limit_columns(double step, double start, const Range& r,
+                                         std::int64_t width, std::int64_t& begin,
+                                         std::int64_t& end) {
+  if (__builtin_fabs(step) < 1e-9) return;
+  double first = (r.low - start) / step;
+  double last = (r.high - start) / step;
+  if (first > last) {
+    const double other = first;
+    first = last;
+    last = other;
+  }
+  const std::int64_t from = cut(floor_of(first), width);
+  const std::int64_t to = cut(floor_of(last) + 2.0, width);
+  begin = from > begin ? from : begin;
+  end = to < end ? to : end;
+}
+
+// How far from a coordinate a tap can be, and a little more for rounding.
+FUSEREG_DEVICE_INLINE double reach_of(const Job& job, const double* m) {
+  const double r = job.interpolation == Interpolation::kBicubic ? 2.0 : 1.0;
+  const double extent = job.antialias ? extent_of(m) : 1.0;
+  return r * (extent > 1.0 ? extent : 1.0) + 0.02;
+}
+
+// Adds what one output image gives to the pixel (x, y) of grad_x[sample].
+template <class T, int kGroup>
+__device__ void gather_gradient(const Job& job, std::int64_t sample, std::int64_t out,
+                                bool as_partner, std::int32_t x, std::int32_t y, int channel,
+                                Number<T> (&sum)[kGroup]) {
+  using C = Number<T>;
+  const double* const m = job.records + sample * kRecord;
+  const auto h = static_cast<std::int32_t>(job.x.h);
+  const auto w = static_cast<std::int32_t>(job.x.w);
+  const double reach_x = reach_of(job, m);
+  const double reach_y = reach_of(job, m + 3);
+  const Range every_x = all_coordinates(m, job.y);
+  const Range every_y = all_coordinates(m + 3, job.y);
+  Range rx = unfolded(x, w, job.fill_mode, {every_x.low - reach_x, every_x.high + reach_x});
+  Range ry = unfolded(y, h, job.fill_mode, {every_y.low - reach_y, every_y.high + reach_y});
+  rx = {rx.low - reach_x, rx.high + reach_x};
+  ry = {ry.low - reach_y, ry.high + reach_y};
+  // Rows: the inverse map of the rectangle's corners.
+  std::int64_t row_begin = 0;
+  std::int64_t row_end = job.y.h;
+  const double det = m[0] * m[4] - m[1] * m[3];
+  if (__builtin_fabs(det) > 1e-9) {
+    double low = 2.0 * kFarthest;
+    double high = -2.0 * kFarthest;
+    for (int corner = 0; corner < 4; ++corner) {
+      const double cx = ((corner & 1) != 0 ? rx.high : rx.low) - m[2];
+      const double cy = ((corner & 2) != 0 ? ry.high : ry.low) - m[5];
+      const double at = (m[0] * cy - m[3] * cx) / det;
+      low = at < low ? at : low;
+      high = at > high ? at : high;
+    }
+    row_begin = cut(floor_of(low) - 1.0, job.y.h);
+    row_end = cut(floor_of(high) + 2.0, job.y.h);
+  }
+  for (std::int64_t row = row_begin; row < row_end; ++row) {
+    std::int64_t begin = 0;
+    std::int64_t end = job.y.w;
+    limit_columns(m[0], row_start(m, row), rx, job.y.w, begin, end);
+    limit_columns(m[3], row_start(m + 3, row), ry, job.y.w, begin, end);
+    for (std::int64_t col = begin; col < end; ++col) {
+      C g[kGroup];
+      int state = 0;  // 1: g is there; 2: there is none
+      for_taps<C>(job, m, col, row, [&](std::int32_t tap_x, std::int32_t tap_y, C weight) {
+        if (tap_x != x || tap_y != y || state == 2) return;
+        if (state == 0) {
+          const bool any =
+              gradient_at<T, kGroup>(job, sample, out, as_partner, col, row, channel, g);
+          state = any ? 1 : 2;
+          if (!any) return;
+        }
+        for (int k = 0; k < kGroup; ++k) sum[k] = add(sum[k], multiply(weight, g[k]));
+      });
+    }
+  }
+}
+
+template <class T, int kGroup>
+__global__ void __launch_bounds__(kThreads)
+    augment_backward_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
+  using C = Number<T>;
+  const Images& grad = job.grad_x;
+  const std::int64_t pixels = job.n * grad.h * grad.w;
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < pixels;
+       i += step) {
+    const auto x = static_cast<std::int32_t>(i % grad.w);
+    const auto y = static_cast<std::int32_t>(i / grad.w % grad.h);
+    const std::int64_t sample = i / (grad.w * grad.h);
+    C* const at =
+        static_cast<C*>(grad.data) + sample * grad.sample + y * grad.row + x * grad.pixel;
+    for (int c = 0; c < job.c; c += kGroup) {
+      C sum[kGroup] = {};
+      gather_gradient<T, kGroup>(job, sample, sample, false, x, y, c, sum);
+      for (std::int64_t out = 0; out < job.n; ++out) {
+        if (partner_of(job.records + out * kRecord, job.n) == sample)
+          gather_gradient<T, kGroup>(job, sample, out, true, x, y, c, sum);
+      }
+      for (int k = 0; k < kGroup; ++k) at[(c + k) * grad.channel] = sum[k];
+    }
+  }
+}
+
+cuda::LaunchConfig config_for(std::int64_t pixels, int device, void* stream) {
+  const std::int64_t most =
+      static_cast<std::int64_t>(cuda::device_properties(device).sm_count) * kBlocksPerSm;
+  cuda::LaunchConfig config;
+  config.block = dim3(kThreads);
+  config.stream = static_cast<cuda::Stream>(stream);
+  config.grid = dim3(
+      static_cast<unsigned>(std::clamp<std::int64_t>(cuda::ceil_div(pixels, kThreads), 1, most)));
+  return config;
+}
+
+}  // namespace
+
+void forward_cuda(const Job& job, int device, void* stream) {
+  const cuda::DeviceGuard guard(device);
+  const cuda::LaunchConfig config = config_for(job.n * job.y.h * job.y.w, device, stream);
+  dispatch_element(job.x.type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (job.c == 3) {
+      cuda::launch(kOp, augment_forward_kernel<T, 3>, config, job);
+    } else {
+      cuda::launch(kOp, augment_forward_kernel<T, 1>, config, job);
+    }
+  });
+}
+
+void backward_cuda(const Job& job, int device, void* stream) {
+  const cuda::DeviceGuard guard(device);
+  const cuda::LaunchConfig config = config_for(job.n * job.grad_x.h * job.grad_x.w, device, stream);
+  dispatch_element(job.x.type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if constexpr (sizeof(T) > 1) {
+      if (job.c == 3) {
+        cuda::launch(kOp, augment_backward_kernel<T, 3>, config, job);
+      } else {
+        cuda::launch(kOp, augment_backward_kernel<T, 1>, config, job);
+      }
+    }
+  });
+}
+
+}  // namespace fusereg::augment

@@ -1,0 +1,615 @@
+// One output pixel of augment.h, for the host and the device: coordinates, taps, weights, values.
+// The vector code of augment_vector.h does the same operations in the same order.
+#pragma once
+
+#include "augment/augment.h"
+#include "core/dtype.h"
+#include "core/normal.h"
+
+namespace fusereg::augment {
+
+using normal::add;
+using normal::multiply;
+
+// Before functions that are too large to be part of each of their callers. Internal linkage, for the
+// same reason as FUSEREG_INLINE.
+#define FUSEREG_STATIC static FUSEREG_HD
+
+// --- elements -------------------------------------------------------------------------------------
+
+template <class T>
+struct NumberOf {
+  using type = Compute<T>;
+};
+template <>
+struct NumberOf<std::uint8_t> {
+  using type = float;
+};
+// The type in which arithmetic on pixels of type T is done.
+template <class T>
+using Number = typename NumberOf<T>::type;
+
+template <class T>
+FUSEREG_INLINE Number<T> read(const T* p) {
+  if constexpr (sizeof(T) == 1) {
+    return static_cast<float>(*p);
+  } else {
+    return to_compute(*p);
+  }
+}
+
+// To nearest, halves to even, within [0, 255]; NaN becomes 0. Adding 1.5 * 2^23 leaves no bits after
+// the point.
+template <class C>
+FUSEREG_INLINE std::uint8_t to_uint8(C v) {
+  const C low = v > C{0} ? v : C{0};
+  const auto within = static_cast<float>(low < C{255} ? low : C{255});
+  return static_cast<std::uint8_t>(bit_cast<std::uint32_t>(add(within, 12582912.0f)));
+}
+
+template <class C>
+FUSEREG_INLINE void write(void* data, Element type, std::int64_t at, C v) {
+  switch (type) {
+    case Element::kFloat64:
+      static_cast<double*>(data)[at] = static_cast<double>(v);
+      break;
+    case Element::kFloat32:
+      static_cast<float*>(data)[at] = static_cast<float>(v);
+      break;
+    case Element::kFloat16:
+      static_cast<Half*>(data)[at] = to_half(static_cast<float>(v));
+      break;
+    case Element::kBFloat16:
+      static_cast<BFloat16*>(data)[at] = to_bfloat16(static_cast<float>(v));
+      break;
+    case Element::kUInt8:
+      static_cast<std::uint8_t*>(data)[at] = to_uint8(v);
+      break;
+  }
+}
+
+// --- coordinates ----------------------------------------------------------------------------------
+
+inline constexpr double kFarthest = 536870912.0;  // 2^29
+
+// NaN is far outside as well.
+FUSEREG_INLINE double within_reach(double v) {
+  return v > -kFarthest ? (v < kFarthest ? v : kFarthest) : -kFarthest;
+}
+
+FUSEREG_INLINE double floor_of(double v) { return __builtin_floor(v); }
+
+// 2^e
+FUSEREG_INLINE double power_of_two(int e) {
+  return bit_cast<double>(static_cast<std::uint64_t>(e + 1023) << 52);
+}
+FUSEREG_INLINE float power_of_two_float(int e) {
+  return bit_cast<float>(static_cast<std::uint32_t>(e + 127) << 23);
+}
+
+// F such that 16 steps stay below 2^30 units.
+FUSEREG_INLINE int fraction_bits(double step_x, double step_y) {
+  const double x = __builtin_fabs(step_x);
+  const double y = __builtin_fabs(step_y);
+  const double largest = x > y ? x : y;
+  const int exponent = static_cast<int>(bit_cast<std::uint64_t>(largest) >> 52) - 1022;
+  const int bits = 26 - exponent;
+  return bits > 22 ? 22 : bits < 0 ? 0 : bits;
+}
+
+// A coordinate in units of 2^-F: the integer part, and what is left of it.
+struct Fixed {
+  std::int32_t whole;
+  std::int32_t rest;
+};
+
+// Of a block's first pixel.
+FUSEREG_INLINE Fixed block_start(double step, double v, std::int64_t first, int bits) {
+  const double at = within_reach(add(multiply(step, static_cast<double>(first)), v));
+  const auto units = static_cast<std::int64_t>(floor_of(add(at * power_of_two(bits), 0.5)));
+  return {static_cast<std::int32_t>(units >> bits),
+          static_cast<std::int32_t>(units & ((std::int64_t{1} << bits) - 1))};
+}
+
+// From there to the block's pixel `lane`.
+FUSEREG_INLINE std::int32_t lane_step(double step, int lane, int bits) {
+  const double by = multiply(step, static_cast<double>(lane)) * power_of_two(bits);
+  const double least = by > -2.0 * kFarthest ? by : -2.0 * kFarthest;
+  return static_cast<std::int32_t>(
+      floor_of(add(least < 2.0 * kFarthest ? least : 2.0 * kFarthest, 0.5)));
+}
+
+// m1 y + m2: the row's part of a coordinate.
+FUSEREG_INLINE double row_start(const double* m, std::int64_t row) {
+  return add(multiply(m[1], static_cast<double>(row)), m[2]);
+}
+
+// The pixel at or before a coordinate, and the distance to it; for nearest the nearest pixel.
+template <class C>
+struct Place {
+  std::int32_t x, y;
+  C tx, ty;
+};
+
+FUSEREG_INLINE void place_on_axis(Fixed start, std::int32_t step, int bits, bool nearest,
+                                  std::int32_t& at, float& t) {
+  const std::int32_t units = start.rest + step + (nearest ? (1 << bits) >> 1 : 0);
+  at = start.whole + (units >> bits);
+  t = static_cast<float>(units & ((1 << bits) - 1)) * power_of_two_float(-bits);
+}
+FUSEREG_INLINE void place_on_axis(double v, bool nearest, std::int32_t& at, double& t) {
+  v = within_reach(v);
+  if (nearest) v = add(v, 0.5);
+  const double whole = floor_of(v);
+  at = static_cast<std::int32_t>(whole);
+  t = v - whole;
+}
+
+FUSEREG_STATIC void place(const double* m, std::int64_t col, std::int64_t row, bool nearest,
+                          Place<float>& p) {
+  const int bits = fraction_bits(m[0], m[3]);
+  const auto lane = static_cast<int>(col % kBlock);
+  const Fixed x = block_start(m[0], row_start(m, row), col - lane, bits);
+  const Fixed y = block_start(m[3], row_start(m + 3, row), col - lane, bits);
+  place_on_axis(x, lane_step(m[0], lane, bits), bits, nearest, p.x, p.tx);
+  place_on_axis(y, lane_step(m[3], lane, bits), bits, nearest, p.y, p.ty);
+}
+FUSEREG_INLINE void place(const double* m, std::int64_t col, std::int64_t row, bool nearest,
+                          Place<double>& p) {
+  const auto c = static_cast<double>(col);
+  place_on_axis(add(multiply(m[0], c), row_start(m, row)), nearest, p.x, p.tx);
+  place_on_axis(add(multiply(m[3], c), row_start(m + 3, row)), nearest, p.y, p.ty);
+}
+
+// --- taps -----------------------------------------------------------------------------------------
+
+// The pixel that stands for `at`; negative under constant fill outside the image.
+FUSEREG_STATIC std::int32_t fold(std::int32_t at, std::int32_t size, FillMode mode) {
+  if (at >= 0 && at < size) return at;
+  switch (mode) {
+    case FillMode::kConstant:
+      return -1;
+    case FillMode::kBorder:
+      return at < 0 ? 0 : size - 1;
+    case FillMode::kWrap: {
+      const std::int32_t r = at % size;
+      return r < 0 ? r + size : r;
+    }
+    case FillMode::kSymmetric: {
+      std::int32_t r = at % (2 * size);
+      if (r < 0) r += 2 * size;
+      return r < size ? r : 2 * size - 1 - r;
+    }
+    default: {
+      if (size == 1) return 0;
+      std::int32_t r = at % (2 * (size - 1));
+      if (r < 0) r += 2 * (size - 1);
+      return r < size ? r : 2 * (size - 1) - r;
+    }
+  }
+}
+
+// One channel of a sample.
+template <class T>
+struct Plane {
+  const T* data;
+  std::int64_t row, pixel;
+  std::int32_t h, w;
+  FillMode mode;
+  Number<T> fill;
+};
+template <class T>
+FUSEREG_STATIC Number<T> pixel_at(const Plane<T>& p, std::int32_t x, std::int32_t y) {
+  const std::int32_t i = fold(x, p.w, p.mode);
+  const std::int32_t j = fold(y, p.h, p.mode);
+  return i < 0 || j < 0 ? p.fill : read(p.data + j * p.row + i * p.pixel);
+}
+
+// --- interpolation --------------------------------------------------------------------------------
+
+// a + t (b - a), and a itself where t is zero or there is no difference: infinities and constants
+// stay, and what has no weight does not count.
+template <class C>
+FUSEREG_INLINE C lerp(C a, C b, C t) {
+  return t != C{0} && a != b ? add(a, multiply(t, b - a)) : a;
+}
+
+// Weights of the pixels before and after the one at or before, and of the one after that; the
+// remaining weight makes the sum one. All vanish at t = 0.
+template <class C>
+struct Cubic {
+  C before, next, last;
+};
+template <class C>
+FUSEREG_INLINE Cubic<C> cubic_weights(C t) {
+  const C s = add(C{1}, -t);
+  Cubic<C> w;
+  w.before = multiply(multiply(t, C{-0.75}), multiply(s, s));
+  w.next = add(multiply(multiply(add(multiply(s, C{1.25}), C{-2.25}), s), s), C{1});
+  w.last = multiply(multiply(s, C{-0.75}), multiply(t, t));
+  return w;
+}
+template <class C>
+FUSEREG_INLINE C cubic_term(C sum, C v, C centre, C weight) {
+  return weight != C{0} && v != centre ? add(sum, multiply(weight, v - centre)) : sum;
+}
+template <class C>
+FUSEREG_INLINE C cubic_of(C before, C centre, C next, C last, const Cubic<C>& w) {
+  return cubic_term(cubic_term(cubic_term(centre, before, centre, w.before), next, centre, w.next),
+                    last, centre, w.last);
+}
+
+template <class T, class C>
+FUSEREG_STATIC C interpolate(const Plane<T>& plane, const Place<C>& p, Interpolation how) {
+  if (how == Interpolation::kNearest) return pixel_at(plane, p.x, p.y);
+  if (how == Interpolation::kBilinear) {
+    const C top = lerp(pixel_at(plane, p.x, p.y), pixel_at(plane, p.x + 1, p.y), p.tx);
+    if (p.ty == C{0}) return top;
+    return lerp(top, lerp(pixel_at(plane, p.x, p.y + 1), pixel_at(plane, p.x + 1, p.y + 1), p.tx), p.ty);
+  }
+  const Cubic<C> wx = cubic_weights(p.tx);
+  const Cubic<C> wy = cubic_weights(p.ty);
+  C line[4];
+  FUSEREG_UNROLL_10
+  for (int j = 0; j < 4; ++j) {
+    const std::int32_t y = p.y - 1 + j;
+    line[j] = cubic_of(pixel_at(plane, p.x - 1, y), pixel_at(plane, p.x, y), pixel_at(plane, p.x + 1, y),
+                       pixel_at(plane, p.x + 2, y), wx);
+  }
+  return cubic_of(line[0], line[1], line[2], line[3], wy);
+}
+
+// --- antialiasing ---------------------------------------------------------------------------------
+
+// The filters of antialiased interpolation: a tent, and Keys' cubic with a = -1/2.
+template <class C>
+FUSEREG_INLINE C filter_weight(C distance, Interpolation how) {
+  const C t = distance < C{0} ? -distance : distance;
+  if (how == Interpolation::kBilinear) return t < C{1} ? add(C{1}, -t) : C{0};
+  if (t < C{1}) return add(multiply(multiply(add(multiply(t, C{1.5}), C{-2.5}), t), t), C{1});
+  if (t >= C{2}) return C{0};
+  return add(multiply(add(multiply(add(multiply(t, C{-0.5}), C{2.5}), t), C{-4}), t), C{2});
+}
+
+// The taps [first, last] of one axis, 1 / the sum of their weights, and the share of the output
+// pixel's extent that is covered.
+template <class C>
+struct Span {
+  C centre;
+  C inverse_width;
+  std::int32_t first, last;
+  C inverse_total;
+  C coverage;
+};
+
+FUSEREG_INLINE double extent_of(const double* m) {
+  return ::fusereg::square_root(add(multiply(m[0], m[0]), multiply(m[1], m[1])));
+}
+
+template <class C>
+FUSEREG_STATIC Span<C> make_span(double v, double extent, std::int32_t size, Interpolation how,
+                                 FillMode mode) {
+  Span<C> span;
+  v = within_reach(v);
+  const double width = extent > 1.0 ? (extent < 0x1p24 ? extent : 0x1p24) : 1.0;
+  const double radius = how == Interpolation::kBicubic ? 2.0 * width : width;
+  double low = floor_of(v - radius + 1.0);
+  double high = floor_of(v + radius + 1.0) - 1.0;
+  span.coverage = C{1};
+  if (mode == FillMode::kConstant) {
+    const double last = static_cast<double>(size) - 1.0;
+    low = low > 0.0 ? low : 0.0;
+    high = high < last ? high : last;
+    const double e = extent > 0x1p-20 ? extent : 0x1p-20;
+    const double from = v - e / 2.0 > -0.5 ? v - e / 2.0 : -0.5;
+    const double to = v + e / 2.0 < last + 0.5 ? v + e / 2.0 : last + 0.5;
+    const double share = (to - from) / e;
+    span.coverage = static_cast<C>(share > 0.0 ? (share < 1.0 ? share : 1.0) : 0.0);
+  }
+  span.centre = static_cast<C>(v - low);
+  span.inverse_width = static_cast<C>(1.0 / width);
+  if (!(low <= high)) high = low - 1.0;
+  span.first = static_cast<std::int32_t>(within_reach(low));
+  span.last = static_cast<std::int32_t>(within_reach(high));
+  C total{0};
+  for (std::int32_t i = span.first; i <= span.last; ++i) {
+    const C distance = add(static_cast<C>(i - span.first), -span.centre);
+    total = add(total, filter_weight(multiply(distance, span.inverse_width), how));
+  }
+  span.inverse_total = total > C{0} ? C{1} / total : C{0};
+  if (!(total > C{0})) span.coverage = C{0};
+  return span;
+}
+
+template <class C>
+FUSEREG_STATIC C weight_in(const Span<C>& span, std::int32_t i, Interpolation how) {
+  const C distance = add(static_cast<C>(i - span.first), -span.centre);
+  return multiply(filter_weight(multiply(distance, span.inverse_width), how), span.inverse_total);
+}
+
+// The widths are the same for a whole sample; the spans are an output pixel's.
+template <class C>
+struct Spans {
+  Span<C> x, y;
+};
+template <class C>
+FUSEREG_INLINE Spans<C> make_spans(const double* m, std::int64_t col, std::int64_t row,
+                                   const Images& x, Interpolation how, FillMode mode) {
+  const auto c = static_cast<double>(col);
+  return {make_span<C>(add(multiply(m[0], c), row_start(m, row)), extent_of(m),
+                       static_cast<std::int32_t>(x.w), how, mode),
+          make_span<C>(add(multiply(m[3], c), row_start(m + 3, row)), extent_of(m + 3),
+                       static_cast<std::int32_t>(x.h), how, mode)};
+}
+
+template <class T, class C>
+FUSEREG_STATIC C filtered(const Plane<T>& plane, const Spans<C>& s, Interpolation how) {
+  const C coverage = multiply(s.x.coverage, s.y.coverage);
+  if (!(coverage > C{0})) return plane.fill;
+  C sum{0};
+  for (std::int32_t j = s.y.first; j <= s.y.last; ++j) {
+    const C wy = weight_in(s.y, j, how);
+    if (wy == C{0}) continue;
+    C line{0};
+    for (std::int32_t i = s.x.first; i <= s.x.last; ++i) {
+      const C wx = weight_in(s.x, i, how);
+      if (wx != C{0}) line = add(line, multiply(wx, pixel_at(plane, i, j)));
+    }
+    sum = add(sum, multiply(wy, line));
+  }
+  if (coverage == C{1}) return sum;
+  return lerp(plane.fill, sum, coverage);
+}
+
+// --- a pixel's values -----------------------------------------------------------------------------
+
+// A box of a record, cut to the output.
+struct Box {
+  std::int64_t x0, y0, x1, y1;
+};
+FUSEREG_INLINE bool has(const Box& b, std::int64_t col, std::int64_t row) {
+  return col >= b.x0 && col < b.x1 && row >= b.y0 && row < b.y1;
+}
+FUSEREG_INLINE std::int64_t cut(double v, std::int64_t size) {
+  return v > 0.0 ? (v < static_cast<double>(size) ? static_cast<std::int64_t>(v) : size) : 0;
+}
+FUSEREG_INLINE Box box_of(const double* r, const Images& y) {
+  return {cut(r[0], y.w), cut(r[1], y.h), cut(r[2], y.w), cut(r[3], y.h)};
+}
+
+// The sample that is mixed in, or -1.
+FUSEREG_INLINE std::int64_t partner_of(const double* record, std::int64_t n) {
+  const double p = record[14];
+  return p >= 0.0 && p < static_cast<double>(n) && record[15] != 1.0
+             ? static_cast<std::int64_t>(p)
+             : -1;
+}
+
+// The normal of an element.
+FUSEREG_STATIC float normal_at(const std::int64_t* key, std::uint64_t index) {
+  const PhiloxWords w = philox(static_cast<std::uint64_t>(key[0]),
+                               static_cast<std::uint64_t>(key[1]), index / 4);
+  const bool second = (index & 2) != 0;
+  float n[2];
+  normal::normal_pair<float, std::uint32_t>(second ? w.word[2] : w.word[0],
+                                            second ? w.word[3] : w.word[1], n[0], n[1]);
+  return (index & 1) != 0 ? n[1] : n[0];
+}
+
+template <class C>
+FUSEREG_INLINE C clamped(C v, C limit) {
+  return v < C{0} ? C{0} : v > limit ? limit : v;
+}
+
+template <class C>
+FUSEREG_INLINE C colour_sum(const double* row, C v0, C v1, C v2) {
+  C sum = multiply(static_cast<C>(row[0]), v0);
+  sum = add(sum, multiply(static_cast<C>(row[1]), v1));
+  sum = add(sum, multiply(static_cast<C>(row[2]), v2));
+  return add(sum, static_cast<C>(row[3]));
+}
+
+// kGroup channels from `channel` on, warped: all three of three channels, or one.
+template <class T, int kGroup>
+FUSEREG_STATIC void warped(const Job& job, std::int64_t sample, std::int64_t col, std::int64_t row,
+                           int channel, Number<T> (&v)[kGroup]) {
+  using C = Number<T>;
+  const double* const record = job.records + sample * kRecord;
+  Plane<T> plane;
+  plane.data = static_cast<const T*>(job.x.data) + sample * job.x.sample;
+  plane.row = job.x.row;
+  plane.pixel = job.x.pixel;
+  plane.h = static_cast<std::int32_t>(job.x.h);
+  plane.w = static_cast<std::int32_t>(job.x.w);
+  plane.mode = job.fill_mode;
+  plane.data += channel * job.x.channel;
+  if (job.antialias) {
+    const Spans<C> spans =
+        make_spans<C>(record, col, row, job.x, job.interpolation, job.fill_mode);
+    for (int k = 0; k < kGroup; ++k, plane.data += job.x.channel) {
+      plane.fill = static_cast<C>(job.fill[channel + k]);
+      v[k] = filtered(plane, spans, job.interpolation);
+    }
+    return;
+  }
+  Place<C> p;
+  place(record, col, row, job.interpolation == Interpolation::kNearest, p);
+  for (int k = 0; k < kGroup; ++k, plane.data += job.x.channel) {
+    plane.fill = static_cast<C>(job.fill[channel + k]);
+    v[k] = interpolate(plane, p, job.interpolation);
+  }
+}
+
+// A(sample) at an output pixel.
+template <class T, int kGroup>
+FUSEREG_STATIC void unmixed(const Job& job, std::int64_t sample, std::int64_t col, std::int64_t row,
+                            int channel, Number<T> (&v)[kGroup]) {
+  using C = Number<T>;
+  const double* const record = job.records + sample * kRecord;
+  if (has(box_of(record + 6, job.y), col, row)) {
+    for (int k = 0; k < kGroup; ++k) {
+      const int c = channel + k;
+      const std::int64_t index = (c * job.y.h + row) * job.y.w + col;
+      v[k] = job.erase_noise ? static_cast<C>(normal_at(job.keys + 2 * sample,
+                                                        static_cast<std::uint64_t>(index)))
+                             : static_cast<C>(job.erase[c]);
+    }
+    return;
+  }
+  warped<T, kGroup>(job, sample, col, row, channel, v);
+  if (job.colour) {
+    const double* const m = record + 16;
+    const auto limit = static_cast<C>(job.limit);
+    if constexpr (kGroup == 3) {
+      const C v0 = v[0], v1 = v[1], v2 = v[2];
+      for (int k = 0; k < 3; ++k) v[k] = clamped(colour_sum(m + 4 * k, v0, v1, v2), limit);
+    } else {
+      v[0] = clamped(add(multiply(static_cast<C>(m[0]), v[0]), static_cast<C>(m[3])), limit);
+    }
+  }
+  for (int k = 0; k < kGroup; ++k) {
+    v[k] = add(multiply(v[k], static_cast<C>(job.scale[channel + k])),
+               static_cast<C>(job.shift[channel + k]));
+  }
+}
+
+// y[sample] at an output pixel, before it is rounded.
+template <class T, int kGroup>
+FUSEREG_STATIC void augmented(const Job& job, std::int64_t sample, std::int64_t col,
+                              std::int64_t row, int channel, Number<T> (&v)[kGroup]) {
+  using C = Number<T>;
+  const double* const record = job.records + sample * kRecord;
+  const std::int64_t partner = partner_of(record, job.n);
+  const bool mixes = partner >= 0 && has(box_of(record + 10, job.y), col, row);
+  if (!mixes || record[15] != 0.0) unmixed<T, kGroup>(job, sample, col, row, channel, v);
+  if (!mixes) return;
+  C other[kGroup];
+  unmixed<T, kGroup>(job, partner, col, row, channel, other);
+  const auto lam = static_cast<C>(record[15]);
+  const auto rest = static_cast<C>(1.0 - record[15]);
+  for (int k = 0; k < kGroup; ++k) {
+    v[k] = record[15] == 0.0 ? other[k] : add(multiply(lam, v[k]), multiply(rest, other[k]));
+  }
+}
+
+// --- gradients ------------------------------------------------------------------------------------
+
+// f(x, y, weight) for every pixel of the image that an output pixel has a weight in, row by row.
+template <class C, class F>
+FUSEREG_STATIC void for_taps(const Job& job, const double* m, std::int64_t col, std::int64_t row,
+                                const F& f) {
+  const Interpolation how = job.interpolation;
+  const auto w = static_cast<std::int32_t>(job.x.w);
+  const auto h = static_cast<std::int32_t>(job.x.h);
+  auto line = [&](std::int32_t at_x, std::int32_t at_y, C weight) {
+    const std::int32_t x = fold(at_x, w, job.fill_mode);
+    if (x >= 0 && weight != C{0}) f(x, at_y, weight);
+  };
+  if (job.antialias) {
+    const Spans<C> s = make_spans<C>(m, col, row, job.x, how, job.fill_mode);
+    const C coverage = multiply(s.x.coverage, s.y.coverage);
+    for (std::int32_t j = s.y.first; j <= s.y.last; ++j) {
+      const std::int32_t y = fold(j, h, job.fill_mode);
+      const C wy = multiply(coverage, weight_in(s.y, j, how));
+      if (y < 0 || wy == C{0}) continue;
+      for (std::int32_t i = s.x.first; i <= s.x.last; ++i)
+        line(i, y, multiply(wy, weight_in(s.x, i, how)));
+    }
+    return;
+  }
+  Place<C> p;
+  place(m, col, row, how == Interpolation::kNearest, p);
+  // Along each axis, from the first tap on.
+  C wx[4] = {C{1}, C{0}, C{0}, C{0}};
+  C wy[4] = {C{1}, C{0}, C{0}, C{0}};
+  int before = 0;
+  int count = 1;
+  if (how == Interpolation::kBilinear) {
+    count = 2;
+    wx[0] = add(C{1}, -p.tx);
+    wx[1] = p.tx;
+    wy[0] = add(C{1}, -p.ty);
+    wy[1] = p.ty;
+  } else if (how == Interpolation::kBicubic) {
+    count = 4;
+    before = 1;
+    auto fill = [](C t, C(&weights)[4]) {
+      const Cubic<C> k = cubic_weights(t);
+      weights[0] = k.before;
+      weights[1] = add(add(add(C{1}, -k.before), -k.next), -k.last);
+      weights[2] = k.next;
+      weights[3] = k.last;
+    };
+    fill(p.tx, wx);
+    fill(p.ty, wy);
+  }
+  for (int j = 0; j < count; ++j) {
+    const std::int32_t y = fold(p.y - before + j, h, job.fill_mode);
+    if (y < 0 || wy[j] == C{0}) continue;
+    for (int i = 0; i < count; ++i) line(p.x - before + i, y, multiply(wy[j], wx[i]));
+  }
+}
+
+// What the gradient of y[out] at a pixel is for the warped values of `sample`: `out` itself, or
+// (as_partner) the sample that is mixed into it. False if it is nothing.
+template <class T, int kGroup>
+FUSEREG_STATIC bool gradient_at(const Job& job, std::int64_t sample, std::int64_t out,
+                                bool as_partner, std::int64_t col, std::int64_t row, int channel,
+                                Number<T> (&g)[kGroup]) {
+  using C = Number<T>;
+  const double* const record = job.records + sample * kRecord;
+  const double* const mixing = job.records + out * kRecord;
+  const bool mixes = partner_of(mixing, job.n) >= 0 && has(box_of(mixing + 10, job.y), col, row);
+  const double lam = mixes ? mixing[15] : 1.0;
+  const auto share = static_cast<C>(as_partner ? 1.0 - lam : lam);
+  if (share == C{0} || has(box_of(record + 6, job.y), col, row)) return false;
+  const C* const grad = static_cast<const C*>(job.y.data) + out * job.y.sample + row * job.y.row +
+                        col * job.y.pixel;
+  for (int k = 0; k < kGroup; ++k) {
+    const int c = channel + k;
+    g[k] = multiply(multiply(grad[c * job.y.channel], share), static_cast<C>(job.scale[c]));
+  }
+  if (!job.colour) return true;
+  const double* const m = record + 16;
+  const auto limit = static_cast<C>(job.limit);
+  C v[kGroup];
+  warped<T, kGroup>(job, sample, col, row, channel, v);
+  auto passed = [&](C value, C gradient) {
+    return value >= C{0} && value <= limit ? gradient : C{0};
+  };
+  if constexpr (kGroup == 3) {
+    for (int k = 0; k < 3; ++k) g[k] = passed(colour_sum(m + 4 * k, v[0], v[1], v[2]), g[k]);
+    const C g0 = g[0], g1 = g[1], g2 = g[2];
+    for (int k = 0; k < 3; ++k) {
+      C sum = multiply(static_cast<C>(m[k]), g0);
+      sum = add(sum, multiply(static_cast<C>(m[4 + k]), g1));
+      g[k] = add(sum, multiply(static_cast<C>(m[8 + k]), g2));
+    }
+  } else {
+    const C k = static_cast<C>(m[0]);
+    g[0] = multiply(k, passed(add(multiply(k, v[0]), static_cast<C>(m[3])), g[0]));
+  }
+  return true;
+}
+
+// dispatch_element(type, [&](auto tag) { using T = typename decltype(tag)::type; ... });
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
+template <class F>
+FUSEREG_HD inline auto dispatch_element(Element type, F&& f) {
+  switch (type) {
+    case Element::kFloat64:
+      return f(TypeTag<double>{});
+    case Element::kFloat32:
+      return f(TypeTag<float>{});
+    case Element::kFloat16:
+      return f(TypeTag<Half>{});
+    case Element::kBFloat16:
+      return f(TypeTag<BFloat16>{});
+    default:
+      return f(TypeTag<std::uint8_t>{});
+  }
+}
+
+}  // namespace fusereg::augment

@@ -1,0 +1,546 @@
+#include "augment/augment_params.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "augment/elementary.h"
+#include "core/philox.h"
+
+namespace fusereg::augment::params {
+namespace {
+
+// --- random numbers -----------------------------------------------------------------------------
+
+enum class Operation : std::uint32_t {
+  kRotation = 1,
+  kScale,
+  kShear,
+  kTranslation,
+  kAffineChance,
+  kFlip,
+  kCrop,
+  kColour,
+  kErase,
+  kEraseNoise,
+  kMix,
+  kMixWeight,
+  kMixBox,
+  kMixOrder,
+};
+
+struct Source {
+  std::uint64_t seed;
+  std::uint32_t epoch;
+  std::uint64_t id;
+
+  PhiloxWords words(Operation operation, std::uint32_t occurrence,
+                    std::uint32_t attempt = 0) const {
+    const auto op = static_cast<std::uint64_t>(operation);
+    const std::uint64_t low = std::uint64_t{epoch} | op << 32 | std::uint64_t{occurrence} << 40 |
+                              std::uint64_t{attempt} << 48 | std::uint64_t{1} << 63;
+    return philox(seed, low, id);
+  }
+};
+
+// [0, 1), a multiple of 2^-32.
+double unit(std::uint32_t word) { return word * 0x1p-32; }
+
+double between(std::uint32_t word, double low, double high) {
+  return low + unit(word) * (high - low);
+}
+
+// One of 0, 1, ..., count - 1.
+std::int64_t choice(std::uint32_t word, std::int64_t count) {
+  return static_cast<std::int64_t>(std::uint64_t{word} * static_cast<std::uint64_t>(count) >> 32);
+}
+
+bool happens(std::uint32_t word, double probability) { return unit(word) < probability; }
+
+// As many words as are wanted, one counter after the other.
+class Stream {
+ public:
+  Stream(const Source& source, Operation operation, std::uint32_t occurrence)
+      : source_(source), operation_(operation), occurrence_(occurrence) {}
+  std::uint32_t next() {
+    if (at_ == 4) {
+      words_ = source_.words(operation_, occurrence_, attempt_++);
+      at_ = 0;
+    }
+    return words_.word[at_++];
+  }
+  // (0, 1)
+  double open_unit() { return (next() + 0.5) * 0x1p-32; }
+
+ private:
+  const Source& source_;
+  Operation operation_;
+  std::uint32_t occurrence_;
+  std::uint32_t attempt_ = 0;
+  int at_ = 4;
+  PhiloxWords words_{};
+};
+
+// Marsaglia's polar method.
+double normal(Stream& stream) {
+  while (true) {
+    const double x = 2.0 * stream.open_unit() - 1.0;
+    const double y = 2.0 * stream.open_unit() - 1.0;
+    const double square = x * x + y * y;
+    if (square < 1.0 && square > 0.0) {
+      return x * std::sqrt(-2.0 * natural_log(square) / square);
+    }
+  }
+}
+
+// The logarithm of a gamma variate (Marsaglia and Tsang 2000; below 1 by that of alpha + 1 times
+// u^(1/alpha), whose logarithm does not underflow).
+double log_gamma_variate(Stream& stream, double alpha) {
+  const double raised = alpha < 1.0 ? alpha + 1.0 : alpha;
+  const double boost = alpha < 1.0 ? natural_log(stream.open_unit()) / alpha : 0.0;
+  const double d = raised - 1.0 / 3.0;
+  const double c = 1.0 / std::sqrt(9.0 * d);
+  while (true) {
+    const double x = normal(stream);
+    const double root = 1.0 + c * x;
+    if (root <= 0.0) continue;
+    const double v = root * root * root;
+    const double log_v = natural_log(v);
+    if (natural_log(stream.open_unit()) < 0.5 * x * x + d - d * v + d * log_v) {
+      return natural_log(d) + log_v + boost;
+    }
+  }
+}
+
+// Beta(alpha, alpha)
+double beta_variate(Stream& stream, double alpha) {
+  const double first = log_gamma_variate(stream, alpha);
+  const double second = log_gamma_variate(stream, alpha);
+  return 1.0 / (1.0 + exponential(second - first));
+}
+
+// --- geometry -----------------------------------------------------------------------------------
+
+// (x, y) -> (xx x + xy y + x1, yx x + yy y + y1)
+struct Map {
+  double xx = 1.0, xy = 0.0, x1 = 0.0;
+  double yx = 0.0, yy = 1.0, y1 = 0.0;
+};
+
+// First g, then m.
+Map compose(const Map& m, const Map& g) {
+  return {m.xx * g.xx + m.xy * g.yx, m.xx * g.xy + m.xy * g.yy, m.xx * g.x1 + m.xy * g.y1 + m.x1,
+          m.yx * g.xx + m.yy * g.yx, m.yx * g.xy + m.yy * g.yy, m.yx * g.x1 + m.yy * g.y1 + m.y1};
+}
+
+// Of the canvas' axis: pixels of the output to those of `length` pixels from `start` on.
+void stretch(double start, double length, double output, double& factor, double& shift) {
+  factor = length / output;
+  shift = start + (0.5 * factor - 0.5);
+}
+
+std::int64_t to_nearest(double x) { return static_cast<std::int64_t>(std::floor(x + 0.5)); }
+
+// As Python's round, in which torchvision's CenterCrop is written: half to even.
+std::int64_t half_to_even(std::int64_t twice) {
+  const std::int64_t below = twice >> 1;
+  return below + ((twice & 1) != 0 && (below & 1) != 0 ? 1 : 0);
+}
+
+std::int64_t central_start(std::int64_t canvas, std::int64_t window) {
+  return canvas >= window ? half_to_even(canvas - window) : -((window - canvas) / 2);
+}
+
+struct Range {
+  std::int64_t low = 0;
+  std::int64_t high = 0;
+};
+
+// Where a window may start along one axis.
+Range starts(std::int64_t canvas, std::int64_t window, std::int64_t before, std::int64_t after,
+             int larger) {
+  if (larger == 2)
+    return {std::min<std::int64_t>(0, canvas - window), std::max<std::int64_t>(0, canvas - window)};
+  const std::int64_t lacking = window - (canvas + before + after);
+  if (lacking > 0 && larger == 1) {
+    before += lacking;
+    after += lacking;
+  }
+  return {-before, canvas + after - window};
+}
+
+std::int64_t whole(double value) { return static_cast<std::int64_t>(value); }
+
+Range window_starts_x(const Step& step, const Size& canvas) {
+  const std::vector<double>& v = step.values;
+  return starts(canvas.width, whole(v[1]), whole(v[2]), whole(v[4]), static_cast<int>(v[6]));
+}
+
+Range window_starts_y(const Step& step, const Size& canvas) {
+  const std::vector<double>& v = step.values;
+  return starts(canvas.height, whole(v[0]), whole(v[3]), whole(v[5]), static_cast<int>(v[6]));
+}
+
+// --- one sample ---------------------------------------------------------------------------------
+
+struct Sample {
+  const Source& source;
+  double* record;
+  double* draws;
+  Size canvas;
+  Map map;
+
+  void window(double x0, double y0, double x1, double y1) {
+    const double box[] = {x0, y0, x1, y1};
+    std::memcpy(draws + 9, box, sizeof box);
+  }
+};
+
+void affine(const Step& step, Sample& s) {
+  const std::vector<double>& v = step.values;
+  const std::uint32_t o = step.occurrence;
+  if (!happens(s.source.words(Operation::kAffineChance, o).word[0], v[0])) return;
+  const double angle = between(s.source.words(Operation::kRotation, o).word[0], v[1], v[2]) * v[3];
+  const PhiloxWords scale = s.source.words(Operation::kScale, o);
+  const double scale_x = between(scale.word[0], v[4], v[5]);
+  const double scale_y = v[8] != 0.0 ? scale_x : between(scale.word[1], v[6], v[7]);
+  const double inverse_x = v[9] != 0.0 ? scale_x : 1.0 / scale_x;
+  const double inverse_y = v[9] != 0.0 ? scale_y : 1.0 / scale_y;
+  const PhiloxWords move = s.source.words(Operation::kTranslation, o);
+  const auto width = static_cast<double>(s.canvas.width);
+  const auto height = static_cast<double>(s.canvas.height);
+  double move_x = between(move.word[0], v[10] * width, v[11] * width);
+  double move_y = between(move.word[1], v[12] * height, v[13] * height);
+  if (v[14] != 0.0) {
+    move_x = static_cast<double>(to_nearest(move_x));
+    move_y = static_cast<double>(to_nearest(move_y));
+  }
+  const PhiloxWords shear = s.source.words(Operation::kShear, o);
+  const double shear_x = between(shear.word[0], v[15], v[16]);
+  const double shear_y = between(shear.word[1], v[17], v[18]);
+  const double centre_x = v[19] != 0.0 ? v[20] : (width - 1.0) / 2.0;
+  const double centre_y = v[19] != 0.0 ? v[21] : (height - 1.0) / 2.0;
+
+  double sine = 0.0;
+  double cosine = 1.0;
+  sine_cosine(angle, sine, cosine);
+  double sine_x = 0.0, cosine_x = 1.0, sine_y = 0.0, cosine_y = 1.0;
+  sine_cosine(shear_x, sine_x, cosine_x);
+  sine_cosine(shear_y, sine_y, cosine_y);
+  const double tangent_x = sine_x / cosine_x;
+  const double tangent_y = sine_y / cosine_y;
+  // H_x^-1 H_y^-1 S^-1, then R^-1.
+  const double a = (1.0 + tangent_x * tangent_y) * inverse_x;
+  const double b = tangent_x * inverse_y;
+  const double c = tangent_y * inverse_x;
+  const double d = inverse_y;
+  Map g;
+  g.xx = a * cosine + b * sine;
+  g.xy = b * cosine - a * sine;
+  g.yx = c * cosine + d * sine;
+  g.yy = d * cosine - c * sine;
+  const double from_x = centre_x + move_x;
+  const double from_y = centre_y + move_y;
+  g.x1 = centre_x - (g.xx * from_x + g.xy * from_y);
+  g.y1 = centre_y - (g.yx * from_x + g.yy * from_y);
+  s.map = compose(s.map, g);
+  const double drawn[] = {angle,   1.0 / inverse_x, 1.0 / inverse_y, shear_x,
+                          shear_y, move_x,          move_y};
+  std::memcpy(s.draws, drawn, sizeof drawn);
+}
+
+void flip(const Step& step, Sample& s) {
+  const PhiloxWords words = s.source.words(Operation::kFlip, step.occurrence);
+  const bool x = happens(words.word[0], step.values[0]);
+  const bool y = happens(words.word[1], step.values[1]);
+  Map g;
+  if (x) {
+    g.xx = -1.0;
+    g.x1 = static_cast<double>(s.canvas.width - 1);
+  }
+  if (y) {
+    g.yy = -1.0;
+    g.y1 = static_cast<double>(s.canvas.height - 1);
+  }
+  if (x || y) s.map = compose(s.map, g);
+  s.draws[7] = x;
+  s.draws[8] = y;
+}
+
+void take_window(std::int64_t x0, std::int64_t y0, Size size, Sample& s) {
+  Map g;
+  g.x1 = static_cast<double>(x0);
+  g.y1 = static_cast<double>(y0);
+  s.map = compose(s.map, g);
+  s.canvas = size;
+  s.window(g.x1, g.y1, g.x1 + static_cast<double>(size.width),
+           g.y1 + static_cast<double>(size.height));
+}
+
+void random_window(const Step& step, Sample& s) {
+  const PhiloxWords words = s.source.words(Operation::kCrop, step.occurrence);
+  const Range x = window_starts_x(step, s.canvas);
+  const Range y = window_starts_y(step, s.canvas);
+  take_window(x.low + choice(words.word[0], x.high - x.low + 1),
+              y.low + choice(words.word[1], y.high - y.low + 1),
+              {whole(step.values[0]), whole(step.values[1])}, s);
+}
+
+void central_window(const Step& step, Sample& s) {
+  const Size size{whole(step.values[0]), whole(step.values[1])};
+  take_window(central_start(s.canvas.width, size.width),
+              central_start(s.canvas.height, size.height), size, s);
+}
+
+void resize_window(double x0, double y0, double width, double height, Size size, Sample& s) {
+  Map g;
+  stretch(x0, width, static_cast<double>(size.width), g.xx, g.x1);
+  stretch(y0, height, static_cast<double>(size.height), g.yy, g.y1);
+  s.map = compose(s.map, g);
+  s.canvas = size;
+  s.window(x0, y0, x0 + width, y0 + height);
+}
+
+// torchvision's RandomResizedCrop: 10 tries, then the largest central window of an allowed shape.
+void resized_window(const Step& step, Sample& s) {
+  const std::vector<double>& v = step.values;
+  const Size size{whole(v[0]), whole(v[1])};
+  const auto width = static_cast<double>(s.canvas.width);
+  const auto height = static_cast<double>(s.canvas.height);
+  const double low = natural_log(v[4]);
+  const double high = natural_log(v[5]);
+  for (std::uint32_t attempt = 0; attempt < 10; ++attempt) {
+    const PhiloxWords words = s.source.words(Operation::kCrop, step.occurrence, attempt);
+    const double area = width * height * between(words.word[0], v[2], v[3]);
+    const double ratio = exponential(between(words.word[1], low, high));
+    const std::int64_t w = to_nearest(std::sqrt(area * ratio));
+    const std::int64_t h = to_nearest(std::sqrt(area / ratio));
+    if (w < 1 || h < 1 || w > s.canvas.width || h > s.canvas.height) continue;
+    const std::int64_t x0 = choice(words.word[2], s.canvas.width - w + 1);
+    const std::int64_t y0 = choice(words.word[3], s.canvas.height - h + 1);
+    resize_window(static_cast<double>(x0), static_cast<double>(y0), static_cast<double>(w),
+                  static_cast<double>(h), size, s);
+    return;
+  }
+  std::int64_t w = s.canvas.width;
+  std::int64_t h = s.canvas.height;
+  if (width / height < v[4]) {
+    h = std::min(h, to_nearest(width / v[4]));
+  } else if (width / height > v[5]) {
+    w = std::min(w, to_nearest(height * v[5]));
+  }
+  w = std::max<std::int64_t>(w, 1);
+  h = std::max<std::int64_t>(h, 1);
+  resize_window(static_cast<double>((s.canvas.width - w) / 2),
+                static_cast<double>((s.canvas.height - h) / 2), static_cast<double>(w),
+                static_cast<double>(h), size, s);
+}
+
+// The weights of red, green and blue in grey (ITU-R BT.601).
+constexpr double kGrey[3] = {0.299, 0.587, 0.114};
+
+void colour(const Step& step, Sample& s) {
+  const std::vector<double>& v = step.values;
+  const PhiloxWords words = s.source.words(Operation::kColour, step.occurrence);
+  const double brightness = between(words.word[0], v[0], v[1]);
+  const double contrast = between(words.word[1], v[2], v[3]);
+  const double saturation = between(words.word[2], v[4], v[5]);
+  const double gain = contrast * brightness;
+  for (int row = 0; row < 3; ++row) {
+    double* const out = s.record + 16 + 4 * row;
+    for (int column = 0; column < 3; ++column) {
+      const double own = row == column ? saturation : 0.0;
+      out[column] = gain * (own + (1.0 - saturation) * kGrey[column]);
+    }
+    // The weights sum to 1 only up to rounding, and grey is to be itself without a change.
+    if (saturation == 1.0) out[row] = gain;
+    out[3] = 0.5 * (1.0 - contrast);
+  }
+  const double drawn[] = {brightness, contrast, saturation};
+  std::memcpy(s.draws + 13, drawn, sizeof drawn);
+}
+
+void box(double* to, std::int64_t x0, std::int64_t y0, std::int64_t x1, std::int64_t y1) {
+  to[0] = static_cast<double>(x0);
+  to[1] = static_cast<double>(y0);
+  to[2] = static_cast<double>(x1);
+  to[3] = static_cast<double>(y1);
+}
+
+// Zhong et al. 2017 as torchvision has it: 10 tries, or nothing.
+void erase(const Step& step, Sample& s) {
+  const std::vector<double>& v = step.values;
+  const std::uint32_t o = step.occurrence;
+  // Its chance has the attempt that the boxes do not use.
+  if (!happens(s.source.words(Operation::kErase, o, 10).word[0], v[0])) return;
+  const auto area = static_cast<double>(s.canvas.width) * static_cast<double>(s.canvas.height);
+  const double low = natural_log(v[3]);
+  const double high = natural_log(v[4]);
+  for (std::uint32_t attempt = 0; attempt < 10; ++attempt) {
+    const PhiloxWords words = s.source.words(Operation::kErase, o, attempt);
+    const double part = area * between(words.word[0], v[1], v[2]);
+    const double ratio = exponential(between(words.word[1], low, high));
+    const std::int64_t h = to_nearest(std::sqrt(part * ratio));
+    const std::int64_t w = to_nearest(std::sqrt(part / ratio));
+    if (w >= s.canvas.width || h >= s.canvas.height) continue;
+    const std::int64_t x0 = choice(words.word[2], s.canvas.width - w + 1);
+    const std::int64_t y0 = choice(words.word[3], s.canvas.height - h + 1);
+    box(s.record + 6, x0, y0, x0 + w, y0 + h);
+    return;
+  }
+}
+
+// Everything but the partner, which needs the batch. False: this sample is not mixed.
+bool mix(const Step& step, Sample& s) {
+  const std::vector<double>& v = step.values;
+  const std::uint32_t o = step.occurrence;
+  const PhiloxWords words = s.source.words(Operation::kMix, o);
+  if (!happens(words.word[0], v[0])) return false;
+  const bool cut = happens(words.word[1], v[3]);
+  Stream stream(s.source, Operation::kMixWeight, o);
+  const double weight = beta_variate(stream, cut ? v[2] : v[1]);
+  if (!cut) {
+    box(s.record + 10, 0, 0, s.canvas.width, s.canvas.height);
+    s.record[15] = weight;
+    return true;
+  }
+  // Yun et al. 2019: a box of 1 - weight of the area around a random point, cut off at the edges.
+  const PhiloxWords place = s.source.words(Operation::kMixBox, o);
+  const std::int64_t x = choice(place.word[0], s.canvas.width);
+  const std::int64_t y = choice(place.word[1], s.canvas.height);
+  const double side = 0.5 * std::sqrt(1.0 - weight);
+  const auto half_x = whole(side * static_cast<double>(s.canvas.width));
+  const auto half_y = whole(side * static_cast<double>(s.canvas.height));
+  box(s.record + 10, std::max<std::int64_t>(x - half_x, 0), std::max<std::int64_t>(y - half_y, 0),
+      std::min(x + half_x, s.canvas.width), std::min(y + half_y, s.canvas.height));
+  s.record[15] = 0.0;
+  return s.record[10] < s.record[12] && s.record[11] < s.record[13];
+}
+
+// Every sample takes the next one in the order of hashes.
+void choose_partners(const Job& job, std::uint32_t occurrence, const std::vector<bool>& mixed) {
+  struct Place {
+    std::uint64_t hash;
+    std::int64_t id;
+    std::int64_t index;
+    bool operator<(const Place& other) const {
+      if (hash != other.hash) return hash < other.hash;
+      return id != other.id ? id < other.id : index < other.index;
+    }
+  };
+  std::vector<Place> order;
+  order.reserve(static_cast<std::size_t>(job.samples));
+  for (std::int64_t i = 0; i < job.samples; ++i) {
+    const Source source{job.seed, job.epoch, static_cast<std::uint64_t>(job.ids[i])};
+    const PhiloxWords w = source.words(Operation::kMixOrder, occurrence);
+    order.push_back({std::uint64_t{w.word[0]} | std::uint64_t{w.word[1]} << 32, job.ids[i], i});
+  }
+  std::sort(order.begin(), order.end());
+  for (std::size_t k = 0; k < order.size(); ++k) {
+    const std::int64_t i = order[k].index;
+    double* const record = job.records + i * kRecordSize;
+    if (order.size() > 1 && mixed[static_cast<std::size_t>(i)]) {
+      record[14] = static_cast<double>(order[(k + 1) % order.size()].index);
+    } else {
+      box(record + 10, 0, 0, 0, 0);
+      record[15] = 1.0;
+    }
+  }
+}
+
+std::string text(const Size& size) {
+  return "(" + std::to_string(size.height) + ", " + std::to_string(size.width) + ")";
+}
+
+}  // namespace
+
+Size output_size(const Job& job) {
+  Size canvas = job.input;
+  for (const Step& step : job.steps) {
+    if (step.kind != StepKind::kWindow && step.kind != StepKind::kCentre &&
+        step.kind != StepKind::kResized && step.kind != StepKind::kWhole) {
+      continue;
+    }
+    const Size size{whole(step.values[0]), whole(step.values[1])};
+    Size room = canvas;
+    bool fits = true;
+    if (step.kind == StepKind::kWindow) {
+      const Range x = window_starts_x(step, canvas);
+      const Range y = window_starts_y(step, canvas);
+      fits = x.low <= x.high && y.low <= y.high;
+      room.height += whole(step.values[3]) + whole(step.values[5]);
+      room.width += whole(step.values[2]) + whole(step.values[4]);
+    } else if (step.kind == StepKind::kCentre && step.values[2] == 0.0) {
+      fits = size.height <= room.height && size.width <= room.width;
+    }
+    if (!fits) {
+      throw std::invalid_argument("size " + text(size) +
+                                  " is larger than the image with its padding, " + text(room));
+    }
+    canvas = size;
+  }
+  return canvas;
+}
+
+void draw(const Job& job) {
+  std::vector<bool> mixed(static_cast<std::size_t>(job.samples), false);
+  std::uint32_t mix_occurrence = 0;
+  for (std::int64_t i = 0; i < job.samples; ++i) {
+    const Source source{job.seed, job.epoch, static_cast<std::uint64_t>(job.ids[i])};
+    Sample s{source, job.records + i * kRecordSize, job.draws + i * kDrawsSize, job.input, {}};
+    std::fill_n(s.record, kRecordSize, 0.0);
+    std::fill_n(s.draws, kDrawsSize, 0.0);
+    s.record[14] = -1.0;
+    s.record[15] = 1.0;
+    s.record[16] = s.record[21] = s.record[26] = 1.0;
+    s.draws[1] = s.draws[2] = s.draws[13] = s.draws[14] = s.draws[15] = 1.0;
+    s.window(0.0, 0.0, static_cast<double>(job.input.width), static_cast<double>(job.input.height));
+    for (const Step& step : job.steps) {
+      switch (step.kind) {
+        case StepKind::kAffine:
+          affine(step, s);
+          break;
+        case StepKind::kFlip:
+          flip(step, s);
+          break;
+        case StepKind::kWindow:
+          random_window(step, s);
+          break;
+        case StepKind::kCentre:
+          central_window(step, s);
+          break;
+        case StepKind::kResized:
+          resized_window(step, s);
+          break;
+        case StepKind::kWhole:
+          resize_window(0.0, 0.0, static_cast<double>(s.canvas.width),
+                        static_cast<double>(s.canvas.height),
+                        {whole(step.values[0]), whole(step.values[1])}, s);
+          break;
+        case StepKind::kColour:
+          colour(step, s);
+          break;
+        case StepKind::kErase: {
+          erase(step, s);
+          const PhiloxWords w = source.words(Operation::kEraseNoise, step.occurrence);
+          for (int half = 0; half < 2; ++half) {
+            job.keys[2 * i + half] = static_cast<std::int64_t>(
+                std::uint64_t{w.word[2 * half]} | std::uint64_t{w.word[2 * half + 1]} << 32);
+          }
+          break;
+        }
+        case StepKind::kMix:
+          mixed[static_cast<std::size_t>(i)] = mix(step, s);
+          mix_occurrence = step.occurrence;
+          break;
+      }
+    }
+    const double matrix[] = {s.map.xx, s.map.xy, s.map.x1, s.map.yx, s.map.yy, s.map.y1};
+    std::memcpy(s.record, matrix, sizeof matrix);
+  }
+  choose_partners(job, mix_occurrence, mixed);
+}
+
+}  // namespace fusereg::augment::params

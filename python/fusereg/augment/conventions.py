@@ -1,0 +1,79 @@
+"""What libraries mean by an angle, a scale and a fill.
+
+=============  ===================  ==================  =============  ======================
+``compat=``    rotation             affine's rotation   scale above 1  outside, interpolation
+=============  ===================  ==================  =============  ======================
+"fusereg"      counter-clockwise    counter-clockwise   zooms in       constant, bilinear
+"torchvision"  counter-clockwise    clockwise           zooms in       constant, nearest
+"kornia"       counter-clockwise    clockwise           zooms in       constant, bilinear
+"keras"        counter-clockwise    counter-clockwise   zooms out      symmetric, bilinear
+=============  ===================  ==================  =============  ======================
+
+Each also understands its library's names of fill modes: torchvision's "edge" is "border"; kornia's
+"zeros" is "constant", its "reflection" is "reflect"; Keras's "reflect" is "symmetric" (the edge
+pixel is repeated), its "nearest" is "border". torchvision's RandomAffine moves by whole pixels, and
+its centres are counted from the image's corner, half a pixel from ours.
+
+Two things are not imitated. torchvision weighs a constant fill twice where bilinear weights are
+partly outside (a constant image of 200 filled with 200 shows 150 there); here it counts once.
+kornia with ``align_corners=False`` works on a grid that is not that of the pixels; this is its
+``align_corners=True``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from ._arguments import FILL_MODES, one_of
+
+
+@dataclass(frozen=True)
+class Convention:
+    """One library's."""
+
+    rotation_sign: float = 1.0
+    affine_sign: float = 1.0
+    zooms_out: bool = False
+    whole_pixels: bool = False
+    corner_origin: bool = False
+    interpolation: str = "bilinear"
+    fill_mode: str = "constant"
+    fill_names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def mode(self, name: object, op: str, argument: str = "fill_mode") -> str:
+        """Our name of a fill mode."""
+        if isinstance(name, str) and name in self.fill_names:
+            return self.fill_names[name]
+        return one_of(name, op, argument, [*FILL_MODES, *self.fill_names])
+
+
+CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
+    {
+        "fusereg": Convention(),
+        "torchvision": Convention(
+            affine_sign=-1.0,
+            whole_pixels=True,
+            corner_origin=True,
+            interpolation="nearest",
+            fill_names=MappingProxyType({"edge": "border"}),
+        ),
+        "kornia": Convention(
+            affine_sign=-1.0,
+            fill_names=MappingProxyType(
+                {"zeros": "constant", "reflection": "reflect", "fill": "constant"}
+            ),
+        ),
+        "keras": Convention(
+            zooms_out=True,
+            fill_mode="symmetric",
+            fill_names=MappingProxyType({"reflect": "symmetric", "nearest": "border"}),
+        ),
+    }
+)
+
+
+def convention(name: object, op: str) -> Convention:
+    """The convention of this name."""
+    return CONVENTIONS[one_of(name, op, "compat", list(CONVENTIONS))]

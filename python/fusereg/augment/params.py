@@ -1,0 +1,467 @@
+"""What was drawn for a batch: replayable, invertible, and applicable to boxes, points and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C, _augment_ops, _dispatch
+from ._arguments import FILL_MODES, INTERPOLATIONS, for_channels, integer, one_of, per_channel
+from .steps import Encoded
+
+__all__ = ["AugmentParams"]
+
+_VERSION = 1
+_DRAWN = (
+    "angle",
+    "scale_x",
+    "scale_y",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+    "flip_x",
+    "flip_y",
+    "window_x0",
+    "window_y0",
+    "window_x1",
+    "window_y1",
+    "brightness",
+    "contrast",
+    "saturation",
+)
+_BOX_FORMATS = ("xyxy", "xywh", "cxcywh")
+
+
+def sample_id_tensor(ids: object, n: int, op: str) -> Tensor:
+    """[n] int64 on the CPU."""
+    if isinstance(ids, Tensor):
+        if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+            raise TypeError(f"fusereg.{op}: sample_ids must be integers, got {ids.dtype}")
+        result = ids.detach().to("cpu", torch.int64)
+    elif isinstance(ids, Sequence) and not isinstance(ids, str):
+        result = torch.tensor([integer(i, op, "sample_ids") for i in ids], dtype=torch.int64)
+    else:
+        raise TypeError(
+            f"fusereg.{op}: sample_ids must be a tensor or a sequence of integers, "
+            f"got {type(ids).__name__}"
+        )
+    if result.shape != (n,):
+        raise ValueError(
+            f"fusereg.{op}: sample_ids must have shape ({n},), got {tuple(result.shape)}"
+        )
+    return result.contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class AugmentParams:
+    """The parameters of N samples, as :meth:`fusereg.augment.Augment.sample_params` draws them.
+
+    Coordinates are pixels (x, y); integers are pixel centres.
+
+    Attributes:
+        records: [N, 28] float64: what the kernels read (``csrc/augment/augment.h``); the colour
+            matrix's shifts are in units of full intensity.
+        draws: [N, 16] float64: angle in degrees (counter-clockwise), scale x and y, shear x and y
+            in degrees, translation x and y in pixels, flips x and y, the window x0 y0 x1 y1,
+            brightness, contrast, saturation; :meth:`drawn` has them by name. Of two steps of a
+            kind, the last.
+        keys: [N, 2] int64: of the noise in erased boxes.
+        sample_ids: [N] int64.
+        input_size: (height, width) of the images that this is for.
+        size: (height, width) of the result.
+
+    ``params[2:5]``, ``params[[3, 1]]`` and ``params[mask]`` select samples; partners of MixUp and
+    CutMix are followed, and must be among them (:meth:`without_mix` drops them).
+    """
+
+    records: Tensor
+    draws: Tensor
+    keys: Tensor
+    sample_ids: Tensor
+    input_size: tuple[int, int]
+    size: tuple[int, int]
+
+    def __len__(self) -> int:
+        """N."""
+        return self.records.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.records.device
+
+    # --- what there is ---
+
+    @property
+    def matrices(self) -> Tensor:
+        """[N, 2, 3]: output pixel (x, y, 1) to its place in the input."""
+        return self.records[:, :6].reshape(-1, 2, 3)
+
+    @property
+    def flips(self) -> Tensor:
+        """[N, 2] bool: mirrored left to right, top to bottom."""
+        return self.draws[:, 7:9] != 0
+
+    @property
+    def erase_boxes(self) -> Tensor:
+        """[N, 4] int64 x0, y0, x1, y1 in output pixels, half open; empty: nothing is erased."""
+        return self.records[:, 6:10].long()
+
+    @property
+    def mix_boxes(self) -> Tensor:
+        """[N, 4] int64: where the partner is mixed in; the whole output for MixUp."""
+        return self.records[:, 10:14].long()
+
+    @property
+    def partners(self) -> Tensor:
+        """[N] int64: the index in the batch of the sample that is mixed in, -1 for none."""
+        return self.records[:, 14].long()
+
+    @property
+    def weights(self) -> Tensor:
+        """[N] float64: the share of its own label that a sample keeps.
+
+        MixUp's lambda; for CutMix 1 - the pasted box's share of the area; 1 without a partner.
+        """
+        box = self.records[:, 10:14]
+        area = (box[:, 2] - box[:, 0]).clamp(min=0) * (box[:, 3] - box[:, 1]).clamp(min=0)
+        share = area / (self.size[0] * self.size[1])
+        weight = 1 - share * (1 - self.records[:, 15])
+        return torch.where(self.records[:, 14] >= 0, weight, torch.ones_like(weight))
+
+    def drawn(self) -> dict[str, Tensor]:
+        """The columns of ``draws`` by name: angle, scale_x, ..., window_x0, ..., saturation."""
+        return {name: self.draws[:, i] for i, name in enumerate(_DRAWN)}
+
+    # --- selecting, moving, keeping ---
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> AugmentParams:
+        """The same on another device."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> AugmentParams:
+        """The same in pinned memory (a DataLoader's ``pin_memory=True`` calls this)."""
+        return self._map(lambda t: t.pin_memory())
+
+    def _map(self, function: Any) -> AugmentParams:
+        return replace(
+            self,
+            records=function(self.records),
+            draws=function(self.draws),
+            keys=function(self.keys),
+            sample_ids=function(self.sample_ids),
+        )
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> AugmentParams:
+        n = len(self)
+        if isinstance(index, int) and not -n <= index < n:
+            raise IndexError(
+                f"fusereg.AugmentParams: index {index} is out of range for {n} samples"
+            )
+        positions = torch.arange(n)
+        chosen = positions[[index] if isinstance(index, int) else _cpu(index)]
+        place = torch.full((n + 1,), -2, dtype=torch.int64)
+        place[-1] = -1  # the partner of those without one
+        # Of a sample that is chosen twice, the first.
+        place.scatter_reduce_(
+            0, chosen, positions.new_tensor(range(len(chosen))), "amin", include_self=False
+        )
+        partners = place[self.partners.cpu()[chosen]]
+        if bool((partners == -2).any()):
+            raise ValueError(
+                "fusereg.AugmentParams: a selected sample's partner is not selected; select both, "
+                "or take without_mix() first"
+            )
+        chosen = chosen.to(self.device)
+        result = self._map(lambda t: t[chosen])
+        result.records[:, 14] = partners.to(self.device, torch.float64)
+        return result
+
+    @staticmethod
+    def cat(parts: Sequence[AugmentParams]) -> AugmentParams:
+        """The parameters of several batches for one batch of them all; partners stay their own."""
+        if not parts or not all(isinstance(p, AugmentParams) for p in parts):
+            raise TypeError("fusereg.AugmentParams.cat: parts must be one or more AugmentParams")
+        first = parts[0]
+        for part in parts[1:]:
+            if (part.input_size, part.size) != (first.input_size, first.size):
+                raise ValueError(
+                    f"fusereg.AugmentParams.cat: parts must be of the same sizes, got "
+                    f"{first.input_size} to {first.size} and {part.input_size} to {part.size}"
+                )
+        records, begin = [], 0
+        for part in parts:
+            moved = part.records.clone()
+            moved[:, 14] += begin * (moved[:, 14] >= 0)
+            records.append(moved)
+            begin += len(part)
+        return replace(
+            first,
+            records=torch.cat(records),
+            draws=torch.cat([p.draws for p in parts]),
+            keys=torch.cat([p.keys for p in parts]),
+            sample_ids=torch.cat([p.sample_ids for p in parts]),
+        )
+
+    def without_mix(self) -> AugmentParams:
+        """The same without MixUp and CutMix."""
+        records = self.records.clone()
+        records[:, 10:14] = 0
+        records[:, 14] = -1
+        records[:, 15] = 1
+        return replace(self, records=records)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and sizes, for ``torch.save``; :meth:`from_state_dict` makes it again."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"version": _VERSION, **values}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> AugmentParams:
+        """Parameters from what :meth:`state_dict` gave."""
+        op = "AugmentParams.from_state_dict"
+        names = [f.name for f in fields(cls)]
+        missing = [name for name in ("version", *names) if name not in state]
+        if missing:
+            raise ValueError(f"fusereg.{op}: state lacks {', '.join(missing)}")
+        if state["version"] != _VERSION:
+            raise ValueError(
+                f"fusereg.{op}: state must have version {_VERSION}, got {state['version']!r}"
+            )
+        n = len(state["records"])
+        for name, width in (
+            ("records", _C.AUGMENT_RECORD),
+            ("draws", _C.AUGMENT_DRAWS),
+            ("keys", 2),
+        ):
+            if tuple(state[name].shape) != (n, width):
+                raise ValueError(
+                    f"fusereg.{op}: {name} must have shape ({n}, {width}), "
+                    f"got {tuple(state[name].shape)}"
+                )
+        values = {name: state[name] for name in names}
+        for name in ("input_size", "size"):
+            height, width = values[name]
+            values[name] = (int(height), int(width))
+        return cls(**values)
+
+    # --- geometry ---
+
+    def inverse(self) -> AugmentParams:
+        """What takes the result back to the input: the geometry alone, with sizes exchanged.
+
+        ``params.inverse().boxes(...)`` brings predictions back, ``params.inverse().warp(y)``
+        images. Pixels that left the image are lost.
+        """
+        a, b, c, d, e, f = self.records[:, :6].unbind(1)
+        determinant = a * e - b * d
+        back = torch.stack(
+            [
+                e / determinant,
+                -b / determinant,
+                (b * f - c * e) / determinant,
+                -d / determinant,
+                a / determinant,
+                (c * d - a * f) / determinant,
+            ],
+            dim=1,
+        )
+        records = torch.zeros_like(self.records)
+        # + 0 makes a negative zero a zero.
+        records[:, :6] = back + 0.0
+        records[:, 14] = -1
+        records[:, 15] = 1
+        records[:, [16, 21, 26]] = 1
+        return replace(self, records=records, input_size=self.size, size=self.input_size)
+
+    def keypoints(self, points: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """Where points of the input are in the result.
+
+        Args:
+            points: [N, K, 2] (x, y), integers at pixel centres; or N tensors [K_i, 2].
+
+        Returns:
+            The same form, floating; points may lie outside the image.
+        """
+        if not isinstance(points, Tensor):
+            return [self._one(i, len(points)).keypoints(p[None])[0] for i, p in enumerate(points)]
+        self._check_points(points, "keypoints", "points", 2)
+        x = points if points.is_floating_point() else points.to(torch.float32)
+        m = self.inverse().matrices.to(x.device)
+        moved = torch.einsum("nij,nkj->nki", m[:, :, :2], x.double()) + m[:, None, :, 2]
+        return moved.to(x.dtype)
+
+    def boxes(
+        self, boxes: Tensor | Sequence[Tensor], *, format: str = "xyxy", clip: bool = True
+    ) -> Tensor | list[Tensor]:
+        """The boxes around where boxes of the input went.
+
+        A box is measured along the edges of pixels, as in torchvision and COCO: the first pixel
+        is the box (0, 0, 1, 1).
+
+        Args:
+            boxes: [N, K, 4]; or N tensors [K_i, 4].
+            format: "xyxy" (x0, y0, x1, y1), "xywh" (corner and size) or "cxcywh" (centre and size).
+            clip: cut to the image; a box that left it has no area then.
+
+        Returns:
+            The same form and format, floating. Erasing and mixing change nothing here.
+        """
+        op = "AugmentParams.boxes"
+        one_of(format, op, "format", _BOX_FORMATS)
+        if not isinstance(boxes, Tensor):
+            return [
+                self._one(i, len(boxes)).boxes(b[None], format=format, clip=clip)[0]
+                for i, b in enumerate(boxes)
+            ]
+        self._check_points(boxes, "boxes", "boxes", 4)
+        b = boxes if boxes.is_floating_point() else boxes.to(torch.float32)
+        x0, y0, x1, y1 = b.double().unbind(-1)
+        if format == "xywh":
+            x1, y1 = x0 + x1, y0 + y1
+        elif format == "cxcywh":
+            x0, x1 = x0 - x1 / 2, x0 + x1 / 2
+            y0, y1 = y0 - y1 / 2, y0 + y1 / 2
+        x = torch.stack([x0, x1, x0, x1], dim=-1)
+        y = torch.stack([y0, y0, y1, y1], dim=-1)
+        corners = torch.stack([x, y], dim=-1).flatten(1, 2) - 0.5  # [N, 4K, 2] at pixel centres
+        moved = self.keypoints(corners)
+        assert isinstance(moved, Tensor)
+        moved = moved.unflatten(1, (-1, 4)) + 0.5
+        low, high = moved.amin(2), moved.amax(2)  # [N, K, 2]
+        if clip:
+            limit = low.new_tensor([self.size[1], self.size[0]])
+            low, high = low.clamp(min=0).minimum(limit), high.clamp(min=0).minimum(limit)
+        if format == "xywh":
+            high = high - low
+        elif format == "cxcywh":
+            low, high = (low + high) / 2, high - low
+        return torch.cat([low, high], dim=-1).to(b.dtype)
+
+    def _one(self, index: int, given: int) -> AugmentParams:
+        if given != len(self):
+            raise ValueError(f"fusereg.AugmentParams: got {given} tensors for {len(self)} samples")
+        return self.without_mix()[index]
+
+    def _check_points(self, points: Tensor, op: str, name: str, last: int) -> None:
+        if points.dim() != 3 or points.shape[0] != len(self) or points.shape[2] != last:
+            raise ValueError(
+                f"fusereg.AugmentParams.{op}: {name} must have shape ({len(self)}, K, {last}), "
+                f"got {tuple(points.shape)}"
+            )
+
+    def mask(self, mask: Tensor, *, fill: float = 0, fill_mode: str = "constant") -> Tensor:
+        """A mask (labels of pixels) as the images are warped, to the nearest pixel.
+
+        CutMix's boxes are pasted as in the images; MixUp leaves a mask alone (mix the loss of both
+        by :attr:`weights`), and so does erasing.
+
+        Args:
+            mask: [N, H, W] or [N, C, H, W]: bool, integers up to 2^53, or floats.
+            fill: what lies outside, in the mask's dtype (such as 255 to ignore it).
+            fill_mode: as in :class:`fusereg.augment.Augment`.
+        """
+        op = "AugmentParams.mask"
+        if mask.dim() not in (3, 4):
+            raise ValueError(
+                f"fusereg.{op}: mask must have shape (N, H, W) or (N, C, H, W), "
+                f"got {tuple(mask.shape)}"
+            )
+        x = mask if mask.dim() == 4 else mask[:, None]
+        if mask.dtype is torch.bool:
+            x = x.to(torch.uint8)
+        elif mask.dtype is not torch.uint8 and not mask.is_floating_point():
+            x = x.to(torch.float64)
+        cut = (self.records[:, 15] == 0) & (self.records[:, 14] >= 0)
+        kept = torch.where(cut[:, None], self.records, self.without_mix().records)
+        kept[:, 6:10] = 0
+        y = replace(self, records=kept)._render(x, op, "nearest", False, fill_mode, fill)
+        y = y if mask.dim() == 4 else y[:, 0]
+        return y.to(mask.dtype)
+
+    def warp(
+        self,
+        x: Tensor,
+        *,
+        interpolation: str = "bilinear",
+        antialias: bool = False,
+        fill_mode: str = "constant",
+        fill: float | Sequence[float] = 0,
+    ) -> Tensor:
+        """The geometry alone, of images [N, C, H, W]; the dtype stays. Differentiable in x."""
+        records = self.without_mix().records
+        records[:, 6:10] = 0
+        geometry = replace(self, records=records)
+        op = "AugmentParams.warp"
+        return geometry._render(x, op, interpolation, antialias, fill_mode, fill)
+
+    def _render(
+        self,
+        x: Tensor,
+        op: str,
+        interpolation: str,
+        antialias: bool,
+        fill_mode: str,
+        fill: float | Sequence[float],
+    ) -> Tensor:
+        self.check_images(x, op)
+        channels = x.shape[1]
+        return _augment_ops.apply(
+            x,
+            self.records.to(x.device),
+            None,
+            self.size,
+            interpolation=INTERPOLATIONS[
+                one_of(interpolation, op, "interpolation", list(INTERPOLATIONS))
+            ],
+            antialias=antialias,
+            fill_mode=FILL_MODES[one_of(fill_mode, op, "fill_mode", list(FILL_MODES))],
+            colour=False,
+            fill=for_channels(per_channel(fill, op, "fill"), channels, op, "fill"),
+            scale=[1.0] * channels,
+            shift=[0.0] * channels,
+            erase=[0.0] * channels,
+            erase_noise=False,
+            out_dtype=x.dtype,
+            memory_format=None,
+            out=None,
+            op=op,
+        )
+
+    def check_images(self, x: Tensor, op: str) -> None:
+        """Raises unless x is [N, C, height, width] of these parameters' input size."""
+        n, (height, width) = len(self), self.input_size
+        if x.dim() != 4 or x.shape[0] != n or tuple(x.shape[2:]) != (height, width):
+            raise ValueError(
+                f"fusereg.{op}: x must have shape ({n}, C, {height}, {width}) as its parameters, "
+                f"got {tuple(x.shape)}"
+            )
+
+
+def _cpu(index: slice | Sequence[int] | Tensor) -> Any:
+    if isinstance(index, Tensor):
+        return index.cpu()
+    return index if isinstance(index, slice) else list(index)
+
+
+@_dispatch.outside_graphs
+def draw(
+    steps: Sequence[Encoded],
+    sample_ids: Tensor,
+    input_size: tuple[int, int],
+    seed: int,
+    epoch: int,
+    op: str,
+) -> AugmentParams:
+    """The parameters of these samples, on the CPU."""
+    n = sample_ids.shape[0]
+    records = torch.empty(n, _C.AUGMENT_RECORD, dtype=torch.float64)
+    draws = torch.empty(n, _C.AUGMENT_DRAWS, dtype=torch.float64)
+    keys = torch.zeros(n, 2, dtype=torch.int64)
+    size = _C.augment_params(records, draws, keys, sample_ids, seed, epoch, *input_size, steps, op)
+    return AugmentParams(records, draws, keys, sample_ids, input_size, size)

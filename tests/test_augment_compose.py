@@ -1,0 +1,304 @@
+"""Compose: fused transforms give what they give one after the other, or the plan says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusereg.augment import (
+    AugmentParams,
+    CenterCrop,
+    Compose,
+    CutMix,
+    MixUp,
+    Normalize,
+    RandomAffine,
+    RandomCrop,
+    RandomErasing,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    RandomRotation,
+    RandomVerticalFlip,
+    Transform,
+)
+
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+
+
+def rotation(degrees: Any = 30, **more: Any) -> RandomRotation:
+    return RandomRotation(degrees, "bilinear", **more)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.rand(5, 3, 24, 30, dtype=torch.float64)
+
+
+def one_by_one(
+    transforms: Sequence[Transform], x: Tensor, seed: int, targets: Tensor | None = None
+) -> Any:
+    """Each transform as a pass of its own, with the numbers that the list draws."""
+    counts: dict[str, int] = {}
+    result: Any = x if targets is None else (x, targets)
+    for transform in transforms:
+        # Steps that draw the same things are told apart by their number in the list.
+        fillers: list[Any] = []
+        for step in transform.stage.steps:
+            fillers += [None] * counts.get(step.group, 0)
+            counts[step.group] = counts.get(step.group, 0) + 1
+        alone = Compose([transform], seed=seed)
+        alone._encoded = [[(kind, len(fillers), values) for kind, _, values in alone._encoded[0]]]
+        arguments = (result,) if targets is None else result
+        result = alone(*arguments, sample_ids=range(len(x)))
+    return result
+
+
+def check(
+    transforms: list[Transform], x: Tensor, passes: int = 1, tolerance: float = 1e-12
+) -> Compose:
+    fused = Compose(transforms, seed=3)
+    assert len(fused.plan().passes) == passes, str(fused.plan())
+    y = fused(x, sample_ids=range(len(x)))
+    want = one_by_one(transforms, x, 3)
+    assert y.dtype is want.dtype
+    torch.testing.assert_close(y, want, rtol=tolerance, atol=tolerance)
+    return fused
+
+
+# --- the same as one after the other ---
+
+
+@pytest.mark.parametrize("flip", [RandomHorizontalFlip, RandomVerticalFlip])
+def test_turn_then_crop_then_flip(flip: type[Transform], x: Tensor) -> None:
+    fused = check([rotation(), RandomCrop((16, 20)), flip()], x)  # type: ignore[call-arg]
+    assert not fused.plan().passes[0].notes
+    check([rotation(), CenterCrop((16, 20)), flip(), RandomCrop(9)], x)  # type: ignore[call-arg]
+
+
+def test_flip_then_turn(x: Tensor) -> None:
+    check([RandomHorizontalFlip(), rotation(fill=0.5), RandomVerticalFlip()], x)
+
+
+def test_padded_crop_flip_normalize_erase(x: Tensor) -> None:
+    chain: list[Transform] = [
+        RandomCrop((24, 30), padding=4, fill=[0.1, 0.2, 0.3]),
+        RandomHorizontalFlip(),
+        Normalize(MEAN, STD),
+        RandomErasing(1.0, value=[1.0, 2.0, 3.0]),
+    ]
+    check(chain, x)
+    chain[0] = RandomCrop((24, 30), padding=4, fill=[10, 20, 30])
+    check(chain, (x * 255).to(torch.uint8), tolerance=1e-5)
+
+
+def test_resize_crop_then_flip_normalize_mix(x: Tensor) -> None:
+    chain: list[Transform] = [
+        RandomResizedCrop(12),
+        RandomHorizontalFlip(),
+        Normalize(MEAN, STD),
+        RandomErasing(0.5, value="random"),
+        CutMix(num_classes=3),
+    ]
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    fused = Compose(chain, seed=3)
+    assert len(fused.plan().passes) == 1
+    y, soft = fused(x, labels, sample_ids=range(5))
+    want, want_soft = one_by_one(chain, x, 3, labels)
+    torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+    assert torch.equal(soft, want_soft)
+
+
+def test_normalize_before_geometry_erasing_and_after_mixing(x: Tensor) -> None:
+    # The fill is in normalized units; so is the erased value, wherever Normalize comes.
+    check([Normalize(MEAN, STD), rotation(fill=[1.0, -1.0, 0.5])], x)
+    check([Normalize(MEAN, STD), RandomCrop((30, 32), padding=5, fill=2.0)], x)
+    check([RandomErasing(1.0, value=0.25), Normalize(MEAN, STD)], x)
+    chain: list[Transform] = [MixUp(), Normalize(MEAN, STD)]
+    check(chain, x)
+
+
+def test_uint8_stays_and_is_rounded_once(x: Tensor) -> None:
+    u = (x * 255).to(torch.uint8)
+    fused = Compose([rotation(), RandomCrop(16)], seed=3)
+    y = fused(u, sample_ids=range(5))
+    assert y.dtype is torch.uint8
+    as_float = Compose([rotation(), RandomCrop(16)], seed=3, out_dtype=torch.float64)
+    exact = as_float(u, sample_ids=range(5)) * 255
+    assert float((y.double() - exact).abs().max()) <= 0.5 + 1e-4
+
+
+# --- what differs, and says so ---
+
+
+def test_two_resamples_are_one_and_sharper(x: Tensor) -> None:
+    stripes = (torch.arange(64)[None, None, None, :] % 2).expand(4, 1, 64, 64).double()
+    chain: list[Transform] = [rotation((3, 3)), RandomAffine((3, 3), interpolation="bilinear")]
+    fused = Compose(chain)
+    (only,) = fused.plan().passes
+    assert "resample once instead of twice: sharper" in only.notes[0]
+    assert "sees the images' own pixels where RandomRotation had removed them" in only.notes[1]
+    inner = slice(20, 44)
+    y = fused(stripes)[..., inner, inner]
+    twice = one_by_one(chain, stripes, 0)[..., inner, inner]
+    assert float(y.var()) > 1.3 * float(twice.var())
+    # 3 degrees one way and 3 the other: the fused ones are the image itself.
+    torch.testing.assert_close(y, stripes[..., inner, inner], rtol=0, atol=1e-12)
+
+
+def test_a_turned_crop_shows_the_image_in_its_corners(x: Tensor) -> None:
+    chain: list[Transform] = [CenterCrop(12), rotation((45, 45))]
+    ones = torch.ones_like(x)
+    (only,) = Compose(chain).plan().passes
+    assert "sees the images' own pixels where CenterCrop had removed them" in only.notes[0]
+    assert float(Compose(chain)(ones).min()) == pytest.approx(1)
+    assert float(Compose(chain, exact=True)(ones)[0, 0, 0, 0]) == 0
+
+
+def test_exact_fuses_only_what_is_the_same(x: Tensor) -> None:
+    chain: list[Transform] = [
+        RandomHorizontalFlip(),
+        rotation(),
+        RandomCrop(20),
+        rotation(5),
+        RandomCrop(22, padding=2),
+    ]
+    exact = Compose(chain, exact=True, seed=3)
+    assert [p.names for p in exact.plan().passes] == [
+        ["RandomHorizontalFlip", "RandomRotation", "RandomCrop"],
+        ["RandomRotation"],
+        ["RandomCrop"],
+    ]
+    assert not any(p.notes for p in exact.plan().passes)
+    want = one_by_one(chain, x, 3)
+    torch.testing.assert_close(exact(x, sample_ids=range(5)), want, rtol=1e-12, atol=1e-12)
+    assert len(Compose(chain).plan().passes) == 1
+
+
+# --- what cannot be fused ---
+
+
+@pytest.mark.parametrize(
+    ("chain", "reason"),
+    [
+        (
+            [rotation(), RandomRotation(3, "nearest")],
+            "RandomRotation reads by nearest, RandomRotation by bilinear",
+        ),
+        (
+            [rotation(fill=1.0), RandomCrop(30, padding=9)],
+            "RandomCrop fills by constant 0.0, RandomRotation by constant 1.0",
+        ),
+        (
+            [RandomCrop(40, padding=20, padding_mode="reflect"), rotation(fill=0.5)],
+            "RandomRotation fills by constant 0.5, RandomCrop by reflect",
+        ),
+        (
+            [rotation(), Normalize(MEAN, STD), RandomCrop(30, padding=9)],
+            "the images are normalized between the fills of RandomRotation and RandomCrop",
+        ),
+        (
+            [RandomErasing(1.0), RandomHorizontalFlip()],
+            "RandomHorizontalFlip would move the boxes of RandomErasing",
+        ),
+        (
+            [RandomErasing(1.0), RandomErasing(1.0, value=1.0)],
+            "a pass erases one box and mixes last, and RandomErasing comes first",
+        ),
+        ([MixUp(), RandomErasing(1.0)], "a pass erases one box and mixes last, and MixUp comes"),
+        ([MixUp(), CutMix()], "a pass mixes once, and MixUp has"),
+        (
+            [Normalize(MEAN, STD), Normalize(MEAN, STD)],
+            "a pass normalizes once, and Normalize has",
+        ),
+        (
+            [RandomErasing(1.0, value="random"), Normalize(MEAN, STD)],
+            "Normalize would normalize the noise of RandomErasing",
+        ),
+    ],
+    ids=lambda v: None if isinstance(v, list) else v.split(" ")[0],
+)
+def test_passes_of_their_own(chain: list[Transform], reason: str, x: Tensor) -> None:
+    fused = check(chain, x, passes=2)
+    second = fused.plan().passes[1]
+    assert second.reason.startswith(reason)
+    assert f"2. {chain[-1]._op}\n  a pass of its own: {reason}" in str(fused.plan())
+
+
+def test_crops_without_a_fill_of_their_own_must_fit(x: Tensor) -> None:
+    for chain in (
+        [rotation(fill=1.0), CenterCrop(20)],
+        [CenterCrop(20), rotation(fill=1.0)],
+        [rotation(fill=1.0), RandomCrop(20, pad_if_needed=True)],
+    ):
+        fused = Compose(chain)
+        (only,) = fused.plan().passes
+        assert any("must not be larger than the images" in note for note in only.notes)
+        assert fused(x).shape == (5, 3, 20, 20)
+        with pytest.raises(ValueError, match=r"size \(20, 20\) is larger than the image"):
+            fused(x[..., :15])
+    assert Compose([rotation(), CenterCrop(20)])(x[..., :15]).shape == (5, 3, 20, 20)
+
+
+def test_a_function_is_called_as_it_is(x: Tensor) -> None:
+    def double(batch: Tensor) -> Tensor:
+        return 2 * batch
+
+    fused = Compose([RandomHorizontalFlip(1.0), double, RandomVerticalFlip(1.0)])
+    assert [p.names for p in fused.plan().passes] == [
+        ["RandomHorizontalFlip"],
+        ["double"],
+        ["RandomVerticalFlip"],
+    ]
+    assert torch.equal(fused(x), 2 * x.flip(2, 3))
+    text = str(fused.plan())
+    assert "double (called as it is)\n  a pass of its own: fusereg does not know it" in text
+    assert "3. RandomVerticalFlip\n  a pass of its own: double is called as it is" in text
+    with pytest.raises(ValueError, match="functions that are called as they are"):
+        fused.sample_params(5, input_size=(24, 30))
+
+
+# --- the module ---
+
+
+def test_lists_within_lists_parameters_and_out(x: Tensor) -> None:
+    inner = Compose([RandomCrop(16), RandomHorizontalFlip()], seed=99)
+    fused = Compose([rotation(), inner, MixUp(), CutMix()], seed=5)
+    assert [p.names for p in fused.plan().passes] == [
+        ["RandomRotation", "RandomCrop", "RandomHorizontalFlip", "MixUp"],
+        ["CutMix"],
+    ]
+    params = fused.sample_params(5, input_size=(24, 30), sample_ids=range(5), epoch=2)
+    assert [type(p) for p in params] == [AugmentParams] * 2
+    y = fused(x, sample_ids=range(5), epoch=2)
+    assert torch.equal(fused(x, params=params), y)
+    out = torch.empty(5, 3, 16, 16, dtype=torch.float32)
+    as_float = Compose(fused.transforms, seed=5, out_dtype=torch.float32)
+    assert as_float(x, sample_ids=range(5), epoch=2, out=out) is out
+    torch.testing.assert_close(out, y.float())
+    with pytest.raises(ValueError, match="one AugmentParams for each of 2 passes, got 1"):
+        fused(x, params=params[:1])
+    with pytest.raises(ValueError, match="params exclude sample_ids and epoch"):
+        fused(x, params=params, epoch=1)
+
+
+def test_two_of_a_kind_draw_their_own(x: Tensor) -> None:
+    fused = Compose([RandomHorizontalFlip(), RandomHorizontalFlip()], seed=1)
+    y = fused(x.expand(5, 3, 24, 30).repeat(20, 1, 1, 1), sample_ids=range(100))
+    same = (y == x.repeat(20, 1, 1, 1)).flatten(1).all(1)
+    assert 30 < int(same.sum()) < 70, "twice the same flip would be none at all"
+
+
+def test_an_empty_list_gives_back(x: Tensor) -> None:
+    assert Compose([])(x) is x
+    assert len(Compose([]).plan().passes) == 0
+
+
+def test_what_is_no_transform() -> None:
+    with pytest.raises(TypeError, match="Compose: transforms must be transforms or functions, got"):
+        Compose([3])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="Compose: transforms must be a sequence, got"):
+        Compose(RandomHorizontalFlip())  # type: ignore[arg-type]

@@ -1,0 +1,178 @@
+"""Augmentation inside torch: gradients, operators, compilers, transforms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import augment_reference as reference
+from augment_reference import FILL_MODES, INTERPOLATIONS
+from conftest import Backend
+from fusereg import augment as A
+from test_augment import FORMATS, OUT, images, numbers, random_records, run, warps
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("fill_mode", FILL_MODES)
+@pytest.mark.parametrize(
+    ("interpolation", "antialias"),
+    [("nearest", False), *((i, a) for i in INTERPOLATIONS[1:] for a in (False, True))],
+)
+def test_gradient_of_everything(
+    interpolation: str, antialias: bool, fill_mode: str, backend: Backend
+) -> None:
+    """Against autograd through the oracle: erased, mixed, coloured or not, in every layout."""
+    n = 2 if backend.on_host else 5
+    records = random_records(n)
+    for dtype, c, first, colour in (
+        (torch.float64, 3, 0, True),
+        (torch.float32, 3, 1, False),
+        (torch.float32, 2, 0, True),
+    ):
+        x = images((n, c, 7, 17), dtype, backend).contiguous(memory_format=FORMATS[first])
+        values = numbers(c, dtype)
+        plain = x.detach().cpu().double().requires_grad_()
+        x.requires_grad_()
+        y = run(
+            x, records, OUT, interpolation, fill_mode, antialias=antialias, colour=colour, **values
+        )
+        wanted = reference.augment(
+            plain, records, size=OUT, interpolation=interpolation, antialias=antialias,
+            fill_mode=fill_mode, colour=colour, **values,
+        )  # fmt: skip
+        g = torch.randn(y.shape, dtype=torch.float64)
+        y.backward(g.to(dtype).to(y.device))
+        wanted.backward(g)
+        assert x.grad is not None
+        assert plain.grad is not None
+        assert x.grad.stride() == x.stride()
+        scale = float(plain.grad.abs().max())
+        error = float((x.grad.cpu().double() - plain.grad).abs().max())
+        assert error <= (1e-12 if dtype is torch.float64 else 4e-6) * max(scale, 1.0)
+
+
+def test_gradient_of_half_types_and_expanded_gradients(backend: Backend) -> None:
+    m = warps(2, 1.0)
+    for dtype in (torch.float16, torch.bfloat16):
+        x = images((2, 3, 8, 9), dtype, backend).requires_grad_()
+        A.warp_affine(x, m).sum().backward()  # a gradient of stride 0
+        wide = x.detach().float().requires_grad_()
+        A.warp_affine(wide, m).sum().backward()
+        assert x.grad is not None
+        assert wide.grad is not None
+        assert torch.equal(x.grad, wide.grad.to(dtype))
+
+
+def test_threads_do_not_change_the_gradient() -> None:
+    before, records = torch.get_num_threads(), random_records(5)
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            x = torch.linspace(0, 1, 5 * 3 * 33 * 21).view(5, 3, 33, 21).requires_grad_()
+            run(x, records, (29, 31), fill_mode="reflect").cos().sum().backward()
+            assert x.grad is not None
+            results.append(x.grad)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_gradcheck_twice() -> None:
+    x = torch.rand(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    records = random_records(2)
+
+    def eager(t: Tensor) -> Tensor:
+        return run(t, records, (4, 7), **numbers(2, torch.float64))
+
+    def coloured(t: Tensor) -> Tensor:
+        return run(t, records, (4, 7), colour=True, **numbers(2, torch.float64))
+
+    def through_the_operator(t: Tensor) -> Tensor:
+        v = numbers(2, torch.float64)
+        result: Tensor = torch.ops.fusereg.augment(
+            t, records, None, (4, 7), torch.float64, False, 1, False, 0, False, v["fill"],
+            v["scale"], v["shift"], v["erase"],
+        )  # fmt: skip
+        return result
+
+    assert torch.equal(through_the_operator(x), eager(x))
+    for f in (eager, through_the_operator):
+        assert torch.autograd.gradcheck(f, (x,), check_forward_ad=f is eager)
+        assert torch.autograd.gradgradcheck(f, (x,))
+    assert torch.autograd.gradcheck(coloured, (x,))
+    (g,) = torch.autograd.grad(coloured(x).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="brightness, contrast or saturation"):
+        g.sum().backward()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck(channels_last: bool, requires_grad: bool) -> None:
+    x = torch.rand(2, 3, 6, 5).contiguous(memory_format=FORMATS[channels_last])
+    x.requires_grad_(requires_grad)
+    options = (1, False, 0, False, [0.1] * 3, [2.0] * 3, [0.5] * 3, [0.0] * 3)
+    records = random_records(2)
+    keys = torch.tensor([[1, 2], [3, 4]])
+    for k in (None, keys):
+        arguments = (x, records, k, (4, 7), torch.float32, channels_last, *options)
+        torch.library.opcheck(torch.ops.fusereg.augment.default, arguments)
+    grad = torch.rand(2, 3, 4, 7, requires_grad=requires_grad)
+    arguments = (grad, None, records, (6, 5), torch.float32, channels_last, *options)
+    torch.library.opcheck(torch.ops.fusereg.augment_backward.default, arguments)
+
+
+def test_uint8_results_have_no_gradient() -> None:
+    x = torch.rand(1, 1, 4, 4, requires_grad=True)
+    assert not A.warp_affine(x * 255, torch.eye(2, 3), out_dtype=torch.uint8).requires_grad
+
+
+def test_compile_and_checkpoint() -> None:
+    m = warps(2, 1.0)
+
+    def f(t: Tensor) -> Tensor:
+        return A.warp_affine(t.sin(), m, (5, 6), fill_mode="border")
+
+    x = torch.rand(2, 3, 6, 7, requires_grad=True)
+    (wanted,) = torch.autograd.grad(f(x).square().sum(), x)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    assert torch.equal(y, f(x))
+    (g,) = torch.autograd.grad(y.square().sum(), x)
+    assert torch.equal(g, wanted)
+    kept = checkpoint(f, x, use_reentrant=False)
+    (g,) = torch.autograd.grad(kept.square().sum(), x)
+    assert torch.equal(g, wanted)
+
+
+def test_transforms() -> None:
+    m = warps(2, 1.0)
+    x = torch.rand(3, 2, 1, 6, 7)
+
+    def f(t: Tensor) -> Tensor:
+        return A.warp_affine(t, m, (5, 6))
+
+    mapped = torch.func.vmap(f)(x)
+    assert torch.equal(mapped, torch.stack([f(t) for t in x]))
+
+    def loss(t: Tensor) -> Tensor:
+        return f(t).square().sum()
+
+    plain = x[0].clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(loss(plain), plain)
+    assert torch.equal(torch.func.grad(loss)(x[0]), wanted)
+    assert torch.equal(torch.func.vmap(torch.func.grad(loss))(x)[0], wanted)
+    _, tangent = torch.func.jvp(f, (x[0],), (x[1],))
+    assert torch.allclose(tangent, f(x[1]), atol=1e-6)
+
+
+def test_fake_and_meta() -> None:
+    x = torch.rand(2, 3, 6, 7, device="meta")
+    y: Any = A.resize(x, (4, 5))
+    assert y.shape == (2, 3, 4, 5)
+    assert y.is_meta
