@@ -1,14 +1,14 @@
-"""Calls the functions of fusereg._C with whatever Python can hand them: a program for test_robustness.
+"""Calls the functions of fusereg._C with whatever Python can hand them; test_robustness runs it.
 
     python tests/binding_fuzz.py --seed 7 --cases 2000            # some of every function
     python tests/binding_fuzz.py --seed 7 --only prox_:381        # one case again, in words
 
 The functions and their arguments are read from _C.pyi, so a new one is called without being named
-here. Half of the cases are the package's own calls (those that `fusereg info` makes to check each
-kernel) with something about them changed; the others are made from the arguments' types and names.
+here. Most cases are the package's own calls (those that `fusereg info` makes to check each kernel)
+with something about them changed; the others are made from the arguments' types.
 Each case depends on nothing but the seed, the function and its number. It fails if
 
-* the interpreter dies (whoever started this program sees that) or an error is none of Python's usual;
+* the interpreter dies (whoever started this program sees that) or the error is no usual one;
 * a call that was refused has changed a byte of a tensor;
 * a call that was done has changed a byte that belongs to no element of its tensors.
 

@@ -19,7 +19,7 @@ from conftest import HOST_MODULE, Backend
 
 PROGRAM = Path(binding_fuzz.__file__)
 SEED = int(os.environ.get("FUSEREG_FUZZ_SEED", "20240229"))
-CASES = int(os.environ.get("FUSEREG_FUZZ_CASES", "1500" if HOST_MODULE else "3000"))
+CASES = int(os.environ.get("FUSEREG_FUZZ_CASES", "500" if HOST_MODULE else "3000"))
 MOST_DEATHS = 5
 
 

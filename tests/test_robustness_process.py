@@ -1,4 +1,4 @@
-"""What a process may do around the kernels: threads, forks, thousands of steps, other interpreters."""
+"""What a process may do around the kernels: threads, forks, many steps, other interpreters."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_ten_thousand_steps_leave_no_object_and_no_memory_behind() -> None:
 # --- interpreters ---------------------------------------------------------------------------------
 
 
-#: moduleobject.h. Slots of a module, and what an absent one means for these two: 0, as declared here.
+#: moduleobject.h. Slots of a module; an absent one of the last two means 0, as declared here.
 MOD_EXEC, MOD_MULTIPLE_INTERPRETERS, MOD_GIL = 2, 3, 4
 
 

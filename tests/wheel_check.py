@@ -2,9 +2,10 @@
 
     python tests/wheel_check.py dist --torch 2.13.0 2.12.1
 
-For each torch: a new environment, the wheel from the folder, and one call of every kernel held against
-float64, as `fusereg info` does. For the sdist: a new environment with neither torch nor CUDA, in which pip
-builds it as it builds for anybody; the wheel must hold the same files. Other options go to pip.
+For each torch: a new environment, the wheel from the folder, and one call of every kernel held
+against float64, as `fusereg info` does. For the sdist: a new environment with neither torch nor
+CUDA, in which pip builds it as it builds for anybody; the wheel must hold the same files. Other
+options go to pip.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Refuses subinterpreters, before torch is imported: in one of them that does not fail, but may hang."""
+"""Refuses subinterpreters before torch is imported, which does not fail in one but may hang."""
 
 from __future__ import annotations
 
