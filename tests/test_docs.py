@@ -166,6 +166,7 @@ def test_a_measured_table_that_was_changed_by_hand_is_found_out() -> None:
     assert tables.renewed(made.replace("| 4M |", "| 5M |"), rows) == made
     with pytest.raises(ValueError, match="no measured row fits"):
         tables.table("suite=dropout op=nothing", rows)
+    assert "`fusereg bench snow` measures it" in tables.table("suite=snow", rows)
     with pytest.raises(ValueError, match="unknown option color"):
         tables.table("suite=dropout color=red", rows)
 

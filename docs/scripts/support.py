@@ -124,9 +124,7 @@ SUBJECTS: dict[str, Subject] = {
     "augment.erase": Subject(
         lambda x: augment.erase(x, torch.tensor([[1, 1, 4, 5]]).expand(x.shape[0], 4))
     ),
-    "augment.mix": Subject(
-        lambda x: augment.mix(x, torch.arange(x.shape[0]).roll(1), 0.3)
-    ),
+    "augment.mix": Subject(lambda x: augment.mix(x, torch.arange(x.shape[0]).roll(1), 0.3)),
 }
 
 

@@ -11,7 +11,7 @@ A table stands between two comments, the first of which says what is in it:
 `suite` is needed; `op`, `mode`, `shape`, `dtype` and `provider` take comma-separated names and keep
 what they name, and `host` takes the rows of tiny tensors. `view=ranges` gives one row for each
 layout and data type, with the least and the greatest ratio to eager over all shapes. Where several
-files hold a case, the latest counts.
+files hold a case, the latest counts. A suite without any results gets a line that says so.
 """
 
 from __future__ import annotations
@@ -115,10 +115,13 @@ def table(request: str, rows: Sequence[Row]) -> str:
         ValueError: the comment names something that is not there.
     """
     options = _options(request)
+    suite = options["suite"]
+    if all(row["suite"] != suite for row in rows):
+        return f"\n*No results are stored yet; `fusereg bench {suite}` measures it.*\n\n"
     kept = [
         row
         for row in rows
-        if row["suite"] == options["suite"]
+        if row["suite"] == suite
         and bool(row["host"]) == ("host" in options)
         and all(str(row[k]) in options[k].split(",") for k in FILTERS if k in options)
     ]
