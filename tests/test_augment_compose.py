@@ -243,6 +243,23 @@ def test_crops_without_a_fill_of_their_own_must_fit(x: Tensor) -> None:
     assert Compose([rotation(), CenterCrop(20)])(x[..., :15]).shape == (5, 3, 20, 20)
 
 
+def test_crops_that_are_known_to_fit_or_meet_a_repeated_edge(x: Tensor) -> None:
+    known = Compose([rotation(fill=1.0), RandomCrop(20), CenterCrop(16)])
+    assert known.plan().passes[0].notes == []
+    ones = torch.ones_like(x)
+    resized = RandomResizedCrop(40, (1, 1), (5 / 4, 5 / 4), antialias=False)
+    for chain in ([resized, CenterCrop(40)], [CenterCrop((24, 30)), resized]):
+        fused = Compose(chain)
+        assert float(fused(ones).min()) == pytest.approx(1), "no fill at the edges"
+    with pytest.raises(ValueError, match="is larger than the image"):
+        Compose([CenterCrop(32), resized])(ones)
+    # Known to be larger: it fills, so it is a pass of its own where another fills otherwise.
+    larger = Compose([rotation(fill=1.0), RandomCrop(20), CenterCrop(26)])
+    assert larger.plan().passes[1].names == ["CenterCrop"]
+    assert larger(ones)[0, 0, 0, 0] == 0
+    assert Compose([CenterCrop(40)])(ones).shape == (5, 3, 40, 40)
+
+
 def test_a_function_is_called_as_it_is(x: Tensor) -> None:
     def double(batch: Tensor) -> Tensor:
         return 2 * batch

@@ -201,7 +201,7 @@ struct Sample {
 void affine(const Step& step, Sample& s) {
   const std::vector<double>& v = step.values;
   const std::uint32_t o = step.occurrence;
-  if (!happens(s.source.words(Operation::kAffineChance, o).word[0], v[0])) return;
+  if (v[0] < 1.0 && !happens(s.source.words(Operation::kAffineChance, o).word[0], v[0])) return;
   const double angle = between(s.source.words(Operation::kRotation, o).word[0], v[1], v[2]) * v[3];
   const PhiloxWords scale = s.source.words(Operation::kScale, o);
   const double scale_x = between(scale.word[0], v[4], v[5]);
@@ -217,9 +217,13 @@ void affine(const Step& step, Sample& s) {
     move_x = static_cast<double>(to_nearest(move_x));
     move_y = static_cast<double>(to_nearest(move_y));
   }
-  const PhiloxWords shear = s.source.words(Operation::kShear, o);
-  const double shear_x = between(shear.word[0], v[15], v[16]);
-  const double shear_y = between(shear.word[1], v[17], v[18]);
+  double shear_x = v[15];
+  double shear_y = v[17];
+  if (v[15] != v[16] || v[17] != v[18]) {
+    const PhiloxWords shear = s.source.words(Operation::kShear, o);
+    shear_x = between(shear.word[0], v[15], v[16]);
+    shear_y = between(shear.word[1], v[17], v[18]);
+  }
   const double centre_x = v[19] != 0.0 ? v[20] : (width - 1.0) / 2.0;
   const double centre_y = v[19] != 0.0 ? v[21] : (height - 1.0) / 2.0;
 
@@ -486,7 +490,7 @@ Size output_size(const Job& job) {
 
 void draw(const Job& job) {
   std::vector<bool> mixed(static_cast<std::size_t>(job.samples), false);
-  std::uint32_t mix_occurrence = 0;
+  const Step* mixing = nullptr;
   for (std::int64_t i = 0; i < job.samples; ++i) {
     const Source source{job.seed, job.epoch, static_cast<std::uint64_t>(job.ids[i])};
     Sample s{source, job.records + i * kRecordSize, job.draws + i * kDrawsSize, job.input, {}};
@@ -533,14 +537,14 @@ void draw(const Job& job) {
         }
         case StepKind::kMix:
           mixed[static_cast<std::size_t>(i)] = mix(step, s);
-          mix_occurrence = step.occurrence;
+          mixing = &step;
           break;
       }
     }
     const double matrix[] = {s.map.xx, s.map.xy, s.map.x1, s.map.yx, s.map.yy, s.map.y1};
     std::memcpy(s.record, matrix, sizeof matrix);
   }
-  choose_partners(job, mix_occurrence, mixed);
+  if (mixing != nullptr) choose_partners(job, mixing->occurrence, mixed);
 }
 
 }  // namespace fusereg::augment::params

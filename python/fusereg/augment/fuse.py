@@ -165,13 +165,23 @@ class Pass:
             return f"{new.name} would see what {moved.name} removed, and exact=True forbids it"
         return ""
 
+    def canvas(self) -> tuple[int, int] | None:
+        """The size of what the pass makes, if that does not depend on the images."""
+        sizes = [getattr(step, "size", None) for stage in self.stages for step in stage.steps]
+        return next((size for size in reversed(sizes) if size is not None), None)
+
     def add(self, new: Stage) -> None:
         """The stage joins."""
         if new.geometric:
             self._note(new)
         filler = self._filler()
+        edge = None if self._last(lambda s: s.fills) else self._last(lambda s: s.half_pixels)
         if new.may_fill and filler and self._clashes(filler, new):
             new = self._must_fit(new, filler)
+        elif new.may_fill and edge:
+            new = self._must_fit(new, edge)
+        if new.half_pixels and not self._last(lambda s: s.fills):
+            self.stages = [self._must_fit(s, new) if s.may_fill else s for s in self.stages]
         if new.fills:
             self.stages = [
                 self._must_fit(s, new) if s.may_fill and self._clashes(s, new) else s
@@ -232,19 +242,31 @@ class Plan:
         return "\n".join(f"{i}. {p}" for i, p in enumerate(self.passes, start=1))
 
 
+def _fitted(stage: Stage, canvas: tuple[int, int] | None) -> Stage:
+    """The stage, for which it is known whether it fills if the canvas is known."""
+    if not stage.may_fill or canvas is None:
+        return stage
+    sizes = [step.size for step in stage.steps if isinstance(step, (Window, Centre))]
+    fits = all(h <= canvas[0] and w <= canvas[1] for h, w in sizes)
+    return replace(stage, fills=stage.fills or not fits, may_fill=False)
+
+
 def fuse(
     items: Sequence[tuple[str, Sequence[Stage] | Callable[..., Any]]], exact: bool
 ) -> tuple[Pass, ...]:
     """The passes of a list of (name, stages or a function that is called as it is)."""
     passes: list[Pass] = []
+    canvas: tuple[int, int] | None = None
     for name, item in items:
         if callable(item):
             passes.append(
                 Pass([name], reason="fusereg does not know it" if passes else "", function=item)
             )
+            canvas = None
             continue
         for stage in item:
             reason = ""
+            stage = _fitted(stage, canvas)
             if passes and passes[-1].function is None:
                 reason = passes[-1].refuses(stage, exact)
             elif passes:
@@ -252,4 +274,5 @@ def fuse(
             if not passes or reason:
                 passes.append(Pass(reason=reason))
             passes[-1].add(stage)
+            canvas = passes[-1].canvas() or canvas
     return tuple(passes)
