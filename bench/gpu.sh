@@ -137,7 +137,7 @@ sanitizer() { # TOOL
 }
 
 measure() {
-  "$python" -m fusereg bench --all --device cuda --json "$out/bench.json"
+  "$python" -m fusereg bench --all --device cuda --report "$out/bench"
 }
 
 export -f environment build info suite gpu_tests sanitizer measure

@@ -46,6 +46,8 @@ from .timers import (
 
 COPY = "copy"
 EAGER = "eager"
+#: The providers that are fusereg's, the one that ratios are about first.
+OWN = ("fusereg", "WeightPenalty")
 
 
 # ---------------------------------------------------------------- what a benchmark module provides

@@ -91,11 +91,12 @@ def time_text(microseconds: float | None) -> str:
         return "-"
     for limit, factor, unit in ((999.5, 1.0, "us"), (999.5e3, 1e-3, "ms")):
         if microseconds < limit:
-            return f"{_three_digits(microseconds * factor)} {unit}"
-    return f"{_three_digits(microseconds * 1e-6)} s"
+            return f"{three_digits(microseconds * factor)} {unit}"
+    return f"{three_digits(microseconds * 1e-6)} s"
 
 
-def _three_digits(value: float) -> str:
+def three_digits(value: float) -> str:
+    """As many decimals as three significant digits need."""
     if value >= 99.95:
         return f"{value:.0f}"
     if value >= 9.995:
@@ -106,7 +107,7 @@ def _three_digits(value: float) -> str:
 
 
 def ratio_text(value: float | None) -> str:
-    return "-" if value is None else f"{_three_digits(value)}x"
+    return "-" if value is None else f"{three_digits(value)}x"
 
 
 def percent_text(value: float | None) -> str:
@@ -145,13 +146,19 @@ class Footnotes:
 def print_tables(console: Console, rows: Sequence[Row], machine: dict[str, Any]) -> None:
     """The measured table, and beneath it that of host overhead, notes and the machine."""
     notes = Footnotes()
-    bandwidth = [row for row in rows if not row.host]
-    host = [row for row in rows if row.host]
+    devices = list(dict.fromkeys(row.device for row in rows))
+    parts = []
+    for device in devices:
+        name = device if len(devices) > 1 else ""
+        here = [row for row in rows if row.device == device]
+        parts.append((name, [row for row in here if not row.host]))
+        host = "Host overhead, tensors of one element"
+        parts.append((f"{name}: {host}" if name else host, [row for row in here if row.host]))
     # A log file has no width: take what the table needs rather than 80 columns.
     if not console.is_terminal:
         console.width = max(console.width, FULL_WIDTH)
     wide = console.width >= FULL_WIDTH
-    for title, part in (("", bandwidth), ("Host overhead, tensors of one element", host)):
+    for title, part in parts:
         if not part:
             continue
         if title:
@@ -169,7 +176,7 @@ def print_tables(console: Console, rows: Sequence[Row], machine: dict[str, Any])
     compiled = compile_times(rows)
     if compiled:
         console.print(Text(compiled), style="dim")
-    if bandwidth:
+    if any(not row.host for row in rows):
         console.print(
             Text(
                 "GB/s: bytes by contract over p50. % of copy: against a copy that moves as many "
@@ -217,7 +224,7 @@ def _cells(row: Row, notes: Footnotes, wide: bool) -> list[Text]:
     if row.host:
         cells.append(Text("-" if row.us_per_tensor is None else f"{row.us_per_tensor:.3f}"))
     else:
-        cells.append(Text("-" if row.gb_per_s is None else _three_digits(row.gb_per_s)))
+        cells.append(Text("-" if row.gb_per_s is None else three_digits(row.gb_per_s)))
         cells.append(Text(percent_text(row.percent_of_copy)))
     cells.append(Text(ratio_text(row.vs_eager), ratio_style(row)))
     return cells

@@ -106,7 +106,9 @@ py::tuple inspect(const py::object& object) {
 }  // namespace
 }  // namespace fusereg
 
-PYBIND11_MODULE(FUSEREG_MODULE_NAME, m) {
+// Without pybind11::mod_gil_not_used: lists and dicts are read under the GIL, so a free-threaded
+// interpreter turns it on at import. Torch's types are those of one interpreter.
+PYBIND11_MODULE(FUSEREG_MODULE_NAME, m, pybind11::multiple_interpreters::not_supported()) {
   using namespace fusereg;
   m.doc() = "fusereg's compiled kernels; use them through the package fusereg.";
   m.def("bind_torch", &bind_torch, py::arg("tensor"), py::arg("parameter"),

@@ -30,6 +30,7 @@ if HOST_MODULE:
     sys.modules["fusereg._C"] = _module
 
 import fusereg  # noqa: E402
+from fusereg.cli.checks import TOLERANCES  # noqa: E402
 
 settings.register_profile(
     "fusereg",
@@ -39,14 +40,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("fusereg")
-
-#: Largest error relative to the largest magnitude of the reference: some units of the last place.
-TOLERANCES = {
-    torch.float64: 1e-13,
-    torch.float32: 1e-6,
-    torch.float16: 1e-3,
-    torch.bfloat16: 8e-3,
-}
 
 DTYPES = list(TOLERANCES)
 

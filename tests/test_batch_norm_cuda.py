@@ -243,7 +243,7 @@ def test_scratch_is_as_large_as_asked_for(kind: str, splits: int, cuda: Backend)
         second = (grad_x, None, *nothing, sums, x, x, None, *nothing, moments, *nothing, *nothing)
         runs = (
             lambda memory, a=first: _C.batch_norm_forward(*a, memory, zeros, 0.1, *call),
-            lambda memory, a=second: _C.batch_norm_backward(*a, memory, zeros, True, *call),
+            lambda memory, a=second: _C.batch_norm_backward(*a, memory, zeros, True, False, *call),
         )
         with forced(kind, splits):
             for run in runs:

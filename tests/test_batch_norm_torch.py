@@ -198,6 +198,25 @@ def test_func_and_forward_mode() -> None:
     assert torch.allclose(torch.vmap(ours)(stacked), each, atol=1e-5)
 
 
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_dropout_under_func_transforms(randomness: str) -> None:
+    x = torch.randn(4, 6, 5, dtype=torch.float64)
+
+    def dropped(t: Tensor) -> Tensor:
+        return F.batch_norm(t, None, None, None, torch.ones(5, dtype=t.dtype), True, dropout=0.5)
+
+    y = torch.func.vmap(dropped, randomness=randomness)(x)
+    kept = y != 0
+    plain = torch.stack([F.batch_norm(t, None, None, None, torch.ones(5).double()) for t in x])
+    assert torch.allclose(y, torch.where(kept, 2 * plain, 0.0))
+    assert 20 < int(kept.sum()) < 100
+    assert torch.equal(kept[0], kept[1]) == (randomness == "same")
+    gradient = torch.func.grad(lambda t: dropped(t).square().sum())(x[0])
+    assert gradient.isfinite().all()
+    value, tangent = torch.func.jvp(dropped, (x[0],), (x[1],))
+    assert torch.equal((value != 0), (tangent != 0))
+
+
 def test_checkpoint_with_update_stats_off_in_the_second_pass() -> None:
     layer = fusereg.nn.BatchNorm1d(3)
     x = torch.randn(8, 3, requires_grad=True)

@@ -663,6 +663,8 @@ def test_list_names_the_cases(capsys: pytest.CaptureFixture[str]) -> None:
         (["--min-time", "-1"], "--min-time must not be negative"),
         (["--json", "."], "cannot be written"),
         (["--from", "missing.json"], "missing.json"),
+        (["--compare", "missing.json", "missing.json"], "missing.json"),
+        (["--fail-on-slower"], "--fail-on-slower goes with --compare"),
     ],
 )
 def test_wrong_use_is_one_line(

@@ -17,6 +17,7 @@ import torch
 import fusereg
 from fusereg import _C
 from fusereg.cli import app, checks, info, machine, main
+from fusereg.cli.checks import Inputs, Pairs
 from fusereg.cli.errors import InputError, require_packages
 
 
@@ -213,23 +214,26 @@ def test_info_has_a_check_for_every_public_kernel() -> None:
     names = {check.name.split(",")[0] for check in checks.CHECKS}
     wanted = set(fusereg.functional.__all__)
     wanted |= {f"prox.{name}" for name in fusereg.prox.__all__}
-    assert {name for name in wanted if "penalty" in name or "prox" in name} <= names
-    assert {"add_penalty_grad_", "sparsity"} <= names
+    wanted |= {"add_penalty_grad_", "sparsity", "optim.clip_grad_norm_"}
+    wanted -= {"dropout1d", "dropout3d"}  # dropout2d's kernel
+    assert wanted <= names
+    optimizers = {"SGD", "Adam", "AdamW", "Adagrad", "FTRL"}
+    assert {f"optim.{name}" for name in optimizers} <= names
 
 
-def _nan(device: torch.device) -> checks.Pairs:
+def _nan(inputs: Inputs) -> Pairs:
     return [(torch.tensor(float("nan")), torch.tensor(1.0))]
 
 
-def _wrong(device: torch.device) -> checks.Pairs:
+def _wrong(inputs: Inputs) -> Pairs:
     return [(torch.tensor([1.0, 2.001]), torch.tensor([1.0, 2.0]))]
 
 
-def _raises(device: torch.device) -> checks.Pairs:
+def _raises(inputs: Inputs) -> Pairs:
     raise RuntimeError("no\nluck")
 
 
-def _misshapen(device: torch.device) -> checks.Pairs:
+def _misshapen(inputs: Inputs) -> Pairs:
     return [(torch.zeros(2), torch.zeros(3))]
 
 
@@ -243,12 +247,13 @@ def _misshapen(device: torch.device) -> checks.Pairs:
     ],
 )
 def test_info_fails_when_a_kernel_does(
-    call: Callable[[torch.device], checks.Pairs],
+    call: Callable[[Inputs], Pairs],
     reason: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(checks, "CHECKS", [checks.KernelCheck("broken", "nothing", call)])
+    broken = checks.KernelCheck("penalty", "broken", "nothing", call)
+    monkeypatch.setattr("fusereg.cli.checks._places.CHECKS", [broken])
     assert main(["info"]) == 1
     printed = capsys.readouterr()
     assert "FAILED" in printed.out

@@ -201,6 +201,7 @@ ROW_KINDS: list[tuple[Callable[..., Tensor], tuple[int, ...], int]] = [
     (F.dropout3d, (3, 5, 2, 3, 4), 2),
     (F.drop_path, (9, 33), 1),
     (F.drop_path, (9,), 1),
+    (F.drop_path, (3, 5, 4, 6), 1),
     (F.dropout2d, (0, 5, 2, 2), 2),
     (F.dropout2d, (2, 5, 0, 2), 2),
 ]
@@ -221,7 +222,7 @@ def test_rows(
 ) -> None:
     rows = math.prod(shape[:dims])
     formats = [torch.contiguous_format]
-    formats += [torch.channels_last] if len(shape) == 4 and dims == 2 else []
+    formats += [torch.channels_last] if len(shape) == 4 else []
     formats += [torch.channels_last_3d] if len(shape) == 5 else []
     for index_offset in (0, 8, 13):
         mask = reference_philox.mask(rows, p, SEED, 0, index_offset)

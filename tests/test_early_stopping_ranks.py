@@ -297,9 +297,114 @@ def fsdp_shards_are_kept_and_come_back(ranks: Ranks) -> None:
     other.load_state_dict(stopper.state_dict())
     assert other.restore() == 0
     assert torch.equal(train(), wanted)
-    with tempfile.TemporaryDirectory() as folder:
-        said = raised(ValueError, lambda: EarlyStopping(model, patience=2, folder=folder))
-    assert "sharded over ranks (DTensor) cannot be written; keep the best in memory" in said
+
+
+def sharded_model(ranks: Ranks) -> nn.Sequential:
+    assert fully_shard is not None
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 1))  # 7 and 1 rows: uneven
+    fully_shard(model, mesh=ranks.mesh)
+    return model
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(4, 5, generator=draw)).square().sum().backward()
+        optimizer.step()
+
+
+def whole(model: nn.Module) -> torch.Tensor:
+    return torch.cat(
+        [getattr(p, "full_tensor", lambda p=p: p)().flatten() for p in model.parameters()]
+    ).detach()
+
+
+@on(2, 3)
+def fsdp_shards_are_written_whole_and_resumed(ranks: Ranks) -> None:
+    """From memory and from the disk alone; on the ranks again, and in one process without any."""
+    for where in ("cpu", "disk"):
+        folder = common_folder()
+        model = sharded_model(ranks)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        options: dict[str, Any] = {"patience": 5, "folder": folder, "snapshot": where}
+        stopper = EarlyStopping(model, also={"optimizer": optimizer}, **options)
+        train(model, optimizer, 1)
+        stopper.step(2.0, epoch=0)
+        train(model, optimizer, 2)
+        with torch.no_grad():
+            model(torch.ones(1, 5))  # leaves whole parameters in the root module
+        stopper.step(1.0, epoch=1)
+        wanted = whole(model)
+        train(model, optimizer, 3)
+        further = whole(model)
+        stopper.step(3.0, epoch=2)
+        assert stopper.restore() == 1
+        assert torch.equal(whole(model), wanted)
+        dist.barrier()
+
+        other = sharded_model(ranks)
+        theirs = torch.optim.AdamW(other.parameters(), lr=0.1)
+        resumed = EarlyStopping(other, also={"optimizer": theirs}, resume=True, **options)
+        assert (resumed.best, resumed.best_epoch, resumed.epoch) == (1.0, 1, 2)
+        assert resumed.restore() == 1
+        assert torch.equal(whole(other), wanted)
+        train(other, theirs, 3)  # the optimizer's state is back too: the same bits
+        assert torch.equal(whole(other), further)
+        dist.barrier()
+
+        plain = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 1))
+        plain.load_state_dict(load_best(folder).states["model"])
+        assert torch.equal(whole(plain), wanted)
+        dist.barrier()
+
+
+@on(2, 3)
+def fsdp_shards_and_a_full_disk(ranks: Ranks) -> None:
+    """What could not be written is written at the next check, without the other ranks' parts."""
+    folder = common_folder()
+    model = sharded_model(ranks)
+    stopper = EarlyStopping(model, patience=5, folder=folder, on_save_error="warn")
+    fill(model, 1)
+    stopper.step(2.0, epoch=0)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        patch.setattr("safetensors.torch.save_file", full)
+        fill(model, 2)
+        assert stopper.step(1.0, epoch=1).new_best
+    assert len(heard) == (1 if ranks.rank == 0 else 0)
+    assert load_best(folder).epoch == 0
+    fill(model, 3)
+    assert stopper.restore() == 1  # from memory
+    assert bool((whole(model) == 2).all())
+    dist.barrier()
+    stopper.step(3.0, epoch=2)
+    found = load_best(folder)
+    assert found.epoch == 1
+    assert bool((found.states["model"]["0.weight"] == 2).all())
+    assert found.states["model"]["0.weight"].shape == (7, 5)
+
+
+class Holder:
+    """Something with a state that nobody knows how to take apart."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.value = state_dict["value"]
+
+
+@on(2)
+def fsdp_shards_of_other_objects_are_refused_on_all_ranks(ranks: Ranks) -> None:
+    model = sharded_model(ranks)
+    also = {"average": Holder(model[0].weight.detach())}
+    stopper = EarlyStopping(model, patience=5, folder=common_folder(), also=also)
+    said = raised(ValueError, lambda: stopper.step(2.0, epoch=0))
+    assert "cannot write average.value to a checkpoint: it is sharded over ranks" in said
 
 
 @on(3)

@@ -493,6 +493,8 @@ def public_modules() -> list[str]:
 
 
 def import_public(name: str) -> ModuleType:
+    if name.startswith("fusereg.integrations."):
+        importlib.import_module("other_libraries")
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

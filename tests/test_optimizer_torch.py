@@ -291,6 +291,51 @@ def test_a_compiled_loop_steps_too() -> None:
     assert_same([p], [q], 1e-6)
 
 
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, torch.inf])
+def test_clipping_is_an_operator_in_compiled_code(norm_type: float) -> None:
+    """The same bits as without; of a parameter that is listed twice the gradient counts once."""
+    torch._dynamo.reset()
+    ours = params_of((5, 7), (40,), (3, 2, 4))
+    theirs = copies(ours)
+    give_grads(ours)
+    ours[2].grad = torch.randn(4, 2, 3).permute(2, 1, 0)  # laid out unlike its parameter
+    for p, q in zip(ours, theirs, strict=True):
+        q.grad = p.grad.clone()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def clip(params: list[Tensor]) -> tuple[Tensor, Tensor]:
+        norm = optim.clip_grad_norm_([*params, params[0]], 0.1, norm_type)
+        return norm, optim.get_total_norm([p.grad for p in params], norm_type)
+
+    found, after = clip(ours)
+    assert torch.equal(found, optim.clip_grad_norm_(theirs, 0.1, norm_type))
+    assert torch.equal(after, optim.get_total_norm([q.grad for q in theirs], norm_type))
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_other_norms_and_checks_break_the_graph() -> None:
+    torch._dynamo.reset()
+    ours = params_of((5, 7))
+    give_grads(ours)
+
+    @torch.compile(backend="aot_eager")
+    def clip() -> Tensor:
+        return optim.clip_grad_norm_(ours, 0.1, 3.0) + optim.clip_grad_norm_(
+            ours, 1.0, error_if_nonfinite=True
+        )
+
+    wanted = torch.nn.utils.get_total_norm([p.grad for p in ours], 3.0)
+    assert float(clip()) > float(wanted)
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_opcheck_of_norms(kind: int) -> None:
+    grads = [torch.randn(5, 7), torch.randn(6, 3, dtype=torch.float64).t()]
+    torch.library.opcheck(torch.ops.fusereg.grad_norm.default, (grads, kind))
+    torch.library.opcheck(torch.ops.fusereg.clip_grads_.default, (grads, 0.1, kind))
+
+
 def test_norms_in_the_step_are_those_of_clip_grad_norm() -> None:
     ours = params_of((5, 7), (40,), dtype=torch.float64)
     optimizer = make("SGD", ours, max_grad_norm=0.1)
@@ -476,6 +521,29 @@ def test_ftrl_learns_from_single_examples_and_keeps_most_weights_zero() -> None:
     assert {3, 11, 20, 38} <= set(w.detach().nonzero().flatten().tolist())
     assert fusereg.sparsity(w) >= 0.6
     assert float((x @ w.detach() - y).square().mean()) < 0.2 * float(y.square().mean())
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_ftrl_rests_while_the_rate_is_zero(rate: Any) -> None:
+    """A schedule's first step, and the one by which distributed checkpoints make states."""
+    resting, other = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    start = resting.detach().clone()
+    optimizer = optim.FTRL([{"params": [resting]}, {"params": [other], "lr": 0.1}], rate)
+    first = optimizer.param_groups[0]
+    first["lr"] = torch.zeros(()) if isinstance(rate, Tensor) else 0.0
+    resting.grad, other.grad = torch.ones(4), torch.ones(4)
+    optimizer.step()
+    assert torch.equal(resting, start)
+    assert torch.equal(resting.grad, torch.ones(4))
+    assert (other - start).abs().max() > 0
+    assert not optimizer.state[resting]["linear"].requires_grad
+    first["lr"] = rate
+    wanted = start.clone().requires_grad_()
+    plain = optim.FTRL([wanted], rate)
+    wanted.grad = torch.ones(4)
+    optimizer.step()
+    plain.step()
+    assert_same([resting], [wanted], 1e-6)
 
 
 def test_a_group_lasso_drops_whole_rows() -> None:

@@ -77,6 +77,7 @@ def missing_levels(root: Path, stem: str) -> list[str]:
         f"csrc/{stem}/bind.cpp": "the binding",
         f"tests/test_{stem}.py": "the tests",
         f"bench/{stem}.py": "the benchmark",
+        f"python/fusereg/cli/checks/{stem}.py": "the checks of fusereg verify",
     }
     missing = [
         f"no {path} ({what})" for path, what in wanted.items() if not (root / path).is_file()
@@ -89,7 +90,8 @@ def missing_levels(root: Path, stem: str) -> list[str]:
         name = path.relative_to(root).as_posix()
         if path.suffix in (".cpp", ".cu") and name not in listed:
             missing.append(f"CMakeLists.txt does not list {name}")
-    if not list((root / "python/fusereg").rglob(f"{stem}.py")):
+    python = [p for p in (root / "python/fusereg").rglob(f"{stem}.py") if p.parts[-2] != "checks"]
+    if not python:
         missing.append(f"no python/fusereg/**/{stem}.py (the Python level)")
     return missing
 
@@ -106,6 +108,7 @@ def plant_room(root: Path, stem: str) -> None:
         f"set(isa_sources csrc/{stem}/{stem}.cpp)\nset(cuda_sources csrc/{stem}/{stem}.cu)\n",
         f"tests/test_{stem}.py": "",
         f"bench/{stem}.py": "",
+        f"python/fusereg/cli/checks/{stem}.py": "",
         f"python/fusereg/nn/{stem}.py": "",
     }
     for name, text in files.items():
@@ -132,6 +135,7 @@ def test_a_room_has_every_level(stem: str) -> None:
         "csrc/snow/bind.cpp",
         "tests/test_snow.py",
         "bench/snow.py",
+        "python/fusereg/cli/checks/snow.py",
         "python/fusereg/nn/snow.py",
     ],
 )

@@ -194,12 +194,67 @@ def a_converted_model_under_ddp(ranks: Ranks) -> None:
 
 
 @on(2)
-def a_second_derivative_is_refused(ranks: Ranks) -> None:
-    layer, _ = layers()
-    x = batch(2).requires_grad_()
-    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+def second_derivatives(ranks: Ranks) -> None:
+    """Of each input, through the gradient of each input, in float64."""
+    parts = [2, 3]
+    mine = slice(2 * ranks.rank, 2 + 3 * ranks.rank)
+    for activation in (None, "relu", "leaky_relu", "silu", "gelu"):
+        for with_residual in (False, True):
+            layer, twin = layers(activation=activation)
+            layer = layer.double()
+            x, residual, grad = (batch(sum(parts), torch.float64) for _ in range(3))
+            found = []
+            for each, part in ((layer, mine), (twin, slice(None))):
+                leaves = [x[part].clone().requires_grad_()]
+                if with_residual:
+                    leaves.append(residual[part].clone().requires_grad_())
+                g = grad[part].clone().requires_grad_()
+                y = each(*leaves)
+                inputs = [*leaves, each.weight, each.bias]
+                first = torch.autograd.grad(y, inputs, g, create_graph=True)
+                # The gradients of parameters are of this process's batch alone: linear in these.
+                weights = torch.linspace(0.5, 1.5, CHANNELS, dtype=torch.float64)
+                loss = sum(((t**2).sum() for t in first[: len(leaves)]), torch.zeros(()).double())
+                loss = loss + ((first[-2] + first[-1]) * weights).sum()
+                second = torch.autograd.grad(loss, [*inputs, g], allow_unused=True)
+                found.append([torch.zeros(()) if t is None else t for t in second])
+            own, whole = found
+            for i, (a, b) in enumerate(zip(own, whole, strict=True)):
+                if i in (len(own) - 3, len(own) - 2):  # the parameters: summed over the processes
+                    a = a.expand(CHANNELS).double().clone()
+                    dist.all_reduce(a)
+                    close(a, b.expand(CHANNELS), 1e-9)
+                else:
+                    close(a, b if b.dim() == 0 else b[mine], 1e-9)
+
+
+@on(2)
+def a_gradient_penalty_as_one_process_with_the_whole_batch(ranks: Ranks) -> None:
+    """WGAN-GP: the norm of the critic's gradient is trained on; with one process's batch empty."""
+    for parts in ([3, 2], [5, 0]):
+        torch.manual_seed(3)
+        critic = nn.Sequential(
+            nn.Conv2d(CHANNELS, 4, 3, padding=1),
+            BatchNorm2d(4, activation="leaky_relu"),
+            nn.Conv2d(4, 6, 3, padding=1),
+            BatchNorm2d(6, activation="silu"),
+            nn.Flatten(),
+            nn.Linear(6 * 12, 1),
+        ).double()
+        own = SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(critic))
+        x = batch(5, torch.float64)
+        begin = sum(parts[: ranks.rank])
+        for model, given in ((own, x[begin : begin + parts[ranks.rank]]), (critic, x)):
+            given = given.clone().requires_grad_()
+            score = model(given)
+            (gradient,) = torch.autograd.grad(score.sum(), given, create_graph=True)
+            penalty = (gradient.flatten(1).norm(dim=1) - 1.0).square().sum()
+            (score.sum() + 10.0 * penalty).backward()
+        for p, q in zip(own.parameters(), critic.parameters(), strict=True):
+            assert p.grad is not None
+            total = p.grad.clone()
+            dist.all_reduce(total)
+            close(total, q.grad, 1e-9)
 
 
 @pytest.mark.slow

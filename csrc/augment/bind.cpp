@@ -243,10 +243,10 @@ void bind(py::module_& m) {
   m.attr("AUGMENT_MAX_CHANNELS") = kMaxChannels;
   m.def("augment_forward", &augment_forward, arg("y"), arg("x"), arg("records"), arg("keys"),
         arg("interpolation"), arg("antialias"), arg("fill_mode"), arg("colour"), arg("fill"),
-        arg("scale"), arg("shift"), arg("erase"), arg("erase_noise"), arg("op"));
+        arg("scale"), arg("shift"), arg("erase"), arg("erase_noise"), op_argument());
   m.def("augment_backward", &augment_backward, arg("grad_x"), arg("grad_y"), arg("x"),
         arg("records"), arg("interpolation"), arg("antialias"), arg("fill_mode"), arg("colour"),
-        arg("fill"), arg("scale"), arg("shift"), arg("erase"), arg("op"));
+        arg("fill"), arg("scale"), arg("shift"), arg("erase"), op_argument());
 }
 
 }  // namespace fusereg::augment

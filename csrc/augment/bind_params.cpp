@@ -99,7 +99,7 @@ void bind_params(py::module_& m) {
   m.attr("AUGMENT_RECORD") = params::kRecordSize;
   m.attr("AUGMENT_DRAWS") = params::kDrawsSize;
   m.def("augment_params", &augment_params, arg("records"), arg("draws"), arg("keys"), arg("ids"),
-        arg("seed"), arg("epoch"), arg("height"), arg("width"), arg("steps"), arg("op"));
+        arg("seed"), arg("epoch"), arg("height"), arg("width"), arg("steps"), op_argument());
   m.def("augment_elementary", &augment_elementary, arg("x"));
 }
 

@@ -268,6 +268,13 @@ class GradientOfZ {
       g = grad_.at;
     }
     dz = g;
+    if (job_.from_y) {
+      const C slope = e.activation == Activation::kNone ? C(1) : slope_;
+      invert<C>(z_.at, dz_.at, x, g, n, slope);
+      x = z_.at;
+      dz = dz_.at;
+      return;
+    }
     if (e.activation == Activation::kNone) return;
     dz = dz_.at;
     const bool relu = e.activation == Activation::kRelu;
@@ -286,7 +293,7 @@ class GradientOfZ {
     }
   }
 
-  const C* x = nullptr;
+  const C* x = nullptr;  // with from_y: z
   const C* dz = nullptr;
   const Word<C>* words = nullptr;  // of the mask
 

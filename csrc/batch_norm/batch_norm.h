@@ -29,6 +29,15 @@
 //   grad_residual = dz
 // with fixed statistics (evaluation, frozen): grad_x = a * dz.
 //
+// from_y: backward has y where it would have x, for forward wrote y over x (in-place activated
+// batch norm, Rota Bulo, Porzi and Kontschieder 2018). The epilogue must be one that can be
+// inverted: no residual, no dropout, and no activation or a leaky ReLU of positive slope. Then
+//   z = y > 0 ? y : y / slope      x - mean_s = (z - bias_c) * sqrt(variance_s + eps) / weight_c
+// for weights of either sign. Of a channel with weight 0 nothing is left of x: its grad_x, which is
+// 0, is right, its grad_weight and dot_s come out 0 and are not. The smaller weight is against
+// bias, the more digits of x - mean are lost, so a caller that wants these channels exact keeps
+// their x.
+//
 // mask: one byte for each (o, i), o * inner + i; where it is 0 an element belongs to no statistic,
 // y and grad_x are 0. Applies to padded sequences.
 //
@@ -136,6 +145,7 @@ struct Backward {
   PerChannel weight, bias;
   double eps = 1e-5;
   Epilogue epilogue;
+  bool from_y = false;  // x is y
   // Two steps, each of which may be left out: the sums (of this process), and with the sums (by
   // then of all processes) the gradients of the elements. grad_weight and grad_bias are of the
   // first step, so of this process.
@@ -180,7 +190,7 @@ FUSEREG_INLINE bool is_plain(const Forward& job) {
 }
 FUSEREG_INLINE bool is_plain(const Backward& job) {
   const Epilogue& e = job.epilogue;
-  if (!is_plain(job.layout, job.dtype, job.mask) || e.dropout) return false;
+  if (!is_plain(job.layout, job.dtype, job.mask) || e.dropout || job.from_y) return false;
   if (job.grad_x == nullptr && job.grad_residual != nullptr) return false;
   if (e.activation == Activation::kNone) return true;
   return e.activation == Activation::kRelu && (job.bits != nullptr || job.residual == nullptr);

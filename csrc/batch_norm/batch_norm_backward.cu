@@ -30,16 +30,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
   const Share share = share_of(t, blockIdx.x / t.splits, blockIdx.x % t.splits);
   for (int i = static_cast<int>(threadIdx.x); i < slab_channels(t, share.slab); i += kThreads) {
     const std::int64_t c = share.slab * t.pack + i;
-    set_coefficients(coefficients, i, job, c, read_statistic(job, t, share.group, c));
+    set_backward_coefficients(coefficients, i, job, c, read_statistic(job, t, share.group, c));
   }
   __syncthreads();
   auto* const partials = static_cast<GradientSums*>(g.partials);
-  block_sums<kHeavy, T>(
-      TypeTag<Walk>{}, job, t, share, coefficients, Ignore{}, [&](int i, const GradientSums& s) {
-        const Statistic statistic = read_statistic(job, t, share.group, share.slab * t.pack + i);
-        partials[partial_index(t, share, i)] =
-            about_mean(s, static_cast<double>(coefficients.m[i]), statistic.mean);
-      });
+  block_sums<kHeavy, T>(TypeTag<Walk>{}, job, t, share, coefficients, Ignore{},
+                        [&](int i, const GradientSums& s) {
+                          const std::int64_t c = share.slab * t.pack + i;
+                          partials[partial_index(t, share, i)] =
+                              about_mean(job, c, read_statistic(job, t, share.group, c), s,
+                                         static_cast<double>(coefficients.m[i]));
+                        });
   finish_backward(g, share.slab, partials, t.splits);
 }
 
@@ -56,8 +57,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
   for (int i = static_cast<int>(threadIdx.x); i < slab_channels(t, share.slab); i += kThreads) {
     const std::int64_t c = share.slab * t.pack + i;
     const std::int64_t s = share.group * t.channels + c;
-    const Statistic statistic =
-        set_coefficients(coefficients, i, job, c, read_statistic(job, t, share.group, c));
+    const Statistic statistic = read_statistic(job, t, share.group, c);
+    set_backward_coefficients(coefficients, i, job, c, statistic);
     GradientSums sums;
     if (job.sums != nullptr) sums = {job.sums[s], job.sums[all + s]};
     set_gradient(coefficients, i, job, c, statistic, sums);

@@ -45,10 +45,13 @@ void read(const PerChannel& values, std::int64_t begin, std::int64_t n, double a
   });
 }
 
-void set(const PerChannel& values, std::int64_t i, double value) {
+void write_numbers(const PerChannel& values, std::int64_t begin, std::int64_t n,
+                   const double* from) {
+  if (values.data == nullptr) return;
   dispatch_dtype(values.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    static_cast<T*>(values.data)[i] = from_compute<T>(static_cast<Compute<T>>(value));
+    T* const to = static_cast<T*>(values.data) + begin;
+    for (std::int64_t i = 0; i < n; ++i) to[i] = from_compute<T>(static_cast<Compute<T>>(from[i]));
   });
 }
 
@@ -61,9 +64,13 @@ class Tiling {
     const std::int64_t rows = std::min(layout.group_rows, layout.outer);
     if (layout.inner == 1) {
       width_ = std::min(layout.channels, kMaxColumns);
-      // Columns whose elements fit the cache, if they are not too narrow for that.
+      // Columns whose elements fit the cache, if they are not too narrow for that: blocks of about
+      // one size, of which there is an even number for two threads and more.
       const std::int64_t fitting = kCacheBytes / std::max<std::int64_t>(rows * size, 1) / 32 * 32;
-      if (fitting < width_ && fitting >= kFewColumns) width_ = fitting;
+      if (fitting < width_ && fitting >= kFewColumns) {
+        const std::int64_t blocks = ceil_div(ceil_div(layout.channels, fitting), 2) * 2;
+        width_ = std::max(ceil_div(ceil_div(layout.channels, blocks), 32) * 32, kFewColumns);
+      }
     } else if (plain) {
       const std::int64_t bytes = std::max<std::int64_t>(rows * layout.inner * size, 1);
       width_ = std::clamp<std::int64_t>(kBlockBytes / bytes, 1, kMaxPlainLines);
@@ -78,6 +85,8 @@ class Tiling {
         std::max({ceil_div(kTileElements, std::max<std::int64_t>(width_ * layout.inner, 1)),
                   ceil_div(rows, kMaxTiles), std::int64_t{1}});
     tiles_ = ceil_div(rows, tile_rows_);
+    // Of one size, so that threads get as much.
+    if (tiles_ > 0) tile_rows_ = ceil_div(rows, tiles_);
   }
 
   std::int64_t groups() const { return groups_; }
@@ -448,29 +457,52 @@ class ForwardRun : public Passes<ForwardRun> {
     const double momentum = job_.momentum >= 0.0      ? job_.momentum
                             : job_.batches == nullptr ? 1.0
                                                       : 1.0 / static_cast<double>(*job_.batches);
-    const std::int64_t statistics = layout_.statistics();
-    for (std::int64_t c = 0; c < layout_.channels; ++c) {
-      double count = 0.0;
-      double mean = 0.0;
-      double square = 0.0;  // sum of squared deviations
-      for (std::int64_t group = 0; group < layout_.groups(); ++group) {
-        const std::int64_t s = group * layout_.channels + c;
-        const double n = job_.moments[2 * statistics + s];
-        if (n == 0.0) continue;
-        const double d = job_.moments[s] - mean;
-        count += n;
-        mean += d * n / count;
-        square += job_.moments[statistics + s] * n + d * d * n * (count - n) / count;
-      }
-      if (count == 0.0) continue;
-      blend(job_.running_mean, c, mean, momentum);
-      if (count > 1.0) blend(job_.running_var, c, square / (count - 1.0), momentum);
+    // A block of channels at a time: there may be thousands, and this is done by one thread.
+    for (std::int64_t begin = 0; begin < layout_.channels; begin += kMaxColumns) {
+      const std::int64_t n = std::min(kMaxColumns, layout_.channels - begin);
+      double mean[kMaxColumns], square[kMaxColumns];  // of squared deviations, their sum
+      const double count = merge_groups(begin, n, mean, square);
+      if (count == 0.0) return;
+      blend(job_.running_mean, begin, n, mean, momentum);
+      if (count == 1.0) continue;
+      for (std::int64_t i = 0; i < n; ++i) square[i] /= count - 1.0;
+      blend(job_.running_var, begin, n, square, momentum);
     }
   }
 
-  static void blend(const PerChannel& running, std::int64_t c, double value, double momentum) {
-    if (running.data != nullptr)
-      set(running, c, (1.0 - momentum) * get(running, c) + momentum * value);
+  // The groups' statistics as those of all elements; returns how many elements a channel has.
+  double merge_groups(std::int64_t begin, std::int64_t n, double* mean, double* square) const {
+    const std::int64_t statistics = layout_.statistics();
+    double count = 0.0;
+    std::fill_n(mean, n, 0.0);
+    std::fill_n(square, n, 0.0);
+    for (std::int64_t group = 0; group < layout_.groups(); ++group) {
+      const double* const moments = job_.moments + group * layout_.channels + begin;
+      const double more = moments[2 * statistics];
+      if (more == 0.0) continue;
+      const double before = count;
+      count += more;
+      for (std::int64_t i = 0; i < n; ++i) {
+        const double d = moments[i] - mean[i];
+        mean[i] += d * (more / count);
+        square[i] += moments[statistics + i] * more + d * d * (more * before / count);
+      }
+    }
+    return count;
+  }
+
+  static void blend(const PerChannel& running, std::int64_t begin, std::int64_t n,
+                    const double* values, double momentum) {
+    if (running.data == nullptr) return;
+    dispatch_dtype(running.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      T* const to = static_cast<T*>(running.data) + begin;
+      for (std::int64_t i = 0; i < n; ++i) {
+        const auto old = static_cast<double>(to_compute(to[i]));
+        const double blended = (1.0 - momentum) * old + momentum * values[i];
+        to[i] = from_compute<T>(static_cast<Compute<T>>(blended));
+      }
+    });
   }
 
   const Forward& job_;
@@ -494,7 +526,7 @@ class BackwardRun : public Passes<BackwardRun> {
   void begin_sums(std::int64_t, const Tile&) const {}
 
   void prepare_sums(std::int64_t group, const Tile& tile, Coefficients& k) const {
-    const Parameters made(job_, group, tile, k);
+    parameters(group, tile, k);
   }
 
   void add(const Tile& tile, const Coefficients& k, Sums sums) const {
@@ -505,15 +537,17 @@ class BackwardRun : public Passes<BackwardRun> {
     for (std::int64_t i = 0; i < whole.channels; ++i) {
       const std::int64_t c = whole.channel + i;
       const std::int64_t s = group * layout_.channels + c;
-      const double low = mean(s, c) - rounded_for(job_.dtype, mean(s, c));
+      const double center = job_.from_y ? bias(c) : mean(s, c);
+      const double low = center - rounded_for(job_.dtype, center);
+      const double dot = sums.second[i] - low * sums.first[i];
       sums_[s] = sums.first[i];
-      sums_[layout_.statistics() + s] = sums.second[i] - low * sums.first[i];
+      sums_[layout_.statistics() + s] = job_.from_y ? dot * inverse_of_a(s, c) : dot;
     }
     return false;
   }
 
   void prepare(std::int64_t group, const Tile& tile, Coefficients& k) const {
-    const Parameters made(job_, group, tile, k);
+    const Parameters made = parameters(group, tile, k);
     std::fill_n(k.q, tile.channels, 0.0);
     std::fill_n(k.r, tile.channels, 0.0);
     if (job_.statistics == Statistics::kFixed) return;
@@ -523,6 +557,7 @@ class BackwardRun : public Passes<BackwardRun> {
       const double n = job_.moments[2 * statistics + s];
       if (n == 0.0) continue;
       k.q[i] = -k.a[i] * sums_[statistics + s] / (n * (made.variance[i] + job_.eps));
+      if (job_.from_y) k.q[i] *= inverse_of_a(s, tile.channel + i);
       k.r[i] = -k.a[i] * sums_[s] / n - k.q[i] * (made.mean[i] - k.m[i]);
     }
   }
@@ -530,6 +565,22 @@ class BackwardRun : public Passes<BackwardRun> {
   void write(const Tile& tile, const Coefficients& k) const { kernels_.backward(job_, tile, k); }
 
  private:
+  // With from_y, what the kernels take for x is z = (x - mean) * a + bias: its center is the bias.
+  Parameters parameters(std::int64_t group, const Tile& tile, Coefficients& k) const {
+    Parameters made(job_, group, tile, k);
+    if (job_.from_y) {
+      read(job_.bias, tile.channel, tile.channels, 0.0, made.mean);
+      for (std::int64_t i = 0; i < tile.channels; ++i)
+        k.m[i] = rounded_for(job_.dtype, made.mean[i]);
+    }
+    return made;
+  }
+  // From z - bias to x - mean; 0 where the weight has left nothing of x.
+  double inverse_of_a(std::int64_t s, std::int64_t c) const {
+    const double weight = job_.weight.data == nullptr ? 1.0 : get(job_.weight, c);
+    return weight == 0.0 ? 0.0 : std::sqrt(variance(s, c) + job_.eps) / weight;
+  }
+  double bias(std::int64_t c) const { return job_.bias.data == nullptr ? 0.0 : get(job_.bias, c); }
   double mean(std::int64_t s, std::int64_t c) const {
     return job_.moments == nullptr ? get(job_.running_mean, c) : job_.moments[s];
   }
@@ -538,16 +589,22 @@ class BackwardRun : public Passes<BackwardRun> {
                                    : job_.moments[layout_.statistics() + s];
   }
   void parameter_gradients() const {
-    for (std::int64_t c = 0; c < layout_.channels; ++c) {
-      double weight = 0.0;
-      double bias = 0.0;
+    if (job_.grad_weight.data == nullptr && job_.grad_bias.data == nullptr) return;
+    const std::int64_t statistics = layout_.statistics();
+    for (std::int64_t begin = 0; begin < layout_.channels; begin += kMaxColumns) {
+      const std::int64_t n = std::min(kMaxColumns, layout_.channels - begin);
+      double weight[kMaxColumns] = {}, bias[kMaxColumns] = {}, variance[kMaxColumns];
+      if (job_.moments == nullptr) read(job_.running_var, begin, n, 1.0, variance);
       for (std::int64_t group = 0; group < layout_.groups(); ++group) {
-        const std::int64_t s = group * layout_.channels + c;
-        bias += sums_[s];
-        weight += sums_[layout_.statistics() + s] / std::sqrt(variance(s, c) + job_.eps);
+        const std::int64_t s = group * layout_.channels + begin;
+        if (job_.moments != nullptr) std::copy_n(job_.moments + statistics + s, n, variance);
+        for (std::int64_t i = 0; i < n; ++i) {
+          bias[i] += sums_[s + i];
+          weight[i] += sums_[statistics + s + i] / std::sqrt(variance[i] + job_.eps);
+        }
       }
-      if (job_.grad_weight.data != nullptr) set(job_.grad_weight, c, weight);
-      if (job_.grad_bias.data != nullptr) set(job_.grad_bias, c, bias);
+      write_numbers(job_.grad_weight, begin, n, weight);
+      write_numbers(job_.grad_bias, begin, n, bias);
     }
   }
 

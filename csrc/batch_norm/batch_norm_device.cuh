@@ -146,13 +146,30 @@ struct ChannelNumbers {
 };
 
 template <class Job, class C>
-FUSEREG_DEVICE_INLINE Statistic set_coefficients(ChannelNumbers<C>& k, int i, const Job& job,
-                                                 std::int64_t c, const Statistic& s) {
+FUSEREG_DEVICE_INLINE void set_coefficients(ChannelNumbers<C>& k, int i, const Job& job,
+                                            std::int64_t c, const Statistic& s) {
   const double a = number_or(job.weight, c, 1.0) / sqrt(s.variance + job.eps);
   k.m[i] = static_cast<C>(s.mean);
   k.a[i] = static_cast<C>(a);
   k.b[i] = static_cast<C>(number_or(job.bias, c, 0.0) - (s.mean - static_cast<double>(k.m[i])) * a);
-  return s;
+}
+
+// With from_y, what is taken for x is z = (x - mean) * a + bias: its center is the bias.
+FUSEREG_DEVICE_INLINE double center_of(const Backward& job, std::int64_t c, const Statistic& s) {
+  return job.from_y ? number_or(job.bias, c, 0.0) : s.mean;
+}
+// From z - bias to x - mean; 0 where the weight has left nothing of x. Without from_y nothing.
+FUSEREG_DEVICE_INLINE double inverse_of_a(const Backward& job, std::int64_t c, const Statistic& s) {
+  if (!job.from_y) return 1.0;
+  const double weight = number_or(job.weight, c, 1.0);
+  return weight == 0.0 ? 0.0 : sqrt(s.variance + job.eps) / weight;
+}
+template <class C>
+FUSEREG_DEVICE_INLINE void set_backward_coefficients(ChannelNumbers<C>& k, int i,
+                                                     const Backward& job, std::int64_t c,
+                                                     const Statistic& s) {
+  set_coefficients(k, i, job, c, s);
+  if (job.from_y) k.m[i] = static_cast<C>(center_of(job, c, s));
 }
 
 // fixed: the statistics are constants.
@@ -165,8 +182,8 @@ FUSEREG_DEVICE_INLINE void set_gradient(ChannelNumbers<C>& k, int i, const Backw
   if (job.statistics != Statistics::kFixed && s.count > 0.0) {
     const double variance = s.variance + job.eps;
     const double a = number_or(job.weight, c, 1.0) / sqrt(variance);
-    q = -a * (sums.dot / variance) / s.count;
-    r = -a * sums.sum / s.count - q * (s.mean - static_cast<double>(k.m[i]));
+    q = -a * (sums.dot / variance) / s.count * inverse_of_a(job, c, s);
+    r = -a * sums.sum / s.count - q * (center_of(job, c, s) - static_cast<double>(k.m[i]));
   }
   k.q[i] = static_cast<C>(q);
   k.r[i] = static_cast<C>(r);

@@ -20,10 +20,11 @@ inline bool is_heavy(const Epilogue& e) {
 
 template <class C>
 struct Plain {
-  C slope, scale;
+  C slope, inverse_slope, scale;  // inverse: from y to z
   std::uint64_t seed, low;
   FUSEREG_DEVICE_INLINE explicit Plain(const Epilogue& e)
       : slope(static_cast<C>(e.slope)),
+        inverse_slope(e.activation == Activation::kLeakyRelu ? C(1) / slope : C(1)),
         scale(static_cast<C>(e.dropout && e.draw.keep > 0.0 ? 1.0 / e.draw.keep : 0.0)),
         seed(e.dropout ? e.random.key() : 0),
         low(e.dropout ? e.random.low() : 0) {}
@@ -183,17 +184,23 @@ FUSEREG_DEVICE_INLINE BackwardData<T> load_backward(const Backward& job, const P
   return data;
 }
 
-// dz, and d = x - m; both zero for elements that do not count.
+// dz, and d = x - m (with from_y: z - m); both zero for elements that do not count.
 template <bool kHeavy, class Walk, class T, class C>
 FUSEREG_DEVICE_INLINE void gradient_of_z(const Backward& job, const Plain<C>& plain,
                                          const Kept<C, Walk::kSets>& k, const Place& place,
                                          const BackwardData<T>& data, C (&dz)[kOctet],
                                          C (&d)[kOctet]) {
+  unsigned positive = data.positive;
   FUSEREG_UNROLL
   for (int e = 0; e < kOctet; ++e) {
     const int i = Walk::kSets == 1 ? 0 : e;
     dz[e] = to_compute(data.grad[e]);
-    d[e] = job.x != nullptr ? to_compute(data.x[e]) - k.m[i] : C(0);
+    C x = to_compute(data.x[e]);
+    if (job.from_y) {
+      positive |= static_cast<unsigned>(x > C(0)) << e;
+      if (!(x > C(0))) x *= plain.inverse_slope;
+    }
+    d[e] = job.x != nullptr ? x - k.m[i] : C(0);
   }
   unsigned kept = place.live;
   if constexpr (kHeavy) {
@@ -205,8 +212,7 @@ FUSEREG_DEVICE_INLINE void gradient_of_z(const Backward& job, const Plain<C>& pl
   }
   if (job.epilogue.activation != Activation::kNone) {
     C z[kOctet];
-    unsigned positive = data.positive;
-    if (job.bits == nullptr) {
+    if (job.bits == nullptr && !job.from_y) {
       FUSEREG_UNROLL
       for (int e = 0; e < kOctet; ++e) {
         const int i = Walk::kSets == 1 ? 0 : e;

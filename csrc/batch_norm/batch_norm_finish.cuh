@@ -113,8 +113,11 @@ __device__ void finish_backward(const Arguments<Backward>& g, std::int64_t slab,
 }
 
 // sum dz * (x - m) is what a block sums; the mean is what the contract says.
-FUSEREG_DEVICE_INLINE GradientSums about_mean(const GradientSums& s, double m, double mean) {
-  return {s.sum, s.dot + (m - mean) * s.sum};
+FUSEREG_DEVICE_INLINE GradientSums about_mean(const Backward& job, std::int64_t c,
+                                              const Statistic& statistic, const GradientSums& s,
+                                              double m) {
+  const double dot = s.dot + (m - center_of(job, c, statistic)) * s.sum;
+  return {s.sum, dot * inverse_of_a(job, c, statistic)};
 }
 
 // ---- Launchers ----

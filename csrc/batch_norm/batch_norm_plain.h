@@ -56,11 +56,7 @@ FUSEREG_INLINE void store_past_the_cache(float* p, Vector<float> v) {
 template <class T>
 FUSEREG_INLINE void store_past_the_cache(T* p, Vector<float> v) {
 #if defined(__AVX512F__)
-  T buffer[kWidth<float>];
-  store(buffer, v);
-  __m256i words;
-  memcpy(&words, buffer, sizeof(words));
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), words);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrowed(p, v));
 #elif defined(__AVX2__)
   T buffer[kWidth<float>];
   store(buffer, v);
@@ -95,21 +91,14 @@ FUSEREG_INLINE Vector<float> load_some(const float* p, std::int64_t n) {
 }
 template <class T>
 FUSEREG_INLINE Vector<float> load_some(const T* p, std::int64_t n) {
-  T buffer[kWidth<float>];
-  const __m256i words = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p);
-  memcpy(buffer, &words, sizeof(buffer));
-  return load(buffer);
+  return widened(p, _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p));
 }
 FUSEREG_INLINE void store_some(float* p, Vector<float> v, std::int64_t n) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), v);
 }
 template <class T>
 FUSEREG_INLINE void store_some(T* p, Vector<float> v, std::int64_t n) {
-  T buffer[kWidth<float>];
-  store(buffer, v);
-  __m256i words;
-  memcpy(&words, buffer, sizeof(words));
-  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), words);
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), narrowed(p, v));
 }
 #else
 template <class T>

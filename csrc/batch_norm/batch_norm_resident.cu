@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
     const int channels = slab_channels(t, share.slab);
     for (int i = static_cast<int>(threadIdx.x); i < channels; i += kThreads) {
       const std::int64_t c = share.slab * t.pack + i;
-      set_coefficients(coefficients, i, job, c, read_statistic(job, t, share.group, c));
+      set_backward_coefficients(coefficients, i, job, c, read_statistic(job, t, share.group, c));
     }
     __syncthreads();
     int step = 0;
@@ -147,9 +147,10 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
           grad_shelf.put(step++, data.grad);
         },
         [&](int i, const GradientSums& s) {
-          const Statistic statistic = read_statistic(job, t, share.group, share.slab * t.pack + i);
+          const std::int64_t c = share.slab * t.pack + i;
           partials[partial_index(t, share, i)] =
-              about_mean(s, static_cast<double>(coefficients.m[i]), statistic.mean);
+              about_mean(job, c, read_statistic(job, t, share.group, c), s,
+                         static_cast<double>(coefficients.m[i]));
         });
     team.sync(t);
     for (int i = static_cast<int>(cuda::warp_id()); i < channels; i += kWarps) {

@@ -477,6 +477,18 @@ void rectify(C* dz, const C* g, const C* x, const C* residual, std::int64_t n, c
     store(dz + i, z > zero ? d : kRelu ? zero : d * slope);
   }
 }
+// From y = activation(z) alone: z, and dz = g * activation'(z). No activation is a slope of 1.
+template <class C>
+void invert(C* z, C* dz, const C* y, const C* g, std::int64_t n, C slope) {
+  const Vector<C> zero{};
+  const C inverse = C(1) / slope;
+  for (std::int64_t i = 0; i < n; i += kWidth<C>) {
+    const Vector<C> v = load(y + i);
+    const Vector<C> d = load(g + i);
+    store(z + i, v > zero ? v : v * inverse);
+    store(dz + i, v > zero ? d : d * slope);
+  }
+}
 template <class C>
 void multiply_by_derivative(C* dz, const C* g, const C* z, std::int64_t n, Activation activation) {
   for (std::int64_t i = 0; i < n; i += kWidth<C>) {

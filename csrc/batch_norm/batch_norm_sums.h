@@ -29,13 +29,19 @@ FUSEREG_INLINE void flush(LaneSums<C>& sums, Block<C>& first, Block<C>& second) 
 // Lane i and lane i + width, until one is left.
 template <int kN, int kWide>
 FUSEREG_INLINE double add_lanes(const Vector<double> (&sums)[kN][kWide]) {
-  double lanes[kLanes];
-  static_assert(sizeof(lanes) == sizeof(sums), "one sum a lane");
-  memcpy(lanes, sums, sizeof(lanes));
-  for (int i = 0; i < 16; ++i) lanes[i] += lanes[i + 16];
-  for (int i = 0; i < 8; ++i) lanes[i] += lanes[i + 8];
-  for (int i = 0; i < 4; ++i) lanes[i] += lanes[i + 4];
-  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+  constexpr int kW = kWidth<double>;
+  static_assert(kN * kWide * kW == kLanes, "one sum a lane");
+  Vector<double> total[kN * kWide];
+  memcpy(total, sums, sizeof(total));
+  for (int n = kN * kWide / 2; n >= 1; n /= 2) {
+    for (int i = 0; i < n; ++i) total[i] += total[i + n];
+  }
+  double lanes[kW];
+  memcpy(lanes, total, sizeof(lanes));
+  for (int n = kW / 2; n >= 1; n /= 2) {
+    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  }
+  return lanes[0];
 }
 
 // Of the channels of a tile whose rows are lines: a sum for each column.

@@ -153,6 +153,14 @@ double eps_argument(double eps, const char* op) {
   return eps;
 }
 
+// Whether y tells z.
+bool can_invert(const Backward& job) {
+  const Epilogue& e = job.epilogue;
+  return job.residual == nullptr && job.bits == nullptr && !e.dropout &&
+         (e.activation == Activation::kNone ||
+          (e.activation == Activation::kLeakyRelu && e.slope > 0.0));
+}
+
 template <class Job>
 void on_cpu(const Job& job, void (*run)(const Job&)) {
   constexpr std::int64_t kWorthReleasing = 1 << 14;
@@ -236,8 +244,8 @@ std::int64_t batch_norm_backward(
     const py::object& moments, const py::object& weight, const py::object& bias,
     const py::object& running_mean, const py::object& running_var,
     [[maybe_unused]] const py::object& scratch, [[maybe_unused]] const py::object& semaphores,
-    bool reduce, int statistics, double eps, std::int64_t group_samples, int activation,
-    double slope, double p, const py::object& seed, const py::object& offset,
+    bool reduce, bool from_y, int statistics, double eps, std::int64_t group_samples,
+    int activation, double slope, double p, const py::object& seed, const py::object& offset,
     const py::object& index_offset, const char* op) {
   Reader reader(x, group_samples, !mask.is_none(), op);
   Backward job;
@@ -246,7 +254,9 @@ std::int64_t batch_norm_backward(
   job.statistics = statistics_argument(statistics, op);
   job.eps = eps_argument(eps, op);
   job.reduce = reduce;
+  job.from_y = from_y;
   job.x = reader.x().data;
+  if (grad.is_none()) throw py::type_error(where(op, "grad") + " must be a tensor, got None");
   job.grad = reader.like_x(grad);
   job.grad_x = reader.like_x(grad_x);
   job.grad_residual = reader.like_x(grad_residual);
@@ -263,6 +273,11 @@ std::int64_t batch_norm_backward(
   job.grad_weight = reader.per_channel(grad_weight, "grad_weight");
   job.grad_bias = reader.per_channel(grad_bias, "grad_bias");
   job.epilogue = reader.epilogue(activation, slope, p, seed, offset, index_offset);
+  if (from_y && !can_invert(job)) {
+    throw py::value_error(where(op, "from_y") +
+                          " wants no residual, no dropout, and no activation or a leaky ReLU of "
+                          "positive slope");
+  }
   if (!reader.ready()) return kNeedsPreparation;
   const bool running = job.running_mean.data != nullptr && job.running_var.data != nullptr;
   if (job.moments == nullptr && l.channels > 0 &&
@@ -289,6 +304,22 @@ py::object batch_norm_layout(const py::object& x, std::int64_t group_samples, bo
   return py::make_tuple(l.outer, l.channels, l.inner, l.statistics(), l.bit_bytes());
 }
 
+// Whether x and the vectors, each of which may be None, have shapes and devices that go together.
+// False: Python has to look for what is wrong, or for why they cannot be read.
+bool batch_norm_fits(const py::object& x, const py::object& running_mean,
+                     const py::object& running_var, const py::object& weight,
+                     const py::object& bias) {
+  TensorView view;
+  if (!is_plain_type(x) || read_tensor(x, view) != Kind::kPlain || view.ndim < 2) return false;
+  const auto fits = [&](const py::object& vector) {
+    if (vector.is_none()) return true;
+    TensorView v;
+    return is_plain_type(vector) && read_tensor(vector, v) == Kind::kPlain && v.ndim == 1 &&
+           v.numel == view.sizes[1] && v.device == view.device;
+  };
+  return fits(running_mean) && fits(running_var) && fits(weight) && fits(bias);
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
@@ -297,14 +328,16 @@ void bind(py::module_& m) {
         arg("residual"), arg("mask"), arg("weight"), arg("bias"), arg("running_mean"),
         arg("running_var"), arg("batches"), arg("scratch"), arg("semaphores"), arg("momentum"),
         arg("statistics"), arg("eps"), arg("group_samples"), arg("activation"), arg("slope"),
-        arg("p"), arg("seed"), arg("offset"), arg("index_offset"), arg("op"));
+        arg("p"), arg("seed"), arg("offset"), arg("index_offset"), op_argument());
   m.def("batch_norm_backward", &batch_norm_backward, arg("grad_x"), arg("grad_residual"),
         arg("grad_weight"), arg("grad_bias"), arg("sums"), arg("grad"), arg("x"), arg("residual"),
         arg("mask"), arg("bits"), arg("moments"), arg("weight"), arg("bias"), arg("running_mean"),
-        arg("running_var"), arg("scratch"), arg("semaphores"), arg("reduce"), arg("statistics"),
-        arg("eps"), arg("group_samples"), arg("activation"), arg("slope"), arg("p"), arg("seed"),
-        arg("offset"), arg("index_offset"), arg("op"));
+        arg("running_var"), arg("scratch"), arg("semaphores"), arg("reduce"), arg("from_y"),
+        arg("statistics"), arg("eps"), arg("group_samples"), arg("activation"), arg("slope"),
+        arg("p"), arg("seed"), arg("offset"), arg("index_offset"), op_argument());
   m.def("batch_norm_layout", &batch_norm_layout, arg("x"), arg("group_samples"), arg("mask"));
+  m.def("batch_norm_fits", &batch_norm_fits, arg("x"), arg("running_mean"), arg("running_var"),
+        arg("weight"), arg("bias"));
   m.attr("BATCH_NORM_SEMAPHORE_BYTES") = kSemaphoreBytes;
   bind_plan(m);
 }

@@ -1,12 +1,10 @@
 // fusereg._C: the choice of CUDA kernels for a batch normalization, for tests and for the curious.
 // Contract: batch_norm_plan.h, _C.pyi.
-#include <pybind11/pybind11.h>
-
+#include <algorithm>
 #include <string>
 
 #include "batch_norm/batch_norm_plan.h"
-
-namespace py = pybind11;
+#include "core/tensor.h"
 
 namespace fusereg::batch_norm {
 namespace {
@@ -48,11 +46,21 @@ py::dict batch_norm_plan(const py::tuple& layout, const std::string& dtype, bool
   l.channels = layout[1].cast<std::int64_t>();
   l.inner = layout[2].cast<std::int64_t>();
   l.group_rows = layout[3].cast<std::int64_t>();
-  if (l.outer < 0 || l.channels < 1 || l.inner < 0 || l.group_rows < 1) {
+  const std::int64_t most =
+      kMostElements / std::max<std::int64_t>(l.channels, 1) / std::max<std::int64_t>(l.inner, 1);
+  if (l.outer < 0 || l.channels < 1 || l.inner < 0 || l.group_rows < 1 || l.outer > most ||
+      l.channels > kMostElements || l.inner > kMostElements || l.group_rows > kMostElements) {
     throw py::value_error("fusereg.batch_norm: layout must hold sizes, got " +
                           std::string(py::str(layout)));
   }
   const DeviceLimits limits = {device[0].cast<int>(), device[1].cast<int>(), device[2].cast<int>()};
+  constexpr int kMostOfDevice = 1 << 24;
+  for (const int limit : {limits.sm_count, limits.shared_per_sm, limits.shared_per_block}) {
+    if (limit < 1 || limit > kMostOfDevice) {
+      throw py::value_error("fusereg.batch_norm: device must hold its limits, got " +
+                            std::string(py::str(device)));
+    }
+  }
   const Plan plan =
       make_plan(l, dtype_argument(dtype), backward ? Direction::kBackward : Direction::kForward,
                 aligned, mask, bits, resident, limits);

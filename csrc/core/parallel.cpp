@@ -1,15 +1,45 @@
 #include "core/parallel.h"
 
 #include <algorithm>
+#include <atomic>
 
 #if defined(_OPENMP)
 #include <omp.h>
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 #endif
 
 namespace fusereg {
 
+#if defined(_OPENMP)
+namespace {
+
+std::atomic<bool> g_forked{false};
+std::atomic<void (*)()> g_ask{nullptr};
+
+#if !defined(_WIN32)
+[[maybe_unused]] const int kForkIsSeen =
+    pthread_atfork(nullptr, nullptr, [] { g_forked.store(true, std::memory_order_relaxed); });
+#endif
+
+}  // namespace
+#endif
+
+void ask_for_threads([[maybe_unused]] void (*ask)()) {
+#if defined(_OPENMP)
+  g_ask.store(ask, std::memory_order_relaxed);
+#endif
+}
+
 int max_threads() {
 #if defined(_OPENMP)
+  if (g_forked.load(std::memory_order_relaxed)) return 1;
+  thread_local bool asked = false;
+  if (!asked) {
+    asked = true;
+    if (void (*const ask)() = g_ask.load(std::memory_order_relaxed)) ask();
+  }
   return omp_get_max_threads();
 #else
   return 1;
@@ -20,7 +50,8 @@ void parallel_for(std::int64_t n, std::int64_t grain, RangeFunction f) {
   if (n <= 0) return;
 #if defined(_OPENMP)
   const std::int64_t wanted = (n + grain - 1) / std::max<std::int64_t>(grain, 1);
-  const auto threads = static_cast<int>(std::min<std::int64_t>(wanted, max_threads()));
+  const auto threads =
+      wanted > 1 ? static_cast<int>(std::min<std::int64_t>(wanted, max_threads())) : 1;
   if (threads > 1 && !omp_in_parallel()) {
 #pragma omp parallel num_threads(threads)
     {

@@ -26,7 +26,12 @@ class RangeFunction {
 // torch.set_num_threads allows as get `grain` indices each. f must not throw.
 void parallel_for(std::int64_t n, std::int64_t grain, RangeFunction f);
 
+// The threads that a team of the calling thread may have. torch.set_num_threads reaches other
+// threads than its own only once these ask torch, so each asks before its first team, with what
+// ask_for_threads was given. In a process that was forked, one: the threads of the parent's teams
+// are not there, and GCC's OpenMP would wait for them forever.
 int max_threads();
+void ask_for_threads(void (*ask)());
 
 // Adds in index order.
 double ordered_sum(const double* values, std::int64_t n);

@@ -29,21 +29,18 @@ SeedPair seed_argument(const py::object& seed, const py::object& offset, const D
     result.offset = bits_argument(offset, op, "offset");
     return result;
   }
-  const bool good = is_plain_type(seed) && py::cast<std::int64_t>(seed.attr("numel")()) == 2 &&
-                    py::cast<bool>(seed.attr("is_contiguous")()) &&
-                    std::string(py::str(seed.attr("dtype"))) == "torch.int64";
-  if (!good) {
+  RawView view;
+  if (!read_raw(seed, view) || !view.integer || view.bytes != 8 || view.numel != 2 ||
+      !view.contiguous) {
     throw py::type_error(where(op, "seed") +
                          " must be an integer or a contiguous int64 tensor of 2 elements, got " +
-                         std::string(py::repr(seed)));
+                         description(seed));
   }
-  const std::string type = py::cast<std::string>(seed.attr("device").attr("type"));
-  if (type != (device.type == kDLCPU ? "cpu" : "cuda")) {
+  if (view.device != device) {
     throw py::value_error(where(op, "seed") + " must be on " + device.name() +
-                          " as the input, got " + type);
+                          " as the input, got " + view.device.name());
   }
-  result.pair =
-      reinterpret_cast<const std::int64_t*>(py::cast<std::uintptr_t>(seed.attr("data_ptr")()));
+  result.pair = static_cast<const std::int64_t*>(view.data);
   return result;
 }
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "core/parallel.h"
+
 namespace fusereg {
 namespace {
 
@@ -16,6 +18,7 @@ struct TorchApi {
   PyObject* is_leaf = nullptr;        // of Tensor.is_leaf
   PyObject* is_neg = nullptr;         // method descriptor
   PyObject* increment_version = nullptr;
+  PyObject* get_num_threads = nullptr;
 };
 TorchApi g_torch;
 
@@ -46,6 +49,14 @@ bool known_device(DLDeviceType type) {
   if (type == kDLCUDA) return true;
 #endif
   return type == kDLCPU;
+}
+
+// Torch hands its number of threads to OpenMP, for the calling thread, when that asks for it.
+void ask_torch_for_threads() {
+  const py::gil_scoped_acquire gil;
+  PyObject* const threads = PyObject_CallNoArgs(g_torch.get_num_threads);
+  if (threads == nullptr) PyErr_Clear();
+  Py_XDECREF(threads);
 }
 
 py::object descriptor_value(PyObject* descriptor, py::handle object) {
@@ -127,6 +138,15 @@ void bind_torch(const py::type& tensor, const py::type& parameter,
     throw py::import_error("fusereg: this torch offers no DLPack exchange API of major version " +
                            std::to_string(DLPACK_MAJOR_VERSION) + "; a newer fusereg is needed");
   }
+  const auto* const tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
+  const auto* const parameter_type = reinterpret_cast<PyTypeObject*>(parameter.ptr());
+  if (g_torch.tensor != nullptr) {
+    if (g_torch.tensor == tensor_type && g_torch.parameter == parameter_type &&
+        g_torch.increment_version == increment_version.ptr()) {
+      return;
+    }
+    throw std::runtime_error("fusereg._C is bound to torch already, with other types");
+  }
   TorchApi torch;
   torch.exchange = api;
   torch.tensor = reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr());
@@ -143,7 +163,10 @@ void bind_torch(const py::type& tensor, const py::type& parameter,
           "fusereg: torch.Tensor.grad and its like are no descriptors in this torch");
     }
   }
+  torch.get_num_threads =
+      py::object(py::module_::import("torch").attr("get_num_threads")).release().ptr();
   g_torch = torch;
+  ask_for_threads(&ask_torch_for_threads);
 }
 
 bool is_plain_type(py::handle object) {
@@ -221,6 +244,7 @@ bool read_raw(py::handle object, RawView& view) {
     return false;
   view.data = t.data == nullptr ? nullptr : static_cast<char*>(t.data) + t.byte_offset;
   view.bytes = t.dtype.bits / 8;
+  view.integer = t.dtype.code == kDLInt;
   view.is_uint8 = t.dtype.code == kDLUInt && t.dtype.bits == 8;
   view.ndim = t.ndim;
   view.sizes = t.shape;
@@ -252,6 +276,49 @@ TensorView tensor_argument(py::handle object, const char* op, const char* name) 
           std::string(py::str(object.attr("layout"))) + " on " +
           std::string(py::str(object.attr("device"))) + " (" + type_name(object) + ")");
   }
+}
+
+void* memory_argument(py::handle object, std::int64_t bytes, const Device& device, const char* op,
+                      const char* name) {
+  RawView view;
+  constexpr std::uintptr_t kAlignment = 8;
+  if (!read_raw(object, view) || !view.contiguous || view.device != device ||
+      view.numel * view.bytes < bytes ||
+      reinterpret_cast<std::uintptr_t>(view.data) % kAlignment != 0) {
+    throw py::value_error(std::string("fusereg.") + op + ": " + name + " must have " +
+                          std::to_string(bytes) + " contiguous bytes on " + device.name() +
+                          ", got " + description(object));
+  }
+  return view.data;
+}
+
+bool is_number(py::handle object) {
+  return PyFloat_Check(object.ptr()) || PyLong_Check(object.ptr());
+}
+
+double number_argument(py::handle object, const char* op, const char* name) {
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (value == -1.0 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    throw py::value_error(std::string("fusereg.") + op + ": " + name +
+                          " must be a number that fits a float, got " + type_name(object));
+  }
+  return value;
+}
+
+std::int64_t size_argument(std::int64_t size, std::int64_t least, const char* op,
+                           const char* name) {
+  if (size < least || size > kMostElements) {
+    throw py::value_error(std::string("fusereg.") + op + ": " + name + " must be within [" +
+                          std::to_string(least) + ", 2**48], got " + std::to_string(size));
+  }
+  return size;
+}
+
+std::string description(py::handle object) {
+  if (!is_plain_type(object)) return type_name(object);
+  return std::string(py::str(object.attr("dtype"))) + " of shape " +
+         std::string(py::str(py::tuple(object.attr("shape"))));
 }
 
 py::object grad_of(py::handle tensor) { return descriptor_value(g_torch.grad, tensor); }

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/dtype.h"
@@ -53,7 +54,8 @@ enum class Kind {
   kNotTensor,
 };
 
-// Called once at import with torch's types; also fetches the exchange table. Throws ImportError.
+// Called at import with torch's types; also fetches the exchange table. Throws ImportError, and
+// RuntimeError if it was called with other types before.
 void bind_torch(const py::type& tensor, const py::type& parameter,
                 const py::object& increment_version);
 
@@ -71,7 +73,8 @@ Kind read_gradient(py::handle object, TensorView& view);
 // Memory of any dtype: counters, masks, scratch, images. `sizes` and `strides` as above.
 struct RawView {
   void* data = nullptr;
-  int bytes = 0;  // of an element
+  int bytes = 0;         // of an element
+  bool integer = false;  // signed
   bool is_uint8 = false;
   int ndim = 0;
   const std::int64_t* sizes = nullptr;
@@ -91,6 +94,23 @@ bool is_plain_type(py::handle object);
 // wanted.
 TensorView tensor_argument(py::handle object, const char* op, const char* name);
 
+// What the kernels take as so many bytes: contiguous memory of any dtype on the device, or an error
+// that names the argument.
+void* memory_argument(py::handle object, std::int64_t bytes, const Device& device, const char* op,
+                      const char* name);
+
+// A Python float or int, or an error; other numbers are for Python to convert.
+bool is_number(py::handle object);
+double number_argument(py::handle object, const char* op, const char* name);
+
+// No tensor has more elements: what is larger is no size, and could overflow in sums.
+inline constexpr std::int64_t kMostElements = std::int64_t{1} << 48;
+std::int64_t size_argument(std::int64_t size, std::int64_t least, const char* op, const char* name);
+
+// What came, for errors: a tensor's dtype and shape, or another object's type. Neither str() nor
+// repr() of it is called: torch crashes when it prints a tensor whose storage was freed.
+std::string description(py::handle object);
+
 // t.grad as a new reference, and t.requires_grad, without attribute look-ups.
 py::object grad_of(py::handle tensor);
 bool requires_grad(py::handle tensor);
@@ -106,5 +126,9 @@ bool increment_version(const py::list& tensors);
 void* current_stream(const Device& device);
 
 std::string type_name(py::handle object);
+
+// The last argument of every function that computes: the operation's name, for errors. pybind11
+// would make a null pointer of None.
+inline py::arg op_argument() { return std::move(py::arg("op").none(false)); }
 
 }  // namespace fusereg

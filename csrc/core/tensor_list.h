@@ -17,34 +17,33 @@ enum class ListStatus : int {
   kNeedsPreparation = 2,   // a tensor that only Python can prepare, or can explain why it cannot
 };
 
-// Borrowed items of a Python list or tuple.
+// The items of a Python list or tuple, as they were when the call began: another thread may change
+// the list while a kernel runs, and so may an item that is asked for its value.
 class ObjectList {
  public:
   ObjectList(const py::object& sequence, const char* op, const char* name)
-      : fast_(py::reinterpret_steal<py::object>(PySequence_Fast(sequence.ptr(), ""))) {
-    if (!fast_) {
+      : items_(py::reinterpret_steal<py::object>(PySequence_Tuple(sequence.ptr()))) {
+    if (!items_) {
       PyErr_Clear();
       throw py::type_error(std::string("fusereg.") + op + ": " + name + " must be a list, got " +
                            type_name(sequence));
     }
   }
-  std::size_t size() const {
-    return static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast_.ptr()));
-  }
+  std::size_t size() const { return static_cast<std::size_t>(PyTuple_GET_SIZE(items_.ptr())); }
   py::handle operator[](std::size_t i) const {
-    return PySequence_Fast_GET_ITEM(fast_.ptr(), static_cast<Py_ssize_t>(i));
+    return PyTuple_GET_ITEM(items_.ptr(), static_cast<Py_ssize_t>(i));
   }
 
  private:
-  py::object fast_;
+  py::object items_;
 };
 
 // A strength that is one number for all tensors or one for each.
 class PerTensor {
  public:
   PerTensor(const py::object& value, std::size_t count, const char* op, const char* name) {
-    if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr())) {
-      values_.push_back(check(PyFloat_AsDouble(value.ptr()), op, name));
+    if (is_number(value)) {
+      values_.push_back(check(number_argument(value, op, name), op, name));
       return;
     }
     const ObjectList list(value, op, name);

@@ -114,9 +114,11 @@ void bind(py::module_& m) {
   using py::arg;
   m.attr("DROP_BLOCK_SLOTS") = kCountSlots;
   m.def("drop_block_forward", &drop_block_forward, arg("y"), arg("x"), arg("kept"), arg("slots"),
-        arg("seed"), arg("offset"), arg("p"), arg("block_size"), arg("index_offset"), arg("op"));
+        arg("seed"), arg("offset"), arg("p"), arg("block_size"), arg("index_offset"),
+        op_argument());
   m.def("drop_block_backward", &drop_block_backward, arg("grad_x"), arg("grad_y"), arg("kept"),
-        arg("seed"), arg("offset"), arg("p"), arg("block_size"), arg("index_offset"), arg("op"));
+        arg("seed"), arg("offset"), arg("p"), arg("block_size"), arg("index_offset"),
+        op_argument());
 }
 
 }  // namespace fusereg::drop_block

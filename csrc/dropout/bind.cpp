@@ -47,6 +47,8 @@ bool find_rows(const TensorView& x, int row_dims, Rows& rows) {
     rows = {draws, x.numel / draws, 1};
   } else if (row_dims == 2 && contiguous(1)) {  // channels_last
     rows = {x.sizes[0], x.numel / draws, x.sizes[1]};
+  } else if (row_dims == 1 && contiguous(1)) {  // a sample's elements lie together, in any order
+    rows = {draws, x.numel / draws, 1};
   } else {
     return false;
   }
@@ -145,9 +147,9 @@ std::vector<std::uint32_t> philox_words(const py::object& key, const py::object&
 void bind(py::module_& m) {
   using py::arg;
   m.def("dropout_forward", &dropout_forward, arg("y"), arg("x"), arg("seed"), arg("offset"),
-        arg("p"), arg("alpha"), arg("row_dims"), arg("index_offset"), arg("op"));
+        arg("p"), arg("alpha"), arg("row_dims"), arg("index_offset"), op_argument());
   m.def("dropout_backward", &dropout_backward, arg("grad_x"), arg("grad_y"), arg("seed"),
-        arg("offset"), arg("p"), arg("alpha"), arg("row_dims"), arg("index_offset"), arg("op"));
+        arg("offset"), arg("p"), arg("alpha"), arg("row_dims"), arg("index_offset"), op_argument());
   m.def("dropout_constants", &dropout_constants, arg("p"), arg("alpha"));
   m.def("philox_words", &philox_words, arg("key"), arg("low"), arg("high"), arg("vector"));
 }

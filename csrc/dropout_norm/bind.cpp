@@ -95,6 +95,12 @@ void set_draw(Problem& problem, double p, const char* op) {
   problem.draw = p == 0.0 ? Draw{0, 0, 1.0} : make_draw(p);
 }
 
+void require(const py::object& tensor, const char* op, const char* name) {
+  if (tensor.is_none())
+    throw py::type_error(std::string("fusereg.") + op + ": " + name +
+                         " must be a tensor, got None");
+}
+
 template <class Job>
 void run(const Job& job, const Device& device, unsigned* barrier) {
 #if defined(FUSEREG_CUDA)
@@ -140,6 +146,7 @@ int dropout_norm_forward(const py::object& y, const py::object& sum, const py::o
   f.weight = in.companion(weight, in.length(), weights);
   f.bias = in.companion(bias, in.length(), weights);
   if (!in.fits()) return kNeedsPreparation;
+  require(y, op, "y");
   f.dtype = in.main().dtype;
   f.wide_sum = sums.wide;
   f.wide_weight = weights.wide;
@@ -182,6 +189,9 @@ int dropout_norm_backward(const py::object& grad_x, const py::object& grad_resid
   const Chunks chunks = on_cuda ? cuda_chunks(in.rows()) : cpu_chunks(in.rows());
   b.partials = in.partials(partials, chunks.count * b.slots() * length);
   if (!in.fits()) return kNeedsPreparation;
+  require(sum, op, "sum");
+  require(statistics, op, "statistics");
+  if (b.slots() > 0) require(partials, op, "partials");
   b.dtype = in.main().dtype;
   b.wide_sum = sums.wide;
   b.wide_weight = weights.wide;
@@ -191,9 +201,9 @@ int dropout_norm_backward(const py::object& grad_x, const py::object& grad_resid
   b.index_offset = bits_argument(index_offset, op, "index_offset");
   b.random = seed_argument(seed, offset, in.main().device, op);
   unsigned* word = nullptr;
-  if (!barrier.is_none()) {
-    // An int32 tensor, which is none of read_tensor's.
-    word = reinterpret_cast<unsigned*>(py::cast<std::uintptr_t>(barrier.attr("data_ptr")()));
+  if (on_cuda && b.slots() > 0) {
+    word = static_cast<unsigned*>(
+        memory_argument(barrier, sizeof(unsigned), in.main().device, op, "barrier"));
   }
   run(b, in.main().device, word);
   return kDone;
@@ -201,6 +211,7 @@ int dropout_norm_backward(const py::object& grad_x, const py::object& grad_resid
 
 // How many slots `partials` has for this many rows.
 std::int64_t dropout_norm_chunks(std::int64_t rows, bool cuda) {
+  size_argument(rows, 0, "dropout_norm_chunks", "rows");
   return (cuda ? cuda_chunks(rows) : cpu_chunks(rows)).count;
 }
 
@@ -210,11 +221,11 @@ void bind(py::module_& m) {
   using py::arg;
   m.def("dropout_norm_forward", &dropout_norm_forward, arg("y"), arg("sum"), arg("statistics"),
         arg("x"), arg("residual"), arg("weight"), arg("bias"), arg("seed"), arg("offset"), arg("p"),
-        arg("eps"), arg("rms"), arg("index_offset"), arg("op"));
+        arg("eps"), arg("rms"), arg("index_offset"), op_argument());
   m.def("dropout_norm_backward", &dropout_norm_backward, arg("grad_x"), arg("grad_residual"),
         arg("grad_weight"), arg("grad_bias"), arg("grad_y"), arg("grad_sum"), arg("sum"),
         arg("statistics"), arg("weight"), arg("seed"), arg("offset"), arg("p"), arg("rms"),
-        arg("index_offset"), arg("partials"), arg("barrier"), arg("op"));
+        arg("index_offset"), arg("partials"), arg("barrier"), op_argument());
   m.def("dropout_norm_chunks", &dropout_norm_chunks, arg("rows"), arg("cuda"));
 }
 

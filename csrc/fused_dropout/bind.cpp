@@ -118,8 +118,9 @@ int fused_dropout_add(const py::object& y, const py::object& x, const py::object
 
 // Elements of float64 that fused_dropout_bias_backward needs for its partial sums.
 std::int64_t fused_dropout_partials(std::int64_t numel, std::int64_t columns) {
-  if (columns <= 0) return 1;
-  numel = std::max<std::int64_t>(numel, 1);
+  const char* const op = "fused_dropout_partials";
+  if (size_argument(columns, 0, op, "columns") == 0) return 1;
+  numel = std::max<std::int64_t>(size_argument(numel, 0, op, "numel"), 1);
   const Chunks cpu = make_chunks(numel, columns, kCpuRule);
   const Chunks cuda = make_chunks(numel, columns, kCudaRule);
   return std::max(cpu.width * cpu.count, cuda.width * cuda.count);
@@ -150,10 +151,8 @@ int fused_dropout_bias_backward(const py::object& grad_x, const py::object& grad
   }
   job.partials = static_cast<double*>(slots.data);
   if (runs_cuda_kernels(in.device)) {
-    const TensorView zeros = tensor_argument(counters, op, "counters");
-    if (zeros.device != in.device || zeros.numel * dtype_size(zeros.dtype) < 4 * kMaxTiles)
-      throw py::value_error(where(op, "counters") + " is too small");
-    job.counters = static_cast<unsigned*>(zeros.data);
+    job.counters =
+        static_cast<unsigned*>(memory_argument(counters, 4 * kMaxTiles, in.device, op, "counters"));
   }
   job.index_offset = bits_argument(index_offset, op, "index_offset");
   job.random = seed_argument(seed, offset, in.device, op);
@@ -204,16 +203,17 @@ int activation_dropout_backward(const py::object& grad_x, const py::object& grad
 void bind(py::module_& m) {
   using py::arg;
   m.def("fused_dropout_add", &fused_dropout_add, arg("y"), arg("x"), arg("bias"), arg("residual"),
-        arg("seed"), arg("offset"), arg("p"), arg("rows"), arg("index_offset"), arg("op"));
+        arg("seed"), arg("offset"), arg("p"), arg("rows"), arg("index_offset"), op_argument());
   m.def("fused_dropout_partials", &fused_dropout_partials, arg("numel"), arg("columns"));
   m.def("fused_dropout_bias_backward", &fused_dropout_bias_backward, arg("grad_x"),
         arg("grad_bias"), arg("grad"), arg("partials"), arg("counters"), arg("seed"), arg("offset"),
-        arg("p"), arg("index_offset"), arg("op"));
+        arg("p"), arg("index_offset"), op_argument());
   m.def("activation_dropout_forward", &activation_dropout_forward, arg("y"), arg("x"),
-        arg("activation"), arg("seed"), arg("offset"), arg("p"), arg("index_offset"), arg("op"));
+        arg("activation"), arg("seed"), arg("offset"), arg("p"), arg("index_offset"),
+        op_argument());
   m.def("activation_dropout_backward", &activation_dropout_backward, arg("grad_x"), arg("grad"),
         arg("saved"), arg("activation"), arg("seed"), arg("offset"), arg("p"), arg("index_offset"),
-        arg("op"));
+        op_argument());
   m.attr("FUSED_DROPOUT_COUNTERS") = kMaxTiles;
 }
 

@@ -55,9 +55,9 @@ int apply(const py::object& y, const py::object& x, const py::object& seed,
 void bind(py::module_& m) {
   using py::arg;
   m.def("gaussian_dropout_forward", &apply, arg("y"), arg("x"), arg("seed"), arg("offset"),
-        arg("p"), arg("index_offset"), arg("op"));
+        arg("p"), arg("index_offset"), op_argument());
   m.def("gaussian_dropout_backward", &apply, arg("grad_x"), arg("grad_y"), arg("seed"),
-        arg("offset"), arg("p"), arg("index_offset"), arg("op"));
+        arg("offset"), arg("p"), arg("index_offset"), op_argument());
 }
 
 }  // namespace fusereg::gaussian_dropout

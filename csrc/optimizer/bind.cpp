@@ -13,11 +13,38 @@ constexpr int kNeedsState = 3;
 
 constexpr std::int64_t kWorthReleasing = 1 << 15;
 
-// A dict's value under an interned key, borrowed; null where there is none.
-PyObject* lookup(py::handle dict, py::handle key) {
+std::string where(const char* op, const char* name) {
+  return std::string("fusereg.") + op + ": " + name;
+}
+
+// A dict's value under an interned key; null where there is none.
+py::object lookup(py::handle dict, py::handle key) {
   PyObject* const found = PyDict_GetItemWithError(dict.ptr(), key.ptr());
   if (found == nullptr && PyErr_Occurred() != nullptr) PyErr_Clear();
-  return found == Py_None ? nullptr : found;
+  return found == Py_None ? py::object() : py::reinterpret_borrow<py::object>(found);
+}
+
+// An int argument that stands for one of `count` enumerators.
+template <class Enum>
+Enum choice(int value, int count, const char* op, const char* name) {
+  if (value < 0 || value >= count)
+    throw py::value_error(where(op, name) + " is unknown: " + std::to_string(value));
+  return static_cast<Enum>(value);
+}
+
+// A tuple of indices or counts.
+std::vector<std::size_t> counts_argument(const py::tuple& tuple, const char* op, const char* name) {
+  std::vector<std::size_t> counts;
+  counts.reserve(tuple.size());
+  for (const py::handle item : tuple) {
+    const std::size_t count = PyLong_Check(item.ptr()) ? PyLong_AsSize_t(item.ptr()) : SIZE_MAX;
+    if (count > static_cast<std::size_t>(kMostElements)) {
+      PyErr_Clear();
+      throw py::value_error(where(op, name) + " must hold integers that are not negative");
+    }
+    counts.push_back(count);
+  }
+  return counts;
 }
 
 // The names of an algorithm's states, as torch has them.
@@ -50,8 +77,7 @@ bool has_step(Algorithm algorithm) {
 
 // A Python number, or a tensor of one element: the CPU's is read now, the device's by the kernel.
 Scalar read_number(py::handle value, const Device& device, const char* op, const char* name) {
-  if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr()))
-    return {PyFloat_AsDouble(value.ptr())};
+  if (is_number(value)) return {number_argument(value, op, name)};
   const TensorView v = tensor_argument(value, op, name);
   if (v.numel != 1 || (v.device != device && v.device.type != kDLCPU)) {
     throw py::value_error(std::string("fusereg.") + op + ": " + name + " must be one element on " +
@@ -72,8 +98,12 @@ struct HyperTuple {
   Flags flags;
   bool master = false;
 
-  explicit HyperTuple(py::handle tuple) : values(py::reinterpret_borrow<py::tuple>(tuple)) {
-    flags.prox = static_cast<Prox>(values[8].cast<int>());
+  HyperTuple(py::handle tuple, const char* op) {
+    constexpr std::size_t kSize = 15;
+    if (!PyTuple_Check(tuple.ptr()) || py::len(tuple) != kSize)
+      throw py::type_error(where(op, "hypers") + " must hold tuples of 15");
+    values = py::reinterpret_borrow<py::tuple>(tuple);
+    flags.prox = choice<Prox>(values[8].cast<int>(), 3, op, "prox");
     flags.maximize = values[9].cast<bool>();
     flags.amsgrad = values[10].cast<bool>();
     flags.nesterov = values[11].cast<bool>();
@@ -94,12 +124,13 @@ struct HyperTuple {
   }
 };
 
-// What belongs to one parameter, borrowed; null where it is absent.
+// What belongs to one parameter; null where it is absent. The references are its own: another
+// thread may put other tensors into the state while a kernel writes to these.
 struct Objects {
-  PyObject* parameter = nullptr;
-  PyObject* state[kMaxStates] = {nullptr, nullptr, nullptr};
-  PyObject* step = nullptr;
-  PyObject* master = nullptr;
+  PyObject* parameter = nullptr;  // the list's
+  py::object state[kMaxStates];
+  py::object step;
+  py::object master;
 };
 
 // Thousands of small tensors lie all over memory, and what a step of theirs takes is the waiting
@@ -125,9 +156,9 @@ void prefetch_objects(const Objects& o, bool tensors) {
     }
   };
   f(o.parameter);
-  for (PyObject* const s : o.state) f(s);
-  f(o.step);
-  f(o.master);
+  for (const py::object& s : o.state) f(s.ptr());
+  f(o.step.ptr());
+  f(o.master.ptr());
 }
 
 bool is_zero(const Scalar& s) { return s.device == nullptr && s.host == 0.0; }
@@ -146,8 +177,11 @@ class JobBuilder {
            const ObjectList& states, const py::tuple& counts, const py::tuple& hypers,
            const py::tuple& fresh) {
     const std::size_t count = params.size();
-    for (const py::handle h : hypers) tuples_.emplace_back(h);
-    const std::vector<Objects> objects = gather(params, states, counts);
+    for (const py::handle h : hypers) tuples_.emplace_back(h, op_);
+    const std::vector<std::size_t> sizes = counts_argument(counts, op_, "counts");
+    const std::vector<std::size_t> fresh_ones = counts_argument(fresh, op_, "fresh");
+    check_counts(count, grads, states, sizes);
+    objects_ = gather(params, states, sizes);
     job_.items.reserve(count);
     written_.reserve(count);
     grads_.reserve(count);
@@ -155,9 +189,9 @@ class JobBuilder {
     std::size_t group_end = 0;
     std::size_t next_fresh = 0;
     for (std::size_t i = 0; i < count; ++i) {
-      while (i == group_end) group_end += counts[group++].cast<std::size_t>();
-      if (i + 2 * kAhead < count) prefetch_objects(objects[i + 2 * kAhead], false);
-      if (i + kAhead < count) prefetch_objects(objects[i + kAhead], true);
+      while (i == group_end) group_end += sizes[group++];
+      if (i + 2 * kAhead < count) prefetch_objects(objects_[i + 2 * kAhead], false);
+      if (i + kAhead < count) prefetch_objects(objects_[i + kAhead], true);
       py::object grad =
           grads ? py::reinterpret_borrow<py::object>((*grads)[i]) : grad_of(params[i]);
       if (grad.is_none()) continue;
@@ -178,9 +212,9 @@ class JobBuilder {
       item.g = g.data;
       item.g_dtype = g.dtype;
       item.numel = p.numel;
-      while (next_fresh < fresh.size() && fresh[next_fresh].cast<std::size_t>() < i) ++next_fresh;
-      item.fresh = next_fresh < fresh.size() && fresh[next_fresh].cast<std::size_t>() == i;
-      const int status = read_state(objects[i], p, item);
+      while (next_fresh < fresh_ones.size() && fresh_ones[next_fresh] < i) ++next_fresh;
+      item.fresh = next_fresh < fresh_ones.size() && fresh_ones[next_fresh] == i;
+      const int status = read_state(objects_[i], p, item);
       if (status != 0) return status;
       if (!read_rows(p, item)) return refused();
       written_.add(p.data, p.numel * dtype_size(p.dtype));
@@ -219,11 +253,14 @@ class JobBuilder {
 
   // Autograd is told before anything is written: if it refuses, nothing has changed.
   int run([[maybe_unused]] const py::object& workspace) {
+#if defined(FUSEREG_CUDA)
+    void* const memory = runs_cuda_kernels(device_) ? memory_argument(workspace, kWorkspaceBytes,
+                                                                      device_, op_, "workspace")
+                                                    : nullptr;
+#endif
     if (!increment_version(changed_)) return refused();
 #if defined(FUSEREG_CUDA)
     if (runs_cuda_kernels(device_)) {
-      auto* const memory =
-          reinterpret_cast<void*>(py::cast<std::uintptr_t>(workspace.attr("data_ptr")()));
       run_cuda(job_, memory, device_.index, current_stream(device_));
       return 0;
     }
@@ -240,14 +277,30 @@ class JobBuilder {
  private:
   static int refused() { return static_cast<int>(ListStatus::kNeedsPreparation); }
 
+  void check_counts(std::size_t count, const std::optional<ObjectList>& grads,
+                    const ObjectList& states, const std::vector<std::size_t>& sizes) const {
+    std::size_t sum = 0;
+    for (const std::size_t size : sizes) sum += size;
+    if (states.size() != count || (grads && grads->size() != count) || sum != count ||
+        sizes.size() != tuples_.size()) {
+      throw py::value_error(std::string("fusereg.") + op_ +
+                            ": params, grads, states, counts and hypers do not go together");
+    }
+    for (std::size_t i = 0; i < count; ++i) {
+      if (!PyDict_Check(states[i].ptr()))
+        throw py::type_error(where(op_, "states") + " must hold dicts, got " +
+                             type_name(states[i]));
+    }
+  }
+
   std::vector<Objects> gather(const ObjectList& params, const ObjectList& states,
-                              const py::tuple& counts) const {
+                              const std::vector<std::size_t>& sizes) const {
     std::vector<Objects> found(params.size());
     std::size_t i = 0;
-    for (std::size_t group = 0; group < counts.size(); ++group) {
+    for (std::size_t group = 0; group < sizes.size(); ++group) {
       const int wanted = state_count(job_.algorithm, tuples_[group].flags);
-      const std::size_t end = i + counts[group].cast<std::size_t>();
-      for (; i < end && i < params.size(); ++i) {
+      const std::size_t end = i + sizes[group];
+      for (; i < end; ++i) {
         if (i + 2 * kAhead < params.size()) prefetch_object(states[i + 2 * kAhead].ptr());
         if (i + kAhead < params.size()) prefetch_tensor(states[i + kAhead].ptr());
         Objects& o = found[i];
@@ -264,8 +317,8 @@ class JobBuilder {
     const Flags& flags = job_.hypers[static_cast<std::size_t>(item.hyper)].flags;
     const int count = state_count(job_.algorithm, flags);
     for (int k = 0; k < count; ++k) {
-      PyObject* const tensor = objects.state[k];
-      if (tensor == nullptr) return kNeedsState;
+      const py::object& tensor = objects.state[k];
+      if (!tensor) return kNeedsState;
       TensorView s;
       if (read_gradient(tensor, s) != Kind::kPlain || s.device != device_ || !p.same_layout(s) ||
           (k > 0 && s.dtype != item.state_dtype))
@@ -274,8 +327,8 @@ class JobBuilder {
       item.state_dtype = s.dtype;
     }
     if (has_step(job_.algorithm)) {
-      PyObject* const tensor = objects.step;
-      if (tensor == nullptr) return kNeedsState;
+      const py::object& tensor = objects.step;
+      if (!tensor) return kNeedsState;
       TensorView s;
       if (read_tensor(tensor, s) != Kind::kPlain || s.device != device_ || s.numel != 1 ||
           s.dtype != DType::kFloat32)
@@ -283,8 +336,8 @@ class JobBuilder {
       item.step = static_cast<float*>(s.data);
     }
     if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return 0;
-    PyObject* const master = objects.master;
-    if (master == nullptr) {
+    const py::object& master = objects.master;
+    if (!master) {
       return tuples_[static_cast<std::size_t>(item.hyper)].master ? kNeedsState : 0;
     }
     TensorView m;
@@ -312,7 +365,8 @@ class JobBuilder {
   std::vector<HyperTuple> tuples_;
   Device device_;
   WrittenRanges written_;
-  std::vector<py::object> grads_;  // alive while the kernel runs
+  std::vector<Objects> objects_;   // these and
+  std::vector<py::object> grads_;  // those are alive while the kernel runs
   py::list changed_;
   std::int64_t numel_ = 0;
 };
@@ -326,7 +380,7 @@ int optimizer_step(int algorithm, const py::object& params, const py::object& gr
   const ObjectList state_list(states, op, "states");
   std::optional<ObjectList> grad_list;
   if (!grads.is_none()) grad_list.emplace(grads, op, "grads");
-  JobBuilder job(static_cast<Algorithm>(algorithm), op);
+  JobBuilder job(choice<Algorithm>(algorithm, 4, op, "algorithm"), op);
   const int status = job.read(param_list, grad_list, state_list, counts, hypers, fresh);
   if (status != 0) return status;
   if (job.empty()) return 0;
@@ -371,11 +425,19 @@ int grad_norm(const py::object& tensors, bool of_params, const py::object& out, 
   if (!grads.read(list, of_params)) return static_cast<int>(ListStatus::kNeedsPreparation);
   if (grads.items.empty()) grads.device = tensor_argument(out, op, "out").device;
   const TensorView to = tensor_argument(out, op, "out");
+  if (to.numel != 1 || (to.dtype != DType::kFloat32 && to.dtype != DType::kFloat64))
+    throw py::value_error(where(op, "out") + " must be one float32 or float64 element");
   if (to.device != grads.device) return static_cast<int>(ListStatus::kNeedsPreparation);
   if (grads.any_float64 && to.dtype != DType::kFloat64)
     return static_cast<int>(ListStatus::kNeedsFloat64Value);
   NormJob job;
-  job.norm = static_cast<Norm>(norm);
+  job.norm = choice<Norm>(norm, 3, op, "norm");
+#if defined(FUSEREG_CUDA)
+  void* const memory =
+      runs_cuda_kernels(grads.device)
+          ? memory_argument(workspace, kWorkspaceBytes, grads.device, op, "workspace")
+          : nullptr;
+#endif
   job.items = std::move(grads.items);
   job.out = to.data;
   job.out_dtype = to.dtype;
@@ -393,8 +455,6 @@ int grad_norm(const py::object& tensors, bool of_params, const py::object& out, 
   }
 #if defined(FUSEREG_CUDA)
   if (runs_cuda_kernels(grads.device)) {
-    auto* const memory =
-        reinterpret_cast<void*>(py::cast<std::uintptr_t>(workspace.attr("data_ptr")()));
     void* const stream = current_stream(grads.device);
     run_norm_cuda(job, memory, grads.device.index, stream);
     if (clip >= 0.0) run_clip_cuda(clipping, grads.device.index, stream);
@@ -420,9 +480,9 @@ void bind(py::module_& m) {
   using py::arg;
   m.def("optimizer_step", &optimizer_step, arg("algorithm"), arg("params"), arg("grads"),
         arg("states"), arg("counts"), arg("hypers"), arg("fresh"), arg("value"), arg("grad_scale"),
-        arg("found_inf"), arg("norm"), arg("max_norm"), arg("workspace"), arg("op"));
+        arg("found_inf"), arg("norm"), arg("max_norm"), arg("workspace"), op_argument());
   m.def("grad_norm", &grad_norm, arg("tensors"), arg("of_params"), arg("out"), arg("norm"),
-        arg("clip"), arg("workspace"), arg("op"));
+        arg("clip"), arg("workspace"), op_argument());
 }
 
 }  // namespace fusereg::optimizer

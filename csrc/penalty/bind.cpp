@@ -92,8 +92,8 @@ class JobBuilder {
 
   void set_scale(const py::object& scale) {
     if (scale.is_none()) return;
-    if (PyFloat_Check(scale.ptr()) || PyLong_Check(scale.ptr())) {
-      job_.host_scale = PyFloat_AsDouble(scale.ptr());
+    if (is_number(scale)) {
+      job_.host_scale = number_argument(scale, a_.op, "scale");
       return;
     }
     const TensorView v = tensor_argument(scale, a_.op, "scale");
@@ -103,20 +103,21 @@ class JobBuilder {
   }
 
   // Autograd is told before anything is written: if it refuses, nothing has changed.
-  ListStatus run(const py::object& workspace) {
+  ListStatus run([[maybe_unused]] const py::object& workspace) {
+#if defined(FUSEREG_CUDA)
+    void* const memory = runs_cuda_kernels(device_) ? memory_argument(workspace, kWorkspaceBytes,
+                                                                      device_, a_.op, "workspace")
+                                                    : nullptr;
+#endif
     if (py::len(written_) != 0 && !increment_version(written_))
       return ListStatus::kNeedsPreparation;
     constexpr std::int64_t kWorthReleasing = 1 << 15;
 #if defined(FUSEREG_CUDA)
     if (runs_cuda_kernels(device_)) {
-      // Read as bytes through its pointer: int64 tensors are none of read_tensor's.
-      auto* const memory =
-          reinterpret_cast<void*>(py::cast<std::uintptr_t>(workspace.attr("data_ptr")()));
       run_cuda(job_, memory, device_.index, current_stream(device_));
       return ListStatus::kDone;
     }
 #endif
-    (void)workspace;
     if (numel_ < kWorthReleasing) {
       run_cpu(job_);
       return ListStatus::kDone;
@@ -139,7 +140,13 @@ class JobBuilder {
       if (!is_leaf(a_.tensors[i])) return false;
       grad = grad_of(a_.tensors[i]);
     }
-    if (grad.is_none()) return grads.has_value();
+    if (grad.is_none()) {
+      if (job_.op == Op::kWriteGrad) {
+        throw py::type_error(std::string("fusereg.") + a_.op + ": grads[" + std::to_string(i) +
+                             "] must be a tensor, got None");
+      }
+      return grads.has_value();
+    }
     TensorView g;
     if (read_gradient(grad, g) != Kind::kPlain || g.device != w.device || g.dtype != w.dtype ||
         !w.same_layout(g))
@@ -236,13 +243,14 @@ int prox_(const py::object& params, const py::object& l1, const py::object& l2,
 void bind(py::module_& m) {
   using py::arg;
   m.def("penalty_forward", &penalty_forward, arg("params"), arg("value"), arg("l1"), arg("l2"),
-        arg("group"), arg("dim"), arg("workspace"), arg("op"));
+        arg("group"), arg("dim"), arg("workspace"), op_argument());
   m.def("penalty_backward", &penalty_backward, arg("params"), arg("grads"), arg("scale"), arg("l1"),
-        arg("l2"), arg("group"), arg("dim"), arg("workspace"), arg("op"));
+        arg("l2"), arg("group"), arg("dim"), arg("workspace"), op_argument());
   m.def("penalty_add_grad_", &penalty_add_grad_, arg("params"), arg("grads"), arg("value"),
-        arg("scale"), arg("l1"), arg("l2"), arg("group"), arg("dim"), arg("workspace"), arg("op"));
+        arg("scale"), arg("l1"), arg("l2"), arg("group"), arg("dim"), arg("workspace"),
+        op_argument());
   m.def("prox_", &prox_, arg("params"), arg("l1"), arg("l2"), arg("group"), arg("dim"),
-        arg("workspace"), arg("op"));
+        arg("workspace"), op_argument());
   m.attr("PENALTY_WORKSPACE_BYTES") = kWorkspaceBytes;
 }
 

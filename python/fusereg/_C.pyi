@@ -267,6 +267,7 @@ def batch_norm_backward(
     scratch: torch.Tensor | None,
     semaphores: torch.Tensor | None,
     reduce: bool,
+    from_y: bool,
     statistics: int,
     eps: float,
     group_samples: int,
@@ -289,6 +290,9 @@ def batch_norm_plan(
     resident: bool = True,
 ) -> dict[str, Any]: ...
 def batch_norm_force(kind: str, splits: int = 0, counters: int = 0) -> None: ...
+def batch_norm_fits(
+    x: object, running_mean: object, running_var: object, weight: object, bias: object
+) -> bool: ...
 def batch_norm_layout(
     x: torch.Tensor, group_samples: int, mask: bool
 ) -> tuple[int, int, int, int, int] | None: ...

@@ -9,17 +9,20 @@
 ``fusereg info`` on the command line tells what this build and this machine offer.
 """
 
-from . import _dispatch as _dispatch  # isort: skip  # first: it refuses a torch that is too old
+from . import _interpreter as _interpreter  # isort: skip  # first: before torch is imported
+from . import _dispatch as _dispatch  # isort: skip  # then: it refuses a torch that is too old
 from . import _C, augment, early_stopping, functional, nn, optim, prox
+from ._decompositions import decompositions
 from ._version import __version__
 from .convert import convert, revert
 from .early_stopping import EarlyStopping
 from .fold import fold_into_conv
 from .functional import dropout_mask
-from .penalty import PenaltyGroup, WeightPenalty, add_penalty_grad_, sparsity
+from .penalty import AttachedPenalty, PenaltyGroup, WeightPenalty, add_penalty_grad_, sparsity
 
 __all__ = [
     "_C",
+    "AttachedPenalty",
     "EarlyStopping",
     "PenaltyGroup",
     "WeightPenalty",
@@ -27,6 +30,7 @@ __all__ = [
     "add_penalty_grad_",
     "augment",
     "convert",
+    "decompositions",
     "dropout_mask",
     "early_stopping",
     "fold_into_conv",

@@ -104,11 +104,12 @@ def forward(
 ) -> Results:
     """y, the moments (new ones unless given), and the bits if asked for and of any use."""
     if moments is None and call.statistics == COMPUTE:
-        shape = (3, statistics_shape(x, call) if call.group_samples else x.shape[1])
+        count = statistics_shape(x, call) if call.group_samples else x.shape[1]
+        # Sizes one by one, and no device where none is needed: a third of the call's time.
         moments = (
-            torch.empty(shape, dtype=torch.float64)
+            torch.empty(3, count, dtype=torch.float64)
             if x.is_cpu
-            else torch.empty(shape, dtype=torch.float64, device=x.device)
+            else torch.empty(3, count, dtype=torch.float64, device=x.device)
         )
     y = torch.empty_like(x) if out is None else out
     bits = None
@@ -240,8 +241,11 @@ def backward(
     reduce: bool = True,
     sums: Tensor | None = None,
     keep_sums: bool = False,
+    from_y: bool = False,
 ) -> Gradients:
     """The gradients of x, residual, weight and bias that are wanted.
+
+    ``from_y``: x is y, which was written over it.
 
     Two steps, if asked for one by one: ``reduce`` alone (wanted without x and residual, keep_sums)
     gives the sums and the gradients of the parameters; ``reduce=False`` takes the sums and gives
@@ -263,7 +267,8 @@ def backward(
     while status:
         status = _C.batch_norm_backward(
             grad_x, grad_residual, grad_weight, grad_bias, sums, grad, x, residual, mask, bits,
-            moments, weight, bias, running[0], running[1], scratch, semaphores, reduce, *call,
+            moments, weight, bias, running[0], running[1], scratch, semaphores, reduce, from_y,
+            *call,
         )  # fmt: skip
         if status < 0:
             scratch, semaphores = _dispatch.scratch(x.device, -status)

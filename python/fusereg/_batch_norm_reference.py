@@ -6,11 +6,18 @@ derivatives. The same formula (batch_norm.h), in float32 at least.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import _dropout_ops
-from ._batch_norm_kernels import FIXED, Call
+from . import _dispatch, _dropout_ops
+from ._batch_norm_kernels import FIXED, RECTIFIERS, Call, Running
+
+#: Gives the sum of a tensor over processes; may write to the tensor.
+SumOver = Callable[[Tensor], Tensor]
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
@@ -67,6 +74,47 @@ def normalized(
     return y.to(x.dtype), moments
 
 
+def composed(
+    call: Call,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: Tensor | None,
+    running: Running,
+) -> tuple[Tensor, Tensor]:
+    """y and the moments of the whole batch (with constant statistics: these)."""
+    fixed = None
+    if call.statistics == FIXED:
+        fixed = running[:2] if moments is None else (moments[0], moments[1])
+    y, (mean, var) = normalized(call, x, residual, mask, weight, bias, fixed)
+    spatial = x.numel() / max(x.shape[1], 1)
+    count = torch.full_like(mean, spatial) if mask is None else mask.bool().sum().expand_as(mean)
+    return y, torch.stack([mean.detach(), var.detach(), count]).double()
+
+
+def of_torch(
+    call: Call,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: Tensor | None,
+    running: Running,
+) -> tuple[Tensor, Tensor | None]:
+    """The same, with torch's own operator for evaluation, which other programs know by name."""
+    if call.statistics != FIXED:
+        return composed(call, x, residual, mask, weight, bias, moments, running)
+    mean, var = running[:2] if moments is None else (moments[0], moments[1])
+    if moments is not None and weight is not None:
+        mean, var = moments[0].to(weight.dtype), moments[1].to(weight.dtype)
+    z = torch.nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, call.eps)
+    y = activated(z if residual is None else z + residual, call)
+    return (y if mask is None else torch.where(mask.bool().unsqueeze(1), y, 0.0)), moments
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float64 else x.float()
 
@@ -110,9 +158,91 @@ def activated(z: Tensor, call: Call) -> Tensor:
     return z
 
 
+def derivative(z: Tensor, call: Call) -> Tensor:
+    """Of the activation of a call."""
+    if call.activation in RECTIFIERS:
+        below = call.slope if call.activation == 2 else 0.0
+        return torch.where(z > 0.0, 1.0, below).to(z.dtype)
+    if call.activation == 3:
+        s = z.sigmoid()
+        return s * (1.0 + z * (1.0 - s))
+    if call.activation == 4:
+        density = (-0.5 * z.square()).exp() / math.sqrt(2.0 * math.pi)
+        return 0.5 * (1.0 + torch.erf(z / math.sqrt(2.0))) + z * density
+    return torch.ones_like(z)
+
+
+class Summed(torch.autograd.Function):
+    """The sum over processes, whose gradient is the sum of all processes' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, add: SumOver) -> Tensor:
+        ctx.add = add
+        return add(values.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _dropout_ops.applied(Summed, grad, ctx.add), None
+
+
+def gradients(
+    call: Call,
+    grad: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: Tensor,
+    add: SumOver,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weight, bias and residual, as functions of all processes' tensors.
+
+    ``moments``: those of all processes' elements, about whose mean the sums are taken once more so
+    that they are functions of x. ``add``: sums float64 [2, C] over the processes. Each of these has
+    to go through the same calls.
+    """
+    dims = [0, *range(2, x.dim())]
+    wide = _wide(x)
+    count = moments[2].clamp_min(1.0)
+
+    def over_all(*values: Tensor) -> tuple[Tensor, ...]:
+        sums = torch.stack([v.sum(dims, dtype=torch.float64) for v in values])
+        summed = _dropout_ops.applied(Summed, sums, add)
+        return tuple(_per_channel((s / count).to(wide.dtype), x) for s in summed)
+
+    def counted(values: Tensor) -> Tensor:
+        return values if mask is None else torch.where(mask.bool().unsqueeze(1), values, 0.0)
+
+    deviation = counted(wide - _per_channel(moments[0].to(wide.dtype), x))
+    low, square = over_all(deviation, deviation.square())
+    invstd = (square - low.square() + call.eps).rsqrt()
+    normal = counted((deviation - low) * invstd)
+    scale = invstd
+    z = normal
+    if weight is not None:
+        scale = invstd * _per_channel(weight.to(wide.dtype), x)
+        z = z * _per_channel(weight.to(wide.dtype), x)
+    if bias is not None:
+        z = z + _per_channel(bias.to(wide.dtype), x)
+    if residual is not None:
+        z = z + residual.to(wide.dtype)
+    dz = counted(grad.to(wide.dtype)) * derivative(counted(z), call)
+    if call.p:
+        dz = dz * keep_factors(x, call).to(wide.dtype)
+    dot = dz * normal
+    mean, mean_dot = over_all(dz, dot)
+    grad_x = counted(scale * (dz - mean - normal * mean_dot))
+    return grad_x.to(x.dtype), dot.sum(dims), dz.sum(dims), dz.to(x.dtype)
+
+
 def keep_factors(x: Tensor, call: Call) -> Tensor:
     """1 / (1 - p) where dropout keeps an element, else 0."""
     ones = torch.ones_like(x, dtype=torch.float32).detach()
+    if isinstance(call.seed, Tensor) and _dispatch.functorch():
+        return _dropout_ops.dropout(
+            ones, call.p, True, False, call.seed, None, call.index_offset, None, False, 0, call.op
+        )
     return _dropout_ops.forward(
         _dropout_ops.Call(call.seed, call.offset, call.p, False, 0, call.index_offset, call.op),
         ones,

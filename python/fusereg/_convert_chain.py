@@ -102,6 +102,40 @@ NORMS: dict[type, Callable[..., Tensor]] = {
 }
 
 
+def fused_activation(follower: Follower) -> str | None:
+    """What the kernel that also drops calls this activation; None if it has none of the kind."""
+    if isinstance(follower, str):
+        return follower
+    if type(follower) is nn.GELU and follower.approximate == "tanh":
+        return "gelu_tanh"
+    found = activation_of(follower)
+    return None if found is None or found[0] == "leaky_relu" else found[0]
+
+
+def _drops(follower: Any) -> bool:
+    return is_dropout(follower) and follower.training is True and not _dispatch.hooked(follower)
+
+
+def dropout_chain(x: Tensor, residual: Any, first: Any, second: Any) -> Tensor:
+    """An activation and a dropout, or a dropout and ADD: one kernel where it would not show.
+
+    Args:
+        x: what the first takes.
+        residual: a tensor, or anything that can be added, if the second is ADD.
+        first: a :data:`Follower`, an activation or a dropout.
+        second: a dropout or ADD.
+    """
+    if second is ADD:
+        if _drops(first) and _alike(x, residual):
+            return F.dropout_add(x, residual, first.p, True)
+    elif _drops(second) and (isinstance(first, str) or not _dispatch.hooked(first)):
+        activation = fused_activation(first)
+        if activation is not None:
+            return F.activation_dropout(x, second.p, activation, True)
+    y: Tensor = FUNCTIONS[first](x) if isinstance(first, str) else first(x)
+    return y + residual if second is ADD else second(y)  # type: ignore[no-any-return]
+
+
 def chain(x: Tensor, residual: Any, norm: Any, *followers: Any) -> Tensor:
     """The followers, one after the other, of ``norm(x)``; as many as possible in its kernel.
 
@@ -155,7 +189,11 @@ def chain(x: Tensor, residual: Any, norm: Any, *followers: Any) -> Tensor:
 
 
 def _is_plain(norm: Any) -> bool:
-    return not _dispatch.hooked(norm) and norm.activation is None and not norm.dropout
+    return (
+        not _dispatch.hooked(norm)
+        and norm.activation is None
+        and not (norm.dropout or norm.inplace)
+    )
 
 
 def _alike(x: Tensor, residual: object) -> bool:
@@ -167,4 +205,14 @@ def _alike(x: Tensor, residual: object) -> bool:
     )
 
 
-__all__ = ["ADD", "FUNCTIONS", "NORMS", "Follower", "activation_of", "chain", "is_dropout"]
+__all__ = [
+    "ADD",
+    "FUNCTIONS",
+    "NORMS",
+    "Follower",
+    "activation_of",
+    "chain",
+    "dropout_chain",
+    "fused_activation",
+    "is_dropout",
+]

@@ -171,6 +171,7 @@ class BatchNormAct2d(fused_nn.BatchNorm2d):
 
     update_stats = True
     dropout = 0.0
+    inplace = False
     negative_slope = 0.01
     activation = None
 

@@ -294,22 +294,20 @@ def _follower(
 
 
 class _Found:
-    """A norm's node, the nodes that follow it, and what they do."""
+    """The node that a chain begins with, the nodes that follow it, and what they do."""
 
-    def __init__(self, norm: fx.Node) -> None:
-        self.nodes = [norm]
+    def __init__(self, first: fx.Node, head: Follower | None = None) -> None:
+        self.nodes = [first]
         self.followers: list[Follower] = []
         self.added = False
+        self.head = head  # of a chain without a norm
 
 
 def _find(
     module: nn.Module, norm: fx.Node, order: dict[fx.Node, int], allowed: Callable[..., bool]
 ) -> _Found:
     found = _Found(norm)
-    source = norm.args[0]
-    made_by = _target(module, source) if isinstance(source, fx.Node) else None
-    # A value that only the norm reads, and whose memory nobody shares, may be read later.
-    private = isinstance(source, fx.Node) and len(source.users) == 1 and type(made_by) in _FRESH
+    private = _is_private(module, norm)
     while len(found.nodes[-1].users) == 1:
         current = found.nodes[-1]
         (node,) = current.users
@@ -328,6 +326,77 @@ def _find(
     return found
 
 
+def _is_private(module: nn.Module, node: fx.Node) -> bool:
+    """Whether the node's input is read by it alone, and its memory shared by nobody.
+
+    It may be read later then, and whether it is written into does not show.
+    """
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or len(source.users) != 1:
+        return False
+    return type(_target(module, source)) in _FRESH
+
+
+def _writes(module: nn.Module, node: fx.Node) -> bool:
+    """Whether an activation, dropout or sum writes into its first argument."""
+    layer = _target(module, node)
+    if layer is not None:
+        return bool(getattr(layer, "inplace", False))
+    name = str(getattr(node.target, "__name__", node.target))
+    return name.endswith("_") or name == "iadd" or bool(node.kwargs.get("inplace", False))
+
+
+def _head(
+    module: nn.Module, node: fx.Node, allowed: Callable[[nn.Module], bool]
+) -> Follower | None:
+    """The dropout, or activation that the kernel of dropout knows, that this node is."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    layer = _target(module, node)
+    if layer is not None and _chain.activation_of(layer) is None and not _chain.is_dropout(layer):
+        # GELU's tanh form, which the kernel of dropout knows and batch norm's does not.
+        fits = node.args == (source,) and not node.kwargs and allowed(layer)
+        return layer if fits and _chain.fused_activation(layer) is not None else None
+    follower = _follower(module, node, source, allowed)
+    if follower is None or follower is ADD:
+        return None
+    known = isinstance(follower, nn.Module) and _chain.is_dropout(follower)
+    return follower if known or _chain.fused_activation(follower) is not None else None
+
+
+def _find_dropout(
+    module: nn.Module, first: fx.Node, order: dict[fx.Node, int], allowed: Callable[..., bool]
+) -> _Found | None:
+    """An activation and the dropout of its result, or a dropout and a sum with its result."""
+    head = _head(module, first, allowed)
+    if head is None or len(first.users) != 1:
+        return None
+    (node,) = first.users
+    private = _is_private(module, first)
+    if order[node] != order[first] + 1 and not private:
+        return None
+    drops = isinstance(head, nn.Module) and _chain.is_dropout(head)
+    follower = _follower(module, node, first, allowed)
+    if drops:
+        # In evaluation a dropout's result is its input, so that a sum in place shows there.
+        fits = follower is ADD and (
+            private or not (_writes(module, first) or _writes(module, node))
+        )
+    else:
+        fits = (
+            isinstance(follower, nn.Module)
+            and _chain.is_dropout(follower)
+            and (private or not _writes(module, first))
+        )
+    if not fits or follower is None:
+        return None
+    found = _Found(first, head)
+    found.nodes.append(node)
+    found.followers.append(follower)
+    return found
+
+
 def _chains(
     module: nn.Module, graph: fx.Graph, allowed: Callable[[nn.Module], bool]
 ) -> list[_Found]:
@@ -342,7 +411,16 @@ def _chains(
     found = [
         _find(module, node, order, allowed) for node in single if allowed(_layer(module, node))
     ]
-    return [f for f in found if f.followers]
+    found = [f for f in found if f.followers]
+    taken = {node for f in found for node in f.nodes}
+    for node in graph.nodes:
+        if node in taken:
+            continue
+        pair = _find_dropout(module, node, order, allowed)
+        if pair is not None and taken.isdisjoint(pair.nodes):
+            found.append(pair)
+            taken.update(pair.nodes)
+    return found
 
 
 def _layer(module: nn.Module, node: fx.Node) -> nn.Module:
@@ -351,10 +429,12 @@ def _layer(module: nn.Module, node: fx.Node) -> nn.Module:
 
 def _rewrite(graph: fx.Graph, found: _Found) -> str:
     """Puts one call in place of the chain; gives its description."""
-    norm, last = found.nodes[0], found.nodes[-1]
+    first, last = found.nodes[0], found.nodes[-1]
     residual = None
+    run = _chain.chain if found.head is None else _chain.dropout_chain
+    by_name = isinstance(found.head, str)
     with graph.inserting_before(last):
-        layers: list[Any] = [graph.get_attr(str(norm.target))]
+        layers: list[Any] = [found.head if by_name else graph.get_attr(str(first.target))]
         for before, node, follower in zip(
             found.nodes, found.nodes[1:], found.followers, strict=False
         ):
@@ -362,12 +442,13 @@ def _rewrite(graph: fx.Graph, found: _Found) -> str:
             layers.append(graph.get_attr(str(node.target)) if is_layer else follower)
             if follower is ADD:
                 (residual,) = (value for value in node.args if value is not before)
-        call = graph.call_function(_chain.chain, (norm.args[0], residual, *layers))
+        call = graph.call_function(run, (first.args[0], residual, *layers))
     last.replace_all_uses_with(call)
     for node in reversed(found.nodes):
         graph.erase_node(node)
     names = [f if isinstance(f, str) else type(f).__name__ for f in found.followers]
-    return " + ".join([str(norm.target), *(n for n in names if n != "Identity")])
+    name = str(found.head if by_name else first.target)
+    return " + ".join([name, *(n for n in names if n != "Identity")])
 
 
 # --- plans ----------------------------------------------------------------------------------------

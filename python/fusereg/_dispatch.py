@@ -10,6 +10,7 @@ This is the only file that touches private torch interfaces.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -49,17 +50,33 @@ def escaped_wrapper(tensor: torch.Tensor) -> bool:
 
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
 def eager() -> bool:
-    """True if nothing is watching: no compiler, no dispatch mode, no functorch transform.
+    """True if nothing is watching: no compiler, tracer, dispatch mode or functorch transform.
 
     ``torch.compiler.is_compiling()`` alone is wrong: it is False under FakeTensorMode and make_fx.
     """
     return (
-        not torch.compiler.is_compiling() and _dispatch_modes() == 0 and _functorch_level() is None
+        not torch.compiler.is_compiling()
+        and _dispatch_modes() == 0
+        and _functorch_level() is None
+        and _tracing_state() is None
     )
+
+
+def for_other_programs() -> bool:
+    """True while a model is written down for a program without fusereg: ONNX, torch.jit.trace.
+
+    What then is no operator of torch's is lost.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    # torch.onnx.is_in_onnx_export() asks the same, but imports the exporter: 0.2 s.
+    flags = sys.modules.get("torch.onnx._internal.exporter._flags")
+    return _tracing_state() is not None or (flags is not None and flags._is_onnx_exporting)
 
 
 def forward_mode() -> bool:
@@ -218,6 +235,11 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
             module = module.module
         else:
             return module
+
+
+def unscales_in_step(optimizer: object) -> bool:
+    """Whether a GradScaler leaves it to the optimizer's step to undo the scale of its gradients."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def hooked(module: torch.nn.Module) -> bool:

@@ -376,9 +376,13 @@ def overlap_partly(x: Tensor, out: Tensor) -> bool:
 
 def check_in_place(x: Tensor, op: str) -> None:
     _params.check_writable(x, op, "x")
-    if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
+        return
+    whole = x if x._base is None else x._base
+    if whole.requires_grad and whole.is_leaf:
+        what = "a leaf" if whole is x else "a view of a leaf"
         raise ValueError(
-            f"fusereg.{op}: x is a leaf that requires a gradient, so it cannot be changed in place"
+            f"fusereg.{op}: x is {what} that requires a gradient, so it cannot be changed in place"
         )
 
 

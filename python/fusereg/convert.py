@@ -43,6 +43,8 @@ def convert(model: _Model, *, include: _Keys = None, exclude: _Keys = None) -> _
     batch norm, then ReLU, LeakyReLU, SiLU or GELU, then Dropout,    one kernel
     in ``nn.Sequential`` or in a forward
     the same with a residual, ``relu(bn(x) + shortcut)``             one kernel
+    ReLU, SiLU or GELU, then Dropout, as in an MLP                   one kernel
+    Dropout, then a residual, ``x + dropout(f(x))``                  one kernel
     ==============================================================  ===============================
 
     What follows a layer is read from forward's code with ``torch.fx``, as in the residual blocks of
@@ -84,7 +86,7 @@ def convert(model: _Model, *, include: _Keys = None, exclude: _Keys = None) -> _
     for name, module in chosen:
         _convert_layer(name, module, report)
     allowed = {id(module) for _, module in chosen}
-    for name, module in _fusible(chosen):
+    for name, module in _fusible(chosen, report):
         _fuse(name, module, allowed, report)
     report.log()
     return model
@@ -238,18 +240,23 @@ def _convert_layer(name: str, module: nn.Module, report: _Report) -> None:
     _log.debug("fusereg.convert: %s: %s", name or "the model", what)
 
 
-def _fusible(chosen: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+def _fusible(
+    chosen: list[tuple[str, nn.Module]], report: _Report
+) -> Iterator[tuple[str, nn.Module]]:
     """The modules whose forward calls layers that can begin a chain, as far as their place says."""
     for name, module in chosen:
         if isinstance(module, (*_CONTAINERS, torch.fx.GraphModule)) or "forward" in vars(module):
             continue
         forward = _forward_of(module)
         code = getattr(inspect.unwrap(forward), "__code__", None)
+        if not any(type(m) in _chain.NORMS or _chain.is_dropout(m) for m in _called(module)):
+            continue
         of_torch = code is not None and code.co_filename.startswith(_trace.TORCH)
         if of_torch and forward is not nn.Sequential.forward:
+            # They choose among ways of their own, of which not all call their layers.
+            report.skip(name, f"({type(module).__name__}) not fused", "its forward is torch's own")
             continue
-        if any(type(m) in _chain.NORMS for m in _called(module)):
-            yield name, module
+        yield name, module
 
 
 def _forward_of(module: nn.Module) -> Callable[..., Any]:

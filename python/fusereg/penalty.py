@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from . import _dispatch, _params, _penalty_kernels, _penalty_ops
 from ._params import Key, Params, Strength
+from ._penalty_hook import AttachedPenalty
 from ._penalty_kernels import Strengths
 
-__all__ = ["PenaltyGroup", "WeightPenalty", "add_penalty_grad_", "sparsity"]
+__all__ = ["AttachedPenalty", "PenaltyGroup", "WeightPenalty", "add_penalty_grad_", "sparsity"]
 
 
 def add_penalty_grad_(
@@ -181,6 +182,7 @@ class WeightPenalty:
 
         loss = criterion(model(x), y) + penalty.penalty()      # a term in the loss, or
         loss.backward(); penalty.add_grad_()                   # after backward: one pass, faster
+        penalty.attach(optimizer)                              # the same, in anybody's loop
 
     Args:
         model: the module whose parameters are penalized. Parameters are looked up now; after
@@ -358,16 +360,20 @@ class WeightPenalty:
 
     # -- the calls --
 
-    def _arguments(self) -> tuple[list[Tensor], list[float], list[float], list[float]]:
+    def _arguments(
+        self, only: Iterable[Tensor] | None = None
+    ) -> tuple[list[Tensor], list[float], list[float], list[float]]:
         factor = self.factor
         half = 1.0 if self.half else 2.0
+        wanted = None if only is None else {id(p) for p in only}
         params: list[Tensor] = []
         l1: list[float] = []
         l2: list[float] = []
         group: list[float] = []
         for g in self.groups:
-            n = len(g.params)
-            params += g.params
+            own = g.params if wanted is None else [p for p in g.params if id(p) in wanted]
+            n = len(own)
+            params += own
             l1 += [g.l1 * factor] * n
             l2 += [g.l2 * factor * half] * n
             group += [g.group * factor] * n
@@ -378,11 +384,49 @@ class WeightPenalty:
         params, l1, l2, group = self._arguments()
         return _penalty_ops.penalty("WeightPenalty", params, Strengths(l1, l2, group))
 
-    def add_grad_(self, *, grad_scale: Tensor | float | None = None) -> Tensor:
+    def add_grad_(
+        self, *, grad_scale: Tensor | float | None = None, only: Iterable[Tensor] | None = None
+    ) -> Tensor:
         """Adds R's gradient into the parameters' ``.grad`` and returns R, in one pass; see
-        :func:`fusereg.add_penalty_grad_`."""
-        params, l1, l2, group = self._arguments()
+        :func:`fusereg.add_penalty_grad_`.
+
+        Args:
+            grad_scale: what the gradients are multiplied by.
+            only: of the penalized parameters those that are among these, and R of them: where
+                several optimizers take turns, the parameters of the one that steps.
+        """
+        params, l1, l2, group = self._arguments(only)
         return _add_grads("WeightPenalty", params, Strengths(l1, l2, group), grad_scale)
+
+    def attach(
+        self, optimizer: torch.optim.Optimizer, *, count_steps: bool = True
+    ) -> AttachedPenalty:
+        """Adds the gradient before each step of the optimizer, for its parameters.
+
+        For loops that others wrote: whoever calls ``optimizer.step()``, the penalty is in. It is
+        added once a step, after the last micro-batch, after the ranks' gradients were averaged and
+        after gradients were clipped; a ``GradScaler``'s scale is respected, whether or not the
+        gradients were unscaled before. Where no parameter has a gradient nothing is added. With a
+        closure it is added after each call of it, and its value to the loss that it returns.
+
+        Args:
+            optimizer: any of torch's kind, with a wrapper around it or without.
+            count_steps: whether each step calls :meth:`step`; with several optimizers only one
+                should.
+
+        Returns:
+            An object whose ``remove()`` ends it and whose ``value`` is the penalty at the last
+            step.
+
+        Raises:
+            TypeError: this is no optimizer.
+
+        Example:
+            >>> attached = penalty.attach(optimizer)
+            >>> somebodys_loop(model, optimizer)
+            >>> attached.value, attached.remove()
+        """
+        return AttachedPenalty(self, optimizer, count_steps)
 
     # -- state --
 

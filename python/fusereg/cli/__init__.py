@@ -1,4 +1,4 @@
-"""The command line: `fusereg info`, `fusereg demo`, `fusereg bench`."""
+"""The command line: `fusereg info`, `verify`, `demo` and `bench`."""
 
 from fusereg.cli.app import main
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol, cast
 import fusereg
 from fusereg.cli.errors import InputError
 
-COMMANDS = ("info", "demo", "bench")
+COMMANDS = ("info", "verify", "demo", "bench")
 
 EXIT_OK = 0
 EXIT_FAILED = 1

@@ -24,7 +24,12 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "technique", nargs="?", help="the technique to measure, such as penalty; default: each"
     )
-    parser.add_argument("--all", action="store_true", help="float32 and bfloat16, not only float32")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="the whole report: every technique on the CPU and CUDA in float32 and bfloat16, as "
+        "JSON, HTML page and plots in the folder that --report names",
+    )
     parser.add_argument(
         "--device", choices=("cpu", "cuda", "auto"), default="auto", help="default: CUDA if there"
     )
@@ -50,6 +55,10 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write rows, samples and machine")
     parser.add_argument("--plot", metavar="FILE.png", help="write percent of copy against bytes")
+    parser.add_argument("--html", metavar="FILE.html", help="write a page with tables and plots")
+    parser.add_argument(
+        "--report", metavar="DIR", help="write JSON, page and rooflines (--all: bench-report)"
+    )
     parser.add_argument(
         "--markdown", action="store_true", help="print a Markdown table instead of the wide one"
     )
@@ -57,7 +66,23 @@ def add_parser(subparsers: Subparsers) -> None:
         "--from",
         dest="read",
         metavar="FILE",
-        help="measure nothing: show a file that --json wrote (with --markdown, --plot)",
+        help="measure nothing: show a file that --json wrote (with --markdown, --plot, --html)",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("OLD.json", "NEW.json"),
+        help="measure nothing: show what moved by more than the noise of both runs",
+    )
+    parser.add_argument(
+        "--fail-on-slower",
+        dest="slower",
+        type=float,
+        nargs="?",
+        const=0.0,
+        metavar="PERCENT",
+        help="with --compare: exit code 1 if fusereg became slower beyond the noise (and by more "
+        "than so many percent)",
     )
 
 

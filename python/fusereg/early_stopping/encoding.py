@@ -106,8 +106,8 @@ class Encoder:
         self._alive.append(tree)
         if isinstance(tree, Held) and tree.sharding is not None:
             raise ValueError(
-                f"{_OP}: cannot write {path} to a checkpoint: it is sharded over ranks (DTensor); "
-                "keep the best in memory (no folder) and save it by torch.distributed.checkpoint"
+                f"{_OP}: cannot write {path} to a checkpoint: it is sharded over ranks (DTensor), "
+                "and only the parts of modules and of optimizers can be put together"
             )
         tensor = (tree.local if isinstance(tree, Held) else tree).detach()
         if tensor.layout is not torch.strided or tensor.is_quantized:

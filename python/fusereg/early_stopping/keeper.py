@@ -57,11 +57,6 @@ class Keeper:
                 f'{_OP}: agreement="none" and folder exclude each other: the ranks, which decide '
                 "apart, would write over each other's checkpoints"
             )
-        elif sources.sharded():
-            raise ValueError(
-                f"{_OP}: folder: parameters that are sharded over ranks (DTensor) cannot be "
-                "written; keep the best in memory and save it by torch.distributed.checkpoint"
-            )
         self._sources = sources
         self._ranks = ranks
         self._where = where
@@ -70,6 +65,7 @@ class Keeper:
         self._on_save_error = on_save_error
         self._in_memory: Snapshot | None = None
         self._unsaved: Snapshot | None = None  # waits to be written
+        self._in_parts = False  # and is spread over the ranks; the same on all of them
         self._on_disk: int | None = None  # the epoch of this run's best in the folder
         self._folder = None if folder is None else CheckpointFolder(folder, fresh=resume is False)
 
@@ -117,7 +113,7 @@ class Keeper:
         """Makes the best state of the folder this run's, after ``open`` gave its progress."""
         assert self._folder is not None
         if self._where in ("cpu", "device"):
-            self._in_memory = self._folder.load_best()
+            self._in_memory = self._load_best()
         self._on_disk = self._folder.best_epoch
 
     # -- the best state --
@@ -127,7 +123,7 @@ class Keeper:
         if not self._sources or self._where == "none":
             return None
         captured, own = None, None
-        if self._where != "disk" or self._ranks.index() == 0:
+        if self._where != "disk" or self._ranks.index() == 0 or self._sources.sharded():
             try:
                 captured = self._sources.capture(epoch, value, self._place)
             except Exception as problem:
@@ -140,20 +136,34 @@ class Keeper:
         if captured is not None:
             self._in_memory = captured if self._where in ("cpu", "device") else None
             self._unsaved = captured if self._folder is not None else None
+            self._in_parts = self._unsaved is not None and self._sources.sharded()
 
     def restore(self) -> int | None:
         """Brings the best state back and gives its epoch; None if there is none."""
         kept = self._kept()
         if kept is None and self._where == "disk" and self._on_disk is not None:
-            assert self._folder is not None
-            kept = self._folder.load_best()
+            kept = self._load_best()
         if kept is None:
             return None
         self._sources.restore(kept)
         return kept.epoch
 
+    @property
+    def restorable(self) -> bool:
+        """Whether ``restore`` would find a state."""
+        on_disk = self._where == "disk" and self._on_disk is not None
+        return on_disk or self._kept() is not None
+
     def _kept(self) -> Snapshot | None:
-        return self._unsaved if self._unsaved is not None else self._in_memory
+        return self._in_memory if self._in_memory is not None else self._unsaved
+
+    def _load_best(self) -> Snapshot | None:
+        """The best state in the folder, as this rank holds it."""
+        assert self._folder is not None
+        found = self._folder.load_best()
+        if found is None or not self._sources.sharded():
+            return found
+        return self._sources.part_of(found, self._place)
 
     # -- as part of a state_dict --
 
@@ -203,6 +213,10 @@ class Keeper:
         """
         if self._folder is None:
             return
+        if self._in_parts and self._unsaved is not None:
+            whole = self._sources.whole(self._unsaved)
+            self._unsaved = whole if self._ranks.index() == 0 else None
+            self._in_parts = False
         own: Exception | None = None
         if self._ranks.index() == 0:
             try:

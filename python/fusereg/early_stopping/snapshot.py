@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
@@ -126,6 +126,51 @@ def release(tree: Any, memo: dict[int, Tensor], copying: bool) -> Any:
     return _rebuild(tree, lambda item: release(item, memo, copying))
 
 
+def gather(tree: Any, memo: dict[int, Tensor]) -> Any:
+    """The tree with whole tensors, on the CPU, for parts. All ranks together."""
+    if isinstance(tree, Held) and tree.sharding is not None:
+        if id(tree) not in memo:
+            memo[id(tree)] = cast(Any, tree.back()).full_tensor().to("cpu")
+        return memo[id(tree)]
+    if isinstance(tree, (Tensor, Held)):
+        return tree
+    return _rebuild(tree, lambda item: gather(item, memo))
+
+
+def _part_like(whole: Any, like: Any) -> Any:
+    """This rank's part of a whole tensor, for one that is sharded as ``like``; asks no rank."""
+    if not (isinstance(whole, Tensor) and _dispatch.is_dtensor(like)):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    target = cast(Any, like)
+    return distribute_tensor(
+        whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+    )
+
+
+def _parts_of(thing: Stateful, state: Any) -> Any:
+    """A state of whole tensors as this rank holds it: a module's, or an optimizer's."""
+    if isinstance(thing, nn.Module):
+        made = copy.copy(state)
+        for name, like in thing.state_dict().items():
+            if name in made:
+                made[name] = _part_like(made[name], like)
+        return made
+    if not isinstance(thing, torch.optim.Optimizer):
+        return state
+    names = [i for group in state["param_groups"] for i in group["params"]]
+    params = [p for group in thing.param_groups for p in group["params"]]
+    entries = dict(state["state"])
+    for name, p in zip(names, params, strict=False):  # load_state_dict says what does not fit
+        if name in entries and isinstance(entries[name], Mapping):
+            entries[name] = {
+                key: _part_like(value, p) if getattr(value, "shape", None) == p.shape else value
+                for key, value in entries[name].items()
+            }
+    return {**state, "state": entries}
+
+
 def _rebuild(tree: Any, each: Any) -> Any:
     if isinstance(tree, Mapping):
         try:
@@ -216,8 +261,32 @@ class Sources:
 
     def sharded(self) -> bool:
         """Whether any parameter is a DTensor."""
-        modules = [thing for thing in self._objects.values() if isinstance(thing, nn.Module)]
-        return any(_dispatch.has_dtensor(list(module.parameters())) for module in modules)
+        return any(_dispatch.has_dtensor(_parameters(thing)) for thing in self._current().values())
+
+    def whole(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with whole tensors in place of parts. All ranks together.
+
+        Only of what ``part_of`` knows how to take apart again: modules and optimizers.
+        """
+        objects = self._current()
+        memo: dict[int, Tensor] = {}
+        with _plain_tensors():
+            states = {
+                name: gather(state, memo) if _parameters(objects[name]) else state
+                for name, state in snapshot.states.items()
+            }
+            return replace(snapshot, states=states)
+
+    def part_of(self, snapshot: Snapshot, place: Place) -> Snapshot:
+        """This rank's part of a snapshot of whole tensors; asks no other rank."""
+        objects = self._current()
+        memo: dict[Any, Any] = {}
+        with _plain_tensors():
+            states = {
+                name: _parts_of(objects[name], state) if name in objects else state
+                for name, state in snapshot.states.items()
+            }
+            return replace(snapshot, states=clone(states, place, memo))
 
     def capture(self, epoch: int, value: float, place: Place) -> Snapshot:
         """Copies everything."""
@@ -256,6 +325,15 @@ class Sources:
                 thing.load_state_dict(release(snapshot.states[name], memo, copying=not module))
                 if isinstance(thing, nn.Module):
                     _put_back(thing, release(snapshot.buffers.get(name, {}), memo, copying=False))
+
+
+def _parameters(thing: Stateful) -> list[Tensor]:
+    if isinstance(thing, nn.Module):
+        # Not parameters(): FSDP2 may have whole ones there since the last forward.
+        return [value for value in thing.state_dict().values() if isinstance(value, Tensor)]
+    if isinstance(thing, torch.optim.Optimizer):
+        return [p for group in thing.param_groups for p in group["params"]]
+    return []
 
 
 @contextmanager

@@ -88,6 +88,9 @@ class EarlyStopping:
             every rank, and rank 0 writes. The best state goes to a safetensors file; progress, with
             that file's SHA-256, to ``early_stopping.json`` at each check. Each write is atomic: a
             process that dies at any moment leaves the old checkpoint or the new one, whole.
+            Parameters that are sharded over ranks (DTensor, FSDP2) are gathered and written as
+            whole tensors, for which rank 0 has memory to hold; any number of ranks, or one process
+            without sharding, can go on from them.
         resume: if the folder holds a checkpoint: True goes on from it (and starts anew where there
             is none), False starts anew, and the old one stays until the first save; None is an
             error.
@@ -201,6 +204,11 @@ class EarlyStopping:
     def best_epoch(self) -> int | None:
         """Its epoch."""
         return self._state.tracks[self._best_index].best_epoch
+
+    @property
+    def restorable(self) -> bool:
+        """Whether :meth:`restore` would find the best state; after resuming it may be lost."""
+        return self._keeper.restorable
 
     @property
     def misses(self) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _C, _batch_norm_inplace, _batch_norm_ops, _dispatch, _dropout_ops, _random
 from .. import _batch_norm_kernels as kernels
-from .. import _batch_norm_ops, _dispatch, _dropout_ops, _random
 from .._batch_norm_kernels import Call, Running
 from .._params import SUPPORTED_DTYPES
 
@@ -27,6 +27,7 @@ def batch_norm(
     residual: Tensor | None = None,
     dropout: float = 0.0,
     out: Tensor | None = None,
+    inplace: bool = False,
     negative_slope: float = 0.01,
     mask: Tensor | None = None,
     virtual_batch_size: int | None = None,
@@ -57,6 +58,9 @@ def batch_norm(
         residual: r, of x's shape and dtype; added before the activation.
         dropout: the probability of dropping an element of the result, in training.
         out: where to write the result, under ``torch.no_grad()``; may be ``x`` or ``residual``.
+        inplace: write the result into ``x``, and for backward keep it in the place of ``x``
+            (Rota Bulo, Porzi, Kontschieder 2018): with no activation or a leaky ReLU, without
+            residual and dropout. See below.
         negative_slope: of leaky ReLU.
         mask: of shape (N, ...) without the channels, bool: where it is False, an element belongs to
             no statistic, and its result and gradient are 0 (padded sequences).
@@ -75,11 +79,19 @@ def batch_norm(
     element for a ReLU or leaky ReLU after a residual (the residual itself for SiLU and GELU); a
     dropout mask is drawn again. An empty batch leaves the running statistics.
 
+    With ``inplace`` backward takes leaky ReLU and the affine map back, for weights of either sign.
+    Where that would lose digits, ``|weight|`` below 1/32 of ``|bias|`` (float16 1/8, bfloat16 1/4)
+    or 0, the channel's x is kept; on CUDA the host waits for the device to say which these are.
+    What x was made by must not need it (a convolution does not, an activation may): torch says so
+    in its backward. Not differentiable twice. Under ``torch.compile`` ``x`` is written to all the
+    same, and what is kept is the compiler's decision.
+
     Raises:
         TypeError: an argument is no tensor, number or name where one is wanted.
         ValueError: shapes, dtypes or devices do not fit; ``eps`` is not positive, ``momentum`` or
-            ``dropout`` outside [0, 1]; training on one value per channel. Running statistics are
-            then as they were.
+            ``dropout`` outside [0, 1]; training on one value per channel; ``inplace`` with what
+            cannot be taken back, or with an ``x`` that must not be written to. Running statistics
+            are then as they were.
 
     Example:
         >>> y = fusereg.functional.batch_norm(
@@ -87,12 +99,38 @@ def batch_norm(
         ... )
     """
     op = "batch_norm"
+    if inplace:
+        if isinstance(x, Tensor):  # which the rest of the checks will say
+            _check_inplace_tensors(x, residual, out, op)
+        check_inplace(activation, negative_slope, dropout, f"fusereg.{op}")
     call, running = prepared(
         x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual,
         dropout, out, negative_slope, mask, virtual_batch_size, num_batches_tracked, update_stats,
         seed, generator, op,
     )  # fmt: skip
+    if inplace:
+        return _batch_norm_inplace.normalize(call, x, mask, weight, bias, running)
     return _batch_norm_ops.normalize(call, x, residual, mask, weight, bias, None, running, out)
+
+
+def check_inplace(activation: object, slope: float, dropout: float, where: str) -> None:
+    """Raises unless the result of such a layer tells what came in."""
+    if activation not in (None, "leaky_relu"):
+        raise ValueError(
+            f"{where}: inplace=True wants activation None or 'leaky_relu', whose input can be told "
+            f"from its result, got {activation!r}"
+        )
+    if activation is not None and not 0.0 < slope < float("inf"):
+        raise ValueError(f"{where}: inplace=True wants a negative_slope above 0, got {slope}")
+    if dropout:
+        raise ValueError(f"{where}: inplace=True supports no dropout, got dropout={dropout}")
+
+
+def _check_inplace_tensors(x: Tensor, residual: object, out: object, op: str) -> None:
+    for name, value in (("residual", residual), ("out", out)):
+        if value is not None:
+            raise ValueError(f"fusereg.{op}: inplace=True and {name} exclude each other")
+    _dropout_ops.check_in_place(x, op)
 
 
 def prepared(
@@ -183,28 +221,10 @@ def _check(
     op: str,
 ) -> None:
     """Raises, before anything is written, where an argument is wrong."""
-    if type(x) is not Tensor or x.dtype not in SUPPORTED_DTYPES or x.layout is not torch.strided:
-        _dropout_ops.check_input(x, op)
+    if not (_dispatch.eager() and _C.batch_norm_fits(x, running_mean, running_var, weight, bias)):
+        _check_shapes(x, running_mean, running_var, weight, bias, op)
     shape = x.shape
-    if len(shape) < 2:
-        raise ValueError(
-            f"fusereg.{op}: x must have at least 2 dimensions (N, C, ...), got {len(shape)}"
-        )
-    device = x.device
     channels = shape[1]
-    for name, values in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if values is not None and (
-            not isinstance(values, Tensor)
-            or values.dim() != 1
-            or values.shape[0] != channels
-            or values.device != device
-        ):
-            _wrong_vector(name, values, channels, device, op)
     if use_batch:
         if momentum is not None and not 0.0 <= momentum <= 1.0:
             raise ValueError(
@@ -232,6 +252,38 @@ def _check(
             f"fusereg.{op}: num_batches_tracked must be an int64 tensor of one element, "
             f"got {num_batches_tracked!r}"
         )
+
+
+def _check_shapes(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    op: str,
+) -> None:
+    if type(x) is not Tensor or x.dtype not in SUPPORTED_DTYPES or x.layout is not torch.strided:
+        _dropout_ops.check_input(x, op)
+    shape = x.shape
+    if len(shape) < 2:
+        raise ValueError(
+            f"fusereg.{op}: x must have at least 2 dimensions (N, C, ...), got {len(shape)}"
+        )
+    device = x.device
+    channels = shape[1]
+    for name, values in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if values is not None and (
+            not isinstance(values, Tensor)
+            or values.dim() != 1
+            or values.shape[0] != channels
+            or values.device != device
+        ):
+            _wrong_vector(name, values, channels, device, op)
 
 
 def _group_samples(x: Tensor, size: object, use_batch: bool, op: str) -> int:

@@ -14,6 +14,7 @@ from .. import _batch_norm_kernels as kernels
 from .. import _dropout_ops
 from .. import functional as F
 from .._docs import share_paragraphs
+from ..functional import _batch_norm as functional
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -50,16 +51,21 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         dropout: float = 0.0,
         negative_slope: float = 0.01,
         update_stats: bool = True,
+        inplace: bool = False,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
         check_activation(activation, type(self).__name__)
         _dropout_ops.check_probability(dropout, f"nn.{type(self).__name__}", "dropout")
+        if inplace:
+            where = f"fusereg.nn.{type(self).__name__}"
+            functional.check_inplace(activation, negative_slope, dropout, where)
         self.activation = activation
         self.dropout = dropout
         self.negative_slope = negative_slope
         self.update_stats = update_stats
+        self.inplace = inplace
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
@@ -75,12 +81,21 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         virtual_batch_size: int | None = None,
     ) -> Tensor:
         self._check_input_dim(input)
+        # nn.Module takes half a microsecond for each attribute that is a parameter or a buffer.
+        buffers, parameters = self._buffers, self._parameters
+        try:
+            mean, var = buffers["running_mean"], buffers["running_var"]
+            batches = buffers["num_batches_tracked"]
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:  # parametrized, or replaced by something that is neither
+            mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+            weight, bias = self.weight, self.bias
         return F.batch_norm(
             input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
+            mean,
+            var,
+            weight,
+            bias,
             self.training,
             self.momentum,
             self.eps,
@@ -90,8 +105,9 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             negative_slope=self.negative_slope,
             mask=mask,
             virtual_batch_size=virtual_batch_size,
-            num_batches_tracked=self.num_batches_tracked,
+            num_batches_tracked=batches,
             update_stats=self.update_stats,
+            inplace=self.inplace,
         )
 
     def extra_repr(self) -> str:
@@ -105,6 +121,8 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             text += f", dropout={self.dropout}"
         if not self.update_stats:
             text += ", update_stats=False"
+        if self.inplace:
+            text += ", inplace=True"
         return text
 
 
@@ -124,6 +142,12 @@ _ARGUMENTS = """
         negative_slope: of leaky ReLU.
         update_stats: whether training updates the running statistics; switch it off while a batch
             is seen a second time, as activation checkpointing sees it.
+        inplace: write the result into the input and keep it in the input's place for backward;
+            with ``activation`` None or "leaky_relu", without dropout and residual. See
+            :func:`fusereg.functional.batch_norm`.
+
+    Raises:
+        ValueError: ``activation`` or ``dropout`` is out of range, or cannot be in place.
 """
 
 

@@ -106,6 +106,8 @@ class BatchRenorm(_AnyDimension):
         super().__init__(num_features, *args, **kwargs)
         if not self.track_running_stats:
             raise ValueError("fusereg.nn.BatchRenorm: track_running_stats must be True")
+        if self.inplace:
+            raise ValueError("fusereg.nn.BatchRenorm: inplace=True is not supported")
         self.r_max = r_max
         self.d_max = d_max
         self._check_limits()

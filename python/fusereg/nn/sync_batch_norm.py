@@ -41,7 +41,8 @@ class SyncBatchNorm(_Fused):
 
     A call sends 24 bytes a channel to every process in forward (one all-gather) and sums 16 bytes a
     channel in backward (one all-reduce). The gradients of weight and bias are those of this
-    process's batch, which DDP then averages, as with torch's. Not differentiable twice.
+    process's batch, which DDP then averages, as with torch's. A second derivative (a gradient
+    penalty) takes two more all-reduces forward and backward, on all processes alike.
 
     Args:
         num_features: C.
@@ -68,6 +69,8 @@ class SyncBatchNorm(_Fused):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **epilogue
         )
+        if self.inplace:
+            raise ValueError("fusereg.nn.SyncBatchNorm: inplace=True is not supported")
         self.process_group = process_group
 
     def _check_input_dim(self, input: Tensor) -> None:

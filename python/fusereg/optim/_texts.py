@@ -33,7 +33,11 @@ _NOTES = r"""
     and overflow flag are also read on the device; gradients are not unscaled in memory.
 
     ``state_dict()`` has torch's keys; each of this optimizer and ``torch.optim``'s of the same name
-    loads the other's.
+    loads the other's, through ``torch.distributed.checkpoint`` too.
+
+    Code that ``torch.compile`` compiles is cut in two at the step, which is one call as it is:
+    there is nothing to fuse, and ``fullgraph=True`` refuses it. :func:`clip_grad_norm_` is an
+    operator.
 
     Raises:
         TypeError, ValueError: an argument is out of its range, or at a step a parameter or gradient

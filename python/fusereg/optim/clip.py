@@ -1,4 +1,8 @@
-"""Norms of gradients and clipping by them: two launches for any number of tensors."""
+"""Norms of gradients and clipping by them: two launches for any number of tensors.
+
+Compiled code sees the operators ``fusereg::grad_norm`` and ``fusereg::clip_grads_``; with DTensors
+and with norms that torch computes it breaks the graph instead.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +50,10 @@ def get_total_norm(
     """
     op = "optim.get_total_norm"
     listed = _params.as_list(tensors, op)
-    norm = total_norm(op, listed, float(norm_type))
+    if _in_graph(op, listed, float(norm_type)):
+        norm: Tensor = torch.ops.fusereg.grad_norm(listed, _NORMS[float(norm_type)])
+    else:
+        norm = total_norm(op, listed, float(norm_type))
     if error_if_nonfinite:
         _check_finite(norm, norm_type)
     return norm
@@ -90,6 +97,18 @@ def clip_grad_norm_(
         raise ValueError(f"fusereg.{op}: max_norm must not be negative, got {max_norm}")
     listed = _params.as_list(parameters, op)
     norm_type = float(norm_type)
+    if not _dispatch.eager() and not error_if_nonfinite:
+        grads = list({id(p): p.grad for p in listed if p.grad is not None}.values())
+        if _in_graph(op, grads, norm_type):
+            found: Tensor = torch.ops.fusereg.clip_grads_(grads, max_norm, _NORMS[norm_type])
+            return found
+    return _clip_parameters(op, listed, max_norm, norm_type, error_if_nonfinite)
+
+
+@_dispatch.outside_graphs
+def _clip_parameters(
+    op: str, listed: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
+) -> Tensor:
     if listed and norm_type in _NORMS and not error_if_nonfinite:
         norm = _in_one_call(op, listed, True, _NORMS[norm_type], max_norm)
         if norm is not None:
@@ -99,13 +118,18 @@ def clip_grad_norm_(
     norm = total_norm(op, grads, norm_type)
     if error_if_nonfinite:
         _check_finite(norm, norm_type)
+    _scale(grads, norm, max_norm)
+    return norm
+
+
+def _scale(grads: list[Tensor], norm: Tensor, max_norm: float) -> None:
     factor = (max_norm / (norm.double() + 1e-6)).clamp(max=1.0)
     with torch.no_grad():
         for g in grads:
             g.mul_(factor.to(g.device).to(g.dtype))
-    return norm
 
 
+@_dispatch.outside_graphs
 def total_norm(op: str, tensors: list[Tensor], norm_type: float) -> Tensor:
     """The norm over all elements; DTensors count as a whole."""
     if not tensors:
@@ -175,6 +199,56 @@ def _in_one_call(
         if status == _NEEDS_PREPARATION:
             return None
     return None
+
+
+# --- torch.library --------------------------------------------------------------------------------
+
+
+def _in_graph(op: str, tensors: list[Tensor], norm_type: float) -> bool:
+    """Whether this call is one for the operators."""
+    if _dispatch.eager() or not tensors or norm_type not in _NORMS:
+        return False
+    for i, t in enumerate(tensors):
+        if _dispatch.is_dtensor(t):
+            return False
+        _params.check(t, op, f"tensors[{i}]")
+    return True
+
+
+_dispatch.library.define("grad_norm(Tensor[] tensors, int kind) -> Tensor")
+_dispatch.library.define("clip_grads_(Tensor(a!)[] grads, float max_norm, int kind) -> Tensor")
+_NORM_TYPES = {kind: norm_type for norm_type, kind in _NORMS.items()}
+
+
+def _op_grad_norm(tensors: list[Tensor], kind: int) -> Tensor:
+    return total_norm("optim.get_total_norm", list(tensors), _NORM_TYPES[kind])
+
+
+def _op_clip_grads_(grads: list[Tensor], max_norm: float, kind: int) -> Tensor:
+    op = "optim.clip_grad_norm_"
+    norm = _in_one_call(op, list(grads), False, kind, max_norm)
+    if norm is None:
+        norm = total_norm(op, list(grads), _NORM_TYPES[kind])
+        _scale(grads, norm, max_norm)
+    return norm
+
+
+def _fake_norm(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].new_empty((), dtype=_result_dtype(tensors))
+
+
+for _key in ("CPU", "CUDA"):
+    _dispatch.library.impl("grad_norm", _op_grad_norm, _key)
+    _dispatch.library.impl("clip_grads_", _op_clip_grads_, _key)
+
+torch.library.register_fake(
+    "fusereg::grad_norm", lambda tensors, kind: _fake_norm(tensors), lib=_dispatch.library
+)
+torch.library.register_fake(
+    "fusereg::clip_grads_",
+    lambda grads, max_norm, kind: _fake_norm(grads),
+    lib=_dispatch.library,
+)
 
 
 def _check_finite(norm: Tensor, norm_type: float) -> None:

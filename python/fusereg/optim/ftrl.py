@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .. import _dispatch
 from ._texts import share
 from .optimizer import ParamsT, RegularizedOptimizer, check_numbers, own_defaults
 
@@ -32,7 +34,9 @@ class FTRL(RegularizedOptimizer):
 
     Args:
         params: parameters or param groups.
-        lr: the paper's alpha, a number or a 0-d tensor. A change of it concerns the steps to come.
+        lr: the paper's alpha, a number or a 0-d tensor. A change of it concerns the steps to come;
+            while it is 0 (a warm-up's first step, ``torch.distributed.checkpoint``) nothing moves,
+            as long as that can be seen without waiting for a device.
         beta: the paper's beta, > 0.
         l1, l2: strengths >= 0 of :math:`l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2`. Numbers or 0-d
             tensors; each param group may have its own.
@@ -105,7 +109,35 @@ class FTRL(RegularizedOptimizer):
         n0 = group["initial_accumulator_value"]
         if key == "sum":
             return start.fill_(n0)
-        return start.copy_(p).mul_(-(group["beta"] + math.sqrt(n0)) / group["lr"])
+        rate = self.defaults["lr"] if _is_zero(group["lr"]) else group["lr"]
+        return start.copy_(p).mul_(-(group["beta"] + math.sqrt(n0)) / rate)
+
+    @_dispatch.outside_graphs
+    def _run(self) -> None:
+        resting = [group for group in self.param_groups if _is_zero(group["lr"])]
+        if not resting:
+            super()._run()
+            return
+        # The formula divides by the rate: these groups get their states and no step.
+        kept = []
+        for group in resting:
+            for p in group["params"]:
+                if p.grad is not None:
+                    with torch.no_grad():
+                        self._add_missing(p, self._keys, group)
+                    kept.append((p, p.grad))
+                    p.grad = None
+        try:
+            super()._run()
+        finally:
+            for p, grad in kept:
+                p.grad = grad
+
+
+def _is_zero(rate: Any) -> bool:
+    if isinstance(rate, Tensor):
+        return rate.device.type == "cpu" and float(rate) == 0.0
+    return bool(rate == 0.0)
 
 
 share(FTRL)

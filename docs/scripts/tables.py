@@ -1,0 +1,266 @@
+"""Writes the measured tables into the Markdown files, from the JSON files in bench/results/.
+
+    python docs/scripts/tables.py            # rewrites what is out of date
+    python docs/scripts/tables.py --check    # says what is, and fails if anything
+
+A table stands between two comments, the first of which says what is in it:
+
+    <!-- measured: suite=dropout op=dropout mode=forward,forward+backward -->
+    <!-- end measured -->
+
+`suite` is needed; `op`, `mode`, `shape`, `dtype` and `provider` take comma-separated names and keep
+what they name, and `host` takes the rows of tiny tensors. `view=ranges` gives one row for each
+layout and data type, with the least and the greatest ratio to eager over all shapes. Where several
+files hold a case, the latest counts. A suite without any results gets a line that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+
+FILTERS = ("op", "mode", "shape", "dtype", "provider")
+OPTIONS = {*FILTERS, "suite", "view", "host"}
+#: Providers that are a yardstick and no alternative.
+COPY = "copy"
+EAGER = "eager"
+OURS = "fusereg"
+
+_BLOCK = re.compile(
+    r"(<!-- measured: (?P<request>[^\n]*?) -->\n).*?(<!-- end measured -->)", re.DOTALL
+)
+
+Row = dict[str, Any]
+
+
+def files(root: Path = ROOT) -> list[Path]:
+    """The Markdown files that may hold tables."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def load(folder: Path = RESULTS) -> list[Row]:
+    """The rows of all result files, each with its machine; of each case the latest."""
+    documents = []
+    for path in sorted(folder.glob("*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and data.get("tool") == "fusereg bench":
+            documents.append(data)
+    cases: dict[tuple[Any, ...], list[Row]] = {}
+    for data in sorted(documents, key=lambda d: d["machine"]["date"]):
+        found: dict[tuple[Any, ...], list[Row]] = {}
+        for row in data["rows"]:
+            entry = {**row, "machine": data["machine"], "interrupted": data["interrupted"]}
+            found.setdefault((_hardware(data["machine"], row["device"]), *_case(row)), []).append(
+                entry
+            )
+        cases.update(found)
+    return [row for rows in cases.values() for row in rows]
+
+
+def _case(row: Row) -> tuple[Any, ...]:
+    return tuple(row[k] for k in ("suite", "op", "mode", "shape", "dtype", "device", "host"))
+
+
+def _hardware(machine: dict[str, Any], device: str) -> str:
+    if device != "cpu" and machine.get("gpu"):
+        gpu = machine["gpu"]
+        return str(gpu.get("name", gpu) if isinstance(gpu, dict) else gpu)
+    isa = {"avx512": "AVX-512", "avx2": "AVX2"}.get(machine["isa"], machine["isa"])
+    return f"{machine['cpu']}, {machine['threads']} threads, {isa}"
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def time_text(microseconds: float | None) -> str:
+    """Three significant digits with a unit."""
+    if microseconds is None:
+        return "–"
+    for limit, factor, unit in ((999.5, 1.0, "µs"), (999.5e3, 1e-3, "ms")):
+        if microseconds < limit:
+            return f"{_digits(microseconds * factor)} {unit}"
+    return f"{_digits(microseconds * 1e-6)} s"
+
+
+def _digits(value: float) -> str:
+    return (
+        f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+    )
+
+
+def ratio_text(value: float | None) -> str:
+    """A ratio to eager; losses are marked."""
+    if value is None:
+        return "–"
+    text = f"{_digits(value) if value < 9.995 else f'{value:.0f}'}x"
+    return f"**{text}, slower**" if value < 0.995 else text
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def table(request: str, rows: Sequence[Row]) -> str:
+    """The Markdown that a comment asks for.
+
+    Raises:
+        ValueError: the comment names something that is not there.
+    """
+    options = _options(request)
+    suite = options["suite"]
+    if all(row["suite"] != suite for row in rows):
+        return f"\n*No results are stored yet; `fusereg bench {suite}` measures it.*\n\n"
+    kept = [
+        row
+        for row in rows
+        if row["suite"] == suite
+        and bool(row["host"]) == ("host" in options)
+        and all(str(row[k]) in options[k].split(",") for k in FILTERS if k in options)
+    ]
+    if not kept:
+        raise ValueError(f"no measured row fits: {request}")
+    make = _ranges if options.get("view") == "ranges" else _cases
+    parts = []
+    for hardware in dict.fromkeys(_hardware(r["machine"], r["device"]) for r in kept):
+        own = [r for r in kept if _hardware(r["machine"], r["device"]) == hardware]
+        parts.append("\n".join(make(own)) + f"\n\n{_origin(hardware, own)}\n")
+    return "\n" + "\n".join(parts) + "\n"
+
+
+def _options(request: str) -> dict[str, str]:
+    options = {}
+    for word in shlex.split(request):
+        name, _, value = word.partition("=")
+        options[name] = value
+    if unknown := set(options) - OPTIONS:
+        raise ValueError(f"unknown option {', '.join(sorted(unknown))}: {request}")
+    if "suite" not in options:
+        raise ValueError(f"no suite is named: {request}")
+    return options
+
+
+def _cases(rows: Sequence[Row]) -> list[str]:
+    """One line for each case: the median time of each provider, and what fusereg gains."""
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(_case(row), {})[row["provider"]] = row
+    providers = [p for p in dict.fromkeys(r["provider"] for r in rows) if p not in (COPY, OURS)]
+    providers.sort(key=lambda p: p != EAGER)
+    several = len({case[1] for case in cases}) > 1
+    with_copy = any(COPY in of_case for of_case in cases.values())
+    head = [*(["operation"] if several else []), "size", "data type", "what", *providers, OURS]
+    head += ["vs eager", *(["of a copy"] if with_copy else [])]
+    lines = [
+        _line(head),
+        _line(
+            ["---"] * (len(head) - len(providers) - 2 - with_copy)
+            + ["---:"] * (len(providers) + 2 + with_copy)
+        ),
+    ]
+    for case, of_case in cases.items():
+        ours = of_case.get(OURS)
+        if ours is None:
+            continue
+        _, op, mode, shape, dtype, _, _ = case
+        cells = [*([op] if several else []), shape.removeprefix("host "), dtype, mode]
+        cells += [_cell(of_case.get(p)) for p in providers]
+        cells += [_cell(ours), ratio_text(ours["vs_eager"])]
+        if with_copy:
+            percent = ours["percent_of_copy"]
+            cells.append("–" if percent is None else f"{percent:.0f} %")
+        lines.append(_line(cells))
+    return lines
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    return "failed" if row["failed"] else time_text(row["p50_us"])
+
+
+def _ranges(rows: Sequence[Row]) -> list[str]:
+    """One line for each layout and data type; the ratios to eager of all shapes, as a range."""
+    ours = [r for r in rows if r["provider"] == OURS and r["vs_eager"] is not None]
+    columns = list(dict.fromkeys((r["op"], r["mode"]) for r in ours))
+    lines_of = list(dict.fromkeys((_layout(r["shape"]), r["dtype"]) for r in ours))
+    head = ["layout, data type", *(f"{op}, {mode}" for op, mode in columns)]
+    lines = [_line(head), _line(["---"] + ["---:"] * len(columns))]
+    for layout, dtype in lines_of:
+        cells = [f"{layout} {dtype}".strip()]
+        for op, mode in columns:
+            found = [
+                r["vs_eager"]
+                for r in ours
+                if (r["op"], r["mode"]) == (op, mode)
+                and (_layout(r["shape"]), r["dtype"]) == (layout, dtype)
+            ]
+            cells.append(f"{_digits(min(found))} to {_digits(max(found))}" if found else "–")
+        lines.append(_line(cells))
+    return lines
+
+
+def _layout(shape: str) -> str:
+    if shape.endswith("NHWC"):
+        return "channels_last"
+    return "NCHW" if shape.count("x") == 3 else ""
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _origin(hardware: str, rows: Sequence[Row]) -> str:
+    """Where and when this was measured, and what stood in the way."""
+    machines = {json.dumps(r["machine"], sort_keys=True): r["machine"] for r in rows}.values()
+    torches = ", ".join(sorted({m["torch"] for m in machines}))
+    dates = ", ".join(sorted({m["date"][:10] for m in machines}))
+    noise = max(m["others_cpu_share"] or 0.0 for m in machines)
+    text = f"{hardware}; torch {torches}; {dates}. Medians of interleaved rounds"
+    if noise > 0.03:
+        text += f"; other programs took up to {noise:.0%} of the machine meanwhile"
+    if any(r["interrupted"] for r in rows):
+        text += "; the run was ended before its last cases"
+    return f"*{text}.*"
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def renewed(text: str, rows: Sequence[Row]) -> str:
+    """The text with its tables made anew."""
+    return _BLOCK.sub(lambda m: m[1] + table(m["request"], rows) + m[3], text)
+
+
+def out_of_date(root: Path = ROOT) -> dict[Path, str]:
+    """The files whose tables are not those of the results, and what they should be."""
+    rows = load(root / "bench" / "results")
+    found = {}
+    for path in files(root):
+        text = path.read_text(encoding="utf-8")
+        if (new := renewed(text, rows)) != text:
+            found[path] = new
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if out of date")
+    check = parser.parse_args(argv).check
+    found = out_of_date()
+    for path, text in found.items():
+        print(f"{path.relative_to(ROOT)}: {'is out of date' if check else 'renewed'}")
+        if not check:
+            path.write_text(text, encoding="utf-8")
+    return 1 if check and found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Optimizers with the penalty in their step, and clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fusereg import optim
+from fusereg.cli.checks._base import Inputs, Pairs, exact, kernel_check
+
+L1, L2, GROUP = 0.3, 0.7, 0.05
+LR = 0.1
+
+Make = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+def _soft(w: Tensor, threshold: Tensor | float) -> Tensor:
+    return w.sign() * (w.abs() - threshold).clamp_min(0.0)
+
+
+def _weights_and_gradients(inputs: Inputs) -> list[Tensor]:
+    weights = [w.requires_grad_() for w in inputs.weights()]
+    for w in weights:
+        w.grad = w.detach() / 2 + 0.1
+    return weights
+
+
+def _step(make: Make, wanted: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> Pairs:
+    """The first step."""
+    weights = _weights_and_gradients(inputs)
+    references = []
+    for w in weights:
+        assert w.grad is not None
+        references.append(wanted(exact([w])[0], exact([w.grad])[0]))
+    make(weights).step()
+    return list(zip(weights, references, strict=True))
+
+
+def _against_torch(make: Make, torchs: Make, inputs: Inputs) -> Pairs:
+    """Steps without a penalty next to torch's own optimizer in float64.
+
+    Three; in 16 bits one, because the second would start from weights that were rounded.
+    """
+    weights = _weights_and_gradients(inputs)
+    references = [w.requires_grad_() for w in exact(weights)]
+    for w, reference in zip(weights, references, strict=True):
+        assert w.grad is not None
+        reference.grad = exact([w.grad])[0]
+    own, other = make(weights), torchs(references)
+    for _ in range(1 if inputs.dtype.itemsize == 2 else 3):
+        own.step()
+        other.step()
+    return list(zip(weights, references, strict=True))
+
+
+@kernel_check("optim.SGD, momentum, Nesterov", "torch.optim.SGD")
+def _momentum(inputs: Inputs) -> Pairs:
+    return _against_torch(
+        lambda p: optim.SGD(p, LR, 0.9, weight_decay=0.1, nesterov=True),
+        lambda p: torch.optim.SGD(p, LR, 0.9, weight_decay=0.1, nesterov=True),
+        inputs,
+    )
+
+
+@kernel_check("optim.SGD, group lasso", "prox of lr * R after the step")
+def _sgd(inputs: Inputs) -> Pairs:
+    def wanted(w: Tensor, g: Tensor) -> Tensor:
+        v = w - LR * g
+        if v.dim() < 2 or v.shape[1] == 1:
+            return _soft(v, LR * L1 + LR * GROUP)  # a group of one element is one of l1
+        v = _soft(v, LR * L1)
+        norms = torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min(1e-300)
+        shrunk: Tensor = v * (1 - LR * GROUP * math.sqrt(v.shape[1]) / norms).clamp_min(0.0)
+        return shrunk
+
+    return _step(lambda p: optim.SGD(p, lr=LR, l1=L1, group=GROUP), wanted, inputs)
+
+
+@kernel_check("optim.Adam, AMSGrad", "torch.optim.Adam")
+def _adam(inputs: Inputs) -> Pairs:
+    return _against_torch(
+        lambda p: optim.Adam(p, LR, weight_decay=0.1, amsgrad=True),
+        lambda p: torch.optim.Adam(p, LR, weight_decay=0.1, amsgrad=True),
+        inputs,
+    )
+
+
+@kernel_check("optim.AdamW, elastic net", "prox of lr * R after the step")
+def _adamw(inputs: Inputs) -> Pairs:
+    def wanted(w: Tensor, g: Tensor) -> Tensor:
+        v = w * (1 - LR * 0.01) - LR * g / (g.abs() + 1e-8)
+        return _soft(v, LR * L1) / (1 + LR * L2)
+
+    return _step(lambda p: optim.AdamW(p, lr=LR, l1=L1, l2=L2), wanted, inputs)
+
+
+@kernel_check("optim.Adagrad, preconditioned", "prox in the metric of the step")
+def _adagrad(inputs: Inputs) -> Pairs:
+    def wanted(w: Tensor, g: Tensor) -> Tensor:
+        metric = (g.square() + 0.5).sqrt()
+        v = w - LR * g / metric
+        return _soft(v, LR * L1 / metric) / (1 + LR * L2 / metric)
+
+    def make(p: list[Tensor]) -> torch.optim.Optimizer:
+        return optim.Adagrad(p, LR, 0.0, 0.0, 0.5, 0.0, l1=L1, l2=L2, prox="preconditioned")
+
+    return _step(make, wanted, inputs)
+
+
+@kernel_check("optim.FTRL", "-soft(z, l1) / ((beta + sqrt(n)) / lr + l2)")
+def _ftrl(inputs: Inputs) -> Pairs:
+    def wanted(w: Tensor, g: Tensor) -> Tensor:
+        z = -w / LR + g - g.abs() / LR * w
+        return -_soft(z, L1) / ((1 + g.abs()) / LR + L2)
+
+    return _step(lambda p: optim.FTRL(p, lr=LR, l1=L1, l2=L2), wanted, inputs)
+
+
+@kernel_check("optim.clip_grad_norm_", "g * min(1, max_norm / ||g||)")
+def _clip(inputs: Inputs) -> Pairs:
+    weights = inputs.weights()
+    for w in weights:
+        w.grad = w.clone()
+    wanted = exact(weights)
+    total = torch.cat([w.flatten() for w in wanted]).norm()
+    norm = optim.clip_grad_norm_(weights, 2.0)
+    pairs = [(norm, total)]
+    for w, reference in zip(weights, wanted, strict=True):
+        assert w.grad is not None
+        pairs.append((w.grad, reference * 2.0 / (total + 1e-6)))
+    return pairs

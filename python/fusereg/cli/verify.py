@@ -1,0 +1,256 @@
+"""`fusereg verify`: every kernel on every device, instruction set and dtype, against float64."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusereg.cli.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fusereg.cli.checks import CheckResult, Place
+
+SCHEMA = 1
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Adds `verify` to the command line."""
+    parser = subparsers.add_parser(
+        "verify",
+        help="every kernel on every device, instruction set and dtype, against float64",
+        description=(
+            "Calls every kernel on this machine's CPU, with each instruction set that it runs, "
+            "and on each CUDA device, in float64, float32, float16 and bfloat16, on small and on "
+            "larger tensors, and compares each result with torch in float64. Each call is made "
+            "twice, the second time with one CPU thread: the bits must be the same, and the same "
+            "on all instruction sets. Takes less than a minute. Exit code 1 if anything fails."
+        ),
+    )
+    parser.add_argument(
+        "technique", nargs="*", help="only these, such as penalty dropout; default: all"
+    )
+    parser.add_argument(
+        "--device", metavar="NAMES", help="only these, such as cpu or cuda:0,cuda:1; default: all"
+    )
+    parser.add_argument("--isa", metavar="NAMES", help="CPU instruction sets, such as avx2,avx512")
+    parser.add_argument("--dtype", metavar="NAMES", help="such as float32,bfloat16; default: all")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write every result and the machine; - is standard output"
+    )
+
+
+def _split(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def choose_techniques(names: Sequence[str]) -> list[str]:
+    """Those that were named, or all."""
+    from fusereg.cli.checks import TECHNIQUES
+
+    for name in names:
+        if name not in TECHNIQUES:
+            raise InputError(f"no technique named {name!r}; there are: {', '.join(TECHNIQUES)}")
+    return [name for name in TECHNIQUES if not names or name in names]
+
+
+def choose_dtypes(text: str | None) -> list[torch.dtype]:
+    """Those that were named, or all."""
+    from fusereg.cli.checks import TOLERANCES
+
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}
+    names = list(known) if text is None else _split(text)
+    for name in names:
+        if name not in known:
+            raise InputError(f"--dtype {name}: there are: {', '.join(known)}")
+    return [dtype for name, dtype in known.items() if name in names]
+
+
+def choose_places(devices: str | None, isas: str | None) -> list[Place]:
+    """Those that were named, or all of this machine's."""
+    from fusereg import _C
+    from fusereg.cli.checks import places
+
+    found = places()
+    if devices is not None:
+        names = _split(devices)
+        for name in names:
+            if not any(name in (str(place.device), place.device.type) for place in found):
+                reason = f" ({_C.cuda_error()})" if name.startswith("cuda") else ""
+                there = ", ".join(dict.fromkeys(str(place.device) for place in found))
+                raise InputError(f"--device {name}: not here{reason}; there are: {there}")
+        found = [p for p in found if str(p.device) in names or p.device.type in names]
+    if isas is not None:
+        names = _split(isas)
+        for name in names:
+            if name not in _C.cpu_isas():
+                there = ", ".join(_C.cpu_isas())
+                raise InputError(f"--isa {name}: this machine has: {there}")
+        found = [place for place in found if place.isa is None or place.isa in names]
+    return found
+
+
+def compare_bits(results: Sequence[CheckResult]) -> list[CheckResult]:
+    """The same results; those fail whose bits differ from the first CPU instruction set's."""
+    first: dict[tuple[str, str, str, bool], CheckResult] = {}
+    compared = []
+    for result in results:
+        if result.device == "cpu" and result.bits is not None:
+            key = (result.technique, result.kernel, result.dtype, result.large)
+            wanted = first.setdefault(key, result)
+            if result.ok and result.bits != wanted.bits:
+                message = f"other bits than on {wanted.backend}"
+                result = replace(result, ok=False, message=message)
+        compared.append(result)
+    return compared
+
+
+def why(result: CheckResult) -> str:
+    """A failed result's reason."""
+    if result.message is not None:
+        return result.message
+    return f"relative error {result.error:.1e}, allowed {result.tolerance:.0e}"
+
+
+def table(results: Sequence[CheckResult]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a technique on a place, and for each dtype the worst of its kernels.
+
+    The worst is in percent of what is allowed, which depends on the dtype of the result: sums of
+    16-bit tensors are float32.
+    """
+    dtypes = list(dict.fromkeys(result.dtype for result in results))
+    cells: dict[tuple[str, str], dict[str, list[CheckResult]]] = {}
+    for result in results:
+        row = cells.setdefault((result.technique, result.backend), {})
+        row.setdefault(result.dtype, []).append(result)
+    rows = []
+    for (technique, place), row in sorted(cells.items(), key=lambda item: item[0][0]):
+        texts = []
+        for dtype in dtypes:
+            here = row.get(dtype, [])
+            failed = sum(not result.ok for result in here)
+            worst = max((100 * (r.error or 0.0) / r.tolerance for r in here), default=0.0)
+            if failed:
+                texts.append(f"FAILED {failed} of {len(here)}")
+            else:
+                texts.append(f"ok {worst:.0f} %" if here else "-")
+        rows.append([technique, place, *texts])
+    return ["technique", "on", *dtypes], rows
+
+
+def _print_table(results: Sequence[CheckResult]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from fusereg.cli.checks import TOLERANCES
+
+    allowed = {str(d).removeprefix("torch."): f"{t:.0e}" for d, t in TOLERANCES.items()}
+    header, rows = table(results)
+    grid = Table(
+        box=box.SIMPLE_HEAD,
+        title="Worst error against torch in float64, in percent of what is allowed",
+        title_justify="left",
+    )
+    for name in header:
+        grid.add_column(f"{name}\n{allowed[name]}" if name in allowed else name, no_wrap=True)
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        cells = [Text(cell) for cell in row]
+        for cell in cells[2:]:
+            style = {"ok": "green", "FAILED": "bold red"}.get(cell.plain.split()[0], "dim")
+            cell.stylize(style)
+        grid.add_row(*cells, end_section=following is None or following[0] != row[0])
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 100)
+    console.print(grid)
+
+
+def _follow(
+    chosen: Sequence[Place],
+    calls: int,
+    work: Callable[[Place, Callable[[CheckResult], None]], list[CheckResult]],
+) -> list[CheckResult]:
+    """Does the work place by place; a bar on a terminal, a line for each place elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True, highlight=False)
+    results: list[CheckResult] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as p:
+        bar = p.add_task("", total=calls * len(chosen))
+        for place in chosen:
+            start = time.perf_counter()
+            p.update(bar, description=f"{place.name}: starting")
+
+            def on_result(result: CheckResult) -> None:
+                p.update(bar, advance=1, description=f"{result.backend}: {result.kernel}")
+
+            here = work(place, on_result)
+            failed = sum(not result.ok for result in here)
+            verdict = f"{failed} of {len(here)} calls FAILED" if failed else f"{len(here)} calls ok"
+            seconds = time.perf_counter() - start
+            console.print(f"{place.name}: {verdict}, {seconds:.1f} s", soft_wrap=True)
+            results += here
+    return results
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `fusereg verify`."""
+    from fusereg.cli.checks import TOLERANCES
+    from fusereg.cli.checks._process import verify_place
+    from fusereg.cli.checks._worker import plan
+    from fusereg.cli.machine import read_machine
+
+    techniques = choose_techniques(args.technique)
+    dtypes = choose_dtypes(args.dtype)
+    chosen = choose_places(args.device, args.isa)
+    start = time.perf_counter()
+    results = _follow(
+        chosen,
+        len(plan(techniques, dtypes)),
+        lambda place, on_result: verify_place(place, techniques, dtypes, on_result),
+    )
+    results = compare_bits(results)
+    seconds = time.perf_counter() - start
+    failed = [result for result in results if not result.ok]
+    machine = read_machine()
+    if args.json != "-":
+        _print_table(results)
+    sys.stdout.flush()
+    for result in failed:
+        size = "large" if result.large else "small"
+        what = f"{result.kernel}, {result.dtype}, {size}, on {result.backend}"
+        print(f"failed: {what}: {why(result)}", file=sys.stderr)
+    for warning in machine.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if args.json:
+        content = {
+            "schema": SCHEMA,
+            "ok": not failed,
+            "seconds": round(seconds, 2),
+            **asdict(machine),
+            "tolerances": {str(d).removeprefix("torch."): t for d, t in TOLERANCES.items()},
+            "places": [place.name for place in chosen],
+            "results": [asdict(result) for result in results],
+        }
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        if args.json == "-":
+            sys.stdout.write(text)
+        else:
+            Path(args.json).write_text(text, encoding="utf-8")
+    if args.json != "-":
+        ok = len(results) - len(failed)
+        isas = sum(place.isa is not None for place in chosen)
+        same = ", the same bits on each instruction set" if isas > 1 and not failed else ""
+        print(f"{ok} of {len(results)} calls ok{same}, {seconds:.0f} s")
+    return 1 if failed else 0

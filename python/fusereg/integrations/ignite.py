@@ -1,0 +1,169 @@
+"""Handlers for ignite's engines: a weight penalty, and early stopping that restores the best.
+
+>>> from fusereg.integrations.ignite import EarlyStoppingHandler, PenaltyHandler
+>>> PenaltyHandler(fusereg.WeightPenalty(model, l1=1e-5), optimizer).attach(trainer)
+>>> EarlyStoppingHandler(model, trainer, "loss", patience=5).attach(evaluator)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..early_stopping import EarlyStopping
+from ..penalty import AttachedPenalty, WeightPenalty
+from ._needed import library
+from ._stopping import Monitored
+
+__all__ = ["EarlyStoppingHandler", "PenaltyHandler"]
+
+_engine = library("ignite.engine", "ignite")
+
+
+class PenaltyHandler:
+    """Adds a :class:`fusereg.WeightPenalty`'s gradient before each step of an optimizer.
+
+    An ignite update function does backward and step in one go, so the gradient is added by the
+    optimizer's own hook (:meth:`fusereg.WeightPenalty.attach`) while the trainer runs: once a step,
+    after the last accumulated batch, with a ``GradScaler``'s scale respected. The value is in
+    ``trainer.state.metrics``. With ``to_save={"penalty": handler, ...}`` ignite's ``Checkpoint``
+    saves strengths and count.
+
+    Args:
+        penalty: what is penalized with how much.
+        optimizer: the one that the trainer steps.
+        name: of the value among the metrics.
+
+    Example:
+        >>> PenaltyHandler(fusereg.WeightPenalty(model, l1=1e-5), optimizer).attach(trainer)
+    """
+
+    def __init__(
+        self, penalty: WeightPenalty, optimizer: torch.optim.Optimizer, *, name: str = "penalty"
+    ) -> None:
+        self.penalty = penalty
+        self._optimizer = optimizer
+        self._name = name
+        self._attached: AttachedPenalty | None = None
+
+    def attach(self, trainer: Any) -> None:
+        """Works in all runs of this engine from now on."""
+        trainer.add_event_handler(_engine.Events.STARTED, self._start)
+        trainer.add_event_handler(_engine.Events.ITERATION_COMPLETED, self._report)
+        trainer.add_event_handler(_engine.Events.COMPLETED, self._end)
+
+    def _start(self) -> None:
+        self._end()  # a run that an exception ended has not come there
+        self._attached = self.penalty.attach(self._optimizer)
+
+    def _report(self, trainer: Any) -> None:
+        if self._attached is not None and self._attached.value is not None:
+            trainer.state.metrics[self._name] = self._attached.value
+
+    def _end(self) -> None:
+        if self._attached is not None:
+            self._attached.remove()
+            self._attached = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The penalty's."""
+        return self.penalty.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """The penalty's."""
+        self.penalty.load_state_dict(state_dict)
+
+
+class EarlyStoppingHandler:
+    """:class:`fusereg.EarlyStopping` for ignite: ends the trainer, and restores the best weights.
+
+    Each run of the evaluator while the trainer runs is a check, at the trainer's epoch. The best
+    weights are back when the trainer has completed. An exception or Ctrl-C fires no event that a
+    handler could use without swallowing it; a ``with`` block covers those too::
+
+        with handler:
+            trainer.run(loader, max_epochs=100)
+
+    With ``to_save={"early_stopping": handler, ...}`` ignite's ``Checkpoint`` saves the records and
+    the best weights. With several processes there is one decision for all.
+
+    Args:
+        model: as :class:`fusereg.EarlyStopping`.
+        trainer: the engine to end.
+        monitor: the name among the evaluator's metrics; None with ``metrics=`` or ``weights=``.
+        patience: as :class:`fusereg.EarlyStopping`.
+        arguments: its other arguments.
+
+    Attributes:
+        stopper: the :class:`fusereg.EarlyStopping`.
+
+    Raises:
+        TypeError, ValueError: as :class:`fusereg.EarlyStopping`; at a check, a missing metric.
+
+    Example:
+        >>> handler = EarlyStoppingHandler(model, trainer, "accuracy", mode="max", patience=5)
+        >>> handler.attach(evaluator)
+        >>> trainer.run(loader, max_epochs=100)
+        >>> handler.stopper.best_epoch
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trainer: Any,
+        monitor: str | None = None,
+        *,
+        patience: int,
+        **arguments: Any,
+    ) -> None:
+        op = "integrations.ignite.EarlyStoppingHandler"
+        self._monitored = Monitored(op, monitor, {"patience": patience, **arguments})
+        self.stopper: EarlyStopping = self._monitored.stopper(model)
+        self._restores = bool(arguments.get("restore_best", True))
+        self._trainer = trainer
+        self._running = False
+        trainer.add_event_handler(_engine.Events.STARTED, self._start)
+        trainer.add_event_handler(_engine.Events.COMPLETED, self._end)
+
+    def attach(self, evaluator: Any, event: Any = None) -> None:
+        """Checks when the evaluator fires this event, by default when it has completed."""
+        evaluator.add_event_handler(event or _engine.Events.COMPLETED, self._check)
+
+    def _start(self) -> None:
+        self._running = True
+
+    def _check(self, evaluator: Any) -> None:
+        if not self._running:
+            return
+        found = self._monitored.find(evaluator.state.metrics, True)
+        if self.stopper.step(found, epoch=self._trainer.state.epoch).stop:
+            self._trainer.terminate()
+
+    def _end(self) -> None:
+        self._running = False
+        if self._restores:
+            self.stopper.restore()
+
+    def __enter__(self) -> EarlyStoppingHandler:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._running:
+            self._end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stopper's, with the best weights."""
+        return self.stopper.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """The stopper's."""
+        self.stopper.load_state_dict(state_dict)

@@ -1,0 +1,299 @@
+"""Callbacks for Lightning's Trainer: a weight penalty, and early stopping that restores the best.
+
+>>> import lightning as L
+>>> from fusereg.integrations.lightning import EarlyStoppingCallback, PenaltyCallback
+>>> trainer = L.Trainer(
+...     callbacks=[PenaltyCallback(l1=1e-5), EarlyStoppingCallback("val_loss", patience=5)]
+... )
+
+fusereg's optimizers need no callback: return one from ``configure_optimizers``. With
+``precision="16-mixed"`` clip by their ``max_grad_norm=`` instead of the Trainer's
+``gradient_clip_val``: they unscale the gradients inside the step, and Lightning then refuses to
+clip before it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch
+from .._params import Key
+from .._penalty_hook import add_for
+from ..early_stopping import EarlyStopping
+from ..early_stopping.snapshot import Stateful
+from ..penalty import Rule, WeightPenalty
+from ._needed import library
+from ._stopping import Monitored
+
+__all__ = ["EarlyStoppingCallback", "PenaltyCallback"]
+
+_log = logging.getLogger(__name__)
+
+# The same library goes under two names: the one in use already, else the one that is installed.
+_NAMES = ("lightning.pytorch", "pytorch_lightning")
+_USED = [name for name in _NAMES if sys.modules.get(name) is not None]
+_INSTALLED = [name for name in _NAMES if find_spec(name.partition(".")[0]) is not None]
+_NAME = [*_USED, *_INSTALLED, *_NAMES][0]
+
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.callbacks import EarlyStopping as LightningsOwn
+else:
+    _callbacks = library(f"{_NAME}.callbacks", "lightning")
+    Callback, LightningsOwn = _callbacks.Callback, _callbacks.EarlyStopping
+
+
+class PenaltyCallback(Callback):
+    r"""Adds the gradient of a :class:`fusereg.WeightPenalty` before each optimizer step.
+
+    That is what adding the penalty to the loss would do, in one pass over the weights: once a step
+    after the last accumulated batch, before gradients are clipped, scaled as the gradients are
+    where a ``GradScaler`` is at work. With several optimizers each one's parameters get theirs when
+    it steps. A step that was skipped (``training_step`` returned None) stays without it.
+
+    The penalty's value is logged, and the schedule counts optimizer steps. Strengths and count are
+    part of Lightning's checkpoints.
+
+    Args:
+        l1, l2, group, half, exclude, rules, schedule: as :class:`fusereg.WeightPenalty`; names are
+            those of the LightningModule's parameters.
+        name: what the value is logged as; None: it is not. Several penalties need several names.
+
+    Attributes:
+        penalty: the :class:`fusereg.WeightPenalty` during and after training, else None; its
+            strengths may be changed.
+
+    Raises:
+        RuntimeError: when training begins, with the DeepSpeed strategy, which keeps the gradients
+            to itself.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[PenaltyCallback(l1=1e-5, rules={"head.*": None})])
+    """
+
+    def __init__(
+        self,
+        *,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        group: float = 0.0,
+        half: bool = True,
+        exclude: Iterable[Key] | Key = ("bias", "norm"),
+        rules: Mapping[Key, Rule] | None = None,
+        schedule: Callable[[int], float] | None = None,
+        name: str | None = "penalty",
+    ) -> None:
+        super().__init__()
+        self.penalty: WeightPenalty | None = None
+        self._name = name
+        self._arguments: dict[str, Any] = {
+            "l1": l1,
+            "l2": l2,
+            "group": group,
+            "half": half,
+            "exclude": exclude,
+            "rules": rules,
+            "schedule": schedule,
+        }
+        self._loaded: dict[str, Any] | None = None
+        WeightPenalty(torch.nn.Module(), l1=l1, l2=l2, group=group)  # wrong strengths: told now
+
+    @property
+    def state_key(self) -> str:
+        """Under which checkpoints hold the state."""
+        key: str = self._generate_state_key(name=self._name)
+        return key
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Begins anew for each fit."""
+        if stage == "fit":
+            self.penalty = None
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Looks the parameters up: the strategy has made them what they stay, and none has run."""
+        if "DeepSpeed" in type(trainer.strategy).__name__:
+            raise RuntimeError(
+                "fusereg.integrations.lightning.PenaltyCallback: the DeepSpeed strategy keeps the "
+                "gradients to itself; add WeightPenalty.penalty() to the loss instead"
+            )
+        self.penalty = WeightPenalty(pl_module, **self._arguments)
+        if self._loaded is not None:
+            self.penalty.load_state_dict(self._loaded)
+            self._loaded = None
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Adds the gradient."""
+        penalty = self.penalty
+        assert penalty is not None
+        value = add_for(penalty, optimizer, _scale(trainer, optimizer))
+        if value is None:
+            return
+        penalty.step()
+        if self._name is not None:
+            pl_module.log(self._name, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Strengths and count."""
+        if self.penalty is not None:
+            return self.penalty.state_dict()
+        return self._loaded or {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them over; some strategies load before the fit starts, some after."""
+        if self.penalty is None:
+            self._loaded = state_dict
+        else:
+            self.penalty.load_state_dict(state_dict)
+
+
+def _scale(trainer: Any, optimizer: Any) -> Tensor | None:
+    """What the gradients are multiplied by at this point of the step, on their device."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not _dispatch.unscales_in_step(optimizer):
+        return None  # Lightning has unscaled them just before
+    scale: Tensor = scaler.scale(
+        torch.ones((), device=optimizer.param_groups[0]["params"][0].device)
+    )
+    return scale
+
+
+class EarlyStoppingCallback(LightningsOwn):
+    """:class:`fusereg.EarlyStopping` in place of Lightning's: stops, and restores the best weights.
+
+    The best weights are back when ``trainer.fit`` returns (after the last checkpoints were written,
+    which so hold what training ended with), and also when an exception or Ctrl-C ended it. Records
+    and the best weights in memory are part of Lightning's checkpoints, so
+    ``fit(..., ckpt_path=...)`` decides as an unbroken run would. With several processes there is
+    one decision for all.
+
+    Args:
+        monitor: the name of the logged metric; None with ``metrics=`` or ``weights=``.
+        patience: as :class:`fusereg.EarlyStopping`.
+        check_on_train_epoch_end: whether to check at the end of a training epoch instead of that of
+            validation; by default as Lightning's own: if there is one validation in each epoch.
+        strict: whether a missing metric is an error; else there is no check.
+        snapshot_in_checkpoint: whether checkpoints hold the best weights beside the present ones.
+            Without, a best from before resuming can be restored only from ``folder``. Never for
+            parameters that are sharded over processes.
+        also: a function of the trainer that gives what else to keep and restore, by name, e.g.
+            ``lambda trainer: {"optimizer": trainer.optimizers[0]}``.
+        arguments: the other arguments of :class:`fusereg.EarlyStopping`.
+
+    Attributes:
+        stopper: the :class:`fusereg.EarlyStopping` during and after training, else None. A fit by
+            the same trainer goes on with it, by another one starts anew.
+        stopped_epoch, wait_count, best_score: as Lightning's.
+
+    Raises:
+        TypeError, ValueError: as :class:`fusereg.EarlyStopping`, at once.
+
+    Example:
+        >>> stopping = EarlyStoppingCallback("val_loss", patience=5, min_delta=1e-3)
+        >>> L.Trainer(callbacks=[stopping]).fit(model, loader)
+        >>> stopping.stopper.best_epoch
+    """
+
+    def __init__(
+        self,
+        monitor: str | None = None,
+        *,
+        patience: int,
+        check_on_train_epoch_end: bool | None = None,
+        strict: bool = True,
+        snapshot_in_checkpoint: bool = True,
+        also: Callable[[Any], Mapping[str, Stateful]] | None = None,
+        **arguments: Any,
+    ) -> None:
+        op = "integrations.lightning.EarlyStoppingCallback"
+        self._monitored = Monitored(op, monitor, {"patience": patience, **arguments})
+        super().__init__(
+            ",".join(self._monitored.names),
+            patience=patience,
+            mode=arguments.get("mode", "min"),
+            strict=strict,
+            check_on_train_epoch_end=check_on_train_epoch_end,
+        )
+        self.stopper: EarlyStopping | None = None
+        self._restores = bool(arguments.get("restore_best", True))
+        self._in_checkpoint = snapshot_in_checkpoint
+        self._also = also
+        self._of: tuple[Any, Any] | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._fitting = False
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Begins anew for another trainer or model."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        of = (weakref.ref(trainer), weakref.ref(pl_module))
+        if self._of != of:
+            self.stopper, self._of = None, of
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Makes the stopper: the strategy has made the parameters what they stay."""
+        if self.stopper is None:
+            also = {} if self._also is None else {"also": self._also(trainer)}
+            self.stopper = self._monitored.stopper(pl_module, **also)
+        if any(_dispatch.is_dtensor(value) for value in pl_module.state_dict().values()):
+            self._in_checkpoint = False
+        if self._loaded is not None:
+            self.stopper.load_state_dict(self._loaded)
+            self._loaded = None
+        self._fitting = True
+
+    def _run_early_stopping_check(self, trainer: Any) -> None:
+        """Lightning's hooks call this where there is something to check."""
+        stopper = self.stopper
+        if stopper is None or trainer.fast_dev_run:
+            return
+        found = self._monitored.find(trainer.callback_metrics, self.strict)
+        if found is None:
+            return
+        decision = stopper.step(found, epoch=trainer.current_epoch)
+        self.wait_count = stopper.misses
+        if stopper.best is not None:
+            self.best_score = torch.tensor(stopper.best)
+        if decision.stop:
+            trainer.should_stop = True
+            self.stopped_epoch = trainer.current_epoch
+            self.stopping_reason_message = stopper.explain()
+            if trainer.is_global_zero:
+                _log.info(stopper.explain())
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Restores the best weights."""
+        self._restore()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Restores the best weights, on Ctrl-C too."""
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._fitting and self._restores and self.stopper is not None:
+            self.stopper.restore()
+        self._fitting = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_of": None}  # for strategies that start processes by pickle
+
+    def state_dict(self) -> dict[str, Any]:
+        """The records, and the best weights."""
+        if self.stopper is not None:
+            return self.stopper.state_dict(snapshot=self._in_checkpoint)
+        return self._loaded or {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them over; some strategies load before the fit starts, some after."""
+        if self._fitting and self.stopper is not None:
+            self.stopper.load_state_dict(state_dict)
+        else:
+            self._loaded = state_dict

@@ -1,0 +1,347 @@
+"""The benchmark's report: overview, figures, page, and two runs side by side. Nothing is timed."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fusereg.bench import command, compare, figures, harness, machine, overview, page, report
+from fusereg.bench.harness import Row, Settings
+
+from fusereg.cli import bench as cli_bench
+from test_bench import arguments, row
+
+CPU = torch.device("cpu")
+
+
+def run_rows() -> list[Row]:
+    """Two techniques on two devices, in two dtypes, with a loss, a failure and a host case."""
+    rows = []
+    for device in ("cpu", "cuda"):
+        for suite in ("penalty", "drop_block"):
+            for dtype, size in (("float32", 10_000), ("bfloat16", 80_000_000)):
+                same: dict[str, Any] = {
+                    "suite": suite, "dtype": dtype, "bytes": size, "device": device,
+                }  # fmt: skip
+                loss = suite == "penalty" and dtype == "bfloat16"
+                rows += [
+                    row("copy", vs_eager=None, gb_per_s=10.0, percent_of_copy=100.0, **same),
+                    row("eager", gb_per_s=1.0, **same),
+                    row("torch.compile", failed="Oops: <no> compiler", p50_us=None, **same),
+                    row("fusereg", gb_per_s=8.0, vs_eager=0.5 if loss else 4.0, **same),
+                ]
+    rows.append(row("fusereg", host=True, shape="host", bytes=0, gb_per_s=None, vs_eager=2.0))
+    return rows
+
+
+# --- overview and figures -------------------------------------------------------------------------
+
+
+def test_the_overview_has_a_line_for_each_technique_and_device() -> None:
+    lines = overview.overview(run_rows())
+    assert [(line.suite, line.device) for line in lines] == [
+        ("penalty", "cpu"), ("drop_block", "cpu"), ("penalty", "cuda"), ("drop_block", "cuda"),
+    ]  # fmt: skip
+    first = lines[0]
+    assert (first.cases, first.slower, first.failed) == (3, 1, 0)
+    assert (first.lowest, first.median, first.highest) == (0.5, 2.0, 4.0)
+    assert overview.cells(first)[-2:] == ("1", "-")
+
+
+def test_the_overview_counts_what_failed() -> None:
+    rows = [row("eager"), row("fusereg", p50_us=None, vs_eager=None, failed="Oops")]
+    (line,) = overview.overview(rows)
+    assert (line.failed, line.median) == (1, None)
+    (line,) = overview.overview([row("all", p50_us=None, failed="skipped: needs memory")])
+    assert line.failed == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_roofline_for_each_device(device: str) -> None:
+    pytest.importorskip("matplotlib")
+    drawn = figures.roofline(run_rows(), device, "Some machine")
+    assert drawn is not None
+    assert [axis.get_title(loc="left") for axis in drawn.axes] == ["float32", "bfloat16"]
+    assert figures.png(drawn).startswith(b"\x89PNG")
+    (legend,) = drawn.legends
+    labels = {text.get_text() for text in legend.get_texts()}
+    assert labels == {"copy: the roof", "eager torch", "penalty", "drop_block"}
+
+
+def test_nothing_to_draw_is_no_error() -> None:
+    pytest.importorskip("matplotlib")
+    assert figures.roofline(run_rows(), "tpu") is None
+    assert figures.roofline([row("copy"), row("eager")], "cpu") is None
+    assert figures.speeds([row("copy", vs_eager=None), row("eager")]) is None
+
+
+def test_a_figure_follows_the_readers_colours() -> None:
+    pytest.importorskip("matplotlib")
+    drawn = figures.speeds(run_rows())
+    assert drawn is not None
+    text = figures.svg(drawn, 'a "name"')
+    assert text.startswith('<svg role="img" aria-label="a &quot;name&quot;"')
+    assert "var(--ink)" in text
+    assert not any(ink in text for ink in figures.VARIABLES)
+    assert figures.svg(drawn, "b") != text  # other ids
+    again = figures.speeds(run_rows())
+    assert again is not None
+    assert figures.svg(again, 'a "name"') == text
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+class _Reader(html.parser.HTMLParser):
+    """Checks that elements are closed, and collects what a browser would load."""
+
+    EMPTY = frozenset({"meta", "br", "link", "img"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "srcset") and not str(value).startswith("#"):
+                self.loads.append(str(value))
+            if name == "id":
+                self.ids.append(str(value))
+        if tag in ("script", "link", "img", "iframe", "object"):
+            self.loads.append(tag)
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read_page(text: str) -> _Reader:
+    reader = _Reader()
+    reader.feed(text)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def test_the_page_needs_nothing_else() -> None:
+    pytest.importorskip("matplotlib")
+    text = page.report(run_rows(), machine.describe(CPU), interrupted=False)
+    reader = read_page(text)
+    assert reader.loads == []
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+    assert {"penalty", "drop_block", "machine"} <= set(reader.ids)
+    assert text.count("<svg") == 2 + 4  # a roofline a device; a technique's speeds on each
+    for part in ("Roofline: cpu", "Roofline: cuda", str(torch.__version__), "0.50x", "(1)"):
+        assert part in reader.text
+    assert "Oops: <no> compiler" in reader.text  # escaped in the page
+    assert '<td class="loss">0.50x</td>' in text
+    assert "Interrupted" not in reader.text
+
+
+def test_an_interrupted_or_noisy_run_says_so() -> None:
+    pytest.importorskip("matplotlib")
+    facts = {**machine.describe(CPU), "others_cpu_share": 0.4}
+    reader = read_page(page.report(run_rows(), facts, interrupted=True))
+    assert "Interrupted: this is not the whole run." in reader.text
+    assert "40 %" in reader.text
+
+
+# --- two runs -------------------------------------------------------------------------------------
+
+
+def spread(p20: float, p50: float, p80: float, provider: str = "fusereg", **changes: Any) -> Row:
+    return row(provider, p20_us=p20, p50_us=p50, p80_us=p80, rounds=11, **changes)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "moved"),
+    [
+        ((9.0, 10.0, 11.0), (10.0, 12.0, 14.0), False),  # the ranges meet
+        ((9.0, 10.0, 11.0), (11.5, 12.0, 14.0), True),
+        ((9.0, 10.0, 11.0), (7.0, 8.0, 8.5), True),
+        ((9.0, 10.0, 30.0), (29.0, 29.5, 30.0), False),  # the old run was noisy
+        ((9.0, 10.0, 11.0), (11.0, 12.0, 13.0), False),
+    ],
+)
+def test_only_what_is_beyond_the_noise_has_moved(
+    old: tuple[float, ...], new: tuple[float, ...], moved: bool
+) -> None:
+    found = compare.compare([spread(*old)], [spread(*new)])
+    assert [change.moved for change in found.changes] == [moved]
+    assert len(found.moved) == moved
+
+
+def test_rows_are_matched_by_case_and_provider() -> None:
+    old = [spread(1, 1, 1), spread(2, 2, 2, "eager"), spread(1, 1, 1, shape="gone")]
+    new = [spread(2, 2, 2, "eager"), spread(3, 3, 3), spread(1, 1, 1, device="cuda")]
+    found = compare.compare(old, new)
+    assert [(c.new.provider, c.ratio) for c in found.changes] == [("eager", 1.0), ("fusereg", 3.0)]
+    assert (found.only_old, found.only_new) == (1, 1)
+    assert found.yardsticks == 1.0
+
+
+def test_slower_is_fuseregs_own_and_beyond_the_limit() -> None:
+    old = [spread(9, 10, 11), spread(9, 10, 11, "eager"), spread(9, 10, 11, mode="b")]
+    new = [spread(12, 13, 14), spread(90, 91, 92, "eager"), spread(5, 6, 7, mode="b")]
+    found = compare.compare(old, new)
+    assert [change.own for change in found.moved] == [False, True, True]
+    assert [change.ratio for change in found.slower(0.0)] == [1.3]
+    assert found.slower(35.0) == []
+
+
+def test_what_no_longer_runs_counts_as_slower() -> None:
+    gone = row("fusereg", p20_us=None, p50_us=None, p80_us=None, failed="Oops")
+    found = compare.compare([spread(9, 10, 11)], [gone])
+    assert [compare.percent(change) for change in found.slower(50.0)] == ["failed"]
+    assert "1 failed" in compare.remarks(found, {}, {})[0]
+    assert compare.compare([gone], [gone]).moved == []
+
+
+def test_another_machine_and_few_rounds_are_remarked() -> None:
+    found = compare.compare([row("fusereg")], [row("fusereg")])  # 3 rounds
+    lines = "\n".join(
+        compare.remarks(found, {"cpu": "A", "threads": 2}, {"cpu": "B", "threads": 2})
+    )
+    assert "not the same cpu: A before, B now" in lines
+    assert "threads" not in lines
+    assert "fewer than 11 rounds" in lines
+
+
+def write_run(path: Path, rows: list[Row]) -> str:
+    facts = machine.describe(CPU)
+    report.write_json(path, report.document(rows, facts, Settings(), interrupted=False))
+    return str(path)
+
+
+def test_compare_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = write_run(tmp_path / "old.json", [spread(9, 10, 11), spread(9, 10, 11, "eager")])
+    new = write_run(tmp_path / "new.json", [spread(12, 13, 14), spread(9, 10, 11, "eager")])
+    out = tmp_path / "moved.html"
+    assert cli_bench.run(arguments("--compare", old, new, "--html", str(out))) == 0
+    printed = capsys.readouterr().out
+    assert "+30 %" in printed
+    assert "of 1 times of fusereg: 1 slower, 0 faster" in printed
+    reader = read_page(out.read_text())
+    assert "+30 %" in reader.text
+    assert reader.loads == []
+    assert cli_bench.run(arguments("--compare", old, new, "--fail-on-slower")) == 1
+    assert cli_bench.run(arguments("--compare", old, new, "--fail-on-slower", "40")) == 0
+    assert cli_bench.run(arguments("--compare", new, old, "--fail-on-slower")) == 0
+    other = write_run(tmp_path / "other.json", [spread(1, 1, 1, shape="other")])
+    capsys.readouterr()
+    assert cli_bench.run(arguments("--compare", old, other)) == 2
+    assert "no case in common" in capsys.readouterr().err
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+TINY = ["penalty", "--all", "--quick", "--only", "tiny", "--device", "cpu", "--min-time", "0"]
+
+
+def test_all_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert cli_bench.run(arguments(*TINY, "--report", str(tmp_path / "r"))) == 0
+    printed = capsys.readouterr()
+    names = {path.name for path in (tmp_path / "r").iterdir()}
+    assert names == {"report.json", "report.html", "roofline-cpu.png"}
+    assert "Times faster than eager torch" in printed.out
+    assert "wrote " in printed.err
+    rows, data = report.read_json(tmp_path / "r" / "report.json")
+    assert {r.dtype for r in rows} == {"float32", "bfloat16"}
+    assert {"git_commit", "torch", "fusereg"} <= set(data["machine"])
+    assert "penalty" in read_page((tmp_path / "r" / "report.html").read_text()).ids
+
+    out = tmp_path / "again.html"
+    again = ["--from", str(tmp_path / "r" / "report.json"), "--html", str(out)]
+    assert cli_bench.run(arguments(*again)) == 0
+    assert out.read_text() == (tmp_path / "r" / "report.html").read_text()
+
+
+def test_ctrl_c_writes_the_report_of_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    right, calls = harness.run_case, []
+
+    def stops(case: Any, *args: Any, **kwargs: Any) -> list[Row]:
+        calls.append(case)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return right(case, *args, **kwargs)
+
+    monkeypatch.setattr(harness, "run_case", stops)
+    assert cli_bench.run(arguments(*TINY, "--report", str(tmp_path))) == 130
+    err = " ".join(capsys.readouterr().err.split())
+    assert "interrupted: what was measured until then, 1 of 6 cases, follows" in err
+    assert json.loads((tmp_path / "report.json").read_text())["interrupted"] is True
+    assert "Interrupted" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "roofline-cpu.png").is_file()
+
+
+def test_ctrl_c_before_the_first_case_draws_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*args: Any, **kwargs: Any) -> list[Row]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness, "run_case", stops)
+    assert cli_bench.run(arguments(*TINY, "--report", str(tmp_path))) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_both_devices_only_where_all_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def devices(name: str, everything: bool) -> list[str]:
+        return [str(device) for device in command.choose_devices(name, everything)]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert devices("auto", True) == ["cpu", "cuda"]
+    assert devices("auto", False) == ["cuda"]
+    assert devices("cpu", True) == ["cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices("auto", True) == ["cpu"]
+    with pytest.raises(command.UsageError, match="no CUDA device"):
+        devices("cuda", True)
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "done", "total", "text"),
+    [(10.0, 1, 3, ""), (600.0, 1, 3, " (about 20 min left)"), (600.0, 3, 3, "")],
+)
+def test_time_left(elapsed: float, done: int, total: int, text: str) -> None:
+    assert command.time_left(elapsed, done, total) == text
+
+
+def test_a_table_for_each_device() -> None:
+    from rich.console import Console
+
+    console = Console(record=True, width=200, quiet=False)
+    report.print_tables(console, run_rows(), machine.describe(CPU))
+    text = console.export_text()
+    assert re.search(r"^cpu$", text, re.MULTILINE)
+    assert re.search(r"^cuda$", text, re.MULTILINE)
+    assert "cpu: Host overhead" in text
+
+
+def test_without_matplotlib_the_report_is_its_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    assert cli_bench.run(arguments(*TINY, "--html", str(tmp_path / "r.html"))) == 2
+    assert "--html needs matplotlib" in capsys.readouterr().err
+    assert cli_bench.run(arguments(*TINY, "--report", str(tmp_path / "r"))) == 0
+    assert "page and plots need matplotlib" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["report.json"]

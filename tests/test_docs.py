@@ -1,0 +1,277 @@
+"""What the documents say is so: examples run, tables are made from results, links lead somewhere.
+
+A page's Python examples run one after the other in one namespace, as a reader would type them;
+those for several processes run under torchrun. README's use `batches`, `train` and `validate`,
+which are given here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fusereg
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+#: Comments in front of an example.
+NEEDS = re.compile(r"<!-- needs: ([\w., ]+) -->")
+RANKS = "<!-- ranks: 2 -->"
+_FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>[\w-]*)[^\n]*\n(?P<body>.*?)^ *```", re.M | re.S
+)
+
+pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="no documents beside these tests")
+
+
+def examples(page: Path) -> list[tuple[int, str, str]]:
+    """(line, code, what stands before it) of the page's Python examples."""
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in _FENCE.finditer(text):
+        if match["language"] == "python":
+            line = text.count("\n", 0, match.start()) + 1
+            before = text[: match.start()].rstrip().rpartition("\n")[2]
+            found.append((line, match["body"], before))
+    return found
+
+
+def script(name: str) -> types.ModuleType:
+    """A module of docs/scripts/."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- examples -------------------------------------------------------------------------------------
+
+
+def readme_names() -> dict[str, Any]:
+    return {
+        "batches": [(torch.randn(16, 784), torch.randint(0, 10, (16,))) for _ in range(3)],
+        "train": lambda model: None,
+        "validate": lambda model: 1.0,
+    }
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """In a folder of its own, with a compiler that starts at once, and loggers as they were."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def lacking(before: str) -> list[str]:
+    needed = NEEDS.fullmatch(before.strip())
+    if needed is None:
+        return []
+    importlib.import_module("other_libraries")  # some want it before their first import
+    return [n for n in re.split(r"[, ]+", needed[1]) if importlib.util.find_spec(n) is None]
+
+
+WITH_EXAMPLES = [page for page in PAGES if page.is_file() and examples(page)]
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda p: p.name)
+def test_the_examples_run(page: Path, quiet: None) -> None:
+    names: dict[str, Any] = {"__name__": "__main__"}
+    if page.name == "README.md":
+        names.update(readme_names())
+    left_out = []
+    for line, code, before in examples(page):
+        if before.strip() == RANKS:
+            continue
+        if missing := lacking(before):
+            left_out.append(f"line {line} needs {', '.join(missing)}")
+            continue
+        # Line numbers of the page, for tracebacks.
+        exec(compile("\n" * line + code, str(page), "exec"), names)
+    if left_out:
+        pytest.skip(f"{page.name}: {'; '.join(left_out)}")
+
+
+def of_ranks() -> list[Path]:
+    return [p for p in WITH_EXAMPLES if any(b.strip() == RANKS for _, _, b in examples(p))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", of_ranks(), ids=lambda p: p.name)
+def test_the_examples_for_several_processes_run(page: Path, tmp_path: Path) -> None:
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this torch has no torch.distributed with gloo")
+    code = "\n".join(c for _, c, before in examples(page) if before.strip() == RANKS)
+    (tmp_path / "page.py").write_text(code, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "2", "page.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_examples_are_found_with_what_stands_before_them(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A\n\n```python\nx = 1\n```\n\n```bash\nls\n```\n\n"
+        "<!-- needs: lightning -->\n```python\ny = 2\n```\n",
+        encoding="utf-8",
+    )
+    assert examples(page) == [(3, "x = 1\n", "# A"), (12, "y = 2\n", "<!-- needs: lightning -->")]
+    assert lacking("<!-- needs: no_such_package, sys -->") == ["no_such_package"]
+    assert lacking("text") == []
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def test_measured_tables_are_those_of_the_results() -> None:
+    if not (ROOT / "bench" / "results").is_dir():
+        pytest.skip("no measured results beside these tests")
+    stale = script("tables").out_of_date()
+    assert not stale, f"run: make docs ({', '.join(p.name for p in stale)})"
+
+
+def test_a_measured_table_that_was_changed_by_hand_is_found_out() -> None:
+    tables = script("tables")
+    rows = tables.load()
+    text = "<!-- measured: suite=dropout op=dropout dtype=float32 -->\n<!-- end measured -->\n"
+    made = tables.renewed(text, rows)
+    assert "| 4M | float32 | forward |" in made
+    assert tables.renewed(made, rows) == made
+    assert tables.renewed(made.replace("| 4M |", "| 5M |"), rows) == made
+    with pytest.raises(ValueError, match="no measured row fits"):
+        tables.table("suite=dropout op=nothing", rows)
+    assert "`fusereg bench snow` measures it" in tables.table("suite=snow", rows)
+    with pytest.raises(ValueError, match="unknown option color"):
+        tables.table("suite=dropout color=red", rows)
+
+
+def test_losses_are_marked() -> None:
+    tables = script("tables")
+    assert tables.ratio_text(0.5) == "**0.50x, slower**"
+    assert tables.ratio_text(1.0) == "1.00x"
+    assert tables.ratio_text(38.6) == "39x"
+    assert tables.ratio_text(None) == "–"
+
+
+SUPPORT = script("support") if DOCS.is_dir() else None
+NAMED = [
+    (page, name)
+    for page in PAGES
+    if page.is_file() and SUPPORT is not None
+    for name in SUPPORT.names(page.read_text(encoding="utf-8"))
+]
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[None]:
+    assert SUPPORT is not None
+    with SUPPORT.process_group():
+        yield
+
+
+@pytest.mark.parametrize(("page", "name"), NAMED, ids=lambda v: getattr(v, "name", v))
+def test_what_the_support_tables_say(page: Path, name: str, group: None) -> None:
+    assert SUPPORT is not None
+    said: list[str] = []
+    wanted = SUPPORT.row(name, SUPPORT.answers(name, said.append))
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert wanted in lines, f"run: python docs/scripts/support.py ({said})"
+
+
+def test_every_operation_that_can_be_tried_is_in_a_table() -> None:
+    assert SUPPORT is not None
+    assert sorted(name for _, name in NAMED) == sorted(SUPPORT.SUBJECTS)
+    functions = {name for name in fusereg.functional.__all__ if name != "dropout_mask"}
+    assert functions <= set(SUPPORT.SUBJECTS)
+    assert "augment.warp_affine" in SUPPORT.SUBJECTS
+
+
+def test_an_attempt_that_fails_says_no() -> None:
+    assert SUPPORT is not None
+    subject = SUPPORT.Subject(lambda x: x.detach() + torch.zeros(()).item())
+    with pytest.raises(RuntimeError):
+        SUPPORT.double_backward(subject)
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings' anchors, as Markdown processors make them."""
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ +(.+?)\s*$", text, flags=re.M)
+    return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", t.lower()).strip()) for t in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:|mailto:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.is_file() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert broken == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    named = set(re.findall(r"(\S+\.md)$", text, flags=re.M))
+    assert named == {p.name for p in DOCS.glob("*.md")}
+
+
+def test_pictures_are_used_and_small() -> None:
+    text = "".join(p.read_text(encoding="utf-8") for p in PAGES)
+    for path in sorted((DOCS / "images").glob("*.png")):
+        assert f"images/{path.name}" in text, path.name
+        assert path.stat().st_size < 250_000, path.name
+
+
+def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
+    if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("material") is None:
+        pytest.skip("mkdocs-material is not installed: pip install 'fusereg[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    # mkdocs-material advertises its successor on every build unless told not to.
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=quiet)
+    assert done.returncode == 0, done.stdout + done.stderr
+    fetched = re.compile(r"""(?:src|<link[^>]* href)=["']?(https?:)?//[^"'>\s]+""")
+    for path in tmp_path.glob("*.html"):
+        found = fetched.search(path.read_text(encoding="utf-8"))
+        assert found is None, f"{path.name} wants the network: {found and found[0]}"
+
+
+def test_changelog_has_this_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{fusereg.__version__}]" in text
+    cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"version: {fusereg.__version__}" in cited

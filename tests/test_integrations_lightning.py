@@ -1,0 +1,512 @@
+"""The callbacks in the real Lightning: penalty, early stopping, and fusereg's optimizers."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import other_libraries  # noqa: F401  # before Lightning
+
+pytest.importorskip("lightning")
+
+import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping as LightningsOwn
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+
+import fusereg
+from fusereg.integrations.lightning import EarlyStoppingCallback, PenaltyCallback
+
+# Lightning warns by classes of its own, which the process that collects the results would have to
+# import; what it warns of here (few workers, no validation loop) is meant.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+STRENGTHS = {"l1": 0.02, "l2": 0.1, "group": 0.01}
+Make = Callable[[Any], Any]
+
+
+def sgd(params: Any) -> Any:
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+def data(rows: int = 24) -> TensorDataset:
+    x = torch.randn(rows, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return TensorDataset(x, x.sum(1, keepdim=True).tanh())
+
+
+class Regression(L.LightningModule):
+    """Two layers; the penalty is in the loss if there is one."""
+
+    def __init__(self, make: Make = sgd, in_loss: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 1))
+        self.net.double()
+        self._make = make
+        self._in_loss = in_loss
+        self.skipped: tuple[int, ...] = ()
+        self.values: list[float] = []
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return (self.net(x.to(self.net[0].weight.dtype)) - y).square().mean()
+
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        if index in self.skipped:
+            return None
+        loss = self.loss(batch)
+        if self._in_loss:
+            loss = loss + fusereg.WeightPenalty(self, **STRENGTHS).penalty()
+        return loss
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val_loss", self.loss(batch))
+
+    def configure_optimizers(self) -> Any:
+        return self._make(self.parameters())
+
+
+def trainer(*callbacks: Any, **options: Any) -> L.Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "max_epochs": 2,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return L.Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+
+def fit(model: L.LightningModule, *callbacks: Any, **options: Any) -> L.Trainer:
+    made = trainer(*callbacks, **options)
+    made.fit(model, DataLoader(data(), 4))
+    return made
+
+
+def assert_same(left: nn.Module, right: nn.Module, tolerance: float = 1e-12) -> None:
+    for (name, p), q in zip(left.named_parameters(), right.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=tolerance), name
+
+
+# --- penalty --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.05}],
+    ids=["plain", "accumulated", "clipped"],
+)
+def test_the_callback_trains_as_the_penalty_in_the_loss(options: dict[str, Any]) -> None:
+    """Clipping tells whether the penalty is there before it, accumulation whether it is once."""
+    wanted, got = Regression(in_loss=True), Regression()
+    fit(wanted, **options)
+    callback = PenaltyCallback(**STRENGTHS)
+    made = fit(got, callback, **options)
+    assert_same(wanted, got)
+    assert callback.penalty is not None
+    assert callback.penalty.steps == made.global_step > 0
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, fusereg.optim.SGD], ids=["torch", "own"])
+def test_a_grad_scaler_is_respected(optimizer: Any) -> None:
+    """torch's SGD gets unscaled gradients; fusereg's unscales them itself, inside the step."""
+
+    def run(in_loss: bool, *callbacks: Any) -> Regression:
+        model = Regression(lambda params: optimizer(params, lr=0.1), in_loss)
+        model.net.float()
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        plugin = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+        fit(model, *callbacks, plugins=[plugin], max_epochs=1)
+        return model
+
+    wanted = run(True)
+    assert_same(wanted, run(False, PenaltyCallback(**STRENGTHS)), 2e-3)  # float16 activations
+    with pytest.raises(AssertionError):
+        assert_same(wanted, run(False), 2e-3)
+
+
+def test_a_skipped_step_stays_skipped() -> None:
+    """The penalty alone must not move the weights where there was no loss."""
+    model = Regression()
+    model.skipped = tuple(range(100))
+    before = copy.deepcopy(model)
+    fit(model, PenaltyCallback(**STRENGTHS))
+    assert_same(before, model, 0.0)
+
+
+class Alternating(Regression):
+    """Manual optimization: each layer has an optimizer of its own, and they take turns."""
+
+    def __init__(self, in_loss: bool = False) -> None:
+        super().__init__(in_loss=in_loss)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [sgd(self.net[0].parameters()), sgd(self.net[3].parameters())]
+
+    def training_step(self, batch: Any, index: int) -> None:
+        for optimizer, layer in zip(self.optimizers(), (0, 3), strict=True):
+            optimizer.zero_grad()
+            loss = self.loss(batch)
+            if self._in_loss:
+                loss = loss + fusereg.WeightPenalty(self.net[layer], **STRENGTHS).penalty()
+            self.manual_backward(loss)
+            optimizer.step()
+
+
+def test_several_optimizers_each_get_their_parameters_penalty_once() -> None:
+    wanted, got = Alternating(in_loss=True), Alternating()
+    fit(wanted)
+    fit(got, PenaltyCallback(**STRENGTHS))
+    assert_same(wanted, got)
+
+
+def test_the_value_is_logged_and_the_schedule_counts_steps() -> None:
+    seen: list[int] = []
+
+    def schedule(step: int) -> float:
+        seen.append(step)
+        return 0.0 if step < 3 else 1.0
+
+    model = Regression()
+    made = fit(model, PenaltyCallback(l1=0.5, schedule=schedule, name="r"), max_epochs=1)
+    assert seen == list(range(6))
+    assert made.callback_metrics["r"] > 0
+
+
+def test_strengths_and_count_are_in_the_checkpoint(tmp_path: Path) -> None:
+    first = PenaltyCallback(l1=0.5)
+    made = fit(Regression(), first)
+    assert first.penalty is not None
+    first.penalty.l1 = 0.25
+    made.save_checkpoint(tmp_path / "a.ckpt")
+    second = PenaltyCallback(l1=0.5)
+    other = trainer(second, max_epochs=3)
+    other.fit(Regression(), DataLoader(data(), 4), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert second.penalty is not None
+    assert second.penalty.l1 == 0.25
+    assert second.penalty.steps == other.global_step == 18
+
+
+def test_what_does_not_work_is_said_at_once() -> None:
+    with pytest.raises(ValueError, match="l1 must be finite and not negative"):
+        PenaltyCallback(l1=-1.0)
+
+    class DeepSpeedStrategy:
+        pass
+
+    class Stub:
+        strategy = DeepSpeedStrategy()
+
+    with pytest.raises(RuntimeError, match="DeepSpeed strategy keeps the gradients"):
+        PenaltyCallback().on_fit_start(Stub(), Regression())
+
+
+def test_the_optimizers_of_fusereg_train_in_lightning(tmp_path: Path) -> None:
+    """With a scheduler, clipping inside the step, and a checkpoint in the middle."""
+
+    def make(params: Any) -> Any:
+        optimizer = fusereg.optim.AdamW(params, lr=0.05, l1=0.5, max_grad_norm=1.0)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+    whole = Regression(make)
+    fit(whole, max_epochs=4)
+    half = fit(Regression(make), max_epochs=2)
+    half.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = Regression(make)
+    trainer(max_epochs=4).fit(resumed, DataLoader(data(), 4), ckpt_path=tmp_path / "a.ckpt")
+    assert_same(whole, resumed, 0.0)
+    assert fusereg.sparsity(whole) > 0
+
+
+# --- early stopping -------------------------------------------------------------------------------
+
+
+class Scripted(L.LightningModule):
+    """Validation reports given numbers; the one weight tells in which epoch it was."""
+
+    def __init__(self, losses: list[float]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self._losses = losses
+        self.validated = 0
+        self.fails_in: int | None = None
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        if self.current_epoch == self.fails_in:
+            raise RuntimeError("in the midst")
+        return self.weight * 0.0
+
+    def on_train_epoch_end(self) -> None:
+        self.log("train_score", -self._losses[self.current_epoch])
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        with torch.no_grad():
+            self.weight.fill_(float(self.current_epoch))
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        pass
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_loss", self._losses[self.current_epoch])
+        self.log("twice", 2.0 * self._losses[self.current_epoch])
+        self.validated += 1
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+LOSSES = [5.0, 3.0, 4.0, 2.0, 6.0, 6.0, 6.0, 1.0]
+ONE = TensorDataset(torch.zeros(1, 1))
+
+
+def fit_scripted(
+    model: Scripted, *callbacks: Any, ckpt_path: Path | None = None, **options: Any
+) -> L.Trainer:
+    made = trainer(*callbacks, **{"max_epochs": len(LOSSES), **options})
+    made.fit(model, DataLoader(ONE), DataLoader(ONE), ckpt_path=ckpt_path)
+    return made
+
+
+def test_it_stops_and_the_best_weights_are_back() -> None:
+    model, stopping = Scripted(LOSSES), EarlyStoppingCallback("val_loss", patience=3)
+    made = fit_scripted(model, stopping)
+    assert made.current_epoch == 7  # as many epochs as were run
+    assert model.validated == 7
+    assert float(model.weight) == 3.0
+    assert stopping.stopper is not None
+    assert (stopping.stopper.best, stopping.stopper.best_epoch) == (2.0, 3)
+    assert stopping.stopper.decision is not None
+    assert stopping.stopper.decision.reason == "patience"
+    assert made.early_stopping_callback is stopping
+    assert (stopping.stopped_epoch, stopping.wait_count) == (6, 3)
+    assert float(stopping.best_score) == 2.0
+
+
+@pytest.mark.parametrize("at_training_end", [True, False])
+def test_it_restores_where_training_simply_ends(at_training_end: bool) -> None:
+    model = Scripted(LOSSES)
+    stopping = EarlyStoppingCallback(
+        "val_loss", patience=9, check_on_train_epoch_end=at_training_end
+    )
+    fit_scripted(model, stopping, max_epochs=5)
+    assert float(model.weight) == 3.0
+
+
+def test_it_restores_after_an_exception() -> None:
+    model = Scripted(LOSSES)
+    model.fails_in = 5
+    with pytest.raises(RuntimeError, match="in the midst"):
+        fit_scripted(model, EarlyStoppingCallback("val_loss", patience=9))
+    assert float(model.weight) == 3.0
+
+
+def test_restoring_can_be_left_out() -> None:
+    model = Scripted(LOSSES)
+    fit_scripted(model, EarlyStoppingCallback("val_loss", patience=3, restore_best=False))
+    assert float(model.weight) == 6.0
+
+
+def test_a_metric_logged_at_the_end_of_the_training_epoch_is_there() -> None:
+    """Lightning calls callbacks that monitor something after the module's own hook."""
+    model = Scripted(LOSSES)
+    fit_scripted(model, EarlyStoppingCallback("train_score", mode="max", patience=3))
+    assert float(model.weight) == 3.0
+
+
+def test_several_metrics() -> None:
+    model = Scripted(LOSSES)
+    stopping = EarlyStoppingCallback(weights={"val_loss": 1.0, "twice": -1.0}, patience=1)
+    fit_scripted(model, stopping)  # the sum is the negative loss, which grows at epoch 1
+    assert float(model.weight) == 0.0
+
+
+def test_a_missing_metric_is_named_or_left() -> None:
+    with pytest.raises(ValueError, match=r"no metric val_los; there are .*val_loss"):
+        fit_scripted(Scripted(LOSSES), EarlyStoppingCallback("val_los", patience=1))
+    model = Scripted(LOSSES)
+    fit_scripted(model, EarlyStoppingCallback("val_los", patience=1, strict=False))
+    assert float(model.weight) == 7.0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"monitor": "a", "patience": 0}, "patience"),
+        ({"monitor": "a", "patience": 1, "mode": "up"}, "mode"),
+        ({"patience": 1}, "the name of one metric"),
+        ({"monitor": "a", "metrics": {"b": "min"}, "patience": 1}, "the name of one metric"),
+    ],
+)
+def test_wrong_arguments_are_told_when_the_callback_is_made(
+    options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        EarlyStoppingCallback(**options)
+
+
+@pytest.mark.parametrize("in_checkpoint", [True, False])
+def test_a_resumed_run_decides_and_restores_as_an_unbroken_one(
+    in_checkpoint: bool, tmp_path: Path
+) -> None:
+    def make() -> EarlyStoppingCallback:
+        return EarlyStoppingCallback("val_loss", patience=3, snapshot_in_checkpoint=in_checkpoint)
+
+    keeper = ModelCheckpoint(tmp_path, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
+    fit_scripted(Scripted(LOSSES), make(), keeper, max_epochs=5)
+    stopping, model = make(), Scripted(LOSSES)
+    fit_scripted(model, stopping, ckpt_path=tmp_path / "epoch=4.ckpt")
+    assert stopping.stopper is not None
+    assert stopping.stopper.epoch == 6
+    assert stopping.stopper.best_epoch == 3
+    # Without the weights in the checkpoint those of epoch 3 are gone: the last ones stay.
+    assert float(model.weight) == (3.0 if in_checkpoint else 6.0)
+
+
+def test_the_last_checkpoint_holds_what_training_ended_with(tmp_path: Path) -> None:
+    """The optimizer's state in it belongs to those weights, not to the best ones."""
+    keeper = ModelCheckpoint(tmp_path, save_last=True)
+    model = Scripted(LOSSES)
+    fit_scripted(model, EarlyStoppingCallback("val_loss", patience=3), keeper)
+    saved = torch.load(keeper.last_model_path, weights_only=True)
+    assert float(saved["state_dict"]["weight"]) == 6.0
+    assert float(model.weight) == 3.0
+
+
+def test_the_folder_and_what_else_is_kept(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    stopping = EarlyStoppingCallback(
+        "val_loss",
+        patience=3,
+        folder=tmp_path,
+        also=lambda trainer: {"optimizer": trainer.optimizers[0]},
+    )
+    fit_scripted(Scripted(LOSSES), stopping)
+    best = fusereg.early_stopping.load_best(tmp_path)
+    assert best.epoch == 3
+    assert float(best.states["model"]["weight"]) == 3.0
+    assert set(best.states) == {"model", "optimizer"}
+
+
+def test_another_fit_of_the_same_trainer_goes_on_and_of_another_one_begins_anew() -> None:
+    model, stopping = Scripted(LOSSES), EarlyStoppingCallback("val_loss", patience=9)
+    made = fit_scripted(model, stopping, max_epochs=4)
+    first = stopping.stopper
+    made.fit_loop.max_epochs = 6
+    made.fit(model, DataLoader(ONE), DataLoader(ONE))
+    assert stopping.stopper is first
+    assert first is not None
+    assert first.epoch == 5
+    fit_scripted(model, stopping, max_epochs=2)
+    assert stopping.stopper is not first
+    assert pickle.loads(pickle.dumps(stopping)).stopper is not None
+
+
+ON_TWO = """
+import sys
+import other_libraries
+import torch
+from torch.utils.data import DataLoader
+import test_integrations_lightning as t
+
+class Apart(t.Scripted):
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
+        rank = self.trainer.global_rank  # the ranks' losses are apart; their mean is the script's
+        self.log("apart", t.LOSSES[self.current_epoch] + (1.5 if rank else -1.5))
+
+model = Apart(t.LOSSES)
+regression = t.Regression()
+stopping = t.EarlyStoppingCallback("apart", patience=3)
+options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+made = t.trainer(stopping, max_epochs=8, **options)
+made.fit(model, DataLoader(t.ONE), DataLoader(t.ONE))
+assert (made.current_epoch, float(model.weight)) == (7, 3.0), (made.current_epoch, model.weight)
+assert stopping.stopper.best == 2.0, stopping.stopper.best
+
+# Each rank has the same data, so that the averaged gradients are those of one process.
+wanted = t.Regression(in_loss=True)
+made = t.trainer(t.PenaltyCallback(**t.STRENGTHS), **options)
+made.fit(regression, DataLoader(t.data(), 4))
+plain = t.sgd(wanted.parameters())
+for batch in [*DataLoader(t.data(), 4)] * 2:
+    plain.zero_grad()
+    wanted.training_step(batch, 0).backward()
+    plain.step()
+t.assert_same(wanted, regression)
+sys.stdout.write(f"rank {made.global_rank} is done\\n")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_decide_together_and_have_the_penalty_once(tmp_path: Path) -> None:
+    program = tmp_path / "on_two.py"
+    program.write_text(ON_TWO)
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    here = Path(__file__).resolve().parent
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node=2", str(program)],
+        cwd=here,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": loopback, "PYTHONPATH": str(here)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 is done" in done.stdout
+    assert "rank 1 is done" in done.stdout
+
+
+def test_it_decides_as_lightnings_own_where_that_one_is_right() -> None:
+    own, model = LightningsOwn("val_loss", patience=3), Scripted(LOSSES)
+    made = fit_scripted(model, own)
+    assert made.current_epoch == 7
+    assert float(model.weight) == 6.0  # and does not restore
+
+
+def test_the_other_name_of_the_library() -> None:
+    """A trainer of pytorch_lightning takes the callbacks too."""
+    other = pytest.importorskip("pytorch_lightning")
+
+    class Module(other.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 1).double()
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return (self.layer(batch[0]) - batch[1]).square().mean()
+
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.log("val_loss", 1.0 + self.current_epoch)
+
+        def configure_optimizers(self) -> Any:
+            return sgd(self.parameters())
+
+    stopping = EarlyStoppingCallback("val_loss", patience=2)
+    made = other.Trainer(
+        callbacks=[stopping, PenaltyCallback(l1=0.1)],
+        accelerator="cpu",
+        logger=False,
+        max_epochs=9,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    made.fit(Module(), DataLoader(data(), 4), DataLoader(data(), 4))
+    assert made.current_epoch == 3
+    assert made.callback_metrics["penalty"] > 0

@@ -1,0 +1,254 @@
+"""WeightPenalty.attach: the penalty in loops that somebody else wrote."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusereg
+from fusereg import WeightPenalty
+from ranks import Ranks, can_run, cases, failures, fully_shard, on, results
+
+STRENGTHS = {"l1": 0.02, "l2": 0.1, "group": 0.01}
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 1)).double()
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def assert_same(left: nn.Module, right: nn.Module, tolerance: float = 1e-12) -> None:
+    for (name, p), q in zip(left.named_parameters(), right.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=tolerance), name
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+def test_it_trains_as_the_penalty_in_the_loss_once_a_step() -> None:
+    """Two micro-batches a step; the last step has one."""
+    wanted = network()
+    got = copy.deepcopy(wanted)
+    batches = torch.randn(5, 2, 4, 6, dtype=torch.float64)
+    for model, attached in ((wanted, False), (got, True)):
+        optimizer, penalty = sgd(model), WeightPenalty(model, **STRENGTHS)
+        if attached:
+            held = penalty.attach(optimizer)
+        for parts in batches:
+            optimizer.zero_grad()
+            for x in parts:
+                (loss_of(model, x) / 2).backward()
+            if not attached:
+                value = penalty.penalty()
+                value.backward()
+            optimizer.step()
+    assert_same(wanted, got)
+    assert held.value is not None
+    assert abs(float(held.value) - float(value.detach())) < 1e-12
+    assert penalty.steps == 5
+    held.remove()
+    held.remove()
+    optimizer.step()
+    assert penalty.steps == 5
+
+
+def test_a_step_without_gradients_stays_one() -> None:
+    model = network()
+    before = copy.deepcopy(model)
+    optimizer = sgd(model)
+    held = WeightPenalty(model, l2=1.0).attach(optimizer)
+    optimizer.step()
+    assert_same(before, model, 0.0)
+    assert held.value is None
+    model[0].weight.grad = torch.zeros_like(model[0].weight)
+    optimizer.step()
+    with pytest.raises(AssertionError):
+        assert_same(before, model, 0.0)
+
+
+def test_each_optimizer_has_its_own_parameters_and_one_counts() -> None:
+    model = network()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    before = copy.deepcopy(model)
+    first, last = sgd(model[0]), sgd(model[3])
+    penalty = WeightPenalty(model, l2=1.0)
+    held = penalty.attach(first)
+    penalty.attach(last, count_steps=False)
+    first.step()
+    assert torch.equal(model[3].weight, before[3].weight)
+    assert float(held.value) == pytest.approx(float(before[0].weight.square().sum()) / 2)
+    last.step()
+    assert torch.allclose(model[0].weight, before[0].weight * 0.9)
+    assert torch.allclose(model[3].weight, before[3].weight * 0.9)
+    assert penalty.steps == 1
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_closure_is_answered_with_the_sum(by_name: bool) -> None:
+    """LBFGS calls it several times in a step and compares the values."""
+    wanted = network()
+    got = copy.deepcopy(wanted)
+    x = torch.randn(16, 6, dtype=torch.float64)
+    for model, attached in ((wanted, False), (got, True)):
+        optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe")
+        penalty = WeightPenalty(model, l2=0.1)
+        if attached:
+            penalty.attach(optimizer)
+
+        def closure(
+            model: nn.Module = model,
+            optimizer: Any = optimizer,
+            term: Callable[[], Tensor] | None = None if attached else penalty.penalty,
+        ) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, x)
+            loss = loss if term is None else loss + term()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            if by_name:
+                optimizer.step(closure=closure)
+            else:
+                optimizer.step(closure)
+    assert_same(wanted, got, 1e-9)
+
+
+@pytest.mark.parametrize("answer", [None, 0.5])
+def test_a_closure_may_answer_with_a_number_or_nothing(answer: float | None) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = sgd(model)
+    held = WeightPenalty(model, l2=1.0).attach(optimizer)
+
+    def closure() -> float | None:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        return answer
+
+    found = optimizer.step(closure)
+    assert held.value is not None
+    assert found == (None if answer is None else pytest.approx(0.5 + float(held.value)))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, fusereg.optim.SGD], ids=["torch", "own"])
+@pytest.mark.parametrize("unscale_first", [False, True])
+def test_a_grad_scaler(optimizer: Any, unscale_first: bool) -> None:
+    """torch's optimizers get unscaled gradients; fusereg's undo the scale in the step."""
+    wanted = network().float()
+    got = copy.deepcopy(wanted)
+    x = torch.randn(8, 6)
+    for model, attached in ((wanted, False), (got, True)):
+        made = optimizer(model.parameters(), lr=0.1)
+        penalty = WeightPenalty(model, **STRENGTHS)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        if attached:
+            penalty.attach(made)
+        for _ in range(3):
+            made.zero_grad()
+            loss = loss_of(model, x)
+            scaler.scale(loss if attached else loss + penalty.penalty()).backward()
+            if unscale_first:
+                scaler.unscale_(made)
+            scaler.step(made)
+            scaler.update()
+    assert_same(wanted, got, 1e-5)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As Accelerate's: an optimizer by type only, that steps another one."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+def test_a_wrapper_is_looked_through_and_what_is_no_optimizer_is_refused() -> None:
+    model = network()
+    wrapped = Wrapper(sgd(model))
+    held = WeightPenalty(model, l2=1.0).attach(wrapped)
+    loss_of(model, torch.randn(4, 6, dtype=torch.float64)).backward()
+    wrapped.step()
+    assert held.value is not None
+    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got Linear"):
+        WeightPenalty(model).attach(model[0])  # type: ignore[arg-type]
+
+
+def test_only_some_parameters() -> None:
+    model = network()
+    penalty = WeightPenalty(model, l1=1.0)
+    value = penalty.add_grad_(only=model[3].parameters())
+    assert float(value) == pytest.approx(float(model[3].weight.abs().sum()))
+    assert model[0].weight.grad is None
+    assert torch.equal(model[3].weight.grad, model[3].weight.detach().sign())
+    assert float(penalty.add_grad_(only=[])) == 0.0
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+def parts(ranks: Ranks) -> tuple[Tensor, Tensor]:
+    x = torch.randn(4 * ranks.world, 6, dtype=torch.float64)
+    return x, x[4 * ranks.rank :][:4]
+
+
+@on(2)
+def ddp_averages_before_the_penalty_comes(ranks: Ranks) -> None:
+    wanted = network()
+    got = nn.parallel.DistributedDataParallel(copy.deepcopy(wanted))
+    x, mine = parts(ranks)
+    plain, other = sgd(wanted), sgd(got)
+    penalty = WeightPenalty(wanted, **STRENGTHS)
+    WeightPenalty(got, **STRENGTHS).attach(other)
+    for _ in range(3):
+        plain.zero_grad()
+        other.zero_grad()
+        (loss_of(wanted, x) + penalty.penalty()).backward()
+        loss_of(got, mine).backward()
+        plain.step()
+        other.step()
+    assert_same(wanted, got)
+
+
+@on(2)
+def fsdp_shards_take_it_too(ranks: Ranks) -> None:
+    assert fully_shard is not None
+    wanted = network()
+    got = copy.deepcopy(wanted)
+    for layer in (got[0], got[3], got):
+        fully_shard(layer, mesh=ranks.mesh)
+    x, mine = parts(ranks)
+    plain, other = sgd(wanted), sgd(got)
+    penalty = WeightPenalty(wanted, **STRENGTHS)
+    held = WeightPenalty(got, **STRENGTHS).attach(other)
+    for _ in range(3):
+        plain.zero_grad()
+        other.zero_grad()
+        value = penalty.penalty()
+        (loss_of(wanted, x) + value).backward()
+        loss_of(got, mine).backward()
+        plain.step()
+        other.step()
+    for p, q in zip(wanted.parameters(), got.parameters(), strict=True):
+        assert torch.allclose(p, q.full_tensor(), rtol=0, atol=1e-12)
+    assert (
+        abs(float(held.value) - float(value.detach())) < 1e-12
+    )  # the whole model's, on every rank
+
+
+@pytest.mark.parametrize(
+    ("world", "name"), [case for case in cases(__name__) if can_run(case[1])], ids=str
+)
+def test_on_ranks(world: int, name: str) -> None:
+    assert not (said := failures(results(world, __name__), name)), said
