@@ -65,7 +65,11 @@ def test_every_kernel_is_reached() -> None:
     ended = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
     kernels = {n for n, a in binding_fuzz.signatures().items() if a and a[-1].name == "op"}
     assert len(kernels) > 15
-    assert {n for n in kernels if "status 0" not in ended.get(n, "")} == set(), done.stderr
+    # 0, or for what gives more than a status its numbers.
+    well = ("status 0", "status (")
+    assert {n for n in kernels if not any(w in ended.get(n, "") for w in well)} == set(), (
+        done.stderr
+    )
 
 
 def test_the_stub_names_every_function_and_argument_that_the_module_has() -> None:
