@@ -124,13 +124,21 @@ def test_the_examples_for_several_processes_run(page: Path, tmp_path: Path) -> N
     code = "\n".join(c for _, c, before in examples(page) if before.strip() == RANKS)
     (tmp_path / "page.py").write_text(code, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*command, "--nproc-per-node", "2", "page.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, "--nproc-per-node", "2", "page.py"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    done = run()
+    # On an overloaded machine torch's own threads have been seen to abort a rank that had come to
+    # its end (a std::thread; fusereg has none). That, and nothing else, is tried once more.
+    if done.returncode != 0 and "terminate called without an active exception" in done.stderr:
+        done = run()
     assert done.returncode == 0, done.stdout + done.stderr
 
 
