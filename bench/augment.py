@@ -23,8 +23,11 @@ result written once. Images a second are 64 (quick: 8) over the time. Providers:
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import math
+import re
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -257,20 +260,27 @@ def _torchvision(data: _Data, mode: str) -> list[tuple[str, Callable[[], Call], 
 
 
 def torchvision_transforms() -> Any:
-    """torchvision.transforms.v2, also where torchvision's C++ operators are missing."""
-    try:
-        import torchvision.transforms.v2 as v2
-    except RuntimeError:
-        global _stand_ins
-        _stand_ins = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"):
-            for form in (name, f"_{name}_backward"):
-                _stand_ins.define(f"{form}(Tensor x) -> Tensor")
-        import torchvision.transforms.v2 as v2
-    return v2
+    """torchvision.transforms.v2, also where torchvision's C++ operators are missing.
+
+    Its transforms need none of them, but it wants to see each as it is imported: what it lacks is
+    declared, without code, one after the other.
+    """
+    while True:
+        try:
+            return importlib.import_module("torchvision.transforms.v2")
+        except RuntimeError as error:
+            lacking = re.search(r"operator torchvision::(\w+) does not exist", str(error))
+            if lacking is None or lacking[1] in _stand_ins:
+                raise
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        library.define(f"{lacking[1]}() -> ()")
+        _stand_ins[lacking[1]] = library
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
 
 
-_stand_ins: Any = None
+#: They live as long as these.
+_stand_ins: dict[str, torch.library.Library] = {}
 
 
 def _cv2(data: _Data) -> list[tuple[str, Callable[[], Call], str]]:
@@ -334,7 +344,8 @@ def _exact(data: _Data, mode: str) -> Tensor:
     x = data.x[:4].double()
     if mode == CROP:
         few = _Data.__new__(_Data)
-        few.__dict__.update(data.__dict__, x=data.x[:4], dtype=torch.float64)
+        first = {name: getattr(data, name)[:4] for name in ("x", "top", "left", "flip")}
+        few.__dict__.update(data.__dict__, **first, dtype=torch.float64)
         return _slices(few)
     m = data.matrix[:4, None, None]
     steps = torch.arange(SIZE, dtype=torch.float64, device=x.device)
