@@ -51,7 +51,8 @@ def only(folder: Path, pattern: str) -> Path:
 def contents(wheel: Path) -> set[str]:
     """A wheel's files of Python and of the compiled module."""
     with zipfile.ZipFile(wheel) as z:
-        return {n for n in z.namelist() if n.startswith("fusereg/")}
+        # auditwheel writes entries for folders as well.
+        return {n for n in z.namelist() if n.startswith("fusereg/") and not n.endswith("/")}
 
 
 def check_wheel(wheel: Path, torch: str, options: list[str], folder: Path) -> None:
