@@ -91,16 +91,31 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What else there is to say about a provider that trains a network.
+
+    Attributes:
+        peak_bytes: The most memory that torch held at once, from an empty start.
+        test_accuracy: Share of test images that the trained network names rightly.
+    """
+
+    peak_bytes: int | None = None
+    test_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
 class Workload:
     """A case's data, made when its turn comes and dropped before the next case.
 
     Attributes:
         providers: The ways to do the work, all on the same data.
         check: Makes one call and compares what it did with a reference, or None.
+        facts: Finds out what is no time, given a provider's call; after all times are taken.
     """
 
     providers: Sequence[Provider]
     check: Callable[[Call], Accuracy] | None = None
+    facts: Callable[[Call], Facts] | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +184,8 @@ class Row:
     us_per_tensor: float | None = None
     compile_s: float | None = None
     relative_error: float | None = None
+    peak_bytes: int | None = None
+    test_accuracy: float | None = None
     rounds: int = 0
     repeats: int = 0
     note: str = ""
@@ -275,6 +292,7 @@ class _Entry:
     prime: bool = False
     compile_s: float | None = None
     accuracy: Accuracy | None = None
+    facts: Facts = field(default_factory=Facts)
     failed: str = ""
     samples: list[float | None] = field(default_factory=list)
 
@@ -348,6 +366,8 @@ def run_case(
             check = None if provider.name == COPY else workload.check
             _prepare(entry, check, clock, settings)
         _sample(entries, clock, settings, progress)
+        if workload.facts is not None:
+            _find_facts(entries, workload.facts, progress)
     except KeyboardInterrupt as interrupt:
         kept = [entry for entry in entries if _count(entry) >= MIN_ROUNDS_TO_KEEP]
         raise Interrupted(_rows(case, kept)) from interrupt
@@ -431,6 +451,19 @@ def _sample(entries: list[_Entry], timer: Timer, settings: Settings, progress: P
             gc.enable()
 
 
+def _find_facts(
+    entries: Sequence[_Entry], facts: Callable[[Call], Facts], progress: Progress
+) -> None:
+    live = [entry for entry in entries if entry.call is not None and entry.provider.name != COPY]
+    for number, entry in enumerate(live):
+        assert entry.call is not None
+        progress(f"train {entry.provider.name}", number, len(live))
+        try:
+            entry.facts = facts(entry.call)
+        except Exception as error:
+            entry.failed = reason(error)
+
+
 def _rows(case: Case, entries: Sequence[_Entry]) -> list[Row]:
     samples = {entry.provider.name: entry.samples for entry in entries if not entry.failed}
     return [_finish(case, entry, samples) for entry in entries]
@@ -452,6 +485,8 @@ def _finish(case: Case, entry: _Entry, all_samples: Mapping[str, list[float | No
         compile_s=entry.compile_s,
         note=entry.provider.note,
         failed=entry.failed,
+        peak_bytes=entry.facts.peak_bytes,
+        test_accuracy=entry.facts.test_accuracy,
     )
     if entry.accuracy is not None:
         error, tolerance = entry.accuracy.error, entry.accuracy.tolerance

@@ -1,0 +1,113 @@
+"""Benchmark of whole training: a residual network and a vision transformer, on handwritten digits.
+
+The work is one training step with everything at once (see :mod:`.twins`): augmentation, forward
+with batch norm and dropout, cross-entropy and a group lasso, backward, AdamW and its proximal step.
+bfloat16 means autocast.
+
+- ``eager``: plain torch, written with care.
+- ``torch.compile``: the same, its network compiled.
+- ``fusereg``: the network converted, the rest by fusereg.
+- ``fusereg + compile``: the same, its network compiled.
+- ``eager, CUDA graph`` and ``fusereg, CUDA graph``: the whole step captured once and replayed.
+
+Times are those of a step. Then two facts are found out for each: the memory that torch held at
+most, in the first two steps from an empty start, so that weights, gradients, the optimizer's
+states and the batch are in it; and, for the two twins, the accuracy on 1,000 test digits after they
+were trained to the end, early stopping included (what is compiled or captured trains likewise).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import twins
+from .harness import EAGER, Case, Facts, Options, Provider, Workload
+from .timers import Call
+
+OP = "training"
+STEP = "step"
+FUSED = "fusereg"
+#: The first of each label that --quick trains on, for training and for testing.
+QUICK_TRAIN, QUICK_TEST = 24, 10
+
+
+def recipes(quick: bool) -> list[twins.Recipe]:
+    """What is trained; ``quick``: tiny images, one epoch."""
+    if quick:
+        return [twins.Recipe(name, side=14, batch=32, epochs=1) for name in twins.NETWORKS]
+    return [
+        twins.Recipe("resnet", l1=3e-2, epochs=8),
+        twins.Recipe("vit", dropout=0.05, batch=32, epochs=12),
+    ]
+
+
+def cases(options: Options) -> list[Case]:
+    """All cases: each network in each dtype."""
+    return [
+        _case(twins.with_dtype(recipe, dtype), options)
+        for recipe in recipes(options.quick)
+        for dtype in options.dtypes
+    ]
+
+
+def _case(recipe: twins.Recipe, options: Options) -> Case:
+    parameters = list(recipe.make().parameters())
+    return Case(
+        suite="end_to_end",
+        op=OP,
+        mode=STEP,
+        shape=f"{recipe.network} {recipe.batch}x{recipe.side}x{recipe.side}",
+        dtype=recipe.dtype,
+        device=options.device,
+        tensors=len(parameters),
+        elements=sum(p.numel() for p in parameters),
+        bytes_moved=0,
+        # Some six networks of less than 100 MB each while they train.
+        memory=10**9,
+        setup=lambda: _setup(recipe, options),
+    )
+
+
+class Step:
+    """A twin's training step on one batch; the call that is timed."""
+
+    def __init__(self, twin: twins.Twin, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.twin = twin
+        self.batch = batch
+        self.epoch = 0
+
+    def __call__(self) -> object:
+        # An epoch of its own for each step: an image is never changed twice in the same way.
+        self.epoch += 1
+        return self.twin.train_step(*self.batch, self.epoch)
+
+
+class Replay:
+    """The same, captured in a CUDA graph: parameters of the augmentation are drawn before it."""
+
+    def __init__(self, twin: twins.Twin, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+        images, labels, self.ids = batch
+        self.twin = twin
+        self.epoch = 0
+        self.drawn = twin.draw(images, self.ids, 0)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # states, gradients and workspaces come into being
+                twin.step(twin.apply(images, self.drawn), labels)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.images = images
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = twin.step(twin.apply(images, self.drawn), labels)
+
+    def __call__(self) -> object:
+        self.epoch += 1
+        self.twin.draw_into(self.drawn, self.images, self.ids, self.epoch)
+        self.graph.replay()
+        return self.loss

@@ -1,0 +1,154 @@
+"""The networks of the end-to-end benchmark: a residual network and a vision transformer.
+
+Of nothing but torch's layers, written as people write them. They are for small grey images (1
+channel, some 14 to 32 pixels a side), and `fusereg.convert` takes them as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut (He et al. 2016)."""
+
+    def __init__(self, inputs: int, width: int, stride: int, dropout: float) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.drop = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or inputs != width:
+            conv = nn.Conv2d(inputs, width, 1, stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+        out = self.drop(out)
+        out = self.conv2(out)
+        out = self.bn2(out)
+        identity = x if self.downsample is None else self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+class ResNet(nn.Module):
+    """A residual network: a stage for each width, halving the image from the second on."""
+
+    #: Names of what is neither penalized nor decayed, beside biases and norms.
+    no_decay: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        widths: tuple[int, ...] = (16, 32, 64),
+        depth: int = 1,
+        dropout: float = 0.1,
+        classes: int = 10,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, widths[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.relu = nn.ReLU(inplace=True)
+        blocks = []
+        inputs = widths[0]
+        for stage, width in enumerate(widths):
+            for place in range(depth):
+                stride = 2 if stage > 0 and place == 0 else 1
+                blocks.append(Block(inputs, width, stride, dropout))
+                inputs = width
+        self.blocks = nn.Sequential(*blocks)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.blocks(x)
+        x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+        return self.head(self.dropout(x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        qkv = self.qkv(x).view(n, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.out(mixed.transpose(1, 2).reshape(n, tokens, width))
+
+
+class Mlp(nn.Sequential):
+    """Two linear layers, GELU and dropout between them."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__(
+            nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width)
+        )
+
+
+class Layer(nn.Module):
+    """A transformer's layer, normalized before attention and before its MLP."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.drop1 = nn.Dropout(dropout)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = Mlp(width, 2 * width, dropout)
+        self.drop2 = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop1(self.attention(self.norm1(x)))
+        return x + self.drop2(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """A vision transformer whose patches are made by convolutions (Xiao et al. 2021).
+
+    Two of stride 2, each with batch norm and ReLU, so that a token stands for 4 x 4 pixels.
+    """
+
+    no_decay: tuple[str, ...] = ("position",)
+
+    def __init__(
+        self,
+        image_size: int = 28,
+        width: int = 64,
+        depth: int = 2,
+        heads: int = 4,
+        dropout: float = 0.1,
+        classes: int = 10,
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, width // 2, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(width // 2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width // 2, width, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        )
+        side = (image_size + 3) // 4
+        self.position = nn.Parameter(0.02 * torch.randn(1, side * side, width))
+        self.layers = nn.Sequential(*(Layer(width, heads, dropout) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.stem(x).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.norm(self.layers(tokens)).mean(1))

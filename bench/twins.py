@@ -1,0 +1,329 @@
+"""The same training written twice: by fusereg, and in plain torch.
+
+Both take one network of :mod:`.models` and train it on handwritten digits with everything at once:
+
+- every image is turned, zoomed, shifted and sheared anew in every epoch, and normalized;
+- batch normalization and dropout, inside the network;
+- a group lasso on the rows of each weight (a filter, a neuron), whose gradient joins the loss's;
+- AdamW, and after its step the proximal step of an L1 penalty, which gives exact zeros;
+- early stopping on validation images, which brings the best epoch's weights back.
+
+:class:`Plain` writes each of these as a careful user of torch would: ``affine_grid`` and
+``grid_sample``, the penalty as a term of the loss, ``AdamW(fused=True)``, the proximal step by
+``torch._foreach_*``, and early stopping by hand. :class:`Fused` converts the network and calls
+fusereg. They begin with the same weights and see the same batches; dropout and augmentation draw
+numbers of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fusereg
+from fusereg.demo.data import DataSet
+
+from . import models
+
+#: Degrees, zoom, shift as a share of the side, degrees of shear: what leaves a digit readable.
+TURN, ZOOM, SHIFT, SHEAR = 12.0, (0.9, 1.15), 0.07, 8.0
+#: Of the digits' pixels.
+MEAN, STD = 0.13, 0.31
+
+NETWORKS: dict[str, Callable[[int, float], models.ResNet | models.ViT]] = {
+    "resnet": lambda side, dropout: models.ResNet(dropout=dropout),
+    "vit": lambda side, dropout: models.ViT(side, dropout=dropout),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and how.
+
+    Attributes:
+        network: of :data:`NETWORKS`.
+        side: pixels of an image's side.
+        dtype: float32, or what autocast takes.
+        dropout: probability, in every dropout layer.
+        augmented: whether images are changed, beyond normalization.
+        l1: strength of the proximal step.
+        group: strength of the group lasso.
+        epochs: at most so many.
+        patience: epochs without a lower validation loss after which training ends.
+    """
+
+    network: str
+    side: int = 28
+    dtype: torch.dtype = torch.float32
+    dropout: float = 0.1
+    augmented: bool = True
+    lr: float = 3e-3
+    weight_decay: float = 0.01
+    l1: float = 3e-3
+    group: float = 1e-4
+    batch: int = 64
+    epochs: int = 12
+    patience: int = 3
+
+    def make(self) -> models.ResNet | models.ViT:
+        """The network of torch's layers, the same weights at each call."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return NETWORKS[self.network](self.side, self.dropout)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images (N, 1, side, side) in [0, 1] and labels: to train on, to stop by, to judge by."""
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, data: DataSet, side: int) -> Digits:
+        """Of each 8 training images one is for validation."""
+
+        def images(rows: Tensor) -> Tensor:
+            found = rows.view(-1, 1, data.height, data.width)
+            return found if side == data.height else F.adaptive_avg_pool2d(found, side)
+
+        held_out = torch.arange(len(data.train_images)) % 8 == 0
+        x, y = images(data.train_images), data.train_labels
+        return cls(
+            (x[~held_out], y[~held_out]),
+            (x[held_out], y[held_out]),
+            (images(data.test_images), data.test_labels),
+        )
+
+    def to(self, device: torch.device) -> Digits:
+        """The same on another device."""
+
+        def moved(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return part[0].to(device), part[1].to(device)
+
+        return Digits(moved(self.train), moved(self.validation), moved(self.test))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training went: with the restored weights, and the validation loss of each epoch."""
+
+    accuracy: float
+    zeros: float
+    best_epoch: int
+    losses: tuple[float, ...]
+
+
+class Twin:
+    """What both have in common: the course of an epoch, and how the network is judged."""
+
+    model: models.ResNet | models.ViT
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe = recipe
+        self.device = device
+
+    def weights(self) -> list[nn.Parameter]:
+        """What is penalized: the matrices and filters, not biases, norms and positions."""
+        kinds = (nn.Linear, nn.Conv2d)
+        return [m.weight for m in self.model.modules() if isinstance(m, kinds)]
+
+    def others(self) -> list[nn.Parameter]:
+        """The remaining parameters."""
+        penalized = {id(w) for w in self.weights()}
+        return [p for p in self.model.parameters() if id(p) not in penalized]
+
+    def images(self, x: Tensor, ids: Tensor, epoch: int) -> Tensor:
+        """The batch as the network sees it in training."""
+        raise NotImplementedError
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Forward, backward and the optimizer's step, from images that are augmented already.
+
+        Gives the cross-entropy.
+        """
+        raise NotImplementedError
+
+    def check(self, loss: float, epoch: int) -> bool:
+        """Whether training ends here."""
+        raise NotImplementedError
+
+    def restore(self) -> int:
+        """Brings the best epoch's weights back."""
+        raise NotImplementedError
+
+    def cross_entropy(self, x: Tensor, labels: Tensor) -> Tensor:
+        dtype = self.recipe.dtype
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+            out = self.model(x)
+        return F.cross_entropy(out.float() if out.dtype is torch.bfloat16 else out, labels)
+
+    def train_step(self, images: Tensor, labels: Tensor, ids: Tensor, epoch: int) -> Tensor:
+        """All that a batch needs."""
+        return self.step(self.images(images, ids, epoch), labels)
+
+    @torch.no_grad()
+    def judge(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+        """Mean cross-entropy and accuracy."""
+        self.model.eval()
+        loss, right = 0.0, 0
+        for x, wanted in zip(images.split(500), labels.split(500), strict=True):
+            found = self.model((x - MEAN) / STD)
+            loss += float(F.cross_entropy(found, wanted, reduction="sum"))
+            right += int((found.argmax(1) == wanted).sum())
+        self.model.train()
+        return loss / len(labels), right / len(labels)
+
+    def train(self, data: Digits) -> Outcome:
+        """To the end, and judged on the test images."""
+        images, labels = data.train
+        losses = []
+        rates = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.recipe.epochs)
+        for epoch in range(self.recipe.epochs):
+            for ids in batches(len(labels), self.recipe.batch, epoch):
+                at = ids.to(self.device)
+                self.train_step(images[at], labels[at], ids, epoch)
+            losses.append(self.judge(*data.validation)[0])
+            rates.step()
+            if self.check(losses[-1], epoch):
+                break
+        best = self.restore()
+        accuracy = self.judge(*data.test)[1]
+        return Outcome(accuracy, fusereg.sparsity(self.weights()), best, tuple(losses))
+
+
+def batches(count: int, size: int, epoch: int) -> Iterator[Tensor]:
+    """The same order for both; a last batch of few is left out, as its statistics are poor."""
+    shuffle = torch.Generator().manual_seed(epoch)
+    for ids in torch.randperm(count, generator=shuffle).split(size):
+        if 2 * len(ids) > size or count < size:
+            yield ids
+
+
+class Fused(Twin):
+    """By fusereg."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        super().__init__(recipe, device)
+        self.model = fusereg.convert(recipe.make()).to(device).train()
+        changes = {"degrees": TURN, "scale": ZOOM, "translate": SHIFT, "shear": SHEAR}
+        self.augment = fusereg.augment.Augment(
+            recipe.side,
+            crop="center",
+            mean=MEAN,
+            std=STD,
+            **(changes if recipe.augmented else {}),  # type: ignore[arg-type]
+        )
+        spared = ("bias", "norm", *self.model.no_decay)
+        self.penalty = fusereg.WeightPenalty(self.model, group=recipe.group, exclude=spared)
+        groups = fusereg.optim.param_groups_weight_decay(
+            self.model, recipe.weight_decay, l1=recipe.l1, exclude=spared
+        )
+        self.optimizer = fusereg.optim.AdamW(groups, lr=recipe.lr)
+        self.stopper = fusereg.EarlyStopping(self.model, patience=recipe.patience)
+
+    def images(self, x: Tensor, ids: Tensor, epoch: int) -> Tensor:
+        changed: Tensor = self.augment(x, sample_ids=ids, epoch=epoch)
+        return changed
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.cross_entropy(images, labels)
+        torch.autograd.backward(loss)
+        self.penalty.add_grad_()
+        self.optimizer.step()
+        return loss.detach()
+
+    def check(self, loss: float, epoch: int) -> bool:
+        return self.stopper.step(loss, epoch=epoch).stop
+
+    def restore(self) -> int:
+        found = self.stopper.restore()
+        assert found is not None
+        return found
+
+
+class Plain(Twin):
+    """In plain torch."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        super().__init__(recipe, device)
+        self.model = recipe.make().to(device).train()
+        groups = [{"params": self.weights()}, {"params": self.others(), "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+        )
+        self.best = math.inf
+        self.misses = 0
+        self.kept: tuple[int, dict[str, Tensor]] | None = None
+
+    def images(self, x: Tensor, ids: Tensor, epoch: int) -> Tensor:
+        if not self.recipe.augmented:
+            return (x - MEAN) / STD
+        n = len(x)
+
+        def draw(low: float, high: float) -> Tensor:
+            return torch.empty(n, device=x.device).uniform_(low, high)
+
+        angle, zoom = torch.deg2rad(draw(-TURN, TURN)), draw(*ZOOM)
+        shear = torch.tan(torch.deg2rad(draw(-SHEAR, SHEAR)))
+        cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
+        rows = [
+            [cos + shear * sin, shear * cos - sin, 2 * draw(-SHIFT, SHIFT)],
+            [sin, cos, 2 * draw(-SHIFT, SHIFT)],
+        ]
+        matrix = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
+        grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+        return (F.grid_sample(x, grid, align_corners=False) - MEAN) / STD
+
+    def group_lasso(self) -> Tensor:
+        """The sum over all rows of all weights: root of the row's length times its norm."""
+        terms = []
+        for w in self.weights():
+            rows = w.flatten(1)
+            terms.append(math.sqrt(rows.shape[1]) * torch.linalg.vector_norm(rows, dim=1).sum())
+        return self.recipe.group * torch.stack(terms).sum()
+
+    @torch.no_grad()
+    def prox(self) -> None:
+        """Soft thresholding: w - clamp(w, -t, t)."""
+        weights: list[Tensor] = list(self.weights())
+        threshold = self.optimizer.param_groups[0]["lr"] * self.recipe.l1
+        clamped = list(torch._foreach_clamp_max(weights, threshold))
+        torch._foreach_clamp_min_(clamped, -threshold)
+        torch._foreach_sub_(weights, clamped)
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.cross_entropy(images, labels)
+        torch.autograd.backward(loss + self.group_lasso())
+        self.optimizer.step()
+        self.prox()
+        return loss.detach()
+
+    def check(self, loss: float, epoch: int) -> bool:
+        if loss < self.best:
+            self.best, self.misses = loss, 0
+            self.kept = epoch, copy.deepcopy(self.model.state_dict())
+        else:
+            self.misses += 1
+        return self.misses >= self.recipe.patience or not math.isfinite(loss)
+
+    def restore(self) -> int:
+        assert self.kept is not None
+        epoch, state = self.kept
+        self.model.load_state_dict(state)
+        return epoch
+
+
+def without_chance(recipe: Recipe) -> Recipe:
+    """The same without dropout and augmentation: both twins must then take the same steps."""
+    return replace(recipe, dropout=0.0, augmented=False)
