@@ -29,6 +29,7 @@ SUITES: tuple[str, ...] = (
     "drop_block",
     "dropout",
     "dropout_norm",
+    "end_to_end",
     "fused_dropout",
     "gaussian_dropout",
     "optimizer",

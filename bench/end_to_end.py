@@ -88,26 +88,115 @@ class Step:
 
 
 class Replay:
-    """The same, captured in a CUDA graph: parameters of the augmentation are drawn before it."""
+    """The same, captured in a CUDA graph once and replayed."""
 
     def __init__(self, twin: twins.Twin, batch: tuple[Tensor, Tensor, Tensor]) -> None:
-        images, labels, self.ids = batch
+        self.images, labels, self.ids = batch
         self.twin = twin
         self.epoch = 0
-        self.drawn = twin.draw(images, self.ids, 0)
+        twin.prepare(self.images, self.ids, 0)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # states, gradients and workspaces come into being
-                twin.step(twin.apply(images, self.drawn), labels)
+                twin.step(twin.prepared(self.images), labels)
         torch.cuda.current_stream().wait_stream(stream)
-        self.images = images
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.loss = twin.step(twin.apply(images, self.drawn), labels)
+            self.loss = twin.step(twin.prepared(self.images), labels)
 
     def __call__(self) -> object:
         self.epoch += 1
-        self.twin.draw_into(self.drawn, self.images, self.ids, self.epoch)
+        self.twin.prepare(self.images, self.ids, self.epoch)
         self.graph.replay()
         return self.loss
+
+
+def _setup(recipe: twins.Recipe, options: Options) -> Workload:
+    from fusereg.demo.data import first_of_each, load_bundled
+
+    loaded = load_bundled()
+    if options.quick:
+        loaded = first_of_each(loaded, QUICK_TRAIN, QUICK_TEST)
+    device = options.device
+    data = twins.Digits.of(loaded, recipe.side).to(device)
+    ids = torch.arange(recipe.batch)
+    batch = (data.train[0][: recipe.batch], data.train[1][: recipe.batch], ids)
+
+    def step(kind: type[twins.Twin], compiled: bool = False) -> Callable[[], Call]:
+        def make() -> Call:
+            twin = kind(recipe, device)
+            if compiled:
+                twin.compile()
+            return Step(twin, batch)
+
+        return make
+
+    def replay(kind: type[twins.Twin]) -> Callable[[], Call]:
+        return lambda: Replay(kind(recipe, device, capturable=True), batch)
+
+    providers = [
+        Provider(EAGER, step(twins.Plain)),
+        Provider(FUSED, step(twins.Fused)),
+    ]
+    if not options.quick:
+        providers += [
+            Provider("torch.compile", step(twins.Plain, True), compiles=True),
+            Provider("fusereg + compile", step(twins.Fused, True), compiles=True),
+        ]
+    if device.type == "cuda":
+        providers += [
+            Provider("eager, CUDA graph", replay(twins.Plain)),
+            Provider("fusereg, CUDA graph", replay(twins.Fused)),
+        ]
+
+    def facts(call: Call) -> Facts:
+        if not isinstance(call, Step) or call.twin.compiled:
+            return Facts()
+        kind = type(call.twin)
+        torch.manual_seed(0)
+        return Facts(
+            peak_bytes=peak_memory(step(kind), device),
+            test_accuracy=kind(recipe, device).train(data).accuracy,
+        )
+
+    return Workload(providers, facts=facts)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def peak_memory(make: Callable[[], Call], device: torch.device, calls: int = 2) -> int:
+    """The most bytes that torch's allocator held for what ``make`` makes and its first calls."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _make_and_call(make, calls)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    # The profiler's own log would go to the terminal.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as recorded:
+        _make_and_call(make, calls)
+    assert recorded.profiler is not None
+    events = recorded.profiler.kineto_results.events()
+    changes = [
+        (event.start_ns(), number, event.nbytes())
+        for number, event in enumerate(events)
+        if event.name() == "[memory]"
+    ]
+    held = highest = 0
+    for _, _, change in sorted(changes):
+        held += change
+        highest = max(highest, held)
+    return highest
+
+
+def _make_and_call(make: Callable[[], Call], calls: int) -> None:
+    call = make()
+    for _ in range(calls):
+        call()

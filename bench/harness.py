@@ -193,6 +193,11 @@ class Row:
     samples_us: list[float | None] = field(default_factory=list)
 
     @property
+    def whole(self) -> bool:
+        """Whether this is whole training, where bandwidth means nothing."""
+        return self.bytes == 0 and not self.host
+
+    @property
     def case(self) -> tuple[str, str, str, str, str, str]:
         return (self.suite, self.op, self.mode, self.shape, self.dtype, self.device)
 

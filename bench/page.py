@@ -10,7 +10,16 @@ from . import compare as comparison
 from . import figures, overview
 from . import machine as machine_facts
 from .harness import COPY, EAGER, OWN, Row
-from .report import Footnotes, cases_of, percent_text, ratio_text, three_digits, time_text
+from .report import (
+    Footnotes,
+    accuracy_text,
+    cases_of,
+    memory_text,
+    percent_text,
+    ratio_text,
+    three_digits,
+    time_text,
+)
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1d21; --muted: #646a73; --line: #dfe2e6;
@@ -68,6 +77,7 @@ _PAGE = """<!DOCTYPE html>
 
 #: What matters first: a phone shows the first four without scrolling.
 _CASE_HEADER = ("provider", "p50", "vs eager", "of a copy", "GB/s", "p20", "p80")
+_WHOLE_HEADER = ("provider", "p50", "vs eager", "memory", "accuracy", "p20", "p80")
 
 _HOW = """
 <ul class="small">
@@ -78,6 +88,8 @@ in turn, round by round, so that what disturbs the machine disturbs all of them.
 is possible: an update in place needs no second buffer.</li>
 <li><b>vs eager</b>: median of the rounds' ratios. Below 1 the provider is slower than eager
 torch; that is shown in red and left out nowhere.</li>
+<li><b>memory</b>: the most that torch held in two training steps, weights and states included;
+<b>accuracy</b>: on test images, after training to the end.</li>
 </ul>
 """
 
@@ -172,7 +184,8 @@ def _section(rows: Sequence[Row], suite: str, device: str, title: str) -> list[s
     cases = cases_of(rows)
     lines = [line for case in cases for line in _case(case, notes)]
     count = f"{len(cases)} case" + ("s" if len(cases) != 1 else "")
-    parts.append(f"<details><summary>{count} in figures</summary>{_table(_CASE_HEADER, lines, 1)}")
+    header = _WHOLE_HEADER if all(row.whole for row in rows) else _CASE_HEADER
+    parts.append(f"<details><summary>{count} in figures</summary>{_table(header, lines, 1)}")
     for number, text in enumerate(notes.texts, start=1):
         parts.append(f'<p class="small muted">({number}) {_text(text)}</p>')
     parts.append("</details>")
@@ -191,6 +204,8 @@ def _case(case: Sequence[Row], notes: Footnotes) -> list[str]:
             times[0] = "skipped" if row.failed.startswith("skipped") else "failed"
         speed = "-" if row.gb_per_s is None else three_digits(row.gb_per_s)
         share = "-" if row.percent_of_copy is None else f"{percent_text(row.percent_of_copy)} %"
+        if row.whole:
+            speed, share = accuracy_text(row.test_accuracy), memory_text(row.peak_bytes)
         verdict = ""
         if row.vs_eager is not None and row.provider != EAGER:
             verdict = "loss" if row.vs_eager < 1.0 else "win"

@@ -116,6 +116,16 @@ def percent_text(value: float | None) -> str:
     return f"{value:.0f}" if value >= 9.5 else f"{value:.1f}" if value >= 0.095 else f"{value:.1g}"
 
 
+def memory_text(count: int | None) -> str:
+    """In millions of bytes."""
+    return "-" if count is None else f"{count * 1e-6:.1f} MB"
+
+
+def accuracy_text(share: float | None) -> str:
+    """In percent; 1,000 test images tell no more than a tenth."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
 def cases_of(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows grouped by case, in order."""
     groups: dict[tuple[str, ...], list[Row]] = {}
@@ -151,7 +161,9 @@ def print_tables(console: Console, rows: Sequence[Row], machine: dict[str, Any])
     for device in devices:
         name = device if len(devices) > 1 else ""
         here = [row for row in rows if row.device == device]
-        parts.append((name, [row for row in here if not row.host]))
+        parts.append((name, [row for row in here if not row.host and not row.whole]))
+        whole = "Whole training steps"
+        parts.append((f"{name}: {whole}" if name else whole, [row for row in here if row.whole]))
         host = "Host overhead, tensors of one element"
         parts.append((f"{name}: {host}" if name else host, [row for row in here if row.host]))
     # A log file has no width: take what the table needs rather than 80 columns.
@@ -176,7 +188,15 @@ def print_tables(console: Console, rows: Sequence[Row], machine: dict[str, Any])
     compiled = compile_times(rows)
     if compiled:
         console.print(Text(compiled), style="dim")
-    if any(not row.host for row in rows):
+    if any(row.whole for row in rows):
+        console.print(
+            Text(
+                "memory: the most that torch held in two steps, weights and states included. "
+                "accuracy: on test images, trained to the end. vs eager: of the step's time."
+            ),
+            style="dim",
+        )
+    if any(not row.host and not row.whole for row in rows):
         console.print(
             Text(
                 "GB/s: bytes by contract over p50. % of copy: against a copy that moves as many "
@@ -191,7 +211,13 @@ def print_tables(console: Console, rows: Sequence[Row], machine: dict[str, Any])
 
 
 def _table(rows: Sequence[Row], notes: Footnotes, wide: bool) -> Table:
-    host = rows[0].host
+    special = (
+        ["memory", "accuracy"]
+        if rows[0].whole
+        else ["us/tensor"]
+        if rows[0].host
+        else ["GB/s", "% of copy"]
+    )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     if wide:
         table.add_column("op", no_wrap=True)
@@ -200,7 +226,7 @@ def _table(rows: Sequence[Row], notes: Footnotes, wide: bool) -> Table:
     if wide:
         for name in ("mode", "shape", "dtype"):
             table.add_column(name, no_wrap=True)
-    numbers = ["p20", "p50", "p80", *(["us/tensor"] if host else ["GB/s", "% of copy"]), "vs eager"]
+    numbers = ["p20", "p50", "p80", *special, "vs eager"]
     for name in numbers:
         width = 7 if name.startswith("p") else 5 if name == "GB/s" else len(name)
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
@@ -223,6 +249,8 @@ def _cells(row: Row, notes: Footnotes, wide: bool) -> list[Text]:
     cells.extend(Text(time_text(value)) for value in (row.p20_us, row.p50_us, row.p80_us))
     if row.host:
         cells.append(Text("-" if row.us_per_tensor is None else f"{row.us_per_tensor:.3f}"))
+    elif row.whole:
+        cells += [Text(memory_text(row.peak_bytes)), Text(accuracy_text(row.test_accuracy))]
     else:
         cells.append(Text("-" if row.gb_per_s is None else three_digits(row.gb_per_s)))
         cells.append(Text(percent_text(row.percent_of_copy)))
@@ -268,10 +296,14 @@ def markdown(rows: Sequence[Row], machine: dict[str, Any]) -> str:
     """The README's table: a line for each case, a column for each provider, nothing left out."""
     notes = Footnotes()
     lines: list[str] = []
-    bandwidth = [row for row in rows if not row.host]
+    bandwidth = [row for row in rows if not row.host and not row.whole]
+    whole = [row for row in rows if row.whole]
     host = [row for row in rows if row.host]
     if bandwidth:
         lines += _markdown_table(bandwidth, notes)
+    if whole:
+        lines += ["", "Whole training steps:", ""] if lines else []
+        lines += _markdown_whole(whole, notes)
     if host:
         lines += ["", "Host time a tensor, in us (lists of tensors with one element):", ""]
         lines += _markdown_table(host, notes)
@@ -280,6 +312,12 @@ def markdown(rows: Sequence[Row], machine: dict[str, Any]) -> str:
     lines += [f"({number}) {text}  " for number, text in enumerate(notes.texts, start=1)]
     if notes.texts:
         lines.append("")
+    if whole:
+        lines.append(
+            "A step's median time, *vs eager* as the median over interleaved rounds; below 1 is "
+            "slower. *memory*: the most that torch held in two steps. *accuracy*: on test images, "
+            "trained to the end."
+        )
     if bandwidth:
         lines.append(
             "Median times. *vs*: times faster than that provider, the median over interleaved "
@@ -321,6 +359,19 @@ def _markdown_table(rows: Sequence[Row], notes: Footnotes) -> list[str]:
             if not host:
                 share = own.percent_of_copy if own else None
                 cells.append("-" if share is None else f"{percent_text(share)} %")
+        lines.append(_markdown_line(cells))
+    return lines
+
+
+def _markdown_whole(rows: Sequence[Row], notes: Footnotes) -> list[str]:
+    """A line for each provider."""
+    head = ["network and batch", "dtype", "provider", "step", "vs eager", "memory", "accuracy"]
+    lines = [_markdown_line(head), _markdown_line(["---"] * 3 + ["---:"] * 4)]
+    for row in rows:
+        slower = row.vs_eager is not None and row.vs_eager < 1.0
+        cells = [row.shape, row.dtype, row.provider, _markdown_time(row, notes)]
+        cells += [ratio_text(row.vs_eager) + (" (slower)" if slower else "")]
+        cells += [memory_text(row.peak_bytes), accuracy_text(row.test_accuracy)]
         lines.append(_markdown_line(cells))
     return lines
 

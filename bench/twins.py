@@ -21,6 +21,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,9 +128,21 @@ class Twin:
     model: models.ResNet | models.ViT
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, capturable: bool = False) -> None:
         self.recipe = recipe
         self.device = device
+        self.compiled = False
+        self._setup(capturable)
+        self.network: Callable[[Tensor], Tensor] = self.model
+
+    def _setup(self, capturable: bool) -> None:
+        """Makes model, optimizer and the rest; ``capturable``: for CUDA graphs."""
+        raise NotImplementedError
+
+    def compile(self, **options: Any) -> None:
+        """From now on training runs the network through torch.compile."""
+        self.network = torch.compile(self.model, fullgraph=True, **options)
+        self.compiled = True
 
     def weights(self) -> list[nn.Parameter]:
         """What is penalized: the matrices and filters, not biases, norms and positions."""
@@ -143,6 +156,13 @@ class Twin:
 
     def images(self, x: Tensor, ids: Tensor, epoch: int) -> Tensor:
         """The batch as the network sees it in training."""
+        raise NotImplementedError
+
+    def prepare(self, x: Tensor, ids: Tensor, epoch: int) -> None:
+        """What has to be done on the host before a CUDA graph is replayed."""
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """As ``images``, within a CUDA graph."""
         raise NotImplementedError
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -163,7 +183,7 @@ class Twin:
     def cross_entropy(self, x: Tensor, labels: Tensor) -> Tensor:
         dtype = self.recipe.dtype
         with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-            out = self.model(x)
+            out = self.network(x)
         return F.cross_entropy(out.float() if out.dtype is torch.bfloat16 else out, labels)
 
     def train_step(self, images: Tensor, labels: Tensor, ids: Tensor, epoch: int) -> Tensor:
@@ -211,9 +231,9 @@ def batches(count: int, size: int, epoch: int) -> Iterator[Tensor]:
 class Fused(Twin):
     """By fusereg."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        super().__init__(recipe, device)
-        self.model = fusereg.convert(recipe.make()).to(device).train()
+    def _setup(self, capturable: bool) -> None:
+        recipe = self.recipe
+        self.model = fusereg.convert(recipe.make()).to(self.device).train()
         changes = {"degrees": TURN, "scale": ZOOM, "translate": SHIFT, "shear": SHEAR}
         self.augment = fusereg.augment.Augment(
             recipe.side,
@@ -227,11 +247,26 @@ class Fused(Twin):
         groups = fusereg.optim.param_groups_weight_decay(
             self.model, recipe.weight_decay, l1=recipe.l1, exclude=spared
         )
-        self.optimizer = fusereg.optim.AdamW(groups, lr=recipe.lr)
+        self.optimizer = fusereg.optim.AdamW(groups, lr=recipe.lr, capturable=capturable)
+        self.drawn: fusereg.augment.AugmentParams | None = None
         self.stopper = fusereg.EarlyStopping(self.model, patience=recipe.patience)
 
     def images(self, x: Tensor, ids: Tensor, epoch: int) -> Tensor:
         changed: Tensor = self.augment(x, sample_ids=ids, epoch=epoch)
+        return changed
+
+    def prepare(self, x: Tensor, ids: Tensor, epoch: int) -> None:
+        drawn = self.augment.sample_params(
+            len(x), input_size=x.shape[-1], sample_ids=ids, epoch=epoch
+        )
+        if self.drawn is None:
+            self.drawn = drawn.to(self.device)
+        else:  # where the graph reads them
+            self.drawn.records.copy_(drawn.records)
+            self.drawn.keys.copy_(drawn.keys)
+
+    def prepared(self, x: Tensor) -> Tensor:
+        changed: Tensor = self.augment(x, params=self.drawn)
         return changed
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -254,12 +289,16 @@ class Fused(Twin):
 class Plain(Twin):
     """In plain torch."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        super().__init__(recipe, device)
-        self.model = recipe.make().to(device).train()
+    def _setup(self, capturable: bool) -> None:
+        recipe = self.recipe
+        self.model = recipe.make().to(self.device).train()
         groups = [{"params": self.weights()}, {"params": self.others(), "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+            groups,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+            capturable=capturable,
         )
         self.best = math.inf
         self.misses = 0
@@ -283,6 +322,9 @@ class Plain(Twin):
         matrix = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
         grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
         return (F.grid_sample(x, grid, align_corners=False) - MEAN) / STD
+
+    def prepared(self, x: Tensor) -> Tensor:
+        return self.images(x, x, 0)  # drawn on the device, anew at each replay
 
     def group_lasso(self) -> Tensor:
         """The sum over all rows of all weights: root of the row's length times its norm."""
@@ -322,6 +364,11 @@ class Plain(Twin):
         epoch, state = self.kept
         self.model.load_state_dict(state)
         return epoch
+
+
+def with_dtype(recipe: Recipe, dtype: torch.dtype) -> Recipe:
+    """The same in another dtype."""
+    return replace(recipe, dtype=dtype)
 
 
 def without_chance(recipe: Recipe) -> Recipe:

