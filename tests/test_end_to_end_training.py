@@ -80,8 +80,8 @@ def test_every_chain_of_the_networks_is_fused() -> None:
 
 #: Long enough to name 19 of 20 digits rightly, on 3,500 of them.
 TRAININGS = {
-    "resnet": Recipe("resnet", side=14, l1=3e-2, epochs=4),
-    "vit": Recipe("vit", side=14, dropout=0.05, batch=32, epochs=7),
+    "resnet": Recipe("resnet", side=14, l1=3e-2, epochs=5),
+    "vit": Recipe("vit", side=14, dropout=0.05, batch=32, epochs=9),
 }
 
 

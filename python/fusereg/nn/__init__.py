@@ -17,6 +17,7 @@ from .dropout import (
 from .dropout_norm import DropoutAddLayerNorm, DropoutAddRMSNorm
 from .fused_dropout import ActivationDropout, BiasDropoutAdd, DropoutAdd, DropPathAdd
 from .gaussian_dropout import GaussianDropout
+from .statistics import keep_stats
 from .sync_batch_norm import SyncBatchNorm
 
 __all__ = [
@@ -45,4 +46,5 @@ __all__ = [
     "GaussianDropout",
     "GhostBatchNorm",
     "SyncBatchNorm",
+    "keep_stats",
 ]
