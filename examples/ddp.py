@@ -1,9 +1,13 @@
-"""DistributedDataParallel on two processes: the penalty once, one decision about stopping for all.
+"""DistributedDataParallel on two processes: everything together, and going on after a crash.
 
-torchrun --nproc-per-node 2 examples/ddp.py
+torchrun --nproc-per-node 2 examples/ddp.py --folder runs/ddp
+
+Kill it at any time; the same command goes on from the last epoch, to the same weights.
 """
 
 import argparse
+import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,57 +15,94 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fusereg
+from fusereg.bench.models import ResNet  # a residual network of torch's layers
 from fusereg.demo.data import first_of_each, load_bundled
 
 
-def main(epochs: int, quick: bool) -> None:
+def main(epochs: int, patience: int, quick: bool, folder: Path | None, verbose: bool) -> None:
     dist.init_process_group("gloo")  # "nccl" and a device for each process on GPUs
     rank, world = dist.get_rank(), dist.get_world_size()
     data = load_bundled()
     if quick:
         data = first_of_each(data, train=20, test=10)
+    train, test = (x.view(-1, 1, 28, 28) for x in (data.train_images, data.test_images))
 
     torch.manual_seed(0)  # DDP starts all from rank 0's weights anyway
-    net = nn.Sequential(
-        nn.Linear(data.pixels, 128), nn.ReLU(), fusereg.nn.Dropout(0.2), nn.Linear(128, 10)
-    )
+    net = ResNet(widths=(8, 16))
+    nn.SyncBatchNorm.convert_sync_batchnorm(net)  # statistics of all ranks' images
+    fusereg.convert(net)  # norm, shortcut, ReLU and dropout become one kernel
     model = DistributedDataParallel(net)
-    groups = fusereg.optim.param_groups_weight_decay(net, 0.01, l1=0.1)
-    optimizer = fusereg.optim.AdamW(groups, lr=2e-3, max_grad_norm=1.0)
-    stopper = fusereg.EarlyStopping(model, patience=4)
+    augment = fusereg.augment.Augment(28, degrees=12, translate=0.07, mean=0.13, std=0.31)
+    penalty = fusereg.WeightPenalty(net, group=1e-4)
+    groups = fusereg.optim.param_groups_weight_decay(net, 0.01, l1=0.03)
+    optimizer = fusereg.optim.AdamW(groups, lr=5e-3, max_grad_norm=1.0)
+    stopper = fusereg.EarlyStopping(net, patience=patience)
+    parts = {"net": net, "optimizer": optimizer, "stopper": stopper}
+    if folder is not None:
+        load(folder, parts)
 
-    mine = torch.arange(rank, len(data.train_images), world)
-    test = torch.arange(rank, len(data.test_images), world)
-    shuffle = torch.Generator().manual_seed(rank)
-    for epoch in stopper.epochs(epochs):
+    mine = torch.arange(rank, len(train), world)
+    judged = torch.arange(rank, len(test), world)
+    for epoch in stopper.epochs(epochs):  # from the one after the last check
+        # Dropout and order depend on epoch and rank alone, so a resumed run draws the same; the
+        # augmentation's numbers are those of the sample and the epoch anyway.
+        torch.manual_seed(1000 * epoch + rank)
         model.train()
         # As many batches on every rank: DDP waits for all of them.
-        for batch in mine[torch.randperm(len(mine), generator=shuffle)].split(32):
+        for step, ids in enumerate(mine[torch.randperm(len(mine))].split(32)):
             optimizer.zero_grad()
-            out = model(data.train_images[batch])
-            nn.functional.cross_entropy(out, data.train_labels[batch]).backward()
-            optimizer.step()  # gradients are averaged by now; each rank adds the same penalty
+            x = augment(train[ids], sample_ids=ids, epoch=epoch)
+            nn.functional.cross_entropy(model(x), data.train_labels[ids]).backward()
+            penalty.add_grad_()  # gradients are averaged by now; each rank adds the same
+            optimizer.step()
+            if verbose and rank == 0:
+                print(f"epoch {epoch}, step {step}", flush=True)
         model.eval()
         with torch.no_grad():
-            out = net(data.test_images[test])
-            loss = nn.functional.cross_entropy(out, data.test_labels[test])
+            out = net((test[judged] - 0.13) / 0.31)
+            loss = nn.functional.cross_entropy(out, data.test_labels[judged])
         # Each rank has seen its part of the test set: the ranks' losses are averaged.
         stopper.step(loss, epoch=epoch)
         if rank == 0:
-            print(f"epoch {epoch}: penalty {optimizer.penalty_value:.3f}")
+            print(stopper.explain(), flush=True)
+            if folder is not None:
+                save(folder, parts)
 
     weights = torch.cat([p.detach().flatten() for p in net.parameters()])
     theirs = [torch.empty_like(weights) for _ in range(world)]
     dist.all_gather(theirs, weights)
     if rank == 0:
+        if folder is not None:
+            torch.save(net.state_dict(), folder / "best.pt")
         print(stopper.explain())
         same = all(torch.equal(weights, other) for other in theirs)
         print(f"restored on all ranks; the same bits on each: {same}")
     dist.destroy_process_group()
 
 
+def save(folder: Path, parts: dict) -> None:
+    """Whole or not at all: the file takes the old one's place once it is on the disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "last.tmp").open("wb") as file:
+        torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(folder / "last.tmp", folder / "last.pt")
+
+
+def load(folder: Path, parts: dict) -> None:
+    """The last epoch's state, the same on all ranks; nothing if there is none."""
+    if (folder / "last.pt").exists():
+        state = torch.load(folder / "last.pt", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--patience", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="on 200 of the digits")
+    parser.add_argument("--folder", type=Path, help="for checkpoints; goes on from what is there")
+    parser.add_argument("--verbose", action="store_true", help="a line for each step")
     main(**vars(parser.parse_args()))

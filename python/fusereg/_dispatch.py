@@ -205,9 +205,11 @@ def all_gather(tensor: torch.Tensor, group: object) -> torch.Tensor:
         flat = functional.all_gather_tensor(tensor.flatten(), 0, group)  # type: ignore[arg-type]
         return flat.view(world, *tensor.shape)
     result = tensor.new_empty((world, *tensor.shape))
-    torch.distributed.all_gather_into_tensor(
-        result.view(-1), tensor.contiguous().view(-1), group=group
-    )
+    # Its name since 2.13, where the old one warns.
+    gather = getattr(torch.distributed, "all_gather_single", None)
+    if gather is None:
+        gather = torch.distributed.all_gather_into_tensor
+    gather(result.view(-1), tensor.contiguous().view(-1), group=group)
     return result
 
 
