@@ -144,7 +144,7 @@ class Twin:
         self.network = torch.compile(self.model, fullgraph=True, **options)
         self.compiled = True
 
-    def weights(self) -> list[nn.Parameter]:
+    def weights(self) -> list[Tensor]:
         """What is penalized: the matrices and filters, not biases, norms and positions."""
         kinds = (nn.Linear, nn.Conv2d)
         return [m.weight for m in self.model.modules() if isinstance(m, kinds)]
@@ -292,7 +292,10 @@ class Plain(Twin):
     def _setup(self, capturable: bool) -> None:
         recipe = self.recipe
         self.model = recipe.make().to(self.device).train()
-        groups = [{"params": self.weights()}, {"params": self.others(), "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [
+            {"params": self.weights()},
+            {"params": self.others(), "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(
             groups,
             lr=recipe.lr,
@@ -337,7 +340,7 @@ class Plain(Twin):
     @torch.no_grad()
     def prox(self) -> None:
         """Soft thresholding: w - clamp(w, -t, t)."""
-        weights: list[Tensor] = list(self.weights())
+        weights = self.weights()
         threshold = self.optimizer.param_groups[0]["lr"] * self.recipe.l1
         clamped = list(torch._foreach_clamp_max(weights, threshold))
         torch._foreach_clamp_min_(clamped, -threshold)

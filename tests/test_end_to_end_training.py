@@ -100,19 +100,30 @@ def test_both_become_equally_accurate(network: str) -> None:
     assert fused.losses[fused.best_epoch] == min(fused.losses)
 
 
-def test_early_stopping_ends_both_at_the_same_epoch() -> None:
-    """A learning rate that is far too high: the best epoch comes back."""
-    recipe = Recipe("resnet", side=14, lr=0.5, epochs=12, patience=2)
+def test_early_stopping_ends_both_at_the_same_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The validation loss does not fall after the second epoch: its weights come back."""
+    recipe = Recipe("resnet", side=14, epochs=12, patience=2)
     data = digits(16, 10)
-    recipe = twins.without_chance(recipe)
-    outcomes = []
     for kind in (Plain, Fused):
         twin = kind(recipe, CPU)
         losses = iter([3.0, 1.0, 2.0, 1.5, 0.5])
-        twin.judge = lambda *data, l=losses: (next(l, 0.0), 0.25)  # type: ignore[method-assign]
-        outcomes.append(twin.train(data))
-    for outcome in outcomes:
+        seen: list[dict[str, torch.Tensor]] = []
+
+        def judge(
+            *_: object,
+            twin: twins.Twin = twin,
+            losses: Iterator[float] = losses,
+            seen: list[dict[str, torch.Tensor]] = seen,
+        ) -> tuple[float, float]:
+            seen.append({name: value.clone() for name, value in twin.model.state_dict().items()})
+            return next(losses), 0.25
+
+        monkeypatch.setattr(twin, "judge", judge)
+        outcome = twin.train(data)
         assert (outcome.best_epoch, outcome.losses) == (1, (3.0, 1.0, 2.0, 1.5))
+        for name, value in seen[4].items():  # the test images are named by the second's
+            assert torch.equal(value, seen[1][name]), name
+        assert not torch.equal(seen[3]["head.weight"], seen[1]["head.weight"])
 
 
 # --- the benchmark --------------------------------------------------------------------------------
@@ -186,7 +197,9 @@ def test_the_whole_step_in_a_cuda_graph(network: str) -> None:
 @pytest.mark.gpu
 def test_a_captured_step_draws_new_masks() -> None:
     device = torch.device("cuda")
-    recipe = replace(Recipe("vit", side=14, batch=32, lr=0.0, weight_decay=0.0, dropout=0.5), l1=0.0)
+    recipe = replace(
+        Recipe("vit", side=14, batch=32, lr=0.0, weight_decay=0.0, dropout=0.5), l1=0.0
+    )
     images, labels = digits(16, 10).to(device).train
     batch = (images[:32], labels[:32], torch.arange(32))
     replay = end_to_end.Replay(Fused(replace(recipe, augmented=False), device, True), batch)
