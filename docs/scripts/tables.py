@@ -10,8 +10,9 @@ A table stands between two comments, the first of which says what is in it:
 
 `suite` is needed; `op`, `mode`, `shape`, `dtype` and `provider` take comma-separated names and keep
 what they name, and `host` takes the rows of tiny tensors. `view=ranges` gives one row for each
-layout and data type, with the least and the greatest ratio to eager over all shapes. Where several
-files hold a case, the latest counts. A suite without any results gets a line that says so.
+layout and data type, with the least and the greatest ratio to eager over all shapes;
+`view=training` is for whole training, with memory and accuracy of both. Where several files hold a
+case, the latest counts. A suite without any results gets a line that says so.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def table(request: str, rows: Sequence[Row]) -> str:
     ]
     if not kept:
         raise ValueError(f"no measured row fits: {request}")
-    make = _ranges if options.get("view") == "ranges" else _cases
+    make = {"ranges": _ranges, "training": _training}.get(options.get("view", ""), _cases)
     parts = []
     for hardware in dict.fromkeys(_hardware(r["machine"], r["device"]) for r in kept):
         own = [r for r in kept if _hardware(r["machine"], r["device"]) == hardware]
@@ -203,6 +204,30 @@ def _ranges(rows: Sequence[Row]) -> list[str]:
                 and (_layout(r["shape"]), r["dtype"]) == (layout, dtype)
             ]
             cells.append(f"{_digits(min(found))} to {_digits(max(found))}" if found else "–")
+        lines.append(_line(cells))
+    return lines
+
+
+def _training(rows: Sequence[Row]) -> list[str]:
+    """One line for each case: a step's time, the peak of memory, and the accuracy at the end."""
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(_case(row), {})[row["provider"]] = row
+    rivals = [p for p in dict.fromkeys(r["provider"] for r in rows) if p != OURS]
+    rivals.sort(key=lambda p: p != EAGER)
+    head = ["network, batch", "data type", *rivals, OURS, "vs eager"]
+    head += [f"{what}, {p}" for what in ("memory", "accuracy") for p in (EAGER, OURS)]
+    lines = [_line(head), _line(["---"] * 2 + ["---:"] * (len(head) - 2))]
+    for case, of_case in cases.items():
+        ours, eager = of_case.get(OURS), of_case.get(EAGER)
+        if ours is None or eager is None:
+            continue
+        cells = [case[3], case[4], *(_cell(of_case.get(p)) for p in rivals), _cell(ours)]
+        cells.append(ratio_text(ours["vs_eager"]))
+        for key, factor, unit in (("peak_bytes", 1e-6, "MB"), ("test_accuracy", 100.0, "%")):
+            for row in (eager, ours):
+                value = row.get(key)
+                cells.append("–" if value is None else f"{factor * value:.1f} {unit}")
         lines.append(_line(cells))
     return lines
 
