@@ -29,13 +29,16 @@ SUITES: tuple[str, ...] = (
     "drop_block",
     "dropout",
     "dropout_norm",
-    "end_to_end",
     "fused_dropout",
     "gaussian_dropout",
     "optimizer",
     "penalty",
+    "end_to_end",
 )
-"""The techniques that have a benchmark, each the name of a module of this package."""
+"""The techniques that have a benchmark, each the name of a module of this package.
+
+Last is all of them together, which takes longest: a run that is ended early has the others.
+"""
 
 
 def collect_cases(suite: str, options: Options) -> list[Case]:

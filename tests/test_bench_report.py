@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from fusereg.bench import command, compare, figures, harness, machine, overview, page, report
-from fusereg.bench.harness import Row, Settings
+from fusereg.bench.harness import Facts, Row, Settings, Workload
+from fusereg.bench.timers import Call
 
 from fusereg.cli import bench as cli_bench
-from test_bench import arguments, row
+from test_bench import SETTINGS, FakeTimer, arguments, make_case, named, row
 
 CPU = torch.device("cpu")
 
@@ -345,3 +346,64 @@ def test_without_matplotlib_the_report_is_its_json(
     assert cli_bench.run(arguments(*TINY, "--report", str(tmp_path / "r"))) == 0
     assert "page and plots need matplotlib" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "r").iterdir()] == ["report.json"]
+
+
+# --- whole training -------------------------------------------------------------------------------
+
+
+def whole_rows() -> list[Row]:
+    """A network's training by both, fusereg slower, and one provider that is not judged."""
+    same: dict[str, Any] = {
+        "suite": "end_to_end", "op": "training", "mode": "step", "bytes": 0,
+        "gb_per_s": None, "percent_of_copy": None,
+    }  # fmt: skip
+    return [
+        row("eager", peak_bytes=49_000_000, test_accuracy=0.978, **same),
+        row("torch.compile", compile_s=20.0, vs_eager=1.25, **same),
+        row("fusereg", peak_bytes=36_400_000, test_accuracy=0.981, vs_eager=0.5, **same),
+    ]
+
+
+def test_whole_training_has_memory_and_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    facts = machine.describe(CPU)
+    report.print_tables(Console(width=200), [*run_rows(), *whole_rows()], facts)
+    said = capsys.readouterr().out
+    for part in ("Whole training steps", "memory", "accuracy", "49.0 MB", "97.8 %", "98.1 %"):
+        assert part in said
+    lines = report.markdown(whole_rows(), facts).splitlines()
+    assert (
+        lines[0] == "| network and batch | dtype | provider | step | vs eager | memory | accuracy |"
+    )
+    assert "| eager | 10.0 us | 1.00x | 49.0 MB | 97.8 % |" in lines[2]
+    assert "| torch.compile | 10.0 us (+20 s once) | 1.25x | - | - |" in lines[3]
+    assert "| fusereg | 10.0 us | 0.50x (slower) | 36.4 MB | 98.1 % |" in lines[4]
+    again = Row.from_json(json.loads(json.dumps(whole_rows()[2].to_json())))
+    assert again == whole_rows()[2]
+
+
+def test_whole_training_on_the_page() -> None:
+    pytest.importorskip("matplotlib")
+    text = page.report(whole_rows(), machine.describe(CPU), interrupted=False)
+    reader = read_page(text)
+    for part in ("49.0 MB", "36.4 MB", "98.1 %", "0.50x"):
+        assert part in reader.text
+    assert "Roofline" not in reader.text  # there is no bandwidth to draw
+    assert '<td class="loss">0.50x</td>' in text
+
+
+def test_facts_are_found_out_after_all_times() -> None:
+    """And one that cannot be is a row with the reason; its rivals keep theirs."""
+    timer = FakeTimer({"eager": [2.0], "fusereg": [1.0]})
+
+    def facts(call: Call) -> Facts:
+        assert len(timer.order) == 8, "before the last round"
+        if call() == "fusereg":
+            raise RuntimeError("diverged")
+        return Facts(peak_bytes=7, test_accuracy=0.5)
+
+    case = make_case(setup=lambda: Workload([named("eager"), named("fusereg")], facts=facts))
+    eager, own = harness.run_case(case, SETTINGS, timer=timer)
+    assert (eager.peak_bytes, eager.test_accuracy) == (7, 0.5)
+    assert (own.failed, own.p50_us) == ("RuntimeError: diverged", None)

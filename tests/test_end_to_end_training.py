@@ -173,6 +173,20 @@ def test_the_peak_is_that_of_all_tensors_at_once() -> None:
 # --- in a CUDA graph ------------------------------------------------------------------------------
 
 
+def test_what_is_drawn_before_a_replay_is_what_is_drawn_without_one() -> None:
+    """In the same tensors each time: the graph reads them."""
+    twin = Fused(Recipe("resnet", side=14), CPU)
+    images, _ = digits(2, 2).train
+    ids = torch.arange(len(images))
+    twin.prepare(images, ids, 0)
+    assert twin.drawn is not None
+    records = twin.drawn.records
+    for epoch in (0, 5):
+        twin.prepare(images, ids, epoch)
+        assert twin.drawn.records is records
+        assert torch.equal(twin.prepared(images), twin.images(images, ids, epoch))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_whole_step_in_a_cuda_graph(network: str) -> None:
