@@ -451,8 +451,8 @@ def mix(
         )
     with_whom = _for_samples(partner, n, op, "partner", "integers")
     share = _for_samples(lam, n, op, "lam", "numbers").to(partner.device)
-    # A GPU's numbers would be waited for, and a graph has none yet: the kernel takes an index that is
-    # not in the batch for no partner.
+    # A GPU's numbers would be waited for, a graph has none yet: the kernel takes an index beyond
+    # the batch for no partner.
     if with_whom.device.type == "cpu" and n > 0 and _dispatch.eager():
         if float(with_whom.max()) >= n:
             raise ValueError(
