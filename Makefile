@@ -3,7 +3,7 @@
 #   make demo     trains on real handwritten digits with every technique: table and plots
 #   make test     the whole suite, the CUDA kernels on the host included
 #   make bench    every benchmark, as a page and as JSON in ./bench-report   (BENCH="penalty --quick" for less)
-#   make lint     ruff, mypy --strict, clang-format
+#   make lint     ruff, mypy --strict, clang-format, clang-tidy
 #   make docs     the documents as a site in ./build/site, their tables made anew
 #   make wheel    a wheel and an sdist in ./dist; `make wheel-test` installs the one wheel beside each of
 #                 TORCH_VERSIONS and builds another from the sdist where there is no torch
@@ -116,6 +116,13 @@ lint: env
 	@mypy
 	@$(call say,clang-format)
 	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run --Werror
+	@$(call say,clang-tidy)
+	@mkdir -p build && cmake -S . -B build/tidy -G Ninja -DFUSEREG_CUDA=OFF -DCMAKE_EXPORT_COMPILE_COMMANDS=ON \
+	    -DPython_EXECUTABLE="$(VENV)/bin/python" > build/tidy.log 2>&1 || { cat build/tidy.log >&2; exit 1; }
+	@# Files of vector kernels speak GCC's dialect; without the flag clang would want its own omp.h.
+	@sed -n 's|^ *"file": "\(.*/csrc/.*\)",*$$|\1|p' build/tidy/compile_commands.json | sort -u \
+	    | xargs grep -L '::FUSEREG_ISA {' | xargs -P $(WORKERS) -n 4 \
+	    clang-tidy -p build/tidy --quiet --extra-arg=-fno-openmp 2>> build/tidy.log
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/.installed
 	@$(call say,installing what the documents are made with)

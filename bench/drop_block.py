@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch.nn import functional as torch_functional
 
+from . import calls
 from .harness import EAGER, Accuracy, Case, Options, Provider, Workload
 from .timers import Call
 
@@ -98,10 +99,8 @@ def _setup(
     generator = torch.Generator(device=options.device).manual_seed(0)
     x = torch.empty(shape, dtype=dtype, device=options.device, memory_format=layout)
     x.uniform_(0.5, 1.5, generator=generator)  # no zeros, so that what was dropped is seen
-    providers = _providers(x, _forward if mode == FORWARD else _both)
-    if options.quick:
-        providers = [provider for provider in providers if not provider.compiles]
-    return Workload(providers, lambda call: _check(x, call, mode))
+    providers = _providers(x, calls.forward if mode == FORWARD else calls.forward_backward)
+    return Workload(calls.affordable(providers, options), lambda call: _check(x, call, mode))
 
 
 # -------------------------------------------------------------------------------------- providers
@@ -118,32 +117,6 @@ def _chain(x: torch.Tensor) -> torch.Tensor:
     return x * kept * (kept.numel() / kept.sum(dtype=torch.float32)).to(x.dtype)
 
 
-def _compiled() -> Any:
-    # Whatever an earlier case compiled must not make this one's compilation look short.
-    torch._dynamo.reset()
-    return torch.compile(_chain, fullgraph=True, dynamic=False)
-
-
-def _forward(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Call:
-    def call() -> object:
-        with torch.no_grad():
-            return function(x)
-
-    return call
-
-
-def _both(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Call:
-    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    gradient = torch.ones_like(x)
-
-    def call() -> object:
-        y = function(leaf)
-        (grad,) = torch.autograd.grad(y, leaf, gradient)
-        return y.detach(), grad
-
-    return call
-
-
 def _providers(x: torch.Tensor, timed: Callable[..., Call]) -> list[Provider]:
     from fusereg import functional
 
@@ -152,10 +125,10 @@ def _providers(x: torch.Tensor, timed: Callable[..., Call]) -> list[Provider]:
 
     found = [
         Provider(EAGER, lambda: timed(_chain, x)),
-        Provider("torch.compile", lambda: timed(_compiled(), x), compiles=True),
+        Provider("torch.compile", lambda: timed(calls.compiled(_chain), x), compiles=True),
         Provider("fusereg", lambda: timed(fused, x)),
     ]
-    if timed is _forward:
+    if timed is calls.forward:
         note = "a yardstick: drops nothing"
         found.insert(2, Provider("clone", lambda: timed(torch.clone, x), note=note))
     return found

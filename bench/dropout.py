@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from . import calls
 from .harness import EAGER, Accuracy, Case, Options, Provider, Workload
 from .timers import Call
 
@@ -108,9 +109,7 @@ def _setup(elements: int, mode: str, dtype: torch.dtype, options: Options) -> Wo
         BOTH: _both_providers,
     }
     providers = makers[mode](x)
-    if options.quick:
-        providers = [provider for provider in providers if not provider.compiles]
-    return Workload(providers, lambda call: _check(x, call, mode))
+    return Workload(calls.affordable(providers, options), lambda call: _check(x, call, mode))
 
 
 # -------------------------------------------------------------------------------------- providers
@@ -120,28 +119,14 @@ def _eager(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.dropout(x, P)
 
 
-def _compiled() -> Any:
-    # Whatever an earlier case compiled must not make this one's compilation look short.
-    torch._dynamo.reset()
-    return torch.compile(_eager, fullgraph=True, dynamic=False)
-
-
-def _plain_call(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Call:
-    def call() -> object:
-        with torch.no_grad():
-            return function(x)
-
-    return call
-
-
 def _forward_providers(x: torch.Tensor) -> list[Provider]:
     from fusereg import functional
 
     return [
-        Provider(EAGER, lambda: _plain_call(_eager, x)),
-        Provider("torch.compile", lambda: _plain_call(_compiled(), x), compiles=True),
-        Provider(CLONE, lambda: _plain_call(torch.clone, x), note="a yardstick: drops nothing"),
-        Provider("fusereg", lambda: _plain_call(lambda t: functional.dropout(t, P), x)),
+        Provider(EAGER, lambda: calls.forward(_eager, x)),
+        Provider("torch.compile", lambda: calls.forward(calls.compiled(_eager), x), compiles=True),
+        Provider(CLONE, lambda: calls.forward(torch.clone, x), note="a yardstick: drops nothing"),
+        Provider("fusereg", lambda: calls.forward(lambda t: functional.dropout(t, P), x)),
     ]
 
 
@@ -150,7 +135,7 @@ def _out_providers(x: torch.Tensor) -> list[Provider]:
 
     def own() -> Call:
         out = torch.zeros_like(x)
-        return _plain_call(lambda t: functional.dropout(t, P, out=out), x)
+        return calls.forward(lambda t: functional.dropout(t, P, out=out), x)
 
     eager, compiled, *_ = _forward_providers(x)
     return [eager, compiled, Provider("fusereg", own)]
@@ -159,20 +144,12 @@ def _out_providers(x: torch.Tensor) -> list[Provider]:
 def _both_providers(x: torch.Tensor) -> list[Provider]:
     from fusereg import functional
 
-    leaf = x.clone().requires_grad_()
-    gradient = torch.ones_like(x)
-
     def both(function: Callable[[torch.Tensor], torch.Tensor]) -> Call:
-        def call() -> object:
-            y = function(leaf)
-            (grad,) = torch.autograd.grad(y, leaf, gradient)
-            return y.detach(), grad
-
-        return call
+        return calls.forward_backward(function, x)
 
     return [
         Provider(EAGER, lambda: both(_eager)),
-        Provider("torch.compile", lambda: both(_compiled()), compiles=True),
+        Provider("torch.compile", lambda: both(calls.compiled(_eager)), compiles=True),
         Provider("fusereg", lambda: both(lambda t: functional.dropout(t, P))),
     ]
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from . import calls
 from .harness import EAGER, Accuracy, Case, Options, Provider, Workload
 from .timers import Call
 
@@ -97,13 +98,13 @@ def _setup(
 
     def random(*sizes: int) -> torch.Tensor:
         t = torch.randn(sizes, generator=generator, device=options.device)
-        return t.to(dtype).requires_grad_(mode == BOTH)
+        return t.to(dtype)
 
     x, residual = random(*shape), random(*shape)
-    weight = torch.ones_like(x[0]).requires_grad_(mode == BOTH)
+    weight = torch.ones_like(x[0])
     inputs = [x, residual, weight]
     if not rms:
-        inputs.append(torch.zeros_like(weight).requires_grad_(mode == BOTH))
+        inputs.append(torch.zeros_like(weight))
     upstream = torch.randn(shape, generator=generator, device=options.device).to(dtype)
 
     def eager(x: torch.Tensor, residual: torch.Tensor, *affine: torch.Tensor) -> torch.Tensor:
@@ -111,33 +112,22 @@ def _setup(
         norm = torch.nn.functional.rms_norm if rms else torch.nn.functional.layer_norm
         return norm(s, shape[1:], *affine, eps=EPS)
 
-    def compiled() -> Any:
-        # Whatever an earlier case compiled must not make this one's compilation look short.
-        torch._dynamo.reset()
-        return torch.compile(eager, fullgraph=True, dynamic=False)
-
     fused: Any = functional.dropout_add_rms_norm if rms else functional.dropout_add_layer_norm
 
     def call_of(function: _Norm) -> Call:
-        def forward() -> object:
-            with torch.no_grad():
-                return function(*inputs)
-
-        def both() -> object:
-            y = function(*inputs)
-            return y.detach(), *torch.autograd.grad(y, inputs, upstream)
-
-        return both if mode == BOTH else forward
+        if mode == BOTH:
+            return calls.forward_backward(function, *inputs, gradient=upstream)
+        return calls.forward(function, *inputs)
 
     providers = [
         Provider(EAGER, lambda: call_of(eager)),
-        Provider("torch.compile", lambda: call_of(compiled()), compiles=True),
+        Provider("torch.compile", lambda: call_of(calls.compiled(eager)), compiles=True),
         Provider("fusereg", lambda: call_of(lambda *t: fused(*t, p=P, eps=EPS))),
     ]
-    if options.quick:
-        providers = [provider for provider in providers if not provider.compiles]
     check = _check_both if mode == BOTH else _check_forward
-    return Workload(providers, lambda call: check(rms, inputs, upstream, call))
+    return Workload(
+        calls.affordable(providers, options), lambda call: check(rms, inputs, upstream, call)
+    )
 
 
 # ------------------------------------------------------------------------------------------ checks

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnF
 
+from . import calls
 from .harness import EAGER, Accuracy, Case, Options, Provider, Workload
 from .timers import Call
 
@@ -177,9 +178,9 @@ def _setup(op: str, elements: int, mode: str, dtype: torch.dtype, options: Optio
     shape = (elements // columns, columns)
     tensors = (make(*shape), make(columns), make(*shape))
     providers = _providers(OPERATIONS[op], tensors, mode)
-    if options.quick:
-        providers = [provider for provider in providers if not provider.compiles]
-    return Workload(providers, lambda call: _check(op, tensors, call, mode))
+    return Workload(
+        calls.affordable(providers, options), lambda call: _check(op, tensors, call, mode)
+    )
 
 
 # -------------------------------------------------------------------------------------- providers
@@ -193,41 +194,18 @@ def _providers(
     def fused(x: Tensor, b: Tensor, r: Tensor) -> Tensor:
         return operation.fused(functional, x, b, r)
 
-    def compiled() -> Any:
-        # Whatever an earlier case compiled must not make this one's compilation look short.
-        torch._dynamo.reset()
-        return torch.compile(operation.unfused, fullgraph=True, dynamic=False)
+    def call_of(function: Callable[..., Tensor]) -> Call:
+        if mode != BOTH:
+            return calls.forward(function, *tensors)
+        wanted = {1: [0], 2: [0, 2], 3: [0, 2, 1]}[operation.operands]
+        return calls.forward_backward(function, *tensors, wanted=wanted)
 
-    make = _both if mode == BOTH else _forward
+    unfused = operation.unfused
     return [
-        Provider(EAGER, lambda: make(operation, operation.unfused, tensors)),
-        Provider("torch.compile", lambda: make(operation, compiled(), tensors), compiles=True),
-        Provider("fusereg", lambda: make(operation, fused, tensors)),
+        Provider(EAGER, lambda: call_of(unfused)),
+        Provider("torch.compile", lambda: call_of(calls.compiled(unfused)), compiles=True),
+        Provider("fusereg", lambda: call_of(fused)),
     ]
-
-
-def _forward(
-    operation: Operation, function: Callable[..., Tensor], tensors: tuple[Tensor, Tensor, Tensor]
-) -> Call:
-    def call() -> object:
-        with torch.no_grad():
-            return function(*tensors)
-
-    return call
-
-
-def _both(
-    operation: Operation, function: Callable[..., Tensor], tensors: tuple[Tensor, Tensor, Tensor]
-) -> Call:
-    x, bias, residual = (t.clone().requires_grad_() for t in tensors)
-    wanted = {1: [x], 2: [x, residual], 3: [x, residual, bias]}[operation.operands]
-    gradient = torch.ones_like(x)
-
-    def call() -> object:
-        y = function(x, bias, residual)
-        return y.detach(), *torch.autograd.grad(y, wanted, gradient)
-
-    return call
 
 
 # ------------------------------------------------------------------------------------------ checks

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from . import calls
 from .harness import EAGER, Accuracy, Case, Options, Provider, Workload
 from .timers import Call
 
@@ -66,10 +67,8 @@ def _case(name: str, elements: int, mode: str, dtype: torch.dtype, options: Opti
 
 def _setup(elements: int, mode: str, dtype: torch.dtype, options: Options) -> Workload:
     x = torch.ones(elements, dtype=dtype, device=options.device)  # the noise is seen as it is
-    providers = _providers(x, _forward if mode == FORWARD else _both)
-    if options.quick:
-        providers = [provider for provider in providers if not provider.compiles]
-    return Workload(providers, lambda call: _check(x, call, mode))
+    providers = _providers(x, calls.forward if mode == FORWARD else calls.forward_backward)
+    return Workload(calls.affordable(providers, options), lambda call: _check(x, call, mode))
 
 
 # -------------------------------------------------------------------------------------- providers
@@ -77,32 +76,6 @@ def _setup(elements: int, mode: str, dtype: torch.dtype, options: Options) -> Wo
 
 def _chain(x: torch.Tensor) -> torch.Tensor:
     return x * (1 + STRENGTH * torch.randn_like(x))
-
-
-def _compiled() -> Any:
-    # Whatever an earlier case compiled must not make this one's compilation look short.
-    torch._dynamo.reset()
-    return torch.compile(_chain, fullgraph=True, dynamic=False)
-
-
-def _forward(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Call:
-    def call() -> object:
-        with torch.no_grad():
-            return function(x)
-
-    return call
-
-
-def _both(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Call:
-    leaf = x.clone().requires_grad_()
-    gradient = torch.ones_like(x)
-
-    def call() -> object:
-        y = function(leaf)
-        (grad,) = torch.autograd.grad(y, leaf, gradient)
-        return y.detach(), grad
-
-    return call
 
 
 def _providers(x: torch.Tensor, timed: Callable[..., Call]) -> list[Provider]:
@@ -113,10 +86,10 @@ def _providers(x: torch.Tensor, timed: Callable[..., Call]) -> list[Provider]:
 
     found = [
         Provider(EAGER, lambda: timed(_chain, x)),
-        Provider("torch.compile", lambda: timed(_compiled(), x), compiles=True),
+        Provider("torch.compile", lambda: timed(calls.compiled(_chain), x), compiles=True),
         Provider("fusereg", lambda: timed(fused, x)),
     ]
-    if timed is _forward:
+    if timed is calls.forward:
         note = "a yardstick: adds no noise"
         found.insert(2, Provider("clone", lambda: timed(torch.clone, x), note=note))
     return found

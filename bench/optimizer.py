@@ -24,12 +24,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from . import shapes
 from .harness import EAGER, Accuracy, Case, Options, Provider, Workload
+from .shapes import Work
 from .timers import Call
 
 LR = 1e-3
@@ -46,24 +46,12 @@ MOVED = {STEP: 7, CLIP: 1}
 OPS = {STEP: "AdamW elastic net", CLIP: "clip_grad_norm_"}
 
 
-@dataclass(frozen=True)
-class Work:
-    name: str
-    shapes: list[shapes.Shape]
-    host: bool = False
-
-
 def works(quick: bool) -> list[Work]:
     """The lists of parameters, the most telling first; ``quick``: a tiny one and a real one."""
-    resnet = Work("resnet50", shapes.resnet50())
     if quick:
-        return [
-            Work("tiny 20x1000", [(1000,)] * 20),
-            resnet,
-            Work("host 100x1", [(1,)] * 100, host=True),
-        ]
+        return shapes.quick_works()
     return [
-        resnet,
+        Work("resnet50", shapes.resnet50()),
         Work("2000x512", [(512,)] * 2000),
         Work("16M", [(16 * 2**20,)]),
         Work("host 2000x1", [(1,)] * 2000, host=True),

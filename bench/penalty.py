@@ -28,13 +28,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from . import shapes
+from . import calls, shapes
 from .harness import EAGER, Accuracy, Case, Options, Provider, Workload
+from .shapes import Work
 from .timers import Call
 
 L1 = 1e-5
@@ -54,24 +53,12 @@ OPS = {VALUE: "elastic net", VALUE_GRADIENT: "elastic net", PROX: "soft threshol
 WHOLE_LIST_GRAPH_LIMIT = 256
 
 
-@dataclass(frozen=True)
-class Work:
-    name: str
-    shapes: list[shapes.Shape]
-    host: bool = False
-
-
 def works(quick: bool) -> list[Work]:
     """The lists of parameters, the most telling first; ``quick``: a tiny one and a real one."""
-    resnet = Work("resnet50", shapes.resnet50())
     if quick:
-        return [
-            Work("tiny 20x1000", [(1000,)] * 20),
-            resnet,
-            Work("host 100x1", [(1,)] * 100, host=True),
-        ]
+        return shapes.quick_works()
     return [
-        resnet,
+        Work("resnet50", shapes.resnet50()),
         Work("2000x512", [(512,)] * 2000),
         Work("64M", [(64 * 2**20,)]),
         Work("gpt2", shapes.gpt2_small()),
@@ -157,10 +144,8 @@ def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workl
         PROX: _check_prox,
     }
     providers = makers[mode](data)
-    if options.quick:
-        providers = [provider for provider in providers if not provider.compiles]
     check = checks[mode]
-    return Workload(providers, lambda call: check(data, call))
+    return Workload(calls.affordable(providers, options), lambda call: check(data, call))
 
 
 # -------------------------------------------------------------------------------------- providers
@@ -317,9 +302,7 @@ def _compiled(weights: Tensors, gradients: Tensors | None, formula: Formula) -> 
     per_tensor = len(weights) > WHOLE_LIST_GRAPH_LIMIT
 
     def make() -> Call:
-        # Whatever an earlier case compiled must not make this one's compilation look short.
-        torch._dynamo.reset()
-        compiled: Any = torch.compile(formula, fullgraph=True, dynamic=False)
+        compiled = calls.compiled(formula)
         failure: BaseException | None = None
         with _fresh_compiler_cache(), torch.no_grad():
             # An error that passes through torch's cache manager would make it leave its folder.

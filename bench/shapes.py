@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A list of parameters that is timed; ``host``: so small that only the call itself costs."""
+
+    name: str
+    shapes: list[Shape]
+    host: bool = False
+
+
+def quick_works() -> list[Work]:
+    """For ``--quick``: a tiny list, a real one, and one of the host's time."""
+    return [
+        Work("tiny 20x1000", [(1000,)] * 20),
+        Work("resnet50", resnet50()),
+        Work("host 100x1", [(1,)] * 100, host=True),
+    ]
 
 
 def resnet50() -> list[Shape]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -148,6 +149,36 @@ def test_compile_and_checkpoint() -> None:
     kept = checkpoint(f, x, use_reentrant=False)
     (g,) = torch.autograd.grad(kept.square().sum(), x)
     assert torch.equal(g, wanted)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "crop_flip_normalize": lambda t: A.crop_flip_normalize(
+        t, (4, 5), top=torch.tensor([0, 2]), hflip=torch.tensor([True, False]), mean=0.5, std=0.2
+    ),
+    "resize": lambda t: A.resize(t, (4, 9), antialias=True),
+    "erase": lambda t: A.erase(t, torch.tensor([[0, 1, 3, 4], [2, 2, 2, 2]]), 0.3),
+    "erase by noise": lambda t: A.erase(t, torch.tensor([[0, 1, 3, 4]] * 2), "random", seed=5),
+    "mix": lambda t: A.mix(t, torch.tensor([1, 0]), torch.tensor([0.25, 1.0])),
+    "mix a box": lambda t: A.mix(t, torch.tensor([1, -1]), 0.0, torch.tensor([[0, 1, 4, 5]] * 2)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_in_graphs(name: str) -> None:
+    f = FUNCTIONS[name]
+    x = torch.rand(2, 3, 6, 7, requires_grad=True)
+    (wanted,) = torch.autograd.grad(f(x).square().sum(), x)
+    y = torch.compile(f, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(y, f(x))
+    (g,) = torch.autograd.grad(y.square().sum(), x)
+    assert torch.equal(g, wanted)
+
+    class Module(torch.nn.Module):
+        def forward(self, t: Tensor) -> Tensor:
+            return f(t)
+
+    exported = torch.export.export(Module(), (x.detach(),))
+    assert torch.equal(exported.module()(x.detach()), f(x))
 
 
 def test_transforms() -> None:

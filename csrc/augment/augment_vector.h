@@ -131,32 +131,6 @@ FUSEREG_INLINE Spot spot_of(const Frame& f, const Start& start, int part, std::i
           to_floats(ux & mask) * unit, to_floats(uy & mask) * unit};
 }
 
-// One channel after the other; every tap by itself. `at` are element offsets within a channel, or
-// negative ones for the fill.
-template <class T>
-FUSEREG_INLINE Floats take(const T* plane, const std::int32_t* at, float fill) {
-  float v[kLanes];
-  for (int i = 0; i < kLanes; ++i) v[i] = at[i] < 0 ? fill : read(plane + at[i]);
-  return load(v);
-}
-// None is to be filled.
-template <class T>
-FUSEREG_INLINE Floats take(const T* plane, Ints at) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
-    return _mm512_mask_i32gather_ps(Floats{}, 0xffff, bit_cast<__m512i>(at), plane, 4);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return _mm256_i32gather_ps(plane, bit_cast<__m256i>(at), 4);
-#endif
-  if constexpr (sizeof(T) != 4 || kVectorBytes == 16) {
-    std::int32_t where[kLanes];
-    store_ints(where, at);
-    float v[kLanes];
-    for (int i = 0; i < kLanes; ++i) v[i] = read(plane + where[i]);
-    return load(v);
-  }
-}
-
 #if defined(__AVX512F__)
 #define FUSEREG_GATHERS 1
 FUSEREG_INLINE Ints gather_words(const std::uint8_t* p, Ints at) {
@@ -202,6 +176,50 @@ FUSEREG_INLINE void gather_pairs(const std::uint8_t* p, Ints at, Ints& low, Ints
 FUSEREG_INLINE Floats byte_of(Ints words, int i) { return to_floats((words >> (8 * i)) & 255); }
 #endif
 
+FUSEREG_INLINE Ints minimum(Ints a, Ints b) {
+  const Ints less = a < b;
+  return (a & less) | (b & ~less);
+}
+
+// One channel after the other; every tap by itself. `at` are element offsets within a channel,
+// whose last one is `last`.
+template <class T>
+FUSEREG_INLINE Floats take(const T* plane, Ints at, std::int32_t last) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_mask_i32gather_ps(Floats{}, 0xffff, bit_cast<__m512i>(at), plane, 4);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_i32gather_ps(plane, bit_cast<__m256i>(at), 4);
+#endif
+#if FUSEREG_GATHERS
+  if constexpr (sizeof(T) == 1) {
+    if (last >= 3) {
+      // Words end with the last element at the latest.
+      const Ints base = minimum(at, Ints{} + (last - 3));
+      return to_floats((gather_words(plane, base) >> ((at - base) << 3)) & 255);
+    }
+  }
+#endif
+  if constexpr (sizeof(T) != 4 || kVectorBytes == 16) {
+    std::int32_t where[kLanes];
+    store_ints(where, at);
+    float v[kLanes];
+    for (int i = 0; i < kLanes; ++i) v[i] = read(plane + where[i]);
+    return load(v);
+  }
+}
+
+// fold() of each lane. Where that is the fill, `filled` is set and the place is some pixel's.
+FUSEREG_INLINE Ints fold_lanes(Ints at, std::int32_t size, FillMode mode, Ints& filled) {
+  if (mode == FillMode::kConstant || mode == FillMode::kBorder) {
+    const Ints below = at < 0;
+    if (mode == FillMode::kConstant) filled |= below | (at >= size);
+    return minimum(at & ~below, Ints{} + (size - 1));
+  }
+  for (int lane = 0; lane < kLanes; ++lane) at[lane] = fold(at[lane], size, mode);
+  return at;
+}
+
 // The images that a sample's rows are made of, and the plane of its first channel.
 template <class T>
 struct Source {
@@ -235,20 +253,19 @@ void part_by_taps(const Job& job, const Source<T>& x, const Spot& s, float* out,
                         : kHow == Interpolation::kBilinear ? 2
                                                            : 4;
   constexpr int kBefore = kTaps == 4 ? 1 : 0;
-  std::int32_t at[kTaps][kTaps][kLanes];
-  for (int j = 0; j < kTaps; ++j) {
-    for (int i = 0; i < kTaps; ++i) {
-      if constexpr (kChecked) {
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const std::int32_t px = fold(s.x[lane] + (i - kBefore), x.w, job.fill_mode);
-          const std::int32_t py = fold(s.y[lane] + (j - kBefore), x.h, job.fill_mode);
-          at[j][i][lane] = px < 0 || py < 0 ? -1 : py * x.row + px * x.pixel;
-        }
-      } else {
-        store_ints(at[j][i], (s.y + (j - kBefore)) * x.row + (s.x + (i - kBefore)) * x.pixel);
-      }
+  Ints column[kTaps], line[kTaps];
+  Ints no_column[kTaps] = {}, no_line[kTaps] = {};  // the fill's
+  for (int i = 0; i < kTaps; ++i) {
+    column[i] = s.x + (i - kBefore);
+    line[i] = s.y + (i - kBefore);
+    if constexpr (kChecked) {
+      column[i] = fold_lanes(column[i], x.w, job.fill_mode, no_column[i]);
+      line[i] = fold_lanes(line[i], x.h, job.fill_mode, no_line[i]);
     }
+    column[i] *= x.pixel;
+    line[i] *= x.row;
   }
+  const std::int32_t last = (x.h - 1) * x.row + (x.w - 1) * x.pixel;
   const Cubic<Floats> wx = cubic_weights(s.tx);
   const Cubic<Floats> wy = cubic_weights(s.ty);
   const T* plane = x.data;
@@ -257,11 +274,9 @@ void part_by_taps(const Job& job, const Source<T>& x, const Spot& s, float* out,
     Floats tap[4][4];
     for (int j = 0; j < kTaps; ++j) {
       for (int i = 0; i < kTaps; ++i) {
-        if constexpr (kChecked) {
-          tap[j][i] = take(plane, at[j][i], fill);
-        } else {
-          tap[j][i] = take(plane, load_ints(at[j][i]));
-        }
+        tap[j][i] = take(plane, line[j] + column[i], last);
+        if constexpr (kChecked)
+          tap[j][i] = select(no_line[j] | no_column[i], broadcast(fill), tap[j][i]);
       }
     }
     store(out, combine<T, kHow>(tap, s, wx, wy));

@@ -9,45 +9,14 @@
 #include <cstdint>
 
 #include "core/philox.h"
+#include "core/rounded.h"
 
 namespace fusereg::normal {
 
-// Operations that round by themselves: nvcc would fuse a multiplication with an addition.
-FUSEREG_INLINE float multiply(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-FUSEREG_INLINE float add(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fadd_rn(a, b);
-#else
-  return a + b;
-#endif
-}
-FUSEREG_INLINE double multiply(double a, double b) {
-#if defined(__CUDA_ARCH__)
-  return __dmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-FUSEREG_INLINE double add(double a, double b) {
-#if defined(__CUDA_ARCH__)
-  return __dadd_rn(a, b);
-#else
-  return a + b;
-#endif
-}
-FUSEREG_INLINE float square_root(float a) {
-#if defined(__CUDA_ARCH__)
-  return __fsqrt_rn(a);
-#else
-  return __builtin_sqrtf(a);
-#endif
-}
+using rounded::add;
+using rounded::multiply;
+using rounded::square_root;
+
 // Of the word as a signed integer.
 FUSEREG_INLINE float number(std::uint32_t word) {
 #if defined(__CUDA_ARCH__)

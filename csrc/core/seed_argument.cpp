@@ -1,15 +1,8 @@
 #include "core/seed_argument.h"
 
-#include <string>
+#include "core/call.h"
 
 namespace fusereg {
-namespace {
-
-std::string where(const char* op, const char* name) {
-  return std::string("fusereg.") + op + ": " + name;
-}
-
-}  // namespace
 
 std::uint64_t bits_argument(const py::object& number, const char* op, const char* name) {
   if (!PyLong_Check(number.ptr())) {

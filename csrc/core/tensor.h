@@ -129,6 +129,6 @@ std::string type_name(py::handle object);
 
 // The last argument of every function that computes: the operation's name, for errors. pybind11
 // would make a null pointer of None.
-inline py::arg op_argument() { return std::move(py::arg("op").none(false)); }
+inline py::arg op_argument() { return py::arg("op").none(false); }
 
 }  // namespace fusereg

@@ -1,19 +1,13 @@
 // fusereg._C: DropBlock. Contract: drop_block.h, _C.pyi.
 #include <string>
 
+#include "core/call.h"
 #include "core/seed_argument.h"
 #include "core/tensor.h"
 #include "drop_block/drop_block.h"
 
 namespace fusereg::drop_block {
 namespace {
-
-constexpr int kDone = 0;
-constexpr int kNeedsPreparation = 2;
-
-std::string where(const char* op, const char* name) {
-  return std::string("fusereg.") + op + ": " + name;
-}
 
 // Contiguous as (N, C, H, W), or with the channels last; else false.
 bool find_layout(const TensorView& x, bool& channels_last) {
@@ -28,18 +22,6 @@ bool find_layout(const TensorView& x, bool& channels_last) {
   };
   channels_last = !contiguous({0, 1, 2, 3});
   return !channels_last || contiguous({0, 2, 3, 1});
-}
-
-void run(const Job& job, const Device& device) {
-#if defined(FUSEREG_CUDA)
-  if (runs_cuda_kernels(device)) {
-    run_cuda(job, device.index, current_stream(device));
-    return;
-  }
-#endif
-  (void)device;
-  const py::gil_scoped_release release;
-  run_cpu(job);
 }
 
 // A float64 vector of `size` numbers on the input's device.
@@ -91,7 +73,7 @@ int apply(const py::object& y, const py::object& x, const py::object& kept, cons
   job.counts = slots != nullptr;
   if (slots != nullptr && runs_cuda_kernels(in.device))
     job.slots = numbers_argument(*slots, kCountSlots, in.device, op, "slots");
-  run(job, in.device);
+  run_job(job, in.device, job.geometry.numel());
   return kDone;
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "core/cuda.cuh"
+#include "core/rounded.h"
 #include "drop_block/drop_block.h"
 
 namespace fusereg::drop_block {
@@ -26,20 +27,7 @@ struct Arguments {
   int slot_count;  // 0: *kept is there already
 };
 
-FUSEREG_DEVICE_INLINE float multiply(float x, float a) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rn(x, a);
-#else
-  return x * a;
-#endif
-}
-FUSEREG_DEVICE_INLINE double multiply(double x, double a) {
-#if defined(__CUDA_ARCH__)
-  return __dmul_rn(x, a);
-#else
-  return x * a;
-#endif
-}
+using rounded::multiply;
 
 FUSEREG_DEVICE_INLINE void set_bits(std::uint32_t* bits, std::int64_t at, std::int64_t n) {
   while (n > 0) {

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "core/call.h"
 #include "core/philox.h"
 #include "core/seed_argument.h"
 #include "core/tensor.h"
@@ -11,13 +12,6 @@
 
 namespace fusereg::dropout {
 namespace {
-
-constexpr int kDone = 0;
-constexpr int kNeedsPreparation = 2;
-
-std::string where(const char* op, const char* name) {
-  return std::string("fusereg.") + op + ": " + name;
-}
 
 // Memory order of the draws: one for each index of the first `row_dims` dimensions (0: one an
 // element). False: the elements of a row do not lie as the kernels want them.
@@ -55,23 +49,6 @@ bool find_rows(const TensorView& x, int row_dims, Rows& rows) {
   return true;
 }
 
-void run(const Job& job, const Device& device) {
-#if defined(FUSEREG_CUDA)
-  if (runs_cuda_kernels(device)) {
-    run_cuda(job, device.index, current_stream(device));
-    return;
-  }
-#endif
-  (void)device;
-  constexpr std::int64_t kWorthReleasing = 1 << 14;
-  if (job.numel < kWorthReleasing) {
-    run_cpu(job);
-    return;
-  }
-  const py::gil_scoped_release release;
-  run_cpu(job);
-}
-
 // Forward and backward are one kernel, on x or on the gradient. 0: done; 2: Python must prepare a
 // tensor first, and nothing has been written.
 int apply(Kind kind, const py::object& y, const py::object& x, const py::object& seed,
@@ -98,7 +75,7 @@ int apply(Kind kind, const py::object& y, const py::object& x, const py::object&
   job.random = seed_argument(seed, offset, in.device, op);
   job.draw = make_draw(p);
   job.affine = make_affine(kind, job.draw);
-  run(job, in.device);
+  run_job(job, in.device, job.numel);
   return kDone;
 }
 

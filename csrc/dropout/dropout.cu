@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "core/cuda.cuh"
+#include "core/rounded.h"
 #include "dropout/dropout.h"
 
 namespace fusereg::dropout {
@@ -28,21 +29,7 @@ struct Arguments {
   double a, b, c;
 };
 
-// Each operation rounds by itself, as on the CPU: nvcc would make one fused multiply-add of both.
-FUSEREG_DEVICE_INLINE float multiply(float x, float a) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rn(x, a);
-#else
-  return x * a;
-#endif
-}
-FUSEREG_DEVICE_INLINE double multiply(double x, double a) {
-#if defined(__CUDA_ARCH__)
-  return __dmul_rn(x, a);
-#else
-  return x * a;
-#endif
-}
+using rounded::multiply;
 
 template <class C>
 struct Constants {

@@ -1,16 +1,13 @@
 // fusereg._C: dropout + normalization. Contract: dropout_norm.h, _C.pyi.
 #include <string>
-#include <type_traits>
 
+#include "core/call.h"
 #include "core/seed_argument.h"
 #include "core/tensor.h"
 #include "dropout_norm/dropout_norm.h"
 
 namespace fusereg::dropout_norm {
 namespace {
-
-constexpr int kDone = 0;
-constexpr int kNeedsPreparation = 2;
 
 bool row_major(const TensorView& t) {
   std::int64_t expected = 1;
@@ -90,39 +87,12 @@ class Reader {
 };
 
 void set_draw(Problem& problem, double p, const char* op) {
-  if (!(p >= 0.0 && p <= 1.0))
-    throw py::value_error(std::string("fusereg.") + op + ": p must be within [0, 1]");
+  if (!(p >= 0.0 && p <= 1.0)) throw py::value_error(where(op, "p") + " must be within [0, 1]");
   problem.draw = p == 0.0 ? Draw{0, 0, 1.0} : make_draw(p);
 }
 
 void require(const py::object& tensor, const char* op, const char* name) {
-  if (tensor.is_none())
-    throw py::type_error(std::string("fusereg.") + op + ": " + name +
-                         " must be a tensor, got None");
-}
-
-template <class Job>
-void run(const Job& job, const Device& device, unsigned* barrier) {
-#if defined(FUSEREG_CUDA)
-  if (runs_cuda_kernels(device)) {
-    if constexpr (std::is_same_v<Job, Forward>) {
-      (void)barrier;
-      run_cuda(job, device.index, current_stream(device));
-    } else {
-      run_cuda(job, barrier, device.index, current_stream(device));
-    }
-    return;
-  }
-#endif
-  (void)device;
-  (void)barrier;
-  constexpr std::int64_t kWorthReleasing = 1 << 14;
-  if (job.rows * job.length < kWorthReleasing) {
-    run_cpu(job);
-    return;
-  }
-  const py::gil_scoped_release release;
-  run_cpu(job);
+  if (tensor.is_none()) throw py::type_error(where(op, name) + " must be a tensor, got None");
 }
 
 // 0: done; 2: Python must prepare a tensor first, and nothing has been written.
@@ -156,7 +126,7 @@ int dropout_norm_forward(const py::object& y, const py::object& sum, const py::o
   set_draw(f, p, op);
   f.index_offset = bits_argument(index_offset, op, "index_offset");
   f.random = seed_argument(seed, offset, in.main().device, op);
-  run(f, in.main().device, nullptr);
+  run_job(f, in.main().device, f.rows * f.length);
   return kDone;
 }
 
@@ -205,7 +175,7 @@ int dropout_norm_backward(const py::object& grad_x, const py::object& grad_resid
     word = static_cast<unsigned*>(
         memory_argument(barrier, sizeof(unsigned), in.main().device, op, "barrier"));
   }
-  run(b, in.main().device, word);
+  run_job(b, in.main().device, b.rows * b.length, word);
   return kDone;
 }
 

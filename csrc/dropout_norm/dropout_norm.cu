@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "core/cuda.cuh"
+#include "core/rounded.h"
 #include "dropout_norm/dropout_norm.h"
 
 namespace fusereg::dropout_norm {
@@ -27,21 +28,7 @@ static_assert(kForwardGroups * kForwardThreads == kBackwardGroups * kBackwardThr
               "one limit for rows in registers");
 constexpr std::int64_t kMostHeld = std::int64_t{kForwardGroups} * kForwardThreads * kGroup;
 
-// Rounded by itself, as on the CPU: nvcc would make one fused multiply-add of it and an addition.
-FUSEREG_DEVICE_INLINE float multiply(float x, float a) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rn(x, a);
-#else
-  return x * a;
-#endif
-}
-FUSEREG_DEVICE_INLINE double multiply(double x, double a) {
-#if defined(__CUDA_ARCH__)
-  return __dmul_rn(x, a);
-#else
-  return x * a;
-#endif
-}
+using rounded::multiply;
 FUSEREG_DEVICE_INLINE float square_root(float x) { return sqrtf(x); }
 FUSEREG_DEVICE_INLINE double square_root(double x) { return sqrt(x); }
 

@@ -2,19 +2,13 @@
 #include <algorithm>
 #include <string>
 
+#include "core/call.h"
 #include "core/seed_argument.h"
 #include "core/tensor.h"
 #include "fused_dropout/fused_dropout.h"
 
 namespace fusereg::fused_dropout {
 namespace {
-
-constexpr int kDone = 0;
-constexpr int kNeedsPreparation = 2;
-
-std::string where(const char* op, const char* name) {
-  return std::string("fusereg.") + op + ": " + name;
-}
 
 Activation parse_activation(const std::string& name, const char* op) {
   if (name == "relu") return Activation::kRelu;
@@ -65,23 +59,6 @@ bool is_vector_of(const TensorView& x, const TensorView& vector) {
          vector.sizes[0] == x.sizes[x.ndim - 1] && (vector.sizes[0] < 2 || vector.strides[0] == 1);
 }
 
-void run(const Job& job, const Device& device) {
-#if defined(FUSEREG_CUDA)
-  if (runs_cuda_kernels(device)) {
-    run_cuda(job, device.index, current_stream(device));
-    return;
-  }
-#endif
-  (void)device;
-  constexpr std::int64_t kWorthReleasing = 1 << 14;
-  if (job.numel < kWorthReleasing) {
-    run_cpu(job);
-    return;
-  }
-  const py::gil_scoped_release release;
-  run_cpu(job);
-}
-
 // y = residual + dropout(x + bias), or with rows: whole slices of the first dimension. 0: done; 2:
 // Python must prepare a tensor first, and nothing has been written.
 int fused_dropout_add(const py::object& y, const py::object& x, const py::object& bias,
@@ -112,7 +89,7 @@ int fused_dropout_add(const py::object& y, const py::object& x, const py::object
   job.other = other.data;
   job.index_offset = bits_argument(index_offset, op, "index_offset");
   job.random = seed_argument(seed, offset, in.device, op);
-  run(job, in.device);
+  run_job(job, in.device, job.numel);
   return kDone;
 }
 
@@ -156,7 +133,7 @@ int fused_dropout_bias_backward(const py::object& grad_x, const py::object& grad
   }
   job.index_offset = bits_argument(index_offset, op, "index_offset");
   job.random = seed_argument(seed, offset, in.device, op);
-  run(job, in.device);
+  run_job(job, in.device, job.numel);
   return kDone;
 }
 
@@ -173,7 +150,7 @@ int activation_dropout_forward(const py::object& y, const py::object& x,
   if (!plain(x, in) || !plain(y, out) || !set_tensors(job, in, out)) return kNeedsPreparation;
   job.index_offset = bits_argument(index_offset, op, "index_offset");
   job.random = seed_argument(seed, offset, in.device, op);
-  run(job, in.device);
+  run_job(job, in.device, job.numel);
   return kDone;
 }
 
@@ -194,7 +171,7 @@ int activation_dropout_backward(const py::object& grad_x, const py::object& grad
   job.other = other.data;
   job.index_offset = bits_argument(index_offset, op, "index_offset");
   job.random = seed_argument(seed, offset, in.device, op);
-  run(job, in.device);
+  run_job(job, in.device, job.numel);
   return kDone;
 }
 

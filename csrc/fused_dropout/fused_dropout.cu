@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "core/cuda.cuh"
+#include "core/rounded.h"
 #include "fused_dropout/fused_dropout.h"
 
 namespace fusereg::fused_dropout {
@@ -37,21 +38,7 @@ struct Arguments {
   int lanes;
 };
 
-// Each operation rounds by itself, as on the CPU: nvcc would make one fused multiply-add of two.
-FUSEREG_DEVICE_INLINE float multiply(float x, float a) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rn(x, a);
-#else
-  return x * a;
-#endif
-}
-FUSEREG_DEVICE_INLINE double multiply(double x, double a) {
-#if defined(__CUDA_ARCH__)
-  return __dmul_rn(x, a);
-#else
-  return x * a;
-#endif
-}
+using rounded::multiply;
 
 // Bit e is set if element e of the group is kept.
 FUSEREG_DEVICE_INLINE std::uint32_t group_mask(const Arguments& g, std::uint64_t seed,

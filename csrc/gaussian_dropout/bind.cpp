@@ -2,6 +2,7 @@
 #include <cmath>
 #include <string>
 
+#include "core/call.h"
 #include "core/seed_argument.h"
 #include "core/tensor.h"
 #include "gaussian_dropout/gaussian_dropout.h"
@@ -9,28 +10,12 @@
 namespace fusereg::gaussian_dropout {
 namespace {
 
-constexpr int kDone = 0;
-constexpr int kNeedsPreparation = 2;
-
-void run(const Job& job, const Device& device) {
-#if defined(FUSEREG_CUDA)
-  if (runs_cuda_kernels(device)) {
-    run_cuda(job, device.index, current_stream(device));
-    return;
-  }
-#endif
-  (void)device;
-  const py::gil_scoped_release release;
-  run_cpu(job);
-}
-
 // Forward and backward are one kernel, on x or on the gradient. 0: done; 2: Python must prepare a
 // tensor first, and nothing has been written.
 int apply(const py::object& y, const py::object& x, const py::object& seed,
           const py::object& offset, double p, const py::object& index_offset, const char* op) {
   if (!(p > 0.0 && p < 1.0)) {
-    throw py::value_error(std::string("fusereg.") + op +
-                          ": p must be within (0, 1) for the kernel");
+    throw py::value_error(where(op, "p") + " must be within (0, 1) for the kernel");
   }
   TensorView in;
   TensorView out;
@@ -46,7 +31,7 @@ int apply(const py::object& y, const py::object& x, const py::object& seed,
   job.index_offset = bits_argument(index_offset, op, "index_offset");
   job.random = seed_argument(seed, offset, in.device, op);
   job.strength = std::sqrt(p / (1.0 - p));
-  run(job, in.device);
+  run_job(job, in.device, job.numel);
   return kDone;
 }
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, _dispatch, _dropout_ops, _params
-from ._dropout_ops import applied
+from . import _C, _autograd, _dispatch, _dropout_ops, _params
+from ._autograd import applied
 
 DTYPES = (torch.uint8, *_params.SUPPORTED_DTYPES)
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
@@ -193,7 +193,7 @@ def _linear(x: Tensor, records: Tensor, call: Call) -> Tensor:
     """The map on differences of x, differentiable where that is asked for."""
     _check_linear(call.options, call.op)
     rest = call._replace(keys=None, options=call.options.linear())
-    if _dropout_ops.differentiated(x):
+    if _autograd.differentiated(x):
         return applied(_Augment, x, records, rest)
     return forward(x, records, *rest)
 
@@ -497,7 +497,7 @@ def apply(
             y = torch.ops.fusereg.augment(x, records, keys, *target, *options)
         return y if out is None else out.copy_(y)
     if out is not None:
-        return _dropout_ops.written(forward(x, records, keys, target, options, op, out))
-    if out_dtype is not torch.uint8 and _dropout_ops.differentiated(x):
+        return _autograd.written(forward(x, records, keys, target, options, op, out))
+    if out_dtype is not torch.uint8 and _autograd.differentiated(x):
         return applied(_Augment, x, records, Call(keys, target, options, op))
     return forward(x, records, keys, target, options, op)

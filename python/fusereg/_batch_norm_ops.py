@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _autograd, _dispatch
 from . import _batch_norm_kernels as kernels
 from . import _batch_norm_reference as reference
-from . import _dispatch, _dropout_ops
 from ._batch_norm_kernels import FIXED, RECTIFIERS, Call, Running
 
 ReduceSums = Callable[[Tensor], Tensor]
@@ -536,7 +536,7 @@ def normalize(
     """
     if reduce_sums is not None and moments is not None:
         seed = call.seed if isinstance(call.seed, Tensor) else None
-        y = _dropout_ops.applied(
+        y = _autograd.applied(
             _Synchronized, x, weight, bias, residual, moments, mask, seed, _constants_of(call),
             reduce_sums,
         )  # fmt: skip

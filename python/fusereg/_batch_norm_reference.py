@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _dispatch, _dropout_ops
+from . import _autograd, _dispatch, _dropout_ops
 from ._batch_norm_kernels import FIXED, RECTIFIERS, Call, Running
 
 #: Gives the sum of a tensor over processes; may write to the tensor.
@@ -182,7 +182,7 @@ class Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _dropout_ops.applied(Summed, grad, ctx.add), None
+        return _autograd.applied(Summed, grad, ctx.add), None
 
 
 def gradients(
@@ -208,7 +208,7 @@ def gradients(
 
     def over_all(*values: Tensor) -> tuple[Tensor, ...]:
         sums = torch.stack([v.sum(dims, dtype=torch.float64) for v in values])
-        summed = _dropout_ops.applied(Summed, sums, add)
+        summed = _autograd.applied(Summed, sums, add)
         return tuple(_per_channel((s / count).to(wide.dtype), x) for s in summed)
 
     def counted(values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _C, _dispatch, _dropout_ops, _params, _random
-from ._dropout_ops import applied
+from ._autograd import DrawnMap, DrawnMapInPlace, run
 
 OP = "drop_block2d"
 
@@ -28,6 +28,15 @@ class Call(NamedTuple):
     block_size: int
     index_offset: int
     op: str = OP
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return forward(self, x)
+
+    def forward_(self, x: Tensor) -> Tensor:
+        return forward(self, x, x)[1]
+
+    def backward(self, grad: Tensor, rest: Tensor) -> Tensor:
+        return backward(self, grad, rest)
 
 
 # --- the kernels, on whatever tensors there are ---------------------------------------------------
@@ -70,59 +79,12 @@ def backward(call: Call, grad: Tensor, kept: Tensor) -> Tensor:
 # --- eager autograd -------------------------------------------------------------------------------
 
 
-class _DropBlock(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, call: Call) -> Tensor:
-        y, kept = forward(call, x)
-        ctx.call = (call, kept)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gradient(grad, *ctx.call), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        call, kept = ctx.call
-        return backward(call, tangent, kept)
+class _DropBlock(DrawnMap):
+    pass
 
 
-class _DropBlockInPlace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, call: Call) -> Tensor:
-        _, kept = forward(call, x, x)
-        ctx.call = (call, kept)
-        ctx.mark_dirty(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gradient(grad, *ctx.call), None
-
-
-class _DropBlockBackward(torch.autograd.Function):
-    """Linear in the gradient, and its own gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, call: Call, kept: Tensor) -> Tensor:
-        ctx.call = (call, kept)
-        return backward(call, grad, kept)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gradient(grad, *ctx.call), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        call, kept = ctx.call
-        return backward(call, tangent, kept)
-
-
-def _gradient(grad: Tensor, call: Call, kept: Tensor) -> Tensor:
-    """backward(), differentiable where that is asked for."""
-    if torch.is_grad_enabled():
-        return applied(_DropBlockBackward, grad, call, kept)
-    return backward(call, grad, kept)
+class _DropBlockInPlace(DrawnMapInPlace):
+    pass
 
 
 # --- torch.library --------------------------------------------------------------------------------
@@ -311,14 +273,7 @@ def drop_block2d(
     _dropout_ops.check_index_offset(index_offset, OP)
     numbers = _random.eager_pair(x.device, seed, generator, OP)
     call = Call(*numbers, float(p), block_size, index_offset)
-    differentiated = _dropout_ops.differentiated(x)
-    if not inplace:
-        return applied(_DropBlock, x, call) if differentiated else forward(call, x)[0]
-    if _dispatch.forward_mode():
-        return x.copy_(applied(_DropBlock, x, call))
-    if differentiated:
-        return applied(_DropBlockInPlace, x, call)
-    return _dropout_ops.written(forward(call, x, x)[0])
+    return run(_DropBlock, _DropBlockInPlace, x, call, inplace)
 
 
 def check_block_size(block_size: object, op: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _dispatch, _dropout_ops, _random
+from . import _autograd, _dispatch, _dropout_ops, _random
 from ._dropout_ops import Call
 
 
@@ -33,7 +33,7 @@ class _Linear(torch.autograd.Function):
         if needs_weight:
             rows = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
             strides = torch.empty_like(weight, device="meta").stride()
-            grad_weight = _dropout_ops.gradient(rows, ctx.call, strides)
+            grad_weight = _autograd.gradient(rows, ctx.call, strides)
         if needs_bias:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, grad_weight, grad_bias, None
@@ -74,7 +74,7 @@ class _Conv2d(torch.autograd.Function):
         )
         if grad_weight is not None:
             strides = torch.empty_like(weight, device="meta").stride()
-            grad_weight = _dropout_ops.gradient(grad_weight, call, strides)
+            grad_weight = _autograd.gradient(grad_weight, call, strides)
         return grad_x, grad_weight, grad_bias, None, None
 
 
@@ -130,7 +130,7 @@ def linear(
     if call is None:
         return F.linear(x, weight, bias)
     with torch.autocast(weight.device.type, enabled=False):
-        return _dropout_ops.applied(_Linear, x, weight, bias, call)
+        return _autograd.applied(_Linear, x, weight, bias, call)
 
 
 def conv2d(
@@ -164,7 +164,7 @@ def conv2d(
     single = isinstance(x, Tensor) and x.dim() == 3
     with torch.autocast(weight.device.type, enabled=False):
         batch = x.unsqueeze(0) if single else x
-        y = _dropout_ops.applied(_Conv2d, batch, weight, bias, call, geometry)
+        y = _autograd.applied(_Conv2d, batch, weight, bias, call, geometry)
     return y.squeeze(0) if single else y
 
 

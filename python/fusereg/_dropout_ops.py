@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from . import _C, _dispatch, _params, _random
+from ._autograd import DrawnMap, DrawnMapInPlace, applied, differentiated, run, written
 
 
 class Call(NamedTuple):
@@ -38,6 +39,17 @@ class Call(NamedTuple):
     row_dims: int
     index_offset: int
     op: str
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        y = forward(self, x)
+        return y, y.stride()
+
+    def forward_(self, x: Tensor) -> tuple[int, ...]:
+        _run(_C.dropout_forward, x, x, self)
+        return torch.empty_like(x, device="meta").stride()
+
+    def backward(self, grad: Tensor, rest: Sequence[int]) -> Tensor:
+        return backward(self, grad, rest)
 
 
 # --- the kernels, on whatever tensors there are ---------------------------------------------------
@@ -91,66 +103,15 @@ def laid_out(t: Tensor, strides: Sequence[int]) -> Tensor:
     return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
-def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    result: Tensor = function.apply(*arguments)
-    return result
-
-
 # --- eager autograd -------------------------------------------------------------------------------
 
 
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, call: Call) -> Tensor:
-        y = forward(call, x)
-        ctx.call = (call, y.stride())
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return gradient(grad, *ctx.call), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        call, strides = ctx.call
-        return backward(call, tangent, strides)
+class _Dropout(DrawnMap):
+    pass
 
 
-class _DropoutInPlace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, call: Call) -> Tensor:
-        ctx.call = (call, torch.empty_like(x, device="meta").stride())
-        ctx.mark_dirty(x)
-        return _run(_C.dropout_forward, x, x, call)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return gradient(grad, *ctx.call), None
-
-
-class _DropoutBackward(torch.autograd.Function):
-    """Linear in the gradient, and its own gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, call: Call, strides: Sequence[int]) -> Tensor:
-        ctx.call = (call, strides)
-        return backward(call, grad, strides)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return gradient(grad, *ctx.call), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        call, strides = ctx.call
-        return backward(call, tangent, strides)
-
-
-def gradient(grad: Tensor, call: Call, strides: Sequence[int]) -> Tensor:
-    """backward(), differentiable where that is asked for."""
-    if torch.is_grad_enabled():
-        return applied(_DropoutBackward, grad, call, strides)
-    return backward(call, grad, strides)
+class _DropoutInPlace(DrawnMapInPlace):
+    pass
 
 
 def dropped(x: Tensor, call: Call) -> Tensor:
@@ -458,23 +419,7 @@ def dropout(
     call = Call(*numbers, float(p), alpha, row_dims, index_offset, op)
     if out is not None:
         return written(_run(_C.dropout_forward, out, x, call))
-    if not inplace:
-        return dropped(x, call)
-    if _dispatch.forward_mode():
-        return x.copy_(_apply(x, call))
-    if torch.is_grad_enabled() and x.requires_grad:
-        return applied(_DropoutInPlace, x, call)
-    return written(_run(_C.dropout_forward, x, x, call))
-
-
-def differentiated(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or _dispatch.forward_mode())
-
-
-def written(y: Tensor) -> Tensor:
-    if not y.is_inference():
-        torch.autograd.graph.increment_version(y)
-    return y
+    return run(_Dropout, _DropoutInPlace, x, call, inplace)
 
 
 def _observed(x: Tensor, pair: Tensor, constants: _Constants, target: Tensor | None) -> Tensor:

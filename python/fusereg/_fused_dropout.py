@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnF
 
-from . import _dispatch, _dropout_ops, _fused_dropout_ops, _params, _random
-from ._dropout_ops import Call, applied
+from . import _autograd, _dispatch, _dropout_ops, _fused_dropout_ops, _params, _random
+from ._autograd import applied
+from ._dropout_ops import Call
 from ._fused_dropout_ops import ACTIVATIONS, Activate, Add, AddInPlace, ReluInPlace, wide_dtype
 
 #: apply() without its question for functorch, which the gate has answered: see _dropout_ops.
@@ -117,7 +118,7 @@ def add(
     # Nothing is drawn at p = 0: samples are elements.
     call = Call(*numbers, float(p), False, row_dims if p else 0, index_offset, op)
     if out is not None:
-        return _dropout_ops.written(_fused_dropout_ops.run_add(out, x, bias, residual, call))
+        return _autograd.written(_fused_dropout_ops.run_add(out, x, bias, residual, call))
     differentiated = _differentiated(x, bias, residual)
     if not inplace:
         if differentiated:
@@ -127,7 +128,7 @@ def add(
         return x.copy_(_apply_add(x, bias, residual, call))
     if differentiated:
         return applied(AddInPlace, x, bias, residual, call)
-    return _dropout_ops.written(_fused_dropout_ops.run_add(x, x, bias, residual, call))
+    return _autograd.written(_fused_dropout_ops.run_add(x, x, bias, residual, call))
 
 
 def _check_operands(x: Tensor, bias: Tensor | None, residual: Tensor, op: str) -> None:
@@ -252,7 +253,7 @@ def activate(
         and _readable(x)
     ):
         call = Call(*_random.new_pair(x), p, False, 0, 0, op)
-        if _dropout_ops.differentiated(x):
+        if _autograd.differentiated(x):
             return _apply_activate(x, activation, call)
         return _fused_dropout_ops.activate(call, x, activation)
 
@@ -280,16 +281,16 @@ def activate(
     numbers = _random.eager_pair(x.device, seed, generator, op) if p else (0, 0)
     call = Call(*numbers, float(p), False, 0, index_offset, op)
     if out is not None:
-        return _dropout_ops.written(_fused_dropout_ops.run_activate(out, x, activation, call))
+        return _autograd.written(_fused_dropout_ops.run_activate(out, x, activation, call))
     if not inplace:
-        if _dropout_ops.differentiated(x):
+        if _autograd.differentiated(x):
             return _apply_activate(x, activation, call)
         return _fused_dropout_ops.activate(call, x, activation)
     if _dispatch.forward_mode():
         return x.copy_(_apply_activate(x, activation, call))
     if torch.is_grad_enabled() and x.requires_grad:
         return applied(ReluInPlace, x, call)
-    return _dropout_ops.written(_fused_dropout_ops.run_activate(x, x, activation, call))
+    return _autograd.written(_fused_dropout_ops.run_activate(x, x, activation, call))
 
 
 def _observed_activate(

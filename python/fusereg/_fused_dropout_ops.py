@@ -26,8 +26,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import _C, _dispatch, _dropout_ops, _params
-from ._dropout_ops import Call, applied, laid_out
+from . import _C, _autograd, _dispatch, _dropout_ops, _params
+from ._autograd import applied
+from ._dropout_ops import Call, laid_out
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
@@ -174,7 +175,7 @@ def _gradients(
         else:
             grad_x, grad_bias = _bias_backward(call, grad, strides)
     elif needs[0]:
-        grad_x = _dropout_ops.gradient(grad, call, strides) if call.p else grad
+        grad_x = _autograd.gradient(grad, call, strides) if call.p else grad
     return (grad_x if needs[0] else None), grad_bias, (grad if needs[2] else None)
 
 
@@ -231,7 +232,7 @@ class _BiasBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor, grad_bias: Tensor) -> tuple[Tensor, None, None]:
         total = grad_x + grad_bias
-        return _dropout_ops.gradient(total, *ctx.call), None, None
+        return _autograd.gradient(total, *ctx.call), None, None
 
 
 # --- eager autograd: activate ---------------------------------------------------------------------
@@ -324,7 +325,7 @@ class _ActivateBackward(torch.autograd.Function):
         grad_saved = None
         if activation != "relu":
             share = _second(grad, before, saved, activation)
-            grad_saved = _dropout_ops.gradient(share, call, strides) if call.p else share
+            grad_saved = _autograd.gradient(share, call, strides) if call.p else share
         return grad_grad, grad_saved, None, None, None
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _C, _dispatch, _dropout_ops, _params, _random
-from ._dropout_ops import applied
+from ._autograd import DrawnMap, DrawnMapInPlace, applied, run
 
 OP = "gaussian_dropout"
 
@@ -27,6 +27,17 @@ class Call(NamedTuple):
     p: float
     index_offset: int
     op: str = OP
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        y = forward(self, x)
+        return y, y.stride()
+
+    def forward_(self, x: Tensor) -> tuple[int, ...]:
+        _run(_C.gaussian_dropout_forward, x, x, self)
+        return torch.empty_like(x, device="meta").stride()
+
+    def backward(self, grad: Tensor, rest: Sequence[int]) -> Tensor:
+        return backward(self, grad, rest)
 
 
 # --- the kernels, on whatever tensors there are ---------------------------------------------------
@@ -51,67 +62,19 @@ def forward(call: Call, x: Tensor) -> Tensor:
 
 def backward(call: Call, grad: Tensor, strides: Sequence[int]) -> Tensor:
     """The gradient of x, walked in the order in which forward walked x (its result's strides)."""
-    if grad.stride() != strides:
-        empty = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
-        grad = empty.copy_(grad)
+    grad = _dropout_ops.laid_out(grad, strides)
     return _run(_C.gaussian_dropout_backward, torch.empty_like(grad), grad, call)
 
 
 # --- eager autograd -------------------------------------------------------------------------------
 
 
-class _GaussianDropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, call: Call) -> Tensor:
-        y = forward(call, x)
-        ctx.call = (call, y.stride())
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gradient(grad, *ctx.call), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        call, strides = ctx.call
-        return backward(call, tangent, strides)
+class _GaussianDropout(DrawnMap):
+    pass
 
 
-class _GaussianDropoutInPlace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, call: Call) -> Tensor:
-        ctx.call = (call, torch.empty_like(x, device="meta").stride())
-        ctx.mark_dirty(x)
-        return _run(_C.gaussian_dropout_forward, x, x, call)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gradient(grad, *ctx.call), None
-
-
-class _GaussianDropoutBackward(torch.autograd.Function):
-    """Linear in the gradient, and its own gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, call: Call, strides: Sequence[int]) -> Tensor:
-        ctx.call = (call, strides)
-        return backward(call, grad, strides)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gradient(grad, *ctx.call), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        call, strides = ctx.call
-        return backward(call, tangent, strides)
-
-
-def _gradient(grad: Tensor, call: Call, strides: Sequence[int]) -> Tensor:
-    """backward(), differentiable where that is asked for."""
-    if torch.is_grad_enabled():
-        return applied(_GaussianDropoutBackward, grad, call, strides)
-    return backward(call, grad, strides)
+class _GaussianDropoutInPlace(DrawnMapInPlace):
+    pass
 
 
 # --- torch.library --------------------------------------------------------------------------------
@@ -286,11 +249,4 @@ def gaussian_dropout(
     _dropout_ops.check_index_offset(index_offset, OP)
     numbers = _random.eager_pair(x.device, seed, generator, OP)
     call = Call(*numbers, float(p), index_offset)
-    differentiated = _dropout_ops.differentiated(x)
-    if not inplace:
-        return applied(_GaussianDropout, x, call) if differentiated else forward(call, x)
-    if _dispatch.forward_mode():
-        return x.copy_(applied(_GaussianDropout, x, call))
-    if differentiated:
-        return applied(_GaussianDropoutInPlace, x, call)
-    return _dropout_ops.written(_run(_C.gaussian_dropout_forward, x, x, call))
+    return run(_GaussianDropout, _GaussianDropoutInPlace, x, call, inplace)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _augment_ops, _docs
+from .. import _augment_ops, _dispatch, _docs
 from ._arguments import (
     FILL_MODES,
     INTERPOLATIONS,
@@ -428,7 +428,8 @@ def mix(
     Args:
         x: images (N, C, H, W), contiguous or channels last (others are copied): uint8, float16,
             bfloat16, float32 or float64.
-        partner: integers (N,), indices into the batch; negative: none.
+        partner: integers (N,), indices into the batch; negative: none. One beyond the batch is an
+            error; on a GPU and in compiled code, where nobody looks, it is none as well.
         lam: within [0, 1]: a number, or a tensor (N,).
         boxes: integers (N, 4): x0, y0, x1, y1, half open; None: the whole image.
         out: takes the result; no gradients then.
@@ -450,7 +451,9 @@ def mix(
         )
     with_whom = _for_samples(partner, n, op, "partner", "integers")
     share = _for_samples(lam, n, op, "lam", "numbers").to(partner.device)
-    if with_whom.device.type == "cpu" and n > 0:
+    # A GPU's numbers would be waited for, a graph has none yet: the kernel takes an index beyond
+    # the batch for no partner.
+    if with_whom.device.type == "cpu" and n > 0 and _dispatch.eager():
         if float(with_whom.max()) >= n:
             raise ValueError(
                 f"fusereg.{op}: partner must be below the batch size {n}, "
