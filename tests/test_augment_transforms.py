@@ -188,6 +188,38 @@ def test_a_list_of_torchvisions_transforms_is_read(x: Tensor) -> None:
         assert known == isinstance(item, tv.CenterCrop)
 
 
+@pytest.mark.parametrize("angle", [-270, -90, 0, 90, 180])
+@pytest.mark.parametrize("size", [(5, 8), (6, 8), (1, 7)])
+def test_quarter_turns_that_expand_are_exact(size: tuple[int, int], angle: int) -> None:
+    x = torch.randn(3, 2, *size)
+    turned = RandomRotation((angle, angle), expand=True)(x)
+    assert torch.equal(turned, torch.rot90(x, angle // 90, (2, 3)))
+
+
+@pytest.mark.parametrize("degrees", [(-10, 10), (30, 30), (100, 170), (-400, -300), (40, 50)])
+def test_expanded_images_lose_nothing(degrees: tuple[int, int]) -> None:
+    h, w = 12, 31
+    x = torch.ones(40, 1, h, w)
+    transform = RandomRotation(degrees, "bilinear", expand=True, seed=3)
+    y, params = run(transform, x)
+    corners = torch.tensor([[0.0, 0], [w - 1, 0], [0, h - 1], [w - 1, h - 1]]).double()
+    places = params.keypoints(corners.expand(len(x), 4, 2))
+    height, width = y.shape[2:]
+    # Half a pixel around each corner's centre, turned, is up to 0.71 away from it.
+    assert bool((places > -0.21).all())
+    assert bool((places[..., 0] < width - 0.79).all())
+    assert bool((places[..., 1] < height - 0.79).all())
+    # As large as the widest of a thousand angles, up to the next whole pixel.
+    angles = torch.linspace(*map(float, degrees), 1001, dtype=torch.float64).deg2rad()
+    cos, sin = angles.cos().abs(), angles.sin().abs()
+    assert width - 1 < float((w * cos + h * sin).max()) < width + 1e-3
+    assert height - 1 < float((w * sin + h * cos).max()) < height + 1e-3
+    # What comes later sees the larger canvas.
+    chain = Compose([transform, CenterCrop((height - 2, width - 1)), Normalize(0.5, 0.5)], seed=3)
+    assert len(chain.plan().passes) == 1
+    assert chain(x).shape == (40, 1, height - 2, width - 1)
+
+
 def test_tv_tensors_go_through() -> None:
     tv = augment_peers.torchvision_module("torchvision.tv_tensors")
     image = tv.Image(torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8))
@@ -327,7 +359,7 @@ def test_mixing(x: Tensor, kind: type[MixUp] | type[CutMix]) -> None:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: RandomRotation(10, expand=True), "RandomRotation: expand must be False"),
+        (lambda: RandomRotation(10, expand=True, center=(1, 1)), "expand turns about the image's"),
         (lambda: RandomRotation(10, "lanczos"), "RandomRotation: interpolation must be one of"),
         (lambda: RandomRotation(10, center=[1]), r"RandomRotation: center must be \(x, y\)"),
         (lambda: RandomAffine(1, scale=(0, 1)), r"RandomAffine: scale must be within \(0, inf\]"),

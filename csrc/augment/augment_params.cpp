@@ -183,6 +183,32 @@ Range window_starts_y(const Step& step, const Size& canvas) {
   return starts(canvas.height, whole(v[0]), whole(v[3]), whole(v[5]), static_cast<int>(v[6]));
 }
 
+// The widest that a canvas of `along` by `across` becomes, turned by `from` to `to` degrees:
+// |along cos| + |across sin|, which rises up to the angle at which the diagonal lies level.
+double widest(double along, double across, double from, double to) {
+  const double level = std::atan2(across, along) * (180.0 / 3.14159265358979323846);
+  for (const double peak : {level, 180.0 - level}) {
+    if (peak + 180.0 * std::ceil((from - peak) / 180.0) <= to)
+      return std::sqrt(along * along + across * across);
+  }
+  auto at = [&](double angle) {
+    double sine = 0.0, cosine = 1.0;
+    sine_cosine(angle, sine, cosine);
+    return along * std::fabs(cosine) + across * std::fabs(sine);
+  };
+  return std::max(at(from), at(to));
+}
+
+Size room_size(const Step& step, const Size& canvas) {
+  const auto width = static_cast<double>(canvas.width);
+  const auto height = static_cast<double>(canvas.height);
+  const double from = step.values[0];
+  const double to = step.values[1];
+  constexpr double kRounding = 1e-4;  // what a sum's rounding adds is no pixel
+  return {whole(std::ceil(widest(height, width, from, to) - kRounding)),
+          whole(std::ceil(widest(width, height, from, to) - kRounding))};
+}
+
 // --- one sample ---------------------------------------------------------------------------------
 
 struct Sample {
@@ -296,6 +322,17 @@ void central_window(const Step& step, Sample& s) {
   const Size size{whole(step.values[0]), whole(step.values[1])};
   take_window(central_start(s.canvas.width, size.width),
               central_start(s.canvas.height, size.height), size, s);
+}
+
+void make_room(const Step& step, Sample& s) {
+  const Size size = room_size(step, s.canvas);
+  Map g;
+  g.x1 = 0.5 * static_cast<double>(s.canvas.width - size.width);
+  g.y1 = 0.5 * static_cast<double>(s.canvas.height - size.height);
+  s.map = compose(s.map, g);
+  s.canvas = size;
+  s.window(g.x1, g.y1, g.x1 + static_cast<double>(size.width),
+           g.y1 + static_cast<double>(size.height));
 }
 
 void resize_window(double x0, double y0, double width, double height, Size size, Sample& s) {
@@ -463,6 +500,10 @@ std::string text(const Size& size) {
 Size output_size(const Job& job) {
   Size canvas = job.input;
   for (const Step& step : job.steps) {
+    if (step.kind == StepKind::kRoom) {
+      canvas = room_size(step, canvas);
+      continue;
+    }
     if (step.kind != StepKind::kWindow && step.kind != StepKind::kCentre &&
         step.kind != StepKind::kResized && step.kind != StepKind::kWhole) {
       continue;
@@ -538,6 +579,9 @@ void draw(const Job& job) {
         case StepKind::kMix:
           mixed[static_cast<std::size_t>(i)] = mix(step, s);
           mixing = &step;
+          break;
+        case StepKind::kRoom:
+          make_room(step, s);
           break;
       }
     }

@@ -15,6 +15,7 @@
 //   centre   the same in the middle
 //   resized  G: x -> x0 + (x + 1/2) w / W' - 1/2, a random window of w x h pixels made W' x H'
 //   whole    the same of the whole canvas
+//   room     G: p -> p + (c - c'), a canvas about the same centre that holds the turned one
 //   colour   brightness b, contrast c, saturation s: v' = c b (s I + (1 - s) grey) v + (1 - c)/2
 //   erase    a random box of the output
 //   mix      MixUp's weight or CutMix's box, and the partner
@@ -51,8 +52,9 @@ enum class StepKind {
   kColour,
   kErase,
   kMix,
+  kRoom,
 };
-inline constexpr int kStepKinds = 9;
+inline constexpr int kStepKinds = 10;
 
 // How many values a step of each kind has, and which:
 //   affine   probability; degrees from, to; +1 for counter-clockwise, -1 for clockwise;
@@ -70,7 +72,8 @@ inline constexpr int kStepKinds = 9;
 //   colour   brightness from, to; contrast from, to; saturation from, to
 //   erase    probability; share of the area from, to; height / width from, to
 //   mix      probability; MixUp's alpha; CutMix's alpha; share of CutMix
-inline constexpr int kStepValues[kStepKinds] = {22, 2, 7, 3, 6, 2, 6, 5, 4};
+//   room     degrees from, to: every one of them fits
+inline constexpr int kStepValues[kStepKinds] = {22, 2, 7, 3, 6, 2, 6, 5, 4, 2};
 
 struct Step {
   StepKind kind = StepKind::kAffine;

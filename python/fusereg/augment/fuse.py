@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .render import Look, repeat_edge
-from .steps import LARGER_IS_AN_ERROR, Centre, Step, Window
+from .steps import LARGER_IS_AN_ERROR, Centre, Room, Step, Window
 
 
 @dataclass(frozen=True)
@@ -165,10 +165,11 @@ class Pass:
             return f"{new.name} would see what {moved.name} removed, and exact=True forbids it"
         return ""
 
-    def canvas(self) -> tuple[int, int] | None:
-        """The size of what the pass makes, if that does not depend on the images."""
-        sizes = [getattr(step, "size", None) for stage in self.stages for step in stage.steps]
-        return next((size for size in reversed(sizes) if size is not None), None)
+    def canvas(self, before: tuple[int, int] | None) -> tuple[int, int] | None:
+        """The size of what the pass makes of a canvas, if that does not depend on the images."""
+        for step in (step for stage in self.stages for step in stage.steps):
+            before = None if isinstance(step, Room) else getattr(step, "size", before)
+        return before
 
     def add(self, new: Stage) -> None:
         """The stage joins."""
@@ -274,5 +275,5 @@ def fuse(
             if not passes or reason:
                 passes.append(Pass(reason=reason))
             passes[-1].add(stage)
-            canvas = passes[-1].canvas() or canvas
+            canvas = passes[-1].canvas(canvas)
     return tuple(passes)

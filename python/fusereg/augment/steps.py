@@ -197,6 +197,19 @@ class MixPair(Step):
         return [self.p, self.mixup_alpha, self.cutmix_alpha, self.cutmix_share]
 
 
+@dataclass(frozen=True)
+class Room(Step):
+    """A canvas about the same centre that holds the present one, turned by any of these degrees."""
+
+    degrees: Pair = (0.0, 0.0)
+
+    kind = 9
+    group = "room"
+
+    def values(self) -> list[float]:
+        return [*self.degrees]
+
+
 def encode(steps: Iterable[Step], seen: dict[str, int] | None = None) -> list[Encoded]:
     """The steps for the compiled module. ``seen`` counts each group over several lists."""
     seen = {} if seen is None else seen

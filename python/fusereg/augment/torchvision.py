@@ -16,6 +16,7 @@ def _fill(transform: Any) -> Any:
 
 
 def _rotation(t: Any) -> Transform | None:
+    # torchvision makes room for the angle that it draws, not for all.
     if t.expand or _fill(t) is None:
         return None
     return ours.RandomRotation(list(t.degrees), t.interpolation, False, t.center, _fill(t))

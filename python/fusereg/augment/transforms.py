@@ -37,6 +37,7 @@ from .steps import (
     Centre,
     Flip,
     Resized,
+    Room,
     Step,
     Window,
 )
@@ -100,7 +101,9 @@ class RandomRotation(Transform):
     Args:
         degrees: a number d is (-d, d); positive is counter-clockwise.
         interpolation: default: the convention's, "nearest" for torchvision.
-        expand: must be False: the images of a batch have one size.
+        expand: makes the images larger, so that every angle of the range fits; all of a batch have
+            one size. (torchvision draws one angle for a batch and makes room for that one, by up
+            to a pixel more.)
         center: (x, y), from the image's corner for torchvision, else from its first pixel's centre.
         fill: a number, or one for each channel, in the images' units.
         p: the probability that an image is turned.
@@ -124,10 +127,9 @@ class RandomRotation(Transform):
     ) -> None:
         op = "RandomRotation"
         rules = convention(compat, op)
-        if flag(expand, op, "expand"):
+        if flag(expand, op, "expand") and center is not None:
             raise ValueError(
-                f"fusereg.{op}: expand must be False: turned images of a batch keep one size; pad "
-                "before, with RandomCrop's padding, to keep the corners"
+                f"fusereg.{op}: expand turns about the image's centre; leave center away"
             )
         step = Affine(
             p=probability(p, op, "p"),
@@ -135,7 +137,10 @@ class RandomRotation(Transform):
             sign=rules.rotation_sign,
             centre=_centre(center, rules, op),
         )
-        super().__init__(_warp_stage(op, step, interpolation, fill, fill_mode, rules), seed)
+        stage = _warp_stage(op, step, interpolation, fill, fill_mode, rules)
+        if expand:
+            stage = replace(stage, steps=(Room(step.degrees), step), fills=True)
+        super().__init__(stage, seed)
         self._text = f"degrees={step.degrees}, interpolation={self.stage.interpolation!r}"
 
 
