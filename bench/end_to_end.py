@@ -11,10 +11,11 @@ bfloat16 means autocast.
 - ``eager, CUDA graph`` and ``fusereg, CUDA graph``: the whole step captured once and replayed.
 
 Times are those of a step. Its learning rate is 0: the work is the same, and the weights stay what
-they were, which some kernels' time depends on (torch's attention in bfloat16). Then two facts are found out for each: the memory that torch held at
-most, in the first two steps from an empty start, so that weights, gradients, the optimizer's
-states and the batch are in it; and, for the two twins, the accuracy on 1,000 test digits after they
-were trained to the end, early stopping included (what is compiled or captured trains likewise).
+they were, which some kernels' time depends on (torch's attention in bfloat16). Then two facts are
+found out for each: the memory that torch held at most, in the first two steps from an empty start,
+so that weights, gradients, the optimizer's states and the batch are in it; and, for the two twins,
+the accuracy on 1,000 test digits after they were trained to the end, early stopping included (what
+is compiled or captured trains likewise).
 """
 
 from __future__ import annotations
