@@ -179,6 +179,37 @@ def test_a_measured_table_that_was_changed_by_hand_is_found_out() -> None:
         tables.table("suite=dropout color=red", rows)
 
 
+def test_whole_training_has_memory_and_accuracy_of_both() -> None:
+    tables = script("tables")
+    machine = {
+        "cpu": "C", "threads": 1, "isa": "avx2", "torch": "2.13.0", "date": "2026-01-01",
+        "others_cpu_share": 0.5,
+    }  # fmt: skip
+    same = {
+        "suite": "end_to_end", "op": "training", "mode": "step", "shape": "vit 32x28x28",
+        "dtype": "float32", "device": "cpu", "host": False, "failed": "", "machine": machine,
+        "interrupted": False,
+    }  # fmt: skip
+    rows = [
+        {**same, "provider": "eager", "p50_us": 5e4, "vs_eager": 1.0, "peak_bytes": 18_500_000,
+         "test_accuracy": 0.961},
+        {**same, "provider": "torch.compile", "p50_us": 4e4, "vs_eager": 1.25},
+        {**same, "provider": "fusereg", "p50_us": 1e5, "vs_eager": 0.5, "peak_bytes": 14_600_000,
+         "test_accuracy": 0.972},
+    ]  # fmt: skip
+    made = tables.table("suite=end_to_end view=training", rows)
+    head, _, line, _, origin = made.strip().splitlines()
+    assert head == (
+        "| network, batch | data type | eager | torch.compile | fusereg | vs eager "
+        "| memory, eager | memory, fusereg | accuracy, eager | accuracy, fusereg |"
+    )
+    assert line == (
+        "| vit 32x28x28 | float32 | 50.0 ms | 40.0 ms | 100 ms | **0.50x, slower** "
+        "| 18.5 MB | 14.6 MB | 96.1 % | 97.2 % |"
+    )
+    assert "other programs took up to 50%" in origin
+
+
 def test_losses_are_marked() -> None:
     tables = script("tables")
     assert tables.ratio_text(0.5) == "**0.50x, slower**"
