@@ -2,8 +2,9 @@
 // dropout, ReLU or no activation, and lines that are not short), which are those of most networks.
 // Each is one loop that keeps in registers what the strips of the others keep in the cache.
 //
-// Lines (inner >= kLanes): a channel's lines follow one another, and its sums stay in registers
-// from its first row to its last; element i of a line in lane i % kLanes.
+// Lines (inner >= kLanes): of the sums, a channel's lines follow one another, and its sums stay in
+// registers from its first row to its last; element i of a line in lane i % kLanes. Results are
+// written in the order of memory, the lines of a row's channels one after the other.
 // Columns (inner = 1): a band of rows by kChunk vectors at a time, downwards, with the coefficients
 // and sums of these columns in registers. So a column's terms are added in the order of the rows.
 #pragma once
@@ -341,9 +342,9 @@ void write_lines(const Layout& l, const Tile& t, const Coefficients& coefficient
   const auto size = static_cast<std::int64_t>(sizeof(T));
   const bool streams =
       f.streams() && l.numel() * size >= kStreamBytes && l.inner * size >= kWorthStreaming;
-  for (std::int64_t c = 0; c < t.channels; ++c) {
-    const Coefficient k = of_channel(coefficients, c, kWhich);
-    for (std::int64_t row = t.row; row < t.row + t.rows; ++row) {
+  for (std::int64_t row = t.row; row < t.row + t.rows; ++row) {
+    for (std::int64_t c = 0; c < t.channels; ++c) {
+      const Coefficient k = of_channel(coefficients, c, kWhich);
       const std::int64_t line = row * l.channels + t.channel + c;
       At at{line * l.inner, line * bit_line, 0};
       std::int64_t left = l.inner;
