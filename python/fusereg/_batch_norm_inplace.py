@@ -74,6 +74,9 @@ class _Last(torch.autograd.Function):
         )
 
 
+_last: Callable[..., Tensor] = _Last.apply
+
+
 class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -105,7 +108,7 @@ class _InPlace(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Something that requires a gradient, so that these do.
             source = ctx.saved_tensors[0]
-            found = [None if g is None else _Last.apply(g, source, ctx.call.op) for g in found]
+            found = [None if g is None else _last(g, source, ctx.call.op) for g in found]
         return *found, None, None, None
 
     @staticmethod
