@@ -3,8 +3,9 @@
 Layers (``op``): ``bn``; ``bn+relu``; ``bn+add+relu``, the end of a residual block. Modes:
 
 - ``forward``: into memory that is allocated at each call, as in training.
-- ``forward out``: into memory that is there already (``out=``; torch has no such argument, so its
-  providers do what they do above).
+- ``forward out``: into memory that is there already (``out=``; what is compiled copies its result
+  there, which the compiler makes one with the rest; eager torch has no such argument and does what
+  it does above).
 - ``forward+backward``: the result, and the gradients of input, residual, weight and bias.
 
 By contract a forward reads x (and the residual) and writes y once; a backward reads the gradient
@@ -157,7 +158,7 @@ def _setup(
         Provider(EAGER, lambda: _call(_torch(relu), inputs, gradient, mode)),
         Provider(
             "torch.compile",
-            lambda: _call(_compiled(relu), inputs, gradient, mode),
+            lambda: _call(_compiled(relu, mode, inputs), inputs, gradient, mode),
             compiles=True,
         ),
         Provider("fusereg", lambda: _call(_fusereg(relu, mode, inputs), inputs, gradient, mode)),
@@ -180,10 +181,18 @@ def _torch(relu: bool) -> Callable[[Inputs], torch.Tensor]:
     return layer
 
 
-def _compiled(relu: bool) -> Any:
+def _compiled(relu: bool, mode: str, inputs: Inputs) -> Any:
     # Whatever an earlier case compiled must not make this one's compilation look short.
     torch._dynamo.reset()
-    return torch.compile(_torch(relu), fullgraph=True, dynamic=False)
+    layer = _torch(relu)
+    if mode != OUT:
+        return torch.compile(layer, fullgraph=True, dynamic=False)
+    out = torch.zeros_like(inputs.x)
+
+    def into(i: Inputs) -> torch.Tensor:
+        return out.copy_(layer(i))
+
+    return torch.compile(into, fullgraph=True, dynamic=False)
 
 
 def _fusereg(relu: bool, mode: str, inputs: Inputs) -> Callable[[Inputs], torch.Tensor]:

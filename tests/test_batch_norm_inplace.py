@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fusereg
 from conftest import TOLERANCES, Backend
+from fusereg import _batch_norm_kernels as kernels
 from fusereg import functional as F
+from fusereg._batch_norm_inplace import lost_channels
 from test_batch_norm import SLOPE, Case, assert_near, exact, make
 
 ACTIVATIONS = [None, "leaky_relu"]
@@ -264,12 +268,49 @@ def test_what_changes_y_later_is_noticed() -> None:
         y.sum().backward()
 
 
-def test_a_second_derivative_is_refused() -> None:
+@pytest.mark.parametrize("wanted", ["x", "weight"])
+def test_a_second_derivative_is_refused(wanted: str) -> None:
     x = torch.randn(6, 4, requires_grad=True)
-    y = F.batch_norm(x * 1, None, None, inplace=True)
-    (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    weight = torch.rand(4).add(0.5).requires_grad_()
+    y = F.batch_norm(x * 1, None, None, weight, inplace=True)
+    leaves = {"x": x, "weight": weight}
+    (g,) = torch.autograd.grad(y.square().sum(), leaves[wanted], create_graph=True)
+    plain = F.batch_norm(x, None, None, weight)
+    (same,) = torch.autograd.grad(plain.square().sum(), leaves[wanted])
+    assert torch.allclose(g, same, atol=1e-5)
+    with pytest.raises(
+        RuntimeError, match=r"fusereg\.batch_norm: inplace=True .* has no second derivative"
+    ):
         g.sum().backward()
+
+
+def test_capture_of_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is written: the host would have to wait for the weights."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    call = kernels.Call(0, 1e-5, 0, 0, 0.01, 0.0, 0, 0, 0, "batch_norm")
+    with FakeTensorMode():
+        x, weight = torch.empty(4, 3, device="cuda"), torch.empty(3, device="cuda")
+    with pytest.raises(
+        RuntimeError, match=r"fusereg\.batch_norm: inplace=True .* while a CUDA graph is captured"
+    ):
+        lost_channels(x, weight, None, call)
+    assert lost_channels(x, None, None, call) is None, "without parameters nothing is asked"
+
+
+def test_tracing_sees_a_batch_norm_and_a_copy() -> None:
+    """Whoever traces decides what is kept, so what depends on the weights' values is not asked."""
+
+    def f(t: Tensor) -> Tensor:
+        return F.batch_norm(t, None, None, torch.zeros(3), torch.ones(3), inplace=True)
+
+    x = torch.randn(5, 3)
+    graph = make_fx(f)(x.clone())
+    names = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+    assert any("batch_norm" in n for n in names)
+    assert any("copy_" in n for n in names)
+    given = x.clone()
+    assert torch.equal(graph(given), given)
+    assert torch.equal(given, f(x.clone()))
 
 
 def test_checkpoint_and_compile() -> None:

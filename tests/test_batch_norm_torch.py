@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -217,12 +219,56 @@ def test_dropout_under_func_transforms(randomness: str) -> None:
     assert torch.equal((value != 0), (tangent != 0))
 
 
-def test_checkpoint_with_update_stats_off_in_the_second_pass() -> None:
-    layer = fusereg.nn.BatchNorm1d(3)
-    x = torch.randn(8, 3, requires_grad=True)
-    checkpoint(layer, x, use_reentrant=False).square().sum().backward()
-    assert layer.num_batches_tracked == 2, "as torch's: the opt-out is the caller's"
-    assert x.grad is not None
+def _checkpointed(layer: Any, x: Tensor, reentrant: bool) -> Tensor:
+    """The layer under activation checkpointing, with statistics of the first pass alone."""
+
+    @contextmanager
+    def statistics_off() -> Iterator[None]:
+        layer.update_stats = False
+        try:
+            yield
+        finally:  # the second pass is broken off once it has made what was asked for
+            layer.update_stats = True
+
+    def first_pass_alone(t: Tensor) -> Tensor:
+        layer.update_stats = not torch.is_grad_enabled()  # the first pass has no gradients
+        result: Tensor = layer(t)
+        return result
+
+    result: Tensor = (
+        checkpoint(first_pass_alone, x, use_reentrant=True)
+        if reentrant
+        else checkpoint(
+            layer, x, use_reentrant=False, context_fn=lambda: (nullcontext(), statistics_off())
+        )
+    )
+    return result
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_checkpointing_with_the_opt_out_counts_a_batch_once(
+    reentrant: bool, momentum: float | None
+) -> None:
+    layer = fusereg.nn.BatchNorm1d(3, momentum=momentum, activation="relu")
+    twin = copy.deepcopy(layer)
+    for _ in range(2):
+        x = torch.randn(8, 3)
+        own, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+        _checkpointed(layer, own, reentrant).square().sum().backward()
+        twin(plain).square().sum().backward()
+        assert torch.equal(own.grad, plain.grad)
+    assert torch.equal(layer.weight.grad, twin.weight.grad)
+    for name, value in twin.named_buffers():
+        assert torch.equal(layer.get_buffer(name), value), name
+    assert int(layer.num_batches_tracked) == 2
+
+
+def test_checkpointing_without_it_counts_twice_as_torch_does() -> None:
+    for layer in (fusereg.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)):
+        x = torch.randn(8, 3, requires_grad=True)
+        checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+        assert int(layer.num_batches_tracked) == 2
 
 
 # --- operators, compile, export -------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import logging
 import pickle
@@ -370,6 +371,37 @@ def test_drop_path_of_timm(timm_layers: tuple[type, type]) -> None:
     assert torch.equal(model[0](torch.ones(50, 2)), torch.ones(50, 2))
     fusereg.revert(model)
     assert [type(m) for m in model] == [path] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
+def test_a_whole_model_of_timm(name: str) -> None:
+    """Batch norm and ReLU of their own, and BatchNormAct2d; in both modes, there and back."""
+    importlib.import_module("other_libraries")  # timm imports torchvision
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False, num_classes=4).double()
+    stir(model)
+    twin = fusereg.convert(copy.deepcopy(model))
+    norms = [m for m in twin.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) > 15
+    assert all(isinstance(m, fusereg.nn.BatchNorm2d) for m in norms)
+    same_state(twin, model, 0.0)
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    close(twin.eval()(x), model.eval()(x))
+    for m in (model, twin):
+        torch.manual_seed(1)
+        m.train()(x).square().mean().backward()
+    close(twin(x), model(x), 1e-6)
+    same_state(twin, model)
+    for (key, p), q in zip(twin.named_parameters(), model.parameters(), strict=True):
+        assert p.grad is not None, key
+        scale = q.grad.abs().max().item()
+        torch.testing.assert_close(p.grad, q.grad, rtol=0.0, atol=1e-5 * max(scale, 1e-3))
+    fusereg.revert(twin)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+    close(twin.eval()(x), model.eval()(x))
+    assert list(twin.state_dict()) == list(model.state_dict())
 
 
 # --- real images ----------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ Each check is a function of the ``Ranks`` that runs on gloo processes; see ranks
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusereg import dropout_mask
 from fusereg._batch_norm_ops import statistics
@@ -167,6 +169,62 @@ def compiled_whole(ranks: Ranks) -> None:
     close(layer.weight.grad, plain.weight.grad)
     close(layer.running_var, plain.running_var)
     assert int(layer.num_batches_tracked) == 1
+
+
+class _HostReads(TorchDispatchMode):
+    """Notes the operations that wait for a device to say what is in a tensor, or to copy it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.calls = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.calls += 1
+        name = func.name()
+        moves = name.startswith("aten::_to_copy") and (kwargs or {}).get("device") is not None
+        if moves or name.partition(".")[0] in (
+            "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero",
+            "aten::unique_dim", "aten::_unique2", "aten::masked_select",
+        ):  # fmt: skip
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@on(2)
+def the_host_never_waits_for_a_device(ranks: Ranks) -> None:
+    """On a CPU nothing waits, so what would wait on another device is made to raise or is noted."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the host asked for a tensor's contents")
+
+    asking = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__",
+              "__index__", "__array__")  # fmt: skip
+    for form in (torch.contiguous_format, torch.channels_last):
+        for arguments in ({}, {"momentum": None, "activation": "relu"}):
+            layer, _ = layers(**arguments)
+            x, grad = (batch(3).contiguous(memory_format=form) for _ in range(2))
+            residual = batch(3) if arguments else None
+            x.requires_grad_()
+            reads = _HostReads()
+            kept = {name: getattr(Tensor, name) for name in asking}
+            for observed in (True, False):
+                for name in asking:
+                    setattr(Tensor, name, refuse)
+                try:
+                    with reads if observed else nullcontext():
+                        layer(x, residual).backward(grad)
+                finally:
+                    for name, method in kept.items():
+                        setattr(Tensor, name, method)
+            assert reads.calls > 5
+            assert not reads.seen, reads.seen
+            assert int(layer.num_batches_tracked) == 2
+    with _HostReads() as reads:  # and what it is to notice, it notices
+        x.detach().sum().item()
+    assert reads.seen == ["aten::_local_scalar_dense"]
 
 
 @on(2)

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "batch_norm/batch_norm.h"
+#include "core/pages.h"
 #include "core/parallel.h"
 
 namespace fusereg::batch_norm {
@@ -615,9 +616,15 @@ class BackwardRun : public Passes<BackwardRun> {
 
 }  // namespace
 
-void forward_cpu(const Forward& job) { ForwardRun(job).execute(); }
+void forward_cpu(const Forward& job) {
+  ask_for_large_pages(job.y, job.layout.numel() * dtype_size(job.dtype));
+  ForwardRun(job).execute();
+}
 
 void backward_cpu(const Backward& job) {
+  const std::int64_t bytes = job.layout.numel() * dtype_size(job.dtype);
+  ask_for_large_pages(job.grad_x, bytes);
+  ask_for_large_pages(job.grad_residual, bytes);
   if (job.sums != nullptr) {
     BackwardRun(job, job.sums).execute();
     return;

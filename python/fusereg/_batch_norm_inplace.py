@@ -58,6 +58,25 @@ def lost_channels(
     return found if found.numel() else None
 
 
+class _Last(torch.autograd.Function):
+    """A gradient that has no gradient: says so to whoever asks for one."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, _: Tensor, op: str) -> Tensor:
+        ctx.op = op
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            f"fusereg.{ctx.op}: inplace=True keeps the result alone and has no second derivative; "
+            "use inplace=False where one is needed (gradient penalties, Hessians)"
+        )
+
+
+_last: Callable[..., Tensor] = _Last.apply
+
+
 class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -83,8 +102,18 @@ class _InPlace(torch.autograd.Function):
         return x
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            found = _InPlace._gradients(ctx, grad)
+        if torch.is_grad_enabled():
+            # Something that requires a gradient, so that these do.
+            source = ctx.saved_tensors[0]
+            found = [None if g is None else _last(g, source, ctx.call.op) for g in found]
+        return *found, None, None, None
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+        """Of x, weight and bias."""
         y, weight, bias, mask, moments, lost, kept, *fixed = ctx.saved_tensors
         need = ctx.needs_input_grad
         wanted = (need[0], False, need[1], need[2])
@@ -114,7 +143,7 @@ class _InPlace(torch.autograd.Function):
             ):
                 if whole is not None and piece is not None:
                     whole.index_copy_(dim, lost, piece)
-        return g.x, g.weight, g.bias, None, None, None
+        return [g.x, g.weight, g.bias]
 
 
 def _of_channels(moments: Tensor, channels: Tensor, count: int) -> Tensor:
