@@ -125,6 +125,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         self._norm: Tensor | None = None
         self._norm_scale: Tensor | None = None
         self._plan: _Plan | None = None
+        self._new_tables()
         if defaults.get("differentiable"):
             raise ValueError(
                 f"fusereg.optim.{self._name}: differentiable=True is not supported: the step is a "
@@ -151,6 +152,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_norm", None)
         self.__dict__.setdefault("_norm_scale", None)
         self._plan = None
+        self._new_tables()
         for i, group in enumerate(self.param_groups):
             # A state dict of torch's optimizer knows nothing of penalties: ours stay as they are.
             source = before[i] if before is not None and i < len(before) else self.defaults
@@ -177,6 +179,11 @@ class RegularizedOptimizer(torch.optim.Optimizer):
                     if isinstance(value, Tensor):
                         exact = value.detach().to(p.device, torch.float32)
                         self.state[p][key] = exact.clone() if exact is value.detach() else exact
+
+    def _new_tables(self) -> None:
+        """Memory for CUDA launches over many parameters; a copy of this has its own."""
+        self._step_tables = _dispatch.launch_tables()
+        self._norm_tables = _dispatch.launch_tables()
 
     # -- what a subclass says --
 
@@ -276,9 +283,10 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             found_inf,
             None,
             0.0,
+            self._step_tables,
         )
         if self.max_grad_norm is not None:
-            self._norm = _kernels.norm_of_grads(call, plan.distributed)
+            self._norm = _kernels.norm_of_grads(call, plan.distributed, self._norm_tables)
             self._norm_scale = scale
             call = call._replace(norm=self._norm, max_norm=self.max_grad_norm)
         if not plan.distributed:
