@@ -8,6 +8,8 @@ Layers, from the kernel outwards:
     the same for whatever tensors there are: odd layouts, several devices, sparse gradients.
 ``_distributed``
     the same for DTensors.
+``_graphs``
+    the step as an operator, in compiled code.
 ``RegularizedOptimizer.step``
     the entry.
 """
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch
-from . import _kernels
+from . import _graphs, _kernels
 from ._kernels import Call, Hyper, State
 
 __all__ = ["RegularizedOptimizer"]
@@ -354,6 +356,14 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             state["master_param"] = p.detach().to(torch.float32, copy=True)
         return made
 
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        """Fills the lists with what a compiled step works on; False if it cannot be compiled.
+
+        Dynamo knows this name of torch's optimizers: it calls the method as it is while it traces
+        ``step``, so that states may be made, and guards what the lists were filled from.
+        """
+        return _graphs.collect(self, group, *lists)
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all parameters that have a gradient.
 
@@ -364,7 +374,8 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._run()
+        if not (torch.compiler.is_dynamo_compiling() and _graphs.step(self)):
+            self._run()
         return loss
 
 
