@@ -129,6 +129,68 @@ FUSEREG_DEVICE_INLINE bool aligned_at(const void* x, DType dtype, std::int64_t a
   return (reinterpret_cast<std::uintptr_t>(x) + static_cast<std::uintptr_t>(at * bytes)) % 16 == 0;
 }
 
+// kPerThread elements from `at` on, of which p has been loaded; leaves the new p there.
+template <Algorithm algorithm, class C>
+FUSEREG_DEVICE_INLINE void update_many(const Target& item, const void* gradient, std::int64_t at,
+                                       const Coefficients<C>& k, const Flags& f, int states,
+                                       C (&p)[kPerThread<C>]) {
+  constexpr int kN = kPerThread<C>;
+  C g[kN];
+  C s[kMaxStates][kN];
+  load_many(item.g_dtype, gradient, at, g);
+  FUSEREG_UNROLL
+  for (int j = 0; j < kMaxStates; ++j) {
+    if (j < states) load_many(item.state_dtype, item.state[j], at, s[j]);
+  }
+  FUSEREG_UNROLL
+  for (int i = 0; i < kN; ++i) {
+    C own[kMaxStates] = {s[0][i], s[1][i], s[2][i]};
+    p[i] = updated<algorithm>(p[i], g[i], own, k, f);
+    FUSEREG_UNROLL
+    for (int j = 0; j < kMaxStates; ++j) s[j][i] = own[j];
+  }
+  store_many(item.p_dtype, item.p, at, p);
+  if (item.copy != nullptr) store_many(item.copy_dtype, item.copy, at, p);
+  FUSEREG_UNROLL
+  for (int j = 0; j < kMaxStates; ++j) {
+    if (j < states) store_many(item.state_dtype, item.state[j], at, s[j]);
+  }
+}
+
+// How a run of n elements from `begin` on is walked: `head` of them one by one up to p's first
+// 16-byte boundary, then whole groups, then the rest. Where another tensor lies differently against
+// that boundary, no group fits them all.
+struct Walk {
+  std::int64_t begin;
+  std::int64_t n;
+  std::int64_t head;
+  unsigned thread;  // of so many
+  unsigned threads;
+};
+
+FUSEREG_DEVICE_INLINE std::int64_t head_of(const Target& item, const void* gradient, int states,
+                                           std::int64_t begin, std::int64_t n) {
+  std::int64_t head = 0;
+  while (head < 8 && !aligned_at(item.p, item.p_dtype, begin + head)) ++head;
+  bool together = aligned_at(gradient, item.g_dtype, begin + head) &&
+                  (item.copy == nullptr || aligned_at(item.copy, item.copy_dtype, begin + head));
+  for (int j = 0; j < states; ++j) {
+    together = together && aligned_at(item.state[j], item.state_dtype, begin + head);
+  }
+  return together && head < n ? head : n;
+}
+
+// Calls one(index) and many(index of the first). Of one walk's elements a thread always gets the
+// same.
+template <class C, class One, class Many>
+FUSEREG_DEVICE_INLINE void walk(const Walk& w, const One& one, const Many& many) {
+  constexpr int kN = kPerThread<C>;
+  const std::int64_t groups = (w.n - w.head) / kN;
+  for (std::int64_t i = w.thread; i < w.head; i += w.threads) one(w.begin + i);
+  for (std::int64_t v = w.thread; v < groups; v += w.threads) many(w.begin + w.head + v * kN);
+  for (std::int64_t i = w.head + groups * kN + w.thread; i < w.n; i += w.threads) one(w.begin + i);
+}
+
 // One chunk of one tensor by the whole block; gives the thread's shares of the sums.
 template <Algorithm algorithm, class C>
 __device__ Shares<C> chunk(const Target& item, const void* gradient, const Work& w,
@@ -144,65 +206,35 @@ __device__ Shares<C> chunk(const Target& item, const void* gradient, const Work&
     if (value) shares.add(load_one<C>(item.p_dtype, item.p, at));
     if (!skip) update_one<algorithm>(item, gradient, at, k, f, states);
   };
-  // Elements before p's first 16-byte boundary one by one, then whole groups, then the rest. Where
-  // another tensor lies differently against that boundary, no group fits them all.
-  std::int64_t head = 0;
-  while (head < 8 && !aligned_at(item.p, item.p_dtype, begin + head)) ++head;
-  bool together = aligned_at(gradient, item.g_dtype, begin + head) &&
-                  (item.copy == nullptr || aligned_at(item.copy, item.copy_dtype, begin + head));
-  for (int j = 0; j < states; ++j) {
-    together = together && aligned_at(item.state[j], item.state_dtype, begin + head);
-  }
-  if (!together || head > n) head = n;
-  const std::int64_t groups = (n - head) / kN;
-  for (std::int64_t i = threadIdx.x; i < head; i += kThreads) one(begin + i);
-  for (std::int64_t v = threadIdx.x; v < groups; v += kThreads) {
-    const std::int64_t at = begin + head + v * kN;
+  auto many = [&](std::int64_t at) {
     C p[kN];
     load_many(item.p_dtype, item.p, at, p);
     if (value) {
       FUSEREG_UNROLL
       for (int i = 0; i < kN; ++i) shares.add(p[i]);
     }
-    if (skip) continue;
-    C g[kN];
-    C s[kMaxStates][kN];
-    load_many(item.g_dtype, gradient, at, g);
-    FUSEREG_UNROLL
-    for (int j = 0; j < kMaxStates; ++j) {
-      if (j < states) load_many(item.state_dtype, item.state[j], at, s[j]);
-    }
-    FUSEREG_UNROLL
-    for (int i = 0; i < kN; ++i) {
-      C own[kMaxStates] = {s[0][i], s[1][i], s[2][i]};
-      p[i] = updated<algorithm>(p[i], g[i], own, k, f);
-      FUSEREG_UNROLL
-      for (int j = 0; j < kMaxStates; ++j) s[j][i] = own[j];
-    }
-    store_many(item.p_dtype, item.p, at, p);
-    if (item.copy != nullptr) store_many(item.copy_dtype, item.copy, at, p);
-    FUSEREG_UNROLL
-    for (int j = 0; j < kMaxStates; ++j) {
-      if (j < states) store_many(item.state_dtype, item.state[j], at, s[j]);
-    }
-  }
-  for (std::int64_t i = head + groups * kN + threadIdx.x; i < n; i += kThreads) {
-    one(begin + i);
-  }
+    if (!skip) update_many<algorithm>(item, gradient, at, k, f, states, p);
+  };
+  walk<C>({begin, n, head_of(item, gradient, states, begin, n), threadIdx.x, kThreads}, one, many);
   return shares;
 }
 
-// One row by a warp or by a block: its norm, the update, its new norm, the proximal step.
+// One row by a warp or by a block: its norm, the update, its new norm, the proximal step. Each
+// thread comes back to the elements that it has written.
 template <Algorithm algorithm, class C>
 __device__ double row_value(const Target& item, const void* gradient, const Work& w,
                             std::int64_t row, bool by_warp) {
-  const unsigned thread = by_warp ? cuda::lane_id() : threadIdx.x;
-  const unsigned step = by_warp ? cuda::kWarpSize : kThreads;
-  const std::int64_t n = item.row;
-  const std::int64_t begin = row * n;
+  constexpr int kN = kPerThread<C>;
+  const std::int64_t begin = row * item.row;
   const bool mine = begin < item.numel;
+  const std::int64_t n = mine ? item.row : 0;
   const bool prox = w.flags.prox != Prox::kNone;
-  auto sum = [&](double (&v)[2]) {
+  const int states = w.skip ? 0 : state_count(algorithm, w.flags);
+  const Walk own{begin, n, head_of(item, gradient, states, begin, n),
+                 by_warp ? cuda::lane_id() : threadIdx.x, by_warp ? cuda::kWarpSize : kThreads};
+  auto sum = [&](const Shares<C>& shares, double (&v)[2]) {
+    v[0] = shares.absolute;
+    v[1] = shares.square;
     if (by_warp) {
       v[0] = cuda::warp_sum(v[0]);
       v[1] = cuda::warp_sum(v[1]);
@@ -210,19 +242,23 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
       cuda::block_sum(v);
     }
   };
-  double before[2] = {0.0, 0.0};
-  for (std::int64_t i = thread; mine && i < n; i += step) {
-    const double x = load_one<double>(item.p_dtype, item.p, begin + i);
-    before[0] += x < 0.0 ? -x : x;
-    before[1] += x * x;
-  }
-  sum(before);
+  Shares<C> shares;
+  walk<C>(
+      own, [&](std::int64_t at) { shares.add(load_one<C>(item.p_dtype, item.p, at)); },
+      [&](std::int64_t at) {
+        C p[kN];
+        load_many(item.p_dtype, item.p, at, p);
+        FUSEREG_UNROLL
+        for (int i = 0; i < kN; ++i) shares.add(p[i]);
+      });
+  double before[2];
+  sum(shares, before);
   const double norm = sqrt(before[1]);
-  const double sqrt_n = sqrt(static_cast<double>(n));
+  const double sqrt_n = sqrt(static_cast<double>(item.row));
   double value = w.h.group * sqrt_n * norm;
   if (w.h.l1 != 0.0) value += w.h.l1 * before[0];
   if (w.h.l2 != 0.0) value += 0.5 * w.h.l2 * before[1];
-  if (!mine || thread != 0) value = 0.0;
+  if (!mine || own.thread != 0) value = 0.0;
   if (w.skip) return value;
 
   Coefficients<double> wide = w.k;
@@ -230,26 +266,47 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
   const Coefficients<C> k = in_type<C>(wide);
   Flags f = w.flags;
   f.prox = Prox::kNone;  // the proximal step comes when the new norm is known
-  const int states = state_count(algorithm, f);
   const C threshold = k.threshold;
-  double after[2] = {0.0, 0.0};
-  for (std::int64_t i = thread; mine && i < n; i += step) {
-    update_one<algorithm>(item, gradient, begin + i, k, f, states);
-    // As it was rounded to memory, which the proximal step will read.
-    const C p = load_one<C>(item.p_dtype, item.p, begin + i);
-    const double x = static_cast<double>(soft_threshold<C>(p, threshold, C(1)));
-    after[0] += x < 0.0 ? -x : x;
-    after[1] += x * x;
-  }
+  // p as it was rounded to memory, which the proximal step will read.
+  shares = Shares<C>();
+  auto add = [&](C p) { shares.add(soft_threshold<C>(p, threshold, C(1))); };
+  walk<C>(
+      own,
+      [&](std::int64_t at) {
+        update_one<algorithm>(item, gradient, at, k, f, states);
+        if (prox) add(load_one<C>(item.p_dtype, item.p, at));
+      },
+      [&](std::int64_t at) {
+        C p[kN];
+        load_many(item.p_dtype, item.p, at, p);
+        update_many<algorithm>(item, gradient, at, k, f, states, p);
+        if (!prox) return;
+        load_many(item.p_dtype, item.p, at, p);
+        FUSEREG_UNROLL
+        for (int i = 0; i < kN; ++i) add(p[i]);
+      });
   if (!prox) return value;
-  sum(after);
+  double after[2];
+  sum(shares, after);
   const C factor = static_cast<C>(group_prox_factor(wide.group, sqrt(after[1])) * wide.factor);
-  for (std::int64_t i = thread; mine && i < n; i += step) {
-    const C p = load_one<C>(item.p_dtype, item.p, begin + i);
-    const C y = signed_or_zero((abs(p) - threshold) * factor, p, k.largest_zero);
-    store_one(item.p_dtype, item.p, begin + i, y);
-    if (item.copy != nullptr) store_one(item.copy_dtype, item.copy, begin + i, y);
-  }
+  auto shrunk = [&](C p) {
+    return signed_or_zero((abs(p) - threshold) * factor, p, k.largest_zero);
+  };
+  walk<C>(
+      own,
+      [&](std::int64_t at) {
+        const C y = shrunk(load_one<C>(item.p_dtype, item.p, at));
+        store_one(item.p_dtype, item.p, at, y);
+        if (item.copy != nullptr) store_one(item.copy_dtype, item.copy, at, y);
+      },
+      [&](std::int64_t at) {
+        C p[kN];
+        load_many(item.p_dtype, item.p, at, p);
+        FUSEREG_UNROLL
+        for (int i = 0; i < kN; ++i) p[i] = shrunk(p[i]);
+        store_many(item.p_dtype, item.p, at, p);
+        if (item.copy != nullptr) store_many(item.copy_dtype, item.copy, at, p);
+      });
   return value;
 }
 
