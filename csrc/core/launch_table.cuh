@@ -50,16 +50,15 @@ struct MemoryTable {
 
 // --- device code ---
 
-// The last entry whose first task is not above `task`, for all threads of a warp. In constant
-// memory one address at a time is read, but quickly; elsewhere every lane looks at a place of its
-// own, and a list of a thousand takes two rounds.
-template <class Head, class Entry>
-FUSEREG_DEVICE_INLINE int find_entry(const ParamTable<Head, Entry>& t, std::uint32_t task) {
+// The last entry whose first task is not above `task`; in constant memory, which reads one address
+// at a time, but quickly.
+FUSEREG_DEVICE_INLINE int find_in_parameters(const std::uint32_t* first_task, int count,
+                                             std::uint32_t task) {
   int low = 0;
-  int high = t.count;
+  int high = count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (t.first_task[middle] <= task) {
+    if (first_task[middle] <= task) {
       low = middle;
     } else {
       high = middle;
@@ -67,6 +66,13 @@ FUSEREG_DEVICE_INLINE int find_entry(const ParamTable<Head, Entry>& t, std::uint
   }
   return low;
 }
+
+template <class Head, class Entry>
+FUSEREG_DEVICE_INLINE int find_entry(const ParamTable<Head, Entry>& t, std::uint32_t task) {
+  return find_in_parameters(t.first_task, t.count, task);
+}
+// For all threads of a warp: every lane looks at a place of its own, and a list of a thousand takes
+// two rounds.
 template <class Head, class Entry>
 FUSEREG_DEVICE_INLINE int find_entry(const MemoryTable<Head, Entry>& t, std::uint32_t task) {
   int low = 0;

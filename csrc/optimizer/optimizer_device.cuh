@@ -261,9 +261,8 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
   if (!mine || own.thread != 0) value = 0.0;
   if (w.skip) return value;
 
-  Coefficients<double> wide = w.k;
-  if (!prox) wide.l2 += group_gradient_factor(wide.group, norm);
-  const Coefficients<C> k = in_type<C>(wide);
+  Coefficients<C> k = in_type<C>(w.k);
+  if (!prox) k.l2 = static_cast<C>(w.k.l2 + group_gradient_factor(w.k.group, norm));
   Flags f = w.flags;
   f.prox = Prox::kNone;  // the proximal step comes when the new norm is known
   const C threshold = k.threshold;
@@ -288,7 +287,7 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
   if (!prox) return value;
   double after[2];
   sum(shares, after);
-  const C factor = static_cast<C>(group_prox_factor(wide.group, sqrt(after[1])) * wide.factor);
+  const C factor = static_cast<C>(group_prox_factor(w.k.group, sqrt(after[1])) * w.k.factor);
   auto shrunk = [&](C p) {
     return signed_or_zero((abs(p) - threshold) * factor, p, k.largest_zero);
   };
