@@ -75,8 +75,9 @@ __device__ void prepare(const Table& t, int i, Work& shared) {
   __syncthreads();
 }
 
-// Two blocks to a multiprocessor: enough loads in flight to keep the memory busy.
-template <Algorithm algorithm, class Table>
+// Two blocks to a multiprocessor: enough loads in flight to keep the memory busy. Without rows in a
+// list their code, which wants registers, is left out.
+template <Algorithm algorithm, bool kRows, class Table>
 __global__ void __launch_bounds__(kThreads, 2) optimizer_kernel(FUSEREG_GRID_CONSTANT(Table, t)) {
   FUSEREG_SHARED(work, Work);
   double value = 0.0;
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 2) optimizer_kernel(FUSEREG_GRID_CON
     const Target& item = Table::kInParameters ? t.entries[i] : work.target;
     const void* const gradient = cuda::moving_at(t, i);
     const auto own_task = static_cast<std::int64_t>(task - t.first_task[i]);
-    if (algorithm != Algorithm::kFtrl && item.row > 1) {
+    if (kRows && item.row > 1) {
       const bool by_warp = item.row <= kWarpRow;
       const std::int64_t row = own_task * rows_per_task(item.row) + (by_warp ? cuda::warp_id() : 0);
       value += item.p_dtype == DType::kFloat64
@@ -140,6 +141,8 @@ void launch_step(const Job& job, void* workspace, LaunchTables* tables, int devi
                  cuda::Stream stream) {
   const char* const op = "fusereg.optimizer";
   const StepList list{job};
+  const bool rows = std::any_of(job.items.begin(), job.items.end(),
+                                [](const Item& item) { return item.row > 1; });
   Output output = output_in(workspace, job.value, job.value_dtype);
   const auto launch = [&](auto& table, const cuda::Part& part) {
     StepHead& head = table.head;
@@ -152,7 +155,10 @@ void launch_step(const Job& job, void* workspace, LaunchTables* tables, int devi
       std::copy_n(job.hypers.begin() + head.first_hyper, std::min(rest, kMaxHypers), head.hypers);
     }
     using Table = std::remove_reference_t<decltype(table)>;
-    cuda::launch(op, &optimizer_kernel<algorithm, Table>, config_for(part.tasks, stream), table);
+    constexpr bool kMayHaveRows = algorithm != Algorithm::kFtrl;
+    const auto kernel = rows ? &optimizer_kernel<algorithm, kMayHaveRows, Table>
+                             : &optimizer_kernel<algorithm, false, Table>;
+    cuda::launch(op, kernel, config_for(part.tasks, stream), table);
     output.first = false;
   };
   cuda::launch_over(op, list, tables, device, stream, launch);
