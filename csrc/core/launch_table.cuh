@@ -3,7 +3,7 @@
 //
 // A table that fits is a kernel's parameter as a whole (constant memory). Of a longer one the
 // parameters hold the head and the addresses that move (gradients are allocated anew for each
-// step), of some 3500 tensors; the rest lies in memory of the device and is written anew only where
+// step), of some 3800 tensors; the rest lies in memory of the device and is written anew only where
 // it has changed. So what is repeated step by step is one launch, for any number of tensors.
 //
 // Kernels write that memory, out of their parameters: those are copied when a launch is made,

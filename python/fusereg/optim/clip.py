@@ -18,7 +18,7 @@ __all__ = ["clip_grad_norm_", "get_total_norm"]
 
 _DONE, _NEEDS_FLOAT64, _NEEDS_PREPARATION = 0, 1, 2
 _NORMS = {1.0: 0, 2.0: 1, math.inf: 2}
-#: Of these functions alone. Only sizes and dtypes are in it (the addresses of some 3500 tensors
+#: Of these functions alone. Only sizes and dtypes are in it (the addresses of some 3800 tensors
 #: travel with each launch), so that calls with the same model find it as they need it.
 _tables = _dispatch.launch_tables()
 
