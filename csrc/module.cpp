@@ -3,11 +3,15 @@
 #include <pybind11/stl.h>
 
 #include "core/isa.h"
+#include "core/launch_tables_python.h"
 #include "core/tensor.h"
 #include "core/tensor_list.h"
 
 #if defined(FUSEREG_CUDA)
 #include "core/cuda_info.h"
+#endif
+#if defined(FUSEREG_CUDA_ON_HOST)
+#include "cuda_on_host.h"
 #endif
 
 namespace fusereg::augment {
@@ -128,9 +132,12 @@ PYBIND11_MODULE(FUSEREG_MODULE_NAME, m, pybind11::multiple_interpreters::not_sup
 #endif
 #if defined(FUSEREG_CUDA_ON_HOST)
   m.attr("CUDA_ON_HOST") = true;
+  m.def("_launch_count", &cuda_on_host::launch_count);
+  m.def("_set_capturing", [](bool capturing) { cuda_on_host::device().capturing = capturing; });
 #else
   m.attr("CUDA_ON_HOST") = false;
 #endif
+  bind_launch_tables(m);
   augment::bind(m);
   batch_norm::bind(m);
   drop_block::bind(m);

@@ -313,6 +313,28 @@ def test_tails_chunks_and_alignment(backend: Backend, dtype: torch.dtype) -> Non
         assert_close(p, reference.p, dtype, 40)
 
 
+@pytest.mark.parametrize("prox", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_rows_of_all_lengths(backend: Backend, dtype: torch.dtype, prox: bool) -> None:
+    """Short and long ones, their beginnings and those of the states anywhere."""
+    options: dict[str, Any] = {"lr": 0.1, "l1": 0.05, "group": 0.1, "prox": prox}
+    params = []
+    for i, shape in enumerate([(9, 3), (3, 64), (2, 257), (2, 1032), (1, 1029)]):
+        p = torch.randn(shape[0] * shape[1] + 8, device=backend.device).to(dtype)
+        params.append(p[i:][: shape[0] * shape[1]].view(shape).detach().requires_grad_())
+    references = [Reference("Adam", p, **options) for p in params]
+    optimizer = optim.Adam(params, **options)
+    for _ in range(2):
+        give_grads(params)
+        optimizer.step()
+        for p, reference in zip(params, references, strict=True):
+            assert p.grad is not None
+            reference.step(p.grad)
+            assert_close(p, reference.p, dtype, 40)
+            with torch.no_grad():
+                reference.p.copy_(p)
+
+
 def test_more_parameters_than_a_launch_takes(backend: Backend) -> None:
     params = weights(backend, [(3,)] * (400 if backend.on_host else 1100) + [(2, 3)] * 5)
     references = [Reference("AdamW", p, l1=0.1, group=0.2, lr=0.1) for p in params]

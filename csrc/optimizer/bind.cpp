@@ -1,6 +1,7 @@
 // fusereg._C: optimizer steps, norms of gradients and clipping. Contract: optimizer.h, _C.pyi.
 #include <optional>
 
+#include "core/launch_tables_python.h"
 #include "core/tensor_list.h"
 #include "optimizer/optimizer.h"
 #include "optimizer/optimizer_math.h"
@@ -213,7 +214,9 @@ class JobBuilder {
       item.g_dtype = g.dtype;
       item.numel = p.numel;
       while (next_fresh < fresh_ones.size() && fresh_ones[next_fresh] < i) ++next_fresh;
-      item.fresh = next_fresh < fresh_ones.size() && fresh_ones[next_fresh] == i;
+      // Told to nobody else: a table in memory would have to be written again for the next step.
+      item.fresh = job_.algorithm == Algorithm::kSgd && next_fresh < fresh_ones.size() &&
+                   fresh_ones[next_fresh] == i;
       const int status = read_state(objects_[i], p, item);
       if (status != 0) return status;
       if (!read_rows(p, item)) return refused();
@@ -252,8 +255,9 @@ class JobBuilder {
   bool empty() const { return job_.items.empty(); }
 
   // Autograd is told before anything is written: if it refuses, nothing has changed.
-  int run([[maybe_unused]] const py::object& workspace) {
+  int run([[maybe_unused]] const py::object& workspace, [[maybe_unused]] const py::object& tables) {
 #if defined(FUSEREG_CUDA)
+    LaunchTables* const long_tables = launch_tables_argument(tables, op_, "tables");
     void* const memory = runs_cuda_kernels(device_) ? memory_argument(workspace, kWorkspaceBytes,
                                                                       device_, op_, "workspace")
                                                     : nullptr;
@@ -261,7 +265,7 @@ class JobBuilder {
     if (!increment_version(changed_)) return refused();
 #if defined(FUSEREG_CUDA)
     if (runs_cuda_kernels(device_)) {
-      run_cuda(job_, memory, device_.index, current_stream(device_));
+      run_cuda(job_, memory, long_tables, device_.index, current_stream(device_));
       return 0;
     }
 #endif
@@ -375,7 +379,7 @@ int optimizer_step(int algorithm, const py::object& params, const py::object& gr
                    const py::object& states, const py::tuple& counts, const py::tuple& hypers,
                    const py::tuple& fresh, const py::object& value, const py::object& grad_scale,
                    const py::object& found_inf, const py::object& norm, double max_norm,
-                   const py::object& workspace, const char* op) {
+                   const py::object& workspace, const py::object& tables, const char* op) {
   const ObjectList param_list(params, op, "params");
   const ObjectList state_list(states, op, "states");
   std::optional<ObjectList> grad_list;
@@ -387,7 +391,7 @@ int optimizer_step(int algorithm, const py::object& params, const py::object& gr
   const int refused = job.set_value(value);
   if (refused != 0) return refused;
   job.set_scaling(grad_scale, found_inf, norm, max_norm);
-  return job.run(workspace);
+  return job.run(workspace, tables);
 }
 
 // Reads a list of gradients (or, of parameters, their .grad); absent ones are left out.
@@ -419,7 +423,8 @@ class NormList {
 
 // clip < 0: the norm alone.
 int grad_norm(const py::object& tensors, bool of_params, const py::object& out, int norm,
-              double clip, [[maybe_unused]] const py::object& workspace, const char* op) {
+              double clip, [[maybe_unused]] const py::object& workspace,
+              [[maybe_unused]] const py::object& tables, const char* op) {
   const ObjectList list(tensors, op, of_params ? "parameters" : "tensors");
   NormList grads;
   if (!grads.read(list, of_params)) return static_cast<int>(ListStatus::kNeedsPreparation);
@@ -433,6 +438,7 @@ int grad_norm(const py::object& tensors, bool of_params, const py::object& out, 
   NormJob job;
   job.norm = choice<Norm>(norm, 3, op, "norm");
 #if defined(FUSEREG_CUDA)
+  LaunchTables* const long_tables = launch_tables_argument(tables, op, "tables");
   void* const memory =
       runs_cuda_kernels(grads.device)
           ? memory_argument(workspace, kWorkspaceBytes, grads.device, op, "workspace")
@@ -456,8 +462,8 @@ int grad_norm(const py::object& tensors, bool of_params, const py::object& out, 
 #if defined(FUSEREG_CUDA)
   if (runs_cuda_kernels(grads.device)) {
     void* const stream = current_stream(grads.device);
-    run_norm_cuda(job, memory, grads.device.index, stream);
-    if (clip >= 0.0) run_clip_cuda(clipping, grads.device.index, stream);
+    run_norm_cuda(job, memory, long_tables, grads.device.index, stream);
+    if (clip >= 0.0) run_clip_cuda(clipping, long_tables, grads.device.index, stream);
     return 0;
   }
 #endif
@@ -480,9 +486,10 @@ void bind(py::module_& m) {
   using py::arg;
   m.def("optimizer_step", &optimizer_step, arg("algorithm"), arg("params"), arg("grads"),
         arg("states"), arg("counts"), arg("hypers"), arg("fresh"), arg("value"), arg("grad_scale"),
-        arg("found_inf"), arg("norm"), arg("max_norm"), arg("workspace"), op_argument());
+        arg("found_inf"), arg("norm"), arg("max_norm"), arg("workspace"), arg("tables"),
+        op_argument());
   m.def("grad_norm", &grad_norm, arg("tensors"), arg("of_params"), arg("out"), arg("norm"),
-        arg("clip"), arg("workspace"), op_argument());
+        arg("clip"), arg("workspace"), arg("tables"), op_argument());
 }
 
 }  // namespace fusereg::optimizer

@@ -52,6 +52,10 @@
 #include "core/dtype.h"
 #include "core/isa.h"
 
+namespace fusereg {
+class LaunchTables;
+}
+
 namespace fusereg::optimizer {
 
 enum class Algorithm : std::uint8_t { kSgd, kAdam, kAdagrad, kFtrl };
@@ -64,6 +68,7 @@ struct Scalar {
   double host = 0.0;
   const void* device = nullptr;
   DType dtype = DType::kFloat32;
+  std::uint8_t unused[7] = {};  // no padding: see Hyper
 };
 
 struct Flags {
@@ -76,17 +81,19 @@ struct Flags {
 };
 
 // What a group of parameters shares. `first` and `second` are momentum and dampening, beta1 and
-// beta2, lr_decay and nothing, beta and nothing.
+// beta2, lr_decay and nothing, beta and nothing. Without padding, as Target.
 struct Hyper {
   Scalar lr, first, second, eps, weight_decay, l1, l2, group;
   Flags flags;
+  std::uint8_t unused[2] = {};
 };
+static_assert(sizeof(Scalar) == 24 && sizeof(Hyper) == 8 * sizeof(Scalar) + sizeof(Flags) + 2);
 
-// One parameter: all its tensors dense, in the same memory order.
-struct Item {
+// One parameter: all its tensors dense, in the same memory order. What stays from step to step;
+// without padding, so that tables of these compare as bytes.
+struct Target {
   void* p = nullptr;
   void* copy = nullptr;
-  const void* g = nullptr;
   void* state[kMaxStates] = {nullptr, nullptr, nullptr};
   float* step = nullptr;  // null for SGD and FTRL
   std::int64_t numel = 0;
@@ -97,6 +104,11 @@ struct Item {
   DType g_dtype = DType::kFloat32;
   DType state_dtype = DType::kFloat32;
   bool fresh = false;  // SGD: the momentum buffer is zero and gets the whole gradient
+  std::uint8_t unused[7] = {};
+};
+
+struct Item : Target {
+  const void* g = nullptr;
 };
 
 struct Job {
@@ -144,13 +156,18 @@ struct ClipJob {
 void run_clip_cpu(const ClipJob& job);
 
 // CUDA only: `workspace` is kWorkspaceBytes of device memory whose first 8 bytes are zero; it is
-// left so. One launch for the elementwise parameters of up to some 300 tensors, one for those with
-// a group term of as many.
+// left so. A step is one launch, as are a norm and clipping: of up to some 330 parameters in up to
+// 8 groups, or some 1100 gradients, as it is; of more with `tables`, plus launches that write the
+// table when a tensor but a gradient (of some 3800 parameters, a gradient too) lies elsewhere than
+// the last time, or where more than 8 groups' numbers change. While a CUDA graph is captured, and
+// where `tables` is null, longer lists take several launches: p and states get the same bits; the
+// value and the norm are then added in another order, in float64.
 inline constexpr std::int64_t kMaxBlocks = 4096;
 inline constexpr std::int64_t kWorkspaceBytes = 16 + 8 * kMaxBlocks;
-void run_cuda(const Job& job, void* workspace, int device, void* stream);
-void run_norm_cuda(const NormJob& job, void* workspace, int device, void* stream);
-void run_clip_cuda(const ClipJob& job, int device, void* stream);
+void run_cuda(const Job& job, void* workspace, LaunchTables* tables, int device, void* stream);
+void run_norm_cuda(const NormJob& job, void* workspace, LaunchTables* tables, int device,
+                   void* stream);
+void run_clip_cuda(const ClipJob& job, LaunchTables* tables, int device, void* stream);
 
 // --- what the CPU kernels of one instruction set provide (optimizer.cpp) ---
 

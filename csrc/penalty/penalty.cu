@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "core/cuda.cuh"
+#include "core/launch_table.cuh"
 #include "core/soft_threshold.h"
 #include "penalty/penalty.h"
 
@@ -113,21 +113,6 @@ __device__ double read_scale(const Scale& s) {
     default:
       return s.host * to_float(*static_cast<const BFloat16*>(s.device));
   }
-}
-
-// The last entry whose first index is not above `index`.
-__device__ int find_entry(const std::uint32_t* first, int count, std::uint32_t index) {
-  int low = 0;
-  int high = count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (first[middle] <= index) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
 }
 
 __device__ void finish_value(const Output& out, double value) {
@@ -268,7 +253,7 @@ __global__ void __launch_bounds__(kThreads)
   double value = 0.0;
   const std::uint32_t chunks = t.first_chunk[t.count];
   for (std::uint32_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    const int i = find_entry(t.first_chunk, t.count, chunk);
+    const int i = cuda::find_in_parameters(t.first_chunk, t.count, chunk);
     const std::int64_t offset =
         static_cast<std::int64_t>(chunk - t.first_chunk[i]) * kChunkElements;
     const std::int64_t rest = t.numel[i] - offset;
@@ -413,7 +398,7 @@ __global__ void __launch_bounds__(kThreads)
   double value = 0.0;
   const std::uint32_t tasks = t.first_task[t.count];
   for (std::uint32_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    const int i = find_entry(t.first_task, t.count, task);
+    const int i = cuda::find_in_parameters(t.first_task, t.count, task);
     const GroupShape shape = t.shape[i];
     const Strengths s = t.strengths[i];
     const std::int64_t first =
@@ -466,13 +451,10 @@ class CudaRun {
   }
 
  private:
-  // Chunk indices are 32 bits wide; a launch never gets more than half of that range.
-  static constexpr std::int64_t kMaxTasks = std::int64_t{1} << 31;
-
   void add_elements(ElementTable& t, const Item& item) {
     const std::int64_t chunks = (item.numel + kChunkElements - 1) / kChunkElements;
     if (t.count == kMaxElementEntries ||
-        (t.count > 0 && t.first_chunk[t.count] + chunks > kMaxTasks))
+        (t.count > 0 && t.first_chunk[t.count] + chunks > cuda::kMaxTasks))
       flush(t);
     const int i = t.count++;
     const bool prox = job_.op == Op::kProx;
@@ -488,7 +470,8 @@ class CudaRun {
   void add_groups(GroupTable& t, const Item& item) {
     const std::int64_t per_task = groups_per_task(item.shape);
     const std::int64_t tasks = (item.shape.groups + per_task - 1) / per_task;
-    if (t.count == kMaxGroupEntries || (t.count > 0 && t.first_task[t.count] + tasks > kMaxTasks))
+    if (t.count == kMaxGroupEntries ||
+        (t.count > 0 && t.first_task[t.count] + tasks > cuda::kMaxTasks))
       flush(t);
     const int i = t.count++;
     t.w[i] = item.w;

@@ -4,7 +4,7 @@ Functions over lists return a status: 0 done; 1 the value must be float64; 2 a t
 preparing in Python. Nothing has been written unless it is 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ AUGMENT_RECORD: int
 
 _Strength = float | Sequence[float]
 
+class _LaunchTables: ...
+
+def launch_tables(allocate: Callable[[int, int], torch.Tensor]) -> _LaunchTables: ...
 def bind_torch(
     tensor: type[torch.Tensor], parameter: type[torch.nn.Parameter], increment_version: object
 ) -> None: ...
@@ -310,6 +313,7 @@ def optimizer_step(
     norm: torch.Tensor | None,
     max_norm: float,
     workspace: torch.Tensor | None,
+    tables: _LaunchTables | None,
     op: str,
 ) -> int: ...
 def grad_norm(
@@ -319,6 +323,7 @@ def grad_norm(
     norm: int,
     clip: float,
     workspace: torch.Tensor | None,
+    tables: _LaunchTables | None,
     op: str,
 ) -> int: ...
 def augment_forward(

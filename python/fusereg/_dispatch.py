@@ -122,6 +122,20 @@ def _new_workspace(device: torch.device, size: int) -> torch.Tensor:
     return torch.zeros(size // 8, dtype=torch.float64, device=device)
 
 
+def _table_memory(device: int, size: int) -> torch.Tensor:
+    where = torch.device("cpu") if _C.CUDA_ON_HOST else torch.device("cuda", device)
+    return torch.empty(size, dtype=torch.uint8, device=where)
+
+
+def launch_tables() -> _C._LaunchTables:
+    """Where CUDA launches over long lists of tensors keep their tables, for one owner of lists.
+
+    The memory is made when a list first wants it, and belongs to the owner. The addresses in it are
+    written again only when they have changed.
+    """
+    return _C.launch_tables(_table_memory)
+
+
 _barriers: dict[tuple[int, int], torch.Tensor] = {}
 
 

@@ -369,3 +369,8 @@ cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaStream_t)
   if (bytes > 0) std::memset(p, value, bytes);
   return cudaSuccess;
 }
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = fusereg::cuda_on_host::device().capturing ? cudaStreamCaptureStatusActive
+                                                      : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}

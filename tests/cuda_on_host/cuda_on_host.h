@@ -109,6 +109,11 @@ enum cudaMemcpyKind {
   cudaMemcpyDefault,
 };
 
+enum cudaStreamCaptureStatus {
+  cudaStreamCaptureStatusNone,
+  cudaStreamCaptureStatusActive,
+};
+
 struct cudaDeviceProp {
   char name[256];
   std::size_t totalGlobalMem;
@@ -131,6 +136,7 @@ cudaError_t cudaFree(void* p);
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
                             cudaStream_t = nullptr);
 cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaStream_t = nullptr);
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status);
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
@@ -169,6 +175,7 @@ struct Device {
   int shared_per_sm = 228 * 1024;
   int shared_per_block = 227 * 1024;
   int cluster_blocks = 8;
+  bool capturing = false;  // what streams say; launches run all the same
 };
 // device_properties() keeps its first answer, so set the model before the first launch.
 Device& device();

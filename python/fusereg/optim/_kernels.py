@@ -37,6 +37,7 @@ class Call(NamedTuple):
     found_inf: Tensor | None
     norm: Tensor | None
     max_norm: float
+    tables: _C._LaunchTables
 
     def group_of(self) -> list[int]:
         return [g for g, count in enumerate(self.counts) for _ in range(count)]
@@ -84,6 +85,7 @@ def run(call: Call, grads: Sequence[Tensor | None] | None = None) -> int:
         call.norm,
         call.max_norm,
         _dispatch.workspace(device),
+        call.tables,
         call.op,
     )
 
@@ -193,8 +195,8 @@ def _lay_out_state(call: Call, state: State, target: Tensor, keys: tuple[str, ..
         state["step"] = step.to(target.device, torch.float32)
 
 
-def norm_of_grads(call: Call, distributed: bool) -> Tensor:
-    """The 2-norm of all gradients as they are."""
+def norm_of_grads(call: Call, distributed: bool, tables: _C._LaunchTables) -> Tensor:
+    """The 2-norm of all gradients as they are; ``tables`` are for such calls alone."""
     from . import clip
 
     if not distributed:
@@ -203,7 +205,7 @@ def norm_of_grads(call: Call, distributed: bool) -> Tensor:
             for dtype in (torch.float32, torch.float64):
                 out = torch.empty((), dtype=dtype, device=device)
                 work = _dispatch.workspace(device)
-                status = _C.grad_norm(call.params, True, out, 1, -1.0, work, call.op)
+                status = _C.grad_norm(call.params, True, out, 1, -1.0, work, tables, call.op)
                 if status == DONE:
                     return out
                 if status == NEEDS_PREPARATION:

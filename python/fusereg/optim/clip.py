@@ -18,6 +18,9 @@ __all__ = ["clip_grad_norm_", "get_total_norm"]
 
 _DONE, _NEEDS_FLOAT64, _NEEDS_PREPARATION = 0, 1, 2
 _NORMS = {1.0: 0, 2.0: 1, math.inf: 2}
+#: Of these functions alone. Only sizes and dtypes are in it (the addresses of some 3800 tensors
+#: travel with each launch), so that calls with the same model find it as they need it.
+_tables = _dispatch.launch_tables()
 
 
 def get_total_norm(
@@ -158,7 +161,8 @@ def local_norm(op: str, tensors: list[Tensor], kind: int) -> Tensor:
     for device, indices in _params.by_device(plain).items():
         out = torch.empty((), dtype=torch.float64, device=device)
         own = [plain[i] for i in indices]
-        if _C.grad_norm(own, False, out, kind, -1.0, _dispatch.workspace(device), op) != _DONE:
+        work = _dispatch.workspace(device)
+        if _C.grad_norm(own, False, out, kind, -1.0, work, _tables, op) != _DONE:
             raise RuntimeError(f"fusereg.{op}: the kernel refused prepared tensors; please report")
         parts.append(out)
     return combined(parts, {v: k for k, v in _NORMS.items()}[kind])
@@ -193,7 +197,7 @@ def _in_one_call(
     for dtype in (torch.float32, torch.float64):
         out = torch.empty((), dtype=dtype, device=device)
         work = _dispatch.workspace(device)
-        status = _C.grad_norm(tensors, of_params, out, kind, clip, work, op)
+        status = _C.grad_norm(tensors, of_params, out, kind, clip, work, _tables, op)
         if status == _DONE:
             return out
         if status == _NEEDS_PREPARATION:

@@ -112,6 +112,12 @@ class FTRL(RegularizedOptimizer):
         rate = self.defaults["lr"] if _is_zero(group["lr"]) else group["lr"]
         return start.copy_(p).mul_(-(group["beta"] + math.sqrt(n0)) / rate)
 
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        # A rate of zero, which a graph cannot see in a tensor, is not for the kernels.
+        rate = group["lr"]
+        unseen = isinstance(rate, Tensor) and rate.device.type == "cpu"
+        return not unseen and not _is_zero(rate) and super()._init_group(group, *lists)
+
     @_dispatch.outside_graphs
     def _run(self) -> None:
         resting = [group for group in self.param_groups if _is_zero(group["lr"])]

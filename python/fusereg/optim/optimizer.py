@@ -8,6 +8,8 @@ Layers, from the kernel outwards:
     the same for whatever tensors there are: odd layouts, several devices, sparse gradients.
 ``_distributed``
     the same for DTensors.
+``_graphs``
+    the step as an operator, in compiled code.
 ``RegularizedOptimizer.step``
     the entry.
 """
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch
-from . import _kernels
+from . import _graphs, _kernels
 from ._kernels import Call, Hyper, State
 
 __all__ = ["RegularizedOptimizer"]
@@ -125,6 +127,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         self._norm: Tensor | None = None
         self._norm_scale: Tensor | None = None
         self._plan: _Plan | None = None
+        self._new_tables()
         if defaults.get("differentiable"):
             raise ValueError(
                 f"fusereg.optim.{self._name}: differentiable=True is not supported: the step is a "
@@ -151,6 +154,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_norm", None)
         self.__dict__.setdefault("_norm_scale", None)
         self._plan = None
+        self._new_tables()
         for i, group in enumerate(self.param_groups):
             # A state dict of torch's optimizer knows nothing of penalties: ours stay as they are.
             source = before[i] if before is not None and i < len(before) else self.defaults
@@ -177,6 +181,11 @@ class RegularizedOptimizer(torch.optim.Optimizer):
                     if isinstance(value, Tensor):
                         exact = value.detach().to(p.device, torch.float32)
                         self.state[p][key] = exact.clone() if exact is value.detach() else exact
+
+    def _new_tables(self) -> None:
+        """Memory for CUDA launches over many parameters; a copy of this has its own."""
+        self._step_tables = _dispatch.launch_tables()
+        self._norm_tables = _dispatch.launch_tables()
 
     # -- what a subclass says --
 
@@ -276,9 +285,10 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             found_inf,
             None,
             0.0,
+            self._step_tables,
         )
         if self.max_grad_norm is not None:
-            self._norm = _kernels.norm_of_grads(call, plan.distributed)
+            self._norm = _kernels.norm_of_grads(call, plan.distributed, self._norm_tables)
             self._norm_scale = scale
             call = call._replace(norm=self._norm, max_norm=self.max_grad_norm)
         if not plan.distributed:
@@ -346,6 +356,14 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             state["master_param"] = p.detach().to(torch.float32, copy=True)
         return made
 
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        """Fills the lists with what a compiled step works on; False if it cannot be compiled.
+
+        Dynamo knows this name of torch's optimizers: it calls the method as it is while it traces
+        ``step``, so that states may be made, and guards what the lists were filled from.
+        """
+        return _graphs.collect(self, group, *lists)
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all parameters that have a gradient.
 
@@ -356,7 +374,8 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._run()
+        if not (torch.compiler.is_dynamo_compiling() and _graphs.step(self)):
+            self._run()
         return loss
 
 
