@@ -194,9 +194,9 @@ FUSEREG_INLINE void take_two(const T* plane, const std::int32_t* at, Floats& fir
   }
 }
 
-// kLanes neighbours in memory.
+// A vector of neighbours in memory.
 template <class T>
-FUSEREG_INLINE Floats load_run(const T* p) {
+FUSEREG_INLINE Vector<Number<T>> load_run(const T* p) {
   if constexpr (sizeof(T) == 1) {
 #if defined(__AVX512F__)
     return to_floats(bit_cast<Ints>(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _augment_ops, _docs
+from .. import _augment_ops, _docs, _resize_ops
 from ._arguments import (
     FILL_MODES,
     INTERPOLATIONS,
@@ -337,6 +337,19 @@ def resize(
     op = "resize"
     _augment_ops.check_images(x, op)
     height, width = size_pair(size, op)
+    if flag(antialias, op, "antialias") and interpolation in ("bilinear", "bicubic"):
+        scale, shift, dtype = _values(x, mean, std, out_dtype, out, op)
+        return _resize_ops.apply(
+            x,
+            (height, width),
+            interpolation=INTERPOLATIONS[interpolation],
+            scale=scale,
+            shift=shift,
+            out_dtype=dtype,
+            memory_format=memory_format,
+            out=out,
+            op=op,
+        )
     by_y, by_x = x.shape[2] / height, x.shape[3] / width
     records = _identity(x)
     records[:, :6] = torch.tensor(
@@ -349,7 +362,7 @@ def resize(
         op,
         interpolation=interpolation,
         antialias=antialias,
-        fill_mode="constant" if antialias else "border",
+        fill_mode="border",
         mean=mean,
         std=std,
         out_dtype=out_dtype,
