@@ -83,6 +83,30 @@ struct Part {
   int channel, channels;
 };
 
+// Vectors beside each other that are done together: a weight is read once for all of them.
+inline constexpr int kTogether = 4;
+
+// One row of the strip: the weighted sum of rows of x, `count` vectors from p on, and of the last
+// one `left` elements.
+template <class T, int kCount>
+FUSEREG_INLINE void sum_of_rows(const T* p, std::int64_t stride, const Number<T>* weights,
+                                std::int64_t taps, std::int64_t left,
+                                Vector<Number<T>> (&sums)[kTogether][kWidth<Number<T>>], int row) {
+  using C = Number<T>;
+  constexpr int kN = kWidth<C>;
+  Vector<C> sum[kCount] = {};
+  for (std::int64_t k = 0; k < taps; ++k, p += stride) {
+    if (weights[k] == C{0}) continue;
+    FUSEREG_UNROLL_10
+    for (int i = 0; i < kCount; ++i) {
+      const Vector<C> v = kCount == kTogether ? load_run(p + i * kN) : load_some(p + i * kN, left);
+      sum[i] = sum[i] + v * weights[k];
+    }
+  }
+  FUSEREG_UNROLL_10
+  for (int i = 0; i < kCount; ++i) sums[i][row] = sum[i];
+}
+
 // Along the columns of x: element e of a row of x becomes vector e of the strip.
 template <class T>
 void along_columns(const ResizeJob& job, const Part& part, Number<T>* strip) {
@@ -93,24 +117,25 @@ void along_columns(const ResizeJob& job, const Part& part, Number<T>* strip) {
   const std::int64_t run = last ? x.w * job.c : x.w;
   const std::int64_t taps = job.rows.taps;
   const T* const image = static_cast<const T*>(x.data) + part.sample * x.sample;
+  Vector<C> sums[kTogether][kN];
   for (int r = 0; r < (last ? 1 : part.channels); ++r) {
     const T* const plane = image + (last ? 0 : (part.channel + r) * x.channel);
-    for (std::int64_t e = 0; e < run; e += kN) {
-      Vector<C> v[kN];
+    for (std::int64_t e = 0; e < run;) {
+      const int count = run - e >= kTogether * kN ? kTogether : 1;
       for (int q = 0; q < kN; ++q) {
-        Vector<C> sum = {};
-        const std::int64_t row = part.row + q;
-        if (row < job.y.h) {
-          const C* const weights = static_cast<const C*>(job.rows.weights) + row * taps;
-          const T* p = plane + first_tap(job.rows, row, x.h) * x.row + e;
-          for (std::int64_t k = 0; k < taps; ++k, p += x.row) {
-            if (weights[k] != C{0}) sum = sum + load_some(p, run - e) * weights[k];
-          }
+        const std::int64_t row = part.row + q < job.y.h ? part.row + q : job.y.h - 1;
+        const C* const weights = static_cast<const C*>(job.rows.weights) + row * taps;
+        const T* const p = plane + first_tap(job.rows, row, x.h) * x.row + e;
+        if (count == kTogether) {
+          sum_of_rows<T, kTogether>(p, x.row, weights, taps, kN, sums, q);
+        } else {
+          sum_of_rows<T, 1>(p, x.row, weights, taps, run - e, sums, q);
         }
-        v[q] = sum;
       }
-      turn<kN / 2, C>(v);
-      for (int q = 0; q < kN && e + q < run; ++q) store(strip + (e + q) * kN, v[q]);
+      for (int i = 0; i < count; ++i, e += kN) {
+        turn<kN / 2, C>(sums[i]);
+        for (int q = 0; q < kN && e + q < run; ++q) store(strip + (e + q) * kN, sums[i][q]);
+      }
     }
     strip += run * kN;
   }
