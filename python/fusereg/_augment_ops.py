@@ -60,7 +60,13 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    if x.is_contiguous():
+        return False
+    if _dispatch.functorch():
+        # vmap cannot be asked for any other memory format.
+        _, c, h, w = x.shape
+        return x.stride() == (c * h * w, 1, w * c, c)
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
