@@ -69,11 +69,14 @@ void erase_block(const Job& job, const Frame& f, std::int64_t row, std::int64_t 
 struct Finish {
   float scale[kMaxChannels], shift[kMaxChannels];
   float limit;
+  bool unchanged;  // by scale and shift
 };
 void make_finish(const Job& job, Finish& finish) {
+  finish.unchanged = true;
   for (int c = 0; c < job.c; ++c) {
     finish.scale[c] = static_cast<float>(job.scale[c]);
     finish.shift[c] = static_cast<float>(job.shift[c]);
+    finish.unchanged = finish.unchanged && finish.scale[c] == 1.0f && finish.shift[c] == 0.0f;
   }
   finish.limit = static_cast<float>(job.limit);
 }
@@ -116,12 +119,10 @@ FUSEREG_INLINE void finish_part(const Job& job, const Finish& finish, const doub
 
 // A(sample) for the 16 pixels of a block, of which `count` are there.
 template <class T, Interpolation kHow>
-void unmixed_block(const Job& job, const Finish& finish, const Frame& f, std::int64_t row,
-                   std::int64_t first, int count, float* out) {
+void unmixed_block(const Job& job, const Finish& finish, const Frame& f, const Place16& place,
+                   std::int64_t row, std::int64_t first, int count, float* out) {
   const Cut erased = cut_block(f.erase, row, first, count);
   if (erased.end - erased.begin < count) {
-    Place16 place;
-    find_blocks<kHow>(job, f, row, first, 1, &place);
     warp_block<T, kHow>(job, f, place, row, first, out);
     for (int p = 0; p < kBlock; p += kLanes) {
       finish_part(job, finish, f.record, out + p,
@@ -202,16 +203,28 @@ void finish_block(const Job& job, const Finish& finish, const double* record, st
   store_block<U, kPast>(job, at, values, kBlock);
 }
 
-// Asks for a part of the next sample, as large as a row's share of it: a warp reads an image in an
-// order that the processor does not foresee.
-FUSEREG_INLINE void ask_ahead(const Job& job, std::int64_t sample, std::int64_t row,
-                              std::int64_t bytes) {
+// Asks for what is needed an image later or, of larger ones, some rows later, as much as is a row's
+// share: a warp reads an image in an order that the processor does not foresee.
+template <class T>
+FUSEREG_INLINE void ask_ahead(const Job& job, std::int64_t sample, std::int64_t row) {
   constexpr std::int64_t kLine = 64;
-  constexpr std::int64_t kMost = 512 * 1024;  // of an image, so that it stays in the cache
-  if (sample + 1 >= job.n || bytes > kMost) return;
-  const char* const next = static_cast<const char*>(job.x.data) + (sample + 1) * bytes;
-  for (std::int64_t i = bytes * row / job.y.h; i < bytes * (row + 1) / job.y.h; i += kLine)
-    __builtin_prefetch(next + i, 0, 2);
+  constexpr std::int64_t kMost = 1024 * 1024;  // that waits in the cache
+  constexpr auto kSize = static_cast<std::int64_t>(sizeof(T));
+  const std::int64_t bytes = job.x.sample * kSize;
+  std::int64_t at = row + (bytes <= kMost ? job.y.h : job.y.h * (kMost / 2) / bytes);
+  if (at >= job.y.h) {
+    at -= job.y.h;
+    ++sample;
+  }
+  if (sample >= job.n) return;
+  const char* p = static_cast<const char*>(job.x.data) + sample * bytes;
+  const int planes = job.x.channels_last ? 1 : job.c;
+  const std::int64_t plane = bytes / planes;
+  const std::int64_t begin = plane * at / job.y.h;
+  const std::int64_t end = plane * (at + 1) / job.y.h;
+  for (int c = 0; c < planes; ++c, p += plane) {
+    for (std::int64_t i = begin; i < end; i += kLine) __builtin_prefetch(p + i, 0, 2);
+  }
 }
 
 // Copies a whole row that is a run of pixels of the image, mirrored or not, and only normalized.
@@ -230,6 +243,14 @@ bool copy_row(const Job& job, const Finish& finish, const Frame& f, std::int64_t
   }
   const T* at = static_cast<const T*>(x.data) + f.sample * x.sample + line * x.row + from * x.pixel;
   U* to = static_cast<U*>(job.y.data) + f.sample * job.y.sample + row * job.y.row;
+  if constexpr (sizeof(T) == 1 && sizeof(U) == 1) {
+    if (finish.unchanged && !mirrored && x.pixel == job.y.pixel) {
+      const bool last = x.pixel != 1;
+      for (int c = 0; c < (last ? 1 : job.c); ++c, at += x.channel, to += job.y.channel)
+        memcpy(to, at, static_cast<std::size_t>(width * x.pixel));
+      return true;
+    }
+  }
   // Where vector i of the result comes from.
   auto source = [&](std::int64_t i) { return mirrored ? width - kLanes - i : i; };
   if (x.pixel == 1) {
@@ -324,7 +345,7 @@ void block_rows(const Job& job, std::int64_t begin, std::int64_t end) {
       make_frame(job, sample, frame);
       if (frame.partner >= 0) make_frame(job, frame.partner, partner);
     }
-    ask_ahead(job, sample, row, job.x.sample * static_cast<std::int64_t>(sizeof(T)));
+    ask_ahead<T>(job, sample, row);
     if (frame.copies && writer.copy != nullptr && writer.copy(job, finish, frame, row)) continue;
     const bool touched = (row >= frame.erase.y0 && row < frame.erase.y1) ||
                          (frame.partner >= 0 && row >= frame.mix.y0 && row < frame.mix.y1);
@@ -347,9 +368,11 @@ void block_rows(const Job& job, std::int64_t begin, std::int64_t end) {
       const Cut mixed = frame.partner >= 0 ? cut_block(frame.mix, row, first, count) : Cut{0, 0};
       const double lam = frame.record[15];
       if (mixed.end - mixed.begin < count || lam != 0.0)
-        unmixed_block<T, kHow>(job, finish, frame, row, first, count, values);
+        unmixed_block<T, kHow>(job, finish, frame, places[place], row, first, count, values);
       if (mixed.begin < mixed.end) {
-        unmixed_block<T, kHow>(job, finish, partner, row, first, count, others);
+        Place16 other;
+        find_blocks<kHow>(job, partner, row, first, 1, &other);
+        unmixed_block<T, kHow>(job, finish, partner, other, row, first, count, others);
         const auto share = static_cast<float>(lam);
         const auto rest = static_cast<float>(1.0 - lam);
         for (int c = 0; c < job.c; ++c) {

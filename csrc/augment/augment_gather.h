@@ -111,25 +111,23 @@ FUSEREG_INLINE Ints words_at(const T* p, const std::int32_t* at) {
 }
 
 // The low and the high words of the 8 bytes at each place.
-template <class T>
-FUSEREG_INLINE void wide_words_at(const T* p, const std::int32_t* at, Ints& low, Ints& high) {
+FUSEREG_INLINE void wide_words_at(const std::uint8_t* p, const std::int32_t* at, Ints& low,
+                                  Ints& high) {
 #if defined(__AVX512F__)
-  constexpr int kScale = static_cast<int>(sizeof(T));
   const __m512i index = bit_cast<__m512i>(load_ints(at));
   const __m512i a =
-      _mm512_mask_i32gather_epi64(__m512i{}, 0xff, _mm512_castsi512_si256(index), p, kScale);
+      _mm512_mask_i32gather_epi64(__m512i{}, 0xff, _mm512_castsi512_si256(index), p, 1);
   const __m512i b = _mm512_mask_i32gather_epi64(
-      __m512i{}, 0xff, _mm512_maskz_extracti64x4_epi64(0xf, index, 1), p, kScale);
+      __m512i{}, 0xff, _mm512_maskz_extracti64x4_epi64(0xf, index, 1), p, 1);
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
   low = bit_cast<Ints>(_mm512_permutex2var_epi32(a, even, b));
   high = bit_cast<Ints>(_mm512_permutex2var_epi32(a, odd, b));
 #elif defined(__AVX2__)
-  constexpr int kScale = static_cast<int>(sizeof(T));
   const __m256i index = bit_cast<__m256i>(load_ints(at));
   const auto* words = reinterpret_cast<const long long*>(p);
-  const __m256i a = _mm256_i32gather_epi64(words, _mm256_castsi256_si128(index), kScale);
-  const __m256i b = _mm256_i32gather_epi64(words, _mm256_extracti128_si256(index, 1), kScale);
+  const __m256i a = _mm256_i32gather_epi64(words, _mm256_castsi256_si128(index), 1);
+  const __m256i b = _mm256_i32gather_epi64(words, _mm256_extracti128_si256(index, 1), 1);
   const auto fa = bit_cast<__m256>(a);
   const auto fb = bit_cast<__m256>(b);
   low = bit_cast<Ints>(
@@ -181,10 +179,8 @@ template <class T>
 FUSEREG_INLINE void take_two(const T* plane, const std::int32_t* at, Floats& first,
                              Floats& second) {
   if constexpr (sizeof(T) == 4) {
-    Ints low, high;
-    wide_words_at(plane, at, low, high);
-    first = bit_cast<Floats>(low);
-    second = bit_cast<Floats>(high);
+    first = take(plane, at);
+    second = take(plane + 1, at);
   } else {
     constexpr int kBits = 8 * static_cast<int>(sizeof(T));
     constexpr std::int32_t kMask = (1 << kBits) - 1;

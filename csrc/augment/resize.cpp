@@ -117,13 +117,14 @@ void along_columns(const ResizeJob& job, const Part& part, Number<T>* strip) {
   const std::int64_t run = last ? x.w * job.c : x.w;
   const std::int64_t taps = job.rows.taps;
   const T* const image = static_cast<const T*>(x.data) + part.sample * x.sample;
-  Vector<C> sums[kTogether][kN];
+  const auto rows = static_cast<int>(job.y.h - part.row < kN ? job.y.h - part.row : kN);
+  Vector<C> sums[kTogether][kN] = {};
   for (int r = 0; r < (last ? 1 : part.channels); ++r) {
     const T* const plane = image + (last ? 0 : (part.channel + r) * x.channel);
     for (std::int64_t e = 0; e < run;) {
       const int count = run - e >= kTogether * kN ? kTogether : 1;
-      for (int q = 0; q < kN; ++q) {
-        const std::int64_t row = part.row + q < job.y.h ? part.row + q : job.y.h - 1;
+      for (int q = 0; q < rows; ++q) {
+        const std::int64_t row = part.row + q;
         const C* const weights = static_cast<const C*>(job.rows.weights) + row * taps;
         const T* const p = plane + first_tap(job.rows, row, x.h) * x.row + e;
         if (count == kTogether) {

@@ -48,11 +48,10 @@ class Target(NamedTuple):
     channels_last: bool
 
     def empty(self, x: Tensor) -> Tensor:
-        shape = (x.shape[0], x.shape[1], *self.size)
-        y = x.new_empty(shape, dtype=self.dtype)
+        (n, c), (h, w) = x.shape[:2], self.size
         if self.channels_last:
-            y = torch.empty_like(y, memory_format=torch.channels_last)
-        return y
+            return x.new_empty_strided((n, c, h, w), (c * h * w, 1, w * c, c), dtype=self.dtype)
+        return x.new_empty((n, c, h, w), dtype=self.dtype)
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
