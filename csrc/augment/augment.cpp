@@ -2,6 +2,7 @@
 #include "augment/augment.h"
 
 #include "augment/augment_math.h"
+#include "augment/augment_scatter.h"
 #include "augment/augment_vector.h"
 
 namespace fusereg::augment::FUSEREG_ISA {
@@ -39,6 +40,12 @@ void plain_rows(const Job& job, std::int64_t begin, std::int64_t end) {
 
 FUSEREG_INLINE Floats clamped(Floats v, float limit) {
   return select(v < 0.0f, Floats{}, select(v > limit, broadcast(limit), v));
+}
+
+// Whether anything in a row is erased or mixed.
+FUSEREG_INLINE bool touches(const Frame& f, std::int64_t row) {
+  return (row >= f.erase.y0 && row < f.erase.y1) ||
+         (f.partner >= 0 && row >= f.mix.y0 && row < f.mix.y1);
 }
 
 // Columns of a box that are in a block, as places in the block; nothing in other rows.
@@ -236,9 +243,7 @@ bool copy_row(const Job& job, const Finish& finish, const Frame& f, std::int64_t
   const std::int64_t width = job.y.w;
   const auto from = static_cast<std::int64_t>(f.m[2]) - (mirrored ? width - 1 : 0);
   const auto line = static_cast<std::int64_t>(f.m[5]) + (f.m[4] < 0.0 ? -row : row);
-  if (from < 0 || from + width > x.w || line < 0 || line >= x.h ||
-      (row >= f.erase.y0 && row < f.erase.y1) ||
-      (f.partner >= 0 && row >= f.mix.y0 && row < f.mix.y1)) {
+  if (from < 0 || from + width > x.w || line < 0 || line >= x.h || touches(f, row)) {
     return false;
   }
   const T* at = static_cast<const T*>(x.data) + f.sample * x.sample + line * x.row + from * x.pixel;
@@ -347,8 +352,7 @@ void block_rows(const Job& job, std::int64_t begin, std::int64_t end) {
     }
     ask_ahead<T>(job, sample, row);
     if (frame.copies && writer.copy != nullptr && writer.copy(job, finish, frame, row)) continue;
-    const bool touched = (row >= frame.erase.y0 && row < frame.erase.y1) ||
-                         (frame.partner >= 0 && row >= frame.mix.y0 && row < frame.mix.y1);
+    const bool touched = touches(frame, row);
     for (std::int64_t first = 0; first < job.y.w; first += kBlock) {
       const std::int64_t place = first / kBlock % kPlaces;
       if (place == 0) {
@@ -423,28 +427,72 @@ void forward(const Job& job, std::int64_t begin, std::int64_t end) {
 // --- backward
 // -------------------------------------------------------------------------------------
 
-// Adds what one output image gives to the rows [row_begin, row_end) of grad_x[sample].
+struct Rows {
+  std::int64_t begin, end;
+};
+
+// Adds what columns of an output row give to these rows of grad_x[sample].
 template <class T, int kGroup>
-void add_gradient(const Job& job, std::int64_t sample, std::int64_t out, bool as_partner,
-                  std::int64_t row_begin, std::int64_t row_end) {
+void add_pixels(const Job& job, std::int64_t sample, std::int64_t out, bool as_partner,
+                std::int64_t row, std::int64_t first, std::int64_t last, const Rows& rows) {
   using C = Number<T>;
   const double* const m = job.records + sample * kRecord;
   C* const grad = static_cast<C*>(job.grad_x.data) + sample * job.grad_x.sample;
+  for (std::int64_t col = first; col < last; ++col) {
+    for (int c = 0; c < job.c; c += kGroup) {
+      C g[kGroup];
+      if (!gradient_at<T, kGroup>(job, sample, out, as_partner, col, row, c, g)) continue;
+      for_taps<C>(job, m, col, row, [&](std::int32_t x, std::int32_t y, C weight) {
+        if (y < rows.begin || y >= rows.end) return;
+        C* const at = grad + y * job.grad_x.row + x * job.grad_x.pixel;
+        for (int k = 0; k < kGroup; ++k)
+          at[(c + k) * job.grad_x.channel] =
+              add(at[(c + k) * job.grad_x.channel], multiply(weight, g[k]));
+      });
+    }
+  }
+}
+
+// What the sample's own output gives, by blocks.
+template <class T, int kGroup, Interpolation kHow>
+void add_blocks(const Job& job, std::int64_t sample, const Rows& rows) {
+  Frame f;
+  make_frame(job, sample, f);
   for (std::int64_t row = 0; row < job.y.h; ++row) {
-    for (std::int64_t col = 0; col < job.y.w; ++col) {
-      for (int c = 0; c < job.c; c += kGroup) {
-        C g[kGroup];
-        if (!gradient_at<T, kGroup>(job, sample, out, as_partner, col, row, c, g)) continue;
-        for_taps<C>(job, m, col, row, [&](std::int32_t x, std::int32_t y, C weight) {
-          if (y < row_begin || y >= row_end) return;
-          C* const at = grad + y * job.grad_x.row + x * job.grad_x.pixel;
-          for (int k = 0; k < kGroup; ++k)
-            at[(c + k) * job.grad_x.channel] =
-                add(at[(c + k) * job.grad_x.channel], multiply(weight, g[k]));
-        });
+    const bool touched = touches(f, row);
+    for (std::int64_t first = 0; first < job.y.w; first += kBlock) {
+      const std::int64_t last = first + kBlock < job.y.w ? first + kBlock : job.y.w;
+      Place16 place;
+      find_blocks<kHow>(job, f, row, first, 1, &place);
+      if (place.where == Where::kOutside) continue;
+      if (place.where == Where::kPartly || touched) {
+        add_pixels<T, kGroup>(job, sample, sample, false, row, first, last, rows);
+      } else if (place.top < rows.end && place.bottom >= rows.begin) {
+        scatter_block<kHow, kGroup == 3>(job, f, place, row, first, static_cast<int>(last - first),
+                                         rows.begin, rows.end);
       }
     }
   }
+}
+
+// Adds what one output image gives.
+template <class T, int kGroup>
+void add_gradient(const Job& job, std::int64_t sample, std::int64_t out, bool as_partner,
+                  const Rows& rows) {
+  if constexpr (sizeof(T) < 8) {
+    if (!as_partner && !job.colour && !job.antialias) {
+      switch (job.interpolation) {
+        case Interpolation::kNearest:
+          return add_blocks<T, kGroup, Interpolation::kNearest>(job, sample, rows);
+        case Interpolation::kBilinear:
+          return add_blocks<T, kGroup, Interpolation::kBilinear>(job, sample, rows);
+        case Interpolation::kBicubic:
+          return add_blocks<T, kGroup, Interpolation::kBicubic>(job, sample, rows);
+      }
+    }
+  }
+  for (std::int64_t row = 0; row < job.y.h; ++row)
+    add_pixels<T, kGroup>(job, sample, out, as_partner, row, 0, job.y.w, rows);
 }
 
 template <class T, int kGroup>
@@ -459,10 +507,11 @@ void backward_rows(const Job& job, std::int64_t sample, std::int64_t row_begin,
         grad[c * grad_x.channel + y * grad_x.row + x * grad_x.pixel] = C{0};
     }
   }
-  add_gradient<T, kGroup>(job, sample, sample, false, row_begin, row_end);
+  const Rows rows = {row_begin, row_end};
+  add_gradient<T, kGroup>(job, sample, sample, false, rows);
   for (std::int64_t out = 0; out < job.n; ++out) {
     if (partner_of(job.records + out * kRecord, job.n) == sample)
-      add_gradient<T, kGroup>(job, sample, out, true, row_begin, row_end);
+      add_gradient<T, kGroup>(job, sample, out, true, rows);
   }
 }
 

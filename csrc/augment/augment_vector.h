@@ -349,6 +349,7 @@ enum class Where : std::uint8_t {
 struct Place16 {
   Start start;
   Where where;
+  std::int32_t top, bottom;  // the first and the last row that a tap is in
 };
 
 template <Interpolation kHow>
@@ -385,7 +386,7 @@ void find_blocks(const Job& job, const Frame& f, std::int64_t row, std::int64_t 
                (right < 0 || bottom < 0 || left >= w || top >= h)) {
       where = Where::kOutside;
     }
-    places[i] = {start, where};
+    places[i] = {start, where, top, bottom};
   }
 }
 
