@@ -11,9 +11,9 @@ By contract each byte of the input (``crop``: of the windows) is read once and e
 result written once. Images a second are 64 (quick: 8) over the time. Providers:
 
 - ``eager``: the composed matrices, one ``grid_sample`` of the images as floats, normalized; for
-  ``crop`` a loop of slices and flips, stacked, and normalized; for ``resize`` ``interpolate`` of the
-  images as floats.
-- ``interpolate uint8``: of the bytes, which torch rounds after either pass.
+  ``crop`` a loop of slices and flips, stacked, and normalized; for ``resize`` torch's
+  ``interpolate`` of the images as floats.
+- ``interpolate uint8``: that of the bytes, which torch rounds after either pass.
 - ``kornia``, ``torchvision v2``: their transforms, with parameters of each sample's own (the latter
   in a loop over the images). torchvision's transforms need none of its C++ operators; where those
   are missing, stand-ins are declared so that it can be imported.

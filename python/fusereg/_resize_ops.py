@@ -62,14 +62,16 @@ def forward(
 ) -> Tensor:
     y = target.empty(x) if out is None else out
     dtype = compute_dtype(x)
-    bands: list[Tensor] = []
-    for side, new_side in zip(x.shape[2:], target.size, strict=True):
+
+    def band(side: int, new_side: int) -> tuple[Tensor, Tensor]:
         sides = (new_side, side) if how.transposed else (side, new_side)
-        bands += _band(*sides, how.interpolation, how.transposed, dtype, x.device)
+        return _band(*sides, how.interpolation, how.transposed, dtype, x.device)
+
+    rows, columns = band(x.shape[2], target.size[0]), band(x.shape[3], target.size[1])
     scratch = None
     if x.device.type != "cpu" or _C.CUDA_ON_HOST:
         scratch = x.new_empty(x.shape[0] * x.shape[1] * target.size[0] * x.shape[3], dtype=dtype)
-    arguments = (*bands, scratch, how.scale, how.shift, op)
+    arguments = (*rows, *columns, scratch, how.scale, how.shift, op)
     if _C.augment_resize(y, x, *arguments) == 0:
         return y
     ready = _augment_ops.ready(x)

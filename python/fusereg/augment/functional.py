@@ -51,8 +51,8 @@ _PLAIN[[0, 4, _LAM, 16, 21, 26]] = 1.0
 _PLAIN[_PARTNER] = -1.0
 
 
-#: What top, left, mirrored, upside down, and the last two times the window's last column and row add
-#: to a record.
+#: What top, left, mirrored, upside down, and the latter times the window's last column and its last
+#: row add to a record.
 _WINDOW = torch.zeros(6, _RECORD, dtype=torch.float64)
 _WINDOW[[0, 1, 4, 5], [5, 2, 2, 5]] = 1.0
 _WINDOW[[2, 3], [0, 4]] = -2.0
