@@ -4,19 +4,23 @@ The work is a batch of 64 uint8 images, 3 x 224 x 224, to normalized 192 x 192 (
 
 - ``warp``: rotated by up to 15 degrees, scaled by 0.8 to 1.2, flipped with probability 0.5, cropped
   at random, normalized;
-- ``crop``: cropped at random, flipped with probability 0.5, normalized.
+- ``crop``: cropped at random, flipped with probability 0.5, normalized;
+- ``resize``: 384 x 384 to 224 x 224, bilinear with antialiasing, normalized.
 
 By contract each byte of the input (``crop``: of the windows) is read once and each element of the
 result written once. Images a second are 64 (quick: 8) over the time. Providers:
 
 - ``eager``: the composed matrices, one ``grid_sample`` of the images as floats, normalized; for
-  ``crop`` a loop of slices and flips, stacked, and normalized.
+  ``crop`` a loop of slices and flips, stacked, and normalized; for ``resize`` torch's
+  ``interpolate`` of the images as floats.
+- ``interpolate uint8``: that of the bytes, which torch rounds after either pass.
 - ``kornia``, ``torchvision v2``: their transforms, with parameters of each sample's own (the latter
   in a loop over the images). torchvision's transforms need none of its C++ operators; where those
   are missing, stand-ins are declared so that it can be imported.
 - ``cv2``, ``cv2 x 2``: ``warpAffine`` with the composed matrices, image by image, on one thread and
   on two.
-- ``fusereg``: ``warp_affine`` or ``crop_flip_normalize``, given the same parameters as eager.
+- ``fusereg``: ``warp_affine``, ``crop_flip_normalize`` or ``resize``, given the same parameters as
+  eager.
 - ``Augment``: ``fusereg.augment.Augment``, which also draws the parameters.
 """
 
@@ -39,8 +43,9 @@ from .harness import EAGER, Accuracy, Case, Options, Provider, Workload
 from .timers import Call
 
 SIDE, SIZE = 224, 192
+LARGE, SMALL = 384, 224  # resize
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-WARP, CROP = "warp", "crop"
+WARP, CROP, RESIZE = "warp", "crop", "resize"
 
 _TOLERANCE = {
     torch.float64: 1e-5,
@@ -55,8 +60,8 @@ def cases(options: Options) -> list[Case]:
     batch = 8 if options.quick else 64
     layouts = {"": torch.contiguous_format, " nhwc": torch.channels_last}
     return [
-        _case(f"{batch}x3x{SIDE}x{SIDE}{name}", batch, layout, mode, dtype, options)
-        for mode in (WARP, CROP)
+        _case(name, batch, layout, mode, dtype, options)
+        for mode in (WARP, CROP, RESIZE)
         for name, layout in layouts.items()
         for dtype in options.dtypes
     ]
@@ -70,20 +75,21 @@ def _case(
     dtype: torch.dtype,
     options: Options,
 ) -> Case:
-    elements = batch * 3 * SIZE * SIZE
-    read = batch * 3 * SIDE * SIDE if mode == WARP else elements
+    side, size = (LARGE, SMALL) if mode == RESIZE else (SIDE, SIZE)
+    elements = batch * 3 * size * size
+    read = elements if mode == CROP else batch * 3 * side * side
     return Case(
         suite="augment",
         op="augment",
         mode=mode,
-        shape=name,
+        shape=f"{batch}x3x{side}x{side}{name}",
         dtype=dtype,
         device=options.device,
         tensors=1,
         elements=elements,
         bytes_moved=read + elements * dtype.itemsize,
         # float32 and float64 copies of images and results, grids, and the checks' references.
-        memory=batch * 3 * SIDE * SIDE * 64,
+        memory=batch * 3 * side * side * 64,
         setup=lambda: _setup(batch, layout, mode, dtype, options),
         host=False,
     )
@@ -92,7 +98,14 @@ def _case(
 class _Data:
     """The images and each one's parameters."""
 
-    def __init__(self, batch: int, layout: torch.memory_format, dtype: torch.dtype, device: Any):
+    def __init__(
+        self,
+        batch: int,
+        layout: torch.memory_format,
+        dtype: torch.dtype,
+        device: Any,
+        side: int = SIDE,
+    ):
         generator = torch.Generator().manual_seed(0)
 
         def uniform(low: float, high: float) -> Tensor:
@@ -101,7 +114,7 @@ class _Data:
 
         # Smooth, as photographs are: on noise, a small error of a coordinate would be a large one.
         coarse = torch.rand(batch, 3, 16, 16, generator=generator) * 255
-        smooth = torch.nn.functional.interpolate(coarse, SIDE, mode="bicubic").clamp(0, 255)
+        smooth = torch.nn.functional.interpolate(coarse, side, mode="bicubic").clamp(0, 255)
         self.x = smooth.to(torch.uint8).to(device).contiguous(memory_format=layout)
         self.dtype, self.layout = dtype, layout
         self.top = uniform(0, SIDE - SIZE + 1).long()
@@ -130,8 +143,9 @@ class _Data:
 def _setup(
     batch: int, layout: torch.memory_format, mode: str, dtype: torch.dtype, options: Options
 ) -> Workload:
-    data = _Data(batch, layout, dtype, options.device)
-    makers = _warps(data) if mode == WARP else _crops(data)
+    side = LARGE if mode == RESIZE else SIDE
+    data = _Data(batch, layout, dtype, options.device, side)
+    makers = {WARP: _warps, CROP: _crops, RESIZE: _resizes}[mode](data)
     providers = [
         Provider(name, functools.partial(_without_gradients, make), note=note)
         for name, make, note in makers
@@ -195,6 +209,25 @@ def _crops(data: _Data) -> _Makers:
         ("fusereg", lambda: given, ""),
         ("Augment", lambda: lambda: module(data.x), _DRAWS),
     ]
+
+
+def _resizes(data: _Data) -> _Makers:
+    from fusereg import augment
+
+    def interpolated(x: Tensor) -> Tensor:
+        y = torch.nn.functional.interpolate(x, SMALL, mode="bilinear", antialias=True)
+        return data.normalized(y)
+
+    given = functools.partial(
+        augment.resize, data.x, SMALL, mean=MEAN, std=STD, out_dtype=data.dtype
+    )
+    found: list[tuple[str, Callable[[], Call], str]] = [
+        (EAGER, lambda: lambda: interpolated(data.x.float()), "interpolate of floats")
+    ]
+    if not data.x.is_cuda:
+        note = "rounded after either pass"
+        found.append(("interpolate uint8", lambda: lambda: interpolated(data.x), note))
+    return [*found, ("fusereg", lambda: given, "")]
 
 
 def _grid_sample(data: _Data) -> Tensor:
@@ -327,14 +360,15 @@ def _cv2(data: _Data) -> list[tuple[str, Callable[[], Call], str]]:
 def _check(data: _Data, mode: str, call: Call) -> Accuracy:
     """Against float64, image by image; what draws its own parameters, by shape and spread."""
     result: Any = call()
-    shape = (data.x.shape[0], 3, SIZE, SIZE)
+    size = SMALL if mode == RESIZE else SIZE
+    shape = (data.x.shape[0], 3, size, size)
     if tuple(result.shape) != shape or result.dtype is not data.dtype:
         return Accuracy(math.inf, 0.0, f"result of shape {tuple(result.shape)}")
     wanted = _exact(data, mode)
     error = float((result[:4].double() - wanted).abs().max() / wanted.abs().max())
     tolerance = _TOLERANCE[data.dtype]
     if error <= 0.05:
-        # cv2's weights are multiples of 1/32.
+        # cv2's weights are multiples of 1/32; torch resizes bytes to bytes.
         return Accuracy(error, max(tolerance, 0.01), "the first images")
     spread = float(result.double().std())
     return Accuracy(0.0 if 0.3 < spread < 3.0 else math.inf, tolerance, "spread")
@@ -342,6 +376,9 @@ def _check(data: _Data, mode: str, call: Call) -> Accuracy:
 
 def _exact(data: _Data, mode: str) -> Tensor:
     x = data.x[:4].double()
+    if mode == RESIZE:
+        y = torch.nn.functional.interpolate(x, SMALL, mode="bilinear", antialias=True)
+        return (y / 255 - data.mean) / data.std
     if mode == CROP:
         few = _Data.__new__(_Data)
         first = {name: getattr(data, name)[:4] for name in ("x", "top", "left", "flip")}

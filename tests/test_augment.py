@@ -389,6 +389,15 @@ def test_rows_of_whole_vectors(dtype: torch.dtype, channels_last: bool, backend:
     mean, std = (torch.tensor(v, dtype=torch.float64) for v in ((0.1, 0.2, 0.3), (0.5, 1.0, 2.0)))
     wanted = (torch.stack(crops).cpu().double() / unit - mean[:, None, None]) / std[:, None, None]
     assert_near(y, wanted, 1e-6)
+    if dtype is not torch.float64:
+        for out_dtype in (torch.uint8, torch.bfloat16, torch.float16, torch.float32):
+            for laid in FORMATS:
+                other = A.crop_flip_normalize(
+                    x, size, top=torch.tensor([3, 5]), left=torch.tensor([1, 8]),
+                    hflip=torch.tensor([True, False]), mean=(0.1, 0.2, 0.3), std=(0.5, 1.0, 2.0),
+                    out_dtype=out_dtype, memory_format=laid,
+                )  # fmt: skip
+                assert torch.equal(other, reference.rounded(y, out_dtype))
     turned = A.warp_affine(x, torch.tensor([[0.9, 0.1, 3], [-0.1, 0.9, 7]]), size)
     few = A.warp_affine(x[1:], torch.tensor([[0.9, 0.1, 3], [-0.1, 0.9, 7]]), size)
     assert torch.equal(turned[1:], few)

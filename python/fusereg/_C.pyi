@@ -357,6 +357,30 @@ def augment_backward(
     erase: Sequence[float],
     op: str,
 ) -> int: ...
+def augment_resize(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    first_row: torch.Tensor,
+    row_weights: torch.Tensor,
+    first_column: torch.Tensor,
+    column_weights: torch.Tensor,
+    scratch: torch.Tensor | None,
+    scale: Sequence[float],
+    shift: Sequence[float],
+    op: str,
+) -> int: ...
+def augment_resize_taps(
+    size: int, new_size: int, interpolation: int, transposed: bool, op: str
+) -> int: ...
+def augment_resize_band(
+    first: torch.Tensor,
+    weights: torch.Tensor,
+    size: int,
+    new_size: int,
+    interpolation: int,
+    transposed: bool,
+    op: str,
+) -> None: ...
 def augment_params(
     records: torch.Tensor,
     draws: torch.Tensor,

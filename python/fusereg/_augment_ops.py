@@ -48,11 +48,10 @@ class Target(NamedTuple):
     channels_last: bool
 
     def empty(self, x: Tensor) -> Tensor:
-        shape = (x.shape[0], x.shape[1], *self.size)
-        y = x.new_empty(shape, dtype=self.dtype)
+        (n, c), (h, w) = x.shape[:2], self.size
         if self.channels_last:
-            y = torch.empty_like(y, memory_format=torch.channels_last)
-        return y
+            return x.new_empty_strided((n, c, h, w), (c * h * w, 1, w * c, c), dtype=self.dtype)
+        return x.new_empty((n, c, h, w), dtype=self.dtype)
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
@@ -60,7 +59,13 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    if x.is_contiguous():
+        return False
+    if _dispatch.functorch():
+        # vmap cannot be asked for any other memory format.
+        _, c, h, w = x.shape
+        return x.stride() == (c * h * w, 1, w * c, c)
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -70,7 +75,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 # --- the kernels, on whatever tensors there are ---------------------------------------------------
 
 
-def _ready(x: Tensor, op: str, name: str) -> Tensor:
+def ready(x: Tensor) -> Tensor:
     """A plain tensor, contiguous in one of the two formats."""
     if type(x) is not Tensor:
         x = x.as_subclass(Tensor)
@@ -91,11 +96,11 @@ def forward(
     arguments = (records, keys, *options, keys is not None, op)
     if _C.augment_forward(y, x, *arguments) == 0:
         return y
-    ready = _ready(x, op, "x")
+    plain = ready(x)
     into = y if y.is_contiguous() or is_channels_last(y) else torch.empty_like(y).contiguous()
     if type(into) is not Tensor:
         into = into.as_subclass(Tensor)
-    if _C.augment_forward(into, ready, *arguments) != 0:
+    if _C.augment_forward(into, plain, *arguments) != 0:
         raise RuntimeError(
             f"fusereg.{op}: the kernel refused a prepared tensor; please report this"
         )
@@ -112,9 +117,9 @@ def backward(
 ) -> Tensor:
     """The gradient of x, which is of ``like``'s size, dtype and layout."""
     compute = torch.float64 if like.dtype is torch.float64 else torch.float32
-    grad = _ready(grad.to(compute), op, "the gradient")
+    grad = ready(grad.to(compute))
     grad_x = like._replace(dtype=compute).empty(grad)
-    plain = None if x is None else _ready(x, op, "x")
+    plain = None if x is None else ready(x)
     if _C.augment_backward(grad_x, grad, plain, records, *options, op) != 0:
         raise RuntimeError(
             f"fusereg.{op}: the kernel refused a prepared tensor; please report this"
@@ -428,6 +433,25 @@ def check_images(x: object, op: str, name: str = "x") -> Tensor:
     return x
 
 
+def as_target(
+    x: Tensor,
+    size: tuple[int, int],
+    out_dtype: torch.dtype,
+    memory_format: torch.memory_format | None,
+    op: str,
+) -> Target:
+    """``memory_format`` None: as x lies in memory."""
+    if out_dtype not in DTYPES:
+        raise ValueError(
+            f"fusereg.{op}: out_dtype must be uint8 or a floating-point dtype, got {out_dtype}"
+        )
+    if memory_format in (None, torch.preserve_format):
+        channels_last = is_channels_last(x)
+    else:
+        channels_last = memory_format is torch.channels_last
+    return Target((int(size[0]), int(size[1])), out_dtype, channels_last)
+
+
 def check_out(x: Tensor, out: object, target: Target, op: str) -> Tensor:
     where = f"fusereg.{op}: out"
     shape = (x.shape[0], x.shape[1], *target.size)
@@ -471,16 +495,8 @@ def apply(
 ) -> Tensor:
     """The whole pass; ``memory_format`` None: as x lies in memory."""
     check_images(x, op)
-    if out_dtype not in DTYPES:
-        raise ValueError(
-            f"fusereg.{op}: out_dtype must be uint8 or a floating-point dtype, got {out_dtype}"
-        )
     options = Options(interpolation, antialias, fill_mode, colour, fill, scale, shift, erase)
-    if memory_format in (None, torch.preserve_format):
-        channels_last = is_channels_last(x)
-    else:
-        channels_last = memory_format is torch.channels_last
-    target = Target((int(size[0]), int(size[1])), out_dtype, channels_last)
+    target = as_target(x, size, out_dtype, memory_format, op)
     if erase_noise and keys is None:
         raise ValueError(f"fusereg.{op}: keys must be given for noise in erased boxes")
     keys = keys if erase_noise else None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _augment_ops, _dispatch, _docs
+from .. import _augment_ops, _dispatch, _docs, _resize_ops
 from ._arguments import (
     FILL_MODES,
     INTERPOLATIONS,
@@ -45,12 +45,22 @@ _TAIL = """
             range; the message names it."""
 
 
+#: A record that changes nothing.
+_PLAIN = torch.zeros(_RECORD, dtype=torch.float64)
+_PLAIN[[0, 4, _LAM, 16, 21, 26]] = 1.0
+_PLAIN[_PARTNER] = -1.0
+
+
+#: What top, left, mirrored, upside down, and the latter times the window's last column and its last
+#: row add to a record.
+_WINDOW = torch.zeros(6, _RECORD, dtype=torch.float64)
+_WINDOW[[0, 1, 4, 5], [5, 2, 2, 5]] = 1.0
+_WINDOW[[2, 3], [0, 4]] = -2.0
+
+
 def _identity(x: Tensor) -> Tensor:
     """A record for each sample that changes nothing."""
-    records = torch.zeros(x.shape[0], _RECORD, dtype=torch.float64)
-    records[:, [0, 4, _LAM, 16, 21, 26]] = 1.0
-    records[:, _PARTNER] = -1.0
-    return records
+    return _PLAIN.repeat(x.shape[0], 1)
 
 
 def _values(
@@ -196,7 +206,7 @@ def warp_affine(
 
 
 def _for_samples(value: object, n: int, op: str, name: str, kind: str) -> Tensor:
-    """A number for each sample, as float64 on the CPU or where the tensor is."""
+    """A number for each sample, on the CPU or where the tensor is."""
     if isinstance(value, Tensor):
         integral = not (value.is_floating_point() or value.is_complex())
         good = {
@@ -209,7 +219,7 @@ def _for_samples(value: object, n: int, op: str, name: str, kind: str) -> Tensor
                 f"fusereg.{op}: {name} must have shape ({n},) and hold {kind}, got {value.dtype} "
                 f"of shape {tuple(value.shape)}"
             )
-        return value.detach().double().expand(n)
+        return value.expand(n) if integral else value.detach().double().expand(n)
     if kind == "flags":
         plain = float(flag(value, op, name))
     else:
@@ -271,11 +281,11 @@ def crop_flip_normalize(
     ]
     device = next((g.device for g in given if g.device.type != "cpu"), torch.device("cpu"))
     rows, columns, mirrored, upside_down = (g.to(device) for g in given)
-    records = _identity(x).to(device)
-    records[:, 0] = 1.0 - 2.0 * mirrored
-    records[:, 2] = columns + mirrored * (width - 1)
-    records[:, 4] = 1.0 - 2.0 * upside_down
-    records[:, 5] = rows + upside_down * (height - 1)
+    places = [rows, columns, mirrored, upside_down, mirrored * (width - 1)]
+    places.append(upside_down * (height - 1))
+    # One product instead of a write to each column.
+    numbers = torch.stack(places, 1).double()
+    records = torch.addmm(_PLAIN.to(device), numbers, _WINDOW.to(device))
     return _run(
         x,
         records,
@@ -327,6 +337,19 @@ def resize(
     op = "resize"
     _augment_ops.check_images(x, op)
     height, width = size_pair(size, op)
+    if flag(antialias, op, "antialias") and interpolation in ("bilinear", "bicubic"):
+        scale, shift, dtype = _values(x, mean, std, out_dtype, out, op)
+        return _resize_ops.apply(
+            x,
+            (height, width),
+            interpolation=INTERPOLATIONS[interpolation],
+            scale=scale,
+            shift=shift,
+            out_dtype=dtype,
+            memory_format=memory_format,
+            out=out,
+            op=op,
+        )
     by_y, by_x = x.shape[2] / height, x.shape[3] / width
     records = _identity(x)
     records[:, :6] = torch.tensor(
@@ -339,7 +362,7 @@ def resize(
         op,
         interpolation=interpolation,
         antialias=antialias,
-        fill_mode="constant" if antialias else "border",
+        fill_mode="border",
         mean=mean,
         std=std,
         out_dtype=out_dtype,

@@ -60,6 +60,17 @@ def _resize(inputs: Inputs) -> Pairs:
     )
 
 
+@kernel_check("augment.resize, bicubic", "interpolate(x, antialias=True), other sides")
+def _cubic(inputs: Inputs) -> Pairs:
+    x = _images(inputs)
+    size = (x.shape[2] + 4, x.shape[3] // 3)
+    return result_and_gradients(
+        lambda t: augment.resize(t, size, interpolation="bicubic"),
+        lambda t: torch.nn.functional.interpolate(t, size, mode="bicubic", antialias=True),
+        [x],
+    )
+
+
 @kernel_check("augment.warp_affine", "grid_sample(x, M (u, v, 1)^T)")
 def _warp(inputs: Inputs) -> Pairs:
     """The matrix has few bits, so that coordinates are exact on both sides."""
