@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "augment/augment.h"
+#include "core/call.h"
 #include "core/tensor.h"
 
 namespace fusereg::augment {
@@ -13,16 +14,7 @@ namespace fusereg::augment {
 void bind_params(py::module_& m);
 void bind_resize(py::module_& m);
 
-namespace {
-
-constexpr int kDone = 0;
-constexpr int kNeedsPreparation = 2;
-
-std::string where(const char* op, const char* name) {
-  return std::string("fusereg.") + op + ": " + name;
-}
-
-}  // namespace
+namespace {}  // namespace
 
 // False where Python must prepare the tensor first: other dtypes, layouts, wrappers.
 bool read_images(const py::object& tensor, Images& images, std::int64_t (&sizes)[4],

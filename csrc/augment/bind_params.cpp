@@ -8,6 +8,7 @@
 
 #include "augment/augment_params.h"
 #include "augment/elementary.h"
+#include "core/call.h"
 #include "core/seed_argument.h"
 #include "core/tensor.h"
 
@@ -15,10 +16,6 @@ namespace fusereg::augment {
 namespace {
 
 using StepTuple = std::tuple<int, int, std::vector<double>>;
-
-std::string where(const char* op, const char* name) {
-  return std::string("fusereg.") + op + ": " + name;
-}
 
 std::vector<params::Step> read_steps(const std::vector<StepTuple>& steps, const char* op) {
   std::vector<params::Step> result;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "augment/resize.h"
+#include "core/call.h"
 #include "core/tensor.h"
 
 namespace fusereg::augment {
@@ -15,13 +16,6 @@ bool read_images(const py::object& tensor, Images& images, std::int64_t (&sizes)
                  Device& device);
 
 namespace {
-
-constexpr int kDone = 0;
-constexpr int kNeedsPreparation = 2;
-
-std::string where(const char* op, const char* name) {
-  return std::string("fusereg.") + op + ": " + name;
-}
 
 // The matrix of an axis of x, `from` long, that has `to` rows.
 Band read_band(const py::object& first, const py::object& weights, std::int64_t from,

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "batch_norm/batch_norm.h"
+#include "core/call.h"
 #include "core/seed_argument.h"
 #include "core/tensor.h"
 
@@ -11,13 +12,6 @@ namespace fusereg::batch_norm {
 void bind_plan(py::module_& m);  // bind_plan.cpp
 
 namespace {
-
-constexpr int kDone = 0;
-constexpr int kNeedsPreparation = 2;
-
-std::string where(const char* op, const char* name) {
-  return std::string("fusereg.") + op + ": " + name;
-}
 
 // x as [outer, channels, inner], for any dense x: the dimensions whose stride is below the
 // channels' are inner, the others are outer. `samples`: of a group; 0: all. plain_order: the

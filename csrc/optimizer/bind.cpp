@@ -1,6 +1,7 @@
 // fusereg._C: optimizer steps, norms of gradients and clipping. Contract: optimizer.h, _C.pyi.
 #include <optional>
 
+#include "core/call.h"
 #include "core/launch_tables_python.h"
 #include "core/tensor_list.h"
 #include "optimizer/optimizer.h"
@@ -13,10 +14,6 @@ namespace {
 constexpr int kNeedsState = 3;
 
 constexpr std::int64_t kWorthReleasing = 1 << 15;
-
-std::string where(const char* op, const char* name) {
-  return std::string("fusereg.") + op + ": " + name;
-}
 
 // A dict's value under an interned key; null where there is none.
 py::object lookup(py::handle dict, py::handle key) {

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -94,32 +94,71 @@ def outside_graphs(function: _F) -> _F:
     return wrapped
 
 
-_workspaces: dict[tuple[int, int, int], torch.Tensor] = {}
+_Memory = TypeVar("_Memory")
+#: Memory that kernels work in, for each purpose and stream: those of two streams may run at once.
+_kept: dict[tuple[object, int, int], Any] = {}
 
 
-def workspace(device: torch.device, size: int = _C.PENALTY_WORKSPACE_BYTES) -> torch.Tensor | None:
-    """Scratch memory that CUDA reductions leave zeroed as they found it; None on the CPU.
+def _of_stream(
+    purpose: object,
+    device: torch.device,
+    make: Callable[[], _Memory],
+    fits: Callable[[_Memory], bool] = lambda _: True,
+) -> _Memory:
+    """What ``make`` gives, kept for the present stream while it fits.
 
-    One for each number of bytes, device and stream, because kernels on two streams may run at once.
     While a CUDA graph is being captured it is a fresh one, which belongs to the graph's own memory.
     """
-    if device.type == "cpu":
-        if not _C.CUDA_ON_HOST:
-            return None
-        key = (size, -1, 0)
-    else:
+    index, handle = -1, 0  # of CUDA kernels that run on the host
+    if device.type != "cpu":
         if torch.cuda.is_current_stream_capturing():
-            return _new_workspace(device, size)
+            return make()
         stream = torch.cuda.current_stream(device)
-        key = (size, stream.device.index, stream.cuda_stream)
-    found = _workspaces.get(key)
-    if found is None:
-        found = _workspaces[key] = _new_workspace(device, size)
+        index, handle = stream.device.index, stream.cuda_stream
+    key = (purpose, index, handle)
+    found: _Memory | None = _kept.get(key)
+    if found is None or not fits(found):
+        with torch.inference_mode(False):
+            found = _kept[key] = make()
     return found
 
 
-def _new_workspace(device: torch.device, size: int) -> torch.Tensor:
-    return torch.zeros(size // 8, dtype=torch.float64, device=device)
+def _without_kernels(device: torch.device) -> bool:
+    """Whether no CUDA kernel serves this device, so that there is nothing to keep."""
+    return device.type == "cpu" and not _C.CUDA_ON_HOST
+
+
+def workspace(device: torch.device, size: int = _C.PENALTY_WORKSPACE_BYTES) -> torch.Tensor | None:
+    """So many bytes that CUDA reductions leave zeroed as they found them; None on the CPU."""
+    if _without_kernels(device):
+        return None
+    return _of_stream(
+        size, device, lambda: torch.zeros(size // 8, dtype=torch.float64, device=device)
+    )
+
+
+def barrier(device: torch.device) -> torch.Tensor | None:
+    """The word at which the blocks of a cooperative CUDA launch meet; None on the CPU."""
+    if _without_kernels(device):
+        return None
+    return _of_stream("barrier", device, lambda: torch.zeros(1, dtype=torch.int32, device=device))
+
+
+def scratch(device: torch.device, size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Scratch of at least ``size`` bytes, and zeroed semaphores; None for CPU kernels."""
+    if _without_kernels(device):
+        return None, None
+    # Whole kilobytes, at least what small shapes want, so that few sizes are ever asked for.
+    size = max(64 * 1024, -(-size // 1024) * 1024)
+    return _of_stream(
+        "scratch",
+        device,
+        lambda: (
+            torch.empty(size, dtype=torch.uint8, device=device),
+            torch.zeros(_C.BATCH_NORM_SEMAPHORE_BYTES, dtype=torch.uint8, device=device),
+        ),
+        lambda found: found[0].numel() >= size,
+    )
 
 
 def _table_memory(device: int, size: int) -> torch.Tensor:
@@ -134,64 +173,6 @@ def launch_tables() -> _C._LaunchTables:
     written again only when they have changed.
     """
     return _C.launch_tables(_table_memory)
-
-
-_barriers: dict[tuple[int, int], torch.Tensor] = {}
-
-
-def barrier(device: torch.device) -> torch.Tensor | None:
-    """The word at which the blocks of a cooperative CUDA launch meet; None on the CPU.
-
-    One for each device and stream, as with ``workspace``, and used for nothing else.
-    """
-    if device.type == "cpu":
-        if not _C.CUDA_ON_HOST:
-            return None
-        key = (-1, 0)
-    else:
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(1, dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream(device)
-        key = (stream.device.index, stream.cuda_stream)
-    found = _barriers.get(key)
-    if found is None:
-        with torch.inference_mode(False):
-            found = _barriers[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return found
-
-
-#: Scratch memory, and semaphores that kernels leave zeroed as they found them, of each stream.
-_scratch: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-
-
-def scratch(device: torch.device, size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Scratch of at least ``size`` bytes and zeroed semaphores for CUDA kernels; CPU kernels: none.
-
-    They belong to the present stream, whose kernels run one after the other; while a CUDA graph is
-    captured they are fresh ones, which belong to the graph's own memory.
-    """
-    if device.type == "cpu":
-        if not _C.CUDA_ON_HOST:
-            return None, None
-        key = (-1, 0)
-    else:
-        if torch.cuda.is_current_stream_capturing():
-            return _new_scratch(device, size)
-        stream = torch.cuda.current_stream(device)
-        key = (stream.device.index, stream.cuda_stream)
-    found = _scratch.get(key)
-    if found is None or found[0].numel() < size:
-        found = _scratch[key] = _new_scratch(device, size)
-    return found
-
-
-def _new_scratch(device: torch.device, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    # Whole kilobytes, at least what small shapes want, so that few sizes are ever asked for.
-    size = max(64 * 1024, -(-size // 1024) * 1024)
-    return (
-        torch.empty(size, dtype=torch.uint8, device=device),
-        torch.zeros(_C.BATCH_NORM_SEMAPHORE_BYTES, dtype=torch.uint8, device=device),
-    )
 
 
 def is_dtensor(tensor: object) -> bool:

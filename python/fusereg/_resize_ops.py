@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _C, _augment_ops, _dispatch, _dropout_ops
+from . import _C, _augment_ops, _autograd, _dispatch
 from ._augment_ops import Target, compute_dtype, is_channels_last
-from ._dropout_ops import applied
+from ._autograd import applied
 
 
 class Resampling(NamedTuple):
@@ -92,7 +92,7 @@ def _like(x: Tensor) -> Target:
 def _again(x: Tensor, target: Target, how: Resampling) -> Tensor:
     """Of a gradient, in the dtype of the arithmetic; differentiable where that is asked for."""
     x = x.to(torch.float64 if target.dtype is torch.float64 else torch.float32)
-    if _dropout_ops.differentiated(x):
+    if _autograd.differentiated(x):
         return applied(_Resize, x, target, how)
     return forward(x, target, how, "resize")
 
@@ -227,7 +227,7 @@ def apply(
             y = torch.ops.fusereg.resize(x, *target, *how)
         return y if out is None else out.copy_(y)
     if out is not None:
-        return _dropout_ops.written(forward(x, target, how, op, out))
-    if out_dtype is not torch.uint8 and _dropout_ops.differentiated(x):
+        return _autograd.written(forward(x, target, how, op, out))
+    if out_dtype is not torch.uint8 and _autograd.differentiated(x):
         return applied(_Resize, x, target, how)
     return forward(x, target, how, op)
