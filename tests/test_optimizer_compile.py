@@ -1,4 +1,4 @@
-"""``optimizer.step()`` in compiled code: one operator, and what it cannot take breaks the graph."""
+"""``optimizer.step()`` in compiled code: one operator where the graph must not break."""
 
 from __future__ import annotations
 
@@ -178,6 +178,33 @@ def test_what_the_operator_cannot_take_breaks_the_graph(
     compiled(ours.step, fullgraph=False)()
     theirs.step()
     assert_same(ours, theirs)
+
+
+def test_where_it_may_the_graph_breaks() -> None:
+    """So that the tensors and numbers of the optimizer are not checked before each step."""
+    ours, theirs = pair(lambda params: optim.AdamW(params, lr=0.1, l1=0.05))
+    graphs: list[str] = []
+    first = params_of(ours)[0]
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph.code)
+        return graph
+
+    def train() -> Tensor:
+        before = first + 1.0
+        ours.step()
+        return before * 2.0
+
+    step = torch.compile(train, backend=backend)
+    for _ in range(4):
+        give_grads(ours, theirs)
+        step()
+        theirs.step()
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["lr"] *= 0.5
+    assert_same(ours, theirs)
+    assert len(graphs) == 2
+    assert not any("optimizer_step_" in code for code in graphs)
 
 
 def test_ftrl_rests_in_compiled_code_too() -> None:

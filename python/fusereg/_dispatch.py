@@ -94,6 +94,22 @@ def outside_graphs(function: _F) -> _F:
     return wrapped
 
 
+def whole_graph() -> bool:
+    """While dynamo traces: whether a graph that breaks is an error (``fullgraph=True``)."""
+    tracer = sys.modules.get("torch._dynamo.symbolic_convert")
+    if tracer is None:
+        return False
+    try:
+        root = tracer.InstructionTranslator.current_tx()
+        return bool(root.one_graph or root.error_on_graph_break)
+    except AttributeError:
+        return False
+
+
+# torch.compiler.assume_constant_result does this, but imports the compiler at once.
+whole_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 _Memory = TypeVar("_Memory")
 #: Memory that kernels work in, for each purpose and stream: those of two streams may run at once.
 _kept: dict[tuple[object, int, int], Any] = {}

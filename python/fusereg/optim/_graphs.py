@@ -1,8 +1,11 @@
 """The step in code that ``torch.compile`` compiles: the operator ``fusereg::optimizer_step_``.
 
-It takes what the kernels take as it is: plain dense tensors of one device whose states are there.
-``collect`` says whether that is so; if not, the graph breaks and the step runs as it does without
-a compiler.
+It is for graphs that must not break. Where they may, they are cut at the step, which then runs as
+it does without a compiler: that is quicker, for a graph checks every tensor and every number of the
+optimizer before it runs, and is compiled again when a number has changed.
+
+The operator takes what the kernels take as it is: plain dense tensors of one device whose states
+are there. ``collect`` says whether that is so; if not, the graph breaks after all.
 """
 
 from __future__ import annotations

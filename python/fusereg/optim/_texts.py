@@ -35,11 +35,12 @@ _NOTES = r"""
     ``state_dict()`` has torch's keys; each of this optimizer and ``torch.optim``'s of the same name
     loads the other's, through ``torch.distributed.checkpoint`` too.
 
-    In code that ``torch.compile`` compiles the step is one operator, ``fullgraph=True`` included,
-    and :func:`clip_grad_norm_` another; :attr:`penalty_value` and :attr:`grad_norm` are then
-    written where they are. The graph is cut in two at a step that needs more than the kernels: the
-    first one with momentum, sparse or oddly laid out gradients, several devices, DTensors, a
-    ``GradScaler``. A number that changes is compiled again, unless it is a tensor.
+    Code that ``torch.compile`` compiles is cut in two at the step, which is one call as it is:
+    there is nothing to fuse. With ``fullgraph=True`` the step is one operator in the graph, as
+    :func:`clip_grad_norm_` always is, and :attr:`penalty_value` and :attr:`grad_norm` are written
+    where they are; numbers that change should be tensors then, for torch compiles again for each
+    new one. It refuses a step that needs more than the kernels: the first one with momentum, sparse
+    or oddly laid out gradients, several devices, DTensors, a ``GradScaler``.
 
     Raises:
         TypeError, ValueError: an argument is out of its range, or at a step a parameter or gradient

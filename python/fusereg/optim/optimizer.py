@@ -374,7 +374,9 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not (torch.compiler.is_dynamo_compiling() and _graphs.step(self)):
+        if not (
+            torch.compiler.is_dynamo_compiling() and _dispatch.whole_graph() and _graphs.step(self)
+        ):
             self._run()
         return loss
 
