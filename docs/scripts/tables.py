@@ -76,7 +76,8 @@ def _hardware(machine: dict[str, Any], device: str) -> str:
         gpu = machine["gpu"]
         return str(gpu.get("name", gpu) if isinstance(gpu, dict) else gpu)
     isa = {"avx512": "AVX-512", "avx2": "AVX2"}.get(machine["isa"], machine["isa"])
-    return f"{machine['cpu']}, {machine['threads']} threads, {isa}"
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return f"{machine['cpu']}, {threads}, {isa}"
 
 
 # --- figures --------------------------------------------------------------------------------------
