@@ -56,6 +56,29 @@ def test_gradient_of_everything(
         assert error <= (1e-12 if dtype is torch.float64 else 4e-6) * max(scale, 1.0)
 
 
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_gradient_where_whole_blocks_are_inside(interpolation: str, backend: Backend) -> None:
+    """In float64 the kernels go pixel by pixel; some rows are erased or mixed."""
+    n, wide = 2, 21 if backend.on_host else 53
+    records = reference.identity_records(n, warps(n, 0.0) * 0.2 + 0.8 * torch.eye(2, 3))
+    records[:, 2], records[:, 5] = 2.3, 1.6
+    records[0, reference.ERASE : reference.ERASE + 4] = torch.tensor([2.0, 3.0, 30.0, 5.0])
+    records[1, reference.MIX : reference.MIX + 4] = torch.tensor([0.0, 7.0, 20.0, 9.0])
+    records[1, reference.PARTNER], records[1, reference.LAM] = 0, 0.25
+    for c in (1, 3, 4):
+        for laid in FORMATS:
+            x = torch.rand(n, c, 19, wide, device=backend.device).contiguous(memory_format=laid)
+            grads = []
+            for dtype in (torch.float32, torch.float64):
+                t = x.detach().to(dtype).requires_grad_()
+                y = run(t, records, (17, wide), interpolation)
+                g = torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y).to(dtype)
+                y.backward(g)
+                assert t.grad is not None
+                grads.append(t.grad.cpu().double())
+            assert float((grads[0] - grads[1]).abs().max()) < 4e-6
+
+
 def test_gradient_of_half_types_and_expanded_gradients(backend: Backend) -> None:
     m = warps(2, 1.0)
     for dtype in (torch.float16, torch.bfloat16):

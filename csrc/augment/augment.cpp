@@ -63,11 +63,16 @@ void erase_block(const Job& job, const Frame& f, std::int64_t row, std::int64_t 
                  const Cut& where, float* out, std::int64_t stride) {
   for (int c = 0; c < job.c; ++c) {
     float* const line = out + c * stride;
-    const std::int64_t index = (c * job.y.h + row) * job.y.w + first;
+    if (!job.erase_noise) {
+      for (int i = where.begin; i < where.end; ++i) line[i] = static_cast<float>(job.erase[c]);
+      continue;
+    }
+    const auto index = static_cast<std::uint64_t>((c * job.y.h + row) * job.y.w + first);
+    float n[4];
     for (int i = where.begin; i < where.end; ++i) {
-      line[i] = job.erase_noise
-                    ? normal_at(job.keys + 2 * f.sample, static_cast<std::uint64_t>(index + i))
-                    : static_cast<float>(job.erase[c]);
+      const std::uint64_t at = index + static_cast<std::uint64_t>(i);
+      if (i == where.begin || at % 4 == 0) four_normals(job.keys + 2 * f.sample, at / 4, n);
+      line[i] = n[at % 4];
     }
   }
 }
