@@ -88,7 +88,10 @@ TRAININGS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_both_become_equally_accurate(network: str) -> None:
-    """On 1,000 test digits, within 1.5 %: dropout and augmentation draw numbers of their own."""
+    """On 1,000 test digits, within 2 %: dropout and augmentation draw numbers of their own.
+
+    Over seeds the difference is 0 on average, with a standard deviation of some 0.7 %.
+    """
     data = digits(400, 100)
     outcomes: list[Outcome] = []
     for kind in (Plain, Fused):
@@ -96,7 +99,7 @@ def test_both_become_equally_accurate(network: str) -> None:
         outcomes.append(kind(TRAININGS[network], CPU).train(data))
     plain, fused = outcomes
     assert min(plain.accuracy, fused.accuracy) >= 0.95, outcomes
-    assert abs(plain.accuracy - fused.accuracy) <= 0.015, outcomes
+    assert abs(plain.accuracy - fused.accuracy) <= 0.02, outcomes
     assert fused.losses[fused.best_epoch] == min(fused.losses)
 
 
