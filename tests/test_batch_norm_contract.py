@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -161,35 +160,3 @@ def test_slope_is_the_layer_s_own() -> None:
     x = torch.randn(9, 3)
     y = F.batch_norm(x, None, None, activation="leaky_relu", negative_slope=SLOPE)
     torch.testing.assert_close(y, layer(x))
-
-
-def _flags_of_the_mapping_at(address: int) -> list[str]:
-    """What Linux says of the memory there: proc(5), /proc/pid/smaps, VmFlags."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, _, rest = line.partition(" ")
-        if "-" in name and not name.endswith(":"):
-            begin, end = (int(part, 16) for part in name.split("-"))
-            inside = begin <= address < end
-        elif inside and name == "VmFlags:":
-            return rest.split()
-    raise LookupError(f"no memory at {address:#x}")
-
-
-@pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(),
-    reason="this system has no transparent huge pages",
-)
-def test_large_results_ask_for_large_pages() -> None:
-    """40 MB, which torch's allocator maps anew; what is given is asked for as well."""
-    x = torch.zeros(2, 5, 1000, 1000)
-    x[:, :, ::2] = 1.0
-    out = torch.empty_like(x)
-    assert "hg" not in _flags_of_the_mapping_at(out.data_ptr() + out.nbytes // 2)
-    leaf = x.clone().requires_grad_()
-    y = F.batch_norm(leaf, None, None)
-    (gradient,) = torch.autograd.grad(y, leaf, x)
-    F.batch_norm(x, None, None, out=out)
-    for result in (y, gradient, out):
-        assert "hg" in _flags_of_the_mapping_at(result.data_ptr() + result.nbytes // 2)
-    assert torch.equal(out, y)

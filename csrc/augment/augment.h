@@ -69,6 +69,12 @@ inline constexpr int kRecord = 28;
 inline constexpr int kBlock = 16;
 
 enum class Element : std::uint8_t { kFloat64, kFloat32, kFloat16, kBFloat16, kUInt8 };
+constexpr std::int64_t element_size(Element type) {
+  return type == Element::kFloat64   ? 8
+         : type == Element::kFloat32 ? 4
+         : type == Element::kUInt8   ? 1
+                                     : 2;
+}
 enum class Interpolation : std::uint8_t { kNearest, kBilinear, kBicubic };
 enum class FillMode : std::uint8_t { kConstant, kBorder, kReflect, kSymmetric, kWrap };
 

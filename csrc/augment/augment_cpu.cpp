@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "augment/augment.h"
+#include "core/pages.h"
 #include "core/parallel.h"
 
 namespace fusereg::augment {
@@ -13,6 +14,7 @@ constexpr std::int64_t kGrain = 1 << 13;
 }  // namespace
 
 void forward_cpu(const Job& job) {
+  ask_for_large_pages(job.y.data, job.n * job.y.sample * element_size(job.y.type));
   const CpuKernels& kernels = cpu_kernels();
   const std::int64_t row = std::max<std::int64_t>(job.y.w * job.c, 1);
   parallel_for(job.n * job.y.h, std::max<std::int64_t>(kGrain / row, 1),

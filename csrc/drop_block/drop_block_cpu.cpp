@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "core/pages.h"
 #include "core/parallel.h"
 #include "drop_block/drop_block.h"
 
@@ -58,6 +59,7 @@ double corner_probability(const Geometry& g, double p) {
 
 void run_cpu(const Job& job) {
   const Geometry& g = job.geometry;
+  ask_for_large_pages(job.y, g.numel() * dtype_size(job.dtype));
   const CpuKernels& kernels = cpu_kernels();
   const std::int64_t grain = std::max<std::int64_t>(1, kGrain * g.tiles / g.numel());
   if (job.counts) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/pages.h"
 #include "core/parallel.h"
 #include "dropout/dropout.h"
 
@@ -126,6 +127,9 @@ Affine make_affine(Kind kind, const Draw& draw) {
   return {a, b, a * kAlphaPrime + b};
 }
 
-void run_cpu(const Job& job) { CpuRun(job).execute(); }
+void run_cpu(const Job& job) {
+  ask_for_large_pages(job.y, job.numel * dtype_size(job.dtype));
+  CpuRun(job).execute();
+}
 
 }  // namespace fusereg::dropout

@@ -1,6 +1,7 @@
 // The CPU launchers of dropout + normalization. Contract: dropout_norm.h.
 #include <algorithm>
 
+#include "core/pages.h"
 #include "core/parallel.h"
 #include "dropout_norm/dropout_norm.h"
 
@@ -17,6 +18,9 @@ std::int64_t grain(std::int64_t elements_each) {
 }  // namespace
 
 void run_cpu(const Forward& f) {
+  const std::int64_t size = dtype_size(f.dtype);
+  ask_for_large_pages(f.y, f.rows * f.length * size);
+  ask_for_large_pages(f.sum, f.rows * f.length * (f.wide_sum ? 4 : size));
   if (f.rows == 0 || f.length == 0) return;
   const CpuKernels& kernels = cpu_kernels();
   parallel_for(f.rows, grain(f.length),
@@ -24,6 +28,9 @@ void run_cpu(const Forward& f) {
 }
 
 void run_cpu(const Backward& b) {
+  const std::int64_t size = dtype_size(b.dtype);
+  ask_for_large_pages(b.grad_x, b.rows * b.length * size);
+  ask_for_large_pages(b.grad_residual, b.rows * b.length * (b.wide_sum ? 4 : size));
   if (b.length == 0) return;
   const CpuKernels& kernels = cpu_kernels();
   const Chunks chunks = cpu_chunks(b.rows);

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/pages.h"
 #include "core/parallel.h"
 #include "fused_dropout/fused_dropout.h"
 
@@ -162,6 +163,9 @@ class CpuRun {
 
 }  // namespace
 
-void run_cpu(const Job& job) { CpuRun(job).execute(); }
+void run_cpu(const Job& job) {
+  ask_for_large_pages(job.y, job.numel * dtype_size(job.dtype));
+  CpuRun(job).execute();
+}
 
 }  // namespace fusereg::fused_dropout
