@@ -48,7 +48,8 @@ class PythonTables final : public LaunchTables {
 }  // namespace
 
 void bind_launch_tables(py::module_& m) {
-  py::class_<PythonTables>(m, "_LaunchTables");
+  py::class_<PythonTables> type(m, "_LaunchTables");
+  type.doc() = "Memory for the tables of CUDA launches over long lists of tensors.";
   m.def(
       "launch_tables",
       [](const py::object& allocate) {
