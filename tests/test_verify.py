@@ -21,12 +21,12 @@ from fusereg.cli.checks import CheckResult, Inputs, KernelCheck, Pairs, Place, _
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = Place(f"cpu {_C.cpu_isas()[0]}", CPU, _C.cpu_isas()[0])
-#: What is in _C and computes nothing that could be held against torch.
+#: What is in _C and computes nothing that could be held against torch, or tables that are kept.
 NO_KERNELS = {
     "bind_torch", "build_info", "cuda_device_info", "cuda_error", "cpu_isa", "cpu_isas",
     "set_cpu_isa", "scan", "inspect", "philox_words", "batch_norm_plan", "batch_norm_force",
     "batch_norm_layout", "cuda_ballot", "dropout_norm_chunks", "fused_dropout_partials",
-    "dropout_constants", "augment_elementary",
+    "dropout_constants", "augment_elementary", "augment_resize_band", "augment_resize_taps",
 }  # fmt: skip
 
 

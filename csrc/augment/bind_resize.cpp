@@ -118,8 +118,8 @@ std::int64_t augment_resize_taps(std::int64_t from, std::int64_t to, int interpo
 }
 
 // Both on the CPU; weights in float64.
-void augment_resize_band(const py::object& first, const py::object& weights, std::int64_t from,
-                         std::int64_t to, int interpolation, bool transposed, const char* op) {
+int augment_resize_band(const py::object& first, const py::object& weights, std::int64_t from,
+                        std::int64_t to, int interpolation, bool transposed, const char* op) {
   const Axis a = axis_of(from, to, interpolation, transposed, op);
   const Device cpu;
   const std::int64_t rows = transposed ? from : to;
@@ -129,6 +129,7 @@ void augment_resize_band(const py::object& first, const py::object& weights, std
     throw py::value_error(where(op, "weights") + " has too few columns");
   resize_band(a.from, a.to, a.how, a.transposed, band.taps, const_cast<std::int32_t*>(band.first),
               const_cast<double*>(static_cast<const double*>(band.weights)));
+  return kDone;
 }
 
 }  // namespace

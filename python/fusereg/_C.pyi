@@ -380,7 +380,7 @@ def augment_resize_band(
     interpolation: int,
     transposed: bool,
     op: str,
-) -> None: ...
+) -> int: ...
 def augment_params(
     records: torch.Tensor,
     draws: torch.Tensor,
