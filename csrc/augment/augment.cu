@@ -3,17 +3,13 @@
 // A thread takes an output pixel (forward) or an input pixel (backward), with all its channels, so
 // that coordinates and weights are worked out once. Neighbouring threads take neighbouring pixels
 // of a row: their taps share cache lines, and a warp's stores are whole lines.
-#include <algorithm>
-
 #include "augment/augment.h"
 #include "augment/augment_math.h"
-#include "core/cuda.cuh"
+#include "augment/launch.cuh"
 
 namespace fusereg::augment {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksPerSm = 32;
 constexpr const char* kOp = "fusereg.augment";
 
 template <class T, int kGroup>
@@ -179,17 +175,6 @@ __global__ void __launch_bounds__(kThreads)
       for (int k = 0; k < kGroup; ++k) at[(c + k) * grad.channel] = sum[k];
     }
   }
-}
-
-cuda::LaunchConfig config_for(std::int64_t pixels, int device, void* stream) {
-  const std::int64_t most =
-      static_cast<std::int64_t>(cuda::device_properties(device).sm_count) * kBlocksPerSm;
-  cuda::LaunchConfig config;
-  config.block = dim3(kThreads);
-  config.stream = static_cast<cuda::Stream>(stream);
-  config.grid = dim3(
-      static_cast<unsigned>(std::clamp<std::int64_t>(cuda::ceil_div(pixels, kThreads), 1, most)));
-  return config;
 }
 
 }  // namespace

@@ -2,17 +2,13 @@
 //
 // A launch for each pass, a thread for each element. Neighbouring threads take neighbours in
 // memory: along the columns each tap is whole lines; along the rows the taps overlap in the cache.
-#include <algorithm>
-
 #include "augment/augment_math.h"
+#include "augment/launch.cuh"
 #include "augment/resize.h"
-#include "core/cuda.cuh"
 
 namespace fusereg::augment {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksPerSm = 32;
 constexpr const char* kOp = "fusereg.resize";
 
 // scratch: as x, with y's height.
@@ -68,17 +64,6 @@ __global__ void __launch_bounds__(kThreads)
         y.data, y.type, i,
         add(multiply(sum, static_cast<C>(job.scale[channel])), static_cast<C>(job.shift[channel])));
   }
-}
-
-cuda::LaunchConfig config_for(std::int64_t elements, int device, void* stream) {
-  const std::int64_t most =
-      static_cast<std::int64_t>(cuda::device_properties(device).sm_count) * kBlocksPerSm;
-  cuda::LaunchConfig config;
-  config.block = dim3(kThreads);
-  config.stream = static_cast<cuda::Stream>(stream);
-  config.grid = dim3(
-      static_cast<unsigned>(std::clamp<std::int64_t>(cuda::ceil_div(elements, kThreads), 1, most)));
-  return config;
 }
 
 }  // namespace

@@ -1,0 +1,25 @@
+// How the CUDA kernels of this room are launched: threads that step through pixels or elements.
+#pragma once
+
+#include <algorithm>
+
+#include "core/cuda.cuh"
+
+namespace fusereg::augment {
+
+inline constexpr int kThreads = 256;
+
+// A thread for each of `work`, up to what keeps the device busy; then each takes several.
+inline cuda::LaunchConfig config_for(std::int64_t work, int device, void* stream) {
+  constexpr int kBlocksPerSm = 32;
+  const std::int64_t most =
+      static_cast<std::int64_t>(cuda::device_properties(device).sm_count) * kBlocksPerSm;
+  cuda::LaunchConfig config;
+  config.block = dim3(kThreads);
+  config.stream = static_cast<cuda::Stream>(stream);
+  config.grid = dim3(
+      static_cast<unsigned>(std::clamp<std::int64_t>(cuda::ceil_div(work, kThreads), 1, most)));
+  return config;
+}
+
+}  // namespace fusereg::augment
