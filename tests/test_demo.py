@@ -418,6 +418,9 @@ def assert_picture(path: Path) -> None:
     assert pixels.shape[0] > 200
     assert pixels.shape[1] > 500
     assert float(pixels[..., :3].std()) > 0.02, "an empty picture"
+    # Nothing reaches the edge, as a label that is cut off would.
+    for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+        assert (edge == pixels[0, 0]).all()
 
 
 def test_demo_from_end_to_end(

@@ -53,7 +53,7 @@ def filters(results: Sequence[Result], data: DataSet) -> Figure:
     """A row a technique: the norm of each input pixel's weights, then some hidden units."""
     shown = [r for r in results if not r.fused.diverged]
     cell = 0.95
-    width, height = 1.75 + cell * (UNITS + 1), 1.35 + cell * max(len(shown), 1)
+    width, height = 2.05 + cell * (UNITS + 1), 1.35 + cell * max(len(shown), 1)
     figure = new_figure(
         width,
         height,
@@ -65,7 +65,7 @@ def filters(results: Sequence[Result], data: DataSet) -> Figure:
         return figure
     panels = figure.subplots(len(shown), UNITS + 1, squeeze=False)
     figure.subplots_adjust(
-        left=1.35 / width,
+        left=1.65 / width,
         right=1 - 0.1 / width,
         bottom=0.08 / height,
         top=1 - 1.15 / height,

@@ -128,7 +128,7 @@ def accuracy(results: Sequence[Result], data: DataSet) -> Figure:
     axes = figure.subplots()
     bottom = 0.62 / figure.get_figheight()
     figure.subplots_adjust(
-        left=0.17, right=0.86, bottom=bottom, top=1 - 0.95 / figure.get_figheight()
+        left=0.2, right=0.86, bottom=bottom, top=1 - 0.95 / figure.get_figheight()
     )
     for index, result in enumerate(shown):
         end, tint = result.fused.last, colour(results.index(result))
@@ -243,7 +243,7 @@ def epoch_times(results: Sequence[Result]) -> Figure:
     )
     axes = figure.subplots()
     height = figure.get_figheight()
-    figure.subplots_adjust(left=0.17, right=0.9, bottom=0.62 / height, top=1 - 1.1 / height)
+    figure.subplots_adjust(left=0.2, right=0.9, bottom=0.62 / height, top=1 - 1.1 / height)
     for offset, name, tint in ((-0.19, "fusereg", FUSED_COLOUR), (0.19, "PyTorch", PLAIN_COLOUR)):
         for index, (result, plain) in enumerate(shown):
             run = result.fused if name == "fusereg" else plain
