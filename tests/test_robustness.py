@@ -6,6 +6,7 @@ FUSEREG_FUZZ_CASES and FUSEREG_FUZZ_SEED ask for more cases, and for others.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,8 +69,8 @@ def test_every_kernel_is_reached() -> None:
     # 0, or for what gives more than a status its numbers.
     well = ("status 0", "status (")
     reached = {n for n in kernels if any(w in ended.get(n, "") for w in well)}
-    if "status " in ended.get("augment_resize_taps", ""):
-        reached.add("augment_resize_taps")  # gives a count
+    if re.search(r"status [1-9]", ended.get("augment_resize_taps", "")):
+        reached.add("augment_resize_taps")  # gives a count, at least 1
     assert kernels - reached == set(), done.stderr
 
 

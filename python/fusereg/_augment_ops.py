@@ -94,13 +94,20 @@ def forward(
 ) -> Tensor:
     y = target.empty(x) if out is None else out
     arguments = (records, keys, *options, keys is not None, op)
-    if _C.augment_forward(y, x, *arguments) == 0:
+    return written_by(_C.augment_forward, y, x, arguments, op)
+
+
+def written_by(
+    kernel: Callable[..., int], y: Tensor, x: Tensor, arguments: Sequence[Any], op: str
+) -> Tensor:
+    """y, after the kernel wrote to it, whatever the layouts."""
+    if kernel(y, x, *arguments) == 0:
         return y
     plain = ready(x)
     into = y if y.is_contiguous() or is_channels_last(y) else torch.empty_like(y).contiguous()
     if type(into) is not Tensor:
         into = into.as_subclass(Tensor)
-    if _C.augment_forward(into, plain, *arguments) != 0:
+    if kernel(into, plain, *arguments) != 0:
         raise RuntimeError(
             f"fusereg.{op}: the kernel refused a prepared tensor; please report this"
         )

@@ -54,7 +54,8 @@ def _band(
         first = torch.empty(rows, dtype=torch.int32)
         weights = torch.empty(rows, _C.augment_resize_taps(*arguments), dtype=torch.float64)
         _C.augment_resize_band(first, weights, *arguments)
-        return first.to(device), weights.to(device, dtype)
+        # Converted here: a copy from the host is waited for, so that every stream may read it.
+        return first.to(device), weights.to(dtype).to(device)
 
 
 def forward(
@@ -72,17 +73,7 @@ def forward(
     if x.device.type != "cpu" or _C.CUDA_ON_HOST:
         scratch = x.new_empty(x.shape[0] * x.shape[1] * target.size[0] * x.shape[3], dtype=dtype)
     arguments = (*rows, *columns, scratch, how.scale, how.shift, op)
-    if _C.augment_resize(y, x, *arguments) == 0:
-        return y
-    ready = _augment_ops.ready(x)
-    into = y if y.is_contiguous() or is_channels_last(y) else torch.empty_like(y).contiguous()
-    if type(into) is not Tensor:
-        into = into.as_subclass(Tensor)
-    if _C.augment_resize(into, ready, *arguments) != 0:
-        raise RuntimeError(
-            f"fusereg.{op}: the kernel refused a prepared tensor; please report this"
-        )
-    return y if into is y or into.data_ptr() == y.data_ptr() else y.copy_(into)
+    return _augment_ops.written_by(_C.augment_resize, y, x, arguments, op)
 
 
 def _like(x: Tensor) -> Target:
