@@ -13,8 +13,8 @@ import augment_reference as reference
 import fusereg
 from augment_reference import ERASE, FILL_MODES, INTERPOLATIONS, LAM, MIX, PARTNER
 from conftest import DTYPES, TOLERANCES, Backend
-from fusereg import _augment_ops as ops
 from fusereg import augment as A
+from fusereg.augment import op as ops
 
 ALL_DTYPES = [torch.uint8, *DTYPES]
 FORMATS = [torch.contiguous_format, torch.channels_last]

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from conftest import Backend
-from fusereg import _C, _dispatch
-from fusereg import _batch_norm_kernels as kernels
+from fusereg import _C
 from fusereg import functional as F
+from fusereg.batch_norm import kernels
+from fusereg.core import memory
 from test_batch_norm import SLOPE, assert_near, exact, make, ours
 
 #: (shape, channels_last): lines of whole octets; lines that begin anywhere; lines shorter than a
@@ -54,7 +55,7 @@ KINDS = [("streaming", 0), ("resident", 0), ("resident", 1), ("resident", 3)]
 
 
 def assert_semaphores_are_zero(device: torch.device) -> None:
-    _, semaphores = _dispatch.scratch(device, 0)
+    _, semaphores = memory.scratch(device, 0)
     assert semaphores is not None
     assert int(semaphores.count_nonzero()) == 0
 

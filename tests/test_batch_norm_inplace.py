@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fusereg
 from conftest import TOLERANCES, Backend
-from fusereg import _batch_norm_kernels as kernels
 from fusereg import functional as F
-from fusereg._batch_norm_inplace import lost_channels
+from fusereg.batch_norm import kernels
+from fusereg.batch_norm.inplace import lost_channels
 from test_batch_norm import SLOPE, Case, assert_near, exact, make
 
 ACTIVATIONS = [None, "leaky_relu"]

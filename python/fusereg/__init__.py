@@ -9,19 +9,28 @@
 ``fusereg info`` on the command line tells what this build and this machine offer.
 """
 
-from . import _interpreter as _interpreter  # isort: skip  # first: before torch is imported
-from . import _dispatch as _dispatch  # isort: skip  # then: it refuses a torch that is too old
-from . import _C, augment, early_stopping, functional, nn, optim, prox
-from ._decompositions import decompositions
-from ._version import __version__
-from .convert import convert, revert
+from .core import interpreter as _interpreter  # noqa: F401, I001  # before torch is imported
+from .core import dispatch as _dispatch  # noqa: F401  # it refuses a torch that is too old
+from . import augment, cpu, early_stopping, functional, nn, optim
+from .batch_norm.decompositions import decompositions
+from .batch_norm.fold import fold_into_conv
+from .convert.model import convert, revert
+from .core import aliases as _aliases
+from .core.version import __version__
 from .early_stopping import EarlyStopping
-from .fold import fold_into_conv
 from .functional import dropout_mask
-from .penalty import AttachedPenalty, PenaltyGroup, WeightPenalty, add_penalty_grad_, sparsity
+from .penalty import prox
+from .penalty.weight_penalty import (
+    AttachedPenalty,
+    PenaltyGroup,
+    WeightPenalty,
+    add_penalty_grad_,
+    sparsity,
+)
+
+_aliases.install(__name__)
 
 __all__ = [
-    "_C",
     "AttachedPenalty",
     "EarlyStopping",
     "PenaltyGroup",
@@ -30,6 +39,7 @@ __all__ = [
     "add_penalty_grad_",
     "augment",
     "convert",
+    "cpu",
     "decompositions",
     "dropout_mask",
     "early_stopping",

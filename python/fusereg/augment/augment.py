@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from .. import _augment_ops
-from ._arguments import (
+from . import op as _augment_ops
+from .arguments import (
     INTERPOLATIONS,
     Interval,
     PerChannel,

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _augment_ops
-from ._arguments import flag
+from . import op as _augment_ops
+from .arguments import flag
 from .augment import check_memory_format, collate
 from .fuse import Pass, Plan, Stage, fuse
 from .keyed import Keyed

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from ._arguments import FILL_MODES, one_of
+from .arguments import FILL_MODES, one_of
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _augment_ops, _dispatch, _docs, _resize_ops
-from ._arguments import (
+from ..core import dispatch
+from ..core import docs as _docs
+from . import op as _augment_ops
+from . import resize_op as _resize_ops
+from .arguments import (
     FILL_MODES,
     INTERPOLATIONS,
     Size,
@@ -476,7 +479,7 @@ def mix(
     share = _for_samples(lam, n, op, "lam", "numbers").to(partner.device)
     # A GPU's numbers would be waited for, a graph has none yet: the kernel takes an index beyond
     # the batch for no partner.
-    if with_whom.device.type == "cpu" and n > 0 and _dispatch.eager():
+    if with_whom.device.type == "cpu" and n > 0 and dispatch.eager():
         if float(with_whom.max()) >= n:
             raise ValueError(
                 f"fusereg.{op}: partner must be below the batch size {n}, "

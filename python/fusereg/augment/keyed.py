@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
-from .. import _dispatch
-from ._arguments import integer
+from ..core import dispatch
+from .arguments import integer
 from .params import sample_id_tensor
 
 _EPOCHS = 2**32
@@ -77,11 +77,11 @@ class Keyed(nn.Module):
         self._shared_epoch.fill_(int(state["epoch"]))
         self._count = int(state["count"])
 
-    @_dispatch.outside_graphs
+    @dispatch.outside_graphs
     def _epoch_of(self, epoch: int | None) -> int:
         return self.epoch if epoch is None else check_epoch(epoch, self._op)
 
-    @_dispatch.outside_graphs
+    @dispatch.outside_graphs
     def _ids_of(self, sample_ids: Tensor | Sequence[int] | None, n: int) -> Tensor:
         if sample_ids is not None:
             return sample_id_tensor(sample_ids, n, self._op)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C, _augment_ops, _dispatch
-from ._arguments import FILL_MODES, INTERPOLATIONS, for_channels, integer, one_of, per_channel
+from .. import _C
+from ..core import dispatch
+from . import op as _augment_ops
+from .arguments import FILL_MODES, INTERPOLATIONS, for_channels, integer, one_of, per_channel
 from .steps import Encoded
 
 __all__ = ["AugmentParams"]
@@ -449,7 +451,7 @@ def _cpu(index: slice | Sequence[int] | Tensor) -> Any:
     return index if isinstance(index, slice) else list(index)
 
 
-@_dispatch.outside_graphs
+@dispatch.outside_graphs
 def draw(
     steps: Sequence[Encoded],
     sample_ids: Tensor,

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import _augment_ops
-from ._arguments import (
+from . import op as _augment_ops
+from .arguments import (
     FILL_MODES,
     INTERPOLATIONS,
     for_channels,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ._arguments import (
+from .arguments import (
     INTERPOLATIONS,
     Interval,
     PerChannel,

@@ -15,15 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from fusereg.demo.contact_sheet import contact_sheet
 from fusereg.demo.data import DataSet
 from fusereg.demo.filters import filters
-from fusereg.demo.style import (
-    FUSED_COLOUR,
-    PLAIN_COLOUR,
-    colour,
-    dashes,
-    new_figure,
-    png,
-    tidy,
-)
+from fusereg.demo.style import FUSED_COLOUR, PLAIN_COLOUR, colour, dashes, new_figure, png, tidy
 from fusereg.demo.techniques import linear_weights
 from fusereg.demo.train import Result
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .. import _dispatch
+from ..core import distributed
 
 _OP = "fusereg.EarlyStopping"
 
@@ -139,7 +139,7 @@ def gather(tree: Any, memo: dict[int, Tensor]) -> Any:
 
 def _part_like(whole: Any, like: Any) -> Any:
     """This rank's part of a whole tensor, for one that is sharded as ``like``; asks no rank."""
-    if not (isinstance(whole, Tensor) and _dispatch.is_dtensor(like)):
+    if not (isinstance(whole, Tensor) and distributed.is_dtensor(like)):
         return whole
     from torch.distributed.tensor import distribute_tensor
 
@@ -204,7 +204,7 @@ def _clone_tensor(tensor: Tensor, place: Place) -> Tensor | Held:
         raise ValueError(f"{_OP}: a tensor on the meta device has no values to keep")
     device = tensor.device
     sharding = None
-    if _dispatch.is_dtensor(tensor):
+    if distributed.is_dtensor(tensor):
         whole = cast(Any, tensor)
         sharding = (whole.device_mesh, whole.placements, whole.shape, whole.stride())
         tensor = whole.to_local().detach()
@@ -255,13 +255,15 @@ class Sources:
 
     def _current(self) -> dict[str, Stateful]:
         return {
-            name: _dispatch.unwrapped(thing) if isinstance(thing, nn.Module) else thing
+            name: distributed.unwrapped(thing) if isinstance(thing, nn.Module) else thing
             for name, thing in self._objects.items()
         }
 
     def sharded(self) -> bool:
         """Whether any parameter is a DTensor."""
-        return any(_dispatch.has_dtensor(_parameters(thing)) for thing in self._current().values())
+        return any(
+            distributed.has_dtensor(_parameters(thing)) for thing in self._current().values()
+        )
 
     def whole(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with whole tensors in place of parts. All ranks together.

@@ -1,10 +1,10 @@
 """Functions without state. All are differentiable unless they say otherwise."""
 
-from ._batch_norm import batch_norm
-from ._consistent_dropout import consistent_dropout
-from ._drop_block import drop_block2d
-from ._drop_connect import drop_connect_conv2d, drop_connect_linear
-from ._dropout import (
+from ..batch_norm.functional import batch_norm
+from ..drop_block.functional import drop_block2d
+from ..drop_connect.functional import drop_connect_conv2d, drop_connect_linear
+from ..dropout.consistent import consistent_dropout
+from ..dropout.functional import (
     alpha_dropout,
     drop_path,
     dropout,
@@ -14,20 +14,15 @@ from ._dropout import (
     dropout_mask,
     feature_alpha_dropout,
 )
-from ._dropout_norm import dropout_add_layer_norm, dropout_add_rms_norm
-from ._fused_dropout import (
+from ..dropout_norm.functional import dropout_add_layer_norm, dropout_add_rms_norm
+from ..fused_dropout.functional import (
     activation_dropout,
     bias_dropout_add,
     drop_path_add,
     dropout_add,
 )
-from ._gaussian_dropout import gaussian_dropout
-from ._penalty import (
-    elastic_net_penalty,
-    group_lasso_penalty,
-    l1_penalty,
-    l2_penalty,
-)
+from ..gaussian_dropout.functional import gaussian_dropout
+from ..penalty.functional import elastic_net_penalty, group_lasso_penalty, l1_penalty, l2_penalty
 
 __all__ = [
     "activation_dropout",

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..early_stopping import EarlyStopping
-from ..penalty import AttachedPenalty, WeightPenalty
+from ..penalty.weight_penalty import AttachedPenalty, WeightPenalty
 from ._needed import library
 from ._stopping import Monitored
 

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import _dispatch
-from .._params import Key
-from .._penalty_hook import add_for
+from ..core import dispatch, distributed
+from ..core.params import Key
 from ..early_stopping import EarlyStopping
 from ..early_stopping.snapshot import Stateful
-from ..penalty import Rule, WeightPenalty
+from ..penalty.hook import add_for
+from ..penalty.weight_penalty import Rule, WeightPenalty
 from ._needed import library
 from ._stopping import Monitored
 
@@ -157,7 +157,7 @@ class PenaltyCallback(Callback):
 def _scale(trainer: Any, optimizer: Any) -> Tensor | None:
     """What the gradients are multiplied by at this point of the step, on their device."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not _dispatch.unscales_in_step(optimizer):
+    if scaler is None or not dispatch.unscales_in_step(optimizer):
         return None  # Lightning has unscaled them just before
     scale: Tensor = scaler.scale(
         torch.ones((), device=optimizer.param_groups[0]["params"][0].device)
@@ -243,7 +243,7 @@ class EarlyStoppingCallback(LightningsOwn):
         if self.stopper is None:
             also = {} if self._also is None else {"also": self._also(trainer)}
             self.stopper = self._monitored.stopper(pl_module, **also)
-        if any(_dispatch.is_dtensor(value) for value in pl_module.state_dict().values()):
+        if any(distributed.is_dtensor(value) for value in pl_module.state_dict().values()):
             self._in_checkpoint = False
         if self._loaded is not None:
             self.stopper.load_state_dict(self._loaded)

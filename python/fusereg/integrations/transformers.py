@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import optim
-from .._params import Key
+from ..core.params import Key
 from ..early_stopping import EarlyStopping
 from ..early_stopping.snapshot import Stateful
-from ..penalty import AttachedPenalty, Rule, WeightPenalty
+from ..penalty.weight_penalty import AttachedPenalty, Rule, WeightPenalty
 from ._needed import library
 from ._stopping import Monitored
 

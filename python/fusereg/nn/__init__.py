@@ -1,11 +1,13 @@
 """Layers: drop-in replacements for those of torch.nn, with the same arguments and the same repr."""
 
-from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from .batch_norm_variants import BatchRenorm, FrozenBatchNorm, GhostBatchNorm
-from .consistent_dropout import ConsistentDropout
-from .drop_block import DropBlock2d
-from .drop_connect import DropConnectConv2d, DropConnectLinear
-from .dropout import (
+from ..batch_norm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from ..batch_norm.statistics import keep_stats
+from ..batch_norm.sync import SyncBatchNorm
+from ..batch_norm.variants import BatchRenorm, FrozenBatchNorm, GhostBatchNorm
+from ..drop_block.layers import DropBlock2d
+from ..drop_connect.layers import DropConnectConv2d, DropConnectLinear
+from ..dropout.consistent import ConsistentDropout
+from ..dropout.layers import (
     AlphaDropout,
     Dropout,
     Dropout1d,
@@ -14,11 +16,9 @@ from .dropout import (
     DropPath,
     FeatureAlphaDropout,
 )
-from .dropout_norm import DropoutAddLayerNorm, DropoutAddRMSNorm
-from .fused_dropout import ActivationDropout, BiasDropoutAdd, DropoutAdd, DropPathAdd
-from .gaussian_dropout import GaussianDropout
-from .statistics import keep_stats
-from .sync_batch_norm import SyncBatchNorm
+from ..dropout_norm.layers import DropoutAddLayerNorm, DropoutAddRMSNorm
+from ..fused_dropout.layers import ActivationDropout, BiasDropoutAdd, DropoutAdd, DropPathAdd
+from ..gaussian_dropout.layers import GaussianDropout
 
 __all__ = [
     "ActivationDropout",

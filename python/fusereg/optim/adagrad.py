@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._texts import share
 from .optimizer import ParamsT, RegularizedOptimizer, check_numbers, own_defaults
+from .texts import share
 
 __all__ = ["Adagrad"]
 

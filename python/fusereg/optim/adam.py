@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ._texts import share
 from .optimizer import ParamsT, RegularizedOptimizer, check_numbers, own_defaults
+from .texts import share
 
 __all__ = ["Adam", "AdamW"]
 

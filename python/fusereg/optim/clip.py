@@ -12,7 +12,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .. import _C, _dispatch, _params
+from .. import _C
+from ..core import checks, dispatch, distributed, memory
+from ..core import params as _params
 
 __all__ = ["clip_grad_norm_", "get_total_norm"]
 
@@ -20,7 +22,7 @@ _DONE, _NEEDS_FLOAT64, _NEEDS_PREPARATION = 0, 1, 2
 _NORMS = {1.0: 0, 2.0: 1, math.inf: 2}
 #: Of these functions alone. Only sizes and dtypes are in it (the addresses of some 3800 tensors
 #: travel with each launch), so that calls with the same model find it as they need it.
-_tables = _dispatch.launch_tables()
+_tables = memory.launch_tables()
 
 
 def get_total_norm(
@@ -100,7 +102,7 @@ def clip_grad_norm_(
         raise ValueError(f"fusereg.{op}: max_norm must not be negative, got {max_norm}")
     listed = _params.as_list(parameters, op)
     norm_type = float(norm_type)
-    if not _dispatch.eager() and not error_if_nonfinite:
+    if not dispatch.eager() and not error_if_nonfinite:
         grads = list({id(p): p.grad for p in listed if p.grad is not None}.values())
         if _in_graph(op, grads, norm_type):
             found: Tensor = torch.ops.fusereg.clip_grads_(grads, max_norm, _NORMS[norm_type])
@@ -108,7 +110,7 @@ def clip_grad_norm_(
     return _clip_parameters(op, listed, max_norm, norm_type, error_if_nonfinite)
 
 
-@_dispatch.outside_graphs
+@dispatch.outside_graphs
 def _clip_parameters(
     op: str, listed: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
 ) -> Tensor:
@@ -132,7 +134,7 @@ def _scale(grads: list[Tensor], norm: Tensor, max_norm: float) -> None:
             g.mul_(factor.to(g.device).to(g.dtype))
 
 
-@_dispatch.outside_graphs
+@dispatch.outside_graphs
 def total_norm(op: str, tensors: list[Tensor], norm_type: float) -> Tensor:
     """The norm over all elements; DTensors count as a whole."""
     if not tensors:
@@ -140,28 +142,28 @@ def total_norm(op: str, tensors: list[Tensor], norm_type: float) -> Tensor:
     if norm_type not in _NORMS:
         return torch.nn.utils.get_total_norm(tensors, norm_type)
     kind = _NORMS[norm_type]
-    if isinstance(tensors[0], Tensor) and not _dispatch.has_dtensor(tensors):
+    if isinstance(tensors[0], Tensor) and not distributed.has_dtensor(tensors):
         norm = _in_one_call(op, tensors, False, kind, -1.0)
         if norm is not None:
             return norm
-    elif _dispatch.has_dtensor(tensors):
-        from . import _distributed
+    elif distributed.has_dtensor(tensors):
+        from . import dtensor as _dtensor
 
-        return _distributed.total_norm(op, tensors, norm_type)
+        return _dtensor.total_norm(op, tensors, norm_type)
     return combined([local_norm(op, tensors, kind)], norm_type).to(_result_dtype(tensors))
 
 
 def local_norm(op: str, tensors: list[Tensor], kind: int) -> Tensor:
     """In float64, over tensors that are prepared one by one."""
     plain = [
-        _params.dense(_params.plain(_densified(t), op, f"tensors[{i}]"))
+        checks.dense(checks.plain(_densified(t), op, f"tensors[{i}]"))
         for i, t in enumerate(tensors)
     ]
     parts = []
     for device, indices in _params.by_device(plain).items():
         out = torch.empty((), dtype=torch.float64, device=device)
         own = [plain[i] for i in indices]
-        work = _dispatch.workspace(device)
+        work = memory.workspace(device)
         if _C.grad_norm(own, False, out, kind, -1.0, work, _tables, op) != _DONE:
             raise RuntimeError(f"fusereg.{op}: the kernel refused prepared tensors; please report")
         parts.append(out)
@@ -196,7 +198,7 @@ def _in_one_call(
         return None
     for dtype in (torch.float32, torch.float64):
         out = torch.empty((), dtype=dtype, device=device)
-        work = _dispatch.workspace(device)
+        work = memory.workspace(device)
         status = _C.grad_norm(tensors, of_params, out, kind, clip, work, _tables, op)
         if status == _DONE:
             return out
@@ -210,17 +212,17 @@ def _in_one_call(
 
 def _in_graph(op: str, tensors: list[Tensor], norm_type: float) -> bool:
     """Whether this call is one for the operators."""
-    if _dispatch.eager() or not tensors or norm_type not in _NORMS:
+    if dispatch.eager() or not tensors or norm_type not in _NORMS:
         return False
     for i, t in enumerate(tensors):
-        if _dispatch.is_dtensor(t):
+        if distributed.is_dtensor(t):
             return False
-        _params.check(t, op, f"tensors[{i}]")
+        checks.check(t, op, f"tensors[{i}]")
     return True
 
 
-_dispatch.library.define("grad_norm(Tensor[] tensors, int kind) -> Tensor")
-_dispatch.library.define("clip_grads_(Tensor(a!)[] grads, float max_norm, int kind) -> Tensor")
+dispatch.library.define("grad_norm(Tensor[] tensors, int kind) -> Tensor")
+dispatch.library.define("clip_grads_(Tensor(a!)[] grads, float max_norm, int kind) -> Tensor")
 _NORM_TYPES = {kind: norm_type for norm_type, kind in _NORMS.items()}
 
 
@@ -242,16 +244,16 @@ def _fake_norm(tensors: list[Tensor]) -> Tensor:
 
 
 for _key in ("CPU", "CUDA"):
-    _dispatch.library.impl("grad_norm", _op_grad_norm, _key)
-    _dispatch.library.impl("clip_grads_", _op_clip_grads_, _key)
+    dispatch.library.impl("grad_norm", _op_grad_norm, _key)
+    dispatch.library.impl("clip_grads_", _op_clip_grads_, _key)
 
 torch.library.register_fake(
-    "fusereg::grad_norm", lambda tensors, kind: _fake_norm(tensors), lib=_dispatch.library
+    "fusereg::grad_norm", lambda tensors, kind: _fake_norm(tensors), lib=dispatch.library
 )
 torch.library.register_fake(
     "fusereg::clip_grads_",
     lambda grads, max_norm, kind: _fake_norm(grads),
-    lib=_dispatch.library,
+    lib=dispatch.library,
 )
 
 

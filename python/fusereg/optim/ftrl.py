@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _dispatch
-from ._texts import share
+from ..core import dispatch
 from .optimizer import ParamsT, RegularizedOptimizer, check_numbers, own_defaults
+from .texts import share
 
 __all__ = ["FTRL"]
 
@@ -118,7 +118,7 @@ class FTRL(RegularizedOptimizer):
         unseen = isinstance(rate, Tensor) and rate.device.type == "cpu"
         return not unseen and not _is_zero(rate) and super()._init_group(group, *lists)
 
-    @_dispatch.outside_graphs
+    @dispatch.outside_graphs
     def _run(self) -> None:
         resting = [group for group in self.param_groups if _is_zero(group["lr"])]
         if not resting:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..penalty import WeightPenalty
+from ..penalty.weight_penalty import WeightPenalty
 
 __all__ = ["param_groups_weight_decay"]
 

@@ -25,9 +25,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .. import _dispatch
-from . import _graphs, _kernels
-from ._kernels import Call, Hyper, State
+from ..core import dispatch, distributed, memory
+from . import graphs as _graphs
+from . import kernels as _kernels
+from .kernels import Call, Hyper, State
 
 __all__ = ["RegularizedOptimizer"]
 
@@ -84,7 +85,7 @@ class _Plan:
         self.watched = states
         self.states: list[State] = [states.get(p, _NO_STATE) for p in self.params]
         self.version = states.version
-        self.distributed = _dispatch.has_dtensor(self.params)
+        self.distributed = distributed.has_dtensor(self.params)
         float64 = any(p.dtype is torch.float64 for p in self.params)
         self.value_dtype = torch.float64 if float64 else torch.float32
 
@@ -184,8 +185,8 @@ class RegularizedOptimizer(torch.optim.Optimizer):
 
     def _new_tables(self) -> None:
         """Memory for CUDA launches over many parameters; a copy of this has its own."""
-        self._step_tables = _dispatch.launch_tables()
-        self._norm_tables = _dispatch.launch_tables()
+        self._step_tables = memory.launch_tables()
+        self._norm_tables = memory.launch_tables()
 
     # -- what a subclass says --
 
@@ -257,7 +258,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             bool(group["master_weights"]),
         )
 
-    @_dispatch.outside_graphs
+    @dispatch.outside_graphs
     def _run(self) -> None:
         groups = self.param_groups
         plan = self._plan
@@ -300,10 +301,10 @@ class RegularizedOptimizer(torch.optim.Optimizer):
                 call = self._with_states(call)
                 _kernels.run_prepared(call, self._keys)
         else:
-            from . import _distributed
+            from . import dtensor as _dtensor
 
             call = self._with_states(call)
-            _distributed.run(call, self._keys)
+            _dtensor.run(call, self._keys)
         if value is not None:
             self.penalty_value = value
         if call.fresh and self._forgets(call):
@@ -375,7 +376,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if not (
-            torch.compiler.is_dynamo_compiling() and _dispatch.whole_graph() and _graphs.step(self)
+            torch.compiler.is_dynamo_compiling() and dispatch.whole_graph() and _graphs.step(self)
         ):
             self._run()
         return loss

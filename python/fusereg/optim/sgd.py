@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ._kernels import Call
-from ._texts import share
+from .kernels import Call
 from .optimizer import ParamsT, RegularizedOptimizer, check_numbers, own_defaults
+from .texts import share
 
 __all__ = ["SGD"]
 

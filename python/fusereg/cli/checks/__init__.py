@@ -8,8 +8,9 @@ under the decorator :func:`kernel_check`. Every such file is found by itself.
 from __future__ import annotations
 
 import importlib
-import pkgutil
+from pathlib import Path
 
+import fusereg
 from fusereg.cli.checks._base import (
     CHECKS,
     TOLERANCES,
@@ -38,9 +39,9 @@ __all__ = [
 ]
 
 TECHNIQUES: tuple[str, ...] = tuple(
-    sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    sorted(path.parent.name for path in Path(fusereg.__file__).parent.glob("*/check.py"))
 )
-"""The techniques that have checks: the files of this package."""
+"""The techniques that have checks: the packages with a file check.py."""
 
 for _name in TECHNIQUES:
-    importlib.import_module(f"{__name__}.{_name}")
+    importlib.import_module(f"fusereg.{_name}.check")

@@ -102,7 +102,7 @@ def kernel_check(name: str, formula: str) -> Callable[[Call], Call]:
     """Adds the function below it to the checks of its file's technique."""
 
     def register(call: Call) -> Call:
-        CHECKS.append(KernelCheck(call.__module__.rpartition(".")[2], name, formula, call))
+        CHECKS.append(KernelCheck(call.__module__.split(".")[-2], name, formula, call))
         return call
 
     return register

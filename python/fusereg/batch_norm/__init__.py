@@ -1,0 +1,1 @@
+"""Batch normalization, its variants, and folding into convolutions."""

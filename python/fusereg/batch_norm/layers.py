@@ -1,0 +1,181 @@
+"""Batch normalization layers: torch's, with what often follows them in the same pass.
+
+Each is a subclass of torch's of the same name, with the same parameters, buffers and state_dict.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..core import checks
+from ..core.docs import share_paragraphs
+from . import functional, kernels
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+
+def check_activation(activation: object, name: str) -> None:
+    """Raises unless this is None or the name of an activation."""
+    if activation is not None and not (
+        isinstance(activation, str) and activation in kernels.ACTIVATIONS
+    ):
+        names = ", ".join(repr(name) for name in kernels.ACTIVATIONS)
+        raise ValueError(
+            f"fusereg.nn.{name}: activation must be one of {names}, got {activation!r}"
+        )
+
+
+class _Fused(nn.modules.batchnorm._BatchNorm):
+    """What the layers have in common."""
+
+    if TYPE_CHECKING:
+
+        def _check_input_dim(self, input: Tensor) -> None: ...
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+        dropout: float = 0.0,
+        negative_slope: float = 0.01,
+        update_stats: bool = True,
+        inplace: bool = False,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        check_activation(activation, type(self).__name__)
+        checks.check_probability(dropout, f"nn.{type(self).__name__}", "dropout")
+        if inplace:
+            where = f"fusereg.nn.{type(self).__name__}"
+            functional.check_inplace(activation, negative_slope, dropout, where)
+        self.activation = activation
+        self.dropout = dropout
+        self.negative_slope = negative_slope
+        self.update_stats = update_stats
+        self.inplace = inplace
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """The input normalized, the residual added, activated, dropped."""
+        return self._normalized(input, residual, mask)
+
+    def _normalized(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        virtual_batch_size: int | None = None,
+    ) -> Tensor:
+        self._check_input_dim(input)
+        # nn.Module takes half a microsecond for each attribute that is a parameter or a buffer.
+        buffers, parameters = self._buffers, self._parameters
+        try:
+            mean, var = buffers["running_mean"], buffers["running_var"]
+            batches = buffers["num_batches_tracked"]
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:  # parametrized, or replaced by something that is neither
+            mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+            weight, bias = self.weight, self.bias
+        return functional.batch_norm(
+            input,
+            mean,
+            var,
+            weight,
+            bias,
+            self.training,
+            self.momentum,
+            self.eps,
+            activation=self.activation,
+            residual=residual,
+            dropout=self.dropout,
+            negative_slope=self.negative_slope,
+            mask=mask,
+            virtual_batch_size=virtual_batch_size,
+            num_batches_tracked=batches,
+            update_stats=self.update_stats,
+            inplace=self.inplace,
+        )
+
+    def extra_repr(self) -> str:
+        """As torch's, and what is fused."""
+        text: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        if self.activation is not None:
+            text += f", activation={self.activation!r}"
+            if self.activation == "leaky_relu":
+                text += f", negative_slope={self.negative_slope}"
+        if self.dropout:
+            text += f", dropout={self.dropout}"
+        if not self.update_stats:
+            text += ", update_stats=False"
+        if self.inplace:
+            text += ", inplace=True"
+        return text
+
+
+_ARGUMENTS = """
+    Args:
+        num_features: C.
+        eps: added to the variance, > 0.
+        momentum: the weight of a batch in the running statistics, within [0, 1]; None for a
+            cumulative average.
+        affine: whether there are a weight and a bias.
+        track_running_stats: whether there are running statistics; without them evaluation uses the
+            batch's as well.
+        device: where parameters and buffers lie.
+        dtype: of the parameters and buffers.
+        activation: None, "relu", "leaky_relu", "silu" or "gelu", after normalization and residual.
+        dropout: the probability of dropping an element of the result, in training.
+        negative_slope: of leaky ReLU.
+        update_stats: whether training updates the running statistics; switch it off while a batch
+            is seen a second time, as activation checkpointing sees it.
+        inplace: write the result into the input and keep it in the input's place for backward;
+            with ``activation`` None or "leaky_relu", without dropout and residual. See
+            :func:`fusereg.functional.batch_norm`.
+
+    Raises:
+        ValueError: ``activation`` or ``dropout`` is out of range, or cannot be in place.
+"""
+
+
+class BatchNorm1d(_Fused, nn.BatchNorm1d):
+    """:func:`fusereg.functional.batch_norm` of (N, C) or (N, C, L).
+
+    {arguments}
+
+    Example:
+        >>> layer = fusereg.nn.BatchNorm1d(64, activation="relu", dropout=0.1)
+    """
+
+
+class BatchNorm2d(_Fused, nn.BatchNorm2d):
+    """:func:`fusereg.functional.batch_norm` of (N, C, H, W).
+
+    {arguments}
+
+    Example:
+        >>> layer = fusereg.nn.BatchNorm2d(64, activation="relu")
+        >>> y = layer(x, residual=shortcut)
+    """
+
+
+class BatchNorm3d(_Fused, nn.BatchNorm3d):
+    """:func:`fusereg.functional.batch_norm` of (N, C, D, H, W).
+
+    {arguments}
+    """
+
+
+for _layer in (BatchNorm1d, BatchNorm2d, BatchNorm3d):
+    share_paragraphs(_layer, arguments=_ARGUMENTS)

@@ -1,0 +1,206 @@
+"""Batch normalization with the statistics of all processes."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import functional
+from . import op as _batch_norm_ops
+from . import sync_op as _batch_norm_sync
+from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, _Fused
+
+__all__ = ["SyncBatchNorm"]
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+_Module = TypeVar("_Module", bound=nn.Module)
+
+#: What convert_sync_batchnorm takes, and what revert_sync_batchnorm makes of it again.
+_CONVERTED: tuple[type[_BatchNorm], ...] = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    nn.SyncBatchNorm,
+)
+
+
+class SyncBatchNorm(_Fused):
+    """Batch normalization with the statistics of all processes' batches (``torch.distributed``).
+
+    Has the arguments, parameters, buffers and state_dict of torch's, and the epilogue of
+    :class:`BatchNorm2d`: a residual, an activation, dropout. It works on the CPU too (gloo), with
+    batches of different sizes and with none at all on some processes, waits for no device, and can
+    be compiled with ``fullgraph=True``. Without a process group of more than one process, and in
+    evaluation, it is plain batch normalization. Takes (N, C) and (N, C, ...). It is no subclass of
+    torch's, because DistributedDataParallel refuses those on the CPU.
+
+    A call sends 24 bytes a channel to every process in forward (one all-gather) and sums 16 bytes a
+    channel in backward (one all-reduce). The gradients of weight and bias are those of this
+    process's batch, which DDP then averages, as with torch's. A second derivative (a gradient
+    penalty) takes two more all-reduces forward and backward, on all processes alike.
+
+    Args:
+        num_features: C.
+        eps, momentum, affine, track_running_stats, process_group, device, dtype: as torch's.
+        activation, dropout, negative_slope, update_stats: as in :class:`BatchNorm2d`.
+
+    Example:
+        >>> model = fusereg.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        >>> model = torch.nn.parallel.DistributedDataParallel(model)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **epilogue: Any,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **epilogue
+        )
+        if self.inplace:
+            raise ValueError("fusereg.nn.SyncBatchNorm: inplace=True is not supported")
+        self.process_group = process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """F.batch_norm asks for two dimensions, and that is all."""
+
+    def _process_group(self) -> Any:
+        """The group to synchronize over; None where there is nothing to synchronize."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = dist.group.WORLD if self.process_group is None else self.process_group
+        return group if dist.get_world_size(group) > 1 else None
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """The input normalized, the residual added, activated, dropped."""
+        return self.with_epilogue(
+            input, residual, mask, self.activation, self.negative_slope, self.dropout
+        )
+
+    def with_epilogue(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        activation: str | None,
+        negative_slope: float,
+        dropout: float,
+    ) -> Tensor:
+        """As ``forward``, followed by something else than the layer's own settings say."""
+        self._check_input_dim(input)
+        group = self._process_group() if self.training else None
+        call, running = functional.prepared(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training,
+            self.momentum, self.eps, activation, residual, dropout, None, negative_slope, mask,
+            None, self.num_batches_tracked, self.update_stats, None, None, "sync_batch_norm",
+            single_values=group is not None,
+        )  # fmt: skip
+        if group is None:
+            return _batch_norm_ops.normalize(
+                call, input, residual, mask, self.weight, self.bias, None, running
+            )
+        return _batch_norm_sync.synchronized(
+            call, input, residual, mask, self.weight, self.bias, group, running
+        )
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: _Module, process_group: Any = None) -> Any:
+        """The module with its batch-norm layers, torch's and fusereg's, made synchronized ones.
+
+        Parameters, buffers, hooks and training mode are kept, and a fused activation and dropout
+        as well (torch's own method loses them).
+
+        Args:
+            module: changed in place; a batch-norm layer itself gives a new layer.
+            process_group: of the new layers; all processes if not given.
+        """
+        return _converted(module, lambda layer: _to_sync(cls, layer, process_group))
+
+    @classmethod
+    def revert_sync_batchnorm(cls, module: _Module) -> Any:
+        """The module with what :meth:`convert_sync_batchnorm` made turned back.
+
+        A layer that was made as a SyncBatchNorm becomes a BatchNorm2d.
+        """
+        return _converted(module, _from_sync)
+
+
+def _converted(module: nn.Module, replace: Any) -> nn.Module:
+    """The module with the layers that ``replace`` knows replaced, a shared one by one."""
+    known: dict[nn.Module, nn.Module] = {}
+
+    def visit(layer: nn.Module) -> nn.Module:
+        if layer not in known:
+            known[layer] = replace(layer) or layer
+            if known[layer] is layer:
+                for name, child in list(layer._modules.items()):
+                    if child is not None:
+                        new = visit(child)
+                        if new is not child:
+                            setattr(layer, name, new)
+        return known[layer]
+
+    return visit(module)
+
+
+def _to_sync(cls: type[SyncBatchNorm], layer: nn.Module, group: Any) -> nn.Module | None:
+    if type(layer) not in _CONVERTED:
+        return None
+    assert isinstance(layer, _BatchNorm)
+    if isinstance(layer, nn.SyncBatchNorm) and group is None:
+        group = layer.process_group
+    made = _twin(cls, layer, process_group=group)
+    made.__dict__["converted_from"] = type(layer)
+    return made
+
+
+def _from_sync(layer: nn.Module) -> nn.Module | None:
+    if type(layer) is not SyncBatchNorm:
+        return None
+    made = layer.__dict__.get("converted_from", BatchNorm2d)
+    if made is nn.SyncBatchNorm:
+        return _twin(made, layer, process_group=layer.process_group)
+    return _twin(made, layer)
+
+
+def _twin(made: type[_BatchNorm], layer: _BatchNorm, **extra: Any) -> _BatchNorm:
+    """A layer of another class with this one's parameters, buffers, hooks and settings."""
+    if issubclass(made, _Fused):
+        for name in ("activation", "dropout", "negative_slope", "update_stats"):
+            if hasattr(layer, name):
+                extra[name] = getattr(layer, name)
+    elif getattr(layer, "activation", None) is not None or getattr(layer, "dropout", False):
+        raise ValueError(
+            f"fusereg.nn.SyncBatchNorm: a layer with a fused activation or dropout cannot become "
+            f"a {made.__module__}.{made.__name__}, which has none"
+        )
+    new = made(
+        layer.num_features,
+        layer.eps,
+        layer.momentum,
+        layer.affine,
+        layer.track_running_stats,
+        device="meta",
+        **extra,
+    )
+    for state in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+        setattr(new, state, getattr(layer, state))
+    for name, value in vars(layer).items():
+        if "hooks" in name:
+            setattr(new, name, value)
+    return new.train(layer.training)

@@ -1,0 +1,257 @@
+"""Batch normalization with other statistics: of virtual batches, renormalized, frozen.
+
+All take (N, C) and (N, C, ...) of any number of dimensions, and the epilogue of
+:class:`fusereg.nn.BatchNorm2d`: a residual, an activation, dropout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, kernels
+from . import op as _batch_norm_ops
+from .layers import _Fused, check_activation
+
+__all__ = ["BatchRenorm", "FrozenBatchNorm", "GhostBatchNorm"]
+
+
+class _AnyDimension(_Fused):
+    def _check_input_dim(self, input: Tensor) -> None:
+        """F.batch_norm asks for two dimensions, and that is all."""
+
+
+class GhostBatchNorm(_AnyDimension):
+    """Batch normalization of virtual batches, in one pass over all (Hoffer et al. 2017).
+
+    In training, each ``virtual_batch_size`` consecutive samples are normalized by their own
+    statistics; the last ones may be fewer. The running statistics are those of the whole batch, and
+    are what evaluation uses.
+
+    Args:
+        num_features: C.
+        virtual_batch_size: samples that share statistics.
+        eps, momentum, affine, track_running_stats, device, dtype: as in torch's BatchNorm.
+        activation, dropout, negative_slope, update_stats: as in :class:`BatchNorm2d`.
+
+    Raises:
+        TypeError, ValueError: ``virtual_batch_size`` is no positive integer.
+
+    Example:
+        >>> layer = fusereg.nn.GhostBatchNorm(64, virtual_batch_size=32)
+    """
+
+    def __init__(
+        self, num_features: int, *args: Any, virtual_batch_size: int = 128, **kwargs: Any
+    ) -> None:
+        super().__init__(num_features, *args, **kwargs)
+        if isinstance(virtual_batch_size, bool) or not isinstance(virtual_batch_size, int):
+            raise TypeError(
+                "fusereg.nn.GhostBatchNorm: virtual_batch_size must be an integer, "
+                f"got {type(virtual_batch_size).__name__}"
+            )
+        if virtual_batch_size < 1:
+            raise ValueError(
+                "fusereg.nn.GhostBatchNorm: virtual_batch_size must be positive, "
+                f"got {virtual_batch_size}"
+            )
+        self.virtual_batch_size = virtual_batch_size
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """The input normalized group by group, the residual added, activated, dropped."""
+        return self._normalized(
+            input, residual, mask, self.virtual_batch_size if self.training else None
+        )
+
+    def extra_repr(self) -> str:
+        """As torch's, and the size of the virtual batches."""
+        return f"{super().extra_repr()}, virtual_batch_size={self.virtual_batch_size}"
+
+
+class BatchRenorm(_AnyDimension):
+    r"""Batch renormalization (Ioffe 2017): training sees what evaluation will see.
+
+    :math:`y = \left(\frac{x - \mu}{\sigma}\, r + d\right) \gamma + \beta` with
+    :math:`r = \mathrm{clip}(\sigma / \sigma_\mathrm{run},\, 1/r_\max,\, r_\max)` and
+    :math:`d = \mathrm{clip}((\mu - \mu_\mathrm{run}) / \sigma_\mathrm{run},\, -d_\max,\, d_\max)`,
+    both constants for the gradient, where :math:`\sigma = \sqrt{\sigma^2 + \epsilon}`. With
+    ``r_max=1`` and ``d_max=0`` this is batch normalization, which the paper begins with: it widens
+    them to 3 and 5 in the course of training. Both are attributes and may be set at any time.
+
+    Args:
+        num_features: C.
+        r_max: >= 1.
+        d_max: >= 0.
+        eps, momentum, affine, device, dtype: as in torch's BatchNorm.
+        activation, dropout, negative_slope, update_stats: as in :class:`BatchNorm2d`.
+
+    Raises:
+        ValueError: ``r_max`` or ``d_max`` is out of range, or there are to be no running
+            statistics, which it cannot do without.
+
+    Example:
+        >>> layer = fusereg.nn.BatchRenorm(64, r_max=1.0, d_max=0.0)
+        >>> layer.r_max = 1.5
+    """
+
+    def __init__(
+        self, num_features: int, *args: Any, r_max: float = 3.0, d_max: float = 5.0, **kwargs: Any
+    ) -> None:
+        super().__init__(num_features, *args, **kwargs)
+        if not self.track_running_stats:
+            raise ValueError("fusereg.nn.BatchRenorm: track_running_stats must be True")
+        if self.inplace:
+            raise ValueError("fusereg.nn.BatchRenorm: inplace=True is not supported")
+        self.r_max = r_max
+        self.d_max = d_max
+        self._check_limits()
+
+    def _check_limits(self) -> None:
+        if not self.r_max >= 1.0:
+            raise ValueError(f"fusereg.nn.BatchRenorm: r_max must be at least 1, got {self.r_max}")
+        if not self.d_max >= 0.0:
+            raise ValueError(f"fusereg.nn.BatchRenorm: d_max must be at least 0, got {self.d_max}")
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """The input renormalized, the residual added, activated, dropped."""
+        if not self.training:
+            return self._normalized(input, residual, mask)
+        self._check_limits()
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        call, running = functional.prepared(
+            input, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum,
+            self.eps, self.activation, residual, self.dropout, None, self.negative_slope, mask,
+            None, self.num_batches_tracked, self.update_stats, None, None, "batch_renorm",
+        )  # fmt: skip
+        with torch.no_grad():
+            moments = _batch_norm_ops.statistics(input, mask)
+            mean, var, _ = moments.unbind(0)
+            running_std = (self.running_var.double() + self.eps).sqrt()
+            r = ((var + self.eps).sqrt() / running_std).clamp(1.0 / self.r_max, self.r_max)
+            d = ((mean - self.running_mean.double()) / running_std).clamp(-self.d_max, self.d_max)
+            dtype = self.running_mean.dtype
+            r, d = r.to(dtype), d.to(dtype)
+        if self.weight is None:
+            weight, bias = r, d
+        else:
+            weight, bias = self.weight * r, self.bias + self.weight * d
+        return _batch_norm_ops.normalize(
+            call._replace(statistics=kernels.GIVEN), input, residual, mask, weight, bias, moments,
+            running,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """As torch's, and the limits."""
+        return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}"
+
+
+class FrozenBatchNorm(nn.Module):
+    r"""Batch normalization with statistics and parameters that never change.
+
+    :math:`y = \mathrm{act}((x - \mu_\mathrm{run}) \gamma / \sqrt{\sigma^2_\mathrm{run} + \epsilon}
+    + \beta + r)`, in training and evaluation alike: ``weight``, ``bias``, ``running_mean`` and
+    ``running_var`` are buffers. Its state_dict is that of torchvision's FrozenBatchNorm2d; that of
+    a BatchNorm fits as well.
+
+    Args:
+        num_features: C.
+        eps: added to the variance, > 0.
+        device: where the buffers lie.
+        dtype: of the buffers.
+        activation: None, "relu", "leaky_relu", "silu" or "gelu".
+        negative_slope: of leaky ReLU.
+
+    Example:
+        >>> backbone.bn1 = fusereg.nn.FrozenBatchNorm.from_batch_norm(backbone.bn1)
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+    ) -> None:
+        super().__init__()
+        check_activation(activation, "FrozenBatchNorm")
+        self.num_features = num_features
+        self.eps = eps
+        self.activation = activation
+        self.negative_slope = negative_slope
+        for name, value in (
+            ("weight", 1.0),
+            ("bias", 0.0),
+            ("running_mean", 0.0),
+            ("running_var", 1.0),
+        ):
+            self.register_buffer(
+                name, torch.full((num_features,), value, device=device, dtype=dtype)
+            )
+
+    @classmethod
+    def from_batch_norm(cls, layer: nn.modules.batchnorm._BatchNorm) -> FrozenBatchNorm:
+        """The frozen twin of a batch-norm layer (torch's or fusereg's), with copies of its tensors.
+
+        Raises:
+            ValueError: the layer has no running statistics.
+        """
+        mean, var = layer.running_mean, layer.running_var
+        if mean is None or var is None:
+            raise ValueError(
+                "fusereg.nn.FrozenBatchNorm: the layer has no running statistics to freeze"
+            )
+        frozen = cls(
+            layer.num_features,
+            layer.eps,
+            mean.device,
+            mean.dtype,
+            activation=getattr(layer, "activation", None),
+            negative_slope=getattr(layer, "negative_slope", 0.01),
+        )
+        frozen.running_mean.copy_(mean)
+        frozen.running_var.copy_(var)
+        if layer.weight is not None:
+            frozen.weight.copy_(layer.weight.detach())
+        if layer.bias is not None:
+            frozen.bias.copy_(layer.bias.detach())
+        return frozen.train(layer.training)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The input normalized by the frozen statistics, the residual added, activated."""
+        return functional.batch_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            False,
+            eps=self.eps,
+            activation=self.activation,
+            residual=residual,
+            negative_slope=self.negative_slope,
+        )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # A BatchNorm counts its batches; nothing is to be counted here.
+        state_dict.pop(f"{prefix}num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """As torch's batch-norm layers show themselves."""
+        text = f"{self.num_features}, eps={self.eps}"
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"

@@ -1,0 +1,1 @@
+"""What all rooms build on: the tie to torch, checks, memory, random numbers, operators."""

@@ -1,0 +1,227 @@
+"""Checks of arguments that all rooms share, and the messages they raise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from . import dispatch
+
+SUPPORTED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(tensor: object, op: str, name: str) -> None:
+    """Raises, with the tensor's name and what is wrong, if kernels can never take it."""
+    where = f"fusereg.{op}: {name}"
+    if not isinstance(tensor, Tensor):
+        hint = "; pass parameters(), not named_parameters()" if isinstance(tensor, tuple) else ""
+        raise TypeError(f"{where} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
+    if not torch.compiler.is_compiling() and torch.nn.parameter.is_lazy(tensor):
+        raise ValueError(
+            f"{where} is an uninitialized parameter of a lazy module; call the module once first"
+        )
+    if dispatch.escaped_wrapper(tensor):
+        raise ValueError(
+            f"{where} is a wrapper that has left its torch.func transform; it has no memory to read"
+        )
+    if tensor.is_nested:
+        raise ValueError(f"{where} is a nested tensor; pass its components (unbind())")
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{where} is sparse or not strided ({tensor.layout}); densify it first")
+    if tensor.is_complex():
+        raise ValueError(
+            f"{where} is complex ({tensor.dtype}); pass torch.view_as_real(tensor) if its real and "
+            "imaginary parts are to be penalized each on its own"
+        )
+    if tensor.dtype not in SUPPORTED_DTYPES:
+        raise ValueError(
+            f"{where} has dtype {tensor.dtype}; wanted float64, float32, float16 or bfloat16"
+        )
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{where} is on device '{tensor.device}'; wanted cpu or cuda")
+    if tensor.device.type == "cuda":
+        _check_cuda(where)
+
+
+def _check_cuda(where: str) -> None:
+    if torch.version.hip is not None:
+        raise ValueError(f"{where} is on a ROCm device; fusereg's kernels run on CPU and CUDA")
+    if _C.build_info()["cuda"] is None:
+        raise RuntimeError(
+            f"{where} is on a CUDA device, but this build of fusereg has no CUDA kernels; "
+            "build it where nvcc is on PATH, or with -Ccmake.define.FUSEREG_CUDA=ON"
+        )
+
+
+def plain(tensor: Tensor, op: str, name: str) -> Tensor:
+    """A plain tensor over the same memory; over a copy only where its sign is still pending."""
+    check(tensor, op, name)
+    tensor = tensor.detach().resolve_neg()
+    if type(tensor) is not Tensor:
+        tensor = tensor.as_subclass(Tensor)
+    kind, _ = _C.inspect(tensor)
+    if kind != 0:
+        raise ValueError(
+            f"fusereg.{op}: {name} has no memory that a kernel can read "
+            f"(a fake tensor, a freed storage or a wrapper?): {type(tensor).__name__} "
+            f"of shape {tuple(tensor.shape)} on {tensor.device}"
+        )
+    return tensor
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor itself if its elements lie without gaps or overlaps, else a contiguous copy."""
+    return tensor if _C.inspect(tensor)[1] else tensor.contiguous()
+
+
+def check_writable(tensor: Tensor, op: str, name: str) -> None:
+    """Raises if an element of it would be written more than once."""
+    if not _elements_apart(tensor):
+        raise ValueError(
+            f"fusereg.{op}: {name} has several elements that are one in memory (it is expanded, or "
+            "windows of it overlap); clone() it before writing in place"
+        )
+
+
+def _elements_apart(tensor: Tensor) -> bool:
+    """Each stride reaches beyond all that the smaller ones span.
+
+    Exotic strides may fail this without sharing an element; they are refused as well.
+    """
+    if tensor.numel() == 0:
+        return True
+    span = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < span:
+                return False
+            span += (size - 1) * stride
+    return True
+
+
+def check_apart(tensors: Sequence[Tensor | None], op: str, name: str) -> None:
+    """Raises if two of the tensors, which are about to be written, have an element in common.
+
+    ``name`` has a ``{}`` for the index.
+    """
+    extents = []
+    for i, t in enumerate(tensors):
+        if t is not None and t.numel() > 0:
+            start = t.data_ptr()
+            reach = sum((n - 1) * s for s, n in zip(t.stride(), t.shape, strict=True)) + 1
+            extents.append((start, start + reach * t.element_size(), i))
+    extents.sort()
+    open_extents: list[tuple[int, int, int]] = []
+    for start, end, i in extents:
+        open_extents = [e for e in open_extents if e[1] > start]
+        for _, _, j in open_extents:
+            first, second = tensors[min(i, j)], tensors[max(i, j)]
+            assert first is not None
+            assert second is not None
+            if first.device == second.device and _share_an_element(first, second):
+                raise ValueError(
+                    f"fusereg.{op}: {name.format(min(i, j))} and {name.format(max(i, j))} share "
+                    "memory that would be written twice; pass one of them"
+                )
+        open_extents.append((start, end, i))
+
+
+def _share_an_element(a: Tensor, b: Tensor) -> bool:
+    """Exactly, by marking the elements of both; only asked of views whose extents overlap."""
+    start = min(a.data_ptr(), b.data_ptr())
+
+    def addresses(t: Tensor) -> Tensor:
+        at = torch.tensor(t.data_ptr() - start)
+        for stride, size in zip(t.stride(), t.shape, strict=True):
+            at = at.unsqueeze(-1) + torch.arange(size) * (stride * t.element_size())
+        return at.flatten()
+
+    return bool(torch.isin(addresses(a), addresses(b)).any())
+
+
+def check_probability(p: object, op: str, name: str = "p") -> None:
+    if not isinstance(p, (int, float)) or isinstance(p, bool):
+        raise TypeError(f"fusereg.{op}: {name} must be a number, got {type(p).__name__}")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"fusereg.{op}: {name} must be within [0, 1], got {p}")
+
+
+def check_input(x: object, op: str, name: str = "x") -> None:
+    where = f"fusereg.{op}: {name}"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{where} must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested or x.layout is not torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout)
+        raise ValueError(f"{where} must be a dense, strided tensor, got a {kind} one")
+    if x.dtype not in SUPPORTED_DTYPES:
+        raise ValueError(
+            f"{where} has dtype {x.dtype}; wanted float64, float32, float16 or bfloat16"
+        )
+    if x.device.type != "meta":
+        check(x, op, name)
+
+
+def check_index_offset(index_offset: object, op: str) -> None:
+    if isinstance(index_offset, bool) or not isinstance(index_offset, int) or index_offset < 0:
+        raise ValueError(
+            f"fusereg.{op}: index_offset must be an integer and not negative, got {index_offset!r}"
+        )
+
+
+def check_target(x: Tensor, out: object, op: str) -> Tensor:
+    """``out`` for a result like x."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"fusereg.{op}: out must be a torch.Tensor, got {type(out).__name__}")
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+        raise ValueError(
+            f"fusereg.{op}: out must be {x.dtype} of shape {tuple(x.shape)} on {x.device}, "
+            f"got {out.dtype} of shape {tuple(out.shape)} on {out.device}"
+        )
+    check_writable(out, op, "out")
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        raise ValueError(
+            f"fusereg.{op}: out= supports no gradients, and x or out requires one; "
+            "leave out= away, or call under torch.no_grad()"
+        )
+    if overlap_partly(x, out):
+        raise ValueError(f"fusereg.{op}: x and out overlap in memory without being the same")
+    return out
+
+
+def overlap_partly(x: Tensor, out: Tensor) -> bool:
+    if x is out or not dispatch.eager() or x.numel() == 0 or x.device.type == "meta":
+        return False
+
+    def span(t: Tensor) -> tuple[int, int]:
+        length = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
+        return t.data_ptr(), t.data_ptr() + length * t.element_size()
+
+    (a, a_end), (b, b_end) = span(x), span(out)
+    return a < b_end and b < a_end and not (a == b and x.stride() == out.stride())
+
+
+def check_in_place(x: Tensor, op: str) -> None:
+    check_writable(x, op, "x")
+    if not torch.is_grad_enabled():
+        return
+    whole = x if x._base is None else x._base
+    if whole.requires_grad and whole.is_leaf:
+        what = "a leaf" if whole is x else "a view of a leaf"
+        raise ValueError(
+            f"fusereg.{op}: x is {what} that requires a gradient, so it cannot be changed in place"
+        )
+
+
+def probability(p: float | None, keep_prob: float | None, op: str) -> float:
+    """p, or 1 - keep_prob, or one half if neither is given."""
+    if keep_prob is None:
+        p = 0.5 if p is None else p
+        check_probability(p, op)
+        return p
+    if p is not None:
+        raise ValueError(f"fusereg.nn.{op}: p and keep_prob exclude each other")
+    check_probability(keep_prob, op, "keep_prob")
+    return 1.0 - keep_prob

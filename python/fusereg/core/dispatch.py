@@ -1,0 +1,127 @@
+"""The gate between eager calls and torch.library, and the compiled module's tie to torch.
+
+Eager calls go straight to the kernels, inside an old-style ``torch.autograd.Function``: measured at
+64 floats, forward + backward, that costs 25 us where ``torch.library`` operators cost 39 to 46.
+Everything that wants to see an operator (``torch.compile``, export, fake tensors, ``make_fx``,
+functorch transforms, tensor subclasses) goes through operators registered with ``torch.library``.
+
+This is the only file that touches private torch interfaces.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+_REQUIRED = "fusereg needs torch >= 2.10"
+if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+    raise ImportError(
+        f"{_REQUIRED} (its DLPack exchange API); this is torch {torch.__version__}. "
+        "Do: pip install --upgrade torch"
+    )
+
+# After torch, so that both use the one OpenMP runtime that torch has loaded.
+from .. import _C  # noqa: E402
+
+_C.bind_torch(torch.Tensor, torch.nn.Parameter, torch.autograd.graph.increment_version)
+
+#: Operators are defined here, each with a fake kernel and an autograd formula.
+library = torch.library.Library("fusereg", "DEF")
+
+
+def functorch() -> bool:
+    """True inside torch.func transforms (grad, vmap, ...), whose tensors are wrapped.
+
+    There an autograd function must have ``setup_context`` and a ``vmap`` rule (17 us instead of 6,
+    so not used otherwise); operators with ``torch.library.register_autograd`` have neither.
+    """
+    return not torch.compiler.is_compiling() and _functorch_level() is not None
+
+
+def escaped_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether this is a functorch wrapper that outlived its transform: it answers no question."""
+    if torch.compiler.is_compiling() or _functorch_level() is not None:
+        return False
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped
+
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+
+
+def eager() -> bool:
+    """True if nothing is watching: no compiler, tracer, dispatch mode or functorch transform.
+
+    ``torch.compiler.is_compiling()`` alone is wrong: it is False under FakeTensorMode and make_fx.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and _dispatch_modes() == 0
+        and _functorch_level() is None
+        and _tracing_state() is None
+    )
+
+
+def for_other_programs() -> bool:
+    """True while a model is written down for a program without fusereg: ONNX, torch.jit.trace.
+
+    What then is no operator of torch's is lost.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    # torch.onnx.is_in_onnx_export() asks the same, but imports the exporter: 0.2 s.
+    flags = sys.modules.get("torch.onnx._internal.exporter._flags")
+    return _tracing_state() is not None or (flags is not None and flags._is_onnx_exporting)
+
+
+def forward_mode() -> bool:
+    """True inside torch.autograd.forward_ad.dual_level(): a tensor may carry a tangent unseen."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+_F = TypeVar("_F", bound=Callable[..., object])
+
+
+def outside_graphs(function: _F) -> _F:
+    """The function, called as it is from compiled code. ``torch.compiler.disable`` does the same,
+    but imports the compiler at once; this waits for the first call, as torch's optimizers do."""
+    wrapped: _F = torch._disable_dynamo(function)  # type: ignore[attr-defined, assignment]
+    return wrapped
+
+
+def whole_graph() -> bool:
+    """While dynamo traces: whether a graph that breaks is an error (``fullgraph=True``)."""
+    tracer = sys.modules.get("torch._dynamo.symbolic_convert")
+    if tracer is None:
+        return False
+    try:
+        root = tracer.InstructionTranslator.current_tx()
+        return bool(root.one_graph or root.error_on_graph_break)
+    except AttributeError:
+        return False
+
+
+# torch.compiler.assume_constant_result does this, but imports the compiler at once.
+whole_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def unscales_in_step(optimizer: object) -> bool:
+    """Whether a GradScaler leaves it to the optimizer's step to undo the scale of its gradients."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def hooked(module: torch.nn.Module) -> bool:
+    """Whether a call of the module is not just its class's forward: a hook would see it."""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch.nn.modules.module._has_any_global_hook()
+    )

@@ -1,0 +1,156 @@
+"""Dropout of DTensors: each rank drops from its own shard, under one pair for the whole mesh.
+
+Where a shard's draws are consecutive among those of the whole tensor (it is sharded along the first
+dimension, or along one in which rows share their draw), it gets exactly its part of the whole
+tensor's mask, through index_offset; replicas get the same mask. Shards along other dimensions draw
+from indices of their own, beyond those of the whole tensor: independent, but another mask than the
+whole tensor would get on one rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from . import random
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def apply(
+    x: Tensor,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    index_offset: int,
+    row_dims: int,
+    op: str,
+    drop: Callable[[Tensor, int | Tensor, int], Tensor],
+) -> Tensor:
+    """The DTensor of drop(local part, seed, its index_offset) on each rank."""
+    from torch.distributed.tensor import DTensor
+
+    x = cast(DTensor, x)
+    index_offset += _first_index(x, row_dims, op)
+    pair = _common_pair(x, seed, generator, op)
+    y = drop(x.to_local().contiguous(), pair, index_offset)
+    return DTensor.from_local(
+        y, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=_row_major(x.shape)
+    )
+
+
+def _row_major(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+
+
+def _first_index(x: DTensor, row_dims: int, op: str) -> int:
+    """The index of this rank's first draw."""
+    mesh = x.device_mesh
+    coordinate = mesh.get_coordinate()
+    counted = x.shape[:row_dims] if row_dims else x.shape
+    sizes, starts = list(counted), [0] * len(counted)
+    shard, plain = 0, True  # the shard's number; whether its place can be told by its sizes
+    for mesh_dim, placement in enumerate(x.placements):
+        count = mesh.size(mesh_dim)
+        if placement.is_replicate() or count == 1 or coordinate is None:
+            continue
+        along = getattr(placement, "dim", None)
+        if not isinstance(along, int):
+            raise ValueError(
+                f"fusereg.{op}: x is a DTensor with placement {placement}; redistribute it to "
+                "Shard or Replicate first"
+            )
+        if along >= len(counted):
+            continue  # within rows: each rank has a piece of all of them
+        part = coordinate[mesh_dim]
+        shard = shard * count + part
+        plain = plain and placement.is_shard()
+        length = -(-sizes[along] // count)
+        start = min(sizes[along], part * length)
+        starts[along] += start
+        sizes[along] = min(length, sizes[along] - start)
+    strides = _row_major(counted)
+    cut = [d for d, (n, whole) in enumerate(zip(sizes, counted, strict=True)) if n != whole]
+    if plain and (not cut or math.prod(counted[: cut[-1]]) == 1):
+        return sum(at * stride for at, stride in zip(starts, strides, strict=True))
+    return (shard + 1) * math.prod(counted)
+
+
+def _common_pair(
+    x: DTensor, seed: int | Tensor | None, generator: torch.Generator | None, op: str
+) -> int | Tensor:
+    """The same on all ranks of the mesh: as given, or drawn by its first rank."""
+    device = x.to_local().device
+    if seed is not None:
+        if generator is not None:
+            raise ValueError(f"fusereg.{op}: seed and generator exclude each other")
+        random.check_seed(seed, device, op)
+        return seed
+    pair = random.operator_pair(device, None, generator, op)
+    for mesh_dim in range(x.device_mesh.ndim):
+        torch.distributed.broadcast(pair, group=x.device_mesh.get_group(mesh_dim), group_src=0)
+    return pair
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether this is a torch.distributed DTensor, without importing that package for nothing."""
+    if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:
+        return False
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def has_dtensor(tensors: Sequence[torch.Tensor]) -> bool:
+    only_plain, _ = _C.scan(tensors)  # a few nanoseconds a tensor
+    return not only_plain and any(is_dtensor(t) for t in tensors)
+
+
+def all_gather(tensor: torch.Tensor, group: object) -> torch.Tensor:
+    """[processes, *shape]: every process's tensor, in the order of ranks."""
+    world: int = torch.distributed.get_world_size(group)  # type: ignore[arg-type]
+    if torch.compiler.is_compiling():
+        from torch.distributed import _functional_collectives as functional
+
+        flat = functional.all_gather_tensor(tensor.flatten(), 0, group)  # type: ignore[arg-type]
+        return flat.view(world, *tensor.shape)
+    result = tensor.new_empty((world, *tensor.shape))
+    # Its name since 2.13, where the old one warns.
+    gather = getattr(torch.distributed, "all_gather_single", None)
+    if gather is None:
+        gather = torch.distributed.all_gather_into_tensor
+    gather(result.view(-1), tensor.contiguous().view(-1), group=group)
+    return result
+
+
+def all_reduce(tensor: torch.Tensor, group: object) -> torch.Tensor:
+    """The sum of every process's tensor; ``tensor`` itself may be written to."""
+    if torch.compiler.is_compiling():
+        from torch.distributed import _functional_collectives as functional
+
+        result: torch.Tensor = functional.all_reduce(tensor, "sum", group)  # type: ignore[arg-type]
+        return result
+    torch.distributed.all_reduce(tensor, group=group)
+    return tensor
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        # Looked up by name: to import torch._dynamo, for its type, takes seconds.
+        compiled = getattr(module, "_orig_mod", None)
+        if isinstance(compiled, torch.nn.Module):
+            module = compiled
+        elif torch.distributed.is_available() and isinstance(
+            module, torch.nn.parallel.DistributedDataParallel
+        ):
+            module = module.module
+        else:
+            return module

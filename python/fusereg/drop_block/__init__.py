@@ -1,0 +1,1 @@
+"""DropBlock: dropout of contiguous regions of feature maps."""

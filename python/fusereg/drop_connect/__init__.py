@@ -1,0 +1,1 @@
+"""DropConnect: layers with dropout of their weights."""

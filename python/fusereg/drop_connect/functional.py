@@ -1,0 +1,101 @@
+"""DropConnect: layers that drop weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import op as _drop_connect
+
+__all__ = ["drop_connect_conv2d", "drop_connect_linear"]
+
+
+def drop_connect_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Linear layer with DropConnect, :math:`y = x\, (m \odot W / (1-p))^T + b` (Wan et al. 2013).
+
+    One mask for the whole batch. In eager mode the dropped weight is not kept for backward: it is
+    drawn again.
+
+    Args:
+        x: of shape (..., in_features).
+        weight: of shape (out_features, in_features), float64, float32, float16 or bfloat16.
+        bias: of shape (out_features,), or None. It is not dropped.
+        p: the probability of dropping a weight, within [0, 1].
+        training: whether to drop at all.
+        seed: as in :func:`dropout`; ``dropout_mask(weight.shape, p, seed)`` is then the mask.
+        generator: as in :func:`dropout`.
+
+    Raises:
+        TypeError, ValueError: as :func:`dropout`, of the weight; also if it has not 2 dimensions.
+    """
+    return _drop_connect.linear(
+        x, weight, bias, p, training, seed, generator, "drop_connect_linear"
+    )
+
+
+def drop_connect_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Convolution with DropConnect, :math:`y = x * (m \odot W / (1-p)) + b` (Wan et al. 2013).
+
+    One mask for the whole batch and all positions. In eager mode the dropped weight is not kept for
+    backward: it is drawn again.
+
+    Args:
+        x: of shape (N, in_channels, H, W) or (in_channels, H, W).
+        weight: of shape (out_channels, in_channels / groups, kH, kW), float64, float32, float16 or
+            bfloat16.
+        bias: of shape (out_channels,), or None. It is not dropped.
+        stride: as in torch.nn.functional.conv2d, like the next three.
+        padding: "valid", "same", or zeros to add on both sides.
+        dilation: the distance of the weight's elements in x.
+        groups: of channels that are convolved apart.
+        p: the probability of dropping a weight, within [0, 1].
+        training: whether to drop at all.
+        seed: as in :func:`dropout`; ``dropout_mask(weight.shape, p, seed)`` is then the mask of a
+            contiguous weight.
+        generator: as in :func:`dropout`.
+
+    Raises:
+        TypeError, ValueError: as :func:`dropout`, of the weight; also if it has not 4 dimensions.
+        RuntimeError: what torch says of shapes that do not go together.
+
+    Example:
+        >>> y = fusereg.functional.drop_connect_conv2d(x, weight, bias, padding="same", p=0.2)
+    """
+    return _drop_connect.conv2d(
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        p,
+        training,
+        seed,
+        generator,
+        "drop_connect_conv2d",
+    )

@@ -1,0 +1,1 @@
+"""Dropout of elements, channels, samples and sequences."""

@@ -1,0 +1,316 @@
+"""Dropout of elements, channels, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..core import draws
+from ..core.docs import share_paragraphs
+
+__all__ = [
+    "alpha_dropout",
+    "drop_path",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "dropout_mask",
+    "feature_alpha_dropout",
+]
+
+_DROPOUT_ARGUMENTS = """
+        p: the probability of dropping, within [0, 1]; 0 and ``training=False`` return ``x`` itself,
+            1 gives zeros.
+        training: whether to drop at all.
+        inplace: write the result into ``x``.
+        seed: an integer that determines the mask, or an int64 tensor (seed, offset) on x's device,
+            which is read by the kernel. Default: a new pair from ``generator``.
+        generator: the torch.Generator to draw from; torch's default one if not given. Under
+            torch.compile it breaks the graph, and ``fullgraph=True`` does not take it: pass a
+            ``seed`` tensor there.
+        index_offset: what is added to every index, so that a shard of a larger tensor gets its part
+            of the whole tensor's mask under one ``seed``. DTensors see to it by themselves: a shard
+            along the first dimension gets its part, replicas get the same mask.
+"""
+_DROPOUT_RETURNS = """
+    Nothing is kept for backward but the seed: the mask is drawn again. It is a function of seed,
+    offset and index alone, the same bits on every device, dtype, instruction set and thread count.
+    The effective probability is a multiple of 2^-16 (2^-32 where that would miss p or 1 - p by more
+    than 1 part in 1024), and the scale is made from it, so the mean is unbiased. A dropped inf or
+    NaN becomes 0, where torch gives NaN.
+
+    Raises:
+        TypeError: ``x`` is no tensor, ``p`` no number, ``seed`` no integer or tensor.
+        ValueError: ``p`` is outside [0, 1]; ``x`` is of an integer, complex or other dtype, sparse
+            or nested, or has a shape that this kind does not take; ``out`` does not fit.
+"""
+
+
+def dropout(
+    x: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    index_offset: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""Dropout: :math:`y_i = x_i / (1-p)` with probability :math:`1-p`, else 0.
+
+    This is inverted dropout (Srivastava et al. 2014): nothing is to be done at evaluation.
+
+    Args:
+        x: float64, float32, float16 or bfloat16, of any shape and layout.
+    {dropout_arguments}
+        out: where to write the result, under ``torch.no_grad()``.
+
+    The index of an element is its position in memory: for a contiguous tensor that is row-major
+    order, for a channels_last or permuted one the order in which it lies (a tensor with gaps, or an
+    expanded one, is taken as ``torch.empty_like`` would lay it out; under ``torch.func`` transforms
+    the order is always row-major). :func:`fusereg.dropout_mask` shows the mask.
+    {dropout_returns}
+
+    Example:
+        >>> y = fusereg.functional.dropout(x, 0.1, training=model.training)
+    """
+    return draws.dropout(
+        x, p, training, inplace, seed, generator, index_offset, out, False, 0, "dropout"
+    )
+
+
+def dropout_mask(
+    shape: Sequence[int],
+    p: float,
+    seed: int,
+    offset: int = 0,
+    *,
+    index_offset: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The mask of dropout: True where a contiguous tensor of this shape keeps its element.
+
+    ``dropout(x, p, seed=seed)`` keeps what ``dropout_mask(x.shape, p, seed)`` says; rows of channel
+    dropout have the mask of shape (N, C).
+
+    Args:
+        shape: of the tensor.
+        p: the probability of dropping, within [0, 1].
+        seed: the key of Philox4x32-10; 64 bits count.
+        offset: a multiple of 4; offset / 4 is the low half of the counter.
+        index_offset: the index of the first element.
+        device: where the mask is wanted; the bits are the same everywhere.
+
+    Raises:
+        TypeError, ValueError: ``p`` is no number within [0, 1]; ``seed`` or ``offset`` no integer.
+
+    Example:
+        >>> fusereg.dropout_mask((2, 8), 0.5, seed=1).float().mean()
+    """
+    return draws.mask(shape, p, seed, offset, index_offset, device)
+
+
+def _channel_dropout(
+    x: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    index_offset: int,
+    row_dims: Mapping[int, int],
+    op: str,
+    alpha: bool = False,
+) -> Tensor:
+    """Rows are counted by as many leading dimensions as ``row_dims`` has for x's number of them."""
+    rows = row_dims.get(x.dim()) if isinstance(x, Tensor) else 0
+    if rows is None:
+        few = len(row_dims) < 4
+        wanted = " or ".join(str(n) for n in row_dims) if few else f"at least {min(row_dims)}"
+        raise ValueError(f"fusereg.{op}: x must have {wanted} dimensions, got {x.dim()}")
+    return draws.dropout(
+        x, p, training, inplace, seed, generator, index_offset, None, alpha, rows, op
+    )
+
+
+def dropout1d(
+    x: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    index_offset: int = 0,
+) -> Tensor:
+    r"""Drops whole channels of (N, C, L) or (C, L): one draw for each (n, c) (Tompson et al. 2015).
+
+    Args:
+        x: as in :func:`dropout`.
+    {dropout_arguments}
+
+    The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
+    {dropout_returns}"""
+    return _channel_dropout(
+        x, p, training, inplace, seed, generator, index_offset, {2: 1, 3: 2}, "dropout1d"
+    )
+
+
+def dropout2d(
+    x: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    index_offset: int = 0,
+) -> Tensor:
+    r"""Drops whole channels of (N, C, H, W): one draw for each (n, c) (Tompson et al. 2015).
+
+    Three dimensions are taken as (N, C, L), as torch does.
+
+    Args:
+        x: as in :func:`dropout`.
+    {dropout_arguments}
+
+    The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
+    {dropout_returns}"""
+    return _channel_dropout(
+        x, p, training, inplace, seed, generator, index_offset, {3: 2, 4: 2}, "dropout2d"
+    )
+
+
+def dropout3d(
+    x: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    index_offset: int = 0,
+) -> Tensor:
+    r"""Drops whole channels of (N, C, D, H, W) or (C, D, H, W) (Tompson et al. 2015).
+
+    Args:
+        x: as in :func:`dropout`.
+    {dropout_arguments}
+
+    The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
+    {dropout_returns}"""
+    return _channel_dropout(
+        x, p, training, inplace, seed, generator, index_offset, {4: 1, 5: 2}, "dropout3d"
+    )
+
+
+def alpha_dropout(
+    x: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    index_offset: int = 0,
+) -> Tensor:
+    r"""Alpha dropout, for networks of SELU: keeps mean 0 and variance 1 (Klambauer et al. 2017).
+
+    :math:`y = a (m x + (1 - m) s) + b` with :math:`s = -1.7581`, the limit of SELU,
+    :math:`a = (q (1 + (1-q) s^2))^{-1/2}` and :math:`b = -a (1-q) s`, where :math:`q = 1-p` is the
+    probability that :math:`m` is 1. ``p=1`` gives zeros.
+
+    Args:
+        x: as in :func:`dropout`.
+    {dropout_arguments}
+
+    {dropout_returns}"""
+    return draws.dropout(
+        x, p, training, inplace, seed, generator, index_offset, None, True, 0, "alpha_dropout"
+    )
+
+
+def feature_alpha_dropout(
+    x: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    index_offset: int = 0,
+) -> Tensor:
+    r"""Alpha dropout of whole channels: one draw for each (n, c) of (N, C, ...).
+
+    Args:
+        x: as in :func:`dropout`, of at least two dimensions.
+    {dropout_arguments}
+
+    The formula is that of :func:`alpha_dropout`, the index :math:`n C + c`.
+    {dropout_returns}"""
+    return _channel_dropout(
+        x,
+        p,
+        training,
+        inplace,
+        seed,
+        generator,
+        index_offset,
+        dict.fromkeys(range(2, 65), 2),
+        "feature_alpha_dropout",
+        alpha=True,
+    )
+
+
+def drop_path(
+    x: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    index_offset: int = 0,
+) -> Tensor:
+    r"""Stochastic depth: drops whole samples of (N, ...), one draw for each n (Huang et al. 2016).
+
+    :math:`y_n = x_n / (1-p)` with probability :math:`1-p`, else 0. A dropped sample is not read.
+
+    Args:
+        x: as in :func:`dropout`, of at least one dimension.
+    {dropout_arguments}
+
+    {dropout_returns}
+
+    Example:
+        >>> x = x + fusereg.functional.drop_path(block(x), 0.1, model.training)
+    """
+    return _channel_dropout(
+        x,
+        p,
+        training,
+        inplace,
+        seed,
+        generator,
+        index_offset,
+        dict.fromkeys(range(1, 65), 1),
+        "drop_path",
+    )
+
+
+for _function in (
+    dropout,
+    dropout1d,
+    dropout2d,
+    dropout3d,
+    alpha_dropout,
+    feature_alpha_dropout,
+    drop_path,
+):
+    share_paragraphs(
+        _function, dropout_arguments=_DROPOUT_ARGUMENTS, dropout_returns=_DROPOUT_RETURNS
+    )

@@ -1,0 +1,1 @@
+"""Dropout, residual sum and layer or RMS normalization in one pass."""

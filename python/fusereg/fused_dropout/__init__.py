@@ -1,0 +1,1 @@
+"""Dropout fused with bias, activation and residual."""

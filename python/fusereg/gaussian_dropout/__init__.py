@@ -1,0 +1,1 @@
+"""Multiplicative Gaussian noise."""

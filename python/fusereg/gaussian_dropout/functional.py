@@ -1,0 +1,55 @@
+"""Gaussian dropout: multiplicative noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import op as _gaussian_dropout
+
+__all__ = ["gaussian_dropout"]
+
+
+def gaussian_dropout(
+    x: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    index_offset: int = 0,
+) -> Tensor:
+    r"""Gaussian dropout: :math:`y_i = x_i (1 + \sqrt{p / (1-p)}\, n_i)`, :math:`n_i` normal.
+
+    Multiplicative noise with the mean 1 and the variance of dropout's mask (Srivastava et al. 2014,
+    section 10; Keras's GaussianDropout). Nothing is to be done at evaluation.
+
+    Args:
+        x: float64, float32, float16 or bfloat16, of any shape and layout.
+        p: the probability of dropping that has the same variance, within [0, 1); 0 and
+            ``training=False`` return ``x`` itself.
+        training: whether to add noise at all.
+        inplace: write the result into ``x``.
+        seed: an integer that determines the noise, or an int64 tensor (seed, offset) on x's device,
+            which is read by the kernel. Default: a new pair from ``generator``.
+        generator: the torch.Generator to draw from; torch's default one if not given.
+        index_offset: what is added to every index, so that a shard of a larger tensor gets its part
+            of the whole tensor's noise under one ``seed``.
+
+    Nothing is kept for backward but the seed: the noise is drawn again. It is a function of seed,
+    offset and index (the position in memory, as for :func:`dropout`) alone, the same bits on every
+    device, dtype, instruction set and thread count. It has the resolution of float32, in float64
+    too, and :math:`|n_i|` is at most 6.67.
+
+    Raises:
+        TypeError: ``x`` is no tensor, ``p`` no number, ``seed`` no integer or tensor.
+        ValueError: ``p`` is outside [0, 1); ``x`` is of an integer, complex or other dtype, sparse
+            or nested.
+
+    Example:
+        >>> y = fusereg.functional.gaussian_dropout(x, 0.1, training=model.training)
+    """
+    return _gaussian_dropout.gaussian_dropout(
+        x, p, training, inplace, seed, generator, index_offset
+    )

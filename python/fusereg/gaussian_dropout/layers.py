@@ -1,0 +1,40 @@
+"""Gaussian dropout as a layer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..core.checks import probability
+from . import functional as F
+from . import op as _gaussian_dropout
+
+__all__ = ["GaussianDropout"]
+
+
+class GaussianDropout(nn.Module):
+    """:func:`fusereg.functional.gaussian_dropout`: multiplicative noise, in training mode.
+
+    Args:
+        p: the probability of dropping that has the same variance, 0.5 if not given.
+        inplace: whether to write into the input.
+        keep_prob: 1 - p, in place of ``p``.
+
+    Raises:
+        ValueError: ``p`` is outside [0, 1), or both are given.
+    """
+
+    def __init__(
+        self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
+    ) -> None:
+        super().__init__()
+        self.p = probability(p, keep_prob, "GaussianDropout")
+        _gaussian_dropout.check_probability(self.p, "nn.GaussianDropout")
+        self.inplace = inplace
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input with noise; itself in evaluation mode."""
+        return F.gaussian_dropout(input, self.p, self.training, self.inplace)
+
+    def extra_repr(self) -> str:
+        """The arguments, as torch's dropout layers show them."""
+        return f"p={self.p}, inplace={self.inplace}"

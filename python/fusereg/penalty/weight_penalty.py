@@ -1,0 +1,543 @@
+"""Weight penalties for training loops: the fused gradient, and the object that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core import checks, dispatch, distributed
+from ..core import params as _params
+from ..core.params import Key, Params, Strength
+from . import kernels as _penalty_kernels
+from . import op as _penalty_ops
+from .hook import AttachedPenalty
+from .kernels import Strengths
+
+__all__ = ["AttachedPenalty", "PenaltyGroup", "WeightPenalty", "add_penalty_grad_", "sparsity"]
+
+
+def add_penalty_grad_(
+    params: Params,
+    *,
+    l1: Strength = 0.0,
+    l2: Strength = 0.0,
+    group: Strength = 0.0,
+    grad_scale: Tensor | float | None = None,
+) -> Tensor:
+    r"""Adds a penalty's gradient into every ``.grad`` and returns its value, in one pass.
+
+    For the penalty
+
+    .. math:: R(w) = l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2
+                     + group \sum_g \sqrt{n_g}\,\|w_g\|_2
+
+    (groups along dimension 0) this does what ``R.backward()`` does after ``loss.backward()``, but
+    reads each weight once and reads and writes each gradient once: 12 bytes an element in float32.
+    Call it after ``backward()`` and before the optimizer's step. There is no host synchronization.
+
+    Args:
+        params: a tensor, an iterable of tensors, or a module. Any mix of float64, float32, float16,
+            bfloat16, devices and layouts. A missing ``.grad`` is created. A tensor that needs no
+            gradient counts in the value only.
+        l1, l2, group: strengths >= 0, one number or one per tensor.
+        grad_scale: what the loss was multiplied by before ``backward()``, as a ``GradScaler`` does,
+            so that unscaling gives the right sum: a number or a 0-d tensor (read on the device).
+            The returned value is not scaled.
+
+    Returns:
+        R as a 0-d tensor on the first tensor's device, float32 (float64 if any input is), detached.
+
+    Raises:
+        TypeError, ValueError: as :func:`fusereg.functional.l1_penalty`; also for tensors that are
+            not leaves, and where two tensors share one gradient's memory. No gradient has changed
+            then.
+
+    Example:
+        >>> loss.backward()
+        >>> value = fusereg.add_penalty_grad_(model, l1=1e-5, l2=1e-4)
+        >>> optimizer.step()
+    """
+    op = "add_penalty_grad_"
+    return _add_grads(op, *_penalty_ops.collect(params, (l1, l2, group), op), grad_scale)
+
+
+def _add_grads(
+    op: str, tensors: list[Tensor], s: Strengths, grad_scale: Tensor | float | None
+) -> Tensor:
+    if not tensors:
+        return torch.zeros((), dtype=torch.float32, device="cpu")
+    scale = _check_scale(grad_scale, op)
+    if not dispatch.eager():
+        return _through_operator(tensors, s, scale, op)
+    if distributed.has_dtensor(tensors):
+        from . import dtensor as _dtensor
+
+        return _dtensor.add_grads_(op, tensors, scale, s, 0)
+    return _penalty_kernels.add_grads_(op, tensors, None, scale, s, 0)
+
+
+def _check_scale(scale: Tensor | float | None, op: str) -> Tensor | float | None:
+    if isinstance(scale, Tensor):
+        checks.check(scale, op, "grad_scale")
+        if scale.numel() != 1:
+            raise ValueError(
+                f"fusereg.{op}: grad_scale must be a number or a tensor of one element, "
+                f"got shape {tuple(scale.shape)}"
+            )
+        return checks.plain(scale, op, "grad_scale") if dispatch.eager() else scale.detach()
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(
+            f"fusereg.{op}: grad_scale must be a number or a 0-d tensor, got {type(scale).__name__}"
+        )
+    return scale
+
+
+def _through_operator(
+    tensors: list[Tensor], s: Strengths, scale: Tensor | float | None, op: str
+) -> Tensor:
+    for i, t in enumerate(tensors):
+        checks.check(t, op, f"params[{i}]")
+    l1, l2, group = s.lists(len(tensors))
+    needed = [i for i, t in enumerate(tensors) if t.requires_grad]
+    frozen = [i for i, t in enumerate(tensors) if not t.requires_grad]
+    with torch.no_grad():
+        grads = []
+        for i in needed:
+            t = tensors[i]
+            if t.grad is None:
+                t.grad = torch.zeros_like(t)
+            grads.append(t.grad)
+        total = torch.zeros((), device=tensors[0].device)
+        if needed:
+            total = torch.ops.fusereg.penalty_add_grad_(
+                [tensors[i] for i in needed],
+                grads,
+                scale if isinstance(scale, Tensor) else None,
+                float(scale) if isinstance(scale, (int, float)) else 1.0,
+                [l1[i] for i in needed],
+                [l2[i] for i in needed],
+                [group[i] for i in needed],
+                0,
+            )
+        if frozen:
+            total = total + torch.ops.fusereg.penalty(
+                [tensors[i] for i in frozen],
+                [l1[i] for i in frozen],
+                [l2[i] for i in frozen],
+                [group[i] for i in frozen],
+                0,
+            ).to(total.device)
+        return total
+
+
+def sparsity(params: Params) -> float:
+    """The share of exact zeros (of either sign) among all elements, from 0 to 1; NaN is no zero.
+
+    It waits for the device to count. No elements give 0.0. DTensors count as whole tensors.
+    """
+    tensors = _penalty_ops.collect(params, (0.0, 0.0, 0.0), "sparsity")[0]
+    for i, t in enumerate(tensors):
+        checks.check(t, "sparsity", f"params[{i}]")
+        if not distributed.is_dtensor(t):
+            checks.plain(t, "sparsity", f"params[{i}]")
+    total = sum(t.numel() for t in tensors)
+    if total == 0:
+        return 0.0
+    if distributed.has_dtensor(tensors):
+        from . import dtensor as _dtensor
+
+        return float(_dtensor.zeros(tensors)) / total
+    with torch.no_grad():
+        nonzero: dict[torch.device, Tensor] = {}
+        for t in tensors:
+            count = torch.count_nonzero(t.detach())
+            nonzero[t.device] = nonzero[t.device] + count if t.device in nonzero else count
+    return (total - sum(int(n) for n in nonzero.values())) / total
+
+
+@dataclass
+class PenaltyGroup:
+    """Parameters of a model that share strengths; ``l1``, ``l2`` and ``group`` may be changed."""
+
+    label: str
+    names: list[str]
+    params: list[Tensor] = field(repr=False)
+    l1: float = 0.0
+    l2: float = 0.0
+    group: float = 0.0
+
+
+Rule = Mapping[str, float] | None
+
+
+class WeightPenalty:
+    r"""A penalty on a model's weights: what is penalized, how much, and the calls that do it.
+
+    .. math:: R = \sum_w l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2
+                  + group \sum_g \sqrt{n_g}\,\|w_g\|_2
+
+    with :math:`l_2 \sum w_i^2` in the middle for ``half=False``, and groups along dimension 0. Use
+    one of::
+
+        loss = criterion(model(x), y) + penalty.penalty()      # a term in the loss, or
+        loss.backward(); penalty.add_grad_()                   # after backward: one pass, faster
+        penalty.attach(optimizer)                              # the same, in anybody's loop
+
+    Args:
+        model: the module whose parameters are penalized. Parameters are looked up now; after
+            replacing some (``fully_shard``, ``to_empty``, new layers), call :meth:`refresh`. Tied
+            parameters count once, under the first of their names.
+        l1, l2, group: strengths >= 0.
+        half: whether the L2 term carries the factor 1/2 (so that its gradient is ``l2 * w``).
+        exclude: what is not penalized: ``"bias"`` (parameters named so: ``bias``, ``in_proj_bias``,
+            ``bias_ih_l0``), ``"norm"`` (parameters of normalization layers), name patterns
+            (``"head.*"``), or types of the modules that hold the parameters.
+        rules: other strengths for some: patterns or types, as in ``exclude``, to a mapping with
+            ``l1``, ``l2``, ``group`` (those missing keep their default) or to None for no penalty.
+            The last match wins. What ``exclude`` names stays excluded. A pattern that concerns no
+            parameter is an error.
+        schedule: a function of the number of :meth:`step` calls so far that gives a factor for all
+            strengths, e.g. ``lambda t: min(1.0, t / 1000)`` for a warm-up.
+
+    Attributes:
+        groups: a list of :class:`PenaltyGroup`, the default one and then one per rule; their
+            strengths may be set between steps, and so may ``l1``, ``l2``, ``group`` of the whole,
+            which are those of the default group.
+
+    Example:
+        >>> penalty = fusereg.WeightPenalty(model, l1=1e-5, l2=1e-4, rules={"head.*": {"l1": 0.0}})
+        >>> loss.backward()
+        >>> value = penalty.add_grad_()
+        >>> optimizer.step()
+    """
+
+    _DEFAULT = "default"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        group: float = 0.0,
+        half: bool = True,
+        exclude: Iterable[Key] | Key = ("bias", "norm"),
+        rules: Mapping[Key, Rule] | None = None,
+        schedule: Callable[[int], float] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                "fusereg.WeightPenalty: model must be a torch.nn.Module, "
+                f"got {type(model).__name__}"
+            )
+        if isinstance(exclude, (str, type)):
+            exclude = (exclude,)
+        self.half = half
+        self.schedule = schedule
+        self.steps = 0
+        self._model = model
+        self._exclude = tuple(exclude)
+        self._rules = dict(rules or {})
+        self._check_keys()
+        defaults = _check_strengths({"l1": l1, "l2": l2, "group": group}, "WeightPenalty")
+        groups = [PenaltyGroup(self._DEFAULT, [], [], **defaults)]
+        for key, label in self._labels().items():
+            if (rule := self._rules[key]) is not None:
+                own = _check_strengths(rule, f"WeightPenalty: the rule for {label}")
+                groups.append(PenaltyGroup(label, [], [], **{**defaults, **own}))
+        self.groups = groups
+        self.excluded: list[str] = []
+        self.refresh()
+
+    # -- what is penalized --
+
+    def _check_keys(self) -> None:
+        for key in (*self._exclude, *self._rules):
+            if not _params.is_key(key):
+                raise TypeError(
+                    "fusereg.WeightPenalty: exclude and rules take name patterns or module types, "
+                    f"got {key!r}"
+                )
+        for key, rule in self._rules.items():
+            if rule is not None and not isinstance(rule, Mapping):
+                raise TypeError(
+                    f"fusereg.WeightPenalty: the rule for {_label(key)} must be a mapping like "
+                    f'{{"l1": 1e-4}} or None, got {rule!r}'
+                )
+
+    def _labels(self) -> dict[Key, str]:
+        """A name for each rule; distinct ones, also where two types are called the same."""
+        labels: dict[Key, str] = {}
+        for key in self._rules:
+            label, n = _label(key), 1
+            while label == self._DEFAULT or label in labels.values():
+                n += 1
+                label = f"{_label(key)} ({n})"
+            labels[key] = label
+        return labels
+
+    def refresh(self) -> None:
+        """Looks up the model's parameters again, keeping the groups and their strengths.
+
+        Raises:
+            ValueError: a pattern concerns no parameter. Nothing has changed then.
+        """
+        labels = self._labels()
+        members: dict[str, list[tuple[str, Tensor]]] = {g.label: [] for g in self.groups}
+        excluded = []
+        without_match = {k for k in self._exclude if k not in ("bias", "norm")}
+        without_effect = set(self._rules)
+        for name, param, module in _named_parameters(self._model):
+            out = [k for k in self._exclude if _matches(k, name, module)]
+            found = [] if out else [k for k in self._rules if _matches(k, name, module)]
+            without_match.difference_update(out)
+            without_effect.difference_update(found)
+            if out or (found and self._rules[found[-1]] is None):
+                excluded.append(name)
+            else:
+                label = labels[found[-1]] if found else self._DEFAULT
+                members[label].append((name, param))
+        if without_match or without_effect:
+            patterns = ", ".join(sorted(_label(k) for k in without_match | without_effect))
+            raise ValueError(
+                f"fusereg.WeightPenalty: no parameter (that is not excluded) matches {patterns}"
+            )
+        for g in self.groups:
+            g.names = [name for name, _ in members[g.label]]
+            g.params = [param for _, param in members[g.label]]
+        self.excluded = excluded
+
+    def _default(self) -> PenaltyGroup:
+        return self.groups[0]
+
+    def _set(self, name: str, strength: float) -> None:
+        setattr(self._default(), name, _check_strengths({name: strength}, "WeightPenalty")[name])
+
+    @property
+    def l1(self) -> float:
+        """The L1 strength of all parameters that no rule names."""
+        return self._default().l1
+
+    @l1.setter
+    def l1(self, strength: float) -> None:
+        self._set("l1", strength)
+
+    @property
+    def l2(self) -> float:
+        """The L2 strength of all parameters that no rule names."""
+        return self._default().l2
+
+    @l2.setter
+    def l2(self, strength: float) -> None:
+        self._set("l2", strength)
+
+    @property
+    def group(self) -> float:
+        """The group-lasso strength of all parameters that no rule names."""
+        return self._default().group
+
+    @group.setter
+    def group(self, strength: float) -> None:
+        self._set("group", strength)
+
+    @property
+    def factor(self) -> float:
+        """What the schedule multiplies all strengths by now; 1 without one."""
+        if self.schedule is None:
+            return 1.0
+        factor = float(self.schedule(self.steps))
+        if not 0.0 <= factor < float("inf"):
+            raise ValueError(
+                f"fusereg.WeightPenalty: schedule({self.steps}) must be finite and not negative, "
+                f"got {factor}"
+            )
+        return factor
+
+    def step(self) -> None:
+        """Counts one step of the schedule."""
+        self.steps += 1
+
+    # -- the calls --
+
+    def _arguments(
+        self, only: Iterable[Tensor] | None = None
+    ) -> tuple[list[Tensor], list[float], list[float], list[float]]:
+        factor = self.factor
+        half = 1.0 if self.half else 2.0
+        wanted = None if only is None else {id(p) for p in only}
+        params: list[Tensor] = []
+        l1: list[float] = []
+        l2: list[float] = []
+        group: list[float] = []
+        for g in self.groups:
+            own = g.params if wanted is None else [p for p in g.params if id(p) in wanted]
+            n = len(own)
+            params += own
+            l1 += [g.l1 * factor] * n
+            l2 += [g.l2 * factor * half] * n
+            group += [g.group * factor] * n
+        return params, l1, l2, group
+
+    def penalty(self) -> Tensor:
+        """R as a differentiable 0-d tensor, to add to the loss."""
+        params, l1, l2, group = self._arguments()
+        return _penalty_ops.penalty("WeightPenalty", params, Strengths(l1, l2, group))
+
+    def add_grad_(
+        self, *, grad_scale: Tensor | float | None = None, only: Iterable[Tensor] | None = None
+    ) -> Tensor:
+        """Adds R's gradient into the parameters' ``.grad`` and returns R, in one pass; see
+        :func:`fusereg.add_penalty_grad_`.
+
+        Args:
+            grad_scale: what the gradients are multiplied by.
+            only: of the penalized parameters those that are among these, and R of them: where
+                several optimizers take turns, the parameters of the one that steps.
+        """
+        params, l1, l2, group = self._arguments(only)
+        return _add_grads("WeightPenalty", params, Strengths(l1, l2, group), grad_scale)
+
+    def attach(
+        self, optimizer: torch.optim.Optimizer, *, count_steps: bool = True
+    ) -> AttachedPenalty:
+        """Adds the gradient before each step of the optimizer, for its parameters.
+
+        For loops that others wrote: whoever calls ``optimizer.step()``, the penalty is in. It is
+        added once a step, after the last micro-batch, after the ranks' gradients were averaged and
+        after gradients were clipped; a ``GradScaler``'s scale is respected, whether or not the
+        gradients were unscaled before. Where no parameter has a gradient nothing is added. With a
+        closure it is added after each call of it, and its value to the loss that it returns.
+
+        Args:
+            optimizer: any of torch's kind, with a wrapper around it or without.
+            count_steps: whether each step calls :meth:`step`; with several optimizers only one
+                should.
+
+        Returns:
+            An object whose ``remove()`` ends it and whose ``value`` is the penalty at the last
+            step.
+
+        Raises:
+            TypeError: this is no optimizer.
+
+        Example:
+            >>> attached = penalty.attach(optimizer)
+            >>> somebodys_loop(model, optimizer)
+            >>> attached.value, attached.remove()
+        """
+        return AttachedPenalty(self, optimizer, count_steps)
+
+    # -- state --
+
+    def state_dict(self) -> dict[str, Any]:
+        """Strengths and step count; the model's parameters are not in it."""
+        return {
+            "version": 1,
+            "steps": self.steps,
+            "half": self.half,
+            "groups": {
+                g.label: {"l1": g.l1, "l2": g.l2, "group": g.group, "names": list(g.names)}
+                for g in self.groups
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over strengths and step count. Nothing changes if the state is of another model.
+
+        Raises:
+            ValueError: this is no such state, or its groups or parameter names are not this
+                penalty's, or a strength is negative or not finite.
+        """
+        try:
+            if state["version"] != 1:
+                raise ValueError(f"version {state['version']}")
+            saved = dict(state["groups"])
+            names = {label: list(g["names"]) for label, g in saved.items()}
+            strengths = {k: {n: g[n] for n in ("l1", "l2", "group")} for k, g in saved.items()}
+            steps, half = int(state["steps"]), bool(state["half"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"fusereg.WeightPenalty: this is no state of a WeightPenalty (version 1): {error!r}"
+            ) from error
+        here = {g.label: g for g in self.groups}
+        if set(saved) != set(here):
+            raise ValueError(
+                f"fusereg.WeightPenalty: the state has groups {sorted(saved)}, "
+                f"this penalty has {sorted(here)}"
+            )
+        for label, g in here.items():
+            if names[label] != g.names:
+                raise ValueError(
+                    f"fusereg.WeightPenalty: group '{label}' of the state names other parameters"
+                )
+            _check_strengths(strengths[label], "WeightPenalty.load_state_dict")
+        for label, g in here.items():
+            g.l1, g.l2, g.group = (float(s) for s in strengths[label].values())
+        self.steps, self.half = steps, half
+
+    def __repr__(self) -> str:
+        lines = [f"WeightPenalty(half={self.half}"]
+        if self.schedule is not None:
+            lines[0] += f", step {self.steps}, factor {self.factor:g}"
+        for g in self.groups:
+            if not g.names:
+                continue
+            # A lazy module's parameter has no size before the first forward.
+            numel = sum(0 if nn.parameter.is_lazy(p) else p.numel() for p in g.params)
+            lines.append(
+                f"  {g.label}: l1={g.l1:g}, l2={g.l2:g}, group={g.group:g} on "
+                f"{len(g.names)} tensors, {numel:,} elements: {_shortened(g.names)}"
+            )
+        if self.excluded:
+            lines.append(f"  not penalized: {_shortened(self.excluded)}")
+        return "\n".join(lines) + "\n)"
+
+
+def _check_strengths(values: Mapping[str, float], where: str) -> dict[str, float]:
+    checked = {}
+    for name, strength in values.items():
+        if name not in ("l1", "l2", "group"):
+            raise ValueError(f"fusereg.{where}: unknown strength '{name}'; known: l1, l2, group")
+        if isinstance(strength, Tensor) or not isinstance(strength, (int, float)):
+            raise TypeError(
+                f"fusereg.{where}: {name} must be a number, got {type(strength).__name__}"
+            )
+        if not 0.0 <= strength < float("inf"):
+            raise ValueError(
+                f"fusereg.{where}: {name} must be finite and not negative, got {strength}"
+            )
+        checked[name] = float(strength)
+    return checked
+
+
+def _named_parameters(model: nn.Module) -> Iterable[tuple[str, Tensor, nn.Module]]:
+    """Each parameter once, under its first name, with the module that holds it."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, param in module.named_parameters(recurse=False):
+            if id(param) not in seen:
+                seen.add(id(param))
+                yield (f"{prefix}.{name}" if prefix else name), param, module
+
+
+def _matches(key: Key, name: str, module: nn.Module) -> bool:
+    if key == "bias":
+        own = name.rpartition(".")[2]
+        return own.endswith("bias") or "bias" in own.split("_")  # bias_ih_l0 of recurrent layers
+    if key == "norm":
+        # By name, so that everybody's normalization layers are known: LlamaRMSNorm, BatchNormAct2d.
+        return any("norm" in base.__name__.lower() for base in type(module).__mro__)
+    return _params.matches(key, name, module)
+
+
+def _label(key: Key) -> str:
+    return key if isinstance(key, str) else key.__name__
+
+
+def _shortened(names: Sequence[str], limit: int = 6) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, ... ({len(names) - limit} more)"
