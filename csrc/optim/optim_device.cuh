@@ -5,11 +5,11 @@
 // block.
 #pragma once
 
-#include "optimizer/coefficients.h"
-#include "optimizer/launch.cuh"
-#include "optimizer/optimizer_math.h"
+#include "optim/coefficients.h"
+#include "optim/launch.cuh"
+#include "optim/optim_math.h"
 
-namespace fusereg::optimizer {
+namespace fusereg::optim {
 
 // Elements that a thread moves at once; of float64 fewer, for they would take twice the registers.
 template <class C>
@@ -313,4 +313,4 @@ FUSEREG_HD inline std::int64_t rows_per_task(std::int64_t row) {
   return row <= kWarpRow ? kWarps : 1;
 }
 
-}  // namespace fusereg::optimizer
+}  // namespace fusereg::optim

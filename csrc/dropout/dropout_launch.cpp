@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/ceil_div.h"
 #include "core/pages.h"
 #include "core/parallel.h"
 #include "dropout/dropout.h"
@@ -18,8 +19,6 @@ constexpr std::int64_t kSegment = 1 << 14;
 
 // scale * alpha of SELU, with its sign: what alpha dropout puts in place of a dropped element.
 constexpr double kAlphaPrime = -1.7580993408473766;
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 class CpuRun {
  public:

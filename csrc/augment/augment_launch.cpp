@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "augment/augment.h"
+#include "core/ceil_div.h"
 #include "core/pages.h"
 #include "core/parallel.h"
 
@@ -13,7 +14,7 @@ constexpr std::int64_t kGrain = 1 << 13;
 
 }  // namespace
 
-void forward_cpu(const Job& job) {
+void run_cpu(const Forward& job) {
   ask_for_large_pages(job.y.data, job.n * job.y.sample * element_size(job.y.type));
   const CpuKernels& kernels = cpu_kernels();
   const std::int64_t row = std::max<std::int64_t>(job.y.w * job.c, 1);
@@ -21,10 +22,10 @@ void forward_cpu(const Job& job) {
                [&](std::int64_t begin, std::int64_t end) { kernels.forward(job, begin, end); });
 }
 
-void backward_cpu(const Job& job) {
+void run_cpu(const Backward& job) {
   // A few bands for each thread at most: each walks all output pixels that reach it.
   const CpuKernels& kernels = cpu_kernels();
-  const std::int64_t wanted = (2 * max_threads() + job.n - 1) / std::max<std::int64_t>(job.n, 1);
+  const std::int64_t wanted = ceil_div(2 * max_threads(), std::max<std::int64_t>(job.n, 1));
   const std::int64_t bands = std::clamp<std::int64_t>(wanted, 1, job.grad_x.h);
   parallel_for(job.n * bands, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {

@@ -1,6 +1,5 @@
 // CPU kernels of augmentation; compiled once per instruction set. Contract: augment.h.
 #include "augment/augment.h"
-
 #include "augment/augment_math.h"
 #include "augment/augment_scatter.h"
 #include "augment/augment_vector.h"
@@ -8,9 +7,7 @@
 namespace fusereg::augment::FUSEREG_ISA {
 namespace {
 
-// --- forward, one pixel after the other: float64, antialiasing
-// ------------------------------------
-
+// --- forward, one pixel after the other: float64, antialiasing ---
 template <class T, int kGroup>
 void plain_row(const Job& job, std::int64_t sample, std::int64_t row) {
   for (std::int64_t col = 0; col < job.y.w; ++col) {
@@ -35,9 +32,7 @@ void plain_rows(const Job& job, std::int64_t begin, std::int64_t end) {
   }
 }
 
-// --- forward, by blocks
-// ---------------------------------------------------------------------------
-
+// --- forward, by blocks ---
 FUSEREG_INLINE Floats clamped(Floats v, float limit) {
   return select(v < 0.0f, Floats{}, select(v > limit, broadcast(limit), v));
 }
@@ -144,9 +139,7 @@ void unmixed_block(const Job& job, const Finish& finish, const Frame& f, const P
   if (erased.begin < erased.end) erase_block(job, f, row, first, erased, out, kBlock);
 }
 
-// --- the result's dtypes and layouts
-// --------------------------------------------------------------
-
+// --- the result's dtypes and layouts ---
 FUSEREG_INLINE bool three_last(const Job& job, const Images& images) {
   return job.c == 3 && images.pixel == 3;
 }
@@ -429,9 +422,7 @@ void forward(const Job& job, std::int64_t begin, std::int64_t end) {
   });
 }
 
-// --- backward
-// -------------------------------------------------------------------------------------
-
+// --- backward ---
 struct Rows {
   std::int64_t begin, end;
 };

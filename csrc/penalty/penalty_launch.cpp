@@ -4,6 +4,7 @@
 #include <cmath>
 #include <utility>
 
+#include "core/ceil_div.h"
 #include "core/parallel.h"
 #include "core/soft_threshold.h"
 #include "penalty/penalty.h"
@@ -78,8 +79,8 @@ class CpuRun {
       return;
     }
     std::int64_t step = std::max<std::int64_t>(1, kChunk / shape.group_size());
-    // Neighbouring columns share cache lines, so a task takes at least some lines' width of them.
-    if (shape.outer > 1) step = std::max(step, (kColumnsPerTask + shape.inner - 1) / shape.inner);
+    // Neighboring columns share cache lines, so a task takes at least some lines' width of them.
+    if (shape.outer > 1) step = std::max(step, ceil_div(kColumnsPerTask, shape.inner));
     for (std::int64_t g = 0; g < shape.groups; g += step) {
       tasks_.push_back({&item, g, std::min(g + step, shape.groups)});
       group_elements_ += step * shape.group_size();
@@ -101,7 +102,7 @@ class CpuRun {
     starts_.assign(1, 0);
     std::int64_t elements = 0;
     for (const Run& run : runs) {
-      starts_.push_back(starts_.back() + (run.numel + kChunk - 1) / kChunk);
+      starts_.push_back(starts_.back() + ceil_div(run.numel, kChunk));
       elements += run.numel;
     }
     const std::int64_t chunks = starts_.back();

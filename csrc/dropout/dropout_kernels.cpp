@@ -1,7 +1,6 @@
 // CPU kernels of dropout; compiled once per instruction set. Contract: dropout.h.
-#include "dropout/dropout.h"
-
 #include "core/draw_simd.h"
+#include "dropout/dropout.h"
 
 namespace fusereg::dropout::FUSEREG_ISA {
 namespace {

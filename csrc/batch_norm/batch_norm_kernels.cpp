@@ -1,6 +1,7 @@
 // CPU kernels of batch normalization; compiled once per instruction set. Contract: batch_norm.h.
 //
-// The plain cases have kernels of their own: batch_norm_plain.h. What follows is of all others.
+// The plain cases have kernels of their own: batch_norm_plain_kernels.cpp. What follows is of all
+// others.
 //
 // A tile is walked line by line: a line is the inner elements of one (o, c), whose coefficients are
 // the same for all of them (Same), or with inner = 1 the channels of one o, each with its own
@@ -12,8 +13,8 @@
 // the vector width: so every instruction set adds the same numbers in the same order and gives the
 // same bits.
 #include "batch_norm/batch_norm.h"
-
-#include "batch_norm/batch_norm_plain.h"
+#include "batch_norm/batch_norm_memory.h"
+#include "batch_norm/batch_norm_sums.h"
 
 namespace fusereg::batch_norm::FUSEREG_ISA {
 namespace {
@@ -357,40 +358,23 @@ void backward(const Backward& job, const Tile& tile, const Coefficients& coeffic
 // --- the table ---
 
 void moments_any(const Forward& job, const Tile& tile, const Coefficients& k, Sums sums) {
-  dispatch_dtype(job.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if constexpr (sizeof(Compute<T>) == sizeof(float)) {
-      if (is_plain(job.layout, job.dtype, job.mask)) return plain_moments<T>(job, tile, k, sums);
-    }
-    moments<T>(job, tile, k, sums);
-  });
+  if (is_plain(job.layout, job.dtype, job.mask)) return plain_kernels.moments(job, tile, k, sums);
+  dispatch_dtype(job.dtype,
+                 [&](auto tag) { moments<typename decltype(tag)::type>(job, tile, k, sums); });
 }
 void forward_any(const Forward& job, const Tile& tile, const Coefficients& k) {
-  dispatch_dtype(job.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if constexpr (sizeof(Compute<T>) == sizeof(float)) {
-      if (is_plain(job)) return plain_forward<T>(job, tile, k);
-    }
-    forward<T>(job, tile, k);
-  });
+  if (is_plain(job)) return plain_kernels.forward(job, tile, k);
+  dispatch_dtype(job.dtype, [&](auto tag) { forward<typename decltype(tag)::type>(job, tile, k); });
 }
 void reduce_any(const Backward& job, const Tile& tile, const Coefficients& k, Sums sums) {
-  dispatch_dtype(job.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if constexpr (sizeof(Compute<T>) == sizeof(float)) {
-      if (is_plain(job)) return plain_reduce<T>(job, tile, k, sums);
-    }
-    reduce<T>(job, tile, k, sums);
-  });
+  if (is_plain(job)) return plain_kernels.reduce(job, tile, k, sums);
+  dispatch_dtype(job.dtype,
+                 [&](auto tag) { reduce<typename decltype(tag)::type>(job, tile, k, sums); });
 }
 void backward_any(const Backward& job, const Tile& tile, const Coefficients& k) {
-  dispatch_dtype(job.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if constexpr (sizeof(Compute<T>) == sizeof(float)) {
-      if (is_plain(job)) return plain_backward<T>(job, tile, k);
-    }
-    backward<T>(job, tile, k);
-  });
+  if (is_plain(job)) return plain_kernels.backward(job, tile, k);
+  dispatch_dtype(job.dtype,
+                 [&](auto tag) { backward<typename decltype(tag)::type>(job, tile, k); });
 }
 
 }  // namespace

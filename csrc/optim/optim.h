@@ -12,8 +12,8 @@
 //   g = g + weight_decay * p          coupled decay; decoupled: p = (1 - lr * weight_decay) * p
 //   g = g + dR/dp                     Prox::kNone
 //   p = update(p, g, state)           t counts the steps from 1
-//     SGD      b = momentum * b + (1 - dampening) * g  (b = g at first);   d = nesterov ? g +
-//              momentum * b : b;                                           p = p - lr * d
+//     SGD      b = momentum * b + (1 - dampening) * g  (b = g at first);
+//              d = nesterov ? g + momentum * b : b;       p = p - lr * d
 //     Adam     m = m + (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2;
 //              amsgrad: u = max(u, v), else u = v;
 //              D = sqrt(u) / sqrt(1 - beta2^t) + eps;     p = p - lr / (1 - beta1^t) * m / D
@@ -56,7 +56,7 @@ namespace fusereg {
 class LaunchTables;
 }
 
-namespace fusereg::optimizer {
+namespace fusereg::optim {
 
 enum class Algorithm : std::uint8_t { kSgd, kAdam, kAdagrad, kFtrl };
 enum class Prox : std::uint8_t { kNone, kDecoupled, kPreconditioned };
@@ -144,7 +144,7 @@ struct NormJob {
 
 // Reads each element once. Sums run in float64, so float16 and large float32 do not overflow; NaN
 // and infinity come through.
-void run_norm_cpu(const NormJob& job);
+void run_cpu(const NormJob& job);
 
 // x = x * min(1, max_norm / (norm + 1e-6)), `norm` as in NormJob::out. On the CPU nothing is read
 // where the factor is 1.
@@ -153,7 +153,7 @@ struct ClipJob {
   Scalar norm;
   double max_norm = 0.0;
 };
-void run_clip_cpu(const ClipJob& job);
+void run_cpu(const ClipJob& job);
 
 // CUDA only: `workspace` is kWorkspaceBytes of device memory whose first 8 bytes are zero; it is
 // left so. A step is one launch, as are a norm and clipping: of up to some 330 parameters in up to
@@ -165,11 +165,10 @@ void run_clip_cpu(const ClipJob& job);
 inline constexpr std::int64_t kMaxBlocks = 4096;
 inline constexpr std::int64_t kWorkspaceBytes = 16 + 8 * kMaxBlocks;
 void run_cuda(const Job& job, void* workspace, LaunchTables* tables, int device, void* stream);
-void run_norm_cuda(const NormJob& job, void* workspace, LaunchTables* tables, int device,
-                   void* stream);
-void run_clip_cuda(const ClipJob& job, LaunchTables* tables, int device, void* stream);
+void run_cuda(const NormJob& job, void* workspace, LaunchTables* tables, int device, void* stream);
+void run_cuda(const ClipJob& job, LaunchTables* tables, int device, void* stream);
 
-// --- what the CPU kernels of one instruction set provide (optimizer.cpp) ---
+// --- what the CPU kernels of one instruction set provide (optim_kernels.cpp) ---
 
 struct Sums {
   double absolute = 0.0;  // sum |p|
@@ -214,4 +213,4 @@ FUSEREG_DECLARE_PER_ISA(CpuKernels, kernels)
 // Elements a chunk: its fixed costs vanish, and large tensors spread over threads.
 inline constexpr std::int64_t kChunk = 16384;
 
-}  // namespace fusereg::optimizer
+}  // namespace fusereg::optim

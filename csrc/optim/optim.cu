@@ -1,13 +1,13 @@
-// CUDA kernels of the optimizers. Contract: optimizer.h.
+// CUDA kernels of the optimizers. Contract: optim.h.
 //
 // One launch takes all parameters of a step (core/launch_table.cuh). Work is cut into tasks that
 // never span tensors: chunks of elements, or rows where there is a group term. The last block to
 // finish adds the blocks' shares of the value in their order and counts the launch's steps up: the
 // other blocks have read them by then.
-#include "optimizer/optimizer.h"
-#include "optimizer/optimizer_device.cuh"
+#include "optim/optim.h"
+#include "optim/optim_device.cuh"
 
-namespace fusereg::optimizer {
+namespace fusereg::optim {
 namespace {
 
 constexpr int kMaxHypers = 8;
@@ -128,8 +128,8 @@ struct StepList {
   void* moving(int i) const { return const_cast<void*>(at(i).g); }
   std::int64_t tasks(int i) const {
     const Item& item = at(i);
-    return item.row > 1 ? cuda::ceil_div(item.numel / item.row, rows_per_task(item.row))
-                        : cuda::ceil_div(item.numel, kChunkElements);
+    return item.row > 1 ? ceil_div(item.numel / item.row, rows_per_task(item.row))
+                        : ceil_div(item.numel, kChunkElements);
   }
   int shared(int i) const { return at(i).hyper; }
   const void* shared_data() const { return job.hypers.data(); }
@@ -181,4 +181,4 @@ void run_cuda(const Job& job, void* workspace, LaunchTables* tables, int device,
   }
 }
 
-}  // namespace fusereg::optimizer
+}  // namespace fusereg::optim

@@ -1,4 +1,4 @@
-// CPU kernels of the optimizers; compiled once per instruction set. Contract: optimizer.h.
+// CPU kernels of the optimizers; compiled once per instruction set. Contract: optim.h.
 //
 // There is one update loop for each algorithm, in float32 and in float64. Tensors of other dtypes
 // are widened into a tile in the first-level cache, updated there and narrowed again, so that all
@@ -6,12 +6,11 @@
 //
 // Sums are kept in kLanes columns of float64, element i in column i % kLanes, whatever the vector
 // width: every instruction set adds the same numbers in the same order and gives the same bits.
-#include "optimizer/optimizer.h"
-
 #include "core/simd.h"
-#include "optimizer/optimizer_math.h"
+#include "optim/optim.h"
+#include "optim/optim_math.h"
 
-namespace fusereg::optimizer::FUSEREG_ISA {
+namespace fusereg::optim::FUSEREG_ISA {
 namespace {
 
 using namespace ::fusereg::FUSEREG_ISA;
@@ -321,4 +320,4 @@ void scale_any(DType dtype, void* x, std::int64_t n, double factor) {
 
 const CpuKernels kernels = {&elements_any, &rows_any, &norm_any, &scale_any};
 
-}  // namespace fusereg::optimizer::FUSEREG_ISA
+}  // namespace fusereg::optim::FUSEREG_ISA

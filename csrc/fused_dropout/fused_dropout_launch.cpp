@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/ceil_div.h"
 #include "core/pages.h"
 #include "core/parallel.h"
 #include "fused_dropout/fused_dropout.h"
@@ -14,8 +15,6 @@ namespace {
 constexpr std::int64_t kGrain = 1 << 15;
 constexpr std::int64_t kUnit = 4096;
 constexpr std::int64_t kSegment = 1 << 14;
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 class CpuRun {
  public:

@@ -2,10 +2,9 @@
 //
 // Sums are kept in kLanes columns, element i in column i % kLanes, whatever the vector width: so
 // every instruction set adds the same numbers in the same order and gives the same bits.
-#include "penalty/penalty.h"
-
 #include "core/simd.h"
 #include "core/soft_threshold.h"
+#include "penalty/penalty.h"
 
 namespace fusereg::penalty::FUSEREG_ISA {
 namespace {
@@ -260,7 +259,7 @@ double groups_by_runs(T* w, T* g, const Item& item, double scale, std::int64_t b
   return value;
 }
 
-// Groups of short runs with a stride between them (columns of a matrix): a tile of neighbouring
+// Groups of short runs with a stride between them (columns of a matrix): a tile of neighboring
 // columns is walked row by row, so that memory is read in order; the second walk comes from cache.
 constexpr int kMaxColumns = 512;
 

@@ -4,9 +4,9 @@
 
 #include <math.h>
 
-#include "optimizer/optimizer.h"
+#include "optim/optim.h"
 
-namespace fusereg::optimizer {
+namespace fusereg::optim {
 
 FUSEREG_INLINE double read_scalar(const Scalar& s) {
   if (s.device == nullptr) return s.host;
@@ -105,4 +105,4 @@ FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const Hype
   return k;
 }
 
-}  // namespace fusereg::optimizer
+}  // namespace fusereg::optim

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "batch_norm/batch_norm.h"
+#include "core/ceil_div.h"
 #include "core/pages.h"
 #include "core/parallel.h"
 
@@ -23,8 +24,6 @@ constexpr std::int64_t kLineBytes = 4096;         // of the lines of one row of 
 constexpr std::int64_t kBlockBytes = 128 * 1024;  // of a block of plain lines, about
 constexpr std::int64_t kCacheBytes = 768 * 1024;
 constexpr std::int64_t kFewColumns = 256;  // fewer in a strip cost more than they save
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 double get(const PerChannel& values, std::int64_t i) {
   return dispatch_dtype(values.dtype, [&](auto tag) {
@@ -213,7 +212,7 @@ class Passes {
     }
   }
 
-  // Tiles in the order of memory: blocks of channels of the same rows are neighbours.
+  // Tiles in the order of memory: blocks of channels of the same rows are neighbors.
   template <class F>
   void for_each_tile(F f) {
     const std::int64_t blocks = tiling_.blocks();
@@ -616,12 +615,12 @@ class BackwardRun : public Passes<BackwardRun> {
 
 }  // namespace
 
-void forward_cpu(const Forward& job) {
+void run_cpu(const Forward& job) {
   ask_for_large_pages(job.y, job.layout.numel() * dtype_size(job.dtype));
   ForwardRun(job).execute();
 }
 
-void backward_cpu(const Backward& job) {
+void run_cpu(const Backward& job) {
   const std::int64_t bytes = job.layout.numel() * dtype_size(job.dtype);
   ask_for_large_pages(job.grad_x, bytes);
   ask_for_large_pages(job.grad_residual, bytes);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "core/ceil_div.h"
 #include "core/pages.h"
 #include "core/parallel.h"
 #include "drop_block/drop_block.h"
@@ -17,8 +18,6 @@ constexpr std::int64_t kTileChannels = 32;
 constexpr std::int64_t kTileElementsLast = 1 << 15;
 // Elements that a thread should get at least.
 constexpr std::int64_t kGrain = 1 << 15;
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 

@@ -1,19 +1,17 @@
-// fusereg._C: optimizer steps, norms of gradients and clipping. Contract: optimizer.h, _C.pyi.
+// fusereg._C: optimizer steps, norms of gradients and clipping. Contract: optim.h, _C.pyi.
 #include <optional>
 
 #include "core/call.h"
 #include "core/launch_tables_python.h"
 #include "core/tensor_list.h"
-#include "optimizer/optimizer.h"
-#include "optimizer/optimizer_math.h"
+#include "optim/optim.h"
+#include "optim/optim_math.h"
 
-namespace fusereg::optimizer {
+namespace fusereg::optim {
 namespace {
 
 // In addition to ListStatus: a parameter with a gradient has no state yet.
 constexpr int kNeedsState = 3;
-
-constexpr std::int64_t kWorthReleasing = 1 << 15;
 
 // A dict's value under an interned key; null where there is none.
 py::object lookup(py::handle dict, py::handle key) {
@@ -252,26 +250,13 @@ class JobBuilder {
   bool empty() const { return job_.items.empty(); }
 
   // Autograd is told before anything is written: if it refuses, nothing has changed.
-  int run([[maybe_unused]] const py::object& workspace, [[maybe_unused]] const py::object& tables) {
-#if defined(FUSEREG_CUDA)
+  int run(const py::object& workspace, const py::object& tables) {
     LaunchTables* const long_tables = launch_tables_argument(tables, op_, "tables");
     void* const memory = runs_cuda_kernels(device_) ? memory_argument(workspace, kWorkspaceBytes,
                                                                       device_, op_, "workspace")
                                                     : nullptr;
-#endif
     if (!increment_version(changed_)) return refused();
-#if defined(FUSEREG_CUDA)
-    if (runs_cuda_kernels(device_)) {
-      run_cuda(job_, memory, long_tables, device_.index, current_stream(device_));
-      return 0;
-    }
-#endif
-    if (numel_ < kWorthReleasing) {
-      run_cpu(job_);
-      return 0;
-    }
-    const py::gil_scoped_release release;
-    run_cpu(job_);
+    run_job(job_, device_, numel_, memory, long_tables);
     return 0;
   }
 
@@ -420,8 +405,7 @@ class NormList {
 
 // clip < 0: the norm alone.
 int grad_norm(const py::object& tensors, bool of_params, const py::object& out, int norm,
-              double clip, [[maybe_unused]] const py::object& workspace,
-              [[maybe_unused]] const py::object& tables, const char* op) {
+              double clip, const py::object& workspace, const py::object& tables, const char* op) {
   const ObjectList list(tensors, op, of_params ? "parameters" : "tensors");
   NormList grads;
   if (!grads.read(list, of_params)) return static_cast<int>(ListStatus::kNeedsPreparation);
@@ -434,13 +418,11 @@ int grad_norm(const py::object& tensors, bool of_params, const py::object& out, 
     return static_cast<int>(ListStatus::kNeedsFloat64Value);
   NormJob job;
   job.norm = choice<Norm>(norm, 3, op, "norm");
-#if defined(FUSEREG_CUDA)
   LaunchTables* const long_tables = launch_tables_argument(tables, op, "tables");
   void* const memory =
       runs_cuda_kernels(grads.device)
           ? memory_argument(workspace, kWorkspaceBytes, grads.device, op, "workspace")
           : nullptr;
-#endif
   job.items = std::move(grads.items);
   job.out = to.data;
   job.out_dtype = to.dtype;
@@ -456,24 +438,8 @@ int grad_norm(const py::object& tensors, bool of_params, const py::object& out, 
     clipping.norm = {0.0, to.data, to.dtype};
     clipping.max_norm = clip;
   }
-#if defined(FUSEREG_CUDA)
-  if (runs_cuda_kernels(grads.device)) {
-    void* const stream = current_stream(grads.device);
-    run_norm_cuda(job, memory, long_tables, grads.device.index, stream);
-    if (clip >= 0.0) run_clip_cuda(clipping, long_tables, grads.device.index, stream);
-    return 0;
-  }
-#endif
-  const auto run = [&] {
-    run_norm_cpu(job);
-    if (clip >= 0.0) run_clip_cpu(clipping);
-  };
-  if (grads.numel < kWorthReleasing) {
-    run();
-    return 0;
-  }
-  const py::gil_scoped_release release;
-  run();
+  run_job(job, grads.device, grads.numel, memory, long_tables);
+  if (clip >= 0.0) run_job(clipping, grads.device, grads.numel, long_tables);
   return 0;
 }
 
@@ -489,4 +455,4 @@ void bind(py::module_& m) {
         arg("clip"), arg("workspace"), arg("tables"), op_argument());
 }
 
-}  // namespace fusereg::optimizer
+}  // namespace fusereg::optim

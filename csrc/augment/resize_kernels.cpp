@@ -1,14 +1,11 @@
 // CPU kernels of antialiased resizing; compiled once per instruction set. Contract: resize.h.
-#include "augment/resize.h"
-
 #include "augment/augment_store.h"
+#include "augment/resize.h"
 
 namespace fusereg::augment::FUSEREG_ISA {
 namespace {
 
-// --- vectors of either type
-// -----------------------------------------------------------------------
-
+// --- vectors of either type ---
 template <class C>
 struct IndexOf {
   typedef std::int32_t type __attribute__((vector_size(kVectorBytes)));
@@ -74,9 +71,7 @@ FUSEREG_INLINE void store_some(U* to, Vector<C> v, std::int64_t left) {
   }
 }
 
-// --- the two passes
-// -------------------------------------------------------------------------------
-
+// --- the two passes ---
 // What of an image a call concerns: channels of their own, or all of them last.
 struct Part {
   std::int64_t sample, row;

@@ -1,12 +1,12 @@
-// CUDA kernels of norms over lists of gradients, and of clipping by them. Contract: optimizer.h.
+// CUDA kernels of norms over lists of gradients, and of clipping by them. Contract: optim.h.
 //
 // Work is cut into chunks that never span tensors. The last block to finish adds the blocks' shares
 // in their order.
-#include "optimizer/coefficients.h"
-#include "optimizer/launch.cuh"
-#include "optimizer/optimizer_math.h"
+#include "optim/coefficients.h"
+#include "optim/launch.cuh"
+#include "optim/optim_math.h"
 
-namespace fusereg::optimizer {
+namespace fusereg::optim {
 namespace {
 
 struct NormHead {
@@ -132,7 +132,7 @@ struct NormList {
     return e;
   }
   void* moving(int i) const { return at(i).data; }
-  std::int64_t tasks(int i) const { return cuda::ceil_div(at(i).numel, kChunkElements); }
+  std::int64_t tasks(int i) const { return ceil_div(at(i).numel, kChunkElements); }
   int shared(int) const { return 0; }
   const void* shared_data() const { return nullptr; }
   std::size_t shared_bytes() const { return 0; }
@@ -140,8 +140,7 @@ struct NormList {
 
 }  // namespace
 
-void run_norm_cuda(const NormJob& job, void* workspace, LaunchTables* tables, int device,
-                   void* stream) {
+void run_cuda(const NormJob& job, void* workspace, LaunchTables* tables, int device, void* stream) {
   const cuda::DeviceGuard guard(device);
   const auto on = static_cast<cuda::Stream>(stream);
   const char* const op = "fusereg.get_total_norm";
@@ -157,7 +156,7 @@ void run_norm_cuda(const NormJob& job, void* workspace, LaunchTables* tables, in
   cuda::launch_over(op, NormList{job.items}, tables, device, on, launch);
 }
 
-void run_clip_cuda(const ClipJob& job, LaunchTables* tables, int device, void* stream) {
+void run_cuda(const ClipJob& job, LaunchTables* tables, int device, void* stream) {
   const cuda::DeviceGuard guard(device);
   const auto on = static_cast<cuda::Stream>(stream);
   const char* const op = "fusereg.clip_grad_norm_";
@@ -170,4 +169,4 @@ void run_clip_cuda(const ClipJob& job, LaunchTables* tables, int device, void* s
   cuda::launch_over(op, NormList{job.items}, tables, device, on, launch);
 }
 
-}  // namespace fusereg::optimizer
+}  // namespace fusereg::optim

@@ -4,10 +4,10 @@
 #include <cmath>
 
 #include "core/parallel.h"
-#include "optimizer/coefficients.h"
-#include "optimizer/optimizer.h"
+#include "optim/coefficients.h"
+#include "optim/optim.h"
 
-namespace fusereg::optimizer {
+namespace fusereg::optim {
 namespace {
 
 // Elements that one thread should get at least: below that, waking a thread costs more than it
@@ -208,7 +208,7 @@ struct ScaleChunks {
 
 void run_cpu(const Job& job) { CpuRun(job).execute(); }
 
-void run_norm_cpu(const NormJob& job) {
+void run_cpu(const NormJob& job) {
   std::vector<double> slots;
   for_each_chunk(job.items, NormChunks{job.norm, cpu_kernels(), slots});
   double norm = 0.0;
@@ -228,10 +228,10 @@ void run_norm_cpu(const NormJob& job) {
   }
 }
 
-void run_clip_cpu(const ClipJob& job) {
+void run_cpu(const ClipJob& job) {
   const double factor = clip_factor(read_scalar(job.norm), job.max_norm);
   if (factor == 1.0) return;
   for_each_chunk(job.items, ScaleChunks{cpu_kernels(), factor});
 }
 
-}  // namespace fusereg::optimizer
+}  // namespace fusereg::optim

@@ -1,16 +1,13 @@
 // CPU kernels of DropBlock; compiled once per instruction set. Contract: drop_block.h.
-#include "drop_block/drop_block.h"
-
 #include "core/draw_simd.h"
+#include "drop_block/drop_block.h"
 
 namespace fusereg::drop_block::FUSEREG_ISA {
 namespace {
 
 using namespace ::fusereg::FUSEREG_ISA;
 
-// --- corners to bits
-// ------------------------------------------------------------------------------
-
+// --- corners to bits ---
 // Bit e is set if element e of a vector of draws is kept.
 template <int kBits>
 FUSEREG_INLINE std::uint64_t kept_bits(U64Vector draws, DrawVector<kBits> threshold) {
@@ -102,9 +99,7 @@ std::int64_t mark(const Job& job, const Tile& tile, std::uint32_t* bits) {
   return dropped;
 }
 
-// --- bits to elements
-// -----------------------------------------------------------------------------
-
+// --- bits to elements ---
 // x * scale, 0 where the low bits of `dropped` say so.
 template <class C>
 FUSEREG_INLINE Vector<C> scaled(Vector<C> x, std::uint32_t dropped, Vector<C> scale) {

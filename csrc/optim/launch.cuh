@@ -4,9 +4,9 @@
 #include <algorithm>
 
 #include "core/launch_table.cuh"
-#include "optimizer/optimizer.h"
+#include "optim/optim.h"
 
-namespace fusereg::optimizer {
+namespace fusereg::optim {
 
 inline constexpr int kThreads = 256;
 inline constexpr std::int64_t kChunkElements = 16 * 1024;
@@ -47,4 +47,4 @@ inline cuda::LaunchConfig config_for(std::int64_t tasks, cuda::Stream stream) {
   return config;
 }
 
-}  // namespace fusereg::optimizer
+}  // namespace fusereg::optim

@@ -1,11 +1,11 @@
-// The update formulas of optimizer.h, for a number or (after core/simd.h) a vector of them, on the
+// The update formulas of optim.h, for a number or (after core/simd.h) a vector of them, on the
 // host and on the device.
 #pragma once
 
 #include "core/soft_threshold.h"
-#include "optimizer/optimizer.h"
+#include "optim/optim.h"
 
-namespace fusereg::optimizer {
+namespace fusereg::optim {
 
 // The greater one; NaN wins, as in torch.maximum.
 template <class V>
@@ -84,4 +84,4 @@ FUSEREG_INLINE V updated(V p, V g, V (&s)[kMaxStates], const Coefficients<C>& k,
   }
 }
 
-}  // namespace fusereg::optimizer
+}  // namespace fusereg::optim

@@ -3,12 +3,13 @@
 #include <memory>
 
 #include "augment/resize.h"
+#include "core/ceil_div.h"
 #include "core/pages.h"
 #include "core/parallel.h"
 
 namespace fusereg::augment {
 
-void resize_cpu(const ResizeJob& job) {
+void run_cpu(const ResizeJob& job) {
   const ResizeKernels& kernels = cpu_resize_kernels();
   const bool wide = job.x.type == Element::kFloat64;
   const std::int64_t lanes = kernels.lanes[wide ? 1 : 0];
@@ -17,7 +18,7 @@ void resize_cpu(const ResizeJob& job) {
   const bool apart = !job.x.channels_last && !job.y.channels_last;
   const int groups = apart ? job.c : 1;
   const int channels = apart ? 1 : job.c;
-  const std::int64_t strips = (job.y.h + lanes - 1) / lanes;
+  const std::int64_t strips = ceil_div(job.y.h, lanes);
   const std::int64_t units = job.n * groups * strips;
   constexpr std::int64_t kGrain = 1 << 13;
   const std::int64_t elements = std::max<std::int64_t>(job.x.w, job.y.w) * channels * lanes;

@@ -1,4 +1,4 @@
-// CPU kernels of dropout fused with its neighbours; compiled once per instruction set. Contract:
+// CPU kernels of dropout fused with its neighbors; compiled once per instruction set. Contract:
 // fused_dropout.h.
 //
 // Memory is walked by words of 64 elements, for which one function that is not inlined draws 64
@@ -6,9 +6,8 @@
 // the loads around it. A word is computed by pairs of vectors. Those of bfloat16 hold the elements
 // at even and at odd positions, each in the upper half of a float where it lies already, so that
 // nothing is unpacked or packed.
-#include "fused_dropout/fused_dropout.h"
-
 #include "core/draw_simd.h"
+#include "fused_dropout/fused_dropout.h"
 
 namespace fusereg::fused_dropout::FUSEREG_ISA {
 namespace {

@@ -1,8 +1,7 @@
 // CPU kernels of Gaussian dropout; compiled once per instruction set. Contract: gaussian_dropout.h.
-#include "gaussian_dropout/gaussian_dropout.h"
-
 #include "core/draw_simd.h"
 #include "core/normal.h"
+#include "gaussian_dropout/gaussian_dropout.h"
 
 namespace fusereg::gaussian_dropout::FUSEREG_ISA {
 namespace {

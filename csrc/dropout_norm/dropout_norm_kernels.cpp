@@ -4,9 +4,8 @@
 // A row's draws are made first, 2048 elements at a time, into a buffer from which any vector of
 // them can be loaded: rows need not start at a block of draws. While they are made, the lines that
 // come next are fetched.
-#include "dropout_norm/dropout_norm.h"
-
 #include "core/draw_simd.h"
+#include "dropout_norm/dropout_norm.h"
 
 namespace fusereg::dropout_norm::FUSEREG_ISA {
 namespace {

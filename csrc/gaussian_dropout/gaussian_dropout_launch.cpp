@@ -1,6 +1,7 @@
 // The CPU launcher of Gaussian dropout. Contract: gaussian_dropout.h.
 #include <algorithm>
 
+#include "core/ceil_div.h"
 #include "core/pages.h"
 #include "core/parallel.h"
 #include "gaussian_dropout/gaussian_dropout.h"
@@ -13,7 +14,7 @@ void run_cpu(const Job& job) {
   constexpr std::int64_t kUnit = 4096;
   constexpr std::int64_t kGrain = 1 << 14;
   const CpuKernels& kernels = cpu_kernels();
-  const std::int64_t units = (job.numel + kUnit - 1) / kUnit;
+  const std::int64_t units = ceil_div(job.numel, kUnit);
   parallel_for(units, kGrain / kUnit, [&](std::int64_t begin, std::int64_t end) {
     kernels.elements(job, begin * kUnit, std::min(end * kUnit, job.numel));
   });
