@@ -2,7 +2,7 @@
 
 ``apply`` is the entry. Its arguments are those of the kernels (csrc/augment/augment.h): a record of
 28 numbers for each sample, and numbers for each channel. Backward is the transpose of the warp,
-worked out again from the records; with ``colour`` it also needs x, because of the clamp. The layers
+worked out again from the records; with ``color`` it also needs x, because of the clamp. The layers
 are those of ``core.draws``.
 """
 
@@ -29,7 +29,7 @@ class Options(NamedTuple):
     interpolation: int
     antialias: bool
     fill_mode: int
-    colour: bool
+    color: bool
     fill: Sequence[float]
     scale: Sequence[float]
     shift: Sequence[float]
@@ -47,6 +47,20 @@ class Target(NamedTuple):
     size: tuple[int, int]
     dtype: torch.dtype
     channels_last: bool
+
+    @staticmethod
+    def of(
+        x: Tensor,
+        size: tuple[int, int],
+        dtype: torch.dtype,
+        memory_format: torch.memory_format | None = None,
+    ) -> Target:
+        """Return the target of x; ``memory_format`` None stands for that of x."""
+        if memory_format in (None, torch.preserve_format):
+            channels_last = is_channels_last(x)
+        else:
+            channels_last = memory_format is torch.channels_last
+        return Target((int(size[0]), int(size[1])), dtype, channels_last)
 
     def empty(self, x: Tensor) -> Tensor:
         (n, c), (h, w) = x.shape[:2], self.size
@@ -154,9 +168,9 @@ class Call(NamedTuple):
 class _Augment(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, records: Tensor, call: Call) -> Tensor:
-        colour = call.options.colour
-        ctx.save_for_backward(x if colour else None, records)
-        ctx.save_for_forward(x if colour else None, records)
+        color = call.options.color
+        ctx.save_for_backward(x if color else None, records)
+        ctx.save_for_forward(x if color else None, records)
         ctx.call, ctx.like = call, _like(x)
         return forward(x, records, *call)
 
@@ -181,7 +195,7 @@ class _AugmentBackward(torch.autograd.Function):
         ctx.save_for_backward(records)
         ctx.save_for_forward(records)
         ctx.like, ctx.call, ctx.dtype = like, call, grad.dtype
-        ctx.x = x if call.options.colour else None
+        ctx.x = x if call.options.color else None
         return backward(grad, x, records, like, call.options, call.op)
 
     @staticmethod
@@ -212,7 +226,7 @@ def _linear(x: Tensor, records: Tensor, call: Call) -> Tensor:
 
 
 def _check_linear(options: Options, op: str) -> None:
-    if options.colour:
+    if options.color:
         raise NotImplementedError(
             f"fusereg.{op}: with brightness, contrast or saturation there are first derivatives "
             "in reverse mode alone; leave these out where second derivatives or forward mode are "
@@ -226,7 +240,7 @@ def _check_linear(options: Options, op: str) -> None:
 _define: Callable[[str], object] = dispatch.library.define
 _implement: Callable[[str, Callable[..., Tensor], str], object] = dispatch.library.impl
 _OPTIONS = (
-    "int interpolation, bool antialias, int fill_mode, bool colour, float[] fill, float[] scale,"
+    "int interpolation, bool antialias, int fill_mode, bool color, float[] fill, float[] scale,"
     " float[] shift, float[] erase"
 )
 _define(
@@ -353,7 +367,7 @@ class _AugmentTransform(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, other, records, _, ctx.options, ctx.gradient = inputs
-        kept = (x if not ctx.gradient else other) if ctx.options.colour else None
+        kept = (x if not ctx.gradient else other) if ctx.options.color else None
         ctx.like = Target((x.shape[2], x.shape[3]), x.dtype, False)
         ctx.target = inputs[3]
         ctx.save_for_backward(kept, records)
@@ -441,75 +455,27 @@ def check_images(x: object, op: str, name: str = "x") -> Tensor:
     return x
 
 
-def as_target(
-    x: Tensor,
-    size: tuple[int, int],
-    out_dtype: torch.dtype,
-    memory_format: torch.memory_format | None,
-    op: str,
-) -> Target:
-    """``memory_format`` None: as x lies in memory."""
-    if out_dtype not in DTYPES:
+def check_dtype(dtype: object, op: str) -> None:
+    """Check that the kernels write results of this dtype."""
+    if dtype not in DTYPES:
         raise ValueError(
-            f"fusereg.{op}: out_dtype must be uint8 or a floating-point dtype, got {out_dtype}"
+            f"fusereg.{op}: out_dtype must be uint8, float16, bfloat16, float32 or float64, "
+            f"got {dtype}"
         )
-    if memory_format in (None, torch.preserve_format):
-        channels_last = is_channels_last(x)
-    else:
-        channels_last = memory_format is torch.channels_last
-    return Target((int(size[0]), int(size[1])), out_dtype, channels_last)
-
-
-def check_out(x: Tensor, out: object, target: Target, op: str) -> Tensor:
-    where = f"fusereg.{op}: out"
-    shape = (x.shape[0], x.shape[1], *target.size)
-    if not isinstance(out, Tensor):
-        raise TypeError(f"{where} must be a torch.Tensor, got {type(out).__name__}")
-    if tuple(out.shape) != shape or out.dtype is not target.dtype or out.device != x.device:
-        raise ValueError(
-            f"{where} must be {target.dtype} of shape {shape} on {x.device}, got {out.dtype} of "
-            f"shape {tuple(out.shape)} on {out.device}"
-        )
-    checks.check_writable(out, op, "out")
-    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
-        raise ValueError(
-            f"{where}= supports no gradients, and x or out requires one; leave out= away, or call "
-            "under torch.no_grad()"
-        )
-    if out is x or checks.overlap_partly(x, out):
-        raise ValueError(f"fusereg.{op}: x and out overlap in memory")
-    return out
 
 
 def apply(
     x: Tensor,
     records: Tensor,
     keys: Tensor | None,
-    size: tuple[int, int],
-    *,
-    interpolation: int,
-    antialias: bool,
-    fill_mode: int,
-    colour: bool,
-    fill: Sequence[float],
-    scale: Sequence[float],
-    shift: Sequence[float],
-    erase: Sequence[float],
-    erase_noise: bool,
-    out_dtype: torch.dtype,
-    memory_format: torch.memory_format | None,
-    out: Tensor | None,
+    target: Target,
+    options: Options,
     op: str,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The whole pass; ``memory_format`` None: as x lies in memory."""
-    check_images(x, op)
-    options = Options(interpolation, antialias, fill_mode, colour, fill, scale, shift, erase)
-    target = as_target(x, size, out_dtype, memory_format, op)
-    if erase_noise and keys is None:
-        raise ValueError(f"fusereg.{op}: keys must be given for noise in erased boxes")
-    keys = keys if erase_noise else None
+    """Return the result of the pass; with ``keys``, erased boxes are filled with noise."""
     if out is not None:
-        check_out(x, out, target, op)
+        checks.check_target(x, out, op, (*x.shape[:2], *target.size), target.dtype)
     if (
         not dispatch.eager()
         or x.device.type == "meta"
@@ -522,6 +488,6 @@ def apply(
         return y if out is None else out.copy_(y)
     if out is not None:
         return operator.written(forward(x, records, keys, target, options, op, out))
-    if out_dtype is not torch.uint8 and operator.differentiated(x):
+    if target.dtype is not torch.uint8 and operator.differentiated(x):
         return applied(_Augment, x, records, Call(keys, target, options, op))
     return forward(x, records, keys, target, options, op)

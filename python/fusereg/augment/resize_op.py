@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..core import dispatch, operator
+from ..core import checks, dispatch, operator
 from ..core.operator import applied
 from . import op as _augment_ops
 from .op import Target, compute_dtype, is_channels_last
@@ -193,22 +193,11 @@ class _ResizeTransform(torch.autograd.Function):
 
 
 def apply(
-    x: Tensor,
-    size: tuple[int, int],
-    *,
-    interpolation: int,
-    scale: Sequence[float],
-    shift: Sequence[float],
-    out_dtype: torch.dtype,
-    memory_format: torch.memory_format | None,
-    out: Tensor | None,
-    op: str,
+    x: Tensor, target: Target, how: Resampling, op: str, out: Tensor | None = None
 ) -> Tensor:
-    """Resized, normalized, converted; ``memory_format`` None: as x lies in memory."""
-    target = _augment_ops.as_target(x, size, out_dtype, memory_format, op)
-    how = Resampling(interpolation, False, scale, shift)
+    """Return the images resized, normalized and converted."""
     if out is not None:
-        _augment_ops.check_out(x, out, target, op)
+        checks.check_target(x, out, op, (*x.shape[:2], *target.size), target.dtype)
     if (
         not dispatch.eager()
         or x.device.type == "meta"
@@ -221,6 +210,6 @@ def apply(
         return y if out is None else out.copy_(y)
     if out is not None:
         return operator.written(forward(x, target, how, op, out))
-    if out_dtype is not torch.uint8 and operator.differentiated(x):
+    if target.dtype is not torch.uint8 and operator.differentiated(x):
         return applied(_Resize, x, target, how)
     return forward(x, target, how, op)
