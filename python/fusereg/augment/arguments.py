@@ -142,17 +142,17 @@ def per_channel(value: object, op: str, name: str) -> tuple[float, ...]:
     return (number(value, op, name),)
 
 
-def for_channels(values: Sequence[float], channels: int, op: str, name: str) -> list[float]:
+def for_channels(values: tuple[float, ...], channels: int, op: str, name: str) -> tuple[float, ...]:
     """Return one number for each channel; a single one is repeated."""
     if len(values) == 1:
-        return list(values) * channels
+        return values * channels
     if len(values) != channels:
         wanted = "1 number" if channels == 1 else f"1 or {channels} numbers"
         raise ValueError(
             f"fusereg.{op}: {name} must have {wanted} for images of {channels} "
             f"channel{'s' * (channels > 1)}, got {len(values)}"
         )
-    return list(values)
+    return values
 
 
 def one_of(value: object, op: str, name: str, known: Sequence[str]) -> str:
@@ -201,11 +201,12 @@ def full_intensity(dtype: torch.dtype) -> float:
 
 def scale_and_shift(
     normal: Normalization | None, dtype: torch.dtype, channels: int, op: str
-) -> tuple[list[float], list[float]]:
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return what normalizes values of this dtype, for each channel: v * scale + shift."""
     if normal is None:
-        return [1.0] * channels, [0.0] * channels
+        return (1.0,) * channels, (0.0,) * channels
     limit = full_intensity(dtype)
     mean = for_channels(normal.mean, channels, op, "mean")
     std = for_channels(normal.std, channels, op, "std")
-    return [1.0 / (limit * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+    scale = tuple(1.0 / (limit * s) for s in std)
+    return scale, tuple(-m / s for m, s in zip(mean, std, strict=True))

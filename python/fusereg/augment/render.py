@@ -197,13 +197,13 @@ def render(
         out_dtype = dtype if keep else torch.float32
     scale, shift = scale_and_shift(normal, dtype, channels, op)
     if normal is None:
-        scale = [full_intensity(out_dtype) / full_intensity(dtype)] * channels
+        scale = (full_intensity(out_dtype) / full_intensity(dtype),) * channels
     fill = for_channels(settings.fill, channels, op, "fill")
     if settings.fill_normalized:
-        fill = [(f - b) / a for f, a, b in zip(fill, scale, shift, strict=True)]
+        fill = tuple((f - b) / a for f, a, b in zip(fill, scale, shift, strict=True))
     erase = for_channels(settings.erase, channels, op, "erase value")
     if settings.erase_before:
-        erase = [e * a + b for e, a, b in zip(erase, scale, shift, strict=True)]
+        erase = tuple(e * a + b for e, a, b in zip(erase, scale, shift, strict=True))
     records = params.records
     if settings.color and dtype is torch.uint8:
         records = records.clone()
