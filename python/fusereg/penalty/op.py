@@ -24,11 +24,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .. import _C
-from ..core import checks, dispatch, distributed
-from ..core import params as _params
-from ..core.params import Strength
-from .kernels import Strengths, add_grads_, prox_, value, value_dtype, write_grads
+from ..core import checks, dispatch
+from .kernels import add_grads_, prox_, value, value_dtype, write_grads
+from .strengths import Strengths
 
 # --- autograd ------------------------------------------------------------------------------------
 
@@ -51,23 +49,23 @@ def _differentiable_grad(
 
 
 def _differentiable_grads(
-    scale: Tensor, tensors: Sequence[Tensor], s: Strengths, dim: int
+    scale: Tensor, tensors: Sequence[Tensor], s: Strengths
 ) -> list[Tensor]:
-    lists = zip(*s.lists(len(tensors)), strict=True)
+    lists = zip(*s.lists(len(tensors))[:3], strict=True)
     return [
-        _differentiable_grad(scale, w, *strengths, dim)
+        _differentiable_grad(scale, w, *strengths, s.dim)
         for w, strengths in zip(tensors, lists, strict=True)
     ]
 
 
 def _tangent(
-    s: Strengths, dim: int, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None]
+    s: Strengths, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None]
 ) -> Tensor:
     """Forward mode: the sum of <dR/dw, tangent of w>."""
     dtype = value_dtype(tensors)
     total = torch.zeros((), dtype=dtype, device=tensors[0].device)
     one = torch.ones((), dtype=dtype, device=tensors[0].device)
-    grads = _differentiable_grads(one, tensors, s, dim)
+    grads = _differentiable_grads(one, tensors, s)
     for g, t in zip(grads, tangents, strict=True):
         if t is not None:
             total = total + (g.to(dtype) * t.to(dtype)).sum().to(total.device)
@@ -75,11 +73,11 @@ def _tangent(
 
 
 def _backward(
-    op: str, scale: Tensor, tensors: Sequence[Tensor], s: Strengths, dim: int
+    op: str, scale: Tensor, tensors: Sequence[Tensor], s: Strengths
 ) -> list[Tensor]:
     if not torch.is_grad_enabled():
-        return write_grads(op, scale, tensors, s, dim)
-    return _differentiable_grads(scale, tensors, s, dim)
+        return write_grads(op, scale, tensors, s)
+    return _differentiable_grads(scale, tensors, s)
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -89,30 +87,30 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 class _Penalty(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: str, s: Strengths, dim: int, *tensors: Tensor) -> Tensor:
-        ctx.call = (op, s, dim)
+    def forward(ctx: Any, op: str, s: Strengths, *tensors: Tensor) -> Tensor:
+        ctx.call = (op, s)
         # Only what backward reads: a frozen tensor may change before it, or be an inference tensor.
-        ctx.wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        ctx.wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         ctx.count = len(tensors)
         ctx.save_for_backward(*(tensors[i] for i in ctx.wanted))
         ctx.save_for_forward(*tensors)
-        return value(op, list(tensors), s, dim)
+        return value(op, list(tensors), s)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        _, s, dim = ctx.call
-        return _tangent(s, dim, ctx.saved_tensors, tangents[3:])
+        _, s = ctx.call
+        return _tangent(s, ctx.saved_tensors, tangents[2:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        op, s, dim = ctx.call
+        op, s = ctx.call
         saved = ctx.saved_tensors  # asked once: activation checkpointing allows no more
         grads: list[Tensor | None] = [None] * ctx.count
         for i, g in zip(
-            ctx.wanted, _backward(op, grad, saved, s.select(ctx.wanted), dim), strict=True
+            ctx.wanted, _backward(op, grad, saved, s.select(ctx.wanted)), strict=True
         ):
             grads[i] = g
-        return (None, None, None, *grads)
+        return (None, None, *grads)
 
 
 # --- torch.library -------------------------------------------------------------------------------
@@ -136,13 +134,13 @@ _Floats = list[float]
 
 
 def _op_penalty(params: list[Tensor], l1: _Floats, l2: _Floats, group: _Floats, dim: int) -> Tensor:
-    return value("penalty", params, Strengths(l1, l2, group), dim)
+    return value("penalty", params, Strengths(l1, l2, group, dim))
 
 
 def _op_penalty_backward(
     scale: Tensor, params: list[Tensor], l1: _Floats, l2: _Floats, group: _Floats, dim: int
 ) -> list[Tensor]:
-    return write_grads("penalty", scale, params, Strengths(l1, l2, group), dim)
+    return write_grads("penalty", scale, params, Strengths(l1, l2, group, dim))
 
 
 def _op_penalty_add_grad_(
@@ -156,11 +154,11 @@ def _op_penalty_add_grad_(
     dim: int,
 ) -> Tensor:
     whole = factor if scale is None else scale if factor == 1.0 else scale * factor
-    return add_grads_("add_penalty_grad_", params, grads, whole, Strengths(l1, l2, group), dim)
+    return add_grads_("add_penalty_grad_", params, grads, whole, Strengths(l1, l2, group, dim))
 
 
 def _op_prox_(params: list[Tensor], l1: _Floats, l2: _Floats, group: _Floats, dim: int) -> None:
-    prox_("prox", params, Strengths(l1, l2, group), dim)
+    prox_("prox", params, Strengths(l1, l2, group, dim))
 
 
 for _key in ("CPU", "CUDA"):
@@ -215,7 +213,7 @@ def _penalty_second_gradient(ctx: Any, grads: list[Tensor | None]) -> tuple[Any,
     with torch.enable_grad():
         scale = scale.detach().requires_grad_()
         params = [p.detach().requires_grad_() for p in params]
-        first = _differentiable_grads(scale, params, Strengths(l1, l2, group), dim)
+        first = _differentiable_grads(scale, params, Strengths(l1, l2, group, dim))
         used = [(f, g) for f, g in zip(first, grads, strict=True) if g is not None]
         if not used:
             return None, [None] * len(params), None, None, None, None
@@ -247,34 +245,34 @@ class _PenaltyTransform(torch.autograd.Function):
     """As _Penalty, for torch.func: grad, jacrev, vmap and their compositions."""
 
     @staticmethod
-    def forward(op: str, s: Strengths, dim: int, *tensors: Tensor) -> Tensor:
+    def forward(op: str, s: Strengths, *tensors: Tensor) -> Tensor:
         if dispatch.eager():
-            return value(op, list(tensors), s, dim)
-        result: Tensor = torch.ops.fusereg.penalty(tensors, *s.lists(len(tensors)), dim)
+            return value(op, list(tensors), s)
+        result: Tensor = torch.ops.fusereg.penalty(tensors, *s.lists(len(tensors)))
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.call = inputs[:3]
-        ctx.save_for_backward(*inputs[3:])
-        ctx.save_for_forward(*inputs[3:])
+        ctx.call = inputs[:2]
+        ctx.save_for_backward(*inputs[2:])
+        ctx.save_for_forward(*inputs[2:])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        _, s, dim = ctx.call
-        return _tangent(s, dim, ctx.saved_tensors, tangents[3:])
+        _, s = ctx.call
+        return _tangent(s, ctx.saved_tensors, tangents[2:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return None, None, None, *_apply(_GradTransform, *ctx.call, grad, *ctx.saved_tensors)
+        return None, None, *_apply(_GradTransform, *ctx.call, grad, *ctx.saved_tensors)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], op: str, s: Strengths, dim: int, *tensors: Tensor
+        info: Any, in_dims: tuple[Any, ...], op: str, s: Strengths, *tensors: Tensor
     ) -> tuple[Tensor, int]:
         # One call a sample: the kernel takes lists, not batches.
         values = [
-            _apply(_PenaltyTransform, op, s, dim, *_unbatched(tensors, in_dims[3:], i))
+            _apply(_PenaltyTransform, op, s, *_unbatched(tensors, in_dims[2:], i))
             for i in range(info.batch_size)
         ]
         return torch.stack(values), 0
@@ -285,45 +283,45 @@ class _GradTransform(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        op: str, s: Strengths, dim: int, scale: Tensor, *tensors: Tensor
+        op: str, s: Strengths, scale: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         if dispatch.eager():
-            return tuple(write_grads(op, scale, tensors, s, dim))
+            return tuple(write_grads(op, scale, tensors, s))
         lists = s.lists(len(tensors))
-        return tuple(torch.ops.fusereg.penalty_backward(scale, tensors, *lists, dim))
+        return tuple(torch.ops.fusereg.penalty_backward(scale, tensors, *lists))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call = inputs[:3]
-        ctx.save_for_backward(*inputs[3:])
-        ctx.save_for_forward(*inputs[3:])
+        ctx.call = inputs[:2]
+        ctx.save_for_backward(*inputs[2:])
+        ctx.save_for_forward(*inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         pullback = torch.func.vjp(_GradTransform._formula(ctx), *ctx.saved_tensors)[1]
-        return None, None, None, *pullback(grads)
+        return None, None, *pullback(grads)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         saved = ctx.saved_tensors
         given = tuple(
             torch.zeros_like(x) if t is None else t
-            for x, t in zip(saved, tangents[3:], strict=True)
+            for x, t in zip(saved, tangents[2:], strict=True)
         )
         out: tuple[Tensor, ...] = torch.func.jvp(_GradTransform._formula(ctx), saved, given)[1]
         return out
 
     @staticmethod
     def _formula(ctx: Any) -> Callable[..., tuple[Tensor, ...]]:
-        _, s, dim = ctx.call
-        return lambda scale, *tensors: tuple(_differentiable_grads(scale, tensors, s, dim))
+        _, s = ctx.call
+        return lambda scale, *tensors: tuple(_differentiable_grads(scale, tensors, s))
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], op: str, s: Strengths, dim: int, *tensors: Tensor
+        info: Any, in_dims: tuple[Any, ...], op: str, s: Strengths, *tensors: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         grads = [
-            _apply(_GradTransform, op, s, dim, *_unbatched(tensors, in_dims[3:], i))
+            _apply(_GradTransform, op, s, *_unbatched(tensors, in_dims[2:], i))
             for i in range(info.batch_size)
         ]
         stacked = tuple(torch.stack(g) for g in zip(*grads, strict=True))
@@ -333,52 +331,43 @@ class _GradTransform(torch.autograd.Function):
 # --- the entries ----------------------------------------------------------------------------------
 
 
-Names = tuple[str, str, str]
-
-
-def collect(
-    params: _params.Params,
-    strengths: tuple[object, object, object],
-    op: str,
-    names: Names = Strengths._fields,
-    l2_factor: float = 1.0,
-) -> tuple[list[Tensor], Strengths]:
-    """The distinct tensors and their strengths (l1, l2, group), which errors call ``names``."""
-    tensors = _params.as_list(params, op)
-    s: tuple[Strength, ...] = tuple(
-        _params.check_strength(x, len(tensors), op, name)
-        for x, name in zip(strengths, names, strict=True)
-    )
-    if isinstance(params, torch.nn.Module):
-        repeated: list[int] = []
-    elif torch.compiler.is_compiling():  # cannot be traced through compiled code
-        seen: dict[int, int] = {}
-        repeated = [i for i, t in enumerate(tensors) if seen.setdefault(id(t), i) != i]
-    else:
-        repeated = _C.scan(tensors)[1]
-    tensors, s = _params.without_repeats(tensors, s, repeated, op)
-    l1, l2, group = s
-    return tensors, Strengths(l1, _params.scaled(l2, l2_factor), group)
-
-
-def penalty(op: str, tensors: list[Tensor], s: Strengths, dim: int = 0) -> Tensor:
-    """The differentiable sum of R over the tensors."""
-    if not tensors:
-        return torch.zeros((), dtype=torch.float32, device="cpu")
+def penalty(op: str, tensors: list[Tensor], s: Strengths) -> Tensor:
+    """Return the differentiable sum of R over plain tensors."""
     if not dispatch.eager():
         for i, t in enumerate(tensors):
             checks.check(t, op, f"params[{i}]")
         if dispatch.functorch():
-            return cast(Tensor, _apply(_PenaltyTransform, op, s, dim, *tensors))
-        result: Tensor = torch.ops.fusereg.penalty(tensors, *s.lists(len(tensors)), dim)
+            return cast(Tensor, _apply(_PenaltyTransform, op, s, *tensors))
+        result: Tensor = torch.ops.fusereg.penalty(tensors, *s.lists(len(tensors)))
         return result
-    if not _C.scan(tensors)[0]:
-        for i, t in enumerate(tensors):
-            checks.check(t, op, f"params[{i}]")
-        if distributed.has_dtensor(tensors):
-            from . import dtensor as _dtensor
-
-            return _dtensor.penalty(op, tensors, s, dim)
     if torch.is_grad_enabled():
-        return cast(Tensor, _apply(_Penalty, op, s, dim, *tensors))
-    return value(op, tensors, s, dim)
+        return cast(Tensor, _apply(_Penalty, op, s, *tensors))
+    return value(op, tensors, s)
+
+
+def add_grads(tensors: list[Tensor], scale: Tensor | float | None, s: Strengths) -> Tensor:
+    """Add scale * dR/dw into every ``.grad`` and return the sum of R, through the operators."""
+    needed = [i for i, t in enumerate(tensors) if t.requires_grad]
+    frozen = [i for i, t in enumerate(tensors) if not t.requires_grad]
+    with torch.no_grad():
+        grads = []
+        for i in needed:
+            t = tensors[i]
+            if t.grad is None:
+                t.grad = torch.zeros_like(t)
+            grads.append(t.grad)
+        total = torch.zeros((), device=tensors[0].device)
+        if needed:
+            total = torch.ops.fusereg.penalty_add_grad_(
+                [tensors[i] for i in needed],
+                grads,
+                scale if isinstance(scale, Tensor) else None,
+                float(scale) if isinstance(scale, (int, float)) else 1.0,
+                *s.select(needed).lists(len(needed)),
+            )
+        if frozen:
+            value = torch.ops.fusereg.penalty(
+                [tensors[i] for i in frozen], *s.select(frozen).lists(len(frozen))
+            )
+            total = total + value.to(total.device)
+        return total
