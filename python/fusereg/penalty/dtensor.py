@@ -35,11 +35,10 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def by_mesh(op: str, tensors: Sequence[Tensor], s: Strengths) -> list[tuple[Where, list[int]]]:
     """Return indices by mesh and sharded dimensions, in an order that is the same on every rank."""
-    groups = s.lists(len(tensors))[2]
     found: dict[Where, list[int]] = {}
-    for i, (t, group) in enumerate(zip(tensors, groups, strict=True)):
+    for i, (t, (_, _, group, dim)) in enumerate(zip(tensors, s.each(len(tensors)), strict=True)):
         # By the mesh's value: fully_shard() without a mesh makes a new, equal one at each call.
-        found.setdefault(_placement(f"fusereg.{op}: params[{i}]", t, group, s.dim), []).append(i)
+        found.setdefault(_placement(f"fusereg.{op}: params[{i}]", t, group, dim), []).append(i)
     return list(found.items())
 
 
@@ -95,7 +94,8 @@ def penalty(op: str, tensors: Sequence[Tensor], s: Strengths) -> Tensor:
     values = []
     for where, indices in by_mesh(op, tensors, s):
         local = [local_part(tensors[i]) for i in indices]
-        values.append(sum_over_ranks(_op.penalty(op, local, s.select(indices)), where))
+        own = s.select(indices).arguments()
+        values.append(sum_over_ranks(_op.penalty.eager(local, *own, op), where))
     return _kernels.sum_on_first(values)
 
 

@@ -28,11 +28,16 @@ def evaluate(op: str, listed: Listed) -> Tensor:
     tensors, s, direct = listed
     if not tensors:
         return torch.zeros((), dtype=torch.float32, device="cpu")
+    value: Tensor
     if not direct:
         check_all(op, tensors)
-        if dispatch.eager() and distributed.has_dtensor(tensors):
+        if not dispatch.eager():
+            value = _op.penalty.traced(tensors, *s.arguments())
+            return value
+        if distributed.has_dtensor(tensors):
             return _dtensor.penalty(op, tensors, s)
-    return _op.penalty(op, tensors, s)
+    value = _op.penalty.eager(tensors, *s.arguments(), op)
+    return value
 
 
 def add_grads(op: str, listed: Listed, grad_scale: Tensor | float | None) -> Tensor:
@@ -44,7 +49,7 @@ def add_grads(op: str, listed: Listed, grad_scale: Tensor | float | None) -> Ten
     if not direct:
         if not dispatch.eager():
             check_all(op, tensors)
-            return _op.add_grads(tensors, scale, s)
+            return _op.add_grads_(tensors, scale, s)
         if distributed.has_dtensor(tensors):
             return _dtensor.add_grads_(op, tensors, scale, s)
     return _kernels.add_grads_(op, tensors, None, scale, s)

@@ -217,8 +217,7 @@ def _by_device(
 
 def _check_dim(op: str, tensors: Sequence[Tensor], s: Strengths) -> None:
     """Check as the kernels' binding does, but before the first of several devices is written."""
-    dim = s.dim
-    for i, (t, group) in enumerate(zip(tensors, s.lists(len(tensors))[2], strict=True)):
+    for i, (t, (_, _, group, dim)) in enumerate(zip(tensors, s.each(len(tensors)), strict=True)):
         rank = max(t.dim(), 1)
         if group and not -rank <= dim < rank:
             raise ValueError(

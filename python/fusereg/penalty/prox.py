@@ -15,12 +15,11 @@ counts zeros.
 
 from __future__ import annotations
 
-import torch
-
 from ..core import dispatch, distributed
 from ..core.params import Params
 from . import dtensor as _dtensor
 from . import kernels as _kernels
+from . import op as _op
 from .functional import check_all
 from .strengths import Listed, Strength, Strengths, check_dim, collect
 
@@ -88,8 +87,7 @@ def _prox(op: str, listed: Listed) -> None:
     if not direct:
         if not dispatch.eager():
             check_all(op, tensors)
-            with torch.no_grad():
-                torch.ops.fusereg.prox_(tensors, *s.lists(len(tensors)))
+            _op.prox_(tensors, s)
             return
         if distributed.has_dtensor(tensors):
             _dtensor.prox_(op, tensors, s)

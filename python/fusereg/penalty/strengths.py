@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -26,15 +26,32 @@ class Strengths(NamedTuple):
     group: Strength = 0.0
     dim: int = 0
 
+    @staticmethod
+    def of(l1: Sequence[float], l2: Sequence[float], group: Sequence[float], dim: int) -> Strengths:
+        """Return the strengths that operators got: a list of one number is for all tensors."""
+        return Strengths(
+            l1[0] if len(l1) == 1 else l1,
+            l2[0] if len(l2) == 1 else l2,
+            group[0] if len(group) == 1 else group,
+            dim,
+        )
+
+    def arguments(self) -> tuple[list[float], list[float], list[float], int]:
+        """Return the strengths as operators take them."""
+        l1, l2, group, dim = self
+        return _floats(l1, 1), _floats(l2, 1), _floats(group, 1), dim
+
+    def each(self, count: int) -> Iterator[tuple[float, float, float, int]]:
+        """Yield the strengths of each of ``count`` tensors, and the dimension."""
+        l1, l2, group, dim = self
+        return zip(
+            _floats(l1, count), _floats(l2, count), _floats(group, count), [dim] * count, strict=True
+        )
+
     def select(self, indices: Sequence[int]) -> Strengths:
         """Return the strengths of some of the tensors."""
         l1, l2, group, dim = self
         return Strengths(_select(l1, indices), _select(l2, indices), _select(group, indices), dim)
-
-    def lists(self, count: int) -> tuple[list[float], list[float], list[float], int]:
-        """Return one number for each of ``count`` tensors, as the operators take them."""
-        l1, l2, group, dim = self
-        return _floats(l1, count), _floats(l2, count), _floats(group, count), dim
 
 
 NO_PENALTY = Strengths()
