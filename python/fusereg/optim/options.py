@@ -1,14 +1,11 @@
-"""Arguments that all optimizers share: their types, their documentation, their place in signatures."""
+"""Arguments that all optimizers share: their types and their documentation."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
-from typing import Any, TypeAlias, TypedDict, TypeVar
+from typing import Any, TypeAlias, TypedDict
 
 from torch import Tensor
-
-from ..core.docs import share_paragraphs
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Number: TypeAlias = float | Tensor
@@ -34,7 +31,7 @@ class Options(CommonOptions, total=False):
     prox: bool | str
 
 
-_PENALTY = r"""
+PENALTY = r"""
         l1, l2, group: strengths >= 0 of the penalty
             :math:`R(w) = l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2 + group \sum_r \sqrt{n_r}
             \|w_r\|_2`, r over the slices along dimension 0. Numbers or 0-d tensors; each param
@@ -51,7 +48,7 @@ _PENALTY = r"""
         foreach, fused, differentiable: accepted for compatibility, ignored; but
             ``differentiable=True`` is an error."""
 
-_NOTES = r"""
+NOTES = r"""
     All parameters are updated in one call that reads parameter, gradient and state once and writes
     parameter and state once, penalty included. Any mix of float64, float32, float16, bfloat16
     (gradients may have another dtype than their parameter; states of 16-bit parameters are
@@ -77,19 +74,3 @@ _NOTES = r"""
         TypeError, ValueError: an argument is out of its range, or at a step a parameter or gradient
             is complex, of an unsupported dtype, or shares memory with another. Nothing is changed
             then."""
-
-_Optimizer = TypeVar("_Optimizer")
-
-
-def documented(optimizer: type[_Optimizer]) -> type[_Optimizer]:
-    """Fill in an optimizer's shared paragraphs and, in its signature, the shared arguments.
-
-    A class decorator: ``help()`` and ``inspect.signature()`` then show all keyword arguments by
-    name, as type checkers and editors do.
-    """
-    share_paragraphs(optimizer, penalty=_PENALTY, notes=_NOTES)
-    function = vars(optimizer)["__init__"]
-    signature = inspect.signature(function)
-    own = {k: p for k, p in signature.parameters.items() if k != "options"}
-    shared = inspect.signature(optimizer.__mro__[-4].__init__)
-    return optimizer

@@ -29,29 +29,23 @@ class Strengths(NamedTuple):
     @staticmethod
     def of(l1: Sequence[float], l2: Sequence[float], group: Sequence[float], dim: int) -> Strengths:
         """Return the strengths that operators got: a list of one number is for all tensors."""
-        return Strengths(
-            l1[0] if len(l1) == 1 else l1,
-            l2[0] if len(l2) == 1 else l2,
-            group[0] if len(group) == 1 else group,
-            dim,
-        )
+        one_each = (x[0] if len(x) == 1 else x for x in (l1, l2, group))
+        return Strengths(*one_each, dim)
 
     def arguments(self) -> tuple[list[float], list[float], list[float], int]:
         """Return the strengths as operators take them."""
-        l1, l2, group, dim = self
-        return _floats(l1, 1), _floats(l2, 1), _floats(group, 1), dim
+        l1, l2, group = [[x] if isinstance(x, float) else list(map(float, x)) for x in self[:3]]
+        return l1, l2, group, self.dim
 
     def each(self, count: int) -> Iterator[tuple[float, float, float, int]]:
         """Yield the strengths of each of ``count`` tensors, and the dimension."""
-        l1, l2, group, dim = self
-        return zip(
-            _floats(l1, count), _floats(l2, count), _floats(group, count), [dim] * count, strict=True
-        )
+        l1, l2, group = [[x] * count if isinstance(x, float) else x for x in self[:3]]
+        return zip(l1, l2, group, [self.dim] * count, strict=True)
 
     def select(self, indices: Sequence[int]) -> Strengths:
         """Return the strengths of some of the tensors."""
-        l1, l2, group, dim = self
-        return Strengths(_select(l1, indices), _select(l2, indices), _select(group, indices), dim)
+        chosen = [x if isinstance(x, float) else [x[i] for i in indices] for x in self[:3]]
+        return Strengths(*chosen, self.dim)
 
 
 NO_PENALTY = Strengths()
@@ -104,16 +98,6 @@ def check_dim(op: str, dim: object) -> int:
     if not isinstance(dim, int):
         raise TypeError(f"fusereg.{op}: dim must be an int, got {type(dim).__name__}")
     return dim
-
-
-def _select(strength: Strength, indices: Sequence[int]) -> Strength:
-    return [strength[i] for i in indices] if isinstance(strength, Sequence) else strength
-
-
-def _floats(strength: Strength, count: int) -> list[float]:
-    if isinstance(strength, Sequence):
-        return [float(x) for x in strength]
-    return [float(strength)] * count
 
 
 def _check(strength: object, count: int, where: str) -> Strength:
