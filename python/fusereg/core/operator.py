@@ -271,12 +271,12 @@ class Operator:
         at = self._list
         return (*args[:at], len(args[at]), *args[at + 1 :], *args[at])
 
-    def _folded(self, flat: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the arguments of which :meth:`_flat` was made."""
+    def _folded(self, flat: tuple[Any, ...], length: int | None = None) -> tuple[Any, ...]:
+        """Return the arguments of which :meth:`_flat` was made; of tangents, tell the ``length``."""
         if self._list is None:
             return flat
         at = self._list
-        end = len(flat) - flat[at]
+        end = len(flat) - (flat[at] if length is None else length)
         return (*flat[:at], list(flat[end:]), *flat[at + 1 : end])
 
     def _flat_gradients(self, found: tuple[Any, ...], count: int) -> tuple[Any, ...]:
@@ -304,7 +304,7 @@ def _functions(
 
     def forward(ctx: Any, *args: Any) -> Any:
         if with_list:
-            ctx.count = len(args)
+            ctx.count, ctx.length = len(args), args[op._list]
             args = op._folded(args)
         output = kernel(*args)
         save(ctx, args, output)
@@ -322,7 +322,7 @@ def _functions(
     def jvp(ctx: Any, *tangents: Any) -> Any:
         if tangent is None:
             raise NotImplementedError(f"fusereg.{op.name} has no derivative in forward mode")
-        return tangent(ctx, *(op._folded(tangents) if with_list else tangents))
+        return tangent(ctx, *(op._folded(tangents, ctx.length) if with_list else tangents))
 
     def transform_forward(*args: Any) -> Any:
         if row_major:
@@ -332,8 +332,9 @@ def _functions(
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if with_list:
-            ctx.count = len(inputs)
-        save(ctx, op._folded(inputs) if with_list else inputs, output)
+            ctx.count, ctx.length = len(inputs), inputs[op._list]
+            inputs = op._folded(inputs)
+        save(ctx, inputs, output)
 
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         # A call for each sample: its draws and its reductions are those that it has alone.

@@ -28,8 +28,7 @@ from ..core import dispatch, distributed
 from ..core.params import Key
 from ..early_stopping import EarlyStopping
 from ..early_stopping.snapshot import Stateful
-from ..penalty.hook import add_for
-from ..penalty.weight_penalty import Rule, WeightPenalty
+from ..penalty.weight_penalty import Rule, WeightPenalty, add_for
 from ._needed import library
 from ._stopping import Monitored
 
