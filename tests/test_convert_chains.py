@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusereg
-from fusereg import _convert_chain
+from fusereg.convert import chain as _convert_chain
 from plain_models import (
     MODELS,
     BasicBlock,

@@ -525,10 +525,10 @@ def damage(folder: Path, what: str) -> None:
         ("a flipped bit", r"best-000000-\w+.safetensors is damaged: SHA-256 \w+, wanted \w+"),
         ("cut short", "is damaged: SHA-256"),
         ("gone", r"early_stopping.json names best-000000-\w+.safetensors, which is missing"),
-        ("half a commit", "early_stopping.json is no whole checkpoint"),
+        ("half a commit", "early_stopping.json is not a complete checkpoint"),
         ("an edited commit", "early_stopping.json is damaged: its SHA-256 does not match"),
         ("another version", "version 2; this fusereg reads 'fusereg early stopping', version 1"),
-        ("no commit of ours", "is no whole checkpoint"),
+        ("no commit of ours", "is not a complete checkpoint"),
     ],
 )
 def test_a_damaged_checkpoint_is_found_out(tmp_path: Path, what: str, text: str) -> None:
