@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
+from early_stopping_runs import fill
 from fusereg import EarlyStopping
 from fusereg.early_stopping import CheckpointError, load_best
 from fusereg.early_stopping.checkpoint import COMMIT, CheckpointFolder
@@ -34,12 +34,6 @@ def linear(value: float) -> nn.Linear:
     model = nn.Linear(3, 2)
     fill(model, value)
     return model
-
-
-def fill(model: nn.Module, value: float) -> None:
-    with torch.no_grad():
-        for p in model.parameters():
-            p.fill_(value)
 
 
 def names(folder: Path) -> list[str]:
