@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as torch_F
 
 from fusereg import functional as F
-from fusereg.nn import BatchNorm1d as FusedBatchNorm1d
+from fusereg.nn import BatchNorm1d
 
 from ..harness import Accuracy, Call, Case, Options, Workload
 from ..harness.layers import (
@@ -74,7 +74,7 @@ def cases(options: Options) -> list[Case]:
     """Return each shape in both layouts; all layers at 8 images, one at 32; then a tiny one."""
     shapes = RESNET50[3:4] if options.quick else RESNET50
     batch = 2 if options.quick else 8
-    works = [
+    works: list[tuple[tuple[int, ...], str, tuple[str, ...]]] = [
         ((batch, channels, size, size), layer, (FORWARD, OUT, BOTH) if layer == "bn" else (BOTH,))
         for channels, size in shapes
         for layer in LAYERS
@@ -122,8 +122,8 @@ def _setup(
     mean, var = torch.zeros_like(weight), torch.ones_like(weight)
     relu = "relu" in layer
     if layer == MODULE:
-        modules = [kind(shape[1], device=x.device) for kind in (nn.BatchNorm1d, FusedBatchNorm1d)]
-        return Workload(providers(*modules, timed(mode, x, gradient=gradient)))
+        theirs, ours = (kind(shape[1], device=x.device) for kind in (nn.BatchNorm1d, BatchNorm1d))
+        return Workload(providers(theirs, ours, timed(mode, x, gradient=gradient)))
     inputs = [x, weight, bias] + ([residual] if "add" in layer else [])
     out = torch.empty_like(x) if mode == OUT else None
     eager = _torch(relu, mean, var)

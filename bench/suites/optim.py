@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -127,7 +128,7 @@ def _check_step(call: Call) -> Accuracy:
 
 
 def _step_providers(new: Callable[[], Parameters]) -> list[Provider]:
-    def torchs(after: Callable[[Parameters], None] | None, **kind: bool) -> Callable[[], Call]:
+    def torchs(after: Callable[[Parameters], None] | None, **kind: Any) -> Callable[[], Call]:
         def make() -> Call:
             p = new()
             return _Step(p, torch.optim.AdamW(p, lr=LR, **kind), after)
