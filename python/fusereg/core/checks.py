@@ -225,3 +225,16 @@ def probability(p: float | None, keep_prob: float | None, op: str) -> float:
         raise ValueError(f"fusereg.nn.{op}: p and keep_prob exclude each other")
     check_probability(keep_prob, op, "keep_prob")
     return 1.0 - keep_prob
+
+
+def check_like(x: Tensor, t: Tensor, shape: Sequence[int], op: str, name: str) -> None:
+    """Raise unless t has this shape, and x's dtype and device."""
+    if t.shape != shape:
+        raise ValueError(
+            f"fusereg.{op}: {name} must have shape {tuple(shape)}, got {tuple(t.shape)}"
+        )
+    if t.dtype != x.dtype or t.device != x.device:
+        raise ValueError(
+            f"fusereg.{op}: {name} must be {x.dtype} on {x.device} as x is, "
+            f"got {t.dtype} on {t.device}"
+        )

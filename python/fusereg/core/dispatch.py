@@ -28,9 +28,6 @@ from .. import _C  # noqa: E402
 
 _C.bind_torch(torch.Tensor, torch.nn.Parameter, torch.autograd.graph.increment_version)
 
-#: Operators are defined here, each with a fake kernel and an autograd formula.
-library = torch.library.Library("fusereg", "DEF")
-
 
 def functorch() -> bool:
     """True inside torch.func transforms (grad, vmap, ...), whose tensors are wrapped.
@@ -65,6 +62,33 @@ def eager() -> bool:
         and _functorch_level() is None
         and _tracing_state() is None
     )
+
+
+#: Operators are defined here by core/operator.py.
+library = torch.library.Library("fusereg", "DEF")
+
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_Parameter = torch.nn.Parameter
+
+
+def direct(*values: object) -> bool:
+    """Return whether kernels may be called on these at once; what is no tensor does not matter.
+
+    Nothing is tracing, and each tensor is exactly a Tensor or Parameter with memory: no subclass,
+    not meta, and not batched by ``torch.autograd.grad(is_grads_batched=True)``.
+    """
+    if not eager():
+        return False
+    for t in values:
+        kind = type(t)
+        if kind is torch.Tensor or kind is _Parameter:
+            # A wrapper that is in no transform any more comes from differentiating its result.
+            if t.is_meta or _is_batched(t) or _is_wrapped(t):  # type: ignore[attr-defined, arg-type]
+                return False
+        elif isinstance(t, torch.Tensor) or (kind is list and not direct(*t)):
+            return False
+    return True
 
 
 def for_other_programs() -> bool:
