@@ -195,7 +195,7 @@ def test_info_json_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
     kernels = content["kernels"]
     for name in _C.cpu_isas():
         called = [row["kernel"] for row in kernels if row["backend"] == f"cpu {name}"]
-        assert called == [check.name for check in checks.CHECKS]
+        assert called == [operation.name for operation in checks.OPERATIONS]
     assert all(row["ok"] and row["error"] <= row["tolerance"] for row in kernels)
     assert _C.cpu_isa() == isa, "the checks must put the instruction set back"
 
