@@ -203,8 +203,8 @@ def test_info_json_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
 def test_info_table_has_every_kernel_and_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    for check in checks.CHECKS:
-        assert check.name in printed
+    for operation in checks.OPERATIONS:
+        assert operation.name in printed
     for isa in _C.cpu_isas():
         assert f"cpu {isa}" in printed
     assert "FAILED" not in printed
@@ -212,7 +212,7 @@ def test_info_table_has_every_kernel_and_backend(capsys: pytest.CaptureFixture[s
 
 
 def test_info_has_a_check_for_every_public_kernel() -> None:
-    names = {check.name.split(",")[0] for check in checks.CHECKS}
+    names = {operation.name.split(",")[0] for operation in checks.OPERATIONS}
     wanted = set(fusereg.functional.__all__)
     wanted |= {f"prox.{name}" for name in fusereg.prox.__all__}
     wanted |= {"add_penalty_grad_", "sparsity", "optim.clip_grad_norm_"}
