@@ -30,7 +30,7 @@ if HOST_MODULE:
     sys.modules["fusereg._C"] = _module
 
 import fusereg  # noqa: E402
-from fusereg.cli.checks import TOLERANCES  # noqa: E402
+from fusereg.core.inventory import TOLERANCES  # noqa: E402
 
 settings.register_profile(
     "fusereg",

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _C
 from . import checks, dispatch, random
 from .operator import DrawnOperator
 from .random import Source
@@ -38,7 +37,6 @@ def _rows_fit(x: Tensor) -> bool:
 mask = DrawnOperator(
     "dropout",
     "float p, bool alpha, int row_dims, SymInt index_offset",
-    (_C.dropout_forward, _C.dropout_backward),
     supported=_supported,
 )
 

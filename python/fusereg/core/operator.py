@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _C
 from . import checks, dispatch, distributed, random
 from .random import Source
 
@@ -377,12 +378,14 @@ class DrawnOperator(Operator):
     transpose, so it is gradient, tangent and every further derivative too. Element i of the memory
     of ``torch.empty_like(x)`` has draw ``index_offset + i``.
 
+    Its kernels are ``<name>_forward`` and ``<name>_backward`` of ``_C``, looked up at each call and
+    called with (y, x, seed, offset, *constants, op); they return 0, or something else where x's
+    layout is not supported.
+
     Args:
         name: the operator's name; its backward is ``<name>_backward``.
         constants: the schema's part after ``Tensor x, Tensor seed``; ``float p``, with which 0
             leaves x as it is, comes first and ``index_offset`` last.
-        kernels: forward and backward of ``_C``, called with (y, x, seed, offset, *constants, op);
-            they return 0, or something else where x's layout is not supported.
         supported: ``supported(x, *constants)``: a new tensor of x's shape whose layout is.
     """
 
@@ -390,12 +393,11 @@ class DrawnOperator(Operator):
         self,
         name: str,
         constants: str,
-        kernels: tuple[Callable[..., int], Callable[..., int]],
         *,
         supported: Callable[..., Tensor] = lambda x, *_: torch.empty_like(x),
     ) -> None:
         count = constants.count(",") + 1
-        forward_kernel, backward_kernel = kernels
+        names = f"{name}_forward", f"{name}_backward"
 
         def copied(
             kernel: Callable[..., int], y: Tensor, x: Tensor, rest: tuple[Any, ...]
@@ -415,9 +417,8 @@ class DrawnOperator(Operator):
             if len(constants) == count:
                 constants = (*constants, name)
             rest = (*seed, *constants) if type(seed) is tuple else (seed, 0, *constants)
-            if forward_kernel(y, x, *rest) == 0:
-                return y
-            return copied(forward_kernel, y, x, rest)
+            kernel = getattr(_C, names[0])
+            return y if kernel(y, x, *rest) == 0 else copied(kernel, y, x, rest)
 
         def backward(grad: Tensor, seed: Any, *constants: Any) -> Tensor:
             grad = in_strides(grad, tuple(constants[count]))
@@ -427,9 +428,8 @@ class DrawnOperator(Operator):
             op = constants[count + 1 :] or (name,)
             state = seed if type(seed) is tuple else (seed, 0)
             rest = (*state, *constants[:count], *op)
-            if backward_kernel(y, grad, *rest) == 0:
-                return y
-            return copied(backward_kernel, y, grad, rest)
+            kernel = getattr(_C, names[1])
+            return y if kernel(y, grad, *rest) == 0 else copied(kernel, y, grad, rest)
 
         def save(ctx: Any, args: tuple[Any, ...], y: Tensor) -> None:
             x, seed, *ctx.constants = args
