@@ -273,7 +273,7 @@ class Operator:
         return (*args[:at], len(args[at]), *args[at + 1 :], *args[at])
 
     def _folded(self, flat: tuple[Any, ...], length: int | None = None) -> tuple[Any, ...]:
-        """Return the arguments of which :meth:`_flat` was made; of tangents, tell the ``length``."""
+        """Undo :meth:`_flat`; tangents do not tell the ``length`` of the list."""
         if self._list is None:
             return flat
         at = self._list
