@@ -34,6 +34,7 @@ bool find_layout(const TensorView& x, std::int64_t samples, bool plain_order, La
     layout.inner = samples_outermost ? x.numel / n : 1;
   }
   layout.outer = x.numel / (channels * layout.inner);
+  layout.group_rows = layout.outer;  // what is refused below is asked for its sizes all the same
   if (plain_order || samples > 0) {
     // From the last to the first dimension, skipping the channels, strides must grow.
     std::int64_t stride = 0;
@@ -45,7 +46,7 @@ bool find_layout(const TensorView& x, std::int64_t samples, bool plain_order, La
     // A group is a run of whole samples: the channels must not lie outside of them.
     if (channels > 1 && n > 1 && x.strides[1] > x.strides[0]) return false;
   }
-  layout.group_rows = samples > 0 && samples < n ? samples * (layout.outer / n) : layout.outer;
+  if (samples > 0 && samples < n) layout.group_rows = samples * (layout.outer / n);
   return true;
 }
 

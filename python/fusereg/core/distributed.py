@@ -18,27 +18,26 @@ from torch import Tensor
 
 from .. import _C
 from . import random
+from .random import Source
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def apply(
+def drawn(
     x: Tensor,
-    seed: int | Tensor | None,
-    generator: torch.Generator | None,
+    source: Source,
     index_offset: int,
-    row_dims: int,
+    rows: int,
     op: str,
-    drop: Callable[[Tensor, int | Tensor, int], Tensor],
+    draw: Callable[[Tensor, int | Tensor, int], Tensor],
 ) -> Tensor:
-    """The DTensor of drop(local part, seed, its index_offset) on each rank."""
+    """Return the DTensor of draw(local part, seed, its index_offset) on each rank."""
     from torch.distributed.tensor import DTensor
 
     x = cast(DTensor, x)
-    index_offset += _first_index(x, row_dims, op)
-    pair = _common_pair(x, seed, generator, op)
-    y = drop(x.to_local().contiguous(), pair, index_offset)
+    index_offset += _first_index(x, rows, op)
+    y = draw(x.to_local().contiguous(), _common_state(x, source, op), index_offset)
     return DTensor.from_local(
         y, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=_row_major(x.shape)
     )
@@ -81,20 +80,16 @@ def _first_index(x: DTensor, row_dims: int, op: str) -> int:
     return (shard + 1) * math.prod(counted)
 
 
-def _common_pair(
-    x: DTensor, seed: int | Tensor | None, generator: torch.Generator | None, op: str
-) -> int | Tensor:
-    """The same on all ranks of the mesh: as given, or drawn by its first rank."""
+def _common_state(x: DTensor, source: Source, op: str) -> int | Tensor:
+    """Return one state for all ranks of the mesh: as given, or drawn by its first rank."""
     device = x.to_local().device
-    if seed is not None:
-        if generator is not None:
-            raise ValueError(f"fusereg.{op}: seed and generator exclude each other")
-        random.check_seed(seed, device, op)
-        return seed
-    pair = random.operator_pair(device, None, generator, op)
+    random.check_source(device, source, op)
+    if source.seed is not None:
+        return source.seed
+    state = random.traced_state(x.to_local(), source, op)
     for mesh_dim in range(x.device_mesh.ndim):
-        torch.distributed.broadcast(pair, group=x.device_mesh.get_group(mesh_dim), group_src=0)
-    return pair
+        torch.distributed.broadcast(state, group=x.device_mesh.get_group(mesh_dim), group_src=0)
+    return state
 
 
 def is_dtensor(tensor: object) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..core.random import Source
 from . import op as _drop_connect
 
 __all__ = ["drop_connect_conv2d", "drop_connect_linear"]
@@ -40,7 +41,7 @@ def drop_connect_linear(
         TypeError, ValueError: as :func:`dropout`, of the weight; also if it has not 2 dimensions.
     """
     return _drop_connect.linear(
-        x, weight, bias, p, training, seed, generator, "drop_connect_linear"
+        x, weight, bias, p, training, Source(seed, generator), "drop_connect_linear"
     )
 
 
@@ -95,7 +96,6 @@ def drop_connect_conv2d(
         groups,
         p,
         training,
-        seed,
-        generator,
+        Source(seed, generator),
         "drop_connect_conv2d",
     )

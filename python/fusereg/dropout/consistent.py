@@ -9,8 +9,13 @@ from torch import Tensor, nn
 
 from ..core import checks, draws, random
 from ..core.checks import probability
+from ..core.draws import Kind
 
 __all__ = ["ConsistentDropout", "consistent_dropout"]
+
+
+#: Of (outer, inner, steps): a draw for each of the first two dimensions.
+_STEPS = Kind("consistent_dropout", rows={3: 2})
 
 
 def consistent_dropout(
@@ -64,19 +69,8 @@ def consistent_dropout(
         # As the kernels know it from channels_last images: the step is what the rows share.
         outer, inner = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
         rows = rows.view(outer, x.shape[dim], inner).permute(0, 2, 1)
-    y = draws.dropout(
-        rows,
-        p,
-        True,
-        False,
-        seed,
-        generator,
-        index_offset,
-        None,
-        False,
-        0 if dim is None else 2,
-        op,
-    )
+    kind = Kind(op) if dim is None else _STEPS
+    y = draws.dropout(rows, p, True, False, seed, generator, index_offset, kind)
     return y if dim is None else y.permute(0, 2, 1).reshape(x.shape)
 
 
@@ -148,7 +142,7 @@ class ConsistentDropout(nn.Module):
         device = self.pair.device
         # A new tensor: backward of earlier calls, and graphs that hold the old one, still read it.
         if seed is None:
-            self.pair = random.device_pair(device)
+            self.pair = random.device_state(device)
         else:
             signed = (seed + 2**63) % 2**64 - 2**63
             self.pair = torch.tensor([signed, 0], dtype=torch.int64, device=device)

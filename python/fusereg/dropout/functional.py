@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..core import draws
 from ..core.docs import share_paragraphs
+from ..core.draws import Kind
 
 __all__ = [
     "alpha_dropout",
@@ -20,6 +21,14 @@ __all__ = [
     "dropout_mask",
     "feature_alpha_dropout",
 ]
+
+_DROPOUT = Kind("dropout")
+_DROPOUT1D = Kind("dropout1d", rows={2: 1, 3: 2})
+_DROPOUT2D = Kind("dropout2d", rows={3: 2, 4: 2})
+_DROPOUT3D = Kind("dropout3d", rows={4: 1, 5: 2})
+_ALPHA = Kind("alpha_dropout", alpha=True)
+_FEATURE_ALPHA = Kind("feature_alpha_dropout", alpha=True, rows=dict.fromkeys(range(2, 65), 2))
+_DROP_PATH = Kind("drop_path", rows=dict.fromkeys(range(1, 65), 1))
 
 _DROPOUT_ARGUMENTS = """
         p: the probability of dropping, within [0, 1]; 0 and ``training=False`` return ``x`` itself,
@@ -78,9 +87,7 @@ def dropout(
     Example:
         >>> y = fusereg.functional.dropout(x, 0.1, training=model.training)
     """
-    return draws.dropout(
-        x, p, training, inplace, seed, generator, index_offset, out, False, 0, "dropout"
-    )
+    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROPOUT, out)
 
 
 def dropout_mask(
@@ -111,30 +118,7 @@ def dropout_mask(
     Example:
         >>> fusereg.dropout_mask((2, 8), 0.5, seed=1).float().mean()
     """
-    return draws.mask(shape, p, seed, offset, index_offset, device)
-
-
-def _channel_dropout(
-    x: Tensor,
-    p: float,
-    training: bool,
-    inplace: bool,
-    seed: int | Tensor | None,
-    generator: torch.Generator | None,
-    index_offset: int,
-    row_dims: Mapping[int, int],
-    op: str,
-    alpha: bool = False,
-) -> Tensor:
-    """Rows are counted by as many leading dimensions as ``row_dims`` has for x's number of them."""
-    rows = row_dims.get(x.dim()) if isinstance(x, Tensor) else 0
-    if rows is None:
-        few = len(row_dims) < 4
-        wanted = " or ".join(str(n) for n in row_dims) if few else f"at least {min(row_dims)}"
-        raise ValueError(f"fusereg.{op}: x must have {wanted} dimensions, got {x.dim()}")
-    return draws.dropout(
-        x, p, training, inplace, seed, generator, index_offset, None, alpha, rows, op
-    )
+    return draws.kept_elements(shape, p, seed, offset, index_offset, device)
 
 
 def dropout1d(
@@ -155,9 +139,7 @@ def dropout1d(
 
     The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
     {dropout_returns}"""
-    return _channel_dropout(
-        x, p, training, inplace, seed, generator, index_offset, {2: 1, 3: 2}, "dropout1d"
-    )
+    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROPOUT1D)
 
 
 def dropout2d(
@@ -180,9 +162,7 @@ def dropout2d(
 
     The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
     {dropout_returns}"""
-    return _channel_dropout(
-        x, p, training, inplace, seed, generator, index_offset, {3: 2, 4: 2}, "dropout2d"
-    )
+    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROPOUT2D)
 
 
 def dropout3d(
@@ -203,9 +183,7 @@ def dropout3d(
 
     The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
     {dropout_returns}"""
-    return _channel_dropout(
-        x, p, training, inplace, seed, generator, index_offset, {4: 1, 5: 2}, "dropout3d"
-    )
+    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROPOUT3D)
 
 
 def alpha_dropout(
@@ -229,9 +207,7 @@ def alpha_dropout(
     {dropout_arguments}
 
     {dropout_returns}"""
-    return draws.dropout(
-        x, p, training, inplace, seed, generator, index_offset, None, True, 0, "alpha_dropout"
-    )
+    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _ALPHA)
 
 
 def feature_alpha_dropout(
@@ -252,18 +228,7 @@ def feature_alpha_dropout(
 
     The formula is that of :func:`alpha_dropout`, the index :math:`n C + c`.
     {dropout_returns}"""
-    return _channel_dropout(
-        x,
-        p,
-        training,
-        inplace,
-        seed,
-        generator,
-        index_offset,
-        dict.fromkeys(range(2, 65), 2),
-        "feature_alpha_dropout",
-        alpha=True,
-    )
+    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _FEATURE_ALPHA)
 
 
 def drop_path(
@@ -289,17 +254,7 @@ def drop_path(
     Example:
         >>> x = x + fusereg.functional.drop_path(block(x), 0.1, model.training)
     """
-    return _channel_dropout(
-        x,
-        p,
-        training,
-        inplace,
-        seed,
-        generator,
-        index_offset,
-        dict.fromkeys(range(1, 65), 1),
-        "drop_path",
-    )
+    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROP_PATH)
 
 
 for _function in (

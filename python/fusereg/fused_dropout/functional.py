@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core.docs import share_paragraphs
+from ..core.random import Source
 from . import entry as _fused_dropout
 
 __all__ = ["activation_dropout", "bias_dropout_add", "drop_path_add", "dropout_add"]
@@ -70,8 +71,7 @@ def bias_dropout_add(
         p,
         training,
         False,
-        seed,
-        generator,
+        Source(seed, generator),
         index_offset,
         out,
         0,
@@ -112,8 +112,7 @@ def dropout_add(
         p,
         training,
         inplace,
-        seed,
-        generator,
+        Source(seed, generator),
         index_offset,
         out,
         0,
@@ -160,8 +159,7 @@ def drop_path_add(
         p,
         training,
         inplace,
-        seed,
-        generator,
+        Source(seed, generator),
         index_offset,
         out,
         1,
@@ -210,8 +208,7 @@ def activation_dropout(
         activation,
         training,
         inplace,
-        seed,
-        generator,
+        Source(seed, generator),
         index_offset,
         out,
         "activation_dropout",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import op as _gaussian_dropout
+from ..core import checks
+from ..core.random import Source
+from .op import OP, check_probability, noise
 
 __all__ = ["gaussian_dropout"]
 
@@ -50,6 +52,11 @@ def gaussian_dropout(
     Example:
         >>> y = fusereg.functional.gaussian_dropout(x, 0.1, training=model.training)
     """
-    return _gaussian_dropout.gaussian_dropout(
-        x, p, training, inplace, seed, generator, index_offset
-    )
+    check_probability(p, OP)
+    checks.check_input(x, OP)
+    if not training or p == 0:
+        return x
+    if inplace:
+        checks.check_in_place(x, OP)
+    source = Source(seed, generator)
+    return noise.draw(x, (float(p), index_offset), source, OP, x if inplace else None)

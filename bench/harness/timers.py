@@ -1,4 +1,4 @@
-"""How calls are timed on each device, how many make a sample, and a limit on what takes forever."""
+"""Timers for each device, the number of calls of a sample, and a time limit for compilation."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ MAX_REPEATS = 1 << 20
 
 
 class Timer(Protocol):
-    """Times calls. A benchmark talks to the device through this only, so tests can replace it."""
+    """Times calls; the only way to the device's clock, so that tests can replace it."""
 
     def sample(self, call: Call, repeats: int, prime: bool) -> float:
-        """Seconds a call, the mean over ``repeats`` calls; ``prime``: one untimed call first."""
+        """Return the mean seconds of ``repeats`` calls; ``prime``: make an untimed call first."""
 
     def now(self) -> float:
-        """Wall-clock seconds since some moment."""
+        """Return wall-clock seconds since some moment."""
 
     def synchronize(self) -> None:
-        """Waits until what was called has been done."""
+        """Wait until the calls made so far are complete."""
 
 
 class CpuTimer:
@@ -55,8 +55,8 @@ class CudaTimer:
     Before each call, outside its events, twice the L2 cache's size is overwritten, so that every
     call starts with its data in memory, not in the cache. While that write runs, the host already
     queues the call; what the host needs beyond that is part of the time, as it is in training. The
-    device is synchronised once after a sample, never between a call's events; calls must not
-    synchronise by themselves.
+    device is synchronized once after a sample, never between a call's events; calls must not
+    synchronize by themselves.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -89,7 +89,7 @@ class CudaTimer:
 
 
 class HostTimer(CpuTimer):
-    """The host's time until calls return, for overhead; the device is drained outside the clock."""
+    """The host's time until calls return; the device is synchronized outside the clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -105,8 +105,15 @@ class HostTimer(CpuTimer):
             torch.cuda.synchronize(self._device)
 
 
+def make_timer(device: torch.device, host: bool) -> Timer:
+    """Return the device's timer, or that of the host's overhead."""
+    if host:
+        return HostTimer(device)
+    return CudaTimer(device) if device.type == "cuda" else CpuTimer()
+
+
 def choose_repeats(timer: Timer, call: Call, min_sample_s: float) -> tuple[int, float]:
-    """Calls a sample so that it lasts ``min_sample_s``, and the seconds a call that were seen."""
+    """Return how many calls last ``min_sample_s``, and the seconds a call that were seen."""
     repeats = 1
     while True:
         seconds = timer.sample(call, repeats, False)
@@ -119,14 +126,14 @@ def choose_repeats(timer: Timer, call: Call, min_sample_s: float) -> tuple[int, 
 
 
 class CompileTimeLimitError(BaseException):
-    """Not an Exception: a compiler that catches those must not swallow the time limit."""
+    """A compilation took too long. Not an Exception: compilers catch and swallow those."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises :class:`CompileTimeLimitError` in the block after ``seconds``.
+    """Raise :class:`CompileTimeLimitError` in the block after ``seconds``.
 
-    It needs SIGALRM and the main thread; elsewhere the block runs without a limit.
+    Needs SIGALRM and the main thread; elsewhere the block runs without a limit.
     """
     in_main = threading.current_thread() is threading.main_thread()
     if seconds <= 0 or not in_main or not hasattr(signal, "SIGALRM"):

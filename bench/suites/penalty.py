@@ -31,10 +31,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from . import calls, shapes
-from .harness import EAGER, Accuracy, Case, Options, Provider, Workload
-from .shapes import Work
-from .timers import Call
+import fusereg
+
+from ..harness import EAGER, Accuracy, Call, Case, Options, Provider, Workload
+from ..harness.layers import compiled as by_compiler
+from ..harness.shapes import Work, gpt2_small, list_cases, works
+
+PROVIDERS = (EAGER, "formula", "foreach", "torch.compile", "fusereg", "WeightPenalty")
 
 L1 = 1e-5
 L2 = 1e-4
@@ -46,114 +49,66 @@ VALUE = "value"
 VALUE_GRADIENT = "value+gradient"
 PROX = "prox"
 
-# Elements moved for each element of the list: see the module's text.
-MOVED = {VALUE: 1, VALUE_GRADIENT: 3, PROX: 2}
-OPS = {VALUE: "elastic net", VALUE_GRADIENT: "elastic net", PROX: "soft threshold"}
+# Name of the operation, and elements moved for each element of the list: see the module's text.
+MODES = {
+    VALUE: ("elastic net", 1),
+    VALUE_GRADIENT: ("elastic net", 3),
+    PROX: ("soft threshold", 2),
+}
 
 WHOLE_LIST_GRAPH_LIMIT = 256
 
 
-def works(quick: bool) -> list[Work]:
-    """The lists of parameters, the most telling first; ``quick``: a tiny one and a real one."""
-    if quick:
-        return shapes.quick_works()
-    return [
-        Work("resnet50", shapes.resnet50()),
-        Work("2000x512", [(512,)] * 2000),
-        Work("64M", [(64 * 2**20,)]),
-        Work("gpt2", shapes.gpt2_small()),
-        Work("host 2000x1", [(1,)] * 2000, host=True),
-    ]
-
-
 def cases(options: Options) -> list[Case]:
-    """All cases: for each list and dtype the three modes."""
-    return [
-        _case(work, mode, dtype, options)
-        for work in works(options.quick)
-        for dtype in (options.dtypes[:1] if work.host else options.dtypes)
-        for mode in MOVED
-    ]
+    """Return all cases: for each list and dtype the three modes."""
+    large = [Work("64M", [(64 * 2**20,)]), Work("gpt2", gpt2_small())]
+    return list_cases(options, works(options.quick, large), MODES, _setup, _memory)
 
 
-def _case(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Case:
-    elements = shapes.count(work.shapes)
-    size = elements * dtype.itemsize
-    moved = MOVED[mode] * size
-    # Weights and gradients, the copy's two buffers, up to four lists of temporaries (eager), and
-    # what the check keeps in float32 and float64.
-    memory = 2 * size + moved + 4 * size + 12 * max(map(math.prod, work.shapes)) + size
-    return Case(
-        suite="penalty",
-        op=OPS[mode],
-        mode=mode,
-        shape=work.name,
-        dtype=dtype,
-        device=options.device,
-        tensors=len(work.shapes),
-        elements=elements,
-        bytes_moved=0 if work.host else moved,
-        memory=memory,
-        setup=lambda: _setup(work, mode, dtype, options),
-        host=work.host,
-    )
-
-
-# ------------------------------------------------------------------------------------------- data
+def _memory(work: Work, mode: str, size: int) -> int:
+    """Bound the memory: weights, gradients, eager's temporaries, the check in float64."""
+    return 7 * size + 12 * max(map(math.prod, work.shapes))
 
 
 class _Data:
     """The parameters of one case and their gradients, shared by all its providers."""
 
     def __init__(self, work: Work, mode: str, dtype: torch.dtype, device: torch.device) -> None:
-        generator = torch.Generator(device=device).manual_seed(0)
-        self.parameters: list[torch.nn.Parameter] = []
-        for shape in work.shapes:
-            tensor = torch.empty(shape, dtype=dtype, device=device)
-            tensor.uniform_(-0.05, 0.05, generator=generator)
-            parameter = torch.nn.Parameter(tensor)
-            if mode == VALUE_GRADIENT:
-                parameter.grad = torch.zeros_like(tensor)
-            self.parameters.append(parameter)
+        self.parameters = work.parameters(dtype, device)
+        if mode == VALUE_GRADIENT:
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
 
     @property
     def as_tensors(self) -> list[torch.Tensor]:
-        """The parameters; a list of Parameter is not a list of Tensor to a type checker."""
+        """Return the parameters, typed as tensors."""
         return list(self.parameters)
 
     @property
-    def plain(self) -> list[torch.Tensor]:
-        """The same memory without the need for a gradient."""
+    def detached(self) -> list[torch.Tensor]:
+        """Return the parameters, detached."""
         return [parameter.detach() for parameter in self.parameters]
 
     @property
     def gradients(self) -> list[torch.Tensor]:
+        """Return the gradients."""
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
 
 def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workload:
     data = _Data(work, mode, dtype, options.device)
-    makers: dict[str, Callable[[_Data], list[Provider]]] = {
-        VALUE: _value_providers,
-        VALUE_GRADIENT: _value_gradient_providers,
-        PROX: _prox_providers,
-    }
-    checks: dict[str, Callable[[_Data, Call], Accuracy]] = {
-        VALUE: _check_value,
-        VALUE_GRADIENT: _check_value_gradient,
-        PROX: _check_prox,
-    }
-    providers = makers[mode](data)
-    check = checks[mode]
-    return Workload(calls.affordable(providers, options), lambda call: check(data, call))
+    providers, check = {
+        VALUE: (_value_providers, _check_value),
+        VALUE_GRADIENT: (_value_gradient_providers, _check_value_gradient),
+        PROX: (_prox_providers, _check_prox),
+    }[mode]
+    return Workload(providers(data), lambda call: check(data, call))
 
 
-# -------------------------------------------------------------------------------------- providers
+# --- providers ------------------------------------------------------------------------------------
 
 
 def _value_providers(data: _Data) -> list[Provider]:
-    import fusereg
-
     parameters = data.as_tensors
 
     def eager() -> object:
@@ -173,14 +128,12 @@ def _value_providers(data: _Data) -> list[Provider]:
     return [
         Provider(EAGER, lambda: eager),
         Provider("foreach", lambda: foreach),
-        _compiled(data.plain, None, _formula_value),
+        _compiled(data.detached, None, _formula_value),
         Provider("fusereg", lambda: own),
     ]
 
 
 def _value_gradient_providers(data: _Data) -> list[Provider]:
-    import fusereg
-
     parameters, gradients = data.as_tensors, data.gradients
 
     def eager() -> object:
@@ -211,15 +164,13 @@ def _value_gradient_providers(data: _Data) -> list[Provider]:
     return [
         Provider(EAGER, lambda: eager),
         Provider("foreach", lambda: foreach),
-        _compiled(data.plain, gradients, _formula_value_gradient),
+        _compiled(data.detached, gradients, _formula_value_gradient),
         Provider("fusereg", lambda: own),
         Provider("WeightPenalty", weight_penalty, note="fusereg.WeightPenalty(...).add_grad_()"),
     ]
 
 
 def _prox_providers(data: _Data) -> list[Provider]:
-    import fusereg
-
     parameters = data.as_tensors
 
     def eager() -> object:
@@ -251,13 +202,13 @@ def _prox_providers(data: _Data) -> list[Provider]:
         Provider(EAGER, lambda: eager, note="torch.nn.functional.softshrink and copy_"),
         Provider("formula", lambda: formula, note="sign(w) * clamp(|w| - t, min=0) and copy_"),
         Provider("foreach", lambda: foreach),
-        _compiled(data.plain, None, _formula_prox),
+        _compiled(data.detached, None, _formula_prox),
         Provider("fusereg", lambda: own),
     ]
 
 
 def _total(values: Iterator[torch.Tensor]) -> torch.Tensor:
-    """What the built-in sum does, with a type that says so."""
+    """Return the built-in sum, typed as a tensor."""
     return torch.as_tensor(sum(values))
 
 
@@ -267,7 +218,7 @@ def _foreach_value(parameters: list[torch.Tensor]) -> torch.Tensor:
     return L1 * torch.stack(l1_norms).sum() + L2 / 2 * torch.stack(l2_norms).square().sum()
 
 
-# What torch.compile is given. In float32 whatever the dtype is: that is free inside a fused loop.
+# The input of torch.compile. In float32 whatever the dtype is: that is free inside a fused loop.
 
 Tensors = list[torch.Tensor]
 
@@ -298,11 +249,12 @@ Formula = Callable[[Tensors, Tensors], torch.Tensor | None]
 
 
 def _compiled(weights: Tensors, gradients: Tensors | None, formula: Formula) -> Provider:
+    """Return torch.compile's provider: one graph of the whole list, or one for each tensor."""
     grads = gradients if gradients is not None else []
     per_tensor = len(weights) > WHOLE_LIST_GRAPH_LIMIT
 
     def make() -> Call:
-        compiled = calls.compiled(formula)
+        compiled = by_compiler(formula)
         failure: BaseException | None = None
         with _fresh_compiler_cache(), torch.no_grad():
             # An error that passes through torch's cache manager would make it leave its folder.
@@ -337,8 +289,11 @@ def _compiled(weights: Tensors, gradients: Tensors | None, formula: Formula) -> 
 
 @contextlib.contextmanager
 def _fresh_compiler_cache() -> Iterator[None]:
-    """Compiles anew, and stops the compiler's worker processes afterwards: they would use the
-    cores that are being measured. Both are private to torch, so a version without them is fine."""
+    """Compile anew, and stop the compiler's worker processes afterwards.
+
+    They would use the cores that are being measured. Both are private to torch, so a version
+    without them is fine.
+    """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError, AttributeError):
             from torch._inductor.utils import fresh_cache
@@ -351,7 +306,7 @@ def _fresh_compiler_cache() -> Iterator[None]:
         yield
 
 
-# ------------------------------------------------------------------------------------------ checks
+# --- checks ---------------------------------------------------------------------------------------
 
 # Relative, for the elementwise results: some roundings of the dtype.
 _ELEMENT_TOLERANCE = {
@@ -378,7 +333,7 @@ def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _reference_value(data: _Data) -> float:
     total = 0.0
-    for parameter in data.plain:
+    for parameter in data.detached:
         for chunk in _chunks(parameter):
             w = chunk.double()
             total += float((L1 * w.abs() + L2 / 2 * w * w).sum())
@@ -401,7 +356,7 @@ def _check_value_gradient(data: _Data, call: Call) -> Accuracy:
         gradient.zero_()
     value_error = _value_error(call(), _reference_value(data))
     worst, scale = 0.0, L1 + L2 * 0.05
-    for parameter, gradient in zip(data.plain, data.gradients, strict=True):
+    for parameter, gradient in zip(data.detached, data.gradients, strict=True):
         for weights, gradients in zip(_chunks(parameter), _chunks(gradient), strict=True):
             w = weights.double()
             difference = (gradients.double() - (L1 * w.sign() + L2 * w)).abs().max()
@@ -414,10 +369,10 @@ def _check_value_gradient(data: _Data, call: Call) -> Accuracy:
 
 
 def _check_prox(data: _Data, call: Call) -> Accuracy:
-    before = [parameter.clone() for parameter in data.plain]
+    before = [parameter.clone() for parameter in data.detached]
     call()
     worst = 0.0
-    for old, new in zip(before, data.plain, strict=True):
+    for old, new in zip(before, data.detached, strict=True):
         for was, now in zip(_chunks(old), _chunks(new), strict=True):
             w = was.double()
             expected = w.sign() * (w.abs() - THRESHOLD).clamp_min(0.0)

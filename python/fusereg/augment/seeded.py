@@ -1,4 +1,4 @@
-"""Which samples a batch holds, and in which epoch: what the random numbers are keyed by."""
+"""Ids of samples and epochs: the keys of all random numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EPOCHS = 2**32
 
 
 def check_epoch(epoch: object, op: str) -> int:
-    """An integer from 0 to 2^32 - 1."""
+    """Check that an epoch is an integer from 0 to 2^32 - 1."""
     value = integer(epoch, op, "epoch")
     if not 0 <= value < _EPOCHS:
         raise ValueError(f"fusereg.{op}: epoch must be within [0, 2^32), got {value}")
@@ -27,7 +27,7 @@ def check_epoch(epoch: object, op: str) -> int:
 
 
 def _shared(tensor: Tensor) -> Tensor:
-    """The tensor in memory that worker processes see, where the machine has any."""
+    """Move a tensor to memory shared with worker processes, where the machine has any."""
     try:
         tensor.share_memory_()
     except (OSError, RuntimeError) as error:
@@ -39,15 +39,15 @@ def _shared(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class Keyed(nn.Module):
+class SeededModule(nn.Module):
     """Base of the modules whose random numbers are keyed by (seed, epoch, sample id, operation).
 
-    Without ``sample_ids`` the samples of successive calls are numbered one after the other; where
-    the count has come to is part of the ``state_dict``. A DataLoader's worker starts from a number
-    made of the seed that the loader gives it, so that workers and their epochs differ.
+    Without ``sample_ids`` the samples of successive calls are numbered consecutively; the count is
+    part of the ``state_dict``. In a DataLoader's worker it starts from a number derived from the
+    worker's seed, so that workers differ, and their epochs.
 
-    The epoch lies in shared memory: :meth:`set_epoch` reaches a DataLoader's workers, also
-    persistent ones, as soon as the loader is gone through again.
+    The epoch is in shared memory: :meth:`set_epoch` reaches a DataLoader's workers, including
+    persistent ones, as soon as the loader is iterated again.
     """
 
     _op = "augment"
@@ -61,19 +61,19 @@ class Keyed(nn.Module):
 
     @property
     def epoch(self) -> int:
-        """The epoch of calls that give none."""
+        """The epoch of calls that are given none."""
         return int(self._shared_epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch of the calls to come."""
+        """Set the epoch of the following calls."""
         self._shared_epoch.fill_(check_epoch(epoch, f"{self._op}.set_epoch"))
 
     def get_extra_state(self) -> dict[str, int]:
-        """Epoch and count, for ``state_dict``."""
+        """Return epoch and count, for ``state_dict``."""
         return {"epoch": self.epoch, "count": self._count}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """The epoch and count of a ``state_dict``."""
+        """Set the epoch and count of a ``state_dict``."""
         self._shared_epoch.fill_(int(state["epoch"]))
         self._count = int(state["count"])
 
@@ -88,12 +88,13 @@ class Keyed(nn.Module):
         worker = get_worker_info()
         if worker is not None and worker.seed != self._worker:
             self._worker = worker.seed
-            # Spread over 2^62 by the golden ratio: neighbouring seeds come to lie far apart.
+            # Multiplying by the golden ratio spreads neighboring seeds over 2^62.
             self._count = worker.seed * 0x9E3779B97F4A7C15 % 2**62
         first, self._count = self._count, self._count + n
         return torch.arange(first, first + n)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Keyed:
+    def __deepcopy__(self, memo: dict[int, Any]) -> SeededModule:
+        """Return a copy whose epoch is in shared memory of its own."""
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__dict__.update(deepcopy(self.__dict__, memo))

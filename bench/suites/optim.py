@@ -24,13 +24,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from . import shapes
-from .harness import EAGER, Accuracy, Case, Options, Provider, Workload
-from .shapes import Work
-from .timers import Call
+import fusereg
+
+from ..harness import EAGER, Accuracy, Call, Case, Options, Provider, Workload
+from ..harness.shapes import Work, count, list_cases, works
+
+FUSED_PROX, FUSED_ALONE = "fused + foreach prox", "fused AdamW alone"
+PROVIDERS = (EAGER, "foreach", FUSED_PROX, FUSED_ALONE, "fusereg")
 
 LR = 1e-3
 # Thousands of steps on the same weights leave most of them nonzero. No provider's time depends on
@@ -41,88 +45,58 @@ NO_LIMIT = 1e9
 
 STEP = "step"
 CLIP = "clip"
-# Elements of the parameters' dtype moved for each element of the list: see the module's text.
-MOVED = {STEP: 7, CLIP: 1}
-OPS = {STEP: "AdamW elastic net", CLIP: "clip_grad_norm_"}
+# Name of the operation, and elements of the parameters' dtype moved for each element of the list:
+# see the module's text.
+MODES = {STEP: ("AdamW elastic net", 7), CLIP: ("clip_grad_norm_", 1)}
 
-
-def works(quick: bool) -> list[Work]:
-    """The lists of parameters, the most telling first; ``quick``: a tiny one and a real one."""
-    if quick:
-        return shapes.quick_works()
-    return [
-        Work("resnet50", shapes.resnet50()),
-        Work("2000x512", [(512,)] * 2000),
-        Work("16M", [(16 * 2**20,)]),
-        Work("host 2000x1", [(1,)] * 2000, host=True),
-    ]
+Parameters = list[torch.nn.Parameter]
 
 
 def cases(options: Options) -> list[Case]:
-    """All cases: for each list and dtype the step and the clipping."""
-    return [
-        _case(work, mode, dtype, options)
-        for work in works(options.quick)
-        for dtype in (options.dtypes[:1] if work.host else options.dtypes)
-        for mode in MOVED
-    ]
+    """Return all cases: for each list and dtype the step and the clipping."""
+    large = [Work("16M", [(16 * 2**20,)])]
+    return list_cases(options, works(options.quick, large), MODES, _setup, _memory)
 
 
-def _case(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Case:
-    elements = shapes.count(work.shapes)
-    size = elements * dtype.itemsize
-    moved = MOVED[mode] * size
-    # Each of five providers has weights, gradients and states of its own (states of 16-bit weights
-    # are float32), the copy two buffers, foreach and the check some temporaries.
-    memory = (5 * (2 * size + 8 * elements) if mode == STEP else size) + moved + 6 * size
-    return Case(
-        suite="optimizer",
-        op=OPS[mode],
-        mode=mode,
-        shape=work.name,
-        dtype=dtype,
-        device=options.device,
-        tensors=len(work.shapes),
-        elements=elements,
-        bytes_moved=0 if work.host else moved,
-        memory=memory,
-        setup=lambda: _setup(work, mode, dtype, options),
-        host=work.host,
-    )
+def _memory(work: Work, mode: str, size: int) -> int:
+    """Bound the memory: five providers' weights, gradients and states, and some temporaries."""
+    # States of 16-bit weights are float32.
+    providers = 5 * (2 * size + 8 * count(work.shapes)) if mode == STEP else size
+    return 6 * size + providers
 
 
-def _parameters(work: Work, dtype: torch.dtype, device: torch.device) -> list[torch.nn.Parameter]:
-    """The same ones at each call."""
-    generator = torch.Generator(device=device).manual_seed(0)
-    found = []
-    for shape in work.shapes:
-        tensor = torch.empty(shape, dtype=dtype, device=device)
-        parameter = torch.nn.Parameter(tensor.uniform_(-0.05, 0.05, generator=generator))
-        parameter.grad = torch.empty_like(tensor).uniform_(-1.0, 1.0, generator=generator)
-        found.append(parameter)
+def _parameters(work: Work, dtype: torch.dtype, device: torch.device) -> Parameters:
+    """Return the parameters with gradients, the same ones at each call."""
+    generator = torch.Generator(device=device).manual_seed(1)
+    found = work.parameters(dtype, device)
+    for parameter in found:
+        parameter.grad = torch.empty_like(parameter).uniform_(-1.0, 1.0, generator=generator)
     return found
 
 
 def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workload:
+    def new() -> Parameters:
+        return _parameters(work, dtype, options.device)
+
     if mode == CLIP:
-        return _clip_workload(_parameters(work, dtype, options.device))
-    providers = _step_providers(lambda: _parameters(work, dtype, options.device))
-    return Workload(providers, None if dtype.itemsize < 4 else _check_step)
+        return _clip_workload(new())
+    return Workload(_step_providers(new), None if dtype.itemsize < 4 else _check_step)
 
 
-# What a provider's call is checked by goes with it.
 class _Step:
+    """A provider's call, with the parameters and the optimizer by which it is checked."""
+
     def __init__(
         self,
-        parameters: list[torch.nn.Parameter],
+        parameters: Parameters,
         optimizer: torch.optim.Optimizer,
-        after: Callable[[list[torch.nn.Parameter]], None] | None,
-        penalized: bool = True,
+        after: Callable[[Parameters], None] | None,
+        penalized: bool = False,
     ) -> None:
         self.parameters = parameters
         self.optimizer = optimizer
         self.after = after
-        self.penalized = penalized
+        self.penalized = penalized or after is not None
 
     def __call__(self) -> object:
         self.optimizer.step()
@@ -133,7 +107,7 @@ class _Step:
 
 
 def _check_step(call: Call) -> Accuracy:
-    """The step that this very provider has just made, against one in float64."""
+    """Check the provider's next step against one in float64."""
     assert isinstance(call, _Step)
     parameter = call.parameters[0]
     assert parameter.grad is not None
@@ -153,46 +127,46 @@ def _check_step(call: Call) -> Accuracy:
     return Accuracy(error, 1e-4, "step")
 
 
-def _step_providers(new: Callable[[], list[torch.nn.Parameter]]) -> list[Provider]:
-    import fusereg
+def _step_providers(new: Callable[[], Parameters]) -> list[Provider]:
+    def torchs(after: Callable[[Parameters], None] | None, **kind: Any) -> Callable[[], Call]:
+        def make() -> Call:
+            p = new()
+            return _Step(p, torch.optim.AdamW(p, lr=LR, **kind), after)
 
-    def eager() -> Call:
-        p = new()
-        return _Step(p, torch.optim.AdamW(p, lr=LR, foreach=False), _eager_prox)
-
-    def foreach() -> Call:
-        p = new()
-        return _Step(p, torch.optim.AdamW(p, lr=LR, foreach=True), _foreach_prox)
-
-    def fused() -> Call:
-        p = new()
-        return _Step(p, torch.optim.AdamW(p, lr=LR, fused=True), _foreach_prox)
-
-    def alone() -> Call:
-        p = new()
-        return _Step(p, torch.optim.AdamW(p, lr=LR, fused=True), None, penalized=False)
+        return make
 
     def own() -> Call:
         p = new()
-        return _Step(p, fusereg.optim.AdamW(p, lr=LR, l1=L1, l2=L2), None)
+        return _Step(p, fusereg.optim.AdamW(p, lr=LR, l1=L1, l2=L2), None, penalized=True)
 
+    adamw = "torch.optim.AdamW"
     return [
-        Provider(EAGER, eager, note="torch.optim.AdamW(foreach=False), softshrink and mul_"),
-        Provider("foreach", foreach, note="torch.optim.AdamW(foreach=True), torch._foreach_* prox"),
         Provider(
-            "fused + foreach prox", fused, note="torch.optim.AdamW(fused=True), the same prox"
+            EAGER,
+            torchs(_eager_prox, foreach=False),
+            note=f"{adamw}(foreach=False), softshrink and mul_",
         ),
-        Provider("fused AdamW alone", alone, note="torch.optim.AdamW(fused=True), no penalty"),
+        Provider(
+            "foreach",
+            torchs(_foreach_prox, foreach=True),
+            note=f"{adamw}(foreach=True), torch._foreach_* prox",
+        ),
+        Provider(
+            FUSED_PROX,
+            torchs(_foreach_prox, fused=True),
+            note=f"{adamw}(fused=True), the same prox",
+        ),
+        Provider(FUSED_ALONE, torchs(None, fused=True), note=f"{adamw}(fused=True), no penalty"),
         Provider("fusereg", own, note="fusereg.optim.AdamW(l1=, l2=)"),
     ]
 
 
-def _eager_prox(parameters: list[torch.nn.Parameter]) -> None:
+def _eager_prox(parameters: Parameters) -> None:
     for p in parameters:
         p.copy_(torch.nn.functional.softshrink(p, LR * L1)).mul_(1 / (1 + LR * L2))
 
 
-def _foreach_prox(parameters: list[torch.nn.Parameter]) -> None:
+def _foreach_prox(parameters: Parameters) -> None:
     # w - clamp(w, -t, t) is soft thresholding, in the fewest passes.
     weights: list[torch.Tensor] = list(parameters)
     clamped = list(torch._foreach_clamp_max(weights, LR * L1))
@@ -201,9 +175,7 @@ def _foreach_prox(parameters: list[torch.nn.Parameter]) -> None:
     torch._foreach_mul_(weights, 1 / (1 + LR * L2))
 
 
-def _clip_workload(parameters: list[torch.nn.Parameter]) -> Workload:
-    import fusereg
-
+def _clip_workload(parameters: Parameters) -> Workload:
     def eager() -> object:
         return torch.nn.utils.clip_grad_norm_(parameters, NO_LIMIT, foreach=False)
 

@@ -5,17 +5,17 @@ with batch norm and dropout, cross-entropy and a group lasso, backward, AdamW an
 bfloat16 means autocast.
 
 - ``eager``: plain torch, written with care.
-- ``torch.compile``: the same, its network compiled.
-- ``fusereg``: the network converted, the rest by fusereg.
-- ``fusereg + compile``: the same, its network compiled.
+- ``torch.compile``: the same, with the network compiled.
+- ``fusereg``: the network converted, all else by fusereg.
+- ``fusereg + compile``: the same, with the network compiled.
 - ``eager, CUDA graph`` and ``fusereg, CUDA graph``: the whole step captured once and replayed.
 
 Times are those of a step. Its learning rate is 0: the work is the same, and the weights stay what
 they were, which some kernels' time depends on (torch's attention in bfloat16). Then two facts are
-found out for each: the memory that torch held at most, in the first two steps from an empty start,
-so that weights, gradients, the optimizer's states and the batch are in it; and, for the two twins,
-the accuracy on 1,000 test digits after they were trained to the end, early stopping included (what
-is compiled or captured trains likewise).
+measured for each: the peak of torch's memory in the first two steps from an empty start, so that it
+includes weights, gradients, the optimizer's states and the batch; and, for the two twins, the
+accuracy on 1,000 test digits after training to the end, early stopping included (what is compiled
+or captured trains likewise).
 """
 
 from __future__ import annotations
@@ -28,19 +28,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import twins
-from .harness import EAGER, Case, Facts, Options, Provider, Workload
-from .timers import Call
+from fusereg.demo.data import first_of_each, load_bundled
+
+from .. import twins
+from ..harness import EAGER, Call, Case, Facts, Options, Provider, Workload
 
 OP = "training"
 STEP = "step"
 FUSED = "fusereg"
-#: The first of each label that --quick trains on, for training and for testing.
+COMPILED, FUSED_COMPILED = "torch.compile", "fusereg + compile"
+CAPTURED, FUSED_CAPTURED = "eager, CUDA graph", "fusereg, CUDA graph"
+PROVIDERS = (EAGER, FUSED, COMPILED, FUSED_COMPILED, CAPTURED, FUSED_CAPTURED)
+#: How many images of each label --quick trains and tests on.
 QUICK_TRAIN, QUICK_TEST = 24, 10
 
 
 def recipes(quick: bool) -> list[twins.Recipe]:
-    """What is trained; ``quick``: tiny images, one epoch."""
+    """Return what is trained; ``quick``: tiny images, one epoch."""
     if quick:
         return [twins.Recipe(name, side=14, batch=32, epochs=1) for name in twins.NETWORKS]
     return [
@@ -50,7 +54,7 @@ def recipes(quick: bool) -> list[twins.Recipe]:
 
 
 def cases(options: Options) -> list[Case]:
-    """All cases: each network in each dtype."""
+    """Return each network in each dtype."""
     return [
         _case(twins.with_dtype(recipe, dtype), options)
         for recipe in recipes(options.quick)
@@ -61,7 +65,6 @@ def cases(options: Options) -> list[Case]:
 def _case(recipe: twins.Recipe, options: Options) -> Case:
     parameters = list(recipe.make().parameters())
     return Case(
-        suite="end_to_end",
         op=OP,
         mode=STEP,
         shape=f"{recipe.network} {recipe.batch}x{recipe.side}x{recipe.side}",
@@ -85,13 +88,13 @@ class Step:
         self.epoch = 0
 
     def __call__(self) -> object:
-        # An epoch of its own for each step: an image is never changed twice in the same way.
+        # Each step is another epoch: an image is never augmented twice in the same way.
         self.epoch += 1
         return self.twin.train_step(*self.batch, self.epoch)
 
 
 class Replay:
-    """The same, captured in a CUDA graph once and replayed."""
+    """A twin's training step, captured in a CUDA graph once and replayed."""
 
     def __init__(self, twin: twins.Twin, batch: tuple[Tensor, Tensor, Tensor]) -> None:
         self.images, labels, self.ids = batch
@@ -101,7 +104,7 @@ class Replay:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):  # states, gradients and workspaces come into being
+            for _ in range(3):  # allocates states, gradients and workspaces
                 twin.step(twin.prepared(self.images), labels)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
@@ -116,8 +119,6 @@ class Replay:
 
 
 def _setup(recipe: twins.Recipe, options: Options) -> Workload:
-    from fusereg.demo.data import first_of_each, load_bundled
-
     loaded = load_bundled()
     if options.quick:
         loaded = first_of_each(loaded, QUICK_TRAIN, QUICK_TEST)
@@ -142,16 +143,13 @@ def _setup(recipe: twins.Recipe, options: Options) -> Workload:
     providers = [
         Provider(EAGER, step(twins.Plain)),
         Provider(FUSED, step(twins.Fused)),
+        Provider(COMPILED, step(twins.Plain, True), compiles=True),
+        Provider(FUSED_COMPILED, step(twins.Fused, True), compiles=True),
     ]
-    if not options.quick:
-        providers += [
-            Provider("torch.compile", step(twins.Plain, True), compiles=True),
-            Provider("fusereg + compile", step(twins.Fused, True), compiles=True),
-        ]
     if device.type == "cuda":
         providers += [
-            Provider("eager, CUDA graph", replay(twins.Plain)),
-            Provider("fusereg, CUDA graph", replay(twins.Fused)),
+            Provider(CAPTURED, replay(twins.Plain)),
+            Provider(FUSED_CAPTURED, replay(twins.Fused)),
         ]
 
     def facts(call: Call) -> Facts:
@@ -171,7 +169,7 @@ def _setup(recipe: twins.Recipe, options: Options) -> Workload:
 
 
 def peak_memory(make: Callable[[], Call], device: torch.device, calls: int = 2) -> int:
-    """The most bytes that torch's allocator held for what ``make`` makes and its first calls."""
+    """Return the peak of torch's memory while ``make`` runs and its call is called."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
