@@ -253,7 +253,7 @@ class Operator:
         return (*args[:at], len(args[at]), *args[at + 1 :], *args[at])
 
     def _folded(self, flat: tuple[Any, ...], length: int | None = None) -> tuple[Any, ...]:
-        """Return the arguments of which :meth:`_flat` was made; of tangents, tell the ``length``."""
+        """Return the arguments of which :meth:`_flat` was made; for tangents, give the length."""
         if self._list is None:
             return flat
         at = self._list

@@ -34,9 +34,7 @@ def _gradient(w: Tensor, l1: float, l2: float, group: float, dim: int) -> Tensor
     return grad
 
 
-def _hessian_times(
-    w: Tensor, v: Tensor, l1: float, l2: float, group: float, dim: int
-) -> Tensor:
+def _hessian_times(w: Tensor, v: Tensor, l1: float, l2: float, group: float, dim: int) -> Tensor:
     """Return d2R/dw2 times v, in float32 or float64."""
     x = w if w.dtype is torch.float64 else w.float()
     v = v.to(x.dtype)
