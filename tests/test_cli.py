@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 import fusereg
 from fusereg import _C
 from fusereg.cli import app, checks, info, machine, main
-from fusereg.cli.checks import Inputs, Pairs
+from fusereg.cli.checks import Inputs, Operation, Pairs
 from fusereg.cli.errors import InputError, require_packages
 
 
@@ -194,7 +195,7 @@ def test_info_json_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
     kernels = content["kernels"]
     for name in _C.cpu_isas():
         called = [row["kernel"] for row in kernels if row["backend"] == f"cpu {name}"]
-        assert called == [check.name for check in checks.CHECKS]
+        assert called == [operation.name for operation in checks.OPERATIONS]
     assert all(row["ok"] and row["error"] <= row["tolerance"] for row in kernels)
     assert _C.cpu_isa() == isa, "the checks must put the instruction set back"
 
@@ -202,8 +203,8 @@ def test_info_json_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
 def test_info_table_has_every_kernel_and_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    for check in checks.CHECKS:
-        assert check.name in printed
+    for operation in checks.OPERATIONS:
+        assert operation.name in printed
     for isa in _C.cpu_isas():
         assert f"cpu {isa}" in printed
     assert "FAILED" not in printed
@@ -211,7 +212,7 @@ def test_info_table_has_every_kernel_and_backend(capsys: pytest.CaptureFixture[s
 
 
 def test_info_has_a_check_for_every_public_kernel() -> None:
-    names = {check.name.split(",")[0] for check in checks.CHECKS}
+    names = {operation.name.split(",")[0] for operation in checks.OPERATIONS}
     wanted = set(fusereg.functional.__all__)
     wanted |= {f"prox.{name}" for name in fusereg.prox.__all__}
     wanted |= {"add_penalty_grad_", "sparsity", "optim.clip_grad_norm_"}
@@ -252,8 +253,8 @@ def test_info_fails_when_a_kernel_does(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    broken = checks.KernelCheck("penalty", "broken", "nothing", call)
-    monkeypatch.setattr("fusereg.cli.checks._places.CHECKS", [broken])
+    broken = Operation(name="broken", formula="nothing", function=torch.ones, pairs=call)
+    monkeypatch.setattr("fusereg.cli.checks._places.OPERATIONS", [broken])
     assert main(["info"]) == 1
     printed = capsys.readouterr()
     assert "FAILED" in printed.out
@@ -265,16 +266,14 @@ def test_info_fails_when_a_kernel_does(
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.0001])
-def test_the_checks_see_a_slightly_wrong_kernel(
-    factor: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = fusereg.functional.l1_penalty
-    monkeypatch.setattr(
-        fusereg.functional, "l1_penalty", lambda params, strength: right(params, factor * strength)
+def test_the_checks_see_a_slightly_wrong_kernel(factor: float) -> None:
+    right = {operation.name: operation for operation in checks.OPERATIONS}
+    wrong = replace(
+        right["l1_penalty"],
+        function=lambda params, strength: factor * fusereg.functional.l1_penalty(params, strength),
     )
-    found = {result.kernel: result.ok for result in checks.run_checks()}
-    assert found["l1_penalty"] is (factor == 1.0)
-    assert found["l2_penalty"] is True
+    found = {r.kernel: r.ok for r in checks.run_checks([wrong, right["l2_penalty"]])}
+    assert found == {"l1_penalty": factor == 1.0, "l2_penalty": True}
 
 
 MAPS = """\

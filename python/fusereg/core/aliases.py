@@ -7,7 +7,9 @@ import sys
 
 #: Path before a technique was one package -> path now.
 MOVED = {
+    "_convert_chain": "convert.chain",
     "_convert_layers": "convert.layers",
+    "_convert_trace": "convert.trace",
     "_penalty_hook": "penalty.weight_penalty",
     "fold": "batch_norm.fold",
     "nn.batch_norm": "batch_norm.layers",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.docs import share_paragraphs
+from ..core.random import Source
 from . import op as _dropout_norm_ops
 
 __all__ = ["dropout_add_layer_norm", "dropout_add_rms_norm"]
@@ -141,8 +142,7 @@ def dropout_add_layer_norm(
         eps,
         training,
         False,
-        seed,
-        generator,
+        Source(seed, generator),
         index_offset,
         return_sum,
         "dropout_add_layer_norm",
@@ -230,8 +230,7 @@ def dropout_add_rms_norm(
         eps,
         training,
         True,
-        seed,
-        generator,
+        Source(seed, generator),
         index_offset,
         return_sum,
         "dropout_add_rms_norm",
