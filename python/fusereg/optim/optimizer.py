@@ -232,7 +232,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
     def _options(cls) -> dict[str, tuple[Any, Any]]:
         """Return the defaults and types of the shared arguments that this optimizer takes."""
         types = get_type_hints(Options if cls._supports_group else CommonOptions)
-        return {name: (DEFAULTS[name], types[name]) for name in DEFAULTS if name in types}
+        return {name: (default, types[name]) for name, default in DEFAULTS.items() if name in types}
 
     def _check_number(self, name: str, value: Any, limit: float) -> None:
         """Raise for a number that is negative, or not below its upper limit."""

@@ -88,13 +88,13 @@ def _value_gradient(ctx: Any, scale: Tensor) -> tuple[list[Tensor | None]]:
         chosen = [i for i, w in enumerate(wanted) if w]
         l1, l2, group, dim = Strengths.of(l1, l2, group, dim).select(chosen).arguments()
     arguments = (scale, tensors, l1, l2, group, dim)
-    if dispatch.direct(scale):
-        grads = _penalty_backward.eager(*arguments, *op)
-    elif dispatch.eager():
-        # Batched by torch.autograd.grad(is_grads_batched=True): torch has no loop over lists.
+    if not dispatch.eager():
+        grads = _penalty_backward.traced(*arguments)
+    elif dispatch.wrapped((scale,)):
+        # torch.autograd.grad(is_grads_batched=True) has no loop over operators that take lists.
         grads = _written_out(*arguments)
     else:
-        grads = _penalty_backward.traced(*arguments)
+        grads = _penalty_backward.eager(*arguments, *op)
     left = iter(grads)
     return ([next(left) if w else None for w in wanted],)
 
