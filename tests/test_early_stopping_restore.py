@@ -1,4 +1,4 @@
-"""Early stopping: what a snapshot holds, and that every way out of the loop brings it back."""
+"""Early stopping: what a snapshot holds, and that it is restored however the loop ends."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def holds(model: nn.Module, value: float) -> bool:
 
 
 def train(stopper: EarlyStopping, model: nn.Module, values: list[float]) -> Iterator[int]:
-    """Epochs that fill the model with their own number; best at the least value."""
+    """Train epochs that fill the model with their number; the best has the least value."""
     for epoch in stopper.epochs(len(values)):
         fill(model, epoch)
         stopper.step(values[epoch], epoch=epoch)
