@@ -74,7 +74,7 @@ def parse_openmp_libraries(maps: str) -> list[str]:
 def openmp_libraries() -> list[str]:
     """Return the OpenMP runtimes loaded into this process (none where there is no /proc)."""
     found = parse_openmp_libraries(_read("/proc/self/maps"))
-    return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
+    return list({os.path.realpath(path): path for path in found}.values())
 
 
 def _cpu_model() -> str:
@@ -93,8 +93,7 @@ def _driver_version(devices: list[dict[str, object]]) -> str | None:
 
 def read_machine() -> Machine:
     """Return all of it as it is now."""
-    build: dict[str, object] = dict(_C.build_info())
-    devices: list[dict[str, object]] = [dict(device) for device in _C.cuda_device_info()]
+    build, devices = _C.build_info(), _C.cuda_device_info()
     versions = {
         "fusereg": fusereg.__version__,
         "torch": torch.__version__,
@@ -110,14 +109,14 @@ def read_machine() -> Machine:
         torch_threads=torch.get_num_threads(),
         isa=_C.cpu_isa(),
         isas_available=list(_C.cpu_isas()),
-        isas_compiled=_names(build.get("isas", ())),
+        isas_compiled=list(build["isas"]),
         isa_override=os.environ.get("FUSEREG_CPU_ISA"),
     )
-    toolkit = build.get("cuda")
+    toolkit = build["cuda"]
     cuda = Cuda(
         built=bool(toolkit),
         toolkit=str(toolkit) if toolkit else None,
-        architectures=_text(build.get("cuda_architectures") or ""),
+        architectures=build["cuda_architectures"] or "",
         torch_cuda=torch.version.cuda,
         driver=_driver_version(devices),
         devices=devices,

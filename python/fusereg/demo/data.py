@@ -188,7 +188,7 @@ def _parse_idx(file: IO[bytes], path: Path, dimensions: int, what: str) -> Bytes
     if count == 0 or len(data) != count:
         raise InputError(
             f"{path}: header says {' x '.join(f'{size:,}' for size in sizes)}, so "
-            f"{count or 'at least 1':,} bytes of {what} are wanted, found {len(data):,} bytes"
+            f"{max(count, 1):,} bytes of {what} are wanted, found {len(data):,} bytes"
         )
     return np.frombuffer(data, dtype=np.uint8).reshape(sizes)
 
