@@ -232,7 +232,7 @@ Calls: TypeAlias = list[tuple[str | None, bool, float]]
 
 
 def watched_calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """What the batch-norm kernels are asked to fuse: activation, residual or not, dropout."""
+    """Record what the batch-norm kernels fuse: activation, residual or not, dropout."""
     seen: Calls = []
     original = fusereg.functional.batch_norm
 
@@ -241,5 +241,6 @@ def watched_calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         seen.append((kwargs.get("activation"), residual, kwargs.get("dropout", 0.0)))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(fusereg.functional, "batch_norm", batch_norm)
+    for module in (fusereg.functional, fusereg.batch_norm.functional):  # chains and layers
+        monkeypatch.setattr(module, "batch_norm", batch_norm)
     return seen

@@ -78,7 +78,7 @@ def oracle(x: Tensor, params: AugmentParams, erase_noise: bool) -> Tensor:
         records,
         size=params.size,
         keys=params.keys,
-        colour=True,
+        color=True,
         fill=torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64),
         scale=1 / (limit * std),
         shift=-mean / std,

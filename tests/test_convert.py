@@ -169,6 +169,17 @@ def test_wrong_arguments() -> None:
     assert converted_names(model) == set()
 
 
+def test_the_log_counts_one_in_the_singular(caplog: pytest.LogCaptureFixture) -> None:
+    class Own(nn.Dropout):
+        pass
+
+    model = nn.Sequential(nn.Dropout(), Own())
+    with caplog.at_level(logging.INFO, "fusereg"):
+        fusereg.revert(fusereg.convert(model))
+    assert "1 layer converted (1 Dropout), 0 chains fused, 1 module left as it is" in caplog.text
+    assert "1 module has its original class again" in caplog.text
+
+
 def test_converting_twice_changes_nothing_more(caplog: pytest.LogCaptureFixture) -> None:
     model = fusereg.convert(basic())
     types_before = [type(m) for m in model.modules()]

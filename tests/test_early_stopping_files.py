@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
+from early_stopping_runs import fill
 from fusereg import EarlyStopping
 from fusereg.early_stopping import CheckpointError, load_best
 from fusereg.early_stopping.checkpoint import COMMIT, CheckpointFolder
@@ -34,12 +34,6 @@ def linear(value: float) -> nn.Linear:
     model = nn.Linear(3, 2)
     fill(model, value)
     return model
-
-
-def fill(model: nn.Module, value: float) -> None:
-    with torch.no_grad():
-        for p in model.parameters():
-            p.fill_(value)
 
 
 def names(folder: Path) -> list[str]:
@@ -525,10 +519,10 @@ def damage(folder: Path, what: str) -> None:
         ("a flipped bit", r"best-000000-\w+.safetensors is damaged: SHA-256 \w+, wanted \w+"),
         ("cut short", "is damaged: SHA-256"),
         ("gone", r"early_stopping.json names best-000000-\w+.safetensors, which is missing"),
-        ("half a commit", "early_stopping.json is no whole checkpoint"),
+        ("half a commit", "early_stopping.json is not a complete checkpoint"),
         ("an edited commit", "early_stopping.json is damaged: its SHA-256 does not match"),
         ("another version", "version 2; this fusereg reads 'fusereg early stopping', version 1"),
-        ("no commit of ours", "is no whole checkpoint"),
+        ("no commit of ours", "is not a complete checkpoint"),
     ],
 )
 def test_a_damaged_checkpoint_is_found_out(tmp_path: Path, what: str, text: str) -> None:

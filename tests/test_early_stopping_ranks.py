@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from early_stopping_runs import fill
 from fusereg import EarlyStopping
 from fusereg.early_stopping import CheckpointError, Decision, Rolling, load_best
-from ranks import Ranks, can_run, cases, failures, fully_shard, on, results
+from ranks import Ranks, collect, fully_shard, on
 
 
 def everywhere(mine: Any) -> list[Any]:
@@ -33,12 +34,6 @@ def everywhere(mine: Any) -> list[Any]:
 def assert_agreed(mine: Any) -> None:
     of_all = everywhere(mine)
     assert all(other == mine for other in of_all), of_all
-
-
-def fill(model: nn.Module, value: float) -> None:
-    with torch.no_grad():
-        for p in model.parameters():
-            p.fill_(value)
 
 
 def common_folder() -> Path:
@@ -423,11 +418,4 @@ def a_group_of_some_ranks_decides_by_itself(ranks: Ranks) -> None:
 # --- the tests ------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("world", "name"), cases(__name__))
-def test_ranks(world: int, name: str) -> None:
-    if not can_run(name):
-        pytest.skip("this torch has no torch.distributed.fsdp.fully_shard")
-    said = failures(results(world, __name__), name)
-    if said:
-        pytest.fail(said, pytrace=False)
+test_ranks = collect(__name__)

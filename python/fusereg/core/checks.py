@@ -171,13 +171,25 @@ def check_index_offset(index_offset: object, op: str) -> None:
         )
 
 
-def check_target(x: Tensor, out: object, op: str) -> Tensor:
-    """``out`` for a result like x."""
+def check_target(
+    x: Tensor,
+    out: object,
+    op: str,
+    shape: tuple[int, ...] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Check that ``out`` can take a result like x, or one of this shape and dtype.
+
+    A result like x may be written over x; one of a given shape must share no memory with it.
+    """
+    like_x = shape is None
+    shape = tuple(x.shape) if shape is None else shape
+    dtype = x.dtype if dtype is None else dtype
     if not isinstance(out, Tensor):
         raise TypeError(f"fusereg.{op}: out must be a torch.Tensor, got {type(out).__name__}")
-    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+    if out.shape != shape or out.dtype != dtype or out.device != x.device:
         raise ValueError(
-            f"fusereg.{op}: out must be {x.dtype} of shape {tuple(x.shape)} on {x.device}, "
+            f"fusereg.{op}: out must be {dtype} of shape {tuple(shape)} on {x.device}, "
             f"got {out.dtype} of shape {tuple(out.shape)} on {out.device}"
         )
     check_writable(out, op, "out")
@@ -186,13 +198,17 @@ def check_target(x: Tensor, out: object, op: str) -> Tensor:
             f"fusereg.{op}: out= supports no gradients, and x or out requires one; "
             "leave out= away, or call under torch.no_grad()"
         )
-    if overlap_partly(x, out):
-        raise ValueError(f"fusereg.{op}: x and out overlap in memory without being the same")
+    if overlap_partly(x, out, or_wholly=not like_x):
+        partly = " without being the same" * like_x
+        raise ValueError(f"fusereg.{op}: x and out overlap in memory{partly}")
     return out
 
 
-def overlap_partly(x: Tensor, out: Tensor) -> bool:
-    if x is out or not dispatch.eager() or x.numel() == 0 or x.device.type == "meta":
+def overlap_partly(x: Tensor, out: Tensor, or_wholly: bool = False) -> bool:
+    """Return whether two tensors share memory; being the same only counts if ``or_wholly``."""
+    if x is out:
+        return or_wholly
+    if not dispatch.eager() or x.numel() == 0 or x.device.type == "meta":
         return False
 
     def span(t: Tensor) -> tuple[int, int]:
@@ -200,7 +216,8 @@ def overlap_partly(x: Tensor, out: Tensor) -> bool:
         return t.data_ptr(), t.data_ptr() + length * t.element_size()
 
     (a, a_end), (b, b_end) = span(x), span(out)
-    return a < b_end and b < a_end and not (a == b and x.stride() == out.stride())
+    same = a == b and x.stride() == out.stride()
+    return a < b_end and b < a_end and (or_wholly or not same)
 
 
 def check_in_place(x: Tensor, op: str) -> None:

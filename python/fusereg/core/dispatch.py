@@ -11,7 +11,7 @@ This is the only file that touches private torch interfaces.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -46,6 +46,9 @@ def escaped_wrapper(tensor: torch.Tensor) -> bool:
     return wrapped
 
 
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_compiler = torch.compiler
+_forward_ad = torch.autograd.forward_ad
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
 _functorch_level = torch._C._functorch.peek_interpreter_stack
@@ -56,11 +59,13 @@ def eager() -> bool:
 
     ``torch.compiler.is_compiling()`` alone is wrong: it is False under FakeTensorMode and make_fx.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and _dispatch_modes() == 0
-        and _functorch_level() is None
-        and _tracing_state() is None
+    return not (
+        # What torch.compiler.is_compiling() asks, in one call less.
+        is_dynamo_compiling()
+        or _compiler._is_compiling_flag
+        or _dispatch_modes()
+        or _functorch_level() is not None
+        or _tracing_state() is not None
     )
 
 
@@ -72,23 +77,27 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _Parameter = torch.nn.Parameter
 
 
-def direct(*values: object) -> bool:
-    """Return whether kernels may be called on these at once; what is no tensor does not matter.
+def direct(*tensors: torch.Tensor | None) -> bool:
+    """Return whether kernels may be called on these tensors at once.
 
-    Nothing is tracing, and each tensor is exactly a Tensor or Parameter with memory: no subclass,
-    not meta, and not batched by ``torch.autograd.grad(is_grads_batched=True)``.
+    Nothing is tracing, and each tensor is exactly a Tensor or Parameter and has memory. Wrappers
+    are not looked for: see :func:`wrapped`.
     """
     if not eager():
         return False
-    for t in values:
-        kind = type(t)
-        if kind is torch.Tensor or kind is _Parameter:
-            # A wrapper that is in no transform any more comes from differentiating its result.
-            if t.is_meta or _is_batched(t) or _is_wrapped(t):  # type: ignore[attr-defined, arg-type]
-                return False
-        elif isinstance(t, torch.Tensor) or (kind is list and not direct(*t)):
+    for t in tensors:
+        if t is not None and (not (type(t) is torch.Tensor or type(t) is _Parameter) or t.is_meta):
             return False
     return True
+
+
+def wrapped(values: Sequence[object]) -> bool:
+    """Return whether a tensor among these wraps another without showing it by its type.
+
+    So do gradients under ``torch.autograd.grad(is_grads_batched=True)``, and what a torch.func
+    transform leaves behind for a later backward.
+    """
+    return any(isinstance(t, torch.Tensor) and (_is_batched(t) or _is_wrapped(t)) for t in values)
 
 
 def for_other_programs() -> bool:
@@ -105,7 +114,7 @@ def for_other_programs() -> bool:
 
 def forward_mode() -> bool:
     """True inside torch.autograd.forward_ad.dual_level(): a tensor may carry a tangent unseen."""
-    return torch.autograd.forward_ad._current_level >= 0
+    return _forward_ad._current_level >= 0
 
 
 _F = TypeVar("_F", bound=Callable[..., object])

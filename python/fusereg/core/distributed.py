@@ -86,7 +86,7 @@ def _common_state(x: DTensor, source: Source, op: str) -> int | Tensor:
     random.check_source(device, source, op)
     if source.seed is not None:
         return source.seed
-    state = random.traced_state(device, source, op)
+    state = random.traced_state(x.to_local(), source, op)
     for mesh_dim in range(x.device_mesh.ndim):
         torch.distributed.broadcast(state, group=x.device_mesh.get_group(mesh_dim), group_src=0)
     return state

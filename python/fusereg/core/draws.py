@@ -93,9 +93,10 @@ def dropout(
         and generator is None
         and dispatch.eager()
     ):
-        if x.requires_grad and torch.is_grad_enabled():
-            return mask.apply(x, random.new_state(x.device), p, alpha, rows, 0, op)
-        return mask.eager(x, random.new_state(x.device), p, alpha, rows, 0, op)
+        state = random.new_state(x)
+        if torch.is_grad_enabled() and (x.requires_grad or dispatch.forward_mode()):
+            return mask.apply(x, state, p, alpha, rows, 0, op)  # type: ignore[no-any-return]
+        return mask.kernel(x, state, p, alpha, rows, 0, op)  # type: ignore[no-any-return]
 
     checks.check_probability(p, op)
     checks.check_input(x, op)

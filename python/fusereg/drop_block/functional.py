@@ -80,10 +80,10 @@ def drop_block2d(
     source = Source(seed, generator)
     constants = (float(p), block_size, index_offset)
     if not dispatch.direct(x):
-        y: Tensor = drop.traced(x, random.traced_state(x.device, source, OP), *constants)[0]
+        y: Tensor = drop.traced(x, random.traced_state(x, source, OP), *constants)[0]
         return x.copy_(y) if inplace else y
     checks.check_index_offset(index_offset, OP)
-    args = (x, random.eager_state(x.device, source, OP), *constants)
+    args = (x, random.eager_state(x, source, OP), *constants)
     if inplace:
         return drop.in_place(*args)
     result: Tensor = drop.eager(*args)[0]

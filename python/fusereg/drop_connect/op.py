@@ -112,7 +112,7 @@ def _prepared(
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    state = random.eager_state(weight.device, source, op)
+    state = random.eager_state(weight, source, op)
     return x, weight, bias, (state, float(p), False, 0, 0, op)
 
 

@@ -308,10 +308,10 @@ def dropout_norm(
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     constants = (p, eps, rms, index_offset, keep or return_sum)
     if dispatch.direct(*tensors):
-        state = random.eager_state(x.device, source, op) if p else (0, 0)
+        state = random.eager_state(x, source, op) if p else (0, 0)
         y, total, _ = _norm.eager(*tensors, state, *constants, op)
     else:
-        seed = random.traced_state(x.device, source, op) if p else None
+        seed = random.traced_state(x, source, op) if p else None
         y, total, _ = _norm.traced(*tensors, seed, *constants)
     if not return_sum:
         return y  # type: ignore[no-any-return]
