@@ -433,8 +433,8 @@ def test_a_loaded_state_is_a_copy() -> None:
 
 def test_the_example_in_the_readme_runs() -> None:
     text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    section = text.split("## Early stopping\n")[1].split("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (code,) = [c for c in blocks if "EarlyStopping(" in c]
     trained: list[int] = []
 
     def train_one(model: nn.Module) -> None:
@@ -442,6 +442,8 @@ def test_the_example_in_the_readme_runs() -> None:
         trained.append(len(trained))
 
     names: dict[str, Any] = {
+        "fusereg": fusereg,
+        "model": nn.Linear(8, 1),
         "train": train_one,
         "validate": lambda model: abs(trained[-1] - 3.0),
     }
