@@ -1,15 +1,21 @@
-"""Benchmarks of fusereg's kernels: one shared harness, one module for each technique.
+"""Benchmarks of fusereg's kernels: a shared harness, and one module for each technique.
 
-In the repository this package lies in ``bench/``; installed, it is ``fusereg.bench``, and
-``fusereg bench`` is its command line. To add a technique, write ``bench/<stem>.py`` with a function
-``cases(options) -> list[Case]`` and add its name to :data:`SUITES`.
+In the repository this package is ``bench/``; installed, it is ``fusereg.bench``, and ``fusereg
+bench`` is its command line. To add a technique, write ``bench/suites/<stem>.py``: ``PROVIDERS`` are
+the names of the ways to do the work, and ``cases(options)`` returns a list of :class:`Case`.
 """
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
 
+from . import suites as _suites
 from .harness import Case, Options, Provider, Row, Settings, Workload, run_cases
+from .harness.cases import RENAMED
 
 __all__ = [
     "SUITES",
@@ -20,37 +26,63 @@ __all__ = [
     "Settings",
     "Workload",
     "collect_cases",
+    "load_suite",
+    "provider_names",
     "run_cases",
 ]
 
-SUITES: tuple[str, ...] = (
-    "augment",
-    "batch_norm",
-    "drop_block",
-    "dropout",
-    "dropout_norm",
-    "fused_dropout",
-    "gaussian_dropout",
-    "optimizer",
-    "penalty",
-    "end_to_end",
+#: The one that takes longest runs last: a run that is ended early has the others.
+_LAST = "end_to_end"
+
+SUITES: tuple[str, ...] = tuple(
+    sorted(
+        (found.name for found in pkgutil.iter_modules(_suites.__path__)),
+        key=lambda name: (name == _LAST, name),
+    )
 )
-"""The techniques that have a benchmark, each the name of a module of this package.
-
-Last is all of them together, which takes longest: a run that is ended early has the others.
-"""
+"""The techniques that have a benchmark: the modules of ``bench/suites/``."""
 
 
-def collect_cases(suite: str, options: Options) -> list[Case]:
-    """The cases of one technique, in the order in which they run.
+def load_suite(name: str) -> ModuleType:
+    """Return the module of a technique.
 
     Raises:
         ValueError: If there is no benchmark of that name.
     """
-    if suite not in SUITES:
+    name = RENAMED.get(name, name)
+    if name not in SUITES:
         raise ValueError(
-            f"fusereg bench: no benchmark named {suite!r}; there are: {', '.join(SUITES)}"
+            f"fusereg bench: no benchmark named {name!r}; there are: {', '.join(SUITES)}"
         )
-    module = importlib.import_module(f".{suite}", __package__)
+    return importlib.import_module(f".suites.{name}", __package__)
+
+
+def provider_names(suite: str) -> tuple[str, ...]:
+    """Return the names of the providers that a technique's cases may have."""
+    names: tuple[str, ...] = load_suite(suite).PROVIDERS
+    return names
+
+
+def collect_cases(suite: str, options: Options) -> list[Case]:
+    """Return the cases of one technique, in the order in which they run.
+
+    Raises:
+        ValueError: If there is no benchmark of that name.
+    """
+    module = load_suite(suite)
     cases: list[Case] = module.cases(options)
-    return cases
+    name = module.__name__.rpartition(".")[2]
+    return [
+        replace(case, suite=name, setup=_uncompiled(case) if options.quick else case.setup)
+        for case in cases
+    ]
+
+
+def _uncompiled(case: Case) -> Callable[[], Workload]:
+    """Return the case's setup without the providers that have to be compiled first."""
+
+    def setup() -> Workload:
+        workload = case.setup()
+        return replace(workload, providers=[p for p in workload.providers if not p.compiles])
+
+    return setup

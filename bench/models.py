@@ -1,7 +1,7 @@
 """The networks of the end-to-end benchmark: a residual network and a vision transformer.
 
-Of nothing but torch's layers, written as people write them. They are for small grey images (1
-channel, some 14 to 32 pixels a side), and `fusereg.convert` takes them as they are.
+They consist of torch's layers only, and `fusereg.convert` converts them as they are. They are for
+small gray images (1 channel, some 14 to 32 pixels a side).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """A residual network: a stage for each width, halving the image from the second on."""
 
-    #: Names of what is neither penalized nor decayed, beside biases and norms.
+    #: Parameters that are neither penalized nor decayed, beside biases and norms.
     no_decay: tuple[str, ...] = ()
 
     def __init__(
@@ -92,7 +92,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Sequential):
-    """Two linear layers, GELU and dropout between them."""
+    """Two linear layers, with GELU and dropout between them."""
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__(
@@ -101,7 +101,7 @@ class Mlp(nn.Sequential):
 
 
 class Layer(nn.Module):
-    """A transformer's layer, normalized before attention and before its MLP."""
+    """A transformer layer, normalized before attention and before its MLP."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Layer(nn.Module):
 class ViT(nn.Module):
     """A vision transformer whose patches are made by convolutions (Xiao et al. 2021).
 
-    Two of stride 2, each with batch norm and ReLU, so that a token stands for 4 x 4 pixels.
+    Two convolutions of stride 2, each with batch norm and ReLU: a token covers 4 x 4 pixels.
     """
 
     no_decay: tuple[str, ...] = ("position",)

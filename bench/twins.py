@@ -1,18 +1,18 @@
-"""The same training written twice: by fusereg, and in plain torch.
+"""The same training written twice: with fusereg, and in plain torch.
 
-Both take one network of :mod:`.models` and train it on handwritten digits with everything at once:
+Both take one network of :mod:`.models` and train it on handwritten digits with every technique:
 
-- every image is turned, zoomed, shifted and sheared anew in every epoch, and normalized;
+- every image is rotated, scaled, shifted and sheared anew in every epoch, and normalized;
 - batch normalization and dropout, inside the network;
 - a group lasso on the rows of each weight (a filter, a neuron), whose gradient joins the loss's;
 - AdamW, and after its step the proximal step of an L1 penalty, which gives exact zeros;
-- early stopping on validation images, which brings the best epoch's weights back.
+- early stopping on validation images, which restores the weights of the best epoch.
 
 :class:`Plain` writes each of these as a careful user of torch would: ``affine_grid`` and
 ``grid_sample``, the penalty as a term of the loss, ``AdamW(fused=True)``, the proximal step by
 ``torch._foreach_*``, and early stopping by hand. :class:`Fused` converts the network and calls
-fusereg. They begin with the same weights and see the same batches; dropout and augmentation draw
-numbers of their own.
+fusereg. They begin with the same weights and see the same batches; dropout and augmentation use
+different random numbers.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from fusereg.demo.data import DataSet
 
 from . import models
 
-#: Degrees, zoom, shift as a share of the side, degrees of shear: what leaves a digit readable.
+#: Degrees, scale, shift as a share of the side, degrees of shear: digits remain readable.
 TURN, ZOOM, SHIFT, SHEAR = 12.0, (0.9, 1.15), 0.07, 8.0
-#: Of the digits' pixels.
+#: Mean and standard deviation of the digits' pixels.
 MEAN, STD = 0.13, 0.31
 
 NETWORKS: dict[str, Callable[[int, float], models.ResNet | models.ViT]] = {
@@ -48,15 +48,15 @@ class Recipe:
     """What is trained, and how.
 
     Attributes:
-        network: of :data:`NETWORKS`.
-        side: pixels of an image's side.
-        dtype: float32, or what autocast takes.
-        dropout: probability, in every dropout layer.
-        augmented: whether images are changed, beyond normalization.
-        l1: strength of the proximal step.
-        group: strength of the group lasso.
-        epochs: at most so many.
-        patience: epochs without a lower validation loss after which training ends.
+        network: One of :data:`NETWORKS`.
+        side: Height and width of an image.
+        dtype: float32, or the dtype of autocast.
+        dropout: Probability of every dropout layer.
+        augmented: Whether images are augmented; they are normalized anyway.
+        l1: Strength of the proximal step.
+        group: Strength of the group lasso.
+        epochs: The largest number of epochs.
+        patience: Epochs without a lower validation loss after which training ends.
     """
 
     network: str
@@ -73,7 +73,7 @@ class Recipe:
     patience: int = 3
 
     def make(self) -> models.ResNet | models.ViT:
-        """The network of torch's layers, the same weights at each call."""
+        """Return the network of torch's layers, with the same weights at each call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return NETWORKS[self.network](self.side, self.dropout)
@@ -81,7 +81,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (N, 1, side, side) in [0, 1] and labels: to train on, to stop by, to judge by."""
+    """Images (N, 1, side, side) in [0, 1] and labels, for training, validation and testing."""
 
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
@@ -89,7 +89,7 @@ class Digits:
 
     @classmethod
     def of(cls, data: DataSet, side: int) -> Digits:
-        """Of each 8 training images one is for validation."""
+        """Return the data, every eighth training image for validation."""
 
         def images(rows: Tensor) -> Tensor:
             found = rows.view(-1, 1, data.height, data.width)
@@ -104,7 +104,7 @@ class Digits:
         )
 
     def to(self, device: torch.device) -> Digits:
-        """The same on another device."""
+        """Return the data on another device."""
 
         def moved(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             return part[0].to(device), part[1].to(device)
@@ -114,7 +114,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training went: with the restored weights, and the validation loss of each epoch."""
+    """Result of a training with the restored weights, and the validation loss of each epoch."""
 
     accuracy: float
     zeros: float
@@ -123,7 +123,7 @@ class Outcome:
 
 
 class Twin:
-    """What both have in common: the course of an epoch, and how the network is judged."""
+    """What both have in common: the training loop and the evaluation."""
 
     model: models.ResNet | models.ViT
     optimizer: torch.optim.Optimizer
@@ -136,63 +136,65 @@ class Twin:
         self.network: Callable[[Tensor], Tensor] = self.model
 
     def _setup(self, capturable: bool) -> None:
-        """Makes model, optimizer and the rest; ``capturable``: for CUDA graphs."""
+        """Make model, optimizer and all else; ``capturable``: for CUDA graphs."""
         raise NotImplementedError
 
     def compile(self, **options: Any) -> None:
-        """From now on training runs the network through torch.compile."""
+        """Train the network through torch.compile from now on."""
         self.network = torch.compile(self.model, fullgraph=True, **options)
         self.compiled = True
 
     def weights(self) -> list[Tensor]:
-        """What is penalized: the matrices and filters, not biases, norms and positions."""
+        """Return what is penalized: matrices and filters, not biases, norms and positions."""
         kinds = (nn.Linear, nn.Conv2d)
         return [m.weight for m in self.model.modules() if isinstance(m, kinds)]
 
     def others(self) -> list[nn.Parameter]:
-        """The remaining parameters."""
+        """Return the parameters that are not penalized."""
         penalized = {id(w) for w in self.weights()}
         return [p for p in self.model.parameters() if id(p) not in penalized]
 
     def images(self, x: Tensor, ids: Tensor, epoch: int) -> Tensor:
-        """The batch as the network sees it in training."""
+        """Augment and normalize the batch."""
         raise NotImplementedError
 
     def prepare(self, x: Tensor, ids: Tensor, epoch: int) -> None:
-        """What has to be done on the host before a CUDA graph is replayed."""
+        """Do on the host what must be done before a CUDA graph is replayed."""
 
     def prepared(self, x: Tensor) -> Tensor:
-        """As ``images``, within a CUDA graph."""
+        """Augment and normalize the batch within a CUDA graph."""
         raise NotImplementedError
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Forward, backward and the optimizer's step, from images that are augmented already.
+        """Run forward, backward and the optimizer's step on augmented images.
 
-        Gives the cross-entropy.
+        Returns:
+            The cross-entropy.
         """
         raise NotImplementedError
 
     def check(self, loss: float, epoch: int) -> bool:
-        """Whether training ends here."""
+        """Return whether training ends here."""
         raise NotImplementedError
 
     def restore(self) -> int:
-        """Brings the best epoch's weights back."""
+        """Restore the weights of the best epoch and return it."""
         raise NotImplementedError
 
     def cross_entropy(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy of the network's output."""
         dtype = self.recipe.dtype
         with torch.autocast(self.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
             out = self.network(x)
         return F.cross_entropy(out.float() if out.dtype is torch.bfloat16 else out, labels)
 
     def train_step(self, images: Tensor, labels: Tensor, ids: Tensor, epoch: int) -> Tensor:
-        """All that a batch needs."""
+        """Augment a batch and train on it."""
         return self.step(self.images(images, ids, epoch), labels)
 
     @torch.no_grad()
     def judge(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
-        """Mean cross-entropy and accuracy."""
+        """Return mean cross-entropy and accuracy."""
         self.model.eval()
         loss, right = 0.0, 0
         for x, wanted in zip(images.split(500), labels.split(500), strict=True):
@@ -203,7 +205,7 @@ class Twin:
         return loss / len(labels), right / len(labels)
 
     def train(self, data: Digits) -> Outcome:
-        """To the end, and judged on the test images."""
+        """Train to the end and evaluate on the test images."""
         images, labels = data.train
         losses = []
         rates = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.recipe.epochs)
@@ -221,7 +223,7 @@ class Twin:
 
 
 def batches(count: int, size: int, epoch: int) -> Iterator[Tensor]:
-    """The same order for both; a last batch of few is left out, as its statistics are poor."""
+    """Yield the indices of each batch; a last one of few is left out for its poor statistics."""
     shuffle = torch.Generator().manual_seed(epoch)
     for ids in torch.randperm(count, generator=shuffle).split(size):
         if 2 * len(ids) > size or count < size:
@@ -229,7 +231,7 @@ def batches(count: int, size: int, epoch: int) -> Iterator[Tensor]:
 
 
 class Fused(Twin):
-    """By fusereg."""
+    """The training with fusereg."""
 
     def _setup(self, capturable: bool) -> None:
         recipe = self.recipe
@@ -261,7 +263,7 @@ class Fused(Twin):
         )
         if self.drawn is None:
             self.drawn = drawn.to(self.device)
-        else:  # where the graph reads them
+        else:  # the graph reads from this memory
             self.drawn.records.copy_(drawn.records)
             self.drawn.keys.copy_(drawn.keys)
 
@@ -287,7 +289,7 @@ class Fused(Twin):
 
 
 class Plain(Twin):
-    """In plain torch."""
+    """The training in plain torch."""
 
     def _setup(self, capturable: bool) -> None:
         recipe = self.recipe
@@ -327,10 +329,10 @@ class Plain(Twin):
         return (F.grid_sample(x, grid, align_corners=False) - MEAN) / STD
 
     def prepared(self, x: Tensor) -> Tensor:
-        return self.images(x, x, 0)  # drawn on the device, anew at each replay
+        return self.images(x, x, 0)  # random on the device, anew at each replay
 
     def group_lasso(self) -> Tensor:
-        """The sum over all rows of all weights: root of the row's length times its norm."""
+        """Return the sum over all rows of all weights: square root of the length times the norm."""
         terms = []
         for w in self.weights():
             rows = w.flatten(1)
@@ -339,7 +341,7 @@ class Plain(Twin):
 
     @torch.no_grad()
     def prox(self) -> None:
-        """Soft thresholding: w - clamp(w, -t, t)."""
+        """Apply soft thresholding: w - clamp(w, -t, t)."""
         weights = self.weights()
         threshold = self.optimizer.param_groups[0]["lr"] * self.recipe.l1
         clamped = list(torch._foreach_clamp_max(weights, threshold))
@@ -370,10 +372,10 @@ class Plain(Twin):
 
 
 def with_dtype(recipe: Recipe, dtype: torch.dtype) -> Recipe:
-    """The same in another dtype."""
+    """Return the recipe in another dtype."""
     return replace(recipe, dtype=dtype)
 
 
 def without_chance(recipe: Recipe) -> Recipe:
-    """The same without dropout and augmentation: both twins must then take the same steps."""
+    """Return the recipe without dropout and augmentation: the twins then take the same steps."""
     return replace(recipe, dropout=0.0, augmented=False)

@@ -12,11 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fusereg
 import reference_philox
-from conftest import Backend
+from conftest import SEED, Backend
+from conftest import make_nonzero as make
 from fusereg import functional as F
 from fusereg import nn
-
-SEED = 0x1234_5678_9ABC_DEF0
 
 #: (N, C, H, W) and block size: one element, blocks of one element, even, as large as the image and
 #: larger, odd sizes, more channels than a vector, rows longer than a word of bits.
@@ -29,12 +28,6 @@ SHAPES = [
     ((2, 37, 7, 9), 3),
     ((1, 3, 6, 75), 5),
 ]
-
-
-def make(shape: tuple[int, ...], dtype: torch.dtype, backend: Backend) -> Tensor:
-    """Without zeros, so that the mask can be read off the result."""
-    x = torch.randn(shape, dtype=torch.float64)
-    return (x + x.sign()).to(dtype).to(backend.device)
 
 
 def gamma(shape: tuple[int, ...], p: float, b: int) -> float:

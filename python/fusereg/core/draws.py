@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _C
 from . import checks, dispatch, random
 from .operator import DrawnOperator
 from .random import Source
@@ -38,7 +37,6 @@ def _rows_fit(x: Tensor) -> bool:
 mask = DrawnOperator(
     "dropout",
     "float p, bool alpha, int row_dims, SymInt index_offset",
-    (_C.dropout_forward, _C.dropout_backward),
     supported=_supported,
 )
 
@@ -95,9 +93,10 @@ def dropout(
         and generator is None
         and dispatch.eager()
     ):
-        if x.requires_grad and torch.is_grad_enabled():
-            return mask.apply(x, random.new_state(x.device), p, alpha, rows, 0, op)
-        return mask.eager(x, random.new_state(x.device), p, alpha, rows, 0, op)
+        state = random.new_state(x)
+        if torch.is_grad_enabled() and (x.requires_grad or dispatch.forward_mode()):
+            return mask.apply(x, state, p, alpha, rows, 0, op)  # type: ignore[no-any-return]
+        return mask.kernel(x, state, p, alpha, rows, 0, op)  # type: ignore[no-any-return]
 
     checks.check_probability(p, op)
     checks.check_input(x, op)

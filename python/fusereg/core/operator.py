@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _C
 from . import checks, dispatch, distributed, random
 from .random import Source
 
@@ -46,12 +47,12 @@ def keep_state(ctx: Any, *tensors: Tensor | None) -> None:
 
     Eager calls have numbers there, or a tensor of their own.
     """
-    if type(ctx.state) is tuple:
-        if tensors:
-            keep(ctx, *tensors)
-    else:
-        keep(ctx, *tensors, ctx.state)
+    if type(ctx.state) is not tuple:
+        tensors = (*tensors, ctx.state)
         ctx.state = None
+    ctx.save_for_backward(*tensors)
+    if dispatch.forward_mode():
+        ctx.save_for_forward(*tensors)
 
 
 def kept(ctx: Any) -> tuple[Any, ...]:
@@ -152,6 +153,11 @@ class Operator:
         self._count = len(arguments)
         seeds = [i for i, a in enumerate(arguments) if a.name == "seed"]
         self._seed = seeds[0] if seeds else None
+        #: How many arguments are tensors, or lists of them, before the first that is neither.
+        self._tensors = next(
+            (i for i, a in enumerate(arguments) if a.name == "seed" or "Tensor" not in str(a.type)),
+            self._count,
+        )
         lists = [i for i, a in enumerate(arguments) if str(a.type) == "List[Tensor]"]
         #: Where a list of tensors is among the arguments: autograd must see them one by one.
         self._list = lists[0] if lists and gradient is not None else None
@@ -194,9 +200,16 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """Compute the operation in whatever way its surroundings want."""
-        if dispatch.direct(*args):
-            return self.eager(*args)
-        return self.traced(*args)
+        if not dispatch.direct(*args[: self._tensors]):
+            return self.traced(*args)
+        try:
+            return self.eager(*args) if torch.is_grad_enabled() else self.kernel(*args)
+        except (RuntimeError, TypeError, ValueError):
+            # Kernels refuse wrappers before they write. To look for them first would cost each
+            # backward pass of a small tensor a microsecond.
+            if dispatch.wrapped(args):
+                return self.traced(*args)
+            raise
 
     def traced(self, *args: Any) -> Any:
         """Compute it under a compiler, mode or transform, and for subclasses."""
@@ -218,8 +231,16 @@ class Operator:
 
     def eager(self, *args: Any) -> Any:
         """Compute it by the kernel at once: the caller knows that nothing is tracing."""
-        if torch.is_grad_enabled() and differentiated(*self._tensors(args)):
-            return self.apply(*self._flat(args))
+        if torch.is_grad_enabled():
+            if self._list is not None:
+                if self._differentiated(args):
+                    return self.apply(*self._flat(args))
+            else:  # without a call for it: this is most of what small tensors cost
+                for t in args[: self._tensors]:
+                    if t is not None and t.requires_grad:
+                        return self.apply(*args)
+                if dispatch.forward_mode():
+                    return self.apply(*args)
         return self.kernel(*args)
 
     def into(self, out: Tensor, *args: Any) -> Tensor:
@@ -234,16 +255,15 @@ class Operator:
             if dispatch.forward_mode():
                 y = self.apply(*args)
                 return x.copy_(y if isinstance(y, Tensor) else y[0])
-            if differentiated(*self._tensors(args)):
+            if self._differentiated(args):
                 result: Tensor = self._function_in_place.apply(*args)  # type: ignore[no-untyped-call]
                 return result
         return self.into(x, *args)
 
-    def _tensors(self, args: tuple[Any, ...]) -> list[Tensor]:
-        found = [a for a in args if isinstance(a, Tensor)]
-        if self._list is not None:
-            found += args[self._list]
-        return found
+    def _differentiated(self, args: tuple[Any, ...]) -> bool:
+        if self._list is None:
+            return differentiated(*args[: self._tensors])
+        return differentiated(*(a for a in args if isinstance(a, Tensor)), *args[self._list])
 
     def _flat(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments with a list of tensors laid out at their end."""
@@ -252,22 +272,20 @@ class Operator:
         at = self._list
         return (*args[:at], len(args[at]), *args[at + 1 :], *args[at])
 
-    def _folded(self, flat: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the arguments of which :meth:`_flat` was made."""
+    def _folded(self, flat: tuple[Any, ...], length: int | None = None) -> tuple[Any, ...]:
+        """Return the arguments of which :meth:`_flat` was made; for tangents, give the length."""
         if self._list is None:
             return flat
         at = self._list
-        end = len(flat) - flat[at]
+        end = len(flat) - (flat[at] if length is None else length)
         return (*flat[:at], list(flat[end:]), *flat[at + 1 : end])
 
-    def _flat_gradients(self, found: tuple[Any, ...], flat: int) -> tuple[Any, ...]:
-        """Return the gradients of the flat arguments, None at the end of those that have none."""
-        if self._list is None:
-            return (*found, *(None,) * (flat - len(found)))
+    def _flat_gradients(self, found: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+        """Return the gradients of the flat arguments, of which there are ``count``."""
         at = self._list
-        of_list = found[at]
+        assert at is not None
         front = (*found[:at], None, *found[at + 1 :])
-        return (*front, *(None,) * (flat - len(front) - len(of_list)), *of_list)
+        return (*front, *(None,) * (count - len(front) - len(found[at])), *found[at])
 
 
 _Function = type[torch.autograd.Function]
@@ -282,28 +300,30 @@ def _functions(
 ) -> tuple[_Function, _Function, _Function]:
     """Return the autograd functions of an operation: eager, eager in place, and for torch.func."""
     kernel, with_list = op.kernel, op._list is not None
+    #: For the arguments that have no gradient; torch takes more of them than there are arguments.
+    nones = (None,) * (op._count + 1)
 
     def forward(ctx: Any, *args: Any) -> Any:
-        ctx.count = len(args)
-        if with_list:
+        if op._list is not None:
+            ctx.count, ctx.length = len(args), args[op._list]
             args = op._folded(args)
         output = kernel(*args)
         save(ctx, args, output)
         return output
 
     def forward_in_place(ctx: Any, *args: Any) -> Any:
-        ctx.count = len(args)
         ctx.mark_dirty(args[0])
         save(ctx, args, kernel(*args, out=args[0]))
         return args[0]
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return op._flat_gradients(gradient(ctx, *grads), ctx.count)
+        found = gradient(ctx, *grads)
+        return op._flat_gradients(found, ctx.count) if with_list else (*found, *nones)
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         if tangent is None:
             raise NotImplementedError(f"fusereg.{op.name} has no derivative in forward mode")
-        return tangent(ctx, *(op._folded(tangents) if with_list else tangents))
+        return tangent(ctx, *(op._folded(tangents, ctx.length) if with_list else tangents))
 
     def transform_forward(*args: Any) -> Any:
         if row_major:
@@ -312,8 +332,10 @@ def _functions(
         return tuple(result) if isinstance(result, list) else result
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.count = len(inputs)
-        save(ctx, op._folded(inputs) if with_list else inputs, output)
+        if op._list is not None:
+            ctx.count, ctx.length = len(inputs), inputs[op._list]
+            inputs = op._folded(inputs)
+        save(ctx, inputs, output)
 
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         # A call for each sample: its draws and its reductions are those that it has alone.
@@ -356,12 +378,14 @@ class DrawnOperator(Operator):
     transpose, so it is gradient, tangent and every further derivative too. Element i of the memory
     of ``torch.empty_like(x)`` has draw ``index_offset + i``.
 
+    Its kernels are ``<name>_forward`` and ``<name>_backward`` of ``_C``, looked up at each call and
+    called with (y, x, seed, offset, *constants, op); they return 0, or something else where x's
+    layout is not supported.
+
     Args:
         name: the operator's name; its backward is ``<name>_backward``.
         constants: the schema's part after ``Tensor x, Tensor seed``; ``float p``, with which 0
             leaves x as it is, comes first and ``index_offset`` last.
-        kernels: forward and backward of ``_C``, called with (y, x, seed, offset, *constants, op);
-            they return 0, or something else where x's layout is not supported.
         supported: ``supported(x, *constants)``: a new tensor of x's shape whose layout is.
     """
 
@@ -369,12 +393,11 @@ class DrawnOperator(Operator):
         self,
         name: str,
         constants: str,
-        kernels: tuple[Callable[..., int], Callable[..., int]],
         *,
         supported: Callable[..., Tensor] = lambda x, *_: torch.empty_like(x),
     ) -> None:
         count = constants.count(",") + 1
-        forward_kernel, backward_kernel = kernels
+        names = f"{name}_forward", f"{name}_backward"
 
         def copied(
             kernel: Callable[..., int], y: Tensor, x: Tensor, rest: tuple[Any, ...]
@@ -394,9 +417,8 @@ class DrawnOperator(Operator):
             if len(constants) == count:
                 constants = (*constants, name)
             rest = (*seed, *constants) if type(seed) is tuple else (seed, 0, *constants)
-            if forward_kernel(y, x, *rest) == 0:
-                return y
-            return copied(forward_kernel, y, x, rest)
+            kernel = getattr(_C, names[0])
+            return y if kernel(y, x, *rest) == 0 else copied(kernel, y, x, rest)
 
         def backward(grad: Tensor, seed: Any, *constants: Any) -> Tensor:
             grad = in_strides(grad, tuple(constants[count]))
@@ -406,18 +428,21 @@ class DrawnOperator(Operator):
             op = constants[count + 1 :] or (name,)
             state = seed if type(seed) is tuple else (seed, 0)
             rest = (*state, *constants[:count], *op)
-            if backward_kernel(y, grad, *rest) == 0:
-                return y
-            return copied(backward_kernel, y, grad, rest)
+            kernel = getattr(_C, names[1])
+            return y if kernel(y, grad, *rest) == 0 else copied(kernel, y, grad, rest)
 
         def save(ctx: Any, args: tuple[Any, ...], y: Tensor) -> None:
-            x, ctx.state, *ctx.constants = args
+            x, seed, *ctx.constants = args
+            ctx.state = seed
             ctx.stride = strides_of_result(x) if y is x else y.stride()
-            keep_state(ctx)
+            if type(seed) is not tuple:
+                keep_state(ctx)
 
         def gradient(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor]:
-            found = ctx.constants
-            return (self.backward(grad, *kept(ctx), *found[:count], ctx.stride, *found[count:]),)
+            seed, found = ctx.state, ctx.constants
+            if seed is None:
+                (seed,) = ctx.saved_tensors
+            return (self.backward(grad, seed, *found[:count], ctx.stride, *found[count:]),)
 
         def save_linear(ctx: Any, args: tuple[Any, ...], y: Tensor) -> None:
             _, ctx.state, *ctx.constants = args
@@ -478,10 +503,10 @@ class DrawnOperator(Operator):
             )
             return y if target is None else target.copy_(y)
         if not dispatch.direct(x):
-            y = self.traced(x, random.traced_state(x.device, source, op), *constants)
+            y = self.traced(x, random.traced_state(x, source, op), *constants)
             return y if target is None else target.copy_(y)
         checks.check_index_offset(constants[-1], op)
-        args = (x, random.eager_state(x.device, source, op), *constants, op)
+        args = (x, random.eager_state(x, source, op), *constants, op)
         if target is None:
             return self.eager(*args)  # type: ignore[no-any-return]
         return self.in_place(*args) if target is x else self.into(target, *args)

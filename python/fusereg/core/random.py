@@ -62,15 +62,15 @@ def _cuda_state(device: torch.device, generator: torch.Generator | None) -> Stat
         return generator.initial_seed(), offset
 
 
-def new_state(device: torch.device, generator: torch.Generator | None = None) -> State:
-    """Return a new state from a generator, by default torch's for the device."""
-    if device.type == "cuda":
-        return _cuda_state(device, generator)
+def new_state(x: Tensor, generator: torch.Generator | None = None) -> State:
+    """Return a new state for x from a generator, by default torch's of its device."""
+    if not x.is_cpu:
+        return _cuda_state(x.device, generator)
     numbers: Tensor = getattr(_local, "numbers", None)  # type: ignore[assignment]
     if numbers is None:
         numbers = _numbers()
-    numbers.random_(generator=generator)
-    seed, offset = numbers.tolist()
+    filled = numbers.random_() if generator is None else numbers.random_(generator=generator)
+    seed, offset = filled.tolist()
     return seed, offset
 
 
@@ -103,13 +103,13 @@ def check_source(device: torch.device, source: Source, op: str) -> None:
         )
 
 
-def eager_state(device: torch.device, source: Source, op: str) -> State:
+def eager_state(x: Tensor, source: Source, op: str) -> State:
     """Return this call's state; nothing but the generator changes."""
     seed, generator = source
     if seed is not None or generator is not None:
-        check_source(device, source, op)
+        check_source(x.device, source, op)
     if seed is None:
-        return new_state(device, generator)
+        return new_state(x, generator)
     if isinstance(seed, Tensor):
         return seed.detach().clone(), 0  # backward reads it again, whatever becomes of the caller's
     return seed, 0
@@ -122,8 +122,9 @@ def device_state(device: torch.device, generator: torch.Generator | None = None)
     )
 
 
-def traced_state(device: torch.device, source: Source, op: str) -> Tensor:
+def traced_state(x: Tensor, source: Source, op: str) -> Tensor:
     """Return this call's state as a tensor, by operations that compilers and transforms see."""
+    device = x.device
     check_source(device, source, op)
     seed, generator = source
     if isinstance(seed, Tensor):

@@ -73,7 +73,7 @@ def add(
         )
     ):
         return ops.add.eager(  # type: ignore[no-any-return]
-            x, bias, residual, random.new_state(x.device), p, rows, 0, op
+            x, bias, residual, random.new_state(x), p, rows, 0, op
         )
 
     checks.check_probability(p, op)
@@ -104,12 +104,12 @@ def add(
             y = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)
             y = (residual.to(wide) + y).to(x.dtype)
         else:
-            y = ops.add.traced(x, bias, residual, random.traced_state(x.device, source, op), *draw)
+            y = ops.add.traced(x, bias, residual, random.traced_state(x, source, op), *draw)
         return y if target is None else target.copy_(y)
     checks.check_index_offset(index_offset, op)
     if p == 0:  # nothing is drawn: samples are elements
         draw = (0.0, 0, index_offset)
-    state = random.eager_state(x.device, source, op) if p else (0, 0)
+    state = random.eager_state(x, source, op) if p else (0, 0)
     args = (x, bias, residual, state, *draw, op)
     if target is None:
         return ops.add.eager(*args)  # type: ignore[no-any-return]
@@ -196,7 +196,7 @@ def activate(
         and _readable(x)
     ):
         return ops.activate.eager(  # type: ignore[no-any-return]
-            x, random.new_state(x.device), p, activation, 0, op
+            x, random.new_state(x), p, activation, 0, op
         )
 
     checks.check_probability(p, op)
@@ -222,10 +222,10 @@ def activate(
         if p == 0:
             y = _FORMULAS[activation](x.to(wide_dtype(x.dtype))).to(x.dtype)
         else:
-            y = ops.activate.traced(x, random.traced_state(x.device, source, op), *draw)
+            y = ops.activate.traced(x, random.traced_state(x, source, op), *draw)
         return y if target is None else target.copy_(y)
     checks.check_index_offset(index_offset, op)
-    state = random.eager_state(x.device, source, op) if p else (0, 0)
+    state = random.eager_state(x, source, op) if p else (0, 0)
     args = (x, state, *draw, op)
     if target is None:
         return ops.activate.eager(*args)  # type: ignore[no-any-return]

@@ -32,7 +32,6 @@ from ..core.operator import (
     refused,
     strides_of_result,
 )
-from ..core.random import State
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
@@ -45,10 +44,6 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def _flat(t: Tensor) -> Tensor:
     """Return the elements of a dense tensor in their order in memory."""
     return t.as_strided((t.numel(),), (1,))
-
-
-def _state(seed: Any) -> State:
-    return seed if type(seed) is tuple else (seed, 0)
 
 
 # --- y = residual + dropout(x + bias) -------------------------------------------------------------
@@ -66,7 +61,7 @@ def _add(
     out: Tensor | None = None,
 ) -> Tensor:
     y = torch.empty_like(x) if out is None else out
-    draw = (*_state(seed), p, rows == 1, index_offset, op)
+    draw = (*(seed if type(seed) is tuple else (seed, 0)), p, rows == 1, index_offset, op)
     if _C.fused_dropout_add(y, x, bias, residual, *draw) == 0:
         return y
     x = checks.plain(x, op, "x")
@@ -138,7 +133,7 @@ def _bias_kernel(
     grad = in_strides(grad, tuple(stride))
     grad_x = torch.empty_like(grad)
     grad_bias = torch.empty(grad.shape[-1], dtype=grad.dtype, device=grad.device)
-    draw = (*_state(seed), p, index_offset, op)
+    draw = (*(seed if type(seed) is tuple else (seed, 0)), p, index_offset, op)
     if _sum_columns(grad_x, grad_bias, grad, draw):
         return grad_x, grad_bias
     # The columns do not lie in turn. The unrounded gradient by itself, then the sums of its rows.
@@ -208,7 +203,7 @@ def _activate(
     out: Tensor | None = None,
 ) -> Tensor:
     y = torch.empty_like(x) if out is None else out
-    draw = (activation, *_state(seed), p, index_offset, op)
+    draw = (activation, *(seed if type(seed) is tuple else (seed, 0)), p, index_offset, op)
     if _C.activation_dropout_forward(y, x, *draw) == 0:
         return y
     x = checks.plain(x, op, "x")
@@ -231,7 +226,7 @@ def _activate_kernel(
     stride = tuple(stride)
     grad, saved = in_strides(grad, stride), in_strides(saved, stride)
     grad_x = torch.empty_like(grad)
-    draw = (activation, *_state(seed), p, index_offset, op)
+    draw = (activation, *(seed if type(seed) is tuple else (seed, 0)), p, index_offset, op)
     if _C.activation_dropout_backward(grad_x, grad, saved, *draw) == 0:
         return grad_x
     grad = in_strides(checks.plain(grad, op, "grad"), stride)

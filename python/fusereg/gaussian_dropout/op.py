@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .. import _C
 from ..core import checks
 from ..core.operator import DrawnOperator
 
@@ -11,7 +10,6 @@ OP = "gaussian_dropout"
 noise = DrawnOperator(
     OP,
     "float p, SymInt index_offset",
-    (_C.gaussian_dropout_forward, _C.gaussian_dropout_backward),
 )
 
 

@@ -1,0 +1,363 @@
+"""Benchmark of data augmentation against the ways in which it is usually done.
+
+The work takes a batch of 64 uint8 images, 3 x 224 x 224, to normalized 192 x 192 (both layouts):
+
+- ``warp``: rotated by up to 15 degrees, scaled by 0.8 to 1.2, flipped with probability 0.5, cropped
+  at random, normalized;
+- ``crop``: cropped at random, flipped with probability 0.5, normalized;
+- ``resize``: 384 x 384 to 224 x 224, bilinear with antialiasing, normalized.
+
+By contract each byte of the input (``crop``: of the windows) is read once and each element of the
+result written once. Images a second are 64 (quick: 8) over the time. Providers:
+
+- ``eager``: the composed matrices, one ``grid_sample`` of the images as floats, normalized; for
+  ``crop`` a loop of slices and flips, stacked, and normalized; for ``resize`` torch's
+  ``interpolate`` of the images as floats.
+- ``interpolate uint8``: that of the bytes, which torch rounds after each pass.
+- ``kornia``, ``torchvision v2``: their transforms, with different parameters for each sample (the
+  latter in a loop over the images). torchvision's transforms need none of its C++ operators; where
+  those are missing, stand-ins are declared so that it can be imported.
+- ``cv2``, ``cv2 x 2``: ``warpAffine`` with the composed matrices, image by image, on one thread and
+  on two.
+- ``fusereg``: ``warp_affine``, ``crop_flip_normalize`` or ``resize``, given the same parameters as
+  eager.
+- ``Augment``: ``fusereg.augment.Augment``, which also draws the parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import math
+import re
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusereg import augment
+
+from ..harness import EAGER, Accuracy, Call, Case, Options, Provider, Workload
+from ..harness.layers import FORWARD, relative_error, results, timed
+
+UINT8, KORNIA, TORCHVISION = "interpolate uint8", "kornia", "torchvision v2"
+PROVIDERS = (EAGER, UINT8, KORNIA, TORCHVISION, "cv2", "cv2 x 2", "fusereg", "Augment")
+
+SIDE, SIZE = 224, 192
+LARGE, SMALL = 384, 224  # resize
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+WARP, CROP, RESIZE = "warp", "crop", "resize"
+
+_TOLERANCE = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-4,  # grid_sample has float32 coordinates over the whole image
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
+
+
+def cases(options: Options) -> list[Case]:
+    """Return both layouts in each mode and each dtype of the result."""
+    batch = 8 if options.quick else 64
+    layouts = {"": torch.contiguous_format, " nhwc": torch.channels_last}
+
+    def case(mode: str, name: str, layout: torch.memory_format, dtype: torch.dtype) -> Case:
+        side, size = (LARGE, SMALL) if mode == RESIZE else (SIDE, SIZE)
+        elements = batch * 3 * size * size
+        read = elements if mode == CROP else batch * 3 * side * side
+        return Case(
+            op="augment",
+            mode=mode,
+            shape=f"{batch}x3x{side}x{side}{name}",
+            dtype=dtype,
+            device=options.device,
+            tensors=1,
+            elements=elements,
+            bytes_moved=read + elements * dtype.itemsize,
+            # float32 and float64 copies of images and results, grids, and the checks' references.
+            memory=batch * 3 * side * side * 64,
+            setup=functools.partial(_setup, batch, layout, mode, dtype, options),
+        )
+
+    return [
+        case(mode, name, layout, dtype)
+        for mode in (WARP, CROP, RESIZE)
+        for name, layout in layouts.items()
+        for dtype in options.dtypes
+    ]
+
+
+class _Data:
+    """The images, and the parameters of each."""
+
+    def __init__(
+        self,
+        batch: int,
+        layout: torch.memory_format,
+        dtype: torch.dtype,
+        device: torch.device,
+        side: int,
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def uniform(low: float, high: float) -> Tensor:
+            numbers = torch.rand(batch, generator=generator, dtype=torch.float64)
+            return low + (high - low) * numbers
+
+        # Smooth, as photographs are: on noise, a small error of a coordinate would be a large one.
+        coarse = torch.rand(batch, 3, 16, 16, generator=generator) * 255
+        smooth = F.interpolate(coarse, side, mode="bicubic").clamp(0, 255)
+        self.x = smooth.to(torch.uint8).to(device).contiguous(memory_format=layout)
+        self.dtype, self.layout = dtype, layout
+        self.top = uniform(0, SIDE - SIZE + 1).long()
+        self.left = uniform(0, SIDE - SIZE + 1).long()
+        self.flip = uniform(0, 1) < 0.5
+        angle, zoom = uniform(-15, 15).deg2rad(), uniform(0.8, 1.2)
+        center = (SIDE - 1) / 2
+        cos, sin = angle.cos() / zoom, angle.sin() / zoom
+        mirror = 1.0 - 2.0 * self.flip
+        # Output pixel, to the window (mirrored), to the image rotated about its center.
+        start_x = self.left + self.flip * (SIZE - 1) - center
+        start_y = self.top - center
+        rows = [
+            torch.stack([cos * mirror, -sin, cos * start_x - sin * start_y + center], 1),
+            torch.stack([sin * mirror, cos, sin * start_x + cos * start_y + center], 1),
+        ]
+        self.matrix = torch.stack(rows, 1).to(device)
+        self.mean = torch.tensor(MEAN, device=device)[:, None, None]
+        self.std = torch.tensor(STD, device=device)[:, None, None]
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Return the dtype of the computation."""
+        return torch.float64 if self.dtype is torch.float64 else torch.float32
+
+    def normalized(self, v: Tensor) -> Tensor:
+        """Normalize images in [0, 255], in the dtype and layout of the result."""
+        y = (v / 255 - self.mean) / self.std
+        return y.to(self.dtype).contiguous(memory_format=self.layout)
+
+    def exact(self, count: int) -> _Data:
+        """Return the first images, in float64."""
+        few = _Data.__new__(_Data)
+        first = {n: getattr(self, n)[:count] for n in ("x", "top", "left", "flip", "matrix")}
+        few.__dict__.update(self.__dict__, **first, dtype=torch.float64)
+        return few
+
+
+def _setup(
+    batch: int, layout: torch.memory_format, mode: str, dtype: torch.dtype, options: Options
+) -> Workload:
+    data = _Data(batch, layout, dtype, options.device, LARGE if mode == RESIZE else SIDE)
+    providers = {WARP: _warps, CROP: _crops, RESIZE: _resizes}[mode](data)
+    return Workload(providers, lambda call: _check(data, mode, call))
+
+
+# --- providers ------------------------------------------------------------------------------------
+
+_DRAWS = "draws its own parameters"
+
+
+def _provider(name: str, make: Callable[[], Callable[..., Tensor]], note: str = "") -> Provider:
+    """Return the provider of what ``make`` makes, called without gradients."""
+    return Provider(name, lambda: timed(FORWARD)(make()), note=note)
+
+
+def _augment(data: _Data, **changes: Any) -> Provider:
+    """Return the provider of the module, which draws the parameters itself."""
+    module = augment.Augment(SIZE, hflip=0.5, mean=MEAN, std=STD, out_dtype=data.dtype, **changes)
+    return _provider("Augment", lambda: lambda: module(data.x), _DRAWS)
+
+
+def _fused(data: _Data, function: Callable[..., Tensor], *args: Any, **options: Any) -> Provider:
+    """Return the provider of one function of fusereg, given the parameters."""
+    call = functools.partial(
+        function, data.x, *args, **options, mean=MEAN, std=STD, out_dtype=data.dtype
+    )
+    return _provider("fusereg", lambda: call)
+
+
+def _warps(data: _Data) -> list[Provider]:
+    return [
+        _provider(EAGER, lambda: lambda: _warp(data), "composed matrices, one grid_sample"),
+        *_kornia(data, WARP),
+        *_torchvision(data, WARP),
+        *_cv2(data),
+        _fused(data, augment.warp_affine, data.matrix, SIZE),
+        _augment(data, degrees=15, scale=(0.8, 1.2)),
+    ]
+
+
+def _crops(data: _Data) -> list[Provider]:
+    parameters = {"top": data.top, "left": data.left, "hflip": data.flip}
+    return [
+        _provider(EAGER, lambda: lambda: _crop(data), "a loop of slices and flips"),
+        *_kornia(data, CROP),
+        *_torchvision(data, CROP),
+        _fused(data, augment.crop_flip_normalize, SIZE, **parameters),
+        _augment(data),
+    ]
+
+
+def _resizes(data: _Data) -> list[Provider]:
+    found = [
+        _provider(EAGER, lambda: lambda: _resize(data), "interpolate of floats"),
+        _provider(UINT8, lambda: lambda: _resize(data, True), "rounded after each pass"),
+        _fused(data, augment.resize, SMALL),
+    ]
+    return [found[0], found[2]] if data.x.is_cuda else found
+
+
+def _warp(data: _Data) -> Tensor:
+    dtype = data.wide
+    steps = torch.arange(SIZE, dtype=dtype, device=data.x.device)
+    m = data.matrix.to(dtype)[:, None, None]
+    col, row = steps[None, None, :], steps[None, :, None]
+    grid = torch.stack([m[..., i, 0] * col + m[..., i, 1] * row + m[..., i, 2] for i in (0, 1)], -1)
+    grid = (2 * grid + 1) / SIDE - 1
+    return data.normalized(F.grid_sample(data.x.to(dtype), grid, align_corners=False))
+
+
+def _crop(data: _Data) -> Tensor:
+    views = []
+    for image, t, s, flip in zip(
+        data.x, data.top.tolist(), data.left.tolist(), data.flip.tolist(), strict=True
+    ):
+        view = image[:, t : t + SIZE, s : s + SIZE]
+        views.append(view.flip(2) if flip else view)
+    return data.normalized(torch.stack(views))
+
+
+def _resize(data: _Data, rounded: bool = False) -> Tensor:
+    x = data.x if rounded else data.x.to(data.wide)
+    return data.normalized(F.interpolate(x, SMALL, mode="bilinear", antialias=True))
+
+
+def _kornia(data: _Data, mode: str) -> list[Provider]:
+    if importlib.util.find_spec("kornia") is None:
+        return []
+
+    def make() -> Callable[[], Tensor]:
+        import kornia.augmentation as K
+
+        steps = [
+            K.RandomHorizontalFlip(p=0.5),
+            K.RandomCrop((SIZE, SIZE)),
+            K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+        ]
+        if mode == WARP:
+            steps.insert(0, K.RandomAffine(15.0, scale=(0.8, 1.2), p=1.0))
+        chain = torch.nn.Sequential(*steps)
+        return lambda: chain(data.x.float() / 255).to(data.dtype)
+
+    return [_provider(KORNIA, make, _DRAWS)]
+
+
+def _torchvision(data: _Data, mode: str) -> list[Provider]:
+    if importlib.util.find_spec("torchvision") is None:
+        return []
+
+    def make() -> Callable[[], Tensor]:
+        v2 = torchvision_transforms()
+        steps = [
+            v2.RandomHorizontalFlip(0.5),
+            v2.RandomCrop(SIZE),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+        if mode == WARP:
+            bilinear = v2.InterpolationMode.BILINEAR
+            steps.insert(0, v2.RandomAffine(15, scale=(0.8, 1.2), interpolation=bilinear))
+        chain = v2.Compose(steps)
+        return lambda: torch.stack([chain(image) for image in data.x]).to(data.dtype)
+
+    return [_provider(TORCHVISION, make, _DRAWS)]
+
+
+def torchvision_transforms() -> Any:
+    """Import torchvision.transforms.v2, even if torchvision's C++ operators are missing.
+
+    Its transforms need none of them, but importing it does: each missing operator is declared,
+    without code, one after the other.
+    """
+    while True:
+        try:
+            return importlib.import_module("torchvision.transforms.v2")
+        except RuntimeError as error:
+            lacking = re.search(r"operator torchvision::(\w+) does not exist", str(error))
+            if lacking is None or lacking[1] in _stand_ins:
+                raise
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        library.define(f"{lacking[1]}() -> ()")
+        _stand_ins[lacking[1]] = library
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
+
+#: The declarations end with these objects.
+_stand_ins: dict[str, torch.library.Library] = {}
+
+
+def _cv2(data: _Data) -> list[Provider]:
+    if importlib.util.find_spec("cv2") is None or data.x.is_cuda:
+        return []
+
+    def make(threads: int) -> Callable[[], Tensor]:
+        import numpy as np
+
+        cv2 = importlib.import_module("cv2")
+
+        cv2.setNumThreads(1)
+        images = data.x.permute(0, 2, 3, 1).contiguous().numpy()
+        matrices = data.matrix.numpy()
+        scale = (1 / (255 * np.array(STD))).astype(np.float32)
+        shift = (-np.array(MEAN) / np.array(STD)).astype(np.float32)
+        y = np.empty((len(images), SIZE, SIZE, 3), np.float32)
+
+        def one(i: int) -> None:
+            warped = cv2.warpAffine(
+                images[i], matrices[i], (SIZE, SIZE), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+            )
+            np.multiply(warped, scale, out=y[i])
+            np.add(y[i], shift, out=y[i])
+
+        pool = ThreadPoolExecutor(threads)
+
+        def call() -> Tensor:
+            list(pool.map(one, range(len(images))))
+            result = torch.from_numpy(y).permute(0, 3, 1, 2)
+            return result.to(data.dtype).contiguous(memory_format=data.layout)
+
+        return call
+
+    note = "weights of 5 bits"
+    return [
+        _provider("cv2", functools.partial(make, 1), note),
+        _provider("cv2 x 2", functools.partial(make, 2), note),
+    ]
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def _check(data: _Data, mode: str, call: Call) -> Accuracy:
+    """Check the first images against float64; random ones by their shape and spread."""
+    (result,) = results(call)
+    size = SMALL if mode == RESIZE else SIZE
+    shape = (data.x.shape[0], 3, size, size)
+    if tuple(result.shape) != shape or result.dtype is not data.dtype:
+        return Accuracy(math.inf, 0.0, f"result of shape {tuple(result.shape)}")
+    few = data.exact(4)
+    exact = {WARP: _warp, CROP: _crop, RESIZE: _resize}
+    error = relative_error([result[:4]], [exact[mode](few)])
+    tolerance = _TOLERANCE[data.dtype]
+    if error <= 0.05:
+        # cv2's weights are multiples of 1/32; torch resizes bytes to bytes.
+        return Accuracy(error, max(tolerance, 0.01), "the first images")
+    spread = float(result.double().std())
+    return Accuracy(0.0 if 0.3 < spread < 3.0 else math.inf, tolerance, "spread")

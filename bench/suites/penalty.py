@@ -1,0 +1,383 @@
+"""Benchmark of the penalties and proximal steps over lists of parameters.
+
+The work is ``l1 * sum |w| + l2/2 * sum w^2`` over all tensors of a list, in three modes:
+
+- ``value``: the value alone. By contract each element is read once: 4 bytes, or 2 in bfloat16.
+- ``value+gradient``: the value, and the gradient ``l1 * sign(w) + l2 * w`` added into ``.grad``.
+  The weight is read, the gradient read and written: 12 bytes, or 6.
+- ``prox``: soft thresholding of the weights in place. Read and written: 8 bytes, or 4.
+
+Each way to do it is written as a good user of it would:
+
+- ``eager``: the obvious way. The loss from ``abs().sum()`` and ``pow(2).sum()`` of each tensor, and
+  ``backward()``; for prox, ``softshrink`` of each tensor, copied back.
+- ``formula``: for prox, sign(w) * max(|w| - t, 0) spelled out, which is what most code has.
+- ``foreach``: ``torch._foreach_*`` over the lists, with the fewest passes known to the authors.
+- ``torch.compile``: the formula written out (value and gradient together, without autograd, which
+  costs further passes), the whole list in one graph. A graph of thousands of tensors takes
+  minutes, so beyond 256 tensors one compiled function is called for each tensor.
+- ``fusereg``: ``elastic_net_penalty``, ``add_penalty_grad_`` or ``prox.l1_``; and
+  ``WeightPenalty.add_grad_``, which is the same kernel behind the interface for training code.
+
+``host`` rows have lists of tensors with one element each: what remains is the cost of handling a
+tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+
+import fusereg
+
+from ..harness import EAGER, Accuracy, Call, Case, Options, Provider, Workload
+from ..harness.layers import compiled as by_compiler
+from ..harness.shapes import Work, gpt2_small, list_cases, works
+
+PROVIDERS = (EAGER, "formula", "foreach", "torch.compile", "fusereg", "WeightPenalty")
+
+L1 = 1e-5
+L2 = 1e-4
+# Weights are within 0.05, so thousands of calls on the same ones leave most of them nonzero. No
+# provider's time depends on the values.
+THRESHOLD = 1e-5
+
+VALUE = "value"
+VALUE_GRADIENT = "value+gradient"
+PROX = "prox"
+
+# Name of the operation, and elements moved for each element of the list: see the module's text.
+MODES = {
+    VALUE: ("elastic net", 1),
+    VALUE_GRADIENT: ("elastic net", 3),
+    PROX: ("soft threshold", 2),
+}
+
+WHOLE_LIST_GRAPH_LIMIT = 256
+
+
+def cases(options: Options) -> list[Case]:
+    """Return all cases: for each list and dtype the three modes."""
+    large = [Work("64M", [(64 * 2**20,)]), Work("gpt2", gpt2_small())]
+    return list_cases(options, works(options.quick, large), MODES, _setup, _memory)
+
+
+def _memory(work: Work, mode: str, size: int) -> int:
+    """Bound the memory: weights, gradients, eager's temporaries, the check in float64."""
+    return 7 * size + 12 * max(map(math.prod, work.shapes))
+
+
+class _Data:
+    """The parameters of one case and their gradients, shared by all its providers."""
+
+    def __init__(self, work: Work, mode: str, dtype: torch.dtype, device: torch.device) -> None:
+        self.parameters = work.parameters(dtype, device)
+        if mode == VALUE_GRADIENT:
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+
+    @property
+    def as_tensors(self) -> list[torch.Tensor]:
+        """Return the parameters, typed as tensors."""
+        return list(self.parameters)
+
+    @property
+    def detached(self) -> list[torch.Tensor]:
+        """Return the parameters, detached."""
+        return [parameter.detach() for parameter in self.parameters]
+
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        """Return the gradients."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+
+def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workload:
+    data = _Data(work, mode, dtype, options.device)
+    providers, check = {
+        VALUE: (_value_providers, _check_value),
+        VALUE_GRADIENT: (_value_gradient_providers, _check_value_gradient),
+        PROX: (_prox_providers, _check_prox),
+    }[mode]
+    return Workload(providers(data), lambda call: check(data, call))
+
+
+# --- providers ------------------------------------------------------------------------------------
+
+
+def _value_providers(data: _Data) -> list[Provider]:
+    parameters = data.as_tensors
+
+    def eager() -> object:
+        with torch.no_grad():
+            return L1 * _total(p.abs().sum() for p in parameters) + L2 / 2 * _total(
+                p.pow(2).sum() for p in parameters
+            )
+
+    def foreach() -> object:
+        with torch.no_grad():
+            return _foreach_value(parameters)
+
+    def own() -> object:
+        with torch.no_grad():
+            return fusereg.functional.elastic_net_penalty(parameters, L1, L2)
+
+    return [
+        Provider(EAGER, lambda: eager),
+        Provider("foreach", lambda: foreach),
+        _compiled(data.detached, None, _formula_value),
+        Provider("fusereg", lambda: own),
+    ]
+
+
+def _value_gradient_providers(data: _Data) -> list[Provider]:
+    parameters, gradients = data.as_tensors, data.gradients
+
+    def eager() -> object:
+        l1_term = _total(p.abs().sum() for p in parameters)
+        l2_term = _total(p.pow(2).sum() for p in parameters)
+        loss = L1 * l1_term + L2 / 2 * l2_term
+        loss.backward()
+        return loss.detach()
+
+    def foreach() -> object:
+        with torch.no_grad():
+            value = _foreach_value(parameters)
+            torch._foreach_add_(gradients, parameters, alpha=L2)
+            torch._foreach_add_(gradients, torch._foreach_sign(parameters), alpha=L1)
+            return value
+
+    def own() -> object:
+        return fusereg.add_penalty_grad_(parameters, l1=L1, l2=L2)
+
+    def weight_penalty() -> Call:
+        module = torch.nn.Module()
+        for index, parameter in enumerate(data.parameters):
+            module.register_parameter(f"weight{index}", parameter)
+        # exclude=(): the same elements as the others, biases and norms too.
+        penalty = fusereg.WeightPenalty(module, l1=L1, l2=L2, exclude=())
+        return penalty.add_grad_
+
+    return [
+        Provider(EAGER, lambda: eager),
+        Provider("foreach", lambda: foreach),
+        _compiled(data.detached, gradients, _formula_value_gradient),
+        Provider("fusereg", lambda: own),
+        Provider("WeightPenalty", weight_penalty, note="fusereg.WeightPenalty(...).add_grad_()"),
+    ]
+
+
+def _prox_providers(data: _Data) -> list[Provider]:
+    parameters = data.as_tensors
+
+    def eager() -> object:
+        with torch.no_grad():
+            for p in parameters:
+                p.copy_(torch.nn.functional.softshrink(p, THRESHOLD))
+        return None
+
+    def formula() -> object:
+        with torch.no_grad():
+            for p in parameters:
+                p.copy_(p.sign() * (p.abs() - THRESHOLD).clamp(min=0))
+        return None
+
+    def foreach() -> object:
+        # w - clamp(w, -t, t) is soft thresholding, in three passes; the form with sign and abs
+        # takes six.
+        with torch.no_grad():
+            clamped = list(torch._foreach_clamp_max(parameters, THRESHOLD))
+            torch._foreach_clamp_min_(clamped, -THRESHOLD)
+            torch._foreach_sub_(parameters, clamped)
+        return None
+
+    def own() -> object:
+        fusereg.prox.l1_(parameters, THRESHOLD)
+        return None
+
+    return [
+        Provider(EAGER, lambda: eager, note="torch.nn.functional.softshrink and copy_"),
+        Provider("formula", lambda: formula, note="sign(w) * clamp(|w| - t, min=0) and copy_"),
+        Provider("foreach", lambda: foreach),
+        _compiled(data.detached, None, _formula_prox),
+        Provider("fusereg", lambda: own),
+    ]
+
+
+def _total(values: Iterator[torch.Tensor]) -> torch.Tensor:
+    """Return the built-in sum, typed as a tensor."""
+    return torch.as_tensor(sum(values))
+
+
+def _foreach_value(parameters: list[torch.Tensor]) -> torch.Tensor:
+    l1_norms = torch._foreach_norm(parameters, 1)
+    l2_norms = torch._foreach_norm(parameters, 2)
+    return L1 * torch.stack(l1_norms).sum() + L2 / 2 * torch.stack(l2_norms).square().sum()
+
+
+# The input of torch.compile. In float32 whatever the dtype is: that is free inside a fused loop.
+
+Tensors = list[torch.Tensor]
+
+
+def _formula_value(weights: Tensors, gradients: Tensors) -> torch.Tensor:
+    values = []
+    for weight in weights:
+        w = weight.float()
+        values.append((L1 * w.abs() + L2 / 2 * w * w).sum())
+    return torch.stack(values).sum()
+
+
+def _formula_value_gradient(weights: Tensors, gradients: Tensors) -> torch.Tensor:
+    values = []
+    for weight, gradient in zip(weights, gradients, strict=True):
+        w = weight.float()
+        values.append((L1 * w.abs() + L2 / 2 * w * w).sum())
+        gradient.add_(L1 * w.sign() + L2 * w)
+    return torch.stack(values).sum()
+
+
+def _formula_prox(weights: Tensors, gradients: Tensors) -> None:
+    for weight in weights:
+        weight.copy_(weight - weight.clamp(-THRESHOLD, THRESHOLD))
+
+
+Formula = Callable[[Tensors, Tensors], torch.Tensor | None]
+
+
+def _compiled(weights: Tensors, gradients: Tensors | None, formula: Formula) -> Provider:
+    """Return torch.compile's provider: one graph of the whole list, or one for each tensor."""
+    grads = gradients if gradients is not None else []
+    per_tensor = len(weights) > WHOLE_LIST_GRAPH_LIMIT
+
+    def make() -> Call:
+        compiled = by_compiler(formula)
+        failure: BaseException | None = None
+        with _fresh_compiler_cache(), torch.no_grad():
+            # An error that passes through torch's cache manager would make it leave its folder.
+            try:
+                if per_tensor:
+                    compiled(weights[:1], grads[:1])
+                else:
+                    compiled(weights, grads)
+            except BaseException as error:
+                failure = error
+        if failure is not None:
+            raise failure
+
+        def whole() -> object:
+            with torch.no_grad():
+                return compiled(weights, grads)
+
+        singles = [(weights[i : i + 1], grads[i : i + 1]) for i in range(len(weights))]
+
+        def each() -> object:
+            with torch.no_grad():
+                values = [compiled(weight, grad) for weight, grad in singles]
+                return None if values[0] is None else torch.stack(values).sum()
+
+        return each if per_tensor else whole
+
+    note = ""
+    if per_tensor:
+        note = f"compiled for one tensor and called {len(weights)} times: one graph takes minutes"
+    return Provider("torch.compile", make, compiles=True, note=note)
+
+
+@contextlib.contextmanager
+def _fresh_compiler_cache() -> Iterator[None]:
+    """Compile anew, and stop the compiler's worker processes afterwards.
+
+    They would use the cores that are being measured. Both are private to torch, so a version
+    without them is fine.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, AttributeError):
+            from torch._inductor.utils import fresh_cache
+
+            stack.enter_context(fresh_cache())
+        with contextlib.suppress(ImportError, AttributeError):
+            from torch._inductor.async_compile import shutdown_compile_workers
+
+            stack.callback(shutdown_compile_workers)
+        yield
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+# Relative, for the elementwise results: some roundings of the dtype.
+_ELEMENT_TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 3e-2,
+}
+# For the value, which eager gives in the weights' dtype: that dtype's rounding, and the sum's.
+_VALUE_TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 3e-3,
+    torch.bfloat16: 1e-2,
+}
+# Float64 copies of whole tensors of 124 million elements are not needed to compare them.
+_CHUNK = 1 << 22
+
+
+def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    flat = tensor.reshape(-1)
+    return (flat[begin : begin + _CHUNK] for begin in range(0, flat.numel(), _CHUNK))
+
+
+def _reference_value(data: _Data) -> float:
+    total = 0.0
+    for parameter in data.detached:
+        for chunk in _chunks(parameter):
+            w = chunk.double()
+            total += float((L1 * w.abs() + L2 / 2 * w * w).sum())
+    return total
+
+
+def _value_error(value: object, expected: float) -> float:
+    if not isinstance(value, torch.Tensor):
+        return math.nan
+    return abs(float(value) - expected) / max(abs(expected), 1e-30)
+
+
+def _check_value(data: _Data, call: Call) -> Accuracy:
+    tolerance = _VALUE_TOLERANCE[data.parameters[0].dtype]
+    return Accuracy(_value_error(call(), _reference_value(data)), tolerance, "value")
+
+
+def _check_value_gradient(data: _Data, call: Call) -> Accuracy:
+    for gradient in data.gradients:
+        gradient.zero_()
+    value_error = _value_error(call(), _reference_value(data))
+    worst, scale = 0.0, L1 + L2 * 0.05
+    for parameter, gradient in zip(data.detached, data.gradients, strict=True):
+        for weights, gradients in zip(_chunks(parameter), _chunks(gradient), strict=True):
+            w = weights.double()
+            difference = (gradients.double() - (L1 * w.sign() + L2 * w)).abs().max()
+            worst = max(worst, float(difference) / scale)
+    # The worse of the two by its own tolerance.
+    dtype = data.parameters[0].dtype
+    if not value_error / _VALUE_TOLERANCE[dtype] <= worst / _ELEMENT_TOLERANCE[dtype]:
+        return Accuracy(value_error, _VALUE_TOLERANCE[dtype], "value")
+    return Accuracy(worst, _ELEMENT_TOLERANCE[dtype], "gradient")
+
+
+def _check_prox(data: _Data, call: Call) -> Accuracy:
+    before = [parameter.clone() for parameter in data.detached]
+    call()
+    worst = 0.0
+    for old, new in zip(before, data.detached, strict=True):
+        for was, now in zip(_chunks(old), _chunks(new), strict=True):
+            w = was.double()
+            expected = w.sign() * (w.abs() - THRESHOLD).clamp_min(0.0)
+            # Relative to |w| + threshold: weights below the threshold then show a call that did
+            # nothing even where the dtype is too coarse for the others to move.
+            relative = (now.double() - expected).abs() / (w.abs() + THRESHOLD)
+            worst = max(worst, float(relative.max()))
+    return Accuracy(worst, _ELEMENT_TOLERANCE[data.parameters[0].dtype], "result")
