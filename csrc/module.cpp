@@ -6,6 +6,7 @@
 #include "core/launch_tables_python.h"
 #include "core/tensor.h"
 #include "core/tensor_list.h"
+#include "rooms.h"  // made by CMake: calls bind(m) of each folder that has a bind.cpp
 
 #if defined(FUSEREG_CUDA)
 #include "core/cuda_info.h"
@@ -14,36 +15,14 @@
 #include "cuda_on_host.h"
 #endif
 
-namespace fusereg::augment {
-void bind(py::module_& m);
-}
-namespace fusereg::batch_norm {
-void bind(py::module_& m);
-}
-namespace fusereg::drop_block {
-void bind(py::module_& m);
-}
-namespace fusereg::dropout {
-void bind(py::module_& m);
-}
-namespace fusereg::dropout_norm {
-void bind(py::module_& m);
-}
-namespace fusereg::fused_dropout {
-void bind(py::module_& m);
-}
-namespace fusereg::gaussian_dropout {
-void bind(py::module_& m);
-}
-namespace fusereg::optimizer {
-void bind(py::module_& m);
-}
-namespace fusereg::penalty {
-void bind(py::module_& m);
-}
-
 namespace fusereg {
 namespace {
+
+std::vector<std::string> names(const std::vector<Isa>& isas) {
+  std::vector<std::string> found;
+  for (const Isa isa : isas) found.emplace_back(isa_name(isa));
+  return found;
+}
 
 py::dict build_info() {
   py::dict info;
@@ -53,11 +32,7 @@ py::dict build_info() {
       PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR);
   info["dlpack"] =
       std::to_string(DLPACK_MAJOR_VERSION) + "." + std::to_string(DLPACK_MINOR_VERSION);
-  std::vector<std::string> isas{"baseline"};
-#if defined(FUSEREG_X86_ISAS)
-  isas.insert(isas.end(), {"avx2", "avx512"});
-#endif
-  info["isas"] = isas;
+  info["isas"] = names(built_isas());
 #if defined(_OPENMP)
   info["openmp"] = true;
 #else
@@ -76,12 +51,6 @@ py::dict build_info() {
   info["cuda_architectures"] = "";
 #endif
   return info;
-}
-
-std::vector<std::string> cpu_isas() {
-  std::vector<std::string> names;
-  for (const Isa isa : available_isas()) names.emplace_back(isa_name(isa));
-  return names;
 }
 
 // Whether all are exactly torch.Tensor or Parameter, and the indices of those that are the same
@@ -119,7 +88,7 @@ PYBIND11_MODULE(FUSEREG_MODULE_NAME, m, pybind11::multiple_interpreters::not_sup
         py::arg("increment_version"));
   m.def("build_info", &build_info);
   m.def("cpu_isa", [] { return std::string(isa_name(current_isa())); });
-  m.def("cpu_isas", &cpu_isas);
+  m.def("cpu_isas", [] { return names(available_isas()); });
   m.def("set_cpu_isa", &set_isa, py::arg("name"));
   m.def("scan", &scan, py::arg("tensors"));
   m.def("inspect", &inspect, py::arg("tensor"));
@@ -138,13 +107,5 @@ PYBIND11_MODULE(FUSEREG_MODULE_NAME, m, pybind11::multiple_interpreters::not_sup
   m.attr("CUDA_ON_HOST") = false;
 #endif
   bind_launch_tables(m);
-  augment::bind(m);
-  batch_norm::bind(m);
-  drop_block::bind(m);
-  dropout::bind(m);
-  dropout_norm::bind(m);
-  fused_dropout::bind(m);
-  gaussian_dropout::bind(m);
-  optimizer::bind(m);
-  penalty::bind(m);
+  bind_rooms(m);
 }

@@ -17,7 +17,7 @@ import reference_philox
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 FILL_MODES = ("constant", "border", "reflect", "symmetric", "wrap")
 #: Columns of a record.
-MATRIX, ERASE, MIX, PARTNER, LAM, COLOUR, RECORD = 0, 6, 10, 14, 15, 16, 28
+MATRIX, ERASE, MIX, PARTNER, LAM, COLOR, RECORD = 0, 6, 10, 14, 15, 16, 28
 
 
 def identity_records(n: int, matrix: Tensor | Sequence[Sequence[float]] | None = None) -> Tensor:
@@ -30,7 +30,7 @@ def identity_records(n: int, matrix: Tensor | Sequence[Sequence[float]] | None =
     records[:, PARTNER] = -1
     records[:, LAM] = 1
     for i in range(3):
-        records[:, COLOUR + 5 * i] = 1
+        records[:, COLOR + 5 * i] = 1
     return records
 
 
@@ -135,8 +135,8 @@ def warp(
     return value.reshape(c, ho, wo)
 
 
-def coloured(v: Tensor, record: Tensor, limit: float) -> Tensor:
-    matrix = record[COLOUR : COLOUR + 12].reshape(3, 4)
+def colored(v: Tensor, record: Tensor, limit: float) -> Tensor:
+    matrix = record[COLOR : COLOR + 12].reshape(3, 4)
     if v.shape[0] == 3:
         v = torch.einsum("ij,jhw->ihw", matrix[:, :3], v) + matrix[:, 3, None, None]
     else:
@@ -183,7 +183,7 @@ def augment(
     interpolation: str = "bilinear",
     antialias: bool = False,
     fill_mode: str = "constant",
-    colour: bool = False,
+    color: bool = False,
     fill: float | Sequence[float] | Tensor | None = None,
     scale: float | Sequence[float] | Tensor | None = None,
     shift: float | Sequence[float] | Tensor | None = None,
@@ -201,8 +201,8 @@ def augment(
     own = []
     for i in range(n):
         v = warp(image[i], records[i], size, interpolation, antialias, fill_mode, fill)
-        if colour:
-            v = coloured(v, records[i], limit)
+        if color:
+            v = colored(v, records[i], limit)
         v = v * scale[:, None, None] + shift[:, None, None]
         mask = box_mask(records[i, ERASE : ERASE + 4], size)
         if erase_noise:

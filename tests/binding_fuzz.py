@@ -78,7 +78,7 @@ CALLS_KEPT = 12  # of a function
 
 
 def recorded_calls() -> dict[str, list[Call]]:
-    """What the checks of `fusereg info` pass to the compiled functions."""
+    """Return what the checks of `fusereg info` pass to the compiled functions."""
     calls: dict[str, list[Call]] = {}
 
     def recorder(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,8 +94,8 @@ def recorded_calls() -> dict[str, list[Call]]:
     try:
         for name, function in originals.items():
             setattr(_C, name, recorder(name, function))
-        for check in checks.CHECKS:
-            check.call(checks.Inputs(torch.device("cpu")))
+        for operation in checks.OPERATIONS:
+            operation.check(checks.Inputs(torch.device("cpu")))
     finally:
         for name, function in originals.items():
             setattr(_C, name, function)

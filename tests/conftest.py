@@ -30,7 +30,7 @@ if HOST_MODULE:
     sys.modules["fusereg._C"] = _module
 
 import fusereg  # noqa: E402
-from fusereg.cli.checks import TOLERANCES  # noqa: E402
+from fusereg.core.inventory import TOLERANCES  # noqa: E402
 
 settings.register_profile(
     "fusereg",
@@ -42,6 +42,7 @@ settings.register_profile(
 settings.load_profile("fusereg")
 
 DTYPES = list(TOLERANCES)
+SEED = 0x1234_5678_9ABC_DEF0
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,17 @@ class Backend:
     def on_host(self) -> bool:
         """Whether CUDA kernels run here as host code: right, but a thousand times slower."""
         return self.name == "cuda_on_host"
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, backend: Backend) -> torch.Tensor:
+    """Return random numbers, the same for each dtype but for rounding."""
+    return torch.randn(shape, dtype=torch.float64).to(dtype).to(backend.device)
+
+
+def make_nonzero(shape: tuple[int, ...], dtype: torch.dtype, backend: Backend) -> torch.Tensor:
+    """Return random numbers without zeros, so that a mask can be read off the result."""
+    x = torch.randn(shape, dtype=torch.float64)
+    return (x + x.sign()).to(dtype).to(backend.device)
 
 
 def _backends() -> list[Backend]:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import fusereg
 import reference_philox
+from conftest import SEED
 from fusereg import functional as F
 
-SEED = 0x1234_5678_9ABC_DEF0
 EPS = 1e-5
 
 

@@ -94,5 +94,11 @@ def assert_same(actual: Any, wanted: Any, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
 
 
+def assert_same_parameters(left: nn.Module, right: nn.Module, tolerance: float = 1e-12) -> None:
+    """Check that two models have the same parameters, within an absolute tolerance."""
+    for (name, p), q in zip(left.named_parameters(), right.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=tolerance), name
+
+
 def clear(model: nn.Module) -> None:
     model.zero_grad(set_to_none=True)

@@ -1,5 +1,6 @@
-"""Runs checks on several gloo processes, each check a test of its own.
+"""Checks that run on several gloo processes, each of them a test of its own.
 
+A module registers its checks with :func:`on`, and ends with ``test_ranks = collect(__name__)``.
 One program each of 2, 3 and 4 processes runs all checks for that number of processes, because
 starting processes costs more than the checks.
 """
@@ -42,6 +43,8 @@ PATIENCE = timedelta(seconds=40)  # for the other ranks to end a check
 
 @dataclass(frozen=True)
 class Ranks:
+    """What a check is given."""
+
     rank: int
     world: int
     mesh: DeviceMesh  # one dimension, over all ranks
@@ -53,7 +56,7 @@ CHECKS: dict[str, dict[int, dict[str, Check]]] = {}
 
 
 def on(*worlds: int) -> Callable[[Check], Check]:
-    """Registers a check for these numbers of processes."""
+    """Register a check for these numbers of processes."""
 
     def register(check: Check) -> Check:
         checks = CHECKS.setdefault(check.__module__, {})
@@ -64,19 +67,30 @@ def on(*worlds: int) -> Callable[[Check], Check]:
     return register
 
 
-def cases(module: str) -> list[tuple[int, str]]:
-    """(processes, name) of each of a module's checks, and of the end of each program."""
-    return [
+def collect(module: str, slow: bool = True) -> Callable[[int, str], None]:
+    """Return a module's test, with a case for each of its checks and for each program's end."""
+    cases = [
         (world, name) for world, checks in CHECKS[module].items() for name in (*checks, "the end")
     ]
 
+    @pytest.mark.parametrize(("world", "name"), cases)
+    def test_ranks(world: int, name: str) -> None:
+        if not can_run(name):
+            pytest.skip("this torch has no torch.distributed.fsdp.fully_shard")
+        said = failures(results(world, module), name)
+        if said:
+            pytest.fail(said, pytrace=False)
+
+    return pytest.mark.slow(test_ranks) if slow else test_ranks
+
 
 def can_run(name: str) -> bool:
+    """Return whether this torch has what a check needs, by the check's name."""
     return fully_shard is not None or "fsdp" not in name
 
 
 def program(rank: int, world: int, folder: str, module: str) -> None:
-    """What each process runs: the checks that a module registers. It writes how each went."""
+    """Run the checks that a module registers, on one process, and write the results."""
     importlib.import_module(module)
     torch.set_num_threads(1)
     results: dict[str, str] = {}
@@ -108,7 +122,7 @@ def program(rank: int, world: int, folder: str, module: str) -> None:
 
 
 def run(world: int, folder: Path, module: str) -> list[dict[str, str]]:
-    """Runs the program and gives each rank's results; ranks that hang are ended at the limit."""
+    """Run the program and return each rank's results; ranks that hang are ended at the limit."""
     processes = mp.spawn(program, (world, str(folder), module), world, join=False).processes
     deadline = time.monotonic() + LIMIT
     for process in processes:
@@ -130,15 +144,15 @@ def run(world: int, folder: Path, module: str) -> list[dict[str, str]]:
 
 @functools.cache
 def results(world: int, module: str) -> list[dict[str, str]]:
-    """What run() gives; each program runs once."""
+    """Return what run() returns; each program runs once."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        # Loopback only: whatever the host's name resolves to is none of these tests' business.
+        # Loopback only: the tests must not depend on what the host's name resolves to.
         patch.setenv("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         return run(world, Path(folder), module)
 
 
 def failures(results: list[dict[str, str]], name: str) -> str:
-    """What went wrong on which rank in this check; empty if nothing did."""
+    """Describe what went wrong on which rank in this check; empty if nothing did."""
     said = []
     for rank, result in enumerate(results):
         if name not in result:

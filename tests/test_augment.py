@@ -35,7 +35,7 @@ def warps(n: int, shift: float = 4.0) -> Tensor:
 
 
 def random_records(n: int) -> Tensor:
-    """Warps, erased boxes, mixed boxes, partners, colours: something of each."""
+    """Warps, erased boxes, mixed boxes, partners, colors: something of each."""
     records = reference.identity_records(n, warps(n))
     records[:, ERASE : ERASE + 4] = torch.tensor([3.0, 2.0, 20.0, 5.0])
     records[0, ERASE : ERASE + 4] = torch.tensor([0.0, 4.0, 40.0, 7.0])
@@ -66,7 +66,7 @@ def run(
     fill_mode: str = "constant",
     *,
     antialias: bool = False,
-    colour: bool = False,
+    color: bool = False,
     keys: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
@@ -74,23 +74,13 @@ def run(
     **values: list[float],
 ) -> Tensor:
     c = x.shape[1]
-    plain = {"fill": [0.0] * c, "scale": [1.0] * c, "shift": [0.0] * c, "erase": [0.0] * c}
-    return ops.apply(
-        x,
-        records.to(x.device),
-        None if keys is None else keys.to(x.device),
-        size,
-        interpolation=INTERPOLATIONS.index(interpolation),
-        antialias=antialias,
-        fill_mode=FILL_MODES.index(fill_mode),
-        colour=colour,
-        erase_noise=keys is not None,
-        out_dtype=out_dtype or (torch.float32 if x.dtype is torch.uint8 else x.dtype),
-        memory_format=memory_format,
-        out=out,
-        op="augment",
-        **(plain | values),
-    )
+    constants = {"fill": [0.0] * c, "scale": [1.0] * c, "shift": [0.0] * c, "erase": [0.0] * c}
+    how, border = INTERPOLATIONS.index(interpolation), FILL_MODES.index(fill_mode)
+    options = ops.Options(how, antialias, border, color, **(constants | values))
+    out_dtype = out_dtype or (torch.float32 if x.dtype is torch.uint8 else x.dtype)
+    target = ops.Target.of(x, size, out_dtype, memory_format)
+    keys = None if keys is None else keys.to(x.device)
+    return ops.apply(x, records.to(x.device), keys, target, options, "augment", out)
 
 
 def assert_near(y: Tensor, wanted: Tensor, tolerance: float) -> None:
@@ -118,15 +108,15 @@ def test_against_the_oracle(
     ):
         x = images((n, 3, 13, 37), dtype, backend).contiguous(memory_format=first)
         records, values = random_records(n), numbers(3, dtype)
-        for colour in (False, True):
+        for color in (False, True):
             y = run(
-                x, records, OUT, interpolation, fill_mode, antialias=antialias, colour=colour,
+                x, records, OUT, interpolation, fill_mode, antialias=antialias, color=color,
                 memory_format=second, **values,
             )  # fmt: skip
             assert y.is_contiguous(memory_format=second)
             wanted = reference.augment(
                 x, records, size=OUT, interpolation=interpolation, antialias=antialias,
-                fill_mode=fill_mode, colour=colour, **values,
+                fill_mode=fill_mode, color=color, **values,
             )  # fmt: skip
             # Coordinates off by 3e-7 of a pixel, on slopes of up to 1 a pixel (bicubic: 2).
             assert_near(y, wanted, 1e-13 if dtype is torch.float64 else 4e-6)
@@ -173,7 +163,7 @@ def test_all_instruction_sets_and_threads_give_the_same_bits() -> None:
                             for threads in (1, 3):
                                 torch.set_num_threads(threads)
                                 y = run(
-                                    x, records, (29, 53), how, fill_mode, colour=True, keys=keys,
+                                    x, records, (29, 53), how, fill_mode, color=True, keys=keys,
                                     **numbers(c, dtype),
                                 )  # fmt: skip
                                 results.append(y)
@@ -481,7 +471,7 @@ def test_out_and_other_layouts(backend: Backend) -> None:
         (
             lambda x: A.warp_affine(x, torch.eye(2, 3), mean=0.5),
             ValueError,
-            "mean and std must be given both",
+            "mean and std must be given together",
         ),
         (
             lambda x: A.warp_affine(x, torch.eye(2, 3), interpolation="nearest", antialias=True),

@@ -167,11 +167,11 @@ def reference_matrix(drawn: dict[str, float], w: int, h: int, wo: int, ho: int) 
     scale = np.diag([drawn["scale_x"], drawn["scale_y"]])
     shear = np.array([[1, 0], [-math.tan(sy), 1]]) @ np.array([[1, -math.tan(sx)], [0, 1]])
     linear = rotation @ scale @ shear
-    centre = np.array([(w - 1) / 2, (h - 1) / 2])
+    center = np.array([(w - 1) / 2, (h - 1) / 2])
     move = np.array([drawn["translate_x"], drawn["translate_y"]])
     forward = np.eye(3)
     forward[:2, :2] = linear
-    forward[:2, 2] = centre + move - linear @ centre
+    forward[:2, 2] = center + move - linear @ center
     x0, y0, x1, y1 = (drawn[f"window_{k}"] for k in ("x0", "y0", "x1", "y1"))
     fx, fy = (x1 - x0) / wo, (y1 - y0) / ho
     crop = [[fx, 0, x0 + fx / 2 - 0.5], [0, fy, y0 + fy / 2 - 0.5]]
@@ -386,9 +386,9 @@ def test_a_keypoint_follows_its_pixel() -> None:
     moved = params.keypoints(points)
     assert isinstance(moved, Tensor)
     total = y.sum((1, 2, 3))
-    centre_x = (y.sum((1, 2)) * torch.arange(33)).sum(1) / total
-    centre_y = (y.sum((1, 3)) * torch.arange(33)).sum(1) / total
-    found = torch.stack([centre_x, centre_y], 1)
+    center_x = (y.sum((1, 2)) * torch.arange(33)).sum(1) / total
+    center_y = (y.sum((1, 3)) * torch.arange(33)).sum(1) / total
+    found = torch.stack([center_x, center_y], 1)
     assert bool((total > 0.5).all())
     # The centroid of the samples of a tent is within its width of the tip.
     assert float((found - moved[:, 0]).abs().max()) < 0.35
@@ -405,9 +405,9 @@ def test_boxes() -> None:
     size = torch.tensor([[[1.0, 2.0, 3.0, 1.0]], [[0.0, 0.0, 8.0, 8.0]]])
     turned = torch.tensor([[[2.0, 4.0, 1.0, 3.0]], [[0.0, 0.0, 8.0, 8.0]]])
     assert torch.equal(params.boxes(size, format="xywh"), turned)
-    centre = torch.tensor([[[2.5, 2.5, 3.0, 1.0]], [[4.0, 4.0, 8.0, 8.0]]])
+    center = torch.tensor([[[2.5, 2.5, 3.0, 1.0]], [[4.0, 4.0, 8.0, 8.0]]])
     back = torch.tensor([[[2.5, 5.5, 1.0, 3.0]], [[4.0, 4.0, 8.0, 8.0]]])
-    assert torch.equal(params.boxes(centre, format="cxcywh"), back)
+    assert torch.equal(params.boxes(center, format="cxcywh"), back)
     crop = sample(Augment(4, crop="center"), [0, 1], 8)
     assert torch.equal(crop.boxes(box), torch.tensor([[[0.0, 0, 2, 1]], [[0, 0, 4, 4]]]))
     assert crop.boxes(box, clip=False)[0].tolist() == [[-1, 0, 2, 1]]
@@ -447,7 +447,7 @@ def test_boxes() -> None:
         ({"erase": 2.0}, r"erase must be within \[0, 1\]"),
         ({"mix": "cutout"}, "mix must be one of 'mixup', 'cutmix', got 'cutout'"),
         ({"mean": 0.5, "std": (0.1, 0.0)}, "std must be positive"),
-        ({"mean": 0.5, "out_dtype": torch.uint8}, "out_dtype must be floating"),
+        ({"mean": 0.5, "std": 0.5, "out_dtype": torch.uint8}, "out_dtype must be floating"),
         ({"out_dtype": torch.int32}, "out_dtype must be uint8, float16"),
         ({"memory_format": torch.preserve_format}, "memory_format must be torch.contiguous_format"),
         ({"crop_scale": (0.0, 1.0)}, r"crop_scale must be within \(0, 1\]"),

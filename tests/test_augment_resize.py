@@ -209,7 +209,9 @@ def test_out_and_other_layouts(backend: Backend) -> None:
 
 def test_bad_arguments_are_named() -> None:
     x = torch.ones(2, 3, 8, 9)
-    with pytest.raises(ValueError, match="resize: out_dtype must be uint8 or a floating"):
+    with pytest.raises(
+        ValueError, match="resize: out_dtype must be uint8, float16, bfloat16, float32 or float64"
+    ):
         A.resize(x, 4, out_dtype=torch.int32)
     with pytest.raises(ValueError, match="interpolation must be one of"):
         A.resize(x, 4, interpolation="cubic")

@@ -26,10 +26,10 @@ from test_augment import FORMATS, OUT, images, numbers, random_records, run, war
 def test_gradient_of_everything(
     interpolation: str, antialias: bool, fill_mode: str, backend: Backend
 ) -> None:
-    """Against autograd through the oracle: erased, mixed, coloured or not, in every layout."""
+    """Against autograd through the oracle: erased, mixed, colored or not, in every layout."""
     n = 2 if backend.on_host else 5
     records = random_records(n)
-    for dtype, c, first, colour in (
+    for dtype, c, first, color in (
         (torch.float64, 3, 0, True),
         (torch.float32, 3, 1, False),
         (torch.float32, 2, 0, True),
@@ -39,11 +39,11 @@ def test_gradient_of_everything(
         plain = x.detach().cpu().double().requires_grad_()
         x.requires_grad_()
         y = run(
-            x, records, OUT, interpolation, fill_mode, antialias=antialias, colour=colour, **values
+            x, records, OUT, interpolation, fill_mode, antialias=antialias, color=color, **values
         )
         wanted = reference.augment(
             plain, records, size=OUT, interpolation=interpolation, antialias=antialias,
-            fill_mode=fill_mode, colour=colour, **values,
+            fill_mode=fill_mode, color=color, **values,
         )  # fmt: skip
         g = torch.randn(y.shape, dtype=torch.float64)
         y.backward(g.to(dtype).to(y.device))
@@ -114,8 +114,8 @@ def test_gradcheck_twice() -> None:
     def eager(t: Tensor) -> Tensor:
         return run(t, records, (4, 7), **numbers(2, torch.float64))
 
-    def coloured(t: Tensor) -> Tensor:
-        return run(t, records, (4, 7), colour=True, **numbers(2, torch.float64))
+    def colored(t: Tensor) -> Tensor:
+        return run(t, records, (4, 7), color=True, **numbers(2, torch.float64))
 
     def through_the_operator(t: Tensor) -> Tensor:
         v = numbers(2, torch.float64)
@@ -129,8 +129,8 @@ def test_gradcheck_twice() -> None:
     for f in (eager, through_the_operator):
         assert torch.autograd.gradcheck(f, (x,), check_forward_ad=f is eager)
         assert torch.autograd.gradgradcheck(f, (x,))
-    assert torch.autograd.gradcheck(coloured, (x,))
-    (g,) = torch.autograd.grad(coloured(x).sum(), x, create_graph=True)
+    assert torch.autograd.gradcheck(colored, (x,))
+    (g,) = torch.autograd.grad(colored(x).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="brightness, contrast or saturation"):
         g.sum().backward()
 

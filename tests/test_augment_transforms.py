@@ -48,7 +48,7 @@ def drawn(params: AugmentParams, i: int) -> dict[str, float]:
 
 
 def close(y: Tensor, want: Tensor, share: float = 0.0) -> None:
-    """Equal up to the rounding of float32 grids; a share of pixels may have taken a neighbour."""
+    """Equal up to the rounding of float32 grids; a share of pixels may have taken a neighbor."""
     wrong = ((y - want).abs() > 3e-4).double().mean()
     assert float(wrong) <= share
 
@@ -60,12 +60,12 @@ def close(y: Tensor, want: Tensor, share: float = 0.0) -> None:
 def test_rotation_is_torchvisions(x: Tensor, interpolation: str) -> None:
     tv = augment_peers.torchvision_module("torchvision.transforms.v2.functional")
     mode = augment_peers.torchvision_module("torchvision.transforms.v2").InterpolationMode
-    for centre in (None, [5.0, 9.0]):
-        y, params = run(RandomRotation((5, 60), interpolation, center=centre, seed=1), x)
+    for center in (None, [5.0, 9.0]):
+        y, params = run(RandomRotation((5, 60), interpolation, center=center, seed=1), x)
         for i in IDS:
             angle = drawn(params, i)["angle"]
             assert 5 <= angle <= 60
-            want = tv.rotate(x[i], angle, interpolation=mode(interpolation), center=centre)
+            want = tv.rotate(x[i], angle, interpolation=mode(interpolation), center=center)
             close(y[i], want, 0.01 if interpolation == "nearest" else 0.0)
 
 
@@ -205,7 +205,7 @@ def test_expanded_images_lose_nothing(degrees: tuple[int, int]) -> None:
     corners = torch.tensor([[0.0, 0], [w - 1, 0], [0, h - 1], [w - 1, h - 1]]).double()
     places = params.keypoints(corners.expand(len(x), 4, 2))
     height, width = y.shape[2:]
-    # Half a pixel around each corner's centre, turned, is up to 0.71 away from it.
+    # Half a pixel around each corner's center, turned, is up to 0.71 away from it.
     assert bool((places > -0.21).all())
     assert bool((places[..., 0] < width - 0.79).all())
     assert bool((places[..., 1] < height - 0.79).all())

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +20,12 @@ import torch
 import fusereg
 from fusereg import _C
 from fusereg.cli import app, checks, info, machine, main
-from fusereg.cli.checks import Inputs, Pairs
+from fusereg.cli.checks import Inputs, Operation, Pairs
 from fusereg.cli.errors import InputError, require_packages
 
 
 def one_error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The only line on stderr."""
+    """Return the only line on stderr."""
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     return lines[0]
@@ -165,7 +168,73 @@ def test_missing_packages_are_named_all_at_once() -> None:
         require_packages("demo", "demo", "no_such_a", "json", "no_such_b")
 
 
+def test_an_unknown_instruction_set_in_the_environment_is_exit_code_2() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fusereg", "info"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "FUSEREG_CPU_ISA": "no_such"},
+    )
+    assert done.returncode == 2
+    assert "fusereg info: error: FUSEREG_CPU_ISA: unknown instruction set" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_interrupt_while_importing_is_no_traceback(tmp_path: Path) -> None:
+    """A stand-in for torch, which is imported for seconds, gets the signal there."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "fusereg", "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
+
+
+def test_an_interrupt_of_a_command_is_one_line() -> None:
+    program = (
+        "import os, signal, sys; sys.argv = ['fusereg', 'info']; import fusereg.cli.app as app; "
+        "command = type(sys)('info'); command.add_parser = lambda s: s.add_parser('info'); "
+        "command.run = lambda args: os.kill(os.getpid(), signal.SIGINT); "
+        "app.COMMANDS = ('info',); app._command = lambda name: command; sys.exit(app.main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130
+    assert done.stderr == "fusereg info: interrupted\n"
+
+
 # --- info ---
+
+
+@pytest.mark.parametrize("target", [["--json"], ["--json", "-"]], ids=" ".join)
+def test_json_without_a_file_is_printed(
+    target: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusereg.cli.checks._places.CHECKS", [])
+    assert main(["info", *target]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"] == []
+
+
+def test_json_in_a_file_leaves_the_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusereg.cli.checks._places.CHECKS", [])
+    target = tmp_path / "info.json"
+    assert main(["info", "--json", str(target)]) == 0
+    assert json.loads(target.read_text())["ok"] is True
+    assert "0 of 0 kernel calls ok" in capsys.readouterr().out
+    missing = tmp_path / "no" / "info.json"
+    assert main(["info", "--json", str(missing)]) == 1
+    assert f"error: {missing}: No such file or directory" in one_error_line(capsys)
 
 
 def test_info_json_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,7 +263,7 @@ def test_info_json_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
     kernels = content["kernels"]
     for name in _C.cpu_isas():
         called = [row["kernel"] for row in kernels if row["backend"] == f"cpu {name}"]
-        assert called == [check.name for check in checks.CHECKS]
+        assert called == [operation.name for operation in checks.OPERATIONS]
     assert all(row["ok"] and row["error"] <= row["tolerance"] for row in kernels)
     assert _C.cpu_isa() == isa, "the checks must put the instruction set back"
 
@@ -202,8 +271,8 @@ def test_info_json_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
 def test_info_table_has_every_kernel_and_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    for check in checks.CHECKS:
-        assert check.name in printed
+    for operation in checks.OPERATIONS:
+        assert operation.name in printed
     for isa in _C.cpu_isas():
         assert f"cpu {isa}" in printed
     assert "FAILED" not in printed
@@ -211,7 +280,7 @@ def test_info_table_has_every_kernel_and_backend(capsys: pytest.CaptureFixture[s
 
 
 def test_info_has_a_check_for_every_public_kernel() -> None:
-    names = {check.name.split(",")[0] for check in checks.CHECKS}
+    names = {operation.name.split(",")[0] for operation in checks.OPERATIONS}
     wanted = set(fusereg.functional.__all__)
     wanted |= {f"prox.{name}" for name in fusereg.prox.__all__}
     wanted |= {"add_penalty_grad_", "sparsity", "optim.clip_grad_norm_"}
@@ -252,8 +321,8 @@ def test_info_fails_when_a_kernel_does(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    broken = checks.KernelCheck("penalty", "broken", "nothing", call)
-    monkeypatch.setattr("fusereg.cli.checks._places.CHECKS", [broken])
+    broken = Operation(name="broken", formula="nothing", function=torch.ones, pairs=call)
+    monkeypatch.setattr("fusereg.cli.checks._places.OPERATIONS", [broken])
     assert main(["info"]) == 1
     printed = capsys.readouterr()
     assert "FAILED" in printed.out
@@ -265,16 +334,14 @@ def test_info_fails_when_a_kernel_does(
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.0001])
-def test_the_checks_see_a_slightly_wrong_kernel(
-    factor: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = fusereg.functional.l1_penalty
-    monkeypatch.setattr(
-        fusereg.functional, "l1_penalty", lambda params, strength: right(params, factor * strength)
+def test_the_checks_see_a_slightly_wrong_kernel(factor: float) -> None:
+    right = {operation.name: operation for operation in checks.OPERATIONS}
+    wrong = replace(
+        right["l1_penalty"],
+        function=lambda params, strength: factor * fusereg.functional.l1_penalty(params, strength),
     )
-    found = {result.kernel: result.ok for result in checks.run_checks()}
-    assert found["l1_penalty"] is (factor == 1.0)
-    assert found["l2_penalty"] is True
+    found = {r.kernel: r.ok for r in checks.run_checks([wrong, right["l2_penalty"]])}
+    assert found == {"l1_penalty": factor == 1.0, "l2_penalty": True}
 
 
 MAPS = """\
@@ -308,7 +375,7 @@ def test_two_openmp_runtimes_are_warned_of(
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_this_process_has_one_openmp_runtime() -> None:
-    """In a process of its own: other tests may load packages that bring another runtime."""
+    # In a process of its own: other tests may load packages that bring another runtime.
     program = (
         "from fusereg.cli import checks, machine; checks.run_checks(); "
         "print(len(machine.openmp_libraries()))"

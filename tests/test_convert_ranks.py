@@ -1,24 +1,23 @@
-"""Converted models in DDP and FSDP2, over two gloo processes, beside the unconverted ones."""
+"""Converted models in DDP and FSDP2, on two gloo processes, against unconverted ones."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fusereg
-from fusereg import _convert_layers
+from fusereg.convert.layers import Planned
 from plain_models import BasicBlock, basic, bottleneck, stir, without_dropout
-from ranks import Ranks, can_run, cases, failures, fully_shard, on, results
+from ranks import Ranks, collect, fully_shard, on
 from sharded import whole
 
 
 def train(models: list[nn.Module], rank: int) -> None:
-    """Each rank on images of its own; outputs and parameters must stay the same."""
+    """Train the models, each rank on its own images; outputs and parameters must stay equal."""
     images = torch.Generator().manual_seed(rank)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9) for m in models]
     for _ in range(3):
@@ -50,7 +49,7 @@ def synchronized_layers(ranks: Ranks) -> None:
     fusereg.convert(converted)
     kinds = {type(m) for m in converted.modules() if "BatchNorm" in type(m).__name__}
     assert kinds == {fusereg.nn.SyncBatchNorm}
-    assert any(isinstance(m, _convert_layers.Planned) for m in converted.modules())
+    assert any(isinstance(m, Planned) for m in converted.modules())
     x = torch.randn(6, 3, 12, 12, dtype=torch.float64)
     mine = slice(3 * ranks.rank, 3 * ranks.rank + 3)
     torch.testing.assert_close(converted(x[mine]), plain(x)[mine], rtol=1e-9, atol=1e-9)
@@ -69,8 +68,8 @@ def ddp(ranks: Ranks) -> None:
             DistributedDataParallel(fusereg.convert(before)),
             fusereg.convert(DistributedDataParallel(after)),
         ]
-        assert isinstance(before.layers[0], _convert_layers.Planned)
-        assert isinstance(after.layers[0], _convert_layers.Planned)
+        assert isinstance(before.layers[0], Planned)
+        assert isinstance(after.layers[0], Planned)
         train(models, ranks.rank)
         fusereg.revert(models[1])
         assert type(before.layers[0]) is type(plain.layers[0])
@@ -92,8 +91,8 @@ def fsdp_blocks(ranks: Ranks) -> None:
             shard(fusereg.convert(before), ranks),
             fusereg.convert(shard(after, ranks)),
         ]
-        assert isinstance(before.layers[0], _convert_layers.Planned)
-        assert isinstance(after.layers[0], _convert_layers.Planned)
+        assert isinstance(before.layers[0], Planned)
+        assert isinstance(after.layers[0], Planned)
         train(models, ranks.rank)
         for model in models[1:]:
             fusereg.revert(model)
@@ -124,11 +123,4 @@ def fsdp_layers(ranks: Ranks) -> None:
     train([plain, before, after], ranks.rank)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("world", "name"), cases(__name__))
-def test_ranks(world: int, name: str) -> None:
-    if not can_run(name):
-        pytest.skip("this torch has no torch.distributed.fsdp.fully_shard")
-    said = failures(results(world, __name__), name)
-    if said:
-        pytest.fail(said, pytrace=False)
+test_ranks = collect(__name__)

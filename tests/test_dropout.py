@@ -13,23 +13,16 @@ from torch import Tensor
 
 import fusereg
 import reference_philox
-from conftest import Backend
+from conftest import SEED, Backend
+from conftest import make_nonzero as make
 from fusereg import functional as F
 from fusereg import nn
-
-SEED = 0x1234_5678_9ABC_DEF0
 
 #: Around a chunk (8), around the vector blocks (16 to 128), more than one unit of work a thread.
 SIZES = [0, 1, 7, 8, 9, 31, 33, 127, 129, 1003]
 
 #: 16-bit draws, 32-bit draws (too fine or too coarse for 16), nothing kept.
 PROBABILITIES = [0.5, 0.1, 0.001, 0.9997, 1e-9, 1.0]
-
-
-def make(shape: tuple[int, ...], dtype: torch.dtype, backend: Backend) -> Tensor:
-    """Without zeros, so that the mask can be read off the result."""
-    x = torch.randn(shape, dtype=torch.float64)
-    return (x + x.sign()).to(dtype).to(backend.device)
 
 
 def scaled(x: Tensor, p: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import fusereg
 from fusereg import functional as F
-from ranks import Ranks, cases, failures, on, results
+from ranks import Ranks, collect, on
 
 SEED = 11
 
@@ -124,9 +124,4 @@ def meshes_of_two_dimensions(ranks: Ranks) -> None:
         assert all(torch.equal(part, parts[0]) for part in parts)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("world", "name"), cases(__name__))
-def test_ranks(world: int, name: str) -> None:
-    said = failures(results(world, __name__), name)
-    if said:
-        pytest.fail(said, pytrace=False)
+test_ranks = collect(__name__)

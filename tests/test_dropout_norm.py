@@ -11,17 +11,13 @@ import torch
 from torch import Tensor
 
 import fusereg
-from conftest import TOLERANCES, Backend
+from conftest import TOLERANCES, Backend, make
 from dropout_norm_steps import EPS, SEED, fused, normalized, row_mask, unfused
 from fusereg import functional as F
 
 #: One element, less than a group of 8, odd, whole vectors, more than 2048 (a piece of draws).
 LENGTHS = [1, 5, 33, 64, 127, 768]
 HALVES = (torch.float16, torch.bfloat16)
-
-
-def make(shape: tuple[int, ...], dtype: torch.dtype, backend: Backend) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(dtype).to(backend.device)
 
 
 def assert_close(came: Tensor | None, wanted: Tensor, tolerance: float) -> None:

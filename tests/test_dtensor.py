@@ -28,7 +28,7 @@ import fusereg
 import reference
 from fusereg import WeightPenalty
 from fusereg import functional as F
-from ranks import Ranks, can_run, cases, failures, fully_shard, on, results
+from ranks import Ranks, collect, fully_shard, on
 from sharded import (
     PENALTIES,
     assert_same,
@@ -675,11 +675,4 @@ def fsdp_training_over_tensor_parallelism(ranks: Ranks) -> None:
 # --- the tests ----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("world", "name"), cases(__name__))
-def test_ranks(world: int, name: str) -> None:
-    if not can_run(name):
-        pytest.skip("this torch has no torch.distributed.fsdp.fully_shard")
-    said = failures(results(world, __name__), name)
-    if said:
-        pytest.fail(said, pytrace=False)
+test_ranks = collect(__name__)

@@ -1,4 +1,4 @@
-"""Early stopping, the files: whole at any moment, whatever the disk or the process does.
+"""Early stopping: checkpoints stay intact whatever happens to the disk or the process.
 
 A process is killed a hundred times in the midst of saving, each step of a save is made to fail, and
 real limits stand in for a full disk.
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
+from early_stopping_runs import fill
 from fusereg import EarlyStopping
 from fusereg.early_stopping import CheckpointError, load_best
 from fusereg.early_stopping.checkpoint import COMMIT, CheckpointFolder
@@ -36,18 +36,12 @@ def linear(value: float) -> nn.Linear:
     return model
 
 
-def fill(model: nn.Module, value: float) -> None:
-    with torch.no_grad():
-        for p in model.parameters():
-            p.fill_(value)
-
-
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
 def assert_holds(folder: Path, epoch: int, value: float) -> None:
-    """One commit and the one tensors file that it names, with this epoch's values."""
+    """Check that the folder holds one checkpoint, with this epoch's values."""
     best = load_best(folder)
     assert best.epoch == epoch
     assert all(bool((t == value).all()) for t in best.states["model"].values())
@@ -121,7 +115,7 @@ def test_a_file_is_on_the_disk_before_its_name_is_given(
 
 @contextmanager
 def failing_at(step: int, error: Callable[[], BaseException]) -> Iterator[list[str]]:
-    """Makes the n-th call of a save that touches the disk raise; half of it is done then."""
+    """Make the n-th call of a save that touches the disk raise when half of it is done."""
     made: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
 
@@ -525,10 +519,10 @@ def damage(folder: Path, what: str) -> None:
         ("a flipped bit", r"best-000000-\w+.safetensors is damaged: SHA-256 \w+, wanted \w+"),
         ("cut short", "is damaged: SHA-256"),
         ("gone", r"early_stopping.json names best-000000-\w+.safetensors, which is missing"),
-        ("half a commit", "early_stopping.json is no whole checkpoint"),
+        ("half a commit", "early_stopping.json is not a complete checkpoint"),
         ("an edited commit", "early_stopping.json is damaged: its SHA-256 does not match"),
         ("another version", "version 2; this fusereg reads 'fusereg early stopping', version 1"),
-        ("no commit of ours", "is no whole checkpoint"),
+        ("no commit of ours", "is not a complete checkpoint"),
     ],
 )
 def test_a_damaged_checkpoint_is_found_out(tmp_path: Path, what: str, text: str) -> None:

@@ -12,10 +12,8 @@ from torch import Tensor
 
 import fusereg
 import reference_philox
-from conftest import TOLERANCES, Backend
+from conftest import SEED, TOLERANCES, Backend, make
 from fusereg import functional as F
-
-SEED = 0x1234_5678_9ABC_DEF0
 
 #: 16-bit draws, 32-bit draws, nothing kept, nothing drawn.
 PROBABILITIES = [0.3, 0.001, 1.0, 0.0]
@@ -40,10 +38,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     "silu": torch.nn.functional.silu,
 }
-
-
-def make(shape: tuple[int, ...], dtype: torch.dtype, backend: Backend) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(dtype).to(backend.device)
 
 
 def leaf(t: Tensor) -> Tensor:

@@ -13,11 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import reference_philox
-from conftest import Backend
+from conftest import SEED, Backend, make
 from fusereg import functional as F
 from fusereg import nn
-
-SEED = 0x1234_5678_9ABC_DEF0
 
 #: Around a pair, a group (8) and the vector blocks (8 to 32).
 SIZES = [0, 1, 2, 3, 7, 8, 9, 31, 33, 65, 203]
@@ -83,10 +81,6 @@ def noisy(x: Tensor, n: Tensor, p: float) -> Tensor:
     strength = torch.tensor(math.sqrt(p / (1 - p)), dtype=compute)
     factor = n.to(compute) * strength + 1
     return (x.to(compute) * factor.to(x.device).view(x.shape)).to(x.dtype)
-
-
-def make(shape: tuple[int, ...], dtype: torch.dtype, backend: Backend) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(dtype).to(backend.device)
 
 
 # --- the normals ----------------------------------------------------------------------------------

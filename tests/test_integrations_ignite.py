@@ -1,4 +1,4 @@
-"""The handlers on ignite's real engines."""
+"""Handlers on ignite's own engines."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ignite.handlers import Checkpoint, DiskSaver
 
 import fusereg
 from fusereg.integrations.ignite import EarlyStoppingHandler, PenaltyHandler
+from penalized_models import assert_same_parameters as assert_same
 
 STRENGTHS = {"l1": 0.02, "l2": 0.1, "group": 0.01}
 LOSSES = [5.0, 3.0, 4.0, 2.0, 6.0, 6.0, 6.0, 1.0]
@@ -36,11 +37,6 @@ def network() -> nn.Sequential:
 def batches() -> list[tuple[Tensor, Tensor]]:
     x = torch.randn(6, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     return [(part, part.sum(1, keepdim=True).tanh()) for part in x]
-
-
-def assert_same(left: nn.Module, right: nn.Module, tolerance: float = 1e-12) -> None:
-    for (name, p), q in zip(left.named_parameters(), right.parameters(), strict=True):
-        assert torch.allclose(p, q, rtol=0, atol=tolerance), name
 
 
 # --- penalty --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The callbacks in the real Lightning: penalty, early stopping, and fusereg's optimizers."""
+"""Callbacks in Lightning's own Trainer: penalty, early stopping, and fusereg's optimizers."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 import fusereg
 from fusereg.integrations.lightning import EarlyStoppingCallback, PenaltyCallback
+from penalized_models import assert_same_parameters as assert_same
 
 # Lightning warns by classes of its own, which the process that collects the results would have to
 # import; what it warns of here (few workers, no validation loop) is meant.
@@ -95,11 +96,6 @@ def fit(model: L.LightningModule, *callbacks: Any, **options: Any) -> L.Trainer:
     made = trainer(*callbacks, **options)
     made.fit(model, DataLoader(data(), 4))
     return made
-
-
-def assert_same(left: nn.Module, right: nn.Module, tolerance: float = 1e-12) -> None:
-    for (name, p), q in zip(left.named_parameters(), right.parameters(), strict=True):
-        assert torch.allclose(p, q, rtol=0, atol=tolerance), name
 
 
 # --- penalty --------------------------------------------------------------------------------------

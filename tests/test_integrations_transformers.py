@@ -1,7 +1,8 @@
-"""The callbacks and the optimizer factory in Hugging Face's real Trainer, with a model of ours."""
+"""Callbacks and the optimizer factory in Hugging Face's own Trainer, with a small model."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fusereg
 from fusereg.integrations.transformers import EarlyStoppingCallback, PenaltyCallback, optimizer_of
+from penalized_models import assert_same_parameters
 
 STRENGTHS = {"l1": 0.02, "l2": 0.1, "group": 0.01}
 
@@ -84,9 +86,7 @@ def train(
     return trainer
 
 
-def assert_same(left: nn.Module, right: nn.Module, tolerance: float = 1e-6) -> None:
-    for (name, p), q in zip(left.named_parameters(), right.parameters(), strict=True):
-        assert torch.allclose(p, q, rtol=0, atol=tolerance), name
+assert_same = functools.partial(assert_same_parameters, tolerance=1e-6)
 
 
 # --- penalty --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from fusereg import optim
-from ranks import Ranks, can_run, cases, failures, fully_shard, on, results
+from ranks import Ranks, collect, fully_shard, on
 from sharded import assert_same, assert_value, make_cases, shard, whole
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -122,11 +122,4 @@ def fsdp_models_train_as_one_process_does(ranks: Ranks) -> None:
 # --- the tests ----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("world", "name"), cases(__name__))
-def test_ranks(world: int, name: str) -> None:
-    if not can_run(name):
-        pytest.skip("this torch has no torch.distributed.fsdp.fully_shard")
-    said = failures(results(world, __name__), name)
-    if said:
-        pytest.fail(said, pytrace=False)
+test_ranks = collect(__name__)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fusereg
 import reference
-from conftest import DTYPES, TOLERANCES, Backend
+from conftest import DTYPES, TOLERANCES, Backend, make
 from fusereg import functional as F
 
 # Empty anywhere (also last), one element, odd, more than one chunk, four dimensions.
@@ -31,10 +31,6 @@ SHAPES = [
     (16385,),
     (4, 0),
 ]
-
-
-def make(shape: tuple[int, ...], dtype: torch.dtype, backend: Backend) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(dtype).to(backend.device)
 
 
 def make_list(dtype: torch.dtype, backend: Backend) -> list[Tensor]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import fusereg
 from fusereg import WeightPenalty
-from ranks import Ranks, can_run, cases, failures, fully_shard, on, results
+from penalized_models import assert_same_parameters as assert_same
+from ranks import Ranks, collect, fully_shard, on
 
 STRENGTHS = {"l1": 0.02, "l2": 0.1, "group": 0.01}
 
@@ -23,11 +24,6 @@ def network() -> nn.Sequential:
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-
-def assert_same(left: nn.Module, right: nn.Module, tolerance: float = 1e-12) -> None:
-    for (name, p), q in zip(left.named_parameters(), right.parameters(), strict=True):
-        assert torch.allclose(p, q, rtol=0, atol=tolerance), name
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -247,8 +243,4 @@ def fsdp_shards_take_it_too(ranks: Ranks) -> None:
     )  # the whole model's, on every rank
 
 
-@pytest.mark.parametrize(
-    ("world", "name"), [case for case in cases(__name__) if can_run(case[1])], ids=str
-)
-def test_on_ranks(world: int, name: str) -> None:
-    assert not (said := failures(results(world, __name__), name)), said
+test_on_ranks = collect(__name__, slow=False)

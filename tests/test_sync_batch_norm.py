@@ -19,7 +19,7 @@ from fusereg import dropout_mask
 from fusereg.batch_norm.op import statistics
 from fusereg.batch_norm.sync_op import combined
 from fusereg.nn import BatchNorm2d, SyncBatchNorm
-from ranks import Ranks, can_run, cases, failures, on, results
+from ranks import Ranks, collect, on
 
 CHANNELS = 5
 
@@ -315,14 +315,7 @@ def a_gradient_penalty_as_one_process_with_the_whole_batch(ranks: Ranks) -> None
             close(total, q.grad, 1e-9)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("world", "name"), cases(__name__))
-def test_ranks(world: int, name: str) -> None:
-    if not can_run(name):
-        pytest.skip("this torch cannot run it")
-    said = failures(results(world, __name__), name)
-    if said:
-        pytest.fail(said, pytrace=False)
+test_ranks = collect(__name__)
 
 
 # --- one process ----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import fusereg
 from fusereg import WeightPenalty, optim
-from ranks import Ranks, can_run, cases, failures, fully_shard, on, results
+from ranks import Ranks, collect, fully_shard, on
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "torchtitan_optimizers.py"
 
@@ -206,8 +206,4 @@ def fsdp_states_go_through_distributed_checkpoints(ranks: Ranks) -> None:
         check_that_states_go_out_and_in(name, options, shard)
 
 
-@pytest.mark.parametrize(
-    ("world", "name"), [case for case in cases(__name__) if can_run(case[1])], ids=str
-)
-def test_on_ranks(world: int, name: str) -> None:
-    assert not (said := failures(results(world, __name__), name)), said
+test_on_ranks = collect(__name__, slow=False)

@@ -14,9 +14,10 @@ import torch
 
 import fusereg
 from conftest import Backend
-from fusereg import _C, _resize_ops
+from fusereg import _C
+from fusereg.augment import resize_op
 from fusereg.cli import checks, main, verify
-from fusereg.cli.checks import CheckResult, Inputs, KernelCheck, Pairs, Place, _process, _worker
+from fusereg.cli.checks import CheckResult, Inputs, Operation, Pairs, Place, _process, _worker
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,18 +31,18 @@ NO_KERNELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.name)
-def test_every_check_passes_in_every_dtype(check: KernelCheck, backend: Backend) -> None:
+@pytest.mark.parametrize("operation", checks.OPERATIONS, ids=lambda operation: operation.name)
+def test_every_check_passes_in_every_dtype(operation: Operation, backend: Backend) -> None:
     for dtype in checks.TOLERANCES:
-        result = checks.run_check(check, Inputs(backend.device, dtype), backend.name)
+        result = checks.run_check(operation, Inputs(backend.device, dtype), backend.name)
         assert result.ok, f"{dtype}: {verify.why(result)}"
 
 
-def test_a_technique_is_a_file_for_each_room() -> None:
+def test_every_room_has_operations() -> None:
     rooms = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()} - {"core"}
-    assert rooms <= set(checks.TECHNIQUES)
-    assert {check.technique for check in checks.CHECKS} == set(checks.TECHNIQUES)
-    names = [check.name for check in checks.CHECKS]
+    assert {verify.ALIASES.get(room, room) for room in rooms} <= set(checks.TECHNIQUES)
+    assert {operation.technique for operation in checks.OPERATIONS} == set(checks.TECHNIQUES)
+    names = [operation.name for operation in checks.OPERATIONS]
     assert len(names) == len(set(names))
 
 
@@ -62,9 +63,9 @@ def test_every_compiled_kernel_is_called(monkeypatch: pytest.MonkeyPatch) -> Non
 
     for name in kernels:
         monkeypatch.setattr(_C, name, spy(name))
-    _resize_ops._band.cache_clear()  # its tables are made anew
-    for check in checks.CHECKS:
-        checks.run_check(check, Inputs(CPU), "cpu")
+    resize_op._band.cache_clear()  # its tables are made anew
+    for operation in checks.OPERATIONS:
+        checks.run_check(operation, Inputs(CPU), "cpu")
     assert kernels - called == set()
 
 
@@ -90,7 +91,7 @@ def _result_of(name: str) -> Callable[[tuple[Any, ...]], torch.Tensor]:
         ("dropout_forward", "dropout"),
         ("dropout_backward", "dropout"),
         ("batch_norm_forward", "batch_norm"),
-        ("optimizer_step", "optimizer"),
+        ("optimizer_step", "optim"),
     ],
 )
 def test_a_kernel_that_is_a_thousandth_off_fails(
@@ -106,10 +107,15 @@ def test_a_kernel_that_is_a_thousandth_off_fails(
         return status
 
     monkeypatch.setattr(_C, kernel, wrong)
-    wanted = [check for check in checks.CHECKS if check.technique == technique]
-    results = [checks.run_check(check, Inputs(CPU), "cpu") for check in wanted]
+    wanted = [row for row in checks.OPERATIONS if row.technique == technique]
+    results = [checks.run_check(row, Inputs(CPU), "cpu") for row in wanted]
     reasons = [verify.why(result) for result in results if not result.ok]
     assert any(reason.startswith("relative error") for reason in reasons)
+
+
+def operation_of(pairs: Callable[[Inputs], Pairs]) -> Operation:
+    """Return an operation that is compared in this way."""
+    return Operation(name="some", formula="", function=torch.ones, pairs=pairs)
 
 
 def test_bits_that_depend_on_the_thread_count_fail() -> None:
@@ -117,11 +123,11 @@ def test_bits_that_depend_on_the_thread_count_fail() -> None:
         one = torch.ones(2)
         return [(one + 1e-7 * torch.get_num_threads(), one)]
 
-    check = KernelCheck("penalty", "threads", "", call)
+    row = operation_of(call)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        result = _worker.called_twice(check, Inputs(CPU), PLACE)
+        result = _worker.called_twice(row, Inputs(CPU), PLACE)
     finally:
         torch.set_num_threads(threads)
     assert not result.ok
@@ -129,8 +135,8 @@ def test_bits_that_depend_on_the_thread_count_fail() -> None:
 
 
 def test_bits_that_depend_on_the_instruction_set_fail() -> None:
-    check = KernelCheck("penalty", "some", "", lambda inputs: [(torch.ones(1), torch.ones(1))])
-    first = checks.run_check(check, Inputs(CPU), "cpu a")
+    row = operation_of(lambda inputs: [(torch.ones(1), torch.ones(1))])
+    first = checks.run_check(row, Inputs(CPU), "cpu a")
     same = replace(first, backend="cpu b")
     other = replace(first, backend="cpu c", bits="0")
     elsewhere = replace(first, backend="cuda:0", device="cuda:0", bits="0")

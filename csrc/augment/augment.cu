@@ -1,7 +1,7 @@
 // CUDA kernels of augmentation. Contract: augment.h.
 //
 // A thread takes an output pixel (forward) or an input pixel (backward), with all its channels, so
-// that coordinates and weights are worked out once. Neighbouring threads take neighbouring pixels
+// that coordinates and weights are worked out once. Neighboring threads take neighboring pixels
 // of a row: their taps share cache lines, and a warp's stores are whole lines.
 #include "augment/augment.h"
 #include "augment/augment_math.h"
@@ -32,9 +32,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// --- backward
-// -------------------------------------------------------------------------------------
-
+// --- backward ---
 struct Range {
   double low, high;
 };
@@ -179,7 +177,8 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void forward_cuda(const Job& job, int device, void* stream) {
+void run_cuda(const Forward& forward, int device, void* stream) {
+  const Job& job = forward;
   const cuda::DeviceGuard guard(device);
   const cuda::LaunchConfig config = config_for(job.n * job.y.h * job.y.w, device, stream);
   dispatch_element(job.x.type, [&](auto tag) {
@@ -192,7 +191,8 @@ void forward_cuda(const Job& job, int device, void* stream) {
   });
 }
 
-void backward_cuda(const Job& job, int device, void* stream) {
+void run_cuda(const Backward& backward, int device, void* stream) {
+  const Job& job = backward;
   const cuda::DeviceGuard guard(device);
   const cuda::LaunchConfig config = config_for(job.n * job.grad_x.h * job.grad_x.w, device, stream);
   dispatch_element(job.x.type, [&](auto tag) {

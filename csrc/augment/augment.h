@@ -9,8 +9,7 @@
 //
 // A record is a row of 28 float64 for each sample, in memory of x's device:
 //   0..5    M = [m00 m01 m02; m10 m11 m12]: output pixel (x, y) comes from M (x, y, 1) in the
-//   input;
-//           integers are the centres of pixels in both
+//           input; integers are the centers of pixels in both
 //   6..9    erase box x0 y0 x1 y1 in output pixels, half open; empty if x1 <= x0 or y1 <= y0
 //   10..13  mix box, likewise
 //   14      partner: an index into the batch; negative or beyond it: none
@@ -106,6 +105,8 @@ struct Job {
   double shift[kMaxChannels] = {};
   double erase[kMaxChannels] = {};
 };
+struct Forward : Job {};
+struct Backward : Job {};
 
 // Rows [begin, end) of all output rows of the batch (forward), or of a sample's rows of grad_x.
 struct CpuKernels {
@@ -115,9 +116,9 @@ struct CpuKernels {
 };
 FUSEREG_DECLARE_PER_ISA(CpuKernels, kernels)
 
-void forward_cpu(const Job& job);
-void backward_cpu(const Job& job);
-void forward_cuda(const Job& job, int device, void* stream);
-void backward_cuda(const Job& job, int device, void* stream);
+void run_cpu(const Forward& job);
+void run_cpu(const Backward& job);
+void run_cuda(const Forward& job, int device, void* stream);
+void run_cuda(const Backward& job, int device, void* stream);
 
 }  // namespace fusereg::augment

@@ -39,9 +39,7 @@ FUSEREG_INLINE Floats select(Ints mask, Floats yes, Floats no) {
   return bit_cast<Floats>((bit_cast<Ints>(yes) & mask) | (bit_cast<Ints>(no) & ~mask));
 }
 
-// --- words
-// ----------------------------------------------------------------------------------------
-
+// --- words ---
 #if defined(__SSE2__)
 template <class T>
 FUSEREG_INLINE __m128i four_words(const T* p, const std::int32_t* at) {
@@ -147,9 +145,7 @@ FUSEREG_INLINE void wide_words_at(const std::uint8_t* p, const std::int32_t* at,
 #endif
 }
 
-// --- elements
-// -------------------------------------------------------------------------------------
-
+// --- elements ---
 // Elements that are each the low bits of a word, the others zero, as floats. The first argument
 // only says of which type.
 FUSEREG_INLINE Floats decoded(const std::uint8_t*, Ints words) { return to_floats(words); }
@@ -190,7 +186,7 @@ FUSEREG_INLINE void take_two(const T* plane, const std::int32_t* at, Floats& fir
   }
 }
 
-// A vector of neighbours in memory.
+// A vector of neighbors in memory.
 template <class T>
 FUSEREG_INLINE Vector<Number<T>> load_run(const T* p) {
   if constexpr (sizeof(T) == 1) {
@@ -201,7 +197,7 @@ FUSEREG_INLINE Vector<Number<T>> load_run(const T* p) {
     return to_floats(
         bit_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
 #else
-    Ints v;
+    Ints v{};
     for (int i = 0; i < kLanes; ++i) v[i] = p[i];
     return to_floats(v);
 #endif

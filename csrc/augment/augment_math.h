@@ -15,9 +15,7 @@ using normal::multiply;
 // the same reason as FUSEREG_INLINE.
 #define FUSEREG_STATIC [[maybe_unused]] static FUSEREG_HD
 
-// --- elements
-// -------------------------------------------------------------------------------------
-
+// --- elements ---
 template <class T>
 struct NumberOf {
   using type = Compute<T>;
@@ -69,9 +67,7 @@ FUSEREG_INLINE void write(void* data, Element type, std::int64_t at, C v) {
   }
 }
 
-// --- coordinates
-// ----------------------------------------------------------------------------------
-
+// --- coordinates ---
 inline constexpr double kFarthest = 536870912.0;  // 2^29
 
 // NaN is far outside as well.
@@ -163,9 +159,7 @@ FUSEREG_INLINE void place(const double* m, std::int64_t col, std::int64_t row, b
   place_on_axis(add(multiply(m[3], c), row_start(m + 3, row)), nearest, p.y, p.ty);
 }
 
-// --- taps
-// -----------------------------------------------------------------------------------------
-
+// --- taps ---
 // The pixel that stands for `at`; negative under constant fill outside the image.
 FUSEREG_STATIC std::int32_t fold(std::int32_t at, std::int32_t size, FillMode mode) {
   if (at >= 0 && at < size) return at;
@@ -208,9 +202,7 @@ FUSEREG_STATIC Number<T> pixel_at(const Plane<T>& p, std::int32_t x, std::int32_
   return i < 0 || j < 0 ? p.fill : read(p.data + j * p.row + i * p.pixel);
 }
 
-// --- interpolation
-// --------------------------------------------------------------------------------
-
+// --- interpolation ---
 // a + t (b - a), and a itself where t is zero or there is no difference: infinities and constants
 // stay, and what has no weight does not count.
 template <class C>
@@ -234,13 +226,13 @@ FUSEREG_INLINE Cubic<C> cubic_weights(C t) {
   return w;
 }
 template <class C>
-FUSEREG_INLINE C cubic_term(C sum, C v, C centre, C weight) {
-  return weight != C{0} && v != centre ? add(sum, multiply(weight, v - centre)) : sum;
+FUSEREG_INLINE C cubic_term(C sum, C v, C center, C weight) {
+  return weight != C{0} && v != center ? add(sum, multiply(weight, v - center)) : sum;
 }
 template <class C>
-FUSEREG_INLINE C cubic_of(C before, C centre, C next, C last, const Cubic<C>& w) {
-  return cubic_term(cubic_term(cubic_term(centre, before, centre, w.before), next, centre, w.next),
-                    last, centre, w.last);
+FUSEREG_INLINE C cubic_of(C before, C center, C next, C last, const Cubic<C>& w) {
+  return cubic_term(cubic_term(cubic_term(center, before, center, w.before), next, center, w.next),
+                    last, center, w.last);
 }
 
 template <class T, class C>
@@ -264,9 +256,7 @@ FUSEREG_STATIC C interpolate(const Plane<T>& plane, const Place<C>& p, Interpola
   return cubic_of(line[0], line[1], line[2], line[3], wy);
 }
 
-// --- antialiasing
-// ---------------------------------------------------------------------------------
-
+// --- antialiasing ---
 // The filters of antialiased interpolation: a tent, and Keys' cubic with a = -1/2.
 template <class C>
 FUSEREG_INLINE C filter_weight(C distance, Interpolation how) {
@@ -281,7 +271,7 @@ FUSEREG_INLINE C filter_weight(C distance, Interpolation how) {
 // pixel's extent that is covered.
 template <class C>
 struct Span {
-  C centre;
+  C center;
   C inverse_width;
   std::int32_t first, last;
   C inverse_total;
@@ -312,14 +302,14 @@ FUSEREG_STATIC Span<C> make_span(double v, double extent, std::int32_t size, Int
     const double share = (to - from) / e;
     span.coverage = static_cast<C>(share > 0.0 ? (share < 1.0 ? share : 1.0) : 0.0);
   }
-  span.centre = static_cast<C>(v - low);
+  span.center = static_cast<C>(v - low);
   span.inverse_width = static_cast<C>(1.0 / width);
   if (!(low <= high)) high = low - 1.0;
   span.first = static_cast<std::int32_t>(within_reach(low));
   span.last = static_cast<std::int32_t>(within_reach(high));
   C total{0};
   for (std::int32_t i = span.first; i <= span.last; ++i) {
-    const C distance = add(static_cast<C>(i - span.first), -span.centre);
+    const C distance = add(static_cast<C>(i - span.first), -span.center);
     total = add(total, filter_weight(multiply(distance, span.inverse_width), how));
   }
   span.inverse_total = total > C{0} ? C{1} / total : C{0};
@@ -329,7 +319,7 @@ FUSEREG_STATIC Span<C> make_span(double v, double extent, std::int32_t size, Int
 
 template <class C>
 FUSEREG_STATIC C weight_in(const Span<C>& span, std::int32_t i, Interpolation how) {
-  const C distance = add(static_cast<C>(i - span.first), -span.centre);
+  const C distance = add(static_cast<C>(i - span.first), -span.center);
   return multiply(filter_weight(multiply(distance, span.inverse_width), how), span.inverse_total);
 }
 
@@ -367,9 +357,7 @@ FUSEREG_STATIC C filtered(const Plane<T>& plane, const Spans<C>& s, Interpolatio
   return lerp(plane.fill, sum, coverage);
 }
 
-// --- a pixel's values
-// -----------------------------------------------------------------------------
-
+// --- a pixel's values ---
 // A box of a record, cut to the output.
 struct Box {
   std::int64_t x0, y0, x1, y1;
@@ -506,9 +494,7 @@ FUSEREG_STATIC void augmented(const Job& job, std::int64_t sample, std::int64_t 
   }
 }
 
-// --- gradients
-// ------------------------------------------------------------------------------------
-
+// --- gradients ---
 // f(x, y, weight) for every pixel of the image that an output pixel has a weight in, row by row.
 template <class C, class F>
 FUSEREG_STATIC void for_taps(const Job& job, const double* m, std::int64_t col, std::int64_t row,

@@ -12,7 +12,7 @@
 namespace fusereg::augment::params {
 namespace {
 
-// --- random numbers -----------------------------------------------------------------------------
+// --- random numbers ---
 
 enum class Operation : std::uint32_t {
   kRotation = 1,
@@ -121,7 +121,7 @@ double beta_variate(Stream& stream, double alpha) {
   return 1.0 / (1.0 + exponential(second - first));
 }
 
-// --- geometry -----------------------------------------------------------------------------------
+// --- geometry ---
 
 // (x, y) -> (xx x + xy y + x1, yx x + yy y + y1)
 struct Map {
@@ -209,7 +209,7 @@ Size room_size(const Step& step, const Size& canvas) {
           whole(std::ceil(widest(width, height, from, to) - kRounding))};
 }
 
-// --- one sample ---------------------------------------------------------------------------------
+// --- one sample ---
 
 struct Sample {
   const Source& source;
@@ -250,8 +250,8 @@ void affine(const Step& step, Sample& s) {
     shear_x = between(shear.word[0], v[15], v[16]);
     shear_y = between(shear.word[1], v[17], v[18]);
   }
-  const double centre_x = v[19] != 0.0 ? v[20] : (width - 1.0) / 2.0;
-  const double centre_y = v[19] != 0.0 ? v[21] : (height - 1.0) / 2.0;
+  const double center_x = v[19] != 0.0 ? v[20] : (width - 1.0) / 2.0;
+  const double center_y = v[19] != 0.0 ? v[21] : (height - 1.0) / 2.0;
 
   double sine = 0.0;
   double cosine = 1.0;
@@ -271,10 +271,10 @@ void affine(const Step& step, Sample& s) {
   g.xy = b * cosine - a * sine;
   g.yx = c * cosine + d * sine;
   g.yy = d * cosine - c * sine;
-  const double from_x = centre_x + move_x;
-  const double from_y = centre_y + move_y;
-  g.x1 = centre_x - (g.xx * from_x + g.xy * from_y);
-  g.y1 = centre_y - (g.yx * from_x + g.yy * from_y);
+  const double from_x = center_x + move_x;
+  const double from_y = center_y + move_y;
+  g.x1 = center_x - (g.xx * from_x + g.xy * from_y);
+  g.y1 = center_y - (g.yx * from_x + g.yy * from_y);
   s.map = compose(s.map, g);
   const double drawn[] = {angle,   1.0 / inverse_x, 1.0 / inverse_y, shear_x,
                           shear_y, move_x,          move_y};
@@ -379,7 +379,7 @@ void resized_window(const Step& step, Sample& s) {
                 static_cast<double>(h), size, s);
 }
 
-// The weights of red, green and blue in grey (ITU-R BT.601).
+// The weights of red, green and blue in gray (ITU-R BT.601).
 constexpr double kGrey[3] = {0.299, 0.587, 0.114};
 
 void colour(const Step& step, Sample& s) {
@@ -395,7 +395,7 @@ void colour(const Step& step, Sample& s) {
       const double own = row == column ? saturation : 0.0;
       out[column] = gain * (own + (1.0 - saturation) * kGrey[column]);
     }
-    // The weights sum to 1 only up to rounding, and grey is to be itself without a change.
+    // The weights sum to 1 only up to rounding, and gray is to be itself without a change.
     if (saturation == 1.0) out[row] = gain;
     out[3] = 0.5 * (1.0 - contrast);
   }
@@ -504,7 +504,7 @@ Size output_size(const Job& job) {
       canvas = room_size(step, canvas);
       continue;
     }
-    if (step.kind != StepKind::kWindow && step.kind != StepKind::kCentre &&
+    if (step.kind != StepKind::kWindow && step.kind != StepKind::kCenter &&
         step.kind != StepKind::kResized && step.kind != StepKind::kWhole) {
       continue;
     }
@@ -517,7 +517,7 @@ Size output_size(const Job& job) {
       fits = x.low <= x.high && y.low <= y.high;
       room.height += whole(step.values[3]) + whole(step.values[5]);
       room.width += whole(step.values[2]) + whole(step.values[4]);
-    } else if (step.kind == StepKind::kCentre && step.values[2] == 0.0) {
+    } else if (step.kind == StepKind::kCenter && step.values[2] == 0.0) {
       fits = size.height <= room.height && size.width <= room.width;
     }
     if (!fits) {
@@ -553,7 +553,7 @@ void draw(const Job& job) {
         case StepKind::kWindow:
           random_window(step, s);
           break;
-        case StepKind::kCentre:
+        case StepKind::kCenter:
           central_window(step, s);
           break;
         case StepKind::kResized:

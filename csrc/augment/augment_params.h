@@ -2,21 +2,21 @@
 // read.
 //
 // A list of steps is gone through in order, sample by sample. Coordinates are pixels, integers are
-// pixel centres. Geometric steps are maps of the canvas, whose size they may change; their inverses
+// pixel centers. Geometric steps are maps of the canvas, whose size they may change; their inverses
 // multiply to the one matrix that takes an output pixel to its place in the input,
 //
 //   M = G_1 G_2 ... G_k,   G_j: canvas j to canvas j - 1.
 //
-//   affine   G^-1 p = c + t + R(angle) S(scale) H_y(shear_y) H_x(shear_x) (p - c), about the centre
+//   affine   G^-1 p = c + t + R(angle) S(scale) H_y(shear_y) H_x(shear_x) (p - c), about the center
 //            c = ((W - 1)/2, (H - 1)/2) unless one is given. R turns counter-clockwise as one sees
 //            it (y points down), H_x = (1, -tan; 0, 1), H_y = (1, 0; -tan, 1).
 //   flip     G: x -> W - 1 - x, and likewise y
 //   window   G: p -> p + (x0, y0), whole pixels: of a random place
-//   centre   the same in the middle
+//   center   the same in the middle
 //   resized  G: x -> x0 + (x + 1/2) w / W' - 1/2, a random window of w x h pixels made W' x H'
 //   whole    the same of the whole canvas
-//   room     G: p -> p + (c - c'), a canvas about the same centre that holds the turned one
-//   colour   brightness b, contrast c, saturation s: v' = c b (s I + (1 - s) grey) v + (1 - c)/2
+//   room     G: p -> p + (c - c'), a canvas about the same center that holds the turned one
+//   colour   brightness b, contrast c, saturation s: v' = c b (s I + (1 - s) gray) v + (1 - c)/2
 //   erase    a random box of the output
 //   mix      MixUp's weight or CutMix's box, and the partner
 //
@@ -46,7 +46,7 @@ enum class StepKind {
   kAffine,
   kFlip,
   kWindow,
-  kCentre,
+  kCenter,
   kResized,
   kWhole,
   kColour,
@@ -60,13 +60,13 @@ inline constexpr int kStepKinds = 10;
 //   affine   probability; degrees from, to; +1 for counter-clockwise, -1 for clockwise;
 //            scale x from, to; scale y from, to; 1: y as x; 1: a scale is of the pixels looked at
 //            (above 1 makes things smaller); translation x from, to, y from, to, as fractions of
-//            the canvas; 1: in whole pixels; shear x from, to, y from, to in degrees; 1: a centre
+//            the canvas; 1: in whole pixels; shear x from, to, y from, to in degrees; 1: a center
 //            is given; its x, y
 //   flip     probability of x, of y
 //   window   height, width; margins left, top, right, bottom that may be seen; what to do where the
 //            window is larger than that: 0 an error, 1 widen the margins on both sides by what is
 //            lacking, 2 put the canvas anywhere in the window
-//   centre   height, width; where the window is larger: 0 an error, 2 surround the canvas
+//   center   height, width; where the window is larger: 0 an error, 2 surround the canvas
 //   resized  height, width; share of the area from, to; width / height from, to
 //   whole    height, width
 //   colour   brightness from, to; contrast from, to; saturation from, to

@@ -1,5 +1,5 @@
 // The gradient of a block of output pixels: places and weights as vectors, then tap by tap, in the
-// order of augment.h. For augment.cpp, once per instruction set; float32 arithmetic, no
+// order of augment.h. For the CPU kernels, once per instruction set; float32 arithmetic, no
 // antialiasing, no colour.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Vectors of values to the result, in its dtype and layout. For augment.cpp, once per instruction
+// Vectors of values to the result, in its dtype and layout. For the CPU kernels, once per instruction
 // set. The roundings are those of augment_math.h, lane by lane.
 #pragma once
 
@@ -7,9 +7,7 @@
 namespace fusereg::augment::FUSEREG_ISA {
 namespace {
 
-// --- one vector
-// -----------------------------------------------------------------------------------
-
+// --- one vector ---
 template <class U>
 FUSEREG_INLINE void store_as(U* to, Floats v) {
   if constexpr (sizeof(U) > 1) {
@@ -67,9 +65,7 @@ FUSEREG_INLINE void put(U* to, Floats v) {
   store_as(to, v);
 }
 
-// --- three channels last
-// --------------------------------------------------------------------------
-
+// --- three channels last ---
 // Lane i takes element index(i) of a and b together.
 template <class F>
 FUSEREG_INLINE Floats shuffled(Floats a, Floats b, const F& index) {
@@ -106,9 +102,7 @@ FUSEREG_INLINE void separate(const Floats (&in)[3], Floats (&out)[3]) {
   }
 }
 
-// --- runs of pixels
-// -------------------------------------------------------------------------------
-
+// --- runs of pixels ---
 #if defined(__AVX2__)
 // Bytes of three channels last, regrouped before they become floats: a shuffle of bytes moves four
 // times as many elements as one of floats.

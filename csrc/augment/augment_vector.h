@@ -1,8 +1,8 @@
-// Vectors of neighbouring output pixels: float32 arithmetic, no antialiasing. The operations and
-// their order are those of augment_math.h, lane by lane. For augment.cpp, once per instruction set.
+// Vectors of neighboring output pixels: float32 arithmetic, no antialiasing. The operations and
+// their order are those of augment_math.h, lane by lane. For the CPU kernels, once per instruction set.
 //
 // A row is done in blocks of 16 pixels, whose coordinates have one float64 base. Where all taps of
-// a block lie inside the image, none is checked. Taps that are neighbours in memory come in one
+// a block lie inside the image, none is checked. Taps that are neighbors in memory come in one
 // word: a pair of one channel (uint8, bicubic: all four), or of uint8 with three channels last a
 // pair of all channels.
 #pragma once
@@ -37,18 +37,16 @@ FUSEREG_INLINE Cubic<Floats> cubic_weights(Floats t) {
   w.last = (s * -0.75f) * (t * t);
   return w;
 }
-FUSEREG_INLINE Floats cubic_term(Floats sum, Floats v, Floats centre, Floats weight) {
-  return select((weight != 0.0f) & (v != centre), sum + weight * (v - centre), sum);
+FUSEREG_INLINE Floats cubic_term(Floats sum, Floats v, Floats center, Floats weight) {
+  return select((weight != 0.0f) & (v != center), sum + weight * (v - center), sum);
 }
-FUSEREG_INLINE Floats cubic_of(Floats before, Floats centre, Floats next, Floats last,
+FUSEREG_INLINE Floats cubic_of(Floats before, Floats center, Floats next, Floats last,
                                const Cubic<Floats>& w) {
-  return cubic_term(cubic_term(cubic_term(centre, before, centre, w.before), next, centre, w.next),
-                    last, centre, w.last);
+  return cubic_term(cubic_term(cubic_term(center, before, center, w.before), next, center, w.next),
+                    last, center, w.last);
 }
 
-// --- a sample
-// -------------------------------------------------------------------------------------
-
+// --- a sample ---
 // What a record says, worked out once for many rows.
 struct Frame {
   const double* m;
@@ -86,9 +84,7 @@ void make_frame(const Job& job, std::int64_t sample, Frame& f) {
   f.partner = partner_of(f.record, job.n);
 }
 
-// --- taps
-// -----------------------------------------------------------------------------------------
-
+// --- taps ---
 // Where the pixels of a part of a block are.
 struct Spot {
   Ints x, y;
@@ -116,9 +112,7 @@ struct Source {
   std::int32_t row, pixel, w, h;
 };
 
-// --- interpolation
-// --------------------------------------------------------------------------------
-
+// --- interpolation ---
 template <class T, Interpolation kHow>
 FUSEREG_INLINE Floats combine(const Floats (&tap)[4][4], const Spot& s, const Cubic<Floats>& wx,
                               const Cubic<Floats>& wy) {
@@ -202,7 +196,7 @@ FUSEREG_INLINE Floats lerp_of_two(const T* plane, const std::int32_t* at, Floats
   }
 }
 
-// Bilinear, neighbours of a channel beside each other in memory.
+// Bilinear, neighbors of a channel beside each other in memory.
 template <class T>
 FUSEREG_INLINE void part_by_pairs(const Job& job, const Source<T>& x, const Spot& s, float* out) {
   alignas(kVectorBytes) std::int32_t at[kLanes];
@@ -238,9 +232,9 @@ FUSEREG_INLINE Ints byte_of(Ints words) {
 }
 
 // The four taps of a line of bytes.
-FUSEREG_INLINE Floats cubic_of_bytes(Ints before, Ints centre, Ints next, Ints last,
+FUSEREG_INLINE Floats cubic_of_bytes(Ints before, Ints center, Ints next, Ints last,
                                      const Cubic<Floats>& w) {
-  return cubic_of(to_floats(before), to_floats(centre), to_floats(next), to_floats(last), w);
+  return cubic_of(to_floats(before), to_floats(center), to_floats(next), to_floats(last), w);
 }
 
 // Bicubic, uint8, likewise.
@@ -262,7 +256,7 @@ FUSEREG_INLINE void cubic_part_by_words(const Job& job, const Source<std::uint8_
 }
 
 // uint8, three channels last. Nearest: the 3 bytes of a pixel, in 4. Bilinear: the 6 bytes of two
-// neighbours, in 8. Bicubic: the 12 bytes of four.
+// neighbors, in 8. Bicubic: the 12 bytes of four.
 template <Interpolation kHow>
 FUSEREG_INLINE void part_by_pixels(const Source<std::uint8_t>& x, const Spot& s, float* out) {
   alignas(kVectorBytes) std::int32_t at[kLanes];
@@ -300,9 +294,7 @@ FUSEREG_INLINE void part_by_pixels(const Source<std::uint8_t>& x, const Spot& s,
   }
 }
 
-// --- whole-pixel shifts and flips
-// -----------------------------------------------------------------
-
+// --- whole-pixel shifts and flips ---
 // Whether the block is a run of pixels inside the image; its values then.
 template <class T>
 FUSEREG_INLINE bool copy_block(const Job& job, const Frame& f, const Source<T>& x, std::int64_t row,
@@ -336,9 +328,7 @@ FUSEREG_INLINE bool copy_block(const Job& job, const Frame& f, const Source<T>& 
   return true;
 }
 
-// --- blocks
-// ---------------------------------------------------------------------------------------
-
+// --- blocks ---
 enum class Where : std::uint8_t {
   kInside,  // every tap
   kAtEnd,   // likewise, but words would reach beyond the image

@@ -14,8 +14,6 @@ namespace fusereg::augment {
 void bind_params(py::module_& m);
 void bind_resize(py::module_& m);
 
-namespace {}  // namespace
-
 // False where Python must prepare the tensor first: other dtypes, layouts, wrappers.
 bool read_images(const py::object& tensor, Images& images, std::int64_t (&sizes)[4],
                  Device& device) {
@@ -137,35 +135,13 @@ void set_options(Job& job, const Options& o, const std::int64_t (&sizes)[4], con
   job.keys = static_cast<const std::int64_t*>(raw.data);
 }
 
-void run(const Job& job, const Device& device, void (*cpu)(const Job&),
-         void (*cuda)(const Job&, int, void*)) {
-#if defined(FUSEREG_CUDA)
-  if (runs_cuda_kernels(device)) {
-    cuda(job, device.index, current_stream(device));
-    return;
-  }
-#endif
-  (void)device;
-  (void)cuda;
-  const py::gil_scoped_release release;
-  cpu(job);
-}
-
-#if defined(FUSEREG_CUDA)
-constexpr auto kForwardCuda = &forward_cuda;
-constexpr auto kBackwardCuda = &backward_cuda;
-#else
-constexpr void (*kForwardCuda)(const Job&, int, void*) = nullptr;
-constexpr void (*kBackwardCuda)(const Job&, int, void*) = nullptr;
-#endif
-
 // 0: done; 2: Python must prepare a tensor first, and nothing has been written.
 int augment_forward(const py::object& y, const py::object& x, const py::object& records,
                     const py::object& keys, int interpolation, bool antialias, int fill_mode,
                     bool colour, const std::vector<double>& fill, const std::vector<double>& scale,
                     const std::vector<double>& shift, const std::vector<double>& erase,
                     bool erase_noise, const char* op) {
-  Job job;
+  Forward job;
   Device device;
   Device y_device;
   std::int64_t sizes[4];
@@ -182,7 +158,7 @@ int augment_forward(const py::object& y, const py::object& x, const py::object& 
   if (job.n == 0 || job.c == 0 || job.y.h == 0 || job.y.w == 0) return kDone;
   if (job.x.h == 0 || job.x.w == 0)
     throw py::value_error(where(op, "x") + " must have at least one pixel");
-  run(job, device, &forward_cpu, kForwardCuda);
+  run_job(job, device, job.n * job.c * job.y.h * job.y.w);
   return kDone;
 }
 
@@ -191,7 +167,7 @@ int augment_backward(const py::object& grad_x, const py::object& grad_y, const p
                      bool colour, const std::vector<double>& fill, const std::vector<double>& scale,
                      const std::vector<double>& shift, const std::vector<double>& erase,
                      const char* op) {
-  Job job;
+  Backward job;
   Device device;
   Device y_device;
   Device x_device;
@@ -224,7 +200,7 @@ int augment_backward(const py::object& grad_x, const py::object& grad_y, const p
                         scale,         shift,     erase,     false};
   set_options(job, options, sizes, device, records, py::none(), op);
   if (job.n == 0 || job.c == 0 || job.x.h == 0 || job.x.w == 0) return kDone;
-  run(job, device, &backward_cpu, kBackwardCuda);
+  run_job(job, device, job.n * job.c * job.x.h * job.x.w);
   return kDone;
 }
 

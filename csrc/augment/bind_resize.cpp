@@ -74,7 +74,6 @@ int augment_resize(const py::object& y, const py::object& x, const py::object& f
   const DType dtype = job.x.type == Element::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   job.rows = read_band(first_row, row_weights, job.x.h, job.y.h, dtype, device, op);
   job.columns = read_band(first_column, column_weights, job.x.w, job.y.w, dtype, device, op);
-#if defined(FUSEREG_CUDA)
   if (runs_cuda_kernels(device)) {
     const TensorView view = tensor_argument(scratch, op, "scratch");
     const std::int64_t wanted = job.n * job.c * job.y.h * job.x.w;
@@ -84,13 +83,8 @@ int augment_resize(const py::object& y, const py::object& x, const py::object& f
                             device.name());
     }
     job.scratch = view.data;
-    resize_cuda(job, device.index, current_stream(device));
-    return kDone;
   }
-#endif
-  (void)scratch;
-  const py::gil_scoped_release release;
-  resize_cpu(job);
+  run_job(job, device, job.n * job.c * job.y.h * job.y.w);
   return kDone;
 }
 

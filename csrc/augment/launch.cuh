@@ -17,8 +17,8 @@ inline cuda::LaunchConfig config_for(std::int64_t work, int device, void* stream
   cuda::LaunchConfig config;
   config.block = dim3(kThreads);
   config.stream = static_cast<cuda::Stream>(stream);
-  config.grid = dim3(
-      static_cast<unsigned>(std::clamp<std::int64_t>(cuda::ceil_div(work, kThreads), 1, most)));
+  config.grid =
+      dim3(static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(work, kThreads), 1, most)));
   return config;
 }
 

@@ -1,6 +1,6 @@
 // CUDA kernels of antialiased resizing. Contract: resize.h.
 //
-// A launch for each pass, a thread for each element. Neighbouring threads take neighbours in
+// A launch for each pass, a thread for each element. Neighboring threads take neighbors in
 // memory: along the columns each tap is whole lines; along the rows the taps overlap in the cache.
 #include "augment/augment_math.h"
 #include "augment/launch.cuh"
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void resize_cuda(const ResizeJob& job, int device, void* stream) {
+void run_cuda(const ResizeJob& job, int device, void* stream) {
   const cuda::DeviceGuard guard(device);
   dispatch_element(job.x.type, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -4,7 +4,7 @@
 //
 // x is [N, C, H, W] and y [N, C, Ho, Wo], each contiguous or channels last by itself, of the dtypes
 // of augment.h; arithmetic is float32, or float64 if x is. Wy [Ho, H] and Wx [Wo, W] are banded: a
-// row of one has `taps` neighbouring weights from column first[i] on, in the type of the
+// row of one has `taps` neighboring weights from column first[i] on, in the type of the
 // arithmetic. They are those of augment.h's `antialias` for the matrix that resizes (torch's
 // align_corners=False), worked out in float64. The gradient of x is the same computation with the
 // transposed matrices.
@@ -14,7 +14,7 @@
 // bits.
 //
 // CPU: a strip of as many rows of y as a vector has lanes. First along the columns of x, where
-// neighbours are neighbours in memory; the strip is turned in registers, so that a vector holds the
+// neighbors are neighbors in memory; the strip is turned in registers, so that a vector holds the
 // strip's rows of one column; then along these, turned back and stored. Work for an element of x is
 // about 2 (bicubic: 4) multiplications, for one of y as many times the ratio of the widths. What is
 // between is a strip: W C vectors for each thread.
@@ -65,7 +65,7 @@ std::int64_t resize_taps(std::int64_t from, std::int64_t to, Interpolation how, 
 void resize_band(std::int64_t from, std::int64_t to, Interpolation how, bool transposed,
                  std::int64_t taps, std::int32_t* first, double* weights);
 
-void resize_cpu(const ResizeJob& job);
-void resize_cuda(const ResizeJob& job, int device, void* stream);
+void run_cpu(const ResizeJob& job);
+void run_cuda(const ResizeJob& job, int device, void* stream);
 
 }  // namespace fusereg::augment

@@ -82,13 +82,13 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-std::int64_t forward_scratch_bytes(const Forward& job, int device) {
+std::int64_t scratch_bytes(const Forward& job, int device) {
   if (job.statistics != Statistics::kCompute) return 0;
   return std::max(partial_bytes<Moments>(plan_of(job, device)),
                   partial_bytes<Moments>(plan_of(job, device, false)));
 }
 
-void forward_cuda(const Forward& job, void* scratch, void* semaphores, int device, void* stream) {
+void run_cuda(const Forward& job, void* scratch, void* semaphores, int device, void* stream) {
   if (job.layout.channels == 0) return;
   const cuda::DeviceGuard guard(device);
   Arguments<Forward> g{};
@@ -112,7 +112,7 @@ void forward_cuda(const Forward& job, void* scratch, void* semaphores, int devic
   } else if (job.running_mean.data != nullptr || job.running_var.data != nullptr ||
              job.batches != nullptr) {
     g.tiling = plan.reduce;
-    set_grid(config, kForwardOp, cuda::ceil_div(job.layout.channels, kThreads));
+    set_grid(config, kForwardOp, ceil_div(job.layout.channels, kThreads));
     cuda::launch(kForwardOp, batch_norm_running_kernel, config, g);
   }
   if (job.y == nullptr || job.layout.numel() == 0) return;

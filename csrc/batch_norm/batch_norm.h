@@ -156,18 +156,18 @@ struct Backward {
   void* grad_residual = nullptr;  // null: not wanted, or equal to grad
 };
 
-void forward_cpu(const Forward& job);
-void backward_cpu(const Backward& job);
+void run_cpu(const Forward& job);
+void run_cpu(const Backward& job);
 
 // `scratch`: uninitialized device memory, 16-byte aligned, of at least these bytes. `semaphores`:
 // kSemaphoreBytes of zeros, which are left zeros.
 inline constexpr std::int64_t kSemaphoreBytes = 64 * 1024;
-std::int64_t forward_scratch_bytes(const Forward& job, int device);
-std::int64_t backward_scratch_bytes(const Backward& job, int device);
-void forward_cuda(const Forward& job, void* scratch, void* semaphores, int device, void* stream);
-void backward_cuda(const Backward& job, void* scratch, void* semaphores, int device, void* stream);
+std::int64_t scratch_bytes(const Forward& job, int device);
+std::int64_t scratch_bytes(const Backward& job, int device);
+void run_cuda(const Forward& job, void* scratch, void* semaphores, int device, void* stream);
+void run_cuda(const Backward& job, void* scratch, void* semaphores, int device, void* stream);
 
-// --- what the CPU kernels of one instruction set provide (batch_norm.cpp) ---
+// --- what the CPU kernels of one instruction set provide (batch_norm_kernels.cpp) ---
 
 inline constexpr std::int64_t kMaxColumns = 512;
 inline constexpr std::int64_t kMaxLines = 16;
@@ -229,5 +229,6 @@ struct CpuKernels {
 };
 
 FUSEREG_DECLARE_PER_ISA(CpuKernels, kernels)
+FUSEREG_DECLARE_PER_ISA(CpuKernels, plain_kernels)  // of plain jobs alone; `kernels` uses them
 
 }  // namespace fusereg::batch_norm

@@ -79,13 +79,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
 
 }  // namespace
 
-std::int64_t backward_scratch_bytes(const Backward& job, int device) {
+std::int64_t scratch_bytes(const Backward& job, int device) {
   if (!job.reduce) return 0;
   return std::max(partial_bytes<GradientSums>(plan_of(job, device)),
                   partial_bytes<GradientSums>(plan_of(job, device, false)));
 }
 
-void backward_cuda(const Backward& job, void* scratch, void* semaphores, int device, void* stream) {
+void run_cuda(const Backward& job, void* scratch, void* semaphores, int device, void* stream) {
   if (job.layout.channels == 0) return;
   const cuda::DeviceGuard guard(device);
   Arguments<Backward> g{};

@@ -20,7 +20,7 @@ struct Arguments {
   int steps;
 };
 
-// ---- Statistics that are put together ----
+// --- statistics that are put together ---
 
 struct Moments {
   double count = 0.0;
@@ -91,7 +91,7 @@ FUSEREG_DEVICE_INLINE P combine(const P* first, std::int64_t count) {
   return total;
 }
 
-// ---- Numbers for each channel ----
+// --- numbers for each channel ---
 
 FUSEREG_DEVICE_INLINE double read_number(const PerChannel& p, std::int64_t c) {
   switch (p.dtype) {
@@ -195,7 +195,7 @@ struct Kept {
   C m[kSets], a[kSets], b[kSets];
 };
 
-// ---- Sums over columns ----
+// --- sums over columns ---
 
 // What the threads of a block leave for the sums over their columns: number e of a thread at
 // (e * width + octet) * stride + lane, with an odd stride where many lanes would meet in one bank.
@@ -246,7 +246,7 @@ FUSEREG_DEVICE_INLINE int slab_channels(const Tiling& t, std::int64_t slab) {
   return static_cast<int>(rest < t.pack ? rest : t.pack);
 }
 
-// ---- Between blocks ----
+// --- between blocks ---
 
 // is_last_block() for those of the grid's blocks that share a counter, `expected` of them.
 FUSEREG_DEVICE_INLINE bool is_last_of(unsigned* counter, std::int64_t expected) {

@@ -10,7 +10,7 @@ namespace fusereg::batch_norm {
 template <class T>
 inline constexpr int kAhead = sizeof(T) == 2 ? 4 : 2;
 
-// ---- Epilogues ----
+// --- epilogues ---
 // What a call does is decided by branches that go the same way for the whole grid, once an octet.
 // kHeavy: with the code for SiLU, GELU and dropout, which would cost the others registers.
 
@@ -103,7 +103,7 @@ FUSEREG_DEVICE_INLINE void activate_backward(C (&dz)[kOctet], const C (&z)[kOcte
   }
 }
 
-// ---- Forward ----
+// --- forward ---
 
 template <class T>
 struct ForwardData {
@@ -155,7 +155,7 @@ FUSEREG_DEVICE_INLINE void write_forward(const Forward& job, const Plain<C>& pla
   store_octet<Walk::kWide>(static_cast<T*>(job.y), place, y);
 }
 
-// ---- Backward ----
+// --- backward ---
 
 template <class T>
 struct BackwardData {

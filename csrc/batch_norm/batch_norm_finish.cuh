@@ -120,7 +120,7 @@ FUSEREG_DEVICE_INLINE GradientSums about_mean(const Backward& job, std::int64_t 
   return {s.sum, dot * inverse_of_a(job, c, statistic)};
 }
 
-// ---- Launchers ----
+// --- launchers ---
 
 inline DeviceLimits device_limits(int device) {
   const cuda::DeviceProperties& p = cuda::device_properties(device);

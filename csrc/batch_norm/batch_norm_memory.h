@@ -1,4 +1,4 @@
-// For batch_norm.cpp alone, once per instruction set: how vectors of elements come from memory and
+// For the CPU kernels alone, once per instruction set: how vectors of elements come from memory and
 // go there: asking ahead, results that go past the cache, parts of vectors.
 #pragma once
 

@@ -1,4 +1,4 @@
-// For batch_norm.cpp alone, once per instruction set: the kernels of the plain cases (no mask, no
+// For the CPU kernels alone, once per instruction set: the kernels of the plain cases (no mask, no
 // dropout, ReLU or no activation, and lines that are not short), which are those of most networks.
 // Each is one loop that keeps in registers what the strips of the others keep in the cache.
 //

@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/ceil_div.h"
+
 namespace fusereg::batch_norm {
 namespace {
 
@@ -23,8 +25,6 @@ constexpr int kReservedPerBlock = 1024;
 std::atomic<int> forced_kind{0};
 std::atomic<std::int64_t> forced_splits{0};
 std::atomic<std::int64_t> forced_counters{0};
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 std::int64_t group_rows(const Tiling& t) { return std::min(t.outer, t.group_rows); }
 
@@ -90,7 +90,7 @@ Tiling make_tiling(const Layout& layout, DType dtype, bool aligned, bool masked,
       return t;
     }
   }
-  // Octets of memory need not begin with a line: those of its ends are shared with the neighbours.
+  // Octets of memory need not begin with a line: those of its ends are shared with the neighbors.
   // Bits have their bytes counted from the line's start.
   t.wide = aligned && (inner % kOctet == 0 || !bits);
   t.width =

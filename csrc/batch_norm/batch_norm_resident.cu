@@ -10,7 +10,7 @@
 //
 // Slots are never used twice in a launch, so one barrier for each slab is enough. A share stays as
 // it came, in x's own dtype: in octets, octet `step` of a thread at step * kThreads + thread, so
-// that neighbouring threads meet neighbouring banks.
+// that neighboring threads meet neighboring banks.
 //
 // Two blocks of 256 threads share a multiprocessor: while one waits or stores, the other loads.
 #include "batch_norm/batch_norm_finish.cuh"

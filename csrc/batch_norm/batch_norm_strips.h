@@ -1,4 +1,4 @@
-// For batch_norm.cpp alone, once per instruction set: how a tile's elements become lines and
+// For the CPU kernels alone, once per instruction set: how a tile's elements become lines and
 // strips, and the loops over a strip from which the kernels are put together.
 #pragma once
 

@@ -1,4 +1,4 @@
-// For batch_norm.cpp alone, once per instruction set: float32 sums over short runs, which then go
+// For the CPU kernels alone, once per instruction set: float32 sums over short runs, which then go
 // to float64.
 #pragma once
 

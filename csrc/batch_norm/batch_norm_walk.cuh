@@ -7,7 +7,7 @@
 
 namespace fusereg::batch_norm {
 
-// ---- Elements ----
+// --- elements ---
 
 template <class T>
 struct Octet {
@@ -70,7 +70,7 @@ struct Ignore {
   FUSEREG_DEVICE_INLINE void operator()(const V&) const {}
 };
 
-// ---- Walking a share ----
+// --- walking a share ---
 
 // A block's place in the work: its slab, group and share.
 struct Share {

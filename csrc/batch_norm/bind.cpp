@@ -34,6 +34,7 @@ bool find_layout(const TensorView& x, std::int64_t samples, bool plain_order, La
     layout.inner = samples_outermost ? x.numel / n : 1;
   }
   layout.outer = x.numel / (channels * layout.inner);
+  layout.group_rows = layout.outer;  // what is refused below is asked for its sizes all the same
   if (plain_order || samples > 0) {
     // From the last to the first dimension, skipping the channels, strides must grow.
     std::int64_t stride = 0;
@@ -45,7 +46,7 @@ bool find_layout(const TensorView& x, std::int64_t samples, bool plain_order, La
     // A group is a run of whole samples: the channels must not lie outside of them.
     if (channels > 1 && n > 1 && x.strides[1] > x.strides[0]) return false;
   }
-  layout.group_rows = samples > 0 && samples < n ? samples * (layout.outer / n) : layout.outer;
+  if (samples > 0 && samples < n) layout.group_rows = samples * (layout.outer / n);
   return true;
 }
 
@@ -155,46 +156,38 @@ bool can_invert(const Backward& job) {
           (e.activation == Activation::kLeakyRelu && e.slope > 0.0));
 }
 
+// Runs the job, or says how many bytes of scratch it wants (negative; nothing is written then).
 template <class Job>
-void on_cpu(const Job& job, void (*run)(const Job&)) {
-  constexpr std::int64_t kWorthReleasing = 1 << 14;
-  if (job.layout.numel() < kWorthReleasing) {
-    run(job);
-    return;
-  }
-  const py::gil_scoped_release release;
-  run(job);
-}
-
-#if defined(FUSEREG_CUDA)
-// Runs, or says how many bytes of scratch it wants (negative; nothing is written then).
-template <class Job>
-std::int64_t on_cuda(const Job& job, std::int64_t bytes, const py::object& scratch,
-                     const py::object& semaphores, const TensorView& x, const char* op,
-                     void (*run)(const Job&, void*, void*, int, void*)) {
+std::int64_t run(const Job& job, [[maybe_unused]] const py::object& scratch,
+                 [[maybe_unused]] const py::object& semaphores, const Device& device,
+                 [[maybe_unused]] const char* op) {
   RawView memory;
   RawView zeros;
-  const bool there = read_raw(scratch, memory) && memory.device == x.device && memory.contiguous &&
-                     memory.numel * memory.bytes >= bytes;
-  if (!there) return -std::max<std::int64_t>(bytes, 16);
-  if (!read_raw(semaphores, zeros) || zeros.device != x.device || !zeros.contiguous ||
-      zeros.numel * zeros.bytes < kSemaphoreBytes) {
-    throw py::value_error(where(op, "semaphores") + " must have " +
-                          std::to_string(kSemaphoreBytes) + " bytes on x's device");
+#if defined(FUSEREG_CUDA)
+  if (runs_cuda_kernels(device)) {
+    const std::int64_t bytes = scratch_bytes(job, device.index);
+    const bool there = read_raw(scratch, memory) && memory.device == device && memory.contiguous &&
+                       memory.numel * memory.bytes >= bytes;
+    if (!there) return -std::max<std::int64_t>(bytes, 16);
+    if (!read_raw(semaphores, zeros) || zeros.device != device || !zeros.contiguous ||
+        zeros.numel * zeros.bytes < kSemaphoreBytes) {
+      throw py::value_error(where(op, "semaphores") + " must have " +
+                            std::to_string(kSemaphoreBytes) + " bytes on x's device");
+    }
   }
-  run(job, memory.data, zeros.data, x.device.index, current_stream(x.device));
+#endif
+  run_job(job, device, job.layout.numel(), memory.data, zeros.data);
   return kDone;
 }
-#endif
 
 std::int64_t batch_norm_forward(
     const py::object& y, const py::object& moments, const py::object& bits, const py::object& x,
     const py::object& residual, const py::object& mask, const py::object& weight,
     const py::object& bias, const py::object& running_mean, const py::object& running_var,
-    const py::object& batches, [[maybe_unused]] const py::object& scratch,
-    [[maybe_unused]] const py::object& semaphores, double momentum, int statistics, double eps,
-    std::int64_t group_samples, int activation, double slope, double p, const py::object& seed,
-    const py::object& offset, const py::object& index_offset, const char* op) {
+    const py::object& batches, const py::object& scratch, const py::object& semaphores,
+    double momentum, int statistics, double eps, std::int64_t group_samples, int activation,
+    double slope, double p, const py::object& seed, const py::object& offset,
+    const py::object& index_offset, const char* op) {
   Reader reader(x, group_samples, !mask.is_none(), op);
   Forward job;
   job.layout = reader.layout();
@@ -221,14 +214,7 @@ std::int64_t batch_norm_forward(
       !(job.statistics == Statistics::kFixed && running)) {
     throw py::value_error(where(op, "moments") + " must be given");
   }
-#if defined(FUSEREG_CUDA)
-  if (runs_cuda_kernels(reader.x().device)) {
-    return on_cuda(job, forward_scratch_bytes(job, reader.x().device.index), scratch, semaphores,
-                   reader.x(), op, &forward_cuda);
-  }
-#endif
-  on_cpu(job, &forward_cpu);
-  return kDone;
+  return run(job, scratch, semaphores, reader.x().device, op);
 }
 
 std::int64_t batch_norm_backward(
@@ -236,11 +222,10 @@ std::int64_t batch_norm_backward(
     const py::object& grad_bias, const py::object& sums, const py::object& grad,
     const py::object& x, const py::object& residual, const py::object& mask, const py::object& bits,
     const py::object& moments, const py::object& weight, const py::object& bias,
-    const py::object& running_mean, const py::object& running_var,
-    [[maybe_unused]] const py::object& scratch, [[maybe_unused]] const py::object& semaphores,
-    bool reduce, bool from_y, int statistics, double eps, std::int64_t group_samples,
-    int activation, double slope, double p, const py::object& seed, const py::object& offset,
-    const py::object& index_offset, const char* op) {
+    const py::object& running_mean, const py::object& running_var, const py::object& scratch,
+    const py::object& semaphores, bool reduce, bool from_y, int statistics, double eps,
+    std::int64_t group_samples, int activation, double slope, double p, const py::object& seed,
+    const py::object& offset, const py::object& index_offset, const char* op) {
   Reader reader(x, group_samples, !mask.is_none(), op);
   Backward job;
   job.layout = reader.layout();
@@ -280,14 +265,7 @@ std::int64_t batch_norm_backward(
   }
   if (!reduce && job.sums == nullptr && job.statistics != Statistics::kFixed && l.channels > 0)
     throw py::value_error(where(op, "sums") + " must be given");
-#if defined(FUSEREG_CUDA)
-  if (runs_cuda_kernels(reader.x().device)) {
-    return on_cuda(job, backward_scratch_bytes(job, reader.x().device.index), scratch, semaphores,
-                   reader.x(), op, &backward_cuda);
-  }
-#endif
-  on_cpu(job, &backward_cpu);
-  return kDone;
+  return run(job, scratch, semaphores, reader.x().device, op);
 }
 
 // The layout in which x is seen, or None where Python must prepare it, and the bytes of `bits`.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "core/tensor.h"
@@ -17,10 +18,14 @@ inline std::string where(const char* op, const char* name) {
   return std::string("fusereg.") + op + ": " + name;
 }
 
-// The job on the device's kernels: run_cuda or run_cpu of its room. With few elements the GIL is
-// kept: letting it go and taking it again would cost more than the work.
+// Below so many elements a job of the CPU keeps the GIL: letting it go and taking it again would cost
+// more than the work.
+inline constexpr std::int64_t kWorthReleasing = 1 << 14;
+
+// Runs the job on the device's kernels: run_cuda(job, more..., index, stream) or run_cpu(job) of its
+// room. The host build of the CUDA kernels has no others.
 template <class Job, class... More>
-void run_job(const Job& job, const Device& device, std::int64_t elements,
+void run_job(const Job& job, const Device& device, [[maybe_unused]] std::int64_t elements,
              [[maybe_unused]] More... more) {
 #if defined(FUSEREG_CUDA)
   if (runs_cuda_kernels(device)) {
@@ -28,14 +33,12 @@ void run_job(const Job& job, const Device& device, std::int64_t elements,
     return;
   }
 #endif
+#if !defined(FUSEREG_CUDA_ON_HOST)
   (void)device;
-  constexpr std::int64_t kWorthReleasing = 1 << 14;
-  if (elements < kWorthReleasing) {
-    run_cpu(job);
-    return;
-  }
-  const py::gil_scoped_release release;
+  std::optional<py::gil_scoped_release> released;
+  if (elements >= kWorthReleasing) released.emplace();
   run_cpu(job);
+#endif
 }
 
 }  // namespace fusereg

@@ -23,6 +23,7 @@
 #include <vector>
 
 #if defined(FUSEREG_CUDA_ON_HOST)
+#include "core/ceil_div.h"
 #include "cuda_on_host.h"
 #else
 #include <cuda_runtime.h>
@@ -32,7 +33,7 @@ namespace fusereg::cuda {
 
 using Stream = cudaStream_t;
 
-// ---- Errors ----
+// --- errors ---
 
 namespace detail {
 
@@ -124,7 +125,7 @@ inline void check(const char* op, cudaError_t error) {
   if (error != cudaSuccess) throw_error(op, error);
 }
 
-// ---- Devices ----
+// --- devices ---
 
 // Makes `device` current for its lifetime. torch keeps the tensor's device and the current device
 // apart, and a launch goes to the current one.
@@ -236,7 +237,7 @@ inline DeviceReport device_info() {
   return report;
 }
 
-// ---- Launching ----
+// --- launching ---
 
 // The most bytes that the parameters of one kernel may take: 32,764 from CUDA 12.1 on, 4 KB before.
 #if defined(FUSEREG_CUDA_ON_HOST) || (defined(CUDART_VERSION) && CUDART_VERSION >= 12010)
@@ -258,8 +259,6 @@ struct LaunchConfig {
   bool cooperative = false;  // all blocks resident at once: needed by grid_sync()
   dim3 cluster = dim3(1);    // blocks that share a cluster: needed by cluster_sync()
 };
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 namespace detail {
 

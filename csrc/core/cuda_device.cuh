@@ -59,7 +59,7 @@ FUSEREG_DEVICE_INLINE T* dynamic_shared() {
 #endif
 }
 
-// ---- Memory access ----
+// --- memory access ---
 
 // N elements that move in one instruction where they fill 2, 4, 8 or 16 bytes.
 template <class T, int N>
@@ -175,7 +175,7 @@ FUSEREG_DEVICE_INLINE void store_streaming(T* p, const T& v) {
   detail::store_as<T, true>(p, v);
 }
 
-// ---- Who am I ----
+// --- who am I ---
 
 FUSEREG_DEVICE_INLINE unsigned thread_rank() {
   return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
@@ -188,7 +188,7 @@ FUSEREG_DEVICE_INLINE unsigned block_rank() {
 FUSEREG_DEVICE_INLINE unsigned lane_id() { return thread_rank() % kWarpSize; }
 FUSEREG_DEVICE_INLINE unsigned warp_id() { return thread_rank() / kWarpSize; }
 
-// ---- Reductions ----
+// --- reductions ---
 // The order of the additions depends on the number of threads alone, so the bits do not change from
 // run to run. Blocks must have whole warps, and all threads of the warp or block must take part.
 
@@ -262,7 +262,7 @@ FUSEREG_DEVICE_INLINE T block_sum(T v) {
   return block_reduce(v, Sum{}, T(0));
 }
 
-// ---- Between blocks ----
+// --- between blocks ---
 
 // One load that sees what another block released; in a loop, a wait. The host shim lets other
 // threads run here, so every wait for another thread has to go through it.
@@ -321,7 +321,7 @@ FUSEREG_DEVICE_INLINE void grid_sync(unsigned* state) {
   __syncthreads();
 }
 
-// ---- Clusters (sm_90 and newer; LaunchConfig::cluster) ----
+// --- clusters (sm_90 and newer; LaunchConfig::cluster) ---
 
 #if defined(FUSEREG_CUDA_ON_HOST) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define FUSEREG_HAS_CLUSTERS 1

@@ -1,5 +1,6 @@
 #include "core/isa.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -13,25 +14,19 @@ std::atomic<int> g_isa{kUnset};
 
 // __builtin_cpu_supports asks the operating system as well (XGETBV), so a set whose registers the
 // kernel does not save is not reported.
-bool runs_here(Isa isa) {
-#if defined(FUSEREG_X86_ISAS)
+bool runs_here([[maybe_unused]] Isa isa) {
+#if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
-  switch (isa) {
-    case Isa::kBaseline:
-      return true;
-    case Isa::kAvx2:
-      return avx2;
-    case Isa::kAvx512:
-      return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-             __builtin_cpu_supports("avx512cd");
+  if (isa == Isa::avx2) return avx2;
+  if (isa == Isa::avx512) {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512cd");
   }
-  return false;
-#else
-  return isa == Isa::kBaseline;
 #endif
+  return isa == Isa::baseline;
 }
 
 std::string join_available() {
@@ -42,24 +37,34 @@ std::string join_available() {
 }
 
 Isa parse(const std::string& name, const std::string& where) {
+  const std::string available = "; available: " + join_available();
   for (int i = 0; i < 3; ++i) {
     if (name != kNames[i]) continue;
     const auto isa = static_cast<Isa>(i);
+    const std::vector<Isa> built = built_isas();
+    if (std::find(built.begin(), built.end(), isa) == built.end()) {
+      throw std::invalid_argument(where + ": this build has no kernels for '" + name +
+                                  "' (build with FUSEREG_ISAS=all)" + available);
+    }
     if (runs_here(isa)) return isa;
-    throw std::invalid_argument(where + ": this machine or build cannot run '" + name +
-                                "'; available: " + join_available());
+    throw std::invalid_argument(where + ": this machine cannot run '" + name + "'" + available);
   }
-  throw std::invalid_argument(where + ": unknown instruction set '" + name +
-                              "'; available: " + join_available());
+  throw std::invalid_argument(where + ": unknown instruction set '" + name + "'" + available);
 }
 
 }  // namespace
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
+std::vector<Isa> built_isas() {
+#define FUSEREG_LIST(ISA, TYPE) TYPE::ISA,
+  return {FUSEREG_EACH_ISA(FUSEREG_LIST, Isa)};
+#undef FUSEREG_LIST
+}
+
 std::vector<Isa> available_isas() {
   std::vector<Isa> isas;
-  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : built_isas()) {
     if (runs_here(isa)) isas.push_back(isa);
   }
   return isas;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "core/ceil_div.h"
+
 #if defined(_OPENMP)
 #include <omp.h>
 #if !defined(_WIN32)
@@ -49,7 +51,7 @@ int max_threads() {
 void parallel_for(std::int64_t n, std::int64_t grain, RangeFunction f) {
   if (n <= 0) return;
 #if defined(_OPENMP)
-  const std::int64_t wanted = (n + grain - 1) / std::max<std::int64_t>(grain, 1);
+  const std::int64_t wanted = ceil_div(n, std::max<std::int64_t>(grain, 1));
   const auto threads =
       wanted > 1 ? static_cast<int>(std::min<std::int64_t>(wanted, max_threads())) : 1;
   if (threads > 1 && !omp_in_parallel()) {

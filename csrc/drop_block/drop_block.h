@@ -164,7 +164,7 @@ void run_cpu(const Job& job);
 // Two launches with `counts`, one without.
 void run_cuda(const Job& job, int device, void* stream);
 
-// --- what the CPU kernels of one instruction set provide (drop_block.cpp) ---
+// --- what the CPU kernels of one instruction set provide (drop_block_kernels.cpp) ---
 
 struct CpuKernels {
   // Sets the bits of a tile's dropped elements, and returns how many there are.

@@ -176,8 +176,8 @@ void run_cuda(const Job& job, int device, void* stream) {
   config.block = dim3(kThreads);
   config.stream = static_cast<cuda::Stream>(stream);
   auto set_grid = [&](std::int64_t threads) {
-    config.grid = dim3(static_cast<unsigned>(
-        std::clamp<std::int64_t>(cuda::ceil_div(threads, kThreads), 1, most)));
+    config.grid =
+        dim3(static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(threads, kThreads), 1, most)));
   };
   const bool aligned = cuda::is_aligned(job.x, 16) && cuda::is_aligned(job.y, 16);
   constexpr const char* kOp = "fusereg.dropout";
@@ -187,7 +187,7 @@ void run_cuda(const Job& job, int device, void* stream) {
     constexpr int kBits = decltype(bits)::value;
     constexpr bool kLinear = decltype(linear)::value;
     if (job.rows.repeat == 1) {
-      set_grid(cuda::ceil_div(job.numel, kGroup * kGroupsPerThread) + 1);
+      set_grid(ceil_div(job.numel, kGroup * kGroupsPerThread) + 1);
       if (aligned && job.index_offset % kGroup == 0) {
         cuda::launch(kOp, dropout_elements_kernel<T, kBits, kLinear, true>, config, g);
       } else {

@@ -3,13 +3,12 @@
 //
 //   y_i = keep_i ? a * x_i + b : c        keep_i = draw(index_i) < threshold
 //
-//   dropout               a = 1 / keep, b = c = 0          Srivastava et al. 2014, inverted
-//   its backward          the same on the gradient
-//   alpha dropout         a = (keep * (1 + (1 - keep) * s^2))^(-1/2), b = -a * (1 - keep) * s, c =
-//   a * s + b,
-//                         s = -(scale * alpha) of SELU = -1.7580993408473766     Klambauer et al.
-//                         2017
-//   its backward          a as before, b = c = 0
+//   dropout         a = 1 / keep, b = c = 0                        Srivastava et al. 2014, inverted
+//   its backward    the same on the gradient
+//   alpha dropout   a = (keep * (1 + (1 - keep) * s^2))^(-1/2),    Klambauer et al. 2017
+//                   b = -a * (1 - keep) * s,  c = a * s + b,
+//                   s = -(scale * alpha) of SELU = -1.7580993408473766
+//   its backward    a as before, b = c = 0
 //
 // Draws have 16 bits (8 elements a Philox call), threshold = round(65536 * (1 - p)), unless that
 // misses p or 1 - p by more than 1 part in 1024; then they have 32 (4 elements a call). `keep` is
@@ -70,7 +69,7 @@ void run_cpu(const Job& job);
 // One launch; no workspace.
 void run_cuda(const Job& job, int device, void* stream);
 
-// --- what the CPU kernels of one instruction set provide (dropout.cpp) ---
+// --- what the CPU kernels of one instruction set provide (dropout_kernels.cpp) ---
 
 // One call's constants, `low` being offset / 4.
 struct Stream {

@@ -1,7 +1,7 @@
 // CUDA kernels of dropout + normalization. Contract: dropout_norm.h.
 //
 // A block takes a row at a time, or in backward a chunk of rows; a thread takes groups of 8
-// neighbouring elements of the row, whose draws are one Philox call of 16-bit draws (two, where
+// neighboring elements of the row, whose draws are one Philox call of 16-bit draws (two, where
 // rows do not start at a group). Rows of up to 8192 elements stay in registers between the sums and
 // the result, so that everything is read once; longer ones are read again, from L2 as a rule.
 // Memory moves in 16-byte vectors where length and pointers allow it, element by element otherwise;
@@ -420,8 +420,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
 // --- launchers ---
 
 unsigned threads_for(std::int64_t length, int held, int most) {
-  const std::int64_t wanted = cuda::ceil_div(cuda::ceil_div(length, kGroup), std::max(held, 1));
-  const std::int64_t warps = cuda::ceil_div(wanted, cuda::kWarpSize);
+  const std::int64_t wanted = ceil_div(ceil_div(length, kGroup), std::max(held, 1));
+  const std::int64_t warps = ceil_div(wanted, cuda::kWarpSize);
   return static_cast<unsigned>(
       std::clamp<std::int64_t>(warps * cuda::kWarpSize, cuda::kWarpSize, most));
 }

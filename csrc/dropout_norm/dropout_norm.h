@@ -41,6 +41,7 @@
 
 #include <cstdint>
 
+#include "core/ceil_div.h"
 #include "core/draw.h"
 #include "core/dtype.h"
 #include "core/isa.h"
@@ -100,9 +101,9 @@ struct Chunks {
   std::int64_t count;
 };
 inline Chunks make_chunks(std::int64_t rows, std::int64_t wanted, std::int64_t fewest_rows) {
-  const std::int64_t each = (rows + wanted - 1) / wanted;
+  const std::int64_t each = ceil_div(rows, wanted);
   const std::int64_t rows_each = each < fewest_rows ? fewest_rows : each > 256 ? 256 : each;
-  return {rows_each, (rows + rows_each - 1) / rows_each};
+  return {rows_each, ceil_div(rows, rows_each)};
 }
 inline Chunks cpu_chunks(std::int64_t rows) { return make_chunks(rows, 64, 16); }
 inline Chunks cuda_chunks(std::int64_t rows) { return make_chunks(rows, 512, 4); }
@@ -115,7 +116,7 @@ void run_cpu(const Backward& b);
 void run_cuda(const Forward& f, int device, void* stream);
 void run_cuda(const Backward& b, unsigned* barrier, int device, void* stream);
 
-// --- what the CPU kernels of one instruction set provide (dropout_norm.cpp) ---
+// --- what the CPU kernels of one instruction set provide (dropout_norm_kernels.cpp) ---
 
 struct CpuKernels {
   // Rows [first, last).

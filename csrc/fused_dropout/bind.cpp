@@ -1,4 +1,4 @@
-// fusereg._C: dropout fused with its neighbours. Contract: fused_dropout.h, _C.pyi.
+// fusereg._C: dropout fused with its neighbors. Contract: fused_dropout.h, _C.pyi.
 #include <algorithm>
 #include <string>
 

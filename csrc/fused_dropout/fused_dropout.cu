@@ -1,4 +1,4 @@
-// CUDA kernels of dropout fused with its neighbours. Contract: fused_dropout.h.
+// CUDA kernels of dropout fused with its neighbors. Contract: fused_dropout.h.
 //
 // Elements: a thread takes groups of 8 (one Philox call of 16-bit draws), kGroupsPerThread of them
 // a block's width apart, all loads under way before the first draw is made; memory moves in 16-byte
@@ -380,14 +380,14 @@ class CudaRun {
   static constexpr const char* kOp = "fusereg.fused_dropout";
 
   void set_grid(std::int64_t threads) {
-    config_.grid = dim3(static_cast<unsigned>(
-        std::clamp<std::int64_t>(cuda::ceil_div(threads, kThreads), 1, most_)));
+    config_.grid = dim3(
+        static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(threads, kThreads), 1, most_)));
   }
 
   template <class T, class Function>
   void elements() {
     if (job_.numel == 0) return;
-    set_grid(cuda::ceil_div(job_.numel, kGroup * kGroupsPerThread) + 1);
+    set_grid(ceil_div(job_.numel, kGroup * kGroupsPerThread) + 1);
     cuda::launch(kOp, fused_dropout_elements_kernel<T, Function>, config_, g_);
   }
 
@@ -434,7 +434,7 @@ class CudaRun {
     // A row that repeats its columns is below twice the tile's width, and one tile must hold it.
     const bool repeats = g_.chunks.width > job_.columns;
     g_.lanes = static_cast<int>(kCudaRule.tile) / kGroup * (repeats ? 2 : 1);
-    const std::int64_t tiles = cuda::ceil_div(g_.chunks.width, g_.lanes * kGroup);
+    const std::int64_t tiles = ceil_div(g_.chunks.width, g_.lanes * kGroup);
     config_.grid = dim3(static_cast<unsigned>(std::min(tiles, kMaxTiles)),
                         static_cast<unsigned>(g_.chunks.count));
     cuda::launch(kOp, fused_dropout_bias_backward_kernel<T>, config_, g_);

@@ -1,4 +1,4 @@
-// Dropout fused with its neighbours: one pass over memory instead of one for each operation. The
+// Dropout fused with its neighbors: one pass over memory instead of one for each operation. The
 // mask is dropout's: drawn from (seed, offset, index), never stored, drawn again in backward
 // (core/draw.h); index_i = index_offset + (position of element i in memory).
 //
@@ -30,6 +30,7 @@
 
 #include <cstdint>
 
+#include "core/ceil_div.h"
 #include "core/draw.h"
 #include "core/dtype.h"
 #include "core/isa.h"
@@ -87,7 +88,6 @@ inline constexpr ChunkRule kCudaRule = {256, 256, 8192, 256};
 inline constexpr std::int64_t kMaxTiles = 4096;
 
 inline Chunks make_chunks(std::int64_t numel, std::int64_t columns, const ChunkRule& rule) {
-  const auto ceil_div = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   Chunks c{};
   c.width = columns >= rule.min_width ? columns : columns * ceil_div(rule.min_width, columns);
   c.rows = ceil_div(numel, c.width);
@@ -99,7 +99,7 @@ inline Chunks make_chunks(std::int64_t numel, std::int64_t columns, const ChunkR
   return c;
 }
 
-// --- what the CPU kernels of one instruction set provide (fused_dropout.cpp) ---
+// --- what the CPU kernels of one instruction set provide (fused_dropout_kernels.cpp) ---
 
 // One call's constants, `low` being offset / 4.
 struct Stream {

@@ -85,9 +85,9 @@ void run_cuda(const Job& job, int device, void* stream) {
   cuda::LaunchConfig config;
   config.block = dim3(kThreads);
   config.stream = static_cast<cuda::Stream>(stream);
-  const std::int64_t groups = cuda::ceil_div(job.numel, kNormals) + 1;
-  config.grid = dim3(
-      static_cast<unsigned>(std::clamp<std::int64_t>(cuda::ceil_div(groups, kThreads), 1, most)));
+  const std::int64_t groups = ceil_div(job.numel, kNormals) + 1;
+  config.grid =
+      dim3(static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(groups, kThreads), 1, most)));
   const bool vectors = cuda::is_aligned(job.x, 16) && cuda::is_aligned(job.y, 16) &&
                        job.index_offset % kNormals == 0;
   constexpr const char* kOp = "fusereg.gaussian_dropout";

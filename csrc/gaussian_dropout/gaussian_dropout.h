@@ -42,7 +42,7 @@ void run_cpu(const Job& job);
 // One launch; no workspace.
 void run_cuda(const Job& job, int device, void* stream);
 
-// --- what the CPU kernels of one instruction set provide (gaussian_dropout.cpp) ---
+// --- what the CPU kernels of one instruction set provide (gaussian_dropout_kernels.cpp) ---
 
 struct CpuKernels {
   // The elements [begin, end) of a job.

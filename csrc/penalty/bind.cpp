@@ -1,6 +1,7 @@
 // fusereg._C: penalties and proximal steps over lists of tensors. Contract: penalty.h, _C.pyi.
 #include <optional>
 
+#include "core/call.h"
 #include "core/tensor_list.h"
 #include "penalty/penalty.h"
 
@@ -103,27 +104,13 @@ class JobBuilder {
   }
 
   // Autograd is told before anything is written: if it refuses, nothing has changed.
-  ListStatus run([[maybe_unused]] const py::object& workspace) {
-#if defined(FUSEREG_CUDA)
+  ListStatus run(const py::object& workspace) {
     void* const memory = runs_cuda_kernels(device_) ? memory_argument(workspace, kWorkspaceBytes,
                                                                       device_, a_.op, "workspace")
                                                     : nullptr;
-#endif
     if (py::len(written_) != 0 && !increment_version(written_))
       return ListStatus::kNeedsPreparation;
-    constexpr std::int64_t kWorthReleasing = 1 << 15;
-#if defined(FUSEREG_CUDA)
-    if (runs_cuda_kernels(device_)) {
-      run_cuda(job_, memory, device_.index, current_stream(device_));
-      return ListStatus::kDone;
-    }
-#endif
-    if (numel_ < kWorthReleasing) {
-      run_cpu(job_);
-      return ListStatus::kDone;
-    }
-    const py::gil_scoped_release release;
-    run_cpu(job_);
+    run_job(job_, device_, numel_, memory);
     return ListStatus::kDone;
   }
 

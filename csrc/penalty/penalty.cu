@@ -79,7 +79,7 @@ static_assert(sizeof(GroupTable) <= cuda::kMaxKernelParamBytes, "the table does 
 enum class GroupMode {
   kWarp,     // runs of at least a warp's width, small groups: a warp each
   kBlock,    // the same, large groups: a block each
-  kColumns,  // short runs: neighbouring columns side by side in a warp, rows over the warps
+  kColumns,  // short runs: neighboring columns side by side in a warp, rows over the warps
 };
 constexpr std::int64_t kWarpGroupElements = 2048;
 
@@ -452,7 +452,7 @@ class CudaRun {
 
  private:
   void add_elements(ElementTable& t, const Item& item) {
-    const std::int64_t chunks = (item.numel + kChunkElements - 1) / kChunkElements;
+    const std::int64_t chunks = ceil_div(item.numel, kChunkElements);
     if (t.count == kMaxElementEntries ||
         (t.count > 0 && t.first_chunk[t.count] + chunks > cuda::kMaxTasks))
       flush(t);
@@ -469,7 +469,7 @@ class CudaRun {
 
   void add_groups(GroupTable& t, const Item& item) {
     const std::int64_t per_task = groups_per_task(item.shape);
-    const std::int64_t tasks = (item.shape.groups + per_task - 1) / per_task;
+    const std::int64_t tasks = ceil_div(item.shape.groups, per_task);
     if (t.count == kMaxGroupEntries ||
         (t.count > 0 && t.first_task[t.count] + tasks > cuda::kMaxTasks))
       flush(t);

@@ -86,7 +86,7 @@ inline constexpr std::int64_t kMaxBlocks = 4096;
 inline constexpr std::int64_t kWorkspaceBytes = 16 + 8 * kMaxBlocks;
 void run_cuda(const Job& job, void* workspace, int device, void* stream);
 
-// --- what the CPU kernels of one instruction set provide (penalty.cpp) ---
+// --- what the CPU kernels of one instruction set provide (penalty_kernels.cpp) ---
 
 struct Sums {
   double absolute = 0.0;  // sum |w|

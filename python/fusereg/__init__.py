@@ -19,12 +19,12 @@ from .core import aliases as _aliases
 from .core.version import __version__
 from .early_stopping import EarlyStopping
 from .functional import dropout_mask
-from .penalty import prox
-from .penalty.weight_penalty import (
+from .penalty import (
     AttachedPenalty,
     PenaltyGroup,
     WeightPenalty,
     add_penalty_grad_,
+    prox,
     sparsity,
 )
 

@@ -17,7 +17,7 @@ namespace fusereg::cuda_on_host {
 
 Coordinates coordinates;
 
-// ---- Launches ----
+// --- launches ---
 
 void Engine::prepare(Block& b, std::uint64_t index) {
   b.index = {static_cast<unsigned>(index % grid_.x),
@@ -157,7 +157,7 @@ cudaError_t Engine::run(const char* op, dim3 grid, dim3 block, std::size_t share
   return cudaSuccess;
 }
 
-// ---- The interface ----
+// --- the interface ---
 
 namespace {
 // Launches from several threads of the process run one after the other.
@@ -236,7 +236,7 @@ int max_resident_blocks(unsigned threads_per_block, std::size_t shared_bytes) {
 
 }  // namespace fusereg::cuda_on_host
 
-// ---- The runtime ----
+// --- the runtime ---
 
 namespace {
 thread_local int current_device = 0;

@@ -19,7 +19,7 @@
 #include <string>
 #include <type_traits>
 
-// ---- Qualifiers ----
+// --- qualifiers ---
 
 #define __global__
 #define __device__
@@ -33,7 +33,7 @@
 // As a static, one variable would serve all blocks, with no red zone in templates: refused.
 #define __shared__ on_the_host_declare_shared_memory_with_FUSEREG_SHARED
 
-// ---- The runtime's types ----
+// --- the runtime's types ---
 
 struct uint3 {
   unsigned x, y, z;
@@ -140,7 +140,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status)
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
-// ---- The machine ----
+// --- the machine ---
 
 namespace fusereg::cuda_on_host {
 
@@ -202,7 +202,7 @@ class Body {
 cudaError_t run(const char* op, dim3 grid, dim3 block, std::size_t shared_bytes, bool cooperative,
                 dim3 cluster, Body body);
 
-// ---- What a kernel's code calls ----
+// --- what a kernel's code calls ---
 
 struct Coordinates {
   uint3 thread{}, block{};
@@ -283,7 +283,7 @@ void check_width(int width);
 
 }  // namespace fusereg::cuda_on_host
 
-// ---- Built-in variables and functions ----
+// --- built-in variables and functions ---
 
 inline const uint3& threadIdx = fusereg::cuda_on_host::coordinates.thread;
 inline const uint3& blockIdx = fusereg::cuda_on_host::coordinates.block;
@@ -360,8 +360,9 @@ T __shfl_xor_sync(unsigned mask, T v, int lane_mask, int width = 32, FUSEREG_HOS
   return fusereg::cuda_on_host::shuffle(mask, v, source > last ? self : source, {file, line});
 }
 
-// ---- Atomics: threads share one processor, so a plain operation is atomic; what matters is that
-// another thread may run after it. ----
+// --- atomics ---
+// Threads share one processor, so a plain operation is atomic; what matters is that another thread
+// may run after it.
 
 namespace fusereg::cuda_on_host {
 // As in `atomicAdd(unsigned*, 1)`, the operand converts to the pointer's type.
@@ -445,7 +446,7 @@ inline unsigned atomicDec(unsigned* p, unsigned limit, FUSEREG_HOST_SITE) {
   return fusereg::cuda_on_host::exchange(p, *p == 0u || *p > limit ? limit : *p - 1u, {file, line});
 }
 
-// ---- Arithmetic ----
+// --- arithmetic ---
 
 template <class T>
 T __ldg(const T* p) {

@@ -52,7 +52,7 @@ namespace {
 
 // Enough for a kernel's frames with the sanitizers' red zones between its variables.
 constexpr std::size_t kStackBytes = 128 * 1024;
-// A kernel that overruns its stack hits this, unreadable, instead of its neighbour's stack. It is
+// A kernel that overruns its stack hits this, unreadable, instead of its neighbor's stack. It is
 // wide, since a large frame steps over a narrow one.
 constexpr std::size_t kGuardBytes = 256 * 1024;
 

@@ -85,7 +85,7 @@ Engine& engine() {
 
 [[noreturn]] void fiber_main() { engine().fiber_loop(); }
 
-// ---- Scheduling ----
+// --- scheduling ---
 
 // What every fiber runs: one thread after another, for as long as they never yield without a
 // switch.
@@ -180,7 +180,7 @@ void Engine::fault(const std::string& what) {
   throw Abandon{};  // unwinds this thread alone, to fiber_loop()
 }
 
-// ---- Barriers ----
+// --- barriers ---
 
 // Nothing that needs a destructor may be alive where a thread yields: after a fault in another
 // thread it is never continued.
@@ -240,7 +240,7 @@ void Engine::make_all_ready(Block& b) {
   progressed();
 }
 
-// ---- Warps ----
+// --- warps ---
 
 // A lane that goes elsewhere while another waits for it in a warp operation will never get there:
 // the barrier that it goes to waits for that other lane in turn.
@@ -339,7 +339,7 @@ void Engine::thread_exited(Thread* t) {
   }
 }
 
-// ---- Waiting in a loop ----
+// --- waiting in a loop ---
 
 void Engine::after_atomic(bool changed, Site site) {
   if (!changed) {
@@ -377,7 +377,7 @@ void Engine::poll(Site site) {
   yield();
 }
 
-// ---- Shared memory ----
+// --- shared memory ---
 
 // Between red zones, and full of garbage: what a kernel reads before it writes shows.
 Bytes Engine::allocate(std::size_t bytes, std::size_t alignment) {
@@ -445,7 +445,7 @@ void* Engine::map(void* p, unsigned rank) {
   fault("cluster_map: the address is not in this block's shared memory");
 }
 
-// ---- Deadlock ----
+// --- deadlock ---
 
 std::string Engine::deadlock_report() const {
   std::string report =

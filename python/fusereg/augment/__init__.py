@@ -1,12 +1,13 @@
-"""Data augmentation: a whole chain in one pass over the batch.
+"""Data augmentation: a chain of transforms in one pass over the batch.
 
-:class:`Augment` is the whole chain; the names of torchvision's transforms and :class:`Compose`,
-which fuses a list of them, are there for those who have them. augment.py holds the module,
-params.py what is drawn, steps.py what is drawn from, render.py the way to the kernel, labels.py
-targets, keyed.py sample ids and epochs, transforms.py, compose.py and fuse.py the drop-in names,
-conventions.py what other libraries mean by their arguments.
+:class:`Augment` is the whole chain; :class:`Compose` fuses a list of transforms, which have
+torchvision's names. augment.py holds the module, params.py the drawn parameters, steps.py the steps
+that draw them, render.py the call of the kernel, labels.py targets, seeded.py sample ids and
+epochs, transforms.py, compose.py and fuse.py the transforms and their fusion, torchvision.py the
+conversion of torchvision's, conventions.py the conventions of other libraries.
 """
 
+from . import torchvision as torchvision  # adds itself to compose.converters
 from .augment import Augment, WithIds
 from .compose import Compose, Transform
 from .functional import crop_flip_normalize, erase, mix, resize, warp_affine

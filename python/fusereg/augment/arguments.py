@@ -1,15 +1,17 @@
-"""Checks of arguments: each gives the value in one form, or an error that names it."""
+"""Checks of arguments: each returns the value in one form, or raises an error that names it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias, TypeGuard
+
+import torch
 
 #: A number, or one for each channel.
 PerChannel: TypeAlias = float | Sequence[float]
-#: A number, or where to draw it from.
+#: A number, or the interval to draw it from.
 Interval: TypeAlias = float | Sequence[float]
 Size: TypeAlias = int | Sequence[int]
 
@@ -17,8 +19,13 @@ INTERPOLATIONS = {"nearest": 0, "bilinear": 1, "bicubic": 2}
 FILL_MODES = {"constant": 0, "border": 1, "reflect": 2, "symmetric": 3, "wrap": 4}
 
 
+def is_sequence(value: object) -> TypeGuard[Sequence[object]]:
+    """Return whether a value is a sequence, and not a string."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
 def number(value: object, op: str, name: str) -> float:
-    """A finite number."""
+    """Check that a value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"fusereg.{op}: {name} must be a number, got {type(value).__name__}")
     result = float(value)
@@ -28,33 +35,32 @@ def number(value: object, op: str, name: str) -> float:
 
 
 def integer(value: object, op: str, name: str) -> int:
-    """An integer, numpy's included."""
+    """Check that a value is an integer, of Python or of NumPy."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"fusereg.{op}: {name} must be an integer, got {type(value).__name__}")
     return int(value)
 
 
 def flag(value: object, op: str, name: str) -> bool:
-    """True or False."""
+    """Check that a value is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"fusereg.{op}: {name} must be True or False, got {type(value).__name__}")
     return value
 
 
 def numbers(
-    value: object, op: str, name: str, lengths: Sequence[int], wanted: str | None = None
-) -> list[float]:
-    """A sequence of so many finite numbers."""
-    wanted = wanted or " or ".join(str(n) for n in lengths) + " numbers"
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    value: object, op: str, name: str, lengths: Sequence[int], wanted: str
+) -> tuple[float, ...]:
+    """Check that a value is a sequence of finite numbers of one of these lengths."""
+    if not is_sequence(value):
         raise TypeError(f"fusereg.{op}: {name} must be {wanted}, got {type(value).__name__}")
     if len(value) not in lengths:
         raise ValueError(f"fusereg.{op}: {name} must be {wanted}, got {len(value)} of them")
-    return [number(v, op, name) for v in value]
+    return tuple(number(v, op, name) for v in value)
 
 
 def probability(value: object, op: str, name: str) -> float:
-    """Within [0, 1]."""
+    """Check that a value is a number within [0, 1]."""
     p = number(value, op, name)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"fusereg.{op}: {name} must be within [0, 1], got {p}")
@@ -70,7 +76,7 @@ def interval(
     high: float = math.inf,
     open_low: bool = False,
 ) -> tuple[float, float]:
-    """Two numbers (from, to) within [low, high], or (low, high] if ``open_low``."""
+    """Check two numbers (from, to) within [low, high], or (low, high] if ``open_low``."""
     a, b = numbers(value, op, name, (2,), "two numbers (from, to)")
     if a > b:
         raise ValueError(f"fusereg.{op}: {name} must be (from, to) with from <= to, got ({a}, {b})")
@@ -83,8 +89,8 @@ def interval(
 
 
 def around(value: object, op: str, name: str, limit: float = math.inf) -> tuple[float, float]:
-    """(-v, v) for a number v >= 0, or two numbers (from, to) within [-limit, limit]."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    """Return (-v, v) for a number v >= 0; check two numbers (from, to) within [-limit, limit]."""
+    if is_sequence(value):
         return interval(value, op, name, low=-limit, high=limit)
     v = number(value, op, name)
     if not 0.0 <= v <= limit:
@@ -95,10 +101,13 @@ def around(value: object, op: str, name: str, limit: float = math.inf) -> tuple[
 
 
 def factors(value: object, op: str, name: str) -> tuple[float, float]:
-    """Factors around 1: (max(0, 1 - v), 1 + v) for a number v >= 0, or (from, to); None: 1."""
+    """Return an interval of factors.
+
+    A number v >= 0 stands for (max(0, 1 - v), 1 + v), None for (1, 1).
+    """
     if value is None:
         return 1.0, 1.0
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if is_sequence(value):
         return interval(value, op, name, low=0.0)
     v = number(value, op, name)
     if v < 0:
@@ -107,8 +116,8 @@ def factors(value: object, op: str, name: str) -> tuple[float, float]:
 
 
 def size_pair(value: object, op: str, name: str = "size") -> tuple[int, int]:
-    """(height, width) of positive integers; one integer is both."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    """Return (height, width), which are positive integers; one integer is both."""
+    if is_sequence(value):
         if len(value) not in (1, 2):
             raise ValueError(
                 f"fusereg.{op}: {name} must be an integer or (height, width), "
@@ -123,8 +132,8 @@ def size_pair(value: object, op: str, name: str = "size") -> tuple[int, int]:
 
 
 def per_channel(value: object, op: str, name: str) -> tuple[float, ...]:
-    """One number, or one for each channel."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    """Check one number, or one for each channel."""
+    if is_sequence(value):
         if len(value) == 0:
             raise ValueError(
                 f"fusereg.{op}: {name} must be a number or one for each channel, got none"
@@ -133,21 +142,71 @@ def per_channel(value: object, op: str, name: str) -> tuple[float, ...]:
     return (number(value, op, name),)
 
 
-def for_channels(values: Sequence[float], channels: int, op: str, name: str) -> list[float]:
-    """As many numbers as there are channels."""
+def for_channels(values: tuple[float, ...], channels: int, op: str, name: str) -> tuple[float, ...]:
+    """Return one number for each channel; a single one is repeated."""
     if len(values) == 1:
-        return list(values) * channels
+        return values * channels
     if len(values) != channels:
+        wanted = "1 number" if channels == 1 else f"1 or {channels} numbers"
         raise ValueError(
-            f"fusereg.{op}: {name} must have 1 or {channels} numbers, as the images have channels, "
-            f"got {len(values)}"
+            f"fusereg.{op}: {name} must have {wanted} for images of {channels} "
+            f"channel{'s' * (channels > 1)}, got {len(values)}"
         )
-    return list(values)
+    return values
 
 
 def one_of(value: object, op: str, name: str, known: Sequence[str]) -> str:
-    """One of these names."""
+    """Check that a value is one of these names."""
     if not isinstance(value, str) or value not in known:
         names = ", ".join(repr(k) for k in known)
         raise ValueError(f"fusereg.{op}: {name} must be one of {names}, got {value!r}")
     return value
+
+
+def check_memory_format(
+    memory_format: torch.memory_format | None, op: str
+) -> torch.memory_format | None:
+    """Check that the kernels write this memory format."""
+    if memory_format not in (None, torch.contiguous_format, torch.channels_last):
+        raise ValueError(
+            f"fusereg.{op}: memory_format must be torch.contiguous_format or torch.channels_last, "
+            f"got {memory_format}"
+        )
+    return memory_format
+
+
+class Normalization(NamedTuple):
+    """(v - mean) / std for v in [0, 1]; each has one number, or one for each channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def normalization(mean: object, std: object, op: str) -> Normalization | None:
+    """Check mean and std, which are given together or not at all."""
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        raise ValueError(f"fusereg.{op}: mean and std must be given together")
+    result = Normalization(per_channel(mean, op, "mean"), per_channel(std, op, "std"))
+    if min(result.std) <= 0:
+        raise ValueError(f"fusereg.{op}: std must be positive, got {result.std}")
+    return result
+
+
+def full_intensity(dtype: torch.dtype) -> float:
+    """Return the value that stands for 1: images of uint8 go from 0 to 255, others from 0 to 1."""
+    return 255.0 if dtype is torch.uint8 else 1.0
+
+
+def scale_and_shift(
+    normal: Normalization | None, dtype: torch.dtype, channels: int, op: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return what normalizes values of this dtype, for each channel: v * scale + shift."""
+    if normal is None:
+        return (1.0,) * channels, (0.0,) * channels
+    limit = full_intensity(dtype)
+    mean = for_channels(normal.mean, channels, op, "mean")
+    std = for_channels(normal.std, channels, op, "std")
+    scale = tuple(1.0 / (limit * s) for s in std)
+    return scale, tuple(-m / s for m, s in zip(mean, std, strict=True))

@@ -1,125 +1,157 @@
-"""Augmentation: a chain of geometry, values, erasing and mixing in one pass."""
+"""Rows of the inventory: augmentation, geometry, values, erasing and mixing in one pass."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.functional import grid_sample, interpolate
 
-from fusereg import augment
-from fusereg.cli.checks._base import Inputs, Pairs, exact, kernel_check
-from fusereg.cli.checks._masks import result_and_gradients
+from ..core.inventory import Inputs, Operation, Pairs, Shape, exact
+from . import functional
+from .augment import Augment
 
-_MEAN, _STD = (0.5, 0.25, -0.125), (0.5, 2.0, 0.75)
-
-
-def _images(inputs: Inputs) -> Tensor:
-    """RGB images; their sides are multiples of 3, so that two thirds of them are whole."""
-    return inputs.normal(*((16, 3, 63, 45) if inputs.large else (3, 3, 15, 21)))
+#: RGB images; their sides are multiples of 3, so that two thirds of them are whole.
+_SHAPES: dict[str, Shape] = {
+    "tiny": (2, 3, 6, 6),
+    "small": (3, 3, 15, 21),
+    "large": (16, 3, 63, 45),
+    "empty": (0, 3, 15, 21),
+}
+_NORMALIZE: Any = {"mean": (0.5, 0.25, -0.125), "std": (0.5, 2.0, 0.75)}
+#: Few bits, so that coordinates are exact on both sides.
+_MATRIX = ((0.875, -0.25, 3.0625), (0.3125, 1.125, -2.5))
 
 
 def _normalized(x: Tensor) -> Tensor:
-    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (_MEAN, _STD))
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in _NORMALIZE.values())
     return (x - mean) / std
 
 
-@kernel_check("augment.crop_flip_normalize", "(a window, mirrored - mean) / std")
-def _crop(inputs: Inputs) -> Pairs:
-    x = _images(inputs)
-    h, w = x.shape[2] - 4, x.shape[3] - 3
-
-    def wanted(t: Tensor) -> Tensor:
-        return _normalized(t[:, :, 2 : 2 + h, 1 : 1 + w].flip(3))
-
-    def call(t: Tensor) -> Tensor:
-        return augment.crop_flip_normalize(
-            t, (h, w), top=2, left=1, hflip=True, mean=_MEAN, std=_STD
-        )
-
-    return result_and_gradients(call, wanted, [x])
+def _cropped(x: Tensor) -> Tensor:
+    return _normalized(x[:, :, 2:6, 1:6].flip(3))
 
 
-@kernel_check("augment.crop_flip_normalize, uint8", "the same of x / 255")
 def _bytes(inputs: Inputs) -> Pairs:
-    x = ((exact([_images(inputs)])[0] * 60 + 128).clamp(0, 255)).to(torch.uint8)
-    # Of uint8 the arithmetic is float32.
+    images = exact([inputs.normal(*_SHAPES[inputs.size])])[0]
+    x = (images * 60 + 128).clamp(0, 255).to(torch.uint8)
+    # The arithmetic of uint8 is float32.
     dtype = torch.float32 if inputs.dtype == torch.float64 else inputs.dtype
-    came = augment.crop_flip_normalize(
-        x.to(inputs.device), tuple(x.shape[2:]), mean=_MEAN, std=_STD, out_dtype=dtype
-    )
+    size = tuple(x.shape[2:])
+    came = functional.crop_flip_normalize(x.to(inputs.device), size, **_NORMALIZE, out_dtype=dtype)
     return [(came, _normalized(x.double() / 255))]
 
 
-@kernel_check("augment.resize", "interpolate(x, antialias=True)")
-def _resize(inputs: Inputs) -> Pairs:
-    x = _images(inputs)
-    size = (x.shape[2] // 3 * 2, x.shape[3] // 3 * 2)
-    return result_and_gradients(
-        lambda t: augment.resize(t, size),
-        lambda t: torch.nn.functional.interpolate(t, size, mode="bilinear", antialias=True),
-        [x],
-    )
-
-
-@kernel_check("augment.resize, bicubic", "interpolate(x, antialias=True), other sides")
-def _cubic(inputs: Inputs) -> Pairs:
-    x = _images(inputs)
-    size = (x.shape[2] + 4, x.shape[3] // 3)
-    return result_and_gradients(
-        lambda t: augment.resize(t, size, interpolation="bicubic"),
-        lambda t: torch.nn.functional.interpolate(t, size, mode="bicubic", antialias=True),
-        [x],
-    )
-
-
-@kernel_check("augment.warp_affine", "grid_sample(x, M (u, v, 1)^T)")
-def _warp(inputs: Inputs) -> Pairs:
-    """The matrix has few bits, so that coordinates are exact on both sides."""
-    x = _images(inputs)
+def _warped(x: Tensor, matrix: Tensor) -> Tensor:
     h, w = x.shape[2:]
-    matrix = torch.tensor([[0.875, -0.25, 3.0625], [0.3125, 1.125, -2.5]], dtype=torch.float64)
     v, u = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     places = torch.stack((u, v, torch.ones_like(u)), dim=2).double() @ matrix.t()
     grid = (2.0 * places + 1.0) / torch.tensor([w, h]) - 1.0
-
-    def wanted(t: Tensor) -> Tensor:
-        return torch.nn.functional.grid_sample(
-            t, grid.expand(len(t), -1, -1, -1), align_corners=False
-        )
-
-    return result_and_gradients(lambda t: augment.warp_affine(t, matrix.to(t.device)), wanted, [x])
+    if not len(x):
+        return x.clone()
+    return grid_sample(x, grid.expand(len(x), -1, -1, -1), align_corners=False)
 
 
-@kernel_check("augment.erase", "a box of each image overwritten")
-def _erase(inputs: Inputs) -> Pairs:
-    x = _images(inputs)
-    box = torch.tensor([[4, 3, 11, 9]]).expand(len(x), 4)
-
-    def wanted(t: Tensor) -> Tensor:
-        inside = torch.zeros(t.shape[2:], dtype=torch.bool)
-        inside[3:9, 4:11] = True
-        return torch.where(inside, 0.75, t)
-
-    return result_and_gradients(lambda t: augment.erase(t, box.to(t.device), 0.75), wanted, [x])
+def _erased(x: Tensor, boxes: Tensor) -> Tensor:
+    inside = torch.zeros(x.shape[2:], dtype=torch.bool)
+    inside[3:9, 4:11] = True
+    return torch.where(inside, 0.75, x)
 
 
-@kernel_check("augment.mix", "lam * x_i + (1 - lam) * x_j")
-def _mix(inputs: Inputs) -> Pairs:
-    x = _images(inputs)
-    partner = torch.arange(len(x)).roll(1)
-    return result_and_gradients(
-        lambda t: augment.mix(t, partner.to(t.device), 0.6875),
-        lambda t: 0.6875 * t + 0.3125 * t[partner],
-        [x],
-    )
+def _resized(x: Tensor, mode: str, size: tuple[int, int]) -> Tensor:
+    return interpolate(x, size, mode=mode, antialias=True)
 
 
-@kernel_check("augment.Augment", "drawn in the kernel: flips that are certain, center crop")
+def _with(*arguments: Any) -> Any:
+    """Return a maker of an image batch and a constant argument, made from the batch size."""
+
+    def make(inputs: Inputs, shape: Shape) -> list[Tensor]:
+        (argument,) = arguments
+        return [inputs.normal(*shape), argument(shape[0]).to(inputs.device)]
+
+    return make
+
+
 def _chain(inputs: Inputs) -> Pairs:
-    x = _images(inputs)
-    h, w = x.shape[2] - 2, x.shape[3] - 2
-    chain = augment.Augment((h, w), hflip=1.0, vflip=1.0, crop="center", mean=_MEAN, std=_STD)
-    return result_and_gradients(
-        lambda t: chain(t),
-        lambda t: _normalized(t[:, :, 1 : 1 + h, 1 : 1 + w].flip(2, 3)),
-        [x],
+    h, w = (side - 2 for side in _SHAPES[inputs.size][2:])
+    chain = Augment((h, w), hflip=1.0, vflip=1.0, crop="center", **_NORMALIZE)
+    row = Operation(
+        name="augment.Augment",
+        formula="",
+        function=chain.forward,
+        reference=lambda x: _normalized(x[:, :, 1 : 1 + h, 1 : 1 + w].flip(2, 3)),
     )
+    return row.compare([inputs.normal(*_SHAPES[inputs.size])])
+
+
+OPERATIONS = [
+    Operation(
+        name="augment.crop_flip_normalize",
+        formula="(a window, mirrored - mean) / std",
+        function=functional.crop_flip_normalize,
+        shapes=_SHAPES,
+        options={"size": (4, 5), "top": 2, "left": 1, "hflip": True, **_NORMALIZE},
+        reference=_cropped,
+    ),
+    Operation(
+        name="augment.crop_flip_normalize, uint8",
+        formula="the same of x / 255",
+        function=functional.crop_flip_normalize,
+        shapes=_SHAPES,
+        pairs=_bytes,
+    ),
+    Operation(
+        name="augment.resize",
+        formula="interpolate(x, antialias=True)",
+        function=functional.resize,
+        shapes=_SHAPES,
+        options={"size": (10, 14)},
+        reference=lambda x: _resized(x, "bilinear", (10, 14)),
+    ),
+    Operation(
+        name="augment.resize, bicubic",
+        formula="interpolate(x, antialias=True), other sides",
+        function=functional.resize,
+        shapes=_SHAPES,
+        options={"size": (19, 7), "interpolation": "bicubic"},
+        reference=lambda x: _resized(x, "bicubic", (19, 7)),
+    ),
+    Operation(
+        name="augment.warp_affine",
+        formula="grid_sample(x, M (u, v, 1)^T)",
+        function=functional.warp_affine,
+        shapes=_SHAPES,
+        tensors=_with(lambda n: torch.tensor(_MATRIX, dtype=torch.float64)),
+        arguments=("x", "matrix"),
+        constants=("matrix",),
+        reference=_warped,
+    ),
+    Operation(
+        name="augment.erase",
+        formula="a box of each image overwritten",
+        function=functional.erase,
+        shapes=_SHAPES,
+        tensors=_with(lambda n: torch.tensor([[4, 3, 11, 9]]).expand(n, 4)),
+        arguments=("x", "boxes"),
+        options={"value": 0.75},
+        reference=_erased,
+    ),
+    Operation(
+        name="augment.mix",
+        formula="lam * x_i + (1 - lam) * x_j",
+        function=functional.mix,
+        shapes=_SHAPES,
+        tensors=_with(lambda n: torch.arange(n).roll(1)),
+        arguments=("x", "partner"),
+        options={"lam": 0.6875},
+        reference=lambda x, partner: 0.6875 * x + 0.3125 * x[partner],
+    ),
+    Operation(
+        name="augment.Augment",
+        formula="drawn in the kernel: flips that are certain, center crop",
+        function=Augment,
+        shapes=_SHAPES,
+        pairs=_chain,
+    ),
+]

@@ -1,4 +1,4 @@
-"""Compose: a list of transforms, fused into as few passes as can be."""
+"""Compose: a list of transforms, fused into as few passes as possible."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import op as _augment_ops
-from .arguments import flag
-from .augment import check_memory_format, collate
+from . import op as _ops
+from .arguments import check_memory_format, flag, is_sequence
+from .augment import collate
 from .fuse import Pass, Plan, Stage, fuse
-from .keyed import Keyed
 from .labels import transform_targets
 from .params import AugmentParams, draw
 from .render import render
+from .seeded import SeededModule
 from .steps import Encoded, encode
 
 __all__ = ["Compose", "Transform"]
 
 
-class Passes(Keyed):
-    """Base of Compose and of each transform alone: passes one after the other."""
+class Passes(SeededModule):
+    """Base of Compose and of the single transforms: a sequence of passes."""
 
     def __init__(
         self,
@@ -40,10 +40,10 @@ class Passes(Keyed):
         self._encoded: list[list[Encoded]] = [
             encode([step for stage in p.stages for step in stage.steps], seen) for p in self._passes
         ]
-        self._looks = [p.look() for p in self._passes]
-        self._mixed = any(look.mixed for look in self._looks)
-        for look in self._looks:
-            look.out_dtype(torch.empty(0), out_dtype, self._op, True)
+        self._settings = [p.settings() for p in self._passes]
+        self._mixed = any(settings.mixed for settings in self._settings)
+        for settings in self._settings:
+            settings.check_out_dtype(out_dtype, self._op)
 
     def sample_params(
         self,
@@ -53,11 +53,10 @@ class Passes(Keyed):
         sample_ids: Tensor | Sequence[int] | None = None,
         epoch: int | None = None,
     ) -> list[AugmentParams]:
-        """Draws the parameters of n samples for each pass.
+        """Draw the parameters of n samples for each pass.
 
         Raises:
-            ValueError: a function that is called as it is stands between passes: what size it makes
-                of the images is not known before it ran.
+            ValueError: a function is called between passes, which may change the images' size.
         """
         if any(p.function is not None for p in self._passes[:-1]):
             raise ValueError(
@@ -84,15 +83,15 @@ class Passes(Keyed):
         params: Sequence[AugmentParams] | None = None,
         out: Tensor | None = None,
     ) -> Any:
-        """The batch through all passes.
+        """Apply all passes to a batch.
 
         Args:
-            x: [N, C, H, W], each sample with numbers of its own; or one image [C, H, W].
+            x: [N, C, H, W], each sample with random numbers of its own; or one image [C, H, W].
             targets: as for :class:`fusereg.augment.Augment`.
-            sample_ids: N integers that name the samples.
+            sample_ids: N integers that identify the samples.
             epoch: default: that of ``set_epoch``.
-            params: what :meth:`sample_params` drew.
-            out: where the last pass puts its result.
+            params: drawn by :meth:`sample_params`.
+            out: the tensor that the last pass writes its result to.
 
         Returns:
             The result; (result, targets) if there are targets. Evaluation mode changes nothing, as
@@ -104,7 +103,7 @@ class Passes(Keyed):
             if targets is not None or out is not None:
                 raise ValueError(f"fusereg.{op}: targets and out are for batches (N, C, H, W)")
             x = x[None]
-        _augment_ops.check_images(x, op)
+        _ops.check_images(x, op)
         if params is not None and (sample_ids is not None or epoch is not None):
             raise ValueError(f"fusereg.{op}: params exclude sample_ids and epoch")
         given = None if params is None else list(params)
@@ -114,45 +113,47 @@ class Passes(Keyed):
                 f"fusereg.{op}: params must be one AugmentParams for each of {wanted} passes, "
                 f"got {len(given)}"
             )
-        ids = None if given is not None else self._ids_of(sample_ids, x.shape[0])
+        ids = torch.empty(0) if given is not None else self._ids_of(sample_ids, x.shape[0])
         number = self._epoch_of(epoch)
         last = len(self._passes) - 1
-        for i, (encoded, p) in enumerate(zip(self._encoded, self._passes, strict=True)):
+        checked = True
+        for i, (p, settings) in enumerate(zip(self._passes, self._settings, strict=True)):
             if p.function is not None:
-                x = p.function(x)
+                x, checked = p.function(x), False
                 continue
+            if not checked:
+                _ops.check_images(x, op)
+                checked = True
             if given is not None:
                 own = given.pop(0)
             else:
-                assert ids is not None
                 size = (x.shape[-2], x.shape[-1])
-                own = draw(encoded, ids, size, self.seed, number, op)
-            look = self._looks[i]
+                own = draw(self._encoded[i], ids, size, self.seed, number, op)
             x = render(
                 x,
                 own,
-                look,
+                settings,
                 op,
                 out_dtype=self.out_dtype if i == last else None,
                 keep_dtype=True,
                 memory_format=self.memory_format,
                 out=out if i == last else None,
             )
-            targets = transform_targets(targets, own, look.mixed, look.num_classes, op)
+            targets = transform_targets(targets, own, settings.mixed, settings.num_classes, op)
         if single:
             x = x[0]
         return x if targets is None else (x, targets)
 
     def collate(self, samples: Sequence[Any]) -> Any:
-        """As :meth:`fusereg.augment.Augment.collate`."""
+        """Stack samples and transform them, as :meth:`fusereg.augment.Augment.collate`."""
         return collate(self, self._mixed, samples)
 
 
 class Transform(Passes):
     """Base of the drop-in transforms: one stage, usable alone or in :class:`Compose`.
 
-    ``seed`` None takes one from torch's generator, so that ``torch.manual_seed`` before the
-    transform is made reproduces, and two transforms do not draw the same.
+    ``seed`` None draws one from torch's generator: ``torch.manual_seed`` before the transform is
+    made reproduces it, and two transforms draw different numbers.
     """
 
     def __init__(self, stage: Stage, seed: int | None) -> None:
@@ -164,29 +165,30 @@ class Transform(Passes):
         self._text = ""
 
     def extra_repr(self) -> str:
-        """The arguments."""
+        """Return the arguments."""
         return self._text
 
 
 class Compose(Passes):
-    """A list of transforms in as few passes over the batch as can be.
+    """A list of transforms in as few passes over the batch as possible.
 
-    Takes fusereg's transforms, torchvision's of the same names (their arguments are read), another
-    Compose (its transforms are taken, not its arguments), and any function of a batch, which is
-    called as it is. Geometry composes to one matrix a sample; a
-    normalization, an erased box and MixUp or CutMix ride along. :meth:`plan` says what was fused,
-    what not and why, and where the result differs from one transform after the other: two resamples
-    in one are sharper, and a turned crop shows the image's own pixels in its corners.
+    Accepts fusereg's transforms, torchvision's of the same names (their arguments are read),
+    another Compose (its transforms are taken, not its arguments), and any function of a batch,
+    which is called as it is. Geometry composes to one matrix for each sample; a normalization, an
+    erased box and MixUp or CutMix are part of the same pass. :meth:`plan` shows what was fused,
+    what was not and why, and where the result differs from that of one transform after the other:
+    two resamples in one are sharper, and a rotated crop shows the image's own pixels in its
+    corners.
 
     Args:
-        transforms: in the order in which they are to act.
+        transforms: in the order in which they are applied.
         exact: fuse only what gives the same as one after the other, up to rounding.
-        out_dtype: of the result; default: the images' own, float32 for uint8 that is normalized.
+        out_dtype: of the result; default: that of the images, float32 for uint8 that is normalized.
         memory_format: of the result.
-        seed: of all transforms in the list; theirs do not count.
+        seed: of all transforms in the list; their own seeds are not used.
 
     Raises:
-        TypeError: one of the list is neither a transform nor callable.
+        TypeError: an element is neither a transform nor callable.
 
     Example:
         >>> chain = Compose([RandomResizedCrop(192), RandomHorizontalFlip(), Normalize(mean, std)])
@@ -207,7 +209,7 @@ class Compose(Passes):
         seed: int = 0,
     ) -> None:
         op = self._op
-        if not isinstance(transforms, Sequence) or isinstance(transforms, str):
+        if not is_sequence(transforms):
             raise TypeError(
                 f"fusereg.{op}: transforms must be a sequence, got {type(transforms).__name__}"
             )
@@ -219,20 +221,24 @@ class Compose(Passes):
         self.transforms = list(transforms)
 
     def plan(self) -> Plan:
-        """What was fused and what not."""
+        """Return what was fused, what was not, and why."""
         return Plan(self._passes)
 
     def extra_repr(self) -> str:
-        """The plan."""
+        """Return the plan."""
         return str(self.plan())
 
 
-def _stages(item: object, op: str) -> list[tuple[str, Sequence[Stage] | Callable[..., Any]]]:
-    from .torchvision import from_torchvision
+#: Each returns fusereg's transform for one of another library, or None.
+converters: list[Callable[[object], Transform | None]] = []
 
+
+def _stages(item: object, op: str) -> list[tuple[str, Sequence[Stage] | Callable[..., Any]]]:
+    """Return the stages of a transform or of a list, or a function, with their names."""
     if isinstance(item, Compose):
         return [pair for inner in item.transforms for pair in _stages(inner, op)]
-    known = item if isinstance(item, Transform) else from_torchvision(item)
+    found = (convert(item) for convert in converters)
+    known = item if isinstance(item, Transform) else next((t for t in found if t), None)
     if known is not None:
         return [(known._op, [known.stage])]
     if not callable(item):

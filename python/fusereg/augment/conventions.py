@@ -1,4 +1,4 @@
-"""What libraries mean by an angle, a scale and a fill.
+"""What an angle, a scale and a fill mean in each library.
 
 =============  ===================  ==================  =============  ======================
 ``compat=``    rotation             affine's rotation   scale above 1  outside, interpolation
@@ -9,15 +9,15 @@
 "keras"        counter-clockwise    counter-clockwise   zooms out      symmetric, bilinear
 =============  ===================  ==================  =============  ======================
 
-Each also understands its library's names of fill modes: torchvision's "edge" is "border"; kornia's
+Each also accepts its library's names of fill modes: torchvision's "edge" is "border"; kornia's
 "zeros" is "constant", its "reflection" is "reflect"; Keras's "reflect" is "symmetric" (the edge
-pixel is repeated), its "nearest" is "border". torchvision's RandomAffine moves by whole pixels, and
-its centres are counted from the image's corner, half a pixel from ours.
+pixel is repeated), its "nearest" is "border". torchvision's RandomAffine translates by whole
+pixels, and its centers are counted from the image's corner, half a pixel from fusereg's.
 
-Two things are not imitated. torchvision weighs a constant fill twice where bilinear weights are
-partly outside (a constant image of 200 filled with 200 shows 150 there); here it counts once.
-kornia with ``align_corners=False`` works on a grid that is not that of the pixels; this is its
-``align_corners=True``.
+Two details are not reproduced. torchvision applies a constant fill twice where bilinear weights are
+partly outside (a constant image of 200 filled with 200 shows 150 there); fusereg applies it once.
+kornia with ``align_corners=False`` works on a grid that is not that of the pixels; fusereg matches
+its ``align_corners=True``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .arguments import FILL_MODES, one_of
 
 @dataclass(frozen=True)
 class Convention:
-    """One library's."""
+    """The convention of one library."""
 
     rotation_sign: float = 1.0
     affine_sign: float = 1.0
@@ -43,7 +43,7 @@ class Convention:
     fill_names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def mode(self, name: object, op: str, argument: str = "fill_mode") -> str:
-        """Our name of a fill mode."""
+        """Return fusereg's name of a fill mode."""
         if isinstance(name, str) and name in self.fill_names:
             return self.fill_names[name]
         return one_of(name, op, argument, [*FILL_MODES, *self.fill_names])
@@ -75,5 +75,5 @@ CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
 
 
 def convention(name: object, op: str) -> Convention:
-    """The convention of this name."""
+    """Return the convention of this name."""
     return CONVENTIONS[one_of(name, op, "compat", list(CONVENTIONS))]

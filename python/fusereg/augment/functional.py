@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..core import dispatch
-from ..core import docs as _docs
-from . import op as _augment_ops
+from ..core import dispatch, docs
+from . import op as _ops
 from . import resize_op as _resize_ops
 from .arguments import (
-    FILL_MODES,
     INTERPOLATIONS,
     Size,
     flag,
     for_channels,
     integer,
+    normalization,
     number,
     one_of,
     per_channel,
+    scale_and_shift,
     size_pair,
 )
 
@@ -31,17 +32,26 @@ _ERASE, _MIX, _PARTNER, _LAM, _RECORD = 6, 10, 14, 15, 28
 #: Noise shares no Philox counter with dropout, whose counters have this bit clear.
 _NOISE = -(2**63)
 
-_COMMON = """
+_IMAGES = """
+        x: images (N, C, H, W), contiguous or channels_last (others are copied): uint8, float16,
+            bfloat16, float32 or float64."""
+
+_FILL = """
+        fill_mode: how pixels outside the image are filled: "constant" (``fill``), "border" (by the
+            nearest pixel), "reflect" (-1 is 1), "symmetric" (-1 is 0) or "wrap".
+        fill: a number, or one for each channel, in x's units."""
+
+_RESULT = """
         mean, std: numbers, one for each channel or one for all: the result is (v - mean) / std with
-            v scaled to [0, 1] if x is uint8; None: values as they are.
+            v scaled to [0, 1] if x is uint8; None: values stay as they are.
         out_dtype: of the result: uint8 (rounded to nearest and clamped to [0, 255]) or a
             floating-point dtype. None: x's, or float32 for uint8 with mean and std.
-        memory_format: torch.contiguous_format or torch.channels_last; None: as x lies in memory.
-        out: takes the result; no gradients then."""
+        memory_format: torch.contiguous_format or torch.channels_last; None: that of x.
+        out: the tensor that the result is written to; no gradients then."""
 
 _TAIL = """
-    Arithmetic is float32, or float64 if x is. The same bits on every device, instruction set and
-    number of threads. Differentiable in x (not for uint8 results).
+    Arithmetic is float32, or float64 if x is. Bits are the same on every device, instruction set
+    and number of threads. Differentiable in x (not for uint8 results).
 
     Raises:
         TypeError, ValueError: an argument is of another type, shape, dtype or device, or out of its
@@ -49,91 +59,69 @@ _TAIL = """
 
 
 #: A record that changes nothing.
-_PLAIN = torch.zeros(_RECORD, dtype=torch.float64)
-_PLAIN[[0, 4, _LAM, 16, 21, 26]] = 1.0
-_PLAIN[_PARTNER] = -1.0
+_IDENTITY = torch.zeros(_RECORD, dtype=torch.float64)
+_IDENTITY[[0, 4, _LAM, 16, 21, 26]] = 1.0
+_IDENTITY[_PARTNER] = -1.0
 
 
-#: What top, left, mirrored, upside down, and the latter times the window's last column and its last
-#: row add to a record.
+#: What top, left, hflip, vflip, and the latter times the window's last column and its last row add
+#: to a record.
 _WINDOW = torch.zeros(6, _RECORD, dtype=torch.float64)
 _WINDOW[[0, 1, 4, 5], [5, 2, 2, 5]] = 1.0
 _WINDOW[[2, 3], [0, 4]] = -2.0
 
 
 def _identity(x: Tensor) -> Tensor:
-    """A record for each sample that changes nothing."""
-    return _PLAIN.repeat(x.shape[0], 1)
+    """Return a record for each sample that changes nothing."""
+    return _IDENTITY.repeat(x.shape[0], 1)
 
 
-def _values(
-    x: Tensor, mean: object, std: object, out_dtype: torch.dtype | None, out: Tensor | None, op: str
-) -> tuple[list[float], list[float], torch.dtype]:
-    """scale and shift for each channel, and the result's dtype."""
-    channels = x.shape[1]
-    if (mean is None) != (std is None):
-        raise ValueError(f"fusereg.{op}: mean and std must be given both or neither")
-    if out_dtype is None and isinstance(out, Tensor):
-        out_dtype = out.dtype
-    if mean is None:
-        return [1.0] * channels, [0.0] * channels, out_dtype or x.dtype
-    if out_dtype is None:
-        out_dtype = torch.float32 if x.dtype is torch.uint8 else x.dtype
-    limit = 255.0 if x.dtype is torch.uint8 else 1.0
-    means = for_channels(per_channel(mean, op, "mean"), channels, op, "mean")
-    stds = for_channels(per_channel(std, op, "std"), channels, op, "std")
-    if 0.0 in stds:
-        raise ValueError(f"fusereg.{op}: std must not be zero")
-    return (
-        [1.0 / (limit * s) for s in stds],
-        [-m / s for m, s in zip(means, stds, strict=True)],
-        out_dtype,
-    )
+class _Result(NamedTuple):
+    """The arguments that say what becomes of the values."""
+
+    mean: object = None
+    std: object = None
+    out_dtype: torch.dtype | None = None
+    memory_format: torch.memory_format | None = None
+    out: Tensor | None = None
+
+    def resolve(
+        self, x: Tensor, size: Sequence[int], op: str
+    ) -> tuple[_ops.Target, tuple[_ops.Channels, _ops.Channels]]:
+        """Return the target, and (scale, shift) for each channel."""
+        normal = normalization(self.mean, self.std, op)
+        affine = scale_and_shift(normal, x.dtype, x.shape[1], op)
+        dtype = self.out_dtype
+        if dtype is None and isinstance(self.out, Tensor):
+            dtype = self.out.dtype
+        if dtype is None:
+            dtype = torch.float32 if normal and x.dtype is torch.uint8 else x.dtype
+        _ops.check_dtype(dtype, op)
+        return _ops.Target.of(x, size, dtype, self.memory_format), affine
 
 
-def _run(
+_Sampling: TypeAlias = tuple[str, bool, str, object]
+_NEAREST: _Sampling = ("nearest", False, "constant", 0.0)
+
+
+def _apply(
     x: Tensor,
     records: Tensor,
-    size: tuple[int, int],
+    size: Sequence[int],
+    result: _Result,
     op: str,
+    sampling: _Sampling = _NEAREST,
     *,
-    interpolation: str = "bilinear",
-    antialias: bool = False,
-    fill_mode: str = "constant",
-    fill: object = 0.0,
-    mean: object = None,
-    std: object = None,
-    erase: Sequence[float] | None = None,
     keys: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    memory_format: torch.memory_format | None = None,
-    out: Tensor | None = None,
+    erase: tuple[float, ...] | None = None,
 ) -> Tensor:
-    channels = x.shape[1]
-    scale, shift, dtype = _values(x, mean, std, out_dtype, out, op)
-    how = INTERPOLATIONS[one_of(interpolation, op, "interpolation", list(INTERPOLATIONS))]
-    border = FILL_MODES[one_of(fill_mode, op, "fill_mode", list(FILL_MODES))]
-    if flag(antialias, op, "antialias") and interpolation == "nearest":
+    """Apply a pass; ``sampling`` is interpolation, antialias, fill mode and fill."""
+    target, affine = result.resolve(x, size, op)
+    options = _ops.Options.of(x.shape[1], op, sampling, affine, erase)
+    if flag(sampling[1], op, "antialias") and sampling[0] == "nearest":
         raise ValueError(f"fusereg.{op}: antialias needs interpolation 'bilinear' or 'bicubic'")
-    return _augment_ops.apply(
-        x,
-        records.to(x.device),
-        None if keys is None else keys.to(x.device),
-        size,
-        interpolation=how,
-        antialias=antialias,
-        fill_mode=border,
-        colour=False,
-        fill=for_channels(per_channel(fill, op, "fill"), channels, op, "fill"),
-        scale=scale,
-        shift=shift,
-        erase=[0.0] * channels if erase is None else erase,
-        erase_noise=keys is not None,
-        out_dtype=dtype,
-        memory_format=memory_format,
-        out=out,
-        op=op,
-    )
+    keys = None if keys is None else keys.to(x.device)
+    return _ops.apply(x, records.to(x.device), keys, target, options, op, result.out)
 
 
 def warp_affine(
@@ -151,24 +139,23 @@ def warp_affine(
     memory_format: torch.memory_format | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""Each image under an affine map: output pixel :math:`(u, v)` comes from the point
-    :math:`M_i\,(u, v, 1)^T` of image i. Integers are the centres of pixels, on both sides.
+    r"""Warp each image by an affine map.
+
+    Output pixel :math:`(u, v)` comes from the point :math:`M_i\,(u, v, 1)^T` of image i. Integers
+    are the centers of pixels, in input and output.
 
     Args:
-        x: images (N, C, H, W), contiguous or channels last (others are copied): uint8, float16,
-            bfloat16, float32 or float64.
+    {images}
         matrix: (N, 2, 3), or (2, 3) for all. No gradient goes to it.
         size: of the result, (height, width) or one integer for both; None: x's.
         interpolation: "nearest", "bilinear" or "bicubic" (a = -0.75).
         antialias: widens the filter where the map shrinks ("bilinear", "bicubic" with a = -0.5).
-        fill_mode: what lies outside the image: "constant" (``fill``), "border" (its nearest pixel),
-            "reflect" (-1 is 1), "symmetric" (-1 is 0) or "wrap".
-        fill: a number, or one for each channel, in x's units.
-    {common}
+    {fill}
+    {result}
 
     Returns:
         (N, C, height, width). Whole-pixel shifts, flips and quarter turns are exact. A NaN reaches
-        only the pixels that it has a weight in.
+        only the pixels in which it has a weight.
     {tail}
 
     Example::
@@ -177,7 +164,7 @@ def warp_affine(
         y = fusereg.augment.warp_affine(images, turn)  # 32 x 32, a quarter of a turn
     """
     op = "warp_affine"
-    _augment_ops.check_images(x, op)
+    _ops.check_images(x, op)
     if not isinstance(matrix, Tensor):
         raise TypeError(f"fusereg.{op}: matrix must be a torch.Tensor, got {type(matrix).__name__}")
     n = x.shape[0]
@@ -191,25 +178,12 @@ def warp_affine(
     shape = (x.shape[2], x.shape[3]) if size is None else size_pair(size, op)
     records = _identity(x).to(matrix.device)
     records[:, :6] = matrix.double().reshape(-1, 6)
-    return _run(
-        x,
-        records,
-        shape,
-        op,
-        interpolation=interpolation,
-        antialias=antialias,
-        fill_mode=fill_mode,
-        fill=fill,
-        mean=mean,
-        std=std,
-        out_dtype=out_dtype,
-        memory_format=memory_format,
-        out=out,
-    )
+    result = _Result(mean, std, out_dtype, memory_format, out)
+    return _apply(x, records, shape, result, op, (interpolation, antialias, fill_mode, fill))
 
 
 def _for_samples(value: object, n: int, op: str, name: str, kind: str) -> Tensor:
-    """A number for each sample, on the CPU or where the tensor is."""
+    """Return a number for each sample, on the CPU or the device of the tensor."""
     if isinstance(value, Tensor):
         integral = not (value.is_floating_point() or value.is_complex())
         good = {
@@ -223,11 +197,8 @@ def _for_samples(value: object, n: int, op: str, name: str, kind: str) -> Tensor
                 f"of shape {tuple(value.shape)}"
             )
         return value.expand(n) if integral else value.detach().double().expand(n)
-    if kind == "flags":
-        plain = float(flag(value, op, name))
-    else:
-        plain = float((integer if kind == "integers" else number)(value, op, name))
-    return torch.full((n,), plain, dtype=torch.float64)
+    check = {"flags": flag, "integers": integer, "numbers": number}[kind]
+    return torch.full((n,), float(check(value, op, name)), dtype=torch.float64)
 
 
 def crop_flip_normalize(
@@ -246,20 +217,17 @@ def crop_flip_normalize(
     memory_format: torch.memory_format | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """A window of each image, flipped or not, normalized and converted in one pass.
+    """Crop, flip, normalize and convert each image in one pass.
 
     Args:
-        x: images (N, C, H, W), contiguous or channels last (others are copied): uint8, float16,
-            bfloat16, float32 or float64.
+    {images}
         size: of the window, (height, width) or one integer for both.
-        top, left: the window's first row and column: integers, or integer tensors (N,). It may
-            reach beyond the image, also by negative ones.
-        hflip, vflip: whether the window is mirrored left to right, upside down: True or False, or
+        top, left: the window's first row and column: integers, or integer tensors (N,). The window
+            may reach outside the image; negative values are allowed.
+        hflip, vflip: whether the window is flipped horizontally, vertically: True or False, or
             boolean tensors (N,).
-        fill_mode: what lies outside the image: "constant" (``fill``), "border" (its nearest pixel),
-            "reflect" (-1 is 1), "symmetric" (-1 is 0) or "wrap".
-        fill: a number, or one for each channel, in x's units.
-    {common}
+    {fill}
+    {result}
 
     Returns:
         (N, C, height, width).
@@ -273,7 +241,7 @@ def crop_flip_normalize(
         )
     """
     op = "crop_flip_normalize"
-    _augment_ops.check_images(x, op)
+    _ops.check_images(x, op)
     height, width = size_pair(size, op)
     n = x.shape[0]
     given = [
@@ -283,26 +251,14 @@ def crop_flip_normalize(
         _for_samples(vflip, n, op, "vflip", "flags"),
     ]
     device = next((g.device for g in given if g.device.type != "cpu"), torch.device("cpu"))
-    rows, columns, mirrored, upside_down = (g.to(device) for g in given)
-    places = [rows, columns, mirrored, upside_down, mirrored * (width - 1)]
-    places.append(upside_down * (height - 1))
+    rows, columns, flipped_x, flipped_y = (g.to(device) for g in given)
+    places = [rows, columns, flipped_x, flipped_y, flipped_x * (width - 1)]
+    places.append(flipped_y * (height - 1))
     # One product instead of a write to each column.
     numbers = torch.stack(places, 1).double()
-    records = torch.addmm(_PLAIN.to(device), numbers, _WINDOW.to(device))
-    return _run(
-        x,
-        records,
-        (height, width),
-        op,
-        interpolation="nearest",
-        fill_mode=fill_mode,
-        fill=fill,
-        mean=mean,
-        std=std,
-        out_dtype=out_dtype,
-        memory_format=memory_format,
-        out=out,
-    )
+    records = torch.addmm(_IDENTITY.to(device), numbers, _WINDOW.to(device))
+    result = _Result(mean, std, out_dtype, memory_format, out)
+    return _apply(x, records, (height, width), result, op, ("nearest", False, fill_mode, fill))
 
 
 def resize(
@@ -317,17 +273,17 @@ def resize(
     memory_format: torch.memory_format | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Images of another size: torch.nn.functional.interpolate with align_corners=False, normalized
-    and converted in the same pass.
+    """Resize images, normalize and convert them in the same pass.
+
+    The result is that of torch.nn.functional.interpolate with align_corners=False.
 
     Args:
-        x: images (N, C, H, W), contiguous or channels last (others are copied): uint8, float16,
-            bfloat16, float32 or float64.
+    {images}
         size: of the result, (height, width) or one integer for both.
         interpolation: "nearest" (torch's "nearest-exact"; needs ``antialias=False``), "bilinear" or
             "bicubic".
         antialias: widens the filter where the image shrinks.
-    {common}
+    {result}
 
     Returns:
         (N, C, height, width).
@@ -338,43 +294,25 @@ def resize(
         y = fusereg.augment.resize(images, 224)
     """
     op = "resize"
-    _augment_ops.check_images(x, op)
+    _ops.check_images(x, op)
     height, width = size_pair(size, op)
+    result = _Result(mean, std, out_dtype, memory_format, out)
     if flag(antialias, op, "antialias") and interpolation in ("bilinear", "bicubic"):
-        scale, shift, dtype = _values(x, mean, std, out_dtype, out, op)
-        return _resize_ops.apply(
-            x,
-            (height, width),
-            interpolation=INTERPOLATIONS[interpolation],
-            scale=scale,
-            shift=shift,
-            out_dtype=dtype,
-            memory_format=memory_format,
-            out=out,
-            op=op,
-        )
+        target, affine = result.resolve(x, (height, width), op)
+        resampling = (INTERPOLATIONS[interpolation], False, *affine)
+        return _ops.call(_resize_ops.resize, x, (*target, *resampling), target, op, out)
     by_y, by_x = x.shape[2] / height, x.shape[3] / width
     records = _identity(x)
     records[:, :6] = torch.tensor(
         [by_x, 0.0, (by_x - 1.0) / 2.0, 0.0, by_y, (by_y - 1.0) / 2.0], dtype=torch.float64
     )
-    return _run(
-        x,
-        records,
-        (height, width),
-        op,
-        interpolation=interpolation,
-        antialias=antialias,
-        fill_mode="border",
-        mean=mean,
-        std=std,
-        out_dtype=out_dtype,
-        memory_format=memory_format,
-        out=out,
+    return _apply(
+        x, records, (height, width), result, op, (interpolation, antialias, "border", 0.0)
     )
 
 
 def _boxes(boxes: object, n: int, op: str) -> Tensor:
+    """Check boxes (N, 4) of integers."""
     if not isinstance(boxes, Tensor):
         raise TypeError(f"fusereg.{op}: boxes must be a torch.Tensor, got {type(boxes).__name__}")
     if tuple(boxes.shape) != (n, 4) or boxes.is_floating_point() or boxes.is_complex():
@@ -393,20 +331,20 @@ def erase(
     seed: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """A copy of the images with a box of each overwritten (Zhong et al. 2017, "Random erasing data
-    augmentation").
+    """Copy images and overwrite a box of each.
+
+    Zhong et al. 2017, "Random erasing data augmentation".
 
     Args:
-        x: images (N, C, H, W), contiguous or channels last (others are copied): uint8, float16,
-            bfloat16, float32 or float64.
+    {images}
         boxes: integers (N, 4): x0, y0, x1, y1, half open; empty ones erase nothing.
         value: a number, or one for each channel, or "random": standard normal noise, a function of
             (seed, the sample's index, the element) alone.
         seed: of the noise.
-        out: takes the result; no gradients then.
+        out: the tensor that the result is written to; no gradients then.
 
     Returns:
-        Like x.
+        Images like x.
     {tail}
 
     Example::
@@ -414,29 +352,20 @@ def erase(
         y = fusereg.augment.erase(images, torch.tensor([[4, 4, 12, 12]]).expand(len(images), 4))
     """
     op = "erase"
-    _augment_ops.check_images(x, op)
-    records = _identity(x)
-    records = records.to(boxes.device) if isinstance(boxes, Tensor) else records
-    records[:, _ERASE : _ERASE + 4] = _boxes(boxes, x.shape[0], op)
-    keys = None
-    fill = None
+    _ops.check_images(x, op)
+    n = x.shape[0]
+    corners = _boxes(boxes, n, op)
+    records = _identity(x).to(corners.device)
+    records[:, _ERASE : _ERASE + 4] = corners
+    keys = fill = None
     if isinstance(value, str):
         one_of(value, op, "value", ["random"])
-        keys = torch.empty(x.shape[0], 2, dtype=torch.int64)
+        keys = torch.empty(n, 2, dtype=torch.int64)
         keys[:, 0] = (integer(seed, op, "seed") + 2**63) % 2**64 - 2**63
-        keys[:, 1] = torch.arange(x.shape[0]) + _NOISE
+        keys[:, 1] = torch.arange(n) + _NOISE
     else:
         fill = for_channels(per_channel(value, op, "value"), x.shape[1], op, "value")
-    return _run(
-        x,
-        records,
-        (x.shape[2], x.shape[3]),
-        op,
-        interpolation="nearest",
-        erase=fill,
-        keys=keys,
-        out=out,
-    )
+    return _apply(x, records, x.shape[2:], _Result(out=out), op, keys=keys, erase=fill)
 
 
 def mix(
@@ -447,21 +376,22 @@ def mix(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""Each image with another of the batch: :math:`\lambda_i x_i + (1 - \lambda_i) x_{p_i}` inside
-    its box, :math:`x_i` outside: MixUp (Zhang et al. 2018) without boxes, CutMix (Yun et al. 2019)
-    with boxes and lam = 0.
+    r"""Mix each image with another of the batch.
+
+    The result is :math:`\lambda_i x_i + (1 - \lambda_i) x_{p_i}` inside the image's box and
+    :math:`x_i` outside: MixUp (Zhang et al. 2018) without boxes, CutMix (Yun et al. 2019) with
+    boxes and lam = 0.
 
     Args:
-        x: images (N, C, H, W), contiguous or channels last (others are copied): uint8, float16,
-            bfloat16, float32 or float64.
-        partner: integers (N,), indices into the batch; negative: none. One beyond the batch is an
-            error; on a GPU and in compiled code, where nobody looks, it is none as well.
+    {images}
+        partner: integers (N,), indices into the batch; negative: none. An index beyond the batch is
+            an error; on a GPU and in compiled code, where it is not checked, it is none as well.
         lam: within [0, 1]: a number, or a tensor (N,).
         boxes: integers (N, 4): x0, y0, x1, y1, half open; None: the whole image.
-        out: takes the result; no gradients then.
+        out: the tensor that the result is written to; no gradients then.
 
     Returns:
-        Like x.
+        Images like x.
     {tail}
 
     Example::
@@ -469,33 +399,32 @@ def mix(
         y = fusereg.augment.mix(images, torch.randperm(len(images)), 0.7)
     """
     op = "mix"
-    _augment_ops.check_images(x, op)
+    _ops.check_images(x, op)
     n = x.shape[0]
     if not isinstance(partner, Tensor):
         raise TypeError(
             f"fusereg.{op}: partner must be a torch.Tensor, got {type(partner).__name__}"
         )
-    with_whom = _for_samples(partner, n, op, "partner", "integers")
+    indices = _for_samples(partner, n, op, "partner", "integers")
     share = _for_samples(lam, n, op, "lam", "numbers").to(partner.device)
-    # A GPU's numbers would be waited for, a graph has none yet: the kernel takes an index beyond
-    # the batch for no partner.
-    if with_whom.device.type == "cpu" and n > 0 and dispatch.eager():
-        if float(with_whom.max()) >= n:
+    # Reading a GPU's numbers would wait for it, and a graph has none yet: the kernel takes an index
+    # beyond the batch for no partner.
+    if indices.device.type == "cpu" and n > 0 and dispatch.eager():
+        if float(indices.max()) >= n:
             raise ValueError(
-                f"fusereg.{op}: partner must be below the batch size {n}, "
-                f"got {int(with_whom.max())}"
+                f"fusereg.{op}: partner must be below the batch size {n}, got {int(indices.max())}"
             )
         if not bool(((share >= 0) & (share <= 1)).all()):
             raise ValueError(f"fusereg.{op}: lam must be within [0, 1]")
     records = _identity(x).to(partner.device)
-    records[:, _PARTNER] = with_whom
+    records[:, _PARTNER] = indices
     records[:, _LAM] = share
     if boxes is None:
         records[:, _MIX + 2], records[:, _MIX + 3] = x.shape[3], x.shape[2]
     else:
         records[:, _MIX : _MIX + 4] = _boxes(boxes, n, op).to(partner.device)
-    return _run(x, records, (x.shape[2], x.shape[3]), op, interpolation="nearest", out=out)
+    return _apply(x, records, x.shape[2:], _Result(out=out), op)
 
 
 for _function in (warp_affine, crop_flip_normalize, resize, erase, mix):
-    _docs.share_paragraphs(_function, common=_COMMON, tail=_TAIL)
+    docs.share_paragraphs(_function, images=_IMAGES, fill=_FILL, result=_RESULT, tail=_TAIL)

@@ -1,4 +1,4 @@
-"""Which transforms of a list go into one pass, and why others do not."""
+"""Fusion of a list of transforms into passes."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .render import Look, repeat_edge
-from .steps import LARGER_IS_AN_ERROR, Centre, Room, Step, Window
+from .arguments import Normalization
+from .render import Settings
+from .steps import LARGER_IS_AN_ERROR, CenterWindow, ExpandCanvas, RandomWindow, Step
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one transform adds to a pass.
+    """The contribution of one transform to a pass.
 
     Attributes:
         name: for the plan.
         steps: geometry, erasing, mixing.
-        resamples: pixels do not fall on pixels.
-        moves: pixels can leave the canvas, or it becomes smaller: what comes later must not look
-            for them.
-        fills: reads what is outside the canvas, and fills it.
-        may_fill: does so where its window is larger than the canvas.
-        half_pixels: looks outside by half a pixel, where it repeats the edge.
-        interpolation, antialias, fill_mode, fill: of what resamples or fills.
-        mean, std: of a normalization.
+        resamples: pixels are interpolated.
+        moves: pixels can leave the canvas, or it becomes smaller: later stages must not expect
+            them.
+        fills: reads pixels outside the canvas, and fills them.
+        may_fill: fills where its window is larger than the canvas.
+        half_pixels: reads half a pixel outside the canvas, where the edge is repeated.
+        interpolation, antialias, fill_mode, fill: of a stage that resamples or fills.
+        normal: the normalization.
         erases, erase, erase_noise: of erased boxes.
         mixes, num_classes: of MixUp and CutMix.
     """
@@ -40,8 +41,7 @@ class Stage:
     antialias: bool = False
     fill_mode: str = "constant"
     fill: tuple[float, ...] = (0.0,)
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    normal: Normalization | None = None
     erases: bool = False
     erase: tuple[float, ...] = (0.0,)
     erase_noise: bool = False
@@ -50,7 +50,7 @@ class Stage:
 
     @property
     def geometric(self) -> bool:
-        """Whether it moves pixels at all."""
+        """Whether it changes the places of pixels."""
         return bool(self.steps) and not self.erases and not self.mixes
 
 
@@ -59,9 +59,11 @@ class Pass:
     """Transforms that run as one kernel.
 
     Attributes:
-        names: theirs.
+        names: of the transforms.
         notes: where the result differs from one transform after the other.
         reason: why this is not part of the pass before it; empty for the first.
+        function: a function that is called as it is, instead of stages.
+        stages: in order.
     """
 
     names: list[str] = field(default_factory=list)
@@ -71,6 +73,7 @@ class Pass:
     stages: list[Stage] = field(default_factory=list)
 
     def __str__(self) -> str:
+        """Return the lines of the plan."""
         lines = [" + ".join(self.names)]
         if self.function is not None:
             lines[0] += " (called as it is)"
@@ -83,50 +86,45 @@ class Pass:
         return next((s for s in reversed(self.stages) if wanted(s)), None)
 
     def _filler(self) -> Stage | None:
-        """Whose fill the pass has: one that surely fills, if there is one."""
+        """Return the stage whose fill is that of the pass, preferably one that always fills."""
         return self._last(lambda s: s.fills) or self._last(lambda s: s.may_fill)
 
     def _clashes(self, a: Stage, b: Stage) -> bool:
-        """Whether what both see outside is not the same."""
+        """Return whether two stages see different pixels outside the canvas."""
         if (a.fill_mode, a.fill) != (b.fill_mode, b.fill):
             return True
-        before = [s.mean is not None for s in self.stages]
-        since = before[self.stages.index(a) :] if a in self.stages else []
+        normalized = [s.normal is not None for s in self.stages]
+        since = normalized[self.stages.index(a) :] if a in self.stages else []
         return a.fill_mode == "constant" and any(since)
 
-    def look(self) -> Look:
-        """What the kernel is told besides the geometry."""
-        look = Look()
+    def settings(self) -> Settings:
+        """Return the settings of the kernel."""
+        values: dict[str, Any] = {}
         normalized = False
         filler = self._filler()
         for s in self.stages:
             if s.resamples:
-                antialias = look.antialias or s.antialias
-                look = replace(look, interpolation=s.interpolation, antialias=antialias)
+                values["interpolation"] = s.interpolation
+                values["antialias"] = values.get("antialias", False) or s.antialias
             if s is filler:
-                constant = s.fill_mode == "constant"
-                look = replace(
-                    look,
-                    fill_mode=s.fill_mode,
-                    fill=s.fill,
-                    fill_normalized=normalized and constant,
-                )
-            if s.mean is not None:
-                look = replace(look, mean=s.mean, std=s.std)
+                values.update(fill_mode=s.fill_mode, fill=s.fill)
+                values["fill_normalized"] = normalized and s.fill_mode == "constant"
+            if s.normal is not None:
+                values["normal"] = s.normal
                 normalized = True
             if s.erases:
-                look = replace(
-                    look, erase=s.erase, erase_noise=s.erase_noise, erase_before=not normalized
-                )
+                values.update(erase=s.erase, erase_noise=s.erase_noise)
+                values["erase_before"] = not normalized
             if s.mixes:
-                look = replace(look, mixed=True, num_classes=s.num_classes)
-        return look if filler else repeat_edge(look)
+                values.update(mixed=True, num_classes=s.num_classes)
+        settings = Settings(**values)
+        return settings if filler else settings.repeat_edge()
 
     def refuses(self, new: Stage, exact: bool) -> str:
-        """Why the stage cannot join; empty if it can."""
+        """Return why a stage cannot join the pass, or an empty string if it can."""
         erased = self._last(lambda s: s.erases)
         mixed = self._last(lambda s: s.mixes)
-        normal = self._last(lambda s: s.mean is not None)
+        normal = self._last(lambda s: s.normal is not None)
         before = mixed or erased
         if new.geometric and before:
             return f"{new.name} would move the boxes of {before.name}"
@@ -134,7 +132,7 @@ class Pass:
             return f"a pass erases one box and mixes last, and {before.name} comes first"
         if new.mixes and mixed:
             return f"a pass mixes once, and {mixed.name} has"
-        if new.mean is not None:
+        if new.normal is not None:
             if normal:
                 return f"a pass normalizes once, and {normal.name} has"
             if erased and erased.erase_noise:
@@ -166,13 +164,13 @@ class Pass:
         return ""
 
     def canvas(self, before: tuple[int, int] | None) -> tuple[int, int] | None:
-        """The size of what the pass makes of a canvas, if that does not depend on the images."""
+        """Return the size of the pass's result, or None if that depends on the images."""
         for step in (step for stage in self.stages for step in stage.steps):
-            before = None if isinstance(step, Room) else getattr(step, "size", before)
+            before = None if isinstance(step, ExpandCanvas) else getattr(step, "size", before)
         return before
 
     def add(self, new: Stage) -> None:
-        """The stage joins."""
+        """Add a stage to the pass."""
         if new.geometric:
             self._note(new)
         filler = self._filler()
@@ -192,13 +190,15 @@ class Pass:
         self.names.append(new.name)
 
     def _must_fit(self, optional: Stage, other: Stage) -> Stage:
-        """A crop that would fill where it is larger than the image: it has no fill of its own."""
+        """Return a crop that must not be larger than the image, as it has no fill of its own."""
         self.notes.append(
             f"{optional.name} must not be larger than the images (an error says so): the fill is "
             f"that of {other.name}"
         )
         steps = tuple(
-            replace(step, larger=LARGER_IS_AN_ERROR) if isinstance(step, (Window, Centre)) else step
+            replace(step, larger=LARGER_IS_AN_ERROR)
+            if isinstance(step, (RandomWindow, CenterWindow))
+            else step
             for step in optional.steps
         )
         return replace(optional, steps=steps, may_fill=False)
@@ -231,7 +231,7 @@ def _fill_text(stage: Stage) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What :class:`fusereg.augment.Compose` made of its list; ``print`` shows it.
+    """The passes that :class:`fusereg.augment.Compose` made of its list; ``print`` shows them.
 
     Attributes:
         passes: in order, with names, notes and reasons.
@@ -240,14 +240,15 @@ class Plan:
     passes: tuple[Pass, ...]
 
     def __str__(self) -> str:
+        """Return the passes, numbered."""
         return "\n".join(f"{i}. {p}" for i, p in enumerate(self.passes, start=1))
 
 
 def _fitted(stage: Stage, canvas: tuple[int, int] | None) -> Stage:
-    """The stage, for which it is known whether it fills if the canvas is known."""
+    """Return a stage of which it is known whether it fills, if the canvas is known."""
     if not stage.may_fill or canvas is None:
         return stage
-    sizes = [step.size for step in stage.steps if isinstance(step, (Window, Centre))]
+    sizes = [step.size for step in stage.steps if isinstance(step, (RandomWindow, CenterWindow))]
     fits = all(h <= canvas[0] and w <= canvas[1] for h, w in sizes)
     return replace(stage, fills=stage.fills or not fits, may_fill=False)
 
@@ -255,7 +256,7 @@ def _fitted(stage: Stage, canvas: tuple[int, int] | None) -> Stage:
 def fuse(
     items: Sequence[tuple[str, Sequence[Stage] | Callable[..., Any]]], exact: bool
 ) -> tuple[Pass, ...]:
-    """The passes of a list of (name, stages or a function that is called as it is)."""
+    """Return the passes of a list of (name, stages or a function that is called as it is)."""
     passes: list[Pass] = []
     canvas: tuple[int, int] | None = None
     for name, item in items:

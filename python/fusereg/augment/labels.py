@@ -28,7 +28,7 @@ class MixedLabels(NamedTuple):
     weight: Tensor
 
     def soft(self, num_classes: int) -> Tensor:
-        """[N, num_classes] float32: weight at a, 1 - weight at b."""
+        """Return [N, num_classes] float32: weight at a, 1 - weight at b."""
         result = torch.zeros(len(self.a), num_classes, device=self.a.device)
         weight = self.weight[:, None]
         return result.scatter_add_(1, self.a[:, None], weight).scatter_add_(
@@ -36,9 +36,9 @@ class MixedLabels(NamedTuple):
         )
 
     def loss(self, criterion: Callable[[Any, Tensor], Tensor], prediction: Any) -> Tensor:
-        """mean(weight * criterion(prediction, a) + (1 - weight) * criterion(prediction, b)).
+        """Return mean(weight * criterion(prediction, a) + (1 - weight) * criterion(prediction, b)).
 
-        ``criterion`` gives a loss for each sample (``reduction="none"``).
+        ``criterion`` returns a loss for each sample (``reduction="none"``).
         """
         own, other = criterion(prediction, self.a), criterion(prediction, self.b)
         if own.shape != self.weight.shape:
@@ -52,13 +52,13 @@ class MixedLabels(NamedTuple):
 def mix_labels(
     labels: Tensor, params: AugmentParams, num_classes: int | None = None, op: str = "mix_labels"
 ) -> Tensor | MixedLabels:
-    """The labels of the samples that ``params`` mixes.
+    """Mix labels as ``params`` mixes the images.
 
     ``y_i = w_i l_i + (1 - w_i) l_partner(i)`` with ``w = params.weights``.
 
     Args:
         labels: [N] class indices, or [N, K] probabilities (such as one-hot rows).
-        params: what mixed the images.
+        params: the parameters that mixed the images.
         num_classes: K, for class indices.
 
     Returns:
@@ -102,18 +102,18 @@ def mix_labels(
 
 
 def _tv_tensors() -> Any:
-    """The module, if it has been imported: nobody can hold its types otherwise."""
+    """Return the module if it has been imported; without it no tensor has its types."""
     return sys.modules.get("torchvision.tv_tensors")
 
 
 def unwrap(x: Tensor) -> Tensor:
-    """A plain tensor of a tv_tensors.Image."""
+    """Return a tv_tensors.Image as a Tensor, and other tensors as they are."""
     tv = _tv_tensors()
     return x.as_subclass(Tensor) if tv is not None and isinstance(x, tv.Image) else x
 
 
 def rewrap(y: Tensor, like: Tensor) -> Tensor:
-    """A tv_tensors.Image again, if ``like`` is one."""
+    """Return y as a tv_tensors.Image if ``like`` is one."""
     tv = _tv_tensors()
     if tv is None or not isinstance(like, tv.Image):
         return y
@@ -124,9 +124,10 @@ def rewrap(y: Tensor, like: Tensor) -> Tensor:
 def transform_targets(
     targets: Any, params: AugmentParams, mixed: bool, num_classes: int | None, op: str
 ) -> Any:
-    """Targets of a batch: labels are mixed if the images are; tv_tensors move with them.
+    """Transform the targets of a batch: labels are mixed if images are; tv_tensors move with them.
 
-    Mappings and tuples are gone through; a list of N bounding boxes or masks is one a sample.
+    The values of mappings are transformed each; a list of N bounding boxes or masks has one for
+    each sample.
     """
     if targets is None:
         return None
@@ -140,13 +141,10 @@ def transform_targets(
             if all(isinstance(t, tv.BoundingBoxes) for t in targets):
                 return tv_boxes(targets, params, op)
             if all(isinstance(t, Mapping) for t in targets) and len(targets) == len(params):
-                return _each(targets, params, mixed, num_classes, op)
+                return _for_each_sample(targets, params, mixed, op)
             if all(isinstance(t, tv.Mask) for t in targets) and len(targets) == len(params):
                 alone = params.without_mix()
-                return [
-                    tv.wrap(_one_mask(t.as_subclass(Tensor), alone[i]), like=t)
-                    for i, t in enumerate(targets)
-                ]
+                return [_move(t, alone[i], op) for i, t in enumerate(targets)]
     if isinstance(targets, Mapping):
         return {k: transform_targets(v, params, mixed, num_classes, op) for k, v in targets.items()}
     if not mixed:
@@ -154,38 +152,31 @@ def transform_targets(
     return mix_labels(targets, params, num_classes, op)
 
 
-def _each(
-    targets: list[Any], params: AugmentParams, mixed: bool, num_classes: int | None, op: str
-) -> list[Any]:
-    """Detection's form: a mapping of boxes, masks and labels for each sample."""
+def _for_each_sample(targets: list[Any], params: AugmentParams, mixed: bool, op: str) -> list[Any]:
+    """Transform detection targets: a mapping of boxes, masks and labels for each sample."""
     if mixed:
         raise ValueError(
             f"fusereg.{op}: targets of single samples cannot be mixed; leave mix out, or "
             "pass labels of the whole batch"
         )
+    return [
+        {name: _move(value, params[i], op) for name, value in target.items()}
+        for i, target in enumerate(targets)
+    ]
+
+
+def _move(value: Any, params: AugmentParams, op: str) -> Any:
+    """Move the boxes, the mask [H, W] or the masks [K, H, W] of one sample with its image."""
     tv = _tv_tensors()
-    results = []
-    for i, target in enumerate(targets):
-        own = params[i]
-        result = {}
-        for name, value in target.items():
-            if isinstance(value, tv.BoundingBoxes):
-                result[name] = tv_boxes([value], own, op)[0]
-            elif isinstance(value, tv.Mask):
-                result[name] = tv.wrap(_one_mask(value.as_subclass(Tensor), own), like=value)
-            else:
-                result[name] = value
-        results.append(result)
-    return results
-
-
-def _one_mask(mask: Tensor, params: AugmentParams) -> Tensor:
-    """[H, W], or [K, H, W] of K objects, of one sample."""
-    return params.mask(mask[None])[0]
+    if isinstance(value, tv.BoundingBoxes):
+        return tv_boxes([value], params, op)[0]
+    if isinstance(value, tv.Mask):
+        return tv.wrap(params.mask(value.as_subclass(Tensor)[None])[0], like=value)
+    return value
 
 
 def tv_boxes(boxes: list[Any], params: AugmentParams, op: str) -> list[Any]:
-    """One BoundingBoxes [K, 4] a sample; formats stay, the canvas is the new one."""
+    """Move one BoundingBoxes [K, 4] for each sample; formats stay, the canvas is the new one."""
     tv = _tv_tensors()
     if len(boxes) != len(params):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What was drawn for a batch: replayable, invertible, and applicable to boxes, points and masks."""
+"""The drawn parameters of a batch: to replay, to invert, to apply to boxes, points and masks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import _C
 from ..core import dispatch
-from . import op as _augment_ops
-from .arguments import FILL_MODES, INTERPOLATIONS, for_channels, integer, one_of, per_channel
+from . import op as _ops
+from .arguments import integer, is_sequence, one_of
 from .steps import Encoded
 
 __all__ = ["AugmentParams"]
@@ -40,12 +40,12 @@ _BOX_FORMATS = ("xyxy", "xywh", "cxcywh")
 
 
 def sample_id_tensor(ids: object, n: int, op: str) -> Tensor:
-    """[n] int64 on the CPU."""
+    """Return sample ids as [n] int64 on the CPU."""
     if isinstance(ids, Tensor):
         if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
             raise TypeError(f"fusereg.{op}: sample_ids must be integers, got {ids.dtype}")
         result = ids.detach().to("cpu", torch.int64)
-    elif isinstance(ids, Sequence) and not isinstance(ids, str):
+    elif is_sequence(ids):
         result = torch.tensor([integer(i, op, "sample_ids") for i in ids], dtype=torch.int64)
     else:
         raise TypeError(
@@ -66,15 +66,15 @@ class AugmentParams:
     Coordinates are pixels (x, y); integers are pixel centres.
 
     Attributes:
-        records: [N, 28] float64: what the kernels read (``csrc/augment/augment.h``); the colour
+        records: [N, 28] float64: what the kernels read (``csrc/augment/augment.h``); the color
             matrix's shifts are in units of full intensity.
         draws: [N, 16] float64: angle in degrees (counter-clockwise), scale x and y, shear x and y
             in degrees, translation x and y in pixels, flips x and y, the window x0 y0 x1 y1,
-            brightness, contrast, saturation; :meth:`drawn` has them by name. Of two steps of a
-            kind, the last.
-        keys: [N, 2] int64: of the noise in erased boxes.
+            brightness, contrast, saturation; :meth:`drawn` returns them by name. Of two steps of
+            a kind, those of the last.
+        keys: [N, 2] int64: the Philox keys of the noise in erased boxes.
         sample_ids: [N] int64.
-        input_size: (height, width) of the images that this is for.
+        input_size: (height, width) of the images.
         size: (height, width) of the result.
 
     ``params[2:5]``, ``params[[3, 1]]`` and ``params[mask]`` select samples; partners of MixUp and
@@ -89,24 +89,24 @@ class AugmentParams:
     size: tuple[int, int]
 
     def __len__(self) -> int:
-        """N."""
+        """Return the number of samples."""
         return self.records.shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         return self.records.device
 
     # --- what there is ---
 
     @property
     def matrices(self) -> Tensor:
-        """[N, 2, 3]: output pixel (x, y, 1) to its place in the input."""
+        """[N, 2, 3]: from an output pixel (x, y, 1) to its place in the input."""
         return self.records[:, :6].reshape(-1, 2, 3)
 
     @property
     def flips(self) -> Tensor:
-        """[N, 2] bool: mirrored left to right, top to bottom."""
+        """[N, 2] bool: flipped horizontally, vertically."""
         return self.draws[:, 7:9] != 0
 
     @property
@@ -126,7 +126,7 @@ class AugmentParams:
 
     @property
     def weights(self) -> Tensor:
-        """[N] float64: the share of its own label that a sample keeps.
+        """[N] float64: the weight of a sample's own label.
 
         MixUp's lambda; for CutMix 1 - the pasted box's share of the area; 1 without a partner.
         """
@@ -137,17 +137,17 @@ class AugmentParams:
         return torch.where(self.records[:, 14] >= 0, weight, torch.ones_like(weight))
 
     def drawn(self) -> dict[str, Tensor]:
-        """The columns of ``draws`` by name: angle, scale_x, ..., window_x0, ..., saturation."""
+        """Return the columns of ``draws`` by name: angle, scale_x, ..., saturation."""
         return {name: self.draws[:, i] for i, name in enumerate(_DRAWN)}
 
     # --- selecting, moving, keeping ---
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AugmentParams:
-        """The same on another device."""
+        """Copy the parameters to another device."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> AugmentParams:
-        """The same in pinned memory (a DataLoader's ``pin_memory=True`` calls this)."""
+        """Copy the parameters to pinned memory (a DataLoader's ``pin_memory=True`` calls this)."""
         return self._map(lambda t: t.pin_memory())
 
     def _map(self, function: Any) -> AugmentParams:
@@ -186,7 +186,7 @@ class AugmentParams:
 
     @staticmethod
     def cat(parts: Sequence[AugmentParams]) -> AugmentParams:
-        """The parameters of several batches for one batch of them all; partners stay their own."""
+        """Concatenate the parameters of several batches; partners stay those of their batch."""
         if not parts or not all(isinstance(p, AugmentParams) for p in parts):
             raise TypeError("fusereg.AugmentParams.cat: parts must be one or more AugmentParams")
         first = parts[0]
@@ -211,7 +211,7 @@ class AugmentParams:
         )
 
     def without_mix(self) -> AugmentParams:
-        """The same without MixUp and CutMix."""
+        """Return the parameters without MixUp and CutMix."""
         records = self.records.clone()
         records[:, 10:14] = 0
         records[:, 14] = -1
@@ -219,13 +219,13 @@ class AugmentParams:
         return replace(self, records=records)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and sizes, for ``torch.save``; :meth:`from_state_dict` makes it again."""
+        """Return tensors and sizes, for ``torch.save`` and :meth:`from_state_dict`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {"version": _VERSION, **values}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> AugmentParams:
-        """Parameters from what :meth:`state_dict` gave."""
+        """Return the parameters of a :meth:`state_dict`."""
         op = "AugmentParams.from_state_dict"
         names = [f.name for f in fields(cls)]
         missing = [name for name in ("version", *names) if name not in state]
@@ -255,10 +255,10 @@ class AugmentParams:
     # --- geometry ---
 
     def inverse(self) -> AugmentParams:
-        """What takes the result back to the input: the geometry alone, with sizes exchanged.
+        """Return the inverse geometry, from the result back to the input.
 
-        ``params.inverse().boxes(...)`` brings predictions back, ``params.inverse().warp(y)``
-        images. Pixels that left the image are lost.
+        ``params.inverse().boxes(...)`` maps predictions back, ``params.inverse().warp(y)`` images.
+        Pixels that left the image are lost.
         """
         a, b, c, d, e, f = self.records[:, :6].unbind(1)
         determinant = a * e - b * d
@@ -274,7 +274,7 @@ class AugmentParams:
             dim=1,
         )
         records = torch.zeros_like(self.records)
-        # + 0 makes a negative zero a zero.
+        # Adding 0 turns a negative zero into a zero.
         records[:, :6] = back + 0.0
         records[:, 14] = -1
         records[:, 15] = 1
@@ -282,13 +282,13 @@ class AugmentParams:
         return replace(self, records=records, input_size=self.size, size=self.input_size)
 
     def keypoints(self, points: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
-        """Where points of the input are in the result.
+        """Map points of the input to the result.
 
         Args:
-            points: [N, K, 2] (x, y), integers at pixel centres; or N tensors [K_i, 2].
+            points: [N, K, 2] (x, y), integers at pixel centers; or N tensors [K_i, 2].
 
         Returns:
-            The same form, floating; points may lie outside the image.
+            The points in the same form, floating; they may be outside the image.
         """
         if not isinstance(points, Tensor):
             return [self._one(i, len(points)).keypoints(p[None])[0] for i, p in enumerate(points)]
@@ -301,18 +301,18 @@ class AugmentParams:
     def boxes(
         self, boxes: Tensor | Sequence[Tensor], *, format: str = "xyxy", clip: bool = True
     ) -> Tensor | list[Tensor]:
-        """The boxes around where boxes of the input went.
+        """Map boxes of the input to boxes around their images in the result.
 
-        A box is measured along the edges of pixels, as in torchvision and COCO: the first pixel
-        is the box (0, 0, 1, 1).
+        Box coordinates are edges of pixels, as in torchvision and COCO: the first pixel is the box
+        (0, 0, 1, 1).
 
         Args:
             boxes: [N, K, 4]; or N tensors [K_i, 4].
-            format: "xyxy" (x0, y0, x1, y1), "xywh" (corner and size) or "cxcywh" (centre and size).
-            clip: cut to the image; a box that left it has no area then.
+            format: "xyxy" (x0, y0, x1, y1), "xywh" (corner and size) or "cxcywh" (center and size).
+            clip: cut boxes to the image; one that left it has no area then.
 
         Returns:
-            The same form and format, floating. Erasing and mixing change nothing here.
+            The boxes in the same form and format, floating. Erasing and mixing do not change them.
         """
         op = "AugmentParams.boxes"
         one_of(format, op, "format", _BOX_FORMATS)
@@ -331,7 +331,7 @@ class AugmentParams:
             y0, y1 = y0 - y1 / 2, y0 + y1 / 2
         x = torch.stack([x0, x1, x0, x1], dim=-1)
         y = torch.stack([y0, y0, y1, y1], dim=-1)
-        corners = torch.stack([x, y], dim=-1).flatten(1, 2) - 0.5  # [N, 4K, 2] at pixel centres
+        corners = torch.stack([x, y], dim=-1).flatten(1, 2) - 0.5  # [N, 4K, 2] at pixel centers
         moved = self.keypoints(corners)
         assert isinstance(moved, Tensor)
         moved = moved.unflatten(1, (-1, 4)) + 0.5
@@ -358,14 +358,14 @@ class AugmentParams:
             )
 
     def mask(self, mask: Tensor, *, fill: float = 0, fill_mode: str = "constant") -> Tensor:
-        """A mask (labels of pixels) as the images are warped, to the nearest pixel.
+        """Warp a mask (labels of pixels) as the images, by the nearest pixel.
 
-        CutMix's boxes are pasted as in the images; MixUp leaves a mask alone (mix the loss of both
-        by :attr:`weights`), and so does erasing.
+        CutMix's boxes are pasted as in the images; MixUp leaves a mask alone (mix the losses of
+        both masks by :attr:`weights`), and so does erasing.
 
         Args:
             mask: [N, H, W] or [N, C, H, W]: bool, integers up to 2^53, or floats.
-            fill: what lies outside, in the mask's dtype (such as 255 to ignore it).
+            fill: the label outside the image, in the mask's dtype (such as 255 to ignore it).
             fill_mode: as in :class:`fusereg.augment.Augment`.
         """
         op = "AugmentParams.mask"
@@ -382,7 +382,7 @@ class AugmentParams:
         cut = (self.records[:, 15] == 0) & (self.records[:, 14] >= 0)
         kept = torch.where(cut[:, None], self.records, self.without_mix().records)
         kept[:, 6:10] = 0
-        y = replace(self, records=kept)._render(x, op, "nearest", False, fill_mode, fill)
+        y = replace(self, records=kept)._render(x, op, ("nearest", False, fill_mode, fill))
         y = y if mask.dim() == 4 else y[:, 0]
         return y.to(mask.dtype)
 
@@ -395,48 +395,20 @@ class AugmentParams:
         fill_mode: str = "constant",
         fill: float | Sequence[float] = 0,
     ) -> Tensor:
-        """The geometry alone, of images [N, C, H, W]; the dtype stays. Differentiable in x."""
-        records = self.without_mix().records
-        records[:, 6:10] = 0
-        geometry = replace(self, records=records)
+        """Apply the geometry alone to images [N, C, H, W]; the dtype stays. Differentiable in x."""
+        geometry = self.without_mix()
+        geometry.records[:, 6:10] = 0
         op = "AugmentParams.warp"
-        return geometry._render(x, op, interpolation, antialias, fill_mode, fill)
+        return geometry._render(x, op, (interpolation, antialias, fill_mode, fill))
 
-    def _render(
-        self,
-        x: Tensor,
-        op: str,
-        interpolation: str,
-        antialias: bool,
-        fill_mode: str,
-        fill: float | Sequence[float],
-    ) -> Tensor:
+    def _render(self, x: Tensor, op: str, sampling: tuple[str, bool, str, Any]) -> Tensor:
         self.check_images(x, op)
-        channels = x.shape[1]
-        return _augment_ops.apply(
-            x,
-            self.records.to(x.device),
-            None,
-            self.size,
-            interpolation=INTERPOLATIONS[
-                one_of(interpolation, op, "interpolation", list(INTERPOLATIONS))
-            ],
-            antialias=antialias,
-            fill_mode=FILL_MODES[one_of(fill_mode, op, "fill_mode", list(FILL_MODES))],
-            colour=False,
-            fill=for_channels(per_channel(fill, op, "fill"), channels, op, "fill"),
-            scale=[1.0] * channels,
-            shift=[0.0] * channels,
-            erase=[0.0] * channels,
-            erase_noise=False,
-            out_dtype=x.dtype,
-            memory_format=None,
-            out=None,
-            op=op,
-        )
+        options = _ops.Options.of(_ops.check_images(x, op).shape[1], op, sampling)
+        target = _ops.Target.of(x, self.size, x.dtype)
+        return _ops.apply(x, self.records.to(x.device), None, target, options, op)
 
     def check_images(self, x: Tensor, op: str) -> None:
-        """Raises unless x is [N, C, height, width] of these parameters' input size."""
+        """Check that x is [N, C, height, width] of these parameters' input size."""
         n, (height, width) = len(self), self.input_size
         if x.dim() != 4 or x.shape[0] != n or tuple(x.shape[2:]) != (height, width):
             raise ValueError(
@@ -460,7 +432,7 @@ def draw(
     epoch: int,
     op: str,
 ) -> AugmentParams:
-    """The parameters of these samples, on the CPU."""
+    """Draw the parameters of samples, on the CPU."""
     n = sample_ids.shape[0]
     records = torch.empty(n, _C.AUGMENT_RECORD, dtype=torch.float64)
     draws = torch.empty(n, _C.AUGMENT_DRAWS, dtype=torch.float64)

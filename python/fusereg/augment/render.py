@@ -1,4 +1,4 @@
-"""From images and parameters to the result: one kernel."""
+"""Render a batch: from images and drawn parameters to the result, in one kernel."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import op as _augment_ops
+from . import op as _ops
 from .arguments import (
     FILL_MODES,
     INTERPOLATIONS,
+    Normalization,
     for_channels,
+    full_intensity,
     integer,
     interval,
     number,
     per_channel,
     probability,
+    scale_and_shift,
 )
 from .labels import rewrap, unwrap
 from .params import AugmentParams
@@ -31,7 +34,7 @@ class Erase:
     """Random erasing (Zhong et al. 2017): a box of each image is overwritten.
 
     Args:
-        p: the probability that an image has one.
+        p: the probability that a box of an image is erased.
         scale: the box's share of the image's area (from, to).
         ratio: its height over its width (from, to); the logarithm is uniform.
         value: what it is filled with, in units of the result (0 is the mean after normalization);
@@ -47,41 +50,47 @@ class Erase:
     value: float | Sequence[float] | str = 0.0
 
     def __post_init__(self) -> None:
+        """Check the arguments."""
         probability(self.p, "Erase", "p")
         interval(self.scale, "Erase", "scale", low=0.0, high=1.0)
         interval(self.ratio, "Erase", "ratio", low=0.0, open_low=True)
-        if isinstance(self.value, str):
-            if self.value != "random":
-                raise ValueError(
-                    f"fusereg.Erase: value must be a number, one for each channel or 'random', "
-                    f"got {self.value!r}"
-                )
-        else:
+        if not isinstance(self.value, str):
             per_channel(self.value, "Erase", "value")
+        elif self.value != "random":
+            raise ValueError(
+                f"fusereg.Erase: value must be a number, one for each channel or 'random', "
+                f"got {self.value!r}"
+            )
 
     def step(self) -> EraseBox:
-        """As a step of the chain."""
+        """Return the step of the chain."""
         return EraseBox(
             float(self.p),
             interval(self.scale, "Erase", "scale"),
             interval(self.ratio, "Erase", "ratio"),
         )
 
+    def fill(self) -> tuple[tuple[float, ...], bool]:
+        """Return the value of erased boxes, and whether they are filled with noise instead."""
+        if isinstance(self.value, str):
+            return (0.0,), True
+        return per_channel(self.value, "Erase", "value"), False
+
 
 @dataclass(frozen=True)
 class Mix:
-    """MixUp (Zhang et al. 2017) and CutMix (Yun et al. 2019) within a batch.
+    """MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019) within a batch.
 
     Each sample draws for itself, keyed by its id, whether it is mixed, by which of the two, and its
-    weight from Beta(alpha, alpha). Partners: the batch's samples in the order of a hash of (seed,
-    epoch, id), each with the next one. So the pairs depend on which samples are in the batch, but
+    weight from Beta(alpha, alpha). The batch's samples are ordered by a hash of (seed, epoch, id),
+    and each is paired with the next one. So the pairs depend on which samples are in the batch, but
     not on their order, and every sample is a partner at most once.
 
     Args:
         mixup: MixUp's alpha, 0 to leave MixUp out.
         cutmix: CutMix's alpha, 0 to leave CutMix out.
         p: the probability that a sample is mixed.
-        switch: the share of CutMix where both are there.
+        switch: the probability of CutMix instead of MixUp where both are on.
         num_classes: for class indices as targets: they come back as probabilities [N, num_classes];
             without it as :class:`fusereg.augment.MixedLabels`.
 
@@ -96,6 +105,7 @@ class Mix:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
+        """Check the arguments."""
         for name in ("mixup", "cutmix"):
             alpha = number(getattr(self, name), "Mix", name)
             if alpha < 0.0:
@@ -108,72 +118,60 @@ class Mix:
             raise ValueError(f"fusereg.Mix: num_classes must be positive, got {self.num_classes}")
 
     def step(self) -> MixPair:
-        """As a step of the chain."""
+        """Return the step of the chain."""
         share = 1.0 if self.mixup == 0 else 0.0 if self.cutmix == 0 else float(self.switch)
         return MixPair(float(self.p), self.mixup or 1.0, self.cutmix or 1.0, share)
 
 
 @dataclass(frozen=True)
-class Look:
-    """All of a pass but its geometry: how pixels are read, and what becomes of their values."""
+class Settings:
+    """Settings of a pass besides its geometry: sampling of pixels, and changes of their values.
+
+    Attributes:
+        fill_normalized: fill is in units of the result: the images were normalized before.
+        three_channels: only images of 3 channels are accepted.
+        erase_before: the value of erased boxes is in units of the images: normalized after it.
+        erase_noise: erased boxes are filled with noise.
+        mixed, num_classes: whether samples are mixed, and the number of classes of their labels.
+    """
 
     interpolation: str = "bilinear"
     antialias: bool = False
     fill_mode: str = "constant"
     fill: tuple[float, ...] = (0.0,)
-    #: fill is in units of the result: what it fills has been normalized already.
     fill_normalized: bool = False
-    colour: bool = False
+    color: bool = False
     three_channels: bool = False
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    normal: Normalization | None = None
     erase: tuple[float, ...] = (0.0,)
-    #: the value of erased boxes is in units of the input: normalization comes after it.
     erase_before: bool = False
     erase_noise: bool = False
     mixed: bool = False
     num_classes: int | None = None
 
-    def out_dtype(self, x: Tensor, asked: torch.dtype | None, op: str, keep: bool) -> torch.dtype:
-        """The result's dtype: as asked; else floats stay, uint8 becomes float32 (with ``keep``:
-        only if it is normalized)."""
-        if asked is not None:
-            if asked not in _augment_ops.DTYPES:
-                raise ValueError(
-                    f"fusereg.{op}: out_dtype must be uint8, float16, bfloat16, float32 or "
-                    f"float64, got {asked}"
-                )
-            if asked is torch.uint8 and self.mean is not None:
-                raise ValueError(
-                    f"fusereg.{op}: out_dtype must be floating to hold what mean and std give, "
-                    "got torch.uint8"
-                )
-            return asked
-        if x.dtype is torch.uint8 and (self.mean is not None or not keep):
-            return torch.float32
-        return x.dtype
+    def check_out_dtype(self, out_dtype: torch.dtype | None, op: str) -> None:
+        """Check that the result can be of this dtype."""
+        if out_dtype is not None:
+            _ops.check_dtype(out_dtype, op)
+        if out_dtype is torch.uint8 and self.normal is not None:
+            raise ValueError(
+                f"fusereg.{op}: out_dtype must be floating to hold what mean and std give, "
+                "got torch.uint8"
+            )
 
+    def repeat_edge(self) -> Settings:
+        """Return the settings for geometry that only resizes, and reads half a pixel outside.
 
-def affine_of_values(
-    look: Look, dtype: torch.dtype, out_dtype: torch.dtype, channels: int, op: str
-) -> tuple[list[float], list[float]]:
-    """scale and shift for each channel: y = v * scale + shift.
-
-    uint8 values are 0 to 255, all others 0 to 1.
-    """
-    limit = 255.0 if dtype is torch.uint8 else 1.0
-    if look.mean is None or look.std is None:
-        top = 255.0 if out_dtype is torch.uint8 else 1.0
-        return [top / limit] * channels, [0.0] * channels
-    mean = for_channels(look.mean, channels, op, "mean")
-    std = for_channels(look.std, channels, op, "std")
-    return [1.0 / (limit * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+        The edge is repeated, as torch's resize does; antialiasing drops the taps outside and
+        raises the weights of the others, as torch's does.
+        """
+        return replace(self, fill_mode="constant" if self.antialias else "border", fill=(0.0,))
 
 
 def render(
     x: Tensor,
     params: AugmentParams,
-    look: Look,
+    settings: Settings,
     op: str,
     *,
     out_dtype: torch.dtype | None = None,
@@ -181,61 +179,55 @@ def render(
     memory_format: torch.memory_format | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The pass over a batch: [N, C, *params.size]."""
-    plain = _augment_ops.check_images(unwrap(x), op)
-    params.check_images(plain, op)
-    channels = plain.shape[1]
-    if look.three_channels and channels != 3:
+    """Return the batch [N, C, height, width] after one pass; ``x`` has been checked.
+
+    ``out_dtype`` None stands for that of ``out``, else for that of the images, but for float32 if
+    they are uint8 (with ``keep_dtype``: only if they are normalized).
+    """
+    images = unwrap(x)
+    params.check_images(images, op)
+    channels, dtype, normal = images.shape[1], images.dtype, settings.normal
+    if settings.three_channels and channels != 3:
         raise ValueError(f"fusereg.{op}: saturation needs images of 3 channels, got {channels}")
-    if isinstance(out, Tensor) and out_dtype is None:
+    if out_dtype is None and isinstance(out, Tensor):
         out_dtype = out.dtype
-    dtype = look.out_dtype(plain, out_dtype, op, keep_dtype)
-    scale, shift = affine_of_values(look, plain.dtype, dtype, channels, op)
-    fill = for_channels(look.fill, channels, op, "fill")
-    if look.fill_normalized:
-        fill = [(f - b) / a for f, a, b in zip(fill, scale, shift, strict=True)]
-    erase = for_channels(look.erase, channels, op, "erase value")
-    if look.erase_before:
-        erase = [e * a + b for e, a, b in zip(erase, scale, shift, strict=True)]
+    settings.check_out_dtype(out_dtype, op)
+    if out_dtype is None:
+        keep = dtype is not torch.uint8 or (keep_dtype and normal is None)
+        out_dtype = dtype if keep else torch.float32
+    scale, shift = scale_and_shift(normal, dtype, channels, op)
+    if normal is None:
+        scale = (full_intensity(out_dtype) / full_intensity(dtype),) * channels
+    fill = for_channels(settings.fill, channels, op, "fill")
+    if settings.fill_normalized:
+        fill = tuple((f - b) / a for f, a, b in zip(fill, scale, shift, strict=True))
+    erase = for_channels(settings.erase, channels, op, "erase value")
+    if settings.erase_before:
+        erase = tuple(e * a + b for e, a, b in zip(erase, scale, shift, strict=True))
     records = params.records
-    if look.colour and plain.dtype is torch.uint8:
+    if settings.color and dtype is torch.uint8:
         records = records.clone()
         records[:, 19::4] *= 255.0
-    y = _augment_ops.apply(
-        plain,
-        on_device(records, plain.device),
-        on_device(params.keys, plain.device) if look.erase_noise else None,
-        params.size,
-        interpolation=INTERPOLATIONS[look.interpolation],
-        antialias=look.antialias,
-        fill_mode=FILL_MODES[look.fill_mode],
-        colour=look.colour,
-        fill=fill,
-        scale=scale,
-        shift=shift,
-        erase=erase,
-        erase_noise=look.erase_noise,
-        out_dtype=dtype,
-        memory_format=memory_format,
-        out=out,
-        op=op,
+    options = _ops.Options(
+        INTERPOLATIONS[settings.interpolation],
+        settings.antialias,
+        FILL_MODES[settings.fill_mode],
+        settings.color,
+        fill,
+        scale,
+        shift,
+        erase,
     )
-    return rewrap(y, x)
+    keys = to_device(params.keys, images.device) if settings.erase_noise else None
+    target = _ops.Target.of(images, params.size, out_dtype, memory_format)
+    records = to_device(records, images.device)
+    return rewrap(_ops.apply(images, records, keys, target, options, op, out), x)
 
 
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """There without waiting: through pinned memory."""
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device without waiting for it, through pinned memory."""
     if tensor.device == device:
         return tensor
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-def repeat_edge(look: Look) -> Look:
-    """The same for images of which only resizing reads the outside, by half a pixel.
-
-    Antialiasing drops the taps outside and raises the others' weights, as torch's resize does;
-    without it the edge is repeated, as torch's resize does.
-    """
-    return replace(look, fill_mode="constant" if look.antialias else "border", fill=(0.0,))

@@ -1,58 +1,63 @@
-"""The steps that a sample goes through, as csrc/augment/augment_params.h has them."""
+"""The steps that a sample goes through, as csrc/augment/augment_params.h defines them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import ClassVar, TypeAlias
 
-#: (kind, which of the steps that draw the same things it is, values)
+#: (kind, how many steps of the same group come before it, values)
 Encoded: TypeAlias = tuple[int, int, list[float]]
 Pair: TypeAlias = tuple[float, float]
+_ZERO, _ONE = (0.0, 0.0), (1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Step:
-    """Base of the steps. Steps of one ``group`` draw the same numbers: the n-th of them is told
-    apart by its occurrence."""
+    """Base of the steps.
+
+    Steps of one ``group`` draw the same random numbers, so a counter keeps them apart.
+    """
 
     kind: ClassVar[int]
     group: ClassVar[str]
 
     def values(self) -> list[float]:
-        """The numbers in the order of the header."""
-        raise NotImplementedError
+        """Return the numbers in the order of the header: the fields, pairs flattened."""
+        values: list[float] = []
+        for value in astuple(self):
+            values += value if isinstance(value, tuple) else (value,)
+        return [float(v) for v in values]
 
 
 @dataclass(frozen=True)
 class Affine(Step):
-    """Rotation, scale, shear and translation about a centre."""
+    """Rotation, scale, shear and translation about a center."""
 
     p: float = 1.0
-    degrees: Pair = (0.0, 0.0)
+    degrees: Pair = _ZERO
     sign: float = 1.0
-    scale_x: Pair = (1.0, 1.0)
+    scale_x: Pair = _ONE
     scale_y: Pair | None = None
     zooms_out: bool = False
-    translate_x: Pair = (0.0, 0.0)
-    translate_y: Pair = (0.0, 0.0)
+    translate_x: Pair = _ZERO
+    translate_y: Pair = _ZERO
     whole_pixels: bool = False
-    shear_x: Pair = (0.0, 0.0)
-    shear_y: Pair = (0.0, 0.0)
-    centre: Pair | None = None
+    shear_x: Pair = _ZERO
+    shear_y: Pair = _ZERO
+    center: Pair | None = None
 
     kind = 0
     group = "affine"
 
     def values(self) -> list[float]:
-        scale_y = self.scale_x if self.scale_y is None else self.scale_y
-        centre = (0.0, 0.0) if self.centre is None else self.centre
+        """Return the numbers in the order of the header."""
         return [
             self.p,
             *self.degrees,
             self.sign,
             *self.scale_x,
-            *scale_y,
+            *(self.scale_y or self.scale_x),
             float(self.scale_y is None),
             float(self.zooms_out),
             *self.translate_x,
@@ -60,25 +65,24 @@ class Affine(Step):
             float(self.whole_pixels),
             *self.shear_x,
             *self.shear_y,
-            float(self.centre is not None),
-            *centre,
+            float(self.center is not None),
+            *(self.center or _ZERO),
         ]
 
     @property
-    def still(self) -> bool:
+    def is_identity(self) -> bool:
         """Whether it never moves a pixel."""
-        zero, one = (0.0, 0.0), (1.0, 1.0)
         return self.p == 0.0 or (
-            self.degrees == self.translate_x == self.translate_y == zero
-            and self.shear_x == self.shear_y == zero
-            and self.scale_x == one
-            and self.scale_y in (None, one)
+            self.degrees == self.translate_x == self.translate_y == _ZERO
+            and self.shear_x == self.shear_y == _ZERO
+            and self.scale_x == _ONE
+            and self.scale_y in (None, _ONE)
         )
 
 
 @dataclass(frozen=True)
 class Flip(Step):
-    """Mirroring left to right with probability x, top to bottom with probability y."""
+    """Horizontal flip with probability x, vertical flip with probability y."""
 
     x: float = 0.0
     y: float = 0.0
@@ -86,17 +90,14 @@ class Flip(Step):
     kind = 1
     group = "flip"
 
-    def values(self) -> list[float]:
-        return [self.x, self.y]
 
-
-#: What is done where a window is larger than the image with its margins.
+#: What happens where a window is larger than the image with its margins.
 LARGER_IS_AN_ERROR, LARGER_WIDENS_MARGINS, LARGER_ANYWHERE = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class Window(Step):
-    """A random window in whole pixels; margins (left, top, right, bottom) may be seen."""
+class RandomWindow(Step):
+    """A random window in whole pixels, which may reach into margins (left, top, right, bottom)."""
 
     size: tuple[int, int] = (1, 1)
     margins: tuple[int, int, int, int] = (0, 0, 0, 0)
@@ -105,13 +106,10 @@ class Window(Step):
     kind = 2
     group = "crop"
 
-    def values(self) -> list[float]:
-        return [float(v) for v in (*self.size, *self.margins, self.larger)]
-
 
 @dataclass(frozen=True)
-class Centre(Step):
-    """The window in the middle."""
+class CenterWindow(Step):
+    """The central window."""
 
     size: tuple[int, int] = (1, 1)
     larger: int = LARGER_ANYWHERE
@@ -119,12 +117,9 @@ class Centre(Step):
     kind = 3
     group = "crop"
 
-    def values(self) -> list[float]:
-        return [float(v) for v in (*self.size, self.larger)]
-
 
 @dataclass(frozen=True)
-class Resized(Step):
+class ResizedWindow(Step):
     """A random window of a share of the area and an aspect ratio, resized."""
 
     size: tuple[int, int] = (1, 1)
@@ -134,36 +129,27 @@ class Resized(Step):
     kind = 4
     group = "crop"
 
-    def values(self) -> list[float]:
-        return [*(float(v) for v in self.size), *self.area, *self.ratio]
-
 
 @dataclass(frozen=True)
-class Whole(Step):
-    """The whole image, resized."""
+class FullImage(Step):
+    """The full image, resized."""
 
     size: tuple[int, int] = (1, 1)
 
     kind = 5
     group = "crop"
 
-    def values(self) -> list[float]:
-        return [float(v) for v in self.size]
-
 
 @dataclass(frozen=True)
-class Colour(Step):
+class Color(Step):
     """Brightness, contrast and saturation, as factors."""
 
-    brightness: Pair = (1.0, 1.0)
-    contrast: Pair = (1.0, 1.0)
-    saturation: Pair = (1.0, 1.0)
+    brightness: Pair = _ONE
+    contrast: Pair = _ONE
+    saturation: Pair = _ONE
 
     kind = 6
-    group = "colour"
-
-    def values(self) -> list[float]:
-        return [*self.brightness, *self.contrast, *self.saturation]
+    group = "color"
 
 
 @dataclass(frozen=True)
@@ -176,9 +162,6 @@ class EraseBox(Step):
 
     kind = 7
     group = "erase"
-
-    def values(self) -> list[float]:
-        return [self.p, *self.area, *self.ratio]
 
 
 @dataclass(frozen=True)
@@ -193,25 +176,22 @@ class MixPair(Step):
     kind = 8
     group = "mix"
 
-    def values(self) -> list[float]:
-        return [self.p, self.mixup_alpha, self.cutmix_alpha, self.cutmix_share]
-
 
 @dataclass(frozen=True)
-class Room(Step):
-    """A canvas about the same centre that holds the present one, turned by any of these degrees."""
+class ExpandCanvas(Step):
+    """A canvas with the same center that holds the image rotated by any of these degrees."""
 
-    degrees: Pair = (0.0, 0.0)
+    degrees: Pair = _ZERO
 
     kind = 9
-    group = "room"
-
-    def values(self) -> list[float]:
-        return [*self.degrees]
+    group = "expand"
 
 
 def encode(steps: Iterable[Step], seen: dict[str, int] | None = None) -> list[Encoded]:
-    """The steps for the compiled module. ``seen`` counts each group over several lists."""
+    """Return the steps as the compiled module takes them.
+
+    ``seen`` counts the steps of each group across several calls.
+    """
     seen = {} if seen is None else seen
     encoded = []
     for step in steps:

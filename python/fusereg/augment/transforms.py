@@ -1,8 +1,9 @@
-"""Transforms by torchvision v2's names and arguments, each sample of a batch by itself.
+"""Transforms with the names and arguments of torchvision v2.
 
 Each works alone and in :class:`fusereg.augment.Compose`. Where torchvision draws one number for a
 whole batch, each sample has its own here, keyed by its id; a single image [C, H, W] is a batch of
-one. ``compat=`` says whose angles, scales and fills are meant (:mod:`fusereg.augment.conventions`).
+one. ``compat=`` names the library whose conventions for angles, scales and fills are used
+(:mod:`fusereg.augment.conventions`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from .arguments import (
     flag,
     integer,
     interval,
+    is_sequence,
+    normalization,
     numbers,
     one_of,
     per_channel,
     probability,
     size_pair,
 )
-from .augment import affine_step, erase_look, normalization
+from .augment import affine_step
 from .compose import Transform
 from .conventions import Convention, convention
 from .fuse import Stage
@@ -34,12 +37,11 @@ from .steps import (
     LARGER_IS_AN_ERROR,
     LARGER_WIDENS_MARGINS,
     Affine,
-    Centre,
+    CenterWindow,
+    ExpandCanvas,
     Flip,
-    Resized,
-    Room,
-    Step,
-    Window,
+    RandomWindow,
+    ResizedWindow,
 )
 
 __all__ = [
@@ -58,37 +60,41 @@ __all__ = [
 
 
 def _interpolation(value: object, rules: Convention, op: str) -> str:
-    """A name, or torchvision's InterpolationMode; None: the convention's."""
+    """Return the name of an interpolation, or of torchvision's InterpolationMode.
+
+    None stands for the convention's.
+    """
     if value is None:
         return rules.interpolation
     return one_of(getattr(value, "value", value), op, "interpolation", list(INTERPOLATIONS))
 
 
-def _centre(
+def _center(
     center: Sequence[float] | None, rules: Convention, op: str
 ) -> tuple[float, float] | None:
+    """Return a center in coordinates whose integers are the centers of pixels."""
     if center is None:
         return None
     x, y = numbers(center, op, "center", (2,), "(x, y)")
-    # torchvision counts from the image's corner, here pixels' centres are integers.
     return (x - 0.5, y - 0.5) if rules.corner_origin else (x, y)
 
 
-def _warp_stage(
+def _affine_stage(
     name: str,
-    step: Step,
+    step: Affine,
     interpolation: object,
     fill: object,
     fill_mode: str | None,
     rules: Convention,
 ) -> Stage:
-    still = isinstance(step, Affine) and step.still
+    """Return the stage of a rotation or affine map."""
+    moves = not step.is_identity
     return Stage(
         name,
         (step,),
-        resamples=not still,
-        moves=not still,
-        fills=not still,
+        resamples=moves,
+        moves=moves,
+        fills=moves,
         interpolation=_interpolation(interpolation, rules, name),
         fill_mode=rules.mode(rules.fill_mode if fill_mode is None else fill_mode, name),
         fill=per_channel(0.0 if fill is None else fill, name, "fill"),
@@ -96,19 +102,19 @@ def _warp_stage(
 
 
 class RandomRotation(Transform):
-    """Turns each image about its centre.
+    """Rotation of each image about its center.
 
     Args:
         degrees: a number d is (-d, d); positive is counter-clockwise.
         interpolation: default: the convention's, "nearest" for torchvision.
-        expand: makes the images larger, so that every angle of the range fits; all of a batch have
-            one size. (torchvision draws one angle for a batch and makes room for that one, by up
-            to a pixel more.)
-        center: (x, y), from the image's corner for torchvision, else from its first pixel's centre.
+        expand: enlarges the images so that every angle of the range fits; all of a batch have one
+            size. (torchvision draws one angle for a batch and expands for that one, by up to a
+            pixel more.)
+        center: (x, y), from the image's corner for torchvision, else from its first pixel's center.
         fill: a number, or one for each channel, in the images' units.
-        p: the probability that an image is turned.
+        p: the probability that an image is rotated.
         fill_mode: default: the convention's.
-        compat: whose conventions.
+        compat: the library whose conventions are used.
         seed: default: from torch's generator.
     """
 
@@ -129,36 +135,36 @@ class RandomRotation(Transform):
         rules = convention(compat, op)
         if flag(expand, op, "expand") and center is not None:
             raise ValueError(
-                f"fusereg.{op}: expand turns about the image's centre; leave center away"
+                f"fusereg.{op}: expand turns about the image's center; leave center away"
             )
         step = Affine(
             p=probability(p, op, "p"),
             degrees=around(degrees, op, "degrees"),
             sign=rules.rotation_sign,
-            centre=_centre(center, rules, op),
+            center=_center(center, rules, op),
         )
-        stage = _warp_stage(op, step, interpolation, fill, fill_mode, rules)
+        stage = _affine_stage(op, step, interpolation, fill, fill_mode, rules)
         if expand:
-            stage = replace(stage, steps=(Room(step.degrees), step), fills=True)
+            stage = replace(stage, steps=(ExpandCanvas(step.degrees), step), fills=True)
         super().__init__(stage, seed)
         self._text = f"degrees={step.degrees}, interpolation={self.stage.interpolation!r}"
 
 
 class RandomAffine(Transform):
-    """Turns, shifts, scales and shears each image about its centre.
+    """Rotation, translation, scale and shear of each image about its center.
 
     Args:
         degrees: a number d is (-d, d); positive is clockwise for torchvision and kornia.
-        translate: the largest shift (x, y) as shares of width and height; in whole pixels for
+        translate: the largest shift (x, y) as fractions of width and height; in whole pixels for
             torchvision.
-        scale: factors (from, to); four of them: x and y by themselves.
+        scale: factors (from, to); four of them: x and y separately.
         shear: degrees: a number a is x from -a to a; (from, to) of x; or of x and y.
         interpolation: default: the convention's, "nearest" for torchvision.
         fill: a number, or one for each channel, in the images' units.
         center: as for :class:`RandomRotation`.
         p: the probability that an image is changed.
         fill_mode: default: the convention's.
-        compat: whose conventions.
+        compat: the library whose conventions are used.
         seed: default: from torch's generator.
     """
 
@@ -179,10 +185,9 @@ class RandomAffine(Transform):
     ) -> None:
         op = "RandomAffine"
         rules = convention(compat, op)
-        centre = _centre(center, rules, op)
         step = affine_step(rules, degrees, scale, translate, shear, op)
-        step = replace(step, p=probability(p, op, "p"), centre=centre)
-        super().__init__(_warp_stage(op, step, interpolation, fill, fill_mode, rules), seed)
+        step = replace(step, p=probability(p, op, "p"), center=_center(center, rules, op))
+        super().__init__(_affine_stage(op, step, interpolation, fill, fill_mode, rules), seed)
         self._text = (
             f"degrees={step.degrees}, translate={translate}, scale={scale}, shear={shear}, "
             f"interpolation={self.stage.interpolation!r}"
@@ -197,11 +202,11 @@ class RandomResizedCrop(Transform):
         scale: the window's share of the area (from, to).
         ratio: its width over its height (from, to); the logarithm is uniform.
         interpolation: "nearest", "bilinear" or "bicubic".
-        antialias: filter as wide as the output pixel is where the window is made smaller.
+        antialias: filter as wide as the output pixel where the window is made smaller.
         seed: default: from torch's generator.
 
-    torchvision crops, then resizes: pixels beyond the window are not seen. Here the resize sees
-    them, which differs on the window's edge alone.
+    torchvision crops, then resizes, so pixels outside the window are not read. Here the resize
+    reads them, which differs only at the window's edge.
     """
 
     def __init__(
@@ -216,7 +221,7 @@ class RandomResizedCrop(Transform):
     ) -> None:
         op = "RandomResizedCrop"
         mode = _interpolation(interpolation, convention("torchvision", op), op)
-        step = Resized(
+        step = ResizedWindow(
             size_pair(size, op),
             interval(scale, op, "scale", low=0.0, high=1.0, open_low=True),
             interval(ratio, op, "ratio", low=0.0, open_low=True),
@@ -236,7 +241,7 @@ class RandomResizedCrop(Transform):
 
 
 class RandomHorizontalFlip(Transform):
-    """Mirrors each image left to right with probability p."""
+    """Horizontal flip of each image with probability p."""
 
     def __init__(self, p: float = 0.5, *, seed: int | None = None) -> None:
         op = "RandomHorizontalFlip"
@@ -245,7 +250,7 @@ class RandomHorizontalFlip(Transform):
 
 
 class RandomVerticalFlip(Transform):
-    """Mirrors each image top to bottom with probability p."""
+    """Vertical flip of each image with probability p."""
 
     def __init__(self, p: float = 0.5, *, seed: int | None = None) -> None:
         op = "RandomVerticalFlip"
@@ -254,12 +259,12 @@ class RandomVerticalFlip(Transform):
 
 
 class RandomCrop(Transform):
-    """A window at a random place of each image, which may be padded before.
+    """A window at a random place of each image, which may be padded first.
 
     Args:
         size: (height, width); an integer is both.
         padding: one number; (x, y); or (left, top, right, bottom).
-        pad_if_needed: an image that is smaller than ``size`` gets the difference on both sides.
+        pad_if_needed: an image smaller than ``size`` is padded by the difference on both sides.
         fill: for "constant", in the images' units.
         padding_mode: "constant", "edge", "reflect" or "symmetric".
         seed: default: from torch's generator.
@@ -276,7 +281,7 @@ class RandomCrop(Transform):
         seed: int | None = None,
     ) -> None:
         op = "RandomCrop"
-        step = Window(
+        step = RandomWindow(
             size_pair(size, op),
             _margins(padding, op),
             LARGER_WIDENS_MARGINS
@@ -297,9 +302,10 @@ class RandomCrop(Transform):
 
 
 def _margins(padding: object, op: str) -> tuple[int, int, int, int]:
+    """Return (left, top, right, bottom) of a padding."""
     if padding is None:
         return 0, 0, 0, 0
-    sides = padding if isinstance(padding, Sequence) and not isinstance(padding, str) else [padding]
+    sides = padding if is_sequence(padding) else [padding]
     values = [integer(v, op, "padding") for v in sides]
     if len(values) not in (1, 2, 4) or min(values) < 0:
         raise ValueError(
@@ -312,23 +318,23 @@ def _margins(padding: object, op: str) -> tuple[int, int, int, int]:
 
 
 class CenterCrop(Transform):
-    """The window in the middle; an image that is smaller is surrounded by zeros."""
+    """The central window; a smaller image is padded with zeros."""
 
     def __init__(self, size: Size, *, seed: int | None = None) -> None:
         op = "CenterCrop"
-        step = Centre(size_pair(size, op))
+        step = CenterWindow(size_pair(size, op))
         super().__init__(Stage(op, (step,), moves=True, may_fill=True), seed)
         self._text = f"size={step.size}"
 
 
 class Normalize(Transform):
-    """(v - mean) / std of each channel, for v in [0, 1]: uint8 images are divided by 255 first.
+    """Normalization (v - mean) / std of each channel, for v in [0, 1]; uint8 is divided by 255.
 
     Args:
         mean: a number, or one for each channel.
         std: likewise, positive.
-        inplace: must be False; ``out=`` of the call takes its place.
-        seed: nothing is drawn.
+        inplace: must be False; use ``out=`` of the call instead.
+        seed: not used; nothing is drawn.
     """
 
     def __init__(
@@ -336,20 +342,22 @@ class Normalize(Transform):
     ) -> None:
         op = "Normalize"
         _not_inplace(inplace, op)
-        super().__init__(Stage(op, **normalization(mean, std, op)), seed)
+        for name, value in (("mean", mean), ("std", std)):
+            per_channel(value, op, name)
+        super().__init__(Stage(op, normal=normalization(mean, std, op)), seed)
         self._text = f"mean={mean}, std={std}"
 
 
 class RandomErasing(Transform):
-    """Overwrites a random box of each image (Zhong et al. 2017).
+    """Erasing of a random box of each image (Zhong et al. 2017).
 
     Args:
-        p: the probability that an image has one.
+        p: the probability that a box of an image is erased.
         scale: the box's share of the area (from, to).
         ratio: its height over its width (from, to).
         value: a number, one for each channel, or "random" for standard normal noise; in units of
-            what comes in (normalized values after Normalize).
-        inplace: must be False; ``out=`` of the call takes its place.
+            the input (normalized values after Normalize).
+        inplace: must be False; use ``out=`` of the call instead.
         seed: default: from torch's generator.
     """
 
@@ -366,7 +374,9 @@ class RandomErasing(Transform):
         op = "RandomErasing"
         _not_inplace(inplace, op)
         erase = Erase(p, scale, ratio, value)
-        super().__init__(Stage(op, (erase.step(),), erases=True, **erase_look(erase)), seed)
+        fill, noise = erase.fill()
+        stage = Stage(op, (erase.step(),), erases=True, erase=fill, erase_noise=noise)
+        super().__init__(stage, seed)
         self._text = f"p={p}, scale={scale}, ratio={ratio}, value={value}"
 
 
@@ -392,10 +402,11 @@ class MixUp(Transform):
 
 
 class CutMix(Transform):
-    """A box of each sample is that of another of the batch (Yun et al. 2019).
+    """CutMix: a box of each sample is replaced by that of another of the batch (Yun et al. 2019).
 
     Args:
-        alpha: the box's share of the area is 1 - Beta(alpha, alpha), before it is cut off at edges.
+        alpha: the box's share of the area is 1 - Beta(alpha, alpha), before it is clipped to the
+            image.
         num_classes: as for :class:`MixUp`.
         seed: default: from torch's generator.
     """

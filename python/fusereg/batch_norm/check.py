@@ -1,224 +1,243 @@
-"""Batch normalization, with what follows it in the same pass."""
+"""Rows of the inventory: batch normalization, with what follows it in the same pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, leaky_relu, silu
 
-import fusereg
-from fusereg import functional
-from fusereg.cli.checks._base import Inputs, Pairs, exact, kernel_check
-from fusereg.cli.checks._masks import SEED, P, kept_share, mask
+from ..core.inventory import IMAGES, Inputs, Operation, Pairs, Shape
+from ..core.masks import SEED, P, dropped, mask, mask_like
+from .functional import batch_norm
+from .variants import BatchRenorm
 
-
-def _torch_norm(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, training: bool
-) -> Tensor:
-    return torch.nn.functional.batch_norm(x, mean, var, weight, bias, training)
-
-
-@dataclass
-class _Data:
-    """Tensors of odd sizes, and their twins in float64 on the CPU.
-
-    Parameters and statistics of 16-bit inputs are in float32, as under autocast.
-    """
-
-    inputs: Inputs
-    channels_last: bool = False
-    x: Tensor = field(init=False)
-    residual: Tensor = field(init=False)
-    gradient: Tensor = field(init=False)
-    weight: Tensor = field(init=False)
-    bias: Tensor = field(init=False)
-    mean: Tensor = field(init=False)
-    var: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        inputs = self.inputs
-        shape = (9, 41, 19, 23) if inputs.large else (5, 37, 9, 11)
-        elements = [inputs.exact_normal(*shape, seed=20 + i) for i in range(3)]
-        # Far from zero, where squares lose digits; in float64 the reference would lose them too.
-        far = 4.0 if inputs.dtype == torch.float64 else 100.0
-        elements[0] = elements[0] + far
-        if self.channels_last:
-            elements = [t.contiguous(memory_format=torch.channels_last) for t in elements]
-        self.x, self.residual, self.gradient = (t.to(inputs.device, inputs.dtype) for t in elements)
-        wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
-        self.weight, self.bias = (inputs.normal(shape[1], seed=23 + i).to(wide) for i in range(2))
-        self.mean = torch.full((shape[1],), far - 1.0, device=inputs.device, dtype=wide)
-        self.var = torch.ones(shape[1], device=inputs.device, dtype=wide)
-
-    def pairs(
-        self,
-        call: Callable[..., Tensor],
-        wanted: Callable[..., Tensor],
-        after: Callable[[Tensor], Tensor] = lambda z: z,
-        with_residual: bool = False,
-        corner: bool = False,
-    ) -> Pairs:
-        """Result, running statistics and gradients.
-
-        ``call`` gets x, mean, var, weight, bias, residual; ``wanted`` the first five; ``after``
-        what comes out of it. With ``corner``, no gradient comes in where the result of ``wanted``
-        is so near to 0 that rounding could put it on the other side.
-        """
-        running = [self.mean, self.var]
-        leaves = [self.x, self.weight, self.bias] + ([self.residual] if with_residual else [])
-        references = [t.requires_grad_() for t in exact(leaves)]
-        exact_running = exact(running)
-        leaves = [t.requires_grad_() for t in leaves]
-        y = call(self.x, *running, self.weight, self.bias, self.residual)
-        z = wanted(references[0], *exact_running, *references[1:3])
-        z = z + references[3] if with_residual else z
-        incoming = exact([self.gradient])[0]
-        if corner:
-            incoming = torch.where(z.detach().abs() < 1e-4, 0.0, incoming)
-        result = after(z)
-        gradients = torch.autograd.grad(y, leaves, incoming.to(y.device, y.dtype))
-        exact_gradients = torch.autograd.grad(result, references, incoming)
-        return [
-            (y, result),
-            *zip(running, exact_running, strict=True),
-            *zip(gradients, exact_gradients, strict=True),
-        ]
+_SHAPES: dict[str, Shape] = {
+    **{size: IMAGES[size] for size in ("tiny", "empty")},
+    "small": (5, 37, 9, 11),
+    "large": (9, 41, 19, 23),
+}
+_torch_norm: Any = torch.nn.functional.batch_norm
+_AFFINE = ("x", "weight", "bias")
+_ALL = ("x", "running_mean", "running_var", "weight", "bias")
+_RUNNING = _ALL[1:3]
+_BATCH_ALONE = {"running_mean": None, "running_var": None, "training": True}
 
 
-def _plain(
-    inputs: Inputs,
-    channels_last: bool,
-    training: bool,
-    after: Callable[[Tensor], Tensor] = lambda z: z,
-    with_residual: bool = False,
-    corner: bool = False,
-    **options: Any,
-) -> Pairs:
-    def call(x: Tensor, m: Tensor, v: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
-        residual = r if with_residual else None
-        return functional.batch_norm(x, m, v, w, b, training, residual=residual, **options)
+def _tensors(inputs: Inputs, shape: Shape, *names: str, channels_last: bool = False) -> Any:
+    """Return the arguments of these names; parameters and statistics are at least float32."""
+    # Far from zero, where squares lose digits; in float64 the reference would lose them too.
+    far = 4.0 if inputs.dtype == torch.float64 else 100.0
+    x, residual = (inputs.exact_normal(*shape, seed=20 + i) for i in range(2))
+    elements = [(t.to(inputs.device, inputs.dtype)) for t in (x + far, residual)]
+    if channels_last:
+        elements = [t.contiguous(memory_format=torch.channels_last) for t in elements]
+    weight, bias = (inputs.normal(shape[1], seed=23 + i).to(inputs.wide) for i in range(2))
+    return [
+        {
+            "x": elements[0],
+            "residual": elements[1],
+            "weight": weight,
+            "bias": bias,
+            "running_mean": torch.full_like(weight, far - 1.0),
+            "running_var": torch.ones_like(weight),
+            "mask": mask((shape[0], *shape[2:])).to(inputs.device),
+        }[name]
+        for name in names
+    ]
 
-    return _Data(inputs, channels_last).pairs(
-        call,
-        lambda x, m, v, w, b: _torch_norm(x, m, v, w, b, training),
-        after,
-        with_residual,
-        corner,
+
+def _row(
+    name: str,
+    formula: str,
+    arguments: tuple[str, ...],
+    reference: Callable[..., Tensor],
+    channels_last: bool = False,
+    **fields: Any,
+) -> Operation:
+    return Operation(
+        name=name,
+        formula=formula,
+        function=batch_norm,
+        shapes=_SHAPES,
+        tensors=lambda inputs, shape: _tensors(
+            inputs, shape, *arguments, channels_last=channels_last
+        ),
+        arguments=arguments,
+        reference=reference,
+        **fields,
     )
 
 
-@kernel_check("batch_norm", "(x - mean) / sqrt(var + eps) * weight + bias")
-def _batch_norm(inputs: Inputs) -> Pairs:
-    return _plain(inputs, False, True)
+def _trained(x: Tensor, *rest: Tensor) -> Tensor:
+    """Batch normalization in training, of (x, weight, bias) or with running statistics."""
+    running = rest[:-2] if len(rest) == 4 else (None, None)
+    if not x.numel():
+        return x * rest[-2].view(1, -1, *(1,) * (x.dim() - 2)) + 0 * rest[-1].sum()
+    result: Tensor = _torch_norm(x, *running, *rest[-2:], training=True)
+    return result
 
 
-@kernel_check("batch_norm, channels_last, GELU", "gelu(batch_norm(x))")
-def _channels_last(inputs: Inputs) -> Pairs:
-    return _plain(inputs, True, True, torch.nn.functional.gelu, activation="gelu")
+def _masked(x: Tensor, m: Tensor, v: Tensor, w: Tensor, b: Tensor, valid: Tensor) -> Tensor:
+    channels_last = x.movedim(1, -1)
+    z = _torch_norm(channels_last[valid], m, v, w, b, True)
+    every = valid[..., None].expand_as(channels_last)
+    return torch.zeros_like(channels_last).masked_scatter(every, z).movedim(-1, 1)
 
 
-@kernel_check("batch_norm, evaluation, SiLU", "the same with running statistics")
-def _evaluation(inputs: Inputs) -> Pairs:
-    return _plain(inputs, False, False, torch.nn.functional.silu, activation="silu")
+def _virtual(x: Tensor, m: Tensor, v: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    _torch_norm(x.detach(), m, v, w.detach(), b.detach(), True)  # of the whole batch
+    return torch.cat([_torch_norm(part, None, None, w, b, True) for part in x.split(2)])
 
 
-@kernel_check("batch_norm + add + ReLU", "max(0, batch_norm(x) + residual), channels_last")
-def _add_relu(inputs: Inputs) -> Pairs:
-    return _plain(inputs, True, True, torch.relu, True, True, activation="relu")
+# --- in place -------------------------------------------------------------------------------------
 
 
-@kernel_check("batch_norm + leaky ReLU + dropout", "keep ? leaky(batch_norm(x)) / (1 - p) : 0")
-def _leaky_dropout(inputs: Inputs) -> Pairs:
-    keep = kept_share(P)
-
-    def after(z: Tensor) -> Tensor:
-        leaky = torch.nn.functional.leaky_relu(z, 0.1)
-        return torch.where(mask(tuple(z.shape)), leaky / keep, 0.0)
-
-    return _plain(
-        inputs, False, True, after, corner=True,
-        activation="leaky_relu", negative_slope=0.1, dropout=P, seed=SEED,
-    )  # fmt: skip
+_LEAKY: Any = {"training": True, "activation": "leaky_relu", "negative_slope": 0.5, "inplace": True}
 
 
-@kernel_check("batch_norm, in place", "leaky(batch_norm(x)) over x; backward has y alone")
+def _in_place_tensors(inputs: Inputs, shape: Shape) -> list[Tensor]:
+    """Backward inverts the affine map: the less the bias weighs, the fewer digits that costs."""
+    *rest, weight, bias = _tensors(inputs, shape, *_ALL)
+    return [*rest, weight.abs() + 1.0, bias / 16.0]
+
+
 def _in_place(inputs: Inputs) -> Pairs:
-    data = _Data(inputs)
-    # Backward takes the affine map back: the less the bias weighs, the fewer digits that costs.
-    data.weight, data.bias = data.weight.abs() + 1.0, data.bias / 16.0
+    tensors = _in_place_tensors(inputs, _SHAPES[inputs.size])
+    operation = _row(
+        "batch_norm, in place",
+        "",
+        _ALL,
+        lambda *t: leaky_relu(_trained(*t), 0.5),
+        written=_RUNNING,
+        kink=lambda x, m, v, w, b: _trained(x, w, b),
+    )
 
-    def call(x: Tensor, m: Tensor, v: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
-        return functional.batch_norm(
-            x.clone(), m, v, w, b, True, activation="leaky_relu", negative_slope=0.5, inplace=True
-        )
+    def call(x: Tensor, *rest: Any) -> Tensor:
+        return batch_norm(x.clone(), *rest, **_LEAKY)
 
-    def after(z: Tensor) -> Tensor:
-        return torch.nn.functional.leaky_relu(z, 0.5)
-
-    def wanted(x: Tensor, m: Tensor, v: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return _torch_norm(x, m, v, w, b, True)
-
-    pairs = data.pairs(call, wanted, after, corner=True)
-    # Gradients of the parameters are float32, but no more exact than y, which is all there is.
-    return [(came.to(inputs.dtype), reference) for came, reference in pairs]
+    # Gradients of the parameters are float32, but no more exact than the result, which is all that
+    # backward has.
+    return [(came.to(inputs.dtype), wanted) for came, wanted in operation.compare(tensors, call)]
 
 
-@kernel_check("batch_norm, virtual batches", "each 2 samples by their own statistics")
-def _ghost(inputs: Inputs) -> Pairs:
-    def wanted(x: Tensor, m: Tensor, v: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        _torch_norm(x.detach(), m, v, w.detach(), b.detach(), True)  # of the whole batch
-        parts = [
-            torch.nn.functional.batch_norm(part, None, None, w, b, True) for part in x.split(2)
-        ]
-        return torch.cat(parts)
-
-    def call(x: Tensor, m: Tensor, v: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
-        return functional.batch_norm(x, m, v, w, b, True, virtual_batch_size=2)
-
-    return _Data(inputs).pairs(call, wanted)
+# --- BatchRenorm ----------------------------------------------------------------------------------
 
 
-@kernel_check("batch_norm, mask", "statistics of the elements that belong to the batch")
-def _masked(inputs: Inputs) -> Pairs:
-    data = _Data(inputs)
-    n, _, h, w = data.x.shape
-    valid = mask((n, h, w))
-
-    def wanted(x: Tensor, m: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        channels_last = x.permute(0, 2, 3, 1)
-        z = _torch_norm(channels_last[valid], m, v, weight, bias, True)
-        return torch.zeros_like(channels_last).masked_scatter(
-            valid[..., None].expand_as(channels_last), z
-        ).permute(0, 3, 1, 2)  # fmt: skip
-
-    def call(x: Tensor, m: Tensor, v: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
-        return functional.batch_norm(x, m, v, w, b, True, mask=valid.to(x.device))
-
-    return data.pairs(call, wanted)
+def _renorm(x: Tensor, m: Tensor, v: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    layer = BatchRenorm(x.shape[1], r_max=1.1, d_max=0.7).to(m.device, m.dtype)
+    layer.running_mean, layer.running_var = m, v
+    result: Tensor = torch.func.functional_call(layer, {"weight": w, "bias": b}, (x,))
+    return result
 
 
-@kernel_check("nn.BatchRenorm", "((x - mean) / std * r + d) * weight + bias")
-def _renorm(inputs: Inputs) -> Pairs:
-    data = _Data(inputs)
-    layer = fusereg.nn.BatchRenorm(data.x.shape[1], r_max=1.1, d_max=0.7)
-    layer = layer.to(data.mean.device, data.mean.dtype)
+def _renorm_reference(x: Tensor, m: Tensor, v: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    std, running_std = (variance + 1e-5).sqrt(), (v + 1e-5).sqrt()
+    r = (std / running_std).detach().clamp(1 / 1.1, 1.1)
+    d = ((mean - m) / running_std).detach().clamp(-0.7, 0.7)
+    x_hat: Tensor = _torch_norm(x, m, v, None, None, True)
+    shape = (1, -1, 1, 1)
+    return (x_hat * r.view(shape) + d.view(shape)) * w.view(shape) + b.view(shape)
 
-    def wanted(x: Tensor, m: Tensor, v: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        std, running_std = (variance + layer.eps).sqrt(), (v + layer.eps).sqrt()
-        r = (std / running_std).detach().clamp(1 / 1.1, 1.1)
-        d = ((mean - m) / running_std).detach().clamp(-0.7, 0.7)
-        x_hat = torch.nn.functional.batch_norm(x, m, v, None, None, True)
-        shape = (1, -1, 1, 1)
-        return (x_hat * r.view(shape) + d.view(shape)) * w.view(shape) + b.view(shape)
 
-    def call(x: Tensor, m: Tensor, v: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
-        layer.running_mean, layer.running_var = m, v
-        state = {"weight": w, "bias": b}
-        result: Tensor = torch.func.functional_call(layer, state, (x,))
-        return result
+def _with_residual(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+    return _trained(x, w, b) + r
 
-    return data.pairs(call, wanted)
+
+OPERATIONS = [
+    _row(
+        "batch_norm",
+        "(x - mean) / sqrt(var + eps) * weight + bias",
+        _AFFINE,
+        _trained,
+        options=_BATCH_ALONE,
+    ),
+    _row(
+        "batch_norm, running statistics",
+        "the same, and (1 - momentum) * running + momentum * of the batch",
+        _ALL,
+        _trained,
+        options={"training": True},
+        written=_RUNNING,
+    ),
+    _row(
+        "batch_norm, channels_last, GELU",
+        "gelu(batch_norm(x))",
+        _ALL,
+        lambda *t: gelu(_trained(*t)),
+        channels_last=True,
+        options={"training": True, "activation": "gelu"},
+        written=_RUNNING,
+        refuses={"in place": "wants activation None or 'leaky_relu'"},
+    ),
+    _row(
+        "batch_norm, evaluation",
+        "silu of the same with running statistics",
+        _ALL,
+        lambda *t: silu(_torch_norm(*t)),
+        options={"training": False, "activation": "silu"},
+        constants=_RUNNING,
+        refuses={"in place": "wants activation None or 'leaky_relu'"},
+    ),
+    _row(
+        "batch_norm, activation and residual",
+        "max(0, batch_norm(x) + residual), channels_last",
+        (*_AFFINE, "residual"),
+        lambda *t: _with_residual(*t).relu(),
+        channels_last=True,
+        options={**_BATCH_ALONE, "activation": "relu"},
+        kink=_with_residual,
+        refuses={"in place": "and residual exclude each other"},
+    ),
+    _row(
+        "batch_norm, dropout",
+        "keep ? leaky(batch_norm(x)) / (1 - p) : 0",
+        _AFFINE,
+        lambda *t: dropped(leaky_relu(_trained(*t), 0.1), mask_like(t[0])),
+        options={
+            **_BATCH_ALONE,
+            "activation": "leaky_relu",
+            "negative_slope": 0.1,
+            "dropout": P,
+            "seed": SEED,
+        },
+        kink=_trained,
+        refuses={"in place": "supports no dropout"},
+    ),
+    _row(
+        "batch_norm, virtual batches",
+        "each 2 samples by their own statistics",
+        _ALL,
+        _virtual,
+        options={"training": True, "virtual_batch_size": 2},
+        written=_RUNNING,
+    ),
+    _row(
+        "batch_norm, mask",
+        "statistics of the elements that belong to the batch",
+        (*_ALL, "mask"),
+        _masked,
+        options={"training": True},
+        written=_RUNNING,
+    ),
+    Operation(
+        name="batch_norm, in place",
+        formula="leaky(batch_norm(x)) over x; backward has y alone",
+        function=batch_norm,
+        shapes=_SHAPES,
+        pairs=_in_place,
+    ),
+    Operation(
+        name="nn.BatchRenorm",
+        formula="((x - mean) / std * r + d) * weight + bias",
+        function=_renorm,
+        shapes=_SHAPES,
+        tensors=lambda inputs, shape: _tensors(inputs, shape, *_ALL),
+        arguments=("x", "m", "v", "w", "b"),
+        reference=_renorm_reference,
+        written=("m", "v"),
+    ),
+]

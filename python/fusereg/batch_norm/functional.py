@@ -186,9 +186,9 @@ def prepared(
         if training:
             p = float(dropout)
             if dispatch.eager():
-                key, offset = random.eager_pair(x.device, seed, generator, op)
+                key, offset = random.eager_state(x, random.Source(seed, generator), op)
             else:
-                key = random.operator_pair(x.device, seed, generator, op)
+                key = random.traced_state(x, random.Source(seed, generator), op)
     if use_batch:
         statistics = kernels.COMPUTE
         if training and update_stats:

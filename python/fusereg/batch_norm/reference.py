@@ -239,11 +239,6 @@ def gradients(
 def keep_factors(x: Tensor, call: Call) -> Tensor:
     """1 / (1 - p) where dropout keeps an element, else 0."""
     ones = torch.ones_like(x, dtype=torch.float32).detach()
-    if isinstance(call.seed, Tensor) and dispatch.functorch():
-        return draws.dropout(
-            ones, call.p, True, False, call.seed, None, call.index_offset, None, False, 0, call.op
-        )
-    return draws.forward(
-        draws.Call(call.seed, call.offset, call.p, False, 0, call.index_offset, call.op),
-        ones,
-    )
+    seed = (call.seed, call.offset) if dispatch.direct(ones) else call.seed
+    kept: Tensor = draws.mask(ones, seed, call.p, False, 0, call.index_offset, call.op)
+    return kept

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from fusereg.cli.checks import CheckResult, Place
 
 SCHEMA = 1
+#: Other names of techniques: that of the kernels' folder, where it differs from the package's.
+ALIASES = {"optimizer": "optim"}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Adds `verify` to the command line."""
+    """Add `verify` to the command line."""
     parser = subparsers.add_parser(
         "verify",
         help="every kernel on every device, instruction set and dtype, against float64",
@@ -52,9 +54,10 @@ def _split(text: str) -> list[str]:
 
 
 def choose_techniques(names: Sequence[str]) -> list[str]:
-    """Those that were named, or all."""
+    """Return the techniques that were named, or all."""
     from fusereg.cli.checks import TECHNIQUES
 
+    names = [ALIASES.get(name, name) for name in names]
     for name in names:
         if name not in TECHNIQUES:
             raise InputError(f"no technique named {name!r}; there are: {', '.join(TECHNIQUES)}")
@@ -62,7 +65,7 @@ def choose_techniques(names: Sequence[str]) -> list[str]:
 
 
 def choose_dtypes(text: str | None) -> list[torch.dtype]:
-    """Those that were named, or all."""
+    """Return the dtypes that were named, or all."""
     from fusereg.cli.checks import TOLERANCES
 
     known = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}
@@ -74,7 +77,7 @@ def choose_dtypes(text: str | None) -> list[torch.dtype]:
 
 
 def choose_places(devices: str | None, isas: str | None) -> list[Place]:
-    """Those that were named, or all of this machine's."""
+    """Return the places that were named, or all of this machine."""
     from fusereg import _C
     from fusereg.cli.checks import places
 
@@ -98,7 +101,7 @@ def choose_places(devices: str | None, isas: str | None) -> list[Place]:
 
 
 def compare_bits(results: Sequence[CheckResult]) -> list[CheckResult]:
-    """The same results; those fail whose bits differ from the first CPU instruction set's."""
+    """Return the results; those whose bits differ from the first CPU instruction set's fail."""
     first: dict[tuple[str, str, str, bool], CheckResult] = {}
     compared = []
     for result in results:
@@ -113,14 +116,14 @@ def compare_bits(results: Sequence[CheckResult]) -> list[CheckResult]:
 
 
 def why(result: CheckResult) -> str:
-    """A failed result's reason."""
+    """Return the reason of a failed result."""
     if result.message is not None:
         return result.message
     return f"relative error {result.error:.1e}, allowed {result.tolerance:.0e}"
 
 
 def table(results: Sequence[CheckResult]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a technique on a place, and for each dtype the worst of its kernels.
+    """Return header and rows: a technique on a place, and for each dtype its worst kernel.
 
     The worst is in percent of what is allowed, which depends on the dtype of the result: sums of
     16-bit tensors are float32.
@@ -179,7 +182,7 @@ def _follow(
     calls: int,
     work: Callable[[Place, Callable[[CheckResult], None]], list[CheckResult]],
 ) -> list[CheckResult]:
-    """Does the work place by place; a bar on a terminal, a line for each place elsewhere."""
+    """Do the work place by place; show a bar on a terminal, a line for each place elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -205,7 +208,7 @@ def _follow(
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `fusereg verify`."""
+    """Run `fusereg verify`."""
     from fusereg.cli.checks import TOLERANCES
     from fusereg.cli.checks._process import verify_place
     from fusereg.cli.checks._worker import plan

@@ -1,4 +1,4 @@
-"""Replacing the layers of a model by fused ones, and back."""
+"""Conversion of a model's layers to fused ones, and back."""
 
 from .model import convert, revert
 

@@ -1,8 +1,8 @@
-"""What a converted model runs where a layer and its followers are one kernel.
+"""Chains: a layer and those that follow it, called as one kernel where that is equivalent.
 
-Whether they can be is asked anew at every call, because models change: hooks come and go, layers
-are replaced, frozen, or switched to evaluation one by one. Where fusing would show, the layers are
-called one after the other, as the model's own code does.
+Whether it is, is checked at every call, because models change: hooks are added and removed, layers
+are replaced, frozen, or switched to evaluation one by one. Where fusing would be observable, the
+layers are called one after the other, as the model's own code does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .. import functional as F
 from .. import nn as fused_nn
 from ..core import dispatch
 
-#: Stands among the followers for the addition of the residual.
+#: The follower that adds the residual.
 ADD = "add"
 
 #: A layer, ADD, or the name of an activation that the model calls as a function.
@@ -40,7 +40,7 @@ _DROPOUTS = (nn.Dropout, fused_nn.Dropout)
 
 
 def activation_of(layer: nn.Module) -> tuple[str, float] | None:
-    """What the kernels call this activation and the slope of a leaky one; None if they have not."""
+    """Return batch norm's name of an activation and its slope; None if it cannot be fused."""
     name = _ACTIVATIONS.get(type(layer))
     if name == "leaky_relu":
         slope = layer.negative_slope
@@ -51,18 +51,21 @@ def activation_of(layer: nn.Module) -> tuple[str, float] | None:
 
 
 def is_dropout(layer: nn.Module) -> bool:
-    """Whether this drops single elements, as the kernels' epilogue does."""
+    """Return whether this drops single elements, as the kernels' epilogue does."""
     return type(layer) in _DROPOUTS
 
 
 def batch_norm(
     layer: Any,
     x: Tensor,
-    residual: Tensor | None,
-    activation: str | None,
-    slope: float,
-    dropout: float,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    slope: float = 0.01,
+    dropout: float = 0.0,
 ) -> Tensor:
+    """Call a batch norm of fusereg with what follows it, in one kernel."""
+    if isinstance(layer, fused_nn.SyncBatchNorm):
+        return layer.with_epilogue(x, residual, None, activation, slope, dropout)
     layer._check_input_dim(x)
     return F.batch_norm(
         x,
@@ -82,28 +85,15 @@ def batch_norm(
     )
 
 
-def sync_batch_norm(
-    layer: fused_nn.SyncBatchNorm,
-    x: Tensor,
-    residual: Tensor | None,
-    activation: str | None,
-    slope: float,
-    dropout: float,
-) -> Tensor:
-    return layer.with_epilogue(x, residual, None, activation, slope, dropout)
-
-
-#: Layers that can begin a chain, and the call that computes them with an epilogue.
-NORMS: dict[type, Callable[..., Tensor]] = {
-    fused_nn.BatchNorm1d: batch_norm,
-    fused_nn.BatchNorm2d: batch_norm,
-    fused_nn.BatchNorm3d: batch_norm,
-    fused_nn.SyncBatchNorm: sync_batch_norm,
-}
+#: Layers that :func:`batch_norm` can call.
+NORMS = (
+    *(fused_nn.BatchNorm1d, fused_nn.BatchNorm2d, fused_nn.BatchNorm3d),
+    fused_nn.SyncBatchNorm,
+)
 
 
 def fused_activation(follower: Follower) -> str | None:
-    """What the kernel that also drops calls this activation; None if it has none of the kind."""
+    """Return ``activation_dropout``'s name of an activation; None if it cannot be fused."""
     if isinstance(follower, str):
         return follower
     if type(follower) is nn.GELU and follower.approximate == "tanh":
@@ -113,14 +103,15 @@ def fused_activation(follower: Follower) -> str | None:
 
 
 def _drops(follower: Any) -> bool:
+    """Return whether calling this drops single elements and nothing else."""
     return is_dropout(follower) and follower.training is True and not dispatch.hooked(follower)
 
 
 def dropout_chain(x: Tensor, residual: Any, first: Any, second: Any) -> Tensor:
-    """An activation and a dropout, or a dropout and ADD: one kernel where it would not show.
+    """Call an activation and a dropout, or a dropout and ADD, as one kernel if equivalent.
 
     Args:
-        x: what the first takes.
+        x: the input of the first.
         residual: a tensor, or anything that can be added, if the second is ADD.
         first: a :data:`Follower`, an activation or a dropout.
         second: a dropout or ADD.
@@ -137,18 +128,17 @@ def dropout_chain(x: Tensor, residual: Any, first: Any, second: Any) -> Tensor:
 
 
 def chain(x: Tensor, residual: Any, norm: Any, *followers: Any) -> Tensor:
-    """The followers, one after the other, of ``norm(x)``; as many as possible in its kernel.
+    """Call a norm and its followers, as many of them as possible in the norm's kernel.
 
     Args:
-        x: what the norm takes.
+        x: the norm's input.
         residual: a tensor, or anything that can be added, if ADD is among the followers.
         norm: a layer.
         followers: each a :data:`Follower`.
     """
-    kernel = NORMS.get(type(norm))
     done = 0
     y: Tensor
-    if kernel is None or not _is_plain(norm):
+    if type(norm) not in NORMS or not _has_no_epilogue(norm):
         y = norm(x)
     else:
         added: Tensor | None = None
@@ -167,7 +157,7 @@ def chain(x: Tensor, residual: Any, norm: Any, *followers: Any) -> Tensor:
             elif dispatch.hooked(follower):
                 break
             elif is_dropout(follower):
-                # Layers that are frozen in evaluation mode may have a dropout that is not.
+                # A dropout may be in training mode after a norm that is frozen in evaluation mode.
                 if follower.training is not norm.training:
                     break
                 dropout = follower.p
@@ -177,7 +167,7 @@ def chain(x: Tensor, residual: Any, norm: Any, *followers: Any) -> Tensor:
                     break
                 activation, slope = found
             done += 1
-        y = kernel(norm, x, added, activation, slope, dropout)
+        y = batch_norm(norm, x, added, activation, slope, dropout)
     for follower in followers[done:]:
         if follower is ADD:
             y = y + residual
@@ -188,29 +178,17 @@ def chain(x: Tensor, residual: Any, norm: Any, *followers: Any) -> Tensor:
     return y
 
 
-def _is_plain(norm: Any) -> bool:
-    return (
-        not dispatch.hooked(norm) and norm.activation is None and not (norm.dropout or norm.inplace)
-    )
+def _has_no_epilogue(norm: Any) -> bool:
+    """Return whether calling the layer is batch normalization and nothing else."""
+    fuses = norm.activation is not None or norm.dropout or norm.inplace
+    return not fuses and not dispatch.hooked(norm)
 
 
 def _alike(x: Tensor, residual: object) -> bool:
+    """Return whether the kernels can add the residual to x."""
     return (
         isinstance(residual, Tensor)
         and residual.shape == x.shape
         and residual.dtype == x.dtype
         and residual.device == x.device
     )
-
-
-__all__ = [
-    "ADD",
-    "FUNCTIONS",
-    "NORMS",
-    "Follower",
-    "activation_of",
-    "chain",
-    "dropout_chain",
-    "fused_activation",
-    "is_dropout",
-]

@@ -1,11 +1,12 @@
-"""What convert puts in place of what. Everything is done by changing the class of a module.
+"""The classes that convert gives to modules.
 
-The module stays the same object, with its parameters, buffers, hooks, mode, device and place in the
-model; optimizers, DDP and FSDP2 that know it notice nothing, and the way back is the old class.
+Converting a module changes only its class: it stays the same object, with its parameters, buffers,
+hooks, mode, device and place in the model. Optimizers, DDP and FSDP2 that hold it do not notice,
+and reverting restores the class.
 
-Layers of torch, exactly of torch's type, become those of the same name in :mod:`fusereg.nn`. What
-has more to it than these (timm's layers, modules whose forward is rewritten) gets a subclass of its
-own class that is made here, has the same name, and is pickled as the original class and a word.
+A layer of torch gets the class of the same name in :mod:`fusereg.nn`, unless it is of a subclass.
+Other modules (timm's layers, modules whose forward is rewritten) get a subclass of their own class,
+created here, which has the same name and is pickled as the original class and a kind.
 """
 
 from __future__ import annotations
@@ -26,38 +27,22 @@ from .trace import Plan
 # --- layers of torch ------------------------------------------------------------------------------
 
 _NAMES = (
-    "Dropout",
-    "Dropout1d",
-    "Dropout2d",
-    "Dropout3d",
-    "AlphaDropout",
-    "FeatureAlphaDropout",
-    "BatchNorm1d",
-    "BatchNorm2d",
-    "BatchNorm3d",
-    "SyncBatchNorm",
+    *("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"),
+    *("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"),
 )
 
-#: A layer of torch and the one that takes its place.
+#: A layer of torch -> the one that replaces it.
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, name): getattr(fused_nn, name) for name in _NAMES
 }
 
-#: On a converted layer: the class that it had.
+#: The attribute of a converted layer that holds its original class.
 ORIGINAL = "_fusereg_original"
 
 
+@functools.cache
 def _extras(original: type[nn.Module]) -> dict[str, Any]:
-    """The attributes that a layer of ours has and one of torch's has not, as they are at first."""
-    if original not in _known_extras:
-        _known_extras[original] = _find_extras(original)
-    return _known_extras[original]
-
-
-_known_extras: dict[type[nn.Module], dict[str, Any]] = {}
-
-
-def _find_extras(original: type[nn.Module]) -> dict[str, Any]:
+    """Return the attributes, with defaults, that only fusereg's layer of this name has."""
     arguments: dict[str, Any] = {}
     if issubclass(original, nn.modules.batchnorm._BatchNorm):
         arguments = {"num_features": 1, "device": "meta"}
@@ -66,16 +51,16 @@ def _find_extras(original: type[nn.Module]) -> dict[str, Any]:
 
 
 def swap(layer: nn.Module) -> None:
-    """Gives a layer of torch our class."""
-    original = type(layer)
+    """Give a layer of torch the class of fusereg."""
+    original: Any = type(layer)
     layer.__class__ = SWAPS[original]
     vars(layer).update(_extras(original))
     vars(layer)[ORIGINAL] = original
 
 
 def swap_back(layer: nn.Module) -> str | None:
-    """Gives it back its class; why not, where it does more by now than a layer of torch can."""
-    original: type[nn.Module] = vars(layer)[ORIGINAL]
+    """Restore the original class; return the reason if impossible, else None."""
+    original: Any = vars(layer)[ORIGINAL]
     if type(layer) is not SWAPS[original]:
         return f"it is a {type(layer).__name__} by now"
     extras = _extras(original)
@@ -88,11 +73,11 @@ def swap_back(layer: nn.Module) -> str | None:
     return None
 
 
-# --- classes that are made here -------------------------------------------------------------------
+# --- created classes ------------------------------------------------------------------------------
 
 
 class Adapted:
-    """Beside the original class, first among the bases of a class that is made here."""
+    """Mixin of the created subclasses, which pickles their modules by the original class."""
 
     fusereg_original: type[nn.Module]
     fusereg_kind: str
@@ -102,46 +87,41 @@ class Adapted:
         return _new, (self.fusereg_kind, self.fusereg_original), *reduced[2:]
 
 
-def _new(kind: str, original: type[nn.Module]) -> nn.Module:
+def _new(kind: str, original: Any) -> nn.Module:
+    """Make an empty module when unpickling."""
     cls = adapted(kind, original)
     module: nn.Module = cls.__new__(cls)
     return module
 
 
-_adapted: dict[tuple[str, type[nn.Module]], type[nn.Module]] = {}
-
-
+@functools.cache
 def adapted(kind: str, original: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of the original class, of the same name, with the forward of this kind."""
-    if (kind, original) not in _adapted:
-        _adapted[kind, original] = _make_adapted(kind, original)
-    return _adapted[kind, original]
-
-
-def _make_adapted(kind: str, original: type[nn.Module]) -> type[nn.Module]:
-    bases, forward = _KINDS[kind]
+    """Return a subclass of the original class, of the same name, with the forward of this kind."""
+    base, forward = _KINDS[kind]
     namespace = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "fusereg_original": original,
         "fusereg_kind": kind,
-        "forward": forward(original),
+        "forward": forward(original.forward),
     }
-    return type(original.__name__, (Adapted, *bases, original), namespace)
+    return type(original.__name__, (Adapted, base, original), namespace)
 
 
-def adapt(kind: str, module: nn.Module) -> None:
+def adapt(kind: str, module: Any) -> None:
+    """Give a module the subclass of its class that is of this kind."""
     if not isinstance(module, Adapted):
-        module.__class__ = adapted(kind, type(module))
+        original: Any = type(module)
+        module.__class__ = adapted(kind, original)
 
 
 def adapt_back(module: Any) -> str | None:
-    """Gives an adapted module back its class; why not, where something stands on it."""
+    """Restore the original class; return the reason if impossible, else None."""
     cls = type(module)
     vars(module).pop("fusereg_plans", None)
     if "fusereg_original" not in vars(cls):
-        # Without a plan a rewritten forward is the original one; the others compute on.
+        # It works all the same: without a plan, a rewritten forward calls the original one.
         return f"it is a {cls.__name__} of {cls.__module__} by now"
     module.__class__ = cls.fusereg_original
     return None
@@ -153,8 +133,8 @@ class Planned:
     fusereg_plans: tuple[Plan, ...] = ()
 
 
-def _planned_forward(original: type[nn.Module]) -> Callable[..., Any]:
-    written: Callable[..., Any] = original.forward
+def _planned_forward(written: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward that runs the first plan that fits, or else the original one."""
 
     @functools.wraps(written)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +147,7 @@ def _planned_forward(original: type[nn.Module]) -> Callable[..., Any]:
 
 
 class BatchNormAct2d(fused_nn.BatchNorm2d):
-    """timm's batch norm with a dropout and an activation as children, in one pass if it can be."""
+    """timm's batch norm, whose children, a dropout and an activation, are fused if possible."""
 
     update_stats = True
     dropout = 0.0
@@ -176,12 +156,13 @@ class BatchNormAct2d(fused_nn.BatchNorm2d):
     activation = None
 
     def extra_repr(self) -> str:
+        """Return torch's text, as timm's layer does."""
         text: str = nn.BatchNorm2d.extra_repr(self)
         return text
 
 
-def _batch_norm_act_forward(original: type[nn.Module]) -> Callable[..., Any]:
-    written: Callable[..., Tensor] = original.forward
+def _batch_norm_act_forward(written: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Return a forward of timm's BatchNormAct2d that is one kernel if possible."""
 
     @functools.wraps(written)
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -192,28 +173,30 @@ def _batch_norm_act_forward(original: type[nn.Module]) -> Callable[..., Any]:
             found = (None, 0.01) if type(act) is nn.Identity else _chain.activation_of(act)
             if found is not None:
                 activation, slope = found
-                return _chain.batch_norm(self, x, None, activation, slope, 0.0)
+                return _chain.batch_norm(self, x, None, activation, slope)
         return written(self, x)
 
     return forward
 
 
 class DropPath(fused_nn.DropPath):
-    """timm's stochastic depth, whose probability is called drop_prob and may be None."""
+    """timm's stochastic depth, whose probability is named drop_prob and may be None."""
 
     inplace = False
 
     @property
     def p(self) -> float:  # type: ignore[override]
+        """The drop probability."""
         probability: Any = self.drop_prob
         return float(probability or 0.0)
 
     def extra_repr(self) -> str:
+        """Return timm's text."""
         return f"drop_prob={round(self.p, 3):0.3f}"
 
 
-def _drop_path_forward(original: type[nn.Module]) -> Callable[..., Any]:
-    written: Callable[..., Tensor] = original.forward
+def _drop_path_forward(written: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Return a forward of timm's DropPath that calls fusereg's."""
 
     @functools.wraps(written)
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -224,10 +207,11 @@ def _drop_path_forward(original: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-_KINDS: dict[str, tuple[tuple[type, ...], Callable[[type[nn.Module]], Callable[..., Any]]]] = {
-    "planned": ((Planned,), _planned_forward),
-    "batch_norm_act": ((BatchNormAct2d,), _batch_norm_act_forward),
-    "drop_path": ((DropPath,), _drop_path_forward),
+#: Kind -> a base class, and what makes the forward from the original one.
+_KINDS: dict[str, tuple[type, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
+    "planned": (Planned, _planned_forward),
+    "batch_norm_act": (BatchNormAct2d, _batch_norm_act_forward),
+    "drop_path": (DropPath, _drop_path_forward),
 }
 
 _TIMM = {
@@ -237,18 +221,17 @@ _TIMM = {
 
 
 def timm_kind(module: nn.Module) -> str | None:
-    """How a layer of timm is adapted, which is told by names: timm is not needed for that."""
+    """Return the kind of a layer of timm, recognized by name so as not to import timm."""
     cls = type(module)
     kind, wanted = _TIMM.get((cls.__module__, cls.__qualname__), (None, ()))
     return kind if all(hasattr(module, name) for name in wanted) else None
 
 
-def rewritable(cls: type[nn.Module]) -> str | None:
-    """Why modules of this class cannot get a plan; None if they can."""
-    if cls.__reduce_ex__ is not object.__reduce_ex__ and not issubclass(cls, Adapted):
-        return "it has its own way of being pickled"
-    if cls.__reduce__ is not object.__reduce__:
+def why_not_rewritable(cls: type[nn.Module]) -> str | None:
+    """Return why modules of this class cannot get a plan; None if they can."""
+    own_reduce_ex = cls.__reduce_ex__ is not object.__reduce_ex__ and not issubclass(cls, Adapted)
+    if own_reduce_ex or cls.__reduce__ is not object.__reduce__:
         return "it has its own way of being pickled"
     if not isinstance(cls.forward, types.FunctionType):
-        return "its forward is no function"
+        return "its forward is not a function"
     return None

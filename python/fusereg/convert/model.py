@@ -1,4 +1,4 @@
-"""Puts fusereg's layers into a model that is made of torch's, and takes them out again."""
+"""Conversion of a model of torch's layers to fusereg's, and back."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 def convert(model: _Model, *, include: _Keys = None, exclude: _Keys = None) -> _Model:
-    """Changes a model's dropout and batch-norm layers to fusereg's, and fuses what follows them.
+    """Change a model's dropout and batch-norm layers to fusereg's, and fuse what follows them.
 
     The model is changed in place: its layers stay the same objects and get the class of the same
     name in :mod:`fusereg.nn`. Parameters, buffers, ``state_dict``, hooks, device, dtype, training
-    mode and ``requires_grad`` are not touched, so optimizers and DDP go on as they were.
+    mode and ``requires_grad`` are not changed, so optimizers and DDP remain valid.
 
     ==============================================================  ===============================
     ``Dropout``, ``Dropout1d/2d/3d``, ``AlphaDropout``,              the same of ``fusereg.nn``
@@ -47,41 +47,43 @@ def convert(model: _Model, *, include: _Keys = None, exclude: _Keys = None) -> _
     Dropout, then a residual, ``x + dropout(f(x))``                  one kernel
     ==============================================================  ===============================
 
-    What follows a layer is read from forward's code with ``torch.fx``, as in the residual blocks of
-    torchvision. Code whose course could depend on more than tensors and plain attributes of the
-    module is left unfused. Nothing but speed depends on it: at every call, a chain is one kernel
-    only if it would not show. A hook on one of its layers, a layer that was replaced, or one that
-    was switched to evaluation alone has them called one after the other, and an attribute that
-    has changed since brings the original forward back.
+    Which layers follow each other is found by tracing forward with ``torch.fx``, as in the residual
+    blocks of torchvision. A forward whose control flow could depend on more than tensors and plain
+    attributes of the module is left unfused. Fusing affects only speed: at every call, a chain is
+    one kernel only if the result is the same. With a hook on one of its layers, a replaced layer,
+    or one that alone was switched to evaluation, its layers are called one after the other; if an
+    attribute has changed since, the original forward is called.
 
     Results in evaluation, and in training without dropout, are those of torch's layers up to
-    rounding. Dropout draws other elements, with the same probability. What was changed, and what
-    was not and why, goes to the logger ``fusereg``: a summary and the reasons as INFO, every change
-    as DEBUG.
+    rounding. Dropout drops different elements, with the same probability. The logger ``fusereg``
+    reports what was changed, and what was not and why: a summary and the reasons at level INFO,
+    every change at level DEBUG.
 
-    Left alone: subclasses of torch's layers (lazy, quantized, parametrized, ... ones), whatever is
+    Not converted: subclasses of torch's layers (lazy, quantized, parametrized, ... ones), modules
     inside parametrizations and ``ScriptModule``, layers whose ``forward`` is set on the object.
-    Converting twice changes nothing more. Convert before ``fully_shard`` where it is applied to
+    Converting again changes nothing. Convert before ``fully_shard`` if that is applied to the
     layers themselves; with DDP, and ``fully_shard`` of blocks, before or after.
 
     Args:
-        model: the model. A layer that is used in several places is converted once for all.
-        include: what is converted; everything if not given. Name patterns (``"layer4.*"``) or
-            types. What is named includes everything inside it.
-        exclude: what is left alone, in the same way. It outdoes ``include``.
+        model: the model. A layer that is used in several places is converted once.
+        include: the modules to convert, with everything inside them, by name patterns
+            (``"layer4.*"``) or types; all if not given.
+        exclude: the modules to leave alone, given likewise; takes precedence over ``include``.
 
     Returns:
         ``model``, the same object.
 
     Raises:
-        TypeError: ``model`` is no module, or a key neither a pattern nor a type of modules.
-        ValueError: a key matches nothing. Nothing has changed then.
+        TypeError: ``model`` is not a module, or a key is neither a pattern nor a module type.
+        ValueError: a key matches nothing; the model is unchanged then.
 
     Example:
         >>> model = fusereg.convert(model, exclude=["head"])
         >>> fusereg.revert(model)
     """
-    chosen = _choose(model, _keys(include, "include"), _keys(exclude, "exclude"))
+    _check_model(model, "convert")
+    included = None if include is None else _keys(include, "include")
+    chosen = _choose(model, included, _keys(exclude, "exclude"))
     report = _Report()
     for name, module in chosen:
         _convert_layer(name, module, report)
@@ -93,10 +95,10 @@ def convert(model: _Model, *, include: _Keys = None, exclude: _Keys = None) -> _
 
 
 def revert(model: _Model) -> _Model:
-    """Takes back what :func:`convert` did: every layer and forward has its original class again.
+    """Undo :func:`convert`: restore the original class of every module.
 
-    Layers that were made as fusereg's stay. So does, with a warning to the logger ``fusereg``, a
-    converted one that has been given since what torch's has not, such as an ``activation``.
+    Layers that were created as fusereg's stay. So do, with a warning to the logger ``fusereg``,
+    converted layers that have since been given what torch's cannot do, such as an ``activation``.
 
     Args:
         model: the model, or a part of it.
@@ -105,7 +107,7 @@ def revert(model: _Model) -> _Model:
         ``model``, the same object.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
     """
     _check_model(model, "revert")
     count = 0
@@ -120,24 +122,25 @@ def revert(model: _Model) -> _Model:
             count += 1
         else:
             _log.warning("fusereg.revert: %s stays: %s", name or "the model", reason)
-    _log.info("fusereg.revert: %d modules have their original class again", count)
+    verb = "has its" if count == 1 else "have their"
+    _log.info("fusereg.revert: %s %s original class again", _counted(count, "module"), verb)
     return model
 
 
-# --- what is chosen -------------------------------------------------------------------------------
+# --- choosing modules -----------------------------------------------------------------------------
 
 
 def _check_model(model: object, op: str) -> None:
+    """Raise TypeError unless the model is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"fusereg.{op}: model must be a torch.nn.Module, got {type(model).__name__}"
         )
 
 
-def _keys(keys: _Keys, argument: str) -> tuple[Key, ...] | None:
-    if keys is None:
-        return None
-    found = (keys,) if isinstance(keys, (str, type)) else tuple(keys)
+def _keys(keys: _Keys, argument: str) -> tuple[Key, ...]:
+    """Return include or exclude as a tuple of keys."""
+    found = (keys,) if isinstance(keys, (str, type)) else tuple(keys or ())
     for key in found:
         if not _params.is_key(key):
             raise TypeError(
@@ -147,18 +150,17 @@ def _keys(keys: _Keys, argument: str) -> tuple[Key, ...] | None:
 
 
 def _choose(
-    model: nn.Module, include: tuple[Key, ...] | None, exclude: tuple[Key, ...] | None
+    model: nn.Module, include: tuple[Key, ...] | None, exclude: tuple[Key, ...]
 ) -> list[tuple[str, nn.Module]]:
-    """The modules that may be changed, each once, with the first of its names."""
-    _check_model(model, "convert")
-    keys = {*(include or ()), *(exclude or ())}
+    """Return the modules that may be changed, each once, with the first of its names."""
+    keys = {*(include or ()), *exclude}
     without_match = set(keys)
     wanted: dict[str, bool] = {}
     unwanted: dict[str, bool] = {}
     modules: dict[int, tuple[str, nn.Module]] = {}
     out: set[int] = set()
     chosen: set[int] = set()
-    # Under every name: a shared layer is left alone if one of its names says so.
+    # Under every name: a shared layer is left alone if one of its names is excluded.
     for name, module in model.named_modules(remove_duplicate=False):
         parent = name.rpartition(".")[0] if name else None
         matching = {key for key in keys if _params.matches(key, name, module)}
@@ -169,7 +171,7 @@ def _choose(
             or (parent is not None and wanted[parent])
         )
         unwanted[name] = (
-            not matching.isdisjoint(exclude or ())
+            not matching.isdisjoint(exclude)
             or (parent is not None and unwanted[parent])
             or isinstance(module, torch.jit.ScriptModule)
             or _is_parametrizations(model, name, parent)
@@ -186,44 +188,52 @@ def _choose(
 
 
 def _is_parametrizations(model: nn.Module, name: str, parent: str | None) -> bool:
+    """Return whether a module is the container of parametrizations of its parent."""
     if parent is None or name.rpartition(".")[2] != "parametrizations":
         return False
     return parametrize.is_parametrized(model.get_submodule(parent))
 
 
-# --- what is done with it -------------------------------------------------------------------------
+# --- converting them ------------------------------------------------------------------------------
+
+
+def _counted(count: int, noun: str) -> str:
+    """Return a count with its noun, in the plural unless it is one."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 @dataclass
 class _Report:
+    """Counts of what was changed, for the log."""
+
     layers: Counter[str] = field(default_factory=Counter)
     chains: int = 0
     skipped: int = 0
 
     def skip(self, name: str, what: str, reason: str) -> None:
+        """Log why a module was left as it is."""
         self.skipped += 1
         _log.info("fusereg.convert: %s %s: %s", name or "the model", what, reason)
 
     def log(self) -> None:
+        """Log the summary."""
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.layers.items()))
         _log.info(
-            "fusereg.convert: %d layers converted%s, %d chains fused, %d modules left as they are",
-            sum(self.layers.values()),
+            "fusereg.convert: %s converted%s, %s fused, %s left as %s",
+            _counted(self.layers.total(), "layer"),
             f" ({kinds})" if kinds else "",
-            self.chains,
-            self.skipped,
+            _counted(self.chains, "chain"),
+            _counted(self.skipped, "module"),
+            "it is" if self.skipped == 1 else "they are",
         )
 
 
-_OURS = tuple(_layers.SWAPS.values())
-_THEIRS = tuple(_layers.SWAPS)
-
-
 def _convert_layer(name: str, module: nn.Module, report: _Report) -> None:
+    """Convert a module if it is a layer of torch or timm that fusereg has."""
     kind = _layers.timm_kind(module)
-    if isinstance(module, (_layers.Adapted, *_OURS)):
+    if isinstance(module, (_layers.Adapted, *_layers.SWAPS.values())):
         return
-    if kind is None and not isinstance(module, _THEIRS):
+    if kind is None and not isinstance(module, tuple(_layers.SWAPS)):
         return
     what = type(module).__name__
     if kind is None and type(module) not in _layers.SWAPS:
@@ -243,7 +253,7 @@ def _convert_layer(name: str, module: nn.Module, report: _Report) -> None:
 def _fusible(
     chosen: list[tuple[str, nn.Module]], report: _Report
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The modules whose forward calls layers that can begin a chain, as far as their place says."""
+    """Return the modules with children that can begin a chain, which their forward may call."""
     for name, module in chosen:
         if isinstance(module, (*_CONTAINERS, torch.fx.GraphModule)) or "forward" in vars(module):
             continue
@@ -253,20 +263,20 @@ def _fusible(
             continue
         of_torch = code is not None and code.co_filename.startswith(_trace.TORCH)
         if of_torch and forward is not nn.Sequential.forward:
-            # They choose among ways of their own, of which not all call their layers.
+            # These have fast paths, not all of which call their layers.
             report.skip(name, f"({type(module).__name__}) not fused", "its forward is torch's own")
             continue
         yield name, module
 
 
 def _forward_of(module: nn.Module) -> Callable[..., Any]:
-    cls = type(module)
-    if isinstance(module, _layers.Adapted):
-        cls = module.fusereg_original
+    """Return the original forward of a module's class."""
+    cls = module.fusereg_original if isinstance(module, _layers.Adapted) else type(module)
     return cls.forward
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """Return the children that a forward may call: containers' children, not the containers."""
     for child in module.children():
         if isinstance(child, _CONTAINERS):
             yield from _called(child)
@@ -275,7 +285,8 @@ def _called(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _fuse(name: str, module: nn.Module, allowed: set[int], report: _Report) -> None:
-    reason = _layers.rewritable(type(module))
+    """Rewrite a module's forward with the chains of allowed layers that it calls."""
+    reason = _layers.why_not_rewritable(type(module))
     try:
         if reason is not None:
             raise _trace.NotStraightError(reason)

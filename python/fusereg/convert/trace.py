@@ -1,15 +1,15 @@
-"""Reads off a module's forward which of its layers follow each other, and rewrites it.
+"""Traces which layers of a module follow each other in its forward, and rewrites the forward.
 
-``torch.fx`` runs forward once with stand-ins for tensors and writes down what is done with them.
-What it cannot see is everything that forward decides without tensors. So only straight code is
-taken, code that could not have decided otherwise:
+``torch.fx`` runs forward once with proxies for tensors and records what is done with them. It does
+not see decisions that forward makes without tensors. So only straight-line code is rewritten, which
+cannot take another path:
 
-- it reads of the module only layers, parameters and attributes that are plain values. Those are
-  written down, and at every call it is asked whether they are still the same (:class:`Plan`);
-- it calls nothing but layers, functions of torch, and helpers that are straight themselves;
-- it stores nothing, draws no random decision, asks for no types, enters no context.
+- it reads only layers, parameters and plain attributes of the module. Those are recorded, and
+  checked for changes at every call (:class:`Plan`);
+- it calls only layers, functions of torch, and functions that are straight-line code themselves;
+- it stores nothing, makes no random decision, checks no types, enters no context.
 
-All else is left as it is, with the reason.
+Any other forward is left as it is, and the reason is reported.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+import importlib
+import operator
 import os
 import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,10 +37,10 @@ MAX_ARGUMENTS = 4
 
 
 class NotStraightError(Exception):
-    """Forward cannot be rewritten safely; the text says why."""
+    """A forward that cannot be rewritten safely, for the reason in the text."""
 
 
-# --- straight code --------------------------------------------------------------------------------
+# --- straight-line code ---------------------------------------------------------------------------
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -51,7 +54,7 @@ _TORCH_FUNCTIONS = ("torch", "torch.functional", "torch.nn.functional")
 _BUILTINS = _words(
     "abs enumerate float getattr int len list max min range reversed sum super tuple zip"
 )
-#: Modes, random decisions, and calls that hand forward's code to somebody else.
+#: Modes, random decisions, and functions that run or compile other code.
 _REFUSED = _words("""
     is_grad_enabled is_inference_mode_enabled is_autocast_enabled is_autocast_cpu_enabled
     is_tracing is_compiling is_dynamo_compiling is_exporting set_grad_enabled
@@ -66,6 +69,7 @@ _CONTEXTS = frozenset(("BEFORE_WITH", "SETUP_WITH", "BEFORE_ASYNC_WITH", "LOAD_S
 
 
 def _check_global(name: str, namespace: dict[str, Any]) -> None:
+    """Raise NotStraightError if a global could make forward take another path."""
     if name in _REFUSED:
         raise NotStraightError(f"it uses {name}")
     if name not in namespace:
@@ -76,7 +80,7 @@ def _check_global(name: str, namespace: dict[str, Any]) -> None:
     if isinstance(value, types.ModuleType):
         plain = value.__name__ in _MODULES
     elif isinstance(value, types.FunctionType):
-        # One that is not torch's is looked at when it is called.
+        # One that is not torch's is checked when it is called.
         ours = value.__code__.co_filename.startswith(TORCH)
         plain = not ours or value.__module__ in _TORCH_FUNCTIONS
     elif isinstance(value, type):
@@ -88,13 +92,14 @@ def _check_global(name: str, namespace: dict[str, Any]) -> None:
 
 
 def _check_code(code: types.CodeType, namespace: dict[str, Any]) -> None:
+    """Raise NotStraightError unless the code is straight-line."""
     before: Any = None
     for instruction in dis.get_instructions(code):
         name, argument = instruction.opname, instruction.argval
         if name in ("LOAD_GLOBAL", "LOAD_NAME"):
             _check_global(argument, namespace)
         elif name in ("LOAD_ATTR", "LOAD_METHOD"):
-            # The module's own mode is among what is written down, that of its layers is not.
+            # The module's own mode is recorded, that of its layers is not.
             of_self = (
                 before.opname.startswith("LOAD_FAST") and before.argval in code.co_varnames[:1]
             )
@@ -109,7 +114,7 @@ def _check_code(code: types.CodeType, namespace: dict[str, Any]) -> None:
 
 @contextmanager
 def _watched(module: nn.Module, entry: types.CodeType) -> Iterator[None]:
-    """Checks each function before it runs, if forward calls it, or what forward calls calls it."""
+    """Check each function that forward calls, directly or not, before it runs."""
     known = {entry}
 
     def watch(frame: types.FrameType, event: str, _: object) -> None:
@@ -147,12 +152,11 @@ _IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift i
 
 
 class _Proxy(fx.Proxy):
-    """torch.fx writes ``x += y`` down as ``x = x + y``, which leaves the old x unchanged."""
+    """A proxy that records ``x += y`` as such; torch.fx records ``x + y``, which leaves x as is."""
 
 
 def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    import operator
-
+    """Return the proxies' method of an operator in place."""
     function = getattr(operator, name)
 
     def method(self: fx.Proxy, other: Any) -> fx.Proxy:
@@ -167,6 +171,8 @@ for _name in _IN_PLACE.split():
 
 
 class _Tracer(fx.Tracer):
+    """A tracer that enters no layer, and refuses tensors that depend on no input."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
@@ -194,7 +200,7 @@ def _is_plain(value: object) -> bool:
 def _recorder(
     module: nn.Module, forward: Callable[..., Any], count: int, seen: dict[str, Any]
 ) -> type:
-    """A class for the time of tracing: forward takes ``count`` tensors, reads are written down."""
+    """Return a class to trace with: forward takes ``count`` tensors, and reads are recorded."""
     cls = type(module)
 
     def read(self: nn.Module, name: str) -> Any:
@@ -211,7 +217,7 @@ def _recorder(
 
 
 def _required(forward: types.FunctionType) -> int:
-    """How many tensors forward wants; what has a default is left at it."""
+    """Return how many tensors forward requires; other arguments keep their defaults."""
     code = forward.__code__
     count = code.co_argcount - len(forward.__defaults__ or ()) - 1
     without_default = set(
@@ -225,6 +231,7 @@ def _required(forward: types.FunctionType) -> int:
 def _trace(
     module: nn.Module, forward: types.FunctionType, count: int
 ) -> tuple[fx.Graph, dict[str, Any]]:
+    """Return the graph of a forward, and the attributes that it reads."""
     seen: dict[str, Any] = {}
     cls = type(module)
     _check_code(forward.__code__, forward.__globals__)
@@ -239,22 +246,20 @@ def _trace(
 
 # --- chains in a graph ----------------------------------------------------------------------------
 
+#: Layers whose output shares no memory with anything.
 _FRESH = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 
 
 def _target(module: nn.Module, node: fx.Node) -> nn.Module | None:
+    """Return the layer that a node calls, if any."""
     return module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _function_name(node: fx.Node) -> str:
+    """Return the name of the function or method that a node calls, without a last underscore."""
     if node.op == "call_method":
         return str(node.target).removesuffix("_")
     if node.op == "call_function":
@@ -265,7 +270,7 @@ def _function_name(node: fx.Node) -> str:
 def _follower(
     module: nn.Module, node: fx.Node, current: fx.Node, allowed: Callable[[nn.Module], bool]
 ) -> Follower | None:
-    """What this node does with the current value; None if that cannot be in a chain."""
+    """Return what this node does with the current value; None if a chain cannot contain it."""
     layer = _target(module, node)
     if layer is not None:
         known = (
@@ -283,7 +288,7 @@ def _follower(
             in_place = (
                 name == "iadd" or str(getattr(node.target, "__name__", node.target)) == "add_"
             )
-            # What is written into must be the current value, which nobody else sees.
+            # Only the current value may be written into, as nothing else reads it.
             fits = left is not right and not (in_place and right is current)
             if fits and isinstance(other, fx.Node):
                 return ADD
@@ -293,20 +298,20 @@ def _follower(
     return None
 
 
+@dataclass
 class _Found:
-    """The node that a chain begins with, the nodes that follow it, and what they do."""
+    """A chain in a graph: its nodes, and what those after the first do."""
 
-    def __init__(self, first: fx.Node, head: Follower | None = None) -> None:
-        self.nodes = [first]
-        self.followers: list[Follower] = []
-        self.added = False
-        self.head = head  # of a chain without a norm
+    nodes: list[fx.Node]
+    followers: list[Follower] = field(default_factory=list)
+    head: Follower | None = None  # of a chain without a norm
 
 
 def _find(
     module: nn.Module, norm: fx.Node, order: dict[fx.Node, int], allowed: Callable[..., bool]
 ) -> _Found:
-    found = _Found(norm)
+    """Find as many followers of a norm as one kernel can compute."""
+    found = _Found([norm])
     private = _is_private(module, norm)
     while len(found.nodes[-1].users) == 1:
         current = found.nodes[-1]
@@ -315,11 +320,10 @@ def _find(
         if order[node] != order[current] + 1 and not (private and moved):
             break
         follower = _follower(module, node, current, allowed)
-        if follower is None or (follower is ADD and found.added):
+        if follower is None or (follower is ADD and ADD in found.followers):
             break
         found.nodes.append(node)
         found.followers.append(follower)
-        found.added = found.added or follower is ADD
     while found.followers and isinstance(found.followers[-1], nn.Identity):
         found.nodes.pop()
         found.followers.pop()
@@ -327,9 +331,9 @@ def _find(
 
 
 def _is_private(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the node's input is read by it alone, and its memory shared by nobody.
+    """Return whether only this node reads its input, and nothing shares the input's memory.
 
-    It may be read later then, and whether it is written into does not show.
+    Reading it later, or writing into it, is unobservable then.
     """
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or len(source.users) != 1:
@@ -338,7 +342,7 @@ def _is_private(module: nn.Module, node: fx.Node) -> bool:
 
 
 def _writes(module: nn.Module, node: fx.Node) -> bool:
-    """Whether an activation, dropout or sum writes into its first argument."""
+    """Return whether an activation, dropout or sum writes into its first argument."""
     layer = _target(module, node)
     if layer is not None:
         return bool(getattr(layer, "inplace", False))
@@ -349,13 +353,13 @@ def _writes(module: nn.Module, node: fx.Node) -> bool:
 def _head(
     module: nn.Module, node: fx.Node, allowed: Callable[[nn.Module], bool]
 ) -> Follower | None:
-    """The dropout, or activation that the kernel of dropout knows, that this node is."""
+    """Return the dropout, or activation that the dropout kernel can fuse, that a node calls."""
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         return None
     layer = _target(module, node)
     if layer is not None and _chain.activation_of(layer) is None and not _chain.is_dropout(layer):
-        # GELU's tanh form, which the kernel of dropout knows and batch norm's does not.
+        # GELU's tanh form, which the dropout kernel can fuse and batch norm's cannot.
         fits = node.args == (source,) and not node.kwargs and allowed(layer)
         return layer if fits and _chain.fused_activation(layer) is not None else None
     follower = _follower(module, node, source, allowed)
@@ -368,7 +372,7 @@ def _head(
 def _find_dropout(
     module: nn.Module, first: fx.Node, order: dict[fx.Node, int], allowed: Callable[..., bool]
 ) -> _Found | None:
-    """An activation and the dropout of its result, or a dropout and a sum with its result."""
+    """Find an activation and a dropout, or a dropout and a sum, that follow each other."""
     head = _head(module, first, allowed)
     if head is None or len(first.users) != 1:
         return None
@@ -379,7 +383,7 @@ def _find_dropout(
     drops = isinstance(head, nn.Module) and _chain.is_dropout(head)
     follower = _follower(module, node, first, allowed)
     if drops:
-        # In evaluation a dropout's result is its input, so that a sum in place shows there.
+        # In evaluation a dropout returns its input, which a sum in place would change.
         fits = follower is ADD and (
             private or not (_writes(module, first) or _writes(module, node))
         )
@@ -391,25 +395,25 @@ def _find_dropout(
         )
     if not fits or follower is None:
         return None
-    found = _Found(first, head)
-    found.nodes.append(node)
-    found.followers.append(follower)
-    return found
+    return _Found([first, node], [follower], head)
 
 
 def _chains(
     module: nn.Module, graph: fx.Graph, allowed: Callable[[nn.Module], bool]
 ) -> list[_Found]:
+    """Find the chains of allowed layers in a graph."""
     order = {node: i for i, node in enumerate(graph.nodes)}
-    calls: dict[int, list[fx.Node]] = {}
+    calls: dict[nn.Module, list[fx.Node]] = {}
     for node in graph.nodes:
         layer = _target(module, node)
-        if type(layer) in _chain.NORMS and len(node.args) == 1 and not node.kwargs:
-            calls.setdefault(id(layer), []).append(node)
-    # A norm that is called twice updates its statistics twice, and must do so in that order.
-    single = [nodes[0] for nodes in calls.values() if len(nodes) == 1]
+        fits = len(node.args) == 1 and not node.kwargs
+        if layer is not None and type(layer) in _chain.NORMS and fits:
+            calls.setdefault(layer, []).append(node)
     found = [
-        _find(module, node, order, allowed) for node in single if allowed(_layer(module, node))
+        _find(module, nodes[0], order, allowed)
+        for layer, nodes in calls.items()
+        # A norm that is called twice updates its statistics twice, and must do so in that order.
+        if len(nodes) == 1 and allowed(layer)
     ]
     found = [f for f in found if f.followers]
     taken = {node for f in found for node in f.nodes}
@@ -423,12 +427,8 @@ def _chains(
     return found
 
 
-def _layer(module: nn.Module, node: fx.Node) -> nn.Module:
-    return module.get_submodule(str(node.target))
-
-
 def _rewrite(graph: fx.Graph, found: _Found) -> str:
-    """Puts one call in place of the chain; gives its description."""
+    """Replace a chain by one call; return the chain's description."""
     first, last = found.nodes[0], found.nodes[-1]
     residual = None
     run = _chain.chain if found.head is None else _chain.dropout_chain
@@ -454,43 +454,45 @@ def _rewrite(graph: fx.Graph, found: _Found) -> str:
 # --- plans ----------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False, repr=False)
 class Plan:
-    """A rewritten forward, and what must hold for it to stand in for the original one.
+    """A rewritten forward, and the conditions under which it is equivalent to the original one.
 
     Attributes:
         chains: a description of each fused chain.
         source: the rewritten forward as Python code.
+        names: the globals of that code.
+        count: the number of tensors that forward takes.
+        values: the attributes that forward reads, and their values.
+        children: paths of modules whose children forward calls, and those children's names.
+        run: the rewritten forward.
     """
 
-    def __init__(
-        self,
-        chains: list[str],
-        source: str,
-        names: dict[str, Any],
-        count: int,
-        values: tuple[tuple[str, Any], ...],
-        children: tuple[tuple[tuple[str, ...], list[str]], ...],
-    ) -> None:
-        self.chains = chains
-        self.source = source
-        self._names = names
-        self._count = count
-        self._values = values
-        self._children = children
-        self.run = _compiled(source, names)
+    chains: list[str]
+    source: str
+    names: dict[str, Any]
+    count: int
+    values: tuple[tuple[str, Any], ...]
+    children: tuple[tuple[tuple[str, ...], list[str]], ...]
+    run: Callable[..., Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        namespace = dict(self.names)
+        exec(compile(self.source, "<forward rewritten by fusereg.convert>", "exec"), namespace)
+        self.run = namespace["forward"]
 
     def fits(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the original forward would do what was written down."""
-        if kwargs or len(args) != self._count:
+        """Return whether the original forward would do what was traced."""
+        if kwargs or len(args) != self.count:
             return False
         for argument in args:
             if not isinstance(argument, Tensor):
                 return False
-        for name, value in self._values:
+        for name, value in self.values:
             now = getattr(module, name, self)
             if type(now) is not type(value) or now != value:
                 return False
-        for path, names in self._children:
+        for path, names in self.children:
             parent: nn.Module | None = module
             for part in path:
                 parent = None if parent is None else parent._modules.get(part)
@@ -499,38 +501,27 @@ class Plan:
         return True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        modules = {
-            name: value.__name__
-            for name, value in self._names.items()
-            if isinstance(value, types.ModuleType)
-        }
-        others = {name: value for name, value in self._names.items() if name not in modules}
-        arguments = (self._count, self._values, self._children)
-        return _restored, (self.chains, self.source, modules, others, *arguments)
+        found = {k: v.__name__ for k, v in self.names.items() if isinstance(v, types.ModuleType)}
+        others = {name: value for name, value in self.names.items() if name not in found}
+        arguments = (self.count, self.values, self.children)
+        return _restored, (self.chains, self.source, found, others, *arguments)
 
 
 def _restored(
     chains: list[str], source: str, modules: dict[str, str], others: dict[str, Any], *rest: Any
 ) -> Plan:
-    import importlib
-
+    """Rebuild a plan when unpickling."""
     names = {name: importlib.import_module(module) for name, module in modules.items()}
     return Plan(chains, source, {**names, **others}, *rest)
 
 
-def _compiled(source: str, names: dict[str, Any]) -> Callable[..., Any]:
-    namespace = dict(names)
-    exec(compile(source, "<forward rewritten by fusereg.convert>", "exec"), namespace)
-    function: Callable[..., Any] = namespace["forward"]
-    return function
-
-
 def _present(module: nn.Module) -> list[str]:
+    """Return the names of a module's children, without those that are None."""
     return [name for name, child in module._modules.items() if child is not None]
 
 
 def _parents(graph: fx.Graph) -> list[tuple[str, ...]]:
-    """The modules whose children forward calls, as paths from the traced one."""
+    """Return the paths, from the traced module, of the modules whose children it calls."""
     paths = {tuple(str(n.target).split(".")[:-1]) for n in graph.nodes if n.op == "call_module"}
     return sorted({path[:length] for path in paths for length in range(len(path) + 1)})
 
@@ -538,10 +529,15 @@ def _parents(graph: fx.Graph) -> list[tuple[str, ...]]:
 def make_plans(
     module: nn.Module, forward: Callable[..., Any], allowed: Callable[[nn.Module], bool]
 ) -> tuple[Plan, ...]:
-    """A plan for this module; two if it asks for its mode; none without chains of allowed layers.
+    """Return a plan for a module, or one per mode if it reads its mode; none without chains.
+
+    Args:
+        module: the module, whose class is changed while it is traced.
+        forward: its original forward.
+        allowed: whether a layer may be part of a chain.
 
     Raises:
-        NotStraightError: forward cannot be read, for the reason that the text says.
+        NotStraightError: the forward cannot be rewritten, for the reason in the text.
     """
     plans = []
     mode = module.training
@@ -560,9 +556,9 @@ def make_plans(
 def _make_plan(
     module: nn.Module, forward: Callable[..., Any], allowed: Callable[[nn.Module], bool]
 ) -> tuple[Plan | None, bool]:
-    """A plan for the module's mode, and whether it asks for it."""
+    """Return a plan for the module's current mode, and whether forward reads the mode."""
     if not isinstance(forward, types.FunctionType):
-        raise NotStraightError("its forward is no function")
+        raise NotStraightError("its forward is not a function")
     if hasattr(forward, "__wrapped__") or not set(forward.__code__.co_freevars) <= {"__class__"}:
         raise NotStraightError("it is decorated")
     count = _required(forward)

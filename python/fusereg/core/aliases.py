@@ -7,8 +7,10 @@ import sys
 
 #: Path before a technique was one package -> path now.
 MOVED = {
+    "_convert_chain": "convert.chain",
     "_convert_layers": "convert.layers",
-    "_penalty_hook": "penalty.hook",
+    "_convert_trace": "convert.trace",
+    "_penalty_hook": "penalty.weight_penalty",
     "fold": "batch_norm.fold",
     "nn.batch_norm": "batch_norm.layers",
     "nn.batch_norm_variants": "batch_norm.variants",

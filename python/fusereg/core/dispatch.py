@@ -11,7 +11,7 @@ This is the only file that touches private torch interfaces.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -28,12 +28,9 @@ from .. import _C  # noqa: E402
 
 _C.bind_torch(torch.Tensor, torch.nn.Parameter, torch.autograd.graph.increment_version)
 
-#: Operators are defined here, each with a fake kernel and an autograd formula.
-library = torch.library.Library("fusereg", "DEF")
-
 
 def functorch() -> bool:
-    """True inside torch.func transforms (grad, vmap, ...), whose tensors are wrapped.
+    """Return whether a torch.func transform (grad, vmap, ...) is active, which wraps tensors.
 
     There an autograd function must have ``setup_context`` and a ``vmap`` rule (17 us instead of 6,
     so not used otherwise); operators with ``torch.library.register_autograd`` have neither.
@@ -42,35 +39,71 @@ def functorch() -> bool:
 
 
 def escaped_wrapper(tensor: torch.Tensor) -> bool:
-    """Whether this is a functorch wrapper that outlived its transform: it answers no question."""
+    """Return whether this is a wrapper of a torch.func transform that has ended."""
     if torch.compiler.is_compiling() or _functorch_level() is not None:
         return False
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return wrapped
 
 
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_compiler = torch.compiler
+_forward_ad = torch.autograd.forward_ad
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
 def eager() -> bool:
-    """True if nothing is watching: no compiler, tracer, dispatch mode or functorch transform.
+    """Return True unless a compiler, tracer, dispatch mode or torch.func transform is active.
 
     ``torch.compiler.is_compiling()`` alone is wrong: it is False under FakeTensorMode and make_fx.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and _dispatch_modes() == 0
-        and _functorch_level() is None
-        and _tracing_state() is None
+    return not (
+        # What torch.compiler.is_compiling() asks, in one call less.
+        is_dynamo_compiling()
+        or _compiler._is_compiling_flag
+        or _dispatch_modes()
+        or _functorch_level() is not None
+        or _tracing_state() is not None
     )
 
 
-def for_other_programs() -> bool:
-    """True while a model is written down for a program without fusereg: ONNX, torch.jit.trace.
+#: Operators are defined here by core/operator.py.
+library = torch.library.Library("fusereg", "DEF")
 
-    What then is no operator of torch's is lost.
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_Parameter = torch.nn.Parameter
+
+
+def direct(*tensors: torch.Tensor | None) -> bool:
+    """Return whether kernels may be called on these tensors at once.
+
+    Nothing is tracing, and each tensor is exactly a Tensor or Parameter and has memory. Wrappers
+    are not looked for: see :func:`wrapped`.
+    """
+    if not eager():
+        return False
+    for t in tensors:
+        if t is not None and (not (type(t) is torch.Tensor or type(t) is _Parameter) or t.is_meta):
+            return False
+    return True
+
+
+def wrapped(values: Sequence[object]) -> bool:
+    """Return whether a tensor among these wraps another without showing it by its type.
+
+    So do gradients under ``torch.autograd.grad(is_grads_batched=True)``, and what a torch.func
+    transform leaves behind for a later backward.
+    """
+    return any(isinstance(t, torch.Tensor) and (_is_batched(t) or _is_wrapped(t)) for t in values)
+
+
+def for_other_programs() -> bool:
+    """Return whether a model is being exported to a program without fusereg.
+
+    So torch.onnx and torch.jit.trace do: only torch's own operators can be loaded there.
     """
     if torch.compiler.is_dynamo_compiling():
         return False
@@ -80,22 +113,25 @@ def for_other_programs() -> bool:
 
 
 def forward_mode() -> bool:
-    """True inside torch.autograd.forward_ad.dual_level(): a tensor may carry a tangent unseen."""
-    return torch.autograd.forward_ad._current_level >= 0
+    """Return whether tensors may carry tangents (torch.autograd.forward_ad.dual_level)."""
+    return _forward_ad._current_level >= 0
 
 
 _F = TypeVar("_F", bound=Callable[..., object])
 
 
 def outside_graphs(function: _F) -> _F:
-    """The function, called as it is from compiled code. ``torch.compiler.disable`` does the same,
-    but imports the compiler at once; this waits for the first call, as torch's optimizers do."""
+    """Return the function such that compiled code calls it without tracing it.
+
+    ``torch.compiler.disable`` does the same, but imports the compiler at once; this waits for the
+    first call, as torch's optimizers do.
+    """
     wrapped: _F = torch._disable_dynamo(function)  # type: ignore[attr-defined, assignment]
     return wrapped
 
 
 def whole_graph() -> bool:
-    """While dynamo traces: whether a graph that breaks is an error (``fullgraph=True``)."""
+    """Return whether a graph break is an error (``fullgraph=True``), while dynamo traces."""
     tracer = sys.modules.get("torch._dynamo.symbolic_convert")
     if tracer is None:
         return False
@@ -111,12 +147,12 @@ whole_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unscales_in_step(optimizer: object) -> bool:
-    """Whether a GradScaler leaves it to the optimizer's step to undo the scale of its gradients."""
+    """Return whether the optimizer's step, not GradScaler, undoes the scale of the gradients."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def hooked(module: torch.nn.Module) -> bool:
-    """Whether a call of the module is not just its class's forward: a hook would see it."""
+    """Return whether the module has hooks or a forward of its own, which a call would run."""
     return bool(
         "forward" in module.__dict__
         or module._forward_hooks

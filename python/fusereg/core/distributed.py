@@ -1,4 +1,6 @@
-"""Dropout of DTensors: each rank drops from its own shard, under one pair for the whole mesh.
+"""DTensors and process groups.
+
+Dropout of a DTensor: each rank drops from its own shard, under one Philox state for the mesh.
 
 Where a shard's draws are consecutive among those of the whole tensor (it is sharded along the first
 dimension, or along one in which rows share their draw), it gets exactly its part of the whole
@@ -18,27 +20,26 @@ from torch import Tensor
 
 from .. import _C
 from . import random
+from .random import Source
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def apply(
+def drawn(
     x: Tensor,
-    seed: int | Tensor | None,
-    generator: torch.Generator | None,
+    source: Source,
     index_offset: int,
-    row_dims: int,
+    rows: int,
     op: str,
-    drop: Callable[[Tensor, int | Tensor, int], Tensor],
+    draw: Callable[[Tensor, int | Tensor, int], Tensor],
 ) -> Tensor:
-    """The DTensor of drop(local part, seed, its index_offset) on each rank."""
+    """Return the DTensor of draw(local part, seed, its index_offset) on each rank."""
     from torch.distributed.tensor import DTensor
 
     x = cast(DTensor, x)
-    index_offset += _first_index(x, row_dims, op)
-    pair = _common_pair(x, seed, generator, op)
-    y = drop(x.to_local().contiguous(), pair, index_offset)
+    index_offset += _first_index(x, rows, op)
+    y = draw(x.to_local().contiguous(), _common_state(x, source, op), index_offset)
     return DTensor.from_local(
         y, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=_row_major(x.shape)
     )
@@ -49,7 +50,7 @@ def _row_major(shape: torch.Size) -> tuple[int, ...]:
 
 
 def _first_index(x: DTensor, row_dims: int, op: str) -> int:
-    """The index of this rank's first draw."""
+    """Return the index of this rank's first draw."""
     mesh = x.device_mesh
     coordinate = mesh.get_coordinate()
     counted = x.shape[:row_dims] if row_dims else x.shape
@@ -81,24 +82,20 @@ def _first_index(x: DTensor, row_dims: int, op: str) -> int:
     return (shard + 1) * math.prod(counted)
 
 
-def _common_pair(
-    x: DTensor, seed: int | Tensor | None, generator: torch.Generator | None, op: str
-) -> int | Tensor:
-    """The same on all ranks of the mesh: as given, or drawn by its first rank."""
+def _common_state(x: DTensor, source: Source, op: str) -> int | Tensor:
+    """Return one state for all ranks of the mesh: as given, or drawn by its first rank."""
     device = x.to_local().device
-    if seed is not None:
-        if generator is not None:
-            raise ValueError(f"fusereg.{op}: seed and generator exclude each other")
-        random.check_seed(seed, device, op)
-        return seed
-    pair = random.operator_pair(device, None, generator, op)
+    random.check_source(device, source, op)
+    if source.seed is not None:
+        return source.seed
+    state = random.traced_state(x.to_local(), source, op)
     for mesh_dim in range(x.device_mesh.ndim):
-        torch.distributed.broadcast(pair, group=x.device_mesh.get_group(mesh_dim), group_src=0)
-    return pair
+        torch.distributed.broadcast(state, group=x.device_mesh.get_group(mesh_dim), group_src=0)
+    return state
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether this is a torch.distributed DTensor, without importing that package for nothing."""
+    """Return whether this is a DTensor; torch.distributed.tensor is imported only if it may be."""
     if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:
         return False
     if not torch.distributed.is_available():
@@ -109,12 +106,13 @@ def is_dtensor(tensor: object) -> bool:
 
 
 def has_dtensor(tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether a DTensor is among the tensors."""
     only_plain, _ = _C.scan(tensors)  # a few nanoseconds a tensor
     return not only_plain and any(is_dtensor(t) for t in tensors)
 
 
 def all_gather(tensor: torch.Tensor, group: object) -> torch.Tensor:
-    """[processes, *shape]: every process's tensor, in the order of ranks."""
+    """Return every process's tensor in the order of ranks, as [processes, *shape]."""
     world: int = torch.distributed.get_world_size(group)  # type: ignore[arg-type]
     if torch.compiler.is_compiling():
         from torch.distributed import _functional_collectives as functional
@@ -131,7 +129,7 @@ def all_gather(tensor: torch.Tensor, group: object) -> torch.Tensor:
 
 
 def all_reduce(tensor: torch.Tensor, group: object) -> torch.Tensor:
-    """The sum of every process's tensor; ``tensor`` itself may be written to."""
+    """Return the sum of every process's tensor; ``tensor`` itself may be written to."""
     if torch.compiler.is_compiling():
         from torch.distributed import _functional_collectives as functional
 
@@ -142,7 +140,7 @@ def all_reduce(tensor: torch.Tensor, group: object) -> torch.Tensor:
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """The module inside torch.compile's and DistributedDataParallel's wrappers."""
+    """Return the module inside the wrappers of torch.compile and DistributedDataParallel."""
     while True:
         # Looked up by name: to import torch._dynamo, for its type, takes seconds.
         compiled = getattr(module, "_orig_mod", None)

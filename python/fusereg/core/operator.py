@@ -1,126 +1,512 @@
-"""What the autograd functions of all techniques share.
+"""The one way in which kernels become torch operations.
 
-``DrawnMap`` and ``DrawnMapInPlace`` are those of a linear map that a call draws: dropout of
-elements, of blocks, by Gaussian noise. Nothing but the call is kept: backward draws the same map
-again. It is its own transpose, so one function is forward, backward, forward mode and every further
-derivative.
+An operation is declared once, as an :class:`Operator`: its schema, the kernel, an empty result for
+fake tensors, what backward keeps, and the gradient. From these are made
+
+- the eager call: the kernel, inside an old-style ``torch.autograd.Function`` where a gradient is
+  wanted (25 us for forward and backward of 64 floats, where operators of ``torch.library`` take 39
+  to 46);
+- ``torch.ops.fusereg.<name>``, for torch.compile, export, fake tensors, make_fx, subclasses, and
+  for gradients that are batched (``torch.autograd.grad(is_grads_batched=True)``), over which torch
+  loops;
+- the autograd function with a ``vmap`` rule that torch.func transforms need.
+
+A gradient calls other operators, and each call takes the path that its surroundings want. So one
+formula serves all three, and derivatives of any order.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import dispatch
+from .. import _C
+from . import checks, dispatch, distributed, random
+from .random import Source
+
+_library = dispatch.library
+
+Kernel = Callable[..., Any]
+
+
+# --- what the functions of an operation use -------------------------------------------------------
+
+
+def keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """Keep tensors for backward, and for forward mode where a tangent may be asked for."""
+    ctx.save_for_backward(*tensors)
+    if dispatch.forward_mode():
+        ctx.save_for_forward(*tensors)
+
+
+def keep_state(ctx: Any, *tensors: Tensor | None) -> None:
+    """Keep tensors, and ``ctx.state`` among them where it is a tensor.
+
+    Eager calls have numbers there, or a tensor of their own.
+    """
+    if type(ctx.state) is not tuple:
+        tensors = (*tensors, ctx.state)
+        ctx.state = None
+    ctx.save_for_backward(*tensors)
+    if dispatch.forward_mode():
+        ctx.save_for_forward(*tensors)
+
+
+def kept(ctx: Any) -> tuple[Any, ...]:
+    """Return the tensors that :func:`keep_state` kept, and the Philox state as the last."""
+    if ctx.state is None:
+        found: tuple[Any, ...] = ctx.saved_tensors
+        return found
+    return (*ctx.saved_tensors, ctx.state)
+
+
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Return whether a derivative of a function of these tensors may be asked for."""
+    if not torch.is_grad_enabled():
+        return False
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return True
+    return dispatch.forward_mode()
 
 
 def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """Apply an autograd function, which torch does not type."""
     result: Tensor = function.apply(*arguments)
     return result
 
 
-def differentiated(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or dispatch.forward_mode())
-
-
 def written(y: Tensor) -> Tensor:
-    """y, after a kernel wrote to it: autograd is told."""
+    """Tell autograd that a kernel has written to y, and return it."""
     if not y.is_inference():
         torch.autograd.graph.increment_version(y)
     return y
 
 
-class DrawnCall(Protocol):
-    """What draws a map from its (seed, offset) pair.
+def strides_of_result(x: Tensor) -> tuple[int, ...]:
+    """Return the strides of ``torch.empty_like(x)``, in whose order elements are drawn."""
+    return torch.empty_like(x, device="meta").stride()
 
-    ``rest`` is what a second drawing needs besides the call.
+
+def in_strides(t: Tensor, strides: Sequence[int]) -> Tensor:
+    """Return t itself if it has these strides, else a copy that has them."""
+    if t.stride() == strides:
+        return t
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+
+
+def refused(op: str) -> RuntimeError:
+    """Return the error for a kernel that refuses a copy in a supported layout."""
+    return RuntimeError(
+        f"fusereg.{op}: the kernel refused a tensor in a layout that it supports; "
+        "please report this"
+    )
+
+
+# --- the declaration ------------------------------------------------------------------------------
+
+
+class Operator:
+    """A kernel as a torch operation, called with the arguments of its schema in their order.
+
+    An eager call may pass a Philox state of numbers for the argument ``seed``, and after the
+    schema's arguments the name under which errors show the operation.
+
+    Args:
+        schema: as ``torch.library.define`` takes it, without the namespace.
+        kernel: allocates the results and computes them: ``kernel(*arguments, op=name, out=None)``.
+            ``op`` and ``out`` are only passed where they are given. Where a result is None, the
+            library's operator returns an empty tensor in its place.
+        fake: empty results for the same arguments; a result may be None there too.
+        save: ``save(ctx, arguments, output)``: keeps what gradient and tangent want, tensors by
+            :func:`keep`.
+        gradient: ``gradient(ctx, *gradients of the results)``: a gradient for each of the leading
+            arguments, as differentiable operations. None: the operation has no gradient.
+        tangent: ``tangent(ctx, *tangents of the arguments)``: that of the result, in forward mode.
+        row_major: torch.func transforms make the first argument contiguous, for operations whose
+            result depends on the order of elements in memory.
+        mutates: whether the schema says that arguments are written to.
+
+    Raises:
+        RuntimeError: by torch, for a schema that it cannot read.
     """
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
-        """The result, and ``rest``."""
+    def __init__(
+        self,
+        schema: str,
+        kernel: Kernel,
+        *,
+        fake: Kernel,
+        save: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+        gradient: Callable[..., tuple[Any, ...]] | None = None,
+        tangent: Callable[..., Any] | None = None,
+        row_major: bool = False,
+    ) -> None:
+        self.name = schema[: schema.index("(")]
+        self.kernel = kernel
+        _library.define(schema)
+        self.overload = getattr(torch.ops.fusereg, self.name).default
+        arguments = self.overload._schema.arguments
+        self._count = len(arguments)
+        seeds = [i for i, a in enumerate(arguments) if a.name == "seed"]
+        self._seed = seeds[0] if seeds else None
+        #: How many arguments are tensors, or lists of them, before the first that is neither.
+        self._tensors = next(
+            (i for i, a in enumerate(arguments) if a.name == "seed" or "Tensor" not in str(a.type)),
+            self._count,
+        )
+        lists = [i for i, a in enumerate(arguments) if str(a.type) == "List[Tensor]"]
+        #: Where a list of tensors is among the arguments: autograd must see them one by one.
+        self._list = lists[0] if lists and gradient is not None else None
+        returned = len(self.overload._schema.returns)
 
-    def forward_(self, x: Tensor) -> Any:
-        """Writes the result over x; ``rest``."""
+        def filled(results: Any, first: Any) -> Any:
+            """Return the results with empty tensors in place of None."""
+            if returned < 2:
+                return results
+            like = first[0] if isinstance(first, (list, tuple)) else first
+            return tuple(like.new_empty(0) if r is None else r for r in results)
 
-    def backward(self, grad: Tensor, rest: Any) -> Tensor:
-        """The map once more, on a gradient or a tangent."""
+        def library_kernel(*args: Any) -> Any:
+            return filled(kernel(*args), args[0])
+
+        def library_fake(*args: Any) -> Any:
+            return filled(fake(*args), args[0])
+
+        for key in ("CPU", "CUDA"):
+            _library.impl(self.name, library_kernel, key)
+        torch.library.register_fake(f"fusereg::{self.name}", library_fake, lib=_library)
+        if gradient is None:
+            return
+        assert save is not None
+
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            found = gradient(ctx, *grads)
+            return (*found, *(None,) * (self._count - len(found)))
+
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            save(ctx, inputs, output)
+
+        torch.library.register_autograd(
+            f"fusereg::{self.name}", backward, setup_context=setup, lib=_library
+        )
+        made = _functions(self, save, gradient, tangent, row_major)
+        self._function, self._function_in_place, self._transform = made
+        # apply() without its question for functorch, which the gate has answered: 1.2 us less.
+        self.apply: Callable[..., Any] = super(torch.autograd.Function, self._function).apply
+
+    def __call__(self, *args: Any) -> Any:
+        """Compute the operation in whatever way its surroundings want."""
+        if not dispatch.direct(*args[: self._tensors]):
+            return self.traced(*args)
+        try:
+            return self.eager(*args) if torch.is_grad_enabled() else self.kernel(*args)
+        except (RuntimeError, TypeError, ValueError):
+            # Kernels refuse wrappers before they write. To look for them first would cost each
+            # backward pass of a small tensor a microsecond.
+            if dispatch.wrapped(args):
+                return self.traced(*args)
+            raise
+
+    def traced(self, *args: Any) -> Any:
+        """Compute it under a compiler, mode or transform, and for subclasses."""
+        args = self._with_state(args[: self._count])
+        if dispatch.functorch():
+            return self._transform.apply(*self._flat(args))
+        return self.overload(*args)
+
+    def _with_state(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments with a Philox state of numbers as the tensor that operators take."""
+        at = self._seed
+        if at is None or type(args[at]) is not tuple:
+            return args
+        seed, offset = args[at]
+        if not isinstance(seed, Tensor):
+            numbers = [random.signed(seed), random.signed(offset)]
+            seed = torch.tensor(numbers, dtype=torch.int64, device=args[0].device)
+        return (*args[:at], seed, *args[at + 1 :])
+
+    def eager(self, *args: Any) -> Any:
+        """Compute it by the kernel at once: the caller knows that nothing is tracing."""
+        if torch.is_grad_enabled():
+            if self._list is not None:
+                if self._differentiated(args):
+                    return self.apply(*self._flat(args))
+            else:  # without a call for it: this is most of what small tensors cost
+                for t in args[: self._tensors]:
+                    if t is not None and t.requires_grad:
+                        return self.apply(*args)
+                if dispatch.forward_mode():
+                    return self.apply(*args)
+        return self.kernel(*args)
+
+    def into(self, out: Tensor, *args: Any) -> Tensor:
+        """Write the result into ``out``; no gradient."""
+        self.kernel(*args, out=out)
+        return written(out)
+
+    def in_place(self, *args: Any) -> Tensor:
+        """Write the result over the first argument."""
+        x: Tensor = args[0]
+        if torch.is_grad_enabled():
+            if dispatch.forward_mode():
+                y = self.apply(*args)
+                return x.copy_(y if isinstance(y, Tensor) else y[0])
+            if self._differentiated(args):
+                result: Tensor = self._function_in_place.apply(*args)  # type: ignore[no-untyped-call]
+                return result
+        return self.into(x, *args)
+
+    def _differentiated(self, args: tuple[Any, ...]) -> bool:
+        if self._list is None:
+            return differentiated(*args[: self._tensors])
+        return differentiated(*(a for a in args if isinstance(a, Tensor)), *args[self._list])
+
+    def _flat(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments with a list of tensors laid out at their end."""
+        if self._list is None:
+            return args
+        at = self._list
+        return (*args[:at], len(args[at]), *args[at + 1 :], *args[at])
+
+    def _folded(self, flat: tuple[Any, ...], length: int | None = None) -> tuple[Any, ...]:
+        """Return the arguments of which :meth:`_flat` was made; for tangents, give the length."""
+        if self._list is None:
+            return flat
+        at = self._list
+        end = len(flat) - (flat[at] if length is None else length)
+        return (*flat[:at], list(flat[end:]), *flat[at + 1 : end])
+
+    def _flat_gradients(self, found: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+        """Return the gradients of the flat arguments, of which there are ``count``."""
+        at = self._list
+        assert at is not None
+        front = (*found[:at], None, *found[at + 1 :])
+        return (*front, *(None,) * (count - len(front) - len(found[at])), *found[at])
 
 
-class DrawnMap(torch.autograd.Function):
-    """The eager function. Each technique has a subclass: graphs show its name."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, call: DrawnCall) -> Tensor:
-        y, rest = call.forward(x)
-        ctx.call = (call, rest)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return gradient(grad, *ctx.call), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        call, rest = ctx.call
-        result: Tensor = call.backward(tangent, rest)
-        return result
+_Function = type[torch.autograd.Function]
 
 
-class DrawnMapInPlace(torch.autograd.Function):
-    """The same over x."""
+def _functions(
+    op: Operator,
+    save: Callable[[Any, tuple[Any, ...], Any], None],
+    gradient: Callable[..., tuple[Any, ...]],
+    tangent: Callable[..., Any] | None,
+    row_major: bool,
+) -> tuple[_Function, _Function, _Function]:
+    """Return the autograd functions of an operation: eager, eager in place, and for torch.func."""
+    kernel, with_list = op.kernel, op._list is not None
+    #: For the arguments that have no gradient; torch takes more of them than there are arguments.
+    nones = (None,) * (op._count + 1)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, call: DrawnCall) -> Tensor:
-        ctx.call = (call, call.forward_(x))
-        ctx.mark_dirty(x)
-        return x
+    def forward(ctx: Any, *args: Any) -> Any:
+        if op._list is not None:
+            ctx.count, ctx.length = len(args), args[op._list]
+            args = op._folded(args)
+        output = kernel(*args)
+        save(ctx, args, output)
+        return output
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return gradient(grad, *ctx.call), None
+    def forward_in_place(ctx: Any, *args: Any) -> Any:
+        ctx.mark_dirty(args[0])
+        save(ctx, args, kernel(*args, out=args[0]))
+        return args[0]
+
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        found = gradient(ctx, *grads)
+        return op._flat_gradients(found, ctx.count) if with_list else (*found, *nones)
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        if tangent is None:
+            raise NotImplementedError(f"fusereg.{op.name} has no derivative in forward mode")
+        return tangent(ctx, *(op._folded(tangents, ctx.length) if with_list else tangents))
+
+    def transform_forward(*args: Any) -> Any:
+        if row_major:
+            args = (args[0].contiguous(), *args[1:])
+        result = op.overload(*(op._folded(args) if with_list else args))
+        return tuple(result) if isinstance(result, list) else result
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if op._list is not None:
+            ctx.count, ctx.length = len(inputs), inputs[op._list]
+            inputs = op._folded(inputs)
+        save(ctx, inputs, output)
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        # A call for each sample: its draws and its reductions are those that it has alone.
+        results = [
+            made[2].apply(  # type: ignore[no-untyped-call]
+                *(
+                    a.select(d, i) if isinstance(d, int) else a
+                    for a, d in zip(args, in_dims, strict=True)
+                )
+            )
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(r) for r in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    def function(suffix: str, methods: dict[str, Callable[..., Any]]) -> _Function:
+        words = "".join(w.capitalize() for w in op.name.split("_"))
+        members = {name: staticmethod(m) for name, m in methods.items()}
+        return type(words + suffix, (torch.autograd.Function,), members)
+
+    eager = {"forward": forward, "backward": backward, "jvp": jvp}
+    transform = {"forward": transform_forward, "setup_context": setup_context, "vmap": vmap}
+    made = (
+        function("", eager),
+        function("InPlace", {"forward": forward_in_place, "backward": backward}),
+        function("Transform", {**transform, "backward": backward, "jvp": jvp}),
+    )
+    return made
 
 
-class _Again(torch.autograd.Function):
-    """Linear in the gradient, and its own gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, call: DrawnCall, rest: Any) -> Tensor:
-        ctx.call = (call, rest)
-        return call.backward(grad, rest)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return gradient(grad, *ctx.call), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        call, rest = ctx.call
-        result: Tensor = call.backward(tangent, rest)
-        return result
+# --- a linear map that a Philox state determines --------------------------------------------------
 
 
-def gradient(grad: Tensor, call: DrawnCall, rest: Any) -> Tensor:
-    """``call.backward``, differentiable where that is asked for."""
-    if torch.is_grad_enabled():
-        return applied(_Again, grad, call, rest)
-    return call.backward(grad, rest)
+class DrawnOperator(Operator):
+    """A linear map that (seed, offset) draws: y = m x elementwise, for rows, or plus a constant.
 
+    Nothing is kept for backward but the Philox state: the map is drawn a second time. It is its own
+    transpose, so it is gradient, tangent and every further derivative too. Element i of the memory
+    of ``torch.empty_like(x)`` has draw ``index_offset + i``.
 
-def run(
-    function: type[DrawnMap],
-    function_in_place: type[DrawnMapInPlace],
-    x: Tensor,
-    call: DrawnCall,
-    inplace: bool,
-) -> Tensor:
-    """The eager call, differentiable where that is asked for."""
-    if not inplace:
-        return applied(function, x, call) if differentiated(x) else call.forward(x)[0]
-    if dispatch.forward_mode():
-        return x.copy_(applied(function, x, call))
-    if torch.is_grad_enabled() and x.requires_grad:
-        return applied(function_in_place, x, call)
-    call.forward_(x)
-    return written(x)
+    Its kernels are ``<name>_forward`` and ``<name>_backward`` of ``_C``, looked up at each call and
+    called with (y, x, seed, offset, *constants, op); they return 0, or something else where x's
+    layout is not supported.
+
+    Args:
+        name: the operator's name; its backward is ``<name>_backward``.
+        constants: the schema's part after ``Tensor x, Tensor seed``; ``float p``, with which 0
+            leaves x as it is, comes first and ``index_offset`` last.
+        supported: ``supported(x, *constants)``: a new tensor of x's shape whose layout is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        constants: str,
+        *,
+        supported: Callable[..., Tensor] = lambda x, *_: torch.empty_like(x),
+    ) -> None:
+        count = constants.count(",") + 1
+        names = f"{name}_forward", f"{name}_backward"
+
+        def copied(
+            kernel: Callable[..., int], y: Tensor, x: Tensor, rest: tuple[Any, ...]
+        ) -> Tensor:
+            """Run the kernel on a copy in a supported layout."""
+            op = rest[-1]
+            x = checks.plain(x, op, "x")
+            copy = supported(x, *rest[2:]).copy_(x)
+            if kernel(copy, copy, *rest) != 0:
+                raise refused(op)
+            return y.copy_(copy)
+
+        def forward(x: Tensor, seed: Any, *constants: Any, out: Tensor | None = None) -> Tensor:
+            y = torch.empty_like(x) if out is None else out
+            if constants[0] == 0.0:
+                return y.copy_(x)
+            if len(constants) == count:
+                constants = (*constants, name)
+            rest = (*seed, *constants) if type(seed) is tuple else (seed, 0, *constants)
+            kernel = getattr(_C, names[0])
+            return y if kernel(y, x, *rest) == 0 else copied(kernel, y, x, rest)
+
+        def backward(grad: Tensor, seed: Any, *constants: Any) -> Tensor:
+            grad = in_strides(grad, tuple(constants[count]))
+            y = torch.empty_like(grad)
+            if constants[0] == 0.0:
+                return y.copy_(grad)
+            op = constants[count + 1 :] or (name,)
+            state = seed if type(seed) is tuple else (seed, 0)
+            rest = (*state, *constants[:count], *op)
+            kernel = getattr(_C, names[1])
+            return y if kernel(y, grad, *rest) == 0 else copied(kernel, y, grad, rest)
+
+        def save(ctx: Any, args: tuple[Any, ...], y: Tensor) -> None:
+            x, seed, *ctx.constants = args
+            ctx.state = seed
+            ctx.stride = strides_of_result(x) if y is x else y.stride()
+            if type(seed) is not tuple:
+                keep_state(ctx)
+
+        def gradient(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor]:
+            seed, found = ctx.state, ctx.constants
+            if seed is None:
+                (seed,) = ctx.saved_tensors
+            return (self.backward(grad, seed, *found[:count], ctx.stride, *found[count:]),)
+
+        def save_linear(ctx: Any, args: tuple[Any, ...], y: Tensor) -> None:
+            _, ctx.state, *ctx.constants = args
+            keep_state(ctx)
+
+        def gradient_of_gradient(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor]:
+            return (self.backward(grad, *kept(ctx), *ctx.constants),)
+
+        super().__init__(
+            f"{name}(Tensor x, Tensor seed, {constants}) -> Tensor",
+            forward,
+            fake=lambda x, *_: torch.empty_like(x),
+            save=save,
+            gradient=gradient,
+            tangent=lambda *args: gradient(*args)[0],
+            row_major=True,
+        )
+        self.backward = Operator(
+            f"{name}_backward(Tensor grad, Tensor seed, {constants}, SymInt[] stride) -> Tensor",
+            backward,
+            fake=lambda grad, seed, *rest: grad.new_empty_strided(grad.shape, rest[-1]),
+            save=save_linear,
+            gradient=gradient_of_gradient,
+            tangent=lambda *args: gradient_of_gradient(*args)[0],
+            row_major=True,
+        )
+
+    def draw(
+        self,
+        x: Tensor,
+        constants: tuple[Any, ...],
+        source: Source,
+        op: str,
+        target: Tensor | None = None,
+        rows: int = 0,
+    ) -> Tensor:
+        """Draw the map for x, whose arguments are checked.
+
+        Args:
+            x: any tensor.
+            constants: those of the schema.
+            source: where the Philox state comes from.
+            op: the name that errors show.
+            target: what is written: x itself to work in place, ``out``, or None for a new tensor.
+            rows: how many leading dimensions have a draw of their own; 0: every element.
+        """
+        if distributed.is_dtensor(x):
+            *before, first = constants
+            y = distributed.drawn(
+                x,
+                source,
+                first,
+                rows,
+                op,
+                lambda local, seed, first: self.draw(
+                    local, (*before, first), Source(seed), op, None, rows
+                ),
+            )
+            return y if target is None else target.copy_(y)
+        if not dispatch.direct(x):
+            y = self.traced(x, random.traced_state(x, source, op), *constants)
+            return y if target is None else target.copy_(y)
+        checks.check_index_offset(constants[-1], op)
+        args = (x, random.eager_state(x, source, op), *constants, op)
+        if target is None:
+            return self.eager(*args)  # type: ignore[no-any-return]
+        return self.in_place(*args) if target is x else self.into(target, *args)

@@ -1,9 +1,7 @@
-"""Where (seed, offset) pairs come from: torch's own generators.
+"""Where Philox states (seed, offset) come from: torch's own generators.
 
-So ``torch.manual_seed`` and a ``generator`` reproduce.
-
-Each call gets a pair of its own, and draws from Philox under the key ``seed`` at counters of that
-offset.
+So ``torch.manual_seed`` and a ``generator`` reproduce. Each call gets a state of its own, and draws
+from Philox4x32-10 under the key ``seed`` at the counters of that offset.
 
 CPU
     two 63-bit numbers from the generator (torch's CPU stream is a Mersenne twister, so nothing is
@@ -12,21 +10,29 @@ CUDA
     the generator's seed and its present offset, which then moves on by 4 as for any kernel of
     torch's that takes 4 numbers a thread: no launch and no synchronization, and no two calls,
     fusereg's or torch's, at the same counters. While a CUDA graph is captured these numbers cannot
-    be asked for: a pair is drawn on the device, anew with each replay, and the kernels read it.
-Compiler, functorch, modes
-    a pair from ``torch.randint``, which all of them know how to treat.
+    be asked for: a state is drawn on the device, anew with each replay, and the kernels read it.
+Compiler, torch.func, modes
+    a state from ``torch.randint``, which all of them know how to treat.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 #: (seed, offset), or (an int64 tensor that holds both where the kernel can read them, 0).
-Pair: TypeAlias = tuple[int | Tensor, int]
+State: TypeAlias = tuple[int | Tensor, int]
+
+
+class Source(NamedTuple):
+    """What a caller says of the Philox state: a seed, a generator, or neither."""
+
+    seed: int | Tensor | None = None
+    generator: torch.Generator | None = None
+
 
 #: What a call takes of a CUDA generator's offset: one step of Philox's counter.
 _OFFSET_STEP = 4
@@ -35,20 +41,18 @@ _local = threading.local()
 _cuda_lock = threading.Lock()
 
 
-def _cpu_pair(generator: torch.Generator | None) -> Pair:
-    numbers: Tensor | None = getattr(_local, "numbers", None)
-    if numbers is None:
-        # A tensor made in inference mode could not be written to outside of it.
-        with torch.inference_mode(False):
-            numbers = _local.numbers = torch.empty(2, dtype=torch.int64)
-    filled = numbers.random_() if generator is None else numbers.random_(generator=generator)
-    seed, offset = filled.tolist()
-    return seed, offset
+def _numbers() -> Tensor:
+    """Return this thread's memory for two numbers."""
+    # A tensor made in inference mode could not be written to outside of it.
+    with torch.inference_mode(False):
+        made: Tensor = torch.empty(2, dtype=torch.int64)
+    _local.numbers = made
+    return made
 
 
-def _cuda_pair(device: torch.device, generator: torch.Generator | None) -> Pair:
+def _cuda_state(device: torch.device, generator: torch.Generator | None) -> State:
     if torch.cuda.is_current_stream_capturing():
-        return device_pair(device, generator), 0
+        return device_state(device, generator), 0
     if generator is None:
         index = torch.cuda.current_device() if device.index is None else device.index
         generator = torch.cuda.default_generators[index]
@@ -58,13 +62,20 @@ def _cuda_pair(device: torch.device, generator: torch.Generator | None) -> Pair:
         return generator.initial_seed(), offset
 
 
-def new_pair(x: Tensor) -> Pair:
-    """A pair for x from torch's default generator of its device."""
-    return _cpu_pair(None) if x.is_cpu else _cuda_pair(x.device, None)
+def new_state(x: Tensor, generator: torch.Generator | None = None) -> State:
+    """Return a new state for x from a generator, by default torch's of its device."""
+    if not x.is_cpu:
+        return _cuda_state(x.device, generator)
+    numbers: Tensor = getattr(_local, "numbers", None)  # type: ignore[assignment]
+    if numbers is None:
+        numbers = _numbers()
+    filled = numbers.random_() if generator is None else numbers.random_(generator=generator)
+    seed, offset = filled.tolist()
+    return seed, offset
 
 
 def check_seed(seed: object, device: torch.device, op: str) -> None:
-    """Raises unless ``seed`` is an integer or a pair in a tensor on the device."""
+    """Raise unless ``seed`` is an integer, or a state in a tensor on the device."""
     if isinstance(seed, int) and not isinstance(seed, bool):
         return
     if not isinstance(seed, Tensor):
@@ -79,7 +90,9 @@ def check_seed(seed: object, device: torch.device, op: str) -> None:
         )
 
 
-def _check(device: torch.device, seed: object, generator: torch.Generator | None, op: str) -> None:
+def check_source(device: torch.device, source: Source, op: str) -> None:
+    """Raise unless seed and generator fit the device and exclude each other."""
+    seed, generator = source
     if seed is not None:
         check_seed(seed, device, op)
         if generator is not None:
@@ -90,37 +103,37 @@ def _check(device: torch.device, seed: object, generator: torch.Generator | None
         )
 
 
-def eager_pair(
-    device: torch.device, seed: int | Tensor | None, generator: torch.Generator | None, op: str
-) -> Pair:
-    """This call's pair; nothing but the generator changes."""
+def eager_state(x: Tensor, source: Source, op: str) -> State:
+    """Return this call's state; nothing but the generator changes."""
+    seed, generator = source
     if seed is not None or generator is not None:
-        _check(device, seed, generator, op)
+        check_source(x.device, source, op)
+    if seed is None:
+        return new_state(x, generator)
     if isinstance(seed, Tensor):
         return seed.detach().clone(), 0  # backward reads it again, whatever becomes of the caller's
-    if seed is not None:
-        return seed, 0
-    return _cuda_pair(device, generator) if device.type == "cuda" else _cpu_pair(generator)
+    return seed, 0
 
 
-def device_pair(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+def device_state(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """Return a new state as a tensor on the device."""
     return torch.randint(
         -(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator
     )
 
 
-def operator_pair(
-    device: torch.device, seed: int | Tensor | None, generator: torch.Generator | None, op: str
-) -> Tensor:
-    """This call's pair as a tensor, by operations that compilers and transforms see."""
-    _check(device, seed, generator, op)
+def traced_state(x: Tensor, source: Source, op: str) -> Tensor:
+    """Return this call's state as a tensor, by operations that compilers and transforms see."""
+    device = x.device
+    check_source(device, source, op)
+    seed, generator = source
     if isinstance(seed, Tensor):
         return seed
     if seed is not None:
         return torch.tensor([signed(seed), 0], dtype=torch.int64, device=device)
-    return device_pair(device, generator)
+    return device_state(device, generator)
 
 
 def signed(number: int) -> int:
-    """The int64 with the low 64 bits of a number."""
+    """Return the int64 with the low 64 bits of a number."""
     return (number + 2**63) % 2**64 - 2**63

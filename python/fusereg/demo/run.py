@@ -9,29 +9,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fusereg import _C
 from fusereg.cli.errors import InputError
 from fusereg.cli.machine import read_machine
+from fusereg.cli.output import write_atomically, write_json
 from fusereg.demo import data as demo_data
 from fusereg.demo import plots, report
 from fusereg.demo.techniques import HIDDEN, Technique, choose
-from fusereg.demo.train import BATCH, FUSED, LEARNING_RATE, PLAIN, Result, train_pair
+from fusereg.demo.train import BATCH, LEARNING_RATE, Result, train_pair
 
-QUICK_TRAIN, QUICK_TEST = 50, 20  # images of each label
-_PROVIDER_NAMES = {FUSED: "fusereg", PLAIN: "PyTorch"}
+# Images of each label. So few for training that the network overfits within seconds.
+TRAIN, TEST = 150, 100
+QUICK_TRAIN, QUICK_TEST = 50, 20
 
 
 @dataclass(frozen=True)
@@ -47,83 +41,14 @@ class Settings:
     threads: int
     quick: bool
     baseline: bool
-
-
-class ProgressBar:
-    """A bar on the terminal; where there is none, a line for each finished row, for logs."""
-
-    def __init__(self, techniques: Sequence[Technique], epochs: int, baseline: bool) -> None:
-        self._console = Console(stderr=True)
-        self._live = self._console.is_terminal
-        self._count = len(techniques)
-        self._epochs = epochs
-        self._per_row = [
-            epochs * (2 if baseline and technique.plain is not None else 1)
-            for technique in techniques
-        ]
-        self._rows = 0
-        self._started = time.perf_counter()
-        self._bar = Progress(
-            TextColumn("row {task.fields[row]}"),
-            TextColumn("[bold]{task.fields[label]}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("epochs, loss {task.fields[loss]}, left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            disable=not self._live,
-        )
-        self._task: TaskID = self._bar.add_task(
-            "", total=sum(self._per_row), row=f"1/{self._count}", label="", loss="-"
-        )
-
-    def __enter__(self) -> ProgressBar:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
-
-    def epoch(self, technique: Technique, provider: str, done: int, loss: float) -> None:
-        """One epoch of one run is done."""
-        self._bar.update(
-            self._task,
-            advance=1,
-            row=f"{self._rows + 1}/{self._count}",
-            label=f"{technique.name} ({_PROVIDER_NAMES.get(provider, provider)})",
-            loss=f"{loss:.4f}",
-        )
-
-    def row_done(self, result: Result) -> None:
-        """Both runs of a technique are done (earlier than planned, if one stopped early)."""
-        self._rows += 1
-        self._bar.update(self._task, completed=sum(self._per_row[: self._rows]))
-        if not self._live:
-            end, passed = result.fused.last, time.perf_counter() - self._started
-            back = result.fused.restored
-            left = passed / self._rows * (self._count - self._rows)
-            print(
-                f"row {self._rows}/{self._count} {result.technique.name}: "
-                f"{len(result.fused.epochs)} epochs, loss {end.train_loss:.4f}, "
-                f"train {end.train_accuracy:.1%}, test {end.test_accuracy:.1%}"
-                + ("" if back is None else f", back at epoch {back + 1}")
-                + "; "
-                f"{passed:.0f} s passed, about {left:.0f} s left",
-                flush=True,
-            )
+    json: str | None
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this name; `auto` is CUDA where torch and fusereg both have it.
+    """Return the device of this name; `auto` is CUDA where torch and fusereg both have it.
 
     Raises:
-        InputError: CUDA is asked for and is not there; says which part lacks.
+        InputError: CUDA is asked for and is not available; says which part is missing.
     """
     if name == "cpu":
         return torch.device("cpu")
@@ -141,60 +66,82 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def _announce(data: demo_data.DataSet, settings: Settings, device: torch.device) -> None:
-    print(f"data      {data.source}")
-    print(
+def _load(settings: Settings) -> demo_data.DataSet:
+    """Return the images to train on: all of the user's own, a part of the bundled ones."""
+    data = demo_data.load(settings.data)
+    if settings.quick:
+        return demo_data.first_of_each(data, QUICK_TRAIN, QUICK_TEST)
+    return data if settings.data else demo_data.first_of_each(data, TRAIN, TEST)
+
+
+def _announcement(data: demo_data.DataSet, settings: Settings, device: torch.device) -> str:
+    if device.type == "cpu":
+        where = f"{_C.cpu_isa()} kernels, threads: {torch.get_num_threads()}"
+    else:
+        where = torch.cuda.get_device_name(device)
+    return (
+        f"data      {data.source}\n"
         f"images    {len(data.train_labels):,} for training, {len(data.test_labels):,} for "
-        "testing, "
-        f"{data.height} x {data.width} pixels"
+        f"testing, {data.height} x {data.width} pixels\n"
+        f"network   {data.pixels}-{HIDDEN}-{demo_data.CLASSES}, ReLU, cross-entropy; SGD, learning "
+        f"rate {LEARNING_RATE:g}, batches of {BATCH}, {settings.epochs} epochs, "
+        f"seed {settings.seed}\n"
+        f"device    {device}, {where}"
     )
-    print(
-        f"network   {data.pixels}-{HIDDEN}-{demo_data.CLASSES}, ReLU, cross-entropy; SGD, "
-        "learning rate "
-        f"{LEARNING_RATE:g}, batches of {BATCH}, {settings.epochs} epochs, seed {settings.seed}"
-    )
-    where = (
-        f"{_C.cpu_isa()} kernels, threads: {torch.get_num_threads()}"
-        if device.type == "cpu"
-        else torch.cuda.get_device_name(device)
-    )
-    print(f"device    {device}, {where}", flush=True)
 
 
-def _write(
-    results: Sequence[Result],
-    data: demo_data.DataSet,
-    settings: Settings,
-    device: torch.device,
-    started: float,
-) -> list[Path]:
-    """Plots and JSON. Everything is made before the first file is written."""
-    pictures = plots.make_all(results, data)
-    described = {
-        **asdict(settings),
-        "out": str(settings.out),
-        "data": [str(path) for path in settings.data] if settings.data is not None else None,
-        "device": str(device),
-        "batch": BATCH,
-        "learning_rate": LEARNING_RATE,
-        "hidden": HIDDEN,
-        "techniques": [result.technique.name for result in results],
-    }
-    text = report.as_json(
-        results,
-        data,
-        described,
-        asdict(read_machine()),
-        time.perf_counter() - started,
-        sorted(pictures),
+def _train(
+    techniques: Sequence[Technique], data: demo_data.DataSet, settings: Settings, console: Console
+) -> list[Result]:
+    """Train all techniques: a bar on a terminal, and a line for each finished technique."""
+    results: list[Result] = []
+    started = time.perf_counter()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("epochs, left"),
+        TimeRemainingColumn(),
     )
-    files = {**pictures, "results.json": text.encode()}
-    written = []
-    for name, content in files.items():
-        path = settings.out / name
-        report.write_atomically(path, content)
-        written.append(path)
-    return written
+    runs = [2 if settings.baseline and technique.plain else 1 for technique in techniques]
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as p:
+        bar = p.add_task("", total=settings.epochs * sum(runs))
+
+        def on_epoch(technique: Technique, provider: str, done: int, loss: float) -> None:
+            p.update(bar, advance=1, description=f"{technique.name} ({provider}), loss {loss:.4f}")
+
+        for number, technique in enumerate(techniques, start=1):
+            result = train_pair(
+                technique,
+                data,
+                epochs=settings.epochs,
+                seed=settings.seed,
+                baseline=settings.baseline,
+                on_epoch=on_epoch,
+            )
+            results.append(result)
+            # The planned epochs: early stopping may have left some out.
+            p.update(bar, completed=settings.epochs * sum(runs[:number]))
+            end, restored = result.fused.last, result.fused.restored
+            passed = time.perf_counter() - started
+            left = passed / number * (len(techniques) - number)
+            console.print(
+                f"{number}/{len(techniques)} {technique.name}: {len(result.fused.epochs)} epochs, "
+                f"loss {end.train_loss:.4f}, train {end.train_accuracy:.1%}, test "
+                f"{end.test_accuracy:.1%}"
+                + ("" if restored is None else f", restored epoch {restored + 1}")
+                + f"; {passed:.0f} s passed, about {left:.0f} s left",
+                soft_wrap=True,
+            )
+    return results
+
+
+def _write(content: dict[str, object], pictures: dict[str, bytes], settings: Settings) -> None:
+    for name, picture in pictures.items():
+        write_atomically(settings.out / name, picture)
+    write_json(str(settings.out / "results.json"), content)
+    if settings.json is not None:
+        write_json(settings.json, content)
 
 
 @contextmanager
@@ -207,45 +154,42 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train(
-    techniques: Sequence[Technique], data: demo_data.DataSet, settings: Settings
-) -> list[Result]:
-    results = []
-    with ProgressBar(techniques, settings.epochs, settings.baseline) as progress:
-        for technique in techniques:
-            result = train_pair(
-                technique,
-                data,
-                epochs=settings.epochs,
-                seed=settings.seed,
-                baseline=settings.baseline,
-                on_epoch=progress.epoch,
-            )
-            results.append(result)
-            progress.row_done(result)
-    return results
-
-
 def run_demo(settings: Settings) -> int:
-    """Runs the whole demo; gives the exit code (1 if results are wrong, though written)."""
+    """Run the whole demo; return the exit code (1 if results are wrong, though written)."""
     started = time.perf_counter()
     techniques = choose(settings.only)
     device = choose_device(settings.device)
-    data = demo_data.load(settings.data)
-    if settings.quick:
-        data = demo_data.first_of_each(data, QUICK_TRAIN, QUICK_TEST)
+    data = _load(settings)
     report.prepare_folder(settings.out)
+    # Where the JSON goes to standard output, everything else goes to standard error.
+    console = Console(stderr=settings.json == "-", highlight=False)
+    if not console.is_terminal:
+        console.width = 100
     with _threads(settings.threads):
-        _announce(data, settings, device)
+        console.print(_announcement(data, settings, device), soft_wrap=True)
         data = data.to(device)
-        results = _train(techniques, data, settings)
-        written = _write(results, data, settings, device, started)
-    width = None if sys.stdout.isatty() else 100
-    Console(width=width, highlight=False).print("", report.table(results), "")
+        results = _train(techniques, data, settings, console)
+        # Everything is made before the first file is written.
+        pictures = plots.make_all(results, data)
+        described = {
+            **asdict(settings),
+            "out": str(settings.out),
+            "data": settings.data and [str(path) for path in settings.data],
+            "device": str(device),
+            "batch": BATCH,
+            "learning_rate": LEARNING_RATE,
+            "hidden": HIDDEN,
+            "techniques": [technique.name for technique in techniques],
+        }
+        seconds, machine = time.perf_counter() - started, asdict(read_machine())
+        content = report.as_json(results, data, described, machine, seconds, sorted(pictures))
+        _write(content, pictures, settings)
+    console.print("", report.table(results), "")
     for line in [*report.legend(results), "", *report.findings(results, data), ""]:
-        print(textwrap.fill(line, width=100, subsequent_indent="  "))
-    print(f"wrote {', '.join(path.name for path in written)}")
-    print(f"to {settings.out} in {time.perf_counter() - started:.0f} s altogether", flush=True)
+        console.print(textwrap.fill(line, width=100, subsequent_indent="  "), soft_wrap=True)
+    console.print(f"wrote {', '.join([*pictures, 'results.json'])}", soft_wrap=True)
+    seconds = time.perf_counter() - started
+    console.print(f"to {settings.out} in {seconds:.0f} s altogether", soft_wrap=True)
     found = report.problems(results)
     for problem in found:
         print(f"fusereg demo: {problem}", file=sys.stderr)

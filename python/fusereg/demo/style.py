@@ -1,64 +1,61 @@
-"""How the demo's pictures look: colours, titles, axes.
-
-Colours are Okabe and Ito's, told apart with any colour vision; neighbours that may coincide (L1 by
-gradient and by prox) also differ in their dashes.
-"""
+"""How the demo's pictures look: colors, titles, axes."""
 
 from __future__ import annotations
 
 import io
+import textwrap
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Okabe, Ito 2008, without its yellow, which is too pale for lines on white.
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
-DASHES: tuple[str | tuple[int, tuple[float, ...]], ...] = (
-    "-",
-    "-",
-    "-",
-    "-",
-    (0, (3, 1.5)),
-    "-.",
-    ":",
-)
-# Rows beyond the palette take its colours again, but never the black of the control, dashed anew.
-LATER_DASHES = ((0, (6, 1.5, 1, 1.5)), (0, (1, 1)), (0, (6, 3)))
-GREY = "#666666"
-FUSED_COLOUR, PLAIN_COLOUR = "#0072B2", "#E69F00"
+# Okabe, Ito 2008, told apart with any color vision; without its yellow, too pale on white.
+COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
+FUSED_COLOR, PLAIN_COLOR = COLORS[6], COLORS[1]
+GRAY = "#666666"
 
 
-def colour(index: int) -> str:
-    """The colour of a row of the table."""
-    return COLOURS[index if index == 0 else 1 + (index - 1) % (len(COLOURS) - 1)]
+def new_figure(
+    width: float,
+    height: float,
+    title: str,
+    subtitle: str,
+    layout: Literal["constrained", "compressed"] | None = "constrained",
+) -> Figure:
+    """Return a figure of this size in inches, with a title and a line below it at the left.
 
-
-def dashes(index: int) -> str | tuple[int, tuple[float, ...]]:
-    """The line style of a row of the table."""
-    if index < len(DASHES):
-        return DASHES[index]
-    return LATER_DASHES[(index - len(DASHES)) // (len(COLOURS) - 1) % len(LATER_DASHES)]
-
-
-def new_figure(width: float, height: float, title: str, subtitle: str) -> Figure:
-    """A figure with a title and a line below it at the left; they take the uppermost 0.75 inch."""
-    figure = Figure(figsize=(width, height))
+    Both are wrapped to the width. matplotlib lays out everything else below them ("compressed"
+    suits images), unless `layout` is None: then the caller leaves the uppermost 0.75 inch free.
+    """
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
-    figure.text(0.15 / width, 1 - 0.14 / height, title, size=13, weight="bold", va="top")
-    figure.text(0.15 / width, 1 - 0.42 / height, subtitle, size=9.5, color=GREY, va="top")
+    top = 0.14
+    for text, size, color, weight in (
+        (textwrap.fill(title, int(8.5 * width)), 13.0, "black", "bold"),
+        (textwrap.fill(subtitle, int(13 * width)), 9.5, GRAY, "normal"),
+    ):
+        at = (0.15 / width, 1 - top / height)
+        figure.text(*at, text, size=size, color=color, weight=weight, va="top", in_layout=False)
+        top += 0.06 + (text.count("\n") + 1) * size * 1.2 / 72
+    if layout is not None:
+        engine = figure.get_layout_engine()
+        assert engine is not None
+        edge = 0.12  # inches left free
+        size = (1 - 2 * edge / width, 1 - (top + 0.05 + edge) / height)
+        engine.set(rect=(edge / width, edge / height, *size))
     return figure
 
 
 def tidy(axes: Axes) -> None:
-    """Fewer frames, a pale grid behind the data."""
+    """Leave out the upper and the right frame, and draw a pale grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file's content."""
+    """Return the figure as a PNG file's content."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, facecolor="white")
     return buffer.getvalue()

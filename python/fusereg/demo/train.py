@@ -1,7 +1,7 @@
-"""Trains a technique's two networks side by side: by fusereg and in plain PyTorch.
+"""Trains a technique's two networks side by side: with fusereg and in plain PyTorch.
 
 Both start from the same weights and see the same batches in the same order. Their epochs alternate,
-and swap who goes first, so that whatever else the machine does meanwhile hits both alike.
+and take turns in going first, so that other load on the machine affects both alike.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,10 @@ from fusereg.demo.techniques import Method, Technique, linear_weights, make_netw
 BATCH = 32
 LEARNING_RATE = 0.1
 
-FUSED = "fusereg"
-PLAIN = "pytorch"
-
 
 @dataclass(frozen=True)
 class Epoch:
-    """State after an epoch. Losses are the mean cross-entropy alone, without a penalty."""
+    """Figures after an epoch. Losses are the mean cross-entropy alone, without a penalty."""
 
     train_loss: float
     test_loss: float
@@ -41,20 +38,20 @@ class Epoch:
 
 @dataclass
 class Run:
-    """One network's training: by fusereg or in plain PyTorch."""
+    """One network's training."""
 
-    provider: str
+    provider: str  # "fusereg" or "PyTorch"
     model: nn.Module
     method: Method
     optimizer: torch.optim.Optimizer
     epochs: list[Epoch] = field(default_factory=list)
     step_losses: list[Tensor] = field(default_factory=list)
     stopped: bool = False  # by its method, before the last epoch or at it
-    restored: int | None = None  # the epoch (from 0) whose model was brought back at the end
+    restored: int | None = None  # the epoch (from 0) whose model was restored at the end
 
     @property
     def last(self) -> Epoch:
-        """The epoch that the model is of now."""
+        """The epoch whose model the run ended with."""
         return self.epochs[-1 if self.restored is None else self.restored]
 
     @property
@@ -69,73 +66,67 @@ class Run:
 
     @property
     def seconds_per_epoch(self) -> float:
-        """Median over the epochs: an interruption of the machine does not move it."""
+        """Median over the epochs, which an interruption does not move."""
         return statistics.median(epoch.seconds for epoch in self.epochs)
 
     @property
     def losses(self) -> Tensor:
-        """Loss of every step, penalty included, in double on the CPU."""
+        """Loss of every step, penalty included, in float64 on the CPU."""
         return torch.cat(self.step_losses).double().cpu()
 
     @property
     def diverged(self) -> bool:
+        """Whether a loss became infinite or NaN."""
         return not bool(torch.isfinite(self.losses).all()) or not math.isfinite(self.last.test_loss)
 
 
 @dataclass(frozen=True)
 class Result:
-    """A technique's row: its run by fusereg, and the one in plain PyTorch if there is one."""
+    """A technique's row: its run with fusereg, and the one in plain PyTorch if there is one."""
 
     technique: Technique
     fused: Run
     plain: Run | None
 
-    def _differences(self) -> Tensor | None:
+    def _difference(self, steps: int | None) -> float | None:
         if self.plain is None or not self.technique.same_steps:
             return None
-        steps = min(len(self.fused.losses), len(self.plain.losses))
-        return (self.fused.losses[:steps] - self.plain.losses[:steps]).abs()
+        shared = min(len(self.fused.losses), len(self.plain.losses), steps or 1 << 62)
+        return float((self.fused.losses[:shared] - self.plain.losses[:shared]).abs().max())
 
     @property
     def max_loss_difference(self) -> float | None:
-        """Greatest difference between both losses over all steps; None if not comparable."""
-        differences = self._differences()
-        return None if differences is None else float(differences.max())
+        """Largest difference between both losses over all steps; None if not comparable."""
+        return self._difference(None)
 
     @property
     def first_epoch_difference(self) -> float | None:
         """The same over the first epoch, before training has amplified the rounding."""
-        differences = self._differences()
-        if differences is None:
-            return None
-        return float(differences[: len(self.fused.step_losses[0])].max())
+        return self._difference(len(self.fused.step_losses[0]))
 
 
-# (technique, provider, epochs done of this provider, cross-entropy on the training images)
+# (technique, provider, epochs done by this provider, cross-entropy on the training images)
 OnEpoch = Callable[[Technique, str, int, float], None]
 
 
-def _start(method: Method, provider: str, data: DataSet, seed: int) -> Run:
+def _start(provider: str, method: Method, data: DataSet, seed: int) -> Run:
     base = make_network(data.pixels, CLASSES, seed)
-    model = method.network(copy.deepcopy(base)).to(data.train_images.device)
-    method.image_size = (data.height, data.width)
-    method.attach(model, LEARNING_RATE)
-    return Run(provider, model, method, method.optimizer())
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    method.model = method.network(*copy.deepcopy(base)).to(data.train_images.device)
+    method.weights = linear_weights(method.model)
+    method.learning_rate, method.image_size = LEARNING_RATE, (data.height, data.width)
+    method.prepare()
+    return Run(provider, method.model, method, method.optimizer())
 
 
 def _train_epoch(run: Run, data: DataSet, order: Tensor) -> float:
-    """One pass over the training images in this order; gives its wall time in seconds."""
+    """Make one pass over the training images in this order; return its wall time in seconds."""
     device = data.train_images.device
     batches = torch.split(order, BATCH)
     losses = torch.zeros(len(batches), device=device)
     run.model.train()
     method, optimizer, model = run.method, run.optimizer, run.model
-    _synchronize(device)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
     started = time.perf_counter()
     for step, batch in enumerate(batches):
         optimizer.zero_grad()
@@ -150,29 +141,32 @@ def _train_epoch(run: Run, data: DataSet, order: Tensor) -> float:
         method.after_step()
         # Kept on the device: reading a number here would make every step wait for it.
         losses[step] = loss.detach() if value is None else loss.detach() + value
-    _synchronize(device)
-    seconds = time.perf_counter() - started
+    synchronize()
     run.step_losses.append(losses)
-    return seconds
+    return time.perf_counter() - started
 
 
 @torch.no_grad()
 def _evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy."""
+    """Return mean cross-entropy and accuracy."""
     model.eval()
-    loss, right = 0.0, 0
+    loss, correct = 0.0, 0
     for some, wanted in zip(torch.split(images, 8192), torch.split(labels, 8192), strict=True):
         output = model(some)
         loss += float(F.cross_entropy(output, wanted, reduction="sum"))
-        right += int((output.argmax(dim=1) == wanted).sum())
-    return loss / len(labels), right / len(labels)
+        correct += int((output.argmax(dim=1) == wanted).sum())
+    return loss / len(labels), correct / len(labels)
 
 
-def _epoch(run: Run, data: DataSet, order: Tensor) -> Epoch:
+def _epoch(run: Run, number: int, data: DataSet, order: Tensor) -> None:
+    """Train and evaluate one epoch, and ask the method whether to stop."""
     seconds = _train_epoch(run, data, order)
     train_loss, train_accuracy = _evaluate(run.model, data.train_images, data.train_labels)
     test_loss, test_accuracy = _evaluate(run.model, data.test_images, data.test_labels)
-    return Epoch(train_loss, test_loss, train_accuracy, test_accuracy, seconds)
+    started = time.perf_counter()
+    run.stopped = run.method.stop(number, test_loss)
+    seconds += time.perf_counter() - started
+    run.epochs.append(Epoch(train_loss, test_loss, train_accuracy, test_accuracy, seconds))
 
 
 def train_pair(
@@ -184,28 +178,22 @@ def train_pair(
     baseline: bool = True,
     on_epoch: OnEpoch | None = None,
 ) -> Result:
-    """Trains one technique by fusereg and, with `baseline`, in plain PyTorch."""
+    """Train one technique with fusereg and, with `baseline`, in plain PyTorch."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # for methods that draw from torch's own generator
-        runs = [_start(technique.fused(), FUSED, data, seed)]
+        fused, plain = _start("fusereg", technique.fused(**technique.settings), data, seed), None
         if baseline and technique.plain is not None:
-            runs.append(_start(technique.plain(), PLAIN, data, seed))
+            plain = _start("PyTorch", technique.plain(**technique.settings), data, seed)
+        runs = [run for run in (fused, plain) if run is not None]
         shuffle = torch.Generator().manual_seed(seed)
-        active = list(runs)
         for epoch in range(epochs):
             order = torch.randperm(len(data.train_images), generator=shuffle)
             order = order.to(data.train_images.device)
-            for run in list(active if epoch % 2 == 0 else reversed(active)):
-                run.epochs.append(_epoch(run, data, order))
-                if on_epoch is not None:
-                    on_epoch(technique, run.provider, epoch + 1, run.last.train_loss)
-                started = time.perf_counter()
-                ended = run.method.stop(epoch, run.last.test_loss)
-                passed = run.last.seconds + time.perf_counter() - started
-                run.epochs[-1] = replace(run.last, seconds=passed)
-                if ended:
-                    run.stopped = True
-                    active.remove(run)
+            for run in runs[:: 1 if epoch % 2 == 0 else -1]:
+                if not run.stopped:
+                    _epoch(run, epoch, data, order)
+                    if on_epoch is not None:
+                        on_epoch(technique, run.provider, epoch + 1, run.epochs[-1].train_loss)
         for run in runs:
             run.restored = run.method.finish()
-    return Result(technique, runs[0], runs[1] if len(runs) > 1 else None)
+    return Result(technique, fused, plain)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import op as _drop_block
+from ..core import checks, dispatch, distributed, random
+from ..core.random import Source
+from .op import OP, check_block_size, drop
 
 __all__ = ["drop_block2d"]
 
@@ -21,7 +23,7 @@ def drop_block2d(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""DropBlock: drops squares of b x b elements of each channel of (N, C, H, W).
+    r"""Drop squares of b x b elements of each channel of (N, C, H, W): DropBlock.
 
     Ghiasi, Lin and Le 2018, "DropBlock: a regularization method for convolutional networks". With
     :math:`b = \min(\mathrm{block\_size}, H, W)`, each of the :math:`(H-b+1)(W-b+1)` places at which
@@ -54,13 +56,35 @@ def drop_block2d(
     bits on every device, dtype, instruction set and thread count. A dropped inf or NaN becomes 0.
 
     Raises:
-        TypeError: ``x`` is no tensor, ``p`` no number, ``block_size`` no integer.
+        TypeError: ``x`` is not a tensor, ``p`` not a number, or ``block_size`` not an integer.
         ValueError: ``p`` is outside [0, 1], ``block_size`` below 1, ``x`` not of 4 dimensions or of
             another dtype.
 
     Example:
         >>> y = fusereg.functional.drop_block2d(x, 0.1, 7, training=model.training)
     """
-    return _drop_block.drop_block2d(
-        x, p, block_size, training, inplace, seed, generator, index_offset
-    )
+    checks.check_probability(p, OP)
+    checks.check_input(x, OP)
+    if x.dim() != 4:
+        raise ValueError(f"fusereg.{OP}: x must have 4 dimensions (N, C, H, W), got {x.dim()}")
+    check_block_size(block_size, OP)
+    if not training or p == 0:
+        return x
+    if distributed.is_dtensor(x):
+        raise ValueError(
+            f"fusereg.{OP}: x is a DTensor, and its scale would need a count over all ranks; "
+            "call it on x.to_local(), which is scaled by its own count"
+        )
+    if inplace:
+        checks.check_in_place(x, OP)
+    source = Source(seed, generator)
+    constants = (float(p), block_size, index_offset)
+    if not dispatch.direct(x):
+        y: Tensor = drop.traced(x, random.traced_state(x, source, OP), *constants)[0]
+        return x.copy_(y) if inplace else y
+    checks.check_index_offset(index_offset, OP)
+    args = (x, random.eager_state(x, source, OP), *constants)
+    if inplace:
+        return drop.in_place(*args)
+    result: Tensor = drop.eager(*args)[0]
+    return result

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..core.random import Source
 from . import op as _drop_connect
 
 __all__ = ["drop_connect_conv2d", "drop_connect_linear"]
@@ -22,7 +23,9 @@ def drop_connect_linear(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Linear layer with DropConnect, :math:`y = x\, (m \odot W / (1-p))^T + b` (Wan et al. 2013).
+    r"""Apply a linear layer with DropConnect.
+
+    :math:`y = x\, (m \odot W / (1-p))^T + b`.
 
     One mask for the whole batch. In eager mode the dropped weight is not kept for backward: it is
     drawn again.
@@ -40,7 +43,7 @@ def drop_connect_linear(
         TypeError, ValueError: as :func:`dropout`, of the weight; also if it has not 2 dimensions.
     """
     return _drop_connect.linear(
-        x, weight, bias, p, training, seed, generator, "drop_connect_linear"
+        x, weight, bias, p, training, Source(seed, generator), "drop_connect_linear"
     )
 
 
@@ -58,7 +61,9 @@ def drop_connect_conv2d(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Convolution with DropConnect, :math:`y = x * (m \odot W / (1-p)) + b` (Wan et al. 2013).
+    r"""Apply a convolution with DropConnect.
+
+    :math:`y = x * (m \odot W / (1-p)) + b`.
 
     One mask for the whole batch and all positions. In eager mode the dropped weight is not kept for
     backward: it is drawn again.
@@ -95,7 +100,6 @@ def drop_connect_conv2d(
         groups,
         p,
         training,
-        seed,
-        generator,
+        Source(seed, generator),
         "drop_connect_conv2d",
     )

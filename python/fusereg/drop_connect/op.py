@@ -12,16 +12,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import checks, dispatch, draws, operator, random
-from ..core.draws import Call
+from ..core import checks, dispatch, draws, random
+from ..core.draws import Kind
+from ..core.operator import strides_of_result
+from ..core.random import Source, State
+
+#: The arguments of dropout's operation after the weight: state, p, alpha, rows, index_offset, name.
+_Draw: TypeAlias = tuple[State, float, bool, int, int, str]
+
+
+def _mask_gradient(grad: Tensor, weight: Tensor, draw: _Draw) -> Tensor:
+    *constants, op = draw
+    result: Tensor = draws.mask.backward(grad, *constants, strides_of_result(weight), op)
+    return result
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Draw) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(x, weight)
-        return F.linear(x, draws.forward(call, weight), bias)
+        return F.linear(x, draws.mask.kernel(weight, *call), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -29,11 +40,10 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         if needs_x:
-            grad_x = grad @ draws.dropped(weight, ctx.call)
+            grad_x = grad @ draws.mask.eager(weight, *ctx.call)
         if needs_weight:
             rows = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-            strides = torch.empty_like(weight, device="meta").stride()
-            grad_weight = operator.gradient(rows, ctx.call, strides)
+            grad_weight = _mask_gradient(rows, weight, ctx.call)
         if needs_bias:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, grad_weight, grad_bias, None
@@ -51,11 +61,11 @@ class _Geometry(NamedTuple):
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, geometry: _Geometry
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Draw, geometry: _Geometry
     ) -> Tensor:
         ctx.call = (call, geometry, None if bias is None else bias.shape)
         ctx.save_for_backward(x, weight)
-        return F.conv2d(x, draws.forward(call, weight), bias, *geometry)
+        return F.conv2d(x, draws.mask.kernel(weight, *call), bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -64,7 +74,7 @@ class _Conv2d(torch.autograd.Function):
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad,
             x,
-            draws.dropped(weight, call),
+            draws.mask.eager(weight, *call),
             bias_shape,
             *geometry[:3],
             False,
@@ -73,15 +83,14 @@ class _Conv2d(torch.autograd.Function):
             ctx.needs_input_grad[:3],
         )
         if grad_weight is not None:
-            strides = torch.empty_like(weight, device="meta").stride()
-            grad_weight = operator.gradient(grad_weight, call, strides)
+            grad_weight = _mask_gradient(grad_weight, weight, call)
         return grad_x, grad_weight, grad_bias, None, None
 
 
 # --- the entries ----------------------------------------------------------------------------------
 
 #: The tensors that the function takes, made ready, and this call's constants; or nothing for them.
-_Ready: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Call | None]
+_Ready: TypeAlias = tuple[Tensor, Tensor, Tensor | None, _Draw | None]
 
 
 def _prepared(
@@ -89,16 +98,13 @@ def _prepared(
     weight: Tensor,
     bias: Tensor | None,
     p: float,
-    seed: int | Tensor | None,
-    generator: torch.Generator | None,
+    source: Source,
     op: str,
 ) -> _Ready:
-    """Without a call where nobody may write the weight out here: it comes back dropped."""
-    plain = all(
-        t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in (x, weight, bias)
-    )
-    if not (plain and dispatch.eager()) or dispatch.forward_mode() or weight.is_meta:
-        dropped = draws.dropout(weight, p, True, False, seed, generator, 0, None, False, 0, op)
+    """Return the operands and the draw; None and the dropped weight where calls are traced."""
+    given = [t for t in (x, weight, bias) if t is not None]
+    if not dispatch.direct(*given) or dispatch.forward_mode():
+        dropped = draws.dropout(weight, p, True, False, *source, 0, Kind(op))
         return x, dropped, bias, None
     device = weight.device.type
     if torch.is_autocast_enabled(device):
@@ -106,8 +112,8 @@ def _prepared(
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    numbers = random.eager_pair(weight.device, seed, generator, op)
-    return x, weight, bias, Call(*numbers, float(p), False, 0, 0, op)
+    state = random.eager_state(weight, source, op)
+    return x, weight, bias, (state, float(p), False, 0, 0, op)
 
 
 def linear(
@@ -116,19 +122,19 @@ def linear(
     bias: Tensor | None,
     p: float,
     training: bool,
-    seed: int | Tensor | None,
-    generator: torch.Generator | None,
+    source: Source,
     op: str,
 ) -> Tensor:
-    """x @ dropout(weight).T + bias."""
+    """Compute x @ dropout(weight).T + bias."""
     _check(weight, p, 2, op)
     if not training or p == 0:
         return F.linear(x, weight, bias)
-    x, weight, bias, call = _prepared(x, weight, bias, p, seed, generator, op)
+    x, weight, bias, call = _prepared(x, weight, bias, p, source, op)
     if call is None:
         return F.linear(x, weight, bias)
     with torch.autocast(weight.device.type, enabled=False):
-        return operator.applied(_Linear, x, weight, bias, call)
+        result: Tensor = _Linear.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
+        return result
 
 
 def conv2d(
@@ -141,15 +147,14 @@ def conv2d(
     groups: int,
     p: float,
     training: bool,
-    seed: int | Tensor | None,
-    generator: torch.Generator | None,
+    source: Source,
     op: str,
 ) -> Tensor:
-    """The convolution of x with dropout(weight), plus bias."""
+    """Compute the convolution of x with dropout(weight), plus bias."""
     _check(weight, p, 4, op)
     if not training or p == 0:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    x, weight, bias, call = _prepared(x, weight, bias, p, seed, generator, op)
+    x, weight, bias, call = _prepared(x, weight, bias, p, source, op)
     if call is None:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     stride, dilation = _pair(stride, op, "stride"), _pair(dilation, op, "dilation")
@@ -162,7 +167,7 @@ def conv2d(
     single = isinstance(x, Tensor) and x.dim() == 3
     with torch.autocast(weight.device.type, enabled=False):
         batch = x.unsqueeze(0) if single else x
-        y = operator.applied(_Conv2d, batch, weight, bias, call, geometry)
+        y: Tensor = _Conv2d.apply(batch, weight, bias, call, geometry)  # type: ignore[no-untyped-call]
     return y.squeeze(0) if single else y
 
 
@@ -176,7 +181,7 @@ def _check(weight: Tensor, p: float, dims: int, op: str) -> None:
 def sides(
     padding: str | int | Sequence[int], dilation: Sequence[int], kernel: Sequence[int], op: str
 ) -> tuple[int, int, int, int]:
-    """What is put around an image: top, bottom, left, right. "same" puts more at the end if odd."""
+    """Return the padding at the top, bottom, left and right; "same" has an odd one at the end."""
     if padding == "same":
         height, width = (d * (n - 1) for d, n in zip(dilation, kernel, strict=True))
         return height // 2, (height + 1) // 2, width // 2, (width + 1) // 2

@@ -9,8 +9,13 @@ from torch import Tensor, nn
 
 from ..core import checks, draws, random
 from ..core.checks import probability
+from ..core.draws import Kind
 
 __all__ = ["ConsistentDropout", "consistent_dropout"]
+
+
+#: Of (outer, inner, steps): a draw for each of the first two dimensions.
+_STEPS = Kind("consistent_dropout", rows={3: 2})
 
 
 def consistent_dropout(
@@ -23,7 +28,7 @@ def consistent_dropout(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""Dropout whose mask is the same at each step along a dimension.
+    r"""Apply dropout whose mask is the same at each step along a dimension.
 
     :math:`y_{ntc} = x_{ntc} / (1-p)` for all t with probability :math:`1-p`, else 0 for all t: one
     draw for each (n, c), as variational dropout wants it for recurrent networks (Gal and Ghahramani
@@ -39,7 +44,7 @@ def consistent_dropout(
         training: whether to drop at all.
         seed: an integer that determines the mask, or an int64 tensor (seed, offset) on x's device.
             ``dropout_mask(shape, p, seed)`` is then the mask, with x's shape without ``dim``.
-            Default: a new pair from ``generator``.
+            Default: a new state from ``generator``.
         generator: the torch.Generator to draw from; torch's default one if not given.
         index_offset: what is added to every index.
 
@@ -64,19 +69,8 @@ def consistent_dropout(
         # As the kernels know it from channels_last images: the step is what the rows share.
         outer, inner = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
         rows = rows.view(outer, x.shape[dim], inner).permute(0, 2, 1)
-    y = draws.dropout(
-        rows,
-        p,
-        True,
-        False,
-        seed,
-        generator,
-        index_offset,
-        None,
-        False,
-        0 if dim is None else 2,
-        op,
-    )
+    kind = Kind(op) if dim is None else _STEPS
+    y = draws.dropout(rows, p, True, False, seed, generator, index_offset, kind)
     return y if dim is None else y.permute(0, 2, 1).reshape(x.shape)
 
 
@@ -139,7 +133,7 @@ class ConsistentDropout(nn.Module):
         self.reset()
 
     def reset(self, seed: int | None = None) -> None:
-        """Begins a new episode, with a new mask.
+        """Begin a new episode, with a new mask.
 
         Args:
             seed: an integer that determines the mask; by default a pair is drawn from torch's
@@ -148,14 +142,14 @@ class ConsistentDropout(nn.Module):
         device = self.pair.device
         # A new tensor: backward of earlier calls, and graphs that hold the old one, still read it.
         if seed is None:
-            self.pair = random.device_pair(device)
+            self.pair = random.device_state(device)
         else:
             signed = (seed + 2**63) % 2**64 - 2**63
             self.pair = torch.tensor([signed, 0], dtype=torch.int64, device=device)
         self._features: tuple[int, ...] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input with the episode's elements dropped; itself in evaluation mode."""
+        """Return the input with the episode's elements dropped; itself in evaluation mode."""
         if self.training:
             shape = list(input.shape)
             if self.dim is not None and -len(shape) <= self.dim < len(shape):
@@ -171,5 +165,5 @@ class ConsistentDropout(nn.Module):
         return consistent_dropout(input, self.p, self.dim, self.training, seed=self.pair)
 
     def extra_repr(self) -> str:
-        """The arguments."""
+        """Return the arguments."""
         return f"p={self.p}" + ("" if self.dim is None else f", dim={self.dim}")

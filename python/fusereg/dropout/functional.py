@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..core import draws
 from ..core.docs import share_paragraphs
+from ..core.draws import Kind
 
 __all__ = [
     "alpha_dropout",
@@ -21,13 +22,21 @@ __all__ = [
     "feature_alpha_dropout",
 ]
 
+_DROPOUT = Kind("dropout")
+_DROPOUT1D = Kind("dropout1d", rows={2: 1, 3: 2})
+_DROPOUT2D = Kind("dropout2d", rows={3: 2, 4: 2})
+_DROPOUT3D = Kind("dropout3d", rows={4: 1, 5: 2})
+_ALPHA = Kind("alpha_dropout", alpha=True)
+_FEATURE_ALPHA = Kind("feature_alpha_dropout", alpha=True, rows=dict.fromkeys(range(2, 65), 2))
+_DROP_PATH = Kind("drop_path", rows=dict.fromkeys(range(1, 65), 1))
+
 _DROPOUT_ARGUMENTS = """
         p: the probability of dropping, within [0, 1]; 0 and ``training=False`` return ``x`` itself,
             1 gives zeros.
         training: whether to drop at all.
         inplace: write the result into ``x``.
         seed: an integer that determines the mask, or an int64 tensor (seed, offset) on x's device,
-            which is read by the kernel. Default: a new pair from ``generator``.
+            which is read by the kernel. Default: a new state from ``generator``.
         generator: the torch.Generator to draw from; torch's default one if not given. Under
             torch.compile it breaks the graph, and ``fullgraph=True`` does not take it: pass a
             ``seed`` tensor there.
@@ -43,7 +52,8 @@ _DROPOUT_RETURNS = """
     NaN becomes 0, where torch gives NaN.
 
     Raises:
-        TypeError: ``x`` is no tensor, ``p`` no number, ``seed`` no integer or tensor.
+        TypeError: ``x`` is not a tensor, ``p`` not a number, or ``seed`` neither an integer nor a
+            tensor.
         ValueError: ``p`` is outside [0, 1]; ``x`` is of an integer, complex or other dtype, sparse
             or nested, or has a shape that this kind does not take; ``out`` does not fit.
 """
@@ -60,7 +70,7 @@ def dropout(
     index_offset: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""Dropout: :math:`y_i = x_i / (1-p)` with probability :math:`1-p`, else 0.
+    r"""Apply dropout: :math:`y_i = x_i / (1-p)` with probability :math:`1-p`, else 0.
 
     This is inverted dropout (Srivastava et al. 2014): nothing is to be done at evaluation.
 
@@ -78,9 +88,7 @@ def dropout(
     Example:
         >>> y = fusereg.functional.dropout(x, 0.1, training=model.training)
     """
-    return draws.dropout(
-        x, p, training, inplace, seed, generator, index_offset, out, False, 0, "dropout"
-    )
+    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROPOUT, out)
 
 
 def dropout_mask(
@@ -92,7 +100,7 @@ def dropout_mask(
     index_offset: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The mask of dropout: True where a contiguous tensor of this shape keeps its element.
+    """Return dropout's mask: True where a contiguous tensor of this shape keeps its element.
 
     ``dropout(x, p, seed=seed)`` keeps what ``dropout_mask(x.shape, p, seed)`` says; rows of channel
     dropout have the mask of shape (N, C).
@@ -106,35 +114,13 @@ def dropout_mask(
         device: where the mask is wanted; the bits are the same everywhere.
 
     Raises:
-        TypeError, ValueError: ``p`` is no number within [0, 1]; ``seed`` or ``offset`` no integer.
+        TypeError, ValueError: ``p`` is not a number within [0, 1], or ``seed`` or ``offset`` not
+            an integer.
 
     Example:
         >>> fusereg.dropout_mask((2, 8), 0.5, seed=1).float().mean()
     """
-    return draws.mask(shape, p, seed, offset, index_offset, device)
-
-
-def _channel_dropout(
-    x: Tensor,
-    p: float,
-    training: bool,
-    inplace: bool,
-    seed: int | Tensor | None,
-    generator: torch.Generator | None,
-    index_offset: int,
-    row_dims: Mapping[int, int],
-    op: str,
-    alpha: bool = False,
-) -> Tensor:
-    """Rows are counted by as many leading dimensions as ``row_dims`` has for x's number of them."""
-    rows = row_dims.get(x.dim()) if isinstance(x, Tensor) else 0
-    if rows is None:
-        few = len(row_dims) < 4
-        wanted = " or ".join(str(n) for n in row_dims) if few else f"at least {min(row_dims)}"
-        raise ValueError(f"fusereg.{op}: x must have {wanted} dimensions, got {x.dim()}")
-    return draws.dropout(
-        x, p, training, inplace, seed, generator, index_offset, None, alpha, rows, op
-    )
+    return draws.kept_elements(shape, p, seed, offset, index_offset, device)
 
 
 def dropout1d(
@@ -147,7 +133,7 @@ def dropout1d(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""Drops whole channels of (N, C, L) or (C, L): one draw for each (n, c) (Tompson et al. 2015).
+    r"""Drop whole channels of (N, C, L) or (C, L): one draw for each (n, c) (Tompson et al. 2015).
 
     Args:
         x: as in :func:`dropout`.
@@ -155,9 +141,7 @@ def dropout1d(
 
     The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
     {dropout_returns}"""
-    return _channel_dropout(
-        x, p, training, inplace, seed, generator, index_offset, {2: 1, 3: 2}, "dropout1d"
-    )
+    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROPOUT1D)
 
 
 def dropout2d(
@@ -170,7 +154,7 @@ def dropout2d(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""Drops whole channels of (N, C, H, W): one draw for each (n, c) (Tompson et al. 2015).
+    r"""Drop whole channels of (N, C, H, W): one draw for each (n, c) (Tompson et al. 2015).
 
     Three dimensions are taken as (N, C, L), as torch does.
 
@@ -180,9 +164,7 @@ def dropout2d(
 
     The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
     {dropout_returns}"""
-    return _channel_dropout(
-        x, p, training, inplace, seed, generator, index_offset, {3: 2, 4: 2}, "dropout2d"
-    )
+    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROPOUT2D)
 
 
 def dropout3d(
@@ -195,7 +177,7 @@ def dropout3d(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""Drops whole channels of (N, C, D, H, W) or (C, D, H, W) (Tompson et al. 2015).
+    r"""Drop whole channels of (N, C, D, H, W) or (C, D, H, W) (Tompson et al. 2015).
 
     Args:
         x: as in :func:`dropout`.
@@ -203,9 +185,7 @@ def dropout3d(
 
     The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
     {dropout_returns}"""
-    return _channel_dropout(
-        x, p, training, inplace, seed, generator, index_offset, {4: 1, 5: 2}, "dropout3d"
-    )
+    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROPOUT3D)
 
 
 def alpha_dropout(
@@ -218,7 +198,7 @@ def alpha_dropout(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""Alpha dropout, for networks of SELU: keeps mean 0 and variance 1 (Klambauer et al. 2017).
+    r"""Apply alpha dropout, which keeps mean 0 and variance 1 (Klambauer et al. 2017).
 
     :math:`y = a (m x + (1 - m) s) + b` with :math:`s = -1.7581`, the limit of SELU,
     :math:`a = (q (1 + (1-q) s^2))^{-1/2}` and :math:`b = -a (1-q) s`, where :math:`q = 1-p` is the
@@ -229,9 +209,7 @@ def alpha_dropout(
     {dropout_arguments}
 
     {dropout_returns}"""
-    return draws.dropout(
-        x, p, training, inplace, seed, generator, index_offset, None, True, 0, "alpha_dropout"
-    )
+    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _ALPHA)
 
 
 def feature_alpha_dropout(
@@ -244,7 +222,7 @@ def feature_alpha_dropout(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""Alpha dropout of whole channels: one draw for each (n, c) of (N, C, ...).
+    r"""Apply alpha dropout to whole channels: one draw for each (n, c) of (N, C, ...).
 
     Args:
         x: as in :func:`dropout`, of at least two dimensions.
@@ -252,18 +230,7 @@ def feature_alpha_dropout(
 
     The formula is that of :func:`alpha_dropout`, the index :math:`n C + c`.
     {dropout_returns}"""
-    return _channel_dropout(
-        x,
-        p,
-        training,
-        inplace,
-        seed,
-        generator,
-        index_offset,
-        dict.fromkeys(range(2, 65), 2),
-        "feature_alpha_dropout",
-        alpha=True,
-    )
+    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _FEATURE_ALPHA)
 
 
 def drop_path(
@@ -276,7 +243,7 @@ def drop_path(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""Stochastic depth: drops whole samples of (N, ...), one draw for each n (Huang et al. 2016).
+    r"""Drop whole samples of (N, ...), one draw for each n: stochastic depth (Huang et al. 2016).
 
     :math:`y_n = x_n / (1-p)` with probability :math:`1-p`, else 0. A dropped sample is not read.
 
@@ -289,17 +256,7 @@ def drop_path(
     Example:
         >>> x = x + fusereg.functional.drop_path(block(x), 0.1, model.training)
     """
-    return _channel_dropout(
-        x,
-        p,
-        training,
-        inplace,
-        seed,
-        generator,
-        index_offset,
-        dict.fromkeys(range(1, 65), 1),
-        "drop_path",
-    )
+    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROP_PATH)
 
 
 for _function in (

@@ -1,43 +1,55 @@
-"""Dropout, addition and normalization of rows in one pass."""
+"""Rows of the inventory: dropout, addition and normalization of rows in one pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm, rms_norm
 
-from fusereg import functional
-from fusereg.cli.checks._base import Inputs, Pairs, exact, kernel_check
-from fusereg.cli.checks._masks import SEED, P, kept_share, mask
+from ..core.inventory import Inputs, Operation, Shape
+from ..core.masks import SEED, P, dropped, mask
+from . import functional
 
-
-def _pairs(inputs: Inputs, rms: bool) -> Pairs:
-    """y, the sum, and the gradients of x, residual, weight and bias."""
-    rows, columns = (515, 259) if inputs.large else (9, 37)
-    shapes = ((rows, columns), (rows, columns), (columns,), (columns,))
-    tensors = [inputs.normal(*shape, seed=20 + i) for i, shape in enumerate(shapes)]
-    tensors = tensors[:3] if rms else tensors
-    wanted = [t.requires_grad_() for t in exact(tensors)]
-    tensors = [t.requires_grad_() for t in tensors]
-    s = wanted[1] + torch.where(mask((rows, columns)), wanted[0] / kept_share(P), 0.0)
-    torch_norm: Callable[..., Tensor] = torch.nn.functional.layer_norm
-    norm: Callable[..., tuple[Tensor, Tensor]] = functional.dropout_add_layer_norm
-    if rms:
-        torch_norm, norm = torch.nn.functional.rms_norm, functional.dropout_add_rms_norm
-    y = torch_norm(s, (columns,), *wanted[2:], 1e-5)
-    results = norm(*tensors, P, 1e-5, seed=SEED, return_sum=True)
-    incoming = [inputs.normal(rows, columns, seed=30 + i) for i in range(2)]
-    gradients = torch.autograd.grad(results, tensors, incoming)
-    references = torch.autograd.grad([y, s], wanted, exact(incoming))
-    return list(zip((*results, *gradients), (y, s, *references), strict=True))
+_SHAPES: dict[str, Shape] = {
+    "tiny": (3, 4),
+    "small": (9, 37),
+    "large": (515, 259),
+    "empty": (0, 37),
+    "one row": (1, 5),
+}
+_OPTIONS = {"p": P, "eps": 1e-5, "seed": SEED, "return_sum": True}
 
 
-@kernel_check("dropout_add_layer_norm", "(s - E[s]) / sqrt(Var[s] + eps) * w + b, s = r + dropout")
-def _layer_norm(inputs: Inputs) -> Pairs:
-    return _pairs(inputs, rms=False)
+def _tensors(inputs: Inputs, shape: Shape) -> list[Tensor]:
+    shapes = (shape, shape, shape[-1:], shape[-1:])
+    return [inputs.normal(*s, seed=20 + i) for i, s in enumerate(shapes)]
 
 
-@kernel_check("dropout_add_rms_norm", "s / sqrt(E[s^2] + eps) * w, s = r + dropout(x)")
-def _rms_norm(inputs: Inputs) -> Pairs:
-    return _pairs(inputs, rms=True)
+def _reference(norm: Any, x: Tensor, residual: Tensor, *affine: Tensor) -> tuple[Tensor, Tensor]:
+    s = residual + dropped(x, mask(tuple(x.shape)))
+    return norm(s, x.shape[-1:], *affine, eps=1e-5), s
+
+
+OPERATIONS = [
+    Operation(
+        name="dropout_add_layer_norm",
+        formula="(s - E[s]) / sqrt(Var[s] + eps) * w + b, s = r + dropout",
+        function=functional.dropout_add_layer_norm,
+        shapes=_SHAPES,
+        tensors=_tensors,
+        arguments=("x", "residual", "weight", "bias"),
+        options=_OPTIONS,
+        reference=lambda *tensors: _reference(layer_norm, *tensors),
+    ),
+    Operation(
+        name="dropout_add_rms_norm",
+        formula="s / sqrt(E[s^2] + eps) * w, s = r + dropout(x)",
+        function=functional.dropout_add_rms_norm,
+        shapes=_SHAPES,
+        tensors=lambda inputs, shape: _tensors(inputs, shape)[:3],
+        arguments=("x", "residual", "weight"),
+        options=_OPTIONS,
+        reference=lambda *tensors: _reference(rms_norm, *tensors),
+    ),
+]

@@ -1,7 +1,7 @@
-"""Dropout + residual + normalization in torch's own operations.
+"""Dropout, residual sum and normalization in torch's own operations.
 
 ``second_gradient``
-    what backward is differentiated by.
+    the derivative of backward.
 ``unfused``
     the same operation step by step, for torch.func transforms and forward-mode derivatives.
 """
@@ -16,12 +16,15 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from ..core import draws
+from ..core.draws import Kind
+from ..core.random import Source
 
 #: Gradients of x, residual, weight, bias.
 Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which the kernels compute."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
@@ -34,7 +37,7 @@ def second_gradient(
     weight: Tensor | None,
     along: Gradients,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of ``grad``, of the sum's gradient, of the sum and of weight.
+    """Return the gradients of ``grad``, of the sum's gradient, of the sum and of weight.
 
     ``along`` are those of the four results of backward; ``drop`` is the linear map of dropout. With
     the names of dropout_norm.h, u the gradient of grad_s and P(v) = v - mean(v) - h mean(v h) (RMS:
@@ -85,30 +88,17 @@ def unfused(
     p: float,
     eps: float,
     rms: bool,
-    seed: int | Tensor | None,
-    generator: torch.Generator | None,
+    source: Source,
     index_offset: int,
     op: str,
 ) -> tuple[Tensor, Tensor]:
-    """Step by step, with the same mask, in the dtype in which the kernels compute."""
+    """Return y and the sum, step by step with the same mask, in the kernels' dtype."""
     compute = compute_dtype(x.dtype)
 
     def wide(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.to(compute)
 
-    s = draws.dropout(
-        x.to(compute).contiguous(),
-        p,
-        True,
-        False,
-        seed,
-        generator,
-        index_offset,
-        None,
-        False,
-        0,
-        op,
-    )
+    s = draws.dropout(x.to(compute).contiguous(), p, True, False, *source, index_offset, Kind(op))
     if residual is not None:
         s = residual.to(compute) + s
     with torch.autocast(x.device.type, enabled=False):

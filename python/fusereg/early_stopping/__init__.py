@@ -1,13 +1,13 @@
-"""Early stopping: when to stop, what to go back to, and how not to lose it.
+"""Early stopping: deciding when to stop, restoring the best model, and writing it to disk.
 
 >>> stopper = fusereg.EarlyStopping(model, patience=5)
 >>> for epoch in stopper.epochs(100):
 ...     train(model)
 ...     stopper.step(validate(model), epoch=epoch)   # the loop ends by itself, with the best model
 
-From the inside out: ``decision`` is the pure state machine, ``metrics`` and ``smoothing`` what
-comes before it; ``snapshot`` are the copies in memory, ``encoding`` and ``checkpoint`` the files,
-``keeper`` has both; ``agreement`` is between the ranks, ``stopper`` the object in front of it all.
+``decision`` is a pure state machine, ``metrics`` and ``smoothing`` prepare its input; ``snapshot``
+makes copies in memory, ``encoding`` and ``checkpoint`` files, ``keeper`` manages both;
+``agreement`` is between the ranks; ``stopper`` joins them all.
 """
 
 from .checkpoint import CheckpointError

@@ -1,7 +1,7 @@
-"""One decision for all ranks: the metric is reduced, rank 0 decides, everybody hears the same.
+"""One decision for all ranks: the metric is reduced, rank 0 decides and broadcasts the decision.
 
-What a rank found wrong travels with its metric, so that all ranks raise and none waits for one that
-has gone.
+A rank's error travels with its metric, so that all ranks raise, and none waits for one that has
+raised already.
 """
 
 from __future__ import annotations
@@ -19,36 +19,30 @@ Agreement: TypeAlias = Literal["mean", "min", "max", "rank0", "none"]
 
 #: The name of an exception's type, and its text.
 Problem: TypeAlias = tuple[str, str]
-_KINDS: tuple[type[Exception], ...] = (CheckpointError, TypeError, ValueError)
+_KINDS: tuple[type[Exception], ...] = (CheckpointError, TypeError, ValueError, RuntimeError)
 
 T = TypeVar("T")
 
 
 class Ranks:
-    """The ranks that decide together; one rank where nothing is distributed.
-
-    Args:
-        agreement: "mean", "min" or "max" of the ranks' metrics, "rank0" for that of rank 0, or
-            "none": every rank for itself.
-        group: a process group, None for the default one.
-    """
+    """The ranks that decide together; arguments as EarlyStopping's."""
 
     def __init__(self, agreement: Agreement, group: Any) -> None:
         self.agreement = agreement
         self._group = group
 
     def count(self) -> int:
-        """How many; asked at every check, as the process group may be made after this."""
+        """Return the number of ranks; it may change, as a process group may be made later."""
         if self.agreement == "none" or not (dist.is_available() and dist.is_initialized()):
             return 1
         return dist.get_world_size(self._group)
 
     def index(self) -> int:
-        """This rank's number in the group."""
+        """Return this rank's number in the group."""
         return dist.get_rank(self._group) if self.count() > 1 else 0
 
     def gather(self, mine: T) -> list[T]:
-        """What every rank has, in their order, on every rank."""
+        """Collect one object from each rank, in the order of ranks, on every rank."""
         if self.count() == 1:
             return [mine]
         found: list[Any] = [None] * self.count()
@@ -56,7 +50,7 @@ class Ranks:
         return cast(list[T], found)
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on every rank."""
+        """Call the function on rank 0 and return its result on every rank."""
         if self.count() == 1:
             return make()
         held = [make() if self.index() == 0 else None]
@@ -65,31 +59,32 @@ class Ranks:
         return cast(T, held[0])
 
     def reduce(self, values: Sequence[float]) -> float:
-        """One number from those of all ranks; a non-finite one makes the result non-finite."""
+        """Reduce the ranks' values to one; a non-finite one makes the result non-finite."""
         if self.agreement == "rank0" or len(values) == 1:
             return values[0]
         for value in values:
             if not math.isfinite(value):
                 return value
         if self.agreement == "mean":
-            return mean(list(values))
+            return mean(values)
         return min(values) if self.agreement == "min" else max(values)
 
 
-def told(problem: Exception | None) -> Problem | None:
-    """A problem as it travels: not every exception can be sent, or made from a text."""
+def describe(problem: Exception | None) -> Problem | None:
+    """Turn an exception into plain data, as not every exception can be pickled."""
     if problem is None:
         return None
-    known = next((kind for kind in _KINDS if isinstance(problem, kind)), RuntimeError)
-    text = str(problem) if isinstance(problem, _KINDS) else f"{type(problem).__name__}: {problem}"
-    return known.__name__, text
+    for kind in _KINDS[:-1]:
+        if isinstance(problem, kind):
+            return kind.__name__, str(problem)
+    return "RuntimeError", f"{type(problem).__name__}: {problem}"
 
 
 def raise_first(problems: Sequence[Problem | None], own: Exception | None) -> None:
-    """Raises this rank's problem, or else that of the first rank that has one."""
+    """Raise this rank's exception, or else that of the first rank that has one."""
     if own is not None:
         raise own
     for rank, problem in enumerate(problems):
         if problem is not None:
-            kind = next(kind for kind in (*_KINDS, RuntimeError) if kind.__name__ == problem[0])
+            kind = next(kind for kind in _KINDS if kind.__name__ == problem[0])
             raise kind(f"{problem[1]} (on rank {rank} of {len(problems)})")

@@ -1,7 +1,7 @@
 """The decision to stop, as a pure function: (rules, state, values, epoch) -> (state, decision).
 
-Nothing here knows a model, a file or another rank. All records are frozen: a check that fails half
-way through, in a snapshot or a write, leaves the state of before.
+Nothing here knows a model, a file or another rank. All records are frozen: a check that fails
+halfway through, while taking a snapshot or writing a file, leaves the previous state.
 """
 
 from __future__ import annotations
@@ -9,25 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+from .checks import OP, check_choice, check_integer
 from .smoothing import Memory, Smoothing
 
 Reason: TypeAlias = Literal["patience", "target", "divergence", "non_finite"]
 Mode: TypeAlias = Literal["min", "max"]
 
-_OP = "fusereg.EarlyStopping"
-
 
 @dataclass(frozen=True)
 class Decision:
-    """What a check came to.
+    """The outcome of a check.
 
     Attributes:
         improved: the metric beat its reference by more than ``min_delta``, so that patience starts
             anew; of several metrics, at least one did.
-        new_best: the metric is strictly better than ever before, by however little: what
-            ``restore()`` goes back to.
+        new_best: the metric is strictly better than ever before, by however little; ``restore()``
+            returns to the state of the last check with a new best.
         stop: training should end.
         reason: why: ``"patience"``, ``"target"``, ``"divergence"`` or ``"non_finite"``; None while
             training goes on. ``EarlyStopping.explain()`` says it in a sentence.
@@ -37,21 +36,6 @@ class Decision:
     new_best: bool
     stop: bool
     reason: Reason | None
-
-
-def choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Raises ValueError unless the value is one of the allowed words."""
-    if value not in allowed:
-        words = ", ".join(f'"{word}"' for word in allowed)
-        raise ValueError(f"{_OP}: {name} must be one of {words}, got {value!r}")
-
-
-def whole(name: str, value: object, least: int, why: str = "") -> None:
-    """Raises unless the value is an integer that is not less than ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{_OP}: {name} must be an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{_OP}: {name} must be >= {least}, got {value}{why}")
 
 
 @dataclass(frozen=True)
@@ -72,30 +56,27 @@ class Metric:
     smoothing: Smoothing | None = None
 
     def __post_init__(self) -> None:
-        choice("mode", self.mode, ("min", "max"))
-        choice("delta_mode", self.delta_mode, ("absolute", "relative"))
+        check_choice("mode", self.mode, ("min", "max"))
+        check_choice("delta_mode", self.delta_mode, ("absolute", "relative"))
         for name in ("min_delta", "baseline", "target", "divergence"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
-                raise ValueError(f"{_OP}: {name} must be finite, got {value}")
+                raise ValueError(f"{OP}: {name} must be finite, got {value}")
         if self.min_delta < 0:
-            raise ValueError(f"{_OP}: min_delta must be >= 0, got {self.min_delta}")
-        if (
-            self.target is not None
-            and self.divergence is not None
-            and not self.better(self.target, self.divergence)
-        ):
+            raise ValueError(f"{OP}: min_delta must be >= 0, got {self.min_delta}")
+        bounds = (self.target, self.divergence)
+        if None not in bounds and not self.better(*bounds):  # type: ignore[arg-type]
             raise ValueError(
-                f"{_OP}: target must be better than divergence (mode {self.mode}), "
+                f"{OP}: target must be better than divergence (mode {self.mode}), "
                 f"got target {self.target} and divergence {self.divergence}"
             )
 
     def better(self, a: float, b: float) -> bool:
-        """Whether a is strictly better than b."""
+        """Return whether a is strictly better than b."""
         return a < b if self.mode == "min" else a > b
 
     def improves(self, value: float, reference: float | None) -> bool:
-        """Whether the value beats the reference by more than the delta."""
+        """Return whether the value beats the reference by more than the delta."""
         if reference is None:
             return True
         delta = self.min_delta
@@ -106,7 +87,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Rules:
-    """Everything a decision depends on, besides the metrics themselves."""
+    """Everything a decision depends on, besides the metrics' values."""
 
     metrics: Mapping[str, Metric]
     patience: int
@@ -118,42 +99,38 @@ class Rules:
     best_by: str = ""
 
     def __post_init__(self) -> None:
-        whole(
-            "patience",
-            self.patience,
-            1,
-            " (patience p stops at the p-th check in a row without improvement)",
-        )
-        choice("patience_unit", self.patience_unit, ("checks", "epochs"))
-        choice("nan", self.nan, ("stop", "count", "ignore"))
-        choice("combine", self.combine, ("any", "all"))
-        whole("start_from_epoch", self.start_from_epoch, 0)
+        why = " (patience p stops at the p-th check in a row without improvement)"
+        check_integer("patience", self.patience, 1, why)
+        check_choice("patience_unit", self.patience_unit, ("checks", "epochs"))
+        check_choice("nan", self.nan, ("stop", "count", "ignore"))
+        check_choice("combine", self.combine, ("any", "all"))
+        check_integer("start_from_epoch", self.start_from_epoch, 0)
         if self.nan_limit is not None:
             if self.nan != "ignore":
-                raise ValueError(f'{_OP}: nan_limit goes with nan="ignore", got nan={self.nan!r}')
-            whole("nan_limit", self.nan_limit, 1)
+                raise ValueError(f'{OP}: nan_limit goes with nan="ignore", got nan={self.nan!r}')
+            check_integer("nan_limit", self.nan_limit, 1)
         if not self.metrics:
-            raise ValueError(f"{_OP}: metrics must name at least one metric")
-        choice("best_by", self.best_by, list(self.metrics))
+            raise ValueError(f"{OP}: metrics must name at least one metric")
+        check_choice("best_by", self.best_by, list(self.metrics))
 
     @property
-    def ignored(self) -> int:
-        """How many non-finite values in a row are ignored."""
-        return self.patience if self.nan_limit is None else self.nan_limit
+    def best_index(self) -> int:
+        """The position of the metric whose best state is kept."""
+        return list(self.metrics).index(self.best_by)
 
 
 @dataclass(frozen=True)
 class Track:
-    """What is remembered of one metric. Values are smoothed ones where there is smoothing.
+    """The record of one metric. With smoothing, its values are the smoothed ones.
 
     Attributes:
-        reference: what the next value has to beat by ``min_delta``; patience hangs on it.
+        reference: the value that the next one has to beat by ``min_delta`` to reset patience.
         since: the epoch at which it was set; before that, the one before the first check.
-        best: the best value so far; restoring hangs on it.
-        best_epoch: its epoch.
+        best: the best value so far.
+        best_epoch: the epoch of the best value.
         misses: checks, or epochs, since the reference was set.
         non_finite: how many values in a row, up to the last, were not finite.
-        memory: of the smoothing.
+        memory: the smoothing's memory.
     """
 
     reference: float | None
@@ -167,7 +144,7 @@ class Track:
 
 @dataclass(frozen=True)
 class State:
-    """What all checks so far have come to."""
+    """The record of all checks so far."""
 
     tracks: tuple[Track, ...]
     epoch: int | None = None
@@ -176,37 +153,29 @@ class State:
 
     @staticmethod
     def initial(rules: Rules) -> State:
-        """Before the first check."""
+        """Return the state before the first check."""
         return State(tuple(Track(metric.baseline) for metric in rules.metrics.values()))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers."""
-        content = asdict(self)
-        content["tracks"] = [
-            {**track, "memory": list(track["memory"])} for track in content["tracks"]
-        ]
-        return content
+        """Return the state as plain dicts, lists and numbers."""
+        tracks = [{**asdict(track), "memory": list(track.memory)} for track in self.tracks]
+        return {**asdict(self), "tracks": tracks}
 
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> State:
-        """What ``as_dict`` made; KeyError or TypeError for anything else."""
+        """Rebuild the state that ``as_dict`` described; KeyError or TypeError for anything else."""
         names = {field.name for field in fields(Track)}
-        tracks = []
         for track in content["tracks"]:
             if set(track) != names:
                 raise KeyError(f"a track has {sorted(track)}, wanted {sorted(names)}")
-            tracks.append(Track(**{**track, "memory": tuple(track["memory"])}))
-        last = content["last"]
-        return State(
-            tuple(tracks),
-            content["epoch"],
-            content["checks"],
-            None if last is None else Decision(**last),
-        )
+        tracks = [Track(**{**t, "memory": tuple(t["memory"])}) for t in content["tracks"]]
+        last = None if content["last"] is None else Decision(**content["last"])
+        return State(tuple(tracks), content["epoch"], content["checks"], last)
 
 
-@dataclass(frozen=True)
-class _Outcome:
+class _Outcome(NamedTuple):
+    """The result of one metric's check: its new record, and what was found."""
+
     track: Track
     improved: bool = False
     new_best: bool = False
@@ -218,29 +187,28 @@ class _Outcome:
 def advance(
     rules: Rules, state: State, values: Sequence[float], epoch: int
 ) -> tuple[State, Decision]:
-    """One check: the state after it, and the decision. The formula is in EarlyStopping's docs.
+    """Return the state after one more check, and the decision; EarlyStopping has the formula.
 
     Args:
+        rules: what the decision depends on.
+        state: the state after the check before.
         values: one for each of ``rules.metrics``, in their order; they may be non-finite.
         epoch: not less than that of the check before.
     """
     outcomes = [
-        _follow(rules, metric, track, value, epoch)
+        _check_metric(rules, metric, track, value, epoch)
         for metric, track, value in zip(rules.metrics.values(), state.tracks, values, strict=True)
     ]
     reason = _reason(rules, outcomes)
-    best = outcomes[list(rules.metrics).index(rules.best_by)]
-    decision = Decision(
-        improved=any(outcome.improved for outcome in outcomes),
-        new_best=best.new_best,
-        stop=reason is not None,
-        reason=reason,
-    )
+    improved = any(outcome.improved for outcome in outcomes)
+    new_best = outcomes[rules.best_index].new_best
+    decision = Decision(improved, new_best, reason is not None, reason)
     tracks = tuple(outcome.track for outcome in outcomes)
     return State(tracks, epoch, state.checks + 1, decision), decision
 
 
-def _follow(rules: Rules, metric: Metric, track: Track, value: float, epoch: int) -> _Outcome:
+def _check_metric(rules: Rules, metric: Metric, track: Track, value: float, epoch: int) -> _Outcome:
+    """Judge one metric's value and update its record."""
     counted = epoch >= rules.start_from_epoch
     if counted and track.since is None:
         track = replace(track, since=epoch - 1)
@@ -251,7 +219,8 @@ def _follow(rules: Rules, metric: Metric, track: Track, value: float, epoch: int
         track = replace(track, non_finite=track.non_finite + 1)
         if rules.nan == "count" and counted:
             track = _missed(rules, track, epoch)
-        failed = rules.nan == "stop" or (rules.nan == "ignore" and track.non_finite > rules.ignored)
+        limit = rules.patience if rules.nan_limit is None else rules.nan_limit
+        failed = rules.nan == "stop" or (rules.nan == "ignore" and track.non_finite > limit)
         return _Outcome(track, failed=failed)
     track = replace(track, memory=memory, non_finite=0)
     if not counted:
@@ -264,16 +233,13 @@ def _follow(rules: Rules, metric: Metric, track: Track, value: float, epoch: int
         track = replace(track, reference=value, since=epoch, misses=0)
     else:
         track = _missed(rules, track, epoch)
-    return _Outcome(
-        track,
-        improved,
-        new_best,
-        diverged=metric.divergence is not None and metric.better(metric.divergence, value),
-        reached=metric.target is not None and not metric.better(metric.target, value),
-    )
+    diverged = metric.divergence is not None and metric.better(metric.divergence, value)
+    reached = metric.target is not None and not metric.better(metric.target, value)
+    return _Outcome(track, improved, new_best, diverged=diverged, reached=reached)
 
 
 def _missed(rules: Rules, track: Track, epoch: int) -> Track:
+    """Count a check without improvement."""
     if rules.patience_unit == "checks":
         return replace(track, misses=track.misses + 1)
     assert track.since is not None
@@ -281,56 +247,57 @@ def _missed(rules: Rules, track: Track, epoch: int) -> Track:
 
 
 def _reason(rules: Rules, outcomes: Sequence[_Outcome]) -> Reason | None:
+    """Return the first reason to stop that holds, if any."""
     if any(outcome.failed for outcome in outcomes):
         return "non_finite"
     if any(outcome.diverged for outcome in outcomes):
         return "divergence"
-    with_target = [
-        outcome.reached
-        for outcome, metric in zip(outcomes, rules.metrics.values(), strict=True)
-        if metric.target is not None
-    ]
-    if with_target and all(with_target):
+    judged = zip(outcomes, rules.metrics.values(), strict=True)
+    reached = [outcome.reached for outcome, metric in judged if metric.target is not None]
+    if reached and all(reached):
         return "target"
     exhausted = [outcome.track.misses >= rules.patience for outcome in outcomes]
     # Training goes on while any metric (or all of them) has improved within the patience.
-    if all(exhausted) if rules.combine == "any" else any(exhausted):
-        return "patience"
-    return None
+    return "patience" if (all if rules.combine == "any" else any)(exhausted) else None
 
 
 def explain(rules: Rules, state: State) -> str:
-    """The last decision in a sentence."""
+    """Describe the last decision, and the best so far, in a sentence."""
     if state.last is None:
         return "no check yet"
-    named = list(zip(rules.metrics.items(), state.tracks, strict=True))
-    ((_, by), best) = next(item for item in named if item[0][0] == rules.best_by)
-    tail = (
-        f"best {rules.best_by} {best.best:g} at epoch {best.best_epoch}"
-        if (best.best is not None)
-        else f"no finite {rules.best_by} yet"
-    )
-    if best.best is not None and by.smoothing is not None:
-        tail += " (smoothed)"
-    head = f"goes on after epoch {state.epoch}"
-    if state.last.reason == "patience":
+    best = state.tracks[rules.best_index]
+    tail = f"no finite {rules.best_by} yet"
+    if best.best is not None:
+        tail = f"best {rules.best_by} {best.best:g} at epoch {best.best_epoch}"
+        if rules.metrics[rules.best_by].smoothing is not None:
+            tail += " (smoothed)"
+    reason, named = state.last.reason, rules.metrics.items()
+    if reason is None:
+        return f"goes on after epoch {state.epoch}; {tail}"
+    if reason == "patience":
         worn = [
-            f"{name} has not improved on "
-            + ("anything" if track.reference is None else f"{track.reference:g}")
-            + (f" by more than {metric.min_delta:g}" if metric.min_delta else "")
-            + (" (relative)" if metric.min_delta and metric.delta_mode == "relative" else "")
-            + f" for {track.misses} {rules.patience_unit}"
-            for (name, metric), track in named
+            _without_improvement(rules, name, metric, track)
+            for (name, metric), track in zip(named, state.tracks, strict=True)
             if track.misses >= rules.patience
         ]
-        head = f"stops after epoch {state.epoch}: {' and '.join(worn)}"
-    elif state.last.reason == "non_finite":
-        bad = [f"{n} ({t.non_finite} in a row)" for (n, _), t in named if t.non_finite]
-        head = f"stops after epoch {state.epoch}: not finite: {', '.join(bad)}"
-    elif state.last.reason == "divergence":
-        bounds = [f"{n} {m.divergence:g}" for (n, m), _ in named if m.divergence is not None]
-        head = f"stops after epoch {state.epoch}: worse than the bound on {', '.join(bounds)}"
-    elif state.last.reason == "target":
-        bounds = [f"{n} {m.target:g}" for (n, m), _ in named if m.target is not None]
-        head = f"stops after epoch {state.epoch}: reached the target {', '.join(bounds)}"
-    return f"{head}; {tail}"
+        why = " and ".join(worn)
+    elif reason == "non_finite":
+        counts = zip(rules.metrics, state.tracks, strict=True)
+        bad = [f"{name} ({t.non_finite} in a row)" for name, t in counts if t.non_finite]
+        why = f"not finite: {', '.join(bad)}"
+    else:
+        bounds = [(name, getattr(metric, reason)) for name, metric in named]
+        found = ", ".join(f"{name} {bound:g}" for name, bound in bounds if bound is not None)
+        why = f"worse than the bound on {found}"
+        if reason == "target":
+            why = f"reached the target {found}"
+    return f"stops after epoch {state.epoch}: {why}; {tail}"
+
+
+def _without_improvement(rules: Rules, name: str, metric: Metric, track: Track) -> str:
+    """Describe how long a metric has not improved."""
+    reference = "anything" if track.reference is None else f"{track.reference:g}"
+    delta = f" by more than {metric.min_delta:g}" if metric.min_delta else ""
+    relative = " (relative)" if delta and metric.delta_mode == "relative" else ""
+    unit = rules.patience_unit if track.misses != 1 else rules.patience_unit.removesuffix("s")
+    return f"{name} has not improved on {reference}{delta}{relative} for {track.misses} {unit}"

@@ -1,7 +1,7 @@
-"""A state's tree as two parts: JSON, and a flat dict of tensors such as safetensors can hold.
+"""Encoding of a state as JSON plus a flat dict of tensors, which safetensors can hold.
 
-Tensors that several places share are written once and are one tensor again after reading. Strides,
-tuples, integer keys, NaN and Counter come back as they were; what has no place in JSON is refused.
+A tensor that appears in several places is written once, and is one tensor again after reading.
+Strides, tuples, integer keys, NaN and Counter are preserved; what JSON cannot hold is refused.
 """
 
 from __future__ import annotations
@@ -9,43 +9,33 @@ from __future__ import annotations
 import base64
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from .checks import OP
 from .snapshot import Held
 
-_OP = "fusereg.EarlyStopping"
-
-#: What every safetensors from 0.4 on knows; other dtypes are written as bytes.
-_PLAIN_DTYPES = {
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
+#: The dtypes that every safetensors from 0.4 on has; tensors of others are written as bytes.
+_SAFE_DTYPES = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
 }
-_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class Encoder:
-    """Turns trees into JSON and collects their tensors in ``tensors``."""
+    """Encodes states as JSON and collects their tensors in ``tensors``."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
         self._seen: dict[int, dict[str, Any]] = {}
-        self._alive: list[Any] = []  # so that no id is given out twice
+        self._alive: list[Any] = []  # keeps the ids in _seen from being reused
         self._storages: set[int] = set()
 
     def encode(self, tree: Any, path: str) -> Any:
-        """The tree as JSON; ``path`` names it in errors and in the tensors' keys.
+        """Return the state as JSON; ``path`` names it in errors and in the tensors' keys.
 
         Raises:
             TypeError: something is neither a tensor nor plain data.
@@ -76,23 +66,17 @@ class Encoder:
         if type(tree).__module__ == "numpy" and hasattr(tree, "item") and not tree.shape:
             return self.encode(tree.item(), path)
         raise TypeError(
-            f"{_OP}: cannot write {path} to a checkpoint: {type(tree).__name__} is neither a "
+            f"{OP}: cannot write {path} to a checkpoint: {type(tree).__name__} is neither a "
             "tensor nor plain data"
         )
 
     def _mapping(self, tree: Mapping[Any, Any], path: str) -> Any:
-        # A key that begins with $ would be taken for one of ours.
-        plain = all(isinstance(key, str) and not key.startswith("$") for key in tree)
-        encoded: Any
-        if plain:
-            encoded = {key: self.encode(value, f"{path}.{key}") for key, value in tree.items()}
-        else:
-            encoded = {
-                "$dict": [
-                    [self.encode(key, path), self.encode(value, f"{path}.{key}")]
-                    for key, value in tree.items()
-                ]
-            }
+        """Encode a mapping, with its type and the modules' versions that state_dict() adds."""
+        values = {key: self.encode(value, f"{path}.{key}") for key, value in tree.items()}
+        encoded: Any = values
+        # A key that begins with $ would be mistaken for one of the tags.
+        if not all(isinstance(key, str) and not key.startswith("$") for key in tree):
+            encoded = {"$dict": [[self.encode(key, path), item] for key, item in values.items()]}
         if isinstance(tree, Counter):
             return {"$counter": encoded}
         metadata = getattr(tree, "_metadata", None)
@@ -101,18 +85,19 @@ class Encoder:
         return {"$ordered": encoded} if isinstance(tree, OrderedDict) else encoded
 
     def _tensor(self, tree: Tensor | Held, path: str) -> dict[str, Any]:
+        """Add a tensor to ``tensors``, and return the JSON that refers to it."""
         if id(tree) in self._seen:
             return self._seen[id(tree)]
         self._alive.append(tree)
         if isinstance(tree, Held) and tree.sharding is not None:
             raise ValueError(
-                f"{_OP}: cannot write {path} to a checkpoint: it is sharded over ranks (DTensor), "
+                f"{OP}: cannot write {path} to a checkpoint: it is sharded over ranks (DTensor), "
                 "and only the parts of modules and of optimizers can be put together"
             )
         tensor = (tree.local if isinstance(tree, Held) else tree).detach()
         if tensor.layout is not torch.strided or tensor.is_quantized:
             raise ValueError(
-                f"{_OP}: cannot write {path} to a checkpoint: only dense tensors can be written, "
+                f"{OP}: cannot write {path} to a checkpoint: only dense tensors can be written, "
                 f"got layout {tensor.layout}, dtype {tensor.dtype}"
             )
         key, n = path, 1
@@ -123,7 +108,7 @@ class Encoder:
         data = tensor.resolve_conj().resolve_neg().cpu().contiguous()
         if not tensor.is_contiguous():
             made["stride"] = list(tensor.stride())
-        if tensor.dtype not in _PLAIN_DTYPES:
+        if tensor.dtype not in _SAFE_DTYPES:
             made["dtype"] = str(tensor.dtype).removeprefix("torch.")
             made["shape"] = list(tensor.shape)
             data = data.reshape(-1).view(torch.uint8)
@@ -138,8 +123,23 @@ class Encoder:
         return made
 
 
+#: What makes an object of the decoded content under each tag.
+_DECODERS: dict[str, Callable[[Any], Any]] = {
+    "$float": float,
+    "$tuple": tuple,
+    "$set": set,
+    "$bytes": base64.b64decode,
+    "$dtype": lambda name: getattr(torch, name),
+    "$device": torch.device,
+    "$dict": dict,
+    "$counter": Counter,
+    "$ordered": OrderedDict,
+    "$state_dict": OrderedDict,
+}
+
+
 def decode(tree: Any, tensors: Mapping[str, Tensor], memo: dict[str, Tensor] | None = None) -> Any:
-    """What ``Encoder.encode`` was given, on the CPU."""
+    """Return the state that ``Encoder.encode`` was given, on the CPU."""
     memo = {} if memo is None else memo
     if isinstance(tree, list):
         return [decode(item, tensors, memo) for item in tree]
@@ -151,35 +151,20 @@ def decode(tree: Any, tensors: Mapping[str, Tensor], memo: dict[str, Tensor] | N
     content = tree[tag]
     if tag == "$tensor":
         if content not in memo:
-            memo[content] = _tensor(tensors[content], tree)
+            memo[content] = _decode_tensor(tensors[content], tree)
         return memo[content]
-    if tag == "$float":
-        return _FLOATS[content]
-    if tag == "$tuple":
-        return tuple(decode(item, tensors, memo) for item in content)
-    if tag == "$set":
-        return {decode(item, tensors, memo) for item in content}
-    if tag == "$bytes":
-        return base64.b64decode(content)
-    if tag == "$dtype":
-        return getattr(torch, content)
-    if tag == "$device":
-        return torch.device(content)
-    if tag == "$dict":
-        return {decode(k, tensors, memo): decode(v, tensors, memo) for k, v in content}
-    if tag == "$counter":
-        return Counter(decode(content, tensors, memo))
-    if tag in ("$ordered", "$state_dict"):
-        made = OrderedDict(decode(content, tensors, memo))
-        if tag == "$state_dict":
-            cast(Any, made)._metadata = decode(tree["metadata"], tensors, memo)
-        return made
-    raise ValueError(f"{_OP}: the checkpoint holds {tag}, which this version does not know")
+    if tag not in _DECODERS:
+        raise ValueError(f"{OP}: the checkpoint holds {tag}, which this version does not know")
+    made = _DECODERS[tag](decode(content, tensors, memo))
+    if tag == "$state_dict":
+        cast(Any, made)._metadata = decode(tree["metadata"], tensors, memo)
+    return made
 
 
-def _tensor(data: Tensor, how: Mapping[str, Any]) -> Tensor:
-    if "dtype" in how:
-        data = data.clone().view(getattr(torch, how["dtype"])).reshape(how["shape"])
-    if "stride" in how:
-        data = torch.empty_strided(data.shape, how["stride"], dtype=data.dtype).copy_(data)
+def _decode_tensor(data: Tensor, encoded: Mapping[str, Any]) -> Tensor:
+    """Restore a tensor's dtype, shape and strides."""
+    if "dtype" in encoded:
+        data = data.clone().view(getattr(torch, encoded["dtype"])).reshape(encoded["shape"])
+    if "stride" in encoded:
+        data = torch.empty_strided(data.shape, encoded["stride"], dtype=data.dtype).copy_(data)
     return data

@@ -1,4 +1,4 @@
-"""What is watched: one metric, several by name, or the weighted sum of several."""
+"""The watched metrics: one, several by name, or the weighted sum of several."""
 
 from __future__ import annotations
 
@@ -8,45 +8,40 @@ from typing import Any
 
 from torch import Tensor
 
-from .decision import Metric, Mode, choice
-
-_OP = "fusereg.EarlyStopping"
-SINGLE = "metric"
-WEIGHTED = "weighted sum"
+from .checks import OP, check_choice
+from .decision import Metric, Mode
 
 
 def check_weights(weights: Mapping[str, float] | None) -> dict[str, float] | None:
-    """The weights as plain numbers; ValueError unless all are finite."""
+    """Return the weights as plain numbers; raise ValueError unless all are finite."""
     if weights is None:
         return None
     if not weights or not all(math.isfinite(weight) for weight in weights.values()):
-        raise ValueError(f"{_OP}: weights must name metrics with finite weights, got {weights!r}")
+        raise ValueError(f"{OP}: weights must name metrics with finite weights, got {weights!r}")
     return {name: float(weight) for name, weight in weights.items()}
 
 
 def check_metrics(
-    metrics: Mapping[str, Metric | Mode] | None,
-    single: Metric,
-    weights: Mapping[str, float] | None,
+    metrics: Mapping[str, Metric | Mode] | None, single: Metric, weighted: bool
 ) -> dict[str, Metric]:
-    """The metrics that are judged, by name; raises where the ways to say so are mixed."""
+    """Return the metrics to judge, by name; raise where the ways to specify them are mixed."""
     if metrics is None:
-        return {SINGLE if weights is None else WEIGHTED: single}
-    if weights is not None:
-        raise ValueError(f"{_OP}: metrics and weights exclude each other")
+        return {"weighted sum" if weighted else "metric": single}
+    if weighted:
+        raise ValueError(f"{OP}: metrics and weights exclude each other")
     if single != Metric():
         raise ValueError(
-            f"{_OP}: mode, min_delta, delta_mode, baseline, target, divergence and smoothing are "
+            f"{OP}: mode, min_delta, delta_mode, baseline, target, divergence and smoothing are "
             "for a single metric; with metrics, give each a Metric(...) of its own"
         )
     found = {}
     for name, metric in metrics.items():
         if isinstance(metric, str):
-            choice(f'metrics["{name}"]', metric, ("min", "max"))
+            check_choice(f'metrics["{name}"]', metric, ("min", "max"))
             metric = Metric(metric)
         if not isinstance(metric, Metric):
             raise TypeError(
-                f'{_OP}: metrics["{name}"] must be "min", "max" or a Metric, '
+                f'{OP}: metrics["{name}"] must be "min", "max" or a Metric, '
                 f"got {type(metric).__name__}"
             )
         found[name] = metric
@@ -54,15 +49,13 @@ def check_metrics(
 
 
 def number(value: Any, name: str) -> float:
-    """What a user gave as a metric, as a float; it may be non-finite."""
+    """Return a metric's value as a float, which may be non-finite."""
+    wanted = f"{OP}.step: {name} must be a number or a tensor of one element"
     if isinstance(value, Tensor):
         if value.numel() != 1:
-            raise ValueError(
-                f"{_OP}.step: {name} must be a number or a tensor of one element, "
-                f"got shape {tuple(value.shape)}"
-            )
+            raise ValueError(f"{wanted}, got shape {tuple(value.shape)}")
         if value.is_complex():
-            raise TypeError(f"{_OP}.step: {name} must be real, got dtype {value.dtype}")
+            raise TypeError(f"{OP}.step: {name} must be real, got dtype {value.dtype}")
         return float(value.detach())
     if not isinstance(value, (bool, str, bytes)) and hasattr(value, "__float__"):
         try:
@@ -71,15 +64,12 @@ def number(value: Any, name: str) -> float:
             pass
         except OverflowError:  # an integer beyond floating point
             return math.inf if value > 0 else -math.inf
-    raise TypeError(
-        f"{_OP}.step: {name} must be a number or a tensor of one element, "
-        f"got {type(value).__name__}"
-    )
+    raise TypeError(f"{wanted}, got {type(value).__name__}")
 
 
-def weighted_sum(weights: list[float], values: list[float]) -> float:
-    """Correctly rounded; not finite where a term is not."""
-    terms = [weight * value for weight, value in zip(weights, values, strict=True)]
+def weighted_sum(weights: Mapping[str, float], values: Mapping[str, float]) -> float:
+    """Return the correctly rounded weighted sum, or a non-finite value where a term is so."""
+    terms = [weight * values[name] for name, weight in weights.items()]
     if not all(math.isfinite(term) for term in terms):
         return math.nan
     try:

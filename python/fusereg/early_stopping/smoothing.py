@@ -1,27 +1,30 @@
-"""What a metric goes through before it is judged: averages over its last values.
+"""Averages over a metric's last values, which are judged in its place.
 
-A smoothing holds settings only. Its memory is a tuple of numbers that the caller keeps, so that a
-check which is taken back, or a run that is resumed, needs nothing undone.
+A smoothing holds settings only. Its memory is a tuple of numbers that the caller keeps, so neither
+a check that fails nor a resumed run has anything to undo.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
+
+from .checks import OP
 
 Memory: TypeAlias = tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Ema:
-    r"""Exponential moving average, corrected for its start.
+    r"""Exponential moving average with bias correction.
 
     .. math:: y_t = \frac{\sum_{k=0}^{t-1} d^k x_{t-k}}{\sum_{k=0}^{t-1} d^k}
 
-    The first value is the metric's own, as in Adam's bias correction; values that are all the same
-    stay exactly so.
+    The first value is the metric's own, as in Adam's bias correction; the average of equal values
+    is exactly that value.
 
     Args:
         decay: d in [0, 1), the weight of the past; 0 is no smoothing.
@@ -34,10 +37,10 @@ class Ema:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.decay < 1.0:
-            raise ValueError(f"fusereg.EarlyStopping: decay must be in [0, 1), got {self.decay}")
+            raise ValueError(f"{OP}: decay must be in [0, 1), got {self.decay}")
 
     def update(self, memory: Memory, value: float) -> tuple[Memory, float]:
-        """The memory after a finite value, and the smoothed one."""
+        """Return the memory after a finite value, and the smoothed value."""
         mean, weight = memory or (value, 0.0)
         # With S = sum of d^k x (1 - d), W = sum of d^k (1 - d): y = S/W, S' = d S + (1 - d) x and
         # W' = d W + (1 - d), so y' = (d W y + (1 - d) x) / W' = y + (1 - d)/W' * (x - y).
@@ -63,28 +66,21 @@ class Rolling:
 
     def __post_init__(self) -> None:
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
-            raise ValueError(
-                f"fusereg.EarlyStopping: window must be an integer >= 1, got {self.window!r}"
-            )
+            raise ValueError(f"{OP}: window must be an integer >= 1, got {self.window!r}")
         if self.statistic not in ("mean", "median"):
-            raise ValueError(
-                'fusereg.EarlyStopping: statistic must be "mean" or "median", '
-                f"got {self.statistic!r}"
-            )
+            raise ValueError(f'{OP}: statistic must be "mean" or "median", got {self.statistic!r}')
 
     def update(self, memory: Memory, value: float) -> tuple[Memory, float]:
-        """The memory after a finite value, and the smoothed one."""
+        """Return the memory after a finite value, and the smoothed value."""
         last = (*memory, value)[-self.window :]
-        if self.statistic == "median":
-            return last, statistics.median(last)
-        return last, mean(last)
+        return last, statistics.median(last) if self.statistic == "median" else mean(last)
 
 
 Smoothing: TypeAlias = Ema | Rolling
 
 
-def mean(values: tuple[float, ...] | list[float]) -> float:
-    """Correctly rounded sum over the count; equal values give exactly that value."""
+def mean(values: Sequence[float]) -> float:
+    """Return the correctly rounded mean; equal values give exactly that value."""
     if all(value == values[0] for value in values):
         return values[0]
     return math.fsum(value / len(values) for value in values)

@@ -1,13 +1,13 @@
-"""Copies of what a model and its companions hold, in memory, and the way back.
+"""In-memory copies of the states of a model and other objects, and how to restore them.
 
-A snapshot is built whole before it takes the place of the one before, so an interruption leaves the
-old one. What several names share (tied weights) is copied once, and is one tensor again afterwards.
+A snapshot is complete before it replaces the previous one, so an interruption leaves the old one.
+Tensors that are shared (tied weights) are copied once, and are shared again after restoring.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
@@ -16,37 +16,36 @@ import torch
 from torch import Tensor, nn
 
 from ..core import distributed
-
-_OP = "fusereg.EarlyStopping"
+from .checks import OP
 
 Place: TypeAlias = Literal["cpu", "device"]
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Optimizers, schedulers, gradient scalers, averaged models: whatever can tell its state."""
+    """An object with a state, such as an optimizer, a scheduler, a scaler or an averaged model."""
 
     def state_dict(self) -> Any:
-        """The state, as a tree of dicts, lists, numbers and tensors."""
+        """Return the state, as a tree of dicts, lists, numbers and tensors."""
         ...
 
     def load_state_dict(self, state_dict: Any) -> Any:
-        """Takes a state on."""
+        """Load a state that ``state_dict`` returned."""
         ...
 
 
 class RandomState:
-    """torch's generators, on the CPU and on every CUDA device that is in use, as one state."""
+    """torch's default generators, on the CPU and on the CUDA devices if CUDA is in use."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The generators' states."""
+        """Return the generators' states."""
         state: dict[str, Any] = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             state["cuda"] = torch.cuda.get_rng_state_all()
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Sets the generators."""
+        """Set the generators' states."""
         torch.set_rng_state(state_dict["cpu"])
         if "cuda" in state_dict and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state_dict["cuda"])
@@ -54,11 +53,11 @@ class RandomState:
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor kept elsewhere than it belongs: from another device, or one rank's part of many.
+    """The copy of a tensor of another device, or of this rank's part of a DTensor.
 
     Attributes:
         local: the copy.
-        device: where the original lies.
+        device: the original's device.
         sharding: mesh, placements, shape and stride, if the original is a DTensor.
     """
 
@@ -66,20 +65,18 @@ class Held:
     device: torch.device
     sharding: tuple[Any, Any, torch.Size, tuple[int, ...]] | None = None
 
-    def back(self) -> Tensor:
-        """A new tensor where the original lies."""
+    def restored(self) -> Tensor:
+        """Return a new tensor like the original, on its device."""
         local = self.local.to(self.device, copy=True)
         if self.sharding is None:
             return local
         from torch.distributed.tensor import DTensor
 
         mesh, placements, shape, stride = self.sharding
-        return cast(
-            Tensor,
-            DTensor.from_local(
-                local, mesh, placements, run_check=False, shape=shape, stride=stride
-            ),
+        whole = DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=shape, stride=stride
         )
+        return cast(Tensor, whole)
 
 
 @dataclass(frozen=True)
@@ -87,10 +84,10 @@ class Snapshot:
     """The state at the best check.
 
     Attributes:
-        epoch: of that check.
-        value: of the metric, smoothed where there is smoothing.
-        states: by name ("model", and those of ``also``), what ``state_dict()`` gave.
-        buffers: by name, the buffers of modules that their ``state_dict()`` leaves out.
+        epoch: the epoch of that check.
+        value: the metric's value, smoothed with ``smoothing``.
+        states: by name ("model", and those of ``also``), what ``state_dict()`` returned.
+        buffers: by name, the buffers of modules that are not in their ``state_dict()``.
     """
 
     epoch: int
@@ -99,87 +96,28 @@ class Snapshot:
     buffers: dict[str, dict[str, Any]] = field(repr=False)
 
 
-def clone(tree: Any, place: Place, memo: dict[Any, Any]) -> Any:
-    """A copy of a state's tree with tensors of its own, each shared one copied once."""
-    if isinstance(tree, Tensor):
+Memo: TypeAlias = dict[Any, Any]
+
+
+def map_tensors(tree: Any, function: Callable[[Any], Any], memo: Memo) -> Any:
+    """Return a copy of a state with ``function`` applied once to each Tensor and Held in it."""
+    if isinstance(tree, (Tensor, Held)):
         key = _identity(tree)
         if key not in memo:
-            memo[key] = _clone_tensor(tree, place)
+            memo[key] = function(tree)
         return memo[key]
-    return _rebuild(tree, lambda item: clone(item, place, memo))
 
+    def each(item: Any) -> Any:
+        return map_tensors(item, function, memo)
 
-def release(tree: Any, memo: dict[int, Tensor], copying: bool) -> Any:
-    """The tree to load from; with ``copying`` its tensors are new, as the receiver keeps them."""
-    if isinstance(tree, Held):
-        if tree.sharding is None and not copying:
-            return tree.local
-        if id(tree) not in memo:
-            memo[id(tree)] = tree.back()
-        return memo[id(tree)]
-    if isinstance(tree, Tensor):
-        if not copying:
-            return tree
-        if id(tree) not in memo:
-            memo[id(tree)] = tree.clone()
-        return memo[id(tree)]
-    return _rebuild(tree, lambda item: release(item, memo, copying))
-
-
-def gather(tree: Any, memo: dict[int, Tensor]) -> Any:
-    """The tree with whole tensors, on the CPU, for parts. All ranks together."""
-    if isinstance(tree, Held) and tree.sharding is not None:
-        if id(tree) not in memo:
-            memo[id(tree)] = cast(Any, tree.back()).full_tensor().to("cpu")
-        return memo[id(tree)]
-    if isinstance(tree, (Tensor, Held)):
-        return tree
-    return _rebuild(tree, lambda item: gather(item, memo))
-
-
-def _part_like(whole: Any, like: Any) -> Any:
-    """This rank's part of a whole tensor, for one that is sharded as ``like``; asks no rank."""
-    if not (isinstance(whole, Tensor) and distributed.is_dtensor(like)):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    target = cast(Any, like)
-    return distribute_tensor(
-        whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None
-    )
-
-
-def _parts_of(thing: Stateful, state: Any) -> Any:
-    """A state of whole tensors as this rank holds it: a module's, or an optimizer's."""
-    if isinstance(thing, nn.Module):
-        made = copy.copy(state)
-        for name, like in thing.state_dict().items():
-            if name in made:
-                made[name] = _part_like(made[name], like)
-        return made
-    if not isinstance(thing, torch.optim.Optimizer):
-        return state
-    names = [i for group in state["param_groups"] for i in group["params"]]
-    params = [p for group in thing.param_groups for p in group["params"]]
-    entries = dict(state["state"])
-    for name, p in zip(names, params, strict=False):  # load_state_dict says what does not fit
-        if name in entries and isinstance(entries[name], Mapping):
-            entries[name] = {
-                key: _part_like(value, p) if getattr(value, "shape", None) == p.shape else value
-                for key, value in entries[name].items()
-            }
-    return {**state, "state": entries}
-
-
-def _rebuild(tree: Any, each: Any) -> Any:
     if isinstance(tree, Mapping):
         try:
-            # Keeps the type (OrderedDict, Counter, defaultdict), and the modules' versions that
-            # Module.state_dict() hangs on it.
+            # A copy keeps the type (OrderedDict, Counter, defaultdict), and the modules' versions
+            # that Module.state_dict() adds as an attribute.
             made = copy.copy(tree)
             for key in tree:
                 made[key] = each(tree[key])  # type: ignore[index]
-        except TypeError:  # a mapping that cannot be written to
+        except TypeError:  # the mapping is read-only
             return {key: each(value) for key, value in tree.items()}
         return made
     if isinstance(tree, list):
@@ -190,18 +128,27 @@ def _rebuild(tree: Any, each: Any) -> Any:
     return copy.deepcopy(tree)
 
 
-def _identity(tensor: Tensor) -> Any:
-    """Equal for two tensors that are the same view of the same memory."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+def _identity(tensor: Tensor | Held) -> Any:
+    """Return a key that is equal for two tensors that are the same view of the same memory."""
+    if type(tensor) not in (Tensor, nn.Parameter):
         return id(tensor)
-    where = (str(tensor.device), tensor.data_ptr(), tensor.dtype)
-    return (*where, tuple(tensor.shape), tensor.stride()) if tensor.numel() else id(tensor)
+    assert isinstance(tensor, Tensor)
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return id(tensor)
+    address = (str(tensor.device), tensor.data_ptr(), tensor.dtype)
+    return (*address, tuple(tensor.shape), tensor.stride())
+
+
+def clone(tree: Any, place: Place, memo: Memo) -> Any:
+    """Return a copy of a state with tensors of its own, on the CPU or on the originals' device."""
+    return map_tensors(tree, lambda tensor: _clone_tensor(tensor, place), memo)
 
 
 def _clone_tensor(tensor: Tensor, place: Place) -> Tensor | Held:
+    """Copy a tensor, of a DTensor this rank's part."""
     tensor = tensor.detach()
     if tensor.device.type == "meta":
-        raise ValueError(f"{_OP}: a tensor on the meta device has no values to keep")
+        raise ValueError(f"{OP}: a tensor on the meta device has no values to keep")
     device = tensor.device
     sharding = None
     if distributed.is_dtensor(tensor):
@@ -214,65 +161,109 @@ def _clone_tensor(tensor: Tensor, place: Place) -> Tensor | Held:
     return kept if sharding is None else Held(kept, device, sharding)
 
 
-class Sources:
-    """The objects whose states a snapshot holds: the model and what goes with it.
+def release(tree: Any, memo: Memo, copying: bool) -> Any:
+    """Return the state to load; with ``copying``, its tensors are new, as the receiver keeps them.
 
-    Args:
-        model: the module, or None. Wrappers (DistributedDataParallel, torch.compile) do not count.
-        also: further objects by name.
-        rng: whether torch's generators belong to it, under the name "rng".
-
-    Raises:
-        TypeError: the model is no module, or an object has no state_dict and load_state_dict.
-        ValueError: a name is taken.
+    Without, a tensor that was moved to the CPU stays there.
     """
+
+    def released(tensor: Tensor | Held) -> Tensor:
+        if isinstance(tensor, Tensor):
+            return tensor.clone() if copying else tensor
+        return tensor.local if tensor.sharding is None and not copying else tensor.restored()
+
+    return map_tensors(tree, released, memo)
+
+
+def gather(tree: Any, memo: Memo) -> Any:
+    """Return the state with sharded tensors gathered on the CPU. All ranks must call it."""
+
+    def gathered(tensor: Tensor | Held) -> Tensor | Held:
+        if isinstance(tensor, Held) and tensor.sharding is not None:
+            return cast(Tensor, cast(Any, tensor.restored()).full_tensor().to("cpu"))
+        return tensor
+
+    return map_tensors(tree, gathered, memo)
+
+
+def _shard_like(whole: Any, like: Any) -> Any:
+    """Return this rank's part of a whole tensor, sharded as ``like``, without communication."""
+    if not (isinstance(whole, Tensor) and distributed.is_dtensor(like)):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements
+    return distribute_tensor(whole.to(like.device), mesh, placements, src_data_rank=None)
+
+
+def _shard(thing: Stateful, state: Any) -> Any:
+    """Return a module's or optimizer's state of whole tensors, sharded as the object's own."""
+    if isinstance(thing, nn.Module):
+        made = copy.copy(state)
+        for name, like in thing.state_dict().items():
+            if name in made:
+                made[name] = _shard_like(made[name], like)
+        return made
+    if not isinstance(thing, torch.optim.Optimizer):
+        return state
+    names = [i for group in state["param_groups"] for i in group["params"]]
+    entries = dict(state["state"])
+    for name, p in zip(names, _parameters(thing), strict=False):  # load_state_dict reports misfits
+        if name in entries and isinstance(entries[name], Mapping):
+            entries[name] = {
+                key: _shard_like(value, p) if getattr(value, "shape", None) == p.shape else value
+                for key, value in entries[name].items()
+            }
+    return {**state, "state": entries}
+
+
+class Sources:
+    """The objects whose states a snapshot holds; arguments as EarlyStopping's."""
 
     def __init__(
         self, model: nn.Module | None, also: Mapping[str, Stateful] | None, rng: bool
     ) -> None:
-        objects: dict[str, Stateful] = {}
+        self._objects: dict[str, Stateful] = {}
         if model is not None:
             if not isinstance(model, nn.Module):
                 raise TypeError(
-                    f"{_OP}: model must be a torch.nn.Module or None, got {type(model).__name__}"
+                    f"{OP}: model must be a torch.nn.Module or None, got {type(model).__name__}"
                 )
-            objects["model"] = model
+            self._objects["model"] = model
         for name, thing in (also or {}).items():
             if name in ("model", "rng"):
-                raise ValueError(f'{_OP}: also: the name "{name}" is taken, choose another')
+                raise ValueError(f'{OP}: also: the name "{name}" is taken, choose another')
             if not isinstance(thing, Stateful):
                 raise TypeError(
-                    f'{_OP}: also["{name}"] must have state_dict and load_state_dict, '
+                    f'{OP}: also["{name}"] must have state_dict and load_state_dict, '
                     f"got {type(thing).__name__}"
                 )
-            objects[name] = thing
+            self._objects[name] = thing
         if rng:
-            objects["rng"] = RandomState()
-        self._objects = objects
+            self._objects["rng"] = RandomState()
 
     def __bool__(self) -> bool:
         return bool(self._objects)
 
     def _current(self) -> dict[str, Stateful]:
+        """Return the objects, modules without their wrappers."""
         return {
             name: distributed.unwrapped(thing) if isinstance(thing, nn.Module) else thing
             for name, thing in self._objects.items()
         }
 
     def sharded(self) -> bool:
-        """Whether any parameter is a DTensor."""
-        return any(
-            distributed.has_dtensor(_parameters(thing)) for thing in self._current().values()
-        )
+        """Return whether any parameter is a DTensor."""
+        return any(map(distributed.has_dtensor, map(_parameters, self._current().values())))
 
     def whole(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot with whole tensors in place of parts. All ranks together.
+        """Gather the sharded tensors of a snapshot. All ranks must call it.
 
-        Only of what ``part_of`` knows how to take apart again: modules and optimizers.
+        Only those of modules and optimizers, which ``part_of`` can shard again.
         """
         objects = self._current()
-        memo: dict[int, Tensor] = {}
-        with _plain_tensors():
+        memo: Memo = {}
+        with _normal_tensors():
             states = {
                 name: gather(state, memo) if _parameters(objects[name]) else state
                 for name, state in snapshot.states.items()
@@ -280,24 +271,23 @@ class Sources:
             return replace(snapshot, states=states)
 
     def part_of(self, snapshot: Snapshot, place: Place) -> Snapshot:
-        """This rank's part of a snapshot of whole tensors; asks no other rank."""
+        """Return this rank's part of a snapshot of whole tensors, without communication."""
         objects = self._current()
-        memo: dict[Any, Any] = {}
-        with _plain_tensors():
+        with _normal_tensors():
             states = {
-                name: _parts_of(objects[name], state) if name in objects else state
+                name: _shard(objects[name], state) if name in objects else state
                 for name, state in snapshot.states.items()
             }
-            return replace(snapshot, states=clone(states, place, memo))
+            return replace(snapshot, states=clone(states, place, {}))
 
     def capture(self, epoch: int, value: float, place: Place) -> Snapshot:
-        """Copies everything."""
+        """Take a snapshot."""
         objects = self._current()
-        memo: dict[Any, Any] = {}
-        with _plain_tensors():
+        memo: Memo = {}
+        with _normal_tensors():
             states = {name: thing.state_dict() for name, thing in objects.items()}
             buffers = {
-                name: _left_out(thing, states[name])
+                name: {k: b for k, b in thing.named_buffers() if k not in states[name]}
                 for name, thing in objects.items()
                 if isinstance(thing, nn.Module)
             }
@@ -306,7 +296,7 @@ class Sources:
             return Snapshot(epoch, value, clone(states, place, memo), clone(buffers, place, memo))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Loads everything back, modules in place.
+        """Load a snapshot into the objects, in place into modules.
 
         Raises:
             ValueError: the snapshot lacks an object's state.
@@ -315,23 +305,27 @@ class Sources:
         missing = [name for name in objects if name not in snapshot.states]
         if missing:
             raise ValueError(
-                f"{_OP}: the state of epoch {snapshot.epoch} holds nothing for "
+                f"{OP}: the state of epoch {snapshot.epoch} holds nothing for "
                 f"{', '.join(missing)}; it has {', '.join(snapshot.states)}"
             )
-        memo: dict[int, Tensor] = {}
-        with _plain_tensors():
+        shared: Memo = {}
+        copies: Memo = {}
+        with _normal_tensors():
             for name, thing in objects.items():
                 # A module copies into its own tensors; an optimizer keeps what it is given, and
-                # would train on inside the snapshot.
-                module = isinstance(thing, nn.Module)
-                thing.load_state_dict(release(snapshot.states[name], memo, copying=not module))
+                # would go on training inside the snapshot.
                 if isinstance(thing, nn.Module):
-                    _put_back(thing, release(snapshot.buffers.get(name, {}), memo, copying=False))
+                    thing.load_state_dict(release(snapshot.states[name], shared, copying=False))
+                    buffers = release(snapshot.buffers.get(name, {}), shared, copying=False)
+                    _restore_buffers(thing, buffers)
+                else:
+                    thing.load_state_dict(release(snapshot.states[name], copies, copying=True))
 
 
 def _parameters(thing: Stateful) -> list[Tensor]:
+    """Return the parameters of an optimizer, or all tensors in the state of a module."""
     if isinstance(thing, nn.Module):
-        # Not parameters(): FSDP2 may have whole ones there since the last forward.
+        # Not parameters(): FSDP2 may have gathered those since the last forward.
         return [value for value in thing.state_dict().values() if isinstance(value, Tensor)]
     if isinstance(thing, torch.optim.Optimizer):
         return [p for group in thing.param_groups for p in group["params"]]
@@ -339,17 +333,14 @@ def _parameters(thing: Stateful) -> list[Tensor]:
 
 
 @contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """Under a caller's inference_mode too: an optimizer could not train on inference tensors."""
+def _normal_tensors() -> Iterator[None]:
+    """Leave the caller's inference mode: an optimizer could not train on inference tensors."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
-def _left_out(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: buffer for name, buffer in module.named_buffers() if name not in state}
-
-
-def _put_back(module: nn.Module, kept: Mapping[str, Tensor]) -> None:
+def _restore_buffers(module: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    """Restore buffers that are not in the module's ``state_dict()``."""
     present = dict(module.named_buffers())
     for name, value in kept.items():
         buffer = present.get(name)

@@ -5,75 +5,83 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from .agreement import Agreement, Ranks, raise_first, told
+from .agreement import Agreement, Problem, Ranks, describe, raise_first
 from .checkpoint import CheckpointError, CheckpointFolder
-from .decision import Decision, Metric, Mode, Rules, State, advance, choice, explain, whole
+from .checks import OP, check_choice, check_integer
+from .decision import Decision, Metric, Mode, Rules, State, Track, advance, explain
 from .keeper import Keeper, OnSaveError, Where
 from .metrics import check_metrics, check_weights, number, weighted_sum
 from .smoothing import Smoothing
 from .snapshot import Snapshot, Sources, Stateful
 
-_OP = "fusereg.EarlyStopping"
 _VERSION = 1
 
 
-class EarlyStopping:
-    r"""Ends training when a validation metric stops improving, and brings the best model back.
+class _Report(NamedTuple):
+    """What each rank tells the others at a check."""
 
-    Two records are kept of the metric :math:`m_t` (the smoothed one, where ``smoothing`` is given),
-    and they have different work. For ``mode="min"``:
+    values: list[float]
+    epoch: int
+    arguments: dict[str, object]
+    problem: Problem | None
+
+
+class EarlyStopping:
+    r"""Stops training when a validation metric stops improving, and restores the best model.
+
+    Two records are kept of the metric :math:`m_t` (the smoothed one, if ``smoothing`` is given),
+    with different purposes. For ``mode="min"``:
 
     .. math::
         \text{improved}_t &:\; m_t < ref - \delta, \quad
             \delta = min\_delta \text{ or } min\_delta \cdot |ref| \\
         \text{new best}_t &:\; m_t < best
 
-    ``improved`` sets ref to :math:`m_t` and patience anew; anything else is a miss, and with the
-    ``patience``-th miss in a row training stops. ``new_best`` sets best to :math:`m_t`, takes a
+    ``improved`` sets ref to :math:`m_t` and resets patience; anything else is a miss, and training
+    stops at the ``patience``-th miss in a row. ``new_best`` sets best to :math:`m_t`, takes a
     snapshot and writes the checkpoint. So gains that are too small to matter do not prolong
     training, unless they add up, and the best model is still the best one. ``mode="max"`` mirrors
-    both. The reasons to stop, the first one that holds: ``"non_finite"`` (by ``nan``),
-    ``"divergence"`` (:math:`m_t > divergence`), ``"target"`` (:math:`m_t \le target`),
+    both. The reasons to stop, of which the first that holds is reported: ``"non_finite"`` (see
+    ``nan``), ``"divergence"`` (:math:`m_t > divergence`), ``"target"`` (:math:`m_t \le target`),
     ``"patience"``.
 
-    The model is brought back to the best check on every way out: at the end of ``epochs()`` or of
-    the ``with`` block, by stopping, by the last epoch, by ``break``, by an exception, by Ctrl-C.
-    ``with`` does so whatever happens; a plain ``for epoch in stopper.epochs(n)`` when the loop is
-    left. Without a finite metric so far the model stays as it is.
+    The best model is restored however training ends: at the end of ``epochs()`` or of the ``with``
+    block, by stopping, after the last epoch, by ``break``, by an exception, by Ctrl-C. ``with``
+    restores it in every case; a plain ``for epoch in stopper.epochs(n)`` when the loop is left. If
+    no metric was finite, the model stays as it is.
 
     Args:
-        model: the module to keep the best state of: parameters and buffers (those that are not
-            persistent too), tied ones once. None: only decide.
+        model: the module to keep the best state of: parameters and buffers (including those that
+            are not persistent), tied ones once. None: only decide.
         patience: p >= 1: training stops at the p-th check in a row without improvement.
-        mode: ``"min"`` or ``"max"``: what is better.
+        mode: ``"min"`` or ``"max"``: which values are better.
         min_delta: by how much a value has to beat the reference to count as improved, >= 0, in the
-            metric's unit or, with ``delta_mode="relative"``, as a share of the reference's size
-            (0.01: one percent; also right for negative metrics).
+            metric's unit or, with ``delta_mode="relative"``, as a fraction of the reference's
+            absolute value (0.01: one percent; also right for negative metrics).
         delta_mode: ``"absolute"`` or ``"relative"``.
-        nan: what a metric that is NaN or infinite means: ``"stop"`` at once, ``"count"`` as a miss,
-            ``"ignore"``: no miss, but more than ``nan_limit`` in a row stop training. It never
-            becomes reference or best, and no smoothing sees it.
+        nan: how to treat a metric that is NaN or infinite: ``"stop"`` at once, ``"count"`` it as a
+            miss, or ``"ignore"`` it: no miss, but more than ``nan_limit`` in a row stop training.
+            It never becomes reference or best, and does not enter the smoothing.
         nan_limit: for ``nan="ignore"``, >= 1; ``patience`` if not given.
         patience_unit: ``"checks"``: calls of :meth:`step`; ``"epochs"``: epochs since the last
-            improvement (before the first: since the epoch before the first check), for those who do
-            not check in each epoch. Then a miss stops if at least ``patience`` epochs have passed.
-        start_from_epoch: checks of earlier epochs feed the smoothing and watch for non-finite
-            values, and do nothing else: no miss, no best, no target, no divergence.
+            improvement (before the first one: since the epoch before the first check), if not every
+            epoch has a check. Then a miss stops if at least ``patience`` epochs have passed.
+        start_from_epoch: checks of earlier epochs only feed the smoothing and watch for non-finite
+            values: no miss, no best, no target, no divergence.
         baseline: the first reference: until a check beats it by ``min_delta``, all are misses.
         target: training stops when the metric is at least as good.
         divergence: training stops when the metric is worse.
-        smoothing: :class:`fusereg.early_stopping.Ema` or ``Rolling``; everything is judged by the
-            smoothed metric then, the best too.
+        smoothing: :class:`fusereg.early_stopping.Ema` or ``Rolling``; the smoothed metric is then
+            judged in place of the metric, and recorded as the best.
         metrics: several metrics by name, each ``"min"``, ``"max"`` or a
-            :class:`fusereg.early_stopping.Metric` with arguments of its own; :meth:`step` takes a
-            mapping then. Takes the place of the single-metric arguments above.
-        weights: several metrics by name, each with its weight: the sum of weight times metric is
-            judged as a single one (give metrics that count the other way a negative weight).
+            :class:`fusereg.early_stopping.Metric` with arguments of its own; :meth:`step` then
+            takes a mapping. Replaces the single-metric arguments above.
+        weights: several metrics by name, each with its weight: the weighted sum is judged as a
+            single metric (give metrics of the opposite direction a negative weight).
         combine: with ``metrics``, ``"any"``: training goes on while any of them has improved within
             the patience; ``"all"``: while each has. Targets stop when every metric that has one has
             reached it at the same check; divergence and non-finite values of one are enough.
@@ -81,21 +89,20 @@ class EarlyStopping:
         also: further objects with ``state_dict`` and ``load_state_dict`` (optimizer, scheduler,
             scaler, averaged model) by name, kept and restored with the model.
         rng: whether to keep and restore torch's random generators too.
-        snapshot: where the best state is kept: ``"cpu"`` memory, the tensors' own ``"device"``,
-            ``"disk"`` (in ``folder`` only), ``"none"``.
+        snapshot: where the best state is kept: in ``"cpu"`` memory, on the tensors' own
+            ``"device"``, on ``"disk"`` (in ``folder`` only), or ``"none"``: nowhere.
         restore_best: whether leaving ``epochs()`` or ``with`` calls :meth:`restore`.
         folder: where to write checkpoints, or None. One run writes to it; it must be visible to
             every rank, and rank 0 writes. The best state goes to a safetensors file; progress, with
             that file's SHA-256, to ``early_stopping.json`` at each check. Each write is atomic: a
-            process that dies at any moment leaves the old checkpoint or the new one, whole.
-            Parameters that are sharded over ranks (DTensor, FSDP2) are gathered and written as
-            whole tensors, for which rank 0 has memory to hold; any number of ranks, or one process
-            without sharding, can go on from them.
-        resume: if the folder holds a checkpoint: True goes on from it (and starts anew where there
-            is none), False starts anew, and the old one stays until the first save; None is an
-            error.
-        on_save_error: ``"raise"``, or ``"warn"`` and train on; the next check tries again. The last
-            checkpoint stays whole either way.
+            process that dies at any moment leaves the old checkpoint or the new one, complete.
+            Parameters that are sharded over ranks (DTensor, FSDP2) are gathered in rank 0's memory
+            and written as whole tensors; any number of ranks, or one process without sharding, can
+            resume from them.
+        resume: if the folder holds a checkpoint: True resumes from it (and starts anew if there is
+            none), False starts anew, and the old one stays until the first save; None is an error.
+        on_save_error: ``"raise"``, or ``"warn"`` and go on training; the next check tries again.
+            The last checkpoint stays intact either way.
         agreement: with torch.distributed, how the ranks' metrics become one: their ``"mean"``,
             ``"min"``, ``"max"``, or that of ``"rank0"`` (others may pass None); then rank 0 decides
             for all, and each rank must call :meth:`step` at each check. A metric that is not finite
@@ -103,7 +110,7 @@ class EarlyStopping:
         process_group: the ranks that decide together; None: all.
 
     Raises:
-        TypeError, ValueError: an argument is not as described, or ``folder`` holds a checkpoint and
+        TypeError, ValueError: an argument is invalid, or ``folder`` holds a checkpoint and
             ``resume`` is not given.
         ImportError: ``folder`` is given and safetensors is not installed
             (``pip install "fusereg[checkpoints]"``).
@@ -153,20 +160,22 @@ class EarlyStopping:
         single = Metric(mode, min_delta, delta_mode, baseline, target, divergence, smoothing)
         self._single = metrics is None and weights is None
         self._weights = check_weights(weights)
-        found = check_metrics(metrics, single, self._weights)
-        if best_by is not None and metrics is None:
-            raise ValueError(f"{_OP}: best_by goes with metrics")
+        found = check_metrics(metrics, single, self._weights is not None)
+        if best_by is None:
+            best_by = next(iter(found), "")
+        elif metrics is None:
+            raise ValueError(f"{OP}: best_by goes with metrics")
         self._rules = Rules(
             found,
             patience,
             patience_unit,
-            nan,
-            nan_limit,
-            start_from_epoch,
-            combine,
-            next(iter(found), "") if best_by is None else best_by,
+            nan=nan,
+            nan_limit=nan_limit,
+            start_from_epoch=start_from_epoch,
+            combine=combine,
+            best_by=best_by,
         )
-        choice("agreement", agreement, ("mean", "min", "max", "rank0", "none"))
+        check_choice("agreement", agreement, ("mean", "min", "max", "rank0", "none"))
         self._restore_best = restore_best
         self._entered = False
         self._ranks = Ranks(agreement, process_group)
@@ -178,7 +187,7 @@ class EarlyStopping:
             self._state = self._checked(progress)
             self._keeper.take_over()
 
-    # -- what there is to know --
+    # -- results --
 
     @property
     def stopped(self) -> bool:
@@ -187,23 +196,23 @@ class EarlyStopping:
 
     @property
     def decision(self) -> Decision | None:
-        """The last check's."""
+        """The decision of the last check."""
         return self._state.last
 
     @property
     def epoch(self) -> int | None:
-        """Of the last check."""
+        """The epoch of the last check."""
         return self._state.epoch
 
     @property
     def best(self) -> float | None:
-        """The best metric so far (that of ``best_by``), smoothed where there is smoothing."""
-        return self._state.tracks[self._best_index].best
+        """The best metric so far (that of ``best_by``), smoothed with ``smoothing``."""
+        return self._best_track(self._state).best
 
     @property
     def best_epoch(self) -> int | None:
-        """Its epoch."""
-        return self._state.tracks[self._best_index].best_epoch
+        """The epoch of the best metric."""
+        return self._best_track(self._state).best_epoch
 
     @property
     def restorable(self) -> bool:
@@ -212,20 +221,20 @@ class EarlyStopping:
 
     @property
     def misses(self) -> int:
-        """Checks (or epochs, by ``patience_unit``) since the last improvement.
+        """Checks (or epochs, see ``patience_unit``) since the last improvement.
 
-        Of several metrics, that of the one that decides: the least with ``combine="any"``, the most
-        with ``"all"``.
+        Of several metrics, the count that decides: the least with ``combine="any"``, the most with
+        ``"all"``.
         """
         counts = [track.misses for track in self._state.tracks]
         return min(counts) if self._rules.combine == "any" else max(counts)
 
-    @property
-    def _best_index(self) -> int:
-        return list(self._rules.metrics).index(self._rules.best_by)
+    def _best_track(self, state: State) -> Track:
+        """Return the record of the metric whose best state is kept."""
+        return state.tracks[self._rules.best_index]
 
     def explain(self) -> str:
-        """The last decision in a sentence, with the best so far."""
+        """Return the last decision, and the best so far, in a sentence."""
         return explain(self._rules, self._state)
 
     def __repr__(self) -> str:
@@ -236,7 +245,7 @@ class EarlyStopping:
     def step(
         self, metric: float | Tensor | Mapping[str, float | Tensor] | None, *, epoch: int
     ) -> Decision:
-        """One check: takes the metric, decides, keeps the state if it is the best so far.
+        """Check a metric: decide whether to stop, and keep the state if it is the best so far.
 
         Args:
             metric: a number or a tensor of one element; with ``metrics`` or ``weights`` a mapping
@@ -248,56 +257,57 @@ class EarlyStopping:
             The decision, the same on every rank.
 
         Raises:
-            TypeError, ValueError: an argument is not as described, here or on another rank, or the
-                ranks are at different epochs or were made with different arguments. Nothing has
-                changed then.
+            TypeError, ValueError: an argument is invalid, here or on another rank, or the ranks are
+                at different epochs or were made with different arguments. Nothing has changed then.
             CheckpointError: a write failed and ``on_save_error`` is ``"raise"``. The decision
                 counts, the snapshot in memory is the new one, the folder holds the old checkpoint.
         """
         values, own = self._read(metric, epoch)
-        heard = self._ranks.gather((values, epoch, self._keeper.meetings, told(own)))
-        raise_first([problem for _, _, _, problem in heard], own)
-        epochs = [other for _, other, _, _ in heard]
-        if any(other != epoch for other in epochs):
-            raise ValueError(f"{_OP}.step: the ranks are at different epochs: {epochs}")
-        meetings = [other for _, _, other, _ in heard]
-        if any(other != meetings[0] for other in meetings):
+        arguments = self._keeper.collective_arguments
+        heard = self._ranks.gather(_Report(values, epoch, arguments, describe(own)))
+        raise_first([report.problem for report in heard], own)
+        if any(report.epoch != epoch for report in heard):
+            epochs = [report.epoch for report in heard]
+            raise ValueError(f"{OP}.step: the ranks are at different epochs: {epochs}")
+        if any(report.arguments != heard[0].arguments for report in heard):
             raise ValueError(
-                f"{_OP}.step: the ranks must have the same arguments (rank 0 alone writes to "
-                f"folder, but all must be given it), got {meetings}"
+                f"{OP}.step: the ranks must have the same arguments (rank 0 alone writes to "
+                f"folder, but all must be given it), got {[report.arguments for report in heard]}"
             )
-        by_metric = zip(*(theirs for theirs, _, _, _ in heard), strict=True)
+        by_metric = zip(*(report.values for report in heard), strict=True)
         reduced = [self._ranks.reduce(of_all) for of_all in by_metric]
         state, decision = self._ranks.from_first(
             lambda: advance(self._rules, self._state, reduced, epoch)
         )
         captured = None
         if decision.new_best:
-            track = state.tracks[self._best_index]
-            assert track.best is not None
-            captured = self._keeper.capture(epoch, track.best)
-        # Together, and only now: whatever goes wrong before leaves record and snapshot in step.
+            best = self._best_track(state).best
+            assert best is not None
+            captured = self._keeper.capture(epoch, best)
+        # Only now, and both at once: after an error before this, state and snapshot still agree.
         self._state = state
-        self._keeper.accept(captured)
+        if captured is not None:
+            self._keeper.accept(captured)
         self._keeper.write(self.state_dict(snapshot=False), epoch)
         return decision
 
     def epochs(self, count: int, *, start: int | None = None) -> Iterator[int]:
-        """The epochs to train: from ``start`` up to ``count``, until a check says to stop.
+        """Iterate over the epochs from ``start`` up to ``count``, until a check says to stop.
 
-        When the loop is left, and no ``with`` block does so, the best state is restored.
+        When the loop is left, the best state is restored, unless a ``with`` block will do so.
 
         Args:
-            count: the epoch that is not reached any more, >= 0.
-            start: the first one; by default the one after the last check (0 in a new run).
+            count: the end of the range, which is not trained itself, >= 0.
+            start: the first epoch; by default the one after the last check (0 in a new run).
         """
-        whole("count", count, 0)
+        check_integer("count", count, 0)
         if start is None:
             start = 0 if self._state.epoch is None else self._state.epoch + 1
-        whole("start", start, 0)
+        check_integer("start", start, 0)
         return self._epochs(start, count)
 
     def _epochs(self, start: int, count: int) -> Iterator[int]:
+        """Iterate; apart from ``epochs``, whose checks must not wait for the first epoch."""
         try:
             for epoch in range(start, count):
                 if self.stopped:
@@ -311,18 +321,13 @@ class EarlyStopping:
         self._entered = True
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._entered = False
         if self._restore_best:
             self.restore()
 
     def restore(self) -> int | None:
-        """Brings model and companions to the state of the best check. No rank waits for another.
+        """Restore the state of the best check, of model and other objects, without communication.
 
         Returns:
             The epoch of that check; None if there is no such state, and nothing has changed.
@@ -332,15 +337,15 @@ class EarlyStopping:
         """
         return self._keeper.restore()
 
-    # -- going on later --
+    # -- saving and resuming --
 
     def state_dict(self, *, snapshot: bool = True) -> dict[str, Any]:
-        """All records, as plain data that ``torch.save`` and ``weights_only=True`` take.
+        """Return all records, as plain data for ``torch.save`` and ``weights_only=True``.
 
         Args:
-            snapshot: whether the best state, where it is kept in memory, is part of it (without
-                copying). Needed to restore, after resuming, a best from before, unless it is in
-                the folder that the run is resumed from.
+            snapshot: whether to include the best state, if it is kept in memory (without copying
+                it). Needed to restore a best from before after resuming, unless it is in the
+                folder that the run is resumed from.
         """
         return {
             "version": _VERSION,
@@ -350,21 +355,21 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from what ``state_dict`` gave; the decisions are those of an unbroken run.
+        """Resume from what ``state_dict`` returned, deciding as an uninterrupted run would.
 
-        ``patience``, ``min_delta`` and bounds may differ from then; what the records mean may not.
+        ``patience``, ``min_delta`` and bounds may be different now; what the records mean may not.
 
         Raises:
             ValueError: another version, something is missing, or metrics, modes, smoothing, weights
                 or the unit of patience differ. Nothing has changed then.
         """
         state = self._checked(state_dict)
-        track = state.tracks[self._best_index]
+        track = self._best_track(state)
         self._keeper.load(state_dict.get("best"), track.best_epoch, track.best)
         self._state = state
 
     def _meaning(self) -> dict[str, Any]:
-        """What the records of a run depend on."""
+        """Return the arguments that the meaning of the records depends on."""
         return {
             "metrics": {
                 name: {"mode": metric.mode, "smoothing": repr(metric.smoothing)}
@@ -375,65 +380,62 @@ class EarlyStopping:
         }
 
     def _checked(self, content: Mapping[str, Any]) -> State:
-        if content.get("version") != _VERSION:
-            raise ValueError(
-                f"{_OP}.load_state_dict: version must be {_VERSION}, got {content.get('version')!r}"
-            )
+        """Return the records of a state_dict; raise ValueError if they do not fit this object."""
+        where = f"{OP}.load_state_dict"
+        if (version := content.get("version")) != _VERSION:
+            raise ValueError(f"{where}: version must be {_VERSION}, got {version!r}")
         mine, theirs = self._meaning(), content.get("meaning")
         if theirs != mine:
-            raise ValueError(
-                f"{_OP}.load_state_dict: the state is that of {theirs}, this one has {mine}"
-            )
+            raise ValueError(f"{where}: the state is that of {theirs}, this one has {mine}")
         try:
             state = State.from_dict(content["state"])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{_OP}.load_state_dict: not a whole state: {error}") from error
-        if len(state.tracks) != len(self._rules.metrics):
-            raise ValueError(
-                f"{_OP}.load_state_dict: wanted {len(self._rules.metrics)} tracks, "
-                f"got {len(state.tracks)}"
-            )
+            raise ValueError(f"{where}: not a whole state: {error}") from error
+        wanted, found = len(self._rules.metrics), len(state.tracks)
+        if found != wanted:
+            raise ValueError(f"{where}: wanted {wanted} tracks, got {found}")
         return state
 
     # -- reading a metric --
 
     def _read(self, metric: Any, epoch: Any) -> tuple[list[float], Exception | None]:
-        """The values to judge, or what is wrong with them: raised after the ranks have met."""
+        """Return the values to judge, and the error in them, which is raised on all ranks later."""
         try:
-            whole("epoch", epoch, 0)
+            check_integer("epoch", epoch, 0)
             if self._state.epoch is not None and epoch < self._state.epoch:
                 raise ValueError(
-                    f"{_OP}.step: epoch must not go back: got {epoch} after {self._state.epoch}; "
+                    f"{OP}.step: epoch must not go back: got {epoch} after {self._state.epoch}; "
                     "to train again from an earlier epoch, load the state_dict of that time"
                 )
             if metric is None and self._ranks.agreement == "rank0" and self._ranks.index() > 0:
                 return [math.nan] * len(self._rules.metrics), None
             return self._values(metric), None
-        except Exception as problem:  # whatever it is, the other ranks wait to hear of it
+        except Exception as problem:  # of any type: the other ranks wait to hear of it
             return [], problem
 
     def _values(self, metric: Any) -> list[float]:
+        """Return one value for each metric that is judged."""
         if self._single:
             return [number(metric, "metric")]
         names = list(self._weights or self._rules.metrics)
         if not isinstance(metric, Mapping):
             raise TypeError(
-                f"{_OP}.step: metric must be a mapping with {', '.join(names)}, "
+                f"{OP}.step: metric must be a mapping with {', '.join(names)}, "
                 f"got {type(metric).__name__}"
             )
         missing = [name for name in names if name not in metric]
         if missing:
             raise ValueError(
-                f"{_OP}.step: metric lacks {', '.join(missing)}; it has {', '.join(metric)}"
+                f"{OP}.step: metric lacks {', '.join(missing)}; it has {', '.join(metric)}"
             )
-        values = [number(metric[name], f'metric["{name}"]') for name in names]
-        if self._weights is None:
-            return values
-        return [weighted_sum(list(self._weights.values()), values)]
+        values = {name: number(metric[name], f'metric["{name}"]') for name in names}
+        if self._weights is not None:
+            return [weighted_sum(self._weights, values)]
+        return list(values.values())
 
 
 def load_best(folder: str | os.PathLike[str]) -> Snapshot:
-    """The best state that a run wrote to this folder, on the CPU; its SHA-256 is checked.
+    """Load the best state that a run wrote to this folder, on the CPU, and check its SHA-256.
 
     Example:
         >>> best = fusereg.early_stopping.load_best("runs/7")

@@ -1,77 +1,80 @@
-"""Dropout together with a bias, a residual or an activation."""
+"""Rows of the inventory: dropout together with a bias, a residual or an activation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusereg import functional
-from fusereg.cli.checks._base import Inputs, Pairs, kernel_check
-from fusereg.cli.checks._masks import SEED, P, kept_share, mask, result_and_gradients
+from ..core.inventory import ANY_SHAPE, MATRICES, Inputs, Operation, Shape
+from ..core.masks import SEED, P, dropped, mask_like, mask_of_rows
+from . import functional
+
+_F: Any = torch.nn.functional
 
 
-def _matrices(inputs: Inputs) -> list[Tensor]:
-    return [inputs.normal(*inputs.matrix, seed=20 + i) for i in range(2)]
+def _two(inputs: Inputs, shape: Shape) -> list[Tensor]:
+    return [inputs.normal(*shape), inputs.normal(*shape, seed=21)]
 
 
-@kernel_check("bias_dropout_add", "residual + dropout(x + bias)")
-def _bias_dropout_add(inputs: Inputs) -> Pairs:
-    kept, keep = mask(inputs.matrix), kept_share(P)
-    return result_and_gradients(
-        lambda x, r, b: functional.bias_dropout_add(x, b, r, P, seed=SEED),
-        lambda x, r, b: r + torch.where(kept, (x + b) / keep, 0.0),
-        [*_matrices(inputs), inputs.normal(inputs.matrix[1], seed=22)],
+def _with_bias(inputs: Inputs, shape: Shape) -> list[Tensor]:
+    x, residual = _two(inputs, shape)
+    return [x, inputs.normal(shape[-1], seed=22), residual]
+
+
+_SEEDED = {"p": P, "seed": SEED}
+_ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "relu": ("dropout(max(x, 0))", torch.relu),
+    "gelu": ("dropout(x * Phi(x))", _F.gelu),
+    "gelu_tanh": ("the tanh form of it", lambda x: _F.gelu(x, approximate="tanh")),
+    "silu": ("dropout(x / (1 + exp(-x)))", _F.silu),
+}
+
+
+def _activated(name: str) -> Operation:
+    formula, f = _ACTIVATIONS[name]
+    return Operation(
+        name="activation_dropout" if name == "relu" else f"activation_dropout, {name}",
+        formula=formula,
+        function=functional.activation_dropout,
+        options={**_SEEDED, "activation": name},
+        reference=lambda x: dropped(f(x), mask_like(x)),
+        refuses={} if name == "relu" else {"in place": "overwrites x, which its gradient needs"},
     )
 
 
-@kernel_check("dropout_add", "residual + dropout(x)")
-def _dropout_add(inputs: Inputs) -> Pairs:
-    kept, keep = mask(inputs.matrix), kept_share(P)
-    return result_and_gradients(
-        lambda x, r: functional.dropout_add(x, r, P, seed=SEED),
-        lambda x, r: r + torch.where(kept, x / keep, 0.0),
-        _matrices(inputs),
-    )
-
-
-@kernel_check("drop_path_add", "residual + x for each row kept")
-def _drop_path_add(inputs: Inputs) -> Pairs:
-    kept, keep = mask((inputs.matrix[0], 1)), kept_share(P)
-    return result_and_gradients(
-        lambda x, r: functional.drop_path_add(x, r, P, seed=SEED),
-        lambda x, r: r + torch.where(kept, x / keep, 0.0),
-        _matrices(inputs),
-    )
-
-
-def _activated(name: str, f: Callable[[Tensor], Tensor], inputs: Inputs) -> Pairs:
-    kept, keep = mask(inputs.matrix), kept_share(P)
-    return result_and_gradients(
-        lambda x: functional.activation_dropout(x, P, name, seed=SEED),
-        lambda x: torch.where(kept, f(x) / keep, 0.0),
-        _matrices(inputs)[:1],
-    )
-
-
-@kernel_check("activation_dropout, relu", "dropout(max(x, 0))")
-def _relu(inputs: Inputs) -> Pairs:
-    return _activated("relu", torch.relu, inputs)
-
-
-@kernel_check("activation_dropout, gelu", "dropout(x * Phi(x))")
-def _gelu(inputs: Inputs) -> Pairs:
-    return _activated("gelu", torch.nn.functional.gelu, inputs)
-
-
-@kernel_check("activation_dropout, gelu_tanh", "the tanh form of it")
-def _gelu_tanh(inputs: Inputs) -> Pairs:
-    return _activated(
-        "gelu_tanh", lambda x: torch.nn.functional.gelu(x, approximate="tanh"), inputs
-    )
-
-
-@kernel_check("activation_dropout, silu", "dropout(x / (1 + exp(-x)))")
-def _silu(inputs: Inputs) -> Pairs:
-    return _activated("silu", torch.nn.functional.silu, inputs)
+OPERATIONS = [
+    Operation(
+        name="bias_dropout_add",
+        formula="residual + dropout(x + bias)",
+        function=functional.bias_dropout_add,
+        shapes=MATRICES,
+        tensors=_with_bias,
+        arguments=("x", "bias", "residual"),
+        options=_SEEDED,
+        reference=lambda x, b, r: r + dropped(x + b, mask_like(x)),
+    ),
+    Operation(
+        name="dropout_add",
+        formula="residual + dropout(x)",
+        function=functional.dropout_add,
+        shapes=ANY_SHAPE,
+        tensors=_two,
+        arguments=("x", "residual"),
+        options=_SEEDED,
+        reference=lambda x, r: r + dropped(x, mask_like(x)),
+    ),
+    Operation(
+        name="drop_path_add",
+        formula="residual + x for each row kept",
+        function=functional.drop_path_add,
+        shapes=MATRICES,
+        tensors=_two,
+        arguments=("x", "residual"),
+        options=_SEEDED,
+        reference=lambda x, r: r + dropped(x, mask_of_rows(x, 1)),
+    ),
+    *(_activated(name) for name in _ACTIVATIONS),
+]

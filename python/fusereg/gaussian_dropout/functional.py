@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import op as _gaussian_dropout
+from ..core import checks
+from ..core.random import Source
+from .op import OP, check_probability, noise
 
 __all__ = ["gaussian_dropout"]
 
@@ -20,7 +22,7 @@ def gaussian_dropout(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""Gaussian dropout: :math:`y_i = x_i (1 + \sqrt{p / (1-p)}\, n_i)`, :math:`n_i` normal.
+    r"""Apply Gaussian dropout: :math:`y_i = x_i (1 + \sqrt{p / (1-p)}\, n_i)`, :math:`n_i` normal.
 
     Multiplicative noise with the mean 1 and the variance of dropout's mask (Srivastava et al. 2014,
     section 10; Keras's GaussianDropout). Nothing is to be done at evaluation.
@@ -32,7 +34,7 @@ def gaussian_dropout(
         training: whether to add noise at all.
         inplace: write the result into ``x``.
         seed: an integer that determines the noise, or an int64 tensor (seed, offset) on x's device,
-            which is read by the kernel. Default: a new pair from ``generator``.
+            which is read by the kernel. Default: a new state from ``generator``.
         generator: the torch.Generator to draw from; torch's default one if not given.
         index_offset: what is added to every index, so that a shard of a larger tensor gets its part
             of the whole tensor's noise under one ``seed``.
@@ -43,13 +45,19 @@ def gaussian_dropout(
     too, and :math:`|n_i|` is at most 6.67.
 
     Raises:
-        TypeError: ``x`` is no tensor, ``p`` no number, ``seed`` no integer or tensor.
+        TypeError: ``x`` is not a tensor, ``p`` not a number, or ``seed`` neither an integer nor a
+            tensor.
         ValueError: ``p`` is outside [0, 1); ``x`` is of an integer, complex or other dtype, sparse
             or nested.
 
     Example:
         >>> y = fusereg.functional.gaussian_dropout(x, 0.1, training=model.training)
     """
-    return _gaussian_dropout.gaussian_dropout(
-        x, p, training, inplace, seed, generator, index_offset
-    )
+    check_probability(p, OP)
+    checks.check_input(x, OP)
+    if not training or p == 0:
+        return x
+    if inplace:
+        checks.check_in_place(x, OP)
+    source = Source(seed, generator)
+    return noise.draw(x, (float(p), index_offset), source, OP, x if inplace else None)

@@ -1,4 +1,4 @@
-"""The penalty and early stopping in the loops of other libraries; each needs its library alone.
+"""Integrations of the penalty and early stopping with training libraries.
 
 ``fusereg.integrations.lightning``
     callbacks for Lightning's Trainer (``pip install "fusereg[lightning]"``).
@@ -7,7 +7,8 @@
 ``fusereg.integrations.ignite``
     handlers for ignite's engines (``"fusereg[ignite]"``).
 
-Loops that leave the steps to you (Accelerate, torchtitan, plain PyTorch) need none of these: the
-optimizers are torch's kind, :meth:`fusereg.WeightPenalty.attach` adds the penalty to whoever steps,
-and :class:`fusereg.EarlyStopping` is one call a check. ``examples/`` shows each.
+Each needs only its own library. Training loops in which you call the optimizer yourself
+(Accelerate, torchtitan, plain PyTorch) need none of these: the optimizers are subclasses of
+torch's, :meth:`fusereg.WeightPenalty.attach` adds the penalty to any optimizer's step, and
+:class:`fusereg.EarlyStopping` is one call per check. ``examples/`` shows each.
 """

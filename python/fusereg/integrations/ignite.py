@@ -1,4 +1,4 @@
-"""Handlers for ignite's engines: a weight penalty, and early stopping that restores the best.
+"""Handlers for ignite's engines: a weight penalty, and early stopping that restores the best model.
 
 >>> from fusereg.integrations.ignite import EarlyStoppingHandler, PenaltyHandler
 >>> PenaltyHandler(fusereg.WeightPenalty(model, l1=1e-5), optimizer).attach(trainer)
@@ -8,16 +8,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..early_stopping import EarlyStopping
-from ..penalty.weight_penalty import AttachedPenalty, WeightPenalty
-from ._needed import library
-from ._stopping import Monitored
+from .. import AttachedPenalty, EarlyStopping, WeightPenalty
+from ._shared import Monitored, library
 
 __all__ = ["EarlyStoppingHandler", "PenaltyHandler"]
 
@@ -27,16 +24,16 @@ _engine = library("ignite.engine", "ignite")
 class PenaltyHandler:
     """Adds a :class:`fusereg.WeightPenalty`'s gradient before each step of an optimizer.
 
-    An ignite update function does backward and step in one go, so the gradient is added by the
-    optimizer's own hook (:meth:`fusereg.WeightPenalty.attach`) while the trainer runs: once a step,
-    after the last accumulated batch, with a ``GradScaler``'s scale respected. The value is in
+    An ignite update function calls both backward and step, so the gradient is added by a hook of
+    the optimizer (:meth:`fusereg.WeightPenalty.attach`) while the trainer runs: once a step, after
+    the last accumulated batch, multiplied by a ``GradScaler``'s scale. The value is in
     ``trainer.state.metrics``. With ``to_save={"penalty": handler, ...}`` ignite's ``Checkpoint``
-    saves strengths and count.
+    saves strengths and step count.
 
     Args:
-        penalty: what is penalized with how much.
-        optimizer: the one that the trainer steps.
-        name: of the value among the metrics.
+        penalty: the penalty.
+        optimizer: the optimizer that the trainer steps.
+        name: the value's name among the metrics.
 
     Example:
         >>> PenaltyHandler(fusereg.WeightPenalty(model, l1=1e-5), optimizer).attach(trainer)
@@ -51,13 +48,13 @@ class PenaltyHandler:
         self._attached: AttachedPenalty | None = None
 
     def attach(self, trainer: Any) -> None:
-        """Works in all runs of this engine from now on."""
+        """Add the handlers to the trainer; they work in all of its later runs."""
         trainer.add_event_handler(_engine.Events.STARTED, self._start)
         trainer.add_event_handler(_engine.Events.ITERATION_COMPLETED, self._report)
         trainer.add_event_handler(_engine.Events.COMPLETED, self._end)
 
     def _start(self) -> None:
-        self._end()  # a run that an exception ended has not come there
+        self._end()  # which has not run if an exception ended the last run
         self._attached = self.penalty.attach(self._optimizer)
 
     def _report(self, trainer: Any) -> None:
@@ -70,20 +67,20 @@ class PenaltyHandler:
             self._attached = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The penalty's."""
+        """Return the penalty's state."""
         return self.penalty.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """The penalty's."""
+        """Load the penalty's state."""
         self.penalty.load_state_dict(state_dict)
 
 
 class EarlyStoppingHandler:
-    """:class:`fusereg.EarlyStopping` for ignite: ends the trainer, and restores the best weights.
+    """:class:`fusereg.EarlyStopping` for ignite: stops the trainer and restores the best weights.
 
     Each run of the evaluator while the trainer runs is a check, at the trainer's epoch. The best
-    weights are back when the trainer has completed. An exception or Ctrl-C fires no event that a
-    handler could use without swallowing it; a ``with`` block covers those too::
+    weights are restored when the trainer has completed. To restore them after an exception or
+    Ctrl-C too, for which ignite has no event that lets the exception pass, use a ``with`` block::
 
         with handler:
             trainer.run(loader, max_epochs=100)
@@ -93,7 +90,7 @@ class EarlyStoppingHandler:
 
     Args:
         model: as :class:`fusereg.EarlyStopping`.
-        trainer: the engine to end.
+        trainer: the engine to stop.
         monitor: the name among the evaluator's metrics; None with ``metrics=`` or ``weights=``.
         patience: as :class:`fusereg.EarlyStopping`.
         arguments: its other arguments.
@@ -121,16 +118,15 @@ class EarlyStoppingHandler:
         **arguments: Any,
     ) -> None:
         op = "integrations.ignite.EarlyStoppingHandler"
-        self._monitored = Monitored(op, monitor, {"patience": patience, **arguments})
+        self._monitored = Monitored(op, monitor, patience=patience, **arguments)
         self.stopper: EarlyStopping = self._monitored.stopper(model)
-        self._restores = bool(arguments.get("restore_best", True))
         self._trainer = trainer
         self._running = False
         trainer.add_event_handler(_engine.Events.STARTED, self._start)
         trainer.add_event_handler(_engine.Events.COMPLETED, self._end)
 
     def attach(self, evaluator: Any, event: Any = None) -> None:
-        """Checks when the evaluator fires this event, by default when it has completed."""
+        """Check whenever the evaluator fires this event, by default when it has completed."""
         evaluator.add_event_handler(event or _engine.Events.COMPLETED, self._check)
 
     def _start(self) -> None:
@@ -139,31 +135,26 @@ class EarlyStoppingHandler:
     def _check(self, evaluator: Any) -> None:
         if not self._running:
             return
-        found = self._monitored.find(evaluator.state.metrics, True)
+        found = self._monitored.find(evaluator.state.metrics)
         if self.stopper.step(found, epoch=self._trainer.state.epoch).stop:
             self._trainer.terminate()
 
     def _end(self) -> None:
         self._running = False
-        if self._restores:
+        if self._monitored.restores:
             self.stopper.restore()
 
     def __enter__(self) -> EarlyStoppingHandler:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._running:
             self._end()
 
     def state_dict(self) -> dict[str, Any]:
-        """The stopper's, with the best weights."""
+        """Return the stopper's state, with the best weights."""
         return self.stopper.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """The stopper's."""
+        """Load the stopper's state."""
         self.stopper.load_state_dict(state_dict)

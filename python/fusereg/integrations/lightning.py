@@ -1,4 +1,4 @@
-"""Callbacks for Lightning's Trainer: a weight penalty, and early stopping that restores the best.
+"""Callbacks for Lightning's Trainer: a weight penalty, and early stopping with restoring.
 
 >>> import lightning as L
 >>> from fusereg.integrations.lightning import EarlyStoppingCallback, PenaltyCallback
@@ -17,27 +17,24 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .. import EarlyStopping
 from ..core import dispatch, distributed
-from ..core.params import Key
-from ..early_stopping import EarlyStopping
 from ..early_stopping.snapshot import Stateful
-from ..penalty.hook import add_for
-from ..penalty.weight_penalty import Rule, WeightPenalty
-from ._needed import library
-from ._stopping import Monitored
+from ..penalty.weight_penalty import add_for
+from ._shared import Monitored, PenaltyArguments, library
 
 __all__ = ["EarlyStoppingCallback", "PenaltyCallback"]
 
 _log = logging.getLogger(__name__)
 
-# The same library goes under two names: the one in use already, else the one that is installed.
+# The library has two names: use the one that is imported already, else the installed one.
 _NAMES = ("lightning.pytorch", "pytorch_lightning")
 _USED = [name for name in _NAMES if sys.modules.get(name) is not None]
 _INSTALLED = [name for name in _NAMES if find_spec(name.partition(".")[0]) is not None]
@@ -51,86 +48,62 @@ else:
     Callback, LightningsOwn = _callbacks.Callback, _callbacks.EarlyStopping
 
 
-class PenaltyCallback(Callback):
+class PenaltyCallback(PenaltyArguments, Callback):
     r"""Adds the gradient of a :class:`fusereg.WeightPenalty` before each optimizer step.
 
-    That is what adding the penalty to the loss would do, in one pass over the weights: once a step
-    after the last accumulated batch, before gradients are clipped, scaled as the gradients are
-    where a ``GradScaler`` is at work. With several optimizers each one's parameters get theirs when
-    it steps. A step that was skipped (``training_step`` returned None) stays without it.
+    The result is that of adding the penalty to the loss, in one pass over the weights: once a step
+    after the last accumulated batch, before gradients are clipped, multiplied by a ``GradScaler``'s
+    scale if there is one. With several optimizers, each one's parameters are penalized when it
+    steps. Nothing is added in a skipped step (``training_step`` returned None).
 
-    The penalty's value is logged, and the schedule counts optimizer steps. Strengths and count are
-    part of Lightning's checkpoints.
+    The penalty's value is logged, and the schedule counts optimizer steps. Strengths and step count
+    are part of Lightning's checkpoints.
 
     Args:
         l1, l2, group, half, exclude, rules, schedule: as :class:`fusereg.WeightPenalty`; names are
             those of the LightningModule's parameters.
-        name: what the value is logged as; None: it is not. Several penalties need several names.
+        name: the value's name in the log; None: it is not logged. Several penalties need different
+            names.
 
     Attributes:
         penalty: the :class:`fusereg.WeightPenalty` during and after training, else None; its
             strengths may be changed.
 
     Raises:
-        RuntimeError: when training begins, with the DeepSpeed strategy, which keeps the gradients
-            to itself.
+        RuntimeError: when training begins, with the DeepSpeed strategy, which does not expose the
+            gradients.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[PenaltyCallback(l1=1e-5, rules={"head.*": None})])
     """
 
-    def __init__(
-        self,
-        *,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        group: float = 0.0,
-        half: bool = True,
-        exclude: Iterable[Key] | Key = ("bias", "norm"),
-        rules: Mapping[Key, Rule] | None = None,
-        schedule: Callable[[int], float] | None = None,
-        name: str | None = "penalty",
-    ) -> None:
-        super().__init__()
-        self.penalty: WeightPenalty | None = None
-        self._name = name
-        self._arguments: dict[str, Any] = {
-            "l1": l1,
-            "l2": l2,
-            "group": group,
-            "half": half,
-            "exclude": exclude,
-            "rules": rules,
-            "schedule": schedule,
-        }
-        self._loaded: dict[str, Any] | None = None
-        WeightPenalty(torch.nn.Module(), l1=l1, l2=l2, group=group)  # wrong strengths: told now
+    _loaded: dict[str, Any] | None = None  # a state that was loaded before the fit starts
 
     @property
     def state_key(self) -> str:
-        """Under which checkpoints hold the state."""
+        """The key of the state in checkpoints."""
         key: str = self._generate_state_key(name=self._name)
         return key
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Begins anew for each fit."""
+        """Discard the penalty of an earlier fit."""
         if stage == "fit":
             self.penalty = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Looks the parameters up: the strategy has made them what they stay, and none has run."""
+        """Make the penalty, as the strategy replaces no parameter from now on."""
         if "DeepSpeed" in type(trainer.strategy).__name__:
             raise RuntimeError(
                 "fusereg.integrations.lightning.PenaltyCallback: the DeepSpeed strategy keeps the "
                 "gradients to itself; add WeightPenalty.penalty() to the loss instead"
             )
-        self.penalty = WeightPenalty(pl_module, **self._arguments)
+        self.penalty = self._make(pl_module)
         if self._loaded is not None:
             self.penalty.load_state_dict(self._loaded)
             self._loaded = None
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Adds the gradient."""
+        """Add the gradient of the penalty."""
         penalty = self.penalty
         assert penalty is not None
         value = add_for(penalty, optimizer, _scale(trainer, optimizer))
@@ -141,13 +114,13 @@ class PenaltyCallback(Callback):
             pl_module.log(self._name, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Strengths and count."""
+        """Return strengths and step count."""
         if self.penalty is not None:
             return self.penalty.state_dict()
         return self._loaded or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them over; some strategies load before the fit starts, some after."""
+        """Load strengths and step count, before or after the fit starts, as strategies differ."""
         if self.penalty is None:
             self._loaded = state_dict
         else:
@@ -155,41 +128,40 @@ class PenaltyCallback(Callback):
 
 
 def _scale(trainer: Any, optimizer: Any) -> Tensor | None:
-    """What the gradients are multiplied by at this point of the step, on their device."""
+    """Return the scale of the gradients at this point of the step, on their device."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not dispatch.unscales_in_step(optimizer):
-        return None  # Lightning has unscaled them just before
-    scale: Tensor = scaler.scale(
-        torch.ones((), device=optimizer.param_groups[0]["params"][0].device)
-    )
+        return None  # Lightning has unscaled the gradients just before
+    device = optimizer.param_groups[0]["params"][0].device
+    scale: Tensor = scaler.scale(torch.ones((), device=device))
     return scale
 
 
 class EarlyStoppingCallback(LightningsOwn):
     """:class:`fusereg.EarlyStopping` in place of Lightning's: stops, and restores the best weights.
 
-    The best weights are back when ``trainer.fit`` returns (after the last checkpoints were written,
-    which so hold what training ended with), and also when an exception or Ctrl-C ended it. Records
-    and the best weights in memory are part of Lightning's checkpoints, so
-    ``fit(..., ckpt_path=...)`` decides as an unbroken run would. With several processes there is
-    one decision for all.
+    The best weights are restored when ``trainer.fit`` returns (after the last checkpoints were
+    written, which therefore hold the last weights), and also when an exception or Ctrl-C ended it.
+    Records and the best weights in memory are part of Lightning's checkpoints, so
+    ``fit(..., ckpt_path=...)`` decides as an uninterrupted run would. With several processes there
+    is one decision for all.
 
     Args:
         monitor: the name of the logged metric; None with ``metrics=`` or ``weights=``.
         patience: as :class:`fusereg.EarlyStopping`.
         check_on_train_epoch_end: whether to check at the end of a training epoch instead of that of
             validation; by default as Lightning's own: if there is one validation in each epoch.
-        strict: whether a missing metric is an error; else there is no check.
-        snapshot_in_checkpoint: whether checkpoints hold the best weights beside the present ones.
-            Without, a best from before resuming can be restored only from ``folder``. Never for
-            parameters that are sharded over processes.
-        also: a function of the trainer that gives what else to keep and restore, by name, e.g.
-            ``lambda trainer: {"optimizer": trainer.optimizers[0]}``.
+        strict: whether a missing metric is an error; otherwise the check is skipped.
+        snapshot_in_checkpoint: whether checkpoints include the best weights besides the current
+            ones. If not, a best from before resuming can be restored only from ``folder``. Never
+            for parameters that are sharded over processes.
+        also: a function of the trainer that returns further objects to keep and restore, by name,
+            e.g. ``lambda trainer: {"optimizer": trainer.optimizers[0]}``.
         arguments: the other arguments of :class:`fusereg.EarlyStopping`.
 
     Attributes:
-        stopper: the :class:`fusereg.EarlyStopping` during and after training, else None. A fit by
-            the same trainer goes on with it, by another one starts anew.
+        stopper: the :class:`fusereg.EarlyStopping` during and after training, else None. Another
+            fit by the same trainer goes on with it; one by another trainer starts anew.
         stopped_epoch, wait_count, best_score: as Lightning's.
 
     Raises:
@@ -213,7 +185,7 @@ class EarlyStoppingCallback(LightningsOwn):
         **arguments: Any,
     ) -> None:
         op = "integrations.lightning.EarlyStoppingCallback"
-        self._monitored = Monitored(op, monitor, {"patience": patience, **arguments})
+        self._monitored = Monitored(op, monitor, patience=patience, **arguments)
         super().__init__(
             ",".join(self._monitored.names),
             patience=patience,
@@ -222,24 +194,23 @@ class EarlyStoppingCallback(LightningsOwn):
             check_on_train_epoch_end=check_on_train_epoch_end,
         )
         self.stopper: EarlyStopping | None = None
-        self._restores = bool(arguments.get("restore_best", True))
         self._in_checkpoint = snapshot_in_checkpoint
         self._also = also
-        self._of: tuple[Any, Any] | None = None
+        self._run: tuple[Any, Any] | None = None  # the trainer and model of the stopper
         self._loaded: dict[str, Any] | None = None
         self._fitting = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Begins anew for another trainer or model."""
+        """Discard the stopper of another trainer or model."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        of = (weakref.ref(trainer), weakref.ref(pl_module))
-        if self._of != of:
-            self.stopper, self._of = None, of
+        run = (weakref.ref(trainer), weakref.ref(pl_module))
+        if self._run != run:
+            self.stopper, self._run = None, run
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Makes the stopper: the strategy has made the parameters what they stay."""
+        """Make the stopper, as the strategy replaces no parameter from now on."""
         if self.stopper is None:
             also = {} if self._also is None else {"also": self._also(trainer)}
             self.stopper = self._monitored.stopper(pl_module, **also)
@@ -251,7 +222,7 @@ class EarlyStoppingCallback(LightningsOwn):
         self._fitting = True
 
     def _run_early_stopping_check(self, trainer: Any) -> None:
-        """Lightning's hooks call this where there is something to check."""
+        """Check the metric; Lightning's hooks call this when it is due."""
         stopper = self.stopper
         if stopper is None or trainer.fast_dev_run:
             return
@@ -270,29 +241,29 @@ class EarlyStoppingCallback(LightningsOwn):
                 _log.info(stopper.explain())
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Restores the best weights."""
+        """Restore the best weights."""
         self._restore()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Restores the best weights, on Ctrl-C too."""
+        """Restore the best weights, also after Ctrl-C."""
         self._restore()
 
     def _restore(self) -> None:
-        if self._fitting and self._restores and self.stopper is not None:
+        if self._fitting and self._monitored.restores and self.stopper is not None:
             self.stopper.restore()
         self._fitting = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_of": None}  # for strategies that start processes by pickle
+        return {**self.__dict__, "_run": None}  # for strategies that start processes by pickle
 
     def state_dict(self) -> dict[str, Any]:
-        """The records, and the best weights."""
+        """Return the records, and the best weights."""
         if self.stopper is not None:
             return self.stopper.state_dict(snapshot=self._in_checkpoint)
         return self._loaded or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them over; some strategies load before the fit starts, some after."""
+        """Load the records, before or after the fit starts, as strategies differ."""
         if self._fitting and self.stopper is not None:
             self.stopper.load_state_dict(state_dict)
         else:

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: a weight penalty, early stopping that restores the best, optimizers.
+"""Callbacks for Hugging Face's Trainer, for a weight penalty and early stopping, and optimizers.
 
 >>> from transformers import Trainer
 >>> from fusereg.integrations.transformers import EarlyStoppingCallback, optimizer_of
@@ -8,27 +8,23 @@
 ...     callbacks=[EarlyStoppingCallback("eval_loss", patience=5)],
 ... )
 
-Hugging Face's Trainer saves its own callbacks' states only on request and builds them anew from
-them; these here keep their state in ``TrainerState`` and take it up when a run is resumed.
+The Trainer saves the states of its own callbacks only on request, and makes new callbacks from
+them; these callbacks keep their state in ``TrainerState`` and load it when a run is resumed.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import optim
-from ..core.params import Key
-from ..early_stopping import EarlyStopping
+from .. import AttachedPenalty, EarlyStopping, optim
 from ..early_stopping.snapshot import Stateful
-from ..penalty.weight_penalty import AttachedPenalty, Rule, WeightPenalty
-from ._needed import library
-from ._stopping import Monitored
+from ._shared import Monitored, PenaltyArguments, library
 
 __all__ = ["EarlyStoppingCallback", "PenaltyCallback", "optimizer_of"]
 
@@ -40,133 +36,109 @@ else:
 _OP = "integrations.transformers"
 
 
-class PenaltyCallback(TrainerCallback):
+class PenaltyCallback(PenaltyArguments, TrainerCallback):
     r"""Adds the gradient of a :class:`fusereg.WeightPenalty` before each optimizer step.
 
-    Once a step, after the last accumulated batch, scaled as the gradients are where a
-    ``GradScaler`` is at work. The Trainer has no event between backward and clipping, so the
-    penalty's gradient is not clipped, as a decoupled weight decay is not.
+    Once a step, after the last accumulated batch, multiplied by a ``GradScaler``'s scale if there
+    is one. The Trainer has no event between backward and clipping, so the penalty's gradient is not
+    clipped; neither is decoupled weight decay.
 
-    The value is in the log entries beside the loss (in ``state.log_history`` and for callbacks that
-    come after this one). The schedule counts optimizer steps. Strengths and count are saved and
-    resumed with the Trainer's state.
+    The value is in the log entries that contain the loss (in ``state.log_history`` and for
+    callbacks that come after this one). The schedule counts optimizer steps. Strengths and step
+    count are saved and resumed with the Trainer's state.
 
     Args:
         l1, l2, group, half, exclude, rules, schedule: as :class:`fusereg.WeightPenalty`; names are
             those of the model's parameters.
-        name: the name in the log, and that of the state; several penalties need several names.
+        name: the name of the value in the log, and of the state; None: it is not logged. Several
+            penalties need different names.
 
     Attributes:
         penalty: the :class:`fusereg.WeightPenalty` during and after training, else None.
         value: the penalty at the last step, a 0-d tensor; None before.
 
     Raises:
-        RuntimeError: when training begins, with DeepSpeed, which keeps the gradients to itself.
+        RuntimeError: when training begins, with DeepSpeed, which does not expose the gradients.
 
     Example:
         >>> trainer = Trainer(model, args, callbacks=[PenaltyCallback(l1=1e-5)], ...)
     """
 
-    def __init__(
-        self,
-        *,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        group: float = 0.0,
-        half: bool = True,
-        exclude: Iterable[Key] | Key = ("bias", "norm"),
-        rules: Mapping[Key, Rule] | None = None,
-        schedule: Callable[[int], float] | None = None,
-        name: str = "penalty",
-    ) -> None:
-        self.penalty: WeightPenalty | None = None
-        self._name = name
-        self._key = f"fusereg.WeightPenalty {name}"
-        self._attached: AttachedPenalty | None = None
-        self._arguments: dict[str, Any] = {
-            "l1": l1,
-            "l2": l2,
-            "group": group,
-            "half": half,
-            "exclude": exclude,
-            "rules": rules,
-            "schedule": schedule,
-        }
-        WeightPenalty(nn.Module(), l1=l1, l2=l2, group=group)  # wrong strengths: told now
+    _attached: AttachedPenalty | None = None
+
+    @property
+    def _key(self) -> str:
+        """The key of the state in the Trainer's."""
+        return f"fusereg.WeightPenalty {self._name}"
 
     @property
     def value(self) -> Tensor | None:
-        """The penalty at the last step."""
+        """The penalty at the last step; None before."""
         return None if self._attached is None else self._attached.value
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Looks the parameters up and attaches to the optimizer."""
+        """Make the penalty and attach it to the optimizer."""
         if getattr(args, "deepspeed", None):
             raise RuntimeError(
                 f"fusereg.{_OP}.PenaltyCallback: DeepSpeed keeps the gradients to itself; give the "
                 "strengths to a fusereg optimizer or add the penalty to the loss"
             )
-        if self._attached is not None:  # of a run that an exception ended
-            self._attached.remove()
-        self.penalty = WeightPenalty(others["model"], **self._arguments)
+        self.on_train_end()  # which has not run if an exception ended the last run
+        self.penalty = self._make(others["model"])
         if state.global_step > 0 and self._key in state.stateful_callbacks:
             self.penalty.load_state_dict(state.stateful_callbacks[self._key])
         self._attached = self.penalty.attach(others["optimizer"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Leaves the state where a save that follows finds it."""
-        self._store(state, control.should_save)
+        """Store the state in the Trainer's, which is saved next."""
+        if control.should_save:
+            self.on_evaluate(args, state, control)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Leaves the state where a save that follows finds it."""
-        self._store(state, control.should_save)
+    on_epoch_end = on_step_end
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Leaves the state where a save that follows finds it."""
-        self._store(state, True)
+        """Store the state in the Trainer's, which may be saved next."""
+        if self.penalty is not None:
+            state.stateful_callbacks[self._key] = self.penalty.state_dict()
 
     def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Adds the value to the entry."""
+        """Add the value to the log entry."""
         logs = others.get("logs") or {}
-        if "loss" in logs and self.value is not None:
+        if "loss" in logs and self.value is not None and self._name is not None:
             logs[self._name] = float(self.value)
             if state.log_history:
                 state.log_history[-1][self._name] = logs[self._name]
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Leaves the optimizer."""
+    def on_train_end(self, *_: Any, **others: Any) -> None:
+        """Detach the penalty from the optimizer."""
         if self._attached is not None:
             self._attached.remove()
-
-    def _store(self, state: Any, wanted: bool) -> None:
-        if wanted and self.penalty is not None:
-            state.stateful_callbacks[self._key] = self.penalty.state_dict()
 
 
 class EarlyStoppingCallback(TrainerCallback):
     """:class:`fusereg.EarlyStopping` for the Trainer: stops, and restores the best weights.
 
-    Each evaluation in training is a check, and what :class:`fusereg.EarlyStopping` calls its epoch
-    is the number of optimizer steps (``stopper.best_epoch`` is the best step, and
+    Each evaluation during training is a check, and :class:`fusereg.EarlyStopping`'s epoch is the
+    number of optimizer steps (``stopper.best_epoch`` is the best step, and
     ``patience_unit="epochs"`` would count steps). Neither ``load_best_model_at_end`` nor
-    ``metric_for_best_model`` is needed; where both are given, this callback's best comes last. The
-    best weights are back when ``trainer.train()`` returns. If it may raise::
+    ``metric_for_best_model`` is needed; if they are given, this callback still restores its best
+    weights last, when ``trainer.train()`` returns. If that may raise::
 
         try:
             trainer.train()
         finally:
             stopping.restore()
 
-    The records are saved and resumed with the Trainer's state, always. Tensors have no place there:
-    to go back, after resuming, to a best from before, give ``folder=...`` and ``resume=True``.
+    The records are always saved and resumed with the Trainer's state, which cannot hold tensors: to
+    restore, after resuming, a best from before, give ``folder=...`` and ``resume=True``.
 
     Args:
-        monitor: the metric's name as the Trainer has it, e.g. ``"eval_loss"``; None with
-            ``metrics=`` or ``weights=``.
+        monitor: the Trainer's name of the metric, e.g. ``"eval_loss"``; None with ``metrics=`` or
+            ``weights=``.
         patience: as :class:`fusereg.EarlyStopping`.
-        strict: whether a missing metric is an error; else there is no check then, as is right for
-            several evaluation sets, which are evaluated one by one.
-        also: a function of the optimizer and the scheduler that gives what else to keep and
+        strict: whether a missing metric is an error; otherwise the check is skipped, as is right
+            for several evaluation sets, which are evaluated one by one.
+        also: a function of the optimizer and the scheduler that returns further objects to keep and
             restore, by name.
         arguments: the other arguments of :class:`fusereg.EarlyStopping`.
 
@@ -192,16 +164,15 @@ class EarlyStoppingCallback(TrainerCallback):
         **arguments: Any,
     ) -> None:
         op = f"{_OP}.EarlyStoppingCallback"
-        self._monitored = Monitored(op, monitor, {"patience": patience, **arguments})
+        self._monitored = Monitored(op, monitor, patience=patience, **arguments)
         self._key = f"fusereg.EarlyStopping {','.join(self._monitored.names)}"
         self.stopper: EarlyStopping | None = None
         self._strict = strict
         self._also = also
-        self._restores = bool(arguments.get("restore_best", True))
         self._training = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Begins anew, or goes on from the Trainer's state."""
+        """Make the stopper, and resume it from the Trainer's state."""
         also = {}
         if self._also is not None:
             also = {"also": self._also(others["optimizer"], others["lr_scheduler"])}
@@ -221,7 +192,7 @@ class EarlyStoppingCallback(TrainerCallback):
         self._training = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """One check."""
+        """Check the metric."""
         if not self._training or self.stopper is None:
             return
         found = self._monitored.find(others.get("metrics") or {}, self._strict)
@@ -233,19 +204,19 @@ class EarlyStoppingCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Restores the best weights."""
+        """Restore the best weights."""
         self._training = False
-        if self._restores:
+        if self._monitored.restores:
             self.restore()
 
     def restore(self) -> int | None:
-        """Brings the best weights back; gives their step, None if there are none."""
+        """Restore the best weights and return their step; None if there are none."""
         self._training = False
         return None if self.stopper is None else self.stopper.restore()
 
 
 class _OptimizerFactory:
-    """What the Trainer calls with the model: biases and norms get neither decay nor penalty."""
+    """Factory that the Trainer calls with the model; excludes biases and norms from decay."""
 
     def __call__(
         self, model: nn.Module, *, optimizer: str, weight_decay: float, **options: Any
@@ -263,17 +234,17 @@ class _OptimizerFactory:
 def optimizer_of(
     args: Any, optimizer: str = "AdamW", **options: Any
 ) -> tuple[type[_OptimizerFactory], dict[str, Any]]:
-    """A fusereg optimizer for the Trainer's ``optimizer_cls_and_kwargs``.
+    """Return a fusereg optimizer for the Trainer's ``optimizer_cls_and_kwargs``.
 
-    Learning rate, weight decay, betas and epsilon are those of the arguments; the Trainer drives
-    the rate. Biases and parameters of normalization layers get neither decay nor penalty.
+    Learning rate, weight decay, betas and epsilon are those of ``args``; the Trainer schedules the
+    rate. Biases and parameters of normalization layers get neither decay nor penalty.
 
     Args:
         args: ``TrainingArguments``.
         optimizer: ``"AdamW"``, ``"Adam"``, ``"SGD"``, ``"Adagrad"`` or ``"FTRL"``.
         options: of :mod:`fusereg.optim`'s class: ``l1``, ``l2``, ``group``, ``prox``,
-            ``max_grad_norm`` (with ``TrainingArguments(max_grad_norm=0)``) and so on; they come
-            before those of ``args``.
+            ``max_grad_norm`` (with ``TrainingArguments(max_grad_norm=0)``) and so on; they take
+            precedence over those of ``args``.
 
     Raises:
         TypeError, ValueError: there is no such optimizer, or it has no such option.

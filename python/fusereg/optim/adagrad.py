@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .optimizer import ParamsT, RegularizedOptimizer, check_numbers, own_defaults
-from .texts import share
+from .optimizer import RegularizedOptimizer, documented
+from .options import Number, Options, ParamsT
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Adagrad"]
 
 
+@documented
 class Adagrad(RegularizedOptimizer):
     r"""``torch.optim.Adagrad`` (Duchi, Hazan and Singer 2011) with a penalty in the same pass.
 
@@ -52,63 +55,38 @@ class Adagrad(RegularizedOptimizer):
     _keys = ("sum",)
     _has_step = True
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # foreach may come by position too
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-2,
+        lr: Number = 1e-2,
         lr_decay: float = 0.0,
-        weight_decay: float | Tensor = 0.0,
+        weight_decay: Number = 0.0,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
         foreach: bool | None = None,
-        *,
-        l1: float | Tensor = 0.0,
-        l2: float | Tensor = 0.0,
-        group: float | Tensor = 0.0,
-        prox: bool | str = True,
-        max_grad_norm: float | None = None,
-        master_weights: bool = False,
-        maximize: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        check_numbers(
-            self._name,
-            lr=(lr, math.inf),
-            lr_decay=(lr_decay, math.inf),
-            weight_decay=(weight_decay, math.inf),
-            initial_accumulator_value=(initial_accumulator_value, math.inf),
-            eps=(eps, math.inf),
-        )
         defaults = {
             "lr": lr,
             "lr_decay": lr_decay,
             "eps": eps,
             "weight_decay": weight_decay,
             "initial_accumulator_value": initial_accumulator_value,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "fused": fused,
-            **own_defaults(l1, l2, group, prox, master_weights),
         }
-        super().__init__(params, defaults, max_grad_norm)
+        super().__init__(params, defaults, foreach=foreach, **options)
         # torch's Adagrad has its states from the beginning.
         with torch.no_grad():
             for g in self.param_groups:
                 for p in g["params"]:
                     self._add_missing(p, self._keys, g)
 
-    def _numbers(self, group: dict[str, Any]) -> tuple[Any, Any, Any]:
-        return group["lr_decay"], 0.0, group["eps"]
+    def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {"first": group["lr_decay"], "eps": group["eps"]}
 
     def _new_state(self, key: str, p: Tensor, group: dict[str, Any]) -> Tensor:
         return super()._new_state(key, p, group).fill_(group["initial_accumulator_value"])
 
     def share_memory(self) -> None:
-        """As torch's: puts the sums of squares into memory that processes share."""
+        """Put the sums of squares into memory that processes share, as torch's Adagrad does."""
         for state in self.state.values():
             state["sum"].share_memory_()
-
-
-share(Adagrad)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from .optimizer import RegularizedOptimizer, documented
+from .options import Number, Options, ParamsT
 
-from .optimizer import ParamsT, RegularizedOptimizer, check_numbers, own_defaults
-from .texts import share
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Adam", "AdamW"]
 
 
+@documented
 class Adam(RegularizedOptimizer):
     r"""``torch.optim.Adam`` (Kingma and Ba 2015) with a penalty in the same pass.
 
@@ -38,7 +39,7 @@ class Adam(RegularizedOptimizer):
         betas, eps, amsgrad, maximize: as torch's.
         weight_decay: :math:`\lambda`, added to the gradient; decoupled as in AdamW with
             ``decoupled_weight_decay``.
-        capturable: accepted for torch's sake: the step counts are on the parameters' device anyway.
+        capturable: accepted for compatibility, ignored: step counts are on the parameters' device.
         {penalty}
 
     {notes}
@@ -58,59 +59,42 @@ class Adam(RegularizedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        lr: Number = 1e-3,
+        betas: tuple[Number, Number] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float | Tensor = 0.0,
+        weight_decay: Number = 0.0,
         amsgrad: bool = False,
         *,
-        l1: float | Tensor = 0.0,
-        l2: float | Tensor = 0.0,
-        group: float | Tensor = 0.0,
-        prox: bool | str = True,
-        max_grad_norm: float | None = None,
-        master_weights: bool = False,
-        foreach: bool | None = None,
-        maximize: bool = False,
         capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        check_numbers(
-            self._name,
-            lr=(lr, math.inf),
-            eps=(eps, math.inf),
-            weight_decay=(weight_decay, math.inf),
-            **{"betas[0]": (betas[0], 1.0), "betas[1]": (betas[1], 1.0)},
-        )
         defaults = {
             "lr": lr,
             "betas": tuple(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
             "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
-            **own_defaults(l1, l2, group, prox, master_weights),
         }
-        super().__init__(params, defaults, max_grad_norm)
+        super().__init__(params, defaults, **options)
 
-    def _numbers(self, group: dict[str, Any]) -> tuple[Any, Any, Any]:
-        beta1, beta2 = group["betas"]
-        return beta1, beta2, group["eps"]
-
-    def _options(self, group: dict[str, Any]) -> tuple[bool, bool, bool, bool]:
-        return bool(group["amsgrad"]), False, bool(group["decoupled_weight_decay"]), False
+    def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
+        first, second = group["betas"]
+        return {
+            "first": first,
+            "second": second,
+            "eps": group["eps"],
+            "amsgrad": bool(group["amsgrad"]),
+            "decoupled_decay": bool(group["decoupled_weight_decay"]),
+        }
 
     def _wanted_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._keys if group["amsgrad"] else self._keys[:2]
 
 
+@documented
 class AdamW(Adam):
     r"""``torch.optim.AdamW`` (Loshchilov and Hutter 2019) with a penalty in the same pass.
 
@@ -122,7 +106,7 @@ class AdamW(Adam):
         lr: learning rate, a number or a 0-d tensor.
         betas, eps, amsgrad, maximize: as torch's.
         weight_decay: :math:`\lambda`, decoupled.
-        capturable: accepted for torch's sake: the step counts are on the parameters' device anyway.
+        capturable: accepted for compatibility, ignored: step counts are on the parameters' device.
         {penalty}
 
     {notes}
@@ -139,51 +123,20 @@ class AdamW(Adam):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        lr: Number = 1e-3,
+        betas: tuple[Number, Number] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float | Tensor = 1e-2,
+        weight_decay: Number = 1e-2,
         amsgrad: bool = False,
         *,
-        l1: float | Tensor = 0.0,
-        l2: float | Tensor = 0.0,
-        group: float | Tensor = 0.0,
-        prox: bool | str = True,
-        max_grad_norm: float | None = None,
-        master_weights: bool = False,
-        maximize: bool = False,
-        foreach: bool | None = None,
         capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            l1=l1,
-            l2=l2,
-            group=group,
-            prox=prox,
-            max_grad_norm=max_grad_norm,
-            master_weights=master_weights,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-        )
+        own = {"capturable": capturable, "decoupled_weight_decay": True}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **own, **options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # Also after loading a state dict of Adam.
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True
-
-
-share(Adam)
-share(AdamW)

@@ -1,4 +1,4 @@
-"""Optimizers with the penalty in their step, and clipping."""
+"""Rows of the inventory: optimizers with the penalty in their step, and clipping."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fusereg import optim
-from fusereg.cli.checks._base import Inputs, Pairs, exact, kernel_check
+from ..core.inventory import Inputs, Operation, Pairs, exact
+from . import clip
+from .adagrad import Adagrad
+from .adam import Adam, AdamW
+from .ftrl import FTRL
+from .sgd import SGD
 
 L1, L2, GROUP = 0.3, 0.7, 0.05
 LR = 0.1
@@ -29,7 +33,7 @@ def _weights_and_gradients(inputs: Inputs) -> list[Tensor]:
 
 
 def _step(make: Make, wanted: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> Pairs:
-    """The first step."""
+    """Compare the weights after the first step."""
     weights = _weights_and_gradients(inputs)
     references = []
     for w in weights:
@@ -40,9 +44,9 @@ def _step(make: Make, wanted: Callable[[Tensor, Tensor], Tensor], inputs: Inputs
 
 
 def _against_torch(make: Make, torchs: Make, inputs: Inputs) -> Pairs:
-    """Steps without a penalty next to torch's own optimizer in float64.
+    """Compare steps without a penalty with torch's own optimizer in float64.
 
-    Three; in 16 bits one, because the second would start from weights that were rounded.
+    Three steps; one in 16 bits, because the second would start from weights that were rounded.
     """
     weights = _weights_and_gradients(inputs)
     references = [w.requires_grad_() for w in exact(weights)]
@@ -56,16 +60,14 @@ def _against_torch(make: Make, torchs: Make, inputs: Inputs) -> Pairs:
     return list(zip(weights, references, strict=True))
 
 
-@kernel_check("optim.SGD, momentum, Nesterov", "torch.optim.SGD")
 def _momentum(inputs: Inputs) -> Pairs:
     return _against_torch(
-        lambda p: optim.SGD(p, LR, 0.9, weight_decay=0.1, nesterov=True),
+        lambda p: SGD(p, LR, 0.9, weight_decay=0.1, nesterov=True),
         lambda p: torch.optim.SGD(p, LR, 0.9, weight_decay=0.1, nesterov=True),
         inputs,
     )
 
 
-@kernel_check("optim.SGD, group lasso", "prox of lr * R after the step")
 def _sgd(inputs: Inputs) -> Pairs:
     def wanted(w: Tensor, g: Tensor) -> Tensor:
         v = w - LR * g
@@ -76,28 +78,25 @@ def _sgd(inputs: Inputs) -> Pairs:
         shrunk: Tensor = v * (1 - LR * GROUP * math.sqrt(v.shape[1]) / norms).clamp_min(0.0)
         return shrunk
 
-    return _step(lambda p: optim.SGD(p, lr=LR, l1=L1, group=GROUP), wanted, inputs)
+    return _step(lambda p: SGD(p, lr=LR, l1=L1, group=GROUP), wanted, inputs)
 
 
-@kernel_check("optim.Adam, AMSGrad", "torch.optim.Adam")
 def _adam(inputs: Inputs) -> Pairs:
     return _against_torch(
-        lambda p: optim.Adam(p, LR, weight_decay=0.1, amsgrad=True),
+        lambda p: Adam(p, LR, weight_decay=0.1, amsgrad=True),
         lambda p: torch.optim.Adam(p, LR, weight_decay=0.1, amsgrad=True),
         inputs,
     )
 
 
-@kernel_check("optim.AdamW, elastic net", "prox of lr * R after the step")
 def _adamw(inputs: Inputs) -> Pairs:
     def wanted(w: Tensor, g: Tensor) -> Tensor:
         v = w * (1 - LR * 0.01) - LR * g / (g.abs() + 1e-8)
         return _soft(v, LR * L1) / (1 + LR * L2)
 
-    return _step(lambda p: optim.AdamW(p, lr=LR, l1=L1, l2=L2), wanted, inputs)
+    return _step(lambda p: AdamW(p, lr=LR, l1=L1, l2=L2), wanted, inputs)
 
 
-@kernel_check("optim.Adagrad, preconditioned", "prox in the metric of the step")
 def _adagrad(inputs: Inputs) -> Pairs:
     def wanted(w: Tensor, g: Tensor) -> Tensor:
         metric = (g.square() + 0.5).sqrt()
@@ -105,30 +104,52 @@ def _adagrad(inputs: Inputs) -> Pairs:
         return _soft(v, LR * L1 / metric) / (1 + LR * L2 / metric)
 
     def make(p: list[Tensor]) -> torch.optim.Optimizer:
-        return optim.Adagrad(p, LR, 0.0, 0.0, 0.5, 0.0, l1=L1, l2=L2, prox="preconditioned")
+        return Adagrad(p, LR, 0.0, 0.0, 0.5, 0.0, l1=L1, l2=L2, prox="preconditioned")
 
     return _step(make, wanted, inputs)
 
 
-@kernel_check("optim.FTRL", "-soft(z, l1) / ((beta + sqrt(n)) / lr + l2)")
 def _ftrl(inputs: Inputs) -> Pairs:
     def wanted(w: Tensor, g: Tensor) -> Tensor:
         z = -w / LR + g - g.abs() / LR * w
         return -_soft(z, L1) / ((1 + g.abs()) / LR + L2)
 
-    return _step(lambda p: optim.FTRL(p, lr=LR, l1=L1, l2=L2), wanted, inputs)
+    return _step(lambda p: FTRL(p, lr=LR, l1=L1, l2=L2), wanted, inputs)
 
 
-@kernel_check("optim.clip_grad_norm_", "g * min(1, max_norm / ||g||)")
 def _clip(inputs: Inputs) -> Pairs:
     weights = inputs.weights()
     for w in weights:
         w.grad = w.clone()
     wanted = exact(weights)
     total = torch.cat([w.flatten() for w in wanted]).norm()
-    norm = optim.clip_grad_norm_(weights, 2.0)
+    norm = clip.clip_grad_norm_(weights, 2.0)
     pairs = [(norm, total)]
     for w, reference in zip(weights, wanted, strict=True):
         assert w.grad is not None
         pairs.append((w.grad, reference * 2.0 / (total + 1e-6)))
     return pairs
+
+
+def _norms(inputs: Inputs) -> Pairs:
+    weights = inputs.weights()
+    flat = torch.cat([w.flatten() for w in exact(weights)])
+    return [
+        (clip.get_total_norm(weights), flat.norm()),
+        (clip.get_total_norm(weights, math.inf), flat.abs().max()),
+    ]
+
+
+OPERATIONS = [
+    Operation(name=name, formula=formula, function=function, pairs=pairs)
+    for name, formula, function, pairs in (
+        ("optim.SGD, momentum, Nesterov", "torch.optim.SGD", SGD, _momentum),
+        ("optim.SGD, group lasso", "prox of lr * R after the step", SGD, _sgd),
+        ("optim.Adam, AMSGrad", "torch.optim.Adam", Adam, _adam),
+        ("optim.AdamW, elastic net", "prox of lr * R after the step", AdamW, _adamw),
+        ("optim.Adagrad, preconditioned", "prox in the metric of the step", Adagrad, _adagrad),
+        ("optim.FTRL", "-soft(z, l1) / ((beta + sqrt(n)) / lr + l2)", FTRL, _ftrl),
+        ("optim.clip_grad_norm_", "g * min(1, max_norm / ||g||)", clip.clip_grad_norm_, _clip),
+        ("optim.get_total_norm", "||g||_2 and max |g|", clip.get_total_norm, _norms),
+    )
+]

@@ -6,23 +6,20 @@ and with norms that torch computes it breaks the graph instead.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _C
-from ..core import checks, dispatch, distributed, memory
+from ..core import checks, dispatch, distributed
 from ..core import params as _params
+from ..core.operator import Operator
+from ..penalty.kernels import value_dtype
+from .norms import KINDS, in_one_call, total_norm
 
 __all__ = ["clip_grad_norm_", "get_total_norm"]
-
-_DONE, _NEEDS_FLOAT64, _NEEDS_PREPARATION = 0, 1, 2
-_NORMS = {1.0: 0, 2.0: 1, math.inf: 2}
-#: Of these functions alone. Only sizes and dtypes are in it (the addresses of some 3800 tensors
-#: travel with each launch), so that calls with the same model find it as they need it.
-_tables = memory.launch_tables()
 
 
 def get_total_norm(
@@ -31,7 +28,7 @@ def get_total_norm(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    r"""The norm of all elements of all tensors, as if they were one vector.
+    r"""Return the norm of all elements of all tensors, as if they were one vector.
 
     As ``torch.nn.utils.get_total_norm``, in one launch that reads each element once. Sums run in
     float64, so 16-bit tensors neither overflow nor lose digits.
@@ -39,9 +36,9 @@ def get_total_norm(
     Args:
         tensors: a tensor or an iterable of them, usually gradients; DTensors too.
         norm_type: 1, 2 and infinity have kernels; torch computes the other norms.
-        error_if_nonfinite: raises RuntimeError if the norm is NaN or infinite; waits for the
+        error_if_nonfinite: raise RuntimeError if the norm is NaN or infinite; waits for the
             device.
-        foreach: accepted for torch's sake.
+        foreach: accepted for compatibility, ignored.
 
     Returns:
         0-d, on the first tensor's device, float32 (float64 if a tensor is). The same on every rank
@@ -55,10 +52,11 @@ def get_total_norm(
     """
     op = "optim.get_total_norm"
     listed = _params.as_list(tensors, op)
-    if _in_graph(op, listed, float(norm_type)):
-        norm: Tensor = torch.ops.fusereg.grad_norm(listed, _NORMS[float(norm_type)])
+    norm_type = float(norm_type)
+    if _in_graph(op, listed, norm_type):
+        norm: Tensor = _norm.overload(listed, KINDS[norm_type])
     else:
-        norm = total_norm(op, listed, float(norm_type))
+        norm = total_norm(op, listed, norm_type)
     if error_if_nonfinite:
         _check_finite(norm, norm_type)
     return norm
@@ -71,7 +69,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    r"""Scales all gradients so that their total norm is at most ``max_norm``; gives the norm.
+    r"""Scale all gradients so that their total norm is at most ``max_norm``, and return the norm.
 
     As ``torch.nn.utils.clip_grad_norm_``: :math:`g \leftarrow g \min(1, max\_norm / (\|g\| +
     10^{-6}))`, in two launches and without waiting for the device. An optimizer's
@@ -105,7 +103,7 @@ def clip_grad_norm_(
     if not dispatch.eager() and not error_if_nonfinite:
         grads = list({id(p): p.grad for p in listed if p.grad is not None}.values())
         if _in_graph(op, grads, norm_type):
-            found: Tensor = torch.ops.fusereg.clip_grads_(grads, max_norm, _NORMS[norm_type])
+            found: Tensor = _clip.overload(grads, max_norm, KINDS[norm_type])
             return found
     return _clip_parameters(op, listed, max_norm, norm_type, error_if_nonfinite)
 
@@ -114,8 +112,8 @@ def clip_grad_norm_(
 def _clip_parameters(
     op: str, listed: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
 ) -> Tensor:
-    if listed and norm_type in _NORMS and not error_if_nonfinite:
-        norm = _in_one_call(op, listed, True, _NORMS[norm_type], max_norm)
+    if listed and norm_type in KINDS and not error_if_nonfinite:
+        norm = in_one_call(op, listed, norm_type, of_params=True, max_norm=max_norm)
         if norm is not None:
             return norm
     repeated = set(_C.scan(listed)[1])
@@ -134,85 +132,21 @@ def _scale(grads: list[Tensor], norm: Tensor, max_norm: float) -> None:
             g.mul_(factor.to(g.device).to(g.dtype))
 
 
-@dispatch.outside_graphs
-def total_norm(op: str, tensors: list[Tensor], norm_type: float) -> Tensor:
-    """The norm over all elements; DTensors count as a whole."""
-    if not tensors:
-        return torch.tensor(0.0)
-    if norm_type not in _NORMS:
-        return torch.nn.utils.get_total_norm(tensors, norm_type)
-    kind = _NORMS[norm_type]
-    if isinstance(tensors[0], Tensor) and not distributed.has_dtensor(tensors):
-        norm = _in_one_call(op, tensors, False, kind, -1.0)
-        if norm is not None:
-            return norm
-    elif distributed.has_dtensor(tensors):
-        from . import dtensor as _dtensor
-
-        return _dtensor.total_norm(op, tensors, norm_type)
-    return combined([local_norm(op, tensors, kind)], norm_type).to(_result_dtype(tensors))
+def _check_finite(norm: Tensor, norm_type: float) -> None:
+    if not bool(torch.isfinite(norm)):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
+            "so it cannot be clipped. To disable this error and scale the gradients by the "
+            "non-finite norm anyway, set `error_if_nonfinite=False`"
+        )
 
 
-def local_norm(op: str, tensors: list[Tensor], kind: int) -> Tensor:
-    """In float64, over tensors that are prepared one by one."""
-    plain = [
-        checks.dense(checks.plain(_densified(t), op, f"tensors[{i}]"))
-        for i, t in enumerate(tensors)
-    ]
-    parts = []
-    for device, indices in _params.by_device(plain).items():
-        out = torch.empty((), dtype=torch.float64, device=device)
-        own = [plain[i] for i in indices]
-        work = memory.workspace(device)
-        if _C.grad_norm(own, False, out, kind, -1.0, work, _tables, op) != _DONE:
-            raise RuntimeError(f"fusereg.{op}: the kernel refused prepared tensors; please report")
-        parts.append(out)
-    return combined(parts, {v: k for k, v in _NORMS.items()}[kind])
-
-
-def combined(norms: list[Tensor], norm_type: float) -> Tensor:
-    """The norm of the whole from those of its parts, on the first one's device."""
-    if len(norms) == 1:
-        return norms[0]
-    together = torch.stack([n.to(norms[0].device, torch.float64) for n in norms])
-    norm: Tensor = torch.linalg.vector_norm(together, norm_type)
-    return norm
-
-
-def _densified(t: object) -> Tensor:
-    if isinstance(t, Tensor) and t.layout is torch.sparse_coo:
-        return t.coalesce().values()
-    return t  # type: ignore[return-value]
-
-
-def _result_dtype(tensors: list[Tensor]) -> torch.dtype:
-    return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
-
-
-def _in_one_call(
-    op: str, tensors: list[Tensor], of_params: bool, kind: int, clip: float
-) -> Tensor | None:
-    """None: something must be prepared first; nothing was written."""
-    device = tensors[0].device if isinstance(tensors[0], Tensor) else torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        return None
-    for dtype in (torch.float32, torch.float64):
-        out = torch.empty((), dtype=dtype, device=device)
-        work = memory.workspace(device)
-        status = _C.grad_norm(tensors, of_params, out, kind, clip, work, _tables, op)
-        if status == _DONE:
-            return out
-        if status == _NEEDS_PREPARATION:
-            return None
-    return None
-
-
-# --- torch.library --------------------------------------------------------------------------------
+# --- in graphs ------------------------------------------------------------------------------------
 
 
 def _in_graph(op: str, tensors: list[Tensor], norm_type: float) -> bool:
-    """Whether this call is one for the operators."""
-    if dispatch.eager() or not tensors or norm_type not in _NORMS:
+    """Return whether this call is one for the operators."""
+    if dispatch.eager() or not tensors or norm_type not in KINDS:
         return False
     for i, t in enumerate(tensors):
         if distributed.is_dtensor(t):
@@ -221,46 +155,29 @@ def _in_graph(op: str, tensors: list[Tensor], norm_type: float) -> bool:
     return True
 
 
-dispatch.library.define("grad_norm(Tensor[] tensors, int kind) -> Tensor")
-dispatch.library.define("clip_grads_(Tensor(a!)[] grads, float max_norm, int kind) -> Tensor")
-_NORM_TYPES = {kind: norm_type for norm_type, kind in _NORMS.items()}
+_NORM_TYPES = {kind: norm_type for norm_type, kind in KINDS.items()}
 
 
-def _op_grad_norm(tensors: list[Tensor], kind: int) -> Tensor:
-    return total_norm("optim.get_total_norm", list(tensors), _NORM_TYPES[kind])
-
-
-def _op_clip_grads_(grads: list[Tensor], max_norm: float, kind: int) -> Tensor:
-    op = "optim.clip_grad_norm_"
-    norm = _in_one_call(op, list(grads), False, kind, max_norm)
+def _clip_grads_(grads: list[Tensor], max_norm: float, kind: int) -> Tensor:
+    op, norm_type = "optim.clip_grad_norm_", _NORM_TYPES[kind]
+    norm = in_one_call(op, grads, norm_type, max_norm=max_norm)
     if norm is None:
-        norm = total_norm(op, list(grads), _NORM_TYPES[kind])
+        norm = total_norm(op, grads, norm_type)
         _scale(grads, norm, max_norm)
     return norm
 
 
-def _fake_norm(tensors: list[Tensor]) -> Tensor:
-    return tensors[0].new_empty((), dtype=_result_dtype(tensors))
+def _fake_norm(tensors: list[Tensor], *_: Any) -> Tensor:
+    return tensors[0].new_empty((), dtype=value_dtype(tensors))
 
 
-for _key in ("CPU", "CUDA"):
-    dispatch.library.impl("grad_norm", _op_grad_norm, _key)
-    dispatch.library.impl("clip_grads_", _op_clip_grads_, _key)
-
-torch.library.register_fake(
-    "fusereg::grad_norm", lambda tensors, kind: _fake_norm(tensors), lib=dispatch.library
+_norm = Operator(
+    "grad_norm(Tensor[] tensors, int kind) -> Tensor",
+    lambda tensors, kind: total_norm("optim.get_total_norm", tensors, _NORM_TYPES[kind]),
+    fake=_fake_norm,
 )
-torch.library.register_fake(
-    "fusereg::clip_grads_",
-    lambda grads, max_norm, kind: _fake_norm(grads),
-    lib=dispatch.library,
+_clip = Operator(
+    "clip_grads_(Tensor(a!)[] grads, float max_norm, int kind) -> Tensor",
+    _clip_grads_,
+    fake=_fake_norm,
 )
-
-
-def _check_finite(norm: Tensor, norm_type: float) -> None:
-    if not bool(torch.isfinite(norm)):
-        raise RuntimeError(
-            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
-            "so it cannot be clipped. To disable this error and scale the gradients by the "
-            "non-finite norm anyway, set `error_if_nonfinite=False`"
-        )

@@ -7,51 +7,49 @@ along it, as FSDP2 does; other placements are refused with a group term.
 
 from __future__ import annotations
 
-import math
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ..core import distributed
-from ..penalty import dtensor as _dtensor
-from ..penalty.kernels import Strengths
-from . import clip
+from ..penalty import dtensor as _sharded
+from ..penalty.strengths import Strengths
 from . import kernels as _kernels
-from .kernels import Call, State
+from .kernels import Call, given
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def run(call: Call, keys: tuple[str, ...]) -> None:
-    """As _kernels.run_prepared, over local shards. The value is the same on every rank."""
-    indices = [i for i, p in enumerate(call.params) if p.grad is not None]
-    groups = call.group_of()
-    rows = [call.hypers[groups[i]][7] for i in indices]
-    # A tensor's strength is not asked for: it counts as a group term.
-    present = [1.0 if isinstance(r, Tensor) or r != 0.0 else 0.0 for r in rows]
+    """Run the step over local shards. The value is the same on every rank."""
+    hypers = call.hyper_of()
+    indices = [i for i, _ in call.present()]
     params = [call.params[i] for i in indices]
-    buckets = _dtensor.by_mesh(call.op, params, Strengths(0.0, 0.0, present), 0)
+    # A tensor's strength is not asked for: it counts as a group term.
+    strengths = Strengths(group=[float(given(hypers[i].group)) for i in indices])
     total = None if call.value is None else torch.zeros_like(call.value)
     with torch.no_grad():
+        buckets = _sharded.by_mesh(call.op, params, strengths)
         grads = [_local_grad(call.op, i, call.params[i]) for i in indices]
         for where, own in buckets:
-            whole = [indices[n] for n in own]
-            local = [_dtensor.local_part(call.params[i]) for i in whole]
+            local = [_sharded.local_part(params[n]) for n in own]
             value = None if total is None else torch.zeros_like(total)
-            part = call.part(whole, local[0].device, value)
-            states = [_local_state(s) for s in part.states]
-            part = part._replace(params=local, states=states)
-            _kernels.run_prepared(part, keys, [grads[n] for n in own])
+            whole = [indices[n] for n in own]
+            own_grads = [grads[n] for n in own]
+            part = call.part(whole, params=local, grads=own_grads, value=value)
+            states = [{k: _local_state(v) for k, v in s.items()} for s in part.states]
+            _kernels.run_prepared(part._replace(states=states), keys)
             if total is not None and value is not None:
-                total += _dtensor.sum_over_ranks(value, where).to(total.device)
+                total += _sharded.sum_over_ranks(value, where).to(total.device)
     if total is not None and call.value is not None:
         call.value.copy_(total)
-    torch.autograd.graph.increment_version([p for p in params if distributed.is_dtensor(p)])
+    _sharded.mark_written(params)
 
 
-def _local_state(state: State) -> State:
-    return {k: _dtensor.local_part(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+def _local_state(value: Any) -> Any:
+    return _sharded.local_part(value) if isinstance(value, Tensor) else value
 
 
 def _local_grad(op: str, i: int, p: Tensor) -> Tensor | None:
@@ -62,32 +60,8 @@ def _local_grad(op: str, i: int, p: Tensor) -> Tensor | None:
         raise ValueError(
             f"fusereg.{op}: params[{i}].grad must be a DTensor as its parameter, got a plain tensor"
         )
-    wanted = cast(DTensor, p)
-    placed: Any = cast(DTensor, grad)
+    wanted = cast("DTensor", p)
+    placed: Any = grad
     if placed.placements != wanted.placements:
         placed = placed.redistribute(wanted.device_mesh, wanted.placements)
     return cast(Tensor, placed.to_local())
-
-
-def total_norm(op: str, tensors: list[Tensor], norm_type: float) -> Tensor:
-    """The norm over whole tensors, the same on every rank."""
-    zero = Strengths(0.0, 0.0, 0.0)
-    kind = {1.0: 0, 2.0: 1, math.inf: 2}[norm_type]
-    parts = []
-    with torch.no_grad():
-        for where, own in _dtensor.by_mesh(op, tensors, zero, 0):
-            norm = clip.local_norm(op, [_dtensor.local_part(tensors[i]) for i in own], kind)
-            parts.append(_over_ranks(norm, where, norm_type))
-    dtype = torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
-    return clip.combined(parts, norm_type).to(dtype)
-
-
-def _over_ranks(norm: Tensor, where: _dtensor.Where, norm_type: float) -> Tensor:
-    if where is None or not where[1]:
-        return norm
-    mesh, dims = where
-    total = norm.square() if norm_type == 2.0 else norm.clone()
-    how = dist.ReduceOp.MAX if norm_type == math.inf else dist.ReduceOp.SUM
-    for mesh_dim in dims:
-        dist.all_reduce(total, op=how, group=mesh.get_group(mesh_dim))
-    return total.sqrt() if norm_type == 2.0 else total

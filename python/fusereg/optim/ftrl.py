@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..core import dispatch
-from .optimizer import ParamsT, RegularizedOptimizer, check_numbers, own_defaults
-from .texts import share
+from .optimizer import RegularizedOptimizer, documented
+from .options import CommonOptions, Number, ParamsT
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["FTRL"]
 
 
+@documented
 class FTRL(RegularizedOptimizer):
     r"""Per-coordinate FTRL-Proximal (McMahan et al. 2013, "Ad click prediction", Algorithm 1).
 
@@ -64,45 +68,26 @@ class FTRL(RegularizedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 0.1,
+        lr: Number = 0.1,
         beta: float = 1.0,
         *,
-        l1: float | Tensor = 0.0,
-        l2: float | Tensor = 0.0,
-        weight_decay: float | Tensor = 0.0,
+        weight_decay: Number = 0.0,
         initial_accumulator_value: float = 0.0,
-        max_grad_norm: float | None = None,
-        master_weights: bool = False,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
+        **options: Unpack[CommonOptions],
     ) -> None:
-        check_numbers(
-            self._name,
-            lr=(lr, math.inf),
-            beta=(beta, math.inf),
-            weight_decay=(weight_decay, math.inf),
-            initial_accumulator_value=(initial_accumulator_value, math.inf),
-        )
-        for name, value in (("lr", lr), ("beta", beta)):
-            if not isinstance(value, Tensor) and value == 0.0:
-                raise ValueError(f"fusereg.optim.FTRL: {name} must be > 0, got {value}")
         defaults = {
             "lr": lr,
             "beta": beta,
             "weight_decay": weight_decay,
             "initial_accumulator_value": initial_accumulator_value,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "fused": fused,
-            **own_defaults(l1, l2, 0.0, True, master_weights),
         }
-        super().__init__(params, defaults, max_grad_norm)
+        super().__init__(params, defaults, **options)
+        for name, value in (("lr", lr), ("beta", beta)):
+            if not isinstance(value, Tensor) and value == 0.0:
+                raise ValueError(f"fusereg.optim.FTRL: {name} must be > 0, got {value}")
 
-    def _numbers(self, group: dict[str, Any]) -> tuple[Any, Any, Any]:
-        return group["beta"], 0.0, 0.0
+    def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {"first": group["beta"]}
 
     def _new_state(self, key: str, p: Tensor, group: dict[str, Any]) -> Tensor:
         start = super()._new_state(key, p, group)
@@ -144,6 +129,3 @@ def _is_zero(rate: Any) -> bool:
     if isinstance(rate, Tensor):
         return rate.device.type == "cpu" and float(rate) == 0.0
     return bool(rate == 0.0)
-
-
-share(FTRL)

@@ -1,9 +1,9 @@
-"""Calls of the optimizers' kernels, on whatever tensors there are.
+"""Calls of the optimizers' kernels on any tensors.
 
 The kernels take plain dense tensors of one device, each parameter's in one memory order. A list of
 such goes to them as it is. Only if the binding declines (it has written nothing then) are the
-tensors looked at one by one: states are laid out anew for good, odd parameters and gradients are
-copied, devices separated, and what cannot be is named in an error.
+tensors prepared one by one: states are laid out anew for good, odd parameters and gradients are
+copied, devices separated, and a tensor that cannot be used is named in an error.
 """
 
 from __future__ import annotations
@@ -17,19 +17,57 @@ from torch import Tensor
 from .. import _C
 from ..core import checks, memory
 from ..core import params as _params
+from ..penalty.kernels import NEEDS_PREPARATION, copy_into, must
+from .options import Number
 
-DONE, NEEDS_PREPARATION, NEEDS_STATE = 0, 2, 3
+#: What the binding returns, besides the statuses of the penalties' kernels.
+NEEDS_STATE = 3
 
 State: TypeAlias = dict[str, Any]
-Hyper: TypeAlias = tuple[Any, ...]
+
+
+def given(strength: Number) -> bool:
+    """Return whether there is such a term: a tensor's value is not asked for."""
+    return isinstance(strength, Tensor) or strength != 0.0
+
+
+class Hyper(NamedTuple):
+    """Hyperparameters of a param group: numbers, then options, in the order of the kernels.
+
+    ``first``, ``second`` and ``eps`` are an algorithm's own numbers.
+    """
+
+    lr: Number
+    first: Number = 0.0
+    second: Number = 0.0
+    eps: Number = 0.0
+    weight_decay: Number = 0.0
+    l1: Number = 0.0
+    l2: Number = 0.0
+    group: Number = 0.0
+    prox: int = 0
+    maximize: bool = False
+    amsgrad: bool = False
+    nesterov: bool = False
+    decoupled_decay: bool = False
+    momentum: bool = False
+    master_weights: bool = False
+
+    def penalized(self) -> bool:
+        """Return whether there is a penalty."""
+        return given(self.l1) or given(self.l2) or given(self.group)
 
 
 class Call(NamedTuple):
-    """The arguments of one step; ``counts`` parameters belong to each of ``hypers`` in turn."""
+    """One step: the arguments of ``_C.optimizer_step`` in their order.
 
-    op: str
+    ``counts`` parameters belong to each of ``hypers`` in turn; ``grads=None`` means each
+    parameter's ``.grad``; ``fresh`` are the indices of parameters whose states are new.
+    """
+
     algorithm: int
     params: list[Tensor]
+    grads: Sequence[Tensor | None] | None
     states: list[State]
     counts: tuple[int, ...]
     hypers: tuple[Hyper, ...]
@@ -39,104 +77,98 @@ class Call(NamedTuple):
     found_inf: Tensor | None
     norm: Tensor | None
     max_norm: float
+    workspace: Tensor | None
     tables: _C._LaunchTables
+    op: str
 
-    def group_of(self) -> list[int]:
-        return [g for g, count in enumerate(self.counts) for _ in range(count)]
+    def hyper_of(self) -> list[Hyper]:
+        """Return each parameter's hyperparameters."""
+        return [h for h, n in zip(self.hypers, self.counts, strict=True) for _ in range(n)]
 
-    def part(self, indices: Sequence[int], device: torch.device, value: Tensor | None) -> Call:
-        """The same step for some of the parameters, with its scalars on their device."""
-        groups = self.group_of()
+    def present(self) -> list[tuple[int, Tensor]]:
+        """Return the indices and gradients of the parameters that have one."""
+        grads = [p.grad for p in self.params] if self.grads is None else self.grads
+        return [(i, g) for i, g in enumerate(grads) if g is not None]
+
+    def part(self, indices: Sequence[int], **changed: Any) -> Call:
+        """Return the same step for some of the parameters, but for what is ``changed``."""
+        groups = [g for g, count in enumerate(self.counts) for _ in range(count)]
         counts = [0] * len(self.counts)
         for i in indices:
             counts[groups[i]] += 1
         fresh = set(self.fresh)
         return self._replace(
-            params=[self.params[i] for i in indices],
             states=[self.states[i] for i in indices],
             counts=tuple(counts),
-            hypers=tuple(tuple(_on(device, x) for x in h) for h in self.hypers),
             fresh=tuple(n for n, i in enumerate(indices) if i in fresh),
-            value=value,
-            grad_scale=_on(device, self.grad_scale),
-            found_inf=_on(device, self.found_inf),
-            norm=_on(device, self.norm),
+            **changed,
         )
 
 
-def _on(device: torch.device, value: Any) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def run(call: Call, grads: Sequence[Tensor | None] | None = None) -> int:
-    """The kernel's status: DONE, NEEDS_PREPARATION or NEEDS_STATE."""
+def run(call: Call) -> int:
+    """Return the kernel's status: DONE, NEEDS_PREPARATION or NEEDS_STATE."""
     device = call.params[0].device
     if device.type not in ("cpu", "cuda"):
         return NEEDS_PREPARATION
-    return _C.optimizer_step(
-        call.algorithm,
-        call.params,
-        grads,
-        call.states,
-        call.counts,
-        call.hypers,
-        call.fresh,
-        call.value,
-        call.grad_scale,
-        call.found_inf,
-        call.norm,
-        call.max_norm,
-        memory.workspace(device),
-        call.tables,
-        call.op,
-    )
+    workspace = memory.workspace(device)
+    return _C.optimizer_step(*(call if workspace is None else call._replace(workspace=workspace)))
 
 
-def run_prepared(
-    call: Call, keys: tuple[str, ...], grads: list[Tensor | None] | None = None
-) -> None:
-    """The step for tensors that the kernels do not take as they are."""
-    if grads is None:
-        grads = [p.grad for p in call.params]
-    indices = [i for i, g in enumerate(grads) if g is not None]
+def run_prepared(call: Call, keys: tuple[str, ...]) -> None:
+    """Run the step for tensors that the kernels do not take as they are."""
+    hypers = call.hyper_of()
+    present = call.present()
     plain: list[Tensor] = []
-    for i in indices:
+    for i, _ in present:
         p = call.params[i]
         plain.append(checks.plain(p, call.op, f"params[{i}]"))
         checks.check_writable(p, call.op, f"params[{i}]")
-    checks.check_apart([call.params[i] for i in indices], call.op, "params[{}]")
-    groups = call.group_of()
+    checks.check_apart([call.params[i] for i, _ in present], call.op, "params[{}]")
     ready: list[Tensor] = []
-    ready_grads: list[Tensor] = []
-    for i, p in zip(indices, plain, strict=True):
-        grad = grads[i]
-        assert grad is not None
+    grads: list[Tensor] = []
+    for (i, grad), p in zip(present, plain, strict=True):
         g = _plain_grad(call, i, p, grad)
-        rows = call.hypers[groups[i]][7]
-        target = _target(p, isinstance(rows, Tensor) or rows != 0.0)
+        target = laid_out(p, given(hypers[i].group))
         ready.append(target)
-        ready_grads.append(g if g.stride() == target.stride() else _in_layout(target, g))
+        grads.append(g if g.stride() == target.stride() else _in_layout(target, g))
         _lay_out_state(call, call.states[i], target, keys)
     parts = []
     for device, own in _params.by_device(ready).items():
         value = None if call.value is None else torch.zeros_like(call.value, device=device)
-        part = call.part([indices[n] for n in own], device, value)
-        part = part._replace(params=[ready[n] for n in own])
-        if run(part, [ready_grads[n] for n in own]) != DONE:
-            raise RuntimeError(
-                f"fusereg.{call.op}: the kernel refused prepared tensors; please report this"
-            )
+        part = call.part(
+            [present[n][0] for n in own],
+            params=[ready[n] for n in own],
+            grads=[grads[n] for n in own],
+            hypers=tuple(Hyper(*(_on(device, x) for x in h)) for h in call.hypers),
+            value=value,
+            grad_scale=_on(device, call.grad_scale),
+            found_inf=_on(device, call.found_inf),
+            norm=_on(device, call.norm),
+        )
+        must(call.op, run(part))
         if value is not None:
             parts.append(value)
     if call.value is not None:
         call.value.zero_()
         for value in parts:
             call.value.add_(value.to(call.value.device))
-    for i, p, r in zip(indices, plain, ready, strict=True):
+    for (i, _), p, r in zip(present, plain, ready, strict=True):
         target = call.params[i]
         if r is not p or target.is_neg():
-            with torch.inference_mode() if target.is_inference() else torch.no_grad():
-                target.copy_(r)
+            copy_into(target, r)
+
+
+def laid_out(p: Tensor, rows: bool) -> Tensor:
+    """Return the parameter itself if a kernel can walk it (in rows), else a copy that it can."""
+    if not _C.inspect(p)[1]:
+        return p.contiguous()
+    in_order = p.dim() == 0 or p.numel() in (0, p.shape[0]) or p.shape[0] == 1
+    in_order = in_order or p.stride(0) * p.shape[0] == p.numel()
+    return p if in_order or not rows else p.contiguous()
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _plain_grad(call: Call, i: int, p: Tensor, grad: Tensor) -> Tensor:
@@ -159,21 +191,12 @@ def _plain_grad(call: Call, i: int, p: Tensor, grad: Tensor) -> Tensor:
     return g
 
 
-def _target(p: Tensor, rows: bool) -> Tensor:
-    """The parameter itself if the kernel can walk it, else a copy that it can."""
-    if not _C.inspect(p)[1]:
-        return p.contiguous()
-    in_order = p.dim() == 0 or p.numel() in (0, p.shape[0]) or p.shape[0] == 1
-    in_order = in_order or p.stride(0) * p.shape[0] == p.numel()
-    return p if in_order or not rows else p.contiguous()
-
-
 def _in_layout(target: Tensor, source: Tensor) -> Tensor:
     return torch.empty_like(target, dtype=source.dtype).copy_(source)
 
 
 def _lay_out_state(call: Call, state: State, target: Tensor, keys: tuple[str, ...]) -> None:
-    """Puts states into the parameter's memory order, and onto its device, for good."""
+    """Put states into the parameter's memory order, and onto its device, for good."""
     for key in (*keys, "master_param"):
         s = state.get(key)
         if not isinstance(s, Tensor):
@@ -195,21 +218,3 @@ def _lay_out_state(call: Call, state: State, target: Tensor, keys: tuple[str, ..
     step = state.get("step")
     if isinstance(step, Tensor):
         state["step"] = step.to(target.device, torch.float32)
-
-
-def norm_of_grads(call: Call, distributed: bool, tables: _C._LaunchTables) -> Tensor:
-    """The 2-norm of all gradients as they are; ``tables`` are for such calls alone."""
-    from . import clip
-
-    if not distributed:
-        device = call.params[0].device
-        if device.type in ("cpu", "cuda"):
-            for dtype in (torch.float32, torch.float64):
-                out = torch.empty((), dtype=dtype, device=device)
-                work = memory.workspace(device)
-                status = _C.grad_norm(call.params, True, out, 1, -1.0, work, tables, call.op)
-                if status == DONE:
-                    return out
-                if status == NEEDS_PREPARATION:
-                    break
-    return clip.total_norm(call.op, [p.grad for p in call.params if p.grad is not None], 2.0)

@@ -1,42 +1,48 @@
-"""What fusereg's optimizers share: param groups and states as torch has them, one call a step.
-
-Layers, from the kernel outwards:
-
-``_C.optimizer_step``
-    the kernels: all parameters in one call.
-``_kernels``
-    the same for whatever tensors there are: odd layouts, several devices, sparse gradients.
-``_distributed``
-    the same for DTensors.
-``_graphs``
-    the step as an operator, in compiled code.
-``RegularizedOptimizer.step``
-    the entry.
-"""
+"""What fusereg's optimizers share: param groups and states as torch has them, one call a step."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ..core import dispatch, distributed, memory
-from . import graphs as _graphs
+from ..core.docs import share_paragraphs
+from ..penalty.kernels import DONE, value_dtype
+from . import dtensor as _sharded
 from . import kernels as _kernels
-from .kernels import Call, Hyper, State
+from . import op as _op
+from .kernels import Call, Hyper, State, given
+from .norms import norm_of_grads
+from .op import LOW_PRECISION, Lists
+from .options import DEFAULTS, NOTES, PENALTY, CommonOptions, Options, ParamsT
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["RegularizedOptimizer"]
 
-ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
 _PROX = {False: 0, True: 1, "decoupled": 1, "preconditioned": 2}
-_OWN = ("l1", "l2", "group", "prox", "master_weights")
 _NO_STATE: State = {}
+#: What :meth:`RegularizedOptimizer._check_group` looks at, strengths first.
+_CHECKED = ("l1", "l2", "group", "prox", "momentum")
+#: Arguments that must not be negative, and what they must be below.
+_LIMITS = {
+    "lr": math.inf,
+    "momentum": math.inf,
+    "betas": 1.0,
+    "eps": math.inf,
+    "beta": math.inf,
+    "lr_decay": math.inf,
+    "weight_decay": math.inf,
+    "initial_accumulator_value": math.inf,
+}
 
 
 class _WatchedStates(defaultdict[Any, Any]):
@@ -86,10 +92,12 @@ class _Plan:
         self.states: list[State] = [states.get(p, _NO_STATE) for p in self.params]
         self.version = states.version
         self.distributed = distributed.has_dtensor(self.params)
-        float64 = any(p.dtype is torch.float64 for p in self.params)
-        self.value_dtype = torch.float64 if float64 else torch.float32
+        self.value_dtype = value_dtype(self.params)
+        #: Of each group the arguments that were checked last.
+        self.checked: list[list[Any]] = [[self] * len(_CHECKED) for _ in groups]
 
     def holds(self, groups: list[dict[str, Any]], states: Any) -> bool:
+        """Return whether parameters and states are still those of the optimizer."""
         if self.watched is not states or self.version != states.version:
             return False
         if len(self.parts) != len(groups):
@@ -120,27 +128,42 @@ class RegularizedOptimizer(torch.optim.Optimizer):
     #: GradScaler may hand over its scale and its finding; the kernels read them on the device.
     _step_supports_amp_scaling = True
 
+    max_grad_norm: float | None = None
+    _norm: Tensor | None = None
+    _norm_scale: Tensor | None = None
+    _plan: _Plan | None = None
+
     def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], max_grad_norm: float | None
+        self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]
     ) -> None:
-        self.max_grad_norm = _check_max_norm(max_grad_norm, self._name)
+        known = self._options()
+        for name in options:
+            if name not in known:
+                raise TypeError(
+                    f"{type(self).__name__}.__init__() got an unexpected keyword argument '{name}'"
+                )
+        shared: dict[str, Any] = {**DEFAULTS, **options}
+        for name, limit in _LIMITS.items():
+            if name == "betas" and name in defaults:
+                for i, beta in enumerate(defaults[name]):
+                    self._check_number(f"betas[{i}]", beta, limit)
+            elif name in defaults:
+                self._check_number(name, defaults[name], limit)
+        self.max_grad_norm = _check_max_norm(shared.pop("max_grad_norm"), self._name)
         self.penalty_value: Tensor = torch.zeros(())
-        self._norm: Tensor | None = None
-        self._norm_scale: Tensor | None = None
-        self._plan: _Plan | None = None
         self._new_tables()
-        if defaults.get("differentiable"):
+        if shared["differentiable"]:
             raise ValueError(
                 f"fusereg.optim.{self._name}: differentiable=True is not supported: the step is a "
                 f"kernel that autograd does not record; use torch.optim.{self._name}"
             )
-        if defaults.get("fused") and defaults.get("foreach"):
+        if shared["fused"] and shared["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, **shared})
         self.state = _WatchedStates(dict, self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; the group may have its own ``l1``, ``l2``, ``group`` and ``prox``."""
+        """Add a param group, which may have its own ``l1``, ``l2``, ``group`` and ``prox``."""
         self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -150,10 +173,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups")
         super().__setstate__(state)
-        self.__dict__.setdefault("max_grad_norm", None)
         self.__dict__.setdefault("penalty_value", torch.zeros(()))
-        self.__dict__.setdefault("_norm", None)
-        self.__dict__.setdefault("_norm_scale", None)
         self._plan = None
         self._new_tables()
         for i, group in enumerate(self.param_groups):
@@ -164,7 +184,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         self.state = _WatchedStates(dict, self.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this optimizer or of torch's of the same name.
+        """Load a state dict of this optimizer or of torch's of the same name.
 
         torch would round the float32 states of 16-bit parameters to the parameters' dtype; here
         they keep their bits.
@@ -175,7 +195,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         with torch.no_grad():
             for i, p in zip(ids, params, strict=True):
-                if p.dtype not in (torch.float16, torch.bfloat16) or i not in saved:
+                if p.dtype not in LOW_PRECISION or i not in saved:
                     continue
                 for key in (*self._keys, "master_param"):
                     value = saved[i].get(key)
@@ -184,31 +204,89 @@ class RegularizedOptimizer(torch.optim.Optimizer):
                         self.state[p][key] = exact.clone() if exact is value.detach() else exact
 
     def _new_tables(self) -> None:
-        """Memory for CUDA launches over many parameters; a copy of this has its own."""
+        """Make memory for CUDA launches over many parameters; a copy of this has its own."""
         self._step_tables = memory.launch_tables()
         self._norm_tables = memory.launch_tables()
 
     # -- what a subclass says --
 
-    def _numbers(self, group: dict[str, Any]) -> tuple[Any, Any, Any]:
-        """``first``, ``second`` and ``eps`` of the kernels."""
+    def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Return the algorithm's own fields of a :class:`Hyper`."""
         raise NotImplementedError
-
-    def _options(self, group: dict[str, Any]) -> tuple[bool, bool, bool, bool]:
-        """``amsgrad``, ``nesterov``, ``decoupled_decay``, ``momentum`` of the kernels."""
-        return False, False, False, False
 
     def _wanted_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._keys
 
     def _new_state(self, key: str, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """A state before the first step; float32 for 16-bit parameters."""
-        dtype = torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype
+        """Return a state before the first step; float32 for 16-bit parameters."""
+        dtype = torch.float32 if p.dtype in LOW_PRECISION else p.dtype
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
     def _forgets(self, call: Call) -> bool:
-        """Whether states that were made for this step must go again."""
+        """Return whether states that were made for this step must go again."""
         return False
+
+    # -- arguments --
+
+    @classmethod
+    def _options(cls) -> dict[str, tuple[Any, Any]]:
+        """Return the defaults and types of the shared arguments that this optimizer takes."""
+        types = get_type_hints(Options if cls._supports_group else CommonOptions)
+        return {name: (default, types[name]) for name, default in DEFAULTS.items() if name in types}
+
+    def _check_number(self, name: str, value: Any, limit: float) -> None:
+        """Raise for a number that is negative, or not below its upper limit."""
+        where = f"fusereg.optim.{self._name}: {name}"
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"{where} must be one number, got a tensor of {value.numel()}")
+        elif not 0.0 <= value < limit:
+            wanted = "not negative" if limit == math.inf else f"in [0, {limit})"
+            raise ValueError(f"{where} must be {wanted}, got {value}")
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise if a group's strengths are out of range, or do not go with its ``prox``."""
+        where = f"fusereg.optim.{self._name}: "
+        for name in ("l1", "l2", "group"):
+            _check_strength(group[name], where + name)
+        prox = group["prox"]
+        if not isinstance(prox, (bool, str)) or prox not in _PROX:
+            raise ValueError(
+                f"{where}prox must be True, False, 'decoupled' or 'preconditioned', got {prox!r}"
+            )
+        if not given(group["group"]):
+            return
+        no_step = "with a metric of its own for each coordinate the group's step has no closed form"
+        if not self._supports_group:
+            raise ValueError(f"{where}group is not supported: {no_step}")
+        if prox == "preconditioned" and self._algorithm != 0:
+            raise ValueError(
+                f"{where}group cannot go with prox='preconditioned': {no_step}; "
+                "use prox='decoupled'"
+            )
+
+    def _check_changed(self, plan: _Plan) -> None:
+        """Check the groups whose strengths are not those that were checked last."""
+        for i, group in enumerate(self.param_groups):
+            own: list[Any] = [group.get(key) for key in _CHECKED]
+            if not all(map(operator.is_, own, plan.checked[i])):
+                if any(map(given, own[:3])):
+                    self._check_group(group)
+                plan.checked[i] = own
+
+    def _hyper(self, group: dict[str, Any]) -> Hyper:
+        penalized = given(group["l1"]) or given(group["l2"]) or given(group["group"])
+        return Hyper(
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            l1=group["l1"],
+            l2=group["l2"],
+            group=group["group"],
+            prox=_PROX[group["prox"]] if penalized else 0,
+            maximize=bool(group["maximize"]),
+            master_weights=bool(group["master_weights"]),
+            **self._specific(group),
+        )
 
     # -- the step --
 
@@ -222,41 +300,21 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             return self._norm
         return self._norm / self._norm_scale
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        for name in ("l1", "l2", "group"):
-            _check_strength(group[name], f"fusereg.optim.{self._name}: {name}")
-        prox = group["prox"]
-        if not isinstance(prox, (bool, str)) or prox not in _PROX:
-            raise ValueError(
-                f"fusereg.optim.{self._name}: prox must be True, False, 'decoupled' or "
-                f"'preconditioned', got {prox!r}"
-            )
-        if _given(group["group"]):
-            if not self._supports_group:
-                raise ValueError(
-                    f"fusereg.optim.{self._name}: group is not supported: with a metric of its own "
-                    "for each coordinate the group's step has no closed form"
-                )
-            if prox == "preconditioned" and self._algorithm != 0:
-                raise ValueError(
-                    f"fusereg.optim.{self._name}: group cannot go with prox='preconditioned': with "
-                    "a metric of its own for each coordinate the group's step has no closed form; "
-                    "use prox='decoupled'"
-                )
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient.
 
-    def _hyper(self, group: dict[str, Any]) -> Hyper:
-        l1, l2, row = group["l1"], group["l2"], group["group"]
-        penalized = _given(l1) or _given(l2) or _given(row)
-        if penalized:
-            self._check_group(group)
-        prox = _PROX[group["prox"]] if penalized else 0
-        first, second, eps = self._numbers(group)
-        amsgrad, nesterov, decoupled, momentum = self._options(group)
-        return (
-            *(group["lr"], first, second, eps, group["weight_decay"], l1, l2, row, prox),
-            *(bool(group["maximize"]), amsgrad, nesterov, decoupled, momentum),
-            bool(group["master_weights"]),
-        )
+        Args:
+            closure: computes the loss and its gradients again; its result (None too) is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not (
+            torch.compiler.is_dynamo_compiling() and dispatch.whole_graph() and self._run_in_graph()
+        ):
+            self._run()
+        return loss
 
     @dispatch.outside_graphs
     def _run(self) -> None:
@@ -266,45 +324,45 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             plan = self._new_plan()
         if not plan.params:
             return
+        self._check_changed(plan)
         hypers = tuple([self._hyper(g) for g in groups])
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
         value: Tensor | None = None
-        if any(_given(h[5]) or _given(h[6]) or _given(h[7]) for h in hypers):
+        if any(h.penalized() for h in hypers):
             value = torch.zeros((), dtype=plan.value_dtype, device=plan.params[0].device)
+        scale: Tensor | None = getattr(self, "grad_scale", None)
         op = f"optim.{self._name}"
-        call = Call(
-            op,
-            self._algorithm,
-            plan.params,
-            plan.states,
-            plan.counts,
-            hypers,
-            (),
-            value,
-            scale,
-            found_inf,
-            None,
-            0.0,
-            self._step_tables,
-        )
+        norm, max_norm = None, 0.0
         if self.max_grad_norm is not None:
-            self._norm = _kernels.norm_of_grads(call, plan.distributed, self._norm_tables)
-            self._norm_scale = scale
-            call = call._replace(norm=self._norm, max_norm=self.max_grad_norm)
-        if not plan.distributed:
+            norm, max_norm = norm_of_grads(op, plan.params, self._norm_tables), self.max_grad_norm
+            self._norm, self._norm_scale = norm, scale
+        call = Call(
+            algorithm=self._algorithm,
+            params=plan.params,
+            grads=None,
+            states=plan.states,
+            counts=plan.counts,
+            hypers=hypers,
+            fresh=(),
+            value=value,
+            grad_scale=scale,
+            found_inf=getattr(self, "found_inf", None),
+            norm=norm,
+            max_norm=max_norm,
+            workspace=None,
+            tables=self._step_tables,
+            op=op,
+        )
+        if plan.distributed:
+            call = self._with_states(call)
+            _sharded.run(call, self._keys)
+        else:
             status = _kernels.run(call)
             if status == _kernels.NEEDS_STATE:
                 call = self._with_states(call)
                 status = _kernels.run(call)
-            if status != _kernels.DONE:
+            if status != DONE:
                 call = self._with_states(call)
                 _kernels.run_prepared(call, self._keys)
-        else:
-            from . import dtensor as _dtensor
-
-            call = self._with_states(call)
-            _dtensor.run(call, self._keys)
         if value is not None:
             self.penalty_value = value
         if call.fresh and self._forgets(call):
@@ -320,7 +378,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         return plan
 
     def _with_states(self, call: Call) -> Call:
-        """The call after states were made for the parameters that have a gradient but none yet."""
+        """Return the call after making the states of parameters that have a gradient but none."""
         fresh = list(call.fresh)
         index = 0
         with torch.no_grad():
@@ -334,7 +392,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         return call._replace(states=plan.states, fresh=tuple(fresh))
 
     def _add_missing(self, p: Tensor, keys: tuple[str, ...], group: dict[str, Any]) -> bool:
-        """Whether one of the states in ``keys`` was made."""
+        """Make the states that do not exist; return whether one in ``keys`` was made."""
         if p.is_complex():
             raise ValueError(
                 f"fusereg.optim.{self._name}: complex parameters ({p.dtype}) are not supported; "
@@ -344,47 +402,133 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         if self._has_step and not isinstance(state.get("step"), Tensor):
             start = float(state.get("step", 0.0))
             state["step"] = torch.full((), start, dtype=torch.float32, device=p.device)
-        made = False
-        for key in keys:
-            if state.get(key) is None:
-                state[key] = self._new_state(key, p, group)
-                made = True
-        if (
-            group["master_weights"]
-            and p.dtype in (torch.float16, torch.bfloat16)
-            and state.get("master_param") is None
-        ):
+        missing = [key for key in keys if state.get(key) is None]
+        for key in missing:
+            state[key] = self._new_state(key, p, group)
+        if _wants_master(p, group) and state.get("master_param") is None:
             state["master_param"] = p.detach().to(torch.float32, copy=True)
-        return made
+        return bool(missing)
+
+    # -- the step in a graph that must not break --
+
+    def _run_in_graph(self) -> bool:
+        """Run the step as one operator while dynamo traces; return False if it cannot be one.
+
+        What dynamo lets an optimizer's method assign to attributes is lost: the value and the norm
+        are written to the tensors that are there.
+        """
+        for name in ("grad_scale", "found_inf", "_norm_scale"):
+            if getattr(self, name, None) is not None:
+                return False
+        lists = Lists([], [], [], [], [])
+        counts: list[int] = []
+        hypers: list[Hyper] = []
+        for group in self.param_groups:
+            own = Lists([], [], [], [], [])
+            if not self._init_group(group, *own):
+                return False
+            for whole, part in zip(lists, own, strict=True):
+                whole.extend(part)
+            counts.append(len(own.params))
+            hypers.append(self._hyper(group))
+        value = self.penalty_value if any(h.penalized() for h in hypers) else None
+        norm = self._norm if self.max_grad_norm is not None else None
+        with torch.no_grad():
+            if lists.params:
+                max_norm = self.max_grad_norm or 0.0
+                _op.step(self._algorithm, lists, counts, hypers, (value, norm), max_norm)
+            else:
+                for result in (value, norm):
+                    if result is not None:
+                        result.zero_()
+        return True
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
-        """Fills the lists with what a compiled step works on; False if it cannot be compiled.
+        """Fill the lists with what the operator works on; return False if it cannot take it.
 
         Dynamo knows this name of torch's optimizers: it calls the method as it is while it traces
         ``step``, so that states may be made, and guards what the lists were filled from.
         """
-        return _graphs.collect(self, group, *lists)
+        into = Lists(*lists)
+        everything = [p for g in self.param_groups for p in g["params"]]
+        if not everything:
+            return True
+        if given(group["l1"]) or given(group["l2"]) or given(group["group"]):
+            self._check_group(group)
+        device = everything[0].device
+        keys = self._wanted_keys(group)
+        own = [p for p in group["params"] if p.grad is not None]
+        for p in own:
+            in_order = _op.takes(p) and _kernels.laid_out(p, given(group["group"])) is p
+            if p.device != device or not in_order:
+                return False
+            # The first gradient enters a momentum buffer in another way than those that follow.
+            if self._algorithm == 0 and any(self.state.get(p, {}).get(k) is None for k in keys):
+                return False
+        with torch.no_grad():
+            for p in own:
+                self._add_missing(p, keys, group)
+        for p in own:
+            state = self.state[p]
+            values = [state[k] for k in keys]
+            master = state.get("master_param")
+            if (master is not None) != _wants_master(p, group):
+                return False
+            masters = [] if master is None else [master]
+            beside = [p.grad, *values, *masters]
+            if any(not _op.takes(t) or t.device != device for t in beside):
+                return False
+            if any(t.stride() != p.stride() or t.shape != p.shape for t in beside):
+                return False
+            if len({t.dtype for t in values}) > 1:
+                return False
+            into.params.append(p)
+            into.grads.append(p.grad)
+            into.states.extend(values)
+            into.masters.extend(masters)
+            if self._has_step:
+                if state["step"].device != device or state["step"].dtype is not torch.float32:
+                    return False
+                into.steps.append(state["step"])
+        grads = [p.grad for p in everything if p.grad is not None]
+        dtype = value_dtype([*everything, *grads])
+        self.penalty_value = _on(device, dtype, self.penalty_value)
+        if self.max_grad_norm is not None:
+            self._norm = _on(device, dtype, self._norm)
+        return True
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of all parameters that have a gradient.
 
-        Args:
-            closure: computes the loss and its gradients again; its result (None too) is returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if not (
-            torch.compiler.is_dynamo_compiling() and dispatch.whole_graph() and _graphs.step(self)
-        ):
-            self._run()
-        return loss
+_Optimizer = TypeVar("_Optimizer", bound=type[RegularizedOptimizer])
 
 
-def _given(strength: Any) -> bool:
-    """Whether a term is there: a tensor's value is not asked for."""
-    return isinstance(strength, Tensor) or strength != 0.0
+def documented(optimizer: _Optimizer) -> _Optimizer:
+    """Fill in the paragraphs and the arguments that the optimizers share.
+
+    A class decorator. ``help()`` and ``inspect.signature()`` then show all keyword arguments by
+    name, as type checkers and editors do.
+    """
+    share_paragraphs(optimizer, penalty=PENALTY, notes=NOTES)
+    function: Any = vars(optimizer)["__init__"]
+    signature = inspect.signature(function)
+    own = {p.name: p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD}
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (default, kind) in optimizer._options().items()
+        if name not in own
+    ]
+    function.__signature__ = signature.replace(parameters=[*own.values(), *shared])
+    return optimizer
+
+
+def _wants_master(p: Tensor, group: dict[str, Any]) -> bool:
+    return bool(group["master_weights"]) and p.dtype in LOW_PRECISION
+
+
+def _on(device: torch.device, dtype: torch.dtype, result: Tensor | None) -> Tensor:
+    """Return the tensor that a graph writes a result to: the one that is there, if it fits."""
+    if result is None or result.device != device or result.dtype is not dtype:
+        return torch.zeros((), dtype=dtype, device=device)
+    return result
 
 
 def _check_strength(value: Any, where: str) -> None:
@@ -404,24 +548,3 @@ def _check_max_norm(value: Any, name: str) -> float | None:
     if not isinstance(value, (int, float)) or not value > 0.0:
         raise ValueError(f"fusereg.optim.{name}: max_grad_norm must be > 0 or None, got {value!r}")
     return float(value)
-
-
-def check_numbers(name: str, **limits: tuple[Any, float]) -> None:
-    """Raises for a number that is negative, or not below its upper limit."""
-    for argument, (value, limit) in limits.items():
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(
-                    f"fusereg.optim.{name}: {argument} must be one number, "
-                    f"got a tensor of {value.numel()}"
-                )
-            continue
-        if not 0.0 <= value < limit:
-            wanted = "not negative" if limit == math.inf else f"in [0, {limit})"
-            raise ValueError(f"fusereg.optim.{name}: {argument} must be {wanted}, got {value}")
-
-
-def own_defaults(
-    l1: Any, l2: Any, group: Any, prox: bool | str, master_weights: bool
-) -> dict[str, Any]:
-    return dict(zip(_OWN, (l1, l2, group, prox, master_weights), strict=True))

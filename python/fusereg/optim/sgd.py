@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .kernels import Call
-from .optimizer import ParamsT, RegularizedOptimizer, check_numbers, own_defaults
-from .texts import share
+from .optimizer import RegularizedOptimizer, documented
+from .options import Number, Options, ParamsT
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["SGD"]
 
 
+@documented
 class SGD(RegularizedOptimizer):
     r"""``torch.optim.SGD`` with a penalty in the same pass.
 
@@ -51,44 +52,23 @@ class SGD(RegularizedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: Number = 1e-3,
         momentum: float = 0.0,
         dampening: float = 0.0,
-        weight_decay: float | Tensor = 0.0,
+        weight_decay: Number = 0.0,
         nesterov: bool = False,
-        *,
-        l1: float | Tensor = 0.0,
-        l2: float | Tensor = 0.0,
-        group: float | Tensor = 0.0,
-        prox: bool | str = True,
-        max_grad_norm: float | None = None,
-        master_weights: bool = False,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        check_numbers(
-            self._name,
-            lr=(lr, math.inf),
-            momentum=(momentum, math.inf),
-            weight_decay=(weight_decay, math.inf),
-        )
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "dampening": dampening,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-            **own_defaults(l1, l2, group, prox, master_weights),
         }
-        super().__init__(params, defaults, max_grad_norm)
+        super().__init__(params, defaults, **options)
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -98,23 +78,23 @@ class SGD(RegularizedOptimizer):
                 f"got {group['momentum']}"
             )
 
-    def _numbers(self, group: dict[str, Any]) -> tuple[Any, Any, Any]:
-        return group["momentum"], group["dampening"], 0.0
-
-    def _options(self, group: dict[str, Any]) -> tuple[bool, bool, bool, bool]:
-        return False, bool(group["nesterov"]), False, group["momentum"] != 0
+    def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
+        momentum = group["momentum"]
+        return {
+            "first": momentum,
+            "second": group["dampening"],
+            "nesterov": bool(group["nesterov"]),
+            "momentum": momentum != 0,
+        }
 
     def _wanted_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._keys if group["momentum"] != 0 else ()
 
     def _forgets(self, call: Call) -> bool:
-        """Whether states that were made for this step must go, because an overflow skips it.
+        """Return whether states that were made for this step must go: an overflow skips it.
 
         The first gradient enters the buffer undampened, so a first step that is skipped must be a
         first one again. Only then does the host wait for the device.
         """
-        dampened = any(h[2] for h in call.hypers)
+        dampened = any(h.second for h in call.hypers)
         return dampened and call.found_inf is not None and float(call.found_inf) != 0.0
-
-
-share(SGD)

@@ -1,11 +1,6 @@
 """Penalties on weights, their gradients and their proximal operators."""
 
-from .weight_penalty import (
-    AttachedPenalty,
-    PenaltyGroup,
-    WeightPenalty,
-    add_penalty_grad_,
-    sparsity,
-)
+from .functional import add_penalty_grad_, sparsity
+from .weight_penalty import AttachedPenalty, PenaltyGroup, WeightPenalty
 
 __all__ = ["AttachedPenalty", "PenaltyGroup", "WeightPenalty", "add_penalty_grad_", "sparsity"]

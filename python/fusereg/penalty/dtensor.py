@@ -9,27 +9,43 @@ sharding along the group dimension (as FSDP2 shards rows) keeps them so.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from ..core import checks, distributed
-from . import kernels as _penalty_kernels
-from . import op as _penalty_ops
-from .kernels import Strengths
+from . import kernels as _kernels
+from . import op as _op
+from .strengths import NO_PENALTY, Strengths
 
-# The mesh and those of its dimensions along which a tensor is sharded; None: not a DTensor.
-Where = tuple[DeviceMesh, tuple[int, ...]] | None
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+#: The mesh and those of its dimensions along which a tensor is sharded; None: not a DTensor.
+Where: TypeAlias = "tuple[DeviceMesh, tuple[int, ...]] | None"
 
 
-def _placement(op: str, tensor: Tensor, group: float, dim: int, index: int) -> Where:
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor, and any other tensor as it is."""
+    return cast("DTensor", tensor).to_local() if distributed.is_dtensor(tensor) else tensor
+
+
+def by_mesh(op: str, tensors: Sequence[Tensor], s: Strengths) -> list[tuple[Where, list[int]]]:
+    """Return indices by mesh and sharded dimensions, in an order that is the same on every rank."""
+    found: dict[Where, list[int]] = {}
+    for i, (t, (_, _, group, dim)) in enumerate(zip(tensors, s.each(len(tensors)), strict=True)):
+        # By the mesh's value: fully_shard() without a mesh makes a new, equal one at each call.
+        found.setdefault(_placement(f"fusereg.{op}: params[{i}]", t, group, dim), []).append(i)
+    return list(found.items())
+
+
+def _placement(where: str, tensor: Tensor, group: float, dim: int) -> Where:
     if not distributed.is_dtensor(tensor):
         return None
-    tensor = cast(DTensor, tensor)
+    tensor = cast("DTensor", tensor)
     sharded = []
     for mesh_dim, placement in enumerate(tensor.placements):
         if placement.is_replicate() or tensor.device_mesh.size(mesh_dim) == 1:
@@ -39,29 +55,16 @@ def _placement(op: str, tensor: Tensor, group: float, dim: int, index: int) -> W
         along = getattr(placement, "dim", None)
         if not isinstance(along, int):
             raise ValueError(
-                f"fusereg.{op}: params[{index}] is a DTensor with placement {placement}; "
+                f"{where} is a DTensor with placement {placement}; "
                 "redistribute it to Shard or Replicate first"
             )
         if group and along % tensor.dim() != dim % tensor.dim():
             raise ValueError(
-                f"fusereg.{op}: params[{index}] is sharded along dimension {along}, which cuts its "
+                f"{where} is sharded along dimension {along}, which cuts its "
                 f"groups (along dimension {dim}) across ranks; shard it along dimension {dim}"
             )
         sharded.append(mesh_dim)
     return tensor.device_mesh, tuple(sharded)
-
-
-def by_mesh(
-    op: str, tensors: Sequence[Tensor], s: Strengths, dim: int
-) -> list[tuple[Where, list[int]]]:
-    """Indices by mesh and sharded dimensions, in an order that is the same on every rank."""
-    groups = s.lists(len(tensors))[2]
-    found: dict[Where, list[int]] = {}
-    for i, (t, group) in enumerate(zip(tensors, groups, strict=True)):
-        where = _placement(op, t, group, dim, i)
-        # By the mesh's value: fully_shard() without a mesh makes a new, equal one at each call.
-        found.setdefault(where, []).append(i)
-    return list(found.items())
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -79,33 +82,27 @@ class _SumOverRanks(torch.autograd.Function):
         return grad, None, None
 
 
-def _total(values: list[Tensor]) -> Tensor:
-    total = values[0]
-    for v in values[1:]:
-        total = total + v.to(total.device)
-    return total
-
-
 def sum_over_ranks(value: Tensor, where: Where) -> Tensor:
+    """Return the sum over the ranks that hold other shards, differentiable."""
     if where is None or not where[1]:
         return value
     return cast(Tensor, _SumOverRanks.apply(value, *where))  # type: ignore[no-untyped-call]
 
 
-def penalty(op: str, tensors: Sequence[Tensor], s: Strengths, dim: int) -> Tensor:
-    """The differentiable sum of R over whole tensors, the same on every rank."""
+def penalty(op: str, tensors: Sequence[Tensor], s: Strengths) -> Tensor:
+    """Return the differentiable sum of R over whole tensors, the same on every rank."""
     values = []
-    for where, indices in by_mesh(op, tensors, s, dim):
+    for where, indices in by_mesh(op, tensors, s):
         local = [local_part(tensors[i]) for i in indices]
-        part = s.select(indices)
-        values.append(sum_over_ranks(_penalty_ops.penalty(op, local, part, dim), where))
-    return _total(values)
+        own = s.select(indices).arguments()
+        values.append(sum_over_ranks(_op.penalty.eager(local, *own, op), where))
+    return _kernels.sum_on_first(values)
 
 
 def add_grads_(
-    op: str, tensors: Sequence[Tensor], scale: Tensor | float | None, s: Strengths, dim: int
+    op: str, tensors: Sequence[Tensor], scale: Tensor | float | None, s: Strengths
 ) -> Tensor:
-    """As _penalty_kernels.add_grads_, over local shards and their gradients.
+    """Add to gradients as kernels.add_grads_ does, over local shards and their gradients.
 
     Everything is checked before the first bucket's gradients are written.
     """
@@ -113,53 +110,49 @@ def add_grads_(
         local = [local_part(t) for t in tensors]
     for i, t in enumerate(local):
         checks.plain(t, op, f"params[{i}]")
-    buckets = by_mesh(op, tensors, s, dim)
+    buckets = by_mesh(op, tensors, s)
     for i, t in enumerate(tensors):
         grad = t.grad if t.is_leaf else None
         if distributed.is_dtensor(t) and grad is not None:
-            wanted = cast(DTensor, t).placements
-            if not distributed.is_dtensor(grad) or cast(DTensor, grad).placements != wanted:
+            wanted = cast("DTensor", t).placements
+            if not distributed.is_dtensor(grad) or cast("DTensor", grad).placements != wanted:
                 raise ValueError(
                     f"fusereg.{op}: params[{i}].grad must be a DTensor placed as its parameter, "
                     f"{wanted}"
                 )
     values = []
     with torch.no_grad():
-        found = [g if g is None else local_part(g) for g in _penalty_kernels.own_grads(tensors, op)]
-        _penalty_kernels.check_targets(local, found, op)
-        targets = _penalty_kernels.create_missing(tensors)
+        found = [g if g is None else local_part(g) for g in _kernels.own_grads(op, tensors)]
+        _kernels.check_targets(op, local, found)
+        targets = _kernels.create_missing(tensors)
         for where, indices in buckets:
             part = [local[i] for i in indices]
             grads = [None if (g := targets[i]) is None else local_part(g) for i in indices]
-            value = _penalty_kernels.add_grads_(op, part, grads, scale, s.select(indices), dim)
+            value = _kernels.add_grads_(op, part, grads, scale, s.select(indices))
             values.append(sum_over_ranks(value, where))
-    _tell_autograd(t for t in targets if t is not None)
-    return _total(values)
+    mark_written(t for t in targets if t is not None)
+    return _kernels.sum_on_first(values)
 
 
-def prox_(op: str, tensors: Sequence[Tensor], s: Strengths, dim: int) -> None:
-    """As _penalty_kernels.prox_, over local shards; there is nothing to communicate."""
-    by_mesh(op, tensors, s, dim)  # raises where a group would be cut
+def prox_(op: str, tensors: Sequence[Tensor], s: Strengths) -> None:
+    """Apply the proximal operator to local shards; there is nothing to communicate."""
+    by_mesh(op, tensors, s)  # raises where a group would be cut
     with torch.no_grad():
-        _penalty_kernels.prox_(op, [local_part(t) for t in tensors], s, dim)
-    _tell_autograd(tensors)
+        _kernels.prox_(op, [local_part(t) for t in tensors], s)
+    mark_written(tensors)
 
 
-def _tell_autograd(written: Iterable[Tensor]) -> None:
-    """A DTensor counts its versions apart from those of its local part, which the kernel moved."""
-    torch.autograd.graph.increment_version([t for t in written if distributed.is_dtensor(t)])
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    return cast(DTensor, tensor).to_local() if distributed.is_dtensor(tensor) else tensor
+def mark_written(tensors: Iterable[Tensor]) -> None:
+    """Move the versions of DTensors on, which they count apart from those of their local parts."""
+    torch.autograd.graph.increment_version([t for t in tensors if distributed.is_dtensor(t)])
 
 
 def zeros(tensors: Sequence[Tensor]) -> Tensor:
-    """The number of exact zeros in the whole tensors, the same on every rank."""
+    """Return the number of exact zeros in the whole tensors, the same on every rank."""
     counts = []
     with torch.no_grad():
-        for where, indices in by_mesh("sparsity", tensors, Strengths(0.0, 0.0, 0.0), 0):
+        for where, indices in by_mesh("sparsity", tensors, NO_PENALTY):
             local = [local_part(tensors[i]) for i in indices]
-            count = _total([t.numel() - torch.count_nonzero(t) for t in local])
+            count = _kernels.sum_on_first([t.numel() - torch.count_nonzero(t) for t in local])
             counts.append(sum_over_ranks(count, where))
-    return _total(counts)
+    return _kernels.sum_on_first(counts)

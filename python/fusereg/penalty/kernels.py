@@ -1,15 +1,14 @@
-"""Calls of the penalties' kernels, on whatever tensors there are; no autograd.
+"""Calls of the penalties' kernels on any tensors, without autograd.
 
 A kernel takes plain dense tensors of one device. A list of such goes to it as it is, in one call.
-Only if the kernel's binding declines (it has written nothing then) are the tensors looked at one by
-one: odd layouts are copied, negated views resolved, devices separated, and what cannot be is named
-in an error.
+Only if the kernel's binding declines (it has written nothing then) are the tensors prepared one by
+one: odd layouts are copied, negated views resolved, devices separated, and a tensor that cannot be
+used is named in an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,82 +16,85 @@ from torch import Tensor
 from .. import _C
 from ..core import checks, memory
 from ..core import params as _params
-from ..core.params import Strength
+from .strengths import Strengths
 
-_DONE, _NEEDS_FLOAT64, _NEEDS_PREPARATION = 0, 1, 2
-
-
-class Strengths(NamedTuple):
-    l1: Strength
-    l2: Strength
-    group: Strength
-
-    def select(self, indices: Sequence[int]) -> Strengths:
-        return Strengths(*(_params.select(s, indices) for s in self))
-
-    def lists(self, count: int) -> tuple[list[float], list[float], list[float]]:
-        l1, l2, group = (_params.as_floats(s, count) for s in self)
-        return l1, l2, group
+#: What a binding returns.
+DONE, NEEDS_FLOAT64, NEEDS_PREPARATION = 0, 1, 2
 
 
 def value_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Return the dtype of a sum over the tensors."""
     return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
 
 
-def value(op: str, tensors: list[Tensor], s: Strengths, dim: int) -> Tensor:
-    """The sum of R over the tensors: 0-d, on the first tensor's device."""
-    device = tensors[0].device if isinstance(tensors[0], Tensor) else torch.device("cpu")
-    if device.type in ("cpu", "cuda"):
-        dtype = torch.float32
-        for _ in range(2):
-            out = torch.empty((), dtype=dtype, device=device)
-            work = memory.workspace(device)
-            status = _C.penalty_forward(tensors, out, *s, dim, work, op)
-            if status == _DONE:
-                return out
-            if status == _NEEDS_PREPARATION:
-                break
-            dtype = torch.float64
+def reduced(
+    tensors: Sequence[Tensor], kernel: Callable[[Tensor, Tensor | None], int]
+) -> Tensor | None:
+    """Return the 0-d result of ``kernel(out, workspace)``; None if the tensors need preparation."""
+    device = tensors[0].device if isinstance(tensors[0], Tensor) else None
+    if device is None or device.type not in ("cpu", "cuda"):
+        return None
+    for dtype in (torch.float32, torch.float64):
+        out = torch.empty((), dtype=dtype, device=device)
+        status = kernel(out, memory.workspace(device))
+        if status == DONE:
+            return out
+        if status != NEEDS_FLOAT64:
+            break
+    return None
 
-    plain = [checks.dense(checks.plain(t, op, f"params[{i}]")) for i, t in enumerate(tensors)]
+
+def must(op: str, status: int) -> None:
+    """Raise if a kernel has declined prepared tensors."""
+    if status != DONE:
+        raise RuntimeError(f"fusereg.{op}: the kernel refused prepared tensors; please report this")
+
+
+def sum_on_first(parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum of 0-d tensors, on the first one's device."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total.device)
+    return total
+
+
+def copy_into(target: Tensor, source: Tensor) -> None:
+    """Copy without autograd; torch lets inference tensors be written in inference mode alone."""
+    with torch.inference_mode() if target.is_inference() else torch.no_grad():
+        target.copy_(source)
+
+
+def value(op: str, tensors: list[Tensor], s: Strengths) -> Tensor:
+    """Return the sum of R over the tensors: 0-d, on the first tensor's device."""
+    whole = reduced(tensors, lambda out, work: _C.penalty_forward(tensors, out, *s, work, op))
+    if whole is not None:
+        return whole
+    plain = _prepared(op, tensors)
     dtype = value_dtype(plain)
     parts = []
-    for device, indices in _params.by_device(plain).items():
-        out = torch.empty((), dtype=dtype, device=device)
+    for device, indices, own in _by_device(plain, s):
         part = [plain[i] for i in indices]
-        _must(
-            _C.penalty_forward(part, out, *s.select(indices), dim, memory.workspace(device), op),
-            op,
-        )
+        out = torch.empty((), dtype=dtype, device=device)
+        must(op, _C.penalty_forward(part, out, *own, memory.workspace(device), op))
         parts.append(out)
-    return _sum_on_first(parts)
+    return sum_on_first(parts)
 
 
-def write_grads(
-    op: str, scale: Tensor, tensors: Sequence[Tensor], s: Strengths, dim: int
-) -> list[Tensor]:
-    """scale * dR/dw for each tensor, in its dtype and, where it is dense, its layout."""
+def write_grads(op: str, scale: Tensor, tensors: Sequence[Tensor], s: Strengths) -> list[Tensor]:
+    """Return scale * dR/dw for each tensor, in its dtype and, where it is dense, its layout."""
     if not tensors:
         return []
     grads = [torch.empty_like(t) for t in tensors]
     work = memory.workspace(tensors[0].device)
-    if _C.penalty_backward(tensors, grads, scale, *s, dim, work, op) == _DONE:
+    if _C.penalty_backward(tensors, grads, scale, *s, work, op) == DONE:
         return grads
-
-    plain = [checks.dense(checks.plain(t, op, f"params[{i}]")) for i, t in enumerate(tensors)]
+    plain = _prepared(op, tensors)
     grads = [torch.empty_like(t) for t in plain]
     scale = checks.plain(scale, op, "grad")
-    for device, indices in _params.by_device(plain).items():
-        status = _C.penalty_backward(
-            [plain[i] for i in indices],
-            [grads[i] for i in indices],
-            scale.to(device),
-            *s.select(indices),
-            dim,
-            memory.workspace(device),
-            op,
-        )
-        _must(status, op)
+    for device, indices, own in _by_device(plain, s):
+        part, to = [plain[i] for i in indices], [grads[i] for i in indices]
+        work = memory.workspace(device)
+        must(op, _C.penalty_backward(part, to, scale.to(device), *own, work, op))
     return grads
 
 
@@ -102,28 +104,20 @@ def add_grads_(
     grads: Sequence[Tensor | None] | None,
     scale: Tensor | float | None,
     s: Strengths,
-    dim: int,
 ) -> Tensor:
-    """Adds scale * dR/dw into each gradient and gives the sum of R, in one pass over the memory.
+    """Add scale * dR/dw into each gradient and return the sum of R, in one pass over the memory.
 
     ``grads=None`` means each tensor's ``.grad``, created where it is missing.
     """
-    device = tensors[0].device if isinstance(tensors[0], Tensor) else torch.device("cpu")
-    if device.type in ("cpu", "cuda"):
-        dtype = torch.float32
-        for _ in range(2):
-            out = torch.empty((), dtype=dtype, device=device)
-            work = memory.workspace(device)
-            status = _C.penalty_add_grad_(tensors, grads, out, scale, *s, dim, work, op)
-            if status == _DONE:
-                return out
-            if status == _NEEDS_PREPARATION:
-                break
-            dtype = torch.float64
-
+    whole = reduced(
+        tensors,
+        lambda out, work: _C.penalty_add_grad_(tensors, grads, out, scale, *s, work, op),
+    )
+    if whole is not None:
+        return whole
     plain = [checks.plain(t, op, f"params[{i}]") for i, t in enumerate(tensors)]
-    targets = list(grads) if grads is not None else own_grads(tensors, op)
-    check_targets(plain, targets, op)
+    targets = list(grads) if grads is not None else own_grads(op, tensors)
+    check_targets(op, plain, targets)
     if grads is None:
         targets = create_missing(tensors)
     ready: list[Tensor | None] = []
@@ -139,59 +133,42 @@ def add_grads_(
             copy_back.append((g, target))
     dtype = value_dtype(plain)
     parts = []
-    for device, indices in _params.by_device(plain).items():
+    for device, indices, own in _by_device(plain, s):
+        part, to = [plain[i] for i in indices], [ready[i] for i in indices]
         out = torch.empty((), dtype=dtype, device=device)
-        status = _C.penalty_add_grad_(
-            [plain[i] for i in indices],
-            [ready[i] for i in indices],
-            out,
-            scale.to(device) if isinstance(scale, Tensor) else scale,
-            *s.select(indices),
-            dim,
-            memory.workspace(device),
-            op,
-        )
-        _must(status, op)
+        work = memory.workspace(device)
+        factor = scale.to(device) if isinstance(scale, Tensor) else scale
+        must(op, _C.penalty_add_grad_(part, to, out, factor, *own, work, op))
         parts.append(out)
     for g, target in copy_back:
-        _copy_into(g, target)
-    return _sum_on_first(parts)
+        copy_into(g, target)
+    return sum_on_first(parts)
 
 
-def prox_(op: str, tensors: list[Tensor], s: Strengths, dim: int) -> None:
-    """The proximal step of R, in place."""
+def prox_(op: str, tensors: list[Tensor], s: Strengths) -> None:
+    """Apply the proximal operator of R in place."""
     device = tensors[0].device if isinstance(tensors[0], Tensor) else torch.device("cpu")
     if device.type in ("cpu", "cuda"):
-        status = _C.prox_(tensors, *s, dim, memory.workspace(device), op)
-        if status == _DONE:
+        status = _C.prox_(tensors, *s, memory.workspace(device), op)
+        if status == DONE:
             return
     plain = []
     for i, t in enumerate(tensors):
         plain.append(checks.plain(t, op, f"params[{i}]"))
         checks.check_writable(t, op, f"params[{i}]")
     checks.check_apart(tensors, op, "params[{}]")
-    _check_dim(tensors, s, dim, op)
+    _check_dim(op, tensors, s)
     ready = [checks.dense(t) for t in plain]
-    for device, indices in _params.by_device(ready).items():
+    for device, indices, own in _by_device(ready, s):
         part = [ready[i] for i in indices]
-        _must(_C.prox_(part, *s.select(indices), dim, memory.workspace(device), op), op)
+        must(op, _C.prox_(part, *own, memory.workspace(device), op))
     for t, p, r in zip(tensors, plain, ready, strict=True):
         if r is not p or t.is_neg():
-            _copy_into(t, r)
+            copy_into(t, r)
 
 
-def _check_dim(tensors: Sequence[Tensor], s: Strengths, dim: int, op: str) -> None:
-    """As the kernels' binding does, but before the first of several devices has been written."""
-    for i, (t, group) in enumerate(zip(tensors, s.lists(len(tensors))[2], strict=True)):
-        rank = max(t.dim(), 1)
-        if group and not -rank <= dim < rank:
-            raise ValueError(
-                f"fusereg.{op}: dim {dim} is out of range for params[{i}] with {t.dim()} dimensions"
-            )
-
-
-def own_grads(tensors: Sequence[Tensor], op: str) -> list[Tensor | None]:
-    """Each tensor's .grad, or None where there is none yet or none is wanted."""
+def own_grads(op: str, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return each tensor's .grad, or None where there is none yet or none is wanted."""
     for i, t in enumerate(tensors):
         if t.requires_grad and not t.is_leaf:
             raise ValueError(
@@ -202,14 +179,15 @@ def own_grads(tensors: Sequence[Tensor], op: str) -> list[Tensor | None]:
 
 
 def create_missing(tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """Zeros for each .grad that is wanted and missing; all of them, after all checks."""
+    """Return the gradients, zeros where one is wanted and missing; call it after all checks."""
     for t in tensors:
         if t.requires_grad and t.grad is None:
             t.grad = torch.zeros_like(t, memory_format=torch.preserve_format)
     return [t.grad if t.requires_grad else None for t in tensors]
 
 
-def check_targets(tensors: Sequence[Tensor], grads: Sequence[Tensor | None], op: str) -> None:
+def check_targets(op: str, tensors: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Raise if a gradient does not go with its tensor, or cannot be written."""
     for i, (w, g) in enumerate(zip(tensors, grads, strict=True)):
         if g is None:
             continue
@@ -225,8 +203,30 @@ def check_targets(tensors: Sequence[Tensor], grads: Sequence[Tensor | None], op:
     checks.check_apart(grads, op, "params[{}].grad")
 
 
+def _prepared(op: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [checks.dense(checks.plain(t, op, f"params[{i}]")) for i, t in enumerate(tensors)]
+
+
+def _by_device(
+    tensors: Sequence[Tensor], s: Strengths
+) -> Iterator[tuple[torch.device, list[int], Strengths]]:
+    """Yield each device with the indices of its tensors and their strengths."""
+    for device, indices in _params.by_device(tensors).items():
+        yield device, indices, s.select(indices)
+
+
+def _check_dim(op: str, tensors: Sequence[Tensor], s: Strengths) -> None:
+    """Check as the kernels' binding does, but before the first of several devices is written."""
+    for i, (t, (_, _, group, dim)) in enumerate(zip(tensors, s.each(len(tensors)), strict=True)):
+        rank = max(t.dim(), 1)
+        if group and not -rank <= dim < rank:
+            raise ValueError(
+                f"fusereg.{op}: dim {dim} is out of range for params[{i}] with {t.dim()} dimensions"
+            )
+
+
 def _matching(w: Tensor, g: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """w, and a gradient to write to, in one layout and dtype; the gradient's own if it can be."""
+    """Return w and a gradient to write to, in one layout and dtype, and whether that is g's own."""
     own = g.detach()
     if type(own) is not Tensor:
         own = own.as_subclass(Tensor)
@@ -234,21 +234,3 @@ def _matching(w: Tensor, g: Tensor) -> tuple[Tensor, Tensor, bool]:
         return w if w.stride() == g.stride() else torch.empty_like(own).copy_(w), own, True
     w = checks.dense(w)
     return w, torch.empty_like(w).copy_(own), False
-
-
-def _copy_into(target: Tensor, source: Tensor) -> None:
-    """Without autograd; torch lets inference tensors be written in inference mode alone."""
-    with torch.inference_mode() if target.is_inference() else torch.no_grad():
-        target.copy_(source)
-
-
-def _sum_on_first(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part.to(total.device)
-    return total
-
-
-def _must(status: int, op: str) -> None:
-    if status != _DONE:
-        raise RuntimeError(f"fusereg.{op}: the kernel refused prepared tensors; please report this")

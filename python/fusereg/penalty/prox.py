@@ -1,4 +1,4 @@
-r"""Proximal steps in place: the way to weights that are exactly zero.
+r"""Proximal steps in place, which make weights exactly zero.
 
 The proximal operator of a penalty R is
 :math:`\mathrm{prox}_R(v) = \arg\min_w \tfrac12 \|w - v\|^2 + R(w)` (Moreau 1965; Parikh and Boyd
@@ -15,20 +15,21 @@ counts zeros.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from ..core import checks, dispatch, distributed
-from ..core import params as _params
-from ..core.params import Params, Strength
-from . import kernels as _penalty_kernels
-from . import op as _penalty_ops
+from ..core import dispatch, distributed
+from ..core.params import Params
+from . import dtensor as _dtensor
+from . import kernels as _kernels
+from . import op as _op
+from .functional import check_all
+from .strengths import Listed, Strength, Strengths, check_dim, collect
 
 __all__ = ["elastic_net_", "group_lasso_", "l1_"]
 
 
 def l1_(params: Params, threshold: Strength) -> None:
-    r"""Soft-thresholding, :math:`w \leftarrow \mathrm{sign}(w)\max(|w| - t, 0)` (Donoho 1995).
+    r"""Apply soft-thresholding (Donoho 1995).
+
+    .. math:: w \leftarrow \mathrm{sign}(w)\max(|w| - t, 0)
 
     Args:
         params: a tensor, an iterable of tensors, or a module; changed in place. Any mix of float64,
@@ -41,11 +42,13 @@ def l1_(params: Params, threshold: Strength) -> None:
             and for two tensors over the same memory. Nothing is changed then.
     """
     op = "prox.l1_"
-    _prox(op, *_penalty_ops.collect(params, (threshold, 0.0, 0.0), op, ("threshold", "", "")))
+    _prox(op, collect(op, params, Strengths(l1=threshold), "threshold"))
 
 
 def elastic_net_(params: Params, l1: Strength, l2: Strength) -> None:
-    r"""The elastic net's step, :math:`w \leftarrow \mathrm{sign}(w)\max(|w| - l_1, 0) / (1 + l_2)`.
+    r"""Apply the elastic net's proximal step.
+
+    .. math:: w \leftarrow \mathrm{sign}(w)\max(|w| - l_1, 0) / (1 + l_2)
 
     It is the proximal operator of :math:`l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2`.
 
@@ -58,11 +61,13 @@ def elastic_net_(params: Params, l1: Strength, l2: Strength) -> None:
         TypeError, ValueError: as :func:`l1_`.
     """
     op = "prox.elastic_net_"
-    _prox(op, *_penalty_ops.collect(params, (l1, l2, 0.0), op))
+    _prox(op, collect(op, params, Strengths(l1, l2)))
 
 
 def group_lasso_(params: Params, threshold: Strength, dim: int = 0) -> None:
-    r"""Block soft-thresholding, :math:`w_g \leftarrow w_g \max(0, 1 - t \sqrt{n_g} / \|w_g\|_2)`.
+    r"""Apply block soft-thresholding.
+
+    .. math:: w_g \leftarrow w_g \max(0, 1 - t \sqrt{n_g} / \|w_g\|_2)
 
     Whole slices along ``dim`` become zero (Yuan and Lin 2006).
 
@@ -77,23 +82,20 @@ def group_lasso_(params: Params, threshold: Strength, dim: int = 0) -> None:
         TypeError, ValueError: as :func:`l1_`; also if a tensor has no dimension ``dim``.
     """
     op = "prox.group_lasso_"
-    tensors, s = _penalty_ops.collect(
-        params, (0.0, 0.0, threshold), op, names=("", "", "threshold")
-    )
-    _prox(op, tensors, s, _params.check_dim(dim, op))
+    s = Strengths(group=threshold, dim=check_dim(op, dim))
+    _prox(op, collect(op, params, s, "threshold"))
 
 
-def _prox(op: str, tensors: list[Tensor], s: _penalty_kernels.Strengths, dim: int = 0) -> None:
+def _prox(op: str, listed: Listed) -> None:
+    tensors, s, direct = listed
     if not tensors:
         return
-    if not dispatch.eager():
-        for i, t in enumerate(tensors):
-            checks.check(t, op, f"params[{i}]")
-        with torch.no_grad():
-            torch.ops.fusereg.prox_(tensors, *s.lists(len(tensors)), dim)
-    elif distributed.has_dtensor(tensors):
-        from . import dtensor as _dtensor
-
-        _dtensor.prox_(op, tensors, s, dim)
-    else:
-        _penalty_kernels.prox_(op, tensors, s, dim)
+    if not direct:
+        if not dispatch.eager():
+            check_all(op, tensors)
+            _op.prox_(tensors, s)
+            return
+        if distributed.has_dtensor(tensors):
+            _dtensor.prox_(op, tensors, s)
+            return
+    _kernels.prox_(op, tensors, s)

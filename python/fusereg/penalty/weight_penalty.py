@@ -9,154 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import checks, dispatch, distributed
 from ..core import params as _params
-from ..core.params import Key, Params, Strength
-from . import kernels as _penalty_kernels
-from . import op as _penalty_ops
-from .hook import AttachedPenalty
-from .kernels import Strengths
+from ..core.params import Key
+from .functional import add_grads, evaluate
+from .strengths import Listed, Strengths, listed
 
-__all__ = ["AttachedPenalty", "PenaltyGroup", "WeightPenalty", "add_penalty_grad_", "sparsity"]
-
-
-def add_penalty_grad_(
-    params: Params,
-    *,
-    l1: Strength = 0.0,
-    l2: Strength = 0.0,
-    group: Strength = 0.0,
-    grad_scale: Tensor | float | None = None,
-) -> Tensor:
-    r"""Adds a penalty's gradient into every ``.grad`` and returns its value, in one pass.
-
-    For the penalty
-
-    .. math:: R(w) = l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2
-                     + group \sum_g \sqrt{n_g}\,\|w_g\|_2
-
-    (groups along dimension 0) this does what ``R.backward()`` does after ``loss.backward()``, but
-    reads each weight once and reads and writes each gradient once: 12 bytes an element in float32.
-    Call it after ``backward()`` and before the optimizer's step. There is no host synchronization.
-
-    Args:
-        params: a tensor, an iterable of tensors, or a module. Any mix of float64, float32, float16,
-            bfloat16, devices and layouts. A missing ``.grad`` is created. A tensor that needs no
-            gradient counts in the value only.
-        l1, l2, group: strengths >= 0, one number or one per tensor.
-        grad_scale: what the loss was multiplied by before ``backward()``, as a ``GradScaler`` does,
-            so that unscaling gives the right sum: a number or a 0-d tensor (read on the device).
-            The returned value is not scaled.
-
-    Returns:
-        R as a 0-d tensor on the first tensor's device, float32 (float64 if any input is), detached.
-
-    Raises:
-        TypeError, ValueError: as :func:`fusereg.functional.l1_penalty`; also for tensors that are
-            not leaves, and where two tensors share one gradient's memory. No gradient has changed
-            then.
-
-    Example:
-        >>> loss.backward()
-        >>> value = fusereg.add_penalty_grad_(model, l1=1e-5, l2=1e-4)
-        >>> optimizer.step()
-    """
-    op = "add_penalty_grad_"
-    return _add_grads(op, *_penalty_ops.collect(params, (l1, l2, group), op), grad_scale)
-
-
-def _add_grads(
-    op: str, tensors: list[Tensor], s: Strengths, grad_scale: Tensor | float | None
-) -> Tensor:
-    if not tensors:
-        return torch.zeros((), dtype=torch.float32, device="cpu")
-    scale = _check_scale(grad_scale, op)
-    if not dispatch.eager():
-        return _through_operator(tensors, s, scale, op)
-    if distributed.has_dtensor(tensors):
-        from . import dtensor as _dtensor
-
-        return _dtensor.add_grads_(op, tensors, scale, s, 0)
-    return _penalty_kernels.add_grads_(op, tensors, None, scale, s, 0)
-
-
-def _check_scale(scale: Tensor | float | None, op: str) -> Tensor | float | None:
-    if isinstance(scale, Tensor):
-        checks.check(scale, op, "grad_scale")
-        if scale.numel() != 1:
-            raise ValueError(
-                f"fusereg.{op}: grad_scale must be a number or a tensor of one element, "
-                f"got shape {tuple(scale.shape)}"
-            )
-        return checks.plain(scale, op, "grad_scale") if dispatch.eager() else scale.detach()
-    if scale is not None and not isinstance(scale, (int, float)):
-        raise TypeError(
-            f"fusereg.{op}: grad_scale must be a number or a 0-d tensor, got {type(scale).__name__}"
-        )
-    return scale
-
-
-def _through_operator(
-    tensors: list[Tensor], s: Strengths, scale: Tensor | float | None, op: str
-) -> Tensor:
-    for i, t in enumerate(tensors):
-        checks.check(t, op, f"params[{i}]")
-    l1, l2, group = s.lists(len(tensors))
-    needed = [i for i, t in enumerate(tensors) if t.requires_grad]
-    frozen = [i for i, t in enumerate(tensors) if not t.requires_grad]
-    with torch.no_grad():
-        grads = []
-        for i in needed:
-            t = tensors[i]
-            if t.grad is None:
-                t.grad = torch.zeros_like(t)
-            grads.append(t.grad)
-        total = torch.zeros((), device=tensors[0].device)
-        if needed:
-            total = torch.ops.fusereg.penalty_add_grad_(
-                [tensors[i] for i in needed],
-                grads,
-                scale if isinstance(scale, Tensor) else None,
-                float(scale) if isinstance(scale, (int, float)) else 1.0,
-                [l1[i] for i in needed],
-                [l2[i] for i in needed],
-                [group[i] for i in needed],
-                0,
-            )
-        if frozen:
-            total = total + torch.ops.fusereg.penalty(
-                [tensors[i] for i in frozen],
-                [l1[i] for i in frozen],
-                [l2[i] for i in frozen],
-                [group[i] for i in frozen],
-                0,
-            ).to(total.device)
-        return total
-
-
-def sparsity(params: Params) -> float:
-    """The share of exact zeros (of either sign) among all elements, from 0 to 1; NaN is no zero.
-
-    It waits for the device to count. No elements give 0.0. DTensors count as whole tensors.
-    """
-    tensors = _penalty_ops.collect(params, (0.0, 0.0, 0.0), "sparsity")[0]
-    for i, t in enumerate(tensors):
-        checks.check(t, "sparsity", f"params[{i}]")
-        if not distributed.is_dtensor(t):
-            checks.plain(t, "sparsity", f"params[{i}]")
-    total = sum(t.numel() for t in tensors)
-    if total == 0:
-        return 0.0
-    if distributed.has_dtensor(tensors):
-        from . import dtensor as _dtensor
-
-        return float(_dtensor.zeros(tensors)) / total
-    with torch.no_grad():
-        nonzero: dict[torch.device, Tensor] = {}
-        for t in tensors:
-            count = torch.count_nonzero(t.detach())
-            nonzero[t.device] = nonzero[t.device] + count if t.device in nonzero else count
-    return (total - sum(int(n) for n in nonzero.values())) / total
+__all__ = ["AttachedPenalty", "PenaltyGroup", "WeightPenalty"]
 
 
 @dataclass
@@ -363,9 +221,7 @@ class WeightPenalty:
 
     # -- the calls --
 
-    def _arguments(
-        self, only: Iterable[Tensor] | None = None
-    ) -> tuple[list[Tensor], list[float], list[float], list[float]]:
+    def _listed(self, only: Iterable[Tensor] | None = None) -> Listed:
         factor = self.factor
         half = 1.0 if self.half else 2.0
         wanted = None if only is None else {id(p) for p in only}
@@ -380,12 +236,11 @@ class WeightPenalty:
             l1 += [g.l1 * factor] * n
             l2 += [g.l2 * factor * half] * n
             group += [g.group * factor] * n
-        return params, l1, l2, group
+        return listed(params, Strengths(l1, l2, group))
 
     def penalty(self) -> Tensor:
         """R as a differentiable 0-d tensor, to add to the loss."""
-        params, l1, l2, group = self._arguments()
-        return _penalty_ops.penalty("WeightPenalty", params, Strengths(l1, l2, group))
+        return evaluate("WeightPenalty", self._listed())
 
     def add_grad_(
         self, *, grad_scale: Tensor | float | None = None, only: Iterable[Tensor] | None = None
@@ -398,8 +253,7 @@ class WeightPenalty:
             only: of the penalized parameters those that are among these, and R of them: where
                 several optimizers take turns, the parameters of the one that steps.
         """
-        params, l1, l2, group = self._arguments(only)
-        return _add_grads("WeightPenalty", params, Strengths(l1, l2, group), grad_scale)
+        return add_grads("WeightPenalty", self._listed(only), grad_scale)
 
     def attach(
         self, optimizer: torch.optim.Optimizer, *, count_steps: bool = True
@@ -495,6 +349,91 @@ class WeightPenalty:
         if self.excluded:
             lines.append(f"  not penalized: {_shortened(self.excluded)}")
         return "\n".join(lines) + "\n)"
+
+
+class AttachedPenalty:
+    """Adds a penalty's gradient before each step of an optimizer, until :meth:`remove`.
+
+    Made by :meth:`fusereg.WeightPenalty.attach`, which says when it does what.
+
+    Attributes:
+        value: the penalty at the last step, of those parameters that are the optimizer's: a 0-d
+            tensor on their device; None as long as nothing was added.
+    """
+
+    def __init__(
+        self, penalty: WeightPenalty, optimizer: torch.optim.Optimizer, count_steps: bool
+    ) -> None:
+        self.value: Tensor | None = None
+        self._penalty = penalty
+        self._count_steps = count_steps
+        inner = innermost(optimizer)
+        self._handles = (
+            inner.register_step_pre_hook(self._before),
+            inner.register_step_post_hook(self._after),
+        )
+
+    def remove(self) -> None:
+        """Ends it; calling this again does nothing."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        given = args[1] if len(args) > 1 else kwargs.get("closure")
+        if given is None:
+            self._add(optimizer)
+            return None
+        # The gradients are those that the closure computes, perhaps several times in one step.
+        closure = self._around(optimizer, given)
+        if len(args) > 1:
+            return (args[0], closure, *args[2:]), kwargs
+        return args, {**kwargs, "closure": closure}
+
+    def _around(self, optimizer: Any, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def with_penalty() -> Any:
+            loss = closure()
+            if not self._add(optimizer) or loss is None or self.value is None:
+                return loss
+            value = self.value
+            return loss + (value.to(loss.device) if isinstance(loss, Tensor) else float(value))
+
+        return with_penalty
+
+    def _add(self, optimizer: Any) -> bool:
+        scale = getattr(optimizer, "grad_scale", None)
+        added = add_for(self._penalty, optimizer, scale)
+        if added is not None:
+            self.value = added
+        return added is not None
+
+    def _after(self, *_: Any) -> None:
+        if self._count_steps:
+            self._penalty.step()
+
+
+def add_for(penalty: WeightPenalty, optimizer: Any, grad_scale: Tensor | None) -> Tensor | None:
+    """Adds the gradient for the optimizer's parameters; None if none of them has a gradient.
+
+    A step without any gradient is one that was skipped: the penalty alone must not make it one.
+    """
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    if all(p.grad is None for p in own):
+        return None
+    return penalty.add_grad_(grad_scale=grad_scale, only=own)
+
+
+def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside wrappers such as Accelerate's, which steps that one."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "fusereg.WeightPenalty.attach: optimizer must be a torch.optim.Optimizer, "
+            f"got {type(optimizer).__name__}"
+        )
+    return optimizer
 
 
 def _check_strengths(values: Mapping[str, float], where: str) -> dict[str, float]:

@@ -334,7 +334,7 @@ void clusters() {
   for (int b = 0; b < 12; ++b) {
     for (int t = 0; t < 64; ++t) {
       want.push_back((b / 4 * 4 + (b + 1) % 4) * 100 + t);
-      want.push_back(b * 100 + t);  // what the left neighbour read here, it wrote here
+      want.push_back(b * 100 + t);  // what the left neighbor read here, it wrote here
     }
   }
   expect_equal(out, want, "clusters");

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from fusereg import _C
-from fusereg.cli.checks._base import CHECKS, CheckResult, Inputs, KernelCheck, run_check
+
+from ...core.inventory import Inputs, Operation
+from ._judge import CheckResult, run_check
+from ._rows import OPERATIONS
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Place:
 
 
 def places() -> list[Place]:
-    """All of this machine's."""
+    """Return all places of this machine."""
     found = [Place(f"cpu {isa}", torch.device("cpu"), isa) for isa in _C.cpu_isas()]
     if _C.build_info()["cuda"] and torch.version.hip is None and torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -32,7 +35,7 @@ def places() -> list[Place]:
 
 @contextmanager
 def instruction_set(name: str | None) -> Iterator[None]:
-    """The CPU's kernels use it within; None leaves it as it is."""
+    """Make the CPU kernels use an instruction set; None changes nothing."""
     before = _C.cpu_isa()
     if name is not None:
         _C.set_cpu_isa(name)
@@ -42,11 +45,11 @@ def instruction_set(name: str | None) -> Iterator[None]:
         _C.set_cpu_isa(before)
 
 
-def run_checks(checks: Sequence[KernelCheck] | None = None) -> list[CheckResult]:
-    """One small float32 call of every kernel on every place."""
+def run_checks(operations: Sequence[Operation] | None = None) -> list[CheckResult]:
+    """Make one small float32 call of every operation on every place."""
     results = []
     for place in places():
         with instruction_set(place.isa):
-            for check in CHECKS if checks is None else checks:
-                results.append(run_check(check, Inputs(place.device), place.name))
+            for operation in OPERATIONS if operations is None else operations:
+                results.append(run_check(operation, Inputs(place.device), place.name))
     return results

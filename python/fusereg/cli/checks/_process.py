@@ -1,4 +1,4 @@
-"""Runs a place's checks in worker processes, and goes on after those that die."""
+"""Runs the checks of a place in worker processes, and continues after one that dies."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fusereg.cli.checks._base import TOLERANCES, CheckResult, dtype_name
-from fusereg.cli.checks._places import Place
-from fusereg.cli.checks._worker import Planned, plan
+from ...core.inventory import TOLERANCES
+from ._judge import CheckResult, dtype_name
+from ._places import Place
+from ._worker import Planned, plan
 
 #: A call takes milliseconds; starting Python and torch from a cold disk takes the longest.
 SECONDS_A_RESULT = 120.0
@@ -24,7 +25,7 @@ MAX_DEATHS = 3
 
 
 def worker_command() -> list[str]:
-    """How a worker is started, without its arguments."""
+    """Return the command that starts a worker, without its arguments."""
     return [sys.executable, "-m", "fusereg.cli.checks._worker"]
 
 
@@ -34,7 +35,7 @@ def verify_place(
     dtypes: Sequence[torch.dtype],
     on_result: Callable[[CheckResult], None] = lambda result: None,
 ) -> list[CheckResult]:
-    """The result of each planned call on this place, in order."""
+    """Return the result of each planned call on this place, in order."""
     todo = plan(techniques, dtypes)
     results: list[CheckResult] = []
 
@@ -56,15 +57,15 @@ def verify_place(
 
 
 def _lost(planned: Planned, place: Place, message: str) -> CheckResult:
-    check, dtype, large = planned
+    operation, dtype, size = planned
     return CheckResult(
-        technique=check.technique,
-        kernel=check.name,
-        formula=check.formula,
+        technique=operation.technique,
+        kernel=operation.name,
+        formula=operation.formula,
         backend=place.name,
         device=str(place.device),
         dtype=dtype_name(dtype),
-        large=large,
+        large=size == "large",
         ok=False,
         error=None,
         tolerance=TOLERANCES[dtype],
@@ -79,7 +80,7 @@ def _run_worker(
     skip: int,
     add: Callable[[CheckResult], None],
 ) -> str:
-    """Runs one worker until it ends; says how it ended."""
+    """Run one worker until it ends; return how it ended."""
     command = [*worker_command(), "--name", place.name, "--device", str(place.device)]
     command += ["--techniques", ",".join(techniques), "--skip", str(skip)]
     command += ["--dtypes", ",".join(dtype_name(dtype) for dtype in dtypes)]
@@ -113,7 +114,7 @@ def _run_worker(
 
 
 def _read(worker: subprocess.Popen[str], add: Callable[[CheckResult], None]) -> bool:
-    """Passes on the worker's results; whether it had to be killed because none came."""
+    """Pass on the worker's results; return whether it had to be killed because none came."""
     assert worker.stdout is not None
     killed = threading.Event()
 

@@ -1,0 +1,529 @@
+// CPU kernels of augmentation; compiled once per instruction set. Contract: augment.h.
+#include "augment/augment.h"
+#include "augment/augment_math.h"
+#include "augment/augment_scatter.h"
+#include "augment/augment_vector.h"
+
+namespace fusereg::augment::FUSEREG_ISA {
+namespace {
+
+// --- forward, one pixel after the other: float64, antialiasing ---
+template <class T, int kGroup>
+void plain_row(const Job& job, std::int64_t sample, std::int64_t row) {
+  for (std::int64_t col = 0; col < job.y.w; ++col) {
+    const std::int64_t at = sample * job.y.sample + row * job.y.row + col * job.y.pixel;
+    for (int c = 0; c < job.c; c += kGroup) {
+      Number<T> v[kGroup];
+      augmented<T, kGroup>(job, sample, col, row, c, v);
+      for (int k = 0; k < kGroup; ++k)
+        write(job.y.data, job.y.type, at + (c + k) * job.y.channel, v[k]);
+    }
+  }
+}
+
+template <class T>
+void plain_rows(const Job& job, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t i = begin; i < end; ++i) {
+    if (job.c == 3) {
+      plain_row<T, 3>(job, i / job.y.h, i % job.y.h);
+    } else {
+      plain_row<T, 1>(job, i / job.y.h, i % job.y.h);
+    }
+  }
+}
+
+// --- forward, by blocks ---
+FUSEREG_INLINE Floats clamped(Floats v, float limit) {
+  return select(v < 0.0f, Floats{}, select(v > limit, broadcast(limit), v));
+}
+
+// Whether anything in a row is erased or mixed.
+FUSEREG_INLINE bool touches(const Frame& f, std::int64_t row) {
+  return (row >= f.erase.y0 && row < f.erase.y1) ||
+         (f.partner >= 0 && row >= f.mix.y0 && row < f.mix.y1);
+}
+
+// Columns of a box that are in a block, as places in the block; nothing in other rows.
+struct Cut {
+  int begin, end;
+};
+FUSEREG_INLINE Cut cut_block(const Box& box, std::int64_t row, std::int64_t first, int count) {
+  if (row < box.y0 || row >= box.y1 || box.x1 <= first || box.x0 >= first + count) return {0, 0};
+  const std::int64_t begin = box.x0 - first;
+  const std::int64_t end = box.x1 - first;
+  return {begin > 0 ? static_cast<int>(begin) : 0, end < count ? static_cast<int>(end) : count};
+}
+
+void erase_block(const Job& job, const Frame& f, std::int64_t row, std::int64_t first,
+                 const Cut& where, float* out, std::int64_t stride) {
+  for (int c = 0; c < job.c; ++c) {
+    float* const line = out + c * stride;
+    if (!job.erase_noise) {
+      for (int i = where.begin; i < where.end; ++i) line[i] = static_cast<float>(job.erase[c]);
+      continue;
+    }
+    const auto index = static_cast<std::uint64_t>((c * job.y.h + row) * job.y.w + first);
+    float n[4];
+    for (int i = where.begin; i < where.end; ++i) {
+      const std::uint64_t at = index + static_cast<std::uint64_t>(i);
+      if (i == where.begin || at % 4 == 0) four_normals(job.keys + 2 * f.sample, at / 4, n);
+      line[i] = n[at % 4];
+    }
+  }
+}
+
+// What concerns all samples, in float32.
+struct Finish {
+  float scale[kMaxChannels], shift[kMaxChannels];
+  float limit;
+  bool unchanged;  // by scale and shift
+};
+void make_finish(const Job& job, Finish& finish) {
+  finish.unchanged = true;
+  for (int c = 0; c < job.c; ++c) {
+    finish.scale[c] = static_cast<float>(job.scale[c]);
+    finish.shift[c] = static_cast<float>(job.shift[c]);
+    finish.unchanged = finish.unchanged && finish.scale[c] == 1.0f && finish.shift[c] == 0.0f;
+  }
+  finish.limit = static_cast<float>(job.limit);
+}
+
+// Colour, clamp and normalization of kLanes pixels; f(channel, values) takes one after the other.
+template <bool kThree, class F>
+FUSEREG_INLINE void finish_channels(const Job& job, const Finish& finish, const double* record,
+                                    const float* at, const F& f) {
+  const double* const m = record + 16;
+  const int channels = kThree ? 3 : job.c;
+  auto normalized = [&](int c, Floats v) { return v * finish.scale[c] + finish.shift[c]; };
+  if (!job.colour) {
+    FUSEREG_UNROLL_10
+    for (int c = 0; c < channels; ++c) f(c, normalized(c, load(at + c * kBlock)));
+  } else if (kThree) {
+    const Floats v0 = load(at), v1 = load(at + kBlock), v2 = load(at + 2 * kBlock);
+    FUSEREG_UNROLL_10
+    for (int k = 0; k < 3; ++k) {
+      const double* const r = m + 4 * k;
+      const Floats sum = (v0 * static_cast<float>(r[0]) + v1 * static_cast<float>(r[1])) +
+                         v2 * static_cast<float>(r[2]);
+      f(k, normalized(k, clamped(sum + static_cast<float>(r[3]), finish.limit)));
+    }
+  } else {
+    for (int c = 0; c < channels; ++c) {
+      const Floats v = load(at + c * kBlock) * static_cast<float>(m[0]) + static_cast<float>(m[3]);
+      f(c, normalized(c, clamped(v, finish.limit)));
+    }
+  }
+}
+template <class F>
+FUSEREG_INLINE void finish_part(const Job& job, const Finish& finish, const double* record,
+                                const float* at, const F& f) {
+  if (job.c == 3) {
+    finish_channels<true>(job, finish, record, at, f);
+  } else {
+    finish_channels<false>(job, finish, record, at, f);
+  }
+}
+
+// A(sample) for the 16 pixels of a block, of which `count` are there.
+template <class T, Interpolation kHow>
+void unmixed_block(const Job& job, const Finish& finish, const Frame& f, const Place16& place,
+                   std::int64_t row, std::int64_t first, int count, float* out) {
+  const Cut erased = cut_block(f.erase, row, first, count);
+  if (erased.end - erased.begin < count) {
+    warp_block<T, kHow>(job, f, place, row, first, out);
+    for (int p = 0; p < kBlock; p += kLanes) {
+      finish_part(job, finish, f.record, out + p,
+                  [&](int c, Floats v) { store(out + c * kBlock + p, v); });
+    }
+  }
+  if (erased.begin < erased.end) erase_block(job, f, row, first, erased, out, kBlock);
+}
+
+// --- the result's dtypes and layouts ---
+FUSEREG_INLINE bool three_last(const Job& job, const Images& images) {
+  return job.c == 3 && images.pixel == 3;
+}
+
+// Planes of values to the result, whatever its layout.
+template <class U, bool kPast>
+void store_block(const Job& job, std::int64_t at, const float* values, int count) {
+  U* y = static_cast<U*>(job.y.data) + at;
+  const bool whole = count == kBlock;
+  if constexpr (sizeof(U) == 8) {
+    for (int c = 0; c < job.c; ++c) {
+      for (int i = 0; i < count; ++i)
+        y[c * job.y.channel + i * job.y.pixel] = static_cast<double>(values[c * kBlock + i]);
+    }
+  } else if (three_last(job, job.y)) {
+    alignas(kVectorBytes) U part[3 * kBlock];
+    for (int p = 0; p < kBlock; p += kLanes) {
+      Floats mixed[3];
+      interleave(load(values + p), load(values + kBlock + p), load(values + 2 * kBlock + p), mixed);
+      for (int k = 0; k < 3; ++k) {
+        if (whole) {
+          put<kPast>(y + 3 * p + k * kLanes, mixed[k]);
+        } else {
+          store_as(part + 3 * p + k * kLanes, mixed[k]);
+        }
+      }
+    }
+    if (!whole) memcpy(y, part, static_cast<std::size_t>(3 * count) * sizeof(U));
+  } else {
+    for (int c = 0; c < job.c; ++c, values += kBlock, y += job.y.channel) {
+      alignas(kVectorBytes) U part[kBlock];
+      if (whole && job.y.pixel == 1) {
+        for (int p = 0; p < kBlock; p += kLanes) put<kPast>(y + p, load(values + p));
+        continue;
+      }
+      for (int p = 0; p < kBlock; p += kLanes) store_as(part + p, load(values + p));
+      for (int i = 0; i < count; ++i) y[i * job.y.pixel] = part[i];
+    }
+  }
+}
+
+// Of a whole block that is neither erased nor mixed, from its warped values on.
+template <class U, bool kPast>
+void finish_block(const Job& job, const Finish& finish, const double* record, std::int64_t at,
+                  float* values) {
+  if constexpr (sizeof(U) < 8) {
+    U* const y = static_cast<U*>(job.y.data) + at;
+    for (int p = 0; p < kBlock; p += kLanes) {
+      if (three_last(job, job.y)) {
+        Floats v[3], mixed[3];
+        finish_channels<true>(job, finish, record, values + p,
+                              [&](int c, Floats part) { v[c] = part; });
+        interleave(v[0], v[1], v[2], mixed);
+        for (int k = 0; k < 3; ++k) put<kPast>(y + 3 * p + k * kLanes, mixed[k]);
+      } else if (job.y.pixel == 1) {
+        finish_part(job, finish, record, values + p,
+                    [&](int c, Floats v) { put<kPast>(y + c * job.y.channel + p, v); });
+      }
+    }
+    if (three_last(job, job.y) || job.y.pixel == 1) return;
+  }
+  for (int p = 0; p < kBlock; p += kLanes) {
+    finish_part(job, finish, record, values + p,
+                [&](int c, Floats v) { store(values + c * kBlock + p, v); });
+  }
+  store_block<U, kPast>(job, at, values, kBlock);
+}
+
+// Asks for what is needed an image later or, of larger ones, some rows later, as much as is a row's
+// share: a warp reads an image in an order that the processor does not foresee.
+template <class T>
+FUSEREG_INLINE void ask_ahead(const Job& job, std::int64_t sample, std::int64_t row) {
+  constexpr std::int64_t kLine = 64;
+  constexpr std::int64_t kMost = 1024 * 1024;  // that waits in the cache
+  constexpr auto kSize = static_cast<std::int64_t>(sizeof(T));
+  const std::int64_t bytes = job.x.sample * kSize;
+  std::int64_t at = row + (bytes <= kMost ? job.y.h : job.y.h * (kMost / 2) / bytes);
+  if (at >= job.y.h) {
+    at -= job.y.h;
+    ++sample;
+  }
+  if (sample >= job.n) return;
+  const char* p = static_cast<const char*>(job.x.data) + sample * bytes;
+  const int planes = job.x.channels_last ? 1 : job.c;
+  const std::int64_t plane = bytes / planes;
+  const std::int64_t begin = plane * at / job.y.h;
+  const std::int64_t end = plane * (at + 1) / job.y.h;
+  for (int c = 0; c < planes; ++c, p += plane) {
+    for (std::int64_t i = begin; i < end; i += kLine) __builtin_prefetch(p + i, 0, 2);
+  }
+}
+
+// Copies a whole row that is a run of pixels of the image, mirrored or not, and only normalized.
+// False where it is something else.
+template <class T, class U, bool kPast>
+bool copy_row(const Job& job, const Finish& finish, const Frame& f, std::int64_t row) {
+  const Images& x = job.x;
+  const bool mirrored = f.m[0] < 0.0;
+  const std::int64_t width = job.y.w;
+  const auto from = static_cast<std::int64_t>(f.m[2]) - (mirrored ? width - 1 : 0);
+  const auto line = static_cast<std::int64_t>(f.m[5]) + (f.m[4] < 0.0 ? -row : row);
+  if (from < 0 || from + width > x.w || line < 0 || line >= x.h || touches(f, row)) {
+    return false;
+  }
+  const T* at = static_cast<const T*>(x.data) + f.sample * x.sample + line * x.row + from * x.pixel;
+  U* to = static_cast<U*>(job.y.data) + f.sample * job.y.sample + row * job.y.row;
+  if constexpr (sizeof(T) == 1 && sizeof(U) == 1) {
+    if (finish.unchanged && !mirrored && x.pixel == job.y.pixel) {
+      const bool last = x.pixel != 1;
+      for (int c = 0; c < (last ? 1 : job.c); ++c, at += x.channel, to += job.y.channel)
+        memcpy(to, at, static_cast<std::size_t>(width * x.pixel));
+      return true;
+    }
+  }
+  // Where vector i of the result comes from.
+  auto source = [&](std::int64_t i) { return mirrored ? width - kLanes - i : i; };
+  if (x.pixel == 1) {
+    for (int c = 0; c < job.c; ++c, at += x.channel, to += job.y.channel) {
+      const Floats scale = broadcast(finish.scale[c]);
+      const Floats shift = broadcast(finish.shift[c]);
+      for (std::int64_t i = 0; i < width; i += kLanes) {
+        const Floats v = load_run(at + source(i));
+        put<kPast>(to + i, (mirrored ? reversed(v) : v) * scale + shift);
+      }
+    }
+    return true;
+  }
+  if (job.y.pixel == 1) {
+    for (std::int64_t i = 0; i < width; i += kLanes) {
+      Floats v[3];
+      if (mirrored) {
+        load_planes<true>(at + 3 * source(i), v);
+      } else {
+        load_planes<false>(at + 3 * i, v);
+      }
+      for (int k = 0; k < 3; ++k)
+        put<kPast>(to + k * job.y.channel + i, v[k] * finish.scale[k] + finish.shift[k]);
+    }
+    return true;
+  }
+  Floats scale[3], shift[3];
+  interleave(broadcast(finish.scale[0]), broadcast(finish.scale[1]), broadcast(finish.scale[2]),
+             scale);
+  interleave(broadcast(finish.shift[0]), broadcast(finish.shift[1]), broadcast(finish.shift[2]),
+             shift);
+  for (std::int64_t i = 0; i < width; i += kLanes, to += 3 * kLanes) {
+    Floats v[3];
+    load_pixels(at + 3 * source(i), mirrored, v);
+    for (int k = 0; k < 3; ++k) put<kPast>(to + k * kLanes, v[k] * scale[k] + shift[k]);
+  }
+  return true;
+}
+
+// What depends on the result's dtype, and on whether it goes past the cache.
+struct Writer {
+  void (*store)(const Job& job, std::int64_t at, const float* values, int count);
+  void (*finish)(const Job& job, const Finish& finish, const double* record, std::int64_t at,
+                 float* values);
+  bool (*copy)(const Job& job, const Finish& finish, const Frame& f, std::int64_t row);  // or null
+};
+
+template <class T>
+Writer make_writer(const Job& job) {
+  // A result that no cache holds is written past it: else each line would be read first.
+  constexpr std::int64_t kLarge = std::int64_t{1} << 23;
+  return dispatch_element(job.y.type, [&](auto tag) -> Writer {
+    using U = typename decltype(tag)::type;
+    if constexpr (sizeof(U) == 8) {
+      return {&store_block<U, false>, &finish_block<U, false>, nullptr};
+    } else {
+      constexpr auto kSize = static_cast<std::int64_t>(sizeof(U));
+      const bool copies =
+          !job.colour && job.y.w % kLanes == 0 &&
+          ((job.x.pixel == 1 && job.y.pixel == 1) ||
+           (three_last(job, job.x) && (job.y.pixel == 1 || three_last(job, job.y))));
+      const bool aligned = (reinterpret_cast<std::uintptr_t>(job.y.data) |
+                            static_cast<std::uintptr_t>(job.y.w * kSize)) %
+                               (kLanes * sizeof(U)) ==
+                           0;
+      if (aligned && job.n * job.y.sample * kSize >= kLarge) {
+        return {&store_block<U, true>, &finish_block<U, true>,
+                copies ? &copy_row<T, U, true> : nullptr};
+      }
+      return {&store_block<U, false>, &finish_block<U, false>,
+              copies ? &copy_row<T, U, false> : nullptr};
+    }
+  });
+}
+
+template <class T, Interpolation kHow>
+void block_rows(const Job& job, std::int64_t begin, std::int64_t end) {
+  const Writer writer = make_writer<T>(job);
+  Finish finish;
+  make_finish(job, finish);
+  Frame frame;
+  Frame partner;
+  constexpr int kPlaces = 64;
+  Place16 places[kPlaces];
+  std::int64_t sample = -1;
+  alignas(kVectorBytes) float values[kMaxChannels * kBlock];
+  alignas(kVectorBytes) float others[kMaxChannels * kBlock];
+  for (std::int64_t i = begin; i < end; ++i) {
+    const std::int64_t row = i % job.y.h;
+    if (i / job.y.h != sample) {
+      sample = i / job.y.h;
+      make_frame(job, sample, frame);
+      if (frame.partner >= 0) make_frame(job, frame.partner, partner);
+    }
+    ask_ahead<T>(job, sample, row);
+    if (frame.copies && writer.copy != nullptr && writer.copy(job, finish, frame, row)) continue;
+    const bool touched = touches(frame, row);
+    for (std::int64_t first = 0; first < job.y.w; first += kBlock) {
+      const std::int64_t place = first / kBlock % kPlaces;
+      if (place == 0) {
+        const std::int64_t left = (job.y.w - first + kBlock - 1) / kBlock;
+        find_blocks<kHow>(job, frame, row, first, left < kPlaces ? static_cast<int>(left) : kPlaces,
+                          places);
+      }
+      const std::int64_t at = sample * job.y.sample + row * job.y.row + first * job.y.pixel;
+      if (!touched && first + kBlock <= job.y.w) {
+        // What most blocks of a batch are.
+        warp_block<T, kHow>(job, frame, places[place], row, first, values);
+        writer.finish(job, finish, frame.record, at, values);
+        continue;
+      }
+      const std::int64_t left = job.y.w - first;
+      const int count = left < kBlock ? static_cast<int>(left) : kBlock;
+      const Cut mixed = frame.partner >= 0 ? cut_block(frame.mix, row, first, count) : Cut{0, 0};
+      const double lam = frame.record[15];
+      if (mixed.end - mixed.begin < count || lam != 0.0)
+        unmixed_block<T, kHow>(job, finish, frame, places[place], row, first, count, values);
+      if (mixed.begin < mixed.end) {
+        Place16 other;
+        find_blocks<kHow>(job, partner, row, first, 1, &other);
+        unmixed_block<T, kHow>(job, finish, partner, other, row, first, count, others);
+        const auto share = static_cast<float>(lam);
+        const auto rest = static_cast<float>(1.0 - lam);
+        for (int c = 0; c < job.c; ++c) {
+          for (int k = mixed.begin; k < mixed.end; ++k) {
+            float& v = values[c * kBlock + k];
+            const float other = others[c * kBlock + k];
+            v = lam == 0.0 ? other : v * share + other * rest;
+          }
+        }
+      }
+      writer.store(job, at, values, count);
+    }
+  }
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+template <class T>
+void forward_of(const Job& job, std::int64_t begin, std::int64_t end) {
+  // Offsets within a channel, or a channels-last image, are 32 bits wide.
+  const bool small = job.x.h * job.x.row < (std::int64_t{1} << 29);
+  if constexpr (sizeof(T) < 8) {
+    if (!job.antialias && small) {
+      switch (job.interpolation) {
+        case Interpolation::kNearest:
+          block_rows<T, Interpolation::kNearest>(job, begin, end);
+          return;
+        case Interpolation::kBilinear:
+          block_rows<T, Interpolation::kBilinear>(job, begin, end);
+          return;
+        case Interpolation::kBicubic:
+          block_rows<T, Interpolation::kBicubic>(job, begin, end);
+          return;
+      }
+    }
+  }
+  plain_rows<T>(job, begin, end);
+}
+
+void forward(const Job& job, std::int64_t begin, std::int64_t end) {
+  dispatch_element(job.x.type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    forward_of<T>(job, begin, end);
+  });
+}
+
+// --- backward ---
+struct Rows {
+  std::int64_t begin, end;
+};
+
+// Adds what columns of an output row give to these rows of grad_x[sample].
+template <class T, int kGroup>
+void add_pixels(const Job& job, std::int64_t sample, std::int64_t out, bool as_partner,
+                std::int64_t row, std::int64_t first, std::int64_t last, const Rows& rows) {
+  using C = Number<T>;
+  const double* const m = job.records + sample * kRecord;
+  C* const grad = static_cast<C*>(job.grad_x.data) + sample * job.grad_x.sample;
+  for (std::int64_t col = first; col < last; ++col) {
+    for (int c = 0; c < job.c; c += kGroup) {
+      C g[kGroup];
+      if (!gradient_at<T, kGroup>(job, sample, out, as_partner, col, row, c, g)) continue;
+      for_taps<C>(job, m, col, row, [&](std::int32_t x, std::int32_t y, C weight) {
+        if (y < rows.begin || y >= rows.end) return;
+        C* const at = grad + y * job.grad_x.row + x * job.grad_x.pixel;
+        for (int k = 0; k < kGroup; ++k)
+          at[(c + k) * job.grad_x.channel] =
+              add(at[(c + k) * job.grad_x.channel], multiply(weight, g[k]));
+      });
+    }
+  }
+}
+
+// What the sample's own output gives, by blocks.
+template <class T, int kGroup, Interpolation kHow>
+void add_blocks(const Job& job, std::int64_t sample, const Rows& rows) {
+  Frame f;
+  make_frame(job, sample, f);
+  for (std::int64_t row = 0; row < job.y.h; ++row) {
+    const bool touched = touches(f, row);
+    for (std::int64_t first = 0; first < job.y.w; first += kBlock) {
+      const std::int64_t last = first + kBlock < job.y.w ? first + kBlock : job.y.w;
+      Place16 place;
+      find_blocks<kHow>(job, f, row, first, 1, &place);
+      if (place.where == Where::kOutside) continue;
+      if (place.where == Where::kPartly || touched) {
+        add_pixels<T, kGroup>(job, sample, sample, false, row, first, last, rows);
+      } else if (place.top < rows.end && place.bottom >= rows.begin) {
+        scatter_block<kHow, kGroup == 3>(job, f, place, row, first, static_cast<int>(last - first),
+                                         rows.begin, rows.end);
+      }
+    }
+  }
+}
+
+// Adds what one output image gives.
+template <class T, int kGroup>
+void add_gradient(const Job& job, std::int64_t sample, std::int64_t out, bool as_partner,
+                  const Rows& rows) {
+  if constexpr (sizeof(T) < 8) {
+    if (!as_partner && !job.colour && !job.antialias) {
+      switch (job.interpolation) {
+        case Interpolation::kNearest:
+          return add_blocks<T, kGroup, Interpolation::kNearest>(job, sample, rows);
+        case Interpolation::kBilinear:
+          return add_blocks<T, kGroup, Interpolation::kBilinear>(job, sample, rows);
+        case Interpolation::kBicubic:
+          return add_blocks<T, kGroup, Interpolation::kBicubic>(job, sample, rows);
+      }
+    }
+  }
+  for (std::int64_t row = 0; row < job.y.h; ++row)
+    add_pixels<T, kGroup>(job, sample, out, as_partner, row, 0, job.y.w, rows);
+}
+
+template <class T, int kGroup>
+void backward_rows(const Job& job, std::int64_t sample, std::int64_t row_begin,
+                   std::int64_t row_end) {
+  using C = Number<T>;
+  const Images& grad_x = job.grad_x;
+  C* const grad = static_cast<C*>(grad_x.data) + sample * grad_x.sample;
+  for (int c = 0; c < job.c; ++c) {
+    for (std::int64_t y = row_begin; y < row_end; ++y) {
+      for (std::int64_t x = 0; x < grad_x.w; ++x)
+        grad[c * grad_x.channel + y * grad_x.row + x * grad_x.pixel] = C{0};
+    }
+  }
+  const Rows rows = {row_begin, row_end};
+  add_gradient<T, kGroup>(job, sample, sample, false, rows);
+  for (std::int64_t out = 0; out < job.n; ++out) {
+    if (partner_of(job.records + out * kRecord, job.n) == sample)
+      add_gradient<T, kGroup>(job, sample, out, true, rows);
+  }
+}
+
+void backward(const Job& job, std::int64_t sample, std::int64_t row_begin, std::int64_t row_end) {
+  dispatch_element(job.x.type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (job.c == 3) {
+      backward_rows<T, 3>(job, sample, row_begin, row_end);
+    } else {
+      backward_rows<T, 1>(job, sample, row_begin, row_end);
+    }
+  });
+}
+
+}  // namespace
+
+const CpuKernels kernels = {&forward, &backward};
+
+}  // namespace fusereg::augment::FUSEREG_ISA

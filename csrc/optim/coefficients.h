@@ -1,0 +1,108 @@
+// The numbers that an update computes with, from its hyperparameters and step; on the host and on
+// the device.
+#pragma once
+
+#include <math.h>
+
+#include "optim/optim.h"
+
+namespace fusereg::optim {
+
+FUSEREG_INLINE double read_scalar(const Scalar& s) {
+  if (s.device == nullptr) return s.host;
+  switch (s.dtype) {
+    case DType::kFloat64:
+      return *static_cast<const double*>(s.device);
+    case DType::kFloat32:
+      return *static_cast<const float*>(s.device);
+    case DType::kFloat16:
+      return to_float(*static_cast<const Half*>(s.device));
+    default:
+      return to_float(*static_cast<const BFloat16*>(s.device));
+  }
+}
+
+// What the gradients of a call are multiplied by, but for the sign.
+FUSEREG_INLINE double clip_factor(double norm, double max_norm) {
+  const double factor = max_norm / (norm + 1e-6);
+  return factor > 1.0 ? 1.0 : factor;  // NaN stays
+}
+FUSEREG_INLINE double gradient_factor(double grad_scale, double norm, double max_norm) {
+  const double unscale = 1.0 / grad_scale;
+  return max_norm > 0.0 ? unscale * clip_factor(norm * unscale, max_norm) : unscale;
+}
+
+struct HyperValues {
+  double lr, first, second, eps, weight_decay, l1, l2, group;
+};
+
+FUSEREG_INLINE HyperValues read_hyper(const Hyper& h) {
+  return {read_scalar(h.lr),  read_scalar(h.first),        read_scalar(h.second),
+          read_scalar(h.eps), read_scalar(h.weight_decay), read_scalar(h.l1),
+          read_scalar(h.l2),  read_scalar(h.group)};
+}
+
+// Magnitudes up to this become zero in storage.
+FUSEREG_INLINE double rounds_to_zero(DType dtype) {
+  return dtype == DType::kFloat16    ? Traits<Half>::kRoundsToZero
+         : dtype == DType::kBFloat16 ? Traits<BFloat16>::kRoundsToZero
+                                     : 0.0;
+}
+
+// `row` as in Item; `step` counts from 1.
+FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const HyperValues& h,
+                                                 const Flags& f, double step, double gradient,
+                                                 std::int64_t row, bool fresh, DType p_dtype) {
+  Coefficients<double> k;
+  double lr = h.lr;
+  const double l1 = row == 1 ? h.l1 + h.group : h.l1;
+  const double group = row > 1 ? h.group * sqrt(static_cast<double>(row)) : 0.0;
+  k.grad = f.maximize ? -gradient : gradient;
+  k.eps = h.eps;
+  k.largest_zero = rounds_to_zero(p_dtype);
+  switch (algorithm) {
+    case Algorithm::kSgd:
+      k.first = h.first;
+      k.second = fresh ? 1.0 : 1.0 - h.second;
+      k.rate = lr;
+      // A gradient that stays moves p by this much more, so its counterpart in the penalty must.
+      if (f.momentum && f.prox == Prox::kPreconditioned) lr *= (1.0 - h.second) / (1.0 - h.first);
+      break;
+    case Algorithm::kAdam:
+      k.first = 1.0 - h.first;
+      k.second = h.second;
+      k.third = 1.0 - h.second;
+      k.rate = lr / (1.0 - pow(h.first, step));
+      k.root = 1.0 / sqrt(1.0 - pow(h.second, step));
+      break;
+    case Algorithm::kAdagrad:
+      lr = lr / (1.0 + (step - 1.0) * h.first);
+      k.rate = lr;
+      break;
+    default:
+      k.first = 1.0 / lr;
+      k.second = h.first / lr;
+      break;
+  }
+  if (f.decoupled_decay) {
+    k.decay = 1.0 - lr * h.weight_decay;
+  } else {
+    k.l2 = h.weight_decay;
+  }
+  if (algorithm == Algorithm::kFtrl) {
+    k.threshold = l1;
+    k.shrink = h.l2;
+  } else if (f.prox == Prox::kNone) {
+    k.l1 = l1;
+    k.l2 += h.l2;
+    k.group = group;
+  } else {
+    k.threshold = lr * l1;
+    k.shrink = lr * h.l2;
+    k.factor = 1.0 / (1.0 + k.shrink);
+    k.group = lr * group;
+  }
+  return k;
+}
+
+}  // namespace fusereg::optim

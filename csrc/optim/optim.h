@@ -1,0 +1,216 @@
+// One optimization step over lists of tensors, with the penalty's gradient or its proximal step in
+// the same pass.
+//
+// For a parameter p with gradient g and the penalty (penalty.h, groups are the slices along
+// dimension 0)
+//
+//   R(p) = l1 * sum |p_i|  +  l2/2 * sum p_i^2  +  group * sum_r sqrt(n_r) * ||p_r||_2
+//
+// a step does, in this order,
+//
+//   g = +-g / grad_scale * min(1, max_norm / (norm / grad_scale + 1e-6))   (- to maximize)
+//   g = g + weight_decay * p          coupled decay; decoupled: p = (1 - lr * weight_decay) * p
+//   g = g + dR/dp                     Prox::kNone
+//   p = update(p, g, state)           t counts the steps from 1
+//     SGD      b = momentum * b + (1 - dampening) * g  (b = g at first);
+//              d = nesterov ? g + momentum * b : b;       p = p - lr * d
+//     Adam     m = m + (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2;
+//              amsgrad: u = max(u, v), else u = v;
+//              D = sqrt(u) / sqrt(1 - beta2^t) + eps;     p = p - lr / (1 - beta1^t) * m / D
+//     Adagrad  s = s + g^2;  D = sqrt(s) + eps;     p = p - lr_t * g / D,
+//              lr_t = lr / (1 + (t - 1) * lr_decay)
+//     FTRL     n' = n + g^2;  z = z + g - (sqrt(n') - sqrt(n)) / lr * p;
+//              p = -soft(z, l1) / ((beta + sqrt(n')) / lr + l2)
+//   p = prox(p)
+//     kDecoupled         row by row v = soft(p, lr * l1),
+//                        p = v * max(0, 1 - lr * group * sqrt(n_r) / ||v_r||) / (1 + lr * l2)
+//     kPreconditioned    p_i = soft(p_i, lr * l1 / D_i) / (1 + lr * l2 / D_i): the proximal step in
+//                        the metric of the update (no group term: it has no closed form there);
+//                        SGD: as kDecoupled with lr * (1 - dampening) / (1 - momentum) for lr
+//
+// with soft(p, t) = sign(p) * max(|p| - t, 0); zeros come out as +0.0. lr in the proximal step of
+// Adagrad is lr_t. Sources: kDecoupled follows Loshchilov and Hutter's decoupled decay (2019),
+// kPreconditioned ProxGen (Yun, Lozano, Yang 2021, "Adaptive proximal gradient methods for
+// structured neural networks") and, for Adagrad, Duchi, Hazan, Singer 2011; FTRL is McMahan et al.
+// 2013, "Ad click prediction", per-coordinate FTRL-Proximal.
+//
+// Value: R of the parameters before the step (FTRL: with its l1 and l2), over those with a
+// gradient. found_inf != 0: nothing is written but the value.
+//
+// Dtypes: p, g, and the states each float64, float32, float16 or bfloat16 (the states of one
+// parameter share theirs); `copy`, if there, receives the new p rounded to its own dtype (p is then
+// a master weight). Arithmetic is in float32, in float64 where p is float64; sums run in float64.
+// Bytes moved per element in float32: SGD 12 (20 with momentum), Adam 28 (36 with amsgrad), Adagrad
+// 20, FTRL 28. With a group term a row is walked again, from cache as long as it fits there (a row
+// of up to some 10^5 elements); then 8 bytes more. Deterministic: chunks, slots and the order of
+// additions depend on shapes alone.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/dtype.h"
+#include "core/isa.h"
+
+namespace fusereg {
+class LaunchTables;
+}
+
+namespace fusereg::optim {
+
+enum class Algorithm : std::uint8_t { kSgd, kAdam, kAdagrad, kFtrl };
+enum class Prox : std::uint8_t { kNone, kDecoupled, kPreconditioned };
+
+inline constexpr int kMaxStates = 3;
+
+// A number of the host's, or one that the kernel finds in memory of the tensors' device.
+struct Scalar {
+  double host = 0.0;
+  const void* device = nullptr;
+  DType dtype = DType::kFloat32;
+  std::uint8_t unused[7] = {};  // no padding: see Hyper
+};
+
+struct Flags {
+  Prox prox = Prox::kNone;
+  bool maximize = false;
+  bool amsgrad = false;
+  bool nesterov = false;
+  bool decoupled_decay = false;
+  bool momentum = false;  // SGD: there is a momentum buffer
+};
+
+// What a group of parameters shares. `first` and `second` are momentum and dampening, beta1 and
+// beta2, lr_decay and nothing, beta and nothing. Without padding, as Target.
+struct Hyper {
+  Scalar lr, first, second, eps, weight_decay, l1, l2, group;
+  Flags flags;
+  std::uint8_t unused[2] = {};
+};
+static_assert(sizeof(Scalar) == 24 && sizeof(Hyper) == 8 * sizeof(Scalar) + sizeof(Flags) + 2);
+
+// One parameter: all its tensors dense, in the same memory order. What stays from step to step;
+// without padding, so that tables of these compare as bytes.
+struct Target {
+  void* p = nullptr;
+  void* copy = nullptr;
+  void* state[kMaxStates] = {nullptr, nullptr, nullptr};
+  float* step = nullptr;  // null for SGD and FTRL
+  std::int64_t numel = 0;
+  std::int64_t row = 0;  // elements of a group's row; 0: no group term; 1: it is one of l1
+  std::int32_t hyper = 0;
+  DType p_dtype = DType::kFloat32;
+  DType copy_dtype = DType::kFloat32;
+  DType g_dtype = DType::kFloat32;
+  DType state_dtype = DType::kFloat32;
+  bool fresh = false;  // SGD: the momentum buffer is zero and gets the whole gradient
+  std::uint8_t unused[7] = {};
+};
+
+struct Item : Target {
+  const void* g = nullptr;
+};
+
+struct Job {
+  Algorithm algorithm = Algorithm::kSgd;
+  std::vector<Hyper> hypers;
+  std::vector<Item> items;
+  void* value = nullptr;  // 0-d, null where it is not wanted
+  DType value_dtype = DType::kFloat32;
+  Scalar grad_scale{1.0};
+  Scalar found_inf{0.0};
+  Scalar norm{0.0};       // of all gradients as they come, still scaled
+  double max_norm = 0.0;  // 0: no clipping
+};
+
+void run_cpu(const Job& job);
+
+// --- norms of lists of gradients, and clipping by them ---
+
+enum class Norm : std::uint8_t { kOne, kTwo, kInfinity };
+
+struct NormItem {
+  void* data = nullptr;
+  std::int64_t numel = 0;
+  DType dtype = DType::kFloat32;
+};
+
+struct NormJob {
+  Norm norm = Norm::kTwo;
+  std::vector<NormItem> items;
+  void* out = nullptr;  // the norm over all elements, 0-d
+  DType out_dtype = DType::kFloat32;
+};
+
+// Reads each element once. Sums run in float64, so float16 and large float32 do not overflow; NaN
+// and infinity come through.
+void run_cpu(const NormJob& job);
+
+// x = x * min(1, max_norm / (norm + 1e-6)), `norm` as in NormJob::out. On the CPU nothing is read
+// where the factor is 1.
+struct ClipJob {
+  std::vector<NormItem> items;
+  Scalar norm;
+  double max_norm = 0.0;
+};
+void run_cpu(const ClipJob& job);
+
+// CUDA only: `workspace` is kWorkspaceBytes of device memory whose first 8 bytes are zero; it is
+// left so. A step is one launch, as are a norm and clipping: of up to some 330 parameters in up to
+// 8 groups, or some 1100 gradients, as it is; of more with `tables`, plus launches that write the
+// table when a tensor but a gradient (of some 3800 parameters, a gradient too) lies elsewhere than
+// the last time, or where more than 8 groups' numbers change. While a CUDA graph is captured, and
+// where `tables` is null, longer lists take several launches: p and states get the same bits; the
+// value and the norm are then added in another order, in float64.
+inline constexpr std::int64_t kMaxBlocks = 4096;
+inline constexpr std::int64_t kWorkspaceBytes = 16 + 8 * kMaxBlocks;
+void run_cuda(const Job& job, void* workspace, LaunchTables* tables, int device, void* stream);
+void run_cuda(const NormJob& job, void* workspace, LaunchTables* tables, int device, void* stream);
+void run_cuda(const ClipJob& job, LaunchTables* tables, int device, void* stream);
+
+// --- what the CPU kernels of one instruction set provide (optim_kernels.cpp) ---
+
+struct Sums {
+  double absolute = 0.0;  // sum |p|
+  double square = 0.0;    // sum p^2
+  double groups = 0.0;    // sum over rows of sqrt(n) * ||p_r||
+};
+
+// What an update computes with, made of a Hyper's numbers and the step (coefficients.h).
+template <class C>
+struct Coefficients {
+  C grad = 1;    // factor of the gradient: sign, unscaling, clipping
+  C l1 = 0;      // the penalty's gradient: l1 * sign(p) ...
+  C l2 = 0;      // ... + l2 * p, with a coupled weight_decay in it
+  C decay = 1;   // decoupled: p = decay * p
+  C rate = 0;    // step size
+  C first = 0;   // momentum; 1 - beta1; FTRL: 1 / lr
+  C second = 0;  // weight of the gradient in the momentum; beta2; FTRL: beta / lr
+  C third = 0;   // 1 - beta2
+  C root = 1;    // 1 / sqrt(1 - beta2^t)
+  C eps = 0;
+  C threshold = 0;  // proximal step: lr * l1; FTRL: l1
+  C shrink = 0;     // proximal step: lr * l2; FTRL: l2
+  C factor = 1;     // 1 / (1 + shrink)
+  C group = 0;      // lr * group in the proximal step, group in the gradient; times sqrt(n)
+  C largest_zero = 0;
+};
+
+struct CpuKernels {
+  // Elements [begin, begin + n) of an item. Gives the sums where they are wanted.
+  Sums (*elements)(Algorithm algorithm, const Item& item, const Flags& flags,
+                   const Coefficients<double>& c, std::int64_t begin, std::int64_t n, bool sums);
+  // Rows that start at element `begin`, n elements in all.
+  Sums (*rows)(Algorithm algorithm, const Item& item, const Flags& flags,
+               const Coefficients<double>& c, std::int64_t begin, std::int64_t n, bool sums);
+  // sum |x|, sum x^2 or max |x| of consecutive elements.
+  double (*norm)(Norm norm, DType dtype, const void* x, std::int64_t n);
+  void (*scale)(DType dtype, void* x, std::int64_t n, double factor);
+};
+
+FUSEREG_DECLARE_PER_ISA(CpuKernels, kernels)
+
+// Elements a chunk: its fixed costs vanish, and large tensors spread over threads.
+inline constexpr std::int64_t kChunk = 16384;
+
+}  // namespace fusereg::optim

@@ -1,0 +1,316 @@
+// Device code of an optimizer's step: chunks of tensors, and rows of those with a group term.
+//
+// All combinations of dtypes share one loop: a thread moves kPerThread elements of each tensor with
+// as many 16-byte accesses as their dtype needs, chosen by a branch that is the same for the whole
+// block.
+#pragma once
+
+#include "optim/coefficients.h"
+#include "optim/launch.cuh"
+#include "optim/optim_math.h"
+
+namespace fusereg::optim {
+
+// Elements that a thread moves at once; of float64 fewer, for they would take twice the registers.
+template <class C>
+inline constexpr int kPerThread = sizeof(C) == 8 ? 4 : 8;
+
+// Elements of a row that a warp takes alone.
+inline constexpr std::int64_t kWarpRow = 1024;
+inline constexpr int kWarps = kThreads / cuda::kWarpSize;
+
+template <class C>
+FUSEREG_DEVICE_INLINE C load_one(DType dtype, const void* x, std::int64_t at) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return static_cast<C>(static_cast<const double*>(x)[at]);
+    case DType::kFloat32:
+      return static_cast<C>(static_cast<const float*>(x)[at]);
+    case DType::kFloat16:
+      return static_cast<C>(to_float(static_cast<const Half*>(x)[at]));
+    default:
+      return static_cast<C>(to_float(static_cast<const BFloat16*>(x)[at]));
+  }
+}
+
+template <class C>
+FUSEREG_DEVICE_INLINE void store_one(DType dtype, void* x, std::int64_t at, C y) {
+  switch (dtype) {
+    case DType::kFloat64:
+      static_cast<double*>(x)[at] = static_cast<double>(y);
+      return;
+    case DType::kFloat32:
+      static_cast<float*>(x)[at] = static_cast<float>(y);
+      return;
+    case DType::kFloat16:
+      static_cast<Half*>(x)[at] = to_half(static_cast<float>(y));
+      return;
+    default:
+      static_cast<BFloat16*>(x)[at] = to_bfloat16(static_cast<float>(y));
+  }
+}
+
+// A thread's elements, from a 16-byte boundary on.
+template <class T, class C>
+FUSEREG_DEVICE_INLINE void load_typed(const T* x, C (&y)[kPerThread<C>]) {
+  constexpr int kN = cuda::kVecSize<T> < kPerThread<C> ? cuda::kVecSize<T> : kPerThread<C>;
+  FUSEREG_UNROLL
+  for (int i = 0; i < kPerThread<C>; i += kN) {
+    const auto v = cuda::load<kN>(x + i);
+    FUSEREG_UNROLL
+    for (int k = 0; k < kN; ++k) y[i + k] = static_cast<C>(to_compute(v[k]));
+  }
+}
+template <class T, class C>
+FUSEREG_DEVICE_INLINE void store_typed(T* x, const C (&y)[kPerThread<C>]) {
+  constexpr int kN = cuda::kVecSize<T> < kPerThread<C> ? cuda::kVecSize<T> : kPerThread<C>;
+  FUSEREG_UNROLL
+  for (int i = 0; i < kPerThread<C>; i += kN) {
+    cuda::Vec<T, kN> v;
+    FUSEREG_UNROLL
+    for (int k = 0; k < kN; ++k) v[k] = from_compute<T>(static_cast<Compute<T>>(y[i + k]));
+    cuda::store(x + i, v);
+  }
+}
+template <class C>
+FUSEREG_DEVICE_INLINE void load_many(DType dtype, const void* x, std::int64_t at,
+                                     C (&y)[kPerThread<C>]) {
+  dispatch_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    load_typed(static_cast<const T*>(x) + at, y);
+  });
+}
+template <class C>
+FUSEREG_DEVICE_INLINE void store_many(DType dtype, void* x, std::int64_t at,
+                                      const C (&y)[kPerThread<C>]) {
+  dispatch_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    store_typed(static_cast<T*>(x) + at, y);
+  });
+}
+
+// What every thread of a block needs to know of its tensor.
+struct Work {
+  Coefficients<double> k;
+  HyperValues h;
+  Flags flags;
+  bool skip;
+  bool value;
+  Target target;  // a table's entry, where that lies in memory
+};
+
+template <class C>
+struct Shares {
+  double absolute = 0.0;
+  double square = 0.0;
+  FUSEREG_DEVICE_INLINE void add(C p) {
+    const double x = static_cast<double>(p);
+    absolute += x < 0.0 ? -x : x;
+    square += x * x;
+  }
+};
+
+// One element; gives the new p.
+template <Algorithm algorithm, class C>
+FUSEREG_DEVICE_INLINE C update_one(const Target& item, const void* g, std::int64_t at,
+                                   const Coefficients<C>& k, const Flags& f, int states) {
+  C s[kMaxStates] = {};
+  for (int j = 0; j < states; ++j) s[j] = load_one<C>(item.state_dtype, item.state[j], at);
+  const C p = updated<algorithm>(load_one<C>(item.p_dtype, item.p, at),
+                                 load_one<C>(item.g_dtype, g, at), s, k, f);
+  store_one(item.p_dtype, item.p, at, p);
+  if (item.copy != nullptr) store_one(item.copy_dtype, item.copy, at, p);
+  for (int j = 0; j < states; ++j) store_one(item.state_dtype, item.state[j], at, s[j]);
+  return p;
+}
+
+FUSEREG_DEVICE_INLINE bool aligned_at(const void* x, DType dtype, std::int64_t at) {
+  const int bytes = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+  return (reinterpret_cast<std::uintptr_t>(x) + static_cast<std::uintptr_t>(at * bytes)) % 16 == 0;
+}
+
+// kPerThread elements from `at` on, of which p has been loaded; leaves the new p there.
+template <Algorithm algorithm, class C>
+FUSEREG_DEVICE_INLINE void update_many(const Target& item, const void* gradient, std::int64_t at,
+                                       const Coefficients<C>& k, const Flags& f, int states,
+                                       C (&p)[kPerThread<C>]) {
+  constexpr int kN = kPerThread<C>;
+  C g[kN];
+  C s[kMaxStates][kN];
+  load_many(item.g_dtype, gradient, at, g);
+  FUSEREG_UNROLL
+  for (int j = 0; j < kMaxStates; ++j) {
+    if (j < states) load_many(item.state_dtype, item.state[j], at, s[j]);
+  }
+  FUSEREG_UNROLL
+  for (int i = 0; i < kN; ++i) {
+    C own[kMaxStates] = {s[0][i], s[1][i], s[2][i]};
+    p[i] = updated<algorithm>(p[i], g[i], own, k, f);
+    FUSEREG_UNROLL
+    for (int j = 0; j < kMaxStates; ++j) s[j][i] = own[j];
+  }
+  store_many(item.p_dtype, item.p, at, p);
+  if (item.copy != nullptr) store_many(item.copy_dtype, item.copy, at, p);
+  FUSEREG_UNROLL
+  for (int j = 0; j < kMaxStates; ++j) {
+    if (j < states) store_many(item.state_dtype, item.state[j], at, s[j]);
+  }
+}
+
+// How a run of n elements from `begin` on is walked: `head` of them one by one up to p's first
+// 16-byte boundary, then whole groups, then the rest. Where another tensor lies differently against
+// that boundary, no group fits them all.
+struct Walk {
+  std::int64_t begin;
+  std::int64_t n;
+  std::int64_t head;
+  unsigned thread;  // of so many
+  unsigned threads;
+};
+
+FUSEREG_DEVICE_INLINE std::int64_t head_of(const Target& item, const void* gradient, int states,
+                                           std::int64_t begin, std::int64_t n) {
+  std::int64_t head = 0;
+  while (head < 8 && !aligned_at(item.p, item.p_dtype, begin + head)) ++head;
+  bool together = aligned_at(gradient, item.g_dtype, begin + head) &&
+                  (item.copy == nullptr || aligned_at(item.copy, item.copy_dtype, begin + head));
+  for (int j = 0; j < states; ++j) {
+    together = together && aligned_at(item.state[j], item.state_dtype, begin + head);
+  }
+  return together && head < n ? head : n;
+}
+
+// Calls one(index) and many(index of the first). Of one walk's elements a thread always gets the
+// same.
+template <class C, class One, class Many>
+FUSEREG_DEVICE_INLINE void walk(const Walk& w, const One& one, const Many& many) {
+  constexpr int kN = kPerThread<C>;
+  const std::int64_t groups = (w.n - w.head) / kN;
+  for (std::int64_t i = w.thread; i < w.head; i += w.threads) one(w.begin + i);
+  for (std::int64_t v = w.thread; v < groups; v += w.threads) many(w.begin + w.head + v * kN);
+  for (std::int64_t i = w.head + groups * kN + w.thread; i < w.n; i += w.threads) one(w.begin + i);
+}
+
+// One chunk of one tensor by the whole block; gives the thread's shares of the sums.
+template <Algorithm algorithm, class C>
+__device__ Shares<C> chunk(const Target& item, const void* gradient, const Work& w,
+                           std::int64_t begin, std::int64_t n) {
+  constexpr int kN = kPerThread<C>;
+  const Coefficients<C> k = in_type<C>(w.k);
+  const Flags f = w.flags;
+  const int states = w.skip ? 0 : state_count(algorithm, f);
+  const bool skip = w.skip;
+  const bool value = w.value;
+  Shares<C> shares;
+  auto one = [&](std::int64_t at) {
+    if (value) shares.add(load_one<C>(item.p_dtype, item.p, at));
+    if (!skip) update_one<algorithm>(item, gradient, at, k, f, states);
+  };
+  auto many = [&](std::int64_t at) {
+    C p[kN];
+    load_many(item.p_dtype, item.p, at, p);
+    if (value) {
+      FUSEREG_UNROLL
+      for (int i = 0; i < kN; ++i) shares.add(p[i]);
+    }
+    if (!skip) update_many<algorithm>(item, gradient, at, k, f, states, p);
+  };
+  walk<C>({begin, n, head_of(item, gradient, states, begin, n), threadIdx.x, kThreads}, one, many);
+  return shares;
+}
+
+// One row by a warp or by a block: its norm, the update, its new norm, the proximal step. Each
+// thread comes back to the elements that it has written.
+template <Algorithm algorithm, class C>
+__device__ double row_value(const Target& item, const void* gradient, const Work& w,
+                            std::int64_t row, bool by_warp) {
+  constexpr int kN = kPerThread<C>;
+  const std::int64_t begin = row * item.row;
+  const bool mine = begin < item.numel;
+  const std::int64_t n = mine ? item.row : 0;
+  const bool prox = w.flags.prox != Prox::kNone;
+  const int states = w.skip ? 0 : state_count(algorithm, w.flags);
+  const Walk own{begin, n, head_of(item, gradient, states, begin, n),
+                 by_warp ? cuda::lane_id() : threadIdx.x, by_warp ? cuda::kWarpSize : kThreads};
+  auto sum = [&](const Shares<C>& shares, double (&v)[2]) {
+    v[0] = shares.absolute;
+    v[1] = shares.square;
+    if (by_warp) {
+      v[0] = cuda::warp_sum(v[0]);
+      v[1] = cuda::warp_sum(v[1]);
+    } else {
+      cuda::block_sum(v);
+    }
+  };
+  Shares<C> shares;
+  walk<C>(
+      own, [&](std::int64_t at) { shares.add(load_one<C>(item.p_dtype, item.p, at)); },
+      [&](std::int64_t at) {
+        C p[kN];
+        load_many(item.p_dtype, item.p, at, p);
+        FUSEREG_UNROLL
+        for (int i = 0; i < kN; ++i) shares.add(p[i]);
+      });
+  double before[2];
+  sum(shares, before);
+  const double norm = sqrt(before[1]);
+  const double sqrt_n = sqrt(static_cast<double>(item.row));
+  double value = w.h.group * sqrt_n * norm;
+  if (w.h.l1 != 0.0) value += w.h.l1 * before[0];
+  if (w.h.l2 != 0.0) value += 0.5 * w.h.l2 * before[1];
+  if (!mine || own.thread != 0) value = 0.0;
+  if (w.skip) return value;
+
+  Coefficients<C> k = in_type<C>(w.k);
+  if (!prox) k.l2 = static_cast<C>(w.k.l2 + group_gradient_factor(w.k.group, norm));
+  Flags f = w.flags;
+  f.prox = Prox::kNone;  // the proximal step comes when the new norm is known
+  const C threshold = k.threshold;
+  // p as it was rounded to memory, which the proximal step will read.
+  shares = Shares<C>();
+  auto add = [&](C p) { shares.add(soft_threshold<C>(p, threshold, C(1))); };
+  walk<C>(
+      own,
+      [&](std::int64_t at) {
+        update_one<algorithm>(item, gradient, at, k, f, states);
+        if (prox) add(load_one<C>(item.p_dtype, item.p, at));
+      },
+      [&](std::int64_t at) {
+        C p[kN];
+        load_many(item.p_dtype, item.p, at, p);
+        update_many<algorithm>(item, gradient, at, k, f, states, p);
+        if (!prox) return;
+        load_many(item.p_dtype, item.p, at, p);
+        FUSEREG_UNROLL
+        for (int i = 0; i < kN; ++i) add(p[i]);
+      });
+  if (!prox) return value;
+  double after[2];
+  sum(shares, after);
+  const C factor = static_cast<C>(group_prox_factor(w.k.group, sqrt(after[1])) * w.k.factor);
+  auto shrunk = [&](C p) {
+    return signed_or_zero((abs(p) - threshold) * factor, p, k.largest_zero);
+  };
+  walk<C>(
+      own,
+      [&](std::int64_t at) {
+        const C y = shrunk(load_one<C>(item.p_dtype, item.p, at));
+        store_one(item.p_dtype, item.p, at, y);
+        if (item.copy != nullptr) store_one(item.copy_dtype, item.copy, at, y);
+      },
+      [&](std::int64_t at) {
+        C p[kN];
+        load_many(item.p_dtype, item.p, at, p);
+        FUSEREG_UNROLL
+        for (int i = 0; i < kN; ++i) p[i] = shrunk(p[i]);
+        store_many(item.p_dtype, item.p, at, p);
+        if (item.copy != nullptr) store_many(item.copy_dtype, item.copy, at, p);
+      });
+  return value;
+}
+
+FUSEREG_HD inline std::int64_t rows_per_task(std::int64_t row) {
+  return row <= kWarpRow ? kWarps : 1;
+}
+
+}  // namespace fusereg::optim

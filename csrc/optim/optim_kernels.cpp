@@ -1,0 +1,323 @@
+// CPU kernels of the optimizers; compiled once per instruction set. Contract: optim.h.
+//
+// There is one update loop for each algorithm, in float32 and in float64. Tensors of other dtypes
+// are widened into a tile in the first-level cache, updated there and narrowed again, so that all
+// combinations of dtypes share that loop.
+//
+// Sums are kept in kLanes columns of float64, element i in column i % kLanes, whatever the vector
+// width: every instruction set adds the same numbers in the same order and gives the same bits.
+#include "core/simd.h"
+#include "optim/optim.h"
+#include "optim/optim_math.h"
+
+namespace fusereg::optim::FUSEREG_ISA {
+namespace {
+
+using namespace ::fusereg::FUSEREG_ISA;
+
+constexpr int kLanes = 32;
+constexpr int kTile = 512;
+
+// --- sums ---
+
+template <class C>
+struct Lanes {
+  static constexpr int kWide = static_cast<int>(sizeof(double) / sizeof(C));
+  static constexpr int kVectors = kLanes / kWidth<C>;
+  Vector<double> sums[kVectors][kWide];
+};
+
+template <class C>
+FUSEREG_INLINE double add_lanes(const Lanes<C>& lanes) {
+  double sum[kLanes];
+  static_assert(sizeof(sum) == sizeof(lanes.sums), "one sum a lane");
+  memcpy(sum, lanes.sums, sizeof(sum));
+  for (int i = 0; i < 16; ++i) sum[i] += sum[i + 16];
+  for (int i = 0; i < 8; ++i) sum[i] += sum[i + 8];
+  for (int i = 0; i < 4; ++i) sum[i] += sum[i + 4];
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+// Calls f(v, x) for each vector of n elements; v is its place among the lanes.
+template <class T, class F>
+FUSEREG_INLINE void for_each_vector(const T* x, std::int64_t n, F f) {
+  constexpr int kW = kWidth<Compute<T>>;
+  constexpr int kVectors = kLanes / kW;
+  std::int64_t i = 0;
+  for (; n - i >= kLanes; i += kLanes) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) f(v, load(x + i + v * kW));
+  }
+  for (int v = 0; i < n; i += kW, ++v) f(v, load_partial(x + i, n - i < kW ? n - i : kW));
+}
+
+// Both sums in float64: no square of a float32 overflows there.
+FUSEREG_INLINE void add_both(Vector<float> x, Vector<double> (&absolute)[2],
+                             Vector<double> (&square)[2]) {
+  Vector<double> wide[2] = {};
+  add_widened(x, wide);
+  for (int h = 0; h < 2; ++h) {
+    absolute[h] += abs(wide[h]);
+    square[h] += wide[h] * wide[h];
+  }
+}
+FUSEREG_INLINE void add_both(Vector<double> x, Vector<double> (&absolute)[1],
+                             Vector<double> (&square)[1]) {
+  absolute[0] += abs(x);
+  square[0] += x * x;
+}
+
+template <class T>
+void add_sums(const T* x, std::int64_t n, Sums& sums) {
+  Lanes<Compute<T>> absolute{};
+  Lanes<Compute<T>> square{};
+  for_each_vector(x, n, [&](int v, Vector<Compute<T>> at) __attribute__((always_inline)) {
+    add_both(at, absolute.sums[v], square.sums[v]);
+  });
+  sums.absolute += add_lanes(absolute);
+  sums.square += add_lanes(square);
+}
+
+// --- the update ---
+
+// A tile in the type that computes: straight in the tensors, or widened copies.
+template <class C>
+struct Tile {
+  C* p;
+  const C* g;
+  C* state[kMaxStates];
+};
+
+template <Algorithm algorithm, class C>
+void update(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, const Flags& flags) {
+  using V = Vector<C>;
+  constexpr int kW = kWidth<C>;
+  const Flags f = flags;
+  const int states = state_count(algorithm, f);
+  std::int64_t i = 0;
+  for (; n - i >= kW; i += kW) {
+    V s[kMaxStates] = {};
+    for (int j = 0; j < kMaxStates; ++j) {
+      if (j < states) s[j] = load(t.state[j] + i);
+    }
+    store(t.p + i, updated<algorithm>(load(t.p + i), load(t.g + i), s, k, f));
+    for (int j = 0; j < kMaxStates; ++j) {
+      if (j < states) store(t.state[j] + i, s[j]);
+    }
+  }
+  if (i == n) return;
+  V s[kMaxStates] = {};
+  for (int j = 0; j < states; ++j) s[j] = load_partial(t.state[j] + i, n - i);
+  const V p =
+      updated<algorithm>(load_partial(t.p + i, n - i), load_partial(t.g + i, n - i), s, k, f);
+  store_partial(t.p + i, p, n - i);
+  for (int j = 0; j < states; ++j) store_partial(t.state[j] + i, s[j], n - i);
+}
+
+template <class C>
+void update_any(Algorithm algorithm, const Tile<C>& t, std::int64_t n, const Coefficients<C>& k,
+                const Flags& f) {
+  switch (algorithm) {
+    case Algorithm::kSgd:
+      return update<Algorithm::kSgd>(t, n, k, f);
+    case Algorithm::kAdam:
+      return update<Algorithm::kAdam>(t, n, k, f);
+    case Algorithm::kAdagrad:
+      return update<Algorithm::kAdagrad>(t, n, k, f);
+    default:
+      return update<Algorithm::kFtrl>(t, n, k, f);
+  }
+}
+
+// --- dtypes ---
+
+template <class T, class C>
+void widen_from(const T* x, C* out, std::int64_t n) {
+  if constexpr (sizeof(C) == sizeof(Compute<T>)) {
+    constexpr int kW = kWidth<C>;
+    std::int64_t i = 0;
+    for (; n - i >= kW; i += kW) store(out + i, load(x + i));
+    for (; i < n; ++i) out[i] = to_compute(x[i]);
+  } else {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<C>(to_compute(x[i]));
+  }
+}
+
+template <class T, class C>
+void narrow_to(const C* x, T* out, std::int64_t n) {
+  if constexpr (sizeof(C) == sizeof(Compute<T>)) {
+    constexpr int kW = kWidth<C>;
+    std::int64_t i = 0;
+    for (; n - i >= kW; i += kW) store(out + i, load(x + i));
+    for (; i < n; ++i) out[i] = from_compute<T>(x[i]);
+  } else {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = from_compute<T>(static_cast<Compute<T>>(x[i]));
+  }
+}
+
+template <class C>
+void widen(DType dtype, const void* x, std::int64_t at, C* out, std::int64_t n) {
+  dispatch_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    widen_from(static_cast<const T*>(x) + at, out, n);
+  });
+}
+
+template <class C>
+void narrow(DType dtype, const C* x, void* out, std::int64_t at, std::int64_t n) {
+  dispatch_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    narrow_to(x, static_cast<T*>(out) + at, n);
+  });
+}
+
+template <class C>
+Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Coefficients<C>& k,
+                 std::int64_t begin, std::int64_t n, bool wants_sums) {
+  constexpr DType kOwn = Traits<C>::kDType;
+  const int states = state_count(algorithm, f);
+  const bool own_p = item.p_dtype == kOwn;
+  const bool own_g = item.g_dtype == kOwn;
+  const bool own_state = item.state_dtype == kOwn;
+  const bool direct = own_p && own_g && own_state && item.copy == nullptr;
+  C tile_p[kTile];
+  C tile_g[kTile];
+  C tile_state[kMaxStates][kTile];
+  Sums sums;
+  // The sums read a tile first, the update finds it in the first-level cache.
+  const std::int64_t step = direct && !wants_sums ? n : kTile;
+  for (std::int64_t i = 0; i < n; i += step) {
+    const std::int64_t at = begin + i;
+    const std::int64_t count = n - i < step ? n - i : step;
+    Tile<C> t{};
+    t.p = own_p ? static_cast<C*>(item.p) + at : tile_p;
+    if (!own_p) widen(item.p_dtype, item.p, at, tile_p, count);
+    t.g = own_g ? static_cast<const C*>(item.g) + at : tile_g;
+    if (!own_g) widen(item.g_dtype, item.g, at, tile_g, count);
+    for (int j = 0; j < states; ++j) {
+      t.state[j] = own_state ? static_cast<C*>(item.state[j]) + at : tile_state[j];
+      if (!own_state) widen(item.state_dtype, item.state[j], at, tile_state[j], count);
+    }
+    if (wants_sums) add_sums(t.p, count, sums);
+    update_any(algorithm, t, count, k, f);
+    if (!own_p) narrow(item.p_dtype, tile_p, item.p, at, count);
+    if (item.copy != nullptr) narrow(item.copy_dtype, t.p, item.copy, at, count);
+    for (int j = 0; j < states && !own_state; ++j) {
+      narrow(item.state_dtype, tile_state[j], item.state[j], at, count);
+    }
+  }
+  return sums;
+}
+
+Sums elements_any(Algorithm algorithm, const Item& item, const Flags& f,
+                  const Coefficients<double>& k, std::int64_t begin, std::int64_t n,
+                  bool wants_sums) {
+  if (item.p_dtype == DType::kFloat64)
+    return elements_in<double>(algorithm, item, f, k, begin, n, wants_sums);
+  return elements_in<float>(algorithm, item, f, in_type<float>(k), begin, n, wants_sums);
+}
+
+// --- rows ---
+
+// The row's square after soft-thresholding, from what the update left in p.
+double shrunk_square(const Item& item, std::int64_t at, std::int64_t n, double threshold) {
+  return dispatch_dtype(item.p_dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using C = Compute<T>;
+    const Vector<C> cut = broadcast(static_cast<C>(threshold));
+    const Vector<C> one = broadcast(C(1));
+    Lanes<C> absolute{};
+    Lanes<C> square{};
+    for_each_vector(static_cast<const T*>(item.p) + at, n,
+                    [&](int v, Vector<C> x) __attribute__((always_inline)) {
+                      add_both(soft_threshold<C>(x, cut, one), absolute.sums[v], square.sums[v]);
+                    });
+    return add_lanes(square);
+  });
+}
+
+void shrink_row(const Item& item, std::int64_t at, std::int64_t n, double threshold,
+                double factor) {
+  dispatch_dtype(item.p_dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using C = Compute<T>;
+    constexpr int kW = kWidth<C>;
+    T* const p = static_cast<T*>(item.p) + at;
+    const Vector<C> cut = broadcast(static_cast<C>(threshold));
+    const Vector<C> by = broadcast(static_cast<C>(factor));
+    std::int64_t i = 0;
+    for (; n - i >= kW; i += kW) store(p + i, soft_threshold<T>(load(p + i), cut, by));
+    if (i < n) store_partial(p + i, soft_threshold<T>(load_partial(p + i, n - i), cut, by), n - i);
+    if (item.copy == nullptr) return;
+    dispatch_dtype(item.copy_dtype, [&](auto copy_tag) {
+      using Copy = typename decltype(copy_tag)::type;
+      if constexpr (sizeof(T) >= sizeof(C)) narrow_to(p, static_cast<Copy*>(item.copy) + at, n);
+    });
+  });
+}
+
+Sums rows_any(Algorithm algorithm, const Item& item, const Flags& flags,
+              const Coefficients<double>& k, std::int64_t begin, std::int64_t n, bool wants_sums) {
+  Sums total;
+  const bool prox = flags.prox != Prox::kNone;
+  Flags f = flags;
+  f.prox = Prox::kNone;  // the update leaves the proximal step to this function
+  const double sqrt_n = __builtin_sqrt(static_cast<double>(item.row));
+  for (std::int64_t at = begin; at < begin + n; at += item.row) {
+    Coefficients<double> c = k;
+    if (wants_sums || !prox) {
+      const double norm = __builtin_sqrt(shrunk_square(item, at, item.row, 0.0));
+      total.groups += sqrt_n * norm;
+      if (!prox) c.l2 += group_gradient_factor(k.group, norm);
+    }
+    const Sums part = elements_any(algorithm, item, f, c, at, item.row, wants_sums);
+    total.absolute += part.absolute;
+    total.square += part.square;
+    if (!prox) continue;
+    const double norm = __builtin_sqrt(shrunk_square(item, at, item.row, k.threshold));
+    shrink_row(item, at, item.row, k.threshold, group_prox_factor(k.group, norm) * k.factor);
+  }
+  return total;
+}
+
+// --- norms and scaling ---
+
+double norm_any(Norm norm, DType dtype, const void* x, std::int64_t n) {
+  return dispatch_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using C = Compute<T>;
+    const T* const typed = static_cast<const T*>(x);
+    if (norm == Norm::kInfinity) {
+      Vector<C> most[2] = {};
+      for_each_vector(typed, n, [&](int v, Vector<C> at) __attribute__((always_inline)) {
+        most[v % 2] = greater(abs(at), most[v % 2]);
+      });
+      const Vector<C> both = greater(most[0], most[1]);
+      C result = both[0];
+      for (int i = 1; i < kWidth<C>; ++i) result = greater(both[i], result);
+      return static_cast<double>(result);
+    }
+    Sums sums;
+    add_sums(typed, n, sums);
+    return norm == Norm::kOne ? sums.absolute : sums.square;
+  });
+}
+
+void scale_any(DType dtype, void* x, std::int64_t n, double factor) {
+  dispatch_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using C = Compute<T>;
+    constexpr int kW = kWidth<C>;
+    T* const p = static_cast<T*>(x);
+    const C by = static_cast<C>(factor);
+    std::int64_t i = 0;
+    for (; n - i >= kW; i += kW) store(p + i, load(p + i) * by);
+    if (i < n) store_partial(p + i, load_partial(p + i, n - i) * by, n - i);
+  });
+}
+
+}  // namespace
+
+const CpuKernels kernels = {&elements_any, &rows_any, &norm_any, &scale_any};
+
+}  // namespace fusereg::optim::FUSEREG_ISA

@@ -1,0 +1,237 @@
+// The CPU launcher: cuts the parameters into chunks, hands them to the kernels of the chosen
+// instruction set, and adds what they return in the order of the list.
+#include <algorithm>
+#include <cmath>
+
+#include "core/parallel.h"
+#include "optim/coefficients.h"
+#include "optim/optim.h"
+
+namespace fusereg::optim {
+namespace {
+
+// Elements that one thread should get at least: below that, waking a thread costs more than it
+// saves.
+constexpr std::int64_t kGrainElements = 2 * kChunk;
+
+struct Chunk {
+  const Item* item;
+  std::uint32_t coefficients;  // index
+  std::int64_t begin;
+  std::int64_t n;
+};
+
+class CpuRun {
+ public:
+  explicit CpuRun(const Job& job) : job_(job), kernels_(cpu_kernels()) {
+    for (const Hyper& h : job.hypers) hypers_.push_back(read_hyper(h));
+    if (job.algorithm != Algorithm::kFtrl) return;
+    for (HyperValues& h : hypers_) h.group = 0.0;
+  }
+
+  void execute() {
+    const bool skip = read_scalar(job_.found_inf) != 0.0;
+    gradient_ =
+        gradient_factor(read_scalar(job_.grad_scale), read_scalar(job_.norm), job_.max_norm);
+    cut(skip);
+    if (skip) {
+      run([this](const Chunk& c) { return value_of(c); });
+    } else {
+      run([this](const Chunk& c) { return updated(c); });
+    }
+    if (job_.value == nullptr) return;
+    const double value = add();
+    if (job_.value_dtype == DType::kFloat64) {
+      *static_cast<double*>(job_.value) = value;
+    } else {
+      *static_cast<float*>(job_.value) = static_cast<float>(value);
+    }
+  }
+
+ private:
+  bool penalized(const Item& item) const {
+    const HyperValues& h = hypers_[static_cast<std::size_t>(item.hyper)];
+    return h.l1 != 0.0 || h.l2 != 0.0 || h.group != 0.0;
+  }
+
+  // Consecutive parameters mostly share their coefficients.
+  std::uint32_t coefficients_of(const Item& item, double step) {
+    const bool known = last_ != nullptr && last_->hyper == item.hyper && last_->row == item.row &&
+                       last_->fresh == item.fresh && last_->p_dtype == item.p_dtype &&
+                       last_step_ == step;
+    if (!known) {
+      last_ = &item;
+      last_step_ = step;
+      const auto h = static_cast<std::size_t>(item.hyper);
+      coefficients_.push_back(coefficients(job_.algorithm, hypers_[h], job_.hypers[h].flags, step,
+                                           gradient_, item.row, item.fresh, item.p_dtype));
+    }
+    return static_cast<std::uint32_t>(coefficients_.size() - 1);
+  }
+
+  void cut(bool skip) {
+    chunks_.reserve(job_.items.size() + 16);
+    for (const Item& item : job_.items) {
+      double step = 1.0;
+      if (item.step != nullptr && !skip) {
+        *item.step += 1.0f;
+        step = *item.step;
+      }
+      if (item.numel == 0) continue;
+      const std::uint32_t c = coefficients_of(item, step);
+      std::int64_t size = kChunk;
+      if (item.row > 1) size = std::max<std::int64_t>(1, kChunk / item.row) * item.row;
+      for (std::int64_t begin = 0; begin < item.numel; begin += size) {
+        chunks_.push_back({&item, c, begin, std::min(size, item.numel - begin)});
+      }
+      elements_ += item.numel;
+    }
+    slots_.resize(chunks_.size());
+  }
+
+  template <class F>
+  void run(const F& f) {
+    const auto count = static_cast<std::int64_t>(chunks_.size());
+    if (count == 0) return;
+    const std::int64_t grain = std::max<std::int64_t>(1, kGrainElements * count / elements_);
+    parallel_for(count, grain, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        slots_[static_cast<std::size_t>(i)] = f(chunks_[static_cast<std::size_t>(i)]);
+      }
+    });
+  }
+
+  bool wants_sums(const Item& item) const { return job_.value != nullptr && penalized(item); }
+
+  Sums updated(const Chunk& c) const {
+    const Item& item = *c.item;
+    const Flags& flags = job_.hypers[static_cast<std::size_t>(item.hyper)].flags;
+    const auto kernel = item.row > 1 ? kernels_.rows : kernels_.elements;
+    return kernel(job_.algorithm, item, flags, coefficients_[c.coefficients], c.begin, c.n,
+                  wants_sums(item));
+  }
+
+  // The value alone, where an overflow of the gradients forbids the step.
+  Sums value_of(const Chunk& c) const {
+    const Item& item = *c.item;
+    Sums sums;
+    if (!wants_sums(item)) return sums;
+    const std::int64_t size = dtype_size(item.p_dtype);
+    const auto* const p = static_cast<const char*>(item.p);
+    sums.absolute = kernels_.norm(Norm::kOne, item.p_dtype, p + c.begin * size, c.n);
+    sums.square = kernels_.norm(Norm::kTwo, item.p_dtype, p + c.begin * size, c.n);
+    for (std::int64_t at = c.begin; item.row > 1 && at < c.begin + c.n; at += item.row) {
+      const double square = kernels_.norm(Norm::kTwo, item.p_dtype, p + at * size, item.row);
+      sums.groups += std::sqrt(static_cast<double>(item.row)) * std::sqrt(square);
+    }
+    return sums;
+  }
+
+  double add() const {
+    double value = 0.0;
+    for (std::size_t i = 0; i < chunks_.size(); ++i) {
+      const Item& item = *chunks_[i].item;
+      if (!wants_sums(item)) continue;
+      const HyperValues& h = hypers_[static_cast<std::size_t>(item.hyper)];
+      const Sums& sums = slots_[i];
+      // sqrt(1) * |p| for rows of one element.
+      const double l1 = item.row == 1 ? h.l1 + h.group : h.l1;
+      if (l1 != 0.0) value += l1 * sums.absolute;
+      if (h.l2 != 0.0) value += 0.5 * h.l2 * sums.square;
+      if (item.row > 1) value += h.group * sums.groups;
+    }
+    return value;
+  }
+
+  const Job& job_;
+  const CpuKernels& kernels_;
+  std::vector<HyperValues> hypers_;
+  std::vector<Coefficients<double>> coefficients_;
+  const Item* last_ = nullptr;
+  double last_step_ = 0.0;
+  double gradient_ = 1.0;
+  std::vector<Chunk> chunks_;
+  std::int64_t elements_ = 0;
+  std::vector<Sums> slots_;
+};
+
+// Calls f(item, begin, n, slot) for all chunks of a list.
+template <class F>
+void for_each_chunk(const std::vector<NormItem>& items, const F& f) {
+  struct Part {
+    const NormItem* item;
+    std::int64_t begin;
+  };
+  std::vector<Part> parts;
+  parts.reserve(items.size() + 16);
+  std::int64_t elements = 0;
+  for (const NormItem& item : items) {
+    for (std::int64_t begin = 0; begin < item.numel; begin += kChunk) {
+      parts.push_back({&item, begin});
+    }
+    elements += item.numel;
+  }
+  const auto count = static_cast<std::int64_t>(parts.size());
+  if (count == 0) return;
+  const std::int64_t grain = std::max<std::int64_t>(1, kGrainElements * count / elements);
+  f.reserve(count);
+  parallel_for(count, grain, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t i = first; i < last; ++i) {
+      const Part& part = parts[static_cast<std::size_t>(i)];
+      char* const x =
+          static_cast<char*>(part.item->data) + part.begin * dtype_size(part.item->dtype);
+      f(part.item->dtype, x, std::min(kChunk, part.item->numel - part.begin), i);
+    }
+  });
+}
+
+struct NormChunks {
+  Norm norm;
+  const CpuKernels& kernels;
+  std::vector<double>& slots;
+  void reserve(std::int64_t count) const { slots.resize(static_cast<std::size_t>(count)); }
+  void operator()(DType dtype, const void* x, std::int64_t n, std::int64_t slot) const {
+    slots[static_cast<std::size_t>(slot)] = kernels.norm(norm, dtype, x, n);
+  }
+};
+
+struct ScaleChunks {
+  const CpuKernels& kernels;
+  double factor;
+  void reserve(std::int64_t) const {}
+  void operator()(DType dtype, void* x, std::int64_t n, std::int64_t) const {
+    kernels.scale(dtype, x, n, factor);
+  }
+};
+
+}  // namespace
+
+void run_cpu(const Job& job) { CpuRun(job).execute(); }
+
+void run_cpu(const NormJob& job) {
+  std::vector<double> slots;
+  for_each_chunk(job.items, NormChunks{job.norm, cpu_kernels(), slots});
+  double norm = 0.0;
+  for (const double x : slots) {
+    if (job.norm == Norm::kInfinity) {
+      norm = std::isnan(x) || x > norm ? x : norm;
+      if (std::isnan(norm)) break;
+    } else {
+      norm += x;
+    }
+  }
+  if (job.norm == Norm::kTwo) norm = std::sqrt(norm);
+  if (job.out_dtype == DType::kFloat64) {
+    *static_cast<double*>(job.out) = norm;
+  } else {
+    *static_cast<float*>(job.out) = static_cast<float>(norm);
+  }
+}
+
+void run_cpu(const ClipJob& job) {
+  const double factor = clip_factor(read_scalar(job.norm), job.max_norm);
+  if (factor == 1.0) return;
+  for_each_chunk(job.items, ScaleChunks{cpu_kernels(), factor});
+}
+
+}  // namespace fusereg::optim

@@ -1,0 +1,87 @@
+// The update formulas of optim.h, for a number or (after core/simd.h) a vector of them, on the
+// host and on the device.
+#pragma once
+
+#include "core/soft_threshold.h"
+#include "optim/optim.h"
+
+namespace fusereg::optim {
+
+// The greater one; NaN wins, as in torch.maximum.
+template <class V>
+FUSEREG_INLINE V greater(V a, V b) {
+  const V kept = a > b ? a : b;
+  return a != a ? a : kept;
+}
+
+// The same numbers in the type that computes.
+template <class C>
+FUSEREG_INLINE Coefficients<C> in_type(const Coefficients<double>& k) {
+  return {static_cast<C>(k.grad),   static_cast<C>(k.l1),        static_cast<C>(k.l2),
+          static_cast<C>(k.decay),  static_cast<C>(k.rate),      static_cast<C>(k.first),
+          static_cast<C>(k.second), static_cast<C>(k.third),     static_cast<C>(k.root),
+          static_cast<C>(k.eps),    static_cast<C>(k.threshold), static_cast<C>(k.shrink),
+          static_cast<C>(k.factor), static_cast<C>(k.group),     static_cast<C>(k.largest_zero)};
+}
+
+// How many states an algorithm keeps for each parameter.
+FUSEREG_INLINE int state_count(Algorithm algorithm, const Flags& f) {
+  switch (algorithm) {
+    case Algorithm::kSgd:
+      return f.momentum ? 1 : 0;
+    case Algorithm::kAdam:
+      return f.amsgrad ? 3 : 2;
+    case Algorithm::kAdagrad:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
+// The new p. For vectors, core/simd.h comes before this file.
+template <Algorithm algorithm, class C, class V>
+FUSEREG_INLINE V updated(V p, V g, V (&s)[kMaxStates], const Coefficients<C>& k, const Flags& f) {
+  const V zero{};
+  const V largest_zero = zero + k.largest_zero;
+  g = g * k.grad;
+  if (k.l1 != C(0)) g += sign(p) * k.l1;
+  if (k.l2 != C(0)) g += p * k.l2;
+  if constexpr (algorithm == Algorithm::kFtrl) {
+    const V before = square_root(s[1]);
+    s[1] += g * g;
+    const V after = square_root(s[1]);
+    s[0] += g - (after - before) * k.first * p;
+    // z keeps the history, so p itself is only an output.
+    const V magnitude = (abs(s[0]) - k.threshold) / (after * k.first + (k.second + k.shrink));
+    return signed_or_zero(abs(s[0]) <= zero + k.threshold ? zero : magnitude, -s[0], largest_zero);
+  } else {
+    V denominator = zero + C(1);
+    if constexpr (algorithm == Algorithm::kSgd) {
+      if (f.momentum) {
+        s[0] = s[0] * k.first + g * k.second;
+        g = f.nesterov ? g + s[0] * k.first : s[0];
+      }
+      p -= g * k.rate;
+    } else if constexpr (algorithm == Algorithm::kAdam) {
+      s[0] += (g - s[0]) * k.first;
+      s[1] = s[1] * k.second + g * g * k.third;
+      V u = s[1];
+      if (f.amsgrad) u = s[2] = greater(s[1], s[2]);
+      denominator = square_root(u) * k.root + k.eps;
+      p = p * k.decay - s[0] * k.rate / denominator;
+    } else {
+      s[0] += g * g;
+      denominator = square_root(s[0]) + k.eps;
+      p -= g * k.rate / denominator;
+    }
+    if (f.prox == Prox::kNone) return p;
+    if (algorithm == Algorithm::kSgd || f.prox == Prox::kDecoupled) {
+      return signed_or_zero((abs(p) - k.threshold) * k.factor, p, largest_zero);
+    }
+    const V inverse = C(1) / denominator;
+    return signed_or_zero((abs(p) - inverse * k.threshold) / (inverse * k.shrink + C(1)), p,
+                          largest_zero);
+  }
+}
+
+}  // namespace fusereg::optim

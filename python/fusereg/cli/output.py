@@ -1,0 +1,48 @@
+"""How commands write JSON and other files."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `--json [FILE]`; without a file, or with `-`, it means standard output."""
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help=f"write {what} as JSON to FILE (none or -: print it, instead of the tables)",
+    )
+
+
+def write_json(target: str, content: object) -> None:
+    """Write the content as JSON to a file, or to standard output if the target is `-`."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    else:
+        write_atomically(Path(target), text.encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that readers see the old one or the whole new one, never a part.
+
+    Raises:
+        OSError: it cannot be written; names the file that was asked for.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
+        raise

@@ -1,0 +1,71 @@
+"""Dropout masks computed with torch alone: the reference for every kernel that drops."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from .. import _C
+
+P = 0.3
+SEED = 5
+
+_M32 = 0xFFFFFFFF
+
+
+def kept_share(p: float = P) -> float:
+    """Return 1 - p as the kernels round it: a multiple of 2^-16 or 2^-32."""
+    return _C.dropout_constants(p, False)[2]
+
+
+def _philox(seed: int, counters: Tensor) -> Tensor:
+    """Return the 4 words of Philox4x32-10 for each 64-bit counter, one row each.
+
+    See Salmon et al. 2011. The words are int64: products wrap, and what is shifted is masked, so
+    that they equal those of 32-bit words.
+    """
+    k0, k1 = seed & _M32, seed >> 32
+    c0, c1 = torch.zeros_like(counters), torch.zeros_like(counters)
+    c2, c3 = counters & _M32, counters >> 32
+    for _ in range(10):
+        product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _M32) ^ c1 ^ k0,
+            product1 & _M32,
+            ((product0 >> 32) & _M32) ^ c3 ^ k1,
+            product0 & _M32,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _M32, (k1 + 0xBB67AE85) & _M32
+    return torch.stack((c0, c1, c2, c3), dim=1)
+
+
+@functools.lru_cache(maxsize=64)
+def mask(shape: tuple[int, ...], p: float = P, seed: int = SEED) -> Tensor:
+    """Return which elements of a contiguous tensor are kept, on the CPU."""
+    count = math.prod(shape)
+    limit = round((1.0 - p) * 2**16)
+    if abs(limit - (1.0 - p) * 2**16) <= min(p, 1.0 - p) * 64:
+        words = _philox(seed, torch.arange((count + 7) // 8))
+        draws = torch.stack((words & 0xFFFF, words >> 16), dim=2)
+    else:
+        limit = round((1.0 - p) * 2**32)
+        draws = _philox(seed, torch.arange((count + 3) // 4))
+    return (draws.flatten()[:count] < limit).reshape(shape)
+
+
+def mask_like(x: Tensor, p: float = P, seed: int = SEED) -> Tensor:
+    """Return which elements of x are kept where they are counted in memory order."""
+    return mask((x.numel(),), p, seed).as_strided(x.shape, torch.empty_like(x).stride())
+
+
+def mask_of_rows(x: Tensor, dims: int, p: float = P, seed: int = SEED) -> Tensor:
+    """Return which rows are kept, one for each index of the first dimensions; broadcasts to x."""
+    return mask((*x.shape[:dims], *(1,) * (x.dim() - dims)), p, seed)
+
+
+def dropped(x: Tensor, kept: Tensor, p: float = P) -> Tensor:
+    """Return x / (1 - p) where it is kept and 0 elsewhere."""
+    return torch.where(kept, x / kept_share(p), 0.0)

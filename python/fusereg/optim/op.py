@@ -1,0 +1,172 @@
+"""The step as one operator, ``fusereg::optimizer_step_``, for graphs that must not break.
+
+Where a graph may break it is cut at the step, which then runs as it does without a compiler: that
+is quicker, for a graph checks every tensor and every number of the optimizer before it runs, and is
+compiled again when a number has changed.
+
+The operator takes what the kernels take as it is: plain dense tensors of one device whose states
+exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..core import memory
+from ..core.operator import Operator
+from ..penalty.kernels import DONE
+from . import norms
+from .kernels import Call, Hyper, State, run, run_prepared
+
+#: Of each algorithm of the kernels.
+_NAMES = ("SGD", "Adam", "Adagrad", "FTRL")
+_KEYS = (
+    ("momentum_buffer",),
+    ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    ("sum",),
+    ("linear", "sum"),
+)
+_NUMBERS = Hyper._fields.index("prox")  # of a Hyper, before its options
+_OPTIONS = len(Hyper._fields) - _NUMBERS
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+#: All compiled steps share them: of several models with more than some 330 parameters each, every
+#: step writes its own anew.
+_tables = memory.launch_tables()
+
+
+class Lists(NamedTuple):
+    """Tensors of a step; the states of one parameter lie together."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[Tensor]
+    steps: list[Tensor]
+    masters: list[Tensor]
+
+
+class _Arguments(NamedTuple):
+    """The operator's arguments; the numbers of one param group lie together."""
+
+    algorithm: int
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[Tensor]
+    steps: list[Tensor]
+    masters: list[Tensor]
+    counts: list[int]
+    numbers: list[float]
+    live: list[Tensor]
+    live_at: list[int]
+    options: list[int]
+    value: Tensor | None
+    norm: Tensor | None
+    max_norm: float
+
+
+def step(
+    algorithm: int,
+    lists: Lists,
+    counts: list[int],
+    hypers: Sequence[Hyper],
+    results: tuple[Tensor | None, Tensor | None],
+    max_norm: float,
+) -> None:
+    """Run the step in a graph; ``results`` are where the penalty and the norm are written."""
+    numbers: list[float] = []
+    live: list[Tensor] = []
+    live_at: list[int] = []
+    options: list[int] = []
+    for hyper in hypers:
+        for x in hyper[:_NUMBERS]:
+            if isinstance(x, Tensor):
+                live.append(x)
+                live_at.append(len(numbers))
+                numbers.append(0.0)
+            else:
+                numbers.append(float(x))
+        options.extend([int(x) for x in hyper[_NUMBERS:]])
+    packed = (numbers, live, live_at, options)
+    _step.overload(algorithm, *lists, counts, *packed, *results, max_norm)
+
+
+def takes(t: object) -> bool:
+    """Return whether the operator takes a tensor as it is."""
+    return type(t) in (Tensor, torch.nn.Parameter) and _C.inspect(t) == (0, True)
+
+
+def _run(*args: Any) -> None:
+    a = _Arguments(*args)
+    op = f"optim.{_NAMES[a.algorithm]}"
+    hypers = _hypers(a)
+    states = _states(a, hypers)
+    norm = None
+    if a.norm is not None:
+        norm = a.norm.copy_(norms.total_norm(op, a.grads, 2.0))
+    call = Call(
+        algorithm=a.algorithm,
+        params=a.params,
+        grads=a.grads,
+        states=states,
+        counts=tuple(a.counts),
+        hypers=hypers,
+        fresh=(),
+        value=a.value,
+        grad_scale=None,
+        found_inf=None,
+        norm=norm,
+        max_norm=a.max_norm,
+        workspace=None,
+        tables=_tables,
+        op=op,
+    )
+    if run(call) == DONE:
+        return
+    before = [dict(state) for state in states]
+    run_prepared(call, _KEYS[a.algorithm])
+    for old, new in zip(before, states, strict=True):
+        for key, tensor in old.items():
+            if new[key] is not tensor:
+                tensor.copy_(new[key])
+
+
+def _hypers(a: _Arguments) -> tuple[Hyper, ...]:
+    values: list[Any] = list(a.numbers)
+    for at, x in zip(a.live_at, a.live, strict=True):
+        values[at] = x
+    found = []
+    for i in range(len(a.counts)):
+        prox, *flags = a.options[i * _OPTIONS : (i + 1) * _OPTIONS]
+        own = values[i * _NUMBERS : (i + 1) * _NUMBERS]
+        found.append(Hyper._make((*own, prox, *map(bool, flags))))
+    return tuple(found)
+
+
+def _states(a: _Arguments, hypers: Sequence[Hyper]) -> list[State]:
+    params, states, steps, masters = map(iter, (a.params, a.states, a.steps, a.masters))
+    found: list[State] = []
+    for hyper, count in zip(hypers, a.counts, strict=True):
+        wanted = (int(hyper.momentum), 2 + int(hyper.amsgrad), 1, 2)[a.algorithm]
+        for _ in range(count):
+            p = next(params)
+            state: State = {key: next(states) for key in _KEYS[a.algorithm][:wanted]}
+            if a.steps:
+                state["step"] = next(steps)
+            if hyper.master_weights and p.dtype in LOW_PRECISION:
+                state["master_param"] = next(masters)
+            found.append(state)
+    return found
+
+
+_step = Operator(
+    "optimizer_step_(int algorithm, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, "
+    "Tensor(c!)[] steps, Tensor(d!)[] masters, int[] counts, float[] numbers, Tensor[] live, "
+    "int[] live_at, int[] options, Tensor(e!)? value, Tensor(f!)? norm, float max_norm) -> ()",
+    _run,
+    fake=lambda *_: None,
+)

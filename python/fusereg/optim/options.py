@@ -1,0 +1,90 @@
+"""Arguments that all optimizers share: their types and their documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeAlias, TypedDict
+
+from torch import Tensor
+
+ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Number: TypeAlias = float | Tensor
+
+
+class CommonOptions(TypedDict, total=False):
+    """Keyword arguments of every optimizer."""
+
+    l1: Number
+    l2: Number
+    max_grad_norm: float | None
+    master_weights: bool
+    maximize: bool
+    foreach: bool | None
+    differentiable: bool
+    fused: bool | None
+
+
+class Options(CommonOptions, total=False):
+    """Keyword arguments of every optimizer with a proximal step."""
+
+    group: Number
+    prox: bool | str
+
+
+DEFAULTS: Options = {
+    "l1": 0.0,
+    "l2": 0.0,
+    "group": 0.0,
+    "prox": True,
+    "max_grad_norm": None,
+    "master_weights": False,
+    "maximize": False,
+    "foreach": None,
+    "differentiable": False,
+    "fused": None,
+}
+
+
+PENALTY = r"""
+        l1, l2, group: strengths >= 0 of the penalty
+            :math:`R(w) = l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2 + group \sum_r \sqrt{n_r}
+            \|w_r\|_2`, r over the slices along dimension 0. Numbers or 0-d tensors; each param
+            group may have its own, and they may be changed between steps.
+        prox: ``True`` or ``"decoupled"``: after the update the proximal step of
+            :math:`lr \cdot R`, which gives weights that are exactly zero. ``"preconditioned"``: the
+            proximal step in the metric of the update. ``False``: the (sub)gradient of R is added to
+            the gradient.
+        max_grad_norm: clip the 2-norm of all gradients to this inside the step, as
+            :func:`clip_grad_norm_` does before it; the gradients themselves stay as they are. The
+            norm before clipping is in :attr:`grad_norm`.
+        master_weights: keep a float32 copy of each float16 and bfloat16 parameter in the state
+            (``"master_param"``), update the copy, and round it to the parameter.
+        foreach, fused, differentiable: accepted for compatibility, ignored; but
+            ``differentiable=True`` is an error."""
+
+NOTES = r"""
+    All parameters are updated in one call that reads parameter, gradient and state once and writes
+    parameter and state once, penalty included. Any mix of float64, float32, float16, bfloat16
+    (gradients may have another dtype than their parameter; states of 16-bit parameters are
+    float32), devices and layouts. DTensors are updated shard by shard. Results do not depend on the
+    number of threads.
+
+    ``lr``, ``weight_decay`` and the strengths may be tensors on the parameters' device: the kernel
+    reads them there, so that a captured CUDA graph follows their changes. A ``GradScaler``'s scale
+    and overflow flag are also read on the device; gradients are not unscaled in memory.
+
+    ``state_dict()`` has torch's keys; this optimizer and ``torch.optim``'s of the same name load
+    each other's, also through ``torch.distributed.checkpoint``.
+
+    ``torch.compile`` breaks the graph at the step, which then runs as it does without a compiler:
+    there is nothing to fuse. With ``fullgraph=True`` the step is one operator in the graph, as
+    :func:`clip_grad_norm_` always is, and :attr:`penalty_value` and :attr:`grad_norm` are written
+    in place; make numbers that change tensors then, for torch compiles again for each new number.
+    A step that the operator does not support is an error then: the first one with momentum, sparse
+    gradients, gradients or states in another layout than their parameter, several devices,
+    DTensors, a ``GradScaler``.
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range, or at a step a parameter or gradient
+            is complex, of an unsupported dtype, or shares memory with another. Nothing is changed
+            then."""
