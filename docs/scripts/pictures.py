@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,10 @@ from torch import Tensor, nn
 
 import fusereg
 from fusereg import functional as F
-from fusereg.demo.style import COLOURS, FUSED_COLOUR, GREY, PLAIN_COLOUR, new_figure, png, tidy
+from fusereg.demo import style
+from fusereg.demo.style import COLORS, FUSED_COLOR, GRAY, PLAIN_COLOR, png, tidy
+
+new_figure = partial(style.new_figure, layout=None)
 
 IMAGES = Path(__file__).resolve().parents[1] / "images"
 
@@ -47,10 +51,10 @@ def _paths(
     axes: Axes, weights: Sequence[Tensor], relevant: int, title: str, scale: float = 0.1
 ) -> None:
     history = torch.stack(list(weights))
-    axes.plot(history[:, relevant:], color=PLAIN_COLOUR, linewidth=0.8)
-    axes.plot(history[:, :relevant], color=FUSED_COLOUR, linewidth=1.3)
-    axes.plot([], [], color=FUSED_COLOUR, label="the 8 that matter")
-    axes.plot([], [], color=PLAIN_COLOUR, label="the other 32")
+    axes.plot(history[:, relevant:], color=PLAIN_COLOR, linewidth=0.8)
+    axes.plot(history[:, :relevant], color=FUSED_COLOR, linewidth=1.3)
+    axes.plot([], [], color=FUSED_COLOR, label="the 8 that matter")
+    axes.plot([], [], color=PLAIN_COLOR, label="the other 32")
     axes.set_yscale("symlog", linthresh=scale, linscale=1.5)
     axes.set_yticks([-1, -0.1, 0, 0.1, 1], ["-1", "-0.1", "0", "0.1", "1"])
     axes.set_xlabel("step")
@@ -202,8 +206,8 @@ def fused_bytes() -> Figure:
     for axes, title, start in zip(_axes(figure, 2), ("forward", "backward"), (1, 3), strict=True):
         places = np.arange(len(steps))
         plain, fused = [s[start] for s in steps], [s[start + 1] for s in steps]
-        axes.barh(places - 0.2, plain, 0.38, color=PLAIN_COLOUR, label="steps one by one")
-        axes.barh(places + 0.2, fused, 0.38, color=FUSED_COLOUR, label="fused")
+        axes.barh(places - 0.2, plain, 0.38, color=PLAIN_COLOR, label="steps one by one")
+        axes.barh(places + 0.2, fused, 0.38, color=FUSED_COLOR, label="fused")
         for at, (a, b) in enumerate(zip(plain, fused, strict=True)):
             axes.text(a + 0.2, at - 0.2, str(a), va="center", fontsize=8.5)
             axes.text(b + 0.2, at + 0.2, str(b), va="center", fontsize=8.5)
@@ -254,13 +258,13 @@ def norm_error() -> Figure:
         9.5, 3.9, "Error of normalization", "float32 in and out, against float64 of the same input"
     )
     left, right = _axes(figure, 2)
-    left.loglog(ratios, [batch(theirs, r, False) for r in ratios], "o-", color=PLAIN_COLOUR,
+    left.loglog(ratios, [batch(theirs, r, False) for r in ratios], "o-", color=PLAIN_COLOR,
                 label="torch, NCHW")  # fmt: skip
-    left.loglog(ratios, [batch(theirs, r, True) for r in ratios], "s--", color=COLOURS[4],
+    left.loglog(ratios, [batch(theirs, r, True) for r in ratios], "s--", color=COLORS[4],
                 label="torch, channels_last")  # fmt: skip
-    left.loglog(ratios, [batch(ours, r, False) for r in ratios], "o-", color=FUSED_COLOUR,
+    left.loglog(ratios, [batch(ours, r, False) for r in ratios], "o-", color=FUSED_COLOR,
                 label="fusereg, NCHW")  # fmt: skip
-    left.loglog(ratios, [batch(ours, r, True) for r in ratios], "s--", color=COLOURS[2],
+    left.loglog(ratios, [batch(ours, r, True) for r in ratios], "s--", color=COLORS[2],
                 label="fusereg, channels_last")  # fmt: skip
     left.set_title("batch normalization, 16 × 32 × 28 × 28", fontsize=10)
 
@@ -270,9 +274,9 @@ def norm_error() -> Figure:
     def our_layer(x: Tensor) -> Tensor:
         return F.dropout_add_layer_norm(x, None, p=0.0, eps=1e-9)
 
-    right.loglog(ratios, [layer(their_layer, r) for r in ratios], "o-", color=PLAIN_COLOUR,
+    right.loglog(ratios, [layer(their_layer, r) for r in ratios], "o-", color=PLAIN_COLOR,
                  label="torch")  # fmt: skip
-    right.loglog(ratios, [layer(our_layer, r) for r in ratios], "o-", color=FUSED_COLOUR,
+    right.loglog(ratios, [layer(our_layer, r) for r in ratios], "o-", color=FUSED_COLOR,
                  label="fusereg")  # fmt: skip
     right.set_title("layer normalization, rows of 1024", fontsize=10)
     for axes in (left, right):
@@ -368,21 +372,21 @@ def early_stopping() -> Figure:
     (axes,) = _axes(figure, 1)
     axes.plot(metric, color="#bbbbbb", linewidth=1, label="what would have come")
     axes.plot(seen, [metric[e] for e in seen], color="#000000", linewidth=1.4, label="metric")
-    axes.step(seen, reference, where="post", color=PLAIN_COLOUR, label="reference: gates patience")
-    axes.step(seen, best, where="post", color=FUSED_COLOUR, linestyle="--", label="best")
-    axes.plot(improved, [metric[e] for e in improved], "o", color=PLAIN_COLOUR, label="improved")
-    axes.plot(bests, [metric[e] for e in bests], ".", color=FUSED_COLOUR, label="new best")
+    axes.step(seen, reference, where="post", color=PLAIN_COLOR, label="reference: gates patience")
+    axes.step(seen, best, where="post", color=FUSED_COLOR, linestyle="--", label="best")
+    axes.plot(improved, [metric[e] for e in improved], "o", color=PLAIN_COLOR, label="improved")
+    axes.plot(bests, [metric[e] for e in bests], ".", color=FUSED_COLOR, label="new best")
     end, kept = seen[-1], stopper.best_epoch
     assert kept is not None
-    axes.axvline(end, color=COLOURS[4], linewidth=1)
-    axes.text(end + 0.3, 0.9, f"stopped after epoch {end}", color=COLOURS[4], fontsize=9)
+    axes.axvline(end, color=COLORS[4], linewidth=1)
+    axes.text(end + 0.3, 0.9, f"stopped after epoch {end}", color=COLORS[4], fontsize=9)
     axes.annotate(
         f"restored: epoch {kept}",
         (kept, metric[kept]),
         (kept - 9, 0.36),
         fontsize=9,
-        color=FUSED_COLOUR,
-        arrowprops={"arrowstyle": "->", "color": FUSED_COLOUR},
+        color=FUSED_COLOR,
+        arrowprops={"arrowstyle": "->", "color": FUSED_COLOR},
     )
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation loss")
@@ -457,10 +461,10 @@ def communication() -> Figure:
     )
     (axes,) = _axes(figure, 1)
     axes.loglog(processes, gradients, color="#000000", label="gradients (DDP, ring all-reduce)")
-    axes.loglog(processes, over_all, color=COLOURS[4], label="SyncBatchNorm over all processes")
-    axes.loglog(processes, grouped, "--", color=FUSED_COLOUR, label="SyncBatchNorm, groups of 64")
+    axes.loglog(processes, over_all, color=COLORS[4], label="SyncBatchNorm over all processes")
+    axes.loglog(processes, grouped, "--", color=FUSED_COLOR, label="SyncBatchNorm, groups of 64")
     axes.loglog(
-        processes, numbers, ":", color=COLOURS[3], label="penalty's value, norm of the gradients"
+        processes, numbers, ":", color=COLORS[3], label="penalty's value, norm of the gradients"
     )
     axes.set_xlabel("processes")
     axes.set_ylabel("bytes")
@@ -490,13 +494,13 @@ def roofline() -> Figure:
             [r["bytes"] for r in own],
             [r["percent_of_copy"] for r in own],
             s=22,
-            color=COLOURS[1:][i % 6],
+            color=COLORS[1:][i % 6],
             marker="osD^vPX"[i % 7],
             label=suite.replace("_", " "),
             alpha=0.85,
         )
-    axes.axhline(100, color=GREY, linewidth=1)
-    axes.text(3.3e6, 106, "copy", color=GREY, fontsize=8.5)
+    axes.axhline(100, color=GRAY, linewidth=1)
+    axes.text(3.3e6, 106, "copy", color=GRAY, fontsize=8.5)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))

@@ -20,16 +20,7 @@ OnSaveError: TypeAlias = Literal["raise", "warn"]
 
 
 class Keeper:
-    """Captures, writes and restores the best state; the arguments are EarlyStopping's.
-
-    Args:
-        sources: the objects that a snapshot is taken of.
-        ranks: the ranks that take part.
-        where: EarlyStopping's ``snapshot``.
-        folder: the folder for checkpoints, or None.
-        resume: whether to resume from a checkpoint that is there.
-        on_save_error: whether a failed write stops training.
-    """
+    """Captures, writes and restores the best state; arguments as EarlyStopping's."""
 
     def __init__(
         self,

@@ -81,7 +81,7 @@ class FTRL(RegularizedOptimizer):
             "weight_decay": weight_decay,
             "initial_accumulator_value": initial_accumulator_value,
         }
-        super().__init__(params, defaults, group=0.0, prox=True, **options)
+        super().__init__(params, defaults, **options)
         for name, value in (("lr", lr), ("beta", beta)):
             if not isinstance(value, Tensor) and value == 0.0:
                 raise ValueError(f"fusereg.optim.FTRL: {name} must be > 0, got {value}")

@@ -114,7 +114,9 @@ def l1_penalty(params: Params, strength: Strength) -> Tensor:
 
 
 def l2_penalty(params: Params, strength: Strength, *, half: bool = False) -> Tensor:
-    r"""Return the L2 (ridge) penalty :math:`\lambda \sum_i w_i^2`, or half of it (Hoerl and Kennard 1970).
+    r"""Return the L2 (ridge) penalty :math:`\lambda \sum_i w_i^2`, or half of it.
+
+    See Hoerl and Kennard (1970).
 
     Two conventions are in use. ``half=False`` is Keras's, with gradient :math:`2 \lambda w`;
     ``half=True`` is :math:`\lambda/2 \sum w^2`, with gradient :math:`\lambda w`, as torch's

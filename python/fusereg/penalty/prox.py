@@ -27,7 +27,9 @@ __all__ = ["elastic_net_", "group_lasso_", "l1_"]
 
 
 def l1_(params: Params, threshold: Strength) -> None:
-    r"""Apply soft-thresholding, :math:`w \leftarrow \mathrm{sign}(w)\max(|w| - t, 0)` (Donoho 1995).
+    r"""Apply soft-thresholding (Donoho 1995).
+
+    .. math:: w \leftarrow \mathrm{sign}(w)\max(|w| - t, 0)
 
     Args:
         params: a tensor, an iterable of tensors, or a module; changed in place. Any mix of float64,
@@ -44,7 +46,9 @@ def l1_(params: Params, threshold: Strength) -> None:
 
 
 def elastic_net_(params: Params, l1: Strength, l2: Strength) -> None:
-    r"""Apply the elastic net's step, :math:`w \leftarrow \mathrm{sign}(w)\max(|w| - l_1, 0) / (1 + l_2)`.
+    r"""Apply the elastic net's proximal step.
+
+    .. math:: w \leftarrow \mathrm{sign}(w)\max(|w| - l_1, 0) / (1 + l_2)
 
     It is the proximal operator of :math:`l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2`.
 
@@ -61,7 +65,9 @@ def elastic_net_(params: Params, l1: Strength, l2: Strength) -> None:
 
 
 def group_lasso_(params: Params, threshold: Strength, dim: int = 0) -> None:
-    r"""Apply block soft-thresholding, :math:`w_g \leftarrow w_g \max(0, 1 - t \sqrt{n_g} / \|w_g\|_2)`.
+    r"""Apply block soft-thresholding.
+
+    .. math:: w_g \leftarrow w_g \max(0, 1 - t \sqrt{n_g} / \|w_g\|_2)
 
     Whole slices along ``dim`` become zero (Yuan and Lin 2006).
 

@@ -30,7 +30,7 @@ class Strengths(NamedTuple):
     def of(l1: Sequence[float], l2: Sequence[float], group: Sequence[float], dim: int) -> Strengths:
         """Return the strengths that operators got: a list of one number is for all tensors."""
         one_each = (x[0] if len(x) == 1 else x for x in (l1, l2, group))
-        return Strengths(*one_each, dim)
+        return Strengths._make((*one_each, dim))
 
     def arguments(self) -> tuple[list[float], list[float], list[float], int]:
         """Return the strengths as operators take them."""
@@ -45,7 +45,7 @@ class Strengths(NamedTuple):
     def select(self, indices: Sequence[int]) -> Strengths:
         """Return the strengths of some of the tensors."""
         chosen = [x if isinstance(x, float) else [x[i] for i in indices] for x in self[:3]]
-        return Strengths(*chosen, self.dim)
+        return Strengths._make((*chosen, self.dim))
 
 
 NO_PENALTY = Strengths()
@@ -76,7 +76,7 @@ def collect(op: str, params: _params.Params, s: Strengths, name: str | None = No
         if type(strength) is not float or not 0.0 <= strength <= sys.float_info.max:
             strength = _check(strength, len(tensors), f"fusereg.{op}: {name or own}")
         checked.append(strength)
-    s = Strengths(*checked, s.dim)
+    s = Strengths._make((*checked, s.dim))
     direct = dispatch.eager()
     if direct:
         direct, repeated = _C.scan(tensors)
