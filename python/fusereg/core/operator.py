@@ -273,7 +273,7 @@ class Operator:
         return (*args[:at], len(args[at]), *args[at + 1 :], *args[at])
 
     def _folded(self, flat: tuple[Any, ...], length: int | None = None) -> tuple[Any, ...]:
-        """Return the arguments of which :meth:`_flat` was made; of tangents, tell the ``length``."""
+        """Return the arguments of which :meth:`_flat` was made; for tangents, give the length."""
         if self._list is None:
             return flat
         at = self._list
@@ -304,7 +304,7 @@ def _functions(
     nones = (None,) * (op._count + 1)
 
     def forward(ctx: Any, *args: Any) -> Any:
-        if with_list:
+        if op._list is not None:
             ctx.count, ctx.length = len(args), args[op._list]
             args = op._folded(args)
         output = kernel(*args)
@@ -332,7 +332,7 @@ def _functions(
         return tuple(result) if isinstance(result, list) else result
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        if with_list:
+        if op._list is not None:
             ctx.count, ctx.length = len(inputs), inputs[op._list]
             inputs = op._folded(inputs)
         save(ctx, inputs, output)

@@ -1,4 +1,4 @@
-"""Lists of parameters: what callers may pass, what kernels take, and what errors say."""
+"""Lists of parameters, and keys that select parts of a model."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ import torch
 from torch import Tensor
 
 Params: TypeAlias = Tensor | Iterable[Tensor] | torch.nn.Module
-#: What picks parts of a model: a name pattern, or a type of modules.
+#: What selects parts of a model: a name pattern, or a type of modules.
 Key: TypeAlias = str | type[torch.nn.Module]
 
 
 def is_key(key: object) -> bool:
+    """Return whether this can select parts of a model."""
     return isinstance(key, str) or (isinstance(key, type) and issubclass(key, torch.nn.Module))
 
 
 def matches(key: Key, name: str, module: torch.nn.Module) -> bool:
-    """Whether a key picks what has this name and is, or is held by, this module."""
+    """Return whether a key selects a module or parameter of this name, in or at this module."""
     if isinstance(key, type):
         return isinstance(module, key)
     return fnmatch.fnmatchcase(name, key)
 
 
 def as_list(params: Params, op: str) -> list[Tensor]:
-    """The tensors of a tensor, an iterable of tensors, or a module; not checked one by one yet."""
+    """Return the tensors of a tensor, an iterable of tensors, or a module, unchecked."""
     if isinstance(params, Tensor):
         return [params]
     if isinstance(params, torch.nn.Module):
@@ -41,7 +42,7 @@ def as_list(params: Params, op: str) -> list[Tensor]:
 
 
 def by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
-    """Indices of the tensors on each device, devices in order of appearance."""
+    """Return the indices of the tensors on each device, devices in order of appearance."""
     groups: dict[torch.device, list[int]] = {}
     for i, t in enumerate(tensors):
         groups.setdefault(t.device, []).append(i)

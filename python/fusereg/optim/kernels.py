@@ -17,10 +17,11 @@ from torch import Tensor
 from .. import _C
 from ..core import checks, memory
 from ..core import params as _params
-from ..penalty.kernels import DONE, copy_into, must
+from ..penalty.kernels import NEEDS_PREPARATION, copy_into, must
 from .options import Number
 
-NEEDS_PREPARATION, NEEDS_STATE = 2, 3
+#: What the binding returns, besides the statuses of the penalties' kernels.
+NEEDS_STATE = 3
 
 State: TypeAlias = dict[str, Any]
 

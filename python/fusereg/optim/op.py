@@ -19,8 +19,9 @@ from torch import Tensor
 from .. import _C
 from ..core import memory
 from ..core.operator import Operator
+from ..penalty.kernels import DONE
 from . import norms
-from .kernels import DONE, Call, Hyper, State, run, run_prepared
+from .kernels import Call, Hyper, State, run, run_prepared
 
 #: Of each algorithm of the kernels.
 _NAMES = ("SGD", "Adam", "Adagrad", "FTRL")
@@ -141,7 +142,8 @@ def _hypers(a: _Arguments) -> tuple[Hyper, ...]:
     found = []
     for i in range(len(a.counts)):
         prox, *flags = a.options[i * _OPTIONS : (i + 1) * _OPTIONS]
-        found.append(Hyper(*values[i * _NUMBERS : (i + 1) * _NUMBERS], prox, *map(bool, flags)))
+        own = values[i * _NUMBERS : (i + 1) * _NUMBERS]
+        found.append(Hyper._make((*own, prox, *map(bool, flags))))
     return tuple(found)
 
 

@@ -1,4 +1,4 @@
-"""What fusereg's optimizers share: param groups and states as torch has them, one call a step."""
+"""The base of all optimizers: torch's param groups and states, one call of a kernel a step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -21,7 +21,10 @@ from . import op as _op
 from .kernels import Call, Hyper, State, given
 from .norms import norm_of_grads
 from .op import LOW_PRECISION, Lists
-from .options import NOTES, PENALTY, CommonOptions, Number, Options, ParamsT
+from .options import DEFAULTS, NOTES, PENALTY, CommonOptions, Options, ParamsT
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["RegularizedOptimizer"]
 
@@ -43,7 +46,7 @@ _LIMITS = {
 
 
 class _WatchedStates(defaultdict[Any, Any]):
-    """torch's ``defaultdict(dict)`` of states, which also tells when an entry was replaced."""
+    """torch's ``defaultdict(dict)`` of states with a version that counts changes of entries."""
 
     def __init__(self, *args: Any) -> None:
         self.version = 0
@@ -79,7 +82,7 @@ class _WatchedStates(defaultdict[Any, Any]):
 
 
 class _Plan:
-    """The parameters and their states as flat lists, kept from step to step while they hold."""
+    """Parameters and states as flat lists, kept from step to step while they are unchanged."""
 
     def __init__(self, groups: list[dict[str, Any]], states: _WatchedStates) -> None:
         self.parts: list[list[Tensor]] = [list(g["params"]) for g in groups]
@@ -122,7 +125,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
     _has_step = False
     _supports_group = True
 
-    #: GradScaler may hand over its scale and its finding; the kernels read them on the device.
+    #: A GradScaler passes its scale and overflow flag on; the kernels read them on the device.
     _step_supports_amp_scaling = True
 
     max_grad_norm: float | None = None
@@ -131,48 +134,31 @@ class RegularizedOptimizer(torch.optim.Optimizer):
     _plan: _Plan | None = None
 
     def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        *,
-        l1: Number = 0.0,
-        l2: Number = 0.0,
-        group: Number = 0.0,
-        prox: bool | str = True,
-        max_grad_norm: float | None = None,
-        master_weights: bool = False,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
+        self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]
     ) -> None:
-        for argument, limit in _LIMITS.items():
-            if argument == "betas" and argument in defaults:
-                for i, beta in enumerate(defaults["betas"]):
+        known = self._options()
+        for name in options:
+            if name not in known:
+                raise TypeError(
+                    f"{type(self).__name__}.__init__() got an unexpected keyword argument '{name}'"
+                )
+        shared: dict[str, Any] = {**DEFAULTS, **options}
+        for name, limit in _LIMITS.items():
+            if name == "betas" and name in defaults:
+                for i, beta in enumerate(defaults[name]):
                     self._check_number(f"betas[{i}]", beta, limit)
-            elif argument in defaults:
-                self._check_number(argument, defaults[argument], limit)
-        self.max_grad_norm = _check_max_norm(max_grad_norm, self._name)
+            elif name in defaults:
+                self._check_number(name, defaults[name], limit)
+        self.max_grad_norm = _check_max_norm(shared.pop("max_grad_norm"), self._name)
         self.penalty_value: Tensor = torch.zeros(())
         self._new_tables()
-        if differentiable:
+        if shared["differentiable"]:
             raise ValueError(
                 f"fusereg.optim.{self._name}: differentiable=True is not supported: the step is a "
                 f"kernel that autograd does not record; use torch.optim.{self._name}"
             )
-        if fused and foreach:
+        if shared["fused"] and shared["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        shared = {
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-            "l1": l1,
-            "l2": l2,
-            "group": group,
-            "prox": prox,
-            "master_weights": master_weights,
-        }
         super().__init__(params, {**defaults, **shared})
         self.state = _WatchedStates(dict, self.state)
 
@@ -191,7 +177,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         self._plan = None
         self._new_tables()
         for i, group in enumerate(self.param_groups):
-            # A state dict of torch's optimizer knows nothing of penalties: ours stay as they are.
+            # A state dict of torch's optimizer has no penalty: the present one stays.
             source = before[i] if before is not None and i < len(before) else self.defaults
             for key, default in self.defaults.items():
                 group.setdefault(key, source.get(key, default))
@@ -222,7 +208,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         self._step_tables = memory.launch_tables()
         self._norm_tables = memory.launch_tables()
 
-    # -- what a subclass says --
+    # -- for subclasses to define --
 
     def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
         """Return the algorithm's own fields of a :class:`Hyper`."""
@@ -237,10 +223,16 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
     def _forgets(self, call: Call) -> bool:
-        """Return whether states that were made for this step must go again."""
+        """Return whether states that were made for this step must be deleted again."""
         return False
 
     # -- arguments --
+
+    @classmethod
+    def _options(cls) -> dict[str, tuple[Any, Any]]:
+        """Return the defaults and types of the shared arguments that this optimizer takes."""
+        types = get_type_hints(Options if cls._supports_group else CommonOptions)
+        return {name: (default, types[name]) for name, default in DEFAULTS.items() if name in types}
 
     def _check_number(self, name: str, value: Any, limit: float) -> None:
         """Raise for a number that is negative, or not below its upper limit."""
@@ -276,7 +268,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
     def _check_changed(self, plan: _Plan) -> None:
         """Check the groups whose strengths are not those that were checked last."""
         for i, group in enumerate(self.param_groups):
-            own = [group.get(key) for key in _CHECKED]
+            own: list[Any] = [group.get(key) for key in _CHECKED]
             if not all(map(operator.is_, own, plan.checked[i])):
                 if any(map(given, own[:3])):
                     self._check_group(group)
@@ -300,9 +292,9 @@ class RegularizedOptimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """With ``max_grad_norm``: the norm of all gradients at the last step, unscaled; else None.
+        """Norm of all gradients at the last step, unscaled, if there is a ``max_grad_norm``.
 
-        A 0-d tensor on their device.
+        A 0-d tensor on the gradients' device, or None.
         """
         if self._norm is None or self._norm_scale is None:
             return self._norm
@@ -335,7 +327,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         self._check_changed(plan)
         hypers = tuple([self._hyper(g) for g in groups])
         value: Tensor | None = None
-        if any([h.penalized() for h in hypers]):
+        if any(h.penalized() for h in hypers):
             value = torch.zeros((), dtype=plan.value_dtype, device=plan.params[0].device)
         scale: Tensor | None = getattr(self, "grad_scale", None)
         op = f"optim.{self._name}"
@@ -439,7 +431,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
                 whole.extend(part)
             counts.append(len(own.params))
             hypers.append(self._hyper(group))
-        value = self.penalty_value if any([h.penalized() for h in hypers]) else None
+        value = self.penalty_value if any(h.penalized() for h in hypers) else None
         norm = self._norm if self.max_grad_norm is not None else None
         with torch.no_grad():
             if lists.params:
@@ -518,13 +510,13 @@ def documented(optimizer: _Optimizer) -> _Optimizer:
     share_paragraphs(optimizer, penalty=PENALTY, notes=NOTES)
     function: Any = vars(optimizer)["__init__"]
     signature = inspect.signature(function)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    taken = {p.name for p in own}
-    if not optimizer._supports_group:
-        taken |= Options.__annotations__.keys() - CommonOptions.__annotations__.keys()
-    base = inspect.signature(RegularizedOptimizer.__init__).parameters.values()
-    shared = [p for p in base if p.kind is p.KEYWORD_ONLY and p.name not in taken]
-    function.__signature__ = signature.replace(parameters=[*own, *shared])
+    own = {p.name: p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD}
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (default, kind) in optimizer._options().items()
+        if name not in own
+    ]
+    function.__signature__ = signature.replace(parameters=[*own.values(), *shared])
     return optimizer
 
 

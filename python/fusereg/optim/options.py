@@ -12,7 +12,7 @@ Number: TypeAlias = float | Tensor
 
 
 class CommonOptions(TypedDict, total=False):
-    """Keyword arguments of every optimizer; their defaults are those of RegularizedOptimizer."""
+    """Keyword arguments of every optimizer."""
 
     l1: Number
     l2: Number
@@ -29,6 +29,20 @@ class Options(CommonOptions, total=False):
 
     group: Number
     prox: bool | str
+
+
+DEFAULTS: Options = {
+    "l1": 0.0,
+    "l2": 0.0,
+    "group": 0.0,
+    "prox": True,
+    "max_grad_norm": None,
+    "master_weights": False,
+    "maximize": False,
+    "foreach": None,
+    "differentiable": False,
+    "fused": None,
+}
 
 
 PENALTY = r"""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.inventory import Inputs, Operation, Pairs, Shape, exact
 from . import functional, prox
-from .weight_penalty import add_penalty_grad_, sparsity
+from .functional import add_penalty_grad_, sparsity
 
 L1, L2, GROUP = 0.3, 0.7, 0.05
 #: Between the norms of the groups: some vanish, some only shrink.

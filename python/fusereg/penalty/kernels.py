@@ -179,7 +179,7 @@ def own_grads(op: str, tensors: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def create_missing(tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the gradients, zeros where one is wanted and missing; to be called after all checks."""
+    """Return the gradients, zeros where one is wanted and missing; call it after all checks."""
     for t in tensors:
         if t.requires_grad and t.grad is None:
             t.grad = torch.zeros_like(t, memory_format=torch.preserve_format)

@@ -34,9 +34,7 @@ def _gradient(w: Tensor, l1: float, l2: float, group: float, dim: int) -> Tensor
     return grad
 
 
-def _hessian_times(
-    w: Tensor, v: Tensor, l1: float, l2: float, group: float, dim: int
-) -> Tensor:
+def _hessian_times(w: Tensor, v: Tensor, l1: float, l2: float, group: float, dim: int) -> Tensor:
     """Return d2R/dw2 times v, in float32 or float64."""
     x = w if w.dtype is torch.float64 else w.float()
     v = v.to(x.dtype)
@@ -90,13 +88,13 @@ def _value_gradient(ctx: Any, scale: Tensor) -> tuple[list[Tensor | None]]:
         chosen = [i for i, w in enumerate(wanted) if w]
         l1, l2, group, dim = Strengths.of(l1, l2, group, dim).select(chosen).arguments()
     arguments = (scale, tensors, l1, l2, group, dim)
-    if dispatch.direct(scale):
-        grads = _penalty_backward.eager(*arguments, *op)
-    elif dispatch.eager():
-        # Batched by torch.autograd.grad(is_grads_batched=True): torch has no loop over lists.
+    if not dispatch.eager():
+        grads = _penalty_backward.traced(*arguments)
+    elif dispatch.wrapped((scale,)):
+        # torch.autograd.grad(is_grads_batched=True) has no loop over operators that take lists.
         grads = _written_out(*arguments)
     else:
-        grads = _penalty_backward.traced(*arguments)
+        grads = _penalty_backward.eager(*arguments, *op)
     left = iter(grads)
     return ([next(left) if w else None for w in wanted],)
 

@@ -9,7 +9,7 @@ learning rate in the threshold::
     fusereg.prox.l1_(model.parameters(), threshold=lr * l1)
 
 Each step reads and writes every element once, over all tensors in one call. Zeros are ``+0.0``, NaN
-stays NaN. Nothing is recorded for autograd, and nothing is returned; :func:`fusereg.sparsity`
+stays NaN. Autograd does not record the steps, and they return None; :func:`fusereg.sparsity`
 counts zeros.
 """
 
@@ -27,7 +27,9 @@ __all__ = ["elastic_net_", "group_lasso_", "l1_"]
 
 
 def l1_(params: Params, threshold: Strength) -> None:
-    r"""Apply soft-thresholding, :math:`w \leftarrow \mathrm{sign}(w)\max(|w| - t, 0)` (Donoho 1995).
+    r"""Apply soft-thresholding (Donoho 1995).
+
+    .. math:: w \leftarrow \mathrm{sign}(w)\max(|w| - t, 0)
 
     Args:
         params: a tensor, an iterable of tensors, or a module; changed in place. Any mix of float64,
@@ -37,14 +39,16 @@ def l1_(params: Params, threshold: Strength) -> None:
 
     Raises:
         TypeError, ValueError: as :func:`fusereg.functional.l1_penalty`; also for expanded tensors
-            and for two tensors over the same memory. Nothing is changed then.
+            and tensors that share memory. Nothing is changed then.
     """
     op = "prox.l1_"
     _prox(op, collect(op, params, Strengths(l1=threshold), "threshold"))
 
 
 def elastic_net_(params: Params, l1: Strength, l2: Strength) -> None:
-    r"""Apply the elastic net's step, :math:`w \leftarrow \mathrm{sign}(w)\max(|w| - l_1, 0) / (1 + l_2)`.
+    r"""Apply the elastic net's proximal step.
+
+    .. math:: w \leftarrow \mathrm{sign}(w)\max(|w| - l_1, 0) / (1 + l_2)
 
     It is the proximal operator of :math:`l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2`.
 
@@ -61,7 +65,9 @@ def elastic_net_(params: Params, l1: Strength, l2: Strength) -> None:
 
 
 def group_lasso_(params: Params, threshold: Strength, dim: int = 0) -> None:
-    r"""Apply block soft-thresholding, :math:`w_g \leftarrow w_g \max(0, 1 - t \sqrt{n_g} / \|w_g\|_2)`.
+    r"""Apply block soft-thresholding.
+
+    .. math:: w_g \leftarrow w_g \max(0, 1 - t \sqrt{n_g} / \|w_g\|_2)
 
     Whole slices along ``dim`` become zero (Yuan and Lin 2006).
 
@@ -69,7 +75,7 @@ def group_lasso_(params: Params, threshold: Strength, dim: int = 0) -> None:
         params: as in :func:`l1_`.
         threshold: :math:`t \ge 0`, usually learning rate times lambda; one number or one per
             tensor.
-        dim: the dimension that counts the groups, as in
+        dim: the dimension whose indices are the groups, as in
             :func:`fusereg.functional.group_lasso_penalty`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Strengths of a penalty, and the parameters that they belong to, as callers pass them."""
+"""Strengths of a penalty, and checks of the parameters and strengths that callers pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Strength: TypeAlias = float | Sequence[float]
 
 
 class Strengths(NamedTuple):
-    """Strengths, one number or one for each tensor, and the dimension that counts the groups.
+    """Strengths, each one number or one per tensor, and the dimension whose indices are the groups.
 
     The order is that of the kernels' arguments.
     """
@@ -30,7 +30,7 @@ class Strengths(NamedTuple):
     def of(l1: Sequence[float], l2: Sequence[float], group: Sequence[float], dim: int) -> Strengths:
         """Return the strengths that operators got: a list of one number is for all tensors."""
         one_each = (x[0] if len(x) == 1 else x for x in (l1, l2, group))
-        return Strengths(*one_each, dim)
+        return Strengths._make((*one_each, dim))
 
     def arguments(self) -> tuple[list[float], list[float], list[float], int]:
         """Return the strengths as operators take them."""
@@ -45,14 +45,14 @@ class Strengths(NamedTuple):
     def select(self, indices: Sequence[int]) -> Strengths:
         """Return the strengths of some of the tensors."""
         chosen = [x if isinstance(x, float) else [x[i] for i in indices] for x in self[:3]]
-        return Strengths(*chosen, self.dim)
+        return Strengths._make((*chosen, self.dim))
 
 
 NO_PENALTY = Strengths()
 
 
 class Listed(NamedTuple):
-    """Distinct tensors with their strengths; ``direct``: kernels may take them as they are."""
+    """Distinct tensors and their strengths; ``direct``: whether kernels may be called on them."""
 
     tensors: list[Tensor]
     strengths: Strengths
@@ -76,7 +76,7 @@ def collect(op: str, params: _params.Params, s: Strengths, name: str | None = No
         if type(strength) is not float or not 0.0 <= strength <= sys.float_info.max:
             strength = _check(strength, len(tensors), f"fusereg.{op}: {name or own}")
         checked.append(strength)
-    s = Strengths(*checked, s.dim)
+    s = Strengths._make((*checked, s.dim))
     direct = dispatch.eager()
     if direct:
         direct, repeated = _C.scan(tensors)
@@ -133,7 +133,7 @@ def _finite(strength: float, where: str) -> float:
 def _without_repeats(
     op: str, tensors: list[Tensor], s: Strengths, repeated: set[int]
 ) -> tuple[list[Tensor], Strengths]:
-    """Drop tensors that are listed again: they count once, as tied parameters do in a module."""
+    """Drop repeated tensors: each counts once, as tied parameters do in a module."""
     first = {id(t): i for i, t in reversed(list(enumerate(tensors)))}
     for strength in s[:3]:
         if isinstance(strength, Sequence):
