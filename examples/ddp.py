@@ -81,7 +81,7 @@ def main(epochs: int, patience: int, quick: bool, folder: Path | None, verbose: 
 
 
 def save(folder: Path, parts: dict) -> None:
-    """Whole or not at all: the file takes the old one's place once it is on the disk."""
+    """Write the file atomically: it replaces the old one once it is on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "last.tmp").open("wb") as file:
         torch.save({name: part.state_dict() for name, part in parts.items()}, file)
@@ -91,7 +91,7 @@ def save(folder: Path, parts: dict) -> None:
 
 
 def load(folder: Path, parts: dict) -> None:
-    """The last epoch's state, the same on all ranks; nothing if there is none."""
+    """Load the last epoch's state, the same on all ranks, if there is one."""
     if (folder / "last.pt").exists():
         state = torch.load(folder / "last.pt", weights_only=True)
         for name, part in parts.items():

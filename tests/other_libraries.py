@@ -1,8 +1,8 @@
-"""Importing the libraries that the integrations are for, where a test needs them.
+"""Workaround for importing the libraries that the integrations are for.
 
-torchvision need not be there. But some of these libraries import it where it is, and a torchvision
-whose compiled operators do not go with this torch breaks them all: its operators are declared then,
-without code, which is enough to be imported.
+torchvision is not needed. But some of these libraries import it if it is installed, and fail if its
+compiled operators do not match this torch: its operators are then declared without code, which is
+enough to import it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _kept: list[torch.library.Library] = []
 
 
 def repair_torchvision() -> None:
-    """Declares the operators that torchvision lacks, one after the other, until it imports."""
+    """Declare the operators that torchvision lacks, one after the other, until it imports."""
     if importlib.util.find_spec("torchvision") is None:
         return
     for _ in range(30):

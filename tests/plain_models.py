@@ -1,4 +1,4 @@
-"""Models of nothing but torch, written as people write them, for the tests of conversion."""
+"""Models of torch's layers, in common styles, for the tests of conversion."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def bottleneck() -> nn.Module:
 
 
 def convolutions() -> nn.Module:
-    """A Sequential with every activation that can be fused, one that cannot, and dropouts."""
+    """Return a Sequential with all fusible activations, one that is not, and dropouts."""
     return nn.Sequential(
         nn.Conv2d(3, 4, 3),
         nn.BatchNorm2d(4),
@@ -154,7 +154,7 @@ def mlp() -> nn.Module:
 
 
 class Encoder(nn.Module):
-    """torch's own transformer layer, whose forward is no business of ours."""
+    """torch's own transformer layer, whose forward is not rewritten."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ MODELS = [basic, bottleneck, convolutions, mlp, Encoder, Volumes]
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """The same with probabilities of 0, so that training can be compared number by number."""
+    """Set probabilities to 0, so that training can be compared number by number."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -196,7 +196,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def stir(model: nn.Module) -> nn.Module:
-    """Gives parameters and buffers values that are neither 0 nor 1; negative weights too."""
+    """Give parameters and buffers values that are neither 0 nor 1; negative weights too."""
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point() and tensor.dim() <= 1:
@@ -212,7 +212,7 @@ def images(count: int = 6) -> Tensor:
 
 
 def twins(make: Maker) -> tuple[nn.Module, nn.Module]:
-    """A model and its converted copy, in double precision, without dropout."""
+    """Return a model and its converted copy, in double precision, without dropout."""
     model = stir(without_dropout(make())).double()
     return model, fusereg.convert(copy.deepcopy(model))
 

@@ -1,4 +1,4 @@
-"""Sharded tensors and models, and how they are compared with whole ones."""
+"""Sharded tensors and models, and comparisons with whole ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ranks import Ranks
 
 @dataclass
 class Case:
-    """A whole tensor, and the same one as the ranks hold it."""
+    """A whole tensor, and the same one sharded."""
 
     name: str
     whole: Tensor
@@ -33,7 +33,7 @@ def shard(whole: Tensor, ranks: Ranks, placement: Any) -> Tensor:
 def make_cases(
     ranks: Ranks, dtype: torch.dtype = torch.float64, columns: bool = False
 ) -> list[Case]:
-    """Every way in which a tensor may lie on the ranks; columns cut groups along dimension 0."""
+    """Return a tensor for each kind of placement; columns cut groups along dimension 0."""
     wanted: list[tuple[str, tuple[int, ...], Any]] = [
         ("plain", (2, 5), None),
         ("even", (4 * ranks.world, 3), Shard(0)),
@@ -58,7 +58,7 @@ def make_cases(
 
 
 def whole(tensor: Tensor | None) -> Tensor:
-    """The whole of a plain or sharded tensor; where it is replicated, the same on every rank."""
+    """Gather a plain or sharded tensor; check that replicas are equal on every rank."""
     assert tensor is not None
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
@@ -73,7 +73,7 @@ def whole(tensor: Tensor | None) -> Tensor:
 
 
 def same_on_every_rank(value: Tensor) -> None:
-    """To the bit."""
+    """Check that a tensor has the same bits on every rank."""
     assert not isinstance(value, DTensor)
     values = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(values, value.detach().contiguous())
@@ -96,7 +96,7 @@ def assert_same(actual: Tensor, wanted: Tensor, tolerance: float = 1e-13) -> Non
 
 @contextmanager
 def counted_reductions() -> Iterator[list[int]]:
-    """The number of elements of each all-reduce."""
+    """Record the number of elements of each all-reduce."""
     sizes: list[int] = []
     original = dist.all_reduce
 

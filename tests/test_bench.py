@@ -1,8 +1,9 @@
-"""The benchmark harness, on clocks and providers that do as told. Nothing here is timed."""
+"""The benchmark harness, with fake timers and providers. Nothing here is timed."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import signal
@@ -15,33 +16,32 @@ from typing import Any
 import pytest
 import torch
 
-from fusereg.bench import (
-    SUITES,
-    collect_cases,
-    command,
-    harness,
-    machine,
-    penalty,
-    plot,
-    report,
-    timers,
-)
-from fusereg.bench import shapes as parameter_shapes
+import fusereg.bench
+from fusereg.bench import SUITES, collect_cases, provider_names, suites
 from fusereg.bench.harness import (
     Accuracy,
+    Call,
     Case,
+    Interrupted,
     Options,
     Provider,
     Row,
     Settings,
     Workload,
-    quantile,
-    ratio,
-    rotated,
+    command,
+    figures,
+    layers,
+    machine,
+    report,
     run_case,
     run_cases,
+    running,
+    timers,
 )
-from fusereg.bench.timers import Call
+from fusereg.bench.harness import shapes as parameter_shapes
+from fusereg.bench.harness.cases import quantile, ratio
+from fusereg.bench.harness.running import rotated
+from fusereg.bench.suites import drop_block, penalty
 from fusereg.cli import bench as cli_bench
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ SETTINGS = Settings(min_time_s=0.0, min_rounds=4, max_rounds=4, min_sample_s=0.0
 
 
 class FakeTimer:
-    """Says how long each provider takes instead of measuring it, and writes down who was called."""
+    """A timer with given times for each provider; it records the order of the calls."""
 
     def __init__(self, seconds: dict[str, list[float]]) -> None:
         self.seconds = seconds
@@ -59,7 +59,7 @@ class FakeTimer:
 
     def sample(self, call: Call, repeats: int, prime: bool) -> float:
         name = str(call())
-        if name not in self.prepared:  # the harness first looks how long a call takes
+        if name not in self.prepared:  # the harness first measures how long a call takes
             self.prepared.add(name)
             return self.seconds[name][0]
         turn = self.order.count(name)
@@ -126,7 +126,7 @@ def row(provider: str, **changes: Any) -> Row:
     return Row(**{**values, **changes})
 
 
-# ------------------------------------------------------------------------------------- statistics
+# --- statistics -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_ratio_is_the_median_of_each_rounds_ratio_not_the_ratio_of_medians() -> 
     assert ratio([], []) is None
 
 
-# -------------------------------------------------------------------------------------- the rounds
+# --- the rounds -----------------------------------------------------------------------------------
 
 
 def test_rotation_gives_each_provider_each_place_once() -> None:
@@ -192,7 +192,7 @@ def test_ratios_come_from_the_same_round() -> None:
 
 
 class CopyAware(FakeTimer):
-    """Knows the harness's own copy, which returns a tensor, not a name."""
+    """A timer that knows the harness's own copy, which returns a tensor instead of a name."""
 
     def sample(self, call: Call, repeats: int, prime: bool) -> float:
         result = call()
@@ -219,7 +219,7 @@ def test_bandwidth_and_percent_of_the_copy() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_copy_moves_the_contracts_bytes(dtype: torch.dtype) -> None:
-    copied = harness.copy_provider(make_case(bytes_moved=4096, dtype=dtype)).make()()
+    copied = running.copy_provider(make_case(bytes_moved=4096, dtype=dtype)).make()()
     assert isinstance(copied, torch.Tensor)
     assert 2 * copied.numel() * copied.element_size() == 4096  # read once, written once
     assert bool((copied == 1).all())
@@ -258,7 +258,7 @@ def test_a_sample_has_enough_calls(seconds: float) -> None:
     assert repeats == 1 or repeats * seconds <= 3e-3
 
 
-# ------------------------------------------------------------------------------- what goes wrong
+# --- what goes wrong ------------------------------------------------------------------------------
 
 
 def test_a_provider_that_cannot_be_made_is_a_row_with_the_reason() -> None:
@@ -310,7 +310,7 @@ def test_data_that_cannot_be_made_fail_the_case_only() -> None:
 def test_a_case_that_needs_more_memory_than_is_free_is_skipped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(harness, "free_memory", lambda device: 1_000_000_000)
+    monkeypatch.setattr(running, "free_memory", lambda device: 1_000_000_000)
     rows = run_case(make_case(named("eager"), memory=4_000_000_000), SETTINGS, timer=FakeTimer({}))
     assert rows[0].failed == "skipped: needs about 4.0 GB, 1.0 GB are free"
 
@@ -381,7 +381,7 @@ def test_ctrl_c_keeps_what_is_measured() -> None:
             return super().sample(call, repeats, prime)
 
     timer = Interrupting({"eager": [2.0], "fusereg": [1.0]})
-    with pytest.raises(harness.Interrupted) as caught:
+    with pytest.raises(Interrupted) as caught:
         run_case(make_case(named("eager"), named("fusereg")), SETTINGS, timer=timer)
     assert {r.provider: r.vs_eager for r in caught.value.rows} == {"eager": 1.0, "fusereg": 2.0}
 
@@ -390,14 +390,14 @@ def test_ctrl_c_ends_the_run_with_the_rows_before_it(monkeypatch: pytest.MonkeyP
     def stop() -> Workload:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(harness, "make_timer", lambda case: FakeTimer({"eager": [1.0]}))
+    monkeypatch.setattr(running, "make_timer", lambda *about: FakeTimer({"eager": [1.0]}))
     first = make_case(named("eager"))
     rows, interrupted = run_cases([first, make_case(setup=stop), first], SETTINGS)
     assert interrupted
     assert [r.provider for r in rows] == ["eager"]
 
 
-# ------------------------------------------------------------------------------------------ output
+# --- output ---------------------------------------------------------------------------------------
 
 
 def document() -> dict[str, Any]:
@@ -513,10 +513,10 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
         for name, percent in (("copy", 100.0), ("eager", 5.0), ("fusereg", 97.0), ("new", 40.0))
     ]
     path = tmp_path / "roof.png"
-    plot.write_plot(path, rows, machine.describe(CPU))
+    figures.write_plot(path, rows, machine.describe(CPU))
     assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nothing to plot"):
-        plot.write_plot(path, [row("copy")], machine.describe(CPU))
+        figures.write_plot(path, [row("copy")], machine.describe(CPU))
 
 
 def test_noise_is_told() -> None:
@@ -527,7 +527,7 @@ def test_noise_is_told() -> None:
     assert share is None or 0.0 <= share <= 1.0
 
 
-# ----------------------------------------------------------------------------------------- the work
+# --- the work -------------------------------------------------------------------------------------
 
 
 def test_resnet50_shapes() -> None:
@@ -558,17 +558,85 @@ def test_bytes_by_contract() -> None:
     assert len({case.id for case in cases}) == len(cases)
 
 
+def test_the_benchmarks_are_the_modules_of_the_folder() -> None:
+    folder = Path(suites.__file__).parent
+    assert set(SUITES) == {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert SUITES[-1] == "end_to_end"  # the longest
+
+
+def test_a_new_module_is_a_benchmark_and_nothing_else_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "snow.py").write_text(
+        "from fusereg.bench.suites.dropout import PROVIDERS, cases\n", encoding="utf-8"
+    )
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(suites, "__path__", [*suites.__path__, str(tmp_path)])
+            importlib.reload(fusereg.bench)
+            assert "snow" in fusereg.bench.SUITES
+            found = fusereg.bench.collect_cases("snow", Options(CPU, quick=True))
+            assert {case.suite for case in found} == {"snow"}
+    finally:
+        importlib.reload(fusereg.bench)
+    assert "snow" not in fusereg.bench.SUITES
+
+
+def test_the_earlier_name_of_a_technique_still_works() -> None:
+    cases = collect_cases("optimizer", Options(CPU, quick=True))
+    assert {case.suite for case in cases} == {"optim"}
+    assert Row.from_json(row("fusereg", suite="optimizer").to_json()).suite == "optim"
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_suite_declares_its_providers_and_quick_leaves_out_compiling(suite: str) -> None:
+    if suite == "end_to_end":
+        pytest.importorskip("mlxtend")
+    smallest = {}
+    for case in collect_cases(suite, Options(CPU, quick=True)):
+        key = case.op, case.mode
+        if key not in smallest or case.elements < smallest[key].elements:
+            smallest[key] = case
+    for case in smallest.values():
+        providers = case.setup().providers
+        assert {"eager", "fusereg"} <= {p.name for p in providers} <= set(provider_names(suite))
+        assert not any(p.compiles for p in providers)
+        assert case.suite == suite
+
+
+@pytest.mark.parametrize(
+    ("suite", "modes"),
+    [("dropout", ("forward", "forward+backward")), ("drop_block", ("forward",))],
+)
+def test_the_check_of_a_mask_sees_what_is_wrong(suite: str, modes: tuple[str, ...]) -> None:
+    x = torch.full((100_000,), 1.5)
+    good = torch.nn.functional.dropout(x, layers.P)
+    keep = drop_block._divisor if suite == "drop_block" else lambda kept: 1 - layers.P
+
+    def checked(*results: torch.Tensor) -> Accuracy:
+        return layers.check_kept(x, lambda: results, 1e-2, keep)
+
+    accuracy = checked(good, (good != 0).float())
+    assert accuracy.error <= accuracy.tolerance
+    assert checked(good, torch.ones_like(x)).what == "gradient's mask"
+    assert checked(good * 1.1).error == pytest.approx(0.1, rel=0.1)
+    assert layers.is_keep_rate(good != 0)
+    assert not layers.is_keep_rate(torch.nn.functional.dropout(x, 0.11) != 0)
+    wrong = layers.check_kept(x, lambda: good, 1e-2, lambda kept: None)
+    assert (wrong.error, wrong.what) == (math.inf, "keep rate")
+
+
 def test_an_unknown_technique_is_named() -> None:
     with pytest.raises(ValueError, match=r"no benchmark named 'x'; there are: .*, dropout, "):
         collect_cases("x", Options(CPU))
     assert "penalty" in SUITES
 
 
-@pytest.mark.parametrize("mode", list(penalty.MOVED))
+@pytest.mark.parametrize("mode", list(penalty.MODES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_provider_does_the_same_work(mode: str, dtype: torch.dtype) -> None:
-    """Also what torch.compile is given, here run as it stands."""
-    work = penalty.Work("small", [(40, 50), (7,), (3, 2, 5)])
+    """The function for torch.compile as well, here uncompiled."""
+    work = parameter_shapes.Work("small", [(40, 50), (7,), (3, 2, 5)])
     data = penalty._Data(work, mode, dtype, CPU)
     check = {
         penalty.VALUE: penalty._check_value,
@@ -588,16 +656,16 @@ def test_every_provider_does_the_same_work(mode: str, dtype: torch.dtype) -> Non
         penalty.PROX: penalty._prox_providers,
     }
     calls = {p.name: p.make() for p in makers[mode](data) if not p.compiles}
-    calls["formula"] = lambda: formula(data.plain, data.gradients)
+    calls["formula"] = lambda: formula(data.detached, data.gradients)
     for name, call in calls.items():
         accuracy = check(data, call)
         assert accuracy.error <= accuracy.tolerance, f"{name}: {accuracy}"
 
 
-@pytest.mark.parametrize("mode", list(penalty.MOVED))
+@pytest.mark.parametrize("mode", list(penalty.MODES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_check_sees_a_provider_that_does_nothing(mode: str, dtype: torch.dtype) -> None:
-    data = penalty._Data(penalty.Work("small", [(200, 500)]), mode, dtype, CPU)
+    data = penalty._Data(parameter_shapes.Work("small", [(200, 500)]), mode, dtype, CPU)
     value = torch.tensor(penalty._reference_value(data))
     check = {
         penalty.VALUE: lambda: penalty._check_value(data, lambda: 0.5 * value),
@@ -608,7 +676,7 @@ def test_the_check_sees_a_provider_that_does_nothing(mode: str, dtype: torch.dty
     assert not accuracy.error <= accuracy.tolerance
 
 
-# ------------------------------------------------------------------------------------- the command
+# --- the command ----------------------------------------------------------------------------------
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -657,6 +725,12 @@ def test_list_names_the_cases(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["nothing"], "no benchmark named 'nothing'"),
         (["--only", "zzz"], "no case matches"),
+        (["dropout", "--providers", "foo"], "no provider named 'foo'; there are: copy, eager, "),
+        (["--providers", "eager,fussreg"], "no provider named 'fussreg'"),
+        (
+            ["penalty", "--quick", "--only", "value/tiny", "--providers", "formula"],
+            "--providers formula: no chosen case can run them here",
+        ),
         (["--dtype", "int32"], "not a floating-point dtype"),
         (["--dtype", "float33"], "not a floating-point dtype"),
         (["--threads", "0"], "--threads must be at least 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,13 +12,27 @@ from typing import Any
 import pytest
 import torch
 
-from fusereg.bench import command, compare, figures, harness, machine, overview, page, report
-from fusereg.bench.harness import Facts, Row, Settings, Workload
-from fusereg.bench.timers import Call
+from fusereg.bench import SUITES, provider_names
+from fusereg.bench.harness import (
+    Call,
+    Facts,
+    Row,
+    Settings,
+    Workload,
+    command,
+    compare,
+    figures,
+    machine,
+    page,
+    report,
+    run_case,
+    running,
+)
 from fusereg.cli import bench as cli_bench
 from test_bench import SETTINGS, FakeTimer, arguments, make_case, named, row
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_rows() -> list[Row]:
@@ -44,21 +59,21 @@ def run_rows() -> list[Row]:
 
 
 def test_the_overview_has_a_line_for_each_technique_and_device() -> None:
-    lines = overview.overview(run_rows())
+    lines = report.overview(run_rows())
     assert [(line.suite, line.device) for line in lines] == [
         ("penalty", "cpu"), ("drop_block", "cpu"), ("penalty", "cuda"), ("drop_block", "cuda"),
     ]  # fmt: skip
     first = lines[0]
     assert (first.cases, first.slower, first.failed) == (3, 1, 0)
     assert (first.lowest, first.median, first.highest) == (0.5, 2.0, 4.0)
-    assert overview.cells(first)[-2:] == ("1", "-")
+    assert first.cells()[-2:] == ("1", "-")
 
 
 def test_the_overview_counts_what_failed() -> None:
     rows = [row("eager"), row("fusereg", p50_us=None, vs_eager=None, failed="Oops")]
-    (line,) = overview.overview(rows)
+    (line,) = report.overview(rows)
     assert (line.failed, line.median) == (1, None)
-    (line,) = overview.overview([row("all", p50_us=None, failed="skipped: needs memory")])
+    (line,) = report.overview([row("all", p50_us=None, failed="skipped: needs memory")])
     assert line.failed == 1
 
 
@@ -74,6 +89,46 @@ def test_a_roofline_for_each_device(device: str) -> None:
     assert labels == {"copy: the roof", "eager torch", "penalty", "drop_block"}
 
 
+def test_every_suite_has_a_color_and_marker_of_its_own() -> None:
+    pytest.importorskip("matplotlib")
+    names = [*SUITES, *(f"new{number}" for number in range(60))]
+    style = figures.styles(names)
+    assert len({style[name] for name in names}) == len(names)
+    rows = [
+        row(provider, suite=suite, gb_per_s=5.0, bytes=1000)
+        for suite in SUITES
+        for provider in ("copy", "eager", "fusereg")
+    ]
+    drawn = figures.roofline(rows, "cpu")
+    assert drawn is not None
+    marks = [m for m in drawn.axes[0].collections if m.get_label() in SUITES]
+    looks = {(str(m.get_facecolor()), str(m.get_paths()[0].vertices)) for m in marks}
+    assert len(looks) == len(marks) == len(SUITES)
+
+
+def test_every_provider_has_a_color_and_marker_of_its_own() -> None:
+    for suite in SUITES:
+        names = provider_names(suite)
+        style = figures.styles(names, figures.PROVIDERS)
+        assert len({style[name] for name in names}) == len(names)
+
+
+@pytest.mark.parametrize("fastest", [1.1, 3.0, 40.0, 900.0, 50_000.0])
+def test_labels_of_the_speeds_do_not_run_together(fastest: float) -> None:
+    pytest.importorskip("matplotlib")
+    long = "a technique with a long name: forward+backward"
+    drawn = figures.speeds(
+        [row("fusereg", vs_eager=fastest, op=long), row("kornia", vs_eager=0.9 / fastest, op=long)]
+    )
+    assert drawn is not None
+    drawn.draw_without_rendering()
+    (axis,) = drawn.axes
+    assert len(axis.get_xticklabels()) >= 2
+    boxes = [label.get_window_extent() for label in axis.get_xticklabels()]
+    gaps = [b.x0 - a.x1 for a, b in itertools.pairwise(boxes)]
+    assert min(gaps) > 4.0, "labels are less than half a digit apart"
+
+
 def test_nothing_to_draw_is_no_error() -> None:
     pytest.importorskip("matplotlib")
     assert figures.roofline(run_rows(), "tpu") is None
@@ -81,7 +136,7 @@ def test_nothing_to_draw_is_no_error() -> None:
     assert figures.speeds([row("copy", vs_eager=None), row("eager")]) is None
 
 
-def test_a_figure_follows_the_readers_colours() -> None:
+def test_a_figure_follows_the_readers_colors() -> None:
     pytest.importorskip("matplotlib")
     drawn = figures.speeds(run_rows())
     assert drawn is not None
@@ -222,8 +277,38 @@ def test_another_machine_and_few_rounds_are_remarked() -> None:
     assert "fewer than 11 rounds" in lines
 
 
-def write_run(path: Path, rows: list[Row]) -> str:
-    facts = machine.describe(CPU)
+@pytest.mark.parametrize("busy", ["old", "new"])
+def test_runs_beside_other_programs_are_no_fair_comparison(
+    busy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = []
+    for name, times in (("old", (9, 10, 11)), ("new", (19, 20, 21))):
+        share = 0.94 if name == busy else 0.01
+        path = tmp_path / f"{name}.json"
+        names.append(write_run(path, [spread(*times)], others_cpu_share=share))
+    assert cli_bench.run(arguments("--compare", *names)) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"not a fair comparison: other programs took 94 % of the CPU time during the {busy}" in text
+    )
+    assert cli_bench.run(arguments("--compare", *names, "--fail-on-slower")) == 2
+    printed = capsys.readouterr()
+    assert "--fail-on-slower: not a fair comparison" in " ".join(printed.err.split())
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "bench/results").glob("*.json")), ids=lambda path: path.stem
+)
+def test_stored_results_are_readable(path: Path) -> None:
+    rows, data = report.read_json(path)
+    assert {r.suite for r in rows} <= set(SUITES)
+    assert {r.provider for r in rows} <= {"copy", *provider_names(rows[0].suite)}
+    assert machine.summary(data["machine"])
+
+
+def write_run(path: Path, rows: list[Row], **changes: Any) -> str:
+    facts = {**machine.describe(CPU), **changes}
     report.write_json(path, report.document(rows, facts, Settings(), interrupted=False))
     return str(path)
 
@@ -276,7 +361,7 @@ def test_ctrl_c_writes_the_report_of_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    right, calls = harness.run_case, []
+    right, calls = running.run_case, []
 
     def stops(case: Any, *args: Any, **kwargs: Any) -> list[Row]:
         calls.append(case)
@@ -284,7 +369,7 @@ def test_ctrl_c_writes_the_report_of_what_was_measured(
             raise KeyboardInterrupt
         return right(case, *args, **kwargs)
 
-    monkeypatch.setattr(harness, "run_case", stops)
+    monkeypatch.setattr(running, "run_case", stops)
     assert cli_bench.run(arguments(*TINY, "--report", str(tmp_path))) == 130
     err = " ".join(capsys.readouterr().err.split())
     assert "interrupted: what was measured until then, 1 of 6 cases, follows" in err
@@ -299,7 +384,7 @@ def test_ctrl_c_before_the_first_case_draws_nothing(
     def stops(*args: Any, **kwargs: Any) -> list[Row]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(harness, "run_case", stops)
+    monkeypatch.setattr(running, "run_case", stops)
     assert cli_bench.run(arguments(*TINY, "--report", str(tmp_path))) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
@@ -404,6 +489,6 @@ def test_facts_are_found_out_after_all_times() -> None:
         return Facts(peak_bytes=7, test_accuracy=0.5)
 
     case = make_case(setup=lambda: Workload([named("eager"), named("fusereg")], facts=facts))
-    eager, own = harness.run_case(case, SETTINGS, timer=timer)
+    eager, own = run_case(case, SETTINGS, timer=timer)
     assert (eager.peak_bytes, eager.test_accuracy) == (7, 0.5)
     assert (own.failed, own.p50_us) == ("RuntimeError: diverged", None)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +25,7 @@ from fusereg.cli.errors import InputError, require_packages
 
 
 def one_error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The only line on stderr."""
+    """Return the only line on stderr."""
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     return lines[0]
@@ -166,7 +168,73 @@ def test_missing_packages_are_named_all_at_once() -> None:
         require_packages("demo", "demo", "no_such_a", "json", "no_such_b")
 
 
+def test_an_unknown_instruction_set_in_the_environment_is_exit_code_2() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fusereg", "info"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "FUSEREG_CPU_ISA": "no_such"},
+    )
+    assert done.returncode == 2
+    assert "fusereg info: error: FUSEREG_CPU_ISA: unknown instruction set" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_interrupt_while_importing_is_no_traceback(tmp_path: Path) -> None:
+    """A stand-in for torch, which is imported for seconds, gets the signal there."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "fusereg", "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
+
+
+def test_an_interrupt_of_a_command_is_one_line() -> None:
+    program = (
+        "import os, signal, sys; sys.argv = ['fusereg', 'info']; import fusereg.cli.app as app; "
+        "command = type(sys)('info'); command.add_parser = lambda s: s.add_parser('info'); "
+        "command.run = lambda args: os.kill(os.getpid(), signal.SIGINT); "
+        "app.COMMANDS = ('info',); app._command = lambda name: command; sys.exit(app.main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130
+    assert done.stderr == "fusereg info: interrupted\n"
+
+
 # --- info ---
+
+
+@pytest.mark.parametrize("target", [["--json"], ["--json", "-"]], ids=" ".join)
+def test_json_without_a_file_is_printed(
+    target: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusereg.cli.checks._places.CHECKS", [])
+    assert main(["info", *target]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"] == []
+
+
+def test_json_in_a_file_leaves_the_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusereg.cli.checks._places.CHECKS", [])
+    target = tmp_path / "info.json"
+    assert main(["info", "--json", str(target)]) == 0
+    assert json.loads(target.read_text())["ok"] is True
+    assert "0 of 0 kernel calls ok" in capsys.readouterr().out
+    missing = tmp_path / "no" / "info.json"
+    assert main(["info", "--json", str(missing)]) == 1
+    assert f"error: {missing}: No such file or directory" in one_error_line(capsys)
 
 
 def test_info_json_has_everything(capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,7 +375,7 @@ def test_two_openmp_runtimes_are_warned_of(
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_this_process_has_one_openmp_runtime() -> None:
-    """In a process of its own: other tests may load packages that bring another runtime."""
+    # In a process of its own: other tests may load packages that bring another runtime.
     program = (
         "from fusereg.cli import checks, machine; checks.run_checks(); "
         "print(len(machine.openmp_libraries()))"

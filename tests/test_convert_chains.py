@@ -1,4 +1,4 @@
-"""What conversion fuses, and that it shows nowhere but in the time."""
+"""What conversion fuses, and that only the speed changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What conversion fuses with a dropout that follows no batch norm, and where that would show."""
+"""What conversion fuses with a dropout that follows no batch norm, and where it must not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from plain_models import close, without_dropout
 
 
 class Mlp(nn.Module):
-    """As in timm and everywhere: two linear layers, each with a dropout."""
+    """Two linear layers, each with a dropout, as in timm."""
 
     def __init__(self, features: int, hidden: int, act: nn.Module, p: float) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer's block, written as people write it; its sums the one way and the other."""
+    """A transformer block, with its sums written in both orders."""
 
     def __init__(self, features: int = 8, p: float = 0.25) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ Calls = list[str]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """The fused kernels that are asked for."""
+    """Record the calls of fused kernels."""
     seen: Calls = []
     for name in ("activation_dropout", "dropout_add"):
         original = getattr(fusereg.functional, name)
@@ -245,7 +245,7 @@ class ReadTwice(nn.Module):
 
 
 class IntoTheResidual(nn.Module):
-    """``x += dropout(y)`` changes x for everybody who has it."""
+    """``x += dropout(y)`` changes x for all that hold it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Converted models in DDP and FSDP2, over two gloo processes, beside the unconverted ones."""
+"""Converted models in DDP and FSDP2, on two gloo processes, against unconverted ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sharded import whole
 
 
 def train(models: list[nn.Module], rank: int) -> None:
-    """Each rank on images of its own; outputs and parameters must stay the same."""
+    """Train the models, each rank on its own images; outputs and parameters must stay equal."""
     images = torch.Generator().manual_seed(rank)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9) for m in models]
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The demo: its data, that both ways of training agree, what it prints and writes, how it fails."""
+"""The demo: its data, that both ways of training agree, what it prints and writes, errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import dataclasses
 import gzip
 import importlib.util
 import io
+import itertools
 import json
+import re
 import struct
 import sys
 from pathlib import Path
@@ -15,15 +17,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 from rich.console import Console
 from torch import Tensor, nn
 
 from fusereg.cli import main
 from fusereg.cli.errors import InputError
+from fusereg.cli.output import write_atomically
 from fusereg.demo import data as demo_data
-from fusereg.demo import report, run, techniques, train
-from fusereg.demo.idx import read_idx
+from fusereg.demo import plots, report, run, style, techniques, train
+from fusereg.demo.data import DataSet, read_idx
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -39,7 +45,7 @@ def idx_bytes(array: Bytes, kind: int = 0x08) -> bytes:
 
 
 def digits(count: int, height: int = 9, width: int = 8, seed: int = 0) -> tuple[Bytes, Bytes]:
-    """Images that can be learnt: a bright row for each label, noise, a blank last column."""
+    """Return images that can be learned: a bright row per label, noise, a blank last column."""
     random = np.random.default_rng(seed)
     labels = (np.arange(count) % 10).astype(np.uint8)
     images = random.integers(0, 120, (count, height, width))
@@ -51,7 +57,7 @@ def digits(count: int, height: int = 9, width: int = 8, seed: int = 0) -> tuple[
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder in the form in which MNIST comes, one file gzipped."""
+    """Make a folder of MNIST's form, one file gzipped."""
     made = tmp_path / "digits"
     made.mkdir()
     for part, seed, count in (("train", 1, 200), ("t10k", 2, 50)):
@@ -62,7 +68,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def small(folder: Path) -> demo_data.DataSet:
+def small(folder: Path) -> DataSet:
     return demo_data.load([folder])
 
 
@@ -86,11 +92,14 @@ def _malformed() -> dict[str, tuple[bytes, str]]:
     return {
         "empty": (b"", "starts with an empty file, wanted 00 00 08 03"),
         "text": (b"label,pixel", "starts with 6c 61 62 65, wanted 00 00 08 03"),
-        "labels instead": (idx_bytes(labels), "00 00 08 01 (unsigned bytes, 1 dimension), wanted"),
-        "float": (idx_bytes(images, 0x0D), "00 00 0d 03 (float32, 3 dimensions), wanted"),
+        "labels instead": (
+            idx_bytes(labels),
+            "00 00 08 01 (unsigned bytes, dimensions: 1)",
+        ),
+        "float": (idx_bytes(images, 0x0D), "00 00 0d 03 (float32, dimensions: 3), wanted"),
         "cut header": (good[:9], "header cut off: found 9 bytes, wanted 16"),
         "truncated": (good[:-1], "1,440 bytes of images are wanted, found 1,439 bytes"),
-        "too long": (good + b"x", "are wanted, found more than 1,440 bytes"),
+        "too long": (good + b"x", "1,440 bytes of images are wanted, found 1,441 bytes"),
         "no images": (idx_bytes(images[:0]), "header says 0 x 9 x 8"),
         "huge claim": (huge, "header says 4,294,967,295 x"),
         "large claim": (large, "4,500,000,000 bytes of images are wanted, found 3 bytes"),
@@ -254,8 +263,8 @@ def test_split_is_stratified_disjoint_and_fixed() -> None:
     train_part, test_part = demo_data.stratified_split(labels, 0.2)
     assert sorted([*train_part, *test_part]) == list(range(len(labels)))
     assert np.bincount(labels[test_part]).tolist() == [4, 6, 8] + [2] * 7
-    again = demo_data.stratified_split(labels, 0.2)
-    assert np.array_equal(train_part, again[0])
+    second, _ = demo_data.stratified_split(labels, 0.2)
+    assert np.array_equal(train_part, second)
 
 
 # --- training ---
@@ -267,7 +276,7 @@ OWN_NUMBERS = [technique for technique in techniques.TECHNIQUES if not technique
 
 @pytest.mark.parametrize("technique", OWN_NUMBERS, ids=lambda t: t.name)
 def test_both_ways_learn_where_each_draws_its_own_numbers(
-    technique: techniques.Technique, small: demo_data.DataSet
+    technique: techniques.Technique, small: DataSet
 ) -> None:
     result = train.train_pair(technique, small, epochs=3, seed=1)
     assert result.plain is not None
@@ -279,9 +288,7 @@ def test_both_ways_learn_where_each_draws_its_own_numbers(
 
 
 @pytest.mark.parametrize("technique", SAME_STEPS, ids=lambda t: t.name)
-def test_both_ways_take_the_same_steps(
-    technique: techniques.Technique, small: demo_data.DataSet
-) -> None:
+def test_both_ways_take_the_same_steps(technique: techniques.Technique, small: DataSet) -> None:
     result = train.train_pair(technique, small, epochs=3, seed=1)
     assert result.plain is not None
     assert len(result.fused.losses) == 3 * 7
@@ -294,8 +301,7 @@ def test_both_ways_take_the_same_steps(
     assert report.problems([result]) == []
 
 
-def test_every_penalty_changes_the_training(small: demo_data.DataSet) -> None:
-    """So that a technique which does nothing cannot pass for one that agrees."""
+def test_every_penalty_changes_the_training(small: DataSet) -> None:
     none, *others = (t for t in techniques.TECHNIQUES if t.name != "early_stopping")
     control = train.train_pair(none, small, epochs=1, seed=1, baseline=False)
     for technique in others:
@@ -304,19 +310,17 @@ def test_every_penalty_changes_the_training(small: demo_data.DataSet) -> None:
         assert not torch.equal(w, techniques.linear_weights(control.fused.model)[0]), technique.name
 
 
-def test_a_wrong_strength_is_reported(small: demo_data.DataSet) -> None:
+def test_a_wrong_strength_is_reported(small: DataSet) -> None:
     wrong = dataclasses.replace(
-        techniques.choose(["l2"])[0], fused=lambda: techniques.FusedPenalty(l2=8e-3)
+        techniques.choose(["l2"])[0], fused=lambda l2: techniques.Penalty(l2=1.6 * l2)
     )
     result = train.train_pair(wrong, small, epochs=1, seed=1)
     (problem,) = report.problems([result])
     assert problem.startswith("l2: the losses of fusereg and PyTorch differ by")
 
 
-def test_strong_proximal_steps_give_real_zeros(small: demo_data.DataSet) -> None:
-    by_pixel = techniques.Technique(
-        "g", "g", "", fused=lambda: techniques.FusedProxPixels(0.01), plain=None
-    )
+def test_strong_proximal_steps_give_real_zeros(small: DataSet) -> None:
+    by_pixel = techniques.Technique("g", "g", "", techniques.ProxPixels, None, {"group": 0.01})
     result = train.train_pair(by_pixel, small, epochs=12, seed=1)
     assert result.plain is None
     first = techniques.linear_weights(result.fused.model)[0]
@@ -328,7 +332,7 @@ def test_strong_proximal_steps_give_real_zeros(small: demo_data.DataSet) -> None
     assert result.fused.zeros == pytest.approx(int(dead.sum()) * first.shape[0] / count)
 
 
-def test_the_same_seed_gives_the_same_run(small: demo_data.DataSet) -> None:
+def test_the_same_seed_gives_the_same_run(small: DataSet) -> None:
     (technique,) = techniques.choose(["elastic_net"])
     runs = [train.train_pair(technique, small, epochs=2, seed=s) for s in (3, 3, 4)]
     losses = [result.fused.losses for result in runs]
@@ -337,15 +341,15 @@ def test_the_same_seed_gives_the_same_run(small: demo_data.DataSet) -> None:
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_early_stopping_ends_and_goes_back(cut: bool, small: demo_data.DataSet) -> None:
-    """With a gain asked for that no epoch has, it ends by patience; else by the last epoch."""
-    min_delta = 10.0 if cut else 0.0
+def test_early_stopping_ends_and_goes_back(cut: bool, small: DataSet) -> None:
+    min_delta = 10.0 if cut else 0.0  # a gain that no epoch has: it ends by patience
     technique = techniques.Technique(
         "early_stopping",
         "early stopping",
         "",
-        fused=lambda: techniques.FusedEarlyStopping(3, min_delta),
-        plain=lambda: techniques.PlainEarlyStopping(3, min_delta),
+        techniques.EarlyStopping,
+        techniques.PlainEarlyStopping,
+        {"patience": 3, "min_delta": min_delta},
     )
     result = train.train_pair(technique, small, epochs=5, seed=1)
     assert result.plain is not None
@@ -356,8 +360,8 @@ def test_early_stopping_ends_and_goes_back(cut: bool, small: demo_data.DataSet) 
         assert made.restored == losses.index(min(losses))
         assert made.last.test_loss == min(losses)
         # The figures of the row are the model's own.
-        again = train._evaluate(made.model, small.test_images, small.test_labels)
-        assert again == (made.last.test_loss, made.last.test_accuracy)
+        evaluated = train._evaluate(made.model, small.test_images, small.test_labels)
+        assert evaluated == (made.last.test_loss, made.last.test_accuracy)
     assert report.problems([result]) == []
     (text,) = (t for t in report.findings([result], small) if t.startswith("Early stopping:"))
     how = "stopped after epoch 4" if cut else "no reason to stop in 5 epochs"
@@ -368,13 +372,12 @@ def test_early_stopping_ends_and_goes_back(cut: bool, small: demo_data.DataSet) 
 
 
 class _EveryHook(techniques.Method):
-    """Dropout, another optimizer, augmentation, early stopping: what later techniques will do."""
+    """Dropout, another optimizer, augmentation and early stopping in one."""
 
-    def __init__(self) -> None:
-        self.seen = 0
+    seen = 0
 
-    def network(self, base: nn.Module) -> nn.Module:
-        return nn.Sequential(nn.Dropout(0.1), *base.children())
+    def network(self, first: nn.Module, activation: nn.Module, last: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Dropout(0.1), first, activation, last)
 
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adagrad(self.model.parameters(), lr=self.learning_rate)
@@ -387,7 +390,7 @@ class _EveryHook(techniques.Method):
         return epoch == 1
 
 
-def test_a_technique_can_use_every_hook(small: demo_data.DataSet) -> None:
+def test_a_technique_can_use_every_hook(small: DataSet) -> None:
     technique = techniques.Technique(
         "new", "new", "all hooks", fused=_EveryHook, plain=techniques.Method, same_steps=False
     )
@@ -413,14 +416,75 @@ def test_unknown_technique() -> None:
 
 
 def assert_picture(path: Path) -> None:
+    """Check that a file is a PNG with something on it."""
     pixels = imread(path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert pixels.shape[0] > 200
     assert pixels.shape[1] > 500
     assert float(pixels[..., :3].std()) > 0.02, "an empty picture"
-    # Nothing reaches the edge, as a label that is cut off would.
-    for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
-        assert (edge == pixels[0, 0]).all()
+
+
+def misplaced_texts(figure: Figure) -> list[str]:
+    """Return the drawn texts that are cut at the figure's edge or overlap another one."""
+    figure.draw_without_rendering()
+    drawn = {id(text): text for text in figure.findobj(Text) if text.get_visible()}
+    for axis in figure.findobj(Axis):  # ticks outside the view are not drawn
+        low, high = sorted(axis.get_view_interval())
+        hidden = not axis.get_visible() or not axis.axes.get_visible()
+        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+            if hidden or not low <= tick.get_loc() <= high:
+                drawn.pop(id(tick.label1), None)
+                drawn.pop(id(tick.label2), None)
+    for axes in figure.axes:
+        if not axes.get_visible():
+            for text in axes.findobj(Text):
+                drawn.pop(id(text), None)
+    boxes = [(t.get_text(), t.get_window_extent()) for t in drawn.values() if t.get_text().strip()]
+    inner = figure.bbox.padded(-4.0)
+    found = [name for name, b in boxes if not (inner.contains(*b.min) and inner.contains(*b.max))]
+    for (name, box), (other, second) in itertools.combinations(boxes, 2):
+        # A pixel of overlap is line spacing.
+        if box.padded(-1.0).overlaps(second.padded(-1.0)):
+            found.append(f"{name} / {other}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def all_results(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[train.Result], DataSet]:
+    """Train every technique for three epochs on digits of 28 x 28 pixels."""
+    images, labels = digits(200, 28, 28)
+    data = demo_data._data_set("made", (images, labels), (images[:50], labels[:50]))
+    return [train.train_pair(t, data, epochs=3, seed=1) for t in techniques.TECHNIQUES], data
+
+
+@pytest.mark.parametrize("rows", [None, 1, 2, 5], ids=["all rows", "1 row", "2 rows", "5 rows"])
+def test_no_text_of_a_picture_is_cut_or_overlaps(
+    rows: int | None, all_results: tuple[list[train.Result], DataSet]
+) -> None:
+    results, data = all_results
+    for name, figure in plots.figures(results[-rows:] if rows else results, data).items():
+        assert misplaced_texts(figure) == [], name
+
+
+def test_the_check_finds_cut_and_overlapping_text() -> None:
+    figure = style.new_figure(6, 3, "Title", "subtitle")
+    assert misplaced_texts(figure) == []
+    figure.text(0.9, 0.5, "beyond the edge")
+    figure.text(0.2, 0.5, "here")
+    figure.text(0.21, 0.5, "there")
+    assert misplaced_texts(figure) == ["beyond the edge", "here / there"]
+    legend = style.new_figure(6, 3, "Title", "subtitle")
+    axes = legend.subplots()
+    axes.plot([1, 2], label="a label as long as this one")
+    axes.legend(loc="center left", bbox_to_anchor=(0.9, 0.5))
+    legend.set_layout_engine("none")
+    assert misplaced_texts(legend) == ["a label as long as this one"]
+
+
+def test_names_and_labels_are_the_same_words() -> None:
+    for technique in techniques.TECHNIQUES:
+        words = re.sub("[^a-z0-9]", "", technique.label.lower())
+        assert words == technique.name.replace("_", "")
 
 
 def test_demo_from_end_to_end(
@@ -435,7 +499,7 @@ def test_demo_from_end_to_end(
     names = [technique.name for technique in techniques.TECHNIQUES]
     rows = [line.split()[0] for line in printed.out.splitlines() if line.strip()]
     for number, name in enumerate(names, start=1):
-        assert f"row {number}/{len(names)} {name}: 3 epochs" in printed.out
+        assert f"{number}/{len(names)} {name}: 3 epochs" in printed.out
         assert name in rows
     for word in (
         "train",
@@ -556,26 +620,42 @@ def test_divergence_is_shown_and_is_exit_code_1(
     assert content["techniques"][1]["fusereg"]["train_loss"] is None
 
 
-def test_the_table_fits_a_narrow_terminal(small: demo_data.DataSet) -> None:
-    result = train.train_pair(techniques.choose(["group_lasso"])[0], small, epochs=1, seed=0)
+def test_the_table_fits_a_narrow_terminal(
+    all_results: tuple[list[train.Result], DataSet],
+) -> None:
+    results, _ = all_results
     buffer = io.StringIO()
-    Console(file=buffer, width=80, color_system=None).print(report.table([result]))
-    text = buffer.getvalue()
-    assert "…" not in text
-    assert text.splitlines()[-1].split() == report.row(result)
+    Console(file=buffer, width=80, color_system=None).print(report.table(results))
+    lines = buffer.getvalue().splitlines()
+    assert [line.split() for line in lines[-len(results) :]] == [report.row(r) for r in results]
+
+
+def test_json_on_standard_output_is_alone_there(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["demo", "--data", str(folder), "--epochs", "1", "--only", "none,l1"]
+    assert main([*arguments, "--out", str(tmp_path), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == (tmp_path / "results.json").read_text()
+    assert [entry["name"] for entry in json.loads(printed.out)["techniques"]] == ["none", "l1"]
+    assert "2/2 l1: 1 epochs" in printed.err
+    target = tmp_path / "elsewhere.json"
+    assert main([*arguments, "--out", str(tmp_path), "--json", str(target)]) == 0
+    assert target.read_text() == (tmp_path / "results.json").read_text()
+    assert "2/2 l1: 1 epochs" in capsys.readouterr().out
 
 
 def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "results.json"
-    report.write_atomically(path, b"old")
+    write_atomically(path, b"old")
 
     def fail(source: object, target: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="No space left"):
-        report.write_atomically(path, b"new")
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

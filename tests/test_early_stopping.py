@@ -1,4 +1,4 @@
-"""Early stopping, the decision: tables of sequences with the right outcome; wrong arguments."""
+"""Early stopping: the decisions for tables of metrics, and invalid arguments."""
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ def test_patience_in_epochs_with_several_checks_an_epoch() -> None:
 
 
 def test_patience_in_epochs_before_the_first_improvement() -> None:
-    """It counts from the epoch before the first check: a run may begin at epoch 100."""
+    """Count from the epoch before the first check: a run may begin at epoch 100."""
     stopper = EarlyStopping(patience=3, patience_unit="epochs", baseline=0.5)
     assert [stopper.step(0.9, epoch=e).stop for e in (100, 101, 102)] == [False, False, True]
 
@@ -351,7 +351,7 @@ def test_ema_is_the_weighted_mean_of_the_whole_past() -> None:
 
 @given(st.floats(-1e300, 1e300), st.sampled_from([Ema(0.3), Ema(0.999), Rolling(3), Rolling(49)]))
 def test_smoothing_keeps_a_constant_exactly(value: float, smoothing: Ema | Rolling) -> None:
-    """Rounding must not make bests of equal values."""
+    """Rounding must not turn equal values into new bests."""
     stopper = EarlyStopping(patience=60, smoothing=smoothing)
     made = [stopper.step(value, epoch=e) for e in range(60)]
     assert [d.new_best for d in made] == [True] + [False] * 59
@@ -590,7 +590,7 @@ def test_a_state_that_is_none_is_refused(change: dict[str, Any], text: str) -> N
     ],
 )
 def test_a_state_whose_records_mean_something_else_is_refused(other: dict[str, Any]) -> None:
-    """Never an implicit reset, and never a best loss taken for a best accuracy."""
+    """There is no implicit reset, and a best loss is never mistaken for a best accuracy."""
     state = EarlyStopping(patience=3).state_dict()
     with pytest.raises(ValueError, match="load_state_dict: the state is that of"):
         EarlyStopping(patience=3, **other).load_state_dict(state)

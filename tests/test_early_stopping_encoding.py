@@ -1,4 +1,4 @@
-"""Early stopping, the files' content: states as JSON and tensors come back as they were."""
+"""Early stopping: states encoded as JSON and tensors are decoded unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Early stopping, the files: whole at any moment, whatever the disk or the process does.
+"""Early stopping: checkpoints stay intact whatever happens to the disk or the process.
 
 A process is killed a hundred times in the midst of saving, each step of a save is made to fail, and
 real limits stand in for a full disk.
@@ -41,7 +41,7 @@ def names(folder: Path) -> list[str]:
 
 
 def assert_holds(folder: Path, epoch: int, value: float) -> None:
-    """One commit and the one tensors file that it names, with this epoch's values."""
+    """Check that the folder holds one checkpoint, with this epoch's values."""
     best = load_best(folder)
     assert best.epoch == epoch
     assert all(bool((t == value).all()) for t in best.states["model"].values())
@@ -115,7 +115,7 @@ def test_a_file_is_on_the_disk_before_its_name_is_given(
 
 @contextmanager
 def failing_at(step: int, error: Callable[[], BaseException]) -> Iterator[list[str]]:
-    """Makes the n-th call of a save that touches the disk raise; half of it is done then."""
+    """Make the n-th call of a save that touches the disk raise when half of it is done."""
     made: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
 

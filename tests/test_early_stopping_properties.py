@@ -1,4 +1,4 @@
-"""Early stopping, the decision, on whatever hypothesis finds: against an oracle, and by properties.
+"""Early stopping: decisions on random metrics, against a reference and by their properties.
 
 The oracle restates the rules over the whole history, where the state machine goes step by step.
 """
@@ -48,7 +48,7 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def oracle(o: dict[str, Any], values: list[float]) -> tuple[bool, bool, str | None]:
-    """What the last value of a history comes to: (improved, new best, reason)."""
+    """Return (improved, new best, reason) for the last value of a history."""
     sign = 1 if o["mode"] == "min" else -1
     counted = [(e, sign * v) for e, v in enumerate(values) if e >= o["start_from_epoch"]]
     finite = [(e, v) for e, v in counted if math.isfinite(v)]
@@ -85,7 +85,7 @@ def oracle(o: dict[str, Any], values: list[float]) -> tuple[bool, bool, str | No
 
 @given(options(), VALUES)
 def test_every_decision_is_the_oracles(o: dict[str, Any], values: list[float]) -> None:
-    """Also after a stop: who goes on all the same hears the truth."""
+    """Decisions are right after a stop too, for callers that go on nevertheless."""
     stopper = EarlyStopping(**o)
     for epoch, value in enumerate(values):
         decision = stopper.step(value, epoch=epoch)

@@ -1,4 +1,4 @@
-"""Early stopping on several ranks: one decision, one best, and nobody waits for one that has gone.
+"""Early stopping on several ranks: one decision, one best state, and no rank hangs on an error.
 
 Each check is a function of the ``Ranks`` that runs on two and three gloo processes; see ranks.py.
 """
@@ -25,7 +25,7 @@ from ranks import Ranks, collect, fully_shard, on
 
 
 def everywhere(mine: Any) -> list[Any]:
-    """What each rank has, on all ranks."""
+    """Gather each rank's object on all ranks."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return found
@@ -37,7 +37,7 @@ def assert_agreed(mine: Any) -> None:
 
 
 def common_folder() -> Path:
-    """One folder that all ranks see."""
+    """Make a folder that all ranks use."""
     held = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(held)
     assert held[0] is not None
@@ -91,7 +91,7 @@ def each_way_to_agree(ranks: Ranks) -> None:
 
 @on(2, 3)
 def equal_metrics_stay_exactly_so(ranks: Ranks) -> None:
-    """A mean that rounds would make new bests of nothing."""
+    """Rounding the mean must not turn equal metrics into new bests."""
     stopper = EarlyStopping(patience=9)
     made = [stopper.step(0.1, epoch=e).new_best for e in range(3)]
     assert made == [True, False, False]
@@ -161,7 +161,7 @@ def a_wrong_argument_on_one_rank_raises_on_all(ranks: Ranks) -> None:
 
 @on(2, 3)
 def arguments_that_differ_raise_and_nobody_waits(ranks: Ranks) -> None:
-    """A folder for the rank that writes alone, a model for the one that keeps it: so one thinks."""
+    """The folder or the model is given to one rank alone, which is a likely mistake."""
     shared = common_folder()
     folder = shared if ranks.rank == 0 else None
     for options in ({"folder": folder}, {"model": nn.Linear(2, 2) if ranks.rank == 0 else None}):
@@ -356,7 +356,7 @@ def fsdp_shards_are_written_whole_and_resumed(ranks: Ranks) -> None:
 
 @on(2, 3)
 def fsdp_shards_and_a_full_disk(ranks: Ranks) -> None:
-    """What could not be written is written at the next check, without the other ranks' parts."""
+    """The next check writes what this one could not, without the other ranks' parts."""
     folder = common_folder()
     model = sharded_model(ranks)
     stopper = EarlyStopping(model, patience=5, folder=folder, on_save_error="warn")
@@ -381,7 +381,7 @@ def fsdp_shards_and_a_full_disk(ranks: Ranks) -> None:
 
 
 class Holder:
-    """Something with a state that nobody knows how to take apart."""
+    """An object of unknown type with a sharded tensor in its state."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

@@ -1,4 +1,4 @@
-"""Early stopping: what a snapshot holds, and that every way out of the loop brings it back."""
+"""Early stopping: what a snapshot holds, and that it is restored however the loop ends."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+import fusereg
 from fusereg import EarlyStopping
 from fusereg.early_stopping import snapshot as snapshots
 
@@ -63,7 +64,7 @@ def holds(model: nn.Module, value: float) -> bool:
 
 
 def train(stopper: EarlyStopping, model: nn.Module, values: list[float]) -> Iterator[int]:
-    """Epochs that fill the model with their own number; best at the least value."""
+    """Train epochs that fill the model with their number; the best has the least value."""
     for epoch in stopper.epochs(len(values)):
         fill(model, epoch)
         stopper.step(values[epoch], epoch=epoch)
@@ -433,8 +434,8 @@ def test_a_loaded_state_is_a_copy() -> None:
 
 def test_the_example_in_the_readme_runs() -> None:
     text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    section = text.split("## Early stopping\n")[1].split("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (code,) = [c for c in blocks if "EarlyStopping(" in c]
     trained: list[int] = []
 
     def train_one(model: nn.Module) -> None:
@@ -442,6 +443,8 @@ def test_the_example_in_the_readme_runs() -> None:
         trained.append(len(trained))
 
     names: dict[str, Any] = {
+        "fusereg": fusereg,
+        "model": nn.Linear(8, 1),
         "train": train_one,
         "validate": lambda model: abs(trained[-1] - 3.0),
     }

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import fusereg
-from fusereg.bench import end_to_end, harness, twins
-from fusereg.bench.harness import Options, Settings
+from fusereg.bench import collect_cases, twins
+from fusereg.bench.harness import Call, Options, Settings, run_case
+from fusereg.bench.suites import end_to_end
 from fusereg.bench.twins import Digits, Fused, Outcome, Plain, Recipe
 from fusereg.demo.data import first_of_each, load_bundled
 
@@ -135,8 +136,8 @@ def test_early_stopping_ends_both_at_the_same_epoch(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_benchmark_runs_small(dtype: torch.dtype) -> None:
     settings = Settings(min_time_s=0.0, min_rounds=3, max_rounds=3, min_sample_s=0.0)
-    for case in end_to_end.cases(Options(CPU, (dtype,), quick=True)):
-        rows = harness.run_case(case, settings)
+    for case in collect_cases("end_to_end", Options(CPU, (dtype,), quick=True)):
+        rows = run_case(case, settings)
         assert [row.provider for row in rows] == ["eager", "fusereg"]
         assert all(row.whole and not row.failed for row in rows), [row.failed for row in rows]
         assert all(row.p50_us is not None and row.vs_eager is not None for row in rows)
@@ -149,7 +150,7 @@ def test_the_benchmark_runs_small(dtype: torch.dtype) -> None:
 
 
 def test_what_is_measured_without_quick() -> None:
-    cases = end_to_end.cases(Options(CPU, (torch.float32, torch.bfloat16)))
+    cases = collect_cases("end_to_end", Options(CPU, (torch.float32, torch.bfloat16)))
     assert [case.id for case in cases] == [
         "end_to_end/training/step/resnet-64x28x28/float32",
         "end_to_end/training/step/resnet-64x28x28/bfloat16",
@@ -159,7 +160,7 @@ def test_what_is_measured_without_quick() -> None:
 
 
 def test_the_peak_is_that_of_all_tensors_at_once() -> None:
-    def make() -> harness.Call:  # type: ignore[name-defined]
+    def make() -> Call:
         kept = torch.empty(1000, dtype=torch.uint8)
 
         def call() -> object:

@@ -1,4 +1,4 @@
-"""What the integrations have in common: a library that is missing is named."""
+"""What the integrations share: the error when a library is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The handlers on ignite's real engines."""
+"""Handlers on ignite's own engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The callbacks in the real Lightning: penalty, early stopping, and fusereg's optimizers."""
+"""Callbacks in Lightning's own Trainer: penalty, early stopping, and fusereg's optimizers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The callbacks and the optimizer factory in Hugging Face's real Trainer, with a model of ours."""
+"""Callbacks and the optimizer factory in Hugging Face's own Trainer, with a small model."""
 
 from __future__ import annotations
 

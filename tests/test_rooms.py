@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -56,65 +57,54 @@ def without_hash_comments(path: Path) -> str:
     return re.sub(r"#[^\n]*", "", path.read_text(encoding="utf-8"))
 
 
-def cmake_sources(root: Path, *variables: str) -> set[str]:
-    """The files that CMakeLists.txt lists in these variables."""
-    found: set[str] = set()
-    text = without_hash_comments(root / "CMakeLists.txt")
-    for variable in variables:
-        for body in re.findall(rf"\bset\(\s*{variable}\s+([^)]*)\)", text):
-            found.update(body.split())
-    return found
-
-
 # --- the levels of a room -------------------------------------------------------------------------
 
 
 def missing_levels(root: Path, stem: str) -> list[str]:
+    """Return what a technique lacks: the build and the benchmarks find its files by their names."""
     wanted = {
         f"csrc/{stem}/{stem}.h": "the contract",
-        f"csrc/{stem}/{stem}.cpp": "the CPU kernels",
+        f"csrc/{stem}/{stem}_kernels.cpp": "the CPU kernels",
+        f"csrc/{stem}/{stem}_launch.cpp": "the CPU launcher",
         f"csrc/{stem}/{stem}.cu": "the CUDA kernels",
         f"csrc/{stem}/bind.cpp": "the binding",
+        f"python/fusereg/{stem}/__init__.py": "the Python package",
+        f"python/fusereg/{stem}/check.py": "its operations, for the tests and fusereg verify",
         f"tests/test_{stem}.py": "the tests",
-        f"bench/{stem}.py": "the benchmark",
-        f"python/fusereg/cli/checks/{stem}.py": "the checks of fusereg verify",
+        f"bench/suites/{stem}.py": "the benchmark",
     }
     missing = [
         f"no {path} ({what})" for path, what in wanted.items() if not (root / path).is_file()
     ]
-    module = code_of(root / "csrc/module.cpp")
-    if not re.search(rf"\b{stem}::bind\(m\);", module):
-        missing.append(f"csrc/module.cpp does not call {stem}::bind(m)")
-    listed = cmake_sources(root, "room_sources", "isa_sources", "cuda_sources")
-    for path in sorted((root / "csrc" / stem).glob("*.c[pu]*")):
-        name = path.relative_to(root).as_posix()
-        if path.suffix in (".cpp", ".cu") and name not in listed:
-            missing.append(f"CMakeLists.txt does not list {name}")
-    python = [p for p in (root / "python/fusereg").rglob(f"{stem}.py") if p.parts[-2] != "checks"]
-    if not python:
-        missing.append(f"no python/fusereg/**/{stem}.py (the Python level)")
+    pages = "".join(p.read_text(encoding="utf-8") for p in (root / "docs").glob("*.md"))
+    if not re.search(rf"\b{stem}\w*", pages):
+        missing.append(f"no page of docs/ names {stem}")
     return missing
 
 
 def plant_room(root: Path, stem: str) -> None:
-    """The smallest tree that has a room with all its levels."""
-    files = {
-        f"csrc/{stem}/{stem}.h": "",
-        f"csrc/{stem}/{stem}.cpp": "",
-        f"csrc/{stem}/{stem}.cu": "",
-        f"csrc/{stem}/bind.cpp": "",
-        "csrc/module.cpp": f"{stem}::bind(m);\n",
-        "CMakeLists.txt": f"set(room_sources csrc/{stem}/bind.cpp)\n"
-        f"set(isa_sources csrc/{stem}/{stem}.cpp)\nset(cuda_sources csrc/{stem}/{stem}.cu)\n",
-        f"tests/test_{stem}.py": "",
-        f"bench/{stem}.py": "",
-        f"python/fusereg/cli/checks/{stem}.py": "",
-        f"python/fusereg/nn/{stem}.py": "",
-    }
-    for name, text in files.items():
+    """Write the smallest tree that has a room with all its levels."""
+    csrc, python = f"csrc/{stem}", f"python/fusereg/{stem}"
+    names = [f"{csrc}/{stem}.h", f"{csrc}/{stem}_kernels.cpp", f"{csrc}/{stem}_launch.cpp"]
+    names += [
+        f"{csrc}/{stem}.cu",
+        f"{csrc}/bind.cpp",
+        f"{python}/__init__.py",
+        f"{python}/check.py",
+    ]
+    names += [f"tests/test_{stem}.py", f"bench/suites/{stem}.py", "python/fusereg/__init__.py"]
+    for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text("", encoding="utf-8")
+    (root / "docs").mkdir(exist_ok=True)
+    (root / f"docs/{stem}.md").write_text(f"# {stem}\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", ["CMakeLists.txt", "csrc/module.cpp"])
+def test_the_build_finds_rooms_by_itself(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert [stem for stem in rooms(ROOT) if re.search(rf"\b{stem}\b", text)] == []
 
 
 def test_there_are_rooms() -> None:
@@ -130,13 +120,15 @@ def test_a_room_has_every_level(stem: str) -> None:
     "level",
     [
         "csrc/snow/snow.h",
-        "csrc/snow/snow.cpp",
+        "csrc/snow/snow_kernels.cpp",
+        "csrc/snow/snow_launch.cpp",
         "csrc/snow/snow.cu",
         "csrc/snow/bind.cpp",
+        "python/fusereg/snow/__init__.py",
+        "python/fusereg/snow/check.py",
         "tests/test_snow.py",
-        "bench/snow.py",
-        "python/fusereg/cli/checks/snow.py",
-        "python/fusereg/nn/snow.py",
+        "bench/suites/snow.py",
+        "docs/snow.md",
     ],
 )
 def test_a_room_without_one_level_is_found_out(level: str, tmp_path: Path) -> None:
@@ -146,21 +138,251 @@ def test_a_room_without_one_level_is_found_out(level: str, tmp_path: Path) -> No
     assert len(missing_levels(tmp_path, "snow")) == 1
 
 
-@pytest.mark.parametrize("file", ["csrc/module.cpp", "CMakeLists.txt"])
-def test_a_room_that_is_only_mentioned_in_a_comment_is_found_out(file: str, tmp_path: Path) -> None:
-    plant_room(tmp_path, "snow")
-    path = tmp_path / file
-    mark = "#" if file.endswith(".txt") else "//"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    path.write_text("".join(f"{mark} {line}\n" for line in lines), encoding="utf-8")
-    assert missing_levels(tmp_path, "snow") != []
+@pytest.mark.parametrize("file", ["CMakeLists.txt", "csrc/module.cpp"])
+def test_what_finds_the_rooms_names_none_of_them(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert [stem for stem in rooms(ROOT) if re.search(rf"\b{stem}\b", text)] == []
 
 
-def test_cmake_lists_only_files_that_exist() -> None:
-    variables = ("core_sources", "room_sources", "isa_sources", "cuda_sources")
-    listed = cmake_sources(ROOT, *variables)
-    assert len(listed) > 5
-    assert [name for name in sorted(listed) if not (ROOT / name).is_file()] == []
+# --- Python: who may import whom ------------------------------------------------------------------
+
+#: Levels from the compiled module upwards. A module may import levels below its own, and its own
+#: package. Packages that are not named are rooms.
+LEVELS = {
+    "_C": 0,
+    "core": 1,
+    "cpu": 1,
+    "ROOMS": 2,
+    "optim": 3,
+    "augment": 3,
+    "early_stopping": 3,
+    "nn": 3,
+    "functional": 3,
+    "convert": 4,
+    "": 5,  # the package itself, which integrations and programs import as a user does
+    "integrations": 6,
+    "demo": 6,
+    "bench": 6,
+    "cli": 7,
+    "__main__": 8,
+}
+#: Modules that only import, so that every technique stays one folder.
+FACES = ("nn", "functional")
+
+
+class Imported(NamedTuple):
+    """One import of a module of the package by another."""
+
+    where: str
+    by: str
+    target: str
+    lazy: bool
+
+
+def python_modules(root: Path) -> dict[str, Path]:
+    """Return the package's modules by their names without "fusereg."."""
+    package = root / "python/fusereg"
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        if parts[0] != "bench":
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def own_imports(root: Path) -> list[Imported]:
+    """Return every import of the package's own modules, those in functions and for types too."""
+    modules = python_modules(root)
+    found = []
+    for by, path in modules.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        at_once = set(tree.body)
+        package = ["fusereg", *by.split(".")] if by else ["fusereg"]
+        if path.name != "__init__.py":
+            package.pop()
+        for node in ast.walk(tree):
+            targets: list[str] = []
+            if isinstance(node, ast.Import):
+                targets = [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+                base = ".".join(filter(None, (base, node.module)))
+                for a in node.names:
+                    inner = f"{base}.{a.name}".removeprefix("fusereg.")
+                    is_module = inner in modules or inner == "_C"
+                    targets.append(f"{base}.{a.name}" if is_module else base)
+            for target in targets:
+                first, _, rest = target.partition(".")
+                if first == "fusereg" and rest != by:
+                    where = f"{path.relative_to(root)}:{node.lineno}"
+                    found.append(Imported(where, by, rest, node not in at_once))
+    return found
+
+
+def level_of(module: str) -> int:
+    return LEVELS.get(module.split(".")[0], LEVELS["ROOMS"])
+
+
+def forbidden_imports(root: Path) -> list[str]:
+    """Return imports of a level above, of another package of the same level, and lazy ones."""
+    found = []
+    for where, by, target, lazy in own_imports(root):
+        own, other = by.split(".")[0], target.split(".")[0]
+        if own == other:
+            allowed = True
+        elif by == "":  # the front page imports what it offers
+            allowed = level_of(target) < LEVELS[""]
+        else:
+            allowed = level_of(target) < level_of(by)
+        if not allowed:
+            found.append(f"{where}: {by} imports {target or 'the whole package'}")
+        elif lazy and own not in ("cli", "demo"):  # commands answer --help before torch is loaded
+            found.append(f"{where}: {by} imports {target} only when it is called, or for its types")
+    return found
+
+
+def circles(root: Path) -> list[list[str]]:
+    """Return the circles of imports among modules, whenever the imports happen."""
+    modules = python_modules(root)
+    arrows: dict[str, set[str]] = {name: set() for name in modules}
+    for _, by, target, _ in own_imports(root):
+        # The face of a package stands for what it imports; its parts do not import it back.
+        if target in modules and not by.startswith(f"{target}.") and target:
+            arrows[by].add(target)
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> None:
+        if name in path:
+            found.append([*path[path.index(name) :], name])
+            return
+        if name in done:
+            return
+        for target in sorted(arrows[name]):
+            visit(target, [*path, name])
+        done.add(name)
+
+    for name in modules:
+        visit(name, [])
+    return found
+
+
+def statements_of_faces(root: Path) -> list[str]:
+    """Return what is in a face besides imports, its docstring and ``__all__``."""
+    found = []
+    for face in FACES:
+        path = root / f"python/fusereg/{face}/__init__.py"
+        others = [p for p in path.parent.iterdir() if p.suffix == ".py" and p != path]
+        found += [f"{p.relative_to(root)} is more than a face" for p in others]
+        for i, node in enumerate(ast.parse(path.read_text(encoding="utf-8")).body):
+            is_doc = i == 0 and isinstance(node, ast.Expr)
+            is_all = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+            if not (is_doc or is_all or isinstance(node, ast.ImportFrom)):
+                found.append(f"{path.relative_to(root)}:{node.lineno}: {ast.unparse(node)[:60]}")
+    return found
+
+
+def test_arrows_between_packages_run_down_and_none_is_lazy() -> None:
+    assert len(own_imports(ROOT)) > 100
+    assert forbidden_imports(ROOT) == []
+
+
+def test_no_import_runs_in_a_circle() -> None:
+    assert circles(ROOT) == []
+
+
+def test_faces_only_import() -> None:
+    assert statements_of_faces(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("core/checks.py", "from ..snow import op"),
+        ("ice/op.py", "from ..snow import op"),
+        ("ice/op.py", "from fusereg.snow.op import f"),
+        ("ice/op.py", "import fusereg.snow"),
+        ("ice/op.py", "def f() -> None:\n    from ..snow import op"),
+        ("ice/op.py", "if TYPE_CHECKING:\n    from ..snow import op"),
+        ("ice/op.py", "def f() -> None:\n    from ..core import checks"),
+        ("ice/op.py", "from ..functional import snow"),
+        ("ice/check.py", "import fusereg"),
+        ("snow/check.py", "from ..cli import app"),
+        ("optim/adam.py", "from ..augment import op"),
+        ("convert/model.py", "from .. import nn, WeightPenalty"),
+    ],
+)
+def test_an_arrow_that_runs_up_or_across_is_found_out(file: str, text: str, tmp_path: Path) -> None:
+    package = tmp_path / "python/fusereg"
+    for name in ("core/checks", "snow/op", "ice/op", "augment/op", "cli/app", "nn/__init__"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / f"{name}.py").write_text("", encoding="utf-8")
+    (package / "__init__.py").write_text("", encoding="utf-8")
+    (package / "ice/layers.py").write_text("from . import op\nfrom ..core import checks\n")
+    assert forbidden_imports(tmp_path) == []
+    (package / file).parent.mkdir(parents=True, exist_ok=True)
+    (package / file).write_text(text + "\n", encoding="utf-8")
+    assert len(forbidden_imports(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("back", ["from . import a", "def f():\n    from .a import g"])
+def test_a_circle_is_found_out(back: str, tmp_path: Path) -> None:
+    package = tmp_path / "python/fusereg"
+    (package / "ice").mkdir(parents=True)
+    (package / "__init__.py").write_text("from . import ice\n", encoding="utf-8")
+    (package / "ice/__init__.py").write_text("from .a import f\n", encoding="utf-8")
+    (package / "ice/a.py").write_text("from .b import f\n", encoding="utf-8")
+    (package / "ice/b.py").write_text("f = 1\n", encoding="utf-8")
+    assert circles(tmp_path) == []
+    (package / "ice/b.py").write_text(back + "\n", encoding="utf-8")
+    assert circles(tmp_path) == [["ice.a", "ice.b", "ice.a"]]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [("__init__.py", "x = 1"), ("__init__.py", "import torch"), ("snow.py", "")]
+)
+def test_a_face_that_does_more_is_found_out(file: str, text: str, tmp_path: Path) -> None:
+    for face in FACES:
+        folder = tmp_path / "python/fusereg" / face
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text(
+            '"""Layers."""\nfrom ..snow import f\n__all__ = ["f"]\n'
+        )
+    assert statements_of_faces(tmp_path) == []
+    with (tmp_path / "python/fusereg/nn" / file).open("a", encoding="utf-8") as f:
+        f.write(text + "\n")
+    assert len(statements_of_faces(tmp_path)) == 1
+
+
+# --- adding a technique ---------------------------------------------------------------------------
+
+
+def test_nothing_but_faces_and_the_stub_names_the_functions_of_a_room() -> None:
+    """The smallest room: what a new technique touches besides its own files."""
+    stem = "gaussian_dropout"
+    tracked = [p for p in ROOT.rglob("*") if p.suffix in {".py", ".pyi", ".cpp", ".txt", ".h"}]
+    own = {
+        f"csrc/{stem}",
+        f"python/fusereg/{stem}",
+        "tests",
+        "bench/suites",
+        "docs",
+        "bench/results",
+    }
+    named = set()
+    for path in tracked:
+        name = path.relative_to(ROOT).as_posix()
+        if name.startswith((".", "build/", "dist/")) or any(name.startswith(o) for o in own):
+            continue
+        if "bench" not in path.parts[len(ROOT.parts) : -1] and stem in path.read_text("utf-8"):
+            named.add(name)
+    expected = {
+        "python/fusereg/_C.pyi",
+        "python/fusereg/functional/__init__.py",
+        "python/fusereg/nn/__init__.py",
+    }
+    assert expected <= named
+    assert named - expected == {"python/fusereg/core/aliases.py"}  # old paths alone
 
 
 # --- who may include whom -------------------------------------------------------------------------
@@ -207,9 +429,8 @@ def test_an_include_across_rooms_is_found_out(file: str, text: str, tmp_path: Pa
 
 
 def isa_files(root: Path) -> Iterator[Path]:
-    """The sources, and the headers that exist for them alone."""
-    for name in sorted(cmake_sources(root, "isa_sources")):
-        path = root / name
+    """Yield the sources, and the headers that exist for them alone."""
+    for path in sorted((root / "csrc").glob("*/*_kernels.cpp")):
         yield path
         yield from path.parent.glob(f"{path.parent.name}_math.h")
     yield root / "csrc/core/simd.h"

@@ -1,4 +1,4 @@
-"""What ``fusereg bench`` does with its arguments."""
+"""The command ``fusereg bench``, given its parsed arguments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,22 +23,24 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from . import SUITES, collect_cases, machine, overview, report
+from .. import SUITES, collect_cases, provider_names
 from . import compare as comparison
-from .harness import Case, Options, Row, Settings, run_cases
+from . import machine, report
+from .cases import COPY, Case, Options, Row, Settings, cases_of
+from .running import run_cases
 
 ALL_DTYPES = ("float32", "bfloat16")
 DEFAULT_REPORT = "bench-report"
-INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
 
 
 class UsageError(Exception):
-    """The user asked for what cannot be; its text is one line for them."""
+    """Wrong arguments; the text is one line for the user."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command; returns the exit status."""
-    # Tables go to standard output, all that moves to standard error: --markdown can be redirected.
+    """Run the command; return the exit status."""
+    # Tables go to standard output, progress to standard error: --markdown can be redirected.
     errors = Console(stderr=True)
     try:
         return _run(args, Console(), errors)
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Outputs:
-    """The files that are asked for. ``folder`` gets a roofline for each device."""
+    """The files to write. ``folder`` gets a roofline for each device."""
 
     json: Path | None
     plot: Path | None
@@ -59,11 +61,14 @@ class Outputs:
 
     @property
     def draws(self) -> bool:
+        """Whether any of them needs matplotlib."""
         return any((self.plot, self.html, self.folder))
 
 
 def choose_outputs(args: argparse.Namespace, errors: Console) -> Outputs:
-    """Before the measurement, so that an hour's figures are not lost for a wrong folder.
+    """Return the files to write.
+
+    They are checked before the measurement: no run of an hour is lost to a wrong folder.
 
     Raises:
         UsageError: If one of the files cannot be written.
@@ -115,6 +120,7 @@ def _run(args: argparse.Namespace, console: Console, errors: Console) -> int:
         if args.threads < 1:
             raise UsageError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
+    include = chooser(args.providers, suites_of(args))
     cases = _cases(args)
     settings = choose_settings(args)
     facts = machine.describe(cases[-1].device if cases else torch.device("cpu"))
@@ -125,26 +131,32 @@ def _run(args: argparse.Namespace, console: Console, errors: Console) -> int:
         if outputs.json:
             report.write_json(outputs.json, report.document(so_far, facts, settings, interrupted))
 
-    rows, interrupted = measure(cases, settings, chooser(args.providers), errors, save)
+    rows, interrupted = measure(cases, settings, include, errors, save)
     if interrupted:
-        done = len(report.cases_of(rows))
+        done = len(cases_of(rows))
         errors.print(
             f"interrupted: what was measured until then, {done} of {len(cases)} cases, follows",
             style="yellow",
         )
+    elif not rows:
+        raise UsageError(f"--providers {args.providers}: no chosen case can run them here")
     save(rows, interrupted)
     status = _show(args, console, errors, outputs, rows, facts, interrupted)
     return INTERRUPTED if interrupted else status
 
 
+def suites_of(args: argparse.Namespace) -> list[str]:
+    """Return the chosen techniques."""
+    return [args.technique] if args.technique else list(SUITES)
+
+
 def _cases(args: argparse.Namespace) -> list[Case]:
     devices = choose_devices(args.device, args.all)
     dtypes = choose_dtypes(args.dtype, args.all)
-    suites = [args.technique] if args.technique else list(SUITES)
     found = [
         case
         for device in devices
-        for suite in suites
+        for suite in suites_of(args)
         for case in collect_cases(suite, Options(device, dtypes, args.quick))
     ]
     return select(found, args.only)
@@ -162,7 +174,7 @@ def _show(
     if args.markdown:
         sys.stdout.write(report.markdown(rows, facts))
     elif args.all:
-        overview.print_overview(console, rows)
+        report.print_overview(console, rows)
     else:
         report.print_tables(console, rows, facts)
     written = [] if outputs.json is None else [outputs.json]
@@ -178,12 +190,12 @@ def _show(
 def _draw(
     outputs: Outputs, rows: list[Row], facts: dict[str, object], interrupted: bool
 ) -> list[Path]:
-    """Writes the plots and the page; the files that it wrote."""
-    from . import figures, page, plot
+    """Write the plots and the page; return the files."""
+    from . import figures, page
 
     written = []
     if outputs.plot:
-        plot.write_plot(outputs.plot, rows, facts)
+        figures.write_plot(outputs.plot, rows, facts)
         written.append(outputs.plot)
     if outputs.folder:
         for device in dict.fromkeys(row.device for row in rows):
@@ -199,11 +211,13 @@ def _draw(
 
 
 def _compare(args: argparse.Namespace, console: Console) -> int:
-    """Two files side by side; fails if --fail-on-slower says so."""
+    """Compare two files; return 1 if --fail-on-slower says so."""
     (old_rows, old), (new_rows, new) = (report.read_json(name) for name in args.compare)
     found = comparison.compare(old_rows, new_rows)
     if not found.changes:
         raise UsageError("--compare: the two runs have no case in common")
+    if args.slower is not None and (text := comparison.unfit(old["machine"], new["machine"])):
+        raise UsageError(f"--fail-on-slower: {text}")
     comparison.print_comparison(console, found, old["machine"], new["machine"])
     if args.html:
         from . import page
@@ -216,7 +230,7 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
 
 
 def check_writable(option: str, target: Path) -> None:
-    """Raises UsageError unless a file can be written there."""
+    """Raise UsageError unless a file can be written there."""
     folder = target.absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
     if target.is_dir() or not os.access(folder, os.W_OK):
@@ -224,7 +238,7 @@ def check_writable(option: str, target: Path) -> None:
 
 
 def choose_devices(name: str, everything: bool) -> list[torch.device]:
-    """The devices to measure on, CUDA last; both where there are both and all is asked for."""
+    """Return the devices to measure on: with --all every one, else CUDA where there is a GPU."""
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
         raise UsageError("--device cuda: torch finds no CUDA device here")
@@ -233,6 +247,7 @@ def choose_devices(name: str, everything: bool) -> list[torch.device]:
 
 
 def choose_dtypes(text: str | None, everything: bool) -> tuple[torch.dtype, ...]:
+    """Return the dtypes to measure."""
     names = text.split(",") if text else (ALL_DTYPES if everything else ALL_DTYPES[:1])
     dtypes = []
     for name in names:
@@ -244,6 +259,7 @@ def choose_dtypes(text: str | None, everything: bool) -> tuple[torch.dtype, ...]
 
 
 def choose_settings(args: argparse.Namespace) -> Settings:
+    """Return how long and how often to measure."""
     settings = (
         Settings(min_time_s=0.05, min_rounds=3, max_rounds=51, max_case_s=10.0)
         if args.quick
@@ -252,18 +268,17 @@ def choose_settings(args: argparse.Namespace) -> Settings:
     min_time = settings.min_time_s if args.min_time is None else args.min_time
     if min_time < 0:
         raise UsageError(f"--min-time must not be negative, got {min_time}")
-    return Settings(
+    return replace(
+        settings,
         min_time_s=min_time,
-        min_rounds=settings.min_rounds,
-        max_rounds=settings.max_rounds,
-        # Who asks for long measurements gets them.
+        # Long measurements that are asked for are not cut short.
         max_case_s=max(settings.max_case_s, 10 * min_time),
         compile_limit_s=args.compile_limit,
     )
 
 
 def select(cases: Sequence[Case], pattern: str | None) -> list[Case]:
-    """The cases whose id holds the pattern; with * or ?, those whose whole id matches it."""
+    """Return the cases whose id contains the pattern; with * or ?, those whose id matches it."""
     if not pattern:
         return list(cases)
     glob = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
@@ -273,15 +288,26 @@ def select(cases: Sequence[Case], pattern: str | None) -> list[Case]:
     return chosen
 
 
-def chooser(names: str | None) -> Callable[[str], bool]:
+def chooser(names: str | None, suites: Sequence[str]) -> Callable[[str], bool]:
+    """Return whether to measure a provider, given the names that the user chose.
+
+    Raises:
+        UsageError: If no provider of these techniques has one of the names.
+    """
     if not names:
         return lambda name: True
     wanted = {name.strip() for name in names.split(",")}
+    known = dict.fromkeys([COPY, *(name for suite in suites for name in provider_names(suite))])
+    if unknown := sorted(wanted - known.keys()):
+        raise UsageError(
+            f"--providers: no provider named {', '.join(map(repr, unknown))}; there are: "
+            f"{', '.join(known)}"
+        )
     return lambda name: name in wanted
 
 
 def time_left(elapsed: float, done: int, total: int) -> str:
-    """About how long the rest takes, if it is like what is done; nothing below a minute."""
+    """Return how long the remaining cases will take; nothing below a minute."""
     left = elapsed / done * (total - done)
     return f" (about {left / 60:.0f} min left)" if left >= 60 else ""
 
@@ -293,7 +319,7 @@ def measure(
     console: Console,
     save: Callable[[list[Row], bool], None] = lambda rows, interrupted: None,
 ) -> tuple[list[Row], bool]:
-    """Runs the cases, with a bar on a terminal and a line for each case elsewhere.
+    """Run the cases, with a progress bar on a terminal and a line for each case elsewhere.
 
     ``save`` gets all rows after every case, marked as interrupted: if the process is killed
     (memory, a time limit), the file then says that it is not the whole run.
@@ -308,7 +334,8 @@ def measure(
         so_far.extend(rows)
         save(so_far, True)
         left = time_left(time.monotonic() - start, done, len(cases))
-        return report.case_line(rows, done, len(cases)) + left
+        text = report.case_line(rows) if rows else f"{cases[done - 1].id}: none of the providers"
+        return f"[{done}/{len(cases)}] {text}{left}"
 
     if not console.is_terminal:
 

@@ -1,9 +1,9 @@
-"""Two runs side by side: what moved by more than the noise of both.
+"""Comparison of two runs: which times changed by more than the noise of both.
 
 A provider's time moved if the ranges from the 20th to the 80th percentile of its samples, old and
-new, do not meet: then four fifths of one run's samples lie beyond four fifths of the other's. What
-the machine did between the runs (clock, temperature, other programs) is not in these ranges; the
-yardsticks tell of it, the providers that are not fusereg's.
+new, do not overlap: four fifths of one run's samples then lie beyond four fifths of the other's.
+Changes of the machine between the runs (clock, temperature, other programs) are not in these
+ranges; the times of the providers that are not fusereg's, the yardsticks, show them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from rich.table import Table
 from rich.text import Text
 
 from . import machine as machine_facts
-from .harness import OWN, Row, Settings, quantile
+from .cases import OWN, Row, Settings, quantile
 from .report import time_text
 
-#: Fewer samples than a full run's smallest number tell little about their spread.
+#: Fewer samples than a full run has at least say little about their spread.
 FEW_ROUNDS = Settings().min_rounds
 
-#: What makes two runs' times comparable at all.
+#: Share of the CPU time taken by other programs from which on two runs say nothing.
+TOO_NOISY = 0.2
+
+#: Facts that must be equal for times to be comparable.
 MACHINE_KEYS = ("cpu", "threads", "isa", "torch", "gpu")
 
 
@@ -39,16 +42,18 @@ class Change:
 
     @property
     def own(self) -> bool:
+        """Whether the provider is fusereg's."""
         return self.new.provider in OWN
 
     @property
     def name(self) -> str:
+        """Return the case's name."""
         row = self.new
         return f"{row.op}, {row.mode}, {row.shape}, {row.dtype}, {row.device}"
 
     @property
     def broken(self) -> bool:
-        """It had a time and has none now."""
+        """Whether the provider had a time and has none now."""
         return self.old.p50_us is not None and self.new.p50_us is None
 
 
@@ -62,18 +67,18 @@ class Comparison:
 
     @property
     def moved(self) -> list[Change]:
-        """Those beyond the noise, the slowest first; what broke before them."""
+        """Return the changes beyond the noise, failures first, then the slowest."""
         found = [change for change in self.changes if change.moved or change.broken]
         return sorted(found, key=lambda change: -(change.ratio or float("inf")))
 
     @property
     def yardsticks(self) -> float | None:
-        """Median ratio of what is not fusereg's: how much faster or slower the machine was."""
+        """Return the median ratio of the other providers: how much slower the machine was."""
         found = [c.ratio for c in self.changes if not c.own and c.ratio is not None]
         return quantile(found, 0.5) if found else None
 
     def slower(self, percent: float) -> list[Change]:
-        """Fusereg's own that moved to more than so many percent above, or broke."""
+        """Return those of fusereg that became slower by more than so many percent, or failed."""
         return [
             change
             for change in self.moved
@@ -84,11 +89,11 @@ class Comparison:
 def _moved(old: Row, new: Row) -> bool:
     if old.p20_us is None or old.p80_us is None or new.p20_us is None or new.p80_us is None:
         return False
-    return new.p20_us > old.p80_us or new.p80_us < old.p20_us
+    return bool(new.p20_us > old.p80_us or new.p80_us < old.p20_us)
 
 
 def compare(old: Sequence[Row], new: Sequence[Row]) -> Comparison:
-    """Matches the rows by case and provider."""
+    """Match the rows by case and provider."""
     before = {(*row.case, row.provider): row for row in old}
     after = {(*row.case, row.provider): row for row in new}
     changes = []
@@ -104,7 +109,7 @@ def compare(old: Sequence[Row], new: Sequence[Row]) -> Comparison:
 
 
 def percent(change: Change) -> str:
-    """How far the time moved."""
+    """Return how far the time moved."""
     return "failed" if change.ratio is None else f"{100.0 * (change.ratio - 1.0):+.0f} %"
 
 
@@ -116,7 +121,7 @@ MOVED_COLUMN = 2
 
 
 def cells(change: Change) -> tuple[str, ...]:
-    """The line under HEADER."""
+    """Return the line under HEADER."""
 
     def spread(row: Row) -> str:
         return "-" if row.p20_us is None else f"{time_text(row.p20_us)} to {time_text(row.p80_us)}"
@@ -133,9 +138,29 @@ def cells(change: Change) -> tuple[str, ...]:
     )
 
 
+def load(machine: dict[str, Any]) -> float:
+    """Return the share of the CPU time that other programs took."""
+    return float(machine.get("others_cpu_share") or 0.0)
+
+
+def unfit(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Return why the machine was too busy for a comparison, or an empty text."""
+    busy = [
+        f"{100 * share:.0f} % of the CPU time during the {when} run"
+        for when, share in (("old", load(old)), ("new", load(new)))
+        if share >= TOO_NOISY
+    ]
+    if not busy:
+        return ""
+    return (
+        f"not a fair comparison: other programs took {' and '.join(busy)}, so that what moved may "
+        "be their doing; measure again on a quiet machine"
+    )
+
+
 def remarks(found: Comparison, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What a reader must know beside the table."""
-    lines = []
+    """Return what a reader must know beside the table."""
+    lines = [text] if (text := unfit(old, new)) else []
     for key in MACHINE_KEYS:
         if old.get(key) != new.get(key):
             lines.append(f"not the same {key}: {old.get(key)} before, {new.get(key)} now")
@@ -146,12 +171,12 @@ def remarks(found: Comparison, old: dict[str, Any], new: dict[str, Any]) -> list
     failed = f", {broken} failed" if broken else ""
     lines.append(
         f"of {len(own)} times of fusereg: {up} slower, {down} faster{failed}, the rest within the "
-        "noise (the ranges p20 to p80 of both runs meet)"
+        "noise (the ranges p20 to p80 of both runs overlap)"
     )
     if found.yardsticks is not None:
         lines.append(
-            "everything that is not fusereg took "
-            f"{100.0 * (found.yardsticks - 1.0):+.1f} % in the median: so much is the machine's"
+            f"everything that is not fusereg took {100.0 * (found.yardsticks - 1.0):+.1f} % in the "
+            "median: so much is due to the machine"
         )
     if any(0 < row.rounds < FEW_ROUNDS for c in found.changes for row in (c.old, c.new)):
         lines.append(
@@ -159,7 +184,7 @@ def remarks(found: Comparison, old: dict[str, Any], new: dict[str, Any]) -> list
         )
     for when, facts in (("before", old), ("now", new)):
         warning = machine_facts.noise_warning(facts)
-        if warning:
+        if warning and load(facts) < TOO_NOISY:
             lines.append(f"{when}: {warning}")
     if found.only_old or found.only_new:
         lines.append(f"{found.only_old} rows only in the old run, {found.only_new} only in the new")
@@ -169,8 +194,8 @@ def remarks(found: Comparison, old: dict[str, Any], new: dict[str, Any]) -> list
 def print_comparison(
     console: Console, found: Comparison, old: dict[str, Any], new: dict[str, Any]
 ) -> None:
-    """The table of what moved, and the remarks."""
-    # A log file has no width: what a case is called must not be cut.
+    """Print the table of what moved, and the remarks."""
+    # A log file has no width: the names of cases must not be cut.
     if not console.is_terminal:
         console.width = max(console.width, 160)
     if found.moved:
@@ -184,4 +209,5 @@ def print_comparison(
             table.add_row(*texts)
         console.print(table)
     for line in remarks(found, old, new):
-        console.print(Text(line), soft_wrap=True)
+        style = "bold red" if line == unfit(old, new) else ""
+        console.print(Text(line, style), soft_wrap=True)

@@ -1,7 +1,7 @@
-"""The report's figures: the roofline of a device, and a technique's speed beside its rivals.
+"""The figures: the roofline of a device, a technique's speed, and percent of a copy.
 
-Each is drawn once and written twice: as a PNG, and as an SVG for the page, whose inks are then
-CSS variables, so that it follows the reader's light or dark scheme.
+Figures of the page are SVGs whose inks become CSS variables, so that they follow the reader's light
+or dark scheme.
 """
 
 from __future__ import annotations
@@ -9,41 +9,73 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .harness import COPY, EAGER, OWN, Row
-from .overview import own_row
-from .report import cases_of
+from .. import SUITES
+from . import machine as machine_facts
+from .cases import COPY, EAGER, OWN, Row, cases_of, own_row
+from .report import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with any colour vision; readable on white and on black.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D3B", "#7B61C9")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-# Inks that no colour above equals: the page's style sheet has them as variables.
+# Okabe and Ito's colors and four more, readable on white and on black. Their number and that of
+# the markers have no common divisor: cycling through both gives each pair once.
+COLORS = (
+    "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D3B", "#7B61C9",
+    "#C2185B", "#7A9A01",
+)  # fmt: skip
+MARKERS = ("o", "s", "^", "D", "v", "<", ">", "p", "h", "P", "X")
+# Inks that no color above equals: the page's style sheet has them as variables.
 INK, MUTED, LINE, PAPER = "#101112", "#6d6e6f", "#dcdddf", "#fefefd"
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--paper)"}
 
-RIVALS = {
-    "fusereg": (COLOURS[0], "o"),
-    "WeightPenalty": (COLOURS[4], "D"),
-    "torch.compile": (COLOURS[1], "s"),
-    "foreach": (COLOURS[2], "^"),
+Style = tuple[str, str]
+
+#: Color and marker of the providers that many suites have.
+PROVIDERS: dict[str, Style] = {
+    "fusereg": (COLORS[0], "o"),
+    "WeightPenalty": (COLORS[4], "D"),
+    "torch.compile": (COLORS[1], "s"),
+    "foreach": (COLORS[2], "^"),
+    EAGER: (MUTED, "v"),
     "clone": (MUTED, "x"),
 }
+#: Percent of a copy that a kernel should reach.
+GOAL = 85.0
 
 
-def _figure(width: float, height: float, rows: int = 1) -> tuple[Figure, list[Any]]:
+def styles(names: Iterable[str], fixed: Mapping[str, Style] | None = None) -> dict[str, Style]:
+    """Return a color and a marker for each name, no two names with the same color and marker.
+
+    Args:
+        names: What is drawn.
+        fixed: Styles of some names, which no other name gets.
+    """
+    found = dict(fixed or {})
+    taken = set(found.values())
+    pairs = zip(COLORS * len(MARKERS), MARKERS * len(COLORS), strict=True)
+    spare = (pair for pair in pairs if pair not in taken)
+    for name in names:
+        if name not in found:
+            found[name] = next(spare)
+    return found
+
+
+def _figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **share: Any
+) -> tuple[Figure, list[list[Any]]]:
+    """Return a figure and its axes. They are typed as Any: matplotlib has few types."""
     # Without pyplot: no global state, no display needed.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, 1, squeeze=False, sharex=True)[:, 0]
-    for axis in axes:
+    axes = figure.subplots(rows, columns, squeeze=False, **share)
+    for axis in axes.flat:
         axis.set_facecolor(PAPER)
         axis.grid(color=LINE, lw=0.7)
         axis.set_axisbelow(True)
@@ -51,41 +83,56 @@ def _figure(width: float, height: float, rows: int = 1) -> tuple[Figure, list[An
         for side, spine in axis.spines.items():
             spine.set_color(LINE)
             spine.set_visible(side in ("left", "bottom"))
-    return figure, list(axes)
+    return figure, axes.tolist()
 
 
 def _plain_numbers(axis: Any) -> None:
-    """1000 rather than 10^3."""
+    """Write 1000 rather than 10^3."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _bytes_axis(axis: Any, rows: Sequence[Row]) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+def _bytes_text(value: float) -> str:
+    """Write a number of bytes with three digits."""
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.0f} B"
 
-    low = math.floor(math.log10(min(row.bytes for row in rows)))
-    high = math.ceil(math.log10(max(row.bytes for row in rows)))
-    units = {3: "kB", 6: "MB", 9: "GB", 12: "TB"}
 
-    def text(value: float, _: object) -> str:
-        power = round(math.log10(value))
-        base = power // 3 * 3
-        return f"{10 ** (power - base):g} {units.get(base, 'B')}"
+def _bytes_axis(axis: Any, places: Sequence[float], labels: Sequence[str]) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(FixedLocator([10.0**power for power in range(low, high + 1)]))
+    axis.xaxis.set_major_locator(FixedLocator(places))
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(text))
-    axis.set_xlabel("bytes moved, by contract", color=INK)
+    axis.set_xticklabels(labels)
+
+
+def _legend(figure: Figure, axes: Iterable[Any], columns: int = 4) -> None:
+    """Add one legend for all axes above them."""
+    named: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    legend = figure.legend(
+        list(named.values()), list(named), loc="outside upper left",
+        ncols=min(columns, len(named)), frameon=False, fontsize=9, handletextpad=0.4,
+    )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_color(INK)
+
+
+# --- roofline -------------------------------------------------------------------------------------
 
 
 def roofline(rows: Sequence[Row], device: str, caption: str = "") -> Figure | None:
-    """GB/s over bytes moved: a mark for each case of fusereg, under the roof that a copy gives.
+    """Draw GB/s over bytes moved: a mark for each case of fusereg, and the copies as the roof.
 
-    None where nothing was measured that has a bandwidth. ``caption`` is for a picture that stands
-    alone.
+    Returns:
+        None where nothing was measured that has a bandwidth.
     """
     cases = [
         case
@@ -97,32 +144,34 @@ def roofline(rows: Sequence[Row], device: str, caption: str = "") -> Figure | No
         return None
     dtypes = list(dict.fromkeys(row.dtype for row in own))
     suites = list(dict.fromkeys(row.suite for row in own))
-    figure, axes = _figure(7.6, 1.1 + 3.3 * len(dtypes), len(dtypes))
+    style = styles([*SUITES, *suites])
+    figure, grid = _figure(7.6, 1.1 + 3.3 * len(dtypes), len(dtypes), sharex=True, sharey=True)
+    axes = [axis for (axis,) in grid]
     every = [row for case in cases for row in case if row.gb_per_s]
     for axis, dtype in zip(axes, dtypes, strict=True):
         here = [row for row in every if row.dtype == dtype]
-        copies = sorted((row for row in here if row.provider == COPY), key=lambda row: row.bytes)
-        if copies:
-            _roof(axis, copies)
+        _roof(axis, [row for row in here if row.provider == COPY])
         eager = [row for row in here if row.provider == EAGER]
         axis.scatter(
             [row.bytes for row in eager], [row.gb_per_s for row in eager],
             s=16, facecolor="none", edgecolor=MUTED, alpha=0.8, lw=0.8, label="eager torch",
         )  # fmt: skip
-        for index, suite in enumerate(suites):
+        for suite in suites:
             marks = [row for row in own if row.dtype == dtype and row.suite == suite]
+            color, marker = style[suite]
             axis.scatter(
                 [row.bytes for row in marks], [row.gb_per_s for row in marks],
-                s=42, color=COLOURS[index % len(COLOURS)], edgecolor=PAPER, lw=0.8,
-                marker=MARKERS[index % len(MARKERS)], label=suite, zorder=3,
+                s=42, color=color, edgecolor=PAPER, lw=0.8, marker=marker, label=suite, zorder=3,
             )  # fmt: skip
         axis.set_yscale("log")
         _plain_numbers(axis.yaxis)
         axis.set_ylabel("GB/s", color=INK)
         axis.set_title(dtype, loc="left", fontsize=10.5, color=INK)
-    _bytes_axis(axes[-1], every)
-    for axis in axes[:-1]:
-        axis.sharey(axes[-1])
+    low = math.floor(math.log10(min(row.bytes for row in every)))
+    high = math.ceil(math.log10(max(row.bytes for row in every)))
+    places = [10.0**power for power in range(low, high + 1)]
+    _bytes_axis(axes[-1], places, [_bytes_text(place) for place in places])
+    axes[-1].set_xlabel("bytes moved, by contract", color=INK)
     if caption:
         text = textwrap.fill(caption, 110)
         figure.text(0.01, -0.01, text, fontsize=7.5, color=MUTED, va="top", ha="left")
@@ -131,30 +180,22 @@ def roofline(rows: Sequence[Row], device: str, caption: str = "") -> Figure | No
 
 
 def _roof(axis: Any, copies: Sequence[Row]) -> None:
-    """The copy's bandwidth: the median of those that move about as many bytes."""
+    """Draw the copy's bandwidth: the median of those that move about as many bytes."""
+    if not copies:
+        return
     steps: dict[float, list[float]] = {}
-    for row in copies:
+    for row in sorted(copies, key=lambda row: row.bytes):
         steps.setdefault(round(4 * math.log10(row.bytes)) / 4, []).append(row.gb_per_s or 0.0)
     places = [10**step for step in steps]
     heights = [sorted(values)[len(values) // 2] for values in steps.values()]
     axis.plot(places, heights, color=INK, lw=1.6, label="copy: the roof", zorder=2)
 
 
-def _legend(figure: Figure, axes: Sequence[Any]) -> None:
-    named: dict[str, Any] = {}
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            named.setdefault(label, handle)
-    legend = figure.legend(
-        list(named.values()), list(named), loc="outside upper left",
-        ncols=min(4, len(named)), frameon=False, fontsize=9, handletextpad=0.4,
-    )  # fmt: skip
-    for text in legend.get_texts():
-        text.set_color(INK)
+# --- speeds ---------------------------------------------------------------------------------------
 
 
 def speeds(rows: Sequence[Row]) -> Figure | None:
-    """How many times faster than eager each provider is: a line for each kind of case."""
+    """Draw how many times faster than eager each provider is: a line for each kind of case."""
     drawn = [
         row for row in rows if row.vs_eager and row.provider not in (EAGER, COPY) and not row.failed
     ]
@@ -168,23 +209,22 @@ def speeds(rows: Sequence[Row]) -> Figure | None:
     kinds = list(dict.fromkeys(kind(row) for row in drawn))
     providers = list(dict.fromkeys(row.provider for row in drawn))
     providers.sort(key=lambda name: (name not in OWN, name))
-    figure, (axis,) = _figure(7.6, 1.3 + 0.27 * len(kinds))
-    spare = list(zip(COLOURS, MARKERS, strict=True))[4:]
-    for number, name in enumerate(reversed(providers)):
-        colour, marker = RIVALS.get(name, spare[number % len(spare)])
+    style = styles(providers, PROVIDERS)
+    figure, ((axis,),) = _figure(7.6, 1.3 + 0.27 * len(kinds))
+    for name in reversed(providers):
+        color, marker = style[name]
         marks = [row for row in drawn if row.provider == name]
         axis.scatter(
             [row.vs_eager for row in marks], [kinds.index(kind(row)) for row in marks],
-            s=40 if name in OWN else 26, color=colour, marker=marker, lw=0.9, alpha=0.9,
+            s=40 if name in OWN else 32, color=color, marker=marker, lw=0.9, alpha=0.9,
             edgecolor=None if marker == "x" else PAPER, label=name, zorder=3 + (name in OWN),
         )  # fmt: skip
     axis.axvline(1.0, color=INK, lw=1.2)
     axis.set_xscale("log")
-    low = min(1.0, *(row.vs_eager or 1.0 for row in drawn))
-    high = max(1.0, *(row.vs_eager or 1.0 for row in drawn))
-    axis.set_xlim(low / 1.35, high * 1.35)
-    ticks = [value for value in _round_numbers() if low / 1.35 <= value <= high * 1.35]
-    axis.set_xticks(ticks)
+    low = min(1.0, *(row.vs_eager or 1.0 for row in drawn)) / 1.35
+    high = max(1.0, *(row.vs_eager or 1.0 for row in drawn)) * 1.35
+    axis.set_xlim(low, high)
+    axis.set_xticks(_round_numbers(low, high))
     _plain_numbers(axis.xaxis)
     axis.minorticks_off()
     axis.set_yticks(range(len(kinds)), kinds)
@@ -194,12 +234,122 @@ def speeds(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def _round_numbers() -> list[float]:
-    return [step * 10.0**power for power in range(-4, 5) for step in (1, 2, 5)]
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Return at most 8 round numbers between two, for the labels of a logarithmic axis."""
+    found: list[float] = []
+    ladders = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
+    for steps, stride in [*((steps, 1) for steps in ladders), ((1,), 2)]:
+        found = [k * 10.0**power for power in range(-6, 7, stride) for k in steps]
+        found = [value for value in found if low <= value <= high]
+        if len(found) <= 8:
+            break
+    return found
+
+
+# --- percent of a copy ----------------------------------------------------------------------------
+
+
+def percent_of_copy(rows: Sequence[Row], machine: dict[str, Any]) -> Figure:
+    """Draw a panel for each dtype and mode, a mark for each shape and provider.
+
+    Raises:
+        ValueError: If no row has a bandwidth to draw.
+    """
+    drawn = [
+        row
+        for row in rows
+        if row.provider != COPY and row.percent_of_copy is not None and row.bytes > 0
+    ]
+    if not drawn:
+        raise ValueError("fusereg bench: nothing to plot: no row has a bandwidth")
+    panels = list(dict.fromkeys((row.suite, row.op, row.mode) for row in drawn))
+    dtypes = list(dict.fromkeys(row.dtype for row in drawn))
+    style = styles(dict.fromkeys(row.provider for row in drawn), PROVIDERS)
+    figure, axes = _figure(
+        max(7.5, 1.5 + 4.3 * len(panels)), 1.9 + 3.9 * len(dtypes), len(dtypes), len(panels),
+        sharey=True,
+    )  # fmt: skip
+    shares = [row.percent_of_copy or 100.0 for row in drawn]
+    floor = 10.0 ** min(1, math.floor(math.log10(min(shares) * 0.8)))
+    for dtype, line in zip(dtypes, axes, strict=True):
+        for panel, axis in zip(panels, line, strict=True):
+            here = [row for row in drawn if (row.suite, row.op, row.mode) == panel]
+            _panel(axis, [row for row in here if row.dtype == dtype], style)
+            title = f"{panel[1]}: {panel[2]}, {dtype}"
+            axis.set_title(title, fontsize=11, loc="left", pad=8, color=INK)
+        line[0].set_ylim(floor, max(200.0, 1.6 * max(shares)))
+        line[0].set_ylabel("% of the copy's bandwidth", color=INK)
+    for axis in axes[-1]:
+        axis.set_xlabel("bytes moved, by contract", labelpad=6, color=INK)
+    _legend(figure, (axis for line in axes for axis in line), columns=len(style) + 2)
+    figure.supxlabel(machine_facts.summary(machine), fontsize=8, color=MUTED)
+    return figure
+
+
+def _panel(axis: Any, rows: Sequence[Row], style: Mapping[str, Style]) -> None:
+    """Draw one dtype and mode."""
+    from matplotlib.patheffects import withStroke
+
+    for provider, (color, marker) in style.items():
+        marks = sorted((r for r in rows if r.provider == provider), key=lambda row: row.bytes)
+        if not marks:
+            continue
+        main = provider == OWN[0]
+        axis.plot(
+            [row.bytes for row in marks], [row.percent_of_copy for row in marks],
+            color=color, marker=marker,
+            # Two names of the same kernel coincide: the larger mark shows behind the other.
+            markersize=8 if main else 11 if provider in OWN else 6.5,
+            markeredgecolor=color if marker == "x" else "white", markeredgewidth=0.7,
+            # The marks are what was measured; a thin line only helps to follow a provider.
+            lw=0.8, label=provider, zorder=4 if main else 3,
+        )  # fmt: skip
+        for row in marks if main else []:
+            axis.annotate(
+                f"{row.percent_of_copy:.0f}", (row.bytes, row.percent_of_copy), xytext=(0, 8),
+                textcoords="offset points", ha="center", fontsize=9.5, fontweight="bold",
+                color=color, zorder=5,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            )  # fmt: skip
+    axis.axhspan(GOAL, 100.0, color=COLORS[1], alpha=0.12, lw=0, label=f"{GOAL:.0f} to 100 %")
+    axis.axhline(100.0, color=INK, lw=1.2, label="copy")
+    axis.set_yscale("log")
+    _plain_numbers(axis.yaxis)
+    shapes = {row.bytes: row.shape for row in sorted(rows, key=lambda row: row.bytes)}
+    if not shapes:
+        return
+    places = list(shapes)
+    span = math.log10(places[-1] / places[0]) or 1.0
+    labels = []
+    low_before = True
+    for index, place in enumerate(places):
+        near = index > 0 and math.log10(place / places[index - 1]) < 0.2 * span
+        # Every other label that would overlap its neighbor goes further down.
+        low = near and not low_before
+        labels.append(("\n\n" if low else "") + f"{shapes[place]}\n{_bytes_text(place)}")
+        low_before = low
+    _bytes_axis(axis, places, labels)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.set_xlim(places[0] / 10 ** (0.14 * span), places[-1] * 10 ** (0.14 * span))
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def write_plot(path: str | Path, rows: Sequence[Row], machine: dict[str, Any]) -> None:
+    """Write the percentages of a copy as PNG, PDF or SVG.
+
+    Raises:
+        ValueError: If no row has a bandwidth to draw.
+    """
+    buffer = io.BytesIO()
+    kind = Path(path).suffix.lstrip(".").lower() or "png"
+    percent_of_copy(rows, machine).savefig(buffer, format=kind, dpi=150)
+    write_atomically(path, buffer.getvalue())
 
 
 def png(figure: Figure) -> bytes:
-    """As a picture of twice the usual resolution."""
+    """Return a PNG of twice the usual resolution."""
     buffer = io.BytesIO()
     # Tight: with what lies below the axes, such as a caption.
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", pad_inches=0.1)
@@ -207,7 +357,7 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """As an element for a page; ``name`` is what a reader who does not see it is told."""
+    """Return an SVG element for a page; ``name`` is what a screen reader says of it."""
     import html
 
     from matplotlib import rc_context

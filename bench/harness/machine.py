@@ -1,4 +1,4 @@
-"""What the figures were measured on: they mean nothing without it."""
+"""The machine on which the figures were measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _read(path: str | Path) -> str:
 
 
 def cpu_model() -> str:
-    """The processor's name as the operating system gives it."""
+    """Return the processor's name."""
     for line in _read("/proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("model name", "Model", "Hardware") and value.strip():
@@ -30,7 +30,7 @@ def cpu_model() -> str:
 
 
 def physical_cores() -> int | None:
-    """Distinct cores, where /proc tells them from hardware threads."""
+    """Return the number of cores, where /proc tells them from hardware threads."""
     cores = set()
     socket = ""
     for line in _read("/proc/cpuinfo").splitlines():
@@ -43,7 +43,7 @@ def physical_cores() -> int | None:
 
 
 def usable_cpus() -> int:
-    """Logical CPUs that this process may run on."""
+    """Return the number of logical CPUs that this process may run on."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:
@@ -51,7 +51,7 @@ def usable_cpus() -> int:
 
 
 def caches() -> dict[str, str]:
-    """Size of each cache of the first CPU, such as {"L1d": "48K", "L2": "1024K"}."""
+    """Return the size of each cache of the first CPU, such as {"L1d": "48K", "L2": "1024K"}."""
     found: dict[str, str] = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         kind = {"Data": "d", "Instruction": "i"}.get(_read(index / "type"), "")
@@ -62,6 +62,7 @@ def caches() -> dict[str, str]:
 
 
 def memory_bytes() -> int | None:
+    """Return the size of the memory."""
     for line in _read("/proc/meminfo").splitlines():
         if line.startswith("MemTotal:"):
             with contextlib.suppress(ValueError, IndexError):
@@ -70,7 +71,7 @@ def memory_bytes() -> int | None:
 
 
 def gpu(device: torch.device) -> dict[str, Any] | None:
-    """The CUDA device's data, or None on the CPU."""
+    """Return the CUDA device's properties, or None on the CPU."""
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
@@ -85,12 +86,12 @@ def gpu(device: torch.device) -> dict[str, Any] | None:
 
 
 def git_commit() -> str | None:
-    """The commit that this code or the current folder is a checkout of, "+changes" if it differs.
+    """Return the commit of this checkout or the current folder's, "+changes" if it differs.
 
-    Only a checkout of fusereg counts: an environment that lies within some other project's
-    repository must not report that project's commit.
+    Only a checkout of fusereg counts: an environment inside another project's repository must not
+    report that project's commit.
     """
-    for folder in (Path(__file__).resolve().parent.parent, Path.cwd()):
+    for folder in (Path(__file__).resolve().parents[2], Path.cwd()):
         if not (folder / "csrc" / "penalty").is_dir() or not (folder / ".git").exists():
             continue
         commit = _git(folder, "rev-parse", "--short=12", "HEAD")
@@ -118,7 +119,7 @@ def _fusereg() -> dict[str, Any]:
 
     facts: dict[str, Any] = {"version": getattr(fusereg, "__version__", None)}
     compiled = getattr(fusereg, "_C", None)
-    # A benchmark must not fail because the facts about its build cannot be had.
+    # A benchmark must not fail because the facts about its build are not available.
     with contextlib.suppress(Exception):
         if compiled is not None:
             facts["isa"] = compiled.cpu_isa()
@@ -127,7 +128,7 @@ def _fusereg() -> dict[str, Any]:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """All of it, ready for JSON."""
+    """Return all facts, ready for JSON."""
     load: list[float] | None = None
     with contextlib.suppress(OSError, AttributeError):
         load = [round(value, 2) for value in os.getloadavg()]
@@ -154,7 +155,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def summary(machine: dict[str, Any]) -> str:
-    """One line for under a table."""
+    """Return the line below a table."""
     parts = []
     accelerator = machine.get("gpu")
     if accelerator:
@@ -184,7 +185,7 @@ class OthersMeter:
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:
-        """Seconds of all CPUs: in all, busy, and busy for this process and its children."""
+        """Return seconds of all CPUs: in all, busy, and busy for this process and its children."""
         fields = _read("/proc/stat").splitlines()[:1]
         try:
             ticks = [int(value) for value in fields[0].split()[1:9]]
@@ -198,7 +199,7 @@ class OthersMeter:
         return sum(ticks) / per_second, (sum(ticks) - idle) / per_second, own
 
     def share(self) -> float | None:
-        """Between 0 and 1, or None where the system does not tell."""
+        """Return the share, between 0 and 1, or None where it is not known."""
         now = self._read()
         if now is None or self._start is None:
             return None
@@ -207,7 +208,7 @@ class OthersMeter:
 
 
 def noise_warning(machine: dict[str, Any]) -> str:
-    """Says so if others used the machine during the run, else an empty text."""
+    """Return a warning if other programs used the machine during the run, else an empty text."""
     share = machine.get("others_cpu_share")
     if share is None or share < 0.03:
         return ""

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: no script, no font, no other file."""
+"""The report as one self-contained HTML page: no script, no font, no other file."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import compare as comparison
-from . import figures, overview
+from . import figures
 from . import machine as machine_facts
-from .harness import COPY, EAGER, OWN, Row
+from .cases import COPY, EAGER, OWN, Row, cases_of
 from .report import (
+    OVERVIEW_HEADER,
     Footnotes,
     accuracy_text,
-    cases_of,
+    failure_text,
     memory_text,
+    overview,
     percent_text,
     ratio_text,
     three_digits,
@@ -75,19 +77,19 @@ _PAGE = """<!DOCTYPE html>
 </html>
 """
 
-#: What matters first: a phone shows the first four without scrolling.
+#: The important columns first: a phone shows four without scrolling.
 _CASE_HEADER = ("provider", "p50", "vs eager", "of a copy", "GB/s", "p20", "p80")
 _WHOLE_HEADER = ("provider", "p50", "vs eager", "memory", "accuracy", "p20", "p80")
 
 _HOW = """
 <ul class="small">
 <li><b>p20, p50, p80</b>: time of one call; p50 is the median. All providers of a case are sampled
-in turn, round by round, so that what disturbs the machine disturbs all of them.</li>
+in turn, round by round, so that a disturbance of the machine affects all of them.</li>
 <li><b>GB/s</b>: the bytes that the operation must move, read once and written once, over p50.</li>
 <li><b>of a copy</b>: against a copy that moves as many bytes, in the same rounds. Above 100&nbsp;%
 is possible: an update in place needs no second buffer.</li>
 <li><b>vs eager</b>: median of the rounds' ratios. Below 1 the provider is slower than eager
-torch; that is shown in red and left out nowhere.</li>
+torch; such rows are shown, in red.</li>
 <li><b>memory</b>: the most that torch held in two training steps, weights and states included;
 <b>accuracy</b>: on test images, after training to the end.</li>
 </ul>
@@ -103,7 +105,7 @@ def _page(title: str, body: Sequence[str]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[str], texts: int) -> str:
-    """The first ``texts`` columns hold words, the rest numbers."""
+    """Return a table; the first ``texts`` columns are aligned as words, the others as numbers."""
     head = "".join(
         f'<th class="text">{_text(name)}</th>' if index < texts else f"<th>{_text(name)}</th>"
         for index, name in enumerate(header)
@@ -116,7 +118,7 @@ def _table(header: Sequence[str], rows: Sequence[str], texts: int) -> str:
 
 
 def _line(cells: Sequence[str], texts: int, kind: str = "", classes: Sequence[str] = ()) -> str:
-    """A row of a table; ``classes`` are those of the last cells."""
+    """Return a row of a table; ``classes`` are those of the last cells."""
     named = ["text"] * texts + [""] * (len(cells) - texts)
     for index, name in enumerate(reversed(classes), start=1):
         named[-index] = name
@@ -133,7 +135,7 @@ def _figure(figure: object, name: str) -> str:
 
 
 def report(rows: Sequence[Row], machine: dict[str, Any], interrupted: bool) -> str:
-    """The page of one run."""
+    """Return the page of one run."""
     version, commit = machine.get("fusereg"), machine.get("git_commit")
     devices = list(dict.fromkeys(row.device for row in rows))
     suites = list(dict.fromkeys(row.suite for row in rows))
@@ -163,23 +165,28 @@ def report(rows: Sequence[Row], machine: dict[str, Any], interrupted: bool) -> s
             if here:
                 title = device if len(devices) > 1 else ""
                 body += _section(here, suite, device, title)
-    body += ['<h2 id="machine">Machine</h2>', _machine(machine), "<h2>How to read it</h2>", _HOW]
+    body += [
+        '<h2 id="machine">Machine</h2>',
+        _machine(machine),
+        "<h2>How to read the figures</h2>",
+        _HOW,
+    ]
     return _page(f"{what}: benchmark", body)
 
 
 def _overview_table(rows: Sequence[Row]) -> str:
     lines = []
-    for line in overview.overview(rows):
+    for line in overview(rows):
         loss = "loss" if line.slower else ""
-        lines.append(_line(overview.cells(line), 2, "", (loss, "loss" if line.failed else "")))
-    return _table(overview.HEADER, lines, 2)
+        lines.append(_line(line.cells(), 2, "", (loss, "loss" if line.failed else "")))
+    return _table(OVERVIEW_HEADER, lines, 2)
 
 
 def _section(rows: Sequence[Row], suite: str, device: str, title: str) -> list[str]:
     parts = [f"<h3>{_text(title)}</h3>"] if title else []
     drawn = figures.speeds(rows)
     if drawn is not None:
-        parts.append(_figure(drawn, f"Speed beside eager torch: {suite}, {device}"))
+        parts.append(_figure(drawn, f"Speed relative to eager torch: {suite}, {device}"))
     notes = Footnotes()
     cases = cases_of(rows)
     lines = [line for case in cases for line in _case(case, notes)]
@@ -193,7 +200,7 @@ def _section(rows: Sequence[Row], suite: str, device: str, title: str) -> list[s
 
 
 def _case(case: Sequence[Row], notes: Footnotes) -> list[str]:
-    """A line with the case's name, then one for each provider."""
+    """Return a line with the case's name, then one for each provider."""
     first = case[0]
     host = ", host" if first.host else ""
     name = _text(f"{first.op}, {first.mode}, {first.shape}, {first.dtype}{host}")
@@ -201,7 +208,7 @@ def _case(case: Sequence[Row], notes: Footnotes) -> list[str]:
     for row in case:
         times = [time_text(value) for value in (row.p50_us, row.p20_us, row.p80_us)]
         if row.failed:
-            times[0] = "skipped" if row.failed.startswith("skipped") else "failed"
+            times[0] = failure_text(row)
         speed = "-" if row.gb_per_s is None else three_digits(row.gb_per_s)
         share = "-" if row.percent_of_copy is None else f"{percent_text(row.percent_of_copy)} %"
         if row.whole:
@@ -241,7 +248,7 @@ def _plain(value: object) -> str:
 
 
 def changes(found: comparison.Comparison, old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The page of two runs."""
+    """Return the page of a comparison of two runs."""
     lines = []
     for change in found.moved:
         verdict = ""

@@ -1,4 +1,4 @@
-"""What becomes of the rows: a table, the README's table, JSON, a plot."""
+"""The rows as JSON, as tables for the terminal, and as Markdown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,20 @@ from rich.table import Table
 from rich.text import Text
 
 from . import machine as machine_facts
-from .harness import COPY, EAGER, Row, Settings, ratio
+from .cases import COPY, EAGER, OWN, Row, Settings, cases_of, own_row, quantile, ratio
 
 SCHEMA = 1
-# What the table with all columns needs; on narrower terminals a case's name becomes a heading.
+# The width of the table with all columns; on narrower terminals a case's name becomes a heading.
 FULL_WIDTH = 138
 
 
-# ------------------------------------------------------------------------------------------- JSON
+# --- JSON -----------------------------------------------------------------------------------------
 
 
 def document(
     rows: Sequence[Row], machine: dict[str, Any], settings: Settings, interrupted: bool
 ) -> dict[str, Any]:
-    """The whole run as one JSON value. Times in microseconds, bytes in bytes, ratios plain."""
+    """Return the run as a JSON object. Times are in microseconds, percentages in percent."""
     return {
         "schema": SCHEMA,
         "tool": "fusereg bench",
@@ -41,12 +41,13 @@ def document(
 
 
 def write_json(path: str | Path, data: dict[str, Any]) -> None:
-    """Writes the file whole or not at all: a run of an hour must not leave half a file."""
+    """Write the file completely or not at all: a run of an hour must not leave half a file."""
     # allow_nan=False: NaN is not JSON, and most readers refuse it.
     write_atomically(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write the file completely or not at all."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder: a rename is atomic only within one file system.
@@ -64,7 +65,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 
 def read_json(path: str | Path) -> tuple[list[Row], dict[str, Any]]:
-    """Rows and the whole document of a file that :func:`write_json` wrote.
+    """Return rows and document of a file that :func:`write_json` wrote.
 
     Raises:
         ValueError: If it is not such a file.
@@ -82,11 +83,11 @@ def read_json(path: str | Path) -> tuple[list[Row], dict[str, Any]]:
     return [Row.from_json(row) for row in data["rows"]], data
 
 
-# ---------------------------------------------------------------------------------------- figures
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def time_text(microseconds: float | None) -> str:
-    """Three significant digits with a unit."""
+    """Return three significant digits with a unit."""
     if microseconds is None:
         return "-"
     for limit, factor, unit in ((999.5, 1.0, "us"), (999.5e3, 1e-3, "ms")):
@@ -96,7 +97,7 @@ def time_text(microseconds: float | None) -> str:
 
 
 def three_digits(value: float) -> str:
-    """As many decimals as three significant digits need."""
+    """Return three significant digits."""
     if value >= 99.95:
         return f"{value:.0f}"
     if value >= 9.995:
@@ -107,40 +108,35 @@ def three_digits(value: float) -> str:
 
 
 def ratio_text(value: float | None) -> str:
+    """Return a ratio to eager's time."""
     return "-" if value is None else f"{three_digits(value)}x"
 
 
 def percent_text(value: float | None) -> str:
+    """Return a percentage without its sign."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 9.5 else f"{value:.1f}" if value >= 0.095 else f"{value:.1g}"
 
 
 def memory_text(count: int | None) -> str:
-    """In millions of bytes."""
+    """Return bytes in megabytes."""
     return "-" if count is None else f"{count * 1e-6:.1f} MB"
 
 
 def accuracy_text(share: float | None) -> str:
-    """In percent; 1,000 test images tell no more than a tenth."""
+    """Return a share in percent; 1,000 test images resolve a tenth."""
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def cases_of(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows grouped by case, in order."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.case, []).append(row)
-    return list(groups.values())
-
-
 class Footnotes:
-    """Numbers for remarks; the same remark gets the same number."""
+    """Numbered remarks; the same remark gets the same number."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
 
     def mark(self, *texts: str) -> str:
+        """Return the mark of the remarks that are not empty."""
         numbers = []
         for text in texts:
             if text:
@@ -150,74 +146,81 @@ class Footnotes:
         return f" ({','.join(numbers)})" if numbers else ""
 
 
-# ------------------------------------------------------------------------------------------ table
+# --- tables ---------------------------------------------------------------------------------------
+
+WHOLE, HOST = "Whole training steps", "Host overhead, tensors of one element"
+_ABOUT_WHOLE = (
+    "memory: the most that torch held in two steps, weights and states included. "
+    "accuracy: on test images, trained to the end. vs eager: of the step's time."
+)
+_ABOUT_BANDWIDTH = (
+    "GB/s: bytes by contract over p50. % of copy: against a copy that moves as many "
+    "bytes, in the same rounds. vs eager: median of the rounds; below 1 is slower."
+)
+
+
+def sections(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Return titled groups of rows whose tables have the same columns: the large ones first."""
+    parts = [
+        ("", [row for row in rows if not row.host and not row.whole]),
+        (WHOLE, [row for row in rows if row.whole]),
+        (HOST, [row for row in rows if row.host]),
+    ]
+    return [(title, part) for title, part in parts if part]
 
 
 def print_tables(console: Console, rows: Sequence[Row], machine: dict[str, Any]) -> None:
-    """The measured table, and beneath it that of host overhead, notes and the machine."""
+    """Print the tables of each device, then the notes and the machine."""
     notes = Footnotes()
     devices = list(dict.fromkeys(row.device for row in rows))
-    parts = []
-    for device in devices:
-        name = device if len(devices) > 1 else ""
-        here = [row for row in rows if row.device == device]
-        parts.append((name, [row for row in here if not row.host and not row.whole]))
-        whole = "Whole training steps"
-        parts.append((f"{name}: {whole}" if name else whole, [row for row in here if row.whole]))
-        host = "Host overhead, tensors of one element"
-        parts.append((f"{name}: {host}" if name else host, [row for row in here if row.host]))
     # A log file has no width: take what the table needs rather than 80 columns.
     if not console.is_terminal:
         console.width = max(console.width, FULL_WIDTH)
     wide = console.width >= FULL_WIDTH
-    for title, part in parts:
-        if not part:
-            continue
-        if title:
-            console.print(Text(title, style="bold"))
-        if wide:
-            console.print(_table(part, notes, wide=True))
-            continue
-        for group in cases_of(part):
-            first = group[0]
-            name = f"{first.op}, {first.mode}, {first.shape}, {first.dtype}"
-            console.print(Text(name, style="bold"))
-            console.print(_table(group, notes, wide=False))
-    for number, text in enumerate(notes.texts, start=1):
-        console.print(Text(f"({number}) {text}"), style="dim")
-    compiled = compile_times(rows)
-    if compiled:
-        console.print(Text(compiled), style="dim")
-    if any(row.whole for row in rows):
-        console.print(
-            Text(
-                "memory: the most that torch held in two steps, weights and states included. "
-                "accuracy: on test images, trained to the end. vs eager: of the step's time."
-            ),
-            style="dim",
-        )
-    if any(not row.host and not row.whole for row in rows):
-        console.print(
-            Text(
-                "GB/s: bytes by contract over p50. % of copy: against a copy that moves as many "
-                "bytes, in the same rounds. vs eager: median of the rounds; below 1 is slower."
-            ),
-            style="dim",
-        )
-    console.print(Text(machine_facts.summary(machine)), style="dim")
-    warning = machine_facts.noise_warning(machine)
-    if warning:
+    for device in devices:
+        for title, part in sections([row for row in rows if row.device == device]):
+            heading = ": ".join(
+                text for text in (device if len(devices) > 1 else "", title) if text
+            )
+            if heading:
+                console.print(Text(heading, style="bold"))
+            if wide:
+                console.print(_table(part, notes, wide=True))
+                continue
+            for group in cases_of(part):
+                first = group[0]
+                name = f"{first.op}, {first.mode}, {first.shape}, {first.dtype}"
+                console.print(Text(name, style="bold"))
+                console.print(_table(group, notes, wide=False))
+    remarks = [f"({number}) {text}" for number, text in enumerate(notes.texts, start=1)]
+    remarks += [
+        compile_times(rows),
+        _ABOUT_WHOLE if any(row.whole for row in rows) else "",
+        _ABOUT_BANDWIDTH if any(not row.host and not row.whole for row in rows) else "",
+        machine_facts.summary(machine),
+    ]
+    for text in filter(None, remarks):
+        console.print(Text(text), style="dim")
+    if warning := machine_facts.noise_warning(machine):
         console.print(Text(warning), style="yellow")
 
 
+def _special(row: Row) -> dict[str, str]:
+    """Return the columns that only some sections have."""
+    if row.host:
+        return {"us/tensor": "-" if row.us_per_tensor is None else f"{row.us_per_tensor:.3f}"}
+    if row.whole:
+        return {
+            "memory": memory_text(row.peak_bytes),
+            "accuracy": accuracy_text(row.test_accuracy),
+        }
+    return {
+        "GB/s": "-" if row.gb_per_s is None else three_digits(row.gb_per_s),
+        "% of copy": percent_text(row.percent_of_copy),
+    }
+
+
 def _table(rows: Sequence[Row], notes: Footnotes, wide: bool) -> Table:
-    special = (
-        ["memory", "accuracy"]
-        if rows[0].whole
-        else ["us/tensor"]
-        if rows[0].host
-        else ["GB/s", "% of copy"]
-    )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     if wide:
         table.add_column("op", no_wrap=True)
@@ -226,8 +229,7 @@ def _table(rows: Sequence[Row], notes: Footnotes, wide: bool) -> Table:
     if wide:
         for name in ("mode", "shape", "dtype"):
             table.add_column(name, no_wrap=True)
-    numbers = ["p20", "p50", "p80", *special, "vs eager"]
-    for name in numbers:
+    for name in ("p20", "p50", "p80", *_special(rows[0]), "vs eager"):
         width = 7 if name.startswith("p") else 5 if name == "GB/s" else len(name)
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
     for group in cases_of(rows):
@@ -238,28 +240,23 @@ def _table(rows: Sequence[Row], notes: Footnotes, wide: bool) -> Table:
 
 def _cells(row: Row, notes: Footnotes, wide: bool) -> list[Text]:
     style = "bold" if row.provider.startswith("fusereg") else "dim" if row.provider == COPY else ""
-    provider = Text(row.provider + notes.mark(row.failed, row.note), style=style)
-    cells = [provider]
+    cells = [Text(row.provider + notes.mark(row.failed, row.note), style=style)]
     if wide:
-        cells = [Text(row.op), provider, Text(row.mode), Text(row.shape), Text(row.dtype)]
+        cells = [Text(row.op), *cells, Text(row.mode), Text(row.shape), Text(row.dtype)]
+    times = [Text(time_text(value)) for value in (row.p20_us, row.p50_us, row.p80_us)]
     if row.failed:
-        cells.append(Text("-"))
-        cells.append(Text("failed" if not row.failed.startswith("skipped") else "skipped", "red"))
-        return [*cells, *(Text("-") for _ in range(3 if row.host else 4))]
-    cells.extend(Text(time_text(value)) for value in (row.p20_us, row.p50_us, row.p80_us))
-    if row.host:
-        cells.append(Text("-" if row.us_per_tensor is None else f"{row.us_per_tensor:.3f}"))
-    elif row.whole:
-        cells += [Text(memory_text(row.peak_bytes)), Text(accuracy_text(row.test_accuracy))]
-    else:
-        cells.append(Text("-" if row.gb_per_s is None else three_digits(row.gb_per_s)))
-        cells.append(Text(percent_text(row.percent_of_copy)))
-    cells.append(Text(ratio_text(row.vs_eager), ratio_style(row)))
-    return cells
+        times = [Text("-"), Text(failure_text(row), "red"), Text("-")]
+    numbers = [Text("-" if row.failed else text) for text in _special(row).values()]
+    return [*cells, *times, *numbers, Text(ratio_text(row.vs_eager), ratio_style(row))]
+
+
+def failure_text(row: Row) -> str:
+    """Return what stands in place of the time of a provider that has none."""
+    return "skipped" if row.failed.startswith("skipped") else "failed"
 
 
 def compile_times(rows: Sequence[Row]) -> str:
-    """How long compiling took, which the times a call do not show; empty if nothing compiled."""
+    """Return how long compiling took, which the times a call do not show; empty if none did."""
     parts = [
         f"{row.shape} {row.mode} {row.dtype} {row.compile_s:.1f} s"
         for row in rows
@@ -269,14 +266,14 @@ def compile_times(rows: Sequence[Row]) -> str:
 
 
 def ratio_style(row: Row) -> str:
-    """Losses are seen as easily as wins."""
+    """Return the style of the ratio: losses are as visible as wins."""
     if row.vs_eager is None or row.provider == EAGER:
         return ""
     return "bold red" if row.vs_eager < 1.0 else "green"
 
 
-def case_line(rows: Sequence[Row], done: int, total: int) -> str:
-    """One line for a case that has just been measured, for logs."""
+def case_line(rows: Sequence[Row]) -> str:
+    """Return one line for a case that has just been measured, for logs."""
     first = rows[0]
     parts = []
     for row in rows:
@@ -285,61 +282,136 @@ def case_line(rows: Sequence[Row], done: int, total: int) -> str:
         elif row.provider != COPY:
             ratio_part = f" {ratio_text(row.vs_eager)}" if row.provider != EAGER else ""
             parts.append(f"{row.provider} {time_text(row.p50_us)}{ratio_part}")
-    name = f"{first.op} {first.mode} {first.shape} {first.dtype}"
-    return f"[{done}/{total}] {name}: {', '.join(parts)}"
+    return f"{first.op} {first.mode} {first.shape} {first.dtype}: {', '.join(parts)}"
 
 
-# --------------------------------------------------------------------------------------- markdown
+# --- overview -------------------------------------------------------------------------------------
+
+OVERVIEW_HEADER = (
+    "technique", "on", "cases", "lowest", "median", "highest", "copy", "slower", "failed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Overview:
+    """One technique on one device: fusereg's own rows, those that have a rival to be compared with.
+
+    ``slower`` counts the cases below 1; ``failed`` those that have no time.
+    """
+
+    suite: str
+    device: str
+    cases: int
+    lowest: float | None
+    median: float | None
+    highest: float | None
+    of_copy: float | None
+    slower: int
+    failed: int
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the line under OVERVIEW_HEADER."""
+        ratios = map(ratio_text, (self.lowest, self.median, self.highest))
+        share = "-" if self.of_copy is None else f"{percent_text(self.of_copy)} %"
+        counts = (str(self.slower or "-"), str(self.failed or "-"))
+        return (self.suite, self.device, str(self.cases), *ratios, share, *counts)
+
+
+def overview(rows: Sequence[Row]) -> list[Overview]:
+    """Return a line for each technique and device, in the order of the rows."""
+    groups: dict[tuple[str, str], list[list[Row]]] = {}
+    for case in cases_of(rows):
+        groups.setdefault((case[0].suite, case[0].device), []).append(case)
+    lines = []
+    for (suite, device), cases in groups.items():
+        own = [row for row in map(own_row, cases) if row is not None]
+        ratios = [row.vs_eager for row in own if row.vs_eager is not None]
+        shares = [row.percent_of_copy for row in own if row.percent_of_copy is not None]
+        lines.append(
+            Overview(
+                suite=suite,
+                device=device,
+                cases=len(cases),
+                lowest=min(ratios, default=None),
+                median=quantile(ratios, 0.5) if ratios else None,
+                highest=max(ratios, default=None),
+                of_copy=quantile(shares, 0.5) if shares else None,
+                slower=sum(value < 1.0 for value in ratios),
+                failed=len(cases) - sum(row.p50_us is not None for row in own),
+            )
+        )
+    return lines
+
+
+def print_overview(console: Console, rows: Sequence[Row]) -> None:
+    """Print the lines as a table."""
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title="Times faster than eager torch, and share of a copy's bandwidth",
+        title_justify="left",
+    )
+    for index, name in enumerate(OVERVIEW_HEADER):
+        table.add_column(name, justify="left" if index < 2 else "right", no_wrap=True)
+    for line in overview(rows):
+        texts = [Text(text) for text in line.cells()]
+        for place, count in ((-2, line.slower), (-1, line.failed)):
+            if count:
+                texts[place].stylize("bold red")
+        table.add_row(*texts)
+    # A log file has no width.
+    if not console.is_terminal:
+        console.width = max(console.width, 100)
+    console.print(table)
+
+
+# --- Markdown -------------------------------------------------------------------------------------
+
+_MARKDOWN_TITLES = {
+    WHOLE: "Whole training steps:",
+    HOST: "Host time a tensor, in us (lists of tensors with one element):",
+}
+_ABOUT_MARKDOWN = {
+    WHOLE: "A step's median time, *vs eager* as the median over interleaved rounds; below 1 is "
+    "slower. *memory*: the most that torch held in two steps. *accuracy*: on test images, "
+    "trained to the end.",
+    "": "Median times. *vs*: times faster than that provider, the median over interleaved "
+    "rounds; below 1 is slower. *of a copy*: against `dst.copy_(src)` that moves as "
+    "many bytes.",
+}
 
 
 def markdown(rows: Sequence[Row], machine: dict[str, Any]) -> str:
-    """The README's table: a line for each case, a column for each provider, nothing left out."""
+    """Return Markdown tables: a line for each case, a column for each provider."""
     notes = Footnotes()
     lines: list[str] = []
-    bandwidth = [row for row in rows if not row.host and not row.whole]
-    whole = [row for row in rows if row.whole]
-    host = [row for row in rows if row.host]
-    if bandwidth:
-        lines += _markdown_table(bandwidth, notes)
-    if whole:
-        lines += ["", "Whole training steps:", ""] if lines else []
-        lines += _markdown_whole(whole, notes)
-    if host:
-        lines += ["", "Host time a tensor, in us (lists of tensors with one element):", ""]
-        lines += _markdown_table(host, notes)
+    parts = sections(rows)
+    for title, part in parts:
+        if title and (lines or title == HOST):
+            lines += ["", _MARKDOWN_TITLES[title], ""]
+        lines += (_markdown_whole if title == WHOLE else _markdown_table)(part, notes)
     if lines:
         lines.append("")
     lines += [f"({number}) {text}  " for number, text in enumerate(notes.texts, start=1)]
     if notes.texts:
         lines.append("")
-    if whole:
-        lines.append(
-            "A step's median time, *vs eager* as the median over interleaved rounds; below 1 is "
-            "slower. *memory*: the most that torch held in two steps. *accuracy*: on test images, "
-            "trained to the end."
-        )
-    if bandwidth:
-        lines.append(
-            "Median times. *vs*: times faster than that provider, the median over interleaved "
-            "rounds; below 1 is slower. *of a copy*: against `dst.copy_(src)` that moves as "
-            "many bytes."
-        )
+    lines += [_ABOUT_MARKDOWN[title] for title, _ in reversed(parts) if title in _ABOUT_MARKDOWN]
     lines.append(f"Measured on {machine_facts.summary(machine)}.")
-    warning = machine_facts.noise_warning(machine)
-    if warning:
+    if warning := machine_facts.noise_warning(machine):
         lines += ["", f"**Noisy: {warning}.**"]
     return "\n".join(lines) + "\n"
 
 
 def _markdown_table(rows: Sequence[Row], notes: Footnotes) -> list[str]:
+    """Return a line for each case, ours last, next to its ratios."""
     host = rows[0].host
     names: list[str] = []
     for row in rows:
         if row.provider not in (COPY, "all", *names):
             names.append(row.provider)
-    # Ours last, next to its ratios.
     names.sort(key=lambda name: name == "fusereg")
-    rivals = [name for name in names if name not in ("fusereg", "WeightPenalty")]
+    rivals = [name for name in names if name not in OWN]
     has_own = "fusereg" in names
     head = ["work", "mode", "dtype", *names]
     if has_own:
@@ -364,7 +436,7 @@ def _markdown_table(rows: Sequence[Row], notes: Footnotes) -> list[str]:
 
 
 def _markdown_whole(rows: Sequence[Row], notes: Footnotes) -> list[str]:
-    """A line for each provider."""
+    """Return a line for each provider."""
     head = ["network and batch", "dtype", "provider", "step", "vs eager", "memory", "accuracy"]
     lines = [_markdown_line(head), _markdown_line(["---"] * 3 + ["---:"] * 4)]
     for row in rows:
@@ -381,10 +453,7 @@ def _markdown_time(row: Row | None, notes: Footnotes) -> str:
         return "-"
     if row.failed:
         return "failed" + notes.mark(row.failed)
-    if row.host:
-        text = "-" if row.us_per_tensor is None else f"{row.us_per_tensor:.3f}"
-    else:
-        text = time_text(row.p50_us)
+    text = _special(row)["us/tensor"] if row.host else time_text(row.p50_us)
     if row.compile_s is not None:
         text += f" (+{row.compile_s:.0f} s once)"
     return text + notes.mark(row.note)

@@ -70,8 +70,8 @@ class CudaTimer:
         stream = torch.cuda.current_stream(self._device)
         pairs = []
         for _ in range(repeats):
-            begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            begin = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
             self._flush.zero_()
             begin.record(stream)
             call()

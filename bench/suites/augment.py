@@ -132,6 +132,11 @@ class _Data:
         self.mean = torch.tensor(MEAN, device=device)[:, None, None]
         self.std = torch.tensor(STD, device=device)[:, None, None]
 
+    @property
+    def wide(self) -> torch.dtype:
+        """Return the dtype of the computation."""
+        return torch.float64 if self.dtype is torch.float64 else torch.float32
+
     def normalized(self, v: Tensor) -> Tensor:
         """Normalize images in [0, 255], in the dtype and layout of the result."""
         y = (v / 255 - self.mean) / self.std
@@ -201,15 +206,15 @@ def _crops(data: _Data) -> list[Provider]:
 
 def _resizes(data: _Data) -> list[Provider]:
     found = [
-        _provider(EAGER, lambda: lambda: _resize(data, data.x.float()), "interpolate of floats"),
-        _provider(UINT8, lambda: lambda: _resize(data, data.x), "rounded after each pass"),
+        _provider(EAGER, lambda: lambda: _resize(data), "interpolate of floats"),
+        _provider(UINT8, lambda: lambda: _resize(data, True), "rounded after each pass"),
         _fused(data, augment.resize, SMALL),
     ]
     return [found[0], found[2]] if data.x.is_cuda else found
 
 
 def _warp(data: _Data) -> Tensor:
-    dtype = torch.float64 if data.dtype is torch.float64 else torch.float32
+    dtype = data.wide
     steps = torch.arange(SIZE, dtype=dtype, device=data.x.device)
     m = data.matrix.to(dtype)[:, None, None]
     col, row = steps[None, None, :], steps[None, :, None]
@@ -228,7 +233,8 @@ def _crop(data: _Data) -> Tensor:
     return data.normalized(torch.stack(views))
 
 
-def _resize(data: _Data, x: Tensor) -> Tensor:
+def _resize(data: _Data, rounded: bool = False) -> Tensor:
+    x = data.x if rounded else data.x.to(data.wide)
     return data.normalized(F.interpolate(x, SMALL, mode="bilinear", antialias=True))
 
 
@@ -302,8 +308,9 @@ def _cv2(data: _Data) -> list[Provider]:
         return []
 
     def make(threads: int) -> Callable[[], Tensor]:
-        import cv2
         import numpy as np
+
+        cv2 = importlib.import_module("cv2")
 
         cv2.setNumThreads(1)
         images = data.x.permute(0, 2, 3, 1).contiguous().numpy()
@@ -346,8 +353,8 @@ def _check(data: _Data, mode: str, call: Call) -> Accuracy:
     if tuple(result.shape) != shape or result.dtype is not data.dtype:
         return Accuracy(math.inf, 0.0, f"result of shape {tuple(result.shape)}")
     few = data.exact(4)
-    wanted = {WARP: _warp, CROP: _crop, RESIZE: lambda d: _resize(d, d.x.double())}[mode](few)
-    error = relative_error([result[:4]], [wanted])
+    exact = {WARP: _warp, CROP: _crop, RESIZE: _resize}
+    error = relative_error([result[:4]], [exact[mode](few)])
     tolerance = _TOLERANCE[data.dtype]
     if error <= 0.05:
         # cv2's weights are multiples of 1/32; torch resizes bytes to bytes.

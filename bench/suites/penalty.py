@@ -140,7 +140,7 @@ def _value_gradient_providers(data: _Data) -> list[Provider]:
         l1_term = _total(p.abs().sum() for p in parameters)
         l2_term = _total(p.pow(2).sum() for p in parameters)
         loss = L1 * l1_term + L2 / 2 * l2_term
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.detach()
 
     def foreach() -> object:

@@ -197,7 +197,7 @@ FUSEREG_INLINE Vector<Number<T>> load_run(const T* p) {
     return to_floats(
         bit_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
 #else
-    Ints v;
+    Ints v{};
     for (int i = 0; i < kLanes; ++i) v[i] = p[i];
     return to_floats(v);
 #endif

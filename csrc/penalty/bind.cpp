@@ -1,6 +1,7 @@
 // fusereg._C: penalties and proximal steps over lists of tensors. Contract: penalty.h, _C.pyi.
 #include <optional>
 
+#include "core/call.h"
 #include "core/tensor_list.h"
 #include "penalty/penalty.h"
 

@@ -1,4 +1,4 @@
-"""Makes the pictures of the pages: `python docs/scripts/pictures.py [NAME...]`.
+"""Make the pictures of the pages: `python docs/scripts/pictures.py [NAME...]`.
 
 Each is computed by the package itself, from fixed seeds, or from the results in bench/results/.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,12 @@ from torch import Tensor, nn
 
 import fusereg
 from fusereg import functional as F
-from fusereg.demo.style import COLOURS, FUSED_COLOUR, GREY, PLAIN_COLOUR, new_figure, png, tidy
+from fusereg.bench import SUITES
+from fusereg.bench.harness.figures import styles
+from fusereg.demo import style
+from fusereg.demo.style import COLORS, FUSED_COLOR, GRAY, PLAIN_COLOR, png, tidy
+
+new_figure = partial(style.new_figure, layout=None)
 
 IMAGES = Path(__file__).resolve().parents[1] / "images"
 
@@ -47,10 +53,10 @@ def _paths(
     axes: Axes, weights: Sequence[Tensor], relevant: int, title: str, scale: float = 0.1
 ) -> None:
     history = torch.stack(list(weights))
-    axes.plot(history[:, relevant:], color=PLAIN_COLOUR, linewidth=0.8)
-    axes.plot(history[:, :relevant], color=FUSED_COLOUR, linewidth=1.3)
-    axes.plot([], [], color=FUSED_COLOUR, label="the 8 that matter")
-    axes.plot([], [], color=PLAIN_COLOUR, label="the other 32")
+    axes.plot(history[:, relevant:], color=PLAIN_COLOR, linewidth=0.8)
+    axes.plot(history[:, :relevant], color=FUSED_COLOR, linewidth=1.3)
+    axes.plot([], [], color=FUSED_COLOR, label="the 8 that matter")
+    axes.plot([], [], color=PLAIN_COLOR, label="the other 32")
     axes.set_yscale("symlog", linthresh=scale, linscale=1.5)
     axes.set_yticks([-1, -0.1, 0, 0.1, 1], ["-1", "-0.1", "0", "0.1", "1"])
     axes.set_xlabel("step")
@@ -61,6 +67,7 @@ def _paths(
 
 
 def penalties() -> Figure:
+    """Draw the paths of weights under an L1 penalty, by gradient and by proximal step."""
     x, y, relevant = _lasso()
     lr, strength = 0.05, 0.05
 
@@ -91,6 +98,7 @@ def penalties() -> Figure:
 
 
 def optimizers() -> Figure:
+    """Draw the paths of weights under AdamW with an L1 penalty."""
     x, y, relevant = _lasso(512)
 
     def run(prox: bool | str) -> list[Tensor]:
@@ -121,6 +129,7 @@ def optimizers() -> Figure:
 
 
 def dropouts() -> Figure:
+    """Draw what each kind of dropout keeps."""
     size, p = 16, 0.3
     x = torch.ones(2, 3, size, size)
     sequences = torch.ones(6, 16, 3)
@@ -164,6 +173,7 @@ def dropouts() -> Figure:
 
 
 def shards() -> Figure:
+    """Draw a mask beside the masks of its shards."""
     whole = F.dropout(torch.ones(8, 32), 0.4, seed=11)
     parts = [
         F.dropout(torch.ones(2, 32), 0.4, seed=11, index_offset=rank * 64) for rank in range(4)
@@ -188,6 +198,7 @@ def shards() -> Figure:
 
 
 def fused_bytes() -> Figure:
+    """Draw the bytes that fused and unfused steps move."""
     # Reads and writes of an element of a bfloat16 activation, in bytes; masks have 1.
     steps = [
         # name, forward by steps, fused, backward by steps, fused
@@ -202,8 +213,8 @@ def fused_bytes() -> Figure:
     for axes, title, start in zip(_axes(figure, 2), ("forward", "backward"), (1, 3), strict=True):
         places = np.arange(len(steps))
         plain, fused = [s[start] for s in steps], [s[start + 1] for s in steps]
-        axes.barh(places - 0.2, plain, 0.38, color=PLAIN_COLOUR, label="steps one by one")
-        axes.barh(places + 0.2, fused, 0.38, color=FUSED_COLOUR, label="fused")
+        axes.barh(places - 0.2, plain, 0.38, color=PLAIN_COLOR, label="steps one by one")
+        axes.barh(places + 0.2, fused, 0.38, color=FUSED_COLOR, label="fused")
         for at, (a, b) in enumerate(zip(plain, fused, strict=True)):
             axes.text(a + 0.2, at - 0.2, str(a), va="center", fontsize=8.5)
             axes.text(b + 0.2, at + 0.2, str(b), va="center", fontsize=8.5)
@@ -225,6 +236,7 @@ def fused_bytes() -> Figure:
 
 
 def norm_error() -> Figure:
+    """Draw the error of normalization over the mean of the input."""
     ratios = [10.0**k for k in (0, 1, 2, 3, 4, 5)]
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(16, 32, 28, 28, dtype=torch.float64, generator=generator)
@@ -254,13 +266,13 @@ def norm_error() -> Figure:
         9.5, 3.9, "Error of normalization", "float32 in and out, against float64 of the same input"
     )
     left, right = _axes(figure, 2)
-    left.loglog(ratios, [batch(theirs, r, False) for r in ratios], "o-", color=PLAIN_COLOUR,
+    left.loglog(ratios, [batch(theirs, r, False) for r in ratios], "o-", color=PLAIN_COLOR,
                 label="torch, NCHW")  # fmt: skip
-    left.loglog(ratios, [batch(theirs, r, True) for r in ratios], "s--", color=COLOURS[4],
+    left.loglog(ratios, [batch(theirs, r, True) for r in ratios], "s--", color=COLORS[4],
                 label="torch, channels_last")  # fmt: skip
-    left.loglog(ratios, [batch(ours, r, False) for r in ratios], "o-", color=FUSED_COLOUR,
+    left.loglog(ratios, [batch(ours, r, False) for r in ratios], "o-", color=FUSED_COLOR,
                 label="fusereg, NCHW")  # fmt: skip
-    left.loglog(ratios, [batch(ours, r, True) for r in ratios], "s--", color=COLOURS[2],
+    left.loglog(ratios, [batch(ours, r, True) for r in ratios], "s--", color=COLORS[2],
                 label="fusereg, channels_last")  # fmt: skip
     left.set_title("batch normalization, 16 × 32 × 28 × 28", fontsize=10)
 
@@ -270,9 +282,9 @@ def norm_error() -> Figure:
     def our_layer(x: Tensor) -> Tensor:
         return F.dropout_add_layer_norm(x, None, p=0.0, eps=1e-9)
 
-    right.loglog(ratios, [layer(their_layer, r) for r in ratios], "o-", color=PLAIN_COLOUR,
+    right.loglog(ratios, [layer(their_layer, r) for r in ratios], "o-", color=PLAIN_COLOR,
                  label="torch")  # fmt: skip
-    right.loglog(ratios, [layer(our_layer, r) for r in ratios], "o-", color=FUSED_COLOUR,
+    right.loglog(ratios, [layer(our_layer, r) for r in ratios], "o-", color=FUSED_COLOR,
                  label="fusereg")  # fmt: skip
     right.set_title("layer normalization, rows of 1024", fontsize=10)
     for axes in (left, right):
@@ -289,7 +301,7 @@ def norm_error() -> Figure:
 
 
 def _cards(n: int, size: int = 96) -> Tensor:
-    """Test images [n, 3, size, size] uint8: a grid, a disc, a triangle that shows what is up."""
+    """Return test images [n, 3, size, size] uint8: a grid, a disc, a triangle that points up."""
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     cards = []
     for i in range(n):
@@ -307,6 +319,7 @@ def _cards(n: int, size: int = 96) -> Tensor:
 
 
 def augmentation() -> Figure:
+    """Draw augmented test images."""
     from fusereg.augment import Augment, Erase, Mix
 
     cards = _cards(8)
@@ -343,6 +356,7 @@ def augmentation() -> Figure:
 
 
 def early_stopping() -> Figure:
+    """Draw a metric with the reference and the best of early stopping."""
     generator = torch.Generator().manual_seed(4)
     epochs = torch.arange(40.0)
     curve = 0.4 + 0.6 * torch.exp(-epochs / 6) + 0.006 * (epochs - 14).clamp_min(0)
@@ -368,21 +382,21 @@ def early_stopping() -> Figure:
     (axes,) = _axes(figure, 1)
     axes.plot(metric, color="#bbbbbb", linewidth=1, label="what would have come")
     axes.plot(seen, [metric[e] for e in seen], color="#000000", linewidth=1.4, label="metric")
-    axes.step(seen, reference, where="post", color=PLAIN_COLOUR, label="reference: gates patience")
-    axes.step(seen, best, where="post", color=FUSED_COLOUR, linestyle="--", label="best")
-    axes.plot(improved, [metric[e] for e in improved], "o", color=PLAIN_COLOUR, label="improved")
-    axes.plot(bests, [metric[e] for e in bests], ".", color=FUSED_COLOUR, label="new best")
+    axes.step(seen, reference, where="post", color=PLAIN_COLOR, label="reference: gates patience")
+    axes.step(seen, best, where="post", color=FUSED_COLOR, linestyle="--", label="best")
+    axes.plot(improved, [metric[e] for e in improved], "o", color=PLAIN_COLOR, label="improved")
+    axes.plot(bests, [metric[e] for e in bests], ".", color=FUSED_COLOR, label="new best")
     end, kept = seen[-1], stopper.best_epoch
     assert kept is not None
-    axes.axvline(end, color=COLOURS[4], linewidth=1)
-    axes.text(end + 0.3, 0.9, f"stopped after epoch {end}", color=COLOURS[4], fontsize=9)
+    axes.axvline(end, color=COLORS[4], linewidth=1)
+    axes.text(end + 0.3, 0.9, f"stopped after epoch {end}", color=COLORS[4], fontsize=9)
     axes.annotate(
         f"restored: epoch {kept}",
         (kept, metric[kept]),
         (kept - 9, 0.36),
         fontsize=9,
-        color=FUSED_COLOUR,
-        arrowprops={"arrowstyle": "->", "color": FUSED_COLOUR},
+        color=FUSED_COLOR,
+        arrowprops={"arrowstyle": "->", "color": FUSED_COLOR},
     )
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation loss")
@@ -393,6 +407,7 @@ def early_stopping() -> Figure:
 
 
 def convert() -> Figure:
+    """Draw a residual block before and after conversion."""
     figure = new_figure(
         9.5, 3.3, "A residual block before and after convert", "each box is one kernel or more"
     )
@@ -401,9 +416,9 @@ def convert() -> Figure:
     axes.set_ylim(0, 40)
     axes.axis("off")
 
-    def box(x: float, y: float, width: float, text: str, colour: str) -> None:
+    def box(x: float, y: float, width: float, text: str, color: str) -> None:
         axes.add_patch(
-            FancyBboxPatch((x, y), width, 7, boxstyle="round,pad=0.3", fc=colour, ec="#444444")
+            FancyBboxPatch((x, y), width, 7, boxstyle="round,pad=0.3", fc=color, ec="#444444")
         )
         axes.text(x + width / 2, y + 3.5, text, ha="center", va="center", fontsize=9)
 
@@ -419,12 +434,12 @@ def convert() -> Figure:
             )
         )
 
-    torch_colour, fused = "#fbe3b3", "#bcd9ee"
+    torch_color, fused = "#fbe3b3", "#bcd9ee"
     chain = [("conv", 9), ("bn1", 8), ("ReLU", 8), ("conv", 9), ("bn2", 8), ("+", 5), ("ReLU", 8)]
     at = 12.0
     axes.text(1, 28.5, "torch", fontsize=10, va="center")
     for i, (name, width) in enumerate(chain):
-        box(at, 25, width, name, "#eeeeee" if name == "conv" else torch_colour)
+        box(at, 25, width, name, "#eeeeee" if name == "conv" else torch_color)
         if i + 1 < len(chain):
             arrow(at + width + 0.4, 28.5, at + width + 3.6, 28.5)
         at += width + 4
@@ -444,6 +459,7 @@ def convert() -> Figure:
 
 
 def communication() -> Figure:
+    """Draw the bytes that a process receives in a step."""
     processes = np.array([2**k for k in range(1, 14)], dtype=float)
     channels, parameters = 26_560, 25_557_032
     ring = 2 * (processes - 1) / processes
@@ -457,10 +473,10 @@ def communication() -> Figure:
     )
     (axes,) = _axes(figure, 1)
     axes.loglog(processes, gradients, color="#000000", label="gradients (DDP, ring all-reduce)")
-    axes.loglog(processes, over_all, color=COLOURS[4], label="SyncBatchNorm over all processes")
-    axes.loglog(processes, grouped, "--", color=FUSED_COLOUR, label="SyncBatchNorm, groups of 64")
+    axes.loglog(processes, over_all, color=COLORS[4], label="SyncBatchNorm over all processes")
+    axes.loglog(processes, grouped, "--", color=FUSED_COLOR, label="SyncBatchNorm, groups of 64")
     axes.loglog(
-        processes, numbers, ":", color=COLOURS[3], label="penalty's value, norm of the gradients"
+        processes, numbers, ":", color=COLORS[3], label="penalty's value, norm of the gradients"
     )
     axes.set_xlabel("processes")
     axes.set_ylabel("bytes")
@@ -475,6 +491,7 @@ def communication() -> Figure:
 
 
 def roofline() -> Figure:
+    """Draw the stored results in percent of a copy."""
     rows = [
         r
         for r in tables.load()
@@ -484,19 +501,22 @@ def roofline() -> Figure:
         9.5, 4.4, "Percent of a copy", "float32, all measured cases; a copy moves as many bytes"
     )
     (axes,) = _axes(figure, 1)
-    for i, suite in enumerate(dict.fromkeys(r["suite"] for r in rows)):
+    suites = list(dict.fromkeys(r["suite"] for r in rows))
+    style = styles([*SUITES, *suites])
+    for suite in suites:
         own = [r for r in rows if r["suite"] == suite]
+        color, marker = style[suite]
         axes.scatter(
             [r["bytes"] for r in own],
             [r["percent_of_copy"] for r in own],
             s=22,
-            color=COLOURS[1:][i % 6],
-            marker="osD^vPX"[i % 7],
+            color=color,
+            marker=marker,
             label=suite.replace("_", " "),
             alpha=0.85,
         )
-    axes.axhline(100, color=GREY, linewidth=1)
-    axes.text(3.3e6, 106, "copy", color=GREY, fontsize=8.5)
+    axes.axhline(100, color=GRAY, linewidth=1)
+    axes.text(3.3e6, 106, "copy", color=GRAY, fontsize=8.5)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
@@ -526,6 +546,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Make the pictures that are named; return the exit status."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="which; all if none is named")
     for name in parser.parse_args(argv).names or PICTURES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -87,17 +87,21 @@ class _Result(NamedTuple):
 
     def resolve(
         self, x: Tensor, size: Sequence[int], op: str
-    ) -> tuple[_ops.Target, tuple[float, ...], tuple[float, ...]]:
-        """Return the target, and scale and shift for each channel."""
+    ) -> tuple[_ops.Target, tuple[_ops.Channels, _ops.Channels]]:
+        """Return the target, and (scale, shift) for each channel."""
         normal = normalization(self.mean, self.std, op)
-        scale, shift = scale_and_shift(normal, x.dtype, x.shape[1], op)
+        affine = scale_and_shift(normal, x.dtype, x.shape[1], op)
         dtype = self.out_dtype
         if dtype is None and isinstance(self.out, Tensor):
             dtype = self.out.dtype
         if dtype is None:
             dtype = torch.float32 if normal and x.dtype is torch.uint8 else x.dtype
         _ops.check_dtype(dtype, op)
-        return _ops.Target.of(x, size, dtype, self.memory_format), scale, shift
+        return _ops.Target.of(x, size, dtype, self.memory_format), affine
+
+
+_Sampling: TypeAlias = tuple[str, bool, str, object]
+_NEAREST: _Sampling = ("nearest", False, "constant", 0.0)
 
 
 def _apply(
@@ -106,18 +110,16 @@ def _apply(
     size: Sequence[int],
     result: _Result,
     op: str,
-    *sampling: Any,
+    sampling: _Sampling = _NEAREST,
+    *,
     keys: Tensor | None = None,
     erase: tuple[float, ...] | None = None,
 ) -> Tensor:
-    """Apply a pass; ``sampling``: interpolation, antialias, fill mode and fill."""
-    interpolation, antialias, *_ = sampling = sampling or ("nearest", False, "constant", 0.0)
-    target, scale, shift = result.resolve(x, size, op)
-    options = _ops.Options.of(x.shape[1], op, *sampling)._replace(scale=scale, shift=shift)
-    if flag(antialias, op, "antialias") and interpolation == "nearest":
+    """Apply a pass; ``sampling`` is interpolation, antialias, fill mode and fill."""
+    target, affine = result.resolve(x, size, op)
+    options = _ops.Options.of(x.shape[1], op, sampling, affine, erase)
+    if flag(sampling[1], op, "antialias") and sampling[0] == "nearest":
         raise ValueError(f"fusereg.{op}: antialias needs interpolation 'bilinear' or 'bicubic'")
-    if erase is not None:
-        options = options._replace(erase=erase)
     keys = None if keys is None else keys.to(x.device)
     return _ops.apply(x, records.to(x.device), keys, target, options, op, result.out)
 
@@ -177,7 +179,7 @@ def warp_affine(
     records = _identity(x).to(matrix.device)
     records[:, :6] = matrix.double().reshape(-1, 6)
     result = _Result(mean, std, out_dtype, memory_format, out)
-    return _apply(x, records, shape, result, op, interpolation, antialias, fill_mode, fill)
+    return _apply(x, records, shape, result, op, (interpolation, antialias, fill_mode, fill))
 
 
 def _for_samples(value: object, n: int, op: str, name: str, kind: str) -> Tensor:
@@ -256,7 +258,7 @@ def crop_flip_normalize(
     numbers = torch.stack(places, 1).double()
     records = torch.addmm(_IDENTITY.to(device), numbers, _WINDOW.to(device))
     result = _Result(mean, std, out_dtype, memory_format, out)
-    return _apply(x, records, (height, width), result, op, "nearest", False, fill_mode, fill)
+    return _apply(x, records, (height, width), result, op, ("nearest", False, fill_mode, fill))
 
 
 def resize(
@@ -296,15 +298,17 @@ def resize(
     height, width = size_pair(size, op)
     result = _Result(mean, std, out_dtype, memory_format, out)
     if flag(antialias, op, "antialias") and interpolation in ("bilinear", "bicubic"):
-        target, scale, shift = result.resolve(x, (height, width), op)
-        resampling = (INTERPOLATIONS[interpolation], False, scale, shift)
+        target, affine = result.resolve(x, (height, width), op)
+        resampling = (INTERPOLATIONS[interpolation], False, *affine)
         return _ops.call(_resize_ops.resize, x, (*target, *resampling), target, op, out)
     by_y, by_x = x.shape[2] / height, x.shape[3] / width
     records = _identity(x)
     records[:, :6] = torch.tensor(
         [by_x, 0.0, (by_x - 1.0) / 2.0, 0.0, by_y, (by_y - 1.0) / 2.0], dtype=torch.float64
     )
-    return _apply(x, records, (height, width), result, op, interpolation, antialias, "border", 0.0)
+    return _apply(
+        x, records, (height, width), result, op, (interpolation, antialias, "border", 0.0)
+    )
 
 
 def _boxes(boxes: object, n: int, op: str) -> Tensor:

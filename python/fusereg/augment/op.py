@@ -8,7 +8,7 @@ records; with ``color`` it also needs x, because of the clamp.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from .. import _C
 from ..core import checks, dispatch, operator
 from .arguments import FILL_MODES, INTERPOLATIONS, for_channels, one_of, per_channel
 
+#: A number for each channel.
+Channels: TypeAlias = Sequence[float]
 DTYPES = (torch.uint8, *checks.SUPPORTED_DTYPES)
 
 
@@ -27,31 +29,35 @@ class Options(NamedTuple):
     antialias: bool
     fill_mode: int
     color: bool
-    fill: Sequence[float]
-    scale: Sequence[float]
-    shift: Sequence[float]
-    erase: Sequence[float]
+    fill: Channels
+    scale: Channels
+    shift: Channels
+    erase: Channels
 
     @staticmethod
     def of(
         channels: int,
         op: str,
-        interpolation: object,
-        antialias: bool,
-        fill_mode: object,
-        fill: object,
+        sampling: tuple[object, bool, object, object],
+        affine: tuple[Channels, Channels] | None = None,
+        erase: Channels | None = None,
     ) -> Options:
-        """Check how pixels are sampled, and return options that leave their values alone."""
+        """Check interpolation, antialias, fill mode and fill, and return all options.
+
+        ``affine`` is scale and shift; without them, values stay as they are.
+        """
+        interpolation, antialias, fill_mode, fill = sampling
         zeros = (0.0,) * channels
+        scale, shift = affine or ((1.0,) * channels, zeros)
         return Options(
             INTERPOLATIONS[one_of(interpolation, op, "interpolation", list(INTERPOLATIONS))],
             antialias,
             FILL_MODES[one_of(fill_mode, op, "fill_mode", list(FILL_MODES))],
             False,
             for_channels(per_channel(fill, op, "fill"), channels, op, "fill"),
-            (1.0,) * channels,
-            zeros,
-            zeros,
+            scale,
+            shift,
+            erase or zeros,
         )
 
     def linear(self, op: str) -> Options:
@@ -147,9 +153,9 @@ def _constants(flat: Sequence[Any]) -> tuple[Target, Options, str]:
 def _forward(
     x: Tensor, records: Tensor, keys: Tensor | None, *flat: Any, out: Tensor | None = None
 ) -> Tensor:
-    target, options, op = _constants(flat)
-    y = target.empty(x) if out is None else out
-    return run(_C.augment_forward, y, x, (records, keys, *options, keys is not None, op), op)
+    y = Target(*flat[:3]).empty(x) if out is None else out
+    op = flat[11] if len(flat) > 11 else "augment"
+    return run(_C.augment_forward, y, x, (records, keys, *flat[3:11], keys is not None, op), op)
 
 
 def _save(ctx: Any, args: tuple[Any, ...], y: Tensor) -> None:
@@ -289,8 +295,6 @@ def call(
         return result if out is None else out.copy_(result)
     if out is not None:
         return operation.into(out, x, *arguments)
-    if target.dtype is torch.uint8:  # which has no gradient
-        result = operation.kernel(x, *arguments)
-    else:
-        result = operation.eager(x, *arguments)
+    has_gradient = target.dtype is not torch.uint8 and operator.differentiated(x)
+    result = (operation.apply if has_gradient else operation.kernel)(x, *arguments)
     return result

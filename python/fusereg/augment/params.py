@@ -382,7 +382,7 @@ class AugmentParams:
         cut = (self.records[:, 15] == 0) & (self.records[:, 14] >= 0)
         kept = torch.where(cut[:, None], self.records, self.without_mix().records)
         kept[:, 6:10] = 0
-        y = replace(self, records=kept)._render(x, op, "nearest", False, fill_mode, fill)
+        y = replace(self, records=kept)._render(x, op, ("nearest", False, fill_mode, fill))
         y = y if mask.dim() == 4 else y[:, 0]
         return y.to(mask.dtype)
 
@@ -399,11 +399,11 @@ class AugmentParams:
         geometry = self.without_mix()
         geometry.records[:, 6:10] = 0
         op = "AugmentParams.warp"
-        return geometry._render(x, op, interpolation, antialias, fill_mode, fill)
+        return geometry._render(x, op, (interpolation, antialias, fill_mode, fill))
 
-    def _render(self, x: Tensor, op: str, *sampling: Any) -> Tensor:
+    def _render(self, x: Tensor, op: str, sampling: tuple[str, bool, str, Any]) -> Tensor:
         self.check_images(x, op)
-        options = _ops.Options.of(_ops.check_images(x, op).shape[1], op, *sampling)
+        options = _ops.Options.of(_ops.check_images(x, op).shape[1], op, sampling)
         target = _ops.Target.of(x, self.size, x.dtype)
         return _ops.apply(x, self.records.to(x.device), None, target, options, op)
 

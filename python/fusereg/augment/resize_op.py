@@ -54,19 +54,19 @@ def _band(
 
 
 def _forward(x: Tensor, *flat: Any, out: Tensor | None = None) -> Tensor:
-    target, how = Target(*flat[:3]), Resampling(*flat[3:])
+    target = Target(*flat[:3])
+    interpolation, transposed, scale, shift = flat[3:]
     dtype = compute_dtype(x.dtype)
-
-    def band(side: int, new_side: int) -> tuple[Tensor, Tensor]:
-        sides = (new_side, side) if how.transposed else (side, new_side)
-        return _band(*sides, how.interpolation, how.transposed, dtype, x.device)
-
-    y = target.empty(x) if out is None else out
-    rows, columns = band(x.shape[2], target.size[0]), band(x.shape[3], target.size[1])
+    n, c, *sides = x.shape
+    bands: list[Tensor] = []
+    for side, new_side in zip(sides, target.size, strict=True):
+        ends = (new_side, side) if transposed else (side, new_side)
+        bands += _band(*ends, interpolation, transposed, dtype, x.device)
     scratch = None
     if x.device.type != "cpu" or _C.CUDA_ON_HOST:
-        scratch = x.new_empty(x.shape[0] * x.shape[1] * target.size[0] * x.shape[3], dtype=dtype)
-    arguments = (*rows, *columns, scratch, how.scale, how.shift, "resize")
+        scratch = x.new_empty(n * c * target.size[0] * sides[1], dtype=dtype)
+    y = target.empty(x) if out is None else out
+    arguments = (*bands, scratch, scale, shift, "resize")
     return run(_C.augment_resize, y, x, arguments, "resize")
 
 

@@ -14,7 +14,11 @@ from ..core.masks import SEED, P, dropped, mask, mask_like
 from .functional import batch_norm
 from .variants import BatchRenorm
 
-_SHAPES: dict[str, Shape] = {**IMAGES, "small": (5, 37, 9, 11), "large": (9, 41, 19, 23)}
+_SHAPES: dict[str, Shape] = {
+    **{size: IMAGES[size] for size in ("tiny", "empty")},
+    "small": (5, 37, 9, 11),
+    "large": (9, 41, 19, 23),
+}
 _torch_norm: Any = torch.nn.functional.batch_norm
 _AFFINE = ("x", "weight", "bias")
 _ALL = ("x", "running_mean", "running_var", "weight", "bias")
@@ -167,6 +171,7 @@ OPERATIONS = [
         channels_last=True,
         options={"training": True, "activation": "gelu"},
         written=_RUNNING,
+        refuses={"in place": "wants activation None or 'leaky_relu'"},
     ),
     _row(
         "batch_norm, evaluation",
@@ -175,6 +180,7 @@ OPERATIONS = [
         lambda *t: silu(_torch_norm(*t)),
         options={"training": False, "activation": "silu"},
         constants=_RUNNING,
+        refuses={"in place": "wants activation None or 'leaky_relu'"},
     ),
     _row(
         "batch_norm, activation and residual",
@@ -184,6 +190,7 @@ OPERATIONS = [
         channels_last=True,
         options={**_BATCH_ALONE, "activation": "relu"},
         kink=_with_residual,
+        refuses={"in place": "and residual exclude each other"},
     ),
     _row(
         "batch_norm, dropout",
@@ -198,6 +205,7 @@ OPERATIONS = [
             "seed": SEED,
         },
         kink=_trained,
+        refuses={"in place": "supports no dropout"},
     ),
     _row(
         "batch_norm, virtual batches",

@@ -1,4 +1,4 @@
-"""Parses the command line, runs one command, turns errors into one line and an exit code.
+"""Parses the command line, runs one command, and turns errors into one line and an exit code.
 
 Exit codes: 0 all is well; 1 the command ran and something failed (a kernel's result is wrong, a
 file cannot be written); 2 the command line or the input data are wrong.
@@ -18,7 +18,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import fusereg
-from fusereg.cli.errors import InputError
+from fusereg import cpu
+from fusereg.cli.errors import InputError, one_line
+from fusereg.core import interpreter
 
 COMMANDS = ("info", "verify", "demo", "bench")
 
@@ -29,7 +31,7 @@ EXIT_INTERRUPTED = 130  # what shells report for a program that SIGINT ended
 
 
 class Command(Protocol):
-    """What each command's module provides."""
+    """A command's module."""
 
     def add_parser(self, subparsers: argparse._SubParsersAction[Any]) -> object: ...
 
@@ -41,7 +43,7 @@ def _command(name: str) -> Command:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+    """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="fusereg",
         description="Regularization techniques for PyTorch as fused C++/CUDA kernels.",
@@ -59,17 +61,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    else:
-        text = str(error)
-    text = " ".join(text.split()) or type(error).__name__
-    return text if isinstance(error, InputError | OSError) else f"{type(error).__name__}: {text}"
+def _check_environment() -> None:
+    try:
+        cpu.instruction_set()
+    except ValueError as error:  # FUSEREG_CPU_ISA names one that is not there
+        raise InputError(str(error)) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `fusereg` with these arguments (None: the process's own) and gives its exit code."""
+    """Run `fusereg` with these arguments (None: the process's own) and return its exit code."""
+    interpreter.accept_interrupts()
     parser = build_parser()
     try:
         args = parser.parse_args(argv)
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return EXIT_USAGE
     try:
+        _check_environment()
         code = _command(args.command).run(args)
         sys.stdout.flush()
         return code
@@ -93,5 +95,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.traceback:
             traceback.print_exc()
-        print(f"fusereg {args.command}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"fusereg {args.command}: error: {one_line(error)}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, InputError) else EXIT_FAILED

@@ -1,4 +1,4 @@
-"""``fusereg bench``: how fast the kernels are on this machine, next to the other ways to do it."""
+"""``fusereg bench``: measure the kernels on this machine, beside other implementations."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _DESCRIPTION = """\
-Measures the kernels against eager PyTorch, torch._foreach and torch.compile on this machine, all
+Measures the kernels against eager PyTorch, torch._foreach and torch.compile on this machine,
 interleaved, and against a copy that moves as many bytes. Losses are shown like wins. Close other
 programs first; a full run takes minutes, and Ctrl-C keeps what has been measured.
 """
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds the command and its arguments."""
+    """Add the command and its arguments."""
     parser = subparsers.add_parser(
         "bench", help="benchmark the kernels on this machine", description=_DESCRIPTION
     )
@@ -36,7 +36,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--dtype", metavar="NAMES", help="such as float32,bfloat16")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's")
     parser.add_argument(
-        "--only", metavar="PATTERN", help="only cases whose name has this in it (* and ? allowed)"
+        "--only", metavar="PATTERN", help="only cases whose name contains this (* and ? allowed)"
     )
     parser.add_argument("--providers", metavar="NAMES", help="such as eager,fusereg; default: all")
     parser.add_argument("--list", action="store_true", help="print the cases' names and stop")
@@ -66,13 +66,13 @@ def add_parser(subparsers: Subparsers) -> None:
         "--from",
         dest="read",
         metavar="FILE",
-        help="measure nothing: show a file that --json wrote (with --markdown, --plot, --html)",
+        help="measure nothing: show a file written by --json (with --markdown, --plot, --html)",
     )
     parser.add_argument(
         "--compare",
         nargs=2,
         metavar=("OLD.json", "NEW.json"),
-        help="measure nothing: show what moved by more than the noise of both runs",
+        help="measure nothing: show which times changed by more than the noise of both runs",
     )
     parser.add_argument(
         "--fail-on-slower",
@@ -87,8 +87,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures and reports; returns the exit status."""
-    # By name, and only now: the package lies in the repository's bench/ and is put here by the
-    # build, and `fusereg --help` must not wait for it.
-    command = importlib.import_module("fusereg.bench.command")
+    """Measure and report; return the exit status."""
+    # By name: the package is the repository's bench/, which the build puts here. Only now:
+    # `fusereg --help` must not wait for it.
+    command = importlib.import_module("fusereg.bench.harness.command")
     return int(command.run(args))

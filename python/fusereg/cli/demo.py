@@ -11,7 +11,7 @@ from fusereg.cli.errors import require_packages
 from fusereg.cli.output import add_json
 
 DEFAULT_OUT = "demo-results"
-DEFAULT_EPOCHS = 40
+DEFAULT_EPOCHS = 32
 
 
 def _whole(low: int) -> Callable[[str], int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+from fusereg.cli.output import add_json, write_json
 
 if TYPE_CHECKING:
     from fusereg.cli.checks import CheckResult
@@ -16,24 +17,22 @@ SCHEMA = 1
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Adds `info` to the command line."""
+    """Add `info` to the command line."""
     parser = subparsers.add_parser(
         "info",
         help="versions, instruction sets, CUDA, and a real call of each kernel",
         description=(
-            "Shows versions, the instruction set that the kernels use (FUSEREG_CPU_ISA "
-            "overrides it), "
-            "the CUDA build and devices, the OpenMP runtimes loaded, and calls every kernel on "
-            "every "
-            "backend of this machine, each result compared with torch in float64. "
-            "Exit code 1 if a kernel fails."
+            "Shows versions, the instruction set that the kernels use (FUSEREG_CPU_ISA overrides "
+            "it), the CUDA build and devices, the OpenMP runtimes loaded, and calls every kernel "
+            "on every backend of this machine, each result compared with torch in float64. Exit "
+            "code 1 if a kernel fails."
         ),
     )
-    parser.add_argument("--json", action="store_true", help="the same content as JSON")
+    add_json(parser, "the same content")
 
 
 def facts(machine: Machine) -> list[tuple[str, str]]:
-    """The machine as lines (what, value) for people."""
+    """Return the machine as lines (what, value) for people."""
     cpu, cuda = machine.cpu, machine.cuda
     chosen = f"{cpu.isa} (available: {', '.join(cpu.isas_available)}"
     chosen += f"; compiled: {', '.join(cpu.isas_compiled)})" if cpu.isas_compiled else ")"
@@ -67,7 +66,7 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
 
 
 def kernel_rows(results: list[CheckResult]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the kernels' table: a row a kernel, a column a backend."""
+    """Return header and rows of the kernels' table: a row per kernel, a column per backend."""
     backends = list(dict.fromkeys(result.backend for result in results))
     rows: dict[str, list[str]] = {}
     for result in results:
@@ -105,7 +104,7 @@ def _print_tables(machine: Machine, results: list[CheckResult]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `fusereg info`."""
+    """Run `fusereg info`."""
     from fusereg.cli.checks import run_checks
     from fusereg.cli.machine import read_machine
 
@@ -120,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
             **asdict(machine),
             "kernels": [asdict(result) for result in results],
         }
-        print(json.dumps(content, indent=2, allow_nan=False))
+        write_json(args.json, content)
+    if args.json == "-":
         return 1 if failed else 0
     _print_tables(machine, results)
     print(

@@ -156,6 +156,7 @@ class BatchNormAct2d(fused_nn.BatchNorm2d):
     activation = None
 
     def extra_repr(self) -> str:
+        """Return torch's text, as timm's layer does."""
         text: str = nn.BatchNorm2d.extra_repr(self)
         return text
 
@@ -185,10 +186,12 @@ class DropPath(fused_nn.DropPath):
 
     @property
     def p(self) -> float:  # type: ignore[override]
+        """The drop probability."""
         probability: Any = self.drop_prob
         return float(probability or 0.0)
 
     def extra_repr(self) -> str:
+        """Return timm's text."""
         return f"drop_prob={round(self.p, 3):0.3f}"
 
 

@@ -24,6 +24,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -77,16 +78,16 @@ def _check_global(name: str, namespace: dict[str, Any]) -> None:
         return
     value = namespace[name]
     if isinstance(value, types.ModuleType):
-        plain = value.__name__ in _MODULES
+        allowed = value.__name__ in _MODULES
     elif isinstance(value, types.FunctionType):
         # One that is not torch's is checked when it is called.
-        ours = value.__code__.co_filename.startswith(TORCH)
-        plain = not ours or value.__module__ in _TORCH_FUNCTIONS
+        of_torch = value.__code__.co_filename.startswith(TORCH)
+        allowed = not of_torch or value.__module__ in _TORCH_FUNCTIONS
     elif isinstance(value, type):
-        plain = issubclass(value, nn.Module)
+        allowed = issubclass(value, nn.Module)
     else:
-        plain = isinstance(value, types.BuiltinFunctionType)
-    if not plain:
+        allowed = isinstance(value, types.BuiltinFunctionType)
+    if not allowed:
         raise NotStraightError(f"it uses the global {name}")
 
 
@@ -297,20 +298,20 @@ def _follower(
     return None
 
 
+@dataclass
 class _Found:
     """A chain in a graph: its nodes, and what those after the first do."""
 
-    def __init__(self, first: fx.Node, head: Follower | None = None) -> None:
-        self.nodes = [first]
-        self.followers: list[Follower] = []
-        self.added = False
-        self.head = head  # of a chain without a norm
+    nodes: list[fx.Node]
+    followers: list[Follower] = field(default_factory=list)
+    head: Follower | None = None  # of a chain without a norm
 
 
 def _find(
     module: nn.Module, norm: fx.Node, order: dict[fx.Node, int], allowed: Callable[..., bool]
 ) -> _Found:
-    found = _Found(norm)
+    """Find as many followers of a norm as one kernel can compute."""
+    found = _Found([norm])
     private = _is_private(module, norm)
     while len(found.nodes[-1].users) == 1:
         current = found.nodes[-1]
@@ -319,11 +320,10 @@ def _find(
         if order[node] != order[current] + 1 and not (private and moved):
             break
         follower = _follower(module, node, current, allowed)
-        if follower is None or (follower is ADD and found.added):
+        if follower is None or (follower is ADD and ADD in found.followers):
             break
         found.nodes.append(node)
         found.followers.append(follower)
-        found.added = found.added or follower is ADD
     while found.followers and isinstance(found.followers[-1], nn.Identity):
         found.nodes.pop()
         found.followers.pop()
@@ -395,25 +395,25 @@ def _find_dropout(
         )
     if not fits or follower is None:
         return None
-    found = _Found(first, head)
-    found.nodes.append(node)
-    found.followers.append(follower)
-    return found
+    return _Found([first, node], [follower], head)
 
 
 def _chains(
     module: nn.Module, graph: fx.Graph, allowed: Callable[[nn.Module], bool]
 ) -> list[_Found]:
+    """Find the chains of allowed layers in a graph."""
     order = {node: i for i, node in enumerate(graph.nodes)}
-    calls: dict[int, list[fx.Node]] = {}
+    calls: dict[nn.Module, list[fx.Node]] = {}
     for node in graph.nodes:
         layer = _target(module, node)
-        if type(layer) in _chain.NORMS and len(node.args) == 1 and not node.kwargs:
-            calls.setdefault(id(layer), []).append(node)
-    # A norm that is called twice updates its statistics twice, and must do so in that order.
-    single = [nodes[0] for nodes in calls.values() if len(nodes) == 1]
+        fits = len(node.args) == 1 and not node.kwargs
+        if layer is not None and type(layer) in _chain.NORMS and fits:
+            calls.setdefault(layer, []).append(node)
     found = [
-        _find(module, node, order, allowed) for node in single if allowed(_layer(module, node))
+        _find(module, nodes[0], order, allowed)
+        for layer, nodes in calls.items()
+        # A norm that is called twice updates its statistics twice, and must do so in that order.
+        if len(nodes) == 1 and allowed(layer)
     ]
     found = [f for f in found if f.followers]
     taken = {node for f in found for node in f.nodes}
@@ -425,10 +425,6 @@ def _chains(
             found.append(pair)
             taken.update(pair.nodes)
     return found
-
-
-def _layer(module: nn.Module, node: fx.Node) -> nn.Module:
-    return module.get_submodule(str(node.target))
 
 
 def _rewrite(graph: fx.Graph, found: _Found) -> str:
@@ -458,43 +454,45 @@ def _rewrite(graph: fx.Graph, found: _Found) -> str:
 # --- plans ----------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False, repr=False)
 class Plan:
     """A rewritten forward, and the conditions under which it is equivalent to the original one.
 
     Attributes:
         chains: a description of each fused chain.
         source: the rewritten forward as Python code.
+        names: the globals of that code.
+        count: the number of tensors that forward takes.
+        values: the attributes that forward reads, and their values.
+        children: paths of modules whose children forward calls, and those children's names.
+        run: the rewritten forward.
     """
 
-    def __init__(
-        self,
-        chains: list[str],
-        source: str,
-        names: dict[str, Any],
-        count: int,
-        values: tuple[tuple[str, Any], ...],
-        children: tuple[tuple[tuple[str, ...], list[str]], ...],
-    ) -> None:
-        self.chains = chains
-        self.source = source
-        self._names = names
-        self._count = count
-        self._values = values
-        self._children = children
-        self.run = _compiled(source, names)
+    chains: list[str]
+    source: str
+    names: dict[str, Any]
+    count: int
+    values: tuple[tuple[str, Any], ...]
+    children: tuple[tuple[tuple[str, ...], list[str]], ...]
+    run: Callable[..., Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        namespace = dict(self.names)
+        exec(compile(self.source, "<forward rewritten by fusereg.convert>", "exec"), namespace)
+        self.run = namespace["forward"]
 
     def fits(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Return whether the original forward would do what was traced."""
-        if kwargs or len(args) != self._count:
+        if kwargs or len(args) != self.count:
             return False
         for argument in args:
             if not isinstance(argument, Tensor):
                 return False
-        for name, value in self._values:
+        for name, value in self.values:
             now = getattr(module, name, self)
             if type(now) is not type(value) or now != value:
                 return False
-        for path, names in self._children:
+        for path, names in self.children:
             parent: nn.Module | None = module
             for part in path:
                 parent = None if parent is None else parent._modules.get(part)
@@ -503,14 +501,10 @@ class Plan:
         return True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        modules = {
-            name: value.__name__
-            for name, value in self._names.items()
-            if isinstance(value, types.ModuleType)
-        }
-        others = {name: value for name, value in self._names.items() if name not in modules}
-        arguments = (self._count, self._values, self._children)
-        return _restored, (self.chains, self.source, modules, others, *arguments)
+        found = {k: v.__name__ for k, v in self.names.items() if isinstance(v, types.ModuleType)}
+        others = {name: value for name, value in self.names.items() if name not in found}
+        arguments = (self.count, self.values, self.children)
+        return _restored, (self.chains, self.source, found, others, *arguments)
 
 
 def _restored(
@@ -519,14 +513,6 @@ def _restored(
     """Rebuild a plan when unpickling."""
     names = {name: importlib.import_module(module) for name, module in modules.items()}
     return Plan(chains, source, {**names, **others}, *rest)
-
-
-def _compiled(source: str, names: dict[str, Any]) -> Callable[..., Any]:
-    """Return the function ``forward`` that the source defines."""
-    namespace = dict(names)
-    exec(compile(source, "<forward rewritten by fusereg.convert>", "exec"), namespace)
-    function: Callable[..., Any] = namespace["forward"]
-    return function
 
 
 def _present(module: nn.Module) -> list[str]:
@@ -558,9 +544,9 @@ def make_plans(
     try:
         for training in (mode, not mode):
             module.training = training
-            plan, asks = _make_plan(module, forward, allowed)
+            plan, reads_mode = _make_plan(module, forward, allowed)
             plans += [] if plan is None else [plan]
-            if not asks:
+            if not reads_mode:
                 break
     finally:
         module.training = mode
@@ -588,9 +574,11 @@ def _make_plan(
         for path in _parents(graph)
     )
     chains = _chains(module, graph, allowed)
-    asks = "training" in seen
+    reads_mode = "training" in seen
     if not chains:
-        return None, asks
-    said = [_rewrite(graph, found) for found in chains]
+        return None, reads_mode
+    descriptions = [_rewrite(graph, found) for found in chains]
     code = graph.python_code("self")
-    return Plan(said, code.src, code.globals, count, tuple(seen.items()), children), asks
+    return Plan(
+        descriptions, code.src, code.globals, count, tuple(seen.items()), children
+    ), reads_mode

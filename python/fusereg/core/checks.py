@@ -14,7 +14,7 @@ SUPPORTED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check(tensor: object, op: str, name: str) -> None:
-    """Raises, with the tensor's name and what is wrong, if kernels can never take it."""
+    """Raise, with the tensor's name and what is wrong, if no kernel supports it."""
     where = f"fusereg.{op}: {name}"
     if not isinstance(tensor, Tensor):
         hint = "; pass parameters(), not named_parameters()" if isinstance(tensor, tuple) else ""
@@ -57,7 +57,7 @@ def _check_cuda(where: str) -> None:
 
 
 def plain(tensor: Tensor, op: str, name: str) -> Tensor:
-    """A plain tensor over the same memory; over a copy only where its sign is still pending."""
+    """Return a tensor of type Tensor over the same memory; a copy where its sign is pending."""
     check(tensor, op, name)
     tensor = tensor.detach().resolve_neg()
     if type(tensor) is not Tensor:
@@ -73,12 +73,12 @@ def plain(tensor: Tensor, op: str, name: str) -> Tensor:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The tensor itself if its elements lie without gaps or overlaps, else a contiguous copy."""
+    """Return the tensor itself if it has neither gaps nor overlaps, else a contiguous copy."""
     return tensor if _C.inspect(tensor)[1] else tensor.contiguous()
 
 
 def check_writable(tensor: Tensor, op: str, name: str) -> None:
-    """Raises if an element of it would be written more than once."""
+    """Raise if an element of the tensor would be written more than once."""
     if not _elements_apart(tensor):
         raise ValueError(
             f"fusereg.{op}: {name} has several elements that are one in memory (it is expanded, or "
@@ -87,7 +87,7 @@ def check_writable(tensor: Tensor, op: str, name: str) -> None:
 
 
 def _elements_apart(tensor: Tensor) -> bool:
-    """Each stride reaches beyond all that the smaller ones span.
+    """Return whether each stride reaches beyond all that the smaller ones span.
 
     Exotic strides may fail this without sharing an element; they are refused as well.
     """
@@ -103,7 +103,7 @@ def _elements_apart(tensor: Tensor) -> bool:
 
 
 def check_apart(tensors: Sequence[Tensor | None], op: str, name: str) -> None:
-    """Raises if two of the tensors, which are about to be written, have an element in common.
+    """Raise if two of the tensors, which are about to be written, share an element.
 
     ``name`` has a ``{}`` for the index.
     """
@@ -130,7 +130,7 @@ def check_apart(tensors: Sequence[Tensor | None], op: str, name: str) -> None:
 
 
 def _share_an_element(a: Tensor, b: Tensor) -> bool:
-    """Exactly, by marking the elements of both; only asked of views whose extents overlap."""
+    """Return whether two views whose extents overlap share an element, by their addresses."""
     start = min(a.data_ptr(), b.data_ptr())
 
     def addresses(t: Tensor) -> Tensor:
@@ -143,6 +143,7 @@ def _share_an_element(a: Tensor, b: Tensor) -> bool:
 
 
 def check_probability(p: object, op: str, name: str = "p") -> None:
+    """Raise unless p is a number in [0, 1]."""
     if not isinstance(p, (int, float)) or isinstance(p, bool):
         raise TypeError(f"fusereg.{op}: {name} must be a number, got {type(p).__name__}")
     if not 0.0 <= p <= 1.0:
@@ -150,6 +151,7 @@ def check_probability(p: object, op: str, name: str = "p") -> None:
 
 
 def check_input(x: object, op: str, name: str = "x") -> None:
+    """Raise unless x is a tensor that kernels or operators support."""
     where = f"fusereg.{op}: {name}"
     if not isinstance(x, Tensor):
         raise TypeError(f"{where} must be a torch.Tensor, got {type(x).__name__}")
@@ -165,6 +167,7 @@ def check_input(x: object, op: str, name: str = "x") -> None:
 
 
 def check_index_offset(index_offset: object, op: str) -> None:
+    """Raise unless the offset is an integer and not negative."""
     if isinstance(index_offset, bool) or not isinstance(index_offset, int) or index_offset < 0:
         raise ValueError(
             f"fusereg.{op}: index_offset must be an integer and not negative, got {index_offset!r}"
@@ -221,6 +224,7 @@ def overlap_partly(x: Tensor, out: Tensor, or_wholly: bool = False) -> bool:
 
 
 def check_in_place(x: Tensor, op: str) -> None:
+    """Raise if x cannot be written in place."""
     check_writable(x, op, "x")
     if not torch.is_grad_enabled():
         return
@@ -233,7 +237,7 @@ def check_in_place(x: Tensor, op: str) -> None:
 
 
 def probability(p: float | None, keep_prob: float | None, op: str) -> float:
-    """p, or 1 - keep_prob, or one half if neither is given."""
+    """Return p, or 1 - keep_prob, or one half if neither is given."""
     if keep_prob is None:
         p = 0.5 if p is None else p
         check_probability(p, op)
@@ -245,7 +249,9 @@ def probability(p: float | None, keep_prob: float | None, op: str) -> float:
 
 
 def check_like(x: Tensor, t: Tensor, shape: Sequence[int], op: str, name: str) -> None:
-    """Raise unless t has this shape, and x's dtype and device."""
+    """Raise unless t is a tensor of this shape, and has x's dtype and device."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"fusereg.{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
     if t.shape != shape:
         raise ValueError(
             f"fusereg.{op}: {name} must have shape {tuple(shape)}, got {tuple(t.shape)}"

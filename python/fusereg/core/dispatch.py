@@ -30,7 +30,7 @@ _C.bind_torch(torch.Tensor, torch.nn.Parameter, torch.autograd.graph.increment_v
 
 
 def functorch() -> bool:
-    """True inside torch.func transforms (grad, vmap, ...), whose tensors are wrapped.
+    """Return whether a torch.func transform (grad, vmap, ...) is active, which wraps tensors.
 
     There an autograd function must have ``setup_context`` and a ``vmap`` rule (17 us instead of 6,
     so not used otherwise); operators with ``torch.library.register_autograd`` have neither.
@@ -39,7 +39,7 @@ def functorch() -> bool:
 
 
 def escaped_wrapper(tensor: torch.Tensor) -> bool:
-    """Whether this is a functorch wrapper that outlived its transform: it answers no question."""
+    """Return whether this is a wrapper of a torch.func transform that has ended."""
     if torch.compiler.is_compiling() or _functorch_level() is not None:
         return False
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
@@ -55,7 +55,7 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
 def eager() -> bool:
-    """True if nothing is watching: no compiler, tracer, dispatch mode or functorch transform.
+    """Return True unless a compiler, tracer, dispatch mode or torch.func transform is active.
 
     ``torch.compiler.is_compiling()`` alone is wrong: it is False under FakeTensorMode and make_fx.
     """
@@ -101,9 +101,9 @@ def wrapped(values: Sequence[object]) -> bool:
 
 
 def for_other_programs() -> bool:
-    """True while a model is written down for a program without fusereg: ONNX, torch.jit.trace.
+    """Return whether a model is being exported to a program without fusereg.
 
-    What then is no operator of torch's is lost.
+    So torch.onnx and torch.jit.trace do: only torch's own operators can be loaded there.
     """
     if torch.compiler.is_dynamo_compiling():
         return False
@@ -113,7 +113,7 @@ def for_other_programs() -> bool:
 
 
 def forward_mode() -> bool:
-    """True inside torch.autograd.forward_ad.dual_level(): a tensor may carry a tangent unseen."""
+    """Return whether tensors may carry tangents (torch.autograd.forward_ad.dual_level)."""
     return _forward_ad._current_level >= 0
 
 
@@ -121,14 +121,17 @@ _F = TypeVar("_F", bound=Callable[..., object])
 
 
 def outside_graphs(function: _F) -> _F:
-    """The function, called as it is from compiled code. ``torch.compiler.disable`` does the same,
-    but imports the compiler at once; this waits for the first call, as torch's optimizers do."""
+    """Return the function such that compiled code calls it without tracing it.
+
+    ``torch.compiler.disable`` does the same, but imports the compiler at once; this waits for the
+    first call, as torch's optimizers do.
+    """
     wrapped: _F = torch._disable_dynamo(function)  # type: ignore[attr-defined, assignment]
     return wrapped
 
 
 def whole_graph() -> bool:
-    """While dynamo traces: whether a graph that breaks is an error (``fullgraph=True``)."""
+    """Return whether a graph break is an error (``fullgraph=True``), while dynamo traces."""
     tracer = sys.modules.get("torch._dynamo.symbolic_convert")
     if tracer is None:
         return False
@@ -144,12 +147,12 @@ whole_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unscales_in_step(optimizer: object) -> bool:
-    """Whether a GradScaler leaves it to the optimizer's step to undo the scale of its gradients."""
+    """Return whether the optimizer's step, not GradScaler, undoes the scale of the gradients."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def hooked(module: torch.nn.Module) -> bool:
-    """Whether a call of the module is not just its class's forward: a hook would see it."""
+    """Return whether the module has hooks or a forward of its own, which a call would run."""
     return bool(
         "forward" in module.__dict__
         or module._forward_hooks

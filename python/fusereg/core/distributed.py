@@ -1,4 +1,6 @@
-"""Dropout of DTensors: each rank drops from its own shard, under one pair for the whole mesh.
+"""DTensors and process groups.
+
+Dropout of a DTensor: each rank drops from its own shard, under one Philox state for the mesh.
 
 Where a shard's draws are consecutive among those of the whole tensor (it is sharded along the first
 dimension, or along one in which rows share their draw), it gets exactly its part of the whole
@@ -48,7 +50,7 @@ def _row_major(shape: torch.Size) -> tuple[int, ...]:
 
 
 def _first_index(x: DTensor, row_dims: int, op: str) -> int:
-    """The index of this rank's first draw."""
+    """Return the index of this rank's first draw."""
     mesh = x.device_mesh
     coordinate = mesh.get_coordinate()
     counted = x.shape[:row_dims] if row_dims else x.shape
@@ -93,7 +95,7 @@ def _common_state(x: DTensor, source: Source, op: str) -> int | Tensor:
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether this is a torch.distributed DTensor, without importing that package for nothing."""
+    """Return whether this is a DTensor; torch.distributed.tensor is imported only if it may be."""
     if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:
         return False
     if not torch.distributed.is_available():
@@ -104,12 +106,13 @@ def is_dtensor(tensor: object) -> bool:
 
 
 def has_dtensor(tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether a DTensor is among the tensors."""
     only_plain, _ = _C.scan(tensors)  # a few nanoseconds a tensor
     return not only_plain and any(is_dtensor(t) for t in tensors)
 
 
 def all_gather(tensor: torch.Tensor, group: object) -> torch.Tensor:
-    """[processes, *shape]: every process's tensor, in the order of ranks."""
+    """Return every process's tensor in the order of ranks, as [processes, *shape]."""
     world: int = torch.distributed.get_world_size(group)  # type: ignore[arg-type]
     if torch.compiler.is_compiling():
         from torch.distributed import _functional_collectives as functional
@@ -126,7 +129,7 @@ def all_gather(tensor: torch.Tensor, group: object) -> torch.Tensor:
 
 
 def all_reduce(tensor: torch.Tensor, group: object) -> torch.Tensor:
-    """The sum of every process's tensor; ``tensor`` itself may be written to."""
+    """Return the sum of every process's tensor; ``tensor`` itself may be written to."""
     if torch.compiler.is_compiling():
         from torch.distributed import _functional_collectives as functional
 
@@ -137,7 +140,7 @@ def all_reduce(tensor: torch.Tensor, group: object) -> torch.Tensor:
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """The module inside torch.compile's and DistributedDataParallel's wrappers."""
+    """Return the module inside the wrappers of torch.compile and DistributedDataParallel."""
     while True:
         # Looked up by name: to import torch._dynamo, for its type, takes seconds.
         compiled = getattr(module, "_orig_mod", None)

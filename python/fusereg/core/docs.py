@@ -8,7 +8,7 @@ from typing import Any
 
 
 def share_paragraphs(function: Callable[..., Any], **paragraphs: str) -> None:
-    """Puts each paragraph where the docstring has its name in braces, in a line of its own.
+    """Put each paragraph where the docstring has its name in braces, on a line of its own.
 
     A paragraph brings its own indentation.
     """

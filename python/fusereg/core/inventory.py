@@ -97,7 +97,8 @@ class Inputs:
         """Return a matrix with odd sizes, a misaligned slice, a tiny one, one with a zero row."""
         tiny = self.size == "tiny"
         with_zeros = self.normal(3, 2) if tiny else self.normal(8, 24, seed=23)
-        with_zeros[2] = 0.0
+        if not tiny:  # where finite differences are taken, no corner
+            with_zeros[2] = 0.0
         vector = self.normal({"tiny": 4, "large": 60_001}.get(self.size, 2050), seed=21)
         matrix = self.normal(*MATRICES[self.size])
         return [matrix, vector[1:], self.normal(3, 1, seed=22), with_zeros]
@@ -128,7 +129,7 @@ class Operation:
         kink: values whose sign decides where the function is not smooth, of the same tensors: no
             gradient is sent in where rounding could change that sign.
         pairs: compares with float64 in its own way.
-        refuses: what does not work, and why. The keys are those of ``FEATURES``.
+        refuses: what is refused with an error, such as "in place", and a part of that error.
         technique: the name of the package; filled in by whoever collects the rows.
     """
 
@@ -151,7 +152,13 @@ class Operation:
     @property
     def op(self) -> str:
         """The name that errors begin with, after "fusereg."."""
-        return self.name.partition(",")[0]
+        return self.name.partition(",")[0].removeprefix("augment.")
+
+    @property
+    def main(self) -> int:
+        """The position of the first argument that the function computes with by itself."""
+        names = [] if self.as_list else list(self.arguments)
+        return next((i for i, name in enumerate(names) if name not in self.constants), 0)
 
     def takes(self, option: str) -> bool:
         """Return whether the function has a parameter of this name."""
@@ -181,6 +188,26 @@ class Operation:
         none = {*self.written, *self.constants}
         names = tuple(name for name in self.arguments if name not in none)
         return [t for t in self.select(tensors, names) if t.is_floating_point()]
+
+    def as_function(
+        self, tensors: list[Tensor], **options: Any
+    ) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+        """Return the operation as a function of its differentiable tensors alone, and these.
+
+        What it writes to is copied before each call. An operation without a differentiable tensor
+        is a function of all.
+        """
+        leaves = self.differentiable(tensors) or tensors
+        at = [next(i for i, t in enumerate(tensors) if t is leaf) for leaf in leaves]
+        written = self.select(tensors, self.written)
+
+        def call(*given: Tensor) -> Any:
+            arguments = [t.clone() if any(t is w for w in written) else t for t in tensors]
+            for i, t in zip(at, given, strict=True):
+                arguments[i] = t
+            return self(*arguments, **options)
+
+        return call, tuple(leaves)
 
     def check(self, inputs: Inputs) -> Pairs:
         """Return the pairs that `fusereg verify` compares."""

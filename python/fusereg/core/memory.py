@@ -20,7 +20,7 @@ def _of_stream(
     make: Callable[[], _Memory],
     fits: Callable[[_Memory], bool] = lambda _: True,
 ) -> _Memory:
-    """What ``make`` gives, kept for the present stream while it fits.
+    """Return memory that ``make`` allocates, kept for the current stream while it fits.
 
     While a CUDA graph is being captured it is a fresh one, which belongs to the graph's own memory.
     """
@@ -39,12 +39,12 @@ def _of_stream(
 
 
 def _without_kernels(device: torch.device) -> bool:
-    """Whether no CUDA kernel serves this device, so that there is nothing to keep."""
+    """Return whether no CUDA kernel runs on this device, so that no memory is needed."""
     return device.type == "cpu" and not _C.CUDA_ON_HOST
 
 
 def workspace(device: torch.device, size: int = _C.PENALTY_WORKSPACE_BYTES) -> torch.Tensor | None:
-    """So many bytes that CUDA reductions leave zeroed as they found them; None on the CPU."""
+    """Return ``size`` zeroed bytes, which CUDA reductions leave zeroed; None on the CPU."""
     if _without_kernels(device):
         return None
     return _of_stream(
@@ -53,14 +53,14 @@ def workspace(device: torch.device, size: int = _C.PENALTY_WORKSPACE_BYTES) -> t
 
 
 def barrier(device: torch.device) -> torch.Tensor | None:
-    """The word at which the blocks of a cooperative CUDA launch meet; None on the CPU."""
+    """Return the counter at which the blocks of a cooperative launch meet; None on the CPU."""
     if _without_kernels(device):
         return None
     return _of_stream("barrier", device, lambda: torch.zeros(1, dtype=torch.int32, device=device))
 
 
 def scratch(device: torch.device, size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Scratch of at least ``size`` bytes, and zeroed semaphores; None for CPU kernels."""
+    """Return scratch of at least ``size`` bytes, and zeroed semaphores; None for CPU kernels."""
     if _without_kernels(device):
         return None, None
     # Whole kilobytes, at least what small shapes want, so that few sizes are ever asked for.
@@ -82,7 +82,7 @@ def _table_memory(device: int, size: int) -> torch.Tensor:
 
 
 def launch_tables() -> _C._LaunchTables:
-    """Where CUDA launches over long lists of tensors keep their tables, for one owner of lists.
+    """Return memory for the tables of CUDA launches over long lists of tensors.
 
     The memory is made when a list first wants it, and belongs to the owner. The addresses in it are
     written again only when they have changed.

@@ -27,7 +27,7 @@ def matches(key: Key, name: str, module: torch.nn.Module) -> bool:
 
 
 def as_list(params: Params, op: str) -> list[Tensor]:
-    """Return the unchecked tensors of a tensor, an iterable of tensors, or a module."""
+    """Return the tensors of a tensor, an iterable of tensors, or a module, unchecked."""
     if isinstance(params, Tensor):
         return [params]
     if isinstance(params, torch.nn.Module):

@@ -150,15 +150,17 @@ def read_idx(path: Path, dimensions: int, what: str) -> Bytes:
         what: "images" or "labels", for the error.
 
     Raises:
-        InputError: the file cannot be read or is not what was wanted; names the file, what was found
+        InputError: the file cannot be read or is something else; names the file, what was found
             and what was wanted.
     """
     try:
         with path.open("rb") as file:
             gzipped = file.read(2) == b"\x1f\x8b"
             file.seek(0)
-            source = cast(IO[bytes], gzip.open(file, "rb")) if gzipped else file
-            return _parse_idx(source, path, dimensions, what)
+            if not gzipped:
+                return _parse_idx(file, path, dimensions, what)
+            with gzip.open(file, "rb") as unpacked:
+                return _parse_idx(cast(IO[bytes], unpacked), path, dimensions, what)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: damaged gzip data ({error})") from error
     except OSError as error:
@@ -186,7 +188,7 @@ def _parse_idx(file: IO[bytes], path: Path, dimensions: int, what: str) -> Bytes
     if count == 0 or len(data) != count:
         raise InputError(
             f"{path}: header says {' x '.join(f'{size:,}' for size in sizes)}, so "
-            f"{count or 'at least 1':,} bytes of {what} are wanted, found {len(data):,} bytes"
+            f"{max(count, 1):,} bytes of {what} are wanted, found {len(data):,} bytes"
         )
     return np.frombuffer(data, dtype=np.uint8).reshape(sizes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,7 +49,8 @@ def _mosaic(
         for _, images in rows
     ]
     count = len(rows[0][1])
-    figure = new_figure(2.1 + cell * count, 1.4 + cell * len(rows), title, subtitle)
+    size = (2.1 + cell * count, 1.4 + cell * len(rows))
+    figure = new_figure(*size, title, subtitle, "compressed")
     axes = figure.subplots()
     axes.imshow(np.vstack(lines)[:-gap, :-gap], interpolation="nearest")
     axes.set_yticks(
@@ -86,7 +88,8 @@ def filters(results: Sequence[Result], data: DataSet) -> Figure:
         reach = float(np.quantile(np.abs(weights[units]), 0.995)) or float(np.abs(weights).max())
         images = [_shade(norms.reshape(shape), "cividis", 0.0, float(norms.max()))]
         images += [_shade(weights[u].reshape(shape), "RdBu", -reach, reach) for u in units]
-        rows.append((f"{label}\n{pixels - unused[label]} pixels used", images))
+        label_lines = textwrap.fill(label, 22)
+        rows.append((f"{label_lines}\n{pixels - unused[label]} pixels used", images))
     most = max(unused, key=lambda label: unused[label])
     title = "First-layer filters: every input pixel is used"
     if unused[most]:

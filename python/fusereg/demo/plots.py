@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fusereg.demo import mosaics
 from fusereg.demo.data import DataSet
@@ -29,8 +29,8 @@ def _control(results: Sequence[Result]) -> Result | None:
     return next((r for r in _converged(results) if r.technique.name == "none"), None)
 
 
-def _panels(figure: Figure, results: Sequence[Result]) -> list[Axes]:
-    """Add a small panel for each technique, all with the same axes and with its label as title."""
+def _panels(figure: Figure, results: Sequence[Result], label: str) -> list[Axes]:
+    """Add a small panel for each technique, titled by it; label the x axes of the lowest."""
     columns = min(COLUMNS, max(len(results), 1))
     rows = _rows(results)
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
@@ -42,6 +42,7 @@ def _panels(figure: Figure, results: Sequence[Result]) -> list[Axes]:
         axes.set_visible(False)
     for axes in panels[max(0, len(results) - columns) : len(results)]:
         axes.tick_params(labelbottom=True)  # also above an empty place
+        axes.set_xlabel(label, size=9)
     return panels
 
 
@@ -76,7 +77,7 @@ def loss_curves(results: Sequence[Result]) -> Figure:
     if any(r.fused.restored is not None for r in results):
         subtitle += " Diamond: the epoch that early stopping restored."
     figure = new_figure(11, 1.6 + 2.0 * _rows(results), _loss_title(results), subtitle)
-    panels, control = _panels(figure, results), _control(results)
+    panels, control = _panels(figure, results, "epoch"), _control(results)
     for axes, result in zip(panels, results, strict=False):
         for what, style, name in (("train_loss", "--", "training"), ("test_loss", "-", "test")):
             if control is not None and control is not result:
@@ -117,11 +118,14 @@ def loss_curves(results: Sequence[Result]) -> Figure:
     axes = panels[0]
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    number = FuncFormatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_major_formatter(number)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    # Where training overfits, its loss would take most of the axis.
     low, high = axes.get_ylim()
-    axes.yaxis.set_minor_formatter(number if high / low < 12 else NullFormatter())
-    figure.supxlabel("epoch", size=10)
+    tests = [epoch.test_loss for r in _converged(results) for epoch in r.fused.epochs]
+    low = max(low, min(tests, default=low) / 4)
+    axes.set_ylim(low, high)
     figure.supylabel("mean cross-entropy (log scale)", size=10)
     handles = {}
     for axes in panels[: len(results)]:
@@ -201,10 +205,11 @@ def weight_histograms(results: Sequence[Result]) -> Figure:
         np.concatenate([w.detach().cpu().double().numpy().ravel() for w in linear_weights(model)])
         for model in (r.fused.model for r in shown)
     ]
+    panels = _panels(figure, shown, "weight (outermost bars: all beyond)")
     # The few largest weights (second layer) would squeeze all others into two bars.
     reach = max((float(np.quantile(np.abs(v), 0.998)) for v in values), default=1.0) or 1.0
     bins = np.linspace(-reach, reach, 82)
-    for axes, result, weights in zip(_panels(figure, shown), shown, values, strict=False):
+    for axes, result, weights in zip(panels, shown, values, strict=False):
         color = "black" if result.technique.name == "none" else FUSED_COLOR
         nonzero = np.clip(weights[weights != 0], -reach, reach)
         axes.hist(nonzero, bins=bins, color=color, log=True, histtype="stepfilled")
@@ -212,7 +217,6 @@ def weight_histograms(results: Sequence[Result]) -> Figure:
         rms = float(np.sqrt(np.mean(weights**2)))
         note = f"{100 * result.fused.zeros:.1f} % exactly 0\nRMS {rms:.3f}"
         axes.text(0.99, 0.97, note, transform=axes.transAxes, ha="right", va="top", size=8.5)
-    figure.supxlabel("weight (the outermost bars hold all beyond)", size=10)
     figure.supylabel("weights per bar (log scale)", size=10)
     return figure
 

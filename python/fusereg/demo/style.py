@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,12 +17,16 @@ GRAY = "#666666"
 
 
 def new_figure(
-    width: float, height: float, title: str, subtitle: str, layout: str | None = "constrained"
+    width: float,
+    height: float,
+    title: str,
+    subtitle: str,
+    layout: Literal["constrained", "compressed"] | None = "constrained",
 ) -> Figure:
     """Return a figure of this size in inches, with a title and a line below it at the left.
 
-    Both are wrapped to the width. Everything else is laid out below them, unless `layout` is None:
-    then they take the uppermost 0.75 inch, and the caller leaves that free.
+    Both are wrapped to the width. matplotlib lays out everything else below them ("compressed"
+    suits images), unless `layout` is None: then the caller leaves the uppermost 0.75 inch free.
     """
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
@@ -36,7 +41,9 @@ def new_figure(
     if layout is not None:
         engine = figure.get_layout_engine()
         assert engine is not None
-        engine.set(rect=(0, 0, 1, 1 - (top + 0.05) / height))
+        edge = 0.12  # inches left free
+        size = (1 - 2 * edge / width, 1 - (top + 0.05 + edge) / height)
+        engine.set(rect=(edge / width, edge / height, *size))
     return figure
 
 

@@ -378,7 +378,7 @@ TECHNIQUES: list[Technique] = [
         "l1 * sum |w|, its gradient added to the loss's",
         Penalty,
         PlainPenalty,
-        {"l1": 2e-4},
+        {"l1": 3e-4},
     ),
     Technique(
         "l2",
@@ -386,7 +386,7 @@ TECHNIQUES: list[Technique] = [
         "l2/2 * sum w^2, its gradient added to the loss's",
         Penalty,
         PlainPenalty,
-        {"l2": 3e-3},
+        {"l2": 5e-3},
     ),
     Technique(
         "elastic_net",
@@ -394,7 +394,7 @@ TECHNIQUES: list[Technique] = [
         "l1 * sum |w| + l2/2 * sum w^2, the gradient of both added in one pass",
         Penalty,
         PlainPenalty,
-        {"l1": 1e-4, "l2": 2e-3},
+        {"l1": 1e-4, "l2": 3e-3},
     ),
     Technique(
         "l1_prox",
@@ -402,7 +402,7 @@ TECHNIQUES: list[Technique] = [
         "soft-thresholding of every weight after each step",
         ProxL1,
         PlainProxL1,
-        {"l1": 2e-4},
+        {"l1": 3e-4},
     ),
     Technique(
         "group_lasso",
@@ -410,7 +410,7 @@ TECHNIQUES: list[Technique] = [
         "proximal step on the first layer, a group for each input pixel",
         ProxPixels,
         PlainProxPixels,
-        {"group": 1.5e-4},
+        {"group": 2e-4},
     ),
     Technique(
         "prox_adamw",
@@ -451,7 +451,7 @@ TECHNIQUES: list[Technique] = [
         "normalization, ReLU and dropout of the hidden layer in one pass",
         BatchNorm,
         PlainBatchNorm,
-        {"p": 0.5},
+        {"p": 0.3},
         same_steps=False,
     ),
     Technique(

@@ -21,7 +21,7 @@ import fusereg
 from fusereg.demo.data import CLASSES, DataSet
 from fusereg.demo.techniques import Method, Technique, linear_weights, make_network
 
-BATCH = 50
+BATCH = 32
 LEARNING_RATE = 0.1
 
 

@@ -23,7 +23,7 @@ def drop_block2d(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""DropBlock: drops squares of b x b elements of each channel of (N, C, H, W).
+    r"""Drop squares of b x b elements of each channel of (N, C, H, W): DropBlock.
 
     Ghiasi, Lin and Le 2018, "DropBlock: a regularization method for convolutional networks". With
     :math:`b = \min(\mathrm{block\_size}, H, W)`, each of the :math:`(H-b+1)(W-b+1)` places at which
@@ -56,7 +56,7 @@ def drop_block2d(
     bits on every device, dtype, instruction set and thread count. A dropped inf or NaN becomes 0.
 
     Raises:
-        TypeError: ``x`` is no tensor, ``p`` no number, ``block_size`` no integer.
+        TypeError: ``x`` is not a tensor, ``p`` not a number, or ``block_size`` not an integer.
         ValueError: ``p`` is outside [0, 1], ``block_size`` below 1, ``x`` not of 4 dimensions or of
             another dtype.
 

@@ -42,9 +42,9 @@ class DropBlock2d(nn.Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input with blocks dropped; itself in evaluation mode."""
+        """Return the input with blocks dropped, or the input itself in evaluation mode."""
         return F.drop_block2d(input, self.p, self.block_size, self.training, self.inplace)
 
     def extra_repr(self) -> str:
-        """The arguments, as torch's dropout layers show them."""
+        """Return the arguments as torch's dropout layers show them."""
         return f"p={self.p}, block_size={self.block_size}, inplace={self.inplace}"

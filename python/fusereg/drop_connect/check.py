@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.inventory import MATRICES, Inputs, Operation, Shape
-from ..core.masks import SEED, P, dropped, mask
+from ..core.masks import SEED, P, dropped, mask_like
 from . import functional
 
 
@@ -36,7 +36,7 @@ OPERATIONS = [
         arguments=("x", "weight", "bias"),
         options={"p": P, "seed": SEED},
         reference=lambda x, w, b: torch.nn.functional.linear(
-            x, dropped(w, mask(tuple(w.shape))), b
+            x, dropped(w, mask_like(w)), b
         ),
         constants=("x",),
     ),
@@ -48,7 +48,7 @@ OPERATIONS = [
         tensors=_conv2d,
         arguments=("x", "weight"),
         options={"p": P, "seed": SEED},
-        reference=lambda x, w: torch.nn.functional.conv2d(x, dropped(w, mask(tuple(w.shape)))),
+        reference=lambda x, w: torch.nn.functional.conv2d(x, dropped(w, mask_like(w))),
         constants=("x",),
     ),
 ]

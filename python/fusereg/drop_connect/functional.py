@@ -23,7 +23,9 @@ def drop_connect_linear(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Linear layer with DropConnect, :math:`y = x\, (m \odot W / (1-p))^T + b` (Wan et al. 2013).
+    r"""Apply a linear layer with DropConnect.
+
+    :math:`y = x\, (m \odot W / (1-p))^T + b`.
 
     One mask for the whole batch. In eager mode the dropped weight is not kept for backward: it is
     drawn again.
@@ -59,7 +61,9 @@ def drop_connect_conv2d(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Convolution with DropConnect, :math:`y = x * (m \odot W / (1-p)) + b` (Wan et al. 2013).
+    r"""Apply a convolution with DropConnect.
+
+    :math:`y = x * (m \odot W / (1-p)) + b`.
 
     One mask for the whole batch and all positions. In eager mode the dropped weight is not kept for
     backward: it is drawn again.

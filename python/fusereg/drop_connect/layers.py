@@ -42,11 +42,11 @@ class DropConnectLinear(nn.Linear):
         self.p = probability(p, keep_prob, "DropConnectLinear")
 
     def forward(self, input: Tensor) -> Tensor:
-        """The layer with weights dropped; the plain one in evaluation mode."""
+        """Return the layer's output, with weights dropped in training mode."""
         return F.drop_connect_linear(input, self.weight, self.bias, self.p, self.training)
 
     def extra_repr(self) -> str:
-        """As torch.nn.Linear's, and p."""
+        """Return the arguments as torch.nn.Linear shows them, and p."""
         return f"{super().extra_repr()}, p={self.p}"
 
 
@@ -102,7 +102,7 @@ class DropConnectConv2d(nn.Conv2d):
         self.p = probability(p, keep_prob, "DropConnectConv2d")
 
     def forward(self, input: Tensor) -> Tensor:
-        """The layer with weights dropped; the plain one in evaluation mode."""
+        """Return the layer's output, with weights dropped in training mode."""
         padding: str | int | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
             top, bottom, left, right = sides(
@@ -123,6 +123,6 @@ class DropConnectConv2d(nn.Conv2d):
         )
 
     def extra_repr(self) -> str:
-        """As torch.nn.Conv2d's, and p."""
+        """Return the arguments as torch.nn.Conv2d shows them, and p."""
         shown: str = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{shown}, p={self.p}"

@@ -101,7 +101,7 @@ def _prepared(
     source: Source,
     op: str,
 ) -> _Ready:
-    """Without a call where nobody may write the weight out here: it comes back dropped."""
+    """Return the operands and the draw; None and the dropped weight where calls are traced."""
     given = [t for t in (x, weight, bias) if t is not None]
     if not dispatch.direct(*given) or dispatch.forward_mode():
         dropped = draws.dropout(weight, p, True, False, *source, 0, Kind(op))
@@ -125,7 +125,7 @@ def linear(
     source: Source,
     op: str,
 ) -> Tensor:
-    """x @ dropout(weight).T + bias."""
+    """Compute x @ dropout(weight).T + bias."""
     _check(weight, p, 2, op)
     if not training or p == 0:
         return F.linear(x, weight, bias)
@@ -150,7 +150,7 @@ def conv2d(
     source: Source,
     op: str,
 ) -> Tensor:
-    """The convolution of x with dropout(weight), plus bias."""
+    """Compute the convolution of x with dropout(weight), plus bias."""
     _check(weight, p, 4, op)
     if not training or p == 0:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -181,7 +181,7 @@ def _check(weight: Tensor, p: float, dims: int, op: str) -> None:
 def sides(
     padding: str | int | Sequence[int], dilation: Sequence[int], kernel: Sequence[int], op: str
 ) -> tuple[int, int, int, int]:
-    """What is put around an image: top, bottom, left, right. "same" puts more at the end if odd."""
+    """Return the padding at the top, bottom, left and right; "same" has an odd one at the end."""
     if padding == "same":
         height, width = (d * (n - 1) for d, n in zip(dilation, kernel, strict=True))
         return height // 2, (height + 1) // 2, width // 2, (width + 1) // 2

@@ -28,7 +28,7 @@ def consistent_dropout(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""Dropout whose mask is the same at each step along a dimension.
+    r"""Apply dropout whose mask is the same at each step along a dimension.
 
     :math:`y_{ntc} = x_{ntc} / (1-p)` for all t with probability :math:`1-p`, else 0 for all t: one
     draw for each (n, c), as variational dropout wants it for recurrent networks (Gal and Ghahramani
@@ -44,7 +44,7 @@ def consistent_dropout(
         training: whether to drop at all.
         seed: an integer that determines the mask, or an int64 tensor (seed, offset) on x's device.
             ``dropout_mask(shape, p, seed)`` is then the mask, with x's shape without ``dim``.
-            Default: a new pair from ``generator``.
+            Default: a new state from ``generator``.
         generator: the torch.Generator to draw from; torch's default one if not given.
         index_offset: what is added to every index.
 
@@ -133,7 +133,7 @@ class ConsistentDropout(nn.Module):
         self.reset()
 
     def reset(self, seed: int | None = None) -> None:
-        """Begins a new episode, with a new mask.
+        """Begin a new episode, with a new mask.
 
         Args:
             seed: an integer that determines the mask; by default a pair is drawn from torch's
@@ -149,7 +149,7 @@ class ConsistentDropout(nn.Module):
         self._features: tuple[int, ...] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input with the episode's elements dropped; itself in evaluation mode."""
+        """Return the input with the episode's elements dropped; itself in evaluation mode."""
         if self.training:
             shape = list(input.shape)
             if self.dim is not None and -len(shape) <= self.dim < len(shape):
@@ -165,5 +165,5 @@ class ConsistentDropout(nn.Module):
         return consistent_dropout(input, self.p, self.dim, self.training, seed=self.pair)
 
     def extra_repr(self) -> str:
-        """The arguments."""
+        """Return the arguments."""
         return f"p={self.p}" + ("" if self.dim is None else f", dim={self.dim}")

@@ -36,7 +36,7 @@ _DROPOUT_ARGUMENTS = """
         training: whether to drop at all.
         inplace: write the result into ``x``.
         seed: an integer that determines the mask, or an int64 tensor (seed, offset) on x's device,
-            which is read by the kernel. Default: a new pair from ``generator``.
+            which is read by the kernel. Default: a new state from ``generator``.
         generator: the torch.Generator to draw from; torch's default one if not given. Under
             torch.compile it breaks the graph, and ``fullgraph=True`` does not take it: pass a
             ``seed`` tensor there.
@@ -52,7 +52,8 @@ _DROPOUT_RETURNS = """
     NaN becomes 0, where torch gives NaN.
 
     Raises:
-        TypeError: ``x`` is no tensor, ``p`` no number, ``seed`` no integer or tensor.
+        TypeError: ``x`` is not a tensor, ``p`` not a number, or ``seed`` neither an integer nor a
+            tensor.
         ValueError: ``p`` is outside [0, 1]; ``x`` is of an integer, complex or other dtype, sparse
             or nested, or has a shape that this kind does not take; ``out`` does not fit.
 """
@@ -69,7 +70,7 @@ def dropout(
     index_offset: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""Dropout: :math:`y_i = x_i / (1-p)` with probability :math:`1-p`, else 0.
+    r"""Apply dropout: :math:`y_i = x_i / (1-p)` with probability :math:`1-p`, else 0.
 
     This is inverted dropout (Srivastava et al. 2014): nothing is to be done at evaluation.
 
@@ -99,7 +100,7 @@ def dropout_mask(
     index_offset: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The mask of dropout: True where a contiguous tensor of this shape keeps its element.
+    """Return dropout's mask: True where a contiguous tensor of this shape keeps its element.
 
     ``dropout(x, p, seed=seed)`` keeps what ``dropout_mask(x.shape, p, seed)`` says; rows of channel
     dropout have the mask of shape (N, C).
@@ -113,7 +114,8 @@ def dropout_mask(
         device: where the mask is wanted; the bits are the same everywhere.
 
     Raises:
-        TypeError, ValueError: ``p`` is no number within [0, 1]; ``seed`` or ``offset`` no integer.
+        TypeError, ValueError: ``p`` is not a number within [0, 1], or ``seed`` or ``offset`` not
+            an integer.
 
     Example:
         >>> fusereg.dropout_mask((2, 8), 0.5, seed=1).float().mean()
@@ -131,7 +133,7 @@ def dropout1d(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""Drops whole channels of (N, C, L) or (C, L): one draw for each (n, c) (Tompson et al. 2015).
+    r"""Drop whole channels of (N, C, L) or (C, L): one draw for each (n, c) (Tompson et al. 2015).
 
     Args:
         x: as in :func:`dropout`.
@@ -152,7 +154,7 @@ def dropout2d(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""Drops whole channels of (N, C, H, W): one draw for each (n, c) (Tompson et al. 2015).
+    r"""Drop whole channels of (N, C, H, W): one draw for each (n, c) (Tompson et al. 2015).
 
     Three dimensions are taken as (N, C, L), as torch does.
 
@@ -175,7 +177,7 @@ def dropout3d(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""Drops whole channels of (N, C, D, H, W) or (C, D, H, W) (Tompson et al. 2015).
+    r"""Drop whole channels of (N, C, D, H, W) or (C, D, H, W) (Tompson et al. 2015).
 
     Args:
         x: as in :func:`dropout`.
@@ -196,7 +198,7 @@ def alpha_dropout(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""Alpha dropout, for networks of SELU: keeps mean 0 and variance 1 (Klambauer et al. 2017).
+    r"""Apply alpha dropout, which keeps mean 0 and variance 1 (Klambauer et al. 2017).
 
     :math:`y = a (m x + (1 - m) s) + b` with :math:`s = -1.7581`, the limit of SELU,
     :math:`a = (q (1 + (1-q) s^2))^{-1/2}` and :math:`b = -a (1-q) s`, where :math:`q = 1-p` is the
@@ -220,7 +222,7 @@ def feature_alpha_dropout(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""Alpha dropout of whole channels: one draw for each (n, c) of (N, C, ...).
+    r"""Apply alpha dropout to whole channels: one draw for each (n, c) of (N, C, ...).
 
     Args:
         x: as in :func:`dropout`, of at least two dimensions.
@@ -241,7 +243,7 @@ def drop_path(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""Stochastic depth: drops whole samples of (N, ...), one draw for each n (Huang et al. 2016).
+    r"""Drop whole samples of (N, ...), one draw for each n: stochastic depth (Huang et al. 2016).
 
     :math:`y_n = x_n / (1-p)` with probability :math:`1-p`, else 0. A dropped sample is not read.
 

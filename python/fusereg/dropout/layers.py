@@ -39,7 +39,7 @@ class Dropout(nn.Dropout):
         super().__init__(probability(p, keep_prob, "Dropout"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input with elements dropped; itself in evaluation mode."""
+        """Return the input with elements dropped, or the input itself in evaluation mode."""
         return F.dropout(input, self.p, self.training, self.inplace)
 
 
@@ -58,7 +58,7 @@ class Dropout1d(nn.Dropout1d):
         super().__init__(probability(p, keep_prob, "Dropout1d"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input with channels dropped; itself in evaluation mode."""
+        """Return the input with channels dropped, or the input itself in evaluation mode."""
         return F.dropout1d(input, self.p, self.training, self.inplace)
 
 
@@ -77,7 +77,7 @@ class Dropout2d(nn.Dropout2d):
         super().__init__(probability(p, keep_prob, "Dropout2d"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input with channels dropped; itself in evaluation mode."""
+        """Return the input with channels dropped, or the input itself in evaluation mode."""
         return F.dropout2d(input, self.p, self.training, self.inplace)
 
 
@@ -96,7 +96,7 @@ class Dropout3d(nn.Dropout3d):
         super().__init__(probability(p, keep_prob, "Dropout3d"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input with channels dropped; itself in evaluation mode."""
+        """Return the input with channels dropped, or the input itself in evaluation mode."""
         return F.dropout3d(input, self.p, self.training, self.inplace)
 
 
@@ -115,7 +115,7 @@ class AlphaDropout(nn.AlphaDropout):
         super().__init__(probability(p, keep_prob, "AlphaDropout"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input with elements at SELU's limit; itself in evaluation mode."""
+        """Return the input with elements at SELU's limit; itself in evaluation mode."""
         return F.alpha_dropout(input, self.p, self.training, self.inplace)
 
 
@@ -134,7 +134,7 @@ class FeatureAlphaDropout(nn.FeatureAlphaDropout):
         super().__init__(probability(p, keep_prob, "FeatureAlphaDropout"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input with channels at SELU's limit; itself in evaluation mode."""
+        """Return the input with channels at SELU's limit; itself in evaluation mode."""
         return F.feature_alpha_dropout(input, self.p, self.training, self.inplace)
 
 
@@ -155,9 +155,9 @@ class DropPath(nn.Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input with samples dropped; itself in evaluation mode."""
+        """Return the input with samples dropped, or the input itself in evaluation mode."""
         return F.drop_path(input, self.p, self.training, self.inplace)
 
     def extra_repr(self) -> str:
-        """The arguments, as torch's dropout layers show them."""
+        """Return the arguments as torch's dropout layers show them."""
         return f"p={self.p}, inplace={self.inplace}"

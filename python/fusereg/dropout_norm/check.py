@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm
 
 from ..core.inventory import Inputs, Operation, Shape
-from ..core.masks import SEED, P, dropped, mask_like
+from ..core.masks import SEED, P, dropped, mask
 from . import functional
 
 _SHAPES: dict[str, Shape] = {
@@ -16,7 +16,7 @@ _SHAPES: dict[str, Shape] = {
     "small": (9, 37),
     "large": (515, 259),
     "empty": (0, 37),
-    "one element": (1, 1),
+    "one row": (1, 5),
 }
 _OPTIONS = {"p": P, "eps": 1e-5, "seed": SEED, "return_sum": True}
 
@@ -27,7 +27,7 @@ def _tensors(inputs: Inputs, shape: Shape) -> list[Tensor]:
 
 
 def _reference(norm: Any, x: Tensor, residual: Tensor, *affine: Tensor) -> tuple[Tensor, Tensor]:
-    s = residual + dropped(x, mask_like(x))
+    s = residual + dropped(x, mask(tuple(x.shape)))
     return norm(s, x.shape[-1:], *affine, eps=1e-5), s
 
 

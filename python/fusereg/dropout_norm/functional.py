@@ -25,7 +25,7 @@ _MORE_ARGUMENTS = """
 _DROPOUT_ARGUMENTS = """
         training: whether to drop at all.
         seed: an integer that determines the mask, or an int64 tensor (seed, offset) on x's device,
-            which is read by the kernel. Default: a new pair from ``generator``.
+            which is read by the kernel. Default: a new state from ``generator``.
         generator: the torch.Generator to draw from; torch's default one if not given.
         index_offset: what is added to every index, so that a shard of a larger tensor gets its part
             of the whole tensor's mask under one ``seed``.
@@ -116,7 +116,7 @@ def dropout_add_layer_norm(
     index_offset: int = 0,
     return_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Layer normalization of residual + dropout(x) over the last dimension.
+    r"""Apply layer normalization to residual + dropout(x) over the last dimension.
 
     :math:`s = r + m \odot x / (1-p)` and :math:`y = \frac{s - \mathrm{E}[s]}{\sqrt{\mathrm{Var}[s]
     + \epsilon}} \odot w + b` (Ba et al. 2016; Srivastava et al. 2014).
@@ -204,7 +204,7 @@ def dropout_add_rms_norm(
     index_offset: int = 0,
     return_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""RMS normalization of residual + dropout(x) over the last dimension.
+    r"""Apply RMS normalization to residual + dropout(x) over the last dimension.
 
     :math:`s = r + m \odot x / (1-p)` and :math:`y = \frac{s}{\sqrt{\mathrm{E}[s^2] + \epsilon}}
     \odot w` (Zhang, Sennrich 2019; Srivastava et al. 2014).

@@ -18,7 +18,7 @@ __all__ = ["DropoutAddLayerNorm", "DropoutAddRMSNorm"]
 
 
 def _rows(t: Tensor, dims: int) -> Tensor:
-    """The last ``dims`` dimensions as one."""
+    """Return a view with the last ``dims`` dimensions as one."""
     return t if dims == 1 else t.flatten(-dims)
 
 
@@ -83,7 +83,7 @@ class DropoutAddLayerNorm(nn.LayerNorm):
     def forward(  # type: ignore[override]
         self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The normalized sum; nothing is dropped in evaluation mode."""
+        """Return the normalized sum; nothing is dropped in evaluation mode."""
         shape = tuple(self.normalized_shape)
         _check_shape(input, residual, shape, "DropoutAddLayerNorm")
         dims = len(shape)
@@ -100,7 +100,7 @@ class DropoutAddLayerNorm(nn.LayerNorm):
         return result if dims == 1 else _split(result, input.shape)
 
     def extra_repr(self) -> str:
-        """As torch.nn.LayerNorm's, and p."""
+        """Return the arguments as torch.nn.LayerNorm shows them, and p."""
         return f"{super().extra_repr()}, p={self.p}, return_sum={self.return_sum}"
 
 
@@ -144,7 +144,7 @@ class DropoutAddRMSNorm(nn.RMSNorm):
     def forward(  # type: ignore[override]
         self, x: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The normalized sum; nothing is dropped in evaluation mode."""
+        """Return the normalized sum; nothing is dropped in evaluation mode."""
         shape = tuple(self.normalized_shape)
         _check_shape(x, residual, shape, "DropoutAddRMSNorm")
         dims = len(shape)
@@ -160,5 +160,5 @@ class DropoutAddRMSNorm(nn.RMSNorm):
         return result if dims == 1 else _split(result, x.shape)
 
     def extra_repr(self) -> str:
-        """As torch.nn.RMSNorm's, and p."""
+        """Return the arguments as torch.nn.RMSNorm shows them, and p."""
         return f"{super().extra_repr()}, p={self.p}, return_sum={self.return_sum}"

@@ -25,13 +25,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The ranks that decide together; one rank without torch.distributed.
-
-    Args:
-        agreement: "mean", "min" or "max" of the ranks' metrics, "rank0" for that of rank 0, or
-            "none": every rank decides for itself.
-        group: a process group, None for the default one.
-    """
+    """The ranks that decide together; arguments as EarlyStopping's."""
 
     def __init__(self, agreement: Agreement, group: Any) -> None:
         self.agreement = agreement

@@ -190,6 +190,8 @@ def advance(
     """Return the state after one more check, and the decision; EarlyStopping has the formula.
 
     Args:
+        rules: what the decision depends on.
+        state: the state after the check before.
         values: one for each of ``rules.metrics``, in their order; they may be non-finite.
         epoch: not less than that of the check before.
     """

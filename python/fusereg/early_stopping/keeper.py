@@ -20,16 +20,7 @@ OnSaveError: TypeAlias = Literal["raise", "warn"]
 
 
 class Keeper:
-    """Captures, writes and restores the best state; the arguments are EarlyStopping's.
-
-    Args:
-        sources: the objects that a snapshot is taken of.
-        ranks: the ranks that take part.
-        where: EarlyStopping's ``snapshot``.
-        folder: the folder for checkpoints, or None.
-        resume: whether to resume from a checkpoint that is there.
-        on_save_error: whether a failed write stops training.
-    """
+    """Captures, writes and restores the best state; arguments as EarlyStopping's."""
 
     def __init__(
         self,
@@ -212,7 +203,11 @@ class Keeper:
             except CheckpointError as error:
                 own = self._failure(self._folder, error, epoch)
                 if self._on_save_error == "warn":
-                    own = _warn(str(own))
+                    try:
+                        warnings.warn(str(own), RuntimeWarning, stacklevel=3)
+                        own = None
+                    except RuntimeWarning as warning:  # where warnings are errors
+                        own = warning
             except Exception as error:
                 own = error
         heard = self._ranks.gather((describe(own), self._on_disk))
@@ -235,12 +230,3 @@ class Keeper:
         )
         made.__cause__ = error.__cause__
         return made
-
-
-def _warn(text: str) -> Exception | None:
-    """Warn at the caller of step(); return the warning where warnings are errors."""
-    try:
-        warnings.warn(text, RuntimeWarning, stacklevel=4)
-    except RuntimeWarning as error:
-        return error
-    return None

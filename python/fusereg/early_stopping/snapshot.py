@@ -218,18 +218,7 @@ def _shard(thing: Stateful, state: Any) -> Any:
 
 
 class Sources:
-    """The objects whose states a snapshot holds: the model and others.
-
-    Args:
-        model: the module, or None. Its wrappers (DistributedDataParallel, torch.compile) are
-            looked through.
-        also: further objects by name.
-        rng: whether to include torch's generators, under the name "rng".
-
-    Raises:
-        TypeError: the model is not a module, or an object has no state_dict and load_state_dict.
-        ValueError: a name is taken.
-    """
+    """The objects whose states a snapshot holds; arguments as EarlyStopping's."""
 
     def __init__(
         self, model: nn.Module | None, also: Mapping[str, Stateful] | None, rng: bool

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -322,12 +321,7 @@ class EarlyStopping:
         self._entered = True
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._entered = False
         if self._restore_best:
             self.restore()

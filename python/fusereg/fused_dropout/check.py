@@ -36,11 +36,12 @@ _ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 def _activated(name: str) -> Operation:
     formula, f = _ACTIVATIONS[name]
     return Operation(
-        name=f"activation_dropout, {name}",
+        name="activation_dropout" if name == "relu" else f"activation_dropout, {name}",
         formula=formula,
         function=functional.activation_dropout,
         options={**_SEEDED, "activation": name},
         reference=lambda x: dropped(f(x), mask_like(x)),
+        refuses={} if name == "relu" else {"in place": "overwrites x, which its gradient needs"},
     )
 
 

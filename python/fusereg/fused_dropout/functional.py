@@ -46,7 +46,7 @@ def bias_dropout_add(
     index_offset: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""The end of a transformer's sublayer: :math:`y = r + \mathrm{dropout}(x + b)`.
+    r"""Apply bias, dropout and a residual connection: :math:`y = r + \mathrm{dropout}(x + b)`.
 
     Args:
         x: of any shape and layout.
@@ -91,7 +91,7 @@ def dropout_add(
     index_offset: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""Dropout and a residual connection: :math:`y = r + \mathrm{dropout}(x)`.
+    r"""Apply dropout and a residual connection: :math:`y = r + \mathrm{dropout}(x)`.
 
     Args:
         x: of any shape and layout.
@@ -132,7 +132,7 @@ def drop_path_add(
     index_offset: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""Stochastic depth and its residual connection (Huang et al. 2016).
+    r"""Apply stochastic depth and its residual connection (Huang et al. 2016).
 
     :math:`y_n = r_n + x_n / (1-p)` with probability :math:`1-p`, else :math:`r_n`: one draw for
     each sample of (N, ...). A dropped sample is not read.
@@ -179,7 +179,7 @@ def activation_dropout(
     index_offset: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""An activation and dropout: :math:`y = \mathrm{dropout}(f(x))`.
+    r"""Apply an activation and dropout: :math:`y = \mathrm{dropout}(f(x))`.
 
     ``"relu"``: :math:`\max(x, 0)`. ``"gelu"``: :math:`x \Phi(x)` with the normal distribution
     function (Hendrycks, Gimpel 2016), ``"gelu_tanh"``: its tanh form. ``"silu"``:

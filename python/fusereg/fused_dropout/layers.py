@@ -29,11 +29,11 @@ class BiasDropoutAdd(nn.Module):
         self.p = probability(p, keep_prob, "BiasDropoutAdd")
 
     def forward(self, input: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-        """The sum of all three, with elements of the first two dropped in training mode."""
+        """Return the sum of all three, with elements of the first two dropped in training mode."""
         return F.bias_dropout_add(input, bias, residual, self.p, self.training)
 
     def extra_repr(self) -> str:
-        """The argument, as torch's dropout layers show it."""
+        """Return the argument as torch's dropout layers show it."""
         return f"p={self.p}"
 
 
@@ -54,11 +54,11 @@ class DropoutAdd(nn.Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
-        """The sum of both, with elements of the first dropped in training mode."""
+        """Return the sum of both, with elements of the first dropped in training mode."""
         return F.dropout_add(input, residual, self.p, self.training, self.inplace)
 
     def extra_repr(self) -> str:
-        """The arguments, as torch's dropout layers show them."""
+        """Return the arguments as torch's dropout layers show them."""
         return f"p={self.p}, inplace={self.inplace}"
 
 
@@ -79,11 +79,11 @@ class DropPathAdd(nn.Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
-        """The sum of both, with samples of the first dropped in training mode."""
+        """Return the sum of both, with samples of the first dropped in training mode."""
         return F.drop_path_add(input, residual, self.p, self.training, self.inplace)
 
     def extra_repr(self) -> str:
-        """The arguments, as torch's dropout layers show them."""
+        """Return the arguments as torch's dropout layers show them."""
         return f"p={self.p}, inplace={self.inplace}"
 
 
@@ -115,9 +115,9 @@ class ActivationDropout(nn.Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
-        """The activation of the input, with elements dropped in training mode."""
+        """Return the activation of the input, with elements dropped in training mode."""
         return F.activation_dropout(input, self.p, self.activation, self.training, self.inplace)
 
     def extra_repr(self) -> str:
-        """The arguments."""
+        """Return the arguments."""
         return f"p={self.p}, activation={self.activation!r}, inplace={self.inplace}"

@@ -22,7 +22,7 @@ def gaussian_dropout(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
 ) -> Tensor:
-    r"""Gaussian dropout: :math:`y_i = x_i (1 + \sqrt{p / (1-p)}\, n_i)`, :math:`n_i` normal.
+    r"""Apply Gaussian dropout: :math:`y_i = x_i (1 + \sqrt{p / (1-p)}\, n_i)`, :math:`n_i` normal.
 
     Multiplicative noise with the mean 1 and the variance of dropout's mask (Srivastava et al. 2014,
     section 10; Keras's GaussianDropout). Nothing is to be done at evaluation.
@@ -34,7 +34,7 @@ def gaussian_dropout(
         training: whether to add noise at all.
         inplace: write the result into ``x``.
         seed: an integer that determines the noise, or an int64 tensor (seed, offset) on x's device,
-            which is read by the kernel. Default: a new pair from ``generator``.
+            which is read by the kernel. Default: a new state from ``generator``.
         generator: the torch.Generator to draw from; torch's default one if not given.
         index_offset: what is added to every index, so that a shard of a larger tensor gets its part
             of the whole tensor's noise under one ``seed``.
@@ -45,7 +45,8 @@ def gaussian_dropout(
     too, and :math:`|n_i|` is at most 6.67.
 
     Raises:
-        TypeError: ``x`` is no tensor, ``p`` no number, ``seed`` no integer or tensor.
+        TypeError: ``x`` is not a tensor, ``p`` not a number, or ``seed`` neither an integer nor a
+            tensor.
         ValueError: ``p`` is outside [0, 1); ``x`` is of an integer, complex or other dtype, sparse
             or nested.
 

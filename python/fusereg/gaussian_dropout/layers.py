@@ -32,9 +32,9 @@ class GaussianDropout(nn.Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input with noise; itself in evaluation mode."""
+        """Return the input with noise, or the input itself in evaluation mode."""
         return F.gaussian_dropout(input, self.p, self.training, self.inplace)
 
     def extra_repr(self) -> str:
-        """The arguments, as torch's dropout layers show them."""
+        """Return the arguments as torch's dropout layers show them."""
         return f"p={self.p}, inplace={self.inplace}"

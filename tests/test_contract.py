@@ -1,0 +1,476 @@
+"""What every operation of the inventory must do, in every way in which torch can call it.
+
+Values and gradients in all dtypes, small and large, are in test_verify.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+from conftest import Backend
+from fusereg import _C
+from fusereg.cli.checks._judge import digest, worst
+from fusereg.core.inventory import Inputs, Operation, as_tuple
+from ops import (
+    CPU,
+    DRAWN,
+    FUNCTIONS,
+    IN_PLACE,
+    KINDS,
+    LAYOUTS,
+    PURE,
+    Recorder,
+    differentiated,
+    laid_out,
+    named,
+    public_functions,
+    sample,
+    threads,
+)
+from fusereg.cli.checks import OPERATIONS
+
+#: Public functions without a row, and why.
+WITHOUT_ROW = {
+    "augment.mix_labels": "arithmetic of torch on the parameters that Augment has drawn",
+    "optim.param_groups_weight_decay": "sorts parameters into groups",
+}
+
+
+def assert_same(came: list[Tensor], wanted: list[Tensor]) -> None:
+    """Check that tensors have the same bits, dtypes and strides."""
+    assert len(came) == len(wanted)
+    for a, b in zip(came, wanted, strict=True):
+        assert a.dtype is b.dtype
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def assert_near(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Check that results are as near to their references as the table of tolerances asks."""
+    error, tolerance = worst(pairs)
+    assert error <= tolerance
+
+
+def test_every_public_function_has_an_operation() -> None:
+    rows = {operation.name.partition(",")[0] for operation in OPERATIONS}
+    assert set(public_functions()) - rows == set(WITHOUT_ROW)
+    for operation in OPERATIONS:
+        function = public_functions().get(operation.op)
+        assert function is None or operation.function is function, operation.name
+
+
+# --- shapes, layouts, results ---------------------------------------------------------------------
+
+
+@named(FUNCTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(operation: Operation, layout: str) -> None:
+    if operation.written and layout == "expanded" and operation.as_list:
+        with pytest.raises(ValueError, match="memory"):
+            operation(*laid_out(operation, layout, sample(operation)))
+        return
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = laid_out(operation, layout, sample(operation, "small", dtype))
+        assert_near(operation.compare(tensors))
+
+
+@named([operation for operation in FUNCTIONS if not operation.as_list])
+def test_edge_shapes(operation: Operation) -> None:
+    for size in operation.shapes.keys() - {"tiny", "small", "large"}:
+        for dtype in (torch.float64, torch.float16):
+            assert_near(operation.compare(sample(operation, size, dtype)))
+    if "0-d" not in operation.shapes:
+        tensors = sample(operation)
+        tensors[operation.main] = torch.ones(())
+        with pytest.raises(ValueError, match="dimension|shape|1D"):
+            operation(*tensors)
+
+
+@named([operation for operation in FUNCTIONS if operation.takes("out")])
+def test_out(operation: Operation) -> None:
+    tensors = sample(operation, "small")
+    wanted = operation(*tensors)
+    for layout in ("channels_last", "with gaps"):
+        out = LAYOUTS[layout](torch.full_like(wanted, 7.0))
+        version = out._version
+        assert operation(*tensors, out=out) is out
+        assert out._version > version
+        assert torch.equal(out, wanted)
+    leaf = tensors[0].clone().requires_grad_()
+    with pytest.raises(ValueError, match=f"{operation.op}: out"):
+        operation(leaf, *tensors[1:], out=torch.empty_like(wanted))
+    with pytest.raises(ValueError, match=f"{operation.op}: out must"):
+        operation(*tensors, out=torch.empty_like(wanted)[:1])
+
+
+@named(IN_PLACE)
+def test_in_place(operation: Operation) -> None:
+    """The result is the argument; values and gradients are those of a call that is not in place."""
+
+    def call(x: Tensor, *rest: Tensor) -> Tensor:
+        y = x * 1
+        version = y._version
+        assert operation(y, *rest, inplace=True) is y
+        assert y._version > version
+        return y
+
+    refused = operation.refuses.get("in place")
+    if refused is not None:
+        x, *rest = sample(operation)
+        with pytest.raises(ValueError, match=refused):
+            operation(x.requires_grad_() * 1, *rest, inplace=True)
+        return
+    for layout in LAYOUTS.keys() - {"expanded"}:
+        tensors = laid_out(operation, layout, sample(operation, "small"))
+        assert_near(operation.compare(tensors, call))
+    leaf = sample(operation)
+    with pytest.raises(ValueError, match=f"{operation.op}: x"):
+        operation(leaf[0].requires_grad_(), *leaf[1:], inplace=True)
+
+
+@named(OPERATIONS)
+def test_threads_and_instruction_sets_do_not_change_a_bit(operation: Operation) -> None:
+    before = _C.cpu_isa()
+    found = set()
+    try:
+        for isa in _C.cpu_isas():
+            _C.set_cpu_isa(isa)
+            for count in (1, 2, 5) if isa == _C.cpu_isas()[-1] else (1,):
+                with threads(count):
+                    found.add(digest(operation.check(Inputs(CPU, torch.float32, "large"))))
+    finally:
+        _C.set_cpu_isa(before)
+    assert len(found) == 1
+
+
+@named(FUNCTIONS)
+def test_results_without_gradients(operation: Operation) -> None:
+    tensors = sample(operation)
+    with torch.inference_mode():
+        results = as_tuple(operation(*sample(operation)))
+        assert all(y.is_inference() for y in results)
+    leaves = [t.requires_grad_() for t in operation.differentiable(tensors)]
+    with torch.no_grad():
+        assert not any(y.requires_grad for y in as_tuple(operation(*tensors)))
+    assert all(y.requires_grad for y in as_tuple(operation(*tensors))) or not leaves
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+WRONG: dict[str, Callable[[Tensor], Any]] = {
+    "int64": lambda t: t.long(),
+    "complex": lambda t: t.to(torch.complex64),
+    "sparse": lambda t: t.to_sparse(),
+    "list": lambda t: t.tolist(),
+    "None": lambda t: None,
+}
+
+
+@named([operation for operation in FUNCTIONS if operation.name != "nn.BatchRenorm"])
+def test_a_wrong_argument_is_named(operation: Operation) -> None:
+    """And nothing is drawn or written."""
+    state = torch.get_rng_state()
+    name = r"params\[0\]" if operation.as_list else operation.arguments[operation.main]
+    for wrong in WRONG.values():
+        tensors = sample(operation)
+        before = [t.clone() for t in tensors]
+        tensors[operation.main] = wrong(tensors[operation.main])
+        with pytest.raises((TypeError, ValueError), match=rf"^fusereg\.{operation.op}: {name} "):
+            operation(*tensors)
+        del tensors[operation.main], before[operation.main]
+        assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@named([operation for operation in FUNCTIONS if "p" in operation.options])
+def test_a_wrong_probability_is_named(operation: Operation) -> None:
+    state = torch.get_rng_state()
+    for p in (-0.1, 1.5, float("nan"), "half", None):
+        with pytest.raises((TypeError, ValueError), match=rf"^fusereg\.{operation.op}: p must be"):
+            operation(*sample(operation), p=p, seed=None)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- random numbers -------------------------------------------------------------------------------
+
+
+@named(DRAWN)
+def test_seeds_and_generators_reproduce(operation: Operation) -> None:
+    tensors = sample(operation, "small")
+    generator = torch.Generator()
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        generator.manual_seed(3)
+        before = generator.get_state()
+        drawn.append([as_tuple(operation(*tensors, seed=None))[0] for _ in range(2)])
+        assert torch.equal(generator.get_state(), before)
+        state = torch.get_rng_state()
+        drawn[-1].append(as_tuple(operation(*tensors, seed=None, generator=generator))[0])
+        operation(*tensors)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert_same(*drawn)
+    assert not torch.equal(drawn[0][0], drawn[0][1])
+    state = torch.tensor([operation.options["seed"], 0])
+    assert_same(as_tuple(operation(*tensors, seed=state)), as_tuple(operation(*tensors)))
+
+
+@named(DRAWN)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_draws_the_same_numbers_again(operation: Operation, reentrant: bool) -> None:
+    tensors = sample(operation, "small")
+    seen: list[Tensor] = []
+
+    def block(*t: Tensor) -> Tensor:
+        y = as_tuple(operation(*t, seed=None))[0]
+        seen.append(y.detach())
+        return y.square()  # keeps y, so that it is computed a second time
+
+    for t in operation.differentiable(tensors):
+        t.requires_grad_()
+    y = checkpoint(block, *tensors, use_reentrant=reentrant)
+    torch.rand(8)
+    y.sum().backward()
+    assert len(seen) == 2
+    assert torch.equal(*seen)
+
+
+# --- derivatives ----------------------------------------------------------------------------------
+
+
+@named(PURE)
+def test_derivatives_of_both_orders_and_batches_of_them(operation: Operation) -> None:
+    call, leaves = operation.as_function(sample(operation, dtype=torch.float64))
+    leaves = tuple(t.requires_grad_() for t in leaves)
+    batched = {"fast_mode": True, "check_batched_grad": True}
+    assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True, **batched)
+    assert torch.autograd.gradgradcheck(call, leaves, **batched)
+
+
+@named(PURE)
+def test_derivatives_of_both_orders_through_the_operators(operation: Operation) -> None:
+    call, leaves = operation.as_function(sample(operation, dtype=torch.float64))
+    leaves = tuple(t.requires_grad_() for t in leaves)
+
+    def recorded(*t: Tensor) -> Any:
+        with Recorder():
+            return call(*t)
+
+    assert torch.autograd.gradcheck(recorded, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(recorded, leaves, fast_mode=True)
+
+
+@named(PURE)
+def test_vectorized_jacobians(operation: Operation) -> None:
+    call, leaves = operation.as_function(sample(operation))
+
+    def first(*t: Tensor) -> Tensor:
+        return as_tuple(call(*t))[0]
+
+    came = torch.autograd.functional.jacobian(first, leaves, vectorize=True)
+    wanted = torch.autograd.functional.jacobian(first, leaves)
+    torch.testing.assert_close(came, wanted)
+
+
+# --- torch.func -----------------------------------------------------------------------------------
+
+
+@named(PURE)
+def test_vmap_is_a_loop(operation: Operation) -> None:
+    call, leaves = operation.as_function(sample(operation))
+    batches = tuple(torch.stack([t, t.flip(0), 2 * t], 1) for t in leaves)
+    came = torch.vmap(call, in_dims=1)(*batches)
+    each = [as_tuple(call(*(b.select(1, i) for b in batches))) for i in range(3)]
+    for y, wanted in zip(as_tuple(came), zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(y, torch.stack(wanted), rtol=1e-6, atol=1e-6)
+
+
+@named(DRAWN)
+def test_vmap_draws_as_it_is_told(operation: Operation) -> None:
+    call, leaves = operation.as_function(sample(operation, "small"), seed=None)
+    batches = tuple(torch.stack([t] * 3) for t in leaves)
+
+    def drawn(*t: Tensor) -> Tensor:
+        return as_tuple(call(*t))[0]
+
+    different = torch.vmap(drawn, randomness="different")(*batches)
+    assert not torch.equal(different[0], different[1])
+    equal = torch.vmap(drawn, randomness="same")(*batches)
+    assert torch.equal(equal[0], equal[1])
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.vmap(drawn)(*batches)
+
+
+@named(PURE)
+def test_func_grad_and_jvp(operation: Operation) -> None:
+    call, leaves = operation.as_function(sample(operation, dtype=torch.float64))
+
+    def loss(*t: Tensor) -> Tensor:
+        return sum((y.square().sum() for y in as_tuple(call(*t))), torch.zeros(()))
+
+    numbers = tuple(range(len(leaves)))
+    came = torch.func.grad(loss, argnums=numbers)(*leaves)
+    fresh = [t.detach().clone().requires_grad_() for t in leaves]
+    wanted = torch.autograd.grad(loss(*fresh), fresh)
+    torch.testing.assert_close(came, wanted)
+    _, tangent = torch.func.jvp(loss, leaves, leaves)
+    torch.testing.assert_close(
+        tangent, sum((w * t).sum() for w, t in zip(wanted, leaves, strict=True))
+    )
+
+
+# --- torch.library, compilers ---------------------------------------------------------------------
+
+
+@named(FUNCTIONS)
+def test_the_operators_give_the_eager_bits(operation: Operation) -> None:
+    for layout in ("permuted", "channels_last"):
+        tensors = [laid_out(operation, layout, sample(operation, "small")) for _ in range(2)]
+        recorder = Recorder()
+
+        def call(*t: Tensor, recorder: Recorder = recorder) -> Any:
+            with recorder:
+                return operation(*t)
+
+        assert_same(differentiated(operation, tensors[0], call), differentiated(operation, tensors[1]))
+        assert recorder.calls
+
+
+@named(FUNCTIONS)
+def test_compiled_is_eager(operation: Operation) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *t: operation(*t), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for layout in ("permuted", "channels_last"):
+        tensors = [laid_out(operation, layout, sample(operation)) for _ in range(2)]
+        came = differentiated(operation, tensors[0], compiled)
+        assert_same(came, differentiated(operation, tensors[1]))
+
+
+@pytest.mark.slow
+@named(KINDS)
+def test_inductor_is_eager(operation: Operation) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: operation(*t), fullgraph=True)
+    tensors = [sample(operation) for _ in range(2)]
+    came = differentiated(operation, tensors[0], compiled)
+    for a, b in zip(came, differentiated(operation, tensors[1]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class AsModule(nn.Module):
+    """An operation as a module, to be exported."""
+
+    def __init__(self, operation: Operation) -> None:
+        super().__init__()
+        self.operation = operation
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.operation(*tensors)
+
+
+@named(FUNCTIONS)
+def test_export(operation: Operation) -> None:
+    program = torch.export.export(AsModule(operation), tuple(sample(operation)))
+    assert "fusereg." in str(program.graph)
+    tensors = [sample(operation) for _ in range(2)]
+    results = [as_tuple(f(*t)) for f, t in zip((program.module(), operation), tensors, strict=True)]
+    assert_same(*results)
+    assert_same(*(operation.select(t, operation.written) for t in tensors))
+
+
+@named(PURE)
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_records_operators(operation: Operation, mode: str) -> None:
+    tensors = sample(operation)
+    graph = make_fx(lambda *t: operation(*t), tracing_mode=mode)(*tensors)
+    assert "fusereg." in graph.code
+    assert_same(as_tuple(graph(*tensors)), as_tuple(operation(*tensors)))
+
+
+@named(FUNCTIONS)
+def test_fake_and_meta_tensors(operation: Operation) -> None:
+    for layout in ("permuted", "channels_last"):
+        tensors = laid_out(operation, layout, sample(operation, "small", torch.bfloat16))
+        wanted = differentiated(operation, tensors)
+        with FakeTensorMode() as mode:
+            found = [mode.from_tensor(t.detach()) for t in tensors]
+            came = differentiated(operation, found)
+        metas = [t.detach().to("meta") for t in tensors]
+        results = as_tuple(operation(*metas))
+        assert all(y.is_meta for y in results)
+        for a, b in [*zip(came, wanted, strict=True), *zip(results, wanted, strict=False)]:
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@named(FUNCTIONS)
+def test_autocast_keeps_the_dtype_that_comes(operation: Operation) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = [sample(operation, dtype=dtype) for _ in range(2)]
+        with torch.autocast("cpu", torch.bfloat16):
+            came = differentiated(operation, tensors[0])
+        assert_same(came, differentiated(operation, tensors[1]))
+
+
+# --- opcheck --------------------------------------------------------------------------------------
+
+
+@cache
+def recorded_calls() -> dict[str, list[tuple[Any, ...]]]:
+    """Return the calls of each operator of fusereg that all operations make, both derivatives too."""
+    calls: dict[str, list[tuple[Any, ...]]] = {}
+    for operation in OPERATIONS:
+        recorder = Recorder()
+        with recorder:
+            if operation.reference is None:
+                operation.check(Inputs(CPU, torch.float32, "tiny"))
+            else:
+                second_derivative(operation)
+        for overload, found in recorder.calls.items():
+            calls.setdefault(overload._schema.name.removeprefix("fusereg::"), []).extend(
+                [found[0], found[-1]]
+            )
+    return calls
+
+
+def second_derivative(operation: Operation) -> None:
+    """Differentiate the operation twice where it has derivatives."""
+    tensors = sample(operation)
+    leaves = [t.requires_grad_() for t in operation.differentiable(tensors)]
+    outputs = [y for y in as_tuple(operation(*tensors)) if y.requires_grad]
+    if not outputs:
+        return
+    loss = sum((y.square().sum() for y in outputs), torch.zeros(()))
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    sum((g.square().sum() for g in first), torch.zeros(())).backward()
+
+
+def operators() -> list[str]:
+    """Return the names of all operators of fusereg."""
+    names = (str(name) for name in torch._C._dispatch_get_all_op_names())
+    return sorted({n.split("::")[1].split(".")[0] for n in names if n.startswith("fusereg::")})
+
+
+@pytest.mark.parametrize("name", operators())
+def test_opcheck(name: str) -> None:
+    overload = getattr(torch.ops.fusereg, name).default
+    calls = recorded_calls()[name]
+    written = {a.name for a in overload._schema.arguments if a.alias_info is not None}
+
+    def as_leaf(t: Tensor) -> Tensor:
+        return t.clone().requires_grad_() if t.is_floating_point() and not written else t.clone()
+
+    for args in (calls[0], calls[-1]):
+        arguments = torch.utils._pytree.tree_map_only(Tensor, as_leaf, args)
+        torch.library.opcheck(overload, arguments)
