@@ -25,9 +25,9 @@ HEADER = (
     "gap\npts",
     "test\nloss",
     "zeros\n%",
-    "fusereg\nms/epoch",
-    "PyTorch\nms/epoch",
-    "loss diff.\nepoch 1",
+    "fusereg\nms per\nepoch",
+    "PyTorch\nms per\nepoch",
+    "loss\ndiff.",  # in the first epoch
 )
 # Two ways of computing the same step round differently, by some 1e-7 in the loss. Training
 # amplifies that from step to step: plain PyTorch against itself, the last bit of each initial
