@@ -55,7 +55,7 @@ def row(result: Result) -> list[str]:
 
 def table(results: Sequence[Result]) -> Table:
     """Return the table that the demo prints."""
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     for index, title in enumerate(HEADER):
         made.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
     for result in results:
