@@ -208,7 +208,7 @@ def weight_histograms(results: Sequence[Result]) -> Figure:
     panels = _panels(figure, shown, "weight (outermost bars: all beyond)")
     # The few largest weights (second layer) would squeeze all others into two bars.
     reach = max((float(np.quantile(np.abs(v), 0.998)) for v in values), default=1.0) or 1.0
-    bins = np.linspace(-reach, reach, 82)
+    bins = np.linspace(-reach, reach, 82).tolist()
     for axes, result, weights in zip(panels, shown, values, strict=False):
         color = "black" if result.technique.name == "none" else FUSED_COLOR
         nonzero = np.clip(weights[weights != 0], -reach, reach)
