@@ -2,7 +2,7 @@
 
 In the repository this package is ``bench/``; installed, it is ``fusereg.bench``, and ``fusereg
 bench`` is its command line. To add a technique, write ``bench/suites/<stem>.py`` with a function
-``cases(options)`` that returns a list of :class:`Case`, and with ``PROVIDERS``, the names of the ways
+``cases(options)``, which returns a list of :class:`Case`, and ``PROVIDERS``, the names of the ways
 to do the work, if they are not those of :func:`.harness.layers.providers`.
 """
 
