@@ -16,6 +16,7 @@ from .functional import add_penalty_grad_, sparsity
 L1, L2, GROUP = 0.3, 0.7, 0.05
 #: Between the norms of the groups: some vanish, some only shrink.
 THRESHOLD = 0.6
+_NO_META = {"meta": "is on device 'meta'"}
 
 
 def _group_norms(w: Tensor) -> Tensor:
@@ -89,6 +90,7 @@ def _penalty(name: str, formula: str, f: Callable[[Tensor], Tensor], **options: 
         as_list=True,
         options=options,
         reference=_summed(f),
+        refuses=_NO_META,
     )
 
 
@@ -103,6 +105,7 @@ def _prox(name: str, formula: str, f: Callable[[Tensor], Tensor], **options: Any
         options=options,
         reference=_changed(f),
         written=("params",),
+        refuses=_NO_META,
     )
 
 
