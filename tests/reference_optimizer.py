@@ -26,7 +26,7 @@ def penalty(w: Tensor, l1: float = 0.0, l2: float = 0.0, group: float = 0.0) -> 
 
 
 class Reference:
-    """One parameter; ``step(g)`` updates ``p`` in float64."""
+    """Optimizer of one parameter ``p``, which ``step(g)`` updates in float64."""
 
     def __init__(self, name: str, p: Tensor, **options: Any) -> None:
         self.name = name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -434,6 +435,49 @@ def test_out_and_other_layouts(backend: Backend) -> None:
     assert torch.equal(A.warp_affine(expanded, m), A.warp_affine(expanded.contiguous(), m))
 
 
+#: Every way to ask for a normalization of images whose pixels stay where they are.
+NORMALIZING: dict[str, Callable[..., Tensor]] = {
+    "warp_affine": lambda x, **how: A.warp_affine(x, torch.eye(2, 3), **how),
+    "crop_flip_normalize": lambda x, **how: A.crop_flip_normalize(x, x.shape[2:], **how),
+    "resize": lambda x, **how: A.resize(x, x.shape[2:], **how),
+    "resize, not antialiased": lambda x, **how: A.resize(
+        x, x.shape[2:], interpolation="nearest", antialias=False, **how
+    ),
+    "Augment": lambda x, **how: A.Augment(x.shape[2:], crop="center", **how)(x),
+    "Augment.eval": lambda x, **how: A.Augment(x.shape[2:], hflip=1.0, **how).eval()(x),
+    "Normalize": lambda x, mean=None, std=None: A.Normalize(mean, std)(x),
+    "Compose": lambda x, mean=None, std=None: A.Compose([A.Normalize(mean, std)])(x),
+}
+
+
+@pytest.mark.parametrize("name", NORMALIZING)
+def test_mean_and_std_follow_one_rule(name: str) -> None:
+    normalize = NORMALIZING[name]
+    for dtype in ALL_DTYPES:
+        x = images((2, 3, 5, 6), dtype)
+        for mean, std in ((0.5, 0.25), ((0.1, 0.2, 0.3), 0.7), ([0.4], (0.3, 1.5, 2.0))):
+            wanted = A.crop_flip_normalize(x, (5, 6), mean=mean, std=std)
+            assert torch.equal(normalize(x, mean=mean, std=std), wanted)
+            m, s = (torch.tensor(v, dtype=torch.float64).reshape(-1, 1, 1) for v in (mean, std))
+            values = x.double() / (255 if dtype is torch.uint8 else 1)
+            assert_near(wanted, (values - m) / s, TOLERANCES[wanted.dtype])
+    gray = torch.zeros(1, 1, 5, 6)
+    one_missing = "mean and std must be given together"
+    if name in ("Normalize", "Compose"):
+        one_missing = "(mean|std) must be a number, got NoneType"
+    for t, mean, std, text in (
+        (x, 0.5, 0.0, r"std must be positive, got \(0.0,\)"),
+        (x, (0.5, 0.5, 0.5), (0.2, 0.2, -0.2), "std must be positive"),
+        (x, 0.5, None, one_missing),
+        (x, None, 0.5, one_missing),
+        (x, (0.5, 0.5), 0.5, "mean must have 1 or 3 numbers for images of 3 channels, got 2"),
+        (gray, 0.5, (1, 1, 1), "std must have 1 number for images of 1 channel, got 3"),
+        (x, "0.5", 0.5, "mean must be a number, got str"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=rf"fusereg\.\w+: ({text})"):
+            normalize(t, mean=mean, std=std)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -469,9 +513,9 @@ def test_out_and_other_layouts(backend: Backend) -> None:
         ),
         (lambda x: A.warp_affine(x, torch.eye(2, 3), out=x), ValueError, "overlap in memory"),
         (
-            lambda x: A.warp_affine(x, torch.eye(2, 3), mean=0.5),
+            lambda x: A.resize(x, (8, 9), out=x.view(2, 3, 8, 9)),
             ValueError,
-            "mean and std must be given together",
+            "resize: x and out overlap in memory",
         ),
         (
             lambda x: A.warp_affine(x, torch.eye(2, 3), interpolation="nearest", antialias=True),

@@ -204,6 +204,22 @@ def test_functions_in_graphs(name: str) -> None:
     assert torch.equal(exported.module()(x.detach()), f(x))
 
 
+@pytest.mark.parametrize("name", [*FUNCTIONS, "Augment"])
+def test_batched_gradients(name: str) -> None:
+    """With color as well, whose gradient needs x."""
+    augment = A.Augment((4, 5), degrees=20, brightness=0.3, saturation=0.3, mean=0.5, std=0.2)
+    f = FUNCTIONS.get(name, lambda t: augment(t, sample_ids=[0, 1]))
+    x = torch.rand(2, 3, 6, 7, requires_grad=True)
+    y = f(x)
+    batch = torch.randn(4, *y.shape)
+    (together,) = torch.autograd.grad(y, x, batch, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in batch]
+    assert torch.equal(together, torch.stack(each))
+    jacobian = torch.autograd.functional.jacobian(f, x[:, :, :3, :2].detach(), vectorize=True)
+    wanted = torch.autograd.functional.jacobian(f, x[:, :, :3, :2].detach())
+    assert torch.equal(jacobian, wanted)
+
+
 def test_transforms() -> None:
     m = warps(2, 1.0)
     x = torch.rand(3, 2, 1, 6, 7)

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from conftest import Backend
 from fusereg import _C
 from fusereg import functional as F
 from fusereg.batch_norm import kernels
+from fusereg.batch_norm.kernels import Call, Constants, Inputs
 from fusereg.core import memory
-from test_batch_norm import SLOPE, assert_near, exact, make, ours
+from test_batch_norm import assert_near, exact, make, ours
 
 #: (shape, channels_last): lines of whole octets; lines that begin anywhere; lines shorter than a
 #: vector, 8 and 2 channels together; columns, of one slab and several, the last one narrower.
@@ -90,17 +89,6 @@ def test_element_by_element(shape: tuple[int, ...], channels_last: bool, cuda: B
         ours(case, True, "relu")
 
 
-def forward(x: Tensor, call: kernels.Call, **more: Any) -> kernels.Results:
-    given = {"residual": None, "mask": None, "weight": None, "bias": None, "moments": None}
-    return kernels.forward(call, x, **{**given, **more})
-
-
-def call_of(**more: Any) -> kernels.Call:
-    return kernels.Call(kernels.COMPUTE, 1e-5, 0, 0, SLOPE, 0.0, 0, 0, 0, "batch_norm")._replace(
-        **more
-    )
-
-
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_groups_and_running_statistics(channels_last: bool, cuda: Backend) -> None:
@@ -110,16 +98,19 @@ def test_groups_and_running_statistics(channels_last: bool, cuda: Backend) -> No
     exact_x = x.double().cpu()
     groups = [exact_x[i : i + 2] for i in range(0, 7, 2)]
     for kind, splits in KINDS:
-        running = kernels.Running(
-            torch.zeros(16, device=cuda.device),
-            torch.ones(16, device=cuda.device),
-            torch.tensor(3, device=cuda.device),
-            -1.0,
+        running_mean = torch.zeros(16, device=cuda.device)
+        running_var = torch.ones(16, device=cuda.device)
+        batches = torch.tensor(3, device=cuda.device)
+        call = Call(
+            Inputs(x, running_mean=running_mean, running_var=running_var),
+            Constants(group_samples=2),
+            batches=batches,
+            momentum=-1.0,
         )
         with forced(kind, splits):
-            y, moments, _ = forward(x, call_of(group_samples=2), running=running)
-        assert moments is not None
-        mean, var, count = moments.cpu().view(3, 4, 16)
+            y = kernels.forward(call)
+        assert call.moments is not None
+        mean, var, count = call.moments.cpu().view(3, 4, 16)
         for i, g in enumerate(groups):
             torch.testing.assert_close(mean[i], g.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(
@@ -130,13 +121,13 @@ def test_groups_and_running_statistics(channels_last: bool, cuda: Backend) -> No
             torch.testing.assert_close(
                 y[2 * i : 2 * i + 2].double().cpu(), wanted, rtol=0.0, atol=2e-6
             )
-        assert int(running.batches) == 4  # type: ignore[arg-type]
+        assert int(batches) == 4
         torch.testing.assert_close(
-            running.mean.double().cpu(), exact_x.mean((0, 2, 3)) / 4, rtol=1e-6, atol=1e-6
-        )  # type: ignore[union-attr]
+            running_mean.double().cpu(), exact_x.mean((0, 2, 3)) / 4, rtol=1e-6, atol=1e-6
+        )
         torch.testing.assert_close(
-            running.var.double().cpu(), 0.75 + exact_x.var((0, 2, 3)) / 4, rtol=1e-6, atol=0.0
-        )  # type: ignore[union-attr]
+            running_var.double().cpu(), 0.75 + exact_x.var((0, 2, 3)) / 4, rtol=1e-6, atol=0.0
+        )
     assert_semaphores_are_zero(cuda.device)
 
 
@@ -231,7 +222,7 @@ def test_a_team_that_could_not_be_resident_is_refused(cuda: Backend) -> None:
 @pytest.mark.parametrize(("kind", "splits"), KINDS)
 def test_scratch_is_as_large_as_asked_for(kind: str, splits: int, cuda: Backend) -> None:
     # Memory of exactly that size: on the host, what lies behind it is a red zone.
-    call = call_of(activation=1)
+    constants = (*Constants(activation=1)[:6], 0, 0, 0, "batch_norm")
     zeros = torch.zeros(_C.BATCH_NORM_SEMAPHORE_BYTES, dtype=torch.uint8, device=cuda.device)
     for shape, channels_last in WIDE[:3] + WIDE[4:5]:
         x = make(shape, torch.float32, cuda, channels_last).x
@@ -243,8 +234,10 @@ def test_scratch_is_as_large_as_asked_for(kind: str, splits: int, cuda: Backend)
         first = (y, moments, None, x, *nothing, *nothing, *nothing, None)
         second = (grad_x, None, *nothing, sums, x, x, None, *nothing, moments, *nothing, *nothing)
         runs = (
-            lambda memory, a=first: _C.batch_norm_forward(*a, memory, zeros, 0.1, *call),
-            lambda memory, a=second: _C.batch_norm_backward(*a, memory, zeros, True, False, *call),
+            lambda memory, a=first: _C.batch_norm_forward(*a, memory, zeros, 0.1, *constants),
+            lambda memory, a=second: _C.batch_norm_backward(
+                *a, memory, zeros, True, False, *constants
+            ),
         )
         with forced(kind, splits):
             for run in runs:

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import fusereg
 from conftest import TOLERANCES, Backend
 from fusereg import functional as F
-from fusereg.batch_norm import kernels
 from fusereg.batch_norm.inplace import lost_channels
+from fusereg.batch_norm.kernels import Call, Inputs
 from test_batch_norm import SLOPE, Case, assert_near, exact, make
 
 ACTIVATIONS = [None, "leaky_relu"]
@@ -287,14 +287,13 @@ def test_a_second_derivative_is_refused(wanted: str) -> None:
 def test_capture_of_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is written: the host would have to wait for the weights."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    call = kernels.Call(0, 1e-5, 0, 0, 0.01, 0.0, 0, 0, 0, "batch_norm")
     with FakeTensorMode():
         x, weight = torch.empty(4, 3, device="cuda"), torch.empty(3, device="cuda")
     with pytest.raises(
         RuntimeError, match=r"fusereg\.batch_norm: inplace=True .* while a CUDA graph is captured"
     ):
-        lost_channels(x, weight, None, call)
-    assert lost_channels(x, None, None, call) is None, "without parameters nothing is asked"
+        lost_channels(Call(Inputs(x, weight=weight)))
+    assert lost_channels(Call(Inputs(x))) is None, "without parameters nothing is asked"
 
 
 def test_tracing_sees_a_batch_norm_and_a_copy() -> None:

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import fusereg
 from fusereg import functional as F
 from fusereg.batch_norm import op as ops
-from fusereg.batch_norm.kernels import COMPUTE, GIVEN, Call, Running
+from fusereg.batch_norm import sync_op
+from fusereg.batch_norm.kernels import COMPUTE, Call, Constants, Inputs
 
 MODULES: dict[str, tuple[int, ...]] = {
     "BatchNorm1d": (6, 5, 7),
@@ -274,7 +275,7 @@ def test_checkpointing_without_it_counts_twice_as_torch_does() -> None:
 # --- operators, compile, export -------------------------------------------------------------------
 
 _OPS = torch.ops.fusereg
-_NUMBERS = (1e-5, 0, 1, 0.1, 0.25, 3)
+_CONSTANTS = Constants(COMPUTE, 1e-5, 0, 1, 0.1, 0.25, 3)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -285,25 +286,23 @@ def test_opcheck_batch_norm(channels_last: bool, residual: bool) -> None:
         x = x.contiguous(memory_format=torch.channels_last)
     more = torch.randn_like(x).requires_grad_() if residual else None
     weight = torch.randn(4, requires_grad=True)
-    torch.library.opcheck(
-        _OPS.batch_norm.default,
-        (x.requires_grad_(), more, None, weight, None, None, None, None,
-         torch.tensor([1, 0]), COMPUTE, *_NUMBERS, True),
-    )  # fmt: skip
+    inputs = Inputs(x.requires_grad_(), more, weight=weight, seed=torch.tensor([1, 0]))
+    torch.library.opcheck(_OPS.batch_norm.default, (*inputs, *_CONSTANTS, True))
 
 
 def test_opcheck_batch_norm_backward() -> None:
     x, grad, weight = torch.randn(3, 4, 5), torch.randn(3, 4, 5), torch.randn(4)
     moments = _OPS.batch_norm_statistics(x, None, 0)
+    seed = torch.tensor([1, 0])
+    inputs = Inputs(x, None, None, weight, None, moments, None, None, seed)
     for wanted, reduce, sums in (
         ([True, True, True, False], True, None),
         ([True, False, False, False], False, torch.randn(2, 4, dtype=torch.float64)),
     ):
         torch.library.opcheck(
             _OPS.batch_norm_backward.default,
-            (grad, x, None, None, None, moments, weight, None, None, None,
-             torch.tensor([1, 0]), sums, COMPUTE, *_NUMBERS, wanted, reduce),
-        )  # fmt: skip
+            (grad, *inputs, None, sums, *_CONSTANTS, wanted, reduce),
+        )
 
 
 def test_opcheck_batch_norm_statistics() -> None:
@@ -390,7 +389,7 @@ def test_given_moments_and_reduced_sums_are_the_whole_batchs() -> None:
     wanted = torch.autograd.grad(whole, (x, weight), gradient)
 
     moments = ops.statistics(x)
-    call = Call(GIVEN, 1e-5, 0, 1, 0.0, 0.0, 0, 0, 0, "batch_norm")
+    constants = Constants(activation=1)
     halves, sums, parts = x.split(3), [], []
 
     def remember(local: Tensor) -> Tensor:
@@ -398,15 +397,13 @@ def test_given_moments_and_reduced_sums_are_the_whole_batchs() -> None:
         return local
 
     for half, g in zip(halves, gradient.split(3), strict=True):
-        y = ops.normalize(
-            call, half, None, None, weight, None, moments, Running(), reduce_sums=remember
-        )
+        call = Call(Inputs(half, weight=weight), constants)
+        y = sync_op.normalize(call, moments, remember)
         torch.autograd.grad(y, (half, weight), g)
     total = sums[0] + sums[1]
     for half, g in zip(halves, gradient.split(3), strict=True):
-        y = ops.normalize(
-            call, half, None, None, weight, None, moments, Running(), reduce_sums=lambda _: total
-        )
+        call = Call(Inputs(half, weight=weight), constants)
+        y = sync_op.normalize(call, moments, lambda _: total)
         parts.append(torch.autograd.grad(y, (half, weight), g))
     assert torch.allclose(torch.cat([p[0] for p in parts]), wanted[0], atol=1e-5)
     assert torch.allclose(parts[0][1] + parts[1][1], wanted[1], rtol=1e-4, atol=1e-5)
@@ -414,9 +411,9 @@ def test_given_moments_and_reduced_sums_are_the_whole_batchs() -> None:
 
 def test_groups_are_batches_of_their_own() -> None:
     x = torch.randn(7, 3, 4, requires_grad=True)
-    call = Call(COMPUTE, 1e-5, 3, 1, 0.0, 0.0, 0, 0, 0, "batch_norm")
     mean, var = torch.zeros(3), torch.ones(3)
-    y = ops.normalize(call, x, None, None, None, None, None, Running(mean, var, None, 1.0))
+    inputs = Inputs(x, running_mean=mean, running_var=var)
+    y = ops.normalize(Call(inputs, Constants(group_samples=3, activation=1), momentum=1.0))
     parts = [F.batch_norm(p, None, None, activation="relu") for p in x.split(3)]
     assert torch.allclose(y, torch.cat(parts), atol=1e-6)
     (found,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)

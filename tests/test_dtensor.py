@@ -358,7 +358,7 @@ def gradients_are_all_checked_before_one_is_written(ranks: Ranks) -> None:
 
 
 def make_model() -> nn.Module:
-    """Rows that no number of ranks divides, a layer of one row, and no penalty on the LayerNorm."""
+    """Return a model with rows that no number of ranks divides, a one-row layer and a LayerNorm."""
     return nn.Sequential(
         nn.Linear(6, 13), nn.LayerNorm(13), nn.Tanh(), nn.Linear(13, 1), nn.Linear(1, 5)
     ).double()
@@ -373,7 +373,7 @@ ARGUMENTS: dict[str, Any] = {
 
 
 def distributed(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """A copy with every second parameter sharded, the others replicated; biases stay plain."""
+    """Return a copy with every second weight sharded, the others replicated, biases plain."""
     copied = copy.deepcopy(model)
     for i, module in enumerate(m for m in copied.modules() if isinstance(m, nn.Linear)):
         placement = Shard(0) if i % 2 == 0 else Replicate()
@@ -414,7 +414,7 @@ def compare(sharded: nn.Module, model: nn.Module, tolerance: float = 1e-12) -> N
 
 
 def fsdp_layers(model: nn.Module, **arguments: Any) -> nn.Module:
-    """Sharded layer by layer, as large models are, and the rest by the root."""
+    """Shard layer by layer, as large models are, and the remaining parameters at the root."""
     for layer in model:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, **arguments)
@@ -431,7 +431,7 @@ def fsdp_train(
     data_rank: int | None = None,
     data_ranks: int | None = None,
 ) -> None:
-    """Trains sharded on a part of the data each, and whole in one process, and compares."""
+    """Compare training of shards, each rank on its data, with training in one process."""
     model = make_model()
     ours = copy.deepcopy(model)
     part = ranks.rank if data_rank is None else data_rank

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+import fusereg
 from fusereg import EarlyStopping
 from fusereg.early_stopping import snapshot as snapshots
 

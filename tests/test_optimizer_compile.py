@@ -26,7 +26,7 @@ def compiled(function: Callable[[], Any], fullgraph: bool = True) -> Callable[[]
 def pair(
     make: Callable[[list[Tensor]], RegularizedOptimizer], dtype: torch.dtype = torch.float32
 ) -> tuple[RegularizedOptimizer, RegularizedOptimizer]:
-    """The same optimizer twice, over parameters of their own."""
+    """Return the same optimizer twice, each over its own parameters."""
     params: list[Tensor] = [
         nn.Parameter(torch.randn(s, dtype=dtype)) for s in [(4,), (3, 2), (2, 3, 2, 2)]
     ]

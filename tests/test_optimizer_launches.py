@@ -23,12 +23,12 @@ SHAPES = [(3,), (0,), (2, 5), (0,), (0, 2), (), (0,), (0,)] * 50
 
 
 def several_launches(optimizer: RegularizedOptimizer) -> None:
-    """Without memory for long tables, as while a CUDA graph is captured."""
+    """Remove the memory for long tables, as while a CUDA graph is captured."""
     optimizer._step_tables = optimizer._norm_tables = None  # type: ignore[assignment]
 
 
 def launches(backend: Backend, function: Callable[[], Any]) -> int:
-    """How many there were; only the host can say."""
+    """Return the number of kernel launches, which only the host backend counts."""
     if not backend.on_host:
         function()
         return 0
@@ -43,7 +43,7 @@ def params_of(backend: Backend, shapes: list[tuple[int, ...]]) -> list[Tensor]:
 
 
 def give_grads(params: list[Tensor], turn: int, keep: list[Tensor]) -> None:
-    """New ones, while the old ones are alive: their addresses differ."""
+    """Set new gradients while the old ones are alive, so that addresses differ."""
     generator = torch.Generator().manual_seed(turn)
     for p in params:
         keep += [] if p.grad is None else [p.grad]
@@ -94,7 +94,7 @@ def test_clipping_is_two_launches(backend: Backend) -> None:
 
 
 def events(optimizer: RegularizedOptimizer, params: list[Tensor]) -> Iterator[None]:
-    """What may happen between steps, each seen by the next."""
+    """Make the changes that may happen between steps, one before each step."""
     keep: list[Tensor] = []
     for turn in range(2):
         give_grads(params, turn, keep)

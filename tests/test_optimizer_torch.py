@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from collections.abc import Callable
@@ -388,6 +389,58 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
 def test_bad_arguments(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         getattr(optim, name)(params_of((3,)), **options)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "FTRL"])
+def test_the_shared_arguments_are_in_the_signature(name: str) -> None:
+    optimizer = getattr(optim, name)
+    parameters = inspect.signature(optimizer).parameters
+    assert "options" not in parameters
+    assert ("prox" in parameters) == (name != "FTRL")
+    made = optimizer(params_of((3,)))
+    for argument in ("l1", "l2", "master_weights", "maximize", "foreach", "fused"):
+        default = parameters[argument].default
+        assert made.defaults[argument] == default, argument
+        given = optimizer(params_of((3,)), **{argument: 1.0 if default == 0.0 else default})
+        assert given.defaults[argument] in (default, 1.0)
+    with pytest.raises(TypeError, match=f"{name}.__init__\\(\\) got an unexpected .* 'lrate'"):
+        optimizer(params_of((3,)), lrate=0.1)
+
+
+def test_ftrl_has_no_group_and_no_prox() -> None:
+    for options in ({"group": 0.0}, {"prox": True}):
+        with pytest.raises(TypeError, match=r"FTRL.__init__\(\) got an unexpected keyword"):
+            optim.FTRL(params_of((3,)), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("l1", -1.0, "l1 must be finite and not negative, got -1.0"),
+        ("l2", "1", "l2 must be a number"),
+        ("group", float("inf"), "group must be finite"),
+        ("prox", "never", "prox must be True"),
+        ("momentum", 1.0, "needs momentum < 1, got 1.0"),
+    ],
+)
+def test_an_argument_that_is_changed_is_checked_at_the_next_step(
+    key: str, value: Any, message: str
+) -> None:
+    first, second = params_of((3,), (2,))
+    groups = [{"params": [first]}, {"params": [second], "l1": 0.1}]
+    optimizer = optim.SGD(groups, lr=0.1, momentum=0.5, prox="preconditioned")
+    for _ in range(2):
+        give_grads([first, second])
+        optimizer.step()
+    before = [p.detach().clone() for p in (first, second)]
+    good = optimizer.param_groups[1][key]
+    optimizer.param_groups[1][key] = value
+    for _ in range(2):
+        with pytest.raises((ValueError, TypeError), match=message):
+            optimizer.step()
+    assert_same(before, [first.detach(), second.detach()])
+    optimizer.param_groups[1][key] = good
+    optimizer.step()
 
 
 def complex_parameter() -> list[Tensor]:

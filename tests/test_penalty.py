@@ -44,7 +44,7 @@ def assert_close(
     factor: float = 1.0,
     scale: float | None = None,
 ) -> None:
-    """Errors count relative to the largest expected magnitude, or to ``scale`` if terms cancel."""
+    """Compare relative to the largest expected magnitude, or to ``scale`` if terms cancel."""
     actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
     assert actual.shape == expected.shape
     finite = expected.isfinite()
@@ -453,7 +453,7 @@ def test_layouts(name: str, dtype: torch.dtype, backend: Backend) -> None:
         assert_close(w, wanted, dtype)
 
 
-def test_neighbours_of_a_slice_are_untouched(dtype: torch.dtype, backend: Backend) -> None:
+def test_neighbors_of_a_slice_are_untouched(dtype: torch.dtype, backend: Backend) -> None:
     for start, stop in ((1, 2), (1, 9), (3, 100), (5, 4098)):
         flat = make((4099,), dtype, backend)
         before = flat.clone()
@@ -498,7 +498,7 @@ def test_long_lists_span_launches(backend: Backend) -> None:
 
 
 def run_everything(params: list[Tensor]) -> list[Tensor]:
-    """Every operation once; all the results."""
+    """Run every operation once and return all results."""
     leaves = [p.detach().clone().requires_grad_() for p in params]
     results = [fusereg.add_penalty_grad_(leaves, l1=0.3, l2=0.7, group=0.1)]
     results += [p.grad for p in leaves if p.grad is not None]

@@ -161,7 +161,7 @@ def test_a_grad_scaler(optimizer: Any, unscale_first: bool) -> None:
 
 
 class Wrapper(torch.optim.Optimizer):
-    """As Accelerate's: an optimizer by type only, that steps another one."""
+    """Wrapper as Accelerate's: an optimizer by type only, which steps another one."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer

@@ -55,6 +55,54 @@ def test_gradcheck_through_the_operator() -> None:
     assert torch.autograd.gradgradcheck(op, inputs)
 
 
+def test_third_derivatives(case: tuple[Callable[..., Tensor], dict[str, float]]) -> None:
+    penalty, _ = case
+
+    def gradient(w: Tensor) -> Tensor:
+        (g,) = torch.autograd.grad(penalty([w]), w, create_graph=True)
+        return g
+
+    w = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(gradient, w)
+
+
+def test_batched_gradients(case: tuple[Callable[..., Tensor], dict[str, float]]) -> None:
+    penalty, _ = case
+    params = [torch.randn(4, 3, dtype=torch.float64), torch.randn(2, 5, dtype=torch.bfloat16)]
+    params = [p.requires_grad_() for p in params]
+    frozen = torch.randn(2, 2)
+    value = penalty([params[0], frozen, params[1]])
+    out = torch.randn(3, dtype=value.dtype)
+    batched = torch.autograd.grad(value, params, out, retain_graph=True, is_grads_batched=True)
+    for i, one in enumerate(out):
+        wanted = torch.autograd.grad(value, params, one, retain_graph=True)
+        for a, b in zip(batched, wanted, strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_vectorized_jacobians_and_hessians(
+    case: tuple[Callable[..., Tensor], dict[str, float]], strategy: str
+) -> None:
+    penalty, _ = case
+    w = torch.randn(4, 3, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(penalty, w, vectorize=True, strategy=strategy)
+    assert torch.allclose(jacobian, torch.autograd.functional.jacobian(penalty, w))
+    hessian = torch.autograd.functional.hessian(
+        penalty, w, vectorize=True, outer_jacobian_strategy=strategy
+    )
+    assert torch.allclose(hessian, torch.autograd.functional.hessian(penalty, w))
+
+
+def test_forward_mode_of_one_among_several() -> None:
+    a, b = matrices()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(b, torch.ones_like(b))
+        value = F.elastic_net_penalty([a, dual], [0.1, 0.3], 0.7)
+        tangent = torch.autograd.forward_ad.unpack_dual(value).tangent
+    assert torch.allclose(tangent, reference.gradient(b, l1=0.3, l2=0.7).sum())
+
+
 def test_second_derivative_of_zero_groups_and_zero_weights_is_finite() -> None:
     w = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
     for penalty, _ in PENALTIES.values():
@@ -108,6 +156,12 @@ _OPS = torch.ops.fusereg
 def test_opcheck_penalty(requires_grad: bool) -> None:
     params = [m.requires_grad_(requires_grad) for m in matrices()]
     torch.library.opcheck(_OPS.penalty.default, (params, [0.3, 0.1], [0.7, 0.0], [0.2, 0.0], 1))
+
+
+def test_operators_take_one_strength_for_all() -> None:
+    params = matrices()
+    one = _OPS.penalty(params, [0.3], [0.7, 0.7], [0.2], 1)
+    assert torch.equal(one, _OPS.penalty(params, [0.3, 0.3], [0.7], [0.2, 0.2], 1))
 
 
 def test_opcheck_penalty_in_mixed_dtypes() -> None:

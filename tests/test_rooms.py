@@ -57,16 +57,6 @@ def without_hash_comments(path: Path) -> str:
     return re.sub(r"#[^\n]*", "", path.read_text(encoding="utf-8"))
 
 
-def cmake_sources(root: Path, *variables: str) -> set[str]:
-    """The files that CMakeLists.txt lists in these variables."""
-    found: set[str] = set()
-    text = without_hash_comments(root / "CMakeLists.txt")
-    for variable in variables:
-        for body in re.findall(rf"\bset\(\s*{variable}\s+([^)]*)\)", text):
-            found.update(body.split())
-    return found
-
-
 # --- the levels of a room -------------------------------------------------------------------------
 
 
@@ -109,6 +99,12 @@ def plant_room(root: Path, stem: str) -> None:
         path.write_text("", encoding="utf-8")
     (root / "docs").mkdir(exist_ok=True)
     (root / f"docs/{stem}.md").write_text(f"# {stem}\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", ["CMakeLists.txt", "csrc/module.cpp"])
+def test_the_build_finds_rooms_by_itself(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert [stem for stem in rooms(ROOT) if re.search(rf"\b{stem}\b", text)] == []
 
 
 def test_there_are_rooms() -> None:

@@ -677,7 +677,7 @@ def test_rules_and_exclusions_partition_the_parameters(data: st.DataObject) -> N
 
 
 def matches(pattern: str, name: str) -> bool:
-    """The few patterns of the test above: a name, or one star at an end."""
+    """Match the few patterns of the test above: a name, or one star at an end."""
     if pattern == "*":
         return True
     if pattern.startswith("*"):

@@ -21,10 +21,13 @@ from .report import write_atomically
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colors, told apart with any color vision; readable on white and on black.
-COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D3B", "#7B61C9")
-# As many as have no divisor in common with the number of colors; all of about the same weight.
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
+# Okabe and Ito's colors and four more, readable on white and on black. Their number and that of
+# the markers have no common divisor: cycling through both gives each pair once.
+COLORS = (
+    "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D3B", "#7B61C9",
+    "#C2185B", "#7A9A01",
+)  # fmt: skip
+MARKERS = ("o", "s", "^", "D", "v", "<", ">", "p", "h", "P", "X")
 # Inks that no color above equals: the page's style sheet has them as variables.
 INK, MUTED, LINE, PAPER = "#101112", "#6d6e6f", "#dcdddf", "#fefefd"
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--paper)"}
@@ -213,7 +216,7 @@ def speeds(rows: Sequence[Row]) -> Figure | None:
         marks = [row for row in drawn if row.provider == name]
         axis.scatter(
             [row.vs_eager for row in marks], [kinds.index(kind(row)) for row in marks],
-            s=40 if name in OWN else 26, color=color, marker=marker, lw=0.9, alpha=0.9,
+            s=40 if name in OWN else 32, color=color, marker=marker, lw=0.9, alpha=0.9,
             edgecolor=None if marker == "x" else PAPER, label=name, zorder=3 + (name in OWN),
         )  # fmt: skip
     axis.axvline(1.0, color=INK, lw=1.2)

@@ -1,4 +1,4 @@
-"""Makes the pictures of the pages: `python docs/scripts/pictures.py [NAME...]`.
+"""Make the pictures of the pages: `python docs/scripts/pictures.py [NAME...]`.
 
 Each is computed by the package itself, from fixed seeds, or from the results in bench/results/.
 """
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 import fusereg
 from fusereg import functional as F
+from fusereg.bench import SUITES
+from fusereg.bench.harness.figures import styles
 from fusereg.demo import style
 from fusereg.demo.style import COLORS, FUSED_COLOR, GRAY, PLAIN_COLOR, png, tidy
 
@@ -65,6 +67,7 @@ def _paths(
 
 
 def penalties() -> Figure:
+    """Draw the paths of weights under an L1 penalty, by gradient and by proximal step."""
     x, y, relevant = _lasso()
     lr, strength = 0.05, 0.05
 
@@ -95,6 +98,7 @@ def penalties() -> Figure:
 
 
 def optimizers() -> Figure:
+    """Draw the paths of weights under AdamW with an L1 penalty."""
     x, y, relevant = _lasso(512)
 
     def run(prox: bool | str) -> list[Tensor]:
@@ -125,6 +129,7 @@ def optimizers() -> Figure:
 
 
 def dropouts() -> Figure:
+    """Draw what each kind of dropout keeps."""
     size, p = 16, 0.3
     x = torch.ones(2, 3, size, size)
     sequences = torch.ones(6, 16, 3)
@@ -168,6 +173,7 @@ def dropouts() -> Figure:
 
 
 def shards() -> Figure:
+    """Draw a mask beside the masks of its shards."""
     whole = F.dropout(torch.ones(8, 32), 0.4, seed=11)
     parts = [
         F.dropout(torch.ones(2, 32), 0.4, seed=11, index_offset=rank * 64) for rank in range(4)
@@ -192,6 +198,7 @@ def shards() -> Figure:
 
 
 def fused_bytes() -> Figure:
+    """Draw the bytes that fused and unfused steps move."""
     # Reads and writes of an element of a bfloat16 activation, in bytes; masks have 1.
     steps = [
         # name, forward by steps, fused, backward by steps, fused
@@ -229,6 +236,7 @@ def fused_bytes() -> Figure:
 
 
 def norm_error() -> Figure:
+    """Draw the error of normalization over the mean of the input."""
     ratios = [10.0**k for k in (0, 1, 2, 3, 4, 5)]
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(16, 32, 28, 28, dtype=torch.float64, generator=generator)
@@ -293,7 +301,7 @@ def norm_error() -> Figure:
 
 
 def _cards(n: int, size: int = 96) -> Tensor:
-    """Test images [n, 3, size, size] uint8: a grid, a disc, a triangle that shows what is up."""
+    """Return test images [n, 3, size, size] uint8: a grid, a disc, a triangle that points up."""
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     cards = []
     for i in range(n):
@@ -311,6 +319,7 @@ def _cards(n: int, size: int = 96) -> Tensor:
 
 
 def augmentation() -> Figure:
+    """Draw augmented test images."""
     from fusereg.augment import Augment, Erase, Mix
 
     cards = _cards(8)
@@ -347,6 +356,7 @@ def augmentation() -> Figure:
 
 
 def early_stopping() -> Figure:
+    """Draw a metric with the reference and the best of early stopping."""
     generator = torch.Generator().manual_seed(4)
     epochs = torch.arange(40.0)
     curve = 0.4 + 0.6 * torch.exp(-epochs / 6) + 0.006 * (epochs - 14).clamp_min(0)
@@ -397,6 +407,7 @@ def early_stopping() -> Figure:
 
 
 def convert() -> Figure:
+    """Draw a residual block before and after conversion."""
     figure = new_figure(
         9.5, 3.3, "A residual block before and after convert", "each box is one kernel or more"
     )
@@ -405,9 +416,9 @@ def convert() -> Figure:
     axes.set_ylim(0, 40)
     axes.axis("off")
 
-    def box(x: float, y: float, width: float, text: str, colour: str) -> None:
+    def box(x: float, y: float, width: float, text: str, color: str) -> None:
         axes.add_patch(
-            FancyBboxPatch((x, y), width, 7, boxstyle="round,pad=0.3", fc=colour, ec="#444444")
+            FancyBboxPatch((x, y), width, 7, boxstyle="round,pad=0.3", fc=color, ec="#444444")
         )
         axes.text(x + width / 2, y + 3.5, text, ha="center", va="center", fontsize=9)
 
@@ -423,12 +434,12 @@ def convert() -> Figure:
             )
         )
 
-    torch_colour, fused = "#fbe3b3", "#bcd9ee"
+    torch_color, fused = "#fbe3b3", "#bcd9ee"
     chain = [("conv", 9), ("bn1", 8), ("ReLU", 8), ("conv", 9), ("bn2", 8), ("+", 5), ("ReLU", 8)]
     at = 12.0
     axes.text(1, 28.5, "torch", fontsize=10, va="center")
     for i, (name, width) in enumerate(chain):
-        box(at, 25, width, name, "#eeeeee" if name == "conv" else torch_colour)
+        box(at, 25, width, name, "#eeeeee" if name == "conv" else torch_color)
         if i + 1 < len(chain):
             arrow(at + width + 0.4, 28.5, at + width + 3.6, 28.5)
         at += width + 4
@@ -448,6 +459,7 @@ def convert() -> Figure:
 
 
 def communication() -> Figure:
+    """Draw the bytes that a process receives in a step."""
     processes = np.array([2**k for k in range(1, 14)], dtype=float)
     channels, parameters = 26_560, 25_557_032
     ring = 2 * (processes - 1) / processes
@@ -479,6 +491,7 @@ def communication() -> Figure:
 
 
 def roofline() -> Figure:
+    """Draw the stored results in percent of a copy."""
     rows = [
         r
         for r in tables.load()
@@ -488,14 +501,17 @@ def roofline() -> Figure:
         9.5, 4.4, "Percent of a copy", "float32, all measured cases; a copy moves as many bytes"
     )
     (axes,) = _axes(figure, 1)
-    for i, suite in enumerate(dict.fromkeys(r["suite"] for r in rows)):
+    suites = list(dict.fromkeys(r["suite"] for r in rows))
+    style = styles([*SUITES, *suites])
+    for suite in suites:
         own = [r for r in rows if r["suite"] == suite]
+        color, marker = style[suite]
         axes.scatter(
             [r["bytes"] for r in own],
             [r["percent_of_copy"] for r in own],
             s=22,
-            color=COLORS[1:][i % 6],
-            marker="osD^vPX"[i % 7],
+            color=color,
+            marker=marker,
             label=suite.replace("_", " "),
             alpha=0.85,
         )
@@ -530,6 +546,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Make the pictures that are named; return the exit status."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="which; all if none is named")
     for name in parser.parse_args(argv).names or PICTURES:

@@ -1,18 +1,18 @@
-"""Writes the measured tables into the Markdown files, from the JSON files in bench/results/.
+"""Write the measured tables into the Markdown files, from the JSON files in bench/results/.
 
-    python docs/scripts/tables.py            # rewrites what is out of date
-    python docs/scripts/tables.py --check    # says what is, and fails if anything
+    python docs/scripts/tables.py            # rewrites tables that are out of date
+    python docs/scripts/tables.py --check    # names them, and fails if there are any
 
-A table stands between two comments, the first of which says what is in it:
+A table is between two comments, the first of which says what is in it:
 
     <!-- measured: suite=dropout op=dropout mode=forward,forward+backward -->
     <!-- end measured -->
 
-`suite` is needed; `op`, `mode`, `shape`, `dtype` and `provider` take comma-separated names and keep
-what they name, and `host` takes the rows of tiny tensors. `view=ranges` gives one row for each
+`suite` is required; `op`, `mode`, `shape`, `dtype` and `provider` select by comma-separated names,
+and `host` selects the rows of tiny tensors. `view=ranges` gives one row for each
 layout and data type, with the least and the greatest ratio to eager over all shapes;
-`view=training` is for whole training, with memory and accuracy of both. Where several files hold a
-case, the latest counts. A suite without any results gets a line that says so.
+`view=training` is for training, with memory and accuracy of both. If several files have a case,
+the latest counts. A suite without results gets a line that says so.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ RESULTS = ROOT / "bench" / "results"
 
 FILTERS = ("op", "mode", "shape", "dtype", "provider")
 OPTIONS = {*FILTERS, "suite", "view", "host"}
-#: Providers that are a yardstick and no alternative.
 COPY = "copy"
 EAGER = "eager"
 OURS = "fusereg"
+#: Earlier names of suites, which stored results and pages may have.
+RENAMED = {"optimizer": "optim"}
 
 _BLOCK = re.compile(
     r"(<!-- measured: (?P<request>[^\n]*?) -->\n).*?(<!-- end measured -->)", re.DOTALL
@@ -44,12 +45,12 @@ Row = dict[str, Any]
 
 
 def files(root: Path = ROOT) -> list[Path]:
-    """The Markdown files that may hold tables."""
+    """Return the Markdown files that may have tables."""
     return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def load(folder: Path = RESULTS) -> list[Row]:
-    """The rows of all result files, each with its machine; of each case the latest."""
+    """Return the latest rows of each case, each with its machine."""
     documents = []
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -59,10 +60,14 @@ def load(folder: Path = RESULTS) -> list[Row]:
     for data in sorted(documents, key=lambda d: d["machine"]["date"]):
         found: dict[tuple[Any, ...], list[Row]] = {}
         for row in data["rows"]:
-            entry = {**row, "machine": data["machine"], "interrupted": data["interrupted"]}
-            found.setdefault((_hardware(data["machine"], row["device"]), *_case(row)), []).append(
-                entry
-            )
+            entry = {
+                **row,
+                "suite": RENAMED.get(row["suite"], row["suite"]),
+                "machine": data["machine"],
+                "interrupted": data["interrupted"],
+            }
+            key = _hardware(data["machine"], row["device"]), *_case(entry)
+            found.setdefault(key, []).append(entry)
         cases.update(found)
     return [row for rows in cases.values() for row in rows]
 
@@ -84,7 +89,7 @@ def _hardware(machine: dict[str, Any], device: str) -> str:
 
 
 def time_text(microseconds: float | None) -> str:
-    """Three significant digits with a unit."""
+    """Return three significant digits with a unit."""
     if microseconds is None:
         return "–"
     for limit, factor, unit in ((999.5, 1.0, "µs"), (999.5e3, 1e-3, "ms")):
@@ -100,7 +105,7 @@ def _digits(value: float) -> str:
 
 
 def ratio_text(value: float | None) -> str:
-    """A ratio to eager; losses are marked."""
+    """Return a ratio to eager; losses are marked."""
     if value is None:
         return "–"
     text = f"{_digits(value) if value < 9.995 else f'{value:.0f}'}x"
@@ -111,13 +116,13 @@ def ratio_text(value: float | None) -> str:
 
 
 def table(request: str, rows: Sequence[Row]) -> str:
-    """The Markdown that a comment asks for.
+    """Return the Markdown that a comment asks for.
 
     Raises:
-        ValueError: the comment names something that is not there.
+        ValueError: If the comment names something that does not exist.
     """
     options = _options(request)
-    suite = options["suite"]
+    suite = RENAMED.get(options["suite"], options["suite"])
     if all(row["suite"] != suite for row in rows):
         return f"\n*No results are stored yet; `fusereg bench {suite}` measures it.*\n\n"
     kept = [
@@ -150,7 +155,7 @@ def _options(request: str) -> dict[str, str]:
 
 
 def _cases(rows: Sequence[Row]) -> list[str]:
-    """One line for each case: the median time of each provider, and what fusereg gains."""
+    """Return a line for each case: the median time of each provider, and fusereg's ratio."""
     cases: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         cases.setdefault(_case(row), {})[row["provider"]] = row
@@ -189,7 +194,7 @@ def _cell(row: Row | None) -> str:
 
 
 def _ranges(rows: Sequence[Row]) -> list[str]:
-    """One line for each layout and data type; the ratios to eager of all shapes, as a range."""
+    """Return a line for each layout and data type: the range of the ratios to eager."""
     ours = [r for r in rows if r["provider"] == OURS and r["vs_eager"] is not None]
     columns = list(dict.fromkeys((r["op"], r["mode"]) for r in ours))
     lines_of = list(dict.fromkeys((_layout(r["shape"]), r["dtype"]) for r in ours))
@@ -210,7 +215,7 @@ def _ranges(rows: Sequence[Row]) -> list[str]:
 
 
 def _training(rows: Sequence[Row]) -> list[str]:
-    """One line for each case: a step's time, the peak of memory, and the accuracy at the end."""
+    """Return a line for each case: a step's time, the peak of memory, and the final accuracy."""
     cases: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         cases.setdefault(_case(row), {})[row["provider"]] = row
@@ -244,7 +249,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _origin(hardware: str, rows: Sequence[Row]) -> str:
-    """Where and when this was measured, and what stood in the way."""
+    """Return where and when this was measured, and what disturbed it."""
     machines = {json.dumps(r["machine"], sort_keys=True): r["machine"] for r in rows}.values()
     torches = ", ".join(sorted({m["torch"] for m in machines}))
     dates = ", ".join(sorted({m["date"][:10] for m in machines}))
@@ -261,12 +266,12 @@ def _origin(hardware: str, rows: Sequence[Row]) -> str:
 
 
 def renewed(text: str, rows: Sequence[Row]) -> str:
-    """The text with its tables made anew."""
+    """Return the text with its tables made anew."""
     return _BLOCK.sub(lambda m: m[1] + table(m["request"], rows) + m[3], text)
 
 
 def out_of_date(root: Path = ROOT) -> dict[Path, str]:
-    """The files whose tables are not those of the results, and what they should be."""
+    """Return the files whose tables differ from the results, with the right text."""
     rows = load(root / "bench" / "results")
     found = {}
     for path in files(root):
@@ -277,6 +282,7 @@ def out_of_date(root: Path = ROOT) -> dict[Path, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite or check the tables; return the exit status."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, fail if out of date")
     check = parser.parse_args(argv).check

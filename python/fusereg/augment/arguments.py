@@ -21,12 +21,15 @@ FILL_MODES = {"constant": 0, "border": 1, "reflect": 2, "symmetric": 3, "wrap": 
 
 def is_sequence(value: object) -> TypeGuard[Sequence[object]]:
     """Return whether a value is a sequence, and not a string."""
-    return isinstance(value, Sequence) and not isinstance(value, str)
+    # Classes of Python's own are asked about first: abstract ones take longer.
+    return isinstance(value, (tuple, list)) or (
+        not isinstance(value, (float, int, str)) and isinstance(value, Sequence)
+    )
 
 
 def number(value: object, op: str, name: str) -> float:
     """Check that a value is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
         raise TypeError(f"fusereg.{op}: {name} must be a number, got {type(value).__name__}")
     result = float(value)
     if not -math.inf < result < math.inf:  # as a compiler with symbolic numbers can ask
@@ -36,7 +39,7 @@ def number(value: object, op: str, name: str) -> float:
 
 def integer(value: object, op: str, name: str) -> int:
     """Check that a value is an integer, of Python or of NumPy."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"fusereg.{op}: {name} must be an integer, got {type(value).__name__}")
     return int(value)
 
@@ -206,7 +209,8 @@ def scale_and_shift(
     if normal is None:
         return (1.0,) * channels, (0.0,) * channels
     limit = full_intensity(dtype)
-    mean = for_channels(normal.mean, channels, op, "mean")
-    std = for_channels(normal.std, channels, op, "std")
-    scale = tuple(1.0 / (limit * s) for s in std)
-    return scale, tuple(-m / s for m, s in zip(mean, std, strict=True))
+    means = for_channels(normal.mean, channels, op, "mean")
+    stds = for_channels(normal.std, channels, op, "std")
+    pairs = [(1.0 / (limit * s), -m / s) for m, s in zip(means, stds, strict=True)]
+    scale, shift = zip(*pairs, strict=True)
+    return scale, shift

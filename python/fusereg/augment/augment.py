@@ -252,10 +252,10 @@ class Augment(SeededModule):
             sample_ids: n integers; default: the next numbers of a running count.
             epoch: default: that of :meth:`set_epoch`.
         """
-        ids = self._ids_of(sample_ids, n)
+        ids, epoch = self._ids_and_epoch(sample_ids, n, epoch)
         steps = self._steps if self.training else self._eval_steps
         size = size_pair(input_size, self._op, "input_size")
-        return draw(steps, ids, size, self.seed, self._epoch_of(epoch), self._op)
+        return draw(steps, ids, size, self.seed, epoch, self._op)
 
     def forward(
         self,

@@ -63,13 +63,12 @@ class Passes(SeededModule):
                 f"fusereg.{self._op}.sample_params: the list has functions that are called as they "
                 "are, which may change the images' size"
             )
-        ids = self._ids_of(sample_ids, n)
-        number = self._epoch_of(epoch)
+        ids, epoch = self._ids_and_epoch(sample_ids, n, epoch)
         size = (int(input_size[0]), int(input_size[1]))
         drawn = []
         for encoded, p in zip(self._encoded, self._passes, strict=True):
             if p.function is None:
-                drawn.append(draw(encoded, ids, size, self.seed, number, self._op))
+                drawn.append(draw(encoded, ids, size, self.seed, epoch, self._op))
                 size = drawn[-1].size
         return drawn
 
@@ -113,8 +112,8 @@ class Passes(SeededModule):
                 f"fusereg.{op}: params must be one AugmentParams for each of {wanted} passes, "
                 f"got {len(given)}"
             )
-        ids = torch.empty(0) if given is not None else self._ids_of(sample_ids, x.shape[0])
-        number = self._epoch_of(epoch)
+        if given is None:
+            ids, epoch = self._ids_and_epoch(sample_ids, x.shape[0], epoch)
         last = len(self._passes) - 1
         checked = True
         for i, (p, settings) in enumerate(zip(self._passes, self._settings, strict=True)):
@@ -127,8 +126,9 @@ class Passes(SeededModule):
             if given is not None:
                 own = given.pop(0)
             else:
+                assert epoch is not None
                 size = (x.shape[-2], x.shape[-1])
-                own = draw(self._encoded[i], ids, size, self.seed, number, op)
+                own = draw(self._encoded[i], ids, size, self.seed, epoch, op)
             x = render(
                 x,
                 own,

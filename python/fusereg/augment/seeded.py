@@ -78,20 +78,20 @@ class SeededModule(nn.Module):
         self._count = int(state["count"])
 
     @dispatch.outside_graphs
-    def _epoch_of(self, epoch: int | None) -> int:
-        return self.epoch if epoch is None else check_epoch(epoch, self._op)
-
-    @dispatch.outside_graphs
-    def _ids_of(self, sample_ids: Tensor | Sequence[int] | None, n: int) -> Tensor:
+    def _ids_and_epoch(
+        self, sample_ids: Tensor | Sequence[int] | None, n: int, epoch: int | None
+    ) -> tuple[Tensor, int]:
+        """Return ids of n samples and the epoch: as given, or the next ids and the set epoch."""
+        epoch = self.epoch if epoch is None else check_epoch(epoch, self._op)
         if sample_ids is not None:
-            return sample_id_tensor(sample_ids, n, self._op)
+            return sample_id_tensor(sample_ids, n, self._op), epoch
         worker = get_worker_info()
         if worker is not None and worker.seed != self._worker:
             self._worker = worker.seed
             # Multiplying by the golden ratio spreads neighboring seeds over 2^62.
             self._count = worker.seed * 0x9E3779B97F4A7C15 % 2**62
         first, self._count = self._count, self._count + n
-        return torch.arange(first, first + n)
+        return torch.arange(first, first + n), epoch
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SeededModule:
         """Return a copy whose epoch is in shared memory of its own."""

@@ -8,20 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import op as _batch_norm_ops
-from . import reference
-from .kernels import COMPUTE, GIVEN, Running
+from . import op, reference
+from .kernels import COMPUTE, GIVEN
 
 __all__ = ["decompositions"]
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """What stands for fusereg's operators in a program that is to run without fusereg.
+    """Return decompositions of fusereg's operators, for a program that is to run without fusereg.
 
     ``torch.export`` keeps batch normalization as one operator, ``torch.ops.fusereg.batch_norm``,
-    which wants this package wherever the program is loaded. The table that this gives makes torch's
-    operators of it. Evaluation alone is meant: a dropout that drops stays as it is.
-    ``torch.onnx.export`` of a model needs none of this.
+    which needs this package wherever the program is loaded. This table decomposes it into torch's
+    operators. It is meant for evaluation: an operator with dropout stays as it is.
+    ``torch.onnx.export`` of a model does not need it.
 
     Returns:
         A new table for ``torch.export.ExportedProgram.run_decompositions``.
@@ -34,27 +33,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {torch.ops.fusereg.batch_norm.default: _batch_norm}
 
 
-def _batch_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    moments: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    seed: Tensor | None,
-    *constants: Any,
-) -> Any:
-    *numbers, _ = constants
-    call = _batch_norm_ops.call_of(tuple(numbers), seed)
-    if call.p or call.group_samples or call.statistics == GIVEN:
+def _batch_norm(x: Tensor, *args: Any) -> Any:
+    call = op.call_of((x, *args[:8]), args[8:15])
+    constants = call.constants
+    if constants.p or constants.group_samples or constants.statistics == GIVEN:
         return NotImplemented
-    y, new = reference.of_torch(
-        call, x, residual, mask, weight, bias, moments, Running(running_mean, running_var)
-    )
-    return (
-        y,
-        new if call.statistics == COMPUTE else x.new_empty((0,), dtype=torch.float64),
-        x.new_empty((0,), dtype=torch.uint8),
-    )
+    y, moments = reference.of_torch(call)
+    return y, moments if constants.statistics == COMPUTE else x.new_empty(0), x.new_empty(0)

@@ -2,18 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
 import torch
 from torch import Tensor
 
 from .. import _C
 from ..core import checks, dispatch, random
-from ..core.checks import SUPPORTED_DTYPES
-from . import inplace as _batch_norm_inplace
-from . import kernels
-from . import op as _batch_norm_ops
-from .kernels import Call, Running
+from ..core.random import Source
+from . import inplace as in_place
+from . import kernels, op
+from .kernels import COMPUTE, FIXED, Call, Constants, Inputs
 
 __all__ = ["batch_norm"]
+
+
+class Settings(Protocol):
+    """The settings of a layer, which is one of these itself, or of a call."""
+
+    @property
+    def training(self) -> bool: ...
+    @property
+    def momentum(self) -> float | None: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def activation(self) -> str | None: ...
+    @property
+    def negative_slope(self) -> float: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def update_stats(self) -> bool: ...
+    @property
+    def inplace(self) -> bool: ...
+    @property
+    def virtual_batch_size(self) -> int | None: ...
+    @property
+    def num_features(self) -> int | None: ...
+
+
+class Chosen(NamedTuple):
+    """The settings of a call; in the order of :func:`batch_norm`'s parameters."""
+
+    training: bool
+    momentum: float | None
+    eps: float
+    activation: str | None = None
+    dropout: float = 0.0
+    inplace: bool = False
+    negative_slope: float = 0.01
+    virtual_batch_size: int | None = None
+    update_stats: bool = True
+    num_features: int | None = None
 
 
 def batch_norm(
@@ -101,200 +143,190 @@ def batch_norm(
         ...     x, mean, var, weight, bias, True, activation="relu", residual=shortcut
         ... )
     """
-    op = "batch_norm"
-    if inplace:
-        if isinstance(x, Tensor):  # which the rest of the checks will say
-            _check_inplace_tensors(x, residual, out, op)
-        check_inplace(activation, negative_slope, dropout, f"fusereg.{op}")
-    call, running = prepared(
-        x, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual,
-        dropout, out, negative_slope, mask, virtual_batch_size, num_batches_tracked, update_stats,
-        seed, generator, op,
-    )  # fmt: skip
-    if inplace:
-        return _batch_norm_inplace.normalize(call, x, mask, weight, bias, running)
-    return _batch_norm_ops.normalize(call, x, residual, mask, weight, bias, None, running, out)
+    inputs = Inputs(x, residual, mask, weight, bias, None, running_mean, running_var)
+    settings = Chosen(
+        training,
+        momentum,
+        eps,
+        activation,
+        dropout,
+        inplace,
+        negative_slope,
+        virtual_batch_size,
+        update_stats,
+    )
+    source = Source(seed, generator)
+    return normalized(inputs, num_batches_tracked, settings, "batch_norm", source, out)
 
 
-def check_inplace(activation: object, slope: float, dropout: float, where: str) -> None:
-    """Raises unless the result of such a layer tells what came in."""
-    if activation not in (None, "leaky_relu"):
-        raise ValueError(
-            f"{where}: inplace=True wants activation None or 'leaky_relu', whose input can be told "
-            f"from its result, got {activation!r}"
-        )
-    if activation is not None and not 0.0 < slope < float("inf"):
-        raise ValueError(f"{where}: inplace=True wants a negative_slope above 0, got {slope}")
-    if dropout:
-        raise ValueError(f"{where}: inplace=True supports no dropout, got dropout={dropout}")
-
-
-def _check_inplace_tensors(x: Tensor, residual: object, out: object, op: str) -> None:
-    for name, value in (("residual", residual), ("out", out)):
-        if value is not None:
-            raise ValueError(f"fusereg.{op}: inplace=True and {name} exclude each other")
-    checks.check_in_place(x, op)
+def normalized(
+    inputs: Inputs,
+    batches: Tensor | None,
+    settings: Settings,
+    name: str,
+    source: Source | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Check the arguments and compute the result, in place if the settings say so."""
+    if not settings.inplace:
+        return op.normalize(prepared(inputs, batches, settings, name, source, out), out)
+    if isinstance(inputs.x, Tensor):  # the other checks refuse what is no tensor
+        for what, value in (("residual", inputs.residual), ("out", out)):
+            if value is not None:
+                raise ValueError(f"fusereg.{name}: inplace=True and {what} exclude each other")
+        checks.check_in_place(inputs.x, name)
+    check_inplace(settings.activation, settings.negative_slope, settings.dropout, name)
+    return in_place.normalize(prepared(inputs, batches, settings, name, source))
 
 
 def prepared(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
-    dropout: float,
-    out: Tensor | None,
-    negative_slope: float,
-    mask: Tensor | None,
-    virtual_batch_size: int | None,
-    num_batches_tracked: Tensor | None,
-    update_stats: bool,
-    seed: int | Tensor | None,
-    generator: torch.Generator | None,
-    op: str,
+    inputs: Inputs,
+    batches: Tensor | None,
+    settings: Settings,
+    name: str,
+    source: Source | None = None,
+    out: Tensor | None = None,
     single_values: bool = False,
-) -> tuple[Call, Running]:
-    """The checked arguments as the operations take them.
+) -> Call:
+    """Return the call for checked arguments; nothing is written.
 
     ``single_values``: whether one value per channel will do, because other processes have more.
     """
-    use_batch = training or running_mean is None or running_var is None
-    _check(
-        x, running_mean, running_var, weight, bias, use_batch, momentum, eps, residual, out, mask,
-        num_batches_tracked, single_values, op,
-    )  # fmt: skip
-    try:
-        number = kernels.ACTIVATIONS[activation]
-    except (KeyError, TypeError):
-        names = ", ".join(repr(name) for name in kernels.ACTIVATIONS)
-        raise ValueError(
-            f"fusereg.{op}: activation must be one of {names}, got {activation!r}"
-        ) from None
-    group = 0
-    if virtual_batch_size is not None:
-        group = _group_samples(x, virtual_batch_size, use_batch, op)
-    p = 0.0
-    key: int | Tensor = 0
-    offset = 0
-    if dropout:
-        checks.check_probability(dropout, op, "dropout")
-        if training:
-            p = float(dropout)
-            if dispatch.eager():
-                key, offset = random.eager_state(x, random.Source(seed, generator), op)
-            else:
-                key = random.traced_state(x, random.Source(seed, generator), op)
-    if use_batch:
-        statistics = kernels.COMPUTE
-        if training and update_stats:
-            running = Running(
-                running_mean,
-                running_var,
-                num_batches_tracked,
-                -1.0 if momentum is None else momentum,
-            )
-        else:
-            running = kernels.NO_RUNNING
-    else:
-        statistics = kernels.FIXED
-        running = Running(running_mean, running_var)
-    call = Call(statistics, eps, group, number, negative_slope, p, key, offset, 0, op)
-    return call, running
-
-
-def _check(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    use_batch: bool,
-    momentum: float | None,
-    eps: float,
-    residual: Tensor | None,
-    out: Tensor | None,
-    mask: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    single_values: bool,
-    op: str,
-) -> None:
-    """Raises, before anything is written, where an argument is wrong."""
-    if not (dispatch.eager() and _C.batch_norm_fits(x, running_mean, running_var, weight, bias)):
-        _check_shapes(x, running_mean, running_var, weight, bias, op)
-    shape = x.shape
-    channels = shape[1]
+    x, residual, mask, weight, bias, _, mean, var, seed = inputs
+    training, momentum, eps = settings.training, settings.momentum, settings.eps
+    use_batch = training or mean is None or var is None
+    direct = dispatch.direct(x, residual, weight, bias)
+    if not (direct and _C.batch_norm_fits(x, mean, var, weight, bias)):
+        _check_tensors(inputs, settings, name)
     if use_batch:
         if momentum is not None and not 0.0 <= momentum <= 1.0:
             raise ValueError(
-                f"fusereg.{op}: momentum must be within [0, 1] or None, got {momentum}"
+                f"fusereg.{name}: momentum must be within [0, 1] or None, got {momentum}"
             )
-        if x.numel() == channels and channels and not single_values:
+        if x.numel() == x.shape[1] and x.shape[1] and not single_values:
             raise ValueError(
-                f"fusereg.{op}: training wants more than 1 value per channel, "
-                f"got x of shape {tuple(shape)}"
+                f"fusereg.{name}: training wants more than 1 value per channel, "
+                f"got x of shape {tuple(x.shape)}"
             )
     if not eps > 0.0:
-        raise ValueError(f"fusereg.{op}: eps must be positive, got {eps}")
+        raise ValueError(f"fusereg.{name}: eps must be positive, got {eps}")
     if residual is not None:
-        _check_like(x, residual, "residual", op)
+        checks.check_like(x, residual, x.shape, name, "residual")
     if out is not None:
-        _check_out(x, out, (weight, bias, residual), op)
+        _check_out(out, inputs, name)
     if mask is not None:
-        _check_mask(x, mask, op)
-    if num_batches_tracked is not None and (
-        not isinstance(num_batches_tracked, Tensor)
-        or num_batches_tracked.dtype is not torch.int64
-        or num_batches_tracked.numel() != 1
+        _check_mask(x, mask, name)
+    if batches is not None and (
+        not isinstance(batches, Tensor) or batches.dtype is not torch.int64 or batches.numel() != 1
     ):
         raise ValueError(
-            f"fusereg.{op}: num_batches_tracked must be an int64 tensor of one element, "
-            f"got {num_batches_tracked!r}"
+            f"fusereg.{name}: num_batches_tracked must be an int64 tensor of one element, "
+            f"got {batches!r}"
         )
+    try:
+        activation = kernels.ACTIVATIONS[settings.activation]
+    except (KeyError, TypeError):
+        raise unknown_activation(settings.activation, name) from None
+    group = 0
+    if settings.virtual_batch_size is not None:
+        group = _group_samples(x, settings.virtual_batch_size, use_batch, name)
+    p = 0.0
+    if settings.dropout:
+        checks.check_probability(settings.dropout, name, "dropout")
+        if training:
+            p = float(settings.dropout)
+            draw = random.eager_state if direct else random.traced_state
+            seed = draw(x, source or Source(), name)
+    updated = use_batch and training and settings.update_stats
+    if not updated:
+        batches = None
+        if use_batch:
+            mean = var = None
+    if p or mean is not inputs.running_mean or var is not inputs.running_var:
+        inputs = Inputs(x, residual, mask, weight, bias, None, mean, var, seed)
+    return Call(
+        inputs,
+        Constants(
+            COMPUTE if use_batch else FIXED, eps, group, activation, settings.negative_slope, p
+        ),
+        name,
+        batches,
+        -1.0 if momentum is None else momentum,
+        direct,
+    )
 
 
-def _check_shapes(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    op: str,
-) -> None:
-    if type(x) is not Tensor or x.dtype not in SUPPORTED_DTYPES or x.layout is not torch.strided:
-        checks.check_input(x, op)
-    shape = x.shape
-    if len(shape) < 2:
+def unknown_activation(activation: object, name: str) -> ValueError:
+    """Return the error for an activation that the kernels do not have."""
+    names = ", ".join(repr(known) for known in kernels.ACTIVATIONS)
+    return ValueError(f"fusereg.{name}: activation must be one of {names}, got {activation!r}")
+
+
+def check_activation(activation: object, name: str) -> None:
+    """Raise unless this is None or the name of an activation."""
+    if activation is not None and activation not in tuple(kernels.ACTIVATIONS):
+        raise unknown_activation(activation, name)
+
+
+def check_inplace(activation: object, slope: float, dropout: float, name: str) -> None:
+    """Raise unless the result of such a call determines its input."""
+    where = f"fusereg.{name}: inplace=True"
+    if activation not in (None, "leaky_relu"):
         raise ValueError(
-            f"fusereg.{op}: x must have at least 2 dimensions (N, C, ...), got {len(shape)}"
+            f"{where} wants activation None or 'leaky_relu', whose input can be told "
+            f"from its result, got {activation!r}"
         )
-    device = x.device
-    channels = shape[1]
-    for name, values in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if values is not None and (
-            not isinstance(values, Tensor)
-            or values.dim() != 1
-            or values.shape[0] != channels
-            or values.device != device
-        ):
-            _wrong_vector(name, values, channels, device, op)
+    if activation is not None and not 0.0 < slope < float("inf"):
+        raise ValueError(f"{where} wants a negative_slope above 0, got {slope}")
+    if dropout:
+        raise ValueError(f"{where} supports no dropout, got dropout={dropout}")
 
 
-def _group_samples(x: Tensor, size: object, use_batch: bool, op: str) -> int:
-    where = f"fusereg.{op}: virtual_batch_size"
+def _check_tensors(inputs: Inputs, settings: Settings, name: str) -> None:
+    """Raise unless x has channels, and each vector an element for each of them."""
+    x = inputs.x
+    checks.check_input(x, name)
+    if x.dim() < 2:
+        raise ValueError(
+            f"fusereg.{name}: x must have at least 2 dimensions (N, C, ...), got {x.dim()}"
+        )
+    channels = x.shape[1]
+    expected = settings.num_features
+    if expected is not None and channels != expected:
+        raise ValueError(f"fusereg.{name}: x has {channels} channels, this layer {expected}")
+    names = ("running_mean", "running_var", "weight", "bias")
+    vectors = {n: getattr(inputs, n) for n in names if getattr(inputs, n) is not None}
+    for which, vector in vectors.items():
+        where = f"fusereg.{name}: {which}"
+        if not isinstance(vector, Tensor):
+            raise TypeError(f"{where} must be a torch.Tensor or None, got {type(vector).__name__}")
+        if vector.device != x.device:
+            raise ValueError(f"{where} must be on {x.device} as x, got {vector.device}")
+        if vector.shape == (channels,):
+            continue
+        if vector.dim() == 1 and not _any_of_shape(list(vectors.values()), (channels,)):
+            raise ValueError(
+                f"fusereg.{name}: x has {channels} channels, but {which} has {vector.shape[0]}"
+            )
+        raise ValueError(f"{where} must have shape ({channels},), got {tuple(vector.shape)}")
+
+
+def _any_of_shape(values: Sequence[object], shape: tuple[int, ...]) -> bool:
+    return any(isinstance(t, Tensor) and t.shape == shape for t in values)
+
+
+def check_group_size(size: object, name: str, wanted: str = "an integer") -> None:
+    """Raise unless this is a number of samples."""
+    where = f"fusereg.{name}: virtual_batch_size"
     if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"{where} must be an integer or None, got {type(size).__name__}")
+        raise TypeError(f"{where} must be {wanted}, got {type(size).__name__}")
     if size < 1:
         raise ValueError(f"{where} must be positive, got {size}")
+
+
+def _group_samples(x: Tensor, size: int, use_batch: bool, name: str) -> int:
+    """Return how many samples share statistics; 0 where all do."""
+    check_group_size(size, name, "an integer or None")
     if not use_batch:
         return 0
     samples, channels = x.shape[0], x.shape[1]
@@ -303,47 +335,28 @@ def _group_samples(x: Tensor, size: object, use_batch: bool, op: str) -> int:
         smallest = samples % size or min(size, samples)
         if smallest * values == 1:
             raise ValueError(
-                f"fusereg.{op}: training wants more than 1 value per channel in each virtual "
+                f"fusereg.{name}: training wants more than 1 value per channel in each virtual "
                 f"batch, and a batch of {samples} in parts of {size} leaves one with 1"
             )
     return size
 
 
-def _wrong_vector(name: str, values: object, channels: int, device: torch.device, op: str) -> None:
-    where = f"fusereg.{op}: {name}"
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{where} must be a torch.Tensor or None, got {type(values).__name__}")
-    if values.device != device:
-        raise ValueError(f"{where} must be on {device} as x, got {values.device}")
-    raise ValueError(f"{where} must have shape ({channels},), got {tuple(values.shape)}")
-
-
-def _check_like(x: Tensor, other: object, name: str, op: str) -> None:
-    where = f"fusereg.{op}: {name}"
-    if not isinstance(other, Tensor):
-        raise TypeError(f"{where} must be a torch.Tensor, got {type(other).__name__}")
-    if other.shape != x.shape or other.dtype != x.dtype or other.device != x.device:
+def _check_out(out: object, inputs: Inputs, name: str) -> None:
+    checks.check_target(inputs.x, out, name)
+    others = (inputs.weight, inputs.bias, inputs.residual)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in others):
         raise ValueError(
-            f"{where} must be {x.dtype} of shape {tuple(x.shape)} on {x.device}, "
-            f"got {other.dtype} of shape {tuple(other.shape)} on {other.device}"
-        )
-
-
-def _check_out(x: Tensor, out: object, inputs: tuple[Tensor | None, ...], op: str) -> None:
-    checks.check_target(x, out, op)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        raise ValueError(
-            f"fusereg.{op}: out= supports no gradients, and an argument requires one; "
+            f"fusereg.{name}: out= supports no gradients, and an argument requires one; "
             "leave out= away, or call under torch.no_grad()"
         )
 
 
-def _check_mask(x: Tensor, mask: object, op: str) -> None:
+def _check_mask(x: Tensor, mask: object, name: str) -> None:
     wanted = (x.shape[0], *x.shape[2:])
     if not isinstance(mask, Tensor):
-        raise TypeError(f"fusereg.{op}: mask must be a torch.Tensor, got {type(mask).__name__}")
+        raise TypeError(f"fusereg.{name}: mask must be a torch.Tensor, got {type(mask).__name__}")
     if mask.dtype is not torch.bool or tuple(mask.shape) != wanted or mask.device != x.device:
         raise ValueError(
-            f"fusereg.{op}: mask must be torch.bool of shape {wanted} on {x.device}, "
+            f"fusereg.{name}: mask must be torch.bool of shape {wanted} on {x.device}, "
             f"got {mask.dtype} of shape {tuple(mask.shape)} on {mask.device}"
         )

@@ -1,9 +1,9 @@
 """In-place activated batch normalization (Rota Bulo, Porzi, Kontschieder 2018).
 
-Forward writes y over x. Backward has y alone, takes the activation and the affine map back, z from
-y and x - mean from z, and goes on as always. z - bias has lost digits where the weight is small
-against the bias, and everything where it is 0 (as networks begin that set the last weight of a
-block to zero). So of such channels, and of no others, x is kept.
+Forward writes y over x. Backward has y alone: it inverts the activation and the affine map, which
+gives z and x - mean, and goes on as always. z - bias has lost digits where the weight is small
+against the bias, and all of them where it is 0 (many networks start with zeros in the last weight
+of a block). So x is kept of such channels, and of no others.
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import dispatch
+from ..core import dispatch, operator
 from . import kernels
 from . import op as ops
-from .kernels import FIXED, Call, Running
-
-#: Activations that can be taken back: none, leaky ReLU.
-INVERTIBLE = (0, 2)
+from .kernels import FIXED, Call, Gradients, Inputs
 
 #: How many times larger than the weight a bias may be: the error of (x - mean) / std is about this
 #: times y's rounding.
@@ -32,13 +29,12 @@ _LARGEST_RATIO = {
 }
 
 
-def lost_channels(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call
-) -> Tensor | None:
-    """The channels whose x cannot be told from y, as indices; None if there are none.
+def lost_channels(call: Call) -> Tensor | None:
+    """Return the indices of the channels whose x y does not determine; None if there are none.
 
     On CUDA the host waits for this answer.
     """
+    x, weight, bias = call.inputs.x, call.inputs.weight, call.inputs.bias
     if weight is None and bias is None:
         return None
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -48,7 +44,7 @@ def lost_channels(
         )
     info = torch.finfo(x.dtype)
     # Below this, y of a negative z is among the numbers that have fewer digits.
-    smallest = max(info.tiny, 512.0 * info.tiny * info.eps / min(call.slope, 1.0))
+    smallest = max(info.tiny, 512.0 * info.tiny * info.eps / min(call.constants.slope, 1.0))
     with torch.no_grad():
         size = torch.ones((), device=x.device) if weight is None else weight.abs()
         lost = size < smallest
@@ -59,7 +55,7 @@ def lost_channels(
 
 
 class _Last(torch.autograd.Function):
-    """A gradient that has no gradient: says so to whoever asks for one."""
+    """The identity, on a gradient that has none itself: asking for it is an error."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, _: Tensor, op: str) -> Tensor:
@@ -80,25 +76,17 @@ _last: Callable[..., Tensor] = _Last.apply
 class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        call: Call,
-        mask: Tensor | None,
-        running: Running,
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call
     ) -> Tensor:
-        lost = lost_channels(x, weight, bias, call)
+        mask, mean, var = call.inputs.mask, call.inputs.running_mean, call.inputs.running_var
+        lost = lost_channels(call)
         kept = None if lost is None else x.index_select(1, lost)
-        moments = kernels.forward(call, x, None, mask, weight, bias, None, running, out=x).moments
-        fixed: tuple[Tensor | None, ...] = ()
-        if call.statistics == FIXED:
-            fixed = running[:2]
-        else:
-            ops.mark_written(running)
+        kernels.forward(call, out=x)
+        if call.constants.statistics != FIXED:
+            mean = var = None
         ctx.mark_dirty(x)
-        ctx.save_for_backward(x, weight, bias, mask, moments, lost, kept, *fixed)
-        ctx.call = call
+        ctx.save_for_backward(x, mask, weight, bias, call.moments, mean, var, lost, kept)
+        ctx.constants, ctx.op = call.constants, call.op
         return x
 
     @staticmethod
@@ -108,34 +96,30 @@ class _InPlace(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Something that requires a gradient, so that these do.
             source = ctx.saved_tensors[0]
-            found = [None if g is None else _last(g, source, ctx.call.op) for g in found]
-        return *found, None, None, None
+            found = [None if g is None else _last(g, source, ctx.op) for g in found]
+        return *found, None
 
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-        """Of x, weight and bias."""
-        y, weight, bias, mask, moments, lost, kept, *fixed = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        wanted = (need[0], False, need[1], need[2])
-        running = Running(*fixed)
-        g = kernels.backward(
-            ctx.call, grad, y, None, mask, None, moments, weight, bias, running, wanted,
-            from_y=True,
-        )  # fmt: skip
+        """Return those of x, weight and bias."""
+        *inputs, lost, kept = ctx.saved_tensors
+        y, mask, weight, bias, moments, mean, var = inputs
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        wanted = (of_x, False, of_weight, of_bias)
+
+        def gradients(x: Tensor, grad: Tensor, *others: Tensor | None, from_y: bool) -> Gradients:
+            weight, bias, moments, mean, var = others
+            given = Inputs(x, None, mask, weight, bias, moments, mean, var)
+            call = Call(given, ctx.constants, ctx.op, moments=moments)
+            return kernels.backward(call, grad, wanted, from_y=from_y)
+
+        g = gradients(y, grad, weight, bias, moments, mean, var, from_y=True)
         if lost is not None:
-            part = kernels.backward(
-                ctx.call,
-                grad.index_select(1, lost),
-                kept,
-                None,
-                mask,
-                None,
-                None if moments is None else _of_channels(moments, lost, y.shape[1]),
-                None if weight is None else weight[lost],
-                None if bias is None else bias[lost],
-                Running(*(t[lost] for t in fixed)),
-                wanted,
-            )
+            if moments is not None:  # of all groups, one after the other
+                moments = moments.view(3, -1, y.shape[1]).index_select(2, lost).flatten(1)
+            vectors = [None if t is None else t[lost] for t in (weight, bias, mean, var)]
+            vectors.insert(2, moments)
+            part = gradients(kept, grad.index_select(1, lost), *vectors, from_y=False)
             for whole, piece, dim in (
                 (g.x, part.x, 1),
                 (g.weight, part.weight, 0),
@@ -146,31 +130,19 @@ class _InPlace(torch.autograd.Function):
         return [g.x, g.weight, g.bias]
 
 
-def _of_channels(moments: Tensor, channels: Tensor, count: int) -> Tensor:
-    """Of all groups, one after the other."""
-    return moments.view(3, -1, count).index_select(2, channels).flatten(1)
-
-
 #: _InPlace.apply without its question for functorch, which the gate has answered.
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, _InPlace).apply
 
 
-def normalize(
-    call: Call,
-    x: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running: Running,
-) -> Tensor:
-    """x, with y written into it; the arguments have been checked.
+def normalize(call: Call) -> Tensor:
+    """Write y into x, and return x; the arguments have been checked.
 
-    Compilers, modes and transforms see a batch norm and a copy: what is kept is then theirs to say.
+    Compilers, modes and transforms see a batch norm and a copy: what is kept is then their choice.
     """
-    grads = torch.is_grad_enabled() and ops.any_requires_grad(x, weight, bias)
-    if dispatch.eager() and ops.plain_types(x, weight, bias) and not dispatch.forward_mode():
-        if grads:
-            return _apply(x, weight, bias, call, mask, running)
-        return ops.normalize(call, x, None, mask, weight, bias, None, running, x)
-    given = x.clone() if grads else x
-    return x.copy_(ops.normalize(call, given, None, mask, weight, bias, None, running))
+    x, weight, bias = call.inputs.x, call.inputs.weight, call.inputs.bias
+    derivatives = operator.differentiated(x, weight, bias)
+    if call.direct and not dispatch.forward_mode():
+        return _apply(x, weight, bias, call) if derivatives else ops.normalize(call, x)
+    if derivatives:
+        call.inputs = call.inputs._replace(x=x.clone())
+    return x.copy_(ops.normalize(call))

@@ -1,294 +1,266 @@
-"""Batch normalization's kernels on whatever tensors there are; no autograd.
+"""Batch normalization's kernels on tensors of any layout; no autograd.
 
-``forward`` and ``backward`` allocate the results, call the kernel, and where it does not take a
-tensor as it is, prepare one and call it again.
+``forward`` and ``backward`` allocate the results and call the kernel. Where it does not support the
+layout of a tensor, they call it a second time with copies.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _C
 from ..core import checks, memory
+from ..core.operator import refused
+from ..core.random import State
 
-#: What a call is to do with the statistics (batch_norm.h).
+#: Where the statistics come from (batch_norm.h): from x, from the caller as those of this batch,
+#: or from the caller as constants.
 COMPUTE, GIVEN, FIXED = 0, 1, 2
 
 ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4}
-#: Those whose derivative is known from the sign of what they are applied to.
+#: Those whose derivative is known from the sign of their argument.
 RECTIFIERS = (1, 2)
 
-
-class Call(NamedTuple):
-    """A call's constants, in the order in which the kernels take them at the end."""
-
-    statistics: int
-    eps: float
-    group_samples: int
-    activation: int
-    slope: float
-    p: float
-    seed: int | Tensor
-    offset: int
-    index_offset: int
-    op: str
+_increment_version: Callable[[Any], None] = torch.autograd.graph.increment_version
 
 
-def statistics_call(group_samples: int, op: str = "batch_norm") -> Call:
-    """The constants of a call for nothing but moments."""
-    return Call(COMPUTE, 1.0, group_samples, 0, 0.0, 0.0, 0, 0, 0, op)
+class Inputs(NamedTuple):
+    """The tensors of a call, in the order of the operator's schema."""
+
+    x: Tensor
+    residual: Tensor | None = None
+    mask: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    moments: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    #: The Philox state of dropout.
+    seed: State | Tensor | None = None
 
 
-class Running(NamedTuple):
-    """Running statistics and the count of batches; each may be missing."""
+class Constants(NamedTuple):
+    """The numbers of a call, in the order of the operator's schema."""
 
-    mean: Tensor | None = None
-    var: Tensor | None = None
+    statistics: int = COMPUTE
+    eps: float = 1e-5
+    group_samples: int = 0
+    activation: int = 0
+    slope: float = 0.01
+    p: float = 0.0
+    index_offset: int = 0
+
+
+@dataclass(slots=True)
+class Call:
+    """A call: its inputs and constants, and what an eager call has beside the operator's arguments.
+
+    Running statistics among the inputs are updated, except with FIXED statistics. Forward leaves
+    ``moments`` and ``bits`` here: an autograd function with three results takes 2 us more.
+    """
+
+    inputs: Inputs
+    constants: Constants = field(default_factory=Constants)
+    #: The name under which errors show the operation.
+    op: str = "batch_norm"
+    #: The count of batches, which is updated with the running statistics.
     batches: Tensor | None = None
-    momentum: float = 0.1
+    #: A negative one stands for a cumulative average.
+    momentum: float = 0.0
+    #: Whether kernels may be called at once (dispatch.direct).
+    direct: bool = True
+    #: float64 [3, statistics]: mean, biased variance, count.
+    moments: Tensor | None = None
+    #: One bit an element: the sign of what the activation was applied to.
+    bits: Tensor | None = None
 
+    def keeps_bits(self) -> bool:
+        """Return whether backward needs the bits."""
+        return self.inputs.residual is not None and self.constants.activation in RECTIFIERS
 
-NO_RUNNING = Running()
+    def keeps_residual(self) -> bool:
+        """Return whether backward needs the residual: for a derivative that no sign determines."""
+        return self.constants.activation not in (0, *RECTIFIERS)
 
-
-class Results(NamedTuple):
-    """What forward gives."""
-
-    y: Tensor
-    moments: Tensor | None
-    bits: Tensor | None
+    def with_fixed_statistics(self) -> Call:
+        """Return the same call with its statistics as constants."""
+        constants = self.constants._replace(statistics=FIXED)
+        return Call(self.inputs, constants, self.op, moments=self.moments, bits=self.bits)
 
 
 class Gradients(NamedTuple):
-    """What backward gives; those that were not asked for are None."""
+    """The results of backward; None where one was not asked for."""
 
     x: Tensor | None
     residual: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    #: float64 [2, statistics]: the sums over each channel that the gradient of x depends on.
     sums: Tensor | None
 
 
-def statistics_shape(x: Tensor, call: Call) -> int:
-    """How many statistics of each kind there are."""
+def statistics_shape(x: Tensor, group_samples: int) -> int:
+    """Return how many statistics of each kind there are."""
     channels, samples = x.shape[1], x.shape[0]
-    if call.group_samples and samples > call.group_samples and x.numel():
-        return channels * -(-samples // call.group_samples)
+    if group_samples and samples > group_samples and x.numel():
+        return channels * -(-samples // group_samples)
     return channels
 
 
-def keeps_bits(call: Call, residual: Tensor | None) -> bool:
-    return residual is not None and call.activation in RECTIFIERS
-
-
-def _new_bits(x: Tensor, call: Call, masked: bool) -> Tensor | None:
-    layout = _C.batch_norm_layout(x, call.group_samples, masked)
+def _new_bits(inputs: Inputs, constants: Constants) -> Tensor | None:
+    """Return memory for the bits; None where the kernel does not support x's layout."""
+    x = inputs.x
+    layout = _C.batch_norm_layout(x, constants.group_samples, inputs.mask is not None)
     if layout is None:
         return None
     return torch.empty(layout[4], dtype=torch.uint8, device=x.device)
 
 
-def forward(
-    call: Call,
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    moments: Tensor | None,
-    running: Running = NO_RUNNING,
-    keep_bits: bool = False,
-    out: Tensor | None = None,
-) -> Results:
-    """y, the moments (new ones unless given), and the bits if asked for and of any use."""
-    if moments is None and call.statistics == COMPUTE:
-        count = statistics_shape(x, call) if call.group_samples else x.shape[1]
+def _launch(
+    kernel: Callable[..., int], call: Call, tensors: tuple[Any, ...], *numbers: float
+) -> bool:
+    """Run a kernel with the scratch memory it asks for; False where it refuses a layout."""
+    x, seed, constants = call.inputs.x, call.inputs.seed, call.constants
+    state = seed if type(seed) is tuple else (0 if seed is None else seed, 0)
+    last = (*numbers, *constants[:6], *state, constants.index_offset, call.op)
+    scratch, semaphores = (None, None) if x.is_cpu else memory.scratch(x.device, 0)
+    while (status := kernel(*tensors, scratch, semaphores, *last)) < 0:
+        scratch, semaphores = memory.scratch(x.device, -status)
+    return status == 0
+
+
+def forward(call: Call, keep_bits: bool = False, out: Tensor | None = None) -> Tensor:
+    """Return y; moments, and bits if they are asked for and needed, are left in the call."""
+    x, residual, mask, weight, bias, moments, mean, var, _ = inputs = call.inputs
+    statistics, _, group_samples, *_ = call.constants
+    if moments is None and statistics == COMPUTE:
+        count = statistics_shape(x, group_samples) if group_samples else x.shape[1]
         # Sizes one by one, and no device where none is needed: a third of the call's time.
         moments = (
             torch.empty(3, count, dtype=torch.float64)
             if x.is_cpu
             else torch.empty(3, count, dtype=torch.float64, device=x.device)
         )
+    call.moments = moments
     y = torch.empty_like(x) if out is None else out
-    bits = None
-    if keep_bits and keeps_bits(call, residual):
-        bits = _new_bits(x, call, mask is not None)
-        if bits is None:
-            return _forward_prepared(
-                call, x, residual, mask, weight, bias, moments, running, True, y
-            )
-    mean, var, batches, momentum = running
-    scratch, semaphores = (None, None) if x.is_cpu else memory.scratch(x.device, 0)
-    status = 2
-    while status:
-        status = _C.batch_norm_forward(
-            y, moments, bits, x, residual, mask, weight, bias, mean, var, batches,
-            scratch, semaphores, momentum, *call,
-        )  # fmt: skip
-        if status == 0:
-            break
-        if status > 0:
-            return _forward_prepared(
-                call, x, residual, mask, weight, bias, moments, running, keep_bits, y
-            )
-        scratch, semaphores = memory.scratch(x.device, -status)
-    return Results(y, moments, bits)
+    keep_bits = keep_bits and residual is not None and call.keeps_bits()
+    bits = _new_bits(inputs, call.constants) if keep_bits else None
+    kernel, batches, momentum = _C.batch_norm_forward, call.batches, call.momentum
+    tensors = (y, moments, bits, x, residual, mask, weight, bias, mean, var, batches)
+    if (keep_bits and bits is None) or not _launch(kernel, call, tensors, momentum):
+        x, residual, mask, weight, bias, _, used_mean, used_var, _ = copies = _supported(call)
+        result = y
+        if y.stride() != x.stride() or y.data_ptr() == x.data_ptr() or _C.inspect(y) != (0, True):
+            result = torch.empty_like(x)
+        bits = _new_bits(copies, call.constants) if keep_bits else None
+        first = (result, moments, bits, x, residual, mask, weight, bias)
+        if not _launch(kernel, call, (*first, used_mean, used_var, batches), momentum):
+            raise refused(call.op)
+        for given, used in ((mean, used_mean), (var, used_var)):
+            if given is not None and used is not None and used.data_ptr() != given.data_ptr():
+                given.copy_(used)
+        if result is not y:
+            y.copy_(result)
+    call.bits = bits
+    if statistics != FIXED and (mean is not None or var is not None or batches is not None):
+        # torch takes inference tensors here, which have no version, and ignores them.
+        _increment_version([t for t in (mean, var, batches) if t is not None])
+    return y
 
 
-def moments_of(call: Call, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The moments alone: float64 [3, statistics]."""
-    x = ready(x, call, mask)
-    shape = (3, statistics_shape(x, call))
-    moments = torch.empty(shape, dtype=torch.float64, device=x.device)
-    scratch, semaphores = memory.scratch(x.device, 0)
-    status = -1
-    while status:
-        status = _C.batch_norm_forward(
-            None, moments, None, x, None, mask, None, None, None, None, None,
-            scratch, semaphores, 0.0, *call,
-        )  # fmt: skip
-        if status > 0:
-            _refused(call.op)
-        if status < 0:
-            scratch, semaphores = memory.scratch(x.device, -status)
+def moments_of(x: Tensor, mask: Tensor | None = None, group_samples: int = 0) -> Tensor:
+    """Return the moments of x alone: float64 [3, statistics]."""
+    call = Call(Inputs(x, mask=mask), Constants(COMPUTE, 1.0, group_samples))
+    x = supported(x, call)
+    count = statistics_shape(x, group_samples)
+    moments = torch.empty((3, count), dtype=torch.float64, device=x.device)
+    tensors = (None, moments, None, x, None, mask, None, None, None, None, None)
+    if not _launch(_C.batch_norm_forward, call, tensors, 0.0):
+        raise refused(call.op)
     return moments
 
 
-def _refused(op: str) -> None:
-    raise RuntimeError(f"fusereg.{op}: the kernel refused a prepared tensor; please report this")
+def supported(x: Tensor, call: Call) -> Tensor:
+    """Return x itself where the kernels support its layout, else a copy in one that they do."""
+    masked, group_samples = call.inputs.mask is not None, call.constants.group_samples
+    x = checks.plain(x, call.op, "x")
+    if _C.batch_norm_layout(x, group_samples, masked) is not None:
+        return x
+    copy = torch.empty_like(x)
+    if _C.batch_norm_layout(copy, group_samples, masked) is None:
+        copy = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return copy.copy_(x)
 
 
-def ready(x: Tensor, call: Call, mask: Tensor | None) -> Tensor:
-    """x itself where the kernels take it as it is, else a copy that they take."""
-    masked = mask is not None
-    plain = checks.plain(x, call.op, "x")
-    if _C.batch_norm_layout(plain, call.group_samples, masked) is not None:
-        return plain
-    dense = torch.empty_like(plain)
-    if _C.batch_norm_layout(dense, call.group_samples, masked) is None:
-        dense = torch.empty(plain.shape, dtype=plain.dtype, device=plain.device)
-    return dense.copy_(plain)
-
-
-def _as(x: Tensor, tensor: Tensor | None) -> Tensor | None:
-    """The tensor in x's layout."""
-    if tensor is None:
-        return None
-    if tensor.stride() == x.stride() and _C.inspect(tensor) == (0, True):
-        return tensor
-    return torch.empty_like(x).copy_(tensor)
-
-
-def _plain(tensor: Tensor | None, op: str, name: str) -> Tensor | None:
-    return None if tensor is None else checks.plain(tensor, op, name).contiguous()
-
-
-def _forward_prepared(
-    call: Call,
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    moments: Tensor | None,
-    running: Running,
-    keep_bits: bool,
-    y: Tensor,
-) -> Results:
-    x = ready(x, call, mask)
-    residual = _as(x, residual)
-    weight, bias = _plain(weight, call.op, "weight"), _plain(bias, call.op, "bias")
-    result = y if y.stride() == x.stride() and y.data_ptr() != x.data_ptr() else None
-    if result is None or _C.inspect(result) != (0, True):
-        result = torch.empty_like(x)
-    bits = (
-        _new_bits(x, call, mask is not None) if keep_bits and keeps_bits(call, residual) else None
-    )
-    mean = _plain(running.mean, call.op, "running_mean")
-    var = _plain(running.var, call.op, "running_var")
-    batches = running.batches
-    scratch, semaphores = memory.scratch(x.device, 0)
-    status = -1
-    while status:
-        status = _C.batch_norm_forward(
-            result, moments, bits, x, residual, mask, weight, bias, mean, var, batches,
-            scratch, semaphores, running.momentum, *call,
-        )  # fmt: skip
-        if status > 0:
-            _refused(call.op)
-        if status < 0:
-            scratch, semaphores = memory.scratch(x.device, -status)
-    for given, used in ((running.mean, mean), (running.var, var)):
-        if given is not None and used is not None and used.data_ptr() != given.data_ptr():
-            given.copy_(used)
-    return Results(result if result is y else y.copy_(result), moments, bits)
+def _supported(call: Call) -> Inputs:
+    """Return the inputs in layouts that the kernels support, copied where they must be."""
+    inputs = call.inputs
+    x, residual = supported(inputs.x, call), inputs.residual
+    if residual is not None and (
+        residual.stride() != x.stride() or _C.inspect(residual) != (0, True)
+    ):
+        residual = torch.empty_like(x).copy_(residual)
+    vectors: dict[str, Any] = {
+        name: checks.plain(t, call.op, name).contiguous()
+        for name in ("weight", "bias", "running_mean", "running_var")
+        if (t := getattr(inputs, name)) is not None
+    }
+    return inputs._replace(x=x, residual=residual, **vectors)
 
 
 def backward(
     call: Call,
     grad: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    bits: Tensor | None,
-    moments: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running: Running,
     wanted: tuple[bool, bool, bool, bool],
+    *,
     reduce: bool = True,
     sums: Tensor | None = None,
     keep_sums: bool = False,
     from_y: bool = False,
 ) -> Gradients:
-    """The gradients of x, residual, weight and bias that are wanted.
+    """Return the gradients of x, residual, weight and bias that are wanted.
 
-    ``from_y``: x is y, which was written over it.
+    Args:
+        call: with the moments and bits of forward.
+        grad: of y.
+        wanted: which gradients.
+        reduce: whether to compute the sums. Alone (only the parameters' gradients wanted, with
+            ``keep_sums``) this is the first of two steps; the second takes ``sums``, does not
+            reduce, and computes the gradients of x and residual.
+        sums: those of the first step.
+        keep_sums: whether the sums are a result.
+        from_y: whether x is y, which was written over it.
 
-    Two steps, if asked for one by one: ``reduce`` alone (wanted without x and residual, keep_sums)
-    gives the sums and the gradients of the parameters; ``reduce=False`` takes the sums and gives
-    the gradients of x and residual.
+    Raises:
+        RuntimeError: a kernel refused a copy in a layout that it should support.
     """
+    inputs, constants = call.inputs, call.constants
+    x, weight, bias = inputs.x, inputs.weight, inputs.bias
     want_x, want_residual, want_weight, want_bias = wanted
-    grad_x = torch.empty_like(x) if want_x else None
-    grad_residual = torch.empty_like(x) if want_residual else None
-    grad_weight = torch.empty_like(weight) if want_weight and weight is not None else None
-    grad_bias = torch.empty_like(bias) if want_bias and bias is not None else None
-    if call.statistics == FIXED and grad_weight is None and grad_bias is None and not keep_sums:
+    want_weight, want_bias = want_weight and weight is not None, want_bias and bias is not None
+    if constants.statistics == FIXED and not (want_weight or want_bias or keep_sums):
         reduce = False
     if sums is None and (keep_sums or not x.is_cpu or _C.CUDA_ON_HOST):
-        shape = (2, statistics_shape(x, call))
+        shape = (2, statistics_shape(x, constants.group_samples))
         sums = torch.empty(shape, dtype=torch.float64, device=x.device)
-    scratch, semaphores = (None, None) if x.is_cpu else memory.scratch(x.device, 0)
-    prepared = False
-    status = 2
-    while status:
-        status = _C.batch_norm_backward(
-            grad_x, grad_residual, grad_weight, grad_bias, sums, grad, x, residual, mask, bits,
-            moments, weight, bias, running[0], running[1], scratch, semaphores, reduce, from_y,
-            *call,
-        )  # fmt: skip
-        if status < 0:
-            scratch, semaphores = memory.scratch(x.device, -status)
-        elif status > 0:
-            if prepared:
-                _refused(call.op)
-            prepared = True
-            x = ready(x, call, mask)
-            grad = torch.empty_like(x).copy_(grad)
-            residual = _as(x, residual)
-            weight, bias = _plain(weight, call.op, "weight"), _plain(bias, call.op, "bias")
-            running = Running(
-                _plain(running.mean, call.op, "running_mean"),
-                _plain(running.var, call.op, "running_var"),
-            )
-            grad_x = torch.empty_like(x) if want_x else None
-            grad_residual = torch.empty_like(x) if want_residual else None
-            if grad_weight is not None and weight is not None:
-                grad_weight = torch.empty_like(weight)
-            if grad_bias is not None and bias is not None:
-                grad_bias = torch.empty_like(bias)
-    return Gradients(grad_x, grad_residual, grad_weight, grad_bias, sums)
+    for attempt in (0, 1):
+        x, residual, mask, weight, bias, _, mean, var, _ = inputs
+        results = (
+            torch.empty_like(x) if want_x else None,
+            torch.empty_like(x) if want_residual else None,
+            torch.empty_like(weight) if want_weight and weight is not None else None,
+            torch.empty_like(bias) if want_bias and bias is not None else None,
+            sums,
+        )
+        given = (grad, x, residual, mask, call.bits, call.moments, weight, bias, mean, var)
+        if _launch(_C.batch_norm_backward, call, (*results, *given), reduce, from_y):
+            return Gradients(*results)
+        if attempt == 0:
+            inputs = _supported(call)
+            grad = torch.empty_like(inputs.x).copy_(grad)
+    raise refused(call.op)

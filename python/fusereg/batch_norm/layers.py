@@ -12,24 +12,17 @@ from torch import Tensor, nn
 
 from ..core import checks
 from ..core.docs import share_paragraphs
-from . import functional, kernels
+from . import functional, op
+from .kernels import Inputs
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 
-def check_activation(activation: object, name: str) -> None:
-    """Raises unless this is None or the name of an activation."""
-    if activation is not None and not (
-        isinstance(activation, str) and activation in kernels.ACTIVATIONS
-    ):
-        names = ", ".join(repr(name) for name in kernels.ACTIVATIONS)
-        raise ValueError(
-            f"fusereg.nn.{name}: activation must be one of {names}, got {activation!r}"
-        )
-
-
 class _Fused(nn.modules.batchnorm._BatchNorm):
-    """What the layers have in common."""
+    """The base of all layers, which are the settings of their calls (functional.Settings)."""
+
+    #: Set by GhostBatchNorm.
+    virtual_batch_size: int | None = None
 
     if TYPE_CHECKING:
 
@@ -54,11 +47,11 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
-        check_activation(activation, type(self).__name__)
-        checks.check_probability(dropout, f"nn.{type(self).__name__}", "dropout")
+        name = f"nn.{type(self).__name__}"
+        functional.check_activation(activation, name)
+        checks.check_probability(dropout, name, "dropout")
         if inplace:
-            where = f"fusereg.nn.{type(self).__name__}"
-            functional.check_inplace(activation, negative_slope, dropout, where)
+            functional.check_inplace(activation, negative_slope, dropout, name)
         self.activation = activation
         self.dropout = dropout
         self.negative_slope = negative_slope
@@ -68,16 +61,49 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
     def forward(
         self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
     ) -> Tensor:
-        """The input normalized, the residual added, activated, dropped."""
-        return self._normalized(input, residual, mask)
+        """Normalize the input, add the residual, apply activation and dropout."""
+        return self._normalized(input, residual, mask, self)
+
+    def with_epilogue(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        activation: str | None,
+        negative_slope: float,
+        dropout: float,
+    ) -> Tensor:
+        """Compute ``forward`` with another epilogue than the layer's own."""
+        settings = functional.Chosen(
+            self.training,
+            self.momentum,
+            self.eps,
+            activation,
+            dropout,
+            self.inplace,
+            negative_slope,
+            self.virtual_batch_size if self.training else None,
+            self.update_stats,
+            self.num_features,
+        )
+        return self._normalized(input, residual, mask, settings)
 
     def _normalized(
         self,
         input: Tensor,
         residual: Tensor | None,
         mask: Tensor | None,
-        virtual_batch_size: int | None = None,
+        settings: functional.Settings,
     ) -> Tensor:
+        inputs, batches = self._inputs(input, residual, mask)
+        if settings.inplace:
+            return functional.normalized(inputs, batches, settings, "batch_norm")
+        return op.normalize(functional.prepared(inputs, batches, settings, "batch_norm"))
+
+    def _inputs(
+        self, input: Tensor, residual: Tensor | None, mask: Tensor | None
+    ) -> tuple[Inputs, Tensor | None]:
+        """Return the tensors of a call, and the count of batches."""
         self._check_input_dim(input)
         # nn.Module takes half a microsecond for each attribute that is a parameter or a buffer.
         buffers, parameters = self._buffers, self._parameters
@@ -88,28 +114,10 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         except KeyError:  # parametrized, or replaced by something that is neither
             mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
             weight, bias = self.weight, self.bias
-        return functional.batch_norm(
-            input,
-            mean,
-            var,
-            weight,
-            bias,
-            self.training,
-            self.momentum,
-            self.eps,
-            activation=self.activation,
-            residual=residual,
-            dropout=self.dropout,
-            negative_slope=self.negative_slope,
-            mask=mask,
-            virtual_batch_size=virtual_batch_size,
-            num_batches_tracked=batches,
-            update_stats=self.update_stats,
-            inplace=self.inplace,
-        )
+        return Inputs(input, residual, mask, weight, bias, None, mean, var), batches
 
     def extra_repr(self) -> str:
-        """As torch's, and what is fused."""
+        """Return torch's text, and what is fused."""
         text: str = super().extra_repr()  # type: ignore[no-untyped-call]
         if self.activation is not None:
             text += f", activation={self.activation!r}"
@@ -147,6 +155,13 @@ _ARGUMENTS = """
     Raises:
         ValueError: ``activation`` or ``dropout`` is out of range, or cannot be in place.
 """
+
+
+class AnyDimension(_Fused):
+    """A layer for (N, C) and (N, C, ...) of any number of dimensions."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Accept all: the call itself asks for two dimensions."""
 
 
 class BatchNorm1d(_Fused, nn.BatchNorm1d):

@@ -1,198 +1,51 @@
-"""Batch normalization as torch operations: autograd, torch.library, torch.func.
+"""Batch normalization as torch operations.
 
-``_BatchNorm``
-    the eager autograd function: x, the moments and the parameters are kept, and the residual or one
-    bit an element where x alone does not tell the activation's derivative.
-``torch.ops.fusereg.batch_norm``, ``torch.ops.fusereg.batch_norm_backward``
-    the same as pure functions, for torch.compile, export, fake tensors; running statistics are then
-    updated by torch's own operations.
-``_Synchronized``
-    with a ``reduce_sums`` between the two steps of backward, for several processes.
-``batch_norm``
-    the entry: picks between them. torch.func transforms, forward-mode derivatives and second
-    derivatives are composed of torch's operations (_batch_norm_reference).
+``normalize`` picks between
+
+- the kernels: eager calls;
+- ``torch.ops.fusereg.batch_norm``: torch.compile, export, fake tensors. It is a pure function;
+  running statistics are then updated by torch's own operations;
+- torch's operations (reference.py): torch.func transforms, forward mode, other programs.
+
+Second derivatives are composed of torch's operations too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core import dispatch, operator
+from ..core.operator import Operator
 from . import kernels, reference
-from .kernels import FIXED, RECTIFIERS, Call, Running
+from .kernels import COMPUTE, FIXED, Call, Constants, Inputs
 
-ReduceSums = Callable[[Tensor], Tensor]
-
-_increment_version: Callable[[Any], None] = torch.autograd.graph.increment_version
-
-
-def mark_written(running: Running) -> None:
-    # Inference tensors have no version, and nobody minds.
-    written = [t for t in running[:3] if t is not None]
-    if written:
-        _increment_version(written)
-
-
-def _keeps_residual(call: Call) -> bool:
-    """Whether backward has to add the residual again: neither x nor its sign bit tell z."""
-    return call.activation not in (0, *RECTIFIERS)
-
-
-# --- eager autograd -------------------------------------------------------------------------------
-
-
-class _BatchNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        call: Call,
-        mask: Tensor | None,
-        moments: Tensor | None,
-        running: Running,
-    ) -> Tensor:
-        y, moments, bits = kernels.forward(
-            call, x, residual, mask, weight, bias, moments, running, keep_bits=True
-        )
-        fixed = call.statistics == FIXED
-        if not fixed:
-            mark_written(running)
-        kept = residual if residual is not None and _keeps_residual(call) else None
-        if fixed and moments is None:
-            ctx.save_for_backward(x, weight, bias, kept, mask, bits, None, running[0], running[1])
-        else:
-            ctx.save_for_backward(x, weight, bias, kept, mask, bits, moments)
-        ctx.call = call
-        ctx.has_residual = residual is not None
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        call = ctx.call
-        x, weight, bias, residual, mask, bits, moments, *fixed = ctx.saved_tensors
-        running = Running(*fixed) if fixed else kernels.NO_RUNNING
-        need = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            gx, gw, gb, gr = _differentiable_backward(
-                ctx, grad, x, weight, bias, residual, mask, bits, moments, running
-            )
-            return gx, gw, gb, gr, None, None, None, None
-        g = kernels.backward(
-            call,
-            grad,
-            x,
-            residual,
-            mask,
-            bits,
-            moments,
-            weight,
-            bias,
-            running,
-            (need[0], need[3], need[1], need[2]),
-        )
-        return g.x, g.weight, g.bias, g.residual, None, None, None, None
-
-
-def _differentiable_backward(
-    ctx: Any,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    bits: Tensor | None,
-    moments: Tensor | None,
-    running: Running,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, weight, bias and residual as functions of all they depend on."""
-    call: Call = ctx.call
-    fixed = None
-    if call.statistics == FIXED:
-        fixed = (running[0], running[1]) if moments is None else (moments[0], moments[1])
-    inputs = {"x": x, "weight": weight, "bias": bias}
-    piecewise_linear = call.activation in (0, *RECTIFIERS)
-    if piecewise_linear:
-        # The derivative of all that follows z is constant: that of ones.
-        with torch.no_grad():
-            factor = kernels.backward(
-                call._replace(statistics=FIXED), torch.ones_like(x), x, residual, mask, bits,
-                moments, weight, bias, running, (False, True, False, False), reduce=False,
-            ).residual  # fmt: skip
-        assert factor is not None
-        grad = grad * factor
-        y, _ = reference.normalized(
-            call._replace(activation=0, p=0.0), x, None, mask, weight, bias, fixed
-        )
-    else:
-        if ctx.has_residual:
-            inputs["residual"] = residual
-        y, _ = reference.normalized(call, x, residual, mask, weight, bias, fixed)
-    asked = {name: t for name, t in inputs.items() if t is not None and t.requires_grad}
-    found: dict[str, Tensor | None] = {}
-    if asked:
-        found = dict(
-            zip(
-                asked,
-                torch.autograd.grad(
-                    y, list(asked.values()), grad, create_graph=True, materialize_grads=True
-                ),
-                strict=True,
-            )
-        )
-    grad_residual = found.get("residual")
-    if piecewise_linear and ctx.has_residual:
-        grad_residual = grad
-    return found.get("x"), found.get("weight"), found.get("bias"), grad_residual
-
-
-#: _BatchNorm.apply without its question for functorch, which the gate has answered.
-_apply: Callable[..., Tensor] = super(torch.autograd.Function, _BatchNorm).apply
-
-
-# --- torch.library --------------------------------------------------------------------------------
-
-_define: Callable[[str], object] = dispatch.library.define
-_implement: Callable[[str, Callable[..., Any], str], object] = dispatch.library.impl
+_TENSORS = (
+    "Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor? moments,"
+    " Tensor? running_mean, Tensor? running_var, Tensor? seed"
+)
 _CONSTANTS = (
     "int statistics, float eps, int group_samples, int activation, float slope, float p,"
     " SymInt index_offset"
 )
-_define(
-    "batch_norm(Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias,"
-    " Tensor? moments, Tensor? running_mean, Tensor? running_var, Tensor? seed,"
-    f" {_CONSTANTS}, bool keep_bits) -> (Tensor, Tensor, Tensor)"
-)
-_define(
-    "batch_norm_backward(Tensor grad, Tensor x, Tensor? residual, Tensor? mask, Tensor? bits,"
-    " Tensor? moments, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var,"
-    " Tensor? seed, Tensor? sums,"
-    f" {_CONSTANTS}, bool[] wanted, bool reduce) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-_define("batch_norm_statistics(Tensor x, Tensor? mask, int group_samples) -> Tensor")
-
-#: (statistics, eps, group_samples, activation, slope, p, index_offset)
-_Constants = tuple[int, float, int, int, float, float, int]
 
 
-def call_of(constants: _Constants, seed: Tensor | None) -> Call:
-    return Call(*constants[:6], 0 if seed is None else seed, 0, constants[6], "batch_norm")
+# --- forward --------------------------------------------------------------------------------------
 
 
-def _constants_of(call: Call) -> _Constants:
-    return (*call[:6], call.index_offset)
+def call_of(inputs: tuple[Any, ...], constants: tuple[Any, ...]) -> Call:
+    """Return the call of an operator's arguments, which updates nothing."""
+    call = Call(Inputs(*inputs), Constants(*constants))
+    if call.constants.statistics != FIXED:
+        call.inputs = call.inputs._replace(running_mean=None, running_var=None)
+    call.moments = call.inputs.moments
+    return call
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The format in which operators see x: channels_last where x is that, else contiguous."""
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """Return the format in which operators read x: channels_last where it is, else contiguous."""
     if not x.is_contiguous():
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
             return torch.channels_last
@@ -201,412 +54,271 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _bit_bytes(x: Tensor, in_format: torch.memory_format) -> Any:
-    """Layout::bit_bytes() for x in this format."""
+def _in_format(call: Call) -> None:
+    x = call.inputs.x
+    call.inputs = call.inputs._replace(x=x.contiguous(memory_format=_memory_format(x)))
+
+
+def _bit_bytes(x: Tensor) -> Any:
+    """Return Layout::bit_bytes() for x in its memory format."""
     if x.numel() == 0:
         return 0
     samples, channels = x.shape[0], x.shape[1]
     inner = x.numel() // samples // channels
-    if channels > 1 and in_format is not torch.contiguous_format:
+    if channels > 1 and _memory_format(x) is not torch.contiguous_format:
         return samples * inner * ((channels + 7) // 8)
     if inner == 1:
         return samples * ((channels + 7) // 8)
     return samples * channels * ((inner + 7) // 8)
 
 
-def _op_batch_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    moments: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    seed: Tensor | None,
-    *constants: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    *numbers, keep_bits = constants
-    call = call_of(tuple(numbers), seed)
-    x = x.contiguous(memory_format=memory_format(x))
-    results = kernels.forward(
-        call, x, residual, mask, weight, bias, moments,
-        Running(running_mean, running_var), keep_bits,
-    )  # fmt: skip
-    new = results.moments if moments is None else None
-    return (
-        results.y,
-        x.new_empty((0,), dtype=torch.float64) if new is None else new,
-        x.new_empty((0,), dtype=torch.uint8) if results.bits is None else results.bits,
-    )
+def _forward(*args: Any) -> Any:
+    """Compute y, new moments and bits; for an eager call, which is the last argument, y alone."""
+    call = args[-1]
+    if type(call) is Call:
+        return kernels.forward(call, keep_bits=True)
+    x, given = args[0], args[5]
+    call = call_of(args[:9], args[9:16])
+    _in_format(call)
+    y = operator.in_strides(kernels.forward(call, args[16]), operator.strides_of_result(x))
+    return y, call.moments if given is None else None, call.bits
 
 
-def _fake_batch_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    moments: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    seed: Tensor | None,
-    *constants: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    *numbers, keep_bits = constants
-    call = call_of(tuple(numbers), seed)
-    in_format = memory_format(x)
-    computes = moments is None and call.statistics == kernels.COMPUTE
-    shape = (3, kernels.statistics_shape(x, call)) if computes else (0,)
-    bits = _bit_bytes(x, in_format) if keep_bits and kernels.keeps_bits(call, residual) else 0
-    return (
-        torch.empty_like(x, memory_format=in_format),
-        x.new_empty(shape, dtype=torch.float64),
-        x.new_empty((bits,), dtype=torch.uint8),
-    )
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    call, keep_bits = call_of(args[:9], args[9:16]), args[16]
+    x = call.inputs.x
+    moments = bits = None
+    if call.moments is None and call.constants.statistics == COMPUTE:
+        count = kernels.statistics_shape(x, call.constants.group_samples)
+        moments = x.new_empty((3, count), dtype=torch.float64)
+    if keep_bits and call.keeps_bits():
+        bits = x.new_empty((_bit_bytes(x),), dtype=torch.uint8)
+    return torch.empty_like(x), moments, bits
 
 
-def _op_backward(
-    grad: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    bits: Tensor | None,
-    moments: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    seed: Tensor | None,
-    sums: Tensor | None,
-    *constants: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *numbers, wanted, reduce = constants
-    call = call_of(tuple(numbers), seed)
-    x = x.contiguous(memory_format=memory_format(x))
-    g = kernels.backward(
-        call, grad, x, residual, mask, bits, moments, weight, bias,
-        Running(running_mean, running_var), tuple(wanted), reduce, sums, reduce,
-    )  # fmt: skip
-    new_sums = None if sums is not None else g.sums
-    nothing = (x.new_empty((0,)) for _ in range(4))
-    return (
-        *(n if t is None else t for t, n in zip(g[:4], nothing, strict=True)),
-        x.new_empty((0,), dtype=torch.float64) if new_sums is None else new_sums,
-    )  # type: ignore[return-value]
-
-
-def _fake_backward(
-    grad: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    bits: Tensor | None,
-    moments: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    seed: Tensor | None,
-    sums: Tensor | None,
-    *constants: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *numbers, wanted, reduce = constants
-    call = call_of(tuple(numbers), seed)
-    in_format = memory_format(x)
-    likes = (x, x, weight, bias)
-    made = [
-        x.new_empty((0,))
-        if not want or like is None
-        else torch.empty_like(like, memory_format=in_format if like is x else None)
-        for want, like in zip(wanted, likes, strict=True)
-    ]
-    shape = (2, kernels.statistics_shape(x, call)) if reduce and sums is None else (0,)
-    return (*made, x.new_empty(shape, dtype=torch.float64))  # type: ignore[return-value]
-
-
-def _op_statistics(x: Tensor, mask: Tensor | None, group_samples: int) -> Tensor:
-    return kernels.moments_of(kernels.statistics_call(group_samples), x, mask)
-
-
-def _fake_statistics(x: Tensor, mask: Tensor | None, group_samples: int) -> Tensor:
-    call = kernels.statistics_call(group_samples)
-    return x.new_empty((3, kernels.statistics_shape(x, call)), dtype=torch.float64)
-
-
-for _key in ("CPU", "CUDA"):
-    _implement("batch_norm_statistics", _op_statistics, _key)
-    _implement("batch_norm", _op_batch_norm, _key)
-    _implement("batch_norm_backward", _op_backward, _key)
-torch.library.register_fake(
-    "fusereg::batch_norm_statistics", _fake_statistics, lib=dispatch.library
-)
-torch.library.register_fake("fusereg::batch_norm", _fake_batch_norm, lib=dispatch.library)
-torch.library.register_fake("fusereg::batch_norm_backward", _fake_backward, lib=dispatch.library)
-
-
-def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, residual, mask, weight, bias, moments, mean, var, seed, *constants, _ = inputs
-    _, new_moments, bits = output
-    call = call_of(tuple(constants), seed)
-    ctx.call = call
+def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
+    call = args[-1]
+    if type(call) is not Call:
+        call = call_of(args[:9], args[9:16])
+        _, moments, bits = output
+        ctx.mark_non_differentiable(moments, bits)
+        if call.moments is None and call.constants.statistics == COMPUTE:
+            call.moments = moments
+        call.bits = bits if call.keeps_bits() else None
+    x, residual, mask, weight, bias, _, mean, var, seed = call.inputs
+    constants, moments = call.constants, call.moments
+    ctx.constants = constants
+    ctx.op = call.op
     ctx.has_residual = residual is not None
-    ctx.mark_non_differentiable(new_moments, bits)
-    if not _keeps_residual(call):
+    ctx.state = None
+    if type(seed) is tuple:
+        ctx.state, seed = seed, None
+    if residual is not None and not call.keeps_residual():
         residual = None
-    if moments is None and call.statistics == kernels.COMPUTE:
-        moments = new_moments
-    if not kernels.keeps_bits(call, x if ctx.has_residual else None):
-        bits = None
-    if call.statistics != FIXED or moments is not None:
+    if constants.statistics != FIXED or moments is not None:
         mean = var = None
-    ctx.save_for_backward(x, residual, mask, bits, moments, weight, bias, mean, var, seed)
+    ctx.save_for_backward(x, residual, mask, weight, bias, moments, mean, var, seed, call.bits)
 
 
-def _op_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    x, residual, mask, bits, moments, weight, bias, mean, var, seed = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    wanted = [need[0], need[1], need[3], need[4]]
-    g: tuple[Tensor | None, ...]
+def _kept(ctx: Any) -> Call:
+    """Return the call of which :func:`_save` kept what backward needs."""
+    tensors = ctx.saved_tensors
+    *_, moments, _, _, seed, bits = tensors
+    state = seed if ctx.state is None else ctx.state
+    return Call(Inputs(*(*tensors[:8], state)), ctx.constants, ctx.op, moments=moments, bits=bits)
+
+
+def _gradient(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    call = _kept(ctx)
+    of_x, of_residual, _, of_weight, of_bias = ctx.needs_input_grad[:5]
+    wanted = (of_x, of_residual, of_weight, of_bias)
+    found: tuple[Tensor | None, ...]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        x_, weight_, bias_, residual_ = _differentiable_backward(
-            ctx, grad, x, weight, bias, residual, mask, bits, moments, Running(mean, var)
-        )
-        g = (x_, residual_, weight_, bias_)
+        found = _differentiable_gradients(call, grad, ctx.has_residual)
+    elif dispatch.direct(grad):
+        found = kernels.backward(call, grad, wanted)
     else:
-        g = torch.ops.fusereg.batch_norm_backward(
-            grad, x, residual, mask, bits, moments, weight, bias, mean, var, seed, None,
-            *_constants_of(ctx.call), wanted, not (ctx.call.statistics == FIXED
-                                                  and not any(wanted[2:])),
-        )  # fmt: skip
-    gx, gr, gw, gb = (t if want else None for t, want in zip(g[:4], wanted, strict=True))
-    return gx, gr, None, gw, gb, *[None] * 12
+        reduce = call.constants.statistics != FIXED or of_weight or of_bias
+        found = backward.traced(*arguments(call, grad), list(wanted), reduce)
+        found = tuple(t if want else None for t, want in zip(found[:4], wanted, strict=True))
+    return found[0], found[1], None, found[2], found[3]
 
 
-torch.library.register_autograd(
-    "fusereg::batch_norm", _op_gradient, setup_context=_save_for_op, lib=dispatch.library
+# --- backward -------------------------------------------------------------------------------------
+
+
+def arguments(call: Call, grad: Tensor, sums: Tensor | None = None) -> tuple[Any, ...]:
+    """Return the arguments of ``backward`` before ``wanted``."""
+    inputs = call.inputs._replace(moments=call.moments)
+    return (grad, *inputs, call.bits, sums, *call.constants)
+
+
+def _backward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    bits, sums, wanted, reduce = args[9], args[10], args[18], args[19]
+    call = call_of(args[:9], args[11:18])
+    call.bits = bits
+    _in_format(call)
+    found = kernels.backward(call, grad, tuple(wanted), reduce=reduce, sums=sums, keep_sums=reduce)
+    strides = operator.strides_of_result(args[0])
+    of_elements = (None if t is None else operator.in_strides(t, strides) for t in found[:2])
+    return *of_elements, *found[2:4], found.sums if reduce and sums is None else None
+
+
+def _fake_backward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    x, _, _, weight, bias, *_ = args[:9]
+    sums, constants, wanted, reduce = args[10], Constants(*args[11:18]), args[18], args[19]
+    made = (
+        torch.empty_like(t) if want and t is not None else None
+        for t, want in zip((x, x, weight, bias), wanted, strict=True)
+    )
+    shape = (2, kernels.statistics_shape(x, constants.group_samples))
+    new_sums = x.new_empty(shape, dtype=torch.float64) if reduce and sums is None else None
+    return *made, new_sums
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> tuple[()]:
+    raise RuntimeError(
+        "fusereg::batch_norm_backward has no gradient; "
+        "compute second derivatives outside of compiled code"
+    )
+
+
+def derivative_after_sum(call: Call) -> Tensor:
+    """Return the derivative of all that follows z, for an activation without curvature."""
+    with torch.no_grad():
+        factor = kernels.backward(
+            call.with_fixed_statistics(),
+            torch.ones_like(call.inputs.x),
+            (False, True, False, False),
+            reduce=False,
+        ).residual
+    assert factor is not None
+    return factor
+
+
+def _differentiable_gradients(
+    call: Call, grad: Tensor, has_residual: bool
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, residual, weight and bias as functions of all they depend on."""
+    constants, piecewise_linear = call.constants, not call.keeps_residual()
+    if piecewise_linear:
+        grad = grad * derivative_after_sum(call)
+        constants = constants._replace(activation=0, p=0.0)
+    y, _ = reference.normalized(call.inputs, constants, call.op)
+    asked = {
+        name: t
+        for name in ("x", "residual", "weight", "bias")
+        if (t := getattr(call.inputs, name)) is not None and t.requires_grad
+    }
+    found: dict[str, Tensor | None] = {}
+    if asked:
+        gradients = torch.autograd.grad(
+            y, list(asked.values()), grad, create_graph=True, materialize_grads=True
+        )
+        found = dict(zip(asked, gradients, strict=True))
+    of_residual = grad if piecewise_linear and has_residual else found.get("residual")
+    return found.get("x"), of_residual, found.get("weight"), found.get("bias")
+
+
+batch_norm = Operator(
+    f"batch_norm({_TENSORS}, {_CONSTANTS}, bool keep_bits) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    fake=_fake_forward,
+    save=_save,
+    gradient=_gradient,
+)
+#: (grad, *Inputs, bits, sums, *Constants, wanted, reduce): the gradients and, if ``reduce`` and
+#: ``sums`` are not given, the sums.
+backward = Operator(
+    f"batch_norm_backward(Tensor grad, {_TENSORS}, Tensor? bits, Tensor? sums, {_CONSTANTS},"
+    " bool[] wanted, bool reduce) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    fake=_fake_backward,
+    save=lambda *_: None,
+    gradient=_no_second_derivative,
+)
+_statistics = Operator(
+    "batch_norm_statistics(Tensor x, Tensor? mask, int group_samples) -> Tensor",
+    kernels.moments_of,
+    fake=lambda x, _, group_samples: x.new_empty(
+        (3, kernels.statistics_shape(x, group_samples)), dtype=torch.float64
+    ),
 )
 
 
-# --- several processes ----------------------------------------------------------------------------
-
-
-class _Synchronized(torch.autograd.Function):
-    """With ``reduce_sums`` between the two steps of backward; traced by torch.compile as it is."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        moments: Tensor,
-        mask: Tensor | None,
-        seed: Tensor | None,
-        constants: _Constants,
-        reduce_sums: ReduceSums,
-    ) -> Tensor:
-        y, _, bits = torch.ops.fusereg.batch_norm(
-            x, residual, mask, weight, bias, moments, None, None, seed, *constants, True
-        )
-        call = call_of(constants, None)
-        ctx.bits_kept = kernels.keeps_bits(call, residual)
-        ctx.has_residual = residual is not None
-        kept = residual if _keeps_residual(call) else None
-        ctx.save_for_backward(x, weight, bias, kept, moments, mask, seed, bits)
-        ctx.constants = constants
-        ctx.reduce_sums = reduce_sums
-        result: Tensor = y
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual, moments, mask, seed, bits = ctx.saved_tensors
-        bits = bits if ctx.bits_kept else None
-        has = (True, ctx.has_residual, weight is not None, bias is not None)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _synchronized_gradients(ctx, grad, has)
-        common = (x, residual, mask, bits, moments, weight, bias, None, None, seed)
-        *_, gw, gb, sums = torch.ops.fusereg.batch_norm_backward(
-            grad, *common, None, *ctx.constants, [False, False, *has[2:]], True
-        )
-        sums = ctx.reduce_sums(sums)
-        gx, gr, *_ = torch.ops.fusereg.batch_norm_backward(
-            grad, *common, sums, *ctx.constants, [*has[:2], False, False], False
-        )
-        return (
-            gx,
-            gw if has[2] else None,
-            gb if has[3] else None,
-            gr if has[1] else None,
-            *[None] * 5,
-        )
-
-
-def _synchronized_gradients(
-    ctx: Any, grad: Tensor, has: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """The gradients as functions of all that they depend on, in all processes."""
-    x, weight, bias, residual, moments, mask, seed, bits = ctx.saved_tensors
-    call = call_of(ctx.constants, seed)
-    if ctx.bits_kept:
-        # Of the activation after a residual its sign is what is known, and a constant.
-        with torch.no_grad():
-            factor = kernels.backward(
-                call._replace(statistics=FIXED), torch.ones_like(x), x, None, mask, bits, moments,
-                weight, bias, kernels.NO_RUNNING, (False, True, False, False), reduce=False,
-            ).residual  # fmt: skip
-        assert factor is not None
-        grad = grad * factor
-        call = call._replace(activation=0, p=0.0)
-    gx, gw, gb, gr = reference.gradients(
-        call, grad, x, residual, mask, weight, bias, moments, ctx.reduce_sums
-    )
-    return (
-        gx,
-        None if weight is None else gw.to(weight.dtype),
-        None if bias is None else gb.to(bias.dtype),
-        gr if has[1] else None,
-        *[None] * 5,
-    )
+# --- the entries ----------------------------------------------------------------------------------
 
 
 def statistics(x: Tensor, mask: Tensor | None = None, group_samples: int = 0) -> Tensor:
-    """The moments of x: float64 [3, statistics], mean, biased variance, count; no gradient.
+    """Return the moments of x: float64 [3, statistics], mean, biased variance, count; no gradient.
 
     ``group_samples``: of each group of so many samples (0: of all), group after group.
     """
-    x = x.detach()
-    if dispatch.eager() and plain_types(x):
-        return kernels.moments_of(kernels.statistics_call(group_samples), x, mask)
-    moments: Tensor = torch.ops.fusereg.batch_norm_statistics(x, mask, group_samples)
+    compute = kernels.moments_of if dispatch.direct(x) else _statistics.overload
+    moments: Tensor = compute(x.detach(), mask, group_samples)
     return moments
 
 
-# --- running statistics by torch's operations -----------------------------------------------------
-
-
-def update_running(running: Running, moments: Tensor, channels: int) -> None:
-    """What the kernels do after forward, where compilers and transforms are to see it."""
-    if running.batches is not None:
-        running.batches.add_(1)
-    if running.mean is None or running.var is None:
+def update_running(call: Call, moments: Tensor) -> None:
+    """Update the running statistics by torch's operations, which compilers and transforms see."""
+    mean, var, batches = call.inputs.running_mean, call.inputs.running_var, call.batches
+    if batches is not None:
+        batches.add_(1)
+    if mean is None or var is None:
         return
-    mean, var, count = moments.detach().reshape(3, -1, channels).unbind(0)
+    channels = call.inputs.x.shape[1]
+    of_group, square_of_group, count = moments.detach().reshape(3, -1, channels).unbind(0)
     total = count.sum(0)
     whole = total.clamp_min(1.0)
-    center = (mean * count).sum(0) / whole
-    square = ((var + (mean - center).square()) * count).sum(0)
-    factor: Any = running.momentum
+    center = (of_group * count).sum(0) / whole
+    square = ((square_of_group + (of_group - center).square()) * count).sum(0)
+    factor: Any = call.momentum
     if factor < 0.0:
-        factor = 1.0 if running.batches is None else 1.0 / running.batches.to(torch.float64)
+        factor = 1.0 if batches is None else 1.0 / batches.to(torch.float64)
     for old, new, changes in (
-        (running.mean, center, total > 0.0),
-        (running.var, square / (total - 1.0).clamp_min(1.0), total > 1.0),
+        (mean, center, total > 0.0),
+        (var, square / (total - 1.0).clamp_min(1.0), total > 1.0),
     ):
         before = old.to(torch.float64)
         after = torch.where(changes, (1.0 - factor) * before + factor * new, before)
         old.copy_(after.to(old.dtype))
 
 
-# --- the entry ------------------------------------------------------------------------------------
+def normalize(call: Call, out: Tensor | None = None) -> Tensor:
+    """Return y by whatever path fits; the arguments have been checked.
 
-
-def normalize(
-    call: Call,
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    moments: Tensor | None,
-    running: Running,
-    out: Tensor | None = None,
-    reduce_sums: ReduceSums | None = None,
-) -> Tensor:
-    """y by whatever path fits; the arguments have been checked.
-
-    call.statistics: COMPUTE (moments None); GIVEN (the batch's moments, whoever computed them);
-    FIXED (constants: the moments or, without these, the running statistics). The running
-    statistics are updated unless they are the constants. ``reduce_sums``: with GIVEN moments of
-    several processes, what adds backward's sums (float64 [2, statistics]) over these; then there is
-    no second derivative, and the seed must be a tensor.
+    The call's statistics are COMPUTE (no moments given); GIVEN (moments of the batch, whoever
+    computed them); FIXED (constants: the moments or, without these, the running statistics).
     """
-    if reduce_sums is not None and moments is not None:
-        seed = call.seed if isinstance(call.seed, Tensor) else None
-        y = operator.applied(
-            _Synchronized, x, weight, bias, residual, moments, mask, seed, _constants_of(call),
-            reduce_sums,
-        )  # fmt: skip
-        update_running(running, moments, x.shape[1])
-        return y if out is None else out.copy_(y)
-    if dispatch.eager() and plain_types(x, residual, weight, bias):
+    if call.direct:
         if out is not None:
-            return _into(out, call, x, residual, mask, weight, bias, moments, running)
+            return operator.written(kernels.forward(call, out=out))
         if not dispatch.forward_mode():
-            if torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual):
-                return _apply(x, weight, bias, residual, call, mask, moments, running)
-            y = kernels.forward(call, x, residual, mask, weight, bias, moments, running).y
-            if call.statistics != FIXED:
-                mark_written(running)
-            return y
-    y, moments = _observed(call, x, residual, mask, weight, bias, moments, running)
-    if call.statistics != FIXED and moments is not None:
-        update_running(running, moments, x.shape[1])
+            x, residual, _, weight, bias, *_ = call.inputs
+            if torch.is_grad_enabled() and (
+                x.requires_grad
+                or (weight is not None and weight.requires_grad)
+                or (bias is not None and bias.requires_grad)
+                or (residual is not None and residual.requires_grad)
+            ):
+                y: Tensor = batch_norm.apply(*call.inputs, *call.constants, True, call)
+                return y
+            return kernels.forward(call)
+    y, moments = _traced(call)
+    if call.constants.statistics != FIXED and moments is not None:
+        update_running(call, moments)
     return y if out is None else out.copy_(y)
 
 
-def plain_types(*tensors: Tensor | None) -> bool:
-    for t in tensors:  # a third of what all() with a generator takes
-        if t is None:
-            continue
-        if not (type(t) is Tensor or type(t) is torch.nn.Parameter) or t.is_meta:
-            return False
-    return True
-
-
-def any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any([t is not None and t.requires_grad for t in tensors])  # noqa: C419 - a list is faster
-
-
-def _into(
-    out: Tensor,
-    call: Call,
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    moments: Tensor | None,
-    running: Running,
-) -> Tensor:
-    kernels.forward(call, x, residual, mask, weight, bias, moments, running, out=out)
-    if call.statistics != FIXED:
-        mark_written(running)
-    if not out.is_inference():
-        _increment_version(out)
-    return out
-
-
-def _observed(
-    call: Call,
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    moments: Tensor | None,
-    running: Running,
-) -> tuple[Tensor, Tensor | None]:
-    """y and the moments, under a compiler, a mode or a transform, and for subclasses."""
+def _traced(call: Call) -> tuple[Tensor, Tensor | None]:
+    """Return y and the moments, under a compiler, a mode or a transform, and for subclasses."""
     if dispatch.for_other_programs():
-        return reference.of_torch(call, x, residual, mask, weight, bias, moments, running)
+        return reference.of_torch(call)
     if dispatch.functorch() or (not torch.compiler.is_compiling() and dispatch.forward_mode()):
-        return reference.composed(call, x, residual, mask, weight, bias, moments, running)
-    seed = call.seed if isinstance(call.seed, Tensor) else None
-    fixed = running[:2] if call.statistics == FIXED and moments is None else (None, None)
-    y, new, _ = torch.ops.fusereg.batch_norm(
-        x, residual, mask, weight, bias, moments, *fixed, seed, *_constants_of(call), True
-    )
-    return y, new if call.statistics == kernels.COMPUTE else moments
+        return reference.composed(call)
+    inputs = call.inputs
+    statistics = call.constants.statistics
+    if statistics != FIXED or inputs.moments is not None:
+        inputs = inputs._replace(running_mean=None, running_var=None)
+    y, new, _ = batch_norm.traced(*inputs, *call.constants, True)
+    return y, new if statistics == COMPUTE else inputs.moments

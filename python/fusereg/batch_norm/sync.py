@@ -8,10 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import functional
-from . import op as _batch_norm_ops
-from . import sync_op as _batch_norm_sync
-from .layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, _Fused
+from . import functional, op, sync_op
+from .layers import AnyDimension, BatchNorm1d, BatchNorm2d, BatchNorm3d, _Fused
 
 __all__ = ["SyncBatchNorm"]
 
@@ -30,7 +28,7 @@ _CONVERTED: tuple[type[_BatchNorm], ...] = (
 )
 
 
-class SyncBatchNorm(_Fused):
+class SyncBatchNorm(AnyDimension):
     """Batch normalization with the statistics of all processes' batches (``torch.distributed``).
 
     Has the arguments, parameters, buffers and state_dict of torch's, and the epilogue of
@@ -74,53 +72,30 @@ class SyncBatchNorm(_Fused):
             raise ValueError("fusereg.nn.SyncBatchNorm: inplace=True is not supported")
         self.process_group = process_group
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        """F.batch_norm asks for two dimensions, and that is all."""
-
     def _process_group(self) -> Any:
-        """The group to synchronize over; None where there is nothing to synchronize."""
+        """Return the group to synchronize over; None where there is nothing to synchronize."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = dist.group.WORLD if self.process_group is None else self.process_group
         return group if dist.get_world_size(group) > 1 else None
 
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """The input normalized, the residual added, activated, dropped."""
-        return self.with_epilogue(
-            input, residual, mask, self.activation, self.negative_slope, self.dropout
-        )
-
-    def with_epilogue(
+    def _normalized(
         self,
         input: Tensor,
         residual: Tensor | None,
         mask: Tensor | None,
-        activation: str | None,
-        negative_slope: float,
-        dropout: float,
+        settings: functional.Settings,
     ) -> Tensor:
-        """As ``forward``, followed by something else than the layer's own settings say."""
-        self._check_input_dim(input)
         group = self._process_group() if self.training else None
-        call, running = functional.prepared(
-            input, self.running_mean, self.running_var, self.weight, self.bias, self.training,
-            self.momentum, self.eps, activation, residual, dropout, None, negative_slope, mask,
-            None, self.num_batches_tracked, self.update_stats, None, None, "sync_batch_norm",
-            single_values=group is not None,
-        )  # fmt: skip
-        if group is None:
-            return _batch_norm_ops.normalize(
-                call, input, residual, mask, self.weight, self.bias, None, running
-            )
-        return _batch_norm_sync.synchronized(
-            call, input, residual, mask, self.weight, self.bias, group, running
+        inputs, batches = self._inputs(input, residual, mask)
+        call = functional.prepared(
+            inputs, batches, settings, "sync_batch_norm", single_values=group is not None
         )
+        return op.normalize(call) if group is None else sync_op.synchronized(call, group)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: _Module, process_group: Any = None) -> Any:
-        """The module with its batch-norm layers, torch's and fusereg's, made synchronized ones.
+        """Return the module with its batch-norm layers, torch's and fusereg's, synchronized.
 
         Parameters, buffers, hooks and training mode are kept, and a fused activation and dropout
         as well (torch's own method loses them).
@@ -133,7 +108,7 @@ class SyncBatchNorm(_Fused):
 
     @classmethod
     def revert_sync_batchnorm(cls, module: _Module) -> Any:
-        """The module with what :meth:`convert_sync_batchnorm` made turned back.
+        """Return the module with the layers of :meth:`convert_sync_batchnorm` converted back.
 
         A layer that was made as a SyncBatchNorm becomes a BatchNorm2d.
         """
@@ -141,7 +116,7 @@ class SyncBatchNorm(_Fused):
 
 
 def _converted(module: nn.Module, replace: Any) -> nn.Module:
-    """The module with the layers that ``replace`` knows replaced, a shared one by one."""
+    """Return the module with what ``replace`` returns for its layers; shared ones stay shared."""
     known: dict[nn.Module, nn.Module] = {}
 
     def visit(layer: nn.Module) -> nn.Module:
@@ -179,7 +154,7 @@ def _from_sync(layer: nn.Module) -> nn.Module | None:
 
 
 def _twin(made: type[_BatchNorm], layer: _BatchNorm, **extra: Any) -> _BatchNorm:
-    """A layer of another class with this one's parameters, buffers, hooks and settings."""
+    """Return a layer of another class with this one's parameters, buffers, hooks and settings."""
     if issubclass(made, _Fused):
         for name in ("activation", "dropout", "negative_slope", "update_stats"):
             if hasattr(layer, name):

@@ -11,19 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional, kernels
-from . import op as _batch_norm_ops
-from .layers import _Fused, check_activation
+from . import functional, op
+from .kernels import GIVEN, Inputs
+from .layers import AnyDimension
 
 __all__ = ["BatchRenorm", "FrozenBatchNorm", "GhostBatchNorm"]
 
 
-class _AnyDimension(_Fused):
-    def _check_input_dim(self, input: Tensor) -> None:
-        """F.batch_norm asks for two dimensions, and that is all."""
-
-
-class GhostBatchNorm(_AnyDimension):
+class GhostBatchNorm(AnyDimension):
     """Batch normalization of virtual batches, in one pass over all (Hoffer et al. 2017).
 
     In training, each ``virtual_batch_size`` consecutive samples are normalized by their own
@@ -47,32 +42,25 @@ class GhostBatchNorm(_AnyDimension):
         self, num_features: int, *args: Any, virtual_batch_size: int = 128, **kwargs: Any
     ) -> None:
         super().__init__(num_features, *args, **kwargs)
-        if isinstance(virtual_batch_size, bool) or not isinstance(virtual_batch_size, int):
-            raise TypeError(
-                "fusereg.nn.GhostBatchNorm: virtual_batch_size must be an integer, "
-                f"got {type(virtual_batch_size).__name__}"
-            )
-        if virtual_batch_size < 1:
-            raise ValueError(
-                "fusereg.nn.GhostBatchNorm: virtual_batch_size must be positive, "
-                f"got {virtual_batch_size}"
-            )
+        functional.check_group_size(virtual_batch_size, "nn.GhostBatchNorm")
         self.virtual_batch_size = virtual_batch_size
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
     ) -> Tensor:
-        """The input normalized group by group, the residual added, activated, dropped."""
-        return self._normalized(
-            input, residual, mask, self.virtual_batch_size if self.training else None
+        """Normalize the input group by group, add the residual, apply activation and dropout."""
+        if self.training:
+            return self._normalized(input, residual, mask, self)
+        return self.with_epilogue(
+            input, residual, mask, self.activation, self.negative_slope, self.dropout
         )
 
     def extra_repr(self) -> str:
-        """As torch's, and the size of the virtual batches."""
+        """Return torch's text, and the size of the virtual batches."""
         return f"{super().extra_repr()}, virtual_batch_size={self.virtual_batch_size}"
 
 
-class BatchRenorm(_AnyDimension):
+class BatchRenorm(AnyDimension):
     r"""Batch renormalization (Ioffe 2017): training sees what evaluation will see.
 
     :math:`y = \left(\frac{x - \mu}{\sigma}\, r + d\right) \gamma + \beta` with
@@ -119,36 +107,42 @@ class BatchRenorm(_AnyDimension):
     def forward(
         self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
     ) -> Tensor:
-        """The input renormalized, the residual added, activated, dropped."""
+        """Renormalize the input, add the residual, apply activation and dropout."""
+        return self._normalized(input, residual, mask, self)
+
+    def _normalized(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        settings: functional.Settings,
+    ) -> Tensor:
         if not self.training:
-            return self._normalized(input, residual, mask)
+            return super()._normalized(input, residual, mask, settings)
         self._check_limits()
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        call, running = functional.prepared(
-            input, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum,
-            self.eps, self.activation, residual, self.dropout, None, self.negative_slope, mask,
-            None, self.num_batches_tracked, self.update_stats, None, None, "batch_renorm",
-        )  # fmt: skip
+        inputs, batches = self._inputs(input, residual, mask)
+        call = functional.prepared(inputs, batches, settings, "batch_renorm")
+        mean_before, var_before = self.running_mean, self.running_var
+        assert mean_before is not None
+        assert var_before is not None
         with torch.no_grad():
-            moments = _batch_norm_ops.statistics(input, mask)
+            moments = op.statistics(input, mask)
             mean, var, _ = moments.unbind(0)
-            running_std = (self.running_var.double() + self.eps).sqrt()
+            running_std = (var_before.double() + self.eps).sqrt()
             r = ((var + self.eps).sqrt() / running_std).clamp(1.0 / self.r_max, self.r_max)
-            d = ((mean - self.running_mean.double()) / running_std).clamp(-self.d_max, self.d_max)
-            dtype = self.running_mean.dtype
+            d = ((mean - mean_before.double()) / running_std).clamp(-self.d_max, self.d_max)
+            dtype = mean_before.dtype
             r, d = r.to(dtype), d.to(dtype)
         if self.weight is None:
             weight, bias = r, d
         else:
             weight, bias = self.weight * r, self.bias + self.weight * d
-        return _batch_norm_ops.normalize(
-            call._replace(statistics=kernels.GIVEN), input, residual, mask, weight, bias, moments,
-            running,
-        )  # fmt: skip
+        call.inputs = call.inputs._replace(weight=weight, bias=bias, moments=moments)
+        call.constants = call.constants._replace(statistics=GIVEN)
+        return op.normalize(call)
 
     def extra_repr(self) -> str:
-        """As torch's, and the limits."""
+        """Return torch's text, and the limits."""
         return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}"
 
 
@@ -188,7 +182,7 @@ class FrozenBatchNorm(nn.Module):
         negative_slope: float = 0.01,
     ) -> None:
         super().__init__()
-        check_activation(activation, "FrozenBatchNorm")
+        functional.check_activation(activation, "nn.FrozenBatchNorm")
         self.num_features = num_features
         self.eps = eps
         self.activation = activation
@@ -205,7 +199,7 @@ class FrozenBatchNorm(nn.Module):
 
     @classmethod
     def from_batch_norm(cls, layer: nn.modules.batchnorm._BatchNorm) -> FrozenBatchNorm:
-        """The frozen twin of a batch-norm layer (torch's or fusereg's), with copies of its tensors.
+        """Return a frozen copy of a batch-norm layer (torch's or fusereg's).
 
         Raises:
             ValueError: the layer has no running statistics.
@@ -232,19 +226,24 @@ class FrozenBatchNorm(nn.Module):
         return frozen.train(layer.training)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The input normalized by the frozen statistics, the residual added, activated."""
-        return functional.batch_norm(
+        """Normalize the input by the frozen statistics, add the residual, apply the activation."""
+        inputs = Inputs(
             input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            False,
-            eps=self.eps,
-            activation=self.activation,
-            residual=residual,
-            negative_slope=self.negative_slope,
+            residual,
+            weight=self.weight,
+            bias=self.bias,
+            running_mean=self.running_mean,
+            running_var=self.running_var,
         )
+        settings = functional.Chosen(
+            False,
+            None,
+            self.eps,
+            self.activation,
+            negative_slope=self.negative_slope,
+            num_features=self.num_features,
+        )
+        return functional.normalized(inputs, None, settings, "batch_norm")
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # A BatchNorm counts its batches; nothing is to be counted here.
@@ -252,6 +251,6 @@ class FrozenBatchNorm(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """As torch's batch-norm layers show themselves."""
+        """Return what torch's batch-norm layers show."""
         text = f"{self.num_features}, eps={self.eps}"
         return text if self.activation is None else f"{text}, activation={self.activation!r}"

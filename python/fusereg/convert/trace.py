@@ -78,16 +78,16 @@ def _check_global(name: str, namespace: dict[str, Any]) -> None:
         return
     value = namespace[name]
     if isinstance(value, types.ModuleType):
-        plain = value.__name__ in _MODULES
+        allowed = value.__name__ in _MODULES
     elif isinstance(value, types.FunctionType):
         # One that is not torch's is checked when it is called.
-        ours = value.__code__.co_filename.startswith(TORCH)
-        plain = not ours or value.__module__ in _TORCH_FUNCTIONS
+        of_torch = value.__code__.co_filename.startswith(TORCH)
+        allowed = not of_torch or value.__module__ in _TORCH_FUNCTIONS
     elif isinstance(value, type):
-        plain = issubclass(value, nn.Module)
+        allowed = issubclass(value, nn.Module)
     else:
-        plain = isinstance(value, types.BuiltinFunctionType)
-    if not plain:
+        allowed = isinstance(value, types.BuiltinFunctionType)
+    if not allowed:
         raise NotStraightError(f"it uses the global {name}")
 
 
@@ -544,9 +544,9 @@ def make_plans(
     try:
         for training in (mode, not mode):
             module.training = training
-            plan, asks = _make_plan(module, forward, allowed)
+            plan, reads_mode = _make_plan(module, forward, allowed)
             plans += [] if plan is None else [plan]
-            if not asks:
+            if not reads_mode:
                 break
     finally:
         module.training = mode
@@ -574,9 +574,11 @@ def _make_plan(
         for path in _parents(graph)
     )
     chains = _chains(module, graph, allowed)
-    asks = "training" in seen
+    reads_mode = "training" in seen
     if not chains:
-        return None, asks
-    said = [_rewrite(graph, found) for found in chains]
+        return None, reads_mode
+    descriptions = [_rewrite(graph, found) for found in chains]
     code = graph.python_code("self")
-    return Plan(said, code.src, code.globals, count, tuple(seen.items()), children), asks
+    return Plan(
+        descriptions, code.src, code.globals, count, tuple(seen.items()), children
+    ), reads_mode

@@ -249,7 +249,9 @@ def probability(p: float | None, keep_prob: float | None, op: str) -> float:
 
 
 def check_like(x: Tensor, t: Tensor, shape: Sequence[int], op: str, name: str) -> None:
-    """Raise unless t has this shape, and x's dtype and device."""
+    """Raise unless t is a tensor of this shape, and has x's dtype and device."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"fusereg.{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
     if t.shape != shape:
         raise ValueError(
             f"fusereg.{op}: {name} must have shape {tuple(shape)}, got {tuple(t.shape)}"

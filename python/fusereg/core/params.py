@@ -1,4 +1,4 @@
-"""Lists of parameters: what callers may pass, what kernels take, and what errors say."""
+"""Lists of parameters, and keys that select parts of a model."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 Params: TypeAlias = Tensor | Iterable[Tensor] | torch.nn.Module
-#: What picks parts of a model: a name pattern, or a type of modules.
+#: What selects parts of a model: a name pattern, or a type of modules.
 Key: TypeAlias = str | type[torch.nn.Module]
 
 
 def is_key(key: object) -> bool:
-    """Return whether this is a name pattern or a type of modules."""
+    """Return whether this can select parts of a model."""
     return isinstance(key, str) or (isinstance(key, type) and issubclass(key, torch.nn.Module))
 
 
 def matches(key: Key, name: str, module: torch.nn.Module) -> bool:
-    """Return whether a key selects a parameter or module by its name or its module."""
+    """Return whether a key selects a module or parameter of this name, in or at this module."""
     if isinstance(key, type):
         return isinstance(module, key)
     return fnmatch.fnmatchcase(name, key)

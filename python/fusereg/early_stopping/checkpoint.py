@@ -212,7 +212,7 @@ class CheckpointFolder:
         """Create a folder in this one, thus on the same disk, and remove it afterwards.
 
         Not only a file, as safetensors writes a temporary file beside the one it is given: in a
-        folder, all that a killed process leaves behind has a name of ours.
+        folder, all that a killed process leaves behind can be recognized.
         """
         work = self.path / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}.tmp"
         work.mkdir()

@@ -203,7 +203,11 @@ class Keeper:
             except CheckpointError as error:
                 own = self._failure(self._folder, error, epoch)
                 if self._on_save_error == "warn":
-                    own = _warn(str(own))
+                    try:
+                        warnings.warn(str(own), RuntimeWarning, stacklevel=3)
+                        own = None
+                    except RuntimeWarning as warning:  # where warnings are errors
+                        own = warning
             except Exception as error:
                 own = error
         heard = self._ranks.gather((describe(own), self._on_disk))
@@ -226,12 +230,3 @@ class Keeper:
         )
         made.__cause__ = error.__cause__
         return made
-
-
-def _warn(text: str) -> Exception | None:
-    """Warn at the caller of step(); return the warning where warnings are errors."""
-    try:
-        warnings.warn(text, RuntimeWarning, stacklevel=4)
-    except RuntimeWarning as error:
-        return error
-    return None

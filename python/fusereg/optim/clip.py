@@ -36,8 +36,8 @@ def get_total_norm(
     Args:
         tensors: a tensor or an iterable of them, usually gradients; DTensors too.
         norm_type: 1, 2 and infinity have kernels; torch computes the other norms.
-        error_if_nonfinite: raise RuntimeError if the norm is NaN or infinite; waits for the
-            device.
+        error_if_nonfinite: raise RuntimeError if the norm is NaN or infinite, which waits for
+            the device.
         foreach: accepted for compatibility, ignored.
 
     Returns:

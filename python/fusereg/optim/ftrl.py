@@ -29,18 +29,18 @@ class FTRL(RegularizedOptimizer):
              - \dfrac{z - \mathrm{sign}(z) l_1}{(\beta + \sqrt{n}) / lr + l_2} & \text{else}
              \end{cases}
 
-    L1 acts on the whole history z and not on one step, so that it gives sparser weights at the same
-    loss than a proximal step on noisy gradients does (McMahan 2011).
+    L1 acts on the whole history z, not on one step, and so gives sparser weights at the same loss
+    than a proximal step on noisy gradients does (McMahan 2011).
 
-    The paper begins with all weights zero. Here z begins as
-    :math:`-p_0 (\beta + \sqrt{n_0}) / lr`, which is the paper's 0 for such weights and keeps others
-    (without penalties the first p is the closed form around :math:`p_0`).
+    The paper starts from zero weights. Here z starts as :math:`-p_0 (\beta + \sqrt{n_0}) / lr`,
+    which is 0 for zero weights, as in the paper, and keeps other weights (without penalties the
+    first p is the closed form around :math:`p_0`).
 
     Args:
         params: parameters or param groups.
-        lr: the paper's alpha, a number or a 0-d tensor. A change of it concerns the steps to come;
-            while it is 0 (a warm-up's first step, ``torch.distributed.checkpoint``) nothing moves,
-            as long as that can be seen without waiting for a device.
+        lr: the paper's alpha, a number or a 0-d tensor. A change applies to later steps. While it
+            is 0 (the first step of a warm-up, ``torch.distributed.checkpoint``) parameters do not
+            change, provided that the host can read it without waiting for a device.
         beta: the paper's beta, > 0.
         l1, l2: strengths >= 0 of :math:`l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2`. Numbers or 0-d
             tensors; each param group may have its own.
@@ -49,8 +49,8 @@ class FTRL(RegularizedOptimizer):
         maximize, max_grad_norm, master_weights: as in :class:`SGD`.
         foreach, fused, differentiable: as in :class:`SGD`.
 
-    There is no ``group`` (its step has no closed form in this metric) and no ``prox``: the closed
-    form is proximal by nature.
+    There is no ``group``, whose step has no closed form in this metric, and no ``prox``, because
+    the closed form is a proximal step itself.
 
     {notes}
 
@@ -98,7 +98,7 @@ class FTRL(RegularizedOptimizer):
         return start.copy_(p).mul_(-(group["beta"] + math.sqrt(n0)) / rate)
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
-        # A rate of zero, which a graph cannot see in a tensor, is not for the kernels.
+        # The kernels cannot take a rate of zero, which a graph does not see in a tensor.
         rate = group["lr"]
         unseen = isinstance(rate, Tensor) and rate.device.type == "cpu"
         return not unseen and not _is_zero(rate) and super()._init_group(group, *lists)
@@ -109,7 +109,7 @@ class FTRL(RegularizedOptimizer):
         if not resting:
             super()._run()
             return
-        # The formula divides by the rate: these groups get their states and no step.
+        # The formula divides by the rate: these groups get states, but no step.
         kept = []
         for group in resting:
             for p in group["params"]:

@@ -1,4 +1,4 @@
-"""Param groups: which parameters decay and which do not."""
+"""Param groups with and without weight decay."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def param_groups_weight_decay(
     exclude: Iterable[str | type[nn.Module]] | str | type[nn.Module] = ("bias", "norm"),
     **options: Any,
 ) -> list[dict[str, Any]]:
-    r"""Two param groups for an optimizer: what decays, and what (biases and norms) does not.
+    r"""Return two param groups for an optimizer: with weight decay, and without (biases, norms).
 
     Args:
         model: the module whose parameters are listed; tied ones once.
-        weight_decay: of the first group; the second group's is 0.
-        exclude: what does not decay, as in :class:`fusereg.WeightPenalty`: ``"bias"``, ``"norm"``,
-            name patterns, types of modules.
-        options: further options of the first group; of ``l1``, ``l2`` and ``group`` the second
-            group has 0, other options it shares.
+        weight_decay: of the first group; that of the second group is 0.
+        exclude: parameters without decay, as in :class:`fusereg.WeightPenalty`: ``"bias"``,
+            ``"norm"``, name patterns, types of modules.
+        options: further options of the first group. The second group shares them, but has 0 for
+            ``l1``, ``l2`` and ``group``.
 
     Returns:
         ``[{"params": ..., "weight_decay": weight_decay, ...}, {"params": ..., "weight_decay": 0.0,
         ...}]``, for torch's optimizers too; a group without parameters is left out.
 
     Raises:
-        TypeError, ValueError: as :class:`fusereg.WeightPenalty`; a pattern that concerns no
-            parameter.
+        TypeError, ValueError: as :class:`fusereg.WeightPenalty`, also for a pattern that matches
+            no parameter.
 
     Example:
         >>> groups = fusereg.optim.param_groups_weight_decay(model, 0.01, l1=1e-5)

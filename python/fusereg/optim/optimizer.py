@@ -1,4 +1,4 @@
-"""What fusereg's optimizers share: param groups and states as torch has them, one call a step."""
+"""The base of all optimizers: torch's param groups and states, one call of a kernel a step."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _LIMITS = {
 
 
 class _WatchedStates(defaultdict[Any, Any]):
-    """torch's ``defaultdict(dict)`` of states, which also tells when an entry was replaced."""
+    """torch's ``defaultdict(dict)`` of states with a version that counts changes of entries."""
 
     def __init__(self, *args: Any) -> None:
         self.version = 0
@@ -82,7 +82,7 @@ class _WatchedStates(defaultdict[Any, Any]):
 
 
 class _Plan:
-    """The parameters and their states as flat lists, kept from step to step while they hold."""
+    """Parameters and states as flat lists, kept from step to step while they are unchanged."""
 
     def __init__(self, groups: list[dict[str, Any]], states: _WatchedStates) -> None:
         self.parts: list[list[Tensor]] = [list(g["params"]) for g in groups]
@@ -125,7 +125,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
     _has_step = False
     _supports_group = True
 
-    #: GradScaler may hand over its scale and its finding; the kernels read them on the device.
+    #: A GradScaler passes its scale and overflow flag on; the kernels read them on the device.
     _step_supports_amp_scaling = True
 
     max_grad_norm: float | None = None
@@ -177,7 +177,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         self._plan = None
         self._new_tables()
         for i, group in enumerate(self.param_groups):
-            # A state dict of torch's optimizer knows nothing of penalties: ours stay as they are.
+            # A state dict of torch's optimizer has no penalty: the present one stays.
             source = before[i] if before is not None and i < len(before) else self.defaults
             for key, default in self.defaults.items():
                 group.setdefault(key, source.get(key, default))
@@ -208,7 +208,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         self._step_tables = memory.launch_tables()
         self._norm_tables = memory.launch_tables()
 
-    # -- what a subclass says --
+    # -- for subclasses to define --
 
     def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
         """Return the algorithm's own fields of a :class:`Hyper`."""
@@ -223,7 +223,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
     def _forgets(self, call: Call) -> bool:
-        """Return whether states that were made for this step must go again."""
+        """Return whether states that were made for this step must be deleted again."""
         return False
 
     # -- arguments --
@@ -292,9 +292,9 @@ class RegularizedOptimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """With ``max_grad_norm``: the norm of all gradients at the last step, unscaled; else None.
+        """Norm of all gradients at the last step, unscaled, if there is a ``max_grad_norm``.
 
-        A 0-d tensor on their device.
+        A 0-d tensor on the gradients' device, or None.
         """
         if self._norm is None or self._norm_scale is None:
             return self._norm

@@ -91,10 +91,10 @@ class SGD(RegularizedOptimizer):
         return self._keys if group["momentum"] != 0 else ()
 
     def _forgets(self, call: Call) -> bool:
-        """Return whether states that were made for this step must go: an overflow skips it.
+        """Return whether an overflow skipped this step, so that new states must be deleted.
 
-        The first gradient enters the buffer undampened, so a first step that is skipped must be a
-        first one again. Only then does the host wait for the device.
+        The first gradient enters the buffer undampened, so the step after a skipped first step is
+        a first step too. Only with dampening does the host wait for the device.
         """
         dampened = any(h.second for h in call.hypers)
         return dampened and call.found_inf is not None and float(call.found_inf) != 0.0

@@ -1,9 +1,9 @@
 """Penalties of sharded models: the local part of each DTensor, then one all-reduce per mesh.
 
-A DTensor's penalty is that of the whole tensor, on every rank. Each rank computes its own shard's
-part and the parts are added over the mesh dimensions along which the tensor is sharded; over those
-along which it is replicated there is nothing to add. Group terms need whole groups on one rank:
-sharding along the group dimension (as FSDP2 shards rows) keeps them so.
+The penalty of a DTensor is that of the whole tensor, on every rank. Each rank computes the part of
+its own shard, and the parts are added over the mesh dimensions along which the tensor is sharded.
+Group terms need whole groups on one rank: sharding along the group dimension (as FSDP2 shards rows)
+keeps groups whole.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _placement(where: str, tensor: Tensor, group: float, dim: int) -> Where:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduced value. Its gradient is the local part's, for every rank holds the same total."""
+    """All-reduce. Each rank has the same total, so the gradient passes to its part unchanged."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, mesh: DeviceMesh, dims: tuple[int, ...]) -> Tensor:
@@ -143,7 +143,7 @@ def prox_(op: str, tensors: Sequence[Tensor], s: Strengths) -> None:
 
 
 def mark_written(tensors: Iterable[Tensor]) -> None:
-    """Move the versions of DTensors on, which they count apart from those of their local parts."""
+    """Increment the versions of DTensors, which do not follow those of their local parts."""
     torch.autograd.graph.increment_version([t for t in tensors if distributed.is_dtensor(t)])
 
 

@@ -81,18 +81,18 @@ _ARGUMENTS = """
     Args:
         params: a tensor, an iterable of tensors, or a module (its parameters). float64, float32,
             float16 and bfloat16 may be mixed, as may devices and layouts. A tensor that is listed
-            more than once counts once. Empty tensors count nothing.
+            more than once counts once. Empty tensors contribute 0.
 """
 _RETURNS = """
     Returns:
-        A 0-d tensor on the first tensor's device, float32 (float64 if any input is); 0 for no
-        tensors. Sums over more than 8 terms run in float64, whatever the dtype. NaN in gives NaN
-        out, in the value and the gradient.
+        A 0-d tensor on the first tensor's device, float32 (float64 if any input is); 0 without
+        tensors. Sums over more than 8 terms run in float64 for every dtype. A NaN in the input
+        gives NaN in value and gradient.
 
     Raises:
         TypeError: something in ``params`` is not a tensor.
-        ValueError: a tensor is sparse, nested, complex, of another dtype or device; a strength is
-            negative or not finite, or there are not as many as tensors.
+        ValueError: a tensor is sparse, nested, complex, or of an unsupported dtype or device; a
+            strength is negative or not finite; the number of strengths is not that of tensors.
 """
 
 
@@ -103,7 +103,7 @@ def l1_penalty(params: Params, strength: Strength) -> Tensor:
     never gives exact zeros; :func:`fusereg.prox.l1_` does.
     {arguments}
         strength: :math:`\lambda \ge 0`, one number or one per tensor. A tensor with strength 0 is
-            left out, NaN and all.
+            left out, even if it has NaN.
     {returns}
 
     Example:
@@ -123,7 +123,7 @@ def l2_penalty(params: Params, strength: Strength, *, half: bool = False) -> Ten
     ``weight_decay`` in plain SGD.
     {arguments}
         strength: :math:`\lambda \ge 0`, one number or one per tensor.
-        half: whether the penalty carries the factor 1/2.
+        half: whether the penalty has the factor 1/2.
     {returns}
 
     Example:
@@ -164,7 +164,7 @@ def group_lasso_penalty(params: Params, strength: Strength, dim: int = 0) -> Ten
     this is the L1 penalty.
     {arguments}
         strength: :math:`\lambda \ge 0`, one number or one per tensor.
-        dim: the dimension that counts the groups; negative counts from the end.
+        dim: the dimension whose indices are the groups; negative: from the end.
     {returns}
 
     Example:
@@ -193,16 +193,16 @@ def add_penalty_grad_(
 
     (groups along dimension 0) this does what ``R.backward()`` does after ``loss.backward()``, but
     reads each weight once and reads and writes each gradient once: 12 bytes an element in float32.
-    Call it after ``backward()`` and before the optimizer's step. There is no host synchronization.
+    Call it after ``backward()`` and before the optimizer's step. It does not wait for the device.
 
     Args:
         params: a tensor, an iterable of tensors, or a module. Any mix of float64, float32, float16,
             bfloat16, devices and layouts. A missing ``.grad`` is created. A tensor that needs no
             gradient counts in the value only.
         l1, l2, group: strengths >= 0, one number or one per tensor.
-        grad_scale: what the loss was multiplied by before ``backward()``, as a ``GradScaler`` does,
-            so that unscaling gives the right sum: a number or a 0-d tensor (read on the device).
-            The returned value is not scaled.
+        grad_scale: factor by which the loss was multiplied before ``backward()``, as by a
+            ``GradScaler``, so that unscaling gives the right sum: a number or a 0-d tensor (read on
+            the device). The returned value is not scaled.
 
     Returns:
         R as a 0-d tensor on the first tensor's device, float32 (float64 if any input is), detached.

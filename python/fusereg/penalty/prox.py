@@ -9,7 +9,7 @@ learning rate in the threshold::
     fusereg.prox.l1_(model.parameters(), threshold=lr * l1)
 
 Each step reads and writes every element once, over all tensors in one call. Zeros are ``+0.0``, NaN
-stays NaN. Nothing is recorded for autograd, and nothing is returned; :func:`fusereg.sparsity`
+stays NaN. Autograd does not record the steps, and they return None; :func:`fusereg.sparsity`
 counts zeros.
 """
 
@@ -39,7 +39,7 @@ def l1_(params: Params, threshold: Strength) -> None:
 
     Raises:
         TypeError, ValueError: as :func:`fusereg.functional.l1_penalty`; also for expanded tensors
-            and for two tensors over the same memory. Nothing is changed then.
+            and tensors that share memory. Nothing is changed then.
     """
     op = "prox.l1_"
     _prox(op, collect(op, params, Strengths(l1=threshold), "threshold"))
@@ -75,7 +75,7 @@ def group_lasso_(params: Params, threshold: Strength, dim: int = 0) -> None:
         params: as in :func:`l1_`.
         threshold: :math:`t \ge 0`, usually learning rate times lambda; one number or one per
             tensor.
-        dim: the dimension that counts the groups, as in
+        dim: the dimension whose indices are the groups, as in
             :func:`fusereg.functional.group_lasso_penalty`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Strengths of a penalty, and the parameters that they belong to, as callers pass them."""
+"""Strengths of a penalty, and checks of the parameters and strengths that callers pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Strength: TypeAlias = float | Sequence[float]
 
 
 class Strengths(NamedTuple):
-    """Strengths, one number or one for each tensor, and the dimension that counts the groups.
+    """Strengths, each one number or one per tensor, and the dimension whose indices are the groups.
 
     The order is that of the kernels' arguments.
     """
@@ -52,7 +52,7 @@ NO_PENALTY = Strengths()
 
 
 class Listed(NamedTuple):
-    """Distinct tensors with their strengths; ``direct``: kernels may take them as they are."""
+    """Distinct tensors and their strengths; ``direct``: whether kernels may be called on them."""
 
     tensors: list[Tensor]
     strengths: Strengths
@@ -133,7 +133,7 @@ def _finite(strength: float, where: str) -> float:
 def _without_repeats(
     op: str, tensors: list[Tensor], s: Strengths, repeated: set[int]
 ) -> tuple[list[Tensor], Strengths]:
-    """Drop tensors that are listed again: they count once, as tied parameters do in a module."""
+    """Drop repeated tensors: each counts once, as tied parameters do in a module."""
     first = {id(t): i for i, t in reversed(list(enumerate(tensors)))}
     for strength in s[:3]:
         if isinstance(strength, Sequence):

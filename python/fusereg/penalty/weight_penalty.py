@@ -1,4 +1,4 @@
-"""Weight penalties for training loops: the fused gradient, and the object that holds them."""
+"""Penalties of a whole model, by rules, for training loops."""
 
 from __future__ import annotations
 
@@ -33,38 +33,38 @@ Rule = Mapping[str, float] | None
 
 
 class WeightPenalty:
-    r"""A penalty on a model's weights: what is penalized, how much, and the calls that do it.
+    r"""A penalty on the weights of a model, with strengths by parameter name or module type.
 
     .. math:: R = \sum_w l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2
                   + group \sum_g \sqrt{n_g}\,\|w_g\|_2
 
-    with :math:`l_2 \sum w_i^2` in the middle for ``half=False``, and groups along dimension 0. Use
-    one of::
+    with :math:`l_2 \sum w_i^2` as the second term if ``half=False``, and groups along dimension 0.
+    Use one of::
 
         loss = criterion(model(x), y) + penalty.penalty()      # a term in the loss, or
         loss.backward(); penalty.add_grad_()                   # after backward: one pass, faster
-        penalty.attach(optimizer)                              # the same, in anybody's loop
+        penalty.attach(optimizer)                              # the same, in any training loop
 
     Args:
         model: the module whose parameters are penalized. Parameters are looked up now; after
             replacing some (``fully_shard``, ``to_empty``, new layers), call :meth:`refresh`. Tied
             parameters count once, under the first of their names.
         l1, l2, group: strengths >= 0.
-        half: whether the L2 term carries the factor 1/2 (so that its gradient is ``l2 * w``).
-        exclude: what is not penalized: ``"bias"`` (parameters named so: ``bias``, ``in_proj_bias``,
+        half: whether the L2 term has the factor 1/2 (so that its gradient is ``l2 * w``).
+        exclude: parameters without a penalty: ``"bias"`` (by name: ``bias``, ``in_proj_bias``,
             ``bias_ih_l0``), ``"norm"`` (parameters of normalization layers), name patterns
             (``"head.*"``), or types of the modules that hold the parameters.
-        rules: other strengths for some: patterns or types, as in ``exclude``, to a mapping with
-            ``l1``, ``l2``, ``group`` (those missing keep their default) or to None for no penalty.
-            The last match wins. What ``exclude`` names stays excluded. A pattern that concerns no
-            parameter is an error.
-        schedule: a function of the number of :meth:`step` calls so far that gives a factor for all
-            strengths, e.g. ``lambda t: min(1.0, t / 1000)`` for a warm-up.
+        rules: other strengths for some parameters: a mapping from patterns or types, as in
+            ``exclude``, to a mapping with ``l1``, ``l2``, ``group`` (missing ones keep the default)
+            or to None for no penalty. The last match wins, after ``exclude``. A pattern that
+            matches no parameter is an error.
+        schedule: a function that returns a factor of all strengths for the number of :meth:`step`
+            calls so far, e.g. ``lambda t: min(1.0, t / 1000)`` for a warm-up.
 
     Attributes:
-        groups: a list of :class:`PenaltyGroup`, the default one and then one per rule; their
-            strengths may be set between steps, and so may ``l1``, ``l2``, ``group`` of the whole,
-            which are those of the default group.
+        groups: list of :class:`PenaltyGroup`: the default group, then one per rule. Their
+            strengths may be changed between steps. ``l1``, ``l2``, ``group`` of the penalty itself
+            are those of the default group.
 
     Example:
         >>> penalty = fusereg.WeightPenalty(model, l1=1e-5, l2=1e-4, rules={"head.*": {"l1": 0.0}})
@@ -128,7 +128,7 @@ class WeightPenalty:
                 )
 
     def _labels(self) -> dict[Key, str]:
-        """A name for each rule; distinct ones, also where two types are called the same."""
+        """Return a distinct name for each rule, also where two types have the same name."""
         labels: dict[Key, str] = {}
         for key in self._rules:
             label, n = _label(key), 1
@@ -139,10 +139,10 @@ class WeightPenalty:
         return labels
 
     def refresh(self) -> None:
-        """Looks up the model's parameters again, keeping the groups and their strengths.
+        """Look up the model's parameters again, keeping the groups and their strengths.
 
         Raises:
-            ValueError: a pattern concerns no parameter. Nothing has changed then.
+            ValueError: a pattern matches no parameter. Nothing is changed then.
         """
         labels = self._labels()
         members: dict[str, list[tuple[str, Tensor]]] = {g.label: [] for g in self.groups}
@@ -177,7 +177,7 @@ class WeightPenalty:
 
     @property
     def l1(self) -> float:
-        """The L1 strength of all parameters that no rule names."""
+        """L1 strength of all parameters that no rule matches."""
         return self._default().l1
 
     @l1.setter
@@ -186,7 +186,7 @@ class WeightPenalty:
 
     @property
     def l2(self) -> float:
-        """The L2 strength of all parameters that no rule names."""
+        """L2 strength of all parameters that no rule matches."""
         return self._default().l2
 
     @l2.setter
@@ -195,7 +195,7 @@ class WeightPenalty:
 
     @property
     def group(self) -> float:
-        """The group-lasso strength of all parameters that no rule names."""
+        """Group-lasso strength of all parameters that no rule matches."""
         return self._default().group
 
     @group.setter
@@ -204,7 +204,7 @@ class WeightPenalty:
 
     @property
     def factor(self) -> float:
-        """What the schedule multiplies all strengths by now; 1 without one."""
+        """Factor of all strengths at the present step of the schedule; 1 without a schedule."""
         if self.schedule is None:
             return 1.0
         factor = float(self.schedule(self.steps))
@@ -216,7 +216,7 @@ class WeightPenalty:
         return factor
 
     def step(self) -> None:
-        """Counts one step of the schedule."""
+        """Advance the schedule by one step."""
         self.steps += 1
 
     # -- the calls --
@@ -239,48 +239,50 @@ class WeightPenalty:
         return listed(params, Strengths(l1, l2, group))
 
     def penalty(self) -> Tensor:
-        """R as a differentiable 0-d tensor, to add to the loss."""
+        """Return R as a differentiable 0-d tensor, to add to the loss."""
         return evaluate("WeightPenalty", self._listed())
 
     def add_grad_(
         self, *, grad_scale: Tensor | float | None = None, only: Iterable[Tensor] | None = None
     ) -> Tensor:
-        """Adds R's gradient into the parameters' ``.grad`` and returns R, in one pass; see
-        :func:`fusereg.add_penalty_grad_`.
+        """Add R's gradient into the parameters' ``.grad`` and return R, in one pass.
+
+        See :func:`fusereg.add_penalty_grad_`.
 
         Args:
-            grad_scale: what the gradients are multiplied by.
-            only: of the penalized parameters those that are among these, and R of them: where
-                several optimizers take turns, the parameters of the one that steps.
+            grad_scale: factor of the gradient that is added.
+            only: restrict gradient and R to these parameters. Where several optimizers take turns,
+                pass the parameters of the one that steps.
         """
         return add_grads("WeightPenalty", self._listed(only), grad_scale)
 
     def attach(
         self, optimizer: torch.optim.Optimizer, *, count_steps: bool = True
     ) -> AttachedPenalty:
-        """Adds the gradient before each step of the optimizer, for its parameters.
+        """Add the gradient before each step of an optimizer, for the optimizer's parameters.
 
-        For loops that others wrote: whoever calls ``optimizer.step()``, the penalty is in. It is
-        added once a step, after the last micro-batch, after the ranks' gradients were averaged and
-        after gradients were clipped; a ``GradScaler``'s scale is respected, whether or not the
-        gradients were unscaled before. Where no parameter has a gradient nothing is added. With a
-        closure it is added after each call of it, and its value to the loss that it returns.
+        For training loops of other libraries: every call of ``optimizer.step()`` includes the
+        penalty. It is added once a step, after the last micro-batch, after the averaging over
+        ranks and after gradient clipping. A ``GradScaler``'s scale is respected, whether or not
+        the gradients were unscaled before. If no parameter has a gradient, nothing is added. With
+        a closure, the gradient is added after each call of the closure, and the value to the loss
+        that the closure returns.
 
         Args:
-            optimizer: any of torch's kind, with a wrapper around it or without.
-            count_steps: whether each step calls :meth:`step`; with several optimizers only one
-                should.
+            optimizer: a ``torch.optim.Optimizer``, or a wrapper such as Accelerate's around one.
+            count_steps: call :meth:`step` after each step; with several optimizers, set it for one
+                of them only.
 
         Returns:
-            An object whose ``remove()`` ends it and whose ``value`` is the penalty at the last
-            step.
+            An object with ``remove()``, which detaches the penalty, and ``value``, the penalty at
+            the last step.
 
         Raises:
-            TypeError: this is no optimizer.
+            TypeError: ``optimizer`` is not an optimizer.
 
         Example:
             >>> attached = penalty.attach(optimizer)
-            >>> somebodys_loop(model, optimizer)
+            >>> train(model, optimizer)
             >>> attached.value, attached.remove()
         """
         return AttachedPenalty(self, optimizer, count_steps)
@@ -288,7 +290,7 @@ class WeightPenalty:
     # -- state --
 
     def state_dict(self) -> dict[str, Any]:
-        """Strengths and step count; the model's parameters are not in it."""
+        """Return strengths and step count, without the model's parameters."""
         return {
             "version": 1,
             "steps": self.steps,
@@ -300,11 +302,11 @@ class WeightPenalty:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over strengths and step count. Nothing changes if the state is of another model.
+        """Load strengths and step count. Nothing is changed if the state is of another model.
 
         Raises:
-            ValueError: this is no such state, or its groups or parameter names are not this
-                penalty's, or a strength is negative or not finite.
+            ValueError: ``state`` is not a WeightPenalty's, or its groups or parameter names are
+                not those of this penalty, or a strength is negative or not finite.
         """
         try:
             if state["version"] != 1:
@@ -340,7 +342,7 @@ class WeightPenalty:
         for g in self.groups:
             if not g.names:
                 continue
-            # A lazy module's parameter has no size before the first forward.
+            # A parameter of a lazy module has no size before the first forward.
             numel = sum(0 if nn.parameter.is_lazy(p) else p.numel() for p in g.params)
             lines.append(
                 f"  {g.label}: l1={g.l1:g}, l2={g.l2:g}, group={g.group:g} on "
@@ -352,13 +354,13 @@ class WeightPenalty:
 
 
 class AttachedPenalty:
-    """Adds a penalty's gradient before each step of an optimizer, until :meth:`remove`.
+    """A penalty that is added before each step of an optimizer, until :meth:`remove`.
 
-    Made by :meth:`fusereg.WeightPenalty.attach`, which says when it does what.
+    Returned by :meth:`fusereg.WeightPenalty.attach`.
 
     Attributes:
-        value: the penalty at the last step, of those parameters that are the optimizer's: a 0-d
-            tensor on their device; None as long as nothing was added.
+        value: the penalty of the optimizer's parameters at the last step: a 0-d tensor on their
+            device; None before the first step that added a gradient.
     """
 
     def __init__(
@@ -374,7 +376,7 @@ class AttachedPenalty:
         )
 
     def remove(self) -> None:
-        """Ends it; calling this again does nothing."""
+        """Detach the penalty from the optimizer. A second call does nothing."""
         for handle in self._handles:
             handle.remove()
 
@@ -385,7 +387,7 @@ class AttachedPenalty:
         if given is None:
             self._add(optimizer)
             return None
-        # The gradients are those that the closure computes, perhaps several times in one step.
+        # The closure computes the gradients, perhaps several times in one step.
         closure = self._around(optimizer, given)
         if len(args) > 1:
             return (args[0], closure, *args[2:]), kwargs
@@ -414,9 +416,9 @@ class AttachedPenalty:
 
 
 def add_for(penalty: WeightPenalty, optimizer: Any, grad_scale: Tensor | None) -> Tensor | None:
-    """Adds the gradient for the optimizer's parameters; None if none of them has a gradient.
+    """Add the gradient for the optimizer's parameters; return None if none of them has a gradient.
 
-    A step without any gradient is one that was skipped: the penalty alone must not make it one.
+    A step without any gradient is a skipped step, which the penalty must not turn into a real one.
     """
     own = [p for group in optimizer.param_groups for p in group["params"]]
     if all(p.grad is None for p in own):
@@ -425,7 +427,7 @@ def add_for(penalty: WeightPenalty, optimizer: Any, grad_scale: Tensor | None) -
 
 
 def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside wrappers such as Accelerate's, which steps that one."""
+    """Return the optimizer inside wrappers such as Accelerate's."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -454,7 +456,7 @@ def _check_strengths(values: Mapping[str, float], where: str) -> dict[str, float
 
 
 def _named_parameters(model: nn.Module) -> Iterable[tuple[str, Tensor, nn.Module]]:
-    """Each parameter once, under its first name, with the module that holds it."""
+    """Yield each parameter once, under its first name, with the module that holds it."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for name, param in module.named_parameters(recurse=False):
@@ -468,7 +470,7 @@ def _matches(key: Key, name: str, module: nn.Module) -> bool:
         own = name.rpartition(".")[2]
         return own.endswith("bias") or "bias" in own.split("_")  # bias_ih_l0 of recurrent layers
     if key == "norm":
-        # By name, so that everybody's normalization layers are known: LlamaRMSNorm, BatchNormAct2d.
+        # By name, which also finds other libraries' layers: LlamaRMSNorm, BatchNormAct2d.
         return any("norm" in base.__name__.lower() for base in type(module).__mro__)
     return _params.matches(key, name, module)
 
