@@ -47,7 +47,7 @@ KINDS = [
 ]
 
 
-def named(operations: list[Operation]) -> Any:
+def named(operations: list[Operation]) -> pytest.MarkDecorator:
     """Return the decorator that runs a test for each of these operations, under its name."""
     return pytest.mark.parametrize("operation", operations, ids=lambda operation: operation.name)
 
@@ -58,10 +58,13 @@ def by_name(name: str) -> Operation:
 
 
 def sample(
-    operation: Operation, size: str = "tiny", dtype: torch.dtype = torch.float32
+    operation: Operation,
+    size: str = "tiny",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
 ) -> list[Tensor]:
-    """Return the tensors of a call on the CPU."""
-    return operation.sample(Inputs(CPU, dtype, size))
+    """Return the tensors of a call."""
+    return operation.sample(Inputs(device, dtype, size))
 
 
 def public_functions() -> dict[str, Callable[..., Any]]:
@@ -131,7 +134,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: dict[Any, list[tuple[Any, ...]]] = {}
 
     def __torch_dispatch__(

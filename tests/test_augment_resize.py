@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import fusereg
 from augment_reference import rounded
@@ -162,29 +161,6 @@ def test_opcheck(transposed: bool) -> None:
     for channels_last in (False, True):
         arguments = (x, (4, 7), torch.float32, channels_last, *how)
         torch.library.opcheck(torch.ops.fusereg.resize.default, arguments)
-
-
-def test_compile_checkpoint_and_transforms() -> None:
-    def f(t: Tensor) -> Tensor:
-        return A.resize(t.sin(), (5, 4))
-
-    def loss(t: Tensor) -> Tensor:
-        return f(t).square().sum()
-
-    x = torch.rand(2, 3, 9, 7, requires_grad=True)
-    (wanted,) = torch.autograd.grad(loss(x), x)
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), f(x))
-    (g,) = torch.autograd.grad(compiled(x).square().sum(), x)
-    assert torch.equal(g, wanted)
-    (g,) = torch.autograd.grad(checkpoint(f, x, use_reentrant=False).square().sum(), x)
-    assert torch.equal(g, wanted)
-    plain = x.detach()
-    assert torch.equal(torch.func.grad(loss)(plain), wanted)
-    mapped = torch.func.vmap(f, in_dims=1)(plain[:, :, None])
-    assert torch.equal(mapped, torch.stack([f(t) for t in plain[:, :, None].unbind(1)]))
-    _, tangent = torch.func.jvp(lambda t: A.resize(t, (5, 4)), (plain,), (plain + 1,))
-    assert torch.allclose(tangent, A.resize(plain + 1, (5, 4)))
 
 
 # --- arguments ------------------------------------------------------------------------------------

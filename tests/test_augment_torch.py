@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import augment_reference as reference
 from augment_reference import FILL_MODES, INTERPOLATIONS
@@ -91,22 +89,6 @@ def test_gradient_of_half_types_and_expanded_gradients(backend: Backend) -> None
         assert torch.equal(x.grad, wide.grad.to(dtype))
 
 
-def test_threads_do_not_change_the_gradient() -> None:
-    before, records = torch.get_num_threads(), random_records(5)
-    results = []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            x = torch.linspace(0, 1, 5 * 3 * 33 * 21).view(5, 3, 33, 21).requires_grad_()
-            run(x, records, (29, 31), fill_mode="reflect").cos().sum().backward()
-            assert x.grad is not None
-            results.append(x.grad)
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
 def test_gradcheck_twice() -> None:
     x = torch.rand(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
     records = random_records(2)
@@ -156,24 +138,6 @@ def test_uint8_results_have_no_gradient() -> None:
     assert not A.warp_affine(x * 255, torch.eye(2, 3), out_dtype=torch.uint8).requires_grad
 
 
-def test_compile_and_checkpoint() -> None:
-    m = warps(2, 1.0)
-
-    def f(t: Tensor) -> Tensor:
-        return A.warp_affine(t.sin(), m, (5, 6), fill_mode="border")
-
-    x = torch.rand(2, 3, 6, 7, requires_grad=True)
-    (wanted,) = torch.autograd.grad(f(x).square().sum(), x)
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    y = compiled(x)
-    assert torch.equal(y, f(x))
-    (g,) = torch.autograd.grad(y.square().sum(), x)
-    assert torch.equal(g, wanted)
-    kept = checkpoint(f, x, use_reentrant=False)
-    (g,) = torch.autograd.grad(kept.square().sum(), x)
-    assert torch.equal(g, wanted)
-
-
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "crop_flip_normalize": lambda t: A.crop_flip_normalize(
         t, (4, 5), top=torch.tensor([0, 2]), hflip=torch.tensor([True, False]), mean=0.5, std=0.2
@@ -218,31 +182,3 @@ def test_batched_gradients(name: str) -> None:
     jacobian = torch.autograd.functional.jacobian(f, x[:, :, :3, :2].detach(), vectorize=True)
     wanted = torch.autograd.functional.jacobian(f, x[:, :, :3, :2].detach())
     assert torch.equal(jacobian, wanted)
-
-
-def test_transforms() -> None:
-    m = warps(2, 1.0)
-    x = torch.rand(3, 2, 1, 6, 7)
-
-    def f(t: Tensor) -> Tensor:
-        return A.warp_affine(t, m, (5, 6))
-
-    mapped = torch.func.vmap(f)(x)
-    assert torch.equal(mapped, torch.stack([f(t) for t in x]))
-
-    def loss(t: Tensor) -> Tensor:
-        return f(t).square().sum()
-
-    plain = x[0].clone().requires_grad_()
-    (wanted,) = torch.autograd.grad(loss(plain), plain)
-    assert torch.equal(torch.func.grad(loss)(x[0]), wanted)
-    assert torch.equal(torch.func.vmap(torch.func.grad(loss))(x)[0], wanted)
-    _, tangent = torch.func.jvp(f, (x[0],), (x[1],))
-    assert torch.allclose(tangent, f(x[1]), atol=1e-6)
-
-
-def test_fake_and_meta() -> None:
-    x = torch.rand(2, 3, 6, 7, device="meta")
-    y: Any = A.resize(x, (4, 5))
-    assert y.shape == (2, 3, 4, 5)
-    assert y.is_meta

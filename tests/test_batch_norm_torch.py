@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fusereg
@@ -179,47 +178,6 @@ def test_gradient_penalty() -> None:
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-def test_func_and_forward_mode() -> None:
-    x, tangent = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
-
-    def ours(t: Tensor) -> Tensor:
-        return F.batch_norm(t, None, None, activation="silu")
-
-    def theirs(t: Tensor) -> Tensor:
-        return nn.functional.silu(nn.functional.batch_norm(t, None, None, training=True))
-
-    for mine, reference in zip(
-        torch.func.jvp(ours, (x,), (tangent,)),
-        torch.func.jvp(theirs, (x,), (tangent,)),
-        strict=True,
-    ):
-        assert torch.allclose(mine, reference)
-    loss = torch.func.grad(lambda t: ours(t).square().sum())(x)
-    assert torch.allclose(loss, torch.func.grad(lambda t: theirs(t).square().sum())(x))
-    stacked = torch.randn(4, 5, 3)
-    each = torch.stack([ours(t) for t in stacked])
-    assert torch.allclose(torch.vmap(ours)(stacked), each, atol=1e-5)
-
-
-@pytest.mark.parametrize("randomness", ["same", "different"])
-def test_dropout_under_func_transforms(randomness: str) -> None:
-    x = torch.randn(4, 6, 5, dtype=torch.float64)
-
-    def dropped(t: Tensor) -> Tensor:
-        return F.batch_norm(t, None, None, None, torch.ones(5, dtype=t.dtype), True, dropout=0.5)
-
-    y = torch.func.vmap(dropped, randomness=randomness)(x)
-    kept = y != 0
-    plain = torch.stack([F.batch_norm(t, None, None, None, torch.ones(5).double()) for t in x])
-    assert torch.allclose(y, torch.where(kept, 2 * plain, 0.0))
-    assert 20 < int(kept.sum()) < 100
-    assert torch.equal(kept[0], kept[1]) == (randomness == "same")
-    gradient = torch.func.grad(lambda t: dropped(t).square().sum())(x[0])
-    assert gradient.isfinite().all()
-    value, tangent = torch.func.jvp(dropped, (x[0],), (x[1],))
-    assert torch.equal((value != 0), (tangent != 0))
-
-
 def _checkpointed(layer: Any, x: Tensor, reentrant: bool) -> Tensor:
     """The layer under activation checkpointing, with statistics of the first pass alone."""
 
@@ -278,18 +236,6 @@ _OPS = torch.ops.fusereg
 _CONSTANTS = Constants(COMPUTE, 1e-5, 0, 1, 0.1, 0.25, 3)
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("residual", [False, True])
-def test_opcheck_batch_norm(channels_last: bool, residual: bool) -> None:
-    x = torch.randn(3, 4, 5, 2)
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    more = torch.randn_like(x).requires_grad_() if residual else None
-    weight = torch.randn(4, requires_grad=True)
-    inputs = Inputs(x.requires_grad_(), more, weight=weight, seed=torch.tensor([1, 0]))
-    torch.library.opcheck(_OPS.batch_norm.default, (*inputs, *_CONSTANTS, True))
-
-
 def test_opcheck_batch_norm_backward() -> None:
     x, grad, weight = torch.randn(3, 4, 5), torch.randn(3, 4, 5), torch.randn(4)
     moments = _OPS.batch_norm_statistics(x, None, 0)
@@ -303,12 +249,6 @@ def test_opcheck_batch_norm_backward() -> None:
             _OPS.batch_norm_backward.default,
             (grad, *inputs, None, sums, *_CONSTANTS, wanted, reduce),
         )
-
-
-def test_opcheck_batch_norm_statistics() -> None:
-    x = torch.randn(5, 4, 3)
-    torch.library.opcheck(_OPS.batch_norm_statistics.default, (x, None, 0))
-    torch.library.opcheck(_OPS.batch_norm_statistics.default, (x, torch.rand(5, 3) > 0.5, 2))
 
 
 class Net(nn.Module):
@@ -347,34 +287,6 @@ def test_compile_fullgraph_updates_the_statistics(momentum: float | None) -> Non
     model.eval()
     eager.eval()
     assert torch.allclose(compiled(x), eager(x), atol=1e-6)
-
-
-def test_export() -> None:
-    program = torch.export.export(Net(0.1).eval(), (torch.randn(4, 2, 6, 6),))
-    assert "fusereg.batch_norm" in str(program.graph)
-    assert program.module()(torch.randn(4, 2, 6, 6)).shape == (4, 6, 4, 4)
-
-
-def test_fake_tensors() -> None:
-    with FakeTensorMode():
-        x = torch.empty(2, 3, 4, 5, dtype=torch.bfloat16, requires_grad=True)
-        y = F.batch_norm(x.contiguous(memory_format=torch.channels_last), None, None)
-        assert (y.shape, y.dtype) == (x.shape, x.dtype)
-        assert y.is_contiguous(memory_format=torch.channels_last)
-        y.sum().backward()
-        assert x.grad is not None
-
-
-@pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])
-def test_autocast_keeps_the_dtype_that_comes(amp_dtype: torch.dtype) -> None:
-    model = nn.Sequential(nn.Linear(6, 8), fusereg.nn.BatchNorm1d(8, activation="relu"))
-    with torch.autocast("cpu", dtype=amp_dtype):
-        y = model(torch.randn(4, 6))
-    assert y.dtype is amp_dtype
-    y.float().sum().backward()
-    for p in model.parameters():
-        assert p.grad is not None
-        assert p.grad.dtype is torch.float32
 
 
 # --- the pieces for other kinds -------------------------------------------------------------------

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import fusereg
 import reference_philox
 from conftest import Backend
 from fusereg import functional as F
@@ -63,19 +62,6 @@ def test_values_and_gradient(
     assert torch.equal(x.grad, y)
 
 
-def test_layouts_do_not_matter(dtype: torch.dtype, backend: Backend) -> None:
-    x = torch.randn(4, 6, 8).to(dtype).to(backend.device)
-    y = F.consistent_dropout(x, 0.5, seed=SEED)
-    shape = (4, 1, 8)
-    mask = fusereg.dropout_mask((4, 8), 0.5, SEED, device=backend.device).view(shape)
-    assert torch.equal(y, torch.where(mask, 2 * x, torch.zeros_like(x)))
-    others = [x.transpose(0, 1).contiguous().transpose(0, 1), torch.cat([x, x], 2)[..., :8]]
-    for other in others:
-        for dim in (1, None):
-            a = F.consistent_dropout(other, 0.5, dim, seed=SEED)
-            assert torch.equal(a, F.consistent_dropout(x, 0.5, dim, seed=SEED))
-
-
 def test_no_dropping_and_bad_arguments() -> None:
     x = torch.ones(2, 3, 4)
     assert F.consistent_dropout(x, 0.0) is x
@@ -88,24 +74,6 @@ def test_no_dropping_and_bad_arguments() -> None:
         F.consistent_dropout(x, -0.5)
     with pytest.raises(ValueError, match=r"consistent_dropout: x has dtype torch\.int64"):
         F.consistent_dropout(x.long())
-
-
-def seeded(t: Tensor) -> Tensor:
-    return F.consistent_dropout(t, 0.4, 1, seed=5)
-
-
-def test_inside_torch() -> None:
-    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(seeded, (x,), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(seeded, (x,))
-    batch = torch.randn(5, 2, 3, 4)
-    assert torch.equal(torch.vmap(seeded)(batch), torch.stack([seeded(t) for t in batch]))
-    torch._dynamo.reset()
-    compiled = torch.compile(seeded, fullgraph=True, backend="aot_eager", dynamic=True)
-    assert torch.equal(compiled(x), seeded(x))
-    generator = torch.Generator().manual_seed(3)
-    first = F.consistent_dropout(x, generator=generator)
-    assert torch.equal(F.consistent_dropout(x, generator=generator.manual_seed(3)), first)
 
 
 def test_nothing_is_kept_for_backward() -> None:

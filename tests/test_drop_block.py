@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import fusereg
 import reference_philox
@@ -124,38 +123,6 @@ def test_images_of_several_tiles(
     assert_dropped(F.drop_block2d(x, 0.1, block_size, seed=SEED), x, mask)
 
 
-def test_other_layouts(dtype: torch.dtype, backend: Backend) -> None:
-    shape = (3, 5, 8, 6)
-    x = make(shape, dtype, backend)
-    wanted = F.drop_block2d(x, 0.3, 3, seed=SEED)
-    others = [
-        torch.cat([x.flatten()[:1], x.flatten()])[1:].view(shape),  # misaligned
-        x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
-        torch.cat([x, x], 3)[..., :6],
-    ]
-    for other in others:
-        assert torch.equal(F.drop_block2d(other, 0.3, 3, seed=SEED), wanted)
-    expanded = x[:, :1].expand(shape)
-    assert torch.equal(F.drop_block2d(expanded, 0.3, 3, seed=SEED) != 0, wanted != 0)
-    x.requires_grad_()
-    y = F.drop_block2d(x, 0.3, 3, seed=SEED)
-    y.sum().backward()  # a gradient of stride 0
-    assert x.grad is not None
-    assert torch.equal(x.grad != 0, y != 0)
-
-
-def test_threads_do_not_change_a_bit() -> None:
-    x = torch.randn(4, 32, 57, 43)
-    before = torch.get_num_threads()
-    results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results.append(F.drop_block2d(x, 0.2, 5, seed=SEED))
-    torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
 def test_the_share_that_is_dropped_and_the_sum() -> None:
     """Away from the border, a share of 1 - (1 - gamma)^(b^2) is dropped."""
     shape, p, b = (64, 64, 28, 28), 0.1, 5
@@ -193,22 +160,6 @@ def test_dropped_inf_and_nan_become_zero(backend: Backend) -> None:
     assert torch.equal(y.nan_to_num(0.0), torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_in_place(requires_grad: bool, backend: Backend) -> None:
-    leaf = make((2, 3, 6, 7), torch.float32, backend).requires_grad_(requires_grad)
-    for view in (leaf * 1, (leaf * 1).permute(0, 1, 3, 2)):
-        before, version = view.detach().clone(), view._version
-        leaf.grad = None
-        y = F.drop_block2d(view, 0.4, 3, inplace=True, seed=SEED)
-        assert y is view
-        assert y._version > version
-        assert_dropped(y.detach(), before, kept(tuple(view.shape), 0.4, 3))
-        if requires_grad:
-            y.sum().backward()
-            assert leaf.grad is not None
-            assert int((leaf.grad != 0).sum()) == int((y != 0).sum())
-
-
 def test_bad_arguments_are_named() -> None:
     x = torch.ones(2, 3, 4, 4)
     with pytest.raises(ValueError, match=r"fusereg\.drop_block2d: p must be within \[0, 1\]"):
@@ -232,51 +183,6 @@ def test_bad_arguments_are_named() -> None:
 # --- inside torch ---------------------------------------------------------------------------------
 
 
-def seeded(t: Tensor) -> Tensor:
-    return F.drop_block2d(t, 0.4, 2, seed=5)
-
-
-def test_manual_seed_and_generator() -> None:
-    x = torch.ones(4, 4, 16, 16)
-    torch.manual_seed(7)
-    first = F.drop_block2d(x, 0.3)
-    assert not torch.equal(F.drop_block2d(x, 0.3), first)
-    torch.manual_seed(7)
-    assert torch.equal(F.drop_block2d(x.requires_grad_(), 0.3), first)
-    generator = torch.Generator().manual_seed(3)
-    drawn = F.drop_block2d(x, 0.3, generator=generator)
-    assert torch.equal(F.drop_block2d(x, 0.3, generator=generator.manual_seed(3)), drawn)
-    pair = torch.tensor([5, 0])
-    assert torch.equal(F.drop_block2d(x, 0.4, 2, seed=pair), seeded(x))
-
-
-def test_gradcheck_twice() -> None:
-    x = torch.randn(2, 2, 4, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(seeded, (x,), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(seeded, (x,))
-    pair = torch.tensor([5, 0])
-
-    def through_the_operator(t: Tensor) -> Tensor:
-        result: Tensor = torch.ops.fusereg.drop_block2d(t, pair, 0.4, 2, 0)[0]
-        return result
-
-    assert torch.equal(through_the_operator(x), seeded(x))
-    assert torch.autograd.gradcheck(through_the_operator, (x,))
-    assert torch.autograd.gradgradcheck(through_the_operator, (x,))
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(requires_grad: bool) -> None:
-    x = torch.randn(2, 3, 6, 5, requires_grad=requires_grad)
-    pair = torch.tensor([5, 0])
-    for t in (x, x.permute(0, 1, 3, 2), x[:0]):
-        torch.library.opcheck(torch.ops.fusereg.drop_block2d.default, (t, pair, 0.4, 2, 3))
-    count = torch.tensor(90.0, dtype=torch.float64)
-    torch.library.opcheck(
-        torch.ops.fusereg.drop_block2d_backward.default, (x, count, pair, 0.4, 2, 3)
-    )
-
-
 def test_one_number_is_kept_for_backward() -> None:
     saved: list[int] = []
 
@@ -292,64 +198,6 @@ def test_one_number_is_kept_for_backward() -> None:
     held = [t.untyped_storage().nbytes() for t in node.saved_tensors]
     assert held == [8], "the count alone"
     assert saved == [8, 8, 16], "the count eagerly; the count and the Philox state by the operator"
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint_draws_the_same_mask_again(reentrant: bool) -> None:
-    x = torch.randn(2, 4, 9, 9, requires_grad=True)
-    masks: list[Tensor] = []
-
-    def block(t: Tensor) -> Tensor:
-        y = F.drop_block2d(t * 2, 0.3, 3)
-        masks.append(y.detach() != 0)
-        return y.square()
-
-    y = checkpoint(block, x, use_reentrant=reentrant)
-    F.drop_block2d(torch.ones(1, 1, 4, 4), 0.3)
-    y.sum().backward()
-    assert len(masks) == 2
-    assert torch.equal(masks[0], masks[1])
-    assert x.grad is not None
-    assert torch.equal(x.grad != 0, masks[0])
-
-
-def test_compile_fullgraph() -> None:
-    x = torch.randn(2, 3, 6, 5, requires_grad=True)
-    torch._dynamo.reset()
-    compiled = torch.compile(seeded, fullgraph=True, backend="aot_eager", dynamic=True)
-    y = compiled(x)
-    assert torch.equal(y, seeded(x))
-    (gradient,) = torch.autograd.grad(y.sum(), x)
-    (wanted,) = torch.autograd.grad(seeded(x).sum(), x)
-    assert torch.equal(gradient, wanted)
-    layer = nn.DropBlock2d(0.3, 3)
-    torch._dynamo.reset()
-    whole = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert not torch.equal(whole(x), whole(x))
-    layer.eval()
-    assert torch.equal(whole(x), x)
-
-
-def test_func_transforms() -> None:
-    x = torch.randn(3, 2, 2, 5, 4)
-    each = torch.stack([seeded(t) for t in x])
-    assert torch.equal(torch.vmap(seeded)(x), each)
-    assert torch.equal(torch.vmap(seeded, in_dims=1)(x.movedim(0, 1)), each)
-    scales = seeded(torch.ones_like(x[0]))
-
-    def loss(t: Tensor) -> Tensor:
-        return seeded(t).square().sum()
-
-    wanted = 2 * scales**2 * x
-    assert torch.allclose(torch.vmap(torch.func.grad(loss))(x), wanted)
-    hessian = torch.func.hessian(loss)(x[0]).reshape(80, 80)
-    assert torch.allclose(hessian, torch.diag(2 * scales.flatten() ** 2))
-    _, tangent = torch.func.jvp(seeded, (x[0],), (x[1],))
-    assert torch.equal(tangent, seeded(x[1]))
-    different = torch.vmap(lambda t: F.drop_block2d(t, 0.5, 2), randomness="different")(
-        torch.ones(4, 2, 2, 8, 8)
-    )
-    assert len({tuple(r.flatten().tolist()) for r in different}) == 4
 
 
 def test_module() -> None:

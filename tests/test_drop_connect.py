@@ -40,18 +40,6 @@ def test_value_and_gradients(shape: tuple[int, ...], with_bias: bool, backend: B
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_gradcheck_twice() -> None:
-    inputs = tuple(
-        torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (5, 4), (5,))
-    )
-
-    def f(*t: Tensor) -> Tensor:
-        return F.drop_connect_linear(*t, 0.4, seed=3)
-
-    assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(f, inputs)
-
-
 def test_a_transposed_weight_has_the_mask_of_its_memory() -> None:
     weight = torch.randn(7, 11).t().requires_grad_()
     y = F.drop_connect_linear(torch.eye(7), weight, None, 0.5, seed=3)
@@ -86,24 +74,6 @@ def test_module() -> None:
     assert torch.equal(layer(x), y)
     plain = nn.functional.linear(x, layer.weight, layer.bias)
     assert torch.equal(layer.eval()(x), plain)
-
-
-def test_compile_func_and_autocast() -> None:
-    layer, x = fusereg.nn.DropConnectLinear(6, 4), torch.randn(3, 6)
-
-    def seeded(t: Tensor) -> Tensor:
-        return F.drop_connect_linear(t, layer.weight, layer.bias, 0.5, seed=3)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(seeded, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), seeded(x))
-    torch.testing.assert_close(torch.vmap(seeded)(x), seeded(x))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x)
-    assert y.dtype is torch.bfloat16
-    y.float().sum().backward()
-    assert layer.weight.grad is not None
-    assert layer.weight.grad.dtype is torch.float32
 
 
 def test_bad_arguments_are_named() -> None:

@@ -101,22 +101,6 @@ def test_the_effective_probability() -> None:
         fusereg._C.dropout_constants(0.0, False)
 
 
-def test_threads_do_not_change_a_bit(backend: Backend) -> None:
-    n = 3000 if backend.on_host else 300_007
-    x = make((n,), torch.float32, backend)
-    before = torch.get_num_threads()
-    results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results.append(F.dropout(x, 0.3, seed=SEED, index_offset=3))
-    torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-    for at in (0, n // 2, n - 100):
-        mask = reference_philox.mask(100, 0.3, SEED, 0, at + 3)
-        assert_dropped(results[0][at : at + 100], x[at : at + 100], mask, 0.3)
-
-
 def free_memory() -> int:
     """Bytes; 0 where nobody says."""
     try:
@@ -351,23 +335,6 @@ def test_every_bfloat16(p: float, backend: Backend) -> None:
     assert torch.equal(y[number].view(torch.int16), wanted[number].view(torch.int16))
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_in_place(requires_grad: bool, backend: Backend) -> None:
-    leaf = make((5, 7), torch.float32, backend).requires_grad_(requires_grad)
-    x = leaf * 1
-    before, version, pointer = x.detach().clone(), x._version, x.data_ptr()
-    y = F.dropout(x, 0.4, inplace=True, seed=SEED)
-    assert y is x
-    assert y.data_ptr() == pointer
-    assert y._version > version
-    mask = reference_philox.mask(35, 0.4, SEED, 0).view(5, 7)
-    assert_dropped(y.detach(), before, mask, 0.4)
-    if requires_grad:
-        y.sum().backward()
-        assert leaf.grad is not None
-        assert torch.equal(leaf.grad != 0, mask.to(leaf.device))
-
-
 def test_in_place_of_a_slice_leaves_the_rest_alone(backend: Backend) -> None:
     whole = make((6, 8), torch.float32, backend)
     before = whole.clone()
@@ -376,21 +343,6 @@ def test_in_place_of_a_slice_leaves_the_rest_alone(backend: Backend) -> None:
     assert_dropped(y, before[:, ::2], mask, 0.5)
     assert torch.equal(whole[:, ::2], y)
     assert torch.equal(whole[:, 1::2], before[:, 1::2])
-
-
-def test_out(dtype: torch.dtype, backend: Backend) -> None:
-    x = make((5, 7), dtype, backend)
-    wanted = F.dropout(x, 0.4, seed=SEED)
-    out = torch.full_like(x, 3.0)
-    version = out._version
-    assert F.dropout(x, 0.4, seed=SEED, out=out) is out
-    assert torch.equal(out, wanted)
-    assert out._version > version
-    strided = torch.full((7, 5), 3.0, dtype=dtype, device=x.device).t()
-    assert torch.equal(F.dropout(x, 0.4, seed=SEED, out=strided), wanted)
-    assert torch.equal(F.dropout(x, 0.4, False, out=out), x)
-    same = x.clone()
-    assert torch.equal(F.dropout(same, 0.4, seed=SEED, out=same), wanted)
 
 
 def test_out_and_in_place_that_cannot_be() -> None:

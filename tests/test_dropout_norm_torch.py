@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 from dropout_norm_steps import EPS, SEED, fused, row_mask, unfused
 from fusereg import functional as F
@@ -116,23 +115,6 @@ def test_what_is_kept_for_backward(dtype: torch.dtype) -> None:
 # --- checkpoint, torch.library, compile -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint_draws_the_same_mask_again(reentrant: bool) -> None:
-    x = torch.randn(40, 10, requires_grad=True)
-    sums: list[Tensor] = []
-
-    def block(t: Tensor) -> Tensor:
-        y, s = F.dropout_add_layer_norm(t * 2, t, None, None, 0.5, return_sum=True)
-        sums.append(s.detach())
-        return y.square()  # keeps y, so there is something to do again
-
-    y = checkpoint(block, x, use_reentrant=reentrant)
-    F.dropout(torch.ones(8))
-    y.sum().backward()
-    assert len(sums) == 2
-    assert torch.equal(*sums)
-
-
 _OPS = torch.ops.fusereg
 
 
@@ -182,39 +164,6 @@ def test_an_operator_that_kept_nothing_has_no_gradient() -> None:
         y.sum().backward()
 
 
-@pytest.mark.parametrize("kind", ["layer", "rms"])
-def test_compile_fullgraph_is_eager(kind: str) -> None:
-    x, residual, weight, bias = arguments_of_the_operator(True)
-    rms = kind == "rms"
-
-    def f(*t: Tensor) -> Any:
-        return fused(rms, *t, 0.4, seed=5, index_offset=3, return_sum=True)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True)
-    given = (x, residual, weight, bias)
-    wanted = [t for t in given if not (rms and t is bias)]
-    upstream = (torch.randn_like(x), torch.randn_like(x))
-    results = [g(*given) for g in (f, compiled)]
-    gradients = [torch.autograd.grad(r, wanted, upstream) for r in results]
-    for k in range(2):
-        assert torch.equal(results[0][k], results[1][k])
-    for eager, traced in zip(*gradients, strict=True):
-        assert torch.equal(eager, traced)
-
-
-@pytest.mark.slow
-def test_compile_with_inductor() -> None:
-    layer = nn.DropoutAddLayerNorm(8, 0.5)
-    compiled = torch.compile(layer, fullgraph=True)
-    x = torch.randn(16, 8, requires_grad=True)
-    first, second = compiled(x, x), compiled(x, x)
-    assert not torch.equal(first, second)
-    first.sum().backward()
-    layer.eval()
-    assert torch.equal(compiled(x, x), layer(x, x))
-
-
 def test_export_and_fake_tensors() -> None:
     layer = nn.DropoutAddRMSNorm(8, 0.5, return_sum=True)
     x = torch.randn(3, 8)
@@ -228,24 +177,6 @@ def test_export_and_fake_tensors() -> None:
         y, s = F.dropout_add_layer_norm(half, wide, return_sum=True)
         assert (y.dtype, s.dtype) == (torch.bfloat16, torch.float32)
     assert F.dropout_add_rms_norm(torch.empty(3, 8, device="meta"), None).is_meta
-
-
-def test_torch_func() -> None:
-    x, _, weight, bias = (t.double() for t in arguments_of_the_operator(False))
-
-    def loss(t: Tensor) -> Tensor:
-        y, s = F.dropout_add_layer_norm(t, 2 * t, weight, bias, 0.5, seed=4, return_sum=True)
-        return (y**2).sum() + s.sum()
-
-    leaf = x.clone().requires_grad_()
-    (wanted,) = torch.autograd.grad(loss(leaf), leaf)
-    assert torch.allclose(torch.func.grad(loss)(x), wanted, rtol=1e-12, atol=1e-12)
-    per_sample = torch.vmap(torch.func.grad(loss))(x)
-    assert torch.allclose(per_sample[0], torch.func.grad(loss)(x[0]))
-    y = torch.vmap(lambda t: F.dropout_add_rms_norm(t, None, None, 0.5), randomness="different")(
-        torch.ones(6, 100)
-    )
-    assert len({tuple(r.tolist()) for r in y}) == 6
 
 
 @pytest.mark.parametrize("amp_dtype", HALVES)

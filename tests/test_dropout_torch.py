@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fusereg
@@ -37,16 +35,6 @@ def kind(request: pytest.FixtureRequest) -> tuple[Callable[..., Tensor], tuple[i
 # --- where the numbers come from ------------------------------------------------------------------
 
 
-def test_manual_seed_reproduces_and_calls_differ() -> None:
-    x = torch.ones(1000)
-    torch.manual_seed(7)
-    first, second = F.dropout(x), F.dropout(x)
-    assert not torch.equal(first, second)
-    torch.manual_seed(7)
-    assert torch.equal(F.dropout(x), first)
-    assert torch.equal(F.dropout(x.requires_grad_()), second)
-
-
 def test_a_generator_reproduces_and_leaves_the_default_one_alone() -> None:
     x = torch.ones(1000)
     state = torch.get_rng_state()
@@ -58,14 +46,6 @@ def test_a_generator_reproduces_and_leaves_the_default_one_alone() -> None:
     assert torch.equal(F.dropout(x, generator=generator), first)
     for arguments in ({"seed": 5}, {"training": False}, {"p": 0.0}):
         F.dropout(x, **arguments)  # type: ignore[arg-type]
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_an_error_draws_nothing() -> None:
-    state = torch.get_rng_state()
-    for x, p in ((torch.ones(3, dtype=torch.int64), 0.5), (torch.ones(3), 1.5)):
-        with pytest.raises(ValueError, match=r"fusereg\.dropout"):
-            F.dropout(x, p)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -142,17 +122,6 @@ def test_cuda_graph_replays_draw_anew(name: str) -> None:
 # --- derivatives and memory -----------------------------------------------------------------------
 
 
-def test_gradcheck(kind: tuple[Callable[..., Tensor], tuple[int, ...]]) -> None:
-    function, shape = kind
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-
-    def f(t: Tensor) -> Tensor:
-        return function(t, 0.4, seed=5)
-
-    assert torch.autograd.gradcheck(f, (x,), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(f, (x,))
-
-
 def test_forward_mode_in_place() -> None:
     x, tangent = torch.randn(100), torch.randn(100)
     with torch.autograd.forward_ad.dual_level():
@@ -167,18 +136,6 @@ def test_gradcheck_in_place() -> None:
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: F.dropout(t * 1, 0.4, inplace=True, seed=5), (x,))
     assert torch.autograd.gradgradcheck(lambda t: F.dropout(t * 1, 0.4, inplace=True, seed=5), (x,))
-
-
-def test_gradcheck_through_the_operator() -> None:
-    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    pair = torch.tensor([3, 0])
-
-    def f(t: Tensor) -> Tensor:
-        result: Tensor = torch.ops.fusereg.dropout(t, pair, 0.4, True, 1, 2)
-        return result
-
-    assert torch.autograd.gradcheck(f, (x,))
-    assert torch.autograd.gradgradcheck(f, (x,))
 
 
 def test_nothing_is_kept_for_backward(kind: tuple[Callable[..., Tensor], tuple[int, ...]]) -> None:
@@ -201,54 +158,15 @@ def test_nothing_is_kept_for_backward(kind: tuple[Callable[..., Tensor], tuple[i
     assert sum(kept) == 16, "the pair alone"
 
 
-# --- checkpoint -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint_draws_the_same_mask_again(reentrant: bool) -> None:
-    x = torch.randn(1000, requires_grad=True)
-    masks: list[Tensor] = []
-
-    def block(t: Tensor) -> Tensor:
-        y = F.dropout(t * 2, 0.5)
-        masks.append(y.detach() != 0)
-        return y.square()  # keeps y, so there is something to do again
-
-    y = checkpoint(block, x, use_reentrant=reentrant)
-    F.dropout(torch.ones(8))  # somebody draws in between
-    y.sum().backward()
-    assert len(masks) == 2
-    assert torch.equal(masks[0], masks[1])
-    assert x.grad is not None
-    assert torch.equal(x.grad, torch.where(masks[0], 32 * x.detach(), 0.0))
-
-
 # --- torch.library --------------------------------------------------------------------------------
 
 _OPS = torch.ops.fusereg
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("alpha", [False, True])
-@pytest.mark.parametrize("row_dims", [0, 1, 2])
-def test_opcheck_dropout(requires_grad: bool, alpha: bool, row_dims: int) -> None:
-    x = torch.randn(3, 4, 5, requires_grad=requires_grad)
-    torch.library.opcheck(_OPS.dropout.default, (x, torch.tensor([1, 0]), 0.3, alpha, row_dims, 3))
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_opcheck_dropout_at_the_ends(p: float) -> None:
     x = torch.randn(3, 4, requires_grad=True).t()
     torch.library.opcheck(_OPS.dropout.default, (x, torch.tensor([1, 0]), p, False, 0, 0))
-
-
-def test_opcheck_dropout_backward() -> None:
-    grad = torch.randn(3, 4, 5, requires_grad=True)
-    for stride in ([20, 5, 1], [1, 15, 3]):
-        torch.library.opcheck(
-            _OPS.dropout_backward.default,
-            (grad, torch.tensor([1, 0]), 0.3, True, 0, 0, stride),
-        )
 
 
 # --- compile, export ------------------------------------------------------------------------------
@@ -299,20 +217,6 @@ def test_compile_with_inductor() -> None:
     compiles("inductor")
 
 
-def test_compile_with_a_seed_gives_the_eager_mask(
-    kind: tuple[Callable[..., Tensor], tuple[int, ...]],
-) -> None:
-    function, shape = kind
-    x = torch.randn(shape)
-
-    def f(t: Tensor) -> Tensor:
-        return function(t, 0.4, seed=5, index_offset=3)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True)
-    assert torch.equal(compiled(x), f(x))
-
-
 def test_compile_with_a_generator() -> None:
     """The graph breaks at the generator; a pair drawn from it outside does not break it."""
     generator, x = torch.Generator().manual_seed(3), torch.ones(100)
@@ -352,99 +256,7 @@ def test_compile_in_place_and_checkpoint() -> None:
     assert torch.equal(x.grad, torch.where(y == 10, 8.0, 0.0))
 
 
-def test_export() -> None:
-    program = torch.export.export(Model(), (torch.randn(32, 8),))
-    assert "fusereg.dropout" in str(program.graph)
-    assert program.module()(torch.randn(32, 8)).shape == (32, 16)
-
-
-@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-def test_make_fx_records_the_operator(mode: str) -> None:
-    x = torch.randn(4, 3)
-    graph = make_fx(lambda t: F.dropout(t, 0.5, seed=5), tracing_mode=mode)(x)
-    assert "fusereg.dropout" in graph.code
-    assert torch.equal(graph(x), F.dropout(x, 0.5, seed=5))
-
-
-def test_fake_and_meta_tensors() -> None:
-    with FakeTensorMode():
-        x = torch.empty(2, 3, 4, 5, dtype=torch.bfloat16, requires_grad=True)
-        y = F.dropout2d(x.contiguous(memory_format=torch.channels_last))
-        assert (y.shape, y.dtype) == (x.shape, x.dtype)
-        assert y.is_contiguous(memory_format=torch.channels_last)
-        y.sum().backward()
-        assert x.grad is not None
-    assert F.dropout(torch.empty(3, device="meta")).is_meta
-
-
-# --- torch.func -----------------------------------------------------------------------------------
-
-
-def test_vmap_different_and_same() -> None:
-    x = torch.ones(6, 1000)
-    different = torch.vmap(F.dropout, randomness="different")(x)
-    assert len({tuple(r.tolist()) for r in different}) == 6
-    same = torch.vmap(F.dropout, randomness="same")(x)
-    assert len({tuple(r.tolist()) for r in same}) == 1
-    assert set(same.flatten().tolist()) == {0.0, 2.0}
-    with pytest.raises(RuntimeError, match="randomness"):
-        torch.vmap(F.dropout)(x)
-    # A seed asks for no randomness; each sample is as it would be alone.
-    seeded = torch.vmap(lambda t: F.dropout(t, seed=4), in_dims=1)(x.t())
-    assert torch.equal(seeded, F.dropout(x[0], seed=4).expand(6, -1))
-    unbatched = torch.vmap(lambda i: F.dropout(x[0]) * i, randomness="different")(torch.ones(3))
-    assert len({tuple(r.tolist()) for r in unbatched}) == 3
-
-
-def test_func_grad_and_their_compositions() -> None:
-    x = torch.randn(5, 8)
-
-    def loss(t: Tensor) -> Tensor:
-        return (F.dropout(t, 0.5, seed=4) ** 2).sum()
-
-    mask = F.dropout(torch.ones(8), 0.5, seed=4)
-    assert torch.allclose(torch.func.grad(loss)(x[0]), 2 * mask**2 * x[0])
-    assert torch.allclose(torch.vmap(torch.func.grad(loss))(x), 2 * mask**2 * x)
-    assert torch.allclose(torch.func.hessian(loss)(x[0]), torch.diag(2 * mask**2))
-    _, tangent = torch.func.jvp(lambda t: F.dropout(t, 0.5, seed=4), (x[0],), (x[1],))
-    assert torch.equal(tangent, mask * x[1])
-    per_sample = torch.vmap(
-        torch.func.grad(lambda t: F.dropout(t, 0.5).sum()), randomness="different"
-    )(torch.ones(6, 100))
-    assert len({tuple(r.tolist()) for r in per_sample}) == 6
-    # The gradient has the mask of its own forward, whatever the samples' layout.
-    y, pull = torch.func.vjp(
-        torch.vmap(lambda t: F.dropout(t, 0.5), in_dims=2, randomness="different"),
-        torch.ones(4, 5, 6),
-    )
-    (gradient,) = pull(torch.ones_like(y))
-    assert torch.equal(gradient.permute(2, 0, 1), y)
-
-
 # --- modes and subclasses -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])
-def test_autocast_keeps_the_dtype_that_comes(amp_dtype: torch.dtype) -> None:
-    model = nn.Sequential(nn.Linear(6, 8), fusereg.nn.Dropout(0.5))
-    with torch.autocast("cpu", dtype=amp_dtype):
-        assert F.dropout(torch.ones(3)).dtype is torch.float32
-        y = model(torch.randn(4, 6))
-    assert y.dtype is amp_dtype
-    y.float().sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_no_grad_and_inference_mode() -> None:
-    x = torch.ones(5, requires_grad=True)
-    with torch.no_grad():
-        assert not F.dropout(x).requires_grad
-    with torch.inference_mode():
-        y = F.dropout(x)
-        F.dropout(y, inplace=True)
-    assert y.is_inference()
-    assert F.dropout(x).requires_grad
-    assert not F.dropout(torch.ones(5)).requires_grad
 
 
 class Tagged(Tensor):

@@ -181,41 +181,6 @@ def test_the_biass_gradient_over_many_chunks(columns: int, rows: int, backend: B
     assert torch.allclose(came.double(), reference, rtol=2**-8, atol=1e-4)
 
 
-def test_threads_do_not_change_a_bit(backend: Backend) -> None:
-    shape = (30, 100) if backend.on_host else (3000, 100)
-    x, residual = make(shape, torch.float32, backend), make(shape, torch.float32, backend)
-    bias = leaf(make((100,), torch.float32, backend))
-    before = torch.get_num_threads()
-    results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        y = F.bias_dropout_add(x, bias, residual, 0.3, seed=SEED, index_offset=3)
-        z = F.activation_dropout(x, 0.3, "gelu", seed=SEED)
-        results.append((y.detach(), z, *gradients(y, x, bias)))
-    torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
-
-
-@pytest.mark.skipif(len(fusereg._C.cpu_isas()) < 2, reason="one instruction set alone")
-def test_instruction_sets_give_the_same_bits(dtype: torch.dtype) -> None:
-    x = leaf(4 * torch.randn(37, 99, dtype=torch.float64).to(dtype))
-    bias, grad = leaf(x[0]), torch.randn(37, 99, dtype=torch.float64).to(dtype)
-    before = fusereg._C.cpu_isa()
-    results = []
-    for isa in fusereg._C.cpu_isas():
-        fusereg._C.set_cpu_isa(isa)
-        y = F.bias_dropout_add(x, bias, grad, 0.3, seed=SEED)
-        result = [y, *gradients(y, grad, x, bias)]
-        for activation in ACTIVATIONS:
-            z = F.activation_dropout(x, 0.3, activation, seed=SEED)
-            result += [z, *gradients(z, grad, x)]
-        results.append(result)
-    fusereg._C.set_cpu_isa(before)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
-
-
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
 def test_activations_are_good_to_the_last_places(activation: str, backend: Backend) -> None:
     """Element by element, into the tails; the reference is the kernel in float64."""

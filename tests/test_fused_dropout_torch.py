@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 import fusereg
 from fusereg import functional as F
@@ -32,27 +30,12 @@ KINDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
-    return KINDS[request.param]
-
-
 def operands(dtype: torch.dtype = torch.float64, requires_grad: bool = True) -> list[Tensor]:
     shapes = ((4, 6), (4, 6), (6,))
     return [torch.randn(s, dtype=dtype, requires_grad=requires_grad) for s in shapes]
 
 
 # --- derivatives ----------------------------------------------------------------------------------
-
-
-def test_gradcheck(kind: Callable[..., Tensor]) -> None:
-    tensors = operands()
-
-    def f(*t: Tensor) -> Tensor:
-        return kind(*t, seed=5) + 0 * sum(s.sum() for s in t)  # every operand has a gradient
-
-    assert torch.autograd.gradcheck(f, tensors, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(f, tensors)
 
 
 @pytest.mark.parametrize("wanted", range(3))
@@ -86,33 +69,6 @@ def test_forward_mode_with_some_tangents() -> None:
     slope = torch.func.jvp(torch.nn.functional.silu, (x,), (x,))[1]
     assert torch.allclose(z.tangent, F.dropout(slope, 0.4, seed=5))
     assert torch.equal(w.tangent, F.dropout(x, seed=5))
-
-
-def test_gradcheck_through_the_operators() -> None:
-    x, residual, bias = operands()
-    pair = torch.tensor([3, 0])
-    for row_dims, b in ((0, bias), (0, None), (1, None)):
-
-        def add(x: Tensor, r: Tensor, row_dims: int = row_dims, b: Tensor | None = b) -> Tensor:
-            result: Tensor = _OPS.fused_dropout_add(x, b, r, pair, 0.4, row_dims, 2)
-            return result
-
-        assert torch.autograd.gradcheck(add, (x, residual))
-        assert torch.autograd.gradgradcheck(add, (x, residual))
-
-    def of_bias(b: Tensor) -> Tensor:
-        result: Tensor = _OPS.fused_dropout_add(x.detach(), b, residual.detach(), pair, 0.4, 0, 2)
-        return result
-
-    assert torch.autograd.gradcheck(of_bias, (bias,))
-    for activation in ACTIVATIONS:
-
-        def activate(x: Tensor, activation: str = activation) -> Tensor:
-            result: Tensor = _OPS.activation_dropout(x, pair, 0.4, activation, 2)
-            return result
-
-        assert torch.autograd.gradcheck(activate, (x,))
-        assert torch.autograd.gradgradcheck(activate, (x,))
 
 
 def test_gradcheck_in_place() -> None:
@@ -177,40 +133,6 @@ def test_the_residuals_gradient_is_the_gradient_itself() -> None:
     assert came.data_ptr() == grad.data_ptr()
 
 
-# --- numbers, checkpoint --------------------------------------------------------------------------
-
-
-def test_manual_seed_and_generators_reproduce(kind: Callable[..., Tensor]) -> None:
-    tensors = [torch.randn(64, 6), torch.randn(64, 6), torch.randn(6)]
-    generator = torch.Generator()
-    results = []
-    for _ in range(2):
-        torch.manual_seed(7)
-        generator.manual_seed(3)
-        results.append([kind(*tensors), kind(*tensors), kind(*tensors, generator=generator)])
-    first, second = results
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert not torch.equal(first[0], first[1])
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint_draws_the_same_mask_again(reentrant: bool) -> None:
-    x, residual, bias = [torch.randn(s, requires_grad=True) for s in ((50, 8), (50, 8), (8,))]
-    masks: list[Tensor] = []
-
-    def block(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
-        h = F.activation_dropout(x, 0.5, "gelu")
-        y = F.bias_dropout_add(h, bias, residual, 0.5)
-        masks.append(y.detach())
-        return y.square()  # keeps y, so there is something to do again
-
-    y = checkpoint(block, x, residual, bias, use_reentrant=reentrant)
-    F.dropout(torch.ones(8))  # somebody draws in between
-    y.sum().backward()
-    assert len(masks) == 2
-    assert torch.equal(masks[0], masks[1])
-
-
 # --- torch.library --------------------------------------------------------------------------------
 
 
@@ -222,26 +144,6 @@ def test_opcheck_add(requires_grad: bool, p: float) -> None:
     torch.library.opcheck(_OPS.fused_dropout_add.default, (x, bias, residual, pair, p, 0, 3))
     torch.library.opcheck(
         _OPS.fused_dropout_add.default, (x.t(), None, residual.t(), pair, p, 1, 0)
-    )
-
-
-def test_opcheck_bias_backward() -> None:
-    grad = torch.randn(3, 4, 5, requires_grad=True)
-    pair = torch.tensor([1, 0])
-    for stride in ([20, 5, 1], [1, 15, 3]):
-        torch.library.opcheck(
-            _OPS.fused_dropout_bias_backward.default, (grad, pair, 0.3, 2, stride)
-        )
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_opcheck_activation(activation: str) -> None:
-    x, grad = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
-    pair = torch.tensor([1, 0])
-    torch.library.opcheck(_OPS.activation_dropout.default, (x, pair, 0.3, activation, 3))
-    torch.library.opcheck(
-        _OPS.activation_dropout_backward.default,
-        (grad, x, pair, 0.3, activation, 3, [1, 3]),
     )
 
 
@@ -262,48 +164,6 @@ class Block(nn.Module):
         return result
 
 
-def compiles(backend: str) -> None:
-    model, x = Block(), torch.randn(32, 8)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    torch.manual_seed(1)
-    first, second = compiled(x), compiled(x)
-    assert not torch.equal(first, second)
-    torch.manual_seed(1)
-    assert torch.equal(compiled(x), first)
-    compiled(x).sum().backward()
-    assert model.bias.grad is not None
-    # Each column counts its kept elements, twice for p = 0.5.
-    assert set((model.bias.grad % 2).tolist()) == {0.0}
-    assert 16 < model.bias.grad.mean() < 48
-    model.eval()
-    assert torch.allclose(compiled(x), model(x), atol=1e-6)
-
-
-def test_compile_fullgraph() -> None:
-    compiles("aot_eager")
-
-
-@pytest.mark.slow
-def test_compile_with_inductor() -> None:
-    compiles("inductor")
-
-
-def test_compile_with_a_seed_gives_the_eager_result(kind: Callable[..., Tensor]) -> None:
-    tensors = operands(torch.float32)
-
-    def f(*t: Tensor) -> Tensor:
-        return kind(*t, seed=5, index_offset=3)
-
-    torch._dynamo.reset()
-    came, wanted = torch.compile(f, fullgraph=True, backend="aot_eager")(*tensors), f(*tensors)
-    assert torch.equal(came, wanted)
-    inputs = [tensors[0]]
-    assert torch.equal(
-        *torch.autograd.grad(came.sum(), inputs), *torch.autograd.grad(wanted.sum(), inputs)
-    )
-
-
 def test_compile_in_place() -> None:
     def f(x: Tensor, residual: Tensor) -> Tensor:
         y = F.activation_dropout(x + 1, 0.5, "relu", inplace=True, seed=3)
@@ -317,50 +177,6 @@ def test_compile_in_place() -> None:
     )
     assert torch.equal(came, wanted)
     assert torch.equal(*torch.autograd.grad(came.sum(), x), *torch.autograd.grad(wanted.sum(), x))
-
-
-def test_export_and_fake_tensors() -> None:
-    program = torch.export.export(Block(), (torch.randn(32, 8),))
-    assert "fusereg.fused_dropout_add" in str(program.graph)
-    assert "fusereg.activation_dropout" in str(program.graph)
-    assert program.module()(torch.randn(32, 8)).shape == (32, 8)
-    with FakeTensorMode():
-        x = torch.empty(2, 3, dtype=torch.bfloat16, requires_grad=True)
-        y = F.bias_dropout_add(x, torch.empty(3, dtype=torch.bfloat16), x)
-        assert (y.shape, y.dtype) == (x.shape, x.dtype)
-        y.sum().backward()
-        assert x.grad is not None
-    assert F.activation_dropout(torch.empty(3, device="meta"), 0.5, "silu").is_meta
-    meta = torch.empty(3, 4, device="meta")
-    assert F.dropout_add(meta, meta).is_meta
-
-
-def test_vmap_different_and_same(kind: Callable[..., Tensor]) -> None:
-    x = torch.rand(6, 40, 5) + 0.5
-    bias = torch.ones(5)
-
-    def f(t: Tensor) -> Tensor:
-        return kind(t, t, bias)
-
-    different = torch.vmap(f, randomness="different")(x[:1].expand(6, 40, 5))
-    assert len({tuple(r.flatten().tolist()) for r in different}) == 6
-    same = torch.vmap(f, randomness="same")(x[:1].expand(6, 40, 5))
-    assert len({tuple(r.flatten().tolist()) for r in same}) == 1
-    seeded = torch.vmap(lambda t: kind(t, t, bias, seed=4))(x)
-    assert torch.allclose(seeded, torch.stack([kind(t, t, bias, seed=4) for t in x]))
-
-
-def test_func_grad_of_every_kind(kind: Callable[..., Tensor]) -> None:
-    x, residual, bias = operands(requires_grad=False)
-
-    def loss(*t: Tensor) -> Tensor:
-        return (kind(*t, seed=4) ** 2).sum()
-
-    came = torch.func.grad(loss, argnums=(0, 1, 2))(x, residual, bias)
-    leaves = [t.clone().requires_grad_() for t in (x, residual, bias)]
-    wanted = torch.autograd.grad(loss(*leaves), leaves, materialize_grads=True)
-    for a, b in zip(came, wanted, strict=True):
-        assert torch.allclose(a, b)
 
 
 def test_autocast_takes_what_comes() -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import reference_philox
 from conftest import SEED, Backend, make
@@ -126,18 +125,6 @@ def test_shards_and_pairs(dtype: torch.dtype, backend: Backend) -> None:
         assert torch.equal(F.gaussian_dropout(x, 0.3, seed=pair), wanted)
 
 
-def test_threads_do_not_change_a_bit() -> None:
-    x = torch.randn(300_007)
-    before = torch.get_num_threads()
-    results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results.append(F.gaussian_dropout(x, 0.3, seed=SEED, index_offset=3))
-    torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
 # --- the distribution -----------------------------------------------------------------------------
 
 
@@ -205,22 +192,6 @@ def test_layouts(dtype: torch.dtype, backend: Backend) -> None:
         assert torch.equal(leaf.grad, y)
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_in_place(requires_grad: bool, backend: Backend) -> None:
-    leaf = make((5, 8), torch.float32, backend).requires_grad_(requires_grad)
-    for x in (leaf * 1, (leaf * 1)[:, ::2]):
-        leaf.grad = None
-        wanted, version = F.gaussian_dropout(x.detach(), 0.4, seed=SEED), x._version
-        y = F.gaussian_dropout(x, 0.4, inplace=True, seed=SEED)
-        assert y is x
-        assert y._version > version
-        assert torch.equal(y.detach(), wanted)
-        if requires_grad:
-            y.sum().backward()
-            assert leaf.grad is not None
-            assert int((leaf.grad != 0).sum()) == y.numel()
-
-
 def test_arguments() -> None:
     x = torch.ones(2, 3)
     assert F.gaussian_dropout(x, 0.0) is x
@@ -240,49 +211,6 @@ def test_arguments() -> None:
 # --- inside torch ---------------------------------------------------------------------------------
 
 
-def seeded(t: Tensor) -> Tensor:
-    return F.gaussian_dropout(t, 0.4, seed=5)
-
-
-def test_manual_seed_and_generator() -> None:
-    x = torch.ones(100)
-    torch.manual_seed(7)
-    first = F.gaussian_dropout(x)
-    assert not torch.equal(F.gaussian_dropout(x), first)
-    torch.manual_seed(7)
-    assert torch.equal(F.gaussian_dropout(x.requires_grad_()), first)
-    generator = torch.Generator().manual_seed(3)
-    y = F.gaussian_dropout(x, generator=generator)
-    assert torch.equal(F.gaussian_dropout(x, generator=generator.manual_seed(3)), y)
-
-
-def test_gradcheck_twice() -> None:
-    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    pair = torch.tensor([5, 0])
-
-    def through_the_operator(t: Tensor) -> Tensor:
-        result: Tensor = torch.ops.fusereg.gaussian_dropout(t, pair, 0.4, 0)
-        return result
-
-    assert torch.equal(through_the_operator(x), seeded(x))
-    assert torch.autograd.gradcheck(seeded, (x,), check_forward_ad=True)
-    for f in (seeded, through_the_operator):
-        assert torch.autograd.gradcheck(f, (x,))
-        assert torch.autograd.gradgradcheck(f, (x,))
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(requires_grad: bool) -> None:
-    x = torch.randn(3, 4, 5, requires_grad=requires_grad)
-    pair = torch.tensor([5, 0])
-    for t in (x, x.transpose(0, 1)):
-        torch.library.opcheck(torch.ops.fusereg.gaussian_dropout.default, (t, pair, 0.4, 3))
-    for stride in ([20, 5, 1], [1, 15, 3]):
-        torch.library.opcheck(
-            torch.ops.fusereg.gaussian_dropout_backward.default, (x, pair, 0.4, 3, stride)
-        )
-
-
 def test_nothing_is_kept_for_backward() -> None:
     kept: list[int] = []
 
@@ -296,53 +224,6 @@ def test_nothing_is_kept_for_backward() -> None:
     node: Any = y.grad_fn
     assert kept == []
     assert [v for v in vars(node).values() if isinstance(v, Tensor)] == []
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint_draws_the_same_noise_again(reentrant: bool) -> None:
-    x = torch.randn(100, requires_grad=True)
-    seen: list[Tensor] = []
-
-    def block(t: Tensor) -> Tensor:
-        y = F.gaussian_dropout(t * 2)
-        seen.append(y.detach())
-        return y.square()
-
-    y = checkpoint(block, x, use_reentrant=reentrant)
-    F.gaussian_dropout(torch.ones(8))
-    y.sum().backward()
-    assert len(seen) == 2
-    assert torch.equal(seen[0], seen[1])
-
-
-def test_compile_fullgraph() -> None:
-    x = torch.randn(6, 5, requires_grad=True)
-    torch._dynamo.reset()
-    compiled = torch.compile(seeded, fullgraph=True, backend="aot_eager", dynamic=True)
-    y = compiled(x)
-    assert torch.equal(y, seeded(x))
-    (gradient,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(gradient, seeded(torch.ones(6, 5)))
-    layer = nn.GaussianDropout(0.3)
-    torch._dynamo.reset()
-    whole = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert not torch.equal(whole(x), whole(x))
-
-
-def test_func_transforms() -> None:
-    x = torch.randn(5, 8)
-    factor = seeded(torch.ones(8))
-    assert torch.equal(torch.vmap(seeded, in_dims=1)(x.t().contiguous()), x * factor)
-
-    def loss(t: Tensor) -> Tensor:
-        return seeded(t).square().sum()
-
-    assert torch.allclose(torch.vmap(torch.func.grad(loss))(x), 2 * factor**2 * x)
-    assert torch.allclose(torch.func.hessian(loss)(x[0]), torch.diag(2 * factor**2))
-    _, tangent = torch.func.jvp(seeded, (x[0],), (x[1],))
-    assert torch.equal(tangent, factor * x[1])
-    different = torch.vmap(F.gaussian_dropout, randomness="different")(torch.ones(4, 8))
-    assert len({tuple(r.tolist()) for r in different}) == 4
 
 
 def test_module() -> None:

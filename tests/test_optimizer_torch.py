@@ -330,13 +330,6 @@ def test_other_norms_and_checks_break_the_graph() -> None:
     assert float(clip()) > float(wanted)
 
 
-@pytest.mark.parametrize("kind", [0, 1, 2])
-def test_opcheck_of_norms(kind: int) -> None:
-    grads = [torch.randn(5, 7), torch.randn(6, 3, dtype=torch.float64).t()]
-    torch.library.opcheck(torch.ops.fusereg.grad_norm.default, (grads, kind))
-    torch.library.opcheck(torch.ops.fusereg.clip_grads_.default, (grads, 0.1, kind))
-
-
 def test_norms_in_the_step_are_those_of_clip_grad_norm() -> None:
     ours = params_of((5, 7), (40,), dtype=torch.float64)
     optimizer = make("SGD", ours, max_grad_norm=0.1)

@@ -9,8 +9,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusereg
 import reference
@@ -35,24 +33,6 @@ def matrices(dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 
 # --- derivatives ----------------------------------------------------------------------------------
-
-
-def test_gradcheck_and_gradgradcheck(case: tuple[Callable[..., Tensor], dict[str, float]]) -> None:
-    penalty, _ = case
-    inputs = tuple(m.requires_grad_() for m in matrices())
-    assert torch.autograd.gradcheck(lambda *p: penalty(p), inputs)
-    assert torch.autograd.gradgradcheck(lambda *p: penalty(p), inputs)
-    assert torch.autograd.gradcheck(lambda *p: penalty(p), inputs, check_forward_ad=True)
-
-
-def test_gradcheck_through_the_operator() -> None:
-    def op(*p: Tensor) -> Tensor:
-        result: Tensor = torch.ops.fusereg.penalty(p, [0.3, 0.1], [0.7, 0.0], [0.2, 0.5], 0)
-        return result
-
-    inputs = tuple(m.requires_grad_() for m in matrices())
-    assert torch.autograd.gradcheck(op, inputs)
-    assert torch.autograd.gradgradcheck(op, inputs)
 
 
 def test_third_derivatives(case: tuple[Callable[..., Tensor], dict[str, float]]) -> None:
@@ -152,12 +132,6 @@ def test_intermediate_tensors_may_be_penalized() -> None:
 _OPS = torch.ops.fusereg
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck_penalty(requires_grad: bool) -> None:
-    params = [m.requires_grad_(requires_grad) for m in matrices()]
-    torch.library.opcheck(_OPS.penalty.default, (params, [0.3, 0.1], [0.7, 0.0], [0.2, 0.0], 1))
-
-
 def test_operators_take_one_strength_for_all() -> None:
     params = matrices()
     one = _OPS.penalty(params, [0.3], [0.7, 0.7], [0.2], 1)
@@ -167,28 +141,6 @@ def test_operators_take_one_strength_for_all() -> None:
 def test_opcheck_penalty_in_mixed_dtypes() -> None:
     params = [torch.randn(4, 3, dtype=d) for d in (torch.float32, torch.bfloat16, torch.float16)]
     torch.library.opcheck(_OPS.penalty.default, (params, [0.3] * 3, [0.7] * 3, [0.0] * 3, 0))
-
-
-def test_opcheck_penalty_backward() -> None:
-    params = [m.requires_grad_() for m in matrices()]
-    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(
-        _OPS.penalty_backward.default, (scale, params, [0.3, 0.1], [0.7, 0.0], [0.2, 0.0], 0)
-    )
-
-
-def test_opcheck_penalty_add_grad_() -> None:
-    params = matrices()
-    grads = [torch.randn_like(p) for p in params]
-    for scale, factor in ((None, 2.0), (torch.tensor(2.0, dtype=torch.float64), 1.0)):
-        torch.library.opcheck(
-            _OPS.penalty_add_grad_.default,
-            (params, grads, scale, factor, [0.3, 0.1], [0.7, 0.0], [0.2, 0.0], 0),
-        )
-
-
-def test_opcheck_prox_() -> None:
-    torch.library.opcheck(_OPS.prox_.default, (matrices(), [0.3, 0.1], [0.7, 0.0], [0.2, 0.0], 0))
 
 
 # --- compile, export ------------------------------------------------------------------------------
@@ -220,14 +172,6 @@ def test_compile_fullgraph_gives_the_same_loss_and_gradients() -> None:
         assert torch.allclose(p.grad, w, rtol=1e-12)
 
 
-@pytest.mark.slow
-def test_compile_with_inductor() -> None:
-    model, x = Model(), torch.randn(5, 3, dtype=torch.float64)
-    compiled = torch.compile(model, fullgraph=True)(x)
-    compiled.backward()
-    assert torch.allclose(compiled, model(x), rtol=1e-12)
-
-
 def test_compile_add_penalty_grad_and_prox() -> None:
     model = Model()
     penalty = fusereg.WeightPenalty(model, l1=0.1, l2=0.2, group=0.05)
@@ -251,21 +195,6 @@ def test_compile_add_penalty_grad_and_prox() -> None:
 
     torch.compile(shrink, fullgraph=True, backend="aot_eager")()
     assert torch.allclose(model.linear.weight, wanted, rtol=1e-13)
-
-
-def test_export() -> None:
-    model, x = Model(), torch.randn(5, 3, dtype=torch.float64)
-    program = torch.export.export(model, (x,))
-    assert "fusereg.penalty" in str(program.graph)
-    assert torch.allclose(program.module()(x), model(x), rtol=1e-13)
-
-
-@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-def test_make_fx_records_the_operator(mode: str) -> None:
-    w = torch.randn(4, 3, dtype=torch.float64)
-    graph = make_fx(lambda w: F.elastic_net_penalty(w, 0.3, 0.7), tracing_mode=mode)(w)
-    assert "fusereg.penalty" in graph.code
-    assert torch.equal(graph(w), F.elastic_net_penalty(w, 0.3, 0.7))
 
 
 # --- torch.func -----------------------------------------------------------------------------------
@@ -296,41 +225,6 @@ def test_vmap_over_another_dimension_and_an_unbatched_tensor() -> None:
 
 
 # --- modes ----------------------------------------------------------------------------------------
-
-
-def test_fake_tensors_give_the_right_shape_dtype_and_device() -> None:
-    with FakeTensorMode():
-        single = F.l1_penalty([torch.empty(3, 4, dtype=torch.bfloat16)], 1.0)
-        double = F.l1_penalty([torch.empty(3), torch.empty(2, dtype=torch.float64)], 1.0)
-        assert (single.shape, single.dtype, single.device.type) == ((), torch.float32, "cpu")
-        assert double.dtype is torch.float64
-        w = torch.empty(3, 4, requires_grad=True)
-        F.group_lasso_penalty(w, 1.0).backward()
-        assert w.grad is not None
-        assert w.grad.shape == (3, 4)
-
-
-@pytest.mark.parametrize("amp_dtype", [torch.bfloat16, torch.float16])
-def test_autocast_leaves_the_penalty_in_float32(amp_dtype: torch.dtype) -> None:
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
-    x = torch.randn(4, 6)
-    with torch.autocast("cpu", dtype=amp_dtype):
-        term = F.elastic_net_penalty(model, 0.1, 0.2)
-        loss = model(x).float().square().mean() + term
-    assert term.dtype is torch.float32
-    assert torch.equal(term, F.elastic_net_penalty(model, 0.1, 0.2))
-    loss.backward()
-    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in model.parameters())
-
-
-def test_no_grad_and_inference_mode() -> None:
-    w = torch.randn(5, requires_grad=True)
-    with torch.no_grad():
-        assert not F.l1_penalty(w, 1.0).requires_grad
-    with torch.inference_mode():
-        value = F.l1_penalty(w, 1.0)
-    assert value.is_inference()
-    assert F.l1_penalty(w, 1.0).requires_grad
 
 
 def test_checkpointed_penalty() -> None:

@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
-
-import fusereg
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE_SUFFIXES = {".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".cmake", ".sh"}
@@ -577,62 +574,3 @@ def test_no_source_file_is_longer_than_it_should_be() -> None:
     }
     assert len(lines) > 30
     assert {name: n for name, n in lines.items() if n > MAX_LINES} == {}
-
-
-# --- operators ------------------------------------------------------------------------------------
-
-
-def operators() -> list[str]:
-    names = (str(name) for name in torch._C._dispatch_get_all_op_names())
-    return sorted({n.split("::")[1].split(".")[0] for n in names if n.startswith("fusereg::")})
-
-
-def checked_operators(text: str) -> set[str]:
-    """Attribute names in the first argument of calls of opcheck.
-
-    Where that is a variable, those in the decorators of the function that calls it.
-    """
-    found: set[str] = set()
-    for function in ast.walk(ast.parse(text)):
-        if not isinstance(function, ast.FunctionDef):
-            continue
-        for call in ast.walk(function):
-            if not isinstance(call, ast.Call) or not call.args:
-                continue
-            name = call.func.attr if isinstance(call.func, ast.Attribute) else call.func
-            if name != "opcheck" and not (isinstance(name, ast.Name) and name.id == "opcheck"):
-                continue
-            where = [call.args[0]]
-            if isinstance(call.args[0], ast.Name):
-                where = function.decorator_list
-            for node in (n for w in where for n in ast.walk(w)):
-                if isinstance(node, ast.Attribute):
-                    found.add(node.attr)
-    return found
-
-
-def test_the_operators_are_found() -> None:
-    assert fusereg.__version__
-    assert {"penalty", "penalty_backward", "penalty_add_grad_", "prox_"} <= set(operators())
-
-
-@pytest.mark.parametrize("name", operators())
-def test_every_operator_has_an_opcheck(name: str) -> None:
-    checked: set[str] = set()
-    for path in (ROOT / "tests").glob("test_*.py"):
-        checked |= checked_operators(path.read_text(encoding="utf-8"))
-    assert name in checked
-
-
-def test_only_what_opcheck_is_called_on_counts_as_checked() -> None:
-    text = """
-@parametrize("op", [torch.ops.fusereg.snow.default])
-def test_a(op):
-    torch.library.opcheck(op, (1,))
-
-def test_b():
-    opcheck(torch.ops.fusereg.ice.default, (torch.ops.fusereg.rain(),))
-    torch.ops.fusereg.hail()
-"""
-    assert {"snow", "ice"} <= checked_operators(text)
-    assert checked_operators(text).isdisjoint({"rain", "hail"})

@@ -141,7 +141,8 @@ def autocast(operation: Operation) -> None:
 
 
 def dtensor(operation: Operation) -> None:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (1,))
     tensors = _tensors(operation)

@@ -32,7 +32,7 @@ def number(value: object, op: str, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
         raise TypeError(f"fusereg.{op}: {name} must be a number, got {type(value).__name__}")
     result = float(value)
-    if not math.isfinite(result):
+    if not -math.inf < result < math.inf:  # as a compiler with symbolic numbers can ask
         raise ValueError(f"fusereg.{op}: {name} must be finite, got {result}")
     return result
 

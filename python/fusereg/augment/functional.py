@@ -70,10 +70,19 @@ _WINDOW = torch.zeros(6, _RECORD, dtype=torch.float64)
 _WINDOW[[0, 1, 4, 5], [5, 2, 2, 5]] = 1.0
 _WINDOW[[2, 3], [0, 4]] = -2.0
 
+_NUMBERS = {id(table): table.tolist() for table in (_IDENTITY, _WINDOW)}
+
+
+def _table(table: Tensor, device: torch.device) -> Tensor:
+    """Return one of these tables on a device; a fake mode takes no tensor from outside of it."""
+    if dispatch.eager():
+        return table.to(device)
+    return torch.tensor(_NUMBERS[id(table)], dtype=torch.float64, device=device)
+
 
 def _identity(x: Tensor) -> Tensor:
     """Return a record for each sample that changes nothing."""
-    return _IDENTITY.repeat(x.shape[0], 1)
+    return _table(_IDENTITY, _IDENTITY.device).repeat(x.shape[0], 1)
 
 
 class _Result(NamedTuple):
@@ -256,7 +265,7 @@ def crop_flip_normalize(
     places.append(flipped_y * (height - 1))
     # One product instead of a write to each column.
     numbers = torch.stack(places, 1).double()
-    records = torch.addmm(_IDENTITY.to(device), numbers, _WINDOW.to(device))
+    records = torch.addmm(_table(_IDENTITY, device), numbers, _table(_WINDOW, device))
     result = _Result(mean, std, out_dtype, memory_format, out)
     return _apply(x, records, (height, width), result, op, ("nearest", False, fill_mode, fill))
 

@@ -35,9 +35,7 @@ OPERATIONS = [
         tensors=_linear,
         arguments=("x", "weight", "bias"),
         options={"p": P, "seed": SEED},
-        reference=lambda x, w, b: torch.nn.functional.linear(
-            x, dropped(w, mask_like(w)), b
-        ),
+        reference=lambda x, w, b: torch.nn.functional.linear(x, dropped(w, mask_like(w)), b),
         constants=("x",),
     ),
     Operation(

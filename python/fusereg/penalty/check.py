@@ -16,10 +16,12 @@ from .functional import add_penalty_grad_, sparsity
 L1, L2, GROUP = 0.3, 0.7, 0.05
 #: Between the norms of the groups: some vanish, some only shrink.
 THRESHOLD = 0.6
+_NO_META = {"meta": "is on device 'meta'"}
 
 
-def _group_norms(w: Tensor) -> Tensor:
-    """Return sqrt(n_g) * ||w_g||_2 for the slices along the first dimension."""
+def _group_norms(w: Tensor, dim: int = 0) -> Tensor:
+    """Return sqrt(n_g) * ||w_g||_2 for the slices along a dimension."""
+    w = w.movedim(dim, 0)
     rows = w.reshape(w.shape[0], -1)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return math.sqrt(rows.shape[1]) * norms
@@ -89,6 +91,7 @@ def _penalty(name: str, formula: str, f: Callable[[Tensor], Tensor], **options: 
         as_list=True,
         options=options,
         reference=_summed(f),
+        refuses=_NO_META,
     )
 
 
@@ -103,6 +106,7 @@ def _prox(name: str, formula: str, f: Callable[[Tensor], Tensor], **options: Any
         options=options,
         reference=_changed(f),
         written=("params",),
+        refuses=_NO_META,
     )
 
 
@@ -122,6 +126,13 @@ OPERATIONS = [
         "group * sum_g sqrt(n_g) * ||w_g||",
         lambda w: GROUP * _group_norms(w).sum(),
         strength=GROUP,
+    ),
+    _penalty(
+        "group_lasso_penalty, last dimension",
+        "the same of slices along the last dimension",
+        lambda w: GROUP * _group_norms(w, -1).sum(),
+        strength=GROUP,
+        dim=-1,
     ),
     Operation(
         name="add_penalty_grad_",
