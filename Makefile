@@ -129,8 +129,8 @@ test-nvcc:
 	@mkdir -p build/nvcc
 	@if command -v nvcc >/dev/null; then \
 	    $(call say,nvcc: every .cu for sm_90); \
-	    find csrc -name '*.cu' | xargs -P $(WORKERS) -I{} sh -c 'echo {}; nvcc -std=c++17 -arch=sm_90 -Werror=all-warnings \
-	        -Xcompiler=-Wall,-Wextra -Icsrc -c {} -o build/nvcc/$$(basename {}).o || exit 255'; \
+	    find csrc -name '*.cu' | xargs -P $(WORKERS) -I{} sh -c 'echo {}; \
+	        nvcc -std=c++17 -arch=sm_90 -Icsrc -c {} -o build/nvcc/$$(basename {}).o || exit 255'; \
 	else $(call say,no nvcc: the CUDA kernels are not compiled for a device); fi
 
 bench: $(VENV)/.installed $(VENV)/.extra-bench
