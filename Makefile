@@ -2,8 +2,8 @@
 #
 #   make demo     trains on real handwritten digits with every technique: table and plots
 #   make test     the suite, then again with the CUDA kernels on the host
-#   make test-all everything: every CPU instruction set, slow tests, three orders of CUDA threads, the
-#                 CUDA kernels compiled for a device (where nvcc is), the documents
+#   make test-all everything: CPU kernels of every instruction set, slow tests, three orders of CUDA
+#                 threads, the CUDA kernels compiled for a device (where nvcc is), the documents
 #   make bench    every benchmark, as a page and as JSON in ./bench-report   (BENCH="penalty --quick" for less)
 #   make lint     ruff, mypy --strict, clang-format, clang-tidy
 #   make docs     the documents as a site in ./build/site, their tables made anew
