@@ -59,21 +59,27 @@ _TAIL = """
 
 
 #: A record that changes nothing.
-_IDENTITY = torch.zeros(_RECORD, dtype=torch.float64)
-_IDENTITY[[0, 4, _LAM, 16, 21, 26]] = 1.0
+_IDENTITY = [float(i in (0, 4, _LAM, 16, 21, 26)) for i in range(_RECORD)]
 _IDENTITY[_PARTNER] = -1.0
-
-
 #: What top, left, hflip, vflip, and the latter times the window's last column and its last row add
 #: to a record.
-_WINDOW = torch.zeros(6, _RECORD, dtype=torch.float64)
-_WINDOW[[0, 1, 4, 5], [5, 2, 2, 5]] = 1.0
-_WINDOW[[2, 3], [0, 4]] = -2.0
+_WINDOW = [[0.0] * _RECORD for _ in range(6)]
+_WINDOW[0][5] = _WINDOW[1][2] = _WINDOW[4][2] = _WINDOW[5][5] = 1.0
+_WINDOW[2][0] = _WINDOW[3][4] = -2.0
+_TENSORS = tuple(torch.tensor(v, dtype=torch.float64) for v in (_IDENTITY, _WINDOW))
+
+
+def _constants() -> tuple[Tensor, Tensor]:
+    """Return the identity and the window; tracers and fake tensors want tensors of their own."""
+    if dispatch.eager():
+        return _TENSORS
+    identity = torch.tensor(_IDENTITY, dtype=torch.float64)
+    return identity, torch.tensor(_WINDOW, dtype=torch.float64)
 
 
 def _identity(x: Tensor) -> Tensor:
     """Return a record for each sample that changes nothing."""
-    return _IDENTITY.repeat(x.shape[0], 1)
+    return _constants()[0].repeat(x.shape[0], 1)
 
 
 class _Result(NamedTuple):
@@ -256,7 +262,8 @@ def crop_flip_normalize(
     places.append(flipped_y * (height - 1))
     # One product instead of a write to each column.
     numbers = torch.stack(places, 1).double()
-    records = torch.addmm(_IDENTITY.to(device), numbers, _WINDOW.to(device))
+    identity, window = _constants()
+    records = torch.addmm(identity.to(device), numbers, window.to(device))
     result = _Result(mean, std, out_dtype, memory_format, out)
     return _apply(x, records, (height, width), result, op, ("nearest", False, fill_mode, fill))
 
