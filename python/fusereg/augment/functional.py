@@ -77,6 +77,11 @@ def _constants() -> tuple[Tensor, Tensor]:
     return identity, torch.tensor(_WINDOW, dtype=torch.float64)
 
 
+def _has_shape(t: Tensor, *shape: int) -> bool:
+    """Return whether a tensor has this shape, whose sizes may be symbolic."""
+    return t.dim() == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True))
+
+
 def _identity(x: Tensor) -> Tensor:
     """Return a record for each sample that changes nothing."""
     return _constants()[0].repeat(x.shape[0], 1)
@@ -174,7 +179,8 @@ def warp_affine(
     if not isinstance(matrix, Tensor):
         raise TypeError(f"fusereg.{op}: matrix must be a torch.Tensor, got {type(matrix).__name__}")
     n = x.shape[0]
-    if tuple(matrix.shape) not in ((2, 3), (n, 2, 3)) or not matrix.is_floating_point():
+    shaped = _has_shape(matrix, 2, 3) or _has_shape(matrix, n, 2, 3)
+    if not (shaped and matrix.is_floating_point()):
         raise ValueError(
             f"fusereg.{op}: matrix must be a floating-point tensor of shape ({n}, 2, 3) or (2, 3), "
             f"got {matrix.dtype} of shape {tuple(matrix.shape)}"
@@ -197,7 +203,7 @@ def _for_samples(value: object, n: int, op: str, name: str, kind: str) -> Tensor
             "integers": integral and value.dtype is not torch.bool,
             "numbers": value.dtype is not torch.bool and not value.is_complex(),
         }[kind]
-        if tuple(value.shape) not in ((), (n,)) or not good:
+        if not good or not (value.dim() == 0 or _has_shape(value, n)):
             raise ValueError(
                 f"fusereg.{op}: {name} must have shape ({n},) and hold {kind}, got {value.dtype} "
                 f"of shape {tuple(value.shape)}"
@@ -322,7 +328,7 @@ def _boxes(boxes: object, n: int, op: str) -> Tensor:
     """Check boxes (N, 4) of integers."""
     if not isinstance(boxes, Tensor):
         raise TypeError(f"fusereg.{op}: boxes must be a torch.Tensor, got {type(boxes).__name__}")
-    if tuple(boxes.shape) != (n, 4) or boxes.is_floating_point() or boxes.is_complex():
+    if not _has_shape(boxes, n, 4) or boxes.is_floating_point() or boxes.is_complex():
         raise ValueError(
             f"fusereg.{op}: boxes must be integers of shape ({n}, 4), got {boxes.dtype} of shape "
             f"{tuple(boxes.shape)}"
