@@ -63,7 +63,7 @@ def sample_id_tensor(ids: object, n: int, op: str) -> Tensor:
 class AugmentParams:
     """The parameters of N samples, as :meth:`fusereg.augment.Augment.sample_params` draws them.
 
-    Coordinates are pixels (x, y); integers are pixel centres.
+    Coordinates are pixels (x, y); integers are pixel centers.
 
     Attributes:
         records: [N, 28] float64: what the kernels read (``csrc/augment/augment.h``); the color
