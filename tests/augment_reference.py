@@ -128,7 +128,7 @@ def warp(
     inside = (index_x >= 0) & (index_x < w) & (index_y >= 0) & (index_y < h)
     taps = x[:, index_y.clamp(0, h - 1), index_x.clamp(0, w - 1)]  # [C, pixels, ty, tx]
     taps = torch.where(inside, taps, fill[:, None, None, None])
-    # What has no weight does not count, not even if it is no number.
+    # What has no weight does not count, not even if it is not a number.
     taps = torch.where(weight == 0, torch.zeros_like(taps), taps)
     value = (taps * weight).sum((2, 3))
     coverage = cover_x * cover_y
