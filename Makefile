@@ -145,8 +145,7 @@ lint: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-lint
 	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run --Werror
 	@$(call say,clang-tidy)
 	@mkdir -p build && cmake -S . -B build/tidy -G Ninja -DFUSEREG_CUDA=OFF -DCMAKE_EXPORT_COMPILE_COMMANDS=ON \
-	    -DFUSEREG_ISAS=baseline -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON \
-	    -DPython_EXECUTABLE="$(VENV)/bin/python" > build/tidy.log 2>&1 || { cat build/tidy.log >&2; exit 1; }
+	    -DFUSEREG_ISAS=baseline -DPython_EXECUTABLE="$(VENV)/bin/python" > build/tidy.log 2>&1 || { cat build/tidy.log >&2; exit 1; }
 	@# Files of vector kernels speak GCC's dialect; without the flag clang would want its own omp.h.
 	@sed -n 's|^ *"file": "\(.*/csrc/.*\)",*$$|\1|p' build/tidy/compile_commands.json | sort -u \
 	    | grep -v '_kernels.cpp$$' | xargs -P $(WORKERS) -n 4 \

@@ -1,8 +1,9 @@
 """Benchmarks of fusereg's kernels: a shared harness, and one module for each technique.
 
 In the repository this package is ``bench/``; installed, it is ``fusereg.bench``, and ``fusereg
-bench`` is its command line. To add a technique, write ``bench/suites/<stem>.py``: ``PROVIDERS`` are
-the names of the ways to do the work, and ``cases(options)`` returns a list of :class:`Case`.
+bench`` is its command line. To add a technique, write ``bench/suites/<stem>.py`` with a function
+``cases(options)``, which returns a list of :class:`Case`, and ``PROVIDERS``, the names of the ways
+to do the work, if they are not those of :func:`.harness.layers.providers`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from types import ModuleType
 from . import suites as _suites
 from .harness import Case, Options, Provider, Row, Settings, Workload, run_cases
 from .harness.cases import RENAMED
+from .harness.layers import PROVIDERS as LAYER_PROVIDERS
 
 __all__ = [
     "SUITES",
@@ -59,7 +61,7 @@ def load_suite(name: str) -> ModuleType:
 
 def provider_names(suite: str) -> tuple[str, ...]:
     """Return the names of the providers that a technique's cases may have."""
-    names: tuple[str, ...] = load_suite(suite).PROVIDERS
+    names: tuple[str, ...] = getattr(load_suite(suite), "PROVIDERS", LAYER_PROVIDERS)
     return names
 
 

@@ -36,7 +36,8 @@ class Block(nn.Module):
         out = self.bn2(out)
         identity = x if self.downsample is None else self.downsample(x)
         out += identity
-        return self.relu(out)
+        y: Tensor = self.relu(out)
+        return y
 
 
 class ResNet(nn.Module):
@@ -71,7 +72,8 @@ class ResNet(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.blocks(x)
         x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
-        return self.head(self.dropout(x))
+        logits: Tensor = self.head(self.dropout(x))
+        return logits
 
 
 class Attention(nn.Module):
@@ -88,7 +90,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(n, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.out(mixed.transpose(1, 2).reshape(n, tokens, width))
+        y: Tensor = self.out(mixed.transpose(1, 2).reshape(n, tokens, width))
+        return y
 
 
 class Mlp(nn.Sequential):
@@ -114,7 +117,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop1(self.attention(self.norm1(x)))
-        return x + self.drop2(self.mlp(self.norm2(x)))
+        y: Tensor = x + self.drop2(self.mlp(self.norm2(x)))
+        return y
 
 
 class ViT(nn.Module):
@@ -151,4 +155,5 @@ class ViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.stem(x).flatten(2).transpose(1, 2) + self.position
-        return self.head(self.norm(self.layers(tokens)).mean(1))
+        logits: Tensor = self.head(self.norm(self.layers(tokens)).mean(1))
+        return logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusereg
+from fusereg.batch_norm.layers import _Fused as Fused
 
 Maker: TypeAlias = Callable[[], nn.Module]
 
@@ -234,13 +235,13 @@ Calls: TypeAlias = list[tuple[str | None, bool, float]]
 def watched_calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Record what the batch-norm kernels fuse: activation, residual or not, dropout."""
     seen: Calls = []
-    original = fusereg.functional.batch_norm
+    original = Fused._normalized
 
-    def batch_norm(*args: object, **kwargs: object) -> Tensor:
-        residual = kwargs.get("residual") is not None
-        seen.append((kwargs.get("activation"), residual, kwargs.get("dropout", 0.0)))
-        return original(*args, **kwargs)
+    def normalized(
+        layer: Any, x: Tensor, residual: Tensor | None, mask: Tensor | None, settings: Any
+    ) -> Tensor:
+        seen.append((settings.activation, residual is not None, settings.dropout))
+        return original(layer, x, residual, mask, settings)
 
-    for module in (fusereg.functional, fusereg.batch_norm.functional):  # chains and layers
-        monkeypatch.setattr(module, "batch_norm", batch_norm)
+    monkeypatch.setattr(Fused, "_normalized", normalized)
     return seen

@@ -36,7 +36,7 @@ class Provider:
     """One way to do a case's work.
 
     Attributes:
-        name: Its name in the tables, one of the suite's ``PROVIDERS``.
+        name: Its name in the tables, one of :func:`fusereg.bench.provider_names`.
         make: Prepares it and returns the call that is timed. What it raises becomes the reason in
             this provider's row.
         compiles: Whether preparing and the first call include a compilation: their time is then

@@ -148,7 +148,7 @@ class Footnotes:
 
 # --- tables ---------------------------------------------------------------------------------------
 
-WHOLE, HOST = "Whole training steps", "Host overhead, tensors of one element"
+WHOLE, HOST = "Whole training steps", "Host overhead, tensors of few elements"
 _ABOUT_WHOLE = (
     "memory: the most that torch held in two steps, weights and states included. "
     "accuracy: on test images, trained to the end. vs eager: of the step's time."
@@ -370,7 +370,7 @@ def print_overview(console: Console, rows: Sequence[Row]) -> None:
 
 _MARKDOWN_TITLES = {
     WHOLE: "Whole training steps:",
-    HOST: "Host time a tensor, in us (lists of tensors with one element):",
+    HOST: "Host time a tensor, in us (tensors of few elements):",
 }
 _ABOUT_MARKDOWN = {
     WHOLE: "A step's median time, *vs eager* as the median over interleaved rounds; below 1 is "

@@ -38,7 +38,6 @@ from ..harness.layers import (
     BOTH,
     FORWARD,
     OUT,
-    PROVIDERS,
     Data,
     Function,
     layer_case,
@@ -47,8 +46,6 @@ from ..harness.layers import (
     results,
     timed,
 )
-
-__all__ = ["PROVIDERS", "cases"]
 
 LAYERS = ("bn", "bn+relu", "bn+add+relu")
 MODULE = "nn.BatchNorm1d"

@@ -32,7 +32,6 @@ from ..harness import Case, Options, Workload
 from ..harness.layers import (
     BOTH,
     FORWARD,
-    PROVIDERS,
     Data,
     P,
     check_kept,
@@ -40,8 +39,6 @@ from ..harness.layers import (
     providers,
     timed,
 )
-
-__all__ = ["PROVIDERS", "cases"]
 
 BLOCK = 7
 

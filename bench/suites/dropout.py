@@ -36,7 +36,6 @@ from ..harness.layers import (
     BOTH,
     FORWARD,
     OUT,
-    PROVIDERS,
     Data,
     P,
     check_kept,
@@ -45,8 +44,6 @@ from ..harness.layers import (
     providers,
     timed,
 )
-
-__all__ = ["PROVIDERS", "cases"]
 
 # Elements moved for each element of the input.
 MOVED = {FORWARD: 2, OUT: 2, BOTH: 4}

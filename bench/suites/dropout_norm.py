@@ -30,7 +30,6 @@ from ..harness import Accuracy, Call, Case, Options, Workload
 from ..harness.layers import (
     BOTH,
     FORWARD,
-    PROVIDERS,
     Data,
     P,
     is_keep_rate,
@@ -40,8 +39,6 @@ from ..harness.layers import (
     results,
     timed,
 )
-
-__all__ = ["PROVIDERS", "cases"]
 
 EPS = 1e-5
 

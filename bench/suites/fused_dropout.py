@@ -35,7 +35,6 @@ from ..harness import Accuracy, Call, Case, Options, Workload
 from ..harness.layers import (
     BOTH,
     FORWARD,
-    PROVIDERS,
     Data,
     Function,
     P,
@@ -45,8 +44,6 @@ from ..harness.layers import (
     results,
     timed,
 )
-
-__all__ = ["PROVIDERS", "cases"]
 
 COLUMNS = 1024
 

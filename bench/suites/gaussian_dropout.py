@@ -29,15 +29,12 @@ from ..harness import Accuracy, Call, Case, Options, Workload
 from ..harness.layers import (
     BOTH,
     FORWARD,
-    PROVIDERS,
     P,
     layer_case,
     providers,
     results,
     timed,
 )
-
-__all__ = ["PROVIDERS", "cases"]
 
 STRENGTH = math.sqrt(P / (1 - P))
 

@@ -22,8 +22,9 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(FUSEREG_CUDA_ON_HOST)
 #include "core/ceil_div.h"
+
+#if defined(FUSEREG_CUDA_ON_HOST)
 #include "cuda_on_host.h"
 #else
 #include <cuda_runtime.h>

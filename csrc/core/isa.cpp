@@ -81,7 +81,8 @@ Isa current_isa() {
 }
 
 void set_isa(const std::string& name) {
-  g_isa.store(static_cast<int>(parse(name, "fusereg.cpu.set_instruction_set")), std::memory_order_relaxed);
+  g_isa.store(static_cast<int>(parse(name, "fusereg.cpu.set_instruction_set")),
+              std::memory_order_relaxed);
 }
 
 }  // namespace fusereg

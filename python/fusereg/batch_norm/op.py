@@ -301,7 +301,9 @@ def normalize(call: Call, out: Tensor | None = None) -> Tensor:
                 or (bias is not None and bias.requires_grad)
                 or (residual is not None and residual.requires_grad)
             ):
-                y: Tensor = batch_norm.apply(*call.inputs, *call.constants, True, call)
+                y: Tensor = batch_norm.apply(
+                    *call.inputs[:-1], (call.inputs[-1], *call.constants, True, call)
+                )
                 return y
             return kernels.forward(call)
     y, moments = _traced(call)

@@ -55,37 +55,7 @@ def is_dropout(layer: nn.Module) -> bool:
     return type(layer) in _DROPOUTS
 
 
-def batch_norm(
-    layer: Any,
-    x: Tensor,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    slope: float = 0.01,
-    dropout: float = 0.0,
-) -> Tensor:
-    """Call a batch norm of fusereg with what follows it, in one kernel."""
-    if isinstance(layer, fused_nn.SyncBatchNorm):
-        return layer.with_epilogue(x, residual, None, activation, slope, dropout)
-    layer._check_input_dim(x)
-    return F.batch_norm(
-        x,
-        layer.running_mean,
-        layer.running_var,
-        layer.weight,
-        layer.bias,
-        layer.training,
-        layer.momentum,
-        layer.eps,
-        activation=activation,
-        residual=residual,
-        dropout=dropout,
-        negative_slope=slope,
-        num_batches_tracked=layer.num_batches_tracked,
-        update_stats=layer.update_stats,
-    )
-
-
-#: Layers that :func:`batch_norm` can call.
+#: Layers that can begin a chain.
 NORMS = (
     *(fused_nn.BatchNorm1d, fused_nn.BatchNorm2d, fused_nn.BatchNorm3d),
     fused_nn.SyncBatchNorm,
@@ -167,7 +137,7 @@ def chain(x: Tensor, residual: Any, norm: Any, *followers: Any) -> Tensor:
                     break
                 activation, slope = found
             done += 1
-        y = batch_norm(norm, x, added, activation, slope, dropout)
+        y = norm.with_epilogue(x, added, None, activation, slope, dropout)
     for follower in followers[done:]:
         if follower is ADD:
             y = y + residual

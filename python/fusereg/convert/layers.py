@@ -173,7 +173,8 @@ def _batch_norm_act_forward(written: Callable[..., Tensor]) -> Callable[..., Any
             found = (None, 0.01) if type(act) is nn.Identity else _chain.activation_of(act)
             if found is not None:
                 activation, slope = found
-                return _chain.batch_norm(self, x, None, activation, slope)
+                y: Tensor = self.with_epilogue(x, None, None, activation, slope, 0.0)
+                return y
         return written(self, x)
 
     return forward

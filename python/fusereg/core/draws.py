@@ -95,7 +95,7 @@ def dropout(
     ):
         state = random.new_state(x)
         if torch.is_grad_enabled() and (x.requires_grad or dispatch.forward_mode()):
-            return mask.apply(x, state, p, alpha, rows, 0, op)  # type: ignore[no-any-return]
+            return mask.apply(x, (state, p, alpha, rows, 0, op))  # type: ignore[no-any-return]
         return mask.kernel(x, state, p, alpha, rows, 0, op)  # type: ignore[no-any-return]
 
     checks.check_probability(p, op)

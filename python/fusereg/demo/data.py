@@ -63,8 +63,13 @@ class DataSet:
 
     def to(self, device: torch.device) -> DataSet:
         """Return the same data on another device."""
-        tensors = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **tensors)
+        return replace(
+            self,
+            train_images=self.train_images.to(device),
+            train_labels=self.train_labels.to(device),
+            test_images=self.test_images.to(device),
+            test_labels=self.test_labels.to(device),
+        )
 
 
 def _data_set(source: str, train: tuple[Bytes, Bytes], test: tuple[Bytes, Bytes]) -> DataSet:
@@ -72,7 +77,8 @@ def _data_set(source: str, train: tuple[Bytes, Bytes], test: tuple[Bytes, Bytes]
         rows = images.reshape(len(images), -1).astype(np.float32) / np.float32(255.0)
         return torch.from_numpy(rows), torch.from_numpy(labels.astype(np.int64))
 
-    return DataSet(source, *train[0].shape[1:], *tensors(*train), *tensors(*test))
+    height, width = train[0].shape[1:]
+    return DataSet(source, height, width, *tensors(*train), *tensors(*test))
 
 
 def stratified_split(labels: Bytes, test_share: float) -> tuple[Indices, Indices]:

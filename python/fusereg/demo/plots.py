@@ -71,7 +71,7 @@ def _loss_title(results: Sequence[Result]) -> str:
 
 def loss_curves(results: Sequence[Result]) -> Figure:
     """Plot cross-entropy after each epoch on training and test images, a panel per technique."""
-    subtitle = "Cross-entropy without the penalty's own term."
+    subtitle = "Mean cross-entropy without the penalty's own term."
     if any(r.technique.same_steps and r.plain for r in results):
         subtitle += " Plain PyTorch has the same initial weights and batches."
     if any(r.fused.restored is not None for r in results):
@@ -126,7 +126,7 @@ def loss_curves(results: Sequence[Result]) -> Figure:
     tests = [epoch.test_loss for r in _converged(results) for epoch in r.fused.epochs]
     low = max(low, min(tests, default=low) / 4)
     axes.set_ylim(low, high)
-    figure.supylabel("mean cross-entropy (log scale)", size=10)
+    figure.supylabel("cross-entropy (log)", size=10)
     handles = {}
     for axes in panels[: len(results)]:
         handles.update({line.get_label(): line for line in axes.get_lines()})
@@ -208,7 +208,7 @@ def weight_histograms(results: Sequence[Result]) -> Figure:
     panels = _panels(figure, shown, "weight (outermost bars: all beyond)")
     # The few largest weights (second layer) would squeeze all others into two bars.
     reach = max((float(np.quantile(np.abs(v), 0.998)) for v in values), default=1.0) or 1.0
-    bins = np.linspace(-reach, reach, 82)
+    bins = np.linspace(-reach, reach, 82).tolist()
     for axes, result, weights in zip(panels, shown, values, strict=False):
         color = "black" if result.technique.name == "none" else FUSED_COLOR
         nonzero = np.clip(weights[weights != 0], -reach, reach)
@@ -217,7 +217,7 @@ def weight_histograms(results: Sequence[Result]) -> Figure:
         rms = float(np.sqrt(np.mean(weights**2)))
         note = f"{100 * result.fused.zeros:.1f} % exactly 0\nRMS {rms:.3f}"
         axes.text(0.99, 0.97, note, transform=axes.transAxes, ha="right", va="top", size=8.5)
-    figure.supylabel("weights per bar (log scale)", size=10)
+    figure.supylabel("weights per bar (log)", size=10)
     return figure
 
 

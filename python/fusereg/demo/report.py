@@ -25,9 +25,9 @@ HEADER = (
     "gap\npts",
     "test\nloss",
     "zeros\n%",
-    "fusereg\nms/epoch",
-    "PyTorch\nms/epoch",
-    "loss diff.\nepoch 1",
+    "fusereg\nms per\nepoch",
+    "PyTorch\nms per\nepoch",
+    "loss\ndiff.",  # in the first epoch
 )
 # Two ways of computing the same step round differently, by some 1e-7 in the loss. Training
 # amplifies that from step to step: plain PyTorch against itself, the last bit of each initial
@@ -55,7 +55,7 @@ def row(result: Result) -> list[str]:
 
 def table(results: Sequence[Result]) -> Table:
     """Return the table that the demo prints."""
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     for index, title in enumerate(HEADER):
         made.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
     for result in results:

@@ -174,7 +174,7 @@ def run_demo(settings: Settings) -> int:
         described = {
             **asdict(settings),
             "out": str(settings.out),
-            "data": settings.data and [str(path) for path in settings.data],
+            "data": [str(path) for path in settings.data] if settings.data else None,
             "device": str(device),
             "batch": BATCH,
             "learning_rate": LEARNING_RATE,

@@ -9,6 +9,7 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 # Okabe, Ito 2008, told apart with any color vision; without its yellow, too pale on white.
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
@@ -38,12 +39,11 @@ def new_figure(
         at = (0.15 / width, 1 - top / height)
         figure.text(*at, text, size=size, color=color, weight=weight, va="top", in_layout=False)
         top += 0.06 + (text.count("\n") + 1) * size * 1.2 / 72
-    if layout is not None:
-        engine = figure.get_layout_engine()
-        assert engine is not None
+    engine = figure.get_layout_engine()
+    if isinstance(engine, ConstrainedLayoutEngine):
         edge = 0.12  # inches left free
-        size = (1 - 2 * edge / width, 1 - (top + 0.05 + edge) / height)
-        engine.set(rect=(edge / width, edge / height, *size))
+        inner = (1 - 2 * edge / width, 1 - (top + 0.05 + edge) / height)
+        engine.set(rect=(edge / width, edge / height, inner[0], inner[1]))
     return figure
 
 

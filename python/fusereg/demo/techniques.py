@@ -117,8 +117,8 @@ class Penalty(Method):
     """fusereg.WeightPenalty: value and gradient of every weight in one pass."""
 
     def prepare(self) -> None:
-        strengths = {name: self.settings[name] for name in ("l1", "l2") if name in self.settings}
-        self.penalty = fusereg.WeightPenalty(self.model, **strengths)
+        l1, l2 = self.settings.get("l1", 0.0), self.settings.get("l2", 0.0)
+        self.penalty = fusereg.WeightPenalty(self.model, l1=l1, l2=l2)
 
     def after_backward(self) -> Tensor | None:
         return self.penalty.add_grad_()

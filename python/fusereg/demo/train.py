@@ -118,6 +118,11 @@ def _start(provider: str, method: Method, data: DataSet, seed: int) -> Run:
     return Run(provider, method.model, method, method.optimizer())
 
 
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _train_epoch(run: Run, data: DataSet, order: Tensor) -> float:
     """Make one pass over the training images in this order; return its wall time in seconds."""
     device = data.train_images.device
@@ -125,8 +130,7 @@ def _train_epoch(run: Run, data: DataSet, order: Tensor) -> float:
     losses = torch.zeros(len(batches), device=device)
     run.model.train()
     method, optimizer, model = run.method, run.optimizer, run.model
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
+    _synchronize(device)
     started = time.perf_counter()
     for step, batch in enumerate(batches):
         optimizer.zero_grad()
@@ -141,7 +145,7 @@ def _train_epoch(run: Run, data: DataSet, order: Tensor) -> float:
         method.after_step()
         # Kept on the device: reading a number here would make every step wait for it.
         losses[step] = loss.detach() if value is None else loss.detach() + value
-    synchronize()
+    _synchronize(device)
     run.step_losses.append(losses)
     return time.perf_counter() - started
 

@@ -45,40 +45,28 @@ _LIMITS = {
 }
 
 
+def _counted(name: str) -> Any:
+    """Return a method of ``defaultdict`` that also counts a change."""
+    method = getattr(defaultdict, name)
+
+    def counted(self: _WatchedStates, *args: Any, **kwargs: Any) -> Any:
+        self.version += 1
+        return method(self, *args, **kwargs)
+
+    return counted
+
+
 class _WatchedStates(defaultdict[Any, Any]):
     """torch's ``defaultdict(dict)`` of states with a version that counts changes of entries."""
 
-    def __init__(self, *args: Any) -> None:
-        self.version = 0
-        super().__init__(*args)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.version += 1
-        super().__setitem__(key, value)
-
-    def __delitem__(self, key: Any) -> None:
-        self.version += 1
-        super().__delitem__(key)
-
-    def clear(self) -> None:
-        self.version += 1
-        super().clear()
-
-    def pop(self, *args: Any) -> Any:
-        self.version += 1
-        return super().pop(*args)
-
-    def popitem(self) -> Any:
-        self.version += 1
-        return super().popitem()
-
-    def setdefault(self, *args: Any) -> Any:
-        self.version += 1
-        return super().setdefault(*args)
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        self.version += 1
-        super().update(*args, **kwargs)
+    version = 0
+    __setitem__ = _counted("__setitem__")
+    __delitem__ = _counted("__delitem__")
+    clear = _counted("clear")
+    pop = _counted("pop")
+    popitem = _counted("popitem")
+    setdefault = _counted("setdefault")
+    update = _counted("update")
 
 
 class _Plan:

@@ -238,5 +238,8 @@ def add_grads_(tensors: list[Tensor], scale: Tensor | float | None, s: Strengths
 
 def prox_(tensors: list[Tensor], s: Strengths) -> None:
     """Apply the proximal operator of R in place, through the operator."""
-    with torch.no_grad():
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        with torch.no_grad():  # only where it is needed: exported graphs have a part of its own
+            prox_(tensors, s)
+    else:
         _prox.overload(tensors, *s.arguments())
