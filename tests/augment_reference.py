@@ -61,8 +61,10 @@ def bicubic(t: Tensor, a: float) -> Tensor:
 def axis_taps(
     v: Tensor, size: int, interpolation: str, antialias: bool, extent: float, fill_mode: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices and weights [pixels, taps] along one axis, and the share of the output pixel's extent
-    (in input pixels) that lies within the image; all of it, where no antialiasing is asked for."""
+    """Return indices and weights [pixels, taps] along one axis, and the share within the image.
+
+    The share is that of the output pixel's extent (in input pixels); 1 without antialiasing.
+    """
     one = torch.ones_like(v)
     if interpolation == "nearest":
         return (v + 0.5).floor().long()[:, None], one[:, None], one

@@ -218,7 +218,7 @@ def test_many_channels_and_long_lines(backend: Backend) -> None:
 @pytest.mark.parametrize("ratio", [0.0, 1e1, 1e3, 1e5])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_far_from_zero(ratio: float, channels_last: bool, backend: Backend) -> None:
-    """mean / std up to 1e5: the deviation is as exact as x itself allows."""
+    """Mean / std up to 1e5: the deviation is as exact as x itself allows."""
     shape = (4, 3, 9, 11) if backend.on_host else (16, 3, 33, 35)
     case = make(shape, torch.float32, backend, channels_last)
     case = case._replace(x=(case.x * 0.3 + 0.3 * ratio).to(torch.float32))

@@ -35,7 +35,7 @@ def scaled(x: Tensor, p: float) -> Tensor:
 
 
 def assert_dropped(y: Tensor, x: Tensor, mask: Tensor, p: float) -> None:
-    """y is x scaled where the mask says so and +0.0 elsewhere, bit for bit."""
+    """Y is x scaled where the mask says so and +0.0 elsewhere, bit for bit."""
     wanted = torch.where(mask.to(x.device), scaled(x, p), torch.zeros_like(x))
     assert y.dtype is x.dtype
     assert torch.equal(y, wanted)

@@ -481,7 +481,7 @@ def test_the_stub_has_the_modules_argument_names_in_their_order() -> None:
 
 
 def public_modules() -> list[str]:
-    """fusereg and its modules whose names have no underscore and that say what they export."""
+    """Fusereg and its modules whose names have no underscore and that say what they export."""
     names = ["fusereg"]
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts

@@ -39,9 +39,11 @@ EXIT_INTERRUPTED = 130  # what shells report for a program that SIGINT ended
 class Command(Protocol):
     """A command's module."""
 
-    def add_parser(self, subparsers: argparse._SubParsersAction[Any]) -> object: ...
+    def add_parser(self, subparsers: argparse._SubParsersAction[Any]) -> object:
+        """Add the command and its arguments."""
 
-    def run(self, args: argparse.Namespace) -> int: ...
+    def run(self, args: argparse.Namespace) -> int:
+        """Run the command and return its exit code."""
 
 
 def _command(name: str) -> Command:

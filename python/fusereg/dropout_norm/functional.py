@@ -130,6 +130,7 @@ def dropout_add_layer_norm(
     {dropout_arguments}
 
     {notes}
+
     Example:
         >>> y = F.dropout_add_layer_norm(attention(x), x, norm.weight, norm.bias, 0.1)
     """
@@ -218,6 +219,7 @@ def dropout_add_rms_norm(
     {dropout_arguments}
 
     {notes}
+
     Example:
         >>> y, s = F.dropout_add_rms_norm(mlp(y), s, norm.weight, 0.1, return_sum=True)
     """
