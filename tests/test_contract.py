@@ -372,7 +372,7 @@ def test_the_operators_give_the_eager_bits(operation: Operation) -> None:
         assert recorder.calls
 
 
-@named(TRACEABLE)
+@named(TRACEABLE, slow_variants=True)
 def test_compiled_is_eager(operation: Operation) -> None:
     torch._dynamo.reset()
     options = {"index_offset": 3} if operation.takes("index_offset") else {}
@@ -422,7 +422,7 @@ class AsModule(nn.Module):
         return self.operation(*tensors)
 
 
-@named(TRACEABLE)
+@named(TRACEABLE, slow_variants=True)
 def test_export(operation: Operation) -> None:
     program = torch.export.export(AsModule(operation), tuple(sample(operation)))
     assert "fusereg." in str(program)
