@@ -13,7 +13,7 @@ from ..core import checks, dispatch, random
 from ..core.random import Source
 from . import inplace as in_place
 from . import kernels, op
-from .kernels import COMPUTE, FIXED, Call, Constants, Inputs
+from .kernels import COMPUTE, FIXED, Call, Inputs, constants_of
 
 __all__ = ["batch_norm"]
 
@@ -195,9 +195,12 @@ def prepared(
     x, residual, mask, weight, bias, _, mean, var, seed = inputs
     training, momentum, eps = settings.training, settings.momentum, settings.eps
     use_batch = training or mean is None or var is None
-    direct = dispatch.direct(x, residual, weight, bias)
-    if not (direct and _C.batch_norm_fits(x, mean, var, weight, bias)):
+    # Tensors that fit are plain ones with memory; the gate need not look at them again.
+    if dispatch.eager() and _C.batch_norm_fits(x, mean, var, weight, bias):
+        direct = residual is None or dispatch.direct(residual)
+    else:
         _check_tensors(inputs, settings, name)
+        direct = dispatch.direct(x, residual, weight, bias)
     if use_batch:
         if momentum is not None and not 0.0 <= momentum <= 1.0:
             raise ValueError(
@@ -237,6 +240,7 @@ def prepared(
             p = float(settings.dropout)
             draw = random.eager_state if direct else random.traced_state
             seed = draw(x.device, source or Source(), name)
+    statistics = COMPUTE if use_batch else FIXED
     updated = use_batch and training and settings.update_stats
     if not updated:
         batches = None
@@ -246,9 +250,7 @@ def prepared(
         inputs = Inputs(x, residual, mask, weight, bias, None, mean, var, seed)
     return Call(
         inputs,
-        Constants(
-            COMPUTE if use_batch else FIXED, eps, group, activation, settings.negative_slope, p
-        ),
+        constants_of((statistics, eps, group, activation, settings.negative_slope, p, 0)),
         name,
         batches,
         -1.0 if momentum is None else momentum,
