@@ -50,8 +50,8 @@ _NOTES = """
     forward mode the steps run one by one, with the same mask.
 
     Raises:
-        TypeError: an argument is no tensor, ``p`` or ``eps`` no number, ``seed`` no integer or
-            tensor.
+        TypeError: an argument is not a tensor, ``p`` or ``eps`` not a number, ``seed`` not an
+            integer or tensor.
         ValueError: ``p`` is outside [0, 1], ``eps`` negative; shapes, dtypes or devices do not
             fit; ``x`` is of an integer, complex or other dtype, sparse or nested.
 """
