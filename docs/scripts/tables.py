@@ -66,7 +66,7 @@ def load(folder: Path = RESULTS) -> list[Row]:
                 "machine": data["machine"],
                 "interrupted": data["interrupted"],
             }
-            key = _hardware(data["machine"], row["device"]), *_case(entry)
+            key = hardware_text(data["machine"], row["device"]), *_case(entry)
             found.setdefault(key, []).append(entry)
         cases.update(found)
     return [row for rows in cases.values() for row in rows]
@@ -76,7 +76,8 @@ def _case(row: Row) -> tuple[Any, ...]:
     return tuple(row[k] for k in ("suite", "op", "mode", "shape", "dtype", "device", "host"))
 
 
-def _hardware(machine: dict[str, Any], device: str) -> str:
+def hardware_text(machine: dict[str, Any], device: str) -> str:
+    """Return the device on which a row was measured."""
     if device != "cpu" and machine.get("gpu"):
         gpu = machine["gpu"]
         return str(gpu.get("name", gpu) if isinstance(gpu, dict) else gpu)
@@ -136,8 +137,8 @@ def table(request: str, rows: Sequence[Row]) -> str:
         raise ValueError(f"no measured row fits: {request}")
     make = {"ranges": _ranges, "training": _training}.get(options.get("view", ""), _cases)
     parts = []
-    for hardware in dict.fromkeys(_hardware(r["machine"], r["device"]) for r in kept):
-        own = [r for r in kept if _hardware(r["machine"], r["device"]) == hardware]
+    for hardware in dict.fromkeys(hardware_text(r["machine"], r["device"]) for r in kept):
+        own = [r for r in kept if hardware_text(r["machine"], r["device"]) == hardware]
         parts.append("\n".join(make(own)) + f"\n\n{_origin(hardware, own)}\n")
     return "\n" + "\n".join(parts) + "\n"
 
