@@ -404,3 +404,10 @@ def test_errors_are_named_and_write_nothing(
         F.batch_norm(**arguments)
     assert torch.equal(arguments["running_mean"], torch.zeros(3))
     assert torch.equal(arguments["running_var"].float(), torch.ones(3))
+
+
+def test_a_layer_blames_x_for_its_channels() -> None:
+    kinds = ("BatchNorm1d", "GhostBatchNorm", "BatchRenorm", "FrozenBatchNorm", "SyncBatchNorm")
+    for kind in kinds:
+        with pytest.raises(ValueError, match="x has 4 channels, this layer 8"):
+            getattr(fusereg.nn, kind)(8)(torch.randn(2, 4, 3))
