@@ -27,7 +27,7 @@ from .. import _C
 from . import checks, dispatch, distributed, random
 from .random import Source
 
-_library = dispatch.library
+_library = torch.library.Library("fusereg", "DEF")
 
 Kernel = Callable[..., Any]
 
