@@ -218,6 +218,7 @@ augment = operator.Operator(
     save=_save,
     gradient=_gradient,
     tangent=_tangent,
+    linear=True,
 )
 augment_backward = operator.Operator(
     f"augment_backward(Tensor grad, Tensor? x, Tensor records, {_CONSTANTS}) -> Tensor",
@@ -226,6 +227,7 @@ augment_backward = operator.Operator(
     save=_save_backward,
     gradient=_second_gradient,
     tangent=_tangent_of_gradient,
+    linear=True,
 )
 
 

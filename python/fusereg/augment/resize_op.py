@@ -95,4 +95,5 @@ resize = operator.Operator(
     save=_save,
     gradient=_gradient,
     tangent=_tangent,
+    linear=True,
 )

@@ -114,6 +114,12 @@ def forward_mode() -> bool:
     return _forward_ad._current_level >= 0
 
 
+def nested_jvp() -> bool:
+    """Return whether a torch.func.jvp is active inside another."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
+
+
 _F = TypeVar("_F", bound=Callable[..., object])
 
 

@@ -128,6 +128,7 @@ class Operator:
         tangent: ``tangent(ctx, *tangents of the arguments)``: that of the result, in forward mode.
         row_major: torch.func transforms make the first argument contiguous, for operations whose
             result depends on the order of elements in memory.
+        linear: whether the tangent does not depend on the tensors.
 
     Raises:
         RuntimeError: by torch, for a schema that it cannot read.
@@ -143,7 +144,9 @@ class Operator:
         gradient: Callable[..., tuple[Any, ...]] | None = None,
         tangent: Callable[..., Any] | None = None,
         row_major: bool = False,
+        linear: bool = False,
     ) -> None:
+        self.linear = linear
         self.name = schema[: schema.index("(")]
         self.kernel = kernel
         _library.define(schema)
@@ -175,6 +178,7 @@ class Operator:
         def library_fake(*args: Any) -> Any:
             return filled(fake(*args), args[0])
 
+        self._transform: Any = None
         for key in ("CPU", "CUDA"):
             _library.impl(self.name, library_kernel, key)
         torch.library.register_fake(f"fusereg::{self.name}", library_fake, lib=_library)
@@ -215,7 +219,7 @@ class Operator:
     def traced(self, *args: Any) -> Any:
         """Compute it under a compiler, mode or transform, and for subclasses."""
         args = self._with_state(args[: self._count])
-        if dispatch.functorch():
+        if dispatch.functorch() and self._transform is not None:
             return self._transform.apply(*self._flat(args))
         return self.overload(*args)
 
@@ -332,6 +336,12 @@ def _functions(
     def jvp(ctx: Any, *tangents: Any) -> Any:
         if tangent is None:
             raise NotImplementedError(f"fusereg.{op.name} has no derivative in forward mode")
+        if dispatch.nested_jvp() and not op.linear:
+            # What was kept has lost the tangents of the outer transform.
+            raise NotImplementedError(
+                f"fusereg.{op.name} has no second derivative by forward mode over forward mode; "
+                "use jacfwd(jacrev(f)), as torch.func.hessian does"
+            )
         return tangent(ctx, *(op._folded(tangents, ctx.length) if with_list else tangents))
 
     def transform_forward(*args: Any) -> Any:
@@ -468,6 +478,7 @@ class DrawnOperator(Operator):
             gradient=gradient,
             tangent=lambda *args: gradient(*args)[0],
             row_major=True,
+            linear=True,
         )
         self.backward = Operator(
             f"{name}_backward(Tensor grad, Tensor seed, {constants}, SymInt[] stride) -> Tensor",
@@ -477,6 +488,7 @@ class DrawnOperator(Operator):
             gradient=gradient_of_gradient,
             tangent=lambda *args: gradient_of_gradient(*args)[0],
             row_major=True,
+            linear=True,
         )
 
     def draw(

@@ -80,6 +80,7 @@ drop = Operator(
     gradient=_gradient,
     tangent=lambda ctx, tangent, *_: (_gradient(ctx, tangent)[0], None),
     row_major=True,
+    linear=True,
 )
 _drop_backward = Operator(
     f"drop_block2d_backward(Tensor grad, Tensor kept, {_CONSTANTS}) -> Tensor",
@@ -89,6 +90,7 @@ _drop_backward = Operator(
     gradient=_gradient,
     tangent=lambda ctx, tangent, *_: _gradient(ctx, tangent)[0],
     row_major=True,
+    linear=True,
 )
 
 

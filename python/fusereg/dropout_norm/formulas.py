@@ -13,7 +13,6 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional as torch_functional
 
 from ..core import draws
 from ..core.draws import Kind
@@ -95,15 +94,14 @@ def unfused(
     """Return y and the sum, step by step with the same mask, in the kernels' dtype."""
     compute = compute_dtype(x.dtype)
 
-    def wide(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(compute)
-
     s = draws.dropout(x.to(compute).contiguous(), p, True, False, *source, index_offset, Kind(op))
     if residual is not None:
         s = residual.to(compute) + s
-    with torch.autocast(x.device.type, enabled=False):
-        if rms:
-            y = torch_functional.rms_norm(s, s.shape[-1:], wide(weight), eps)
-        else:
-            y = torch_functional.layer_norm(s, s.shape[-1:], wide(weight), wide(bias), eps)
+    # Not torch's layer_norm: as of 2.13, its derivative in forward mode has a wrong gradient.
+    centered = s if rms else s - s.mean(-1, keepdim=True)
+    y = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.to(compute)
+    if bias is not None:
+        y = y + bias.to(compute)
     return y.to(x.dtype), s.to((x if residual is None else residual).dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnF
 
-from ..core import checks, dispatch, random
+from ..core import checks, dispatch, draws, random
 from ..core.random import Source
 from . import op as ops
 from .op import ACTIVATIONS, wide_dtype
@@ -219,10 +219,14 @@ def activate(
 
     draw = (float(p), activation, index_offset)
     if not dispatch.direct(x):
-        if p == 0:
-            y = _FORMULAS[activation](x.to(wide_dtype(x.dtype))).to(x.dtype)
+        state = random.traced_state(x, source, op) if p else None
+        if p == 0 or dispatch.nested_jvp():
+            y = _FORMULAS[activation](x.to(wide_dtype(x.dtype)))
+            if p:
+                y = draws.mask.traced(y, state, float(p), False, 0, index_offset)
+            y = y.to(x.dtype)
         else:
-            y = ops.activate.traced(x, random.traced_state(x, source, op), *draw)
+            y = ops.activate.traced(x, state, *draw)
         return y if target is None else target.copy_(y)
     checks.check_index_offset(index_offset, op)
     state = random.eager_state(x, source, op) if p else (0, 0)

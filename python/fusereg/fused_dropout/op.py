@@ -160,6 +160,11 @@ def _save_bias_backward(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
     keep_state(ctx)
 
 
+def _bias_tangent(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _bias_backward(grad, *kept(ctx), *ctx.constants)
+    return result
+
+
 def _bias_gradient(ctx: Any, grad_x: Tensor, grad_bias: Tensor) -> tuple[Tensor]:
     (seed,) = kept(ctx)
     p, index_offset, *rest = ctx.constants
@@ -174,6 +179,7 @@ add = Operator(
     save=_save_add,
     gradient=_add_gradient,
     tangent=_add_tangent,
+    linear=True,
     row_major=True,
 )
 _bias_backward = Operator(
@@ -186,6 +192,8 @@ _bias_backward = Operator(
     ),
     save=_save_bias_backward,
     gradient=_bias_gradient,
+    tangent=_bias_tangent,
+    linear=True,
     row_major=True,
 )
 
@@ -258,10 +266,28 @@ def _activate_second_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
     grad_grad = _activate_backward(grad, saved, seed, *ctx.constants)
     if activation == "relu":
         return grad_grad, None
-    wide = wide_dtype(saved.dtype)
-    product = grad.to(wide) * before.to(wide) * _curvature(saved.to(wide), activation)
-    share = product.to(saved.dtype)
+    share = _curved(grad, before, saved, activation)
     return grad_grad, _dropped(share, seed, p, 0, index_offset, stride, *op)
+
+
+def _activate_backward_tangent(
+    ctx: Any, grad: Tensor | None, saved_tangent: Tensor | None, *_: None
+) -> Tensor:
+    before, saved, seed = kept(ctx)
+    p, activation, index_offset, stride, *op = ctx.constants
+    result = torch.zeros_like(before)
+    if grad is not None:
+        result = _activate_backward(grad, saved, seed, *ctx.constants)
+    if saved_tangent is not None and activation != "relu":
+        share = _curved(saved_tangent, before, saved, activation)
+        result = result + _dropped(share, seed, p, 0, index_offset, stride, *op)
+    return result
+
+
+def _curved(a: Tensor, b: Tensor, x: Tensor, activation: str) -> Tensor:
+    """Return a b f''(x), rounded once."""
+    wide = wide_dtype(x.dtype)
+    return (a.to(wide) * b.to(wide) * _curvature(x.to(wide), activation)).to(x.dtype)
 
 
 def _curvature(x: Tensor, activation: str) -> Tensor:
@@ -296,5 +322,6 @@ _activate_backward = Operator(
     fake=lambda grad, *rest: grad.new_empty_strided(grad.shape, rest[-1]),
     save=_save_activate_backward,
     gradient=_activate_second_gradient,
+    tangent=_activate_backward_tangent,
     row_major=True,
 )
