@@ -219,7 +219,7 @@ def test_an_interrupt_of_a_command_is_one_line() -> None:
 def test_json_without_a_file_is_printed(
     target: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusereg.cli.checks._places.CHECKS", [])
+    monkeypatch.setattr("fusereg.cli.checks._places.OPERATIONS", [])
     assert main(["info", *target]) == 0
     assert json.loads(capsys.readouterr().out)["kernels"] == []
 
@@ -227,7 +227,7 @@ def test_json_without_a_file_is_printed(
 def test_json_in_a_file_leaves_the_tables(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusereg.cli.checks._places.CHECKS", [])
+    monkeypatch.setattr("fusereg.cli.checks._places.OPERATIONS", [])
     target = tmp_path / "info.json"
     assert main(["info", "--json", str(target)]) == 0
     assert json.loads(target.read_text())["ok"] is True

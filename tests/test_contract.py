@@ -123,11 +123,12 @@ def test_in_place(operation: Operation, backend: Backend) -> None:
     """The result is the argument; values and gradients are those of a call that is not in place."""
 
     def call(x: Tensor, *rest: Tensor) -> Tensor:
-        y: Tensor = x * 1
-        version = y._version
-        assert operation(y, *rest, inplace=True) is y
-        assert y._version > version
-        return y
+        changed: Tensor = x * 1
+        version = changed._version
+        result: Tensor = operation(changed, *rest, inplace=True)
+        assert result is changed
+        assert result._version > version
+        return result
 
     refused = operation.refuses.get("in place")
     if refused is not None:
