@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from fusereg.bench.models import ResNet  # a residual network of torch's layers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fusereg
+from fusereg.bench.models import ResNet  # a residual network of torch's layers
 from fusereg.demo.data import first_of_each, load_bundled
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from fusereg.bench.models import ViT  # a vision transformer of torch's layers
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import fusereg
+from fusereg.bench.models import ViT  # a vision transformer of torch's layers
 from fusereg.demo.data import first_of_each, load_bundled
 
 

@@ -19,7 +19,7 @@ import fusereg
 
 
 def with_fusereg(container: type) -> type:
-    """torchtitan's ``OptimizersContainer`` (or a class like it) that knows fusereg's optimizers."""
+    """Torchtitan's ``OptimizersContainer`` (or a class like it) that knows fusereg's optimizers."""
 
     class Optimizers(container):
         @staticmethod

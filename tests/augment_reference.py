@@ -61,8 +61,10 @@ def bicubic(t: Tensor, a: float) -> Tensor:
 def axis_taps(
     v: Tensor, size: int, interpolation: str, antialias: bool, extent: float, fill_mode: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices and weights [pixels, taps] along one axis, and the share of the output pixel's extent
-    (in input pixels) that lies within the image; all of it, where no antialiasing is asked for."""
+    """Return indices and weights [pixels, taps] along one axis, and the share within the image.
+
+    The share is that of the output pixel's extent (in input pixels); 1 without antialiasing.
+    """
     one = torch.ones_like(v)
     if interpolation == "nearest":
         return (v + 0.5).floor().long()[:, None], one[:, None], one
@@ -126,7 +128,7 @@ def warp(
     inside = (index_x >= 0) & (index_x < w) & (index_y >= 0) & (index_y < h)
     taps = x[:, index_y.clamp(0, h - 1), index_x.clamp(0, w - 1)]  # [C, pixels, ty, tx]
     taps = torch.where(inside, taps, fill[:, None, None, None])
-    # What has no weight does not count, not even if it is no number.
+    # What has no weight does not count, not even if it is not a number.
     taps = torch.where(weight == 0, torch.zeros_like(taps), taps)
     value = (taps * weight).sum((2, 3))
     coverage = cover_x * cover_y

@@ -47,9 +47,22 @@ KINDS = [
 ]
 
 
-def named(operations: list[Operation]) -> pytest.MarkDecorator:
-    """Return the decorator that runs a test for each of these operations, under its name."""
-    return pytest.mark.parametrize("operation", operations, ids=lambda operation: operation.name)
+def named(operations: list[Operation], slow_variants: bool = False) -> pytest.MarkDecorator:
+    """Return the decorator that runs a test for each of these operations, under its name.
+
+    With ``slow_variants``, all but one variant of each function are marked slow.
+    """
+    rows = [
+        pytest.param(
+            operation,
+            id=operation.name,
+            marks=[pytest.mark.slow]
+            if slow_variants and "," in operation.name and operation not in KINDS
+            else [],
+        )
+        for operation in operations
+    ]
+    return pytest.mark.parametrize("operation", rows)
 
 
 def by_name(name: str) -> Operation:

@@ -218,7 +218,7 @@ def test_many_channels_and_long_lines(backend: Backend) -> None:
 @pytest.mark.parametrize("ratio", [0.0, 1e1, 1e3, 1e5])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_far_from_zero(ratio: float, channels_last: bool, backend: Backend) -> None:
-    """mean / std up to 1e5: the deviation is as exact as x itself allows."""
+    """Mean / std up to 1e5: the deviation is as exact as x itself allows."""
     shape = (4, 3, 9, 11) if backend.on_host else (16, 3, 33, 35)
     case = make(shape, torch.float32, backend, channels_last)
     case = case._replace(x=(case.x * 0.3 + 0.3 * ratio).to(torch.float32))
@@ -404,3 +404,10 @@ def test_errors_are_named_and_write_nothing(
         F.batch_norm(**arguments)
     assert torch.equal(arguments["running_mean"], torch.zeros(3))
     assert torch.equal(arguments["running_var"].float(), torch.ones(3))
+
+
+def test_a_layer_blames_x_for_its_channels() -> None:
+    kinds = ("BatchNorm1d", "GhostBatchNorm", "BatchRenorm", "FrozenBatchNorm", "SyncBatchNorm")
+    for kind in kinds:
+        with pytest.raises(ValueError, match="x has 4 channels, this layer 8"):
+            getattr(fusereg.nn, kind)(8)(torch.randn(2, 4, 3))

@@ -59,7 +59,7 @@ def test_every_combination_of_the_epilogue(backend: Backend) -> None:
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu", "gelu"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_what_is_kept_for_backward(activation: str | None, residual: bool) -> None:
-    """x and the statistics; one bit an element for a rectifier after a residual."""
+    """X and the statistics; one bit an element for a rectifier after a residual."""
     channels, each = 8, 16 * 20 * 20
     x = torch.randn(16, channels, 20, 20, requires_grad=True)
     more = torch.randn_like(x).requires_grad_() if residual else None

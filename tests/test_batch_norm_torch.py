@@ -178,6 +178,24 @@ def test_gradient_penalty() -> None:
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_batched_gradients_are_those_of_each(activation: str, training: bool) -> None:
+    x, residual = (torch.randn(4, 3, 2, requires_grad=True) for _ in range(2))
+    weight = torch.randn(3, requires_grad=True)
+    epilogue: dict[str, Any] = {"activation": activation, "residual": residual, "dropout": 0.3}
+    y = F.batch_norm(x, torch.zeros(3), torch.ones(3), weight, None, training, seed=3, **epilogue)
+    leaves, directions = (x, weight, residual), torch.randn(5, *x.shape)
+
+    def gradients(direction: Tensor, **more: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, leaves, direction, retain_graph=True, **more)
+
+    alone = [torch.stack(g) for g in zip(*map(gradients, directions), strict=True)]
+    for found in (gradients(directions, is_grads_batched=True), torch.vmap(gradients)(directions)):
+        for one, wanted in zip(found, alone, strict=True):
+            assert torch.equal(one, wanted)
+
+
 def _checkpointed(layer: Any, x: Tensor, reentrant: bool) -> Tensor:
     """The layer under activation checkpointing, with statistics of the first pass alone."""
 

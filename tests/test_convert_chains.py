@@ -197,7 +197,7 @@ def test_shared_layers() -> None:
 
 
 def test_tensors_changed_in_place_elsewhere() -> None:
-    """x += y changes x for everybody who has it; a norm must not be read too late."""
+    """X += y changes x for everybody who has it; a norm must not be read too late."""
 
     class Mutating(nn.Module):
         def __init__(self) -> None:

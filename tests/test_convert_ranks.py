@@ -43,7 +43,7 @@ def models_of(make: Callable[[], nn.Module]) -> list[nn.Module]:
 
 @on(2)
 def synchronized_layers(ranks: Ranks) -> None:
-    """torch's SyncBatchNorm does not run on the CPU: the reference has the whole batch."""
+    """Torch's SyncBatchNorm does not run on the CPU: the reference has the whole batch."""
     plain, converted, _ = models_of(basic)
     nn.SyncBatchNorm.convert_sync_batchnorm(converted)
     fusereg.convert(converted)

@@ -231,7 +231,7 @@ def test_plain_shared_memory_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_the_dialect_is_cuda(tmp_path: Path, source: Path) -> None:
-    """nvcc accepts the same source, for a device."""
+    """Nvcc accepts the same source, for a device."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not on PATH")

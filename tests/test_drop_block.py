@@ -52,7 +52,7 @@ def spread(corners: Tensor, b: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def assert_dropped(y: Tensor, x: Tensor, mask: Tensor) -> None:
-    """y is x scaled where the mask says so and +0.0 elsewhere, bit for bit."""
+    """Y is x scaled where the mask says so and +0.0 elsewhere, bit for bit."""
     mask = mask.to(x.device)
     compute = torch.float64 if x.dtype is torch.float64 else torch.float32
     count = int(mask.sum())

@@ -35,7 +35,7 @@ def scaled(x: Tensor, p: float) -> Tensor:
 
 
 def assert_dropped(y: Tensor, x: Tensor, mask: Tensor, p: float) -> None:
-    """y is x scaled where the mask says so and +0.0 elsewhere, bit for bit."""
+    """Y is x scaled where the mask says so and +0.0 elsewhere, bit for bit."""
     wanted = torch.where(mask.to(x.device), scaled(x, p), torch.zeros_like(x))
     assert y.dtype is x.dtype
     assert torch.equal(y, wanted)
@@ -440,7 +440,7 @@ def test_keep_rate_and_independence(p: float) -> None:
     trials = masks.numel() // 128
     lanes = ((kept - trials * keep) ** 2 / (trials * keep * (1 - keep))).sum().item()
     assert lanes < chi_squared_limit(128)
-    # Pairs: neighbours, lanes of a chunk, chunks, blocks, calls.
+    # Pairs: neighbors, lanes of a chunk, chunks, blocks, calls.
     joint = torch.outer(rates, rates).flatten()
     for lag in (1, 2, 4, 7, 8, 16, 64, 128, 1024):
         pairs = 2 * masks[:, :-lag] + masks[:, lag:]

@@ -166,7 +166,7 @@ def test_the_mask_is_dropouts(backend: Backend) -> None:
 
 @pytest.mark.parametrize("ratio", [1e2, 1e4])
 def test_a_mean_far_above_the_deviation(ratio: float, backend: Backend) -> None:
-    """y is right to float32 of the sum that is returned, however large its mean."""
+    """Y is right to float32 of the sum that is returned, however large its mean."""
     for length in (768, 4099):
         x = make((4, length), torch.float32, backend)
         residual = torch.full_like(x, ratio)

@@ -1,4 +1,4 @@
-"""Dropout fused with its neighbours, on every backend: against the unfused chain in float64."""
+"""Dropout fused with its neighbors, on every backend: against the unfused chain in float64."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_kolmogorov_smirnov_and_moments() -> None:
             assert abs(error) < 5.5 * math.sqrt(variance / count)
 
 
-def test_neighbours_pairs_and_calls_are_independent() -> None:
+def test_neighbors_pairs_and_calls_are_independent() -> None:
     count = 500_000
     n, other = drawn(count, 1), drawn(count, 2)
     lags = [(n[lag:], n[:-lag]) for lag in (1, 2, 3, 4, 16)]

@@ -119,7 +119,7 @@ def test_the_callback_trains_as_the_penalty_in_the_loss(options: dict[str, Any])
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, fusereg.optim.SGD], ids=["torch", "own"])
 def test_a_grad_scaler_is_respected(optimizer: Any) -> None:
-    """torch's SGD gets unscaled gradients; fusereg's unscales them itself, inside the step."""
+    """Torch's SGD gets unscaled gradients; fusereg's unscales them itself, inside the step."""
 
     def run(in_loss: bool, *callbacks: Any) -> Regression:
         model = Regression(lambda params: optimizer(params, lr=0.1), in_loss)

@@ -297,7 +297,7 @@ def test_the_one_openmp_runtime_is_the_one_that_torch_loads(packages: str) -> No
 
 @on_linux
 @needs_openmp
-def test_set_num_threads_is_honoured_and_does_not_change_a_bit() -> None:
+def test_set_num_threads_is_honored_and_does_not_change_a_bit() -> None:
     """OpenMP keeps a team's threads for the next one, so each larger team shows as new threads."""
     code = """
         import os
@@ -481,7 +481,7 @@ def test_the_stub_has_the_modules_argument_names_in_their_order() -> None:
 
 
 def public_modules() -> list[str]:
-    """fusereg and its modules whose names have no underscore and that say what they export."""
+    """Fusereg and its modules whose names have no underscore and that say what they export."""
     names = ["fusereg"]
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts

@@ -139,7 +139,7 @@ def test_a_closure_may_answer_with_a_number_or_nothing(answer: float | None) -> 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, fusereg.optim.SGD], ids=["torch", "own"])
 @pytest.mark.parametrize("unscale_first", [False, True])
 def test_a_grad_scaler(optimizer: Any, unscale_first: bool) -> None:
-    """torch's optimizers get unscaled gradients; fusereg's undo the scale in the step."""
+    """Torch's optimizers get unscaled gradients; fusereg's undo the scale in the step."""
     wanted = network().float()
     got = copy.deepcopy(wanted)
     x = torch.randn(8, 6)

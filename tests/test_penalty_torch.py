@@ -1,6 +1,4 @@
-"""The penalties inside torch: second derivatives, torch.library, compile, export, func, autocast,
-fakes.
-"""
+"""The penalties inside torch: derivatives, torch.library, compile, export, func, autocast."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_a_list_that_another_thread_empties_is_read_as_it_was() -> None:
 
 @on_linux
 @needs_openmp
-def test_set_num_threads_is_honoured_in_threads_that_have_not_asked_torch() -> None:
+def test_set_num_threads_is_honored_in_threads_that_have_not_asked_torch() -> None:
     code = """
         import os, threading
         import torch, fusereg

@@ -158,9 +158,8 @@ LEVELS = {
     "convert": 4,
     "": 5,  # the package itself, which integrations and programs import as a user does
     "integrations": 6,
-    "demo": 6,
-    "bench": 6,
-    "cli": 7,
+    "cli": 6,
+    "demo": 7,
     "__main__": 8,
 }
 #: Modules that only import, so that every technique stays one folder.

@@ -374,7 +374,7 @@ SHARED: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "columns and rows": lambda m: (m[:, :2], m[:3]),
 }
 APART: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    "neighbouring slices": lambda m: (m.view(-1)[:15], m.view(-1)[15:]),
+    "neighboring slices": lambda m: (m.view(-1)[:15], m.view(-1)[15:]),
     "even and odd columns": lambda m: (m[:, ::2], m[:, 1::2]),
 }
 

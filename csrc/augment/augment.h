@@ -1,7 +1,7 @@
-// Data augmentation in one pass: warp, colour, normalization, erasing and mixing of a batch.
+// Data augmentation in one pass: warp, color, normalization, erasing and mixing of a batch.
 //
 //   y[i] = lam_i A(i) + (1 - lam_i) A(partner_i)  inside sample i's mix box,  A(i)  outside;
-//   A(i) = erased(normalized(coloured(warped(x[i])))) with sample i's record.
+//   A(i) = erased(normalized(colored(warped(x[i])))) with sample i's record.
 //
 // x is [N, C, H, W] and y [N, C, Ho, Wo], each contiguous or channels last by itself. x is uint8,
 // float16, bfloat16, float32 or float64; y any of them. Arithmetic is float32, or float64 if x is.
@@ -14,7 +14,7 @@
 //   10..13  mix box, likewise
 //   14      partner: an index into the batch; negative or beyond it: none
 //   15      lam
-//   16..27  colour, 3 x 4 row by row, read if `colour`: C = 3: v' = K v + t with K the first three
+//   16..27  color, 3 x 4 row by row, read if `color`: C = 3: v' = K v + t with K the first three
 //           columns; other C: v' = k v + t for each channel with k = [16], t = [19]
 //
 // Per output pixel, in this order:
@@ -23,7 +23,7 @@
 //               -1 is 1; symmetric: -1 is 0; wrap: -1 is W - 1. nearest: floor(v + 1/2). bilinear.
 //               bicubic: Keys' cubic convolution with a = -3/4. A tap of weight zero is not read:
 //               a NaN reaches only those pixels that it has a weight in.
-//   coloured    if `colour`; then clamped to [0, 255] (uint8) or [0, 1]
+//   colored    if `color`; then clamped to [0, 255] (uint8) or [0, 1]
 //   normalized  v * scale[c] + shift[c]
 //   erased      inside the erase box erase[c] (in y's units), or a standard normal (`erase_noise`):
 //               Philox under keys[i] = (seed, low half of the counter), element (c Ho + y) Wo + x
@@ -49,7 +49,7 @@
 //
 // Backward: grad_x [N, C, H, W] = the transpose of the map that forward is in x: the sum over
 // output pixels, in row-major order, own output first and then those of the samples that have it as
-// their partner in their order, of weight * gradient; erased pixels give none. With `colour` x must
+// their partner in their order, of weight * gradient; erased pixels give none. With `color` x must
 // be there: where the clamp acts there is no gradient. On the CPU one thread owns a band of a
 // sample's rows and adds in that order; on CUDA a thread owns an input pixel and walks the output
 // pixels that can reach it in the same order. Deterministic; no atomics.
@@ -87,7 +87,7 @@ struct Images {
 };
 
 struct Job {
-  Images x;       // backward: without data, if there is no `colour`
+  Images x;       // backward: without data, if there is no `color`
   Images y;       // forward: the result; backward: its gradient, in the type of the arithmetic
   Images grad_x;  // likewise
   std::int64_t n = 0;
@@ -97,7 +97,7 @@ struct Job {
   Interpolation interpolation = Interpolation::kBilinear;
   FillMode fill_mode = FillMode::kConstant;
   bool antialias = false;
-  bool colour = false;
+  bool color = false;
   bool erase_noise = false;
   double limit = 1.0;
   double fill[kMaxChannels] = {};

@@ -88,14 +88,14 @@ void make_finish(const Job& job, Finish& finish) {
   finish.limit = static_cast<float>(job.limit);
 }
 
-// Colour, clamp and normalization of kLanes pixels; f(channel, values) takes one after the other.
+// Color, clamp and normalization of kLanes pixels; f(channel, values) takes one after the other.
 template <bool kThree, class F>
 FUSEREG_INLINE void finish_channels(const Job& job, const Finish& finish, const double* record,
                                     const float* at, const F& f) {
   const double* const m = record + 16;
   const int channels = kThree ? 3 : job.c;
   auto normalized = [&](int c, Floats v) { return v * finish.scale[c] + finish.shift[c]; };
-  if (!job.colour) {
+  if (!job.color) {
     FUSEREG_UNROLL_10
     for (int c = 0; c < channels; ++c) f(c, normalized(c, load(at + c * kBlock)));
   } else if (kThree) {
@@ -312,7 +312,7 @@ Writer make_writer(const Job& job) {
     } else {
       constexpr auto kSize = static_cast<std::int64_t>(sizeof(U));
       const bool copies =
-          !job.colour && job.y.w % kLanes == 0 &&
+          !job.color && job.y.w % kLanes == 0 &&
           ((job.x.pixel == 1 && job.y.pixel == 1) ||
            (three_last(job, job.x) && (job.y.pixel == 1 || three_last(job, job.y))));
       const bool aligned = (reinterpret_cast<std::uintptr_t>(job.y.data) |
@@ -476,7 +476,7 @@ template <class T, int kGroup>
 void add_gradient(const Job& job, std::int64_t sample, std::int64_t out, bool as_partner,
                   const Rows& rows) {
   if constexpr (sizeof(T) < 8) {
-    if (!as_partner && !job.colour && !job.antialias) {
+    if (!as_partner && !job.color && !job.antialias) {
       switch (job.interpolation) {
         case Interpolation::kNearest:
           return add_blocks<T, kGroup, Interpolation::kNearest>(job, sample, rows);

@@ -404,7 +404,7 @@ FUSEREG_INLINE C clamped(C v, C limit) {
 }
 
 template <class C>
-FUSEREG_INLINE C colour_sum(const double* row, C v0, C v1, C v2) {
+FUSEREG_INLINE C color_sum(const double* row, C v0, C v1, C v2) {
   C sum = multiply(static_cast<C>(row[0]), v0);
   sum = add(sum, multiply(static_cast<C>(row[1]), v1));
   sum = add(sum, multiply(static_cast<C>(row[2]), v2));
@@ -459,12 +459,12 @@ FUSEREG_STATIC void unmixed(const Job& job, std::int64_t sample, std::int64_t co
     return;
   }
   warped<T, kGroup>(job, sample, col, row, channel, v);
-  if (job.colour) {
+  if (job.color) {
     const double* const m = record + 16;
     const auto limit = static_cast<C>(job.limit);
     if constexpr (kGroup == 3) {
       const C v0 = v[0], v1 = v[1], v2 = v[2];
-      for (int k = 0; k < 3; ++k) v[k] = clamped(colour_sum(m + 4 * k, v0, v1, v2), limit);
+      for (int k = 0; k < 3; ++k) v[k] = clamped(color_sum(m + 4 * k, v0, v1, v2), limit);
     } else {
       v[0] = clamped(add(multiply(static_cast<C>(m[0]), v[0]), static_cast<C>(m[3])), limit);
     }
@@ -570,7 +570,7 @@ FUSEREG_STATIC bool gradient_at(const Job& job, std::int64_t sample, std::int64_
     const int c = channel + k;
     g[k] = multiply(multiply(grad[c * job.y.channel], share), static_cast<C>(job.scale[c]));
   }
-  if (!job.colour) return true;
+  if (!job.color) return true;
   const double* const m = record + 16;
   const auto limit = static_cast<C>(job.limit);
   C v[kGroup];
@@ -579,7 +579,7 @@ FUSEREG_STATIC bool gradient_at(const Job& job, std::int64_t sample, std::int64_
     return value >= C{0} && value <= limit ? gradient : C{0};
   };
   if constexpr (kGroup == 3) {
-    for (int k = 0; k < 3; ++k) g[k] = passed(colour_sum(m + 4 * k, v[0], v[1], v[2]), g[k]);
+    for (int k = 0; k < 3; ++k) g[k] = passed(color_sum(m + 4 * k, v[0], v[1], v[2]), g[k]);
     const C g0 = g[0], g1 = g[1], g2 = g[2];
     for (int k = 0; k < 3; ++k) {
       C sum = multiply(static_cast<C>(m[k]), g0);

@@ -22,7 +22,7 @@ enum class Operation : std::uint32_t {
   kAffineChance,
   kFlip,
   kCrop,
-  kColour,
+  kColor,
   kErase,
   kEraseNoise,
   kMix,
@@ -382,9 +382,9 @@ void resized_window(const Step& step, Sample& s) {
 // The weights of red, green and blue in gray (ITU-R BT.601).
 constexpr double kGrey[3] = {0.299, 0.587, 0.114};
 
-void colour(const Step& step, Sample& s) {
+void color(const Step& step, Sample& s) {
   const std::vector<double>& v = step.values;
-  const PhiloxWords words = s.source.words(Operation::kColour, step.occurrence);
+  const PhiloxWords words = s.source.words(Operation::kColor, step.occurrence);
   const double brightness = between(words.word[0], v[0], v[1]);
   const double contrast = between(words.word[1], v[2], v[3]);
   const double saturation = between(words.word[2], v[4], v[5]);
@@ -564,8 +564,8 @@ void draw(const Job& job) {
                         static_cast<double>(s.canvas.height),
                         {whole(step.values[0]), whole(step.values[1])}, s);
           break;
-        case StepKind::kColour:
-          colour(step, s);
+        case StepKind::kColor:
+          color(step, s);
           break;
         case StepKind::kErase: {
           erase(step, s);

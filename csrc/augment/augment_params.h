@@ -16,7 +16,7 @@
 //   resized  G: x -> x0 + (x + 1/2) w / W' - 1/2, a random window of w x h pixels made W' x H'
 //   whole    the same of the whole canvas
 //   room     G: p -> p + (c - c'), a canvas about the same center that holds the turned one
-//   colour   brightness b, contrast c, saturation s: v' = c b (s I + (1 - s) gray) v + (1 - c)/2
+//   color   brightness b, contrast c, saturation s: v' = c b (s I + (1 - s) gray) v + (1 - c)/2
 //   erase    a random box of the output
 //   mix      MixUp's weight or CutMix's box, and the partner
 //
@@ -49,7 +49,7 @@ enum class StepKind {
   kCenter,
   kResized,
   kWhole,
-  kColour,
+  kColor,
   kErase,
   kMix,
   kRoom,
@@ -69,7 +69,7 @@ inline constexpr int kStepKinds = 10;
 //   center   height, width; where the window is larger: 0 an error, 2 surround the canvas
 //   resized  height, width; share of the area from, to; width / height from, to
 //   whole    height, width
-//   colour   brightness from, to; contrast from, to; saturation from, to
+//   color   brightness from, to; contrast from, to; saturation from, to
 //   erase    probability; share of the area from, to; height / width from, to
 //   mix      probability; MixUp's alpha; CutMix's alpha; share of CutMix
 //   room     degrees from, to: every one of them fits

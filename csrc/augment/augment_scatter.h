@@ -1,6 +1,6 @@
 // The gradient of a block of output pixels: places and weights as vectors, then tap by tap, in the
 // order of augment.h. For the CPU kernels, once per instruction set; float32 arithmetic, no
-// antialiasing, no colour.
+// antialiasing, no color.
 #pragma once
 
 #include "augment/augment_vector.h"

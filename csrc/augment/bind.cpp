@@ -70,7 +70,7 @@ struct Options {
   int interpolation = 0;
   bool antialias = false;
   int fill_mode = 0;
-  bool colour = false;
+  bool color = false;
   const std::vector<double>& fill;
   const std::vector<double>& scale;
   const std::vector<double>& shift;
@@ -103,7 +103,7 @@ void set_options(Job& job, const Options& o, const std::int64_t (&sizes)[4], con
   job.interpolation = static_cast<Interpolation>(o.interpolation);
   job.fill_mode = static_cast<FillMode>(o.fill_mode);
   job.antialias = o.antialias && job.interpolation != Interpolation::kNearest;
-  job.colour = o.colour;
+  job.color = o.color;
   job.limit = job.x.type == Element::kUInt8 ? 255.0 : 1.0;
   copy_channels(o.fill, job.c, job.fill, op, "fill");
   copy_channels(o.scale, job.c, job.scale, op, "scale");
@@ -138,7 +138,7 @@ void set_options(Job& job, const Options& o, const std::int64_t (&sizes)[4], con
 // 0: done; 2: Python must prepare a tensor first, and nothing has been written.
 int augment_forward(const py::object& y, const py::object& x, const py::object& records,
                     const py::object& keys, int interpolation, bool antialias, int fill_mode,
-                    bool colour, const std::vector<double>& fill, const std::vector<double>& scale,
+                    bool color, const std::vector<double>& fill, const std::vector<double>& scale,
                     const std::vector<double>& shift, const std::vector<double>& erase,
                     bool erase_noise, const char* op) {
   Forward job;
@@ -152,7 +152,7 @@ int augment_forward(const py::object& y, const py::object& x, const py::object& 
   }
   if (y_sizes[0] != sizes[0] || y_sizes[1] != sizes[1])
     throw py::value_error(where(op, "y") + " must have x's batch size and channels");
-  const Options options{interpolation, antialias, fill_mode, colour,     fill,
+  const Options options{interpolation, antialias, fill_mode, color,     fill,
                         scale,         shift,     erase,     erase_noise};
   set_options(job, options, sizes, device, records, keys, op);
   if (job.n == 0 || job.c == 0 || job.y.h == 0 || job.y.w == 0) return kDone;
@@ -164,7 +164,7 @@ int augment_forward(const py::object& y, const py::object& x, const py::object& 
 
 int augment_backward(const py::object& grad_x, const py::object& grad_y, const py::object& x,
                      const py::object& records, int interpolation, bool antialias, int fill_mode,
-                     bool colour, const std::vector<double>& fill, const std::vector<double>& scale,
+                     bool color, const std::vector<double>& fill, const std::vector<double>& scale,
                      const std::vector<double>& shift, const std::vector<double>& erase,
                      const char* op) {
   Backward job;
@@ -185,7 +185,7 @@ int augment_backward(const py::object& grad_x, const py::object& grad_y, const p
   }
   if (y_sizes[0] != sizes[0] || y_sizes[1] != sizes[1])
     throw py::value_error(where(op, "grad_y") + " must have x's batch size and channels");
-  if (colour) {
+  if (color) {
     if (!read_images(x, job.x, x_sizes, x_device) || x_device != device) return kNeedsPreparation;
     const bool wide = job.x.type == Element::kFloat64;
     if (!std::equal(sizes, sizes + 4, x_sizes) || job.x.type == Element::kUInt8 ||
@@ -196,7 +196,7 @@ int augment_backward(const py::object& grad_x, const py::object& grad_y, const p
     job.x = job.grad_x;
     job.x.data = nullptr;
   }
-  const Options options{interpolation, antialias, fill_mode, colour, fill,
+  const Options options{interpolation, antialias, fill_mode, color, fill,
                         scale,         shift,     erase,     false};
   set_options(job, options, sizes, device, records, py::none(), op);
   if (job.n == 0 || job.c == 0 || job.x.h == 0 || job.x.w == 0) return kDone;
@@ -212,10 +212,10 @@ void bind(py::module_& m) {
   bind_resize(m);
   m.attr("AUGMENT_MAX_CHANNELS") = kMaxChannels;
   m.def("augment_forward", &augment_forward, arg("y"), arg("x"), arg("records"), arg("keys"),
-        arg("interpolation"), arg("antialias"), arg("fill_mode"), arg("colour"), arg("fill"),
+        arg("interpolation"), arg("antialias"), arg("fill_mode"), arg("color"), arg("fill"),
         arg("scale"), arg("shift"), arg("erase"), arg("erase_noise"), op_argument());
   m.def("augment_backward", &augment_backward, arg("grad_x"), arg("grad_y"), arg("x"),
-        arg("records"), arg("interpolation"), arg("antialias"), arg("fill_mode"), arg("colour"),
+        arg("records"), arg("interpolation"), arg("antialias"), arg("fill_mode"), arg("color"),
         arg("fill"), arg("scale"), arg("shift"), arg("erase"), op_argument());
 }
 

@@ -1,7 +1,5 @@
-// The CPU launcher of dropout, and what both launchers share: the coefficients.
-// Contract: dropout.h.
+// The CPU launcher of dropout. Contract: dropout.h.
 #include <algorithm>
-#include <cmath>
 
 #include "core/ceil_div.h"
 #include "core/pages.h"
@@ -16,9 +14,6 @@ namespace {
 constexpr std::int64_t kGrain = 1 << 15;
 constexpr std::int64_t kUnit = 4096;
 constexpr std::int64_t kSegment = 1 << 14;
-
-// scale * alpha of SELU, with its sign: what alpha dropout puts in place of a dropped element.
-constexpr double kAlphaPrime = -1.7580993408473766;
 
 class CpuRun {
  public:
@@ -115,16 +110,6 @@ class CpuRun {
 };
 
 }  // namespace
-
-Affine make_affine(Kind kind, const Draw& draw) {
-  if (draw.keep == 0.0) return {0.0, 0.0, 0.0};
-  if (kind == Kind::kDropout) return {1.0 / draw.keep, 0.0, 0.0};
-  const double drop = 1.0 - draw.keep;
-  const double a = 1.0 / std::sqrt(draw.keep * (1.0 + drop * kAlphaPrime * kAlphaPrime));
-  if (kind == Kind::kAlphaBackward) return {a, 0.0, 0.0};
-  const double b = -a * drop * kAlphaPrime;
-  return {a, b, a * kAlphaPrime + b};
-}
 
 void run_cpu(const Job& job) {
   ask_for_large_pages(job.y, job.numel * dtype_size(job.dtype));

@@ -166,7 +166,7 @@ void set_schedule(Schedule schedule);
 // "forward", "reverse", "random" or "random:<seed>"; throws std::invalid_argument.
 Schedule parse_schedule(const std::string& text);
 
-// The device that is modelled: what may be resident at once, and what cudaGetDeviceProperties says.
+// The device that is modeled: what may be resident at once, and what cudaGetDeviceProperties says.
 struct Device {
   int count = 2;
   int sm_count = 4;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import NamedTuple, TypeAlias, TypeGuard
@@ -32,7 +33,8 @@ def number(value: object, op: str, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
         raise TypeError(f"fusereg.{op}: {name} must be a number, got {type(value).__name__}")
     result = float(value)
-    if not -math.inf < result < math.inf:  # as a compiler with symbolic numbers can ask
+    # Not math.isfinite, which compilers do not trace for a number that may change.
+    if not -sys.float_info.max <= result <= sys.float_info.max:
         raise ValueError(f"fusereg.{op}: {name} must be finite, got {result}")
     return result
 

@@ -59,30 +59,32 @@ _TAIL = """
 
 
 #: A record that changes nothing.
-_IDENTITY = torch.zeros(_RECORD, dtype=torch.float64)
-_IDENTITY[[0, 4, _LAM, 16, 21, 26]] = 1.0
+_IDENTITY = [float(i in (0, 4, _LAM, 16, 21, 26)) for i in range(_RECORD)]
 _IDENTITY[_PARTNER] = -1.0
-
-
 #: What top, left, hflip, vflip, and the latter times the window's last column and its last row add
 #: to a record.
-_WINDOW = torch.zeros(6, _RECORD, dtype=torch.float64)
-_WINDOW[[0, 1, 4, 5], [5, 2, 2, 5]] = 1.0
-_WINDOW[[2, 3], [0, 4]] = -2.0
+_WINDOW = [[0.0] * _RECORD for _ in range(6)]
+_WINDOW[0][5] = _WINDOW[1][2] = _WINDOW[4][2] = _WINDOW[5][5] = 1.0
+_WINDOW[2][0] = _WINDOW[3][4] = -2.0
+_TENSORS = tuple(torch.tensor(v, dtype=torch.float64) for v in (_IDENTITY, _WINDOW))
 
-_NUMBERS = {id(table): table.tolist() for table in (_IDENTITY, _WINDOW)}
 
-
-def _table(table: Tensor, device: torch.device) -> Tensor:
-    """Return one of these tables on a device; a fake mode takes no tensor from outside of it."""
+def _constants() -> tuple[Tensor, Tensor]:
+    """Return the identity and the window; tracers and fake tensors want tensors of their own."""
     if dispatch.eager():
-        return table.to(device)
-    return torch.tensor(_NUMBERS[id(table)], dtype=torch.float64, device=device)
+        return _TENSORS
+    identity = torch.tensor(_IDENTITY, dtype=torch.float64)
+    return identity, torch.tensor(_WINDOW, dtype=torch.float64)
+
+
+def _has_shape(t: Tensor, *shape: int) -> bool:
+    """Return whether a tensor has this shape, whose sizes may be symbolic."""
+    return t.dim() == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True))
 
 
 def _identity(x: Tensor) -> Tensor:
     """Return a record for each sample that changes nothing."""
-    return _table(_IDENTITY, _IDENTITY.device).repeat(x.shape[0], 1)
+    return _constants()[0].repeat(x.shape[0], 1)
 
 
 class _Result(NamedTuple):
@@ -177,7 +179,8 @@ def warp_affine(
     if not isinstance(matrix, Tensor):
         raise TypeError(f"fusereg.{op}: matrix must be a torch.Tensor, got {type(matrix).__name__}")
     n = x.shape[0]
-    if tuple(matrix.shape) not in ((2, 3), (n, 2, 3)) or not matrix.is_floating_point():
+    shaped = _has_shape(matrix, 2, 3) or _has_shape(matrix, n, 2, 3)
+    if not (shaped and matrix.is_floating_point()):
         raise ValueError(
             f"fusereg.{op}: matrix must be a floating-point tensor of shape ({n}, 2, 3) or (2, 3), "
             f"got {matrix.dtype} of shape {tuple(matrix.shape)}"
@@ -200,7 +203,7 @@ def _for_samples(value: object, n: int, op: str, name: str, kind: str) -> Tensor
             "integers": integral and value.dtype is not torch.bool,
             "numbers": value.dtype is not torch.bool and not value.is_complex(),
         }[kind]
-        if tuple(value.shape) not in ((), (n,)) or not good:
+        if not good or not (value.dim() == 0 or _has_shape(value, n)):
             raise ValueError(
                 f"fusereg.{op}: {name} must have shape ({n},) and hold {kind}, got {value.dtype} "
                 f"of shape {tuple(value.shape)}"
@@ -265,7 +268,8 @@ def crop_flip_normalize(
     places.append(flipped_y * (height - 1))
     # One product instead of a write to each column.
     numbers = torch.stack(places, 1).double()
-    records = torch.addmm(_table(_IDENTITY, device), numbers, _table(_WINDOW, device))
+    identity, window = _constants()
+    records = torch.addmm(identity.to(device), numbers, window.to(device))
     result = _Result(mean, std, out_dtype, memory_format, out)
     return _apply(x, records, (height, width), result, op, ("nearest", False, fill_mode, fill))
 
@@ -324,7 +328,7 @@ def _boxes(boxes: object, n: int, op: str) -> Tensor:
     """Check boxes (N, 4) of integers."""
     if not isinstance(boxes, Tensor):
         raise TypeError(f"fusereg.{op}: boxes must be a torch.Tensor, got {type(boxes).__name__}")
-    if tuple(boxes.shape) != (n, 4) or boxes.is_floating_point() or boxes.is_complex():
+    if not _has_shape(boxes, n, 4) or boxes.is_floating_point() or boxes.is_complex():
         raise ValueError(
             f"fusereg.{op}: boxes must be integers of shape ({n}, 4), got {boxes.dtype} of shape "
             f"{tuple(boxes.shape)}"

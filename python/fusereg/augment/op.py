@@ -295,6 +295,7 @@ def call(
         return result if out is None else out.copy_(result)
     if out is not None:
         return operation.into(out, x, *arguments)
-    has_gradient = target.dtype is not torch.uint8 and operator.differentiated(x)
-    result = (operation.apply if has_gradient else operation.kernel)(x, *arguments)
+    # uint8 has no gradient.
+    compute = operation.kernel if target.dtype is torch.uint8 else operation.eager
+    result = compute(x, *arguments)
     return result

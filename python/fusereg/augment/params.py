@@ -63,7 +63,7 @@ def sample_id_tensor(ids: object, n: int, op: str) -> Tensor:
 class AugmentParams:
     """The parameters of N samples, as :meth:`fusereg.augment.Augment.sample_params` draws them.
 
-    Coordinates are pixels (x, y); integers are pixel centres.
+    Coordinates are pixels (x, y); integers are pixel centers.
 
     Attributes:
         records: [N, 28] float64: what the kernels read (``csrc/augment/augment.h``); the color
@@ -160,6 +160,7 @@ class AugmentParams:
         )
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> AugmentParams:
+        """Return the parameters of the selected samples."""
         n = len(self)
         if isinstance(index, int) and not -n <= index < n:
             raise IndexError(
@@ -169,7 +170,7 @@ class AugmentParams:
         chosen = positions[[index] if isinstance(index, int) else _cpu(index)]
         place = torch.full((n + 1,), -2, dtype=torch.int64)
         place[-1] = -1  # the partner of those without one
-        # Of a sample that is chosen twice, the first.
+        # A sample that is selected twice has its first place.
         place.scatter_reduce_(
             0, chosen, positions.new_tensor(range(len(chosen))), "amin", include_self=False
         )

@@ -381,7 +381,7 @@ class RandomErasing(Transform):
 
 
 class MixUp(Transform):
-    """MixUp of each sample with another of the batch (Zhang et al. 2017).
+    """MixUp of each sample with another of the batch (Zhang et al. 2018).
 
     ``MixUp(num_classes=10)(images, labels)`` gives (images, probabilities [N, 10]). Each sample has
     a weight of its own from Beta(alpha, alpha), where torchvision has one for the batch.

@@ -28,7 +28,7 @@ _CONVOLUTIONS: tuple[type[nn.Module], ...] = (
 
 
 class Epilogue(nn.Module):
-    """What is left of a folded layer that had one: activation(x + residual)."""
+    """The activation and residual of a folded layer: activation(x + residual)."""
 
     def __init__(self, activation: str | None, negative_slope: float) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Epilogue(nn.Module):
         self.negative_slope = negative_slope
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The input with the residual added, activated."""
+        """Return the activation of the input, with the residual added if there is one."""
         z = input if residual is None else input + residual
         if self.activation == "leaky_relu":
             return F.leaky_relu(z, self.negative_slope)
@@ -46,12 +46,12 @@ class Epilogue(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        """The activation."""
+        """Return the activation as an argument."""
         return f"activation={self.activation!r}"
 
 
 def fold_into_conv(model: _Module) -> _Module:
-    r"""A copy of the model, for inference, with batch norms folded into the convolutions before.
+    r"""Return a copy of the model for inference, with batch norms folded into convolutions.
 
     :math:`W' = W \gamma / \sqrt{\sigma^2 + \epsilon}` (for each output channel) and
     :math:`b' = (b - \mu) \gamma / \sqrt{\sigma^2 + \epsilon} + \beta`, computed in float64. The
@@ -100,7 +100,7 @@ def _is_norm(layer: object) -> bool:
 
 
 def _find_pairs(module: nn.Module, prefix: str, pairs: dict[str, str]) -> None:
-    """Adds (batch norm, convolution before it) by name; by parts where the whole has no trace."""
+    """Add the names of each batch norm and its convolution; search parts that trace alone."""
     if isinstance(module, (_BatchNorm, FrozenBatchNorm, *_CONVOLUTIONS)):
         return
     try:
@@ -182,7 +182,7 @@ def _fold(model: nn.Module, conv_name: str, norm_name: str) -> None:
 
 
 def _along_outputs(conv: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:
-    """The factors in the shape of the weight; a transposed one has (in, out / groups, ...)."""
+    """Return the factors in the weight's shape; a transposed one is (in, out / groups, ...)."""
     if not isinstance(conv, _Transposed):
         return scale.reshape(-1, *[1] * (weight.dim() - 1))
     by_group = scale.reshape(conv.groups, 1, -1)

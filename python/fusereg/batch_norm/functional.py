@@ -13,7 +13,7 @@ from ..core import checks, dispatch, random
 from ..core.random import Source
 from . import inplace as in_place
 from . import kernels, op
-from .kernels import COMPUTE, FIXED, Call, Constants, Inputs
+from .kernels import COMPUTE, FIXED, Call, Inputs, constants_of
 
 __all__ = ["batch_norm"]
 
@@ -132,7 +132,7 @@ def batch_norm(
     same, and what is kept is the compiler's decision.
 
     Raises:
-        TypeError: an argument is no tensor, number or name where one is wanted.
+        TypeError: an argument is not a tensor, number or name where one is wanted.
         ValueError: shapes, dtypes or devices do not fit; ``eps`` is not positive, ``momentum`` or
             ``dropout`` outside [0, 1]; training on one value per channel; ``inplace`` with what
             cannot be taken back, or with an ``x`` that must not be written to. Running statistics
@@ -170,7 +170,7 @@ def normalized(
     """Check the arguments and compute the result, in place if the settings say so."""
     if not settings.inplace:
         return op.normalize(prepared(inputs, batches, settings, name, source, out), out)
-    if isinstance(inputs.x, Tensor):  # the other checks refuse what is no tensor
+    if isinstance(inputs.x, Tensor):  # the other checks refuse what is not a tensor
         for what, value in (("residual", inputs.residual), ("out", out)):
             if value is not None:
                 raise ValueError(f"fusereg.{name}: inplace=True and {what} exclude each other")
@@ -195,9 +195,12 @@ def prepared(
     x, residual, mask, weight, bias, _, mean, var, seed = inputs
     training, momentum, eps = settings.training, settings.momentum, settings.eps
     use_batch = training or mean is None or var is None
-    direct = dispatch.direct(x, residual, weight, bias)
-    if not (direct and _C.batch_norm_fits(x, mean, var, weight, bias)):
+    # Tensors that fit are plain ones with memory; the gate need not look at them again.
+    if dispatch.eager() and _C.batch_norm_fits(x, mean, var, weight, bias):
+        direct = residual is None or dispatch.direct(residual)
+    else:
         _check_tensors(inputs, settings, name)
+        direct = dispatch.direct(x, residual, weight, bias)
     if use_batch:
         if momentum is not None and not 0.0 <= momentum <= 1.0:
             raise ValueError(
@@ -237,6 +240,7 @@ def prepared(
             p = float(settings.dropout)
             draw = random.eager_state if direct else random.traced_state
             seed = draw(x, source or Source(), name)
+    statistics = COMPUTE if use_batch else FIXED
     updated = use_batch and training and settings.update_stats
     if not updated:
         batches = None
@@ -246,9 +250,7 @@ def prepared(
         inputs = Inputs(x, residual, mask, weight, bias, None, mean, var, seed)
     return Call(
         inputs,
-        Constants(
-            COMPUTE if use_batch else FIXED, eps, group, activation, settings.negative_slope, p
-        ),
+        constants_of((statistics, eps, group, activation, settings.negative_slope, p, 0)),
         name,
         batches,
         -1.0 if momentum is None else momentum,

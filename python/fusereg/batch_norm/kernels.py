@@ -7,7 +7,8 @@ layout of a tensor, they call it a second time with copies.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,12 @@ class Constants(NamedTuple):
     index_offset: int = 0
 
 
+#: Make these of a tuple of all fields, without a call of a Python function: 0.5 us less.
+inputs_of: Callable[[tuple[Any, ...]], Inputs] = partial(tuple.__new__, Inputs)
+constants_of: Callable[[tuple[Any, ...]], Constants] = partial(tuple.__new__, Constants)
+_DEFAULTS = Constants()
+
+
 @dataclass(slots=True)
 class Call:
     """A call: its inputs and constants, and what an eager call has beside the operator's arguments.
@@ -65,7 +72,7 @@ class Call:
     """
 
     inputs: Inputs
-    constants: Constants = field(default_factory=Constants)
+    constants: Constants = _DEFAULTS
     #: The name under which errors show the operation.
     op: str = "batch_norm"
     #: The count of batches, which is updated with the running statistics.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core import checks
 from ..core.docs import share_paragraphs
 from . import functional, op
-from .kernels import Inputs
+from .kernels import Inputs, inputs_of
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -114,7 +114,7 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         except KeyError:  # parametrized, or replaced by something that is neither
             mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
             weight, bias = self.weight, self.bias
-        return Inputs(input, residual, mask, weight, bias, None, mean, var), batches
+        return inputs_of((input, residual, mask, weight, bias, None, mean, var, None)), batches
 
     def extra_repr(self) -> str:
         """Return torch's text, and what is fused."""

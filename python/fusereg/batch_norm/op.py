@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core import dispatch, operator
 from ..core.operator import Operator
 from . import kernels, reference
-from .kernels import COMPUTE, FIXED, Call, Constants, Inputs
+from .kernels import COMPUTE, FIXED, Call, Constants, Inputs, inputs_of
 
 _TENSORS = (
     "Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor? moments,"
@@ -125,7 +125,7 @@ def _kept(ctx: Any) -> Call:
     tensors = ctx.saved_tensors
     *_, moments, _, _, seed, bits = tensors
     state = seed if ctx.state is None else ctx.state
-    return Call(Inputs(*(*tensors[:8], state)), ctx.constants, ctx.op, moments=moments, bits=bits)
+    return Call(inputs_of((*tensors[:8], state)), ctx.constants, ctx.op, moments=moments, bits=bits)
 
 
 def _gradient(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:

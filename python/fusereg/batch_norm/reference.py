@@ -150,7 +150,7 @@ def _derivative(z: Tensor, constants: Constants) -> Tensor:
     return torch.ones_like(z)
 
 
-class Summed(torch.autograd.Function):
+class _Summed(torch.autograd.Function):
     """The sum over processes, whose gradient is the sum of all processes' gradients."""
 
     @staticmethod
@@ -160,7 +160,7 @@ class Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return operator.applied(Summed, grad, ctx.add), None
+        return operator.applied(_Summed, grad, ctx.add), None
 
 
 def gradients(
@@ -181,7 +181,7 @@ def gradients(
 
     def over_all(*values: Tensor) -> tuple[Tensor, ...]:
         sums = torch.stack([v.sum(dims, dtype=torch.float64) for v in values])
-        summed = operator.applied(Summed, sums, add)
+        summed = operator.applied(_Summed, sums, add)
         return tuple(_per_channel((s / count).to(wide.dtype), x) for s in summed)
 
     deviation = _masked(wide - _per_channel(moments[0].to(wide.dtype), x), mask)

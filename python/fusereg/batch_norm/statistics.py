@@ -13,7 +13,7 @@ __all__ = ["keep_stats"]
 
 @contextlib.contextmanager
 def keep_stats(module: nn.Module) -> Iterator[None]:
-    """A block in which the module's batch-norm layers do not update their running statistics.
+    """Keep the running statistics of the module's batch-norm layers within a block.
 
     They go on normalizing by their batch. This is for a forward that is run a second time, as
     activation checkpointing does in backward: without it the statistics are updated twice.

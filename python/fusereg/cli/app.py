@@ -3,8 +3,8 @@
 Exit codes: 0 all is well; 1 the command ran and something failed (a kernel's result is wrong, a
 file cannot be written); 2 the command line or the input data are wrong.
 
-A command is a module of this package with `add_parser(subparsers)` and `run(args) -> int`, and one
-word in COMMANDS. It imports nothing heavy at the top: all are loaded for `fusereg --help`.
+A command is a module with `add_parser(subparsers)` and `run(args) -> int`, and a line in COMMANDS.
+It imports nothing heavy at the top: all are loaded for `fusereg --help`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from fusereg import cpu
 from fusereg.cli.errors import InputError, one_line
 from fusereg.core import interpreter
 
-COMMANDS = ("info", "verify", "demo", "bench")
+#: Commands and their modules, which are loaded by name: programs import this package, not it them.
+COMMANDS = {
+    "info": "cli.info",
+    "verify": "cli.verify",
+    "demo": "demo.command",
+    "bench": "cli.bench",
+}
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -33,13 +39,15 @@ EXIT_INTERRUPTED = 130  # what shells report for a program that SIGINT ended
 class Command(Protocol):
     """A command's module."""
 
-    def add_parser(self, subparsers: argparse._SubParsersAction[Any]) -> object: ...
+    def add_parser(self, subparsers: argparse._SubParsersAction[Any]) -> object:
+        """Add the command and its arguments."""
 
-    def run(self, args: argparse.Namespace) -> int: ...
+    def run(self, args: argparse.Namespace) -> int:
+        """Run the command and return its exit code."""
 
 
 def _command(name: str) -> Command:
-    return cast(Command, importlib.import_module(f"fusereg.cli.{name}"))
+    return cast(Command, importlib.import_module(f"fusereg.{COMMANDS[name]}"))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -69,9 +69,6 @@ def eager() -> bool:
     )
 
 
-#: Operators are defined here by core/operator.py.
-library = torch.library.Library("fusereg", "DEF")
-
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _Parameter = torch.nn.Parameter

@@ -1,5 +1,7 @@
-"""The inventory of operations: what each public function computes, on which tensors, and how it is
-compared with torch in float64.
+"""The inventory of operations.
+
+It says what each public function computes, on which tensors, and how it is compared with torch in
+float64.
 
 Each technique declares its rows in its file check.py, as a list ``OPERATIONS``. ``fusereg verify``,
 the tests and the documents' tables of what is supported all read them.

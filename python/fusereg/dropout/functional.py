@@ -140,7 +140,8 @@ def dropout1d(
     {dropout_arguments}
 
     The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
-    {dropout_returns}"""
+    {dropout_returns}
+    """
     return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROPOUT1D)
 
 
@@ -163,7 +164,8 @@ def dropout2d(
     {dropout_arguments}
 
     The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
-    {dropout_returns}"""
+    {dropout_returns}
+    """
     return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROPOUT2D)
 
 
@@ -184,7 +186,8 @@ def dropout3d(
     {dropout_arguments}
 
     The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
-    {dropout_returns}"""
+    {dropout_returns}
+    """
     return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROPOUT3D)
 
 
@@ -208,7 +211,8 @@ def alpha_dropout(
         x: as in :func:`dropout`.
     {dropout_arguments}
 
-    {dropout_returns}"""
+    {dropout_returns}
+    """
     return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _ALPHA)
 
 
@@ -229,7 +233,8 @@ def feature_alpha_dropout(
     {dropout_arguments}
 
     The formula is that of :func:`alpha_dropout`, the index :math:`n C + c`.
-    {dropout_returns}"""
+    {dropout_returns}
+    """
     return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _FEATURE_ALPHA)
 
 

@@ -50,8 +50,8 @@ _NOTES = """
     forward mode the steps run one by one, with the same mask.
 
     Raises:
-        TypeError: an argument is no tensor, ``p`` or ``eps`` no number, ``seed`` no integer or
-            tensor.
+        TypeError: an argument is not a tensor, ``p`` or ``eps`` not a number, ``seed`` not an
+            integer or tensor.
         ValueError: ``p`` is outside [0, 1], ``eps`` negative; shapes, dtypes or devices do not
             fit; ``x`` is of an integer, complex or other dtype, sparse or nested.
 """
@@ -130,6 +130,7 @@ def dropout_add_layer_norm(
     {dropout_arguments}
 
     {notes}
+
     Example:
         >>> y = F.dropout_add_layer_norm(attention(x), x, norm.weight, norm.bias, 0.1)
     """
@@ -218,6 +219,7 @@ def dropout_add_rms_norm(
     {dropout_arguments}
 
     {notes}
+
     Example:
         >>> y, s = F.dropout_add_rms_norm(mlp(y), s, norm.weight, 0.1, return_sum=True)
     """

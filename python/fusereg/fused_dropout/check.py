@@ -24,6 +24,8 @@ def _with_bias(inputs: Inputs, shape: Shape) -> list[Tensor]:
     return [x, inputs.normal(shape[-1], seed=22), residual]
 
 
+#: Forward mode over reverse mode.
+_NO_HESSIAN = {"jvp of a gradient": "has no derivative in forward mode"}
 _SEEDED = {"p": P, "seed": SEED}
 _ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "relu": ("dropout(max(x, 0))", torch.relu),
@@ -41,7 +43,8 @@ def _activated(name: str) -> Operation:
         function=functional.activation_dropout,
         options={**_SEEDED, "activation": name},
         reference=lambda x: dropped(f(x), mask_like(x)),
-        refuses={} if name == "relu" else {"in place": "overwrites x, which its gradient needs"},
+        refuses=_NO_HESSIAN
+        | ({} if name == "relu" else {"in place": "overwrites x, which its gradient needs"}),
     )
 
 
@@ -55,6 +58,7 @@ OPERATIONS = [
         arguments=("x", "bias", "residual"),
         options=_SEEDED,
         reference=lambda x, b, r: r + dropped(x + b, mask_like(x)),
+        refuses=_NO_HESSIAN,
     ),
     Operation(
         name="dropout_add",

@@ -1,4 +1,4 @@
-"""Layers that compute dropout together with its neighbours, in one pass over memory."""
+"""Layers that compute dropout together with its neighbors, in one pass over memory."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-r"""Optimizers with a penalty in the step: torch's arguments and semantics, plus ``l1``, ``l2``,
-``group`` and ``prox``.
+r"""Optimizers with a penalty in the step.
+
+They take torch's arguments with torch's semantics, and ``l1``, ``l2``, ``group`` and ``prox``.
 
 >>> optimizer = fusereg.optim.AdamW(model.parameters(), lr=1e-3, l1=1e-5, l2=1e-4)
 

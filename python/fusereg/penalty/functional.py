@@ -135,8 +135,10 @@ def l2_penalty(params: Params, strength: Strength, *, half: bool = False) -> Ten
 
 
 def elastic_net_penalty(params: Params, l1: Strength, l2: Strength) -> Tensor:
-    r"""Return the elastic net :math:`\lambda_1 \sum_i |w_i| + \tfrac{\lambda_2}{2} \sum_i w_i^2`
-    (Zou and Hastie 2005, with the factor 1/2 of Friedman, Hastie, Tibshirani 2010).
+    r"""Return the elastic net penalty (Zou and Hastie 2005).
+
+    It is :math:`\lambda_1 \sum_i |w_i| + \tfrac{\lambda_2}{2} \sum_i w_i^2`, with the factor 1/2 of
+    Friedman, Hastie, Tibshirani 2010.
 
     Both sums come from one pass over the weights, the gradient
     :math:`\lambda_1\,\mathrm{sign}(w) + \lambda_2 w` from another.

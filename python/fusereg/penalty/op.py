@@ -75,18 +75,20 @@ def _total(dtype: torch.dtype, parts: list[Tensor]) -> Tensor:
 def _save(ctx: Any, args: tuple[Any, ...], output: Tensor) -> None:
     """Keep only what backward reads: a frozen tensor may change, or be an inference tensor."""
     params, *ctx.strengths = args
-    everything = dispatch.forward_mode()
-    ctx.wanted = [everything or p.requires_grad for p in params]
-    operator.keep(ctx, *(p for p, wanted in zip(params, ctx.wanted, strict=True) if wanted))
+    wanted = [i for i, p in enumerate(params) if p.requires_grad]
+    ctx.listed, ctx.wanted = len(params), wanted
+    if len(wanted) == len(params) or dispatch.forward_mode():
+        ctx.wanted = None
+        operator.keep(ctx, *params)
+    else:
+        ctx.save_for_backward(*[params[i] for i in wanted])
 
 
 def _value_gradient(ctx: Any, scale: Tensor) -> tuple[list[Tensor | None]]:
     tensors = list(ctx.saved_tensors)  # asked once: activation checkpointing allows no more
-    wanted = ctx.wanted
     l1, l2, group, dim, *op = ctx.strengths
-    if not all(wanted):
-        chosen = [i for i, w in enumerate(wanted) if w]
-        l1, l2, group, dim = Strengths.of(l1, l2, group, dim).select(chosen).arguments()
+    if ctx.wanted is not None:
+        l1, l2, group, dim = Strengths.of(l1, l2, group, dim).select(ctx.wanted).arguments()
     arguments = (scale, tensors, l1, l2, group, dim)
     if not dispatch.eager():
         grads = _penalty_backward.traced(*arguments)
@@ -95,8 +97,12 @@ def _value_gradient(ctx: Any, scale: Tensor) -> tuple[list[Tensor | None]]:
         grads = _written_out(*arguments)
     else:
         grads = _penalty_backward.eager(*arguments, *op)
-    left = iter(grads)
-    return ([next(left) if w else None for w in wanted],)
+    if ctx.wanted is None:
+        return (list(grads),)
+    found: list[Tensor | None] = [None] * ctx.listed
+    for i, g in zip(ctx.wanted, grads, strict=True):
+        found[i] = g
+    return (found,)
 
 
 def _written_out(scale: Tensor, params: Sequence[Tensor], *strengths: Any) -> list[Tensor]:

@@ -29,13 +29,22 @@ class Strengths(NamedTuple):
     @staticmethod
     def of(l1: Sequence[float], l2: Sequence[float], group: Sequence[float], dim: int) -> Strengths:
         """Return the strengths that operators got: a list of one number is for all tensors."""
-        one_each = (x[0] if len(x) == 1 else x for x in (l1, l2, group))
-        return Strengths._make((*one_each, dim))
+        return Strengths(
+            l1[0] if len(l1) == 1 else l1,
+            l2[0] if len(l2) == 1 else l2,
+            group[0] if len(group) == 1 else group,
+            dim,
+        )
 
     def arguments(self) -> tuple[list[float], list[float], list[float], int]:
         """Return the strengths as operators take them."""
-        l1, l2, group = [[x] if isinstance(x, float) else list(map(float, x)) for x in self[:3]]
-        return l1, l2, group, self.dim
+        l1, l2, group, dim = self
+        return (
+            [l1] if isinstance(l1, float) else list(map(float, l1)),
+            [l2] if isinstance(l2, float) else list(map(float, l2)),
+            [group] if isinstance(group, float) else list(map(float, group)),
+            dim,
+        )
 
     def each(self, count: int) -> Iterator[tuple[float, float, float, int]]:
         """Yield the strengths of each of ``count`` tensors, and the dimension."""

@@ -285,9 +285,9 @@ void two_stages() {
 
 __global__ void ring_kernel(int* data, unsigned* state, int rounds) {
   for (int round = 0; round < rounds; ++round) {
-    const int neighbour = data[(blockIdx.x + 1) % gridDim.x];
+    const int neighbor = data[(blockIdx.x + 1) % gridDim.x];
     fc::grid_sync(state);
-    if (threadIdx.x == 0) data[blockIdx.x] = neighbour;
+    if (threadIdx.x == 0) data[blockIdx.x] = neighbor;
     fc::grid_sync(state);
   }
 }

@@ -14,7 +14,7 @@ import fusereg
 from conftest import Backend
 from fusereg import optim
 from fusereg.optim.optimizer import RegularizedOptimizer
-from reference_optimizer import Reference
+from reference_optim import Reference
 
 _C = fusereg._C
 #: More than the parameters of a kernel hold: some 330 parameters, some 1100 gradients. Empty

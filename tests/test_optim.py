@@ -16,7 +16,7 @@ from torch import Tensor
 import fusereg
 from conftest import DTYPES, TOLERANCES, Backend
 from fusereg import optim
-from reference_optimizer import Reference, penalty
+from reference_optim import Reference, penalty
 
 # The update and torch's own round in other places: some units of the last place for each step.
 STEPS = 4
