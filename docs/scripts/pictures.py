@@ -1,6 +1,6 @@
-"""Make the pictures of the pages: `python docs/scripts/pictures.py [NAME...]`.
+"""Make the pictures of the documentation: `python docs/scripts/pictures.py [NAME...]`.
 
-Each is computed by the package itself, from fixed seeds, or from the results in bench/results/.
+They are computed by the package itself from fixed seeds, or from the results in bench/results/.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def _paths(
     history = torch.stack(list(weights))
     axes.plot(history[:, relevant:], color=PLAIN_COLOR, linewidth=0.8)
     axes.plot(history[:, :relevant], color=FUSED_COLOR, linewidth=1.3)
-    axes.plot([], [], color=FUSED_COLOR, label="the 8 that matter")
-    axes.plot([], [], color=PLAIN_COLOR, label="the other 32")
+    axes.plot([], [], color=FUSED_COLOR, label="8 relevant weights")
+    axes.plot([], [], color=PLAIN_COLOR, label="32 other weights")
     axes.set_yscale("symlog", linthresh=scale, linscale=1.5)
     axes.set_yticks([-1, -0.1, 0, 0.1, 1], ["-1", "-0.1", "0", "0.1", "1"])
     axes.set_xlabel("step")
@@ -127,7 +127,7 @@ def optimizers() -> Figure:
         return kept
 
     figure = new_figure(
-        9.5, 3.9, "AdamW with an L1 penalty in its step", "the same lasso problem, lr 0.02, l1 0.05"
+        9.5, 3.9, "AdamW with an L1 penalty in its step", "a lasso problem, lr 0.02, l1 0.05"
     )
     panels = _axes(figure, 3)
     for axes, prox in zip(panels, (False, True, "preconditioned"), strict=True):
@@ -142,7 +142,7 @@ def optimizers() -> Figure:
 
 
 def dropouts() -> Figure:
-    """Draw what each kind of dropout keeps."""
+    """Draw the masks of each kind of dropout."""
     size, p = 16, 0.3
     x = torch.ones(2, 3, size, size)
     sequences = torch.ones(6, 16, 3)
@@ -159,8 +159,8 @@ def dropouts() -> Figure:
     figure = new_figure(
         9.5,
         4.6,
-        "What is kept",
-        f"p = {p}; darker is larger, white is dropped (AlphaDropout: one shade)",
+        "Masks of each kind of dropout",
+        f"p = {p}; darker is larger, white is dropped (AlphaDropout: a single shade)",
     )
     grid = figure.subplots(2, 4)
     figure.subplots_adjust(left=0.02, right=0.98, bottom=0.03, top=0.77, wspace=0.08, hspace=0.28)
@@ -193,7 +193,7 @@ def shards() -> Figure:
     ]
     assert torch.equal(whole, torch.cat(parts))
     figure = new_figure(
-        9.5, 4.0, "A mask, and the masks of its shards", "dropout, p = 0.4, seed = 11 on every rank"
+        9.5, 4.0, "A mask and the masks of its shards", "dropout, p = 0.4, seed = 11 on every rank"
     )
     top = figure.add_axes((0.17, 0.47, 0.8, 0.32))
     top.imshow(whole != 0, cmap="Blues", vmin=0, vmax=1.4, aspect="auto", interpolation="nearest")
@@ -221,12 +221,12 @@ def fused_bytes() -> Figure:
         ("dropout_add_layer_norm", 5 + 6 + 4, 8, 6 + 5, 8),
     ]
     figure = new_figure(
-        9.5, 3.9, "Bytes that a step moves", "for each bfloat16 element, counted, not measured"
+        9.5, 3.9, "Bytes read and written", "per bfloat16 element; counted, not measured"
     )
     for axes, title, start in zip(_axes(figure, 2), ("forward", "backward"), (1, 3), strict=True):
         places = np.arange(len(steps))
         plain, fused = [s[start] for s in steps], [s[start + 1] for s in steps]
-        axes.barh(places - 0.2, plain, 0.38, color=PLAIN_COLOR, label="steps one by one")
+        axes.barh(places - 0.2, plain, 0.38, color=PLAIN_COLOR, label="separate operations")
         axes.barh(places + 0.2, fused, 0.38, color=FUSED_COLOR, label="fused")
         for at, (a, b) in enumerate(zip(plain, fused, strict=True)):
             axes.text(a + 0.2, at - 0.2, str(a), va="center", fontsize=8.5)
@@ -276,7 +276,7 @@ def norm_error() -> Figure:
         return F.batch_norm(x, None, None, training=True, eps=1e-9)
 
     figure = new_figure(
-        9.5, 3.9, "Error of normalization", "float32 in and out, against float64 of the same input"
+        9.5, 3.9, "Error of normalization", "float32 compared with float64 of the same input"
     )
     left, right = _axes(figure, 2)
     left.loglog(ratios, [batch(theirs, r, False) for r in ratios], "o-", color=PLAIN_COLOR,
@@ -350,7 +350,7 @@ def augmentation() -> Figure:
     ids = torch.arange(8)
     rows = [augment(cards, sample_ids=ids, epoch=epoch) for epoch in range(3)]
     figure = new_figure(
-        9.5, 5.5, "One kernel, every epoch another image", "8 samples with ids of their own"
+        9.5, 5.5, "Augmentation in one kernel, different in every epoch", "8 samples, 3 epochs"
     )
     grid = figure.subplots(4, 8)
     figure.subplots_adjust(left=0.075, right=0.99, bottom=0.02, top=0.84, wspace=0.06, hspace=0.06)
@@ -390,12 +390,12 @@ def early_stopping() -> Figure:
         best.append(stopper.best)
         seen.append(epoch)
     figure = new_figure(
-        9.5, 4.0, "Two records of one metric", "patience 8, min_delta 0.03, mode 'min'"
+        9.5, 4.0, "Reference and best value of a metric", "patience 8, min_delta 0.03, mode 'min'"
     )
     (axes,) = _axes(figure, 1)
-    axes.plot(metric, color="#bbbbbb", linewidth=1, label="what would have come")
+    axes.plot(metric, color="#bbbbbb", linewidth=1, label="metric without stopping")
     axes.plot(seen, [metric[e] for e in seen], color="#000000", linewidth=1.4, label="metric")
-    axes.step(seen, reference, where="post", color=PLAIN_COLOR, label="reference: gates patience")
+    axes.step(seen, reference, where="post", color=PLAIN_COLOR, label="reference (for patience)")
     axes.step(seen, best, where="post", color=FUSED_COLOR, linestyle="--", label="best")
     axes.plot(improved, [metric[e] for e in improved], "o", color=PLAIN_COLOR, label="improved")
     axes.plot(bests, [metric[e] for e in bests], ".", color=FUSED_COLOR, label="new best")
@@ -422,7 +422,7 @@ def early_stopping() -> Figure:
 def convert() -> Figure:
     """Draw a residual block before and after conversion."""
     figure = new_figure(
-        9.5, 3.3, "A residual block before and after convert", "each box is one kernel or more"
+        9.5, 3.3, "A residual block before and after convert", "each box is at least one kernel"
     )
     axes = figure.add_axes((0.01, 0.02, 0.98, 0.74))
     axes.set_xlim(0, 100)
@@ -482,15 +482,16 @@ def communication() -> Figure:
     grouped = 24 * channels * (within - 1) + 2 * (within - 1) / within * 16 * channels
     numbers = 3 * 8 * ring
     figure = new_figure(
-        9.5, 4.2, "What a process receives in one step of ResNet-50", "on paper; float32 gradients"
+        9.5,
+        4.2,
+        "Bytes that a process receives in one step of ResNet-50",
+        "calculated; float32 gradients",
     )
     (axes,) = _axes(figure, 1)
     axes.loglog(processes, gradients, color="#000000", label="gradients (DDP, ring all-reduce)")
     axes.loglog(processes, over_all, color=COLORS[4], label="SyncBatchNorm over all processes")
     axes.loglog(processes, grouped, "--", color=FUSED_COLOR, label="SyncBatchNorm, groups of 64")
-    axes.loglog(
-        processes, numbers, ":", color=COLORS[3], label="penalty's value, norm of the gradients"
-    )
+    axes.loglog(processes, numbers, ":", color=COLORS[3], label="penalty value, gradient norm")
     axes.set_xlabel("processes")
     axes.set_ylabel("bytes")
     axes.set_xticks([2, 8, 64, 512, 4096], ["2", "8", "64", "512", "4096"])
@@ -504,14 +505,17 @@ def communication() -> Figure:
 
 
 def roofline() -> Figure:
-    """Draw the stored results in percent of a copy."""
+    """Draw the stored results as percentages of a copy."""
     rows = [
         r
         for r in tables.load()
         if r["provider"] == "fusereg" and r["dtype"] == "float32" and r["percent_of_copy"]
     ]
     figure = new_figure(
-        9.5, 4.4, "Percent of a copy", "float32, all measured cases; a copy moves as many bytes"
+        9.5,
+        4.4,
+        "Percent of a copy",
+        "float32, all measured cases, compared with a copy of as many bytes",
     )
     (axes,) = _axes(figure, 1)
     suites = list(dict.fromkeys(r["suite"] for r in rows))
