@@ -25,7 +25,6 @@ def _with_bias(inputs: Inputs, shape: Shape) -> list[Tensor]:
 
 
 #: Forward mode over reverse mode.
-_NO_HESSIAN = {"jvp of a gradient": "has no derivative in forward mode"}
 _SEEDED = {"p": P, "seed": SEED}
 _ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "relu": ("dropout(max(x, 0))", torch.relu),
@@ -58,7 +57,6 @@ OPERATIONS = [
         arguments=("x", "bias", "residual"),
         options=_SEEDED,
         reference=lambda x, b, r: r + dropped(x + b, mask_like(x)),
-        refuses=_NO_HESSIAN,
     ),
     Operation(
         name="dropout_add",
