@@ -33,7 +33,7 @@ def functorch() -> bool:
     """Return whether a torch.func transform (grad, vmap, ...) is active, which wraps tensors.
 
     There an autograd function must have ``setup_context`` and a ``vmap`` rule (17 us instead of 6,
-    so not used otherwise); operators with ``torch.library.register_autograd`` have neither.
+    so not used otherwise); operators of torch.library have neither.
     """
     return not torch.compiler.is_compiling() and _functorch_level() is not None
 

@@ -42,8 +42,7 @@ def _activated(name: str) -> Operation:
         function=functional.activation_dropout,
         options={**_SEEDED, "activation": name},
         reference=lambda x: dropped(f(x), mask_like(x)),
-        refuses=_NO_HESSIAN
-        | ({} if name == "relu" else {"in place": "overwrites x, which its gradient needs"}),
+        refuses={} if name == "relu" else {"in place": "overwrites x, which its gradient needs"},
     )
 
 
