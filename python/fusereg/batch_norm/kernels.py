@@ -156,7 +156,9 @@ def forward(call: Call, keep_bits: bool = False, out: Tensor | None = None) -> T
     call.moments = moments
     y = torch.empty_like(x) if out is None else out
     keep_bits = keep_bits and residual is not None and call.keeps_bits()
-    bits = _new_bits(inputs, call.constants) if keep_bits else None
+    bits = call.bits  # as operators give it, whose results have a size that shapes tell
+    if keep_bits and bits is None:
+        bits = _new_bits(inputs, call.constants)
     kernel, batches, momentum = _C.batch_norm_forward, call.batches, call.momentum
     tensors = (y, moments, bits, x, residual, mask, weight, bias, mean, var, batches)
     if (keep_bits and bits is None) or not _launch(kernel, call, tensors, momentum):
@@ -164,7 +166,8 @@ def forward(call: Call, keep_bits: bool = False, out: Tensor | None = None) -> T
         result = y
         if y.stride() != x.stride() or y.data_ptr() == x.data_ptr() or _C.inspect(y) != (0, True):
             result = torch.empty_like(x)
-        bits = _new_bits(copies, call.constants) if keep_bits else None
+        if keep_bits and bits is None:
+            bits = _new_bits(copies, call.constants)
         first = (result, moments, bits, x, residual, mask, weight, bias)
         if not _launch(kernel, call, (*first, used_mean, used_var, batches), momentum):
             raise refused(call.op)

@@ -44,32 +44,20 @@ def call_of(inputs: tuple[Any, ...], constants: tuple[Any, ...]) -> Call:
     return call
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """Return the format in which operators read x: channels_last where it is, else contiguous."""
-    if not x.is_contiguous():
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
-        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-            return torch.channels_last_3d
-    return torch.contiguous_format
-
-
-def _in_format(call: Call) -> None:
-    x = call.inputs.x
-    call.inputs = call.inputs._replace(x=x.contiguous(memory_format=_memory_format(x)))
-
-
 def _bit_bytes(x: Tensor) -> Any:
-    """Return Layout::bit_bytes() for x in its memory format."""
+    """Return how many bytes the bits of a tensor in x's layout take at most."""
     if x.numel() == 0:
         return 0
     samples, channels = x.shape[0], x.shape[1]
     inner = x.numel() // samples // channels
-    if channels > 1 and _memory_format(x) is not torch.contiguous_format:
+    if x.is_contiguous():
+        if inner == 1:
+            return samples * ((channels + 7) // 8)
+        return samples * channels * ((inner + 7) // 8)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]):
         return samples * inner * ((channels + 7) // 8)
-    if inner == 1:
-        return samples * ((channels + 7) // 8)
-    return samples * channels * ((inner + 7) // 8)
+    return x.numel()  # in other layouts they depend on how the kernels divide them
 
 
 def _forward(*args: Any) -> Any:
@@ -79,7 +67,8 @@ def _forward(*args: Any) -> Any:
         return kernels.forward(call, keep_bits=True)
     x, given = args[0], args[5]
     call = call_of(args[:9], args[9:16])
-    _in_format(call)
+    if args[16] and call.keeps_bits():
+        call.bits = torch.empty(_bit_bytes(x), dtype=torch.uint8, device=x.device)
     y = operator.in_strides(kernels.forward(call, args[16]), operator.strides_of_result(x))
     return y, call.moments if given is None else None, call.bits
 
@@ -135,7 +124,7 @@ def _gradient(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     found: tuple[Tensor | None, ...]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         found = _differentiable_gradients(call, grad, ctx.has_residual)
-    elif dispatch.direct(grad):
+    elif dispatch.direct(grad) and not dispatch.wrapped((grad,)):
         found = kernels.backward(call, grad, wanted)
     else:
         reduce = call.constants.statistics != FIXED or of_weight or of_bias
@@ -157,7 +146,6 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     bits, sums, wanted, reduce = args[9], args[10], args[18], args[19]
     call = call_of(args[:9], args[11:18])
     call.bits = bits
-    _in_format(call)
     found = kernels.backward(call, grad, tuple(wanted), reduce=reduce, sums=sums, keep_sums=reduce)
     strides = operator.strides_of_result(args[0])
     of_elements = (None if t is None else operator.in_strides(t, strides) for t in found[:2])
