@@ -124,13 +124,24 @@ def _gradient(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     found: tuple[Tensor | None, ...]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         found = _differentiable_gradients(call, grad, ctx.has_residual)
-    elif dispatch.direct(grad) and not dispatch.wrapped((grad,)):
-        found = kernels.backward(call, grad, wanted)
+    elif dispatch.direct(grad):
+        try:
+            found = kernels.backward(call, grad, wanted)
+        except RuntimeError:  # before it wrote; batched gradients are not looked for sooner
+            if not dispatch.wrapped((grad,)):
+                raise
+            found = _traced_gradients(call, grad, wanted)
     else:
-        reduce = call.constants.statistics != FIXED or of_weight or of_bias
-        found = backward.traced(*arguments(call, grad), list(wanted), reduce)
-        found = tuple(t if want else None for t, want in zip(found[:4], wanted, strict=True))
+        found = _traced_gradients(call, grad, wanted)
     return found[0], found[1], None, found[2], found[3]
+
+
+def _traced_gradients(
+    call: Call, grad: Tensor, wanted: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    reduce = call.constants.statistics != FIXED or wanted[2] or wanted[3]
+    found = backward.traced(*arguments(call, grad), list(wanted), reduce)
+    return tuple(t if want else None for t, want in zip(found[:4], wanted, strict=True))
 
 
 # --- backward -------------------------------------------------------------------------------------
@@ -289,9 +300,7 @@ def normalize(call: Call, out: Tensor | None = None) -> Tensor:
                 or (bias is not None and bias.requires_grad)
                 or (residual is not None and residual.requires_grad)
             ):
-                y: Tensor = batch_norm.apply(
-                    *call.inputs[:-1], (call.inputs[-1], *call.constants, True, call)
-                )
+                y: Tensor = batch_norm.apply(*call.inputs[:-1], (call,))
                 return y
             return kernels.forward(call)
     y, moments = _traced(call)

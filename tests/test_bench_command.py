@@ -1,0 +1,273 @@
+"""The benchmarks' work, and the command `fusereg bench`. Nothing here is timed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+from pathlib import Path
+from typing import Any
+
+import fusereg.bench
+import pytest
+import torch
+from fusereg.bench import SUITES, collect_cases, provider_names, suites
+from fusereg.bench.harness import (
+    Accuracy,
+    Options,
+    command,
+    layers,
+    report,
+)
+from fusereg.bench.harness import shapes as parameter_shapes
+from fusereg.bench.suites import drop_block, penalty
+
+from fusereg.cli import bench as cli_bench
+
+CPU = torch.device("cpu")
+
+
+# --- the work -------------------------------------------------------------------------------------
+
+
+def test_resnet50_shapes() -> None:
+    shapes = parameter_shapes.resnet50()
+    assert len(shapes) == 161
+    assert parameter_shapes.count(shapes) == 25_557_032
+    assert sum(len(shape) == 4 for shape in shapes) == 53
+
+
+def test_gpt2_small_shapes() -> None:
+    shapes = parameter_shapes.gpt2_small()
+    assert len(shapes) == 148
+    assert parameter_shapes.count(shapes) == 124_439_808
+
+
+def test_bytes_by_contract() -> None:
+    cases = collect_cases("penalty", Options(CPU, (torch.float32, torch.bfloat16)))
+    per_element = {
+        (case.mode, case.dtype_name): case.bytes_moved / case.elements
+        for case in cases
+        if not case.host
+    }
+    assert per_element == {
+        ("value", "float32"): 4, ("value+gradient", "float32"): 12, ("prox", "float32"): 8,
+        ("value", "bfloat16"): 2, ("value+gradient", "bfloat16"): 6, ("prox", "bfloat16"): 4,
+    }  # fmt: skip
+    assert {case.shape for case in cases} == {"resnet50", "2000x512", "64M", "gpt2", "host 2000x1"}
+    assert len({case.id for case in cases}) == len(cases)
+
+
+def test_the_benchmarks_are_the_modules_of_the_folder() -> None:
+    folder = Path(suites.__file__).parent
+    assert set(SUITES) == {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert SUITES[-1] == "end_to_end"  # the longest
+
+
+def test_a_new_module_is_a_benchmark_and_nothing_else_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "snow.py").write_text(
+        "from fusereg.bench.suites.dropout import cases as cases\n", encoding="utf-8"
+    )
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(suites, "__path__", [*suites.__path__, str(tmp_path)])
+            importlib.reload(fusereg.bench)
+            assert "snow" in fusereg.bench.SUITES
+            found = fusereg.bench.collect_cases("snow", Options(CPU, quick=True))
+            assert {case.suite for case in found} == {"snow"}
+    finally:
+        importlib.reload(fusereg.bench)
+    assert "snow" not in fusereg.bench.SUITES
+
+
+def test_the_earlier_name_of_a_technique_still_works() -> None:
+    cases = collect_cases("optimizer", Options(CPU, quick=True))
+    assert {case.suite for case in cases} == {"optim"}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_suite_declares_its_providers_and_quick_leaves_out_compiling(suite: str) -> None:
+    if suite == "end_to_end":
+        pytest.importorskip("mlxtend")
+    smallest = {}
+    for case in collect_cases(suite, Options(CPU, quick=True)):
+        key = case.op, case.mode
+        if key not in smallest or case.elements < smallest[key].elements:
+            smallest[key] = case
+    for case in smallest.values():
+        providers = case.setup().providers
+        assert {"eager", "fusereg"} <= {p.name for p in providers} <= set(provider_names(suite))
+        assert not any(p.compiles for p in providers)
+        assert case.suite == suite
+
+
+@pytest.mark.parametrize(
+    ("suite", "modes"),
+    [("dropout", ("forward", "forward+backward")), ("drop_block", ("forward",))],
+)
+def test_the_check_of_a_mask_sees_what_is_wrong(suite: str, modes: tuple[str, ...]) -> None:
+    x = torch.full((100_000,), 1.5)
+    good = torch.nn.functional.dropout(x, layers.P)
+    keep = drop_block._divisor if suite == "drop_block" else lambda kept: 1 - layers.P
+
+    def checked(*results: torch.Tensor) -> Accuracy:
+        return layers.check_kept(x, lambda: results, 1e-2, keep)
+
+    accuracy = checked(good, (good != 0).float())
+    assert accuracy.error <= accuracy.tolerance
+    assert checked(good, torch.ones_like(x)).what == "gradient's mask"
+    assert checked(good * 1.1).error == pytest.approx(0.1, rel=0.1)
+    assert layers.is_keep_rate(good != 0)
+    assert not layers.is_keep_rate(torch.nn.functional.dropout(x, 0.11) != 0)
+    wrong = layers.check_kept(x, lambda: good, 1e-2, lambda kept: None)
+    assert (wrong.error, wrong.what) == (math.inf, "keep rate")
+
+
+def test_an_unknown_technique_is_named() -> None:
+    with pytest.raises(ValueError, match=r"no benchmark named 'x'; there are: .*, dropout, "):
+        collect_cases("x", Options(CPU))
+    assert "penalty" in SUITES
+
+
+@pytest.mark.parametrize("mode", list(penalty.MODES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_provider_does_the_same_work(mode: str, dtype: torch.dtype) -> None:
+    """The function for torch.compile as well, here uncompiled."""
+    work = parameter_shapes.Work("small", [(40, 50), (7,), (3, 2, 5)])
+    data = penalty._Data(work, mode, dtype, CPU)
+    check = {
+        penalty.VALUE: penalty._check_value,
+        penalty.VALUE_GRADIENT: penalty._check_value_gradient,
+        penalty.PROX: penalty._check_prox,
+    }[mode]
+    formula = {
+        penalty.VALUE: penalty._formula_value,
+        penalty.VALUE_GRADIENT: penalty._formula_value_gradient,
+        penalty.PROX: penalty._formula_prox,
+    }[mode]
+    providers = list(penalty._setup(work, mode, dtype, Options(CPU)).providers)
+    assert {p.name for p in providers} >= {"eager", "foreach", "torch.compile", "fusereg"}
+    makers = {
+        penalty.VALUE: penalty._value_providers,
+        penalty.VALUE_GRADIENT: penalty._value_gradient_providers,
+        penalty.PROX: penalty._prox_providers,
+    }
+    calls = {p.name: p.make() for p in makers[mode](data) if not p.compiles}
+    calls["formula"] = lambda: formula(data.detached, data.gradients)
+    for name, call in calls.items():
+        accuracy = check(data, call)
+        assert accuracy.error <= accuracy.tolerance, f"{name}: {accuracy}"
+
+
+@pytest.mark.parametrize("mode", list(penalty.MODES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_check_sees_a_provider_that_does_nothing(mode: str, dtype: torch.dtype) -> None:
+    data = penalty._Data(parameter_shapes.Work("small", [(200, 500)]), mode, dtype, CPU)
+    value = torch.tensor(penalty._reference_value(data))
+    check = {
+        penalty.VALUE: lambda: penalty._check_value(data, lambda: 0.5 * value),
+        penalty.VALUE_GRADIENT: lambda: penalty._check_value_gradient(data, lambda: value),
+        penalty.PROX: lambda: penalty._check_prox(data, lambda: None),
+    }[mode]
+    accuracy = check()
+    assert not accuracy.error <= accuracy.tolerance
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    cli_bench.add_parser(parser.add_subparsers())
+    return parser.parse_args(["bench", *words])
+
+
+def test_quick_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    words = ["penalty", "--quick", "--only", "tiny", "--device", "cpu", "--min-time", "0"]
+    assert cli_bench.run(arguments(*words, "--json", str(out))) == 0
+    printed = capsys.readouterr()
+    assert "[3/3]" in printed.err
+    assert "vs eager" in printed.out
+    rows, data = report.read_json(out)
+    assert data["interrupted"] is False
+    assert {r.mode for r in rows} == {"value", "value+gradient", "prox"}
+    providers = "copy eager formula foreach fusereg WeightPenalty"
+    assert {r.provider for r in rows} == set(providers.split())
+    for measured in rows:
+        assert not measured.failed
+        assert measured.p20_us is not None
+        assert measured.p50_us is not None
+        assert measured.p80_us is not None
+        assert 0 < measured.p20_us <= measured.p50_us <= measured.p80_us
+
+    assert cli_bench.run(arguments("--from", str(out), "--markdown")) == 0
+    assert capsys.readouterr().out.startswith("| work | mode |")
+
+
+def test_list_names_the_cases(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        cli_bench.run(arguments("penalty", "--list", "--device", "cpu", "--only", "*/resnet50/*"))
+        == 0
+    )
+    assert capsys.readouterr().out.split() == [
+        "penalty/elastic-net/value/resnet50/float32",
+        "penalty/elastic-net/value+gradient/resnet50/float32",
+        "penalty/soft-threshold/prox/resnet50/float32",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["nothing"], "no benchmark named 'nothing'"),
+        (["--only", "zzz"], "no case matches"),
+        (["dropout", "--providers", "foo"], "no provider named 'foo'; there are: copy, eager, "),
+        (["--providers", "eager,fussreg"], "no provider named 'fussreg'"),
+        (
+            ["penalty", "--quick", "--only", "value/tiny", "--providers", "formula"],
+            "--providers formula: no chosen case can run them here",
+        ),
+        (["--dtype", "int32"], "not a floating-point dtype"),
+        (["--dtype", "float33"], "not a floating-point dtype"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--min-time", "-1"], "--min-time must not be negative"),
+        (["--json", "."], "cannot be written"),
+        (["--from", "missing.json"], "missing.json"),
+        (["--compare", "missing.json", "missing.json"], "missing.json"),
+        (["--fail-on-slower"], "--fail-on-slower goes with --compare"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    words: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli_bench.run(arguments("--device", "cpu", *words)) == 2
+    printed = capsys.readouterr()
+    assert part in " ".join(printed.err.split())
+    assert printed.out == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_bench.run(arguments("--device", "cuda")) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_a_killed_run_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is written after every case and says that it is not the whole run."""
+    seen: list[bool] = []
+    write = report.write_json
+
+    def spy(path: str | Path, data: dict[str, Any]) -> None:
+        seen.append(data["interrupted"])
+        write(path, data)
+
+    monkeypatch.setattr(command.report, "write_json", spy)
+    words = ["penalty", "--quick", "--only", "tiny", "--device", "cpu", "--min-time", "0"]
+    args = arguments(*words, "--providers", "eager,fusereg", "--json", str(tmp_path / "a.json"))
+    assert cli_bench.run(args) == 0
+    assert seen == [True, True, True, False]
+    rows, _ = report.read_json(tmp_path / "a.json")
+    assert {r.provider for r in rows} == {"copy", "eager", "fusereg"}
