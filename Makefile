@@ -24,7 +24,7 @@ PYTHON ?= python3
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -m 1 GPU)
 CUDA := $(or $(FUSEREG_CUDA),$(if $(GPU),AUTO,OFF))
 FUSEREG_ISAS ?= native
-SCHEDULES ?= forward reverse random:1
+SCHEDULES ?= reverse random:1
 DEMO ?=
 BENCH ?= --all
 TORCH_VERSIONS ?= $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -103,7 +103,7 @@ $(HOST_MODULE): $(NATIVE) $(wildcard tests/cuda_on_host/*.*) | $(VENV)/.tools
 
 # --- what one runs ----------------------------------------------------------------------------------
 
-.PHONY: demo test test-all test-isas test-schedules test-nvcc bench lint docs wheel wheel-test clean distclean
+.PHONY: demo test test-all test-slow test-schedules test-nvcc bench lint docs wheel wheel-test clean distclean
 demo: $(VENV)/.installed $(VENV)/.extra-demo
 	@$(VENV)/bin/fusereg demo $(DEMO)
 
@@ -113,12 +113,13 @@ test: $(VENV)/.installed $(VENV)/.extra-test $(HOST_MODULE)
 	@$(call say,the suite again: CUDA kernels on the host)
 	@tests/cuda_on_host/run.sh $(HOST_BUILD) $(PARALLEL) -m "not slow" $(PYTEST)
 
-test-all: test-isas test-schedules test-nvcc docs
+# `make test` goes through the CUDA kernels in the order forward.
+test-all: FUSEREG_ISAS = all
+test-all: test test-slow test-schedules test-nvcc docs
 
-test-isas: FUSEREG_ISAS = all
-test-isas: $(VENV)/.installed $(VENV)/.extra-test
-	@$(call say,the suite with its slow tests: CPU kernels of every instruction set)
-	@$(VENV)/bin/python -m pytest $(PARALLEL) $(PYTEST)
+test-slow: $(VENV)/.installed $(VENV)/.extra-test
+	@$(call say,the tests that are slow)
+	@$(VENV)/bin/python -m pytest $(PARALLEL) -m slow $(PYTEST)
 
 test-schedules: $(VENV)/.installed $(VENV)/.extra-test $(HOST_MODULE)
 	@$(call say,CUDA kernels on the host: $(SCHEDULES))
