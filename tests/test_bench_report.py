@@ -29,7 +29,8 @@ from fusereg.bench.harness import (
     running,
 )
 from fusereg.cli import bench as cli_bench
-from test_bench import SETTINGS, FakeTimer, arguments, make_case, named, row
+from test_bench import SETTINGS, FakeTimer, make_case, named, row
+from test_bench_command import arguments
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]

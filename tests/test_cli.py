@@ -39,7 +39,7 @@ def test_help_of_every_command(command: list[str], capsys: pytest.CaptureFixture
 
 def test_every_command_is_a_module_with_parser_and_run() -> None:
     for name in app.COMMANDS:
-        module = importlib.import_module(f"fusereg.cli.{name}")
+        module = importlib.import_module(f"fusereg.{app.COMMANDS[name]}")
         assert callable(module.add_parser)
         assert callable(module.run)
         assert module.__doc__
@@ -90,7 +90,7 @@ def test_runs_as_a_module() -> None:
 def test_parsing_imports_nothing_heavy() -> None:
     program = (
         "import sys; from fusereg.cli.app import build_parser; build_parser(); "
-        "print([m for m in ('rich', 'matplotlib', 'mlxtend', 'fusereg.demo', 'fusereg.bench') "
+        "print([m for m in ('rich', 'matplotlib', 'mlxtend', 'fusereg.demo.run', 'fusereg.bench') "
         "if m in sys.modules])"
     )
     done = subprocess.run(
@@ -135,7 +135,7 @@ def test_errors_become_one_line_and_an_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(app, "COMMANDS", ("info",))
+    monkeypatch.setattr(app, "COMMANDS", {"info": "cli.info"})
     monkeypatch.setattr(app, "_command", lambda name: _Fails(error))
     assert main(["info"]) == code
     assert line in one_error_line(capsys)
@@ -144,7 +144,7 @@ def test_errors_become_one_line_and_an_exit_code(
 def test_traceback_on_request(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(app, "COMMANDS", ("info",))
+    monkeypatch.setattr(app, "COMMANDS", {"info": "cli.info"})
     monkeypatch.setattr(app, "_command", lambda name: _Fails(RuntimeError("why")))
     assert main(["--traceback", "info"]) == 1
     assert "Traceback (most recent call last)" in capsys.readouterr().err
@@ -203,7 +203,7 @@ def test_an_interrupt_of_a_command_is_one_line() -> None:
         "import os, signal, sys; sys.argv = ['fusereg', 'info']; import fusereg.cli.app as app; "
         "command = type(sys)('info'); command.add_parser = lambda s: s.add_parser('info'); "
         "command.run = lambda args: os.kill(os.getpid(), signal.SIGINT); "
-        "app.COMMANDS = ('info',); app._command = lambda name: command; sys.exit(app.main())"
+        "app.COMMANDS = {'info': 'cli.info'}; app._command = lambda name: command; sys.exit(app.main())"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False

@@ -143,7 +143,7 @@ def test_a_grad_scaler_is_respected(optimizer: Any, max_norm: float, tmp_path: P
         assert trainer.accelerator.scaler.get_scale() == 256.0
         return model
 
-    assert_same(run(True), run(False, PenaltyCallback(**STRENGTHS)), 2e-3)
+    assert_same(run(True), run(False, PenaltyCallback(**STRENGTHS)), tolerance=2e-3)
 
 
 def test_the_value_is_in_the_log_and_strengths_are_resumed(tmp_path: Path) -> None:

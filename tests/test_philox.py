@@ -54,6 +54,8 @@ def test_scalar_and_vectors_agree_with_plain_python(
 
 def test_a_vector_call_serves_as_many_chunks_as_the_registers_have_lanes(backend: Backend) -> None:
     lanes = {"baseline": 2, "avx2": 4, "avx512": 8}
+    if backend.on_host:
+        pytest.skip("the host build of the CUDA kernels has no vectors")
     assert len(_C.philox_words(1, 2, 3, True)) == 4 * lanes[_C.cpu_isa()]
 
 

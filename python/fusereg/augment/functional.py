@@ -66,7 +66,10 @@ _IDENTITY[_PARTNER] = -1.0
 _WINDOW = [[0.0] * _RECORD for _ in range(6)]
 _WINDOW[0][5] = _WINDOW[1][2] = _WINDOW[4][2] = _WINDOW[5][5] = 1.0
 _WINDOW[2][0] = _WINDOW[3][4] = -2.0
-_TENSORS = tuple(torch.tensor(v, dtype=torch.float64) for v in (_IDENTITY, _WINDOW))
+_TENSORS = (
+    torch.tensor(_IDENTITY, dtype=torch.float64),
+    torch.tensor(_WINDOW, dtype=torch.float64),
+)
 
 
 def _constants() -> tuple[Tensor, Tensor]:

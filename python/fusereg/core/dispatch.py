@@ -116,6 +116,8 @@ def forward_mode() -> bool:
 
 def nested_jvp() -> bool:
     """Return whether a torch.func.jvp is active inside another."""
+    if torch.compiler.is_compiling():
+        return False
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
 

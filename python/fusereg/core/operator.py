@@ -201,7 +201,9 @@ class Operator:
         #: The eager autograd function: called with the tensors, and a tuple of all that follows
         #: them, which torch need not look at then. Without its question for functorch, which the
         #: gate has answered: 1.2 us less.
-        self.apply: Callable[..., Any] = super(torch.autograd.Function, self._function).apply
+        self.apply: Callable[..., Any] = super(  # type: ignore[misc]
+            torch.autograd.Function, self._function
+        ).apply
 
     def __call__(self, *args: Any) -> Any:
         """Compute the operation in whatever way its surroundings want."""
@@ -239,7 +241,8 @@ class Operator:
         if torch.is_grad_enabled():
             if self._list is not None:
                 if self._differentiated(args):
-                    return self.apply(*self._flat(args))
+                    # By torch's own apply(), which unwraps what torch.func transforms have left.
+                    return self._function.apply(*self._flat(args))
             else:  # without a call for it: this is most of what small tensors cost
                 k = self._tensors
                 for t in args[:k]:
@@ -263,7 +266,7 @@ class Operator:
                 y = self.apply(*args[:k], args[k:])
                 return x.copy_(y if isinstance(y, Tensor) else y[0])
             if self._differentiated(args):
-                result: Tensor = self._function_in_place.apply(*args[:k], args[k:])  # type: ignore[no-untyped-call]
+                result: Tensor = self._function_in_place.apply(*args[:k], args[k:])
                 return result
         return self.into(x, *args)
 
@@ -359,7 +362,7 @@ def _functions(
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         # A call for each sample: its draws and its reductions are those that it has alone.
         results = [
-            made[2].apply(  # type: ignore[no-untyped-call]
+            made[2].apply(
                 *(
                     a.select(d, i) if isinstance(d, int) else a
                     for a, d in zip(args, in_dims, strict=True)

@@ -63,12 +63,17 @@ def _forward(
             total = torch.empty(x.shape, dtype=like.dtype, device=x.device)
         rows = (*x.shape[:-1], 1 if rms else 3)
         statistics = torch.empty(rows, dtype=compute_dtype(x.dtype), device=x.device)
-    rest = (*_state(seed), p, eps, rms, index_offset, op)
-    given = x.contiguous(), _contiguous(residual), _contiguous(weight), _contiguous(bias)
+    rest: tuple[Any, ...] = (*_state(seed), p, eps, rms, index_offset, op)
+    given: tuple[Any, ...] = (
+        x.contiguous(),
+        _contiguous(residual),
+        _contiguous(weight),
+        _contiguous(bias),
+    )
     if _C.dropout_norm_forward(y, total, statistics, *given, *rest) != 0:
         names = ("x", "residual", "weight", "bias")
-        copies = [_supported(t, op, name) for t, name in zip(given, names, strict=True)]
-        if _C.dropout_norm_forward(y, total, statistics, *copies, *rest) != 0:  # type: ignore[arg-type]
+        copies: list[Any] = [_supported(t, op, name) for t, name in zip(given, names, strict=True)]
+        if _C.dropout_norm_forward(y, total, statistics, *copies, *rest) != 0:
             raise refused(op)
     return y, total, statistics
 
@@ -145,12 +150,18 @@ def _backward_kernel(
         )
         barrier = memory.barrier(device)
     results = (grad_x, grad_residual, grad_weight, grad_bias)
-    rest = (*_state(seed), p, rms, index_offset, partials, barrier, op)
-    given = (grad, _contiguous(grad_sum), total, statistics.contiguous(), _contiguous(weight))
+    rest: tuple[Any, ...] = (*_state(seed), p, rms, index_offset, partials, barrier, op)
+    given: tuple[Any, ...] = (
+        grad,
+        _contiguous(grad_sum),
+        total,
+        statistics.contiguous(),
+        _contiguous(weight),
+    )
     if _C.dropout_norm_backward(*results, *given, *rest) != 0:
         names = ("grad", "grad_sum", "sum", "statistics", "weight")
-        copies = [_supported(t, op, name) for t, name in zip(given, names, strict=True)]
-        if _C.dropout_norm_backward(*results, *copies, *rest) != 0:  # type: ignore[arg-type]
+        copies: list[Any] = [_supported(t, op, name) for t, name in zip(given, names, strict=True)]
+        if _C.dropout_norm_backward(*results, *copies, *rest) != 0:
             raise refused(op)
     return results
 

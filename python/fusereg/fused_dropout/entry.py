@@ -219,14 +219,14 @@ def activate(
 
     draw = (float(p), activation, index_offset)
     if not dispatch.direct(x):
-        state = random.traced_state(x, source, op) if p else None
+        seed = random.traced_state(x, source, op) if p else None
         if p == 0 or dispatch.nested_jvp():
             y = _FORMULAS[activation](x.to(wide_dtype(x.dtype)))
             if p:
-                y = draws.mask.traced(y, state, float(p), False, 0, index_offset)
+                y = draws.mask.traced(y, seed, float(p), False, 0, index_offset)
             y = y.to(x.dtype)
         else:
-            y = ops.activate.traced(x, state, *draw)
+            y = ops.activate.traced(x, seed, *draw)
         return y if target is None else target.copy_(y)
     checks.check_index_offset(index_offset, op)
     state = random.eager_state(x, source, op) if p else (0, 0)
