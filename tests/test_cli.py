@@ -203,7 +203,8 @@ def test_an_interrupt_of_a_command_is_one_line() -> None:
         "import os, signal, sys; sys.argv = ['fusereg', 'info']; import fusereg.cli.app as app; "
         "command = type(sys)('info'); command.add_parser = lambda s: s.add_parser('info'); "
         "command.run = lambda args: os.kill(os.getpid(), signal.SIGINT); "
-        "app.COMMANDS = {'info': 'cli.info'}; app._command = lambda name: command; sys.exit(app.main())"
+        "app.COMMANDS = {'info': 'cli.info'}; app._command = lambda name: command; "
+        "sys.exit(app.main())"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
