@@ -152,7 +152,7 @@ int augment_forward(const py::object& y, const py::object& x, const py::object& 
   }
   if (y_sizes[0] != sizes[0] || y_sizes[1] != sizes[1])
     throw py::value_error(where(op, "y") + " must have x's batch size and channels");
-  const Options options{interpolation, antialias, fill_mode, color,     fill,
+  const Options options{interpolation, antialias, fill_mode, color,      fill,
                         scale,         shift,     erase,     erase_noise};
   set_options(job, options, sizes, device, records, keys, op);
   if (job.n == 0 || job.c == 0 || job.y.h == 0 || job.y.w == 0) return kDone;

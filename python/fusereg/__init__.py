@@ -11,6 +11,7 @@
 
 from .core import interpreter as _interpreter  # noqa: F401, I001  # before torch is imported
 from .core import dispatch as _dispatch  # noqa: F401  # it refuses a torch that is too old
+from . import _C as _C
 from . import augment, cpu, early_stopping, functional, nn, optim
 from .batch_norm.decompositions import decompositions
 from .batch_norm.fold import fold_into_conv
