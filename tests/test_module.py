@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import inspect
 import os
+import pickle
 import re
 import struct
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 import torch
 
 import fusereg
+from fusereg.core import aliases
 
 _C = fusereg._C
 PACKAGE = Path(inspect.getfile(fusereg)).parent
@@ -588,3 +590,28 @@ def test_the_docstring_check_sees_what_is_missing() -> None:
 def test_the_package_declares_its_types() -> None:
     assert (PACKAGE / "py.typed").is_file()
     assert (PACKAGE / "_C.pyi").is_file()
+
+
+# --- module paths of before -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", aliases.MOVED)
+def test_an_old_module_path_imports_what_is_there_now(old: str) -> None:
+    now = importlib.import_module(f"fusereg.{aliases.MOVED[old]}")
+    assert importlib.import_module(f"fusereg.{old}") is now
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("nn.dropout", "Dropout"),
+        ("nn.consistent_dropout", "ConsistentDropout"),
+        ("nn.batch_norm", "BatchNorm2d"),
+        ("nn.sync_batch_norm", "SyncBatchNorm"),
+        ("penalty", "WeightPenalty"),
+        ("_penalty_hook", "AttachedPenalty"),
+    ],
+)
+def test_a_class_that_a_pickle_names_by_its_old_path_is_found(module: str, name: str) -> None:
+    found = pickle.loads(f"cfusereg.{module}\n{name}\n.".encode())
+    assert found is getattr(fusereg if hasattr(fusereg, name) else fusereg.nn, name)

@@ -21,7 +21,16 @@ __all__ = [
 ]
 
 
-class Dropout(nn.Dropout):
+class _Layer(nn.Module):
+    """The constructor that the subclasses of torch's layers share."""
+
+    def __init__(
+        self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
+    ) -> None:
+        super().__init__(probability(p, keep_prob, type(self).__name__), inplace)
+
+
+class Dropout(_Layer, nn.Dropout):
     """:func:`fusereg.functional.dropout` of every element, in training mode.
 
     Args:
@@ -33,17 +42,12 @@ class Dropout(nn.Dropout):
         ValueError: ``p`` or ``keep_prob`` is outside [0, 1], or both are given.
     """
 
-    def __init__(
-        self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
-    ) -> None:
-        super().__init__(probability(p, keep_prob, "Dropout"), inplace)
-
     def forward(self, input: Tensor) -> Tensor:
         """Return the input with elements dropped, or the input itself in evaluation mode."""
         return F.dropout(input, self.p, self.training, self.inplace)
 
 
-class Dropout1d(nn.Dropout1d):
+class Dropout1d(_Layer, nn.Dropout1d):
     """:func:`fusereg.functional.dropout1d`: whole channels of (N, C, L) or (C, L).
 
     Args:
@@ -52,17 +56,12 @@ class Dropout1d(nn.Dropout1d):
         keep_prob: 1 - p, in place of ``p``.
     """
 
-    def __init__(
-        self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
-    ) -> None:
-        super().__init__(probability(p, keep_prob, "Dropout1d"), inplace)
-
     def forward(self, input: Tensor) -> Tensor:
         """Return the input with channels dropped, or the input itself in evaluation mode."""
         return F.dropout1d(input, self.p, self.training, self.inplace)
 
 
-class Dropout2d(nn.Dropout2d):
+class Dropout2d(_Layer, nn.Dropout2d):
     """:func:`fusereg.functional.dropout2d`: whole channels of (N, C, H, W).
 
     Args:
@@ -71,17 +70,12 @@ class Dropout2d(nn.Dropout2d):
         keep_prob: 1 - p, in place of ``p``.
     """
 
-    def __init__(
-        self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
-    ) -> None:
-        super().__init__(probability(p, keep_prob, "Dropout2d"), inplace)
-
     def forward(self, input: Tensor) -> Tensor:
         """Return the input with channels dropped, or the input itself in evaluation mode."""
         return F.dropout2d(input, self.p, self.training, self.inplace)
 
 
-class Dropout3d(nn.Dropout3d):
+class Dropout3d(_Layer, nn.Dropout3d):
     """:func:`fusereg.functional.dropout3d`: whole channels of (N, C, D, H, W) or (C, D, H, W).
 
     Args:
@@ -90,17 +84,12 @@ class Dropout3d(nn.Dropout3d):
         keep_prob: 1 - p, in place of ``p``.
     """
 
-    def __init__(
-        self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
-    ) -> None:
-        super().__init__(probability(p, keep_prob, "Dropout3d"), inplace)
-
     def forward(self, input: Tensor) -> Tensor:
         """Return the input with channels dropped, or the input itself in evaluation mode."""
         return F.dropout3d(input, self.p, self.training, self.inplace)
 
 
-class AlphaDropout(nn.AlphaDropout):
+class AlphaDropout(_Layer, nn.AlphaDropout):
     """:func:`fusereg.functional.alpha_dropout`, which keeps the mean and variance of SELU networks.
 
     Args:
@@ -109,17 +98,12 @@ class AlphaDropout(nn.AlphaDropout):
         keep_prob: 1 - p, in place of ``p``.
     """
 
-    def __init__(
-        self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
-    ) -> None:
-        super().__init__(probability(p, keep_prob, "AlphaDropout"), inplace)
-
     def forward(self, input: Tensor) -> Tensor:
         """Return the input with elements at SELU's limit; itself in evaluation mode."""
         return F.alpha_dropout(input, self.p, self.training, self.inplace)
 
 
-class FeatureAlphaDropout(nn.FeatureAlphaDropout):
+class FeatureAlphaDropout(_Layer, nn.FeatureAlphaDropout):
     """:func:`fusereg.functional.feature_alpha_dropout`: alpha dropout of whole channels.
 
     Args:
@@ -127,11 +111,6 @@ class FeatureAlphaDropout(nn.FeatureAlphaDropout):
         inplace: whether to write into the input.
         keep_prob: 1 - p, in place of ``p``.
     """
-
-    def __init__(
-        self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
-    ) -> None:
-        super().__init__(probability(p, keep_prob, "FeatureAlphaDropout"), inplace)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the input with channels at SELU's limit; itself in evaluation mode."""

@@ -37,7 +37,22 @@ class BiasDropoutAdd(nn.Module):
         return f"p={self.p}"
 
 
-class DropoutAdd(nn.Module):
+class _Add(nn.Module):
+    """What the layers that end in a residual connection share."""
+
+    def __init__(
+        self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
+    ) -> None:
+        super().__init__()
+        self.p = probability(p, keep_prob, type(self).__name__)
+        self.inplace = inplace
+
+    def extra_repr(self) -> str:
+        """Return the arguments as torch's dropout layers show them."""
+        return f"p={self.p}, inplace={self.inplace}"
+
+
+class DropoutAdd(_Add):
     """:func:`fusereg.functional.dropout_add`: residual + dropout(x).
 
     Args:
@@ -46,23 +61,12 @@ class DropoutAdd(nn.Module):
         keep_prob: 1 - p, in place of ``p``.
     """
 
-    def __init__(
-        self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
-    ) -> None:
-        super().__init__()
-        self.p = probability(p, keep_prob, "DropoutAdd")
-        self.inplace = inplace
-
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
         """Return the sum of both, with elements of the first dropped in training mode."""
         return F.dropout_add(input, residual, self.p, self.training, self.inplace)
 
-    def extra_repr(self) -> str:
-        """Return the arguments as torch's dropout layers show them."""
-        return f"p={self.p}, inplace={self.inplace}"
 
-
-class DropPathAdd(nn.Module):
+class DropPathAdd(_Add):
     """:func:`fusereg.functional.drop_path_add`: residual + x for the samples that are kept.
 
     Args:
@@ -71,20 +75,9 @@ class DropPathAdd(nn.Module):
         keep_prob: 1 - p, in place of ``p``.
     """
 
-    def __init__(
-        self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
-    ) -> None:
-        super().__init__()
-        self.p = probability(p, keep_prob, "DropPathAdd")
-        self.inplace = inplace
-
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
         """Return the sum of both, with samples of the first dropped in training mode."""
         return F.drop_path_add(input, residual, self.p, self.training, self.inplace)
-
-    def extra_repr(self) -> str:
-        """Return the arguments as torch's dropout layers show them."""
-        return f"p={self.p}, inplace={self.inplace}"
 
 
 class ActivationDropout(nn.Module):
