@@ -89,9 +89,9 @@ def test_a_list_that_another_thread_empties_is_read_as_it_was() -> None:
 
     def disturb() -> None:
         while not stop.is_set():
-            kept = weights[:]
+            fresh = [torch.full((1 << 16,), 0.5) for _ in range(8)]
             weights.clear()
-            weights.extend(torch.full((1 << 16,), 0.5) for _ in kept)
+            weights.extend(fresh)  # a list at once; a generator would be seen half way
 
     disturber = threading.Thread(target=disturb)
     disturber.start()
