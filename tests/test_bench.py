@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fusereg.bench.harness import (
     Accuracy,
     Call,

@@ -8,9 +8,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import fusereg.bench
 import pytest
 import torch
+
+import fusereg.bench
 from fusereg.bench import SUITES, collect_cases, provider_names, suites
 from fusereg.bench.harness import (
     Accuracy,
@@ -21,7 +22,6 @@ from fusereg.bench.harness import (
 )
 from fusereg.bench.harness import shapes as parameter_shapes
 from fusereg.bench.suites import drop_block, penalty
-
 from fusereg.cli import bench as cli_bench
 
 CPU = torch.device("cpu")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fusereg.bench import SUITES, provider_names
 from fusereg.bench.harness import (
     Call,
@@ -27,7 +28,6 @@ from fusereg.bench.harness import (
     run_case,
     running,
 )
-
 from fusereg.cli import bench as cli_bench
 from test_bench import SETTINGS, FakeTimer, make_case, named, row
 from test_bench_command import arguments

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from fusereg.bench import models, twins
-from fusereg.bench.twins import Fused, Plain, Recipe
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fusereg
+from fusereg.bench import models, twins
+from fusereg.bench.twins import Fused, Plain, Recipe
 
 CPU = torch.device("cpu")
 NETWORKS: dict[str, Callable[..., nn.Module]] = {

@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 import tables
 import torch
-from fusereg.bench import SUITES
-from fusereg.bench.harness.figures import styles
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
@@ -24,6 +22,8 @@ from torch import Tensor, nn
 
 import fusereg
 from fusereg import functional as F
+from fusereg.bench import SUITES
+from fusereg.bench.harness.figures import styles
 from fusereg.demo import style
 from fusereg.demo.style import COLORS, FUSED_COLOR, GRAY, PLAIN_COLOR, png, tidy
 
