@@ -20,6 +20,7 @@ namespace {
 
 std::vector<std::string> names(const std::vector<Isa>& isas) {
   std::vector<std::string> found;
+  found.reserve(isas.size());
   for (const Isa isa : isas) found.emplace_back(isa_name(isa));
   return found;
 }
