@@ -89,6 +89,7 @@ def test_gradient_of_half_types_and_expanded_gradients(backend: Backend) -> None
         assert torch.equal(x.grad, wide.grad.to(dtype))
 
 
+@pytest.mark.slow
 def test_gradcheck_twice() -> None:
     x = torch.rand(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
     records = random_records(2)

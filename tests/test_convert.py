@@ -427,6 +427,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_training_on_digits_reaches_the_same_accuracy() -> None:
     """Within 2 percentage points on 1,000 digits, as dropout drops different elements."""

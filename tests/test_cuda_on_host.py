@@ -199,6 +199,7 @@ def test_the_schedule_comes_from_the_environment(selftest: Path) -> None:
     assert "FUSEREG_HOST_SCHEDULE must be forward, reverse, random" in output
 
 
+@pytest.mark.slow
 def test_the_portable_context_switch(tmp_path: Path) -> None:
     """Processors other than x86-64 switch with ucontext: the same results."""
     program = build(

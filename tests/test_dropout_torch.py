@@ -316,6 +316,7 @@ def test_drop_path_module() -> None:
     assert layer.eval()(y) is y
 
 
+@pytest.mark.slow
 def test_a_network_learns_as_with_torchs_dropout() -> None:
     """Digits-like blobs: both reach the same loss; the masks differ, so not bit for bit."""
     centers = 3 * torch.randn(10, 20)

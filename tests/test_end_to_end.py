@@ -73,6 +73,7 @@ def close(actual: Any, wanted: Any, tolerance: float = 1e-5) -> None:
 # --- torch.compile --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compiled_whole_it_is_the_same(network: str) -> None:
     """One graph of the network, in training and in evaluation."""
     model = converted(network)
@@ -99,6 +100,7 @@ def test_compiled_dropout_follows_the_seed(network: str) -> None:
     assert not all(map(torch.equal, first, seeded(2)))
 
 
+@pytest.mark.slow
 def test_a_compiled_twin_takes_the_plain_ones_steps(network: str) -> None:
     """The whole step around the compiled network: penalty, AdamW, proximal step."""
     recipe = twins.without_chance(Recipe(network, side=14, l1=0.1, group=1e-3))

@@ -133,6 +133,7 @@ def test_early_stopping_ends_both_at_the_same_epoch(monkeypatch: pytest.MonkeyPa
 # --- the benchmark --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_the_benchmark_runs_small(dtype: torch.dtype) -> None:
     settings = Settings(min_time_s=0.0, min_rounds=3, max_rounds=3, min_sample_s=0.0)

@@ -51,6 +51,7 @@ def test_it_runs(name: str) -> None:
     assert re.fullmatch(wanted + ".*", said), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_TWO)
 def test_it_runs_on_two_processes(name: str) -> None:
     pytest.importorskip("mlxtend")

@@ -162,6 +162,7 @@ def test_a_forked_child_computes_with_one_thread_and_does_not_hang(used: str) ->
 # --- many steps -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @on_linux
 def test_ten_thousand_steps_leave_no_object_and_no_memory_behind() -> None:
     code = """
