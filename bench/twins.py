@@ -45,7 +45,7 @@ NETWORKS: dict[str, Callable[[int, float], models.ResNet | models.ViT]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained, and how.
+    """Settings of a training.
 
     Attributes:
         network: One of :data:`NETWORKS`.
@@ -123,7 +123,7 @@ class Outcome:
 
 
 class Twin:
-    """What both have in common: the training loop and the evaluation."""
+    """Base of both twins: the training loop and the evaluation."""
 
     model: models.ResNet | models.ViT
     optimizer: torch.optim.Optimizer

@@ -103,3 +103,16 @@ def test_a_docstring_that_is_a_riddle_is_found(word: str) -> None:
 @pytest.mark.parametrize("word", ["Return", "Compress", "Pass", "Yield"])
 def test_a_docstring_in_the_imperative_is_not(word: str) -> None:
     assert not NOT_IMPERATIVE.match(word)
+
+
+def test_docstrings_of_modules_and_classes_name_what_they_are() -> None:
+    """A noun phrase, not a question: what D401 does not look at."""
+    wrong = []
+    for folder in ("python/fusereg", "bench"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    text = ast.get_docstring(node) or ""
+                    if re.match(r"(What|Whether|Which|How|Where|Who)\b", text):
+                        wrong.append(f"{path.relative_to(ROOT)}: {text.splitlines()[0]}")
+    assert wrong == []

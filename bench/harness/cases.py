@@ -1,4 +1,4 @@
-"""What a suite provides (cases, workloads, providers) and what measuring it gives (rows)."""
+"""Types that a suite provides (cases, workloads, providers) and that measuring it gives (rows)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How far one call's result is from a reference: ``error`` is relative, 0 is exact."""
+    """Distance of a result from a reference: ``error`` is relative, 0 is exact."""
 
     error: float
     tolerance: float
@@ -61,7 +61,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is measured of a provider that trains a network, beside its time.
+    """Measurements of a provider that trains a network, beside its time.
 
     Attributes:
         peak_bytes: The most memory that torch held at once, from an empty start.
@@ -130,7 +130,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings:
-    """How long and how often a case is sampled.
+    """Settings of how long and how often a case is sampled.
 
     Attributes:
         min_time_s: Sampling goes on until this much time per provider has passed, if ...
@@ -189,7 +189,7 @@ class Row:
 
     @property
     def whole(self) -> bool:
-        """Whether this is a whole training step, for which bandwidth means nothing."""
+        """Return whether this is a whole training step, for which bandwidth means nothing."""
         return self.bytes == 0 and not self.host
 
     @property

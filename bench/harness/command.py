@@ -61,7 +61,7 @@ class Outputs:
 
     @property
     def draws(self) -> bool:
-        """Whether any of them needs matplotlib."""
+        """Return whether any of them needs matplotlib."""
         return any((self.plot, self.html, self.folder))
 
 

@@ -42,7 +42,7 @@ class Change:
 
     @property
     def own(self) -> bool:
-        """Whether the provider is fusereg's."""
+        """Return whether the provider is fusereg's."""
         return self.new.provider in OWN
 
     @property
@@ -53,7 +53,7 @@ class Change:
 
     @property
     def broken(self) -> bool:
-        """Whether the provider had a time and has none now."""
+        """Return whether the provider had a time and has none now."""
         return self.old.p50_us is not None and self.new.p50_us is None
 
 

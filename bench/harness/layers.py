@@ -1,4 +1,4 @@
-"""What the suites of layers have in common: cases, data, providers and the check of a mask."""
+"""Common parts of the suites of layers: cases, data, providers and the check of a mask."""
 
 from __future__ import annotations
 

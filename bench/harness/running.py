@@ -1,4 +1,4 @@
-"""How every benchmark is timed, and what its figures mean.
+"""Timing of benchmarks, and the meaning of their figures.
 
 **Providers** are ways to do the same work (fusereg, eager torch, ...). All providers of a case are
 prepared first, then sampled in turn, one sample each in every round, in an order that is rotated

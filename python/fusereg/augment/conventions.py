@@ -1,4 +1,4 @@
-"""What an angle, a scale and a fill mean in each library.
+"""The meaning of angles, scales and fills in each library.
 
 =============  ===================  ==================  =============  ======================
 ``compat=``    rotation             affine's rotation   scale above 1  outside, interpolation

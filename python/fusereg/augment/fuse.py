@@ -50,7 +50,7 @@ class Stage:
 
     @property
     def geometric(self) -> bool:
-        """Whether it changes the places of pixels."""
+        """Return whether it changes the places of pixels."""
         return bool(self.steps) and not self.erases and not self.mixes
 
 

@@ -71,7 +71,7 @@ class Affine(Step):
 
     @property
     def is_identity(self) -> bool:
-        """Whether it never moves a pixel."""
+        """Return whether it never moves a pixel."""
         return self.p == 0.0 or (
             self.degrees == self.translate_x == self.translate_y == _ZERO
             and self.shear_x == self.shear_y == _ZERO

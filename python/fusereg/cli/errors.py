@@ -1,4 +1,4 @@
-"""What a command raises to end with one clear line instead of a traceback."""
+"""Errors with which a command ends in one clear line instead of a traceback."""
 
 from __future__ import annotations
 

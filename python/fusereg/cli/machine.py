@@ -1,4 +1,4 @@
-"""What this process runs on: versions, processor, OpenMP runtimes, CUDA."""
+"""The environment of this process: versions, processor, OpenMP runtimes, CUDA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How commands write JSON and other files."""
+"""JSON and other files that commands write."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What all rooms build on: the tie to torch, checks, memory, random numbers, operators."""
+"""Common base of all techniques: the tie to torch, checks, memory, random numbers, operators."""

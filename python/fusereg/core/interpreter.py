@@ -1,4 +1,4 @@
-"""What must be settled before torch is imported, which takes seconds and may hang."""
+"""Checks before torch is imported, which takes seconds and may hang."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Inputs:
 
     @property
     def large(self) -> bool:
-        """Whether the tensors take several chunks and threads."""
+        """Return whether the tensors take several chunks and threads."""
         return self.size == "large"
 
     @property

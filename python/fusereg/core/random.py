@@ -1,4 +1,4 @@
-"""Where Philox states (seed, offset) come from: torch's own generators.
+"""Philox states (seed, offset), drawn from torch's own generators.
 
 So ``torch.manual_seed`` and a ``generator`` reproduce. Each call gets a state of its own, and draws
 from Philox4x32-10 under the key ``seed`` at the counters of that offset.
@@ -28,7 +28,7 @@ State: TypeAlias = tuple[int | Tensor, int]
 
 
 class Source(NamedTuple):
-    """What a caller says of the Philox state: a seed, a generator, or neither."""
+    """Source of a Philox state: a seed, a generator, or neither."""
 
     seed: int | Tensor | None = None
     generator: torch.Generator | None = None

@@ -1,4 +1,4 @@
-"""What the demo says about its results: the table, a few sentences, and the JSON."""
+"""Report of the demo's results: the table, a few sentences, and the JSON."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ QUICK_TRAIN, QUICK_TEST = 50, 20
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line asks for."""
+    """Settings from the command line."""
 
     out: Path
     data: Sequence[Path] | None

@@ -1,4 +1,4 @@
-"""How the demo's pictures look: colors, titles, axes."""
+"""Style of the demo's pictures: colors, titles, axes."""
 
 from __future__ import annotations
 

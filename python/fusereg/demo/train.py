@@ -76,7 +76,7 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether a loss became infinite or NaN."""
+        """Return whether a loss became infinite or NaN."""
         return not bool(torch.isfinite(self.losses).all()) or not math.isfinite(self.last.test_loss)
 
 

@@ -50,7 +50,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Geometry(NamedTuple):
-    """How a convolution walks over its input, zeros on both sides of it alike."""
+    """The geometry of a convolution whose padding is the same on both sides."""
 
     stride: Sequence[int]
     padding: Sequence[int]

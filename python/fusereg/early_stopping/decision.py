@@ -40,7 +40,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Metric:
-    """How one metric is judged; the arguments are those of :class:`fusereg.EarlyStopping`.
+    """Rules for one metric; the arguments are those of :class:`fusereg.EarlyStopping`.
 
     Raises:
         ValueError: a word is unknown, a number is not finite, ``min_delta`` is negative, or

@@ -135,7 +135,7 @@ class Keeper:
 
     @property
     def restorable(self) -> bool:
-        """Whether ``restore`` would find a state."""
+        """Return whether ``restore`` would find a state."""
         return self._kept() is not None or (self._where == "disk" and self._on_disk is not None)
 
     def _kept(self) -> Snapshot | None:

@@ -22,7 +22,7 @@ _VERSION = 1
 
 
 class _Report(NamedTuple):
-    """What each rank tells the others at a check."""
+    """The message of each rank to the others at a check."""
 
     values: list[float]
     epoch: int
@@ -191,7 +191,7 @@ class EarlyStopping:
 
     @property
     def stopped(self) -> bool:
-        """Whether the last check said to stop."""
+        """Return whether the last check said to stop."""
         return self._state.last is not None and self._state.last.stop
 
     @property
@@ -216,7 +216,7 @@ class EarlyStopping:
 
     @property
     def restorable(self) -> bool:
-        """Whether :meth:`restore` would find the best state; after resuming it may be lost."""
+        """Return whether :meth:`restore` would find the best state, which resuming may lose."""
         return self._keeper.restorable
 
     @property

@@ -38,7 +38,7 @@ class BiasDropoutAdd(nn.Module):
 
 
 class _Add(nn.Module):
-    """What the layers that end in a residual connection share."""
+    """Base of the layers that end in a residual connection."""
 
     def __init__(
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None

@@ -14,7 +14,7 @@ from ...core.inventory import TOLERANCES, Inputs, Operation, Pairs
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What one operation gave on one backend.
+    """The result of one operation on one backend.
 
     ``error`` and ``tolerance`` belong to the tensor that came nearest to its tolerance, or exceeded
     it; ``error`` is None when the call itself failed, and ``message`` then says how. ``bits`` is a

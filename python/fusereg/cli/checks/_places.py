@@ -1,4 +1,4 @@
-"""What can run a kernel here: the CPU with each instruction set, and each CUDA device."""
+"""Devices that can run a kernel here: the CPU with each instruction set, and each CUDA device."""
 
 from __future__ import annotations
 
