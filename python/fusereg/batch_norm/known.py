@@ -1,0 +1,36 @@
+"""Which layers are known to compute batch normalization, and what they compute after it.
+
+A subclass of torch's layer may compute anything, so layers are known by their exact class.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+_TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+#: By name, so as not to import timm: batch norm, then the children ``drop`` and ``act``.
+_TIMM = ("timm.layers.norm_act", "BatchNormAct2d")
+
+
+def original_class(layer: nn.Module) -> type[nn.Module]:
+    """Return the class of a layer, or the one that it had before :func:`fusereg.convert`."""
+    cls: type[nn.Module] = vars(type(layer)).get("fusereg_original", type(layer))
+    return cls
+
+
+def is_timm_act(layer: nn.Module) -> bool:
+    """Return whether this is timm's BatchNormAct2d, converted or not."""
+    cls = original_class(layer)
+    named = (cls.__module__, cls.__qualname__) == _TIMM
+    return named and {"drop", "act"} <= layer._modules.keys()
+
+
+def why_unknown(layer: nn.Module) -> str | None:
+    """Return why a layer may compute something else than batch norm and its own epilogue."""
+    cls = type(layer)
+    if cls in _TORCH or cls.__module__.startswith("fusereg.batch_norm.") or is_timm_act(layer):
+        return None
+    return (
+        f"{cls.__name__} is a class that fusereg does not know, and may compute more than "
+        "batch normalization"
+    )
