@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import fusereg
 from conftest import TOLERANCES, Backend
-from fusereg.nn import BatchNorm2d, BatchRenorm, FrozenBatchNorm, GhostBatchNorm
+from fusereg.nn import BatchNorm2d, BatchRenorm, FrozenBatchNorm, GhostBatchNorm, SyncBatchNorm
+from plain_models import TimmAct
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
@@ -239,3 +240,69 @@ def test_frozen_loads_a_batch_norm_s_state() -> None:
     assert "num_batches_tracked" not in frozen.state_dict()
     with pytest.raises(ValueError, match="no running statistics to freeze"):
         FrozenBatchNorm.from_batch_norm(nn.BatchNorm2d(6, track_running_stats=False))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(nn.BatchNorm1d(6), nn.BatchNorm3d(6), nn.SyncBatchNorm(6), SyncBatchNorm(6)),
+        *(GhostBatchNorm(6), BatchRenorm(6), nn.BatchNorm2d(6, affine=False)),
+        BatchNorm2d(6, activation="leaky_relu", negative_slope=0.3),
+        fusereg.convert(nn.BatchNorm2d(6)),
+        TimmAct(6, act=nn.Identity()),
+        TimmAct(6, act=nn.SiLU(inplace=True)),
+        fusereg.convert(TimmAct(6, act=nn.LeakyReLU(0.3))),
+    ],
+    ids=repr,
+)
+def test_every_known_layer_can_be_frozen(layer: nn.Module) -> None:
+    layer = randomized(copy.deepcopy(layer))
+    frozen = FrozenBatchNorm.from_batch_norm(layer)
+    size = {nn.BatchNorm1d: (3,), nn.BatchNorm3d: (3, 2, 2)}.get(type(layer), (3, 2))
+    x = torch.randn(2, 6, *size)
+    close(frozen(x), layer.eval()(x), 1e-6)
+
+
+def _with(layer: nn.Module, hook: Callable[[nn.Module], object]) -> nn.Module:
+    hook(layer)
+    return layer
+
+
+NOT_FROZEN: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
+    **{
+        cls.__name__: (
+            lambda cls=cls: type("Own", (cls,), {"__module__": __name__})(6),
+            TypeError,
+            "Own is a class that fusereg does not know",
+        )
+        for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, BatchNorm2d, TimmAct)
+    },
+    "no batch norm": (lambda: nn.GroupNorm(2, 6), TypeError, "GroupNorm is a class that fusereg"),
+    "lazy": (lambda: nn.LazyBatchNorm2d(), TypeError, "LazyBatchNorm2d is a class"),
+    "parametrized": (
+        lambda: parametrize.register_parametrization(nn.BatchNorm2d(6), "weight", nn.Identity()),
+        TypeError,
+        "ParametrizedBatchNorm2d is a class",
+    ),
+    "activation": (lambda: TimmAct(6, act=nn.Hardswish()), ValueError, "Hardswish.*would be lost"),
+    "slope": (lambda: TimmAct(6, act=nn.GELU("tanh")), ValueError, "GELU.*would be lost"),
+    "drop": (lambda: TimmAct(6, drop=nn.Dropout2d(0.1)), ValueError, "Dropout2d.*would be lost"),
+    "dropout": (lambda: BatchNorm2d(6, dropout=0.1), ValueError, "dropout=0.1, which would be"),
+    "hook": (
+        lambda: _with(nn.BatchNorm2d(6), lambda m: m.register_forward_hook(lambda *_: None)),
+        ValueError,
+        "the layer has hooks",
+    ),
+    "forward": (
+        lambda: _with(nn.BatchNorm2d(6), lambda m: setattr(m, "forward", torch.relu)),
+        ValueError,
+        "the layer has hooks, or a forward that is set on the object",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FROZEN)
+def test_what_freezing_would_change_is_refused(name: str) -> None:
+    make, kind, text = NOT_FROZEN[name]
+    with pytest.raises(kind, match=text):
+        FrozenBatchNorm.from_batch_norm(make())  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from fusereg.nn import (
     GhostBatchNorm,
     SyncBatchNorm,
 )
+from plain_models import TimmAct
 
 _Norm = nn.modules.batchnorm._BatchNorm
 Make = Callable[[], nn.Module]
@@ -208,21 +209,6 @@ def test_a_block_under_two_names_is_folded_under_both(caplog: pytest.LogCaptureF
 # --- activations of timm --------------------------------------------------------------------------
 
 
-class Act(nn.BatchNorm2d):
-    """A stand-in for timm's BatchNormAct2d, in case that timm is not installed."""
-
-    __module__ = "timm.layers.norm_act"
-    __qualname__ = "BatchNormAct2d"
-
-    def __init__(self, features: int, act: nn.Module | None = None) -> None:
-        super().__init__(features)
-        self.drop = nn.Identity()
-        self.act = nn.ReLU(inplace=True) if act is None else act
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(x)))
-
-
 def timm_act(act: nn.Module) -> nn.Module:
     importlib.import_module("other_libraries")
     layer: nn.Module = pytest.importorskip("timm.layers").BatchNormAct2d(6)
@@ -230,7 +216,9 @@ def timm_act(act: nn.Module) -> nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("make", [timm_act, lambda act: Act(6, act)], ids=["timm", "stand-in"])
+@pytest.mark.parametrize(
+    "make", [timm_act, lambda act: TimmAct(6, act=act)], ids=["timm", "stand-in"]
+)
 @pytest.mark.parametrize(
     "act",
     [nn.Identity(), nn.ReLU(inplace=True), nn.SiLU(), nn.Hardswish(), nn.PReLU(), nn.GELU("tanh")],
@@ -288,7 +276,7 @@ def lazy() -> nn.Module:
 
 
 ANY_NORM = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNorm2d, SyncBatchNorm, GhostBatchNorm,
-            BatchRenorm, FrozenBatchNorm, Act)  # fmt: skip
+            BatchRenorm, FrozenBatchNorm, TimmAct)  # fmt: skip
 CONV = lambda: nn.Conv2d(6, 6, 3, padding=1)  # noqa: E731
 UNKNOWN: dict[str, tuple[Make, str]] = {
     **{
@@ -319,9 +307,7 @@ UNKNOWN: dict[str, tuple[Make, str]] = {
 
 @pytest.mark.parametrize("name", UNKNOWN)
 @pytest.mark.parametrize("traced", [True, False], ids=["traced", "not traced"])
-def test_what_is_not_known_stays(
-    name: str, traced: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_not_known_stays(name: str, traced: bool, caplog: pytest.LogCaptureFixture) -> None:
     make, reason = UNKNOWN[name]
     model = make()
     copied = folded(randomized(model if traced else Untraceable(model)), caplog=caplog)
@@ -337,11 +323,14 @@ def test_a_linear_layer_of_a_subclass_stays(caplog: pytest.LogCaptureFixture) ->
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize(
     "hook",
-    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "forward"],
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "forward",
+    ],
 )
-def test_a_layer_with_a_hook_stays(
-    which: int, hook: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_layer_with_a_hook_stays(which: int, hook: str, caplog: pytest.LogCaptureFixture) -> None:
     model = randomized(sequence())
     if hook == "forward":
         plain = model[which].forward

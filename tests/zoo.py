@@ -151,7 +151,6 @@ def _timm() -> Iterator[Entry]:
         # Convolutions, and with attention
         "convnext_atto": (64, paths),
         "test_convnext": (64, paths),
-        "convmixer_1024_20_ks9_p14": (56, {"dim": 64, "depth": 3, **drops}),
         "inception_next_atto": (64, paths),
         "edgenext_xx_small": (64, paths),
         "efficientformer_l1": (224, {"depths": (1, 1, 1, 2), **paths}),
@@ -163,17 +162,14 @@ def _timm() -> Iterator[Entry]:
         "levit_conv_128s": (224, {"depth": (1, 1, 1), **paths}),
         "mobilevit_xxs": (64, paths),
         "mobilevitv2_050": (64, paths),
-        "nextvit_small": (64, {"depths": (1, 1, 2, 1), **paths}),
         "repvit_m0_9": (64, drops),
-        "shvit_s1": (64, paths),
+        "shvit_s1": (64, drops),
         "swiftformer_xs": (64, paths),
         "pvt_v2_b0": (64, paths),
         "visformer_tiny": (224, {"depth": (1, 1, 1), **paths}),
         "coatnet_pico_rw_224": (64, {"img_size": 64, **paths}),
         "test_mambaout": (64, paths),
-        "poolformerv2_s12": (64, {"depths": (1, 1, 1, 1), **paths}),
-        "gcvit_xxtiny": (64, {"img_size": 64, "depths": (1, 1, 1, 1), **paths}),
-        "tiny_vit_5m_224": (64, {"img_size": 64, "depths": (1, 1, 1, 1), **paths}),
+        "tiny_vit_5m_224": (64, {"depths": (1, 1, 1, 1), **paths}),
         # Transformers
         "vit_tiny_patch16_224": (64, {**vit, "attn_drop_rate": 0.1}),
         "deit_tiny_patch16_224": (64, vit),
@@ -183,7 +179,6 @@ def _timm() -> Iterator[Entry]:
         "swin_tiny_patch4_window7_224": (64, swin),
         "swinv2_tiny_window8_256": (64, swin),
         "xcit_nano_12_p16_224": (64, vit),
-        "gmlp_ti16_224": (64, {"img_size": 64, "num_blocks": 2, **paths}),
         "pit_ti_224": (64, {"img_size": 64, "depth": (1, 1, 1), **paths}),
     }
     for name, (size, options) in table.items():
@@ -235,9 +230,6 @@ def _torchvision() -> Iterator[Entry]:
 
     def clip() -> dict[str, Tensor]:
         return {"x": torch.randn(2, 3, 8, 16, 16, dtype=torch.float64)}
-
-    def two_images() -> dict[str, Tensor]:
-        return {name: torch.rand(1, 3, 128, 128).double() for name in ("image1", "image2")}
 
     bottleneck: dict[str, Any] = {
         "block": lambda m: m.Bottleneck, "layers": [1, 2, 1, 1], **four
@@ -342,7 +334,6 @@ def _torchvision() -> Iterator[Entry]:
         "r3d": (video("BasicStem", "Conv3DSimple"), clip),
         "r2plus1d": (video("R2Plus1dStem", "Conv2Plus1D"), clip),
         "mc3": (video("BasicStem", "Conv3DNoTemporal"), clip),
-        "raft_small": (by_name("raft_small"), two_images),
     }
     for name, (create, inputs) in table.items():
         yield Entry("torchvision", name, create, inputs)

@@ -14,7 +14,7 @@ from .core import dispatch as _dispatch  # noqa: F401  # it refuses a torch that
 from . import _C as _C
 from . import augment, cpu, early_stopping, functional, nn, optim
 from .batch_norm.decompositions import decompositions
-from .convert.fold import fold_into_conv
+from .batch_norm.fold import fold_into_conv
 from .convert.model import convert, revert
 from .core import aliases as _aliases
 from .core.version import __version__

@@ -34,3 +34,33 @@ def why_unknown(layer: nn.Module) -> str | None:
         f"{cls.__name__} is a class that fusereg does not know, and may compute more than "
         "batch normalization"
     )
+
+
+_ACTIVATIONS: dict[type, str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+}
+
+
+def activation_of(layer: nn.Module) -> tuple[str, float] | None:
+    """Return batch norm's name of an activation and its slope; None if it cannot be fused."""
+    name = _ACTIVATIONS.get(type(layer))
+    if name == "leaky_relu":
+        slope = layer.negative_slope
+        return (name, slope) if isinstance(slope, float) and slope >= 0.0 else None
+    if name is None or (name == "gelu" and layer.approximate != "none"):
+        return None
+    return name, 0.01
+
+
+def epilogue_of(layer: nn.Module) -> tuple[str | None, float] | None:
+    """Return the activation and slope of a known layer; None if they are others than fusereg's."""
+    if not is_timm_act(layer):
+        slope: float = getattr(layer, "negative_slope", 0.01)
+        return getattr(layer, "activation", None), slope
+    drop, act = layer._modules["drop"], layer._modules["act"]
+    if type(drop) is not nn.Identity or act is None:
+        return None
+    return (None, 0.01) if type(act) is nn.Identity else activation_of(act)

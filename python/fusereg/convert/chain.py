@@ -15,6 +15,7 @@ from torch.nn import functional as torch_F
 
 from .. import functional as F
 from .. import nn as fused_nn
+from ..batch_norm.known import activation_of
 from ..core import dispatch
 
 #: The follower that adds the residual.
@@ -29,25 +30,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": torch_F.gelu,
 }
 
-_ACTIVATIONS: dict[type, str] = {
-    nn.ReLU: "relu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.SiLU: "silu",
-    nn.GELU: "gelu",
-}
-
 _DROPOUTS = (nn.Dropout, fused_nn.Dropout)
-
-
-def activation_of(layer: nn.Module) -> tuple[str, float] | None:
-    """Return batch norm's name of an activation and its slope; None if it cannot be fused."""
-    name = _ACTIVATIONS.get(type(layer))
-    if name == "leaky_relu":
-        slope = layer.negative_slope
-        return (name, slope) if isinstance(slope, float) and slope >= 0.0 else None
-    if name is None or (name == "gelu" and layer.approximate != "none"):
-        return None
-    return name, 0.01
 
 
 def is_dropout(layer: nn.Module) -> bool:

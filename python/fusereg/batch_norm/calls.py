@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from . import layers as _layers
+from .known import is_timm_act, why_unknown
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 #: What a forward may read of itself without reaching its children.
@@ -41,7 +41,7 @@ class Calls:
         self.touched: dict[nn.Module, str] = {}
         twin = _without_tensors(model)
         for name, module in model.named_modules():
-            if not module._modules or isinstance(module, _CONTAINERS) or _is_whole(module):
+            if not module._modules or isinstance(module, _CONTAINERS) or is_timm_act(module):
                 continue
             try:
                 graph = _trace(twin.get_submodule(name))
@@ -82,11 +82,6 @@ def _elements(module: nn.Module) -> Iterator[nn.Module]:
             yield from _elements(child)
     else:
         yield module
-
-
-def _is_whole(module: nn.Module) -> bool:
-    """Return whether a module with children is known as a layer."""
-    return isinstance(module, _layers.Adapted) and module.fusereg_kind == "batch_norm_act"
 
 
 # --- tracing --------------------------------------------------------------------------------------
@@ -174,23 +169,45 @@ def _used(module: nn.Module, function: ast.FunctionDef) -> set[str] | None:
     for node in ast.walk(function):
         if not (isinstance(node, ast.Name) and node.id == own):
             continue
-        parent = parents[node]
-        if not isinstance(parent, ast.Attribute):
+        read = _attribute(node, parents)
+        if read is None:
             return None  # the module itself is handed on
-        name = parent.attr
+        name, value = read
         child = module._modules.get(name)
         if child is not None:
-            if not _is_called(parent, parents, function, isinstance(child, _CONTAINERS)):
+            if not (
+                _is_called(value, parents, function, isinstance(child, _CONTAINERS))
+                or _reads_a_setting(value, parents, child)
+            ):
                 used.add(name)
-        elif name in _OF_MODULE and not _calls_super(parent):
-            return None
-        elif _holds_modules(vars(module).get(name)):
+        elif (name in _OF_MODULE and name != "forward") or _holds_modules(vars(module).get(name)):
             return None
     return used
 
 
-def _calls_super(node: ast.Attribute) -> bool:
-    return node.attr == "forward"
+def _attribute(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> tuple[str, ast.expr] | None:
+    """Return the name of the attribute of a variable that is read, and the expression's node."""
+    parent = parents[node]
+    if isinstance(parent, ast.Attribute):
+        return parent.attr, parent
+    if (
+        isinstance(parent, ast.Call)
+        and isinstance(parent.func, ast.Name)
+        and parent.func.id in ("getattr", "hasattr")
+        and parent.args[0] is node
+        and isinstance(parent.args[1], ast.Constant)
+    ):
+        return str(parent.args[1].value), parent
+    return None
+
+
+def _reads_a_setting(node: ast.expr, parents: dict[ast.AST, ast.AST], child: nn.Module) -> bool:
+    """Return whether an expression is an attribute of a child that is a number, a text or None."""
+    parent = parents[node]
+    if not isinstance(parent, ast.Attribute) or why_unknown(child) is None:
+        return False
+    settings = (bool, int, float, str, type(None))
+    return type(vars(child).get(parent.attr, child)) in settings
 
 
 def _is_called(
@@ -249,4 +266,4 @@ def _holds_modules(value: object) -> bool:
         value = list(value.values())
     if isinstance(value, (list, tuple, set)):
         return any(map(_holds_modules, value))
-    return isinstance(value, (nn.Module, Tensor)) and isinstance(value, nn.Module)
+    return isinstance(value, nn.Module)

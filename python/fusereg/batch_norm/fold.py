@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .. import nn as fused_nn
-from ..batch_norm.known import is_timm_act, why_unknown
 from ..core import dispatch
 from .calls import Calls
+from .known import epilogue_of, is_timm_act, why_unknown
+from .variants import FrozenBatchNorm
 
 __all__ = ["fold_into_conv"]
 
@@ -112,13 +112,11 @@ def fold_into_conv(model: _Module) -> _Module:
     names = {layer: name for name, layer in folded.named_modules()}
     pairs = {}
     for layer, name in names.items():
-        if not isinstance(layer, (_BatchNorm, fused_nn.FrozenBatchNorm)):
+        if not isinstance(layer, (_BatchNorm, FrozenBatchNorm)):
             continue
         found = _find(layer, calls)
         if isinstance(found, str):
-            _log.info(
-                "fusereg.fold_into_conv: %s stays: %s", name or "the model", found
-            )
+            _log.info("fusereg.fold_into_conv: %s stays: %s", name or "the model", found)
         else:
             pairs[layer] = found
     for norm, source in pairs.items():
@@ -128,9 +126,7 @@ def fold_into_conv(model: _Module) -> _Module:
             for key, child in parent._modules.items():
                 if child is norm:
                     parent._modules[key] = left
-        _log.info(
-            "fusereg.fold_into_conv: %s folded into %s", names[norm], names[source]
-        )
+        _log.info("fusereg.fold_into_conv: %s folded into %s", names[norm], names[source])
     return folded
 
 
@@ -162,7 +158,9 @@ def _find(norm: Any, calls: Calls) -> nn.Module | str:
         return f"the {type(source).__name__} before it: {reason}"
     if len(before.users) != 1:
         return f"the result of the {type(source).__name__} before it is used elsewhere too"
-    epilogue = () if type(norm).__module__.startswith("torch.") or is_timm_act(norm) else ("residual",)
+    epilogue = (
+        () if type(norm).__module__.startswith("torch.") or is_timm_act(norm) else ("residual",)
+    )
     if len(node.args) > 1 + len(epilogue) or not set(node.kwargs) <= set(epilogue):
         more = ", ".join(node.kwargs) or f"{len(node.args)} arguments"
         return f"it is called with {more}"
@@ -245,7 +243,7 @@ def _left(norm: Any, source: nn.Module) -> nn.Module:
         left = nn.Identity()
     else:
         # Others take several shapes, among which is one whose channels are not where these are.
-        activation, slope = getattr(norm, "activation", None), getattr(norm, "negative_slope", 0.01)
+        activation, slope = epilogue_of(norm) or (None, 0.01)
         left = Epilogue(activation, slope, _DIMENSIONS[type(source)])
     left.training = False
     return left
