@@ -6,21 +6,21 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import fusereg
-
+LIBRARIES = ("timm", "torchvision", "transformers")
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
@@ -528,3 +528,61 @@ def log() -> Iterator[list[str]]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+@dataclass
+class Outcome:
+    """What convert and fold_into_conv did to a model, as the log says.
+
+    Attributes:
+        layers: how many layers were converted.
+        chains: how many chains were fused.
+        norms: how many batch norms the model has.
+        folded: how many of them were folded.
+        left: each reason why something was left as it is, and how often it was given.
+    """
+
+    layers: int
+    chains: int
+    norms: int
+    folded: int
+    left: Counter[str]
+
+
+def outcome(model: nn.Module, converting: list[str], folding: list[str]) -> Outcome:
+    """Return what the log of a conversion and of a folding says."""
+    layers, chains = re.findall(r"(\d+) layers? converted.*?, (\d+) chains? fused", converting[-1])[
+        0
+    ]
+    left: Counter[str] = Counter()
+    for line in (*converting[:-1], *folding):
+        said = re.match(r"fusereg.\w+: \S+ (.*?(?:left alone|not fused|stays): .*)", line)
+        if said:
+            # Without the names of single modules.
+            left[re.sub(r"of [\w.]+\.\d[\w.]* \(", "of a module (", said[1])] += 1
+    return Outcome(
+        layers,
+        chains,
+        sum(isinstance(m, _BatchNorm) for m in model.modules()),
+        sum("folded into" in line for line in folding),
+        left,
+    )
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "zoo.md"
+
+
+def versions() -> str:
+    """Return the versions of the libraries, as the page says them."""
+    said = [f"{name} {metadata.version(name).partition('+')[0]}" for name in ("torch", *LIBRARIES)]
+    return ", ".join(said)
+
+
+def row(entry: Entry, found: Outcome) -> str:
+    """Return the page's row of a model."""
+    left = "; ".join(f"{n} x {why}" if n > 1 else why for why, n in sorted(found.left.items()))
+    folded = f"{found.folded} of {found.norms}" if found.norms else "-"
+    cells = (f"`{entry.name}`", str(found.layers), str(found.chains), folded, left or "-")
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

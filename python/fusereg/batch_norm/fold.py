@@ -158,10 +158,9 @@ def _find(norm: Any, calls: Calls) -> nn.Module | str:
         return f"the {type(source).__name__} before it: {reason}"
     if len(before.users) != 1:
         return f"the result of the {type(source).__name__} before it is used elsewhere too"
-    epilogue = (
-        () if type(norm).__module__.startswith("torch.") or is_timm_act(norm) else ("residual",)
-    )
-    if len(node.args) > 1 + len(epilogue) or not set(node.kwargs) <= set(epilogue):
+    # fusereg's layers add a residual, as what they leave does.
+    more_args = ("residual",) if type(norm).__module__.startswith("fusereg.") else ()
+    if len(node.args) > 1 + len(more_args) or not set(node.kwargs) <= set(more_args):
         more = ", ".join(node.kwargs) or f"{len(node.args)} arguments"
         return f"it is called with {more}"
     return _why_not_matching(norm, source) or source

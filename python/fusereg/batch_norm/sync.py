@@ -177,7 +177,7 @@ def _to_sync(cls: type[SyncBatchNorm], name: str, layer: nn.Module, group: Any) 
 
 
 def _from_sync(name: str, layer: nn.Module) -> nn.Module | None:
-    if type(layer) not in (SyncBatchNorm, SyncBatchNormAct):
+    if not isinstance(layer, _BatchNorm) or type(layer) not in (SyncBatchNorm, SyncBatchNormAct):
         return None
     made = layer.__dict__.get("converted_from", BatchNorm2d)
     if made is nn.SyncBatchNorm:

@@ -15,7 +15,7 @@ from torch.nn import functional as torch_F
 
 from .. import functional as F
 from .. import nn as fused_nn
-from ..batch_norm.known import activation_of
+from ..batch_norm.known import activation_of as activation_of
 from ..core import dispatch
 
 #: The follower that adds the residual.
