@@ -18,10 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import fusereg  # noqa: E402
 import other_libraries  # noqa: E402, F401  # repairs torchvision
 import zoo  # noqa: E402
-
-import fusereg  # noqa: E402
 
 INTRODUCTION = """\
 # Models
