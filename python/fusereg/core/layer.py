@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -26,11 +26,22 @@ class _ModuleName(str):
 
 
 class Layer(nn.Module):
-    """A layer that torch.fx records as one call: symbolic_trace, feature extractors, prepare_fx."""
+    """A layer that torch.fx records as one call: symbolic_trace, feature extractors, prepare_fx.
+
+    Raises:
+        RuntimeError: by ``torch.jit.script``.
+    """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.__module__ = _ModuleName(cls.__module__)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        # torch.jit.script asks each module for this method first.
+        raise RuntimeError(
+            f"fusereg.nn.{type(self).__name__}: torch.jit.script cannot compile a call of fusereg's "
+            "kernels; call fusereg.revert(model) before, use torch's layers, or torch.export"
+        )
 
 
 class DropLayer(Layer):
