@@ -191,11 +191,9 @@ def test_where_nothing_is_dropped_any_tensor_is_returned_itself(name: str) -> No
                 if theirs is not None:
                     wanted, also_warned = quiet(theirs, x.clone(), **options)
                     assert len(warned) == len(also_warned), (kind, options)
-                    if isinstance(wanted, Exception):
-                        # dropout1d asks for its dimensions; some kinds of tensors have none.
-                        if isinstance(result, Exception):
-                            assert name == "dropout1d"
-                            continue
+                    if isinstance(wanted, Exception) and isinstance(result, Exception):
+                        assert name == "dropout1d"  # it asks for its dimensions here, too
+                        continue
                 assert result is x, (kind, options)
 
 
@@ -208,7 +206,7 @@ def test_layers_in_evaluation_return_any_tensor_itself(name: str) -> None:
         assert result is x or (name == "dropout1d" and isinstance(result, ValueError)), kind
 
 
-@pytest.mark.parametrize("name", [n for n in ("dropout", "alpha_dropout")])
+@pytest.mark.parametrize("name", ["dropout", "alpha_dropout"])
 def test_jagged_tensors_are_dropped_by_their_values(name: str) -> None:
     parts = [torch.ones(3, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)]
     x = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
@@ -299,7 +297,5 @@ def test_results_have_torchs_strides_in_eager_compiled_and_fake_calls(
 def test_scripting_a_layer_says_what_to_do() -> None:
     model = nn.Sequential(nn.Linear(2, 2), fusereg.nn.Dropout(0.5))
     for module in (model, model[1], fusereg.nn.BatchNorm1d(2)):
-        with pytest.raises(
-            RuntimeError, match=r"fusereg\.nn\.\w+: torch\.jit\.script cannot .*revert"
-        ):
+        with pytest.raises(RuntimeError, match=r"^fusereg\.nn\.\w+: torch\.jit\.script .*revert"):
             torch.jit.script(module)

@@ -153,7 +153,7 @@ def check_probability(p: object, op: str, name: str = "p") -> float:
         if isinstance(p, (str, bytes)) or not hasattr(p, "__float__"):
             raise TypeError(f"fusereg.{op}: {name} must be a number, got {type(p).__name__}")
         try:
-            number = float(p)  # type: ignore[arg-type]
+            number = float(p)
         except (RuntimeError, TypeError, ValueError) as error:  # of several elements, or complex
             raise TypeError(f"fusereg.{op}: {name} must be a number: {error}") from error
     if not 0.0 <= number <= 1.0:
@@ -250,7 +250,8 @@ def check_in_place(x: Tensor, op: str, name: str = "x") -> None:
     if whole.requires_grad and whole.is_leaf:
         what = "a leaf" if whole is x else "a view of a leaf"
         raise ValueError(
-            f"fusereg.{op}: {name} is {what} that requires a gradient, so it cannot be changed in place"
+            f"fusereg.{op}: {name} is {what} that requires a gradient, so it cannot be changed in "
+            "place"
         )
 
 

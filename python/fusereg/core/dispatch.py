@@ -101,8 +101,8 @@ def with_values(jagged: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Return a nested tensor with the components of a jagged one, but other values."""
     nested: torch.Tensor = torch.nested.nested_tensor_from_jagged(
         values,
-        jagged.offsets(),
-        jagged.lengths(),
+        jagged.offsets(),  # type: ignore[attr-defined]
+        jagged.lengths(),  # type: ignore[attr-defined]
         jagged._ragged_idx,  # type: ignore[attr-defined]
     )
     return nested

@@ -39,8 +39,8 @@ class Layer(nn.Module):
     def __prepare_scriptable__(self) -> NoReturn:
         # torch.jit.script asks each module for this method first.
         raise RuntimeError(
-            f"fusereg.nn.{type(self).__name__}: torch.jit.script cannot compile a call of fusereg's "
-            "kernels; call fusereg.revert(model) before, use torch's layers, or torch.export"
+            f"fusereg.nn.{type(self).__name__}: torch.jit.script cannot compile a call of "
+            "fusereg's kernels; call fusereg.revert(model) before, use torch's layers, or torch.export"
         )
 
 

@@ -48,8 +48,8 @@ def gaussian_dropout(
     Raises:
         TypeError: ``x`` is not a tensor, ``p`` not a number, or ``seed`` neither an integer nor a
             tensor.
-        ValueError: ``p`` is outside [0, 1); noise is to be added, and ``x`` is of an integer, complex or other dtype, sparse
-            or nested.
+        ValueError: ``p`` is outside [0, 1); noise is to be added, and ``x`` is of an integer,
+            complex or other dtype, sparse or nested.
 
     Example:
         >>> y = fusereg.functional.gaussian_dropout(x, 0.1, training=model.training)
