@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ..core.layer import Layer
 from .variants import FrozenBatchNorm
 
 __all__ = ["fold_into_conv"]
@@ -27,7 +28,7 @@ _CONVOLUTIONS: tuple[type[nn.Module], ...] = (
 )
 
 
-class Epilogue(nn.Module):
+class Epilogue(Layer):
     """The activation and residual of a folded layer: activation(x + residual)."""
 
     def __init__(self, activation: str | None, negative_slope: float) -> None:

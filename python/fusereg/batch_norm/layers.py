@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ..core import checks
 from ..core.docs import share_paragraphs
+from ..core.layer import Layer
 from . import functional, op
 from .kernels import Inputs, inputs_of
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 
-class _Fused(nn.modules.batchnorm._BatchNorm):
+class _Fused(Layer, nn.modules.batchnorm._BatchNorm):
     """The base of all layers, which are the settings of their calls (functional.Settings)."""
 
     #: Set by GhostBatchNorm.

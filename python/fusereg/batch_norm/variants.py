@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.layer import Layer
 from . import functional, op
 from .kernels import GIVEN, Inputs
 from .layers import AnyDimension
@@ -146,7 +147,7 @@ class BatchRenorm(AnyDimension):
         return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}"
 
 
-class FrozenBatchNorm(nn.Module):
+class FrozenBatchNorm(Layer):
     r"""Batch normalization with statistics and parameters that never change.
 
     :math:`y = \mathrm{act}((x - \mu_\mathrm{run}) \gamma / \sqrt{\sigma^2_\mathrm{run} + \epsilon}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import checks, draws, random
 from ..core.checks import probability
 from ..core.draws import Kind
+from ..core.layer import Layer
 
 __all__ = ["ConsistentDropout", "consistent_dropout"]
 
@@ -82,7 +83,7 @@ def _dimension(dim: object, dims: int, op: str) -> int:
     return dim % dims
 
 
-class ConsistentDropout(nn.Module):
+class ConsistentDropout(Layer):
     """Dropout whose mask stays the same from call to call, until :meth:`reset`.
 
     For what is computed step by step: the states of a recurrent cell (variational dropout, Gal and

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import checks
+from ..core.layer import Layer
 from . import functional as F
 
 __all__ = ["DropoutAddLayerNorm", "DropoutAddRMSNorm"]
@@ -41,7 +42,7 @@ def _check_shape(
             )
 
 
-class DropoutAddLayerNorm(nn.LayerNorm):
+class DropoutAddLayerNorm(Layer, nn.LayerNorm):
     """:func:`fusereg.functional.dropout_add_layer_norm` with its weight and bias.
 
     Args:
@@ -104,7 +105,7 @@ class DropoutAddLayerNorm(nn.LayerNorm):
         return f"{super().extra_repr()}, p={self.p}, return_sum={self.return_sum}"
 
 
-class DropoutAddRMSNorm(nn.RMSNorm):
+class DropoutAddRMSNorm(Layer, nn.RMSNorm):
     """:func:`fusereg.functional.dropout_add_rms_norm` with its weight.
 
     Args:
