@@ -316,15 +316,16 @@ class _Module(_Standin):
         tracer, (module, path) = _get(self, "_tracer"), _get(self, "_of")
         if type(module).__iter__ not in [c.__iter__ for c in _CONTAINERS]:  # type: ignore[attr-defined]
             refuse(f"it iterates over {'.'.join(path) or 'itself'}, a {type(module).__name__}")
-        tracer.read(path, "__class__", type(module))
+        tracer.read(path, "__iter__", type(module).__iter__)  # type: ignore[attr-defined]
         tracer.read(path, "_modules", tuple(module._modules))
         return list(module._modules)
 
     def __bool__(self) -> bool:
-        cls = type(_get(self, "_of")[0])
-        if hasattr(cls, "__len__") or hasattr(cls, "__bool__"):
+        module, path = _get(self, "_of")
+        if hasattr(type(module), "__len__") or hasattr(type(module), "__bool__"):
             return bool(_Module._names(self))
-        _get(self, "_tracer").read(_get(self, "_of")[1], "__class__", cls)
+        for name in ("__len__", "__bool__"):
+            _get(self, "_tracer").read(path, name, Found.NOTHING)
         return True
 
     def __len__(self) -> int:
