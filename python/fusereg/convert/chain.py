@@ -38,10 +38,21 @@ _ACTIVATIONS: dict[type, str] = {
 
 _DROPOUTS = (nn.Dropout, fused_nn.Dropout)
 
+#: The forwards that layers of these classes have, unless somebody replaces them.
+_FORWARDS: dict[type, Any] = {
+    cls: cls.forward for cls in (*_ACTIVATIONS, *_DROPOUTS, nn.Identity)
+}
+
+
+def _is_known(layer: nn.Module) -> bool:
+    """Return whether calling the layer does what its class in torch does."""
+    cls = type(layer)
+    return _FORWARDS.get(cls) is cls.forward
+
 
 def activation_of(layer: nn.Module) -> tuple[str, float] | None:
     """Return batch norm's name of an activation and its slope; None if it cannot be fused."""
-    name = _ACTIVATIONS.get(type(layer))
+    name = _ACTIVATIONS.get(type(layer)) if _is_known(layer) else None
     if name == "leaky_relu":
         slope = layer.negative_slope
         return (name, slope) if isinstance(slope, float) and slope >= 0.0 else None
@@ -52,7 +63,12 @@ def activation_of(layer: nn.Module) -> tuple[str, float] | None:
 
 def is_dropout(layer: nn.Module) -> bool:
     """Return whether this drops single elements, as the kernels' epilogue does."""
-    return type(layer) in _DROPOUTS
+    return type(layer) in _DROPOUTS and _is_known(layer)
+
+
+def is_identity(layer: nn.Module) -> bool:
+    """Return whether calling this returns its argument."""
+    return type(layer) is nn.Identity and _is_known(layer)
 
 
 #: Layers that can begin a chain.
@@ -66,7 +82,7 @@ def fused_activation(follower: Follower) -> str | None:
     """Return ``activation_dropout``'s name of an activation; None if it cannot be fused."""
     if isinstance(follower, str):
         return follower
-    if type(follower) is nn.GELU and follower.approximate == "tanh":
+    if type(follower) is nn.GELU and follower.approximate == "tanh" and _is_known(follower):
         return "gelu_tanh"
     found = activation_of(follower)
     return None if found is None or found[0] == "leaky_relu" else found[0]
@@ -131,7 +147,7 @@ def chain(x: Tensor, residual: Any, norm: Any, *followers: Any) -> Tensor:
                 if follower.training is not norm.training:
                     break
                 dropout = follower.p
-            elif type(follower) is not nn.Identity:
+            elif not is_identity(follower):
                 found = activation_of(follower)
                 if found is None or activation is not None:
                     break
