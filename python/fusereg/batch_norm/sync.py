@@ -45,7 +45,7 @@ class SyncBatchNorm(AnyDimension):
 
     Args:
         num_features: C.
-        eps, momentum, affine, track_running_stats, process_group, device, dtype: as torch's.
+        eps, momentum, affine, track_running_stats, process_group, device, dtype, bias: as torch's.
         activation, dropout, negative_slope, update_stats: as in :class:`BatchNorm2d`.
 
     Example:
@@ -63,10 +63,10 @@ class SyncBatchNorm(AnyDimension):
         process_group: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **epilogue: Any,
+        **more: Any,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, **epilogue
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **more
         )
         if self.inplace:
             raise ValueError("fusereg.nn.SyncBatchNorm: inplace=True is not supported")
