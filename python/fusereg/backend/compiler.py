@@ -189,7 +189,7 @@ def _name(code: Any) -> str:
 
 
 def _notice_skipped(module: nn.Module) -> None:
-    """Warn of containers of torch.nn that are wrapped by fully_shard, which Dynamo does not compile.
+    """Warn of torch.nn's containers under ``fully_shard``, which Dynamo does not compile.
 
     Their hooks end the graph before them, and Dynamo begins none in torch.nn's own code.
     """

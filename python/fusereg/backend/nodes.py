@@ -1,8 +1,8 @@
 """What a call in Dynamo's graph does, as far as a chain needs to know it.
 
 The graph has torch's functions, with arguments as the caller wrote them. A reader has the signature
-of such a function and returns what a call of it does; an argument that it does not know is a
-TypeError, and the call is then not understood.
+of such a function and returns the arguments by name; one that it does not know is a TypeError, and
+the call is then not understood.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -18,97 +18,53 @@ from torch.nn import functional as torch_F
 
 from .. import functional as F
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-#: Arguments of batch_norm that say what is done after the normalization, or otherwise.
-_EPILOGUE = ("activation", "residual", "dropout", "out", "inplace", "mask", "virtual_batch_size")
+#: torch's dropouts and what computes them here.
+_DROPOUTS: dict[Any, Callable[..., Any]] = {
+    torch_F.dropout: F.dropout,
+    torch_F.dropout1d: F.dropout1d,
+    torch_F.dropout2d: F.dropout2d,
+    torch_F.dropout3d: F.dropout3d,
+    torch_F.alpha_dropout: F.alpha_dropout,
+    torch_F.feature_alpha_dropout: F.feature_alpha_dropout,
+}
+DROPOUTS = tuple(_DROPOUTS.values())
+
+#: Functions of this package that are one node each, in native layers and in what is rewritten.
+LEAVES: tuple[Callable[..., Any], ...] = (
+    *(*DROPOUTS, F.batch_norm, F.drop_path, F.activation_dropout, F.bias_dropout_add),
+    *(F.drop_path_add, F.dropout_add, F.dropout_add_layer_norm, F.dropout_add_rms_norm),
+    *(F.gaussian_dropout, F.drop_block2d, F.consistent_dropout),
+    *(F.drop_connect_linear, F.drop_connect_conv2d),
+)
 
 
-class Norm(NamedTuple):
-    """Batch normalization: the arguments of :func:`fusereg.functional.batch_norm`."""
+class Call(NamedTuple):
+    """A call: "norm", "activation", "add", "dropout", "row_norm" or "other", and its arguments."""
 
-    x: Any
-    arguments: dict[str, Any]
-
-    @property
-    def written(self) -> tuple[Any, ...]:
-        """What a call writes to."""
-        names = (*_STATISTICS, "out") if self.arguments["training"] is not False else ("out",)
-        written = tuple(self.arguments.get(name) for name in names)
-        return (*written, self.x) if self.arguments.get("inplace") else written
-
-    @property
-    def plain(self) -> bool:
-        """Whether a call normalizes and nothing else."""
-        return not any(self.arguments.get(name) for name in _EPILOGUE)
-
-
-class Activation(NamedTuple):
-    """An activation that a kernel can compute."""
-
-    x: Any
-    name: str
-    slope: float
-    inplace: bool
+    kind: str
+    given: dict[str, Any]
 
     @property
-    def written(self) -> tuple[Any, ...]:
-        """What a call writes to."""
-        return (self.x,) if self.inplace else ()
-
-
-class Add(NamedTuple):
-    """A sum, which may be written into its left operand."""
-
-    left: Any
-    right: Any
-    inplace: bool
+    def x(self) -> Any:
+        """The first argument."""
+        return self.given.get("input")
 
     @property
-    def written(self) -> tuple[Any, ...]:
-        """What a call writes to."""
-        return (self.left,) if self.inplace else ()
-
-
-class Drop(NamedTuple):
-    """A dropout, and the function of this package that computes it."""
-
-    x: Any
-    p: Any
-    training: Any
-    inplace: bool
-    function: Callable[..., Any]
-
-    @property
-    def written(self) -> tuple[Any, ...]:
-        """What a call writes to."""
-        return (self.x,) if self.inplace else ()
+    def written(self) -> list[Node]:
+        """The nodes whose values the call writes to."""
+        names = ["out"]
+        if self.given.get("inplace"):
+            names.append("input")
+        if self.kind == "norm" and self.given["training"] is not False:
+            names += ["running_mean", "running_var", "num_batches_tracked"]
+        return [n for name in names if isinstance(n := self.given.get(name), Node)]
 
     @property
     def drops(self) -> bool:
-        """Whether elements are certain to be dropped, so that the result is a new tensor."""
-        return self.training is True and is_number(self.p) and 0.0 < self.p <= 1.0
-
-
-class RowNorm(NamedTuple):
-    """Layer or RMS normalization of the last dimension."""
-
-    x: Any
-    name: str
-    arguments: dict[str, Any]
-
-    @property
-    def written(self) -> tuple[Any, ...]:
-        """What a call writes to."""
-        return ()
-
-
-class Other(NamedTuple):
-    """Any other call whose effects are known."""
-
-    written: tuple[Any, ...]
-
-
-Call: TypeAlias = Norm | Activation | Add | Drop | RowNorm | Other
+        """Whether this is dropout of elements, certain to drop some: its result is new memory."""
+        p = self.given.get("p")
+        single = self.kind == "dropout" and self.given["function"] is F.dropout
+        return single and self.given["training"] is True and is_number(p) and 0.0 < p <= 1.0
 
 
 def is_number(value: object) -> bool:
@@ -116,11 +72,12 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-# --- readers --------------------------------------------------------------------------------------
-# The names of their parameters are those of torch.
+# --- readers: their parameters have the names and defaults of torch -------------------------------
+
+_Arguments = dict[str, Any]
 
 
-def _batch_norm(
+def _norm(
     input: Any,
     running_mean: Any,
     running_var: Any,
@@ -129,22 +86,11 @@ def _batch_norm(
     training: Any = False,
     momentum: Any = 0.1,
     eps: Any = 1e-5,
-) -> Norm:
-    return Norm(
-        input,
-        {
-            "running_mean": running_mean,
-            "running_var": running_var,
-            "weight": weight,
-            "bias": bias,
-            "training": training,
-            "momentum": momentum,
-            "eps": eps,
-        },
-    )
+) -> _Arguments:
+    return locals()
 
 
-def _torch_batch_norm(
+def _torch_norm(
     input: Any,
     weight: Any,
     bias: Any,
@@ -154,60 +100,8 @@ def _torch_batch_norm(
     momentum: Any,
     eps: Any,
     cudnn_enabled: Any,
-) -> Norm:
-    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-
-
-def _activation(name: str, inplace: bool = False) -> Callable[..., Activation]:
-    """Return the reader of an activation, or of its variant in place."""
-    in_place = inplace
-
-    def read(input: Any, inplace: bool = in_place) -> Activation:
-        return Activation(input, name, 0.01, inplace)
-
-    return read
-
-
-def _leaky_relu(
-    input: Any, negative_slope: Any = 0.01, inplace: bool = False
-) -> Activation | Other:
-    call = Activation(input, "leaky_relu", negative_slope, inplace)
-    known = is_number(negative_slope) and negative_slope >= 0.0
-    return call if known else Other(call.written)
-
-
-def _leaky_relu_(input: Any, negative_slope: Any = 0.01) -> Activation | Other:
-    return _leaky_relu(input, negative_slope, True)
-
-
-def _gelu(input: Any, approximate: str = "none") -> Activation:
-    return Activation(input, "gelu_tanh" if approximate == "tanh" else "gelu", 0.01, False)
-
-
-def _add(input: Any, other: Any, *, alpha: Any = 1) -> Add | Other:
-    return Add(input, other, False) if is_number(alpha) and alpha == 1 else Other(())
-
-
-def _add_(input: Any, other: Any, *, alpha: Any = 1) -> Add | Other:
-    return Add(input, other, True) if is_number(alpha) and alpha == 1 else Other((input,))
-
-
-def _dropout(function: Callable[..., Any]) -> Callable[..., Drop]:
-    """Return the reader of a dropout of torch.nn.functional."""
-
-    def read(input: Any, p: Any = 0.5, training: Any = True, inplace: bool = False) -> Drop:
-        return Drop(input, p, training, inplace, function)
-
-    return read
-
-
-def _torch_dropout(function: Callable[..., Any], inplace: bool = False) -> Callable[..., Drop]:
-    """Return the reader of a dropout of torch itself."""
-
-    def read(input: Any, p: Any, train: Any) -> Drop:
-        return Drop(input, p, train, inplace, function)
-
-    return read
+) -> _Arguments:
+    return {name: value for name, value in locals().items() if name != "cudnn_enabled"}
 
 
 def _layer_norm(
@@ -217,81 +111,80 @@ def _layer_norm(
     bias: Any = None,
     eps: Any = 1e-5,
     cudnn_enable: Any = True,
-) -> RowNorm | Other:
-    call = RowNorm(input, "layer_norm", {"weight": weight, "bias": bias, "eps": eps})
-    return call if len(normalized_shape) == 1 else Other(())
+) -> _Arguments:
+    return locals()
 
 
-def _rms_norm(
-    input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None
-) -> RowNorm | Other:
-    call = RowNorm(input, "rms_norm", {"weight": weight, "eps": eps})
-    return call if len(normalized_shape) == 1 else Other(())
+def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> _Arguments:
+    return locals()
 
 
-def _own(function: Callable[..., Any]) -> Callable[..., Call]:
-    """Return the reader of a function of this package."""
+def _dropout(input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> _Arguments:
+    return locals()
+
+
+def _torch_dropout(input: Any, p: Any, train: Any) -> _Arguments:
+    return {"input": input, "p": p, "training": train}
+
+
+def _activation(input: Any, inplace: Any = False) -> _Arguments:
+    return locals()
+
+
+def _leaky_relu(input: Any, negative_slope: Any = 0.01, inplace: Any = False) -> _Arguments:
+    return locals()
+
+
+def _gelu(input: Any, *, approximate: str = "none") -> _Arguments:
+    return {"input": input, "activation": "gelu_tanh" if approximate == "tanh" else "gelu"}
+
+
+def _add(input: Any, other: Any, *, alpha: Any = 1) -> _Arguments:
+    return locals()
+
+
+def _own(function: Callable[..., Any]) -> Callable[..., _Arguments]:
+    """Return the reader of a function of this package, whose first parameter is called x."""
     signature = inspect.signature(function)
 
-    def read(*args: Any, **kwargs: Any) -> Call:
-        given = signature.bind(*args, **kwargs).arguments
-        if function is F.batch_norm:
-            x = given.pop("x")
-            return Norm(x, {"training": False, **given})
-        if function in DROPOUTS and set(given) <= {"x", "p", "training", "inplace"}:
-            return Drop(
-                **{"p": 0.5, "training": True, "inplace": False, **given}, function=function
-            )
-        return Other((given["x"] if given.get("inplace") else None, given.get("out")))
+    def read(*args: Any, **kwargs: Any) -> _Arguments:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return {"input": bound.arguments.pop("x", None), **bound.arguments}
 
     return read
 
 
-#: torch's dropouts and what computes them here.
-_TORCH_DROPOUTS: dict[Any, Callable[..., Any]] = {
-    torch_F.dropout: F.dropout,
-    torch_F.dropout1d: F.dropout1d,
-    torch_F.dropout2d: F.dropout2d,
-    torch_F.dropout3d: F.dropout3d,
-    torch_F.alpha_dropout: F.alpha_dropout,
-    torch_F.feature_alpha_dropout: F.feature_alpha_dropout,
-}
-DROPOUTS = frozenset(_TORCH_DROPOUTS.values())
-
-#: Functions of this package that are one node each, in native layers and in what is rewritten.
-LEAVES: tuple[Callable[..., Any], ...] = (
-    *(F.batch_norm, *sorted(DROPOUTS, key=lambda f: f.__name__), F.drop_path),
-    *(F.activation_dropout, F.bias_dropout_add, F.drop_path_add, F.dropout_add),
-    *(F.dropout_add_layer_norm, F.dropout_add_rms_norm, F.gaussian_dropout, F.drop_block2d),
-    *(F.consistent_dropout, F.drop_connect_linear, F.drop_connect_conv2d),
-)
-
-_READERS: dict[Any, Callable[..., Call]] = {
-    torch_F.batch_norm: _batch_norm,
-    torch.batch_norm: _torch_batch_norm,
-    torch_F.relu: _activation("relu"),
-    torch.relu: _activation("relu"),
-    "relu": _activation("relu"),
-    torch.relu_: _activation("relu", True),
-    "relu_": _activation("relu", True),
-    torch_F.silu: _activation("silu"),
-    torch_F.leaky_relu: _leaky_relu,
-    torch._C._nn.leaky_relu_: _leaky_relu_,
-    torch._C._nn.gelu: _gelu,
-    **dict.fromkeys((operator.add, torch.add, "add"), _add),
-    **dict.fromkeys((operator.iadd, "add_"), _add_),
-    **{theirs: _dropout(ours) for theirs, ours in _TORCH_DROPOUTS.items()},
-    torch.dropout: _torch_dropout(F.dropout),
-    torch.dropout_: _torch_dropout(F.dropout, True),
-    torch.alpha_dropout: _torch_dropout(F.alpha_dropout),
-    torch.alpha_dropout_: _torch_dropout(F.alpha_dropout, True),
-    torch.feature_alpha_dropout: _torch_dropout(F.feature_alpha_dropout),
-    torch.feature_alpha_dropout_: _torch_dropout(F.feature_alpha_dropout, True),
-    torch_F.layer_norm: _layer_norm,
-    torch.layer_norm: _layer_norm,
-    torch_F.rms_norm: _rms_norm,
-    torch.rms_norm: _rms_norm,
-    **{function: _own(function) for function in LEAVES},
+_IN_PLACE = {"inplace": True}
+#: Function or method -> kind, reader, and what is known of each call of it.
+_READERS: dict[Any, tuple[str, Callable[..., _Arguments], _Arguments]] = {
+    torch_F.batch_norm: ("norm", _norm, {}),
+    torch.batch_norm: ("norm", _torch_norm, {}),
+    torch_F.layer_norm: ("row_norm", _layer_norm, {}),
+    torch.layer_norm: ("row_norm", _layer_norm, {}),
+    torch_F.rms_norm: ("row_norm", _rms_norm, {}),
+    torch.rms_norm: ("row_norm", _rms_norm, {}),
+    **{f: ("activation", _activation, {"activation": "relu"}) for f in (torch_F.relu, torch.relu)},
+    "relu": ("activation", _activation, {"activation": "relu"}),
+    torch.relu_: ("activation", _activation, {"activation": "relu", **_IN_PLACE}),
+    "relu_": ("activation", _activation, {"activation": "relu", **_IN_PLACE}),
+    torch_F.silu: ("activation", _activation, {"activation": "silu"}),
+    torch_F.leaky_relu: ("activation", _leaky_relu, {"activation": "leaky_relu"}),
+    torch._C._nn.leaky_relu_: (
+        "activation",
+        _leaky_relu,
+        {"activation": "leaky_relu", **_IN_PLACE},
+    ),
+    torch._C._nn.gelu: ("activation", _gelu, {}),
+    **{f: ("add", _add, {}) for f in (operator.add, torch.add, "add")},
+    **dict.fromkeys((operator.iadd, "add_"), ("add", _add, _IN_PLACE)),
+    **{theirs: ("dropout", _dropout, {"function": f}) for theirs, f in _DROPOUTS.items()},
+    torch.dropout: ("dropout", _torch_dropout, {"function": F.dropout}),
+    torch.dropout_: ("dropout", _torch_dropout, {"function": F.dropout, **_IN_PLACE}),
+    torch.alpha_dropout: ("dropout", _torch_dropout, {"function": F.alpha_dropout}),
+    **{f: ("other", _own(f), {}) for f in LEAVES},
+    **{f: ("dropout", _own(f), {"function": f}) for f in DROPOUTS},
+    F.batch_norm: ("norm", _own(F.batch_norm), {}),
 }
 
 #: Calls that write to nothing, whatever their arguments but ``out``, and enter no mode.
@@ -303,11 +196,11 @@ _PURE: frozenset[Any] = frozenset(
         *(torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, torch.sigmoid, torch.tanh),
         *(torch.avg_pool1d, torch._C._nn.avg_pool2d, torch._C._nn.avg_pool3d),
         *(torch_F.adaptive_avg_pool1d, torch_F.adaptive_avg_pool2d, torch_F.adaptive_avg_pool3d),
-        *(torch_F.adaptive_max_pool2d, torch_F.interpolate, torch_F.pad, torch._C._nn.pad),
-        *(torch_F.group_norm, torch_F.scaled_dot_product_attention, torch.flatten, torch.reshape),
+        *(torch_F.interpolate, torch_F.pad, torch._C._nn.pad, torch_F.group_norm),
+        *(torch_F.scaled_dot_product_attention, torch.flatten, torch.reshape, torch.mean),
         *(operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod),
         *(operator.neg, operator.matmul, operator.pow, operator.getitem, getattr),
-        *(torch.sub, torch.mul, torch.div, torch.transpose, torch.permute, torch.mean),
+        *(torch.sub, torch.mul, torch.div, torch.transpose, torch.permute),
         *("sub", "mul", "div", "transpose", "permute", "mean", "size", "flatten", "reshape"),
         *("view", "contiguous", "unsqueeze", "squeeze", "expand", "chunk", "split", "unbind"),
         *("matmul", "sigmoid", "tanh", "softmax", "to", "float", "sum", "dim", "numel"),
@@ -319,11 +212,12 @@ def read(node: Any) -> Call | None:
     """Return what a node does; None if it is not known."""
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
         return None
-    reader = _READERS.get(node.target)
-    if reader is None:
-        pure = node.target in _PURE and node.kwargs.get("out") is None
-        return Other(()) if pure else None
+    if node.target in _PURE and node.kwargs.get("out") is None:
+        return Call("other", {})
+    if node.target not in _READERS:
+        return None
+    kind, reader, known = _READERS[node.target]
     try:
-        return reader(*node.args, **node.kwargs)
+        return Call(kind, {**reader(*node.args, **node.kwargs), **known})
     except TypeError:
         return None

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree
 
 from .. import functional as F
-from .nodes import DROPOUTS, Activation, Add, Drop, Norm, RowNorm, is_number, read
+from .nodes import DROPOUTS, Call, is_number, read
 
 _ROW_NORMS: dict[str, Callable[..., Any]] = {
     "layer_norm": F.dropout_add_layer_norm,
@@ -105,12 +105,12 @@ def _check_call(chain: Chain) -> Any:
     Raises:
         NotFusedError: it does not take them, or the result differs from the chain's.
     """
-    kwargs = dict(chain.kwargs)  # such that nothing is written
+    kwargs = dict(chain.kwargs)
     if chain.function is F.batch_norm:
         kwargs["update_stats"] = False
-    if chain.function in DROPOUTS:
-        kwargs["inplace"] = False
     args, kwargs = map_arg((chain.args, kwargs), value)
+    if chain.function in DROPOUTS:
+        args = args[:3]  # not in place
     last = value(chain.nodes[-1])
     mode = last.fake_mode if isinstance(last, FakeTensor) else nullcontext()
     shapes = getattr(mode, "shape_env", None)
@@ -136,39 +136,60 @@ def _check_order(nodes: Sequence[Node]) -> None:
     reads: set[int] = set()
     writes: set[int] = set()
     node = nodes[0]
-    while node is not nodes[-1]:
+    while node is not nodes[-1].next:
+        written = _written(node)
         if node in nodes:
-            reads |= _storages(n for n in node.all_input_nodes if n not in nodes)
-            writes |= _storages(_written(node) or ())
-        elif node.op not in ("placeholder", "get_attr"):
-            written = _written(node)
-            if written is None:
-                raise NotFusedError(f"{node.name} is called in between")
-            if _storages(written) & (reads | writes) or _storages(node.all_input_nodes) & writes:
-                raise NotFusedError(f"{node.name} in between uses the same memory")
+            inputs = _storages(n for n in node.all_input_nodes if n not in nodes)
+            if inputs & writes:
+                raise NotFusedError(f"{node.name} reads what an earlier part of it writes")
+            reads |= inputs
+            writes |= _storages(written or ())
+        elif written is None:
+            raise NotFusedError(f"{node.name} is called in between")
+        elif _storages(written) & (reads | writes) or _storages(node.all_input_nodes) & writes:
+            raise NotFusedError(f"{node.name} in between uses the same memory")
         node = node.next
 
 
-def _written(node: Node) -> tuple[Any, ...] | None:
+def _written(node: Node) -> list[Node] | None:
     """Return the nodes whose values a node writes to; None if that is not known."""
     call = read(node)
     if call is None:
-        return None
-    written = tuple(n for n in call.written if isinstance(n, Node))
-    return written if all(map(_plain, written)) else None
+        return [] if node.op in ("placeholder", "get_attr") else None
+    return call.written if all(map(_plain, call.written)) else None
 
 
-def _check_scratch(node: Any, chain: Sequence[Node]) -> None:
-    """Raise NotFusedError unless nothing outside of the chain sees a write to a node's value."""
-    if isinstance(node, Node) and node.op in ("call_function", "call_method"):
-        memory = _storages([node])
+def _check_writes(nodes: Sequence[Node]) -> None:
+    """Raise NotFusedError if something outside of a chain sees that its input is written to.
+
+    The kernels do not write in place. Running statistics are written by both.
+    """
+    for node in nodes:
+        call = read(node)
+        x = None if call is None else call.x
+        if call is None or not call.given.get("inplace") or x in nodes or len(nodes) == 1:
+            continue
+        memory = _storages([x])
         sharing = [n for n in node.graph.nodes if _storages([n]) & memory]
-        if all(n is node or n in chain for n in sharing) and all(n in chain for n in node.users):
-            return
-    raise NotFusedError("it writes in place to a tensor that may be read elsewhere")
+        made = isinstance(x, Node) and x.op in ("call_function", "call_method")
+        if (
+            not made
+            or list(x.users) != [node]
+            or any(n is not x and n not in nodes for n in sharing)
+        ):
+            raise NotFusedError("it writes in place to a tensor that may be read elsewhere")
 
 
 # --- finding chains -------------------------------------------------------------------------------
+
+#: Arguments of batch_norm with which it is more than the normalization.
+_EPILOGUE = ("activation", "residual", "dropout", "out", "inplace", "mask", "virtual_batch_size")
+
+
+def _is(node: Any, kind: str) -> Call | None:
+    """Return what a node does, if it is of this kind."""
+    call = read(node)
+    return call if call is not None and call.kind == kind else None
 
 
 def _feeds(node: Any, user: Node) -> bool:
@@ -176,124 +197,139 @@ def _feeds(node: Any, user: Node) -> bool:
     return isinstance(node, Node) and list(node.users) == [user]
 
 
-def _residual(add: Add, node: Node) -> Any:
+def _residual(add: Call, node: Node) -> Any:
     """Return what a sum adds to a node's value.
 
     Raises:
         NotFusedError: a kernel cannot add it.
     """
-    if add.left is add.right:
+    left, right = add.x, add.given["other"]
+    if left is right:
         raise NotFusedError("both operands of the sum are one tensor")
-    if add.inplace and add.left is not node:
+    if add.given.get("inplace") and left is not node:
         raise NotFusedError("the sum is written into the residual")
-    residual = add.right if add.left is node else add.left
-    if not _alike(node, residual):
-        raise NotFusedError("the summands differ in kind, shape, dtype or device")
+    residual = right if left is node else left
+    alpha = add.given["alpha"]
+    if not (is_number(alpha) and alpha == 1) or not _alike(node, residual):
+        raise NotFusedError("the summands differ in kind, shape, dtype, device or factor")
     return residual
+
+
+def _check_numbers(given: dict[str, Any], *names: str) -> None:
+    """Raise NotFusedError unless these arguments are numbers, and the mode is a constant."""
+    for name in names:
+        if not is_number(given[name]):
+            raise NotFusedError(f"{name} is not a constant number")
+    if not isinstance(given.get("training", True), bool):
+        raise NotFusedError("its mode is computed by the graph")
 
 
 def _norms(node: Node) -> Iterator[Chain]:
     """Yield a batch norm with its followers, the shortest chain first."""
-    call = read(node)
-    if not isinstance(call, Norm) or not call.plain:
+    call = _is(node, "norm")
+    if call is None or any(call.given.get(name) for name in _EPILOGUE):
         return
-    given = call.arguments
-    _check_numbers(given, "eps", "momentum")
-    without = [given[name] is None for name in ("running_mean", "running_var")]
-    if not isinstance(given["training"], bool) or any(without) != all(without):
-        raise NotFusedError("its mode is computed by the graph")
-    if any(without) and not given["training"]:
-        raise NotFusedError("there are no running statistics")
-    chain: Chain | None = Chain([node], "batch_norm", F.batch_norm, (call.x,), given)
+    native = node.target is F.batch_norm
+    if not native:
+        _check_numbers(call.given, "eps", "momentum")
+        without = [call.given[name] is None for name in ("running_mean", "running_var")]
+        if any(without) and not (all(without) and call.given["training"]):
+            raise NotFusedError("there are no running statistics")
+    kwargs = {name: v for name, v in call.given.items() if name != "input"}
+    chain: Chain | None = Chain([node], "batch_norm", F.batch_norm, (call.x,), kwargs)
     while chain is not None:
-        if chain.nodes != [node] or node.target is not F.batch_norm:
+        if not native or len(chain.nodes) > 1:
             yield chain
         chain = _followed(chain)
 
 
 def _followed(chain: Chain) -> Chain | None:
     """Return a batch norm's chain with the next node, if the kernel can compute what it does."""
-    last = chain.nodes[-1]
-    if len(last.users) != 1:
-        return None
-    (user,) = last.users
-    more: dict[str, Any]
-    given = chain.kwargs
+    last, given = chain.nodes[-1], chain.kwargs
+    user = next(iter(last.users)) if len(last.users) == 1 else None
     call = read(user)
-    if given.get("dropout"):
+    if user is None or call is None or given.get("dropout"):
         return None
-    if isinstance(call, Add) and given.get("residual") is given.get("activation") is None:
+    activated = given.get("activation") is not None
+    more: dict[str, Any]
+    if call.kind == "add" and not activated and given.get("residual") is None:
         name, more = "add", {"residual": _residual(call, last)}
-    elif isinstance(call, Activation) and given.get("activation") is None:
-        if call.name == "gelu_tanh":
+    elif call.kind == "activation" and not activated and call.given["activation"] != "gelu_tanh":
+        name, slope = call.given["activation"], call.given.get("negative_slope", 0.01)
+        if not is_number(slope) or slope < 0.0:
             return None
-        name, more = call.name, {"activation": call.name, "negative_slope": call.slope}
-    elif isinstance(call, Drop) and call.function is F.dropout and call.drops:
-        if given["training"] is not True:
-            return None
-        name, more = "dropout", {"dropout": float(call.p)}
+        more = {"activation": name, "negative_slope": slope}
+    elif call.drops and given["training"] is True:
+        name, more = "dropout", {"dropout": float(call.given["p"])}
     else:
         return None
-    return Chain(
-        [*chain.nodes, user], f"{chain.name} + {name}", F.batch_norm, chain.args, {**given, **more}
-    )
+    name = f"{chain.name} + {name}"
+    return Chain([*chain.nodes, user], name, F.batch_norm, chain.args, {**given, **more})
 
 
 def _row_norms(node: Node) -> Iterator[Chain]:
     """Yield a dropout, a sum and a layer or RMS norm."""
-    call = read(node)
-    add = read(call.x) if isinstance(call, RowNorm) else None
-    if not isinstance(call, RowNorm) or not isinstance(add, Add):
+    call = _is(node, "row_norm")
+    add = None if call is None else _is(call.x, "add")
+    if call is None or add is None or len(call.given["normalized_shape"]) != 1:
         return
     total: Node = call.x
-    for dropped in (add.left, add.right):
-        drop = read(dropped)
-        if not _is_dropout(drop) or not _feeds(dropped, total):
+    for dropped in (add.x, add.given["other"]):
+        drop = _dropout_before(dropped, total)
+        if drop is None:
             continue
-        if add.inplace and not drop.drops:
+        if add.given.get("inplace") and not drop.drops:
             raise NotFusedError("the sum is written into the input of a dropout that drops nothing")
-        nodes = [dropped, total, node]
-        _check_drop(drop, nodes)
-        if call.arguments["eps"] is not None:
-            _check_numbers(call.arguments, "eps")
         order = list(node.graph.nodes)
         others = [user for user in total.users if user is not node]
         if any(order.index(user) < order.index(node) for user in others):
             raise NotFusedError("the sum is read before it is normalized")
-        arguments = {"p": float(drop.p) if drop.drops else 0.0, "return_sum": bool(others)}
+        kwargs = {
+            name: call.given[name] for name in ("weight", "bias", "eps") if name in call.given
+        }
+        if kwargs["eps"] is not None:
+            _check_numbers(kwargs, "eps")
+        kwargs["p"] = float(drop.given["p"]) if drop.drops else 0.0
+        kwargs["return_sum"] = bool(others)
+        norm = "layer_norm" if "bias" in kwargs else "rms_norm"
         yield Chain(
-            nodes,
-            f"dropout + add + {call.name}",
-            _ROW_NORMS[call.name],
+            [dropped, total, node],
+            f"dropout + add + {norm}",
+            _ROW_NORMS[norm],
             (drop.x, _residual(add, dropped)),
-            {**call.arguments, **arguments},
+            kwargs,
             total if others else None,
         )
 
 
+def _dropout_before(node: Any, user: Node) -> Call | None:
+    """Return the dropout of elements whose result is read by this node alone, if it is one."""
+    drop = _is(node, "dropout")
+    if drop is None or drop.given["function"] is not F.dropout or not _feeds(node, user):
+        return None
+    _check_numbers(drop.given, "p")
+    return drop
+
+
 def _sums(node: Node) -> Iterator[Chain]:
     """Yield a dropout and a sum, and the same with a bias that is added before."""
-    add = read(node)
-    if not isinstance(add, Add):
+    add = _is(node, "add")
+    if add is None:
         return
-    for dropped in (add.left, add.right):
-        drop = read(dropped)
-        if not _is_dropout(drop) or not drop.drops or not _feeds(dropped, node):
+    for dropped in (add.x, add.given["other"]):
+        drop = _dropout_before(dropped, node)
+        if drop is None or not drop.drops:
             continue
-        nodes, residual, p = [dropped, node], _residual(add, dropped), float(drop.p)
-        _check_drop(drop, nodes)
+        nodes, residual, p = [dropped, node], _residual(add, dropped), float(drop.given["p"])
         yield Chain(nodes, "dropout + add", F.dropout_add, (drop.x, residual, p), {})
-        biased = read(drop.x)
-        if isinstance(biased, Add) and _feeds(drop.x, dropped):
-            x, bias = biased.left, biased.right
-            if not _is_bias(bias, x):
+        biased = _is(drop.x, "add")
+        if biased is not None and _feeds(drop.x, dropped) and biased.given["alpha"] == 1:
+            x, bias = biased.x, biased.given["other"]
+            if not biased.given.get("inplace") and not _is_bias(bias, x):
                 x, bias = bias, x
-            if _is_bias(bias, x) and not (biased.inplace and x is not biased.left):
-                nodes = [drop.x, *nodes]
-                if biased.inplace:
-                    _check_scratch(x, nodes)
-                name = "bias + dropout + add"
-                yield Chain(nodes, name, F.bias_dropout_add, (x, bias, residual, p), {})
+            if _is_bias(bias, x):
+                args, name = (x, bias, residual, p), "bias + dropout + add"
+                yield Chain([drop.x, *nodes], name, F.bias_dropout_add, args, {})
 
 
 def _is_bias(bias: Any, x: Any) -> bool:
@@ -305,44 +341,20 @@ def _is_bias(bias: Any, x: Any) -> bool:
 
 def _drops(node: Node) -> Iterator[Chain]:
     """Yield a dropout alone, and with the activation before it."""
-    call = read(node)
-    if not isinstance(call, Drop) or call.training is False or call.p == 0:
+    call = _is(node, "dropout")
+    if call is None or call.given["training"] is False or call.given["p"] == 0:
         return
-    if call.training is not True or not is_number(call.p):
-        raise NotFusedError("p or its mode is computed by the graph")
-    p = float(call.p)
     if node.target not in DROPOUTS:
-        kwargs = {"training": True, "inplace": call.inplace}
-        yield Chain([node], call.function.__name__, call.function, (call.x, p), kwargs)
-    before = read(call.x)
-    if _is_dropout(call) and isinstance(before, Activation) and _feeds(call.x, node):
-        nodes = [call.x, node]
-        if before.name == "leaky_relu":
-            return
-        if before.inplace:
-            _check_scratch(before.x, nodes)
-        name = f"{before.name} + dropout"
-        yield Chain(nodes, name, F.activation_dropout, (before.x, p, before.name), {})
-
-
-def _is_dropout(call: Any) -> TypeGuard[Drop]:
-    """Return whether a call is dropout of single elements."""
-    return isinstance(call, Drop) and call.function is F.dropout
-
-
-def _check_drop(drop: Drop, nodes: Sequence[Node]) -> None:
-    """Raise NotFusedError unless a dropout at the begin of these nodes may be part of a kernel."""
-    if not isinstance(drop.training, bool) or not is_number(drop.p):
-        raise NotFusedError("p or its mode is computed by the graph")
-    if drop.inplace:
-        _check_scratch(drop.x, nodes)
-
-
-def _check_numbers(arguments: dict[str, Any], *names: str) -> None:
-    """Raise NotFusedError unless these arguments are numbers, or left away."""
-    for name in names:
-        if not is_number(arguments.get(name, 0.1)):
-            raise NotFusedError(f"{name} is computed by the graph")
+        _check_numbers(call.given, "p")
+        function, inplace = call.given["function"], bool(call.given.get("inplace"))
+        args: tuple[Any, ...] = (call.x, float(call.given["p"]), True, inplace)
+        yield Chain([node], function.__name__, function, args, {})
+    before = _is(call.x, "activation")
+    if before is not None and call.drops and _feeds(call.x, node):
+        activation, p = before.given["activation"], float(call.given["p"])
+        if activation != "leaky_relu":
+            name, args = f"{activation} + dropout", (before.x, p, activation)
+            yield Chain([call.x, node], name, F.activation_dropout, args, {})
 
 
 # --- replacing them -------------------------------------------------------------------------------
@@ -376,6 +388,7 @@ def _fuse_at(node: Node, find: Callable[[Node], Iterator[Chain]], report: Report
             if not all(_plain(n) for n in (*chain.nodes, *chain.args[:1])):
                 raise NotFusedError("it is not called on ordinary dense tensors")
             _check_order(chain.nodes)
+            _check_writes(chain.nodes)
             _replace(graph=node.graph, chain=chain, result=_check_call(chain))
         except NotFusedError as reason:
             report.left[f"{chain.name}: {reason}"] += 1
