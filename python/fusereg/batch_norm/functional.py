@@ -163,6 +163,30 @@ def batch_norm(
     return normalized(inputs, num_batches_tracked, settings, "batch_norm", source, out)
 
 
+def called(inputs: Inputs, batches: Tensor | None, settings: Settings) -> Tensor:
+    """Call :func:`batch_norm` with a layer's settings; a compiler may keep it as one call."""
+    x, residual, mask, weight, bias, _, mean, var, _ = inputs
+    return batch_norm(
+        x,
+        mean,
+        var,
+        weight,
+        bias,
+        settings.training,
+        settings.momentum,
+        settings.eps,
+        activation=settings.activation,
+        residual=residual,
+        dropout=settings.dropout,
+        inplace=settings.inplace,
+        negative_slope=settings.negative_slope,
+        mask=mask,
+        virtual_batch_size=settings.virtual_batch_size,
+        num_batches_tracked=batches,
+        update_stats=settings.update_stats,
+    )
+
+
 def normalized(
     inputs: Inputs,
     batches: Tensor | None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..core import checks
+from ..core import checks, dispatch
 from ..core.docs import share_paragraphs
 from ..core.layer import Layer
 from . import functional, op
@@ -107,6 +107,8 @@ class _Fused(Layer, nn.modules.batchnorm._BatchNorm):
         settings: functional.Settings,
     ) -> Tensor:
         inputs, batches = self._inputs(input, residual, mask)
+        if dispatch.is_dynamo_compiling():
+            return functional.called(inputs, batches, settings)
         if settings.inplace:
             return functional.normalized(inputs, batches, settings, "batch_norm")
         return op.normalize(functional.prepared(inputs, batches, settings, "batch_norm"))

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..core import dispatch
 from . import functional, op, sync_op
 from .layers import AnyDimension, BatchNorm1d, BatchNorm2d, BatchNorm3d, _Fused
 
@@ -88,6 +89,8 @@ class SyncBatchNorm(AnyDimension):
     ) -> Tensor:
         group = self._process_group() if self.training else None
         inputs, batches = self._inputs(input, residual, mask)
+        if group is None and dispatch.is_dynamo_compiling():
+            return functional.called(inputs, batches, settings)
         call = functional.prepared(
             inputs, batches, settings, "sync_batch_norm", single_values=group is not None
         )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import dispatch
 from ..core.layer import Layer
 from . import functional, op
 from .kernels import GIVEN, Inputs
@@ -275,6 +276,8 @@ class FrozenBatchNorm(Layer):
             negative_slope=self.negative_slope,
             num_features=self.num_features,
         )
+        if dispatch.is_dynamo_compiling():
+            return functional.called(inputs, None, settings)
         return functional.normalized(inputs, None, settings, "batch_norm")
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
