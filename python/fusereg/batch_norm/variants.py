@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core import dispatch
 from ..core.layer import Layer
-from . import functional, op
+from . import functional, known, op
 from .kernels import GIVEN, Inputs
 from .layers import AnyDimension
 
@@ -232,23 +232,42 @@ class FrozenBatchNorm(Layer):
 
     @classmethod
     def from_batch_norm(cls, layer: nn.modules.batchnorm._BatchNorm) -> FrozenBatchNorm:
-        """Return a frozen copy of a batch-norm layer (torch's or fusereg's).
+        """Return a frozen copy of a batch-norm layer: torch's, fusereg's, or timm's BatchNormAct2d.
+
+        Its activation is kept.
 
         Raises:
-            ValueError: the layer has no running statistics.
+            TypeError: the layer is of another class, which may compute something else.
+            ValueError: the layer has no running statistics; or it has what the copy has not: hooks,
+                a dropout, or an activation that this class does not know.
         """
+        reason = known.why_unknown(layer)
+        if reason is not None:
+            raise TypeError(f"fusereg.nn.FrozenBatchNorm: {reason}")
         mean, var = layer.running_mean, layer.running_var
         if mean is None or var is None:
             raise ValueError(
                 "fusereg.nn.FrozenBatchNorm: the layer has no running statistics to freeze"
             )
+        epilogue = known.epilogue_of(layer)
+        if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+            reason = "hooks, or a forward that is set on the object"
+        elif epilogue is None:
+            reason = f"an activation or a dropout of its own ({layer.drop}, {layer.act})"
+        elif getattr(layer, "dropout", 0.0):
+            reason = f"dropout={layer.dropout}"
+        if reason is not None or epilogue is None:
+            raise ValueError(
+                f"fusereg.nn.FrozenBatchNorm: the layer has {reason}, which would be lost"
+            )
+        activation, slope = epilogue
         frozen = cls(
             layer.num_features,
             layer.eps,
             mean.device,
             mean.dtype,
-            activation=getattr(layer, "activation", None),
-            negative_slope=getattr(layer, "negative_slope", 0.01),
+            activation=activation,
+            negative_slope=slope,
         )
         frozen.running_mean.copy_(mean)
         frozen.running_var.copy_(var)
