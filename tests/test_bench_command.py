@@ -23,6 +23,7 @@ from fusereg.bench.harness import (
 from fusereg.bench.harness import shapes as parameter_shapes
 from fusereg.bench.suites import drop_block, penalty
 from fusereg.cli import bench as cli_bench
+from fusereg.cli.checks import OPERATIONS
 
 CPU = torch.device("cpu")
 
@@ -98,7 +99,10 @@ def test_a_suite_declares_its_providers_and_quick_leaves_out_compiling(suite: st
             smallest[key] = case
     for case in smallest.values():
         providers = case.setup().providers
-        assert {"eager", "fusereg"} <= {p.name for p in providers} <= set(provider_names(suite))
+        names = {p.name for p in providers}
+        assert "fusereg" in names
+        assert "eager" in names or suite == "operations"
+        assert names <= set(provider_names(suite))
         assert not any(p.compiles for p in providers)
         assert case.suite == suite
 
@@ -271,3 +275,16 @@ def test_a_killed_run_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.Mon
     assert seen == [True, True, True, False]
     rows, _ = report.read_json(tmp_path / "a.json")
     assert {r.provider for r in rows} == {"copy", "eager", "fusereg"}
+
+
+def test_the_benchmark_of_operations_has_each_function_of_the_inventory() -> None:
+    found = collect_cases("operations", Options(CPU))
+    functions = [operation.name for operation in OPERATIONS if operation.reference is not None]
+    assert list(dict.fromkeys(case.op for case in found)) == functions
+    case = next(c for c in found if (c.op, c.mode) == ("dropout", "forward+backward"))
+    workload = case.setup()
+    assert workload.check is not None
+    (gradient,) = workload.providers[0].make()()  # type: ignore[misc, attr-defined]
+    assert gradient.count_nonzero() < gradient.numel()
+    accuracy = workload.check(lambda: None)
+    assert accuracy.error <= accuracy.tolerance

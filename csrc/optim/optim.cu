@@ -79,7 +79,8 @@ __device__ void prepare(const Table& t, int i, Work& shared) {
 // list their code, which wants registers, is left out.
 template <Algorithm algorithm, bool kRows, class Table>
 __global__ void __launch_bounds__(kThreads, 2) optimizer_kernel(FUSEREG_GRID_CONSTANT(Table, t)) {
-  FUSEREG_SHARED(work, Work);
+  FUSEREG_SHARED(memory, WorkMemory);
+  Work& work = reinterpret_cast<Work&>(memory);
   double value = 0.0;
   const std::uint32_t tasks = t.first_task[t.count];
   for (std::uint32_t task = blockIdx.x; task < tasks; task += gridDim.x) {

@@ -99,6 +99,11 @@ struct Work {
   Target target;  // a table's entry, where that lies in memory
 };
 
+// Shared memory for it: its members have initializers, which are not run there.
+struct alignas(Work) WorkMemory {
+  unsigned char bytes[sizeof(Work)];
+};
+
 template <class C>
 struct Shares {
   double absolute = 0.0;
@@ -231,7 +236,8 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
   const bool prox = w.flags.prox != Prox::kNone;
   const int states = w.skip ? 0 : state_count(algorithm, w.flags);
   const Walk own{begin, n, head_of(item, gradient, states, begin, n),
-                 by_warp ? cuda::lane_id() : threadIdx.x, by_warp ? cuda::kWarpSize : kThreads};
+                 by_warp ? cuda::lane_id() : threadIdx.x,
+                 static_cast<unsigned>(by_warp ? cuda::kWarpSize : kThreads)};
   auto sum = [&](const Shares<C>& shares, double (&v)[2]) {
     v[0] = shares.absolute;
     v[1] = shares.square;

@@ -8,10 +8,11 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ..core import dispatch
+from ..core.layer import Layer
 from .arguments import integer
 from .params import sample_id_tensor
 
@@ -39,7 +40,7 @@ def _shared(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class SeededModule(nn.Module):
+class SeededModule(Layer):
     """Base of the modules whose random numbers are keyed by (seed, epoch, sample id, operation).
 
     Without ``sample_ids`` the samples of successive calls are numbered consecutively; the count is

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..core import dispatch
+from ..core.layer import Layer
 from .calls import Calls
 from .known import epilogue_of, is_timm_act, why_unknown
 from .variants import FrozenBatchNorm
@@ -32,7 +33,7 @@ _DIMENSIONS: dict[type[nn.Module], int] = {
 }
 
 
-class Epilogue(nn.Module):
+class Epilogue(Layer):
     """The activation and residual of a folded layer: activation(x + residual)."""
 
     #: The number of dimensions that the input must have, if any.

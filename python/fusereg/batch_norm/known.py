@@ -5,6 +5,8 @@ A subclass of torch's layer may compute anything, so layers are known by their e
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 _TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -44,9 +46,22 @@ _ACTIVATIONS: dict[type, str] = {
 }
 
 
+#: The forwards that layers of these classes have, unless somebody replaces them.
+_FORWARDS: dict[type, Any] = {
+    cls: cls.forward for cls in (*_ACTIVATIONS, nn.Dropout, nn.Identity)
+}
+
+
+def keeps_forward(layer: nn.Module) -> bool:
+    """Return whether the forward of a layer's class is still torch's or fusereg's own."""
+    cls = type(layer)
+    own = cls.__module__.startswith("fusereg.") and "forward" in vars(cls)
+    return own or _FORWARDS.get(cls) is cls.forward
+
+
 def activation_of(layer: nn.Module) -> tuple[str, float] | None:
     """Return batch norm's name of an activation and its slope; None if it cannot be fused."""
-    name = _ACTIVATIONS.get(type(layer))
+    name = _ACTIVATIONS.get(type(layer)) if keeps_forward(layer) else None
     if name == "leaky_relu":
         slope = layer.negative_slope
         return (name, slope) if isinstance(slope, float) and slope >= 0.0 else None

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core import dispatch, operator
 from ..core.operator import Operator
 from . import kernels, reference
-from .kernels import COMPUTE, FIXED, Call, Constants, Inputs, inputs_of
+from .kernels import COMPUTE, CUMULATIVE, FIXED, Call, Constants, Inputs, inputs_of
 
 _TENSORS = (
     "Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor? moments,"
@@ -69,7 +69,7 @@ def _forward(*args: Any) -> Any:
     call = call_of(args[:9], args[9:16])
     if args[16] and call.keeps_bits():
         call.bits = torch.empty(_bit_bytes(x), dtype=torch.uint8, device=x.device)
-    y = operator.in_strides(kernels.forward(call, args[16]), operator.strides_of_result(x))
+    y = kernels.forward(call, args[16])
     return y, call.moments if given is None else None, call.bits
 
 
@@ -82,7 +82,7 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         moments = x.new_empty((3, count), dtype=torch.float64)
     if keep_bits and call.keeps_bits():
         bits = x.new_empty((_bit_bytes(x),), dtype=torch.uint8)
-    return torch.empty_like(x), moments, bits
+    return kernels.result_like(x), moments, bits
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -263,17 +263,17 @@ def update_running(call: Call, moments: Tensor) -> None:
     mean, var, batches = call.inputs.running_mean, call.inputs.running_var, call.batches
     if batches is not None:
         batches.add_(1)
-    if mean is None or var is None:
-        return
     channels = call.inputs.x.shape[1]
+    if mean is None or var is None or channels == 0:
+        return
     of_group, square_of_group, count = moments.detach().reshape(3, -1, channels).unbind(0)
     total = count.sum(0)
     whole = total.clamp_min(1.0)
     center = (of_group * count).sum(0) / whole
     square = ((square_of_group + (of_group - center).square()) * count).sum(0)
     factor: Any = call.momentum
-    if factor < 0.0:
-        factor = 1.0 if batches is None else 1.0 / batches.to(torch.float64)
+    if factor == CUMULATIVE:
+        factor = 0.0 if batches is None else 1.0 / batches.to(torch.float64)
     for old, new, changes in (
         (mean, center, total > 0.0),
         (var, square / (total - 1.0).clamp_min(1.0), total > 1.0),
@@ -309,11 +309,28 @@ def normalize(call: Call, out: Tensor | None = None) -> Tensor:
     return y if out is None else out.copy_(y)
 
 
+def _check_running(call: Call) -> None:
+    """Raise where a forward-mode derivative of the running statistics would be needed."""
+
+    def has_tangent(*tensors: Tensor | None) -> bool:
+        unpack = torch.autograd.forward_ad.unpack_dual
+        return any(t is not None and unpack(t).tangent is not None for t in tensors)
+
+    if dispatch.forward_mode():
+        x, residual, _, weight, bias, _, mean, var, _ = call.inputs
+        if has_tangent(mean, var) and has_tangent(x, residual, weight, bias):
+            raise RuntimeError(
+                f"fusereg.{call.op}: running_mean and running_var have no derivative, "
+                "and must not have a forward gradient"
+            )
+
+
 def _traced(call: Call) -> tuple[Tensor, Tensor | None]:
     """Return y and the moments, under a compiler, a mode or a transform, and for subclasses."""
     if dispatch.for_other_programs():
         return reference.of_torch(call)
     if dispatch.functorch() or (not torch.compiler.is_compiling() and dispatch.forward_mode()):
+        _check_running(call)
         return reference.composed(call)
     inputs = call.inputs
     statistics = call.constants.statistics

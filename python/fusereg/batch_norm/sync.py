@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..core import dispatch
 from . import functional, known, op, sync_op
 from .layers import AnyDimension, BatchNorm1d, BatchNorm2d, BatchNorm3d, _Fused
 
@@ -48,7 +49,7 @@ class SyncBatchNorm(AnyDimension):
 
     Args:
         num_features: C.
-        eps, momentum, affine, track_running_stats, process_group, device, dtype: as torch's.
+        eps, momentum, affine, track_running_stats, process_group, device, dtype, bias: as torch's.
         activation, dropout, negative_slope, update_stats: as in :class:`BatchNorm2d`.
 
     Example:
@@ -66,10 +67,10 @@ class SyncBatchNorm(AnyDimension):
         process_group: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **epilogue: Any,
+        **more: Any,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, **epilogue
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **more
         )
         if self.inplace:
             raise ValueError("fusereg.nn.SyncBatchNorm: inplace=True is not supported")
@@ -91,6 +92,8 @@ class SyncBatchNorm(AnyDimension):
     ) -> Tensor:
         group = self._process_group() if self.training else None
         inputs, batches = self._inputs(input, residual, mask)
+        if group is None and dispatch.is_dynamo_compiling():
+            return functional.called(inputs, batches, settings)
         call = functional.prepared(
             inputs, batches, settings, "sync_batch_norm", single_values=group is not None
         )

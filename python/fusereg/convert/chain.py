@@ -15,7 +15,7 @@ from torch.nn import functional as torch_F
 
 from .. import functional as F
 from .. import nn as fused_nn
-from ..batch_norm.known import activation_of as activation_of
+from ..batch_norm.known import activation_of, keeps_forward
 from ..core import dispatch
 
 #: The follower that adds the residual.
@@ -32,10 +32,14 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 _DROPOUTS = (nn.Dropout, fused_nn.Dropout)
 
-
 def is_dropout(layer: nn.Module) -> bool:
     """Return whether this drops single elements, as the kernels' epilogue does."""
-    return type(layer) in _DROPOUTS
+    return type(layer) in _DROPOUTS and keeps_forward(layer)
+
+
+def is_identity(layer: nn.Module) -> bool:
+    """Return whether calling this returns its argument."""
+    return type(layer) is nn.Identity and keeps_forward(layer)
 
 
 #: Layers that can begin a chain.
@@ -49,7 +53,7 @@ def fused_activation(follower: Follower) -> str | None:
     """Return ``activation_dropout``'s name of an activation; None if it cannot be fused."""
     if isinstance(follower, str):
         return follower
-    if type(follower) is nn.GELU and follower.approximate == "tanh":
+    if type(follower) is nn.GELU and follower.approximate == "tanh" and keeps_forward(follower):
         return "gelu_tanh"
     found = activation_of(follower)
     return None if found is None or found[0] == "leaky_relu" else found[0]
@@ -114,7 +118,7 @@ def chain(x: Tensor, residual: Any, norm: Any, *followers: Any) -> Tensor:
                 if follower.training is not norm.training:
                     break
                 dropout = follower.p
-            elif type(follower) is not nn.Identity:
+            elif not is_identity(follower):
                 found = activation_of(follower)
                 if found is None or activation is not None:
                     break

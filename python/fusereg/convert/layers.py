@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from .. import nn as fused_nn
+from ..batch_norm.known import activation_of
 from ..core import dispatch
+from ..core.trace import UntraceableError
 from . import chain as _chain
-from .trace import Plan
+from .trace import Plan, renewed
 
 # --- layers of torch ------------------------------------------------------------------------------
 
@@ -104,7 +106,7 @@ def adapted(kind: str, original: type[nn.Module]) -> type[nn.Module]:
         "__doc__": original.__doc__,
         "fusereg_original": original,
         "fusereg_kind": kind,
-        "forward": forward(original.forward),
+        "forward": forward(original),
     }
     return type(original.__name__, (Adapted, base, original), namespace)
 
@@ -132,16 +134,27 @@ class Planned:
 
     fusereg_plans: tuple[Plan, ...] = ()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        module: Any = self
+        try:
+            plans = renewed(self.fusereg_plans, module, type(module).fusereg_original.forward)
+            self.fusereg_plans = tuple(plans)
+        except UntraceableError:
+            self.fusereg_plans = ()
 
-def _planned_forward(written: Callable[..., Any]) -> Callable[..., Any]:
+
+def _planned_forward(original: type[nn.Module]) -> Callable[..., Any]:
     """Return a forward that runs the first plan that fits, or else the original one."""
 
-    @functools.wraps(written)
+    @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for plan in self.fusereg_plans:
-            if plan.fits(self, args, kwargs):
-                return plan.run(self, *args)
-        return written(self, *args, **kwargs)
+        if not kwargs:
+            count = len(args)
+            for plan in self.fusereg_plans:
+                if plan.count == count and plan.fits(self, *args):
+                    return plan.run(self, *args)
+        return original.forward(self, *args, **kwargs)
 
     return forward
 
@@ -161,21 +174,26 @@ class BatchNormAct2d(fused_nn.BatchNorm2d):
         return text
 
 
-def _batch_norm_act_forward(written: Callable[..., Tensor]) -> Callable[..., Any]:
+def _batch_norm_act_forward(original: type[nn.Module]) -> Callable[..., Any]:
     """Return a forward of timm's BatchNormAct2d that is one kernel if possible."""
+    written = original.forward
 
     @functools.wraps(written)
     def forward(self: Any, x: Tensor) -> Tensor:
         act = self.act
-        if type(self.drop) is nn.Identity and not (
-            dispatch.hooked(self.drop) or dispatch.hooked(act)
+        if (
+            isinstance(x, Tensor)
+            and original.forward is written
+            and _chain.is_identity(self.drop)
+            and not (dispatch.hooked(self.drop) or dispatch.hooked(act))
         ):
-            found = (None, 0.01) if type(act) is nn.Identity else _chain.activation_of(act)
+            found = (None, 0.01) if _chain.is_identity(act) else activation_of(act)
             if found is not None:
                 activation, slope = found
                 y: Tensor = self.with_epilogue(x, None, None, activation, slope, 0.0)
                 return y
-        return written(self, x)
+        result: Tensor = original.forward(self, x)
+        return result
 
     return forward
 
@@ -196,20 +214,22 @@ class DropPath(fused_nn.DropPath):
         return f"drop_prob={round(self.p, 3):0.3f}"
 
 
-def _drop_path_forward(written: Callable[..., Tensor]) -> Callable[..., Any]:
+def _drop_path_forward(original: type[nn.Module]) -> Callable[..., Any]:
     """Return a forward of timm's DropPath that calls fusereg's."""
+    written = original.forward
 
     @functools.wraps(written)
     def forward(self: Any, x: Tensor) -> Tensor:
-        if self.scale_by_keep:
+        if isinstance(x, Tensor) and self.scale_by_keep and original.forward is written:
             return F.drop_path(x, self.p, self.training)
-        return written(self, x)
+        result: Tensor = original.forward(self, x)
+        return result
 
     return forward
 
 
 #: Kind -> a base class, and what makes the forward from the original one.
-_KINDS: dict[str, tuple[type, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
+_KINDS: dict[str, tuple[type, Callable[[type[nn.Module]], Callable[..., Any]]]] = {
     "planned": (Planned, _planned_forward),
     "batch_norm_act": (BatchNormAct2d, _batch_norm_act_forward),
     "drop_path": (DropPath, _drop_path_forward),

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from ..core import params as _params
 from ..core.params import Key
+from ..core.trace import TORCH, UntraceableError
 from . import chain as _chain
 from . import layers as _layers
 from . import trace as _trace
@@ -261,7 +262,7 @@ def _fusible(
         code = getattr(inspect.unwrap(forward), "__code__", None)
         if not any(type(m) in _chain.NORMS or _chain.is_dropout(m) for m in _called(module)):
             continue
-        of_torch = code is not None and code.co_filename.startswith(_trace.TORCH)
+        of_torch = code is not None and code.co_filename.startswith(TORCH)
         if of_torch and forward is not nn.Sequential.forward:
             # These have fast paths, not all of which call their layers.
             report.skip(name, f"({type(module).__name__}) not fused", "its forward is torch's own")
@@ -289,11 +290,17 @@ def _fuse(name: str, module: nn.Module, allowed: set[int], report: _Report) -> N
     reason = _layers.why_not_rewritable(type(module))
     try:
         if reason is not None:
-            raise _trace.NotStraightError(reason)
-        plans = _trace.make_plans(module, _forward_of(module), lambda m: id(m) in allowed)
-    except _trace.NotStraightError as error:
+            raise UntraceableError(reason)
+        plans = _trace.make_plans(
+            module, _forward_of(module), lambda n: id(module.get_submodule(n)) in allowed
+        )
+    except UntraceableError as error:
         report.skip(name, f"({type(module).__name__}) not fused", str(error))
         return
+    said = name or "the model"
+    for reason in dict.fromkeys(reason for plan in plans for reason in plan.lost):
+        _log.info("fusereg.convert: %s: %s", said, reason)
+    plans = tuple(plan for plan in plans if plan.chains)
     if not plans:
         return
     _layers.adapt("planned", module)
@@ -301,4 +308,4 @@ def _fuse(name: str, module: nn.Module, allowed: set[int], report: _Report) -> N
     chains = max((plan.chains for plan in plans), key=len)
     report.chains += len(chains)
     for chain in chains:
-        _log.debug("fusereg.convert: %s: fused %s", name or "the model", chain)
+        _log.debug("fusereg.convert: %s: fused %s", said, chain)

@@ -97,6 +97,17 @@ def wrapped(values: Sequence[object]) -> bool:
     return any(isinstance(t, torch.Tensor) and (_is_batched(t) or _is_wrapped(t)) for t in values)
 
 
+def with_values(jagged: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return a nested tensor with the components of a jagged one, but other values."""
+    nested: torch.Tensor = torch.nested.nested_tensor_from_jagged(
+        values,
+        jagged.offsets(),  # type: ignore[attr-defined]
+        jagged.lengths(),  # type: ignore[attr-defined]
+        jagged._ragged_idx,  # type: ignore[attr-defined]
+    )
+    return nested
+
+
 def for_other_programs() -> bool:
     """Return whether a model is being exported to a program without fusereg.
 

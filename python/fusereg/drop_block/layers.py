@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.checks import probability
+from ..core.layer import Layer
 from . import functional as F
 from . import op as _drop_block
 
 __all__ = ["DropBlock2d"]
 
 
-class DropBlock2d(nn.Module):
+class DropBlock2d(Layer):
     """:func:`fusereg.functional.drop_block2d`: squares of each channel of (N, C, H, W).
 
     Args:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import probability
+from ..core.layer import Layer
 from . import functional as F
 from .op import sides
 
 __all__ = ["DropConnectConv2d", "DropConnectLinear"]
 
 
-class DropConnectLinear(nn.Linear):
+class DropConnectLinear(Layer, nn.Linear):
     """:func:`fusereg.functional.drop_connect_linear`: a linear layer that drops weights.
 
     Args:
@@ -50,7 +51,7 @@ class DropConnectLinear(nn.Linear):
         return f"{super().extra_repr()}, p={self.p}"
 
 
-class DropConnectConv2d(nn.Conv2d):
+class DropConnectConv2d(Layer, nn.Conv2d):
     """:func:`fusereg.functional.drop_connect_conv2d`: a convolution that drops weights.
 
     Args:

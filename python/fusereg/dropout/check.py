@@ -92,7 +92,7 @@ OPERATIONS = [
         name="alpha_dropout",
         formula="a * (keep ? x : alpha') + b",
         function=functional.alpha_dropout,
-        options=_SEEDED,
+        options={**_SEEDED, "training": True},
         reference=lambda x: _alpha(x, mask_like(x)),
     ),
     Operation(
@@ -100,7 +100,7 @@ OPERATIONS = [
         formula="the same, a draw for each channel",
         function=functional.feature_alpha_dropout,
         shapes=IMAGES,
-        options=_SEEDED,
+        options={**_SEEDED, "training": True},
         reference=lambda x: _alpha(x, mask_of_rows(x, 2)),
     ),
     Operation(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import checks, draws, random
 from ..core.checks import probability
 from ..core.draws import Kind
+from ..core.layer import Layer
 
 __all__ = ["ConsistentDropout", "consistent_dropout"]
 
@@ -59,11 +60,12 @@ def consistent_dropout(
         >>> y = fusereg.functional.consistent_dropout(sequences, 0.3, dim=1)
     """
     op = "consistent_dropout"
-    checks.check_probability(p, op)
-    checks.check_input(x, op)
+    p = checks.check_probability(p, op)
+    checks.check_tensor(x, op)
     dim = None if dim is None else _dimension(dim, x.dim(), op)
     if not training or p == 0:
         return x
+    checks.check_input(x, op)
     rows = x.contiguous()
     if dim is not None:
         # As the kernels know it from channels_last images: the step is what the rows share.
@@ -82,7 +84,7 @@ def _dimension(dim: object, dims: int, op: str) -> int:
     return dim % dims
 
 
-class ConsistentDropout(nn.Module):
+class ConsistentDropout(Layer):
     """Dropout whose mask stays the same from call to call, until :meth:`reset`.
 
     For what is computed step by step: the states of a recurrent cell (variational dropout, Gal and

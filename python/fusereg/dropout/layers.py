@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..core.checks import probability
+from ..core.layer import DropLayer, Layer
 from . import functional as F
 
 __all__ = [
@@ -21,7 +22,7 @@ __all__ = [
 ]
 
 
-class _Layer(nn.Module):
+class _Layer(Layer):
     """The constructor that the subclasses of torch's layers share."""
 
     def __init__(
@@ -117,7 +118,7 @@ class FeatureAlphaDropout(_Layer, nn.FeatureAlphaDropout):
         return F.feature_alpha_dropout(input, self.p, self.training, self.inplace)
 
 
-class DropPath(nn.Module):
+class DropPath(DropLayer):
     """:func:`fusereg.functional.drop_path`: stochastic depth, whole samples of (N, ...).
 
     Args:
@@ -126,17 +127,6 @@ class DropPath(nn.Module):
         keep_prob: 1 - p, in place of ``p``.
     """
 
-    def __init__(
-        self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
-    ) -> None:
-        super().__init__()
-        self.p = probability(p, keep_prob, "DropPath")
-        self.inplace = inplace
-
     def forward(self, input: Tensor) -> Tensor:
         """Return the input with samples dropped, or the input itself in evaluation mode."""
         return F.drop_path(input, self.p, self.training, self.inplace)
-
-    def extra_repr(self) -> str:
-        """Return the arguments as torch's dropout layers show them."""
-        return f"p={self.p}, inplace={self.inplace}"

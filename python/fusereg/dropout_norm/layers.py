@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import checks
+from ..core.layer import Layer
 from . import functional as F
 
 __all__ = ["DropoutAddLayerNorm", "DropoutAddRMSNorm"]
@@ -41,7 +42,7 @@ def _check_shape(
             )
 
 
-class DropoutAddLayerNorm(nn.LayerNorm):
+class DropoutAddLayerNorm(Layer, nn.LayerNorm):
     """:func:`fusereg.functional.dropout_add_layer_norm` with its weight and bias.
 
     Args:
@@ -76,8 +77,7 @@ class DropoutAddLayerNorm(nn.LayerNorm):
     ) -> None:
         shape = normalized_shape if isinstance(normalized_shape, int) else list(normalized_shape)
         super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
-        checks.check_probability(p, "nn.DropoutAddLayerNorm")
-        self.p = p
+        self.p = checks.check_probability(p, "nn.DropoutAddLayerNorm")
         self.return_sum = return_sum
 
     def forward(  # type: ignore[override]
@@ -104,7 +104,7 @@ class DropoutAddLayerNorm(nn.LayerNorm):
         return f"{super().extra_repr()}, p={self.p}, return_sum={self.return_sum}"
 
 
-class DropoutAddRMSNorm(nn.RMSNorm):
+class DropoutAddRMSNorm(Layer, nn.RMSNorm):
     """:func:`fusereg.functional.dropout_add_rms_norm` with its weight.
 
     Args:
@@ -137,8 +137,7 @@ class DropoutAddRMSNorm(nn.RMSNorm):
     ) -> None:
         shape = normalized_shape if isinstance(normalized_shape, int) else list(normalized_shape)
         super().__init__(shape, eps, elementwise_affine, device, dtype)
-        checks.check_probability(p, "nn.DropoutAddRMSNorm")
-        self.p = p
+        self.p = checks.check_probability(p, "nn.DropoutAddRMSNorm")
         self.return_sum = return_sum
 
     def forward(  # type: ignore[override]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.checks import probability
+from ..core.layer import DropLayer, Layer
 from . import entry as _fused_dropout
 from . import functional as F
 
 __all__ = ["ActivationDropout", "BiasDropoutAdd", "DropPathAdd", "DropoutAdd"]
 
 
-class BiasDropoutAdd(nn.Module):
+class BiasDropoutAdd(Layer):
     """:func:`fusereg.functional.bias_dropout_add`: residual + dropout(x + bias).
 
     The bias is an argument of the call, for it belongs to the layer before.
@@ -37,22 +38,7 @@ class BiasDropoutAdd(nn.Module):
         return f"p={self.p}"
 
 
-class _Add(nn.Module):
-    """Base of the layers that end in a residual connection."""
-
-    def __init__(
-        self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
-    ) -> None:
-        super().__init__()
-        self.p = probability(p, keep_prob, type(self).__name__)
-        self.inplace = inplace
-
-    def extra_repr(self) -> str:
-        """Return the arguments as torch's dropout layers show them."""
-        return f"p={self.p}, inplace={self.inplace}"
-
-
-class DropoutAdd(_Add):
+class DropoutAdd(DropLayer):
     """:func:`fusereg.functional.dropout_add`: residual + dropout(x).
 
     Args:
@@ -66,7 +52,7 @@ class DropoutAdd(_Add):
         return F.dropout_add(input, residual, self.p, self.training, self.inplace)
 
 
-class DropPathAdd(_Add):
+class DropPathAdd(DropLayer):
     """:func:`fusereg.functional.drop_path_add`: residual + x for the samples that are kept.
 
     Args:
@@ -80,7 +66,7 @@ class DropPathAdd(_Add):
         return F.drop_path_add(input, residual, self.p, self.training, self.inplace)
 
 
-class ActivationDropout(nn.Module):
+class ActivationDropout(Layer):
     """:func:`fusereg.functional.activation_dropout`: dropout(f(x)).
 
     Args:

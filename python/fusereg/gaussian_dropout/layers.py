@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core.checks import probability
+from ..core.layer import DropLayer
 from . import functional as F
 from . import op as _gaussian_dropout
 
 __all__ = ["GaussianDropout"]
 
 
-class GaussianDropout(nn.Module):
+class GaussianDropout(DropLayer):
     """:func:`fusereg.functional.gaussian_dropout`: multiplicative noise, in training mode.
 
     Args:
@@ -26,15 +26,9 @@ class GaussianDropout(nn.Module):
     def __init__(
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
-        super().__init__()
-        self.p = probability(p, keep_prob, "GaussianDropout")
+        super().__init__(p, inplace, keep_prob=keep_prob)
         _gaussian_dropout.check_probability(self.p, "nn.GaussianDropout")
-        self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the input with noise, or the input itself in evaluation mode."""
         return F.gaussian_dropout(input, self.p, self.training, self.inplace)
-
-    def extra_repr(self) -> str:
-        """Return the arguments as torch's dropout layers show them."""
-        return f"p={self.p}, inplace={self.inplace}"

@@ -5,7 +5,7 @@ core/inventory.py). Every such file is found by itself.
 """
 
 from ...core.inventory import TOLERANCES, Inputs, Operation, Pairs
-from ._judge import CheckResult, run_check
+from ._judge import CheckResult, run_check, worst
 from ._places import Place, places, run_checks
 from ._rows import OPERATIONS, TECHNIQUES
 
@@ -21,4 +21,5 @@ __all__ = [
     "places",
     "run_check",
     "run_checks",
+    "worst",
 ]

@@ -1,0 +1,59 @@
+"""The base of every layer."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import nn
+
+from .checks import probability
+
+
+class _ModuleName(str):
+    """The name of a class's module; read from an instance, one under torch.nn.
+
+    torch.fx records a layer as one call if the layer's ``__module__`` begins with "torch.nn", and
+    otherwise runs its forward on proxies, of which no kernel can read anything. The name does not
+    begin with "torch.nn.", by which torch.compile knows the layers that are built into torch.
+    """
+
+    def __get__(self, instance: object, owner: type | None = None) -> str:
+        return f"torch.nn+{self}"
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        # Pickles name a class by its module, in a string that must be exactly a str.
+        return str, (str(self),)
+
+
+class Layer(nn.Module):
+    """A layer that torch.fx records as one call: symbolic_trace, feature extractors, prepare_fx.
+
+    Raises:
+        RuntimeError: by ``torch.jit.script``.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__module__ = _ModuleName(cls.__module__)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        # torch.jit.script asks each module for this method first.
+        raise RuntimeError(
+            f"fusereg.nn.{type(self).__name__}: torch.jit.script cannot compile a call of "
+            "fusereg's kernels; call fusereg.revert(model) before, use torch's layers, or torch.export"
+        )
+
+
+class DropLayer(Layer):
+    """A layer that drops with probability p, and may write into its input."""
+
+    def __init__(
+        self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
+    ) -> None:
+        super().__init__()
+        self.p = probability(p, keep_prob, type(self).__name__)
+        self.inplace = inplace
+
+    def extra_repr(self) -> str:
+        """Return the arguments as torch's dropout layers show them."""
+        return f"p={self.p}, inplace={self.inplace}"

@@ -1,0 +1,592 @@
+"""Record what a module's forward does with tensors, and every other value that it reads.
+
+``torch.fx.Tracer`` runs forward on the module itself and patches ``nn.Module`` meanwhile, for all
+threads. Here nothing is patched and the module is not touched: forward, and each Python function
+that it calls, is made again from its code with globals and closures of our own, and runs on
+stand-ins. The stand-in of a module gives proxies for parameters and buffers, stand-ins for layers,
+and plain values as they are; a module of Python gives its functions.
+
+What forward reads is a tensor, which the graph holds, or a value that is recorded here as a
+:class:`Read`. Everything else raises :class:`UntraceableError`: objects that may change unseen,
+functions that are not known to depend on their arguments alone, random numbers, modes of torch.
+The graph is therefore forward's as long as all reads give what they gave.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import functools
+import math
+import operator
+import os
+import sys
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Attribute, Scope
+from torch.nn import functional as F
+
+from . import dispatch
+
+Path = tuple[str, ...]
+
+
+class UntraceableError(Exception):
+    """A forward that cannot be followed, for the reason in the text."""
+
+
+class Found(Enum):
+    """What a read found, where that is not a value."""
+
+    NOTHING = "no attribute"
+    MODULE = "a module"
+    TENSOR = "a tensor"
+
+
+@dataclass(frozen=True)
+class Read:
+    """One value that forward reads.
+
+    Attributes:
+        owner: the path of a module from the traced one, or the object itself (the globals of a
+            module of Python, a class, a function, a cell).
+        name: of the attribute, or of the global.
+        value: what was found. Functions, classes and modules of Python are the same if identical,
+            plain values if they are of the same type and equal.
+        method: whether the attribute is a method, and the value its function.
+    """
+
+    owner: Any
+    name: str
+    value: Any
+    method: bool = False
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The graph of a forward, and the values that it depends on."""
+
+    graph: fx.Graph
+    reads: tuple[Read, ...]
+
+
+# --- what is known --------------------------------------------------------------------------------
+
+TORCH = os.path.dirname(torch.__file__) + os.sep
+
+_SCALARS = (bool, int, float, complex, str, type(None), type(...))
+_PLAIN = (*_SCALARS, torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout)
+_BUILTINS = frozenset(
+    "abs all any bool dict enumerate float getattr hasattr int len list map max min range reversed "
+    "round set slice sorted str sum tuple zip".split()
+)
+#: They draw random numbers, like whatever torch tags so, but are layers' own functions.
+_DROPOUTS = frozenset(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout "
+    "scaled_dot_product_attention".split()
+)
+_REFUSED = {
+    "STORE_ATTR": "it sets an attribute",
+    "DELETE_ATTR": "it deletes an attribute",
+    "STORE_GLOBAL": "it sets a global",
+    "DELETE_GLOBAL": "it deletes a global",
+    "PUSH_EXC_INFO": "it has a with or try statement",
+    "SETUP_FINALLY": "it has a with or try statement",
+    "SETUP_WITH": "it has a with or try statement",
+}
+
+
+def is_plain(value: object) -> bool:
+    """Return whether a value cannot change without being replaced."""
+    return all(map(is_plain, value)) if type(value) is tuple else type(value) in _PLAIN
+
+
+@functools.cache
+def draws(name: str) -> bool:
+    """Return whether the function or method of torch of this name draws random numbers."""
+    packet = None if name in _DROPOUTS else getattr(torch.ops.aten, name, None)
+    seeded = torch.Tag.nondeterministic_seeded
+    overloads = packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else ()
+    return any(seeded in getattr(packet, overload).tags for overload in overloads)
+
+
+@functools.cache
+def _known() -> dict[int, Any]:
+    """Return, by id, torch's functions of tensors: those that a subclass of Tensor can override.
+
+    The others make tensors, draw random numbers, or ask for modes.
+    """
+    known = torch.overrides.get_overridable_functions()
+    spaces = (torch, torch.functional, F, torch.linalg, torch.fft, torch.special)
+    functions = [f for space in spaces for f in known[space]]
+    functions += [f for f in vars(F).values() if getattr(f, "__module__", "") == F.__name__]
+    names = {getattr(f, "__name__", "") for f in functions}
+    functions += [getattr(torch, f"{name}_") for name in names if hasattr(torch, f"{name}_")]
+    return {
+        id(f): f
+        for f in functions
+        if not isinstance(f, type)
+        and not getattr(f, "__name__", "_").startswith(("_", "is_", "get_", "set_", "has_"))
+        and not draws(getattr(f, "__name__", ""))
+    }
+
+
+_NUMBERS = {
+    id(f) for m in (math, operator) for n, f in vars(m).items() if callable(f) and n[0] != "_"
+}
+
+
+def _said(value: object) -> str:
+    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
+    return str(name) if name and callable(value) else f"a {type(value).__name__}"
+
+
+def refuse(reason: str) -> NoReturn:
+    """Raise UntraceableError."""
+    raise UntraceableError(reason)
+
+
+@functools.cache
+def _check_code(code: types.CodeType) -> None:
+    """Raise UntraceableError if running the code could do more than its values can tell."""
+    before: Any = None
+    for instruction in dis.get_instructions(code):
+        name = instruction.opname
+        if name in _REFUSED:
+            refuse(_REFUSED[name])
+        if name == "IS_OP" and not (before.opname == "LOAD_CONST" and before.argval is None):
+            refuse("it compares objects by identity")
+        before = instruction
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            _check_code(constant)
+
+
+# --- proxies --------------------------------------------------------------------------------------
+
+_IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul"
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that records ``x += y`` as such (torch.fx: ``x + y``), and gives out no number."""
+
+    def __getattr__(self, name: str) -> Attribute:
+        if draws(name):
+            refuse(f"it calls {name}, which draws random numbers")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place and self.node.op == "get_attr":
+            refuse(f"it changes {self.node.target} in place")
+        return _Attribute(self, name)
+
+    def _number(self, *_: Any) -> NoReturn:
+        refuse("it takes a number or text out of a tensor")
+
+    __float__ = __int__ = __index__ = __complex__ = __len__ = _number
+    __str__ = __repr__ = __format__ = __array__ = _number
+
+
+class _Attribute(Attribute, _Proxy):
+    """An attribute of a proxy, or its method."""
+
+
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    """Return the proxies' method of an operator in place."""
+    function = getattr(operator, name)
+
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        if self.node.op == "get_attr":
+            refuse(f"it changes {self.node.target} in place")
+        result: fx.Proxy = self.tracer.create_proxy("call_function", function, (self, other), {})
+        return result
+
+    return method
+
+
+for _name in _IN_PLACE.split():
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+
+
+class _Recorder(fx.proxy.TracerBase):
+    """Makes the nodes of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.scope = Scope("", None)
+        self.module_stack: OrderedDict[str, tuple[str, Any]] = OrderedDict()
+        self.node_name_to_scope: dict[str, tuple[str, type]] = {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor):
+            refuse("it makes a tensor that depends on no input")
+        if isinstance(type(a), type) and type(a) in (_Module, _Namespace, _Python, _Class, _Super):
+            refuse("it gives a layer to a function that is not a layer")
+        return super().create_arg(a)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        refuse("it decides by the value of a tensor")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        refuse("it iterates over a tensor")
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        refuse("it iterates over a tensor")
+
+
+# --- stand-ins ------------------------------------------------------------------------------------
+
+_CONTAINERS: tuple[type, ...] = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_get = object.__getattribute__
+
+
+class _Standin:
+    """Stands for an object; reads of its attributes go to the tracer."""
+
+    __slots__ = ("_of", "_tracer")
+
+    def __init__(self, tracer: _Tracer, of: Any) -> None:
+        object.__setattr__(self, "_tracer", tracer)
+        object.__setattr__(self, "_of", of)
+
+    def __getattribute__(self, name: str) -> Any:
+        raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse(f"it sets {name}")
+
+    def __delattr__(self, name: str) -> None:
+        refuse(f"it deletes {name}")
+
+    def __eq__(self, other: object) -> bool:
+        refuse("it compares layers")
+
+    def __repr__(self) -> str:
+        refuse("it makes text of a layer")
+
+    __hash__ = object.__hash__
+    __str__ = __repr__
+
+
+class _Python(_Standin):
+    """Stands for a module of Python."""
+
+    def __getattribute__(self, name: str) -> Any:
+        return _get(self, "_tracer").global_(vars(_get(self, "_of")), name, builtin=False)
+
+
+class _Class(_Standin):
+    """Stands for a class of the traced module, for ``super``."""
+
+    def __getattribute__(self, name: str) -> Any:
+        refuse(f"it reads {name} of a class")
+
+
+class _Super(_Standin):
+    """Stands for ``super()``."""
+
+    def __getattribute__(self, name: str) -> Any:
+        tracer, (module, cls) = _get(self, "_tracer"), _get(self, "_of")
+        mro = type(_get(module, "_of")[0]).__mro__
+        for base in mro[mro.index(cls) + 1 :]:
+            if name in vars(base):
+                return tracer.method(module, base, name, vars(base)[name])
+        return refuse(f"it reads super().{name}")
+
+
+class _Module(_Standin):
+    """Stands for a module of torch, given with its path."""
+
+    def __getattribute__(self, name: str) -> Any:
+        return _get(self, "_tracer").attribute(self, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _get(self, "_tracer").call(self, args, kwargs)
+
+    def _names(self) -> list[str]:
+        tracer, (module, path) = _get(self, "_tracer"), _get(self, "_of")
+        if type(module).__iter__ not in [c.__iter__ for c in _CONTAINERS]:  # type: ignore[attr-defined]
+            refuse(f"it iterates over {'.'.join(path) or 'itself'}, a {type(module).__name__}")
+        tracer.read(path, "__iter__", type(module).__iter__)  # type: ignore[attr-defined]
+        tracer.read(path, "_modules", tuple(module._modules))
+        return list(module._modules)
+
+    def __bool__(self) -> bool:
+        module, path = _get(self, "_of")
+        if hasattr(type(module), "__len__") or hasattr(type(module), "__bool__"):
+            return bool(_Module._names(self))
+        for name in ("__len__", "__bool__"):
+            _get(self, "_tracer").read(path, name, Found.NOTHING)
+        return True
+
+    def __len__(self) -> int:
+        return len(_Module._names(self))
+
+    def __iter__(self) -> Iterator[Any]:
+        names = _Module._names(self)
+        keys = isinstance(_get(self, "_of")[0], nn.ModuleDict)
+        return iter(names if keys else [_Module._child(self, name) for name in names])
+
+    def __getitem__(self, key: Any) -> Any:
+        names = _Module._names(self)
+        if isinstance(_get(self, "_of")[0], nn.ModuleDict):
+            return _Module._child(self, key) if key in names else refuse(f"it has no layer {key}")
+        if isinstance(key, slice):
+            return [_Module._child(self, name) for name in names[key]]
+        return _Module._child(self, names[key])
+
+    def __contains__(self, key: Any) -> bool:
+        return key in _Module._names(self)
+
+    def _child(self, name: str) -> Any:
+        return _get(self, "_tracer").attribute(self, name)
+
+
+class _Namespace(dict[str, Any]):
+    """The globals of a function that is made again."""
+
+    def __init__(self, tracer: _Tracer, of: dict[str, Any]) -> None:
+        super().__init__(__builtins__={}, __name__=of.get("__name__"))
+        self.tracer, self.of = tracer, of
+
+    def __missing__(self, name: str) -> Any:
+        return self.tracer.global_(self.of, name, builtin=True)
+
+
+def _const(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+# --- the tracer -----------------------------------------------------------------------------------
+
+
+class _Tracer:
+    """Follows one forward."""
+
+    def __init__(self, module: nn.Module, leaf: Callable[[nn.Module], bool], mode: bool) -> None:
+        self.recorder = _Recorder()
+        self.leaf, self.mode = leaf, mode
+        self.reads: dict[tuple[Any, str], Read] = {}
+        self.root = module
+        self.modules: dict[Path, _Module] = {}
+        self.namespaces: dict[int, _Namespace] = {}
+
+    def read(self, owner: Any, name: str, value: Any, method: bool = False) -> None:
+        """Record what was read."""
+        key = (owner if isinstance(owner, tuple) else id(owner), name)
+        self.reads.setdefault(key, Read(owner, name, value, method))
+
+    def module(self, module: nn.Module, path: Path) -> _Module:
+        """Return the stand-in of a module."""
+        if path not in self.modules:
+            self.modules[path] = _Module(self, (module, path))
+        return self.modules[path]
+
+    def admit(self, value: Any, said: str) -> Any:
+        """Return what stands for a value that was read and recorded."""
+        if is_plain(value):
+            return value
+        if isinstance(value, types.ModuleType):
+            return _Python(self, value)
+        known = _known().get(id(value))
+        if known is not None:
+            return self.recorded(known)
+        if value is torch.jit.is_scripting:
+            return _const(False)  # a script is compiled from the original forward
+        if id(value) in _NUMBERS:
+            return value
+        if isinstance(value, type) and value in type(self.root).__mro__:
+            return _Class(self, value)
+        if isinstance(value, types.FunctionType) and not _of_torch(value):
+            return self.function(value)
+        if callable(value):
+            refuse(f"it uses {said}, which may depend on more than its arguments")
+        return refuse(f"it reads {said}, {_said(value)}, which may change unseen")
+
+    def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that records calls of torch's."""
+
+        def call(*args: Any, **kwargs: Any) -> fx.Proxy:
+            return self.recorder.create_proxy("call_function", function, args, kwargs)
+
+        return call
+
+    def global_(self, space: dict[str, Any], name: str, *, builtin: bool) -> Any:
+        """Return what stands for a global, or for a builtin of that name."""
+        value = space.get(name, Found.NOTHING)
+        self.read(space, name, value)
+        if value is not Found.NOTHING:
+            return self.admit(value, name)
+        if name == "super" and builtin:
+            return self.super
+        if name not in _BUILTINS or not builtin:
+            refuse(f"it uses {name}, which may depend on more than its arguments")
+        return getattr(builtins, name)
+
+    def super(self, *args: Any) -> _Super:
+        """Stand for the builtin ``super``."""
+        if not args:
+            frame = sys._getframe(1)
+            first = frame.f_code.co_varnames[:1]
+            args = tuple(frame.f_locals.get(name) for name in ("__class__", *first))
+        cls, module = args
+        if type(cls) is not _Class or type(module) is not _Module:
+            refuse("it uses super in a way that is not supported")
+        return _Super(self, (module, _get(cls, "_of")))
+
+    def attribute(self, standin: _Module, name: str) -> Any:
+        """Return what stands for an attribute of a module."""
+        module, path = _get(standin, "_of")
+        cls: Any = type(module)
+        said = ".".join(("self", *path, name))
+        if (
+            cls.__getattribute__ is not object.__getattribute__
+            or cls.__getattr__ is not nn.Module.__getattr__
+        ):
+            refuse(f"{cls.__name__} has its own way of reading attributes")
+        own = next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), Found.NOTHING)
+        if hasattr(type(own), "__set__"):
+            refuse(f"it reads {said}, a property")
+        value = vars(module).get(name, own)
+        if name == "training":
+            if path and self.leaf(module):
+                refuse(f"it reads {said}, the mode of another layer")
+            value = value if path else self.mode
+        if value is own and own is not Found.NOTHING and not is_plain(own):
+            if path and self.leaf(module):
+                refuse(f"it uses {said}, of another layer")
+            return self.method(standin, path, name, own)
+        for held in (module._parameters, module._buffers, module._modules):
+            if value is Found.NOTHING and name in held:
+                value = held[name]
+                if isinstance(value, nn.Module):
+                    self.read(path, name, Found.MODULE)
+                    return self.module(value, (*path, name))
+                if value is not None:
+                    self.read(path, name, Found.TENSOR)
+                    target = ".".join((*path, name))
+                    return self.recorder.create_proxy("get_attr", target, (), {})
+        self.read(path, name, value)
+        if value is Found.NOTHING:
+            raise AttributeError(f"{cls.__name__} has no attribute {name}")
+        return self.admit(value, said)
+
+    def method(self, standin: _Module, owner: Any, name: str, value: Any) -> Any:
+        """Return what stands for a function of a class, bound to a module."""
+        static = isinstance(value, staticmethod)
+        function = value.__func__ if static else value
+        if not isinstance(function, types.FunctionType):
+            refuse(f"it reads {name}, {_said(value)}, which may change unseen")
+        if _of_torch(function) and function is not nn.Sequential.forward:
+            refuse(f"it calls {name} of {function.__qualname__.split('.')[0]}, which is torch's")
+        self.read(owner, name, function, method=isinstance(owner, tuple) and not static)
+        made = self.function(function)
+        return made if static else functools.partial(made, standin)
+
+    def function(self, function: types.FunctionType) -> Callable[..., Any]:
+        """Return the function made again, such that it sees stand-ins alone."""
+        code = function.__code__
+        _check_code(code)
+        if not _of_torch(function):
+            for name in ("__code__", "__defaults__", "__kwdefaults__"):
+                self.read(function, name, getattr(function, name))
+        cells = []
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            value = cell.cell_contents
+            if name == "__class__":
+                cells.append(types.CellType(_Class(self, value)))
+            else:
+                self.read(cell, "cell_contents", value)
+                cells.append(types.CellType(self.admit(value, name)))
+        space = function.__globals__
+        if id(space) not in self.namespaces:
+            self.namespaces[id(space)] = _Namespace(self, space)
+        defaults = tuple(self.admit(v, "a default") for v in function.__defaults__ or ())
+        made = types.FunctionType(
+            code, self.namespaces[id(space)], function.__name__, defaults, tuple(cells)
+        )
+        keywords = function.__kwdefaults__ or {}
+        made.__kwdefaults__ = {k: self.admit(v, k) for k, v in keywords.items()}
+        return made
+
+    def call(self, standin: _Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a layer: as one node, or by following its forward if it is no leaf."""
+        module, path = _get(standin, "_of")
+        if not path:
+            refuse("it calls itself")
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            refuse(f"it calls {'.'.join(path)}, a {type(module).__name__}")
+        before = list(self.recorder.graph.nodes)
+        if not self.leaf(module) and not dispatch.hooked(module):
+            try:
+                forward = type(module).forward
+                return self.method(standin, path, "forward", forward)(*args, **kwargs)
+            except UntraceableError:
+                for node in reversed(list(self.recorder.graph.nodes)[len(before) :]):
+                    self.recorder.graph.erase_node(node)
+        return self.recorder.create_proxy("call_module", ".".join(path), args, kwargs)
+
+
+def _of_torch(function: types.FunctionType) -> bool:
+    return function.__code__.co_filename.startswith(TORCH)
+
+
+def _arguments(forward: types.FunctionType) -> tuple[str, ...]:
+    """Return the names of the tensors that forward requires; others keep their defaults."""
+    code = forward.__code__
+    count = code.co_argcount - len(forward.__defaults__ or ())
+    keywords = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
+    if count < 2 or not set(keywords) <= set(forward.__kwdefaults__ or ()):
+        refuse("it does not take a fixed number of tensors")
+    return code.co_varnames[1:count]
+
+
+def trace(
+    module: nn.Module,
+    *,
+    forward: Any = None,
+    leaf: Callable[[nn.Module], bool] = lambda module: True,
+    training: bool | None = None,
+) -> Trace:
+    """Return the graph of a module's forward, and the values that it depends on.
+
+    Nothing is run on tensors, and nothing is changed, neither the module nor torch: other threads
+    may run the same module and trace others meanwhile.
+
+    Args:
+        module: the module. It is not called, so hooks play no part.
+        forward: its function, if not that of its class.
+        leaf: whether a layer is one node. A layer that cannot be followed is one node, too.
+        training: the mode to assume, if not the module's own.
+
+    Raises:
+        UntraceableError: forward cannot be followed, for the reason in the text.
+    """
+    forward = type(module).forward if forward is None else forward
+    if not isinstance(forward, types.FunctionType):
+        refuse("its forward is not a function")
+    if hasattr(forward, "__wrapped__"):
+        refuse("its forward is decorated")
+    names = _arguments(forward)
+    tracer = _Tracer(module, leaf, module.training if training is None else training)
+    recorder = tracer.recorder
+    try:
+        made = tracer.function(forward)
+        proxies = [recorder.create_proxy("placeholder", name, (), {}) for name in names]
+        result = made(tracer.module(module, ()), *proxies)
+        recorder.create_node("output", "output", (recorder.create_arg(result),), {})
+    except UntraceableError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UntraceableError(f"it cannot be followed: {first}") from error
+    return Trace(recorder.graph, tuple(tracer.reads.values()))

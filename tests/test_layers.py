@@ -1,0 +1,164 @@
+"""What holds for every layer of every technique: torch.fx, pickles, construction."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fusereg
+from fusereg.batch_norm.fold import Epilogue
+from layers import LAYERS, public_layers
+
+Layer = type[nn.Module]
+
+layers = pytest.mark.parametrize("layer", LAYERS, ids=lambda c: c.__name__)
+
+
+def made(layer: Layer) -> nn.Module:
+    torch.manual_seed(1)
+    return layer(**LAYERS[layer][0])
+
+
+def computed(module: nn.Module, layer: Layer) -> list[Tensor]:
+    torch.manual_seed(2)
+    found = module(*LAYERS[layer][1]())
+    return list(found) if isinstance(found, tuple) else [found]
+
+
+def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_list_of_layers_is_whole() -> None:
+    assert set(LAYERS) - {Epilogue} == public_layers()
+
+
+# --- torch.fx -------------------------------------------------------------------------------------
+
+
+class Around(nn.Module):
+    """A model around one layer, with torch's layers before and after it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.before, self.layer, self.after = nn.Hardtanh(), layer, nn.Identity()
+
+    def forward(self, *x: Tensor) -> Any:
+        first, *others = x
+        return self.after(self.layer(self.before(first), *others))
+
+
+def around(layer: Layer) -> nn.Module:
+    return Around(made(layer))
+
+
+def traced_with(tracer: fx.Tracer, model: nn.Module, inputs: int) -> fx.GraphModule:
+    """Return what the tracer makes of a model that is called with so many tensors."""
+
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+    names = ", ".join(f"x{i}" for i in range(inputs))
+    scope: dict[str, Any] = {}
+    exec(f"def forward(self, {names}): return self.model({names})", scope)
+    Fixed.forward = scope["forward"]  # type: ignore[method-assign]
+    root = Fixed()
+    return fx.GraphModule(root, tracer.trace(root))
+
+
+@layers
+def test_torch_fx_records_the_layer_as_one_call(layer: Layer) -> None:
+    for training in (True, False):
+        model = around(layer).train(training)
+        traced = traced_with(fx.Tracer(), model, len(LAYERS[layer][1]()))
+        targets = [n.target for n in traced.graph.nodes if n.op == "call_module"]
+        assert targets == ["model.before", "model.layer", "model.after"]
+        assert_same(computed(copy.deepcopy(traced), layer), computed(model, layer))
+
+
+@layers
+def test_a_subclass_is_one_call_too(layer: Layer) -> None:
+    mine = type("Mine", (layer,), {})
+    assert mine.__module__ == __name__
+    model = nn.Sequential(mine(**LAYERS[layer][0]))
+    graph = fx.Tracer().trace(model)
+    assert [n.target for n in graph.nodes if n.op == "call_module"] == ["0"]
+
+
+@layers
+def test_the_class_keeps_its_module(layer: Layer) -> None:
+    """The name under torch.nn is seen on instances alone."""
+    module = made(layer)
+    assert layer.__module__.startswith("fusereg.")
+    assert type(module).__module__ == layer.__module__
+    assert "__module__" not in vars(module)
+    assert module.__module__.startswith("torch.nn")
+    # By these torch.compile knows the layers that are built into torch, which it guards less.
+    assert not module.__module__.startswith(("torch.nn.", "torch.ao."))
+    assert repr(module).startswith(f"{layer.__name__}(")
+    assert f"{layer.__module__}.{layer.__name__}" in repr(layer)
+
+
+@layers
+def test_pickles_and_copies(layer: Layer) -> None:
+    module = made(layer)
+    copies = [pickle.loads(pickle.dumps(module, p)) for p in range(2, pickle.HIGHEST_PROTOCOL + 1)]
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    copies += [copy.deepcopy(module), torch.load(file, weights_only=False)]
+    wanted = computed(module, layer)
+    for found in copies:
+        assert type(found) is layer
+        assert found.state_dict().keys() == module.state_dict().keys()
+    # Statistics have moved in the first, and numbers been drawn.
+    if not list(module.buffers()) and not hasattr(module, "seed"):
+        for found in copies:
+            assert_same(computed(found, layer), wanted)
+
+
+def test_prepare_fx_and_feature_extractors_take_a_converted_model() -> None:
+    importlib.import_module("other_libraries")
+    pytest.importorskip("torchvision")
+    from torch.ao.quantization import QConfigMapping
+    from torch.ao.quantization.quantize_fx import prepare_fx
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 2, 1)
+        )
+
+    x = torch.randn(2, 3, 8, 8)
+    wanted = model().eval()(x)
+    converted = fusereg.convert(model()).eval()
+    extractor = create_feature_extractor(converted, {"2": "relu", "4": "last"})
+    found = extractor(x)
+    assert set(found) == {"relu", "last"}
+    torch.testing.assert_close(found["last"], wanted)
+    prepared = prepare_fx(converted, QConfigMapping(), (x,))
+    torch.testing.assert_close(prepared(x), wanted)
+
+
+# --- construction ---------------------------------------------------------------------------------
+
+
+@layers
+def test_a_layer_with_parameters_is_made_without_initializing_them(layer: Layer) -> None:
+    arguments = LAYERS[layer][0]
+    if list(made(layer).parameters()):
+        module = torch.nn.utils.skip_init(layer, **arguments, dtype=torch.float64)
+        assert type(module) is layer
+        assert all(p.dtype is torch.float64 and not p.is_meta for p in module.parameters())
+        assert all(p.is_meta for p in layer(**arguments, device="meta").parameters())
