@@ -6,6 +6,7 @@ import copy
 import importlib
 import io
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -440,22 +441,59 @@ class Masked(Pair):
         super().__init__(norm=BatchNorm2d(6))
 
     def forward(self, x: Tensor) -> Any:
-        return self.bn(self.conv(x), mask=torch.ones(2, 7, 5, dtype=torch.bool))
+        return self.bn(self.conv(x), mask=x[:, 0] > -9.0)
+
+
+class ReadsSetting(Pair):
+    def forward(self, x: Tensor) -> Any:
+        return self.bn(self.conv(x)) + self.bn.eps
+
+
+class AsksForBias(Pair):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(6, 6, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.bn(self.conv(x)) if self.conv.bias is None else self.bn(x)
+
+
+class CallsItsOwn(Pair):
+    def __call__(self, x: Tensor) -> Any:
+        return super().__call__(x) + self.conv(x)
+
+
+class Replaces(nn.Module):
+    """Reads attributes in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Pair()
+        self.other = Pair()
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return found.conv if name == "other" else found
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x) + self.other(x)
 
 
 READ: dict[str, tuple[Make, str]] = {
+    "a setting": (ReadsSetting, "reads its eps"),
+    "whether there is a bias": (AsksForBias, "reads its bias"),
+    "its own way of calling": (CallsItsOwn, "it has its own way of being called"),
     "both returned": (ReturnsBoth, "is used elsewhere"),
     "added": (Adds, "is used elsewhere"),
     "convolution twice": (CallsTwice, "it is called 2 times"),
     "batch norm twice": (NormalizesTwice, "it is called 2 times"),
-    "weight": (ReadsWeight, "reads its parameters"),
-    "bias": (ReadsBias, "reads its parameters"),
-    "scale": (ReadsScale, "reads its parameters"),
-    "statistics": (ReadsStatistics, "reads its parameters"),
+    "weight": (ReadsWeight, "reads its "),
+    "bias": (ReadsBias, "reads its "),
+    "scale": (ReadsScale, "reads its "),
+    "statistics": (ReadsStatistics, "reads its "),
     "something between": (Between, "no convolution or linear layer is seen before it"),
     "other order": (OtherOrder, "no convolution or linear layer is seen before it"),
-    "a method": (CallsMethod, "it is called 2 times"),
-    "a child's weight": (ReadsChild, "reads its parameters"),
+    "a method": (CallsMethod, "may use it"),
+    "a child's weight": (ReadsChild, "reads its "),
     "a mask": (Masked, "it is called with mask"),
 }
 
@@ -470,6 +508,118 @@ def test_what_something_else_reads_stays(
     copied = folded(randomized(model if traced else Untraceable(model)), caplog=caplog)
     assert norms(copied) == 1
     assert reason in caplog.text
+
+
+def test_nothing_is_folded_where_attributes_are_read_in_an_own_way(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert norms(folded(randomized(Replaces()), caplog=caplog)) == 2
+
+
+class OptionalTensor(Pair):
+    """Returns the convolution's result unless it gets a second argument."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        z = self.conv(x)
+        return z if y is None else self.bn(z) + y
+
+
+class OptionalKeyword(Pair):
+    def forward(self, x: Tensor, *, y: Tensor | None = None) -> Any:
+        z = self.conv(x)
+        return self.bn(z) if y is None else z + y
+
+
+class OptionalNeither(Pair):
+    """Does the same with the pair in both cases, if at all."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        if y is None:
+            return self.bn(self.conv(x))
+        return x + y
+
+
+class OptionalAdded(Pair):
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        z = self.bn(self.conv(x))
+        return z if y is None else z + y
+
+
+class Flag(Pair):
+    def forward(self, x: Tensor, raw: bool = False) -> Any:
+        z = self.conv(x)
+        return z if raw else self.bn(z)
+
+
+class Word(Pair):
+    def forward(self, x: Tensor, mode: str = "usual") -> Any:
+        z = self.conv(x)
+        return z if mode == "raw" else self.bn(z)
+
+
+class Any_(Pair):
+    def forward(self, x: Tensor, *more: Any, **options: Any) -> Any:
+        z = self.conv(x)
+        return z if more or options else self.bn(z)
+
+
+class Needed(Pair):
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Any:
+        return self.bn(self.conv(x)) * scale + shift
+
+
+@pytest.mark.parametrize(
+    ("cls", "left", "calls"),
+    [
+        (OptionalTensor, 1, [(), (1.0,)]),
+        (OptionalKeyword, 1, [()]),
+        (OptionalNeither, 0, [(), (1.0,)]),
+        (OptionalAdded, 0, [(), (1.0,)]),
+        (Flag, 1, [(), (True,)]),
+        (Word, 1, [(), ("raw",)]),
+        (Any_, 1, [(), (1.0,)]),
+        (Needed, 0, [(2.0, 3.0)]),
+    ],
+)
+def test_all_that_a_forward_may_get_is_considered(
+    cls: Any, left: int, calls: list[tuple[Any, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
+    x = torch.randn(2, 6, 7, 5, dtype=torch.float64)
+    for more in calls:
+        assert norms(folded(randomized(cls()), x, *more, caplog=caplog)) == left
+
+
+def test_models_are_folded_in_several_threads_while_another_runs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    running = randomized(Residual())
+    x = torch.randn(2, 6, 7, 5, dtype=torch.float64)
+    errors: list[Exception] = []
+    done = threading.Event()
+
+    def run() -> None:
+        while not done.is_set():
+            try:
+                running(x)
+            except Exception as error:
+                errors.append(error)
+
+    def fold() -> None:
+        try:
+            for _ in range(5):
+                assert norms(fusereg.fold_into_conv(running)) == 0
+        except Exception as error:
+            errors.append(error)
+
+    runner = threading.Thread(target=run)
+    threads = [threading.Thread(target=fold) for _ in range(4)]
+    for thread in (runner, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    runner.join()
+    assert not errors
 
 
 class Domains(nn.Module):

@@ -9,70 +9,84 @@ from __future__ import annotations
 
 import ast
 import builtins
-import copy
 import inspect
+import itertools
 import textwrap
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
 from torch import fx, nn
 
-from .known import is_timm_act, why_unknown
+from ..core.trace import Found, Trace, UntraceableError, trace
+from .known import is_timm_act, original_class, why_unknown
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
-#: What a forward may read of itself without reaching its children.
-_HARMLESS = frozenset(("training",))
-_OF_MODULE = frozenset(dir(nn.Module())) - _HARMLESS
+_OF_MODULE = frozenset(dir(nn.Module())) - {"training"}
+#: Forwards with more arguments are not traced with and without each of them.
+_MAX_ARGUMENTS = 4
+
+#: Module -> the nodes of a graph that call it.
+Nodes: TypeAlias = dict[nn.Module, list[fx.Node]]
 
 
 class Calls:
     """The calls of a model's modules, by the object that is called.
 
     Attributes:
-        of: module -> (the module whose forward calls it, the node of its graph) for each call; a
-            call by a forward without a graph is not among them.
-        touched: module -> why something may use it that is not in ``of``.
+        graphs: module -> the calls of its forward, for each set of arguments that it may get.
+        callers: module -> the modules among ``graphs`` that call it.
+        touched: module -> why something may use it that is not among ``graphs``.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.of: dict[nn.Module, list[tuple[nn.Module, fx.Node]]] = {}
+        self.graphs: dict[nn.Module, list[Nodes]] = {}
+        self.callers: dict[nn.Module, set[nn.Module]] = {}
         self.touched: dict[nn.Module, str] = {}
-        twin = _without_tensors(model)
         for name, module in model.named_modules():
             if not module._modules or isinstance(module, _CONTAINERS) or is_timm_act(module):
                 continue
+            who = f"the forward of {name or 'the model'} ({type(module).__name__})"
             try:
-                graph = _trace(twin.get_submodule(name))
-            except Exception as error:  # whatever a forward does with a proxy
-                self._read_source(name, module, error)
-                continue
-            for node in graph.nodes:
+                self._follow(module, who)
+            except UntraceableError as error:
+                self._read_source(module, f"{who}, which cannot be traced ({error})")
+
+    def count(self, layer: nn.Module) -> int:
+        """Return how often a layer is called, at most, by forwards that could be traced."""
+        return sum(
+            max(len(nodes.get(layer, ())) for nodes in self.graphs[caller])
+            for caller in self.callers.get(layer, ())
+        )
+
+    def _follow(self, module: nn.Module, who: str) -> None:
+        traces = list(_traces(module))
+        self.graphs[module] = []
+        for traced in traces:
+            nodes: Nodes = {}
+            for node in traced.graph.nodes:
                 if node.op == "call_module":
                     called = module.get_submodule(str(node.target))
-                    self.of.setdefault(called, []).append((module, node))
-                elif node.op == "get_attr":
-                    owner = module.get_submodule(str(node.target).rpartition(".")[0])
-                    if owner is not module:
-                        self._touch(owner, f"{name or 'the model'} reads its parameters")
+                    nodes.setdefault(called, []).append(node)
+                    self.callers.setdefault(called, set()).add(module)
+            self.graphs[module].append(nodes)
+            for read in traced.reads:
+                of_module = read.value is Found.MODULE or read.name in ("__class__", "_modules")
+                if isinstance(read.owner, tuple) and read.owner and not of_module:
+                    owner = module.get_submodule(".".join(read.owner))
+                    self.touched.setdefault(owner, f"{who} reads its {read.name}")
 
-    def _touch(self, module: nn.Module, reason: str) -> None:
-        for inside in module.modules():
-            self.touched.setdefault(inside, reason)
-
-    def _read_source(self, name: str, module: nn.Module, error: Exception) -> None:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        who = f"the forward of {name or 'the model'} ({type(module).__name__})"
+    def _read_source(self, module: nn.Module, who: str) -> None:
         only_called = _only_called(module)
         for key, child in module._modules.items():
             if child is None:
                 continue
             if key not in only_called:
-                self._touch(child, f"{who}, which cannot be traced, may use it ({said})")
+                for inside in child.modules():
+                    self.touched.setdefault(inside, f"{who}, may use it")
                 continue
             for called in _elements(child):
-                self.touched.setdefault(called, f"{who}, which calls it, cannot be traced ({said})")
+                self.touched.setdefault(called, f"it is called by {who}")
 
 
 def _elements(module: nn.Module) -> Iterator[nn.Module]:
@@ -87,26 +101,52 @@ def _elements(module: nn.Module) -> Iterator[nn.Module]:
 # --- tracing --------------------------------------------------------------------------------------
 
 
-class _Tracer(fx.Tracer):
-    """Sees each child as one call, and buffers as proxies, so that none is written to."""
+def _traces(module: nn.Module) -> Iterator[Trace]:
+    """Return a forward's traces with all its arguments, and with None for each but the first.
 
-    proxy_buffer_attributes = True
+    Raises:
+        UntraceableError: one of them cannot be traced, for the reason in the text.
+    """
+    if not _has_usual_calls(module):
+        raise UntraceableError("it has its own way of being called")
+    forward: Any = original_class(module).forward
+    if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
+        raise UntraceableError("it is not a plain function")
+    code = forward.__code__
+    if code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
+        raise UntraceableError("it takes any number of arguments")
+    count = code.co_argcount
+    names = code.co_varnames[1:count]
+    keywords = code.co_varnames[count : count + code.co_kwonlyargcount]
+    if not names or len(names) + len(keywords) > _MAX_ARGUMENTS:
+        raise UntraceableError(f"it does not take 1 to {_MAX_ARGUMENTS} arguments")
+    others = (*names[1:], *keywords)
+    if not others:
+        yield trace(module, forward=forward)
+        return
+    for given in itertools.product((True, False), repeat=len(others)):
+        kept = {name for name, is_given in zip(others, given, strict=True) if is_given}
+        passed = [f"{k}={k if k in kept else None}" for k in keywords]
+        passed = [n if n in (names[0], *kept) else "None" for n in names] + passed
+        parameters = ", ".join(n for n in (*names, *keywords) if n in (names[0], *kept))
+        source = f"lambda self, {parameters}: __written(self, {', '.join(passed)})"
+        try:
+            yield trace(module, forward=eval(source, {"__written": forward}))
+        except UntraceableError as error:
+            # That it raises an error without this argument means that it needs the argument.
+            if all(given) or not isinstance(error.__cause__, (AttributeError, TypeError)):
+                raise
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
 
-
-def _without_tensors(model: nn.Module) -> nn.Module:
-    """Return a copy that shares parameters and buffers, for forwards that change their module."""
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, dict(shared))
-
-
-def _trace(module: nn.Module) -> fx.Graph:
-    if "forward" in vars(module):
-        raise TypeError("its forward is set on the object")
-    with torch.random.fork_rng(devices=()):
-        return _Tracer().trace(module)
+def _has_usual_calls(module: nn.Module) -> bool:
+    """Return whether calling a module calls the forward of its class, and reads are nn.Module's."""
+    cls = type(module)
+    return (
+        "forward" not in vars(module)
+        and cls.__call__ is nn.Module.__call__
+        and cls.__getattr__ is nn.Module.__getattr__
+        and cls.__getattribute__ is nn.Module.__getattribute__
+    )
 
 
 # --- reading the source ---------------------------------------------------------------------------
@@ -117,7 +157,9 @@ def _only_called(module: nn.Module) -> set[str]:
 
     Children in a container count as called if its elements are.
     """
-    cls = type(module)
+    cls = original_class(module)
+    if not _has_usual_calls(module):
+        return set()
     if cls.forward is nn.Sequential.forward:
         return set(module._modules)
     try:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..core import dispatch
 from ..core.layer import Layer
-from .calls import Calls
+from .calls import Calls, Nodes
 from .known import epilogue_of, is_timm_act, why_unknown
 from .variants import FrozenBatchNorm
 
@@ -141,30 +141,41 @@ def _find(norm: Any, calls: Calls) -> nn.Module | str:
         return reason
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics"
-    module, node = calls.of[norm][0]
-    before = node.args[0] if node.args else None
-    source: Any = None
-    if isinstance(before, fx.Node) and before.op == "call_module":
-        source = module.get_submodule(str(before.target))
-    if type(source) not in _DIMENSIONS:
-        known = isinstance(source, tuple(_DIMENSIONS))
-        return (
-            f"what is before it, a {type(source).__name__}, is a subclass of torch's layer"
-            if known
-            else "no convolution or linear layer is seen before it"
-        )
-    assert isinstance(before, fx.Node)
+    (module,) = calls.callers[norm]
+    found: set[nn.Module] = set()
+    for nodes in calls.graphs[module]:
+        for node in nodes.get(norm, ()):
+            source = _before(norm, node, nodes)
+            if isinstance(source, str):
+                return source
+            found.add(source)
+    source = found.pop()
     reason = _why_not_alone(source, calls)
-    if reason is not None:
-        return f"the {type(source).__name__} before it: {reason}"
+    if reason is None and any((norm in n) != (source in n) for n in calls.graphs[module]):
+        reason = "it is called with and without this batch norm, depending on arguments"
+    if reason is not None or found:
+        return f"the {type(source).__name__} before it: {reason or 'it is one of several'}"
+    return _why_not_matching(norm, source) or source
+
+
+def _before(norm: Any, node: fx.Node, nodes: Nodes) -> nn.Module | str:
+    """Return the layer whose result a batch norm is called with, or the reason for none."""
+    before = node.args[0] if node.args else None
+    called = [layer for layer, calls in nodes.items() if before in calls]
+    if not called or not isinstance(called[0], tuple(_DIMENSIONS)):
+        return "no convolution or linear layer is seen before it"
+    source, name = called[0], type(called[0]).__name__
+    assert isinstance(before, fx.Node)
+    if type(source) not in _DIMENSIONS:
+        return f"what is before it, a {name}, is a subclass of torch's layer"
     if len(before.users) != 1:
-        return f"the result of the {type(source).__name__} before it is used elsewhere too"
+        return f"the result of the {name} before it is used elsewhere too"
     # fusereg's layers add a residual, as what they leave does.
     more_args = ("residual",) if type(norm).__module__.startswith("fusereg.") else ()
     if len(node.args) > 1 + len(more_args) or not set(node.kwargs) <= set(more_args):
         more = ", ".join(node.kwargs) or f"{len(node.args)} arguments"
         return f"it is called with {more}"
-    return _why_not_matching(norm, source) or source
+    return source
 
 
 def _why_not_alone(layer: nn.Module, calls: Calls) -> str | None:
@@ -173,9 +184,9 @@ def _why_not_alone(layer: nn.Module, calls: Calls) -> str | None:
         return "it has hooks, or a forward that is set on the object"
     if layer in calls.touched:
         return calls.touched[layer]
-    found = calls.of.get(layer, [])
-    if len(found) != 1:
-        return f"it is called {len(found)} times" if found else "no forward that calls it is known"
+    count = calls.count(layer)
+    if count != 1:
+        return f"it is called {count} times" if count else "no forward that calls it is known"
     return None
 
 

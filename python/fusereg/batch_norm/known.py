@@ -47,9 +47,7 @@ _ACTIVATIONS: dict[type, str] = {
 
 
 #: The forwards that layers of these classes have, unless somebody replaces them.
-_FORWARDS: dict[type, Any] = {
-    cls: cls.forward for cls in (*_ACTIVATIONS, nn.Dropout, nn.Identity)
-}
+_FORWARDS: dict[type, Any] = {cls: cls.forward for cls in (*_ACTIVATIONS, nn.Dropout, nn.Identity)}
 
 
 def keeps_forward(layer: nn.Module) -> bool:

@@ -32,6 +32,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 _DROPOUTS = (nn.Dropout, fused_nn.Dropout)
 
+
 def is_dropout(layer: nn.Module) -> bool:
     """Return whether this drops single elements, as the kernels' epilogue does."""
     return type(layer) in _DROPOUTS and keeps_forward(layer)
