@@ -112,7 +112,7 @@ class UntraceableLoop(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(sequence() for _ in range(3))
         self.more = nn.ModuleList(sequence() for _ in range(2))
-        self.last = nn.ModuleDict({"a": sequence()})
+        self.last = nn.ModuleDict({"a": sequence(), "b": sequence()})
 
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() > 1e9:
@@ -121,7 +121,33 @@ class UntraceableLoop(nn.Module):
             x = part(x)
         for i, part in enumerate(self.more):
             x = part(x) + i
+        for _, part in self.last.items():
+            x = part(x)
+        for part in self.last.values():
+            x = part(x)
         return self.last["a"](x) * len(self.parts)
+
+
+class UntraceableDict(nn.ModuleDict):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        for name, part in self.items():
+            x = part(x) + len(name)
+        for part in self.values():
+            x = part(x)
+        return x
+
+
+class UntraceableList(nn.ModuleList):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        for part in self:
+            x = part(x)
+        for i, part in enumerate(self):
+            x = part(x) * i
+        return x
 
 
 def sequence(norm: Any = nn.BatchNorm2d, conv: Any = None, **options: Any) -> nn.Sequential:
@@ -144,10 +170,23 @@ FOLDED: dict[str, tuple[Make, int]] = {
     "reflected": (lambda: sequence(conv=nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect")), 0),
     "depthwise": (lambda: sequence(conv=nn.Conv2d(6, 6, 3, groups=6, bias=False, padding=1)), 0),
     "residual": (Residual, 0),
+    "a sequence in a sequence": (
+        lambda: nn.Sequential(nn.Sequential(nn.ReLU(), CONV()), nn.BatchNorm2d(6), sequence()),
+        0,
+    ),
     "of an untraceable module": (lambda: Untraceable(nn.Sequential(Residual(), sequence())), 0),
     "of two": (lambda: Untraceable(Untraceable(sequence())), 0),
     "of a sequence with such": (lambda: nn.Sequential(Untraceable(sequence()), sequence()), 0),
     "in lists": (UntraceableLoop, 0),
+    "in a dict that is called": (
+        lambda: nn.Sequential(UntraceableDict({"a": sequence(), "b": sequence()})),
+        0,
+    ),
+    "in a list that is called": (lambda: UntraceableList([sequence(), sequence()]), 0),
+    "items of a dict that is called": (
+        lambda: UntraceableDict({"a": CONV(), "b": nn.BatchNorm2d(6), "c": sequence()}),
+        1,
+    ),
     "converted": (lambda: fusereg.convert(nn.Sequential(sequence(), Residual()).train()), 0),
     "nothing before": (lambda: nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)), 1),
     "a batch norm alone": (lambda: nn.BatchNorm2d(6), 1),
@@ -756,6 +795,14 @@ class InAList(Inside):
 
     def look(self, x: Tensor) -> Any:
         return [layer(x) for part in self.part for layer in part]
+
+
+class Values(Inside):
+    def __init__(self) -> None:
+        super().__init__(nn.ModuleDict({"a": sequence()}))
+
+    def look(self, x: Tensor) -> Any:
+        return [part[0](x) for part in self.part.values()]
 
 
 class Walrus(Inside):

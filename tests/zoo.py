@@ -52,6 +52,10 @@ class Entry:
             for probability in ("p", "drop_prob"):
                 if isinstance(getattr(layer, probability, None), float):
                     setattr(layer, probability, 0.0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1 and not parameter.any():  # some heads begin with zeros
+                    parameter.normal_(0.0, 0.1)
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         if not norms:
             return model

@@ -13,7 +13,8 @@ import inspect
 import itertools
 import textwrap
 import types
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from torch import fx, nn
@@ -21,7 +22,7 @@ from torch import fx, nn
 from ..core.trace import Found, Trace, UntraceableError, trace
 from .known import is_timm_act, original_class, why_unknown
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+_ITERABLE = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _OF_MODULE = frozenset(dir(nn.Module())) - {"training"}
 #: Forwards with more arguments are not traced with and without each of them.
 _MAX_ARGUMENTS = 4
@@ -43,14 +44,26 @@ class Calls:
         self.graphs: dict[nn.Module, list[Nodes]] = {}
         self.callers: dict[nn.Module, set[nn.Module]] = {}
         self.touched: dict[nn.Module, str] = {}
-        for name, module in model.named_modules():
-            if not module._modules or isinstance(module, _CONTAINERS) or is_timm_act(module):
+        names = {module: name for name, module in model.named_modules()}
+        held = Counter(m for parent in names for m in parent._modules.values() if m is not None)
+
+        def leaf(module: nn.Module) -> bool:
+            # A sequence that is used in one place is part of what calls it.
+            sequence = type(module).forward is nn.Sequential.forward and _is_usual(module)
+            return not sequence or held[module] != 1
+
+        waiting, seen = [model], {model}
+        while waiting:
+            module = waiting.pop()
+            if not module._modules or is_timm_act(module):
                 continue
-            who = f"the forward of {name or 'the model'} ({type(module).__name__})"
+            who = f"the forward of {names[module] or 'the model'} ({type(module).__name__})"
             try:
-                self._follow(module, who)
+                called = self._follow(module, who, leaf)
             except UntraceableError as error:
-                self._read_source(module, f"{who}, which cannot be traced ({error})")
+                called = self._read_source(module, f"{who}, which cannot be traced ({error})")
+            waiting += set(called) - seen
+            seen.update(called)
 
     def count(self, layer: nn.Module) -> int:
         """Return how often a layer is called, at most, by forwards that could be traced."""
@@ -59,8 +72,11 @@ class Calls:
             for caller in self.callers.get(layer, ())
         )
 
-    def _follow(self, module: nn.Module, who: str) -> None:
-        traces = list(_traces(module))
+    def _follow(
+        self, module: nn.Module, who: str, leaf: Callable[[nn.Module], bool]
+    ) -> list[nn.Module]:
+        """Add the calls of a forward, and return the modules that it calls."""
+        traces = list(_traces(module, leaf))
         self.graphs[module] = []
         for traced in traces:
             nodes: Nodes = {}
@@ -75,39 +91,49 @@ class Calls:
                 if isinstance(read.owner, tuple) and read.owner and not of_module:
                     owner = module.get_submodule(".".join(read.owner))
                     self.touched.setdefault(owner, f"{who} reads its {read.name}")
+        return [called for nodes in self.graphs[module] for called in nodes]
 
-    def _read_source(self, module: nn.Module, who: str) -> None:
+    def _read_source(self, module: nn.Module, who: str) -> list[nn.Module]:
+        """Add what the source of a forward may do, and return the modules that it may call."""
+        found = []
         only_called = _only_called(module)
         for key, child in module._modules.items():
             if child is None:
                 continue
+            before = len(found)
+            found += _elements(child)
             if key not in only_called:
                 for inside in child.modules():
                     self.touched.setdefault(inside, f"{who}, may use it")
                 continue
-            for called in _elements(child):
+            for called in found[before:]:
                 self.touched.setdefault(called, f"it is called by {who}")
+        return found
 
 
 def _elements(module: nn.Module) -> Iterator[nn.Module]:
-    """Return the module, or those in it if it is a container."""
-    if isinstance(module, _CONTAINERS):
+    """Return the module, or those in it if it is a list of modules, which is never called."""
+    if _is_list(module):
         for child in module.children():
             yield from _elements(child)
     else:
         yield module
 
 
+def _is_list(module: nn.Module) -> bool:
+    return type(module).forward is nn.Module.forward
+
+
 # --- tracing --------------------------------------------------------------------------------------
 
 
-def _traces(module: nn.Module) -> Iterator[Trace]:
+def _traces(module: nn.Module, leaf: Callable[[nn.Module], bool]) -> Iterator[Trace]:
     """Return a forward's traces with all its arguments, and with None for each but the first.
 
     Raises:
         UntraceableError: one of them cannot be traced, for the reason in the text.
     """
-    if not _has_usual_calls(module):
+    if not _is_usual(module):
         raise UntraceableError("it has its own way of being called")
     forward: Any = original_class(module).forward
     if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
@@ -122,7 +148,7 @@ def _traces(module: nn.Module) -> Iterator[Trace]:
         raise UntraceableError(f"it does not take 1 to {_MAX_ARGUMENTS} arguments")
     others = (*names[1:], *keywords)
     if not others:
-        yield trace(module, forward=forward)
+        yield trace(module, forward=forward, leaf=leaf)
         return
     for given in itertools.product((True, False), repeat=len(others)):
         kept = {name for name, is_given in zip(others, given, strict=True) if is_given}
@@ -131,14 +157,14 @@ def _traces(module: nn.Module) -> Iterator[Trace]:
         parameters = ", ".join(n for n in (*names, *keywords) if n in (names[0], *kept))
         source = f"lambda self, {parameters}: __written(self, {', '.join(passed)})"
         try:
-            yield trace(module, forward=eval(source, {"__written": forward}))
+            yield trace(module, forward=eval(source, {"__written": forward}), leaf=leaf)
         except UntraceableError as error:
             # That it raises an error without this argument means that it needs the argument.
             if all(given) or not isinstance(error.__cause__, (AttributeError, TypeError)):
                 raise
 
 
-def _has_usual_calls(module: nn.Module) -> bool:
+def _is_usual(module: nn.Module) -> bool:
     """Return whether calling a module calls the forward of its class, and reads are nn.Module's."""
     cls = type(module)
     return (
@@ -158,7 +184,7 @@ def _only_called(module: nn.Module) -> set[str]:
     Children in a container count as called if its elements are.
     """
     cls = original_class(module)
-    if not _has_usual_calls(module):
+    if not _is_usual(module):
         return set()
     if cls.forward is nn.Sequential.forward:
         return set(module._modules)
@@ -212,13 +238,15 @@ def _used(module: nn.Module, function: ast.FunctionDef) -> set[str] | None:
         if not (isinstance(node, ast.Name) and node.id == own):
             continue
         read = _attribute(node, parents)
+        if isinstance(module, _ITERABLE) and _is_called(node, parents, function, True):
+            continue
         if read is None:
             return None  # the module itself is handed on
         name, value = read
         child = module._modules.get(name)
         if child is not None:
             if not (
-                _is_called(value, parents, function, isinstance(child, _CONTAINERS))
+                _is_called(value, parents, function, _is_list(child))
                 or _reads_a_setting(value, parents, child)
             ):
                 used.add(name)
@@ -264,6 +292,11 @@ def _is_called(
     if isinstance(parent, ast.Subscript) and parent.value is node:
         sliced = isinstance(parent.slice, ast.Slice)
         return _is_called(parent, parents, function, sliced)
+    if isinstance(parent, ast.Attribute) and parent.attr in ("items", "values"):
+        call = parents[parent]
+        place = 1 if parent.attr == "items" else None
+        is_call = isinstance(call, ast.Call) and call.func is parent
+        return is_call and _elements_called(call, parents[call], place, parents, function)
     if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):
         called = parent.func.id
         if called == "len":

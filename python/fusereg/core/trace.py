@@ -523,7 +523,7 @@ class _Tracer:
         module, path = _get(standin, "_of")
         if not path:
             refuse("it calls itself")
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        if type(module).forward is nn.Module.forward:
             refuse(f"it calls {'.'.join(path)}, a {type(module).__name__}")
         before = list(self.recorder.graph.nodes)
         if not self.leaf(module) and not dispatch.hooked(module):
