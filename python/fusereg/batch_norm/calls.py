@@ -23,7 +23,9 @@ from ..core.trace import Found, Trace, UntraceableError, trace
 from .known import is_timm_act, original_class, why_unknown
 
 _ITERABLE = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_OF_MODULE = frozenset(dir(nn.Module())) - {"training"}
+_OF_MODULE = frozenset(name for cls in (nn.Module, *_ITERABLE) for name in dir(cls())) - {
+    "training"
+}
 #: Forwards with more arguments are not traced with and without each of them.
 _MAX_ARGUMENTS = 4
 
@@ -213,7 +215,7 @@ def _functions(cls: type) -> list[ast.FunctionDef]:
         seen.add(name)
         for base in cls.__mro__:
             value: Any = vars(base).get(name)
-            if base in (nn.Module, object) or value is None:
+            if base in (nn.Module, object, *_ITERABLE) or value is None:
                 continue
             value = getattr(value, "fget", None) or getattr(value, "__func__", value)
             value = inspect.unwrap(value)
