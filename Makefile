@@ -1,9 +1,9 @@
 # Everything happens in ./.venv and ./build; nothing else on the machine is touched.
 #
 #   make demo     trains on real handwritten digits with every technique: table and plots
-#   make test     the suite, then again with the CUDA kernels on the host
-#   make test-all everything: CPU kernels of every instruction set, slow tests, three orders of CUDA
-#                 threads, the CUDA kernels compiled for a device (where nvcc is), the documents
+#   make test     a sample of the suite's cases, then again with the CUDA kernels on the host
+#   make test-all everything: all cases, CPU kernels of every instruction set, slow tests, three orders
+#                 of CUDA threads, the CUDA kernels compiled for a device (where nvcc is), the documents
 #   make bench    every benchmark, as a page and as JSON in ./bench-report   (BENCH="penalty --quick" for less)
 #   make lint     ruff, mypy --strict, clang-format, clang-tidy
 #   make docs     the documents as a site in ./build/site, their tables made anew
@@ -115,6 +115,7 @@ test: $(VENV)/.installed $(VENV)/.extra-test $(HOST_MODULE)
 
 # `make test` goes through the CUDA kernels in the order forward.
 test-all: FUSEREG_ISAS = all
+test-all: override PYTEST += --all-cases
 test-all: test test-slow test-schedules test-nvcc docs
 
 test-slow: $(VENV)/.installed $(VENV)/.extra-test

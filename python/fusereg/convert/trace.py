@@ -147,9 +147,11 @@ def make_plans(
         UntraceableError: the forward cannot be followed, for the reason in the text.
     """
     plans = []
+    original = getattr(type(module), "fusereg_original", type(module))
+    own = Read(original, "forward", forward)
     for training in (module.training, not module.training):
         traced = trace(module, forward=forward, training=training)
-        plans.append(_make_plan(module, traced.graph, list(traced.reads), allowed))
+        plans.append(_make_plan(module, traced.graph, [own, *traced.reads], allowed))
         if not any(read.owner == () and read.name == "training" for read in traced.reads):
             break
     return tuple(plans)

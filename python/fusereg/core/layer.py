@@ -40,7 +40,8 @@ class Layer(nn.Module):
         # torch.jit.script asks each module for this method first.
         raise RuntimeError(
             f"fusereg.nn.{type(self).__name__}: torch.jit.script cannot compile a call of "
-            "fusereg's kernels; call fusereg.revert(model) before, use torch's layers, or torch.export"
+            "fusereg's kernels; call fusereg.revert(model) before, or use torch's layers or "
+            "torch.export"
         )
 
 

@@ -515,6 +515,8 @@ class _Tracer:
             code, self.namespaces[id(space)], function.__name__, defaults, tuple(cells)
         )
         keywords = function.__kwdefaults__ or {}
+        for name, value in keywords.items():
+            self.read(keywords, name, value)
         made.__kwdefaults__ = {k: self.admit(v, k) for k, v in keywords.items()}
         return made
 

@@ -41,8 +41,8 @@ _DROPOUT_ARGUMENTS = """
             one element. 0 and ``training=False`` return ``input`` itself, 1 gives zeros.
         training: whether to drop at all.
         inplace: write the result into ``input``.
-        seed: an integer that determines the mask, or an int64 tensor (seed, offset) on the device of
-            ``input``, which is read by the kernel. Default: a new state from ``generator``.
+        seed: an integer that determines the mask, or an int64 tensor (seed, offset) on the same
+            device, which is read by the kernel. Default: a new state from ``generator``.
         generator: the torch.Generator to draw from; torch's default one if not given. Under
             torch.compile it breaks the graph, and ``fullgraph=True`` does not take it: pass a
             ``seed`` tensor there.

@@ -1,0 +1,596 @@
+"""A converted model computes what its own code says, whatever changes after the conversion.
+
+A forward can read a value from many places. Each of them is changed after the conversion here, and
+the result must be that of the model that was not converted, whether or not it was rewritten.
+"""
+
+from __future__ import annotations
+
+import copy
+import cProfile
+import math
+import os
+import pstats
+import random
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fusereg
+from plain_models import BasicBlock, Calls, close, images, stir, watched_calls
+
+FACTOR = 1.0
+SETTINGS = {"factor": 1.0}
+
+
+def scaled(x: Tensor) -> Tensor:
+    return x * 1.0
+
+
+def other_scaled(x: Tensor) -> Tensor:
+    return x * 3.0
+
+
+class Base(nn.Module):
+    """A chain of a norm and an activation, whose result subclasses work on."""
+
+    factor = 1.0
+    export = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()
+        self.drop = nn.Dropout(0.0)
+        self.own = 1.0
+        self.shape = (1, 2.0)
+        self.register_buffer("temperature", torch.tensor(1.0))
+        self.register_buffer("flag", torch.tensor(False))
+        self.register_buffer("steps", torch.tensor(0.0))
+        self.register_buffer("absent", None)
+
+    def chain(self, x: Tensor) -> Tensor:
+        y: Tensor = self.relu(self.bn(self.conv(x)))
+        return y
+
+    def scale(self, x: Tensor) -> Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def static(x: Tensor) -> Tensor:
+        return x * 1.0
+
+
+def model(work: Callable[[Any, Tensor], Tensor]) -> type[Base]:
+    """Return a model whose forward is the chain and this work, as written here."""
+    namespace = {"__module__": __name__}
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return work(self, self.chain(x))
+
+    return type(getattr(work, "__name__", "Work"), (Base,), {**namespace, "forward": forward})
+
+
+def set_attribute(name: str, value: object) -> Callable[[Any], None]:
+    """Return a change that sets an attribute of the model, or of a layer."""
+
+    def change(m: Any) -> None:
+        *path, last = name.split(".")
+        setattr(m.get_submodule(".".join(path)), last, value)
+
+    return change
+
+
+class ReadsInstance(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x) * self.own
+
+
+class ReadsTuple(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x) * self.shape[0]
+
+
+class ReadsClass(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y.flatten(1) if self.export else y * self.factor
+
+
+class ReadsDefault(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y * 2 if getattr(self, "scaled", False) else y
+
+
+class AsksForAttribute(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y * self.late if hasattr(self, "late") else y
+
+
+class ReadsChild(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y * self.drop.p + 1 if self.drop.p > 0 else y
+
+
+class ReadsModeOfChild(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y if self.drop.training else y * 2
+
+
+class ReadsGlobal(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x) * FACTOR
+
+
+class ReadsGlobalDict(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x) * SETTINGS["factor"]
+
+
+class CallsGlobal(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return scaled(self.chain(x))
+
+
+class CallsBuiltin(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x) * abs(-1)
+
+
+class CallsTorch(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softsign(self.chain(x))
+
+
+class CallsMath(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x) * math.sqrt(4.0)
+
+
+class HasDefault(Base):
+    def forward(self, x: Tensor, factor: float = 1.0, *, offset: float = 0.0) -> Tensor:
+        return self.chain(x) * factor + offset
+
+
+class CallsMethod(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(self.chain(x))
+
+
+class CallsStatic(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.static(self.chain(x))
+
+
+class CallsSuper(CallsMethod):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def factory() -> tuple[type[Base], Callable[[float], None]]:
+    factor = 1.0
+
+    class ReadsClosure(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.chain(x) * factor
+
+    def change(value: float) -> None:
+        nonlocal factor
+        factor = value
+
+    return ReadsClosure, change
+
+
+READS_CLOSURE, change_closure = factory()
+
+
+class ReadsBuffer(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x) / self.temperature
+
+
+class TakesNumber(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x) / self.temperature.item()
+
+
+class TakesFloat(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x) / float(self.temperature)
+
+
+class BranchesOnBuffer(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y * 2 if self.flag else y
+
+
+class AsksForBuffer(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y if self.absent is None else y * self.absent
+
+
+class AsksForParameter(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y if self.conv.bias is None else y + 1
+
+
+class AsksForLayer(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y if self.drop is None else self.drop(y) + 1
+
+
+class AsksForMode(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y * 2 if self.training else y
+
+
+class AsksForGradients(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y if torch.is_grad_enabled() else y * 2
+
+
+class AsksForDeterminism(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y * 2 if torch.are_deterministic_algorithms_enabled() else y
+
+
+class AsksForDtype(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y * 2 if torch.get_default_dtype() is torch.float64 else y
+
+
+class AsksForAutocast(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y * 2 if torch.is_autocast_enabled("cpu") else y
+
+
+class AsksForThreads(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x) * torch.get_num_threads()
+
+
+class AsksForExport(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y * 2 if torch.onnx.is_in_onnx_export() else y
+
+
+class AsksForProcesses(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y * 2 if torch.distributed.is_initialized() else y
+
+
+class AsksForEnvironment(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y * 2 if os.environ.get("FUSEREG_TEST_SWITCH") else y
+
+
+class ChainsOfOthers(Base):
+    """Nothing is read; the layers change."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x)
+
+
+def unset(name: str) -> Callable[[Any], None]:
+    def change(m: Any) -> None:
+        *path, last = name.split(".")
+        setattr(m.get_submodule(".".join(path)), last, None)
+
+    return change
+
+
+def fill(name: str) -> Callable[[Any], None]:
+    def change(m: Any) -> None:
+        getattr(m, name).fill_(3.0)
+
+    return change
+
+
+def instance_method(m: Any) -> None:
+    m.scale = lambda x: x * 4.0
+
+
+def own_forward(m: Any) -> None:
+    m.forward = lambda x: x * 4.0
+
+
+def child_forward(m: Any) -> None:
+    m.relu.forward = lambda x: x * 4.0
+
+
+def hook(m: Any) -> None:
+    m.relu.register_forward_hook(lambda module, args, out: out * 4.0)
+
+
+def pre_hook(m: Any) -> None:
+    m.bn.register_forward_pre_hook(lambda module, args: (args[0] * 4.0,))
+
+
+def own_hook(m: Any) -> None:
+    m.register_forward_hook(lambda module, args, out: out * 4.0)
+
+
+def loaded(m: Any) -> None:
+    state = m.state_dict()
+    m.load_state_dict({**state, "temperature": torch.tensor(5.0), "flag": torch.tensor(True)})
+
+
+def frozen(m: Any) -> None:
+    m.bn.eval()
+
+
+def new_layer(m: Any) -> None:
+    m.relu = nn.Tanh()
+
+
+#: A model, and a change of this model after the conversion.
+OF_MODELS: list[tuple[type[Base], Callable[[Any], None]]] = [
+    (ReadsInstance, set_attribute("own", 3.0)),
+    (ReadsInstance, set_attribute("own", 1)),
+    (ReadsInstance, set_attribute("own", torch.tensor(3.0))),
+    (ReadsTuple, set_attribute("shape", (3, 2.0))),
+    (ReadsClass, set_attribute("export", True)),
+    (ReadsClass, set_attribute("factor", 3.0)),
+    (ReadsDefault, set_attribute("scaled", True)),
+    (AsksForAttribute, set_attribute("late", 3.0)),
+    (ReadsChild, set_attribute("drop.p", 0.9)),
+    (ReadsModeOfChild, lambda m: m.drop.eval()),
+    (ReadsBuffer, fill("temperature")),
+    (ReadsBuffer, set_attribute("temperature", torch.tensor(2.0))),
+    (TakesNumber, fill("temperature")),
+    (TakesNumber, loaded),
+    (TakesFloat, fill("temperature")),
+    (TakesFloat, loaded),
+    (BranchesOnBuffer, loaded),
+    (AsksForBuffer, set_attribute("absent", torch.tensor(3.0))),
+    (AsksForParameter, unset("conv.bias")),
+    (AsksForLayer, unset("drop")),
+    (AsksForMode, lambda m: m.eval()),
+    (CallsMethod, instance_method),
+    (CallsMethod, own_forward),
+    (ChainsOfOthers, own_forward),
+    (ChainsOfOthers, child_forward),
+    (ChainsOfOthers, hook),
+    (ChainsOfOthers, pre_hook),
+    (ChainsOfOthers, own_hook),
+    (ChainsOfOthers, frozen),
+    (ChainsOfOthers, new_layer),
+]
+
+Undo = Callable[[], Any]
+
+
+def patched(owner: Any, name: str, value: Any) -> Callable[[], Undo]:
+    """Return a change of something that all models share, which returns how to undo it."""
+
+    def change() -> Undo:
+        patch = pytest.MonkeyPatch()
+        patch.setattr(owner, name, value, raising=False)
+        return patch.undo
+
+    return change
+
+
+def closure() -> Undo:
+    change_closure(3.0)
+    return lambda: change_closure(1.0)
+
+
+def environment() -> Undo:
+    os.environ["FUSEREG_TEST_SWITCH"] = "1"
+    return lambda: os.environ.pop("FUSEREG_TEST_SWITCH")
+
+
+def setting() -> Undo:
+    SETTINGS["factor"] = 3.0
+    return lambda: SETTINGS.update(factor=1.0)
+
+
+def no_gradients() -> Undo:
+    before = torch.is_grad_enabled()
+    torch.set_grad_enabled(False)
+    return lambda: torch.set_grad_enabled(before)
+
+
+def deterministic() -> Undo:
+    torch.use_deterministic_algorithms(True)
+    return lambda: torch.use_deterministic_algorithms(False)
+
+
+def default_dtype() -> Undo:
+    torch.set_default_dtype(torch.float64)
+    return lambda: torch.set_default_dtype(torch.float32)
+
+
+def threads() -> Undo:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    return lambda: torch.set_num_threads(before)
+
+
+def autocast() -> Undo:
+    context = torch.autocast("cpu", torch.bfloat16)
+    context.__enter__()
+    return lambda: context.__exit__(None, None, None)
+
+
+def default_of_keyword() -> Undo:
+    HasDefault.forward.__kwdefaults__["offset"] = 3.0  # type: ignore[index]
+    return lambda: HasDefault.forward.__kwdefaults__.update(offset=0.0)  # type: ignore[union-attr]
+
+
+def new_code() -> Undo:
+    before = Base.scale.__code__
+    Base.scale.__code__ = other_scaled_method.__code__
+    return lambda: setattr(Base.scale, "__code__", before)
+
+
+def other_scaled_method(self: Any, x: Tensor) -> Tensor:
+    return x * 3.0
+
+
+HERE = sys.modules[__name__]
+
+#: A model, and a change of what it shares with others.
+OF_SHARED: list[tuple[type[Base], Callable[[], Undo]]] = [
+    (ReadsClass, patched(ReadsClass, "export", True)),
+    (ReadsClass, patched(Base, "factor", 3.0)),
+    (ReadsDefault, patched(ReadsDefault, "scaled", True)),
+    (ReadsGlobal, patched(HERE, "FACTOR", 3.0)),
+    (ReadsGlobalDict, setting),
+    (CallsGlobal, patched(HERE, "scaled", other_scaled)),
+    (CallsGlobal, patched(scaled, "__code__", other_scaled.__code__)),
+    (CallsBuiltin, patched(HERE, "abs", lambda x: 3.0)),
+    (CallsTorch, patched(F, "softsign", other_scaled)),
+    (CallsTorch, patched(HERE, "F", types.SimpleNamespace(softsign=other_scaled))),
+    (CallsMath, patched(math, "sqrt", lambda x: 3.0)),
+    (HasDefault, patched(HasDefault.forward, "__defaults__", (3.0,))),
+    (HasDefault, default_of_keyword),
+    (CallsMethod, patched(Base, "scale", other_scaled_method)),
+    (CallsMethod, patched(CallsMethod, "scale", other_scaled_method)),
+    (CallsMethod, new_code),
+    (CallsMethod, patched(CallsMethod, "forward", other_scaled_method)),
+    (CallsStatic, patched(CallsStatic, "static", staticmethod(other_scaled))),
+    (CallsSuper, patched(CallsMethod, "forward", other_scaled_method)),
+    (ChainsOfOthers, patched(nn.ReLU, "forward", other_scaled_method)),
+    (READS_CLOSURE, closure),
+    (AsksForGradients, no_gradients),
+    (AsksForDeterminism, deterministic),
+    (AsksForDtype, default_dtype),
+    (AsksForAutocast, autocast),
+    (AsksForThreads, threads),
+    (AsksForExport, patched(torch.onnx, "is_in_onnx_export", lambda: True)),
+    (AsksForProcesses, patched(torch.distributed, "is_initialized", lambda: True)),
+    (AsksForEnvironment, environment),
+]
+
+
+def names(cases: list[tuple[Any, Any]]) -> list[str]:
+    return [f"{cls.__name__}-{getattr(change, '__name__', 'change')}" for cls, change in cases]
+
+
+def twins_of(cls: type[Base]) -> tuple[Base, Base]:
+    torch.manual_seed(3)
+    plain = cls()
+    return plain, fusereg.convert(copy.deepcopy(plain))
+
+
+def agree(plain: nn.Module, converted: Callable[..., Tensor]) -> Tensor:
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float32)
+    wanted = plain(x)
+    tolerance = 1e-4 if not torch.is_autocast_enabled("cpu") else 0.1
+    torch.testing.assert_close(converted(x), wanted, rtol=tolerance, atol=tolerance)
+    return wanted
+
+
+def test_most_of_these_models_are_rewritten() -> None:
+    """Otherwise the tests below would show nothing."""
+    classes = {cls for cls, _ in [*OF_MODELS, *OF_SHARED]}
+    left = {cls for cls in classes if not hasattr(twins_of(cls)[1], "fusereg_plans")}
+    assert left == {
+        ReadsModeOfChild, ReadsGlobalDict, TakesFloat, BranchesOnBuffer,
+        AsksForGradients, AsksForDeterminism, AsksForDtype, AsksForAutocast, AsksForThreads,
+        AsksForExport, AsksForProcesses, AsksForEnvironment,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "change"), OF_MODELS, ids=names(OF_MODELS))
+def test_a_change_of_the_model_is_seen(cls: type[Base], change: Callable[[Any], None]) -> None:
+    plain, converted = twins_of(cls)
+    agree(plain, converted)
+    for m in (plain, converted):
+        change(m)
+    agree(plain, converted)
+    fusereg.revert(converted)
+    agree(plain, converted)
+
+
+@pytest.mark.parametrize(("cls", "change"), OF_SHARED, ids=names(OF_SHARED))
+def test_a_change_of_what_models_share_is_seen(
+    cls: type[Base], change: Callable[[], Undo]
+) -> None:
+    plain, converted = twins_of(cls)
+    before = agree(plain, converted)
+    undo = change()
+    try:
+        agree(plain, converted)
+    finally:
+        undo()
+    assert agree(plain, converted).dtype is before.dtype
+
+
+# --- compiled -------------------------------------------------------------------------------------
+
+#: What Dynamo itself does not see, for any model: see docs/convert.md.
+UNSEEN = {AsksForProcesses}
+
+
+@pytest.fixture
+def guarded() -> Iterator[None]:
+    """Make Dynamo see hooks that are added later, which it does not by default."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize(("cls", "change"), OF_MODELS, ids=names(OF_MODELS))
+def test_a_change_of_the_model_is_seen_by_compiled_code(
+    cls: type[Base], change: Callable[[Any], None]
+) -> None:
+    plain, converted = twins_of(cls)
+    compiled = torch.compile(converted, backend="eager")
+    agree(plain, compiled)
+    for m in (plain, converted):
+        change(m)
+    agree(plain, compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize(("cls", "change"), OF_SHARED, ids=names(OF_SHARED))
+def test_a_change_of_what_models_share_is_seen_by_compiled_code(
+    cls: type[Base], change: Callable[[], Undo]
+) -> None:
+    if cls in UNSEEN:
+        pytest.skip("Dynamo does not see it in any model")
+    plain, converted = twins_of(cls)
+    compiled = torch.compile(converted, backend="eager")
+    agree(plain, compiled)
+    undo = change()
+    try:
+        agree(plain, compiled)
+    finally:
+        undo()
+    agree(plain, compiled)
+
+
+@pytest.mark.parametrize("cls", [ReadsClass, ReadsGlobal, CallsGlobal, CallsBuiltin, ChainsOfOthers])
+def test_compiled_code_has_the_chain_and_no_break(cls: type[Base], calls: Calls) -> None:
+    converted = twins_of(cls)[1]
+    torch.compile(converted, backend="eager", fullgraph=True)(torch.randn(4, 3, 5, 5))
+    assert ("relu", False, 0.0) in calls
