@@ -118,7 +118,7 @@ test-all: FUSEREG_ISAS = all
 test-all: override PYTEST += --all-cases
 test-all: test test-slow test-schedules test-nvcc docs
 
-test-slow: $(VENV)/.installed $(VENV)/.extra-test
+test-slow: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-zoo
 	@$(call say,the tests that are slow)
 	@$(VENV)/bin/python -m pytest $(PARALLEL) -m slow $(PYTEST)
 

@@ -528,9 +528,7 @@ def test_a_change_of_the_model_is_seen(cls: type[Base], change: Callable[[Any], 
 
 
 @pytest.mark.parametrize(("cls", "change"), OF_SHARED, ids=names(OF_SHARED))
-def test_a_change_of_what_models_share_is_seen(
-    cls: type[Base], change: Callable[[], Undo]
-) -> None:
+def test_a_change_of_what_models_share_is_seen(cls: type[Base], change: Callable[[], Undo]) -> None:
     plain, converted = twins_of(cls)
     before = agree(plain, converted)
     undo = change()
@@ -589,7 +587,9 @@ def test_a_change_of_what_models_share_is_seen_by_compiled_code(
     agree(plain, compiled)
 
 
-@pytest.mark.parametrize("cls", [ReadsClass, ReadsGlobal, CallsGlobal, CallsBuiltin, ChainsOfOthers])
+@pytest.mark.parametrize(
+    "cls", [ReadsClass, ReadsGlobal, CallsGlobal, CallsBuiltin, ChainsOfOthers]
+)
 def test_compiled_code_has_the_chain_and_no_break(cls: type[Base], calls: Calls) -> None:
     converted = twins_of(cls)[1]
     torch.compile(converted, backend="eager", fullgraph=True)(torch.randn(4, 3, 5, 5))

@@ -64,7 +64,7 @@ class Calls:
                 called = self._follow(module, who, leaf)
             except UntraceableError as error:
                 called = self._read_source(module, f"{who}, which cannot be traced ({error})")
-            waiting += set(called) - seen
+            waiting += dict.fromkeys(m for m in called if m not in seen)
             seen.update(called)
 
     def count(self, layer: nn.Module) -> int:
@@ -97,7 +97,7 @@ class Calls:
 
     def _read_source(self, module: nn.Module, who: str) -> list[nn.Module]:
         """Add what the source of a forward may do, and return the modules that it may call."""
-        found = []
+        found: list[nn.Module] = []
         only_called = _only_called(module)
         for key, child in module._modules.items():
             if child is None:
@@ -139,7 +139,7 @@ def _traces(module: nn.Module, leaf: Callable[[nn.Module], bool]) -> Iterator[Tr
         raise UntraceableError("it has its own way of being called")
     forward: Any = original_class(module).forward
     if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
-        raise UntraceableError("it is not a plain function")
+        raise UntraceableError("it is decorated, or not a function")
     code = forward.__code__
     if code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
         raise UntraceableError("it takes any number of arguments")
@@ -297,8 +297,9 @@ def _is_called(
     if isinstance(parent, ast.Attribute) and parent.attr in ("items", "values"):
         call = parents[parent]
         place = 1 if parent.attr == "items" else None
-        is_call = isinstance(call, ast.Call) and call.func is parent
-        return is_call and _elements_called(call, parents[call], place, parents, function)
+        if not isinstance(call, ast.Call) or call.func is not parent:
+            return False
+        return _elements_called(call, parents[call], place, parents, function)
     if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):
         called = parent.func.id
         if called == "len":
