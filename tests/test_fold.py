@@ -83,6 +83,22 @@ class UntraceableList(nn.ModuleList):
         return x
 
 
+class UntraceableChildren(nn.Module):
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        for part in self.children():
+            x = part(x)
+        for _, part in self.named_children():
+            x = part(x)
+        return x
+
+
 FOLDED: dict[str, tuple[Make, int]] = {
     "sequence": (sequence, 0),
     "leaky": (lambda: sequence(BatchNorm2d, activation="leaky_relu", negative_slope=0.2), 0),
@@ -110,6 +126,11 @@ FOLDED: dict[str, tuple[Make, int]] = {
     "in a dict that is called": (
         lambda: nn.Sequential(UntraceableDict({"a": sequence(), "b": sequence()})),
         0,
+    ),
+    "children": (lambda: UntraceableChildren(a=sequence(), b=sequence()), 0),
+    "children that are layers": (
+        lambda: UntraceableChildren(a=convolution(), b=nn.BatchNorm2d(6), c=sequence()),
+        1,
     ),
     "in a list that is called": (lambda: UntraceableList([sequence(), sequence()]), 0),
     "items of a dict that is called": (

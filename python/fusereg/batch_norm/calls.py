@@ -26,6 +26,8 @@ _ITERABLE = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _OF_MODULE = frozenset(name for cls in (nn.Module, *_ITERABLE) for name in dir(cls())) - {
     "training"
 }
+#: Methods that give children, and where in a pair each stands.
+_ITERATORS = {"children": None, "named_children": 1, "values": None, "items": 1}
 #: Forwards with more arguments are not traced with and without each of them.
 _MAX_ARGUMENTS = 4
 
@@ -240,7 +242,7 @@ def _used(module: nn.Module, function: ast.FunctionDef) -> set[str] | None:
         if not (isinstance(node, ast.Name) and node.id == own):
             continue
         read = _attribute(node, parents)
-        if isinstance(module, _ITERABLE) and _is_called(node, parents, function, True):
+        if _is_called(node, parents, function, True):
             continue
         if read is None:
             return None  # the module itself is handed on
@@ -294,9 +296,8 @@ def _is_called(
     if isinstance(parent, ast.Subscript) and parent.value is node:
         sliced = isinstance(parent.slice, ast.Slice)
         return _is_called(parent, parents, function, sliced)
-    if isinstance(parent, ast.Attribute) and parent.attr in ("items", "values"):
-        call = parents[parent]
-        place = 1 if parent.attr == "items" else None
+    if isinstance(parent, ast.Attribute) and parent.attr in _ITERATORS:
+        call, place = parents[parent], _ITERATORS[parent.attr]
         if not isinstance(call, ast.Call) or call.func is not parent:
             return False
         return _elements_called(call, parents[call], place, parents, function)
