@@ -157,6 +157,8 @@ docs: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-docs
 	@$(call say,tables of measured times, and of what is supported by trying it)
 	@$(VENV)/bin/python docs/scripts/tables.py
 	@$(VENV)/bin/python docs/scripts/support.py
+	@$(call say,the table of differences from torch)
+	@$(VENV)/bin/python docs/scripts/databases.py
 	@$(call say,the site in build/site/index.html)
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 
