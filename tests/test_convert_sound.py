@@ -26,6 +26,11 @@ from torch.nn import functional as F
 import fusereg
 from plain_models import BasicBlock, Calls, close, images, stir, watched_calls
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return watched_calls(monkeypatch)
+
+
 FACTOR = 1.0
 SETTINGS = {"factor": 1.0}
 
@@ -65,16 +70,6 @@ class Base(nn.Module):
     @staticmethod
     def static(x: Tensor) -> Tensor:
         return x * 1.0
-
-
-def model(work: Callable[[Any, Tensor], Tensor]) -> type[Base]:
-    """Return a model whose forward is the chain and this work, as written here."""
-    namespace = {"__module__": __name__}
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return work(self, self.chain(x))
-
-    return type(getattr(work, "__name__", "Work"), (Base,), {**namespace, "forward": forward})
 
 
 def set_attribute(name: str, value: object) -> Callable[[Any], None]:
@@ -510,7 +505,7 @@ def test_most_of_these_models_are_rewritten() -> None:
     classes = {cls for cls, _ in [*OF_MODELS, *OF_SHARED]}
     left = {cls for cls in classes if not hasattr(twins_of(cls)[1], "fusereg_plans")}
     assert left == {
-        ReadsModeOfChild, ReadsGlobalDict, TakesFloat, BranchesOnBuffer,
+        READS_CLOSURE, ReadsModeOfChild, ReadsGlobalDict, TakesFloat, BranchesOnBuffer,
         AsksForGradients, AsksForDeterminism, AsksForDtype, AsksForAutocast, AsksForThreads,
         AsksForExport, AsksForProcesses, AsksForEnvironment,
     }  # fmt: skip
@@ -543,10 +538,6 @@ def test_a_change_of_what_models_share_is_seen(
 
 # --- compiled -------------------------------------------------------------------------------------
 
-#: What Dynamo itself does not see, for any model: see docs/convert.md.
-UNSEEN = {AsksForProcesses}
-
-
 @pytest.fixture
 def guarded() -> Iterator[None]:
     """Make Dynamo see hooks that are added later, which it does not by default."""
@@ -576,19 +567,23 @@ def test_a_change_of_the_model_is_seen_by_compiled_code(
 def test_a_change_of_what_models_share_is_seen_by_compiled_code(
     cls: type[Base], change: Callable[[], Undo]
 ) -> None:
-    if cls in UNSEEN:
-        pytest.skip("Dynamo does not see it in any model")
     plain, converted = twins_of(cls)
-    compiled = torch.compile(converted, backend="eager")
+    compiled, reference = (torch.compile(m, backend="eager") for m in (converted, copy.deepcopy(plain)))
     agree(plain, compiled)
+    agree(plain, reference)
     undo = change()
     try:
+        try:
+            agree(plain, reference)
+        except AssertionError:
+            pytest.skip("Dynamo does not see it in the original model either")
         agree(plain, compiled)
     finally:
         undo()
     agree(plain, compiled)
 
 
+@pytest.mark.usefixtures("guarded")
 @pytest.mark.parametrize("cls", [ReadsClass, ReadsGlobal, CallsGlobal, CallsBuiltin, ChainsOfOthers])
 def test_compiled_code_has_the_chain_and_no_break(cls: type[Base], calls: Calls) -> None:
     converted = twins_of(cls)[1]

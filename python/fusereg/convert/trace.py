@@ -74,12 +74,15 @@ class _Check:
             if name in ("__class__", "__iter__"):
                 now = f"type({on})" + ("" if name == "__class__" else ".__iter__")
             if read.method:
-                now = f"getattr({now}, '__func__', None)"
+                # The second, because Dynamo does not guard the first.
+                code = self.name(value.__code__)
+                self.require(f"{name!r} not in {on}.__dict__ and {on}.{name}.__code__ is {code}")
+                now = f"getattr(type({on}), {name!r}, NOTHING)"
         if value is Found.TENSOR:
             self.require(f"isinstance({now}, Tensor)")
         elif value is None or isinstance(value, bool):
             self.require(f"{now} is {value}")
-        elif is_plain(value) and name not in ("__defaults__", "cell_contents"):
+        elif is_plain(value) and name != "__defaults__":
             self.require(f"same({now}, {self.name(value)})")
         else:
             self.require(f"{now} is {'NOTHING' if value is Found.NOTHING else self.name(value)}")

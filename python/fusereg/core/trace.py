@@ -56,7 +56,7 @@ class Read:
 
     Attributes:
         owner: the path of a module from the traced one, or the object itself (the globals of a
-            module of Python, a class, a function, a cell).
+            module of Python, the defaults of a function, a class, a function).
         name: of the attribute, or of the global.
         value: what was found. Functions, classes and modules of Python are the same if identical,
             plain values if they are of the same type and equal.
@@ -501,12 +501,9 @@ class _Tracer:
                 self.read(function, name, getattr(function, name))
         cells = []
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            value = cell.cell_contents
-            if name == "__class__":
-                cells.append(types.CellType(_Class(self, value)))
-            else:
-                self.read(cell, "cell_contents", value)
-                cells.append(types.CellType(self.admit(value, name)))
+            if name != "__class__":
+                refuse(f"it reads {name} of the function around it")
+            cells.append(types.CellType(_Class(self, cell.cell_contents)))
         space = function.__globals__
         if id(space) not in self.namespaces:
             self.namespaces[id(space)] = _Namespace(self, space)
