@@ -40,13 +40,13 @@ _DROPOUTS = (nn.Dropout, fused_nn.Dropout)
 
 #: The forwards that layers of these classes have, unless somebody replaces them.
 _FORWARDS: dict[type, Any] = {
-    cls: cls.forward for cls in (*_ACTIVATIONS, *_DROPOUTS, nn.Identity)
+    cls: vars(cls)["forward"] for cls in (*_ACTIVATIONS, *_DROPOUTS, nn.Identity)
 }
 
 
 def _is_known(layer: nn.Module) -> bool:
     """Return whether calling the layer does what its class in torch does."""
-    cls = type(layer)
+    cls: Any = type(layer)
     return _FORWARDS.get(cls) is cls.forward
 
 

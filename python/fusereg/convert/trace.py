@@ -6,7 +6,7 @@ call, by a function that is generated for it. If one of them has changed, the or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,11 +187,9 @@ def _make_plan(
     )
 
 
-def renewed(plans: tuple[Any, ...], module: nn.Module, forward: Any) -> Iterator[Plan]:
-    """Yield plans, made again if they come out of a pickle."""
-    for plan in plans:
-        if isinstance(plan, Again):
-            wanted = plan.allowed
-            yield from make_plans(module, forward, lambda n: wanted is None or n in wanted)
-            return
-        yield plan
+def renewed(plans: tuple[Any, ...], module: nn.Module, forward: Any) -> tuple[Plan, ...]:
+    """Return plans, made again if they come out of a pickle."""
+    if not plans or isinstance(plans[0], Plan):
+        return plans
+    wanted = plans[0].allowed
+    return make_plans(module, forward, lambda name: wanted is None or name in wanted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -31,6 +31,21 @@ class Layer(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.__module__ = _ModuleName(cls.__module__)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Tell torch.jit.script, which asks each module, that it cannot compile this one."""
+        refuse_script(self)
+
+
+def refuse_script(module: nn.Module) -> NoReturn:
+    """Raise RuntimeError, because torch.jit.script compiles the source of torch's layers alone."""
+    converted = "_fusereg_original" in vars(module) or hasattr(type(module), "fusereg_original")
+    remedy = (
+        "call fusereg.revert(model) first" if converted else "use torch.compile or torch.export"
+    )
+    raise RuntimeError(
+        f"torch.jit.script cannot compile fusereg's {type(module).__name__}; {remedy}"
+    )
 
 
 class DropLayer(Layer):
