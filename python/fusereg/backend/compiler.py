@@ -67,7 +67,7 @@ def fusereg_backend(
     """
     then, patches = _options(mode, options or {})
     report = Report()
-    for module in _bodies(graph_module):
+    for module in list(_bodies(graph_module)):
         fuse(module.graph, report)
         if then == "eager":
             _repair_checkpoints(module)

@@ -30,12 +30,12 @@ _DROPOUTS: dict[Any, Callable[..., Any]] = {
 DROPOUTS = tuple(_DROPOUTS.values())
 
 #: Functions of this package that are one node each, in native layers and in what is rewritten.
-LEAVES: tuple[Callable[..., Any], ...] = (
-    *(*DROPOUTS, F.batch_norm, F.drop_path, F.activation_dropout, F.bias_dropout_add),
-    *(F.drop_path_add, F.dropout_add, F.dropout_add_layer_norm, F.dropout_add_rms_norm),
-    *(F.gaussian_dropout, F.drop_block2d, F.consistent_dropout),
-    *(F.drop_connect_linear, F.drop_connect_conv2d),
+_LEAVES = (
+    *("batch_norm", "activation_dropout", "bias_dropout_add", "dropout_add", "drop_path_add"),
+    *("dropout_add_layer_norm", "dropout_add_rms_norm", "drop_path", "drop_block2d"),
+    *("gaussian_dropout", "consistent_dropout", "drop_connect_linear", "drop_connect_conv2d"),
 )
+LEAVES: tuple[Callable[..., Any], ...] = (*DROPOUTS, *(getattr(F, name) for name in _LEAVES))
 
 
 class Call(NamedTuple):
@@ -62,7 +62,7 @@ class Call(NamedTuple):
     @property
     def drops(self) -> bool:
         """Whether this is dropout of elements, certain to drop some: its result is new memory."""
-        p = self.given.get("p")
+        p: Any = self.given.get("p")
         single = self.kind == "dropout" and self.given["function"] is F.dropout
         return single and self.given["training"] is True and is_number(p) and 0.0 < p <= 1.0
 

@@ -128,6 +128,11 @@ def _check_call(chain: Chain) -> Any:
     return result
 
 
+def _name(node: Node) -> str:
+    """Return the name of what a node calls."""
+    return str(getattr(node.target, "__name__", node.target))
+
+
 # --- order ----------------------------------------------------------------------------------------
 
 
@@ -141,13 +146,13 @@ def _check_order(nodes: Sequence[Node]) -> None:
         if node in nodes:
             inputs = _storages(n for n in node.all_input_nodes if n not in nodes)
             if inputs & writes:
-                raise NotFusedError(f"{node.name} reads what an earlier part of it writes")
+                raise NotFusedError(f"{_name(node)} reads what an earlier part of it writes")
             reads |= inputs
             writes |= _storages(written or ())
         elif written is None:
-            raise NotFusedError(f"{node.name} is called in between")
+            raise NotFusedError(f"{_name(node)} is called in between")
         elif _storages(written) & (reads | writes) or _storages(node.all_input_nodes) & writes:
-            raise NotFusedError(f"{node.name} in between uses the same memory")
+            raise NotFusedError(f"{_name(node)} in between uses the same memory")
         node = node.next
 
 
@@ -166,7 +171,7 @@ def _check_writes(nodes: Sequence[Node]) -> None:
     """
     for node in nodes:
         call = read(node)
-        x = None if call is None else call.x
+        x: Any = None if call is None else call.x
         if call is None or not call.given.get("inplace") or x in nodes or len(nodes) == 1:
             continue
         memory = _storages([x])
@@ -284,9 +289,8 @@ def _row_norms(node: Node) -> Iterator[Chain]:
         others = [user for user in total.users if user is not node]
         if any(order.index(user) < order.index(node) for user in others):
             raise NotFusedError("the sum is read before it is normalized")
-        kwargs = {
-            name: call.given[name] for name in ("weight", "bias", "eps") if name in call.given
-        }
+        kept = ("weight", "bias", "eps")
+        kwargs = {name: given for name, given in call.given.items() if name in kept}
         if kwargs["eps"] is not None:
             _check_numbers(kwargs, "eps")
         kwargs["p"] = float(drop.given["p"]) if drop.drops else 0.0
@@ -375,7 +379,7 @@ def fuse(graph: Graph, report: Report) -> None:
 
 def _fuse_at(node: Node, find: Callable[[Node], Iterator[Chain]], report: Report) -> Sequence[Node]:
     """Replace the longest chain that is found at a node; return the nodes that are gone."""
-    name = str(getattr(node.target, "__name__", node.target))
+    name = _name(node)
     chains: list[Chain] = []
     try:
         for chain in find(node):
