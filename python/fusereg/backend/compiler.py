@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -68,7 +69,7 @@ def fusereg_backend(
     then, patches = _options(mode, options or {})
     report = Report()
     for module in list(_bodies(graph_module)):
-        fuse(module.graph, report)
+        fuse(module.graph, report, then == "eager")
         if then == "eager":
             _repair_checkpoints(module)
         module.recompile()
@@ -180,8 +181,14 @@ def _tell(report: Report) -> None:
             times,
             torch._dynamo.config.recompile_limit,
         )
-    for module in [m for m in frame.f_locals.values() if isinstance(m, nn.Module)]:
-        _notice_skipped(module)
+    root = None
+    caller = sys._getframe()
+    while caller.f_back is not None:
+        caller = caller.f_back
+        found = caller.f_locals.get("self")
+        root = found if isinstance(found, nn.Module) else root
+    if root is not None:
+        _notice_skipped(root)
 
 
 def _name(code: Any) -> str:
@@ -201,6 +208,6 @@ def _notice_skipped(module: nn.Module) -> None:
             _log.warning(
                 "fusereg.backend: %s, a %s under fully_shard, is not compiled: torch.compile skips "
                 "torch.nn's own classes there. Make it a class of your own, or use fusereg.convert",
-                path or "the model",
+                path.removeprefix("_orig_mod.") or "the model",
                 type(part).__name__.removeprefix("FSDP"),
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch.fx import Node
@@ -60,16 +60,32 @@ class Call(NamedTuple):
         return [n for name in names if isinstance(n := self.given.get(name), Node)]
 
     @property
+    def p(self) -> Any:
+        """The probability of a dropout: a number, or a node."""
+        p = self.given.get("p")
+        return float(p) if is_number(p) else p
+
+    @property
     def drops(self) -> bool:
-        """Whether this is dropout of elements, certain to drop some: its result is new memory."""
-        p: Any = self.given.get("p")
-        single = self.kind == "dropout" and self.given["function"] is F.dropout
-        return single and self.given["training"] is True and is_number(p) and 0.0 < p <= 1.0
+        """Whether this is dropout of elements in training, with a probability that may be > 0."""
+        if self.kind != "dropout" or self.given["function"] is not F.dropout:
+            return False
+        return self.given["training"] is True and (
+            is_computed(self.p) or (is_number(self.p) and 0.0 < self.p <= 1.0)
+        )
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Return whether this is a plain number, not one that the graph computes."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_computed(value: object) -> bool:
+    """Return whether this is a node that computes a number from a model's attribute.
+
+    Dynamo makes a node of an attribute that has changed, such as a dropout's p.
+    """
+    return isinstance(value, Node) and isinstance(value.meta.get("example_value"), torch.SymFloat)
 
 
 # --- readers: their parameters have the names and defaults of torch -------------------------------
@@ -203,7 +219,7 @@ _PURE: frozenset[Any] = frozenset(
         *(torch.sub, torch.mul, torch.div, torch.transpose, torch.permute),
         *("sub", "mul", "div", "transpose", "permute", "mean", "size", "flatten", "reshape"),
         *("view", "contiguous", "unsqueeze", "squeeze", "expand", "chunk", "split", "unbind"),
-        *("matmul", "sigmoid", "tanh", "softmax", "to", "float", "sum", "dim", "numel"),
+        *("matmul", "sigmoid", "tanh", "softmax", "to", "float", "sum", "dim", "numel", "item"),
     )
 )
 
