@@ -154,7 +154,7 @@ def _checkpointed(body: GraphModule, *args: Any, **kwargs: Any) -> Any:
 
 # --- what the user is told ------------------------------------------------------------------------
 
-_reported: weakref.WeakSet[Any] = weakref.WeakSet()
+_reported: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _tell(report: Report) -> None:
@@ -171,11 +171,12 @@ def _tell(report: Report) -> None:
         return
     compiled: Any = CompileContext.current_compile_id()
     times = (compiled.frame_compile_id or 0) + 1
-    if times > _MANY and frame.f_code not in _reported:
-        _reported.add(frame.f_code)
+    warned = counters["fusereg warned"]  # DDP compiles one function in pieces
+    if times == _MANY + 1 and not warned[str(compiled)]:
+        warned[str(compiled)] += 1
         _log.warning(
-            "fusereg.backend: %s is compiled for the %dth time; probably a number changes at every "
-            "step, such as a dropout's p. Change it once an epoch, or raise "
+            "fusereg.backend: %s is compiled for the %dth time, as when a number that it reads, "
+            "such as a dropout's p, changes at every step. Change it once an epoch, or raise "
             "torch._dynamo.config.recompile_limit (%d): beyond it torch runs this code uncompiled",
             name,
             times,

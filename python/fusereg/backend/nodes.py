@@ -1,4 +1,4 @@
-"""What a call in Dynamo's graph does, as far as a chain needs to know it.
+"""Readers of the calls in Dynamo's graph: what each does, as far as a chain needs to know it.
 
 The graph has torch's functions, with arguments as the caller wrote them. A reader has the signature
 of such a function and returns the arguments by name; one that it does not know is a TypeError, and
@@ -30,12 +30,9 @@ _DROPOUTS: dict[Any, Callable[..., Any]] = {
 DROPOUTS = tuple(_DROPOUTS.values())
 
 #: Functions of this package that are one node each, in native layers and in what is rewritten.
-_LEAVES = (
-    *("batch_norm", "activation_dropout", "bias_dropout_add", "dropout_add", "drop_path_add"),
-    *("dropout_add_layer_norm", "dropout_add_rms_norm", "drop_path", "drop_block2d"),
-    *("gaussian_dropout", "consistent_dropout", "drop_connect_linear", "drop_connect_conv2d"),
+LEAVES: tuple[Callable[..., Any], ...] = tuple(
+    getattr(F, name) for name in F.__all__ if not name.endswith(("_penalty", "_mask"))
 )
-LEAVES: tuple[Callable[..., Any], ...] = (*DROPOUTS, *(getattr(F, name) for name in _LEAVES))
 
 
 class Call(NamedTuple):
@@ -67,7 +64,7 @@ class Call(NamedTuple):
 
     @property
     def drops(self) -> bool:
-        """Whether this is dropout of elements in training, with a probability that may be > 0."""
+        """True for dropout of elements in training, with a probability that may be > 0."""
         if self.kind != "dropout" or self.given["function"] is not F.dropout:
             return False
         return self.given["training"] is True and (

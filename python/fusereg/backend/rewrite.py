@@ -1,4 +1,4 @@
-"""Replaces chains of calls in Dynamo's graph by calls of this package.
+"""Replacement of chains of calls in Dynamo's graph by calls of this package.
 
 A chain is replaced by one call at the place of its last node. That is equivalent if each value
 inside has no reader but the next node, and if no node in between writes to what the chain reads, or
@@ -41,7 +41,7 @@ class NotFusedError(Exception):
 
 @dataclass
 class Report:
-    """What was fused, and what was left and why, with counts."""
+    """Counts of what was fused, and of what was left and why."""
 
     fused: Counter[str] = field(default_factory=Counter)
     left: Counter[str] = field(default_factory=Counter)
