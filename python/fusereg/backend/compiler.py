@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import lookup_backend
+from torch._dynamo import lookup_backend, register_backend
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters
 from torch._guards import CompileContext
@@ -84,6 +84,11 @@ def fusereg_backend(
         return compiler(  # type: ignore[no-any-return]
             graph_module, example_inputs, config_patches=patches
         )
+
+
+# An entry point names the backend where the package is installed; elsewhere importing this does.
+if "fusereg" not in torch.compiler.list_backends():
+    register_backend(fusereg_backend, name="fusereg")
 
 
 def _options(mode: str | None, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
