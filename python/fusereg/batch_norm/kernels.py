@@ -228,6 +228,8 @@ def moments_of(x: Tensor, mask: Tensor | None = None, group_samples: int = 0) ->
     """Return the moments of x alone: float64 [3, statistics]."""
     call = Call(Inputs(x, mask=mask), Constants(COMPUTE, 1.0, group_samples))
     x = supported(x, call)
+    if mask is not None:
+        mask = mask.contiguous()
     count = statistics_shape(x, group_samples)
     moments = torch.empty((3, count), dtype=torch.float64, device=x.device)
     tensors = (None, moments, None, x, None, mask, None, None, None, None, None)
@@ -257,7 +259,9 @@ def _counts(batches: Tensor, x: Tensor) -> bool:
 def _supported(call: Call) -> Inputs:
     """Return the inputs in layouts that the kernels support, copied where they must be."""
     inputs = call.inputs
-    x, residual = supported(inputs.x, call), inputs.residual
+    x, residual, mask = supported(inputs.x, call), inputs.residual, inputs.mask
+    if mask is not None:
+        mask = mask.contiguous()
     if residual is not None and (
         residual.stride() != x.stride() or _C.inspect(residual) != (0, True)
     ):
@@ -267,7 +271,7 @@ def _supported(call: Call) -> Inputs:
         for name in ("weight", "bias", "running_mean", "running_var")
         if (t := getattr(inputs, name)) is not None
     }
-    return inputs._replace(x=x, residual=residual, **vectors)
+    return inputs._replace(x=x, residual=residual, mask=mask, **vectors)
 
 
 def backward(
