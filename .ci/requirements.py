@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 try:
@@ -12,13 +13,15 @@ except ModuleNotFoundError:  # before Python 3.11; scikit-build-core brings it
 project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def requirements(extra: str) -> list[str]:
-    """Return what an extra lists, with what it includes of the package's other extras."""
-    found: list[str] = []
-    for line in project["optional-dependencies"][extra]:
-        own = re.fullmatch(rf"{project['name']}\[(.*)\]", line)
-        found += sum(map(requirements, own[1].split(",")), []) if own else [line]
-    return found
+def requirements(listed: list[str]) -> Iterator[str]:
+    """Yield these requirements; in place of the package's own extras, what they list."""
+    for line in listed:
+        if own := re.fullmatch(rf"{project['name']}\[(.*)\]", line):
+            for extra in own[1].split(","):
+                yield from requirements(project["optional-dependencies"][extra])
+        else:
+            yield line
 
 
-print(*dict.fromkeys(sum(map(requirements, sys.argv[1:]), project["dependencies"])), sep="\n")
+wanted = [f"{project['name']}[{extra}]" for extra in sys.argv[1:]]
+print(*dict.fromkeys(requirements(project["dependencies"] + wanted)), sep="\n")
