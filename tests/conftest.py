@@ -8,6 +8,7 @@ instead, and those that do not take ``backend`` are left out, for they have run 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -139,6 +140,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    """Leave the imported modules out of garbage collections, which the compiler runs at each reset."""
+    gc.freeze()
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

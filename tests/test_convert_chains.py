@@ -221,8 +221,6 @@ def test_tensors_changed_in_place_elsewhere() -> None:
 
 # --- code that cannot be read ---------------------------------------------------------------------
 
-SWITCH = True
-
 
 class Unreadable(nn.Module):
     def __init__(self) -> None:
@@ -255,11 +253,6 @@ class CallsAnother(Unreadable):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head.scaled(self.chain(x))
-
-
-class ReadsGlobal(Unreadable):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.chain(x) if SWITCH else x
 
 
 class AsksForType(Unreadable):

@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusereg
-from plain_models import BasicBlock, Calls, close, images, stir, watched_calls
+from plain_models import MODELS, BasicBlock, Calls, Maker, images, stir, watched_calls
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return watched_calls(monkeypatch)
+
 
 FACTOR = 1.0
 SETTINGS = {"factor": 1.0}
@@ -65,16 +71,6 @@ class Base(nn.Module):
     @staticmethod
     def static(x: Tensor) -> Tensor:
         return x * 1.0
-
-
-def model(work: Callable[[Any, Tensor], Tensor]) -> type[Base]:
-    """Return a model whose forward is the chain and this work, as written here."""
-    namespace = {"__module__": __name__}
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return work(self, self.chain(x))
-
-    return type(getattr(work, "__name__", "Work"), (Base,), {**namespace, "forward": forward})
 
 
 def set_attribute(name: str, value: object) -> Callable[[Any], None]:
@@ -510,7 +506,7 @@ def test_most_of_these_models_are_rewritten() -> None:
     classes = {cls for cls, _ in [*OF_MODELS, *OF_SHARED]}
     left = {cls for cls in classes if not hasattr(twins_of(cls)[1], "fusereg_plans")}
     assert left == {
-        ReadsModeOfChild, ReadsGlobalDict, TakesFloat, BranchesOnBuffer,
+        READS_CLOSURE, ReadsModeOfChild, ReadsGlobalDict, TakesFloat, BranchesOnBuffer,
         AsksForGradients, AsksForDeterminism, AsksForDtype, AsksForAutocast, AsksForThreads,
         AsksForExport, AsksForProcesses, AsksForEnvironment,
     }  # fmt: skip
@@ -540,9 +536,6 @@ def test_a_change_of_what_models_share_is_seen(cls: type[Base], change: Callable
 
 
 # --- compiled -------------------------------------------------------------------------------------
-
-#: What Dynamo itself does not see, for any model: see docs/convert.md.
-UNSEEN = {AsksForProcesses}
 
 
 @pytest.fixture
@@ -574,19 +567,25 @@ def test_a_change_of_the_model_is_seen_by_compiled_code(
 def test_a_change_of_what_models_share_is_seen_by_compiled_code(
     cls: type[Base], change: Callable[[], Undo]
 ) -> None:
-    if cls in UNSEEN:
-        pytest.skip("Dynamo does not see it in any model")
     plain, converted = twins_of(cls)
-    compiled = torch.compile(converted, backend="eager")
+    compiled, reference = (
+        torch.compile(m, backend="eager") for m in (converted, copy.deepcopy(plain))
+    )
     agree(plain, compiled)
+    agree(plain, reference)
     undo = change()
     try:
+        try:
+            agree(plain, reference)
+        except AssertionError:
+            pytest.skip("Dynamo does not see it in the original model either")
         agree(plain, compiled)
     finally:
         undo()
     agree(plain, compiled)
 
 
+@pytest.mark.usefixtures("guarded")
 @pytest.mark.parametrize(
     "cls", [ReadsClass, ReadsGlobal, CallsGlobal, CallsBuiltin, ChainsOfOthers]
 )
@@ -594,3 +593,376 @@ def test_compiled_code_has_the_chain_and_no_break(cls: type[Base], calls: Calls)
     converted = twins_of(cls)[1]
     torch.compile(converted, backend="eager", fullgraph=True)(torch.randn(4, 3, 5, 5))
     assert ("relu", False, 0.0) in calls
+
+
+# --- the conversion changes classes and nothing else ----------------------------------------------
+
+
+class CountsInBuffer(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps.add_(1)
+        return self.chain(x)
+
+
+class AddsToBuffer(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        steps = self.steps
+        steps += 1
+        return self.chain(x)
+
+
+class AveragesInBuffer(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        self.steps.mul_(0.9).add_(y.mean().detach())
+        return y
+
+
+class InitializesItself(Base):
+    """ActNorm's way: the first batch sets the scale."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        if self.steps == 0:
+            self.steps.fill_(1)
+            self.temperature.copy_(y.std().detach())
+        return y / self.temperature
+
+
+class DrawsItself(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y + torch.zeros_like(y).uniform_() * 0
+
+
+class DrawsFromTorch(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x) * (1 + 0 * torch.bernoulli(x.sigmoid()))
+
+
+class DrawsFromPython(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y if random.random() < 2 else -y
+
+
+class TakesSeveral(Base):
+    def forward(self, x: Any) -> Tensor:
+        return self.chain(x if torch.is_tensor(x) else torch.cat(x, 1))
+
+
+class SetsItself(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        self.own += 1.0
+        return self.chain(x)
+
+
+class CatchesErrors(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        try:
+            return y * float(self.temperature)
+        except TypeError:
+            return y * 5.0
+
+
+class WritesText(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y * len(f"{self.temperature.item()}")
+
+
+class ComparesObjects(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.drop(self.chain(x))
+        return y * 2 if self.drop(y) is y else y
+
+
+class HasProperty(Base):
+    @property
+    def twice(self) -> float:
+        return self.own * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x) * self.twice
+
+
+#: A model whose forward cannot be rewritten, and the beginning of the reason.
+LEFT: list[tuple[type[Base], str]] = [
+    (CountsInBuffer, "it changes steps in place"),
+    (AddsToBuffer, "it changes steps in place"),
+    (AveragesInBuffer, "it changes steps in place"),
+    (InitializesItself, "it decides by the value of a tensor"),
+    (DrawsItself, "it calls uniform_, which draws random numbers"),
+    (DrawsFromTorch, "it uses bernoulli, which may depend on more than its arguments"),
+    (DrawsFromPython, "it uses random, which may depend on more than its arguments"),
+    (TakesSeveral, "it uses is_tensor, which may depend on more than its arguments"),
+    (SetsItself, "it sets an attribute"),
+    (CatchesErrors, "it has a with or try statement"),
+    (WritesText, "it takes a number or text out of a tensor"),
+    (ComparesObjects, "it compares objects by identity"),
+    (HasProperty, "it reads self.twice, a property; set an attribute in __init__"),
+    (READS_CLOSURE, "it reads factor of the function around it; make it an attribute"),
+    (TakesFloat, "it takes a number or text out of a tensor"),
+    (ReadsModeOfChild, "it reads self.drop.training, the mode of another layer"),
+    (ReadsGlobalDict, "it reads SETTINGS, a dict, which may change unseen; make it a tuple"),
+    (BranchesOnBuffer, "it decides by the value of a tensor"),
+    (AsksForGradients, "it uses is_grad_enabled"),
+    (AsksForDeterminism, "it uses are_deterministic_algorithms_enabled"),
+    (AsksForDtype, "it compares objects by identity"),
+    (AsksForAutocast, "it uses is_autocast_enabled"),
+    (AsksForThreads, "it uses get_num_threads"),
+    (AsksForExport, "it uses is_in_onnx_export"),
+    (AsksForProcesses, "it uses is_initialized"),
+    (AsksForEnvironment, "it reads environ"),
+]
+
+
+@pytest.mark.parametrize(("cls", "reason"), LEFT, ids=[cls.__name__ for cls, _ in LEFT])
+def test_forwards_that_cannot_be_followed_are_left_alone_with_the_reason(
+    cls: type[Base], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    plain = cls()
+    with caplog.at_level("INFO", "fusereg"):
+        converted = fusereg.convert(copy.deepcopy(plain))
+    assert type(converted) is cls
+    assert f"the model ({cls.__name__}) not fused: {reason}" in caplog.text
+    for training in (True, True, False):
+        plain.train(training)
+        agree(plain, converted.train(training))
+    for a, b in zip(converted.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def state(m: nn.Module) -> list[Any]:
+    """Return all that a model holds, with the identity, version and bytes of tensors."""
+    found: list[Any] = []
+    for module in m.modules():
+        for name, value in sorted(vars(module).items()):
+            if name in ("_fusereg_original", "fusereg_plans") or name in EXTRA:
+                continue
+            found.append((id(module), name, id(value)))
+            if isinstance(value, dict):
+                found.append([(key, id(held)) for key, held in value.items()])
+            else:
+                found.append(repr(value))
+    for tensor in (*m.parameters(), *m.buffers()):
+        grad = None if not isinstance(tensor, nn.Parameter) else tensor.requires_grad
+        found.append((id(tensor), tensor._version, tensor.data_ptr(), grad, tensor.tolist()))
+    return found
+
+
+#: Attributes that fusereg's batch norms have and torch's do not.
+EXTRA = ("activation", "dropout", "negative_slope", "update_stats", "inplace")
+
+
+def random_states() -> list[Any]:
+    return [torch.get_rng_state().tolist(), random.getstate()]
+
+
+@pytest.mark.parametrize("make", [*MODELS, *(cls for cls, _ in LEFT)])
+def test_conversion_changes_classes_and_nothing_else(make: Maker) -> None:
+    m = make()
+    stir(m)
+    before, draws = state(m), random_states()
+    names = [sorted(vars(module)) for module in m.modules()]
+    classes = [type(module) for module in m.modules()]
+    for _ in range(2):
+        fusereg.convert(m)
+        assert state(m) == before
+        fusereg.revert(m)
+        assert state(m) == before
+        assert [sorted(vars(module)) for module in m.modules()] == names
+        assert [type(module) for module in m.modules()] == classes
+    assert random_states() == draws
+
+
+# --- threads and profilers ------------------------------------------------------------------------
+
+
+def forwards(m: nn.Module) -> list[str]:
+    return [
+        getattr(module, "fusereg_plans", ((),))[0].run.__code__.co_code.hex()
+        if getattr(module, "fusereg_plans", ())
+        else type(module).__name__
+        for module in m.modules()
+    ]
+
+
+def test_threads_convert_at_once_and_disturb_no_other_thread() -> None:
+    models: list[nn.Module] = [
+        nn.Sequential(BasicBlock(3, 3), BasicBlock(3, 6, 2)) for _ in range(16)
+    ]
+    wanted = forwards(fusereg.convert(copy.deepcopy(models[0])))
+    assert sum(len(code) > 50 for code in wanted) == 2
+    served, failed, done = [0], [], threading.Event()
+
+    def serve() -> None:
+        other, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.ones(1, 2)
+        while not done.is_set() or not served[0]:
+            try:
+                other(x)
+                served[0] += 1
+            except Exception as error:
+                failed.append(error)
+
+    server = threading.Thread(target=serve)
+    server.start()
+    barrier = threading.Barrier(len(models))
+
+    def convert(m: nn.Module) -> None:
+        barrier.wait()
+        fusereg.convert(m)
+
+    threads = [threading.Thread(target=convert, args=(m,)) for m in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    server.join()
+    assert not failed
+    assert served[0] > 0
+    assert all(forwards(m) == wanted for m in models)
+
+
+def test_one_model_can_be_run_by_a_thread_while_another_converts_it() -> None:
+    m = nn.Sequential(*(BasicBlock(3, 3) for _ in range(6))).eval()
+    x = images(2).float()
+    wanted = m(x)
+    got: list[Tensor] = []
+    done = threading.Event()
+
+    def serve() -> None:
+        while not done.is_set() or not got:
+            got.append(m(x))
+
+    server = threading.Thread(target=serve)
+    server.start()
+    for _ in range(5):
+        fusereg.revert(fusereg.convert(m))
+    done.set()
+    server.join()
+    assert got
+    for y in got:
+        torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
+
+
+def after_the_conversion() -> None:
+    """Appear in the profile."""
+
+
+def test_under_a_profiler_all_chains_are_fused_and_the_profile_goes_on() -> None:
+    wanted = forwards(fusereg.convert(BasicBlock(3, 6, 2)))
+    m = BasicBlock(3, 6, 2)
+    profile = cProfile.Profile()
+    profile.enable()
+    fusereg.convert(m)
+    after_the_conversion()
+    profile.disable()
+    assert forwards(m) == wanted
+    called = {name for _, _, name in pstats.Stats(profile).stats}  # type: ignore[attr-defined]
+    assert "after_the_conversion" in called
+
+
+# --- other tools ----------------------------------------------------------------------------------
+
+
+def test_converted_models_are_traced_by_torch_fx_as_the_original_ones() -> None:
+    plain = BasicBlock(3, 6, 2)
+    converted = fusereg.convert(copy.deepcopy(plain))
+    graphs = [torch.fx.symbolic_trace(m) for m in (plain, converted)]
+    ours, theirs = ([(n.op, str(n.target)) for n in g.graph.nodes] for g in graphs)
+    assert ours == theirs
+    agree(plain, graphs[1])
+    whole = torch.fx.symbolic_trace(nn.Sequential(converted, nn.Sequential(converted)))
+    assert sum(n.op == "call_module" for n in whole.graph.nodes) == 2 * sum(
+        n.op == "call_module" for n in graphs[0].graph.nodes
+    )
+
+
+def test_scripting_says_in_one_sentence_what_to_do() -> None:
+    m = nn.Sequential(BasicBlock(3, 3), nn.Dropout(0.5)).eval()
+    fusereg.convert(m)
+    for part in (m, m[0], m[1]):
+        with pytest.raises(RuntimeError, match=r"call fusereg\.revert\(model\) first"):
+            torch.jit.script(part)
+    with pytest.raises(RuntimeError, match=r"cannot compile fusereg's Dropout; use torch\.compile"):
+        torch.jit.script(fusereg.nn.Dropout(0.5))
+    fusereg.revert(m)
+    x = images(2).float()
+    torch.testing.assert_close(torch.jit.script(m)(x), m(x))
+
+
+def test_eager_quantization_fuses_a_reverted_model() -> None:
+    def make() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+
+    m = fusereg.convert(make())
+    with pytest.raises(Exception, match=r"fusereg\.batch_norm\.layers\.BatchNorm2d"):
+        torch.ao.quantization.fuse_modules(m, [["0", "1", "2"]])
+    fusereg.revert(m)
+    x = images(2).float()
+    fused = torch.ao.quantization.fuse_modules(m, [["0", "1", "2"]])
+    torch.testing.assert_close(fused(x), m(x), rtol=1e-4, atol=1e-5)
+
+
+# --- what is lost, and layers that stay -----------------------------------------------------------
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y
+
+
+class WithPath(Base):
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.path = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.path(self.bn(self.conv(x))) + x
+
+
+class OfWrapper(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Wrapper(nn.BatchNorm2d(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.relu(self.inner(self.conv(x))))
+
+
+def test_layers_between_that_cost_a_chain_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "fusereg"):
+        fusereg.convert(WithPath(fusereg.nn.DropPath(0.1)))
+        fusereg.convert(WithPath(fusereg.nn.DropBlock2d(0.1, 3)))
+        fusereg.convert(WithPath(Wrapper(nn.Identity())))
+        fusereg.convert(OfWrapper())
+    for name in ("DropPath", "DropBlock2d", "Wrapper"):
+        assert f"the model: bn and add are not fused: path ({name}) is between them" in caplog.text
+    said = "the model: relu is not fused with the BatchNorm2d inside inner (Wrapper)"
+    assert said in caplog.text
+
+
+def test_layers_that_fusereg_cannot_replace_stay_with_the_reason(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm, other = nn.BatchNorm2d(3), nn.BatchNorm2d(3, dtype=torch.complex64)
+    norm.activation = "mine"
+    with caplog.at_level("INFO", "fusereg"):
+        m = fusereg.convert(nn.ModuleList([norm, other]))
+    assert [type(layer) for layer in m] == [nn.BatchNorm2d] * 2
+    assert norm.activation == "mine"
+    assert "0 left alone: fusereg's layer has an attribute activation" in caplog.text
+    assert "1 left alone: its weight is of torch.complex64 on cpu" in caplog.text
+    monkeypatch.setattr(nn.Dropout, "forward", other_scaled_method)
+    with caplog.at_level("INFO", "fusereg"):
+        fusereg.convert(nn.Sequential(nn.Dropout(0.5)))
+    assert "0 left alone: Dropout.forward is not torch's any more" in caplog.text

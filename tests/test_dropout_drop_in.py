@@ -81,7 +81,8 @@ def assert_takes_the_calls_of(ours: Function, theirs: Function) -> None:
         if name != "p" or found[name].default is not None:  # layers: keep_prob may be given
             assert found[name].default == parameter.default, name
     for name in set(found) - set(wanted):
-        assert found[name].default is not inspect.Parameter.empty, name
+        optional = found[name].default is not inspect.Parameter.empty
+        assert optional or found[name].kind is inspect.Parameter.VAR_KEYWORD, name
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -94,6 +95,18 @@ def test_layers_have_the_parameters_of_torchs(name: str) -> None:
     ours, theirs = getattr(fusereg.nn, name), getattr(nn, name)
     assert_takes_the_calls_of(ours, theirs)
     assert_takes_the_calls_of(ours.forward, theirs.forward)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_optimizers_have_the_parameters_of_torchs(name: str) -> None:
+    ours, theirs = getattr(fusereg.optim, name), getattr(torch.optim, name)
+    assert_takes_the_calls_of(ours, theirs)
+    assert_takes_the_calls_of(ours.step, theirs.step)
+
+
+@pytest.mark.parametrize("name", ["clip_grad_norm_", "get_total_norm"])
+def test_norms_have_the_parameters_of_torchs(name: str) -> None:
+    assert_takes_the_calls_of(getattr(fusereg.optim, name), getattr(nn.utils, name))
 
 
 @pytest.mark.parametrize("base", [nn.Linear, nn.Conv2d], ids=lambda c: c.__name__)
@@ -204,6 +217,13 @@ def test_layers_in_evaluation_return_any_tensor_itself(name: str) -> None:
     for kind, x in any_tensors().items():
         result, _ = quiet(layer, x)
         assert result is x or (name == "dropout1d" and isinstance(result, ValueError)), kind
+
+
+def test_a_strided_nested_tensor_is_not_dropped() -> None:
+    nested = any_tensors()["nested"]
+    assert isinstance(quiet(nn.functional.dropout, nested, 0.5)[0], Tensor)
+    with pytest.raises(ValueError, match="input must be a dense, strided tensor, got a nested one"):
+        F.dropout(nested, 0.5)
 
 
 @pytest.mark.parametrize("name", ["dropout", "alpha_dropout"])

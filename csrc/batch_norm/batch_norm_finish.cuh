@@ -102,6 +102,7 @@ __device__ void finish_backward(const Arguments<Backward>& g, std::int64_t slab,
       } else {
         sums = {job.sums[s], job.sums[all + s]};
       }
+      if (t.outer == 0) continue;  // of no elements the variance is 0, and eps may be
       const double variance = read_statistic(job, t, group, c).variance + job.eps;
       total.add({sums.sum, sums.dot / sqrt(variance)});
     }

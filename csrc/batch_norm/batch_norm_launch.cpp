@@ -596,7 +596,9 @@ class BackwardRun : public Passes<BackwardRun> {
       const std::int64_t n = std::min(kMaxColumns, layout_.channels - begin);
       double weight[kMaxColumns] = {}, bias[kMaxColumns] = {}, variance[kMaxColumns];
       if (job_.moments == nullptr) read(job_.running_var, begin, n, 1.0, variance);
-      for (std::int64_t group = 0; group < layout_.groups(); ++group) {
+      // Of no elements the variance is 0, and eps may be.
+      const std::int64_t groups = layout_.numel() == 0 ? 0 : layout_.groups();
+      for (std::int64_t group = 0; group < groups; ++group) {
         const std::int64_t s = group * layout_.channels + begin;
         if (job_.moments != nullptr) std::copy_n(job_.moments + statistics + s, n, variance);
         for (std::int64_t i = 0; i < n; ++i) {

@@ -25,7 +25,8 @@ import zoo  # noqa: E402
 INTRODUCTION = """\
 # Models
 
-{count} models of {libraries} are converted, reverted, folded and trained for one step in the
+{count} models of {libraries} are converted, reverted,
+folded and trained for one step in the
 test suite (`make test-all`; `pip install fusereg[zoo]` for the libraries). In float64, the results
 in training and evaluation, the gradients, and all parameters and buffers after the step are those
 of the model as it was; and after `revert`, it is what it was. Many are made smaller by options.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import lookup_backend
+from torch._dynamo import lookup_backend, register_backend
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters
 from torch._guards import CompileContext
@@ -67,8 +68,8 @@ def fusereg_backend(
     """
     then, patches = _options(mode, options or {})
     report = Report()
-    for module in _bodies(graph_module):
-        fuse(module.graph, report)
+    for module in list(_bodies(graph_module)):
+        fuse(module.graph, report, then == "eager")
         if then == "eager":
             _repair_checkpoints(module)
         module.recompile()
@@ -83,6 +84,11 @@ def fusereg_backend(
         return compiler(  # type: ignore[no-any-return]
             graph_module, example_inputs, config_patches=patches
         )
+
+
+# An entry point names the backend where the package is installed; elsewhere importing this does.
+if "fusereg" not in torch.compiler.list_backends():
+    register_backend(fusereg_backend, name="fusereg")
 
 
 def _options(mode: str | None, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -153,7 +159,7 @@ def _checkpointed(body: GraphModule, *args: Any, **kwargs: Any) -> Any:
 
 # --- what the user is told ------------------------------------------------------------------------
 
-_reported: weakref.WeakSet[Any] = weakref.WeakSet()
+_reported: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _tell(report: Report) -> None:
@@ -170,18 +176,25 @@ def _tell(report: Report) -> None:
         return
     compiled: Any = CompileContext.current_compile_id()
     times = (compiled.frame_compile_id or 0) + 1
-    if times > _MANY and frame.f_code not in _reported:
-        _reported.add(frame.f_code)
+    warned = counters["fusereg warned"]  # DDP compiles one function in pieces
+    if times == _MANY + 1 and not warned[str(compiled)]:
+        warned[str(compiled)] += 1
         _log.warning(
-            "fusereg.backend: %s is compiled for the %dth time; probably a number changes at every "
-            "step, such as a dropout's p. Change it once an epoch, or raise "
+            "fusereg.backend: %s is compiled for the %dth time, as when a number that it reads, "
+            "such as a dropout's p, changes at every step. Change it once an epoch, or raise "
             "torch._dynamo.config.recompile_limit (%d): beyond it torch runs this code uncompiled",
             name,
             times,
             torch._dynamo.config.recompile_limit,
         )
-    for module in [m for m in frame.f_locals.values() if isinstance(m, nn.Module)]:
-        _notice_skipped(module)
+    root = None
+    caller = sys._getframe()
+    while caller.f_back is not None:
+        caller = caller.f_back
+        found = caller.f_locals.get("self")
+        root = found if isinstance(found, nn.Module) else root
+    if root is not None:
+        _notice_skipped(root)
 
 
 def _name(code: Any) -> str:
@@ -201,6 +214,6 @@ def _notice_skipped(module: nn.Module) -> None:
             _log.warning(
                 "fusereg.backend: %s, a %s under fully_shard, is not compiled: torch.compile skips "
                 "torch.nn's own classes there. Make it a class of your own, or use fusereg.convert",
-                path or "the model",
+                path.removeprefix("_orig_mod.") or "the model",
                 type(part).__name__.removeprefix("FSDP"),
             )

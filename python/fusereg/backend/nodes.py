@@ -1,4 +1,4 @@
-"""What a call in Dynamo's graph does, as far as a chain needs to know it.
+"""Readers of the calls in Dynamo's graph: what each does, as far as a chain needs to know it.
 
 The graph has torch's functions, with arguments as the caller wrote them. A reader has the signature
 of such a function and returns the arguments by name; one that it does not know is a TypeError, and
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch.fx import Node
@@ -30,11 +30,8 @@ _DROPOUTS: dict[Any, Callable[..., Any]] = {
 DROPOUTS = tuple(_DROPOUTS.values())
 
 #: Functions of this package that are one node each, in native layers and in what is rewritten.
-LEAVES: tuple[Callable[..., Any], ...] = (
-    *(*DROPOUTS, F.batch_norm, F.drop_path, F.activation_dropout, F.bias_dropout_add),
-    *(F.drop_path_add, F.dropout_add, F.dropout_add_layer_norm, F.dropout_add_rms_norm),
-    *(F.gaussian_dropout, F.drop_block2d, F.consistent_dropout),
-    *(F.drop_connect_linear, F.drop_connect_conv2d),
+LEAVES: tuple[Callable[..., Any], ...] = tuple(
+    getattr(F, name) for name in F.__all__ if not name.endswith(("_penalty", "_mask"))
 )
 
 
@@ -60,16 +57,32 @@ class Call(NamedTuple):
         return [n for name in names if isinstance(n := self.given.get(name), Node)]
 
     @property
-    def drops(self) -> bool:
-        """Whether this is dropout of elements, certain to drop some: its result is new memory."""
+    def p(self) -> Any:
+        """The probability of a dropout: a number, or a node."""
         p = self.given.get("p")
-        single = self.kind == "dropout" and self.given["function"] is F.dropout
-        return single and self.given["training"] is True and is_number(p) and 0.0 < p <= 1.0
+        return float(p) if is_number(p) else p
+
+    @property
+    def drops(self) -> bool:
+        """True for dropout of elements in training, with a probability that may be > 0."""
+        if self.kind != "dropout" or self.given["function"] is not F.dropout:
+            return False
+        return self.given["training"] is True and (
+            is_computed(self.p) or (is_number(self.p) and 0.0 < self.p <= 1.0)
+        )
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Return whether this is a plain number, not one that the graph computes."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_computed(value: object) -> bool:
+    """Return whether this is a node that computes a number from a model's attribute.
+
+    Dynamo makes a node of an attribute that has changed, such as a dropout's p.
+    """
+    return isinstance(value, Node) and isinstance(value.meta.get("example_value"), torch.SymFloat)
 
 
 # --- readers: their parameters have the names and defaults of torch -------------------------------
@@ -203,7 +216,7 @@ _PURE: frozenset[Any] = frozenset(
         *(torch.sub, torch.mul, torch.div, torch.transpose, torch.permute),
         *("sub", "mul", "div", "transpose", "permute", "mean", "size", "flatten", "reshape"),
         *("view", "contiguous", "unsqueeze", "squeeze", "expand", "chunk", "split", "unbind"),
-        *("matmul", "sigmoid", "tanh", "softmax", "to", "float", "sum", "dim", "numel"),
+        *("matmul", "sigmoid", "tanh", "softmax", "to", "float", "sum", "dim", "numel", "item"),
     )
 )
 

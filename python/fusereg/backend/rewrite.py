@@ -1,4 +1,4 @@
-"""Replaces chains of calls in Dynamo's graph by calls of this package.
+"""Replacement of chains of calls in Dynamo's graph by calls of this package.
 
 A chain is replaced by one call at the place of its last node. That is equivalent if each value
 inside has no reader but the next node, and if no node in between writes to what the chain reads, or
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 from torch.utils import _pytree
 
 from .. import functional as F
-from .nodes import DROPOUTS, Call, is_number, read
+from .nodes import DROPOUTS, Call, is_computed, is_number, read
 
 _ROW_NORMS: dict[str, Callable[..., Any]] = {
     "layer_norm": F.dropout_add_layer_norm,
@@ -40,7 +41,7 @@ class NotFusedError(Exception):
 
 @dataclass
 class Report:
-    """What was fused, and what was left and why, with counts."""
+    """Counts of what was fused, and of what was left and why."""
 
     fused: Counter[str] = field(default_factory=Counter)
     left: Counter[str] = field(default_factory=Counter)
@@ -87,16 +88,27 @@ def _storages(nodes: Iterable[Any]) -> set[int]:
     return found
 
 
-def _kind(t: Tensor) -> tuple[str, ...]:
-    """Return what code that reads a tensor can depend on; as text, for sizes may be symbolic."""
-    sizes = [(str(n), str(s)) for n, s in zip(t.shape, t.stride(), strict=True)]
-    strides = [s for n, s in sizes if n != "1"]
-    return str(t.dtype), str(t.device), str([n for n, _ in sizes]), str(strides)
+def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Return whether sizes are known to be equal; symbolic ones are not guarded."""
+    return len(a) == len(b) and all(
+        statically_known_true(x == y) for x, y in zip(a, b, strict=True)
+    )
 
 
 def _alike(a: Any, b: Any) -> bool:
     """Return whether two nodes are tensors of one shape, dtype and device."""
-    return _plain(a) and _plain(b) and _kind(value(a))[:3] == _kind(value(b))[:3]
+    if not _plain(a) or not _plain(b):
+        return False
+    t, u = value(a), value(b)
+    return t.dtype is u.dtype and t.device == u.device and _equal(t.shape, u.shape)
+
+
+def _same_layout(t: Tensor, u: Tensor) -> bool:
+    """Return whether code that reads a tensor could not tell it from another but by its values."""
+    if t.dtype is not u.dtype or t.device != u.device or not _equal(t.shape, u.shape):
+        return False
+    count = [i for i, n in enumerate(u.shape) if not statically_known_true(n == 1)]
+    return _equal([t.stride(i) for i in count], [u.stride(i) for i in count])
 
 
 def _check_call(chain: Chain) -> Any:
@@ -108,7 +120,9 @@ def _check_call(chain: Chain) -> Any:
     kwargs = dict(chain.kwargs)
     if chain.function is F.batch_norm:
         kwargs["update_stats"] = False
-    args, kwargs = map_arg((chain.args, kwargs), value)
+    args, kwargs = map_arg(
+        (chain.args, kwargs), lambda n: 0.5 if is_computed(n) else n.meta.get("example_value")
+    )
     if chain.function in DROPOUTS:
         args = args[:3]  # not in place
     last = value(chain.nodes[-1])
@@ -121,11 +135,14 @@ def _check_call(chain: Chain) -> Any:
         raise NotFusedError((str(error).strip() or type(error).__name__).splitlines()[0]) from None
     results = result if chain.total is not None else (result,)
     for made, node in zip(results, (chain.nodes[-1], chain.total), strict=False):
-        if _kind(made) != _kind(value(node)):
-            raise NotFusedError(
-                f"its result is {_kind(made)} where torch's is {_kind(value(node))}"
-            )
+        if not _same_layout(made, value(node)):
+            raise NotFusedError("its result would differ from torch's in dtype, shape or strides")
     return result
+
+
+def _name(node: Node) -> str:
+    """Return the name of what a node calls."""
+    return str(getattr(node.target, "__name__", node.target))
 
 
 # --- order ----------------------------------------------------------------------------------------
@@ -141,13 +158,13 @@ def _check_order(nodes: Sequence[Node]) -> None:
         if node in nodes:
             inputs = _storages(n for n in node.all_input_nodes if n not in nodes)
             if inputs & writes:
-                raise NotFusedError(f"{node.name} reads what an earlier part of it writes")
+                raise NotFusedError(f"{_name(node)} reads what an earlier part of it writes")
             reads |= inputs
             writes |= _storages(written or ())
         elif written is None:
-            raise NotFusedError(f"{node.name} is called in between")
+            raise NotFusedError(f"{_name(node)} is called in between")
         elif _storages(written) & (reads | writes) or _storages(node.all_input_nodes) & writes:
-            raise NotFusedError(f"{node.name} in between uses the same memory")
+            raise NotFusedError(f"{_name(node)} in between uses the same memory")
         node = node.next
 
 
@@ -166,7 +183,7 @@ def _check_writes(nodes: Sequence[Node]) -> None:
     """
     for node in nodes:
         call = read(node)
-        x = None if call is None else call.x
+        x: Any = None if call is None else call.x
         if call is None or not call.given.get("inplace") or x in nodes or len(nodes) == 1:
             continue
         memory = _storages([x])
@@ -218,7 +235,7 @@ def _residual(add: Call, node: Node) -> Any:
 def _check_numbers(given: dict[str, Any], *names: str) -> None:
     """Raise NotFusedError unless these arguments are numbers, and the mode is a constant."""
     for name in names:
-        if not is_number(given[name]):
+        if not is_number(given[name]) and not (name == "p" and is_computed(given[name])):
             raise NotFusedError(f"{name} is not a constant number")
     if not isinstance(given.get("training", True), bool):
         raise NotFusedError("its mode is computed by the graph")
@@ -260,7 +277,7 @@ def _followed(chain: Chain) -> Chain | None:
             return None
         more = {"activation": name, "negative_slope": slope}
     elif call.drops and given["training"] is True:
-        name, more = "dropout", {"dropout": float(call.given["p"])}
+        name, more = "dropout", {"dropout": call.p}
     else:
         return None
     name = f"{chain.name} + {name}"
@@ -275,21 +292,18 @@ def _row_norms(node: Node) -> Iterator[Chain]:
         return
     total: Node = call.x
     for dropped in (add.x, add.given["other"]):
-        drop = _dropout_before(dropped, total)
+        drop = _dropout_before(dropped, add, total)
         if drop is None:
             continue
-        if add.given.get("inplace") and not drop.drops:
-            raise NotFusedError("the sum is written into the input of a dropout that drops nothing")
         order = list(node.graph.nodes)
         others = [user for user in total.users if user is not node]
         if any(order.index(user) < order.index(node) for user in others):
             raise NotFusedError("the sum is read before it is normalized")
-        kwargs = {
-            name: call.given[name] for name in ("weight", "bias", "eps") if name in call.given
-        }
+        kept = ("weight", "bias", "eps")
+        kwargs = {name: given for name, given in call.given.items() if name in kept}
         if kwargs["eps"] is not None:
             _check_numbers(kwargs, "eps")
-        kwargs["p"] = float(drop.given["p"]) if drop.drops else 0.0
+        kwargs["p"] = drop.p if drop.drops else 0.0
         kwargs["return_sum"] = bool(others)
         norm = "layer_norm" if "bias" in kwargs else "rms_norm"
         yield Chain(
@@ -302,12 +316,14 @@ def _row_norms(node: Node) -> Iterator[Chain]:
         )
 
 
-def _dropout_before(node: Any, user: Node) -> Call | None:
-    """Return the dropout of elements whose result is read by this node alone, if it is one."""
+def _dropout_before(node: Any, add: Call, user: Node) -> Call | None:
+    """Return the dropout of elements whose result this sum alone reads, if it is one."""
     drop = _is(node, "dropout")
     if drop is None or drop.given["function"] is not F.dropout or not _feeds(node, user):
         return None
     _check_numbers(drop.given, "p")
+    if add.given.get("inplace") and not (drop.drops and is_number(drop.p)):
+        raise NotFusedError("the sum is written into the input of a dropout that drops nothing")
     return drop
 
 
@@ -317,10 +333,10 @@ def _sums(node: Node) -> Iterator[Chain]:
     if add is None:
         return
     for dropped in (add.x, add.given["other"]):
-        drop = _dropout_before(dropped, node)
+        drop = _dropout_before(dropped, add, node)
         if drop is None or not drop.drops:
             continue
-        nodes, residual, p = [dropped, node], _residual(add, dropped), float(drop.given["p"])
+        nodes, residual, p = [dropped, node], _residual(add, dropped), drop.p
         yield Chain(nodes, "dropout + add", F.dropout_add, (drop.x, residual, p), {})
         biased = _is(drop.x, "add")
         if biased is not None and _feeds(drop.x, dropped) and biased.given["alpha"] == 1:
@@ -336,22 +352,22 @@ def _is_bias(bias: Any, x: Any) -> bool:
     """Return whether a node is a vector that is added to each row of another."""
     if not _plain(bias) or not _plain(x) or value(bias).dim() != 1 or value(x).dim() < 2:
         return False
-    return str(value(bias).shape[-1]) == str(value(x).shape[-1])
+    return _equal(value(bias).shape, value(x).shape[-1:])
 
 
 def _drops(node: Node) -> Iterator[Chain]:
     """Yield a dropout alone, and with the activation before it."""
     call = _is(node, "dropout")
-    if call is None or call.given["training"] is False or call.given["p"] == 0:
+    if call is None or call.given["training"] is False or call.p == 0.0:
         return
     if node.target not in DROPOUTS:
         _check_numbers(call.given, "p")
         function, inplace = call.given["function"], bool(call.given.get("inplace"))
-        args: tuple[Any, ...] = (call.x, float(call.given["p"]), True, inplace)
+        args: tuple[Any, ...] = (call.x, call.p, True, inplace)
         yield Chain([node], function.__name__, function, args, {})
     before = _is(call.x, "activation")
     if before is not None and call.drops and _feeds(call.x, node):
-        activation, p = before.given["activation"], float(call.given["p"])
+        activation, p = before.given["activation"], call.p
         if activation != "leaky_relu":
             name, args = f"{activation} + dropout", (before.x, p, activation)
             yield Chain([call.x, node], name, F.activation_dropout, args, {})
@@ -360,8 +376,11 @@ def _drops(node: Node) -> Iterator[Chain]:
 # --- replacing them -------------------------------------------------------------------------------
 
 
-def fuse(graph: Graph, report: Report) -> None:
-    """Replace every chain of a graph, and report what was done."""
+def fuse(graph: Graph, report: Report, eager: bool) -> None:
+    """Replace every chain of a graph, and report what was done.
+
+    ``eager``: the graph will be run as it is, so that numbers that it computes are plain ones.
+    """
     if any("functorch" in str(getattr(n.target, "__module__", "")) for n in graph.nodes):
         report.left["all: a torch.func transform is called"] += 1
         return
@@ -369,13 +388,15 @@ def fuse(graph: Graph, report: Report) -> None:
         gone: set[Node] = set()
         for node in list(graph.nodes):
             if node not in gone:
-                gone.update(_fuse_at(node, find, report))
+                gone.update(_fuse_at(node, find, report, eager))
     graph.lint()
 
 
-def _fuse_at(node: Node, find: Callable[[Node], Iterator[Chain]], report: Report) -> Sequence[Node]:
+def _fuse_at(
+    node: Node, find: Callable[[Node], Iterator[Chain]], report: Report, eager: bool
+) -> Sequence[Node]:
     """Replace the longest chain that is found at a node; return the nodes that are gone."""
-    name = str(getattr(node.target, "__name__", node.target))
+    name = _name(node)
     chains: list[Chain] = []
     try:
         for chain in find(node):
@@ -387,6 +408,8 @@ def _fuse_at(node: Node, find: Callable[[Node], Iterator[Chain]], report: Report
         try:
             if not all(_plain(n) for n in (*chain.nodes, *chain.args[:1])):
                 raise NotFusedError("it is not called on ordinary dense tensors")
+            if not eager and any(map(is_computed, (*chain.args, *chain.kwargs.values()))):
+                raise NotFusedError("p is not a constant number")
             _check_order(chain.nodes)
             _check_writes(chain.nodes)
             _replace(graph=node.graph, chain=chain, result=_check_call(chain))

@@ -84,6 +84,8 @@ class Call:
     momentum: float = 0.0
     #: Whether kernels may be called at once (dispatch.direct).
     direct: bool = True
+    #: Whether the caller gave dropout's seed.
+    seeded: bool = False
     #: float64 [3, statistics]: mean, biased variance, count.
     moments: Tensor | None = None
     #: One bit an element: the sign of what the activation was applied to.
@@ -117,6 +119,11 @@ class Gradients(NamedTuple):
 def result_like(x: Tensor) -> Tensor:
     """Return memory for y with the strides of torch's own result."""
     return torch.empty_like(x, memory_format=format_like(x))
+
+
+def strides_of_result(x: Tensor) -> tuple[int, ...]:
+    """Return the strides of :func:`result_like`."""
+    return torch.empty_like(x, device="meta", memory_format=format_like(x)).stride()
 
 
 def format_like(x: Tensor) -> torch.memory_format:
@@ -228,6 +235,8 @@ def moments_of(x: Tensor, mask: Tensor | None = None, group_samples: int = 0) ->
     """Return the moments of x alone: float64 [3, statistics]."""
     call = Call(Inputs(x, mask=mask), Constants(COMPUTE, 1.0, group_samples))
     x = supported(x, call)
+    if mask is not None:
+        mask = mask.contiguous()
     count = statistics_shape(x, group_samples)
     moments = torch.empty((3, count), dtype=torch.float64, device=x.device)
     tensors = (None, moments, None, x, None, mask, None, None, None, None, None)
@@ -257,7 +266,9 @@ def _counts(batches: Tensor, x: Tensor) -> bool:
 def _supported(call: Call) -> Inputs:
     """Return the inputs in layouts that the kernels support, copied where they must be."""
     inputs = call.inputs
-    x, residual = supported(inputs.x, call), inputs.residual
+    x, residual, mask = supported(inputs.x, call), inputs.residual, inputs.mask
+    if mask is not None:
+        mask = mask.contiguous()
     if residual is not None and (
         residual.stride() != x.stride() or _C.inspect(residual) != (0, True)
     ):
@@ -267,7 +278,7 @@ def _supported(call: Call) -> Inputs:
         for name in ("weight", "bias", "running_mean", "running_var")
         if (t := getattr(inputs, name)) is not None
     }
-    return inputs._replace(x=x, residual=residual, **vectors)
+    return inputs._replace(x=x, residual=residual, mask=mask, **vectors)
 
 
 def backward(

@@ -204,7 +204,7 @@ class Finder:
             return None
         layer = self._layer(node)
         if layer is not None and activation_of(layer) is None:
-            # A dropout, or GELU's tanh form, which the dropout kernel can fuse and batch norm's not.
+            # A dropout, or GELU's tanh form, which batch norm's kernel cannot fuse.
             known = _chain.is_dropout(layer) or _chain.fused_activation(layer) is not None
             fits = node.args == (source,) and not node.kwargs and self.allowed(str(node.target))
             return layer if known and fits else None

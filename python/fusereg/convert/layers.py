@@ -14,15 +14,17 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional as F
 from .. import nn as fused_nn
 from ..batch_norm.known import activation_of
 from ..core import dispatch
-from ..core.trace import UntraceableError
+from ..core.layer import refuse_script
+from ..core.trace import TORCH, UntraceableError
 from . import chain as _chain
 from .trace import Plan, renewed
 
@@ -50,6 +52,31 @@ def _extras(original: type[nn.Module]) -> dict[str, Any]:
         arguments = {"num_features": 1, "device": "meta"}
     theirs, ours = original(**arguments), SWAPS[original](**arguments)
     return {name: value for name, value in vars(ours).items() if name not in vars(theirs)}
+
+
+#: Where fusereg's layers compute, and with parameters of which types.
+_DEVICES = ("cpu", "cuda", "meta")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def why_not_convertible(layer: nn.Module) -> str | None:
+    """Return why a layer of torch or timm stays as it is; None if it can be converted."""
+    cls: Any = type(layer)
+    if "forward" in vars(layer):
+        return "its forward is set on the object"
+    if cls in SWAPS and not cls.forward.__code__.co_filename.startswith(TORCH):
+        return f"{cls.__name__}.forward is not torch's any more"
+    names = [] if cls not in SWAPS else [name for name in _extras(cls) if name in vars(layer)]
+    if names:
+        return f"fusereg's layer has an attribute {names[0]} for something else; rename this one"
+    for name, tensor in (*layer._parameters.items(), *layer._buffers.items()):
+        if tensor is None or name == "num_batches_tracked":
+            continue
+        if tensor.dtype not in _DTYPES or tensor.device.type not in _DEVICES:
+            return (
+                f"its {name} is of {tensor.dtype} on {tensor.device}, which fusereg does not have"
+            )
+    return None
 
 
 def swap(layer: nn.Module) -> None:
@@ -83,6 +110,10 @@ class Adapted:
 
     fusereg_original: type[nn.Module]
     fusereg_kind: str
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        module: Any = self
+        refuse_script(module)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced: tuple[Any, ...] = tuple(super().__reduce_ex__(max(2, protocol)))
@@ -138,8 +169,8 @@ class Planned:
         super().__setstate__(state)  # type: ignore[misc]
         module: Any = self
         try:
-            plans = renewed(self.fusereg_plans, module, type(module).fusereg_original.forward)
-            self.fusereg_plans = tuple(plans)
+            forward = type(module).fusereg_original.forward
+            self.fusereg_plans = renewed(self.fusereg_plans, module, forward)
         except UntraceableError:
             self.fusereg_plans = ()
 

@@ -240,8 +240,9 @@ def _convert_layer(name: str, module: nn.Module, report: _Report) -> None:
     if kind is None and type(module) not in _layers.SWAPS:
         report.skip(name, "left alone", f"{what} is a subclass of torch's layer")
         return
-    if "forward" in vars(module):
-        report.skip(name, "left alone", "its forward is set on the object")
+    reason = _layers.why_not_convertible(module)
+    if reason is not None:
+        report.skip(name, "left alone", reason)
         return
     if kind is None:
         _layers.swap(module)

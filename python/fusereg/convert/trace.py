@@ -6,7 +6,7 @@ call, by a function that is generated for it. If one of them has changed, the or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class _Check:
     def __init__(self, arguments: list[str]) -> None:
         self.names: dict[str, Any] = {"Tensor": Tensor, "NOTHING": Found.NOTHING, "same": _same}
         self.modules: dict[Path, str] = {(): "self"}
+        self.dictionaries: dict[Path, str] = {}
         self.lines = [f"def fits(self, {', '.join(arguments)}):"]
         self.require(*(f"isinstance({name}, Tensor)" for name in arguments))
 
@@ -44,12 +45,19 @@ class _Check:
         self.names[name] = value
         return name
 
+    def children(self, path: Path) -> str:
+        """Return the name of the dictionary of a module's children."""
+        if path not in self.dictionaries:
+            name = self.dictionaries[path] = f"d{len(self.dictionaries)}"
+            self.lines.append(f"    {name} = {self.module(path)}._modules")
+        return self.dictionaries[path]
+
     def module(self, path: Path) -> str:
         """Return the name of a module on the way from the traced one."""
         if path not in self.modules:
-            parent = self.module(path[:-1])
+            children = self.children(path[:-1])
             name = self.modules[path] = f"m{len(self.modules)}"
-            self.lines.append(f"    {name} = {parent}._modules.get({path[-1]!r})")
+            self.lines.append(f"    {name} = {children}.get({path[-1]!r})")
             self.require(f"{name} is not None")
         return self.modules[path]
 
@@ -64,22 +72,26 @@ class _Check:
             now = f"{space}.get({name!r}, NOTHING)"
         else:
             if value is Found.MODULE:
-                self.module((*read.owner, name))
+                if (*read.owner, name) not in self.modules:
+                    self.require(f"{self.children(read.owner)}.get({name!r}) is not None")
+                return
+            if name == "_modules":
+                self.require(f"[*{self.children(read.owner)}] == {list(value)!r}")
                 return
             on = self.module(read.owner) if isinstance(read.owner, tuple) else self.name(read.owner)
-            if name == "_modules":
-                self.require(f"tuple({on}._modules) == {value!r}")
-                return
             now = f"{on}.{name}" if name == "training" else f"getattr({on}, {name!r}, NOTHING)"
             if name in ("__class__", "__iter__"):
                 now = f"type({on})" + ("" if name == "__class__" else ".__iter__")
             if read.method:
-                now = f"getattr({now}, '__func__', None)"
+                # The second, because Dynamo does not guard the first.
+                code = self.name(value.__code__)
+                self.require(f"{name!r} not in {on}.__dict__ and {on}.{name}.__code__ is {code}")
+                now = f"getattr(type({on}), {name!r}, NOTHING)"
         if value is Found.TENSOR:
             self.require(f"isinstance({now}, Tensor)")
         elif value is None or isinstance(value, bool):
             self.require(f"{now} is {value}")
-        elif is_plain(value) and name not in ("__defaults__", "cell_contents"):
+        elif is_plain(value) and name != "__defaults__":
             self.require(f"same({now}, {self.name(value)})")
         else:
             self.require(f"{now} is {'NOTHING' if value is Found.NOTHING else self.name(value)}")
@@ -184,11 +196,9 @@ def _make_plan(
     )
 
 
-def renewed(plans: tuple[Any, ...], module: nn.Module, forward: Any) -> Iterator[Plan]:
-    """Yield plans, made again if they come out of a pickle."""
-    for plan in plans:
-        if isinstance(plan, Again):
-            wanted = plan.allowed
-            yield from make_plans(module, forward, lambda n: wanted is None or n in wanted)
-            return
-        yield plan
+def renewed(plans: tuple[Any, ...], module: nn.Module, forward: Any) -> tuple[Plan, ...]:
+    """Return plans, made again if they come out of a pickle."""
+    if not plans or isinstance(plans[0], Plan):
+        return plans
+    wanted = plans[0].allowed
+    return make_plans(module, forward, lambda name: wanted is None or name in wanted)

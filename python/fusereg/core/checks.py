@@ -164,7 +164,10 @@ def check_probability(p: object, op: str, name: str = "p") -> float:
 def check_tensor(x: object, op: str, name: str = "x") -> None:
     """Raise unless x is a tensor of whatever kind."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"fusereg.{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+        kind, hint = type(x).__name__, ""
+        if kind == "Proxy":
+            hint = "; torch.fx records fusereg's layers, and functions named to torch.fx.wrap"
+        raise TypeError(f"fusereg.{op}: {name} must be a torch.Tensor, got {kind}{hint}")
 
 
 def check_input(x: object, op: str, name: str = "x") -> None:

@@ -7,7 +7,7 @@ All kinds are one form, y = keep ? a * x + b : c, whose mask is drawn a second t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,10 @@ mask = DrawnOperator(
     "float p, bool alpha, int row_dims, SymInt index_offset",
     supported=_supported,
 )
+
+
+#: The public functions, which stand for a call in the graphs of torch.fx.
+public: dict[str, Callable[..., Tensor]] = {}
 
 
 class Kind(NamedTuple):
@@ -114,6 +118,13 @@ def dropout(
         return mask.kernel(x, state, p, alpha, rows, 0, op)  # type: ignore[no-any-return]
 
     checks.check_probability(p, op)
+    if not isinstance(x, Tensor) and op in public and hasattr(x, "__torch_function__"):
+        options = {"p": p, "training": training, "inplace": inplace, "seed": seed}
+        options |= {"generator": generator, "index_offset": index_offset}
+        if out is not None:
+            options["out"] = out
+        found: Tensor = torch.overrides.handle_torch_function(public[op], (x,), x, **options)
+        return found
     checks.check_tensor(x, op, "input")
     identity = not training or p == 0
     rows = kind.rows_of(x, identity) if counted is not None else 0

@@ -37,12 +37,19 @@ class Layer(nn.Module):
         cls.__module__ = _ModuleName(cls.__module__)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        # torch.jit.script asks each module for this method first.
-        raise RuntimeError(
-            f"fusereg.nn.{type(self).__name__}: torch.jit.script cannot compile a call of "
-            "fusereg's kernels; call fusereg.revert(model) before, or use torch's layers or "
-            "torch.export"
-        )
+        """Tell torch.jit.script, which asks each module, that it cannot compile this one."""
+        refuse_script(self)
+
+
+def refuse_script(module: nn.Module) -> NoReturn:
+    """Raise RuntimeError, because torch.jit.script compiles the source of torch's layers alone."""
+    converted = "_fusereg_original" in vars(module) or hasattr(type(module), "fusereg_original")
+    remedy = (
+        "call fusereg.revert(model) first" if converted else "use torch.compile or torch.export"
+    )
+    raise RuntimeError(
+        f"torch.jit.script cannot compile fusereg's {type(module).__name__}; {remedy}"
+    )
 
 
 class DropLayer(Layer):

@@ -56,7 +56,7 @@ class Read:
 
     Attributes:
         owner: the path of a module from the traced one, or the object itself (the globals of a
-            module of Python, a class, a function, a cell).
+            module of Python, the defaults of a function, a class, a function).
         name: of the attribute, or of the global.
         value: what was found. Functions, classes and modules of Python are the same if identical,
             plain values if they are of the same type and equal.
@@ -83,15 +83,21 @@ TORCH = os.path.dirname(torch.__file__) + os.sep
 
 _SCALARS = (bool, int, float, complex, str, type(None), type(...))
 _PLAIN = (*_SCALARS, torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout)
-_BUILTINS = frozenset(
-    "abs all any bool dict enumerate float getattr hasattr int len list map max min range reversed "
-    "round set slice sorted str sum tuple zip".split()
-)
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_BUILTINS = _words("""
+    abs all any bool dict enumerate float getattr hasattr int len list map max min range reversed
+    round set slice sorted str sum tuple zip
+    """)
 #: They draw random numbers, like whatever torch tags so, but are layers' own functions.
-_DROPOUTS = frozenset(
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout "
-    "scaled_dot_product_attention".split()
-)
+_DROPOUTS = _words("""
+    dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout
+    scaled_dot_product_attention
+    """)
 _REFUSED = {
     "STORE_ATTR": "it sets an attribute",
     "DELETE_ATTR": "it deletes an attribute",
@@ -138,6 +144,7 @@ def _known() -> dict[int, Any]:
     }
 
 
+_is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
 _NUMBERS = {
     id(f) for m in (math, operator) for n, f in vars(m).items() if callable(f) and n[0] != "_"
 }
@@ -148,9 +155,9 @@ def _said(value: object) -> str:
     return str(name) if name and callable(value) else f"a {type(value).__name__}"
 
 
-def refuse(reason: str) -> NoReturn:
-    """Raise UntraceableError."""
-    raise UntraceableError(reason)
+def refuse(reason: str, remedy: str = "move that part into a layer of its own") -> NoReturn:
+    """Raise UntraceableError for a reason, with what to change in forward."""
+    raise UntraceableError(f"{reason}; {remedy}")
 
 
 @functools.cache
@@ -316,7 +323,7 @@ class _Module(_Standin):
         tracer, (module, path) = _get(self, "_tracer"), _get(self, "_of")
         if type(module).__iter__ not in [c.__iter__ for c in _CONTAINERS]:  # type: ignore[attr-defined]
             refuse(f"it iterates over {'.'.join(path) or 'itself'}, a {type(module).__name__}")
-        tracer.read(path, "__iter__", type(module).__iter__)  # type: ignore[attr-defined]
+        tracer.read(path, "__iter__", type(module).__iter__)
         tracer.read(path, "_modules", tuple(module._modules))
         return list(module._modules)
 
@@ -400,7 +407,7 @@ class _Tracer:
         known = _known().get(id(value))
         if known is not None:
             return self.recorded(known)
-        if value is torch.jit.is_scripting:
+        if value is _is_scripting:
             return _const(False)  # a script is compiled from the original forward
         if id(value) in _NUMBERS:
             return value
@@ -410,7 +417,10 @@ class _Tracer:
             return self.function(value)
         if callable(value):
             refuse(f"it uses {said}, which may depend on more than its arguments")
-        return refuse(f"it reads {said}, {_said(value)}, which may change unseen")
+        kind = _said(value)
+        mutable = type(value) in (list, dict, set)
+        remedy = "make it a tuple, or several attributes" if mutable else "make it a plain value"
+        return refuse(f"it reads {said}, {kind}, which may change unseen", remedy)
 
     def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that records calls of torch's."""
@@ -455,7 +465,7 @@ class _Tracer:
             refuse(f"{cls.__name__} has its own way of reading attributes")
         own = next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), Found.NOTHING)
         if hasattr(type(own), "__set__"):
-            refuse(f"it reads {said}, a property")
+            refuse(f"it reads {said}, a property", "set an attribute in __init__")
         value = vars(module).get(name, own)
         if name == "training":
             if path and self.leaf(module):
@@ -501,12 +511,9 @@ class _Tracer:
                 self.read(function, name, getattr(function, name))
         cells = []
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            value = cell.cell_contents
-            if name == "__class__":
-                cells.append(types.CellType(_Class(self, value)))
-            else:
-                self.read(cell, "cell_contents", value)
-                cells.append(types.CellType(self.admit(value, name)))
+            if name != "__class__":
+                refuse(f"it reads {name} of the function around it", "make it an attribute")
+            cells.append(types.CellType(_Class(self, cell.cell_contents)))
         space = function.__globals__
         if id(space) not in self.namespaces:
             self.namespaces[id(space)] = _Namespace(self, space)
@@ -526,7 +533,7 @@ class _Tracer:
         if not path:
             refuse("it calls itself")
         if type(module).forward is nn.Module.forward:
-            refuse(f"it calls {'.'.join(path)}, a {type(module).__name__}")
+            refuse(f"it calls {'.'.join(path)}, a {type(module).__name__}", "call the layers in it")
         before = list(self.recorder.graph.nodes)
         if not self.leaf(module) and not dispatch.hooked(module):
             try:
@@ -548,7 +555,7 @@ def _arguments(forward: types.FunctionType) -> tuple[str, ...]:
     count = code.co_argcount - len(forward.__defaults__ or ())
     keywords = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
     if count < 2 or not set(keywords) <= set(forward.__kwdefaults__ or ()):
-        refuse("it does not take a fixed number of tensors")
+        refuse("it does not take a fixed number of tensors", "name them as arguments")
     return code.co_varnames[1:count]
 
 
@@ -575,9 +582,9 @@ def trace(
     """
     forward = type(module).forward if forward is None else forward
     if not isinstance(forward, types.FunctionType):
-        refuse("its forward is not a function")
+        refuse("its forward is not a function", "write it as a method")
     if hasattr(forward, "__wrapped__"):
-        refuse("its forward is decorated")
+        refuse("its forward is decorated", "decorate a method that is not fused")
     names = _arguments(forward)
     tracer = _Tracer(module, leaf, module.training if training is None else training)
     recorder = tracer.recorder

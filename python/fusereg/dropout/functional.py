@@ -284,6 +284,7 @@ for _function in (
     feature_alpha_dropout,
     drop_path,
 ):
+    draws.public[_function.__name__] = _function
     share_paragraphs(
         _function, dropout_arguments=_DROPOUT_ARGUMENTS, dropout_returns=_DROPOUT_RETURNS
     )
