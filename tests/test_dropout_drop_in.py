@@ -76,7 +76,10 @@ def assert_takes_the_calls_of(ours: Function, theirs: Function) -> None:
         [n for n, p in of.items() if p.kind is p.POSITIONAL_OR_KEYWORD] for of in (found, wanted)
     ]
     assert positional[0][: len(positional[1])] == positional[1]
+    handed_on = any(p.kind is p.VAR_KEYWORD for p in found.values())
     for name, parameter in wanted.items():
+        if handed_on and name not in found and parameter.kind is parameter.KEYWORD_ONLY:
+            continue
         assert name in found
         if name != "p" or found[name].default is not None:  # layers: keep_prob may be given
             assert found[name].default == parameter.default, name
@@ -222,7 +225,7 @@ def test_layers_in_evaluation_return_any_tensor_itself(name: str) -> None:
 def test_a_strided_nested_tensor_is_not_dropped() -> None:
     nested = any_tensors()["nested"]
     assert isinstance(quiet(nn.functional.dropout, nested, 0.5)[0], Tensor)
-    with pytest.raises(ValueError, match="input must be a dense, strided tensor, got a nested one"):
+    with pytest.raises(ValueError, match="fusereg.dropout: .* nested"):
         F.dropout(nested, 0.5)
 
 
