@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import forked
 import fusereg
 from fusereg import _C
 from fusereg.cli import app, checks, info, machine, main
@@ -155,9 +156,7 @@ def test_a_reader_that_leaves_is_no_traceback() -> None:
         "import os, sys; from fusereg.cli import main; os.close(0); "
         "r, w = os.pipe(); os.close(r); os.dup2(w, 1); sys.exit(main(['info', '--json']))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
+    done = forked.run(program)
     assert done.returncode == 1
     assert done.stderr == ""
 
@@ -206,9 +205,7 @@ def test_an_interrupt_of_a_command_is_one_line() -> None:
         "app.COMMANDS = {'info': 'cli.info'}; app._command = lambda name: command; "
         "sys.exit(app.main())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
+    done = forked.run(program)
     assert done.returncode == 130
     assert done.stderr == "fusereg info: interrupted\n"
 
