@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,7 @@ def run(program: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str
 
 def _child(program: str, stdout: int, stderr: int) -> None:
     torch.set_num_threads(1)  # the threads of the copied process are not copied
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell does "&"
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")

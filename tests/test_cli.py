@@ -192,6 +192,8 @@ def test_an_interrupt_while_importing_is_no_traceback(tmp_path: Path) -> None:
         text=True,
         check=False,
         env={**os.environ, "PYTHONPATH": path},
+        # Where a shell starts the tests with "&", the signal is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert done.returncode == -signal.SIGINT
     assert done.stderr == ""
