@@ -143,7 +143,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Leave the imported modules out of garbage collections, which the compiler runs at each reset."""
+    """Leave what is imported out of garbage collections; the compiler collects at each reset."""
     gc.freeze()
 
 

@@ -26,6 +26,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from forked import START_METHOD
+
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this torch has no torch.distributed with gloo", allow_module_level=True)
 
@@ -123,7 +125,9 @@ def program(rank: int, world: int, folder: str, module: str) -> None:
 
 def run(world: int, folder: Path, module: str) -> list[dict[str, str]]:
     """Run the program and return each rank's results; ranks that hang are ended at the limit."""
-    processes = mp.spawn(program, (world, str(folder), module), world, join=False).processes
+    processes = mp.start_processes(
+        program, (world, str(folder), module), world, join=False, start_method=START_METHOD
+    ).processes
     deadline = time.monotonic() + LIMIT
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import forked
 import fusereg
 from fusereg import _C
 from fusereg.cli import app, checks, info, machine, main
@@ -155,9 +156,7 @@ def test_a_reader_that_leaves_is_no_traceback() -> None:
         "import os, sys; from fusereg.cli import main; os.close(0); "
         "r, w = os.pipe(); os.close(r); os.dup2(w, 1); sys.exit(main(['info', '--json']))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
+    done = forked.run(program)
     assert done.returncode == 1
     assert done.stderr == ""
 
@@ -193,6 +192,8 @@ def test_an_interrupt_while_importing_is_no_traceback(tmp_path: Path) -> None:
         text=True,
         check=False,
         env={**os.environ, "PYTHONPATH": path},
+        # Where a shell starts the tests with "&", the signal is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert done.returncode == -signal.SIGINT
     assert done.stderr == ""
@@ -206,9 +207,7 @@ def test_an_interrupt_of_a_command_is_one_line() -> None:
         "app.COMMANDS = {'info': 'cli.info'}; app._command = lambda name: command; "
         "sys.exit(app.main())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
+    done = forked.run(program)
     assert done.returncode == 130
     assert done.stderr == "fusereg info: interrupted\n"
 

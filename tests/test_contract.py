@@ -78,15 +78,14 @@ def test_every_public_function_has_an_operation() -> None:
 
 @named(FUNCTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(operation: Operation, layout: str, backend: Backend) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts(operation: Operation, layout: str, dtype: torch.dtype, backend: Backend) -> None:
     if operation.written and layout == "expanded" and operation.as_list:
         with pytest.raises(ValueError, match="memory"):
             operation(*laid_out(operation, layout, sample(operation)))
         return
-    for dtype in (torch.float32, torch.bfloat16):
-        tensors = sample(operation, "small", dtype, backend.device)
-        tensors = laid_out(operation, layout, tensors)
-        assert_near(operation.compare(tensors))
+    tensors = sample(operation, "small", dtype, backend.device)
+    assert_near(operation.compare(laid_out(operation, layout, tensors)))
 
 
 @named([operation for operation in FUNCTIONS if not operation.as_list])
@@ -102,16 +101,16 @@ def test_edge_shapes(operation: Operation, backend: Backend) -> None:
 
 
 @named([operation for operation in FUNCTIONS if operation.takes("out")])
-def test_out(operation: Operation, backend: Backend) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        tensors = sample(operation, "small", dtype, backend.device)
-        wanted = operation(*tensors)
-        for layout in ("permuted", "channels_last", "with gaps"):
-            out = LAYOUTS[layout](torch.full_like(wanted, 7.0))
-            version = out._version
-            assert operation(*tensors, out=out) is out
-            assert out._version > version
-            assert torch.equal(out, wanted)
+@pytest.mark.parametrize("layout", ["permuted", "channels_last", "with gaps"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_out(operation: Operation, layout: str, dtype: torch.dtype, backend: Backend) -> None:
+    tensors = sample(operation, "small", dtype, backend.device)
+    wanted = operation(*tensors)
+    out = LAYOUTS[layout](torch.full_like(wanted, 7.0))
+    version = out._version
+    assert operation(*tensors, out=out) is out
+    assert out._version > version
+    assert torch.equal(out, wanted)
     leaf = tensors[0].clone().requires_grad_()
     with pytest.raises(ValueError, match=f"{operation.op}: out"):
         operation(leaf, *tensors[1:], out=torch.empty_like(wanted))
@@ -120,7 +119,8 @@ def test_out(operation: Operation, backend: Backend) -> None:
 
 
 @named(IN_PLACE)
-def test_in_place(operation: Operation, backend: Backend) -> None:
+@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"expanded"}))
+def test_in_place(operation: Operation, layout: str, backend: Backend) -> None:
     """The result is the argument; values and gradients are those of a call that is not in place."""
 
     def call(x: Tensor, *rest: Tensor) -> Tensor:
@@ -137,9 +137,8 @@ def test_in_place(operation: Operation, backend: Backend) -> None:
         with pytest.raises(ValueError, match=refused):
             operation(x.requires_grad_() * 1, *rest, inplace=True)
         return
-    for layout in LAYOUTS.keys() - {"expanded"}:
-        tensors = laid_out(operation, layout, sample(operation, "small", device=backend.device))
-        assert_near(operation.compare(tensors, call))
+    tensors = laid_out(operation, layout, sample(operation, "small", device=backend.device))
+    assert_near(operation.compare(tensors, call))
     with torch.inference_mode():
         tensors = sample(operation)
         assert operation(*tensors, inplace=True) is tensors[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -95,7 +96,7 @@ def build(out: Path, *flags: str) -> Path:
         pytest.skip("no C++ compiler on PATH")
     command = [
         *compiler.split(),
-        *("-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror"),
+        *("-std=c++17", "-O0", "-g", "-Wall", "-Wextra", "-Werror"),
         *("-ffp-contract=off", "-fno-omit-frame-pointer"),
         "-fno-sanitize-recover=all",
         *flags,
@@ -118,7 +119,16 @@ def build(out: Path, *flags: str) -> Path:
 
 @pytest.fixture(scope="module")
 def selftest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("selftest") / "selftest", "-fsanitize=address,undefined")
+    """The program, which is built once for all processes of a test run."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    program = folder / "selftest"
+    with (folder / "selftest.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            build(folder / "selftest.new", "-fsanitize=address,undefined").rename(program)
+    return program
 
 
 def run(
@@ -231,6 +241,7 @@ def test_plain_shared_memory_is_refused(tmp_path: Path) -> None:
     assert "on_the_host_declare_shared_memory_with_FUSEREG_SHARED" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_the_dialect_is_cuda(tmp_path: Path, source: Path) -> None:
     """Nvcc accepts the same source, for a device."""

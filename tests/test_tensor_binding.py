@@ -7,9 +7,6 @@ index, and why; and after an error nothing has changed. The tensors come from od
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-import textwrap
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+import forked
 import fusereg
 import reference
 from conftest import HOST_MODULE, Backend, has_gpu
@@ -298,8 +296,7 @@ def test_freed_memory_ends_in_an_error_not_in_a_crash(what: str, device: torch.d
         except ValueError as error:
             print(error, params[0].grad.tolist())
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = forked.run(code)
     assert done.returncode == 0, done.stderr
     assert re.match(rf"fusereg\.\w+: {re.escape(what)} .*{NO_MEMORY}.*\[0.0, 0.0", done.stdout)
 

@@ -1,0 +1,65 @@
+"""Runs a program in a copy of this process.
+
+It has imported torch already, which takes a new interpreter some seconds. What a test claims of
+imports, or of the environment at the start, needs a new interpreter all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import traceback
+
+import torch
+
+#: How to start processes: CUDA is not usable in a copy, nor are the threads of every system.
+START_METHOD = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
+
+
+def run(program: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
+    """Run Python code and return its exit status and output, as ``subprocess.run`` does."""
+    program = textwrap.dedent(program)
+    if START_METHOD != "fork":
+        return subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=timeout
+        )
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = context.Process(target=_child, args=(program, stdout.fileno(), stderr.fileno()))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        stdout.seek(0)
+        stderr.seek(0)
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(program, process.exitcode, stdout.read(), stderr.read())
+
+
+def _child(program: str, stdout: int, stderr: int) -> None:
+    torch.set_num_threads(1)  # the threads of the copied process are not copied
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell does "&"
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    status: object = 0
+    try:
+        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    # At once: the end of the copied process is not for its copy.
+    os._exit(status if isinstance(status, int) else int(status is not None))
