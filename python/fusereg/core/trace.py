@@ -43,7 +43,7 @@ class UntraceableError(Exception):
 
 
 class Found(Enum):
-    """What a read found, where that is not a value."""
+    """Results of a read that are not values."""
 
     NOTHING = "no attribute"
     MODULE = "a module"
@@ -532,7 +532,7 @@ class _Tracer:
         module, path = _get(standin, "_of")
         if not path:
             refuse("it calls itself")
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        if type(module) in (nn.ModuleList, nn.ModuleDict):
             refuse(f"it calls {'.'.join(path)}, a {type(module).__name__}", "call the layers in it")
         before = list(self.recorder.graph.nodes)
         if not self.leaf(module) and not dispatch.hooked(module):
