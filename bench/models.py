@@ -52,9 +52,10 @@ class ResNet(nn.Module):
         depth: int = 1,
         dropout: float = 0.1,
         classes: int = 10,
+        channels: int = 1,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, widths[0], 3, 1, 1, bias=False)
+        self.conv1 = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU(inplace=True)
         blocks = []
@@ -73,6 +74,27 @@ class ResNet(nn.Module):
         x = self.blocks(x)
         x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
         logits: Tensor = self.head(self.dropout(x))
+        return logits
+
+
+class Separable(nn.Module):
+    """A network of depthwise and pointwise convolutions (Howard et al. 2017), for color images."""
+
+    def __init__(self, width: int = 96, depth: int = 4, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        parts: list[nn.Module] = []
+        for _ in range(depth):
+            for conv in (
+                nn.Conv2d(width, width, 3, 1, 1, groups=width, bias=False),
+                nn.Conv2d(width, width, 1, bias=False),
+            ):
+                parts += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        self.parts = nn.Sequential(*parts)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.parts(self.stem(x)).mean((2, 3)))
         return logits
 
 

@@ -54,6 +54,34 @@ py::dict build_info() {
   return info;
 }
 
+// One dict per device; empty where there is none or no driver, and cuda_error() then says why.
+py::list cuda_device_info() {
+  py::list devices;
+#if defined(FUSEREG_CUDA)
+  const cuda::DeviceReport report = cuda::device_info();
+  for (const cuda::DeviceInfo& d : report.devices) {
+    py::dict entry;
+    entry["index"] = d.index;
+    entry["name"] = d.name;
+    entry["capability"] = std::to_string(d.major) + "." + std::to_string(d.minor);
+    entry["sm_count"] = d.sm_count;
+    entry["memory_bytes"] = d.total_memory;
+    entry["driver"] = report.driver_version;
+    entry["runtime"] = report.runtime_version;
+    devices.append(entry);
+  }
+#endif
+  return devices;
+}
+
+std::string cuda_error() {
+#if defined(FUSEREG_CUDA)
+  return cuda::device_info().error;
+#else
+  return "this build has no CUDA kernels";
+#endif
+}
+
 // Whether all are exactly torch.Tensor or Parameter, and the indices of those that are the same
 // object as an earlier one.
 py::tuple scan(const py::object& tensors) {
@@ -93,13 +121,8 @@ PYBIND11_MODULE(FUSEREG_MODULE_NAME, m, pybind11::multiple_interpreters::not_sup
   m.def("set_cpu_isa", &set_isa, py::arg("name"));
   m.def("scan", &scan, py::arg("tensors"));
   m.def("inspect", &inspect, py::arg("tensor"));
-#if defined(FUSEREG_CUDA)
   m.def("cuda_device_info", &cuda_device_info);
   m.def("cuda_error", &cuda_error);
-#else
-  m.def("cuda_device_info", [] { return py::list(); });
-  m.def("cuda_error", [] { return std::string("this build has no CUDA kernels"); });
-#endif
 #if defined(FUSEREG_CUDA_ON_HOST)
   m.attr("CUDA_ON_HOST") = true;
   m.def("_launch_count", &cuda_on_host::launch_count);

@@ -8,11 +8,16 @@ instead, and those that do not take ``backend`` are left out, for they have run 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+# Before libgomp is loaded: threads that spin while they wait double the suite's time on few cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -30,16 +35,17 @@ if HOST_MODULE:
     sys.modules["fusereg._C"] = _module
 
 import fusereg  # noqa: E402
+import sample_of_cases  # noqa: E402
 from fusereg.core.inventory import TOLERANCES  # noqa: E402
 
-settings.register_profile(
-    "fusereg",
-    deadline=None,
-    derandomize=True,
-    max_examples=10 if HOST_MODULE else 60,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-settings.load_profile("fusereg")
+for _profile, _examples in (("sample", 10 if HOST_MODULE else 20), ("all cases", 60)):
+    settings.register_profile(
+        _profile,
+        deadline=None,
+        derandomize=True,
+        max_examples=_examples,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
 
 DTYPES = list(TOLERANCES)
 SEED = 0x1234_5678_9ABC_DEF0
@@ -105,19 +111,44 @@ def _seed() -> None:
     torch.manual_seed(20240229)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fusereg")
+    group.addoption("--all-cases", action="store_true", help="run all cases, not a sample of them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("all cases" if config.getoption("all_cases") else "sample")
+
+
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Functions by their name: the default is their address, which differs between processes."""
     return getattr(val, "__name__", None) if callable(val) else None
 
 
+@pytest.hookimpl(trylast=True)  # after -k and -m: a sample of what they select
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="no CUDA device, or a build without CUDA kernels")
-    kept, left_out = [], []
+    left_out: set[pytest.Item] = set()
     for item in items:
         if item.get_closest_marker("gpu") and not has_gpu():
             item.add_marker(no_gpu)
-        uses_backend = "backend" in getattr(item, "fixturenames", ())
-        (kept if uses_backend or not HOST_MODULE else left_out).append(item)
+        if HOST_MODULE and "backend" not in getattr(item, "fixturenames", ()):
+            left_out.add(item)
+    named = any("::" in argument for argument in config.args)
+    if not named and not config.getoption("all_cases"):
+        left_out |= sample_of_cases.left_out(item for item in items if item not in left_out)
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = kept
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    """Leave the imported modules out of garbage collections, which the compiler runs at each reset."""
+    gc.freeze()
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Do not import what has no test to run here: imports are slow beside the sanitizers."""
+    if HOST_MODULE and collection_path.suffix == ".py":
+        return "backend" not in collection_path.read_text() or None
+    return None

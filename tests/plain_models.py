@@ -18,6 +18,24 @@ from fusereg.batch_norm.layers import _Fused as Fused
 Maker: TypeAlias = Callable[[], nn.Module]
 
 
+class TimmAct(nn.BatchNorm2d):
+    """A stand-in for timm's BatchNormAct2d, in case that timm is not installed."""
+
+    __module__ = "timm.layers.norm_act"
+    __qualname__ = "BatchNormAct2d"
+
+    def __init__(
+        self, *args: Any, act: nn.Module | None = None, drop: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.drop = drop or nn.Identity()
+        self.act = act or nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.drop(super().forward(x)))
+        return y
+
+
 class BasicBlock(nn.Module):
     """Two convolutions, as in residual networks of 18 and 34 layers."""
 

@@ -366,20 +366,20 @@ def test_forward_mode_and_func_write_x_too() -> None:
         ({"dropout": 0.5}, "inplace=True supports no dropout, got dropout=0.5"),
         ({"residual": torch.zeros(4, 3)}, "inplace=True and residual exclude each other"),
         ({"out": torch.zeros(4, 3)}, "inplace=True and out exclude each other"),
-        ({"x": torch.zeros(4, 3).requires_grad_()}, "x is a leaf that requires a gradient"),
-        ({"x": torch.zeros(12).requires_grad_().view(4, 3)}, "x is a view of a leaf"),
-        ({"x": torch.zeros(1, 3).expand(4, 3)}, "x has several elements that are one in memory"),
-        ({"x": torch.zeros(4, 3, dtype=torch.int64)}, "x has dtype torch.int64"),
+        ({"input": torch.zeros(4, 3).requires_grad_()}, "x is a leaf that requires a gradient"),
+        ({"input": torch.zeros(12).requires_grad_().view(4, 3)}, "x is a view of a leaf"),
+        ({"input": torch.zeros(1, 3).expand(4, 3)}, "x has several elements that are one in memory"),
+        ({"input": torch.zeros(4, 3, dtype=torch.int64)}, "x has dtype torch.int64"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_in_place_says_so_and_writes_nothing(
     change: dict[str, Any], message: str
 ) -> None:
-    arguments = {"x": torch.zeros(4, 3) + torch.eye(4, 3), "training": True, **change}
-    before, mean = arguments["x"].detach().clone(), torch.zeros(3)
+    arguments = {"input": torch.zeros(4, 3) + torch.eye(4, 3), "training": True, **change}
+    before, mean = arguments["input"].detach().clone(), torch.zeros(3)
     with pytest.raises((ValueError, TypeError), match=r"fusereg\.batch_norm: .*" + message):
         F.batch_norm(running_mean=mean, running_var=torch.ones(3), inplace=True, **arguments)
-    assert torch.equal(arguments["x"], before)
+    assert torch.equal(arguments["input"], before)
     assert not mean.any()
 
 

@@ -1,19 +1,20 @@
-"""Ghost, renormalized and frozen batch normalization; folding into convolutions."""
+"""Ghost, renormalized and frozen batch normalization."""
 
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import fusereg
 from conftest import TOLERANCES, Backend
-from fusereg.nn import BatchNorm2d, BatchRenorm, FrozenBatchNorm, GhostBatchNorm
+from fusereg.nn import BatchNorm2d, BatchRenorm, FrozenBatchNorm, GhostBatchNorm, SyncBatchNorm
+from plain_models import TimmAct
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
@@ -241,102 +242,67 @@ def test_frozen_loads_a_batch_norm_s_state() -> None:
         FrozenBatchNorm.from_batch_norm(nn.BatchNorm2d(6, track_running_stats=False))
 
 
-# --- folding --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(nn.BatchNorm1d(6), nn.BatchNorm3d(6), nn.SyncBatchNorm(6), SyncBatchNorm(6)),
+        *(GhostBatchNorm(6), BatchRenorm(6), nn.BatchNorm2d(6, affine=False)),
+        BatchNorm2d(6, activation="leaky_relu", negative_slope=0.3),
+        fusereg.convert(nn.BatchNorm2d(6)),
+        TimmAct(6, act=nn.Identity()),
+        TimmAct(6, act=nn.SiLU(inplace=True)),
+        fusereg.convert(TimmAct(6, act=nn.LeakyReLU(0.3))),
+    ],
+    ids=repr,
+)
+def test_every_known_layer_can_be_frozen(layer: nn.Module) -> None:
+    layer = randomized(copy.deepcopy(layer))
+    frozen = FrozenBatchNorm.from_batch_norm(layer)
+    size = {nn.BatchNorm1d: (3,), nn.BatchNorm3d: (3, 2, 2)}.get(type(layer), (3, 2))
+    x = torch.randn(2, 6, *size)
+    close(frozen(x), layer.eval()(x), 1e-6)
 
 
-class Block(nn.Module):
-    """A residual block whose structure only its forward tells."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(6, 6, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(6)
-        self.relu = nn.ReLU()
-        self.conv2 = nn.Conv2d(6, 6, 3, padding=1, groups=2)
-        self.bn2 = BatchNorm2d(6, activation="relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))), x)
+def _with(layer: nn.Module, hook: Callable[[nn.Module], object]) -> nn.Module:
+    hook(layer)
+    return layer
 
 
-class Branching(nn.Module):
-    """What fx cannot trace whole; and a convolution whose result is used twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = Block()
-        self.conv = nn.Conv2d(6, 6, 1)
-        self.bn = nn.BatchNorm2d(6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.block(x)
-        if x.sum() > 1e9:
-            return x
-        z = self.conv(x)
-        return self.bn(z) + z
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "sequence": (
-        lambda: nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)),
-        0,
+NOT_FROZEN: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
+    **{
+        cls.__name__: (
+            lambda cls=cls: type("Own", (cls,), {"__module__": __name__})(6),
+            TypeError,
+            "Own is a class that fusereg does not know",
+        )
+        for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, BatchNorm2d, TimmAct)
+    },
+    "no batch norm": (lambda: nn.GroupNorm(2, 6), TypeError, "GroupNorm is a class that fusereg"),
+    "lazy": (lambda: nn.LazyBatchNorm2d(), TypeError, "LazyBatchNorm2d is a class"),
+    "parametrized": (
+        lambda: parametrize.register_parametrization(nn.BatchNorm2d(6), "weight", nn.Identity()),
+        TypeError,
+        "ParametrizedBatchNorm2d is a class",
     ),
-    "leaky": (
-        lambda: nn.Sequential(
-            nn.Conv2d(6, 4, 3), BatchNorm2d(4, activation="leaky_relu", negative_slope=0.2)
-        ),
-        0,
+    "activation": (lambda: TimmAct(6, act=nn.Hardswish()), ValueError, "Hardswish.*would be lost"),
+    "slope": (lambda: TimmAct(6, act=nn.GELU("tanh")), ValueError, "GELU.*would be lost"),
+    "drop": (lambda: TimmAct(6, drop=nn.Dropout2d(0.1)), ValueError, "Dropout2d.*would be lost"),
+    "dropout": (lambda: BatchNorm2d(6, dropout=0.1), ValueError, "dropout=0.1, which would be"),
+    "hook": (
+        lambda: _with(nn.BatchNorm2d(6), lambda m: m.register_forward_hook(lambda *_: None)),
+        ValueError,
+        "the layer has hooks",
     ),
-    "frozen": (lambda: nn.Sequential(nn.Conv2d(6, 4, 3), FrozenBatchNorm(4)), 0),
-    "transposed": (
-        lambda: nn.Sequential(nn.ConvTranspose2d(6, 4, 3, groups=2), nn.BatchNorm2d(4)),
-        0,
+    "forward": (
+        lambda: _with(nn.BatchNorm2d(6), lambda m: setattr(m, "forward", torch.relu)),
+        ValueError,
+        "the layer has hooks, or a forward that is set on the object",
     ),
-    "not affine": (
-        lambda: nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4, affine=False)),
-        0,
-    ),
-    "block": (Block, 0),
-    "branching": (Branching, 1),
-    "nothing before": (lambda: nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)), 1),
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_folding(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    make, left = MODELS[name]
-    model = randomized(make()).eval()
-    kept = copy.deepcopy(model.state_dict())
-    caplog.set_level(logging.INFO, "fusereg")
-    folded = fusereg.fold_into_conv(model)
-    norms = [
-        m
-        for m in folded.modules()
-        if isinstance(m, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm))
-    ]
-    assert len(norms) == left
-    assert len([r for r in caplog.records if "stays" in r.message]) == left
-    x = torch.randn(2, 6, 7, 5)
-    close(folded(x), model(x), 5e-6)
-    assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())
-
-
-def test_a_layer_with_a_hook_is_not_folded() -> None:
-    model = nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)).eval()
-    model[0].register_forward_hook(lambda *_: None)
-    assert isinstance(fusereg.fold_into_conv(model)[1], nn.BatchNorm2d)
-
-
-def test_a_convolution_that_is_called_twice_is_not_folded() -> None:
-    conv = nn.Conv2d(4, 4, 3, padding=1)
-    model = nn.Sequential(conv, nn.BatchNorm2d(4), conv, nn.BatchNorm2d(4)).eval()
-    randomized(model)
-    x = torch.randn(2, 4, 5, 5)
-    close(fusereg.fold_into_conv(model)(x), model(x), 1e-6)
-
-
-def test_folding_wants_evaluation_mode() -> None:
-    with pytest.raises(ValueError, match=r"1 is in training mode; call model.eval\(\) first"):
-        fusereg.fold_into_conv(nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)))
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
-        fusereg.fold_into_conv([])
+@pytest.mark.parametrize("name", NOT_FROZEN)
+def test_what_freezing_would_change_is_refused(name: str) -> None:
+    make, kind, text = NOT_FROZEN[name]
+    with pytest.raises(kind, match=text):
+        FrozenBatchNorm.from_batch_norm(make())  # type: ignore[arg-type]

@@ -103,6 +103,7 @@ def build(out: Path, *flags: str) -> Path:
         f"-I{ROOT / 'csrc'}",
         f"-I{SHIM}",
         *(str(path) for path in sorted(SHIM.glob("*.cpp"))),
+        str(ROOT / "csrc" / "core" / "cuda_info.cpp"),
         "-xc++",
         *(str(path) for path in SOURCES),
         "-o",

@@ -266,10 +266,10 @@ def test_alpha(feature: bool, p: float, dtype: torch.dtype, backend: Backend) ->
     x = make(shape, dtype, backend).requires_grad_()
     if feature:
         mask = reference_philox.mask(40, p, SEED, 0).view(5, 8, 1, 1).expand(shape)
-        y = F.feature_alpha_dropout(x, p, seed=SEED)
+        y = F.feature_alpha_dropout(x, p, True, seed=SEED)
     else:
         mask = reference_philox.mask(x.numel(), p, SEED, 0).view(shape)
-        y = F.alpha_dropout(x, p, seed=SEED)
+        y = F.alpha_dropout(x, p, True, seed=SEED)
     wanted = alpha_reference(x.detach(), mask, p)
     assert y.dtype is dtype
     assert torch.allclose(y.double(), wanted, rtol=tolerance, atol=tolerance)
@@ -288,13 +288,13 @@ def test_alpha_bits_are_the_same_everywhere(dtype: torch.dtype, backend: Backend
     a, b, c = (torch.tensor(v, dtype=compute, device=x.device) for v in (a, b, c))  # type: ignore[assignment]
     mask = reference_philox.mask(1000, 0.3, SEED, 0).to(x.device)
     wanted = torch.where(mask, x.to(compute) * a + b, c).to(dtype)  # type: ignore[arg-type]
-    assert torch.equal(F.alpha_dropout(x, 0.3, seed=SEED), wanted)
+    assert torch.equal(F.alpha_dropout(x, 0.3, True, seed=SEED), wanted)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_alpha_keeps_mean_and_variance(p: float) -> None:
     x = torch.randn(1 << 20, dtype=torch.float64)
-    y = F.alpha_dropout(x, p, seed=1)
+    y = F.alpha_dropout(x, p, True, seed=1)
     # Standard errors: 1e-3 of the mean, some 3e-3 of the variance (heavier tails than normal).
     assert abs(y.mean()) < 6e-3
     assert abs(y.var() - 1) < 2e-2
@@ -371,7 +371,7 @@ def test_out_and_in_place_that_cannot_be() -> None:
         F.dropout(whole[:8], out=whole[4:12])
     with pytest.raises(ValueError, match="leaf that requires a gradient"):
         F.dropout(parameter, inplace=True)
-    with pytest.raises(ValueError, match="x has several elements"):
+    with pytest.raises(ValueError, match="input has several elements"):
         F.dropout(torch.randn(1).expand(8), inplace=True)
 
 
@@ -391,25 +391,30 @@ def test_probabilities_outside_0_and_1_are_refused(p: float) -> None:
 
 def test_other_inputs_are_refused_by_name() -> None:
     for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn):
-        for training in (True, False):
-            with pytest.raises(ValueError, match=f"fusereg.dropout: x has dtype {dtype}; wanted"):
-                F.dropout(torch.ones(3).to(dtype), training=training)
-    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list"):
+        with pytest.raises(ValueError, match=f"fusereg.dropout: input has dtype {dtype}; wanted"):
+            F.dropout(torch.ones(3).to(dtype))
+    with pytest.raises(TypeError, match=r"input must be a torch\.Tensor, got list"):
         F.dropout([1.0])  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got float"):
+    with pytest.raises(TypeError, match=r"input must be a torch\.Tensor, got float"):
         F.dropout2d(1.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="p must be a number, got str"):
         F.dropout(torch.ones(3), "0.5")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="sparse"):
         F.dropout(torch.eye(3).to_sparse())
-    with pytest.raises(ValueError, match="dropout2d: x must have 3 or 4 dimensions, got 2"):
-        F.dropout2d(torch.ones(3, 3))
-    with pytest.raises(ValueError, match="dropout1d: x must have 2 or 3 dimensions, got 4"):
+    with (
+        pytest.warns(UserWarning, match="dropout2d: an input of 1 dimensions is deprecated"),
+        pytest.raises(ValueError, match="dropout2d: input must have at least 2 dimensions, got 1"),
+    ):
+        F.dropout2d(torch.ones(3))
+    with pytest.raises(ValueError, match="dropout1d: input must have 2 or 3 dimensions, got 4"):
         F.dropout1d(torch.ones(3, 3, 3, 3))
-    with pytest.raises(ValueError, match="dropout3d: x must have 4 or 5 dimensions, got 1"):
-        F.dropout3d(torch.ones(3))
+    with (
+        pytest.warns(UserWarning, match="dropout3d: an input of 0 dimensions is deprecated"),
+        pytest.raises(ValueError, match="dropout3d: input must have at least 1 dimensions, got 0"),
+    ):
+        F.dropout3d(torch.ones(()))
     with pytest.raises(ValueError, match="must have at least 2 dimensions, got 1"):
-        F.feature_alpha_dropout(torch.ones(3))
+        F.feature_alpha_dropout(torch.ones(3), training=True)
 
 
 # --- chance ---------------------------------------------------------------------------------------

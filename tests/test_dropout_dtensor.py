@@ -32,13 +32,13 @@ def shards_get_their_part_of_the_mask(ranks: Ranks) -> None:
             held.requires_grad_()
             for function in (F.dropout, F.alpha_dropout, F.drop_path, F.gaussian_dropout):
                 held.grad = None
-                y = function(held, 0.4, seed=SEED, index_offset=5)
-                wanted = function(x, 0.4, seed=SEED, index_offset=5)
+                y = function(held, 0.4, True, seed=SEED, index_offset=5)
+                wanted = function(x, 0.4, True, seed=SEED, index_offset=5)
                 assert isinstance(y, DTensor)
                 assert y.placements == (placement,)
                 assert torch.equal(whole(y), wanted)
                 leaf = x.clone().requires_grad_()
-                function(leaf, 0.4, seed=SEED, index_offset=5).sum().backward()
+                function(leaf, 0.4, True, seed=SEED, index_offset=5).sum().backward()
                 y.sum().backward()
                 assert torch.equal(whole(held.grad), leaf.grad)
     images = torch.randn(4, 6, 5, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,8 +22,8 @@ KINDS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "dropout1d": (F.dropout1d, (2, 3, 4)),
     "dropout2d": (F.dropout2d, (2, 3, 2, 2)),
     "dropout3d": (F.dropout3d, (2, 3, 2, 2, 1)),
-    "alpha_dropout": (F.alpha_dropout, (4, 6)),
-    "feature_alpha_dropout": (F.feature_alpha_dropout, (3, 4, 2)),
+    "alpha_dropout": (partial(F.alpha_dropout, training=True), (4, 6)),
+    "feature_alpha_dropout": (partial(F.feature_alpha_dropout, training=True), (3, 4, 2)),
     "drop_path": (F.drop_path, (6, 4)),
 }
 

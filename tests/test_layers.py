@@ -95,6 +95,32 @@ def test_a_subclass_is_one_call_too(layer: Layer) -> None:
     assert [n.target for n in graph.nodes if n.op == "call_module"] == ["0"]
 
 
+@pytest.mark.parametrize("name", [n for n in fusereg.nn.__all__ if "Drop" in n and hasattr(nn, n)])
+def test_torch_fx_looks_into_a_layer_that_is_itself_traced(name: str) -> None:
+    """As into torch's: what is recorded is the function, with the layer's probability."""
+    layer = getattr(fusereg.nn, name)
+    module = layer(0.25)
+    traced = fx.symbolic_trace(module)
+    (call,) = [n for n in traced.graph.nodes if n.op == "call_function"]
+    assert call.target.__module__ == "fusereg.dropout.functional"
+    assert call.kwargs["p"] == 0.25
+    assert_same(computed(traced, layer), computed(module, layer))
+
+
+def test_torch_fx_records_functions_that_drop() -> None:
+    def model(x: Tensor) -> Tensor:
+        y = fusereg.functional.dropout(x + 1, 0.5, training=True, seed=3)
+        return fusereg.functional.drop_path(y, 0.5, seed=4)
+
+    x = torch.ones(8, 8)
+    assert torch.equal(fx.symbolic_trace(model)(x), model(x))
+
+
+def test_other_functions_say_how_torch_fx_can_record_them() -> None:
+    with pytest.raises(TypeError, match=r"got Proxy; .* torch\.fx\.wrap"):
+        fx.symbolic_trace(lambda x: fusereg.functional.gaussian_dropout(x, 0.5))
+
+
 @layers
 def test_the_class_keeps_its_module(layer: Layer) -> None:
     """The name under torch.nn is seen on instances alone."""

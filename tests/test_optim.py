@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -525,6 +526,22 @@ def test_clip_grad_norm_is_torchs(backend: Backend, norm_type: float, max_norm: 
         assert (p.grad is None) == (q.grad is None)
         if p.grad is not None and q.grad is not None:
             assert_close(p.grad, q.grad, torch.float32)
+
+
+def test_an_exhausted_generator_is_warned_of_as_by_torch() -> None:
+    params = [torch.ones(3, requires_grad=True)]
+    params[0].grad = torch.ones(3)
+    for clip in (torch.nn.utils.clip_grad_norm_, optim.clip_grad_norm_):
+        spent = (p for p in params)
+        list(spent)
+        with pytest.warns(UserWarning, match="parameters.* generator") as caught:
+            assert float(clip(spent, 0.1)) == 0.0
+        assert caught[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            clip([], 0.1)
+            clip((p for p in params), 0.1)
+    assert params[0].grad.norm() < 0.2
 
 
 def test_norms_of_any_dtype_layout_and_size(backend: Backend) -> None:

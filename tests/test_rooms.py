@@ -156,6 +156,7 @@ LEVELS = {
     "nn": 3,
     "functional": 3,
     "convert": 4,
+    "backend": 4,
     "": 5,  # the package itself, which integrations and programs import as a user does
     "integrations": 6,
     "cli": 6,

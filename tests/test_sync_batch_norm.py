@@ -6,6 +6,9 @@ Each check is a function of the ``Ranks`` that runs on gloo processes; see ranks
 from __future__ import annotations
 
 import copy
+import importlib
+import pickle
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,12 +16,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fusereg
 from fusereg import dropout_mask
 from fusereg.batch_norm.op import statistics
 from fusereg.batch_norm.sync_op import combined
-from fusereg.nn import BatchNorm2d, SyncBatchNorm
+from fusereg.nn import (
+    BatchNorm2d,
+    BatchRenorm,
+    FrozenBatchNorm,
+    GhostBatchNorm,
+    SyncBatchNorm,
+)
+from plain_models import TimmAct
 from ranks import Ranks, collect, on
 
 CHANNELS = 5
@@ -252,6 +264,17 @@ def a_converted_model_under_ddp(ranks: Ranks) -> None:
 
 
 @on(2)
+def a_batch_norm_with_activation_of_timm(ranks: Ranks) -> None:
+    torch.manual_seed(1)
+    whole = TimmAct(CHANNELS, act=nn.Hardswish())
+    layer = SyncBatchNorm.convert_sync_batchnorm(fusereg.convert(copy.deepcopy(whole)))
+    x = batch(4)
+    close(layer(x[2 * ranks.rank : 2 * ranks.rank + 2]), whole(x)[2 * ranks.rank :][:2])
+    for a, b in zip(layer.buffers(), whole.buffers(), strict=True):
+        close(a, b)
+
+
+@on(2)
 def second_derivatives(ranks: Ranks) -> None:
     """Of each input, through the gradient of each input, in float64."""
     parts = [2, 3]
@@ -366,6 +389,133 @@ def test_converting_and_back(kind: type[nn.Module]) -> None:
     assert back[2].weight is weight
     assert repr(back[2]) == repr(layer)
     assert list(back.state_dict()) == keys
+
+
+def subclass(cls: type[nn.Module]) -> type[nn.Module]:
+    """A class of a user's, which adds a ReLU."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return torch.relu(cls.forward(self, input))
+
+    return type(f"My{cls.__name__}", (cls,), {"forward": forward, "__module__": __name__})
+
+
+def with_own_forward() -> nn.Module:
+    layer = nn.BatchNorm2d(4)
+    plain = layer.forward
+    layer.forward = lambda x: torch.relu(plain(x))  # type: ignore[method-assign]
+    return layer
+
+
+UNKNOWN: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    **{
+        cls.__name__: (lambda cls=cls: subclass(cls)(4), f"My{cls.__name__} is a class that fuse")
+        for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, TimmAct)
+    },
+    "ours": (lambda: subclass(BatchNorm2d)(4), "MyBatchNorm2d is a class that fusereg does not"),
+    "lazy": (nn.LazyBatchNorm2d, "LazyBatchNorm2d is a class that fusereg does not know"),
+    "ghost": (lambda: GhostBatchNorm(4), "GhostBatchNorm has statistics of its own"),
+    "renorm": (lambda: BatchRenorm(4), "BatchRenorm has statistics of its own"),
+    "in place": (lambda: BatchNorm2d(4, inplace=True), "does not work in place"),
+    "forward": (with_own_forward, "its forward is set on the object"),
+    "parametrized": (
+        lambda: parametrize.register_parametrization(nn.BatchNorm2d(4), "weight", nn.Identity()),
+        "ParametrizedBatchNorm2d is a class that fusereg does not know",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_is_not_known_stays_with_a_warning(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, reason = UNKNOWN[name]
+    layer = make()
+    model = nn.Sequential(nn.Sequential(layer), nn.BatchNorm2d(4))
+    made = SyncBatchNorm.convert_sync_batchnorm(model)
+    assert made[0][0] is layer
+    assert type(made[1]) is SyncBatchNorm
+    (said,) = (r.getMessage() for r in caplog.records)
+    assert said.startswith("fusereg.nn.SyncBatchNorm: 0.0 is not synchronized: ")
+    assert reason in said
+
+
+def test_what_has_nothing_to_synchronize_is_not_mentioned(caplog: pytest.LogCaptureFixture) -> None:
+    layers = [FrozenBatchNorm(4), SyncBatchNorm(4), nn.InstanceNorm2d(4), nn.GroupNorm(2, 4)]
+    made = SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(*layers))
+    assert list(made) == layers
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.Hardswish(), nn.PReLU(), nn.Identity()], ids=repr)
+def test_timm_s_layer_keeps_its_activation(act: nn.Module, converted: bool) -> None:
+    plain = nn.Sequential(
+        nn.Conv2d(3, 4, 1), TimmAct(4, act=copy.deepcopy(act), drop=nn.Dropout2d(0.0))
+    )
+    keys = list(plain.state_dict())
+    model = copy.deepcopy(plain)
+    if converted:
+        fusereg.convert(model)
+    classes = [type(m) for m in model.modules()]
+    made = SyncBatchNorm.convert_sync_batchnorm(model)
+    assert isinstance(made[1], SyncBatchNorm)
+    x = torch.randn(5, 3, 2, 2)
+    for _ in range(2):
+        close(made(x), plain(x))
+    for name, value in plain.state_dict().items():
+        close(made.state_dict()[name], value)
+    assert list(made.state_dict()) == keys
+    SyncBatchNorm.revert_sync_batchnorm(made)
+    assert type(made[1]) is TimmAct, "also of a converted one"
+    if not converted:
+        assert [type(m) for m in made.modules()] == classes
+    close(made(x), plain(x))
+
+
+def test_a_synchronized_layer_of_timm_is_pickled() -> None:
+    importlib.import_module("other_libraries")
+    layer = pytest.importorskip("timm.layers").BatchNormAct2d(4)
+    made = SyncBatchNorm.convert_sync_batchnorm(fusereg.convert(layer))
+    loaded = pickle.loads(pickle.dumps(made))
+    x = torch.randn(5, 4, 2, 2)
+    assert torch.equal(loaded(x), made(x))
+    assert type(SyncBatchNorm.revert_sync_batchnorm(loaded)) is type(fusereg.revert(layer))
+
+
+@pytest.mark.parametrize("library", ["torch", "timm", "lightning"])
+def test_the_libraries_own_conversion_of_a_converted_model(library: str) -> None:
+    importlib.import_module("other_libraries")
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
+    if library == "timm":
+        norm_act = pytest.importorskip("timm.layers").BatchNormAct2d
+        plain.append(norm_act(4, act_layer=nn.SiLU))
+        convert: Any = importlib.import_module("timm.layers").convert_sync_batchnorm
+    elif library == "lightning":
+        convert = pytest.importorskip("lightning.pytorch.plugins").TorchSyncBatchNorm().apply
+    else:
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    model = fusereg.convert(copy.deepcopy(plain))
+    made = convert(model)
+    x = torch.randn(5, 3, 2, 2)
+    for each in (made.train(), made.eval()):
+        wanted = plain.train(each.training)(x)
+        close(each(x), wanted)
+    for name, value in plain.state_dict().items():
+        close(made.state_dict()[name], value)
+    kinds = [isinstance(m, nn.SyncBatchNorm) for m in made]
+    assert sum(kinds) == sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in plain)
+    fusereg.revert(made)
+    close(made(x), plain(x))
+
+
+def test_revert_works_after_synchronizing_and_back(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    made = SyncBatchNorm.convert_sync_batchnorm(fusereg.convert(model))
+    fusereg.revert(made)
+    assert "1 stays: it is a SyncBatchNorm by now" in caplog.text
+    fusereg.revert(SyncBatchNorm.revert_sync_batchnorm(made))
+    assert [type(m) for m in made] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
 
 
 def test_torch_s_layer_cannot_take_a_fused_activation() -> None:

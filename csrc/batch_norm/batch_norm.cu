@@ -89,7 +89,6 @@ std::int64_t scratch_bytes(const Forward& job, int device) {
 }
 
 void run_cuda(const Forward& job, void* scratch, void* semaphores, int device, void* stream) {
-  if (job.layout.channels == 0) return;
   const cuda::DeviceGuard guard(device);
   Arguments<Forward> g{};
   g.job = job;
@@ -97,11 +96,12 @@ void run_cuda(const Forward& job, void* scratch, void* semaphores, int device, v
   g.semaphores = static_cast<unsigned*>(semaphores);
   cuda::LaunchConfig config;
   config.stream = static_cast<cuda::Stream>(stream);
-  if (try_resident(kForwardOp, g, plan_of(job, device), config.stream)) return;
+  const bool any = job.layout.channels > 0;
+  if (any && try_resident(kForwardOp, g, plan_of(job, device), config.stream)) return;
   const Plan plan = plan_of(job, device, false);
   if (job.statistics == Statistics::kFixed) {
     g.job.batches = nullptr;
-  } else if (job.statistics == Statistics::kCompute) {
+  } else if (any && job.statistics == Statistics::kCompute) {
     g.tiling = plan.reduce;
     set_grid(config, kForwardOp, g.tiling.items() * g.tiling.splits);
     dispatch_kernel(job.dtype, g.tiling, true, [&](auto tag, auto walk, auto) {
@@ -112,7 +112,8 @@ void run_cuda(const Forward& job, void* scratch, void* semaphores, int device, v
   } else if (job.running_mean.data != nullptr || job.running_var.data != nullptr ||
              job.batches != nullptr) {
     g.tiling = plan.reduce;
-    set_grid(config, kForwardOp, ceil_div(job.layout.channels, kThreads));
+    // One block at least: where there are no channels, the batch is counted all the same.
+    set_grid(config, kForwardOp, ceil_div(std::max<std::int64_t>(job.layout.channels, 1), kThreads));
     cuda::launch(kForwardOp, batch_norm_running_kernel, config, g);
   }
   if (job.y == nullptr || job.layout.numel() == 0) return;

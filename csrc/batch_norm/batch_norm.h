@@ -16,10 +16,10 @@
 //
 // Running statistics: r <- (1 - momentum) * r + momentum * value, with the unbiased variance
 // (count / (count - 1)); over several groups the groups' moments are combined first (sums of
-// counts, means and squared deviations). `batches`, if given, is counted up by one before that; a
-// negative momentum means a cumulative average, 1 / *batches. A statistic of no elements changes
-// nothing (a batch is counted nevertheless, as torch counts it); one of a single element leaves the
-// variance.
+// counts, means and squared deviations). `batches`, if given, is counted up by one before that; the
+// momentum kCumulative means a cumulative average, 1 / *batches, and without `batches` it leaves
+// the running statistics, as torch's layers do. A statistic of no elements changes nothing (a batch
+// is counted nevertheless, as torch counts it); one of a single element leaves the variance.
 //
 // Backward, with dz = gradient of z (dropout drawn again, activation'(z) from x, or from `bits`),
 // over the count_s elements:
@@ -59,6 +59,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "core/draw.h"
 #include "core/dtype.h"
@@ -109,6 +110,9 @@ enum class Statistics : std::uint8_t {
              // statistics, which are then read and never written
 };
 
+// Every finite number is a momentum, as in torch.
+inline constexpr double kCumulative = -std::numeric_limits<double>::infinity();
+
 // moments: float64 [3, statistics]: mean, biased variance, count.
 struct Forward {
   Layout layout;
@@ -124,7 +128,7 @@ struct Forward {
   // Updated from the moments, whoever computed them (not with kFixed); absent: not.
   PerChannel running_mean, running_var;
   std::int64_t* batches = nullptr;
-  double momentum = 0.1;  // negative: cumulative, 1 / *batches
+  double momentum = 0.1;
   double eps = 1e-5;
   Epilogue epilogue;
 };

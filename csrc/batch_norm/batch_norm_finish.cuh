@@ -33,10 +33,10 @@ FUSEREG_DEVICE_INLINE Moments read_moments(const Forward& job, const Tiling& t, 
 
 FUSEREG_DEVICE_INLINE void update_running(const Forward& job, std::int64_t c, const Moments& m) {
   if (m.count == 0.0) return;
-  const double momentum =
-      job.momentum >= 0.0
-          ? job.momentum
-          : 1.0 / (job.batches == nullptr ? 1.0 : static_cast<double>(*job.batches + 1));
+  const double momentum = job.momentum != kCumulative ? job.momentum
+                          : job.batches == nullptr
+                              ? 0.0
+                              : 1.0 / static_cast<double>(*job.batches + 1);
   const auto update = [&](const PerChannel& p, double value) {
     if (p.data == nullptr) return;
     write_number(p, c, (1.0 - momentum) * read_number(p, c) + momentum * value);
@@ -102,6 +102,7 @@ __device__ void finish_backward(const Arguments<Backward>& g, std::int64_t slab,
       } else {
         sums = {job.sums[s], job.sums[all + s]};
       }
+      if (t.outer == 0) continue;  // of no elements the variance is 0, and eps may be
       const double variance = read_statistic(job, t, group, c).variance + job.eps;
       total.add({sums.sum, sums.dot / sqrt(variance)});
     }

@@ -79,6 +79,7 @@ class Tiling {
     } else {
       width_ = std::clamp<std::int64_t>(kLineBytes / (layout.inner * size), 1, kMaxLines);
     }
+    width_ = std::max(width_, std::int64_t{1});  // there may be no channels
     fits_ = rows * width_ * layout.inner * size <= kCacheBytes;
     blocks_ = ceil_div(layout.channels, width_);
     tile_rows_ =
@@ -454,9 +455,9 @@ class ForwardRun : public Passes<ForwardRun> {
   void update_running() const {
     if (job_.batches != nullptr) ++*job_.batches;
     if (job_.running_mean.data == nullptr && job_.running_var.data == nullptr) return;
-    const double momentum = job_.momentum >= 0.0      ? job_.momentum
-                            : job_.batches == nullptr ? 1.0
-                                                      : 1.0 / static_cast<double>(*job_.batches);
+    const double momentum = job_.momentum != kCumulative ? job_.momentum
+                            : job_.batches == nullptr    ? 0.0
+                                                         : 1.0 / static_cast<double>(*job_.batches);
     // A block of channels at a time: there may be thousands, and this is done by one thread.
     for (std::int64_t begin = 0; begin < layout_.channels; begin += kMaxColumns) {
       const std::int64_t n = std::min(kMaxColumns, layout_.channels - begin);
@@ -595,7 +596,9 @@ class BackwardRun : public Passes<BackwardRun> {
       const std::int64_t n = std::min(kMaxColumns, layout_.channels - begin);
       double weight[kMaxColumns] = {}, bias[kMaxColumns] = {}, variance[kMaxColumns];
       if (job_.moments == nullptr) read(job_.running_var, begin, n, 1.0, variance);
-      for (std::int64_t group = 0; group < layout_.groups(); ++group) {
+      // Of no elements the variance is 0, and eps may be.
+      const std::int64_t groups = layout_.numel() == 0 ? 0 : layout_.groups();
+      for (std::int64_t group = 0; group < groups; ++group) {
         const std::int64_t s = group * layout_.channels + begin;
         if (job_.moments != nullptr) std::copy_n(job_.moments + statistics + s, n, variance);
         for (std::int64_t i = 0; i < n; ++i) {

@@ -46,13 +46,15 @@ void split_for_streaming(Tiling& t, std::int64_t octets_per_thread, const Device
   const std::int64_t useful = ceil_div(slab_octets(t), kThreads * octets_per_thread);
   // A thread with less than 2 octets costs more than it gives.
   const std::int64_t most = std::max<std::int64_t>(slab_octets(t) / (kThreads * 2), 1);
-  const std::int64_t wanted = ceil_div(kBlocksPerSm * device.sm_count, t.items());
+  const std::int64_t wanted =
+      ceil_div(kBlocksPerSm * device.sm_count, std::max<std::int64_t>(t.items(), 1));
   set_splits(t, std::clamp<std::int64_t>(std::max(useful, wanted), 1, most));
 }
 
 // A slab's row of octets with inner = 1.
 void set_columns(Tiling& t, int octets) {
-  t.width = std::min<std::int64_t>(octets, ceil_div(t.channels, kOctet));
+  // There may be no channels.
+  t.width = std::clamp<std::int64_t>(ceil_div(t.channels, kOctet), 1, octets);
   t.pack = static_cast<int>(t.width) * kOctet;
   t.rows_at_once = kThreads / static_cast<int>(t.width);
   t.slabs = ceil_div(t.channels, t.pack);

@@ -83,8 +83,8 @@ class Reader {
                             std::to_string(layout_.channels) + ",), got " +
                             std::string(py::str(py::tuple(tensor.attr("shape")))));
     }
-    const bool fits =
-        view.dtype == x_.dtype || (view.dtype == DType::kFloat32 && x_.dtype != DType::kFloat64);
+    const bool fits = view.dtype == x_.dtype || x_.numel == 0 ||
+                      (view.dtype == DType::kFloat32 && x_.dtype != DType::kFloat64);
     if (!fits) {
       throw py::value_error(
           where(op_, name) + " must be " + dtype_name(x_.dtype) +
@@ -108,6 +108,15 @@ class Reader {
                             std::to_string(view.numel) + " of " + std::to_string(view.bytes));
     }
     return view.data;
+  }
+
+  // The count of batches, or null; one of another kind is for Python to keep.
+  std::int64_t* count(const py::object& tensor) {
+    if (!ready_ || tensor.is_none()) return nullptr;
+    RawView view;
+    ready_ = read_raw(tensor, view) && view.device == x_.device && view.integer &&
+             view.bytes == 8 && view.numel == 1;
+    return ready_ ? static_cast<std::int64_t*>(view.data) : nullptr;
   }
 
   Epilogue epilogue(int activation, double slope, double p, const py::object& seed,
@@ -142,8 +151,8 @@ Statistics statistics_argument(int statistics, const char* op) {
 }
 
 double eps_argument(double eps, const char* op) {
-  if (!(eps > 0.0)) {
-    throw py::value_error(where(op, "eps") + " must be positive, got " + std::to_string(eps));
+  if (!(eps >= 0.0)) {
+    throw py::value_error(where(op, "eps") + " must not be negative, got " + std::to_string(eps));
   }
   return eps;
 }
@@ -189,6 +198,7 @@ std::int64_t batch_norm_forward(
     double slope, double p, const py::object& seed, const py::object& offset,
     const py::object& index_offset, const char* op) {
   Reader reader(x, group_samples, !mask.is_none(), op);
+  if (!reader.ready()) return kNeedsPreparation;  // sizes of the layout are divided by below
   Forward job;
   job.layout = reader.layout();
   job.dtype = reader.x().dtype;
@@ -202,7 +212,7 @@ std::int64_t batch_norm_forward(
   job.mask = static_cast<const std::uint8_t*>(reader.raw(mask, 1, l.outer * l.inner, "mask"));
   job.bits = static_cast<std::uint8_t*>(reader.raw(bits, 1, l.bit_bytes(), "bits"));
   job.moments = static_cast<double*>(reader.raw(moments, 8, 3 * l.statistics(), "moments"));
-  job.batches = static_cast<std::int64_t*>(reader.raw(batches, 8, 1, "num_batches_tracked"));
+  job.batches = reader.count(batches);
   job.weight = reader.per_channel(weight, "weight");
   job.bias = reader.per_channel(bias, "bias");
   job.running_mean = reader.per_channel(running_mean, "running_mean");
@@ -227,6 +237,7 @@ std::int64_t batch_norm_backward(
     std::int64_t group_samples, int activation, double slope, double p, const py::object& seed,
     const py::object& offset, const py::object& index_offset, const char* op) {
   Reader reader(x, group_samples, !mask.is_none(), op);
+  if (!reader.ready()) return kNeedsPreparation;  // sizes of the layout are divided by below
   Backward job;
   job.layout = reader.layout();
   job.dtype = reader.x().dtype;
@@ -276,20 +287,23 @@ py::object batch_norm_layout(const py::object& x, std::int64_t group_samples, bo
   return py::make_tuple(l.outer, l.channels, l.inner, l.statistics(), l.bit_bytes());
 }
 
-// Whether x and the vectors, each of which may be None, have shapes and devices that go together.
+// Whether x and the vectors, each of which may be None, have shapes and devices that go together,
+// and no gradient of the running statistics is asked for.
 // False: Python has to look for what is wrong, or for why they cannot be read.
 bool batch_norm_fits(const py::object& x, const py::object& running_mean,
                      const py::object& running_var, const py::object& weight,
                      const py::object& bias) {
   TensorView view;
   if (!is_plain_type(x) || read_tensor(x, view) != Kind::kPlain || view.ndim < 2) return false;
-  const auto fits = [&](const py::object& vector) {
+  const auto fits = [&](const py::object& vector, bool running) {
     if (vector.is_none()) return true;
     TensorView v;
     return is_plain_type(vector) && read_tensor(vector, v) == Kind::kPlain && v.ndim == 1 &&
-           v.numel == view.sizes[1] && v.device == view.device;
+           v.numel == view.sizes[1] && v.device == view.device &&
+           !(running && requires_grad(vector));
   };
-  return fits(running_mean) && fits(running_var) && fits(weight) && fits(bias);
+  return fits(running_mean, true) && fits(running_var, true) && fits(weight, false) &&
+         fits(bias, false);
 }
 
 }  // namespace

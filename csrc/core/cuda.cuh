@@ -194,50 +194,6 @@ inline int current_device() {
   return device;
 }
 
-struct DeviceInfo {
-  int index = 0;
-  std::string name;
-  int major = 0;
-  int minor = 0;
-  int sm_count = 0;
-  std::size_t total_memory = 0;
-};
-
-struct DeviceReport {
-  std::vector<DeviceInfo> devices;
-  int driver_version = 0;   // 13000 for CUDA 13.0; 0 where there is no driver
-  int runtime_version = 0;  // of the runtime that is linked into this module
-  std::string error;        // why `devices` is empty or cut short
-};
-
-// For `fusereg info`. Never throws because of the machine: no driver is an answer, not a fault.
-inline DeviceReport device_info() {
-  DeviceReport report;
-  const auto failed = [&report](cudaError_t error) {
-    (void)cudaGetLastError();
-    report.error = std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
-    const std::string remedy = detail::remedy(error);
-    if (!remedy.empty()) report.error += "; " + remedy;
-    return report;
-  };
-  (void)cudaRuntimeGetVersion(&report.runtime_version);
-  (void)cudaDriverGetVersion(&report.driver_version);
-  int count = 0;
-  if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
-    return failed(error);
-  }
-  for (int index = 0; index < count; ++index) {
-    cudaDeviceProp properties;
-    if (const cudaError_t error = cudaGetDeviceProperties(&properties, index);
-        error != cudaSuccess) {
-      return failed(error);
-    }
-    report.devices.push_back({index, properties.name, properties.major, properties.minor,
-                              properties.multiProcessorCount, properties.totalGlobalMem});
-  }
-  return report;
-}
-
 // --- launching ---
 
 // The most bytes that the parameters of one kernel may take: 32,764 from CUDA 12.1 on, 4 KB before.

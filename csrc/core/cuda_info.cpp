@@ -2,27 +2,33 @@
 
 #include "core/cuda.cuh"
 
-namespace fusereg {
+namespace fusereg::cuda {
 
-namespace py = pybind11;
-
-py::list cuda_device_info() {
-  py::list devices;
-  const cuda::DeviceReport report = cuda::device_info();
-  for (const cuda::DeviceInfo& d : report.devices) {
-    py::dict entry;
-    entry["index"] = d.index;
-    entry["name"] = d.name;
-    entry["capability"] = std::to_string(d.major) + "." + std::to_string(d.minor);
-    entry["sm_count"] = d.sm_count;
-    entry["memory_bytes"] = d.total_memory;
-    entry["driver"] = report.driver_version;
-    entry["runtime"] = report.runtime_version;
-    devices.append(entry);
+DeviceReport device_info() {
+  DeviceReport report;
+  const auto failed = [&report](cudaError_t error) {
+    (void)cudaGetLastError();
+    report.error = std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+    const std::string remedy = detail::remedy(error);
+    if (!remedy.empty()) report.error += "; " + remedy;
+    return report;
+  };
+  (void)cudaRuntimeGetVersion(&report.runtime_version);
+  (void)cudaDriverGetVersion(&report.driver_version);
+  int count = 0;
+  if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
+    return failed(error);
   }
-  return devices;
+  for (int index = 0; index < count; ++index) {
+    cudaDeviceProp properties;
+    if (const cudaError_t error = cudaGetDeviceProperties(&properties, index);
+        error != cudaSuccess) {
+      return failed(error);
+    }
+    report.devices.push_back({index, properties.name, properties.major, properties.minor,
+                              properties.multiProcessorCount, properties.totalGlobalMem});
+  }
+  return report;
 }
 
-py::str cuda_error() { return {cuda::device_info().error}; }
-
-}  // namespace fusereg
+}  // namespace fusereg::cuda

@@ -1,12 +1,29 @@
 // What the CUDA runtime says of this machine.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include <cstddef>
+#include <string>
+#include <vector>
 
-namespace fusereg {
+namespace fusereg::cuda {
 
-// One dict per device; empty where there is none or no driver, and cuda_error() then says why.
-pybind11::list cuda_device_info();
-pybind11::str cuda_error();
+struct DeviceInfo {
+  int index = 0;
+  std::string name;
+  int major = 0;
+  int minor = 0;
+  int sm_count = 0;
+  std::size_t total_memory = 0;
+};
 
-}  // namespace fusereg
+struct DeviceReport {
+  std::vector<DeviceInfo> devices;
+  int driver_version = 0;   // 13000 for CUDA 13.0; 0 where there is no driver
+  int runtime_version = 0;  // of the runtime that is linked into this module
+  std::string error;        // why `devices` is empty or cut short
+};
+
+// For `fusereg info`. Never throws because of the machine: no driver is an answer, not a fault.
+DeviceReport device_info();
+
+}  // namespace fusereg::cuda

@@ -152,7 +152,7 @@ def dropouts() -> Figure:
         ("DropPath", F.drop_path(x, p, seed=6)),
         ("DropBlock2d, 5 × 5", F.drop_block2d(x, p, 5, seed=5)),
         ("GaussianDropout", F.gaussian_dropout(x, p, seed=5)),
-        ("AlphaDropout of noise", F.alpha_dropout(torch.randn(2, 3, size, size), p, seed=5)),
+        ("AlphaDropout of noise", F.alpha_dropout(torch.randn(2, 3, size, size), p, True, seed=5)),
         ("ConsistentDropout", F.consistent_dropout(sequences, p, 1, seed=3)),
         ("DropConnect: weights", F.dropout(torch.ones(1, 1, size, 3 * size // 2), p, seed=9)),
     ]

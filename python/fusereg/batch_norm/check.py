@@ -20,8 +20,8 @@ _SHAPES: dict[str, Shape] = {
     "large": (9, 41, 19, 23),
 }
 _torch_norm: Any = torch.nn.functional.batch_norm
-_AFFINE = ("x", "weight", "bias")
-_ALL = ("x", "running_mean", "running_var", "weight", "bias")
+_AFFINE = ("input", "weight", "bias")
+_ALL = ("input", "running_mean", "running_var", "weight", "bias")
 _RUNNING = _ALL[1:3]
 _BATCH_ALONE = {"running_mean": None, "running_var": None, "training": True}
 
@@ -37,7 +37,7 @@ def _tensors(inputs: Inputs, shape: Shape, *names: str, channels_last: bool = Fa
     weight, bias = (inputs.normal(shape[1], seed=23 + i).to(inputs.wide) for i in range(2))
     return [
         {
-            "x": elements[0],
+            "input": elements[0],
             "residual": elements[1],
             "weight": weight,
             "bias": bias,

@@ -1,43 +1,59 @@
-"""Batch normalization folded into the convolution before it, for inference."""
+"""Batch normalization folded into the convolution or linear layer before it, for inference."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from typing import TypeVar
+from collections import OrderedDict
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ..core import dispatch
 from ..core.layer import Layer
+from .calls import Calls, Nodes
+from .known import epilogue_of, is_timm_act, why_unknown
 from .variants import FrozenBatchNorm
 
 __all__ = ["fold_into_conv"]
 
-_logger = logging.getLogger("fusereg")
+_log = logging.getLogger("fusereg")
 _Module = TypeVar("_Module", bound=nn.Module)
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
-_Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS: tuple[type[nn.Module], ...] = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    *_Transposed,
-)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+#: A layer that a batch norm can be folded into -> the number of dimensions of its result.
+_DIMENSIONS: dict[type[nn.Module], int] = {
+    nn.Linear: 2,
+    **{getattr(nn, f"Conv{n}d"): n + 2 for n in (1, 2, 3)},
+    **{getattr(nn, f"ConvTranspose{n}d"): n + 2 for n in (1, 2, 3)},
+}
 
 
 class Epilogue(Layer):
     """The activation and residual of a folded layer: activation(x + residual)."""
 
-    def __init__(self, activation: str | None, negative_slope: float) -> None:
+    #: The number of dimensions that the input must have, if any.
+    dim: int | None = None
+
+    def __init__(
+        self, activation: str | None, negative_slope: float, dim: int | None = None
+    ) -> None:
         super().__init__()
         self.activation = activation
         self.negative_slope = negative_slope
+        self.dim = dim
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return the activation of the input, with the residual added if there is one."""
+        if self.dim is not None and input.dim() != self.dim:
+            raise ValueError(
+                f"fusereg.fold_into_conv: the input of a batch norm that was folded must have "
+                f"{self.dim} dimensions, got {input.dim()}"
+            )
         z = input if residual is None else input + residual
         if self.activation == "leaky_relu":
             return F.leaky_relu(z, self.negative_slope)
@@ -57,12 +73,20 @@ def fold_into_conv(model: _Module) -> _Module:
     :math:`W' = W \gamma / \sqrt{\sigma^2 + \epsilon}` (for each output channel) and
     :math:`b' = (b - \mu) \gamma / \sqrt{\sigma^2 + \epsilon} + \beta`, computed in float64. The
     results are the same up to rounding, and the normalization costs nothing more. Each folded layer
-    leaves an identity in its place, or its fused activation and residual.
+    leaves an identity in its place, or its activation and residual. Parameters that do not require
+    gradients still do not.
 
-    Convolutions and transposed convolutions are folded with torch's batch norms, fusereg's and
-    :class:`fusereg.nn.FrozenBatchNorm`, where the structure shows that the one's
-    result is used by the other alone: in ``nn.Sequential``, and in whatever ``torch.fx`` can trace.
-    What was folded, and what not and why, goes to the logger "fusereg".
+    Folded are the batch norms of torch and fusereg, :class:`fusereg.nn.FrozenBatchNorm`, timm's
+    ``BatchNormAct2d``, and those that :func:`fusereg.convert` made of them, into torch's
+    convolutions, transposed convolutions and linear layers. Other subclasses stay, for they may
+    compute something else. A batch norm is folded where the forward that calls both shows that it
+    reads the convolution's result and nothing else does, each is called once in the whole model,
+    and neither has hooks or parametrizations. The logger "fusereg" reports at level INFO what was
+    folded, and what was not and why.
+
+    What a forward does is found by tracing it as it is now, in evaluation. Fold again if you change
+    attributes that it reads. Of a forward that cannot be traced, its source is read: modules that
+    it only calls are searched, and others are left as they are.
 
     Args:
         model: in evaluation mode (``model.eval()``). It stays as it is.
@@ -85,107 +109,152 @@ def fold_into_conv(model: _Module) -> _Module:
                 "call model.eval() first"
             )
     folded = copy.deepcopy(model)
-    pairs: dict[str, str] = {}
-    _find_pairs(folded, "", pairs)
-    for norm_name, conv_name in pairs.items():
-        _fold(folded, conv_name, norm_name)
-        _logger.info("fold_into_conv: %s folded into %s", norm_name, conv_name)
-    for name, layer in folded.named_modules():
-        if isinstance(layer, (_BatchNorm, FrozenBatchNorm)):
-            _logger.info("fold_into_conv: %s stays: no convolution is seen before it", name)
+    calls = Calls(folded)
+    names = {layer: name for name, layer in folded.named_modules()}
+    pairs = {}
+    for layer, name in names.items():
+        if not isinstance(layer, (_BatchNorm, FrozenBatchNorm)):
+            continue
+        found = _find(layer, calls)
+        if isinstance(found, str):
+            _log.info("fusereg.fold_into_conv: %s stays: %s", name or "the model", found)
+        else:
+            pairs[layer] = found
+    for norm, source in pairs.items():
+        _fold(norm, source)
+        left = _left(norm, source)
+        for parent in names:
+            for key, child in parent._modules.items():
+                if child is norm:
+                    parent._modules[key] = left
+        _log.info("fusereg.fold_into_conv: %s folded into %s", names[norm], names[source])
     return folded
 
 
-def _is_norm(layer: object) -> bool:
-    return isinstance(layer, (_BatchNorm, FrozenBatchNorm)) and layer.running_mean is not None
+# --- what can be folded ---------------------------------------------------------------------------
 
 
-def _find_pairs(module: nn.Module, prefix: str, pairs: dict[str, str]) -> None:
-    """Add the names of each batch norm and its convolution; search parts that trace alone."""
-    if isinstance(module, (_BatchNorm, FrozenBatchNorm, *_CONVOLUTIONS)):
-        return
-    try:
-        graph = _Tracer().trace(module)
-    except Exception as error:  # whatever a forward does with a proxy
-        _logger.debug("fold_into_conv: %s is not traced: %s", prefix or "the model", error)
-        for name, child in module.named_children():
-            _find_pairs(child, f"{prefix}{name}.", pairs)
-        return
-    calls: dict[str, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            calls.setdefault(str(node.target), []).append(node)
-    layers = dict(module.named_modules())
-    for target, nodes in calls.items():
-        # A layer that is called twice has two predecessors: it is left alone.
-        if not _is_norm(layers[target]) or len(nodes) > 1 or not nodes[0].args:
-            continue
-        before = nodes[0].args[0]
-        if (
-            isinstance(before, fx.Node)
-            and before.op == "call_module"
-            and isinstance(layers[str(before.target)], _CONVOLUTIONS)
-            and len(before.users) == 1
-            and len(calls[str(before.target)]) == 1
-            and _can_fold(layers[str(before.target)], layers[target])
-        ):
-            pairs[prefix + target] = prefix + str(before.target)
+def _find(norm: Any, calls: Calls) -> nn.Module | str:
+    """Return the layer to fold a batch norm into, or the reason why there is none."""
+    reason = why_unknown(norm) or _why_not_alone(norm, calls)
+    if reason is not None:
+        return reason
+    if norm.running_mean is None or norm.running_var is None:
+        return "it has no running statistics"
+    (module,) = calls.callers[norm]
+    found: set[nn.Module] = set()
+    for nodes in calls.graphs[module]:
+        for node in nodes.get(norm, ()):
+            source = _before(norm, node, nodes)
+            if isinstance(source, str):
+                return source
+            found.add(source)
+    source = found.pop()
+    reason = _why_not_alone(source, calls)
+    if reason is None and any((norm in n) != (source in n) for n in calls.graphs[module]):
+        reason = "it is called with and without this batch norm, depending on arguments"
+    if reason is not None or found:
+        return f"the {type(source).__name__} before it: {reason or 'it is one of several'}"
+    return _why_not_matching(norm, source) or source
 
 
-class _Tracer(fx.Tracer):
-    """Sees layers of torch and fusereg as one call each."""
+def _before(norm: Any, node: fx.Node, nodes: Nodes) -> nn.Module | str:
+    """Return the layer whose result a batch norm is called with, or the reason for none."""
+    before = node.args[0] if node.args else None
+    called = [layer for layer, calls in nodes.items() if before in calls]
+    if not called or not isinstance(called[0], tuple(_DIMENSIONS)):
+        return "no convolution or linear layer is seen before it"
+    source, name = called[0], type(called[0]).__name__
+    assert isinstance(before, fx.Node)
+    if type(source) not in _DIMENSIONS:
+        return f"what is before it, a {name}, is a subclass of torch's layer"
+    if len(before.users) != 1:
+        return f"the result of the {name} before it is used elsewhere too"
+    # fusereg's layers add a residual, as what they leave does.
+    more_args = ("residual",) if type(norm).__module__.startswith("fusereg.") else ()
+    if len(node.args) > 1 + len(more_args) or not set(node.kwargs) <= set(more_args):
+        more = ", ".join(node.kwargs) or f"{len(node.args)} arguments"
+        return f"it is called with {more}"
+    return source
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (
-            type(m).__module__.startswith("fusereg.")
-            or isinstance(m, (_BatchNorm, *_CONVOLUTIONS))
-            or super().is_leaf_module(m, module_qualified_name)
-        )
+
+def _why_not_alone(layer: nn.Module, calls: Calls) -> str | None:
+    """Return why calling this layer may be more than its forward, or not its only use."""
+    if dispatch.hooked(layer):
+        return "it has hooks, or a forward that is set on the object"
+    if layer in calls.touched:
+        return calls.touched[layer]
+    count = calls.count(layer)
+    if count != 1:
+        return f"it is called {count} times" if count else "no forward that calls it is known"
+    return None
 
 
-def _can_fold(conv: nn.Module, norm: nn.Module) -> bool:
-    plain = not any(
-        getattr(m, hooks)
-        for m in (conv, norm)
-        for hooks in ("_forward_hooks", "_forward_pre_hooks")
-    )
-    parametrized = nn.utils.parametrize.is_parametrized(conv)
-    return plain and not parametrized
+def _why_not_matching(norm: Any, source: Any) -> str | None:
+    """Return why the parameters and shapes of a pair do not fit each other."""
+    weight, bias = source._parameters.get("weight"), source._parameters.get("bias")
+    own = [norm._parameters.get(n, norm._buffers.get(n)) for n in ("weight", "bias")]
+    for value in (weight, bias, *own, norm.running_mean, norm.running_var):
+        plain = type(value) in (Tensor, nn.Parameter, type(None))
+        if not plain or (value is not None and not value.is_floating_point()):
+            return f"it holds a {type(value).__name__}, which is no plain floating-point tensor"
+        if value is not None and weight is not None and value.device != weight.device:
+            return "it is on another device than the layer before it"
+    if weight is None:
+        return f"the {type(source).__name__} before it has no plain weight"
+    dim = _DIMENSIONS[type(source)]
+    takes = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+    for cls, dims in takes.items():
+        if isinstance(norm, cls) and dim not in dims:
+            return f"it does not take what the {type(source).__name__} before it returns"
+    channels = getattr(source, "out_channels", None) or source.out_features
+    if channels != norm.num_features:
+        return f"it has {norm.num_features} channels, the layer before it {channels}"
+    return None
 
 
-def _fold(model: nn.Module, conv_name: str, norm_name: str) -> None:
-    conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
-    weight, old_bias = conv.weight, conv.bias
-    assert isinstance(weight, Tensor)
+# --- folding --------------------------------------------------------------------------------------
+
+
+def _fold(norm: Any, source: Any) -> None:
+    """Give a layer the weight and bias that make the batch norm after it unnecessary."""
+    weight, old_bias = source.weight, source.bias
     with torch.no_grad():
-        mean, var = norm.running_mean, norm.running_var
-        assert isinstance(mean, Tensor)
-        assert isinstance(var, Tensor)
-        scale = (var.double() + float(norm.eps)).rsqrt()  # type: ignore[arg-type]
-        if isinstance(norm.weight, Tensor):
+        scale = (norm.running_var.double() + float(norm.eps)).rsqrt()
+        if norm.weight is not None:
             scale = scale * norm.weight.double()
-        bias = -mean.double() * scale
-        if isinstance(old_bias, Tensor):
+        bias = -norm.running_mean.double() * scale
+        if old_bias is not None:
             bias = bias + old_bias.double() * scale
-        if isinstance(norm.bias, Tensor):
+        if norm.bias is not None:
             bias = bias + norm.bias.double()
-        per_output = _along_outputs(conv, weight, scale)
-        conv.weight = nn.Parameter((weight.double() * per_output).to(weight.dtype))
-        conv.bias = nn.Parameter(bias.to(weight.dtype))
-    activation = getattr(norm, "activation", None)
-    left: nn.Module
-    if type(norm).__module__.startswith("fusereg."):
-        left = Epilogue(activation, getattr(norm, "negative_slope", 0.01))
-    else:
-        left = nn.Identity()
-    parent, _, name = norm_name.rpartition(".")
-    setattr(model.get_submodule(parent), name, left.eval())
+        per_output = _along_outputs(source, weight, scale)
+        new_weight = (weight.double() * per_output).to(weight.dtype)
+    trained = norm.bias if old_bias is None else old_bias
+    learns = trained is not None and trained.requires_grad
+    source.weight = nn.Parameter(new_weight, weight.requires_grad)
+    source.bias = nn.Parameter(bias.to(weight.dtype), learns)
 
 
-def _along_outputs(conv: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:
+def _along_outputs(source: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:
     """Return the factors in the weight's shape; a transposed one is (in, out / groups, ...)."""
-    if not isinstance(conv, _Transposed):
+    if not isinstance(source, _TRANSPOSED):
         return scale.reshape(-1, *[1] * (weight.dim() - 1))
-    by_group = scale.reshape(conv.groups, 1, -1)
-    rows = by_group.expand(-1, weight.shape[0] // conv.groups, -1).reshape(weight.shape[0], -1)
+    by_group = scale.reshape(source.groups, 1, -1)
+    rows = by_group.expand(-1, weight.shape[0] // source.groups, -1).reshape(weight.shape[0], -1)
     return rows.reshape(*rows.shape, *[1] * (weight.dim() - 2))
+
+
+def _left(norm: Any, source: nn.Module) -> nn.Module:
+    """Return what a folded batch norm leaves in its place."""
+    left: nn.Module
+    if is_timm_act(norm):
+        left = nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act))
+    elif type(norm) in (nn.BatchNorm2d, nn.BatchNorm3d):
+        left = nn.Identity()
+    else:
+        # Others take several shapes, among which is one whose channels are not where these are.
+        activation, slope = epilogue_of(norm) or (None, 0.01)
+        left = Epilogue(activation, slope, _DIMENSIONS[type(source)])
+    left.training = False
+    return left

@@ -13,7 +13,7 @@ from ..core import checks, dispatch, random
 from ..core.random import Source
 from . import inplace as in_place
 from . import kernels, op
-from .kernels import COMPUTE, FIXED, Call, Inputs, constants_of
+from .kernels import COMPUTE, CUMULATIVE, FIXED, Call, Inputs, constants_of
 
 __all__ = ["batch_norm"]
 
@@ -59,7 +59,7 @@ class Chosen(NamedTuple):
 
 
 def batch_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -88,8 +88,8 @@ def batch_norm(
     channel over the batch, or with the running statistics if not ``training``.
 
     Args:
-        x: of shape (N, C) or (N, C, ...), float64, float32, float16 or bfloat16, in any layout;
-            contiguous, channels_last and other dense layouts are read as they lie.
+        input: x, of shape (N, C) or (N, C, ...), float64, float32, float16 or bfloat16, in any
+            layout; contiguous, channels_last and other dense layouts are read as they lie.
         running_mean: of shape (C,), or None. In training it becomes
             ``(1 - momentum) * running_mean + momentum * mean``.
         running_var: the same for the unbiased variance.
@@ -97,8 +97,10 @@ def batch_norm(
             float32 for 16-bit ``x``.
         bias: beta, of shape (C,); 0 if not given.
         training: whether to use the batch's statistics; also used without running ones.
-        momentum: within [0, 1]; None for a cumulative average, 1 / ``num_batches_tracked``.
-        eps: added to the variance, > 0.
+        momentum: any number, as in torch, though only those within [0, 1] average; None for a
+            cumulative average, 1 / ``num_batches_tracked``, which without a count leaves the
+            running statistics, as torch's layers do.
+        eps: added to the variance, > 0; in evaluation >= 0.
         activation: None, "relu", "leaky_relu", "silu" or "gelu".
         residual: r, of x's shape and dtype; added before the activation.
         dropout: the probability of dropping an element of the result, in training.
@@ -112,7 +114,7 @@ def batch_norm(
         virtual_batch_size: as many consecutive samples share statistics, in training (ghost batch
             normalization, Hoffer et al. 2017); the last group may be smaller. Running statistics
             are those of the whole batch.
-        num_batches_tracked: an int64 tensor that is counted up in training.
+        num_batches_tracked: a tensor that is counted up in training, of any dtype.
         update_stats: whether running statistics and ``num_batches_tracked`` are updated at all. Off
             where a batch is seen again, as by activation checkpointing.
         seed: of dropout, as in :func:`dropout`.
@@ -122,7 +124,8 @@ def batch_norm(
     right to 1e-6 of its scale for mean / std up to 1e5. Results are the same bits for any number of
     threads and any CPU instruction set. For backward x and the statistics are kept, and one bit an
     element for a ReLU or leaky ReLU after a residual (the residual itself for SiLU and GELU); a
-    dropout mask is drawn again. An empty batch leaves the running statistics.
+    dropout mask is drawn again. An empty batch leaves the running statistics. On the CPU the result
+    is contiguous, or channels_last if x is, as torch's; on CUDA it lies as x does.
 
     With ``inplace`` backward takes leaky ReLU and the affine map back, for weights of either sign.
     Where that would lose digits, ``|weight|`` below 1/32 of ``|bias|`` (float16 1/8, bfloat16 1/4)
@@ -133,17 +136,18 @@ def batch_norm(
 
     Raises:
         TypeError: an argument is not a tensor, number or name where one is wanted.
-        ValueError: shapes, dtypes or devices do not fit; ``eps`` is not positive, ``momentum`` or
-            ``dropout`` outside [0, 1]; training on one value per channel; ``inplace`` with what
-            cannot be taken back, or with an ``x`` that must not be written to. Running statistics
-            are then as they were.
+        ValueError: shapes, dtypes or devices do not fit; ``eps`` is not positive, ``momentum`` not
+            a number, ``dropout`` outside [0, 1]; training on one value per channel; ``inplace``
+            with what cannot be taken back, or with an ``x`` that must not be written to. Running
+            statistics are then as they were.
+        RuntimeError: running statistics require a gradient, or have one in forward mode.
 
     Example:
         >>> y = fusereg.functional.batch_norm(
         ...     x, mean, var, weight, bias, True, activation="relu", residual=shortcut
         ... )
     """
-    inputs = Inputs(x, residual, mask, weight, bias, None, running_mean, running_var)
+    inputs = Inputs(input, residual, mask, weight, bias, None, running_mean, running_var)
     settings = Chosen(
         training,
         momentum,
@@ -157,6 +161,30 @@ def batch_norm(
     )
     source = Source(seed, generator)
     return normalized(inputs, num_batches_tracked, settings, "batch_norm", source, out)
+
+
+def called(inputs: Inputs, batches: Tensor | None, settings: Settings) -> Tensor:
+    """Call :func:`batch_norm` with a layer's settings; a compiler may keep it as one call."""
+    x, residual, mask, weight, bias, _, mean, var, _ = inputs
+    return batch_norm(
+        x,
+        mean,
+        var,
+        weight,
+        bias,
+        settings.training,
+        settings.momentum,
+        settings.eps,
+        activation=settings.activation,
+        residual=residual,
+        dropout=settings.dropout,
+        inplace=settings.inplace,
+        negative_slope=settings.negative_slope,
+        mask=mask,
+        virtual_batch_size=settings.virtual_batch_size,
+        num_batches_tracked=batches,
+        update_stats=settings.update_stats,
+    )
 
 
 def normalized(
@@ -201,31 +229,20 @@ def prepared(
     else:
         _check_tensors(inputs, settings, name)
         direct = dispatch.direct(x, residual, weight, bias)
-    if use_batch:
-        if momentum is not None and not 0.0 <= momentum <= 1.0:
-            raise ValueError(
-                f"fusereg.{name}: momentum must be within [0, 1] or None, got {momentum}"
-            )
-        if x.numel() == x.shape[1] and x.shape[1] and not single_values:
-            raise ValueError(
-                f"fusereg.{name}: training wants more than 1 value per channel, "
-                f"got x of shape {tuple(x.shape)}"
-            )
-    if not eps > 0.0:
-        raise ValueError(f"fusereg.{name}: eps must be positive, got {eps}")
+    if use_batch and x.numel() == x.shape[1] and x.shape[1] and not single_values:
+        raise ValueError(
+            f"fusereg.{name}: training wants more than 1 value per channel, "
+            f"got x of shape {tuple(x.shape)}"
+        )
+    if not eps > 0.0 and (training or eps != 0.0):
+        wanted = "positive in training" if training else "at least 0"
+        raise ValueError(f"fusereg.{name}: eps must be {wanted}, got {eps}")
     if residual is not None:
         checks.check_like(x, residual, x.shape, name, "residual")
     if out is not None:
         _check_out(out, inputs, name)
     if mask is not None:
         _check_mask(x, mask, name)
-    if batches is not None and (
-        not isinstance(batches, Tensor) or batches.dtype is not torch.int64 or batches.numel() != 1
-    ):
-        raise ValueError(
-            f"fusereg.{name}: num_batches_tracked must be an int64 tensor of one element, "
-            f"got {batches!r}"
-        )
     try:
         activation = kernels.ACTIVATIONS[settings.activation]
     except (KeyError, TypeError):
@@ -241,8 +258,17 @@ def prepared(
             draw = random.eager_state if direct else random.traced_state
             seed = draw(x, source or Source(), name)
     statistics = COMPUTE if use_batch else FIXED
-    updated = use_batch and training and settings.update_stats
-    if not updated:
+    if training and settings.update_stats:
+        if momentum is None:
+            momentum = CUMULATIVE
+        elif not momentum > CUMULATIVE:
+            raise ValueError(f"fusereg.{name}: momentum must be a number or None, got {momentum}")
+        if batches is not None and not isinstance(batches, Tensor):
+            raise TypeError(
+                f"fusereg.{name}: num_batches_tracked must be a torch.Tensor or None, "
+                f"got {type(batches).__name__}"
+            )
+    else:
         batches = None
         if use_batch:
             mean = var = None
@@ -253,8 +279,9 @@ def prepared(
         constants_of((statistics, eps, group, activation, settings.negative_slope, p, 0)),
         name,
         batches,
-        -1.0 if momentum is None else momentum,
+        0.0 if momentum is None else momentum,
         direct,
+        source is not None and source.seed is not None,
     )
 
 
@@ -304,6 +331,8 @@ def _check_tensors(inputs: Inputs, settings: Settings, name: str) -> None:
             raise TypeError(f"{where} must be a torch.Tensor or None, got {type(vector).__name__}")
         if vector.device != x.device:
             raise ValueError(f"{where} must be on {x.device} as x, got {vector.device}")
+        if which in names[:2] and vector.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{where} has no derivative, and must not require a gradient")
         if vector.shape == (channels,):
             continue
         if vector.dim() == 1 and not _any_of_shape(list(vectors.values()), (channels,)):

@@ -27,6 +27,9 @@ ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4}
 #: Those whose derivative is known from the sign of their argument.
 RECTIFIERS = (1, 2)
 
+#: The momentum of a cumulative average; every finite number is one of its own.
+CUMULATIVE = float("-inf")
+
 _increment_version: Callable[[Any], None] = torch.autograd.graph.increment_version
 
 
@@ -77,10 +80,12 @@ class Call:
     op: str = "batch_norm"
     #: The count of batches, which is updated with the running statistics.
     batches: Tensor | None = None
-    #: A negative one stands for a cumulative average.
+    #: CUMULATIVE for a cumulative average.
     momentum: float = 0.0
     #: Whether kernels may be called at once (dispatch.direct).
     direct: bool = True
+    #: Whether the caller gave dropout's seed.
+    seeded: bool = False
     #: float64 [3, statistics]: mean, biased variance, count.
     moments: Tensor | None = None
     #: One bit an element: the sign of what the activation was applied to.
@@ -109,6 +114,42 @@ class Gradients(NamedTuple):
     bias: Tensor | None
     #: float64 [2, statistics]: the sums over each channel that the gradient of x depends on.
     sums: Tensor | None
+
+
+def result_like(x: Tensor) -> Tensor:
+    """Return memory for y with the strides of torch's own result."""
+    return torch.empty_like(x, memory_format=format_like(x))
+
+
+def strides_of_result(x: Tensor) -> tuple[int, ...]:
+    """Return the strides of :func:`result_like`."""
+    return torch.empty_like(x, device="meta", memory_format=format_like(x)).stride()
+
+
+def format_like(x: Tensor) -> torch.memory_format:
+    """Return the memory format of torch's own result.
+
+    On the CPU it is contiguous, or channels_last where x is, whole or a part of such a tensor; on
+    CUDA the result lies as x does.
+    """
+    if x.is_cuda:
+        return torch.preserve_format
+    if x.is_contiguous():
+        return torch.contiguous_format
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is None or not (x.is_contiguous(memory_format=last) or _channels_innermost(x)):
+        return torch.contiguous_format
+    return last
+
+
+def _channels_innermost(x: Tensor) -> bool:
+    shape, strides = x.shape, x.stride()
+    span = 1
+    for d in (1, *range(x.dim() - 1, 1, -1), 0):
+        if strides[d] < span or (d == 0 and strides[1] == span):
+            return False
+        span = strides[d] * max(shape[d], 1)
+    return True
 
 
 def statistics_shape(x: Tensor, group_samples: int) -> int:
@@ -154,7 +195,7 @@ def forward(call: Call, keep_bits: bool = False, out: Tensor | None = None) -> T
             else torch.empty(3, count, dtype=torch.float64, device=x.device)
         )
     call.moments = moments
-    y = torch.empty_like(x) if out is None else out
+    y = result_like(x) if out is None else out
     keep_bits = keep_bits and residual is not None and call.keeps_bits()
     bits = call.bits  # as operators give it, whose results have a size that shapes tell
     if keep_bits and bits is None:
@@ -168,9 +209,16 @@ def forward(call: Call, keep_bits: bool = False, out: Tensor | None = None) -> T
             result = torch.empty_like(x)
         if keep_bits and bits is None:
             bits = _new_bits(copies, call.constants)
+        count = batches
+        if count is not None and not _counts(count, x):
+            count = None
+            if momentum == CUMULATIVE and batches is not None:
+                momentum = 1.0 / float(batches + 1)
         first = (result, moments, bits, x, residual, mask, weight, bias)
-        if not _launch(kernel, call, (*first, used_mean, used_var, batches), momentum):
+        if not _launch(kernel, call, (*first, used_mean, used_var, count), momentum):
             raise refused(call.op)
+        if batches is not None and count is None:
+            batches.add_(1)
         for given, used in ((mean, used_mean), (var, used_var)):
             if given is not None and used is not None and used.data_ptr() != given.data_ptr():
                 given.copy_(used)
@@ -187,6 +235,8 @@ def moments_of(x: Tensor, mask: Tensor | None = None, group_samples: int = 0) ->
     """Return the moments of x alone: float64 [3, statistics]."""
     call = Call(Inputs(x, mask=mask), Constants(COMPUTE, 1.0, group_samples))
     x = supported(x, call)
+    if mask is not None:
+        mask = mask.contiguous()
     count = statistics_shape(x, group_samples)
     moments = torch.empty((3, count), dtype=torch.float64, device=x.device)
     tensors = (None, moments, None, x, None, mask, None, None, None, None, None)
@@ -207,10 +257,18 @@ def supported(x: Tensor, call: Call) -> Tensor:
     return copy.copy_(x)
 
 
+def _counts(batches: Tensor, x: Tensor) -> bool:
+    """Return whether the kernels can count up this tensor; torch's layers take any."""
+    whole = batches.dtype is torch.int64 and batches.numel() == 1
+    return whole and batches.device == x.device and type(batches) is Tensor
+
+
 def _supported(call: Call) -> Inputs:
     """Return the inputs in layouts that the kernels support, copied where they must be."""
     inputs = call.inputs
-    x, residual = supported(inputs.x, call), inputs.residual
+    x, residual, mask = supported(inputs.x, call), inputs.residual, inputs.mask
+    if mask is not None:
+        mask = mask.contiguous()
     if residual is not None and (
         residual.stride() != x.stride() or _C.inspect(residual) != (0, True)
     ):
@@ -220,7 +278,7 @@ def _supported(call: Call) -> Inputs:
         for name in ("weight", "bias", "running_mean", "running_var")
         if (t := getattr(inputs, name)) is not None
     }
-    return inputs._replace(x=x, residual=residual, **vectors)
+    return inputs._replace(x=x, residual=residual, mask=mask, **vectors)
 
 
 def backward(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..core import checks
+from ..core import checks, dispatch
 from ..core.docs import share_paragraphs
 from ..core.layer import Layer
 from . import functional, op
@@ -39,6 +39,7 @@ class _Fused(Layer, nn.modules.batchnorm._BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         activation: str | None = None,
         dropout: float = 0.0,
         negative_slope: float = 0.01,
@@ -48,6 +49,8 @@ class _Fused(Layer, nn.modules.batchnorm._BatchNorm):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
+        if not bias:  # torch before 2.13 has no such argument
+            self.register_parameter("bias", None)
         name = f"nn.{type(self).__name__}"
         functional.check_activation(activation, name)
         checks.check_probability(dropout, name, "dropout")
@@ -58,6 +61,13 @@ class _Fused(Layer, nn.modules.batchnorm._BatchNorm):
         self.negative_slope = negative_slope
         self.update_stats = update_stats
         self.inplace = inplace
+
+    def reset_parameters(self) -> None:
+        """Set weight and bias, if there are any, and the running statistics as they were at first."""
+        self.reset_running_stats()  # type: ignore[no-untyped-call]
+        for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
+            if parameter is not None:
+                nn.init.constant_(parameter, value)
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
@@ -97,6 +107,8 @@ class _Fused(Layer, nn.modules.batchnorm._BatchNorm):
         settings: functional.Settings,
     ) -> Tensor:
         inputs, batches = self._inputs(input, residual, mask)
+        if dispatch.is_dynamo_compiling():
+            return functional.called(inputs, batches, settings)
         if settings.inplace:
             return functional.normalized(inputs, batches, settings, "batch_norm")
         return op.normalize(functional.prepared(inputs, batches, settings, "batch_norm"))
@@ -115,6 +127,8 @@ class _Fused(Layer, nn.modules.batchnorm._BatchNorm):
         except KeyError:  # parametrized, or replaced by something that is neither
             mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
             weight, bias = self.weight, self.bias
+        if self.training and not self.track_running_stats:  # an attribute that may be switched
+            mean = var = batches = None
         return inputs_of((input, residual, mask, weight, bias, None, mean, var, None)), batches
 
     def extra_repr(self) -> str:
@@ -136,14 +150,15 @@ class _Fused(Layer, nn.modules.batchnorm._BatchNorm):
 _ARGUMENTS = """
     Args:
         num_features: C.
-        eps: added to the variance, > 0.
-        momentum: the weight of a batch in the running statistics, within [0, 1]; None for a
-            cumulative average.
+        eps: added to the variance, > 0; in evaluation >= 0.
+        momentum: the weight of a batch in the running statistics; None for a cumulative average.
         affine: whether there are a weight and a bias.
         track_running_stats: whether there are running statistics; without them evaluation uses the
-            batch's as well.
+            batch's as well. As an attribute it can be switched: while it is False, training leaves
+            the running statistics and evaluation uses them.
         device: where parameters and buffers lie.
         dtype: of the parameters and buffers.
+        bias: whether there is a bias beside the weight.
         activation: None, "relu", "leaky_relu", "silu" or "gelu", after normalization and residual.
         dropout: the probability of dropping an element of the result, in training.
         negative_slope: of leaky ReLU.

@@ -12,6 +12,8 @@ Second derivatives are composed of torch's operations too.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 from ..core import dispatch, operator
 from ..core.operator import Operator
 from . import kernels, reference
-from .kernels import COMPUTE, FIXED, Call, Constants, Inputs, inputs_of
+from .kernels import COMPUTE, CUMULATIVE, FIXED, Call, Constants, Inputs, inputs_of
 
 _TENSORS = (
     "Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor? moments,"
@@ -44,20 +46,66 @@ def call_of(inputs: tuple[Any, ...], constants: tuple[Any, ...]) -> Call:
     return call
 
 
-def _bit_bytes(x: Tensor) -> Any:
-    """Return how many bytes the bits of a tensor in x's layout take at most."""
-    if x.numel() == 0:
-        return 0
-    samples, channels = x.shape[0], x.shape[1]
-    inner = x.numel() // samples // channels
-    if x.is_contiguous():
-        if inner == 1:
-            return samples * ((channels + 7) // 8)
-        return samples * channels * ((inner + 7) // 8)
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    if x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]):
-        return samples * inner * ((channels + 7) // 8)
-    return x.numel()  # in other layouts they depend on how the kernels divide them
+def _new_bits(call: Call) -> Tensor | None:
+    """Return memory for the bits, whose strides have the order of x's dimensions in memory.
+
+    Draws and bits belong to elements in the order of x's memory. A compiler may lay x out anew
+    between forward and backward; this tensor it passes on as it is. Its size does not depend on
+    the layout. It has x's dimensions, of size 2, and one more if there are bits at all.
+    """
+    x, p = call.inputs.x, call.constants.p
+    shape: list[Any] = [2] * x.dim()
+    order = _memory_order(x, any_order=p > 0.0)
+    if call.keeps_bits():
+        samples, channels = x.shape[0], x.shape[1]
+        inner = x.numel() // max(samples * channels, 1)
+        # Rows of whole bytes, along the channels or the rest; with draws there may be other orders.
+        by_channels, by_rest = inner * ((channels + 7) // 8), channels * ((inner + 7) // 8)
+        count = x.numel() if p else samples * torch.sym_max(by_channels, by_rest)
+        last = (count + 2 ** x.dim() - 1) // 2 ** x.dim()
+        shape, strides = [*shape, last], [*_dense_strides(shape, order, last), 1]
+    elif p:
+        strides = _dense_strides(shape, order)
+    else:
+        return None
+    return torch.empty_strided(shape, strides, dtype=torch.uint8, device=x.device)
+
+
+def _memory_order(x: Tensor, any_order: bool) -> list[int]:
+    """Return x's dimensions in the order of memory, the outermost first; else row-major ones."""
+    strides, rows = operator.strides_of_result(x), list(range(x.dim()))
+    order = sorted(rows, key=lambda d: strides[d], reverse=True)
+    return order if any_order or order == [0, *rows[2:], 1] else rows
+
+
+def _dense_strides(shape: Sequence[Any], order: Sequence[int], innermost: Any = 1) -> list[Any]:
+    """Return the strides of dense memory with its dimensions in this order."""
+    strides = [innermost] * len(order)
+    for outer, inner in reversed(list(itertools.pairwise(order))):
+        strides[outer] = strides[inner] * max(shape[inner], 1)
+    return strides
+
+
+def _in_order_of(bits: Tensor, x: Tensor) -> Tensor:
+    """Return x itself if it lies in the order that the bits have, else a copy that does."""
+    order = sorted(range(x.dim()), key=lambda d: bits.stride(d), reverse=True)
+    strides = _dense_strides(x.shape, order)
+    if all(a == b or n == 1 for a, b, n in zip(x.stride(), strides, x.shape, strict=True)):
+        return x
+    return operator.in_strides(x, tuple(strides))
+
+
+def set_bits(call: Call, bits: Tensor | None) -> None:
+    """Put an operator's bits into a call, and its tensors into the order that these have."""
+    if bits is None or bits.dim() < 2:  # an eager call's: nothing has laid x out anew
+        call.bits = bits
+        return
+    x, residual = call.inputs.x, call.inputs.residual
+    call.bits = bits.as_strided((bits.numel(),), (1,)) if bits.dim() > x.dim() else None
+    call.inputs = call.inputs._replace(
+        x=_in_order_of(bits, x),
+        residual=None if residual is None else _in_order_of(bits, residual),
+    )
 
 
 def _forward(*args: Any) -> Any:
@@ -67,22 +115,20 @@ def _forward(*args: Any) -> Any:
         return kernels.forward(call, keep_bits=True)
     x, given = args[0], args[5]
     call = call_of(args[:9], args[9:16])
-    if args[16] and call.keeps_bits():
-        call.bits = torch.empty(_bit_bytes(x), dtype=torch.uint8, device=x.device)
-    y = operator.in_strides(kernels.forward(call, args[16]), operator.strides_of_result(x))
-    return y, call.moments if given is None else None, call.bits
+    bits = _new_bits(call) if args[16] else None
+    set_bits(call, bits)
+    y = operator.in_strides(kernels.forward(call, args[16]), kernels.strides_of_result(x))
+    return y, call.moments if given is None else None, bits
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     call, keep_bits = call_of(args[:9], args[9:16]), args[16]
     x = call.inputs.x
-    moments = bits = None
+    moments = None
     if call.moments is None and call.constants.statistics == COMPUTE:
         count = kernels.statistics_shape(x, call.constants.group_samples)
         moments = x.new_empty((3, count), dtype=torch.float64)
-    if keep_bits and call.keeps_bits():
-        bits = x.new_empty((_bit_bytes(x),), dtype=torch.uint8)
-    return torch.empty_like(x), moments, bits
+    return kernels.result_like(x), moments, _new_bits(call) if keep_bits else None
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -93,7 +139,7 @@ def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
         ctx.mark_non_differentiable(moments, bits)
         if call.moments is None and call.constants.statistics == COMPUTE:
             call.moments = moments
-        call.bits = bits if call.keeps_bits() else None
+        call.bits = bits if bits.dim() > 1 else None
     x, residual, mask, weight, bias, _, mean, var, seed = call.inputs
     constants, moments = call.constants, call.moments
     ctx.constants = constants
@@ -123,8 +169,11 @@ def _gradient(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     wanted = (of_x, of_residual, of_weight, of_bias)
     found: tuple[Tensor | None, ...]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        set_bits(call, call.bits)
         found = _differentiable_gradients(call, grad, ctx.has_residual)
     elif dispatch.direct(grad):
+        if call.bits is not None:
+            set_bits(call, call.bits)
         try:
             found = kernels.backward(call, grad, wanted)
         except RuntimeError:  # before it wrote; batched gradients are not looked for sooner
@@ -156,7 +205,7 @@ def arguments(call: Call, grad: Tensor, sums: Tensor | None = None) -> tuple[Any
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     bits, sums, wanted, reduce = args[9], args[10], args[18], args[19]
     call = call_of(args[:9], args[11:18])
-    call.bits = bits
+    set_bits(call, bits)
     found = kernels.backward(call, grad, tuple(wanted), reduce=reduce, sums=sums, keep_sums=reduce)
     strides = operator.strides_of_result(args[0])
     of_elements = (None if t is None else operator.in_strides(t, strides) for t in found[:2])
@@ -225,6 +274,7 @@ batch_norm = Operator(
     fake=_fake_forward,
     save=_save,
     gradient=_gradient,
+    flexible=True,
 )
 #: (grad, *Inputs, bits, sums, *Constants, wanted, reduce): the gradients and, if ``reduce`` and
 #: ``sums`` are not given, the sums.
@@ -235,6 +285,7 @@ backward = Operator(
     fake=_fake_backward,
     save=lambda *_: None,
     gradient=_no_second_derivative,
+    flexible=True,
 )
 _statistics = Operator(
     "batch_norm_statistics(Tensor x, Tensor? mask, int group_samples) -> Tensor",
@@ -242,6 +293,7 @@ _statistics = Operator(
     fake=lambda x, _, group_samples: x.new_empty(
         (3, kernels.statistics_shape(x, group_samples)), dtype=torch.float64
     ),
+    flexible=True,
 )
 
 
@@ -263,17 +315,17 @@ def update_running(call: Call, moments: Tensor) -> None:
     mean, var, batches = call.inputs.running_mean, call.inputs.running_var, call.batches
     if batches is not None:
         batches.add_(1)
-    if mean is None or var is None:
-        return
     channels = call.inputs.x.shape[1]
+    if mean is None or var is None or channels == 0:
+        return
     of_group, square_of_group, count = moments.detach().reshape(3, -1, channels).unbind(0)
     total = count.sum(0)
     whole = total.clamp_min(1.0)
     center = (of_group * count).sum(0) / whole
     square = ((square_of_group + (of_group - center).square()) * count).sum(0)
     factor: Any = call.momentum
-    if factor < 0.0:
-        factor = 1.0 if batches is None else 1.0 / batches.to(torch.float64)
+    if factor == CUMULATIVE:
+        factor = 0.0 if batches is None else 1.0 / batches.to(torch.float64)
     for old, new, changes in (
         (mean, center, total > 0.0),
         (var, square / (total - 1.0).clamp_min(1.0), total > 1.0),
@@ -309,15 +361,34 @@ def normalize(call: Call, out: Tensor | None = None) -> Tensor:
     return y if out is None else out.copy_(y)
 
 
+def _check_running(call: Call) -> None:
+    """Raise where a forward-mode derivative of the running statistics would be needed."""
+
+    def has_tangent(*tensors: Tensor | None) -> bool:
+        unpack = torch.autograd.forward_ad.unpack_dual
+        return any(t is not None and unpack(t).tangent is not None for t in tensors)
+
+    if dispatch.forward_mode():
+        x, residual, _, weight, bias, _, mean, var, _ = call.inputs
+        if has_tangent(mean, var) and has_tangent(x, residual, weight, bias):
+            raise RuntimeError(
+                f"fusereg.{call.op}: running_mean and running_var have no derivative, "
+                "and must not have a forward gradient"
+            )
+
+
 def _traced(call: Call) -> tuple[Tensor, Tensor | None]:
     """Return y and the moments, under a compiler, a mode or a transform, and for subclasses."""
     if dispatch.for_other_programs():
         return reference.of_torch(call)
     if dispatch.functorch() or (not torch.compiler.is_compiling() and dispatch.forward_mode()):
+        _check_running(call)
         return reference.composed(call)
     inputs = call.inputs
     statistics = call.constants.statistics
     if statistics != FIXED or inputs.moments is not None:
         inputs = inputs._replace(running_mean=None, running_var=None)
-    y, new, _ = batch_norm.traced(*inputs, *call.constants, True)
+    # Draws under a given seed belong to elements in the order that the caller gave them.
+    exact = call.constants.p > 0.0 and (call.seeded or dispatch.draws_as_eager())
+    y, new, _ = batch_norm.traced(*inputs, *call.constants, True, exact=exact)
     return y, new if statistics == COMPUTE else inputs.moments

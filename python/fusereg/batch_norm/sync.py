@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import functional, op, sync_op
+from ..core import dispatch
+from . import functional, known, op, sync_op
 from .layers import AnyDimension, BatchNorm1d, BatchNorm2d, BatchNorm3d, _Fused
 
 __all__ = ["SyncBatchNorm"]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 _Module = TypeVar("_Module", bound=nn.Module)
+
+_log = logging.getLogger("fusereg")
 
 #: What convert_sync_batchnorm takes, and what revert_sync_batchnorm makes of it again.
 _CONVERTED: tuple[type[_BatchNorm], ...] = (
@@ -45,7 +49,7 @@ class SyncBatchNorm(AnyDimension):
 
     Args:
         num_features: C.
-        eps, momentum, affine, track_running_stats, process_group, device, dtype: as torch's.
+        eps, momentum, affine, track_running_stats, process_group, device, dtype, bias: as torch's.
         activation, dropout, negative_slope, update_stats: as in :class:`BatchNorm2d`.
 
     Example:
@@ -63,10 +67,10 @@ class SyncBatchNorm(AnyDimension):
         process_group: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **epilogue: Any,
+        **more: Any,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, **epilogue
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **more
         )
         if self.inplace:
             raise ValueError("fusereg.nn.SyncBatchNorm: inplace=True is not supported")
@@ -88,6 +92,8 @@ class SyncBatchNorm(AnyDimension):
     ) -> Tensor:
         group = self._process_group() if self.training else None
         inputs, batches = self._inputs(input, residual, mask)
+        if group is None and dispatch.is_dynamo_compiling():
+            return functional.called(inputs, batches, settings)
         call = functional.prepared(
             inputs, batches, settings, "sync_batch_norm", single_values=group is not None
         )
@@ -95,16 +101,19 @@ class SyncBatchNorm(AnyDimension):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: _Module, process_group: Any = None) -> Any:
-        """Return the module with its batch-norm layers, torch's and fusereg's, synchronized.
+        """Return the module with its batch-norm layers synchronized.
 
-        Parameters, buffers, hooks and training mode are kept, and a fused activation and dropout
-        as well (torch's own method loses them).
+        Converted are torch's and fusereg's ``BatchNorm1d/2d/3d`` and ``SyncBatchNorm``, and timm's
+        ``BatchNormAct2d``, each before and after :func:`fusereg.convert`. Parameters, buffers,
+        hooks and training mode are kept, and an activation and a dropout as well (torch's own
+        method loses them). Other subclasses may compute something else, so they stay as they are;
+        a warning of the logger "fusereg" names them and the reason.
 
         Args:
             module: changed in place; a batch-norm layer itself gives a new layer.
             process_group: of the new layers; all processes if not given.
         """
-        return _converted(module, lambda layer: _to_sync(cls, layer, process_group))
+        return _converted(module, lambda name, layer: _to_sync(cls, name, layer, process_group))
 
     @classmethod
     def revert_sync_batchnorm(cls, module: _Module) -> Any:
@@ -115,37 +124,63 @@ class SyncBatchNorm(AnyDimension):
         return _converted(module, _from_sync)
 
 
+class SyncBatchNormAct(SyncBatchNorm):
+    """A synchronized BatchNormAct2d of timm: its children ``drop`` and ``act`` follow."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
+        """Normalize the input, and call the children."""
+        y: Tensor = self.act(self.drop(super().forward(input, residual, mask=mask)))
+        return y
+
+
 def _converted(module: nn.Module, replace: Any) -> nn.Module:
     """Return the module with what ``replace`` returns for its layers; shared ones stay shared."""
-    known: dict[nn.Module, nn.Module] = {}
+    made: dict[nn.Module, nn.Module] = {}
 
-    def visit(layer: nn.Module) -> nn.Module:
-        if layer not in known:
-            known[layer] = replace(layer) or layer
-            if known[layer] is layer:
-                for name, child in list(layer._modules.items()):
+    def visit(name: str, layer: nn.Module) -> nn.Module:
+        if layer not in made:
+            made[layer] = replace(name, layer) or layer
+            if made[layer] is layer:
+                for key, child in list(layer._modules.items()):
                     if child is not None:
-                        new = visit(child)
+                        new = visit(f"{name}.{key}" if name else key, child)
                         if new is not child:
-                            setattr(layer, name, new)
-        return known[layer]
+                            setattr(layer, key, new)
+        return made[layer]
 
-    return visit(module)
+    return visit("", module)
 
 
-def _to_sync(cls: type[SyncBatchNorm], layer: nn.Module, group: Any) -> nn.Module | None:
-    if type(layer) not in _CONVERTED:
+def _to_sync(cls: type[SyncBatchNorm], name: str, layer: nn.Module, group: Any) -> nn.Module | None:
+    if not isinstance(layer, _BatchNorm) or isinstance(layer, SyncBatchNorm):
         return None
-    assert isinstance(layer, _BatchNorm)
+    act = known.is_timm_act(layer)
+    reason = known.why_unknown(layer)
+    if reason is None and not act and type(layer) not in _CONVERTED:
+        reason = f"{type(layer).__name__} has statistics of its own, which are not synchronized"
+    if reason is None and "forward" in vars(layer):
+        reason = "its forward is set on the object"
+    if reason is None and getattr(layer, "inplace", False):
+        reason = "a synchronized layer does not work in place"
+    if reason is not None:
+        _log.warning(
+            "fusereg.nn.SyncBatchNorm: %s is not synchronized: %s", name or "the layer", reason
+        )
+        return None
     if isinstance(layer, nn.SyncBatchNorm) and group is None:
         group = layer.process_group
-    made = _twin(cls, layer, process_group=group)
-    made.__dict__["converted_from"] = type(layer)
+    made = _twin(SyncBatchNormAct if act else cls, layer, process_group=group)
+    made.__dict__["converted_from"] = known.original_class(layer)
     return made
 
 
-def _from_sync(layer: nn.Module) -> nn.Module | None:
-    if type(layer) is not SyncBatchNorm:
+def _from_sync(name: str, layer: nn.Module) -> nn.Module | None:
+    if not isinstance(layer, _BatchNorm) or type(layer) not in (SyncBatchNorm, SyncBatchNormAct):
         return None
     made = layer.__dict__.get("converted_from", BatchNorm2d)
     if made is nn.SyncBatchNorm:
@@ -173,9 +208,10 @@ def _twin(made: type[_BatchNorm], layer: _BatchNorm, **extra: Any) -> _BatchNorm
         device="meta",
         **extra,
     )
-    for state in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+    for state in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
         setattr(new, state, getattr(layer, state))
     for name, value in vars(layer).items():
-        if "hooks" in name:
-            setattr(new, name, value)
+        # What fusereg.convert remembers is kept as well, so that fusereg.revert works afterwards.
+        if "hooks" in name or name.startswith("_fusereg"):
+            new.__dict__[name] = value
     return new.train(layer.training)

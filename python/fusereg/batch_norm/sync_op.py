@@ -43,7 +43,6 @@ class _Synchronized(torch.autograd.Function):
         x, residual, mask, weight, bias, moments, _, _, seed = inputs
         y, _, bits = ops.batch_norm.overload(*inputs, *constants, True)
         call = ops.call_of(inputs, constants)
-        ctx.bits_kept = call.keeps_bits()
         ctx.has_residual = residual is not None
         kept = residual if call.keeps_residual() else None
         ctx.save_for_backward(x, kept, mask, weight, bias, moments, seed, bits)
@@ -56,9 +55,10 @@ class _Synchronized(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, moments, seed, bits = ctx.saved_tensors
         call = ops.call_of((*inputs, moments, None, None, seed), ctx.constants)
-        call.bits = bits if ctx.bits_kept else None
+        call.bits = bits if bits.dim() > 1 else None
         has = (True, ctx.has_residual, inputs[3] is not None, inputs[4] is not None)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            ops.set_bits(call, call.bits)
             found = _gradients(call, grad, ctx.reduce_sums)
         else:
             compute = ops.backward.overload

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import dispatch
 from ..core.layer import Layer
-from . import functional, op
+from . import functional, known, op
 from .kernels import GIVEN, Inputs
 from .layers import AnyDimension
 
@@ -29,8 +30,8 @@ class GhostBatchNorm(AnyDimension):
     Args:
         num_features: C.
         virtual_batch_size: samples that share statistics.
-        eps, momentum, affine, track_running_stats, device, dtype: as in torch's BatchNorm.
-        activation, dropout, negative_slope, update_stats: as in :class:`BatchNorm2d`.
+        eps, momentum, affine, track_running_stats, device, dtype, bias: as in torch's BatchNorm.
+        activation, dropout, negative_slope, update_stats, inplace: as in :class:`BatchNorm2d`.
 
     Raises:
         TypeError, ValueError: ``virtual_batch_size`` is no positive integer.
@@ -40,9 +41,21 @@ class GhostBatchNorm(AnyDimension):
     """
 
     def __init__(
-        self, num_features: int, *args: Any, virtual_batch_size: int = 128, **kwargs: Any
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        virtual_batch_size: int = 128,
+        **more: Any,
     ) -> None:
-        super().__init__(num_features, *args, **kwargs)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **more
+        )
         functional.check_group_size(virtual_batch_size, "nn.GhostBatchNorm")
         self.virtual_batch_size = virtual_batch_size
 
@@ -75,7 +88,7 @@ class BatchRenorm(AnyDimension):
         num_features: C.
         r_max: >= 1.
         d_max: >= 0.
-        eps, momentum, affine, device, dtype: as in torch's BatchNorm.
+        eps, momentum, affine, device, dtype, bias: as in torch's BatchNorm.
         activation, dropout, negative_slope, update_stats: as in :class:`BatchNorm2d`.
 
     Raises:
@@ -88,9 +101,22 @@ class BatchRenorm(AnyDimension):
     """
 
     def __init__(
-        self, num_features: int, *args: Any, r_max: float = 3.0, d_max: float = 5.0, **kwargs: Any
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        **more: Any,
     ) -> None:
-        super().__init__(num_features, *args, **kwargs)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **more
+        )
         if not self.track_running_stats:
             raise ValueError("fusereg.nn.BatchRenorm: track_running_stats must be True")
         if self.inplace:
@@ -134,10 +160,11 @@ class BatchRenorm(AnyDimension):
             d = ((mean - mean_before.double()) / running_std).clamp(-self.d_max, self.d_max)
             dtype = mean_before.dtype
             r, d = r.to(dtype), d.to(dtype)
-        if self.weight is None:
-            weight, bias = r, d
-        else:
-            weight, bias = self.weight * r, self.bias + self.weight * d
+        weight, bias = r, d
+        if self.weight is not None:
+            weight, bias = self.weight * r, self.weight * d
+        if self.bias is not None:
+            bias = self.bias + bias
         call.inputs = call.inputs._replace(weight=weight, bias=bias, moments=moments)
         call.constants = call.constants._replace(statistics=GIVEN)
         return op.normalize(call)
@@ -157,9 +184,10 @@ class FrozenBatchNorm(Layer):
 
     Args:
         num_features: C.
-        eps: added to the variance, > 0.
+        eps: added to the variance, >= 0.
         device: where the buffers lie.
         dtype: of the buffers.
+        bias: whether there is a bias beside the weight.
         activation: None, "relu", "leaky_relu", "silu" or "gelu".
         negative_slope: of leaky ReLU.
 
@@ -168,7 +196,7 @@ class FrozenBatchNorm(Layer):
     """
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     running_mean: Tensor
     running_var: Tensor
 
@@ -179,6 +207,7 @@ class FrozenBatchNorm(Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         activation: str | None = None,
         negative_slope: float = 0.01,
     ) -> None:
@@ -190,39 +219,61 @@ class FrozenBatchNorm(Layer):
         self.negative_slope = negative_slope
         for name, value in (
             ("weight", 1.0),
-            ("bias", 0.0),
+            ("bias", 0.0 if bias else None),
             ("running_mean", 0.0),
             ("running_var", 1.0),
         ):
             self.register_buffer(
-                name, torch.full((num_features,), value, device=device, dtype=dtype)
+                name,
+                None
+                if value is None
+                else torch.full((num_features,), value, device=device, dtype=dtype),
             )
 
     @classmethod
     def from_batch_norm(cls, layer: nn.modules.batchnorm._BatchNorm) -> FrozenBatchNorm:
-        """Return a frozen copy of a batch-norm layer (torch's or fusereg's).
+        """Return a frozen copy of a batch-norm layer: torch's, fusereg's, or timm's BatchNormAct2d.
+
+        Its activation is kept.
 
         Raises:
-            ValueError: the layer has no running statistics.
+            TypeError: the layer is of another class, which may compute something else.
+            ValueError: the layer has no running statistics; or it has what the copy has not: hooks,
+                a dropout, or an activation that this class does not know.
         """
+        reason = known.why_unknown(layer)
+        if reason is not None:
+            raise TypeError(f"fusereg.nn.FrozenBatchNorm: {reason}")
         mean, var = layer.running_mean, layer.running_var
         if mean is None or var is None:
             raise ValueError(
                 "fusereg.nn.FrozenBatchNorm: the layer has no running statistics to freeze"
             )
+        epilogue = known.epilogue_of(layer)
+        if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+            reason = "hooks, or a forward that is set on the object"
+        elif epilogue is None:
+            reason = f"an activation or a dropout of its own ({layer.drop}, {layer.act})"
+        elif getattr(layer, "dropout", 0.0):
+            reason = f"dropout={layer.dropout}"
+        if reason is not None or epilogue is None:
+            raise ValueError(
+                f"fusereg.nn.FrozenBatchNorm: the layer has {reason}, which would be lost"
+            )
+        activation, slope = epilogue
         frozen = cls(
             layer.num_features,
             layer.eps,
             mean.device,
             mean.dtype,
-            activation=getattr(layer, "activation", None),
-            negative_slope=getattr(layer, "negative_slope", 0.01),
+            activation=activation,
+            negative_slope=slope,
         )
         frozen.running_mean.copy_(mean)
         frozen.running_var.copy_(var)
         if layer.weight is not None:
             frozen.weight.copy_(layer.weight.detach())
-        if layer.bias is not None:
+        if layer.bias is not None and frozen.bias is not None:
             frozen.bias.copy_(layer.bias.detach())
         return frozen.train(layer.training)
 
@@ -244,6 +295,8 @@ class FrozenBatchNorm(Layer):
             negative_slope=self.negative_slope,
             num_features=self.num_features,
         )
+        if dispatch.is_dynamo_compiling():
+            return functional.called(inputs, None, settings)
         return functional.normalized(inputs, None, settings, "batch_norm")
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional as torch_F
 
 from .. import functional as F
 from .. import nn as fused_nn
+from ..batch_norm.known import activation_of, keeps_forward
 from ..core import dispatch
 
 #: The follower that adds the residual.
@@ -29,46 +30,17 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": torch_F.gelu,
 }
 
-_ACTIVATIONS: dict[type, str] = {
-    nn.ReLU: "relu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.SiLU: "silu",
-    nn.GELU: "gelu",
-}
-
 _DROPOUTS = (nn.Dropout, fused_nn.Dropout)
-
-#: The forwards that layers of these classes have, unless somebody replaces them.
-_FORWARDS: dict[type, Any] = {
-    cls: vars(cls)["forward"] for cls in (*_ACTIVATIONS, *_DROPOUTS, nn.Identity)
-}
-
-
-def _is_known(layer: nn.Module) -> bool:
-    """Return whether calling the layer does what its class in torch does."""
-    cls: Any = type(layer)
-    return _FORWARDS.get(cls) is cls.forward
-
-
-def activation_of(layer: nn.Module) -> tuple[str, float] | None:
-    """Return batch norm's name of an activation and its slope; None if it cannot be fused."""
-    name = _ACTIVATIONS.get(type(layer)) if _is_known(layer) else None
-    if name == "leaky_relu":
-        slope = layer.negative_slope
-        return (name, slope) if isinstance(slope, float) and slope >= 0.0 else None
-    if name is None or (name == "gelu" and layer.approximate != "none"):
-        return None
-    return name, 0.01
 
 
 def is_dropout(layer: nn.Module) -> bool:
     """Return whether this drops single elements, as the kernels' epilogue does."""
-    return type(layer) in _DROPOUTS and _is_known(layer)
+    return type(layer) in _DROPOUTS and keeps_forward(layer)
 
 
 def is_identity(layer: nn.Module) -> bool:
     """Return whether calling this returns its argument."""
-    return type(layer) is nn.Identity and _is_known(layer)
+    return type(layer) is nn.Identity and keeps_forward(layer)
 
 
 #: Layers that can begin a chain.
@@ -82,7 +54,7 @@ def fused_activation(follower: Follower) -> str | None:
     """Return ``activation_dropout``'s name of an activation; None if it cannot be fused."""
     if isinstance(follower, str):
         return follower
-    if type(follower) is nn.GELU and follower.approximate == "tanh" and _is_known(follower):
+    if type(follower) is nn.GELU and follower.approximate == "tanh" and keeps_forward(follower):
         return "gelu_tanh"
     found = activation_of(follower)
     return None if found is None or found[0] == "leaky_relu" else found[0]

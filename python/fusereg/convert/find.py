@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..batch_norm.known import activation_of
 from ..core.trace import Found, Read
 from . import chain as _chain
 from .chain import ADD, Follower
@@ -134,7 +135,7 @@ class Finder:
         if layer is not None:
             known = (
                 _chain.is_identity(layer)
-                or _chain.activation_of(layer) is not None
+                or activation_of(layer) is not None
                 or _chain.is_dropout(layer)
             )
             fits = node.args == (current,) and not node.kwargs and self.allowed(str(node.target))
@@ -202,7 +203,7 @@ class Finder:
         if not isinstance(source, fx.Node):
             return None
         layer = self._layer(node)
-        if layer is not None and _chain.activation_of(layer) is None:
+        if layer is not None and activation_of(layer) is None:
             # A dropout, or GELU's tanh form, which batch norm's kernel cannot fuse.
             known = _chain.is_dropout(layer) or _chain.fused_activation(layer) is not None
             fits = node.args == (source,) and not node.kwargs and self.allowed(str(node.target))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from .. import nn as fused_nn
+from ..batch_norm.known import activation_of
 from ..core import dispatch
 from ..core.layer import refuse_script
 from ..core.trace import TORCH, UntraceableError
@@ -217,7 +218,7 @@ def _batch_norm_act_forward(original: type[nn.Module]) -> Callable[..., Any]:
             and _chain.is_identity(self.drop)
             and not (dispatch.hooked(self.drop) or dispatch.hooked(act))
         ):
-            found = (None, 0.01) if _chain.is_identity(act) else _chain.activation_of(act)
+            found = (None, 0.01) if _chain.is_identity(act) else activation_of(act)
             if found is not None:
                 activation, slope = found
                 y: Tensor = self.with_epilogue(x, None, None, activation, slope, 0.0)

@@ -142,19 +142,39 @@ def _share_an_element(a: Tensor, b: Tensor) -> bool:
     return bool(torch.isin(addresses(a), addresses(b)).any())
 
 
-def check_probability(p: object, op: str, name: str = "p") -> None:
-    """Raise unless p is a number in [0, 1]."""
-    if not isinstance(p, (int, float)) or isinstance(p, bool):
-        raise TypeError(f"fusereg.{op}: {name} must be a number, got {type(p).__name__}")
-    if not 0.0 <= p <= 1.0:
+def check_probability(p: object, op: str, name: str = "p") -> float:
+    """Return p as a float; raise unless it is a number in [0, 1].
+
+    A number is what torch takes for one: of Python or NumPy, or a tensor of one element.
+    """
+    if type(p) is float:
+        number = p
+    else:
+        if isinstance(p, (str, bytes)) or not hasattr(p, "__float__"):
+            raise TypeError(f"fusereg.{op}: {name} must be a number, got {type(p).__name__}")
+        try:
+            number = float(p)
+        except (RuntimeError, TypeError, ValueError) as error:  # of several elements, or complex
+            raise TypeError(f"fusereg.{op}: {name} must be a number: {error}") from error
+    if not 0.0 <= number <= 1.0:
         raise ValueError(f"fusereg.{op}: {name} must be within [0, 1], got {p}")
+    return number
+
+
+def check_tensor(x: object, op: str, name: str = "x") -> None:
+    """Raise unless x is a tensor of whatever kind."""
+    if not isinstance(x, Tensor):
+        kind, hint = type(x).__name__, ""
+        if kind == "Proxy":
+            hint = "; torch.fx records fusereg's layers, and functions named to torch.fx.wrap"
+        raise TypeError(f"fusereg.{op}: {name} must be a torch.Tensor, got {kind}{hint}")
 
 
 def check_input(x: object, op: str, name: str = "x") -> None:
     """Raise unless x is a tensor that kernels or operators support."""
+    check_tensor(x, op, name)
+    assert isinstance(x, Tensor)
     where = f"fusereg.{op}: {name}"
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{where} must be a torch.Tensor, got {type(x).__name__}")
     if x.is_nested or x.layout is not torch.strided:
         kind = "nested" if x.is_nested else str(x.layout)
         raise ValueError(f"{where} must be a dense, strided tensor, got a {kind} one")
@@ -180,6 +200,7 @@ def check_target(
     op: str,
     shape: tuple[int, ...] | None = None,
     dtype: torch.dtype | None = None,
+    name: str = "x",
 ) -> Tensor:
     """Check that ``out`` can take a result like x, or one of this shape and dtype.
 
@@ -198,12 +219,12 @@ def check_target(
     check_writable(out, op, "out")
     if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
         raise ValueError(
-            f"fusereg.{op}: out= supports no gradients, and x or out requires one; "
+            f"fusereg.{op}: out= supports no gradients, and {name} or out requires one; "
             "leave out= away, or call under torch.no_grad()"
         )
     if overlap_partly(x, out, or_wholly=not like_x):
         partly = " without being the same" * like_x
-        raise ValueError(f"fusereg.{op}: x and out overlap in memory{partly}")
+        raise ValueError(f"fusereg.{op}: {name} and out overlap in memory{partly}")
     return out
 
 
@@ -223,29 +244,27 @@ def overlap_partly(x: Tensor, out: Tensor, or_wholly: bool = False) -> bool:
     return a < b_end and b < a_end and (or_wholly or not same)
 
 
-def check_in_place(x: Tensor, op: str) -> None:
+def check_in_place(x: Tensor, op: str, name: str = "x") -> None:
     """Raise if x cannot be written in place."""
-    check_writable(x, op, "x")
+    check_writable(x, op, name)
     if not torch.is_grad_enabled():
         return
     whole = x if x._base is None else x._base
     if whole.requires_grad and whole.is_leaf:
         what = "a leaf" if whole is x else "a view of a leaf"
         raise ValueError(
-            f"fusereg.{op}: x is {what} that requires a gradient, so it cannot be changed in place"
+            f"fusereg.{op}: {name} is {what} that requires a gradient, so it cannot be changed in "
+            "place"
         )
 
 
 def probability(p: float | None, keep_prob: float | None, op: str) -> float:
     """Return p, or 1 - keep_prob, or one half if neither is given."""
     if keep_prob is None:
-        p = 0.5 if p is None else p
-        check_probability(p, op)
-        return p
+        return check_probability(0.5 if p is None else p, op)
     if p is not None:
         raise ValueError(f"fusereg.nn.{op}: p and keep_prob exclude each other")
-    check_probability(keep_prob, op, "keep_prob")
-    return 1.0 - keep_prob
+    return 1.0 - check_probability(keep_prob, op, "keep_prob")
 
 
 def check_like(x: Tensor, t: Tensor, shape: Sequence[int], op: str, name: str) -> None:

@@ -97,6 +97,17 @@ def wrapped(values: Sequence[object]) -> bool:
     return any(isinstance(t, torch.Tensor) and (_is_batched(t) or _is_wrapped(t)) for t in values)
 
 
+def with_values(jagged: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return a nested tensor with the components of a jagged one, but other values."""
+    nested: torch.Tensor = torch.nested.nested_tensor_from_jagged(
+        values,
+        jagged.offsets(),  # type: ignore[attr-defined]
+        jagged.lengths(),  # type: ignore[attr-defined]
+        jagged._ragged_idx,  # type: ignore[attr-defined]
+    )
+    return nested
+
+
 def for_other_programs() -> bool:
     """Return whether a model is being exported to a program without fusereg.
 
@@ -147,8 +158,15 @@ def whole_graph() -> bool:
         return False
 
 
+def draws_as_eager() -> bool:
+    """Return whether Inductor was told to draw the numbers that eager code draws."""
+    config = sys.modules.get("torch._inductor.config")
+    return config is not None and bool(config.fallback_random)
+
+
 # torch.compiler.assume_constant_result does this, but imports the compiler at once.
-whole_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _function in (whole_graph, draws_as_eager):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unscales_in_step(optimizer: object) -> bool:

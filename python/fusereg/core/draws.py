@@ -6,7 +6,8 @@ All kinds are one form, y = keep ? a * x + b : c, whose mask is drawn a second t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,27 +42,44 @@ mask = DrawnOperator(
 )
 
 
+#: The public functions, which stand for a call in the graphs of torch.fx.
+public: dict[str, Callable[..., Tensor]] = {}
+
+
 class Kind(NamedTuple):
     """A kind of dropout: its name, whether it is alpha dropout, and what has a draw of its own.
 
-    ``rows`` gives for each number of dimensions of x how many leading ones are counted by draws;
-    None: every element is.
+    ``rows`` gives for each number of dimensions of the input how many leading ones are counted by
+    draws; None: every element is. ``expected`` are the numbers of dimensions that torch does not
+    warn of (None: all), ``strict`` says that an input that is returned as it is must fit as well.
     """
 
     op: str
     alpha: bool = False
     rows: Mapping[int, int] | None = None
+    expected: tuple[int, ...] | None = None
+    strict: bool = False
 
-    def rows_of(self, x: Tensor) -> int:
+    def rows_of(self, x: Tensor, identity: bool = False) -> int:
         """Return how many leading dimensions of x are counted by draws; 0 for every element."""
-        if self.rows is None or not isinstance(x, Tensor):
+        if self.rows is None:
             return 0
-        found = self.rows.get(x.dim())
-        if found is None:
+        dims = x.dim()
+        found = self.rows.get(dims, 0)
+        if self.expected is not None and dims not in self.expected:
+            self._warn(dims)
+        if not found and (self.strict or not identity):
             few = len(self.rows) < 4
             wanted = " or ".join(map(str, self.rows)) if few else f"at least {min(self.rows)}"
-            raise ValueError(f"fusereg.{self.op}: x must have {wanted} dimensions, got {x.dim()}")
+            raise ValueError(f"fusereg.{self.op}: input must have {wanted} dimensions, got {dims}")
         return found
+
+    def _warn(self, dims: int) -> None:
+        """Warn of an input that torch warns of."""
+        taken = "is deprecated in torch; use dropout instead"
+        if self.op == "dropout2d" and dims == 3:
+            taken = "is taken as (N, C, L), as torch does for now; use dropout1d instead"
+        warnings.warn(f"fusereg.{self.op}: an input of {dims} dimensions {taken}", stacklevel=5)
 
 
 def dropout(
@@ -76,12 +94,12 @@ def dropout(
     out: Tensor | None = None,
 ) -> Tensor:
     """Apply a kind of dropout; the public functions document the arguments."""
-    op, alpha, counted = kind
-    rows = kind.rows_of(x) if counted is not None else 0
+    op, alpha, counted, *_ = kind
+    if type(p) is not float:
+        p = checks.check_probability(p, op)
     if (
         # What training loops call, with as few questions as possible.
         training
-        and type(p) is float
         and 0.0 < p <= 1.0
         and (type(x) is Tensor or type(x) is torch.nn.Parameter)
         and x.dtype in checks.SUPPORTED_DTYPES
@@ -93,22 +111,37 @@ def dropout(
         and generator is None
         and dispatch.eager()
     ):
+        rows = kind.rows_of(x) if counted is not None else 0
         state = random.new_state(x)
         if torch.is_grad_enabled() and (x.requires_grad or dispatch.forward_mode()):
             return mask.apply(x, (state, p, alpha, rows, 0, op))  # type: ignore[no-any-return]
         return mask.kernel(x, state, p, alpha, rows, 0, op)  # type: ignore[no-any-return]
 
     checks.check_probability(p, op)
-    checks.check_input(x, op)
+    if not isinstance(x, Tensor) and op in public and hasattr(x, "__torch_function__"):
+        options = {"p": p, "training": training, "inplace": inplace, "seed": seed}
+        options |= {"generator": generator, "index_offset": index_offset}
+        if out is not None:
+            options["out"] = out
+        found: Tensor = torch.overrides.handle_torch_function(public[op], (x,), x, **options)
+        return found
+    checks.check_tensor(x, op, "input")
+    identity = not training or p == 0
+    rows = kind.rows_of(x, identity) if counted is not None else 0
     if out is not None:
         if inplace:
             raise ValueError(f"fusereg.{op}: inplace and out exclude each other")
-        checks.check_target(x, out, op)
-    if not training or p == 0:
+        checks.check_input(x, op, "input")
+        checks.check_target(x, out, op, name="input")
+    if identity:
         return x if out is None or out is x else out.copy_(x)
+    if x.layout is torch.jagged and counted is None and not inplace:
+        values = dropout(x.values(), p, True, False, seed, generator, index_offset, kind)
+        return dispatch.with_values(x, values)
+    checks.check_input(x, op, "input")
     if inplace:
-        checks.check_in_place(x, op)
-    constants = (float(p), alpha, rows, index_offset)
+        checks.check_in_place(x, op, "input")
+    constants = (p, alpha, rows, index_offset)
     return mask.draw(x, constants, Source(seed, generator), op, x if inplace else out, rows)
 
 
@@ -122,11 +155,11 @@ def kept_elements(
 ) -> Tensor:
     """Return the mask of a contiguous tensor of this shape."""
     op = "dropout_mask"
-    checks.check_probability(p, op)
+    p = checks.check_probability(p, op)
     if isinstance(shape, int):
         shape = (shape,)
     ones = torch.ones(tuple(shape), dtype=torch.float32, device=device)
     if p == 0:
         return ones != 0
-    kept: Tensor = mask.kernel(ones, (seed, offset), float(p), False, 0, index_offset, op)
+    kept: Tensor = mask.kernel(ones, (seed, offset), p, False, 0, index_offset, op)
     return kept != 0

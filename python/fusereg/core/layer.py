@@ -26,7 +26,11 @@ class _ModuleName(str):
 
 
 class Layer(nn.Module):
-    """A layer that torch.fx records as one call: symbolic_trace, feature extractors, prepare_fx."""
+    """A layer that torch.fx records as one call: symbolic_trace, feature extractors, prepare_fx.
+
+    Raises:
+        RuntimeError: by ``torch.jit.script``.
+    """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

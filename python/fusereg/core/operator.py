@@ -28,6 +28,7 @@ from . import checks, dispatch, distributed, random
 from .random import Source
 
 _library = torch.library.Library("fusereg", "DEF")
+_EXACT = (torch.Tag.needs_exact_strides,)
 
 Kernel = Callable[..., Any]
 
@@ -129,6 +130,9 @@ class Operator:
         row_major: torch.func transforms make the first argument contiguous, for operations whose
             result depends on the order of elements in memory.
         linear: whether the tangent does not depend on the tensors.
+        flexible: whether tensors in any layout give the same result, so that a compiler need not
+            copy them into the one that it traced. A second overload, ``exact``, is for calls to
+            which this does not apply.
 
     Raises:
         RuntimeError: by torch, for a schema that it cannot read.
@@ -145,12 +149,20 @@ class Operator:
         tangent: Callable[..., Any] | None = None,
         row_major: bool = False,
         linear: bool = False,
+        flexible: bool = False,
     ) -> None:
         self.linear = linear
         self.name = schema[: schema.index("(")]
         self.kernel = kernel
-        _library.define(schema)
-        self.overload = getattr(torch.ops.fusereg, self.name).default
+        _library.define(schema, tags=(torch.Tag.flexible_layout,) if flexible else ())
+        names = [self.name]
+        if flexible:
+            names.append(f"{self.name}.exact")
+            _library.define(names[1] + schema[len(self.name) :], tags=_EXACT)
+        packet = getattr(torch.ops.fusereg, self.name)
+        self.overload = packet.default
+        #: The overload for which compilers keep the layouts that they traced.
+        self.exact = packet.exact if flexible else self.overload
         arguments = self.overload._schema.arguments
         self._count = len(arguments)
         seeds = [i for i, a in enumerate(arguments) if a.name == "seed"]
@@ -179,9 +191,10 @@ class Operator:
             return filled(fake(*args), args[0])
 
         self._transform: Any = None
-        for key in ("CPU", "CUDA"):
-            _library.impl(self.name, library_kernel, key)
-        torch.library.register_fake(f"fusereg::{self.name}", library_fake, lib=_library)
+        for name in names:
+            for key in ("CPU", "CUDA"):
+                _library.impl(name, library_kernel, key)
+            torch.library.register_fake(f"fusereg::{name}", library_fake, lib=_library)
         if gradient is None:
             return
         assert save is not None
@@ -193,9 +206,10 @@ class Operator:
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             save(ctx, inputs, output)
 
-        torch.library.register_autograd(
-            f"fusereg::{self.name}", backward, setup_context=setup, lib=_library
-        )
+        for name in names:
+            torch.library.register_autograd(
+                f"fusereg::{name}", backward, setup_context=setup, lib=_library
+            )
         made = _functions(self, save, gradient, tangent, row_major)
         self._function, self._function_in_place, self._transform = made
         #: The eager autograd function: called with the tensors, and a tuple of all that follows
@@ -218,12 +232,15 @@ class Operator:
                 return self.traced(*args)
             raise
 
-    def traced(self, *args: Any) -> Any:
-        """Compute it under a compiler, mode or transform, and for subclasses."""
+    def traced(self, *args: Any, exact: bool = False) -> Any:
+        """Compute it under a compiler, mode or transform, and for subclasses.
+
+        ``exact``: whether compilers must keep the layouts that they traced.
+        """
         args = self._with_state(args[: self._count])
         if dispatch.functorch() and self._transform is not None:
             return self._transform.apply(*self._flat(args))
-        return self.overload(*args)
+        return (self.exact if exact else self.overload)(*args)
 
     def _with_state(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments with a Philox state of numbers as the tensor that operators take."""

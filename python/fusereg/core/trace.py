@@ -532,7 +532,7 @@ class _Tracer:
         module, path = _get(standin, "_of")
         if not path:
             refuse("it calls itself")
-        if type(module) in (nn.ModuleList, nn.ModuleDict):
+        if type(module).forward is nn.Module.forward:
             refuse(f"it calls {'.'.join(path)}, a {type(module).__name__}", "call the layers in it")
         before = list(self.recorder.graph.nodes)
         if not self.leaf(module) and not dispatch.hooked(module):

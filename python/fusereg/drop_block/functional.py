@@ -38,7 +38,8 @@ def drop_block2d(
     large; p = 1 drops all only where :math:`\gamma = 1`.
 
     Args:
-        x: float64, float32, float16 or bfloat16, of shape (N, C, H, W), W at most 65536.
+        x: float64, float32, float16 or bfloat16, of shape (N, C, H, W), W at most 65536; any
+            tensor where it is returned as it is.
         p: about the share of elements that is dropped, within [0, 1]; 0 and ``training=False``
             return ``x`` itself.
         block_size: the side of a block; one that is larger than the image is cut to its size.
@@ -57,19 +58,20 @@ def drop_block2d(
 
     Raises:
         TypeError: ``x`` is not a tensor, ``p`` not a number, or ``block_size`` not an integer.
-        ValueError: ``p`` is outside [0, 1], ``block_size`` below 1, ``x`` not of 4 dimensions or of
-            another dtype.
+        ValueError: ``p`` is outside [0, 1], ``block_size`` below 1, or blocks are to be
+            dropped, and ``x`` has not 4 dimensions or is of another dtype.
 
     Example:
         >>> y = fusereg.functional.drop_block2d(x, 0.1, 7, training=model.training)
     """
-    checks.check_probability(p, OP)
-    checks.check_input(x, OP)
-    if x.dim() != 4:
-        raise ValueError(f"fusereg.{OP}: x must have 4 dimensions (N, C, H, W), got {x.dim()}")
+    p = checks.check_probability(p, OP)
+    checks.check_tensor(x, OP)
     check_block_size(block_size, OP)
     if not training or p == 0:
         return x
+    checks.check_input(x, OP)
+    if x.dim() != 4:
+        raise ValueError(f"fusereg.{OP}: x must have 4 dimensions (N, C, H, W), got {x.dim()}")
     if distributed.is_dtensor(x):
         raise ValueError(
             f"fusereg.{OP}: x is a DTensor, and its scale would need a count over all ranks; "
@@ -78,7 +80,7 @@ def drop_block2d(
     if inplace:
         checks.check_in_place(x, OP)
     source = Source(seed, generator)
-    constants = (float(p), block_size, index_offset)
+    constants = (p, block_size, index_offset)
     if not dispatch.direct(x):
         y: Tensor = drop.traced(x, random.traced_state(x, source, OP), *constants)[0]
         return x.copy_(y) if inplace else y

@@ -60,11 +60,12 @@ def consistent_dropout(
         >>> y = fusereg.functional.consistent_dropout(sequences, 0.3, dim=1)
     """
     op = "consistent_dropout"
-    checks.check_probability(p, op)
-    checks.check_input(x, op)
+    p = checks.check_probability(p, op)
+    checks.check_tensor(x, op)
     dim = None if dim is None else _dimension(dim, x.dim(), op)
     if not training or p == 0:
         return x
+    checks.check_input(x, op)
     rows = x.contiguous()
     if dim is not None:
         # As the kernels know it from channels_last images: the step is what the rows share.

@@ -22,21 +22,27 @@ __all__ = [
     "feature_alpha_dropout",
 ]
 
+
+def _rows(least: int, most: int = 64) -> dict[int, int]:
+    """Return ``least`` counted dimensions for an input of each number of dimensions from there."""
+    return dict.fromkeys(range(least, most + 1), least)
+
+
 _DROPOUT = Kind("dropout")
-_DROPOUT1D = Kind("dropout1d", rows={2: 1, 3: 2})
-_DROPOUT2D = Kind("dropout2d", rows={3: 2, 4: 2})
-_DROPOUT3D = Kind("dropout3d", rows={4: 1, 5: 2})
+_DROPOUT1D = Kind("dropout1d", rows={2: 1, 3: 2}, strict=True)
+_DROPOUT2D = Kind("dropout2d", rows=_rows(2), expected=(4,))
+_DROPOUT3D = Kind("dropout3d", rows={**_rows(1), 5: 2}, expected=(4, 5))
 _ALPHA = Kind("alpha_dropout", alpha=True)
-_FEATURE_ALPHA = Kind("feature_alpha_dropout", alpha=True, rows=dict.fromkeys(range(2, 65), 2))
-_DROP_PATH = Kind("drop_path", rows=dict.fromkeys(range(1, 65), 1))
+_FEATURE_ALPHA = Kind("feature_alpha_dropout", alpha=True, rows=_rows(2))
+_DROP_PATH = Kind("drop_path", rows=_rows(1))
 
 _DROPOUT_ARGUMENTS = """
-        p: the probability of dropping, within [0, 1]; 0 and ``training=False`` return ``x`` itself,
-            1 gives zeros.
+        p: the probability of dropping, within [0, 1]; a number of Python or NumPy, or a tensor of
+            one element. 0 and ``training=False`` return ``input`` itself, 1 gives zeros.
         training: whether to drop at all.
-        inplace: write the result into ``x``.
-        seed: an integer that determines the mask, or an int64 tensor (seed, offset) on x's device,
-            which is read by the kernel. Default: a new state from ``generator``.
+        inplace: write the result into ``input``.
+        seed: an integer that determines the mask, or an int64 tensor (seed, offset) on the same
+            device, which is read by the kernel. Default: a new state from ``generator``.
         generator: the torch.Generator to draw from; torch's default one if not given. Under
             torch.compile it breaks the graph, and ``fullgraph=True`` does not take it: pass a
             ``seed`` tensor there.
@@ -52,15 +58,16 @@ _DROPOUT_RETURNS = """
     NaN becomes 0, where torch gives NaN.
 
     Raises:
-        TypeError: ``x`` is not a tensor, ``p`` not a number, or ``seed`` neither an integer nor a
-            tensor.
-        ValueError: ``p`` is outside [0, 1]; ``x`` is of an integer, complex or other dtype, sparse
-            or nested, or has a shape that this kind does not take; ``out`` does not fit.
+        TypeError: ``input`` is not a tensor, ``p`` not a number, or ``seed`` neither an integer nor
+            a tensor.
+        ValueError: ``p`` is outside [0, 1]; ``input`` has a number of dimensions that this kind
+            does not take; elements are to be dropped, and it is of an integer, complex or other
+            dtype, sparse, or nested and not jagged; ``out`` does not fit.
 """
 
 
 def dropout(
-    x: Tensor,
+    input: Tensor,
     p: float = 0.5,
     training: bool = True,
     inplace: bool = False,
@@ -75,7 +82,8 @@ def dropout(
     This is inverted dropout (Srivastava et al. 2014): nothing is to be done at evaluation.
 
     Args:
-        x: float64, float32, float16 or bfloat16, of any shape and layout.
+        input: x, float64, float32, float16 or bfloat16, of any shape and layout, or a jagged nested
+            tensor; any tensor where nothing is dropped.
     {dropout_arguments}
         out: where to write the result, under ``torch.no_grad()``.
 
@@ -88,7 +96,7 @@ def dropout(
     Example:
         >>> y = fusereg.functional.dropout(x, 0.1, training=model.training)
     """
-    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROPOUT, out)
+    return draws.dropout(input, p, training, inplace, seed, generator, index_offset, _DROPOUT, out)
 
 
 def dropout_mask(
@@ -124,7 +132,7 @@ def dropout_mask(
 
 
 def dropout1d(
-    x: Tensor,
+    input: Tensor,
     p: float = 0.5,
     training: bool = True,
     inplace: bool = False,
@@ -136,17 +144,17 @@ def dropout1d(
     r"""Drop whole channels of (N, C, L) or (C, L): one draw for each (n, c) (Tompson et al. 2015).
 
     Args:
-        x: as in :func:`dropout`.
+        input: as in :func:`dropout`.
     {dropout_arguments}
 
     The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
     {dropout_returns}
     """
-    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROPOUT1D)
+    return draws.dropout(input, p, training, inplace, seed, generator, index_offset, _DROPOUT1D)
 
 
 def dropout2d(
-    x: Tensor,
+    input: Tensor,
     p: float = 0.5,
     training: bool = True,
     inplace: bool = False,
@@ -157,20 +165,21 @@ def dropout2d(
 ) -> Tensor:
     r"""Drop whole channels of (N, C, H, W): one draw for each (n, c) (Tompson et al. 2015).
 
-    Three dimensions are taken as (N, C, L), as torch does.
+    Three dimensions are taken as (N, C, L), and any other number from two on as (N, C, ...), both
+    with a warning, as torch does.
 
     Args:
-        x: as in :func:`dropout`.
+        input: as in :func:`dropout`.
     {dropout_arguments}
 
     The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
     {dropout_returns}
     """
-    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROPOUT2D)
+    return draws.dropout(input, p, training, inplace, seed, generator, index_offset, _DROPOUT2D)
 
 
 def dropout3d(
-    x: Tensor,
+    input: Tensor,
     p: float = 0.5,
     training: bool = True,
     inplace: bool = False,
@@ -181,20 +190,22 @@ def dropout3d(
 ) -> Tensor:
     r"""Drop whole channels of (N, C, D, H, W) or (C, D, H, W) (Tompson et al. 2015).
 
+    Any other number of dimensions is taken as (C, ...), with a warning, as torch does.
+
     Args:
-        x: as in :func:`dropout`.
+        input: as in :func:`dropout`.
     {dropout_arguments}
 
     The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
     {dropout_returns}
     """
-    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROPOUT3D)
+    return draws.dropout(input, p, training, inplace, seed, generator, index_offset, _DROPOUT3D)
 
 
 def alpha_dropout(
-    x: Tensor,
+    input: Tensor,
     p: float = 0.5,
-    training: bool = True,
+    training: bool = False,
     inplace: bool = False,
     *,
     seed: int | Tensor | None = None,
@@ -208,18 +219,18 @@ def alpha_dropout(
     probability that :math:`m` is 1. ``p=1`` gives zeros.
 
     Args:
-        x: as in :func:`dropout`.
+        input: as in :func:`dropout`.
     {dropout_arguments}
 
     {dropout_returns}
     """
-    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _ALPHA)
+    return draws.dropout(input, p, training, inplace, seed, generator, index_offset, _ALPHA)
 
 
 def feature_alpha_dropout(
-    x: Tensor,
+    input: Tensor,
     p: float = 0.5,
-    training: bool = True,
+    training: bool = False,
     inplace: bool = False,
     *,
     seed: int | Tensor | None = None,
@@ -229,17 +240,17 @@ def feature_alpha_dropout(
     r"""Apply alpha dropout to whole channels: one draw for each (n, c) of (N, C, ...).
 
     Args:
-        x: as in :func:`dropout`, of at least two dimensions.
+        input: as in :func:`dropout`, of at least two dimensions.
     {dropout_arguments}
 
     The formula is that of :func:`alpha_dropout`, the index :math:`n C + c`.
     {dropout_returns}
     """
-    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _FEATURE_ALPHA)
+    return draws.dropout(input, p, training, inplace, seed, generator, index_offset, _FEATURE_ALPHA)
 
 
 def drop_path(
-    x: Tensor,
+    input: Tensor,
     p: float = 0.5,
     training: bool = True,
     inplace: bool = False,
@@ -253,7 +264,7 @@ def drop_path(
     :math:`y_n = x_n / (1-p)` with probability :math:`1-p`, else 0. A dropped sample is not read.
 
     Args:
-        x: as in :func:`dropout`, of at least one dimension.
+        input: as in :func:`dropout`, of at least one dimension.
     {dropout_arguments}
 
     {dropout_returns}
@@ -261,7 +272,7 @@ def drop_path(
     Example:
         >>> x = x + fusereg.functional.drop_path(block(x), 0.1, model.training)
     """
-    return draws.dropout(x, p, training, inplace, seed, generator, index_offset, _DROP_PATH)
+    return draws.dropout(input, p, training, inplace, seed, generator, index_offset, _DROP_PATH)
 
 
 for _function in (
@@ -273,6 +284,7 @@ for _function in (
     feature_alpha_dropout,
     drop_path,
 ):
+    draws.public[_function.__name__] = _function
     share_paragraphs(
         _function, dropout_arguments=_DROPOUT_ARGUMENTS, dropout_returns=_DROPOUT_RETURNS
     )

@@ -77,8 +77,7 @@ class DropoutAddLayerNorm(Layer, nn.LayerNorm):
     ) -> None:
         shape = normalized_shape if isinstance(normalized_shape, int) else list(normalized_shape)
         super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
-        checks.check_probability(p, "nn.DropoutAddLayerNorm")
-        self.p = p
+        self.p = checks.check_probability(p, "nn.DropoutAddLayerNorm")
         self.return_sum = return_sum
 
     def forward(  # type: ignore[override]
@@ -138,8 +137,7 @@ class DropoutAddRMSNorm(Layer, nn.RMSNorm):
     ) -> None:
         shape = normalized_shape if isinstance(normalized_shape, int) else list(normalized_shape)
         super().__init__(shape, eps, elementwise_affine, device, dtype)
-        checks.check_probability(p, "nn.DropoutAddRMSNorm")
-        self.p = p
+        self.p = checks.check_probability(p, "nn.DropoutAddRMSNorm")
         self.return_sum = return_sum
 
     def forward(  # type: ignore[override]

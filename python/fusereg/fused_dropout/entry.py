@@ -76,7 +76,7 @@ def add(
             x, bias, residual, random.new_state(x), p, rows, 0, op
         )
 
-    checks.check_probability(p, op)
+    p = checks.check_probability(p, op)
     _check_operands(x, bias, residual, op)
     x, bias, residual = _promoted(x, bias, residual, out if not inplace else x)
     checks.check_like(x, residual, x.shape, op, "residual")
@@ -97,7 +97,7 @@ def add(
         p = 0.0
     target = x if inplace else out
 
-    draw = (float(p), rows, index_offset)
+    draw = (p, rows, index_offset)
     if not dispatch.direct(x, *others):
         if p == 0:
             wide = wide_dtype(x.dtype)
@@ -199,7 +199,7 @@ def activate(
             x, random.new_state(x), p, activation, 0, op
         )
 
-    checks.check_probability(p, op)
+    p = checks.check_probability(p, op)
     check_activation(activation, op)
     checks.check_input(x, op)
     if out is not None:
@@ -217,13 +217,13 @@ def activate(
         p = 0.0
     target = x if inplace else out
 
-    draw = (float(p), activation, index_offset)
+    draw = (p, activation, index_offset)
     if not dispatch.direct(x):
         seed = random.traced_state(x, source, op) if p else None
         if p == 0 or dispatch.nested_jvp():
             y = _FORMULAS[activation](x.to(wide_dtype(x.dtype)))
             if p:
-                y = draws.mask.traced(y, seed, float(p), False, 0, index_offset)
+                y = draws.mask.traced(y, seed, p, False, 0, index_offset)
             y = y.to(x.dtype)
         else:
             y = ops.activate.traced(x, seed, *draw)

@@ -28,7 +28,8 @@ def gaussian_dropout(
     section 10; Keras's GaussianDropout). Nothing is to be done at evaluation.
 
     Args:
-        x: float64, float32, float16 or bfloat16, of any shape and layout.
+        x: float64, float32, float16 or bfloat16, of any shape and layout; any tensor where it is
+            returned as it is.
         p: the probability of dropping that has the same variance, within [0, 1); 0 and
             ``training=False`` return ``x`` itself.
         training: whether to add noise at all.
@@ -47,17 +48,18 @@ def gaussian_dropout(
     Raises:
         TypeError: ``x`` is not a tensor, ``p`` not a number, or ``seed`` neither an integer nor a
             tensor.
-        ValueError: ``p`` is outside [0, 1); ``x`` is of an integer, complex or other dtype, sparse
-            or nested.
+        ValueError: ``p`` is outside [0, 1); noise is to be added, and ``x`` is of an integer,
+            complex or other dtype, sparse or nested.
 
     Example:
         >>> y = fusereg.functional.gaussian_dropout(x, 0.1, training=model.training)
     """
-    check_probability(p, OP)
-    checks.check_input(x, OP)
+    p = check_probability(p, OP)
+    checks.check_tensor(x, OP)
     if not training or p == 0:
         return x
+    checks.check_input(x, OP)
     if inplace:
         checks.check_in_place(x, OP)
     source = Source(seed, generator)
-    return noise.draw(x, (float(p), index_offset), source, OP, x if inplace else None)
+    return noise.draw(x, (p, index_offset), source, OP, x if inplace else None)

@@ -13,8 +13,9 @@ noise = DrawnOperator(
 )
 
 
-def check_probability(p: object, op: str, name: str = "p") -> None:
-    """Raise unless p is a number in [0, 1)."""
-    checks.check_probability(p, op, name)
-    if p == 1:
+def check_probability(p: object, op: str, name: str = "p") -> float:
+    """Return p as a float; raise unless it is a number in [0, 1)."""
+    number = checks.check_probability(p, op, name)
+    if number == 1:
         raise ValueError(f"fusereg.{op}: p must be below 1, where the noise would be infinite")
+    return number

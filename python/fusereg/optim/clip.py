@@ -6,7 +6,9 @@ and with norms that torch computes it breaks the graph instead.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
+from types import GeneratorType
 from typing import Any
 
 import torch
@@ -85,6 +87,8 @@ def clip_grad_norm_(
     Returns:
         The norm before clipping, as :func:`get_total_norm`.
 
+    A generator without elements, such as ``model.parameters()`` after a loop over it, is warned of.
+
     Raises:
         TypeError, ValueError: as :func:`get_total_norm`; also if ``max_norm`` is negative, or
             gradients share memory.
@@ -99,6 +103,12 @@ def clip_grad_norm_(
     if not max_norm >= 0.0:
         raise ValueError(f"fusereg.{op}: max_norm must not be negative, got {max_norm}")
     listed = _params.as_list(parameters, op)
+    if not listed and isinstance(parameters, GeneratorType):
+        warnings.warn(
+            f"fusereg.{op}: parameters is a generator without elements, exhausted by an earlier "
+            "loop perhaps; no gradient is clipped",
+            stacklevel=2,
+        )
     norm_type = float(norm_type)
     if not dispatch.eager() and not error_if_nonfinite:
         grads = list({id(p): p.grad for p in listed if p.grad is not None}.values())

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "core/cuda_info.h"
 #include "selftest.h"
 
 namespace selftest {

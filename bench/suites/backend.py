@@ -1,0 +1,131 @@
+"""Benchmark of torch.compile's backend: a training step of two convolutional networks.
+
+The step is forward, mean and backward, without an optimizer, on random images. The networks are a
+residual network of 18 layers and a depthwise-separable network of 96 channels.
+
+- ``eager``: torch's layers.
+- ``fusereg``: the same network, converted.
+- ``backend fusereg``: the same network, compiled with ``backend="fusereg"``; all that is not fused
+  runs as in ``eager``.
+- ``inductor``: the same network, compiled with Inductor.
+- ``backend fusereg, inductor``: the graph that the backend has rewritten, compiled with Inductor.
+
+What claims to be compiled by the backend is checked: it counts what it has fused.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fusereg
+
+from ..harness import EAGER, Call, Case, Options, Provider, Workload
+from ..models import ResNet, Separable
+
+FUSED = "fusereg"
+BACKEND, INDUCTOR, BOTH = "backend fusereg", "inductor", "backend fusereg, inductor"
+PROVIDERS = (EAGER, FUSED, BACKEND, INDUCTOR, BOTH)
+
+_LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def _networks(quick: bool) -> dict[str, tuple[Callable[[], nn.Module], int, int]]:
+    """Return a name -> how to make the network, the size of a batch, and that of an image."""
+    if quick:
+        return {"separable": (lambda: Separable(8, 1), 2, 8)}
+    widths = (64, 128, 256, 512)
+    return {
+        "separable": (Separable, 16, 32),
+        "resnet18": (lambda: ResNet(widths, depth=2, dropout=0.0, channels=3), 8, 32),
+    }
+
+
+def cases(options: Options) -> list[Case]:
+    """Return each network in each layout and dtype."""
+    return [
+        _case(name, layout, dtype, options)
+        for name in _networks(options.quick)
+        for layout in _LAYOUTS
+        for dtype in options.dtypes
+    ]
+
+
+def _case(name: str, layout: str, dtype: torch.dtype, options: Options) -> Case:
+    make, batch, side = _networks(options.quick)[name]
+    parameters = list(make().parameters())
+    return Case(
+        op="training",
+        mode="step",
+        shape=f"{name} {batch}x{side}x{side} {layout}",
+        dtype=dtype,
+        device=options.device,
+        tensors=len(parameters),
+        elements=sum(p.numel() for p in parameters),
+        bytes_moved=0,
+        memory=2 * 10**9,
+        setup=lambda: _setup(name, layout, dtype, options),
+    )
+
+
+def _setup(name: str, layout: str, dtype: torch.dtype, options: Options) -> Workload:
+    make, batch, side = _networks(options.quick)[name]
+    network = make().to(options.device, dtype).to(memory_format=_LAYOUTS[layout])
+    x = torch.randn(batch, 3, side, side).to(options.device, dtype, memory_format=_LAYOUTS[layout])
+    torch._dynamo.reset()
+    importlib.import_module("fusereg.backend")  # only here: it imports torch's compiler
+
+    def step(prepare: Callable[[nn.Module], Any], fuses: bool = False) -> Callable[[], Call]:
+        def prepared() -> Call:
+            model = copy.deepcopy(network)
+            call = Step(prepare(model), model, x)
+            if fuses:
+                call.check()
+            return call
+
+        return prepared
+
+    def by_backend(model: nn.Module, **options: Any) -> Any:
+        return torch.compile(model, backend="fusereg", fullgraph=True, options=options or None)
+
+    return Workload(
+        [
+            Provider(EAGER, step(lambda model: model)),
+            Provider(FUSED, step(fusereg.convert)),
+            Provider(BACKEND, step(by_backend, True), compiles=True),
+            Provider(
+                INDUCTOR, step(lambda model: torch.compile(model, fullgraph=True)), compiles=True
+            ),
+            Provider(BOTH, step(lambda m: by_backend(m, then="inductor"), True), compiles=True),
+        ]
+    )
+
+
+class Step:
+    """A training step; the call that is timed."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> None:
+        self.run, self.model, self.x = run, model, x
+
+    def __call__(self) -> object:
+        self.model.zero_grad(set_to_none=True)
+        loss = self.run(self.x).square().mean()
+        loss.backward()
+        return loss
+
+    def check(self) -> None:
+        """Compile, and raise RuntimeError unless every batch norm was taken by the backend."""
+        from torch._dynamo.utils import counters
+
+        counters.clear()
+        self()
+        counted = counters["fusereg"]
+        fused = sum(n for what, n in counted.items() if what.startswith("batch_norm"))
+        wanted = sum(isinstance(m, nn.BatchNorm2d) for m in self.model.modules())
+        if counted["graphs"] != 1 or fused != wanted:
+            raise RuntimeError(f"the backend took {fused} of {wanted} batch norms: {counted}")

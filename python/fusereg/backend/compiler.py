@@ -1,0 +1,219 @@
+"""The backend: rewrites the graph that Dynamo captured, and runs it or hands it on."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import lookup_backend, register_backend
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.utils import counters
+from torch._guards import CompileContext
+from torch._inductor import config as inductor_config
+from torch.fx import GraphModule, Node
+from torch.utils.checkpoint import checkpoint
+
+from ..core.version import __version__
+from .nodes import LEAVES
+from .rewrite import Report, fuse
+
+_log = logging.getLogger("fusereg")
+
+_CHECKPOINT: Any = torch.ops.higher_order.tag_activation_checkpoint
+_WITH_BODIES = (_CHECKPOINT, torch.ops.higher_order.cond)
+_THEN = ("eager", "aot_eager", "inductor")
+#: After so many compilations of one function its recompilations are reported.
+_MANY = 4
+
+# Native and converted layers are one node each; AOTAutograd traces through them as before.
+torch.compiler.allow_in_graph(list(LEAVES))
+#: Their graphs may be cached: only the arguments decide what they do.
+_CACHEABLE = {f"{leaf.__module__}.{leaf.__name__}": __version__ for leaf in LEAVES}
+
+
+def fusereg_backend(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph of torch functions: fuse what this package has kernels for.
+
+    This is ``torch.compile(model, backend="fusereg")``. Dropout, batch norm with the activation,
+    sum and dropout that follow it, and dropout with what is before and after it become calls of
+    :mod:`fusereg.functional`; all else runs as the model has written it. What was fused, and what
+    was left and why, is logged at level INFO by the logger ``fusereg``, a line for each graph, and
+    counted in ``torch._dynamo.utils.counters["fusereg"]`` and ``["fusereg left"]``.
+
+    Args:
+        graph_module: the graph, with torch's functions; it is rewritten in place.
+        example_inputs: its inputs.
+        mode: of Inductor; to be given as an option, since torch.compile takes only one of the two.
+        options: ``{"then": backend}`` hands the rewritten graph to ``"aot_eager"`` or
+            ``"inductor"``, and ``"mode"`` is Inductor's mode, such as ``"max-autotune"``. Default:
+            ``"eager"``, the graph runs as it is.
+
+    Raises:
+        ValueError: an option or mode is unknown, or a mode is given without Inductor.
+
+    Example:
+        >>> model.compile(backend="fusereg")
+        >>> model = torch.compile(model, backend="fusereg", options={"then": "inductor"})
+    """
+    then, patches = _options(mode, options or {})
+    report = Report()
+    for module in list(_bodies(graph_module)):
+        fuse(module.graph, report, then == "eager")
+        if then == "eager":
+            _repair_checkpoints(module)
+        module.recompile()
+    _tell(report)
+    if then == "eager":
+        return graph_module.forward
+    compiler: Any = lookup_backend(then)
+    if then == "aot_eager":
+        return compiler(graph_module, example_inputs)  # type: ignore[no-any-return]
+    known = inductor_config.unsafe_marked_cacheable_functions
+    with inductor_config.patch(unsafe_marked_cacheable_functions={**known, **_CACHEABLE}):
+        return compiler(  # type: ignore[no-any-return]
+            graph_module, example_inputs, config_patches=patches
+        )
+
+
+# An entry point names the backend where the package is installed; elsewhere importing this does.
+if "fusereg" not in torch.compiler.list_backends():
+    register_backend(fusereg_backend, name="fusereg")
+
+
+def _options(mode: str | None, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the backend to hand on to, and Inductor's settings."""
+    unknown = sorted(set(options) - {"then", "mode"})
+    if unknown:
+        raise ValueError(
+            f"fusereg.backend: options must be among 'then', 'mode', got {', '.join(unknown)}"
+        )
+    then = options.get("then", "eager")
+    if then not in _THEN:
+        raise ValueError(
+            f"fusereg.backend: the option 'then' must be one of {', '.join(_THEN)}, got {then!r}"
+        )
+    mode = options.get("mode", mode)
+    if mode is None:
+        return then, {}
+    if then != "inductor":
+        raise ValueError(
+            f"fusereg.backend: mode {mode!r} is Inductor's: give "
+            f'options={{"then": "inductor", "mode": {mode!r}}}'
+        )
+    try:
+        return then, torch._inductor.list_mode_options(mode)
+    except RuntimeError as error:
+        raise ValueError(f"fusereg.backend: {error}") from None
+
+
+# --- graphs within the graph ----------------------------------------------------------------------
+
+
+def _bodies(module: GraphModule) -> Iterator[GraphModule]:
+    """Yield a graph, and those of the checkpoints and branches that it calls."""
+    yield module
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target in _WITH_BODIES:
+            for argument in node.args:
+                if isinstance(argument, Node) and argument.op == "get_attr":
+                    body = module.get_submodule(str(argument.target))
+                    if isinstance(body, GraphModule):
+                        yield from _bodies(body)
+
+
+def _repair_checkpoints(module: GraphModule) -> None:
+    """Let activation checkpoints of a graph that is run as it is draw the same numbers twice.
+
+    torch's operator leaves the random state to AOTAutograd. Without that, backward would compute
+    the gradient of another dropout mask.
+    """
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is _CHECKPOINT:
+            node.target = _checkpointed
+
+
+def _checkpointed(body: GraphModule, *args: Any, **kwargs: Any) -> Any:
+    """Run the body of an activation checkpoint as torch does outside of compiled code."""
+    kwargs, more = _CHECKPOINT.divide_kwargs(kwargs)
+    kwargs.update(use_reentrant=False, preserve_rng_state=True)
+    if "_checkpoint_context_fn" in body.meta:
+        kwargs["context_fn"] = body.meta["_checkpoint_context_fn"]
+    # Without the tensors themselves, which it would keep and find changed: buffers are written to.
+    # It infers from its arguments which devices' random states are to be restored.
+    devices = {t.device for t in args if isinstance(t, Tensor)}
+    return checkpoint(
+        lambda *_: body(*args, **more), *(torch.empty(0, device=d) for d in devices), **kwargs
+    )
+
+
+# --- what the user is told ------------------------------------------------------------------------
+
+_reported: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _tell(report: Report) -> None:
+    """Count and log what was done with a graph; warn of what is likely not to be wanted."""
+    counters["fusereg"]["graphs"] += 1
+    counters["fusereg"].update(report.fused)
+    counters["fusereg left"].update(report.left)
+    frame = InstructionTranslator.current_tx() if CompileContext.try_get() else None
+    name = "a graph" if frame is None else f"a graph of {_name(frame.f_code)}"
+    fused = ", ".join(f"{n} {what}" for what, n in sorted(report.fused.items())) or "nothing"
+    left = "; ".join(f"{n} {what}" for what, n in sorted(report.left.items())) or "nothing"
+    _log.info("fusereg.backend: %s: fused %s; left: %s", name, fused, left)
+    if frame is None:
+        return
+    compiled: Any = CompileContext.current_compile_id()
+    times = (compiled.frame_compile_id or 0) + 1
+    warned = counters["fusereg warned"]  # DDP compiles one function in pieces
+    if times == _MANY + 1 and not warned[str(compiled)]:
+        warned[str(compiled)] += 1
+        _log.warning(
+            "fusereg.backend: %s is compiled for the %dth time, as when a number that it reads, "
+            "such as a dropout's p, changes at every step. Change it once an epoch, or raise "
+            "torch._dynamo.config.recompile_limit (%d): beyond it torch runs this code uncompiled",
+            name,
+            times,
+            torch._dynamo.config.recompile_limit,
+        )
+    root = None
+    caller = sys._getframe()
+    while caller.f_back is not None:
+        caller = caller.f_back
+        found = caller.f_locals.get("self")
+        root = found if isinstance(found, nn.Module) else root
+    if root is not None:
+        _notice_skipped(root)
+
+
+def _name(code: Any) -> str:
+    return str(getattr(code, "co_qualname", code.co_name))  # new in Python 3.11
+
+
+def _notice_skipped(module: nn.Module) -> None:
+    """Warn of torch.nn's containers under ``fully_shard``, which Dynamo does not compile.
+
+    Their hooks end the graph before them, and Dynamo begins none in torch.nn's own code.
+    """
+    for path, part in module.named_modules():
+        sharded = type(part).__name__.startswith("FSDP") and hasattr(part, "unshard")
+        forward = getattr(type(part).forward, "__module__", "")
+        if sharded and forward.startswith("torch.nn.") and part not in _reported:
+            _reported.add(part)
+            _log.warning(
+                "fusereg.backend: %s, a %s under fully_shard, is not compiled: torch.compile skips "
+                "torch.nn's own classes there. Make it a class of your own, or use fusereg.convert",
+                path.removeprefix("_orig_mod.") or "the model",
+                type(part).__name__.removeprefix("FSDP"),
+            )

@@ -1,0 +1,346 @@
+"""Which layers the forwards of a model call, and what else they do with them.
+
+Each module's forward is traced by itself, with its children as single calls. Of a forward that
+cannot be traced, the source is read: what it does with a child other than calling it is unknown, so
+everything inside such a child counts as touched.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import inspect
+import itertools
+import textwrap
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+from torch import fx, nn
+
+from ..core.trace import Found, Trace, UntraceableError, trace
+from .known import is_timm_act, original_class, why_unknown
+
+_ITERABLE = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_OF_MODULE = frozenset(name for cls in (nn.Module, *_ITERABLE) for name in dir(cls())) - {
+    "training"
+}
+#: Forwards with more arguments are not traced with and without each of them.
+_MAX_ARGUMENTS = 4
+
+#: Module -> the nodes of a graph that call it.
+Nodes: TypeAlias = dict[nn.Module, list[fx.Node]]
+
+
+class Calls:
+    """The calls of a model's modules, by the object that is called.
+
+    Attributes:
+        graphs: module -> the calls of its forward, for each set of arguments that it may get.
+        callers: module -> the modules among ``graphs`` that call it.
+        touched: module -> why something may use it that is not among ``graphs``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.graphs: dict[nn.Module, list[Nodes]] = {}
+        self.callers: dict[nn.Module, set[nn.Module]] = {}
+        self.touched: dict[nn.Module, str] = {}
+        names = {module: name for name, module in model.named_modules()}
+        held = Counter(m for parent in names for m in parent._modules.values() if m is not None)
+
+        def leaf(module: nn.Module) -> bool:
+            # A sequence that is used in one place is part of what calls it.
+            sequence = type(module).forward is nn.Sequential.forward and _is_usual(module)
+            return not sequence or held[module] != 1
+
+        waiting, seen = [model], {model}
+        while waiting:
+            module = waiting.pop()
+            if not module._modules or is_timm_act(module):
+                continue
+            who = f"the forward of {names[module] or 'the model'} ({type(module).__name__})"
+            try:
+                called = self._follow(module, who, leaf)
+            except UntraceableError as error:
+                called = self._read_source(module, f"{who}, which cannot be traced ({error})")
+            waiting += set(called) - seen
+            seen.update(called)
+
+    def count(self, layer: nn.Module) -> int:
+        """Return how often a layer is called, at most, by forwards that could be traced."""
+        return sum(
+            max(len(nodes.get(layer, ())) for nodes in self.graphs[caller])
+            for caller in self.callers.get(layer, ())
+        )
+
+    def _follow(
+        self, module: nn.Module, who: str, leaf: Callable[[nn.Module], bool]
+    ) -> list[nn.Module]:
+        """Add the calls of a forward, and return the modules that it calls."""
+        traces = list(_traces(module, leaf))
+        self.graphs[module] = []
+        for traced in traces:
+            nodes: Nodes = {}
+            for node in traced.graph.nodes:
+                if node.op == "call_module":
+                    called = module.get_submodule(str(node.target))
+                    nodes.setdefault(called, []).append(node)
+                    self.callers.setdefault(called, set()).add(module)
+            self.graphs[module].append(nodes)
+            for read in traced.reads:
+                of_module = read.value is Found.MODULE or read.name in ("__class__", "_modules")
+                if isinstance(read.owner, tuple) and read.owner and not of_module:
+                    owner = module.get_submodule(".".join(read.owner))
+                    self.touched.setdefault(owner, f"{who} reads its {read.name}")
+        return [called for nodes in self.graphs[module] for called in nodes]
+
+    def _read_source(self, module: nn.Module, who: str) -> list[nn.Module]:
+        """Add what the source of a forward may do, and return the modules that it may call."""
+        found = []
+        only_called = _only_called(module)
+        for key, child in module._modules.items():
+            if child is None:
+                continue
+            before = len(found)
+            found += _elements(child)
+            if key not in only_called:
+                for inside in child.modules():
+                    self.touched.setdefault(inside, f"{who}, may use it")
+                continue
+            for called in found[before:]:
+                self.touched.setdefault(called, f"it is called by {who}")
+        return found
+
+
+def _elements(module: nn.Module) -> Iterator[nn.Module]:
+    """Return the module, or those in it if it is a list of modules, which is never called."""
+    if _is_list(module):
+        for child in module.children():
+            yield from _elements(child)
+    else:
+        yield module
+
+
+def _is_list(module: nn.Module) -> bool:
+    return type(module).forward is nn.Module.forward
+
+
+# --- tracing --------------------------------------------------------------------------------------
+
+
+def _traces(module: nn.Module, leaf: Callable[[nn.Module], bool]) -> Iterator[Trace]:
+    """Return a forward's traces with all its arguments, and with None for each but the first.
+
+    Raises:
+        UntraceableError: one of them cannot be traced, for the reason in the text.
+    """
+    if not _is_usual(module):
+        raise UntraceableError("it has its own way of being called")
+    forward: Any = original_class(module).forward
+    if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
+        raise UntraceableError("it is not a plain function")
+    code = forward.__code__
+    if code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
+        raise UntraceableError("it takes any number of arguments")
+    count = code.co_argcount
+    names = code.co_varnames[1:count]
+    keywords = code.co_varnames[count : count + code.co_kwonlyargcount]
+    if not names or len(names) + len(keywords) > _MAX_ARGUMENTS:
+        raise UntraceableError(f"it does not take 1 to {_MAX_ARGUMENTS} arguments")
+    others = (*names[1:], *keywords)
+    if not others:
+        yield trace(module, forward=forward, leaf=leaf)
+        return
+    for given in itertools.product((True, False), repeat=len(others)):
+        kept = {name for name, is_given in zip(others, given, strict=True) if is_given}
+        passed = [f"{k}={k if k in kept else None}" for k in keywords]
+        passed = [n if n in (names[0], *kept) else "None" for n in names] + passed
+        parameters = ", ".join(n for n in (*names, *keywords) if n in (names[0], *kept))
+        source = f"lambda self, {parameters}: __written(self, {', '.join(passed)})"
+        try:
+            yield trace(module, forward=eval(source, {"__written": forward}), leaf=leaf)
+        except UntraceableError as error:
+            # That it raises an error without this argument means that it needs the argument.
+            if all(given) or not isinstance(error.__cause__, (AttributeError, TypeError)):
+                raise
+
+
+def _is_usual(module: nn.Module) -> bool:
+    """Return whether calling a module calls the forward of its class, and reads are nn.Module's."""
+    cls = type(module)
+    return (
+        "forward" not in vars(module)
+        and cls.__call__ is nn.Module.__call__
+        and cls.__getattr__ is nn.Module.__getattr__
+        and cls.__getattribute__ is nn.Module.__getattribute__
+    )
+
+
+# --- reading the source ---------------------------------------------------------------------------
+
+
+def _only_called(module: nn.Module) -> set[str]:
+    """Return the names of the children that a forward, by its source, does nothing with but calls.
+
+    Children in a container count as called if its elements are.
+    """
+    cls = original_class(module)
+    if not _is_usual(module):
+        return set()
+    if cls.forward is nn.Sequential.forward:
+        return set(module._modules)
+    try:
+        functions = _functions(cls)
+    except (OSError, TypeError, SyntaxError):
+        return set()
+    found = set(module._modules)
+    for function in functions:
+        used = _used(module, function)
+        if used is None:
+            return set()
+        found -= used
+    return found
+
+
+def _functions(cls: type) -> list[ast.FunctionDef]:
+    """Return the forward of a class and the methods that it uses, as syntax trees."""
+    found: dict[types.FunctionType, ast.FunctionDef] = {}
+    names = ["forward"]
+    seen = set()
+    while names:
+        name = names.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for base in cls.__mro__:
+            value: Any = vars(base).get(name)
+            if base in (nn.Module, object, *_ITERABLE) or value is None:
+                continue
+            value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+            value = inspect.unwrap(value)
+            if not isinstance(value, types.FunctionType):
+                continue
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(value))).body
+            if not isinstance(tree, ast.FunctionDef):
+                raise TypeError(f"{name} is not a method")
+            found[value] = tree
+            names += [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+    return list(found.values())
+
+
+def _used(module: nn.Module, function: ast.FunctionDef) -> set[str] | None:
+    """Return the names of children that a method uses otherwise than by a call; None for all."""
+    if not function.args.args:
+        return None
+    own = function.args.args[0].arg
+    parents = {child: node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
+    used = set()
+    for node in ast.walk(function):
+        if not (isinstance(node, ast.Name) and node.id == own):
+            continue
+        read = _attribute(node, parents)
+        if isinstance(module, _ITERABLE) and _is_called(node, parents, function, True):
+            continue
+        if read is None:
+            return None  # the module itself is handed on
+        name, value = read
+        child = module._modules.get(name)
+        if child is not None:
+            if not (
+                _is_called(value, parents, function, _is_list(child))
+                or _reads_a_setting(value, parents, child)
+            ):
+                used.add(name)
+        elif (name in _OF_MODULE and name != "forward") or _holds_modules(vars(module).get(name)):
+            return None
+    return used
+
+
+def _attribute(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> tuple[str, ast.expr] | None:
+    """Return the name of the attribute of a variable that is read, and the expression's node."""
+    parent = parents[node]
+    if isinstance(parent, ast.Attribute):
+        return parent.attr, parent
+    if (
+        isinstance(parent, ast.Call)
+        and isinstance(parent.func, ast.Name)
+        and parent.func.id in ("getattr", "hasattr")
+        and parent.args[0] is node
+        and isinstance(parent.args[1], ast.Constant)
+    ):
+        return str(parent.args[1].value), parent
+    return None
+
+
+def _reads_a_setting(node: ast.expr, parents: dict[ast.AST, ast.AST], child: nn.Module) -> bool:
+    """Return whether an expression is an attribute of a child that is a number, a text or None."""
+    parent = parents[node]
+    if not isinstance(parent, ast.Attribute) or why_unknown(child) is None:
+        return False
+    settings = (bool, int, float, str, type(None))
+    return type(vars(child).get(parent.attr, child)) in settings
+
+
+def _is_called(
+    node: ast.expr, parents: dict[ast.AST, ast.AST], function: ast.FunctionDef, container: bool
+) -> bool:
+    """Return whether an expression, or if it is a container its elements, are only called."""
+    parent = parents[node]
+    if isinstance(parent, ast.Compare):
+        return all(isinstance(op, (ast.Is, ast.IsNot)) for op in parent.ops)
+    if not container:
+        return isinstance(parent, ast.Call) and parent.func is node
+    if isinstance(parent, ast.Subscript) and parent.value is node:
+        sliced = isinstance(parent.slice, ast.Slice)
+        return _is_called(parent, parents, function, sliced)
+    if isinstance(parent, ast.Attribute) and parent.attr in ("items", "values"):
+        call = parents[parent]
+        place = 1 if parent.attr == "items" else None
+        is_call = isinstance(call, ast.Call) and call.func is parent
+        return is_call and _elements_called(call, parents[call], place, parents, function)
+    if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):
+        called = parent.func.id
+        if called == "len":
+            return True
+        if called not in ("enumerate", "zip", "reversed") or not hasattr(builtins, called):
+            return False
+        position = parent.args.index(node) if node in parent.args else None
+        if position is None:
+            return False
+        loop = parents[parent]
+        place = {"reversed": None, "enumerate": 1, "zip": position}[called]
+        return _elements_called(parent, loop, place, parents, function)
+    return _elements_called(node, parent, None, parents, function)
+
+
+def _elements_called(
+    iterated: ast.expr,
+    loop: ast.AST,
+    place: int | None,
+    parents: dict[ast.AST, ast.AST],
+    function: ast.FunctionDef,
+) -> bool:
+    """Return whether the elements that a loop runs over are only called."""
+    if not isinstance(loop, (ast.For, ast.comprehension)) or loop.iter is not iterated:
+        return False
+    target: ast.expr = loop.target
+    if place is not None:
+        if not isinstance(target, ast.Tuple):
+            return False
+        target = target.elts[place]
+    if not isinstance(target, ast.Name):
+        return False
+    uses = [n for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == target.id]
+    return all(
+        isinstance(n.ctx, ast.Store) or _is_called(n, parents, function, False) for n in uses
+    )
+
+
+def _holds_modules(value: object) -> bool:
+    """Return whether an attribute that is not a registered child holds modules."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple, set)):
+        return any(map(_holds_modules, value))
+    return isinstance(value, nn.Module)

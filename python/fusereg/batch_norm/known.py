@@ -1,0 +1,79 @@
+"""Which layers are known to compute batch normalization, and what they compute after it.
+
+A subclass of torch's layer may compute anything, so layers are known by their exact class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+_TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+#: By name, so as not to import timm: batch norm, then the children ``drop`` and ``act``.
+_TIMM = ("timm.layers.norm_act", "BatchNormAct2d")
+
+
+def original_class(layer: nn.Module) -> type[nn.Module]:
+    """Return the class of a layer, or the one that it had before :func:`fusereg.convert`."""
+    cls: type[nn.Module] = vars(type(layer)).get("fusereg_original", type(layer))
+    return cls
+
+
+def is_timm_act(layer: nn.Module) -> bool:
+    """Return whether this is timm's BatchNormAct2d, converted or not."""
+    cls = original_class(layer)
+    named = (cls.__module__, cls.__qualname__) == _TIMM
+    return named and {"drop", "act"} <= layer._modules.keys()
+
+
+def why_unknown(layer: nn.Module) -> str | None:
+    """Return why a layer may compute something else than batch norm and its own epilogue."""
+    cls = type(layer)
+    if cls in _TORCH or cls.__module__.startswith("fusereg.batch_norm.") or is_timm_act(layer):
+        return None
+    return (
+        f"{cls.__name__} is a class that fusereg does not know, and may compute more than "
+        "batch normalization"
+    )
+
+
+_ACTIVATIONS: dict[type, str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+}
+
+
+#: The forwards that layers of these classes have, unless somebody replaces them.
+_FORWARDS: dict[type, Any] = {cls: cls.forward for cls in (*_ACTIVATIONS, nn.Dropout, nn.Identity)}
+
+
+def keeps_forward(layer: nn.Module) -> bool:
+    """Return whether the forward of a layer's class is still torch's or fusereg's own."""
+    cls = type(layer)
+    own = cls.__module__.startswith("fusereg.") and "forward" in vars(cls)
+    return own or _FORWARDS.get(cls) is cls.forward
+
+
+def activation_of(layer: nn.Module) -> tuple[str, float] | None:
+    """Return batch norm's name of an activation and its slope; None if it cannot be fused."""
+    name = _ACTIVATIONS.get(type(layer)) if keeps_forward(layer) else None
+    if name == "leaky_relu":
+        slope = layer.negative_slope
+        return (name, slope) if isinstance(slope, float) and slope >= 0.0 else None
+    if name is None or (name == "gelu" and layer.approximate != "none"):
+        return None
+    return name, 0.01
+
+
+def epilogue_of(layer: nn.Module) -> tuple[str | None, float] | None:
+    """Return the activation and slope of a known layer; None if they are others than fusereg's."""
+    if not is_timm_act(layer):
+        slope: float = getattr(layer, "negative_slope", 0.01)
+        return getattr(layer, "activation", None), slope
+    drop, act = layer._modules["drop"], layer._modules["act"]
+    if type(drop) is not nn.Identity or act is None:
+        return None
+    return (None, 0.01) if type(act) is nn.Identity else activation_of(act)
