@@ -43,7 +43,7 @@ class UntraceableError(Exception):
 
 
 class Found(Enum):
-    """What a read found, where that is not a value."""
+    """Results of a read that are not values."""
 
     NOTHING = "no attribute"
     MODULE = "a module"

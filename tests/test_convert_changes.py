@@ -1,0 +1,371 @@
+"""A converted model computes what its own code says, whatever changes after the conversion.
+
+A forward can read a value from many places. Each of them is changed after the conversion here, and
+the result must be that of the model that was not converted, whether or not it was rewritten.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fusereg
+import reading_models
+from plain_models import Calls, watched_calls
+from reading_models import (
+    READS_CLOSURE,
+    SETTINGS,
+    AsksForAttribute,
+    AsksForAutocast,
+    AsksForBuffer,
+    AsksForDeterminism,
+    AsksForDtype,
+    AsksForEnvironment,
+    AsksForExport,
+    AsksForGradients,
+    AsksForLayer,
+    AsksForMode,
+    AsksForParameter,
+    AsksForProcesses,
+    AsksForThreads,
+    Base,
+    BranchesOnBuffer,
+    CallsBuiltin,
+    CallsGlobal,
+    CallsMath,
+    CallsMethod,
+    CallsStatic,
+    CallsSuper,
+    CallsTorch,
+    ChainsOfOthers,
+    HasDefault,
+    ReadsBuffer,
+    ReadsChild,
+    ReadsClass,
+    ReadsDefault,
+    ReadsGlobal,
+    ReadsGlobalDict,
+    ReadsInstance,
+    ReadsModeOfChild,
+    ReadsTuple,
+    TakesFloat,
+    TakesNumber,
+    agree,
+    change_closure,
+    other_scaled,
+    other_scaled_method,
+    scaled,
+    twins_of,
+)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return watched_calls(monkeypatch)
+
+
+def set_attribute(name: str, value: object) -> Callable[[Any], None]:
+    """Return a change that sets an attribute of the model, or of a layer."""
+
+    def change(m: Any) -> None:
+        *path, last = name.split(".")
+        setattr(m.get_submodule(".".join(path)), last, value)
+
+    return change
+
+
+def unset(name: str) -> Callable[[Any], None]:
+    def change(m: Any) -> None:
+        *path, last = name.split(".")
+        setattr(m.get_submodule(".".join(path)), last, None)
+
+    return change
+
+
+def fill(name: str) -> Callable[[Any], None]:
+    def change(m: Any) -> None:
+        getattr(m, name).fill_(3.0)
+
+    return change
+
+
+def instance_method(m: Any) -> None:
+    m.scale = lambda x: x * 4.0
+
+
+def own_forward(m: Any) -> None:
+    m.forward = lambda x: x * 4.0
+
+
+def child_forward(m: Any) -> None:
+    m.relu.forward = lambda x: x * 4.0
+
+
+def hook(m: Any) -> None:
+    m.relu.register_forward_hook(lambda module, args, out: out * 4.0)
+
+
+def pre_hook(m: Any) -> None:
+    m.bn.register_forward_pre_hook(lambda module, args: (args[0] * 4.0,))
+
+
+def own_hook(m: Any) -> None:
+    m.register_forward_hook(lambda module, args, out: out * 4.0)
+
+
+def loaded(m: Any) -> None:
+    state = m.state_dict()
+    m.load_state_dict({**state, "temperature": torch.tensor(5.0), "flag": torch.tensor(True)})
+
+
+def frozen(m: Any) -> None:
+    m.bn.eval()
+
+
+def new_layer(m: Any) -> None:
+    m.relu = nn.Tanh()
+
+
+#: A model, and a change of this model after the conversion.
+OF_MODELS: list[tuple[type[Base], Callable[[Any], None]]] = [
+    (ReadsInstance, set_attribute("own", 3.0)),
+    (ReadsInstance, set_attribute("own", 1)),
+    (ReadsInstance, set_attribute("own", torch.tensor(3.0))),
+    (ReadsTuple, set_attribute("shape", (3, 2.0))),
+    (ReadsClass, set_attribute("export", True)),
+    (ReadsClass, set_attribute("factor", 3.0)),
+    (ReadsDefault, set_attribute("scaled", True)),
+    (AsksForAttribute, set_attribute("late", 3.0)),
+    (ReadsChild, set_attribute("drop.p", 0.9)),
+    (ReadsModeOfChild, lambda m: m.drop.eval()),
+    (ReadsBuffer, fill("temperature")),
+    (ReadsBuffer, set_attribute("temperature", torch.tensor(2.0))),
+    (TakesNumber, fill("temperature")),
+    (TakesNumber, loaded),
+    (TakesFloat, fill("temperature")),
+    (TakesFloat, loaded),
+    (BranchesOnBuffer, loaded),
+    (AsksForBuffer, set_attribute("absent", torch.tensor(3.0))),
+    (AsksForParameter, unset("conv.bias")),
+    (AsksForLayer, unset("drop")),
+    (AsksForMode, lambda m: m.eval()),
+    (CallsMethod, instance_method),
+    (CallsMethod, own_forward),
+    (ChainsOfOthers, own_forward),
+    (ChainsOfOthers, child_forward),
+    (ChainsOfOthers, hook),
+    (ChainsOfOthers, pre_hook),
+    (ChainsOfOthers, own_hook),
+    (ChainsOfOthers, frozen),
+    (ChainsOfOthers, new_layer),
+]
+
+Undo = Callable[[], Any]
+
+
+def patched(owner: Any, name: str, value: Any) -> Callable[[], Undo]:
+    """Return a change of something that all models share, which returns how to undo it."""
+
+    def change() -> Undo:
+        patch = pytest.MonkeyPatch()
+        patch.setattr(owner, name, value, raising=False)
+        return patch.undo
+
+    return change
+
+
+def closure() -> Undo:
+    change_closure(3.0)
+    return lambda: change_closure(1.0)
+
+
+def environment() -> Undo:
+    os.environ["FUSEREG_TEST_SWITCH"] = "1"
+    return lambda: os.environ.pop("FUSEREG_TEST_SWITCH")
+
+
+def setting() -> Undo:
+    SETTINGS["factor"] = 3.0
+    return lambda: SETTINGS.update(factor=1.0)
+
+
+def no_gradients() -> Undo:
+    before = torch.is_grad_enabled()
+    torch.set_grad_enabled(False)
+    return lambda: torch.set_grad_enabled(before)
+
+
+def deterministic() -> Undo:
+    torch.use_deterministic_algorithms(True)
+    return lambda: torch.use_deterministic_algorithms(False)
+
+
+def default_dtype() -> Undo:
+    torch.set_default_dtype(torch.float64)
+    return lambda: torch.set_default_dtype(torch.float32)
+
+
+def threads() -> Undo:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    return lambda: torch.set_num_threads(before)
+
+
+def autocast() -> Undo:
+    context = torch.autocast("cpu", torch.bfloat16)
+    context.__enter__()
+    return lambda: context.__exit__(None, None, None)
+
+
+def default_of_keyword() -> Undo:
+    HasDefault.forward.__kwdefaults__["offset"] = 3.0  # type: ignore[index]
+    return lambda: HasDefault.forward.__kwdefaults__.update(offset=0.0)  # type: ignore[union-attr]
+
+
+def new_code() -> Undo:
+    before = Base.scale.__code__
+    Base.scale.__code__ = other_scaled_method.__code__
+    return lambda: setattr(Base.scale, "__code__", before)
+
+
+HERE = reading_models
+
+#: A model, and a change of what it shares with others.
+OF_SHARED: list[tuple[type[Base], Callable[[], Undo]]] = [
+    (ReadsClass, patched(ReadsClass, "export", True)),
+    (ReadsClass, patched(Base, "factor", 3.0)),
+    (ReadsDefault, patched(ReadsDefault, "scaled", True)),
+    (ReadsGlobal, patched(HERE, "FACTOR", 3.0)),
+    (ReadsGlobalDict, setting),
+    (CallsGlobal, patched(HERE, "scaled", other_scaled)),
+    (CallsGlobal, patched(scaled, "__code__", other_scaled.__code__)),
+    (CallsBuiltin, patched(HERE, "abs", lambda x: 3.0)),
+    (CallsTorch, patched(F, "softsign", other_scaled)),
+    (CallsTorch, patched(HERE, "F", types.SimpleNamespace(softsign=other_scaled))),
+    (CallsMath, patched(math, "sqrt", lambda x: 3.0)),
+    (HasDefault, patched(HasDefault.forward, "__defaults__", (3.0,))),
+    (HasDefault, default_of_keyword),
+    (CallsMethod, patched(Base, "scale", other_scaled_method)),
+    (CallsMethod, patched(CallsMethod, "scale", other_scaled_method)),
+    (CallsMethod, new_code),
+    (CallsMethod, patched(CallsMethod, "forward", other_scaled_method)),
+    (CallsStatic, patched(CallsStatic, "static", staticmethod(other_scaled))),
+    (CallsSuper, patched(CallsMethod, "forward", other_scaled_method)),
+    (ChainsOfOthers, patched(nn.ReLU, "forward", other_scaled_method)),
+    (READS_CLOSURE, closure),
+    (AsksForGradients, no_gradients),
+    (AsksForDeterminism, deterministic),
+    (AsksForDtype, default_dtype),
+    (AsksForAutocast, autocast),
+    (AsksForThreads, threads),
+    (AsksForExport, patched(torch.onnx, "is_in_onnx_export", lambda: True)),
+    (AsksForProcesses, patched(torch.distributed, "is_initialized", lambda: True)),
+    (AsksForEnvironment, environment),
+]
+
+
+def names(cases: list[tuple[Any, Any]]) -> list[str]:
+    return [f"{cls.__name__}-{getattr(change, '__name__', 'change')}" for cls, change in cases]
+
+
+def test_most_of_these_models_are_rewritten() -> None:
+    """Otherwise the tests below would show nothing."""
+    classes = {cls for cls, _ in [*OF_MODELS, *OF_SHARED]}
+    left = {cls for cls in classes if not hasattr(twins_of(cls)[1], "fusereg_plans")}
+    assert left == {
+        READS_CLOSURE, ReadsModeOfChild, ReadsGlobalDict, TakesFloat, BranchesOnBuffer,
+        AsksForGradients, AsksForDeterminism, AsksForDtype, AsksForAutocast, AsksForThreads,
+        AsksForExport, AsksForProcesses, AsksForEnvironment,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "change"), OF_MODELS, ids=names(OF_MODELS))
+def test_a_change_of_the_model_is_seen(cls: type[Base], change: Callable[[Any], None]) -> None:
+    plain, converted = twins_of(cls)
+    agree(plain, converted)
+    for m in (plain, converted):
+        change(m)
+    agree(plain, converted)
+    fusereg.revert(converted)
+    agree(plain, converted)
+
+
+@pytest.mark.parametrize(("cls", "change"), OF_SHARED, ids=names(OF_SHARED))
+def test_a_change_of_what_models_share_is_seen(cls: type[Base], change: Callable[[], Undo]) -> None:
+    plain, converted = twins_of(cls)
+    before = agree(plain, converted)
+    undo = change()
+    try:
+        agree(plain, converted)
+    finally:
+        undo()
+    assert agree(plain, converted).dtype is before.dtype
+
+
+# --- compiled -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def guarded() -> Iterator[None]:
+    """Make Dynamo see hooks that are added later, which it does not by default."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize(("cls", "change"), OF_MODELS, ids=names(OF_MODELS))
+def test_a_change_of_the_model_is_seen_by_compiled_code(
+    cls: type[Base], change: Callable[[Any], None]
+) -> None:
+    plain, converted = twins_of(cls)
+    compiled = torch.compile(converted, backend="eager")
+    agree(plain, compiled)
+    for m in (plain, converted):
+        change(m)
+    agree(plain, compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize(("cls", "change"), OF_SHARED, ids=names(OF_SHARED))
+def test_a_change_of_what_models_share_is_seen_by_compiled_code(
+    cls: type[Base], change: Callable[[], Undo]
+) -> None:
+    plain, converted = twins_of(cls)
+    compiled, reference = (
+        torch.compile(m, backend="eager") for m in (converted, copy.deepcopy(plain))
+    )
+    agree(plain, compiled)
+    agree(plain, reference)
+    undo = change()
+    try:
+        try:
+            agree(plain, reference)
+        except AssertionError:
+            pytest.skip("Dynamo does not see it in the original model either")
+        agree(plain, compiled)
+    finally:
+        undo()
+    agree(plain, compiled)
+
+
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize(
+    "cls", [ReadsClass, ReadsGlobal, CallsGlobal, CallsBuiltin, ChainsOfOthers]
+)
+def test_compiled_code_has_the_chain_and_no_break(cls: type[Base], calls: Calls) -> None:
+    converted = twins_of(cls)[1]
+    torch.compile(converted, backend="eager", fullgraph=True)(torch.randn(4, 3, 5, 5))
+    assert ("relu", False, 0.0) in calls
