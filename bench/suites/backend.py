@@ -75,7 +75,8 @@ def _case(name: str, layout: str, dtype: torch.dtype, options: Options) -> Case:
 
 def _setup(name: str, layout: str, dtype: torch.dtype, options: Options) -> Workload:
     make, batch, side = _networks(options.quick)[name]
-    network = make().to(options.device, dtype).to(memory_format=_LAYOUTS[layout])
+    network: Any = make()
+    network = network.to(options.device, dtype, memory_format=_LAYOUTS[layout])
     x = torch.randn(batch, 3, side, side).to(options.device, dtype, memory_format=_LAYOUTS[layout])
     torch._dynamo.reset()
     importlib.import_module("fusereg.backend")  # only here: it imports torch's compiler
