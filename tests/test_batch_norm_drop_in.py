@@ -388,11 +388,12 @@ def test_strides_of_results_are_torchs(layout: str, option: str) -> None:
     x.requires_grad_()
     y = call_of(x, option)
     assert y.stride() == wanted
+    x = x.detach()
     with FakeTensorMode() as mode:
-        fake = call_of(mode.from_tensor(x.detach()), option)
+        fake = call_of(mode.from_tensor(x), option)
     assert fake.stride() == wanted, "compiled code expects other strides"
     constants = (0, 1e-5, 0, 0, 0.01, 0.0, 0, True)
-    y, *_ = torch.ops.fusereg.batch_norm(x.detach(), *(None,) * 8, *constants)
+    y, *_ = torch.ops.fusereg.batch_norm(x, *(None,) * 8, *constants)
     assert y.stride() == wanted, "compiled code gets other strides"
 
 
@@ -404,7 +405,7 @@ def test_compiled_code_has_the_strides_of_eager_calls(layout: str) -> None:
     theirs = nn.Sequential(getattr(nn, f"BatchNorm{dims}d")(5), nn.ReLU())
     torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for _ in "12"]
+    leaves = [x.detach().requires_grad_() for _ in range(2)]
     results = [ours(leaves[0]), compiled(leaves[1])]
     assert {y.stride() for y in results} == {theirs(x).stride()}
     grads = [torch.autograd.grad(y.sum(), t)[0] for y, t in zip(results, leaves, strict=True)]
@@ -466,8 +467,8 @@ def test_every_order_of_dimensions_in_every_mode(mode: str, backend: Backend) ->
             options = dict(MODES[mode])
             mask = None
             if masked:
-                mask = torch.rand(shape[0], *shape[2:]) < 0.8
-                mask[:, ..., :1] = True
+                mask = torch.ones(shape[0], *shape[2:], dtype=torch.bool)
+                mask.view(-1)[::5] = False
                 options["mask"] = mask.to(backend.device)
             if options.get("dropout"):
                 options["seed"] = 3
@@ -588,10 +589,12 @@ def test_running_statistics_have_no_derivative(which: str, training: bool) -> No
         with forward_ad.dual_level():
             running[which] = forward_ad.make_dual(running[which].detach(), torch.ones(3))
             dual = forward_ad.make_dual(x.detach(), torch.ones_like(x))
-            with pytest.raises(RuntimeError, match="forward grad"):
-                function(dual, **running, training=training)
-            y = function(x.detach(), **running, training=training)
-            assert forward_ad.unpack_dual(y).tangent is None or function is F.batch_norm
+            assert function(x.detach(), **running, training=training).shape == x.shape
+            if training:  # where they are results, and torch leaves their tangents alone
+                assert function(dual, **running, training=True).shape == x.shape
+            else:
+                with pytest.raises(RuntimeError, match="forward grad"):
+                    function(dual, **running)
 
 
 def test_an_empty_float64_input_takes_float32_parameters() -> None:
