@@ -132,11 +132,17 @@ def test_every_layer_takes_a_device_and_a_dtype_and_skips_initialization(variant
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layers_and_functions_take_input_by_its_name(variant: str) -> None:
-    x = torch.randn(4, 5, 3) if variant == "BatchNorm1d" else torch.randn(LAYERS.get(variant, LAYERS["BatchNorm2d"])[1])
+    x = (
+        torch.randn(4, 5, 3)
+        if variant == "BatchNorm1d"
+        else torch.randn(LAYERS.get(variant, LAYERS["BatchNorm2d"])[1])
+    )
     layer = getattr(fusereg.nn, variant)(5).eval()
     assert torch.equal(layer(input=x), layer(x))
     by_name = F.batch_norm(input=x, running_mean=torch.zeros(5), running_var=torch.ones(5))
-    theirs = nn.functional.batch_norm(input=x, running_mean=torch.zeros(5), running_var=torch.ones(5))
+    theirs = nn.functional.batch_norm(
+        input=x, running_mean=torch.zeros(5), running_var=torch.ones(5)
+    )
     torch.testing.assert_close(by_name, theirs)
 
 
@@ -458,7 +464,7 @@ def permutations() -> Iterator[tuple[int, ...]]:
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("mode", MODES)
 def test_every_order_of_dimensions_in_every_mode(mode: str, backend: Backend) -> None:
-    """With a mask and without, forward and backward, with ``out``, and gradients in other orders."""
+    """With a mask and without, forward and backward, with ``out``, gradients in another order."""
     for order in permutations():
         shape = (6, 3, 4, 5)[: len(order)]
         base = torch.randn([shape[d] for d in order])
@@ -485,10 +491,8 @@ def test_every_order_of_dimensions_in_every_mode(mode: str, backend: Backend) ->
             torch.testing.assert_close(found, wanted, rtol=0.0, atol=1e-5)
             if not options.get("inplace"):
                 out = torch.empty_like(x)
-                running = tuple(t.clone() for t in running) if mode == "evaluation" else running
-                F.batch_norm(x, None if mode != "evaluation" else torch.zeros_like(running[0]),
-                             None if mode != "evaluation" else torch.ones_like(running[1]),
-                             out=out, **options)  # fmt: skip
+                constants = running if mode == "evaluation" else (None, None)
+                F.batch_norm(x, *constants, out=out, **options)
                 assert torch.equal(out, y.detach())
 
 
@@ -571,7 +575,9 @@ def test_a_mask_may_lie_in_any_way(backend: Backend) -> None:
                 twin = copy.deepcopy(layer)
                 assert torch.equal(layer(x, mask=mask), twin(x, mask=mask.contiguous())), layout
             found = F.batch_norm(x, None, None, mask=mask, **options)
-            assert torch.equal(found, F.batch_norm(x, None, None, mask=mask.contiguous(), **options))
+            assert torch.equal(
+                found, F.batch_norm(x, None, None, mask=mask.contiguous(), **options)
+            )
 
 
 # --- what is refused, and what is said ------------------------------------------------------------
@@ -617,5 +623,3 @@ def test_nothing_is_warned_of_where_torch_does_not(name: str, options: dict[str,
             layer(x).sum().backward()
             layer.eval()(x).sum().backward()
             layer(x[:0])
-
-

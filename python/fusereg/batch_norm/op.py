@@ -313,7 +313,7 @@ def _check_running(call: Call) -> None:
     """Raise where a forward-mode derivative by the running statistics would be needed."""
 
     def has_tangent(*tensors: Tensor | None) -> bool:
-        unpack = torch.autograd.forward_ad.unpack_dual
+        unpack: Any = torch.autograd.forward_ad.unpack_dual
         return any(t is not None and unpack(t).tangent is not None for t in tensors)
 
     if call.constants.statistics == FIXED and dispatch.forward_mode():
