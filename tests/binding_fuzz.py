@@ -5,7 +5,9 @@
 
 The functions and their arguments are read from _C.pyi, so a new one is called without being named
 here. Most cases are the package's own calls (those that `fusereg info` makes to check each kernel)
-with something about them changed; the others are made from the arguments' types.
+with something about them changed: an argument or two, or all tensors alike, which are laid out in
+another order of dimensions or cut to fewer elements, or none. The other cases are made from the
+arguments' types.
 Each case depends on nothing but the seed, the function and its number. It fails if
 
 * the interpreter dies (whoever started this program sees that) or the error is no usual one;
@@ -114,9 +116,11 @@ class Case:
         torch.manual_seed(self.rng.getrandbits(32))
         self.isa = self.rng.choice(_C.cpu_isas())
         self.named: dict[str, Any] = {}
-        if own and self.rng.random() < 0.7:
-            args = list(fv.copied(self.rng.choice(own), {}))
-            for _ in range(self.rng.choice((0, 1, 1, 1, 1, 2, 3))):
+        if own and self.rng.random() < 0.75:
+            call = self.rng.choice(own)
+            together = self.rng.random() < 0.6
+            args = list(fv.changed_together(self.rng, call) if together else fv.copied(call, {}))
+            for _ in range(self.rng.choice((0, 0, 0, 1) if together else (0, 1, 1, 1, 1, 2, 3))):
                 at = self.rng.randrange(len(args)) if args else 0
                 if args:
                     args[at] = self.changed(args[at], args)

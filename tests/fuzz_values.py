@@ -68,25 +68,74 @@ def strided_copy(t: Tensor) -> Tensor:
     return memory.as_strided(t.shape, t.stride())
 
 
-def copied(value: Any, memo: dict[int, Any]) -> Any:
-    """Arguments of a call over new memory; what was one object, also in two places, stays one."""
+Change = Callable[[Tensor], Tensor]
+
+
+def copied(value: Any, memo: dict[int, Any], change: Change = strided_copy) -> Any:
+    """Arguments of a call over new memory; what was one object, also in two places, stays one.
+
+    `change` makes the copy of each tensor.
+    """
     if id(value) in memo:
         return memo[id(value)]
     result = value
     if type(value) in (Tensor, nn.Parameter) and has_memory(value):
-        result = strided_copy(value)
+        result = change(value)
         if isinstance(value, nn.Parameter):
             result = nn.Parameter(result, value.requires_grad)
         elif value.requires_grad and value.is_leaf:
             result.requires_grad_()
         if value.is_leaf and value.grad is not None:
-            result.grad = copied(value.grad, memo)
+            result.grad = copied(value.grad, memo, change)
     elif type(value) in (list, tuple):
-        result = type(value)(copied(v, memo) for v in value)
+        result = type(value)(copied(v, memo, change) for v in value)
     elif type(value) is dict:
-        result = {k: copied(v, memo) for k, v in value.items()}
+        result = {k: copied(v, memo, change) for k, v in value.items()}
     memo[id(value)] = result
     return result
+
+
+def in_order(order: tuple[int, ...]) -> Change:
+    """Lays tensors of so many dimensions out in this order, the last one side by side."""
+
+    def change(t: Tensor) -> Tensor:
+        if t.dim() != len(order):
+            return strided_copy(t)
+        back = [order.index(d) for d in range(t.dim())]
+        return strided_copy(t.detach().permute(order).contiguous()).permute(back)
+
+    return change
+
+
+def resized(size: int, to: int) -> Change:
+    """Cuts every dimension of this size, in all tensors alike."""
+
+    def change(t: Tensor) -> Tensor:
+        t = t.detach()
+        for d in range(t.dim()):
+            if t.shape[d] == size:
+                t = t.narrow(d, 0, min(to, size))
+        return strided_copy(t.clone())
+
+    return change
+
+
+def changed_together(rng: random.Random, args: Any) -> Any:
+    """A copy of a call whose tensors lie in another order, or are smaller, all of them alike.
+
+    A tensor that alone is changed does not fit to the others, and is refused before most of the
+    code has run.
+    """
+    largest = max(tensors_in(args), key=Tensor.numel, default=None)
+    if largest is None or not largest.dim():
+        return copied(args, {})
+    if rng.random() < 0.6:
+        args = copied(args, {}, resized(rng.choice(largest.shape), rng.choice((0, 0, 1, 2))))
+    if rng.random() < 0.5:
+        order = list(range(largest.dim()))
+        rng.shuffle(order)
+        args = copied(args, {}, in_order(tuple(order)))
+    return args
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

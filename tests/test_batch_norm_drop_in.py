@@ -132,11 +132,17 @@ def test_every_layer_takes_a_device_and_a_dtype_and_skips_initialization(variant
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layers_and_functions_take_input_by_its_name(variant: str) -> None:
-    x = torch.randn(4, 5, 3) if variant == "BatchNorm1d" else torch.randn(LAYERS.get(variant, LAYERS["BatchNorm2d"])[1])
+    x = (
+        torch.randn(4, 5, 3)
+        if variant == "BatchNorm1d"
+        else torch.randn(LAYERS.get(variant, LAYERS["BatchNorm2d"])[1])
+    )
     layer = getattr(fusereg.nn, variant)(5).eval()
     assert torch.equal(layer(input=x), layer(x))
     by_name = F.batch_norm(input=x, running_mean=torch.zeros(5), running_var=torch.ones(5))
-    theirs = nn.functional.batch_norm(input=x, running_mean=torch.zeros(5), running_var=torch.ones(5))
+    theirs = nn.functional.batch_norm(
+        input=x, running_mean=torch.zeros(5), running_var=torch.ones(5)
+    )
     torch.testing.assert_close(by_name, theirs)
 
 
@@ -388,11 +394,12 @@ def test_strides_of_results_are_torchs(layout: str, option: str) -> None:
     x.requires_grad_()
     y = call_of(x, option)
     assert y.stride() == wanted
+    x = x.detach()
     with FakeTensorMode() as mode:
-        fake = call_of(mode.from_tensor(x.detach()), option)
+        fake = call_of(mode.from_tensor(x), option)
     assert fake.stride() == wanted, "compiled code expects other strides"
     constants = (0, 1e-5, 0, 0, 0.01, 0.0, 0, True)
-    y, *_ = torch.ops.fusereg.batch_norm(x.detach(), *(None,) * 8, *constants)
+    y, *_ = torch.ops.fusereg.batch_norm(x, *(None,) * 8, *constants)
     assert y.stride() == wanted, "compiled code gets other strides"
 
 
@@ -404,7 +411,7 @@ def test_compiled_code_has_the_strides_of_eager_calls(layout: str) -> None:
     theirs = nn.Sequential(getattr(nn, f"BatchNorm{dims}d")(5), nn.ReLU())
     torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for _ in "12"]
+    leaves = [x.detach().requires_grad_() for _ in range(2)]
     results = [ours(leaves[0]), compiled(leaves[1])]
     assert {y.stride() for y in results} == {theirs(x).stride()}
     grads = [torch.autograd.grad(y.sum(), t)[0] for y, t in zip(results, leaves, strict=True)]
@@ -457,7 +464,7 @@ def permutations() -> Iterator[tuple[int, ...]]:
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("mode", MODES)
 def test_every_order_of_dimensions_in_every_mode(mode: str, backend: Backend) -> None:
-    """With a mask and without, forward and backward, with ``out``, and gradients in other orders."""
+    """With a mask and without, forward and backward, with ``out``, gradients in another order."""
     for order in permutations():
         shape = (6, 3, 4, 5)[: len(order)]
         base = torch.randn([shape[d] for d in order])
@@ -466,8 +473,8 @@ def test_every_order_of_dimensions_in_every_mode(mode: str, backend: Backend) ->
             options = dict(MODES[mode])
             mask = None
             if masked:
-                mask = torch.rand(shape[0], *shape[2:]) < 0.8
-                mask[:, ..., :1] = True
+                mask = torch.ones(shape[0], *shape[2:], dtype=torch.bool)
+                mask.view(-1)[::5] = False
                 options["mask"] = mask.to(backend.device)
             if options.get("dropout"):
                 options["seed"] = 3
@@ -484,10 +491,8 @@ def test_every_order_of_dimensions_in_every_mode(mode: str, backend: Backend) ->
             torch.testing.assert_close(found, wanted, rtol=0.0, atol=1e-5)
             if not options.get("inplace"):
                 out = torch.empty_like(x)
-                running = tuple(t.clone() for t in running) if mode == "evaluation" else running
-                F.batch_norm(x, None if mode != "evaluation" else torch.zeros_like(running[0]),
-                             None if mode != "evaluation" else torch.ones_like(running[1]),
-                             out=out, **options)  # fmt: skip
+                constants = running if mode == "evaluation" else (None, None)
+                F.batch_norm(x, *constants, out=out, **options)
                 assert torch.equal(out, y.detach())
 
 
@@ -570,7 +575,9 @@ def test_a_mask_may_lie_in_any_way(backend: Backend) -> None:
                 twin = copy.deepcopy(layer)
                 assert torch.equal(layer(x, mask=mask), twin(x, mask=mask.contiguous())), layout
             found = F.batch_norm(x, None, None, mask=mask, **options)
-            assert torch.equal(found, F.batch_norm(x, None, None, mask=mask.contiguous(), **options))
+            assert torch.equal(
+                found, F.batch_norm(x, None, None, mask=mask.contiguous(), **options)
+            )
 
 
 # --- what is refused, and what is said ------------------------------------------------------------
@@ -588,10 +595,12 @@ def test_running_statistics_have_no_derivative(which: str, training: bool) -> No
         with forward_ad.dual_level():
             running[which] = forward_ad.make_dual(running[which].detach(), torch.ones(3))
             dual = forward_ad.make_dual(x.detach(), torch.ones_like(x))
-            with pytest.raises(RuntimeError, match="forward grad"):
-                function(dual, **running, training=training)
-            y = function(x.detach(), **running, training=training)
-            assert forward_ad.unpack_dual(y).tangent is None or function is F.batch_norm
+            assert function(x.detach(), **running, training=training).shape == x.shape
+            if training:  # where they are results, and torch leaves their tangents alone
+                assert function(dual, **running, training=True).shape == x.shape
+            else:
+                with pytest.raises(RuntimeError, match="forward grad"):
+                    function(dual, **running)
 
 
 def test_an_empty_float64_input_takes_float32_parameters() -> None:
@@ -614,5 +623,3 @@ def test_nothing_is_warned_of_where_torch_does_not(name: str, options: dict[str,
             layer(x).sum().backward()
             layer.eval()(x).sum().backward()
             layer(x[:0])
-
-

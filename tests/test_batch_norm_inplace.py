@@ -368,7 +368,7 @@ def test_forward_mode_and_func_write_x_too() -> None:
         ({"out": torch.zeros(4, 3)}, "inplace=True and out exclude each other"),
         ({"input": torch.zeros(4, 3).requires_grad_()}, "x is a leaf that requires a gradient"),
         ({"input": torch.zeros(12).requires_grad_().view(4, 3)}, "x is a view of a leaf"),
-        ({"input": torch.zeros(1, 3).expand(4, 3)}, "x has several elements that are one in memory"),
+        ({"input": torch.zeros(1, 3).expand(4, 3)}, "x has several elements that are one in mem"),
         ({"input": torch.zeros(4, 3, dtype=torch.int64)}, "x has dtype torch.int64"),
     ],
 )  # fmt: skip

@@ -74,6 +74,28 @@ def test_every_kernel_is_reached() -> None:
     assert kernels - reached == set(), done.stderr
 
 
+def test_batch_norm_is_called_in_every_mode_with_every_layout_and_empty_shape() -> None:
+    """In the cases that the test above runs: mask and virtual batches, permuted or empty."""
+    own = binding_fuzz.recorded_calls()
+    names = [a.name for a in binding_fuzz.signatures()["batch_norm_forward"]]
+    reached = set()
+    for index in range(200):
+        case = binding_fuzz.Case("batch_norm_forward", index, SEED, own["batch_norm_forward"])
+        call = dict(zip(names, case.args, strict=False))
+        x, group = call.get("x"), call.get("group_samples")
+        if type(x) is not torch.Tensor or x.dim() != 4:
+            continue
+        mode = "mask" if type(call.get("mask")) is torch.Tensor else "all"
+        mode = "virtual batches" if type(group) is int and 0 < group < 99 else mode
+        empty = "full" if x.numel() else f"no size {list(x.shape).index(0)}"
+        order = sorted(range(4), key=lambda d: -x.stride(d))
+        reached |= {(mode, empty), (mode, "contiguous" if order == [0, 1, 2, 3] else "permuted")}
+    modes = ("all", "mask", "virtual batches")
+    assert {(m, "permuted") for m in modes} <= reached
+    assert {(m, "full") for m in modes} <= reached
+    assert {("all", f"no size {d}") for d in range(4)} <= reached
+
+
 def test_the_stub_names_every_function_and_argument_that_the_module_has() -> None:
     """What is fuzzed comes from _C.pyi; pybind11's docstrings say what is there."""
     signatures = binding_fuzz.signatures()

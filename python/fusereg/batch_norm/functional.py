@@ -140,7 +140,8 @@ def batch_norm(
             a number, ``dropout`` outside [0, 1]; training on one value per channel; ``inplace``
             with what cannot be taken back, or with an ``x`` that must not be written to. Running
             statistics are then as they were.
-        RuntimeError: running statistics require a gradient, or have one in forward mode.
+        RuntimeError: running statistics require a gradient, or in evaluation have one in forward
+            mode.
 
     Example:
         >>> y = fusereg.functional.batch_norm(

@@ -209,15 +209,15 @@ def forward(call: Call, keep_bits: bool = False, out: Tensor | None = None) -> T
             result = torch.empty_like(x)
         if keep_bits and bits is None:
             bits = _new_bits(copies, call.constants)
-        count = batches
-        if count is not None and not _counts(count, x):
-            count = None
-            if momentum == CUMULATIVE and batches is not None:
+        counted = batches
+        if batches is not None and not _counts(batches, x):
+            counted = None
+            if momentum == CUMULATIVE:
                 momentum = 1.0 / float(batches + 1)
         first = (result, moments, bits, x, residual, mask, weight, bias)
-        if not _launch(kernel, call, (*first, used_mean, used_var, count), momentum):
+        if not _launch(kernel, call, (*first, used_mean, used_var, counted), momentum):
             raise refused(call.op)
-        if batches is not None and count is None:
+        if batches is not None and counted is None:
             batches.add_(1)
         for given, used in ((mean, used_mean), (var, used_var)):
             if given is not None and used is not None and used.data_ptr() != given.data_ptr():

@@ -63,8 +63,8 @@ class _Fused(Layer, nn.modules.batchnorm._BatchNorm):
         self.inplace = inplace
 
     def reset_parameters(self) -> None:
-        """Set weight and bias, if there are any, and the running statistics as they were at first."""
-        self.reset_running_stats()  # type: ignore[no-untyped-call]
+        """Set weight, bias and running statistics, where there are any, as they were at first."""
+        self.reset_running_stats()
         for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
             if parameter is not None:
                 nn.init.constant_(parameter, value)

@@ -362,13 +362,13 @@ def normalize(call: Call, out: Tensor | None = None) -> Tensor:
 
 
 def _check_running(call: Call) -> None:
-    """Raise where a forward-mode derivative of the running statistics would be needed."""
+    """Raise where a forward-mode derivative by the running statistics would be needed."""
 
     def has_tangent(*tensors: Tensor | None) -> bool:
-        unpack = torch.autograd.forward_ad.unpack_dual
+        unpack: Any = torch.autograd.forward_ad.unpack_dual
         return any(t is not None and unpack(t).tangent is not None for t in tensors)
 
-    if dispatch.forward_mode():
+    if call.constants.statistics == FIXED and dispatch.forward_mode():
         x, residual, _, weight, bias, _, mean, var, _ = call.inputs
         if has_tangent(mean, var) and has_tangent(x, residual, weight, bias):
             raise RuntimeError(
