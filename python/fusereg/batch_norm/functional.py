@@ -255,7 +255,6 @@ def prepared(
         batches,
         -1.0 if momentum is None else momentum,
         direct,
-        source is not None and source.seed is not None,
     )
 
 

@@ -81,8 +81,6 @@ class Call:
     momentum: float = 0.0
     #: Whether kernels may be called at once (dispatch.direct).
     direct: bool = True
-    #: Whether the caller gave dropout's seed.
-    seeded: bool = False
     #: float64 [3, statistics]: mean, biased variance, count.
     moments: Tensor | None = None
     #: One bit an element: the sign of what the activation was applied to.
