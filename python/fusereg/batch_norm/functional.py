@@ -282,7 +282,6 @@ def prepared(
         batches,
         0.0 if momentum is None else momentum,
         direct,
-        source is not None and source.seed is not None,
     )
 
 

@@ -84,8 +84,6 @@ class Call:
     momentum: float = 0.0
     #: Whether kernels may be called at once (dispatch.direct).
     direct: bool = True
-    #: Whether the caller gave dropout's seed.
-    seeded: bool = False
     #: float64 [3, statistics]: mean, biased variance, count.
     moments: Tensor | None = None
     #: One bit an element: the sign of what the activation was applied to.
@@ -119,11 +117,6 @@ class Gradients(NamedTuple):
 def result_like(x: Tensor) -> Tensor:
     """Return memory for y with the strides of torch's own result."""
     return torch.empty_like(x, memory_format=format_like(x))
-
-
-def strides_of_result(x: Tensor) -> tuple[int, ...]:
-    """Return the strides of :func:`result_like`."""
-    return torch.empty_like(x, device="meta", memory_format=format_like(x)).stride()
 
 
 def format_like(x: Tensor) -> torch.memory_format:

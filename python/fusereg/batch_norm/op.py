@@ -4,7 +4,8 @@
 
 - the kernels: eager calls;
 - ``torch.ops.fusereg.batch_norm``: torch.compile, export, fake tensors. It is a pure function;
-  running statistics are then updated by torch's own operations;
+  running statistics are then updated by torch's own operations. It takes any layout, so that
+  Inductor copies no activation; its overload ``exact``, for dropout, keeps the traced one;
 - torch's operations (reference.py): torch.func transforms, forward mode, other programs.
 
 Second derivatives are composed of torch's operations too.
@@ -12,8 +13,6 @@ Second derivatives are composed of torch's operations too.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from ..core import dispatch, operator
 from ..core.operator import Operator
 from . import kernels, reference
-from .kernels import COMPUTE, CUMULATIVE, FIXED, Call, Constants, Inputs, inputs_of
+from .kernels import COMPUTE, CUMULATIVE, FIXED, RECTIFIERS, Call, Constants, Inputs, inputs_of
 
 _TENSORS = (
     "Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor? moments,"
@@ -46,66 +45,20 @@ def call_of(inputs: tuple[Any, ...], constants: tuple[Any, ...]) -> Call:
     return call
 
 
-def _new_bits(call: Call) -> Tensor | None:
-    """Return memory for the bits, whose strides have the order of x's dimensions in memory.
-
-    Draws and bits belong to elements in the order of x's memory. A compiler may lay x out anew
-    between forward and backward; this tensor it passes on as it is. Its size does not depend on
-    the layout. It has x's dimensions, of size 2, and one more if there are bits at all.
-    """
-    x, p = call.inputs.x, call.constants.p
-    shape: list[Any] = [2] * x.dim()
-    order = _memory_order(x, any_order=p > 0.0)
-    if call.keeps_bits():
-        samples, channels = x.shape[0], x.shape[1]
-        inner = x.numel() // max(samples * channels, 1)
-        # Rows of whole bytes, along the channels or the rest; with draws there may be other orders.
-        by_channels, by_rest = inner * ((channels + 7) // 8), channels * ((inner + 7) // 8)
-        count = x.numel() if p else samples * torch.sym_max(by_channels, by_rest)
-        last = (count + 2 ** x.dim() - 1) // 2 ** x.dim()
-        shape, strides = [*shape, last], [*_dense_strides(shape, order, last), 1]
-    elif p:
-        strides = _dense_strides(shape, order)
-    else:
-        return None
-    return torch.empty_strided(shape, strides, dtype=torch.uint8, device=x.device)
-
-
-def _memory_order(x: Tensor, any_order: bool) -> list[int]:
-    """Return x's dimensions in the order of memory, the outermost first; else row-major ones."""
-    strides, rows = operator.strides_of_result(x), list(range(x.dim()))
-    order = sorted(rows, key=lambda d: strides[d], reverse=True)
-    return order if any_order or order == [0, *rows[2:], 1] else rows
-
-
-def _dense_strides(shape: Sequence[Any], order: Sequence[int], innermost: Any = 1) -> list[Any]:
-    """Return the strides of dense memory with its dimensions in this order."""
-    strides = [innermost] * len(order)
-    for outer, inner in reversed(list(itertools.pairwise(order))):
-        strides[outer] = strides[inner] * max(shape[inner], 1)
-    return strides
-
-
-def _in_order_of(bits: Tensor, x: Tensor) -> Tensor:
-    """Return x itself if it lies in the order that the bits have, else a copy that does."""
-    order = sorted(range(x.dim()), key=lambda d: bits.stride(d), reverse=True)
-    strides = _dense_strides(x.shape, order)
-    if all(a == b or n == 1 for a, b, n in zip(x.stride(), strides, x.shape, strict=True)):
-        return x
-    return operator.in_strides(x, tuple(strides))
-
-
-def set_bits(call: Call, bits: Tensor | None) -> None:
-    """Put an operator's bits into a call, and its tensors into the order that these have."""
-    if bits is None or bits.dim() < 2:  # an eager call's: nothing has laid x out anew
-        call.bits = bits
-        return
-    x, residual = call.inputs.x, call.inputs.residual
-    call.bits = bits.as_strided((bits.numel(),), (1,)) if bits.dim() > x.dim() else None
-    call.inputs = call.inputs._replace(
-        x=_in_order_of(bits, x),
-        residual=None if residual is None else _in_order_of(bits, residual),
-    )
+def _bit_bytes(x: Tensor) -> Any:
+    """Return how many bytes the bits of a tensor in x's layout take at most."""
+    if x.numel() == 0:
+        return 0
+    samples, channels = x.shape[0], x.shape[1]
+    inner = x.numel() // samples // channels
+    if x.is_contiguous():
+        if inner == 1:
+            return samples * ((channels + 7) // 8)
+        return samples * channels * ((inner + 7) // 8)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]):
+        return samples * inner * ((channels + 7) // 8)
+    return x.numel()  # in other layouts they depend on how the kernels divide them
 
 
 def _forward(*args: Any) -> Any:
@@ -115,31 +68,36 @@ def _forward(*args: Any) -> Any:
         return kernels.forward(call, keep_bits=True)
     x, given = args[0], args[5]
     call = call_of(args[:9], args[9:16])
-    bits = _new_bits(call) if args[16] else None
-    set_bits(call, bits)
-    y = operator.in_strides(kernels.forward(call, args[16]), kernels.strides_of_result(x))
-    return y, call.moments if given is None else None, bits
+    if args[16] and call.keeps_bits():
+        call.bits = torch.empty(_bit_bytes(x), dtype=torch.uint8, device=x.device)
+    y = kernels.forward(call, args[16])
+    return y, call.moments if given is None else None, call.bits
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     call, keep_bits = call_of(args[:9], args[9:16]), args[16]
     x = call.inputs.x
-    moments = None
+    moments = bits = None
     if call.moments is None and call.constants.statistics == COMPUTE:
         count = kernels.statistics_shape(x, call.constants.group_samples)
         moments = x.new_empty((3, count), dtype=torch.float64)
-    return kernels.result_like(x), moments, _new_bits(call) if keep_bits else None
+    if keep_bits and call.keeps_bits():
+        bits = x.new_empty((_bit_bytes(x),), dtype=torch.uint8)
+    return kernels.result_like(x), moments, bits
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
-    call = args[-1]
+    call, result = args[-1], None
     if type(call) is not Call:
         call = call_of(args[:9], args[9:16])
         _, moments, bits = output
         ctx.mark_non_differentiable(moments, bits)
         if call.moments is None and call.constants.statistics == COMPUTE:
             call.moments = moments
-        call.bits = bits if bits.dim() > 1 else None
+        # Where the order in memory may not matter, y tells the sign.
+        by_result = call.keeps_bits() and not args[16]
+        result = output[0] if by_result else None
+        call.bits = bits if call.keeps_bits() and not by_result else None
     x, residual, mask, weight, bias, _, mean, var, seed = call.inputs
     constants, moments = call.constants, call.moments
     ctx.constants = constants
@@ -152,28 +110,31 @@ def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
         residual = None
     if constants.statistics != FIXED or moments is not None:
         mean = var = None
-    ctx.save_for_backward(x, residual, mask, weight, bias, moments, mean, var, seed, call.bits)
+    ctx.save_for_backward(
+        x, residual, mask, weight, bias, moments, mean, var, seed, call.bits, result
+    )
 
 
-def _kept(ctx: Any) -> Call:
-    """Return the call of which :func:`_save` kept what backward needs."""
-    tensors = ctx.saved_tensors
-    *_, moments, _, _, seed, bits = tensors
-    state = seed if ctx.state is None else ctx.state
-    return Call(inputs_of((*tensors[:8], state)), ctx.constants, ctx.op, moments=moments, bits=bits)
+def _after_activation(grad: Tensor, y: Tensor, constants: Constants) -> Tensor:
+    """Return the gradient of what a rectifier was applied to, from the sign of its result."""
+    other = 0.0 if constants.activation == RECTIFIERS[0] else grad * constants.slope
+    return torch.where(y > 0, grad, other)
 
 
 def _gradient(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    call = _kept(ctx)
+    tensors = ctx.saved_tensors
+    *_, moments, _, _, seed, bits, y = tensors
+    inputs = inputs_of((*tensors[:8], seed if ctx.state is None else ctx.state))
+    call = Call(inputs, ctx.constants, ctx.op, moments=moments, bits=bits)
+    if y is not None:
+        grad = _after_activation(grad, y, call.constants)
+        call.constants = call.constants._replace(activation=0)
     of_x, of_residual, _, of_weight, of_bias = ctx.needs_input_grad[:5]
     wanted = (of_x, of_residual, of_weight, of_bias)
     found: tuple[Tensor | None, ...]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        set_bits(call, call.bits)
         found = _differentiable_gradients(call, grad, ctx.has_residual)
     elif dispatch.direct(grad):
-        if call.bits is not None:
-            set_bits(call, call.bits)
         try:
             found = kernels.backward(call, grad, wanted)
         except RuntimeError:  # before it wrote; batched gradients are not looked for sooner
@@ -189,7 +150,8 @@ def _traced_gradients(
     call: Call, grad: Tensor, wanted: tuple[bool, bool, bool, bool]
 ) -> tuple[Tensor | None, ...]:
     reduce = call.constants.statistics != FIXED or wanted[2] or wanted[3]
-    found = backward.traced(*arguments(call, grad), list(wanted), reduce)
+    exact = call.constants.p > 0.0 or call.bits is not None
+    found = backward.traced(*arguments(call, grad), list(wanted), reduce, exact=exact)
     return tuple(t if want else None for t, want in zip(found[:4], wanted, strict=True))
 
 
@@ -205,7 +167,7 @@ def arguments(call: Call, grad: Tensor, sums: Tensor | None = None) -> tuple[Any
 def _backward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     bits, sums, wanted, reduce = args[9], args[10], args[18], args[19]
     call = call_of(args[:9], args[11:18])
-    set_bits(call, bits)
+    call.bits = bits
     found = kernels.backward(call, grad, tuple(wanted), reduce=reduce, sums=sums, keep_sums=reduce)
     strides = operator.strides_of_result(args[0])
     of_elements = (None if t is None else operator.in_strides(t, strides) for t in found[:2])
@@ -388,7 +350,7 @@ def _traced(call: Call) -> tuple[Tensor, Tensor | None]:
     statistics = call.constants.statistics
     if statistics != FIXED or inputs.moments is not None:
         inputs = inputs._replace(running_mean=None, running_var=None)
-    # Draws under a given seed belong to elements in the order that the caller gave them.
-    exact = call.constants.p > 0.0 and (call.seeded or dispatch.draws_as_eager())
-    y, new, _ = batch_norm.traced(*inputs, *call.constants, True, exact=exact)
+    # Draws and bits belong to elements in the order of memory, which must stay as it is for them.
+    exact = call.constants.p > 0.0 or (call.keeps_bits() and call.constants.slope < 0.0)
+    y, new, _ = batch_norm.traced(*inputs, *call.constants, exact, exact=exact)
     return y, new if statistics == COMPUTE else inputs.moments

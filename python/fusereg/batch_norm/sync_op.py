@@ -41,8 +41,9 @@ class _Synchronized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, constants: Constants, reduce_sums: SumOver, *inputs: Any) -> Tensor:
         x, residual, mask, weight, bias, moments, _, _, seed = inputs
-        y, _, bits = ops.batch_norm.overload(*inputs, *constants, True)
+        y, _, bits = ops.batch_norm.exact(*inputs, *constants, True)
         call = ops.call_of(inputs, constants)
+        ctx.bits_kept = call.keeps_bits()
         ctx.has_residual = residual is not None
         kept = residual if call.keeps_residual() else None
         ctx.save_for_backward(x, kept, mask, weight, bias, moments, seed, bits)
@@ -55,13 +56,12 @@ class _Synchronized(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, moments, seed, bits = ctx.saved_tensors
         call = ops.call_of((*inputs, moments, None, None, seed), ctx.constants)
-        call.bits = bits if bits.dim() > 1 else None
+        call.bits = bits if ctx.bits_kept else None
         has = (True, ctx.has_residual, inputs[3] is not None, inputs[4] is not None)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            ops.set_bits(call, call.bits)
             found = _gradients(call, grad, ctx.reduce_sums)
         else:
-            compute = ops.backward.overload
+            compute = ops.backward.exact
             *_, gw, gb, sums = compute(*ops.arguments(call, grad), [False, False, *has[2:]], True)
             sums = ctx.reduce_sums(sums)
             gx, gr, *_ = compute(*ops.arguments(call, grad, sums), [*has[:2], False, False], False)

@@ -158,15 +158,8 @@ def whole_graph() -> bool:
         return False
 
 
-def draws_as_eager() -> bool:
-    """Return whether Inductor was told to draw the numbers that eager code draws."""
-    config = sys.modules.get("torch._inductor.config")
-    return config is not None and bool(config.fallback_random)
-
-
 # torch.compiler.assume_constant_result does this, but imports the compiler at once.
-for _function in (whole_graph, draws_as_eager):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+whole_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unscales_in_step(optimizer: object) -> bool:
