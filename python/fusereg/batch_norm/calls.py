@@ -1,4 +1,4 @@
-"""Which layers the forwards of a model call, and what else they do with them.
+"""The layers that the forwards of a model call, and what else they do with them.
 
 Each module's forward is traced by itself, with its children as single calls. Of a forward that
 cannot be traced, the source is read: what it does with a child other than calling it is unknown, so

@@ -1,4 +1,4 @@
-"""Which layers are known to compute batch normalization, and what they compute after it.
+"""The layers that are known to compute batch normalization, and what they compute after it.
 
 A subclass of torch's layer may compute anything, so layers are known by their exact class.
 """
@@ -47,12 +47,14 @@ _ACTIVATIONS: dict[type, str] = {
 
 
 #: The forwards that layers of these classes have, unless somebody replaces them.
-_FORWARDS: dict[type, Any] = {cls: cls.forward for cls in (*_ACTIVATIONS, nn.Dropout, nn.Identity)}
+_FORWARDS: dict[type, Any] = {
+    cls: vars(cls)["forward"] for cls in (*_ACTIVATIONS, nn.Dropout, nn.Identity)
+}
 
 
 def keeps_forward(layer: nn.Module) -> bool:
     """Return whether the forward of a layer's class is still torch's or fusereg's own."""
-    cls = type(layer)
+    cls: Any = type(layer)
     own = cls.__module__.startswith("fusereg.") and "forward" in vars(cls)
     return own or _FORWARDS.get(cls) is cls.forward
 
