@@ -345,12 +345,12 @@ def dropout_chains() -> list[tuple[str, Callable[..., Any], Callable[..., Any]]]
         (
             "alpha_dropout",
             lambda x, r, b: F.alpha_dropout(x, 0.5, True),
-            lambda x, r, b: G.alpha_dropout(x),
+            lambda x, r, b: G.alpha_dropout(x, 0.5, True),
         ),
         (
             "feature_alpha_dropout",
             lambda x, r, b: F.feature_alpha_dropout(x, 0.5, True),
-            lambda x, r, b: G.feature_alpha_dropout(x),
+            lambda x, r, b: G.feature_alpha_dropout(x, 0.5, True),
         ),
         (
             "relu + dropout",
