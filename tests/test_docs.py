@@ -255,7 +255,7 @@ def test_every_operation_that_can_be_tried_is_in_a_table() -> None:
 
 def test_an_attempt_that_fails_says_no() -> None:
     assert SUPPORT is not None
-    detached = replace(by_name("dropout"), function=lambda x, p, seed: x.detach() * p)
+    detached = replace(by_name("dropout"), function=lambda input, p, seed: input.detach() * p)
     with pytest.raises(RuntimeError):
         SUPPORT.double_backward(detached)
 

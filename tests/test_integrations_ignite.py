@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ignite.engine import (
     supervised_training_step_amp,
 )
 from ignite.handlers import Checkpoint, DiskSaver
+from ignite.handlers import EarlyStopping as IgnitesEarlyStopping
 
 import fusereg
 from fusereg.integrations.ignite import EarlyStoppingHandler, PenaltyHandler
@@ -219,3 +221,36 @@ def test_checkpoints_of_ignite_hold_both(tmp_path: Path) -> None:
     assert second.weight == whole.weight == 4.0
     assert second.handler.stopper.explain() == whole.handler.stopper.explain()
     assert penalties[1].l1 == 0.25
+
+
+# --- what the migration page says of ignite's own handler -----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cumulative", "delta", "same"), [(True, 0.4, True), (False, 0.0, True), (False, 0.4, False)]
+)
+def test_early_stopping_counts_as_ignites_does_where_the_page_says_so(
+    cumulative: bool, delta: float, same: bool
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    stops: list[tuple[int, int]] = []
+    for _ in range(40):
+        scores = torch.rand(12, generator=generator).cumsum(0).mul(0.3).tolist()
+        trainer = Engine(lambda engine, batch: None)
+        arguments: dict[str, Any] = {"cumulative": cumulative, "threshold": delta}
+        if "cumulative" not in inspect.signature(IgnitesEarlyStopping).parameters:
+            arguments = {"cumulative_delta": cumulative, "min_delta": delta}
+        theirs = IgnitesEarlyStopping(2, lambda engine: engine.state.metrics, trainer, **arguments)
+        ours = fusereg.EarlyStopping(None, patience=2, mode="max", min_delta=delta)
+        found = [12, 12]
+        for epoch, score in enumerate(scores):
+            trainer.state.metrics = score
+            theirs(trainer)
+            if trainer.should_terminate:
+                found[0] = min(found[0], epoch)
+            if not ours.stopped:
+                ours.step(score, epoch=epoch)
+            if ours.stopped:
+                found[1] = min(found[1], epoch)
+        stops.append((found[0], found[1]))
+    assert all(a == b for a, b in stops) == same
