@@ -1,4 +1,4 @@
-"""Which layers are known to compute batch normalization, and what they compute after it.
+"""Layers that are known to compute batch normalization, and what they compute after it.
 
 A subclass of torch's layer may compute anything, so layers are known by their exact class.
 """
