@@ -38,7 +38,7 @@ def why_unknown(layer: nn.Module) -> str | None:
     )
 
 
-_ACTIVATIONS: dict[type, str] = {
+_ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.LeakyReLU: "leaky_relu",
     nn.SiLU: "silu",
