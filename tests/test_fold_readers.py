@@ -146,7 +146,41 @@ class Replaces(nn.Module):
         return self.part(x) + self.other(x)
 
 
+class OwnResidual(Pair):
+    def __init__(self) -> None:
+        super().__init__(norm=BatchNorm2d(6))
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        return self.bn(y, y)
+
+
+class OwnResidualKeyword(OwnResidual):
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        return self.bn(y, residual=y)
+
+
+class InPlace(Pair):
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        y.add_(1.0)
+        return self.bn(y)
+
+
+class View(Pair):
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        v = y.view(-1)
+        z = self.bn(y)
+        return z + v.sum()
+
+
 READ: dict[str, tuple[Make, str]] = {
+    "own residual": (OwnResidual, "is its residual as well"),
+    "own residual by keyword": (OwnResidualKeyword, "is its residual as well"),
+    "in place": (InPlace, "is used elsewhere"),
+    "view": (View, "is used elsewhere"),
     "a setting": (ReadsSetting, "reads its eps"),
     "whether there is a bias": (AsksForBias, "reads its bias"),
     "its own way of calling": (CallsItsOwn, "it has its own way of being called"),
@@ -288,6 +322,17 @@ def test_models_are_folded_in_several_threads_while_another_runs(
     done.set()
     runner.join()
     assert not errors
+
+
+@pytest.mark.parametrize(
+    ("cls", "left"), [(Pair, 0), (ReturnsBoth, 1), (ReadsWeight, 1), (CallsTwice, 1), (Method, 0)]
+)
+def test_a_module_of_torch_fx_is_read_from_its_graph(
+    cls: Any, left: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    for model in (cls(), nn.Sequential(cls())):
+        traced = torch.fx.symbolic_trace(randomized(model))
+        assert norms(folded(traced, caplog=caplog)) == left
 
 
 class Domains(nn.Module):

@@ -167,7 +167,7 @@ def _timm() -> Iterator[Entry]:
         "mobilevit_xxs": (64, paths),
         "mobilevitv2_050": (64, paths),
         "repvit_m0_9": (64, drops),
-        "shvit_s1": (64, drops),
+        "shvit_s1": (128, drops),
         "swiftformer_xs": (64, paths),
         "pvt_v2_b0": (64, paths),
         "visformer_tiny": (224, {"depth": (1, 1, 1), **paths}),

@@ -1,4 +1,4 @@
-"""The layers that the forwards of a model call, and what else they do with them.
+"""Calls of a model's layers by its forwards, and what else the forwards do with them.
 
 Each module's forward is traced by itself, with its children as single calls. Of a forward that
 cannot be traced, the source is read: what it does with a child other than calling it is unknown, so
@@ -89,6 +89,9 @@ class Calls:
                     called = module.get_submodule(str(node.target))
                     nodes.setdefault(called, []).append(node)
                     self.callers.setdefault(called, set()).add(module)
+                elif node.op == "get_attr" and "." in str(node.target):
+                    owner = module.get_submodule(str(node.target).rpartition(".")[0])
+                    self.touched.setdefault(owner, f"{who} reads its parameters")
             self.graphs[module].append(nodes)
             for read in traced.reads:
                 of_module = read.value is Found.MODULE or read.name in ("__class__", "_modules")
@@ -137,6 +140,9 @@ def _traces(module: nn.Module, leaf: Callable[[nn.Module], bool]) -> Iterator[Tr
     Raises:
         UntraceableError: one of them cannot be traced, for the reason in the text.
     """
+    if isinstance(module, fx.GraphModule):
+        yield Trace(module.graph, ())
+        return
     if not _is_usual(module):
         raise UntraceableError("it has its own way of being called")
     forward: Any = original_class(module).forward
@@ -192,16 +198,15 @@ def _only_called(module: nn.Module) -> set[str]:
         return set()
     if cls.forward is nn.Sequential.forward:
         return set(module._modules)
-    try:
-        functions = _functions(cls)
-    except (OSError, TypeError, SyntaxError):
-        return set()
     found = set(module._modules)
-    for function in functions:
-        used = _used(module, function)
-        if used is None:
-            return set()
-        found -= used
+    try:
+        for function in _functions(cls):
+            used = _used(module, function)
+            if used is None:
+                return set()
+            found -= used
+    except (OSError, TypeError, SyntaxError, ValueError, IndexError):
+        return set()  # there is no source, or it is written in a way that is not understood
     return found
 
 

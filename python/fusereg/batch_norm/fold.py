@@ -175,6 +175,8 @@ def _before(norm: Any, node: fx.Node, nodes: Nodes) -> nn.Module | str:
     if len(node.args) > 1 + len(more_args) or not set(node.kwargs) <= set(more_args):
         more = ", ".join(node.kwargs) or f"{len(node.args)} arguments"
         return f"it is called with {more}"
+    if before in node.args[1:] or before in node.kwargs.values():
+        return f"the result of the {name} before it is its residual as well"
     return source
 
 

@@ -1,4 +1,4 @@
-"""The layers that are known to compute batch normalization, and what they compute after it.
+"""Layers that are known to compute batch normalization, and what they compute after it.
 
 A subclass of torch's layer may compute anything, so layers are known by their exact class.
 """
@@ -38,7 +38,7 @@ def why_unknown(layer: nn.Module) -> str | None:
     )
 
 
-_ACTIVATIONS: dict[type, str] = {
+_ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.LeakyReLU: "leaky_relu",
     nn.SiLU: "silu",
