@@ -154,6 +154,7 @@ def test_gradcheck_twice() -> None:
     assert float(expanded.grad.sum()) == pytest.approx(2 * 3 * 5 * 8, rel=1e-5)
 
 
+@pytest.mark.slow  # a sample of it is in test_contract.py
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck(transposed: bool) -> None:
     x = torch.rand(2, 3, 6, 5, requires_grad=True)

@@ -118,6 +118,7 @@ def test_gradcheck_twice() -> None:
         g.sum().backward()
 
 
+@pytest.mark.slow  # a sample of it is in test_contract.py
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_opcheck(channels_last: bool, requires_grad: bool) -> None:
@@ -151,6 +152,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.slow  # a sample of it is in test_contract.py
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_in_graphs(name: str) -> None:
     f = FUNCTIONS[name]

@@ -254,6 +254,7 @@ _OPS = torch.ops.fusereg
 _CONSTANTS = Constants(COMPUTE, 1e-5, 0, 1, 0.1, 0.25, 3)
 
 
+@pytest.mark.slow  # a sample of it is in test_contract.py
 def test_opcheck_batch_norm_backward() -> None:
     x, grad, weight = torch.randn(3, 4, 5), torch.randn(3, 4, 5), torch.randn(4)
     moments = _OPS.batch_norm_statistics(x, None, 0)

@@ -451,10 +451,10 @@ def misplaced_texts(figure: Figure) -> list[str]:
 
 @pytest.fixture(scope="module")
 def all_results(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[train.Result], DataSet]:
-    """Train every technique for three epochs on digits of 28 x 28 pixels."""
-    images, labels = digits(200, 28, 28)
+    """Train every technique for two epochs on digits of 28 x 28 pixels."""
+    images, labels = digits(100, 28, 28)
     data = demo_data._data_set("made", (images, labels), (images[:50], labels[:50]))
-    return [train.train_pair(t, data, epochs=3, seed=1) for t in techniques.TECHNIQUES], data
+    return [train.train_pair(t, data, epochs=2, seed=1) for t in techniques.TECHNIQUES], data
 
 
 @pytest.mark.parametrize("rows", [None, 1, 2], ids=["all rows", "1 row", "2 rows"])

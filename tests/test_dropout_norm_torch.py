@@ -125,6 +125,7 @@ def arguments_of_the_operator(
     return tuple(torch.randn(s, dtype=dtype, requires_grad=requires_grad) for s in shapes)
 
 
+@pytest.mark.slow  # a sample of it is in test_contract.py
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_opcheck_dropout_norm(rms: bool, requires_grad: bool) -> None:
@@ -140,6 +141,7 @@ def test_opcheck_dropout_norm(rms: bool, requires_grad: bool) -> None:
         torch.library.opcheck(_OPS.dropout_norm.default, arguments)
 
 
+@pytest.mark.slow  # a sample of it is in test_contract.py
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 @pytest.mark.parametrize("has_grad_sum", [False, True])
 def test_opcheck_dropout_norm_backward(has_grad_sum: bool, rms: bool) -> None:

@@ -20,7 +20,7 @@ from conftest import HOST_MODULE, Backend
 
 PROGRAM = Path(binding_fuzz.__file__)
 SEED = int(os.environ.get("FUSEREG_FUZZ_SEED", "20240229"))
-CASES = int(os.environ.get("FUSEREG_FUZZ_CASES", "500" if HOST_MODULE else "3000"))
+CASES = 500 if HOST_MODULE else 3000
 MOST_DEATHS = 5
 
 
@@ -40,10 +40,14 @@ def fuzz(*options: str, timeout: float = 600) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.usefixtures("backend")
-def test_no_call_of_the_binding_crashes_or_writes_where_it_should_not(tmp_path: Path) -> None:
+def test_no_call_of_the_binding_crashes_or_writes_where_it_should_not(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
     progress = tmp_path / "case"
     failures = []
-    options = ["--cases", str(CASES), "--progress", str(progress)]
+    default = CASES if pytestconfig.getoption("all_cases") else CASES // 4
+    cases = os.environ.get("FUSEREG_FUZZ_CASES", default)
+    options = ["--cases", str(cases), "--progress", str(progress)]
     done = fuzz(*options)
     while done.returncode != 0 and len(failures) < MOST_DEATHS:
         if done.returncode == 1 and "--- " in done.stdout and done.stdout.endswith("finished\n"):
