@@ -249,7 +249,9 @@ class Norm(Case):
             values = values[:, self.mask.flatten()]
         n = values.shape[1]
         if n > 0:
-            state["running_mean"] = (1 - momentum) * state["running_mean"] + momentum * values.mean(1)
+            state["running_mean"] = (1 - momentum) * state["running_mean"] + momentum * values.mean(
+                1
+            )
         if n > 1:
             state["running_var"] = (1 - momentum) * state["running_var"] + momentum * values.var(1)
         return state
@@ -262,7 +264,9 @@ class Norm(Case):
         wanted_x = x.double().contiguous().requires_grad_(self.grads)
         parameters = {n: p.detach().double() for n, p in layer.named_parameters()}
         if self.kind == "FrozenBatchNorm":
-            parameters = {n: b.double() for n, b in layer.named_buffers() if n in ("weight", "bias")}
+            parameters = {
+                n: b.double() for n, b in layer.named_buffers() if n in ("weight", "bias")
+            }
         for p in parameters.values():
             p.requires_grad_()
         mask = torch.ones(self.shape[0], 1, *self.shape[2:], dtype=torch.bool)
@@ -367,7 +371,9 @@ def near(
     size = max(1.0, float(wanted.abs().max()), float(scale.abs().max()))
     error = float((found - wanted).abs().max())
     if not error <= 8.0 * tolerance * size:
-        raise Failure(f"{name} is off by {error:.3g}, where {8.0 * tolerance * size:.3g} is allowed")
+        raise Failure(
+            f"{name} is off by {error:.3g}, where {8.0 * tolerance * size:.3g} is allowed"
+        )
 
 
 # --- layers that draw -----------------------------------------------------------------------------
@@ -423,7 +429,9 @@ def case_of(seed: int, index: int) -> Case:
     return Norm(rng) if rng.random() < 0.75 else Drop(rng)
 
 
-def run(seed: int, indices: range, progress: Path | None = None) -> tuple[dict[str, int], list[str]]:
+def run(
+    seed: int, indices: range, progress: Path | None = None
+) -> tuple[dict[str, int], list[str]]:
     """Run the cases of these numbers; return how they ended, and what failed."""
     ends: dict[str, int] = {}
     failures = []

@@ -132,11 +132,17 @@ def test_every_layer_takes_a_device_and_a_dtype_and_skips_initialization(variant
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layers_and_functions_take_input_by_its_name(variant: str) -> None:
-    x = torch.randn(4, 5, 3) if variant == "BatchNorm1d" else torch.randn(LAYERS.get(variant, LAYERS["BatchNorm2d"])[1])
+    x = (
+        torch.randn(4, 5, 3)
+        if variant == "BatchNorm1d"
+        else torch.randn(LAYERS.get(variant, LAYERS["BatchNorm2d"])[1])
+    )
     layer = getattr(fusereg.nn, variant)(5).eval()
     assert torch.equal(layer(input=x), layer(x))
     by_name = F.batch_norm(input=x, running_mean=torch.zeros(5), running_var=torch.ones(5))
-    theirs = nn.functional.batch_norm(input=x, running_mean=torch.zeros(5), running_var=torch.ones(5))
+    theirs = nn.functional.batch_norm(
+        input=x, running_mean=torch.zeros(5), running_var=torch.ones(5)
+    )
     torch.testing.assert_close(by_name, theirs)
 
 
@@ -570,7 +576,9 @@ def test_a_mask_may_lie_in_any_way(backend: Backend) -> None:
                 twin = copy.deepcopy(layer)
                 assert torch.equal(layer(x, mask=mask), twin(x, mask=mask.contiguous())), layout
             found = F.batch_norm(x, None, None, mask=mask, **options)
-            assert torch.equal(found, F.batch_norm(x, None, None, mask=mask.contiguous(), **options))
+            assert torch.equal(
+                found, F.batch_norm(x, None, None, mask=mask.contiguous(), **options)
+            )
 
 
 # --- what is refused, and what is said ------------------------------------------------------------
@@ -614,5 +622,3 @@ def test_nothing_is_warned_of_where_torch_does_not(name: str, options: dict[str,
             layer(x).sum().backward()
             layer.eval()(x).sum().backward()
             layer(x[:0])
-
-
