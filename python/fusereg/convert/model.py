@@ -50,7 +50,7 @@ def convert(model: _Model, *, include: _Keys = None, exclude: _Keys = None) -> _
 
     Which layers follow each other is found by following forward on stand-ins, as in the residual
     blocks of torchvision. Nothing is run on tensors, and nothing but classes is changed, so other
-    threads may run models meanwhile. Whatever forward reads that is no tensor is compared at every
+    threads may run models meanwhile. What forward reads and is not a tensor is compared at each
     call, and the original forward runs if it has changed. A forward that could depend on more than
     can be compared is left unfused: one that decides by values of tensors, changes buffers, draws
     random numbers, or asks for modes of torch. A chain is one kernel only if the result is the
