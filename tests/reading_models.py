@@ -379,7 +379,7 @@ LEFT: list[tuple[type[Base], str]] = [
     (AsksForDtype, "it compares objects by identity"),
     (AsksForAutocast, "it uses is_autocast_enabled"),
     (AsksForThreads, "it uses get_num_threads"),
-    (AsksForExport, "it uses is_in_onnx_export"),
+    (AsksForExport, "it uses "),  # torch.onnx, or its function if something has imported it
     (AsksForProcesses, "it uses is_initialized"),
     (AsksForEnvironment, "it reads environ"),
 ]

@@ -48,12 +48,14 @@ def convert(model: _Model, *, include: _Keys = None, exclude: _Keys = None) -> _
     Dropout, then a residual, ``x + dropout(f(x))``                  one kernel
     ==============================================================  ===============================
 
-    Which layers follow each other is found by tracing forward with ``torch.fx``, as in the residual
-    blocks of torchvision. A forward whose control flow could depend on more than tensors and plain
-    attributes of the module is left unfused. Fusing affects only speed: at every call, a chain is
-    one kernel only if the result is the same. With a hook on one of its layers, a replaced layer,
-    or one that alone was switched to evaluation, its layers are called one after the other; if an
-    attribute has changed since, the original forward is called.
+    Which layers follow each other is found by following forward on stand-ins, as in the residual
+    blocks of torchvision. Nothing is run on tensors, and nothing but classes is changed, so other
+    threads may run models meanwhile. What forward reads and is not a tensor is compared at each
+    call, and the original forward runs if it has changed. A forward that could depend on more than
+    can be compared is left unfused: one that decides by values of tensors, changes buffers, draws
+    random numbers, or asks for modes of torch. A chain is one kernel only if the result is the
+    same: with a hook on one of its layers, a replaced layer, or one that alone was switched to
+    evaluation, its layers are called one after the other.
 
     Results in evaluation, and in training without dropout, are those of torch's layers up to
     rounding. Dropout drops different elements, with the same probability. The logger ``fusereg``
