@@ -474,3 +474,22 @@ def test_compiling_a_module_in_place_keeps_its_state_dict() -> None:
     model(torch.randn(2, 3, 8, 8))
     assert list(model.state_dict()) == names
     assert counters["fusereg"]["graphs"] == 1
+
+
+def test_inductor_may_cache_what_the_rewritten_graph_becomes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._functorch._aot_autograd.autograd_cache import check_node_safe
+
+    patches: list[Any] = []
+
+    def inductor(module: torch.fx.GraphModule, inputs: Any, config_patches: Any) -> Any:
+        for node in module.graph.nodes:
+            check_node_safe(node)  # raises what makes AOTAutograd pass its cache by
+        patches.append(config_patches)
+        return module.forward
+
+    monkeypatch.setattr("fusereg.backend.compiler.lookup_backend", lambda name: inductor)
+    compiled(Separable(), then="inductor", mode="max-autotune-no-cudagraphs")(images().float())
+    assert fused() == {"batch_norm + relu": 2, "batch_norm + silu": 2}
+    assert patches[0]["max_autotune"] is True
