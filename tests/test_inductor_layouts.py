@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-import fusereg.functional as F
 import pytest
 import torch
-from fusereg import nn as fnn
 from torch import Tensor, nn
+
+import fusereg.functional as F
+from fusereg import nn as fnn
 
 ROWS, CHANNELS = torch.contiguous_format, torch.channels_last
 
@@ -25,7 +26,7 @@ def _net(dropout: float = 0.0) -> nn.Module:
 
 
 def _generated(step: Callable[[], object]) -> list[str]:
-    """Return the wrapper codes of forward and backward, with caches that could hide a change off."""
+    """Return the wrapper codes of forward and backward, without the use of caches."""
     from torch._inductor.utils import run_and_get_code
 
     torch._dynamo.reset()
@@ -46,7 +47,9 @@ def _touched_by_generated_kernels(code: str) -> list[str]:
         activations.update(inputs[: 2 if backward else 1])
         activations.update(re.findall(rf"(buf\d+) = {call.group(1)}\[0\]", code))
     for kernel in re.finditer(r"(cpp_fused\w*)\(([^\n]*)\)", code):
-        found += [f"{kernel.group(1)}: {a}" for a in kernel.group(2).split(", ") if a in activations]
+        found += [
+            f"{kernel.group(1)}: {a}" for a in kernel.group(2).split(", ") if a in activations
+        ]
     assert calls
     return found
 
@@ -81,9 +84,7 @@ def test_with_dropout_no_activation_is_copied_in_channels_last() -> None:
     ],
 )
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_behind_a_convolution_compiled_is_eager(
     activation: str, slope: float, p: float, masked: bool, backend: str
 ) -> None:

@@ -87,7 +87,7 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
-    call, result = args[-1], None
+    call, by_result = args[-1], False
     if type(call) is not Call:
         call = call_of(args[:9], args[9:16])
         _, moments, bits = output
@@ -96,7 +96,6 @@ def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
             call.moments = moments
         # Where the order in memory may not matter, y tells the sign.
         by_result = call.keeps_bits() and not args[16]
-        result = output[0] if by_result else None
         call.bits = bits if call.keeps_bits() and not by_result else None
     x, residual, mask, weight, bias, _, mean, var, seed = call.inputs
     constants, moments = call.constants, call.moments
@@ -107,12 +106,10 @@ def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
     if type(seed) is tuple:
         ctx.state, seed = seed, None
     if residual is not None and not call.keeps_residual():
-        residual = None
+        residual = output[0] if by_result else None
     if constants.statistics != FIXED or moments is not None:
         mean = var = None
-    ctx.save_for_backward(
-        x, residual, mask, weight, bias, moments, mean, var, seed, call.bits, result
-    )
+    ctx.save_for_backward(x, residual, mask, weight, bias, moments, mean, var, seed, call.bits)
 
 
 def _after_activation(grad: Tensor, y: Tensor, constants: Constants) -> Tensor:
@@ -123,12 +120,13 @@ def _after_activation(grad: Tensor, y: Tensor, constants: Constants) -> Tensor:
 
 def _gradient(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    *_, moments, _, _, seed, bits, y = tensors
+    _, kept, *_, moments, _, _, seed, bits = tensors
     inputs = inputs_of((*tensors[:8], seed if ctx.state is None else ctx.state))
     call = Call(inputs, ctx.constants, ctx.op, moments=moments, bits=bits)
-    if y is not None:
-        grad = _after_activation(grad, y, call.constants)
+    if kept is not None and not call.keeps_residual():  # it is y
+        grad = _after_activation(grad, kept, call.constants)
         call.constants = call.constants._replace(activation=0)
+        call.inputs = call.inputs._replace(residual=None)
     of_x, of_residual, _, of_weight, of_bias = ctx.needs_input_grad[:5]
     wanted = (of_x, of_residual, of_weight, of_bias)
     found: tuple[Tensor | None, ...]
