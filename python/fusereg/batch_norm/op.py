@@ -118,6 +118,20 @@ def _after_activation(grad: Tensor, y: Tensor, constants: Constants) -> Tensor:
     return torch.where(y > 0, grad, other)
 
 
+def _use_gradient_of_sum(call: Call) -> None:
+    """Prepare a call whose gradient is past the activation: it stands in the residual's place too.
+
+    The kernel computes as for all bits set, which gives the eager call's digits.
+    """
+    if call.inputs.residual is None or call.keeps_residual():
+        return
+    x = kernels.supported(call.inputs.x, call)
+    call.inputs = call.inputs._replace(x=x, residual=None)
+    bits = kernels.new_bits(call.inputs, call.constants)
+    assert bits is not None
+    call.bits = bits.fill_(255)
+
+
 def _gradient(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     _, kept, *_, moments, _, _, seed, bits = tensors
@@ -125,14 +139,16 @@ def _gradient(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     call = Call(inputs, ctx.constants, ctx.op, moments=moments, bits=bits)
     if kept is not None and not call.keeps_residual():  # it is y
         grad = _after_activation(grad, kept, call.constants)
-        call.constants = call.constants._replace(activation=0)
-        call.inputs = call.inputs._replace(residual=None)
+        call.inputs = call.inputs._replace(residual=grad)
     of_x, of_residual, _, of_weight, of_bias = ctx.needs_input_grad[:5]
     wanted = (of_x, of_residual, of_weight, of_bias)
     found: tuple[Tensor | None, ...]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _use_gradient_of_sum(call)
         found = _differentiable_gradients(call, grad, ctx.has_residual)
     elif dispatch.direct(grad):
+        if kept is not None:
+            _use_gradient_of_sum(call)
         try:
             found = kernels.backward(call, grad, wanted)
         except RuntimeError:  # before it wrote; batched gradients are not looked for sooner
@@ -166,6 +182,7 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     bits, sums, wanted, reduce = args[9], args[10], args[18], args[19]
     call = call_of(args[:9], args[11:18])
     call.bits = bits
+    _use_gradient_of_sum(call)
     found = kernels.backward(call, grad, tuple(wanted), reduce=reduce, sums=sums, keep_sums=reduce)
     strides = operator.strides_of_result(args[0])
     of_elements = (None if t is None else operator.in_strides(t, strides) for t in found[:2])
