@@ -153,7 +153,7 @@ def statistics_shape(x: Tensor, group_samples: int) -> int:
     return channels
 
 
-def _new_bits(inputs: Inputs, constants: Constants) -> Tensor | None:
+def new_bits(inputs: Inputs, constants: Constants) -> Tensor | None:
     """Return memory for the bits; None where the kernel does not support x's layout."""
     x = inputs.x
     layout = _C.batch_norm_layout(x, constants.group_samples, inputs.mask is not None)
@@ -192,7 +192,7 @@ def forward(call: Call, keep_bits: bool = False, out: Tensor | None = None) -> T
     keep_bits = keep_bits and residual is not None and call.keeps_bits()
     bits = call.bits  # as operators give it, whose results have a size that shapes tell
     if keep_bits and bits is None:
-        bits = _new_bits(inputs, call.constants)
+        bits = new_bits(inputs, call.constants)
     kernel, batches, momentum = _C.batch_norm_forward, call.batches, call.momentum
     tensors = (y, moments, bits, x, residual, mask, weight, bias, mean, var, batches)
     if (keep_bits and bits is None) or not _launch(kernel, call, tensors, momentum):
@@ -201,7 +201,7 @@ def forward(call: Call, keep_bits: bool = False, out: Tensor | None = None) -> T
         if y.stride() != x.stride() or y.data_ptr() == x.data_ptr() or _C.inspect(y) != (0, True):
             result = torch.empty_like(x)
         if keep_bits and bits is None:
-            bits = _new_bits(copies, call.constants)
+            bits = new_bits(copies, call.constants)
         counted = batches
         if batches is not None and not _counts(batches, x):
             counted = None

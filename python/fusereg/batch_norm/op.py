@@ -87,7 +87,7 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
-    call, result = args[-1], None
+    call, by_result = args[-1], False
     if type(call) is not Call:
         call = call_of(args[:9], args[9:16])
         _, moments, bits = output
@@ -96,7 +96,6 @@ def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
             call.moments = moments
         # Where the order in memory may not matter, y tells the sign.
         by_result = call.keeps_bits() and not args[16]
-        result = output[0] if by_result else None
         call.bits = bits if call.keeps_bits() and not by_result else None
     x, residual, mask, weight, bias, _, mean, var, seed = call.inputs
     constants, moments = call.constants, call.moments
@@ -107,12 +106,10 @@ def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
     if type(seed) is tuple:
         ctx.state, seed = seed, None
     if residual is not None and not call.keeps_residual():
-        residual = None
+        residual = output[0] if by_result else None
     if constants.statistics != FIXED or moments is not None:
         mean = var = None
-    ctx.save_for_backward(
-        x, residual, mask, weight, bias, moments, mean, var, seed, call.bits, result
-    )
+    ctx.save_for_backward(x, residual, mask, weight, bias, moments, mean, var, seed, call.bits)
 
 
 def _after_activation(grad: Tensor, y: Tensor, constants: Constants) -> Tensor:
@@ -121,20 +118,37 @@ def _after_activation(grad: Tensor, y: Tensor, constants: Constants) -> Tensor:
     return torch.where(y > 0, grad, other)
 
 
+def _use_gradient_of_sum(call: Call) -> None:
+    """Prepare a call whose gradient is past the activation: it stands in the residual's place too.
+
+    The kernel computes as for all bits set, which gives the eager call's digits.
+    """
+    if call.inputs.residual is None or call.keeps_residual():
+        return
+    x = kernels.supported(call.inputs.x, call)
+    call.inputs = call.inputs._replace(x=x, residual=None)
+    bits = kernels.new_bits(call.inputs, call.constants)
+    assert bits is not None
+    call.bits = bits.fill_(255)
+
+
 def _gradient(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    *_, moments, _, _, seed, bits, y = tensors
+    _, kept, *_, moments, _, _, seed, bits = tensors
     inputs = inputs_of((*tensors[:8], seed if ctx.state is None else ctx.state))
     call = Call(inputs, ctx.constants, ctx.op, moments=moments, bits=bits)
-    if y is not None:
-        grad = _after_activation(grad, y, call.constants)
-        call.constants = call.constants._replace(activation=0)
+    if kept is not None and not call.keeps_residual():  # it is y
+        grad = _after_activation(grad, kept, call.constants)
+        call.inputs = call.inputs._replace(residual=grad)
     of_x, of_residual, _, of_weight, of_bias = ctx.needs_input_grad[:5]
     wanted = (of_x, of_residual, of_weight, of_bias)
     found: tuple[Tensor | None, ...]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _use_gradient_of_sum(call)
         found = _differentiable_gradients(call, grad, ctx.has_residual)
     elif dispatch.direct(grad):
+        if kept is not None:
+            _use_gradient_of_sum(call)
         try:
             found = kernels.backward(call, grad, wanted)
         except RuntimeError:  # before it wrote; batched gradients are not looked for sooner
@@ -168,6 +182,7 @@ def _backward(grad: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     bits, sums, wanted, reduce = args[9], args[10], args[18], args[19]
     call = call_of(args[:9], args[11:18])
     call.bits = bits
+    _use_gradient_of_sum(call)
     found = kernels.backward(call, grad, tuple(wanted), reduce=reduce, sums=sums, keep_sums=reduce)
     strides = operator.strides_of_result(args[0])
     of_elements = (None if t is None else operator.in_strides(t, strides) for t in found[:2])

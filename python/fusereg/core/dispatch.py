@@ -54,21 +54,6 @@ _tracing_state = torch._C._get_tracing_state
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
-def eager() -> bool:
-    """Return True unless a compiler, tracer, dispatch mode or torch.func transform is active.
-
-    ``torch.compiler.is_compiling()`` alone is wrong: it is False under FakeTensorMode and make_fx.
-    """
-    return not (
-        # What torch.compiler.is_compiling() asks, in one call less.
-        is_dynamo_compiling()
-        or _compiler._is_compiling_flag
-        or _dispatch_modes()
-        or _functorch_level() is not None
-        or _tracing_state() is not None
-    )
-
-
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _Parameter = torch.nn.Parameter
@@ -77,15 +62,27 @@ _Parameter = torch.nn.Parameter
 def direct(*tensors: torch.Tensor | None) -> bool:
     """Return whether kernels may be called on these tensors at once.
 
-    Nothing is tracing, and each tensor is exactly a Tensor or Parameter and has memory. Wrappers
-    are not looked for: see :func:`wrapped`.
+    No compiler, tracer, dispatch mode or torch.func transform is active, and each tensor is exactly
+    a Tensor or Parameter and has memory. Wrappers are not looked for: see :func:`wrapped`.
+    ``torch.compiler.is_compiling()`` alone is wrong: it is False under FakeTensorMode and make_fx.
     """
-    if not eager():
+    if (
+        # What torch.compiler.is_compiling() asks, in one call less.
+        is_dynamo_compiling()
+        or _compiler._is_compiling_flag
+        or _dispatch_modes()
+        or _functorch_level() is not None
+        or _tracing_state() is not None
+    ):
         return False
     for t in tensors:
         if t is not None and (not (type(t) is torch.Tensor or type(t) is _Parameter) or t.is_meta):
             return False
     return True
+
+
+#: The same, of no tensors: whether nothing is tracing.
+eager: Callable[[], bool] = direct
 
 
 def wrapped(values: Sequence[object]) -> bool:

@@ -1,0 +1,115 @@
+"""What Inductor generates around batch norm: no copy of an activation, in any layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusereg.functional as F
+from fusereg import nn as fnn
+
+ROWS, CHANNELS = torch.contiguous_format, torch.channels_last
+
+
+def _net(dropout: float = 0.0) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(16, 32, 3, padding=1),
+        fnn.BatchNorm2d(32, activation="relu", dropout=dropout),
+        nn.Conv2d(32, 32, 3, padding=1),
+        fnn.BatchNorm2d(32, activation="relu"),
+        nn.Conv2d(32, 16, 1),
+    )
+
+
+def _generated(step: Callable[[], object]) -> list[str]:
+    """Return the wrapper codes of forward and backward, without the use of caches."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(step)
+    assert len(codes) == 2, "one graph forward, one backward"
+    return [code[code.index("def call(") :] for code in codes]
+
+
+def _touched_by_generated_kernels(code: str) -> list[str]:
+    """Return the activations of our operators that a generated kernel reads or writes."""
+    found = []
+    activations: set[str] = set()
+    calls = list(re.finditer(r"(buf\d+) = torch\.ops\.fusereg\.\w+\.\w+\(([^\n]*)\)", code))
+    for call in calls:
+        inputs = call.group(2).split(", ")
+        backward = "batch_norm_backward" in call.group(0)
+        activations.update(inputs[: 2 if backward else 1])
+        activations.update(re.findall(rf"(buf\d+) = {call.group(1)}\[0\]", code))
+    for kernel in re.finditer(r"(cpp_fused\w*)\(([^\n]*)\)", code):
+        found += [
+            f"{kernel.group(1)}: {a}" for a in kernel.group(2).split(", ") if a in activations
+        ]
+    assert calls
+    return found
+
+
+@pytest.mark.parametrize("layout", [ROWS, pytest.param(CHANNELS, marks=pytest.mark.slow)])
+def test_no_activation_is_copied_around_batch_norm(layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    net = _net().to(memory_format=layout)
+    x = torch.randn(2, 16, 8, 8).to(memory_format=layout)
+    compiled = torch.compile(net)
+    for code in _generated(lambda: compiled(x).square().sum().backward()):
+        assert _touched_by_generated_kernels(code) == []
+
+
+@pytest.mark.slow
+def test_with_dropout_no_activation_is_copied_in_channels_last() -> None:
+    net = _net(0.5).to(memory_format=CHANNELS)
+    x = torch.randn(2, 16, 8, 8).to(memory_format=CHANNELS)
+    compiled = torch.compile(net)
+    for code in _generated(lambda: compiled(x).square().sum().backward()):
+        assert _touched_by_generated_kernels(code) == []
+
+
+@pytest.mark.parametrize(
+    ("activation", "slope", "p"),
+    [
+        ("relu", 0.01, 0.0),
+        ("leaky_relu", 0.1, 0.0),
+        ("leaky_relu", -0.5, 0.0),
+        ("silu", 0.1, 0.0),
+        ("relu", 0.01, 0.3),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_behind_a_convolution_compiled_is_eager(
+    activation: str, slope: float, p: float, masked: bool, backend: str
+) -> None:
+    # A convolution's result is channels_last in Inductor's code: draws, signs must not follow it.
+    torch.manual_seed(0)
+    conv = nn.Conv2d(16, 32, 3, padding=1)
+    x, residual = torch.randn(2, 16, 6, 5), torch.randn(2, 32, 6, 5)
+    weight, grad = torch.rand(32), torch.randn(2, 32, 6, 5)
+    mask = torch.rand(2, 6, 5) > 0.3 if masked else None
+    seed = torch.tensor([7, 0])
+
+    def block(x: Tensor, residual: Tensor) -> Tensor:
+        return F.batch_norm(
+            conv(x), None, None, weight, None, True, activation=activation, residual=residual,
+            dropout=p, negative_slope=slope, seed=seed if p else None, mask=mask,
+        )  # fmt: skip
+
+    def results(function: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        given = [t.clone().requires_grad_() for t in (x, residual)]
+        y = function(*given)
+        return [y.detach(), *torch.autograd.grad(y, given, grad)]
+
+    torch._dynamo.reset()
+    for got, wanted in zip(
+        results(torch.compile(block, backend=backend)), results(block), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+        assert got.stride() == wanted.stride()
