@@ -365,16 +365,24 @@ def test_out_may_be_the_input_or_the_residual(backend: Backend) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"input": torch.zeros(4)}, ValueError, "x must have at least 2 dimensions"),
-        ({"input": torch.zeros(4, 3, dtype=torch.int32)}, ValueError, "x has dtype torch.int32"),
-        ({"input": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+        ({"input": torch.zeros(4)}, ValueError, "input must have at least 2 dimensions"),
+        (
+            {"input": torch.zeros(4, 3, dtype=torch.int32)},
+            ValueError,
+            "input has dtype torch.int32",
+        ),
+        ({"input": [1.0]}, TypeError, "input must be a torch.Tensor, got list"),
         ({"input": torch.zeros(1, 3)}, ValueError, "more than 1 value per channel"),
-        ({"input": torch.zeros(4, 2)}, ValueError, "x has 2 channels, but running_mean has 3"),
+        ({"input": torch.zeros(4, 2)}, ValueError, "input has 2 channels, but running_mean has 3"),
         ({"weight": torch.ones(3, 1)}, ValueError, r"weight must have shape \(3,\), got \(3, 1\)"),
         ({"weight": torch.ones(2)}, ValueError, r"weight must have shape \(3,\), got \(2,\)"),
         ({"weight": 1.0}, TypeError, "weight must be a torch.Tensor or None, got float"),
         ({"weight": torch.ones(3).double()}, ValueError, "weight must be float32 for float32 x"),
-        ({"bias": torch.ones(3, device="meta")}, ValueError, "bias must be on cpu as x, got meta"),
+        (
+            {"bias": torch.ones(3, device="meta")},
+            ValueError,
+            "bias must be on cpu as input, got meta",
+        ),
         ({"running_var": torch.ones(3).half()}, ValueError, None),
         ({"eps": 0.0}, ValueError, "eps must be positive in training, got 0.0"),
         ({"eps": -1.0, "training": False}, ValueError, "eps must be at least 0, got -1.0"),
@@ -411,8 +419,8 @@ def test_errors_are_named_and_write_nothing(
     assert torch.equal(arguments["running_var"].float(), torch.ones(3))
 
 
-def test_a_layer_blames_x_for_its_channels() -> None:
+def test_a_layer_blames_its_input_for_its_channels() -> None:
     kinds = ("BatchNorm1d", "GhostBatchNorm", "BatchRenorm", "FrozenBatchNorm", "SyncBatchNorm")
     for kind in kinds:
-        with pytest.raises(ValueError, match="x has 4 channels, this layer 8"):
+        with pytest.raises(ValueError, match="input has 4 channels, this layer 8"):
             getattr(fusereg.nn, kind)(8)(torch.randn(2, 4, 3))

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from conftest import TOLERANCES, Backend
 from fusereg import _C, dropout_mask
 from fusereg import functional as F
+from fusereg.batch_norm import kernels
+from fusereg.batch_norm.kernels import Call, Constants, Inputs
+from fuzz_values import strided_copy
 from test_batch_norm import SLOPE, activate, assert_near, exact, make, ours
 
 
@@ -109,6 +112,28 @@ def test_dense_layouts_are_read_as_they_lie(form: str) -> None:
     wanted = nn.functional.batch_norm(x.double(), None, None, training=True)
     assert y.stride() == wanted.stride()
     torch.testing.assert_close(y.double(), wanted, atol=1e-5, rtol=0.0)
+
+
+@pytest.mark.sanitizer
+def test_signs_are_taken_from_no_memory_past_the_end(dtype: torch.dtype, backend: Backend) -> None:
+    """Short lines of bits, in tensors after which there is no memory that may be touched."""
+    if backend.device.type != "cpu":
+        pytest.skip("memory of the host")
+    for shape in ((2, 8, 4), (2, 16, 2), (3, 4, 2, 4), (1, 32, 3), (2, 64, 31), (4, 32), (4, 3, 5)):
+        x, residual, grad = (strided_copy(torch.randn(shape).to(dtype)) for _ in range(3))
+        y = strided_copy(torch.zeros_like(x))
+        call = Call(Inputs(x, residual), Constants(activation=1))
+        assert kernels.forward(call, True, y) is y
+        found = kernels.backward(call, grad, (True, True, False, False))
+        assert found.x is not None
+        assert found.residual is not None
+        twin = [t.double().requires_grad_() for t in (x, residual)]
+        wanted = nn.functional.batch_norm(twin[0], None, None, training=True) + twin[1]
+        gradients = torch.autograd.grad(wanted.relu(), twin, grad.double())
+        for came, right in zip(
+            (y, found.x, found.residual), (wanted.relu(), *gradients), strict=True
+        ):
+            assert float((came.double() - right).abs().max()) < 100 * TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -366,10 +366,10 @@ def test_forward_mode_and_func_write_x_too() -> None:
         ({"dropout": 0.5}, "inplace=True supports no dropout, got dropout=0.5"),
         ({"residual": torch.zeros(4, 3)}, "inplace=True and residual exclude each other"),
         ({"out": torch.zeros(4, 3)}, "inplace=True and out exclude each other"),
-        ({"input": torch.zeros(4, 3).requires_grad_()}, "x is a leaf that requires a gradient"),
-        ({"input": torch.zeros(12).requires_grad_().view(4, 3)}, "x is a view of a leaf"),
-        ({"input": torch.zeros(1, 3).expand(4, 3)}, "x has several elements that are one in mem"),
-        ({"input": torch.zeros(4, 3, dtype=torch.int64)}, "x has dtype torch.int64"),
+        ({"input": torch.zeros(4, 3).requires_grad_()}, "input is a leaf that requires a gradient"),
+        ({"input": torch.zeros(12).requires_grad_().view(4, 3)}, "input is a view of a leaf"),
+        ({"input": torch.zeros(1, 3).expand(4, 3)}, "input has several elements that are one"),
+        ({"input": torch.zeros(4, 3, dtype=torch.int64)}, "input has dtype torch.int64"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_in_place_says_so_and_writes_nothing(

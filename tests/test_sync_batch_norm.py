@@ -531,5 +531,5 @@ def test_a_state_dict_goes_both_ways() -> None:
     ours.load_state_dict(torchs.state_dict())
     torchs.load_state_dict(ours.state_dict())
     assert ours.running_mean.tolist() == [3.0] * 4
-    with pytest.raises(ValueError, match="sync_batch_norm: x has 5 channels, this layer 4"):
+    with pytest.raises(ValueError, match="sync_batch_norm: input has 5 channels, this layer 4"):
         ours(torch.randn(3, 5))

@@ -214,7 +214,7 @@ void forward(const Forward& job, const Tile& tile, const Coefficients& coefficie
     affine<C>(z, from, more, n, co, relu);
     if (job.bits != nullptr) {
       for_each_bit_line(strip, fold, [&](std::int64_t byte, std::int64_t i, std::int64_t count) {
-        write_bits<C>(job.bits + byte, z + i, count);
+        write_bits<C>(job.bits + byte, z + i, count, n - i);
       });
     }
     if (!relu && e.activation != Activation::kNone) activate<C>(z, n, e.activation, slope);
@@ -282,7 +282,7 @@ class GradientOfZ {
     if (job_.bits != nullptr) {
       // A line's last block may reach into the next line, which is then made again.
       for_each_bit_line(strip, fold_, [&](std::int64_t byte, std::int64_t i, std::int64_t count) {
-        rectify_by_bits<C>(dz_.at + i, g + i, count, job_.bits + byte, relu, slope_);
+        rectify_by_bits<C>(dz_.at + i, g + i, count, n - i, job_.bits + byte, relu, slope_);
       });
     } else if (relu) {
       rectify<true>(dz_.at, g, x, residual, n, co, slope_);

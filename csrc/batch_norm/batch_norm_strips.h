@@ -422,11 +422,24 @@ void activate(C* z, std::int64_t n, Activation activation, C slope) {
   }
 }
 
+// A block of n < kLanes elements, of which whole vectors can be read: p itself if so many are there.
 template <class C>
-void write_bits(std::uint8_t* to, const C* z, std::int64_t n) {
+FUSEREG_INLINE const C* last_block(const C* p, std::int64_t n, std::int64_t there, C* copy) {
+  if (there >= kLanes) return p;
+  memset(copy, 0, kLanes * sizeof(C));
+  memcpy(copy, p, static_cast<std::size_t>(n) * sizeof(C));
+  return copy;
+}
+
+// `there`: how many elements can be read from z on, n at least: a line of bits may end where the
+// tensor does.
+template <class C>
+void write_bits(std::uint8_t* to, const C* z, std::int64_t n, std::int64_t there) {
+  C copy[kLanes];
   for (std::int64_t i = 0; i < n; i += kLanes) {
     std::uint32_t bits = 0;
-    FUSEREG_EACH_VECTOR(v) bits |= positive_bits(load(z + i + v * kWidth<C>)) << (v * kWidth<C>);
+    const C* const from = n - i >= kLanes ? z + i : last_block(z + i, n - i, there - i, copy);
+    FUSEREG_EACH_VECTOR(v) bits |= positive_bits(load(from + v * kWidth<C>)) << (v * kWidth<C>);
     if (n - i >= kLanes) {
       memcpy(to + i / 8, &bits, sizeof(bits));
       continue;
@@ -444,12 +457,14 @@ void keep(C* z, const C* from, std::int64_t n, const Word<C>* words, C scale) {
   }
 }
 
-// dz = g where the sign bit is set, else g * slope (ReLU: 0).
+// dz = g where the sign bit is set, else g * slope (ReLU: 0). `there`: as for write_bits, from g on.
 template <class C>
-void rectify_by_bits(C* dz, const C* g, std::int64_t n, const std::uint8_t* from, bool relu,
-                     C slope) {
+void rectify_by_bits(C* dz, const C* g, std::int64_t n, std::int64_t there,
+                     const std::uint8_t* from, bool relu, C slope) {
+  C copy[kLanes];
   for (std::int64_t i = 0; i < n; i += kLanes) {
     std::uint32_t bits = 0;
+    const C* const block = n - i >= kLanes ? g + i : last_block(g + i, n - i, there - i, copy);
     if (n - i >= kLanes) {
       memcpy(&bits, from + i / 8, sizeof(bits));
     } else {
@@ -459,7 +474,7 @@ void rectify_by_bits(C* dz, const C* g, std::int64_t n, const std::uint8_t* from
     FUSEREG_EACH_VECTOR(v) {
       const std::int64_t at = i + v * kWidth<C>;
       const MaskVector<C> positive = mask_of_bits<C>(bits >> (v * kWidth<C>));
-      const Vector<C> d = load(g + at);
+      const Vector<C> d = load(block + v * kWidth<C>);
       store(dz + at, relu ? masked<C>(d, positive) : select<C>(positive, d, d * slope));
     }
   }

@@ -203,7 +203,7 @@ def normalized(
         for what, value in (("residual", inputs.residual), ("out", out)):
             if value is not None:
                 raise ValueError(f"fusereg.{name}: inplace=True and {what} exclude each other")
-        checks.check_in_place(inputs.x, name)
+        checks.check_in_place(inputs.x, name, "input")
     check_inplace(settings.activation, settings.negative_slope, settings.dropout, name)
     return in_place.normalize(prepared(inputs, batches, settings, name, source))
 
@@ -233,7 +233,7 @@ def prepared(
     if use_batch and x.numel() == x.shape[1] and x.shape[1] and not single_values:
         raise ValueError(
             f"fusereg.{name}: training wants more than 1 value per channel, "
-            f"got x of shape {tuple(x.shape)}"
+            f"got input of shape {tuple(x.shape)}"
         )
     if not eps > 0.0 and (training or eps != 0.0):
         wanted = "positive in training" if training else "at least 0"
@@ -314,15 +314,15 @@ def check_inplace(activation: object, slope: float, dropout: float, name: str) -
 def _check_tensors(inputs: Inputs, settings: Settings, name: str) -> None:
     """Raise unless x has channels, and each vector an element for each of them."""
     x = inputs.x
-    checks.check_input(x, name)
+    checks.check_input(x, name, "input")
     if x.dim() < 2:
         raise ValueError(
-            f"fusereg.{name}: x must have at least 2 dimensions (N, C, ...), got {x.dim()}"
+            f"fusereg.{name}: input must have at least 2 dimensions (N, C, ...), got {x.dim()}"
         )
     channels = x.shape[1]
     expected = settings.num_features
     if expected is not None and channels != expected:
-        raise ValueError(f"fusereg.{name}: x has {channels} channels, this layer {expected}")
+        raise ValueError(f"fusereg.{name}: input has {channels} channels, this layer {expected}")
     names = ("running_mean", "running_var", "weight", "bias")
     vectors = {n: getattr(inputs, n) for n in names if getattr(inputs, n) is not None}
     for which, vector in vectors.items():
@@ -330,14 +330,14 @@ def _check_tensors(inputs: Inputs, settings: Settings, name: str) -> None:
         if not isinstance(vector, Tensor):
             raise TypeError(f"{where} must be a torch.Tensor or None, got {type(vector).__name__}")
         if vector.device != x.device:
-            raise ValueError(f"{where} must be on {x.device} as x, got {vector.device}")
+            raise ValueError(f"{where} must be on {x.device} as input, got {vector.device}")
         if which in names[:2] and vector.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{where} has no derivative, and must not require a gradient")
         if vector.shape == (channels,):
             continue
         if vector.dim() == 1 and not _any_of_shape(list(vectors.values()), (channels,)):
             raise ValueError(
-                f"fusereg.{name}: x has {channels} channels, but {which} has {vector.shape[0]}"
+                f"fusereg.{name}: input has {channels} channels, but {which} has {vector.shape[0]}"
             )
         raise ValueError(f"{where} must have shape ({channels},), got {tuple(vector.shape)}")
 
@@ -373,7 +373,7 @@ def _group_samples(x: Tensor, size: int, use_batch: bool, name: str) -> int:
 
 
 def _check_out(out: object, inputs: Inputs, name: str) -> None:
-    checks.check_target(inputs.x, out, name)
+    checks.check_target(inputs.x, out, name, name="input")
     others = (inputs.weight, inputs.bias, inputs.residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in others):
         raise ValueError(

@@ -241,7 +241,7 @@ def moments_of(x: Tensor, mask: Tensor | None = None, group_samples: int = 0) ->
 def supported(x: Tensor, call: Call) -> Tensor:
     """Return x itself where the kernels support its layout, else a copy in one that they do."""
     masked, group_samples = call.inputs.mask is not None, call.constants.group_samples
-    x = checks.plain(x, call.op, "x")
+    x = checks.plain(x, call.op, "input")
     if _C.batch_norm_layout(x, group_samples, masked) is not None:
         return x
     copy = torch.empty_like(x)
