@@ -113,7 +113,8 @@ void run_cuda(const Forward& job, void* scratch, void* semaphores, int device, v
              job.batches != nullptr) {
     g.tiling = plan.reduce;
     // One block at least: where there are no channels, the batch is counted all the same.
-    set_grid(config, kForwardOp, ceil_div(std::max<std::int64_t>(job.layout.channels, 1), kThreads));
+    set_grid(config, kForwardOp,
+             ceil_div(std::max<std::int64_t>(job.layout.channels, 1), kThreads));
     cuda::launch(kForwardOp, batch_norm_running_kernel, config, g);
   }
   if (job.y == nullptr || job.layout.numel() == 0) return;
