@@ -49,7 +49,7 @@ PARALLEL = -n $(WORKERS) --dist worksteal
 say = printf '\n== %s\n' "$(1)"
 # A build's progress, line by line; all that it said if it fails.
 follow = > build/$(1).log 2>&1 & pid=$$!; \
-	tail -f --pid=$$pid -n +1 build/$(1).log 2>/dev/null | grep --line-buffered -E '^ *(\[[0-9]+/|-- fusereg|CMake Error|.*error:)' || true; \
+	tail -f --pid=$$pid -n +1 build/$(1).log 2>/dev/null | grep -a --line-buffered -E '^ *(\[[0-9]+/|-- fusereg|CMake Error|.*error:)' || true; \
 	wait $$pid || { cat build/$(1).log >&2; echo "the build failed; docs/troubleshooting.md may help" >&2; exit 1; }
 
 .PHONY: help
