@@ -123,7 +123,7 @@ demo:
 	@$(VENV)/bin/fusereg demo $(DEMO)
 
 test:
-	$(call ready,test,$(HOST_MODULE))
+	$(call ready,test+zoo,$(HOST_MODULE))
 	@$(call say,the suite)
 	@$(VENV)/bin/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST)
 	@$(call say,the suite again: CUDA kernels on the host)
@@ -140,7 +140,7 @@ test-slow:
 	@$(VENV)/bin/python -m pytest $(PARALLEL) -m slow $(PYTEST)
 
 test-schedules:
-	$(call ready,test,$(HOST_MODULE))
+	$(call ready,test+zoo,$(HOST_MODULE))
 	@$(call say,CUDA kernels on the host: $(SCHEDULES))
 	@FUSEREG_HOST_SCHEDULE="$(SCHEDULES)" tests/cuda_on_host/run.sh $(HOST_BUILD) $(PARALLEL) $(PYTEST)
 
