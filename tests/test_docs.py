@@ -77,6 +77,7 @@ def readme_names() -> dict[str, Any]:
 def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """In a folder of its own, with a compiler that starts at once, and loggers as they were."""
     monkeypatch.chdir(tmp_path)
+    torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level

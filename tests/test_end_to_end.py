@@ -242,7 +242,7 @@ def test_keep_stats_puts_back_what_it_found() -> None:
     with fusereg.nn.keep_stats(norms):
         norms(x)
     with (
-        pytest.raises(ValueError, match="x has 4 channels, this layer 3"),
+        pytest.raises(ValueError, match="input has 4 channels, this layer 3"),
         fusereg.nn.keep_stats(norms),
     ):
         norms(bad)

@@ -143,6 +143,8 @@ def test_converted_reverted_and_folded_it_computes_the_same(entry: Entry) -> Non
 def _is_on_the_page(entry: Entry, found: zoo.Outcome) -> None:
     if not zoo.PAGE.is_file():
         pytest.skip("no documents beside these tests")
+    for library in zoo.LIBRARIES:  # the page names the versions of all
+        pytest.importorskip(library)
     page = zoo.PAGE.read_text(encoding="utf-8")
     if zoo.versions() in page:  # other versions may have other layers
         assert zoo.row(entry, found) in page, "docs/zoo.md is out of date: docs/scripts/zoo.py"

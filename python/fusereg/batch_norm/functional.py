@@ -349,7 +349,7 @@ def _any_of_shape(values: Sequence[object], shape: tuple[int, ...]) -> bool:
 def check_group_size(size: object, name: str, wanted: str = "an integer") -> None:
     """Raise unless this is a number of samples."""
     where = f"fusereg.{name}: virtual_batch_size"
-    if isinstance(size, bool) or not isinstance(size, int):
+    if not checks.is_integer(size):
         raise TypeError(f"{where} must be {wanted}, got {type(size).__name__}")
     if size < 1:
         raise ValueError(f"{where} must be positive, got {size}")

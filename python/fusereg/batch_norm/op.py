@@ -137,17 +137,17 @@ def _gradient(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     _, kept, *_, moments, _, _, seed, bits = tensors
     inputs = inputs_of((*tensors[:8], seed if ctx.state is None else ctx.state))
     call = Call(inputs, ctx.constants, ctx.op, moments=moments, bits=bits)
-    if kept is not None and not call.keeps_residual():  # it is y
+    by_result = kept is not None and not call.keeps_residual()  # it is y
+    if by_result:
         grad = _after_activation(grad, kept, call.constants)
         call.inputs = call.inputs._replace(residual=grad)
     of_x, of_residual, _, of_weight, of_bias = ctx.needs_input_grad[:5]
     wanted = (of_x, of_residual, of_weight, of_bias)
     found: tuple[Tensor | None, ...]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        _use_gradient_of_sum(call)
-        found = _differentiable_gradients(call, grad, ctx.has_residual)
+        found = _differentiable_gradients(call, grad, ctx.has_residual, by_result)
     elif dispatch.direct(grad):
-        if kept is not None:
+        if by_result:
             _use_gradient_of_sum(call)
         try:
             found = kernels.backward(call, grad, wanted)
@@ -222,12 +222,18 @@ def derivative_after_sum(call: Call) -> Tensor:
 
 
 def _differentiable_gradients(
-    call: Call, grad: Tensor, has_residual: bool
+    call: Call, grad: Tensor, has_residual: bool, after_sum: bool = False
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, residual, weight and bias as functions of all they depend on."""
+    """Return the gradients of x, residual, weight and bias as functions of all they depend on.
+
+    ``after_sum``: ``grad`` is that of the sum already, before the activation.
+    """
     constants, piecewise_linear = call.constants, not call.keeps_residual()
     if piecewise_linear:
-        grad = grad * derivative_after_sum(call)
+        if after_sum:
+            call.inputs = call.inputs._replace(residual=None)
+        else:
+            grad = grad * derivative_after_sum(call)
         constants = constants._replace(activation=0, p=0.0)
     y, _ = reference.normalized(call.inputs, constants, call.op)
     asked = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -186,9 +187,14 @@ def check_input(x: object, op: str, name: str = "x") -> None:
         check(x, op, name)
 
 
+def is_integer(value: object) -> TypeGuard[int]:
+    """Return whether this is an integer, and not a Boolean; compilers have symbolic ones."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
 def check_index_offset(index_offset: object, op: str) -> None:
     """Raise unless the offset is an integer and not negative."""
-    if isinstance(index_offset, bool) or not isinstance(index_offset, int) or index_offset < 0:
+    if not is_integer(index_offset) or index_offset < 0:
         raise ValueError(
             f"fusereg.{op}: index_offset must be an integer and not negative, got {index_offset!r}"
         )

@@ -23,6 +23,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .checks import is_integer
+
 #: (seed, offset), or (an int64 tensor that holds both where the kernel can read them, 0).
 State: TypeAlias = tuple[int | Tensor, int]
 
@@ -76,7 +78,7 @@ def new_state(x: Tensor, generator: torch.Generator | None = None) -> State:
 
 def check_seed(seed: object, device: torch.device, op: str) -> None:
     """Raise unless ``seed`` is an integer, or a state in a tensor on the device."""
-    if isinstance(seed, int) and not isinstance(seed, bool):
+    if is_integer(seed):
         return
     if not isinstance(seed, Tensor):
         raise TypeError(
@@ -130,7 +132,7 @@ def traced_state(x: Tensor, source: Source, op: str) -> Tensor:
     if isinstance(seed, Tensor):
         return seed
     if seed is not None:
-        return torch.tensor([signed(seed), 0], dtype=torch.int64, device=device)
+        return torch.tensor([signed(int(seed)), 0], dtype=torch.int64, device=device)
     return device_state(device, generator)
 
 

@@ -96,7 +96,7 @@ _drop_backward = Operator(
 
 def check_block_size(block_size: object, op: str) -> None:
     """Raise unless ``block_size`` is a positive integer."""
-    if isinstance(block_size, bool) or not isinstance(block_size, int):
+    if not checks.is_integer(block_size):
         raise TypeError(
             f"fusereg.{op}: block_size must be an integer, got {type(block_size).__name__}"
         )

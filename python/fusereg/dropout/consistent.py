@@ -77,7 +77,7 @@ def consistent_dropout(
 
 
 def _dimension(dim: object, dims: int, op: str) -> int:
-    if isinstance(dim, bool) or not isinstance(dim, int):
+    if not checks.is_integer(dim):
         raise TypeError(f"fusereg.{op}: dim must be an integer or None, got {type(dim).__name__}")
     if not -dims <= dim < dims:
         raise ValueError(f"fusereg.{op}: dim is {dim}, but x has {dims} dimensions")
