@@ -105,7 +105,7 @@ def test_groups_and_running_statistics(channels_last: bool, cuda: Backend) -> No
             Inputs(x, running_mean=running_mean, running_var=running_var),
             Constants(group_samples=2),
             batches=batches,
-            momentum=-1.0,
+            momentum=kernels.CUMULATIVE,
         )
         with forced(kind, splits):
             y = kernels.forward(call)

@@ -320,5 +320,7 @@ def test_results_have_torchs_strides_in_eager_compiled_and_fake_calls(
 def test_scripting_a_layer_says_what_to_do() -> None:
     model = nn.Sequential(nn.Linear(2, 2), fusereg.nn.Dropout(0.5))
     for module in (model, model[1], fusereg.nn.BatchNorm1d(2)):
-        with pytest.raises(RuntimeError, match=r"^torch\.jit\.script cannot compile .*torch\.export"):
+        with pytest.raises(
+            RuntimeError, match=r"^torch\.jit\.script cannot compile .*torch\.export"
+        ):
             torch.jit.script(module)
