@@ -168,6 +168,8 @@ def hooked(module: torch.nn.Module) -> bool:
     """Return whether the module has hooks or a forward of its own, which a call would run."""
     return bool(
         "forward" in module.__dict__
+        # Dynamo guards what is read of a module, and not what its __dict__ lacks.
+        or (torch.compiler.is_dynamo_compiling() and module.forward is None)
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
