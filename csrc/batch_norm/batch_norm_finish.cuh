@@ -34,9 +34,8 @@ FUSEREG_DEVICE_INLINE Moments read_moments(const Forward& job, const Tiling& t, 
 FUSEREG_DEVICE_INLINE void update_running(const Forward& job, std::int64_t c, const Moments& m) {
   if (m.count == 0.0) return;
   const double momentum = job.momentum != kCumulative ? job.momentum
-                          : job.batches == nullptr
-                              ? 0.0
-                              : 1.0 / static_cast<double>(*job.batches + 1);
+                          : job.batches == nullptr    ? 0.0
+                                                      : 1.0 / static_cast<double>(*job.batches + 1);
   const auto update = [&](const PerChannel& p, double value) {
     if (p.data == nullptr) return;
     write_number(p, c, (1.0 - momentum) * read_number(p, c) + momentum * value);
