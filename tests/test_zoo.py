@@ -113,9 +113,10 @@ def test_converted_reverted_and_folded_it_computes_the_same(entry: Entry) -> Non
             foldings.append(sorted(folding))
             del folded
         same(state(plain), before, "fold_into_conv")
-        # A converted sequence is a part of its own, across whose end nothing is folded.
+        # A converted sequence is a part of its own, across whose end nothing is folded: of the
+        # models here r2plus1d has most of such pairs, 8 of 21.
         folds = [sum("folded into" in line for line in lines) for lines in foldings]
-        assert folds[0] >= folds[1] >= 0.9 * folds[0] - 1
+        assert folds[0] >= folds[1] >= 0.6 * folds[0] - 1
 
     wanted = zoo.step(entry, plain, inputs)
     found = zoo.step(entry, model, inputs)
