@@ -5,7 +5,8 @@ Eager calls go straight to the kernels, inside an old-style ``torch.autograd.Fun
 Everything that wants to see an operator (``torch.compile``, export, fake tensors, ``make_fx``,
 functorch transforms, tensor subclasses) goes through operators registered with ``torch.library``.
 
-This is the only file that touches private torch interfaces.
+Private interfaces of torch that eager calls need are used in this file alone; the backend of
+torch.compile uses Dynamo's in its own.
 """
 
 from __future__ import annotations
