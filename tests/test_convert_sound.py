@@ -268,3 +268,14 @@ def test_layers_that_fusereg_cannot_replace_stay_with_the_reason(
     with caplog.at_level("INFO", "fusereg"):
         fusereg.convert(nn.Sequential(nn.Dropout(0.5)))
     assert "0 left alone: Dropout.forward is not torch's any more" in caplog.text
+
+
+@pytest.mark.parametrize("first", [nn.BatchNorm1d(4), nn.ReLU()], ids=lambda m: type(m).__name__)
+def test_a_chain_sees_that_the_forward_of_fuseregs_dropout_is_replaced(
+    first: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m = fusereg.convert(nn.Sequential(copy.deepcopy(first), nn.Dropout(1.0)))
+    x = torch.rand(6, 4) + 0.5
+    assert not m(x).any()
+    monkeypatch.setattr(fusereg.nn.Dropout, "forward", other_scaled_method)
+    torch.testing.assert_close(m(x), 3.0 * first(x))

@@ -47,16 +47,13 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 
 
 #: The forwards that layers of these classes have, unless somebody replaces them.
-_FORWARDS: dict[type, Any] = {
-    cls: vars(cls)["forward"] for cls in (*_ACTIVATIONS, nn.Dropout, nn.Identity)
-}
+_FORWARDS: dict[type, Any] = {cls: vars(cls)["forward"] for cls in (*_ACTIVATIONS, nn.Identity)}
 
 
 def keeps_forward(layer: nn.Module) -> bool:
-    """Return whether the forward of a layer's class is still torch's or fusereg's own."""
+    """Return whether the forward of an activation's class is still torch's."""
     cls: Any = type(layer)
-    own = cls.__module__.startswith("fusereg.") and "forward" in vars(cls)
-    return own or _FORWARDS.get(cls) is cls.forward
+    return _FORWARDS.get(cls) is cls.forward
 
 
 def activation_of(layer: nn.Module) -> tuple[str, float] | None:

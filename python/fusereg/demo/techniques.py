@@ -166,7 +166,7 @@ class ProxPixels(Method):
 
 
 class PlainProxPixels(Method):
-    """The same: each column shrinks by a fixed length, or becomes zero."""
+    """Proximal step on pixels in plain torch: each column shrinks by a fixed length, or is zero."""
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -243,7 +243,7 @@ class DropConnect(Method):
 
 
 class PlainDropConnect(DropConnect):
-    """The same with the layer above."""
+    """DropConnect with the layer above, in plain torch."""
 
     layer = DropConnectLinear
 
@@ -258,7 +258,7 @@ class BatchNorm(Method):
 
 
 class PlainBatchNorm(Method):
-    """The same, a layer for each."""
+    """Batch norm and activation in plain torch, a layer for each."""
 
     def network(self, first: nn.Module, activation: nn.Module, last: nn.Module) -> nn.Module:
         dropout = [nn.Dropout(self.settings["p"])] if "p" in self.settings else []
@@ -270,7 +270,7 @@ class NormDropoutPenalty(BatchNorm, Penalty):
 
 
 class PlainNormDropoutPenalty(PlainBatchNorm, PlainPenalty):
-    """The same, a layer for each and the penalty as a term of the loss."""
+    """Norm, dropout and penalty in plain torch, with the penalty as a term of the loss."""
 
 
 # --- augmentation: the training images, changed anew in every epoch ---
@@ -339,7 +339,7 @@ class EarlyStopping(Method):
 
 
 class PlainEarlyStopping(Method):
-    """The same by hand: a counter, and a copy of the weights of the best epoch."""
+    """Early stopping by hand: a counter, and a copy of the weights of the best epoch."""
 
     best = reference = math.inf
     misses = 0
