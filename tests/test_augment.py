@@ -123,6 +123,40 @@ def test_against_the_oracle(
             assert_near(y, wanted, 1e-13 if dtype is torch.float64 else 4e-6)
 
 
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("fill_mode", FILL_MODES)
+def test_rows_filtered_axis_by_axis_have_the_bits_of_pixels_alone(
+    fill_mode: str, interpolation: str, backend: Backend
+) -> None:
+    # Scales up and down, flips, windows that reach out of the image or miss it; then the same with
+    # a shear of 1e-300, which moves nothing and is no axis-aligned matrix.
+    n, sizes = 6, ((OUT, (3, 50)) if backend.on_host else (OUT, (3, 50), (40, 17), (1, 1)))
+    records = random_records(n)
+    for i in range(n):
+        flip = -1.0 if i % 2 else 1.0
+        x = [flip * (0.4 + 0.7 * i), 0.0, (36.0 if i % 2 else -3.0) + i]
+        y = [0.0, 0.3 + 0.9 * i, (100.0 if i == 5 else -2.0) + i]
+        records[i, :6] = torch.tensor([*x, *y], dtype=torch.float64)
+    turned = records.clone()
+    turned[:, 1] = 1e-300
+    for dtype, c, layout in (
+        (torch.uint8, 3, FORMATS[1]),
+        (torch.float32, 1, FORMATS[0]),
+        (torch.bfloat16, 4, FORMATS[1]),
+        (torch.float16, 3, FORMATS[0]),
+    ):
+        x = images((n, c, 13, 37), dtype, backend).contiguous(memory_format=layout)
+        x[0, 0, 3, 5:7] = 255 if dtype is torch.uint8 else math.nan
+        for size in sizes:
+            for color in (False, True):
+                values = numbers(c, dtype)
+                how: Any = {"antialias": True, "color": color, "out_dtype": torch.float32, **values}
+                rows = run(x, records, size, interpolation, fill_mode, **how)
+                alone = run(x, turned, size, interpolation, fill_mode, **how)
+                assert torch.equal(rows.nan_to_num(7e7), alone.nan_to_num(7e7))
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_dtypes_channels_and_layouts(dtype: torch.dtype, channels: int, backend: Backend) -> None:

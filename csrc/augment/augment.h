@@ -45,7 +45,10 @@
 // and device has the same coordinates, and as nothing is contracted the same bits of y.
 // Whole-pixel shifts, flips and quarter turns are exact. Coordinates beyond +-2^29 count as those.
 //
-// Bytes: every byte of x that is needed once, every element of y once. No workspace.
+// On the CPU, samples that antialias and are axis-aligned (crops, flips, scales) are filtered along
+// one axis and then the other, in strips of rows (augment_filter.h), which gives the same bits.
+//
+// Bytes: every byte of x that is needed once, every element of y once. No workspace but the strips'.
 //
 // Backward: grad_x [N, C, H, W] = the transpose of the map that forward is in x: the sum over
 // output pixels, in row-major order, own output first and then those of the samples that have it as
@@ -108,9 +111,12 @@ struct Job {
 struct Forward : Job {};
 struct Backward : Job {};
 
-// Rows [begin, end) of all output rows of the batch (forward), or of a sample's rows of grad_x.
+// Rows [begin, end) of all output rows of the batch (forward, filtered), or of a sample's rows of
+// grad_x. `filtered` is forward where any_filtered() is true; scratch has filter_bytes().
 struct CpuKernels {
+  int lanes;
   void (*forward)(const Job& job, std::int64_t begin, std::int64_t end);
+  void (*filtered)(const Job& job, std::int64_t begin, std::int64_t end, void* scratch);
   void (*backward)(const Job& job, std::int64_t sample, std::int64_t row_begin,
                    std::int64_t row_end);
 };

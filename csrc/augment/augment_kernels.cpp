@@ -1,5 +1,6 @@
 // CPU kernels of augmentation; compiled once per instruction set. Contract: augment.h.
 #include "augment/augment.h"
+#include "augment/augment_filter.h"
 #include "augment/augment_math.h"
 #include "augment/augment_scatter.h"
 #include "augment/augment_vector.h"
@@ -7,7 +8,7 @@
 namespace fusereg::augment::FUSEREG_ISA {
 namespace {
 
-// --- forward, one pixel after the other: float64, antialiasing ---
+// --- forward, one pixel after the other: float64, antialiasing under a turn ---
 template <class T, int kGroup>
 void plain_row(const Job& job, std::int64_t sample, std::int64_t row) {
   for (std::int64_t col = 0; col < job.y.w; ++col) {
@@ -124,13 +125,13 @@ FUSEREG_INLINE void finish_part(const Job& job, const Finish& finish, const doub
   }
 }
 
-// A(sample) for the 16 pixels of a block, of which `count` are there.
-template <class T, Interpolation kHow>
-void unmixed_block(const Job& job, const Finish& finish, const Frame& f, const Place16& place,
-                   std::int64_t row, std::int64_t first, int count, float* out) {
+// A(sample) for the 16 pixels of a block, of which `count` are there; warp() gives those of the warp.
+template <class F>
+void unmixed_block(const Job& job, const Finish& finish, const Frame& f, std::int64_t row,
+                   std::int64_t first, int count, float* out, const F& warp) {
   const Cut erased = cut_block(f.erase, row, first, count);
   if (erased.end - erased.begin < count) {
-    warp_block<T, kHow>(job, f, place, row, first, out);
+    warp(f, row, first, out);
     for (int p = 0; p < kBlock; p += kLanes) {
       finish_part(job, finish, f.record, out + p,
                   [&](int c, Floats v) { store(out + c * kBlock + p, v); });
@@ -329,39 +330,72 @@ Writer make_writer(const Job& job) {
   });
 }
 
+// Warped pixels, interpolated at points: block by block.
 template <class T, Interpolation kHow>
-void block_rows(const Job& job, std::int64_t begin, std::int64_t end) {
+class PointRows {
+ public:
+  PointRows(const Job& job, void*) : job_(job) {}
+  bool start(const Frame&, const Frame&) { return true; }
+  void find(const Frame& f, const Frame&, std::int64_t row, std::int64_t first) {
+    if (first / kBlock % kPlaces != 0) return;
+    const std::int64_t left = (job_.y.w - first + kBlock - 1) / kBlock;
+    find_blocks<kHow>(job_, f, row, first, left < kPlaces ? static_cast<int>(left) : kPlaces,
+                      places_);
+  }
+  void own(const Frame& f, std::int64_t row, std::int64_t first, float* out) {
+    warp_block<T, kHow>(job_, f, places_[first / kBlock % kPlaces], row, first, out);
+  }
+  void other(const Frame& partner, std::int64_t row, std::int64_t first, float* out) {
+    Place16 place;
+    find_blocks<kHow>(job_, partner, row, first, 1, &place);
+    warp_block<T, kHow>(job_, partner, place, row, first, out);
+  }
+
+ private:
+  static constexpr int kPlaces = 64;
+  const Job& job_;
+  Place16 places_[kPlaces];
+};
+
+template <class T, class Rows>
+void block_rows(const Job& job, std::int64_t begin, std::int64_t end, void* scratch) {
   const Writer writer = make_writer<T>(job);
   Finish finish;
   make_finish(job, finish);
   Frame frame;
   Frame partner;
-  constexpr int kPlaces = 64;
-  Place16 places[kPlaces];
+  Rows rows(job, scratch);
   std::int64_t sample = -1;
+  bool supported = true;
   alignas(kVectorBytes) float values[kMaxChannels * kBlock];
   alignas(kVectorBytes) float others[kMaxChannels * kBlock];
+  auto own = [&](const Frame& f, std::int64_t row, std::int64_t first, float* out) {
+    rows.own(f, row, first, out);
+  };
+  auto other = [&](const Frame& f, std::int64_t row, std::int64_t first, float* out) {
+    rows.other(f, row, first, out);
+  };
   for (std::int64_t i = begin; i < end; ++i) {
     const std::int64_t row = i % job.y.h;
     if (i / job.y.h != sample) {
       sample = i / job.y.h;
       make_frame(job, sample, frame);
       if (frame.partner >= 0) make_frame(job, frame.partner, partner);
+      supported = rows.start(frame, partner);
+    }
+    if (!supported) {
+      plain_rows<T>(job, i, i + 1);
+      continue;
     }
     ask_ahead<T>(job, sample, row);
     if (frame.copies && writer.copy != nullptr && writer.copy(job, finish, frame, row)) continue;
     const bool touched = touches(frame, row);
     for (std::int64_t first = 0; first < job.y.w; first += kBlock) {
-      const std::int64_t place = first / kBlock % kPlaces;
-      if (place == 0) {
-        const std::int64_t left = (job.y.w - first + kBlock - 1) / kBlock;
-        find_blocks<kHow>(job, frame, row, first, left < kPlaces ? static_cast<int>(left) : kPlaces,
-                          places);
-      }
+      rows.find(frame, partner, row, first);
       const std::int64_t at = sample * job.y.sample + row * job.y.row + first * job.y.pixel;
       if (!touched && first + kBlock <= job.y.w) {
         // What most blocks of a batch are.
-        warp_block<T, kHow>(job, frame, places[place], row, first, values);
+        rows.own(frame, row, first, values);
         writer.finish(job, finish, frame.record, at, values);
         continue;
       }
@@ -370,18 +404,16 @@ void block_rows(const Job& job, std::int64_t begin, std::int64_t end) {
       const Cut mixed = frame.partner >= 0 ? cut_block(frame.mix, row, first, count) : Cut{0, 0};
       const double lam = frame.record[15];
       if (mixed.end - mixed.begin < count || lam != 0.0)
-        unmixed_block<T, kHow>(job, finish, frame, places[place], row, first, count, values);
+        unmixed_block(job, finish, frame, row, first, count, values, own);
       if (mixed.begin < mixed.end) {
-        Place16 other;
-        find_blocks<kHow>(job, partner, row, first, 1, &other);
-        unmixed_block<T, kHow>(job, finish, partner, other, row, first, count, others);
+        unmixed_block(job, finish, partner, row, first, count, others, other);
         const auto share = static_cast<float>(lam);
         const auto rest = static_cast<float>(1.0 - lam);
         for (int c = 0; c < job.c; ++c) {
           for (int k = mixed.begin; k < mixed.end; ++k) {
             float& v = values[c * kBlock + k];
-            const float other = others[c * kBlock + k];
-            v = lam == 0.0 ? other : v * share + other * rest;
+            const float from = others[c * kBlock + k];
+            v = lam == 0.0 ? from : v * share + from * rest;
           }
         }
       }
@@ -401,13 +433,13 @@ void forward_of(const Job& job, std::int64_t begin, std::int64_t end) {
     if (!job.antialias && small) {
       switch (job.interpolation) {
         case Interpolation::kNearest:
-          block_rows<T, Interpolation::kNearest>(job, begin, end);
+          block_rows<T, PointRows<T, Interpolation::kNearest>>(job, begin, end, nullptr);
           return;
         case Interpolation::kBilinear:
-          block_rows<T, Interpolation::kBilinear>(job, begin, end);
+          block_rows<T, PointRows<T, Interpolation::kBilinear>>(job, begin, end, nullptr);
           return;
         case Interpolation::kBicubic:
-          block_rows<T, Interpolation::kBicubic>(job, begin, end);
+          block_rows<T, PointRows<T, Interpolation::kBicubic>>(job, begin, end, nullptr);
           return;
       }
     }
@@ -419,6 +451,13 @@ void forward(const Job& job, std::int64_t begin, std::int64_t end) {
   dispatch_element(job.x.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     forward_of<T>(job, begin, end);
+  });
+}
+
+void filtered(const Job& job, std::int64_t begin, std::int64_t end, void* scratch) {
+  dispatch_element(job.x.type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if constexpr (sizeof(T) < 8) block_rows<T, FilteredRows<T>>(job, begin, end, scratch);
   });
 }
 
@@ -524,6 +563,6 @@ void backward(const Job& job, std::int64_t sample, std::int64_t row_begin, std::
 
 }  // namespace
 
-const CpuKernels kernels = {&forward, &backward};
+const CpuKernels kernels = {kLanes, &forward, &filtered, &backward};
 
 }  // namespace fusereg::augment::FUSEREG_ISA

@@ -317,6 +317,23 @@ FUSEREG_STATIC Span<C> make_span(double v, double extent, std::int32_t size, Int
   return span;
 }
 
+// How many taps a span of make_span() has at most.
+FUSEREG_INLINE std::int64_t most_taps(double extent, Interpolation how, std::int64_t size) {
+  const double width = extent > 1.0 ? (extent < 0x1p24 ? extent : 0x1p24) : 1.0;
+  const auto most =
+      static_cast<std::int64_t>((how == Interpolation::kBicubic ? 4.0 : 2.0) * width) + 2;
+  return most < size ? most : size;
+}
+
+// Whether rows stay rows, without a turn; false for what is not finite.
+FUSEREG_INLINE bool is_axis_aligned(const double* m) {
+  bool finite = true;
+  for (int i = 0; i < 6; ++i) finite = finite && m[i] - m[i] == 0.0;
+  return finite && m[1] == 0.0 && m[3] == 0.0;
+}
+
+FUSEREG_INLINE std::int64_t round_up_to_line(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
 template <class C>
 FUSEREG_STATIC C weight_in(const Span<C>& span, std::int32_t i, Interpolation how) {
   const C distance = add(static_cast<C>(i - span.first), -span.center);
@@ -342,16 +359,17 @@ template <class T, class C>
 FUSEREG_STATIC C filtered(const Plane<T>& plane, const Spans<C>& s, Interpolation how) {
   const C coverage = multiply(s.x.coverage, s.y.coverage);
   if (!(coverage > C{0})) return plane.fill;
+  // Along the columns first, as in resize.h.
   C sum{0};
-  for (std::int32_t j = s.y.first; j <= s.y.last; ++j) {
-    const C wy = weight_in(s.y, j, how);
-    if (wy == C{0}) continue;
-    C line{0};
-    for (std::int32_t i = s.x.first; i <= s.x.last; ++i) {
-      const C wx = weight_in(s.x, i, how);
-      if (wx != C{0}) line = add(line, multiply(wx, pixel_at(plane, i, j)));
+  for (std::int32_t i = s.x.first; i <= s.x.last; ++i) {
+    const C wx = weight_in(s.x, i, how);
+    if (wx == C{0}) continue;
+    C column{0};
+    for (std::int32_t j = s.y.first; j <= s.y.last; ++j) {
+      const C wy = weight_in(s.y, j, how);
+      if (wy != C{0}) column = add(column, multiply(wy, pixel_at(plane, i, j)));
     }
-    sum = add(sum, multiply(wy, line));
+    sum = add(sum, multiply(wx, column));
   }
   if (coverage == C{1}) return sum;
   return lerp(plane.fill, sum, coverage);

@@ -1,8 +1,8 @@
 // The CPU launcher of antialiased resizing. Contract: resize.h.
 #include <algorithm>
-#include <memory>
 
 #include "augment/resize.h"
+#include "augment/scratch.h"
 #include "core/ceil_div.h"
 #include "core/pages.h"
 #include "core/parallel.h"
@@ -25,19 +25,15 @@ void run_cpu(const ResizeJob& job) {
   const std::int64_t threads =
       std::min<std::int64_t>(max_threads(), std::max<std::int64_t>(units * elements / kGrain, 1));
   const std::int64_t parts = std::clamp<std::int64_t>(threads, 1, units);
-  constexpr std::size_t kAlign = 64;
-  const auto bytes = static_cast<std::size_t>(job.x.w * channels * lanes) *
-                     (wide ? sizeof(double) : sizeof(float));
-  const std::size_t each = (bytes + kAlign - 1) / kAlign * kAlign;
-  const std::unique_ptr<char[]> memory(new char[each * static_cast<std::size_t>(parts) + kAlign]);
-  const auto base = reinterpret_cast<std::uintptr_t>(memory.get());
-  char* const scratch = memory.get() + (kAlign - base % kAlign) % kAlign;
+  const std::int64_t bytes =
+      job.x.w * channels * lanes * static_cast<std::int64_t>(wide ? sizeof(double) : sizeof(float));
+  const ScratchMemory scratch(bytes, parts);
   parallel_for(parts, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t p = begin; p < end; ++p) {
       for (std::int64_t i = units * p / parts; i < units * (p + 1) / parts; ++i) {
         const auto channel = static_cast<int>(i / strips % groups);
         kernels.strip(job, i / strips / groups, channel, channels, i % strips * lanes,
-                      scratch + static_cast<std::size_t>(p) * each);
+                      scratch.of(p));
       }
     }
   });
