@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from ..core import distributed
 from .kernels import State, update_dtype
 from .op import LOW_PRECISION
 
@@ -23,7 +25,9 @@ class Averages(torch.optim.Optimizer):
     _beginning: list[Tensor]
 
     @contextmanager
-    def averaged(self, *, keep_zeros: bool = False) -> Iterator[None]:
+    def averaged(
+        self, model: nn.Module | None = None, *, keep_zeros: bool = False
+    ) -> Iterator[None]:
         r"""Return a context in which the parameters hold their averages (``ema_decay``).
 
         The average of a parameter is the parameter itself after its first step, and then
@@ -36,11 +40,14 @@ class Averages(torch.optim.Optimizer):
         ``torch.optim.swa_utils.update_bn`` inside if the running statistics do not fit.
 
         Args:
+            model: needed for DTensors only, because FSDP2 keeps gathered copies of parameters
+                after a forward pass, which would be used instead: they are freed before and after.
             keep_zeros: weights that are zero now are zero in the average too, which is dense
                 otherwise: a weight that the penalty sets to zero fades from the average slowly.
 
         Raises:
-            ValueError: no param group has an ``ema_decay``.
+            ValueError: no param group has an ``ema_decay``, or parameters are DTensors and there is
+                no ``model``.
             RuntimeError: inside of another such context, and at a step inside.
 
         Example:
@@ -52,7 +59,7 @@ class Averages(torch.optim.Optimizer):
         self._check_raw("averaged")
         shown = []
         with torch.no_grad():
-            for p, average in self._found():
+            for p, average in self._found("averaged", model):
                 raw = p.detach().clone()
                 p.copy_(_shown(raw, average, keep_zeros))
                 shown.append((p, raw, average, p._version))
@@ -61,6 +68,7 @@ class Averages(torch.optim.Optimizer):
             yield
         finally:
             self._shows_averages = False
+            _free_gathered(model)
             with torch.no_grad():
                 for p, raw, average, version in shown:
                     # Writes through .data do not count as a version.
@@ -68,7 +76,7 @@ class Averages(torch.optim.Optimizer):
                     if p._version == version and torch.equal(p.detach(), same):
                         p.copy_(raw)
 
-    def copy_averaged(self, *, keep_zeros: bool = False) -> None:
+    def copy_averaged(self, model: nn.Module | None = None, *, keep_zeros: bool = False) -> None:
         """Write the averages to the parameters for good, as at the end of training.
 
         Args and errors as those of :meth:`averaged`.
@@ -78,14 +86,20 @@ class Averages(torch.optim.Optimizer):
         """
         self._check_raw("copy_averaged")
         with torch.no_grad():
-            for p, average in self._found():
+            for p, average in self._found("copy_averaged", model):
                 p.copy_(_shown(p, average, keep_zeros))
 
-    def _found(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the parameters that have averages, and these."""
+    def _found(self, what: str, model: nn.Module | None) -> list[tuple[Tensor, Tensor]]:
+        """Return the parameters that have averages, and these, ready to be exchanged."""
+        where = f"fusereg.optim.{self._name}.{what}"
         if all(group.get("ema_decay") is None for group in self.param_groups):
-            raise ValueError(f"fusereg.optim.{self._name}: there are no averages without ema_decay")
+            raise ValueError(f"{where}: there are no averages without ema_decay")
         params = [p for group in self.param_groups for p in group["params"]]
+        if model is None and distributed.has_dtensor(params):
+            raise ValueError(
+                f"{where}: model must be given with DTensors, whose gathered copies FSDP2 may use"
+            )
+        _free_gathered(model)
         found = [(p, self._state_of(p).get(KEY)) for p in params]
         return [(p, average) for p, average in found if average is not None]
 
@@ -137,6 +151,16 @@ class Averages(torch.optim.Optimizer):
         if master is None or p.dtype not in LOW_PRECISION:
             return exact
         return torch.where(master.to(p.dtype) == p.detach(), master, exact)
+
+
+def _free_gathered(model: nn.Module | None) -> None:
+    if model is None or not dist.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _shown(raw: Tensor, average: Tensor, keep_zeros: bool) -> Tensor:
