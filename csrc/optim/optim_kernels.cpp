@@ -86,10 +86,37 @@ struct Tile {
   C* p;
   const C* g;
   C* state[kMaxStates];
+  C* average;  // null where there is none, or p is to be rounded first
 };
 
-template <Algorithm algorithm, class C>
-void update(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, const Flags& flags) {
+// x as T stores it.
+template <class T>
+FUSEREG_INLINE Vector<float> rounded(Vector<float> x) {
+  if constexpr (Traits<T>::kDType == DType::kBFloat16) {
+    const U32Vector u = bit_cast<U32Vector>(x);
+    return bit_cast<Vector<float>>((u + (((u >> 16) & 1u) + 0x7fffu)) & 0xffff0000u);
+  } else {
+    T buffer[kWidth<float>];
+    store(buffer, x);
+    return load(buffer);
+  }
+}
+
+// FTRL: a weight in 16 bits with the digits that z has kept.
+template <class T, class C>
+FUSEREG_INLINE Vector<C> recovered(Vector<C> p, const Vector<C> (&s)[kMaxStates],
+                                   const Coefficients<C>& k) {
+  if constexpr (sizeof(T) == 2) {
+    const Vector<C> kept = ftrl_weight(s[0], s[1], k);
+    return rounded<T>(kept) == p ? kept : p;
+  } else {
+    return p;
+  }
+}
+
+// T: the dtype of p in memory where FTRL must know it.
+template <Algorithm algorithm, class T, bool kAverage, class C>
+void update_tile(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, const Flags& flags) {
   using V = Vector<C>;
   constexpr int kW = kWidth<C>;
   const Flags f = flags;
@@ -100,7 +127,12 @@ void update(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, const Fl
     for (int j = 0; j < kMaxStates; ++j) {
       if (j < states) s[j] = load(t.state[j] + i);
     }
-    store(t.p + i, updated<algorithm>(load(t.p + i), load(t.g + i), s, k, f));
+    const V p = recovered<T>(load(t.p + i), s, k);
+    const V next = updated<algorithm>(p, load(t.g + i), s, k, f);
+    store(t.p + i, next);
+    if constexpr (kAverage) {
+      store(t.average + i, averaged(load(t.average + i), next, k.average));
+    }
     for (int j = 0; j < kMaxStates; ++j) {
       if (j < states) store(t.state[j] + i, s[j]);
     }
@@ -108,24 +140,38 @@ void update(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, const Fl
   if (i == n) return;
   V s[kMaxStates] = {};
   for (int j = 0; j < states; ++j) s[j] = load_partial(t.state[j] + i, n - i);
-  const V p =
-      updated<algorithm>(load_partial(t.p + i, n - i), load_partial(t.g + i, n - i), s, k, f);
-  store_partial(t.p + i, p, n - i);
+  const V p = recovered<T>(load_partial(t.p + i, n - i), s, k);
+  const V next = updated<algorithm>(p, load_partial(t.g + i, n - i), s, k, f);
+  store_partial(t.p + i, next, n - i);
+  if constexpr (kAverage) {
+    const V average = averaged(load_partial(t.average + i, n - i), next, k.average);
+    store_partial(t.average + i, average, n - i);
+  }
   for (int j = 0; j < states; ++j) store_partial(t.state[j] + i, s[j], n - i);
 }
 
+template <Algorithm algorithm, class T, class C>
+void update(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, const Flags& f) {
+  if (t.average != nullptr) return update_tile<algorithm, T, true>(t, n, k, f);
+  update_tile<algorithm, T, false>(t, n, k, f);
+}
+
 template <class C>
-void update_any(Algorithm algorithm, const Tile<C>& t, std::int64_t n, const Coefficients<C>& k,
-                const Flags& f) {
+void update_any(Algorithm algorithm, DType p_dtype, const Tile<C>& t, std::int64_t n,
+                const Coefficients<C>& k, const Flags& f) {
   switch (algorithm) {
     case Algorithm::kSgd:
-      return update<Algorithm::kSgd>(t, n, k, f);
+      return update<Algorithm::kSgd, C>(t, n, k, f);
     case Algorithm::kAdam:
-      return update<Algorithm::kAdam>(t, n, k, f);
+      return update<Algorithm::kAdam, C>(t, n, k, f);
     case Algorithm::kAdagrad:
-      return update<Algorithm::kAdagrad>(t, n, k, f);
+      return update<Algorithm::kAdagrad, C>(t, n, k, f);
     default:
-      return update<Algorithm::kFtrl>(t, n, k, f);
+      if constexpr (sizeof(C) == 4) {
+        if (p_dtype == DType::kFloat16) return update<Algorithm::kFtrl, Half>(t, n, k, f);
+        if (p_dtype == DType::kBFloat16) return update<Algorithm::kFtrl, BFloat16>(t, n, k, f);
+      }
+      return update<Algorithm::kFtrl, C>(t, n, k, f);
   }
 }
 
@@ -171,39 +217,30 @@ void narrow(DType dtype, const C* x, void* out, std::int64_t at, std::int64_t n)
   });
 }
 
-// A tile rounded to a 16-bit dtype.
-struct Rounded {
-  std::uint16_t bits[kTile];
-};
-
 // Where a master does not round to its weight, the weight was changed: it is the master now.
-void take_changed(const Item& item, std::int64_t begin, std::int64_t n) {
-  Rounded own;
-  float changed[kTile];
-  for (std::int64_t i = 0; i < n; i += kTile) {
-    const std::int64_t at = begin + i;
-    const std::int64_t count = n - i < kTile ? n - i : kTile;
-    float* const p = static_cast<float*>(item.p) + at;
-    const auto* const copy = static_cast<const std::uint16_t*>(item.copy) + at;
-    narrow(item.copy_dtype, p, own.bits, 0, count);
-    if (__builtin_memcmp(own.bits, copy, static_cast<std::size_t>(count) * 2) == 0) continue;
-    widen(item.copy_dtype, item.copy, at, changed, count);
-    for (std::int64_t j = 0; j < count; ++j) {
-      if (own.bits[j] != copy[j]) p[j] = changed[j];
-    }
+template <class T>
+void take_typed(float* p, const T* copy, std::int64_t n) {
+  constexpr int kW = kWidth<float>;
+  U32Vector differs{};
+  std::int64_t i = 0;
+  for (; n - i >= kW; i += kW) {
+    differs |= bit_cast<U32Vector>(rounded<T>(load(p + i))) ^ bit_cast<U32Vector>(load(copy + i));
+  }
+  std::uint32_t any = 0;
+  for (int k = 0; k < kW; ++k) any |= differs[k];
+  if (any == 0 && i == n) return;
+  for (i = any == 0 ? i : 0; i < n; ++i) {
+    if (from_compute<T>(p[i]).bits != copy[i].bits) p[i] = to_compute(copy[i]);
   }
 }
 
-// FTRL: the weights of a tile with the digits that their 16 bits have lost and z has kept.
-template <class C>
-void recover(const Item& item, const Tile<C>& t, std::int64_t n, const Coefficients<C>& k) {
-  C kept[kTile];
-  C seen[kTile];
-  Rounded own;
-  for (std::int64_t i = 0; i < n; ++i) kept[i] = ftrl_weight(t.state[0][i], t.state[1][i], k);
-  narrow(item.p_dtype, kept, own.bits, 0, n);
-  widen(item.p_dtype, own.bits, 0, seen, n);
-  for (std::int64_t i = 0; i < n; ++i) t.p[i] = seen[i] == t.p[i] ? kept[i] : t.p[i];
+void take_changed(const Item& item, std::int64_t at, std::int64_t n) {
+  float* const p = static_cast<float*>(item.p) + at;
+  if (item.copy_dtype == DType::kFloat16) {
+    take_typed(p, static_cast<const Half*>(item.copy) + at, n);
+  } else {
+    take_typed(p, static_cast<const BFloat16*>(item.copy) + at, n);
+  }
 }
 
 template <class C>
@@ -238,8 +275,7 @@ Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Co
   const bool own_p = item.p_dtype == kOwn;
   const bool own_g = item.g_dtype == kOwn;
   const bool own_state = item.state_dtype == kOwn;
-  const bool direct =
-      own_p && own_g && own_state && item.copy == nullptr && item.average == nullptr;
+  const bool direct = own_p && own_g && own_state && item.copy == nullptr;
   C tile_p[kTile];
   C tile_g[kTile];
   C tile_state[kMaxStates][kTile];
@@ -253,6 +289,7 @@ Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Co
     if (item.copy != nullptr) take_changed(item, at, count);
     t.p = own_p ? static_cast<C*>(item.p) + at : tile_p;
     if (!own_p) widen(item.p_dtype, item.p, at, tile_p, count);
+    if (own_p && item.average != nullptr) t.average = static_cast<C*>(item.average) + at;
     t.g = own_g ? static_cast<const C*>(item.g) + at : tile_g;
     if (!own_g) widen(item.g_dtype, item.g, at, tile_g, count);
     for (int j = 0; j < states; ++j) {
@@ -260,15 +297,16 @@ Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Co
       if (!own_state) widen(item.state_dtype, item.state[j], at, tile_state[j], count);
     }
     if (wants_sums) add_sums(t.p, count, sums);
-    if (algorithm == Algorithm::kFtrl && is_16_bit(item.p_dtype)) recover(item, t, count, k);
-    update_any(algorithm, t, count, k, f);
+    update_any(algorithm, item.p_dtype, t, count, k, f);
     if (!own_p) narrow(item.p_dtype, tile_p, item.p, at, count);
     if (item.copy != nullptr) narrow(item.copy_dtype, t.p, item.copy, at, count);
     for (int j = 0; j < states && !own_state; ++j) {
       narrow(item.state_dtype, tile_state[j], item.state[j], at, count);
     }
-    // p is in the first-level cache still.
-    if (item.average != nullptr) average_in<C>(item, at, count, static_cast<double>(k.average));
+    // p as it was rounded; it is in the first-level cache still.
+    if (!own_p && item.average != nullptr) {
+      average_in<C>(item, at, count, static_cast<double>(k.average));
+    }
   }
   return sums;
 }
@@ -325,9 +363,9 @@ Sums rows_any(Algorithm algorithm, const Item& item, const Flags& flags,
   Sums total;
   const bool prox = flags.prox != Prox::kNone;
   Flags f = flags;
-  f.prox = Prox::kNone;  // the update leaves the proximal step to this function,
+  f.prox = Prox::kNone;  // the update leaves the proximal step to this function
   Item plain = item;
-  if (prox) plain.average = nullptr;  // and the average of what comes of it
+  if (prox) plain.copy = plain.average = nullptr;  // and what is made of its result
   const double sqrt_n = __builtin_sqrt(static_cast<double>(item.row));
   for (std::int64_t at = begin; at < begin + n; at += item.row) {
     Coefficients<double> c = k;
