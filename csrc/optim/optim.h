@@ -175,7 +175,7 @@ struct ClipJob {
 void run_cpu(const ClipJob& job);
 
 // CUDA only: `workspace` is kWorkspaceBytes of device memory whose first 8 bytes are zero; it is
-// left so. A step is one launch, as are a norm and clipping: of up to some 330 parameters in up to
+// left so. A step is one launch, as are a norm and clipping: of up to some 300 parameters in up to
 // 8 groups, or some 1100 gradients, as it is; of more with `tables`, plus launches that write the
 // table when a tensor but a gradient (of some 3800 parameters, a gradient too) lies elsewhere than
 // the last time, or where more than 8 groups' numbers change. While a CUDA graph is captured, and

@@ -36,7 +36,7 @@ _NUMBERS = Hyper._fields.index("prox")  # of a Hyper, before its options
 _OPTIONS = len(Hyper._fields) - _NUMBERS
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
-#: All compiled steps share them: of several models with more than some 330 parameters each, every
+#: All compiled steps share them: of several models with more than some 300 parameters each, every
 #: step writes its own anew.
 _tables = memory.launch_tables()
 

@@ -60,7 +60,8 @@ PENALTY = r"""
             :func:`clip_grad_norm_` does before it; the gradients themselves stay as they are. The
             norm before clipping is in :attr:`grad_norm`.
         master_weights: keep a float32 copy of each float16 and bfloat16 parameter in the state
-            (``"master_param"``), update the copy, and round it to the parameter.
+            (``"master_param"``), update the copy, and round it to the parameter. An element that
+            was changed outside of the step is taken from the parameter.
         ema_decay: keep an exponential moving average of the weights in the state
             (``"ema_param"``, float32, float64 for float64 parameters), updated inside the step; see
             :meth:`averaged`. A number in [0, 1) or a 0-d tensor, which may be changed between
