@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -92,7 +92,7 @@ class Averages(torch.optim.Optimizer):
     def _found(self, what: str, model: nn.Module | None) -> list[tuple[Tensor, Tensor]]:
         """Return the parameters that have averages, and these, ready to be exchanged."""
         where = f"fusereg.optim.{self._name}.{what}"
-        if all(group.get("ema_decay") is None for group in self.param_groups):
+        if not averages_of([self]):
             raise ValueError(f"{where}: there are no averages without ema_decay")
         params = [p for group in self.param_groups for p in group["params"]]
         if model is None and distributed.has_dtensor(params):
@@ -151,6 +151,12 @@ class Averages(torch.optim.Optimizer):
         if master is None or p.dtype not in LOW_PRECISION:
             return exact
         return torch.where(master.to(p.dtype) == p.detach(), master, exact)
+
+
+def averages_of(optimizers: Iterable[object]) -> list[Averages]:
+    """Return the optimizers that keep averages."""
+    found = [o for o in optimizers if isinstance(o, Averages)]
+    return [o for o in found if any(g.get("ema_decay") is not None for g in o.param_groups)]
 
 
 def _free_gathered(model: nn.Module | None) -> None:
