@@ -317,6 +317,63 @@ def test_restoring_can_be_left_out() -> None:
     assert float(model.weight) == 6.0
 
 
+class Averaged(Scripted):
+    """Its optimizer averages the weight, and it notes what it was validated with."""
+
+    def __init__(self, losses: list[float]) -> None:
+        super().__init__(losses)
+        self.seen: list[float] = []
+        self.fails_in_validation = False
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        if not self.trainer.sanity_checking:
+            self.seen.append(float(self.weight))
+            if self.fails_in_validation and len(self.seen) == 6:
+                raise RuntimeError("in the midst")
+
+    def on_train_start(self) -> None:
+        with torch.no_grad():
+            self.weight.fill_(-8.0)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        assert float(self.weight) == (self.current_epoch - 1 if self.current_epoch else -8.0)
+
+    def configure_optimizers(self) -> Any:
+        return fusereg.optim.SGD(self.parameters(), lr=0.1, ema_decay=0.5)
+
+
+@pytest.mark.parametrize("how", ["stops", "ends", "at training's end", "fails"])
+def test_averages_are_validated_kept_and_restored(how: str) -> None:
+    model = Averaged(LOSSES)
+    model.fails_in_validation = how == "fails"
+    stopping = EarlyStoppingCallback(
+        "val_loss",
+        patience=3 if how == "stops" else 9,
+        averaged=True,
+        check_on_train_epoch_end=how == "at training's end",
+    )
+    if how == "fails":
+        with pytest.raises(RuntimeError, match="in the midst"):
+            fit_scripted(model, stopping)
+    else:
+        fit_scripted(model, stopping, max_epochs=7)
+    assert model.seen[:3] == [-8.0, -4.0, -1.5]
+    assert float(model.weight) == model.seen[3]
+
+
+def test_averages_that_would_not_be_kept_are_refused() -> None:
+    from lightning.pytorch.callbacks import WeightAveraging
+
+    with pytest.raises(RuntimeError, match="use averaged=True and an optimizer of fusereg"):
+        fit_scripted(
+            Scripted(LOSSES), EarlyStoppingCallback("val_loss", patience=3), WeightAveraging()
+        )
+    with pytest.raises(RuntimeError, match="averaged=True needs an optimizer of fusereg"):
+        fit_scripted(
+            Scripted(LOSSES), EarlyStoppingCallback("val_loss", patience=3, averaged=True)
+        )
+
+
 def test_a_metric_logged_at_the_end_of_the_training_epoch_is_there() -> None:
     """Lightning calls callbacks that monitor something after the module's own hook."""
     model = Scripted(LOSSES)

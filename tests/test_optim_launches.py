@@ -17,7 +17,7 @@ from fusereg.optim.optimizer import RegularizedOptimizer
 from reference_optim import Reference
 
 _C = fusereg._C
-#: More than the parameters of a kernel hold: some 330 parameters, some 1100 gradients. Empty
+#: More than the parameters of a kernel hold: some 300 parameters, some 1100 gradients. Empty
 #: tensors fill a table as others do, and are no work for the host.
 SHAPES = [(3,), (0,), (2, 5), (0,), (0, 2), (), (0,), (0,)] * 50
 

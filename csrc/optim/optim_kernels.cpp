@@ -86,10 +86,37 @@ struct Tile {
   C* p;
   const C* g;
   C* state[kMaxStates];
+  C* average;  // null where there is none, or p is to be rounded first
 };
 
-template <Algorithm algorithm, class C>
-void update(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, const Flags& flags) {
+// x as T stores it.
+template <class T>
+FUSEREG_INLINE Vector<float> rounded(Vector<float> x) {
+  if constexpr (Traits<T>::kDType == DType::kBFloat16) {
+    const U32Vector u = bit_cast<U32Vector>(x);
+    return bit_cast<Vector<float>>((u + (((u >> 16) & 1u) + 0x7fffu)) & 0xffff0000u);
+  } else {
+    T buffer[kWidth<float>];
+    store(buffer, x);
+    return load(buffer);
+  }
+}
+
+// FTRL: a weight in 16 bits with the digits that z has kept.
+template <class T, class C>
+FUSEREG_INLINE Vector<C> recovered(Vector<C> p, const Vector<C> (&s)[kMaxStates],
+                                   const Coefficients<C>& k) {
+  if constexpr (sizeof(T) == 2) {
+    const Vector<C> kept = ftrl_weight(s[0], s[1], k);
+    return rounded<T>(kept) == p ? kept : p;
+  } else {
+    return p;
+  }
+}
+
+// T: the dtype of p in memory where FTRL must know it.
+template <Algorithm algorithm, class T, bool kAverage, class C>
+void update_tile(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, const Flags& flags) {
   using V = Vector<C>;
   constexpr int kW = kWidth<C>;
   const Flags f = flags;
@@ -100,7 +127,12 @@ void update(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, const Fl
     for (int j = 0; j < kMaxStates; ++j) {
       if (j < states) s[j] = load(t.state[j] + i);
     }
-    store(t.p + i, updated<algorithm>(load(t.p + i), load(t.g + i), s, k, f));
+    const V p = recovered<T>(load(t.p + i), s, k);
+    const V next = updated<algorithm>(p, load(t.g + i), s, k, f);
+    store(t.p + i, next);
+    if constexpr (kAverage) {
+      store(t.average + i, averaged(load(t.average + i), next, k.average));
+    }
     for (int j = 0; j < kMaxStates; ++j) {
       if (j < states) store(t.state[j] + i, s[j]);
     }
@@ -108,24 +140,38 @@ void update(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, const Fl
   if (i == n) return;
   V s[kMaxStates] = {};
   for (int j = 0; j < states; ++j) s[j] = load_partial(t.state[j] + i, n - i);
-  const V p =
-      updated<algorithm>(load_partial(t.p + i, n - i), load_partial(t.g + i, n - i), s, k, f);
-  store_partial(t.p + i, p, n - i);
+  const V p = recovered<T>(load_partial(t.p + i, n - i), s, k);
+  const V next = updated<algorithm>(p, load_partial(t.g + i, n - i), s, k, f);
+  store_partial(t.p + i, next, n - i);
+  if constexpr (kAverage) {
+    const V average = averaged(load_partial(t.average + i, n - i), next, k.average);
+    store_partial(t.average + i, average, n - i);
+  }
   for (int j = 0; j < states; ++j) store_partial(t.state[j] + i, s[j], n - i);
 }
 
+template <Algorithm algorithm, class T, class C>
+void update(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, const Flags& f) {
+  if (t.average != nullptr) return update_tile<algorithm, T, true>(t, n, k, f);
+  update_tile<algorithm, T, false>(t, n, k, f);
+}
+
 template <class C>
-void update_any(Algorithm algorithm, const Tile<C>& t, std::int64_t n, const Coefficients<C>& k,
-                const Flags& f) {
+void update_any(Algorithm algorithm, DType p_dtype, const Tile<C>& t, std::int64_t n,
+                const Coefficients<C>& k, const Flags& f) {
   switch (algorithm) {
     case Algorithm::kSgd:
-      return update<Algorithm::kSgd>(t, n, k, f);
+      return update<Algorithm::kSgd, C>(t, n, k, f);
     case Algorithm::kAdam:
-      return update<Algorithm::kAdam>(t, n, k, f);
+      return update<Algorithm::kAdam, C>(t, n, k, f);
     case Algorithm::kAdagrad:
-      return update<Algorithm::kAdagrad>(t, n, k, f);
+      return update<Algorithm::kAdagrad, C>(t, n, k, f);
     default:
-      return update<Algorithm::kFtrl>(t, n, k, f);
+      if constexpr (sizeof(C) == 4) {
+        if (p_dtype == DType::kFloat16) return update<Algorithm::kFtrl, Half>(t, n, k, f);
+        if (p_dtype == DType::kBFloat16) return update<Algorithm::kFtrl, BFloat16>(t, n, k, f);
+      }
+      return update<Algorithm::kFtrl, C>(t, n, k, f);
   }
 }
 
@@ -171,6 +217,56 @@ void narrow(DType dtype, const C* x, void* out, std::int64_t at, std::int64_t n)
   });
 }
 
+// Where a master does not round to its weight, the weight was changed: it is the master now.
+template <class T>
+void take_typed(float* p, const T* copy, std::int64_t n) {
+  constexpr int kW = kWidth<float>;
+  U32Vector differs{};
+  std::int64_t i = 0;
+  for (; n - i >= kW; i += kW) {
+    differs |= bit_cast<U32Vector>(rounded<T>(load(p + i))) ^ bit_cast<U32Vector>(load(copy + i));
+  }
+  std::uint32_t any = 0;
+  for (int k = 0; k < kW; ++k) any |= differs[k];
+  if (any == 0 && i == n) return;
+  for (i = any == 0 ? i : 0; i < n; ++i) {
+    if (from_compute<T>(p[i]).bits != copy[i].bits) p[i] = to_compute(copy[i]);
+  }
+}
+
+void take_changed(const Item& item, std::int64_t at, std::int64_t n) {
+  float* const p = static_cast<float*>(item.p) + at;
+  if (item.copy_dtype == DType::kFloat16) {
+    take_typed(p, static_cast<const Half*>(item.copy) + at, n);
+  } else {
+    take_typed(p, static_cast<const BFloat16*>(item.copy) + at, n);
+  }
+}
+
+template <class C>
+void average_in(const Item& item, std::int64_t begin, std::int64_t n, double weight) {
+  constexpr int kW = kWidth<C>;
+  const C w = static_cast<C>(weight);
+  C tile[kTile];
+  for (std::int64_t at = begin; at < begin + n; at += kTile) {
+    const std::int64_t count = begin + n - at < kTile ? begin + n - at : kTile;
+    const C* p = static_cast<const C*>(item.p) + at;
+    if (item.p_dtype != Traits<C>::kDType) {
+      widen(item.p_dtype, item.p, at, tile, count);
+      p = tile;
+    }
+    C* const a = static_cast<C*>(item.average) + at;
+    std::int64_t i = 0;
+    for (; count - i >= kW; i += kW) store(a + i, averaged(load(a + i), load(p + i), w));
+    for (; i < count; ++i) a[i] = averaged(a[i], p[i], w);
+  }
+}
+
+void average_any(const Item& item, std::int64_t begin, std::int64_t n, double weight) {
+  if (item.p_dtype == DType::kFloat64) return average_in<double>(item, begin, n, weight);
+  average_in<float>(item, begin, n, weight);
+}
+
 template <class C>
 Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Coefficients<C>& k,
                  std::int64_t begin, std::int64_t n, bool wants_sums) {
@@ -190,8 +286,10 @@ Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Co
     const std::int64_t at = begin + i;
     const std::int64_t count = n - i < step ? n - i : step;
     Tile<C> t{};
+    if (item.copy != nullptr) take_changed(item, at, count);
     t.p = own_p ? static_cast<C*>(item.p) + at : tile_p;
     if (!own_p) widen(item.p_dtype, item.p, at, tile_p, count);
+    if (own_p && item.average != nullptr) t.average = static_cast<C*>(item.average) + at;
     t.g = own_g ? static_cast<const C*>(item.g) + at : tile_g;
     if (!own_g) widen(item.g_dtype, item.g, at, tile_g, count);
     for (int j = 0; j < states; ++j) {
@@ -199,11 +297,15 @@ Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Co
       if (!own_state) widen(item.state_dtype, item.state[j], at, tile_state[j], count);
     }
     if (wants_sums) add_sums(t.p, count, sums);
-    update_any(algorithm, t, count, k, f);
+    update_any(algorithm, item.p_dtype, t, count, k, f);
     if (!own_p) narrow(item.p_dtype, tile_p, item.p, at, count);
     if (item.copy != nullptr) narrow(item.copy_dtype, t.p, item.copy, at, count);
     for (int j = 0; j < states && !own_state; ++j) {
       narrow(item.state_dtype, tile_state[j], item.state[j], at, count);
+    }
+    // p as it was rounded; it is in the first-level cache still.
+    if (!own_p && item.average != nullptr) {
+      average_in<C>(item, at, count, static_cast<double>(k.average));
     }
   }
   return sums;
@@ -262,20 +364,24 @@ Sums rows_any(Algorithm algorithm, const Item& item, const Flags& flags,
   const bool prox = flags.prox != Prox::kNone;
   Flags f = flags;
   f.prox = Prox::kNone;  // the update leaves the proximal step to this function
+  Item plain = item;
+  if (prox) plain.copy = plain.average = nullptr;  // and what is made of its result
   const double sqrt_n = __builtin_sqrt(static_cast<double>(item.row));
   for (std::int64_t at = begin; at < begin + n; at += item.row) {
     Coefficients<double> c = k;
+    if (item.copy != nullptr) take_changed(item, at, item.row);
     if (wants_sums || !prox) {
       const double norm = __builtin_sqrt(shrunk_square(item, at, item.row, 0.0));
       total.groups += sqrt_n * norm;
       if (!prox) c.l2 += group_gradient_factor(k.group, norm);
     }
-    const Sums part = elements_any(algorithm, item, f, c, at, item.row, wants_sums);
+    const Sums part = elements_any(algorithm, plain, f, c, at, item.row, wants_sums);
     total.absolute += part.absolute;
     total.square += part.square;
     if (!prox) continue;
     const double norm = __builtin_sqrt(shrunk_square(item, at, item.row, k.threshold));
     shrink_row(item, at, item.row, k.threshold, group_prox_factor(k.group, norm) * k.factor);
+    if (item.average != nullptr) average_any(item, at, item.row, k.average);
   }
   return total;
 }
@@ -318,6 +424,7 @@ void scale_any(DType dtype, void* x, std::int64_t n, double factor) {
 
 }  // namespace
 
-const CpuKernels kernels = {&elements_any, &rows_any, &norm_any, &scale_any};
+const CpuKernels kernels = {&elements_any, &rows_any,     &norm_any,
+                            &scale_any,    &take_changed, &average_any};
 
 }  // namespace fusereg::optim::FUSEREG_ISA

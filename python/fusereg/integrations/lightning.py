@@ -18,6 +18,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from .. import EarlyStopping
 from ..core import dispatch, distributed
 from ..early_stopping.snapshot import Stateful
+from ..optim.averages import averages_of
 from ..penalty.weight_penalty import add_for
 from ._shared import Monitored, PenaltyArguments, library
 
@@ -157,6 +159,9 @@ class EarlyStoppingCallback(LightningsOwn):
             for parameters that are sharded over processes.
         also: a function of the trainer that returns further objects to keep and restore, by name,
             e.g. ``lambda trainer: {"optimizer": trainer.optimizers[0]}``.
+        averaged: whether to validate, keep and restore the averages of the weights that fusereg's
+            optimizers make with ``ema_decay``, in place of the weights. Checkpoints hold both:
+            weights in the model, averages in the optimizer's state.
         arguments: the other arguments of :class:`fusereg.EarlyStopping`.
 
     Attributes:
@@ -166,6 +171,9 @@ class EarlyStoppingCallback(LightningsOwn):
 
     Raises:
         TypeError, ValueError: as :class:`fusereg.EarlyStopping`, at once.
+        RuntimeError: when the fit begins, with Lightning's ``WeightAveraging``, whose averages it
+            validates but neither keeps nor restores; and with ``averaged`` when no optimizer has
+            averages.
 
     Example:
         >>> stopping = EarlyStoppingCallback("val_loss", patience=5, min_delta=1e-3)
@@ -182,6 +190,7 @@ class EarlyStoppingCallback(LightningsOwn):
         strict: bool = True,
         snapshot_in_checkpoint: bool = True,
         also: Callable[[Any], Mapping[str, Stateful]] | None = None,
+        averaged: bool = False,
         **arguments: Any,
     ) -> None:
         op = "integrations.lightning.EarlyStoppingCallback"
@@ -196,6 +205,8 @@ class EarlyStoppingCallback(LightningsOwn):
         self.stopper: EarlyStopping | None = None
         self._in_checkpoint = snapshot_in_checkpoint
         self._also = also
+        self._averaged = averaged
+        self._shown = ExitStack()
         self._run: tuple[Any, Any] | None = None  # the trainer and model of the stopper
         self._loaded: dict[str, Any] | None = None
         self._fitting = False
@@ -240,6 +251,44 @@ class EarlyStoppingCallback(LightningsOwn):
             if trainer.is_global_zero:
                 _log.info(stopper.explain())
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse averages that this callback could not keep."""
+        super().on_train_start(trainer, pl_module)
+        names = [base.__name__ for c in trainer.callbacks for base in type(c).__mro__]
+        if "WeightAveraging" in names:
+            raise RuntimeError(
+                "fusereg.integrations.lightning.EarlyStoppingCallback: Lightning's WeightAveraging "
+                "shows its averages in validation only, so that others would be kept; use "
+                "averaged=True and an optimizer of fusereg with ema_decay= instead"
+            )
+        if self._averaged and not averages_of(trainer.optimizers):
+            raise RuntimeError(
+                "fusereg.integrations.lightning.EarlyStoppingCallback: averaged=True needs an "
+                "optimizer of fusereg with ema_decay="
+            )
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Show the averages."""
+        super().on_validation_start(trainer, pl_module)
+        self._show(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Check the metric, and show the weights again."""
+        with self._shown:
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Check the metric if it is due here, with the averages shown."""
+        if self._check_on_train_epoch_end:
+            self._show(trainer, pl_module)
+        with self._shown:
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def _show(self, trainer: Any, pl_module: Any) -> None:
+        if self._averaged and self._fitting:
+            for optimizer in averages_of(trainer.optimizers):
+                self._shown.enter_context(optimizer.averaged(pl_module))
+
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Restore the best weights."""
         self._restore()
@@ -249,6 +298,7 @@ class EarlyStoppingCallback(LightningsOwn):
         self._restore()
 
     def _restore(self) -> None:
+        self._shown.close()  # an exception may have come while the averages were shown
         if self._fitting and self._monitored.restores and self.stopper is not None:
             self.stopper.restore()
         self._fitting = False
