@@ -100,10 +100,19 @@ class Reference:
             return
         if not o["prox"]:
             self.p = p
-        elif o["prox"] == "preconditioned" and self.name != "SGD":
-            self.p = soft(p, lr * o["l1"] / metric) / (1 + lr * o["l2"] / metric)
+        elif self.name != "SGD" and (
+            o["prox"] == "preconditioned" or (o["prox"] in (True, "capped") and not o["group"])
+        ):
+            waits = torch.zeros_like(p, dtype=torch.bool)
+            if o["prox"] != "preconditioned":
+                metric = torch.maximum(metric, (o["l1"] + o["l2"] * p.abs()) / 2)
+                memory = 1000 if self.name == "Adagrad" else 1 / (1 - o["betas"][1])
+                squares = s["s"] if self.name == "Adagrad" else s["v"]
+                waits = (squares == 0) & (self.t < memory)
+            shrunk = soft(p, lr * o["l1"] / metric) / (1 + lr * o["l2"] / metric)
+            self.p = torch.where(waits, p, shrunk)
         else:
-            if o["prox"] == "preconditioned" and o["momentum"]:
+            if o["prox"] != "decoupled" and self.name == "SGD" and o["momentum"]:
                 lr = lr * (1 - o["dampening"]) / (1 - o["momentum"])
             v = soft(p, lr * o["l1"])
             if o["group"]:

@@ -152,8 +152,8 @@ def penalized(name: str) -> list[dict[str, Any]]:
         if name == "FTRL":
             found += [] if group else [{**extra, **strengths}]
             continue
-        for prox in (True, False, "decoupled", "preconditioned"):
-            if not (group and prox == "preconditioned" and name != "SGD"):
+        for prox in (True, False, "capped", "decoupled", "preconditioned"):
+            if not (group and prox in ("capped", "preconditioned") and name != "SGD"):
                 found.append({**extra, **strengths, "prox": prox})
     return found
 
@@ -228,7 +228,7 @@ def test_small_steps_reach_master_weights(backend: Backend) -> None:
 def test_zeros_are_positive_and_stay(backend: Backend, group: float) -> None:
     p = (torch.randn(6, 40, device=backend.device) * 1e-3).requires_grad_()
     optimizer = optim.AdamW([p], lr=0.1, l1=0.5, group=group)
-    p.grad = torch.zeros_like(p)
+    p.grad = torch.full_like(p, 1e-9)  # one of 0 would be no evidence yet
     optimizer.step()
     assert as_bits(p) == [0] * (4 * p.numel())
 

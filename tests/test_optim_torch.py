@@ -185,7 +185,7 @@ def test_a_group_may_join_later_and_parameters_may_be_exchanged() -> None:
     optimizer = make("AdamW", [a])
     give_grads([a])
     optimizer.step()
-    optimizer.add_param_group({"params": [b], "l1": 1e3})
+    optimizer.add_param_group({"params": [b], "l1": 1e3, "prox": "decoupled"})
     give_grads([a, b])
     optimizer.step()
     assert bool((b == 0).all())
@@ -365,8 +365,10 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
     ("AdamW", {"l2": float("nan")}, "l2 must be finite"),
     ("AdamW", {"l1": "1"}, "l1 must be a number or a tensor, got str"),
     ("SGD", {"l1": torch.ones(2)}, "l1 must be one number, got a tensor of 2"),
-    ("SGD", {"prox": "sometimes"}, "prox must be True, False, 'decoupled' or 'preconditioned'"),
+    ("SGD", {"prox": "sometimes"}, "prox must be True, False, 'capped', 'decoupled' or 'pre"),
     ("Adam", {"group": 0.1, "prox": "preconditioned"}, "group cannot go with"),
+    ("Adagrad", {"group": 0.1, "prox": "capped"}, "group cannot go with prox='capped'"),
+    ("SGD", {"momentum": 1.0, "l1": 0.1}, "prox=True needs momentum < 1, got 1.0"),
     ("Adam", {"lr": -0.1}, "fusereg.optim.Adam: lr must be not negative, got -0.1"),
     ("Adam", {"betas": (0.9, 1.0)}, r"betas\[1\] must be in \[0, 1.0\), got 1.0"),
     ("Adagrad", {"lr_decay": -1.0}, "lr_decay must be not negative"),

@@ -99,7 +99,7 @@ struct HyperTuple {
     if (!PyTuple_Check(tuple.ptr()) || py::len(tuple) != kSize)
       throw py::type_error(where(op, "hypers") + " must hold tuples of 15");
     values = py::reinterpret_borrow<py::tuple>(tuple);
-    flags.prox = choice<Prox>(values[8].cast<int>(), 3, op, "prox");
+    flags.prox = choice<Prox>(values[8].cast<int>(), 4, op, "prox");
     flags.maximize = values[9].cast<bool>();
     flags.amsgrad = values[10].cast<bool>();
     flags.nesterov = values[11].cast<bool>();

@@ -66,7 +66,7 @@ FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const Hype
       k.second = fresh ? 1.0 : 1.0 - h.second;
       k.rate = lr;
       // A gradient that stays moves p by this much more, so its counterpart in the penalty must.
-      if (f.momentum && f.prox == Prox::kPreconditioned) lr *= (1.0 - h.second) / (1.0 - h.first);
+      if (f.momentum && f.prox >= Prox::kPreconditioned) lr *= (1.0 - h.second) / (1.0 - h.first);
       break;
     case Algorithm::kAdam:
       k.first = 1.0 - h.first;
@@ -100,6 +100,13 @@ FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const Hype
     k.threshold = lr * l1;
     k.shrink = lr * h.l2;
     k.factor = 1.0 / (1.0 + k.shrink);
+    if (f.prox == Prox::kCapped) {
+      // The steps that the metric remembers: before them a missing gradient proves nothing.
+      const double memory = algorithm == Algorithm::kAdam ? 1.0 - h.second : 1e-3;
+      k.floor_l1 = 0.5 * l1;
+      k.floor_l2 = 0.5 * h.l2;
+      k.spared = step * memory < 1.0 ? 0.0 : -1.0;
+    }
     k.group = lr * group;
   }
   return k;

@@ -27,6 +27,11 @@
 //     kPreconditioned    p_i = soft(p_i, lr * l1 / D_i) / (1 + lr * l2 / D_i): the proximal step in
 //                        the metric of the update (no group term: it has no closed form there);
 //                        SGD: as kDecoupled with lr * (1 - dampening) / (1 - momentum) for lr
+//     kCapped            the same with D'_i = max(D_i, (l1 + l2 * |p_i|) / 2) for D_i, so that
+//                        without l2 no weight moves by more than 2 * lr; and p_i as it is while
+//                        its sum of squared gradients is 0 and t < 1 / (1 - beta2) (Adagrad:
+//                        t < 1000). A stationary point has |gradient| = l1 + l2 * |p| <= D, so the
+//                        fixed points are those of kPreconditioned. SGD: as kPreconditioned
 //
 // with soft(p, t) = sign(p) * max(|p| - t, 0); zeros come out as +0.0. lr in the proximal step of
 // Adagrad is lr_t. Sources: kDecoupled follows Loshchilov and Hutter's decoupled decay (2019),
@@ -59,7 +64,7 @@ class LaunchTables;
 namespace fusereg::optim {
 
 enum class Algorithm : std::uint8_t { kSgd, kAdam, kAdagrad, kFtrl };
-enum class Prox : std::uint8_t { kNone, kDecoupled, kPreconditioned };
+enum class Prox : std::uint8_t { kNone, kDecoupled, kPreconditioned, kCapped };
 
 inline constexpr int kMaxStates = 3;
 
@@ -192,6 +197,9 @@ struct Coefficients {
   C threshold = 0;  // proximal step: lr * l1; FTRL: l1
   C shrink = 0;     // proximal step: lr * l2; FTRL: l2
   C factor = 1;     // 1 / (1 + shrink)
+  C floor_l1 = 0;   // kCapped: the least metric is floor_l1 + floor_l2 * |p| ...
+  C floor_l2 = 0;
+  C spared = -1;  // ... and weights whose sum of squared gradients is at most this stay
   C group = 0;      // lr * group in the proximal step, group in the gradient; times sqrt(n)
   C largest_zero = 0;
 };

@@ -21,7 +21,8 @@ FUSEREG_INLINE Coefficients<C> in_type(const Coefficients<double>& k) {
           static_cast<C>(k.decay),  static_cast<C>(k.rate),      static_cast<C>(k.first),
           static_cast<C>(k.second), static_cast<C>(k.third),     static_cast<C>(k.root),
           static_cast<C>(k.eps),    static_cast<C>(k.threshold), static_cast<C>(k.shrink),
-          static_cast<C>(k.factor), static_cast<C>(k.group),     static_cast<C>(k.largest_zero)};
+          static_cast<C>(k.factor), static_cast<C>(k.floor_l1),  static_cast<C>(k.floor_l2),
+          static_cast<C>(k.spared), static_cast<C>(k.group),     static_cast<C>(k.largest_zero)};
 }
 
 // How many states an algorithm keeps for each parameter.
@@ -56,6 +57,7 @@ FUSEREG_INLINE V updated(V p, V g, V (&s)[kMaxStates], const Coefficients<C>& k,
     return signed_or_zero(abs(s[0]) <= zero + k.threshold ? zero : magnitude, -s[0], largest_zero);
   } else {
     V denominator = zero + C(1);
+    V squares = zero;
     if constexpr (algorithm == Algorithm::kSgd) {
       if (f.momentum) {
         s[0] = s[0] * k.first + g * k.second;
@@ -67,10 +69,12 @@ FUSEREG_INLINE V updated(V p, V g, V (&s)[kMaxStates], const Coefficients<C>& k,
       s[1] = s[1] * k.second + g * g * k.third;
       V u = s[1];
       if (f.amsgrad) u = s[2] = greater(s[1], s[2]);
+      squares = u;
       denominator = square_root(u) * k.root + k.eps;
       p = p * k.decay - s[0] * k.rate / denominator;
     } else {
       s[0] += g * g;
+      squares = s[0];
       denominator = square_root(s[0]) + k.eps;
       p -= g * k.rate / denominator;
     }
@@ -78,9 +82,14 @@ FUSEREG_INLINE V updated(V p, V g, V (&s)[kMaxStates], const Coefficients<C>& k,
     if (algorithm == Algorithm::kSgd || f.prox == Prox::kDecoupled) {
       return signed_or_zero((abs(p) - k.threshold) * k.factor, p, largest_zero);
     }
+    if (f.prox == Prox::kCapped) {
+      denominator = greater(denominator, abs(p) * k.floor_l2 + k.floor_l1);
+    }
     const V inverse = C(1) / denominator;
-    return signed_or_zero((abs(p) - inverse * k.threshold) / (inverse * k.shrink + C(1)), p,
-                          largest_zero);
+    V magnitude = abs(p) - inverse * k.threshold;
+    if (k.shrink != C(0)) magnitude = magnitude / (inverse * k.shrink + C(1));
+    const V shrunk = signed_or_zero(magnitude, p, largest_zero);
+    return squares <= zero + k.spared ? p : shrunk;
   }
 }
 

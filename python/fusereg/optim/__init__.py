@@ -13,6 +13,8 @@ from .adam import Adam, AdamW
 from .clip import clip_grad_norm_, get_total_norm
 from .ftrl import FTRL
 from .groups import param_groups_weight_decay
+from .planner import load_planner
+from .schedule import StrengthScheduler
 from .sgd import SGD
 
 __all__ = [
@@ -21,7 +23,9 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "StrengthScheduler",
     "clip_grad_norm_",
     "get_total_norm",
+    "load_planner",
     "param_groups_weight_decay",
 ]

@@ -21,15 +21,17 @@ from . import op as _op
 from .kernels import Call, Hyper, State, given
 from .norms import norm_of_grads
 from .op import LOW_PRECISION, Lists
-from .options import DEFAULTS, NOTES, PENALTY, CommonOptions, Options, ParamsT
+from .options import DEFAULTS, NOTES, OWN, PENALTY, CommonOptions, Options, ParamsT, meant
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["RegularizedOptimizer"]
 
-_PROX = {False: 0, True: 1, "decoupled": 1, "preconditioned": 2}
+_PROX = {False: 0, True: 3, "decoupled": 1, "preconditioned": 2, "capped": 3}
 _NO_STATE: State = {}
+#: Keys of param groups that optimizers without a proximal step take no notice of.
+_NOT_GIVEN = ("group", "prox")
 #: What :meth:`RegularizedOptimizer._check_group` looks at, strengths first.
 _CHECKED = ("l1", "l2", "group", "prox", "momentum")
 #: Arguments that must not be negative, and what they must be below.
@@ -120,6 +122,8 @@ class RegularizedOptimizer(torch.optim.Optimizer):
     _norm: Tensor | None = None
     _norm_scale: Tensor | None = None
     _plan: _Plan | None = None
+    _penalized = False
+    _has_own = False
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]
@@ -138,7 +142,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             elif name in defaults:
                 self._check_number(name, defaults[name], limit)
         self.max_grad_norm = _check_max_norm(shared.pop("max_grad_norm"), self._name)
-        self.penalty_value: Tensor = torch.zeros(())
+        self.penalty_value: Tensor = torch.zeros((), dtype=torch.float32)
         self._new_tables()
         if shared["differentiable"]:
             raise ValueError(
@@ -152,16 +156,33 @@ class RegularizedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, which may have its own ``l1``, ``l2``, ``group`` and ``prox``."""
-        self._check_group({**self.defaults, **param_group})
+        if isinstance(param_group, dict):  # else torch says so
+            self._check_keys(param_group)
+            self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._has_own = self._has_own or _has_own(self.param_groups[-1])
+
+    def _check_keys(self, param_group: dict[str, Any]) -> None:
+        """Raise if a key seems to be a misspelled argument: its strength would be lost."""
+        known = [key for key in self.defaults if self._supports_group or key not in _NOT_GIVEN]
+        for key in param_group:
+            if key in self.defaults or key in ("params", "param_names") or not isinstance(key, str):
+                continue
+            wanted = meant(key, known)
+            if wanted is not None:
+                raise ValueError(
+                    f"fusereg.optim.{self._name}: a param group has the unknown key {key!r}; "
+                    f"did you mean {wanted}?"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+        own = {"max_grad_norm": self.max_grad_norm, "_has_own": self._has_own}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups")
         super().__setstate__(state)
-        self.__dict__.setdefault("penalty_value", torch.zeros(()))
+        self.__dict__.setdefault("penalty_value", torch.zeros((), dtype=torch.float32))
         self._plan = None
         self._new_tables()
         for i, group in enumerate(self.param_groups):
@@ -171,13 +192,37 @@ class RegularizedOptimizer(torch.optim.Optimizer):
                 group.setdefault(key, source.get(key, default))
         self.state = _WatchedStates(dict, self.state)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; an optimizer that never had an argument of fusereg's has torch's keys."""
+        self._has_own = self._has_own or any(map(_has_own, self.param_groups))
+        found = super().state_dict()
+        if not self._has_own:
+            for group in found.get("param_groups", ()):
+                for key in OWN:
+                    group.pop(key, None)
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer or of torch's of the same name.
 
         torch would round the float32 states of 16-bit parameters to the parameters' dtype; here
-        they keep their bits.
+        they keep their bits. Hooks see and may change what torch shows them: the state dict before,
+        the optimizer's states after.
         """
-        super().load_state_dict(state_dict)
+        # The last hook before and the first one after.
+        loaded: list[dict[str, Any]] = []
+        before = self.register_load_state_dict_pre_hook(lambda _, state: loaded.append(state))
+        after = self.register_load_state_dict_post_hook(
+            lambda _: self._keep_bits(loaded[-1]), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _keep_bits(self, state_dict: dict[str, Any]) -> None:
+        """Take the states of 16-bit parameters from a state dict as they are."""
         saved = state_dict["state"]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -240,16 +285,17 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         prox = group["prox"]
         if not isinstance(prox, (bool, str)) or prox not in _PROX:
             raise ValueError(
-                f"{where}prox must be True, False, 'decoupled' or 'preconditioned', got {prox!r}"
+                f"{where}prox must be True, False, 'capped', 'decoupled' or 'preconditioned', "
+                f"got {prox!r}"
             )
         if not given(group["group"]):
             return
         no_step = "with a metric of its own for each coordinate the group's step has no closed form"
         if not self._supports_group:
             raise ValueError(f"{where}group is not supported: {no_step}")
-        if prox == "preconditioned" and self._algorithm != 0:
+        if prox in ("preconditioned", "capped") and self._algorithm != 0:
             raise ValueError(
-                f"{where}group cannot go with prox='preconditioned': {no_step}; "
+                f"{where}group cannot go with prox={prox!r}: {no_step}; "
                 "use prox='decoupled'"
             )
 
@@ -259,18 +305,23 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             own: list[Any] = [group.get(key) for key in _CHECKED]
             if not all(map(operator.is_, own, plan.checked[i])):
                 if any(map(given, own[:3])):
+                    self._has_own = True
                     self._check_group(group)
                 plan.checked[i] = own
 
     def _hyper(self, group: dict[str, Any]) -> Hyper:
-        penalized = given(group["l1"]) or given(group["l2"]) or given(group["group"])
+        by_groups = given(group["group"])
+        penalized = by_groups or given(group["l1"]) or given(group["l2"])
+        prox = _PROX[group["prox"]] if penalized else 0
+        if by_groups and group["prox"] is True and self._algorithm != 0:
+            prox = _PROX["decoupled"]
         return Hyper(
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             l1=group["l1"],
             l2=group["l2"],
             group=group["group"],
-            prox=_PROX[group["prox"]] if penalized else 0,
+            prox=prox,
             maximize=bool(group["maximize"]),
             master_weights=bool(group["master_weights"]),
             **self._specific(group),
@@ -351,8 +402,10 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             if status != DONE:
                 call = self._with_states(call)
                 _kernels.run_prepared(call, self._keys)
-        if value is not None:
-            self.penalty_value = value
+        if value is not None or self._penalized:
+            # When the strengths have become zero, so does the value.
+            self.penalty_value = torch.zeros_like(self.penalty_value) if value is None else value
+            self._penalized = value is not None
         if call.fresh and self._forgets(call):
             for i in call.fresh:
                 for key in self._keys:
@@ -506,6 +559,16 @@ def documented(optimizer: _Optimizer) -> _Optimizer:
     ]
     function.__signature__ = signature.replace(parameters=[*own.values(), *shared])
     return optimizer
+
+
+def _has_own(group: dict[str, Any]) -> bool:
+    """Return whether a group has an argument that torch's optimizers do not have."""
+    defaults: dict[str, Any] = {**DEFAULTS}
+    for key in OWN:
+        value = group.get(key, defaults[key])
+        if isinstance(value, Tensor) or value != defaults[key]:
+            return True
+    return False
 
 
 def _wants_master(p: Tensor, group: dict[str, Any]) -> bool:
