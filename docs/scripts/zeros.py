@@ -176,12 +176,6 @@ def resnet18(prox: bool | str, steps: int = 60) -> Net:
     torch.manual_seed(0)
     model = make(num_classes=10)
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    # The last filters of a block begin in a layer whose output a ReLU may switch off.
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.bias.fill_(-1.0)
-
     def dead() -> Tensor:
         return torch.cat([(w.detach().flatten(1) == 0).all(dim=1) for w in weights])
 

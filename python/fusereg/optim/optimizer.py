@@ -21,7 +21,7 @@ from . import op as _op
 from .kernels import Call, Hyper, State, given
 from .norms import norm_of_grads
 from .op import LOW_PRECISION, Lists
-from .options import DEFAULTS, NOTES, OWN, PENALTY, CommonOptions, Options, ParamsT, meant
+from .options import DEFAULTS, NOTES, PENALTY, CommonOptions, Options, ParamsT, meant
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -123,7 +123,6 @@ class RegularizedOptimizer(torch.optim.Optimizer):
     _norm_scale: Tensor | None = None
     _plan: _Plan | None = None
     _penalized = False
-    _has_own = False
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]
@@ -160,7 +159,6 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             self._check_keys(param_group)
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._has_own = self._has_own or _has_own(self.param_groups[-1])
 
     def _check_keys(self, param_group: dict[str, Any]) -> None:
         """Raise if a key seems to be a misspelled argument: its strength would be lost."""
@@ -176,8 +174,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"max_grad_norm": self.max_grad_norm, "_has_own": self._has_own}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups")
@@ -191,16 +188,6 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             for key, default in self.defaults.items():
                 group.setdefault(key, source.get(key, default))
         self.state = _WatchedStates(dict, self.state)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state; an optimizer that never had an argument of fusereg's has torch's keys."""
-        self._has_own = self._has_own or any(map(_has_own, self.param_groups))
-        found = super().state_dict()
-        if not self._has_own:
-            for group in found.get("param_groups", ()):
-                for key in OWN:
-                    group.pop(key, None)
-        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer or of torch's of the same name.
@@ -305,7 +292,6 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             own: list[Any] = [group.get(key) for key in _CHECKED]
             if not all(map(operator.is_, own, plan.checked[i])):
                 if any(map(given, own[:3])):
-                    self._has_own = True
                     self._check_group(group)
                 plan.checked[i] = own
 
@@ -559,16 +545,6 @@ def documented(optimizer: _Optimizer) -> _Optimizer:
     ]
     function.__signature__ = signature.replace(parameters=[*own.values(), *shared])
     return optimizer
-
-
-def _has_own(group: dict[str, Any]) -> bool:
-    """Return whether a group has an argument that torch's optimizers do not have."""
-    defaults: dict[str, Any] = {**DEFAULTS}
-    for key in OWN:
-        value = group.get(key, defaults[key])
-        if isinstance(value, Tensor) or value != defaults[key]:
-            return True
-    return False
 
 
 def _wants_master(p: Tensor, group: dict[str, Any]) -> bool:

@@ -125,10 +125,9 @@ NOTES = r"""
     reads them there, so that a captured CUDA graph follows their changes. A ``GradScaler``'s scale
     and overflow flag are also read on the device; gradients are not unscaled in memory.
 
-    ``state_dict()`` has torch's keys, and those of fusereg's arguments once one of them has been
-    given; this optimizer and ``torch.optim``'s of the same name load each other's. Through
-    ``torch.distributed.checkpoint`` too: where arguments of fusereg's are given, a checkpoint of
-    torch's is loaded with ``planner=fusereg.optim.load_planner()``.
+    ``state_dict()`` has torch's keys; this optimizer and ``torch.optim``'s of the same name load
+    each other's. So they do through ``torch.distributed.checkpoint``, which needs
+    ``planner=fusereg.optim.load_planner()`` to load a checkpoint of torch's here.
 
     ``torch.compile`` breaks the graph at the step, which then runs as it does without a compiler:
     there is nothing to fuse. With ``fullgraph=True`` the step is one operator in the graph, as
