@@ -1,4 +1,4 @@
-"""Optimizer steps in float64, written from the formulas of csrc/optimizer/optimizer.h."""
+"""Optimizer steps in float64, written from the formulas of csrc/optim/optim.h."""
 
 from __future__ import annotations
 
@@ -124,8 +124,11 @@ class Reference:
 
     def _ftrl(self, g: Tensor, lr: float) -> Tensor:
         o, s = self.o, self.s
+        if lr == 0.0:
+            return self.p
         n = s.get("n", torch.full_like(g, o["initial_accumulator_value"]))
-        z = s.get("z", -self.p * (o["beta"] + n.sqrt()) / lr)
+        before = s.get("q", (o["beta"] + n.sqrt()) / lr)
         s["n"] = n + g * g
-        s["z"] = z = z + g - (s["n"].sqrt() - n.sqrt()) / lr * self.p
-        return -soft(z, o["l1"]) / ((o["beta"] + s["n"].sqrt()) / lr + o["l2"])
+        s["q"] = (o["beta"] + s["n"].sqrt()) / lr  # of each step's own rate
+        s["z"] = z = s.get("z", -self.p * before) + g - (s["q"] - before) * self.p
+        return -soft(z, o["l1"]) / (s["q"] + o["l2"])

@@ -54,7 +54,9 @@ def test_a_distributed_checkpoint_of_torchs_optimizer_goes_on_here(
     theirs = getattr(torch.optim, name)(model.parameters(), **options_of(name))
     trained(model, theirs)
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    dcp.save({"o": get_optimizer_state_dict(model, theirs, options=options)}, checkpoint_id=tmp_path)
+    dcp.save(
+        {"o": get_optimizer_state_dict(model, theirs, options=options)}, checkpoint_id=tmp_path
+    )
 
     model.zero_grad()
     ours = getattr(optim, name)(model.parameters(), **{**options_of(name), "lr": 0.5}, **own)
@@ -75,7 +77,9 @@ def test_the_planner_lets_nothing_else_be_missing(tmp_path: Path) -> None:
     dcp.load(wanted, checkpoint_id=tmp_path, planner=optim.load_planner())
     assert wanted["o"]["param_groups"]["0"] == {"lr": 1.0, "l1": 2.0}
     for missing in ({"o": {"param_groups": {"0": {"eps": 0.0}}}}, {"o": {"l1": 0.0}}):
-        with pytest.raises(dcp.api.CheckpointException, match="Missing key in checkpoint state_dict"):
+        with pytest.raises(
+            dcp.api.CheckpointException, match="Missing key in checkpoint state_dict"
+        ):
             dcp.load(missing, checkpoint_id=tmp_path, planner=optim.load_planner())
 
 

@@ -118,6 +118,25 @@ def test_groups_dtypes_and_master_weights() -> None:
     assert set(ours.state[params_of(ours)[1]]) == {"step", "exp_avg", "exp_avg_sq", "master_param"}
 
 
+def test_averages_are_compiled_from_the_second_step_on() -> None:
+    """While each parameter has a gradient: the others are averaged outside of the graph."""
+    ours, theirs = pair(lambda p: optim.AdamW(p, l1=0.1, ema_decay=torch.tensor(0.5)))
+    step = compiled(ours.step)
+    for turn in range(4):
+        give_grads(ours, theirs)
+        if turn == 3:
+            for optimizer in (ours, theirs):
+                params_of(optimizer)[1].grad = None
+        if turn in (0, 3):
+            with pytest.raises(torch._dynamo.exc.Unsupported):
+                step()
+            ours.step()
+        else:
+            step()
+        theirs.step()
+        assert_same(ours, theirs)
+
+
 def step_scaled(optimizer: RegularizedOptimizer) -> None:
     optimizer.grad_scale = torch.tensor(2.0)  # type: ignore[attr-defined]
     optimizer.step()
@@ -248,14 +267,15 @@ def test_opcheck_of_the_step() -> None:
         [wide[0].clone(), wide[0].clone(), wide[1].clone(), wide[1].clone()],
         [torch.zeros(()), torch.zeros(())],
         [params[1].float()],
+        [torch.zeros(4)],
         [1, 1],
         [
-            *(0.1, 0.9, 0.999, 1e-8, 0.01, 0.1, 0.2, 0.0),
-            *(0.0, 0.9, 0.999, 1e-8, 0.0, 0.1, 0.0, 0.3),
+            *(0.1, 0.9, 0.999, 1e-8, 0.01, 0.1, 0.2, 0.0, 0.5),
+            *(0.0, 0.9, 0.999, 1e-8, 0.0, 0.1, 0.0, 0.3, 0.0),
         ],
         [torch.tensor(0.2)],
-        [8],
-        [*(1, 0, 0, 0, 1, 0, 0), *(1, 0, 0, 0, 1, 0, 1)],
+        [9],
+        [*(1, 0, 0, 0, 1, 0, 0, 1), *(1, 0, 0, 0, 1, 0, 1, 0)],
         torch.zeros(()),
         torch.zeros(()),
         1.0,

@@ -18,11 +18,11 @@ from ranks import Ranks, collect, fully_shard, on
 from sharded import assert_same, assert_value, make_cases, shard, whole
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    ("SGD", {"lr": 0.1, "momentum": 0.9, "l1": 0.1}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "l1": 0.1, "ema_decay": 0.7}),
     ("AdamW", {"lr": 0.1, "l1": 0.1, "l2": 0.2, "prox": "preconditioned"}),
     ("AdamW", {"lr": 0.1, "l1": 0.1, "group": 0.1}),
     ("Adagrad", {"lr": 0.1, "group": 0.1, "prox": False}),
-    ("FTRL", {"lr": 0.1, "l1": 0.1}),
+    ("FTRL", {"lr": 0.1, "l1": 0.1, "ema_decay": 0.7}),
 ]
 
 
@@ -51,9 +51,11 @@ def steps_are_those_of_the_whole(ranks: Ranks) -> None:
             assert_value(ours.penalty_value, theirs.penalty_value, 1e-12)
         for p, q in zip(held, plain, strict=True):
             assert_same(whole(p), q, 1e-12)
-            for key in ours._keys:
+            for key in (*ours._keys, "ema_param"):
                 if key in ours.state[p]:
                     assert isinstance(ours.state[p][key], DTensor) == isinstance(p, DTensor)
+            if "ema_decay" in options:
+                assert_same(whole(ours.state[p]["ema_param"]), theirs.state[q]["ema_param"], 1e-6)
 
 
 @on(2, 3)
@@ -101,7 +103,7 @@ def fsdp_models_train_as_one_process_does(ranks: Ranks) -> None:
     model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
     same = copy.deepcopy(model)
     fully_shard(model, mesh=ranks.mesh)
-    options: dict[str, Any] = {"lr": 0.05, "l1": 0.01, "group": 0.01}
+    options: dict[str, Any] = {"lr": 0.05, "l1": 0.01, "group": 0.01, "ema_decay": 0.5}
     ours = optim.AdamW(model.parameters(), **options)
     theirs = optim.AdamW(same.parameters(), **options)
     for _ in range(3):
@@ -114,6 +116,15 @@ def fsdp_models_train_as_one_process_does(ranks: Ranks) -> None:
     for p, q in zip(model.parameters(), same.parameters(), strict=True):
         assert_same(whole(p), q, 1e-5)
     saved = ours.state_dict()
+    trained = [whole(p).clone() for p in model.parameters()]
+    with ours.averaged(model), theirs.averaged():
+        assert_value(model(x).square().mean(), same(x).square().mean(), 1e-5)
+        for p, q in zip(model.parameters(), same.parameters(), strict=True):
+            assert_same(whole(p), q, 1e-5)
+    for p, q in zip(model.parameters(), trained, strict=True):
+        assert torch.equal(whole(p), q)
+    with pytest.raises(ValueError, match=r"averaged: model must be given with DTensors"):
+        ours.averaged().__enter__()
     assert isinstance(saved["state"][0]["exp_avg"], DTensor)
     ours.load_state_dict(saved)
     ours.step()

@@ -70,7 +70,9 @@ def test_names_are_those_inside_wrappers(process_group: None, wrapper: str) -> N
     model = WRAPPERS[wrapper](plain)
     rules: dict[Any, Any] = {"head.*": {"l1": 2.0}, nn.LayerNorm: None}
     wanted = WeightPenalty(copy.deepcopy(plain), l1=1.0, rules={"head.*": {"l1": 2.0}})
-    found = WeightPenalty(model, l1=1.0, exclude=("bias", "norm"), rules={"head.*": rules["head.*"]})
+    found = WeightPenalty(
+        model, l1=1.0, exclude=("bias", "norm"), rules={"head.*": rules["head.*"]}
+    )
     assert strengths(found) == strengths(wanted)
     assert found.excluded == wanted.excluded
     found.load_state_dict(wanted.state_dict())
@@ -80,7 +82,10 @@ def test_names_are_those_inside_wrappers(process_group: None, wrapper: str) -> N
     optim.param_groups_weight_decay(model, 0.1, exclude="head.weight")
     # The names that torch gives go on working, in patterns and in states.
     by_torch = next(n for n, _ in model.named_parameters() if n.endswith("head.weight"))
-    assert strengths(WeightPenalty(model, l1=1.0, rules={by_torch: {"l1": 3.0}}))["head.weight"][0] == 3
+    assert (
+        strengths(WeightPenalty(model, l1=1.0, rules={by_torch: {"l1": 3.0}}))["head.weight"][0]
+        == 3
+    )
     state = found.state_dict()
     for group in state["groups"].values():
         group["names"] = [by_torch.replace("head.weight", name) for name in group["names"]]

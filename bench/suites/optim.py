@@ -159,7 +159,7 @@ def _step_providers(new: Callable[[], Parameters]) -> list[Provider]:
             note=f"{adamw}(fused=True), the same prox",
         ),
         Provider(FUSED_ALONE, torchs(None, fused=True), note=f"{adamw}(fused=True), no penalty"),
-        Provider("fusereg", own, note="fusereg.optim.AdamW(l1=, l2=, prox=\"decoupled\")"),
+        Provider("fusereg", own, note='fusereg.optim.AdamW(l1=, l2=, prox="decoupled")'),
     ]
 
 

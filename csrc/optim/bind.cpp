@@ -48,6 +48,7 @@ struct Keys {
   py::object state[kMaxStates];
   py::object step;
   py::object master;
+  py::object average;
 };
 
 Keys keys_of(Algorithm algorithm) {
@@ -62,14 +63,13 @@ Keys keys_of(Algorithm algorithm) {
   for (int i = 0; i < kMaxStates; ++i) {
     keys.state[i] = intern(kNames[static_cast<int>(algorithm)][i]);
   }
-  keys.step = intern("step");
+  keys.step = intern(algorithm == Algorithm::kFtrl ? "last" : "step");
   keys.master = intern("master_param");
+  keys.average = intern("ema_param");
   return keys;
 }
 
-bool has_step(Algorithm algorithm) {
-  return algorithm == Algorithm::kAdam || algorithm == Algorithm::kAdagrad;
-}
+bool has_step(Algorithm algorithm) { return algorithm != Algorithm::kSgd; }
 
 // A Python number, or a tensor of one element: the CPU's is read now, the device's by the kernel.
 Scalar read_number(py::handle value, const Device& device, const char* op, const char* name) {
@@ -87,34 +87,36 @@ Scalar read_number(py::handle value, const Device& device, const char* op, const
   })};
 }
 
-// A tuple of (lr, first, second, eps, weight_decay, l1, l2, group, prox, maximize, amsgrad,
-// nesterov, decoupled_decay, momentum, master_weights).
+// A tuple of (lr, first, second, eps, weight_decay, l1, l2, group, ema_decay, prox, maximize,
+// amsgrad, nesterov, decoupled_decay, momentum, master_weights, average).
 struct HyperTuple {
   py::tuple values;
   Flags flags;
   bool master = false;
+  bool average = false;
 
   HyperTuple(py::handle tuple, const char* op) {
-    constexpr std::size_t kSize = 15;
+    constexpr std::size_t kSize = 17;
     if (!PyTuple_Check(tuple.ptr()) || py::len(tuple) != kSize)
-      throw py::type_error(where(op, "hypers") + " must hold tuples of 15");
+      throw py::type_error(where(op, "hypers") + " must hold tuples of 17");
     values = py::reinterpret_borrow<py::tuple>(tuple);
-    flags.prox = choice<Prox>(values[8].cast<int>(), 4, op, "prox");
-    flags.maximize = values[9].cast<bool>();
-    flags.amsgrad = values[10].cast<bool>();
-    flags.nesterov = values[11].cast<bool>();
-    flags.decoupled_decay = values[12].cast<bool>();
-    flags.momentum = values[13].cast<bool>();
-    master = values[14].cast<bool>();
+    flags.prox = choice<Prox>(values[9].cast<int>(), 4, op, "prox");
+    flags.maximize = values[10].cast<bool>();
+    flags.amsgrad = values[11].cast<bool>();
+    flags.nesterov = values[12].cast<bool>();
+    flags.decoupled_decay = values[13].cast<bool>();
+    flags.momentum = values[14].cast<bool>();
+    master = values[15].cast<bool>();
+    average = values[16].cast<bool>();
   }
 
   Hyper read(const Device& device, const char* op) const {
-    const char* const names[8] = {"lr",           "first", "second", "eps",
-                                  "weight_decay", "l1",    "l2",     "group"};
+    const char* const names[9] = {"lr", "first", "second", "eps",      "weight_decay",
+                                  "l1", "l2",    "group",  "ema_decay"};
     Hyper h;
-    Scalar* const scalars[8] = {&h.lr,           &h.first, &h.second, &h.eps,
-                                &h.weight_decay, &h.l1,    &h.l2,     &h.group};
-    for (std::size_t i = 0; i < 8; ++i) *scalars[i] = read_number(values[i], device, op, names[i]);
+    Scalar* const scalars[9] = {&h.lr, &h.first, &h.second, &h.eps,      &h.weight_decay,
+                                &h.l1, &h.l2,    &h.group,  &h.ema_decay};
+    for (std::size_t i = 0; i < 9; ++i) *scalars[i] = read_number(values[i], device, op, names[i]);
     h.flags = flags;
     return h;
   }
@@ -127,6 +129,7 @@ struct Objects {
   py::object state[kMaxStates];
   py::object step;
   py::object master;
+  py::object average;
 };
 
 // Thousands of small tensors lie all over memory, and what a step of theirs takes is the waiting
@@ -155,6 +158,7 @@ void prefetch_objects(const Objects& o, bool tensors) {
   for (const py::object& s : o.state) f(s.ptr());
   f(o.step.ptr());
   f(o.master.ptr());
+  f(o.average.ptr());
 }
 
 bool is_zero(const Scalar& s) { return s.device == nullptr && s.host == 0.0; }
@@ -261,6 +265,11 @@ class JobBuilder {
   }
 
  private:
+  // The dtype in which p is updated.
+  static DType widest(const TensorView& p) {
+    return p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  }
+
   static int refused() { return static_cast<int>(ListStatus::kNeedsPreparation); }
 
   void check_counts(std::size_t count, const std::optional<ObjectList>& grads,
@@ -294,6 +303,7 @@ class JobBuilder {
         for (int k = 0; k < wanted; ++k) o.state[k] = lookup(states[i], keys_.state[k]);
         if (has_step(job_.algorithm)) o.step = lookup(states[i], keys_.step);
         o.master = lookup(states[i], keys_.master);
+        if (tuples_[group].average) o.average = lookup(states[i], keys_.average);
       }
     }
     return found;
@@ -316,10 +326,20 @@ class JobBuilder {
       const py::object& tensor = objects.step;
       if (!tensor) return kNeedsState;
       TensorView s;
-      if (read_tensor(tensor, s) != Kind::kPlain || s.device != device_ || s.numel != 1 ||
-          s.dtype != DType::kFloat32)
+      const bool numbers = job_.algorithm == Algorithm::kFtrl;  // a LastStep
+      if (read_tensor(tensor, s) != Kind::kPlain || s.device != device_ ||
+          s.numel != (numbers ? 4 : 1) || !s.dense() ||
+          s.dtype != (numbers ? widest(p) : DType::kFloat32))
         return refused();
-      item.step = static_cast<float*>(s.data);
+      item.step = s.data;
+    }
+    if (tuples_[static_cast<std::size_t>(item.hyper)].average) {
+      if (!objects.average) return kNeedsState;
+      TensorView a;
+      if (read_gradient(objects.average, a) != Kind::kPlain || a.device != device_ ||
+          !p.same_layout(a) || a.dtype != widest(p))
+        return refused();
+      item.average = a.data;
     }
     if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return 0;
     const py::object& master = objects.master;

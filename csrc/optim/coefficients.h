@@ -33,13 +33,38 @@ FUSEREG_INLINE double gradient_factor(double grad_scale, double norm, double max
 }
 
 struct HyperValues {
-  double lr, first, second, eps, weight_decay, l1, l2, group;
+  double lr, first, second, eps, weight_decay, l1, l2, group, ema_decay;
 };
 
 FUSEREG_INLINE HyperValues read_hyper(const Hyper& h) {
   return {read_scalar(h.lr),  read_scalar(h.first),        read_scalar(h.second),
           read_scalar(h.eps), read_scalar(h.weight_decay), read_scalar(h.l1),
-          read_scalar(h.l2),  read_scalar(h.group)};
+          read_scalar(h.l2),  read_scalar(h.group),        read_scalar(h.ema_decay)};
+}
+
+// FTRL's LastStep in memory, of a parameter of that dtype.
+FUSEREG_INLINE LastStep read_last(const void* at, DType p_dtype) {
+  if (p_dtype == DType::kFloat64) {
+    const double* const x = static_cast<const double*>(at);
+    return {x[0], x[1], x[2], x[3]};
+  }
+  const float* const x = static_cast<const float*>(at);
+  return {x[0], x[1], x[2], x[3]};
+}
+FUSEREG_INLINE void write_last(void* at, DType p_dtype, const HyperValues& h) {
+  const double last[4] = {h.l1, h.l2, h.lr, h.first};
+  for (int i = 0; i < 4; ++i) {
+    if (p_dtype == DType::kFloat64) {
+      static_cast<double*>(at)[i] = last[i];
+    } else {
+      static_cast<float*>(at)[i] = static_cast<float>(last[i]);
+    }
+  }
+}
+
+// FTRL divides by the rate: at 0 weights and states stay.
+FUSEREG_INLINE bool rests(Algorithm algorithm, double lr) {
+  return algorithm == Algorithm::kFtrl && lr == 0.0;
 }
 
 // Magnitudes up to this become zero in storage.
@@ -49,10 +74,11 @@ FUSEREG_INLINE double rounds_to_zero(DType dtype) {
                                      : 0.0;
 }
 
-// `row` as in Item; `step` counts from 1.
+// `row` as in Item; `step` counts from 1; `last` for FTRL.
 FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const HyperValues& h,
                                                  const Flags& f, double step, double gradient,
-                                                 std::int64_t row, bool fresh, DType p_dtype) {
+                                                 std::int64_t row, bool fresh, DType p_dtype,
+                                                 const LastStep& last) {
   Coefficients<double> k;
   double lr = h.lr;
   const double l1 = row == 1 ? h.l1 + h.group : h.l1;
@@ -60,6 +86,7 @@ FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const Hype
   k.grad = f.maximize ? -gradient : gradient;
   k.eps = h.eps;
   k.largest_zero = rounds_to_zero(p_dtype);
+  k.average = 1.0 - h.ema_decay;
   switch (algorithm) {
     case Algorithm::kSgd:
       k.first = h.first;
@@ -82,6 +109,10 @@ FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const Hype
     default:
       k.first = 1.0 / lr;
       k.second = h.first / lr;
+      k.third = last.l1;
+      k.root = last.l2;
+      k.eps = 1.0 / last.lr;
+      k.factor = last.beta / last.lr;
       break;
   }
   if (f.decoupled_decay) {

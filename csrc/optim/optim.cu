@@ -28,8 +28,12 @@ struct StepHead {
   const Hyper* many_hypers = nullptr;  // ... or, where these are too few, all of them
 };
 
+FUSEREG_DEVICE_INLINE const Hyper& hyper_of(const StepHead& head, int i) {
+  return head.many_hypers == nullptr ? head.hypers[i - head.first_hyper] : head.many_hypers[i];
+}
+
 // What the last block to finish does: the value, and the step counts, which all blocks have read.
-template <class Table>
+template <Algorithm algorithm, class Table>
 __device__ void finish(const Table& t, double value) {
   const Output& out = t.head.output;
   const double share = cuda::block_sum(value);
@@ -37,8 +41,14 @@ __device__ void finish(const Table& t, double value) {
   if (!cuda::is_last_block(out.counter)) return;
   if (read_scalar(t.head.scaling.found_inf) == 0.0) {
     for (int i = static_cast<int>(threadIdx.x); i < t.count; i += kThreads) {
-      float* const step = t.entries[i].step;
-      if (step != nullptr) *step += 1.0f;
+      const Target& item = t.entries[i];
+      if (item.step == nullptr) continue;
+      if constexpr (algorithm == Algorithm::kFtrl) {
+        const HyperValues h = read_hyper(hyper_of(t.head, item.hyper));
+        if (!rests(algorithm, h.lr)) write_last(item.step, item.p_dtype, h);
+      } else {
+        *static_cast<float*>(item.step) += 1.0f;
+      }
     }
   }
   if (out.value == nullptr) return;
@@ -58,17 +68,23 @@ __device__ void prepare(const Table& t, int i, Work& shared) {
   if (threadIdx.x == 0) {
     const Target& item = t.entries[i];
     const StepHead& head = t.head;
-    const Hyper& hyper = head.many_hypers == nullptr ? head.hypers[item.hyper - head.first_hyper]
-                                                     : head.many_hypers[item.hyper];
+    const Hyper& hyper = hyper_of(head, item.hyper);
     const Scaling& s = head.scaling;
     const double gradient =
         gradient_factor(read_scalar(s.grad_scale), read_scalar(s.norm), s.max_norm);
-    const double step = item.step == nullptr ? 1.0 : static_cast<double>(*item.step) + 1.0;
+    double step = 1.0;
+    LastStep last;
+    if constexpr (algorithm == Algorithm::kFtrl) {
+      last = read_last(item.step, item.p_dtype);
+    } else if (item.step != nullptr) {
+      step += static_cast<double>(*static_cast<const float*>(item.step));
+    }
     shared.h = read_hyper(hyper);
     shared.flags = hyper.flags;
     shared.k = coefficients(algorithm, shared.h, hyper.flags, step, gradient, item.row, item.fresh,
-                            item.p_dtype);
-    shared.skip = read_scalar(s.found_inf) != 0.0;
+                            item.p_dtype, last);
+    shared.average = read_scalar(s.found_inf) == 0.0;
+    shared.update = shared.average && !rests(algorithm, shared.h.lr);
     shared.value = head.output.value != nullptr;
     if constexpr (!Table::kInParameters) shared.target = item;
   }
@@ -111,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 2) optimizer_kernel(FUSEREG_GRID_CON
       add(chunk<algorithm, float>(item, gradient, work, begin, n));
     }
   }
-  finish(t, value);
+  finish<algorithm>(t, value);
 }
 
 // --- launcher ---

@@ -19,8 +19,9 @@
 //              D = sqrt(u) / sqrt(1 - beta2^t) + eps;     p = p - lr / (1 - beta1^t) * m / D
 //     Adagrad  s = s + g^2;  D = sqrt(s) + eps;     p = p - lr_t * g / D,
 //              lr_t = lr / (1 + (t - 1) * lr_decay)
-//     FTRL     n' = n + g^2;  z = z + g - (sqrt(n') - sqrt(n)) / lr * p;
-//              p = -soft(z, l1) / ((beta + sqrt(n')) / lr + l2)
+//     FTRL     n' = n + g^2;  Q = (beta + sqrt(n')) / lr;
+//              z = g + (p != 0 ? -((Q + l2') * p + l1' * sign(p)) : min(max(z, -l1'), l1'));
+//              p = -soft(z, l1) / (Q + l2),  with l1', l2' of the parameter's last step, at first 0
 //   p = prox(p)
 //     kDecoupled         row by row v = soft(p, lr * l1),
 //                        p = v * max(0, 1 - lr * group * sqrt(n_r) / ||v_r||) / (1 + lr * l2)
@@ -33,20 +34,27 @@
 //                        t < 1000). A stationary point has |gradient| = l1 + l2 * |p| <= D, so the
 //                        fixed points are those of kPreconditioned. SGD: as kPreconditioned
 //
+//   a = a + (1 - ema_decay) * (p - a)   the average of the weights, if there is one
+//
 // with soft(p, t) = sign(p) * max(|p| - t, 0); zeros come out as +0.0. lr in the proximal step of
 // Adagrad is lr_t. Sources: kDecoupled follows Loshchilov and Hutter's decoupled decay (2019),
 // kPreconditioned ProxGen (Yun, Lozano, Yang 2021, "Adaptive proximal gradient methods for
 // structured neural networks") and, for Adagrad, Duchi, Hazan, Singer 2011; FTRL is McMahan et al.
-// 2013, "Ad click prediction", per-coordinate FTRL-Proximal.
+// 2013, "Ad click prediction", per-coordinate FTRL-Proximal. Its z sums g - sigma * p with
+// sigma = Q - (Q of the last step): for p != 0 that is the form above, which needs neither z's past
+// nor the last rate, and loses nothing where a rate was near 0. At a rate of 0 FTRL rests.
 //
 // Value: R of the parameters before the step (FTRL: with its l1 and l2), over those with a
-// gradient. found_inf != 0: nothing is written but the value.
+// gradient. found_inf != 0: nothing is written but the value (and masters, as below).
 //
 // Dtypes: p, g, and the states each float64, float32, float16 or bfloat16 (the states of one
 // parameter share theirs); `copy`, if there, receives the new p rounded to its own dtype (p is then
-// a master weight). Arithmetic is in float32, in float64 where p is float64; sums run in float64.
+// a master weight). Where p does not round to the bits of `copy`, someone has changed that element
+// since the last step: it is taken as the master. FTRL's z holds such a master of a 16-bit p
+// without a copy: -soft(z, l1') / (Q' + l2') if that rounds to p, with Q' of the last step.
+// The average is float32 (float64 where p is), of p as it is stored. Arithmetic is in float32, in float64 where p is float64; sums run in float64.
 // Bytes moved per element in float32: SGD 12 (20 with momentum), Adam 28 (36 with amsgrad), Adagrad
-// 20, FTRL 28. With a group term a row is walked again, from cache as long as it fits there (a row
+// 20, FTRL 28; 8 more with an average, 2 more to compare a master. With a group term a row is walked again, from cache as long as it fits there (a row
 // of up to some 10^5 elements); then 8 bytes more. Deterministic: chunks, slots and the order of
 // additions depend on shapes alone.
 #pragma once
@@ -85,14 +93,22 @@ struct Flags {
   bool momentum = false;  // SGD: there is a momentum buffer
 };
 
+// The numbers of a parameter's last step that FTRL comes back to; all 0 before the first.
+struct LastStep {
+  double l1 = 0.0;
+  double l2 = 0.0;
+  double lr = 0.0;
+  double beta = 0.0;
+};
+
 // What a group of parameters shares. `first` and `second` are momentum and dampening, beta1 and
 // beta2, lr_decay and nothing, beta and nothing. Without padding, as Target.
 struct Hyper {
-  Scalar lr, first, second, eps, weight_decay, l1, l2, group;
+  Scalar lr, first, second, eps, weight_decay, l1, l2, group, ema_decay;
   Flags flags;
   std::uint8_t unused[2] = {};
 };
-static_assert(sizeof(Scalar) == 24 && sizeof(Hyper) == 8 * sizeof(Scalar) + sizeof(Flags) + 2);
+static_assert(sizeof(Scalar) == 24 && sizeof(Hyper) == 9 * sizeof(Scalar) + sizeof(Flags) + 2);
 
 // One parameter: all its tensors dense, in the same memory order. What stays from step to step;
 // without padding, so that tables of these compare as bytes.
@@ -100,7 +116,10 @@ struct Target {
   void* p = nullptr;
   void* copy = nullptr;
   void* state[kMaxStates] = {nullptr, nullptr, nullptr};
-  float* step = nullptr;  // null for SGD and FTRL
+  void* average = nullptr;  // of p: float64 where p is, else float32
+  // Adam and Adagrad: how many steps there were, float32. FTRL: a LastStep in numbers of the
+  // average's dtype. SGD: null.
+  void* step = nullptr;
   std::int64_t numel = 0;
   std::int64_t row = 0;  // elements of a group's row; 0: no group term; 1: it is one of l1
   std::int32_t hyper = 0;
@@ -184,24 +203,25 @@ struct Sums {
 // What an update computes with, made of a Hyper's numbers and the step (coefficients.h).
 template <class C>
 struct Coefficients {
-  C grad = 1;    // factor of the gradient: sign, unscaling, clipping
-  C l1 = 0;      // the penalty's gradient: l1 * sign(p) ...
-  C l2 = 0;      // ... + l2 * p, with a coupled weight_decay in it
-  C decay = 1;   // decoupled: p = decay * p
-  C rate = 0;    // step size
-  C first = 0;   // momentum; 1 - beta1; FTRL: 1 / lr
-  C second = 0;  // weight of the gradient in the momentum; beta2; FTRL: beta / lr
-  C third = 0;   // 1 - beta2
-  C root = 1;    // 1 / sqrt(1 - beta2^t)
-  C eps = 0;
+  C grad = 1;       // factor of the gradient: sign, unscaling, clipping
+  C l1 = 0;         // the penalty's gradient: l1 * sign(p) ...
+  C l2 = 0;         // ... + l2 * p, with a coupled weight_decay in it
+  C decay = 1;      // decoupled: p = decay * p
+  C rate = 0;       // step size
+  C first = 0;      // momentum; 1 - beta1; FTRL: 1 / lr
+  C second = 0;     // weight of the gradient in the momentum; beta2; FTRL: beta / lr
+  C third = 0;      // 1 - beta2; FTRL: l1 of the last step
+  C root = 1;       // 1 / sqrt(1 - beta2^t); FTRL: l2 of the last step
+  C eps = 0;        // FTRL: 1 / lr of the last step
   C threshold = 0;  // proximal step: lr * l1; FTRL: l1
   C shrink = 0;     // proximal step: lr * l2; FTRL: l2
-  C factor = 1;     // 1 / (1 + shrink)
+  C factor = 1;     // 1 / (1 + shrink); FTRL: beta / lr of the last step
   C floor_l1 = 0;   // kCapped: the least metric is floor_l1 + floor_l2 * |p| ...
   C floor_l2 = 0;
-  C spared = -1;  // ... and weights whose sum of squared gradients is at most this stay
+  C spared = -1;    // ... and weights whose sum of squared gradients is at most this stay
   C group = 0;      // lr * group in the proximal step, group in the gradient; times sqrt(n)
   C largest_zero = 0;
+  C average = 0;  // weight of the new p in the average
 };
 
 struct CpuKernels {
@@ -214,6 +234,9 @@ struct CpuKernels {
   // sum |x|, sum x^2 or max |x| of consecutive elements.
   double (*norm)(Norm norm, DType dtype, const void* x, std::int64_t n);
   void (*scale)(DType dtype, void* x, std::int64_t n, double factor);
+  // Elements [begin, begin + n): take what was changed in `copy`; and the average alone.
+  void (*take_changed)(const Item& item, std::int64_t begin, std::int64_t n);
+  void (*average)(const Item& item, std::int64_t begin, std::int64_t n, double weight);
 };
 
 FUSEREG_DECLARE_PER_ISA(CpuKernels, kernels)

@@ -94,7 +94,8 @@ struct Work {
   Coefficients<double> k;
   HyperValues h;
   Flags flags;
-  bool skip;
+  bool update;  // neither an overflow nor a rest forbids it
+  bool average;
   bool value;
   Target target;  // a table's entry, where that lies in memory
 };
@@ -115,18 +116,56 @@ struct Shares {
   }
 };
 
-// One element; gives the new p.
+// x as a 16-bit dtype stores it.
+template <class C>
+FUSEREG_DEVICE_INLINE float stored(DType dtype, C x) {
+  const float y = static_cast<float>(x);
+  return dtype == DType::kFloat16 ? to_float(to_half(y)) : to_float(to_bfloat16(y));
+}
+
+// The master, or what its weight was changed to since the last step.
+template <class C>
+FUSEREG_DEVICE_INLINE C settled(DType copy_dtype, C master, C copy) {
+  const auto own = bit_cast<std::uint32_t>(stored(copy_dtype, master));
+  return own == bit_cast<std::uint32_t>(static_cast<float>(copy)) ? master : copy;
+}
+
+// FTRL: a 16-bit weight with the digits that z has kept.
+template <class C>
+FUSEREG_DEVICE_INLINE C recovered(DType p_dtype, C p, C z, C n, const Coefficients<C>& k) {
+  const C kept = ftrl_weight(z, n, k);
+  return stored(p_dtype, kept) == static_cast<float>(p) ? kept : p;
+}
+
+// The weight that a step begins with.
+template <class C>
+FUSEREG_DEVICE_INLINE C weight_at(const Target& item, std::int64_t at) {
+  const C p = load_one<C>(item.p_dtype, item.p, at);
+  if (item.copy == nullptr) return p;
+  return settled(item.copy_dtype, p, load_one<C>(item.copy_dtype, item.copy, at));
+}
+
+// One element.
 template <Algorithm algorithm, class C>
-FUSEREG_DEVICE_INLINE C update_one(const Target& item, const void* g, std::int64_t at,
-                                   const Coefficients<C>& k, const Flags& f, int states) {
+FUSEREG_DEVICE_INLINE void update_one(const Target& item, const void* g, std::int64_t at,
+                                      const Coefficients<C>& k, const Flags& f, int states) {
   C s[kMaxStates] = {};
   for (int j = 0; j < states; ++j) s[j] = load_one<C>(item.state_dtype, item.state[j], at);
-  const C p = updated<algorithm>(load_one<C>(item.p_dtype, item.p, at),
-                                 load_one<C>(item.g_dtype, g, at), s, k, f);
+  C p = weight_at<C>(item, at);
+  if (algorithm == Algorithm::kFtrl && is_16_bit(item.p_dtype)) {
+    p = recovered(item.p_dtype, p, s[0], s[1], k);
+  }
+  p = updated<algorithm>(p, load_one<C>(item.g_dtype, g, at), s, k, f);
   store_one(item.p_dtype, item.p, at, p);
   if (item.copy != nullptr) store_one(item.copy_dtype, item.copy, at, p);
   for (int j = 0; j < states; ++j) store_one(item.state_dtype, item.state[j], at, s[j]);
-  return p;
+}
+
+// The average after a step has written p.
+template <class C>
+FUSEREG_DEVICE_INLINE void average_one(const Target& item, std::int64_t at, C weight) {
+  C* const a = static_cast<C*>(item.average) + at;
+  *a = averaged(*a, load_one<C>(item.p_dtype, item.p, at), weight);
 }
 
 FUSEREG_DEVICE_INLINE bool aligned_at(const void* x, DType dtype, std::int64_t at) {
@@ -134,18 +173,46 @@ FUSEREG_DEVICE_INLINE bool aligned_at(const void* x, DType dtype, std::int64_t a
   return (reinterpret_cast<std::uintptr_t>(x) + static_cast<std::uintptr_t>(at * bytes)) % 16 == 0;
 }
 
-// kPerThread elements from `at` on, of which p has been loaded; leaves the new p there.
-template <Algorithm algorithm, class C>
+template <class C>
+FUSEREG_DEVICE_INLINE void settle_many(const Target& item, const C (&copy)[kPerThread<C>],
+                                       C (&p)[kPerThread<C>]) {
+  FUSEREG_UNROLL
+  for (int i = 0; i < kPerThread<C>; ++i) p[i] = settled(item.copy_dtype, p[i], copy[i]);
+}
+
+// As weight_at, of kPerThread elements.
+template <class C>
+FUSEREG_DEVICE_INLINE void load_weights(const Target& item, std::int64_t at,
+                                        C (&p)[kPerThread<C>]) {
+  load_many(item.p_dtype, item.p, at, p);
+  if (item.copy == nullptr) return;
+  C copy[kPerThread<C>];
+  load_many(item.copy_dtype, item.copy, at, copy);
+  settle_many(item, copy, p);
+}
+
+// kPerThread elements from `at` on; calls seen(p) with what the step begins with, and leaves the
+// new p there. Everything is loaded before the first number is used.
+template <Algorithm algorithm, class C, class Seen>
 FUSEREG_DEVICE_INLINE void update_many(const Target& item, const void* gradient, std::int64_t at,
                                        const Coefficients<C>& k, const Flags& f, int states,
-                                       C (&p)[kPerThread<C>]) {
+                                       C (&p)[kPerThread<C>], const Seen& seen) {
   constexpr int kN = kPerThread<C>;
+  C copy[kN];
   C g[kN];
   C s[kMaxStates][kN];
+  load_many(item.p_dtype, item.p, at, p);
+  if (item.copy != nullptr) load_many(item.copy_dtype, item.copy, at, copy);
   load_many(item.g_dtype, gradient, at, g);
   FUSEREG_UNROLL
   for (int j = 0; j < kMaxStates; ++j) {
     if (j < states) load_many(item.state_dtype, item.state[j], at, s[j]);
+  }
+  if (item.copy != nullptr) settle_many(item, copy, p);
+  seen(p);
+  if (algorithm == Algorithm::kFtrl && is_16_bit(item.p_dtype)) {
+    FUSEREG_UNROLL
+    for (int i = 0; i < kN; ++i) p[i] = recovered(item.p_dtype, p[i], s[0][i], s[1][i], k);
   }
   FUSEREG_UNROLL
   for (int i = 0; i < kN; ++i) {
@@ -160,6 +227,19 @@ FUSEREG_DEVICE_INLINE void update_many(const Target& item, const void* gradient,
   for (int j = 0; j < kMaxStates; ++j) {
     if (j < states) store_many(item.state_dtype, item.state[j], at, s[j]);
   }
+}
+
+// As average_one; p are the weights as they were before they were stored.
+template <class C>
+FUSEREG_DEVICE_INLINE void average_many(const Target& item, std::int64_t at, C weight,
+                                        C (&p)[kPerThread<C>]) {
+  C* const average = static_cast<C*>(item.average) + at;
+  C a[kPerThread<C>];
+  load_typed(average, a);
+  if (is_16_bit(item.p_dtype)) load_many(item.p_dtype, item.p, at, p);
+  FUSEREG_UNROLL
+  for (int i = 0; i < kPerThread<C>; ++i) a[i] = averaged(a[i], p[i], weight);
+  store_typed(average, a);
 }
 
 // How a run of n elements from `begin` on is walked: `head` of them one by one up to p's first
@@ -179,6 +259,8 @@ FUSEREG_DEVICE_INLINE std::int64_t head_of(const Target& item, const void* gradi
   while (head < 8 && !aligned_at(item.p, item.p_dtype, begin + head)) ++head;
   bool together = aligned_at(gradient, item.g_dtype, begin + head) &&
                   (item.copy == nullptr || aligned_at(item.copy, item.copy_dtype, begin + head));
+  const DType own = item.p_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  together = together && (item.average == nullptr || aligned_at(item.average, own, begin + head));
   for (int j = 0; j < states; ++j) {
     together = together && aligned_at(item.state[j], item.state_dtype, begin + head);
   }
@@ -203,22 +285,30 @@ __device__ Shares<C> chunk(const Target& item, const void* gradient, const Work&
   constexpr int kN = kPerThread<C>;
   const Coefficients<C> k = in_type<C>(w.k);
   const Flags f = w.flags;
-  const int states = w.skip ? 0 : state_count(algorithm, f);
-  const bool skip = w.skip;
+  const bool update = w.update;
+  const bool average = w.average && item.average != nullptr;
+  const int states = update ? state_count(algorithm, f) : 0;
   const bool value = w.value;
   Shares<C> shares;
   auto one = [&](std::int64_t at) {
-    if (value) shares.add(load_one<C>(item.p_dtype, item.p, at));
-    if (!skip) update_one<algorithm>(item, gradient, at, k, f, states);
+    if (value) shares.add(weight_at<C>(item, at));
+    if (update) update_one<algorithm>(item, gradient, at, k, f, states);
+    if (average) average_one(item, at, k.average);
   };
   auto many = [&](std::int64_t at) {
     C p[kN];
-    load_many(item.p_dtype, item.p, at, p);
-    if (value) {
+    auto seen = [&](const C(&weights)[kN]) {
+      if (!value) return;
       FUSEREG_UNROLL
-      for (int i = 0; i < kN; ++i) shares.add(p[i]);
+      for (int i = 0; i < kN; ++i) shares.add(weights[i]);
+    };
+    if (update) {
+      update_many<algorithm>(item, gradient, at, k, f, states, p, seen);
+    } else {
+      load_weights(item, at, p);
+      seen(p);
     }
-    if (!skip) update_many<algorithm>(item, gradient, at, k, f, states, p);
+    if (average) average_many(item, at, k.average, p);
   };
   walk<C>({begin, n, head_of(item, gradient, states, begin, n), threadIdx.x, kThreads}, one, many);
   return shares;
@@ -234,7 +324,8 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
   const bool mine = begin < item.numel;
   const std::int64_t n = mine ? item.row : 0;
   const bool prox = w.flags.prox != Prox::kNone;
-  const int states = w.skip ? 0 : state_count(algorithm, w.flags);
+  const bool average = w.average && item.average != nullptr;
+  const int states = w.update ? state_count(algorithm, w.flags) : 0;
   const Walk own{begin, n, head_of(item, gradient, states, begin, n),
                  by_warp ? cuda::lane_id() : threadIdx.x,
                  static_cast<unsigned>(by_warp ? cuda::kWarpSize : kThreads)};
@@ -250,10 +341,10 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
   };
   Shares<C> shares;
   walk<C>(
-      own, [&](std::int64_t at) { shares.add(load_one<C>(item.p_dtype, item.p, at)); },
+      own, [&](std::int64_t at) { shares.add(weight_at<C>(item, at)); },
       [&](std::int64_t at) {
         C p[kN];
-        load_many(item.p_dtype, item.p, at, p);
+        load_weights(item, at, p);
         FUSEREG_UNROLL
         for (int i = 0; i < kN; ++i) shares.add(p[i]);
       });
@@ -265,7 +356,7 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
   if (w.h.l1 != 0.0) value += w.h.l1 * before[0];
   if (w.h.l2 != 0.0) value += 0.5 * w.h.l2 * before[1];
   if (!mine || own.thread != 0) value = 0.0;
-  if (w.skip) return value;
+  if (!w.update) return value;
 
   Coefficients<C> k = in_type<C>(w.k);
   if (!prox) k.l2 = static_cast<C>(w.k.l2 + group_gradient_factor(w.k.group, norm));
@@ -279,13 +370,19 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
       own,
       [&](std::int64_t at) {
         update_one<algorithm>(item, gradient, at, k, f, states);
-        if (prox) add(load_one<C>(item.p_dtype, item.p, at));
+        if (prox) {
+          add(load_one<C>(item.p_dtype, item.p, at));
+        } else if (average) {
+          average_one(item, at, k.average);
+        }
       },
       [&](std::int64_t at) {
         C p[kN];
-        load_many(item.p_dtype, item.p, at, p);
-        update_many<algorithm>(item, gradient, at, k, f, states, p);
-        if (!prox) return;
+        update_many<algorithm>(item, gradient, at, k, f, states, p, [](const C(&)[kN]) {});
+        if (!prox) {
+          if (average) average_many(item, at, k.average, p);
+          return;
+        }
         load_many(item.p_dtype, item.p, at, p);
         FUSEREG_UNROLL
         for (int i = 0; i < kN; ++i) add(p[i]);
@@ -303,6 +400,7 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
         const C y = shrunk(load_one<C>(item.p_dtype, item.p, at));
         store_one(item.p_dtype, item.p, at, y);
         if (item.copy != nullptr) store_one(item.copy_dtype, item.copy, at, y);
+        if (average) average_one(item, at, k.average);
       },
       [&](std::int64_t at) {
         C p[kN];
@@ -311,6 +409,7 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
         for (int i = 0; i < kN; ++i) p[i] = shrunk(p[i]);
         store_many(item.p_dtype, item.p, at, p);
         if (item.copy != nullptr) store_many(item.copy_dtype, item.copy, at, p);
+        if (average) average_many(item, at, k.average, p);
       });
   return value;
 }

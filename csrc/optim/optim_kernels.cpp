@@ -171,6 +171,65 @@ void narrow(DType dtype, const C* x, void* out, std::int64_t at, std::int64_t n)
   });
 }
 
+// A tile rounded to a 16-bit dtype.
+struct Rounded {
+  std::uint16_t bits[kTile];
+};
+
+// Where a master does not round to its weight, the weight was changed: it is the master now.
+void take_changed(const Item& item, std::int64_t begin, std::int64_t n) {
+  Rounded own;
+  float changed[kTile];
+  for (std::int64_t i = 0; i < n; i += kTile) {
+    const std::int64_t at = begin + i;
+    const std::int64_t count = n - i < kTile ? n - i : kTile;
+    float* const p = static_cast<float*>(item.p) + at;
+    const auto* const copy = static_cast<const std::uint16_t*>(item.copy) + at;
+    narrow(item.copy_dtype, p, own.bits, 0, count);
+    if (__builtin_memcmp(own.bits, copy, static_cast<std::size_t>(count) * 2) == 0) continue;
+    widen(item.copy_dtype, item.copy, at, changed, count);
+    for (std::int64_t j = 0; j < count; ++j) {
+      if (own.bits[j] != copy[j]) p[j] = changed[j];
+    }
+  }
+}
+
+// FTRL: the weights of a tile with the digits that their 16 bits have lost and z has kept.
+template <class C>
+void recover(const Item& item, const Tile<C>& t, std::int64_t n, const Coefficients<C>& k) {
+  C kept[kTile];
+  C seen[kTile];
+  Rounded own;
+  for (std::int64_t i = 0; i < n; ++i) kept[i] = ftrl_weight(t.state[0][i], t.state[1][i], k);
+  narrow(item.p_dtype, kept, own.bits, 0, n);
+  widen(item.p_dtype, own.bits, 0, seen, n);
+  for (std::int64_t i = 0; i < n; ++i) t.p[i] = seen[i] == t.p[i] ? kept[i] : t.p[i];
+}
+
+template <class C>
+void average_in(const Item& item, std::int64_t begin, std::int64_t n, double weight) {
+  constexpr int kW = kWidth<C>;
+  const C w = static_cast<C>(weight);
+  C tile[kTile];
+  for (std::int64_t at = begin; at < begin + n; at += kTile) {
+    const std::int64_t count = begin + n - at < kTile ? begin + n - at : kTile;
+    const C* p = static_cast<const C*>(item.p) + at;
+    if (item.p_dtype != Traits<C>::kDType) {
+      widen(item.p_dtype, item.p, at, tile, count);
+      p = tile;
+    }
+    C* const a = static_cast<C*>(item.average) + at;
+    std::int64_t i = 0;
+    for (; count - i >= kW; i += kW) store(a + i, averaged(load(a + i), load(p + i), w));
+    for (; i < count; ++i) a[i] = averaged(a[i], p[i], w);
+  }
+}
+
+void average_any(const Item& item, std::int64_t begin, std::int64_t n, double weight) {
+  if (item.p_dtype == DType::kFloat64) return average_in<double>(item, begin, n, weight);
+  average_in<float>(item, begin, n, weight);
+}
+
 template <class C>
 Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Coefficients<C>& k,
                  std::int64_t begin, std::int64_t n, bool wants_sums) {
@@ -179,7 +238,8 @@ Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Co
   const bool own_p = item.p_dtype == kOwn;
   const bool own_g = item.g_dtype == kOwn;
   const bool own_state = item.state_dtype == kOwn;
-  const bool direct = own_p && own_g && own_state && item.copy == nullptr;
+  const bool direct =
+      own_p && own_g && own_state && item.copy == nullptr && item.average == nullptr;
   C tile_p[kTile];
   C tile_g[kTile];
   C tile_state[kMaxStates][kTile];
@@ -190,6 +250,7 @@ Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Co
     const std::int64_t at = begin + i;
     const std::int64_t count = n - i < step ? n - i : step;
     Tile<C> t{};
+    if (item.copy != nullptr) take_changed(item, at, count);
     t.p = own_p ? static_cast<C*>(item.p) + at : tile_p;
     if (!own_p) widen(item.p_dtype, item.p, at, tile_p, count);
     t.g = own_g ? static_cast<const C*>(item.g) + at : tile_g;
@@ -199,12 +260,15 @@ Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Co
       if (!own_state) widen(item.state_dtype, item.state[j], at, tile_state[j], count);
     }
     if (wants_sums) add_sums(t.p, count, sums);
+    if (algorithm == Algorithm::kFtrl && is_16_bit(item.p_dtype)) recover(item, t, count, k);
     update_any(algorithm, t, count, k, f);
     if (!own_p) narrow(item.p_dtype, tile_p, item.p, at, count);
     if (item.copy != nullptr) narrow(item.copy_dtype, t.p, item.copy, at, count);
     for (int j = 0; j < states && !own_state; ++j) {
       narrow(item.state_dtype, tile_state[j], item.state[j], at, count);
     }
+    // p is in the first-level cache still.
+    if (item.average != nullptr) average_in<C>(item, at, count, static_cast<double>(k.average));
   }
   return sums;
 }
@@ -261,21 +325,25 @@ Sums rows_any(Algorithm algorithm, const Item& item, const Flags& flags,
   Sums total;
   const bool prox = flags.prox != Prox::kNone;
   Flags f = flags;
-  f.prox = Prox::kNone;  // the update leaves the proximal step to this function
+  f.prox = Prox::kNone;  // the update leaves the proximal step to this function,
+  Item plain = item;
+  if (prox) plain.average = nullptr;  // and the average of what comes of it
   const double sqrt_n = __builtin_sqrt(static_cast<double>(item.row));
   for (std::int64_t at = begin; at < begin + n; at += item.row) {
     Coefficients<double> c = k;
+    if (item.copy != nullptr) take_changed(item, at, item.row);
     if (wants_sums || !prox) {
       const double norm = __builtin_sqrt(shrunk_square(item, at, item.row, 0.0));
       total.groups += sqrt_n * norm;
       if (!prox) c.l2 += group_gradient_factor(k.group, norm);
     }
-    const Sums part = elements_any(algorithm, item, f, c, at, item.row, wants_sums);
+    const Sums part = elements_any(algorithm, plain, f, c, at, item.row, wants_sums);
     total.absolute += part.absolute;
     total.square += part.square;
     if (!prox) continue;
     const double norm = __builtin_sqrt(shrunk_square(item, at, item.row, k.threshold));
     shrink_row(item, at, item.row, k.threshold, group_prox_factor(k.group, norm) * k.factor);
+    if (item.average != nullptr) average_any(item, at, item.row, k.average);
   }
   return total;
 }
@@ -318,6 +386,7 @@ void scale_any(DType dtype, void* x, std::int64_t n, double factor) {
 
 }  // namespace
 
-const CpuKernels kernels = {&elements_any, &rows_any, &norm_any, &scale_any};
+const CpuKernels kernels = {&elements_any, &rows_any,     &norm_any,
+                            &scale_any,    &take_changed, &average_any};
 
 }  // namespace fusereg::optim::FUSEREG_ISA

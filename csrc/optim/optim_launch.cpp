@@ -49,22 +49,31 @@ class CpuRun {
   }
 
  private:
+  static bool same(const LastStep& a, const LastStep& b) {
+    return a.l1 == b.l1 && a.l2 == b.l2 && a.lr == b.lr && a.beta == b.beta;
+  }
+
+  const HyperValues& values_of(const Item& item) const {
+    return hypers_[static_cast<std::size_t>(item.hyper)];
+  }
+
   bool penalized(const Item& item) const {
-    const HyperValues& h = hypers_[static_cast<std::size_t>(item.hyper)];
+    const HyperValues& h = values_of(item);
     return h.l1 != 0.0 || h.l2 != 0.0 || h.group != 0.0;
   }
 
   // Consecutive parameters mostly share their coefficients.
-  std::uint32_t coefficients_of(const Item& item, double step) {
+  std::uint32_t coefficients_of(const Item& item, double step, const LastStep& last) {
     const bool known = last_ != nullptr && last_->hyper == item.hyper && last_->row == item.row &&
                        last_->fresh == item.fresh && last_->p_dtype == item.p_dtype &&
-                       last_step_ == step;
+                       last_step_ == step && same(before_, last);
     if (!known) {
       last_ = &item;
       last_step_ = step;
+      before_ = last;
       const auto h = static_cast<std::size_t>(item.hyper);
       coefficients_.push_back(coefficients(job_.algorithm, hypers_[h], job_.hypers[h].flags, step,
-                                           gradient_, item.row, item.fresh, item.p_dtype));
+                                           gradient_, item.row, item.fresh, item.p_dtype, last));
     }
     return static_cast<std::uint32_t>(coefficients_.size() - 1);
   }
@@ -73,12 +82,20 @@ class CpuRun {
     chunks_.reserve(job_.items.size() + 16);
     for (const Item& item : job_.items) {
       double step = 1.0;
+      LastStep last;
       if (item.step != nullptr && !skip) {
-        *item.step += 1.0f;
-        step = *item.step;
+        if (job_.algorithm == Algorithm::kFtrl) {
+          const HyperValues& h = values_of(item);
+          last = read_last(item.step, item.p_dtype);
+          if (h.lr != 0.0) write_last(item.step, item.p_dtype, h);
+        } else {
+          auto* const count = static_cast<float*>(item.step);
+          *count += 1.0f;
+          step = *count;
+        }
       }
       if (item.numel == 0) continue;
-      const std::uint32_t c = coefficients_of(item, step);
+      const std::uint32_t c = coefficients_of(item, step, last);
       std::int64_t size = kChunk;
       if (item.row > 1) size = std::max<std::int64_t>(1, kChunk / item.row) * item.row;
       for (std::int64_t begin = 0; begin < item.numel; begin += size) {
@@ -105,17 +122,24 @@ class CpuRun {
 
   Sums updated(const Chunk& c) const {
     const Item& item = *c.item;
+    if (rests(job_.algorithm, values_of(item).lr)) {
+      const Sums sums = value_of(c);
+      const double weight = coefficients_[c.coefficients].average;
+      if (item.average != nullptr) kernels_.average(item, c.begin, c.n, weight);
+      return sums;
+    }
     const Flags& flags = job_.hypers[static_cast<std::size_t>(item.hyper)].flags;
     const auto kernel = item.row > 1 ? kernels_.rows : kernels_.elements;
     return kernel(job_.algorithm, item, flags, coefficients_[c.coefficients], c.begin, c.n,
                   wants_sums(item));
   }
 
-  // The value alone, where an overflow of the gradients forbids the step.
+  // The value alone, where an overflow of the gradients forbids the step, or a rate of zero.
   Sums value_of(const Chunk& c) const {
     const Item& item = *c.item;
     Sums sums;
     if (!wants_sums(item)) return sums;
+    if (item.copy != nullptr) kernels_.take_changed(item, c.begin, c.n);
     const std::int64_t size = dtype_size(item.p_dtype);
     const auto* const p = static_cast<const char*>(item.p);
     sums.absolute = kernels_.norm(Norm::kOne, item.p_dtype, p + c.begin * size, c.n);
@@ -132,7 +156,7 @@ class CpuRun {
     for (std::size_t i = 0; i < chunks_.size(); ++i) {
       const Item& item = *chunks_[i].item;
       if (!wants_sums(item)) continue;
-      const HyperValues& h = hypers_[static_cast<std::size_t>(item.hyper)];
+      const HyperValues& h = values_of(item);
       const Sums& sums = slots_[i];
       // sqrt(1) * |p| for rows of one element.
       const double l1 = item.row == 1 ? h.l1 + h.group : h.l1;
@@ -149,6 +173,7 @@ class CpuRun {
   std::vector<Coefficients<double>> coefficients_;
   const Item* last_ = nullptr;
   double last_step_ = 0.0;
+  LastStep before_;
   double gradient_ = 1.0;
   std::vector<Chunk> chunks_;
   std::int64_t elements_ = 0;

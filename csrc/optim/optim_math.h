@@ -7,6 +7,10 @@
 
 namespace fusereg::optim {
 
+FUSEREG_INLINE bool is_16_bit(DType dtype) {
+  return dtype == DType::kFloat16 || dtype == DType::kBFloat16;
+}
+
 // The greater one; NaN wins, as in torch.maximum.
 template <class V>
 FUSEREG_INLINE V greater(V a, V b) {
@@ -22,7 +26,8 @@ FUSEREG_INLINE Coefficients<C> in_type(const Coefficients<double>& k) {
           static_cast<C>(k.second), static_cast<C>(k.third),     static_cast<C>(k.root),
           static_cast<C>(k.eps),    static_cast<C>(k.threshold), static_cast<C>(k.shrink),
           static_cast<C>(k.factor), static_cast<C>(k.floor_l1),  static_cast<C>(k.floor_l2),
-          static_cast<C>(k.spared), static_cast<C>(k.group),     static_cast<C>(k.largest_zero)};
+          static_cast<C>(k.spared), static_cast<C>(k.group),     static_cast<C>(k.largest_zero),
+          static_cast<C>(k.average)};
 }
 
 // How many states an algorithm keeps for each parameter.
@@ -39,6 +44,21 @@ FUSEREG_INLINE int state_count(Algorithm algorithm, const Flags& f) {
   }
 }
 
+// FTRL: the weight that z and n stood for after the last step.
+template <class C, class V>
+FUSEREG_INLINE V ftrl_weight(V z, V n, const Coefficients<C>& k) {
+  const V quadratic = square_root(n) * k.eps + (k.factor + k.root);
+  const V bound = V{} + k.third;
+  return abs(z) <= bound ? V{} : with_sign_of((abs(z) - bound) / quadratic, -z);
+}
+
+// The average after a step to p, as torch.lerp rounds it.
+template <class C, class V>
+FUSEREG_INLINE V averaged(V average, V p, C weight) {
+  const V way = p - average;
+  return weight < C(0.5) ? average + way * weight : p - way * (C(1) - weight);
+}
+
 // The new p. For vectors, core/simd.h comes before this file.
 template <Algorithm algorithm, class C, class V>
 FUSEREG_INLINE V updated(V p, V g, V (&s)[kMaxStates], const Coefficients<C>& k, const Flags& f) {
@@ -48,12 +68,13 @@ FUSEREG_INLINE V updated(V p, V g, V (&s)[kMaxStates], const Coefficients<C>& k,
   if (k.l1 != C(0)) g += sign(p) * k.l1;
   if (k.l2 != C(0)) g += p * k.l2;
   if constexpr (algorithm == Algorithm::kFtrl) {
-    const V before = square_root(s[1]);
     s[1] += g * g;
-    const V after = square_root(s[1]);
-    s[0] += g - (after - before) * k.first * p;
-    // z keeps the history, so p itself is only an output.
-    const V magnitude = (abs(s[0]) - k.threshold) / (after * k.first + (k.second + k.shrink));
+    const V quadratic = square_root(s[1]) * k.first + k.second;
+    const V bound = zero + k.third;
+    const V at_zero = s[0] > bound ? bound : (s[0] < -bound ? -bound : s[0]);
+    const V elsewhere = -(p * (quadratic + k.root) + sign(p) * k.third);
+    s[0] = (p == zero ? at_zero : elsewhere) + g;
+    const V magnitude = (abs(s[0]) - k.threshold) / (quadratic + k.shrink);
     return signed_or_zero(abs(s[0]) <= zero + k.threshold ? zero : magnitude, -s[0], largest_zero);
   } else {
     V denominator = zero + C(1);

@@ -87,7 +87,9 @@ def lasso(prox: bool | str, batch: int | None = None, steps: int = 3000) -> Zero
     def loss(i: Tensor) -> Tensor:
         return 0.5 * (x[i] @ w - y[i]).square().mean()
 
-    for _ in _train([w], loss, _drawn(200, batch), steps, 0.02, batch is not None, l1=0.1, prox=prox):
+    for _ in _train(
+        [w], loss, _drawn(200, batch), steps, 0.02, batch is not None, l1=0.1, prox=prox
+    ):
         pass
     return _zeros(w, solution)
 
@@ -176,6 +178,7 @@ def resnet18(prox: bool | str, steps: int = 60) -> Net:
     torch.manual_seed(0)
     model = make(num_classes=10)
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+
     def dead() -> Tensor:
         return torch.cat([(w.detach().flatten(1) == 0).all(dim=1) for w in weights])
 
@@ -214,7 +217,9 @@ def row(prox: bool | str) -> str:
     cells = [KINDS[prox]]
     for problem, batch in ((lasso, 32), (logistic, 64)):
         for found in (problem(prox), problem(prox, batch)):
-            cells.append(f"{found.found} of {found.wanted}" + f", {found.false} false" * (found.false > 0))
+            cells.append(
+                f"{found.found} of {found.wanted}" + f", {found.false} false" * (found.false > 0)
+            )
     wiped, waiting = embedding(prox)
     cells.append(f"{wiped} of {waiting}")
     for net in (perceptron(prox), resnet18(prox)):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..core import dispatch
+from .kernels import update_dtype
 from .optimizer import RegularizedOptimizer, documented
 from .options import CommonOptions, Number, ParamsT
 
@@ -23,30 +22,35 @@ class FTRL(RegularizedOptimizer):
     r"""Per-coordinate FTRL-Proximal (McMahan et al. 2013, "Ad click prediction", Algorithm 1).
 
     .. math::
-        n' &= n + g^2, \quad z \leftarrow z + g - \frac{\sqrt{n'} - \sqrt{n}}{lr}\, p, \quad
-        n \leftarrow n' \\
+        n &\leftarrow n + g^2, \quad Q' = Q, \quad Q = (\beta + \sqrt{n}) / lr, \quad
+        z \leftarrow z + g - (Q - Q')\, p \\
         p &= \begin{cases} 0 & |z| \le l_1 \\
-             - \dfrac{z - \mathrm{sign}(z) l_1}{(\beta + \sqrt{n}) / lr + l_2} & \text{else}
+             - \dfrac{z - \mathrm{sign}(z) l_1}{Q + l_2} & \text{else}
              \end{cases}
 
     L1 acts on the whole history z, not on one step, and so gives sparser weights at the same loss
     than a proximal step on noisy gradients does (McMahan 2011).
 
+    While lr is constant :math:`Q - Q'` is the paper's sigma,
+    :math:`(\sqrt{n} - \sqrt{n'}) / lr` with n' before the step. With each step's own rate in Q, a
+    change of lr acts as in the other optimizers: it moves no weight by itself.
+
     The paper starts from zero weights. Here z starts as :math:`-p_0 (\beta + \sqrt{n_0}) / lr`,
     which is 0 for zero weights, as in the paper, and keeps other weights (without penalties the
-    first p is the closed form around :math:`p_0`).
+    first p is the closed form around :math:`p_0`). As z follows from p wherever p is not 0, a
+    weight that is changed between steps is taken as it is.
 
     Args:
         params: parameters or param groups.
         lr: the paper's alpha, a number or a 0-d tensor. A change applies to later steps. While it
-            is 0 (the first step of a warm-up, ``torch.distributed.checkpoint``) parameters do not
-            change, provided that the host can read it without waiting for a device.
+            is 0 (the first step of a warm-up, ``torch.distributed.checkpoint``) parameters and
+            states do not change.
         beta: the paper's beta, > 0.
         l1, l2: strengths >= 0 of :math:`l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2`. Numbers or 0-d
             tensors; each param group may have its own.
         weight_decay: lambda, :math:`\lambda p` is added to the gradient.
         initial_accumulator_value: :math:`n_0`.
-        maximize, max_grad_norm, master_weights: as in :class:`SGD`.
+        maximize, max_grad_norm, master_weights, ema_decay: as in :class:`SGD`.
         foreach, fused, differentiable: as in :class:`SGD`.
 
     There is no ``group``, whose step has no closed form in this metric, and no ``prox``, because
@@ -64,6 +68,8 @@ class FTRL(RegularizedOptimizer):
     _name = "FTRL"
     _keys = ("linear", "sum")
     _supports_group = False
+    _has_step = True
+    _step_key = "last"
 
     def __init__(
         self,
@@ -91,41 +97,14 @@ class FTRL(RegularizedOptimizer):
 
     def _new_state(self, key: str, p: Tensor, group: dict[str, Any]) -> Tensor:
         start = super()._new_state(key, p, group)
-        n0 = group["initial_accumulator_value"]
-        if key == "sum":
-            return start.fill_(n0)
-        rate = self.defaults["lr"] if _is_zero(group["lr"]) else group["lr"]
-        return start.copy_(p).mul_(-(group["beta"] + math.sqrt(n0)) / rate)
+        return start.fill_(group["initial_accumulator_value"]) if key == "sum" else start
 
-    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
-        # The kernels cannot take a rate of zero, which a graph does not see in a tensor.
-        rate = group["lr"]
-        unseen = isinstance(rate, Tensor) and rate.device.type == "cpu"
-        return not unseen and not _is_zero(rate) and super()._init_group(group, *lists)
-
-    @dispatch.outside_graphs
-    def _run(self) -> None:
-        resting = [group for group in self.param_groups if _is_zero(group["lr"])]
-        if not resting:
-            super()._run()
+    def _add_step(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Make the record of the last step: its l1, l2, lr and beta."""
+        if state.get("last") is not None:
             return
-        # The formula divides by the rate: these groups get states, but no step.
-        kept = []
-        for group in resting:
-            for p in group["params"]:
-                if p.grad is not None:
-                    with torch.no_grad():
-                        self._add_missing(p, self._keys, group)
-                    kept.append((p, p.grad))
-                    p.grad = None
-        try:
-            super()._run()
-        finally:
-            for p, grad in kept:
-                p.grad = grad
-
-
-def _is_zero(rate: Any) -> bool:
-    if isinstance(rate, Tensor):
-        return rate.device.type == "cpu" and float(rate) == 0.0
-    return bool(rate == 0.0)
+        last = state["last"] = torch.zeros(4, dtype=update_dtype(p), device=p.device)
+        if state.get("linear") is not None:
+            # A state dict of earlier versions, which did not keep them.
+            for i, key in enumerate(("l1", "l2", "lr", "beta")):
+                last[i] = group[key]

@@ -26,6 +26,15 @@ NEEDS_STATE = 3
 State: TypeAlias = dict[str, Any]
 
 
+#: States that are the weights once more: their float32 master, and their average.
+COPIES = ("master_param", "ema_param")
+
+
+def update_dtype(p: Tensor) -> torch.dtype:
+    """Return the dtype in which a parameter is updated."""
+    return torch.float64 if p.dtype is torch.float64 else torch.float32
+
+
 def given(strength: Number) -> bool:
     """Return whether there is such a term: a tensor's value is not asked for."""
     return isinstance(strength, Tensor) or strength != 0.0
@@ -45,6 +54,7 @@ class Hyper(NamedTuple):
     l1: Number = 0.0
     l2: Number = 0.0
     group: Number = 0.0
+    ema_decay: Number = 0.0
     prox: int = 0
     maximize: bool = False
     amsgrad: bool = False
@@ -52,6 +62,7 @@ class Hyper(NamedTuple):
     decoupled_decay: bool = False
     momentum: bool = False
     master_weights: bool = False
+    average: bool = False
 
     def penalized(self) -> bool:
         """Return whether there is a penalty."""
@@ -197,7 +208,7 @@ def _in_layout(target: Tensor, source: Tensor) -> Tensor:
 
 def _lay_out_state(call: Call, state: State, target: Tensor, keys: tuple[str, ...]) -> None:
     """Put states into the parameter's memory order, and onto its device, for good."""
-    for key in (*keys, "master_param"):
+    for key in (*keys, *COPIES):
         s = state.get(key)
         if not isinstance(s, Tensor):
             continue
@@ -215,6 +226,11 @@ def _lay_out_state(call: Call, state: State, target: Tensor, keys: tuple[str, ..
         for key in keys:
             if isinstance(state.get(key), Tensor):
                 state[key] = state[key].to(torch.float32)
-    step = state.get("step")
+    wide = update_dtype(target)
+    step, last, average = state.get("step"), state.get("last"), state.get("ema_param")
     if isinstance(step, Tensor):
         state["step"] = step.to(target.device, torch.float32)
+    if isinstance(last, Tensor):
+        state["last"] = last.to(target.device, wide).contiguous()
+    if isinstance(average, Tensor):
+        state["ema_param"] = state["ema_param"].to(wide)

@@ -31,6 +31,7 @@ _KEYS = (
     ("sum",),
     ("linear", "sum"),
 )
+_STEPS = ("", "step", "step", "last")
 _NUMBERS = Hyper._fields.index("prox")  # of a Hyper, before its options
 _OPTIONS = len(Hyper._fields) - _NUMBERS
 
@@ -48,6 +49,7 @@ class Lists(NamedTuple):
     states: list[Tensor]
     steps: list[Tensor]
     masters: list[Tensor]
+    averages: list[Tensor]
 
 
 class _Arguments(NamedTuple):
@@ -59,6 +61,7 @@ class _Arguments(NamedTuple):
     states: list[Tensor]
     steps: list[Tensor]
     masters: list[Tensor]
+    averages: list[Tensor]
     counts: list[int]
     numbers: list[float]
     live: list[Tensor]
@@ -148,7 +151,8 @@ def _hypers(a: _Arguments) -> tuple[Hyper, ...]:
 
 
 def _states(a: _Arguments, hypers: Sequence[Hyper]) -> list[State]:
-    params, states, steps, masters = map(iter, (a.params, a.states, a.steps, a.masters))
+    lists = (a.params, a.states, a.steps, a.masters, a.averages)
+    params, states, steps, masters, averages = map(iter, lists)
     found: list[State] = []
     for hyper, count in zip(hypers, a.counts, strict=True):
         wanted = (int(hyper.momentum), 2 + int(hyper.amsgrad), 1, 2)[a.algorithm]
@@ -156,17 +160,20 @@ def _states(a: _Arguments, hypers: Sequence[Hyper]) -> list[State]:
             p = next(params)
             state: State = {key: next(states) for key in _KEYS[a.algorithm][:wanted]}
             if a.steps:
-                state["step"] = next(steps)
+                state[_STEPS[a.algorithm]] = next(steps)
             if hyper.master_weights and p.dtype in LOW_PRECISION:
                 state["master_param"] = next(masters)
+            if hyper.average:
+                state["ema_param"] = next(averages)
             found.append(state)
     return found
 
 
 _step = Operator(
     "optimizer_step_(int algorithm, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, "
-    "Tensor(c!)[] steps, Tensor(d!)[] masters, int[] counts, float[] numbers, Tensor[] live, "
-    "int[] live_at, int[] options, Tensor(e!)? value, Tensor(f!)? norm, float max_norm) -> ()",
+    "Tensor(c!)[] steps, Tensor(d!)[] masters, Tensor(e!)[] averages, int[] counts, "
+    "float[] numbers, Tensor[] live, int[] live_at, int[] options, Tensor(f!)? value, "
+    "Tensor(g!)? norm, float max_norm) -> ()",
     _run,
     fake=lambda *_: None,
 )

@@ -18,7 +18,8 @@ from ..penalty.kernels import DONE, value_dtype
 from . import dtensor as _sharded
 from . import kernels as _kernels
 from . import op as _op
-from .kernels import Call, Hyper, State, given
+from .averages import KEY, Averages
+from .kernels import COPIES, Call, Hyper, State, given, update_dtype
 from .norms import norm_of_grads
 from .op import LOW_PRECISION, Lists
 from .options import DEFAULTS, NOTES, PENALTY, CommonOptions, Options, ParamsT, meant
@@ -33,7 +34,7 @@ _NO_STATE: State = {}
 #: Keys of param groups that optimizers without a proximal step take no notice of.
 _NOT_GIVEN = ("group", "prox")
 #: What :meth:`RegularizedOptimizer._check_group` looks at, strengths first.
-_CHECKED = ("l1", "l2", "group", "prox", "momentum")
+_CHECKED = ("l1", "l2", "group", "prox", "momentum", "ema_decay")
 #: Arguments that must not be negative, and what they must be below.
 _LIMITS = {
     "lr": math.inf,
@@ -99,7 +100,7 @@ class _Plan:
         return True
 
 
-class RegularizedOptimizer(torch.optim.Optimizer):
+class RegularizedOptimizer(Averages):
     """A torch optimizer whose step includes a penalty; see the subclasses.
 
     Attributes:
@@ -113,6 +114,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
     #: Keys of the states that have the parameter's shape, in the kernels' order.
     _keys: tuple[str, ...]
     _has_step = False
+    _step_key = "step"
     _supports_group = True
 
     #: A GradScaler passes its scale and overflow flag on; the kernels read them on the device.
@@ -142,6 +144,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
                 self._check_number(name, defaults[name], limit)
         self.max_grad_norm = _check_max_norm(shared.pop("max_grad_norm"), self._name)
         self.penalty_value: Tensor = torch.zeros((), dtype=torch.float32)
+        self._beginning = []
         self._new_tables()
         if shared["differentiable"]:
             raise ValueError(
@@ -181,6 +184,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("penalty_value", torch.zeros((), dtype=torch.float32))
         self._plan = None
+        self._beginning = []
         self._new_tables()
         for i, group in enumerate(self.param_groups):
             # A state dict of torch's optimizer has no penalty: the present one stays.
@@ -217,7 +221,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             for i, p in zip(ids, params, strict=True):
                 if p.dtype not in LOW_PRECISION or i not in saved:
                     continue
-                for key in (*self._keys, "master_param"):
+                for key in (*self._keys, *COPIES, "last"):
                     value = saved[i].get(key)
                     if isinstance(value, Tensor):
                         exact = value.detach().to(p.device, torch.float32)
@@ -269,6 +273,8 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         where = f"fusereg.optim.{self._name}: "
         for name in ("l1", "l2", "group"):
             _check_strength(group[name], where + name)
+        if group.get("ema_decay") is not None:
+            self._check_number("ema_decay", group["ema_decay"], 1.0)
         prox = group["prox"]
         if not isinstance(prox, (bool, str)) or prox not in _PROX:
             raise ValueError(
@@ -282,8 +288,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{where}group is not supported: {no_step}")
         if prox in ("preconditioned", "capped") and self._algorithm != 0:
             raise ValueError(
-                f"{where}group cannot go with prox={prox!r}: {no_step}; "
-                "use prox='decoupled'"
+                f"{where}group cannot go with prox={prox!r}: {no_step}; use prox='decoupled'"
             )
 
     def _check_changed(self, plan: _Plan) -> None:
@@ -291,7 +296,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             own: list[Any] = [group.get(key) for key in _CHECKED]
             if not all(map(operator.is_, own, plan.checked[i])):
-                if any(map(given, own[:3])):
+                if any(map(given, own[:3])) or own[-1] is not None:
                     self._check_group(group)
                 plan.checked[i] = own
 
@@ -301,12 +306,15 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         prox = _PROX[group["prox"]] if penalized else 0
         if by_groups and group["prox"] is True and self._algorithm != 0:
             prox = _PROX["decoupled"]
+        decay = group.get("ema_decay")
         return Hyper(
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             l1=group["l1"],
             l2=group["l2"],
             group=group["group"],
+            ema_decay=0.0 if decay is None else decay,
+            average=decay is not None,
             prox=prox,
             maximize=bool(group["maximize"]),
             master_weights=bool(group["master_weights"]),
@@ -343,6 +351,7 @@ class RegularizedOptimizer(torch.optim.Optimizer):
 
     @dispatch.outside_graphs
     def _run(self) -> None:
+        self._check_raw("step")
         groups = self.param_groups
         plan = self._plan
         if plan is None or not plan.holds(groups, self.state):
@@ -392,6 +401,8 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             # When the strengths have become zero, so does the value.
             self.penalty_value = torch.zeros_like(self.penalty_value) if value is None else value
             self._penalized = value is not None
+        if any(h.average for h in hypers):
+            self._average_others()
         if call.fresh and self._forgets(call):
             for i in call.fresh:
                 for key in self._keys:
@@ -412,8 +423,10 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 keys = self._wanted_keys(group)
                 for p in group["params"]:
-                    if p.grad is not None and self._add_missing(p, keys, group):
-                        fresh.append(index)
+                    if p.grad is not None:
+                        self._begin_average(p, group)
+                        if self._add_missing(p, keys, group):
+                            fresh.append(index)
                     index += 1
         plan = self._new_plan()
         return call._replace(states=plan.states, fresh=tuple(fresh))
@@ -426,15 +439,20 @@ class RegularizedOptimizer(torch.optim.Optimizer):
                 f"use torch.optim.{self._name} for them"
             )
         state = self.state[p]
-        if self._has_step and not isinstance(state.get("step"), Tensor):
-            start = float(state.get("step", 0.0))
-            state["step"] = torch.full((), start, dtype=torch.float32, device=p.device)
+        if self._has_step:
+            self._add_step(p, state, group)
         missing = [key for key in keys if state.get(key) is None]
         for key in missing:
             state[key] = self._new_state(key, p, group)
         if _wants_master(p, group) and state.get("master_param") is None:
             state["master_param"] = p.detach().to(torch.float32, copy=True)
         return bool(missing)
+
+    def _add_step(self, p: Tensor, state: State, group: dict[str, Any]) -> None:
+        """Make the count of steps, as a tensor."""
+        if not isinstance(state.get("step"), Tensor):
+            start = float(state.get("step", 0.0))
+            state["step"] = torch.full((), start, dtype=torch.float32, device=p.device)
 
     # -- the step in a graph that must not break --
 
@@ -447,11 +465,12 @@ class RegularizedOptimizer(torch.optim.Optimizer):
         for name in ("grad_scale", "found_inf", "_norm_scale"):
             if getattr(self, name, None) is not None:
                 return False
-        lists = Lists([], [], [], [], [])
+        self._check_raw("step")
+        lists = Lists([], [], [], [], [], [])
         counts: list[int] = []
         hypers: list[Hyper] = []
         for group in self.param_groups:
-            own = Lists([], [], [], [], [])
+            own = Lists([], [], [], [], [], [])
             if not self._init_group(group, *own):
                 return False
             for whole, part in zip(lists, own, strict=True):
@@ -492,6 +511,11 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             # The first gradient enters a momentum buffer in another way than those that follow.
             if self._algorithm == 0 and any(self.state.get(p, {}).get(k) is None for k in keys):
                 return False
+        averaged = group.get("ema_decay") is not None
+        # The kernel goes on with averages, of parameters that have a gradient.
+        begun = [KEY in self.state.get(p, {}) for p in group["params"]]
+        if averaged and begun != [p.grad is not None for p in group["params"]]:
+            return False
         with torch.no_grad():
             for p in own:
                 self._add_missing(p, keys, group)
@@ -502,7 +526,8 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             if (master is not None) != _wants_master(p, group):
                 return False
             masters = [] if master is None else [master]
-            beside = [p.grad, *values, *masters]
+            averages = [state[KEY]] if averaged else []
+            beside = [p.grad, *values, *masters, *averages]
             if any(not _op.takes(t) or t.device != device for t in beside):
                 return False
             if any(t.stride() != p.stride() or t.shape != p.shape for t in beside):
@@ -513,10 +538,13 @@ class RegularizedOptimizer(torch.optim.Optimizer):
             into.grads.append(p.grad)
             into.states.extend(values)
             into.masters.extend(masters)
+            into.averages.extend(averages)
             if self._has_step:
-                if state["step"].device != device or state["step"].dtype is not torch.float32:
+                step = state[self._step_key]
+                wide = torch.float32 if self._step_key == "step" else update_dtype(p)
+                if step.device != device or step.dtype is not wide:
                     return False
-                into.steps.append(state["step"])
+                into.steps.append(step)
         grads = [p.grad for p in everything if p.grad is not None]
         dtype = value_dtype([*everything, *grads])
         self.penalty_value = _on(device, dtype, self.penalty_value)

@@ -19,6 +19,7 @@ class CommonOptions(TypedDict, total=False):
     l2: Number
     max_grad_norm: float | None
     master_weights: bool
+    ema_decay: Number | None
     maximize: bool
     foreach: bool | None
     differentiable: bool
@@ -39,6 +40,7 @@ DEFAULTS: Options = {
     "prox": True,
     "max_grad_norm": None,
     "master_weights": False,
+    "ema_decay": None,
     "maximize": False,
     "foreach": None,
     "differentiable": False,
@@ -111,6 +113,10 @@ PENALTY = r"""
             norm before clipping is in :attr:`grad_norm`.
         master_weights: keep a float32 copy of each float16 and bfloat16 parameter in the state
             (``"master_param"``), update the copy, and round it to the parameter.
+        ema_decay: keep an exponential moving average of the weights in the state
+            (``"ema_param"``, float32, float64 for float64 parameters), updated inside the step; see
+            :meth:`averaged`. A number in [0, 1) or a 0-d tensor, which may be changed between
+            steps; each param group may have its own. None: no average.
         foreach, fused, differentiable: accepted for compatibility, ignored; but
             ``differentiable=True`` is an error."""
 

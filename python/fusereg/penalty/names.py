@@ -59,7 +59,9 @@ class Named:
     @property
     def own(self) -> str:
         """Return the last part of the name, of the computed weight where there is one."""
-        computed = self.others[-1] if self.others and _PARAMETRIZED.fullmatch(self.name) else self.name
+        computed = (
+            self.others[-1] if self.others and _PARAMETRIZED.fullmatch(self.name) else self.name
+        )
         return computed.rpartition(".")[2]
 
 
