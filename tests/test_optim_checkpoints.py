@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 import fusereg
 from fusereg import optim
 
-NAMES = ["SGD", "Adam", "AdamW", "Adagrad"]
+NAMES = ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam"]
 
 
 def net() -> nn.Module:

@@ -23,8 +23,10 @@ PAIRS: dict[str, dict[str, Any]] = {
     "Adam": {"lr": 0.01, "amsgrad": True},
     "AdamW": {"lr": 0.01},
     "Adagrad": {"lr": 0.1, "lr_decay": 0.1},
+    "RMSprop": {"lr": 0.01, "momentum": 0.9, "centered": True},
+    "NAdam": {"lr": 0.01},
 }
-OWN = {**PAIRS, "FTRL": {"lr": 0.1}}
+OWN: dict[str, dict[str, Any]] = {**PAIRS, "FTRL": {"lr": 0.1}, "Lion": {"lr": 0.01}}
 
 
 def make(name: str, params: list[Tensor], **options: Any) -> RegularizedOptimizer:
@@ -386,7 +388,7 @@ def test_bad_arguments(name: str, options: dict[str, Any], message: str) -> None
         getattr(optim, name)(params_of((3,)), **options)
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "FTRL"])
+@pytest.mark.parametrize("name", list(OWN))
 def test_the_shared_arguments_are_in_the_signature(name: str) -> None:
     optimizer = getattr(optim, name)
     parameters = inspect.signature(optimizer).parameters

@@ -33,13 +33,14 @@ FUSEREG_INLINE double gradient_factor(double grad_scale, double norm, double max
 }
 
 struct HyperValues {
-  double lr, first, second, eps, weight_decay, l1, l2, group, ema_decay;
+  double lr, first, second, eps, weight_decay, l1, l2, group, ema_decay, third;
 };
 
 FUSEREG_INLINE HyperValues read_hyper(const Hyper& h) {
-  return {read_scalar(h.lr),  read_scalar(h.first),        read_scalar(h.second),
-          read_scalar(h.eps), read_scalar(h.weight_decay), read_scalar(h.l1),
-          read_scalar(h.l2),  read_scalar(h.group),        read_scalar(h.ema_decay)};
+  return {read_scalar(h.lr),   read_scalar(h.first),        read_scalar(h.second),
+          read_scalar(h.eps),  read_scalar(h.weight_decay), read_scalar(h.l1),
+          read_scalar(h.l2),   read_scalar(h.group),        read_scalar(h.ema_decay),
+          read_scalar(h.third)};
 }
 
 // FTRL's LastStep in memory, of a parameter of that dtype.
@@ -60,6 +61,33 @@ FUSEREG_INLINE void write_last(void* at, DType p_dtype, const HyperValues& h) {
       static_cast<float*>(at)[i] = static_cast<float>(last[i]);
     }
   }
+}
+
+// A number of a parameter that the kernels count on: its steps, NAdam's product.
+FUSEREG_INLINE double read_count(const void* at, DType dtype) {
+  return dtype == DType::kFloat64 ? *static_cast<const double*>(at)
+                                  : static_cast<double>(*static_cast<const float*>(at));
+}
+FUSEREG_INLINE void write_count(void* at, DType dtype, double x) {
+  if (dtype == DType::kFloat64) {
+    *static_cast<double*>(at) = x;
+  } else {
+    *static_cast<float*>(at) = static_cast<float>(x);
+  }
+}
+
+// NAdam's momentum at a step.
+FUSEREG_INLINE double nadam_mu(const HyperValues& h, double step) {
+  return h.first * (1.0 - 0.5 * pow(0.96, step * h.third));
+}
+
+// Counts a step that was taken.
+FUSEREG_INLINE void count_step(Algorithm algorithm, const Target& item, const HyperValues& h) {
+  const double step = read_count(item.step, item.step_dtype) + 1.0;
+  write_count(item.step, item.step_dtype, step);
+  if (algorithm != Algorithm::kNadam) return;
+  void* const product = item.state[2];
+  write_count(product, item.step_dtype, read_count(product, item.step_dtype) * nadam_mu(h, step));
 }
 
 // FTRL divides by the rate: at 0 weights and states stay.
@@ -106,6 +134,31 @@ FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const Hype
       lr = lr / (1.0 + (step - 1.0) * h.first);
       k.rate = lr;
       break;
+    case Algorithm::kNadam: {
+      const double mu = nadam_mu(h, step);
+      const double next = nadam_mu(h, step + 1.0);
+      const double product = last.l1 * mu;
+      k.first = 1.0 - h.first;
+      k.second = h.second;
+      k.third = 1.0 - h.second;
+      k.rate = lr * (1.0 - mu) / (1.0 - product);
+      k.other = lr * next / (1.0 - product * next);
+      k.root = 1.0 / sqrt(1.0 - pow(h.second, step));
+      break;
+    }
+    case Algorithm::kRmsprop:
+      k.first = h.first;
+      k.second = h.second;
+      k.third = 1.0 - h.second;
+      k.rate = lr;
+      if (f.momentum && f.prox >= Prox::kPreconditioned) lr /= 1.0 - h.first;
+      break;
+    case Algorithm::kLion:
+      k.first = h.first;
+      k.third = 1.0 - h.first;
+      k.root = 1.0 - h.second;
+      k.rate = lr;
+      break;
     default:
       k.first = 1.0 / lr;
       k.second = h.first / lr;
@@ -133,10 +186,16 @@ FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const Hype
     k.factor = 1.0 / (1.0 + k.shrink);
     if (f.prox == Prox::kCapped) {
       // The steps that the metric remembers: before them a missing gradient proves nothing.
-      const double memory = algorithm == Algorithm::kAdam ? 1.0 - h.second : 1e-3;
-      k.floor_l1 = 0.5 * l1;
-      k.floor_l2 = 0.5 * h.l2;
+      const double memory = algorithm == Algorithm::kAdagrad ? 1e-3 : 1.0 - h.second;
+      // The centered metric may fall below the gradient.
+      const double half = f.centered ? 0.0 : 0.5;
+      k.floor_l1 = half * l1;
+      k.floor_l2 = half * h.l2;
       k.spared = step * memory < 1.0 ? 0.0 : -1.0;
+    }
+    if (algorithm == Algorithm::kLion) {
+      k.floor_l1 = l1;
+      k.floor_l2 = h.l2;
     }
     k.group = lr * group;
   }

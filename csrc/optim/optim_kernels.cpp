@@ -124,6 +124,12 @@ void update_any(Algorithm algorithm, const Tile<C>& t, std::int64_t n, const Coe
       return update<Algorithm::kAdam>(t, n, k, f);
     case Algorithm::kAdagrad:
       return update<Algorithm::kAdagrad>(t, n, k, f);
+    case Algorithm::kRmsprop:
+      return update<Algorithm::kRmsprop>(t, n, k, f);
+    case Algorithm::kNadam:
+      return update<Algorithm::kNadam>(t, n, k, f);
+    case Algorithm::kLion:
+      return update<Algorithm::kLion>(t, n, k, f);
     default:
       return update<Algorithm::kFtrl>(t, n, k, f);
   }

@@ -13,7 +13,10 @@ from .adam import Adam, AdamW
 from .clip import clip_grad_norm_, get_total_norm
 from .ftrl import FTRL
 from .groups import param_groups_weight_decay
+from .lion import Lion
+from .nadam import NAdam
 from .planner import load_planner
+from .rmsprop import RMSprop
 from .schedule import StrengthScheduler
 from .sgd import SGD
 
@@ -23,6 +26,9 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Lion",
+    "NAdam",
+    "RMSprop",
     "StrengthScheduler",
     "clip_grad_norm_",
     "get_total_norm",

@@ -31,6 +31,8 @@ __all__ = ["RegularizedOptimizer"]
 
 _PROX = {False: 0, True: 3, "decoupled": 1, "preconditioned": 2, "capped": 3}
 _NO_STATE: State = {}
+#: Dtypes of the count of steps.
+_COUNTS = {torch.float32, torch.float64}
 #: Keys of param groups that optimizers without a proximal step take no notice of.
 _NOT_GIVEN = ("group", "prox")
 #: What :meth:`RegularizedOptimizer._check_group` looks at, strengths first.
@@ -43,6 +45,8 @@ _LIMITS = {
     "eps": math.inf,
     "beta": math.inf,
     "lr_decay": math.inf,
+    "alpha": math.inf,
+    "momentum_decay": math.inf,
     "weight_decay": math.inf,
     "initial_accumulator_value": math.inf,
 }
@@ -114,7 +118,7 @@ class RegularizedOptimizer(Averages):
     #: Keys of the states that have the parameter's shape, in the kernels' order.
     _keys: tuple[str, ...]
     _has_step = False
-    _step_key = "step"
+    _step_keys: tuple[str, ...] = ("step",)
     _supports_group = True
 
     #: A GradScaler passes its scale and overflow flag on; the kernels read them on the device.
@@ -221,7 +225,7 @@ class RegularizedOptimizer(Averages):
             for i, p in zip(ids, params, strict=True):
                 if p.dtype not in LOW_PRECISION or i not in saved:
                     continue
-                for key in (*self._keys, *COPIES, "last"):
+                for key in (*self._keys, *COPIES, "last", "mu_product"):
                     value = saved[i].get(key)
                     if isinstance(value, Tensor):
                         exact = value.detach().to(p.device, torch.float32)
@@ -280,6 +284,15 @@ class RegularizedOptimizer(Averages):
             raise ValueError(
                 f"{where}prox must be True, False, 'capped', 'decoupled' or 'preconditioned', "
                 f"got {prox!r}"
+            )
+        # Momentum amplifies a gradient that stays by 1 / (1 - momentum), so the step is, too.
+        amplified = prox == "preconditioned" or (
+            prox in (True, "capped") and any(given(group[k]) for k in ("l1", "l2", "group"))
+        )
+        if amplified and not group.get("momentum", 0.0) < 1.0:
+            raise ValueError(
+                f"{where}prox={prox!r} needs momentum < 1, got {group['momentum']}; "
+                "use prox='decoupled'"
             )
         if not given(group["group"]):
             return
@@ -452,7 +465,10 @@ class RegularizedOptimizer(Averages):
         """Make the count of steps, as a tensor."""
         if not isinstance(state.get("step"), Tensor):
             start = float(state.get("step", 0.0))
-            state["step"] = torch.full((), start, dtype=torch.float32, device=p.device)
+            # As torch counts.
+            wide = torch.get_default_dtype() is torch.float64
+            dtype = torch.float64 if wide else torch.float32
+            state["step"] = torch.full((), start, dtype=dtype, device=p.device)
 
     # -- the step in a graph that must not break --
 
@@ -540,11 +556,11 @@ class RegularizedOptimizer(Averages):
             into.masters.extend(masters)
             into.averages.extend(averages)
             if self._has_step:
-                step = state[self._step_key]
-                wide = torch.float32 if self._step_key == "step" else update_dtype(p)
-                if step.device != device or step.dtype is not wide:
+                steps = [state[key] for key in self._step_keys]
+                wide = {update_dtype(p)} if "last" in self._step_keys else _COUNTS
+                if any(s.device != device or s.dtype not in wide for s in steps):
                     return False
-                into.steps.append(step)
+                into.steps.extend(steps)
         grads = [p.grad for p in everything if p.grad is not None]
         dtype = value_dtype([*everything, *grads])
         self.penalty_value = _on(device, dtype, self.penalty_value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .kernels import Call, given
+from .kernels import Call
 from .optimizer import RegularizedOptimizer, documented
 from .options import Number, Options, ParamsT
 
@@ -71,18 +71,6 @@ class SGD(RegularizedOptimizer):
         super().__init__(params, defaults, **options)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        prox = group["prox"]
-        amplified = prox == "preconditioned" or (
-            prox in (True, "capped") and any(given(group[k]) for k in ("l1", "l2", "group"))
-        )
-        if amplified and not group["momentum"] < 1.0:
-            raise ValueError(
-                f"fusereg.optim.SGD: prox={prox!r} needs momentum < 1, got {group['momentum']}; "
-                "use prox='decoupled'"
-            )
 
     def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
         momentum = group["momentum"]
