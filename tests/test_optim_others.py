@@ -82,7 +82,9 @@ def test_lion_finds_the_zeros_of_a_lasso() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("limit", [0.0, 0.3, 1e30])
 def test_clip_grad_value_is_torchs(backend: Backend, dtype: torch.dtype, limit: float) -> None:
-    ours = [nn.Parameter(p.to(backend.device)) for p in parameters((5, 7), (33,), (0,), dtype=dtype)]
+    ours = [
+        nn.Parameter(p.to(backend.device)) for p in parameters((5, 7), (33,), (0,), dtype=dtype)
+    ]
     theirs = copies(ours)
     give_grads(ours, theirs)
     for p, q in zip(ours, theirs, strict=True):

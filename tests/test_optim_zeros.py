@@ -22,7 +22,8 @@ PATH = Path(__file__).parents[1] / "docs" / "scripts" / "zeros.py"
 def problems() -> Any:
     pytest.importorskip("sklearn")
     spec = importlib.util.spec_from_file_location("zeros", PATH)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -149,7 +149,7 @@ class T5LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(4))
 
 
-class layer_norm(nn.Module):  # noqa: N801
+class layer_norm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(1, 4, 1, 1))

@@ -490,10 +490,77 @@ int grad_norm(const py::object& tensors, bool of_params, const py::object& out, 
   return 0;
 }
 
+// Clips each element of each parameter's gradient to +-limit.
+int clip_values(const py::object& params, double limit, const py::object& tables, const char* op) {
+  const ObjectList list(params, op, "params");
+  NormList grads;
+  if (!grads.read(list, true)) return static_cast<int>(ListStatus::kNeedsPreparation);
+  LaunchTables* const long_tables = launch_tables_argument(tables, op, "tables");
+  WrittenRanges written;
+  written.reserve(grads.items.size());
+  for (const NormItem& item : grads.items)
+    written.add(item.data, item.numel * dtype_size(item.dtype));
+  if (written.overlap() || !increment_version(grads.kept))
+    return static_cast<int>(ListStatus::kNeedsPreparation);
+  if (grads.items.empty()) return 0;
+  ClipJob job;
+  job.items = std::move(grads.items);
+  job.limit = limit;
+  run_job(job, grads.device, grads.numel, long_tables);
+  return 0;
+}
+
+// Clips each parameter's gradient row by row of dimension 0; a vector is one row.
+int clip_rows(const py::object& params, double factor, double eps, const py::object& tables,
+              const char* op) {
+  const ObjectList list(params, op, "params");
+  LaunchTables* const long_tables = launch_tables_argument(tables, op, "tables");
+  AdaptiveJob job;
+  job.factor = factor;
+  job.eps = eps;
+  Device device;
+  std::int64_t numel = 0;
+  py::list kept;
+  WrittenRanges written;
+  written.reserve(list.size());
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    py::object grad = grad_of(list[i]);
+    if (grad.is_none()) continue;
+    TensorView p;
+    TensorView g;
+    if (read_tensor(list[i], p) != Kind::kPlain || read_gradient(grad, g) != Kind::kPlain ||
+        !p.dense() || !p.same_layout(g))
+      return static_cast<int>(ListStatus::kNeedsPreparation);
+    if (job.items.empty()) device = p.device;
+    const std::int64_t row = p.numel == 0 ? 1 : p.ndim <= 1 ? p.numel : p.numel / p.sizes[0];
+    const bool in_order = p.ndim <= 1 || p.sizes[0] <= 1 || p.numel == 0 || p.strides[0] == row;
+    if (p.device != device || g.device != device || !in_order)
+      return static_cast<int>(ListStatus::kNeedsPreparation);
+    AdaptiveItem item;
+    item.p = p.data;
+    item.numel = p.numel;
+    item.row = row;
+    item.p_dtype = p.dtype;
+    item.g_dtype = g.dtype;
+    job.items.push_back(item);
+    job.grads.push_back(g.data);
+    written.add(g.data, g.numel * dtype_size(g.dtype));
+    numel += p.numel;
+    kept.append(std::move(grad));
+  }
+  if (written.overlap() || !increment_version(kept))
+    return static_cast<int>(ListStatus::kNeedsPreparation);
+  if (!job.items.empty()) run_job(job, device, numel, long_tables);
+  return 0;
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
   using py::arg;
+  m.def("clip_values", &clip_values, arg("params"), arg("limit"), arg("tables"), op_argument());
+  m.def("clip_rows", &clip_rows, arg("params"), arg("factor"), arg("eps"), arg("tables"),
+        op_argument());
   m.def("optimizer_step", &optimizer_step, arg("algorithm"), arg("params"), arg("grads"),
         arg("states"), arg("counts"), arg("hypers"), arg("fresh"), arg("value"), arg("grad_scale"),
         arg("found_inf"), arg("norm"), arg("max_norm"), arg("workspace"), arg("tables"),

@@ -32,6 +32,13 @@ FUSEREG_INLINE double gradient_factor(double grad_scale, double norm, double max
   return max_norm > 0.0 ? unscale * clip_factor(norm * unscale, max_norm) : unscale;
 }
 
+// What a row of a gradient is multiplied by, from the norms of the row and of its weights.
+FUSEREG_INLINE double adaptive_factor(double grad_norm, double weight_norm, double factor,
+                                      double eps) {
+  const double limit = factor * (weight_norm < eps ? eps : weight_norm);
+  return grad_norm < limit ? 1.0 : limit / (grad_norm < 1e-6 ? 1e-6 : grad_norm);
+}
+
 struct HyperValues {
   double lr, first, second, eps, weight_decay, l1, l2, group, ema_decay, third;
 };

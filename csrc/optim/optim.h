@@ -192,8 +192,30 @@ struct ClipJob {
   std::vector<NormItem> items;
   Scalar norm;
   double max_norm = 0.0;
+  double limit = -1.0;  // >= 0: x = min(max(x, -limit), limit) instead, NaN stays
 };
 void run_cpu(const ClipJob& job);
+
+// Adaptive clipping (Brock et al. 2021): each row g_r of a gradient becomes
+//
+//   g_r * limit_r / max(||g_r||, 1e-6)  unless  ||g_r|| < limit_r = factor * max(||p_r||, eps)
+//
+// Sums run in float64. Bytes moved per element in float32: 8, and 8 more for rows that are clipped.
+struct AdaptiveItem {
+  const void* p = nullptr;
+  std::int64_t numel = 0;
+  std::int64_t row = 0;  // elements of a row, at least 1
+  DType p_dtype = DType::kFloat32;
+  DType g_dtype = DType::kFloat32;
+  std::uint8_t unused[6] = {};
+};
+struct AdaptiveJob {
+  std::vector<AdaptiveItem> items;
+  std::vector<void*> grads;
+  double factor = 0.0;
+  double eps = 0.0;
+};
+void run_cpu(const AdaptiveJob& job);
 
 // CUDA only: `workspace` is kWorkspaceBytes of device memory whose first 8 bytes are zero; it is
 // left so. A step is one launch, as are a norm and clipping: of up to some 330 parameters in up to
@@ -207,6 +229,7 @@ inline constexpr std::int64_t kWorkspaceBytes = 16 + 8 * kMaxBlocks;
 void run_cuda(const Job& job, void* workspace, LaunchTables* tables, int device, void* stream);
 void run_cuda(const NormJob& job, void* workspace, LaunchTables* tables, int device, void* stream);
 void run_cuda(const ClipJob& job, LaunchTables* tables, int device, void* stream);
+void run_cuda(const AdaptiveJob& job, LaunchTables* tables, int device, void* stream);
 
 // --- what the CPU kernels of one instruction set provide (optim_kernels.cpp) ---
 
@@ -251,6 +274,7 @@ struct CpuKernels {
   // sum |x|, sum x^2 or max |x| of consecutive elements.
   double (*norm)(Norm norm, DType dtype, const void* x, std::int64_t n);
   void (*scale)(DType dtype, void* x, std::int64_t n, double factor);
+  void (*clamp)(DType dtype, void* x, std::int64_t n, double limit);
   // Elements [begin, begin + n): take what was changed in `copy`; and the average alone.
   void (*take_changed)(const Item& item, std::int64_t begin, std::int64_t n);
   void (*average)(const Item& item, std::int64_t begin, std::int64_t n, double weight);

@@ -18,6 +18,12 @@ FUSEREG_INLINE V greater(V a, V b) {
   return a != a ? a : kept;
 }
 
+// Within +-limit; NaN stays.
+template <class V>
+FUSEREG_INLINE V clamped(V x, V limit) {
+  return x > limit ? limit : (x < -limit ? -limit : x);
+}
+
 // The same numbers in the type that computes.
 template <class C>
 FUSEREG_INLINE Coefficients<C> in_type(const Coefficients<double>& k) {

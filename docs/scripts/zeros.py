@@ -168,8 +168,9 @@ def perceptron(prox: bool | str, steps: int = 1500) -> Net:
 def resnet18(prox: bool | str, steps: int = 60) -> Net:
     """Train torchvision's resnet18 on digits of 32 x 32 pixels; count its filters."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import other_libraries  # noqa: F401, PLC0415  # repairs torchvision
-    from torchvision.models import resnet18 as make  # noqa: PLC0415
+    from torchvision.models import resnet18 as make
+
+    import other_libraries  # noqa: F401  # repairs torchvision
 
     digits = datasets.load_digits()
     x = torch.from_numpy(digits.images).float()[:, None] / 16

@@ -11,6 +11,7 @@ default) L1 and group penalties give weights that are exactly zero.
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .clip import clip_grad_norm_, get_total_norm
+from .clip_others import adaptive_clip_grad_, clip_grad_value_
 from .ftrl import FTRL
 from .groups import param_groups_weight_decay
 from .lion import Lion
@@ -30,7 +31,9 @@ __all__ = [
     "NAdam",
     "RMSprop",
     "StrengthScheduler",
+    "adaptive_clip_grad_",
     "clip_grad_norm_",
+    "clip_grad_value_",
     "get_total_norm",
     "load_planner",
     "param_groups_weight_decay",

@@ -23,8 +23,8 @@ class SGD(RegularizedOptimizer):
         p &\leftarrow p - lr\, b \quad (\text{Nesterov: } g + \mu b)
 
     and then, with ``prox``, :math:`p \leftarrow \mathrm{prox}_{lr' R}(p)`, with
-    :math:`lr' = lr (1 - \tau) / (1 - \mu)`. Without momentum this is proximal gradient descent, ISTA
-    (Beck and Teboulle 2009) on a full batch.
+    :math:`lr' = lr (1 - \tau) / (1 - \mu)`. Without momentum this is proximal gradient descent,
+    ISTA (Beck and Teboulle 2009) on a full batch.
 
     Args:
         params: parameters or param groups.
