@@ -157,7 +157,8 @@ def test_a_key_that_looks_like_a_strength_is_an_error(name: str, key: str, wante
 @pytest.mark.parametrize(
     "key",
     ["name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr",
-     "lr_scale", "lr_mult", "layer_id", "group_name", "layer_names", "use_muon", "no_decay", "label", "id"],
+     "lr_scale", "lr_mult", "layer_id", "group_name", "layer_names",
+     "use_muon", "no_decay", "label", "id"],
 )  # fmt: skip
 @pytest.mark.parametrize("name", [*NAMES, "FTRL"])
 def test_keys_of_users_and_schedulers_are_let_be(name: str, key: str) -> None:

@@ -64,8 +64,8 @@ def test_lion_finds_the_zeros_of_a_lasso() -> None:
     y = x[:, :4] @ torch.tensor([2.0, -1.5, 1.0, -1.0], dtype=torch.float64)
     w = nn.Parameter(torch.randn(20, dtype=torch.float64, generator=generator))
     optimizer = optim.Lion([w], lr=0.02, l1=0.2)
-    for step in range(1500):
-        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 1500)
+    for step in range(700):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 700)
         optimizer.zero_grad()
         (0.5 * (x @ w - y).square().mean()).backward()
         optimizer.step()
@@ -80,7 +80,7 @@ def test_lion_finds_the_zeros_of_a_lasso() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("limit", [0.0, 0.3, 1e30])
+@pytest.mark.parametrize("limit", [0.0, 0.3, 6e4])
 def test_clip_grad_value_is_torchs(backend: Backend, dtype: torch.dtype, limit: float) -> None:
     ours = [
         nn.Parameter(p.to(backend.device)) for p in parameters((5, 7), (33,), (0,), dtype=dtype)

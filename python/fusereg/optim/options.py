@@ -47,11 +47,9 @@ DEFAULTS: Options = {
     "fused": None,
 }
 
-#: Keys of a param group that torch's optimizers do not have.
+#: Keys of a param group that torch's optimizers do not have, or not all of them.
 OWN = tuple(
-    key
-    for key in DEFAULTS
-    if key not in ("max_grad_norm", "maximize", "foreach", "differentiable", "fused")
+    key for key in DEFAULTS if key not in ("max_grad_norm", "maximize", "foreach", "differentiable")
 )
 #: What some call a strength or an option.
 _OTHER_NAMES = {
