@@ -91,8 +91,11 @@ def _adam(inputs: Inputs) -> Pairs:
 
 def _adamw(inputs: Inputs) -> Pairs:
     def wanted(w: Tensor, g: Tensor) -> Tensor:
-        v = w * (1 - LR * 0.01) - LR * g / (g.abs() + 1e-8)
-        return _soft(v, LR * L1) / (1 + LR * L2)
+        metric = g.abs() + 1e-8
+        v = w * (1 - LR * 0.01) - LR * g / metric
+        metric = torch.maximum(metric, (L1 + L2 * v.abs()) / 2)
+        shrunk: Tensor = _soft(v, LR * L1 / metric) / (1 + LR * L2 / metric)
+        return torch.where(g == 0, v, shrunk)
 
     return _step(lambda p: AdamW(p, lr=LR, l1=L1, l2=L2), wanted, inputs)
 
@@ -146,7 +149,7 @@ OPERATIONS = [
         ("optim.SGD, momentum, Nesterov", "torch.optim.SGD", SGD, _momentum),
         ("optim.SGD, group lasso", "prox of lr * R after the step", SGD, _sgd),
         ("optim.Adam, AMSGrad", "torch.optim.Adam", Adam, _adam),
-        ("optim.AdamW, elastic net", "prox of lr * R after the step", AdamW, _adamw),
+        ("optim.AdamW, elastic net", "prox in the metric of the step", AdamW, _adamw),
         ("optim.Adagrad, preconditioned", "prox in the metric of the step", Adagrad, _adagrad),
         ("optim.FTRL", "-soft(z, l1) / ((beta + sqrt(n)) / lr + l2)", FTRL, _ftrl),
         ("optim.clip_grad_norm_", "g * min(1, max_norm / ||g||)", clip.clip_grad_norm_, _clip),
