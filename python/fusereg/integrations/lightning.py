@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import EarlyStopping
 from ..core import dispatch, distributed
-from ..early_stopping.snapshot import Stateful
+from ..core.snapshot import Stateful
 from ..penalty.weight_penalty import add_for
 from ._shared import Monitored, PenaltyArguments, library
 

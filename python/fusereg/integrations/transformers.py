@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import AttachedPenalty, EarlyStopping, optim
-from ..early_stopping.snapshot import Stateful
+from ..core.snapshot import Stateful
 from ._shared import Monitored, PenaltyArguments, library
 
 __all__ = ["EarlyStoppingCallback", "PenaltyCallback", "optimizer_of"]
