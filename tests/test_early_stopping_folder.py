@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def elsewhere(work: Callable[[], Any], kill: bool = False) -> str:
 def test_another_process_is_refused_in_words(
     tmp_path: Path, options: dict[str, Any], on_save_error: Any
 ) -> None:
-    stopper = EarlyStopping(nn.Linear(3, 2), patience=9, folder=tmp_path)
+    stopper: Any = EarlyStopping(nn.Linear(3, 2), patience=9, folder=tmp_path)
     said = elsewhere(lambda: started(tmp_path, 2, on_save_error=on_save_error, **options))
     assert said.startswith(
         f"CheckpointError: fusereg.EarlyStopping: folder {tmp_path} is in use by process "
@@ -155,7 +156,9 @@ def test_another_process_is_refused_in_words(
     assert "is in use by process" in said
     stopper.step(0.5, epoch=1)
     assert elsewhere(lambda: load_best(tmp_path).epoch) == "1", "reading needs no lock"
-    del stopper
+    gone = weakref.ref(stopper)
+    stopper = None
+    assert gone() is None
     assert elsewhere(lambda: started(tmp_path, 2, resume=False).epoch) == "0"
 
 
@@ -190,7 +193,7 @@ def test_where_a_file_system_has_no_locks_the_owner_decides(
 
     monkeypatch.setattr(lock.fcntl, "flock", refused)
     stopper = started(tmp_path)
-    again = dict(resume=False)
+    again = {"resume": False}
     said = elsewhere(lambda: started(tmp_path, **again))
     assert f"is in use by process {os.getpid()} on" in said
     assert f"if that process has ended, remove {tmp_path / LOCK}" in said

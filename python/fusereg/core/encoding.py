@@ -23,6 +23,11 @@ _SAFE_DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
 }
+#: NumPy's dtypes, in this machine's byte order, that torch has too.
+_ARRAY_DTYPES = {
+    *("bool", "float64", "float32", "float16", "int64", "int32", "int16", "int8"),
+    *("uint64", "uint32", "uint16", "uint8"),
+}
 
 
 class Encoder:
@@ -72,13 +77,8 @@ class Encoder:
             return {"$device": str(tree)}
         if type(tree).__module__ == "numpy" and hasattr(tree, "item") and not tree.shape:
             return self.encode(tree.item(), path)
-        if (
-            type(tree).__module__ == "numpy"
-            and hasattr(tree, "dtype")
-            and tree.dtype.kind in "biuf"
-        ):
-            if tree.dtype.isnative and tree.dtype.itemsize <= 8:
-                return {"$array": self.encode(torch.as_tensor(tree.copy()), path)}
+        if type(tree).__module__ == "numpy" and str(getattr(tree, "dtype", "")) in _ARRAY_DTYPES:
+            return {"$array": self.encode(torch.as_tensor(tree.copy()), path)}
         if type(tree) is io.BytesIO:
             return {"$file": base64.b64encode(tree.getvalue()).decode()}
         raise TypeError(
@@ -107,14 +107,14 @@ class Encoder:
         self._alive.append(tree)
         if isinstance(tree, Held) and tree.sharding is not None:
             raise ValueError(
-                f"{self._op}: cannot write {path} to a checkpoint: it is sharded over ranks (DTensor), "
-                "and only the parts of modules and of optimizers can be put together"
+                f"{self._op}: cannot write {path} to a checkpoint: it is sharded over ranks "
+                "(DTensor), and only the parts of modules and of optimizers can be put together"
             )
         tensor = (tree.local if isinstance(tree, Held) else tree).detach()
         if tensor.layout is not torch.strided or tensor.is_quantized:
             raise ValueError(
-                f"{self._op}: cannot write {path} to a checkpoint: only dense tensors can be written, "
-                f"got layout {tensor.layout}, dtype {tensor.dtype}"
+                f"{self._op}: cannot write {path} to a checkpoint: only dense tensors can be "
+                f"written, got layout {tensor.layout}, dtype {tensor.dtype}"
             )
         if self._dry:
             return {}

@@ -92,7 +92,7 @@ class Folder:
     ) -> None:
         require_safetensors(op)
         self.op = op
-        self.path = Path(os.path.expanduser(path))  # noqa: PTH111  # leaves an unknown ~name
+        self.path = Path(os.path.expanduser(path))  # leaves an unknown ~name
         self.commit_path = self.path / commit
         self._form, self._version = form, version
         self._data = re.compile(data)

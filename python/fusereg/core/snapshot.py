@@ -63,7 +63,8 @@ class RandomState:
         """Set the generators' states."""
         torch.set_rng_state(state_dict["cpu"])
         if "cuda" in state_dict and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state_dict["cuda"])
+            for index, state in enumerate(state_dict["cuda"][: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(state, index)
 
 
 @dataclass(frozen=True)
@@ -256,6 +257,10 @@ class Sources:
 
     def __iter__(self) -> Iterator[Stateful]:
         return iter(self._objects.values())
+
+    def names(self) -> list[str]:
+        """Return the objects' names."""
+        return list(self._objects)
 
     def states(self) -> dict[str, Any]:
         """Return what each object's ``state_dict()`` returns now."""

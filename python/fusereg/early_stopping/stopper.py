@@ -122,9 +122,10 @@ class EarlyStopping:
         restore_best: whether the best state is restored at the end, as described above.
         folder: where to write checkpoints, or None; ``~`` is the home directory. One run writes to
             it, which a lock ensures (a later stopper of the same process takes it over); it must be
-            visible to every rank, and rank 0 writes. The best state goes to a safetensors file; progress, with
-            that file's SHA-256, to ``early_stopping.json`` at each check. Each write is atomic: a
-            process that dies at any moment leaves the old checkpoint or the new one, complete.
+            visible to every rank, and rank 0 writes. The best state goes to a safetensors file;
+            progress, with that file's SHA-256, to ``early_stopping.json`` at each check. Each write
+            is atomic: a process that dies at any moment leaves the old checkpoint or the new one,
+            complete.
             Parameters that are sharded over ranks (DTensor, FSDP2) are gathered in rank 0's memory
             and written as whole tensors; any number of ranks, or one process without sharding, can
             resume from them.
