@@ -38,7 +38,7 @@ class Noisy(Dataset[torch.Tensor]):
         return 22
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        drawn = torch.rand(()) + np.random.rand() + random.random()
+        drawn = torch.rand(()) + np.random.rand() + random.random()  # noqa: NPY002
         return torch.full((4,), float(index)) / 22 + 0.1 * drawn
 
 
@@ -106,7 +106,7 @@ class Run:
         self, folder: Path, loader: str = "shuffled", accumulate: int = 1, **options: Any
     ) -> None:
         torch.manual_seed(1)
-        np.random.seed(2)
+        np.random.seed(2)  # noqa: NPY002
         random.seed(3)
         self.model = nn.Sequential(
             nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), fusereg.nn.Dropout(0.2)
@@ -158,7 +158,7 @@ class Run:
         things = (self.model, self.average)
         tensors = [t.double().flatten() for m in things for t in m.state_dict().values()]
         states = [t.flatten().double() for s in self.optimizer.state.values() for t in s.values()]
-        last = [torch.rand(3, dtype=torch.float64), torch.tensor(np.random.rand(3))]
+        last = [torch.rand(3, dtype=torch.float64), torch.tensor(np.random.rand(3))]  # noqa: NPY002
         last.append(torch.tensor([random.random(), self.scaler.get_scale()], dtype=torch.float64))
         last.append(torch.rand(2, generator=self.draw, dtype=torch.float64))
         return torch.cat([*tensors, *states, *last]), self.scheduler.state_dict()["last_epoch"]
@@ -228,7 +228,7 @@ def test_no_checkpoint_is_made_amid_gradient_accumulation(tmp_path: Path, accumu
     at = []
 
     def note(run: TrainingRun) -> None:
-        at.append((run.last and (run.last.epoch, run.last.batch)))
+        at.append(run.last and (run.last.epoch, run.last.batch))
 
     Run(tmp_path, accumulate=accumulate, every_steps=1).train(at_batch=note)
     assert all(where is None or where[1] % accumulate == 0 for where in at)
@@ -400,16 +400,16 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="has the states of optimizer too"):
         TrainingRun(tmp_path, model=model)
     run = TrainingRun(tmp_path, model=model, optimizer=optimizer, every_steps=1)
-    with pytest.raises(Crash):
-        for _ in run.epochs(1):
-            for i in run.batches(range(9)):
-                if i == 5:
-                    raise Crash
-                optimizer.step()
+    for _ in run.epochs(1):
+        for i in run.batches(range(9)):
+            if i == 5:
+                break
+            optimizer.step()
+        break
     run = TrainingRun(tmp_path, model=model, optimizer=optimizer)
+    next(run.epochs(1))
     with pytest.raises(ValueError, match=r"only 3 batches, and the checkpoint was saved after 5"):
-        for _ in run.epochs(1):
-            list(run.batches(range(3)))
+        next(run.batches(range(3)))
 
 
 # --- damage, full disks ---------------------------------------------------------------------------
@@ -483,7 +483,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 ) -> None:
     import safetensors.torch
 
-    run, model = counted(tmp_path, on_save_error=on_save_error)
+    run, _ = counted(tmp_path, on_save_error=on_save_error)
     run.save()
     before = folders(tmp_path)
 
@@ -598,9 +598,11 @@ def test_a_run_warns_of_persistent_workers(tmp_path: Path) -> None:
         persistent_workers = True
 
     run, _ = counted(tmp_path)
+    run.epoch = 0
+    epochs = run.epochs(2)
+    next(epochs)
     with pytest.warns(RuntimeWarning, match="persistent workers keep random numbers"):
-        for _ in run.epochs(2):
-            list(run.batches(Persistent(loader)))
+        list(run.batches(Persistent(loader)))
 
 
 @pytest.mark.gpu

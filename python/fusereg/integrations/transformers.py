@@ -206,8 +206,8 @@ class EarlyStoppingCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Restore the best weights."""
         self._training = False
-        if self._monitored.restores:
-            self.restore()
+        if self.stopper is not None:
+            self.stopper.finish()
 
     def restore(self) -> int | None:
         """Restore the best weights and return their step; None if there are none."""

@@ -40,7 +40,7 @@ class Randomness:
 
         return {
             "torch": RandomState().state_dict(),
-            "numpy": np.random.get_state(),
+            "numpy": np.random.get_state(),  # noqa: NPY002  # what others draw from
             "python": random.getstate(),
             "loader": [generator.get_state() for generator in self._generators],
         }
@@ -51,7 +51,7 @@ class Randomness:
 
         self.set_loaders(state)
         RandomState().load_state_dict(state["torch"])
-        np.random.set_state(state["numpy"])
+        np.random.set_state(state["numpy"])  # noqa: NPY002
         random.setstate(state["python"])
 
     def set_loaders(self, state: Mapping[str, Any]) -> None:

@@ -405,7 +405,7 @@ class TrainingRun:
         self._clock = time.monotonic()
 
     def _agreed(self, own: Exception | None, mine: Any) -> bool:
-        """Exchange a problem and a result among ranks; raise or warn, and return whether all is well.
+        """Exchange a problem and a result; raise or warn, or return that no rank had a problem.
 
         The results are in ``_all_heard``, that of rank 0 in ``_heard``.
         """
