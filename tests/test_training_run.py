@@ -329,11 +329,22 @@ def test_saving_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert run.last.step == 20
 
 
+def test_early_stopping_that_is_ahead_of_a_new_run_is_noticed(tmp_path: Path) -> None:
+    stopper = EarlyStopping(patience=3)
+    TrainingRun(tmp_path / "new", stopper=stopper)
+    stopper.step(1.0, epoch=4)
+    with pytest.warns(RuntimeWarning, match="stopper has the records of its epoch 4 already"):
+        TrainingRun(tmp_path, stopper=stopper)
+
+
 def test_outside_of_the_loops_it_saves_at_once(tmp_path: Path) -> None:
     run, _ = counted(tmp_path)
     run.save(metric=1.0)
     assert run.last is not None
     assert (run.last.step, run.last.metric) == (0, 1.0)
+    for wrong in ("low", torch.ones(2), [[1.0], [1.0, 2.0]]):
+        with pytest.raises(TypeError, match=r"save: metric must be a number, got"):
+            run.save(metric=wrong)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="batches: it belongs into a loop over epochs"):
         run.batches([1])
     for _ in run.epochs(1):

@@ -69,7 +69,8 @@ class TrainingRun:
     modules and optimizers, and each rank its generators and the other objects; modules that are
     sharded (DTensor, FSDP2), and their optimizers, are written by all ranks with
     torch.distributed.checkpoint, and may be resumed by another number of ranks. Early stopping of a
-    sharded model needs a ``folder`` of its own for its best state.
+    sharded model needs a ``folder`` of its own for its best state, and ``resume=`` whether the
+    run's folder has a ``run.json``.
 
     Args:
         folder: where to write; ``~`` is the home directory. One run writes to it, which a lock
@@ -194,6 +195,7 @@ class TrainingRun:
         raise_first([problem for problem, _ in heard], own)
         found = heard[0][1]
         if found is None:
+            self._warn_of_records()
             return
         self._last, self._best = found
         state = self._load(self._last)
@@ -209,6 +211,17 @@ class TrainingRun:
             )
         if state is not None:
             self._position.resume(state)
+
+    def _warn_of_records(self) -> None:
+        """Warn if early stopping goes on from records of its own while the run begins anew."""
+        for name, thing in zip(self._own.names(), self._own, strict=True):
+            if hasattr(thing, "restorable") and getattr(thing, "epoch", None) is not None:
+                warnings.warn(
+                    f"{OP}: the run begins anew, but {name} has the records of its epoch "
+                    f"{thing.epoch} already; make it with resume=False, or call its reset()",  # type: ignore[attr-defined]
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
 
     def _claim(self) -> None:
         """Lock the folder, on rank 0."""
@@ -353,7 +366,10 @@ class TrainingRun:
             metric: by which the best checkpoints are kept, if ``keep_best`` is > 0; the same on all
                 ranks. One that is not finite counts as none.
         """
-        value = None if metric is None else float(metric)
+        try:
+            value = None if metric is None else float(torch.as_tensor(metric).detach())
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{OP}.save: metric must be a number, got {metric!r}") from error
         self._metric = None if value is None or not math.isfinite(value) else value
         self._requested = True
         if not self._running:
