@@ -376,6 +376,12 @@ def test_other_runs_and_other_files_are_left_alone(tmp_path: Path) -> None:
     assert all((tmp_path / name).read_text() == "mine" for name in foreign)
 
 
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = type("FullyShardedDataParallel", (nn.Module,), {})()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
@@ -387,6 +393,7 @@ def test_other_runs_and_other_files_are_left_alone(tmp_path: Path) -> None:
         ({"on_save_error": "no"}, ValueError, "on_save_error must be one of"),
         ({"model": 3}, TypeError, "model must have state_dict and load_state_dict, got int"),
         ({"model": nn.Linear}, TypeError, "model must have state_dict and load_state_dict"),
+        ({"model": Wrapped()}, ValueError, "model has a FullyShardedDataParallel, whose parts"),
         ({"thing": lambda: 0}, TypeError, "thing must have state_dict and load_state_dict"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, dict) else "",
@@ -418,7 +425,8 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
             optimizer.step()
         break
     run = TrainingRun(tmp_path, model=model, optimizer=optimizer)
-    next(run.epochs(1))
+    epochs = run.epochs(1)
+    next(epochs)
     with pytest.raises(ValueError, match=r"only 3 batches, and the checkpoint was saved after 5"):
         next(run.batches(range(3)))
 

@@ -46,7 +46,7 @@ class _Lock:
     def close(self, wipe: bool = True) -> None:
         """Release the lock; with ``wipe``, the file then names no owner."""
         if self.handle >= 0:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):  # also at the interpreter's end
                 if wipe:
                     os.ftruncate(self.handle, 0)
                 os.close(self.handle)
@@ -117,7 +117,8 @@ class Claim:
             text = json.dumps(_owner()).encode()
             with contextlib.suppress(OSError):  # a full disk: the lock holds without words, too
                 os.ftruncate(handle, 0)
-                os.pwrite(handle, text, 0)
+                os.lseek(handle, 0, os.SEEK_SET)
+                os.write(handle, text)
         except BaseException:
             os.close(handle)
             raise
@@ -165,7 +166,8 @@ def _started(pid: int) -> str | None:
 def _read_owner(handle: int) -> dict[str, Any]:
     """Return what the file says of its owner; nothing if it says nothing that can be read."""
     try:
-        found = json.loads(os.pread(handle, 4096, 0))
+        os.lseek(handle, 0, os.SEEK_SET)
+        found = json.loads(os.read(handle, 4096))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -62,7 +62,7 @@ class Randomness:
 
 
 class Position:
-    """Where the run is in the epoch's batches."""
+    """The position in the epoch's batches, from which a resumed run goes on."""
 
     def __init__(self) -> None:
         self._randomness = Randomness()
@@ -92,11 +92,12 @@ class Position:
 
     def iterator(self, loader: Any, skip: int) -> Iterator[Any]:
         """Return the iterator over the epoch's batches, after the first ``skip`` ones."""
+        own: Iterable[Any] = loader  # by this name also where it is known to be stateful
         state, self._resumed = self._resumed, None
         self._loader, self._randomness = loader, Randomness(generators_of(loader))
         if state is None:
             self._before = self._randomness.state()
-            return iter(loader)
+            return iter(own)
         if getattr(loader, "persistent_workers", False):
             warnings.warn(
                 f"{OP}: the loader's persistent workers keep random numbers from epoch to epoch, "
@@ -106,19 +107,19 @@ class Position:
             )
         if state["loader"] is not None and isinstance(loader, Stateful):
             loader.load_state_dict(state["loader"])
-            iterator = iter(loader)
+            iterator = iter(own)
             if skip:
                 self._randomness.set(state["now"])
                 return iterator
             # Its state after the last batch may be that of an iteration which is about to end.
             first = next(iterator, None)
-            return iter(loader) if first is None else itertools.chain([first], iterator)
+            return iter(own) if first is None else itertools.chain([first], iterator)
         if state["before"] is None:
             self._randomness.set_loaders(state["now"])
         else:
             self._randomness.set(state["before"])
         self._before = self._randomness.state()
-        iterator = iter(loader)
+        iterator = iter(own)
         for done in range(skip):
             try:
                 next(iterator)

@@ -42,32 +42,34 @@ def _trained(name: str, optimizer: Optimizer, objects: Mapping[str, Any]) -> nn.
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """Turn a CheckpointException, which is not even an Exception, into a CheckpointError."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         yield
-    except dcp.CheckpointException as error:
+    except CheckpointException as error:
         raise CheckpointError(f"{OP}: {error}") from error
 
 
 def save(objects: Mapping[str, Any], path: Path, group: Any) -> list[Path]:
     """Write all ranks' parts to a new folder, and return this rank's files. All must call it."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
     with _plain_errors():
-        dcp.save(_states(objects), storage_writer=dcp.FileSystemWriter(path), process_group=group)
+        save_parts(_states(objects), storage_writer=FileSystemWriter(path), process_group=group)
     found = sorted(path.glob(f"__{dist.get_rank()}_*.distcp"))
     return [*found, path / ".metadata"] if dist.get_rank(group) == 0 else found
 
 
 def load(objects: Mapping[str, Any], path: Path, group: Any) -> None:
     """Load what ``save`` wrote into the objects, with any number of ranks. All must call it."""
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import state_dict
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 
     states = _states(objects)
     with _plain_errors():
-        dcp.load(states, storage_reader=dcp.FileSystemReader(path), process_group=group)
+        load_parts(states, storage_reader=FileSystemReader(path), process_group=group)
     for name, thing in objects.items():
         if isinstance(thing, nn.Module):
             state_dict.set_model_state_dict(thing, states[name])

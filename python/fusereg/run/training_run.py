@@ -66,11 +66,11 @@ class TrainingRun:
 
     Each checkpoint is a new folder, which ``run.json`` names, with the SHA-256 of all files, only
     when it is on the disk; then older ones are removed. With torch.distributed, rank 0 writes
-    modules and optimizers, and each rank its generators and the other objects; modules that are
-    sharded (DTensor, FSDP2), and their optimizers, are written by all ranks with
-    torch.distributed.checkpoint, and may be resumed by another number of ranks. Early stopping of a
-    sharded model needs a ``folder`` of its own for its best state, and ``resume=`` whether the
-    run's folder has a ``run.json``.
+    modules and optimizers (all ranks get its buffers back), and each rank its generators and the
+    other objects; modules that are sharded (DTensor, FSDP2), and their optimizers, are written by
+    all ranks with torch.distributed.checkpoint, and may be resumed by another number of ranks.
+    Early stopping of a sharded model needs a ``folder`` of its own for its best state, and as
+    ``resume`` whether the run's folder has a ``run.json``.
 
     Args:
         folder: where to write; ``~`` is the home directory. One run writes to it, which a lock
@@ -141,6 +141,8 @@ class TrainingRun:
         if not objects:
             raise ValueError(f"{OP}: give the objects to save by name, e.g. model=model")
         shared = {k: v for k, v in objects.items() if isinstance(v, (nn.Module, _Optimizer))}
+        for name, thing in shared.items():
+            _check_whole(name, thing)
         self._shared = Sources(OP, shared)
         others: dict[str, Any] = {k: v for k, v in objects.items() if k not in shared}
         if self._shared.sharded():
@@ -492,7 +494,7 @@ class TrainingRun:
 
     def _public(self, entry: dict[str, Any]) -> Saved:
         path = self._folder.path_of(entry["name"])
-        return Saved(*(entry[k] for k in ("step", "epoch", "batch", "metric")), path)
+        return Saved(entry["step"], entry["epoch"], entry["batch"], entry["metric"], path)
 
     def restore(self, which: Literal["best", "last"] = "best") -> int | None:
         """Load the objects' states of the best or the last checkpoint; all ranks must call it.
@@ -512,6 +514,16 @@ class TrainingRun:
 
 
 _Optimizer = torch.optim.Optimizer
+
+
+def _check_whole(name: str, thing: Any) -> None:
+    """Raise for a module whose state dict one rank cannot make alone."""
+    for module in thing.modules() if isinstance(thing, nn.Module) else ():
+        if (kind := type(module).__name__) in ("FullyShardedDataParallel", "DeepSpeedEngine"):
+            raise ValueError(
+                f"{OP}: {name} has a {kind}, whose parts are not DTensors; shard it with "
+                "torch.distributed.fsdp.fully_shard, or save it as its library says"
+            )
 
 
 class _WithoutBest:
