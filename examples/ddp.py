@@ -6,7 +6,6 @@ Kill it at any time; the same command goes on from the last epoch, to the same w
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -37,9 +36,9 @@ def main(epochs: int, patience: int, quick: bool, folder: Path | None, verbose: 
     groups = fusereg.optim.param_groups_weight_decay(net, 0.01, l1=0.03)
     optimizer = fusereg.optim.AdamW(groups, lr=5e-3, max_grad_norm=1.0)
     stopper = fusereg.EarlyStopping(net, patience=patience)
-    parts = {"net": net, "optimizer": optimizer, "stopper": stopper}
-    if folder is not None:
-        load(folder, parts)
+    run = None
+    if folder is not None:  # goes on from what is there
+        run = fusereg.TrainingRun(folder, net=net, optimizer=optimizer, stopper=stopper)
 
     mine = torch.arange(rank, len(train), world)
     judged = torch.arange(rank, len(test), world)
@@ -65,8 +64,8 @@ def main(epochs: int, patience: int, quick: bool, folder: Path | None, verbose: 
         stopper.step(loss, epoch=epoch)
         if rank == 0:
             print(stopper.explain(), flush=True)
-            if folder is not None:
-                save(folder, parts)
+        if run is not None:
+            run.save()
 
     weights = torch.cat([p.detach().flatten() for p in net.parameters()])
     theirs = [torch.empty_like(weights) for _ in range(world)]
@@ -78,24 +77,6 @@ def main(epochs: int, patience: int, quick: bool, folder: Path | None, verbose: 
         same = all(torch.equal(weights, other) for other in theirs)
         print(f"restored on all ranks; the same bits on each: {same}")
     dist.destroy_process_group()
-
-
-def save(folder: Path, parts: dict) -> None:
-    """Write the file atomically: it replaces the old one once it is on the disk."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "last.tmp").open("wb") as file:
-        torch.save({name: part.state_dict() for name, part in parts.items()}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(folder / "last.tmp", folder / "last.pt")
-
-
-def load(folder: Path, parts: dict) -> None:
-    """Load the last epoch's state, the same on all ranks, if there is one."""
-    if (folder / "last.pt").exists():
-        state = torch.load(folder / "last.pt", weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
 
 
 if __name__ == "__main__":

@@ -6,21 +6,12 @@ Kill it at any time; the same command goes on from the last epoch, to the same w
 """
 
 import argparse
-import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -51,17 +42,16 @@ def main(epochs: int, patience: int, quick: bool, folder: Path | None, verbose: 
     )
     optimizer = fusereg.optim.AdamW(groups, lr=2e-3)
 
-    last = None if folder is None else Last.read(folder)
     stopper = fusereg.EarlyStopping(
         model,
         patience=patience,
         also={"optimizer": optimizer},
         folder=None if folder is None else folder / "best",
-        resume=None if folder is None else last is not None,
+        resume=None if folder is None else (folder / "run.json").exists(),  # together or not at all
     )
-    if last is not None:
-        last.load(model, optimizer)
-        stopper.load_state_dict(last.stopper)
+    run = None
+    if folder is not None:  # goes on from what is there
+        run = fusereg.TrainingRun(folder, model=model, optimizer=optimizer, stopper=stopper)
 
     mine = torch.arange(rank, len(train), world)
     judged = torch.arange(rank, len(test), world)
@@ -85,8 +75,8 @@ def main(epochs: int, patience: int, quick: bool, folder: Path | None, verbose: 
         stopper.step(loss, epoch=epoch)  # writes the best state, if it is that
         if rank == 0:
             print(stopper.explain(), flush=True)
-        if folder is not None:
-            Last(folder, epoch, stopper.state_dict(snapshot=False)).save(model, optimizer)
+        if run is not None:
+            run.save()  # each rank writes its shards
 
     share = fusereg.sparsity(model)  # of the whole model, so every rank must ask
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -97,46 +87,6 @@ def main(epochs: int, patience: int, quick: bool, folder: Path | None, verbose: 
         print(stopper.explain())
         print(f"restored on all ranks; {share:.0%} of the weights are 0")
     dist.destroy_process_group()
-
-
-class Last:
-    """The state after an epoch: a folder to which each rank writes its shards, and a small file.
-
-    The file names the folder and holds early stopping's records. It takes the place of the one
-    before once all ranks have written, so there is a whole state whenever the processes die.
-    """
-
-    def __init__(self, folder: Path, epoch: int, stopper: dict) -> None:
-        self.folder, self.epoch, self.stopper = folder, epoch, stopper
-
-    @property
-    def shards(self) -> Path:
-        return self.folder / f"epoch-{self.epoch}"
-
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        weights, states = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": states}, checkpoint_id=self.shards)
-        if dist.get_rank() == 0:
-            text = json.dumps({"epoch": self.epoch, "stopper": self.stopper})
-            (self.folder / "last.tmp").write_text(text)
-            os.replace(self.folder / "last.tmp", self.folder / "last.json")
-            for old in self.folder.glob("epoch-*"):
-                if old != self.shards:
-                    shutil.rmtree(old)
-        dist.barrier()
-
-    @classmethod
-    def read(cls, folder: Path) -> "Last | None":
-        try:
-            found = json.loads((folder / "last.json").read_text())
-        except FileNotFoundError:
-            return None
-        return cls(folder, **found)
-
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        weights, states = get_state_dict(model, optimizer)
-        dcp.load({"model": weights, "optimizer": states}, checkpoint_id=self.shards)
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
 
 
 if __name__ == "__main__":

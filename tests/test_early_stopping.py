@@ -602,9 +602,14 @@ def test_patience_may_change_on_resuming() -> None:
     assert first.stopped
     second = EarlyStopping(patience=4)
     second.load_state_dict(first.state_dict())
-    assert list(second.epochs(9)) == []  # it stopped; its next check decides anew
-    assert not second.step(2, epoch=3).stop
-    assert list(second.epochs(6)) == [4, 5]
+    assert not second.stopped
+    assert second.explain() == "goes on after epoch 2; best metric 1 at epoch 0"
+    seen = [epoch for epoch in second.epochs(9) if second.step(2, epoch=epoch)]
+    assert seen == [3, 4]
+    less = EarlyStopping(patience=2)
+    less.load_state_dict(first.state_dict())
+    assert less.stopped
+    assert list(less.epochs(9)) == []
 
 
 # --- loops ----------------------------------------------------------------------------------------
@@ -620,11 +625,56 @@ def test_epochs_end_where_a_check_says_so_and_go_on_after_the_last_check() -> No
     assert list(stopper.epochs(100)) == []
     stopper = EarlyStopping(patience=2)
     stopper.step(1.0, epoch=4)
-    assert list(stopper.epochs(7)) == [5, 6]
-    assert list(stopper.epochs(7, start=4)) == [4, 5, 6]
+    with pytest.warns(RuntimeWarning, match="ended without a call of step"):
+        assert list(stopper.epochs(7)) == [5, 6]
+    with pytest.warns(RuntimeWarning, match="ended without a call of step"):
+        assert list(stopper.epochs(7, start=4)) == [4, 5, 6]
     assert list(stopper.epochs(3)) == []
     with pytest.raises(ValueError, match="count must be >= 0, got -1"):
         stopper.epochs(-1)
+
+
+def test_explain_is_true_after_the_end() -> None:
+    stopper = EarlyStopping(patience=9)
+    for epoch in stopper.epochs(2):
+        stopper.step([2, 3][epoch], epoch=epoch)
+        assert stopper.explain().startswith(f"goes on after epoch {epoch}; ")
+    ended = "ended after epoch 1 without a reason to stop; best metric 2 at epoch 0"
+    assert stopper.explain() == ended
+    with stopper:
+        stopper.step(1, epoch=2)
+        assert stopper.explain().startswith("goes on after epoch 2")
+    assert stopper.explain().startswith("ended after epoch 2")
+    stopper.step(1, epoch=3)  # a loop of one's own
+    assert stopper.explain().startswith("goes on after epoch 3")
+    stopper.finish()
+    assert stopper.explain().startswith("ended after epoch 3")
+    stopper.reset()
+    assert stopper.explain() == "no check yet"
+    for epoch in stopper.epochs(2):
+        stopper.step(1.0, epoch=epoch)
+        break
+    assert stopper.explain().startswith("ended after epoch 0")
+
+
+def test_reset_begins_another_run() -> None:
+    model = torch.nn.Linear(1, 1)
+    stopper = EarlyStopping(model, patience=1, baseline=5.0)
+    run(stopper, [1, 2])
+    assert stopper.stopped
+    stopper.reset()
+    assert (stopper.stopped, stopper.epoch, stopper.best, stopper.restorable) == (
+        *(False, None, None),
+        False,
+    )
+    assert stopper.restore() is None
+    assert [d.stop for d in run(stopper, [4, 3, 3])] == [False, False, True]
+
+
+def test_an_epoch_may_be_numpys() -> None:
+    stopper = EarlyStopping(patience=torch.ones(2, dtype=torch.int64).numpy()[0])
+    stopper.step(1.0, epoch=torch.tensor(3).numpy()[()])
+    assert type(stopper.epoch) is int
 
 
 def test_it_is_there_at_the_top() -> None:

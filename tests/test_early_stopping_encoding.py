@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusereg.early_stopping.encoding import Encoder, decode
+from fusereg.core.encoding import Encoder, decode
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 

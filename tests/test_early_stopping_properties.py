@@ -9,6 +9,7 @@ import json
 import math
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -180,3 +181,29 @@ def test_a_relative_delta_does_not_depend_on_the_unit(
         for some in (values, scaled)
     ]
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "before", "goes_on", "stays"),
+    [
+        ([3, 4], {"divergence": 3.5}, {"divergence": None}, {"divergence": 3.0}),
+        ([3, 1], {"target": 1.0}, {"target": 0.5}, {"target": 1.5}),
+        ([3, NAN], {"nan": "stop"}, {"nan": "ignore"}, {"nan": "stop"}),
+        (
+            [3, NAN, NAN],
+            {"nan": "ignore", "nan_limit": 1},
+            {"nan": "ignore", "nan_limit": 2},
+            {"nan": "ignore", "nan_limit": 1},
+        ),
+    ],
+)
+def test_a_run_that_stopped_goes_on_if_its_reason_holds_no_more(
+    values: list[float], before: dict[str, Any], goes_on: dict[str, Any], stays: dict[str, Any]
+) -> None:
+    first = EarlyStopping(patience=9, **before)
+    run(first, values)
+    assert first.stopped
+    for options, stopped in ((goes_on, False), (stays, True)):
+        second = EarlyStopping(patience=9, **options)
+        second.load_state_dict(first.state_dict())
+        assert second.stopped == stopped

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from early_stopping_runs import fill
 from fusereg import EarlyStopping
 from fusereg.early_stopping import CheckpointError, Decision, Rolling, load_best
+from fusereg.early_stopping.checkpoint import CheckpointFolder
 from ranks import Ranks, collect, fully_shard, on
 
 
@@ -165,10 +166,71 @@ def arguments_that_differ_raise_and_nobody_waits(ranks: Ranks) -> None:
     shared = common_folder()
     folder = shared if ranks.rank == 0 else None
     for options in ({"folder": folder}, {"model": nn.Linear(2, 2) if ranks.rank == 0 else None}):
-        stopper = EarlyStopping(patience=2, **options)  # type: ignore[arg-type]
-        said = raised(ValueError, lambda made=stopper: made.step(1.0, epoch=0))  # type: ignore[misc]
+
+        def check(options: Any = options) -> None:
+            EarlyStopping(patience=2, **options).step(1.0, epoch=0)
+
+        said = raised(ValueError, check)  # rank 0 is told when it makes the stopper with a folder
         assert "the ranks must have the same arguments (rank 0 alone writes to folder" in said
-        assert stopper.epoch is None
+
+
+@on(2, 3)
+def a_folder_that_fails_on_rank_0_is_told_to_all(ranks: Ranks) -> None:
+    """Damage, a checkpoint without resume=, and a folder that cannot be: none waits for rank 0."""
+    shared = common_folder()
+    (shared / "file").write_text("mine")
+    dist.barrier()
+    said = raised(
+        CheckpointError, lambda: EarlyStopping(nn.Linear(2, 2), patience=2, folder=shared / "file")
+    )
+    assert "cannot write to folder" in said
+    assert (ranks.rank > 0) == said.endswith(f"(on rank 0 of {ranks.world})")
+    folder = shared / "run"
+    model = nn.Linear(2, 2)
+    EarlyStopping(model, patience=2, folder=folder).step(1.0, epoch=0)
+    assert "holds a checkpoint" in raised(
+        ValueError, lambda: EarlyStopping(model, patience=2, folder=folder)
+    )
+    resumed = EarlyStopping(model, patience=2, folder=folder, resume=True)
+    assert_agreed((resumed.epoch, resumed.best, resumed.best_epoch, resumed.restore()))
+    dist.barrier()
+    if ranks.rank == 0:
+        (folder / "early_stopping.json").write_bytes(b"\xff")
+    dist.barrier()
+    for resume in (True, None):
+        said = raised(
+            CheckpointError,
+            lambda resume=resume: EarlyStopping(  # type: ignore[misc]
+                model, patience=2, folder=folder, resume=resume
+            ),
+        )
+        assert "is not a complete checkpoint" in said
+    EarlyStopping(model, patience=2, folder=folder, resume=False).step(1.0, epoch=0)
+
+
+@on(2)
+def a_best_state_that_one_rank_cannot_read_is_told_to_all(ranks: Ranks) -> None:
+    folder, model = common_folder(), nn.Linear(2, 2)
+    EarlyStopping(model, patience=2, folder=folder).step(1.0, epoch=0)
+    dist.barrier()
+    with pytest.MonkeyPatch.context() as patch:
+        if ranks.rank == 1:
+            patch.setattr(CheckpointFolder, "read_tensors", full)
+        said = raised(
+            RuntimeError,
+            lambda: EarlyStopping(model, patience=2, folder=folder, resume=True),
+        )
+    assert "No space left on device" in said
+
+
+@on(2)
+def an_extra_state_that_cannot_be_saved_on_one_rank_is_told_to_all(ranks: Ranks) -> None:
+    also = {"thing": Holder(object() if ranks.rank == 1 else 1)}
+    said = raised(
+        TypeError,
+        lambda: EarlyStopping(patience=2, also=also, folder=common_folder()),
+    )
+    assert "cannot write thing.value to a checkpoint: object is neither" in said
 
 
 @on(2, 3)

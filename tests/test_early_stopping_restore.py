@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import re
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import fusereg
 from fusereg import EarlyStopping
-from fusereg.early_stopping import snapshot as snapshots
+from fusereg.core import snapshot as snapshots
+from fusereg.early_stopping import CheckpointError
 
 
 class Odd(nn.Module):
@@ -91,33 +96,220 @@ def test_so_does_the_last_epoch() -> None:
     assert holds(model, 1)
 
 
-def test_so_does_break() -> None:
+# Each way to loop over the epochs, as a function from the stopper to an iterable.
+LOOPS: dict[str, Callable[[EarlyStopping], Any]] = {
+    "plain": lambda stopper: stopper.epochs(10),
+    "enumerate": lambda stopper: (epoch for _, epoch in enumerate(stopper.epochs(10))),
+    "zip": lambda stopper: (epoch for epoch, _ in zip(stopper.epochs(10), range(10), strict=False)),
+}
+if find_spec("tqdm"):
+    LOOPS["tqdm"] = lambda stopper: import_module("tqdm").tqdm(
+        stopper.epochs(10), file=io.StringIO()
+    )
+
+
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+@pytest.mark.parametrize("leave", [False, True], ids=["to the end", "break when stopped"])
+def test_a_check_that_stops_any_loop_restores_at_once(
+    loop: Callable[[EarlyStopping], Any], leave: bool
+) -> None:
+    model = Odd()
+    stopper = EarlyStopping(model, patience=2)
+    named = loop(stopper)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for epoch in named:
+            fill(model, epoch)
+            if stopper.step(VALUES[epoch], epoch=epoch).stop:
+                assert holds(model, 1)
+                if leave:
+                    break
+        assert (epoch, stopper.epoch) == (3, 3)
+        assert holds(model, 1)
+        fill(model, 42)
+        del named
+        gc.collect()
+    assert holds(model, 42), "nothing is written after the end"
+    assert stopper.explain().endswith("best metric 1 at epoch 1, restored")
+
+
+class Cycle:
+    """Keeps an iterator until the garbage collector finds it."""
+
+    def __init__(self, held: Any) -> None:
+        self.held, self.me = held, self
+
+
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+@pytest.mark.parametrize("named", ["unnamed", "named", "in a cycle"])
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_loop_that_is_left_early_warns_and_never_writes(
+    loop: Callable[[EarlyStopping], Any], named: str, error: type[BaseException] | None
+) -> None:
+    """Whenever the iterator is closed: at once, with its name, or by the garbage collector."""
     model = Odd()
     stopper = EarlyStopping(model, patience=9)
-    for epoch in stopper.epochs(10):
-        fill(model, epoch)
-        stopper.step(VALUES[epoch], epoch=epoch)
-        if epoch == 3:
-            break
+    kept: list[Any] = []
+
+    def train(iterator: Any) -> None:
+        for epoch in iterator:
+            fill(model, epoch)
+            stopper.step(VALUES[epoch], epoch=epoch)
+            if epoch == 3:
+                if error is not None:
+                    raise error
+                break
+
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with pytest.raises(error) if error else nullcontext() as caught:
+            if named == "unnamed":
+                train(loop(stopper))
+            else:
+                kept.append(loop(stopper))
+                train(kept[0])
+        del caught
+        assert holds(model, 3)
+        fill(model, 42)
+        if named == "in a cycle":
+            kept[:] = [Cycle(kept[0])]
+        kept.clear()
+        gc.collect()
+    (one,) = (w for w in heard if w.category is RuntimeWarning)
+    assert re.search(
+        r"left in epoch 3 before .* \(of epoch 1\) was not restored; call restore\(\), or put the "
+        'loop into a block "with stopper:"',
+        str(one.message),
+    )
+    assert holds(model, 42)
+    assert stopper.restore() == 1
     assert holds(model, 1)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("block", [True, False], ids=["with", "plain"])
-def test_so_does_an_exception(error: type[BaseException], block: bool) -> None:
+def test_no_warning_where_nothing_is_left_to_restore() -> None:
+    model = Odd()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stopper = EarlyStopping(model, patience=9)
+        for _ in stopper.epochs(3):
+            break  # no check yet
+        it = stopper.epochs(9)
+        stopper.step(1.0, epoch=next(it))
+        assert stopper.restore() == 0  # by hand, before the iterator goes
+        del it
+        for stopper in (
+            EarlyStopping(model, patience=9, restore_best=False),
+            EarlyStopping(model, patience=9, snapshot="none"),
+            EarlyStopping(patience=9),
+        ):
+            for epoch in stopper.epochs(3):
+                stopper.step(1.0, epoch=epoch)
+                break
+        # An old iterator that goes while a new loop runs.
+        stopper = EarlyStopping(model, patience=9)
+        it = stopper.epochs(9)
+        stopper.step(1.0, epoch=next(it))
+        for epoch in stopper.epochs(3):
+            stopper.step(2.0, epoch=epoch)
+            it = iter(())  # type: ignore[assignment]
+            gc.collect()
+
+
+def test_a_loop_that_never_checks_says_so() -> None:
+    stopper = EarlyStopping(Odd(), patience=2)
+    with pytest.warns(RuntimeWarning, match="ended without a call of step"):
+        for _ in stopper.epochs(3):
+            pass
+    stopper.step(1.0, epoch=0)
+    with pytest.warns(RuntimeWarning, match="ended without a call of step"):
+        assert list(stopper.epochs(3)) == [1, 2]
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_with_block_restores_however_it_is_left(
+    error: type[BaseException] | None, named: bool
+) -> None:
     model = Odd()
     stopper = EarlyStopping(model, patience=9)
+    kept: list[Any] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(error) if error else nullcontext(), stopper:
+            epochs = stopper.epochs(10)
+            if named:
+                kept.append(epochs)
+            for epoch in epochs:
+                fill(model, epoch)
+                if epoch == 4:
+                    if error is None:
+                        break
+                    raise error
+                stopper.step(VALUES[epoch], epoch=epoch)
+        assert holds(model, 1)
+        fill(model, 42)
+        del epochs
+        kept.clear()
+        gc.collect()
+    assert holds(model, 42)
+
+
+@pytest.mark.parametrize("how", ["stop", "exhaustion", "with", "finish"])
+def test_an_error_in_restoring_reaches_the_caller(how: str, tmp_path: Path) -> None:
+    """With the only copy on the disk, which is damaged meanwhile."""
+    model = Odd()
+    stopper = EarlyStopping(
+        model, patience=2 if how == "stop" else 9, folder=tmp_path, snapshot="disk"
+    )
 
     def loop() -> None:
-        for epoch in stopper.epochs(10):
+        for epoch in stopper.epochs(6):
             fill(model, epoch)
-            if epoch == 4:
-                raise error
+            if epoch == 3:
+                (file,) = tmp_path.glob("best-*")
+                file.write_bytes(b"damaged")
+                if how == "finish":
+                    stopper.finish()
             stopper.step(VALUES[epoch], epoch=epoch)
 
-    with pytest.raises(error), stopper if block else nullcontext():
+    with (
+        pytest.raises(CheckpointError, match="is damaged"),
+        stopper if how == "with" else nullcontext(),
+    ):
         loop()
-    assert holds(model, 1)
+    assert holds(model, 5 if how in ("with", "exhaustion") else 3)
+
+
+@pytest.mark.parametrize("refuses", ["model", "optimizer", "thing"])
+def test_what_cannot_be_restored_whole_is_not_restored_in_part(refuses: str) -> None:
+    class Thing:
+        def __init__(self) -> None:
+            self.state = 1
+
+        def state_dict(self) -> Any:
+            return {"state": self.state}
+
+        def load_state_dict(self, state: Any) -> None:
+            if refuses == "thing" and state["state"] == 1:
+                raise LookupError("not today")
+            self.state = state["state"]
+
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    thing = Thing()
+    stopper = EarlyStopping(model, patience=2, also={"optimizer": optimizer, "thing": thing})
+    stopper.step(1.0, epoch=0)
+    fill(model, 3)
+    thing.state = 2
+    optimizer.param_groups[0]["lr"] = 0.5
+    if refuses == "model":
+        model.bias = nn.Parameter(torch.full((3,), 3.0))
+    if refuses == "optimizer":
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    with pytest.raises((ValueError, LookupError)):
+        stopper.restore()
+    assert holds(model, 3)
+    assert (thing.state, optimizer.param_groups[0]["lr"]) == (2, 0.5)
 
 
 def test_the_block_restores_at_its_end_and_not_before() -> None:

@@ -52,7 +52,7 @@ class Run:
     @property
     def epochs(self) -> list[int]:
         """Those after which there was a check."""
-        found = (re.match(r"(goes on|stops) after epoch (\d+)", line) for line in self.lines)
+        found = (re.match(r"(goes on|stops|ended) after epoch (\d+)", line) for line in self.lines)
         numbers = [int(match[2]) for match in found if match]
         return numbers if self.killed else numbers[:-1]  # the last line but one says it again
 
@@ -149,7 +149,7 @@ def test_killed_and_resumed_it_ends_the_same(name: str, tmp_path: Path) -> None:
         assert torch.equal(found[key], value), key
     left = {p.name for p in (tmp_path / "parts").iterdir()}
     assert not any(name.endswith(".tmp") for name in left), left
-    assert sum(name.startswith("epoch-") for name in left) <= 1, left
+    assert sum(name.startswith("step-") for name in left) <= 1, left
 
     if name == "ddp":  # the same command once more: no epoch is trained, the best one comes back
         again = run(name, tmp_path / "parts")

@@ -166,6 +166,18 @@ def test_it_stops_and_the_best_weights_are_back() -> None:
     assert run.handler.stopper.misses == 3
 
 
+def test_a_second_run_begins_with_new_records() -> None:
+    run = Run(patience=9)
+    for _ in range(2):
+        assert run.run(6) == 6
+        assert run.weight == 4.0
+        stopper = run.handler.stopper
+        assert (stopper.epoch, stopper.best_epoch, stopper.misses) == (6, 4, 2)
+        assert stopper.explain() == (
+            "ended after epoch 6 without a reason to stop; best metric 2 at epoch 4, restored"
+        )
+
+
 def test_it_restores_where_training_simply_ends() -> None:
     run = Run(monitor="score", mode="max", patience=9)
     assert run.run(6) == 6

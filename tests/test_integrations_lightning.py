@@ -314,6 +314,21 @@ def test_it_stops_and_the_best_weights_are_back() -> None:
     assert float(stopping.best_score) == 2.0
 
 
+@pytest.mark.parametrize(("least", "ran"), [(4, 4), (5, 8), (7, 8)])
+def test_a_stop_before_min_epochs_is_forgotten_if_the_metric_improves_until_then(
+    least: int, ran: int
+) -> None:
+    """Lightning goes on up to min_epochs; by then the reason to stop may hold no more."""
+    model = Scripted([1.0, 1.1, 1.2, 1.2, 0.9, 0.8, 0.8, 0.7])
+    stopping = EarlyStoppingCallback("val_loss", patience=2)
+    made = fit_scripted(model, stopping, min_epochs=least)
+    assert made.current_epoch == ran
+    assert stopping.stopper is not None
+    said = "stops after epoch 3" if ran == 4 else "ended after epoch 7 without a reason to stop"
+    assert stopping.stopper.explain().startswith(said)
+    assert float(model.weight) == (0.0 if ran == 4 else 7.0)
+
+
 @pytest.mark.parametrize("at_training_end", [True, False])
 def test_it_restores_where_training_simply_ends(at_training_end: bool) -> None:
     model = Scripted(LOSSES)

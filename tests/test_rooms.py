@@ -153,6 +153,7 @@ LEVELS = {
     "optim": 3,
     "augment": 3,
     "early_stopping": 3,
+    "run": 3,
     "nn": 3,
     "functional": 3,
     "convert": 4,

@@ -28,6 +28,7 @@ from .penalty import (
     prox,
     sparsity,
 )
+from .run import TrainingRun
 
 _aliases.install(__name__)
 
@@ -35,6 +36,7 @@ __all__ = [
     "AttachedPenalty",
     "EarlyStopping",
     "PenaltyGroup",
+    "TrainingRun",
     "WeightPenalty",
     "__version__",
     "add_penalty_grad_",

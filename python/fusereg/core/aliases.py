@@ -11,6 +11,8 @@ MOVED = {
     "_convert_layers": "convert.layers",
     "_convert_trace": "convert.trace",
     "_penalty_hook": "penalty.weight_penalty",
+    "early_stopping.encoding": "core.encoding",
+    "early_stopping.snapshot": "core.snapshot",
     "fold": "batch_norm.fold",
     "nn.batch_norm": "batch_norm.layers",
     "nn.batch_norm_variants": "batch_norm.variants",

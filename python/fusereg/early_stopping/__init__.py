@@ -10,10 +10,10 @@ makes copies in memory, ``encoding`` and ``checkpoint`` files, ``keeper`` manage
 ``agreement`` is between the ranks; ``stopper`` joins them all.
 """
 
-from .checkpoint import CheckpointError
+from ..core.files import CheckpointError
+from ..core.snapshot import Snapshot
 from .decision import Decision, Metric
 from .smoothing import Ema, Rolling
-from .snapshot import Snapshot
 from .stopper import EarlyStopping, load_best
 
 __all__ = [

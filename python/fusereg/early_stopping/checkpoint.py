@@ -1,148 +1,137 @@
-"""Checkpoint files of the best state, written atomically.
+"""Checkpoint files of the best state.
 
-A folder holds ``early_stopping.json`` and the safetensors file that it names, with its SHA-256.
-The JSON is the commit: it replaces the old one by a rename, after the tensors are written, flushed
-to the disk (fsync) and renamed to their final name; the old tensors file is removed afterwards. So
-a process that dies before that rename leaves the old checkpoint, and later the new one.
+A folder holds ``early_stopping.json``, with the progress, and the safetensors file that it names;
+see :mod:`fusereg.core.files` for how they stay whole.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib.util
-import json
+import math
 import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..core.encoding import Encoder, decode
+from ..core.files import CheckpointError, Folder
+from ..core.snapshot import Snapshot
 from .checks import OP
-from .encoding import Encoder, decode
-from .snapshot import Snapshot
 
 FORMAT = "fusereg early stopping"
 VERSION = 1
 COMMIT = "early_stopping.json"
-_TEMPORARY = ".early_stopping-"
-_CHUNK = 1 << 20
+_DATA = r"best-\d{6,}-[0-9a-f]{12}\.safetensors"
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, or is damaged."""
-
-
-def require_safetensors() -> None:
-    """Raise ImportError if safetensors, or numpy, which it needs, is not installed."""
-    for package in ("safetensors", "numpy"):
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(
-                f"{OP}: checkpoint files need the package {package}; "
-                'do: pip install "fusereg[checkpoints]"'
-            )
-
-
-class CheckpointFolder:
+class CheckpointFolder(Folder):
     """A folder with at most one checkpoint. One run at a time may write to it.
 
     Args:
-        path: the folder; created by the first save, or by :meth:`make`.
+        path: the folder; created by the first save, or by :meth:`claim`.
         fresh: whether an existing checkpoint is another run's, which the first save replaces.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, fresh: bool = False) -> None:
-        require_safetensors()
-        self.path = Path(path)
+        super().__init__(OP, path, COMMIT, FORMAT, VERSION, _DATA)
         self._fresh = fresh
-        self._best: dict[str, Any] | None = None  # the committed JSON's entry
+        #: The commit's entry of the best state that this object has read or written last.
+        self.best: dict[str, Any] | None = None
 
     @property
     def best_epoch(self) -> int | None:
         """Epoch of the best state in the checkpoint that this object read or wrote last."""
-        return None if self._best is None else int(self._best["epoch"])
+        return None if self.best is None else int(self.best["epoch"])
 
-    def make(self) -> None:
-        """Create the folder, and try to write to it, to fail before the first epoch is trained."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self._temporary_folder() as work:
-            (work / "trial").write_bytes(b"")
+    def brief(self) -> dict[str, Any] | None:
+        """Return what identifies the best state, for the ranks that do not write."""
+        return self.best and {key: self.best[key] for key in ("epoch", "sha256", "file")}
+
+    def begin_anew(self) -> None:
+        """Forget the checkpoint; it stays until the next save replaces it."""
+        self.best, self._fresh = None, True
+
+    def intact(self) -> str:
+        """Return a few words on which checkpoint the folder holds, for a failed save's error."""
+        if self.best is None:
+            return "there was none before"
+        if self.names(self.path / self.best["file"]):
+            return f"the checkpoint of epoch {self.best_epoch} is intact"
+        return "the folder holds none of this run"
+
+    def names(self, path: Path) -> bool:
+        """Return whether the commit on the disk names this file."""
+        try:
+            best = (self.read() or {}).get("best")
+        except CheckpointError:
+            return False
+        return best is not None and best["file"] == path.name
 
     # -- reading --
 
-    def read(self) -> dict[str, Any] | None:
+    def progress(self) -> dict[str, Any] | None:
         """Return the progress that was saved last; None if there is no checkpoint.
 
         Raises:
             CheckpointError: the file is damaged, or of another format or version.
         """
-        path = self.path / COMMIT
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise CheckpointError(f"{OP}: cannot read {path}: {error.strerror}") from error
-        try:
-            content = json.loads(text)
-            found, version = content["format"], content["version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{OP}: {path} is not a complete checkpoint: {error!r}"
-            ) from error
-        if found != FORMAT or version != VERSION:
-            raise CheckpointError(
-                f"{OP}: {path} is of format {found!r}, version {version}; "
-                f"this fusereg reads {FORMAT!r}, version {VERSION}"
-            )
-        if content.get("sha256") != _hash_of(content):
-            raise CheckpointError(f"{OP}: {path} is damaged: its SHA-256 does not match")
-        self._best = content["best"]
-        progress: dict[str, Any] = content["progress"]
-        return progress
 
-    def load_best(self) -> Snapshot | None:
-        """Read the best state and check its SHA-256; return None if there is none.
+        def read(content: dict[str, Any]) -> dict[str, Any]:
+            self.best = self._entry(content)
+            progress: dict[str, Any] = content["progress"]
+            return progress
 
-        Raises:
-            CheckpointError: a file is damaged or missing.
-        """
-        self.read()
-        best = self._best
+        return self.load(read)
+
+    def _entry(self, content: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the commit's entry of the best state; raise unless its content is of our form."""
+        best, progress = content["best"], content["progress"]
+        if not isinstance(progress, dict):
+            raise TypeError(f"progress is {type(progress).__name__}")
         if best is None:
             return None
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        kinds: dict[str, tuple[type, ...]]
+        kinds = {"epoch": (int,), "value": (int, float), "states": (dict,), "buffers": (dict,)}
+        for key, kind in {**kinds, "sha256": (str,)}.items():
+            if not isinstance(best[key], kind) or isinstance(best[key], bool):
+                raise TypeError(f"best.{key} is {type(best[key]).__name__}")
+        if not math.isfinite(best["value"]):
+            raise ValueError(f"best.value is {best['value']}")
+        self.path_of(best["file"])
+        entry: dict[str, Any] = best
+        return entry
 
-        path = self.path / best["file"]
-        try:
-            with path.open("rb") as file:
-                digest = _hash_file(file)
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"{OP}: {self.path / COMMIT} names {path.name}, which is missing"
-            ) from error
-        if digest != best["sha256"]:
-            raise CheckpointError(
-                f"{OP}: {path} is damaged: SHA-256 {digest}, wanted {best['sha256']}"
-            )
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{OP}: {path} cannot be read: {error}") from error
-        memo: dict[str, Any] = {}
-        return Snapshot(
-            best["epoch"],
-            best["value"],
-            decode(best["states"], tensors, memo),
-            decode(best["buffers"], tensors, memo),
-        )
+    def load_best(self, own: bool = False) -> Snapshot | None:
+        """Read the best state and check its SHA-256; return None if there is none.
+
+        Args:
+            own: whether it must be the one that this object has read or written.
+
+        Raises:
+            CheckpointError: a file is damaged or missing, or another run's.
+        """
+        wanted = self.best
+
+        def read(content: dict[str, Any]) -> Snapshot | None:
+            best = self._entry(content)
+            if best is None:
+                return None
+            if own and (wanted is None or best["sha256"] != wanted["sha256"]):
+                raise CheckpointError(
+                    f"{OP}: {self.commit_path} was written by another run meanwhile; each run "
+                    "needs a folder of its own"
+                )
+            tensors = self.read_tensors(self.path_of(best["file"]), best)
+            memo: dict[str, Any] = {}
+            states, buffers = (decode(best[k], tensors, memo) for k in ("states", "buffers"))
+            self.best = best
+            return Snapshot(best["epoch"], best["value"], states, buffers)
+
+        return self.load(read)
 
     # -- writing --
 
     def save(self, progress: Mapping[str, Any], best: Snapshot | None) -> None:
-        """Commit the progress, and the best state unless it is None (unchanged).
+        """Write the progress, and the best state unless it is None (unchanged).
 
         Raises:
             CheckpointError: writing failed; the checkpoint from before is intact.
@@ -150,8 +139,8 @@ class CheckpointFolder:
         """
         from safetensors import SafetensorError
 
-        encoder = Encoder()
-        entry = None if self._fresh else self._best
+        encoder = Encoder(OP)
+        entry = None if self._fresh else self.best
         if best is not None:
             entry = {
                 "epoch": best.epoch,
@@ -160,97 +149,32 @@ class CheckpointFolder:
                 "buffers": {k: encoder.encode(v, k) for k, v in best.buffers.items()},
             }
         try:
-            self._commit(progress, entry, encoder.tensors if best is not None else None)
+            self._save(progress, entry, encoder.tensors if best is not None else None)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(getattr(error, "strerror", None) or str(error)) from error
 
-    def _commit(
+    def _save(
         self, progress: Mapping[str, Any], entry: dict[str, Any] | None, tensors: Any
     ) -> None:
         """Write the files and rename them into place."""
-        self.path.mkdir(parents=True, exist_ok=True)
         created: Path | None = None
         try:
-            with self._temporary_folder() as work:
+            with self.workplace() as work:
                 if tensors is not None:
                     assert entry is not None
-                    created = self._write_tensors(work / "best", tensors, entry)
-                    self._flush_folder()
-                content = {"format": FORMAT, "version": VERSION}
-                content |= {"progress": dict(progress), "best": entry}
-                content["sha256"] = _hash_of(content)
-                with (work / COMMIT).open("xb") as file:
-                    file.write((json.dumps(content, allow_nan=False, indent=1) + "\n").encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(work / COMMIT, self.path / COMMIT)
-                self._best, self._fresh, created = entry, False, None
-                self._flush_folder()
+                    entry.update(self.write_tensors(work / "best", tensors))
+                    name = f"best-{entry['epoch']:06d}-{entry['sha256'][:12]}.safetensors"
+                    entry["file"], created = name, self.path / name
+                    os.replace(work / "best", created)
+                    self.flush()
+                elif entry is not None and not (self.path / entry["file"]).exists():
+                    raise CheckpointError(f"{entry['file']}, the best state, is missing")
+                self.commit(work, {"progress": dict(progress), "best": entry})
+                self.best, self._fresh, created = entry, False, None
+                self.flush()
         finally:
-            # If the same epoch is saved again, the committed file may have the same name.
-            if created is not None and created.name != (self._best or {}).get("file"):
+            # By what is on the disk, as an interruption may have come right after the commit; the
+            # same epoch saved again has the same name as the file that is committed.
+            if created is not None and not self.names(created):
                 created.unlink(missing_ok=True)
-        self._remove_old(None if entry is None else entry["file"])
-
-    def _write_tensors(self, temporary: Path, tensors: Any, entry: dict[str, Any]) -> Path:
-        """Write the tensors file under its final name, and note name and SHA-256 in ``entry``."""
-        from safetensors.torch import save_file
-
-        save_file(tensors, temporary, {"format": "pt"})
-        # safetensors makes a file that only its owner can read; our folder's mode shows the umask.
-        temporary.chmod(temporary.parent.stat().st_mode & 0o666)
-        with temporary.open("r+b") as file:
-            digest = _hash_file(file)
-            os.fsync(file.fileno())
-        path = self.path / f"best-{entry['epoch']:06d}-{digest[:12]}.safetensors"
-        entry.update(file=path.name, sha256=digest)
-        os.replace(temporary, path)
-        return path
-
-    @contextlib.contextmanager
-    def _temporary_folder(self) -> Iterator[Path]:
-        """Create a folder in this one, thus on the same disk, and remove it afterwards.
-
-        Not only a file, as safetensors writes a temporary file beside the one it is given: in a
-        folder, all that a killed process leaves behind can be recognized.
-        """
-        work = self.path / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}.tmp"
-        work.mkdir()
-        try:
-            yield work
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-
-    def _flush_folder(self) -> None:
-        """Flush the folder to the disk, which makes renames permanent (on Windows they are)."""
-        if os.name == "nt":
-            return
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-    def _remove_old(self, keep: str | None) -> None:
-        """Remove older tensors files, and what a killed process left; ignore failures."""
-        with contextlib.suppress(OSError):
-            for path in self.path.iterdir():
-                if path.match(f"{_TEMPORARY}*.tmp"):
-                    shutil.rmtree(path, ignore_errors=True)
-                elif path.match("best-*.safetensors") and path.name != keep:
-                    path.unlink(missing_ok=True)
-
-
-def _hash_of(content: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a checkpoint's content without the hash itself."""
-    hashed = {key: value for key, value in content.items() if key != "sha256"}
-    text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _hash_file(file: Any) -> str:
-    """Return the SHA-256 of an open file."""
-    digest = hashlib.sha256()
-    while chunk := file.read(_CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()
+        self.remove_others(() if entry is None else (entry["file"],))

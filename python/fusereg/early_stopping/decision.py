@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from .checks import OP, check_choice, check_integer
 from .smoothing import Memory, Smoothing
@@ -168,9 +168,59 @@ class State:
         for track in content["tracks"]:
             if set(track) != names:
                 raise KeyError(f"a track has {sorted(track)}, wanted {sorted(names)}")
+            for name in ("reference", "best"):
+                _check_kind(name, track[name], (int, float, type(None)))
+            for name in ("since", "best_epoch"):
+                _check_kind(name, track[name], (int, type(None)))
+            for name in ("misses", "non_finite"):
+                _check_kind(name, track[name], (int,))
+            _check_kind("memory", track["memory"], (list, tuple))
+            for number in track["memory"]:
+                _check_kind("memory", number, (int, float))
         tracks = [Track(**{**t, "memory": tuple(t["memory"])}) for t in content["tracks"]]
         last = None if content["last"] is None else Decision(**content["last"])
+        if last is not None:
+            for name in ("improved", "new_best", "stop"):
+                if not isinstance(getattr(last, name), bool):
+                    raise TypeError(f"{name} is {getattr(last, name)!r}")
+            if last.reason not in (None, *get_args(Reason)) or last.stop != (
+                last.reason is not None
+            ):
+                raise TypeError(f"the reason is {last.reason!r}")
+        _check_kind("epoch", content["epoch"], (int, type(None)))
+        _check_kind("checks", content["checks"], (int,))
         return State(tuple(tracks), content["epoch"], content["checks"], last)
+
+
+def _check_kind(name: str, value: Any, kinds: tuple[type, ...]) -> None:
+    """Raise TypeError unless the value is of one of these types, and no Boolean."""
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}")
+
+
+def judged_anew(rules: Rules, state: State) -> State:
+    """Return the state of a resumed run, which goes on if its reason to stop holds no more.
+
+    Patience and bounds may be others than when it stopped.
+    """
+    if state.last is None or not state.last.stop:
+        return state
+    tracks, metrics = state.tracks, rules.metrics.values()
+    named = list(zip(metrics, tracks, strict=True))
+    holds = True
+    if state.last.reason == "patience":
+        holds = _exhausted(rules, [track.misses for track in tracks])
+    elif state.last.reason == "non_finite":
+        holds = any(_failed(rules, track) for track in tracks if track.non_finite)
+    elif state.last.reason == "target":
+        aims = [(m, m.target, t.best) for m, t in named if m.target is not None]
+        reached = [best is not None and not m.better(aim, best) for m, aim, best in aims]
+        holds = bool(reached) and all(reached)
+    elif state.last.reason == "divergence":
+        holds = any(metric.divergence is not None for metric in metrics)
+    if holds:
+        return state
+    return replace(state, last=replace(state.last, stop=False, reason=None))
 
 
 class _Outcome(NamedTuple):
@@ -219,9 +269,7 @@ def _check_metric(rules: Rules, metric: Metric, track: Track, value: float, epoc
         track = replace(track, non_finite=track.non_finite + 1)
         if rules.nan == "count" and counted:
             track = _missed(rules, track, epoch)
-        limit = rules.patience if rules.nan_limit is None else rules.nan_limit
-        failed = rules.nan == "stop" or (rules.nan == "ignore" and track.non_finite > limit)
-        return _Outcome(track, failed=failed)
+        return _Outcome(track, failed=_failed(rules, track))
     track = replace(track, memory=memory, non_finite=0)
     if not counted:
         return _Outcome(track)
@@ -256,13 +304,26 @@ def _reason(rules: Rules, outcomes: Sequence[_Outcome]) -> Reason | None:
     reached = [outcome.reached for outcome, metric in judged if metric.target is not None]
     if reached and all(reached):
         return "target"
-    exhausted = [outcome.track.misses >= rules.patience for outcome in outcomes]
-    # Training goes on while any metric (or all of them) has improved within the patience.
-    return "patience" if (all if rules.combine == "any" else any)(exhausted) else None
+    worn = _exhausted(rules, [outcome.track.misses for outcome in outcomes])
+    return "patience" if worn else None
 
 
-def explain(rules: Rules, state: State) -> str:
-    """Describe the last decision, and the best so far, in a sentence."""
+def _exhausted(rules: Rules, misses: Sequence[int]) -> bool:
+    """Return whether no metric, or not all of them, has improved within the patience."""
+    return (all if rules.combine == "any" else any)(count >= rules.patience for count in misses)
+
+
+def _failed(rules: Rules, track: Track) -> bool:
+    """Return whether the non-finite values so far are a reason to stop."""
+    limit = rules.patience if rules.nan_limit is None else rules.nan_limit
+    return rules.nan == "stop" or (rules.nan == "ignore" and track.non_finite > limit)
+
+
+def explain(rules: Rules, state: State, ended: bool = False) -> str:
+    """Describe the last decision, and the best so far, in a sentence.
+
+    ``ended``: training has ended, whether or not a check said so.
+    """
     if state.last is None:
         return "no check yet"
     best = state.tracks[rules.best_index]
@@ -272,6 +333,8 @@ def explain(rules: Rules, state: State) -> str:
         if rules.metrics[rules.best_by].smoothing is not None:
             tail += " (smoothed)"
     reason, named = state.last.reason, rules.metrics.items()
+    if reason is None and ended:
+        return f"ended after epoch {state.epoch} without a reason to stop; {tail}"
     if reason is None:
         return f"goes on after epoch {state.epoch}; {tail}"
     if reason == "patience":

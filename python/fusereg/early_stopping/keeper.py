@@ -8,15 +8,32 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-from .agreement import Ranks, describe, raise_first
-from .checkpoint import CheckpointError, CheckpointFolder
+from ..core.encoding import check_savable
+from ..core.files import CheckpointError
+from ..core.lock import FolderInUse
+from ..core.ranks import Problem, describe, raise_first
+from ..core.snapshot import Memo, Place, Snapshot, Sources, clone, fingerprint, release
+from .agreement import AgreeingRanks
+from .checkpoint import CheckpointFolder
 from .checks import OP, check_choice
-from .snapshot import Memo, Place, Snapshot, Sources, clone, release
 
 Where: TypeAlias = Literal["cpu", "device", "disk", "none"]
+SAME_ARGUMENTS = (
+    "the ranks must have the same arguments (rank 0 alone writes to folder, but all must be given "
+    "it)"
+)
+
 OnSaveError: TypeAlias = Literal["raise", "warn"]
+
+
+class Opened(NamedTuple):
+    """The message of each rank to the others when the folder is opened."""
+
+    problem: Problem | None
+    progress: dict[str, Any] | None
+    best: dict[str, Any] | None
 
 
 class Keeper:
@@ -25,7 +42,7 @@ class Keeper:
     def __init__(
         self,
         sources: Sources,
-        ranks: Ranks,
+        ranks: AgreeingRanks,
         where: Where,
         folder: str | os.PathLike[str] | None,
         resume: bool | None,
@@ -54,6 +71,7 @@ class Keeper:
         self._unsaved: Snapshot | None = None  # still to be written
         self._in_parts = False  # whether that one is sharded; the same on all ranks
         self._on_disk: int | None = None  # the epoch of this run's best in the folder
+        self._models: dict[str, str | None] = {}  # fingerprints of the last model and the best
         self._folder = None if folder is None else CheckpointFolder(folder, fresh=resume is False)
 
     @property
@@ -68,20 +86,45 @@ class Keeper:
     # -- resuming from a folder --
 
     def open(self) -> dict[str, Any] | None:
-        """Create the folder, and return the progress in it if this run resumes from it."""
-        folder = self._folder
-        if folder is None:
+        """Lock the folder, and return the progress in it if this run resumes from it.
+
+        All ranks must call it, and all raise if it fails on one. Rank 0 alone uses the folder.
+        """
+        if self._folder is None:
             return None
+        progress, own = None, None
         try:
-            folder.make()
-        except OSError as error:
-            text = f"{OP}: cannot write to folder {folder.path}: {error.strerror or error}"
-            if self._on_save_error == "raise":
-                raise CheckpointError(text) from error
-            text += '; training goes on (on_save_error="warn")'
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
+            check_savable(self._sources, OP)
+            if self._ranks.index() == 0:
+                progress = self._open(self._folder)
+        except Exception as problem:
+            own = problem
+        heard = self._ranks.gather(Opened(describe(own), progress, self._folder.brief()))
+        if any(not isinstance(opened, Opened) for opened in heard):
+            raise ValueError(f"{OP}: {SAME_ARGUMENTS}")
+        raise_first([opened.problem for opened in heard], own)
+        if self._ranks.index() > 0:
+            _, progress, self._folder.best = heard[0]
+        return progress
+
+    def _open(self, folder: CheckpointFolder) -> dict[str, Any] | None:
+        """Open the folder, on rank 0."""
+        self._resumed(folder)  # before the folder is claimed: another run may be using it
+        if self._ranks.unsettled():
+            return self._resumed(folder)  # rank 0, which is not known yet, claims it when it saves
         try:
-            progress = folder.read()
+            folder.claim()
+        except CheckpointError as error:
+            if self._on_save_error == "raise" or isinstance(error.__cause__, FolderInUse):
+                raise
+            text = f'{error}; training goes on (on_save_error="warn")'
+            warnings.warn(text, RuntimeWarning, stacklevel=5)
+        return self._resumed(folder)
+
+    def _resumed(self, folder: CheckpointFolder) -> dict[str, Any] | None:
+        """Return the progress in the folder if this run resumes from it."""
+        try:
+            progress = folder.progress()
         except CheckpointError:
             if self._resume is not False:
                 raise
@@ -96,11 +139,44 @@ class Keeper:
         return progress
 
     def take_over(self) -> None:
-        """Make the folder's best state this run's, after ``open`` returned its progress."""
+        """Make the folder's best state this run's, after ``open`` returned its progress.
+
+        All ranks must call it, and all raise if it fails on one.
+        """
         assert self._folder is not None
+        own = None
         if self._where != "disk":
-            self._in_memory = self._load_best()
+            try:
+                self._in_memory = self._load_best()
+            except Exception as problem:
+                own = problem
+        self._ranks.together(own)
         self._on_disk = self._folder.best_epoch
+
+    def _fingerprint(self) -> str | None:
+        """Return a hash by which the present model is known again; None without a model."""
+        model = self._sources.module("model")
+        return None if model is None else fingerprint(model)
+
+    def unfamiliar(self, models: Any) -> bool:
+        """Return whether the model is neither of those that ``write`` has noted in the progress."""
+        if not isinstance(models, dict) or self._ranks.index() > 0 or self._sources.sharded():
+            return False
+        self._models = models
+        mine = self._fingerprint()
+        return mine is not None and mine not in models.values()
+
+    def close(self) -> None:
+        """Give the folder back to the run that had it before."""
+        if self._folder is not None:
+            self._folder.release()
+
+    def forget(self) -> None:
+        """Forget the best state; that in the folder stays until the next save."""
+        self._in_memory = self._unsaved = self._on_disk = None
+        self._in_parts = False
+        if self._folder is not None:
+            self._folder.begin_anew()
 
     # -- the best state --
 
@@ -114,7 +190,7 @@ class Keeper:
                 captured = self._sources.capture(epoch, value, self._place)
             except Exception as problem:
                 own = problem
-        raise_first(self._ranks.gather(describe(own)), own)
+        self._ranks.together(own)
         return captured
 
     def accept(self, captured: Snapshot) -> None:
@@ -145,7 +221,7 @@ class Keeper:
     def _load_best(self) -> Snapshot | None:
         """Load the best state in the folder, sharded as this rank's model."""
         assert self._folder is not None
-        found = self._folder.load_best()
+        found = self._folder.load_best(own=True)
         if found is None or not self._sources.sharded():
             return found
         return self._sources.part_of(found, self._place)
@@ -181,7 +257,7 @@ class Keeper:
 
     # -- writing --
 
-    def write(self, progress: dict[str, Any], epoch: int) -> None:
+    def write(self, progress: dict[str, Any], new_best: bool, epoch: int) -> None:
         """Write the progress, and the best state if it is new. All ranks must call it.
 
         Raises:
@@ -197,7 +273,10 @@ class Keeper:
         own: Exception | None = None
         if self._ranks.index() == 0:
             try:
-                self._folder.save(progress, self._unsaved)
+                self._models["last"] = self._fingerprint()
+                if new_best:
+                    self._models["best"] = self._models["last"]
+                self._folder.save({**progress, "model": self._models}, self._unsaved)
                 self._on_disk = self._folder.best_epoch
                 self._unsaved = None
             except CheckpointError as error:
@@ -210,23 +289,22 @@ class Keeper:
                         own = warning
             except Exception as error:
                 own = error
-        heard = self._ranks.gather((describe(own), self._on_disk))
+        heard = self._ranks.gather((describe(own), self._on_disk, self._folder.brief()))
         if len(heard) > 1:
-            self._on_disk = heard[0][1]
+            _, self._on_disk, brief = heard[0]
+            if self._ranks.index() > 0:
+                self._folder.best = brief
             if self._where == "disk" or self._ranks.index() > 0:
                 # The other ranks could not restore what rank 0 alone still holds.
                 self._unsaved = None
-        raise_first([problem for problem, _ in heard], own)
+        raise_first([problem for problem, *_ in heard], own)
 
     def _failure(self, folder: CheckpointFolder, error: CheckpointError, epoch: int) -> Exception:
         """Return an error that says what was not written, what is intact, and what follows."""
-        intact = "there was none before"
-        if folder.best_epoch is not None:
-            intact = f"the checkpoint of epoch {folder.best_epoch} is intact"
         follows = "training goes on" if self._on_save_error == "warn" else "training stops"
         made = CheckpointError(
             f"{OP}: cannot write the checkpoint of epoch {epoch} to {folder.path}: {error}; "
-            f'{intact}; {follows} (on_save_error="{self._on_save_error}")'
+            f'{folder.intact()}; {follows} (on_save_error="{self._on_save_error}")'
         )
         made.__cause__ = error.__cause__
         return made

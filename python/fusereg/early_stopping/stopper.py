@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from .agreement import Agreement, Problem, Ranks, describe, raise_first
-from .checkpoint import CheckpointError, CheckpointFolder
+from ..core.files import CheckpointError
+from ..core.ranks import Problem, describe, raise_first
+from ..core.snapshot import RandomState, Snapshot, Sources, Stateful
+from .agreement import AgreeingRanks, Agreement
+from .checkpoint import CheckpointFolder
 from .checks import OP, check_choice, check_integer
-from .decision import Decision, Metric, Mode, Rules, State, Track, advance, explain
-from .keeper import Keeper, OnSaveError, Where
+from .decision import Decision, Metric, Mode, Rules, State, Track, advance, explain, judged_anew
+from .keeper import SAME_ARGUMENTS, Keeper, OnSaveError, Where
 from .metrics import check_metrics, check_weights, number, weighted_sum
 from .smoothing import Smoothing
-from .snapshot import Snapshot, Sources, Stateful
 
 _VERSION = 1
 
@@ -28,6 +32,28 @@ class _Report(NamedTuple):
     epoch: int
     arguments: dict[str, object]
     problem: Problem | None
+
+
+class _Malformed(ValueError):
+    """Records that this class has not written."""
+
+
+def _sources(model: Any, also: Mapping[str, Any] | None, rng: bool) -> Sources:
+    """Return the objects to keep, by the names of their states."""
+    objects: dict[str, Any] = {}
+    if model is not None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"{OP}: model must be a torch.nn.Module or None, got {type(model).__name__}"
+            )
+        objects["model"] = model
+    for name, thing in (also or {}).items():
+        if name in ("model", "rng"):
+            raise ValueError(f'{OP}: also: the name "{name}" is taken, choose another')
+        objects[name] = thing
+    if rng:
+        objects["rng"] = RandomState()
+    return Sources(OP, objects, 'also["{}"]')
 
 
 class EarlyStopping:
@@ -49,10 +75,12 @@ class EarlyStopping:
     ``nan``), ``"divergence"`` (:math:`m_t > divergence`), ``"target"`` (:math:`m_t \le target`),
     ``"patience"``.
 
-    The best model is restored however training ends: at the end of ``epochs()`` or of the ``with``
-    block, by stopping, after the last epoch, by ``break``, by an exception, by Ctrl-C. ``with``
-    restores it in every case; a plain ``for epoch in stopper.epochs(n)`` when the loop is left. If
-    no metric was finite, the model stays as it is.
+    The best model is restored when training ends: in a loop over ``epochs()``, by the :meth:`step`
+    that stops it, or after the last epoch; with a ``with`` block, at its end, however it is left
+    (``break``, an exception, Ctrl-C). A loop without a ``with`` block that is left by ``break`` or
+    an exception warns that nothing was restored: Python does not tell an iterator reliably when its
+    loop is left, and weights are never written later. A loop of your own calls :meth:`finish` at
+    its end. If no metric was finite, the model stays as it is.
 
     Args:
         model: the module to keep the best state of: parameters and buffers (including those that
@@ -91,16 +119,21 @@ class EarlyStopping:
         rng: whether to keep and restore torch's random generators too.
         snapshot: where the best state is kept: in ``"cpu"`` memory, on the tensors' own
             ``"device"``, on ``"disk"`` (in ``folder`` only), or ``"none"``: nowhere.
-        restore_best: whether leaving ``epochs()`` or ``with`` calls :meth:`restore`.
-        folder: where to write checkpoints, or None. One run writes to it; it must be visible to
-            every rank, and rank 0 writes. The best state goes to a safetensors file; progress, with
-            that file's SHA-256, to ``early_stopping.json`` at each check. Each write is atomic: a
-            process that dies at any moment leaves the old checkpoint or the new one, complete.
+        restore_best: whether the best state is restored at the end, as described above.
+        folder: where to write checkpoints, or None; ``~`` is the home directory. One run writes to
+            it, which a lock ensures (a later stopper of the same process takes it over); it must be
+            visible to every rank, and rank 0 writes. The best state goes to a safetensors file;
+            progress, with that file's SHA-256, to ``early_stopping.json`` at each check. Each write
+            is atomic: a process that dies at any moment leaves the old checkpoint or the new one,
+            complete.
             Parameters that are sharded over ranks (DTensor, FSDP2) are gathered in rank 0's memory
             and written as whole tensors; any number of ranks, or one process without sharding, can
             resume from them.
         resume: if the folder holds a checkpoint: True resumes from it (and starts anew if there is
             none), False starts anew, and the old one stays until the first save; None is an error.
+            It holds records and the best state, not the model in training: load that first, or use
+            :class:`fusereg.TrainingRun`. A model that is neither the one of the last check nor the
+            best gives a warning.
         on_save_error: ``"raise"``, or ``"warn"`` and go on training; the next check tries again.
             The last checkpoint stays intact either way.
         agreement: with torch.distributed, how the ranks' metrics become one: their ``"mean"``,
@@ -110,11 +143,12 @@ class EarlyStopping:
         process_group: the ranks that decide together; None: all.
 
     Raises:
-        TypeError, ValueError: an argument is invalid, or ``folder`` holds a checkpoint and
-            ``resume`` is not given.
+        TypeError, ValueError: an argument is invalid, ``folder`` holds a checkpoint and ``resume``
+            is not given, or a file cannot hold the state of an object.
         ImportError: ``folder`` is given and safetensors is not installed
             (``pip install "fusereg[checkpoints]"``).
-        CheckpointError: ``folder`` cannot be written to, or its checkpoint is damaged.
+        CheckpointError: ``folder`` cannot be written to or is in use by another run, or its
+            checkpoint is damaged.
 
     Example:
         >>> stopper = fusereg.EarlyStopping(model, patience=5)
@@ -178,14 +212,40 @@ class EarlyStopping:
         check_choice("agreement", agreement, ("mean", "min", "max", "rank0", "none"))
         self._restore_best = restore_best
         self._entered = False
-        self._ranks = Ranks(agreement, process_group)
+        self._loop: object = None  # identifies the loop over epochs() that is running
+        self._steps = 0
+        self._ended = False
+        self._restored = False
+        self._ranks = AgreeingRanks(agreement, process_group)
         self._state = State.initial(self._rules)
-        sources = Sources(model, also, rng)
+        sources = _sources(model, also, rng)
         self._keeper = Keeper(sources, self._ranks, snapshot, folder, resume, on_save_error)
-        progress = self._keeper.open()
-        if progress is not None:
+        try:
+            self._resume(self._keeper.open())
+        except BaseException:
+            self._keeper.close()
+            raise
+
+    def _resume(self, progress: Mapping[str, Any] | None) -> None:
+        """Go on from the progress in the folder, if there is any."""
+        if progress is None:
+            return
+        try:
             self._state = self._checked(progress)
-            self._keeper.take_over()
+        except _Malformed as error:
+            raise CheckpointError(f"{OP}: the checkpoint is damaged: {error}") from error
+        self._keeper.take_over()
+        if self._keeper.unfamiliar(progress.get("model")):
+            warnings.warn(
+                f"{OP}: the folder holds the records and the best state (of epoch "
+                f"{self.best_epoch}) but not the model in training, and this model is neither the "
+                f"one of the last check (of epoch {self.epoch}) nor the best one. If it is a fresh "
+                "one, the old records would judge it: load the last model and optimizer first, "
+                "call restore() to go on from the best, or use fusereg.TrainingRun, which saves "
+                "and resumes a whole run",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     # -- results --
 
@@ -235,7 +295,8 @@ class EarlyStopping:
 
     def explain(self) -> str:
         """Return the last decision, and the best so far, in a sentence."""
-        return explain(self._rules, self._state)
+        text = explain(self._rules, self._state, self._ended)
+        return f"{text}, restored" if self._restored else text
 
     def __repr__(self) -> str:
         return f"EarlyStopping(patience={self._rules.patience}, {self.explain()})"
@@ -246,6 +307,9 @@ class EarlyStopping:
         self, metric: float | Tensor | Mapping[str, float | Tensor] | None, *, epoch: int
     ) -> Decision:
         """Check a metric: decide whether to stop, and keep the state if it is the best so far.
+
+        If it says to stop a loop over :meth:`epochs` that is not in a ``with`` block, it restores
+        the best state at once.
 
         Args:
             metric: a number or a tensor of one element; with ``metrics`` or ``weights`` a mapping
@@ -261,18 +325,22 @@ class EarlyStopping:
                 at different epochs or were made with different arguments. Nothing has changed then.
             CheckpointError: a write failed and ``on_save_error`` is ``"raise"``. The decision
                 counts, the snapshot in memory is the new one, the folder holds the old checkpoint.
+                Or the best state could not be restored.
         """
         values, own = self._read(metric, epoch)
+        if own is None:
+            epoch = int(epoch)
         arguments = self._keeper.collective_arguments
         heard = self._ranks.gather(_Report(values, epoch, arguments, describe(own)))
+        if not all(isinstance(report, _Report) for report in heard):
+            raise ValueError(f"{OP}.step: {SAME_ARGUMENTS}")
         raise_first([report.problem for report in heard], own)
         if any(report.epoch != epoch for report in heard):
             epochs = [report.epoch for report in heard]
             raise ValueError(f"{OP}.step: the ranks are at different epochs: {epochs}")
         if any(report.arguments != heard[0].arguments for report in heard):
             raise ValueError(
-                f"{OP}.step: the ranks must have the same arguments (rank 0 alone writes to "
-                f"folder, but all must be given it), got {[report.arguments for report in heard]}"
+                f"{OP}.step: {SAME_ARGUMENTS}, got {[report.arguments for report in heard]}"
             )
         by_metric = zip(*(report.values for report in heard), strict=True)
         reduced = [self._ranks.reduce(of_all) for of_all in by_metric]
@@ -286,36 +354,91 @@ class EarlyStopping:
             captured = self._keeper.capture(epoch, best)
         # Only now, and both at once: after an error before this, state and snapshot still agree.
         self._state = state
+        self._steps += 1
+        self._ended = self._restored = False
         if captured is not None:
             self._keeper.accept(captured)
-        self._keeper.write(self.state_dict(snapshot=False), epoch)
+        try:
+            self._keeper.write(self.state_dict(snapshot=False), decision.new_best, epoch)
+        except Exception:
+            self._restore_at_stop(decision)
+            raise
+        self._restore_at_stop(decision)
         return decision
+
+    def _restore_at_stop(self, decision: Decision) -> None:
+        """Restore the best state if a loop over ``epochs`` is to stop. All ranks must call it."""
+        if not decision.stop:
+            return
+        own = None
+        if self._loop is not None and not self._entered:
+            try:
+                self.finish()
+            except Exception as problem:
+                own = problem
+        self._ranks.together(own)
 
     def epochs(self, count: int, *, start: int | None = None) -> Iterator[int]:
         """Iterate over the epochs from ``start`` up to ``count``, until a check says to stop.
 
-        When the loop is left, the best state is restored, unless a ``with`` block will do so.
+        The check that stops the loop restores the best state, and so does the end of the last
+        epoch, unless a ``with`` block will do so. A loop that is left by ``break`` or an exception
+        without a ``with`` block restores nothing, and warns.
 
         Args:
             count: the end of the range, which is not trained itself, >= 0.
             start: the first epoch; by default the one after the last check (0 in a new run).
         """
-        check_integer("count", count, 0)
+        count = check_integer("count", count, 0)
         if start is None:
             start = 0 if self._state.epoch is None else self._state.epoch + 1
-        check_integer("start", start, 0)
+        start = check_integer("start", start, 0)
         return self._epochs(start, count)
 
     def _epochs(self, start: int, count: int) -> Iterator[int]:
         """Iterate; apart from ``epochs``, whose checks must not wait for the first epoch."""
-        try:
-            for epoch in range(start, count):
-                if self.stopped:
-                    return
+        loop = self._loop = object()
+        self._ended = False
+        steps, trained = self._steps, 0
+        for epoch in range(start, count):
+            if self.stopped:
+                break
+            try:
                 yield epoch
-        finally:
-            if self._restore_best and not self._entered:
-                self.restore()
+            except GeneratorExit:
+                # The loop was left, now or long ago: the model is the caller's by now.
+                self._leave(loop, epoch)
+                raise
+            trained += 1
+        if self._loop is loop:
+            self._loop = None
+        if trained and self._steps == steps:
+            warnings.warn(
+                f"{OP}: the loop over epochs() has ended without a call of step(): no metric was "
+                "checked, and no state kept",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        if self._entered:
+            self._ended = True
+        else:
+            self.finish()
+
+    def _leave(self, loop: object, epoch: int) -> None:
+        """Warn if a loop was left without restoring the best state."""
+        if self._loop is not loop:
+            return
+        self._loop, self._ended = None, True
+        wanted = self._restore_best and self.restorable
+        if not wanted or self._entered or self._restored or sys.is_finalizing():
+            return
+        warnings.warn(
+            f"{OP}: the loop over epochs() was left in epoch {epoch} before its end, and the best "
+            f"state (of epoch {self.best_epoch}) was not restored; call restore(), or put the loop "
+            'into a block "with stopper:", which restores it however the block is left',
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     def __enter__(self) -> EarlyStopping:
         self._entered = True
@@ -323,8 +446,19 @@ class EarlyStopping:
 
     def __exit__(self, *_: object) -> None:
         self._entered = False
-        if self._restore_best:
-            self.restore()
+        self._loop = None
+        self.finish()
+
+    def finish(self) -> int | None:
+        """End the run: restore the best state, unless ``restore_best=False``.
+
+        ``with`` and loops over :meth:`epochs` do so by themselves.
+
+        Returns:
+            As :meth:`restore`.
+        """
+        self._ended = True
+        return self.restore() if self._restore_best else None
 
     def restore(self) -> int | None:
         """Restore the state of the best check, of model and other objects, without communication.
@@ -334,8 +468,20 @@ class EarlyStopping:
 
         Raises:
             CheckpointError: with ``snapshot="disk"``, the file is damaged.
+            ValueError: the state does not fit an object. Nothing has changed then.
         """
-        return self._keeper.restore()
+        epoch = self._keeper.restore()
+        self._restored = epoch is not None
+        return epoch
+
+    def reset(self) -> None:
+        """Forget all checks and the best state, for another run with the same arguments.
+
+        Objects keep their state. The checkpoint in ``folder`` stays until the next save.
+        """
+        self._state = State.initial(self._rules)
+        self._keeper.forget()
+        self._loop, self._ended, self._restored = None, False, False
 
     # -- saving and resuming --
 
@@ -357,7 +503,8 @@ class EarlyStopping:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resume from what ``state_dict`` returned, deciding as an uninterrupted run would.
 
-        ``patience``, ``min_delta`` and bounds may be different now; what the records mean may not.
+        ``patience``, ``min_delta`` and bounds may be different now; a run that stopped goes on if
+        its reason to stop holds no more. What the records mean may not differ.
 
         Raises:
             ValueError: another version, something is missing, or metrics, modes, smoothing, weights
@@ -367,6 +514,7 @@ class EarlyStopping:
         track = self._best_track(state)
         self._keeper.load(state_dict.get("best"), track.best_epoch, track.best)
         self._state = state
+        self._ended = self._restored = False
 
     def _meaning(self) -> dict[str, Any]:
         """Return the arguments that the meaning of the records depends on."""
@@ -389,12 +537,12 @@ class EarlyStopping:
             raise ValueError(f"{where}: the state is that of {theirs}, this one has {mine}")
         try:
             state = State.from_dict(content["state"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{where}: not a whole state: {error}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise _Malformed(f"{where}: not a whole state: {error}") from error
         wanted, found = len(self._rules.metrics), len(state.tracks)
         if found != wanted:
-            raise ValueError(f"{where}: wanted {wanted} tracks, got {found}")
-        return state
+            raise _Malformed(f"{where}: wanted {wanted} tracks, got {found}")
+        return judged_anew(self._rules, state)
 
     # -- reading a metric --
 

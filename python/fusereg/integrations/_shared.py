@@ -87,7 +87,6 @@ class Monitored:
         self.op = op
         self.monitor = monitor
         self.names = (monitor,) if monitor is not None else tuple(several or ())
-        self.restores = bool(arguments.get("restore_best", True))
         self._arguments = arguments
 
     def stopper(self, model: nn.Module, **others: Any) -> EarlyStopping:

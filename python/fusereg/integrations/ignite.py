@@ -86,7 +86,8 @@ class EarlyStoppingHandler:
             trainer.run(loader, max_epochs=100)
 
     With ``to_save={"early_stopping": handler, ...}`` ignite's ``Checkpoint`` saves the records and
-    the best weights. With several processes there is one decision for all.
+    the best weights. A run of the trainer that begins anew begins with new records; one that is
+    resumed goes on with the old ones. With several processes there is one decision for all.
 
     Args:
         model: as :class:`fusereg.EarlyStopping`.
@@ -122,6 +123,7 @@ class EarlyStoppingHandler:
         self.stopper: EarlyStopping = self._monitored.stopper(model)
         self._trainer = trainer
         self._running = False
+        self._ran = False  # whether the stopper's records are those of an earlier run
         trainer.add_event_handler(_engine.Events.STARTED, self._start)
         trainer.add_event_handler(_engine.Events.COMPLETED, self._end)
 
@@ -130,7 +132,9 @@ class EarlyStoppingHandler:
         evaluator.add_event_handler(event or _engine.Events.COMPLETED, self._check)
 
     def _start(self) -> None:
-        self._running = True
+        if self._ran and self._trainer.state.iteration == 0:
+            self.stopper.reset()
+        self._running = self._ran = True
 
     def _check(self, evaluator: Any) -> None:
         if not self._running:
@@ -141,8 +145,7 @@ class EarlyStoppingHandler:
 
     def _end(self) -> None:
         self._running = False
-        if self._monitored.restores:
-            self.stopper.restore()
+        self.stopper.finish()
 
     def __enter__(self) -> EarlyStoppingHandler:
         return self
@@ -158,3 +161,4 @@ class EarlyStoppingHandler:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the stopper's state."""
         self.stopper.load_state_dict(state_dict)
+        self._ran = False

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .. import EarlyStopping
 from ..core import dispatch, distributed
-from ..early_stopping.snapshot import Stateful
+from ..core.snapshot import Stateful
 from ..optim.averages import averages_of
 from ..penalty.weight_penalty import add_for, skips_step
 from ._shared import Monitored, PenaltyArguments, library
@@ -223,6 +223,7 @@ class EarlyStoppingCallback(LightningsOwn):
         self._run: tuple[Any, Any] | None = None  # the trainer and model of the stopper
         self._loaded: dict[str, Any] | None = None
         self._fitting = False
+        self._stops = False  # whether it was this callback that asked the trainer to stop
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Discard the stopper of another trainer or model."""
@@ -243,7 +244,7 @@ class EarlyStoppingCallback(LightningsOwn):
         if self._loaded is not None:
             self.stopper.load_state_dict(self._loaded)
             self._loaded = None
-        self._fitting = True
+        self._fitting, self._stops = True, False
 
     def _run_early_stopping_check(self, trainer: Any) -> None:
         """Check the metric; Lightning's hooks call this when it is due."""
@@ -257,7 +258,10 @@ class EarlyStoppingCallback(LightningsOwn):
         self.wait_count = stopper.misses
         if stopper.best is not None:
             self.best_score = torch.tensor(stopper.best)
+        if self._stops and not decision.stop:  # min_epochs let training go on, and it improved
+            trainer.should_stop = self._stops = False
         if decision.stop:
+            self._stops = not trainer.should_stop or self._stops
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
             self.stopping_reason_message = stopper.explain()
@@ -312,8 +316,8 @@ class EarlyStoppingCallback(LightningsOwn):
 
     def _restore(self) -> None:
         self._shown.close()  # an exception may have come while the averages were shown
-        if self._fitting and self._monitored.restores and self.stopper is not None:
-            self.stopper.restore()
+        if self._fitting and self.stopper is not None:
+            self.stopper.finish()
         self._fitting = False
 
     def __getstate__(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import AttachedPenalty, EarlyStopping, optim
-from ..early_stopping.snapshot import Stateful
+from ..core.snapshot import Stateful
 from ._shared import Monitored, PenaltyArguments, library
 
 __all__ = ["EarlyStoppingCallback", "PenaltyCallback", "optimizer_of"]
@@ -206,8 +206,8 @@ class EarlyStoppingCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Restore the best weights."""
         self._training = False
-        if self._monitored.restores:
-            self.restore()
+        if self.stopper is not None:
+            self.stopper.finish()
 
     def restore(self) -> int | None:
         """Restore the best weights and return their step; None if there are none."""

@@ -7,16 +7,16 @@ Tensors that are shared (tied weights) are copied once, and are shared again aft
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from ..core import distributed
-from .checks import OP
+from . import distributed
 
 Place: TypeAlias = Literal["cpu", "device"]
 
@@ -34,6 +34,21 @@ class Stateful(Protocol):
         ...
 
 
+class GeneratorState:
+    """A torch.Generator as an object with ``state_dict``."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the generator's state."""
+        return {"state": self._generator.get_state()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Set the generator's state."""
+        self._generator.set_state(state_dict["state"])
+
+
 class RandomState:
     """torch's default generators, on the CPU and on the CUDA devices if CUDA is in use."""
 
@@ -48,7 +63,8 @@ class RandomState:
         """Set the generators' states."""
         torch.set_rng_state(state_dict["cpu"])
         if "cuda" in state_dict and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state_dict["cuda"])
+            for index, state in enumerate(state_dict["cuda"][: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(state, index)
 
 
 @dataclass(frozen=True)
@@ -148,7 +164,7 @@ def _clone_tensor(tensor: Tensor, place: Place) -> Tensor | Held:
     """Copy a tensor, of a DTensor this rank's part."""
     tensor = tensor.detach()
     if tensor.device.type == "meta":
-        raise ValueError(f"{OP}: a tensor on the meta device has no values to keep")
+        raise ValueError("fusereg: a tensor on the meta device has no values to keep")
     device = tensor.device
     sharding = None
     if distributed.is_dtensor(tensor):
@@ -218,32 +234,45 @@ def _shard(thing: Stateful, state: Any) -> Any:
 
 
 class Sources:
-    """The objects whose states a snapshot holds; arguments as EarlyStopping's."""
+    """The objects whose states a snapshot holds.
 
-    def __init__(
-        self, model: nn.Module | None, also: Mapping[str, Stateful] | None, rng: bool
-    ) -> None:
+    Args:
+        op: the name that begins error messages.
+        objects: the objects by name.
+        place: where the objects come from, with {} for the name, for error messages.
+    """
+
+    def __init__(self, op: str, objects: Mapping[str, Any], place: str = "{}") -> None:
+        self._op = op
         self._objects: dict[str, Stateful] = {}
-        if model is not None:
-            if not isinstance(model, nn.Module):
+        for name, thing in objects.items():
+            if isinstance(thing, torch.Generator):
+                thing = GeneratorState(thing)
+            if isinstance(thing, type) or not isinstance(thing, Stateful):
                 raise TypeError(
-                    f"{OP}: model must be a torch.nn.Module or None, got {type(model).__name__}"
-                )
-            self._objects["model"] = model
-        for name, thing in (also or {}).items():
-            if name in ("model", "rng"):
-                raise ValueError(f'{OP}: also: the name "{name}" is taken, choose another')
-            if not isinstance(thing, Stateful):
-                raise TypeError(
-                    f'{OP}: also["{name}"] must have state_dict and load_state_dict, '
+                    f"{op}: {place.format(name)} must have state_dict and load_state_dict, "
                     f"got {type(thing).__name__}"
                 )
             self._objects[name] = thing
-        if rng:
-            self._objects["rng"] = RandomState()
+
+    def __iter__(self) -> Iterator[Stateful]:
+        return iter(self._objects.values())
+
+    def names(self) -> list[str]:
+        """Return the objects' names."""
+        return list(self._objects)
+
+    def states(self) -> dict[str, Any]:
+        """Return what each object's ``state_dict()`` returns now."""
+        return {name: thing.state_dict() for name, thing in self._current().items()}
 
     def __bool__(self) -> bool:
         return bool(self._objects)
+
+    def module(self, name: str) -> nn.Module | None:
+        """Return the module of this name, without its wrappers."""
+        thing = self._objects.get(name)
+        return distributed.unwrapped(thing) if isinstance(thing, nn.Module) else None
 
     def _current(self) -> dict[str, Stateful]:
         """Return the objects, modules without their wrappers."""
@@ -299,27 +328,68 @@ class Sources:
         """Load a snapshot into the objects, in place into modules.
 
         Raises:
-            ValueError: the snapshot lacks an object's state.
+            ValueError: the snapshot lacks an object's state, or has a module's tensor in another
+                shape. Nothing has changed then, nor if an object that is no module raises.
         """
         objects = self._current()
         missing = [name for name in objects if name not in snapshot.states]
         if missing:
             raise ValueError(
-                f"{OP}: the state of epoch {snapshot.epoch} holds nothing for "
+                f"{self._op}: the state of epoch {snapshot.epoch} holds nothing for "
                 f"{', '.join(missing)}; it has {', '.join(snapshot.states)}"
             )
+        modules = {name: t for name, t in objects.items() if isinstance(t, nn.Module)}
+        for name, module in modules.items():
+            self._check_fit(name, module, snapshot)
         shared: Memo = {}
         copies: Memo = {}
+        before: list[tuple[Stateful, Any]] = []
         with _normal_tensors():
-            for name, thing in objects.items():
-                # A module copies into its own tensors; an optimizer keeps what it is given, and
-                # would go on training inside the snapshot.
-                if isinstance(thing, nn.Module):
-                    thing.load_state_dict(release(snapshot.states[name], shared, copying=False))
-                    buffers = release(snapshot.buffers.get(name, {}), shared, copying=False)
-                    _restore_buffers(thing, buffers)
-                else:
-                    thing.load_state_dict(release(snapshot.states[name], copies, copying=True))
+            # A module copies into its own tensors, which cannot be undone: it comes last. Others
+            # keep what they are given, and would go on training inside the snapshot.
+            try:
+                for name, thing in objects.items():
+                    if name not in modules:
+                        before.append((thing, thing.state_dict()))
+                        thing.load_state_dict(release(snapshot.states[name], copies, copying=True))
+            except BaseException:
+                for thing, state in before:
+                    with suppress(Exception):  # the one that refused has taken nothing
+                        thing.load_state_dict(state)
+                raise
+            for name, module in modules.items():
+                module.load_state_dict(release(snapshot.states[name], shared, copying=False))
+                buffers = release(snapshot.buffers.get(name, {}), shared, copying=False)
+                _restore_buffers(module, buffers)
+
+    def _check_fit(self, name: str, module: nn.Module, snapshot: Snapshot) -> None:
+        """Raise ValueError if a tensor of a module has another shape than in its state."""
+        state = snapshot.states[name]
+        for key, own in module.state_dict().items():
+            kept = state.get(key)
+            if isinstance(kept, Held):
+                kept = kept.local if kept.sharding is None else None
+            if not isinstance(own, Tensor) or not isinstance(kept, Tensor):
+                continue
+            if not nn.parameter.is_lazy(own) and own.shape != kept.shape:
+                raise ValueError(
+                    f"{self._op}: the state of epoch {snapshot.epoch} has {name}'s {key} with "
+                    f"shape {tuple(kept.shape)}, wanted {tuple(own.shape)}"
+                )
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return a hash of the first few numbers of each tensor, by which weights are known again."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        known = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+        if known and tensor.numel() and tensor.is_floating_point() and not tensor.is_meta:
+            row = tensor.detach()[(0,) * (tensor.ndim - 1)] if tensor.ndim else tensor.detach()
+            by_device.setdefault(tensor.device, []).append(row.reshape(-1)[:4].double())
+    digest = hashlib.sha256()
+    for parts in by_device.values():
+        digest.update(repr(torch.cat(parts).tolist()).encode())
+    return digest.hexdigest()[:16]
 
 
 def _parameters(thing: Stateful) -> list[Tensor]:

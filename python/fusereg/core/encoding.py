@@ -7,28 +7,40 @@ Strides, tuples, integer keys, NaN and Counter are preserved; what JSON cannot h
 from __future__ import annotations
 
 import base64
+import io
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .checks import OP
-from .snapshot import Held
+from .snapshot import Held, Sources
 
 #: The dtypes that every safetensors from 0.4 on has; tensors of others are written as bytes.
 _SAFE_DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
 }
+#: NumPy's dtypes, in this machine's byte order, that torch has too.
+_ARRAY_DTYPES = {
+    *("bool", "float64", "float32", "float16", "int64", "int32", "int16", "int8"),
+    *("uint64", "uint32", "uint16", "uint8"),
+}
 
 
 class Encoder:
-    """Encodes states as JSON and collects their tensors in ``tensors``."""
+    """Encodes states as JSON and collects their tensors in ``tensors``.
 
-    def __init__(self) -> None:
+    Args:
+        op: the name that begins error messages.
+        dry: whether only to find out what cannot be encoded, without copying a tensor.
+    """
+
+    def __init__(self, op: str = "fusereg", *, dry: bool = False) -> None:
+        self._op = op
+        self._dry = dry
         self.tensors: dict[str, Tensor] = {}
         self._seen: dict[int, dict[str, Any]] = {}
         self._alive: list[Any] = []  # keeps the ids in _seen from being reused
@@ -65,8 +77,12 @@ class Encoder:
             return {"$device": str(tree)}
         if type(tree).__module__ == "numpy" and hasattr(tree, "item") and not tree.shape:
             return self.encode(tree.item(), path)
+        if type(tree).__module__ == "numpy" and str(getattr(tree, "dtype", "")) in _ARRAY_DTYPES:
+            return {"$array": self.encode(torch.as_tensor(tree.copy()), path)}
+        if type(tree) is io.BytesIO:
+            return {"$file": base64.b64encode(tree.getvalue()).decode()}
         raise TypeError(
-            f"{OP}: cannot write {path} to a checkpoint: {type(tree).__name__} is neither a "
+            f"{self._op}: cannot write {path} to a checkpoint: {type(tree).__name__} is neither a "
             "tensor nor plain data"
         )
 
@@ -91,22 +107,24 @@ class Encoder:
         self._alive.append(tree)
         if isinstance(tree, Held) and tree.sharding is not None:
             raise ValueError(
-                f"{OP}: cannot write {path} to a checkpoint: it is sharded over ranks (DTensor), "
-                "and only the parts of modules and of optimizers can be put together"
+                f"{self._op}: cannot write {path} to a checkpoint: it is sharded over ranks "
+                "(DTensor), and only the parts of modules and of optimizers can be put together"
             )
         tensor = (tree.local if isinstance(tree, Held) else tree).detach()
         if tensor.layout is not torch.strided or tensor.is_quantized:
             raise ValueError(
-                f"{OP}: cannot write {path} to a checkpoint: only dense tensors can be written, "
-                f"got layout {tensor.layout}, dtype {tensor.dtype}"
+                f"{self._op}: cannot write {path} to a checkpoint: only dense tensors can be "
+                f"written, got layout {tensor.layout}, dtype {tensor.dtype}"
             )
+        if self._dry:
+            return {}
         key, n = path, 1
         while key in self.tensors:
             n += 1
             key = f"{path}#{n}"
         made: dict[str, Any] = {"$tensor": key}
         data = tensor.resolve_conj().resolve_neg().cpu().contiguous()
-        if not tensor.is_contiguous():
+        if not tensor.is_contiguous() and _is_dense(tensor.shape, tensor.stride()):
             made["stride"] = list(tensor.stride())
         if tensor.dtype not in _SAFE_DTYPES:
             made["dtype"] = str(tensor.dtype).removeprefix("torch.")
@@ -123,18 +141,49 @@ class Encoder:
         return made
 
 
+def check_savable(sources: Sources, op: str) -> None:
+    """Raise what writing the objects' states would raise, without copying a tensor.
+
+    Raises:
+        TypeError, ValueError: a file cannot hold something in a state.
+    """
+    encoder = Encoder(op, dry=True)
+    for name, state in sources.states().items():
+        encoder.encode(state, name)
+
+
+def _is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Return whether these strides have neither gaps nor overlaps."""
+    size = 1
+    for step, length in sorted(zip(stride, shape, strict=True)):
+        if length != 1 and step != size:
+            return length == 0
+        size *= length
+    return True
+
+
+def _dtype(name: Any) -> torch.dtype:
+    """Return the dtype of this name, and nothing else that torch has under it."""
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name!r} is no dtype")
+    return found
+
+
 #: What makes an object of the decoded content under each tag.
 _DECODERS: dict[str, Callable[[Any], Any]] = {
     "$float": float,
     "$tuple": tuple,
     "$set": set,
     "$bytes": base64.b64decode,
-    "$dtype": lambda name: getattr(torch, name),
+    "$dtype": _dtype,
     "$device": torch.device,
     "$dict": dict,
     "$counter": Counter,
     "$ordered": OrderedDict,
     "$state_dict": OrderedDict,
+    "$array": lambda tensor: tensor.numpy().copy(),
+    "$file": lambda text: io.BytesIO(base64.b64decode(text)),
 }
 
 
@@ -154,7 +203,7 @@ def decode(tree: Any, tensors: Mapping[str, Tensor], memo: dict[str, Tensor] | N
             memo[content] = _decode_tensor(tensors[content], tree)
         return memo[content]
     if tag not in _DECODERS:
-        raise ValueError(f"{OP}: the checkpoint holds {tag}, which this version does not know")
+        raise ValueError(f"the checkpoint holds {tag}, which this version does not know")
     made = _DECODERS[tag](decode(content, tensors, memo))
     if tag == "$state_dict":
         cast(Any, made)._metadata = decode(tree["metadata"], tensors, memo)
@@ -164,7 +213,10 @@ def decode(tree: Any, tensors: Mapping[str, Tensor], memo: dict[str, Tensor] | N
 def _decode_tensor(data: Tensor, encoded: Mapping[str, Any]) -> Tensor:
     """Restore a tensor's dtype, shape and strides."""
     if "dtype" in encoded:
-        data = data.clone().view(getattr(torch, encoded["dtype"])).reshape(encoded["shape"])
+        data = data.clone().view(_dtype(encoded["dtype"])).reshape(encoded["shape"])
     if "stride" in encoded:
-        data = torch.empty_strided(data.shape, encoded["stride"], dtype=data.dtype).copy_(data)
+        stride = encoded["stride"]
+        if not _is_dense(data.shape, stride):  # it would claim memory that the file does not have
+            raise ValueError(f"a tensor of shape {tuple(data.shape)} with strides {stride}")
+        data = torch.empty_strided(data.shape, stride, dtype=data.dtype).copy_(data)
     return data

@@ -1,0 +1,133 @@
+"""The position in a data loader, and the random generators, from which a run goes on exactly.
+
+A loader's order depends on generators as they were before ``iter()``, and its data may draw from
+the global ones. So both are kept as they were before the epoch's ``iter()`` and as they are now; a
+resumed run sets the former, reads as many batches as were trained, and then sets the latter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ..core.snapshot import RandomState, Stateful
+
+OP = "fusereg.TrainingRun"
+
+
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """Return the generators of a data loader and its samplers, each once."""
+    samplers = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    samplers.append(getattr(samplers[-1], "sampler", None))
+    found = [getattr(thing, "generator", None) for thing in samplers]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+class Randomness:
+    """The global generators of torch, NumPy and Python, and those of a loader."""
+
+    def __init__(self, generators: Iterable[torch.Generator] = ()) -> None:
+        self._generators = list(generators)
+
+    def state(self) -> dict[str, Any]:
+        """Return the generators' states."""
+        import numpy as np
+
+        return {
+            "torch": RandomState().state_dict(),
+            "numpy": np.random.get_state(),  # noqa: NPY002  # what others draw from
+            "python": random.getstate(),
+            "loader": [generator.get_state() for generator in self._generators],
+        }
+
+    def set(self, state: Mapping[str, Any]) -> None:
+        """Set the generators' states."""
+        import numpy as np
+
+        self.set_loaders(state)
+        RandomState().load_state_dict(state["torch"])
+        np.random.set_state(state["numpy"])  # noqa: NPY002
+        random.setstate(state["python"])
+
+    def set_loaders(self, state: Mapping[str, Any]) -> None:
+        """Set the states of the loader's generators, if it has as many as then."""
+        if self._generators and len(state["loader"]) == len(self._generators):
+            for generator, own in zip(self._generators, state["loader"], strict=True):
+                generator.set_state(own)
+
+
+class Position:
+    """The position in the epoch's batches, from which a resumed run goes on."""
+
+    def __init__(self) -> None:
+        self._randomness = Randomness()
+        self._before: dict[str, Any] | None = None  # as the generators were before iter()
+        self._loader: Any = None
+        self._resumed: Mapping[str, Any] | None = None
+
+    def state(self, batch: int) -> dict[str, Any]:
+        """Return what a run needs to go on from here, after ``batch`` batches of the epoch."""
+        own = self._loader.state_dict() if isinstance(self._loader, Stateful) else None
+        before = self._before if batch and own is None else None
+        return {"now": self._randomness.state(), "before": before, "loader": own}
+
+    @property
+    def resuming(self) -> bool:
+        """Return whether the next loop over batches goes on from a checkpoint."""
+        return self._resumed is not None
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from this state, at the next loop over batches."""
+        self._resumed = state
+
+    def set_generators(self) -> None:
+        """Set the global generators of a resumed run, when its loop begins."""
+        if self._resumed is not None:
+            self._randomness.set(self._resumed["now"])
+
+    def iterator(self, loader: Any, skip: int) -> Iterator[Any]:
+        """Return the iterator over the epoch's batches, after the first ``skip`` ones."""
+        own: Iterable[Any] = loader  # by this name also where it is known to be stateful
+        state, self._resumed = self._resumed, None
+        self._loader, self._randomness = loader, Randomness(generators_of(loader))
+        if state is None:
+            self._before = self._randomness.state()
+            return iter(own)
+        if getattr(loader, "persistent_workers", False):
+            warnings.warn(
+                f"{OP}: the loader's persistent workers keep random numbers from epoch to epoch, "
+                "which cannot be restored: the resumed run may draw others in them",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        if state["loader"] is not None and isinstance(loader, Stateful):
+            loader.load_state_dict(state["loader"])
+            iterator = iter(own)
+            if skip:
+                self._randomness.set(state["now"])
+                return iterator
+            # Its state after the last batch may be that of an iteration which is about to end.
+            first = next(iterator, None)
+            return iter(own) if first is None else itertools.chain([first], iterator)
+        if state["before"] is None:
+            self._randomness.set_loaders(state["now"])
+        else:
+            self._randomness.set(state["before"])
+        self._before = self._randomness.state()
+        iterator = iter(own)
+        for done in range(skip):
+            try:
+                next(iterator)
+            except StopIteration:
+                raise ValueError(
+                    f"{OP}: the loader has only {done} batches, and the checkpoint was saved after "
+                    f"{skip} of this epoch; is it another data set or batch size?"
+                ) from None
+        if skip:
+            self._randomness.set(state["now"])
+        return iterator

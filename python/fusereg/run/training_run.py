@@ -1,0 +1,554 @@
+"""TrainingRun: the loops over epochs and batches of a run that is saved as it goes."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..core.encoding import check_savable
+from ..core.files import CheckpointError
+from ..core.lock import FolderInUse
+from ..core.ranks import Ranks, describe, raise_first
+from ..core.snapshot import Snapshot, Sources, Stateful
+from . import sharded
+from .checkpoint import OP, RunFolder
+from .loader import Position
+
+#: With several ranks, rank 0's clock is asked once in so many batches.
+_CLOCK_EVERY = 16
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint of a run.
+
+    Attributes:
+        step: how many batches were trained.
+        epoch: the epoch it is in, or before which it is.
+        batch: how many of the epoch's batches were trained.
+        metric: the metric it was saved with, if any.
+        path: its folder.
+    """
+
+    step: int
+    epoch: int
+    batch: int
+    metric: float | None
+    path: Path
+
+
+class TrainingRun:
+    r"""Saves a whole training run, and lets a restarted script go on with the same bits.
+
+    A checkpoint has the states of all objects that are given (model, optimizer, scheduler,
+    gradient scaler, averages, early stopping and so on), the position in the epoch's batches, and
+    the random generators: torch's on the CPU and on CUDA devices, NumPy's, Python's and those of
+    the data loader. A script that is killed at any moment and started again goes on from the last
+    one, and computes what it would have computed, as far as its operations are deterministic. The
+    batches of the epoch before the checkpoint are read again without being trained, which restores
+    samplers and worker processes too; a loader with a ``state_dict`` of its own is asked for it.
+
+    Checkpoints are made between batches and between epochs, after a step of an optimizer (never
+    amid gradient accumulation). What the body of the loop over epochs does before the loop over
+    batches is done again when a run is resumed within the epoch.
+
+    Each checkpoint is a new folder, which ``run.json`` names, with the SHA-256 of all files, only
+    when it is on the disk; then older ones are removed. With torch.distributed, rank 0 writes
+    modules and optimizers (all ranks get its buffers back), and each rank its generators and the
+    other objects; modules that are sharded (DTensor, FSDP2), and their optimizers, are written by
+    all ranks with torch.distributed.checkpoint, and may be resumed by another number of ranks.
+    Early stopping of a sharded model needs a ``folder`` of its own for its best state, and as
+    ``resume`` whether the run's folder has a ``run.json``.
+
+    Args:
+        folder: where to write; ``~`` is the home directory. One run writes to it, which a lock
+            ensures (a later run of the same process takes it over).
+        every_steps: save after so many batches.
+        every_minutes: save after so many minutes, at the end of a batch. Without either, a
+            checkpoint is made after each epoch. The end of the last epoch is saved in any case.
+        keep_best: how many of the checkpoints with the best metrics are kept besides the last one;
+            see :meth:`save`.
+        mode: ``"min"`` or ``"max"``: which metrics are better.
+        resume: whether to go on from the checkpoint in the folder, if there is one. If not, the
+            first checkpoint replaces it.
+        on_save_error: ``"raise"``, or ``"warn"`` and go on training; the last checkpoint stays
+            intact either way.
+        process_group: the ranks of the run; None: all.
+        objects: what to save, by name: any object with ``state_dict`` and ``load_state_dict``, or a
+            ``torch.Generator``. If one of them has an attribute ``stopped`` that becomes True (as
+            :class:`fusereg.EarlyStopping`), training ends; its ``finish()`` is called at the end,
+            after the last checkpoint.
+
+    Attributes:
+        epoch: the epoch in training, or the next one.
+        batch: how many batches of it were trained.
+        step: how many batches were trained in all.
+        resumed: whether the run goes on from a checkpoint.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid, the checkpoint lacks the state of an object,
+            or a file cannot hold one.
+        CheckpointError: the folder cannot be written to or is in use, or its checkpoint is damaged.
+        ImportError: safetensors is not installed (``pip install "fusereg[checkpoints]"``).
+
+    Example:
+        >>> run = fusereg.TrainingRun("runs/7", model=model, optimizer=optimizer, every_minutes=10)
+        >>> for epoch in run.epochs(90):
+        ...     for x, y in run.batches(loader):
+        ...         train_step(x, y)
+        ...     run.save(metric=validate(model))
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        every_steps: int | None = None,
+        every_minutes: float | None = None,
+        keep_best: int = 0,
+        mode: Literal["min", "max"] = "min",
+        resume: bool = True,
+        on_save_error: Literal["raise", "warn"] = "raise",
+        process_group: Any = None,
+        **objects: Stateful | torch.Generator,
+    ) -> None:
+        for name, number, least in (
+            ("every_steps", every_steps, 1),
+            ("keep_best", keep_best, 0),
+        ):
+            if number is not None and (type(number) is not int or number < least):
+                raise ValueError(f"{OP}: {name} must be an integer >= {least}, got {number!r}")
+        if every_minutes is not None and not every_minutes > 0:
+            raise ValueError(f"{OP}: every_minutes must be > 0, got {every_minutes!r}")
+        for name, word, allowed in (
+            ("mode", mode, ("min", "max")),
+            ("on_save_error", on_save_error, ("raise", "warn")),
+        ):
+            if word not in allowed:
+                raise ValueError(f"{OP}: {name} must be one of {allowed}, got {word!r}")
+        if not objects:
+            raise ValueError(f"{OP}: give the objects to save by name, e.g. model=model")
+        shared = {k: v for k, v in objects.items() if isinstance(v, (nn.Module, _Optimizer))}
+        for name, thing in shared.items():
+            _check_whole(name, thing)
+        self._shared = Sources(OP, shared)
+        others: dict[str, Any] = {k: v for k, v in objects.items() if k not in shared}
+        if self._shared.sharded():
+            others = {
+                k: _WithoutBest(v) if hasattr(v, "restorable") else v for k, v in others.items()
+            }
+        self._own = Sources(OP, others)
+        self._objects = shared
+        self._every_steps, self._every_minutes = every_steps, every_minutes
+        self._keep_best, self._mode, self._on_save_error = keep_best, mode, on_save_error
+        self._ranks = Ranks(process_group)
+        self._folder = RunFolder(folder)
+        self._position = Position()
+        self.epoch = self.batch = self.step = 0
+        self.resumed = False
+        self._last: dict[str, Any] | None = None
+        self._best: list[dict[str, Any]] = []
+        self._metric: float | None = None
+        self._requested = False
+        self._running = False
+        self._iterating: bool | None = None  # None: no loop over batches in this epoch yet
+        self._clock = time.monotonic()
+        self._heard: Any = None  # what rank 0 and all ranks have said in _agreed
+        self._all_heard: list[Any] = []
+        self._stepped = [False, False]  # whether an optimizer made a step: ever, in this batch
+        self._waits = any(isinstance(thing, _Optimizer) for thing in shared.values())
+        try:
+            self._open(resume)
+        except BaseException:
+            self._folder.release()
+            raise
+        for thing in shared.values():
+            if isinstance(thing, _Optimizer):
+                thing.register_step_post_hook(_Noted(self._stepped))
+
+    # -- opening and resuming --
+
+    def _open(self, resume: bool) -> None:
+        """Lock the folder, and go on from the checkpoint in it. All ranks must call it."""
+        found, own = None, None
+        try:
+            for sources in (self._shared, self._own):
+                check_savable(sources, OP)
+            if self._ranks.index() == 0:
+                if resume:
+                    self._folder.entries()  # before it is claimed: another run may be using it
+                self._claim()
+                found = self._folder.entries() if resume else None
+        except Exception as problem:
+            own = problem
+        heard = self._ranks.gather((describe(own), found))
+        raise_first([problem for problem, _ in heard], own)
+        found = heard[0][1]
+        if found is None:
+            self._warn_of_records()
+            return
+        self._last, self._best = found
+        state = self._load(self._last)
+        self.epoch, self.batch, self.step = (self._last[k] for k in ("epoch", "batch", "step"))
+        self.resumed = True
+        if self._last["ranks"] != self._ranks.count():
+            warnings.warn(
+                f"{OP}: the checkpoint is of {self._last['ranks']} ranks, and there are "
+                f"{self._ranks.count()} now: the run goes on, but with other batches and random "
+                "numbers",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        if state is not None:
+            self._position.resume(state)
+
+    def _warn_of_records(self) -> None:
+        """Warn if early stopping goes on from records of its own while the run begins anew."""
+        for name, thing in zip(self._own.names(), self._own, strict=True):
+            if hasattr(thing, "restorable") and getattr(thing, "epoch", None) is not None:
+                warnings.warn(
+                    f"{OP}: the run begins anew, but {name} has the records of its epoch "
+                    f"{thing.epoch} already; make it with resume=False, or call its reset()",  # type: ignore[attr-defined]
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+
+    def _claim(self) -> None:
+        """Lock the folder, on rank 0."""
+        if self._ranks.unsettled():
+            raise ValueError(
+                f"{OP}: WORLD_SIZE says that there are several ranks; call "
+                "torch.distributed.init_process_group before you make the run"
+            )
+        try:
+            self._folder.claim()
+        except CheckpointError as error:
+            if self._on_save_error == "raise" or isinstance(error.__cause__, FolderInUse):
+                raise
+            warnings.warn(f"{error}; training goes on", RuntimeWarning, stacklevel=5)
+
+    def _load(self, entry: dict[str, Any]) -> Any:
+        """Load a checkpoint into the objects; return this rank's position. All must call it."""
+        index, count = self._ranks.index(), self._ranks.count()
+        own, state = None, None
+        in_parts = any(name.startswith("sharded/") for name in entry["files"])
+        try:
+            if in_parts:
+                self._folder.check_files(entry, slice(index, None, count))
+            else:
+                shared = self._folder.read_states(entry, "shared")
+            # A rank that was not there yet takes what rank 0 had, but no position.
+            rank = index if index < entry["ranks"] else 0
+            mine = self._folder.read_states(entry, f"rank-{rank}")
+            state = mine["position"] if rank == index else None
+            self._warn_of_others(entry, mine["names"])
+            self._own.restore(Snapshot(entry["epoch"], math.nan, mine["states"], {}))
+            if not in_parts:
+                self._shared.restore(Snapshot(entry["epoch"], math.nan, **shared))
+        except Exception as problem:
+            own = problem
+        self._ranks.together(own)
+        if in_parts:
+            place = self._folder.path_of(entry["name"]) / "sharded"
+            sharded.load(self._objects, place, self._ranks.group)
+        return state
+
+    def _warn_of_others(self, entry: dict[str, Any], names: list[str]) -> None:
+        """Warn if the checkpoint has states of objects that the run has not been given."""
+        unknown = set(names) - set(self._shared.names()) - set(self._own.names())
+        if unknown:
+            warnings.warn(
+                f"{OP}: checkpoint {entry['name']} has the states of "
+                f"{', '.join(sorted(unknown))} too, which this run was not given",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+    # -- the loops --
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """Iterate over the epochs up to ``count``, of a resumed run from where it was.
+
+        The loop ends early if one of the objects says so by ``stopped``. When it has ended, the
+        last checkpoint is made, and then ``finish()`` of each object that has it is called.
+        """
+        if type(count) is not int or count < 0:
+            raise ValueError(f"{OP}.epochs: count must be an integer >= 0, got {count!r}")
+        return self._epochs(count)
+
+    def _epochs(self, count: int) -> Iterator[int]:
+        if self.batch and not self._position.resuming:
+            raise RuntimeError(
+                f"{OP}.epochs: the loop before was left within an epoch; make a new TrainingRun, "
+                "which goes on from the last checkpoint"
+            )
+        self._running, self._clock = True, time.monotonic()
+        self._position.set_generators()
+        try:
+            while self.epoch < count and not self._stopped():
+                self._iterating = None
+                yield self.epoch
+                self.epoch, self.batch = self.epoch + 1, 0
+                self._waits = self._waits and self._stepped[0]  # a wrapper may hide the steps
+                often = self._every_steps is not None or self._every_minutes is not None
+                if self._requested or not often or self._due():
+                    self._save()
+            if self._position_now() != self._position_saved():
+                self._save()
+        finally:
+            self._running = False
+        for thing in self._own:
+            finish = getattr(thing, "finish", None)
+            if callable(finish):
+                finish()
+
+    def _stopped(self) -> bool:
+        return any(getattr(thing, "stopped", False) is True for thing in self._own)
+
+    def batches(self, loader: Iterable[T]) -> Iterator[T]:
+        """Iterate over the epoch's batches, of a resumed run from where it was.
+
+        Args:
+            loader: a DataLoader, or whatever gives the same batches again each time it is iterated
+                over with the same random generators. One loop in each epoch.
+        """
+        if not self._running or self._iterating is not None:
+            raise RuntimeError(
+                f"{OP}.batches: " + "there is one loop over batches in each epoch, and this is "
+                "another"
+                if self._running
+                else f"{OP}.batches: it belongs into a loop over epochs()"
+            )
+        self._iterating = True
+        return self._batches(loader)
+
+    def _batches(self, loader: Iterable[T]) -> Iterator[T]:
+        for batch in self._position.iterator(loader, self.batch):
+            self._stepped[1] = False
+            yield batch
+            self.batch, self.step = self.batch + 1, self.step + 1
+            due = self._requested or self._due()
+            if due and (self._stepped[1] or not self._waits):
+                self._save()
+        self._iterating = False
+
+    def _due(self) -> bool:
+        """Return whether a checkpoint is due, the same on every rank."""
+        done = self.step - (0 if self._last is None else self._last["step"])
+        if self._every_steps is not None and done >= self._every_steps:
+            return True
+        if self._every_minutes is None:
+            return False
+        late = time.monotonic() - self._clock >= 60 * self._every_minutes
+        if self._ranks.count() == 1:
+            return late
+        return self.step % _CLOCK_EVERY == 0 and self._ranks.from_first(lambda: late)
+
+    # -- saving --
+
+    def save(self, metric: float | Tensor | None = None) -> None:
+        """Save when the current batch or epoch is complete; at once outside of the loops.
+
+        Within the loop over batches this is at the end of the batch's body, and after it at the end
+        of the epoch's.
+
+        Args:
+            metric: by which the best checkpoints are kept, if ``keep_best`` is > 0; the same on all
+                ranks. One that is not finite counts as none.
+        """
+        try:
+            value = None if metric is None else float(torch.as_tensor(metric).detach())
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{OP}.save: metric must be a number, got {metric!r}") from error
+        self._metric = None if value is None or not math.isfinite(value) else value
+        self._requested = True
+        if not self._running:
+            self._save()
+
+    def _position_now(self) -> tuple[int, int, int]:
+        return self.step, self.epoch, self.batch
+
+    def _position_saved(self) -> tuple[int, int, int] | None:
+        last = self._last
+        return None if last is None else (last["step"], last["epoch"], last["batch"])
+
+    def _save(self) -> None:
+        """Write a checkpoint of this moment. All ranks must call it."""
+        entry: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "batch": self.batch}
+        entry |= {"metric": self._metric, "ranks": self._ranks.count(), "name": "", "files": {}}
+        with ExitStack() as stack:
+            own, where = None, None
+            try:
+                if self._ranks.index() == 0:
+                    where = stack.enter_context(self._folder.workplace())
+                    (where / "step").mkdir()
+            except Exception as problem:
+                own = problem
+            if not self._agreed(own, where):
+                return
+            work = Path(self._heard)
+            own, files = None, {}
+            try:
+                files = self._write(work / "step")
+            except Exception as problem:
+                own = problem
+            if not self._agreed(own, files):
+                return
+            for of_rank in self._all_heard:
+                entry["files"].update(of_rank)
+            best = self._ranked(entry)
+            own = None
+            try:
+                if self._ranks.index() == 0:
+                    self._folder.publish(work, work / "step", entry, best)
+            except Exception as problem:
+                own = problem
+            if not self._agreed(own, entry["name"]):
+                return
+        entry["name"] = self._heard
+        self._last, self._best = entry, best
+        self._metric, self._requested = None, False
+        self._clock = time.monotonic()
+
+    def _agreed(self, own: Exception | None, mine: Any) -> bool:
+        """Exchange a problem and a result; raise or warn, or return that no rank had a problem.
+
+        The results are in ``_all_heard``, that of rank 0 in ``_heard``.
+        """
+        heard = self._ranks.gather((describe(own), mine))
+        self._all_heard = [result for _, result in heard]
+        self._heard = self._all_heard[0]
+        problems = [problem for problem, _ in heard]
+        if not any(problems):
+            return True
+        if own is not None and isinstance(own, (OSError, CheckpointError)):
+            intact = "there was none before"
+            if self._last is not None:
+                intact = f"the checkpoint of step {self._last['step']} is intact"
+            follows = "training goes on" if self._on_save_error == "warn" else "training stops"
+            text = (
+                f"{OP}: cannot write the checkpoint of step {self.step} to {self._folder.path}: "
+                f"{getattr(own, 'strerror', None) or own}; {intact}; {follows} "
+                f'(on_save_error="{self._on_save_error}")'
+            )
+            made = CheckpointError(text)
+            made.__cause__ = own
+            own = made
+        failed = next(problem for problem in problems if problem is not None)
+        if self._on_save_error == "raise" or failed[0] not in ("CheckpointError", "RuntimeError"):
+            raise_first(problems, own)
+        if own is not None:
+            warnings.warn(str(own), RuntimeWarning, stacklevel=4)
+        self._clock = time.monotonic()
+        return False
+
+    def _write(self, place: Path) -> dict[str, Any]:
+        """Write this rank's files, and return their entries."""
+        in_parts = self._shared.sharded()
+        paths: list[Path] = []
+        if in_parts:
+            paths = sharded.save(self._objects, place / "sharded", self._ranks.group)
+        elif self._ranks.index() == 0:
+            kept = self._shared.capture(self.epoch, math.nan, "cpu")
+            tree = {"states": kept.states, "buffers": kept.buffers}
+            paths = self._folder.write_states(place, "shared", tree)
+        mine = {
+            "names": [*self._shared.names(), *self._own.names()],
+            "states": self._own.capture(self.epoch, math.nan, "cpu").states,
+            "position": self._position.state(self.batch),
+        }
+        paths += self._folder.write_states(place, f"rank-{self._ranks.index()}", mine)
+        return self._folder.described(place, paths)
+
+    def _ranked(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the entries of the best checkpoints, with this one."""
+        entries = list(self._best)
+        if entry["metric"] is not None:
+            entries = [e for e in entries if e["step"] != entry["step"]] + [entry]
+        sign = 1 if self._mode == "min" else -1
+        return sorted(entries, key=lambda e: sign * e["metric"])[: self._keep_best]
+
+    # -- results --
+
+    @property
+    def last(self) -> Saved | None:
+        """The last checkpoint."""
+        return None if self._last is None else self._public(self._last)
+
+    @property
+    def best(self) -> list[Saved]:
+        """The best checkpoints, the best first."""
+        return [self._public(entry) for entry in self._best]
+
+    def _public(self, entry: dict[str, Any]) -> Saved:
+        path = self._folder.path_of(entry["name"])
+        return Saved(entry["step"], entry["epoch"], entry["batch"], entry["metric"], path)
+
+    def restore(self, which: Literal["best", "last"] = "best") -> int | None:
+        """Load the objects' states of the best or the last checkpoint; all ranks must call it.
+
+        The position and the random generators stay as they are.
+
+        Returns:
+            The step of that checkpoint; None if there is none, and nothing has changed.
+        """
+        if which not in ("best", "last"):
+            raise ValueError(f'{OP}.restore: which must be "best" or "last", got {which!r}')
+        entry = self._last if which == "last" else next(iter(self._best), None)
+        if entry is None:
+            return None
+        self._load(entry)
+        return int(entry["step"])
+
+
+_Optimizer = torch.optim.Optimizer
+
+
+def _check_whole(name: str, thing: Any) -> None:
+    """Raise for a module whose state dict one rank cannot make alone."""
+    for module in thing.modules() if isinstance(thing, nn.Module) else ():
+        if (kind := type(module).__name__) in ("FullyShardedDataParallel", "DeepSpeedEngine"):
+            raise ValueError(
+                f"{OP}: {name} has a {kind}, whose parts are not DTensors; shard it with "
+                "torch.distributed.fsdp.fully_shard, or save it as its library says"
+            )
+
+
+class _WithoutBest:
+    """Early stopping of a sharded model, whose best state is in a folder of its own."""
+
+    def __init__(self, stopper: Any) -> None:
+        self._stopper = stopper
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stopper, name)
+
+    def state_dict(self) -> Any:
+        """Return the records."""
+        return self._stopper.state_dict(snapshot=False)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Load the records."""
+        self._stopper.load_state_dict(state_dict)
+
+
+class _Noted:
+    """A hook of optimizers that notes their steps, without keeping the run alive."""
+
+    def __init__(self, stepped: list[bool]) -> None:
+        self._stepped = stepped
+
+    def __call__(self, *_: Any) -> None:
+        self._stepped[:] = True, True
