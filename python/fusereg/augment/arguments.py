@@ -28,6 +28,11 @@ def is_sequence(value: object) -> TypeGuard[Sequence[object]]:
     )
 
 
+def of_array(value: object) -> object:
+    """Return what an array of NumPy holds, as numbers or lists of them; other values as they are."""
+    return value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
+
+
 def number(value: object, op: str, name: str) -> float:
     """Check that a value is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
@@ -137,7 +142,8 @@ def size_pair(value: object, op: str, name: str = "size") -> tuple[int, int]:
 
 
 def per_channel(value: object, op: str, name: str) -> tuple[float, ...]:
-    """Check one number, or one for each channel."""
+    """Check one number, or one for each channel; tensors and arrays are read."""
+    value = value.tolist() if isinstance(value, torch.Tensor) else of_array(value)
     if is_sequence(value):
         if len(value) == 0:
             raise ValueError(
