@@ -217,6 +217,11 @@ def scale_and_shift(
     if normal is None:
         return (1.0,) * channels, (0.0,) * channels
     limit = full_intensity(dtype)
+    if dtype is torch.uint8 and (max(map(abs, normal.mean)) > 1.5 or min(normal.std) > 1.5):
+        raise ValueError(
+            f"fusereg.{op}: mean and std are of images in [0, 1], also for uint8, got mean "
+            f"{normal.mean} and std {normal.std}; divide them by 255"
+        )
     means = for_channels(normal.mean, channels, op, "mean")
     stds = for_channels(normal.std, channels, op, "std")
     pairs = [(1.0 / (limit * s), -m / s) for m, s in zip(means, stds, strict=True)]

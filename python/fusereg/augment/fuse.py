@@ -319,8 +319,10 @@ def fuse(items: Sequence[tuple[str, Sequence[Stage] | Called]], exact: bool) -> 
     """Return the passes of a list of (name, stages or a transform that is called)."""
     passes: list[Pass] = []
     canvas: tuple[int, int] | None = None
+    ragged = False  # images may differ in size until a pass has cropped or resized each
     for name, item in items:
         if isinstance(item, Called):
+            ragged = ragged or (item.each and item.resizes)
             own = Pass([name], called=item)
             if item.each:
                 own.notes = [
@@ -336,6 +338,9 @@ def fuse(items: Sequence[tuple[str, Sequence[Stage] | Called]], exact: bool) -> 
             stage = _fitted(stage, canvas)
             if passes and passes[-1].called is None:
                 reason = passes[-1].refuses(stage, exact)
+                if ragged and stage.mixes and not reason:
+                    reason = "images of several sizes come to one size before they are mixed"
+                    ragged = False
             elif passes:
                 called = passes[-1]
                 assert called.called is not None

@@ -159,7 +159,8 @@ def call(
     if not called.each:
         return _call_with_all(called, x, params, found), None
     clips = x.reshape(-1, frames, *x.shape[1:]) if frames > 1 else x
-    trees = None if found is None or not called.targets else found.split(True)
+    takes = found is not None and called.targets and found.any_types()
+    trees = found.split(True) if found is not None and takes else None
     results: list[Tensor] = []
     moved: list[Any] = []
     with numbers_of(x) as seed:

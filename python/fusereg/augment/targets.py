@@ -330,6 +330,10 @@ class Targets:
 
     # --- what is not understood ---
 
+    def any_types(self) -> bool:
+        """Return whether there is anything of torchvision's types."""
+        return any(leaf.kind not in ("", "Tensor") for leaf in self.leaves)
+
     def check_all_move(self, who: str) -> None:
         """Raise an error that names what would have to move with the images, and cannot."""
         if self.rules.passthrough is True:

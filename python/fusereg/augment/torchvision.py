@@ -157,7 +157,7 @@ _KNOWN: Mapping[str, Callable[[Any], Stage | Sequence[Stage] | str]] = {
     "CenterCrop": lambda t: T.CenterCrop(
         list(t.size) if isinstance(t.size, (list, tuple)) else t.size, seed=0
     ).stage,
-    "Normalize": lambda t: T.Normalize(t.mean, t.std).stage,
+    "Normalize": lambda t: T.Normalize(*([float(v) for v in s] for s in (t.mean, t.std))).stage,
     "MixUp": lambda t: T.MixUp(alpha=t.alpha, num_classes=t.num_classes, seed=0).stage,
     "CutMix": lambda t: T.CutMix(alpha=t.alpha, num_classes=t.num_classes, seed=0).stage,
     "RandomChoice": _choice,
