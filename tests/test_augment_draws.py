@@ -171,7 +171,9 @@ def test_a_sampler_that_repeats_draws_anew_whatever_the_workers(workers: int, ba
     assert [i for i, _ in found[True]] == [int(i) for i in order]
     for a, b in zip(found[True], found[False], strict=True):
         assert torch.equal(a[1], b[1])
-    again = images_of(DataLoader(WithIds(dataset()), 30, sampler=order, collate_fn=turning().collate))
+    again = images_of(
+        DataLoader(WithIds(dataset()), 30, sampler=order, collate_fn=turning().collate)
+    )
     for a, b in zip(found[True], again, strict=True):
         assert torch.equal(a[1], b[1]), "one process counts for itself"
     assert distinct(torch.stack([x for _, x in found[True]])) == 30
@@ -210,7 +212,9 @@ def test_a_forgotten_set_epoch_is_warned_of_once() -> None:
     assert warned(lambda: augment(x, sample_ids=[4, 5])) == [], "a second view of a batch"
     assert len(warned(lambda: (epoch(), epoch()))) == 1
     other = turning()
-    assert warned(lambda: [other.set_epoch(e) or other(x, sample_ids=[0, 1]) for e in range(4)]) == []
+    assert (
+        warned(lambda: [other.set_epoch(e) or other(x, sample_ids=[0, 1]) for e in range(4)]) == []
+    )
     augment = turning()
     assert warned(lambda: [epoch(epoch=e) for e in (0, 1, 1)]) == [], "the caller's own epochs"
 
@@ -232,7 +236,7 @@ def test_a_forgotten_set_epoch_is_warned_of_in_loaders(
     assert "set_epoch" not in capfd.readouterr().err
     list(loader)
     list(loader)
-    assert capfd.readouterr().err.count("set_epoch has not been called") == 1
+    assert capfd.readouterr().err.count("call set_epoch(epoch)") == 1
 
 
 # --- every list is keyed ---
@@ -254,7 +258,9 @@ CALLED: dict[str, Any] = {
     "RandAugment": lambda: v2().RandAugment(),
     "GaussianBlur": lambda: v2().GaussianBlur(3),
     "RandomPerspective": lambda: v2().RandomPerspective(p=1.0),
-    "RandomChoice": lambda: v2().RandomChoice([v2().RandomInvert(1.0), v2().RandomSolarize(9, 1.0)]),
+    "RandomChoice": lambda: v2().RandomChoice(
+        [v2().RandomInvert(1.0), v2().RandomSolarize(9, 1.0)]
+    ),
     "RandomOrder": lambda: v2().RandomOrder([v2().RandomInvert(0.5), v2().RandomSolarize(99, 0.5)]),
     "expand": lambda: v2().RandomRotation((3, 3.0001), expand=True),
     "Lambda": lambda: v2().Lambda(lambda x: x + torch.randint(0, 9, ()), tv().Image),
@@ -281,7 +287,7 @@ def test_what_has_no_kernel_is_drawn_for_each_sample_by_its_id(name: str) -> Non
     assert [type(p) for p in params] == [AugmentParams, CallParams]
     assert torch.equal(fused(x, params=params), y)
     if name != "expand":
-        assert 1 < distinct(y.float())
+        assert distinct(y.float()) > 1
     assert not torch.equal(fused(x, sample_ids=range(12), epoch=1), y)
     text = str(fused.plan())
     assert "(sample by sample)" in text
@@ -391,9 +397,10 @@ def test_arguments_that_fusereg_does_not_have_are_called_and_the_plan_says_why()
         assert why in str(fused.plan())
         if type(item).__name__ not in ("RandomRotation", "Normalize"):
             assert len(fused(x)) == 3
+    params = RandomHorizontalFlip().sample_params(3, input_size=(40, 50))
+    jitter = Compose([t.ColorJitter(0.5)])
     with pytest.raises(TypeError, match="params of ColorJitter must be CallParams, got Augment"):
-        jitter = Compose([t.ColorJitter(0.5)])
-        jitter(x, params=RandomHorizontalFlip().sample_params(3, input_size=(40, 50)))
+        jitter(x, params=params)
 
 
 def test_a_function_of_the_batch_is_replayed_by_its_ids() -> None:
@@ -416,7 +423,9 @@ def test_a_clip_has_one_draw(through: str) -> None:
         "Augment": lambda: Augment(
             14, degrees=90, erase=1.0, mix=Mix(mixup=1.0, cutmix=1.0), seed=1
         ),
-        "Compose": lambda: Compose([RandomRotation(90), RandomErasing(1.0, value="random")], seed=1),
+        "Compose": lambda: Compose(
+            [RandomRotation(90), RandomErasing(1.0, value="random")], seed=1
+        ),
         "RandomAffine of torchvision, called": lambda: Compose(
             [v2().RandomApply([v2().RandomAffine(90)], p=1.0)], seed=1
         ),
@@ -440,7 +449,7 @@ def test_clips_move_their_targets_and_collate() -> None:
     flip = Augment((16, 20), hflip=1.0, crop="none")
     clip = tv().Video(torch.rand(4, 3, 16, 20))
     box = tv().BoundingBoxes([[0.0, 0, 5, 5]], format="XYXY", canvas_size=(16, 20))
-    y, boxes, labels = flip.collate([(clip, box, 1), (clip, box, 0)])
+    y, boxes, _labels = flip.collate([(clip, box, 1), (clip, box, 0)])
     assert type(y) is tv().Video
     torch.testing.assert_close(y[0], tv().Video(clip.flip(-1)))
     assert boxes[1].tolist() == [[15, 0, 20, 5]]
@@ -463,14 +472,14 @@ def test_images_of_pil_and_numpy() -> None:
     tensor = Compose([v2().ToTensor(), RandomHorizontalFlip(1.0)])(Image.fromarray(data))
     torch.testing.assert_close(tensor, want / 255)
     augment = Augment((16, 20), hflip=1.0, crop="none", out_dtype=torch.uint8)
-    y, labels = augment.collate([(Image.fromarray(data), 0), (data, 1)])
+    y, _labels = augment.collate([(Image.fromarray(data), 0), (data, 1)])
     assert torch.equal(y[0], want)
     assert torch.equal(y[1], want)
     with pytest.raises(ValueError, match="must have mode L, LA, RGB or RGBA, got 'P'"):
         flip(Image.fromarray(data).convert("P"))
     with pytest.raises(ValueError, match=r"must be \(H, W\) or \(\[N,\] H, W, C\) with channels"):
         flip(data.transpose(2, 0, 1))
-    with pytest.raises(TypeError, match="x must be a torch.Tensor, got Image; give a batch"):
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got Image; give"):
         augment(Image.fromarray(data))
 
 

@@ -151,7 +151,14 @@ def test_every_kind_moves_for_the_batch_and_for_each(through: str) -> None:
         "points": tv().KeyPoints(torch.rand(N, 4, 2) * 30, canvas_size=(H, W)),
         "each mask": [mask() for _ in range(N)],
         "each instance": [tv().Mask(torch.randint(0, 2, (k, H, W)).bool()) for k in (0, 3)],
-        "each depth map": list(depth),
+        "each depth map": [],
+        "photo": tv().Image(torch.randint(0, 256, (N, 3, H, W), dtype=torch.uint8)),
+        "depth in mm": tv().Image(torch.randint(0, 9999, (N, 1, H, W), dtype=torch.int32)),
+        "no boxes": [
+            box(),
+            tv().BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(H, W)),
+        ],
+        "no points": [points(), tv().KeyPoints(torch.zeros(0, 2), canvas_size=(H, W))],
         "labels": torch.arange(N),
         "soft": torch.eye(3)[:N],
         "names": ["a", "b"],
@@ -182,7 +189,9 @@ def lists(**more: Any) -> dict[str, list[Any]]:
     }
 
 
-@pytest.mark.parametrize("name", ["Resize", "short side", "long side", "Pad", "center", "then cropped"])
+@pytest.mark.parametrize(
+    "name", ["Resize", "short side", "long side", "Pad", "center", "then cropped"]
+)
 def test_targets_are_torchvisions_where_nothing_is_drawn(name: str) -> None:
     # A mask takes the pixel whose center is nearest, which is torchvision's NEAREST_EXACT.
     chain, exact = lists()[name], lists(interpolation=v2().InterpolationMode.NEAREST_EXACT)[name]
@@ -279,7 +288,12 @@ def test_boxes_of_every_format_keep_it(form: str) -> None:
 def test_rotated_boxes_move_by_their_corners_or_are_refused() -> None:
     given = box((10.0, 10, 30, 10, 30, 20, 10, 20), form="XYXYXYXY")
     _, moved = FLIPS["Augment"]()(images(), [given, given])
-    assert sorted(plain(moved[0]).reshape(4, 2).tolist()) == [[30, 10], [30, 20], [50, 10], [50, 20]]
+    assert sorted(plain(moved[0]).reshape(4, 2).tolist()) == [
+        [30, 10],
+        [30, 20],
+        [50, 10],
+        [50, 20],
+    ]
     want = f().horizontal_flip(given)
     assert torch.equal(plain(moved[0]), plain(want)), "the corners' order stays clockwise"
     augment = Augment((H, W), degrees=(90, 90), crop="none", scale=(1, 1))
@@ -450,8 +464,9 @@ def test_what_cannot_move_is_let_through_where_that_is_asked_for() -> None:
         lambda: torch.randint(0, 2, (N, 4)),
         lambda: torch.randint(0, 9999, (N, 77)),
         lambda: ["a", "b"],
-        lambda: [{"labels": torch.arange(5), "image_id": torch.tensor([3]), "area": torch.rand(5)}]
-        * N,
+        lambda: (
+            [{"labels": torch.arange(5), "image_id": torch.tensor([3]), "area": torch.rand(5)}] * N
+        ),
         lambda: {"class": [1, 2], "box_labels": torch.arange(N)},
         lambda: object(),
         lambda: 3,
@@ -520,7 +535,7 @@ def test_cutmix_pastes_masks_and_mixup_mixes_probabilities() -> None:
     mix = Augment((H, W), mix=Mix(mixup=1.0), seed=2)
     params = mix.sample_params(N, input_size=(H, W), sample_ids=range(N))
     one_hot = tv().Mask(torch.nn.functional.one_hot(plain(hard), 9).permute(0, 3, 1, 2).bool())
-    y, soft = mix(x, one_hot, params=params)
+    _y, soft = mix(x, one_hot, params=params)
     w = params.weights[:, None, None, None].float()
     want = one_hot.float() * w + one_hot.float()[params.partners] * (1 - w)
     torch.testing.assert_close(plain(soft), plain(want))
@@ -562,7 +577,9 @@ def test_collate_keeps_the_types_and_moves_them(through: str) -> None:
     y, moved = collate([(sample(i), m[i]) for i in range(N)])
     assert type(moved) is tv().Mask
     assert torch.equal(plain(moved), torch.stack([plain(v) for v in m]).flip(2))
-    y, boxes, labels = collate([(sample(0), box(), 1), (sample(1), box((1.0, 2, 3, 4), (0, 0, 1, 1)), 2)])
+    y, boxes, labels = collate(
+        [(sample(0), box(), 1), (sample(1), box((1.0, 2, 3, 4), (0, 0, 1, 1)), 2)]
+    )
     assert type(y) is tv().Image
     assert boxes[0].tolist() == [[50, 0, 60, 10]]
     assert boxes[1].tolist() == [[57, 2, 59, 4], [59, 0, 60, 1]]
@@ -612,7 +629,12 @@ def test_collate_moves_targets_of_images_of_several_sizes(through: str) -> None:
     given = []
     for i, size in enumerate(sizes):
         b = tv().BoundingBoxes([[0.0, 0, size[1], size[0] / 2]], format="XYXY", canvas_size=size)
-        given.append((tv().Image(torch.zeros(3, *size)), {"boxes": b, "m": tv().Mask(torch.zeros(size)), "y": i}))
+        given.append(
+            (
+                tv().Image(torch.zeros(3, *size)),
+                {"boxes": b, "m": tv().Mask(torch.zeros(size)), "y": i},
+            )
+        )
     y, target = chain.collate(given)
     assert y.shape[-2:] == target["boxes"][0].canvas_size
     assert [m.shape for m in target["m"]] == [y.shape[-2:]] * 2

@@ -30,7 +30,9 @@ def is_sequence(value: object) -> TypeGuard[Sequence[object]]:
 
 def of_array(value: object) -> object:
     """Return what an array of NumPy holds, as numbers or lists of them; other values as they are."""
-    return value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
+    return (
+        value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
+    )
 
 
 def number(value: object, op: str, name: str) -> float:

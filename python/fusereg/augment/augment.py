@@ -168,9 +168,7 @@ class Augment(Chain):
         compat: str = "fusereg",
         **rules: Any,
     ) -> None:
-        super().__init__(
-            seed=seed, out_dtype=out_dtype, memory_format=memory_format, rules=rules
-        )
+        super().__init__(seed=seed, out_dtype=out_dtype, memory_format=memory_format, rules=rules)
         self._keep_dtype = False
         op = self._op
         library = convention(compat, op)

@@ -75,32 +75,31 @@ class Chain(SeededModule):
     def _draw(self, place: int, unit: Unit, keys: Keys, size: Size | list[Size]) -> PassParams:
         """Draw for one pass, in images of one size or of several."""
         if isinstance(size, list):
-            return [
-                self._draw(place, unit, keys[i : i + 1], own) for i, own in enumerate(size)
-            ]
+            return [self._draw(place, unit, keys[i : i + 1], own) for i, own in enumerate(size)]
         if unit.called is not None:
             return CallParams(keys.of_place(place), keys.ids)
         return keys.draw(at_size(unit.steps, size), size, self._op)
 
-    def _sizes(self, unit: Unit, params: PassParams, size: Size | list[Size]) -> Size | list[Size]:
+    def _sizes(self, unit: Unit, params: PassParams, size: Size | list[Size]) -> Any:
         """Return the size of the images after a pass, or their sizes."""
         if isinstance(params, AugmentParams):
             return params.size
-        assert not isinstance(params, list) or isinstance(size, list)
         if isinstance(params, list):
-            found = [self._sizes(unit, p, s) for p, s in zip(params, size, strict=True)]
+            assert isinstance(size, list)
+            found: list[Any] = [self._sizes(unit, p, s) for p, s in zip(params, size, strict=True)]
         else:
             assert unit.called is not None
             if not unit.called.resizes or not len(params):
                 return size
             seeds = params.seeds.tolist() if unit.called.each else params.seeds.tolist()[:1]
-            found = [size_after(unit.called, size, seed) for seed in seeds]  # type: ignore[arg-type]
-        return found[0] if len(set(found)) == 1 else found  # type: ignore[arg-type,return-value]
+            assert isinstance(size, tuple)
+            found = [size_after(unit.called, size, seed) for seed in seeds]
+        return found[0] if len(set(found)) == 1 else found
 
     def _drawn(self, keys: Keys, size: Size) -> list[PassParams]:
         """Draw for all passes, as sample_params does."""
         drawn: list[PassParams] = []
-        sizes: Size | list[Size] = size
+        sizes: Any = size
         for place, unit in enumerate(self._units()):
             drawn.append(self._draw(place, unit, keys, sizes))
             sizes = self._sizes(unit, drawn[-1], sizes)

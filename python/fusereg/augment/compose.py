@@ -12,7 +12,6 @@ from .arguments import flag, is_sequence
 from .chain import Chain, PassParams, Unit
 from .fuse import Pass, Plan, Stage, fuse
 from .inputs import batch_of
-from .labels import rewrap, tv_tensors, unwrap
 from .loading import collate
 from .loop import Called
 from .steps import Encoded, encode

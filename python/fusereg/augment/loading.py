@@ -47,7 +47,7 @@ class WithIds(Dataset[Any]):
 
     @staticmethod
     def sampler(sampler: Iterable[Any]) -> Sampler[Any]:
-        """Return a sampler, or batch sampler, whose indices carry how often they occurred before."""
+        """Return a sampler, or batch sampler, whose indices carry their occurrence."""
         return _CountingSampler(sampler)
 
 

@@ -175,7 +175,7 @@ def call(
             if not isinstance(y, Tensor) or y.dim() != clips.dim() - 1:
                 what = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
                 raise TypeError(
-                    f"fusereg.{op}: {called.name} must give one image (C, H, W) for each, got {what}"
+                    f"fusereg.{op}: {called.name} must give an image (C, H, W) for each, got {what}"
                 )
             results.append(unwrap(y))
     after = None if trees is None else moved
@@ -257,9 +257,7 @@ def _refuse(called: Called, found: Targets, op: str) -> None:
             )
 
 
-def _call_with_all(
-    called: Called, x: Tensor, params: CallParams, found: Targets | None
-) -> Tensor:
+def _call_with_all(called: Called, x: Tensor, params: CallParams, found: Targets | None) -> Tensor:
     with numbers_of(x) as seed:
         seed(mix_bits(*params.seeds.tolist()))
         y: Tensor = called.function(x)

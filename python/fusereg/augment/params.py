@@ -13,7 +13,7 @@ from .. import _C
 from ..core import dispatch
 from . import op as _ops
 from .arguments import integer, is_sequence, of_array, one_of
-from .steps import Encoded
+from .steps import Values
 
 __all__ = ["AugmentParams"]
 
@@ -403,6 +403,11 @@ class AugmentParams:
             fill_mode: as in :class:`fusereg.augment.Augment`.
             interpolation: other than "nearest" for floating masks, such as probabilities.
         """
+        if interpolation != "nearest" and not mask.is_floating_point():
+            raise ValueError(
+                f"fusereg.AugmentParams.mask: interpolation must be 'nearest' for a mask of "
+                f"{mask.dtype}, got {interpolation!r}"
+            )
         cut = (self.records[:, 15] == 0) & (self.records[:, 14] >= 0)
         kept = torch.where(cut[:, None], self.records, self.without_mix().records)
         sampling = (interpolation, False, fill_mode, fill)
@@ -414,11 +419,6 @@ class AugmentParams:
             raise ValueError(
                 f"fusereg.{op}: mask must have shape (N, H, W) or (N, C, H, W), "
                 f"got {tuple(mask.shape)}"
-            )
-        if sampling[0] != "nearest" and not mask.is_floating_point():
-            raise ValueError(
-                f"fusereg.{op}: interpolation must be 'nearest' for a mask of {mask.dtype}, "
-                f"got {sampling[0]!r}"
             )
         x = mask if mask.dim() == 4 else mask[:, None]
         channels, params = x.shape[1], self._map(torch.clone)
@@ -473,7 +473,7 @@ def _cpu(index: slice | Sequence[int] | Tensor) -> Any:
 
 @dispatch.outside_graphs
 def draw(
-    steps: Sequence[Encoded],
+    steps: Sequence[Values],
     sample_ids: Tensor,
     input_size: tuple[int, int],
     seed: int,

@@ -17,7 +17,7 @@ from ..core import dispatch
 from ..core.layer import Layer
 from .arguments import integer
 from .params import AugmentParams, draw, sample_id_tensor
-from .steps import Encoded
+from .steps import Values
 
 _EPOCHS = 2**32
 #: An odd number whose multiples are spread over 2^64: the golden ratio's.
@@ -60,7 +60,7 @@ class Keys:
 
     Attributes:
         ids: [N] int64: the samples' ids, as given.
-        drawn: [N] int64: the ids that numbers are drawn by; they differ where a sample occurs again.
+        drawn: [N] int64: the ids that numbers are drawn by, others where a sample occurs again.
         seed: of the transform, and of the process where it has none of its own.
         epoch: of the call.
     """
@@ -76,7 +76,7 @@ class Keys:
         drawn = ids if self.drawn is self.ids else self.drawn[index]
         return Keys(ids, drawn, self.seed, self.epoch)
 
-    def draw(self, steps: Sequence[Encoded], size: tuple[int, int], op: str) -> AugmentParams:
+    def draw(self, steps: Sequence[Values], size: tuple[int, int], op: str) -> AugmentParams:
         """Draw the parameters of the samples."""
         params = draw(steps, self.drawn, size, self.seed, self.epoch, op)
         return params if self.drawn is self.ids else replace(params, sample_ids=self.ids)
@@ -142,8 +142,8 @@ class SeededModule(Layer):
     def __init__(self, seed: object) -> None:
         super().__init__()
         self._own_seed = seed is None
-        self.seed = int(torch.randint(2**63 - 1, ())) if seed is None else integer(
-            seed, self._op, "seed"
+        self.seed = (
+            int(torch.randint(2**63 - 1, ())) if seed is None else integer(seed, self._op, "seed")
         )
         self._shared = _shared(torch.zeros(4, dtype=torch.int64))
         self._count = 0
@@ -232,21 +232,22 @@ class SeededModule(Layer):
         elif self._first.isdisjoint(ids):
             self._between = True
         elif self._between:
-            self._warn_of_epoch("sample ids of an earlier call have come again, and")
+            self._warn_of_epoch("sample ids of an earlier call get the same random numbers again")
 
     def _warn_of_epoch(self, what: str) -> None:
         if self._shared[_WARNED]:
             return
         self._shared[_WARNED] = 1
         warnings.warn(
-            f"fusereg.{self._op}: {what} set_epoch has not been called since: they get the random "
-            f"numbers of epoch {self.epoch} again. Call set_epoch(epoch) at the start of each "
-            "epoch; samples that occur several times in an epoch are told apart by view=, or by "
-            "WithIds.sampler(sampler) in a DataLoader",
+            f"fusereg.{self._op}: {what} in epoch {self.epoch}: call set_epoch(epoch) at the start "
+            "of each epoch. Samples that occur several times in an epoch are told apart by view=, "
+            "and in a DataLoader by sampler=WithIds.sampler(sampler)",
             stacklevel=4,
         )
 
-    def _occurrences_in_epoch(self, ids: list[int], views: list[int | None], total: int) -> list[int]:
+    def _occurrences_in_epoch(
+        self, ids: list[int], views: list[int | None], total: int
+    ) -> list[int]:
         """Return the occurrence of each sample that a loader brings, counted over the epoch.
 
         ``views`` are those that the loader's sampler has counted, which are right whichever worker
@@ -261,24 +262,20 @@ class SeededModule(Layer):
             if not self._shared[_LOADER]:
                 self._shared[_LOADER] = base
             elif int(self._shared[_LOADER]) != base:
-                self._warn_of_epoch("a DataLoader has been iterated again, and")
-        self._counted += len(ids)
-        if (self._counted - len(ids)) * workers >= total + (workers - 1) * len(ids):
-            self._warn_of_epoch("more samples than the dataset has have been augmented, and")
+                self._warn_of_epoch("a DataLoader that is iterated again gets the same numbers")
+        before, self._counted = self._counted, self._counted + len(ids)
+        if None in views and before * workers >= total + (workers - 1) * len(ids):
+            self._warn_of_epoch("there are more samples than the dataset has")
         result = []
         for i, view in zip(ids, views, strict=True):
+            times = self._counts.get(i, 0)
             if view is None:
-                view = self._counts.get(i, 0)
-                if view and workers > 1 and not self._shared[_WARNED]:
-                    self._shared[_WARNED] = 1
-                    warnings.warn(
-                        f"fusereg.{self._op}: sample {i} occurs again in epoch {self.epoch}, and a "
-                        "worker does not know what the others have: give the DataLoader "
-                        "sampler=WithIds.sampler(sampler), which counts, or call set_epoch(epoch) "
-                        "if a new epoch has begun",
-                        stacklevel=4,
-                    )
-                self._counts[i] = view + 1
+                view = times
+                if view and workers > 1:
+                    self._warn_of_epoch(f"sample {i} comes again to one of several workers")
+            elif view < times:
+                self._warn_of_epoch(f"occurrence {view} of sample {i} has come again")
+            self._counts[i] = view + 1
             result.append(view)
         return result
 

@@ -7,7 +7,8 @@ from dataclasses import astuple, dataclass
 from typing import ClassVar, NamedTuple, TypeAlias
 
 #: (kind, how many steps of the same group come before it, values)
-Encoded: TypeAlias = "tuple[int, int, list[float]] | Later"
+Values: TypeAlias = tuple[int, int, list[float]]
+Encoded: TypeAlias = "Values | Later"
 Pair: TypeAlias = tuple[float, float]
 _ZERO, _ONE = (0.0, 0.0), (1.0, 1.0)
 
@@ -233,13 +234,11 @@ class Later(NamedTuple):
     occurrence: int
 
 
-def at_size(
-    steps: Sequence[Encoded], size: tuple[int, int]
-) -> Sequence[tuple[int, int, list[float]]]:
+def at_size(steps: Sequence[Encoded], size: tuple[int, int]) -> Sequence[Values]:
     """Return the encoded steps for images of this size."""
     if not any(isinstance(s, Later) for s in steps):
         return steps  # type: ignore[return-value]
-    made: list[tuple[int, int, list[float]]] = []
+    made: list[Values] = []
     for item in steps:
         if isinstance(item, Later):
             step = item.step.at(size)

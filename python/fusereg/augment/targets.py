@@ -261,7 +261,9 @@ class Targets:
         # A list keeps the name and the group of what it is in; other containers have their own.
         inner_group = group if indexed and (each or isinstance(tree, list)) else (path, id(tree))
         for name, value in items.items():
-            where = f"{path}[{name!r}]" if indexed or isinstance(tree, Mapping) else f"{path}.{name}"
+            where = (
+                f"{path}[{name!r}]" if indexed or isinstance(tree, Mapping) else f"{path}.{name}"
+            )
             made[name] = self._walk(
                 value,
                 where,
@@ -334,13 +336,16 @@ class Targets:
         """Return whether there is anything of torchvision's types."""
         return any(leaf.kind not in ("", "Tensor") for leaf in self.leaves)
 
-    def check_all_move(self, who: str) -> None:
-        """Raise an error that names what would have to move with the images, and cannot."""
+    def check_all_move(self, who: str, params: AugmentParams | None = None) -> None:
+        """Raise an error that names what would have to move with the images, and cannot.
+
+        ``params`` may turn out to move nothing.
+        """
         if self.rules.passthrough is True:
             return
         for leaf in self.leaves:
             reason = "" if self._left_alone(leaf) else self._place(leaf)
-            if reason:
+            if reason and (params is None or params.moves):
                 raise ValueError(
                     f"fusereg.{self.op}: {leaf.path} {reason}, and {who} moves the images. Give a "
                     "torchvision tv_tensor (Mask, BoundingBoxes, KeyPoints, Image), which moves "
@@ -379,12 +384,13 @@ class Targets:
 
     def move(self, params: AugmentParams, look: Look) -> None:
         """Move the targets as the images of a pass that fusereg computes."""
-        moves = params.moves
-        if moves:
-            self.check_all_move("the augmentation")
+        self.check_all_move("the augmentation", params)
         if look.mixed:
             for leaf in self.leaves:
                 self._mix(leaf, params, look)
+        if not self.any_types():
+            self.size = params.size
+            return
         alone = params.without_mix()
         by_kind: dict[str, list[Leaf]] = {}
         for leaf in self.leaves:
@@ -435,7 +441,7 @@ class Targets:
         elif leaf.mixable and not is_number and (kind or self.rules.passthrough is not True):
             leaf.value = mix_labels(value, params, look.num_classes, op)
 
-    def _mix_mask(self, leaf: Leaf, params: AugmentParams, look: Look) -> Tensor:
+    def _mix_mask(self, leaf: Leaf, params: AugmentParams, look: Look) -> Any:
         """Paste CutMix's boxes; MixUp mixes probabilities, which one-hot masks are as well."""
         mask = plain(leaf.value)
         paired = params.records[:, 14] >= 0
@@ -462,22 +468,24 @@ class Targets:
         masks: bool,
     ) -> None:
         """Warp masks, images and videos: all alike in one call."""
-        alike: dict[object, list[Leaf]] = {}
+        alike: dict[tuple[Any, torch.dtype, torch.device, int], list[Leaf]] = {}
         for leaf in leaves:
             value = leaf.value
             channels = 1 if masks else value.shape[-3]
             alike.setdefault((sampling(leaf), value.dtype, value.device, channels), []).append(leaf)
-        for (how, dtype, _, channels), group in alike.items():  # type: ignore[misc]
+        for (how, dtype, _, channels), group in alike.items():
             stacks, rows = [], []
             for leaf in group:
                 flat = plain(leaf.value)
-                flat = flat[None] if leaf.sample is not None else flat
-                each = flat[0].numel() // max(1, channels * flat.shape[-1] * flat.shape[-2]) if len(
-                    flat
-                ) else 1
-                stacks.append(flat.reshape(-1, channels, *flat.shape[-2:]))
-                index = torch.arange(self.n) if leaf.sample is None else torch.tensor([leaf.sample])
-                rows.append(index.repeat_interleave(each))
+                samples = range(self.n) if leaf.sample is None else [leaf.sample]
+                planes = (
+                    flat.reshape(-1, channels, *flat.shape[-2:])
+                    if flat.numel()
+                    else (flat.new_empty(0, channels, *flat.shape[-2:]))
+                )
+                stacks.append(planes)
+                each = len(planes) // max(1, len(samples))
+                rows.append(torch.tensor(samples, dtype=torch.int64).repeat_interleave(each))
             x = torch.cat(stacks)
             if not masks and not dtype.is_floating_point and dtype is not torch.uint8:
                 x = x.double()
@@ -498,7 +506,8 @@ class Targets:
             b = torch.cat([plain(leaf.value) for leaf in group])
             own = alone[rows]
             if name == "XYXYXYXY":
-                moved = own.keypoints(b.reshape(-1, 4, 2) - 0.5) + 0.5
+                places: Any = own.keypoints(b.reshape(-1, 4, 2) - 0.5)
+                moved = places + 0.5
                 m = own.matrices.to(b.device)
                 mirrored = m[:, 0, 0] * m[:, 1, 1] < m[:, 0, 1] * m[:, 1, 0]
                 turned = moved[:, [1, 0, 3, 2]]  # the corners' order stays clockwise

@@ -139,6 +139,10 @@ def _choice(t: Any) -> Stage | str:
     return Stage("MixUp or CutMix", (mix.step(),), mixes=True, num_classes=mix.num_classes)
 
 
+def _floats(values: Any) -> list[float]:
+    return [float(v) for v in values]
+
+
 def _erasing(t: Any) -> Stage:
     value = "random" if t.value is None else t.value
     return T.RandomErasing(t.p, t.scale, t.ratio, value, seed=0).stage
@@ -149,15 +153,17 @@ _KNOWN: Mapping[str, Callable[[Any], Stage | Sequence[Stage] | str]] = {
     "RandomAffine": _affine,
     "RandomCrop": _crop,
     "RandomErasing": _erasing,
-    "RandomResizedCrop": lambda t: T.RandomResizedCrop(
-        list(t.size), t.scale, t.ratio, _interpolation(t), t.antialias, seed=0
-    ).stage,
+    "RandomResizedCrop": lambda t: (
+        T.RandomResizedCrop(
+            list(t.size), t.scale, t.ratio, _interpolation(t), t.antialias, seed=0
+        ).stage
+    ),
     "RandomHorizontalFlip": lambda t: T.RandomHorizontalFlip(t.p, seed=0).stage,
     "RandomVerticalFlip": lambda t: T.RandomVerticalFlip(t.p, seed=0).stage,
-    "CenterCrop": lambda t: T.CenterCrop(
-        list(t.size) if isinstance(t.size, (list, tuple)) else t.size, seed=0
-    ).stage,
-    "Normalize": lambda t: T.Normalize(*([float(v) for v in s] for s in (t.mean, t.std))).stage,
+    "CenterCrop": lambda t: (
+        T.CenterCrop(list(t.size) if isinstance(t.size, (list, tuple)) else t.size, seed=0).stage
+    ),
+    "Normalize": lambda t: T.Normalize(_floats(t.mean), _floats(t.std)).stage,
     "MixUp": lambda t: T.MixUp(alpha=t.alpha, num_classes=t.num_classes, seed=0).stage,
     "CutMix": lambda t: T.CutMix(alpha=t.alpha, num_classes=t.num_classes, seed=0).stage,
     "RandomChoice": _choice,
