@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import NamedTuple, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 
@@ -28,11 +28,9 @@ def is_sequence(value: object) -> TypeGuard[Sequence[object]]:
     )
 
 
-def of_array(value: object) -> object:
-    """Return what an array of NumPy holds, as numbers or lists of them; other values as they are."""
-    return (
-        value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
-    )
+def of_array(value: Any) -> Any:
+    """Return an array of NumPy as a number or a list, and other values as they are."""
+    return value.tolist() if type(value).__module__ == "numpy" else value
 
 
 def number(value: object, op: str, name: str) -> float:

@@ -96,7 +96,7 @@ class Pass:
 
     @property
     def function(self) -> Callable[..., Any] | None:
-        """What is called, or None."""
+        """The function that is called, or None."""
         return None if self.called is None else self.called.function
 
     @property
@@ -113,7 +113,7 @@ class Pass:
 
     @property
     def idle(self) -> bool:
-        """Whether there are only conversions of types."""
+        """True where there are only conversions of types."""
         return self.called is None and not any(s.steps or s.normal or s.dtype for s in self.stages)
 
     def __str__(self) -> str:

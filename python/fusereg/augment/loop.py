@@ -88,7 +88,7 @@ def _parts(item: Any) -> list[Any]:
 
 @dataclass(frozen=True, eq=False)
 class CallParams:
-    """What a transform without a kernel draws by, as ``sample_params`` gives it.
+    """The seeds that a transform without a kernel draws by, as ``sample_params`` gives them.
 
     Attributes:
         seeds: [N] int64: of the generators that it runs under.

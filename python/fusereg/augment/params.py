@@ -100,7 +100,7 @@ class AugmentParams:
 
     @property
     def moves(self) -> bool:
-        """Whether the geometry of any sample moves a pixel."""
+        """True where the geometry of any sample moves a pixel."""
         still = torch.tensor([1.0, 0, 0, 0, 1, 0], dtype=torch.float64, device=self.device)
         return self.size != self.input_size or not bool((self.records[:, :6] == still).all())
 

@@ -56,7 +56,7 @@ def rank() -> int:
 
 @dataclass(frozen=True)
 class Keys:
-    """What the random numbers of a batch are a function of.
+    """The values that the random numbers of a batch are a function of.
 
     Attributes:
         ids: [N] int64: the samples' ids, as given.

@@ -32,7 +32,7 @@ _LABELS = ("label", "class", "categor", "_id", "area", "score", "weight", "count
 
 @dataclass(frozen=True)
 class Rules:
-    """How targets move.
+    """The rules by which targets move.
 
     Args:
         mask_fill: the label outside the image, such as 255. Default: what a transform of
@@ -88,7 +88,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Look:
-    """What a pass does to pixels, as far as targets see it."""
+    """The part of a pass that targets see."""
 
     fill_mode: str = "constant"
     mask_fill: float | None = None
