@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict, UserDict
+from collections import OrderedDict, UserDict, deque
 from collections.abc import Callable
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -307,6 +308,32 @@ def test_rotated_boxes_move_by_their_corners_or_are_refused() -> None:
             FLIPS["Augment"]()(images(), [tilted, tilted])
 
 
+def test_what_passes_through_is_left_alone_by_transforms_that_are_called() -> None:
+    called = Compose([v2().RandomApply([v2().RandomHorizontalFlip(1.0)], 1.0)], passthrough=["m"])
+    target = {"m": masks(), "each": [{"m": mask()}, {"m": mask()}], "other": masks()}
+    _, moved = called(images(), target)
+    assert moved["m"] is target["m"]
+    assert moved["each"][1]["m"] is target["each"][1]["m"]
+    assert torch.equal(plain(moved["other"]), plain(target["other"]).flip(2))
+
+
+def test_targets_that_were_given_are_not_changed() -> None:
+    call = v2().RandomApply([v2().RandomAffine(30)], 1.0)
+    for chain in ([call], [v2().RandomRotation(40)], [v2().Resize(17), call]):
+        given = [{"boxes": box((-9.0, 0, 30, 30)), "labels": torch.tensor([1])} for _ in range(N)]
+        before = [(g["boxes"].clone(), g["boxes"].clamping_mode) for g in given]
+        Compose(chain, min_visibility=0.9, min_area=3)(images(), given)
+        for target, (boxes, mode) in zip(given, before, strict=True):
+            assert torch.equal(plain(target["boxes"]), plain(boxes))
+            assert target["boxes"].clamping_mode == mode
+            assert target["labels"].tolist() == [1]
+
+
+def test_mappings_that_cannot_be_written_come_back_as_dicts() -> None:
+    _, moved = FLIPS["Augment"]()(images(), MappingProxyType({"m": masks()}))
+    assert type(moved) is dict
+
+
 def test_small_boxes_are_left_out_with_their_rows() -> None:
     crop = Compose([v2().CenterCrop((20, 30))], min_area=50, min_visibility=0.3)
     target = {
@@ -406,6 +433,13 @@ class Holder:
         self.boxes = torch.zeros(3, 4)
 
 
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = [box()]
+
+
 @pytest.mark.parametrize(
     ("target", "place"),
     [
@@ -425,6 +459,9 @@ class Holder:
         (lambda: Record([torch.full((3, 4), 7.0)] * N, 1), r"targets.first\[0\]"),
         (lambda: (masks(), torch.zeros(N, H, W)), r"targets\[1\]"),
         (lambda: [Holder()] * N, r"targets\[0\] is a Holder"),
+        (lambda: [Slotted()] * N, r"targets\[0\] is a Slotted"),
+        (lambda: deque([box(), box()]), "targets is a deque"),
+        (lambda: {"x": SimpleNamespace(y={"boxes": box()})}, r"\['x'\] is a SimpleNamespace"),
         (lambda: [tv().TVTensor(torch.zeros(3, 4))] * N, r"targets\[0\] is a tv_tensor"),
     ],
 )
@@ -468,6 +505,8 @@ def test_what_cannot_move_is_let_through_where_that_is_asked_for() -> None:
             [{"labels": torch.arange(5), "image_id": torch.tensor([3]), "area": torch.rand(5)}] * N
         ),
         lambda: {"class": [1, 2], "box_labels": torch.arange(N)},
+        lambda: {"input_ids": torch.randint(0, 99, (N, 7)), "attention_mask": torch.ones(N, 7)},
+        lambda: {"checkbox": 3, "box_id": [1, 2]},
         lambda: object(),
         lambda: 3,
     ],
@@ -490,6 +529,7 @@ def test_labels_come_back_as_they_are(labels: Callable[[], Any]) -> None:
         (lambda: {"x": [box()]}, r"targets\['x'\]\[0\] must be one tv_tensors\.BoundingBoxes"),
         (lambda: [points()] * 3, r"targets\[0\] must be KeyPoints \(2, ..., 2\) or one for each"),
         (lambda: tv().Image(torch.zeros(N, H, W)), "targets, a Image"),
+        (lambda: (masks(), masks()), "targets may be 2 values of the whole batch or one for each"),
     ],
 )
 def test_targets_of_other_shapes_are_named(target: Callable[[], Any], text: str) -> None:

@@ -4,9 +4,9 @@
 torchvision's names. augment.py holds the module, chain.py the passes that it and Compose run,
 params.py the drawn parameters, steps.py the steps that draw them, render.py the call of the kernel,
 loop.py transforms without a kernel, inputs.py the forms of images, targets.py what moves with them,
-labels.py labels, seeded.py sample ids and epochs, loading.py loaders, transforms.py, compose.py and
-fuse.py the transforms and their fusion, torchvision.py the conversion of torchvision's,
-conventions.py the conventions of other libraries.
+tree.py nestings of it, labels.py labels, seeded.py sample ids and epochs, loading.py loaders,
+transforms.py, compose.py and fuse.py the transforms and their fusion, torchvision.py the conversion
+of torchvision's, conventions.py the conventions of other libraries.
 """
 
 from . import torchvision as torchvision  # adds itself to compose.converters

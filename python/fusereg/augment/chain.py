@@ -16,7 +16,7 @@ from .loop import Called, CallParams, call, size_after
 from .params import AugmentParams
 from .render import Settings, render
 from .seeded import Keys, SeededModule
-from .steps import Encoded, at_size
+from .steps import VALUES, Encoded, Later, at_size
 from .targets import Look, Targets, rules_of
 
 Size: TypeAlias = tuple[int, int]
@@ -48,7 +48,13 @@ class Unit:
         """Return what targets see."""
         s = self.settings
         return Look(
-            s.fill_mode, self.mask_fill, s.interpolation, s.antialias, s.mixed, s.num_classes
+            s.fill_mode,
+            self.mask_fill,
+            s.interpolation,
+            s.antialias,
+            s.mixed,
+            s.num_classes,
+            any(isinstance(step, Later) or step[0] not in VALUES for step in self.steps),
         )
 
 
@@ -153,10 +159,10 @@ class Chain(SeededModule):
                 if found is not None and trees is not None:
                     found = found.joined(trees, (x.shape[-2], x.shape[-1]))
                 continue
-            if found is not None:
-                found.move(own, unit.look())
             if unit.idle:
                 continue
+            if found is not None:
+                found.move(own, unit.look())
             x = render(
                 x,
                 own if frames == 1 else own.repeat_interleave(frames),

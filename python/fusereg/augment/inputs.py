@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import op as _ops
 from .labels import rewrap, tv_tensors, unwrap
-from .targets import kind_of
+from .tree import kind_of
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 
 from .inputs import image_tensor
 from .labels import rewrap, unwrap
-from .targets import Columns, kind_of, stack
+from .tree import Columns, kind_of, stack
 
 __all__ = ["WithIds"]
 

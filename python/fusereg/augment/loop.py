@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .labels import tv_tensors, unwrap
 from .seeded import mix_bits
-from .targets import Targets, area, corners_of, kind_of, plain
+from .targets import Targets, area, corners_of
+from .tree import kind_of, plain
 
 #: torchvision's transforms that change values alone.
 _VALUES_ONLY = {
@@ -209,17 +210,21 @@ def _with_targets(
         b.clamping_mode = None
     y, moved = called.function(image, tree)
     after = [leaf for leaf in _leaves(moved) if kind_of(leaf) == "BoundingBoxes"]
+    for old, mode in zip(boxes, modes, strict=True):
+        old.clamping_mode = mode
+    if len(after) != len(boxes):
+        return y, moved
     for old, new, mode in zip(boxes, after, modes, strict=True):
-        old.clamping_mode = new.clamping_mode = mode
-        if len(old) != len(new):
-            continue  # filtered by the transform itself
-        form = str(new.format.value)
-        whole = corners_of(plain(new), form)
+        new.clamping_mode = mode
+        if new is old or len(old) != len(new):
+            continue  # unchanged, or filtered by the transform itself
+        whole = corners_of(plain(new), str(new.format.value))
         height, width = new.canvas_size
-        limit = whole.new_tensor([width, height, width, height])
-        left = area(whole.clamp(min=0).minimum(limit)) / area(whole).clamp(min=1e-12)
+        cut = whole.clamp(min=0).minimum(whole.new_tensor([width, height, width, height]))
+        left = area(cut) / area(whole).clamp(min=1e-12)
         new.fusereg_visible = left * getattr(old, "fusereg_visible", 1.0)
-    return y, _clamped(moved)
+        _clamp(new, cut)
+    return y, moved
 
 
 def _leaves(tree: Any) -> list[Any]:
@@ -230,20 +235,17 @@ def _leaves(tree: Any) -> list[Any]:
     return [tree]
 
 
-def _clamped(tree: Any) -> Any:
-    """Cut the boxes of a sample to their canvas, in place."""
-    for b in _leaves(tree):
-        if kind_of(b) == "BoundingBoxes" and str(b.format.value) in ("XYXY", "XYWH", "CXCYWH"):
-            height, width = b.canvas_size
-            c = corners_of(plain(b), str(b.format.value))
-            c = c.clamp(min=0).minimum(c.new_tensor([width, height, width, height]))
-            low, high = c[:, :2], c[:, 2:]
-            if b.format.value == "XYWH":
-                high = high - low
-            elif b.format.value == "CXCYWH":
-                low, high = (low + high) / 2, high - low
-            plain(b).copy_(torch.cat([low, high], 1))
-    return tree
+def _clamp(boxes: Any, cut: Tensor) -> None:
+    """Write the corners of boxes that were cut, in their format."""
+    form = str(boxes.format.value)
+    low, high = cut[:, :2], cut[:, 2:]
+    if form == "XYWH":
+        high = high - low
+    elif form == "CXCYWH":
+        low, high = (low + high) / 2, high - low
+    elif form != "XYXY":
+        return
+    plain(boxes).copy_(torch.cat([low, high], 1))
 
 
 def _refuse(called: Called, found: Targets, op: str) -> None:

@@ -188,6 +188,10 @@ class ExpandCanvas(Step):
     group = "expand"
 
 
+#: The kinds of steps that leave pixels where they are.
+VALUES = (Color.kind, EraseBox.kind, MixPair.kind)
+
+
 @dataclass(frozen=True)
 class ShortSide(Step):
     """A resize of the shorter side, with the longer side at most ``longest`` (0: no limit).

@@ -6,28 +6,39 @@ imported. Plain tensors are labels. What is neither, and would have to move, is 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from .arguments import INTERPOLATIONS, integer, is_sequence, number, one_of
-from .labels import MixedLabels, mix_labels, tv_tensors
+from .labels import MixedLabels, mix_labels
 from .params import AugmentParams
+from .tree import (
+    Columns,
+    Node,
+    hides_tensors,
+    items_of,
+    kind_of,
+    one_each,
+    plain,
+    stack,
+    values_of,
+    wrap,
+)
 
 #: Keys whose values have a row for each box, and are filtered with the boxes.
 ROWS = ("labels", "masks", "keypoints", "area", "iscrowd", "scores", "visibility")
-#: Words in the keys of plain tensors and numbers that are places in the image.
-_PLACES = (
-    *("box", "mask", "keypoint", "landmark", "polygon", "segmentation", "joints", "depth"),
-    *("flow", "heatmap"),
+#: Words in the keys of plain values that are places in the image, whatever their shape.
+_PLACES = re.compile(
+    r"(?:^|[^a-z])(?:b?box(?:es)?|bndbox|keypoints?|kpts?|landmarks?|polygons?|segmentations?|joints)"
+    r"(?:$|[^a-z])"
 )
-_LABELS = ("label", "class", "categor", "_id", "area", "score", "weight", "count", "num_", "visib")
+_LABELS = re.compile("label|class|categor|id|area|score|weight|count|num|visib|name")
 
 
 @dataclass(frozen=True)
@@ -96,13 +107,7 @@ class Look:
     antialias: bool = False
     mixed: bool = False
     num_classes: int | None = None
-
-
-@dataclass(frozen=True)
-class Columns:
-    """A loader's values of the whole batch; labels in the first alone are mixed."""
-
-    values: list[Any]
+    moves: bool = True
 
 
 # --- the walk -------------------------------------------------------------------------------------
@@ -132,96 +137,6 @@ class Leaf:
         return kind_of(self.value)
 
 
-class _Node:
-    """A container: its items, by key or index, and how one like it is built."""
-
-    def __init__(self, like: Any, items: dict[Any, Any], each: bool = False) -> None:
-        self.like, self.items, self.each = like, items, each
-
-    def build(self, values: list[Any], plain: bool = False) -> Any:
-        """Return a container of these values; ``plain``: what torchvision goes through."""
-        like = self.like
-        if isinstance(like, Columns):
-            return list(values)
-        if isinstance(like, Mapping) or dataclasses.is_dataclass(like):
-            pairs = dict(zip(self.items, values, strict=True))
-            if plain or type(like) is dict:
-                return pairs
-            made = copy.copy(like)
-            for key, value in pairs.items():
-                if isinstance(like, Mapping):
-                    made[key] = value  # type: ignore[index]
-                else:
-                    object.__setattr__(made, key, value)
-            return made
-        return type(like)(*values) if hasattr(like, "_fields") else type(like)(values)
-
-
-def kind_of(value: Any) -> str:
-    """Return the name of torchvision's type of a tensor, "Tensor" for a plain one, else ""."""
-    if not isinstance(value, Tensor):
-        return ""
-    tv = tv_tensors()
-    if tv is not None and isinstance(value, tv.TVTensor):
-        known = ("Mask", "BoundingBoxes", "KeyPoints", "Image", "Video")
-        return next((k for k in known if isinstance(value, getattr(tv, k, ()))), "TVTensor")
-    return "Tensor"
-
-
-def _items(value: Any) -> dict[Any, Any] | None:
-    """Return the items of a mapping, record, list or tuple, and None for anything else."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if isinstance(value, (list, tuple)):
-        return dict(enumerate(value))
-    return None
-
-
-def _values(value: Any) -> list[Any]:
-    items = _items(value)
-    assert items is not None
-    return list(items.values())
-
-
-#: Dimensions of a value for the whole batch; those of one sample have one less.
-_BATCHED = {"Mask": (4,), "Image": (4,), "Video": (5,)}
-
-
-def _look(value: Any) -> object:
-    """Return what a sequence with one item for each sample has in common; None fits anything."""
-    if value is None:
-        return None
-    kind = kind_of(value)
-    if kind:
-        return "a batch" if value.dim() in _BATCHED.get(kind, ()) else kind
-    if isinstance(value, Mapping):
-        return "mapping"
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        looks = [look for look in map(_look, value) if look is not None]
-        return ("sequence", *(looks[:1] if len(set(looks)) == 1 else looks))
-    return "value" if isinstance(value, (str, bytes, int, float)) else type(value)
-
-
-def _one_each(value: Sequence[Any], n: int) -> bool:
-    """Return whether a list or tuple has an item for each of n samples."""
-    looks = {_look(v) for v in value} - {None}
-    return len(value) == n and len(looks) == 1 and looks != {"a batch"}
-
-
-def wrap(value: Tensor, like: Any, **more: Any) -> Any:
-    """Return a tensor as one of the tv_tensors, and as it is where ``like`` is none."""
-    tv = tv_tensors()
-    is_one = tv is not None and isinstance(like, tv.TVTensor)
-    return tv.wrap(value, like=like, **more) if is_one else value
-
-
-def plain(value: Tensor) -> Tensor:
-    """Return a tensor without torchvision's type."""
-    return value if type(value) is Tensor else value.as_subclass(Tensor)
-
-
 class Targets:
     """The targets of a batch of n images, or of one sample (``single``).
 
@@ -247,14 +162,16 @@ class Targets:
                 self._walk(v, f"{path}[{i}]", "", own, None, i == 0)
                 for i, v in enumerate(tree.values)
             ]
-            return _Node(tree, dict(enumerate(parts)))
-        items = _items(tree)
+            return Node(tree, dict(enumerate(parts)))
+        items = items_of(tree)
         if items is None or isinstance(tree, MixedLabels):
             leaf = Leaf(path, key, (group, sample), tree, sample, mixable)
             self.leaves.append(leaf)
             return leaf
         indexed = isinstance(tree, (list, tuple)) and not hasattr(tree, "_fields")
-        each = indexed and sample is None and _one_each(tree, self.n)
+        each = indexed and sample is None and one_each(tree, self.n)
+        if each:
+            each = self._is_each(tree, path)
         if self.mixed and mixable and indexed and not each and items and sample is None:
             self._refuse_numbers(tree, path)
         made = {}
@@ -272,7 +189,22 @@ class Targets:
                 name if each else sample,
                 mixable,
             )
-        return _Node(tree, made, each)
+        return Node(tree, made, each)
+
+    def _is_each(self, tree: Any, path: str) -> bool:
+        """Return whether n like things are of one sample each, and not all of the batch."""
+        kinds = {kind_of(v) for v in tree}
+        if kinds == {"Tensor"} and self.mixed:
+            return False  # only labels of the batch can be mixed
+        rows = kinds in ({"Mask"}, {"KeyPoints"})
+        alike = rows and all(v.dim() == 3 and len(v) == self.n for v in tree)
+        if isinstance(tree, tuple) and self.n > 1 and alike:
+            raise ValueError(
+                f"fusereg.{self.op}: {path} may be {self.n} values of the whole batch or one for "
+                f"each of {self.n} samples, with {self.n} rows; give names to the former in a "
+                "mapping, or the latter in a list"
+            )
+        return True
 
     def _refuse_numbers(self, tree: Any, path: str) -> None:
         if all(isinstance(v, (int, float)) for v in tree):
@@ -360,18 +292,17 @@ class Targets:
         kind = leaf.kind
         if kind not in ("", "Tensor"):
             return "is a tv_tensor that fusereg does not know" if kind == "TVTensor" else ""
-        named = any(w in key for w in _PLACES) and not any(w in key for w in _LABELS)
+        named = bool(_PLACES.search(key)) and not _LABELS.search(key)
         shape = getattr(value, "shape", None)
         if shape is None:
             if isinstance(value, (int, float)):
                 return "is a number of a place, by its key" if named else ""
             if type(value).__module__.partition(".")[0] == "PIL":
                 return "is an image of PIL"
-            inside = getattr(value, "__dict__", {}).values()
-            if any(isinstance(v, Tensor) or hasattr(v, "__array__") for v in inside):
+            if hides_tensors(value):
                 return f"is a {type(value).__name__}, which fusereg does not go through"
             return ""
-        if named and "visib" not in key:
+        if named:
             return "is a plain tensor or array of places, by its key"
         rest = tuple(shape[1:]) if leaf.sample is None else tuple(shape[min(len(shape), 1) :])
         if len(rest) > 1:
@@ -384,11 +315,12 @@ class Targets:
 
     def move(self, params: AugmentParams, look: Look) -> None:
         """Move the targets as the images of a pass that fusereg computes."""
-        self.check_all_move("the augmentation", params)
+        if look.moves:
+            self.check_all_move("the augmentation", params)
         if look.mixed:
             for leaf in self.leaves:
                 self._mix(leaf, params, look)
-        if not self.any_types():
+        if not look.moves or not self.any_types():
             self.size = params.size
             return
         alone = params.without_mix()
@@ -396,7 +328,7 @@ class Targets:
         for leaf in self.leaves:
             if not self._left_alone(leaf):
                 by_kind.setdefault(leaf.kind, []).append(leaf)
-        if not look.mixed:
+        if not look.mixed:  # or else they have been moved as well
             self._move_planes(by_kind.get("Mask", []), alone, self._mask_sampling(look), True)
         interpolation = self.rules.image_interpolation or look.interpolation
         antialias = look.antialias and interpolation != "nearest"
@@ -626,12 +558,14 @@ class Targets:
 
     def _join(self, node: Any, results: list[Any]) -> Any:
         if isinstance(node, Leaf):
+            if self._left_alone(node):
+                return node.value
             whole = node.sample is None and isinstance(node.value, Tensor) and node.value.dim() > 0
             return stack(results) if whole and len(node.value) == self.n else results[0]
         if node.each:
             pairs = zip(node.items.values(), results, strict=True)
             return node.build([self._restored(inner, result) for inner, result in pairs])
-        columns = zip(*(_values(r) for r in results), strict=True)
+        columns = zip(*(values_of(r) for r in results), strict=True)
         pairs = zip(node.items.values(), columns, strict=True)
         joined = [self._join(inner, list(column)) for inner, column in pairs]
         return Columns(joined) if isinstance(node.like, Columns) else node.build(joined)
@@ -639,8 +573,8 @@ class Targets:
     def _restored(self, node: Any, result: Any) -> Any:
         """Return a sample's targets in the containers that they came in."""
         if isinstance(node, Leaf):
-            return result
-        pairs = zip(node.items.values(), _values(result), strict=True)
+            return node.value if self._left_alone(node) else result
+        pairs = zip(node.items.values(), values_of(result), strict=True)
         return node.build([self._restored(inner, value) for inner, value in pairs])
 
     # --- the end ---
@@ -716,41 +650,6 @@ def corners_of(boxes: Tensor, name: str) -> Tensor:
 def area(corners: Tensor) -> Tensor:
     """Return the area of boxes x0, y0, x1, y1."""
     return (corners[:, 2:4] - corners[:, :2]).clamp(min=0).prod(1)
-
-
-def stack(values: Sequence[Any]) -> Any:
-    """Return the targets of samples as those of a batch, with torchvision's types.
-
-    Boxes, and tensors whose sizes differ, become lists; in a mapping with boxes, all values do.
-    """
-    first = values[0]
-    kinds = {kind_of(v) for v in values}
-    if "BoundingBoxes" in kinds or any(v is None for v in values):
-        return list(values)
-    if isinstance(first, Tensor):
-        if len({v.shape for v in values}) > 1:
-            return list(values)
-        return wrap(torch.stack([plain(v) for v in values]), first)
-    if any(type(v) is not type(first) for v in values):
-        return list(values)
-    items = _items(first)
-    if items is None:
-        alike = len({getattr(v, "shape", None) for v in values}) == 1
-        numbers = isinstance(first, (int, float, str, bytes)) or hasattr(first, "__array__")
-        return default_collate(list(values)) if alike and numbers else list(values)
-    parts = [_items(v) or {} for v in values]
-    if isinstance(first, list) and len({len(v) for v in values}) > 1:
-        return list(values)
-    if isinstance(first, Mapping) and any(p.keys() != items.keys() for p in parts):
-        return list(values)
-    with_boxes = any(kind_of(v) == "BoundingBoxes" for p in parts for v in p.values())
-    joined = [
-        list(column) if with_boxes else stack(column)
-        for column in ([p[name] for p in parts] for name in items)
-    ]
-    # As torch's default_collate: a plain tuple of columns is a list.
-    like = list(first) if type(first) is tuple else first
-    return _Node(like, items).build(joined)
 
 
 def rules_of(op: str, options: Mapping[str, Any]) -> Rules:

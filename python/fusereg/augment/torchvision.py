@@ -16,7 +16,7 @@ from .fuse import UNIT, Stage
 from .loop import Called
 from .render import Mix
 from .steps import FullImage, Padded, ShortSide, Step
-from .targets import wrap
+from .tree import wrap
 
 #: PIL's numbers of interpolations.
 _NUMBERS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
