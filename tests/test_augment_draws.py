@@ -294,6 +294,28 @@ def test_what_has_no_kernel_is_drawn_for_each_sample_by_its_id(name: str) -> Non
     assert "called for each sample, under a generator keyed by its id: " in text
 
 
+def test_transforms_of_timm_and_kornia_are_drawn_for_each_sample() -> None:
+    x = torch.randint(0, 256, (1, 3, 40, 50), dtype=torch.uint8).expand(6, -1, -1, -1)
+    timm = pytest.importorskip("timm.data")
+    listed = timm.create_transform(
+        24, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.5, re_mode="pixel"
+    )
+    kornia = pytest.importorskip("kornia.augmentation")
+    jitter = [v2().ToDtype(torch.float32, True), kornia.ColorJiggle(0.3, 0.3, 0.3, 0.3)]
+    for transforms in (listed.transforms, jitter):
+        chain = Compose(transforms, seed=2)
+        y = chain(x, sample_ids=range(6))
+        assert y.dtype is torch.float32
+        assert distinct(y) == 6
+        assert torch.equal(chain(x[:2], sample_ids=[4, 1]), y[[4, 1]])
+        params = chain.sample_params(6, input_size=(40, 50), sample_ids=range(6))
+        assert torch.equal(chain(x, params=params), y)
+        assert "called for each sample" in str(chain.plan())
+    mask = tv().Mask(torch.zeros(6, 40, 50))
+    with pytest.raises(ValueError, match="Mask, would have to move with the images, and RandomRes"):
+        Compose(listed.transforms)(x, mask)
+
+
 def test_grayscale_is_mixed_within_batches() -> None:
     x = torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8)
     y = Compose([v2().RandomGrayscale(0.5)])(x)
@@ -466,10 +488,11 @@ def test_images_of_pil_and_numpy() -> None:
     assert torch.equal(flip(data), want)
     gray = flip(Image.fromarray(data[..., 0]))
     assert np.array_equal(np.asarray(gray), data[:, ::-1, 0])
+    v1 = augment_peers.torchvision_module("torchvision.transforms")
     to_image = Compose([v2().ToImage(), RandomHorizontalFlip(1.0)])(Image.fromarray(data))
     assert type(to_image) is tv().Image
     assert torch.equal(to_image.as_subclass(Tensor), want)
-    tensor = Compose([v2().ToTensor(), RandomHorizontalFlip(1.0)])(Image.fromarray(data))
+    tensor = Compose([v1.ToTensor(), RandomHorizontalFlip(1.0)])(Image.fromarray(data))
     torch.testing.assert_close(tensor, want / 255)
     augment = Augment((16, 20), hflip=1.0, crop="none", out_dtype=torch.uint8)
     y, _labels = augment.collate([(Image.fromarray(data), 0), (data, 1)])

@@ -86,29 +86,35 @@ class Chain(SeededModule):
             return CallParams(keys.of_place(place), keys.ids)
         return keys.draw(at_size(unit.steps, size), size, self._op)
 
-    def _sizes(self, unit: Unit, params: PassParams, size: Size | list[Size]) -> Any:
+    def _sizes(
+        self, unit: Unit, params: PassParams, size: Size | list[Size], dtype: torch.dtype
+    ) -> Any:
         """Return the size of the images after a pass, or their sizes."""
         if isinstance(params, AugmentParams):
             return params.size
         if isinstance(params, list):
             assert isinstance(size, list)
-            found: list[Any] = [self._sizes(unit, p, s) for p, s in zip(params, size, strict=True)]
+            pairs = zip(params, size, strict=True)
+            found: list[Any] = [self._sizes(unit, p, s, dtype) for p, s in pairs]
         else:
             assert unit.called is not None
             if not unit.called.resizes or not len(params):
                 return size
             seeds = params.seeds.tolist() if unit.called.each else params.seeds.tolist()[:1]
             assert isinstance(size, tuple)
-            found = [size_after(unit.called, size, seed) for seed in seeds]
+            found = [size_after(unit.called, size, dtype, seed) for seed in seeds]
         return found[0] if len(set(found)) == 1 else found
 
     def _drawn(self, keys: Keys, size: Size) -> list[PassParams]:
         """Draw for all passes, as sample_params does."""
         drawn: list[PassParams] = []
         sizes: Any = size
+        dtype = torch.uint8  # what transforms that are called see, to know the size they give
         for place, unit in enumerate(self._units()):
             drawn.append(self._draw(place, unit, keys, sizes))
-            sizes = self._sizes(unit, drawn[-1], sizes)
+            sizes = self._sizes(unit, drawn[-1], sizes, dtype)
+            if unit.dtype is not None or unit.settings.normal is not None:
+                dtype = torch.float32
         return drawn
 
     def _run(

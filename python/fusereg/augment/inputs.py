@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ class Batch:
         tv = tv_tensors()
         if types == "image" and tv is not None:
             return tv.Image(result)
-        return _to_pil(result) if _is_pil(self.like) and not types else result
+        return pil_image(result) if _is_pil(self.like) and not types else result
 
 
 def _is_pil(x: object) -> bool:
@@ -86,11 +87,13 @@ def image_tensor(x: Any, op: str) -> Tensor:
     return x  # type: ignore[no-any-return]  # refused by its caller
 
 
-def _to_pil(y: Any) -> Any:
+def pil_image(y: Tensor) -> Any:
+    """Return an image (C, H, W) of uint8 as one of PIL, and others as they are."""
     mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}.get(len(y))
     if y.dtype is not torch.uint8 or mode is None:
         return y
-    data = bytes(y.permute(1, 2, 0).flatten().tolist())
+    last = y.permute(1, 2, 0).contiguous().cpu()
+    data = ctypes.string_at(last.data_ptr(), last.numel())
     return sys.modules["PIL.Image"].frombytes(mode, (y.shape[2], y.shape[1]), data)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .inputs import image_tensor, pil_image
 from .labels import tv_tensors, unwrap
 from .seeded import mix_bits
 from .targets import Targets, area, corners_of
@@ -34,6 +36,10 @@ _KEEP_SIZE = {
 }
 
 
+#: Transforms of other libraries that need several samples.
+_OF_BATCHES = re.compile("Mix|Mosaic|Jigsaw|Sequential")
+
+
 @dataclass(frozen=True)
 class Called:
     """A transform that is called.
@@ -47,6 +53,7 @@ class Called:
         reason: why it is called, for the plan.
         moves: it may move pixels.
         resizes: it may change the size.
+        form: what it takes with ``each``: an "image" (C, H, W), one of "pil", or a "batch" of one.
     """
 
     name: str
@@ -56,6 +63,15 @@ class Called:
     reason: str = "fusereg does not know it"
     moves: bool = True
     resizes: bool = True
+    form: str = "image"
+
+    def one(self, image: Tensor, op: str) -> Any:
+        """Call it with one image or clip, in the form that it takes."""
+        if self.form == "batch":
+            return self.function(plain(image)[None])[0]
+        if self.form == "pil":
+            return image_tensor(self.function(pil_image(plain(image))), op)
+        return self.function(image)
 
     @staticmethod
     def of(item: Callable[..., Any], reason: str = "") -> Called:
@@ -64,6 +80,11 @@ class Called:
         name = getattr(item, "__name__", kind.__name__)
         modules = [base.__module__ for base in kind.__mro__]
         takes_targets = any(m.startswith("torchvision.transforms.v2") for m in modules)
+        if modules[0].startswith("timm.data") and not _OF_BATCHES.search(name):
+            form = "image" if name == "RandomErasing" else "pil"
+            return Called(name, item, True, reason="it is timm's", form=form)
+        if modules[0].startswith("kornia.augmentation") and not _OF_BATCHES.search(name):
+            return Called(name, item, True, reason="it is kornia's", form="batch")
         if not takes_targets and not modules[0].startswith("torchvision.transforms"):
             return Called(name, item)
         parts = _parts(item) or [item]
@@ -169,7 +190,7 @@ def call(
             seed(value)
             image = _typed(clips[i], frames)
             if trees is None:
-                y = called.function(image)
+                y = called.one(image, op)
             else:
                 y, target = _with_targets(called, image, trees[i], found)
                 moved.append(target)
@@ -266,13 +287,13 @@ def _call_with_all(called: Called, x: Tensor, params: CallParams, found: Targets
     return y
 
 
-def size_after(called: Called, x: Sequence[int], seed_value: int) -> tuple[int, int]:
+def size_after(
+    called: Called, size: tuple[int, int], dtype: torch.dtype, seed_value: int
+) -> tuple[int, int]:
     """Return the size that a transform gives an image of this size, from its numbers."""
-    height, width = x
-    if not called.resizes:
-        return height, width
-    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    image = torch.zeros(3, *size, dtype=dtype)
     with numbers_of(image) as seed:
         seed(seed_value)
-        y = called.function(_typed(image, 1) if called.each else image[None])
+        one = _typed(image, 1) if called.form == "image" else image
+        y = called.one(one, "Compose") if called.each else called.function(image[None])
     return int(y.shape[-2]), int(y.shape[-1])

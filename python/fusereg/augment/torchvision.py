@@ -182,6 +182,8 @@ _KNOWN: Mapping[str, Callable[[Any], Stage | Sequence[Stage] | str]] = {
 def from_torchvision(transform: object) -> Sequence[Stage] | Called | None:
     """Return the stages of a transform of torchvision, or how it is called; None: not of it."""
     kind = type(transform)
+    if kind.__module__.startswith("timm.data") and kind.__name__ == "MaybeToTensor":
+        return [Stage("MaybeToTensor", normal=UNIT, dtype=torch.float32, types="pure")]
     if not kind.__module__.startswith("torchvision.transforms") or not callable(transform):
         return None
     convert = _KNOWN.get(kind.__name__)
