@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusereg.augment import (
     AugmentParams,
+    CallParams,
     CenterCrop,
     Compose,
     CutMix,
@@ -274,8 +275,9 @@ def test_a_function_is_called_as_it_is(x: Tensor) -> None:
     text = str(fused.plan())
     assert "double (called as it is)\n  a pass of its own: fusereg does not know it" in text
     assert "3. RandomVerticalFlip\n  a pass of its own: double is called as it is" in text
-    with pytest.raises(ValueError, match="functions that are called as they are"):
-        fused.sample_params(5, input_size=(24, 30))
+    params = fused.sample_params(5, input_size=(24, 30))
+    assert [type(p) for p in params] == [AugmentParams, CallParams, AugmentParams]
+    assert torch.equal(fused(x, params=params), 2 * x.flip(2, 3))
 
 
 # --- the module ---

@@ -104,7 +104,7 @@ def test_numbers_are_philox_of_seed_epoch_id_and_operation(seed: int, epoch: int
     assert bool(drawn["flip_y"]) == (y / 2**32 < 0.6)
 
 
-@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=12), st.data())
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=12, unique=True), st.data())
 def test_a_sample_has_its_numbers_in_every_batch(ids: list[int], data: st.DataObject) -> None:
     augment = everything()
     whole = sample(augment, ids).without_mix()

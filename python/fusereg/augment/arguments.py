@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import NamedTuple, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 
@@ -26,6 +26,11 @@ def is_sequence(value: object) -> TypeGuard[Sequence[object]]:
     return isinstance(value, (tuple, list)) or (
         not isinstance(value, (float, int, str)) and isinstance(value, Sequence)
     )
+
+
+def of_array(value: Any) -> Any:
+    """Return an array of NumPy as a number or a list, and other values as they are."""
+    return value.tolist() if type(value).__module__ == "numpy" else value
 
 
 def number(value: object, op: str, name: str) -> float:
@@ -137,7 +142,8 @@ def size_pair(value: object, op: str, name: str = "size") -> tuple[int, int]:
 
 
 def per_channel(value: object, op: str, name: str) -> tuple[float, ...]:
-    """Check one number, or one for each channel."""
+    """Check one number, or one for each channel; tensors and arrays are read."""
+    value = value.tolist() if isinstance(value, torch.Tensor) else of_array(value)
     if is_sequence(value):
         if len(value) == 0:
             raise ValueError(
@@ -211,6 +217,11 @@ def scale_and_shift(
     if normal is None:
         return (1.0,) * channels, (0.0,) * channels
     limit = full_intensity(dtype)
+    if dtype is torch.uint8 and (max(map(abs, normal.mean)) > 1.5 or min(normal.std) > 1.5):
+        raise ValueError(
+            f"fusereg.{op}: mean and std are of images in [0, 1], also for uint8, got mean "
+            f"{normal.mean} and std {normal.std}; divide them by 255"
+        )
     means = for_channels(normal.mean, channels, op, "mean")
     stds = for_channels(normal.std, channels, op, "std")
     pairs = [(1.0 / (limit * s), -m / s) for m, s in zip(means, stds, strict=True)]

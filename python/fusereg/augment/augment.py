@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
 
-from . import op as _ops
 from .arguments import (
     INTERPOLATIONS,
     Interval,
     PerChannel,
     Size,
     around,
-    check_memory_format,
     factors,
     flag,
     interval,
@@ -30,11 +27,12 @@ from .arguments import (
     probability,
     size_pair,
 )
+from .chain import Chain, Unit
 from .conventions import Convention, convention
-from .labels import transform_targets
-from .params import AugmentParams, draw
-from .render import Erase, Mix, Settings, render
-from .seeded import SeededModule
+from .inputs import batch_of
+from .loading import collate
+from .params import AugmentParams
+from .render import Erase, Mix, Settings
 from .steps import (
     LARGER_ANYWHERE,
     Affine,
@@ -47,13 +45,14 @@ from .steps import (
     Step,
     encode,
 )
+from .targets import Targets
 
-__all__ = ["Augment", "WithIds"]
+__all__ = ["Augment"]
 
 _CROPS = ("random", "center", "resized", "none")
 
 
-class Augment(SeededModule):
+class Augment(Chain):
     r"""Rotation, scale, shear, translation, flips, crop, color, normalization, erasing and mixing.
 
     One kernel reads the batch once and writes the result once. All geometry composes, per sample,
@@ -106,11 +105,22 @@ class Augment(SeededModule):
         std: of each channel, positive.
         out_dtype: of the result. Default: that of the images, and float32 in [0, 1] for uint8.
         memory_format: torch.contiguous_format or torch.channels_last; default: that of the images.
-        seed: 64 bits.
+        seed: 64 bits; default: from torch's generator, and another one on each rank.
         crop_scale: of "resized".
         crop_ratio: of "resized".
         compat: the library whose conventions for angles, scales and fills are used ("fusereg",
             "torchvision", "kornia", "keras"); see :mod:`fusereg.augment.conventions`.
+        rules: how targets move. ``mask_fill``: the label of a mask outside the image (0), such as
+            255; masks follow the images' ``fill_mode``, and those beside boxes are filled with 0.
+            ``mask_interpolation``: of floating masks ("nearest"). ``image_interpolation``: of
+            further images ("bilinear" as the images). ``keypoint_pairs``: pairs of indices of
+            points that change places where an image is mirrored. ``min_area`` (pixels) and
+            ``min_visibility`` (share): boxes with less are left out, with their rows in the values
+            beside them whose keys ``rows`` names ("labels", "masks", "keypoints", "area", ...).
+            ``passthrough``: keys whose values stay as they are, or True for all that fusereg does
+            not understand.
+
+    Points are (x, y) with integers at the centers of pixels; boxes are edges of pixels.
 
     In evaluation mode (``.eval()``) nothing is random: the central crop ("center" in place of
     "random"; the full image for "resized" and "none"), normalized.
@@ -152,18 +162,18 @@ class Augment(SeededModule):
         std: PerChannel | None = None,
         out_dtype: torch.dtype | None = None,
         memory_format: torch.memory_format | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         crop_scale: Sequence[float] = (0.08, 1.0),
         crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
         compat: str = "fusereg",
+        **rules: Any,
     ) -> None:
-        super().__init__(seed)
+        super().__init__(seed=seed, out_dtype=out_dtype, memory_format=memory_format, rules=rules)
+        self._keep_dtype = False
         op = self._op
-        rules = convention(compat, op)
+        library = convention(compat, op)
         self.size = size_pair(size, op)
-        self.out_dtype = out_dtype
-        self.memory_format = check_memory_format(memory_format, op)
-        affine = affine_step(rules, degrees, scale, translate, shear, op)
+        affine = affine_step(library, degrees, scale, translate, shear, op)
         flips = Flip(probability(hflip, op, "hflip"), probability(vflip, op, "vflip"))
         self.crop = one_of(crop, op, "crop", _CROPS)
         area = interval(crop_scale, op, "crop_scale", low=0.0, high=1.0, open_low=True)
@@ -181,7 +191,7 @@ class Augment(SeededModule):
         plain = Settings(
             interpolation=one_of(interpolation, op, "interpolation", list(INTERPOLATIONS)),
             antialias=flag(antialias, op, "antialias"),
-            fill_mode=rules.mode(rules.fill_mode if fill_mode is None else fill_mode, op),
+            fill_mode=library.mode(library.fill_mode if fill_mode is None else fill_mode, op),
             fill=per_channel(fill, op, "fill"),
             normal=normalization(mean, std, op),
         )
@@ -243,6 +253,7 @@ class Augment(SeededModule):
         input_size: Size,
         sample_ids: Tensor | Sequence[int] | None = None,
         epoch: int | None = None,
+        view: int | Sequence[int] | Tensor | None = None,
     ) -> AugmentParams:
         """Draw the parameters of n samples, on the CPU (in evaluation mode: the central crop's).
 
@@ -251,11 +262,19 @@ class Augment(SeededModule):
             input_size: (height, width) of the images.
             sample_ids: n integers; default: the next numbers of a running count.
             epoch: default: that of :meth:`set_epoch`.
+            view: which occurrence of its sample each is: one integer, or n; default: counted in
+                this call, from 0.
         """
-        ids, epoch = self._ids_and_epoch(sample_ids, n, epoch)
-        steps = self._steps if self.training else self._eval_steps
+        keys = self._keys(n, sample_ids, epoch, view)
         size = size_pair(input_size, self._op, "input_size")
-        return draw(steps, ids, size, self.seed, epoch, self._op)
+        (params,) = self._drawn(keys, size)
+        assert isinstance(params, AugmentParams)
+        return params
+
+    def _units(self) -> list[Unit]:
+        if self.training:
+            return [Unit(self._steps, self._settings)]
+        return [Unit(self._eval_steps, self._eval_settings)]
 
     def forward(
         self,
@@ -264,6 +283,7 @@ class Augment(SeededModule):
         *,
         sample_ids: Tensor | Sequence[int] | None = None,
         epoch: int | None = None,
+        view: int | Sequence[int] | Tensor | None = None,
         params: AugmentParams | None = None,
         out: Tensor | None = None,
     ) -> Any:
@@ -271,107 +291,45 @@ class Augment(SeededModule):
 
         Args:
             x: [N, C, H, W], uint8, float16, bfloat16, float32 or float64, contiguous or
-                channels_last; a torchvision tv_tensors.Image returns one.
-            targets: class indices [N] or probabilities [N, K], which are mixed if the images are;
-                torchvision's BoundingBoxes and Mask move with the images (a list of N, or a mapping
-                of targets); anything else is returned unchanged where nothing is mixed.
+                channels_last; clips [N, T, C, H, W], with one draw for all frames of a clip. A
+                torchvision tv_tensors.Image or Video returns one.
+            targets: in any nesting of mappings, lists, tuples and dataclasses. Class indices [N] or
+                probabilities [N, K] are mixed if the images are. torchvision's Mask,
+                BoundingBoxes, KeyPoints, Image and Video move with the images; a list or tuple of
+                N has one for each. Numbers, strings and labels are returned as they are; plain
+                tensors and arrays that may be places in the image are an error.
             sample_ids: N integers that identify the samples; reading them from a GPU waits for it.
                 Default: the next numbers of a running count.
             epoch: default: that of :meth:`set_epoch`.
+            view: as for :meth:`sample_params`.
             params: drawn by :meth:`sample_params`, on any device; nothing is drawn then.
             out: the tensor that the result is written to: [N, C, *size].
 
         Returns:
             The result, differentiable in x; (result, targets) if there are targets.
         """
-        _ops.check_images(x, self._op)
-        if params is None:
-            params = self.sample_params(
-                x.shape[0], input_size=tuple(x.shape[2:]), sample_ids=sample_ids, epoch=epoch
-            )
-        elif sample_ids is not None or epoch is not None:
-            raise ValueError("fusereg.Augment: params exclude sample_ids and epoch")
-        settings = self._settings if self.training else self._eval_settings
-        y = render(
-            x,
-            params,
-            settings,
-            self._op,
-            out_dtype=self.out_dtype,
-            memory_format=self.memory_format,
-            out=out,
-        )
-        if targets is None:
-            return y
-        mixed, classes = settings.mixed, settings.num_classes
-        return y, transform_targets(targets, params, mixed, classes, self._op)
+        op = self._op
+        batch = batch_of(x, op, single=False)
+        if params is not None and not (sample_ids is None and epoch is None and view is None):
+            raise ValueError(f"fusereg.{op}: params exclude sample_ids and epoch, and view")
+        keys = None if params is not None else self._keys(batch.n, sample_ids, epoch, view)
+        found = None
+        if targets is not None:
+            mixed = self._settings.mixed and self.training
+            found = Targets(targets, batch.n, batch.size, self.rules, op, mixed)
+        y, found = self._run(batch, found, keys, None if params is None else [params], out)
+        y = batch.restore(y)
+        return y if found is None else (y, found.finish())
 
     def collate(self, samples: Sequence[Any]) -> Any:
         """Stack samples and augment them, for ``DataLoader(collate_fn=augment.collate)``.
 
-        A sample is an image [C, H, W] or a tuple that starts with image and target; those of
-        :class:`WithIds` also carry their ids. Images may differ in size where nothing is mixed.
+        A sample is an image [C, H, W] (a tensor, or an image of PIL or NumPy), a tuple that starts
+        with image and target, or a mapping with a key such as "image" or "pixel_values"; those of
+        :class:`WithIds` also carry their ids. torchvision's types stay; boxes become a list of N.
+        Images may differ in size where nothing is mixed.
         """
         return collate(self, self._settings.mixed, samples)
-
-
-class WithIds(Dataset[Any]):
-    """A dataset whose samples carry their index, as sample id for :meth:`Augment.collate`.
-
-    >>> loader = DataLoader(WithIds(dataset), 64, collate_fn=augment.collate, num_workers=4)
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> _SampleWithId:
-        """Return a sample with its index."""
-        return _SampleWithId(self.dataset[index], index)
-
-
-@dataclass(frozen=True)
-class _SampleWithId:
-    """A sample and its id."""
-
-    sample: Any
-    id: int
-
-
-def collate(augment: Any, mixed: bool, samples: Sequence[Any]) -> Any:
-    """Stack the samples of a dataset and augment them."""
-    op = augment._op
-    ids = None
-    if samples and isinstance(samples[0], _SampleWithId):
-        ids = [s.id for s in samples]
-        samples = [s.sample for s in samples]
-    alone = isinstance(samples[0], Tensor)
-    images, *parts = [list(samples)] if alone else [list(p) for p in zip(*samples, strict=True)]
-    for image in images:
-        if not isinstance(image, Tensor) or image.dim() != 3:
-            what = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-            raise TypeError(f"fusereg.{op}.collate: images must be tensors (C, H, W), got {what}")
-    targets, *others = [default_collate(part) for part in parts] or [None]
-    if all(image.shape == images[0].shape for image in images):
-        result = augment(torch.stack(images), targets, sample_ids=ids)
-        return result if targets is None else [*result, *others]
-    if mixed:
-        raise ValueError(
-            f"fusereg.{op}.collate: images must be of one size to be mixed, got several"
-        )
-    y = torch.cat(
-        [
-            augment(image[None], sample_ids=None if ids is None else [ids[i]])
-            for i, image in enumerate(images)
-        ]
-    )
-    return y if targets is None else [y, targets, *others]
-
-
-# --- arguments, shared with the transforms by torchvision's names ---
 
 
 def affine_step(

@@ -8,34 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import op as _ops
-from .arguments import check_memory_format, flag, is_sequence
-from .augment import collate
+from .arguments import flag, is_sequence
+from .chain import Chain, PassParams, Unit
 from .fuse import Pass, Plan, Stage, fuse
-from .labels import transform_targets
-from .params import AugmentParams, draw
-from .render import render
-from .seeded import SeededModule
+from .inputs import batch_of
+from .loading import collate
+from .loop import Called
 from .steps import Encoded, encode
+from .targets import Targets
 
 __all__ = ["Compose", "Transform"]
 
 
-class Passes(SeededModule):
+class Passes(Chain):
     """Base of Compose and of the single transforms: a sequence of passes."""
 
     def __init__(
         self,
         passes: Sequence[Pass],
         *,
-        seed: int,
+        seed: int | None,
         out_dtype: torch.dtype | None = None,
         memory_format: torch.memory_format | None = None,
+        rules: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(seed)
+        super().__init__(
+            seed=seed, out_dtype=out_dtype, memory_format=memory_format, rules=rules or {}
+        )
         self._passes = tuple(passes)
-        self.out_dtype = out_dtype
-        self.memory_format = check_memory_format(memory_format, self._op)
         seen: dict[str, int] = {}
         self._encoded: list[list[Encoded]] = [
             encode([step for stage in p.stages for step in stage.steps], seen) for p in self._passes
@@ -44,6 +44,16 @@ class Passes(SeededModule):
         self._mixed = any(settings.mixed for settings in self._settings)
         for settings in self._settings:
             settings.check_out_dtype(out_dtype, self._op)
+        stages = [stage for p in self._passes for stage in p.stages]
+        self._types = next((s.types for s in reversed(stages) if s.types), "")
+        self._cast = next((s.cast for s in reversed(stages) if s.cast is not None), None)
+
+    def _units(self) -> list[Unit]:
+        rows = zip(self._passes, self._encoded, self._settings, strict=True)
+        return [
+            Unit(steps, settings, p.called, p.dtype, p.mask_fill, p.idle)
+            for p, steps, settings in rows
+        ]
 
     def sample_params(
         self,
@@ -52,43 +62,38 @@ class Passes(SeededModule):
         input_size: Sequence[int],
         sample_ids: Tensor | Sequence[int] | None = None,
         epoch: int | None = None,
-    ) -> list[AugmentParams]:
+        view: int | Sequence[int] | Tensor | None = None,
+    ) -> list[PassParams]:
         """Draw the parameters of n samples for each pass.
 
-        Raises:
-            ValueError: a function is called between passes, which may change the images' size.
+        A transform that is called has a :class:`fusereg.augment.CallParams`; if it may change the
+        size, it is called with black images to know what comes after it. Passes that see images of
+        several sizes have a list, with parameters for each.
         """
-        if any(p.function is not None for p in self._passes[:-1]):
-            raise ValueError(
-                f"fusereg.{self._op}.sample_params: the list has functions that are called as they "
-                "are, which may change the images' size"
-            )
-        ids, epoch = self._ids_and_epoch(sample_ids, n, epoch)
-        size = (int(input_size[0]), int(input_size[1]))
-        drawn = []
-        for encoded, p in zip(self._encoded, self._passes, strict=True):
-            if p.function is None:
-                drawn.append(draw(encoded, ids, size, self.seed, epoch, self._op))
-                size = drawn[-1].size
-        return drawn
+        keys = self._keys(n, sample_ids, epoch, view)
+        return self._drawn(keys, (int(input_size[0]), int(input_size[1])))
 
     def forward(
         self,
-        x: Tensor,
+        x: Any,
         targets: Any = None,
         *,
         sample_ids: Tensor | Sequence[int] | None = None,
         epoch: int | None = None,
-        params: Sequence[AugmentParams] | None = None,
+        view: int | Sequence[int] | Tensor | None = None,
+        params: Sequence[PassParams] | None = None,
         out: Tensor | None = None,
     ) -> Any:
         """Apply all passes to a batch.
 
         Args:
-            x: [N, C, H, W], each sample with random numbers of its own; or one image [C, H, W].
-            targets: as for :class:`fusereg.augment.Augment`.
+            x: [N, C, H, W], each sample with random numbers of its own; clips [N, T, C, H, W] or a
+                tv_tensors.Video, each with one draw for all its frames; one image [C, H, W], or of
+                PIL or NumPy.
+            targets: as for :class:`fusereg.augment.Augment`; those of one image are its own.
             sample_ids: N integers that identify the samples.
             epoch: default: that of ``set_epoch``.
+            view: which occurrence of its sample each is: one integer, or N.
             params: drawn by :meth:`sample_params`.
             out: the tensor that the last pass writes its result to.
 
@@ -97,52 +102,29 @@ class Passes(SeededModule):
             in torchvision.
         """
         op = self._op
-        single = isinstance(x, Tensor) and x.dim() == 3
-        if single:
-            if targets is not None or out is not None:
-                raise ValueError(f"fusereg.{op}: targets and out are for batches (N, C, H, W)")
-            x = x[None]
-        _ops.check_images(x, op)
-        if params is not None and (sample_ids is not None or epoch is not None):
-            raise ValueError(f"fusereg.{op}: params exclude sample_ids and epoch")
+        batch = batch_of(x, op, single=True)
+        single = batch.one
+        if single and out is not None:
+            raise ValueError(f"fusereg.{op}: out is for batches (N, C, H, W)")
+        if params is not None and not (sample_ids is None and epoch is None and view is None):
+            raise ValueError(f"fusereg.{op}: params exclude sample_ids and epoch, and view")
         given = None if params is None else list(params)
-        wanted = sum(p.function is None for p in self._passes)
-        if given is not None and len(given) != wanted:
+        if given is not None and len(given) != len(self._passes):
             raise ValueError(
-                f"fusereg.{op}: params must be one AugmentParams for each of {wanted} passes, "
-                f"got {len(given)}"
+                f"fusereg.{op}: params must be one AugmentParams for each of {len(self._passes)} "
+                f"passes, got {len(given)}"
             )
-        if given is None:
-            ids, epoch = self._ids_and_epoch(sample_ids, x.shape[0], epoch)
-        last = len(self._passes) - 1
-        checked = True
-        for i, (p, settings) in enumerate(zip(self._passes, self._settings, strict=True)):
-            if p.function is not None:
-                x, checked = p.function(x), False
-                continue
-            if not checked:
-                _ops.check_images(x, op)
-                checked = True
-            if given is not None:
-                own = given.pop(0)
-            else:
-                assert epoch is not None
-                size = (x.shape[-2], x.shape[-1])
-                own = draw(self._encoded[i], ids, size, self.seed, epoch, op)
-            x = render(
-                x,
-                own,
-                settings,
-                op,
-                out_dtype=self.out_dtype if i == last else None,
-                keep_dtype=True,
-                memory_format=self.memory_format,
-                out=out if i == last else None,
-            )
-            targets = transform_targets(targets, own, settings.mixed, settings.num_classes, op)
-        if single:
-            x = x[0]
-        return x if targets is None else (x, targets)
+        keys = None if given is not None else self._keys(batch.n, sample_ids, epoch, view)
+        found = None
+        if targets is not None:
+            tree = [targets] if single else targets
+            found = Targets(tree, batch.n, batch.size, self.rules, op, self._mixed)
+        y, found = self._run(batch, found, keys, given, out)
+        y = batch.restore(y, self._types)
+        if found is None:
+            return y
+        moved = found.finish(self._types == "pure", self._cast)
+        return y, moved[0] if single else moved
 
     def collate(self, samples: Sequence[Any]) -> Any:
         """Stack samples and transform them, as :meth:`fusereg.augment.Augment.collate`."""
@@ -158,8 +140,6 @@ class Transform(Passes):
 
     def __init__(self, stage: Stage, seed: int | None) -> None:
         self._op = type(self).__name__
-        if seed is None:
-            seed = int(torch.randint(2**63 - 1, ()))
         super().__init__(fuse([(self._op, [stage])], exact=False), seed=seed)
         self.stage = stage
         self._text = ""
@@ -172,10 +152,12 @@ class Transform(Passes):
 class Compose(Passes):
     """A list of transforms in as few passes over the batch as possible.
 
-    Accepts fusereg's transforms, torchvision's of the same names (their arguments are read),
-    another Compose (its transforms are taken, not its arguments), and any function of a batch,
-    which is called as it is. Geometry composes to one matrix for each sample; a normalization, an
-    erased box and MixUp or CutMix are part of the same pass. :meth:`plan` shows what was fused,
+    Accepts fusereg's transforms, torchvision's (their arguments are read), another Compose of
+    either (its transforms are taken, not its arguments), and any function of a batch. Geometry
+    composes to one matrix for each sample; a normalization, an erased box and MixUp or CutMix are
+    part of the same pass. A transform of torchvision for which there is no kernel is called for
+    each sample, with its targets, under a generator keyed by the sample's id; any other function is
+    called as it is, with the whole batch and without targets. :meth:`plan` shows what was fused,
     what was not and why, and where the result differs from that of one transform after the other:
     two resamples in one are sharper, and a rotated crop shows the image's own pixels in its
     corners.
@@ -185,7 +167,11 @@ class Compose(Passes):
         exact: fuse only what gives the same as one after the other, up to rounding.
         out_dtype: of the result; default: that of the images, float32 for uint8 that is normalized.
         memory_format: of the result.
-        seed: of all transforms in the list; their own seeds are not used.
+        seed: of all transforms in the list; their own seeds are not used. Default: from torch's
+            generator.
+        rules: how targets move: ``mask_fill``, ``mask_interpolation``, ``image_interpolation``,
+            ``keypoint_pairs``, ``min_area``, ``min_visibility``, ``rows`` and ``passthrough``, as
+            for :class:`fusereg.augment.Augment`.
 
     Raises:
         TypeError: an element is neither a transform nor callable.
@@ -206,18 +192,21 @@ class Compose(Passes):
         exact: bool = False,
         out_dtype: torch.dtype | None = None,
         memory_format: torch.memory_format | None = None,
-        seed: int = 0,
+        seed: int | None = None,
+        **rules: Any,
     ) -> None:
         op = self._op
         if not is_sequence(transforms):
             raise TypeError(
                 f"fusereg.{op}: transforms must be a sequence, got {type(transforms).__name__}"
             )
-        items: list[tuple[str, Sequence[Stage] | Callable[..., Any]]] = []
+        items: list[tuple[str, Sequence[Stage] | Called]] = []
         for item in transforms:
             items.extend(_stages(item, op))
         passes = fuse(items, flag(exact, op, "exact"))
-        super().__init__(passes, seed=seed, out_dtype=out_dtype, memory_format=memory_format)
+        super().__init__(
+            passes, seed=seed, out_dtype=out_dtype, memory_format=memory_format, rules=rules
+        )
         self.transforms = list(transforms)
 
     def plan(self) -> Plan:
@@ -229,20 +218,27 @@ class Compose(Passes):
         return str(self.plan())
 
 
-#: Each returns fusereg's transform for one of another library, or None.
-converters: list[Callable[[object], Transform | None]] = []
+#: Each returns the stages of another library's transform or how it is called; None: unknown.
+converters: list[Callable[[object], Sequence[Stage] | Called | None]] = []
 
 
-def _stages(item: object, op: str) -> list[tuple[str, Sequence[Stage] | Callable[..., Any]]]:
-    """Return the stages of a transform or of a list, or a function, with their names."""
-    if isinstance(item, Compose):
-        return [pair for inner in item.transforms for pair in _stages(inner, op)]
-    found = (convert(item) for convert in converters)
-    known = item if isinstance(item, Transform) else next((t for t in found if t), None)
-    if known is not None:
-        return [(known._op, [known.stage])]
+def _stages(item: object, op: str) -> list[tuple[str, Sequence[Stage] | Called]]:
+    """Return the stages of a transform or of a list, or what is called, with their names."""
+    if isinstance(item, Compose) or (
+        type(item).__name__ == "Compose"
+        and type(item).__module__.startswith("torchvision.transforms")
+    ):
+        transforms: Sequence[object] = item.transforms  # type: ignore[attr-defined]
+        return [pair for inner in transforms for pair in _stages(inner, op)]
+    if isinstance(item, Transform):
+        return [(item._op, [item.stage])]
+    for convert in converters:
+        known = convert(item)
+        if known is not None:
+            return [(type(item).__name__, known)]
     if not callable(item):
         raise TypeError(
             f"fusereg.{op}: transforms must be transforms or functions, got {type(item).__name__}"
         )
-    return [(getattr(item, "__name__", type(item).__name__), item)]
+    called = Called.of(item)
+    return [(called.name, called)]

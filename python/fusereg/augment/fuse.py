@@ -6,9 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from .arguments import Normalization
+from .loop import Called
 from .render import Settings
-from .steps import LARGER_IS_AN_ERROR, CenterWindow, ExpandCanvas, RandomWindow, Step
+from .steps import (
+    LARGER_IS_AN_ERROR,
+    CenterWindow,
+    ExpandCanvas,
+    Padded,
+    RandomWindow,
+    ShortSide,
+    Step,
+)
+
+#: What makes values of [0, 255] those of [0, 1], and leaves others alone.
+UNIT = Normalization((0.0,), (1.0,))
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,10 @@ class Stage:
         normal: the normalization.
         erases, erase, erase_noise: of erased boxes.
         mixes, num_classes: of MixUp and CutMix.
+        mask_fill: the fill of masks, where it is not that of the chain.
+        dtype: of the result.
+        types: what becomes of torchvision's types: "image" or "pure"; empty: they stay.
+        cast: a function of each target.
     """
 
     name: str
@@ -47,6 +65,10 @@ class Stage:
     erase_noise: bool = False
     mixes: bool = False
     num_classes: int | None = None
+    mask_fill: float | None = None
+    dtype: torch.dtype | None = None
+    types: str = ""
+    cast: Callable[[Any], Any] | None = None
 
     @property
     def geometric(self) -> bool:
@@ -62,21 +84,43 @@ class Pass:
         names: of the transforms.
         notes: where the result differs from one transform after the other.
         reason: why this is not part of the pass before it; empty for the first.
-        function: a function that is called as it is, instead of stages.
+        called: a transform that is called, instead of stages.
         stages: in order.
     """
 
     names: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reason: str = ""
-    function: Callable[..., Any] | None = None
+    called: Called | None = None
     stages: list[Stage] = field(default_factory=list)
+
+    @property
+    def function(self) -> Callable[..., Any] | None:
+        """The function that is called, or None."""
+        return None if self.called is None else self.called.function
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the result, where a transform says so."""
+        last = self._last(lambda s: s.dtype is not None)
+        return None if last is None else last.dtype
+
+    @property
+    def mask_fill(self) -> float | None:
+        """The fill of masks, where a transform has one."""
+        filler = self._filler()
+        return None if filler is None else filler.mask_fill
+
+    @property
+    def idle(self) -> bool:
+        """True where there are only conversions of types."""
+        return self.called is None and not any(s.steps or s.normal or s.dtype for s in self.stages)
 
     def __str__(self) -> str:
         """Return the lines of the plan."""
         lines = [" + ".join(self.names)]
-        if self.function is not None:
-            lines[0] += " (called as it is)"
+        if self.called is not None:
+            lines[0] += " (sample by sample)" if self.called.each else " (called as it is)"
         if self.reason:
             lines.append(f"  a pass of its own: {self.reason}")
         lines += [f"  note: {note}" for note in self.notes]
@@ -91,10 +135,11 @@ class Pass:
 
     def _clashes(self, a: Stage, b: Stage) -> bool:
         """Return whether two stages see different pixels outside the canvas."""
-        if (a.fill_mode, a.fill) != (b.fill_mode, b.fill):
+        if (a.fill_mode, a.fill, a.mask_fill) != (b.fill_mode, b.fill, b.mask_fill):
             return True
-        normalized = [s.normal is not None for s in self.stages]
-        since = normalized[self.stages.index(a) :] if a in self.stages else []
+        # Zero is zero in both units.
+        changes = [s.normal is not None and (s.normal != UNIT or any(a.fill)) for s in self.stages]
+        since = changes[self.stages.index(a) :] if a in self.stages else []
         return a.fill_mode == "constant" and any(since)
 
     def settings(self) -> Settings:
@@ -102,6 +147,7 @@ class Pass:
         values: dict[str, Any] = {}
         normalized = False
         filler = self._filler()
+        last = self._last(lambda s: s.normal is not None)
         for s in self.stages:
             if s.resamples:
                 values["interpolation"] = s.interpolation
@@ -109,7 +155,7 @@ class Pass:
             if s is filler:
                 values.update(fill_mode=s.fill_mode, fill=s.fill)
                 values["fill_normalized"] = normalized and s.fill_mode == "constant"
-            if s.normal is not None:
+            if s is last:
                 values["normal"] = s.normal
                 normalized = True
             if s.erases:
@@ -133,15 +179,30 @@ class Pass:
         if new.mixes and mixed:
             return f"a pass mixes once, and {mixed.name} has"
         if new.normal is not None:
-            if normal:
+            if normal and normal.normal != UNIT:
                 return f"a pass normalizes once, and {normal.name} has"
+            if normal and normal.dtype and self._in_units_since(normal):
+                return f"{new.name} would change the units of the fill after {normal.name}"
             if erased and erased.erase_noise:
                 return f"{new.name} would normalize the noise of {erased.name}"
         if new.geometric:
             return self._refuses_geometry(new, exact)
         return ""
 
+    def _in_units_since(self, stage: Stage) -> bool:
+        """Return whether there is a fill, other than zero, in units of the result of a stage."""
+        since = self.stages[self.stages.index(stage) :]
+        return any(
+            ((s.fills or s.may_fill) and s.fill_mode == "constant" and any(s.fill))
+            or (s.erases and any(s.erase))
+            for s in since
+        )
+
     def _refuses_geometry(self, new: Stage, exact: bool) -> str:
+        if any(isinstance(step, (ShortSide, Padded)) for step in new.steps) and self._last(
+            lambda s: any(isinstance(step, ExpandCanvas) for step in s.steps)
+        ):
+            return f"the size of {new.name} depends on that of the images before it"
         other = self._last(lambda s: s.resamples)
         if new.resamples and other:
             if other.interpolation != new.interpolation:
@@ -166,7 +227,8 @@ class Pass:
     def canvas(self, before: tuple[int, int] | None) -> tuple[int, int] | None:
         """Return the size of the pass's result, or None if that depends on the images."""
         for step in (step for stage in self.stages for step in stage.steps):
-            before = None if isinstance(step, ExpandCanvas) else getattr(step, "size", before)
+            unknown = isinstance(step, (ExpandCanvas, ShortSide, Padded))
+            before = None if unknown else getattr(step, "size", before)
         return before
 
     def add(self, new: Stage) -> None:
@@ -253,26 +315,37 @@ def _fitted(stage: Stage, canvas: tuple[int, int] | None) -> Stage:
     return replace(stage, fills=stage.fills or not fits, may_fill=False)
 
 
-def fuse(
-    items: Sequence[tuple[str, Sequence[Stage] | Callable[..., Any]]], exact: bool
-) -> tuple[Pass, ...]:
-    """Return the passes of a list of (name, stages or a function that is called as it is)."""
+def fuse(items: Sequence[tuple[str, Sequence[Stage] | Called]], exact: bool) -> tuple[Pass, ...]:
+    """Return the passes of a list of (name, stages or a transform that is called)."""
     passes: list[Pass] = []
     canvas: tuple[int, int] | None = None
+    ragged = False  # images may differ in size until a pass has cropped or resized each
     for name, item in items:
-        if callable(item):
-            passes.append(
-                Pass([name], reason="fusereg does not know it" if passes else "", function=item)
-            )
+        if isinstance(item, Called):
+            ragged = ragged or (item.each and item.resizes)
+            own = Pass([name], called=item)
+            if item.each:
+                own.notes = [
+                    f"called for each sample, under a generator keyed by its id: {item.reason}"
+                ]
+            elif passes:
+                own.reason = item.reason
+            passes.append(own)
             canvas = None
             continue
         for stage in item:
             reason = ""
             stage = _fitted(stage, canvas)
-            if passes and passes[-1].function is None:
+            if passes and passes[-1].called is None:
                 reason = passes[-1].refuses(stage, exact)
+                if ragged and stage.mixes and not reason:
+                    reason = "images of several sizes come to one size before they are mixed"
+                    ragged = False
             elif passes:
-                reason = f"{passes[-1].names[0]} is called as it is"
+                called = passes[-1]
+                assert called.called is not None
+                how = "for each sample" if called.called.each else "as it is"
+                reason = f"{called.names[0]} is called {how}"
             if not passes or reason:
                 passes.append(Pass(reason=reason))
             passes[-1].add(stage)

@@ -1,9 +1,9 @@
-"""Labels of mixed samples, and targets that move with the image."""
+"""Labels of mixed samples, and the types that images have."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +85,10 @@ def mix_labels(
         w = weight.to(soft.dtype)[:, None]
         return soft * w + soft[other] * (1 - w)
     if labels.is_floating_point() or labels.dtype is torch.bool:
-        raise TypeError(f"fusereg.{op}: class indices must be integers, got {labels.dtype}")
+        raise TypeError(
+            f"fusereg.{op}: class indices must be integers, got {labels.dtype} (give other values "
+            "that are mixed, as of a regression, the shape (N, 1))"
+        )
     a = labels.long()
     pair = MixedLabels(a, a[other], weight.float())
     if num_classes is None:
@@ -101,92 +104,24 @@ def mix_labels(
 # --- torchvision's tv_tensors, where they are in use ---
 
 
-def _tv_tensors() -> Any:
+def tv_tensors() -> Any:
     """Return the module if it has been imported; without it no tensor has its types."""
     return sys.modules.get("torchvision.tv_tensors")
 
 
+def _is_image(x: Tensor) -> bool:
+    tv = tv_tensors()
+    return tv is not None and isinstance(x, (tv.Image, tv.Video))
+
+
 def unwrap(x: Tensor) -> Tensor:
-    """Return a tv_tensors.Image as a Tensor, and other tensors as they are."""
-    tv = _tv_tensors()
-    return x.as_subclass(Tensor) if tv is not None and isinstance(x, tv.Image) else x
+    """Return a tv_tensors.Image or Video as a Tensor, and other tensors as they are."""
+    return x.as_subclass(Tensor) if _is_image(x) else x
 
 
 def rewrap(y: Tensor, like: Tensor) -> Tensor:
-    """Return y as a tv_tensors.Image if ``like`` is one."""
-    tv = _tv_tensors()
-    if tv is None or not isinstance(like, tv.Image):
+    """Return y as a tv_tensors.Image or Video if ``like`` is one."""
+    if not _is_image(like):
         return y
-    wrapped: Tensor = tv.wrap(y, like=like)
+    wrapped: Tensor = tv_tensors().wrap(y, like=like)
     return wrapped
-
-
-def transform_targets(
-    targets: Any, params: AugmentParams, mixed: bool, num_classes: int | None, op: str
-) -> Any:
-    """Transform the targets of a batch: labels are mixed if images are; tv_tensors move with them.
-
-    The values of mappings are transformed each; a list of N bounding boxes or masks has one for
-    each sample.
-    """
-    if targets is None:
-        return None
-    tv = _tv_tensors()
-    if tv is not None:
-        if isinstance(targets, tv.Mask):
-            return tv.wrap(params.mask(targets.as_subclass(Tensor)), like=targets)
-        if isinstance(targets, tv.BoundingBoxes):
-            return tv_boxes([targets], params, op)[0]
-        if isinstance(targets, list) and targets:
-            if all(isinstance(t, tv.BoundingBoxes) for t in targets):
-                return tv_boxes(targets, params, op)
-            if all(isinstance(t, Mapping) for t in targets) and len(targets) == len(params):
-                return _for_each_sample(targets, params, mixed, op)
-            if all(isinstance(t, tv.Mask) for t in targets) and len(targets) == len(params):
-                alone = params.without_mix()
-                return [_move(t, alone[i], op) for i, t in enumerate(targets)]
-    if isinstance(targets, Mapping):
-        return {k: transform_targets(v, params, mixed, num_classes, op) for k, v in targets.items()}
-    if not mixed:
-        return targets
-    return mix_labels(targets, params, num_classes, op)
-
-
-def _for_each_sample(targets: list[Any], params: AugmentParams, mixed: bool, op: str) -> list[Any]:
-    """Transform detection targets: a mapping of boxes, masks and labels for each sample."""
-    if mixed:
-        raise ValueError(
-            f"fusereg.{op}: targets of single samples cannot be mixed; leave mix out, or "
-            "pass labels of the whole batch"
-        )
-    return [
-        {name: _move(value, params[i], op) for name, value in target.items()}
-        for i, target in enumerate(targets)
-    ]
-
-
-def _move(value: Any, params: AugmentParams, op: str) -> Any:
-    """Move the boxes, the mask [H, W] or the masks [K, H, W] of one sample with its image."""
-    tv = _tv_tensors()
-    if isinstance(value, tv.BoundingBoxes):
-        return tv_boxes([value], params, op)[0]
-    if isinstance(value, tv.Mask):
-        return tv.wrap(params.mask(value.as_subclass(Tensor)[None])[0], like=value)
-    return value
-
-
-def tv_boxes(boxes: list[Any], params: AugmentParams, op: str) -> list[Any]:
-    """Move one BoundingBoxes [K, 4] for each sample; formats stay, the canvas is the new one."""
-    tv = _tv_tensors()
-    if len(boxes) != len(params):
-        raise ValueError(
-            f"fusereg.{op}: targets must be one tv_tensors.BoundingBoxes for each of the "
-            f"{len(params)} samples, got {len(boxes)}"
-        )
-    alone = params.without_mix()
-    results = []
-    for i, box in enumerate(boxes):
-        name = str(box.format.value).lower()
-        moved = alone[i].boxes(box.as_subclass(Tensor)[None], format=name)
-        results.append(tv.BoundingBoxes(moved[0], format=box.format, canvas_size=params.size))
-    return results

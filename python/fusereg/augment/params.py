@@ -12,8 +12,8 @@ from torch import Tensor
 from .. import _C
 from ..core import dispatch
 from . import op as _ops
-from .arguments import integer, is_sequence, one_of
-from .steps import Encoded
+from .arguments import integer, is_sequence, of_array, one_of
+from .steps import Values
 
 __all__ = ["AugmentParams"]
 
@@ -39,23 +39,22 @@ _DRAWN = (
 _BOX_FORMATS = ("xyxy", "xywh", "cxcywh")
 
 
-def sample_id_tensor(ids: object, n: int, op: str) -> Tensor:
+def sample_id_tensor(ids: object, n: int, op: str, name: str = "sample_ids") -> Tensor:
     """Return sample ids as [n] int64 on the CPU."""
+    ids = of_array(ids)
     if isinstance(ids, Tensor):
         if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-            raise TypeError(f"fusereg.{op}: sample_ids must be integers, got {ids.dtype}")
+            raise TypeError(f"fusereg.{op}: {name} must be integers, got {ids.dtype}")
         result = ids.detach().to("cpu", torch.int64)
     elif is_sequence(ids):
-        result = torch.tensor([integer(i, op, "sample_ids") for i in ids], dtype=torch.int64)
+        result = torch.tensor([integer(i, op, name) for i in ids], dtype=torch.int64)
     else:
         raise TypeError(
-            f"fusereg.{op}: sample_ids must be a tensor or a sequence of integers, "
+            f"fusereg.{op}: {name} must be a tensor or a sequence of integers, "
             f"got {type(ids).__name__}"
         )
     if result.shape != (n,):
-        raise ValueError(
-            f"fusereg.{op}: sample_ids must have shape ({n},), got {tuple(result.shape)}"
-        )
+        raise ValueError(f"fusereg.{op}: {name} must have shape ({n},), got {tuple(result.shape)}")
     return result.contiguous()
 
 
@@ -98,6 +97,12 @@ class AugmentParams:
         return self.records.device
 
     # --- what there is ---
+
+    @property
+    def moves(self) -> bool:
+        """True where the geometry of any sample moves a pixel."""
+        still = torch.tensor([1.0, 0, 0, 0, 1, 0], dtype=torch.float64, device=self.device)
+        return self.size != self.input_size or not bool((self.records[:, :6] == still).all())
 
     @property
     def matrices(self) -> Tensor:
@@ -183,6 +188,17 @@ class AugmentParams:
         chosen = chosen.to(self.device)
         result = self._map(lambda t: t[chosen])
         result.records[:, 14] = partners.to(self.device, torch.float64)
+        return result
+
+    def repeat_interleave(self, times: int) -> AugmentParams:
+        """Return each sample's parameters several times in a row, as for the frames of a clip.
+
+        The partner of a frame is the same frame of its clip's partner.
+        """
+        result = self._map(lambda t: t.repeat_interleave(times, dim=0))
+        partners = result.records[:, 14]
+        frames = torch.arange(times, device=self.device).repeat(len(self))
+        result.records[:, 14] = torch.where(partners >= 0, partners * times + frames, partners)
         return result
 
     @staticmethod
@@ -286,18 +302,28 @@ class AugmentParams:
         """Map points of the input to the result.
 
         Args:
-            points: [N, K, 2] (x, y), integers at pixel centers; or N tensors [K_i, 2].
+            points: [N, K, 2] (x, y), integers at pixel centers; or N tensors [K_i, 2]. A third
+                column is the visibility, as in COCO: it becomes 0 where a point leaves the image.
 
         Returns:
             The points in the same form, floating; they may be outside the image.
         """
         if not isinstance(points, Tensor):
             return [self._one(i, len(points)).keypoints(p[None])[0] for i, p in enumerate(points)]
-        self._check_points(points, "keypoints", "points", 2)
+        width = 3 if points.shape[-1:] == (3,) else 2
+        self._check_points(points, "keypoints", "points", width)
         x = points if points.is_floating_point() else points.to(torch.float32)
         m = self.inverse().matrices.to(x.device)
-        moved = torch.einsum("nij,nkj->nki", m[:, :, :2], x.double()) + m[:, None, :, 2]
+        moved = torch.einsum("nij,nkj->nki", m[:, :, :2], x[..., :2].double()) + m[:, None, :, 2]
+        if width == 3:
+            seen = x[..., 2:] * self.inside(moved)[..., None]
+            return torch.cat([moved.to(x.dtype), seen], dim=-1)
         return moved.to(x.dtype)
+
+    def inside(self, points: Tensor) -> Tensor:
+        """Return whether points (x, y) of the result are within its pixels."""
+        limit = points.new_tensor([self.size[1], self.size[0]]) - 0.5
+        return ((points >= -0.5) & (points < limit)).all(-1)
 
     def boxes(
         self, boxes: Tensor | Sequence[Tensor], *, format: str = "xyxy", clip: bool = True
@@ -358,7 +384,14 @@ class AugmentParams:
                 f"got {tuple(points.shape)}"
             )
 
-    def mask(self, mask: Tensor, *, fill: float = 0, fill_mode: str = "constant") -> Tensor:
+    def mask(
+        self,
+        mask: Tensor,
+        *,
+        fill: float = 0,
+        fill_mode: str = "constant",
+        interpolation: str = "nearest",
+    ) -> Tensor:
         """Warp a mask (labels of pixels) as the images, by the nearest pixel.
 
         CutMix's boxes are pasted as in the images; MixUp leaves a mask alone (mix the losses of
@@ -368,24 +401,38 @@ class AugmentParams:
             mask: [N, H, W] or [N, C, H, W]: bool, integers up to 2^53, or floats.
             fill: the label outside the image, in the mask's dtype (such as 255 to ignore it).
             fill_mode: as in :class:`fusereg.augment.Augment`.
+            interpolation: other than "nearest" for floating masks, such as probabilities.
         """
-        op = "AugmentParams.mask"
+        if interpolation != "nearest" and not mask.is_floating_point():
+            raise ValueError(
+                f"fusereg.AugmentParams.mask: interpolation must be 'nearest' for a mask of "
+                f"{mask.dtype}, got {interpolation!r}"
+            )
+        cut = (self.records[:, 15] == 0) & (self.records[:, 14] >= 0)
+        kept = torch.where(cut[:, None], self.records, self.without_mix().records)
+        sampling = (interpolation, False, fill_mode, fill)
+        return replace(self, records=kept).planes(mask, "AugmentParams.mask", sampling)
+
+    def planes(self, mask: Tensor, op: str, sampling: tuple[str, bool, str, Any]) -> Tensor:
+        """Warp and mix planes [N, H, W] or [N, C, H, W] of any number and dtype; erase nothing."""
         if mask.dim() not in (3, 4):
             raise ValueError(
                 f"fusereg.{op}: mask must have shape (N, H, W) or (N, C, H, W), "
                 f"got {tuple(mask.shape)}"
             )
         x = mask if mask.dim() == 4 else mask[:, None]
+        channels, params = x.shape[1], self._map(torch.clone)
+        params.records[:, 6:10] = 0
+        if not 0 < channels <= _C.AUGMENT_MAX_CHANNELS:
+            # Each channel as an image of its own.
+            params = params.repeat_interleave(channels)
+            x = x.flatten(0, 1)[:, None]
         if mask.dtype is torch.bool:
             x = x.to(torch.uint8)
         elif mask.dtype is not torch.uint8 and not mask.is_floating_point():
             x = x.to(torch.float64)
-        cut = (self.records[:, 15] == 0) & (self.records[:, 14] >= 0)
-        kept = torch.where(cut[:, None], self.records, self.without_mix().records)
-        kept[:, 6:10] = 0
-        y = replace(self, records=kept)._render(x, op, ("nearest", False, fill_mode, fill))
-        y = y if mask.dim() == 4 else y[:, 0]
-        return y.to(mask.dtype)
+        y = params._render(x, op, sampling).to(mask.dtype)
+        return y.reshape(*mask.shape[:-2], *y.shape[-2:])
 
     def warp(
         self,
@@ -426,7 +473,7 @@ def _cpu(index: slice | Sequence[int] | Tensor) -> Any:
 
 @dispatch.outside_graphs
 def draw(
-    steps: Sequence[Encoded],
+    steps: Sequence[Values],
     sample_ids: Tensor,
     input_size: tuple[int, int],
     seed: int,

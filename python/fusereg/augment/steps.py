@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 #: (kind, how many steps of the same group come before it, values)
-Encoded: TypeAlias = tuple[int, int, list[float]]
+Values: TypeAlias = tuple[int, int, list[float]]
+Encoded: TypeAlias = "Values | Later"
 Pair: TypeAlias = tuple[float, float]
 _ZERO, _ONE = (0.0, 0.0), (1.0, 1.0)
 
@@ -187,15 +188,83 @@ class ExpandCanvas(Step):
     group = "expand"
 
 
+#: The kinds of steps that leave pixels where they are.
+VALUES = (Color.kind, EraseBox.kind, MixPair.kind)
+
+
+@dataclass(frozen=True)
+class ShortSide(Step):
+    """A resize of the shorter side, with the longer side at most ``longest`` (0: no limit).
+
+    With ``side`` 0, the longer side becomes ``longest``.
+    """
+
+    side: int = 0
+    longest: int = 0
+
+    kind = FullImage.kind
+    group = "crop"
+
+    def at(self, size: tuple[int, int]) -> Step:
+        """Return the step for images of this size; sides are rounded down, as in torchvision."""
+        short, long = sorted(size)
+        new = self.side, int(self.side * long / short)
+        if not self.side:
+            new = int(self.longest * short / long), self.longest
+        elif self.longest and new[1] > self.longest:
+            new = int(self.longest * new[0] / new[1]), self.longest
+        return FullImage(new if size[0] <= size[1] else (new[1], new[0]))
+
+
+@dataclass(frozen=True)
+class Padded(Step):
+    """The image with margins (left, top, right, bottom)."""
+
+    margins: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    kind = RandomWindow.kind
+    group = "crop"
+
+    def at(self, size: tuple[int, int]) -> Step:
+        """Return the step for images of this size: the one window there is."""
+        left, top, right, bottom = self.margins
+        return RandomWindow((size[0] + top + bottom, size[1] + left + right), self.margins)
+
+
+class Later(NamedTuple):
+    """A step whose values depend on the size of the images, and its occurrence."""
+
+    step: ShortSide | Padded
+    occurrence: int
+
+
+def at_size(steps: Sequence[Encoded], size: tuple[int, int]) -> Sequence[Values]:
+    """Return the encoded steps for images of this size."""
+    if not any(isinstance(s, Later) for s in steps):
+        return steps  # type: ignore[return-value]
+    made: list[Values] = []
+    for item in steps:
+        if isinstance(item, Later):
+            step = item.step.at(size)
+            item = (step.kind, item.occurrence, step.values())
+        if item[0] in (RandomWindow.kind, CenterWindow.kind, ResizedWindow.kind, FullImage.kind):
+            size = int(item[2][0]), int(item[2][1])
+        made.append(item)
+    return made
+
+
 def encode(steps: Iterable[Step], seen: dict[str, int] | None = None) -> list[Encoded]:
     """Return the steps as the compiled module takes them.
 
     ``seen`` counts the steps of each group across several calls.
     """
     seen = {} if seen is None else seen
-    encoded = []
+    encoded: list[Encoded] = []
     for step in steps:
         occurrence = seen.get(step.group, 0)
         seen[step.group] = occurrence + 1
-        encoded.append((step.kind, occurrence, step.values()))
+        if isinstance(step, (ShortSide, Padded)):
+            encoded.append(Later(step, occurrence))
+        else:
+            encoded.append((step.kind, occurrence, step.values()))
     return encoded

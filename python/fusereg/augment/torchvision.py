@@ -2,75 +2,202 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from . import compose
 from . import transforms as T
+from .arguments import size_pair
+from .fuse import UNIT, Stage
+from .loop import Called
+from .render import Mix
+from .steps import FullImage, Padded, ShortSide, Step
+from .tree import wrap
+
+#: PIL's numbers of interpolations.
+_NUMBERS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
 
-def _fill(transform: Any) -> Any:
-    """Return a number or one for each channel; None if the fill depends on the input's type."""
+def _fill(transform: Any, *kinds: str) -> Any:
+    """Return the fill of images, or of other types: a number, or one for each channel."""
     fill = transform.fill
-    return None if isinstance(fill, dict) else 0 if fill is None else fill
+    if isinstance(fill, dict):
+        named = {getattr(k, "__name__", k): v for k, v in fill.items()}
+        wanted = kinds or ("Image", "Tensor")
+        fill = next((named[k] for k in (*wanted, "others") if k in named), None)
+    return 0 if fill is None else fill
 
 
-def _rotation(t: Any) -> compose.Transform | None:
-    # torchvision expands the canvas for the angle that it draws, fusereg for the whole range.
-    if t.expand or _fill(t) is None:
-        return None
-    return T.RandomRotation(list(t.degrees), t.interpolation, False, t.center, _fill(t))
+def _mask_fill(transform: Any) -> float | None:
+    """Return the fill of masks: torchvision's is that of the images if it is one number."""
+    fill = _fill(transform, "Mask")
+    return float(fill) if isinstance(fill, (int, float)) else None
 
 
-def _affine(t: Any) -> compose.Transform | None:
-    if _fill(t) is None:
-        return None
+def _interpolation(transform: Any) -> Any:
+    value = transform.interpolation
+    return _NUMBERS.get(value, value) if isinstance(value, int) else value
+
+
+def _filled(stage: Stage, transform: Any) -> Stage:
+    return replace(stage, mask_fill=_mask_fill(transform))
+
+
+def _rotation(t: Any) -> Stage | str:
+    if t.expand:
+        return "it expands the canvas for the angle that it draws, fusereg for all of a range"
+    made = T.RandomRotation(list(t.degrees), _interpolation(t), False, t.center, _fill(t), seed=0)
+    return _filled(made.stage, t)
+
+
+def _affine(t: Any) -> Stage:
     shear = None if t.shear is None else list(t.shear)
-    return T.RandomAffine(
-        list(t.degrees), t.translate, t.scale, shear, t.interpolation, _fill(t), t.center
+    made = T.RandomAffine(
+        list(t.degrees), t.translate, t.scale, shear, _interpolation(t), _fill(t), t.center, seed=0
     )
+    return _filled(made.stage, t)
 
 
-def _crop(t: Any) -> compose.Transform | None:
-    if _fill(t) is None:
-        return None
+def _crop(t: Any) -> Stage:
     padding = t.padding
     is_v2 = type(t).__module__.startswith("torchvision.transforms.v2")
     if isinstance(padding, (list, tuple)) and len(padding) == 4 and is_v2:
         left, right, top, bottom = padding  # v2 keeps them in this order
         padding = [left, top, right, bottom]
-    return T.RandomCrop(list(t.size), padding, t.pad_if_needed, _fill(t), t.padding_mode)
+    made = T.RandomCrop(list(t.size), padding, t.pad_if_needed, _fill(t), t.padding_mode, seed=0)
+    return _filled(made.stage, t)
 
 
-def _erasing(t: Any) -> compose.Transform | None:
+def _pad(t: Any) -> Stage:
+    made = T.RandomCrop(1, t.padding, False, _fill(t), t.padding_mode, seed=0)
+    (step,) = made.stage.steps
+    margins = step.margins  # type: ignore[attr-defined]
+    return _filled(replace(made.stage, name="Pad", steps=(Padded(margins),), moves=False), t)
+
+
+def _resize(t: Any) -> Stage:
+    size, longest = t.size, getattr(t, "max_size", None)
+    one = size is None or isinstance(size, int) or len(size) == 1
+    step: Step
+    if one:
+        side = 0 if size is None else size if isinstance(size, int) else size[0]
+        if side and longest and longest <= side:
+            raise ValueError(f"max_size = {longest} must be greater than the size {side}")
+        step = ShortSide(side, longest or 0)
+    else:
+        step = FullImage(size_pair(list(size), "Resize"))
+    made = T.RandomResizedCrop(1, interpolation=_interpolation(t), antialias=t.antialias, seed=0)
+    return replace(made.stage, name="Resize", steps=(step,), moves=False)
+
+
+def _dtype(t: Any) -> Stage | str:
+    """Return the stage of ToDtype: of images, to a floating dtype with 255 as 1."""
+    dtype = t.dtype
+    cast: Callable[[Any], Any] | None = None
+    if isinstance(dtype, dict):
+        named = {getattr(k, "__name__", k): v for k, v in dtype.items()}
+        dtype = next((named[k] for k in ("Image", "Tensor", "others") if k in named), None)
+        cast = _Cast(named)
+    if dtype is None:
+        return Stage("ToDtype", cast=cast)
+    if not dtype.is_floating_point or not getattr(t, "scale", True):
+        return "it converts values without scaling, or to integers"
+    return Stage(type(t).__name__, normal=UNIT, dtype=dtype, cast=cast)
+
+
+class _Cast:
+    """ToDtype's dtypes of targets, by the names of their types."""
+
+    def __init__(self, named: Mapping[Any, torch.dtype | None]) -> None:
+        self.named = named
+
+    def __call__(self, value: Any) -> Any:
+        """Return a target in its dtype; plain tensors stay."""
+        if not isinstance(value, Tensor) or type(value) is Tensor:
+            return value
+        dtype = self.named.get(type(value).__name__, self.named.get("others"))
+        if dtype is None or type(value).__name__ in ("Image", "Video"):
+            return value
+        return wrap(value.as_subclass(Tensor).to(dtype), value)
+
+
+def _choice(t: Any) -> Stage | str:
+    """Return the stage of a choice of MixUp and CutMix."""
+    names = [type(inner).__name__ for inner in t.transforms]
+    if sorted(names) != ["CutMix", "MixUp"]:
+        return "it is drawn for each sample"
+    by_name = dict(zip(names, t.transforms, strict=True))
+    share = dict(zip(names, t.p, strict=True))
+    mixup, cutmix = by_name["MixUp"], by_name["CutMix"]
+    if mixup.num_classes != cutmix.num_classes:
+        return "MixUp and CutMix have several numbers of classes"
+    mix = Mix(mixup.alpha, cutmix.alpha, switch=share["CutMix"], num_classes=mixup.num_classes)
+    return Stage("MixUp or CutMix", (mix.step(),), mixes=True, num_classes=mix.num_classes)
+
+
+def _floats(values: Any) -> list[float]:
+    return [float(v) for v in values]
+
+
+def _erasing(t: Any) -> Stage:
     value = "random" if t.value is None else t.value
-    return None if t.inplace else T.RandomErasing(t.p, t.scale, t.ratio, value)
+    return T.RandomErasing(t.p, t.scale, t.ratio, value, seed=0).stage
 
 
-_KNOWN: Mapping[str, Callable[[Any], compose.Transform | None]] = {
+_KNOWN: Mapping[str, Callable[[Any], Stage | Sequence[Stage] | str]] = {
     "RandomRotation": _rotation,
     "RandomAffine": _affine,
     "RandomCrop": _crop,
     "RandomErasing": _erasing,
-    "RandomResizedCrop": lambda t: T.RandomResizedCrop(
-        list(t.size), t.scale, t.ratio, t.interpolation, t.antialias
+    "RandomResizedCrop": lambda t: (
+        T.RandomResizedCrop(
+            list(t.size), t.scale, t.ratio, _interpolation(t), t.antialias, seed=0
+        ).stage
     ),
-    "RandomHorizontalFlip": lambda t: T.RandomHorizontalFlip(t.p),
-    "RandomVerticalFlip": lambda t: T.RandomVerticalFlip(t.p),
-    "CenterCrop": lambda t: T.CenterCrop(list(t.size)),
-    "Normalize": lambda t: None if t.inplace else T.Normalize(list(t.mean), list(t.std)),
-    "MixUp": lambda t: T.MixUp(alpha=t.alpha, num_classes=t.num_classes),
-    "CutMix": lambda t: T.CutMix(alpha=t.alpha, num_classes=t.num_classes),
+    "RandomHorizontalFlip": lambda t: T.RandomHorizontalFlip(t.p, seed=0).stage,
+    "RandomVerticalFlip": lambda t: T.RandomVerticalFlip(t.p, seed=0).stage,
+    "CenterCrop": lambda t: (
+        T.CenterCrop(list(t.size) if isinstance(t.size, (list, tuple)) else t.size, seed=0).stage
+    ),
+    "Normalize": lambda t: T.Normalize(_floats(t.mean), _floats(t.std)).stage,
+    "MixUp": lambda t: T.MixUp(alpha=t.alpha, num_classes=t.num_classes, seed=0).stage,
+    "CutMix": lambda t: T.CutMix(alpha=t.alpha, num_classes=t.num_classes, seed=0).stage,
+    "RandomChoice": _choice,
+    "Resize": _resize,
+    "Pad": _pad,
+    "ToDtype": _dtype,
+    "ConvertImageDtype": _dtype,
+    "Identity": lambda t: Stage("Identity"),
+    "ToImage": lambda t: Stage("ToImage", types="image"),
+    "ToPureTensor": lambda t: Stage("ToPureTensor", types="pure"),
+    "PILToTensor": lambda t: Stage("PILToTensor", types="pure"),
+    "ToTensor": lambda t: Stage("ToTensor", normal=UNIT, dtype=torch.float32, types="pure"),
 }
 
 
-def from_torchvision(transform: object) -> compose.Transform | None:
-    """Return fusereg's transform for one of torchvision's, None for anything else."""
+def from_torchvision(transform: object) -> Sequence[Stage] | Called | None:
+    """Return the stages of a transform of torchvision, or how it is called; None: not of it."""
     kind = type(transform)
-    if not kind.__module__.startswith("torchvision.transforms"):
+    if kind.__module__.startswith("timm.data") and kind.__name__ == "MaybeToTensor":
+        return [Stage("MaybeToTensor", normal=UNIT, dtype=torch.float32, types="pure")]
+    if not kind.__module__.startswith("torchvision.transforms") or not callable(transform):
         return None
     convert = _KNOWN.get(kind.__name__)
-    return None if convert is None else convert(transform)
+    if convert is None:
+        return Called.of(transform)
+    if getattr(transform, "inplace", False):
+        return Called.of(transform, "it writes into its input")
+    try:
+        stage = convert(transform)
+    except (ValueError, TypeError) as error:
+        return Called.of(transform, f"fusereg has no such arguments ({error})")
+    if isinstance(stage, str):
+        return Called.of(transform, stage)
+    return [stage] if isinstance(stage, Stage) else stage
 
 
 compose.converters.append(from_torchvision)

@@ -1,0 +1,221 @@
+"""The passes of a chain, one after the other: draw, move the targets, render or call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import op as _ops
+from .arguments import check_memory_format
+from .inputs import Batch
+from .loop import Called, CallParams, call, size_after
+from .params import AugmentParams
+from .render import Settings, render
+from .seeded import Keys, SeededModule
+from .steps import VALUES, Encoded, Later, at_size
+from .targets import Look, Targets, rules_of
+
+Size: TypeAlias = tuple[int, int]
+#: What a pass has drawn; where the images differ in size, for each of them.
+PassParams: TypeAlias = AugmentParams | CallParams | list[Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A pass as it runs.
+
+    Attributes:
+        steps: what is drawn.
+        settings: of the kernel.
+        called: what is called instead.
+        dtype: of the result, where a transform says so.
+        mask_fill: as its transforms have it.
+        idle: nothing happens: there are only conversions of types.
+    """
+
+    steps: Sequence[Encoded]
+    settings: Settings
+    called: Called | None = None
+    dtype: torch.dtype | None = None
+    mask_fill: float | None = None
+    idle: bool = False
+
+    def look(self) -> Look:
+        """Return what targets see."""
+        s = self.settings
+        return Look(
+            s.fill_mode,
+            self.mask_fill,
+            s.interpolation,
+            s.antialias,
+            s.mixed,
+            s.num_classes,
+            any(isinstance(step, Later) or step[0] not in VALUES for step in self.steps),
+        )
+
+
+class Chain(SeededModule):
+    """Base of Augment and Compose: passes that are drawn, rendered or called in turn."""
+
+    def __init__(
+        self,
+        *,
+        seed: int | None,
+        out_dtype: torch.dtype | None,
+        memory_format: torch.memory_format | None,
+        rules: dict[str, Any],
+    ) -> None:
+        super().__init__(seed)
+        self.out_dtype = out_dtype
+        self.memory_format = check_memory_format(memory_format, self._op)
+        self.rules = rules_of(self._op, rules)
+        self._keep_dtype = True
+
+    def _units(self) -> Sequence[Unit]:
+        raise NotImplementedError
+
+    def _draw(self, place: int, unit: Unit, keys: Keys, size: Size | list[Size]) -> PassParams:
+        """Draw for one pass, in images of one size or of several."""
+        if isinstance(size, list):
+            return [self._draw(place, unit, keys[i : i + 1], own) for i, own in enumerate(size)]
+        if unit.called is not None:
+            return CallParams(keys.of_place(place), keys.ids)
+        return keys.draw(at_size(unit.steps, size), size, self._op)
+
+    def _sizes(
+        self, unit: Unit, params: PassParams, size: Size | list[Size], dtype: torch.dtype
+    ) -> Any:
+        """Return the size of the images after a pass, or their sizes."""
+        if isinstance(params, AugmentParams):
+            return params.size
+        if isinstance(params, list):
+            assert isinstance(size, list)
+            pairs = zip(params, size, strict=True)
+            found: list[Any] = [self._sizes(unit, p, s, dtype) for p, s in pairs]
+        else:
+            assert unit.called is not None
+            if not unit.called.resizes or not len(params):
+                return size
+            seeds = params.seeds.tolist() if unit.called.each else params.seeds.tolist()[:1]
+            assert isinstance(size, tuple)
+            found = [size_after(unit.called, size, dtype, seed) for seed in seeds]
+        return found[0] if len(set(found)) == 1 else found
+
+    def _drawn(self, keys: Keys, size: Size) -> list[PassParams]:
+        """Draw for all passes, as sample_params does."""
+        drawn: list[PassParams] = []
+        sizes: Any = size
+        dtype = torch.uint8  # what transforms that are called see, to know the size they give
+        for place, unit in enumerate(self._units()):
+            drawn.append(self._draw(place, unit, keys, sizes))
+            sizes = self._sizes(unit, drawn[-1], sizes, dtype)
+            if unit.dtype is not None or unit.settings.normal is not None:
+                dtype = torch.float32
+        return drawn
+
+    def _run(
+        self,
+        batch: Batch,
+        found: Targets | None,
+        keys: Keys | None,
+        given: list[Any] | None,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Targets | None]:
+        """Run all passes: the images [N * frames, C, H, W] and the targets."""
+        units = list(enumerate(self._units()))
+        return self._some(units, batch.x, batch.frames, found, keys, given, out)
+
+    def _some(
+        self,
+        units: list[tuple[int, Unit]],
+        x: Tensor,
+        frames: int,
+        found: Targets | None,
+        keys: Keys | None,
+        given: list[Any] | None,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Targets | None]:
+        op, last = self._op, len(units) - 1
+        checked = True
+        for at, (place, unit) in enumerate(units):
+            if not checked:
+                _ops.check_images(x, op)
+                checked = True
+            size = (x.shape[-2], x.shape[-1])
+            if given is not None:
+                own = given[at]
+            else:
+                assert keys is not None
+                own = self._draw(place, unit, keys, size)
+            if unit.called is not None:
+                if not isinstance(own, CallParams):
+                    raise TypeError(
+                        f"fusereg.{op}: params of {unit.called.name} must be CallParams, got "
+                        f"{type(own).__name__}"
+                    )
+                y, trees = call(unit.called, x, own, found, op, frames)
+                rest = None if given is None else given[at + 1 :]
+                if isinstance(y, list):
+                    return self._each(units[at + 1 :], y, trees, frames, found, keys, rest)
+                x, checked = y, False
+                if found is not None and trees is not None:
+                    found = found.joined(trees, (x.shape[-2], x.shape[-1]))
+                continue
+            if unit.idle:
+                continue
+            if found is not None:
+                found.move(own, unit.look())
+            x = render(
+                x,
+                own if frames == 1 else own.repeat_interleave(frames),
+                unit.settings,
+                op,
+                out_dtype=(self.out_dtype or unit.dtype) if at == last else unit.dtype,
+                keep_dtype=self._keep_dtype,
+                memory_format=self.memory_format,
+                out=out if at == last else None,
+            )
+        return x, found
+
+    def _each(
+        self,
+        units: list[tuple[int, Unit]],
+        images: list[Tensor],
+        trees: list[Any] | None,
+        frames: int,
+        found: Targets | None,
+        keys: Keys | None,
+        given: list[Any] | None,
+    ) -> tuple[Tensor, Targets | None]:
+        """Run passes for images of several sizes, one by one up to a pass that mixes them."""
+        op = self._op
+        stop = next((i for i, (_, u) in enumerate(units) if u.settings.mixed), len(units))
+        if found is not None and trees is None:
+            trees = found.split(False)
+        results, moved = [], []
+        for i, image in enumerate(images):
+            x = image if frames > 1 else image[None]
+            one = None
+            if found is not None and trees is not None:
+                one = found.of_one(trees[i], (x.shape[-2], x.shape[-1]))
+            some = None if given is None else [g[i] for g in given[:stop]]
+            key = None if keys is None else keys[i : i + 1]
+            y, one = self._some(units[:stop], x, frames, one, key, some, None)
+            results.append(y)
+            if one is not None:
+                moved.append(one.whole()[0])
+        sizes = {tuple(y.shape[-2:]) for y in results}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"fusereg.{op}: images must be of one size in the end and before they are mixed, "
+                f"got {sorted(sizes)}; add a crop or a Resize to (height, width)"
+            )
+        x = torch.cat(results)
+        if found is not None:
+            found = found.joined(moved, (x.shape[-2], x.shape[-1]))
+        rest = None if given is None else given[stop:]
+        return self._some(units[stop:], x, frames, found, keys, rest, None)

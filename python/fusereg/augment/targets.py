@@ -1,0 +1,661 @@
+"""Targets that move with the images: one walk over any nesting of them.
+
+Masks, boxes, points, further images and videos are torchvision's tv_tensors; torchvision is never
+imported. Plain tensors are labels. What is neither, and would have to move, is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import INTERPOLATIONS, integer, is_sequence, number, one_of
+from .labels import MixedLabels, mix_labels
+from .params import AugmentParams
+from .tree import (
+    Columns,
+    Node,
+    hides_tensors,
+    items_of,
+    kind_of,
+    one_each,
+    plain,
+    stack,
+    values_of,
+    wrap,
+)
+
+#: Keys whose values have a row for each box, and are filtered with the boxes.
+ROWS = ("labels", "masks", "keypoints", "area", "iscrowd", "scores", "visibility")
+#: Words in the keys of plain values that are places in the image, whatever their shape.
+_PLACES = re.compile(
+    r"(?:^|[^a-z])(?:b?box(?:es)?|bndbox|keypoints?|kpts?|landmarks?|polygons?|segmentations?|joints)"
+    r"(?:$|[^a-z])"
+)
+_LABELS = re.compile("label|class|categor|id|area|score|weight|count|num|visib|name")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules by which targets move.
+
+    Args:
+        mask_fill: the label outside the image, such as 255. Default: what a transform of
+            torchvision has as the fill of masks, else 0. Masks beside boxes (one for each) and
+            boolean masks are filled with 0.
+        mask_interpolation: of floating masks; masks of integers take the nearest pixel.
+        image_interpolation: of a second image, such as depth; default: that of the images.
+        keypoint_pairs: pairs of indices, such as left and right eye, that change places where an
+            image is mirrored.
+        min_area: boxes with a smaller area (in pixels, cut to the image) are left out, with their
+            rows.
+        min_visibility: boxes of which a smaller share is left, likewise.
+        rows: the keys beside boxes whose values have a row for each box.
+        passthrough: True to leave what is not understood as it is, or the keys to leave alone.
+    """
+
+    mask_fill: float | None = None
+    mask_interpolation: str = "nearest"
+    image_interpolation: str | None = None
+    keypoint_pairs: Sequence[tuple[int, int]] = ()
+    min_area: float = 0.0
+    min_visibility: float = 0.0
+    rows: Sequence[str] = ROWS
+    passthrough: bool | Sequence[str] = False
+
+    def check(self, op: str) -> Rules:
+        """Check the arguments."""
+        if self.mask_fill is not None:
+            number(self.mask_fill, op, "mask_fill")
+        one_of(self.mask_interpolation, op, "mask_interpolation", list(INTERPOLATIONS))
+        if self.image_interpolation is not None:
+            one_of(self.image_interpolation, op, "image_interpolation", list(INTERPOLATIONS))
+        for pair in self.keypoint_pairs:
+            if not is_sequence(pair) or len(pair) != 2:
+                raise ValueError(f"fusereg.{op}: keypoint_pairs must be pairs, got {pair!r}")
+            if min(integer(i, op, "keypoint_pairs") for i in pair) < 0:
+                raise ValueError(f"fusereg.{op}: keypoint_pairs must not be negative, got {pair!r}")
+        for name in ("min_area", "min_visibility"):
+            if number(getattr(self, name), op, name) < 0:
+                raise ValueError(f"fusereg.{op}: {name} must not be negative")
+        if self.min_visibility > 1:
+            raise ValueError(
+                f"fusereg.{op}: min_visibility must be within [0, 1], got {self.min_visibility}"
+            )
+        for name in ("rows", "passthrough"):
+            keys = getattr(self, name)
+            if isinstance(keys, bool) and name == "passthrough":
+                continue
+            if not is_sequence(keys) or not all(isinstance(k, str) for k in keys):
+                raise TypeError(f"fusereg.{op}: {name} must be a sequence of keys, got {keys!r}")
+        return self
+
+
+@dataclass(frozen=True)
+class Look:
+    """The part of a pass that targets see."""
+
+    fill_mode: str = "constant"
+    mask_fill: float | None = None
+    interpolation: str = "bilinear"
+    antialias: bool = False
+    mixed: bool = False
+    num_classes: int | None = None
+    moves: bool = True
+
+
+# --- the walk -------------------------------------------------------------------------------------
+
+
+class Leaf:
+    """A value in the targets.
+
+    Attributes:
+        path: where it is, for errors.
+        key: the nearest name above it.
+        group: the place of the mapping, tuple or record that it is in, and the sample.
+        value: what is there now.
+        sample: the index of its sample, or None for the whole batch.
+        mixable: a label that is mixed with its image.
+    """
+
+    def __init__(
+        self, path: str, key: str, group: object, value: Any, sample: int | None, mixable: bool
+    ) -> None:
+        self.path, self.key, self.group, self.value = path, key, group, value
+        self.sample, self.mixable = sample, mixable
+
+    @property
+    def kind(self) -> str:
+        """Return "Mask", "BoundingBoxes", "KeyPoints", "Image", "Video", "Tensor" or ""."""
+        return kind_of(self.value)
+
+
+class Targets:
+    """The targets of a batch of n images, or of one sample (``single``).
+
+    A mapping, a record (named tuple or dataclass) and a tuple of unlike things hold values of the
+    whole batch; a list or tuple of n like things has one for each sample.
+    """
+
+    def __init__(
+        self, tree: Any, n: int, size: tuple[int, int], rules: Rules, op: str, mixed: bool
+    ) -> None:
+        self.n, self.size, self.rules, self.op, self.mixed = n, size, rules, op, mixed
+        self.leaves: list[Leaf] = []
+        self._tree = self._walk(tree, "targets", "", (), None, True)
+        for leaf in self.leaves:
+            self._check(leaf)
+
+    def _walk(
+        self, tree: Any, path: str, key: str, group: object, sample: int | None, mixable: bool
+    ) -> Any:
+        if isinstance(tree, Columns):
+            own = (path, id(tree))
+            parts = [
+                self._walk(v, f"{path}[{i}]", "", own, None, i == 0)
+                for i, v in enumerate(tree.values)
+            ]
+            return Node(tree, dict(enumerate(parts)))
+        items = items_of(tree)
+        if items is None or isinstance(tree, MixedLabels):
+            leaf = Leaf(path, key, (group, sample), tree, sample, mixable)
+            self.leaves.append(leaf)
+            return leaf
+        indexed = isinstance(tree, (list, tuple)) and not hasattr(tree, "_fields")
+        each = indexed and sample is None and one_each(tree, self.n)
+        if each:
+            each = self._is_each(tree, path)
+        if self.mixed and mixable and indexed and not each and items and sample is None:
+            self._refuse_numbers(tree, path)
+        made = {}
+        # A list keeps the name and the group of what it is in; other containers have their own.
+        inner_group = group if indexed and (each or isinstance(tree, list)) else (path, id(tree))
+        for name, value in items.items():
+            where = (
+                f"{path}[{name!r}]" if indexed or isinstance(tree, Mapping) else f"{path}.{name}"
+            )
+            made[name] = self._walk(
+                value,
+                where,
+                key if indexed else str(name),
+                inner_group,
+                name if each else sample,
+                mixable,
+            )
+        return Node(tree, made, each)
+
+    def _is_each(self, tree: Any, path: str) -> bool:
+        """Return whether n like things are of one sample each, and not all of the batch."""
+        kinds = {kind_of(v) for v in tree}
+        if kinds == {"Tensor"} and self.mixed:
+            return False  # only labels of the batch can be mixed
+        rows = kinds in ({"Mask"}, {"KeyPoints"})
+        alike = rows and all(v.dim() == 3 and len(v) == self.n for v in tree)
+        if isinstance(tree, tuple) and self.n > 1 and alike:
+            raise ValueError(
+                f"fusereg.{self.op}: {path} may be {self.n} values of the whole batch or one for "
+                f"each of {self.n} samples, with {self.n} rows; give names to the former in a "
+                "mapping, or the latter in a list"
+            )
+        return True
+
+    def _refuse_numbers(self, tree: Any, path: str) -> None:
+        if all(isinstance(v, (int, float)) for v in tree):
+            raise TypeError(
+                f"fusereg.{self.op}: {path} must be a tensor, got {type(tree).__name__}"
+            )
+
+    def _left_alone(self, leaf: Leaf) -> bool:
+        keys = self.rules.passthrough
+        return not isinstance(keys, bool) and leaf.key in keys
+
+    def _check(self, leaf: Leaf) -> None:
+        """Check the shape of what moves."""
+        kind, value = leaf.kind, leaf.value
+        if kind in ("", "Tensor", "TVTensor") or self._left_alone(leaf):
+            return
+        if kind == "BoundingBoxes":
+            if leaf.sample is None and self.n != 1:
+                raise ValueError(
+                    f"fusereg.{self.op}: {leaf.path} must be one tv_tensors.BoundingBoxes for each "
+                    f"of the {self.n} samples, got 1"
+                )
+            leaf.sample = leaf.sample or 0
+            name = str(value.format.value)
+            if name in ("XYWHR", "CXCYWHR"):
+                raise ValueError(
+                    f"fusereg.{self.op}: {leaf.path} must be boxes in one of XYXY, XYWH, CXCYWH "
+                    f"and XYXYXYXY, got {name}: a rotated box is no rectangle after a shear; give "
+                    "its corners, by convert_bounding_box_format"
+                )
+        elif kind == "KeyPoints":
+            if leaf.sample is None and (value.dim() < 3 or value.shape[0] != self.n):
+                if self.n != 1:
+                    raise ValueError(
+                        f"fusereg.{self.op}: {leaf.path} must be KeyPoints ({self.n}, ..., 2) or "
+                        f"one for each of the {self.n} samples, got shape {tuple(value.shape)}"
+                    )
+                leaf.sample = 0
+        else:
+            self._check_planes(leaf)
+
+    def _check_planes(self, leaf: Leaf) -> None:
+        kind, shape = leaf.kind, tuple(leaf.value.shape)
+        most = {"Mask": 3, "Image": 3, "Video": 4}[kind]
+        least = 2 if kind == "Mask" else most
+        batched = leaf.sample is None
+        first = () if not batched else (self.n,)
+        good = least <= len(shape) - batched <= most and shape[: len(first)] == first
+        if not good or shape[-2:] != self.size:
+            names = {"Mask": "[K,] H, W", "Image": "C, H, W", "Video": "T, C, H, W"}[kind]
+            one = "" if not batched else f"{self.n}, "
+            names = names.replace("H, W", f"{self.size[0]}, {self.size[1]}")
+            raise ValueError(
+                f"fusereg.{self.op}: {leaf.path}, a {kind}, must have shape ({one}{names}) as the "
+                f"images, got {shape}"
+            )
+
+    # --- what is not understood ---
+
+    def any_types(self) -> bool:
+        """Return whether there is anything of torchvision's types."""
+        return any(leaf.kind not in ("", "Tensor") for leaf in self.leaves)
+
+    def check_all_move(self, who: str, params: AugmentParams | None = None) -> None:
+        """Raise an error that names what would have to move with the images, and cannot.
+
+        ``params`` may turn out to move nothing.
+        """
+        if self.rules.passthrough is True:
+            return
+        for leaf in self.leaves:
+            reason = "" if self._left_alone(leaf) else self._place(leaf)
+            if reason and (params is None or params.moves):
+                raise ValueError(
+                    f"fusereg.{self.op}: {leaf.path} {reason}, and {who} moves the images. Give a "
+                    "torchvision tv_tensor (Mask, BoundingBoxes, KeyPoints, Image), which moves "
+                    "with them, or name the key in passthrough= if it must stay as it is"
+                )
+
+    def _place(self, leaf: Leaf) -> str:
+        """Return why a value may be a place in the image, or an empty string if it is none."""
+        value, key = leaf.value, leaf.key.lower()
+        if value is None or isinstance(value, (str, bytes, MixedLabels)):
+            return ""
+        kind = leaf.kind
+        if kind not in ("", "Tensor"):
+            return "is a tv_tensor that fusereg does not know" if kind == "TVTensor" else ""
+        named = bool(_PLACES.search(key)) and not _LABELS.search(key)
+        shape = getattr(value, "shape", None)
+        if shape is None:
+            if isinstance(value, (int, float)):
+                return "is a number of a place, by its key" if named else ""
+            if type(value).__module__.partition(".")[0] == "PIL":
+                return "is an image of PIL"
+            if hides_tensors(value):
+                return f"is a {type(value).__name__}, which fusereg does not go through"
+            return ""
+        if named:
+            return "is a plain tensor or array of places, by its key"
+        rest = tuple(shape[1:]) if leaf.sample is None else tuple(shape[min(len(shape), 1) :])
+        if len(rest) > 1:
+            return f"is a plain tensor or array of shape {tuple(shape)}"
+        if len(rest) == 1 and rest[0] > 1 and not _probabilities(value, rest[0]):
+            return f"is a plain tensor or array of shape {tuple(shape)}, and no probabilities"
+        return ""
+
+    # --- a pass ---
+
+    def move(self, params: AugmentParams, look: Look) -> None:
+        """Move the targets as the images of a pass that fusereg computes."""
+        if look.moves:
+            self.check_all_move("the augmentation", params)
+        if look.mixed:
+            for leaf in self.leaves:
+                self._mix(leaf, params, look)
+        if not look.moves or not self.any_types():
+            self.size = params.size
+            return
+        alone = params.without_mix()
+        by_kind: dict[str, list[Leaf]] = {}
+        for leaf in self.leaves:
+            if not self._left_alone(leaf):
+                by_kind.setdefault(leaf.kind, []).append(leaf)
+        if not look.mixed:  # or else they have been moved as well
+            self._move_planes(by_kind.get("Mask", []), alone, self._mask_sampling(look), True)
+        interpolation = self.rules.image_interpolation or look.interpolation
+        antialias = look.antialias and interpolation != "nearest"
+        sampling = (interpolation, antialias, look.fill_mode, 0.0)
+        for kind in ("Image", "Video"):
+            self._move_planes(by_kind.get(kind, []), alone, lambda _: sampling, False)
+        self._move_boxes(by_kind.get("BoundingBoxes", []), alone)
+        self._move_points(by_kind.get("KeyPoints", []), alone)
+        self.size = params.size
+
+    def _mask_sampling(self, look: Look) -> Callable[[Leaf], tuple[str, bool, str, float]]:
+        fill = self.rules.mask_fill if self.rules.mask_fill is not None else look.mask_fill or 0.0
+        with_boxes = {leaf.group for leaf in self.leaves if leaf.kind == "BoundingBoxes"}
+
+        def sampling(leaf: Leaf) -> tuple[str, bool, str, float]:
+            value = leaf.value
+            instances = leaf.group in with_boxes or value.dtype is torch.bool
+            floating = value.is_floating_point()
+            mode = self.rules.mask_interpolation if floating else "nearest"
+            return mode, False, look.fill_mode, 0.0 if instances else fill
+
+        return sampling
+
+    def _mix(self, leaf: Leaf, params: AugmentParams, look: Look) -> None:
+        """Mix a label or the masks of the batch; refuse what cannot be mixed."""
+        value, kind, op = leaf.value, leaf.kind, self.op
+        if value is None or isinstance(value, (str, bytes)) or self._left_alone(leaf):
+            return
+        moves = kind not in ("", "Tensor")
+        is_number = isinstance(value, (int, float))
+        if kind == "Mask" and leaf.sample is None:
+            leaf.value = self._mix_mask(leaf, params, look)
+        elif leaf.sample is not None and (moves or (leaf.mixable and (kind or is_number))):
+            raise ValueError(
+                f"fusereg.{op}: targets of single samples cannot be mixed; leave mix out, or pass "
+                f"labels of the whole batch (at {leaf.path})"
+            )
+        elif moves:
+            raise ValueError(
+                f"fusereg.{op}: {leaf.path}, {kind}, cannot be mixed as images are; leave mix out"
+            )
+        elif leaf.mixable and not is_number and (kind or self.rules.passthrough is not True):
+            leaf.value = mix_labels(value, params, look.num_classes, op)
+
+    def _mix_mask(self, leaf: Leaf, params: AugmentParams, look: Look) -> Any:
+        """Paste CutMix's boxes; MixUp mixes probabilities, which one-hot masks are as well."""
+        mask = plain(leaf.value)
+        paired = params.records[:, 14] >= 0
+        blended = bool((paired & (params.records[:, 15] != 0)).any())
+        mode, antialias, fill_mode, fill = self._mask_sampling(look)(leaf)
+        if not blended:
+            moved = params.mask(mask, fill=fill, fill_mode=fill_mode, interpolation=mode)
+            return wrap(moved, leaf.value)
+        if mask.dim() != 4 or (mask.shape[1] < 2 and not mask.is_floating_point()):
+            raise ValueError(
+                f"fusereg.{self.op}: {leaf.path} must be one-hot or probabilities "
+                f"({self.n}, K, H, W) to be mixed by MixUp, got {mask.dtype} of shape "
+                f"{tuple(mask.shape)}"
+            )
+        soft = mask if mask.is_floating_point() else mask.float()
+        sampling = (mode, antialias, fill_mode, fill)
+        return wrap(params.planes(soft, self.op, sampling), leaf.value)
+
+    def _move_planes(
+        self,
+        leaves: list[Leaf],
+        alone: AugmentParams,
+        sampling: Callable[[Leaf], tuple[str, bool, str, float]],
+        masks: bool,
+    ) -> None:
+        """Warp masks, images and videos: all alike in one call."""
+        alike: dict[tuple[Any, torch.dtype, torch.device, int], list[Leaf]] = {}
+        for leaf in leaves:
+            value = leaf.value
+            channels = 1 if masks else value.shape[-3]
+            alike.setdefault((sampling(leaf), value.dtype, value.device, channels), []).append(leaf)
+        for (how, dtype, _, channels), group in alike.items():
+            stacks, rows = [], []
+            for leaf in group:
+                flat = plain(leaf.value)
+                samples = range(self.n) if leaf.sample is None else [leaf.sample]
+                planes = (
+                    flat.reshape(-1, channels, *flat.shape[-2:])
+                    if flat.numel()
+                    else (flat.new_empty(0, channels, *flat.shape[-2:]))
+                )
+                stacks.append(planes)
+                each = len(planes) // max(1, len(samples))
+                rows.append(torch.tensor(samples, dtype=torch.int64).repeat_interleave(each))
+            x = torch.cat(stacks)
+            if not masks and not dtype.is_floating_point and dtype is not torch.uint8:
+                x = x.double()
+            y = alone[torch.cat(rows)].planes(x, self.op, how)
+            y = (y if dtype.is_floating_point or masks else y.round()).to(dtype)
+            for leaf, part in zip(group, y.split([len(s) for s in stacks]), strict=True):
+                shape = (*leaf.value.shape[:-2], *alone.size)
+                leaf.value = wrap(part.reshape(shape), leaf.value)
+
+    def _move_boxes(self, leaves: list[Leaf], alone: AugmentParams) -> None:
+        """Move boxes to boxes around them, cut to the image; those of corners, corner by corner."""
+        for name in {str(leaf.value.format.value) for leaf in leaves}:
+            group = [leaf for leaf in leaves if str(leaf.value.format.value) == name]
+            counts = [len(leaf.value) for leaf in group]
+            rows = torch.tensor([leaf.sample for leaf in group]).repeat_interleave(
+                torch.tensor(counts)
+            )
+            b = torch.cat([plain(leaf.value) for leaf in group])
+            own = alone[rows]
+            if name == "XYXYXYXY":
+                places: Any = own.keypoints(b.reshape(-1, 4, 2) - 0.5)
+                moved = places + 0.5
+                m = own.matrices.to(b.device)
+                mirrored = m[:, 0, 0] * m[:, 1, 1] < m[:, 0, 1] * m[:, 1, 0]
+                turned = moved[:, [1, 0, 3, 2]]  # the corners' order stays clockwise
+                moved = torch.where(mirrored[:, None, None], turned, moved).flatten(1)
+            else:
+                form = name.lower()
+                moved = own.boxes(b[:, None], format=form)[:, 0]  # type: ignore[call-overload]
+            if self.rules.min_visibility:
+                hull = corners_of(b, name)[:, None]
+                cut, full = (own.boxes(hull, clip=c)[:, 0] for c in (True, False))  # type: ignore[call-overload]
+                left = area(cut) / area(full).clamp(min=1e-12)
+            at = 0
+            for leaf, count in zip(group, counts, strict=True):
+                part, before = moved[at : at + count], leaf.value
+                leaf.value = wrap(part, before, canvas_size=alone.size)
+                if self.rules.min_visibility:
+                    kept = getattr(before, "fusereg_visible", torch.ones((), device=b.device))
+                    leaf.value.fusereg_visible = kept * left[at : at + count]
+                at += count
+
+    def _move_points(self, leaves: list[Leaf], alone: AugmentParams) -> None:
+        """Move points; those of a pair change places in a mirrored image."""
+        m = alone.matrices
+        mirrored = m[:, 0, 0] * m[:, 1, 1] < m[:, 0, 1] * m[:, 1, 0]
+        for leaf in leaves:
+            value = plain(leaf.value)
+            flat = value[None] if leaf.sample is not None else value
+            own = alone if leaf.sample is None else alone[[leaf.sample]]
+            flipped = mirrored if leaf.sample is None else mirrored[[leaf.sample]]
+            moved = own.keypoints(flat.reshape(len(flat), flat[:1].numel() // 2, 2))
+            assert isinstance(moved, Tensor)
+            seen = own.inside(moved).reshape(flat.shape[:-1])
+            moved = moved.reshape(flat.shape)
+            if self.rules.keypoint_pairs and flat.dim() > 4:
+                raise ValueError(
+                    f"fusereg.{self.op}: keypoint_pairs are of points (K, 2) or (I, K, 2), and "
+                    f"{leaf.path} has shape {tuple(leaf.value.shape)}"
+                )
+            order = self._order(leaf, flat.shape[-2])
+            moved = self._swapped(moved, flipped, order, -2)
+            leaf.value = wrap(
+                moved[0] if leaf.sample is not None else moved,
+                leaf.value,
+                canvas_size=alone.size,
+            )
+            for other in self.leaves:
+                if other.group == leaf.group and "visib" in other.key and other.kind == "Tensor":
+                    self._move_visibility(other, leaf, seen, flipped, order)
+
+    def _order(self, leaf: Leaf, points: int) -> list[int]:
+        order = list(range(points))
+        for a, b in self.rules.keypoint_pairs:
+            if max(a, b) >= points:
+                raise ValueError(
+                    f"fusereg.{self.op}: keypoint_pairs must be below the {points} points of "
+                    f"{leaf.path}, got ({a}, {b})"
+                )
+            order[a], order[b] = order[b], order[a]
+        return order
+
+    def _swapped(self, x: Tensor, flipped: Tensor, order: list[int], dim: int) -> Tensor:
+        if order == sorted(order):
+            return x
+        other = x.index_select(dim, torch.tensor(order, device=x.device))
+        return torch.where(flipped.to(x.device).reshape(-1, *[1] * (x.dim() - 1)), other, x)
+
+    def _move_visibility(
+        self, leaf: Leaf, points: Leaf, seen: Tensor, flipped: Tensor, order: list[int]
+    ) -> None:
+        wanted = points.value.shape[:-1]
+        if leaf.value.shape != wanted:
+            raise ValueError(
+                f"fusereg.{self.op}: {leaf.path} must have shape {tuple(wanted)} as the points, "
+                f"got {tuple(leaf.value.shape)}"
+            )
+        value = leaf.value if points.sample is None else leaf.value[None]
+        inside = self._swapped(seen, flipped, order, -1)
+        value = self._swapped(value, flipped, order, -1)
+        value = value * inside.to(value.device, value.dtype)
+        leaf.value = value if points.sample is None else value[0]
+
+    # --- one sample after the other ---
+
+    def split(self, plainly: bool) -> list[Any]:
+        """Return the targets of each sample; ``plainly``: in containers that torchvision knows."""
+        return [self._of(self._tree, i, plainly) for i in range(self.n)]
+
+    def _of(self, node: Any, sample: int, plainly: bool) -> Any:
+        if isinstance(node, Leaf):
+            value = node.value
+            whole = node.sample is None and isinstance(value, Tensor) and value.dim() > 0
+            if not whole or len(value) != self.n:
+                return value
+            return wrap(plain(value)[sample], value)
+        if node.each:
+            return self._whole(node.items[sample], plainly)
+        return node.build([self._of(v, sample, plainly) for v in node.items.values()], plainly)
+
+    def _whole(self, node: Any, plainly: bool = False) -> Any:
+        if isinstance(node, Leaf):
+            return node.value
+        return node.build([self._whole(v, plainly) for v in node.items.values()], plainly)
+
+    def joined(self, trees: list[Any], size: tuple[int, int]) -> Targets:
+        """Return the targets of the batch from those of each sample, as split gives them."""
+        tree = self._join(self._tree, trees)
+        return Targets(tree, self.n, size, self.rules, self.op, self.mixed)
+
+    def of_one(self, tree: Any, size: tuple[int, int]) -> Targets:
+        """Return the targets of one sample as those of a batch of one: a list of one tree."""
+        return Targets([tree], 1, size, self.rules, self.op, False)
+
+    def whole(self) -> Any:
+        """Return the targets as they are now."""
+        return self._whole(self._tree)
+
+    def _join(self, node: Any, results: list[Any]) -> Any:
+        if isinstance(node, Leaf):
+            if self._left_alone(node):
+                return node.value
+            whole = node.sample is None and isinstance(node.value, Tensor) and node.value.dim() > 0
+            return stack(results) if whole and len(node.value) == self.n else results[0]
+        if node.each:
+            pairs = zip(node.items.values(), results, strict=True)
+            return node.build([self._restored(inner, result) for inner, result in pairs])
+        columns = zip(*(values_of(r) for r in results), strict=True)
+        pairs = zip(node.items.values(), columns, strict=True)
+        joined = [self._join(inner, list(column)) for inner, column in pairs]
+        return Columns(joined) if isinstance(node.like, Columns) else node.build(joined)
+
+    def _restored(self, node: Any, result: Any) -> Any:
+        """Return a sample's targets in the containers that they came in."""
+        if isinstance(node, Leaf):
+            return node.value if self._left_alone(node) else result
+        pairs = zip(node.items.values(), values_of(result), strict=True)
+        return node.build([self._restored(inner, value) for inner, value in pairs])
+
+    # --- the end ---
+
+    def finish(self, pure: bool = False, cast: Callable[[Any], Any] | None = None) -> Any:
+        """Return the targets, without the boxes that are filtered out."""
+        if self.rules.min_area or self.rules.min_visibility:
+            for leaf in self.leaves:
+                if leaf.kind == "BoundingBoxes":
+                    self._filter(leaf)
+        for leaf in self.leaves:
+            if cast is not None:
+                leaf.value = cast(leaf.value)
+            if isinstance(leaf.value, Tensor):
+                leaf.value.__dict__.pop("fusereg_visible", None)
+            if pure and leaf.kind not in ("", "Tensor"):
+                leaf.value = plain(leaf.value)
+        return self.whole()
+
+    def _filter(self, boxes: Leaf) -> None:
+        """Leave out boxes that are too small, with the rows of the keys beside them."""
+        value, rules = boxes.value, self.rules
+        kept = area(corners_of(plain(value), str(value.format.value))) >= rules.min_area
+        if rules.min_visibility:
+            kept &= getattr(value, "fusereg_visible", kept.double()) >= rules.min_visibility
+        if bool(kept.all()):
+            return
+        boxes.value = wrap(plain(value)[kept], value)
+        for leaf in self.leaves:
+            kind, rows = leaf.kind, leaf.value
+            # A tuple has no keys: its vector beside the boxes has their labels.
+            named = leaf.key in rules.rows if leaf.key else kind == "Tensor" and rows.dim() == 1
+            whole = kind == "Mask" and rows.dim() < 3  # of all pixels, not of instances
+            if leaf is boxes or leaf.group != boxes.group or not named or whole:
+                continue
+            if not isinstance(rows, Tensor) or rows.shape[:1] != kept.shape:
+                raise ValueError(
+                    f"fusereg.{self.op}: {leaf.path} must have a row for each of the {len(kept)} "
+                    "boxes beside it, to be filtered with them; name the keys that have in rows="
+                )
+            leaf.value = wrap(plain(rows)[kept.to(rows.device)], rows)
+
+
+def _probabilities(value: Any, columns: int) -> bool:
+    """Return whether values [N, K] are probabilities, several classes or tokens, and no places."""
+    x = torch.as_tensor(value)
+    if not x.is_floating_point() and x.dtype is not torch.bool:
+        few = columns in (2, 4, 5, 8)
+        return not few or bool(((x == 0) | (x == 1)).all())
+    x = x.detach()
+    if x.dtype is torch.bool or bool(((x == 0) | (x == 1)).all()):
+        return True
+    if not bool(((x >= 0) & (x <= 1)).all()):
+        return False
+    sums = x.double().sum(-1)
+    return columns not in (2, 4, 5, 8) or bool(((sums - 1).abs() < 1e-2).all())
+
+
+def corners_of(boxes: Tensor, name: str) -> Tensor:
+    """Return boxes of a format, or around their corners, as x0, y0, x1, y1."""
+    b = boxes.double()
+    if name == "XYXYXYXY":
+        points = b.reshape(-1, 4, 2)
+        return torch.cat([points.amin(1), points.amax(1)], dim=1)
+    first, second = b[:, :2], b[:, 2:]
+    if name == "XYWH":
+        return torch.cat([first, first + second], dim=1)
+    if name == "CXCYWH":
+        return torch.cat([first - second / 2, first + second / 2], dim=1)
+    return b
+
+
+def area(corners: Tensor) -> Tensor:
+    """Return the area of boxes x0, y0, x1, y1."""
+    return (corners[:, 2:4] - corners[:, :2]).clamp(min=0).prod(1)
+
+
+def rules_of(op: str, options: Mapping[str, Any]) -> Rules:
+    """Return the rules that arguments of a transform name."""
+    known = {f.name for f in dataclasses.fields(Rules)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise TypeError(f"fusereg.{op}: got an unexpected keyword argument {unknown[0]!r}")
+    return replace(Rules(), **options).check(op)

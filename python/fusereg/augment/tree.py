@@ -1,0 +1,165 @@
+"""Nestings of targets: containers of every kind, what is in them, and torchvision's types."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from .labels import tv_tensors
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A loader's values of the whole batch; labels in the first alone are mixed."""
+
+    values: list[Any]
+
+
+class Node:
+    """A container: its items, by key or index, and how one like it is built."""
+
+    def __init__(self, like: Any, items: dict[Any, Any], each: bool = False) -> None:
+        self.like, self.items, self.each = like, items, each
+
+    def build(self, values: list[Any], plain: bool = False) -> Any:
+        """Return a container of these values; ``plain``: what torchvision goes through."""
+        like = self.like
+        if isinstance(like, Columns):
+            return list(values)
+        if isinstance(like, Mapping) or dataclasses.is_dataclass(like):
+            pairs = dict(zip(self.items, values, strict=True))
+            frozen = isinstance(like, Mapping) and not isinstance(like, MutableMapping)
+            if plain or frozen or type(like) is dict:
+                return pairs
+            made = copy.copy(like)
+            for key, value in pairs.items():
+                if isinstance(like, Mapping):
+                    made[key] = value  # type: ignore[index]
+                else:
+                    object.__setattr__(made, key, value)
+            return made
+        return type(like)(*values) if hasattr(like, "_fields") else type(like)(values)
+
+
+def kind_of(value: Any) -> str:
+    """Return the name of torchvision's type of a tensor, "Tensor" for a plain one, else ""."""
+    if not isinstance(value, Tensor):
+        return ""
+    tv = tv_tensors()
+    if tv is not None and isinstance(value, tv.TVTensor):
+        known = ("Mask", "BoundingBoxes", "KeyPoints", "Image", "Video")
+        return next((k for k in known if isinstance(value, getattr(tv, k, ()))), "TVTensor")
+    return "Tensor"
+
+
+def items_of(value: Any) -> dict[Any, Any] | None:
+    """Return the items of a mapping, record, list or tuple, and None for anything else."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    return None
+
+
+def values_of(value: Any) -> list[Any]:
+    """Return the values in a container."""
+    items = items_of(value)
+    assert items is not None
+    return list(items.values())
+
+
+#: Dimensions of a value for the whole batch; those of one sample have one less.
+_BATCHED = {"Mask": (4,), "Image": (4,), "Video": (5,)}
+
+
+def _look(value: Any) -> object:
+    """Return what a sequence with one item for each sample has in common; None fits anything."""
+    if value is None:
+        return None
+    kind = kind_of(value)
+    if kind:
+        return "a batch" if value.dim() in _BATCHED.get(kind, ()) else kind
+    if isinstance(value, Mapping):
+        return "mapping"
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        looks = [look for look in map(_look, value) if look is not None]
+        return ("sequence", *(looks[:1] if len(set(looks)) == 1 else looks))
+    return "value" if isinstance(value, (str, bytes, int, float)) else type(value)
+
+
+def one_each(value: Sequence[Any], n: int) -> bool:
+    """Return whether a list or tuple has an item for each of n samples."""
+    looks = {_look(v) for v in value} - {None}
+    return len(value) == n and len(looks) == 1 and looks != {"a batch"}
+
+
+def hides_tensors(value: Any, depth: int = 3) -> bool:
+    """Return whether there are tensors, arrays or images in an object of an unknown class."""
+    if isinstance(value, Tensor) or hasattr(value, "__array__"):
+        return True
+    if depth == 0 or isinstance(value, (str, bytes, int, float, type)):
+        return False
+    slots = [s for base in type(value).__mro__ for s in getattr(base, "__slots__", ())]
+    inside = [*getattr(value, "__dict__", {}).values()]
+    inside += [getattr(value, s, None) for s in slots if isinstance(s, str)]
+    if isinstance(value, Mapping):
+        inside += value.values()
+    elif isinstance(value, Collection):
+        inside += value
+    return any(hides_tensors(v, depth - 1) for v in inside)
+
+
+def wrap(value: Tensor, like: Any, **more: Any) -> Any:
+    """Return a tensor as one of the tv_tensors, and as it is where ``like`` is none."""
+    tv = tv_tensors()
+    is_one = tv is not None and isinstance(like, tv.TVTensor)
+    return tv.wrap(value, like=like, **more) if is_one else value
+
+
+def plain(value: Tensor) -> Tensor:
+    """Return a tensor without torchvision's type."""
+    return value if type(value) is Tensor else value.as_subclass(Tensor)
+
+
+def stack(values: Sequence[Any]) -> Any:
+    """Return the targets of samples as those of a batch, with torchvision's types.
+
+    Boxes, and tensors whose sizes differ, become lists; in a mapping with boxes, all values do.
+    """
+    first = values[0]
+    kinds = {kind_of(v) for v in values}
+    if "BoundingBoxes" in kinds or any(v is None for v in values):
+        return list(values)
+    if isinstance(first, Tensor):
+        if len({v.shape for v in values}) > 1:
+            return list(values)
+        return wrap(torch.stack([plain(v) for v in values]), first)
+    if any(type(v) is not type(first) for v in values):
+        return list(values)
+    items = items_of(first)
+    if items is None:
+        alike = len({getattr(v, "shape", None) for v in values}) == 1
+        numbers = isinstance(first, (int, float, str, bytes)) or hasattr(first, "__array__")
+        return default_collate(list(values)) if alike and numbers else list(values)
+    parts = [items_of(v) or {} for v in values]
+    if isinstance(first, list) and len({len(v) for v in values}) > 1:
+        return list(values)
+    if isinstance(first, Mapping) and any(p.keys() != items.keys() for p in parts):
+        return list(values)
+    with_boxes = any(kind_of(v) == "BoundingBoxes" for p in parts for v in p.values())
+    joined = [
+        list(column) if with_boxes else stack(column)
+        for column in ([p[name] for p in parts] for name in items)
+    ]
+    # As torch's default_collate: a plain tuple of columns is a list.
+    like = list(first) if type(first) is tuple else first
+    return Node(like, items).build(joined)
