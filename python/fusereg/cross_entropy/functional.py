@@ -119,7 +119,7 @@ def cross_entropy(
         )
     if weight is not None:
         weight = weight.to(compute_dtype(input.dtype)).contiguous()
-    if inplace_backward:
+    if inplace_backward and torch.is_grad_enabled():
         _check_overwritten(input)
     args = (input, target, other, share, weight, float(label_smoothing), ignore_index)
     result: Tensor = _operator(*args, REDUCTIONS[reduction], wide, inplace_backward)[0]

@@ -197,7 +197,7 @@ def _save_backward(ctx: Any, args: tuple[Any, ...], output: object) -> None:
 
 
 def _parts(ctx: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Return the incoming gradient, softmax, q and its sum along the classes, and their dimension."""
+    """Return the incoming gradient, softmax, q, its sum along the classes, and their dimension."""
     grad, x, *others = ctx.saved_tensors
     dim, dtype = class_dim(x), compute_dtype(x.dtype)
     q = _dense_weights(x, others, ctx.smoothing, ctx.ignore_index)
