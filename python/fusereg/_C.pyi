@@ -205,6 +205,37 @@ def drop_block_backward(
     index_offset: int,
     op: str,
 ) -> int: ...
+
+CROSS_ENTROPY_WORKSPACE: int
+
+def cross_entropy_forward(
+    loss: torch.Tensor,
+    statistics: torch.Tensor,
+    workspace: torch.Tensor | None,
+    x: torch.Tensor,
+    target: torch.Tensor,
+    other: torch.Tensor | None,
+    share: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    op: str,
+) -> int: ...
+def cross_entropy_backward(
+    grad_x: torch.Tensor,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    target: torch.Tensor,
+    other: torch.Tensor | None,
+    share: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    statistics: torch.Tensor,
+    smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    op: str,
+) -> int: ...
 def gaussian_dropout_forward(
     y: torch.Tensor,
     x: torch.Tensor,

@@ -1,6 +1,7 @@
 """Functions without state. All are differentiable unless they say otherwise."""
 
 from ..batch_norm.functional import batch_norm
+from ..cross_entropy.functional import cross_entropy
 from ..drop_block.functional import drop_block2d
 from ..drop_connect.functional import drop_connect_conv2d, drop_connect_linear
 from ..dropout.consistent import consistent_dropout
@@ -30,6 +31,7 @@ __all__ = [
     "batch_norm",
     "bias_dropout_add",
     "consistent_dropout",
+    "cross_entropy",
     "drop_block2d",
     "drop_connect_conv2d",
     "drop_connect_linear",

@@ -4,6 +4,7 @@ from ..batch_norm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ..batch_norm.statistics import keep_stats
 from ..batch_norm.sync import SyncBatchNorm
 from ..batch_norm.variants import BatchRenorm, FrozenBatchNorm, GhostBatchNorm
+from ..cross_entropy.layers import CrossEntropyLoss
 from ..drop_block.layers import DropBlock2d
 from ..drop_connect.layers import DropConnectConv2d, DropConnectLinear
 from ..dropout.consistent import ConsistentDropout
@@ -29,6 +30,7 @@ __all__ = [
     "BatchRenorm",
     "BiasDropoutAdd",
     "ConsistentDropout",
+    "CrossEntropyLoss",
     "DropBlock2d",
     "DropConnectConv2d",
     "DropConnectLinear",

@@ -1,0 +1,1 @@
+"""Cross-entropy with label smoothing, for indices, probabilities and mixed labels."""
