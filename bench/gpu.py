@@ -1,4 +1,4 @@
-"""The parts of bench/gpu.sh that are Python: cases, the profiler's counters, predicted and measured.
+"""What bench/gpu.sh does in Python: cases, the profiler's counters, predicted and measured.
 
     python bench/gpu.py versions DEVICE              what is installed; fails without that device
     python bench/gpu.py times DEVICE compile|no-compile FILE.json
@@ -100,8 +100,9 @@ def versions(device: torch.device) -> int:
 
 def times(device: torch.device, compiled: bool, target: Path) -> int:
     """Measure the cases without providers that compile, or the chosen ones with only these."""
-    from fusereg.bench.harness import Case, Settings, Workload, command, machine, report
     from rich.console import Console
+
+    from fusereg.bench.harness import Case, Settings, Workload, command, machine, report
 
     def of_kind(case: Case) -> Case:
         def setup() -> Workload:
@@ -238,8 +239,8 @@ def lines_of(document: dict[str, Any]) -> Iterator[str]:
     yield f"# Predicted and measured: {gpu.get('name', 'CPU')}"
     yield ""
     yield (
-        "Shares of a copy of as many bytes, in percent: predicted for an H100 and an H200; measured "
-        "by events around each call; from the kernels' times in the profiler and the copy's GB/s."
+        "Shares of a copy of as many bytes, in percent: predicted for an H100 and an H200; "
+        "measured by events around each call; from the kernels' times in the profiler alone."
     )
     yield ""
     yield "| case | H100 | H200 | measured | kernels alone | us | vs eager | compile us |"
