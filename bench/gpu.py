@@ -1,4 +1,4 @@
-"""What bench/gpu.sh does in Python: cases, the profiler's counters, predicted and measured.
+"""Cases, times and counters of the profiler for bench/gpu.sh, and its table.
 
     python bench/gpu.py versions DEVICE              what is installed; fails without that device
     python bench/gpu.py times DEVICE compile|no-compile FILE.json
