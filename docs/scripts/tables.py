@@ -12,8 +12,8 @@ A table is between two comments, the first of which says what is in it:
 and `host` selects the rows of tiny tensors. `view=ranges` gives one row for each
 layout and data type, with the least and the greatest ratio to eager over all shapes;
 `view=training` is for training, with memory and accuracy of both; `suite=all view=predicted` has
-the cases of bench/gpu_cases.json, with what was predicted for them and measured on each GPU. If several files have a case,
-the latest counts. A suite without results gets a line that says so.
+the cases of bench/gpu_cases.json, with what was predicted for them and measured on each GPU. If
+several files have a case, the latest counts. A suite without results gets a line that says so.
 """
 
 from __future__ import annotations
