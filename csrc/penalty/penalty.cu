@@ -365,8 +365,8 @@ struct GroupSums {
 };
 
 // Calls use(p, load(p, count)) for the elements from p on, `count` at a time, by `threads` threads
-// of which this is `thread`: vectors where `vectors` allows, several loads ahead of their use.
-template <class T, class Load, class Use>
+// of which this is `thread`: vectors where `vectors` allows, kDeep loads ahead of their use.
+template <int kDeep, class T, class Load, class Use>
 FUSEREG_DEVICE_INLINE void for_run(T* p, std::int64_t n, unsigned thread, unsigned threads,
                                    bool vectors, const Load& load, const Use& use) {
   constexpr int kN = cuda::kVecSize<T>;
@@ -380,12 +380,14 @@ FUSEREG_DEVICE_INLINE void for_run(T* p, std::int64_t n, unsigned thread, unsign
   T* const from = p + head;
   const std::int64_t count = (n - head) / kN;
   std::int64_t v = thread;
-  for (; v + (kAhead - 1) * threads < count; v += kAhead * threads) {
-    decltype(load(from, all)) data[kAhead];
-    FUSEREG_UNROLL
-    for (int u = 0; u < kAhead; ++u) data[u] = load(from + (v + u * threads) * kN, all);
-    FUSEREG_UNROLL
-    for (int u = 0; u < kAhead; ++u) use(from + (v + u * threads) * kN, data[u]);
+  if constexpr (kDeep > 1) {
+    for (; v + (kDeep - 1) * threads < count; v += kDeep * threads) {
+      decltype(load(from, all)) data[kDeep];
+      FUSEREG_UNROLL
+      for (int u = 0; u < kDeep; ++u) data[u] = load(from + (v + u * threads) * kN, all);
+      FUSEREG_UNROLL
+      for (int u = 0; u < kDeep; ++u) use(from + (v + u * threads) * kN, data[u]);
+    }
   }
   for (; v < count; v += threads) use(from + v * kN, load(from + v * kN, all));
   for (std::int64_t i = count * kN + thread; i < n - head; i += threads)
@@ -479,7 +481,7 @@ __device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, const Stre
     const Shrink<C> shrink(s.l1);
     const auto load = [](T* p, auto count) { return cuda::load<decltype(count)::value>(p); };
     for_runs([&](std::int64_t at) {
-      for_run(w + at, shape.inner, thread, threads, true, load, [&](T*, const auto& x) {
+      for_run<kAhead>(w + at, shape.inner, thread, threads, true, load, [&](T*, const auto& x) {
         FUSEREG_UNROLL
         for (int k = 0; k < static_cast<int>(sizeof(x) / sizeof(T)); ++k)
           own.add(to_compute(x[k]), shrink);
@@ -489,7 +491,7 @@ __device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, const Stre
     if (own.lost()) {
       own.clear();
       for_runs([&](std::int64_t at) {
-        for_run(w + at, shape.inner, thread, threads, true, load, [&](T*, const auto& x) {
+        for_run<1>(w + at, shape.inner, thread, threads, true, load, [&](T*, const auto& x) {
           for (int k = 0; k < static_cast<int>(sizeof(x) / sizeof(T)); ++k)
             own.add_again(static_cast<double>(to_compute(x[k])), s.l1);
         });
@@ -511,7 +513,7 @@ __device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, const Stre
     const auto offset_of = [](const T* p) { return reinterpret_cast<std::uintptr_t>(p) % 16; };
     const bool together = offset_of(w) == offset_of(writer.target());
     for_runs([&](std::int64_t at) {
-      for_run(
+      for_run<kAhead>(
           w + at, shape.inner, thread, threads, together,
           [&](T* p, auto count) { return writer.template load<decltype(count)::value>(p - w); },
           [&](T* p, const auto& e) { writer.store(p - w, e, [&](int) { return l2; }); });
