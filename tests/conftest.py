@@ -114,6 +114,12 @@ def _seed() -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fusereg")
     group.addoption("--all-cases", action="store_true", help="run all cases, not a sample of them")
+    group.addoption(
+        "--only-backend",
+        metavar="NAME",
+        help="only the cases of this backend (cpu_baseline, cuda, ...); of cuda also what is "
+        "marked gpu",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -125,14 +131,23 @@ def pytest_make_parametrize_id(val: object) -> str | None:
     return getattr(val, "__name__", None) if callable(val) else None
 
 
+def _is_of_backend(item: pytest.Item, name: str) -> bool:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    chosen = any(isinstance(value, Backend) and value.name == name for value in params.values())
+    return chosen or (name == "cuda" and item.get_closest_marker("gpu") is not None)
+
+
 @pytest.hookimpl(trylast=True)  # after -k and -m: a sample of what they select
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="no CUDA device, or a build without CUDA kernels")
+    only = config.getoption("only_backend")
     left_out: set[pytest.Item] = set()
     for item in items:
         if item.get_closest_marker("gpu") and not has_gpu():
             item.add_marker(no_gpu)
         if HOST_MODULE and "backend" not in getattr(item, "fixturenames", ()):
+            left_out.add(item)
+        if only and not _is_of_backend(item, only):
             left_out.add(item)
     named = any("::" in argument for argument in config.args)
     if not named and not config.getoption("all_cases"):

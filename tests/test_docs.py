@@ -213,6 +213,29 @@ def test_whole_training_has_memory_and_accuracy_of_both() -> None:
     assert "other programs took up to 50%" in origin
 
 
+def test_a_measured_share_stands_beside_the_predicted_one() -> None:
+    tables = script("tables")
+    case = "dropout/dropout/forward/16m/float32"
+    assert f"| {case} | 90 % | 88 % | memory | – |" in tables.table("suite=all view=predicted", [])
+    row = {
+        "suite": "dropout", "op": "dropout", "mode": "forward", "shape": "16M", "dtype": "float32",
+        "device": "cuda", "provider": "fusereg", "percent_of_copy": 86.4,
+        "machine": {"gpu": {"name": "GPU 9000"}},
+    }  # fmt: skip
+    made = tables.table("suite=all view=predicted", [row])
+    assert "| measured, GPU 9000 |" in made
+    assert f"| {case} | 90 % | 88 % | memory | 86 % |" in made
+
+
+def test_the_pages_name_the_architectures_that_are_built() -> None:
+    cmake = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    (built,) = re.findall(r"foreach\(arch ([\d ]+)\)", cmake)
+    for page in ("README.md", "docs/index.md", "docs/cuda.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        named = set(re.findall(r"sm_(\d+)", text))
+        assert named == set(built.split()), page
+
+
 def test_losses_are_marked() -> None:
     tables = script("tables")
     assert tables.ratio_text(0.5) == "**0.50x, slower**"

@@ -199,6 +199,56 @@ def test_groups_larger_than_a_task(
     assert_close(stepped, reference.prox(w, group=0.5, dim=dim), dtype)
 
 
+#: Groups along a dimension by the way in which a GPU's threads share them: columns in vectors of
+#: 16 bytes, one by one, several to a group; rows for a warp, for a block, for a block's warps.
+GROUP_LAYOUTS = [
+    ((9, 24), 1), ((150, 24), 1), ((3, 4224), 1), ((70, 23), 1), ((70, 4, 6), 1),
+    ((3, 5, 40), 1), ((2, 2104), 0), ((3, 2101), 0), ((60, 2, 49), 1),
+]  # fmt: skip
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize(("shape", "dim"), GROUP_LAYOUTS, ids=str)
+@pytest.mark.parametrize("offsets", [(0, 0), (1, 1), (0, 1)], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e-25, 1e20])
+def test_groups_in_every_layout(
+    shape: tuple[int, ...], dim: int, offsets: tuple[int, int], size: float, dtype: torch.dtype,
+    backend: Backend,
+) -> None:  # fmt: skip
+    if size != 1.0 and dtype is torch.float16:
+        pytest.skip("float16 has no such numbers")
+
+    def placed(t: Tensor, offset: int) -> Tensor:
+        whole = torch.cat([t.new_zeros(offset), t.flatten()])
+        return whole[offset:].view(shape).movedim(dim, 0)
+
+    w = placed(make(shape, torch.float64, backend).mul(size).to(dtype), offsets[0])
+    w[len(w) // 2] = 0.0
+    w.requires_grad_()
+    before = make(shape, dtype, backend)
+    w.grad = placed(before, offsets[1])
+    strengths = {"l1": 0.1, "group": 0.3}
+    value = fusereg.add_penalty_grad_(w, **strengths)
+    assert_close(value, reference.penalty(w, **strengths), value.dtype)
+    wanted = before.movedim(dim, 0).double() + reference.gradient(w, **strengths)
+    assert_close(w.grad, wanted, dtype)
+    stepped = w.detach()
+    wanted = reference.prox(w, group=0.2 * size)
+    fusereg.prox.group_lasso_(stepped, 0.2 * size)
+    assert_close(stepped, wanted, dtype)
+
+
+def test_a_list_longer_than_a_small_table(backend: Backend) -> None:
+    params = [make((3, 5), torch.float32, backend).requires_grad_() for _ in range(40)]
+    for strengths in ({"l1": 0.3}, {"group": 0.3}):
+        for count in (1, 16, 17, 40):
+            value = fusereg.add_penalty_grad_(params[:count], **strengths)
+            assert_close(value, reference.total(params[:count], **strengths), torch.float32)
+        for p in params:
+            assert p.grad is not None
+            p.grad.zero_()
+
+
 def test_group_of_tiny_weights_is_not_a_zero_group(backend: Backend) -> None:
     for shape, dim in (((4, 8), 0), ((8, 4), 1)):
         w = (make(shape, torch.float32, backend) * 1e-25).requires_grad_()

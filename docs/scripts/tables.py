@@ -11,8 +11,9 @@ A table is between two comments, the first of which says what is in it:
 `suite` is required; `op`, `mode`, `shape`, `dtype` and `provider` select by comma-separated names,
 and `host` selects the rows of tiny tensors. `view=ranges` gives one row for each
 layout and data type, with the least and the greatest ratio to eager over all shapes;
-`view=training` is for training, with memory and accuracy of both. If several files have a case,
-the latest counts. A suite without results gets a line that says so.
+`view=training` is for training, with memory and accuracy of both; `suite=all view=predicted` has
+the cases of bench/gpu_cases.json, with what was predicted for them and measured on each GPU. If
+several files have a case, the latest counts. A suite without results gets a line that says so.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
+PREDICTED = ROOT / "bench" / "gpu_cases.json"
 
 FILTERS = ("op", "mode", "shape", "dtype", "provider")
 OPTIONS = {*FILTERS, "suite", "view", "host"}
@@ -123,6 +125,8 @@ def table(request: str, rows: Sequence[Row]) -> str:
         ValueError: If the comment names something that does not exist.
     """
     options = _options(request)
+    if options.get("view") == "predicted":
+        return "\n" + "\n".join(_predicted(rows)) + "\n\n"
     suite = RENAMED.get(options["suite"], options["suite"])
     if all(row["suite"] != suite for row in rows):
         return f"\n*No results are stored yet; `fusereg bench {suite}` measures it.*\n\n"
@@ -235,6 +239,29 @@ def _training(rows: Sequence[Row]) -> list[str]:
             for row in (eager, ours):
                 value = row.get(key)
                 cells.append("–" if value is None else f"{factor * value:.1f} {unit}")
+        lines.append(_line(cells))
+    return lines
+
+
+def _predicted(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each case: the share of a copy that was predicted, and those measured."""
+    measured: dict[str, dict[str, float | None]] = {}
+    for row in rows:
+        if row["device"] == "cuda" and row["provider"] == OURS:
+            name = "/".join(row[k] for k in ("suite", *FILTERS[:4])).replace(" ", "-").lower()
+            measured.setdefault(hardware_text(row["machine"], "cuda"), {})[name] = row[
+                "percent_of_copy"
+            ]
+    names = sorted(measured)
+    head = ["case", "predicted, H100", "predicted, H200", "limited by"]
+    head += [f"measured, {name}" for name in names] or ["measured"]
+    lines = [_line(head), _line(["---", "---:", "---:", "---", *["---:"] * (len(head) - 4)])]
+    for entry in json.loads(PREDICTED.read_text(encoding="utf-8"))["rows"]:
+        ranges = (entry[gpu] for gpu in ("H100", "H200"))
+        cells = [entry["case"]]
+        cells += [f"{' to '.join(map(str, share))} %" if share else "–" for share in ranges]
+        found = [measured[name].get(entry["case"]) for name in names] or [None]
+        cells += [entry["bound"], *("–" if v is None else f"{v:.0f} %" for v in found)]
         lines.append(_line(cells))
     return lines
 
