@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..core import dispatch
+from ..core import dispatch, memory
 from . import op as _ops
 from .arguments import integer, is_sequence, one_of
 from .steps import Encoded
@@ -295,7 +295,7 @@ class AugmentParams:
             return [self._one(i, len(points)).keypoints(p[None])[0] for i, p in enumerate(points)]
         self._check_points(points, "keypoints", "points", 2)
         x = points if points.is_floating_point() else points.to(torch.float32)
-        m = self.inverse().matrices.to(x.device)
+        m = memory.to_device(self.inverse().matrices, x.device, "AugmentParams.keypoints")
         moved = torch.einsum("nij,nkj->nki", m[:, :, :2], x.double()) + m[:, None, :, 2]
         return moved.to(x.dtype)
 
@@ -338,7 +338,7 @@ class AugmentParams:
         moved = moved.unflatten(1, (-1, 4)) + 0.5
         low, high = moved.amin(2), moved.amax(2)  # [N, K, 2]
         if clip:
-            limit = low.new_tensor([self.size[1], self.size[0]])
+            limit = memory.numbers((self.size[1], self.size[0]), low.dtype, low.device)
             low, high = low.clamp(min=0).minimum(limit), high.clamp(min=0).minimum(limit)
         if format == "xywh":
             high = high - low
@@ -406,7 +406,8 @@ class AugmentParams:
         self.check_images(x, op)
         options = _ops.Options.of(_ops.check_images(x, op).shape[1], op, sampling)
         target = _ops.Target.of(x, self.size, x.dtype)
-        return _ops.apply(x, self.records.to(x.device), None, target, options, op)
+        records = memory.to_device(self.records, x.device, op)
+        return _ops.apply(x, records, None, target, options, op)
 
     def check_images(self, x: Tensor, op: str) -> None:
         """Check that x is [N, C, height, width] of these parameters' input size."""
