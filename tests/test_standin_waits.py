@@ -16,7 +16,8 @@ from torch import Tensor
 import fusereg
 from fusereg import augment
 from fusereg.batch_norm import sync_op
-from fusereg.batch_norm.kernels import Call, Constants, Inputs as BatchNormInputs
+from fusereg.batch_norm.kernels import Call, Constants
+from fusereg.batch_norm.kernels import Inputs as BatchNormInputs
 from fusereg.core.inventory import Inputs, Operation
 from layers import LAYERS
 from ops import FUNCTIONS, differentiated, named

@@ -46,7 +46,7 @@ bool has_context(int device) {
   // The driver's own function: the runtime has none that answers without making a context.
   using GetState = int (*)(int device, unsigned* flags, int* active);
   static const auto get_state = [] {
-    void* const driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
+    void* const driver = dlopen("libcuda.so.1", RTLD_NOW);
     void* const found = driver == nullptr ? nullptr : dlsym(driver, "cuDevicePrimaryCtxGetState");
     return reinterpret_cast<GetState>(found);
   }();

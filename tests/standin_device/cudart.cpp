@@ -104,10 +104,17 @@ std::unordered_map<const void*, std::string>& kernel_names() {
   return *names;
 }
 std::vector<std::weak_ptr<Capture>> captures;
+std::vector<bool> contexts(static_cast<std::size_t>(device_count()));
 Clock host_clock;
 int streams_made = 0;
 
 thread_local int current = 0;
+
+// Something is done on the current device, which gives it a context.
+void use_device() {
+  LOCKED;
+  contexts[static_cast<std::size_t>(current)] = true;
+}
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 thread_local std::string explanation;
@@ -287,6 +294,11 @@ int standin_check_launch(void* handle, const char* name, const void* const* para
 
 void standin_explain(const char* words) { explanation = words; }
 
+int standin_has_context(int device) {
+  LOCKED;
+  return contexts[static_cast<std::size_t>(device)] ? 1 : 0;
+}
+
 // How many captures there are.
 int standin_captures = 0;
 
@@ -360,6 +372,7 @@ cudaError_t cudaGetDevice(int* d) {
 cudaError_t cudaSetDevice(int d) {
   if (d < 0 || d >= device_count()) return answer(cudaErrorInvalidDevice);
   current = d;
+  use_device();  // since CUDA 12
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int) {
@@ -450,6 +463,7 @@ cudaError_t cudaMalloc(void** p, std::size_t n) {
   *p = nullptr;
   if (n == 0) return cudaSuccess;
   if (const cudaError_t error = unsafe("cudaMalloc")) return error;
+  use_device();
   if (posix_memalign(p, 512, n) != 0) return answer(cudaErrorMemoryAllocation);
   std::memset(*p, kPoison, n);
   LOCKED;
@@ -572,6 +586,7 @@ cudaError_t cudaIpcOpenEventHandle(cudaEvent_t*, cudaIpcEventHandle_t) {
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* s, unsigned, int priority) {
   LOCKED;
+  use_device();
   auto* const made = new Stream;
   made->number = streams_made++;
   made->device = current;

@@ -21,13 +21,31 @@ from torch import Tensor
 #: Operators that launch nothing, or that are made of those that do.
 OWN = {
     f"aten::{name}"
-    for name in (
-        "empty.memory_format empty_strided as_strided view _reshape_alias set_.source_Storage"
-        " set_.source_Storage_storage_offset set_.source_Tensor set_ resize_ record_stream"
-        " _local_scalar_dense unfold view_as_real view_as_complex _pin_memory is_pinned _copy_from"
-        " _copy_from_and_resize is_set_to view.dtype _has_compatible_shallow_copy_type"
-        " _fused_sdp_choice"
-    ).split()
+    for name in [
+        "empty.memory_format",
+        "empty_strided",
+        "as_strided",
+        "view",
+        "_reshape_alias",
+        "set_.source_Storage",
+        "set_.source_Storage_storage_offset",
+        "set_.source_Tensor",
+        "set_",
+        "resize_",
+        "record_stream",
+        "_local_scalar_dense",
+        "unfold",
+        "view_as_real",
+        "view_as_complex",
+        "_pin_memory",
+        "is_pinned",
+        "_copy_from",
+        "_copy_from_and_resize",
+        "is_set_to",
+        "view.dtype",
+        "_has_compatible_shallow_copy_type",
+        "_fused_sdp_choice",
+    ]
 }
 
 #: Operators whose result has a shape that only the device knows, so that the host waits for it.
@@ -89,14 +107,10 @@ class Memory(NamedTuple):
         whole = torch.frombuffer(memory, dtype=torch.uint8).view(self.dtype)
         return whole.as_strided(self.shape, self.stride)
 
-    def copy(self) -> Tensor:
-        """Return a tensor like it with memory of its own."""
-        size = self.bytes()
-        if size == 0:
-            return self.tensor()
-        memory = bytearray(ctypes.string_at(self.address, size))
-        whole = torch.frombuffer(memory, dtype=torch.uint8).view(self.dtype)
-        return whole.as_strided(self.shape, self.stride)
+    def zeros(self) -> Tensor:
+        """Return a tensor of zeros like it."""
+        size = self.bytes() // self.dtype.itemsize
+        return torch.zeros(size, dtype=self.dtype).as_strided(self.shape, self.stride)
 
 
 def alias(t: Tensor) -> Tensor:
@@ -178,6 +192,51 @@ def order_checked() -> Iterator[None]:
         runtime.standin_check_order(0)
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_cuda and value.numel():
+            yield value
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _tensors(v)
+
+
+@contextlib.contextmanager
+def kernels_noted(module: Any, kept: Callable[[], Any]) -> Iterator[None]:
+    """Have the functions of a compiled module tell order_checked() of the tensors that they are given.
+
+    Those whose bytes change are written, and so are those of ``kept()``: memory for kernels, which may
+    leave it as it was.
+    """
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            own = list(_tensors([*args, *kwargs.values()]))
+            memory = [Memory.of(t) for t in own]
+            before = [ctypes.string_at(m.address, m.bytes()) for m in memory]
+            result = function(*args, **kwargs)
+            scratch = {t.data_ptr() for t in _tensors(kept())}
+            for stream in {_raw_stream(t.device.index) for t in own}:
+                runtime.standin_advance(stream)
+            for t, m, bytes_ in zip(own, memory, before, strict=True):
+                written = m.address in scratch or ctypes.string_at(m.address, m.bytes()) != bytes_
+                _access(_raw_stream(t.device.index), m, written, function.__name__)
+            return result
+
+        return call
+
+    functions = {
+        k: v for k, v in vars(module).items() if type(v).__name__ == "builtin_function_or_method"
+    }
+    for name, function in functions.items():
+        setattr(module, name, noted(function))
+    try:
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(module, name, function)
+
+
 class Wait(NamedTuple):
     """A wait of the host: for what, and the lines of code that it comes from, the last first."""
 
@@ -236,41 +295,20 @@ class _Operator:
         self.generator = any(a.name == "generator" for a in schema)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        device: int | None = None
         given: list[Tensor] = []
         generators: list[torch.Generator] = []
-
-        def down(a: Any) -> Any:
-            """Return it with the device's tensors as their places among those given."""
-            nonlocal device
-            if isinstance(a, Tensor):
-                if not a.is_cuda:
-                    return a
-                if device is None:
-                    device = a.device.index
-                for i, t in enumerate(given):
-                    if t is a:
-                        return _Place(i)
-                given.append(a)
-                return _Place(len(given) - 1)
-            if isinstance(a, (list, tuple)):
-                return [down(b) for b in a]
-            if isinstance(a, torch.device) and a.type == "cuda":
-                if device is None:
-                    device = torch.cuda.current_device() if a.index is None else a.index
-                return torch.device("cpu")
-            if isinstance(a, torch.Generator) and a.device.type == "cuda":
-                generators.append(a)
-                return _Place(-len(generators))
-            return a
-
+        devices: list[torch.device] = []
         tensors = [a for a in args if isinstance(a, Tensor)]
         args = tuple(
             _number(a, tensors) if wants and isinstance(a, (bool, int, float, complex)) else a
             for a, wants in zip(args, self.takes_tensor, strict=False)
         )
-        args, kwargs = tuple(down(a) for a in args), {k: down(a) for k, a in kwargs.items()}
-        where = torch.cuda.current_device() if device is None else device
+        args = tuple(_down(a, given, generators, devices) for a in args)
+        kwargs = {k: _down(a, given, generators, devices) for k, a in kwargs.items()}
+        devices = [t.device for t in given] + devices
+        where = torch.cuda.current_device()
+        if devices and devices[0].index is not None:
+            where = devices[0].index
         if self.draws and not generators:
             generators.append(torch.cuda.default_generators[where])
             if self.generator:
@@ -290,13 +328,8 @@ class _Operator:
         self, args: Any, kwargs: Any, own: list[Tensor], generators: list[torch.Generator]
     ) -> Any:
         """Run the CPU's operator on these tensors and generators in their places."""
-
-        def fill(a: Any) -> Any:
-            if isinstance(a, _Place):
-                return own[a] if a >= 0 else generators[-a - 1]
-            return [fill(b) for b in a] if isinstance(a, list) else a
-
-        values, named = [fill(a) for a in args], {k: fill(a) for k, a in kwargs.items()}
+        values = [_filled(a, own, generators) for a in args]
+        named = {k: _filled(a, own, generators) for k, a in kwargs.items()}
         if self.draws and not self.generator:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.set_state(generators[0].get_state())
@@ -312,10 +345,11 @@ class _Operator:
         generators: list[torch.Generator],
         where: int,
     ) -> Any:
-        # Run on copies for the shapes of the results; the work itself is for the replay.
+        # Run on zeros for the shapes of the results; the work itself is for the replay. (Zeros are indices
+        # too, which what lies in the memory by now may not be.)
         memory = [Memory.of(t) for t in given]
         args, kwargs = _frozen(args), {k: _frozen(a) for k, a in kwargs.items()}
-        copies = [m.copy() for m in memory]
+        copies = [m.zeros() for m in memory]
         result = self._run(args, kwargs, copies, [torch.Generator() for _ in generators])
         result = _up(result, given, copies, where, recording=True)
         targets = [None if any(t is g for g in given) else Memory.of(t) for t in _flat(result)]
@@ -345,6 +379,39 @@ class _Operator:
 
 class _Place(int):
     """The place of a tensor among those given; from -1 down, that of a generator."""
+
+
+def _down(
+    a: Any,
+    given: list[Tensor],
+    generators: list[torch.Generator],
+    devices: list[torch.device],
+) -> Any:
+    """Return an argument with places for the device's tensors and generators, which join the lists."""
+    if isinstance(a, Tensor):
+        if not a.is_cuda:
+            return a
+        for i, t in enumerate(given):
+            if t is a:
+                return _Place(i)
+        given.append(a)
+        return _Place(len(given) - 1)
+    if isinstance(a, (list, tuple)):
+        return [_down(b, given, generators, devices) for b in a]
+    if isinstance(a, torch.device) and a.type == "cuda":
+        devices.append(a)
+        return torch.device("cpu")
+    if isinstance(a, torch.Generator) and a.device.type == "cuda":
+        generators.append(a)
+        return _Place(-len(generators))
+    return a
+
+
+def _filled(a: Any, own: list[Tensor], generators: list[torch.Generator]) -> Any:
+    """Return an argument with these tensors and generators in their places."""
+    if isinstance(a, _Place):
+        return own[a] if a >= 0 else generators[-a - 1]
+    return [_filled(b, own, generators) for b in a] if isinstance(a, list) else a
 
 
 def _places(a: Any) -> list[int]:

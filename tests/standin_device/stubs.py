@@ -27,6 +27,15 @@ LIBRARY_OF = {
     "nvshmem": "libnvshmem_host",
     "cu[A-Z]": "libcuda",
 }
+#: What the driver says of contexts is what the runtime knows.
+CONTEXT = """
+#include <dlfcn.h>
+int cuDevicePrimaryCtxGetState(int device, unsigned* flags, int* active) {
+  int (*ask)(int) = dlsym(dlopen("libcudart.so.13", RTLD_NOW), "standin_has_context");
+  *flags = 0;
+  *active = ask(device);
+  return 0;
+}"""
 
 
 def run(*command: str) -> str:
@@ -79,7 +88,9 @@ def main(torch_lib: Path, out: Path) -> None:
             keys = [k for k in symbols if k and re.match(rf"{re.escape(k)}(\.|$)", library)]
             names = sorted(set().union(*(symbols[k] for k in keys)))
             source = out / "stub.c"
-            source.write_text("".join(f"long {name}() {{ return 0; }}\n" for name in names))
+            written = {"cuDevicePrimaryCtxGetState": CONTEXT} if "libcuda." in library else {}
+            lines = [f"long {name}() {{ return 0; }}" for name in names if name not in written]
+            source.write_text("\n".join([*lines, *written.values(), ""]))
             command = ["gcc", "-shared", "-fPIC", "-w", str(source)]
             version = next((versions[k] for k in keys if k in versions), None)
         if version:

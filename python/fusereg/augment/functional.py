@@ -198,8 +198,10 @@ def warp_affine(
     return _apply(x, records, shape, result, op, (interpolation, antialias, fill_mode, fill))
 
 
-def _for_samples(value: object, n: int, op: str, name: str, kind: str) -> Tensor:
-    """Return a number for each sample, on the CPU or the device of the tensor."""
+def _for_samples(
+    value: object, n: int, op: str, name: str, kind: str, device: torch.device
+) -> Tensor:
+    """Return a number for each sample: of a tensor on its device, others on this one."""
     if isinstance(value, Tensor):
         integral = not (value.is_floating_point() or value.is_complex())
         good = {
@@ -214,7 +216,7 @@ def _for_samples(value: object, n: int, op: str, name: str, kind: str) -> Tensor
             )
         return value.expand(n) if integral else value.detach().double().expand(n)
     check = {"flags": flag, "integers": integer, "numbers": number}[kind]
-    return torch.full((n,), float(check(value, op, name)), dtype=torch.float64)
+    return torch.full((n,), float(check(value, op, name)), dtype=torch.float64, device=device)
 
 
 def crop_flip_normalize(
@@ -260,13 +262,16 @@ def crop_flip_normalize(
     _ops.check_images(x, op)
     height, width = size_pair(size, op)
     n = x.shape[0]
+    tensors = [g for g in (top, left, hflip, vflip) if isinstance(g, Tensor)]
+    device = next((g.device for g in tensors if g.device.type != "cpu"), torch.device("cpu"))
+    if not tensors and memory.capturing(x.device):
+        device = x.device  # numbers are constants of the graph
     given = [
-        _for_samples(top, n, op, "top", "integers"),
-        _for_samples(left, n, op, "left", "integers"),
-        _for_samples(hflip, n, op, "hflip", "flags"),
-        _for_samples(vflip, n, op, "vflip", "flags"),
+        _for_samples(top, n, op, "top", "integers", device),
+        _for_samples(left, n, op, "left", "integers", device),
+        _for_samples(hflip, n, op, "hflip", "flags", device),
+        _for_samples(vflip, n, op, "vflip", "flags", device),
     ]
-    device = next((g.device for g in given if g.device.type != "cpu"), torch.device("cpu"))
     rows, columns, flipped_x, flipped_y = (memory.to_device(g, device, op) for g in given)
     places = [rows, columns, flipped_x, flipped_y, flipped_x * (width - 1)]
     places.append(flipped_y * (height - 1))
@@ -422,8 +427,8 @@ def mix(
         raise TypeError(
             f"fusereg.{op}: partner must be a torch.Tensor, got {type(partner).__name__}"
         )
-    indices = _for_samples(partner, n, op, "partner", "integers")
-    share = _for_samples(lam, n, op, "lam", "numbers")
+    indices = _for_samples(partner, n, op, "partner", "integers", partner.device)
+    share = _for_samples(lam, n, op, "lam", "numbers", partner.device)
     share = memory.to_device(share, partner.device, op)
     # Reading a GPU's numbers would wait for it, and a graph has none yet: the kernel takes an index
     # beyond the batch for no partner.
