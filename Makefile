@@ -3,7 +3,10 @@
 #   make demo     trains on real handwritten digits with every technique: table and plots
 #   make test     a sample of the suite's cases, then again with the CUDA kernels on the host
 #   make test-all everything: all cases, CPU kernels of every instruction set, slow tests, three orders
-#                 of CUDA threads, the CUDA kernels compiled for a device (where nvcc is), the documents
+#                 of CUDA threads, the stand-in device, the CUDA kernels compiled for a device (where
+#                 nvcc is), the documents
+#   make test-standin  the suite on a CUDA device that is not there, with a CUDA build of torch (a download
+#                 of 530 MB, into an environment of its own)
 #   make bench    every benchmark, as a page and as JSON in ./bench-report   (BENCH="penalty --quick" for less)
 #   make lint     ruff, mypy --strict, clang-format, shellcheck, clang-tidy
 #   make docs     the documents as a site in ./build/site, their tables made anew
@@ -42,6 +45,9 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 INSTALLED = $(sort $(shell find python bench -name '*.py')) $(CUDA) $(FUSEREG_ISAS)
 HOST_BUILD := build/cuda_on_host
 HOST_MODULE := $(HOST_BUILD)/.built
+STANDIN := build/standin
+STANDIN_TORCH ?= 2.11.0
+STANDIN_PYTHON := $(STANDIN)/venv/bin/python
 
 # Processes take tests from each other, so that none waits for the slowest file.
 PARALLEL = -n $(WORKERS) --dist worksteal
@@ -115,9 +121,34 @@ $(HOST_MODULE): $(NATIVE) $(wildcard tests/cuda_on_host/*.*) | $(VENV)/.installe
 	    -DPython_EXECUTABLE="$(VENV)/bin/python" && cmake --build $(HOST_BUILD) --target _C_cuda_on_host) $(call follow,host)
 	@touch $@
 
+# A CUDA build of torch without NVIDIA's libraries, stubs in their place, and a runtime on host memory.
+$(STANDIN)/.torch: Makefile | $(VENV)/.python
+	@$(call say,installing a CUDA build of torch (530 MB) for the stand-in device)
+	@mkdir -p $(STANDIN) && $(PYTHON) -m venv $(STANDIN)/venv
+	@$(STANDIN_PYTHON) -m pip install -q --no-compile --no-deps "torch==$(STANDIN_TORCH)"
+	@$(STANDIN_PYTHON) -m pip install -q --no-compile filelock typing-extensions sympy networkx jinja2 fsspec \
+	    "setuptools<82" numpy rich pytest pytest-xdist hypothesis expecttest psutil safetensors scipy 2>&1 \
+	    | grep -v 'torch .* requires' || true
+	@command -v nvcc >/dev/null || $(STANDIN_PYTHON) -m pip install -q --no-deps "nvidia-cuda-runtime==13.0.*" "nvidia-cuda-crt==13.0.*"
+	@touch $@
+
+$(STANDIN)/.libraries: $(wildcard tests/standin_device/*.*) $(STANDIN)/.torch
+	@rm -rf $(STANDIN)/lib
+	@$(STANDIN_PYTHON) tests/standin_device/stubs.py \
+	    "$$($(STANDIN_PYTHON) -c 'import importlib.util as i; print(i.find_spec("torch").submodule_search_locations[0])')/lib" $(STANDIN)/lib
+	@touch $@
+
+$(STANDIN)/.module: $(NATIVE) $(wildcard tests/cuda_on_host/*.* tests/standin_device/*.*) | $(VENV)/.installed
+	@$(call say,building the CUDA kernels for the stand-in device)
+	@mkdir -p $(STANDIN)/module
+	@unset MAKEFLAGS; (cmake -S . -B $(STANDIN)/module -G Ninja -DFUSEREG_CUDA=OFF -DFUSEREG_STANDIN_DEVICE=ON \
+	    -DFUSEREG_ISAS=baseline -DPython_EXECUTABLE="$(VENV)/bin/python" \
+	    && cmake --build $(STANDIN)/module --target _C_standin) $(call follow,standin-module)
+	@touch $@
+
 # --- what one runs ----------------------------------------------------------------------------------
 
-.PHONY: demo test test-all test-slow test-schedules test-nvcc bench lint docs wheel wheel-test clean distclean
+.PHONY: demo test test-all test-slow test-schedules test-standin test-nvcc bench lint docs wheel wheel-test clean distclean
 demo:
 	$(call ready,demo)
 	@$(VENV)/bin/fusereg demo $(DEMO)
@@ -132,7 +163,7 @@ test:
 # `make test` goes through the CUDA kernels in the order forward.
 test-all: export FUSEREG_ISAS = all
 test-all: override PYTEST += --all-cases
-test-all: test test-slow test-schedules test-nvcc docs
+test-all: test test-slow test-schedules test-standin test-nvcc docs
 
 test-slow:
 	$(call ready,test+zoo)
@@ -143,6 +174,12 @@ test-schedules:
 	$(call ready,test+zoo,$(HOST_MODULE))
 	@$(call say,CUDA kernels on the host: $(SCHEDULES))
 	@FUSEREG_HOST_SCHEDULE="$(SCHEDULES)" tests/cuda_on_host/run.sh $(HOST_BUILD) $(PARALLEL) $(PYTEST)
+
+# A torch of its own, so apart from `make test`.
+test-standin:
+	$(call ready,test,$(STANDIN)/.libraries $(STANDIN)/.module)
+	@$(call say,the suite on the stand-in device)
+	@tests/standin_device/run.sh $(STANDIN) $(PARALLEL) -m "not slow" $(PYTEST)
 
 # One architecture is enough to see that they compile.
 test-nvcc:

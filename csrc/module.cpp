@@ -39,7 +39,7 @@ py::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
-#if defined(FUSEREG_CUDA_ON_HOST)
+#if defined(FUSEREG_HOST_IS_DEVICE)
   info["cuda"] = "on host";
 #elif defined(FUSEREG_CUDA)
   info["cuda"] = FUSEREG_CUDA_VERSION;
@@ -55,6 +55,37 @@ py::dict build_info() {
 }
 
 // One dict per device; empty where there is none or no driver, and cuda_error() then says why.
+// The stream that torch works on on this device; None while a graph is captured on it.
+std::optional<std::uintptr_t> working_stream([[maybe_unused]] int device) {
+#if defined(FUSEREG_CUDA)
+  void* const stream = current_stream({kDLCUDA, device});
+  if (cuda::is_capturing("fusereg.working_stream", stream)) return std::nullopt;
+  return reinterpret_cast<std::uintptr_t>(stream);
+#else
+  return 0;  // whose kernels are refused later
+#endif
+}
+
+// What makes a device current again that has no context: torch's function, which waits until the device
+// is used.
+void set_restore_device(py::object exchange) {
+#if defined(FUSEREG_CUDA)
+  static PyObject* lazily = nullptr;
+  lazily = exchange.release().ptr();
+  cuda::set_restore_device([](int device) {
+    if (cuda::has_context(device) || PyGILState_Check() == 0) {
+      cuda::set_device(device);
+      return;
+    }
+    PyObject* const done = PyObject_CallFunction(lazily, "i", device);
+    if (done == nullptr) PyErr_Clear();
+    Py_XDECREF(done);
+  });
+#else
+  (void)exchange;
+#endif
+}
+
 py::list cuda_device_info() {
   py::list devices;
 #if defined(FUSEREG_CUDA)
@@ -123,12 +154,17 @@ PYBIND11_MODULE(FUSEREG_MODULE_NAME, m, pybind11::multiple_interpreters::not_sup
   m.def("inspect", &inspect, py::arg("tensor"));
   m.def("cuda_device_info", &cuda_device_info);
   m.def("cuda_error", &cuda_error);
-#if defined(FUSEREG_CUDA_ON_HOST)
+  m.def("working_stream", &working_stream, py::arg("device"));
+  m.def("set_restore_device", &set_restore_device, py::arg("exchange"));
+#if defined(FUSEREG_HOST_IS_DEVICE)
   m.attr("CUDA_ON_HOST") = true;
-  m.def("_launch_count", &cuda_on_host::launch_count);
   m.def("_set_capturing", [](bool capturing) { cuda_on_host::device().capturing = capturing; });
 #else
   m.attr("CUDA_ON_HOST") = false;
+#endif
+#if defined(FUSEREG_CUDA_ON_HOST)
+  m.def("_launch_count", &cuda_on_host::launch_count);
+  m.def("_grant_sms", [](int count) { cuda_on_host::device().granted_sms = count; });
 #endif
   bind_launch_tables(m);
   bind_rooms(m);

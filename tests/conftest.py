@@ -3,7 +3,9 @@
 A test that takes the fixture ``backend`` runs once for each of them: every CPU instruction set that
 this machine has, and a CUDA device if there is one. With FUSEREG_TEST_HOST_MODULE naming the module
 that tests/cuda_on_host builds (its run.sh sets it), the same tests run the CUDA kernels on the host
-instead, and those that do not take ``backend`` are left out, for they have run already.
+instead, and those that do not take ``backend`` are left out, for they have run already. With
+FUSEREG_TEST_STANDIN_MODULE (run.sh of tests/standin_device sets it) they run on a CUDA device that is
+not there, and so do those that want a GPU and those of test_standin_*.py.
 """
 
 from __future__ import annotations
@@ -24,10 +26,17 @@ import torch
 from hypothesis import HealthCheck, settings
 
 HOST_MODULE = os.environ.get("FUSEREG_TEST_HOST_MODULE", "")
+STANDIN_MODULE = os.environ.get("FUSEREG_TEST_STANDIN_MODULE", "")
 
-if HOST_MODULE:
+if STANDIN_MODULE:
+    from standin_device import device
+
+    device.install()
+
+if _path := HOST_MODULE or STANDIN_MODULE:
     # Takes the place of the compiled module before the package is imported.
-    _spec = importlib.util.spec_from_file_location("_C_cuda_on_host", HOST_MODULE)
+    _name = "_C_cuda_on_host" if HOST_MODULE else "_C_standin"
+    _spec = importlib.util.spec_from_file_location(_name, _path)
     assert _spec is not None
     assert _spec.loader is not None
     _module = importlib.util.module_from_spec(_spec)
@@ -38,7 +47,10 @@ import fusereg  # noqa: E402
 import sample_of_cases  # noqa: E402
 from fusereg.core.inventory import TOLERANCES  # noqa: E402
 
-for _profile, _examples in (("sample", 10 if HOST_MODULE else 20), ("all cases", 60)):
+for _profile, _examples in (
+    ("sample", 10 if HOST_MODULE or STANDIN_MODULE else 20),
+    ("all cases", 60),
+):
     settings.register_profile(
         _profile,
         deadline=None,
@@ -48,6 +60,7 @@ for _profile, _examples in (("sample", 10 if HOST_MODULE else 20), ("all cases",
     )
 
 DTYPES = list(TOLERANCES)
+_STANDIN_TESTS = "test_standin_"
 SEED = 0x1234_5678_9ABC_DEF0
 
 
@@ -60,7 +73,7 @@ class Backend:
     @property
     def on_host(self) -> bool:
         """Whether CUDA kernels run here as host code: right, but a thousand times slower."""
-        return self.name == "cuda_on_host"
+        return self.name == "cuda_on_host" or (bool(STANDIN_MODULE) and self.name == "cuda")
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype, backend: Backend) -> torch.Tensor:
@@ -78,6 +91,8 @@ def _backends() -> list[Backend]:
     cpu = torch.device("cpu")
     if HOST_MODULE:
         return [Backend("cuda_on_host", cpu)]
+    if STANDIN_MODULE:
+        return [Backend("cuda", torch.device("cuda"))]
     found = [Backend(f"cpu_{isa}", cpu, isa) for isa in fusereg._C.cpu_isas()]
     if has_gpu():
         found.append(Backend("cuda", torch.device("cuda")))
@@ -145,7 +160,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and not has_gpu():
             item.add_marker(no_gpu)
-        if HOST_MODULE and "backend" not in getattr(item, "fixturenames", ()):
+        takes_backend = "backend" in getattr(item, "fixturenames", ())
+        wants_device = item.get_closest_marker("gpu") or item.path.name.startswith(_STANDIN_TESTS)
+        if (HOST_MODULE and not takes_backend) or (
+            STANDIN_MODULE and not (takes_backend or wants_device)
+        ):
             left_out.add(item)
         if only and not _is_of_backend(item, only):
             left_out.add(item)
@@ -164,6 +183,9 @@ def pytest_collection_finish() -> None:
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Do not import what has no test to run here: imports are slow beside the sanitizers."""
-    if HOST_MODULE and collection_path.suffix == ".py":
-        return "backend" not in collection_path.read_text() or None
+    if collection_path.name.startswith(_STANDIN_TESTS):
+        return not STANDIN_MODULE or None
+    if (HOST_MODULE or STANDIN_MODULE) and collection_path.suffix == ".py":
+        text = collection_path.read_text()
+        return not ("backend" in text or (STANDIN_MODULE and "mark.gpu" in text)) or None
     return None

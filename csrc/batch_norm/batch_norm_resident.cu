@@ -207,8 +207,7 @@ bool launch_teams(const char* op, Arguments<Job> g, const Plan& plan, Kernel ker
     if (g.teams == 0) return false;
   }
   set_grid(config, op, g.teams * plan.reduce.splits);
-  cuda::launch(op, kernel, config, g);
-  return true;
+  return cuda::try_launch(op, kernel, config, g);
 }
 
 // As dispatch_kernel(), but there is only the wide kind, of float32 and the 16-bit types.

@@ -23,7 +23,7 @@ inline std::string where(const char* op, const char* name) {
 inline constexpr std::int64_t kWorthReleasing = 1 << 14;
 
 // Runs the job on the device's kernels: run_cuda(job, more..., index, stream) or run_cpu(job) of its
-// room. The host build of the CUDA kernels has no others.
+// room. Where the host stands in for the device (FUSEREG_HOST_IS_DEVICE) there are no others.
 template <class Job, class... More>
 void run_job(const Job& job, const Device& device, [[maybe_unused]] std::int64_t elements,
              [[maybe_unused]] More... more) {
@@ -33,7 +33,7 @@ void run_job(const Job& job, const Device& device, [[maybe_unused]] std::int64_t
     return;
   }
 #endif
-#if !defined(FUSEREG_CUDA_ON_HOST)
+#if !defined(FUSEREG_HOST_IS_DEVICE)
   (void)device;
   std::optional<py::gil_scoped_release> released;
   if (elements >= kWorthReleasing) released.emplace();

@@ -128,6 +128,10 @@ inline void check(const char* op, cudaError_t error) {
 
 // --- devices ---
 
+// Makes a device current again that was. The module has it done by torch where the device has no
+// context yet, and would get one: some 500 MB (core/cuda_info.h).
+inline std::atomic<void (*)(int)> restore_device{nullptr};
+
 // Makes `device` current for its lifetime. torch keeps the tensor's device and the current device
 // apart, and a launch goes to the current one.
 class DeviceGuard {
@@ -139,7 +143,12 @@ class DeviceGuard {
     changed_ = true;
   }
   ~DeviceGuard() {
-    if (changed_) (void)cudaSetDevice(previous_);
+    if (!changed_) return;
+    if (void (*const restore)(int) = restore_device.load(std::memory_order_relaxed)) {
+      restore(previous_);
+    } else {
+      (void)cudaSetDevice(previous_);
+    }
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
@@ -252,29 +261,48 @@ inline void check_config(const char* op, const LaunchConfig& c) {
   }
 }
 
+// The driver itself refuses a cooperative launch that could not be resident: it never hangs. It may
+// hold fewer blocks than max_resident_blocks(), under MPS or in a green context.
+template <class Note>
+bool launched(const char* op, cudaError_t error, const Note& note) {
+  if (error == cudaErrorCooperativeLaunchTooLarge) {
+    (void)cudaGetLastError();
+    return false;
+  }
+  if (error != cudaSuccess) throw_error(op, error, note());
+  return true;
+}
+
 #if defined(FUSEREG_CUDA_ON_HOST)
 
+// False: the driver does not hold all blocks of a cooperative launch at once.
 template <class... P>
-void launch_with(const char* op, void (*kernel)(P...), const LaunchConfig& c,
+bool launch_with(const char* op, void (*kernel)(P...), const LaunchConfig& c,
                  const std::decay_t<P>&... params) {
   // Copies on the heap, as the device has its own; one by one, so that an index past the end of any
   // meets a red zone.
-  const std::tuple<std::unique_ptr<const std::decay_t<P>>...> copies(
-      std::make_unique<const std::decay_t<P>>(params)...);
-  const auto body = [kernel, &copies] {
+  const std::tuple<std::shared_ptr<const std::decay_t<P>>...> copies(
+      std::make_shared<const std::decay_t<P>>(params)...);
+  const auto body = [kernel, copies] {
     std::apply([kernel](const auto&... copy) { kernel(*copy...); }, copies);
   };
-  const cudaError_t error = cuda_on_host::run(op, c.grid, c.block, c.shared_bytes, c.cooperative,
-                                              c.cluster, cuda_on_host::Body(body));
-  if (error != cudaSuccess) {
-    throw_error(op, error, "grid " + dim_text(c.grid) + ", block " + dim_text(c.block));
-  }
+  const cudaError_t error = cuda_on_host::launch({op,
+                                                  c.grid,
+                                                  c.block,
+                                                  c.shared_bytes,
+                                                  c.cooperative,
+                                                  c.cluster,
+                                                  c.stream,
+                                                  {{&params, sizeof(params)}...},
+                                                  body});
+  return launched(op, error,
+                  [&c] { return "grid " + dim_text(c.grid) + ", block " + dim_text(c.block); });
 }
 
 #else
 
 template <class... P>
-void launch_with(const char* op, void (*kernel)(P...), const LaunchConfig& c,
+bool launch_with(const char* op, void (*kernel)(P...), const LaunchConfig& c,
                  const std::decay_t<P>&... params) {
   // One element more, since an array of none is not C++.
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&params))..., nullptr};
@@ -322,9 +350,7 @@ void launch_with(const char* op, void (*kernel)(P...), const LaunchConfig& c,
   config.stream = c.stream;
   config.attrs = attributes;
   config.numAttrs = count;
-  // The driver itself refuses a cooperative launch that could not be resident: it never hangs.
-  const cudaError_t error = cudaLaunchKernelExC(&config, function, pointers);
-  if (error != cudaSuccess) throw_error(op, error, note());
+  return launched(op, cudaLaunchKernelExC(&config, function, pointers), note);
 }
 
 #endif
@@ -334,17 +360,26 @@ void launch_with(const char* op, void (*kernel)(P...), const LaunchConfig& c,
 // Every launch goes through here. `op` names the operation in errors ("fusereg.l1_penalty"). The
 // arguments are converted to the kernel's parameter types. An empty grid launches nothing. The
 // device must be current (DeviceGuard). Nothing is waited for: a fault inside the kernel shows
-// later.
+// later. False: the device does not hold all blocks of a cooperative launch at once; nothing runs.
 template <class... P, class... A>
-void launch(const char* op, void (*kernel)(P...), const LaunchConfig& config, const A&... args) {
+[[nodiscard]] bool try_launch(const char* op, void (*kernel)(P...), const LaunchConfig& config,
+                              const A&... args) {
   static_assert(sizeof...(P) == sizeof...(A), "launch: wrong number of kernel arguments");
   static_assert((std::is_trivially_copyable_v<std::decay_t<P>> && ...),
                 "launch: kernel parameters are copied as bytes");
   static_assert(detail::param_bytes<std::decay_t<P>...>() <= kKernelParamLimit,
                 "launch: the kernel's parameters do not fit");
-  if (detail::volume(config.grid) == 0) return;
+  if (detail::volume(config.grid) == 0) return true;
   detail::check_config(op, config);
-  detail::launch_with<P...>(op, kernel, config, args...);
+  return detail::launch_with<P...>(op, kernel, config, args...);
+}
+
+// As try_launch(), for launches that nothing can stand in for.
+template <class... P, class... A>
+void launch(const char* op, void (*kernel)(P...), const LaunchConfig& config, const A&... args) {
+  if (!try_launch(op, kernel, config, args...)) {
+    throw_error(op, cudaErrorCooperativeLaunchTooLarge, "grid " + detail::dim_text(config.grid));
+  }
 }
 
 // The most blocks of this kernel that the current device can hold at once: the largest grid that a

@@ -1,5 +1,9 @@
 #include "core/cuda_info.h"
 
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
 #include "core/cuda.cuh"
 
 namespace fusereg::cuda {
@@ -30,5 +34,33 @@ DeviceReport device_info() {
   }
   return report;
 }
+
+bool is_capturing(const char* op, void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(op, cudaStreamIsCapturing(static_cast<Stream>(stream), &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+bool has_context(int device) {
+#if defined(__linux__)
+  // The driver's own function: the runtime has none that answers without making a context.
+  using GetState = int (*)(int device, unsigned* flags, int* active);
+  static const auto get_state = [] {
+    void* const driver = dlopen("libcuda.so.1", RTLD_NOW);
+    void* const found = driver == nullptr ? nullptr : dlsym(driver, "cuDevicePrimaryCtxGetState");
+    return reinterpret_cast<GetState>(found);
+  }();
+  unsigned flags = 0;
+  int active = 0;
+  if (get_state != nullptr && get_state(device, &flags, &active) == 0) return active != 0;
+#else
+  (void)device;
+#endif
+  return true;
+}
+
+void set_device(int device) { (void)cudaSetDevice(device); }
+
+void set_restore_device(void (*restore)(int)) { restore_device = restore; }
 
 }  // namespace fusereg::cuda

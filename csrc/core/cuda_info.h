@@ -26,4 +26,15 @@ struct DeviceReport {
 // For `fusereg info`. Never throws because of the machine: no driver is an answer, not a fault.
 DeviceReport device_info();
 
+// Whether a graph is captured on the stream.
+bool is_capturing(const char* op, void* stream);
+
+// Whether this process has a context on the device; true where that cannot be told.
+bool has_context(int device);
+
+void set_device(int device);
+
+// Who makes a device current again after a launch on another (cuda.cuh).
+void set_restore_device(void (*restore)(int device));
+
 }  // namespace fusereg::cuda

@@ -20,12 +20,6 @@ __global__ void __launch_bounds__(kThreads) write_table_kernel(FUSEREG_GRID_CONS
 
 }  // namespace
 
-bool is_capturing(const char* op, Stream stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(op, cudaStreamIsCapturing(stream, &status));
-  return status != cudaStreamCaptureStatusNone;
-}
-
 void write_table(const char* op, TableMemory& memory, Stream stream) {
   const std::size_t size = memory.next.size();
   const unsigned char* const next = memory.next.data();

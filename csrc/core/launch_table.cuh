@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "core/cuda.cuh"
+#include "core/cuda_info.h"
 #include "core/launch_tables.h"
 
 namespace fusereg::cuda {
@@ -101,8 +102,6 @@ FUSEREG_DEVICE_INLINE void* moving_at(const MemoryTable<Head, Entry>& t, int i) 
 
 // Brings what memory.data holds up to memory.next. Both have whole numbers of 16 bytes.
 void write_table(const char* op, TableMemory& memory, Stream stream);
-
-bool is_capturing(const char* op, Stream stream);
 
 // The part of a list that one launch does.
 struct Part {

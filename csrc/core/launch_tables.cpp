@@ -34,7 +34,7 @@ class PythonTables final : public LaunchTables {
   };
 
   static Device device_of(int index) {
-#if defined(FUSEREG_CUDA_ON_HOST)
+#if defined(FUSEREG_HOST_IS_DEVICE)
     return {kDLCPU, index};
 #else
     return {kDLCUDA, index};

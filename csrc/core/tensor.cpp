@@ -76,7 +76,7 @@ std::string Device::name() const {
 }
 
 bool runs_cuda_kernels([[maybe_unused]] const Device& device) {
-#if defined(FUSEREG_CUDA_ON_HOST)
+#if defined(FUSEREG_HOST_IS_DEVICE)
   return true;
 #elif defined(FUSEREG_CUDA)
   return device.type == kDLCUDA;

@@ -110,7 +110,7 @@ std::vector<std::uint32_t> philox_words(const py::object& key, const py::object&
   const std::uint64_t k = bits_argument(key, op, "key");
   const std::uint64_t l = bits_argument(low, op, "low");
   const std::uint64_t h = bits_argument(high, op, "high");
-#if !defined(FUSEREG_CUDA_ON_HOST)  // which has no CPU kernels
+#if !defined(FUSEREG_HOST_IS_DEVICE)  // which has no CPU kernels
   if (vector) {
     std::uint32_t words[kMaxWords];
     const int chunks = cpu_kernels().words(k, l, h, words);

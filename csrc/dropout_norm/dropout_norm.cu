@@ -467,7 +467,6 @@ void run_cuda(const Backward& b, unsigned* barrier, int device, void* stream) {
   cuda::LaunchConfig config;
   config.stream = static_cast<cuda::Stream>(stream);
   config.block = dim3(threads_for(b.length, held ? kBackwardGroups : 0, kBackwardThreads));
-  config.cooperative = combines;
   const char* const op = b.rms ? "fusereg.dropout_add_rms_norm" : "fusereg.dropout_add_layer_norm";
   dispatch_dtype(b.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -477,9 +476,13 @@ void run_cuda(const Backward& b, unsigned* barrier, int device, void* stream) {
         blocks = std::min<std::int64_t>(
             blocks, cuda::max_resident_blocks(op, kernel, static_cast<int>(config.block.x)));
       }
-      config.grid =
-          dim3(static_cast<unsigned>(std::min<std::int64_t>(blocks, std::int64_t{1} << 30)));
-      cuda::launch(op, kernel, config, b, chunks, vectors, barrier);
+      blocks = std::clamp<std::int64_t>(blocks, 1, std::int64_t{1} << 30);
+      // Any number of blocks gives the same result; one waits for no other.
+      do {
+        config.grid = dim3(static_cast<unsigned>(blocks));
+        config.cooperative = combines && blocks > 1;
+        blocks /= 2;
+      } while (!cuda::try_launch(op, kernel, config, b, chunks, vectors, barrier));
     };
     if (held) {
       launch(dropout_norm_backward_kernel<T, kBackwardGroups>);

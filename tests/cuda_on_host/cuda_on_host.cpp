@@ -1,7 +1,5 @@
-// Launches, what a kernel's code calls, and the runtime's functions.
+// How launches run, and what a kernel's code calls.
 #include "cuda_on_host.h"
-
-#include <unistd.h>
 
 #include <algorithm>
 #include <map>
@@ -94,21 +92,32 @@ void Engine::run_together(const std::vector<std::uint64_t>& blocks) {
   }
 }
 
-cudaError_t Engine::run(const char* op, dim3 grid, dim3 block, std::size_t shared_bytes,
-                        bool cooperative, dim3 cluster, const Body& body) {
-  if (shared_bytes > static_cast<std::size_t>(device.shared_per_block))
+cudaError_t Engine::refusal(const Launch& l) const {
+  if (l.shared_bytes > static_cast<std::size_t>(device.shared_per_block)) {
     return cudaErrorInvalidValue;
-  const std::uint64_t cluster_blocks = std::uint64_t{cluster.x} * cluster.y * cluster.z;
-  const std::uint64_t blocks = std::uint64_t{grid.x} * grid.y * grid.z;
+  }
+  const std::uint64_t cluster_blocks = std::uint64_t{l.cluster.x} * l.cluster.y * l.cluster.z;
   if (cluster_blocks > static_cast<std::uint64_t>(device.cluster_blocks)) {
     return cudaErrorInvalidClusterSize;
   }
-  if (cooperative) {
-    const int most = max_resident_blocks(block.x * block.y * block.z, shared_bytes);
+  if (l.cooperative) {
+    const std::uint64_t blocks = std::uint64_t{l.grid.x} * l.grid.y * l.grid.z;
+    int most = max_resident_blocks(l.block.x * l.block.y * l.block.z, l.shared_bytes);
+    if (device.granted_sms > 0) most = most / device.sm_count * device.granted_sms;
     if (blocks > static_cast<std::uint64_t>(most)) return cudaErrorCooperativeLaunchTooLarge;
   }
+  return cudaSuccess;
+}
+
+cudaError_t Engine::run(const Launch& launch) {
+  if (const cudaError_t error = refusal(launch)) return error;
+  const auto& [op, grid, block, shared_bytes, cooperative, cluster, stream, parameters, body] =
+      launch;
+  (void)stream, (void)parameters;
+  const std::uint64_t cluster_blocks = std::uint64_t{cluster.x} * cluster.y * cluster.z;
+  const std::uint64_t blocks = std::uint64_t{grid.x} * grid.y * grid.z;
   ++launches;
-  op_ = op;
+  op_ = op.c_str();
   grid_ = grid;
   block_dim_ = block;
   cluster_dim_ = cluster;
@@ -164,10 +173,11 @@ namespace {
 std::mutex launch_mutex;
 }  // namespace
 
-cudaError_t run(const char* op, dim3 grid, dim3 block, std::size_t shared_bytes, bool cooperative,
-                dim3 cluster, Body body) {
+cudaError_t refusal(const Launch& launch) { return engine().refusal(launch); }
+
+cudaError_t run(const Launch& launch) {
   const std::lock_guard<std::mutex> lock(launch_mutex);
-  return engine().run(op, grid, block, shared_bytes, cooperative, cluster, body);
+  return engine().run(launch);
 }
 
 int barrier(Barrier kind, int predicate, Site site) {
@@ -235,142 +245,3 @@ int max_resident_blocks(unsigned threads_per_block, std::size_t shared_bytes) {
 }
 
 }  // namespace fusereg::cuda_on_host
-
-// --- the runtime ---
-
-namespace {
-thread_local int current_device = 0;
-thread_local cudaError_t last_error = cudaSuccess;
-
-cudaError_t record(cudaError_t error) {
-  if (error != cudaSuccess) last_error = error;
-  return error;
-}
-bool exists(int device) { return device >= 0 && device < fusereg::cuda_on_host::device().count; }
-}  // namespace
-
-const char* cudaGetErrorName(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess:
-      return "cudaSuccess";
-    case cudaErrorInvalidValue:
-      return "cudaErrorInvalidValue";
-    case cudaErrorMemoryAllocation:
-      return "cudaErrorMemoryAllocation";
-    case cudaErrorNoDevice:
-      return "cudaErrorNoDevice";
-    case cudaErrorInvalidDevice:
-      return "cudaErrorInvalidDevice";
-    case cudaErrorCooperativeLaunchTooLarge:
-      return "cudaErrorCooperativeLaunchTooLarge";
-    case cudaErrorInvalidClusterSize:
-      return "cudaErrorInvalidClusterSize";
-    default:
-      return "cudaErrorUnknown";
-  }
-}
-
-const char* cudaGetErrorString(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess:
-      return "no error";
-    case cudaErrorInvalidValue:
-      return "invalid argument";
-    case cudaErrorMemoryAllocation:
-      return "out of memory";
-    case cudaErrorNoDevice:
-      return "no CUDA-capable device is detected";
-    case cudaErrorInvalidDevice:
-      return "invalid device ordinal";
-    case cudaErrorCooperativeLaunchTooLarge:
-      return "too many blocks in cooperative launch";
-    case cudaErrorInvalidClusterSize:
-      return "invalid cluster size";
-    default:
-      return "an error that the host model does not name";
-  }
-}
-
-cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
-cudaError_t cudaPeekAtLastError() { return last_error; }
-cudaError_t cudaDriverGetVersion(int* version) {
-  *version = 13000;
-  return cudaSuccess;
-}
-cudaError_t cudaRuntimeGetVersion(int* version) {
-  *version = 13000;
-  return cudaSuccess;
-}
-cudaError_t cudaGetDeviceCount(int* count) {
-  *count = fusereg::cuda_on_host::device().count;
-  return *count > 0 ? cudaSuccess : record(cudaErrorNoDevice);
-}
-cudaError_t cudaGetDevice(int* device) {
-  *device = current_device;
-  return exists(current_device) ? cudaSuccess : record(cudaErrorNoDevice);
-}
-cudaError_t cudaSetDevice(int device) {
-  if (!exists(device)) return record(cudaErrorInvalidDevice);
-  current_device = device;
-  return cudaSuccess;
-}
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (!exists(device)) return record(cudaErrorInvalidDevice);
-  const fusereg::cuda_on_host::Device& d = fusereg::cuda_on_host::device();
-  switch (attribute) {
-    case cudaDevAttrMultiProcessorCount:
-      *value = d.sm_count;
-      return cudaSuccess;
-    case cudaDevAttrL2CacheSize:
-      *value = 1 << 20;
-      return cudaSuccess;
-    case cudaDevAttrMaxThreadsPerMultiProcessor:
-      *value = d.threads_per_sm;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = d.shared_per_sm;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = d.shared_per_block;
-      return cudaSuccess;
-  }
-  return record(cudaErrorInvalidValue);
-}
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
-  if (!exists(device)) return record(cudaErrorInvalidDevice);
-  *properties = {};
-  std::snprintf(properties->name, sizeof(properties->name), "CUDA on host");
-  properties->totalGlobalMem = static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) *
-                               static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  properties->major = 9;
-  properties->multiProcessorCount = fusereg::cuda_on_host::device().sm_count;
-  return cudaSuccess;
-}
-cudaError_t cudaMalloc(void** p, std::size_t bytes) {
-  *p = std::malloc(bytes);
-  return *p || bytes == 0 ? cudaSuccess : record(cudaErrorMemoryAllocation);
-}
-cudaError_t cudaFree(void* p) {
-  std::free(p);
-  return cudaSuccess;
-}
-cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
-                            cudaStream_t) {
-  if (bytes > 0) std::memmove(to, from, bytes);
-  return cudaSuccess;
-}
-cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaStream_t) {
-  if (bytes > 0) std::memset(p, value, bytes);
-  return cudaSuccess;
-}
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = fusereg::cuda_on_host::device().capturing ? cudaStreamCaptureStatusActive
-                                                      : cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}

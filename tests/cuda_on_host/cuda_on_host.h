@@ -14,10 +14,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 // --- qualifiers ---
 
@@ -176,6 +178,8 @@ struct Device {
   int shared_per_block = 227 * 1024;
   int cluster_blocks = 8;
   bool capturing = false;  // what streams say; launches run all the same
+  int granted_sms = 0;     // fewer than sm_count, under MPS say, where not 0: cooperative launches
+                           // that ask for more are refused
 };
 // device_properties() keeps its first answer, so set the model before the first launch.
 Device& device();
@@ -185,22 +189,31 @@ std::uint64_t launch_count();
 
 int max_resident_blocks(unsigned threads_per_block, std::size_t shared_bytes);
 
-// A callable by reference; what it refers to must outlive run().
-class Body {
- public:
-  template <class F, class = std::enable_if_t<!std::is_same_v<F, Body>>>
-  explicit Body(const F& f)
-      : context_(&f), call_([](const void* context) { (*static_cast<const F*>(context))(); }) {}
-  void operator()() const { call_(context_); }
-
- private:
-  const void* context_;
-  void (*call_)(const void*);
+// Bytes of a kernel's parameter.
+struct Parameter {
+  const void* data;
+  std::size_t size;
 };
 
+struct Launch {
+  std::string op;
+  dim3 grid, block;
+  std::size_t shared_bytes;
+  bool cooperative;
+  dim3 cluster;
+  cudaStream_t stream;
+  std::vector<Parameter> parameters;
+  std::function<void()> body;  // of one thread; owns copies of the parameters
+};
+
+// Why the device would not take this launch; cudaSuccess if it would.
+cudaError_t refusal(const Launch& launch);
+
 // Runs the kernel for every thread of the grid and returns when all are done. Throws Fault.
-cudaError_t run(const char* op, dim3 grid, dim3 block, std::size_t shared_bytes, bool cooperative,
-                dim3 cluster, Body body);
+cudaError_t run(const Launch& launch);
+
+// What launches on the device call: runs it, now or when the stream comes to it.
+cudaError_t launch(const Launch& launch);
 
 // --- what a kernel's code calls ---
 

@@ -93,8 +93,8 @@ struct Abandon {};
 
 class Engine {
  public:
-  cudaError_t run(const char* op, dim3 grid, dim3 block, std::size_t shared_bytes, bool cooperative,
-                  dim3 cluster, const Body& body);
+  cudaError_t refusal(const Launch& l) const;
+  cudaError_t run(const Launch& launch);
 
   // Called by running threads.
   int barrier(Barrier kind, int predicate, Site site);
@@ -138,7 +138,7 @@ class Engine {
   const char* op_ = "";
   dim3 grid_, block_dim_, cluster_dim_;
   std::size_t shared_bytes_ = 0;
-  const Body* body_ = nullptr;
+  const std::function<void()>* body_ = nullptr;
 
   std::vector<std::unique_ptr<Block>> block_pool_;
   std::vector<Block*> group_;  // the blocks that are alive together

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ..core import dispatch, docs
+from ..core import dispatch, docs, memory
 from . import op as _ops
 from . import resize_op as _resize_ops
 from .arguments import (
@@ -72,12 +72,12 @@ _TENSORS = (
 )
 
 
-def _constants() -> tuple[Tensor, Tensor]:
+def _constants(device: torch.device, op: str) -> tuple[Tensor, ...]:
     """Return the identity and the window; tracers and fake tensors want tensors of their own."""
     if dispatch.eager():
-        return _TENSORS
+        return memory.constants("records", device, lambda: _TENSORS, op)
     identity = torch.tensor(_IDENTITY, dtype=torch.float64)
-    return identity, torch.tensor(_WINDOW, dtype=torch.float64)
+    return identity.to(device), torch.tensor(_WINDOW, dtype=torch.float64).to(device)
 
 
 def _has_shape(t: Tensor, *shape: int) -> bool:
@@ -85,9 +85,9 @@ def _has_shape(t: Tensor, *shape: int) -> bool:
     return t.dim() == len(shape) and all(a == b for a, b in zip(t.shape, shape, strict=True))
 
 
-def _identity(x: Tensor) -> Tensor:
+def _identity(x: Tensor, device: torch.device, op: str) -> Tensor:
     """Return a record for each sample that changes nothing."""
-    return _constants()[0].repeat(x.shape[0], 1)
+    return _constants(device, op)[0].repeat(x.shape[0], 1)
 
 
 class _Result(NamedTuple):
@@ -134,8 +134,9 @@ def _apply(
     options = _ops.Options.of(x.shape[1], op, sampling, affine, erase)
     if flag(sampling[1], op, "antialias") and sampling[0] == "nearest":
         raise ValueError(f"fusereg.{op}: antialias needs interpolation 'bilinear' or 'bicubic'")
-    keys = None if keys is None else keys.to(x.device)
-    return _ops.apply(x, records.to(x.device), keys, target, options, op, result.out)
+    keys = None if keys is None else memory.to_device(keys, x.device, op)
+    records = memory.to_device(records, x.device, op)
+    return _ops.apply(x, records, keys, target, options, op, result.out)
 
 
 def warp_affine(
@@ -191,14 +192,16 @@ def warp_affine(
     if matrix.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"fusereg.{op}: matrix gets no gradient; detach() it")
     shape = (x.shape[2], x.shape[3]) if size is None else size_pair(size, op)
-    records = _identity(x).to(matrix.device)
+    records = _identity(x, matrix.device, op)
     records[:, :6] = matrix.double().reshape(-1, 6)
     result = _Result(mean, std, out_dtype, memory_format, out)
     return _apply(x, records, shape, result, op, (interpolation, antialias, fill_mode, fill))
 
 
-def _for_samples(value: object, n: int, op: str, name: str, kind: str) -> Tensor:
-    """Return a number for each sample, on the CPU or the device of the tensor."""
+def _for_samples(
+    value: object, n: int, op: str, name: str, kind: str, device: torch.device
+) -> Tensor:
+    """Return a number for each sample: of a tensor on its device, others on this one."""
     if isinstance(value, Tensor):
         integral = not (value.is_floating_point() or value.is_complex())
         good = {
@@ -213,7 +216,7 @@ def _for_samples(value: object, n: int, op: str, name: str, kind: str) -> Tensor
             )
         return value.expand(n) if integral else value.detach().double().expand(n)
     check = {"flags": flag, "integers": integer, "numbers": number}[kind]
-    return torch.full((n,), float(check(value, op, name)), dtype=torch.float64)
+    return torch.full((n,), float(check(value, op, name)), dtype=torch.float64, device=device)
 
 
 def crop_flip_normalize(
@@ -259,20 +262,23 @@ def crop_flip_normalize(
     _ops.check_images(x, op)
     height, width = size_pair(size, op)
     n = x.shape[0]
+    tensors = [g for g in (top, left, hflip, vflip) if isinstance(g, Tensor)]
+    device = next((g.device for g in tensors if g.device.type != "cpu"), torch.device("cpu"))
+    if not tensors and memory.capturing(x.device):
+        device = x.device  # numbers are constants of the graph
     given = [
-        _for_samples(top, n, op, "top", "integers"),
-        _for_samples(left, n, op, "left", "integers"),
-        _for_samples(hflip, n, op, "hflip", "flags"),
-        _for_samples(vflip, n, op, "vflip", "flags"),
+        _for_samples(top, n, op, "top", "integers", device),
+        _for_samples(left, n, op, "left", "integers", device),
+        _for_samples(hflip, n, op, "hflip", "flags", device),
+        _for_samples(vflip, n, op, "vflip", "flags", device),
     ]
-    device = next((g.device for g in given if g.device.type != "cpu"), torch.device("cpu"))
-    rows, columns, flipped_x, flipped_y = (g.to(device) for g in given)
+    rows, columns, flipped_x, flipped_y = (memory.to_device(g, device, op) for g in given)
     places = [rows, columns, flipped_x, flipped_y, flipped_x * (width - 1)]
     places.append(flipped_y * (height - 1))
     # One product instead of a write to each column.
     numbers = torch.stack(places, 1).double()
-    identity, window = _constants()
-    records = torch.addmm(identity.to(device), numbers, window.to(device))
+    identity, window = _constants(device, op)
+    records = torch.addmm(identity, numbers, window)
     result = _Result(mean, std, out_dtype, memory_format, out)
     return _apply(x, records, (height, width), result, op, ("nearest", False, fill_mode, fill))
 
@@ -318,10 +324,10 @@ def resize(
         resampling = (INTERPOLATIONS[interpolation], False, *affine)
         return _ops.call(_resize_ops.resize, x, (*target, *resampling), target, op, out)
     by_y, by_x = x.shape[2] / height, x.shape[3] / width
-    records = _identity(x)
-    records[:, :6] = torch.tensor(
-        [by_x, 0.0, (by_x - 1.0) / 2.0, 0.0, by_y, (by_y - 1.0) / 2.0], dtype=torch.float64
-    )
+    device = x.device if dispatch.eager() else torch.device("cpu")
+    records = _identity(x, device, op)
+    matrix = (by_x, 0.0, (by_x - 1.0) / 2.0, 0.0, by_y, (by_y - 1.0) / 2.0)
+    records[:, :6] = memory.numbers(matrix, torch.float64, device)
     return _apply(
         x, records, (height, width), result, op, (interpolation, antialias, "border", 0.0)
     )
@@ -371,7 +377,7 @@ def erase(
     _ops.check_images(x, op)
     n = x.shape[0]
     corners = _boxes(boxes, n, op)
-    records = _identity(x).to(corners.device)
+    records = _identity(x, corners.device, op)
     records[:, _ERASE : _ERASE + 4] = corners
     keys = fill = None
     if isinstance(value, str):
@@ -421,8 +427,9 @@ def mix(
         raise TypeError(
             f"fusereg.{op}: partner must be a torch.Tensor, got {type(partner).__name__}"
         )
-    indices = _for_samples(partner, n, op, "partner", "integers")
-    share = _for_samples(lam, n, op, "lam", "numbers").to(partner.device)
+    indices = _for_samples(partner, n, op, "partner", "integers", partner.device)
+    share = _for_samples(lam, n, op, "lam", "numbers", partner.device)
+    share = memory.to_device(share, partner.device, op)
     # Reading a GPU's numbers would wait for it, and a graph has none yet: the kernel takes an index
     # beyond the batch for no partner.
     if indices.device.type == "cpu" and n > 0 and dispatch.eager():
@@ -432,13 +439,13 @@ def mix(
             )
         if not bool(((share >= 0) & (share <= 1)).all()):
             raise ValueError(f"fusereg.{op}: lam must be within [0, 1]")
-    records = _identity(x).to(partner.device)
+    records = _identity(x, partner.device, op)
     records[:, _PARTNER] = indices
     records[:, _LAM] = share
     if boxes is None:
         records[:, _MIX + 2], records[:, _MIX + 3] = x.shape[3], x.shape[2]
     else:
-        records[:, _MIX : _MIX + 4] = _boxes(boxes, n, op).to(partner.device)
+        records[:, _MIX : _MIX + 4] = memory.to_device(_boxes(boxes, n, op), partner.device, op)
     return _apply(x, records, x.shape[2:], _Result(out=out), op)
 
 

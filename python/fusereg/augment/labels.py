@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import memory
 from ..core.labels import MixedLabels
 from .params import AugmentParams
 
@@ -38,9 +39,9 @@ def mix_labels(
             f"fusereg.{op}: targets must be class indices ({n},) or probabilities ({n}, K), "
             f"got shape {tuple(labels.shape)}"
         )
-    partners = params.partners.to(labels.device)
+    partners = memory.to_device(params.partners, labels.device, op)
     other = torch.where(partners >= 0, partners, torch.arange(n, device=labels.device))
-    weight = params.weights.to(labels.device)
+    weight = memory.to_device(params.weights, labels.device, op)
     if labels.dim() == 2:
         if num_classes is not None and labels.shape[1] != num_classes:
             raise ValueError(
@@ -58,7 +59,8 @@ def mix_labels(
     pair = MixedLabels(a, a[other], weight.float())
     if num_classes is None:
         return pair
-    if n and not (int(a.min()) >= 0 and int(a.max()) < num_classes):
+    # Of a GPU's labels the host would wait for the answer; scatter_add_ refuses others there.
+    if n and a.is_cpu and not (int(a.min()) >= 0 and int(a.max()) < num_classes):
         raise ValueError(
             f"fusereg.{op}: class indices must be within [0, {num_classes}), "
             f"got {int(a.min())} to {int(a.max())}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..core import dispatch
+from ..core import dispatch, memory
 from . import op as _ops
 from .arguments import integer, is_sequence, of_array, one_of
 from .steps import Values
@@ -313,7 +313,7 @@ class AugmentParams:
         width = 3 if points.shape[-1:] == (3,) else 2
         self._check_points(points, "keypoints", "points", width)
         x = points if points.is_floating_point() else points.to(torch.float32)
-        m = self.inverse().matrices.to(x.device)
+        m = memory.to_device(self.inverse().matrices, x.device, "AugmentParams.keypoints")
         moved = torch.einsum("nij,nkj->nki", m[:, :, :2], x[..., :2].double()) + m[:, None, :, 2]
         if width == 3:
             seen = x[..., 2:] * self.inside(moved)[..., None]
@@ -364,7 +364,7 @@ class AugmentParams:
         moved = moved.unflatten(1, (-1, 4)) + 0.5
         low, high = moved.amin(2), moved.amax(2)  # [N, K, 2]
         if clip:
-            limit = low.new_tensor([self.size[1], self.size[0]])
+            limit = memory.numbers((self.size[1], self.size[0]), low.dtype, low.device)
             low, high = low.clamp(min=0).minimum(limit), high.clamp(min=0).minimum(limit)
         if format == "xywh":
             high = high - low
@@ -453,7 +453,8 @@ class AugmentParams:
         self.check_images(x, op)
         options = _ops.Options.of(_ops.check_images(x, op).shape[1], op, sampling)
         target = _ops.Target.of(x, self.size, x.dtype)
-        return _ops.apply(x, self.records.to(x.device), None, target, options, op)
+        records = memory.to_device(self.records, x.device, op)
+        return _ops.apply(x, records, None, target, options, op)
 
     def check_images(self, x: Tensor, op: str) -> None:
         """Check that x is [N, C, height, width] of these parameters' input size."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..core import memory
 from . import op as _ops
 from .arguments import (
     FILL_MODES,
@@ -218,16 +219,7 @@ def render(
         shift,
         erase,
     )
-    keys = to_device(params.keys, images.device) if settings.erase_noise else None
+    keys = memory.to_device(params.keys, images.device, op) if settings.erase_noise else None
     target = _ops.Target.of(images, params.size, out_dtype, memory_format)
-    records = to_device(records, images.device)
+    records = memory.to_device(records, images.device, op)
     return rewrap(_ops.apply(images, records, keys, target, options, op, out), x)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device without waiting for it, through pinned memory."""
-    if tensor.device == device:
-        return tensor
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

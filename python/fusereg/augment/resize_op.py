@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..core import operator
+from ..core import memory, operator
 from .op import Target, compute_dtype, run
 
 
@@ -40,17 +40,15 @@ def _band(
     interpolation: int,
     transposed: bool,
     dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Return the first column and the weights of each row of an axis's matrix."""
+) -> tuple[Tensor, ...]:
+    """Return the first column and the weights of each row of an axis's matrix, on the CPU."""
     arguments = (size, new_size, interpolation, transposed, "resize")
     rows = size if transposed else new_size
     with torch.inference_mode(False):
         first = torch.empty(rows, dtype=torch.int32)
         weights = torch.empty(rows, _C.augment_resize_taps(*arguments), dtype=torch.float64)
         _C.augment_resize_band(first, weights, *arguments)
-        # Converted on the host: a copy from it is waited for, so that every stream may read it.
-        return first.to(device), weights.to(dtype).to(device)
+        return first, weights.to(dtype)
 
 
 def _forward(x: Tensor, *flat: Any, out: Tensor | None = None) -> Tensor:
@@ -61,7 +59,8 @@ def _forward(x: Tensor, *flat: Any, out: Tensor | None = None) -> Tensor:
     bands: list[Tensor] = []
     for side, new_side in zip(sides, target.size, strict=True):
         ends = (new_side, side) if transposed else (side, new_side)
-        bands += _band(*ends, interpolation, transposed, dtype, x.device)
+        axis = (*ends, interpolation, transposed, dtype)
+        bands += memory.constants(axis, x.device, functools.partial(_band, *axis), "resize")
     scratch = None
     if x.device.type != "cpu" or _C.CUDA_ON_HOST:
         scratch = x.new_empty(n * c * target.size[0] * sides[1], dtype=dtype)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import dispatch, operator
+from ..core import dispatch, memory, operator
 from . import kernels
 from . import op as ops
 from .kernels import FIXED, Call, Gradients, Inputs
@@ -37,7 +37,7 @@ def lost_channels(call: Call) -> Tensor | None:
     x, weight, bias = call.inputs.x, call.inputs.weight, call.inputs.bias
     if weight is None and bias is None:
         return None
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if memory.capturing(x.device):
         raise RuntimeError(
             f"fusereg.{call.op}: inplace=True asks the device for the weights, which cannot be "
             "done while a CUDA graph is captured; use inplace=False there"

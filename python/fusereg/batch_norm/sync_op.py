@@ -96,8 +96,8 @@ def normalize(call: Call, moments: Tensor, reduce_sums: SumOver) -> Tensor:
     if type(seed) is tuple:
         number, offset = seed
         if not isinstance(number, Tensor):
-            number = torch.tensor([random.signed(number), random.signed(offset)])
-        seed = number.to(call.inputs.x.device)
+            number = random.pair(number, offset, call.inputs.x.device)
+        seed = number
     inputs = call.inputs._replace(moments=moments, running_mean=None, running_var=None, seed=seed)
     constants = call.constants._replace(statistics=GIVEN)
     y = operator.applied(_Synchronized, constants, reduce_sums, *inputs)

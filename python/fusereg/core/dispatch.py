@@ -28,6 +28,8 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
 from .. import _C  # noqa: E402
 
 _C.bind_torch(torch.Tensor, torch.nn.Parameter, torch.autograd.graph.increment_version)
+if hasattr(torch._C, "_cuda_maybeExchangeDevice"):
+    _C.set_restore_device(torch._C._cuda_maybeExchangeDevice)
 
 
 def functorch() -> bool:

@@ -23,6 +23,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from . import memory
 from .checks import is_integer
 
 #: (seed, offset), or (an int64 tensor that holds both where the kernel can read them, 0).
@@ -53,7 +54,7 @@ def _numbers() -> Tensor:
 
 
 def _cuda_state(device: torch.device, generator: torch.Generator | None) -> State:
-    if torch.cuda.is_current_stream_capturing():
+    if memory.capturing(device):
         return device_state(device, generator), 0
     if generator is None:
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -132,8 +133,13 @@ def traced_state(x: Tensor, source: Source, op: str) -> Tensor:
     if isinstance(seed, Tensor):
         return seed
     if seed is not None:
-        return torch.tensor([signed(int(seed)), 0], dtype=torch.int64, device=device)
+        return pair(int(seed), 0, device)
     return device_state(device, generator)
+
+
+def pair(seed: int, offset: int, device: torch.device) -> Tensor:
+    """Return the state as a tensor on the device."""
+    return memory.numbers((signed(seed), signed(offset)), torch.int64, device)
 
 
 def signed(number: int) -> int:

@@ -152,11 +152,11 @@ def run_prepared(call: Call, keys: tuple[str, ...]) -> None:
             [present[n][0] for n in own],
             params=[ready[n] for n in own],
             grads=[grads[n] for n in own],
-            hypers=tuple(Hyper(*(_on(device, x) for x in h)) for h in call.hypers),
+            hypers=tuple(Hyper(*(_on(device, x, call.op) for x in h)) for h in call.hypers),
             value=value,
-            grad_scale=_on(device, call.grad_scale),
-            found_inf=_on(device, call.found_inf),
-            norm=_on(device, call.norm),
+            grad_scale=_on(device, call.grad_scale, call.op),
+            found_inf=_on(device, call.found_inf, call.op),
+            norm=_on(device, call.norm, call.op),
         )
         must(call.op, run(part))
         if value is not None:
@@ -180,8 +180,8 @@ def laid_out(p: Tensor, rows: bool) -> Tensor:
     return p if in_order or not rows else p.contiguous()
 
 
-def _on(device: torch.device, value: Any) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+def _on(device: torch.device, value: Any, op: str) -> Any:
+    return memory.to_device(value, device, op) if isinstance(value, Tensor) else value
 
 
 def _plain_grad(call: Call, i: int, p: Tensor, grad: Tensor) -> Tensor:

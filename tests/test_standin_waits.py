@@ -1,0 +1,154 @@
+"""When the host waits for the device: at no operation but those that say so.
+
+A wait is a synchronization, a copy with memory that is not pinned, or an operator of torch's whose
+result has a shape that only the device knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusereg
+from fusereg import augment
+from fusereg.batch_norm import sync_op
+from fusereg.batch_norm.kernels import Call, Constants
+from fusereg.batch_norm.kernels import Inputs as BatchNormInputs
+from fusereg.core.inventory import Inputs, Operation
+from layers import LAYERS
+from ops import FUNCTIONS, differentiated, named
+from standin_device import device
+
+CUDA = torch.device("cuda", 0)
+
+
+def waits_of(call: Callable[[], object]) -> list[device.Wait]:
+    """Return the waits of a second call: the first makes memory and tables."""
+    call()
+    with device.waits() as found:
+        call()
+    return found
+
+
+def images(*shape: int) -> Tensor:
+    return torch.rand(shape or (4, 3, 5, 5)).to(CUDA)
+
+
+# Rows that make a layer move it to the device; the layers are below.
+@named([operation for operation in FUNCTIONS if not operation.name.startswith("nn.")])
+def test_no_operation_waits(operation: Operation) -> None:
+    tensors = operation.sample(Inputs(CUDA))
+    assert waits_of(lambda: differentiated(operation, tensors)) == []
+
+
+def _on_device(values: tuple[Any, ...]) -> list[Tensor]:
+    return [t.to(CUDA) for t in values]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
+def test_no_layer_waits_in_training(layer: type[torch.nn.Module]) -> None:
+    arguments, inputs = LAYERS[layer]
+    module = layer(**arguments).to(CUDA)
+    given = _on_device(inputs())
+
+    def step() -> None:
+        x = given[0].clone().requires_grad_()
+        y = module(x, *given[1:])
+        y = y[0] if isinstance(y, tuple) else y
+        if y.requires_grad:
+            y.sum().backward()
+
+    assert waits_of(step) == []
+
+
+OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
+    "SGD": lambda p: fusereg.optim.SGD(p, lr=0.1, momentum=0.9, l1=0.01),
+    "AdamW": lambda p: fusereg.optim.AdamW(p, lr=0.1, max_grad_norm=1.0),
+    "Adagrad": lambda p: fusereg.optim.Adagrad(p, lr=0.1),
+    "FTRL": lambda p: fusereg.optim.FTRL(p, lr=0.1),
+    "a learning rate on the device": lambda p: fusereg.optim.AdamW(
+        p, lr=torch.tensor(0.1).to(CUDA)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_optimizer_waits(name: str) -> None:
+    params = [torch.nn.Parameter(images(5, 7)) for _ in range(3)]
+    optimizer = OPTIMIZERS[name](params)
+
+    def step() -> None:
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    assert waits_of(step) == []
+
+
+def test_mixing_labels_on_the_device_does_not_wait() -> None:
+    mix = augment.Augment(size=4, mix=augment.Mix(mixup=0.4, cutmix=1.0, num_classes=5))
+    x, labels = images(), torch.tensor([0, 1, 4, 2]).to(CUDA)
+    assert waits_of(lambda: mix(x, labels)) == []
+
+
+def test_boxes_points_and_masks_on_the_device_do_not_wait() -> None:
+    params = augment.Augment(size=4).sample_params(4, input_size=(5, 5))
+    points, boxes, mask = images(4, 2, 2), images(4, 2, 4), images(4, 5, 5) > 0.5
+    for call in (
+        lambda: params.keypoints(points),
+        lambda: params.boxes(boxes),
+        lambda: params.mask(mask),
+        lambda: params.warp(images()),
+    ):
+        with_image = waits_of(call)
+        assert [w for w in with_image if "test_standin" not in w.where[0]] == []
+
+
+def test_a_given_seed_does_not_wait() -> None:
+    x = images(8, 8)
+    assert waits_of(lambda: fusereg.functional.dropout(x, 0.5, seed=2**63 + 5)) == []
+    call = torch.func.vmap(
+        lambda row: fusereg.functional.dropout(row, 0.5, seed=7), randomness="same"
+    )
+    assert waits_of(lambda: call(x)) == []
+
+
+def test_synchronized_batch_norm_with_dropout_does_not_wait() -> None:
+    x = images()
+    moments = torch.ones(3, 3, dtype=torch.float64).to(CUDA)
+
+    def call() -> None:
+        given = Call(BatchNormInputs(x, seed=(3, 4)), Constants(p=0.5))
+        sync_op.normalize(given, moments, lambda sums: sums)
+
+    assert waits_of(call) == []
+
+
+#: Public calls for which the host waits, and what of them says so.
+DOCUMENTED: dict[str, tuple[Callable[[], object], Any]] = {
+    "sparsity": (lambda: fusereg.sparsity([images(5, 5)]), fusereg.sparsity),
+    "batch_norm in place": (
+        lambda: fusereg.functional.batch_norm(
+            images() * 1,
+            None,
+            None,
+            torch.ones(3).to(CUDA).requires_grad_(),
+            training=True,
+            inplace=True,
+        ),
+        fusereg.functional.batch_norm,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_what_waits_says_so(name: str) -> None:
+    call, documented = DOCUMENTED[name]
+    with device.waits() as found:
+        call()
+    assert [w for w in found if "/fusereg/" in w.where[0] + "".join(w.where[1:4])]
+    assert "wait" in documented.__doc__.lower()
