@@ -405,9 +405,7 @@ def test_averages_that_would_not_be_kept_are_refused() -> None:
             Scripted(LOSSES), EarlyStoppingCallback("val_loss", patience=3), WeightAveraging()
         )
     with pytest.raises(RuntimeError, match="averaged=True needs an optimizer of fusereg"):
-        fit_scripted(
-            Scripted(LOSSES), EarlyStoppingCallback("val_loss", patience=3, averaged=True)
-        )
+        fit_scripted(Scripted(LOSSES), EarlyStoppingCallback("val_loss", patience=3, averaged=True))
 
 
 def test_a_metric_logged_at_the_end_of_the_training_epoch_is_there() -> None:

@@ -130,6 +130,36 @@ def fsdp_models_train_as_one_process_does(ranks: Ranks) -> None:
     ours.step()
 
 
+@on(2)
+def states_travel_as_full_and_as_sharded_state_dicts(ranks: Ranks) -> None:
+    """FTRL's record of its last step and the averages too."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    assert fully_shard is not None
+    found = []
+    for how in (None, dcp.StateDictOptions(), dcp.StateDictOptions(full_state_dict=True)):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+        fully_shard(model, mesh=ranks.mesh)
+        options: dict[str, Any] = {"lr": 0.05, "l1": 0.3, "l2": 0.1, "ema_decay": 0.5}
+        optimizer = optim.FTRL(model.parameters(), **options)
+        for turn in range(4):
+            x = torch.randn(8, 6)
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            if turn == 1 and how is not None:
+                saved = dcp.get_optimizer_state_dict(model, optimizer, options=how)
+                optimizer.zero_grad()  # torch makes no states to load into otherwise
+                optimizer = optim.FTRL(model.parameters(), **options)
+                dcp.set_optimizer_state_dict(model, optimizer, saved, options=how)
+        states = [optimizer.state[p] for p in model.parameters()]
+        found.append([whole(s[key]).clone() for s in states for key in sorted(s)])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
 # --- the tests ----------------------------------------------------------------------------------
 
 
