@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 import fusereg
 from fusereg import optim
+
+dcp: Any = checkpoint
 
 NAMES = ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam"]
 

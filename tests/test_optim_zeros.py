@@ -36,7 +36,10 @@ def test_full_batches_find_exactly_the_zeros_of_scikit_learn(problems: Any, prob
     assert (found.found, found.false) == (found.wanted, 0)
 
 
-@pytest.mark.parametrize(("problem", "batch", "share"), [("lasso", 32, 0.9), ("logistic", 64, 0.7)])
+@pytest.mark.parametrize(
+    ("problem", "batch", "share"),
+    [("lasso", 32, 0.9), pytest.param("logistic", 64, 0.7, marks=pytest.mark.slow)],
+)
 def test_batches_find_most_zeros_and_no_false_one(
     problems: Any, problem: str, batch: int, share: float
 ) -> None:

@@ -9,6 +9,7 @@ for the whole first batch. What is zero there after a few steps was wiped withou
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn import datasets, linear_model
+from sklearn import datasets, linear_model  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
@@ -158,9 +159,10 @@ def perceptron(prox: bool | str, steps: int = 1500) -> Net:
     x = torch.from_numpy(digits.data).float() / 16
     y = torch.from_numpy(digits.target)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
-    first = model[0].weight
-    net = _digits(model, x, y, [m.weight for m in model if isinstance(m, nn.Linear)], 1e-3,
+    layers = nn.Linear(64, 256), nn.Linear(256, 10)
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1])
+    first = layers[0].weight
+    net = _digits(model, x, y, [layer.weight for layer in layers], 1e-3,
                   steps, prox, lambda: (first.detach() == 0).all(dim=1))  # fmt: skip
     return net._replace(zeros=fusereg.sparsity(first))
 
@@ -168,9 +170,8 @@ def perceptron(prox: bool | str, steps: int = 1500) -> Net:
 def resnet18(prox: bool | str, steps: int = 60) -> Net:
     """Train torchvision's resnet18 on digits of 32 x 32 pixels; count its filters."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from torchvision.models import resnet18 as make
-
-    import other_libraries  # noqa: F401  # repairs torchvision
+    importlib.import_module("other_libraries")  # repairs torchvision
+    make = importlib.import_module("torchvision.models").resnet18
 
     digits = datasets.load_digits()
     x = torch.from_numpy(digits.images).float()[:, None] / 16

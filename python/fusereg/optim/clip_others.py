@@ -103,13 +103,16 @@ def adaptive_clip_grad_(
     eps = _not_negative(eps, op, "eps")
     turned = _turned(parameters) if isinstance(parameters, nn.Module) else set()
     listed = list({id(p): p for p in _params.as_list(parameters, op)}.values())
-    listed = [p for p in listed if p.grad is not None]
+    grads = {id(p): p.grad for p in listed if p.grad is not None}
+    listed = [p for p in listed if id(p) in grads]
     if distributed.has_dtensor(listed):
         _sharded.by_mesh(op, listed, Strengths(group=1.0))  # refuses rows in parts
     elif not turned and _C.clip_rows(listed, clip_factor, eps, _rows_tables, op) == DONE:
         return
     for i, p in enumerate(listed):
-        w, g = (_sharded.local_part(t) if distributed.is_dtensor(t) else t for t in (p, p.grad))
+        w, g = p, grads[id(p)]
+        if distributed.is_dtensor(p):
+            w, g = _sharded.local_part(p), _sharded.local_part(g)
         checks.check(w, op, f"parameters[{i}]")
         checks.check(g, op, f"parameters[{i}].grad")
         with torch.no_grad():

@@ -25,7 +25,7 @@ from .kernels import Call, Hyper, State, run, run_prepared
 
 #: Of each algorithm of the kernels.
 _NAMES = ("SGD", "Adam", "Adagrad", "FTRL", "RMSprop", "NAdam", "Lion")
-_KEYS = (
+_KEYS: tuple[tuple[str, ...], ...] = (
     ("momentum_buffer",),
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     ("sum",),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .options import OWN
 
 if TYPE_CHECKING:
-    from torch.distributed.checkpoint import DefaultLoadPlanner
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 __all__ = ["load_planner"]
 
@@ -28,7 +28,7 @@ def load_planner(**options: Any) -> DefaultLoadPlanner:
         >>> dcp.load(states, checkpoint_id="step-1000", planner=fusereg.optim.load_planner())
         >>> set_optimizer_state_dict(model, optimizer, states["optimizer"])
     """
-    from torch.distributed.checkpoint import DefaultLoadPlanner
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
     class Planner(DefaultLoadPlanner):
         def set_up_planner(

@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -253,7 +254,8 @@ def divides(item: Named) -> bool:
     """
     match = _PARAMETRIZED.fullmatch(item.name)
     if match is not None and hasattr(item.module, "parametrizations"):
-        return _nan_at_zero(item.module.parametrizations[match["name"]], item.param)
+        lists: Any = item.module.parametrizations
+        return _nan_at_zero(lists[match["name"]], item.param)
     own = item.name.rpartition(".")[2]
     for hook in item.module._forward_pre_hooks.values():
         if type(hook).__module__ in ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm"):
