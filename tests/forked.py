@@ -15,6 +15,8 @@ import sys
 import tempfile
 import textwrap
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -63,3 +65,22 @@ def _child(program: str, stdout: int, stderr: int) -> None:
         sys.stderr.flush()
     # At once: the end of the copied process is not for its copy.
     os._exit(status if isinstance(status, int) else int(status is not None))
+
+
+def elsewhere(work: Callable[[], Any], kill: bool = False) -> str:
+    """Return what the function returns or raises in a forked process, which then ends."""
+    get, put = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            put.send(str(work()))
+        except Exception as error:
+            put.send(f"{type(error).__name__}: {error}")
+        if kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    found: str = get.recv()
+    process.join()
+    return found

@@ -8,7 +8,6 @@ import io
 import json
 import multiprocessing
 import os
-import signal
 import socket
 import threading
 import time
@@ -24,6 +23,7 @@ import torch
 from torch import nn
 
 from early_stopping_runs import fill
+from forked import elsewhere
 from fusereg import EarlyStopping
 from fusereg.core import files, lock
 from fusereg.early_stopping import CheckpointError, load_best
@@ -117,25 +117,6 @@ def test_a_commit_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
         mine.step(0.5, epoch=1)
     assert holds(tmp_path / "mine", 2)
     other.step(0.5, epoch=1)
-
-
-def elsewhere(work: Callable[[], Any], kill: bool = False) -> str:
-    """Return what the function returns or raises in a forked process, which then ends."""
-    get, put = multiprocessing.get_context("fork").Pipe(duplex=False)
-
-    def run() -> None:
-        try:
-            put.send(str(work()))
-        except Exception as error:
-            put.send(f"{type(error).__name__}: {error}")
-        if kill:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    found: str = get.recv()
-    process.join()
-    return found
 
 
 @fork
@@ -559,6 +540,16 @@ def test_extra_state_that_no_file_can_hold_is_found_at_once(tmp_path: Path, stat
     assert list(tmp_path.iterdir()) == []
     with contextlib.suppress(TypeError):  # deepcopy's, for a lock
         EarlyStopping(Extra(state), patience=3).step(1.0, epoch=0)
+
+
+def test_a_run_resumed_from_a_folder_with_a_larger_patience_goes_on(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    stopper = EarlyStopping(model, patience=1, folder=tmp_path)
+    stopper.step(1.0, epoch=0)
+    assert stopper.step(2.0, epoch=1).stop
+    for patience, stopped in ((1, True), (2, False)):
+        again = EarlyStopping(model, patience=patience, folder=tmp_path, resume=True)
+        assert again.stopped == stopped
 
 
 # --- resuming with another model ------------------------------------------------------------------

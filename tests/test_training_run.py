@@ -22,6 +22,7 @@ from torch.optim import swa_utils
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
 import fusereg
+from forked import elsewhere
 from fusereg import EarlyStopping, TrainingRun
 from fusereg.core import files
 from fusereg.run import CheckpointError
@@ -282,6 +283,20 @@ def test_early_stopping_ends_the_run_with_the_best_model(tmp_path: Path) -> None
     assert results == [0, 1, 2, 3, 1, 2, 3]
 
 
+def test_a_larger_patience_goes_on_from_the_last_weights(tmp_path: Path) -> None:
+    seen = []
+    for patience in (1, 1, 3):
+        model = nn.Linear(1, 1)
+        stopper = EarlyStopping(model, patience=patience)
+        run = TrainingRun(tmp_path, model=model, stopper=stopper)
+        for epoch in run.epochs(6):
+            seen.append((patience, epoch, float(model.weight.detach()) if epoch else None))
+            nn.init.constant_(model.weight, epoch)
+            stopper.step([1, 2, 3, 4, 5, 6][epoch], epoch=epoch)
+        assert float(model.weight.detach()) == 0.0, "the best one"
+    assert seen == [(1, 0, None), (1, 1, 0.0), (3, 2, 1.0), (3, 3, 2.0)]
+
+
 # --- what is kept ---------------------------------------------------------------------------------
 
 
@@ -380,6 +395,22 @@ class Wrapped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = type("FullyShardedDataParallel", (nn.Module,), {})()
+
+
+@fork
+@pytest.mark.parametrize("on_save_error", ["raise", "warn"])
+def test_another_process_is_refused_in_words(tmp_path: Path, on_save_error: Any) -> None:
+    run, _ = counted(tmp_path)
+    run.save()
+    for resume in (True, False):
+
+        def other(resume: bool = resume) -> Any:
+            return counted(tmp_path, on_save_error=on_save_error, resume=resume)
+
+        said = elsewhere(other)
+        assert said.startswith(f"CheckpointError: fusereg.TrainingRun: folder {tmp_path} is in use")
+        assert f"by process {os.getpid()} on" in said
+    run.save()
 
 
 @pytest.mark.parametrize(
