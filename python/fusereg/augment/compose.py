@@ -153,14 +153,14 @@ class Compose(Passes):
     """A list of transforms in as few passes over the batch as possible.
 
     Accepts fusereg's transforms, torchvision's (their arguments are read), another Compose of
-    either or an nn.Sequential (the transforms in it are taken), and any function of a batch. Geometry
-    composes to one matrix for each sample; a normalization, an erased box and MixUp or CutMix are
-    part of the same pass. A transform of torchvision for which there is no kernel is called for
-    each sample, with its targets, under a generator keyed by the sample's id; any other function is
-    called as it is, with the whole batch and without targets. :meth:`plan` shows what was fused,
-    what was not and why, and where the result differs from that of one transform after the other:
-    two resamples in one are sharper, and a rotated crop shows the image's own pixels in its
-    corners.
+    either or an nn.Sequential (the transforms in it are taken), and any function of a batch.
+    Geometry composes to one matrix for each sample; a normalization, an erased box and MixUp or
+    CutMix are part of the same pass. A transform of torchvision for which there is no kernel is
+    called for each sample, with its targets, under a generator keyed by the sample's id; any other
+    function is called as it is, with the whole batch and without targets. :meth:`plan` shows what
+    was fused, what was not and why, and where the result differs from that of one transform after
+    the other: two resamples in one are sharper, and a rotated crop shows the image's own pixels in
+    its corners.
 
     Args:
         transforms: in the order in which they are applied.
