@@ -425,6 +425,14 @@ def test_arguments_that_fusereg_does_not_have_are_called_and_the_plan_says_why()
         jitter(x, params=params)
 
 
+def test_a_sequence_of_modules_is_a_list_and_a_chain_within_a_list_is_refused() -> None:
+    inner = torch.nn.Sequential(v2().RandomHorizontalFlip(), v2().CenterCrop(3))
+    (only,) = Compose([inner, v2().Normalize([0.5], [0.5])]).plan().passes
+    assert only.names == ["RandomHorizontalFlip", "CenterCrop", "Normalize"]
+    with pytest.raises(TypeError, match="got Augment, which draws by ids of its own"):
+        Compose([Augment(8)])
+
+
 def test_a_function_of_the_batch_is_replayed_by_its_ids() -> None:
     fused = Compose([lambda x: x + torch.rand(())])
     x = torch.zeros(2, 1, 3, 3)

@@ -382,12 +382,14 @@ def test_a_mask_with_as_many_rows_as_there_are_boxes_keeps_them() -> None:
     assert moved["masks"].shape == (4, 4)
 
 
-@pytest.mark.parametrize("through", ["fused", "called"])
+@pytest.mark.parametrize("through", ["fused", "called", "two passes"])
 def test_visibility_is_of_the_whole_chain(through: str) -> None:
     """Two crops that each leave more than half of a box leave less than half together."""
     crops = [v2().CenterCrop((40, 40)), v2().CenterCrop((40, 20))]
     if through == "called":
         crops = [v2().RandomApply([c], p=1.0) for c in crops]
+    if through == "two passes":
+        crops.insert(1, v2().ColorJitter(0.1))
     target = {"boxes": box((0.0, 0, 30, 40), (20, 0, 40, 40)), "labels": torch.tensor([1, 2])}
     _, moved = Compose(crops, min_visibility=0.5)(images(), [target, target])
     assert moved[0]["labels"].tolist() == [2]

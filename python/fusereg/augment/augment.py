@@ -72,9 +72,10 @@ class Augment(Chain):
     Values: interpolation, color (clamped to the image's range), then ``(v - mean) / std`` with v
     in [0, 1], then erasing, then mixing, then rounding.
 
-    Every random number is a function of (seed, epoch, sample id, operation), by Philox; batch size,
-    order, workers, device and the other arguments do not change it. So with ``sample_ids`` a run is
-    reproducible sample by sample.
+    Every random number is a function of (seed, epoch, sample id, its occurrence, operation), by
+    Philox; batch size, order, workers, device and the other arguments do not change it. So with
+    ``sample_ids`` a run is reproducible sample by sample. Without ``seed`` it also depends on
+    torch's generator and on the rank.
 
     Args:
         size: (height, width) of the result; an integer is both.

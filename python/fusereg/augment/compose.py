@@ -153,14 +153,14 @@ class Compose(Passes):
     """A list of transforms in as few passes over the batch as possible.
 
     Accepts fusereg's transforms, torchvision's (their arguments are read), another Compose of
-    either (its transforms are taken, not its arguments), and any function of a batch. Geometry
-    composes to one matrix for each sample; a normalization, an erased box and MixUp or CutMix are
-    part of the same pass. A transform of torchvision for which there is no kernel is called for
-    each sample, with its targets, under a generator keyed by the sample's id; any other function is
-    called as it is, with the whole batch and without targets. :meth:`plan` shows what was fused,
-    what was not and why, and where the result differs from that of one transform after the other:
-    two resamples in one are sharper, and a rotated crop shows the image's own pixels in its
-    corners.
+    either or an nn.Sequential (the transforms in it are taken), and any function of a batch.
+    Geometry composes to one matrix for each sample; a normalization, an erased box and MixUp or
+    CutMix are part of the same pass. A transform of torchvision for which there is no kernel is
+    called for each sample, with its targets, under a generator keyed by the sample's id; any other
+    function is called as it is, with the whole batch and without targets. :meth:`plan` shows what
+    was fused, what was not and why, and where the result differs from that of one transform after
+    the other: two resamples in one are sharper, and a rotated crop shows the image's own pixels in
+    its corners.
 
     Args:
         transforms: in the order in which they are applied.
@@ -224,6 +224,8 @@ converters: list[Callable[[object], Sequence[Stage] | Called | None]] = []
 
 def _stages(item: object, op: str) -> list[tuple[str, Sequence[Stage] | Called]]:
     """Return the stages of a transform or of a list, or what is called, with their names."""
+    if isinstance(item, torch.nn.Sequential):
+        return [pair for inner in item for pair in _stages(inner, op)]
     if isinstance(item, Compose) or (
         type(item).__name__ == "Compose"
         and type(item).__module__.startswith("torchvision.transforms")
@@ -232,6 +234,11 @@ def _stages(item: object, op: str) -> list[tuple[str, Sequence[Stage] | Called]]
         return [pair for inner in transforms for pair in _stages(inner, op)]
     if isinstance(item, Transform):
         return [(item._op, [item.stage])]
+    if isinstance(item, Chain):
+        raise TypeError(
+            f"fusereg.{op}: transforms must be single ones or lists, got {type(item).__name__}, "
+            "which draws by ids of its own; call it before or after"
+        )
     for convert in converters:
         known = convert(item)
         if known is not None:
