@@ -105,7 +105,7 @@ def test_mixed_labels_without_weights_are_their_probabilities() -> None:
 
 
 def test_what_augment_mixes_goes_into_the_loss() -> None:
-    augment = fusereg.augment.Augment(mix=fusereg.augment.MixUp(alpha=0.4))
+    augment = fusereg.augment.Augment(8, mix="mixup")
     _, labels = augment(torch.rand(6, 3, 8, 8), torch.arange(6))
     assert isinstance(labels, MixedLabels)
     x = logits((6, 10), torch.float32)

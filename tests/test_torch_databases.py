@@ -24,9 +24,10 @@ pytestmark = [
 #: Names that fusereg shares with torch and that torch's databases have. Importing those takes
 #: seconds, so it is left to the tests.
 NAMES = [
-    *("functional.alpha_dropout", "functional.batch_norm", "functional.dropout"),
-    *("functional.dropout2d", "functional.dropout3d", "functional.feature_alpha_dropout"),
-    *("nn.BatchNorm1d", "nn.BatchNorm2d", "nn.BatchNorm3d"),
+    *("functional.alpha_dropout", "functional.batch_norm", "functional.cross_entropy"),
+    *("functional.dropout", "functional.dropout2d", "functional.dropout3d"),
+    "functional.feature_alpha_dropout",
+    *("nn.BatchNorm1d", "nn.BatchNorm2d", "nn.BatchNorm3d", "nn.CrossEntropyLoss"),
     *("optim.Adagrad", "optim.Adam", "optim.AdamW", "optim.SGD"),
 ]
 

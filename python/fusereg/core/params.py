@@ -41,6 +41,19 @@ def as_list(params: Params, op: str) -> list[Tensor]:
     return list(params)
 
 
+def output_dim(module: torch.nn.Module) -> int:
+    """Return the dimension of a layer's weight whose indices are its outputs, as a rule the first.
+
+    The weights of transposed convolutions, and of the Conv1D of transformers (GPT-2), begin with
+    the inputs. Where a transposed convolution has groups, no dimension has one index for each
+    output, and the first, that of its inputs, is taken.
+    """
+    if isinstance(module, torch.nn.modules.conv._ConvTransposeNd):
+        return 1 if module.groups == 1 else 0
+    conv1d = ("transformers.pytorch_utils", "Conv1D")
+    return int(any((c.__module__, c.__name__) == conv1d for c in type(module).__mro__))
+
+
 def by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
     """Return the indices of the tensors on each device, devices in order of appearance."""
     groups: dict[torch.device, list[int]] = {}

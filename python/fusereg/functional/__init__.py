@@ -24,9 +24,11 @@ from ..fused_dropout.functional import (
 )
 from ..gaussian_dropout.functional import gaussian_dropout
 from ..penalty.functional import elastic_net_penalty, group_lasso_penalty, l1_penalty, l2_penalty
+from ..penalty.others import activity_penalty, orthogonality_penalty, spectral_norm_penalty
 
 __all__ = [
     "activation_dropout",
+    "activity_penalty",
     "alpha_dropout",
     "batch_norm",
     "bias_dropout_add",
@@ -51,4 +53,6 @@ __all__ = [
     "group_lasso_penalty",
     "l1_penalty",
     "l2_penalty",
+    "orthogonality_penalty",
+    "spectral_norm_penalty",
 ]

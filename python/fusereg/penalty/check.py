@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.inventory import Inputs, Operation, Pairs, Shape, exact
+from ..core.inventory import MATRICES, Inputs, Operation, Pairs, Shape, exact
 from . import functional, prox
 from .functional import add_penalty_grad_, sparsity
+from .others import activity_penalty
 
 L1, L2, GROUP = 0.3, 0.7, 0.05
 #: Between the norms of the groups: some vanish, some only shrink.
@@ -153,6 +154,15 @@ OPERATIONS = [
         "w_g * max(0, 1 - t * sqrt(n_g) / ||w_g||)",
         _shrunk_groups,
         threshold=THRESHOLD,
+    ),
+    Operation(
+        name="activity_penalty",
+        formula="(l1 * sum |x| + l2 * sum x^2) / N",
+        function=activity_penalty,
+        shapes=MATRICES,
+        options={"l1": L1, "l2": L2},
+        reference=lambda x: (L1 * x.abs().sum() + L2 * x.square().sum()) / max(len(x), 1),
+        refuses=_NO_META,
     ),
     Operation(name="sparsity", formula="share of exact zeros", function=sparsity, pairs=_sparsity),
 ]

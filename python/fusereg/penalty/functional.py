@@ -185,6 +185,7 @@ def add_penalty_grad_(
     l2: Strength = 0.0,
     group: Strength = 0.0,
     grad_scale: Tensor | float | None = None,
+    group_dim: int = 0,
 ) -> Tensor:
     r"""Add a penalty's gradient into every ``.grad`` and return its value, in one pass.
 
@@ -193,9 +194,10 @@ def add_penalty_grad_(
     .. math:: R(w) = l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2
                      + group \sum_g \sqrt{n_g}\,\|w_g\|_2
 
-    (groups along dimension 0) this does what ``R.backward()`` does after ``loss.backward()``, but
-    reads each weight once and reads and writes each gradient once: 12 bytes an element in float32.
-    Call it after ``backward()`` and before the optimizer's step. It does not wait for the device.
+    (groups along dimension ``group_dim``) this does what ``R.backward()`` does after
+    ``loss.backward()``, but reads each weight once and reads and writes each gradient once: 12
+    bytes an element in float32. Call it after ``backward()`` and before the optimizer's step. It
+    does not wait for the device.
 
     Args:
         params: a tensor, an iterable of tensors, or a module. Any mix of float64, float32, float16,
@@ -205,6 +207,8 @@ def add_penalty_grad_(
         grad_scale: factor by which the loss was multiplied before ``backward()``, as by a
             ``GradScaler``, so that unscaling gives the right sum: a number or a 0-d tensor (read on
             the device). The returned value is not scaled.
+        group_dim: the dimension whose indices are the groups, as ``dim`` of
+            :func:`fusereg.functional.group_lasso_penalty`.
 
     Returns:
         R as a 0-d tensor on the first tensor's device, float32 (float64 if any input is), detached.
@@ -220,7 +224,8 @@ def add_penalty_grad_(
         >>> optimizer.step()
     """
     op = "add_penalty_grad_"
-    return add_grads(op, collect(op, params, Strengths(l1, l2, group)), grad_scale)
+    s = Strengths(l1, l2, group, check_dim(op, group_dim, "group_dim"))
+    return add_grads(op, collect(op, params, s), grad_scale)
 
 
 def sparsity(params: Params) -> float:

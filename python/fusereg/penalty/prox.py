@@ -15,16 +15,19 @@ counts zeros.
 
 from __future__ import annotations
 
-from ..core import dispatch, distributed
+import torch
+
+from ..core import checks, dispatch, distributed
 from ..core.params import Params
 from . import dtensor as _dtensor
 from . import kernels as _kernels
 from . import op as _op
 from .functional import check_all
 from .names import without_dividing
+from .others import limited
 from .strengths import Listed, Strength, Strengths, check_dim, collect
 
-__all__ = ["elastic_net_", "group_lasso_", "l1_"]
+__all__ = ["elastic_net_", "group_lasso_", "l1_", "max_norm_"]
 
 
 def l1_(params: Params, threshold: Strength) -> None:
@@ -86,6 +89,39 @@ def group_lasso_(params: Params, threshold: Strength, dim: int = 0) -> None:
     op = "prox.group_lasso_"
     s = Strengths(group=threshold, dim=check_dim(op, dim))
     _prox(op, collect(op, without_dividing(params), s, "threshold"))
+
+
+def max_norm_(params: Params, max_norm: Strength, dim: int = 0) -> None:
+    r"""Project onto a limit of the norms: no slice along ``dim`` is longer than c.
+
+    .. math:: w_g \leftarrow w_g \min(1, c / \|w_g\|_2)
+
+    The max-norm constraint (Srebro, Rennie, Jaakkola 2005; Srivastava et al. 2014), the proximal
+    operator of the indicator of the ball. Slices within the limit keep their bits. Computed by
+    torch's operations, norms in float32 (float64 for float64). To apply it after each step of any
+    optimizer::
+
+        optimizer.register_step_post_hook(lambda *_: fusereg.prox.max_norm_(model.fc, 3.0))
+
+    Args:
+        params: as in :func:`l1_`; tensors of fewer than two dimensions, such as biases, stay.
+        max_norm: :math:`c \ge 0`, one number or one per tensor.
+        dim: the dimension whose indices are the slices: 0, the outputs of linear layers and
+            convolutions; 1 for transposed convolutions.
+
+    Raises:
+        TypeError, ValueError: as :func:`l1_`; also if a tensor has no dimension ``dim``.
+    """
+    op = "prox.max_norm_"
+    s = Strengths(l1=max_norm, dim=check_dim(op, dim))
+    tensors, s, _ = collect(op, params, s, "max_norm")
+    limits = (limit for limit, *_ in s.each(len(tensors)))
+    with torch.no_grad():
+        found = limited(op, tensors, limits, dim)
+        for i, (w, _) in enumerate(found):
+            checks.check_writable(w, op, f"params[{i}]")
+        for w, factor in found:
+            w.copy_(torch.where(factor == 1, w, w * factor))
 
 
 def _prox(op: str, listed: Listed) -> None:

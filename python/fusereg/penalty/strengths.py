@@ -102,10 +102,10 @@ def listed(tensors: list[Tensor], s: Strengths) -> Listed:
     return Listed(tensors, s, dispatch.eager() and _C.scan(tensors)[0])
 
 
-def check_dim(op: str, dim: object) -> int:
+def check_dim(op: str, dim: object, name: str = "dim") -> int:
     """Raise if the dimension of the groups is not an integer."""
     if not isinstance(dim, int):
-        raise TypeError(f"fusereg.{op}: dim must be an int, got {type(dim).__name__}")
+        raise TypeError(f"fusereg.{op}: {name} must be an int, got {type(dim).__name__}")
     return dim
 
 

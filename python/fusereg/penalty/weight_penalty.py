@@ -21,7 +21,10 @@ __all__ = ["AttachedPenalty", "PenaltyGroup", "WeightPenalty"]
 
 @dataclass
 class PenaltyGroup:
-    """Parameters of a model that share strengths; ``l1``, ``l2`` and ``group`` may be changed."""
+    """Parameters of a model that share strengths; ``l1``, ``l2`` and ``group`` may be changed.
+
+    ``group_dim``: the dimension whose indices are the groups of each parameter.
+    """
 
     label: str
     names: list[str]
@@ -29,9 +32,10 @@ class PenaltyGroup:
     l1: float = 0.0
     l2: float = 0.0
     group: float = 0.0
+    group_dim: list[int] = field(default_factory=list, repr=False)
 
 
-Rule = Mapping[str, float] | None
+Rule = Mapping[str, float | int | None] | None
 
 _log = logging.getLogger("fusereg")
 #: The default of a strength: equal to 0, but not the 0 that a caller passes.
@@ -44,7 +48,8 @@ class WeightPenalty:
     .. math:: R = \sum_w l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2
                   + group \sum_g \sqrt{n_g}\,\|w_g\|_2
 
-    with :math:`l_2 \sum w_i^2` as the second term if ``half=False``, and groups along dimension 0.
+    with :math:`l_2 \sum w_i^2` as the second term if ``half=False``. The groups are the weights of
+    one output of a layer, unless ``group_dim`` says otherwise.
     Use one of::
 
         loss = criterion(model(x), y) + penalty.penalty()      # a term in the loss, or
@@ -59,6 +64,10 @@ class WeightPenalty:
             patterns match the names with them, too, and for a parametrized layer the name of the
             weight that is computed.
         l1, l2, group: strengths >= 0, one of them, or a rule's, must be given (0 is one).
+        group_dim: the dimension whose indices are the groups. None: by the type of the layer, its
+            outputs: dimension 1 of transposed convolutions (dimension 0, their inputs, where they
+            have groups) and of transformers' Conv1D, and dimension 0 of all others. 1 makes groups
+            of the inputs of a linear layer or a convolution. It must be one of a parameter.
         half: whether the L2 term has the factor 1/2 (so that its gradient is ``l2 * w``).
         exclude: parameters without a penalty: ``"bias"`` (by name: ``bias``, ``in_proj_bias``,
             ``bias_ih_l0``), ``"norm"`` (parameters of normalization layers), ``"layer_scale"``
@@ -70,9 +79,9 @@ class WeightPenalty:
             that kernels cannot read (quantized ones), and those that a parametrization divides by
             their norm (``weight_norm``, ``spectral_norm``): of zeros it makes NaN.
         rules: other strengths for some parameters: a mapping from patterns or types, as in
-            ``exclude``, to a mapping with ``l1``, ``l2``, ``group`` (missing ones keep the default)
-            or to None for no penalty. The last match wins, after ``exclude``. A pattern that
-            matches no parameter is an error.
+            ``exclude``, to a mapping with ``l1``, ``l2``, ``group``, ``group_dim`` (missing ones
+            keep the default) or to None for no penalty. The last match wins, after ``exclude``. A
+            pattern that matches no parameter is an error.
         schedule: a function that returns a factor of all strengths for the number of :meth:`step`
             calls so far, e.g. ``lambda t: min(1.0, t / 1000)`` for a warm-up.
 
@@ -97,6 +106,7 @@ class WeightPenalty:
         l1: float = UNSET,
         l2: float = UNSET,
         group: float = UNSET,
+        group_dim: int | None = None,
         half: bool = True,
         exclude: Iterable[Key] | Key = SPARED,
         rules: Mapping[Key, Rule] | None = None,
@@ -117,12 +127,18 @@ class WeightPenalty:
         self._rules = dict(rules or {})
         self._check_keys()
         check_given((l1, l2, group), self._rules)
-        defaults = _check_strengths({"l1": l1, "l2": l2, "group": group}, "WeightPenalty")
+        defaults: dict[str, Any] = _check_strengths(
+            {"l1": l1, "l2": l2, "group": group}, "WeightPenalty"
+        )
         groups = [PenaltyGroup(self._DEFAULT, [], [], **defaults)]
+        self._group_dims = {self._DEFAULT: _check_group_dim(group_dim, "WeightPenalty")}
         for key, label in self._labels().items():
             if (rule := self._rules[key]) is not None:
-                own = _check_strengths(rule, f"WeightPenalty: the rule for {label}")
-                groups.append(PenaltyGroup(label, [], [], **{**defaults, **own}))
+                where, own = f"WeightPenalty: the rule for {label}", dict(rule)
+                dim = _check_group_dim(own.pop("group_dim", group_dim), where)
+                self._group_dims[label] = dim
+                strengths: dict[str, Any] = {**defaults, **_check_strengths(own, where)}
+                groups.append(PenaltyGroup(label, [], [], **strengths))
         self.groups = groups
         self.excluded: list[str] = []
         self.refresh()
@@ -161,7 +177,7 @@ class WeightPenalty:
             ValueError: a pattern matches no parameter. Nothing is changed then.
         """
         labels = self._labels()
-        members: dict[str, list[tuple[str, Tensor]]] = {g.label: [] for g in self.groups}
+        members: dict[str, list[tuple[str, Tensor, int]]] = {g.label: [] for g in self.groups}
         excluded = []
         without_match = {k for k in self._exclude if k not in WORDS}
         without_effect = set(self._rules)
@@ -187,7 +203,8 @@ class WeightPenalty:
                     reasons[item.name] = reason
             else:
                 label = labels[found[-1]] if found else self._DEFAULT
-                members[label].append((item.name, item.param))
+                dim = _group_dim(self._group_dims[label], item.name, item.param, item.module)
+                members[label].append((item.name, item.param, dim))
         if without_match or without_effect:
             unmatched = without_match | without_effect
             patterns = ", ".join(sorted(_label(k) for k in unmatched))
@@ -196,8 +213,9 @@ class WeightPenalty:
                 f"(that is not excluded) matches {patterns}"
             )
         for g in self.groups:
-            g.names = [name for name, _ in members[g.label]]
-            g.params = [param for _, param in members[g.label]]
+            g.names = [name for name, _, _ in members[g.label]]
+            g.params = [param for _, param, _ in members[g.label]]
+            g.group_dim = [dim for _, _, dim in members[g.label]]
         self.excluded = excluded
         self._wrapped = {other: item.name for item in items for other in item.others}
         self._tied = [f"{name} is {item.name}" for item in items for name, _ in item.tied]
@@ -254,26 +272,34 @@ class WeightPenalty:
 
     # -- the calls --
 
-    def _listed(self, only: Iterable[Tensor] | None = None) -> Listed:
+    def _listed(self, only: Iterable[Tensor] | None = None) -> list[Listed]:
+        """Return the parameters with their strengths, those with one dimension of groups together.
+
+        Without a group term the dimension does not matter.
+        """
         factor = self.factor
         half = 1.0 if self.half else 2.0
         wanted = None if only is None else {id(p) for p in only}
-        params: list[Tensor] = []
-        l1: list[float] = []
-        l2: list[float] = []
-        group: list[float] = []
+        found: dict[int, tuple[list[Tensor], list[float], list[float], list[float]]] = {}
         for g in self.groups:
-            own = g.params if wanted is None else [p for p in g.params if id(p) in wanted]
-            n = len(own)
-            params += own
-            l1 += [g.l1 * factor] * n
-            l2 += [g.l2 * factor * half] * n
-            group += [g.group * factor] * n
-        return listed(params, Strengths(l1, l2, group))
+            strengths = (g.l1 * factor, g.l2 * factor * half, g.group * factor)
+            for param, dim in zip(g.params, g.group_dim, strict=True):
+                if wanted is not None and id(param) not in wanted:
+                    continue
+                lists = found.setdefault(dim if g.group else 0, ([], [], [], []))
+                lists[0].append(param)
+                for values, strength in zip(lists[1:], strengths, strict=True):
+                    values.append(strength)
+        if not found:
+            return [listed([], Strengths([], [], []))]
+        return [
+            listed(params, Strengths(l1, l2, group, dim))
+            for dim, (params, l1, l2, group) in found.items()
+        ]
 
     def penalty(self) -> Tensor:
         """Return R as a differentiable 0-d tensor, to add to the loss."""
-        return evaluate("WeightPenalty", self._listed())
+        return _total([evaluate("WeightPenalty", part) for part in self._listed()])
 
     def add_grad_(
         self, *, grad_scale: Tensor | float | None = None, only: Iterable[Tensor] | None = None
@@ -287,7 +313,8 @@ class WeightPenalty:
             only: restrict gradient and R to these parameters. Where several optimizers take turns,
                 pass the parameters of the one that steps.
         """
-        return add_grads("WeightPenalty", self._listed(only), grad_scale)
+        parts = self._listed(only)
+        return _total([add_grads("WeightPenalty", part, grad_scale) for part in parts])
 
     def attach(
         self, optimizer: torch.optim.Optimizer, *, count_steps: bool = True
@@ -491,7 +518,7 @@ def check_given(strengths: Iterable[object], rules: Mapping[Key, Rule] | None) -
         )
 
 
-def _check_strengths(values: Mapping[str, float], where: str) -> dict[str, float]:
+def _check_strengths(values: Mapping[str, Any], where: str) -> dict[str, float]:
     checked = {}
     for name, strength in values.items():
         if name not in ("l1", "l2", "group"):
@@ -506,6 +533,37 @@ def _check_strengths(values: Mapping[str, float], where: str) -> dict[str, float
             )
         checked[name] = float(strength)
     return checked
+
+
+def _total(values: list[Tensor]) -> Tensor:
+    """Return the sum of values, which may be of several devices."""
+    total = values[0]
+    for value in values[1:]:
+        total = total + value.to(total.device)
+    return total
+
+
+def _check_group_dim(dim: Any, where: str) -> int | None:
+    if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool)):
+        raise TypeError(
+            f"fusereg.{where}: group_dim must be an int or None, got {type(dim).__name__}"
+        )
+    return dim
+
+
+def _group_dim(given: int | None, name: str, param: Tensor, module: nn.Module) -> int:
+    """Return the dimension of a parameter's groups, not negative: the given one, or the outputs."""
+    lazy = nn.parameter.is_lazy(param)
+    if given is None:
+        return _params.output_dim(module) if lazy or param.dim() > 1 else 0
+    if lazy:
+        return given
+    if not -max(param.dim(), 1) <= given < max(param.dim(), 1):
+        raise ValueError(
+            f"fusereg.WeightPenalty: group_dim must be a dimension of {name}, whose shape is "
+            f"{tuple(param.shape)}, got {given}"
+        )
+    return given % max(param.dim(), 1)
 
 
 def _label(key: Key) -> str:

@@ -1,0 +1,112 @@
+"""Benchmark of cross-entropy against torch's, forward and backward.
+
+The work is the mean loss of logits [N, C] and its gradient, in three forms: ``hard`` class indices,
+``smoothed`` ones (0.1), and ``mixed`` ones, of two smoothed indices a row as MixUp makes them.
+
+By contract forward reads the logits, and backward reads them and writes the gradient: 3 elements
+moved for each. Eager torch keeps the logarithms of the softmax and makes 3 (hard), 4 (smoothed) or
+8 (mixed) tensors of the size of the logits.
+
+Providers:
+
+- ``eager``: torch.nn.functional.cross_entropy; for mixed labels two of them, weighted.
+- ``torch.compile``: the same, compiled.
+- ``fusereg``: ``fusereg.functional.cross_entropy``.
+
+The ``host`` rows have 4 rows of 16 classes: what remains is the cost of a call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fusereg import functional as F
+from fusereg.augment import MixedLabels
+
+from ..harness import Accuracy, Call, Case, Options, Workload
+from ..harness.layers import BOTH, layer_case, providers, results, timed
+
+SMOOTHING = 0.1
+SHARE = 0.3
+FORMS = ("hard", "smoothed", "mixed")
+MOVED = 3
+#: Logits that are checked.
+_CHECKED = 1 << 22
+
+Loss = Callable[[Tensor], Tensor]
+
+
+def cases(options: Options) -> list[Case]:
+    """Return a classifier's and a language model's size in each dtype and form, and a tiny one."""
+    sizes = [(256, 1000)] if options.quick else [(256, 1000), (4096, 50257)]
+    works = [(shape, dtype, False) for shape in sizes for dtype in options.dtypes]
+    works.append(((4, 16), options.dtypes[0], True))
+    found = [
+        layer_case(
+            f"cross_entropy {form}", BOTH, shape, dtype, options,
+            functools.partial(_setup, form, shape, dtype, options),
+            MOVED, name=f"{shape[0]}x{shape[1]}", host=host,
+        )
+        for shape, dtype, host in works
+        for form in FORMS
+    ]  # fmt: skip
+    # Eager torch's tensors; the check in float64 is made of small logits only.
+    return [
+        dataclasses.replace(case, memory=(12 * case.dtype.itemsize) * case.elements)
+        for case in found
+    ]
+
+
+def losses(form: str, rows: int, classes: int, device: torch.device) -> tuple[Loss, Loss]:
+    """Return torch's loss and fusereg's as functions of the logits."""
+    first = torch.arange(rows, device=device) * 7 % classes
+    second = first.flip(0)
+    torch_loss = torch.nn.functional.cross_entropy
+    e = 0.0 if form == "hard" else SMOOTHING
+    if form != "mixed":
+        return (
+            lambda x: torch_loss(x, first, label_smoothing=e),
+            lambda x: F.cross_entropy(x, first, label_smoothing=e),
+        )
+    labels = MixedLabels(first, second, torch.full((rows,), SHARE, device=device))
+
+    def both(x: Tensor) -> Tensor:
+        mine, others = (torch_loss(x, t, label_smoothing=e) for t in (first, second))
+        return SHARE * mine + (1 - SHARE) * others
+
+    return both, lambda x: F.cross_entropy(x, labels, label_smoothing=e)
+
+
+def _setup(form: str, shape: tuple[int, int], dtype: torch.dtype, options: Options) -> Workload:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(options.device, dtype)
+    eager, fused = losses(form, *shape, options.device)
+    wanted, _ = losses(form, *shape, options.device)
+    return Workload(
+        providers(
+            eager, fused, timed(BOTH, x, gradient=torch.ones((), dtype=dtype, device=x.device))
+        ),
+        functools.partial(_check, x, wanted),
+    )
+
+
+def _check(x: Tensor, loss: Loss, call: Call) -> Accuracy:
+    """Compare loss and gradient with float64, where the logits are not too many for it."""
+    y, *gradients = results(call)
+    tolerance = 1e-5 if x.dtype is torch.float32 else 2e-2
+    if x.numel() > _CHECKED:
+        return Accuracy(0.0 if torch.isfinite(y).all() else 1.0, tolerance, "finite")
+    exact = x.double()
+    exact.requires_grad_()
+    reference = loss(exact)
+    error = abs(float(y.detach()) - float(reference.detach())) / abs(float(reference.detach()))
+    if gradients:
+        (wanted,) = torch.autograd.grad(reference, exact)
+        worst = (gradients[0].double() - wanted).abs().max() / wanted.abs().max()
+        error = max(error, float(worst))
+    return Accuracy(error, tolerance, "loss and gradient")
