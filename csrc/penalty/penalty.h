@@ -80,8 +80,8 @@ struct Job {
 void run_cpu(const Job& job);
 
 // CUDA only: `workspace` is kWorkspaceBytes of device memory whose first 8 bytes are zero; it is
-// left so. One launch for the elementwise terms of up to some 700 tensors, one for the group terms
-// of as many.
+// left so. One launch for the elementwise terms of up to some 670 tensors, one for the group terms
+// of some 360.
 inline constexpr std::int64_t kMaxBlocks = 4096;
 inline constexpr std::int64_t kWorkspaceBytes = 16 + 8 * kMaxBlocks;
 void run_cuda(const Job& job, void* workspace, int device, void* stream);
