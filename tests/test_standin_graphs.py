@@ -99,7 +99,7 @@ def test_an_optimizer_step_in_a_graph() -> None:
 
 
 def _nothing_lives(pool: Any) -> bool:
-    """Return whether nothing of a pool is in use; a thread of autograd may yet let go of its last."""
+    """Return whether nothing of a pool is in use; autograd's thread may yet let go of its last."""
     for _ in range(50):
         gc.collect()
         if torch._C._cuda_checkPoolLiveAllocations(0, pool, set()):
