@@ -4,8 +4,8 @@ A test that takes the fixture ``backend`` runs once for each of them: every CPU 
 this machine has, and a CUDA device if there is one. With FUSEREG_TEST_HOST_MODULE naming the module
 that tests/cuda_on_host builds (its run.sh sets it), the same tests run the CUDA kernels on the host
 instead, and those that do not take ``backend`` are left out, for they have run already. With
-FUSEREG_TEST_STANDIN_MODULE (run.sh of tests/standin_device sets it) they run on a CUDA device that is
-not there, and so do those that want a GPU and those of test_standin_*.py.
+FUSEREG_TEST_STANDIN_MODULE (run.sh of tests/standin_device sets it) they run on a CUDA device that
+is not there, and so do those that want a GPU and those of test_standin_*.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The stand-in device itself; two devices, their contexts and streams; launches that are refused."""
+"""The stand-in device itself; two devices, contexts and streams; launches that are refused."""
 
 from __future__ import annotations
 

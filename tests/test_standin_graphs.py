@@ -99,7 +99,7 @@ def test_an_optimizer_step_in_a_graph() -> None:
 
 
 def _nothing_lives(pool: Any) -> bool:
-    """Return whether nothing of a pool is in use; a thread of autograd may yet let go of its last."""
+    """Return whether nothing of a pool is in use; autograd's thread may yet let go of its last."""
     for _ in range(50):
         gc.collect()
         if torch._C._cuda_checkPoolLiveAllocations(0, pool, set()):
@@ -252,3 +252,15 @@ def test_augmentation_with_parameters_on_the_device_can_be_captured() -> None:
     wanted, wanted_soft = chain(x, labels, params=other)
     assert torch.equal(y, wanted)
     assert torch.equal(soft, wanted_soft)
+
+
+def test_batch_norm_in_place_is_refused_in_a_capture() -> None:
+    """Before anything is written: the host would have to wait for the weights."""
+    x, weight = torch.rand(IMAGES).to(CUDA), torch.ones(3).to(CUDA)
+    before = x.clone()
+    with (
+        pytest.raises(RuntimeError, match="inplace=True .* while a CUDA graph is captured"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        F.batch_norm(x, None, None, weight.requires_grad_(), training=True, inplace=True)
+    assert torch.equal(x, before)

@@ -1,8 +1,8 @@
-"""torch's CUDA operators, computed by the CPU in the stand-in device's memory, which is the host's.
+"""torch's CUDA operators, computed by the CPU in the stand-in device's memory: the host's.
 
-``install()`` overrides the CUDA kernel of every aten operator that has one: each runs, as soon as it
-is called, as the CPU's operator on the same memory, or goes into the graph that is captured on the
-current stream. What launches nothing (views, empty(), set_()) stays torch's own. To be imported
+``install()`` overrides the CUDA kernel of every aten operator that has one: each runs, as soon as
+it is called, as the CPU's operator on the same memory, or goes into the graph that is captured on
+the current stream. What launches nothing (views, empty(), set_()) stays torch's own. To be imported
 before the package under test.
 """
 
@@ -203,10 +203,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def kernels_noted(module: Any, kept: Callable[[], Any]) -> Iterator[None]:
-    """Have the functions of a compiled module tell order_checked() of the tensors that they are given.
+    """Have the functions of a compiled module tell order_checked() of the tensors they are given.
 
-    Those whose bytes change are written, and so are those of ``kept()``: memory for kernels, which may
-    leave it as it was.
+    Those whose bytes change are written, and so are those of ``kept()``: memory for kernels, which
+    may leave it as it was.
     """
 
     def noted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -263,7 +263,7 @@ def waits() -> Iterator[list[Wait]]:
 
 
 def _number(value: complex, tensors: list[Tensor]) -> Tensor:
-    """Return what stands for a Python number where a tensor is wanted: promotes as a number does."""
+    """Return a tensor that stands for a Python number, and promotes as a number does."""
     if any(t.dim() for t in tensors):
         floating = any(t.is_floating_point() for t in tensors)
         dtype = torch.float64 if floating and isinstance(value, float) else None
@@ -345,8 +345,8 @@ class _Operator:
         generators: list[torch.Generator],
         where: int,
     ) -> Any:
-        # Run on zeros for the shapes of the results; the work itself is for the replay. (Zeros are indices
-        # too, which what lies in the memory by now may not be.)
+        # Run on zeros for the shapes of the results; the work itself is for the replay. (Zeros are
+        # indices too, which what lies in the memory by now may not be.)
         memory = [Memory.of(t) for t in given]
         args, kwargs = _frozen(args), {k: _frozen(a) for k, a in kwargs.items()}
         copies = [m.zeros() for m in memory]
@@ -387,7 +387,7 @@ def _down(
     generators: list[torch.Generator],
     devices: list[torch.device],
 ) -> Any:
-    """Return an argument with places for the device's tensors and generators, which join the lists."""
+    """Return an argument with places for the device's tensors and generators, which are listed."""
     if isinstance(a, Tensor):
         if not a.is_cuda:
             return a
@@ -426,7 +426,7 @@ def _has_mask(indices: Any, given: list[Tensor]) -> bool:
 
 
 def _frozen(a: Any) -> Any:
-    """Return it with copies of the CPU's tensors, whose values a kernel gets when it is launched."""
+    """Return it with copies of the CPU's tensors: a kernel has their values from its launch on."""
     if isinstance(a, list):
         return [_frozen(b) for b in a]
     return a.clone() if isinstance(a, Tensor) else a

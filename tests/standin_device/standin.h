@@ -23,4 +23,7 @@ int standin_check_launch(void* stream, const char* name, const void* const* para
 
 // The error that is returned next is told with these words.
 void standin_explain(const char* words);
+
+// Answers the error, told with these words, and keeps it as the last one.
+int standin_refuse(int error, const char* words);
 }

@@ -2,9 +2,9 @@
 
 usage: stubs.py TORCH_LIB_FOLDER OUT_FOLDER
 
-libcudart is cudart.cpp. For every other of NVIDIA's libraries (cuBLAS, cuDNN, NCCL, ...) one is made
-of functions that do nothing and return 0: those that torch's libraries ask for (nm), under the symbol
-versions that they ask for. CUDA's headers are wanted, from a toolkit or from the package
+libcudart is cudart*.cpp. For every other of NVIDIA's libraries (cuBLAS, cuDNN, NCCL, ...) one is
+made of functions that do nothing and return 0: those that torch's libraries ask for (nm), under the
+symbol versions that they ask for. CUDA's headers are wanted, from a toolkit or from the package
 nvidia-cuda-runtime.
 """
 
@@ -82,7 +82,7 @@ def main(torch_lib: Path, out: Path) -> None:
         version: str | None
         if library.startswith("libcudart."):
             flags = ["-std=c++17", "-O1", "-Wall", f"-I{HERE}", f"-isystem{cuda_include()}"]
-            command = ["g++", "-shared", "-fPIC", *flags, str(HERE / "cudart.cpp")]
+            command = ["g++", "-shared", "-fPIC", *flags, *map(str, HERE.glob("cudart*.cpp"))]
             version = library
         else:
             keys = [k for k in symbols if k and re.match(rf"{re.escape(k)}(\.|$)", library)]

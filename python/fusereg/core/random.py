@@ -9,8 +9,10 @@ CPU
 CUDA
     the generator's seed and its present offset, which then moves on by 4 as for any kernel of
     torch's that takes 4 numbers a thread: no launch and no synchronization, and no two calls,
-    fusereg's or torch's, at the same counters. While a CUDA graph is captured these numbers cannot
-    be asked for: a state is drawn on the device, anew with each replay, and the kernels read it.
+    fusereg's or torch's, at the same counters. (Torch has no way to read and move the offset at
+    once: where a thread draws from a generator by fusereg while another draws from it by torch, two
+    calls may meet.) While a CUDA graph is captured these numbers cannot be asked for: a state is
+    drawn on the device, anew with each replay, and the kernels read it.
 Compiler, torch.func, modes
     a state from ``torch.randint``, which all of them know how to treat.
 """
