@@ -50,35 +50,58 @@ FUSEREG_DEVICE_INLINE void store_one(DType dtype, void* x, std::int64_t at, C y)
   }
 }
 
-// A thread's elements, from a 16-byte boundary on.
-template <class T, class C>
-FUSEREG_DEVICE_INLINE void load_typed(const T* x, C (&y)[kPerThread<C>]) {
-  constexpr int kN = cuda::kVecSize<T> < kPerThread<C> ? cuda::kVecSize<T> : kPerThread<C>;
-  FUSEREG_UNROLL
-  for (int i = 0; i < kPerThread<C>; i += kN) {
-    const auto v = cuda::load<kN>(x + i);
-    FUSEREG_UNROLL
-    for (int k = 0; k < kN; ++k) y[i + k] = static_cast<C>(to_compute(v[k]));
+// A thread's elements, from a 16-byte boundary on, as they lie in memory. Those of all tensors are
+// loaded before the first is converted: what is converted in a dtype's branch is waited for there.
+template <class C>
+class Loaded {
+ public:
+  Loaded() = default;
+  FUSEREG_DEVICE_INLINE Loaded(DType dtype, const void* x, std::int64_t at) : dtype_(dtype) {
+    raw_.clear();
+    dispatch_dtype(dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const T* const p = static_cast<const T*>(x) + at;
+      if constexpr (sizeof(T) > sizeof(C)) {
+        FUSEREG_UNROLL
+        for (int i = 0; i < kN; ++i) raw_.set(i, static_cast<C>(p[i]));
+      } else {
+        cuda::Raw<T, kN> own;
+        own.load(p);
+        memcpy(raw_.words, own.words, sizeof(own.words));
+      }
+    });
+    raw_.join();
   }
-}
+  FUSEREG_DEVICE_INLINE void get(C (&y)[kPerThread<C>]) const {
+    dispatch_dtype(dtype_, [&](auto tag) {
+      using T = std::conditional_t<(sizeof(typename decltype(tag)::type) > sizeof(C)), C,
+                                   typename decltype(tag)::type>;
+      cuda::Raw<T, kN> own;
+      memcpy(own.words, raw_.words, sizeof(own.words));
+      FUSEREG_UNROLL
+      for (int i = 0; i < kN; ++i) y[i] = static_cast<C>(to_compute(own[i]));
+    });
+  }
+
+ private:
+  static constexpr int kN = kPerThread<C>;
+  cuda::Raw<C, kN> raw_;
+  DType dtype_ = DType::kFloat32;
+};
+
 template <class T, class C>
 FUSEREG_DEVICE_INLINE void store_typed(T* x, const C (&y)[kPerThread<C>]) {
   constexpr int kN = cuda::kVecSize<T> < kPerThread<C> ? cuda::kVecSize<T> : kPerThread<C>;
   FUSEREG_UNROLL
   for (int i = 0; i < kPerThread<C>; i += kN) {
-    cuda::Vec<T, kN> v;
-    FUSEREG_UNROLL
-    for (int k = 0; k < kN; ++k) v[k] = from_compute<T>(static_cast<Compute<T>>(y[i + k]));
-    cuda::store(x + i, v);
+    cuda::store(x + i,
+                cuda::rounded_to<T, kN>([&](int k) { return static_cast<Compute<T>>(y[i + k]); }));
   }
 }
 template <class C>
 FUSEREG_DEVICE_INLINE void load_many(DType dtype, const void* x, std::int64_t at,
                                      C (&y)[kPerThread<C>]) {
-  dispatch_dtype(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    load_typed(static_cast<const T*>(x) + at, y);
-  });
+  Loaded<C>(dtype, x, at).get(y);
 }
 template <class C>
 FUSEREG_DEVICE_INLINE void store_many(DType dtype, void* x, std::int64_t at,
@@ -134,18 +157,33 @@ FUSEREG_DEVICE_INLINE bool aligned_at(const void* x, DType dtype, std::int64_t a
   return (reinterpret_cast<std::uintptr_t>(x) + static_cast<std::uintptr_t>(at * bytes)) % 16 == 0;
 }
 
-// kPerThread elements from `at` on, of which p has been loaded; leaves the new p there.
+// kPerThread elements of everything from `at` on, under way together.
+template <class C>
+struct LoadedTensors {
+  Loaded<C> p, g, s[kMaxStates];
+  FUSEREG_DEVICE_INLINE LoadedTensors(const Target& item, const void* gradient, std::int64_t at,
+                                      bool update, int states)
+      : p(item.p_dtype, item.p, at) {
+    if (update) g = Loaded<C>(item.g_dtype, gradient, at);
+    FUSEREG_UNROLL
+    for (int j = 0; j < kMaxStates; ++j) {
+      if (update && j < states) s[j] = Loaded<C>(item.state_dtype, item.state[j], at);
+    }
+  }
+};
+
+// kPerThread elements from `at` on, of which p has been read; leaves the new p there.
 template <Algorithm algorithm, class C>
-FUSEREG_DEVICE_INLINE void update_many(const Target& item, const void* gradient, std::int64_t at,
-                                       const Coefficients<C>& k, const Flags& f, int states,
-                                       C (&p)[kPerThread<C>]) {
+FUSEREG_DEVICE_INLINE void update_many(const Target& item, const LoadedTensors<C>& loaded,
+                                       std::int64_t at, const Coefficients<C>& k, const Flags& f,
+                                       int states, C (&p)[kPerThread<C>]) {
   constexpr int kN = kPerThread<C>;
   C g[kN];
   C s[kMaxStates][kN];
-  load_many(item.g_dtype, gradient, at, g);
+  loaded.g.get(g);
   FUSEREG_UNROLL
   for (int j = 0; j < kMaxStates; ++j) {
-    if (j < states) load_many(item.state_dtype, item.state[j], at, s[j]);
+    if (j < states) loaded.s[j].get(s[j]);
   }
   FUSEREG_UNROLL
   for (int i = 0; i < kN; ++i) {
@@ -212,13 +250,14 @@ __device__ Shares<C> chunk(const Target& item, const void* gradient, const Work&
     if (!skip) update_one<algorithm>(item, gradient, at, k, f, states);
   };
   auto many = [&](std::int64_t at) {
+    const LoadedTensors<C> loaded(item, gradient, at, !skip, states);
     C p[kN];
-    load_many(item.p_dtype, item.p, at, p);
+    loaded.p.get(p);
     if (value) {
       FUSEREG_UNROLL
       for (int i = 0; i < kN; ++i) shares.add(p[i]);
     }
-    if (!skip) update_many<algorithm>(item, gradient, at, k, f, states, p);
+    if (!skip) update_many<algorithm>(item, loaded, at, k, f, states, p);
   };
   walk<C>({begin, n, head_of(item, gradient, states, begin, n), threadIdx.x, kThreads}, one, many);
   return shares;
@@ -282,9 +321,10 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
         if (prox) add(load_one<C>(item.p_dtype, item.p, at));
       },
       [&](std::int64_t at) {
+        const LoadedTensors<C> loaded(item, gradient, at, true, states);
         C p[kN];
-        load_many(item.p_dtype, item.p, at, p);
-        update_many<algorithm>(item, gradient, at, k, f, states, p);
+        loaded.p.get(p);
+        update_many<algorithm>(item, loaded, at, k, f, states, p);
         if (!prox) return;
         load_many(item.p_dtype, item.p, at, p);
         FUSEREG_UNROLL

@@ -24,7 +24,11 @@ struct NormEntry {
   std::uint8_t unused[7] = {};
 };
 
-// Calls f(x, index) for the chunk's elements: one by one up to a 16-byte boundary, then vectors.
+// Vectors that a thread has under way at once.
+constexpr int kAhead = 4;
+
+// Calls f(x, v), v being the elements from x on, for those of a chunk: one by one up to a 16-byte
+// boundary, then vectors.
 template <class T, class F>
 FUSEREG_DEVICE_INLINE void for_each_vector(T* x, std::int64_t n, const F& f) {
   constexpr int kN = cuda::kVecSize<T>;
@@ -33,14 +37,22 @@ FUSEREG_DEVICE_INLINE void for_each_vector(T* x, std::int64_t n, const F& f) {
       misalignment == 0 ? 0 : static_cast<std::int64_t>((16 - misalignment) / sizeof(T));
   if (head > n) head = n;
   const std::int64_t vectors = (n - head) / kN;
-  for (std::int64_t i = threadIdx.x; i < head; i += kThreads)
-    f(x + i, std::integral_constant<int, 1>{});
-  for (std::int64_t v = threadIdx.x; v < vectors; v += kThreads) {
-    f(x + head + v * kN, std::integral_constant<int, kN>{});
+  const auto one = [&](T* p) { f(p, cuda::load<1>(p)); };
+  FUSEREG_NO_UNROLL
+  for (std::int64_t i = threadIdx.x; i < head; i += kThreads) one(x + i);
+  T* const from = x + head;
+  std::int64_t v = threadIdx.x;
+  for (; v + (kAhead - 1) * kThreads < vectors; v += kAhead * kThreads) {
+    cuda::Vec<T, kN> data[kAhead];
+    FUSEREG_UNROLL
+    for (int u = 0; u < kAhead; ++u) data[u] = cuda::load<kN>(from + (v + u * kThreads) * kN);
+    FUSEREG_UNROLL
+    for (int u = 0; u < kAhead; ++u) f(from + (v + u * kThreads) * kN, data[u]);
   }
-  for (std::int64_t i = head + vectors * kN + threadIdx.x; i < n; i += kThreads) {
-    f(x + i, std::integral_constant<int, 1>{});
-  }
+  FUSEREG_NO_UNROLL
+  for (; v < vectors; v += kThreads) f(from + v * kN, cuda::load<kN>(from + v * kN));
+  FUSEREG_NO_UNROLL
+  for (std::int64_t i = vectors * kN + threadIdx.x; i < n - head; i += kThreads) one(from + i);
 }
 
 template <class Table, class F>
@@ -64,11 +76,9 @@ template <class Table>
 __global__ void __launch_bounds__(kThreads) norm_kernel(FUSEREG_GRID_CONSTANT(Table, t)) {
   const Norm norm = t.head.norm;
   double share = 0.0;
-  for_each_chunk(t, [&](auto* x, auto count) {
-    constexpr int kN = decltype(count)::value;
-    const auto v = cuda::load<kN>(x);
+  for_each_chunk(t, [&](auto*, const auto& v) {
     FUSEREG_UNROLL
-    for (int k = 0; k < kN; ++k) {
+    for (int k = 0; k < v.kSize; ++k) {
       const double y = static_cast<double>(to_compute(v[k]));
       const double magnitude = y < 0.0 ? -y : y;
       if (norm == Norm::kInfinity) {
@@ -101,15 +111,11 @@ template <class Table>
 __global__ void __launch_bounds__(kThreads) clip_kernel(FUSEREG_GRID_CONSTANT(Table, t)) {
   const double factor = clip_factor(read_scalar(t.head.clip_norm), t.head.max_norm);
   if (factor == 1.0) return;
-  for_each_chunk(t, [&](auto* x, auto count) {
-    constexpr int kN = decltype(count)::value;
+  for_each_chunk(t, [&](auto* x, const auto& v) {
     using T = std::remove_pointer_t<decltype(x)>;
-    auto v = cuda::load<kN>(x);
-    FUSEREG_UNROLL
-    for (int k = 0; k < kN; ++k) {
-      v[k] = from_compute<T>(to_compute(v[k]) * static_cast<Compute<T>>(factor));
-    }
-    cuda::store(x, v);
+    const auto by = static_cast<Compute<T>>(factor);
+    constexpr int kN = std::decay_t<decltype(v)>::kSize;
+    cuda::store(x, cuda::rounded_to<T, kN>([&](int k) { return to_compute(v[k]) * by; }));
   });
 }
 
