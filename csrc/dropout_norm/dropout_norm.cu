@@ -20,19 +20,19 @@ constexpr int kForwardGroups = 4;
 constexpr int kForwardThreads = 256;
 // Groups that a thread has under way at once, forward.
 constexpr int kAhead = 2;
-// Of float64, and element by element, one: two would be spilled.
-template <class T, bool kVectors>
-inline constexpr int kBackwardGroups = kVectors && sizeof(T) < 8 ? 2 : 1;
+constexpr int kBackwardGroups = 2;
 constexpr int kBackwardThreads = 512;
+// Of those that keep groups. Float64, and what is read element by element, would be spilled by more:
+// larger blocks then read the row again, with the same bits.
+template <class T, bool kVectors>
+inline constexpr int kHeldThreads = kVectors && sizeof(T) < 8 ? kBackwardThreads : 256;
 constexpr int kBlocksPerSm = 64;
 // Columns of grad_weight that a block adds up at a time.
 constexpr int kTile = 8;
 
-// The longest row that registers hold.
-constexpr std::int64_t kMostHeldForward = std::int64_t{kForwardGroups} * kForwardThreads * kGroup;
-template <class T, bool kVectors>
-inline constexpr std::int64_t kMostHeldBackward =
-    std::int64_t{kBackwardGroups<T, kVectors>} * kBackwardThreads * kGroup;
+static_assert(kForwardGroups * kForwardThreads == kBackwardGroups * kBackwardThreads,
+              "one limit for rows in registers");
+constexpr std::int64_t kMostHeld = std::int64_t{kForwardGroups} * kForwardThreads * kGroup;
 
 using rounded::multiply;
 FUSEREG_DEVICE_INLINE float square_root(float x) { return sqrtf(x); }
@@ -346,7 +346,7 @@ FUSEREG_DEVICE_INLINE void combine(const Backward& b, std::int64_t chunks) {
 }
 
 template <class T, int kHeld, bool kVectors>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kHeld > 0 ? kHeldThreads<T, kVectors> : kBackwardThreads)
     dropout_norm_backward_kernel(FUSEREG_GRID_CONSTANT(Backward, b), Chunks chunks,
                                  unsigned* barrier) {
   using C = Compute<T>;
@@ -488,7 +488,7 @@ void run_cuda(const Forward& f, int device, void* stream) {
   const cuda::DeviceGuard guard(device);
   const bool vectors =
       f.length % kGroup == 0 && all_aligned(f.y, f.sum, f.x, f.residual, f.weight, f.bias);
-  const bool held = f.length <= kMostHeldForward;
+  const bool held = f.length <= kMostHeld;
   cuda::LaunchConfig config;
   config.stream = static_cast<cuda::Stream>(stream);
   config.block = dim3(threads_for(f.length, held ? kForwardGroups : 0, kForwardThreads));
@@ -520,18 +520,18 @@ void run_cuda(const Backward& b, unsigned* barrier, int device, void* stream) {
   const bool vectors =
       b.length % kGroup == 0 &&
       all_aligned(b.grad_x, b.grad_residual, b.grad_y, b.grad_sum, b.sum, b.weight, b.partials);
+  const bool held = b.length <= kMostHeld;
   cuda::LaunchConfig config;
   config.stream = static_cast<cuda::Stream>(stream);
+  config.block = dim3(threads_for(b.length, held ? kBackwardGroups : 0, kBackwardThreads));
   config.cooperative = combines;
   const char* const op = b.rms ? "fusereg.dropout_add_rms_norm" : "fusereg.dropout_add_layer_norm";
   dispatch_dtype(b.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto launch = [&](auto vectors) {
       constexpr bool kVectors = decltype(vectors)::value;
-      constexpr int kGroups = kBackwardGroups<T, kVectors>;
-      const bool held = b.length <= kMostHeldBackward<T, kVectors>;
-      config.block = dim3(threads_for(b.length, held ? kGroups : 0, kBackwardThreads));
-      const auto kernel = held ? &dropout_norm_backward_kernel<T, kGroups, kVectors>
+      const bool fits = held && config.block.x <= kHeldThreads<T, kVectors>;
+      const auto kernel = fits ? &dropout_norm_backward_kernel<T, kBackwardGroups, kVectors>
                                : &dropout_norm_backward_kernel<T, 0, kVectors>;
       std::int64_t blocks = std::max<std::int64_t>(chunks.count, 1);
       if (combines) {

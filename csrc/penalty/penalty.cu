@@ -304,7 +304,7 @@ __device__ double chunk_value(T* w, T* g, std::int64_t n, double l1, double l2, 
 }
 
 template <Op op>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     penalty_elements_kernel(FUSEREG_GRID_CONSTANT(ElementTable, t)) {
   const double scale = read_scale(t.scale);
   double value = 0.0;
