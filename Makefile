@@ -3,8 +3,8 @@
 #   make demo     trains on real handwritten digits with every technique: table and plots
 #   make test     a sample of the suite's cases, then again with the CUDA kernels on the host
 #   make test-all everything: all cases, CPU kernels of every instruction set, slow tests, three orders
-#                 of CUDA threads, the stand-in device, the CUDA kernels compiled for a device (where
-#                 nvcc is), the documents
+#                 of CUDA threads, the stand-in device, the CUDA kernels compiled for a device and their code
+#                 checked (where nvcc is), the documents
 #   make test-standin  the suite on a CUDA device that is not there, with a CUDA build of torch (a download
 #                 of 530 MB, into an environment of its own)
 #   make bench    every benchmark, as a page and as JSON in ./bench-report   (BENCH="penalty --quick" for less)
@@ -148,7 +148,7 @@ $(STANDIN)/.module: $(NATIVE) $(wildcard tests/cuda_on_host/*.* tests/standin_de
 
 # --- what one runs ----------------------------------------------------------------------------------
 
-.PHONY: demo test test-all test-slow test-schedules test-standin test-nvcc bench lint docs wheel wheel-test clean distclean
+.PHONY: demo test test-all test-slow test-schedules test-standin test-nvcc .nvcc bench lint docs wheel wheel-test clean distclean
 demo:
 	$(call ready,demo)
 	@$(VENV)/bin/fusereg demo $(DEMO)
@@ -181,14 +181,19 @@ test-standin:
 	@$(call say,the suite on the stand-in device)
 	@tests/standin_device/run.sh $(STANDIN) $(PARALLEL) -m "not slow" $(PYTEST)
 
-# One architecture is enough to see that they compile.
+# One architecture is enough to see that they compile, and what of.
 test-nvcc:
-	@mkdir -p build/nvcc
-	@if command -v nvcc >/dev/null; then \
-	    $(call say,nvcc: every .cu for sm_90); \
-	    find csrc -name '*.cu' | xargs -P $(WORKERS) -I{} sh -c 'echo {}; \
-	        nvcc -std=c++17 -arch=sm_90 -Icsrc -c {} -o build/nvcc/$$(basename {}).o || exit 255'; \
+	@if command -v nvcc >/dev/null; then $(MAKE) --no-print-directory .nvcc; \
 	else $(call say,no nvcc: the CUDA kernels are not compiled for a device); fi
+.nvcc:
+	$(call ready,bench)
+	@mkdir -p build/nvcc
+	@$(call say,nvcc: every .cu for sm_90)
+	@find csrc -name '*.cu' | xargs -P $(WORKERS) -I{} sh -c 'echo {}; \
+	    nvcc -std=c++17 -arch=sm_90 -Icsrc -c {} -o build/nvcc/$$(basename {}).o || exit 255'
+	@$(call say,what nvcc made of them: registers$(comma) spills$(comma) stores$(comma) loads$(comma) a model)
+	@for tool in nvdisasm cuobjdump; do command -v $$tool >/dev/null || $(INSTALL) -q --no-deps nvidia-cuda-$$tool; done
+	@$(VENV)/bin/python -m fusereg.bench.device_code build/nvcc/*.cu.o
 
 bench:
 	$(call ready,bench)

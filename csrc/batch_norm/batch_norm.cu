@@ -24,8 +24,13 @@
 namespace fusereg::batch_norm {
 namespace {
 
+// At least so many blocks on a multiprocessor: enough loads under way, and none of the spills that
+// come where the compiler saves registers for one more block by itself.
+template <class T>
+constexpr int kBlocksPerSm = sizeof(T) == 8 ? 1 : 2;
+
 template <class T, class Walk>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
     batch_norm_moments_kernel(FUSEREG_GRID_CONSTANT(Arguments<Forward>, g)) {
   const Tiling& t = g.tiling;
   const Share share = share_of(t, blockIdx.x / t.splits, blockIdx.x % t.splits);
@@ -36,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, class Walk, bool kHeavy>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kHeavy || Walk::kColumns ? kBlocksPerSm<T> : 3)
     batch_norm_apply_kernel(FUSEREG_GRID_CONSTANT(Arguments<Forward>, g)) {
   using C = Compute<T>;
   FUSEREG_SHARED(coefficients, ChannelNumbers<C>);

@@ -147,11 +147,7 @@ FUSEREG_DEVICE_INLINE void write_forward(const Forward& job, const Plain<C>& pla
       for (int e = 0; e < kOctet; ++e) z[e] *= plain.scale;
     }
   }
-  Octet<T> y;
-  FUSEREG_UNROLL
-  for (int e = 0; e < kOctet; ++e) {
-    y[e] = from_compute<T>((live >> e & 1u) != 0 ? z[e] : C(0));
-  }
+  const auto y = Octet<T>::rounded([&](int e) { return (live >> e & 1u) != 0 ? z[e] : C(0); });
   store_octet<Walk::kWide>(static_cast<T*>(job.y), place, y);
 }
 
@@ -243,22 +239,19 @@ FUSEREG_DEVICE_INLINE void write_backward(const Backward& job, const Plain<C>& p
   C dz[kOctet];
   C d[kOctet];
   gradient_of_z<kHeavy, Walk>(job, plain, k, place, data, dz, d);
-  Octet<T> out;
   if (job.grad_residual != nullptr) {
-    FUSEREG_UNROLL
-    for (int e = 0; e < kOctet; ++e) out[e] = from_compute<T>(dz[e]);
-    store_octet<Walk::kWide>(static_cast<T*>(job.grad_residual), place, out);
+    store_octet<Walk::kWide>(static_cast<T*>(job.grad_residual), place,
+                             Octet<T>::rounded([&](int e) { return dz[e]; }));
   }
   if (job.grad_x == nullptr) return;
   // Constant statistics: no 0 * (x - m), which would be NaN where x is infinite.
   const bool fixed = job.statistics == Statistics::kFixed;
-  FUSEREG_UNROLL
-  for (int e = 0; e < kOctet; ++e) {
+  const auto out = Octet<T>::rounded([&](int e) {
     const int i = Walk::kSets == 1 ? 0 : e;
     const C v =
         fixed ? dz[e] * k.a[i] : multiply_add(dz[e], k.a[i], multiply_add(d[e], q[i], r[i]));
-    out[e] = from_compute<T>((place.live >> e & 1u) != 0 ? v : C(0));
-  }
+    return (place.live >> e & 1u) != 0 ? v : C(0);
+  });
   store_octet<Walk::kWide>(static_cast<T*>(job.grad_x), place, out);
 }
 

@@ -28,7 +28,7 @@ class Shelf {
   FUSEREG_DEVICE_INLINE void put(int step, const Octet<T>& v) const {
     FUSEREG_UNROLL
     for (int i = 0; i < Octet<T>::kParts; ++i) {
-      cuda::store(at(step, i).values, v.parts[i]);
+      cuda::store_shared(at(step, i).values, v.parts[i]);
     }
   }
   FUSEREG_DEVICE_INLINE Octet<T> get(int step) const {

@@ -17,6 +17,16 @@ struct Octet {
   static constexpr int kParts = kOctet / kPart;
   FUSEREG_DEVICE_INLINE T& operator[](int e) { return parts[e / kPart][e % kPart]; }
   FUSEREG_DEVICE_INLINE const T& operator[](int e) const { return parts[e / kPart][e % kPart]; }
+  // f(e) for each element, rounded to T.
+  template <class F>
+  FUSEREG_DEVICE_INLINE static Octet rounded(const F& f) {
+    Octet v;
+    FUSEREG_UNROLL
+    for (int i = 0; i < kParts; ++i) {
+      v.parts[i] = cuda::rounded_to<T, kPart>([&](int e) { return f(i * kPart + e); });
+    }
+    return v;
+  }
 };
 
 // An octet of memory from element `at` on: which of its elements are inside the line, and which of
@@ -32,18 +42,20 @@ inline constexpr unsigned kAllInside = 0xffu;
 
 template <bool kWide, class T>
 FUSEREG_DEVICE_INLINE Octet<T> load_octet(const T* p, const Place& place) {
-  Octet<T> v{};
+  cuda::Raw<T, kOctet> raw;
   if (kWide && place.inside == kAllInside) {
-    FUSEREG_UNROLL
-    for (int i = 0; i < Octet<T>::kParts; ++i) {
-      v.parts[i] = cuda::load<Octet<T>::kPart>(p + place.at + i * Octet<T>::kPart);
-    }
+    raw.load(p + place.at);
   } else {
+    raw.clear();
     FUSEREG_UNROLL
     for (int e = 0; e < kOctet; ++e) {
-      if ((place.inside >> e & 1u) != 0) v[e] = p[place.at + e];
+      if ((place.inside >> e & 1u) != 0) raw.set(e, p[place.at + e]);
     }
   }
+  raw.join();
+  Octet<T> v;
+  static_assert(sizeof(v) == sizeof(raw.words), "an octet is its words");
+  memcpy(&v, raw.words, sizeof(v));
   return v;
 }
 

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/dtype.h"
+
 #if defined(FUSEREG_CUDA_ON_HOST)
 #include "cuda_on_host.h"
 #else
@@ -19,11 +21,14 @@ inline constexpr unsigned kFullMask = 0xffffffffu;
 
 #define FUSEREG_DEVICE_INLINE __device__ __forceinline__
 
-// Before a loop whose trip count is known.
+// Before a loop whose trip count is known, and before one that is to stay as it is: unrolled by the
+// compiler, what it loads would still be waited for one by one where it stores in between.
 #if defined(FUSEREG_CUDA_ON_HOST)
 #define FUSEREG_UNROLL
+#define FUSEREG_NO_UNROLL
 #else
 #define FUSEREG_UNROLL _Pragma("unroll")
+#define FUSEREG_NO_UNROLL _Pragma("unroll 1")
 #endif
 
 // FUSEREG_SHARED(tile, float[8][32]) declares `tile`, a variable of that type in the block's shared
@@ -107,9 +112,26 @@ struct CarrierOf<16> {
 };
 template <std::size_t kBytes>
 using Carrier = typename CarrierOf<kBytes>::type;
+
+// An assignment of a vector is several stores to the optimizer, which it does not always join.
+FUSEREG_DEVICE_INLINE void store_global(uint4* p, const uint4& v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
+FUSEREG_DEVICE_INLINE void store_global(uint2* p, const uint2& v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
+template <class T>
+FUSEREG_DEVICE_INLINE void store_global(T* p, const T& v) {
+  *p = v;
+}
 #endif
 
-template <class V, bool kStreaming>
+// Where the memory is, or how long it should stay in the cache.
+enum class Access { kGlobal, kStreaming, kShared };
+
+template <class V, Access kAccess>
 FUSEREG_DEVICE_INLINE V load_as(const void* p) {
   V v;
 #if defined(FUSEREG_CUDA_ON_HOST)
@@ -118,7 +140,7 @@ FUSEREG_DEVICE_INLINE V load_as(const void* p) {
 #else
   const auto* source = static_cast<const Carrier<sizeof(V)>*>(p);
   Carrier<sizeof(V)> bits;
-  if constexpr (kStreaming) {
+  if constexpr (kAccess == Access::kStreaming) {
     bits = __ldcs(source);
   } else {
     bits = *source;
@@ -128,7 +150,7 @@ FUSEREG_DEVICE_INLINE V load_as(const void* p) {
   return v;
 }
 
-template <class V, bool kStreaming>
+template <class V, Access kAccess>
 FUSEREG_DEVICE_INLINE void store_as(void* p, const V& v) {
 #if defined(FUSEREG_CUDA_ON_HOST)
   cuda_on_host::check_aligned(p, sizeof(V), "store");
@@ -137,8 +159,10 @@ FUSEREG_DEVICE_INLINE void store_as(void* p, const V& v) {
   Carrier<sizeof(V)> bits;
   memcpy(&bits, &v, sizeof(V));
   auto* target = static_cast<Carrier<sizeof(V)>*>(p);
-  if constexpr (kStreaming) {
+  if constexpr (kAccess == Access::kStreaming) {
     __stcs(target, bits);
+  } else if constexpr (kAccess == Access::kGlobal) {
+    store_global(target, bits);
   } else {
     *target = bits;
   }
@@ -150,29 +174,101 @@ FUSEREG_DEVICE_INLINE void store_as(void* p, const V& v) {
 // N elements from p, which must be aligned to all N together.
 template <int N, class T>
 FUSEREG_DEVICE_INLINE Vec<T, N> load(const T* p) {
-  return detail::load_as<Vec<T, N>, false>(p);
+  return detail::load_as<Vec<T, N>, detail::Access::kGlobal>(p);
 }
+// To global memory: there is no check that p is not the block's shared memory.
 template <class T, int N>
 FUSEREG_DEVICE_INLINE void store(T* p, const Vec<T, N>& v) {
-  detail::store_as<Vec<T, N>, false>(p, v);
+  detail::store_as<Vec<T, N>, detail::Access::kGlobal>(p, v);
+}
+template <class T, int N>
+FUSEREG_DEVICE_INLINE void store_shared(T* p, const Vec<T, N>& v) {
+  detail::store_as<Vec<T, N>, detail::Access::kShared>(p, v);
 }
 
 // The same for data that is touched once: first to leave the cache, so that it pushes nothing out.
 template <int N, class T>
 FUSEREG_DEVICE_INLINE Vec<T, N> load_streaming(const T* p) {
-  return detail::load_as<Vec<T, N>, true>(p);
+  return detail::load_as<Vec<T, N>, detail::Access::kStreaming>(p);
 }
 template <class T, int N>
 FUSEREG_DEVICE_INLINE void store_streaming(T* p, const Vec<T, N>& v) {
-  detail::store_as<Vec<T, N>, true>(p, v);
+  detail::store_as<Vec<T, N>, detail::Access::kStreaming>(p, v);
 }
 template <class T>
 FUSEREG_DEVICE_INLINE T load_streaming(const T* p) {
-  return detail::load_as<T, true>(p);
+  return detail::load_as<T, detail::Access::kStreaming>(p);
 }
 template <class T>
 FUSEREG_DEVICE_INLINE void store_streaming(T* p, const T& v) {
-  detail::store_as<T, true>(p, v);
+  detail::store_as<T, detail::Access::kStreaming>(p, v);
+}
+
+// kCount numbers of T as they lie in memory, in whole registers. Where a branch decides how they
+// are loaded, they must stay so until all loads of the thread are issued: numbers that are
+// converted within the branch are waited for there.
+template <class T, int kCount>
+struct Raw {
+  static constexpr int kWords = static_cast<int>(sizeof(T)) * kCount / 4;
+  static constexpr int kPart = kWords < 4 ? kWords : 4;
+  static_assert(sizeof(T) * kCount % 4 == 0 && kWords % kPart == 0, "Raw: whole registers");
+  std::uint32_t words[kWords];
+
+  FUSEREG_DEVICE_INLINE void load(const T* p) {
+    FUSEREG_UNROLL
+    for (int i = 0; i < kWords; i += kPart) {
+      const auto part = detail::load_as<Vec<std::uint32_t, kPart>, detail::Access::kGlobal>(
+          p + i * 4 / sizeof(T));
+      FUSEREG_UNROLL
+      for (int k = 0; k < kPart; ++k) words[i + k] = part[k];
+    }
+  }
+  FUSEREG_DEVICE_INLINE void clear() {
+    FUSEREG_UNROLL
+    for (int i = 0; i < kWords; ++i) words[i] = 0;
+  }
+  // Sets element e, which must be zero.
+  FUSEREG_DEVICE_INLINE void set(int e, const T& v) {
+    if constexpr (sizeof(T) == 2) {
+      words[e / 2] |= static_cast<std::uint32_t>(bit_cast<std::uint16_t>(v)) << (e % 2 * 16);
+    } else {
+      memcpy(words + e * (sizeof(T) / 4), &v, sizeof(T));
+    }
+  }
+  FUSEREG_DEVICE_INLINE T operator[](int e) const {
+    if constexpr (sizeof(T) == 2) {
+      return bit_cast<T>(static_cast<std::uint16_t>(words[e / 2] >> (e % 2 * 16)));
+    } else {
+      T v;
+      memcpy(&v, words + e * (sizeof(T) / 4), sizeof(T));
+      return v;
+    }
+  }
+  // After a branch in which they were loaded: the optimizer then moves no use into it.
+  FUSEREG_DEVICE_INLINE void join() {
+#if !defined(FUSEREG_CUDA_ON_HOST)
+    FUSEREG_UNROLL
+    for (int i = 0; i < kWords; ++i) asm("" : "+r"(words[i]));
+#endif
+  }
+};
+
+// f(0), f(1), ... rounded to T: of 16-bit types, two in one conversion.
+template <class T, int N, class F>
+FUSEREG_DEVICE_INLINE Vec<T, N> rounded_to(const F& f) {
+  Vec<T, N> v;
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+    FUSEREG_UNROLL
+    for (int e = 0; e < N; e += 2) {
+      const std::uint32_t pair = round_pair<T>(f(e), f(e + 1));
+      v[e] = T{static_cast<std::uint16_t>(pair)};
+      v[e + 1] = T{static_cast<std::uint16_t>(pair >> 16)};
+    }
+  } else {
+    FUSEREG_UNROLL
+    for (int e = 0; e < N; ++e) v[e] = from_compute<T>(f(e));
+  }
+  return v;
 }
 
 // --- who am I ---

@@ -43,11 +43,25 @@ FUSEREG_INLINE float to_float(BFloat16 x) {
   return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
 }
 
+// The device rounds by an instruction from sm_80 on, with the same bits but for NaN, of which it
+// makes 0x7fff, as torch does there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define FUSEREG_ROUNDS_PAIRS 1
+#else
+#define FUSEREG_ROUNDS_PAIRS 0
+#endif
+
 FUSEREG_INLINE BFloat16 to_bfloat16(float x) {
+#if FUSEREG_ROUNDS_PAIRS
+  BFloat16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#else
   const std::uint32_t u = bit_cast<std::uint32_t>(x);
   if ((u & 0x7fffffffu) > 0x7f800000u) return {static_cast<std::uint16_t>((u >> 16) | 0x40u)};
   // Round to nearest even: add half an ulp, less one where the kept part is even.
   return {static_cast<std::uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
+#endif
 }
 
 FUSEREG_INLINE float to_float(Half x) {
@@ -135,6 +149,22 @@ FUSEREG_INLINE T from_compute(Compute<T> x) {
   } else {
     return x;
   }
+}
+
+// The bits of two numbers of a 16-bit type, `low` in the low half.
+template <class T>
+FUSEREG_INLINE std::uint32_t round_pair(float low, float high) {
+#if FUSEREG_ROUNDS_PAIRS
+  std::uint32_t pair;
+  if constexpr (Traits<T>::kDType == DType::kFloat16) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+#else
+  return from_compute<T>(low).bits | static_cast<std::uint32_t>(from_compute<T>(high).bits) << 16;
+#endif
 }
 
 // |w|, the square root, and a number with another one's sign bit added. simd.h has them for

@@ -67,11 +67,14 @@ FUSEREG_INLINE FUSEREG_ISA::U64Vector multiply_low(FUSEREG_ISA::U64Vector a, std
 }
 #endif
 
+inline constexpr std::uint32_t kPhiloxFactor0 = 0xd2511f53u;
+inline constexpr std::uint32_t kPhiloxFactor1 = 0xcd9e8d57u;
+
 // One round, with that round's key.
 template <class W>
 FUSEREG_INLINE void philox_round(PhiloxState<W>& s, W key0, W key1) {
-  const W product0 = multiply_low(s.word[0], 0xd2511f53u);
-  const W product1 = multiply_low(s.word[2], 0xcd9e8d57u);
+  const W product0 = multiply_low(s.word[0], kPhiloxFactor0);
+  const W product1 = multiply_low(s.word[2], kPhiloxFactor1);
   s.word[0] = (product1 >> 32) ^ s.word[1] ^ key0;
   s.word[1] = product1;
   s.word[2] = (product0 >> 32) ^ s.word[3] ^ key1;
@@ -89,9 +92,31 @@ struct PhiloxWords {
 
 // `low` and `high` are the counter's halves: offset / 4 and the chunk.
 FUSEREG_INLINE PhiloxWords philox(std::uint64_t key, std::uint64_t low, std::uint64_t high) {
-  PhiloxState<std::uint64_t> s = {{low, low >> 32, high, high >> 32}};
   auto key0 = static_cast<std::uint32_t>(key);
   auto key1 = static_cast<std::uint32_t>(key >> 32);
+#if defined(__CUDA_ARCH__)
+  // There, words of 32 bits are the natural ones: a product of 64 bits is a pair of registers.
+  std::uint32_t w0 = static_cast<std::uint32_t>(low), w1 = static_cast<std::uint32_t>(low >> 32);
+  std::uint32_t w2 = static_cast<std::uint32_t>(high), w3 = static_cast<std::uint32_t>(high >> 32);
+  FUSEREG_UNROLL_10
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    std::uint32_t low0, high0, low1, high1;
+    asm("{.reg .u64 p; mul.wide.u32 p, %2, %3; mov.b64 {%0, %1}, p;}"
+        : "=r"(low0), "=r"(high0)
+        : "r"(w0), "n"(kPhiloxFactor0));
+    asm("{.reg .u64 p; mul.wide.u32 p, %2, %3; mov.b64 {%0, %1}, p;}"
+        : "=r"(low1), "=r"(high1)
+        : "r"(w2), "n"(kPhiloxFactor1));
+    w0 = high1 ^ w1 ^ key0;
+    w1 = low1;
+    w2 = high0 ^ w3 ^ key1;
+    w3 = low0;
+    key0 += kPhiloxStep0;
+    key1 += kPhiloxStep1;
+  }
+  return {{w0, w1, w2, w3}};
+#else
+  PhiloxState<std::uint64_t> s = {{low, low >> 32, high, high >> 32}};
   FUSEREG_UNROLL_10
   for (int round = 0; round < kPhiloxRounds; ++round) {
     philox_round<std::uint64_t>(s, key0, key1);
@@ -100,6 +125,7 @@ FUSEREG_INLINE PhiloxWords philox(std::uint64_t key, std::uint64_t low, std::uin
   }
   return {{static_cast<std::uint32_t>(s.word[0]), static_cast<std::uint32_t>(s.word[1]),
            static_cast<std::uint32_t>(s.word[2]), static_cast<std::uint32_t>(s.word[3])}};
+#endif
 }
 
 #if defined(FUSEREG_ISA)

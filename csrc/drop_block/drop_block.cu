@@ -29,6 +29,9 @@ struct Arguments {
 
 using rounded::multiply;
 
+// Vectors that a thread has under way at once.
+constexpr int kAhead = 4;
+
 FUSEREG_DEVICE_INLINE void set_bits(std::uint32_t* bits, std::int64_t at, std::int64_t n) {
   while (n > 0) {
     const auto from = static_cast<int>(at % 32);
@@ -91,8 +94,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // x * scale, or 0 where it is dropped.
 template <class T>
-FUSEREG_DEVICE_INLINE T scaled(T x, bool dropped, Compute<T> scale) {
-  return from_compute<T>(dropped ? Compute<T>(0) : multiply(to_compute(x), scale));
+FUSEREG_DEVICE_INLINE Compute<T> scaled(T x, bool dropped, Compute<T> scale) {
+  return dropped ? Compute<T>(0) : multiply(to_compute(x), scale);
 }
 
 // n consecutive elements, by the whole block.
@@ -103,17 +106,31 @@ FUSEREG_DEVICE_INLINE void apply_line(const T* x, T* y, std::int64_t n, const st
   std::int64_t done = 0;
   if (cuda::is_aligned(x, 16) && cuda::is_aligned(y, 16)) {
     done = n / kN * kN;
-    for (std::int64_t i = static_cast<std::int64_t>(threadIdx.x) * kN; i < done;
-         i += kThreads * kN) {
-      const std::uint32_t dropped = bits[i / 32] >> (i % 32);
-      cuda::Vec<T, kN> data = cuda::load_streaming<kN>(x + i);
+    const auto vectors_at = [&](std::int64_t v, auto count) {
+      constexpr int kCount = decltype(count)::value;
+      cuda::Vec<T, kN> data[kCount];
       FUSEREG_UNROLL
-      for (int e = 0; e < kN; ++e) data[e] = scaled(data[e], (dropped >> e & 1u) != 0, scale);
-      cuda::store(y + i, data);
+      for (int u = 0; u < kCount; ++u) {
+        data[u] = cuda::load_streaming<kN>(x + (v + u * kThreads) * kN);
+      }
+      FUSEREG_UNROLL
+      for (int u = 0; u < kCount; ++u) {
+        const std::int64_t i = (v + u * kThreads) * kN;
+        const std::uint32_t dropped = bits[i / 32] >> (i % 32);
+        cuda::store(y + i, cuda::rounded_to<T, kN>([&](int e) {
+                      return scaled(data[u][e], (dropped >> e & 1u) != 0, scale);
+                    }));
+      }
+    };
+    std::int64_t v = threadIdx.x;
+    for (; v + (kAhead - 1) * kThreads < done / kN; v += kAhead * kThreads) {
+      vectors_at(v, std::integral_constant<int, kAhead>{});
     }
+    FUSEREG_NO_UNROLL
+    for (; v < done / kN; v += kThreads) vectors_at(v, std::integral_constant<int, 1>{});
   }
   for (std::int64_t i = done + threadIdx.x; i < n; i += kThreads)
-    y[i] = scaled(x[i], (bits[i / 32] >> (i % 32) & 1u) != 0, scale);
+    y[i] = from_compute<T>(scaled(x[i], (bits[i / 32] >> (i % 32) & 1u) != 0, scale));
 }
 
 // The tile's channels of each pixel, consecutive threads on consecutive channels.
@@ -126,12 +143,12 @@ FUSEREG_DEVICE_INLINE void apply_pixels(const T* x, T* y, const Geometry& g, con
     const int channel = i % width;
     if (channel >= t.planes) continue;
     const std::int64_t at = i / width * g.c + channel;
-    y[at] = scaled(x[at], (bits[i / 32] >> (i % 32) & 1u) != 0, scale);
+    y[at] = from_compute<T>(scaled(x[at], (bits[i / 32] >> (i % 32) & 1u) != 0, scale));
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     drop_block_apply_kernel(FUSEREG_GRID_CONSTANT(Arguments, a)) {
   FUSEREG_SHARED(bits, std::uint32_t[kTileWords]);
   const Geometry& g = a.geometry;

@@ -42,14 +42,18 @@ FUSEREG_DEVICE_INLINE Constants<C> constants(const Arguments& g) {
 }
 
 template <class T, bool kLinear>
-FUSEREG_DEVICE_INLINE T apply(T x, bool keep, const Constants<Compute<T>>& k) {
+FUSEREG_DEVICE_INLINE Compute<T> apply(T x, bool keep, const Constants<Compute<T>>& k) {
   Compute<T> y = multiply(to_compute(x), k.a);
   if constexpr (!kLinear) y = y + k.b;
-  return from_compute<T>(keep ? y : k.c);
+  return keep ? y : k.c;
 }
 
+// The blocks that a multiprocessor is to hold at least: fewer registers would be spilled.
+template <class T>
+constexpr int kResident = sizeof(T) == 8 ? 3 : 4;
+
 template <class T, int kBits, bool kLinear, bool kVectors>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident<T>)
     dropout_elements_kernel(FUSEREG_GRID_CONSTANT(Arguments, g)) {
   constexpr int kN = cuda::kVecSize<T> < kGroup ? cuda::kVecSize<T> : kGroup;
   constexpr int kParts = kGroup / kN;
@@ -87,16 +91,15 @@ __global__ void __launch_bounds__(kThreads)
       if (kVectors && at + kGroup <= g.numel) {
         FUSEREG_UNROLL
         for (int i = 0; i < kParts; ++i) {
-          FUSEREG_UNROLL
-          for (int e = 0; e < kN; ++e) {
-            data[u][i][e] = apply<T, kLinear>(data[u][i][e], (mask >> (i * kN + e) & 1u) != 0, k);
-          }
-          cuda::store(y + at + i * kN, data[u][i]);
+          const auto result = cuda::rounded_to<T, kN>([&](int e) {
+            return apply<T, kLinear>(data[u][i][e], (mask >> (i * kN + e) & 1u) != 0, k);
+          });
+          cuda::store(y + at + i * kN, result);
         }
       } else {
         for (int e = 0; e < kGroup; ++e) {
           if (at + e < 0 || at + e >= g.numel) continue;
-          y[at + e] = apply<T, kLinear>(x[at + e], (mask >> e & 1u) != 0, k);
+          y[at + e] = from_compute<T>(apply<T, kLinear>(x[at + e], (mask >> e & 1u) != 0, k));
         }
       }
     }
@@ -131,8 +134,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int e = 0; e < kN; ++e) data[e] = from_compute<T>(k.c);
     } else {
       data = cuda::load_streaming<kN>(x + at);
-      FUSEREG_UNROLL
-      for (int e = 0; e < kN; ++e) data[e] = apply<T, kLinear>(data[e], (mask >> e & 1u) != 0, k);
+      data = cuda::rounded_to<T, kN>(
+          [&](int e) { return apply<T, kLinear>(data[e], (mask >> e & 1u) != 0, k); });
     }
     cuda::store(y + at, data);
   }

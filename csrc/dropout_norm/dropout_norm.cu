@@ -18,8 +18,14 @@ namespace {
 // Groups that a thread keeps in registers, and the most threads of a block.
 constexpr int kForwardGroups = 4;
 constexpr int kForwardThreads = 256;
+// Groups that a thread has under way at once, forward.
+constexpr int kAhead = 2;
 constexpr int kBackwardGroups = 2;
 constexpr int kBackwardThreads = 512;
+// Of those that keep groups. Float64, and what is read element by element, would be spilled by more:
+// larger blocks then read the row again, with the same bits.
+template <class T, bool kVectors>
+inline constexpr int kHeldThreads = kVectors && sizeof(T) < 8 ? kBackwardThreads : 256;
 constexpr int kBlocksPerSm = 64;
 // Columns of grad_weight that a block adds up at a time.
 constexpr int kTile = 8;
@@ -34,33 +40,28 @@ FUSEREG_DEVICE_INLINE double square_root(double x) { return sqrt(x); }
 
 // --- groups of 8 elements ---
 
-// Elements [at, at + count) of p; zeros beyond. `vectors`: all 8 are there, and aligned.
-template <class T, class C>
-FUSEREG_DEVICE_INLINE void load_group(const T* p, std::int64_t at, int count, bool vectors,
-                                      C (&v)[kGroup]) {
-  constexpr int kN = cuda::kVecSize<T> < kGroup ? cuda::kVecSize<T> : kGroup;
-  if (vectors) {
-    cuda::Vec<T, kN> parts[kGroup / kN];
-    FUSEREG_UNROLL
-    for (int i = 0; i < kGroup / kN; ++i) parts[i] = cuda::load<kN>(p + at + i * kN);
-    FUSEREG_UNROLL
-    for (int e = 0; e < kGroup; ++e) v[e] = to_compute(parts[e / kN][e % kN]);
+// Elements [at, at + count) of p; zeros beyond. kVectors: all 8 are there, and aligned.
+template <bool kVectors, class T>
+FUSEREG_DEVICE_INLINE cuda::Raw<T, kGroup> load_group(const T* p, std::int64_t at, int count) {
+  cuda::Raw<T, kGroup> raw;
+  if constexpr (kVectors) {
+    raw.load(p + at);
   } else {
+    raw.clear();
     FUSEREG_UNROLL
-    for (int e = 0; e < kGroup; ++e) v[e] = e < count ? to_compute(p[at + e]) : C(0);
+    for (int e = 0; e < kGroup; ++e) {
+      if (e < count) raw.set(e, p[at + e]);
+    }
   }
+  return raw;
 }
-template <class T, class C>
-FUSEREG_DEVICE_INLINE void store_group(T* p, std::int64_t at, int count, bool vectors,
-                                       const C (&v)[kGroup]) {
-  constexpr int kN = cuda::kVecSize<T> < kGroup ? cuda::kVecSize<T> : kGroup;
-  if (vectors) {
+template <bool kVectors, class T, class C>
+FUSEREG_DEVICE_INLINE void store_group(T* p, std::int64_t at, int count, const C (&v)[kGroup]) {
+  if constexpr (kVectors) {
+    constexpr int kN = cuda::kVecSize<T> < kGroup ? cuda::kVecSize<T> : kGroup;
     FUSEREG_UNROLL
-    for (int i = 0; i < kGroup / kN; ++i) {
-      cuda::Vec<T, kN> part;
-      FUSEREG_UNROLL
-      for (int e = 0; e < kN; ++e) part[e] = from_compute<T>(v[i * kN + e]);
-      cuda::store(p + at + i * kN, part);
+    for (int i = 0; i < kGroup; i += kN) {
+      cuda::store(p + at + i, cuda::rounded_to<T, kN>([&](int e) { return v[i + e]; }));
     }
   } else {
     FUSEREG_UNROLL
@@ -70,28 +71,55 @@ FUSEREG_DEVICE_INLINE void store_group(T* p, std::int64_t at, int count, bool ve
   }
 }
 
-// The same for an array of T, or of float32 where a 16-bit T has a wide companion.
-template <class T, class C>
-FUSEREG_DEVICE_INLINE void load_wide(const void* p, bool wide, std::int64_t at, int count,
-                                     bool vectors, C (&v)[kGroup]) {
-  if constexpr (sizeof(T) == 2) {
-    if (wide) {
-      load_group(static_cast<const float*>(p), at, count, vectors, v);
-      return;
+// What is read of an array of T, or of float32 where a 16-bit T has a wide companion. It is
+// converted when all loads of the thread are under way.
+template <class T>
+class WideGroup {
+ public:
+  template <bool kVectors>
+  FUSEREG_DEVICE_INLINE void load(const void* p, bool wide, std::int64_t at, int count) {
+    if constexpr (sizeof(T) == 2) {
+      if (!wide) {
+        const auto narrow = load_group<kVectors>(static_cast<const T*>(p), at, count);
+        raw_.clear();
+        memcpy(raw_.words, narrow.words, sizeof(narrow.words));
+      } else {
+        raw_ = load_group<kVectors>(static_cast<const float*>(p), at, count);
+      }
+      raw_.join();
+    } else {
+      raw_ = load_group<kVectors>(static_cast<const T*>(p), at, count);
     }
   }
-  load_group(static_cast<const T*>(p), at, count, vectors, v);
-}
-template <class T, class C>
-FUSEREG_DEVICE_INLINE void store_wide(void* p, bool wide, std::int64_t at, int count, bool vectors,
+  template <class C>
+  FUSEREG_DEVICE_INLINE void get(bool wide, C (&v)[kGroup]) const {
+    if constexpr (sizeof(T) == 2) {
+      if (!wide) {
+        cuda::Raw<T, kGroup> narrow;
+        memcpy(narrow.words, raw_.words, sizeof(narrow.words));
+        FUSEREG_UNROLL
+        for (int e = 0; e < kGroup; ++e) v[e] = to_compute(narrow[e]);
+        return;
+      }
+    }
+    FUSEREG_UNROLL
+    for (int e = 0; e < kGroup; ++e) v[e] = to_compute(raw_[e]);
+  }
+
+ private:
+  cuda::Raw<std::conditional_t<sizeof(T) == 2, float, T>, kGroup> raw_;
+};
+
+template <bool kVectors, class T, class C>
+FUSEREG_DEVICE_INLINE void store_wide(void* p, bool wide, std::int64_t at, int count,
                                       const C (&v)[kGroup]) {
   if constexpr (sizeof(T) == 2) {
     if (wide) {
-      store_group(static_cast<float*>(p), at, count, vectors, v);
+      store_group<kVectors>(static_cast<float*>(p), at, count, v);
       return;
     }
   }
-  store_group(static_cast<T*>(p), at, count, vectors, v);
+  store_group<kVectors>(static_cast<T*>(p), at, count, v);
 }
 
 // Bit e is set if element index + e is kept.
@@ -123,10 +151,10 @@ FUSEREG_DEVICE_INLINE C scale_of(const Draw& draw) {
 // What the threads of a block do with the groups of a row. kHeld groups a thread are known at
 // compile time, so that what they hold stays in registers; 0: any number.
 template <int kHeld, class F>
-FUSEREG_DEVICE_INLINE void each_group(std::int64_t groups, F f) {
+FUSEREG_DEVICE_INLINE void each_group(std::int64_t groups, F f, int first = 0, int last = kHeld) {
   if constexpr (kHeld > 0) {
     FUSEREG_UNROLL
-    for (int u = 0; u < kHeld; ++u) {
+    for (int u = first; u < last; ++u) {
       const std::int64_t g = threadIdx.x + static_cast<std::int64_t>(u) * blockDim.x;
       if (g < groups) f(g, u);
     }
@@ -135,16 +163,18 @@ FUSEREG_DEVICE_INLINE void each_group(std::int64_t groups, F f) {
   }
 }
 
+template <bool kVectors>
 FUSEREG_DEVICE_INLINE int count_of(std::int64_t length, std::int64_t group) {
+  if constexpr (kVectors) return kGroup;
   const std::int64_t left = length - group * kGroup;
   return left < kGroup ? static_cast<int>(left) : kGroup;
 }
 
 // --- forward ---
 
-template <class T, int kHeld>
-__global__ void __launch_bounds__(kForwardThreads)
-    dropout_norm_forward_kernel(FUSEREG_GRID_CONSTANT(Forward, f), bool vectors) {
+template <class T, int kHeld, bool kVectors>
+__global__ void __launch_bounds__(kForwardThreads, kVectors && sizeof(T) < 8 ? 2 : 1)
+    dropout_norm_forward_kernel(FUSEREG_GRID_CONSTANT(Forward, f)) {
   using C = Compute<T>;
   constexpr int kSlots = kHeld > 0 ? kHeld : 1;
   const auto* const x = static_cast<const T*>(f.x);
@@ -156,36 +186,46 @@ __global__ void __launch_bounds__(kForwardThreads)
 
   for (std::int64_t row = blockIdx.x; row < f.rows; row += gridDim.x) {
     const std::int64_t base = row * f.length;
+    cuda::Raw<T, kGroup> from[kAhead];
+    WideGroup<T> beside[kAhead];
     C held[kSlots][kGroup];
-    C added[kSlots][kGroup];
     auto load = [&](std::int64_t g, int u) {
       const std::int64_t at = base + g * kGroup;
-      const int count = count_of(f.length, g);
-      load_group(x, at, count, vectors, held[u]);
-      if (f.residual != nullptr) load_wide<T>(f.residual, f.wide_sum, at, count, vectors, added[u]);
+      const int count = count_of<kVectors>(f.length, g);
+      from[u % kAhead] = load_group<kVectors>(x, at, count);
+      if (f.residual != nullptr)
+        beside[u % kAhead].template load<kVectors>(f.residual, f.wide_sum, at, count);
     };
     auto add = [&](std::int64_t g, int u, bool write) {
       const std::int64_t at = base + g * kGroup;
-      const int count = count_of(f.length, g);
+      const int count = count_of<kVectors>(f.length, g);
+      FUSEREG_UNROLL
+      for (int e = 0; e < kGroup; ++e) held[u][e] = to_compute(from[u % kAhead][e]);
+      C added[kGroup];
+      if (f.residual != nullptr) beside[u % kAhead].get(f.wide_sum, added);
       if (f.draw.bits != 0)
         drop(held[u], kept_of(f.draw, seed, low, f.index_offset + static_cast<std::uint64_t>(at)),
              scale);
       FUSEREG_UNROLL
       for (int e = 0; e < kGroup; ++e) {
         C s = held[u][e];
-        if (f.residual != nullptr) s = added[u][e] + s;
+        if (f.residual != nullptr) s = added[e] + s;
         if (sizeof(T) == 2 && !f.wide_sum) s = to_compute(from_compute<T>(s));
         held[u][e] = e < count ? s : C(0);
       }
-      if (write && f.sum != nullptr) store_wide<T>(f.sum, f.wide_sum, at, count, vectors, held[u]);
+      if (write && f.sum != nullptr) store_wide<kVectors, T>(f.sum, f.wide_sum, at, count, held[u]);
     };
     // use(g, u) with the group's sums in held[u].
     auto sweep = [&](bool first, auto use) {
       if constexpr (kHeld > 0) {
         if (first) {
-          // All loads are under way before the first draw is made.
-          each_group<kHeld>(groups, load);
-          each_group<kHeld>(groups, [&](std::int64_t g, int u) { add(g, u, true); });
+          // Their loads are under way before the first of the draws is made.
+          FUSEREG_UNROLL
+          for (int u = 0; u < kHeld; u += kAhead) {
+            each_group<kHeld>(groups, load, u, u + kAhead);
+            each_group<kHeld>(
+                groups, [&](std::int64_t g, int i) { add(g, i, true); }, u, u + kAhead);
+          }
         }
         each_group<kHeld>(groups, use);
       } else {
@@ -217,7 +257,7 @@ __global__ void __launch_bounds__(kForwardThreads)
       hi = sums[0] / n;
       C centered[2] = {C(0), C(0)};
       sweep(false, [&](std::int64_t g, int u) {
-        const int count = count_of(f.length, g);
+        const int count = count_of<kVectors>(f.length, g);
         FUSEREG_UNROLL
         for (int e = 0; e < kGroup; ++e) {
           const C d = e < count ? held[u][e] - hi : C(0);
@@ -241,22 +281,27 @@ __global__ void __launch_bounds__(kForwardThreads)
     }
     sweep(false, [&](std::int64_t g, int u) {
       const std::int64_t column = g * kGroup;
-      const int count = count_of(f.length, g);
+      const int count = count_of<kVectors>(f.length, g);
+      WideGroup<T> weight;
+      WideGroup<T> bias;
+      if (f.weight != nullptr)
+        weight.template load<kVectors>(f.weight, f.wide_weight, column, count);
+      if (f.bias != nullptr) bias.template load<kVectors>(f.bias, f.wide_weight, column, count);
       C y[kGroup];
       FUSEREG_UNROLL
       for (int e = 0; e < kGroup; ++e) y[e] = ((held[u][e] - hi) - lo) * rstd;
       C v[kGroup];
       if (f.weight != nullptr) {
-        load_wide<T>(f.weight, f.wide_weight, column, count, vectors, v);
+        weight.get(f.wide_weight, v);
         FUSEREG_UNROLL
         for (int e = 0; e < kGroup; ++e) y[e] *= v[e];
       }
       if (f.bias != nullptr) {
-        load_wide<T>(f.bias, f.wide_weight, column, count, vectors, v);
+        bias.get(f.wide_weight, v);
         FUSEREG_UNROLL
         for (int e = 0; e < kGroup; ++e) y[e] += v[e];
       }
-      store_group(static_cast<T*>(f.y), base + column, count, vectors, y);
+      store_group<kVectors>(static_cast<T*>(f.y), base + column, count, y);
     });
   }
 }
@@ -300,9 +345,9 @@ FUSEREG_DEVICE_INLINE void combine(const Backward& b, std::int64_t chunks) {
   }
 }
 
-template <class T, int kHeld>
-__global__ void __launch_bounds__(kBackwardThreads)
-    dropout_norm_backward_kernel(FUSEREG_GRID_CONSTANT(Backward, b), Chunks chunks, bool vectors,
+template <class T, int kHeld, bool kVectors>
+__global__ void __launch_bounds__(kHeld > 0 ? kHeldThreads<T, kVectors> : kBackwardThreads)
+    dropout_norm_backward_kernel(FUSEREG_GRID_CONSTANT(Backward, b), Chunks chunks,
                                  unsigned* barrier) {
   using C = Compute<T>;
   constexpr int kSlots = kHeld > 0 ? kHeld : 1;
@@ -339,14 +384,20 @@ __global__ void __launch_bounds__(kBackwardThreads)
       // dy comes in d; it is added to the thread's columns the first time.
       auto load = [&](std::int64_t group, int u, bool accumulate) {
         const std::int64_t column = group * kGroup;
-        const int count = count_of(b.length, group);
-        C d[kGroup];
-        load_group(grad_y, base + column, count, vectors, d);
-        load_wide<T>(b.sum, b.wide_sum, base + column, count, vectors, h[u]);
+        const int count = count_of<kVectors>(b.length, group);
+        const auto of_grad = load_group<kVectors>(grad_y, base + column, count);
+        WideGroup<T> of_sum;
+        of_sum.template load<kVectors>(b.sum, b.wide_sum, base + column, count);
+        WideGroup<T> weight;
+        if (b.weight != nullptr)
+          weight.template load<kVectors>(b.weight, b.wide_weight, column, count);
         C w[kGroup];
-        if (b.weight != nullptr) load_wide<T>(b.weight, b.wide_weight, column, count, vectors, w);
+        if (b.weight != nullptr) weight.get(b.wide_weight, w);
+        of_sum.get(b.wide_sum, h[u]);
+        C d[kGroup];
         FUSEREG_UNROLL
         for (int e = 0; e < kGroup; ++e) {
+          d[e] = to_compute(of_grad[e]);
           h[u][e] = ((h[u][e] - hi) - lo) * rstd;
           g[u][e] = b.weight == nullptr ? d[e] : d[e] * w[e];
           if (!accumulate) continue;
@@ -366,7 +417,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
       if (!gradients) continue;
       each_group<kHeld>(groups, [&](std::int64_t group, int u) {
         if constexpr (kHeld == 0) load(group, u, false);
-        const int count = count_of(b.length, group);
+        const int count = count_of<kVectors>(b.length, group);
         FUSEREG_UNROLL
         for (int e = 0; e < kGroup; ++e) {
           if (e >= count) continue;
@@ -380,35 +431,34 @@ __global__ void __launch_bounds__(kBackwardThreads)
       each_group<kHeld>(groups, [&](std::int64_t group, int u) {
         if constexpr (kHeld == 0) load(group, u, false);
         const std::int64_t at = base + group * kGroup;
-        const int count = count_of(b.length, group);
+        const int count = count_of<kVectors>(b.length, group);
         C ds[kGroup];
         FUSEREG_UNROLL
         for (int e = 0; e < kGroup; ++e) ds[e] = ((g[u][e] - mean) - h[u][e] * along) * rstd;
         if (b.grad_sum != nullptr) {
+          WideGroup<T> more;
+          more.template load<kVectors>(b.grad_sum, b.wide_sum, at, count);
           C v[kGroup];
-          load_wide<T>(b.grad_sum, b.wide_sum, at, count, vectors, v);
+          more.get(b.wide_sum, v);
           FUSEREG_UNROLL
           for (int e = 0; e < kGroup; ++e) ds[e] += v[e];
         }
         if (b.grad_residual != nullptr)
-          store_wide<T>(b.grad_residual, b.wide_sum, at, count, vectors, ds);
+          store_wide<kVectors, T>(b.grad_residual, b.wide_sum, at, count, ds);
         if (b.grad_x != nullptr) {
           if (b.draw.bits != 0)
             drop(ds, kept_of(b.draw, seed, low, b.index_offset + static_cast<std::uint64_t>(at)),
                  scale);
-          store_group(static_cast<T*>(b.grad_x), at, count, vectors, ds);
+          store_group<kVectors>(static_cast<T*>(b.grad_x), at, count, ds);
         }
       });
     }
     if constexpr (kHeld > 0) {
       each_group<kHeld>(groups, [&](std::int64_t group, int u) {
         const std::int64_t column = group * kGroup;
-        FUSEREG_UNROLL
-        for (int e = 0; e < kGroup; ++e) {
-          if (e >= count_of(b.length, group)) continue;
-          if (of_weight != nullptr) of_weight[column + e] = weight_sums[u][e];
-          if (of_bias != nullptr) of_bias[column + e] = bias_sums[u][e];
-        }
+        const int count = count_of<kVectors>(b.length, group);
+        if (of_weight != nullptr) store_group<kVectors>(of_weight, column, count, weight_sums[u]);
+        if (of_bias != nullptr) store_group<kVectors>(of_bias, column, count, bias_sums[u]);
       });
     }
   }
@@ -448,10 +498,16 @@ void run_cuda(const Forward& f, int device, void* stream) {
   const char* const op = f.rms ? "fusereg.dropout_add_rms_norm" : "fusereg.dropout_add_layer_norm";
   dispatch_dtype(f.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (held) {
-      cuda::launch(op, dropout_norm_forward_kernel<T, kForwardGroups>, config, f, vectors);
+    const auto launch = [&](auto vectors) {
+      constexpr bool kVectors = decltype(vectors)::value;
+      const auto kernel = held ? &dropout_norm_forward_kernel<T, kForwardGroups, kVectors>
+                               : &dropout_norm_forward_kernel<T, 0, kVectors>;
+      cuda::launch(op, kernel, config, f);
+    };
+    if (vectors) {
+      launch(std::true_type{});
     } else {
-      cuda::launch(op, dropout_norm_forward_kernel<T, 0>, config, f, vectors);
+      launch(std::false_type{});
     }
   });
 }
@@ -461,8 +517,9 @@ void run_cuda(const Backward& b, unsigned* barrier, int device, void* stream) {
   if (b.length == 0 || (b.rows == 0 && !combines)) return;
   const cuda::DeviceGuard guard(device);
   const Chunks chunks = cuda_chunks(b.rows);
-  const bool vectors = b.length % kGroup == 0 && all_aligned(b.grad_x, b.grad_residual, b.grad_y,
-                                                             b.grad_sum, b.sum, b.weight);
+  const bool vectors =
+      b.length % kGroup == 0 &&
+      all_aligned(b.grad_x, b.grad_residual, b.grad_y, b.grad_sum, b.sum, b.weight, b.partials);
   const bool held = b.length <= kMostHeld;
   cuda::LaunchConfig config;
   config.stream = static_cast<cuda::Stream>(stream);
@@ -470,7 +527,11 @@ void run_cuda(const Backward& b, unsigned* barrier, int device, void* stream) {
   const char* const op = b.rms ? "fusereg.dropout_add_rms_norm" : "fusereg.dropout_add_layer_norm";
   dispatch_dtype(b.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    auto launch = [&](auto* kernel) {
+    const auto launch = [&](auto vectors) {
+      constexpr bool kVectors = decltype(vectors)::value;
+      const bool fits = held && config.block.x <= kHeldThreads<T, kVectors>;
+      const auto kernel = fits ? &dropout_norm_backward_kernel<T, kBackwardGroups, kVectors>
+                               : &dropout_norm_backward_kernel<T, 0, kVectors>;
       std::int64_t blocks = std::max<std::int64_t>(chunks.count, 1);
       if (combines) {
         blocks = std::min<std::int64_t>(
@@ -482,12 +543,12 @@ void run_cuda(const Backward& b, unsigned* barrier, int device, void* stream) {
         config.grid = dim3(static_cast<unsigned>(blocks));
         config.cooperative = combines && blocks > 1;
         blocks /= 2;
-      } while (!cuda::try_launch(op, kernel, config, b, chunks, vectors, barrier));
+      } while (!cuda::try_launch(op, kernel, config, b, chunks, barrier));
     };
-    if (held) {
-      launch(dropout_norm_backward_kernel<T, kBackwardGroups>);
+    if (vectors) {
+      launch(std::true_type{});
     } else {
-      launch(dropout_norm_backward_kernel<T, 0>);
+      launch(std::false_type{});
     }
   });
 }

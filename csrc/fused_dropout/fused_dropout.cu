@@ -163,15 +163,13 @@ __global__ void __launch_bounds__(kThreads)
         }
         FUSEREG_UNROLL
         for (int i = 0; i < kParts; ++i) {
-          FUSEREG_UNROLL
-          for (int e = 0; e < kN; ++e) {
+          const auto result = cuda::rounded_to<T, kN>([&](int e) {
             C o = C(0);
             if constexpr (Form::kOther) o = to_compute(beside[u][i][e]);
-            from[u][i][e] =
-                from_compute<T>(Form::apply(to_compute(from[u][i][e]), o, bias[i * kN + e],
-                                            (mask >> (i * kN + e) & 1u) != 0, scale));
-          }
-          cuda::store(y + at + i * kN, from[u][i]);
+            return Form::apply(to_compute(from[u][i][e]), o, bias[i * kN + e],
+                               (mask >> (i * kN + e) & 1u) != 0, scale);
+          });
+          cuda::store(y + at + i * kN, result);
         }
       } else {
         for (int e = 0; e < kGroup; ++e) {
@@ -211,10 +209,8 @@ __global__ void __launch_bounds__(kThreads)
     auto data = cuda::load_streaming<kN>(residual + at);
     if (keep) {
       const auto more = cuda::load_streaming<kN>(x + at);
-      FUSEREG_UNROLL
-      for (int e = 0; e < kN; ++e) {
-        data[e] = from_compute<T>(to_compute(data[e]) + multiply(to_compute(more[e]), scale));
-      }
+      data = cuda::rounded_to<T, kN>(
+          [&](int e) { return to_compute(data[e]) + multiply(to_compute(more[e]), scale); });
     } else if (g.other == g.y) {
       continue;
     }

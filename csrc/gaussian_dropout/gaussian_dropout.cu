@@ -27,10 +27,10 @@ FUSEREG_DEVICE_INLINE void normals(std::uint64_t key, std::uint64_t low, std::ui
 }
 
 template <class T>
-FUSEREG_DEVICE_INLINE T noisy(T x, float normal, Compute<T> strength) {
+FUSEREG_DEVICE_INLINE Compute<T> noisy(T x, float normal, Compute<T> strength) {
   using C = Compute<T>;
   const C factor = add(multiply(static_cast<C>(normal), strength), C{1});
-  return from_compute<T>(multiply(static_cast<C>(to_compute(x)), factor));
+  return multiply(static_cast<C>(to_compute(x)), factor);
 }
 
 template <class T, bool kVectors>
@@ -62,14 +62,16 @@ __global__ void __launch_bounds__(kThreads)
     if (whole) {
       FUSEREG_UNROLL
       for (int i = 0; i < kParts; ++i) {
-        FUSEREG_UNROLL
-        for (int e = 0; e < kN; ++e) data[i][e] = noisy<T>(data[i][e], n[i * kN + e], strength);
-        cuda::store(y + at + i * kN, data[i]);
+        cuda::store(y + at + i * kN, cuda::rounded_to<T, kN>([&](int e) {
+                      return noisy<T>(data[i][e], n[i * kN + e], strength);
+                    }));
       }
     } else {
       FUSEREG_UNROLL
       for (int e = 0; e < kNormals; ++e) {
-        if (at + e >= 0 && at + e < job.numel) y[at + e] = noisy<T>(x[at + e], n[e], strength);
+        if (at + e >= 0 && at + e < job.numel) {
+          y[at + e] = from_compute<T>(noisy<T>(x[at + e], n[e], strength));
+        }
       }
     }
   }

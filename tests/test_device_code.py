@@ -1,0 +1,97 @@
+"""The reader of compiled CUDA kernels, on two small kernels as nvdisasm prints them.
+
+The first moves two 16-byte vectors at a time; the second waits for a load before the next, and
+stores a vector in four parts. Their source is in the comments of `WHOLE` and `SPLIT`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fusereg.bench import device_code
+from fusereg.bench.device_code import Bound, Kernel, Row, crossed, parse, row_of
+
+TEXT = (Path(__file__).parent / "device_code.sass").read_text(encoding="utf-8")
+
+#: for (i = threadIdx.x; i < n; i += 512) { a = x[i]; b = x[i + 256]; y[i] = ...; y[i + 256] = b; }
+WHOLE = "_Z12whole_kernelPK5uint4PS_i"
+#: for (...) { a = x[i]; b = x[a.x & 255]; p[0] = ...; p[1] = a.z; p[2] = a.w; p[3] = b.w; }
+SPLIT = "_Z12split_kernelPK5uint4Pji"
+
+
+def kernels(text: str = TEXT) -> dict[str, Kernel]:
+    return {kernel.name: kernel for kernel in parse(text)}
+
+
+def row(name: str, text: str = TEXT) -> Row:
+    return row_of(kernels(text)[name], name)
+
+
+def test_a_kernel_has_its_registers_threads_and_memory() -> None:
+    whole, split = kernels()[WHOLE], kernels()[SPLIT]
+    assert (whole.registers, whole.threads, whole.shared, whole.spill) == (22, 256, 0, 0)
+    assert (split.registers, split.threads, split.shared - 1024, split.spill) == (20, 128, 256, 0)
+
+
+def test_stores_that_are_split_are_found() -> None:
+    assert (row(WHOLE).st16, row(WHOLE).split) == (2, 0)
+    assert (row(SPLIT).st16, row(SPLIT).split) == (0, 1)
+
+
+def test_stores_with_a_gap_are_no_vector() -> None:
+    text = TEXT.replace("STG.E desc[UR6][R4.64+0x4], R", "STG.E desc[UR6][R4.64+0x8], R")
+    assert text != TEXT
+    assert row(SPLIT, text).split == 0
+
+
+def test_loads_that_are_waited_for_one_by_one_are_found() -> None:
+    assert (row(WHOLE).ld16, row(WHOLE).alone) == (2, 0)
+    assert (row(SPLIT).ld16, row(SPLIT).alone) == (2, 2)
+
+
+def test_bytes_under_way_are_those_of_all_warps() -> None:
+    assert row(WHOLE).warps == 64
+    assert row(WHOLE).kilobytes == 2 * 16 * 64 * 32 / 1024
+    assert row(SPLIT).kilobytes == 16 * 64 * 32 / 1024
+
+
+def test_instructions_are_those_of_the_loop() -> None:
+    """The loop of 16 instructions moves 64 bytes."""
+    assert row(WHOLE).instructions == pytest.approx(16 / 4, abs=0.05)
+
+
+def test_a_loop_of_much_arithmetic_is_bound_by_it() -> None:
+    kernel = kernels()[WHOLE]
+    first = next(i for i, c in enumerate(kernel.code) if c.access == ("STG", 16))
+    more = [kernel.code[first]._replace(text=f"IADD3 R0, R0, {i}, RZ") for i in range(900)]
+    kernel.code[first:first] = more
+    kernel.labels = {k: v if v <= first else v + len(more) for k, v in kernel.labels.items()}
+    found = row_of(kernel, WHOLE)
+    assert found.bound == "alu"
+    assert found.share < 50
+
+
+def test_bounds_that_are_crossed_are_named() -> None:
+    rows = [row(WHOLE), row(SPLIT)]
+    lines = crossed(rows, (Bound("whole", share=96.0), Bound("")))
+    assert [line.split(":")[0] for line in lines[:2]] == [WHOLE, SPLIT]
+    assert "95 % of a copy" in lines[0]
+    assert "1 16-byte stores are split" in lines[1]
+    assert lines[2].startswith("2 of 4 16-byte loads")
+    assert crossed([row(WHOLE)], (Bound(""),)) == []
+
+
+def test_the_command_ends_with_1_where_a_bound_is_crossed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(device_code, "disassemble", lambda file: TEXT)
+    table = tmp_path / "table.json"
+    arguments = ["--json", str(table), "sample.o"]
+    assert device_code.main([*arguments, "--only", "whole"]) == 0
+    assert device_code.main(arguments) == 1
+    said = capsys.readouterr()
+    assert "split_kernel: 1 16-byte stores are split" in said.err
+    assert "2 kernels: st16 2, split 1" in said.out
+    assert '"kernel": "whole_kernel"' in table.read_text(encoding="utf-8")
