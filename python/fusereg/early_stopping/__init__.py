@@ -5,9 +5,10 @@
 ...     train(model)
 ...     stopper.step(validate(model), epoch=epoch)   # the loop ends by itself, with the best model
 
-``decision`` is a pure state machine, ``metrics`` and ``smoothing`` prepare its input; ``snapshot``
-makes copies in memory, ``encoding`` and ``checkpoint`` files, ``keeper`` manages both;
-``agreement`` is between the ranks; ``stopper`` joins them all.
+``decision`` is a pure state machine; ``metrics`` and ``smoothing`` prepare its input;
+``checkpoint`` has the files, ``keeper`` manages them and the copies in memory; ``agreement`` is
+between the ranks; ``stopper`` joins them all. Copies, encoding, files and locks are in
+``fusereg.core``, as :class:`fusereg.TrainingRun` uses them too.
 """
 
 from ..core.files import CheckpointError
