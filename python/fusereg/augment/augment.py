@@ -222,6 +222,8 @@ class Augment(Chain):
         central = self.crop in ("random", "center")
         self._eval_settings = plain if central else plain.repeat_edge()
         self._eval_steps = encode([crops["center" if central else "none"]])
+        self._train_units = [Unit(self._steps, self._settings)]
+        self._eval_units = [Unit(self._eval_steps, self._eval_settings)]
         given = {
             "degrees": degrees,
             "scale": scale,
@@ -273,9 +275,7 @@ class Augment(Chain):
         return params
 
     def _units(self) -> list[Unit]:
-        if self.training:
-            return [Unit(self._steps, self._settings)]
-        return [Unit(self._eval_steps, self._eval_settings)]
+        return self._train_units if self.training else self._eval_units
 
     def forward(
         self,

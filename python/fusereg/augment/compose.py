@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,23 +38,28 @@ class Passes(Chain):
         )
         self._passes = tuple(passes)
         seen: dict[str, int] = {}
-        self._encoded: list[list[Encoded]] = [
-            encode([step for stage in p.stages for step in stage.steps], seen) for p in self._passes
-        ]
-        self._settings = [p.settings() for p in self._passes]
-        self._mixed = any(settings.mixed for settings in self._settings)
-        for settings in self._settings:
+        self._made: list[Unit] = []
+        for p in self._passes:
+            steps = encode([step for stage in p.stages for step in stage.steps], seen)
+            settings = p.settings()
             settings.check_out_dtype(out_dtype, self._op)
+            self._made.append(Unit(steps, settings, p.called, p.dtype, p.mask_fill, p.idle))
+        self._mixed = any(unit.settings.mixed for unit in self._made)
         stages = [stage for p in self._passes for stage in p.stages]
         self._types = next((s.types for s in reversed(stages) if s.types), "")
         self._cast = next((s.cast for s in reversed(stages) if s.cast is not None), None)
 
     def _units(self) -> list[Unit]:
-        rows = zip(self._passes, self._encoded, self._settings, strict=True)
-        return [
-            Unit(steps, settings, p.called, p.dtype, p.mask_fill, p.idle)
-            for p, steps, settings in rows
-        ]
+        return self._made
+
+    @property
+    def _encoded(self) -> list[Sequence[Encoded]]:
+        """The steps of each pass."""
+        return [unit.steps for unit in self._made]
+
+    @_encoded.setter
+    def _encoded(self, encoded: list[Sequence[Encoded]]) -> None:
+        self._made = [replace(u, steps=s) for u, s in zip(self._made, encoded, strict=True)]
 
     def sample_params(
         self,

@@ -15,7 +15,7 @@ from .labels import rewrap, tv_tensors, unwrap
 from .tree import kind_of
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Batch:
     """Images [N * frames, C, H, W], and the form that they came in.
 
@@ -43,6 +43,8 @@ class Batch:
 
     def restore(self, y: Tensor, types: str = "") -> Any:
         """Return a result in the form of the images; ``types``: as in Stage."""
+        if not types and type(self.like) is Tensor and self.like.dim() == 4:
+            return y
         result = unwrap(y)
         if isinstance(self.like, Tensor) and self.like.dim() == 5:
             result = result.unflatten(0, (-1, self.frames))
@@ -107,6 +109,9 @@ def batch_of(x: Any, op: str, single: bool) -> Batch:
         single: whether one image is a batch of one.
     """
     given = x
+    if type(x) is Tensor and x.dim() == 4:
+        _check(x, op)
+        return Batch(x, 1, x, False)
     if single:
         x = image_tensor(x, op)
     if not isinstance(x, Tensor):
@@ -126,7 +131,8 @@ def batch_of(x: Any, op: str, single: bool) -> Batch:
 
 def _check(x: Tensor, op: str) -> None:
     """Check images [N, C, H, W], and that channels come first."""
-    if x.dim() == 4 and x.shape[3] in (1, 3, 4) and min(x.shape[1:3]) > 4:
+    shape = x.shape
+    if len(shape) == 4 and shape[3] in (1, 3, 4) and shape[1] > 4 and shape[2] > 4:
         raise ValueError(
             f"fusereg.{op}: x must have shape (N, C, H, W), channels come first, and "
             f"{tuple(x.shape)} looks like (N, H, W, C); call x.permute(0, 3, 1, 2)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
@@ -44,17 +45,24 @@ def mix_bits(*values: int) -> int:
 
 
 def rank() -> int:
-    """Return this process's number among those that train together, 0 where it is alone."""
-    import torch.distributed as dist
+    """Return this process's number among those that train together, 0 where it is alone.
 
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank()
-    # As torchrun sets them, before there is a process group.
-    alone = int(os.environ.get("WORLD_SIZE", "1")) < 2
-    return 0 if alone else int(os.environ.get("RANK", "0"))
+    Before there is a process group, it is that of torchrun.
+    """
+    found = _group_rank()
+    if found is None:
+        alone = int(os.environ.get("WORLD_SIZE", "1")) < 2
+        found = 0 if alone else int(os.environ.get("RANK", "0"))
+    return found
 
 
-@dataclass(frozen=True)
+def _group_rank() -> int | None:
+    dist = sys.modules.get("torch.distributed")
+    grouped = dist is not None and dist.is_available() and dist.is_initialized()
+    return dist.get_rank() if dist is not None and grouped else None
+
+
+@dataclass(slots=True)
 class Keys:
     """The values that the random numbers of a batch are a function of.
 
@@ -159,7 +167,7 @@ class SeededModule(Layer):
     @property
     def epoch(self) -> int:
         """The epoch of calls that are given none."""
-        return int(self._shared[_EPOCH])
+        return self._shared.tolist()[_EPOCH]  # type: ignore[no-any-return]
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the following calls."""
@@ -190,9 +198,7 @@ class SeededModule(Layer):
     ) -> Keys:
         """Return the keys of n samples: of ids and epoch as given, or the next ids, set epoch."""
         worker = get_worker_info()
-        own = rank()
-        if worker is None or own:
-            self._rank = own
+        self._rank = _group_rank() or self._rank
         seed = self.seed
         if self._own_seed and self._rank:
             seed = mix_bits(seed, self._rank)
@@ -226,7 +232,7 @@ class SeededModule(Layer):
 
     def _notice(self, ids: list[int]) -> None:
         """Warn once if ids come back in calls of an epoch that was not set anew."""
-        times = int(self._shared[_TIMES_SET])
+        times = self._shared.tolist()[_TIMES_SET]
         if not self._first or times != self._calls_set:
             self._first, self._between, self._calls_set = set(ids), False, times
         elif self._first.isdisjoint(ids):
