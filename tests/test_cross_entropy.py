@@ -59,7 +59,7 @@ def test_every_option_gives_torch_s_result(
         x = x if dtype is torch.float64 else x.movedim(1, -1).contiguous().movedim(-1, 1)
     classes = shape[0] if len(shape) == 1 else shape[1]
     weight = torch.linspace(0.5, 2, classes).to(dtype)
-    targets = (indices(x), torch.softmax(logits(shape), 0).to(dtype))
+    targets = (indices(x), torch.softmax(-logits(shape), 0).to(dtype))
     for target, w, e, reduction in itertools.product(
         targets, (None, weight), (0.0, 0.1, 1.0), ("mean", "sum", "none")
     ):
