@@ -19,6 +19,10 @@ from ops import DRAWN, FUNCTIONS, KINDS, named, sample
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
+#: A layer's row makes the layer anew with each call, and moves it to the device.
+CAPTURED = [operation for operation in FUNCTIONS if not operation.name.startswith("nn.")]
+#: The others drop too little of a small tensor for two masks to differ.
+OFTEN_DROPPED = [operation for operation in DRAWN if "32 bits" not in operation.name]
 
 
 def step(operation: Operation, tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
@@ -54,7 +58,7 @@ def fill(tensors: list[Tensor], values: list[Tensor]) -> None:
                 tensor.copy_(value)
 
 
-@named(FUNCTIONS)
+@named(CAPTURED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_graph_replays_the_call_on_new_numbers(operation: Operation, dtype: torch.dtype) -> None:
     tensors = sample(operation, "small", dtype, CUDA)
@@ -85,7 +89,7 @@ def test_a_graph_replays_the_call_on_new_numbers(operation: Operation, dtype: to
         assert_same(came, run())
 
 
-@named(DRAWN)
+@named(OFTEN_DROPPED)
 def test_a_graph_draws_anew_with_each_replay(operation: Operation) -> None:
     tensors = [t.detach() for t in sample(operation, "small", torch.float32, CUDA)]
     operation(*tensors, seed=None)
