@@ -129,7 +129,7 @@ x = torch.ones(8, requires_grad=False).to("cuda:1")
 runtime = ctypes.CDLL("libcudart.so.13")
 found = []
 def work():
-    F.dropout(x, 0.5, seed=1)
+    F.dropout(x, 0.5, inplace=True, seed=1)  # before any operator of torch
     found.append(torch.cuda.current_device())
     found.append(runtime.standin_has_context(0))
     torch.empty(1, device="cuda")
