@@ -90,7 +90,9 @@ class Augment(Chain):
             the area and ``crop_ratio`` of width to height, resized to ``size``; "none": the full
             image, resized.
         interpolation: "nearest", "bilinear" or "bicubic".
-        antialias: filter as wide as the output pixel where the image is made smaller.
+        antialias: filter as wide as the output pixel where the image is made smaller. None: where
+            a resized crop is neither turned nor sheared, and ``interpolation`` is not "nearest",
+            as torchvision does; after a turn it takes some twenty times as long.
         fill_mode: how pixels outside the image are filled: "constant" (the default; "symmetric"
             for Keras), "border" (the edge pixel), "reflect" (-1 is 1), "symmetric" (-1 is 0) or
             "wrap". Chains that only crop and resize read nothing outside but half-pixel margins,
@@ -151,7 +153,7 @@ class Augment(Chain):
         vflip: float = 0.0,
         crop: str = "random",
         interpolation: str = "bilinear",
-        antialias: bool = False,
+        antialias: bool | None = None,
         fill_mode: str | None = None,
         fill: PerChannel = 0.0,
         brightness: Interval | None = None,
@@ -189,8 +191,12 @@ class Augment(Chain):
             erase if isinstance(erase, Erase | None) else Erase(probability(erase, op, "erase"))
         )
         mixing = check_mix(mix, op)
+        how = one_of(interpolation, op, "interpolation", list(INTERPOLATIONS))
+        if antialias is None:
+            turned = any((*affine.degrees, *affine.shear_x, *affine.shear_y))
+            antialias = self.crop == "resized" and how != "nearest" and not turned
         plain = Settings(
-            interpolation=one_of(interpolation, op, "interpolation", list(INTERPOLATIONS)),
+            interpolation=how,
             antialias=flag(antialias, op, "antialias"),
             fill_mode=library.mode(library.fill_mode if fill_mode is None else fill_mode, op),
             fill=per_channel(fill, op, "fill"),
