@@ -38,7 +38,7 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.randn(3))
+        self.scale = nn.Parameter(torch.randn(3, 2))
         self.body = nn.Sequential(nn.Linear(4, 5), MyRMSNorm(5), nn.Linear(5, 5))
         self.head = nn.Linear(5, 2)
 

@@ -36,10 +36,14 @@ class Reference:
             "momentum": 0.0,
             "dampening": 0.0,
             "nesterov": False,
-            "betas": (0.9, 0.999),
+            "betas": (0.9, 0.99 if name == "Lion" else 0.999),
             "eps": 1e-10 if name == "Adagrad" else 1e-8,
             "amsgrad": False,
             "lr_decay": 0.0,
+            "alpha": 0.99,
+            "centered": False,
+            "momentum_decay": 4e-3,
+            "decoupled_weight_decay": name in ("AdamW", "Lion"),
             "initial_accumulator_value": 0.0,
             "beta": 1.0,
             "weight_decay": 0.0,
@@ -51,6 +55,7 @@ class Reference:
             **options,
         }
         self.t = 0
+        self.product = 1.0
         self.s: dict[str, Tensor] = {}
 
     def step(self, g: Tensor) -> None:
@@ -60,7 +65,7 @@ class Reference:
         self.t += 1
         lr = o["lr"]
         g = g.detach().double().cpu().clone() * (-1.0 if o["maximize"] else 1.0)
-        if self.name == "AdamW":
+        if o["decoupled_weight_decay"]:
             p = p * (1 - lr * o["weight_decay"])
         else:
             g = g + o["weight_decay"] * p
@@ -95,15 +100,57 @@ class Reference:
             s["s"] = s.get("s", start) + g * g
             metric = s["s"].sqrt() + o["eps"]
             p = p - lr * g / metric
+        elif self.name == "RMSprop":
+            a = o["alpha"]
+            s["v"] = a * s.get("v", torch.zeros_like(p)) + (1 - a) * g * g
+            square = s["v"]
+            if o["centered"]:
+                s["a"] = a * s.get("a", torch.zeros_like(p)) + (1 - a) * g
+                square = square - s["a"] ** 2
+            metric = square.sqrt() + o["eps"]
+            s["b"] = o["momentum"] * s.get("b", torch.zeros_like(p)) + g / metric
+            p = p - lr * s["b"]
+        elif self.name == "NAdam":
+            b1, b2 = o["betas"]
+            mu, after = (
+                b1 * (1 - 0.5 * 0.96 ** (t * o["momentum_decay"])) for t in (self.t, self.t + 1)
+            )
+            self.product *= mu
+            s["m"] = b1 * s.get("m", torch.zeros_like(p)) + (1 - b1) * g
+            s["v"] = b2 * s.get("v", torch.zeros_like(p)) + (1 - b2) * g * g
+            metric = (s["v"] / (1 - b2**self.t)).sqrt() + o["eps"]
+            step = (1 - mu) / (1 - self.product) * g + after / (1 - self.product * after) * s["m"]
+            p = p - lr * step / metric
+        elif self.name == "Lion":
+            b1, b2 = o["betas"]
+            m = s.get("m", torch.zeros_like(p))
+            c = b1 * m + (1 - b1) * g
+            s["m"] = b2 * m + (1 - b2) * g
+            if o["prox"] and o["prox"] != "decoupled" and not (o["prox"] is True and o["group"]):
+                self.p = self._lion(p, c, lr)
+                return
+            p = p - lr * c.sign()
         else:
             self.p = self._ftrl(g, lr)
             return
         if not o["prox"]:
             self.p = p
-        elif o["prox"] == "preconditioned" and self.name != "SGD":
-            self.p = soft(p, lr * o["l1"] / metric) / (1 + lr * o["l2"] / metric)
+        elif self.name != "SGD" and (
+            o["prox"] == "preconditioned" or (o["prox"] in (True, "capped") and not o["group"])
+        ):
+            waits = torch.zeros_like(p, dtype=torch.bool)
+            if self.name == "RMSprop":
+                lr = lr / (1 - o["momentum"])
+            if o["prox"] != "preconditioned":
+                if not o["centered"]:
+                    metric = torch.maximum(metric, (o["l1"] + o["l2"] * p.abs()) / 2)
+                memory = 1000 if self.name == "Adagrad" else 1 / (1 - self._second())
+                squares = s["s"] if self.name == "Adagrad" else s["v"]
+                waits = (squares == 0) & (self.t < memory)
+            shrunk = soft(p, lr * o["l1"] / metric) / (1 + lr * o["l2"] / metric)
+            self.p = torch.where(waits, p, shrunk)
         else:
-            if o["prox"] == "preconditioned" and o["momentum"]:
+            if o["prox"] != "decoupled" and self.name == "SGD" and o["momentum"]:
                 lr = lr * (1 - o["dampening"]) / (1 - o["momentum"])
             v = soft(p, lr * o["l1"])
             if o["group"]:
@@ -112,6 +159,20 @@ class Reference:
                 norm = r.norm(dim=1, keepdim=True)
                 v = torch.where(norm <= cut, 0.0, r * (1 - cut / norm)).reshape(p.shape)
             self.p = v / (1 + lr * o["l2"])
+
+    def _second(self) -> float:
+        return float(self.o["alpha"] if self.name == "RMSprop" else self.o["betas"][1])
+
+    def _lion(self, p: Tensor, c: Tensor, lr: float) -> Tensor:
+        """Step by the sign of the penalized gradient, but not through zero."""
+        o = self.o
+        held = torch.where(c.abs() <= o["l1"], 0.0, c)
+        d = torch.where(p == 0, held, c + o["l1"] * p.sign() + o["l2"] * p)
+        q = p - lr * d.sign()
+        if o["l1"]:
+            q = torch.where(q * p < 0, 0.0, q)
+        waits = o["prox"] != "preconditioned" and self.t < 1 / (1 - self._second())
+        return torch.where((c == 0) & (self.s["m"] == 0) & waits, p, q)
 
     def _ftrl(self, g: Tensor, lr: float) -> Tensor:
         o, s = self.o, self.s

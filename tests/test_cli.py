@@ -286,7 +286,7 @@ def test_info_has_a_check_for_every_public_kernel() -> None:
     wanted |= {"add_penalty_grad_", "sparsity", "optim.clip_grad_norm_"}
     wanted -= {"dropout1d", "dropout3d"}  # dropout2d's kernel
     assert wanted <= names
-    optimizers = {"SGD", "Adam", "AdamW", "Adagrad", "FTRL"}
+    optimizers = {"SGD", "Adam", "AdamW", "Adagrad", "FTRL", "RMSprop", "NAdam", "Lion"}
     assert {f"optim.{name}" for name in optimizers} <= names
 
 

@@ -44,6 +44,7 @@ from ops import (
 WITHOUT_ROW = {
     "augment.mix_labels": "arithmetic of torch on the parameters that Augment has drawn",
     "optim.param_groups_weight_decay": "sorts parameters into groups",
+    "optim.load_planner": "makes a planner for checkpoints",
 }
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,6 +143,26 @@ def test_a_skipped_step_stays_skipped() -> None:
     before = copy.deepcopy(model)
     fit(model, PenaltyCallback(**STRENGTHS))
     assert_same(before, model, 0.0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_a_scaler_skips_is_not_counted(fused: bool) -> None:
+    """A scaler leaves the call out, or a fused step finds its flag."""
+    model = nn.Linear(2, 2)
+    optimizer = fusereg.optim.SGD(model.parameters(), lr=0.1)
+    callback = PenaltyCallback(l1=0.1, name=None)
+    penalty = callback.penalty = fusereg.WeightPenalty(model, l1=0.1)
+    trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=None))
+    counted = []
+    for overflows in (False, True, True, False):
+        model(torch.ones(1, 2)).sum().backward()
+        callback.on_before_optimizer_step(trainer, None, optimizer)
+        if fused:
+            optimizer.found_inf = torch.tensor(float(overflows))  # type: ignore[attr-defined]
+        if fused or not overflows:
+            optimizer.step()
+        counted.append(penalty.steps)
+    assert counted == [1, 1, 1, 2]
 
 
 class Alternating(Regression):

@@ -21,7 +21,7 @@ from reference_optim import Reference, penalty
 
 # The update and torch's own round in other places: some units of the last place for each step.
 STEPS = 4
-NAMES = ["SGD", "Adam", "AdamW", "Adagrad", "FTRL"]
+NAMES = ["SGD", "Adam", "AdamW", "Adagrad", "FTRL", "RMSprop", "NAdam", "Lion"]
 SHAPES = [(5, 7), (64,), (33,), (3, 4, 5, 2), (1,), (0,), (0, 3), (), (2, 130)]
 
 
@@ -95,6 +95,20 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         initial_accumulator_value=[0.0, 0.1],
         maximize=[False, True],
     ),
+    "RMSprop": grid(
+        alpha=[0.99, 0.5],
+        momentum=[0.0, 0.9],
+        centered=[False, True],
+        weight_decay=[0.0, 0.2],
+        maximize=[False, True],
+    ),
+    "NAdam": grid(
+        betas=[(0.9, 0.999), (0.5, 0.5)],
+        momentum_decay=[4e-3, 0.5],
+        weight_decay=[0.0, 0.2],
+        decoupled_weight_decay=[False, True],
+        maximize=[False, True],
+    ),
 }
 
 
@@ -141,6 +155,14 @@ EXTRAS: dict[str, list[dict[str, Any]]] = {
     "Adam": [{"lr": 0.1}, {"lr": 0.1, "amsgrad": True, "maximize": True, "weight_decay": 0.1}],
     "AdamW": [{"lr": 0.1, "weight_decay": 0.2}],
     "Adagrad": [{"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.2}],
+    "RMSprop": [
+        {"lr": 0.1, "weight_decay": 0.1},
+        {"lr": 0.05, "momentum": 0.9},
+        {"lr": 0.02, "momentum": 0.5, "alpha": 0.5, "centered": True, "eps": 0.1},
+        {"lr": 0.02, "alpha": 0.5, "centered": True, "eps": 0.1},
+    ],
+    "NAdam": [{"lr": 0.1}, {"lr": 0.1, "decoupled_weight_decay": True, "weight_decay": 0.1}],
+    "Lion": [{"lr": 0.1}, {"lr": 0.05, "betas": (0.5, 0.9), "weight_decay": 0.2}],
     "FTRL": [{"lr": 0.1}, {"lr": 0.3, "beta": 0.5, "initial_accumulator_value": 0.2}],
 }
 
@@ -152,8 +174,8 @@ def penalized(name: str) -> list[dict[str, Any]]:
         if name == "FTRL":
             found += [] if group else [{**extra, **strengths}]
             continue
-        for prox in (True, False, "decoupled", "preconditioned"):
-            if not (group and prox == "preconditioned" and name != "SGD"):
+        for prox in (True, False, "capped", "decoupled", "preconditioned"):
+            if not (group and prox in ("capped", "preconditioned") and name != "SGD"):
                 found.append({**extra, **strengths, "prox": prox})
     return found
 
@@ -228,7 +250,7 @@ def test_small_steps_reach_master_weights(backend: Backend) -> None:
 def test_zeros_are_positive_and_stay(backend: Backend, group: float) -> None:
     p = (torch.randn(6, 40, device=backend.device) * 1e-3).requires_grad_()
     optimizer = optim.AdamW([p], lr=0.1, l1=0.5, group=group)
-    p.grad = torch.zeros_like(p)
+    p.grad = torch.full_like(p, 1e-9)  # one of 0 would be no evidence yet
     optimizer.step()
     assert as_bits(p) == [0] * (4 * p.numel())
 

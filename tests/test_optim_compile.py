@@ -63,6 +63,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "amsgrad": ("Adam", {"lr": torch.tensor(0.1), "l1": torch.tensor(0.1), "amsgrad": True}),
     "Adagrad": ("Adagrad", {"lr": 0.1, "prox": "preconditioned", "l1": 0.1}),
     "FTRL": ("FTRL", {"lr": 0.1, "l1": 0.1}),
+    "RMSprop": ("RMSprop", {"lr": 0.1, "l1": 0.1, "centered": True}),
+    "NAdam": ("NAdam", {"lr": 0.1, "l1": 0.1}),
+    "Lion": ("Lion", {"lr": 0.1, "l1": 0.1}),
 }
 
 

@@ -23,8 +23,10 @@ PAIRS: dict[str, dict[str, Any]] = {
     "Adam": {"lr": 0.01, "amsgrad": True},
     "AdamW": {"lr": 0.01},
     "Adagrad": {"lr": 0.1, "lr_decay": 0.1},
+    "RMSprop": {"lr": 0.01, "momentum": 0.9, "centered": True},
+    "NAdam": {"lr": 0.01},
 }
-OWN = {**PAIRS, "FTRL": {"lr": 0.1}}
+OWN: dict[str, dict[str, Any]] = {**PAIRS, "FTRL": {"lr": 0.1}, "Lion": {"lr": 0.01}}
 
 
 def make(name: str, params: list[Tensor], **options: Any) -> RegularizedOptimizer:
@@ -185,7 +187,7 @@ def test_a_group_may_join_later_and_parameters_may_be_exchanged() -> None:
     optimizer = make("AdamW", [a])
     give_grads([a])
     optimizer.step()
-    optimizer.add_param_group({"params": [b], "l1": 1e3})
+    optimizer.add_param_group({"params": [b], "l1": 1e3, "prox": "decoupled"})
     give_grads([a, b])
     optimizer.step()
     assert bool((b == 0).all())
@@ -365,8 +367,10 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
     ("AdamW", {"l2": float("nan")}, "l2 must be finite"),
     ("AdamW", {"l1": "1"}, "l1 must be a number or a tensor, got str"),
     ("SGD", {"l1": torch.ones(2)}, "l1 must be one number, got a tensor of 2"),
-    ("SGD", {"prox": "sometimes"}, "prox must be True, False, 'decoupled' or 'preconditioned'"),
+    ("SGD", {"prox": "sometimes"}, "prox must be True, False, 'capped', 'decoupled' or 'pre"),
     ("Adam", {"group": 0.1, "prox": "preconditioned"}, "group cannot go with"),
+    ("Adagrad", {"group": 0.1, "prox": "capped"}, "group cannot go with prox='capped'"),
+    ("SGD", {"momentum": 1.0, "l1": 0.1}, "prox=True needs momentum < 1, got 1.0"),
     ("Adam", {"lr": -0.1}, "fusereg.optim.Adam: lr must be not negative, got -0.1"),
     ("Adam", {"betas": (0.9, 1.0)}, r"betas\[1\] must be in \[0, 1.0\), got 1.0"),
     ("Adagrad", {"lr_decay": -1.0}, "lr_decay must be not negative"),
@@ -384,7 +388,7 @@ def test_bad_arguments(name: str, options: dict[str, Any], message: str) -> None
         getattr(optim, name)(params_of((3,)), **options)
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "FTRL"])
+@pytest.mark.parametrize("name", list(OWN))
 def test_the_shared_arguments_are_in_the_signature(name: str) -> None:
     optimizer = getattr(optim, name)
     parameters = inspect.signature(optimizer).parameters

@@ -178,7 +178,7 @@ def test_a_wrapper_is_looked_through_and_what_is_no_optimizer_is_refused() -> No
     wrapped.step()
     assert held.value is not None
     with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got Linear"):
-        WeightPenalty(model).attach(model[0])  # type: ignore[arg-type]
+        WeightPenalty(model, l1=1.0).attach(model[0])  # type: ignore[arg-type]
 
 
 def test_only_some_parameters() -> None:

@@ -137,7 +137,9 @@ def _step_providers(new: Callable[[], Parameters]) -> list[Provider]:
 
     def own() -> Call:
         p = new()
-        return _Step(p, fusereg.optim.AdamW(p, lr=LR, l1=L1, l2=L2), None, penalized=True)
+        # The proximal step that the others can take: torch's AdamW hides its metric.
+        optimizer = fusereg.optim.AdamW(p, lr=LR, l1=L1, l2=L2, prox="decoupled")
+        return _Step(p, optimizer, None, penalized=True)
 
     adamw = "torch.optim.AdamW"
     return [
@@ -157,7 +159,7 @@ def _step_providers(new: Callable[[], Parameters]) -> list[Provider]:
             note=f"{adamw}(fused=True), the same prox",
         ),
         Provider(FUSED_ALONE, torchs(None, fused=True), note=f"{adamw}(fused=True), no penalty"),
-        Provider("fusereg", own, note="fusereg.optim.AdamW(l1=, l2=)"),
+        Provider("fusereg", own, note='fusereg.optim.AdamW(l1=, l2=, prox="decoupled")'),
     ]
 
 

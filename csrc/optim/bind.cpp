@@ -47,15 +47,20 @@ std::vector<std::size_t> counts_argument(const py::tuple& tuple, const char* op,
 struct Keys {
   py::object state[kMaxStates];
   py::object step;
+  py::object product;
   py::object master;
   py::object average;
 };
 
 Keys keys_of(Algorithm algorithm) {
-  static const char* const kNames[4][kMaxStates] = {{"momentum_buffer", "", ""},
-                                                    {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
-                                                    {"sum", "", ""},
-                                                    {"linear", "sum", ""}};
+  static const char* const kNames[kAlgorithms][kMaxStates] = {
+      {"momentum_buffer", "", ""},
+      {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+      {"sum", "", ""},
+      {"linear", "sum", ""},
+      {"square_avg", "momentum_buffer", "grad_avg"},
+      {"exp_avg", "exp_avg_sq", ""},
+      {"exp_avg", "", ""}};
   const auto intern = [](const char* name) {
     return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name));
   };
@@ -66,6 +71,7 @@ Keys keys_of(Algorithm algorithm) {
   keys.step = intern(algorithm == Algorithm::kFtrl ? "last" : "step");
   keys.master = intern("master_param");
   keys.average = intern("ema_param");
+  keys.product = intern("mu_product");
   return keys;
 }
 
@@ -87,8 +93,8 @@ Scalar read_number(py::handle value, const Device& device, const char* op, const
   })};
 }
 
-// A tuple of (lr, first, second, eps, weight_decay, l1, l2, group, ema_decay, prox, maximize,
-// amsgrad, nesterov, decoupled_decay, momentum, master_weights, average).
+// A tuple of (lr, first, second, eps, weight_decay, l1, l2, group, ema_decay, third, prox,
+// maximize, amsgrad, nesterov, decoupled_decay, momentum, master_weights, average, centered).
 struct HyperTuple {
   py::tuple values;
   Flags flags;
@@ -96,27 +102,28 @@ struct HyperTuple {
   bool average = false;
 
   HyperTuple(py::handle tuple, const char* op) {
-    constexpr std::size_t kSize = 17;
+    constexpr std::size_t kSize = 19;
     if (!PyTuple_Check(tuple.ptr()) || py::len(tuple) != kSize)
-      throw py::type_error(where(op, "hypers") + " must hold tuples of 17");
+      throw py::type_error(where(op, "hypers") + " must hold tuples of 19");
     values = py::reinterpret_borrow<py::tuple>(tuple);
-    flags.prox = choice<Prox>(values[9].cast<int>(), 3, op, "prox");
-    flags.maximize = values[10].cast<bool>();
-    flags.amsgrad = values[11].cast<bool>();
-    flags.nesterov = values[12].cast<bool>();
-    flags.decoupled_decay = values[13].cast<bool>();
-    flags.momentum = values[14].cast<bool>();
-    master = values[15].cast<bool>();
-    average = values[16].cast<bool>();
+    flags.prox = choice<Prox>(values[10].cast<int>(), 4, op, "prox");
+    flags.maximize = values[11].cast<bool>();
+    flags.amsgrad = values[12].cast<bool>();
+    flags.nesterov = values[13].cast<bool>();
+    flags.decoupled_decay = values[14].cast<bool>();
+    flags.momentum = values[15].cast<bool>();
+    master = values[16].cast<bool>();
+    average = values[17].cast<bool>();
+    flags.centered = values[18].cast<bool>();
   }
 
   Hyper read(const Device& device, const char* op) const {
-    const char* const names[9] = {"lr", "first", "second", "eps",      "weight_decay",
-                                  "l1", "l2",    "group",  "ema_decay"};
+    const char* const names[10] = {"lr", "first", "second", "eps",       "weight_decay",
+                                   "l1", "l2",    "group",  "ema_decay", "third"};
     Hyper h;
-    Scalar* const scalars[9] = {&h.lr, &h.first, &h.second, &h.eps,      &h.weight_decay,
-                                &h.l1, &h.l2,    &h.group,  &h.ema_decay};
-    for (std::size_t i = 0; i < 9; ++i) *scalars[i] = read_number(values[i], device, op, names[i]);
+    Scalar* const scalars[10] = {&h.lr, &h.first, &h.second, &h.eps,       &h.weight_decay,
+                                 &h.l1, &h.l2,    &h.group,  &h.ema_decay, &h.third};
+    for (std::size_t i = 0; i < 10; ++i) *scalars[i] = read_number(values[i], device, op, names[i]);
     h.flags = flags;
     return h;
   }
@@ -128,6 +135,7 @@ struct Objects {
   PyObject* parameter = nullptr;  // the list's
   py::object state[kMaxStates];
   py::object step;
+  py::object product;
   py::object master;
   py::object average;
 };
@@ -288,6 +296,12 @@ class JobBuilder {
     }
   }
 
+  // RMSprop without momentum has its mean where the buffer would be.
+  const py::object& key_of(int k, const Flags& f) const {
+    const bool mean = job_.algorithm == Algorithm::kRmsprop && k == 1 && !f.momentum;
+    return keys_.state[mean ? 2 : k];
+  }
+
   std::vector<Objects> gather(const ObjectList& params, const ObjectList& states,
                               const std::vector<std::size_t>& sizes) const {
     std::vector<Objects> found(params.size());
@@ -300,7 +314,10 @@ class JobBuilder {
         if (i + kAhead < params.size()) prefetch_tensor(states[i + kAhead].ptr());
         Objects& o = found[i];
         o.parameter = params[i].ptr();
-        for (int k = 0; k < wanted; ++k) o.state[k] = lookup(states[i], keys_.state[k]);
+        for (int k = 0; k < wanted; ++k) {
+          o.state[k] = lookup(states[i], key_of(k, tuples_[group].flags));
+        }
+        if (job_.algorithm == Algorithm::kNadam) o.product = lookup(states[i], keys_.product);
         if (has_step(job_.algorithm)) o.step = lookup(states[i], keys_.step);
         o.master = lookup(states[i], keys_.master);
         if (tuples_[group].average) o.average = lookup(states[i], keys_.average);
@@ -329,9 +346,19 @@ class JobBuilder {
       const bool numbers = job_.algorithm == Algorithm::kFtrl;  // a LastStep
       if (read_tensor(tensor, s) != Kind::kPlain || s.device != device_ ||
           s.numel != (numbers ? 4 : 1) || !s.dense() ||
-          s.dtype != (numbers ? widest(p) : DType::kFloat32))
+          (numbers ? s.dtype != widest(p)
+                   : s.dtype != DType::kFloat32 && s.dtype != DType::kFloat64))
         return refused();
       item.step = s.data;
+      item.step_dtype = numbers ? DType::kFloat32 : s.dtype;
+    }
+    if (job_.algorithm == Algorithm::kNadam) {
+      if (!objects.product) return kNeedsState;
+      TensorView s;
+      if (read_tensor(objects.product, s) != Kind::kPlain || s.device != device_ || s.numel != 1 ||
+          s.dtype != item.step_dtype)
+        return refused();
+      item.state[2] = s.data;
     }
     if (tuples_[static_cast<std::size_t>(item.hyper)].average) {
       if (!objects.average) return kNeedsState;
@@ -386,7 +413,7 @@ int optimizer_step(int algorithm, const py::object& params, const py::object& gr
   const ObjectList state_list(states, op, "states");
   std::optional<ObjectList> grad_list;
   if (!grads.is_none()) grad_list.emplace(grads, op, "grads");
-  JobBuilder job(choice<Algorithm>(algorithm, 4, op, "algorithm"), op);
+  JobBuilder job(choice<Algorithm>(algorithm, kAlgorithms, op, "algorithm"), op);
   const int status = job.read(param_list, grad_list, state_list, counts, hypers, fresh);
   if (status != 0) return status;
   if (job.empty()) return 0;
@@ -463,10 +490,77 @@ int grad_norm(const py::object& tensors, bool of_params, const py::object& out, 
   return 0;
 }
 
+// Clips each element of each parameter's gradient to +-limit.
+int clip_values(const py::object& params, double limit, const py::object& tables, const char* op) {
+  const ObjectList list(params, op, "params");
+  NormList grads;
+  if (!grads.read(list, true)) return static_cast<int>(ListStatus::kNeedsPreparation);
+  LaunchTables* const long_tables = launch_tables_argument(tables, op, "tables");
+  WrittenRanges written;
+  written.reserve(grads.items.size());
+  for (const NormItem& item : grads.items)
+    written.add(item.data, item.numel * dtype_size(item.dtype));
+  if (written.overlap() || !increment_version(grads.kept))
+    return static_cast<int>(ListStatus::kNeedsPreparation);
+  if (grads.items.empty()) return 0;
+  ClipJob job;
+  job.items = std::move(grads.items);
+  job.limit = limit;
+  run_job(job, grads.device, grads.numel, long_tables);
+  return 0;
+}
+
+// Clips each parameter's gradient row by row of dimension 0; a vector is one row.
+int clip_rows(const py::object& params, double factor, double eps, const py::object& tables,
+              const char* op) {
+  const ObjectList list(params, op, "params");
+  LaunchTables* const long_tables = launch_tables_argument(tables, op, "tables");
+  AdaptiveJob job;
+  job.factor = factor;
+  job.eps = eps;
+  Device device;
+  std::int64_t numel = 0;
+  py::list kept;
+  WrittenRanges written;
+  written.reserve(list.size());
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    py::object grad = grad_of(list[i]);
+    if (grad.is_none()) continue;
+    TensorView p;
+    TensorView g;
+    if (read_tensor(list[i], p) != Kind::kPlain || read_gradient(grad, g) != Kind::kPlain ||
+        !p.dense() || !p.same_layout(g))
+      return static_cast<int>(ListStatus::kNeedsPreparation);
+    if (job.items.empty()) device = p.device;
+    const std::int64_t row = p.numel == 0 ? 1 : p.ndim <= 1 ? p.numel : p.numel / p.sizes[0];
+    const bool in_order = p.ndim <= 1 || p.sizes[0] <= 1 || p.numel == 0 || p.strides[0] == row;
+    if (p.device != device || g.device != device || !in_order)
+      return static_cast<int>(ListStatus::kNeedsPreparation);
+    AdaptiveItem item;
+    item.p = p.data;
+    item.numel = p.numel;
+    item.row = row;
+    item.p_dtype = p.dtype;
+    item.g_dtype = g.dtype;
+    job.items.push_back(item);
+    job.grads.push_back(g.data);
+    written.add(g.data, g.numel * dtype_size(g.dtype));
+    numel += p.numel;
+    kept.append(std::move(grad));
+  }
+  if (written.overlap() || !increment_version(kept))
+    return static_cast<int>(ListStatus::kNeedsPreparation);
+  if (!job.items.empty()) run_job(job, device, numel, long_tables);
+  return 0;
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
   using py::arg;
+  m.def("clip_values", &clip_values, arg("params"), arg("limit"), arg("tables"), op_argument());
+  m.def("clip_rows", &clip_rows, arg("params"), arg("factor"), arg("eps"), arg("tables"),
+        op_argument());
   m.def("optimizer_step", &optimizer_step, arg("algorithm"), arg("params"), arg("grads"),
         arg("states"), arg("counts"), arg("hypers"), arg("fresh"), arg("value"), arg("grad_scale"),
         arg("found_inf"), arg("norm"), arg("max_norm"), arg("workspace"), arg("tables"),

@@ -32,14 +32,22 @@ FUSEREG_INLINE double gradient_factor(double grad_scale, double norm, double max
   return max_norm > 0.0 ? unscale * clip_factor(norm * unscale, max_norm) : unscale;
 }
 
+// What a row of a gradient is multiplied by, from the norms of the row and of its weights.
+FUSEREG_INLINE double adaptive_factor(double grad_norm, double weight_norm, double factor,
+                                      double eps) {
+  const double limit = factor * (weight_norm < eps ? eps : weight_norm);
+  return grad_norm < limit ? 1.0 : limit / (grad_norm < 1e-6 ? 1e-6 : grad_norm);
+}
+
 struct HyperValues {
-  double lr, first, second, eps, weight_decay, l1, l2, group, ema_decay;
+  double lr, first, second, eps, weight_decay, l1, l2, group, ema_decay, third;
 };
 
 FUSEREG_INLINE HyperValues read_hyper(const Hyper& h) {
-  return {read_scalar(h.lr),  read_scalar(h.first),        read_scalar(h.second),
-          read_scalar(h.eps), read_scalar(h.weight_decay), read_scalar(h.l1),
-          read_scalar(h.l2),  read_scalar(h.group),        read_scalar(h.ema_decay)};
+  return {read_scalar(h.lr),   read_scalar(h.first),        read_scalar(h.second),
+          read_scalar(h.eps),  read_scalar(h.weight_decay), read_scalar(h.l1),
+          read_scalar(h.l2),   read_scalar(h.group),        read_scalar(h.ema_decay),
+          read_scalar(h.third)};
 }
 
 // FTRL's LastStep in memory, of a parameter of that dtype.
@@ -60,6 +68,33 @@ FUSEREG_INLINE void write_last(void* at, DType p_dtype, const HyperValues& h) {
       static_cast<float*>(at)[i] = static_cast<float>(last[i]);
     }
   }
+}
+
+// A number of a parameter that the kernels count on: its steps, NAdam's product.
+FUSEREG_INLINE double read_count(const void* at, DType dtype) {
+  return dtype == DType::kFloat64 ? *static_cast<const double*>(at)
+                                  : static_cast<double>(*static_cast<const float*>(at));
+}
+FUSEREG_INLINE void write_count(void* at, DType dtype, double x) {
+  if (dtype == DType::kFloat64) {
+    *static_cast<double*>(at) = x;
+  } else {
+    *static_cast<float*>(at) = static_cast<float>(x);
+  }
+}
+
+// NAdam's momentum at a step.
+FUSEREG_INLINE double nadam_mu(const HyperValues& h, double step) {
+  return h.first * (1.0 - 0.5 * pow(0.96, step * h.third));
+}
+
+// Counts a step that was taken.
+FUSEREG_INLINE void count_step(Algorithm algorithm, const Target& item, const HyperValues& h) {
+  const double step = read_count(item.step, item.step_dtype) + 1.0;
+  write_count(item.step, item.step_dtype, step);
+  if (algorithm != Algorithm::kNadam) return;
+  void* const product = item.state[2];
+  write_count(product, item.step_dtype, read_count(product, item.step_dtype) * nadam_mu(h, step));
 }
 
 // FTRL divides by the rate: at 0 weights and states stay.
@@ -93,7 +128,7 @@ FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const Hype
       k.second = fresh ? 1.0 : 1.0 - h.second;
       k.rate = lr;
       // A gradient that stays moves p by this much more, so its counterpart in the penalty must.
-      if (f.momentum && f.prox == Prox::kPreconditioned) lr *= (1.0 - h.second) / (1.0 - h.first);
+      if (f.momentum && f.prox >= Prox::kPreconditioned) lr *= (1.0 - h.second) / (1.0 - h.first);
       break;
     case Algorithm::kAdam:
       k.first = 1.0 - h.first;
@@ -104,6 +139,31 @@ FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const Hype
       break;
     case Algorithm::kAdagrad:
       lr = lr / (1.0 + (step - 1.0) * h.first);
+      k.rate = lr;
+      break;
+    case Algorithm::kNadam: {
+      const double mu = nadam_mu(h, step);
+      const double next = nadam_mu(h, step + 1.0);
+      const double product = last.l1 * mu;
+      k.first = 1.0 - h.first;
+      k.second = h.second;
+      k.third = 1.0 - h.second;
+      k.rate = lr * (1.0 - mu) / (1.0 - product);
+      k.other = lr * next / (1.0 - product * next);
+      k.root = 1.0 / sqrt(1.0 - pow(h.second, step));
+      break;
+    }
+    case Algorithm::kRmsprop:
+      k.first = h.first;
+      k.second = h.second;
+      k.third = 1.0 - h.second;
+      k.rate = lr;
+      if (f.momentum && f.prox >= Prox::kPreconditioned) lr /= 1.0 - h.first;
+      break;
+    case Algorithm::kLion:
+      k.first = h.first;
+      k.third = 1.0 - h.first;
+      k.root = 1.0 - h.second;
       k.rate = lr;
       break;
     default:
@@ -131,6 +191,19 @@ FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const Hype
     k.threshold = lr * l1;
     k.shrink = lr * h.l2;
     k.factor = 1.0 / (1.0 + k.shrink);
+    if (f.prox == Prox::kCapped) {
+      // The steps that the metric remembers: before them a missing gradient proves nothing.
+      const double memory = algorithm == Algorithm::kAdagrad ? 1e-3 : 1.0 - h.second;
+      // The centered metric may fall below the gradient.
+      const double half = f.centered ? 0.0 : 0.5;
+      k.floor_l1 = half * l1;
+      k.floor_l2 = half * h.l2;
+      k.spared = step * memory < 1.0 ? 0.0 : -1.0;
+    }
+    if (algorithm == Algorithm::kLion) {
+      k.floor_l1 = l1;
+      k.floor_l2 = h.l2;
+    }
     k.group = lr * group;
   }
   return k;

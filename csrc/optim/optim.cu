@@ -47,7 +47,7 @@ __device__ void finish(const Table& t, double value) {
         const HyperValues h = read_hyper(hyper_of(t.head, item.hyper));
         if (!rests(algorithm, h.lr)) write_last(item.step, item.p_dtype, h);
       } else {
-        *static_cast<float*>(item.step) += 1.0f;
+        count_step(algorithm, item, read_hyper(hyper_of(t.head, item.hyper)));
       }
     }
   }
@@ -77,7 +77,10 @@ __device__ void prepare(const Table& t, int i, Work& shared) {
     if constexpr (algorithm == Algorithm::kFtrl) {
       last = read_last(item.step, item.p_dtype);
     } else if (item.step != nullptr) {
-      step += static_cast<double>(*static_cast<const float*>(item.step));
+      step += read_count(item.step, item.step_dtype);
+      if constexpr (algorithm == Algorithm::kNadam) {
+        last.l1 = read_count(item.state[2], item.step_dtype);
+      }
     }
     shared.h = read_hyper(hyper);
     shared.flags = hyper.flags;
@@ -193,6 +196,12 @@ void run_cuda(const Job& job, void* workspace, LaunchTables* tables, int device,
       return launch_step<Algorithm::kAdam>(job, workspace, tables, device, on);
     case Algorithm::kAdagrad:
       return launch_step<Algorithm::kAdagrad>(job, workspace, tables, device, on);
+    case Algorithm::kRmsprop:
+      return launch_step<Algorithm::kRmsprop>(job, workspace, tables, device, on);
+    case Algorithm::kNadam:
+      return launch_step<Algorithm::kNadam>(job, workspace, tables, device, on);
+    case Algorithm::kLion:
+      return launch_step<Algorithm::kLion>(job, workspace, tables, device, on);
     default:
       return launch_step<Algorithm::kFtrl>(job, workspace, tables, device, on);
   }

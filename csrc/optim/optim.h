@@ -19,6 +19,13 @@
 //              D = sqrt(u) / sqrt(1 - beta2^t) + eps;     p = p - lr / (1 - beta1^t) * m / D
 //     Adagrad  s = s + g^2;  D = sqrt(s) + eps;     p = p - lr_t * g / D,
 //              lr_t = lr / (1 + (t - 1) * lr_decay)
+//     RMSprop  v = alpha * v + (1 - alpha) * g^2;  centered: a = a + (1 - alpha) * (g - a), else 0;
+//              D = sqrt(v - a^2) + eps;  b = momentum * b + g / D;      p = p - lr * b
+//     NAdam    m, v, D as Adam's;  mu_t = beta1 * (1 - 0.96^(t * momentum_decay) / 2);
+//              M = mu_1 * ... * mu_t;  p = p - lr * ((1 - mu_t) / (1 - M) * g
+//                                                    + mu_(t+1) / (1 - M * mu_(t+1)) * m) / D
+//     Lion     c = beta1 * m + (1 - beta1) * g;  m = m + (1 - beta2) * (g - m);
+//              p = p - lr * sign(c)
 //     FTRL     n' = n + g^2;  Q = (beta + sqrt(n')) / lr;
 //              z = g + (p != 0 ? -((Q + l2') * p + l1' * sign(p)) : min(max(z, -l1'), l1'));
 //              p = -soft(z, l1) / (Q + l2),  with l1', l2' of the parameter's last step, at first 0
@@ -28,6 +35,15 @@
 //     kPreconditioned    p_i = soft(p_i, lr * l1 / D_i) / (1 + lr * l2 / D_i): the proximal step in
 //                        the metric of the update (no group term: it has no closed form there);
 //                        SGD: as kDecoupled with lr * (1 - dampening) / (1 - momentum) for lr
+//     kCapped            the same with D'_i = max(D_i, (l1 + l2 * |p_i|) / 2) for D_i, so that
+//                        without l2 no weight moves by more than 2 * lr; and p_i as it is while
+//                        its sum of squared gradients is 0 and t < 1 / (1 - beta2) (Adagrad:
+//                        t < 1000). A stationary point has |gradient| = l1 + l2 * |p| <= D, so the
+//                        fixed points are those of kPreconditioned. SGD: as kPreconditioned;
+//                        centered RMSprop: without that floor, for its D may be smaller
+//     Lion has no D: for kPreconditioned and kCapped (which waits as above, while m and c are 0)
+//                        p = p - lr * sign(c + l1 * sign(p) + l2 * p), a step that would change the
+//                        sign of p ends at 0, and a p of 0 moves only if |c| > l1
 //
 //   a = a + (1 - ema_decay) * (p - a)   the average of the weights, if there is one
 //
@@ -66,8 +82,9 @@ class LaunchTables;
 
 namespace fusereg::optim {
 
-enum class Algorithm : std::uint8_t { kSgd, kAdam, kAdagrad, kFtrl };
-enum class Prox : std::uint8_t { kNone, kDecoupled, kPreconditioned };
+enum class Algorithm : std::uint8_t { kSgd, kAdam, kAdagrad, kFtrl, kRmsprop, kNadam, kLion };
+inline constexpr int kAlgorithms = 7;
+enum class Prox : std::uint8_t { kNone, kDecoupled, kPreconditioned, kCapped };
 
 inline constexpr int kMaxStates = 3;
 
@@ -85,10 +102,12 @@ struct Flags {
   bool amsgrad = false;
   bool nesterov = false;
   bool decoupled_decay = false;
-  bool momentum = false;  // SGD: there is a momentum buffer
+  bool momentum = false;  // SGD, RMSprop: there is a momentum buffer
+  bool centered = false;  // RMSprop: the variance
 };
 
-// The numbers of a parameter's last step that FTRL comes back to; all 0 before the first.
+// The numbers of a parameter's last step that FTRL comes back to; all 0 before the first. NAdam:
+// l1 is its product.
 struct LastStep {
   double l1 = 0.0;
   double l2 = 0.0;
@@ -97,13 +116,14 @@ struct LastStep {
 };
 
 // What a group of parameters shares. `first` and `second` are momentum and dampening, beta1 and
-// beta2, lr_decay and nothing, beta and nothing. Without padding, as Target.
+// beta2, lr_decay and nothing, beta and nothing, momentum and alpha (RMSprop); `third` is NAdam's
+// momentum_decay. Without padding, as Target.
 struct Hyper {
-  Scalar lr, first, second, eps, weight_decay, l1, l2, group, ema_decay;
+  Scalar lr, first, second, eps, weight_decay, l1, l2, group, ema_decay, third;
   Flags flags;
-  std::uint8_t unused[2] = {};
+  std::uint8_t unused[1] = {};
 };
-static_assert(sizeof(Scalar) == 24 && sizeof(Hyper) == 9 * sizeof(Scalar) + sizeof(Flags) + 2);
+static_assert(sizeof(Scalar) == 24 && sizeof(Hyper) == 10 * sizeof(Scalar) + sizeof(Flags) + 1);
 
 // One parameter: all its tensors dense, in the same memory order. What stays from step to step;
 // without padding, so that tables of these compare as bytes.
@@ -112,8 +132,8 @@ struct Target {
   void* copy = nullptr;
   void* state[kMaxStates] = {nullptr, nullptr, nullptr};
   void* average = nullptr;  // of p: float64 where p is, else float32
-  // Adam and Adagrad: how many steps there were, float32. FTRL: a LastStep in numbers of the
-  // average's dtype. SGD: null.
+  // How many steps there were, in step_dtype. FTRL: a LastStep in numbers of the average's dtype.
+  // SGD: null. NAdam: state[2] is the product of its mu, in step_dtype.
   void* step = nullptr;
   std::int64_t numel = 0;
   std::int64_t row = 0;  // elements of a group's row; 0: no group term; 1: it is one of l1
@@ -122,8 +142,9 @@ struct Target {
   DType copy_dtype = DType::kFloat32;
   DType g_dtype = DType::kFloat32;
   DType state_dtype = DType::kFloat32;
+  DType step_dtype = DType::kFloat32;  // or float64
   bool fresh = false;  // SGD: the momentum buffer is zero and gets the whole gradient
-  std::uint8_t unused[7] = {};
+  std::uint8_t unused[6] = {};
 };
 
 struct Item : Target {
@@ -171,8 +192,30 @@ struct ClipJob {
   std::vector<NormItem> items;
   Scalar norm;
   double max_norm = 0.0;
+  double limit = -1.0;  // >= 0: x = min(max(x, -limit), limit) instead, NaN stays
 };
 void run_cpu(const ClipJob& job);
+
+// Adaptive clipping (Brock et al. 2021): each row g_r of a gradient becomes
+//
+//   g_r * limit_r / max(||g_r||, 1e-6)  unless  ||g_r|| < limit_r = factor * max(||p_r||, eps)
+//
+// Sums run in float64. Bytes moved per element in float32: 8, and 8 more for rows that are clipped.
+struct AdaptiveItem {
+  const void* p = nullptr;
+  std::int64_t numel = 0;
+  std::int64_t row = 0;  // elements of a row, at least 1
+  DType p_dtype = DType::kFloat32;
+  DType g_dtype = DType::kFloat32;
+  std::uint8_t unused[6] = {};
+};
+struct AdaptiveJob {
+  std::vector<AdaptiveItem> items;
+  std::vector<void*> grads;
+  double factor = 0.0;
+  double eps = 0.0;
+};
+void run_cpu(const AdaptiveJob& job);
 
 // CUDA only: `workspace` is kWorkspaceBytes of device memory whose first 8 bytes are zero; it is
 // left so. A step is one launch, as are a norm and clipping: of up to some 300 parameters in up to
@@ -186,6 +229,7 @@ inline constexpr std::int64_t kWorkspaceBytes = 16 + 8 * kMaxBlocks;
 void run_cuda(const Job& job, void* workspace, LaunchTables* tables, int device, void* stream);
 void run_cuda(const NormJob& job, void* workspace, LaunchTables* tables, int device, void* stream);
 void run_cuda(const ClipJob& job, LaunchTables* tables, int device, void* stream);
+void run_cuda(const AdaptiveJob& job, LaunchTables* tables, int device, void* stream);
 
 // --- what the CPU kernels of one instruction set provide (optim_kernels.cpp) ---
 
@@ -211,7 +255,11 @@ struct Coefficients {
   C threshold = 0;  // proximal step: lr * l1; FTRL: l1
   C shrink = 0;     // proximal step: lr * l2; FTRL: l2
   C factor = 1;     // 1 / (1 + shrink); FTRL: beta / lr of the last step
-  C group = 0;      // lr * group in the proximal step, group in the gradient; times sqrt(n)
+  C other = 0;      // NAdam: step size for the average, `rate` is that for the gradient
+  C floor_l1 = 0;   // kCapped: the least metric is floor_l1 + floor_l2 * |p| ...
+  C floor_l2 = 0;
+  C spared = -1;  // ... and weights whose sum of squared gradients is at most this stay
+  C group = 0;    // lr * group in the proximal step, group in the gradient; times sqrt(n)
   C largest_zero = 0;
   C average = 0;  // weight of the new p in the average
 };
@@ -226,6 +274,7 @@ struct CpuKernels {
   // sum |x|, sum x^2 or max |x| of consecutive elements.
   double (*norm)(Norm norm, DType dtype, const void* x, std::int64_t n);
   void (*scale)(DType dtype, void* x, std::int64_t n, double factor);
+  void (*clamp)(DType dtype, void* x, std::int64_t n, double limit);
   // Elements [begin, begin + n): take what was changed in `copy`; and the average alone.
   void (*take_changed)(const Item& item, std::int64_t begin, std::int64_t n);
   void (*average)(const Item& item, std::int64_t begin, std::int64_t n, double weight);

@@ -166,6 +166,12 @@ void update_any(Algorithm algorithm, DType p_dtype, const Tile<C>& t, std::int64
       return update<Algorithm::kAdam, C>(t, n, k, f);
     case Algorithm::kAdagrad:
       return update<Algorithm::kAdagrad, C>(t, n, k, f);
+    case Algorithm::kRmsprop:
+      return update<Algorithm::kRmsprop, C>(t, n, k, f);
+    case Algorithm::kNadam:
+      return update<Algorithm::kNadam, C>(t, n, k, f);
+    case Algorithm::kLion:
+      return update<Algorithm::kLion, C>(t, n, k, f);
     default:
       if constexpr (sizeof(C) == 4) {
         if (p_dtype == DType::kFloat16) return update<Algorithm::kFtrl, Half>(t, n, k, f);
@@ -409,22 +415,34 @@ double norm_any(Norm norm, DType dtype, const void* x, std::int64_t n) {
   });
 }
 
-void scale_any(DType dtype, void* x, std::int64_t n, double factor) {
+// x = f(x, number), in place.
+template <class F>
+FUSEREG_INLINE void map_any(DType dtype, void* x, std::int64_t n, double number, const F& f) {
   dispatch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using C = Compute<T>;
     constexpr int kW = kWidth<C>;
     T* const p = static_cast<T*>(x);
-    const C by = static_cast<C>(factor);
+    const Vector<C> by = broadcast(static_cast<C>(number));
     std::int64_t i = 0;
-    for (; n - i >= kW; i += kW) store(p + i, load(p + i) * by);
-    if (i < n) store_partial(p + i, load_partial(p + i, n - i) * by, n - i);
+    for (; n - i >= kW; i += kW) store(p + i, f(load(p + i), by));
+    if (i < n) store_partial(p + i, f(load_partial(p + i, n - i), by), n - i);
   });
+}
+
+void scale_any(DType dtype, void* x, std::int64_t n, double factor) {
+  map_any(dtype, x, n, factor,
+          [](auto v, auto by) __attribute__((always_inline)) { return v * by; });
+}
+
+void clamp_any(DType dtype, void* x, std::int64_t n, double limit) {
+  map_any(dtype, x, n, limit,
+          [](auto v, auto by) __attribute__((always_inline)) { return clamped(v, by); });
 }
 
 }  // namespace
 
-const CpuKernels kernels = {&elements_any, &rows_any,     &norm_any,
-                            &scale_any,    &take_changed, &average_any};
+const CpuKernels kernels = {&elements_any, &rows_any,     &norm_any,   &scale_any,
+                            &clamp_any,    &take_changed, &average_any};
 
 }  // namespace fusereg::optim::FUSEREG_ISA

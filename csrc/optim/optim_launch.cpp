@@ -89,9 +89,11 @@ class CpuRun {
           last = read_last(item.step, item.p_dtype);
           if (h.lr != 0.0) write_last(item.step, item.p_dtype, h);
         } else {
-          auto* const count = static_cast<float*>(item.step);
-          *count += 1.0f;
-          step = *count;
+          if (job_.algorithm == Algorithm::kNadam) {
+            last.l1 = read_count(item.state[2], item.step_dtype);
+          }
+          count_step(job_.algorithm, item, values_of(item));
+          step = read_count(item.step, item.step_dtype);
         }
       }
       if (item.numel == 0) continue;
@@ -229,9 +231,59 @@ struct ScaleChunks {
   }
 };
 
+struct ClampChunks {
+  const CpuKernels& kernels;
+  double limit;
+  void reserve(std::int64_t) const {}
+  void operator()(DType dtype, void* x, std::int64_t n, std::int64_t) const {
+    kernels.clamp(dtype, x, n, limit);
+  }
+};
+
 }  // namespace
 
 void run_cpu(const Job& job) { CpuRun(job).execute(); }
+
+void run_cpu(const AdaptiveJob& job) {
+  struct Part {
+    const AdaptiveItem* item;
+    char* grad;
+    std::int64_t begin;
+    std::int64_t end;
+  };
+  std::vector<Part> parts;
+  std::int64_t elements = 0;
+  for (std::size_t i = 0; i < job.items.size(); ++i) {
+    const AdaptiveItem& item = job.items[i];
+    const std::int64_t size = std::max<std::int64_t>(1, kChunk / item.row) * item.row;
+    for (std::int64_t begin = 0; begin < item.numel; begin += size) {
+      parts.push_back(
+          {&item, static_cast<char*>(job.grads[i]), begin, std::min(begin + size, item.numel)});
+    }
+    elements += item.numel;
+  }
+  if (parts.empty()) return;
+  const CpuKernels& kernels = cpu_kernels();
+  const auto count = static_cast<std::int64_t>(parts.size());
+  const std::int64_t grain = std::max<std::int64_t>(1, kGrainElements * count / elements);
+  parallel_for(count, grain, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t i = first; i < last; ++i) {
+      const Part& part = parts[static_cast<std::size_t>(i)];
+      const AdaptiveItem& item = *part.item;
+      const auto norm = [&](DType dtype, const char* x, std::int64_t at) {
+        const void* const row = x + at * dtype_size(dtype);
+        return std::sqrt(kernels.norm(Norm::kTwo, dtype, row, item.row));
+      };
+      for (std::int64_t at = part.begin; at < part.end; at += item.row) {
+        const double factor = adaptive_factor(
+            norm(item.g_dtype, part.grad, at),
+            norm(item.p_dtype, static_cast<const char*>(item.p), at), job.factor, job.eps);
+        if (factor == 1.0) continue;
+        kernels.scale(item.g_dtype, part.grad + at * dtype_size(item.g_dtype), item.row, factor);
+      }
+    }
+  });
+}
 
 void run_cpu(const NormJob& job) {
   std::vector<double> slots;
@@ -254,6 +306,10 @@ void run_cpu(const NormJob& job) {
 }
 
 void run_cpu(const ClipJob& job) {
+  if (job.limit >= 0.0) {
+    for_each_chunk(job.items, ClampChunks{cpu_kernels(), job.limit});
+    return;
+  }
   const double factor = clip_factor(read_scalar(job.norm), job.max_norm);
   if (factor == 1.0) return;
   for_each_chunk(job.items, ScaleChunks{cpu_kernels(), factor});

@@ -18,15 +18,22 @@ FUSEREG_INLINE V greater(V a, V b) {
   return a != a ? a : kept;
 }
 
+// Within +-limit; NaN stays.
+template <class V>
+FUSEREG_INLINE V clamped(V x, V limit) {
+  return x > limit ? limit : (x < -limit ? -limit : x);
+}
+
 // The same numbers in the type that computes.
 template <class C>
 FUSEREG_INLINE Coefficients<C> in_type(const Coefficients<double>& k) {
-  return {static_cast<C>(k.grad),   static_cast<C>(k.l1),        static_cast<C>(k.l2),
-          static_cast<C>(k.decay),  static_cast<C>(k.rate),      static_cast<C>(k.first),
-          static_cast<C>(k.second), static_cast<C>(k.third),     static_cast<C>(k.root),
-          static_cast<C>(k.eps),    static_cast<C>(k.threshold), static_cast<C>(k.shrink),
-          static_cast<C>(k.factor), static_cast<C>(k.group),     static_cast<C>(k.largest_zero),
-          static_cast<C>(k.average)};
+  return {static_cast<C>(k.grad),         static_cast<C>(k.l1),        static_cast<C>(k.l2),
+          static_cast<C>(k.decay),        static_cast<C>(k.rate),      static_cast<C>(k.first),
+          static_cast<C>(k.second),       static_cast<C>(k.third),     static_cast<C>(k.root),
+          static_cast<C>(k.eps),          static_cast<C>(k.threshold), static_cast<C>(k.shrink),
+          static_cast<C>(k.factor),       static_cast<C>(k.other),     static_cast<C>(k.floor_l1),
+          static_cast<C>(k.floor_l2),     static_cast<C>(k.spared),    static_cast<C>(k.group),
+          static_cast<C>(k.largest_zero), static_cast<C>(k.average)};
 }
 
 // How many states an algorithm keeps for each parameter.
@@ -37,7 +44,10 @@ FUSEREG_INLINE int state_count(Algorithm algorithm, const Flags& f) {
     case Algorithm::kAdam:
       return f.amsgrad ? 3 : 2;
     case Algorithm::kAdagrad:
+    case Algorithm::kLion:
       return 1;
+    case Algorithm::kRmsprop:
+      return 1 + (f.momentum ? 1 : 0) + (f.centered ? 1 : 0);
     default:
       return 2;
   }
@@ -75,8 +85,26 @@ FUSEREG_INLINE V updated(V p, V g, V (&s)[kMaxStates], const Coefficients<C>& k,
     s[0] = (p == zero ? at_zero : elsewhere) + g;
     const V magnitude = (abs(s[0]) - k.threshold) / (quadratic + k.shrink);
     return signed_or_zero(abs(s[0]) <= zero + k.threshold ? zero : magnitude, -s[0], largest_zero);
+  } else if constexpr (algorithm == Algorithm::kLion) {
+    const V c = s[0] * k.first + g * k.third;
+    s[0] += (g - s[0]) * k.root;
+    const V before = p * k.decay;
+    V q = before - sign(c) * k.rate;
+    if (f.prox == Prox::kDecoupled) {
+      return signed_or_zero((abs(q) - k.threshold) * k.factor, q, largest_zero);
+    }
+    if (f.prox == Prox::kNone) return q;
+    // The sign of the penalized gradient; a zero waits for one that is larger than l1, and a step
+    // ends at zero.
+    const V at_zero = abs(c) <= zero + k.floor_l1 ? zero : c;
+    const V elsewhere = c + before * k.floor_l2 + sign(p) * k.floor_l1;
+    q = before - sign(p == zero ? at_zero : elsewhere) * k.rate;
+    if (k.floor_l1 != C(0)) q = sign(q) * sign(before) < zero ? zero : q;
+    q = signed_or_zero(abs(q), q, largest_zero);
+    return abs(s[0]) + abs(c) <= zero + k.spared ? before : q;
   } else {
     V denominator = zero + C(1);
+    V squares = zero;
     if constexpr (algorithm == Algorithm::kSgd) {
       if (f.momentum) {
         s[0] = s[0] * k.first + g * k.second;
@@ -88,10 +116,31 @@ FUSEREG_INLINE V updated(V p, V g, V (&s)[kMaxStates], const Coefficients<C>& k,
       s[1] = s[1] * k.second + g * g * k.third;
       V u = s[1];
       if (f.amsgrad) u = s[2] = greater(s[1], s[2]);
+      squares = u;
       denominator = square_root(u) * k.root + k.eps;
       p = p * k.decay - s[0] * k.rate / denominator;
+    } else if constexpr (algorithm == Algorithm::kNadam) {
+      s[0] += (g - s[0]) * k.first;
+      s[1] = s[1] * k.second + g * g * k.third;
+      squares = s[1];
+      denominator = square_root(s[1]) * k.root + k.eps;
+      p = p * k.decay - (g * k.rate + s[0] * k.other) / denominator;
+    } else if constexpr (algorithm == Algorithm::kRmsprop) {
+      s[0] = s[0] * k.second + g * g * k.third;
+      squares = s[0];
+      V square = s[0];
+      if (f.centered) {
+        V& mean = f.momentum ? s[2] : s[1];
+        mean += (g - mean) * k.third;
+        square -= mean * mean;
+      }
+      denominator = square_root(square) + k.eps;
+      V step = g / denominator;
+      if (f.momentum) step = s[1] = s[1] * k.first + step;
+      p -= step * k.rate;
     } else {
       s[0] += g * g;
+      squares = s[0];
       denominator = square_root(s[0]) + k.eps;
       p -= g * k.rate / denominator;
     }
@@ -99,9 +148,14 @@ FUSEREG_INLINE V updated(V p, V g, V (&s)[kMaxStates], const Coefficients<C>& k,
     if (algorithm == Algorithm::kSgd || f.prox == Prox::kDecoupled) {
       return signed_or_zero((abs(p) - k.threshold) * k.factor, p, largest_zero);
     }
+    if (f.prox == Prox::kCapped) {
+      denominator = greater(denominator, abs(p) * k.floor_l2 + k.floor_l1);
+    }
     const V inverse = C(1) / denominator;
-    return signed_or_zero((abs(p) - inverse * k.threshold) / (inverse * k.shrink + C(1)), p,
-                          largest_zero);
+    V magnitude = abs(p) - inverse * k.threshold;
+    if (k.shrink != C(0)) magnitude = magnitude / (inverse * k.shrink + C(1));
+    const V shrunk = signed_or_zero(magnitude, p, largest_zero);
+    return squares <= zero + k.spared ? p : shrunk;
   }
 }
 

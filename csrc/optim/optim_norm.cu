@@ -4,6 +4,7 @@
 // in their order.
 #include "optim/coefficients.h"
 #include "optim/launch.cuh"
+#include "optim/optim_device.cuh"
 #include "optim/optim_math.h"
 
 namespace fusereg::optim {
@@ -15,6 +16,7 @@ struct NormHead {
   bool last = true;
   Scalar clip_norm;
   double max_norm = 0.0;
+  double limit = -1.0;
 };
 
 // Where the elements lie is the table's moving address.
@@ -99,21 +101,94 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(FUSEREG_GRID_CONSTANT(Ta
 
 template <class Table>
 __global__ void __launch_bounds__(kThreads) clip_kernel(FUSEREG_GRID_CONSTANT(Table, t)) {
-  const double factor = clip_factor(read_scalar(t.head.clip_norm), t.head.max_norm);
-  if (factor == 1.0) return;
+  const double limit = t.head.limit;
+  const bool by_value = limit >= 0.0;
+  const double factor =
+      by_value ? limit : clip_factor(read_scalar(t.head.clip_norm), t.head.max_norm);
+  if (!by_value && factor == 1.0) return;
   for_each_chunk(t, [&](auto* x, auto count) {
     constexpr int kN = decltype(count)::value;
     using T = std::remove_pointer_t<decltype(x)>;
     auto v = cuda::load<kN>(x);
     FUSEREG_UNROLL
     for (int k = 0; k < kN; ++k) {
-      v[k] = from_compute<T>(to_compute(v[k]) * static_cast<Compute<T>>(factor));
+      const Compute<T> y = to_compute(v[k]);
+      const auto by = static_cast<Compute<T>>(factor);
+      v[k] = from_compute<T>(by_value ? clamped(y, by) : y * by);
     }
     cuda::store(x, v);
   });
 }
 
+// --- adaptive clipping: a row by a warp, a long one by a block ---
+
+struct AdaptiveHead {
+  double factor = 0.0;
+  double eps = 0.0;
+};
+
+template <class Table>
+__global__ void __launch_bounds__(kThreads) adaptive_kernel(FUSEREG_GRID_CONSTANT(Table, t)) {
+  const std::uint32_t tasks = t.first_task[t.count];
+  for (std::uint32_t task = blockIdx.x; task < tasks; task += gridDim.x) {
+    const int i = cuda::find_entry(t, task);
+    const AdaptiveItem item = t.entries[i];
+    void* const grad = cuda::moving_at(t, i);
+    const bool by_warp = item.row <= kWarpRow;
+    const std::int64_t row =
+        static_cast<std::int64_t>(task - t.first_task[i]) * rows_per_task(item.row) +
+        (by_warp ? cuda::warp_id() : 0);
+    const std::int64_t begin = row * item.row;
+    const std::int64_t end = begin < item.numel ? begin + item.row : begin;
+    const std::int64_t first = begin + (by_warp ? cuda::lane_id() : threadIdx.x);
+    const int stride = by_warp ? cuda::kWarpSize : kThreads;
+    double squares[2] = {0.0, 0.0};
+    for (std::int64_t at = first; at < end; at += stride) {
+      const double g = load_one<double>(item.g_dtype, grad, at);
+      const double p = load_one<double>(item.p_dtype, item.p, at);
+      squares[0] += g * g;
+      squares[1] += p * p;
+    }
+    if (by_warp) {
+      squares[0] = cuda::warp_sum(squares[0]);
+      squares[1] = cuda::warp_sum(squares[1]);
+    } else {
+      cuda::block_sum(squares);
+    }
+    const double factor =
+        adaptive_factor(sqrt(squares[0]), sqrt(squares[1]), t.head.factor, t.head.eps);
+    if (factor == 1.0) continue;
+    for (std::int64_t at = first; at < end; at += stride) {
+      if (item.g_dtype == DType::kFloat64) {
+        store_one(item.g_dtype, grad, at, load_one<double>(item.g_dtype, grad, at) * factor);
+      } else {
+        const auto by = static_cast<float>(factor);
+        store_one(item.g_dtype, grad, at, load_one<float>(item.g_dtype, grad, at) * by);
+      }
+    }
+  }
+}
+
 // --- launchers ---
+
+struct AdaptiveList {
+  using Head = AdaptiveHead;
+  using Entry = AdaptiveItem;
+  static constexpr int kShared = 1;
+
+  const AdaptiveJob& job;
+
+  const AdaptiveItem& at(int i) const { return job.items[static_cast<std::size_t>(i)]; }
+  int size() const { return static_cast<int>(job.items.size()); }
+  Entry entry(int i) const { return at(i); }
+  void* moving(int i) const { return job.grads[static_cast<std::size_t>(i)]; }
+  std::int64_t tasks(int i) const {
+    return ceil_div(at(i).numel / at(i).row, rows_per_task(at(i).row));
+  }
+  int shared(int) const { return 0; }
+  const void* shared_data() const { return nullptr; }
+  std::size_t shared_bytes() const { return 0; }
+};
 
 // The same bytes for the norm and for clipping: a long table is written once for both.
 struct NormList {
@@ -163,10 +238,24 @@ void run_cuda(const ClipJob& job, LaunchTables* tables, int device, void* stream
   const auto launch = [&](auto& table, const cuda::Part& part) {
     table.head.clip_norm = job.norm;
     table.head.max_norm = job.max_norm;
+    table.head.limit = job.limit;
     using Table = std::remove_reference_t<decltype(table)>;
     cuda::launch(op, &clip_kernel<Table>, config_for(part.tasks, on), table);
   };
   cuda::launch_over(op, NormList{job.items}, tables, device, on, launch);
+}
+
+void run_cuda(const AdaptiveJob& job, LaunchTables* tables, int device, void* stream) {
+  const cuda::DeviceGuard guard(device);
+  const auto on = static_cast<cuda::Stream>(stream);
+  const char* const op = "fusereg.adaptive_clip_grad_";
+  const auto launch = [&](auto& table, const cuda::Part& part) {
+    table.head.factor = job.factor;
+    table.head.eps = job.eps;
+    using Table = std::remove_reference_t<decltype(table)>;
+    cuda::launch(op, &adaptive_kernel<Table>, config_for(part.tasks, on), table);
+  };
+  cuda::launch_over(op, AdaptiveList{job}, tables, device, on, launch);
 }
 
 }  // namespace fusereg::optim

@@ -130,7 +130,7 @@ def optimizers() -> Figure:
         9.5, 3.9, "AdamW with an L1 penalty in its step", "a lasso problem, lr 0.02, l1 0.05"
     )
     panels = _axes(figure, 3)
-    for axes, prox in zip(panels, (False, True, "preconditioned"), strict=True):
+    for axes, prox in zip(panels, (False, "decoupled", True), strict=True):
         _paths(axes, run(prox), relevant, f"prox={prox!r}", 0.01)
     for axes in panels[1:]:
         axes.set_ylabel("")

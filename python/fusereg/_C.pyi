@@ -316,6 +316,16 @@ def optimizer_step(
     tables: _LaunchTables | None,
     op: str,
 ) -> int: ...
+def clip_values(
+    params: Sequence[torch.Tensor], limit: float, tables: _LaunchTables | None, op: str
+) -> int: ...
+def clip_rows(
+    params: Sequence[torch.Tensor],
+    factor: float,
+    eps: float,
+    tables: _LaunchTables | None,
+    op: str,
+) -> int: ...
 def grad_norm(
     tensors: Sequence[torch.Tensor],
     of_params: bool,

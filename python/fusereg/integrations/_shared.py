@@ -11,7 +11,8 @@ from torch import nn
 
 from .. import EarlyStopping, WeightPenalty
 from ..core.params import Key
-from ..penalty.weight_penalty import Rule
+from ..penalty.names import SPARED
+from ..penalty.weight_penalty import UNSET, Rule, check_given
 
 #: Arguments of EarlyStopping that concern a model or a folder, of which a new callback has none.
 _LATER = {
@@ -41,11 +42,11 @@ class PenaltyArguments:
     def __init__(
         self,
         *,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        group: float = 0.0,
+        l1: float = UNSET,
+        l2: float = UNSET,
+        group: float = UNSET,
         half: bool = True,
-        exclude: Iterable[Key] | Key = ("bias", "norm"),
+        exclude: Iterable[Key] | Key = SPARED,
         rules: Mapping[Key, Rule] | None = None,
         schedule: Callable[[int], float] | None = None,
         name: str | None = "penalty",
@@ -54,7 +55,9 @@ class PenaltyArguments:
         self.penalty: WeightPenalty | None = None
         self._name = name
         make = functools.partial(WeightPenalty, l1=l1, l2=l2, group=group)
-        make(nn.Module())  # so that invalid strengths are reported now
+        check_given((l1, l2, group), rules)
+        if any(s is not UNSET for s in (l1, l2, group)):
+            make(nn.Module())  # so that invalid strengths are reported now
         self._make = functools.partial(
             make, half=half, exclude=exclude, rules=rules, schedule=schedule
         )

@@ -29,7 +29,7 @@ from .. import EarlyStopping
 from ..core import dispatch, distributed
 from ..early_stopping.snapshot import Stateful
 from ..optim.averages import averages_of
-from ..penalty.weight_penalty import add_for
+from ..penalty.weight_penalty import add_for, skips_step
 from ._shared import Monitored, PenaltyArguments, library
 
 __all__ = ["EarlyStoppingCallback", "PenaltyCallback"]
@@ -80,6 +80,7 @@ class PenaltyCallback(PenaltyArguments, Callback):
     """
 
     _loaded: dict[str, Any] | None = None  # a state that was loaded before the fit starts
+    _pending: Any = None  # the hook that counts the step
 
     @property
     def state_key(self) -> str:
@@ -111,9 +112,21 @@ class PenaltyCallback(PenaltyArguments, Callback):
         value = add_for(penalty, optimizer, _scale(trainer, optimizer))
         if value is None:
             return
-        penalty.step()
+        self._count_after(optimizer, penalty)
         if self._name is not None:
             pl_module.log(self._name, value)
+
+    def _count_after(self, optimizer: Any, penalty: Any) -> None:
+        """Advance the schedule after the step, unless a scaler skips it."""
+        if self._pending is not None:
+            self._pending.remove()  # of a step that never was
+
+        def count(stepped: Any, *_: Any) -> None:
+            handle.remove()
+            if not skips_step(stepped):
+                penalty.step()
+
+        self._pending = handle = optimizer.register_step_post_hook(count)
 
     def state_dict(self) -> dict[str, Any]:
         """Return strengths and step count."""

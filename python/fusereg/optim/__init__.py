@@ -11,8 +11,14 @@ default) L1 and group penalties give weights that are exactly zero.
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .clip import clip_grad_norm_, get_total_norm
+from .clip_others import adaptive_clip_grad_, clip_grad_value_
 from .ftrl import FTRL
 from .groups import param_groups_weight_decay
+from .lion import Lion
+from .nadam import NAdam
+from .planner import load_planner
+from .rmsprop import RMSprop
+from .schedule import StrengthScheduler
 from .sgd import SGD
 
 __all__ = [
@@ -21,7 +27,14 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Lion",
+    "NAdam",
+    "RMSprop",
+    "StrengthScheduler",
+    "adaptive_clip_grad_",
     "clip_grad_norm_",
+    "clip_grad_value_",
     "get_total_norm",
+    "load_planner",
     "param_groups_weight_decay",
 ]

@@ -24,11 +24,15 @@ class Adagrad(RegularizedOptimizer):
         g &\leftarrow g + \lambda p, \quad s \leftarrow s + g^2, \quad D = \sqrt{s} + \epsilon \\
         p &\leftarrow p - lr_t\, g / D, \quad lr_t = lr / (1 + (t - 1) \eta)
 
-    and then, for ``prox="decoupled"``, :math:`p \leftarrow \mathrm{prox}_{lr_t R}(p)`; for
-    ``prox="preconditioned"`` the composite mirror descent step of the paper,
+    and then the proximal step
 
-    .. math:: p_i \leftarrow \frac{\mathrm{sign}(p_i)\max(|p_i| - lr_t\, l_1 / D_i, 0)}
-                                  {1 + lr_t\, l_2 / D_i}
+    .. math:: p_i \leftarrow \frac{\mathrm{sign}(p_i)\max(|p_i| - lr_t\, l_1 / D'_i, 0)}
+                                  {1 + lr_t\, l_2 / D'_i}, \quad
+              D'_i = \max(D_i, (l_1 + l_2 |p_i|) / 2)
+
+    while weights whose s is 0 stay as they are in the first 1000 steps. ``prox="preconditioned"``
+    has neither the wait nor the floor of D: the composite mirror descent step of the paper. For
+    ``prox="decoupled"``, :math:`p \leftarrow \mathrm{prox}_{lr_t R}(p)`.
 
     Args:
         params: parameters or param groups.
@@ -43,9 +47,7 @@ class Adagrad(RegularizedOptimizer):
     Sparse gradients update as torch's Adagrad does; the penalty concerns all elements.
 
     Example:
-        >>> optimizer = fusereg.optim.Adagrad(
-        ...     model.parameters(), lr=0.1, l1=1e-3, prox="preconditioned"
-        ... )
+        >>> optimizer = fusereg.optim.Adagrad(model.parameters(), lr=0.1, l1=1e-3)
         >>> loss.backward()
         >>> optimizer.step()
     """

@@ -24,14 +24,19 @@ class Adam(RegularizedOptimizer):
         D &= \sqrt{v / (1 - \beta_2^t)} + \epsilon, \quad
         p \leftarrow p - lr\, \frac{m / (1 - \beta_1^t)}{D}
 
-    and then, for ``prox="decoupled"``, :math:`p \leftarrow \mathrm{prox}_{lr R}(p)`; for
-    ``prox="preconditioned"``, with a threshold of its own for each coordinate,
+    and then the proximal step in the metric of the update, with a threshold of its own for each
+    coordinate,
 
-    .. math:: p_i \leftarrow \frac{\mathrm{sign}(p_i)\max(|p_i| - lr\, l_1 / D_i, 0)}
-                                  {1 + lr\, l_2 / D_i}
+    .. math:: p_i \leftarrow \frac{\mathrm{sign}(p_i)\max(|p_i| - lr\, l_1 / D'_i, 0)}
+                                  {1 + lr\, l_2 / D'_i}, \quad
+              D'_i = \max(D_i, (l_1 + l_2 |p_i|) / 2)
 
-    which is ProxGen's step (Yun, Lozano and Yang 2021): its fixed points are those of the penalized
-    problem, while the decoupled step's, like those of AdamW's decay, also depend on D.
+    while weights whose v is 0 stay as they are in the first :math:`1 / (1 - \beta_2)` steps, the
+    memory of v. With ``prox="preconditioned"`` there is neither the wait nor the floor of D, which
+    is ProxGen's step (Yun, Lozano and Yang 2021). Fixed points of both are those of the penalized
+    problem, because there :math:`l_1 + l_2 |p_i| = |m_i| \le D_i` and the floor does not matter.
+    For ``prox="decoupled"``, :math:`p \leftarrow \mathrm{prox}_{lr R}(p)`, whose fixed points, like
+    those of AdamW's decay, also depend on D.
 
     Args:
         params: parameters or param groups.

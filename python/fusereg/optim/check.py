@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from ..core.inventory import Inputs, Operation, Pairs, exact
-from . import clip
+from . import clip, clip_others
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .ftrl import FTRL
+from .lion import Lion
+from .nadam import NAdam
+from .rmsprop import RMSprop
 from .sgd import SGD
 
 L1, L2, GROUP = 0.3, 0.7, 0.05
@@ -91,8 +94,11 @@ def _adam(inputs: Inputs) -> Pairs:
 
 def _adamw(inputs: Inputs) -> Pairs:
     def wanted(w: Tensor, g: Tensor) -> Tensor:
-        v = w * (1 - LR * 0.01) - LR * g / (g.abs() + 1e-8)
-        return _soft(v, LR * L1) / (1 + LR * L2)
+        metric = g.abs() + 1e-8
+        v = w * (1 - LR * 0.01) - LR * g / metric
+        metric = torch.maximum(metric, (L1 + L2 * v.abs()) / 2)
+        shrunk: Tensor = _soft(v, LR * L1 / metric) / (1 + LR * L2 / metric)
+        return torch.where(g == 0, v, shrunk)
 
     return _step(lambda p: AdamW(p, lr=LR, l1=L1, l2=L2), wanted, inputs)
 
@@ -115,6 +121,56 @@ def _ftrl(inputs: Inputs) -> Pairs:
         return -_soft(z, L1) / ((1 + g.abs()) / LR + L2)
 
     return _step(lambda p: FTRL(p, lr=LR, l1=L1, l2=L2), wanted, inputs)
+
+
+def _rmsprop(inputs: Inputs) -> Pairs:
+    return _against_torch(
+        lambda p: RMSprop(p, LR, momentum=0.9, centered=True, eps=0.1),
+        lambda p: torch.optim.RMSprop(p, LR, momentum=0.9, centered=True, eps=0.1),
+        inputs,
+    )
+
+
+def _nadam(inputs: Inputs) -> Pairs:
+    return _against_torch(
+        lambda p: NAdam(p, LR, weight_decay=0.1),
+        lambda p: torch.optim.NAdam(p, LR, weight_decay=0.1),
+        inputs,
+    )
+
+
+def _lion(inputs: Inputs) -> Pairs:
+    def wanted(w: Tensor, g: Tensor) -> Tensor:
+        return _soft(w * (1 - LR * 0.1) - LR * g.sign(), LR * L1)
+
+    def make(p: list[Tensor]) -> torch.optim.Optimizer:
+        return Lion(p, LR, weight_decay=0.1, l1=L1, prox="decoupled")
+
+    return _step(make, wanted, inputs)
+
+
+def _clip_value(inputs: Inputs) -> Pairs:
+    weights = inputs.weights()
+    for w in weights:
+        w.grad = w.clone()
+    wanted = [w.clamp(-0.5, 0.5) for w in exact(weights)]
+    clip_others.clip_grad_value_(weights, 0.5)
+    return [(w.grad, e) for w, e in zip(weights, wanted, strict=True) if w.grad is not None]
+
+
+def _clip_rows(inputs: Inputs) -> Pairs:
+    weights = inputs.weights()
+    wanted = []
+    for w in weights:
+        w.grad = w.clone()
+        (e,) = exact([w])
+        rows = e.flatten(1) if e.dim() > 1 else e.reshape(1, -1)
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        limit = 0.3 * norms.clamp_min(1e-3)
+        factor = torch.where(norms < limit, 1.0, limit / norms.clamp_min(1e-6))
+        wanted.append((rows * factor).reshape(e.shape))
+    clip_others.adaptive_clip_grad_(weights, 0.3)
+    return [(w.grad, e) for w, e in zip(weights, wanted, strict=True) if w.grad is not None]
 
 
 def _clip(inputs: Inputs) -> Pairs:
@@ -146,9 +202,24 @@ OPERATIONS = [
         ("optim.SGD, momentum, Nesterov", "torch.optim.SGD", SGD, _momentum),
         ("optim.SGD, group lasso", "prox of lr * R after the step", SGD, _sgd),
         ("optim.Adam, AMSGrad", "torch.optim.Adam", Adam, _adam),
-        ("optim.AdamW, elastic net", "prox of lr * R after the step", AdamW, _adamw),
+        ("optim.AdamW, elastic net", "prox in the metric of the step", AdamW, _adamw),
         ("optim.Adagrad, preconditioned", "prox in the metric of the step", Adagrad, _adagrad),
         ("optim.FTRL", "-soft(z, l1) / ((beta + sqrt(n)) / lr + l2)", FTRL, _ftrl),
+        ("optim.RMSprop, centered", "torch.optim.RMSprop", RMSprop, _rmsprop),
+        ("optim.NAdam", "torch.optim.NAdam", NAdam, _nadam),
+        ("optim.Lion", "prox of lr * R after Lion's step", Lion, _lion),
+        (
+            "optim.clip_grad_value_",
+            "min(max(g, -v), v)",
+            clip_others.clip_grad_value_,
+            _clip_value,
+        ),
+        (
+            "optim.adaptive_clip_grad_",
+            "g * min(1, c * max(||w||, eps) / ||g||)",
+            clip_others.adaptive_clip_grad_,
+            _clip_rows,
+        ),
         ("optim.clip_grad_norm_", "g * min(1, max_norm / ||g||)", clip.clip_grad_norm_, _clip),
         ("optim.get_total_norm", "||g||_2 and max |g|", clip.get_total_norm, _norms),
     )

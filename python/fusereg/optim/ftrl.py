@@ -69,7 +69,7 @@ class FTRL(RegularizedOptimizer):
     _keys = ("linear", "sum")
     _supports_group = False
     _has_step = True
-    _step_key = "last"
+    _step_keys = ("last",)
 
     def __init__(
         self,

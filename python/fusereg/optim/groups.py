@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from ..core.params import Key
+from ..penalty.names import WORDS, named_parameters
 from ..penalty.weight_penalty import WeightPenalty
 
 __all__ = ["param_groups_weight_decay"]
@@ -16,16 +18,21 @@ def param_groups_weight_decay(
     model: nn.Module,
     weight_decay: float,
     *,
-    exclude: Iterable[str | type[nn.Module]] | str | type[nn.Module] = ("bias", "norm"),
+    exclude: Iterable[Key] | Key = WORDS,
     **options: Any,
 ) -> list[dict[str, Any]]:
     r"""Return two param groups for an optimizer: with weight decay, and without (biases, norms).
 
+    By default they are those of timm's function of this name, which also leaves out all parameters
+    of one dimension and what the model's ``no_weight_decay()`` names; of models without this method
+    position embeddings and class tokens, too.
+
     Args:
-        model: the module whose parameters are listed; tied ones once.
+        model: the module whose parameters are listed; tied ones once, frozen ones not at all.
         weight_decay: of the first group; that of the second group is 0.
         exclude: parameters without decay, as in :class:`fusereg.WeightPenalty`: ``"bias"``,
-            ``"norm"``, name patterns, types of modules.
+            ``"norm"``, ``"layer_scale"``, ``"position_embedding"``, ``"no_weight_decay"``,
+            ``"vector"``, name patterns, types of modules.
         options: further options of the first group. The second group shares them, but has 0 for
             ``l1``, ``l2`` and ``group``.
 
@@ -41,13 +48,15 @@ def param_groups_weight_decay(
         >>> groups = fusereg.optim.param_groups_weight_decay(model, 0.01, l1=1e-5)
         >>> optimizer = fusereg.optim.AdamW(groups, lr=1e-3)
     """
-    found = WeightPenalty(model, exclude=exclude)
+    found = WeightPenalty(model, l2=0.0, exclude=exclude)
     excluded = set(found.excluded)
-    kept_out = [p for name, p in model.named_parameters() if name in excluded]
+    trained = [item for item in named_parameters(model) if item.param.requires_grad]
+    kept_out = [item.param for item in trained if item.name in excluded]
+    decays = [item.param for item in trained if item.name not in excluded]
     strengths = ("l1", "l2", "group")
     plain = {k: 0.0 if k in strengths else v for k, v in options.items()}
     groups: list[dict[str, Any]] = [
-        {"params": list(found.groups[0].params), "weight_decay": weight_decay, **options},
+        {"params": decays, "weight_decay": weight_decay, **options},
         {"params": kept_out, "weight_decay": 0.0, **plain},
     ]
     return [g for g in groups if g["params"]]

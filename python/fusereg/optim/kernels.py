@@ -43,7 +43,7 @@ def given(strength: Number) -> bool:
 class Hyper(NamedTuple):
     """Hyperparameters of a param group: numbers, then options, in the order of the kernels.
 
-    ``first``, ``second`` and ``eps`` are an algorithm's own numbers.
+    ``first``, ``second``, ``third`` and ``eps`` are an algorithm's own numbers.
     """
 
     lr: Number
@@ -55,6 +55,7 @@ class Hyper(NamedTuple):
     l2: Number = 0.0
     group: Number = 0.0
     ema_decay: Number = 0.0
+    third: Number = 0.0
     prox: int = 0
     maximize: bool = False
     amsgrad: bool = False
@@ -63,6 +64,7 @@ class Hyper(NamedTuple):
     momentum: bool = False
     master_weights: bool = False
     average: bool = False
+    centered: bool = False
 
     def penalized(self) -> bool:
         """Return whether there is a penalty."""
@@ -185,9 +187,9 @@ def _on(device: torch.device, value: Any) -> Any:
 def _plain_grad(call: Call, i: int, p: Tensor, grad: Tensor) -> Tensor:
     name = f"params[{i}].grad"
     if grad.layout is torch.sparse_coo and grad.dtype in checks.SUPPORTED_DTYPES:
-        if call.algorithm == 1:
+        if call.algorithm not in (0, 2, 3):
             raise RuntimeError(
-                f"fusereg.{call.op}: {name} is sparse, and Adam's states decay where a gradient is "
+                f"fusereg.{call.op}: {name} is sparse, and states decay where a gradient is "
                 "zero; use torch.optim.SparseAdam, or SGD, Adagrad or FTRL here"
             )
         # Rows without a gradient get a zero one: the updates are torch's sparse ones, and the
@@ -229,7 +231,10 @@ def _lay_out_state(call: Call, state: State, target: Tensor, keys: tuple[str, ..
     wide = update_dtype(target)
     step, last, average = state.get("step"), state.get("last"), state.get("ema_param")
     if isinstance(step, Tensor):
-        state["step"] = step.to(target.device, torch.float32)
+        counts = step.dtype if step.dtype is torch.float64 else torch.float32
+        for key in ("step", "mu_product"):
+            if isinstance(state.get(key), Tensor):
+                state[key] = state[key].to(target.device, counts)
     if isinstance(last, Tensor):
         state["last"] = last.to(target.device, wide).contiguous()
     if isinstance(average, Tensor):

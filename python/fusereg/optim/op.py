@@ -24,14 +24,20 @@ from . import norms
 from .kernels import Call, Hyper, State, run, run_prepared
 
 #: Of each algorithm of the kernels.
-_NAMES = ("SGD", "Adam", "Adagrad", "FTRL")
-_KEYS = (
+_NAMES = ("SGD", "Adam", "Adagrad", "FTRL", "RMSprop", "NAdam", "Lion")
+_KEYS: tuple[tuple[str, ...], ...] = (
     ("momentum_buffer",),
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     ("sum",),
     ("linear", "sum"),
+    ("square_avg", "momentum_buffer", "grad_avg"),
+    ("exp_avg", "exp_avg_sq"),
+    ("exp_avg",),
 )
-_STEPS = ("", "step", "step", "last")
+#: Numbers of a parameter that are tensors.
+_STEPS: tuple[tuple[str, ...], ...] = (
+    *((), ("step",), ("step",), ("last",), ("step",), ("step", "mu_product"), ("step",)),
+)
 _NUMBERS = Hyper._fields.index("prox")  # of a Hyper, before its options
 _OPTIONS = len(Hyper._fields) - _NUMBERS
 
@@ -155,12 +161,16 @@ def _states(a: _Arguments, hypers: Sequence[Hyper]) -> list[State]:
     params, states, steps, masters, averages = map(iter, lists)
     found: list[State] = []
     for hyper, count in zip(hypers, a.counts, strict=True):
-        wanted = (int(hyper.momentum), 2 + int(hyper.amsgrad), 1, 2)[a.algorithm]
+        keys = _KEYS[a.algorithm]
+        if a.algorithm == 1:
+            keys = keys[: 2 + hyper.amsgrad]
+        elif "momentum_buffer" in keys:
+            left_out = {"momentum_buffer": not hyper.momentum, "grad_avg": not hyper.centered}
+            keys = tuple(key for key in keys if not left_out.get(key))
         for _ in range(count):
             p = next(params)
-            state: State = {key: next(states) for key in _KEYS[a.algorithm][:wanted]}
-            if a.steps:
-                state[_STEPS[a.algorithm]] = next(steps)
+            state: State = {key: next(states) for key in keys}
+            state.update({key: next(steps) for key in _STEPS[a.algorithm]})
             if hyper.master_weights and p.dtype in LOW_PRECISION:
                 state["master_param"] = next(masters)
             if hyper.average:

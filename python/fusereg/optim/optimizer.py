@@ -22,15 +22,19 @@ from .averages import KEY, Averages
 from .kernels import COPIES, Call, Hyper, State, given, update_dtype
 from .norms import norm_of_grads
 from .op import LOW_PRECISION, Lists
-from .options import DEFAULTS, NOTES, PENALTY, CommonOptions, Options, ParamsT
+from .options import DEFAULTS, NOTES, PENALTY, CommonOptions, Options, ParamsT, meant
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["RegularizedOptimizer"]
 
-_PROX = {False: 0, True: 1, "decoupled": 1, "preconditioned": 2}
+_PROX = {False: 0, True: 3, "decoupled": 1, "preconditioned": 2, "capped": 3}
 _NO_STATE: State = {}
+#: Dtypes of the count of steps.
+_COUNTS = {torch.float32, torch.float64}
+#: Keys of param groups that optimizers without a proximal step take no notice of.
+_NOT_GIVEN = ("group", "prox")
 #: What :meth:`RegularizedOptimizer._check_group` looks at, strengths first.
 _CHECKED = ("l1", "l2", "group", "prox", "momentum", "ema_decay")
 #: Arguments that must not be negative, and what they must be below.
@@ -41,6 +45,8 @@ _LIMITS = {
     "eps": math.inf,
     "beta": math.inf,
     "lr_decay": math.inf,
+    "alpha": math.inf,
+    "momentum_decay": math.inf,
     "weight_decay": math.inf,
     "initial_accumulator_value": math.inf,
 }
@@ -112,7 +118,7 @@ class RegularizedOptimizer(Averages):
     #: Keys of the states that have the parameter's shape, in the kernels' order.
     _keys: tuple[str, ...]
     _has_step = False
-    _step_key = "step"
+    _step_keys: tuple[str, ...] = ("step",)
     _supports_group = True
 
     #: A GradScaler passes its scale and overflow flag on; the kernels read them on the device.
@@ -122,6 +128,7 @@ class RegularizedOptimizer(Averages):
     _norm: Tensor | None = None
     _norm_scale: Tensor | None = None
     _plan: _Plan | None = None
+    _penalized = False
 
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]
@@ -140,7 +147,7 @@ class RegularizedOptimizer(Averages):
             elif name in defaults:
                 self._check_number(name, defaults[name], limit)
         self.max_grad_norm = _check_max_norm(shared.pop("max_grad_norm"), self._name)
-        self.penalty_value: Tensor = torch.zeros(())
+        self.penalty_value: Tensor = torch.zeros((), dtype=torch.float32)
         self._beginning = []
         self._new_tables()
         if shared["differentiable"]:
@@ -155,8 +162,23 @@ class RegularizedOptimizer(Averages):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, which may have its own ``l1``, ``l2``, ``group`` and ``prox``."""
-        self._check_group({**self.defaults, **param_group})
+        if isinstance(param_group, dict):  # else torch says so
+            self._check_keys(param_group)
+            self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+
+    def _check_keys(self, param_group: dict[str, Any]) -> None:
+        """Raise if a key seems to be a misspelled argument: its strength would be lost."""
+        known = [key for key in self.defaults if self._supports_group or key not in _NOT_GIVEN]
+        for key in param_group:
+            if key in self.defaults or key in ("params", "param_names") or not isinstance(key, str):
+                continue
+            wanted = meant(key, known)
+            if wanted is not None:
+                raise ValueError(
+                    f"fusereg.optim.{self._name}: a param group has the unknown key {key!r}; "
+                    f"did you mean {wanted}?"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
@@ -164,7 +186,7 @@ class RegularizedOptimizer(Averages):
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups")
         super().__setstate__(state)
-        self.__dict__.setdefault("penalty_value", torch.zeros(()))
+        self.__dict__.setdefault("penalty_value", torch.zeros((), dtype=torch.float32))
         self._plan = None
         self._beginning = []
         self._new_tables()
@@ -179,9 +201,23 @@ class RegularizedOptimizer(Averages):
         """Load a state dict of this optimizer or of torch's of the same name.
 
         torch would round the float32 states of 16-bit parameters to the parameters' dtype; here
-        they keep their bits.
+        they keep their bits. Hooks see and may change what torch shows them: the state dict before,
+        the optimizer's states after.
         """
-        super().load_state_dict(state_dict)
+        # The last hook before and the first one after.
+        loaded: list[dict[str, Any]] = []
+        before = self.register_load_state_dict_pre_hook(lambda _, state: loaded.append(state))
+        after = self.register_load_state_dict_post_hook(
+            lambda _: self._keep_bits(loaded[-1]), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _keep_bits(self, state_dict: dict[str, Any]) -> None:
+        """Take the states of 16-bit parameters from a state dict as they are."""
         saved = state_dict["state"]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -189,7 +225,7 @@ class RegularizedOptimizer(Averages):
             for i, p in zip(ids, params, strict=True):
                 if p.dtype not in LOW_PRECISION or i not in saved:
                     continue
-                for key in (*self._keys, *COPIES, "last"):
+                for key in (*self._keys, *COPIES, "last", "mu_product"):
                     value = saved[i].get(key)
                     if isinstance(value, Tensor):
                         exact = value.detach().to(p.device, torch.float32)
@@ -246,17 +282,26 @@ class RegularizedOptimizer(Averages):
         prox = group["prox"]
         if not isinstance(prox, (bool, str)) or prox not in _PROX:
             raise ValueError(
-                f"{where}prox must be True, False, 'decoupled' or 'preconditioned', got {prox!r}"
+                f"{where}prox must be True, False, 'capped', 'decoupled' or 'preconditioned', "
+                f"got {prox!r}"
+            )
+        # Momentum amplifies a gradient that stays by 1 / (1 - momentum), so the step is, too.
+        amplified = prox == "preconditioned" or (
+            prox in (True, "capped") and any(given(group[k]) for k in ("l1", "l2", "group"))
+        )
+        if amplified and not group.get("momentum", 0.0) < 1.0:
+            raise ValueError(
+                f"{where}prox={prox!r} needs momentum < 1, got {group['momentum']}; "
+                "use prox='decoupled'"
             )
         if not given(group["group"]):
             return
         no_step = "with a metric of its own for each coordinate the group's step has no closed form"
         if not self._supports_group:
             raise ValueError(f"{where}group is not supported: {no_step}")
-        if prox == "preconditioned" and self._algorithm != 0:
+        if prox in ("preconditioned", "capped") and self._algorithm != 0:
             raise ValueError(
-                f"{where}group cannot go with prox='preconditioned': {no_step}; "
-                "use prox='decoupled'"
+                f"{where}group cannot go with prox={prox!r}: {no_step}; use prox='decoupled'"
             )
 
     def _check_changed(self, plan: _Plan) -> None:
@@ -269,7 +314,11 @@ class RegularizedOptimizer(Averages):
                 plan.checked[i] = own
 
     def _hyper(self, group: dict[str, Any]) -> Hyper:
-        penalized = given(group["l1"]) or given(group["l2"]) or given(group["group"])
+        by_groups = given(group["group"])
+        penalized = by_groups or given(group["l1"]) or given(group["l2"])
+        prox = _PROX[group["prox"]] if penalized else 0
+        if by_groups and group["prox"] is True and self._algorithm != 0:
+            prox = _PROX["decoupled"]
         decay = group.get("ema_decay")
         return Hyper(
             lr=group["lr"],
@@ -279,7 +328,7 @@ class RegularizedOptimizer(Averages):
             group=group["group"],
             ema_decay=0.0 if decay is None else decay,
             average=decay is not None,
-            prox=_PROX[group["prox"]] if penalized else 0,
+            prox=prox,
             maximize=bool(group["maximize"]),
             master_weights=bool(group["master_weights"]),
             **self._specific(group),
@@ -361,8 +410,10 @@ class RegularizedOptimizer(Averages):
             if status != DONE:
                 call = self._with_states(call)
                 _kernels.run_prepared(call, self._keys)
-        if value is not None:
-            self.penalty_value = value
+        if value is not None or self._penalized:
+            # When the strengths have become zero, so does the value.
+            self.penalty_value = torch.zeros_like(self.penalty_value) if value is None else value
+            self._penalized = value is not None
         if any(h.average for h in hypers):
             self._average_others()
         if call.fresh and self._forgets(call):
@@ -414,7 +465,10 @@ class RegularizedOptimizer(Averages):
         """Make the count of steps, as a tensor."""
         if not isinstance(state.get("step"), Tensor):
             start = float(state.get("step", 0.0))
-            state["step"] = torch.full((), start, dtype=torch.float32, device=p.device)
+            # As torch counts.
+            wide = torch.get_default_dtype() is torch.float64
+            dtype = torch.float64 if wide else torch.float32
+            state["step"] = torch.full((), start, dtype=dtype, device=p.device)
 
     # -- the step in a graph that must not break --
 
@@ -502,11 +556,11 @@ class RegularizedOptimizer(Averages):
             into.masters.extend(masters)
             into.averages.extend(averages)
             if self._has_step:
-                step = state[self._step_key]
-                wide = torch.float32 if self._step_key == "step" else update_dtype(p)
-                if step.device != device or step.dtype is not wide:
+                steps = [state[key] for key in self._step_keys]
+                wide = {update_dtype(p)} if "last" in self._step_keys else _COUNTS
+                if any(s.device != device or s.dtype not in wide for s in steps):
                     return False
-                into.steps.append(step)
+                into.steps.extend(steps)
         grads = [p.grad for p in everything if p.grad is not None]
         dtype = value_dtype([*everything, *grads])
         self.penalty_value = _on(device, dtype, self.penalty_value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from typing import Any, TypeAlias, TypedDict
 
@@ -46,16 +47,65 @@ DEFAULTS: Options = {
     "fused": None,
 }
 
+#: Keys of a param group that torch's optimizers do not have, or not all of them.
+OWN = tuple(
+    key for key in DEFAULTS if key not in ("max_grad_norm", "maximize", "foreach", "differentiable")
+)
+#: What some call a strength or an option.
+_OTHER_NAMES = {
+    "wd": "weight_decay",
+    "decay": "weight_decay",
+    "regularization": "l1 or l2",
+    "regularizer": "l1 or l2",
+    "reg": "l1 or l2",
+    "penalty": "l1 or l2",
+    "strength": "l1 or l2",
+    "lambda": "l1 or l2",
+    "elasticnet": "l1 and l2",
+    "lasso": "l1",
+    "ridge": "l2",
+    "grouplasso": "group",
+    "maxnorm": "max_grad_norm of the optimizer",
+    "maxgradnorm": "max_grad_norm of the optimizer",
+}
+
+
+def meant(key: str, known: Iterable[str]) -> str | None:
+    """Return what an unknown key of a param group seems to mean, None if it is another matter.
+
+    Users and schedulers keep things of their own in param groups (``"name"``, ``"lr_scale"``,
+    ``"initial_lr"``), which are let be.
+    """
+    plain = key.lower().replace("_", "").replace("-", "").strip()
+    by_plain = {name.replace("_", ""): name for name in known}
+    if plain in by_plain:
+        return by_plain[plain]
+    if plain in _OTHER_NAMES:
+        return _OTHER_NAMES[plain]
+    for name in ("l1", "l2"):
+        if name in by_plain and plain.startswith(name):
+            return name
+    for prefix in ("lambda", "group", "weight", "reg"):
+        rest = plain.removeprefix(prefix)
+        if rest in ("l1", "l2", "lasso", "strength", "lambda", "decay", "penalty", "reg"):
+            return _OTHER_NAMES.get(plain) or {"weight": "weight_decay"}.get(
+                prefix, "group" if prefix == "group" else rest if rest in by_plain else "l1 or l2"
+            )
+    close = difflib.get_close_matches(plain, by_plain, n=1, cutoff=0.85)
+    return by_plain[close[0]] if close else None
+
 
 PENALTY = r"""
         l1, l2, group: strengths >= 0 of the penalty
             :math:`R(w) = l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2 + group \sum_r \sqrt{n_r}
             \|w_r\|_2`, r over the slices along dimension 0. Numbers or 0-d tensors; each param
             group may have its own, and they may be changed between steps.
-        prox: ``True`` or ``"decoupled"``: after the update the proximal step of
-            :math:`lr \cdot R`, which gives weights that are exactly zero. ``"preconditioned"``: the
-            proximal step in the metric of the update. ``False``: the (sub)gradient of R is added to
-            the gradient.
+        prox: ``True`` or ``"capped"``: after the update a proximal step in its metric, which gives
+            weights that are exactly zero, the zeros of ``loss + R``, and spares weights that no
+            gradient has reached yet; with ``True``, param groups with a ``group`` term take the
+            decoupled step (except in SGD). ``"preconditioned"``: the same without sparing any.
+            ``"decoupled"``: the proximal step of :math:`lr \cdot R`. ``False``: the (sub)gradient
+            of R is added to the gradient.
         max_grad_norm: clip the 2-norm of all gradients to this inside the step, as
             :func:`clip_grad_norm_` does before it; the gradients themselves stay as they are. The
             norm before clipping is in :attr:`grad_norm`.
@@ -81,7 +131,8 @@ NOTES = r"""
     and overflow flag are also read on the device; gradients are not unscaled in memory.
 
     ``state_dict()`` has torch's keys; this optimizer and ``torch.optim``'s of the same name load
-    each other's, also through ``torch.distributed.checkpoint``.
+    each other's. So they do through ``torch.distributed.checkpoint``, which needs
+    ``planner=fusereg.optim.load_planner()`` to load a checkpoint of torch's here.
 
     ``torch.compile`` breaks the graph at the step, which then runs as it does without a compiler:
     there is nothing to fuse. With ``fullgraph=True`` the step is one operator in the graph, as

@@ -22,8 +22,9 @@ class SGD(RegularizedOptimizer):
         g &\leftarrow g + \lambda p, \quad b \leftarrow \mu b + (1 - \tau) g \\
         p &\leftarrow p - lr\, b \quad (\text{Nesterov: } g + \mu b)
 
-    and then, with ``prox``, :math:`p \leftarrow \mathrm{prox}_{lr R}(p)`. Without momentum this is
-    proximal gradient descent, ISTA (Beck and Teboulle 2009) on a full batch.
+    and then, with ``prox``, :math:`p \leftarrow \mathrm{prox}_{lr' R}(p)`, with
+    :math:`lr' = lr (1 - \tau) / (1 - \mu)`. Without momentum this is proximal gradient descent,
+    ISTA (Beck and Teboulle 2009) on a full batch.
 
     Args:
         params: parameters or param groups.
@@ -32,10 +33,11 @@ class SGD(RegularizedOptimizer):
         weight_decay: :math:`\lambda`, added to the gradient.
         {penalty}
 
-    torch's momentum amplifies a gradient that stays by :math:`(1 - \tau) / (1 - \mu)`, and
-    ``prox="preconditioned"`` amplifies lr in the proximal step as much: its fixed points are those
-    of the penalized problem, as those of ``prox=False`` are. The decoupled step's fixed points have
-    a penalty that is weaker by that factor. Without momentum the two are the same.
+    torch's momentum amplifies a gradient that stays by :math:`(1 - \tau) / (1 - \mu)`, so the
+    proximal step is amplified as much: its fixed points are those of the penalized problem.
+    ``prox="decoupled"`` takes lr itself: its fixed points have a penalty that is weaker by that
+    factor. Without momentum the two are the same; ``True``, ``"capped"`` and ``"preconditioned"``
+    always are.
 
     {notes}
 
@@ -69,14 +71,6 @@ class SGD(RegularizedOptimizer):
         super().__init__(params, defaults, **options)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        if group["prox"] == "preconditioned" and not group["momentum"] < 1.0:
-            raise ValueError(
-                "fusereg.optim.SGD: prox='preconditioned' needs momentum < 1, "
-                f"got {group['momentum']}"
-            )
 
     def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
         momentum = group["momentum"]

@@ -21,6 +21,7 @@ from . import dtensor as _dtensor
 from . import kernels as _kernels
 from . import op as _op
 from .functional import check_all
+from .names import without_dividing
 from .strengths import Listed, Strength, Strengths, check_dim, collect
 
 __all__ = ["elastic_net_", "group_lasso_", "l1_"]
@@ -33,7 +34,8 @@ def l1_(params: Params, threshold: Strength) -> None:
 
     Args:
         params: a tensor, an iterable of tensors, or a module; changed in place. Any mix of float64,
-            float32, float16, bfloat16, devices and layouts.
+            float32, float16, bfloat16, devices and layouts. Of a module, parameters stay that a
+            parametrization divides by their norm (``weight_norm``): zeros would make NaN.
         threshold: :math:`t \ge 0`, usually learning rate times lambda; one number or one per
             tensor.
 
@@ -42,7 +44,7 @@ def l1_(params: Params, threshold: Strength) -> None:
             and tensors that share memory. Nothing is changed then.
     """
     op = "prox.l1_"
-    _prox(op, collect(op, params, Strengths(l1=threshold), "threshold"))
+    _prox(op, collect(op, without_dividing(params), Strengths(l1=threshold), "threshold"))
 
 
 def elastic_net_(params: Params, l1: Strength, l2: Strength) -> None:
@@ -61,7 +63,7 @@ def elastic_net_(params: Params, l1: Strength, l2: Strength) -> None:
         TypeError, ValueError: as :func:`l1_`.
     """
     op = "prox.elastic_net_"
-    _prox(op, collect(op, params, Strengths(l1, l2)))
+    _prox(op, collect(op, without_dividing(params), Strengths(l1, l2)))
 
 
 def group_lasso_(params: Params, threshold: Strength, dim: int = 0) -> None:
@@ -83,7 +85,7 @@ def group_lasso_(params: Params, threshold: Strength, dim: int = 0) -> None:
     """
     op = "prox.group_lasso_"
     s = Strengths(group=threshold, dim=check_dim(op, dim))
-    _prox(op, collect(op, params, s, "threshold"))
+    _prox(op, collect(op, without_dividing(params), s, "threshold"))
 
 
 def _prox(op: str, listed: Listed) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..core import params as _params
 from ..core.params import Key
 from .functional import add_grads, evaluate
+from .names import SPARED, WORDS, Keys, Named, named_parameters, unpenalizable
 from .strengths import Listed, Strengths, listed
 
 __all__ = ["AttachedPenalty", "PenaltyGroup", "WeightPenalty"]
@@ -31,6 +33,10 @@ class PenaltyGroup:
 
 Rule = Mapping[str, float] | None
 
+_log = logging.getLogger("fusereg")
+#: The default of a strength: equal to 0, but not the 0 that a caller passes.
+UNSET = float("0.0")
+
 
 class WeightPenalty:
     r"""A penalty on the weights of a model, with strengths by parameter name or module type.
@@ -48,12 +54,21 @@ class WeightPenalty:
     Args:
         model: the module whose parameters are penalized. Parameters are looked up now; after
             replacing some (``fully_shard``, ``to_empty``, new layers), call :meth:`refresh`. Tied
-            parameters count once, under the first of their names.
-        l1, l2, group: strengths >= 0.
+            parameters count once, under the first of their names. Names are those inside
+            ``torch.compile``, ``DistributedDataParallel``, ``DataParallel`` and ``AveragedModel``;
+            patterns match the names with them, too, and for a parametrized layer the name of the
+            weight that is computed.
+        l1, l2, group: strengths >= 0, one of them, or a rule's, must be given (0 is one).
         half: whether the L2 term has the factor 1/2 (so that its gradient is ``l2 * w``).
         exclude: parameters without a penalty: ``"bias"`` (by name: ``bias``, ``in_proj_bias``,
-            ``bias_ih_l0``), ``"norm"`` (parameters of normalization layers), name patterns
-            (``"head.*"``), or types of the modules that hold the parameters.
+            ``bias_ih_l0``), ``"norm"`` (parameters of normalization layers), ``"layer_scale"``
+            (LayerScale's factors), ``"position_embedding"`` (these and class tokens, where they are
+            parameters of a module and the model has no method ``no_weight_decay``),
+            ``"no_weight_decay"`` (what this method of the model, or of a part of it, returns, as
+            timm's do), ``"vector"`` (all of at most one dimension), name patterns (``"head.*"``),
+            or types of the modules that hold the parameters. Never penalized are frozen parameters
+            that kernels cannot read (quantized ones), and those that a parametrization divides by
+            their norm (``weight_norm``, ``spectral_norm``): of zeros it makes NaN.
         rules: other strengths for some parameters: a mapping from patterns or types, as in
             ``exclude``, to a mapping with ``l1``, ``l2``, ``group`` (missing ones keep the default)
             or to None for no penalty. The last match wins, after ``exclude``. A pattern that
@@ -79,11 +94,11 @@ class WeightPenalty:
         self,
         model: nn.Module,
         *,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        group: float = 0.0,
+        l1: float = UNSET,
+        l2: float = UNSET,
+        group: float = UNSET,
         half: bool = True,
-        exclude: Iterable[Key] | Key = ("bias", "norm"),
+        exclude: Iterable[Key] | Key = SPARED,
         rules: Mapping[Key, Rule] | None = None,
         schedule: Callable[[int], float] | None = None,
     ) -> None:
@@ -101,6 +116,7 @@ class WeightPenalty:
         self._exclude = tuple(exclude)
         self._rules = dict(rules or {})
         self._check_keys()
+        check_given((l1, l2, group), self._rules)
         defaults = _check_strengths({"l1": l1, "l2": l2, "group": group}, "WeightPenalty")
         groups = [PenaltyGroup(self._DEFAULT, [], [], **defaults)]
         for key, label in self._labels().items():
@@ -147,27 +163,44 @@ class WeightPenalty:
         labels = self._labels()
         members: dict[str, list[tuple[str, Tensor]]] = {g.label: [] for g in self.groups}
         excluded = []
-        without_match = {k for k in self._exclude if k not in ("bias", "norm")}
+        without_match = {k for k in self._exclude if k not in WORDS}
         without_effect = set(self._rules)
-        for name, param, module in _named_parameters(self._model):
-            out = [k for k in self._exclude if _matches(k, name, module)]
-            found = [] if out else [k for k in self._rules if _matches(k, name, module)]
+        keys, items = Keys(self._model), named_parameters(self._model)
+        reasons: dict[str, str] = {}
+        for item in items:
+            out = [k for k in self._exclude if keys.match(k, item)]
+            found = [k for k in self._rules if keys.match(k, item)]
+            reason = unpenalizable(item)
+            if reason is None and out:
+                reason = f"excluded by {_label(out[0])!r}"
+            elif reason is not None:
+                _log.info("fusereg.WeightPenalty: %s has no penalty: %s", item.name, reason)
             without_match.difference_update(out)
-            without_effect.difference_update(found)
-            if out or (found and self._rules[found[-1]] is None):
-                excluded.append(name)
+            # To leave out what fusereg leaves out of itself is no mistake.
+            plainly = any(k not in WORDS[2:] for k in out)
+            without_effect.difference_update(
+                k for k in found if reason is None or (self._rules[k] is None and not plainly)
+            )
+            if reason is not None or (found and self._rules[found[-1]] is None):
+                excluded.append(item.name)
+                if reason is not None:
+                    reasons[item.name] = reason
             else:
                 label = labels[found[-1]] if found else self._DEFAULT
-                members[label].append((name, param))
+                members[label].append((item.name, item.param))
         if without_match or without_effect:
-            patterns = ", ".join(sorted(_label(k) for k in without_match | without_effect))
+            unmatched = without_match | without_effect
+            patterns = ", ".join(sorted(_label(k) for k in unmatched))
             raise ValueError(
-                f"fusereg.WeightPenalty: no parameter (that is not excluded) matches {patterns}"
+                f"fusereg.WeightPenalty: {_hints(keys, unmatched, items, reasons)}no parameter "
+                f"(that is not excluded) matches {patterns}"
             )
         for g in self.groups:
             g.names = [name for name, _ in members[g.label]]
             g.params = [param for _, param in members[g.label]]
         self.excluded = excluded
+        self._wrapped = {other: item.name for item in items for other in item.others}
+        self._tied = [f"{name} is {item.name}" for item in items for name, _ in item.tied]
 
     def _default(self) -> PenaltyGroup:
         return self.groups[0]
@@ -326,7 +359,7 @@ class WeightPenalty:
                 f"this penalty has {sorted(here)}"
             )
         for label, g in here.items():
-            if names[label] != g.names:
+            if [self._wrapped.get(name, name) for name in names[label]] != g.names:
                 raise ValueError(
                     f"fusereg.WeightPenalty: group '{label}' of the state names other parameters"
                 )
@@ -350,6 +383,8 @@ class WeightPenalty:
             )
         if self.excluded:
             lines.append(f"  not penalized: {_shortened(self.excluded)}")
+        if self._tied:
+            lines.append(f"  tied: {_shortened(self._tied)}")
         return "\n".join(lines) + "\n)"
 
 
@@ -410,9 +445,19 @@ class AttachedPenalty:
             self.value = added
         return added is not None
 
-    def _after(self, *_: Any) -> None:
-        if self._count_steps:
+    def _after(self, optimizer: Any, *_: Any) -> None:
+        if self._count_steps and not skips_step(optimizer):
             self._penalty.step()
+
+
+def skips_step(optimizer: Any) -> bool:
+    """Return whether a GradScaler's overflow makes a step that runs on the device change nothing.
+
+    The scaler does not call the step of other optimizers then, and waits for the device as this
+    does.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and float(found_inf) != 0.0
 
 
 def add_for(penalty: WeightPenalty, optimizer: Any, grad_scale: Tensor | None) -> Tensor | None:
@@ -438,6 +483,14 @@ def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
+def check_given(strengths: Iterable[object], rules: Mapping[Key, Rule] | None) -> None:
+    """Raise if a penalty has no strength at all: it would do nothing."""
+    if all(s is UNSET for s in strengths) and not any((rules or {}).values()):
+        raise ValueError(
+            "fusereg.WeightPenalty: no strength is given; pass l1, l2 or group, or rules with some"
+        )
+
+
 def _check_strengths(values: Mapping[str, float], where: str) -> dict[str, float]:
     checked = {}
     for name, strength in values.items():
@@ -455,28 +508,22 @@ def _check_strengths(values: Mapping[str, float], where: str) -> dict[str, float
     return checked
 
 
-def _named_parameters(model: nn.Module) -> Iterable[tuple[str, Tensor, nn.Module]]:
-    """Yield each parameter once, under its first name, with the module that holds it."""
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for name, param in module.named_parameters(recurse=False):
-            if id(param) not in seen:
-                seen.add(id(param))
-                yield (f"{prefix}.{name}" if prefix else name), param, module
-
-
-def _matches(key: Key, name: str, module: nn.Module) -> bool:
-    if key == "bias":
-        own = name.rpartition(".")[2]
-        return own.endswith("bias") or "bias" in own.split("_")  # bias_ih_l0 of recurrent layers
-    if key == "norm":
-        # By name, which also finds other libraries' layers: LlamaRMSNorm, BatchNormAct2d.
-        return any("norm" in base.__name__.lower() for base in type(module).__mro__)
-    return _params.matches(key, name, module)
-
-
 def _label(key: Key) -> str:
     return key if isinstance(key, str) else key.__name__
+
+
+def _hints(
+    keys: Keys, unmatched: Iterable[Key], items: Sequence[Named], reasons: Mapping[str, str]
+) -> str:
+    """Say why parameters that a key selects do not count under it."""
+    hints = []
+    for key in sorted(unmatched, key=_label):
+        for item in items:
+            if (tied := keys.tied(key, item)) is not None:
+                hints.append(f"{tied} is tied to {item.name}, under which it counts")
+            elif item.name in reasons and keys.match(key, item):
+                hints.append(f"{item.name} is {reasons[item.name]}")
+    return f"{_shortened(hints, 3)}; " if hints else ""
 
 
 def _shortened(names: Sequence[str], limit: int = 6) -> str:

@@ -1,0 +1,149 @@
+"""Clipping of gradients element by element, and unit by unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .. import _C
+from ..core import checks, dispatch, distributed, memory
+from ..core import params as _params
+from ..penalty import dtensor as _sharded
+from ..penalty.kernels import DONE
+from ..penalty.strengths import Strengths
+
+__all__ = ["adaptive_clip_grad_", "clip_grad_value_"]
+
+_tables = memory.launch_tables()
+_rows_tables = memory.launch_tables()
+#: Layers whose weight has its outputs in dimension 1: the name of a base class.
+_TURNED = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Conv1D")
+
+
+@dispatch.outside_graphs
+def clip_grad_value_(
+    parameters: Tensor | Iterable[Tensor] | nn.Module,
+    clip_value: float,
+    foreach: bool | None = None,
+) -> None:
+    r"""Clip each element of all gradients to the range from ``-clip_value`` to ``clip_value``.
+
+    As ``torch.nn.utils.clip_grad_value_``, in one launch that reads and writes each element once.
+    NaN stays. DTensors are clipped shard by shard.
+
+    Args:
+        parameters: a tensor, an iterable of tensors, or a module; those without ``.grad`` do not
+            count.
+        clip_value: >= 0.
+        foreach: accepted for compatibility, ignored.
+
+    Raises:
+        TypeError, ValueError: a gradient that kernels cannot read, named by its index; gradients
+            share memory; or ``clip_value`` is negative.
+
+    Example:
+        >>> loss.backward()
+        >>> fusereg.optim.clip_grad_value_(model.parameters(), 1.0)
+        >>> optimizer.step()
+    """
+    op = "optim.clip_grad_value_"
+    limit = _not_negative(clip_value, op, "clip_value")
+    listed = list({id(p): p for p in _params.as_list(parameters, op)}.values())
+    if _C.clip_values(listed, limit, _tables, op) == DONE:
+        return
+    for i, p in enumerate(listed):
+        if p.grad is None:
+            continue
+        g = p.grad
+        if g.layout is torch.sparse_coo:
+            p.grad = g = g.coalesce()
+            g = g.values()
+        if distributed.is_dtensor(g):
+            g = _sharded.local_part(g)
+        checks.check(g, op, f"parameters[{i}].grad")
+        with torch.no_grad():
+            g.clamp_(-limit, limit)
+
+
+@dispatch.outside_graphs
+def adaptive_clip_grad_(
+    parameters: Tensor | Iterable[Tensor] | nn.Module,
+    clip_factor: float = 0.01,
+    eps: float = 1e-3,
+) -> None:
+    r"""Clip the gradient of each unit by the norm of its weights (Brock et al. 2021, NFNets).
+
+    .. math:: g_r \leftarrow g_r \frac{c \max(\|w_r\|, \epsilon)}{\max(\|g_r\|, 10^{-6})}
+              \quad \text{unless} \quad \|g_r\| < c \max(\|w_r\|, \epsilon)
+
+    A unit is an index of dimension 0, which is an output of a layer; of transposed convolutions and
+    GPT-2's Conv1D, in a module, of dimension 1. A tensor of one dimension is one unit. The paper
+    leaves out the last layer: pass the parameters of the others. As timm's
+    ``adaptive_clip_grad``, in one launch; norms are summed in float64.
+
+    Args:
+        parameters: a tensor, an iterable of tensors, or a module; those without ``.grad`` do not
+            count. DTensors must have whole rows on each rank.
+        clip_factor: c >= 0.
+        eps: least norm of a unit's weights, >= 0: units of zeros may begin to move.
+
+    Raises:
+        TypeError, ValueError: a parameter or gradient that kernels cannot read, named by its index;
+            gradients share memory; a number is negative.
+
+    Example:
+        >>> loss.backward()
+        >>> fusereg.optim.adaptive_clip_grad_(model.body, 0.01)
+        >>> optimizer.step()
+    """
+    op = "optim.adaptive_clip_grad_"
+    clip_factor = _not_negative(clip_factor, op, "clip_factor")
+    eps = _not_negative(eps, op, "eps")
+    turned = _turned(parameters) if isinstance(parameters, nn.Module) else set()
+    listed = list({id(p): p for p in _params.as_list(parameters, op)}.values())
+    grads = {id(p): p.grad for p in listed if p.grad is not None}
+    listed = [p for p in listed if id(p) in grads]
+    if distributed.has_dtensor(listed):
+        _sharded.by_mesh(op, listed, Strengths(group=1.0))  # refuses rows in parts
+    elif not turned and _C.clip_rows(listed, clip_factor, eps, _rows_tables, op) == DONE:
+        return
+    for i, p in enumerate(listed):
+        w, g = p, grads[id(p)]
+        if distributed.is_dtensor(p):
+            w, g = _sharded.local_part(p), _sharded.local_part(g)
+        checks.check(w, op, f"parameters[{i}]")
+        checks.check(g, op, f"parameters[{i}].grad")
+        with torch.no_grad():
+            _clip(w, g, 1 if id(p) in turned else 0, clip_factor, eps)
+
+
+def _clip(w: Tensor, g: Tensor, dim: int, clip_factor: float, eps: float) -> None:
+    dims = [d for d in range(w.dim()) if d != dim or w.dim() <= 1]
+    if w.numel() == 0:
+        return
+    norms = [
+        torch.linalg.vector_norm(t, 2, dims or None, keepdim=True, dtype=torch.float64)
+        for t in (w, g)
+    ]
+    limit = norms[0].clamp(min=eps) * clip_factor
+    factor = torch.where(norms[1] < limit, 1.0, limit / norms[1].clamp(min=1e-6))
+    g.mul_(factor.to(g.dtype) if g.dtype is torch.float64 else factor.float())
+
+
+def _turned(model: nn.Module) -> set[int]:
+    return {
+        id(weight)
+        for module in model.modules()
+        if any(base.__name__ in _TURNED for base in type(module).__mro__)
+        and isinstance(weight := getattr(module, "weight", None), Tensor)
+        and weight.dim() > 1
+    }
+
+
+def _not_negative(value: float, op: str, name: str) -> float:
+    value = float(value)
+    if not value >= 0.0:
+        raise ValueError(f"fusereg.{op}: {name} must not be negative, got {value}")
+    return value

@@ -1,0 +1,162 @@
+"""Optimizers that torch does not have, and other kinds of clipping, against their references."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conftest import Backend
+from fusereg import optim
+
+
+def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(s, dtype=torch.float64).to(dtype)) for s in shapes]
+
+
+def copies(params: list[nn.Parameter]) -> list[nn.Parameter]:
+    return [nn.Parameter(p.detach().clone()) for p in params]
+
+
+def give_grads(*lists: list[nn.Parameter]) -> None:
+    for together in zip(*lists, strict=True):
+        g = torch.randn(together[0].shape).to(together[0].dtype)
+        for p in together:
+            p.grad = g.clone()
+
+
+@pytest.fixture(scope="module")
+def timm_optim() -> Any:
+    pytest.importorskip("other_libraries")
+    return pytest.importorskip("timm.optim")
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.5, 0.7)])
+def test_lion_is_timms_step_for_step(timm_optim: Any, weight_decay: float, betas: Any) -> None:
+    ours = parameters((5, 7), (33,), (2, 3, 4))
+    theirs = copies(ours)
+    options: dict[str, Any] = {"lr": 0.01, "betas": betas, "weight_decay": weight_decay}
+    own, other = optim.Lion(ours, **options), timm_optim.Lion(theirs, **options)
+    for _ in range(6):
+        give_grads(ours, theirs)
+        own.step()
+        other.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(own.state[p]["exp_avg"], other.state[q]["exp_avg"])
+
+
+def test_lion_stops_at_zero_and_leaves_it_only_for_a_gradient_above_l1() -> None:
+    p = nn.Parameter(torch.tensor([0.005, -0.005, 0.0, 0.0, 0.5]))
+    optimizer = optim.Lion([p], lr=0.01, l1=0.1)
+    p.grad = torch.tensor([10.0, -10.0, 0.9, 1.1, 0.5])  # c is a tenth of it
+    optimizer.step()
+    assert p.tolist() == pytest.approx([0.0, 0.0, 0.0, -0.01, 0.49])
+
+
+def test_lion_finds_the_zeros_of_a_lasso() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 20, dtype=torch.float64, generator=generator)
+    y = x[:, :4] @ torch.tensor([2.0, -1.5, 1.0, -1.0], dtype=torch.float64)
+    w = nn.Parameter(torch.randn(20, dtype=torch.float64, generator=generator))
+    optimizer = optim.Lion([w], lr=0.02, l1=0.2)
+    for step in range(700):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 700)
+        optimizer.zero_grad()
+        (0.5 * (x @ w - y).square().mean()).backward()
+        optimizer.step()
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    theirs = linear_model.Lasso(alpha=0.2, fit_intercept=False, tol=1e-12)
+    wanted = torch.from_numpy(theirs.fit(x.numpy(), y.numpy()).coef_)
+    assert torch.equal(w == 0, wanted == 0)
+    torch.testing.assert_close(w.detach(), wanted, rtol=0.0, atol=1e-3)
+
+
+# --- clipping by value, adaptive clipping ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("limit", [0.0, 0.3, 6e4])
+def test_clip_grad_value_is_torchs(backend: Backend, dtype: torch.dtype, limit: float) -> None:
+    ours = [
+        nn.Parameter(p.to(backend.device)) for p in parameters((5, 7), (33,), (0,), dtype=dtype)
+    ]
+    theirs = copies(ours)
+    give_grads(ours, theirs)
+    for p, q in zip(ours, theirs, strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        if p.numel():
+            for grad in (p.grad, q.grad):
+                grad.view(-1)[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0])
+    ours.append(nn.Parameter(torch.ones(2)))  # without a gradient
+    optim.clip_grad_value_(ours, limit)
+    torch.nn.utils.clip_grad_value_(theirs, limit)
+    for p, q in zip(ours[:3], theirs, strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert torch.equal(p.grad.nan_to_num(7.0), q.grad.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [0.01, 0.3, 10.0])
+def test_adaptive_clipping_is_timms(timm_optim: Any, dtype: torch.dtype, factor: float) -> None:
+    from timm.utils.agc import adaptive_clip_grad
+
+    shapes: list[tuple[int, ...]] = [(5, 7), (33,), (4, 3, 2, 2), (6, 1), (3, 5000)]
+    ours = parameters(*shapes, dtype=dtype)
+    with torch.no_grad():
+        ours[0][2] = 0.0  # a row of zeros has the least limit
+        ours[2][1] *= 1e-5
+    theirs = copies(ours)
+    give_grads(ours, theirs)
+    assert theirs[0].grad is not None
+    wanted = [p.grad.double() for p in copies_with_grads(theirs)]
+    optim.adaptive_clip_grad_(ours, factor)
+    double = [nn.Parameter(p.detach().double()) for p in theirs]
+    for p, g in zip(double, wanted, strict=True):
+        p.grad = g
+    adaptive_clip_grad(double, clip_factor=factor)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    for p, q in zip(ours, double, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad.double(), q.grad, rtol=tolerance, atol=tolerance)
+
+
+def copies_with_grads(params: list[nn.Parameter]) -> list[Any]:
+    found = copies(params)
+    for p, q in zip(found, params, strict=True):
+        assert q.grad is not None
+        p.grad = q.grad.clone()
+    return found
+
+
+def test_units_are_those_of_the_layer_where_a_module_is_passed() -> None:
+    conv, turned = nn.Conv2d(3, 4, 2), nn.ConvTranspose2d(4, 3, 2)
+    with torch.no_grad():
+        turned.weight.copy_(conv.weight.transpose(0, 1).reshape(4, 3, 2, 2))
+        turned.weight.copy_(torch.arange(48.0).reshape(4, 3, 2, 2))
+    turned.weight.grad = torch.ones_like(turned.weight)
+    optim.adaptive_clip_grad_(turned, 0.01)
+    grad: Tensor = turned.weight.grad
+    # An output of a transposed convolution is an index of dimension 1.
+    limit = 0.01 * turned.weight.detach().transpose(0, 1).flatten(1).norm(dim=1)
+    assert torch.allclose(grad.transpose(0, 1).flatten(1).norm(dim=1), limit)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: optim.clip_grad_value_(p, -1.0), "clip_value must not be negative, got -1.0"),
+        (lambda p: optim.adaptive_clip_grad_(p, -1.0), "clip_factor must not be negative"),
+        (lambda p: optim.adaptive_clip_grad_(p, 0.1, eps=-1.0), "eps must not be negative"),
+        (lambda _: optim.clip_grad_value_(3, 1.0), "params must be a Tensor"),
+    ],
+)
+def test_what_clipping_refuses(call: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(parameters((2,)))

@@ -1,0 +1,101 @@
+"""Which zeros the kinds of proximal steps find, and which weights they wipe without evidence.
+
+The problems are those of docs/scripts/zeros.py, shortened.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fusereg import optim
+
+PATH = Path(__file__).parents[1] / "docs" / "scripts" / "zeros.py"
+
+
+@pytest.fixture(scope="module")
+def problems() -> Any:
+    pytest.importorskip("sklearn")
+    spec = importlib.util.spec_from_file_location("zeros", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("problem", ["lasso", "logistic"])
+def test_full_batches_find_exactly_the_zeros_of_scikit_learn(problems: Any, problem: str) -> None:
+    found = getattr(problems, problem)(True, steps=1000 if problem == "lasso" else 3000)
+    assert found.wanted > 10
+    assert (found.found, found.false) == (found.wanted, 0)
+
+
+@pytest.mark.parametrize(
+    ("problem", "batch", "share"),
+    [("lasso", 32, 0.9), pytest.param("logistic", 64, 0.7, marks=pytest.mark.slow)],
+)
+def test_batches_find_most_zeros_and_no_false_one(
+    problems: Any, problem: str, batch: int, share: float
+) -> None:
+    found = getattr(problems, problem)(True, batch, steps=1500)
+    assert found.found >= share * found.wanted
+    assert found.false == 0
+
+
+def test_no_unused_row_is_wiped_where_the_plain_metric_wipes_most(problems: Any) -> None:
+    assert problems.embedding(True, steps=300)[0] == 0
+    wiped, waiting = problems.embedding("preconditioned", steps=300)
+    assert wiped > 0.7 * waiting
+
+
+def test_no_unit_is_wiped_by_the_first_step(problems: Any) -> None:
+    assert problems.perceptron(True, steps=2).wiped == 0
+    assert problems.perceptron("preconditioned", steps=2).wiped > 20
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RMSprop", "Adagrad", "Lion"])
+def test_a_weight_without_gradients_waits_and_then_goes_by_two_steps_of_the_rate(name: str) -> None:
+    options: dict[str, Any] = {"betas": (0.9, 0.99)}
+    if name in ("RMSprop", "Adagrad"):
+        options = {}
+    wait = 999 if name == "Adagrad" else 99
+    p = nn.Parameter(torch.tensor([1.0, 1.0]))
+    optimizer = getattr(optim, name)([p], lr=0.01, l1=1e-3, **options)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    p.grad = torch.tensor([0.0, 1e-3])
+    for _ in range(wait):
+        optimizer.step()
+    assert p[0] == 1.0
+    optimizer.step()
+    # A step of Lion has one size.
+    assert float(p.detach()[0]) == pytest.approx(0.99 if name == "Lion" else 0.98, rel=1e-6)
+    for _ in range(100):
+        optimizer.step()
+    assert p[0] == 0.0
+
+
+def test_a_column_of_zeros_ends_as_zero_but_not_at_once(problems: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(50, 4, generator=generator, dtype=torch.float64)
+    x[:, 3] = 0.0
+    y = x[:, 0] * 2
+    w = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    optimizer = optim.Adam([w], lr=0.05, betas=(0.9, 0.99), l1=0.1, l2=0.1)
+    for step in range(800):
+        optimizer.zero_grad()
+        (0.5 * (x @ w - y).square().mean()).backward()
+        optimizer.step()
+        if step == 0:
+            assert w[3] == 1.0
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    theirs = sklearn.ElasticNet(alpha=0.2, l1_ratio=0.5, fit_intercept=False, tol=1e-12)
+    wanted = torch.from_numpy(theirs.fit(x.numpy(), y.numpy()).coef_)
+    assert ((w == 0) == (wanted == 0)).all()
+    torch.testing.assert_close(w.detach(), wanted, rtol=0.0, atol=1e-9)
