@@ -192,8 +192,9 @@ FUSEREG_DEVICE_INLINE void load_weights(const Target& item, std::int64_t at,
 }
 
 // kPerThread elements from `at` on; calls seen(p) with what the step begins with, and leaves the
-// new p there. Everything is loaded before the first number is used.
-template <Algorithm algorithm, class C, class Seen>
+// new p there. Everything is loaded before the first number is used; or, where that takes too many
+// registers, p has been loaded already.
+template <Algorithm algorithm, bool kLoaded = false, class C, class Seen>
 FUSEREG_DEVICE_INLINE void update_many(const Target& item, const void* gradient, std::int64_t at,
                                        const Coefficients<C>& k, const Flags& f, int states,
                                        C (&p)[kPerThread<C>], const Seen& seen) {
@@ -201,14 +202,16 @@ FUSEREG_DEVICE_INLINE void update_many(const Target& item, const void* gradient,
   C copy[kN];
   C g[kN];
   C s[kMaxStates][kN];
-  load_many(item.p_dtype, item.p, at, p);
-  if (item.copy != nullptr) load_many(item.copy_dtype, item.copy, at, copy);
+  if (!kLoaded) {
+    load_many(item.p_dtype, item.p, at, p);
+    if (item.copy != nullptr) load_many(item.copy_dtype, item.copy, at, copy);
+  }
   load_many(item.g_dtype, gradient, at, g);
   FUSEREG_UNROLL
   for (int j = 0; j < kMaxStates; ++j) {
     if (j < states) load_many(item.state_dtype, item.state[j], at, s[j]);
   }
-  if (item.copy != nullptr) settle_many(item, copy, p);
+  if (!kLoaded && item.copy != nullptr) settle_many(item, copy, p);
   seen(p);
   if (algorithm == Algorithm::kFtrl && is_16_bit(item.p_dtype)) {
     FUSEREG_UNROLL
@@ -378,7 +381,8 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
       },
       [&](std::int64_t at) {
         C p[kN];
-        update_many<algorithm>(item, gradient, at, k, f, states, p, [](const C(&)[kN]) {});
+        load_weights(item, at, p);
+        update_many<algorithm, true>(item, gradient, at, k, f, states, p, [](const C(&)[kN]) {});
         if (!prox) {
           if (average) average_many(item, at, k.average, p);
           return;
