@@ -126,7 +126,7 @@ def test_a_long_list_has_the_bits_of_several_short_ones(backend: Backend, name: 
 
 def test_a_captured_stream_gets_whole_tables(backend: Backend) -> None:
     """In a graph that is replayed the memory may hold something else."""
-    if not backend.on_host:
+    if not hasattr(_C, "_set_capturing"):
         pytest.skip("the host's streams say what they are told to")
     found = []
     for capturing in (False, True):

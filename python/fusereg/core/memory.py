@@ -32,7 +32,7 @@ def _of_stream(
     """
     index, handle = -1, 0  # of CUDA kernels that run on the host
     if device.type != "cpu":
-        index = device.index
+        index = _index(device)
         stream = _C.working_stream(index)
         if stream is None:
             return make()
@@ -42,6 +42,12 @@ def _of_stream(
     if found is None or not fits(found):
         found = _kept[key] = _outside_pools(device, make)
     return found
+
+
+def _index(device: torch.device) -> int:
+    """Return the device's number: of tensors' devices it is given."""
+    index: int | None = device.index
+    return torch.cuda.current_device() if index is None else index
 
 
 def _outside_pools(device: torch.device, make: Callable[[], _Memory]) -> _Memory:
@@ -75,7 +81,7 @@ def _outside_pools(device: torch.device, make: Callable[[], _Memory]) -> _Memory
 
 def capturing(device: torch.device) -> bool:
     """Return whether a CUDA graph is captured on the device's current stream."""
-    return device.type == "cuda" and _C.working_stream(device.index) is None
+    return device.type == "cuda" and _C.working_stream(_index(device)) is None
 
 
 def to_device(tensor: torch.Tensor, device: torch.device, op: str) -> torch.Tensor:
@@ -122,10 +128,10 @@ def constants(
     """
     if device.type != "cuda":
         return make()
-    where = (key, device.index)
+    where = (key, _index(device))
     if found := _in_graphs.get(where):
         return found
-    stream = _C.working_stream(device.index)
+    stream = _C.working_stream(_index(device))
     with _constants_lock:
         of_streams = _constants.get(where)
         if of_streams is not None:
