@@ -484,7 +484,7 @@ __device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, const Stre
   };
   if (group < shape.groups) own.template sum<C>(w, out, threshold, sums);
   reduce();
-  if (group < shape.groups && threshold == 0.0 && inaccurate<C>(sums[1])) {
+  if (group < shape.groups && threshold == 0.0 && sums[0] != 0.0 && inaccurate<C>(sums[1])) {
     own.template sum<double>(w, out, threshold, sums);
     reduce();
   }
@@ -514,10 +514,19 @@ __device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, const Stre
   return own.thread == 0 ? t.value : 0.0;
 }
 
+// What the threads of a block exchange about columns; one for all dtypes.
+struct ColumnMemory {
+  double partial[16 / sizeof(std::uint16_t) * kThreads];
+  double totals[2][kThreads];  // of columns
+  double factors[kThreads];    // of groups
+  bool any_inaccurate;
+};
+
 template <class T, Op op>
 __device__ double groups_by_columns(T* w, T* g, const GroupShape& shape, const Strengths& s,
-                                    double scale, std::int64_t first) {
-  FUSEREG_SHARED(partial, double[2][kWarps][cuda::kWarpSize]);
+                                    double scale, std::int64_t first, ColumnMemory& memory) {
+  double* const absolute = memory.partial;
+  double* const square = memory.partial + kThreads;
   const auto inner = static_cast<unsigned>(shape.inner);
   const unsigned lane = cuda::lane_id();
   const unsigned warp = cuda::warp_id();
@@ -532,8 +541,8 @@ __device__ double groups_by_columns(T* w, T* g, const GroupShape& shape, const S
     sums[1] += x * x;
   }
   __syncthreads();  // the previous task's readers are done
-  partial[0][warp][lane] = sums[0];
-  partial[1][warp][lane] = sums[1];
+  absolute[threadIdx.x] = sums[0];
+  square[threadIdx.x] = sums[1];
   __syncthreads();
   double value = 0.0;
   if (mine) {
@@ -541,8 +550,8 @@ __device__ double groups_by_columns(T* w, T* g, const GroupShape& shape, const S
     sums[0] = sums[1] = 0.0;
     for (unsigned c = start; c < start + inner; ++c) {
       for (int v = 0; v < kWarps; ++v) {
-        sums[0] += partial[0][v][c];
-        sums[1] += partial[1][v][c];
+        sums[0] += absolute[v * cuda::kWarpSize + static_cast<int>(c)];
+        sums[1] += square[v * cuda::kWarpSize + static_cast<int>(c)];
       }
     }
     const GroupTerms t = group_terms<op>(s, shape.group_size(), sums);
@@ -607,13 +616,9 @@ struct VectorColumns {
 
 template <class T, Op op>
 __device__ double groups_by_vector_columns(T* w, T* g, const GroupShape& shape, const Strengths& s,
-                                           double scale, std::int64_t first) {
+                                           double scale, std::int64_t first, ColumnMemory& memory) {
   using C = Compute<T>;
   constexpr int kN = cuda::kVecSize<T>;
-  FUSEREG_SHARED(partial, double[kN][kThreads]);
-  FUSEREG_SHARED(totals, double[2][kThreads]);  // of columns
-  FUSEREG_SHARED(factors, double[kThreads]);    // of groups
-  FUSEREG_SHARED(any_inaccurate, bool);
   const auto inner = static_cast<int>(shape.inner);
   const auto groups = static_cast<int>(groups_per_task<T>(shape, GroupMode::kVectorColumns));
   const std::int64_t rest = shape.groups - first;
@@ -632,36 +637,38 @@ __device__ double groups_by_vector_columns(T* w, T* g, const GroupShape& shape, 
   const auto add_up = [&](const double (&v)[kN], double* total) {
     __syncthreads();  // the last readers are done
     FUSEREG_UNROLL
-    for (int k = 0; k < kN; ++k) partial[k][thread] = v[k];
+    for (int k = 0; k < kN; ++k) memory.partial[k * kThreads + thread] = v[k];
     __syncthreads();
     if (thread >= columns) return;
     double sum = 0.0;
-    for (int r = 0; r < rows_at_once; ++r) sum += partial[thread % kN][r * lanes + thread / kN];
+    for (int r = 0; r < rows_at_once; ++r) {
+      sum += memory.partial[thread % kN * kThreads + r * lanes + thread / kN];
+    }
     total[thread] = sum;
   };
   const auto reduce = [&] {
-    if (kGivesValue<op> && s.l1 != 0.0) add_up(absolute, totals[0]);
-    add_up(square, totals[1]);
+    if (kGivesValue<op> && s.l1 != 0.0) add_up(absolute, memory.totals[0]);
+    add_up(square, memory.totals[1]);
     __syncthreads();
   };
   // Of the group that is this thread's, if any.
   const auto sums_of_group = [&](double (&sums)[2]) {
     sums[0] = sums[1] = 0.0;
     for (int c = thread * inner; c < (thread + 1) * inner; ++c) {
-      if (kGivesValue<op> && s.l1 != 0.0) sums[0] += totals[0][c];
-      sums[1] += totals[1][c];
+      if (kGivesValue<op> && s.l1 != 0.0) sums[0] += memory.totals[0][c];
+      sums[1] += memory.totals[1][c];
     }
   };
   double sums[2] = {0.0, 0.0};
   own.template sum<C>(w, threshold, absolute, square);
-  if (thread == 0) any_inaccurate = false;
+  if (thread == 0) memory.any_inaccurate = false;
   reduce();
   if (thread < own_groups) {
     sums_of_group(sums);
-    if (threshold == 0.0 && inaccurate<C>(sums[1])) any_inaccurate = true;
+    if (threshold == 0.0 && inaccurate<C>(sums[1])) memory.any_inaccurate = true;
   }
   __syncthreads();
-  if (any_inaccurate) {
+  if (memory.any_inaccurate) {
     own.template sum<double>(w, threshold, absolute, square);
     reduce();
     if (thread < own_groups) sums_of_group(sums);
@@ -669,7 +676,7 @@ __device__ double groups_by_vector_columns(T* w, T* g, const GroupShape& shape, 
   double value = 0.0;
   if (thread < own_groups) {
     const GroupTerms t = group_terms<op>(s, shape.group_size(), sums);
-    factors[thread] = t.l2;
+    memory.factors[thread] = t.l2;
     value = t.value;
   }
   __syncthreads();
@@ -679,7 +686,7 @@ __device__ double groups_by_vector_columns(T* w, T* g, const GroupShape& shape, 
     FUSEREG_UNROLL
     for (int k = 0; k < kN; ++k) {
       const int group = (lane * kN + k) / inner;
-      const double l2 = group < own_groups ? factors[group] : 0.0;
+      const double l2 = group < own_groups ? memory.factors[group] : 0.0;
       c2[k] = static_cast<C>(op == Op::kProx ? l2 : l2 * scale);
     }
     NewElements<T, op> news(s.l1, 0.0, scale);
@@ -707,6 +714,7 @@ __device__ double groups_by_vector_columns(T* w, T* g, const GroupShape& shape, 
 template <Op op>
 __global__ void __launch_bounds__(kThreads, 2)
     penalty_groups_kernel(FUSEREG_GRID_CONSTANT(GroupTable, t)) {
+  FUSEREG_SHARED(memory, ColumnMemory);
   const double scale = read_scale(t.scale);
   double value = 0.0;
   const std::uint32_t tasks = t.first_task[t.count];
@@ -722,9 +730,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       const std::int64_t first =
           static_cast<std::int64_t>(task - t.first_task[i]) * groups_per_task<T>(shape, mode);
       if (mode == GroupMode::kVectorColumns)
-        return groups_by_vector_columns<T, op>(w, g, shape, s, scale, first);
+        return groups_by_vector_columns<T, op>(w, g, shape, s, scale, first, memory);
       if (mode == GroupMode::kColumns)
-        return groups_by_columns<T, op>(w, g, shape, s, scale, first);
+        return groups_by_columns<T, op>(w, g, shape, s, scale, first, memory);
       return groups_by_runs<T, op>(w, g, shape, s, scale, first, mode == GroupMode::kWarp);
     };
     value += dispatch_dtype(t.dtype[i], run);
