@@ -86,8 +86,7 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(r"^penalty::penalty_groups_kernel", spill=32, share=70.0),
     Bound(r"^penalty::", share=90.0),
     Bound(r"^optim::(?:clip|norm)_kernel", share=90.0),
-    # Adam with the group lasso of rows.
-    Bound(r"^optim::optimizer_kernel<1, true", spill=64),
+    Bound(r"^optim::optimizer_kernel", spill=80),
     Bound(r"^drop_block::drop_block_apply_kernel", share=90.0),
     Bound(r"^batch_norm::batch_norm_(?:apply|moments)_kernel<\w+, \w+<true>", share=90.0),
     # The two sums that a block leaves are doubles side by side.
