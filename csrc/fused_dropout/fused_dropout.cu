@@ -284,7 +284,7 @@ FUSEREG_DEVICE_INLINE void chunk_sums(const Arguments& g, std::int64_t first_col
 // Blocks (x, 0), (x, 1), ... have the same tiles and a chunk of rows each; the last one to finish
 // adds their slots.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     fused_dropout_bias_backward_kernel(FUSEREG_GRID_CONSTANT(Arguments, g)) {
   FUSEREG_SHARED(partial, double[kThreads * kGroup]);
   const Chunks& c = g.chunks;

@@ -95,9 +95,10 @@ __device__ void prepare(const Table& t, int i, Work& shared) {
 }
 
 // Two blocks to a multiprocessor: enough loads in flight to keep the memory busy. Without rows in a
-// list their code, which wants registers, is left out.
+// list their code, which wants registers of a whole multiprocessor, is left out.
 template <Algorithm algorithm, bool kRows, class Table>
-__global__ void __launch_bounds__(kThreads, 2) optimizer_kernel(FUSEREG_GRID_CONSTANT(Table, t)) {
+__global__ void __launch_bounds__(kThreads, kRows ? 1 : 2)
+    optimizer_kernel(FUSEREG_GRID_CONSTANT(Table, t)) {
   FUSEREG_SHARED(memory, WorkMemory);
   Work& work = reinterpret_cast<Work&>(memory);
   double value = 0.0;
