@@ -259,7 +259,7 @@ def test_batch_norm_in_place_is_refused_in_a_capture() -> None:
     x, weight = torch.rand(IMAGES).to(CUDA), torch.ones(3).to(CUDA)
     before = x.clone()
     with (
-        pytest.raises(RuntimeError, match="inplace=True .* while a CUDA graph is captured"),
+        pytest.raises(RuntimeError, match=r"inplace=True .* while a CUDA graph is captured"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         F.batch_norm(x, None, None, weight.requires_grad_(), training=True, inplace=True)
