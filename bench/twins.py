@@ -249,7 +249,9 @@ class Fused(Twin):
         groups = fusereg.optim.param_groups_weight_decay(
             self.model, recipe.weight_decay, l1=recipe.l1, exclude=spared
         )
-        self.optimizer = fusereg.optim.AdamW(groups, lr=recipe.lr, capturable=capturable)
+        self.optimizer = fusereg.optim.AdamW(
+            groups, lr=recipe.lr, prox="decoupled", capturable=capturable
+        )
         self.drawn: fusereg.augment.AugmentParams | None = None
         self.stopper = fusereg.EarlyStopping(self.model, patience=recipe.patience)
 

@@ -33,7 +33,7 @@ def main(epochs: int, patience: int, quick: bool, folder: Path | None, verbose: 
     model = DistributedDataParallel(net)
     augment = fusereg.augment.Augment(28, degrees=12, translate=0.07, mean=0.13, std=0.31)
     penalty = fusereg.WeightPenalty(net, group=1e-4)
-    groups = fusereg.optim.param_groups_weight_decay(net, 0.01, l1=0.03)
+    groups = fusereg.optim.param_groups_weight_decay(net, 0.01, l1=0.03, prox="decoupled")
     optimizer = fusereg.optim.AdamW(groups, lr=5e-3, max_grad_norm=1.0)
     stopper = fusereg.EarlyStopping(net, patience=patience)
     run = None

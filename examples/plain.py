@@ -27,7 +27,7 @@ def main(epochs: int, quick: bool) -> None:
 
     model = network(data.pixels)
     fusereg.convert(model)  # batch norm, ReLU and dropout become one kernel
-    groups = fusereg.optim.param_groups_weight_decay(model, 0.01, l1=0.1, l2=0.01)
+    groups = fusereg.optim.param_groups_weight_decay(model, 0.01, l1=0.1, l2=0.01, prox="decoupled")
     optimizer = fusereg.optim.AdamW(groups, lr=2e-3, max_grad_norm=1.0)
     stopper = fusereg.EarlyStopping(model, patience=4, mode="max")
 

@@ -77,7 +77,9 @@ def main(epochs: int, quick: bool) -> None:
             train_dataset=Rows(data.train_images, data.train_labels),
             eval_dataset=Rows(data.test_images, data.test_labels),
             compute_metrics=accuracy,
-            optimizer_cls_and_kwargs=optimizer_of(args, "AdamW", l1=0.1, max_grad_norm=1.0),
+            optimizer_cls_and_kwargs=optimizer_of(
+                args, "AdamW", l1=0.1, prox="decoupled", max_grad_norm=1.0
+            ),
             callbacks=[stopping],
         )
         trainer.train()

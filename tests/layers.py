@@ -53,6 +53,7 @@ LAYERS: dict[type[nn.Module], tuple[dict[str, Any], Callable[[], tuple[Tensor, .
     fusereg.nn.FrozenBatchNorm: ({"num_features": 3}, _images()),
     fusereg.nn.GhostBatchNorm: ({"num_features": 3}, _images()),
     fusereg.nn.SyncBatchNorm: ({"num_features": 3}, _images()),
+    fusereg.nn.CrossEntropyLoss: ({}, lambda: (*_values(4, 3)(), torch.tensor([0, 2, 1, 0]))),
     Epilogue: ({"activation": "relu", "negative_slope": 0.01}, _images()),
     augment.Augment: ({"size": 4}, _images()),
     augment.CenterCrop: ({"size": 4}, _images()),

@@ -526,7 +526,9 @@ def test_extra_state_comes_back_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "state", [Path("x"), object(), threading.Lock, np.array(["a"]), {"deep": [print]}], ids=str
+    "state",
+    [Path("x"), object(), threading.Lock, np.array(["a"]), {"deep": [print]}],
+    ids=lambda value: type(value).__name__,
 )
 def test_extra_state_that_no_file_can_hold_is_found_at_once(tmp_path: Path, state: Any) -> None:
     for on_save_error in ("raise", "warn"):

@@ -230,7 +230,7 @@ def test_what_does_not_work_is_said_at_once() -> None:
         strategy = DeepSpeedStrategy()
 
     with pytest.raises(RuntimeError, match="DeepSpeed strategy keeps the gradients"):
-        PenaltyCallback().on_fit_start(Stub(), Regression())
+        PenaltyCallback(l1=1.0).on_fit_start(Stub(), Regression())
 
 
 def test_the_optimizers_of_fusereg_train_in_lightning(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ class ProxAdamW(Method):
     def optimizer(self) -> torch.optim.Optimizer:
         l1 = self.settings["l1"]
         groups = fusereg.optim.param_groups_weight_decay(self.model, 0.01, l1=l1)
-        return fusereg.optim.AdamW(groups, lr=self.rate * self.learning_rate)
+        return fusereg.optim.AdamW(groups, lr=self.rate * self.learning_rate, prox="decoupled")
 
 
 class PlainProxAdamW(PlainProxL1):
