@@ -127,7 +127,7 @@ def constants(
     A CUDA graph reads what was made by a call before it was captured.
     """
     if device.type != "cuda":
-        return make()
+        return tuple(t.to(device) for t in make())
     where = (key, _index(device))
     if found := _in_graphs.get(where):
         return found
