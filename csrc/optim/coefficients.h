@@ -88,13 +88,20 @@ FUSEREG_INLINE double nadam_mu(const HyperValues& h, double step) {
   return h.first * (1.0 - 0.5 * pow(0.96, step * h.third));
 }
 
+// NAdam's product at a step, from that before; rounded as torch rounds it.
+FUSEREG_INLINE double nadam_product(const Target& item, const HyperValues& h, double step) {
+  const double before = read_count(item.state[2], item.step_dtype);
+  const double mu = nadam_mu(h, step);
+  if (item.step_dtype == DType::kFloat64) return before * mu;
+  return static_cast<double>(static_cast<float>(before) * static_cast<float>(mu));
+}
+
 // Counts a step that was taken.
 FUSEREG_INLINE void count_step(Algorithm algorithm, const Target& item, const HyperValues& h) {
   const double step = read_count(item.step, item.step_dtype) + 1.0;
   write_count(item.step, item.step_dtype, step);
   if (algorithm != Algorithm::kNadam) return;
-  void* const product = item.state[2];
-  write_count(product, item.step_dtype, read_count(product, item.step_dtype) * nadam_mu(h, step));
+  write_count(item.state[2], item.step_dtype, nadam_product(item, h, step));
 }
 
 // FTRL divides by the rate: at 0 weights and states stay.
@@ -144,7 +151,7 @@ FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const Hype
     case Algorithm::kNadam: {
       const double mu = nadam_mu(h, step);
       const double next = nadam_mu(h, step + 1.0);
-      const double product = last.l1 * mu;
+      const double product = last.l1;
       k.first = 1.0 - h.first;
       k.second = h.second;
       k.third = 1.0 - h.second;

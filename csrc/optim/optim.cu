@@ -79,7 +79,7 @@ __device__ void prepare(const Table& t, int i, Work& shared) {
     } else if (item.step != nullptr) {
       step += read_count(item.step, item.step_dtype);
       if constexpr (algorithm == Algorithm::kNadam) {
-        last.l1 = read_count(item.state[2], item.step_dtype);
+        last.l1 = nadam_product(item, read_hyper(hyper), step);
       }
     }
     shared.h = read_hyper(hyper);

@@ -89,11 +89,11 @@ class CpuRun {
           last = read_last(item.step, item.p_dtype);
           if (h.lr != 0.0) write_last(item.step, item.p_dtype, h);
         } else {
+          count_step(job_.algorithm, item, values_of(item));
+          step = read_count(item.step, item.step_dtype);
           if (job_.algorithm == Algorithm::kNadam) {
             last.l1 = read_count(item.state[2], item.step_dtype);
           }
-          count_step(job_.algorithm, item, values_of(item));
-          step = read_count(item.step, item.step_dtype);
         }
       }
       if (item.numel == 0) continue;
