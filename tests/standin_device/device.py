@@ -507,6 +507,8 @@ def install() -> int:
     global _library
     torch.cuda.init()
     torch.backends.cudnn.enabled = False
+    for attention in ("flash", "mem_efficient", "cudnn"):  # of which the CPU has none
+        getattr(torch.backends.cuda, f"enable_{attention}_sdp")(False)
     _library, count = torch.library.Library("aten", "IMPL"), 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
