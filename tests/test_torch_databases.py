@@ -28,7 +28,7 @@ NAMES = [
     *("functional.dropout", "functional.dropout2d", "functional.dropout3d"),
     "functional.feature_alpha_dropout",
     *("nn.BatchNorm1d", "nn.BatchNorm2d", "nn.BatchNorm3d", "nn.CrossEntropyLoss"),
-    *("optim.Adagrad", "optim.Adam", "optim.AdamW", "optim.SGD"),
+    *("optim.Adagrad", "optim.Adam", "optim.AdamW", "optim.NAdam", "optim.RMSprop", "optim.SGD"),
 ]
 
 

@@ -562,6 +562,7 @@ def killed(folder: Path, delay: float, call: int) -> bool:
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # the threads of the copied process are not copied
             if call:
                 die_at(call)
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -574,7 +575,13 @@ def killed(folder: Path, delay: float, call: int) -> bool:
     if not call:
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
+    end = time.monotonic() + 120.0
+    while (found := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            pytest.fail("the run of the forked process did not end within 120 s")
+        time.sleep(0.005)
+    status = found[1]
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
     return not os.WIFSIGNALED(status)
 

@@ -27,7 +27,7 @@ NO_KERNELS = {
     "bind_torch", "build_info", "cuda_device_info", "cuda_error", "cpu_isa", "cpu_isas",
     "set_cpu_isa", "scan", "inspect", "philox_words", "batch_norm_plan", "batch_norm_force",
     "batch_norm_layout", "cuda_ballot", "dropout_norm_chunks", "fused_dropout_partials",
-    "dropout_constants", "augment_elementary",
+    "dropout_constants", "augment_elementary", "set_restore_device", "working_stream",
 }  # fmt: skip
 
 

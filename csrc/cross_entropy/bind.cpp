@@ -115,6 +115,18 @@ bool read_problem(const py::object& x, const py::object& target, const py::objec
 }
 
 // 0: done; 2: Python must prepare a tensor first, and nothing has been written.
+// Before anything is written.
+[[maybe_unused]] void check_indices(const Forward& f, const char* op) {
+  for (const std::int64_t* index : f.index) {
+    for (std::int64_t row = 0; index != nullptr && row < f.rows(); ++row) {
+      if (index[row] == f.ignore_index || (index[row] >= 0 && index[row] < f.classes)) continue;
+      throw py::index_error(where(op, "target") + " must have class indices within [0, " +
+                            std::to_string(f.classes) + ") or ignore_index, got " +
+                            std::to_string(index[row]));
+    }
+  }
+}
+
 int forward(const py::object& loss, const py::object& statistics, const py::object& workspace,
             const py::object& x, const py::object& target, const py::object& other,
             const py::object& share, const py::object& weight, double smoothing,
@@ -135,8 +147,6 @@ int forward(const py::object& loss, const py::object& statistics, const py::obje
   }
   f.loss = result.data;
   f.wide_loss = result.dtype != view.dtype;
-  std::int64_t bad = f.ignore_index;
-  f.bad_index = &bad;
 #if defined(FUSEREG_CUDA)
   if (runs_cuda_kernels(view.device)) {
     void* const memory =
@@ -148,17 +158,13 @@ int forward(const py::object& loss, const py::object& statistics, const py::obje
 #endif
   (void)workspace;
 #if !defined(FUSEREG_CUDA_ON_HOST)
+  check_indices(f, op);
   {
     std::optional<py::gil_scoped_release> released;
     if (view.numel >= kWorthReleasing) released.emplace();
     run_cpu(f);
   }
 #endif
-  if (bad != f.ignore_index) {
-    throw py::index_error(where(op, "target") + " must have class indices within [0, " +
-                          std::to_string(f.classes) + ") or ignore_index, got " +
-                          std::to_string(bad));
-  }
   return kDone;
 }
 

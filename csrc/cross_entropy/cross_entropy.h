@@ -71,7 +71,6 @@ inline constexpr int kTail = 3;
 struct Forward : Problem {
   void* loss = nullptr;  // [rows], or one number
   bool wide_loss = false;
-  std::int64_t* bad_index = nullptr;  // CPU only: set to an index that is out of range
 };
 
 struct Backward : Problem {

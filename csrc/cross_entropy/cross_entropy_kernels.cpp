@@ -281,12 +281,6 @@ FUSEREG_INLINE void finish_row(const Forward& f, std::int64_t row, const RowSums
   f.statistics[row] = sums.lse;
   if (f.soft()) f.statistics[f.rows() + row] = sums.mass;
   const Parts parts = row_parts<T>(f, row, sums);
-  for (int i = 0; i < 2; ++i) {
-    if (f.index[i] != nullptr && f.index[i][row] != f.ignore_index &&
-        !in_range(f, f.index[i][row])) {
-      *f.bad_index = f.index[i][row];
-    }
-  }
   if (f.reduction == Reduction::kNone) {
     const double loss = parts.loss[0] + parts.loss[1];
     if (f.wide_loss) {

@@ -69,11 +69,6 @@ REASONS = {
         "`ValueError`, which names torch's optimizer",
         "the step is one kernel, which autograd does not see",
     ),
-    "step dtype": Reason(
-        "with `torch.set_default_dtype(torch.float64)` the state `step` is float64",
-        "it is float32",
-        "kernels count in float32, exactly up to 2^24 steps; `state_dict`s load both ways",
-    ),
     "complex": Reason(
         "complex parameters",
         "`ValueError`",
@@ -418,9 +413,9 @@ def wide_step_differences(info: Any) -> Iterator[Difference]:
         ]
     finally:
         torch.set_default_dtype(before)
-    for i, (a, b) in enumerate(zip(*found, strict=True)):
+    for a, b in zip(*found, strict=True):
         if isinstance(b, Tensor) and a.dtype is not b.dtype:
-            key = "step dtype" if found[0][i - 1] == "step" else f"{a.dtype}, torch {b.dtype}"
+            key = f"{a.dtype}, torch {b.dtype}"
             yield Difference(key, f"optim.{name}", f"optim.{name}, default dtype float64")
 
 

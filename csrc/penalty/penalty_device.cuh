@@ -1,0 +1,292 @@
+// Tables of tensors, and what a thread does with elements. For penalty.cu alone.
+#pragma once
+
+#include "core/launch_table.cuh"
+#include "core/soft_threshold.h"
+#include "penalty/penalty.h"
+
+namespace fusereg::penalty {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / cuda::kWarpSize;
+constexpr std::int64_t kChunkElements = 8192;
+// Vectors that a thread has under way at once.
+constexpr int kAhead = 4;
+
+// Where a launch leaves its value. `total` collects it over the launches of one call.
+struct Output {
+  unsigned* counter;
+  double* total;
+  double* slots;
+  void* value;
+  bool value_is_float64;
+  bool first;
+};
+
+struct Scale {
+  const void* device;
+  DType dtype;
+  double host;
+};
+
+// --- tables ---
+// A launch copies its whole table to the device: a short list has a small one.
+
+constexpr int kSmallTable = 16;
+
+constexpr int kElementEntryBytes = 48;
+constexpr int kMaxElementEntries =
+    static_cast<int>((cuda::kMaxKernelParamBytes - 256) / kElementEntryBytes);
+
+// Elementwise: L1, L2.
+template <int kEntries>
+struct ElementTable {
+  Output output;
+  Scale scale;
+  int count;
+  std::uint32_t first_task[kEntries + 1];
+  void* w[kEntries];
+  void* g[kEntries];
+  std::int64_t numel[kEntries];
+  double l1[kEntries];  // kProx: the threshold
+  double l2[kEntries];  // kProx: the factor
+  DType dtype[kEntries];
+
+  void copy(int to, const ElementTable<kMaxElementEntries>& t, int from) {
+    w[to] = t.w[from];
+    g[to] = t.g[from];
+    numel[to] = t.numel[from];
+    l1[to] = t.l1[from];
+    l2[to] = t.l2[from];
+    dtype[to] = t.dtype[from];
+  }
+};
+static_assert(sizeof(ElementTable<kMaxElementEntries>) <= cuda::kMaxKernelParamBytes,
+              "the table does not fit a launch");
+
+// How a tensor's groups are laid over threads.
+enum class GroupMode : std::uint8_t {
+  kWarp,     // runs of at least a warp's width, small groups: a warp each
+  kBlock,    // the same, large groups: a block each
+  kColumns,  // short runs: neighboring columns side by side in a warp, rows over the warps
+};
+constexpr std::int64_t kWarpGroupElements = 2048;
+
+struct GroupLayout {
+  GroupMode mode = GroupMode::kWarp;
+  // kColumns: threads side by side, and columns of each; at most kMaxColumns in all.
+  std::uint8_t lanes = 0;
+  std::uint8_t columns = 0;
+  std::int64_t groups_per_task = 1;
+};
+constexpr int kMaxColumns = 64;
+// As many blocks as a large device has at once. Columns are read by whole cache lines where that
+// leaves so many, else by sectors of 32 bytes.
+constexpr std::int64_t kManyTasks = 264;
+
+GroupLayout group_layout(const Item& item) {
+  const GroupShape& shape = item.shape;
+  GroupLayout layout;
+  if (shape.outer == 1 || shape.inner >= cuda::kWarpSize) {
+    const bool small = shape.group_size() <= kWarpGroupElements;
+    layout.mode = small ? GroupMode::kWarp : GroupMode::kBlock;
+    layout.groups_per_task = small ? kWarps : 1;
+    return layout;
+  }
+  layout.mode = GroupMode::kColumns;
+  const std::int64_t vector = dispatch_dtype(
+      item.dtype, [](auto tag) { return cuda::kVecSize<typename decltype(tag)::type>; });
+  if (shape.inner == 1 && shape.groups % vector == 0 && cuda::is_aligned(item.w, 16) &&
+      cuda::is_aligned(item.g, 16)) {
+    std::int64_t lanes = 2;
+    while (lanes < 8 && shape.groups / (2 * lanes * vector) >= kManyTasks) lanes *= 2;
+    layout.lanes = static_cast<std::uint8_t>(lanes);
+    layout.columns = static_cast<std::uint8_t>(vector);
+    layout.groups_per_task = lanes * vector;
+  } else {
+    layout.lanes = cuda::kWarpSize;
+    layout.columns = 1;
+    layout.groups_per_task = cuda::kWarpSize / shape.inner;
+  }
+  return layout;
+}
+
+constexpr int kGroupEntryBytes = 88;
+constexpr int kMaxGroupEntries =
+    static_cast<int>((cuda::kMaxKernelParamBytes - 256) / kGroupEntryBytes);
+
+template <int kEntries>
+struct GroupTable {
+  Output output;
+  Scale scale;
+  int count;
+  std::uint32_t first_task[kEntries + 1];
+  void* w[kEntries];
+  void* g[kEntries];
+  GroupShape shape[kEntries];
+  Strengths strengths[kEntries];
+  GroupLayout layout[kEntries];
+  DType dtype[kEntries];
+
+  void copy(int to, const GroupTable<kMaxGroupEntries>& t, int from) {
+    w[to] = t.w[from];
+    g[to] = t.g[from];
+    shape[to] = t.shape[from];
+    strengths[to] = t.strengths[from];
+    layout[to] = t.layout[from];
+    dtype[to] = t.dtype[from];
+  }
+};
+static_assert(sizeof(GroupTable<kMaxGroupEntries>) <= cuda::kMaxKernelParamBytes,
+              "the table does not fit a launch");
+
+// --- device code ---
+
+__device__ double read_scale(const Scale& s) {
+  if (s.device == nullptr) return s.host;
+  switch (s.dtype) {
+    case DType::kFloat64:
+      return s.host * *static_cast<const double*>(s.device);
+    case DType::kFloat32:
+      return s.host * *static_cast<const float*>(s.device);
+    case DType::kFloat16:
+      return s.host * to_float(*static_cast<const Half*>(s.device));
+    default:
+      return s.host * to_float(*static_cast<const BFloat16*>(s.device));
+  }
+}
+
+__device__ void finish_value(const Output& out, double value) {
+  const double block_value = cuda::block_sum(value);
+  if (threadIdx.x == 0) out.slots[blockIdx.x] = block_value;
+  if (!cuda::is_last_block(out.counter)) return;
+  double sum = 0.0;
+  for (unsigned i = threadIdx.x; i < gridDim.x; i += kThreads) sum += out.slots[i];
+  sum = cuda::block_sum(sum);
+  if (threadIdx.x != 0) return;
+  if (!out.first) sum += *out.total;
+  *out.total = sum;
+  if (out.value_is_float64) {
+    *static_cast<double*>(out.value) = sum;
+  } else {
+    *static_cast<float*>(out.value) = static_cast<float>(sum);
+  }
+}
+
+FUSEREG_DEVICE_INLINE bool is_finite(double x) { return x - x == 0.0; }
+
+template <Op op>
+inline constexpr bool kGivesValue = op == Op::kValue || op == Op::kAddGrad;
+
+// What becomes of one element: its new gradient or, for kProx, its new value.
+template <class T, Op op, class C = Compute<T>>
+FUSEREG_DEVICE_INLINE C new_element(C w, C before, C l1, C l2, bool has_l1, bool has_l2) {
+  if constexpr (op == Op::kProx) {
+    return soft_threshold<T>(w, l1, l2);
+  } else {
+    C d = op == Op::kAddGrad ? before : C(0);
+    if (has_l1) d += l1 * sign(w);
+    if (has_l2) d += l2 * w;
+    return d;
+  }
+}
+
+// One chunk of one tensor by the whole block; gives the thread's share of the value.
+template <class T, Op op>
+__device__ double chunk_value(T* w, T* g, std::int64_t n, double l1, double l2, double scale) {
+  using C = Compute<T>;
+  constexpr int kN = cuda::kVecSize<T>;
+  constexpr bool kWrites = op != Op::kValue;
+  const bool has_l1 = l1 != 0.0 || op == Op::kProx;
+  const bool has_l2 = l2 != 0.0;
+  const bool writes = op == Op::kProx || (kWrites && g != nullptr);
+  const C c1 = static_cast<C>(op == Op::kProx ? l1 : l1 * scale);
+  const C c2 = static_cast<C>(op == Op::kProx ? l2 : l2 * scale);
+  T* const out = op == Op::kProx ? w : g;
+  double absolute_sum = 0.0;
+  double square_sum = 0.0;
+  C absolute = 0;  // of the elements at hand, a vector's at most
+  C square = 0;
+  auto flush = [&] {
+    if constexpr (kGivesValue<op>) {
+      absolute_sum += static_cast<double>(absolute);
+      square_sum += static_cast<double>(square);
+      absolute = square = 0;
+    }
+  };
+
+  auto add = [&](C x) {
+    if constexpr (kGivesValue<op>) {
+      absolute += x < C(0) ? -x : x;
+      square += x * x;
+    }
+  };
+  auto one = [&](std::int64_t i) {
+    const C x = to_compute(w[i]);
+    add(x);
+    flush();
+    if (!writes) return;
+    const C before = op == Op::kAddGrad ? to_compute(g[i]) : C(0);
+    out[i] = from_compute<T>(new_element<T, op>(x, before, c1, c2, has_l1, has_l2));
+  };
+
+  // Elements before the first 16-byte boundary one by one, then whole vectors, then the rest. Where
+  // w and g lie differently against that boundary, no vector fits both.
+  const auto misalignment = reinterpret_cast<std::uintptr_t>(w) % 16;
+  const bool together = !writes || reinterpret_cast<std::uintptr_t>(out) % 16 == misalignment;
+  std::int64_t head =
+      misalignment == 0 ? 0 : static_cast<std::int64_t>((16 - misalignment) / sizeof(T));
+  if (!together || head > n) head = n;
+  const std::int64_t vectors = (n - head) / kN;
+  for (std::int64_t i = threadIdx.x; i < head; i += kThreads) one(i);
+#if !defined(FUSEREG_CUDA_ON_HOST)
+#pragma unroll 2
+#endif
+  for (std::int64_t v = threadIdx.x; v < vectors; v += kThreads) {
+    const std::int64_t at = head + v * kN;
+    const auto x = cuda::load<kN>(w + at);
+    cuda::Vec<T, kN> y{};
+    if constexpr (op == Op::kAddGrad) {
+      if (writes) y = cuda::load<kN>(g + at);
+    }
+    FUSEREG_UNROLL
+    for (int k = 0; k < kN; ++k) {
+      const C element = to_compute(x[k]);
+      add(element);
+      if constexpr (kWrites) {
+        y[k] =
+            from_compute<T>(new_element<T, op>(element, to_compute(y[k]), c1, c2, has_l1, has_l2));
+      }
+    }
+    flush();
+    if constexpr (kWrites) {
+      if (writes) cuda::store(out + at, y);
+    }
+  }
+  for (std::int64_t i = head + vectors * kN + threadIdx.x; i < n; i += kThreads) one(i);
+
+  if constexpr (!kGivesValue<op>) return 0.0;
+  if (sizeof(C) == 4 && !(is_finite(absolute_sum) && is_finite(square_sum))) {
+    // float32 squares overflow from 1.8e19 on although the value may not: this thread's elements
+    // again.
+    absolute_sum = square_sum = 0.0;
+    auto again = [&](std::int64_t i) {
+      const double x = to_compute(w[i]);
+      absolute_sum += x < 0.0 ? -x : x;
+      square_sum += x * x;
+    };
+    for (std::int64_t i = threadIdx.x; i < head; i += kThreads) again(i);
+    for (std::int64_t v = threadIdx.x; v < vectors; v += kThreads) {
+      for (int k = 0; k < kN; ++k) again(head + v * kN + k);
+    }
+    for (std::int64_t i = head + vectors * kN + threadIdx.x; i < n; i += kThreads) again(i);
+  }
+  double value = 0.0;
+  if (has_l1) value += l1 * absolute_sum;
+  if (has_l2) value += 0.5 * l2 * square_sum;
+  return value;
+}
+
+}  // namespace
+}  // namespace fusereg::penalty

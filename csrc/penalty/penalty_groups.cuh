@@ -1,0 +1,328 @@
+// Groups: the norms of slices of a tensor, and what follows of them. For penalty.cu alone.
+#pragma once
+
+#include "penalty/penalty_device.cuh"
+
+namespace fusereg::penalty {
+namespace {
+
+// What soft-thresholding leaves of a magnitude, in two parts of the threshold: next to it, one
+// would leave no digits of the difference. NaN stays.
+template <class C>
+struct Shrink {
+  C high;
+  C low;
+  FUSEREG_DEVICE_INLINE explicit Shrink(double threshold)
+      : high(static_cast<C>(threshold)),
+        low(is_finite(high) ? static_cast<C>(threshold - static_cast<double>(high)) : C(0)) {}
+  FUSEREG_DEVICE_INLINE C operator()(C magnitude) const {
+    const C rest = magnitude - high - low;
+    return rest <= C(0) ? C(0) : rest;
+  }
+};
+
+// The sums over one thread's part of a group, of |v| and v^2 with v = w, or soft(w, l1) for kProx:
+// in float32 over at most 8 terms, then in float64.
+template <class C, Op op>
+struct GroupSums {
+  double sums[2] = {0.0, 0.0};
+  C absolute = 0;
+  C square = 0;
+
+  FUSEREG_DEVICE_INLINE void add(C x, const Shrink<C>& shrink) {
+    C magnitude = x < C(0) ? -x : x;
+    if constexpr (op == Op::kProx) magnitude = shrink(magnitude);
+    absolute += magnitude;
+    square += magnitude * magnitude;
+  }
+  FUSEREG_DEVICE_INLINE void flush() {
+    sums[0] += static_cast<double>(absolute);
+    sums[1] += static_cast<double>(square);
+    absolute = square = 0;
+  }
+  // Whether float32 squares overflowed, or lost their digits, as those of tiny weights do.
+  FUSEREG_DEVICE_INLINE bool lost() const {
+    if constexpr (sizeof(C) != 4) return false;
+    return !is_finite(sums[0]) || !is_finite(sums[1]) || (sums[1] < 1e-28 && sums[0] > 0.0);
+  }
+  FUSEREG_DEVICE_INLINE void clear() { sums[0] = sums[1] = 0.0; }
+  FUSEREG_DEVICE_INLINE void add_again(double x, double l1) {
+    if (op == Op::kProx) x = soft_threshold<double>(x, l1, 1.0);
+    sums[0] += x < 0.0 ? -x : x;
+    sums[1] += x * x;
+  }
+};
+
+// Calls use(p, load(p, count)) for the elements from p on, `count` at a time, by `threads` threads
+// of which this is `thread`: vectors where `vectors` allows, kDeep loads ahead of their use.
+template <int kDeep, class T, class Load, class Use>
+FUSEREG_DEVICE_INLINE void for_run(T* p, std::int64_t n, unsigned thread, unsigned threads,
+                                   bool vectors, const Load& load, const Use& use) {
+  constexpr int kN = cuda::kVecSize<T>;
+  constexpr std::integral_constant<int, 1> one{};
+  constexpr std::integral_constant<int, kN> all{};
+  const auto misalignment = reinterpret_cast<std::uintptr_t>(p) % 16;
+  std::int64_t head =
+      misalignment == 0 ? 0 : static_cast<std::int64_t>((16 - misalignment) / sizeof(T));
+  if (!vectors || head > n) head = n;
+  for (std::int64_t i = thread; i < head; i += threads) use(p + i, load(p + i, one));
+  T* const from = p + head;
+  const std::int64_t count = (n - head) / kN;
+  std::int64_t v = thread;
+  if constexpr (kDeep > 1) {
+    for (; v + (kDeep - 1) * threads < count; v += kDeep * threads) {
+      decltype(load(from, all)) data[kDeep];
+      FUSEREG_UNROLL
+      for (int u = 0; u < kDeep; ++u) data[u] = load(from + (v + u * threads) * kN, all);
+      FUSEREG_UNROLL
+      for (int u = 0; u < kDeep; ++u) use(from + (v + u * threads) * kN, data[u]);
+    }
+  }
+  for (; v < count; v += threads) use(from + v * kN, load(from + v * kN, all));
+  for (std::int64_t i = count * kN + thread; i < n - head; i += threads)
+    use(from + i, load(from + i, one));
+}
+
+struct GroupTerms {
+  double value;
+  double l2;  // kProx: the factor
+};
+
+template <Op op>
+__device__ GroupTerms group_terms(const Strengths& s, std::int64_t size, const double (&sums)[2]) {
+  const double group_sqrt_n = s.group * sqrt(static_cast<double>(size));
+  const double norm = sqrt(sums[1]);
+  GroupTerms t;
+  t.value = group_sqrt_n * norm;
+  if (s.l1 != 0.0) t.value += s.l1 * sums[0];
+  if (s.l2 != 0.0) t.value += 0.5 * s.l2 * sums[1];
+  t.l2 = op == Op::kProx ? group_prox_factor(group_sqrt_n, norm) / (1.0 + s.l2)
+                         : s.l2 + group_gradient_factor(group_sqrt_n, norm);
+  return t;
+}
+
+// Elements of a tensor and of its gradient (kAddGrad), and what becomes of them.
+template <class T, int kN>
+struct Elements {
+  cuda::Vec<T, kN> x;
+  cuda::Vec<T, kN> before;
+};
+
+template <class T, Op op>
+struct Writer {
+  using C = Compute<T>;
+  T* w;
+  T* g;
+  C l1;
+  double scale;
+  bool has_l1;
+
+  FUSEREG_DEVICE_INLINE Writer(T* w_, T* g_, double l1_, double scale_)
+      : w(w_),
+        g(g_),
+        l1(static_cast<C>(op == Op::kProx ? l1_ : l1_ * scale_)),
+        scale(op == Op::kProx ? 1.0 : scale_),
+        has_l1(op == Op::kProx || l1_ != 0.0) {}
+  FUSEREG_DEVICE_INLINE bool writes() const {
+    return op == Op::kProx || (op != Op::kValue && g != nullptr);
+  }
+  FUSEREG_DEVICE_INLINE T* target() const { return op == Op::kProx ? w : g; }
+  template <int kN>
+  FUSEREG_DEVICE_INLINE Elements<T, kN> load(std::int64_t at) const {
+    Elements<T, kN> e{};
+    e.x = cuda::load<kN>(w + at);
+    if constexpr (op == Op::kAddGrad) e.before = cuda::load<kN>(g + at);
+    return e;
+  }
+  // l2_of(k): the coefficient of element k, already multiplied by the scale.
+  template <int kN, class F>
+  FUSEREG_DEVICE_INLINE void store(std::int64_t at, const Elements<T, kN>& e,
+                                   const F& l2_of) const {
+    cuda::Vec<T, kN> y;
+    FUSEREG_UNROLL
+    for (int k = 0; k < kN; ++k) {
+      y[k] = from_compute<T>(new_element<T, op>(to_compute(e.x[k]), to_compute(e.before[k]), l1,
+                                                l2_of(k), has_l1, true));
+    }
+    cuda::store(target() + at, y);
+  }
+};
+
+template <class T, Op op>
+__device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, const Strengths& s,
+                                 double scale, std::int64_t first, bool by_warp) {
+  using C = Compute<T>;
+  // A block shares one long run among its threads, or several among its warps.
+  const bool one_run = !by_warp && shape.outer == 1;
+  const unsigned thread = one_run ? threadIdx.x : cuda::lane_id();
+  const unsigned threads = one_run ? kThreads : cuda::kWarpSize;
+  const std::int64_t first_run = one_run || by_warp ? 0 : cuda::warp_id();
+  const std::int64_t runs_step = one_run || by_warp ? 1 : kWarps;
+  const std::int64_t group = by_warp ? first + cuda::warp_id() : first;
+  const std::int64_t stride = shape.groups * shape.inner;
+  const bool there = group < shape.groups;
+  const auto for_runs = [&](const auto& f) {
+    for (std::int64_t o = first_run; o < shape.outer; o += runs_step)
+      f(group * shape.inner + o * stride);
+  };
+  GroupSums<C, op> own;
+  if (there) {
+    const Shrink<C> shrink(s.l1);
+    const auto load = [](T* p, auto count) { return cuda::load<decltype(count)::value>(p); };
+    for_runs([&](std::int64_t at) {
+      for_run<kAhead>(w + at, shape.inner, thread, threads, true, load, [&](T*, const auto& x) {
+        FUSEREG_UNROLL
+        for (int k = 0; k < static_cast<int>(sizeof(x) / sizeof(T)); ++k)
+          own.add(to_compute(x[k]), shrink);
+        own.flush();
+      });
+    });
+    if (own.lost()) {
+      own.clear();
+      for_runs([&](std::int64_t at) {
+        for_run<1>(w + at, shape.inner, thread, threads, true, load, [&](T*, const auto& x) {
+          for (int k = 0; k < static_cast<int>(sizeof(x) / sizeof(T)); ++k)
+            own.add_again(static_cast<double>(to_compute(x[k])), s.l1);
+        });
+      });
+    }
+  }
+  // All threads take part in the reductions, those of warps without a group too.
+  if (by_warp) {
+    own.sums[0] = cuda::warp_sum(own.sums[0]);
+    own.sums[1] = cuda::warp_sum(own.sums[1]);
+  } else {
+    cuda::block_sum(own.sums);
+  }
+  if (!there) return 0.0;
+  const GroupTerms t = group_terms<op>(s, shape.group_size(), own.sums);
+  const Writer<T, op> writer(w, g, s.l1, scale);
+  if (writer.writes()) {
+    const auto l2 = static_cast<C>(t.l2 * writer.scale);
+    const auto offset_of = [](const T* p) { return reinterpret_cast<std::uintptr_t>(p) % 16; };
+    const bool together = offset_of(w) == offset_of(writer.target());
+    for_runs([&](std::int64_t at) {
+      for_run<kAhead>(
+          w + at, shape.inner, thread, threads, together,
+          [&](T* p, auto count) { return writer.template load<decltype(count)::value>(p - w); },
+          [&](T* p, const auto& e) { writer.store(p - w, e, [&](int) { return l2; }); });
+    });
+  }
+  return (by_warp ? cuda::lane_id() : threadIdx.x) == 0 ? t.value : 0.0;
+}
+
+// What the threads of a block tell each other about their columns.
+struct ColumnSums {
+  double of_warps[2][kWarps][kMaxColumns];
+  double totals[2][kMaxColumns];
+  double l2[kMaxColumns];  // of groups
+};
+
+// kN columns a thread, `lanes` threads side by side, the rows over the others.
+template <class T, Op op, int kN>
+__device__ double groups_by_columns(T* w, T* g, const GroupShape& shape, const Strengths& s,
+                                    double scale, std::int64_t first, unsigned lanes,
+                                    ColumnSums& shared) {
+  using C = Compute<T>;
+  constexpr int kDeep = 8;  // rows that are under way at once, and terms added in float32
+  const auto inner = static_cast<unsigned>(shape.inner);
+  const unsigned columns = lanes * kN;
+  const unsigned across = threadIdx.x % lanes * kN;
+  const std::int64_t width = shape.groups * shape.inner;
+  const std::int64_t column = first * shape.inner + across;
+  const bool mine = across < columns / inner * inner && column < width;
+  const std::int64_t first_row = threadIdx.x / lanes;
+  const std::int64_t rows = kThreads / lanes;
+  GroupSums<C, op> own[kN];
+  if (mine) {
+    const Shrink<C> shrink(s.l1);
+    const T* const from = w + column;
+    const auto add = [&](const cuda::Vec<T, kN>& x) {
+      FUSEREG_UNROLL
+      for (int k = 0; k < kN; ++k) own[k].add(to_compute(x[k]), shrink);
+    };
+    const auto flush = [&] {
+      FUSEREG_UNROLL
+      for (int k = 0; k < kN; ++k) own[k].flush();
+    };
+    std::int64_t o = first_row;
+    for (; o + (kDeep - 1) * rows < shape.outer; o += kDeep * rows) {
+      cuda::Vec<T, kN> x[kDeep];
+      FUSEREG_UNROLL
+      for (int u = 0; u < kDeep; ++u) x[u] = cuda::load<kN>(from + (o + u * rows) * width);
+      FUSEREG_UNROLL
+      for (int u = 0; u < kDeep; ++u) add(x[u]);
+      flush();
+    }
+    for (; o < shape.outer; o += rows) add(cuda::load<kN>(from + o * width));
+    flush();
+    bool lost = false;
+    FUSEREG_UNROLL
+    for (int k = 0; k < kN; ++k) lost = lost || own[k].lost();
+    if (lost) {
+      FUSEREG_UNROLL
+      for (int k = 0; k < kN; ++k) own[k].clear();
+      for (o = first_row; o < shape.outer; o += rows) {
+        const auto x = cuda::load<kN>(from + o * width);
+        FUSEREG_UNROLL
+        for (int k = 0; k < kN; ++k) own[k].add_again(static_cast<double>(to_compute(x[k])), s.l1);
+      }
+    }
+  }
+  __syncthreads();  // the previous task's readers are done
+  FUSEREG_UNROLL
+  for (int k = 0; k < kN; ++k) {
+    FUSEREG_UNROLL
+    for (int kind = 0; kind < 2; ++kind) {
+      double sum = own[k].sums[kind];
+      for (unsigned offset = lanes; offset < cuda::kWarpSize; offset *= 2)
+        sum += __shfl_xor_sync(cuda::kFullMask, sum, static_cast<int>(offset));
+      if (cuda::lane_id() < lanes) shared.of_warps[kind][cuda::warp_id()][across + k] = sum;
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x < 2 * columns) {
+    const unsigned kind = threadIdx.x / columns;
+    const unsigned c = threadIdx.x % columns;
+    double sum = 0.0;
+    for (int v = 0; v < kWarps; ++v) sum += shared.of_warps[kind][v][c];
+    shared.totals[kind][c] = sum;
+  }
+  __syncthreads();
+  double value = 0.0;
+  if (threadIdx.x < columns / inner && first + threadIdx.x < shape.groups) {
+    double sums[2] = {0.0, 0.0};
+    for (unsigned c = threadIdx.x * inner; c < (threadIdx.x + 1) * inner; ++c) {
+      sums[0] += shared.totals[0][c];
+      sums[1] += shared.totals[1][c];
+    }
+    const GroupTerms t = group_terms<op>(s, shape.group_size(), sums);
+    shared.l2[threadIdx.x] = t.l2;
+    value = t.value;
+  }
+  const Writer<T, op> writer(w, g, s.l1, scale);
+  if (!writer.writes()) return value;
+  __syncthreads();
+  if (mine) {
+    C l2[kN];
+    FUSEREG_UNROLL
+    for (int k = 0; k < kN; ++k)
+      l2[k] = static_cast<C>(shared.l2[(across + k) / inner] * writer.scale);
+    const auto l2_of = [&](int k) { return l2[k]; };
+    std::int64_t o = first_row;
+    for (; o + (kAhead - 1) * rows < shape.outer; o += kAhead * rows) {
+      Elements<T, kN> e[kAhead];
+      FUSEREG_UNROLL
+      for (int u = 0; u < kAhead; ++u)
+        e[u] = writer.template load<kN>((o + u * rows) * width + column);
+      FUSEREG_UNROLL
+      for (int u = 0; u < kAhead; ++u) writer.store((o + u * rows) * width + column, e[u], l2_of);
+    }
+    for (; o < shape.outer; o += rows)
+      writer.store(o * width + column, writer.template load<kN>(o * width + column), l2_of);
+  }
+  return value;
+}
+
+}  // namespace
+}  // namespace fusereg::penalty
