@@ -68,10 +68,10 @@ std::optional<std::uintptr_t> working_stream([[maybe_unused]] int device) {
 
 // What makes a device current again that has no context: torch's function, which waits until the device
 // is used.
-void set_restore_device(py::object exchange) {
+void set_restore_device(const py::object& exchange) {
 #if defined(FUSEREG_CUDA)
   static PyObject* lazily = nullptr;
-  lazily = exchange.release().ptr();
+  lazily = exchange.inc_ref().ptr();
   cuda::set_restore_device([](int device) {
     if (cuda::has_context(device) || PyGILState_Check() == 0) {
       cuda::set_device(device);
