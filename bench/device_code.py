@@ -55,7 +55,7 @@ from fusereg.bench.harness.machine import git_commit
 
 # --- bounds ---------------------------------------------------------------------------------------
 
-#: Of all 16-byte loads, in percent. To become 3: the optimizer's and group lasso's are most of them.
+#: Of all 16-byte loads, in percent. To become 3: the optimizer and the group lasso have most.
 MOST_ALONE = 6.0
 
 
