@@ -562,7 +562,6 @@ def killed(folder: Path, delay: float, call: int) -> bool:
     child = os.fork()
     if child == 0:
         try:
-            torch.set_num_threads(1)  # the threads of the copied process are not copied
             if call:
                 die_at(call)
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -605,7 +604,17 @@ def die_at(call: int) -> None:
     os.fsync, os.replace = watched(os.fsync), watched(os.replace)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: a forked process has no copies of the others, and would wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @fork
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.slow)])
 def test_kill_9_at_drawn_moments(tmp_path: Path, kills: int) -> None:
     """A warm parent forks: what a step imports at first was imported by the run that is compared.
