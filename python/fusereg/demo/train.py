@@ -101,7 +101,7 @@ class Result:
 
     @property
     def first_epoch_difference(self) -> float | None:
-        """The same over the first epoch, before training has amplified the rounding."""
+        """Largest difference over the first epoch, before training has amplified the rounding."""
         return self._difference(len(self.fused.step_losses[0]))
 
 
