@@ -115,7 +115,8 @@ class Reference:
             mu, after = (
                 b1 * (1 - 0.5 * 0.96 ** (t * o["momentum_decay"])) for t in (self.t, self.t + 1)
             )
-            self.product *= mu
+            # torch keeps it in float32, whatever the parameter's dtype.
+            self.product = float(torch.tensor(self.product, dtype=torch.float32) * mu)
             s["m"] = b1 * s.get("m", torch.zeros_like(p)) + (1 - b1) * g
             s["v"] = b2 * s.get("v", torch.zeros_like(p)) + (1 - b2) * g * g
             metric = (s["v"] / (1 - b2**self.t)).sqrt() + o["eps"]
