@@ -68,6 +68,8 @@ $(VENV)/.python:
 	@$(call say,creating .venv with $(PYTHON))
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"fusereg needs Python 3.10 or newer, this is {v[0]}.{v[1]}; do: make PYTHON=python3.12 ...")'
 	@$(PYTHON) -m venv "$(VENV)" || { echo "Python has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@# Debian 12 and Ubuntu 22.04 give it a pip that knows no -C.
+	@$(INSTALL) -q "pip>=23.1"
 	@touch $@
 
 $(VENV)/.tools: constraints.txt | $(VENV)/.python

@@ -112,13 +112,14 @@ package() {
   if [ -z "$wheel" ]; then
     from="$root"
     options+=(--no-build-isolation --verbose "-Cbuild-dir=$built/cmake"
-      -Ccmake.define.FUSEREG_ISAS=native)
+      --config-settings=cmake.define.FUSEREG_ISAS=native)
     if [ "$device" = cpu ]; then
-      options+=(-Ccmake.define.FUSEREG_CUDA=OFF)
+      options+=(--config-settings=cmake.define.FUSEREG_CUDA=OFF)
     else
       # One file's kernels are compiled side by side: the last file would else keep one core busy.
-      options+=(-Ccmake.define.FUSEREG_CUDA=ON -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=native
-        -Ccmake.define.CMAKE_CUDA_FLAGS=--split-compile=0)
+      options+=(--config-settings=cmake.define.FUSEREG_CUDA=ON
+        --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=native
+        --config-settings=cmake.define.CMAKE_CUDA_FLAGS=--split-compile=0)
     fi
   fi
   "$python" -m pip install "${options[@]}" --target "$built/site" "$from" && touch "$built/.installed"

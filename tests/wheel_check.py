@@ -69,7 +69,7 @@ def check_sdist(sdist: Path, wheel: Path, options: list[str], folder: Path) -> N
     # No compiler of CUDA either: what is on PATH beside the system's own is left out.
     env = {**os.environ, "PATH": "/usr/local/bin:/usr/bin:/bin", "CUDACXX": ""}
     command = [python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(folder / "out")]
-    command += [*options, "-Ccmake.define.FUSEREG_CUDA=OFF", str(sdist)]
+    command += [*options, "--config-settings=cmake.define.FUSEREG_CUDA=OFF", str(sdist)]
     subprocess.run(command, check=True, env=env, cwd=folder, stdout=subprocess.DEVNULL)
     built = only(folder / "out", "*.whl")
     assert contents(built) == contents(wheel), contents(built) ^ contents(wheel)

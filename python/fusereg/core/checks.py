@@ -53,7 +53,7 @@ def _check_cuda(where: str) -> None:
     if _C.build_info()["cuda"] is None:
         raise RuntimeError(
             f"{where} is on a CUDA device, but this build of fusereg has no CUDA kernels; "
-            "build it where nvcc is on PATH, or with -Ccmake.define.FUSEREG_CUDA=ON"
+            "build it where nvcc is on PATH, or with --config-settings=cmake.define.FUSEREG_CUDA=ON"
         )
 
 
