@@ -9,7 +9,8 @@
 #                 of 530 MB, into an environment of its own)
 #   make bench    every benchmark, as a page and as JSON in ./bench-report   (BENCH="penalty --quick" for less)
 #   make lint     ruff, mypy --strict, clang-format, shellcheck, clang-tidy
-#   make docs     the documents as a site in ./build/site, their tables made anew
+#   make docs     the documents as a site in ./build/site, their tables made anew; each page opened in Chromium,
+#                 where it is installed
 #   make wheel    a wheel and an sdist in ./dist; `make wheel-test` installs the one wheel beside each of
 #                 TORCH_VERSIONS and builds another from the sdist where there is no torch
 #   make clean    removes ./build and ./dist; `make distclean` ./.venv as well
@@ -228,6 +229,9 @@ docs:
 	@$(VENV)/bin/python docs/scripts/databases.py
 	@$(call say,the site in build/site/index.html)
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	@for browser in chromium chromium-browser google-chrome; do \
+	    ! command -v $$browser >/dev/null || exec $(VENV)/bin/python docs/scripts/look.py build/site build/pages "$$(command -v $$browser)"; \
+	done; echo "no Chromium, so nobody looked at the pages; on Debian and Ubuntu: apt-get install chromium"
 
 # With nvcc: for six kinds of GPU, some two hours of one core (FUSEREG_CUDA=OFF: minutes).
 wheel: $(VENV)/.tools

@@ -1,0 +1,92 @@
+"""What mkdocs calls while it builds the site: formulas become MathML, which browsers draw.
+
+Formulas are LaTeX: in the pages as GitHub takes it (``$x$`` within a line, a block between lines
+of ``$$``), in docstrings as torch writes it (``:math:`x```, ``.. math::``).
+"""
+
+import importlib
+import inspect
+import re
+import textwrap
+from typing import Any
+
+import griffe
+from latex2mathml.converter import convert
+
+BLOCK = re.compile(r"^\$\$\n(.+?)\n\$\$$", re.M | re.S)
+INLINE = re.compile(r"(?<![\\$\w`])\$(?![\s$])([^$\n`]+?)(?<![\s\\])\$(?![\w$])")
+CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.M | re.S)
+
+# In a docstring: a block ends where its indentation does.
+MATH = re.compile(r"^([ ]*)\.\. math::(.*(?:\n(?:\1[ ]+.*|[ ]*))*)", re.M)
+ROLE = re.compile(r":math:`([^`]+)`")
+SESSION = re.compile(r"^(?:>>>|\.\.\.).*\n(?:.+(?:\n|$))*", re.M)
+NAME = re.compile(r":(?:class|func|meth|attr|mod):`(~?)([^`]+)`")
+
+
+def formula(latex: str, *, block: bool) -> str:
+    """Return MathML of ``latex``; several lines of a block are aligned at their ``&``."""
+    latex = " ".join(latex.split()).replace("{aligned}", "{align*}")
+    if block and (r"\\" in latex or "&" in latex) and r"\begin" not in latex:
+        latex = rf"\begin{{align*}} {latex} \end{{align*}}"
+    markup = convert(latex, display="block" if block else "inline")
+    # Markdown takes a line that begins with <math> for a block of its own.
+    return f'<div class="formula">{markup}</div>' if block else f"<span>{markup}</span>"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace the formulas of a page, but for those in code."""
+    markdown = BLOCK.sub(lambda m: formula(m[1], block=True), markdown)
+    parts = CODE.split(markdown)
+    parts[::2] = [INLINE.sub(lambda m: formula(m[1], block=False), part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def as_markdown(docstring: str) -> str:
+    """Return a docstring with formulas and references as mkdocs takes them."""
+    text = MATH.sub(
+        lambda m: f"{m[1]}\n{m[1]}{formula(textwrap.dedent(m[2]), block=True)}\n\n", docstring
+    )
+    text = ROLE.sub(lambda m: formula(m[1], block=False), text)
+
+    def reference(match: re.Match[str]) -> str:
+        short, name = match[1], match[2]
+        shown = name.rsplit(".", 1)[-1] if short else name
+        return f"[`{shown}`][{name}]" if name.startswith("fusereg.") else f"`{shown}`"
+
+    text = NAME.sub(reference, text)
+    text = re.sub(r"``([^`]+)``", r"`\1`", text).replace("Example::", "Example:")
+    return SESSION.sub(lambda m: f"```pycon\n{m[0].rstrip()}\n```\n\n", text)
+
+
+class Docstrings(griffe.Extension):
+    """Docstrings as they are once the package is imported: some share parts filled in then."""
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """Rewrite every docstring of the package."""
+        seen: set[int] = set()
+
+        def walk(obj: Any) -> None:
+            if obj.is_alias or id(obj) in seen:
+                return
+            seen.add(id(obj))
+            if obj.docstring:
+                obj.docstring.value = as_markdown(self.at_run_time(obj.path) or obj.docstring.value)
+            for member in obj.members.values():
+                walk(member)
+
+        walk(pkg)
+
+    @staticmethod
+    def at_run_time(path: str) -> str | None:
+        """Return the docstring of what lies at ``path``, or ``None`` if nothing does."""
+        parts = path.split(".")
+        for end in range(len(parts), 0, -1):
+            try:
+                found: Any = importlib.import_module(".".join(parts[:end]))
+            except ImportError:
+                continue
+            for name in parts[end:]:
+                found = inspect.getattr_static(found, name, None)
+            return inspect.getdoc(found) if found is not None else None
+        return None
