@@ -146,7 +146,8 @@ def sets_of(model: nn.Module, inputs: Inputs, op: str) -> Traced:
         model.eval()
         builder = _Builder(model, tp, graph, names)
         for layer in list(graph.module2node):
-            if isinstance(layer, (CONV, nn.Linear)) and id(layer) not in builder.seen:
+            writes = isinstance(layer, (CONV, nn.Linear)) and not is_depthwise(layer)
+            if writes and id(layer) not in builder.seen:
                 builder.add(layer)
     reached = {id(m) for m in graph.module2node}
     for name, layer in model.named_modules():

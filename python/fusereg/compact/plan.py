@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .find import Found
 from .graph import Inputs
 from .parts import CONV, Part, Set
-from .probe import Range, generator, reading, structurally_constant, zeros_alone
+from .probe import Range, constant_for, generator, nowhere_flat, reading, zeros_alone
 
 
 @dataclass
@@ -72,7 +72,7 @@ def reads_no_zeros(layer: Any) -> bool:
 @torch.no_grad()
 def decide(found: Found, round_to: int) -> list[Decision]:
     """Return what can be removed of each set."""
-    constant = structurally_constant(found.plain, found.sets, found.inputs, 3)
+    constant = constant_for(zeros_alone(found.plain, 2), found.sets, found.inputs, 3)
     with reading(found.plain, found.sets) as seen:
         for inputs in (found.inputs, found.inputs.other(generator(4))):
             inputs.call(found.plain)
@@ -224,7 +224,8 @@ def identities(found: Found, decisions: list[Decision]) -> list[str]:
     passed = set(candidates)
     passed &= _unchanging(found.plain, passed, found.inputs)
     passed &= _unchanging(copy.deepcopy(found.plain).train(), passed, found.inputs)
-    with zeros_alone(found.plain, 5) as probe:
+    probe = zeros_alone(found.plain, 5)
+    with nowhere_flat(probe):
         passed &= _unchanging(probe, passed, found.inputs)
     return [n for n in candidates if n in passed and not _inside(n, passed)]
 
