@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fusereg
+from compact_models import TIMM, TORCHVISION
 
 pytest.importorskip("torch_pruning")
 
@@ -520,6 +522,30 @@ def test_an_average_is_cut_at_the_same_channels() -> None:
     average.update_parameters(small)
 
 
+def test_an_early_stopper_goes_on_with_the_smaller_model(tmp_path: Path) -> None:
+    net, x = chain()
+    kill(net, x)
+    stopper = fusereg.EarlyStopping(net, patience=3)
+    stopper.step(0.5)
+    wanted = net(x)
+    net[8].bias.data += 1
+    stopper.step(0.7)
+    small = fusereg.compact(net, x, stopper=stopper)
+    assert off(small(x), net(x)) < 1e-12
+    assert stopper.misses == 1
+    assert stopper.restore() == 0
+    assert off(small(x), wanted) < 1e-12
+    assert off(net(x), wanted) > 1e-3
+
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for other, said in (
+        (fusereg.EarlyStopping(net, patience=1, also={"sgd": optimizer}), "states of sgd"),
+        (fusereg.EarlyStopping(net, patience=1, folder=tmp_path), "in a folder"),
+    ):
+        with pytest.raises(ValueError, match=f"stopper cannot go on with another model: .*{said}"):
+            fusereg.compact(net, x, stopper=other)
+
+
 def test_the_smaller_model_is_exported() -> None:
     torch.set_default_dtype(torch.float32)
     net, x = blocks()
@@ -527,6 +553,20 @@ def test_the_smaller_model_is_exported() -> None:
     small = fusereg.compact(net, x)
     exported = torch.export.export(small, (x,))
     assert torch.allclose(exported.module()(x), net(x), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_smaller_model_is_exported_to_onnx(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    torch.set_default_dtype(torch.float32)
+    net, x = blocks()
+    kill(net, x)
+    small = fusereg.compact(net, x)
+    torch.onnx.export(small, (x,), tmp_path / "small.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "small.onnx")
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert torch.allclose(torch.from_numpy(out), net(x), atol=1e-5)
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -596,3 +636,47 @@ def test_torch_pruning_is_asked_for_if_it_is_missing(monkeypatch: pytest.MonkeyP
     net, x = mlp()
     with pytest.raises(ImportError, match=r"pip install 'fusereg\[compact\]'"):
         fusereg.compact(net, x)
+
+
+# --- the libraries' models ------------------------------------------------------------------------
+
+
+LIBRARIES = {
+    **{f"timm-{name}": found for name, found in TIMM.items()},
+    **{f"torchvision-{name}": found for name, found in TORCHVISION.items()},
+}
+
+
+def check_model(name: str, steps: int) -> None:
+    pytest.importorskip("other_libraries")
+    pytest.importorskip(name.split("-")[0])
+    make, pixels = LIBRARIES[name]
+    net = shaken(make()).eval()
+    x = torch.randn(2, 3, pixels, pixels)
+    for module in net.modules():  # they draw other masks in a smaller model
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-2)
+    train(net, optimizer, x, 1)
+    # With their readers zero as well, channels stay zero behind any activation.
+    left = kill(net, x, readers=True, optimizer=optimizer)
+    assert left
+    zeroed, its = copy.deepcopy((net, optimizer))
+    small = fusereg.compact(net, x, optimizer=optimizer)
+    assert off(small(x), net(x)) < 1e-12
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (small, net)]
+    assert sizes[0] < 0.9 * sizes[1]
+    train(zeroed, its, x, steps)
+    train(small, optimizer, x, steps)
+    assert off(small(x), zeroed(x)) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "torchvision-mobilenetv2"])
+def test_models_of_libraries_compute_and_train_the_same(name: str) -> None:
+    check_model(name, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_every_model_computes_and_trains_the_same(name: str) -> None:
+    check_model(name, 20)

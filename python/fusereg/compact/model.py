@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..core import checks
+from ..early_stopping import EarlyStopping
 from .carry import Change, carry_optimizer, check_optimizer
 from .find import Found, find
 from .graph import plain_copy
@@ -36,6 +37,7 @@ def compact(
     dry_run: Literal[False] = False,
     optimizer: torch.optim.Optimizer | None = None,
     averaged: Iterable[AveragedModel] = (),
+    stopper: EarlyStopping | None = None,
 ) -> _Model: ...
 
 
@@ -48,6 +50,7 @@ def compact(
     dry_run: Literal[True],
     optimizer: torch.optim.Optimizer | None = None,
     averaged: Iterable[AveragedModel] = (),
+    stopper: EarlyStopping | None = None,
 ) -> Table: ...
 
 
@@ -58,6 +61,7 @@ def compact(
     dry_run: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
     averaged: Iterable[AveragedModel] = (),
+    stopper: EarlyStopping | None = None,
 ) -> nn.Module | Table:
     """Return a smaller model that computes the same, without the channels that are zero.
 
@@ -88,6 +92,9 @@ def compact(
             with its states cut likewise. Schedulers that hold it remain valid.
         averaged: averages of the model, whose ``module`` is cut at the same channels, whether they
             are zero in the average or not.
+        stopper: an :class:`fusereg.EarlyStopping` of the model, which watches the smaller model
+            from now on. Its best state is cut at the same channels, whether they were zero at that
+            time or not.
 
     Returns:
         The smaller model, in the mode of ``model``, with parameters of its own. With ``dry_run``, a
@@ -99,7 +106,7 @@ def compact(
         TypeError: an argument is of another type than these.
         ValueError: ``round_to`` is below 1, the inputs are on another device, the model cannot be
             copied or traced, its outputs do not depend on its input, or a state of the optimizer
-            cannot be cut.
+            or of the stopper cannot be cut.
         RuntimeError: the smaller model does not compute the same; nothing is changed.
 
     Example:
@@ -117,6 +124,13 @@ def compact(
                 f"{_OP}: averaged must hold torch.optim.swa_utils.AveragedModel objects, "
                 f"got {type(average).__name__}"
             )
+    if stopper is not None:
+        if not isinstance(stopper, EarlyStopping):
+            raise TypeError(
+                f"{_OP}: stopper must be a fusereg.EarlyStopping, got {type(stopper).__name__}"
+            )
+        if (reason := stopper.why_not_movable()) is not None:
+            raise ValueError(f"{_OP}: stopper cannot go on with another model: {reason}")
     start = time.perf_counter()
     found = find(model, example_inputs, "compact")
     decisions = decide(found, round_to)
@@ -134,6 +148,16 @@ def compact(
     for average, smaller in zip(averages, smaller_averages, strict=True):
         _restore(smaller, average.module)
         average.module = smaller
+    if stopper is not None:
+
+        def of_best(state: dict[str, Any]) -> dict[str, Any]:
+            best = copy.deepcopy(model)
+            best.load_state_dict(state)
+            smaller = _apply(best, found, decisions, gone)[0]
+            _restore(smaller, best)
+            return smaller.state_dict()
+
+        stopper.move(small, of_best)
     if optimizer is not None:
         carry_optimizer(optimizer, model, small, change)
     _log.info("%s: %s", _OP, table._last())
