@@ -27,6 +27,13 @@ def _torchvision(build: Callable[[Any], nn.Module]) -> Callable[[], nn.Module]:
     return make
 
 
+def _mixer() -> nn.Module:
+    from timm.models.mlp_mixer import MlpMixer
+
+    model: nn.Module = MlpMixer(5, 64, patch_size=16, num_blocks=2, embed_dim=24)
+    return model
+
+
 _RESNET: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32), "stem_width": 8}
 _VIT: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 3}
 
@@ -35,10 +42,10 @@ TIMM: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet18": (_timm("resnet18", **_RESNET), 32),
     "resnet50": (_timm("resnet50", **_RESNET), 32),
     "resnet50d": (_timm("resnet50d", **_RESNET), 32),
-    "seresnet18": (_timm("legacy_seresnet18", layers=(1, 1, 1, 1)), 32),
+    "seresnet18": (_timm("seresnet18", **_RESNET), 32),
     "resnext50": (_timm("resnext50_32x4d", layers=(1, 1, 1, 1), cardinality=4), 32),
     "resnetv2": (_timm("resnetv2_50", layers=(1, 1, 1, 1), channels=(16, 32, 48, 64)), 32),
-    "preact_group_norm": (_timm("resnetv2_50x1_bit", layers=(1, 1), channels=(64, 64)), 32),
+    "group_norm": (_timm("resnetv2_50d_gn", layers=(1, 1, 1), channels=(64, 64, 128)), 32),
     "densenet": (_timm("densenet121", growth_rate=8, block_config=(2, 2, 2)), 32),
     "mobilenetv2": (_timm("mobilenetv2_035"), 32),
     "mobilenetv3": (_timm("mobilenetv3_small_050"), 32),
@@ -51,7 +58,7 @@ TIMM: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "regnety": (_timm("regnety_002"), 32),
     "vit": (_timm("vit_tiny_patch16_224", img_size=32, **_VIT), 32),
     "convnext": (_timm("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), 32),
-    "mixer": (_timm("mixer_s32_224", img_size=64, embed_dim=24, num_blocks=2), 64),
+    "mixer": (_mixer, 64),
 }
 
 TORCHVISION: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -93,7 +100,7 @@ TORCHVISION: dict[str, tuple[Callable[[], nn.Module], int]] = {
     ),
     "vit": (
         _torchvision(
-            lambda m: m.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5),
+            lambda m: m.VisionTransformer(32, 8, 2, 2, 16, 96, num_classes=5),
         ),
         32,
     ),

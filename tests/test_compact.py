@@ -526,10 +526,10 @@ def test_an_early_stopper_goes_on_with_the_smaller_model(tmp_path: Path) -> None
     net, x = chain()
     kill(net, x)
     stopper = fusereg.EarlyStopping(net, patience=3)
-    stopper.step(0.5)
+    stopper.step(0.5, epoch=0)
     wanted = net(x)
     net[8].bias.data += 1
-    stopper.step(0.7)
+    stopper.step(0.7, epoch=1)
     small = fusereg.compact(net, x, stopper=stopper)
     assert off(small(x), net(x)) < 1e-12
     assert stopper.misses == 1
@@ -653,11 +653,13 @@ def check_model(name: str, steps: int) -> None:
     make, pixels = LIBRARIES[name]
     net = shaken(make()).eval()
     x = torch.randn(2, 3, pixels, pixels)
+    # Batch normalization of few values would amplify rounding from step to step.
+    batch = torch.randn(16, 3, pixels, pixels)
     for module in net.modules():  # they draw other masks in a smaller model
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-2)
-    train(net, optimizer, x, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=2e-5, momentum=0.9, weight_decay=1e-2)
+    train(net, optimizer, batch, 1)
     # With their readers zero as well, channels stay zero behind any activation.
     left = kill(net, x, readers=True, optimizer=optimizer)
     assert left
@@ -666,8 +668,8 @@ def check_model(name: str, steps: int) -> None:
     assert off(small(x), net(x)) < 1e-12
     sizes = [sum(p.numel() for p in m.parameters()) for m in (small, net)]
     assert sizes[0] < 0.9 * sizes[1]
-    train(zeroed, its, x, steps)
-    train(small, optimizer, x, steps)
+    train(zeroed, its, batch, steps)
+    train(small, optimizer, batch, steps)
     assert off(small(x), zeroed(x)) < 1e-9
 
 

@@ -14,7 +14,7 @@ from .parts import Cuts, shortened
 
 
 class Change(NamedTuple):
-    """How the parameters of a model became those of a smaller one."""
+    """The way from the parameters of a model to those of a smaller one."""
 
     cuts: Cuts
     added: dict[str, Tensor]

@@ -15,7 +15,7 @@ from .probe import checked
 
 
 class Found(NamedTuple):
-    """What is known of a model's channels."""
+    """All that is known of a model's channels."""
 
     plain: nn.Module
     """A copy in float64 with torch's layers."""

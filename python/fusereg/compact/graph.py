@@ -109,7 +109,7 @@ def plain_copy(model: nn.Module, op: str) -> nn.Module:
 
 
 class Traced(NamedTuple):
-    """What the dependency graph says."""
+    """The sets of a dependency graph, before they are checked."""
 
     sets: list[Set]
     kept: dict[str, str]

@@ -1,4 +1,4 @@
-"""Which slices of a layer's tensors belong to which channel, and how to cut them."""
+"""Slices of layers' tensors by the channels that they belong to, and how to cut them."""
 
 from __future__ import annotations
 

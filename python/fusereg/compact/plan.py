@@ -1,4 +1,4 @@
-"""Which channels of a model can be removed without changing what it computes."""
+"""Decisions: the channels that can be removed without changing what a model computes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Fold:
 
 @dataclass
 class Decision:
-    """What happens to the channels of a set."""
+    """The channels of a set that go, and the constants that this leaves behind."""
 
     found: Set
     removed: Tensor

@@ -1,4 +1,4 @@
-"""What compaction does to each layer, as a table."""
+"""The table of what compaction does to each layer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
 
 class Table(Sequence[Row]):
-    """What compaction does to a model: a row for each convolution and linear layer.
+    """The changes of a model by compaction: a row for each convolution and linear layer.
 
     ``str()`` and ``rich.print()`` show it.
     """
