@@ -158,11 +158,12 @@ LEVELS = {
     "functional": 3,
     "convert": 4,
     "backend": 4,
-    "": 5,  # the package itself, which integrations and programs import as a user does
-    "integrations": 6,
-    "cli": 6,
-    "demo": 7,
-    "__main__": 8,
+    "compact": 5,
+    "": 6,  # the package itself, which integrations and programs import as a user does
+    "integrations": 7,
+    "cli": 7,
+    "demo": 8,
+    "__main__": 9,
 }
 #: Modules that only import, so that every technique stays one folder.
 FACES = ("nn", "functional")

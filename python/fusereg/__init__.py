@@ -15,6 +15,7 @@ from . import _C as _C
 from . import augment, cpu, early_stopping, functional, nn, optim
 from .batch_norm.decompositions import decompositions
 from .batch_norm.fold import fold_into_conv
+from .compact import compact, groups_of
 from .convert.model import convert, revert
 from .core import aliases as _aliases
 from .core.version import __version__
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "add_penalty_grad_",
     "augment",
+    "compact",
     "convert",
     "cpu",
     "decompositions",
@@ -48,6 +50,7 @@ __all__ = [
     "early_stopping",
     "fold_into_conv",
     "functional",
+    "groups_of",
     "nn",
     "optim",
     "prox",

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
+
+from torch import nn
 
 from ..core.encoding import check_savable
 from ..core.files import CheckpointError
@@ -254,6 +256,24 @@ class Keeper:
         memo: Memo = {}
         states, buffers = (clone(content[k], self._place, memo) for k in ("states", "buffers"))
         self.accept(Snapshot(content["epoch"], content["value"], states, buffers))
+
+    def why_not_movable(self) -> str | None:
+        """Return why the best state cannot become that of another model; None if it can."""
+        if others := [name for name in self._sources.names() if name != "model"]:
+            return f"it keeps states of {', '.join(others)} as well, which belong to the model"
+        if self._folder is not None:
+            return (
+                "it keeps its best state in a folder, where another model's would be out of place"
+            )
+        return None
+
+    def move(self, model: nn.Module, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Keep states of another model from now on, the best one so far as changed."""
+        content = self.content()
+        self._sources = Sources(OP, {"model": model})
+        if content is not None:
+            states = {"model": change(content["states"]["model"])}
+            self.load({**content, "states": states}, content["epoch"], content["value"])
 
     # -- writing --
 

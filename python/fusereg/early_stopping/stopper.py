@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -473,6 +473,26 @@ class EarlyStopping:
         epoch = self._keeper.restore()
         self._restored = epoch is not None
         return epoch
+
+    def why_not_movable(self) -> str | None:
+        """Return why :meth:`move` cannot give this to another model; None if it can."""
+        return self._keeper.why_not_movable()
+
+    def move(self, model: nn.Module, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Go on with another model in place of the present one, as with one that was compacted.
+
+        Args:
+            model: the model from now on.
+            change: given the best state so far, a ``state_dict`` of the old model, it returns one
+                of the new model.
+
+        Raises:
+            ValueError: states of other objects are kept as well, or they are kept in a folder.
+        """
+        reason = self.why_not_movable()
+        if reason is not None:
+            raise ValueError(f"{OP}.move: {reason}")
+        self._keeper.move(model, change)
 
     def reset(self) -> None:
         """Forget all checks and the best state, for another run with the same arguments.

@@ -1,0 +1,90 @@
+"""States of optimizers and of other copies of the weights, carried over to a smaller model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..optim.kernels import COPIES
+from .parts import Cuts, shortened
+
+
+class Change(NamedTuple):
+    """The way from the parameters of a model to those of a smaller one."""
+
+    cuts: Cuts
+    added: dict[str, Tensor]
+    """float64, of the parameters' old shapes: what was folded into them."""
+    new: dict[str, str]
+    """A new bias -> the weight of the same layer."""
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, cuts: Cuts) -> None:
+    """Raise unless every state of a parameter that is cut can be cut as well.
+
+    Raises:
+        TypeError: it is no optimizer.
+        ValueError: a state has another shape than its parameter.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "fusereg.compact: optimizer must be a torch.optim.Optimizer, "
+            f"got {type(optimizer).__name__}"
+        )
+    for name, p in model.named_parameters():
+        if name not in cuts:
+            continue
+        for key, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, Tensor) and value.numel() != 1 and value.shape != p.shape:
+                raise ValueError(
+                    f"fusereg.compact: optimizer keeps {key} of shape {tuple(value.shape)} for "
+                    f"{name} of shape {tuple(p.shape)}, which cannot be cut with it"
+                )
+
+
+@torch.no_grad()
+def carry_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, change: Change
+) -> None:
+    """Give an optimizer the parameters of the smaller model, with the states of the old ones."""
+    after = dict(small.named_parameters(remove_duplicate=False))
+    names = {id(p): name for name, p in model.named_parameters()}
+    extra: dict[str, list[Tensor]] = {}
+    for new, weight in change.new.items():
+        extra.setdefault(weight, []).append(after[new])
+    states = {}
+    for group in optimizer.param_groups:
+        params: list[Tensor] = []
+        for p in group["params"]:
+            name = names.get(id(p))
+            if name is None:  # of another model
+                params.append(p)
+                if p in optimizer.state:
+                    states[p] = optimizer.state[p]
+                continue
+            if name not in after:  # of a module that became an identity
+                continue
+            params += [after[name], *extra.get(name, ())]
+            if p in optimizer.state:
+                states[after[name]] = _state(optimizer.state[p], p, name, change)
+        group["params"] = params
+    optimizer.state.clear()
+    optimizer.state.update(states)
+    optimizer.__setstate__(optimizer.__getstate__())  # makes what it keeps beside them anew
+
+
+def _state(state: Mapping[str, Any], p: Tensor, name: str, change: Change) -> dict[str, Any]:
+    """Return the state of a parameter, cut as it was."""
+    made: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == p.shape and value.dim():
+            added = change.added.get(name) if key in COPIES else None
+            value = value if added is None else (value.double() + added).to(value.dtype)
+            made[key] = shortened(value, change.cuts.get(name, {}))
+        else:
+            made[key] = copy.deepcopy(value)
+    return made

@@ -1,0 +1,153 @@
+"""groups_of: the channels of a model that can be removed, and what writes and reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..core.groups import CoupledChannels, Groups, Member
+from .graph import Inputs, inputs_of, plain_copy, sets_of
+from .parts import CONV, Part, Set, slice_channels
+from .probe import checked
+
+
+class Found(NamedTuple):
+    """All that is known of a model's channels."""
+
+    plain: nn.Module
+    """A copy in float64 with torch's layers."""
+    inputs: Inputs
+    sets: list[Set]
+    kept: dict[str, str]
+    norms: dict[str, str]
+    """The batch norm that alone reads the result of a layer, by the layer's name."""
+    operations: dict[str, float]
+    """Multiply-adds of one example, by layer."""
+
+
+def groups_of(model: nn.Module, example_inputs: object, readers: bool = False) -> Groups:
+    """Return the sets of channels of a model that can only be removed together.
+
+    A channel is what convolutions and linear layers make. Where they are added (residual
+    connections), concatenated, normalized, or convolved for each channel or group, several layers
+    must lose it at once. For each such set, its *members* are what writes the channels: the rows of
+    the weights, the biases, scale and shift of the normalizations between. If the members' slices
+    for a channel are zero, the channel is zero, and :func:`fusereg.compact` removes it. No two sets
+    share a slice of a member.
+
+    The dependency graph is Torch-Pruning's (Fang et al. 2023, "DepGraph"), built on a copy of the
+    model with torch's own layers, and each mapping in it is tried on that copy in float64 with
+    random weights: silent channels must be read as constants, channels that are not read must not
+    move the outputs, and the copy without them must compute the same. What fails is not in the
+    result but in its ``kept``, with the reason: channels that are outputs of the model or that a
+    layer normalization reads, halves of ``chunk``, slices at fixed places, and so on.
+
+    Args:
+        model: it is not changed, nor is its mode.
+        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments for the
+            model's forward, on its device. Only shapes and integers matter.
+        readers: list what reads the channels as well, the columns of the weights behind. The same
+            weight then occurs in two sets, by its rows and by its columns.
+
+    Returns:
+        The sets, a sequence of ``CoupledChannels``: ``name`` (of the first layer that writes it),
+        ``size``, ``members`` and ``readers`` (each a ``Member``: ``name``, ``parameter``, ``dim``,
+        and ``channels``, the channel of each slice or -1), and ``operations``, the multiply-adds
+        of one example that removing each channel saves.
+
+    Raises:
+        ImportError: Torch-Pruning is not installed (``pip install "fusereg[compact]"``).
+        TypeError: ``model`` is no module, or ``example_inputs`` hold no tensor.
+        ValueError: they are on another device, or the model cannot be copied or traced.
+
+    Example:
+        >>> groups = fusereg.groups_of(model, torch.randn(2, 3, 32, 32))
+        >>> [(g.name, g.size) for g in groups], groups.kept
+    """
+    found = find(model, example_inputs, "groups_of")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    sets = (
+        CoupledChannels(
+            s.name,
+            s.size,
+            _members(found.plain, s.writers, parameters),
+            _members(found.plain, s.readers, parameters) if readers else (),
+            s.operations,
+        )
+        for s in found.sets
+    )
+    return Groups(sets, found.kept)
+
+
+def _members(
+    plain: nn.Module, parts: Iterable[Part], parameters: Mapping[str, Tensor]
+) -> tuple[Member, ...]:
+    """Return the parameters among the slots of parts."""
+    members = []
+    for part in parts:
+        for slot in part.slots:
+            name = f"{part.module}.{slot.key}" if part.module else slot.key
+            if name in parameters:
+                channels = slice_channels(part.of(plain), part.role, slot, part.channels)
+                members.append(Member(name, parameters[name], slot.dim, channels.clone()))
+    return tuple(members)
+
+
+def find(model: nn.Module, example_inputs: object, op: str) -> Found:
+    """Return the sets of coupled channels of a model that pass the probes."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"fusereg.{op}: model must be a torch.nn.Module, got {type(model).__name__}"
+        )
+    inputs = inputs_of(model, example_inputs, op)
+    plain, inputs = plain_copy(model, op), inputs.double()
+    traced = sets_of(plain, inputs, op)
+    operations = _operations(plain, inputs)
+    plain.requires_grad_(False)
+    sets, failed = checked(plain, traced.sets, inputs)
+    for found in sets:
+        found.operations = _saved(plain, found, operations)
+    return Found(plain, inputs, sets, traced.kept | failed, traced.norms, operations)
+
+
+@torch.no_grad()
+def _operations(model: nn.Module, inputs: Inputs) -> dict[str, float]:
+    """Return the multiply-adds of each convolution and linear layer for one example."""
+    counts: dict[str, float] = {}
+    tensors = [x for x in (*inputs.args, *inputs.kwargs.values()) if isinstance(x, Tensor)]
+    batch = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+
+    def hook(name: str) -> Callable[[Any, tuple[Any, ...], Any], None]:
+        def count(layer: Any, args: tuple[Any, ...], out: Any) -> None:
+            # Each element of the result (of the input, if transposed) meets a row of the weight.
+            made = args[0] if isinstance(layer, CONV) and layer.transposed else out
+            each = layer.weight.numel() / layer.weight.shape[0]
+            counts[name] = counts.get(name, 0.0) + made.numel() * each / batch
+
+        return count
+
+    hooks = [
+        m.register_forward_hook(hook(n))
+        for n, m in model.named_modules()
+        if isinstance(m, (CONV, nn.Linear))
+    ]
+    try:
+        inputs.call(model)
+    finally:
+        for h in hooks:
+            h.remove()
+    return counts
+
+
+def _saved(model: nn.Module, found: Set, operations: dict[str, float]) -> Tensor:
+    """Return the multiply-adds that each channel's removal saves if it is the only one."""
+    saved = torch.zeros(found.size, dtype=torch.float64)
+    for part in found.parts:
+        if part.module in operations:
+            share = operations[part.module] / len(part.channels)
+            inside = part.channels[part.channels >= 0]
+            saved += share * torch.bincount(inside, minlength=found.size)
+    return saved

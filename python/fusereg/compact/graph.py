@@ -1,0 +1,329 @@
+"""The sets of coupled channels of a model, from Torch-Pruning's dependency graph."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..convert.layers import ORIGINAL, Adapted, adapt_back, swap_back
+from .parts import (
+    BATCH_NORM,
+    CONV,
+    Part,
+    Role,
+    Set,
+    Slot,
+    couplings,
+    is_depthwise,
+    slice_channels,
+    slots_of,
+)
+
+
+class Inputs(NamedTuple):
+    """The arguments of a model's forward."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def call(self, model: nn.Module) -> list[Tensor]:
+        """Return the floating-point tensors of the model's result."""
+        leaves = pytree.tree_leaves(_plain(model(*self.args, **self.kwargs)))
+        return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+
+    def map(self, change: Any) -> Inputs:
+        """Return the arguments with a function applied to each tensor."""
+        return Inputs(*pytree.tree_map_only(Tensor, change, (self.args, self.kwargs)))
+
+    def double(self) -> Inputs:
+        """Return the arguments with floating-point tensors in float64."""
+        return self.map(lambda x: x.detach().double() if x.is_floating_point() else x)
+
+    def other(self, generator: torch.Generator) -> Inputs:
+        """Return other arguments of the same shapes: random numbers, or the same ones shuffled."""
+
+        def change(x: Tensor) -> Tensor:
+            if x.is_floating_point():
+                return torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
+            order = torch.randperm(x.numel(), generator=generator).to(x.device)
+            return x.flatten()[order].view(x.shape)
+
+        return self.map(change)
+
+
+def _plain(result: Any) -> Any:
+    """Return a result as a tree that pytree knows; ModelOutput of transformers is a mapping."""
+    return dict(result) if isinstance(result, Mapping) else result
+
+
+def inputs_of(model: nn.Module, example_inputs: object, op: str) -> Inputs:
+    """Return the example inputs as arguments; they are checked.
+
+    Raises:
+        TypeError: they are no tensor, tuple, list or dict, or hold no tensor.
+        ValueError: they are on another device than the model.
+    """
+    if isinstance(example_inputs, Tensor):
+        inputs = Inputs((example_inputs,), {})
+    elif isinstance(example_inputs, (tuple, list)):
+        inputs = Inputs(tuple(example_inputs), {})
+    elif isinstance(example_inputs, Mapping):
+        inputs = Inputs((), {str(k): v for k, v in example_inputs.items()})
+    else:
+        inputs = Inputs((), {})
+    tensors = [x for x in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(x, Tensor)]
+    if not tensors:
+        raise TypeError(
+            f"fusereg.{op}: example_inputs must be a tensor, or a tuple or dict of arguments with "
+            f"a tensor among them, got {type(example_inputs).__name__}"
+        )
+    devices = {p.device for p in model.parameters()}
+    for x in tensors:
+        if devices and x.device not in devices:
+            said = ", ".join(sorted(map(str, devices)))
+            raise ValueError(
+                f"fusereg.{op}: example_inputs must be on the model's device ({said}), "
+                f"got a tensor on {x.device}"
+            )
+    return inputs
+
+
+def plain_copy(model: nn.Module, op: str) -> nn.Module:
+    """Return a copy in float64 and evaluation, with the classes that layers had before convert."""
+    try:
+        found = copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(f"fusereg.{op}: the model cannot be copied: {error}") from error
+    for module in list(found.modules()):
+        if isinstance(module, Adapted):
+            adapt_back(module)
+        elif ORIGINAL in vars(module):
+            swap_back(module)
+    return found.double().eval().requires_grad_(True)
+
+
+class Traced(NamedTuple):
+    """The sets of a dependency graph, before they are checked."""
+
+    sets: list[Set]
+    kept: dict[str, str]
+    """Layers that have no set, with the reason."""
+    norms: dict[str, str]
+    """The batch norm that alone reads the result of a layer, by the layer's name."""
+
+
+def sets_of(model: nn.Module, inputs: Inputs, op: str) -> Traced:
+    """Return the sets that the dependency graph finds, and why other layers have none."""
+    try:
+        import torch_pruning as tp
+    except ImportError as error:
+        raise ImportError(
+            f"fusereg.{op} needs Torch-Pruning: pip install 'fusereg[compact]'"
+        ) from error
+    names = {id(m): name for name, m in model.named_modules()}
+    names |= {id(p): name for name, p in model.named_parameters()}
+    graph = tp.DependencyGraph()
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        try:
+            graph.build_dependency(
+                model,
+                (inputs.args, inputs.kwargs),
+                forward_fn=lambda m, x: [y for y in inputs.call(m) if y.grad_fn is not None],
+                verbose=False,
+            )
+        except Exception as error:
+            raise ValueError(
+                f"fusereg.{op}: the model cannot be traced with these example_inputs: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        model.eval()
+        builder = _Builder(model, tp, graph, names)
+        for layer in list(graph.module2node):
+            writes = isinstance(layer, (CONV, nn.Linear)) and not is_depthwise(layer)
+            if writes and id(layer) not in builder.seen:
+                builder.add(layer)
+    reached = {id(m) for m in graph.module2node}
+    for name, layer in model.named_modules():
+        if isinstance(layer, (CONV, nn.Linear)) and id(layer) not in reached:
+            builder.kept.setdefault(name, "no gradient of the outputs reaches it")
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    for found in builder.sets:
+        writers = [p.module for p in found.parts if p.role == "out"]
+        found.name = min(writers, key=lambda name: order.get(name, 0))
+    builder.sets.sort(key=lambda s: order.get(s.name, 0))
+    return Traced(builder.sets, builder.kept, dict(_norms(graph, names)))
+
+
+def _norms(graph: Any, names: dict[int, str]) -> Iterator[tuple[str, str]]:
+    """Return the layers whose result is read by one batch norm alone, which reads nothing else."""
+    for layer, node in graph.module2node.items():
+        after = {id(n.module): n for n in node.outputs}
+        if isinstance(layer, (CONV, nn.Linear)) and len(after) == 1:
+            (following,) = after.values()
+            if isinstance(following.module, BATCH_NORM) and len(following.inputs) == 1:
+                yield names[id(layer)], names[id(following.module)]
+
+
+class _Unknown(Exception):
+    """A group that has no set, with the reason."""
+
+
+class _Builder:
+    """Collects the sets of a graph."""
+
+    def __init__(self, model: nn.Module, tp: Any, graph: Any, names: dict[int, str]) -> None:
+        self.model, self.tp, self.graph, self.names = model, tp, graph, names
+        self.sets: list[Set] = []
+        self.kept: dict[str, str] = {}
+        self.seen: set[int] = set()
+        self._claimed: dict[tuple[str, str, int], Tensor] = {}
+
+    def add(self, layer: Any) -> None:
+        """Add the set of channels that a layer writes, or the reason why it has none."""
+        self.seen.add(id(layer))
+        name = self.names[id(layer)]
+        try:
+            pruner = self.graph.get_pruner_of_module(layer)
+            count = pruner.get_out_channels(layer)
+            group = self.graph.get_pruning_group(
+                layer, pruner.prune_out_channels, list(range(count))
+            )
+            found = self._set(name, count, list(group))
+            self._claim(found)
+        except _Unknown as reason:
+            self.kept[name] = str(reason)
+        except Exception as error:
+            self.kept[name] = f"the dependency graph fails here: {type(error).__name__}: {error}"
+        else:
+            self.sets.append(found)
+
+    def _set(self, name: str, count: int, group: list[Any]) -> Set:
+        """Return the set of a group of the graph."""
+        maps: list[tuple[Any, Role, Tensor]] = []
+        joined = _Classes(count)
+        for item in group:
+            module = item.dep.target.module
+            role = self._role(item.dep)
+            size = self._size(module, role)
+            if size is None:
+                continue
+            if role == "out":
+                self.seen.add(id(module))
+            roots = item.root_idxs
+            if roots is None or any(r is None for r in roots):
+                raise _Unknown("the dependency graph cannot tell its channels apart")
+            channels = torch.full((size,), -1, dtype=torch.int64)
+            for i, root in zip(item.idxs, roots, strict=True):
+                if not 0 <= i < size:
+                    raise _Unknown(f"the dependency graph names channel {i} of {size}")
+                if channels[i] >= 0:
+                    joined.join(int(channels[i]), int(root))
+                channels[i] = int(root)
+            maps.append((module, role, channels))
+        for module, role, channels in maps:
+            for together in couplings(module, role):
+                present = [int(c) for c in channels[together] if c >= 0]
+                if present and len(present) < len(together):
+                    raise _Unknown(
+                        f"some groups of {self.names[id(module)]} hold channels of other layers"
+                    )
+                for c in present[1:]:
+                    joined.join(present[0], c)
+        number = joined.numbers()
+        size = int(number.max()) + 1
+        if size < 2:
+            raise _Unknown("its channels can only be removed all together")
+        parts = []
+        for module, role, channels in maps:
+            classes = torch.where(channels >= 0, number[channels.clamp_min(0)], channels)
+            parts.append(self._part(module, role, classes))
+        return Set(name, size, parts)
+
+    def _role(self, dep: Any) -> Role:
+        module = dep.target.module
+        if isinstance(module, (CONV, nn.Linear)) and not is_depthwise(module):
+            return "out" if self.graph.is_out_channel_pruning_fn(dep.handler) else "in"
+        return "out" if isinstance(module, nn.Embedding) else "through"
+
+    def _size(self, module: Any, role: Role) -> int | None:
+        """Return the number of channels of a module in this role; None for operations."""
+        if isinstance(module, nn.Parameter):
+            return int(module.shape[self.graph.module2node[module].pruning_dim])
+        if isinstance(module, nn.LayerNorm):
+            raise _Unknown(
+                f"{self.names[id(module)]} normalizes over its channels: none can be removed "
+                "from a layer normalization without changing the others"
+            )
+        if id(module) not in self.names:
+            return None
+        if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+            return None
+        if isinstance(module, CONV) and not is_depthwise(module):
+            if module.groups == module.out_channels > 1:
+                raise _Unknown(f"{self.names[id(module)]} has one output for each group")
+            return module.in_channels if role == "in" else module.out_channels
+        if isinstance(module, nn.GroupNorm) and not module.affine:
+            raise _Unknown(f"{self.names[id(module)]} is a group normalization without weights")
+        pruner = self.graph.get_pruner_of_module(module)
+        size = (pruner.get_in_channels if role == "in" else pruner.get_out_channels)(module)
+        return None if size is None else int(size)
+
+    def _part(self, module: Any, role: Role, channels: Tensor) -> Part:
+        name = self.names[id(module)]
+        if isinstance(module, nn.Parameter):
+            owner, _, key = name.rpartition(".")
+            dim = self.graph.module2node[module].pruning_dim % module.dim()
+            return Part(owner, role, (Slot(key, dim),), channels)
+        slots = slots_of(module, role)
+        if slots is None:
+            raise _Unknown(f"{name} ({type(module).__name__}) mixes its channels")
+        for slot in slots:
+            if slot.key in ("weight", "bias") and slot.key not in module._parameters:
+                raise _Unknown(f"{slot.key} of {name} is computed from other parameters")
+        return Part(name, role, slots, channels)
+
+    def _claim(self, found: Set) -> None:
+        """Check that no other set has the same slices, and note them as this set's."""
+        claims = []
+        for part in found.parts:
+            for slot in part.slots:
+                layer = part.of(self.model)
+                mine = slice_channels(layer, part.role, slot, part.channels) >= 0
+                at = (part.module, slot.key, slot.dim)
+                taken = self._claimed.get(at, torch.zeros_like(mine))
+                if (mine & taken).any():
+                    raise _Unknown(f"{part.module} has channels that another set has too")
+                claims.append((at, mine | taken))
+        self._claimed.update(claims)
+
+
+class _Classes:
+    """Channels that are joined until only those remain that can be removed separately."""
+
+    def __init__(self, count: int) -> None:
+        self._parent = list(range(count))
+
+    def root(self, i: int) -> int:
+        """Return the first channel of a class."""
+        while self._parent[i] != i:
+            self._parent[i] = self._parent[self._parent[i]]
+            i = self._parent[i]
+        return i
+
+    def join(self, a: int, b: int) -> None:
+        """Put two channels into one class."""
+        a, b = sorted((self.root(a), self.root(b)))
+        self._parent[b] = a
+
+    def numbers(self) -> Tensor:
+        """Return the number of each channel's class, in the order of their first channels."""
+        roots = [self.root(i) for i in range(len(self._parent))]
+        order = {r: n for n, r in enumerate(sorted(set(roots)))}
+        return torch.tensor([order[r] for r in roots])

@@ -1,0 +1,245 @@
+"""compact: a smaller model without the channels that are zero."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any, Literal, TypeVar, overload
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..core import checks
+from ..early_stopping import EarlyStopping
+from .carry import Change, carry_optimizer, check_optimizer
+from .find import Found, find
+from .graph import plain_copy
+from .parts import cut, cuts_of
+from .plan import Decision, decide, fold, identities
+from .probe import differ, generator
+from .table import Table, make_table
+
+_log = logging.getLogger("fusereg")
+_Model = TypeVar("_Model", bound=nn.Module)
+_OP = "fusereg.compact"
+#: The largest difference of the outputs in float64, relative to their size.
+TOLERANCE = 1e-12
+
+
+@overload
+def compact(
+    model: _Model,
+    example_inputs: object,
+    round_to: int = 1,
+    dry_run: Literal[False] = False,
+    optimizer: torch.optim.Optimizer | None = None,
+    averaged: Iterable[AveragedModel] = (),
+    stopper: EarlyStopping | None = None,
+) -> _Model: ...
+
+
+@overload
+def compact(
+    model: nn.Module,
+    example_inputs: object,
+    round_to: int = 1,
+    *,
+    dry_run: Literal[True],
+    optimizer: torch.optim.Optimizer | None = None,
+    averaged: Iterable[AveragedModel] = (),
+    stopper: EarlyStopping | None = None,
+) -> Table: ...
+
+
+def compact(
+    model: nn.Module,
+    example_inputs: object,
+    round_to: int = 1,
+    dry_run: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+    averaged: Iterable[AveragedModel] = (),
+    stopper: EarlyStopping | None = None,
+) -> nn.Module | Table:
+    """Return a smaller model that computes the same, without the channels that are zero.
+
+    A channel is removed if every layer that reads it reads a zero, reads it with weights of zero,
+    or reads a constant that can be computed in advance. A constant goes into the bias of the layer
+    that reads it, or into the running mean of the batch norm behind that; where zero padding makes
+    it differ at the borders, one constant channel stays for all of a set. What is constant is found
+    from the weights that are zero, never from what some inputs happen to give. Which channels must
+    go together is found by :func:`fusereg.groups_of`, with all its checks.
+
+    If a whole branch of a residual block is zero, the block becomes ``nn.Identity``. A layer whose
+    channels could all go keeps one elsewhere, and a model whose outputs would not depend on its
+    input is refused.
+
+    The outputs in evaluation are compared once more in float64, and agree within 1e-12 of their
+    size. Training goes on as it would have with the zeros, as long as those stay zero there: behind
+    ReLU they do by themselves, behind GELU or SiLU they do with a proximal step. Folded constants
+    no longer train, and dropout draws other masks.
+
+    Args:
+        model: it is not changed, nor is its mode.
+        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments for the
+            model's forward, on its device.
+        round_to: keep so many channels of each set that their number is a multiple of this, if
+            there are as many: kernels are fastest with multiples of 8 or 16.
+        dry_run: return a table of what would change instead of the model.
+        optimizer: an optimizer of the model's parameters, which gets those of the smaller model,
+            with its states cut likewise. Schedulers that hold it remain valid.
+        averaged: averages of the model, whose ``module`` is cut at the same channels, whether they
+            are zero in the average or not.
+        stopper: an :class:`fusereg.EarlyStopping` of the model, which watches the smaller model
+            from now on. Its best state is cut at the same channels, whether they were zero at that
+            time or not.
+
+    Returns:
+        The smaller model, in the mode of ``model``, with parameters of its own. With ``dry_run``, a
+        table: a row for each convolution and linear layer with channels, parameters and
+        multiply-adds before and after, and why channels stay.
+
+    Raises:
+        ImportError: Torch-Pruning is not installed (``pip install "fusereg[compact]"``).
+        TypeError: an argument is of another type than these.
+        ValueError: ``round_to`` is below 1, the inputs are on another device, the model cannot be
+            copied or traced, its outputs do not depend on its input, or a state of the optimizer
+            or of the stopper cannot be cut.
+        RuntimeError: the smaller model does not compute the same; nothing is changed.
+
+    Example:
+        >>> print(fusereg.compact(model, x, dry_run=True))
+        >>> model = fusereg.compact(model, x, round_to=8, optimizer=optimizer)
+    """
+    if not checks.is_integer(round_to):
+        raise TypeError(f"{_OP}: round_to must be an integer, got {type(round_to).__name__}")
+    if round_to < 1:
+        raise ValueError(f"{_OP}: round_to must be at least 1, got {round_to}")
+    averages = tuple(averaged)
+    for average in averages:
+        if not isinstance(average, AveragedModel):
+            raise TypeError(
+                f"{_OP}: averaged must hold torch.optim.swa_utils.AveragedModel objects, "
+                f"got {type(average).__name__}"
+            )
+    if stopper is not None:
+        if not isinstance(stopper, EarlyStopping):
+            raise TypeError(
+                f"{_OP}: stopper must be a fusereg.EarlyStopping, got {type(stopper).__name__}"
+            )
+        if (reason := stopper.why_not_movable()) is not None:
+            raise ValueError(f"{_OP}: stopper cannot go on with another model: {reason}")
+    start = time.perf_counter()
+    found = find(model, example_inputs, "compact")
+    decisions = decide(found, round_to)
+    gone = identities(found, decisions)
+    _explain_whole(found, decisions, gone)
+    small, change, notes = _apply(model, found, decisions, gone)
+    _compare(small, found)
+    table = make_table(found, small, decisions, time.perf_counter() - start, notes)
+    if optimizer is not None:
+        check_optimizer(optimizer, model, change.cuts)
+    if dry_run:
+        return table
+    smaller_averages = [_apply(a.module, found, decisions, gone)[0] for a in averages]
+    _restore(small, model)
+    for average, smaller in zip(averages, smaller_averages, strict=True):
+        _restore(smaller, average.module)
+        average.module = smaller
+    if stopper is not None:
+
+        def of_best(state: dict[str, Any]) -> dict[str, Any]:
+            best = copy.deepcopy(model)
+            best.load_state_dict(state)
+            smaller = _apply(best, found, decisions, gone)[0]
+            _restore(smaller, best)
+            return smaller.state_dict()
+
+        stopper.move(small, of_best)
+    if optimizer is not None:
+        carry_optimizer(optimizer, model, small, change)
+    _log.info("%s: %s", _OP, table._last())
+    return small
+
+
+def _explain_whole(found: Found, decisions: list[Decision], gone: list[str]) -> None:
+    """Note which layers keep a channel though all could go; refuse a model that is constant.
+
+    Raises:
+        ValueError: the outputs do not depend on the input.
+    """
+    whole = [d for d in decisions if d.whole]
+    if not whole:
+        return
+    with torch.no_grad():
+        a, b = (found.inputs.other(generator(i)).call(found.plain) for i in (8, 9))
+    if differ(a, b, 0.0) is None:
+        raise ValueError(
+            f"{_OP}: all {whole[0].found.size} channels of {whole[0].found.name} are dead, and the "
+            "model's outputs do not depend on its input any more"
+        )
+    for decision in whole:
+        name = decision.found.name
+        if not any(name.startswith(f"{g}.") for g in gone):
+            decision.notes.append("all its channels are dead; one stays, for a layer needs one")
+
+
+def _apply(
+    model: nn.Module, found: Found, decisions: list[Decision], gone: list[str]
+) -> tuple[nn.Module, Change, list[str]]:
+    """Return a smaller copy of a model, in float64, and what was done."""
+    small = copy.deepcopy(model).double()
+    before = dict(small.named_parameters())
+    changed = {
+        f"{f.part.module}.{key}" for d in decisions for f in d.folds for key in ("weight", "bias")
+    }
+    old = {n: p.detach().clone() for n, p in before.items() if n in changed}
+    new = fold(small, decisions, found.norms)
+    added = {n: before[n].detach() - p for n, p in old.items()}
+    cuts = cuts_of(small, [(d.found, d.removed) for d in decisions])
+    cut(small, cuts)
+    notes = [f"{name}: nn.Identity, for its branch is zero" for name in gone]
+    for name in gone:
+        owner, _, key = name.rpartition(".")
+        small.get_submodule(owner)._modules[key] = nn.Identity()
+    names = dict(small.named_parameters())
+    new = [n for n in new if n in names]
+    notes += [f"{name}: new, for the constants that its layer reads" for name in new]
+    weights = {n: f"{n.rpartition('.')[0]}.weight" for n in new}
+    return small, Change(cuts, {n: a for n, a in added.items() if a.any()}, weights), notes
+
+
+@torch.no_grad()
+def _compare(small: nn.Module, found: Found) -> None:
+    """Compare the outputs of the smaller model with those of the original in float64.
+
+    Raises:
+        RuntimeError: they differ, or it cannot be run.
+    """
+    probe = plain_copy(small, "compact")
+    for inputs in (found.inputs, found.inputs.other(generator(10))):
+        wanted = inputs.call(found.plain)
+        try:
+            got = inputs.call(probe)
+        except Exception as error:
+            raise RuntimeError(f"{_OP}: the smaller model cannot be run: {error}") from error
+        off = differ(got, wanted, TOLERANCE)
+        if off is not None:
+            raise RuntimeError(
+                f"{_OP}: the smaller model's outputs differ by {off:.1e} of their size; "
+                "the model is unchanged"
+            )
+
+
+def _restore(small: Any, model: nn.Module) -> None:
+    """Give the tensors of the smaller model the types of the original's."""
+    types = {n: t.dtype for n, t in (*model.named_parameters(), *model.named_buffers())}
+    for module_name, module in small.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                name = f"{module_name}.{key}" if module_name else key
+                if tensor is not None and tensor.is_floating_point():
+                    like = types.get(name) or types.get(f"{module_name}.weight", tensor.dtype)
+                    tensor.data = tensor.data.to(like)
