@@ -151,3 +151,51 @@ def test_value_and_gradient_are_those_of_a_float64_reference(
         assert error <= 4 * TOLERANCES[dtype] * e.abs().max()
     with torch.no_grad():
         assert torch.equal(F.group_lasso_penalty(groups, 0.3, l1=l1), value)
+
+
+# --- in the optimizers ---
+
+SIMPLE = [row for row in LAYOUTS if row[0] in ("conv", "norm", "transposed", "columns", "offset")]
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.1, "momentum": 0.9},
+    "Adam": {"lr": 0.02},
+    "AdamW": {"lr": 0.02, "weight_decay": 0.1},
+    "RMSprop": {"lr": 0.02},
+    "Lion": {"lr": 0.02},
+}
+
+
+def dead_channels(own: CoupledChannels) -> list[int]:
+    """Return the channels whose slices are zero in all tensors."""
+    slices = by_channel(own, [m.parameter.detach() for m in own.members])
+    return [c for c, of_channel in enumerate(slices) if all(not s.any() for s in of_channel)]
+
+
+def with_grads(params: list[Tensor]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for p in params:
+        p.grad = 0.1 * torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizers_step_ends_with_the_groups_proximal_step(backend: Backend, name: str) -> None:
+    """As the optimizer without groups, and then prox.group_lasso_, bit for bit."""
+    options = {**OPTIMIZERS[name], "l1": 0.01, "l2": 0.02, "prox": "decoupled"}
+    lr = options["lr"]
+    models = [make_groups(torch.float32, backend, SIMPLE) for _ in range(2)]
+    ours, theirs = (
+        getattr(fusereg.optim, name)(tensors_of(m), **options, **extra)
+        for m, extra in zip(models, ({"groups": models[0], "group": 5.0}, {}), strict=True)
+    )
+    for _ in range(3):
+        for groups in models:
+            with_grads(tensors_of(groups))
+        theirs.step()
+        wanted = F.group_lasso_penalty(models[1], 5.0).detach()
+        fusereg.prox.group_lasso_(models[1], lr * 5.0 / (1.0 + lr * 0.02))
+        ours.step()
+        for a, b in zip(tensors_of(models[0]), tensors_of(models[1]), strict=True):
+            assert torch.equal(a, b)
+        torch.testing.assert_close(ours.penalty_value, theirs.penalty_value + wanted)
+    dead = dead_channels(models[0][0])
+    assert 0 < len(dead) < 12

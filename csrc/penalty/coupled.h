@@ -11,7 +11,7 @@
 //
 // in two passes, for all channels of a model at once: the sums of each slot (kSums), then what they
 // scale (kGrad, kProx). Between the two, ranks that hold shards of the tensors add their sums.
-// Slices of no slot have gradient 0 and are left alone by the proximal step.
+// Slices of no slot are not written: the caller clears their gradients.
 //
 // Dtypes and arithmetic as in penalty.h: float64, float32, float16, bfloat16, mixed within a list;
 // sums run in float32 over at most 8 terms, then in float64, and again in float64 where float32

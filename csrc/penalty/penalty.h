@@ -111,8 +111,7 @@ struct CpuKernels {
   // on: v = w for kValue, soft(w, l1) for kProx.
   void (*slice_sums)(Op op, const Item& item, std::int64_t begin, std::int64_t end, Sums* sums);
   // kWriteGrad and kProx of the slices [begin, end) whose coefficients are known: slice i has
-  // those of factors[slot_of[i]], and the same l1. One of no slot (not in [0, slots)) gets the
-  // gradient 0, and is left alone by kProx.
+  // those of factors[slot_of[i]], and the same l1. One of no slot (not in [0, slots)) is left alone.
   void (*slices)(Op op, const Item& item, const std::int32_t* slot_of, const double* factors,
                  std::int64_t slots, std::int64_t begin, std::int64_t end);
 };

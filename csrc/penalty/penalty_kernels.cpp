@@ -502,13 +502,11 @@ void slices_with(T* w, T* g, const Item& item, const std::int32_t* slot_of, cons
   if (by_runs(shape)) {
     const std::int64_t stride = shape.groups * shape.inner;
     for (std::int64_t i = begin; i < end; ++i) {
-      if (!has_slot(i) && prox) continue;
-      const double factor = has_slot(i) ? factors[slot_of[i]] : 0.0;
+      if (!has_slot(i)) continue;
+      const double factor = factors[slot_of[i]];
       for (std::int64_t o = 0; o < shape.outer; ++o) {
         const std::int64_t at = i * shape.inner + o * stride;
-        if (!has_slot(i)) {
-          memset(g + at, 0, static_cast<std::size_t>(shape.inner) * sizeof(T));
-        } else if (shape.inner == 1) {
+        if (shape.inner == 1) {
           const C x = to_compute(w[at]);
           if constexpr (op == Op::kProx) {
             w[at] =
@@ -530,33 +528,19 @@ void slices_with(T* w, T* g, const Item& item, const std::int32_t* slot_of, cons
   for (std::int64_t tile = begin; tile < end; tile += step) {
     const std::int64_t last = end - tile < step ? end : tile + step;
     ColumnFactors<C> of_columns;
-    bool any_left = false;
     for (std::int64_t i = tile; i < last; ++i) {
-      any_left = any_left || !has_slot(i);
-      const double factor = has_slot(i) ? factors[slot_of[i]] : prox ? 1.0 : 0.0;
-      of_columns.set(static_cast<int>(i - tile) * inner, inner, has_slot(i) ? l1 : 0.0, factor);
+      if (has_slot(i))
+        of_columns.set(static_cast<int>(i - tile) * inner, inner, l1, factors[slot_of[i]]);
     }
-    // Columns that are left alone keep their bits: runs of those that are not, one by one.
-    std::int64_t from = tile;
-    while (from < last) {
-      std::int64_t to = last;
-      if (any_left) {
-        const bool there = has_slot(from);
-        for (to = from + 1; to < last && has_slot(to) == there; ++to) {
-        }
-        if (!there) {
-          for (std::int64_t o = 0; !prox && o < shape.outer; ++o) {
-            memset(g + (from + o * shape.groups) * shape.inner, 0,
-                   static_cast<std::size_t>((to - from) * shape.inner) * sizeof(T));
-          }
-          from = to;
-          continue;
-        }
-      }
+    // Those that are left alone keep their bits: what lies between them, one by one.
+    std::int64_t to = tile;
+    for (std::int64_t from = tile; from < last; from = to) {
+      const bool there = has_slot(from);
+      for (to = from + 1; to < last && has_slot(to) == there;) ++to;
+      if (!there) continue;
       const auto skipped = static_cast<int>(from - tile) * inner;
       column_step<T, op>(w, g, shape, from * shape.inner, static_cast<int>(to - from) * inner,
                          of_columns.l1 + skipped, of_columns.second + skipped);
-      from = to;
     }
   }
 }

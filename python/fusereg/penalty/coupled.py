@@ -64,7 +64,9 @@ class Family:
             where = f"fusereg.{op}: {member.name}"
             channels = _checked(where, member)
             p, dim = member.parameter, member.dim % max(member.parameter.dim(), 1)
-            slot = torch.where(channels < 0, -1, channels + first).to(torch.int32)
+            # An empty tensor has nothing to add to a channel.
+            none = channels < 0 if p.numel() else torch.ones_like(channels, dtype=torch.bool)
+            slot = torch.where(none, -1, channels + first).to(torch.int32)
             at = places.setdefault(id(p), len(self.tensors))
             if at == len(self.tensors):
                 self.names.append(member.name)
@@ -84,8 +86,10 @@ class Family:
                 here = slot[slot >= 0].long()
                 each = torch.tensor(p.numel() // len(slot), dtype=torch.float64)
                 self.sizes.index_put_((here,), each, accumulate=True)
+        #: Of each tensor, whether some of its slices belong to no channel.
+        self.leaves = [bool((slot < 0).any()) for slot in self.slot_of]
         self._whole: dict[torch.device, _Index] = {}
-        self._kept: list[tuple[list[Tensor], list[_Part]]] = []
+        self._of_parts: dict[Any, _Index] = {}
 
     def whole(self, device: torch.device) -> _Index:
         """Return the index of all tensors, on their device."""
@@ -98,17 +102,22 @@ class Family:
         """Return tensors of any devices, layouts and placements as the kernels take them."""
         local, slot_of = [], []
         for name, t, dim, slot in zip(self.names, tensors, self.dims, self.slot_of, strict=True):
-            slot_of.append(_local_slots(f"fusereg.{op}: {name}", t, dim, slot))
-            local.append(checks.dense(checks.plain(_dtensor.local_part(t), op, name)))
+            own = checks.dense(checks.plain(_dtensor.local_part(t), op, name))
+            slot = _local_slots(f"fusereg.{op}: {name}", t, dim, slot)
+            slot_of.append(slot if own.numel() else torch.full_like(slot, -1))
+            local.append(own)
         found = []
         for where, of_mesh in _dtensor.by_mesh(op, tensors, NO_PENALTY):
             by_device: dict[torch.device, list[int]] = {}
             for i in of_mesh:
                 by_device.setdefault(local[i].device, []).append(i)
             for device, at in by_device.items():
-                dims, slots = [self.dims[i] for i in at], [slot_of[i] for i in at]
-                index = self._index(dims, slots, device)
-                found.append(_Part(where, at, [local[i] for i in at], index))
+                placed = tuple(getattr(tensors[i], "placements", None) for i in at)
+                key = device, where, tuple(at), placed
+                if key not in self._of_parts:
+                    dims, slots = [self.dims[i] for i in at], [slot_of[i] for i in at]
+                    self._of_parts[key] = self._index(dims, slots, device)
+                found.append(_Part(where, at, [local[i] for i in at], self._of_parts[key]))
         return found
 
     def _index(self, dims: list[int], slot_of: list[Tensor], device: torch.device) -> _Index:
@@ -322,9 +331,10 @@ def prox_(
     with torch.no_grad():
         parts, sums = _in_parts(op, family, tensors, l1, l1 != 0.0)
         if parts[0].tensors is not tensors:  # the kernels decline these too, without their names
-            for name, t in zip(family.names, tensors, strict=True):
+            local = [_dtensor.local_part(t) for t in tensors]
+            for name, t in zip(family.names, local, strict=True):
                 checks.check_writable(t, op, name)
-            checks.check_apart(tensors, op, "params[{}]")
+            checks.check_apart(local, op, "params[{}]")
         for part in parts:
             device = part.index.slot_of.device
             limits, squares = thresholds.to(device), sums[1].to(device)
@@ -389,7 +399,11 @@ class _Value(torch.autograd.Function):
             device = part.index.slot_of.device
             own = scale.to(device)
             first = l1 * own if l1 else None
-            targets = [torch.empty_like(t) for t in part.tensors]
+            # Kernels leave slices of no channel alone.
+            targets = [
+                torch.zeros_like(t) if family.leaves[i] else torch.empty_like(t)
+                for i, t in zip(part.at, part.tensors, strict=True)
+            ]
             dims, slot_of = part.index[:2]
             scaled = factors.to(device) * own
             status = _C.coupled_backward(part.tensors, targets, dims, slot_of, first, scaled, op)
