@@ -48,11 +48,11 @@ class Family:
 
     Args:
         op: the operation, for errors.
-        members: each with the number of the slot that is its channel 0.
+        members: each with the slot that is its channel 0, and the number of channels.
         slots: the number of channels.
     """
 
-    def __init__(self, op: str, members: Sequence[tuple[int, Member]], slots: int) -> None:
+    def __init__(self, op: str, members: Sequence[tuple[int, int, Member]], slots: int) -> None:
         self.slots = slots
         self.names: list[str] = []
         self.tensors: list[Tensor] = []
@@ -60,9 +60,9 @@ class Family:
         self.slot_of: list[Tensor] = []
         places: dict[int, int] = {}
         self.sizes = torch.zeros(slots, dtype=torch.float64)
-        for first, member in members:
+        for first, size, member in members:
             where = f"fusereg.{op}: {member.name}"
-            channels = _checked(where, member)
+            channels = _checked(where, size, member)
             p, dim = member.parameter, member.dim % max(member.parameter.dim(), 1)
             # An empty tensor has nothing to add to a channel.
             none = channels < 0 if p.numel() else torch.ones_like(channels, dtype=torch.bool)
@@ -152,19 +152,19 @@ def plan(op: str, groups: Groups) -> Plan:
     """Return what the groups come to, made once."""
     found = _plans.get(groups)
     if found is None:
-        members: list[tuple[int, Member]] = []
-        readers: list[tuple[int, Member]] = []
+        members: list[tuple[int, int, Member]] = []
+        readers: list[tuple[int, int, Member]] = []
         first = 0
         for own in groups:
-            members.extend((first, m) for m in own.members)
-            readers.extend((first, m) for m in own.readers)
+            members.extend((first, own.size, m) for m in own.members)
+            readers.extend((first, own.size, m) for m in own.readers)
             first += own.size
         found = Plan(Family(op, members, first), Family(op, readers, first) if readers else None)
         _plans[groups] = found
     return found
 
 
-def _checked(where: str, member: Member) -> Tensor:
+def _checked(where: str, size: int, member: Member) -> Tensor:
     """Return the channels of a member on the CPU; raise if they do not go with its parameter."""
     p, dim, channels = member.parameter, member.dim, member.channels
     if not isinstance(p, Tensor):
@@ -176,7 +176,10 @@ def _checked(where: str, member: Member) -> Tensor:
             f"{where}: channels must be {p.shape[dim]} integers, one for each slice along "
             f"dimension {dim}, got {channels.dtype} of shape {tuple(channels.shape)}"
         )
-    return channels.detach().cpu()
+    channels = channels.detach().cpu()
+    if (channels >= size).any():
+        raise ValueError(f"{where}: channels must be below the size of their set, {size}")
+    return channels
 
 
 def _local_slots(where: str, t: Tensor, dim: int, slot_of: Tensor) -> Tensor:
