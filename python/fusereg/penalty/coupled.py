@@ -40,7 +40,7 @@ class _Part(NamedTuple):
     where: _dtensor.Where
     at: Sequence[int]
     tensors: list[Tensor]
-    index: _Index
+    layout: _Index
 
 
 class Family:
@@ -247,6 +247,7 @@ def _of_set(op: str, own: CoupledChannels, weight: float | Sequence[float] | Ten
     return given.expand(own.size)
 
 
+@dispatch.outside_graphs
 def strengths(
     op: str,
     groups: Groups,
@@ -289,7 +290,7 @@ def only_with_groups(op: str, weights: Weights) -> None:
 
 def _sums(op: str, part: _Part, slots: int, l1: float, thresholded: bool) -> tuple[Tensor, int]:
     """Return the sums of |v| and v^2 of each slot over one part, and the kernel's status."""
-    index = part.index
+    index = part.layout
     device = index.slot_of.device
     sums = torch.empty((2, slots), dtype=torch.float64, device=device)
     partial = torch.empty(2 * len(index.slot_of), dtype=torch.float64, device=device)
@@ -317,6 +318,7 @@ def _in_parts(
     return parts, _kernels.sum_on_first(found)
 
 
+@dispatch.outside_graphs
 def prox_(
     op: str, family: Family, tensors: list[Tensor], thresholds: Tensor, l1: float = 0.0
 ) -> Tensor | None:
@@ -339,15 +341,15 @@ def prox_(
                 checks.check_writable(t, op, name)
             checks.check_apart(local, op, "params[{}]")
         for part in parts:
-            device = part.index.slot_of.device
+            device = part.layout.slot_of.device
             limits, squares = thresholds.to(device), sums[1].to(device)
-            dims, slot_of = part.index[:2]
+            dims, slot_of = part.layout[:2]
             status = _C.coupled_prox_(part.tensors, dims, slot_of, l1, limits, squares, op)
             _kernels.must(op, status)
             for i, ready in zip(part.at, part.tensors, strict=True):
-                local = _dtensor.local_part(tensors[i])
-                if ready.data_ptr() != local.data_ptr() or local.is_neg():
-                    _kernels.copy_into(local, ready)
+                target = _dtensor.local_part(tensors[i])
+                if ready.data_ptr() != target.data_ptr() or target.is_neg():
+                    _kernels.copy_into(target, ready)
     _dtensor.mark_written(tensors)
     return sums[1]
 
@@ -355,6 +357,7 @@ def prox_(
 # --- value and gradient ---------------------------------------------------------------------------
 
 
+@dispatch.outside_graphs
 def value(op: str, family: Family, weights: Tensor, l1: float) -> Tensor:
     """Return sum_s weights[s] * ||w_s|| + l1 * sum |w|, differentiable."""
     tensors = family.tensors
@@ -399,7 +402,7 @@ class _Value(torch.autograd.Function):
         scale = scale.detach().double()
         grads: list[Tensor | None] = [None] * len(local)
         for part in parts:
-            device = part.index.slot_of.device
+            device = part.layout.slot_of.device
             own = scale.to(device)
             first = l1 * own if l1 else None
             # Kernels leave slices of no channel alone.
@@ -407,7 +410,7 @@ class _Value(torch.autograd.Function):
                 torch.zeros_like(t) if family.leaves[i] else torch.empty_like(t)
                 for i, t in zip(part.at, part.tensors, strict=True)
             ]
-            dims, slot_of = part.index[:2]
+            dims, slot_of = part.layout[:2]
             scaled = factors.to(device) * own
             status = _C.coupled_backward(part.tensors, targets, dims, slot_of, first, scaled, op)
             _kernels.must(op, status)
