@@ -117,6 +117,35 @@ def resnet50() -> list[Shape]:
     return shapes
 
 
+def resnet50_channels() -> list[list[int]]:
+    """Return the sets of channels of :func:`resnet50`: which tensors write each.
+
+    The layers inside a block write channels of their own. The last layer of each block of a stage,
+    and the projection, write into one residual stream. The classifier's outputs stay.
+    """
+    sets: list[list[int]] = []
+    at = 0
+
+    def written(into: list[int]) -> None:
+        nonlocal at
+        into.extend(range(at, at + 3))  # convolution, scale, shift
+        at += 3
+
+    sets.append([])
+    written(sets[-1])
+    for blocks in (3, 4, 6, 3):
+        stream: list[int] = []
+        for block in range(blocks):
+            for _ in range(2):
+                sets.append([])
+                written(sets[-1])
+            written(stream)
+            if block == 0:
+                written(stream)
+        sets.append(stream)
+    return sets
+
+
 def gpt2_small() -> list[Shape]:
     """Return those of GPT-2 small (Radford et al., 2019): 148 tensors, 124,439,808 parameters.
 

@@ -19,6 +19,11 @@ Each way to do it is written as a good user of it would:
 - ``fusereg``: ``elastic_net_penalty``, ``add_penalty_grad_`` or ``prox.l1_``; and
   ``WeightPenalty.add_grad_``, which is the same kernel behind the interface for training code.
 
+- ``group prox``: the proximal step of the group lasso over ResNet-50's channels, each with its
+  slices in all tensors that write it: convolutions, scales and shifts, along the residual streams.
+  Weights are read twice and written once: 12 bytes. ``eager`` sums and scales tensor by tensor;
+  ``rows alone`` is ``prox.group_lasso_`` of the same tensors, whose groups are rows of one tensor.
+
 ``host`` rows have lists of tensors with one element each: what remains is the cost of handling a
 tensor.
 """
@@ -32,12 +37,16 @@ from collections.abc import Callable, Iterator
 import torch
 
 import fusereg
+from fusereg.core.groups import CoupledChannels, Groups, Member
 
 from ..harness import EAGER, Accuracy, Call, Case, Options, Provider, Workload
 from ..harness.layers import compiled as by_compiler
-from ..harness.shapes import Work, gpt2_small, list_cases, works
+from ..harness.shapes import Work, gpt2_small, list_cases, resnet50, resnet50_channels, works
 
-PROVIDERS = (EAGER, "formula", "foreach", "torch.compile", "fusereg", "WeightPenalty")
+PROVIDERS = (
+    *(EAGER, "formula", "foreach", "torch.compile", "fusereg", "WeightPenalty"),
+    "rows alone",
+)
 
 L1 = 1e-5
 L2 = 1e-4
@@ -48,6 +57,7 @@ THRESHOLD = 1e-5
 VALUE = "value"
 VALUE_GRADIENT = "value+gradient"
 PROX = "prox"
+GROUP_PROX = "group prox"
 
 # Name of the operation, and elements moved for each element of the list: see the module's text.
 MODES = {
@@ -62,7 +72,11 @@ WHOLE_LIST_GRAPH_LIMIT = 256
 def cases(options: Options) -> list[Case]:
     """Return all cases: for each list and dtype the three modes."""
     large = [Work("64M", [(64 * 2**20,)]), Work("gpt2", gpt2_small())]
-    return list_cases(options, works(options.quick, large), MODES, _setup, _memory)
+    by_channel = {GROUP_PROX: ("group lasso of channels", 3)}
+    return [
+        *list_cases(options, works(options.quick, large), MODES, _setup, _memory),
+        *list_cases(options, [Work("resnet50", resnet50())], by_channel, _setup, _memory),
+    ]
 
 
 def _memory(work: Work, mode: str, size: int) -> int:
@@ -101,6 +115,7 @@ def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workl
         VALUE: (_value_providers, _check_value),
         VALUE_GRADIENT: (_value_gradient_providers, _check_value_gradient),
         PROX: (_prox_providers, _check_prox),
+        GROUP_PROX: (_group_providers, _check_groups),
     }[mode]
     return Workload(providers(data), lambda call: check(data, call))
 
@@ -204,6 +219,53 @@ def _prox_providers(data: _Data) -> list[Provider]:
         Provider("foreach", lambda: foreach),
         _compiled(data.detached, None, _formula_prox),
         Provider("fusereg", lambda: own),
+    ]
+
+
+def _groups(data: _Data) -> Groups:
+    """Return ResNet-50's channels over the parameters."""
+    sets = []
+    for k, writers in enumerate(resnet50_channels()):
+        size = data.parameters[writers[0]].shape[0]
+        members = [Member(str(i), data.parameters[i], 0, torch.arange(size)) for i in writers]
+        sets.append(CoupledChannels(str(k), size, tuple(members), (), None))
+    return Groups(sets)
+
+
+def _group_steps(
+    tensors: list[torch.Tensor], threshold: float, sets: list[list[int]] | None = None
+) -> None:
+    """Take the step of all sets of channels by torch's operations, tensor by tensor."""
+    for writers in resnet50_channels() if sets is None else sets:
+        own = [tensors[i] for i in writers]
+        squares = torch.stack([w.flatten(1).square().sum(1) if w.dim() > 1 else w * w for w in own])
+        size = sum(w.numel() // len(w) for w in own)
+        factor = (1 - threshold * size**0.5 / squares.sum(0).sqrt()).clamp_min(0)
+        for w in own:
+            w.mul_(factor.view(-1, *(1,) * (w.dim() - 1)))
+
+
+def _group_providers(data: _Data) -> list[Provider]:
+    groups, parameters = _groups(data), data.as_tensors
+    rows = [parameters[i] for writers in resnet50_channels() for i in writers]
+
+    def eager() -> object:
+        with torch.no_grad():
+            _group_steps(parameters, THRESHOLD)
+        return None
+
+    def own() -> object:
+        fusereg.prox.group_lasso_(groups, THRESHOLD)
+        return None
+
+    def rows_alone() -> object:
+        fusereg.prox.group_lasso_(rows, THRESHOLD)
+        return None
+
+    return [
+        Provider(EAGER, lambda: eager),
+        Provider("fusereg", lambda: own),
+        Provider("rows alone", lambda: rows_alone, note="groups within each tensor: other results"),
     ]
 
 
@@ -381,3 +443,16 @@ def _check_prox(data: _Data, call: Call) -> Accuracy:
             relative = (now.double() - expected).abs() / (w.abs() + THRESHOLD)
             worst = max(worst, float(relative.max()))
     return Accuracy(worst, _ELEMENT_TOLERANCE[data.parameters[0].dtype], "result")
+
+
+def _check_groups(data: _Data, call: Call) -> Accuracy:
+    wanted = [parameter.double() for parameter in data.detached]
+    scale = max(float(w.abs().max()) for w in wanted)
+    call()
+    sets = resnet50_channels()
+    if getattr(call, "__name__", "") == "rows_alone":
+        sets = [[i] for writers in sets for i in writers]
+    _group_steps(wanted, THRESHOLD, sets)
+    found = [parameter.double() for parameter in data.detached]
+    worst = max(float((f - w).abs().max()) for f, w in zip(found, wanted, strict=True))
+    return Accuracy(worst / scale, _ELEMENT_TOLERANCE[data.parameters[0].dtype], "result")

@@ -3,6 +3,7 @@
 
 #include "core/call.h"
 #include "core/tensor_list.h"
+#include "penalty/bind_coupled.h"
 #include "penalty/penalty.h"
 
 namespace fusereg::penalty {
@@ -238,6 +239,7 @@ void bind(py::module_& m) {
         op_argument());
   m.def("prox_", &prox_, arg("params"), arg("l1"), arg("l2"), arg("group"), arg("dim"),
         arg("workspace"), op_argument());
+  bind_coupled(m);
   m.attr("PENALTY_WORKSPACE_BYTES") = kWorkspaceBytes;
 }
 

@@ -52,12 +52,8 @@ __global__ void __launch_bounds__(kThreads) penalty_groups_kernel(FUSEREG_GRID_C
       using T = typename decltype(tag)::type;
       T* const w = static_cast<T*>(t.w[i]);
       T* const g = static_cast<T*>(t.g[i]);
-      if (layout.mode != GroupMode::kColumns)
-        return groups_by_runs<T, op>(w, g, shape, s, scale, first, layout.mode == GroupMode::kWarp);
-      return layout.columns == 1
-                 ? groups_by_columns<T, op, 1>(w, g, shape, s, scale, first, layout.lanes, shared)
-                 : groups_by_columns<T, op, cuda::kVecSize<T>>(w, g, shape, s, scale, first,
-                                                               layout.lanes, shared);
+      const OwnTerms<op> terms{s, shape.group_size()};
+      return groups_of_task<T, op>(w, g, shape, layout, s.l1, scale, first, shared, terms);
     };
     value += dispatch_dtype(t.dtype[i], run);
   }

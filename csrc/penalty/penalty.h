@@ -107,6 +107,13 @@ struct CpuKernels {
   Sums (*elements)(Op op, DType dtype, void* w, void* g, std::int64_t n, const Coefficients& c);
   // Groups [begin, end) whole, each read once from memory; gives their part of the value.
   double (*groups)(Op op, const Item& item, double scale, std::int64_t begin, std::int64_t end);
+  // The sums of |v| (where l1 is not 0) and v^2 of each of the slices [begin, end), to sums[0] and
+  // on: v = w for kValue, soft(w, l1) for kProx.
+  void (*slice_sums)(Op op, const Item& item, std::int64_t begin, std::int64_t end, Sums* sums);
+  // kWriteGrad and kProx of the slices [begin, end) whose coefficients are known: slice i has
+  // those of factors[slot_of[i]], and the same l1. One of no slot (not in [0, slots)) is left alone.
+  void (*slices)(Op op, const Item& item, const std::int32_t* slot_of, const double* factors,
+                 std::int64_t slots, std::int64_t begin, std::int64_t end);
 };
 
 FUSEREG_DECLARE_PER_ISA(CpuKernels, kernels)

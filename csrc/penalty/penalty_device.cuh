@@ -1,4 +1,4 @@
-// Tables of tensors, and what a thread does with elements. For penalty.cu alone.
+// Tables of tensors, and what a thread does with elements. For the room's .cu files alone.
 #pragma once
 
 #include "core/launch_table.cuh"

@@ -1,4 +1,4 @@
-// Groups: the norms of slices of a tensor, and what follows of them. For penalty.cu alone.
+// Groups: the norms of slices of a tensor, and what follows of them. For the room's .cu files alone.
 #pragma once
 
 #include "penalty/penalty_device.cuh"
@@ -85,7 +85,8 @@ FUSEREG_DEVICE_INLINE void for_run(T* p, std::int64_t n, unsigned thread, unsign
 
 struct GroupTerms {
   double value;
-  double l2;  // kProx: the factor
+  double l2;          // kProx: the factor
+  bool left = false;  // nothing is written
 };
 
 template <Op op>
@@ -100,6 +101,21 @@ __device__ GroupTerms group_terms(const Strengths& s, std::int64_t size, const d
                          : s.l2 + group_gradient_factor(group_sqrt_n, norm);
   return t;
 }
+
+// What follows of a group's sums. `leader`: one thread of those that call it for a group.
+// kSums: whether the sums are wanted; kWrites: whether elements are; kMayLeave: whether groups may
+// be left alone.
+template <Op op>
+struct OwnTerms {
+  static constexpr bool kSums = true;
+  static constexpr bool kWrites = op != Op::kValue;
+  static constexpr bool kMayLeave = false;
+  Strengths s;
+  std::int64_t size;
+  __device__ GroupTerms operator()(std::int64_t, const double (&sums)[2], bool) const {
+    return group_terms<op>(s, size, sums);
+  }
+};
 
 // Elements of a tensor and of its gradient (kAddGrad), and what becomes of them.
 template <class T, int kN>
@@ -134,13 +150,18 @@ struct Writer {
     if constexpr (op == Op::kAddGrad) e.before = cuda::load<kN>(g + at);
     return e;
   }
-  // l2_of(k): the coefficient of element k, already multiplied by the scale.
-  template <int kN, class F>
-  FUSEREG_DEVICE_INLINE void store(std::int64_t at, const Elements<T, kN>& e,
-                                   const F& l2_of) const {
+  // l2_of(k): the coefficient of element k, already multiplied by the scale. Elements of which
+  // left(k) is true stay as they are (the gradient: 0).
+  template <int kN, class F, class Left>
+  FUSEREG_DEVICE_INLINE void store(std::int64_t at, const Elements<T, kN>& e, const F& l2_of,
+                                   const Left& left) const {
     cuda::Vec<T, kN> y;
     FUSEREG_UNROLL
     for (int k = 0; k < kN; ++k) {
+      if (left(k)) {
+        y[k] = op == Op::kProx ? e.x[k] : from_compute<T>(C(0));
+        continue;
+      }
       y[k] = from_compute<T>(new_element<T, op>(to_compute(e.x[k]), to_compute(e.before[k]), l1,
                                                 l2_of(k), has_l1, true));
     }
@@ -148,9 +169,9 @@ struct Writer {
   }
 };
 
-template <class T, Op op>
-__device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, const Strengths& s,
-                                 double scale, std::int64_t first, bool by_warp) {
+template <class T, Op op, class Terms>
+__device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, double l1, double scale,
+                                 std::int64_t first, bool by_warp, const Terms& terms) {
   using C = Compute<T>;
   // A block shares one long run among its threads, or several among its warps.
   const bool one_run = !by_warp && shape.outer == 1;
@@ -166,8 +187,8 @@ __device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, const Stre
       f(group * shape.inner + o * stride);
   };
   GroupSums<C, op> own;
-  if (there) {
-    const Shrink<C> shrink(s.l1);
+  if (Terms::kSums && there) {
+    const Shrink<C> shrink(l1);
     const auto load = [](T* p, auto count) { return cuda::load<decltype(count)::value>(p); };
     for_runs([&](std::int64_t at) {
       for_run<kAhead>(w + at, shape.inner, thread, threads, true, load, [&](T*, const auto& x) {
@@ -182,22 +203,25 @@ __device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, const Stre
       for_runs([&](std::int64_t at) {
         for_run<1>(w + at, shape.inner, thread, threads, true, load, [&](T*, const auto& x) {
           for (int k = 0; k < static_cast<int>(sizeof(x) / sizeof(T)); ++k)
-            own.add_again(static_cast<double>(to_compute(x[k])), s.l1);
+            own.add_again(static_cast<double>(to_compute(x[k])), l1);
         });
       });
     }
   }
   // All threads take part in the reductions, those of warps without a group too.
-  if (by_warp) {
-    own.sums[0] = cuda::warp_sum(own.sums[0]);
-    own.sums[1] = cuda::warp_sum(own.sums[1]);
-  } else {
-    cuda::block_sum(own.sums);
+  if constexpr (Terms::kSums) {
+    if (by_warp) {
+      own.sums[0] = cuda::warp_sum(own.sums[0]);
+      own.sums[1] = cuda::warp_sum(own.sums[1]);
+    } else {
+      cuda::block_sum(own.sums);
+    }
   }
   if (!there) return 0.0;
-  const GroupTerms t = group_terms<op>(s, shape.group_size(), own.sums);
-  const Writer<T, op> writer(w, g, s.l1, scale);
-  if (writer.writes()) {
+  const bool leader = (by_warp ? cuda::lane_id() : threadIdx.x) == 0;
+  const GroupTerms t = terms(group, own.sums, leader);
+  const Writer<T, op> writer(w, g, l1, scale);
+  if (Terms::kWrites && writer.writes() && !(Terms::kMayLeave && t.left)) {
     const auto l2 = static_cast<C>(t.l2 * writer.scale);
     const auto offset_of = [](const T* p) { return reinterpret_cast<std::uintptr_t>(p) % 16; };
     const bool together = offset_of(w) == offset_of(writer.target());
@@ -205,10 +229,12 @@ __device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, const Stre
       for_run<kAhead>(
           w + at, shape.inner, thread, threads, together,
           [&](T* p, auto count) { return writer.template load<decltype(count)::value>(p - w); },
-          [&](T* p, const auto& e) { writer.store(p - w, e, [&](int) { return l2; }); });
+          [&](T* p, const auto& e) {
+            writer.store(p - w, e, [&](int) { return l2; }, [](int) { return false; });
+          });
     });
   }
-  return (by_warp ? cuda::lane_id() : threadIdx.x) == 0 ? t.value : 0.0;
+  return leader ? t.value : 0.0;
 }
 
 // What the threads of a block tell each other about their columns.
@@ -216,13 +242,14 @@ struct ColumnSums {
   double of_warps[2][kWarps][kMaxColumns];
   double totals[2][kMaxColumns];
   double l2[kMaxColumns];  // of groups
+  bool left[kMaxColumns];
 };
 
 // kN columns a thread, `lanes` threads side by side, the rows over the others.
-template <class T, Op op, int kN>
-__device__ double groups_by_columns(T* w, T* g, const GroupShape& shape, const Strengths& s,
-                                    double scale, std::int64_t first, unsigned lanes,
-                                    ColumnSums& shared) {
+template <class T, Op op, int kN, class Terms>
+__device__ double groups_by_columns(T* w, T* g, const GroupShape& shape, double l1, double scale,
+                                    std::int64_t first, unsigned lanes, ColumnSums& shared,
+                                    const Terms& terms) {
   using C = Compute<T>;
   constexpr int kDeep = 8;  // rows that are under way at once, and terms added in float32
   const auto inner = static_cast<unsigned>(shape.inner);
@@ -234,8 +261,8 @@ __device__ double groups_by_columns(T* w, T* g, const GroupShape& shape, const S
   const std::int64_t first_row = threadIdx.x / lanes;
   const std::int64_t rows = kThreads / lanes;
   GroupSums<C, op> own[kN];
-  if (mine) {
-    const Shrink<C> shrink(s.l1);
+  if (Terms::kSums && mine) {
+    const Shrink<C> shrink(l1);
     const T* const from = w + column;
     const auto add = [&](const cuda::Vec<T, kN>& x) {
       FUSEREG_UNROLL
@@ -265,50 +292,57 @@ __device__ double groups_by_columns(T* w, T* g, const GroupShape& shape, const S
       for (o = first_row; o < shape.outer; o += rows) {
         const auto x = cuda::load<kN>(from + o * width);
         FUSEREG_UNROLL
-        for (int k = 0; k < kN; ++k) own[k].add_again(static_cast<double>(to_compute(x[k])), s.l1);
+        for (int k = 0; k < kN; ++k) own[k].add_again(static_cast<double>(to_compute(x[k])), l1);
       }
     }
   }
   __syncthreads();  // the previous task's readers are done
-  FUSEREG_UNROLL
-  for (int k = 0; k < kN; ++k) {
+  if constexpr (Terms::kSums) {
     FUSEREG_UNROLL
-    for (int kind = 0; kind < 2; ++kind) {
-      double sum = own[k].sums[kind];
-      for (unsigned offset = lanes; offset < cuda::kWarpSize; offset *= 2)
-        sum += __shfl_xor_sync(cuda::kFullMask, sum, static_cast<int>(offset));
-      if (cuda::lane_id() < lanes) shared.of_warps[kind][cuda::warp_id()][across + k] = sum;
+    for (int k = 0; k < kN; ++k) {
+      FUSEREG_UNROLL
+      for (int kind = 0; kind < 2; ++kind) {
+        double sum = own[k].sums[kind];
+        for (unsigned offset = lanes; offset < cuda::kWarpSize; offset *= 2)
+          sum += __shfl_xor_sync(cuda::kFullMask, sum, static_cast<int>(offset));
+        if (cuda::lane_id() < lanes) shared.of_warps[kind][cuda::warp_id()][across + k] = sum;
+      }
     }
+    __syncthreads();
+    if (threadIdx.x < 2 * columns) {
+      const unsigned kind = threadIdx.x / columns;
+      const unsigned c = threadIdx.x % columns;
+      double sum = 0.0;
+      for (int v = 0; v < kWarps; ++v) sum += shared.of_warps[kind][v][c];
+      shared.totals[kind][c] = sum;
+    }
+    __syncthreads();
   }
-  __syncthreads();
-  if (threadIdx.x < 2 * columns) {
-    const unsigned kind = threadIdx.x / columns;
-    const unsigned c = threadIdx.x % columns;
-    double sum = 0.0;
-    for (int v = 0; v < kWarps; ++v) sum += shared.of_warps[kind][v][c];
-    shared.totals[kind][c] = sum;
-  }
-  __syncthreads();
   double value = 0.0;
   if (threadIdx.x < columns / inner && first + threadIdx.x < shape.groups) {
     double sums[2] = {0.0, 0.0};
-    for (unsigned c = threadIdx.x * inner; c < (threadIdx.x + 1) * inner; ++c) {
+    for (unsigned c = threadIdx.x * inner; Terms::kSums && c < (threadIdx.x + 1) * inner; ++c) {
       sums[0] += shared.totals[0][c];
       sums[1] += shared.totals[1][c];
     }
-    const GroupTerms t = group_terms<op>(s, shape.group_size(), sums);
+    const GroupTerms t = terms(first + threadIdx.x, sums, true);
     shared.l2[threadIdx.x] = t.l2;
+    if constexpr (Terms::kMayLeave) shared.left[threadIdx.x] = t.left;
     value = t.value;
   }
-  const Writer<T, op> writer(w, g, s.l1, scale);
-  if (!writer.writes()) return value;
+  const Writer<T, op> writer(w, g, l1, scale);
+  if (!Terms::kWrites || !writer.writes()) return value;
   __syncthreads();
   if (mine) {
     C l2[kN];
+    bool left[kN] = {};
     FUSEREG_UNROLL
-    for (int k = 0; k < kN; ++k)
+    for (int k = 0; k < kN; ++k) {
       l2[k] = static_cast<C>(shared.l2[(across + k) / inner] * writer.scale);
+      if constexpr (Terms::kMayLeave) left[k] = shared.left[(across + k) / inner];
+    }
     const auto l2_of = [&](int k) { return l2[k]; };
+    const auto left_of = [&](int k) { return Terms::kMayLeave && left[k]; };
     std::int64_t o = first_row;
     for (; o + (kAhead - 1) * rows < shape.outer; o += kAhead * rows) {
       Elements<T, kN> e[kAhead];
@@ -316,12 +350,29 @@ __device__ double groups_by_columns(T* w, T* g, const GroupShape& shape, const S
       for (int u = 0; u < kAhead; ++u)
         e[u] = writer.template load<kN>((o + u * rows) * width + column);
       FUSEREG_UNROLL
-      for (int u = 0; u < kAhead; ++u) writer.store((o + u * rows) * width + column, e[u], l2_of);
+      for (int u = 0; u < kAhead; ++u)
+        writer.store((o + u * rows) * width + column, e[u], l2_of, left_of);
     }
     for (; o < shape.outer; o += rows)
-      writer.store(o * width + column, writer.template load<kN>(o * width + column), l2_of);
+      writer.store(o * width + column, writer.template load<kN>(o * width + column), l2_of,
+                   left_of);
   }
   return value;
+}
+
+// Groups from `first` on, as many as the layout gives a task, by one block.
+template <class T, Op op, class Terms>
+__device__ double groups_of_task(T* w, T* g, const GroupShape& shape, const GroupLayout& layout,
+                                 double l1, double scale, std::int64_t first, ColumnSums& shared,
+                                 const Terms& terms) {
+  if (layout.mode != GroupMode::kColumns) {
+    const bool by_warp = layout.mode == GroupMode::kWarp;
+    return groups_by_runs<T, op>(w, g, shape, l1, scale, first, by_warp, terms);
+  }
+  return layout.columns == 1 ? groups_by_columns<T, op, 1>(w, g, shape, l1, scale, first,
+                                                           layout.lanes, shared, terms)
+                             : groups_by_columns<T, op, cuda::kVecSize<T>>(
+                                   w, g, shape, l1, scale, first, layout.lanes, shared, terms);
 }
 
 }  // namespace

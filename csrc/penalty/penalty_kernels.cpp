@@ -169,14 +169,13 @@ Sums elements_any(Op op, DType dtype, void* w, void* g, std::int64_t n, const Co
 
 // --- groups ---
 
-// The norm from a float32 sum of squares, which is done again in float64 (through `again`) where
-// float32 squares overflow or lose their bits: a group of tiny weights must not look like an
-// all-zero one.
+// A float32 sum of squares, done again in float64 (through `again`) where float32 squares overflow or
+// lose their bits: a group of tiny weights must not look like an all-zero one.
 template <class C, class Again>
-FUSEREG_INLINE double safe_norm(double square, Again again) {
+FUSEREG_INLINE double safe_square(double square, Again again) {
   constexpr double kSmallest = 1e-28;
   if (sizeof(C) == 4 && (square < kSmallest || !is_finite(square))) square = again();
-  return __builtin_sqrt(square);
+  return square;
 }
 
 struct GroupTerms {
@@ -208,8 +207,53 @@ double shrunk_square(const T* w, std::int64_t n, double threshold) {
   return square;
 }
 
-// Groups whose elements lie in runs long enough for vectors: one after the other, each walked
-// twice, the second time from cache.
+// Whether the elements of a group lie in runs long enough for vectors.
+bool by_runs(const GroupShape& shape) {
+  constexpr std::int64_t kShortRun = 64;
+  return shape.outer == 1 || shape.inner >= kShortRun;
+}
+
+// Whether all elements are zero: groups that a penalty has made so are many, and then their sums
+// must not be done again one element at a time.
+template <class T>
+bool all_zero(T* w, std::int64_t n) {
+  const Coefficients absolute_only{1.0, 0.0, 1.0};
+  return elements<T, Op::kValue, Terms::kL1>(w, nullptr, n, absolute_only).absolute == 0.0;
+}
+
+// The sums of one group of runs: of |v| where there is an l1, and of v^2.
+template <class T, Op op>
+Sums run_sums(T* w, const GroupShape& shape, double l1, std::int64_t index) {
+  const std::int64_t stride = shape.groups * shape.inner;
+  T* const first = w + index * shape.inner;
+  const bool thresholded = op == Op::kProx && l1 != 0.0;
+  Sums sums;
+  for (std::int64_t o = 0; o < shape.outer; ++o) {
+    T* const run = first + o * stride;
+    if (thresholded) {
+      sums.square += shrunk_square(run, shape.inner, l1);
+      continue;
+    }
+    const Coefficients both{1.0, 1.0, 1.0};
+    const Sums part = l1 != 0.0
+                          ? elements<T, Op::kValue, Terms::kBoth>(run, nullptr, shape.inner, both)
+                          : elements<T, Op::kValue, Terms::kL2>(run, nullptr, shape.inner, both);
+    sums.absolute += part.absolute;
+    sums.square += part.square;
+  }
+  if (thresholded) return sums;
+  sums.square = safe_square<Compute<T>>(sums.square, [&] {
+    double square = 0.0;
+    for (std::int64_t o = 0; o < shape.outer; ++o) {
+      T* const run = first + o * stride;
+      if (!all_zero(run, shape.inner)) square += sums_in_double(run, shape.inner).square;
+    }
+    return square;
+  });
+  return sums;
+}
+
+// One after the other, each walked twice, the second time from cache.
 template <class T, Op op>
 double groups_by_runs(T* w, T* g, const Item& item, double scale, std::int64_t begin,
                       std::int64_t end) {
@@ -217,32 +261,11 @@ double groups_by_runs(T* w, T* g, const Item& item, double scale, std::int64_t b
   const Strengths& s = item.strengths;
   const double group_sqrt_n = s.group * __builtin_sqrt(static_cast<double>(shape.group_size()));
   const std::int64_t stride = shape.groups * shape.inner;
-  const bool thresholded = op == Op::kProx && s.l1 != 0.0;
   double value = 0.0;
   for (std::int64_t index = begin; index < end; ++index) {
     const std::int64_t first = index * shape.inner;
-    Sums sums;
-    for (std::int64_t o = 0; o < shape.outer; ++o) {
-      T* const run = w + first + o * stride;
-      if (thresholded) {
-        sums.square += shrunk_square(run, shape.inner, s.l1);
-        continue;
-      }
-      const Coefficients both{1.0, 1.0, 1.0};
-      const Sums part = s.l1 != 0.0
-                            ? elements<T, Op::kValue, Terms::kBoth>(run, nullptr, shape.inner, both)
-                            : elements<T, Op::kValue, Terms::kL2>(run, nullptr, shape.inner, both);
-      sums.absolute += part.absolute;
-      sums.square += part.square;
-    }
-    const double norm = safe_norm<Compute<T>>(sums.square, [&] {
-      if (thresholded) return sums.square;
-      double square = 0.0;
-      for (std::int64_t o = 0; o < shape.outer; ++o) {
-        square += sums_in_double(w + first + o * stride, shape.inner).square;
-      }
-      return square;
-    });
+    const Sums sums = run_sums<T, op>(w, shape, s.l1, index);
+    const double norm = __builtin_sqrt(sums.square);
     const GroupTerms t = group_terms(s, group_sqrt_n, sums.absolute, sums.square, norm);
     value += t.value;
     if constexpr (op != Op::kValue) {
@@ -263,20 +286,28 @@ double groups_by_runs(T* w, T* g, const Item& item, double scale, std::int64_t b
 // columns is walked row by row, so that memory is read in order; the second walk comes from cache.
 constexpr int kMaxColumns = 512;
 
+// As many groups at once as keep a tile in the L2 cache, within what the accumulators hold.
+template <class T>
+std::int64_t groups_of_tile(const GroupShape& shape) {
+  constexpr std::int64_t kTileBytes = 512 * 1024;
+  constexpr std::int64_t kFewest = 64;
+  std::int64_t columns = kTileBytes / (shape.outer * static_cast<std::int64_t>(sizeof(T)));
+  columns = columns > kMaxColumns ? kMaxColumns : columns < kFewest ? kFewest : columns;
+  return columns / shape.inner;
+}
+
+// The sums of the groups [begin, end) of a tile.
 template <class T, Op op>
-double column_tile(T* w, T* g, const Item& item, double scale, std::int64_t begin,
-                   std::int64_t end) {
+void column_sums(const T* w, const GroupShape& shape, double l1, std::int64_t begin,
+                 std::int64_t end, Sums* sums) {
   using C = Compute<T>;
   using V = Vector<C>;
   constexpr int kW = kWidth<C>;
-  const GroupShape& shape = item.shape;
-  const Strengths& s = item.strengths;
-  const double group_sqrt_n = s.group * __builtin_sqrt(static_cast<double>(shape.group_size()));
   const std::int64_t stride = shape.groups * shape.inner;
   const std::int64_t first = begin * shape.inner;
   const auto columns = static_cast<int>((end - begin) * shape.inner);
   const bool prox = op == Op::kProx;
-  const V threshold = broadcast(static_cast<C>(s.l1));
+  const V threshold = broadcast(static_cast<C>(l1));
 
   double absolute[kMaxColumns];
   double square[kMaxColumns];
@@ -303,55 +334,93 @@ double column_tile(T* w, T* g, const Item& item, double scale, std::int64_t begi
       square[i] += static_cast<double>(part_square[i]);
     }
   }
-
-  C coefficient[kMaxColumns + 64];
-  memset(coefficient, 0, sizeof(coefficient));
-  double value = 0.0;
   const auto inner = static_cast<int>(shape.inner);
   for (int start = 0; start < columns; start += inner) {
-    double group_absolute = 0.0;
-    double group_square = 0.0;
+    Sums group;
     for (int i = start; i < start + inner; ++i) {
-      group_absolute += absolute[i];
-      group_square += square[i];
+      group.absolute += absolute[i];
+      group.square += square[i];
     }
-    const double norm = safe_norm<C>(group_square, [&] {
+    group.square = safe_square<C>(group.square, [&] {
+      if (group.absolute == 0.0) return 0.0;
       double again = 0.0;
       for (std::int64_t o = 0; o < shape.outer; ++o) {
         const T* const run = w + first + o * stride + start;
-        again += prox ? shrunk_square(run, inner, s.l1) : sums_in_double(run, inner).square;
+        again += prox ? shrunk_square(run, inner, l1) : sums_in_double(run, inner).square;
       }
       return again;
     });
-    if (sizeof(C) == 4 && !is_finite(group_square)) {
-      group_square = norm * norm;
-    }
-    const GroupTerms t = group_terms(s, group_sqrt_n, group_absolute, group_square, norm);
-    value += t.value;
-    const C c = static_cast<C>(prox ? t.factor : t.l2 * scale);
-    for (int i = start; i < start + inner; ++i) coefficient[i] = c;
+    sums[start / inner] = group;
   }
+}
 
-  if constexpr (op != Op::kValue) {
-    const V l1 = broadcast(static_cast<C>(prox ? s.l1 : s.l1 * scale));
-    for (std::int64_t o = 0; o < shape.outer; ++o) {
-      const std::int64_t at = first + o * stride;
-      for (int i = 0; i < columns; i += kW) {
-        const std::int64_t rest = columns - i < kW ? columns - i : kW;
-        const bool whole = rest == kW;
-        const V x = whole ? load(w + at + i) : load_partial(w + at + i, rest);
-        V before{};
-        if constexpr (op == Op::kAddGrad)
-          before = whole ? load(g + at + i) : load_partial(g + at + i, rest);
-        const V y = gradient_or_prox<T, op, Terms::kBoth>(x, before, l1, load(coefficient + i));
-        T* const out = (op == Op::kProx ? w : g) + at + i;
-        if (whole) {
-          store(out, y);
-        } else {
-          store_partial(out, y, rest);
-        }
+// The gradient or proximal step of columns with a coefficient each.
+template <class T, Op op>
+void column_step(T* w, T* g, const GroupShape& shape, std::int64_t first, int columns,
+                 const Compute<T>* l1, const Compute<T>* coefficient) {
+  using V = Vector<Compute<T>>;
+  constexpr int kW = kWidth<Compute<T>>;
+  const std::int64_t stride = shape.groups * shape.inner;
+  for (std::int64_t o = 0; o < shape.outer; ++o) {
+    const std::int64_t at = first + o * stride;
+    for (int i = 0; i < columns; i += kW) {
+      const std::int64_t rest = columns - i < kW ? columns - i : kW;
+      const bool whole = rest == kW;
+      const V x = whole ? load(w + at + i) : load_partial(w + at + i, rest);
+      V before{};
+      if constexpr (op == Op::kAddGrad)
+        before = whole ? load(g + at + i) : load_partial(g + at + i, rest);
+      const V y =
+          gradient_or_prox<T, op, Terms::kBoth>(x, before, load(l1 + i), load(coefficient + i));
+      T* const out = (op == Op::kProx ? w : g) + at + i;
+      if (whole) {
+        store(out, y);
+      } else {
+        store_partial(out, y, rest);
       }
     }
+  }
+}
+
+// Coefficients of a tile's columns.
+template <class C>
+struct ColumnFactors {
+  C l1[kMaxColumns + 64];
+  C second[kMaxColumns + 64];
+  ColumnFactors() {
+    memset(l1, 0, sizeof(l1));
+    memset(second, 0, sizeof(second));
+  }
+  void set(int start, int inner, double first, double next) {
+    for (int i = start; i < start + inner; ++i) {
+      l1[i] = static_cast<C>(first);
+      second[i] = static_cast<C>(next);
+    }
+  }
+};
+
+template <class T, Op op>
+double column_tile(T* w, T* g, const Item& item, double scale, std::int64_t begin,
+                   std::int64_t end) {
+  const GroupShape& shape = item.shape;
+  const Strengths& s = item.strengths;
+  const double group_sqrt_n = s.group * __builtin_sqrt(static_cast<double>(shape.group_size()));
+  const bool prox = op == Op::kProx;
+  Sums sums[kMaxColumns];
+  column_sums<T, op>(w, shape, s.l1, begin, end, sums);
+  ColumnFactors<Compute<T>> factors;
+  const auto inner = static_cast<int>(shape.inner);
+  double value = 0.0;
+  for (std::int64_t i = 0; i < end - begin; ++i) {
+    const double norm = __builtin_sqrt(sums[i].square);
+    const GroupTerms t = group_terms(s, group_sqrt_n, sums[i].absolute, sums[i].square, norm);
+    value += t.value;
+    factors.set(static_cast<int>(i) * inner, inner, prox ? s.l1 : s.l1 * scale,
+                prox ? t.factor : t.l2 * scale);
+  }
+  if constexpr (op != Op::kValue) {
+    column_step<T, op>(w, g, shape, begin * shape.inner, static_cast<int>(end - begin) * inner,
+                       factors.l1, factors.second);
   }
   return value;
 }
@@ -359,15 +428,8 @@ double column_tile(T* w, T* g, const Item& item, double scale, std::int64_t begi
 template <class T, Op op>
 double groups_with(T* w, T* g, const Item& item, double scale, std::int64_t begin,
                    std::int64_t end) {
-  constexpr std::int64_t kShortRun = 64;
-  const GroupShape& shape = item.shape;
-  if (shape.outer == 1 || shape.inner >= kShortRun)
-    return groups_by_runs<T, op>(w, g, item, scale, begin, end);
-  // As many columns at once as keep a tile in the L2 cache, within what the accumulators hold.
-  constexpr std::int64_t kTileBytes = 512 * 1024;
-  std::int64_t columns = kTileBytes / (shape.outer * static_cast<std::int64_t>(sizeof(T)));
-  columns = columns > kMaxColumns ? kMaxColumns : columns < kShortRun ? kShortRun : columns;
-  const std::int64_t step = columns / shape.inner;
+  if (by_runs(item.shape)) return groups_by_runs<T, op>(w, g, item, scale, begin, end);
+  const std::int64_t step = groups_of_tile<T>(item.shape);
   double value = 0.0;
   for (std::int64_t tile = begin; tile < end; tile += step) {
     value += column_tile<T, op>(w, g, item, scale, tile, end - tile < step ? end : tile + step);
@@ -393,8 +455,112 @@ double groups_any(Op op, const Item& item, double scale, std::int64_t begin, std
   });
 }
 
+// --- slices of groups that lie in several tensors ---
+
+template <class T, Op op>
+void slice_sums_with(T* w, const Item& item, std::int64_t begin, std::int64_t end, Sums* sums) {
+  const GroupShape& shape = item.shape;
+  const double l1 = item.strengths.l1;
+  if (shape.group_size() == 1) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      double x = to_compute(w[i]);
+      if (op == Op::kProx && l1 != 0.0) x = soft_threshold<double>(x, l1, 1.0);
+      sums[i - begin].absolute = x < 0 ? -x : x;
+      sums[i - begin].square = x * x;
+    }
+  } else if (by_runs(shape)) {
+    for (std::int64_t i = begin; i < end; ++i) sums[i - begin] = run_sums<T, op>(w, shape, l1, i);
+  } else {
+    const std::int64_t step = groups_of_tile<T>(shape);
+    for (std::int64_t tile = begin; tile < end; tile += step) {
+      const std::int64_t last = end - tile < step ? end : tile + step;
+      column_sums<T, op>(w, shape, l1, tile, last, sums + (tile - begin));
+    }
+  }
+}
+
+void slice_sums_any(Op op, const Item& item, std::int64_t begin, std::int64_t end, Sums* sums) {
+  dispatch_dtype(item.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    T* const w = static_cast<T*>(item.w);
+    if (op == Op::kProx) {
+      slice_sums_with<T, Op::kProx>(w, item, begin, end, sums);
+    } else {
+      slice_sums_with<T, Op::kValue>(w, item, begin, end, sums);
+    }
+  });
+}
+
+template <class T, Op op>
+void slices_with(T* w, T* g, const Item& item, const std::int32_t* slot_of, const double* factors,
+                 std::int64_t slots, std::int64_t begin, std::int64_t end) {
+  using C = Compute<T>;
+  const GroupShape& shape = item.shape;
+  const double l1 = item.strengths.l1;
+  const bool prox = op == Op::kProx;
+  const auto has_slot = [&](std::int64_t i) { return slot_of[i] >= 0 && slot_of[i] < slots; };
+  if (by_runs(shape)) {
+    const std::int64_t stride = shape.groups * shape.inner;
+    for (std::int64_t i = begin; i < end; ++i) {
+      if (!has_slot(i)) continue;
+      const double factor = factors[slot_of[i]];
+      for (std::int64_t o = 0; o < shape.outer; ++o) {
+        const std::int64_t at = i * shape.inner + o * stride;
+        if (shape.inner == 1) {
+          const C x = to_compute(w[at]);
+          if constexpr (op == Op::kProx) {
+            w[at] =
+                from_compute<T>(soft_threshold<T>(x, static_cast<C>(l1), static_cast<C>(factor)));
+          } else {
+            g[at] = from_compute<T>((l1 == 0.0 ? C(0) : static_cast<C>(l1) * sign(x)) +
+                                    static_cast<C>(factor) * x);
+          }
+        } else {
+          const Coefficients c{l1, prox ? 0.0 : factor, prox ? factor : 1.0};
+          elements_with<T, op>(w + at, prox ? nullptr : g + at, shape.inner, c);
+        }
+      }
+    }
+    return;
+  }
+  const std::int64_t step = groups_of_tile<T>(shape);
+  const auto inner = static_cast<int>(shape.inner);
+  for (std::int64_t tile = begin; tile < end; tile += step) {
+    const std::int64_t last = end - tile < step ? end : tile + step;
+    ColumnFactors<C> of_columns;
+    for (std::int64_t i = tile; i < last; ++i) {
+      if (has_slot(i))
+        of_columns.set(static_cast<int>(i - tile) * inner, inner, l1, factors[slot_of[i]]);
+    }
+    // Those that are left alone keep their bits: what lies between them, one by one.
+    std::int64_t to = tile;
+    for (std::int64_t from = tile; from < last; from = to) {
+      const bool there = has_slot(from);
+      for (to = from + 1; to < last && has_slot(to) == there;) ++to;
+      if (!there) continue;
+      const auto skipped = static_cast<int>(from - tile) * inner;
+      column_step<T, op>(w, g, shape, from * shape.inner, static_cast<int>(to - from) * inner,
+                         of_columns.l1 + skipped, of_columns.second + skipped);
+    }
+  }
+}
+
+void slices_any(Op op, const Item& item, const std::int32_t* slot_of, const double* factors,
+                std::int64_t slots, std::int64_t begin, std::int64_t end) {
+  dispatch_dtype(item.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    T* const w = static_cast<T*>(item.w);
+    T* const g = static_cast<T*>(item.g);
+    if (op == Op::kProx) {
+      slices_with<T, Op::kProx>(w, g, item, slot_of, factors, slots, begin, end);
+    } else {
+      slices_with<T, Op::kWriteGrad>(w, g, item, slot_of, factors, slots, begin, end);
+    }
+  });
+}
+
 }  // namespace
 
-const CpuKernels kernels = {&elements_any, &groups_any};
+const CpuKernels kernels = {&elements_any, &groups_any, &slice_sums_any, &slices_any};
 
 }  // namespace fusereg::penalty::FUSEREG_ISA

@@ -36,6 +36,36 @@ def cpu_isas() -> list[str]: ...
 def set_cpu_isa(name: str) -> None: ...
 def scan(tensors: Sequence[object]) -> tuple[bool, list[int]]: ...
 def inspect(tensor: object) -> tuple[int, bool]: ...
+def coupled_sums(
+    params: Sequence[torch.Tensor],
+    dims: Sequence[int],
+    slot_of: torch.Tensor,
+    starts: torch.Tensor,
+    order: torch.Tensor,
+    partial: torch.Tensor,
+    sums: torch.Tensor,
+    l1: float,
+    thresholded: bool,
+    op: str,
+) -> int: ...
+def coupled_backward(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    dims: Sequence[int],
+    slot_of: torch.Tensor,
+    first: torch.Tensor | None,
+    factors: torch.Tensor,
+    op: str,
+) -> int: ...
+def coupled_prox_(
+    params: Sequence[torch.Tensor],
+    dims: Sequence[int],
+    slot_of: torch.Tensor,
+    l1: float,
+    thresholds: torch.Tensor,
+    squares: torch.Tensor,
+    op: str,
+) -> int: ...
 def penalty_forward(
     params: Sequence[torch.Tensor],
     value: torch.Tensor,

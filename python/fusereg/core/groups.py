@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, overload
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Member(NamedTuple):
@@ -32,9 +32,9 @@ class CoupledChannels(NamedTuple):
     size: int
     """The number of channels."""
     members: tuple[Member, ...]
-    """The writers of the channels: if their slices for a channel are zero, so is the channel."""
+    """What writes the channels: if the slices of a channel are zero, the channel is zero."""
     readers: tuple[Member, ...]
-    """The readers of the channels; empty unless they were asked for."""
+    """What reads the channels; empty unless readers were asked for."""
     operations: Tensor | None
     """float64 [size]: multiply-adds of one example that removing each channel saves."""
 
@@ -62,6 +62,37 @@ class Groups(Sequence[CoupledChannels]):
     def __len__(self) -> int:
         """Return the number of sets."""
         return len(self._sets)
+
+    def of(self, model: nn.Module) -> Groups:
+        """Return the same groups over a model's parameters of the same names.
+
+        For a model whose parameters are new: sharded by ``fully_shard``, loaded with
+        ``assign=True``, or a copy.
+
+        Raises:
+            ValueError: the model lacks a name, or its parameter has another shape.
+        """
+        named = dict(model.named_parameters(remove_duplicate=False))
+
+        def moved(member: Member) -> Member:
+            p = named.get(member.name)
+            if p is None or p.shape != member.parameter.shape:
+                raise ValueError(
+                    f"fusereg.Groups.of: the model must have a parameter {member.name} of shape "
+                    f"{tuple(member.parameter.shape)}, got "
+                    + ("none of this name" if p is None else f"shape {tuple(p.shape)}")
+                )
+            return member._replace(parameter=p)
+
+        return Groups(
+            (
+                s._replace(
+                    members=tuple(map(moved, s.members)), readers=tuple(map(moved, s.readers))
+                )
+                for s in self
+            ),
+            self.kept,
+        )
 
     def __repr__(self) -> str:
         channels = sum(s.size for s in self)

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from ..core import dispatch, distributed, memory
 from ..core.docs import share_paragraphs
+from ..core.groups import Groups
+from ..penalty.coupled import Weights
 from ..penalty.kernels import DONE, value_dtype
 from . import dtensor as _sharded
 from . import kernels as _kernels
 from . import op as _op
 from .averages import KEY, Averages
+from .coupled import GroupStep, same_tensors
 from .kernels import COPIES, Call, Hyper, State, given, update_dtype
 from .norms import norm_of_grads
 from .op import LOW_PRECISION, Lists
@@ -95,13 +98,7 @@ class _Plan:
         """Return whether parameters and states are still those of the optimizer."""
         if self.watched is not states or self.version != states.version:
             return False
-        if len(self.parts) != len(groups):
-            return False
-        for part, group in zip(self.parts, groups, strict=True):
-            params = group["params"]
-            if len(part) != len(params) or not all(map(operator.is_, part, params)):
-                return False
-        return True
+        return same_tensors(self.parts, [group["params"] for group in groups])
 
 
 class RegularizedOptimizer(Averages):
@@ -109,8 +106,10 @@ class RegularizedOptimizer(Averages):
 
     Attributes:
         penalty_value: the penalty R of the weights that the last step began with, over those that
-            had a gradient: a 0-d tensor on their device, float32 (float64 if a parameter is).
+            had a gradient: a 0-d tensor on their device, float32 (float64 if a parameter is). The
+            term of ``groups`` is that of the weights after the update, before its proximal step.
         max_grad_norm: may be changed between steps.
+        groups: may be changed between steps, as may ``group_weights``.
     """
 
     _algorithm: int
@@ -125,6 +124,9 @@ class RegularizedOptimizer(Averages):
     _step_supports_amp_scaling = True
 
     max_grad_norm: float | None = None
+    groups: Groups | None = None
+    group_weights: Weights = "size"
+    _group_step: GroupStep | None = None
     _norm: Tensor | None = None
     _norm_scale: Tensor | None = None
     _plan: _Plan | None = None
@@ -147,6 +149,12 @@ class RegularizedOptimizer(Averages):
             elif name in defaults:
                 self._check_number(name, defaults[name], limit)
         self.max_grad_norm = _check_max_norm(shared.pop("max_grad_norm"), self._name)
+        self.groups, self.group_weights = shared.pop("groups"), shared.pop("group_weights")
+        if not isinstance(self.groups, (Groups, type(None))):
+            raise TypeError(
+                f"fusereg.optim.{self._name}: groups must be what fusereg.groups_of returns, "
+                f"got {type(self.groups).__name__}"
+            )
         self.penalty_value: Tensor = torch.zeros((), dtype=torch.float32)
         self._beginning = []
         self._new_tables()
@@ -181,13 +189,14 @@ class RegularizedOptimizer(Averages):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+        own = {key: getattr(self, key) for key in ("max_grad_norm", "groups", "group_weights")}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups")
         super().__setstate__(state)
         self.__dict__.setdefault("penalty_value", torch.zeros((), dtype=torch.float32))
-        self._plan = None
+        self._plan = self._group_step = None
         self._beginning = []
         self._new_tables()
         for i, group in enumerate(self.param_groups):
@@ -299,6 +308,11 @@ class RegularizedOptimizer(Averages):
         no_step = "with a metric of its own for each coordinate the group's step has no closed form"
         if not self._supports_group:
             raise ValueError(f"{where}group is not supported: {no_step}")
+        if self.groups is not None and prox is False:
+            raise ValueError(
+                f"{where}groups make a proximal step, which prox=False does not take; add "
+                "fusereg.functional.group_lasso_penalty(groups, strength) to the loss instead"
+            )
         if prox in ("preconditioned", "capped") and self._algorithm != 0:
             raise ValueError(
                 f"{where}group cannot go with prox={prox!r}: {no_step}; use prox='decoupled'"
@@ -325,9 +339,9 @@ class RegularizedOptimizer(Averages):
             weight_decay=group["weight_decay"],
             l1=group["l1"],
             l2=group["l2"],
-            group=group["group"],
+            group=group["group"] if self.groups is None else 0.0,
             ema_decay=0.0 if decay is None else decay,
-            average=decay is not None,
+            average=decay is not None and self.groups is None,
             prox=prox,
             maximize=bool(group["maximize"]),
             master_weights=bool(group["master_weights"]),
@@ -378,6 +392,7 @@ class RegularizedOptimizer(Averages):
             value = torch.zeros((), dtype=plan.value_dtype, device=plan.params[0].device)
         scale: Tensor | None = getattr(self, "grad_scale", None)
         op = f"optim.{self._name}"
+        by_groups = self._groups_of_step(op, plan, hypers)
         norm, max_norm = None, 0.0
         if self.max_grad_norm is not None:
             norm, max_norm = norm_of_grads(op, plan.params, self._norm_tables), self.max_grad_norm
@@ -410,16 +425,52 @@ class RegularizedOptimizer(Averages):
             if status != DONE:
                 call = self._with_states(call)
                 _kernels.run_prepared(call, self._keys)
+        if by_groups is not None:
+            value = self._step_of_groups(by_groups, hypers, plan, value)
         if value is not None or self._penalized:
             # When the strengths have become zero, so does the value.
             self.penalty_value = torch.zeros_like(self.penalty_value) if value is None else value
             self._penalized = value is not None
-        if any(h.average for h in hypers):
+        if any(h.average for h in hypers) or self._beginning:
             self._average_others()
         if call.fresh and self._forgets(call):
             for i in call.fresh:
                 for key in self._keys:
                     del self.state[plan.params[i]][key]
+
+    def _groups_of_step(self, op: str, plan: _Plan, hypers: tuple[Hyper, ...]) -> GroupStep | None:
+        """Return what takes the step of ``groups``, checked; None without any."""
+        if self.groups is None:
+            return None
+        step = self._group_step
+        if step is None or not step.fits(self.groups, self.group_weights, plan.parts):
+            step = GroupStep(op, self.groups, self.group_weights, plan.parts)
+            self._group_step = step
+        step.check(self.param_groups, hypers)
+        return step
+
+    def _step_of_groups(
+        self, step: GroupStep, hypers: tuple[Hyper, ...], plan: _Plan, value: Tensor | None
+    ) -> Tensor | None:
+        """Take the proximal step of ``groups``; return the whole penalty's value."""
+        found_inf = getattr(self, "found_inf", None)
+        if any(given(group["group"]) for group in self.param_groups):
+            own = step.run(self.param_groups, hypers, self.state, found_inf)
+            if own is not None:
+                before = 0.0 if value is None else value
+                value = (before + own).to(plan.params[0].device, plan.value_dtype)
+        # Averages are those of the weights after this step.
+        with torch.no_grad():
+            for group in self.param_groups:
+                if group.get("ema_decay") is None:
+                    continue
+                for p in group["params"]:
+                    if p.grad is not None and KEY in self._state_of(p):
+                        if not any(p is begun for begun in self._beginning):
+                            self._approach(p, 1.0 - group["ema_decay"])
+                    elif p.grad is not None:
+                        self._begin_average(p, group)
+        return value
 
     def _new_plan(self) -> _Plan:
         states: Any = self.state
@@ -481,6 +532,8 @@ class RegularizedOptimizer(Averages):
         for name in ("grad_scale", "found_inf", "_norm_scale"):
             if getattr(self, name, None) is not None:
                 return False
+        if self.groups is not None:
+            return False
         self._check_raw("step")
         lists = Lists([], [], [], [], [], [])
         counts: list[int] = []

@@ -8,6 +8,9 @@ from typing import Any, TypeAlias, TypedDict
 
 from torch import Tensor
 
+from ..core.groups import Groups
+from ..penalty.coupled import Weights
+
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Number: TypeAlias = float | Tensor
 
@@ -31,6 +34,8 @@ class Options(CommonOptions, total=False):
 
     group: Number
     prox: bool | str
+    groups: Groups | None
+    group_weights: Weights
 
 
 DEFAULTS: Options = {
@@ -38,6 +43,8 @@ DEFAULTS: Options = {
     "l2": 0.0,
     "group": 0.0,
     "prox": True,
+    "groups": None,
+    "group_weights": "size",
     "max_grad_norm": None,
     "master_weights": False,
     "ema_decay": None,
@@ -49,7 +56,10 @@ DEFAULTS: Options = {
 
 #: Keys of a param group that torch's optimizers do not have, or not all of them.
 OWN = tuple(
-    key for key in DEFAULTS if key not in ("max_grad_norm", "maximize", "foreach", "differentiable")
+    key
+    for key in DEFAULTS
+    if key
+    not in ("max_grad_norm", "groups", "group_weights", "maximize", "foreach", "differentiable")
 )
 #: What some call a strength or an option.
 _OTHER_NAMES = {
@@ -106,6 +116,15 @@ PENALTY = r"""
             decoupled step (except in SGD). ``"preconditioned"``: the same without sparing any.
             ``"decoupled"``: the proximal step of :math:`lr \cdot R`. ``False``: the (sub)gradient
             of R is added to the gradient.
+        groups: what :func:`fusereg.groups_of` returns. The group term then goes over the model's
+            channels, with their slices in all tensors, and ``group`` is its strength: after the
+            update, and the soft-thresholding by ``l1``, follows the proximal step of
+            :func:`fusereg.prox.group_lasso_` with :math:`lr \cdot group` (in SGD as ``prox`` says),
+            which makes whole channels exactly zero. Where readers were asked for, the steps of
+            writers and readers alternate. Param groups that share channels need the same lr,
+            ``group``, ``l2`` and ``prox``; channels of which a tensor has no gradient stay.
+        group_weights: with ``groups``, each channel's factor beside the strength, as ``weights`` of
+            :func:`fusereg.functional.group_lasso_penalty`.
         max_grad_norm: clip the 2-norm of all gradients to this inside the step, as
             :func:`clip_grad_norm_` does before it; the gradients themselves stay as they are. The
             norm before clipping is in :attr:`grad_norm`.

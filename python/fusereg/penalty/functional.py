@@ -7,10 +7,13 @@ from torch import Tensor
 
 from ..core import checks, dispatch, distributed
 from ..core.docs import share_paragraphs
+from ..core.groups import Groups
 from ..core.params import Params
+from . import coupled as _coupled
 from . import dtensor as _dtensor
 from . import kernels as _kernels
 from . import op as _op
+from .coupled import Weights
 from .strengths import NO_PENALTY, Listed, Strength, Strengths, check_dim, collect
 
 __all__ = [
@@ -156,17 +159,35 @@ def elastic_net_penalty(params: Params, l1: Strength, l2: Strength) -> Tensor:
     return evaluate(op, collect(op, params, Strengths(l1, l2)))
 
 
-def group_lasso_penalty(params: Params, strength: Strength, dim: int = 0) -> Tensor:
+def group_lasso_penalty(
+    params: Params | Groups,
+    strength: Strength,
+    dim: int = 0,
+    *,
+    l1: Strength = 0.0,
+    weights: Weights = "size",
+) -> Tensor:
     r"""Return the group lasso :math:`\lambda \sum_g \sqrt{n_g}\,\|w_g\|_2` (Yuan and Lin 2006).
 
     The groups of a tensor are its slices along ``dim``: with ``dim=0`` the rows of a linear layer
     (one output unit each) or the filters of a convolution, with ``dim=1`` their inputs. :math:`n_g`
     is the number of elements of a slice. The gradient of group g is :math:`\lambda \sqrt{n_g}\,w_g
     / \|w_g\|_2`, and 0 for an all-zero group. A 1-d tensor has groups of one element, for which
-    this is the L1 penalty.
+    this is the L1 penalty. With ``l1`` the term :math:`l_1 \sum_i |w_i|` is added: the sparse group
+    lasso (Simon et al. 2013).
+
+    With the result of :func:`fusereg.groups_of` in place of tensors, a group is a channel of the
+    model: what writes it, in all tensors. Slices of no channel do not count. Where readers were
+    asked for, the terms of what reads each channel are added as groups of their own.
     {arguments}
-        strength: :math:`\lambda \ge 0`, one number or one per tensor.
+        strength: :math:`\lambda \ge 0`, one number or one per tensor; one number with groups.
         dim: the dimension whose indices are the groups; negative: from the end.
+        l1: :math:`l_1 \ge 0`, as ``strength``.
+        weights: with groups, the factor of each group beside the strength. ``"size"``:
+            :math:`\sqrt{n_g}`, over all its tensors. ``"operations"``: the multiply-adds that
+            removing the channel saves, scaled so that the factors have the same sum as with
+            ``"size"``. Or a sequence with an entry for each set of channels, a number or one for
+            each channel.
     {returns}
 
     Example:
@@ -174,8 +195,15 @@ def group_lasso_penalty(params: Params, strength: Strength, dim: int = 0) -> Ten
         >>> loss = criterion(model(x), y) + F.group_lasso_penalty(linear.weight, 1e-3)
     """
     op = "group_lasso_penalty"
-    s = Strengths(group=strength, dim=check_dim(op, dim))
-    return evaluate(op, collect(op, params, s, "strength"))
+    if isinstance(params, Groups):
+        of_elements, families = _coupled.strengths(
+            op, params, strength, "strength", dim=dim, l1=l1, weights=weights
+        )
+        values = [_coupled.value(op, family, s, of_elements) for family, s in families]
+        return _kernels.sum_on_first(values)
+    _coupled.only_with_groups(op, weights)
+    s = Strengths(l1, group=strength, dim=check_dim(op, dim))
+    return evaluate(op, collect(op, params, s, _coupled.alone("strength", l1)))
 
 
 def add_penalty_grad_(

@@ -18,10 +18,13 @@ from __future__ import annotations
 import torch
 
 from ..core import checks, dispatch, distributed
+from ..core.groups import Groups
 from ..core.params import Params
+from . import coupled as _coupled
 from . import dtensor as _dtensor
 from . import kernels as _kernels
 from . import op as _op
+from .coupled import Weights
 from .functional import check_all
 from .names import without_dividing
 from .others import limited
@@ -69,26 +72,53 @@ def elastic_net_(params: Params, l1: Strength, l2: Strength) -> None:
     _prox(op, collect(op, without_dividing(params), Strengths(l1, l2)))
 
 
-def group_lasso_(params: Params, threshold: Strength, dim: int = 0) -> None:
-    r"""Apply block soft-thresholding.
+def group_lasso_(
+    params: Params | Groups,
+    threshold: Strength,
+    dim: int = 0,
+    *,
+    l1: Strength = 0.0,
+    weights: Weights = "size",
+) -> None:
+    r"""Apply block soft-thresholding, after soft-thresholding with ``l1``.
 
-    .. math:: w_g \leftarrow w_g \max(0, 1 - t \sqrt{n_g} / \|w_g\|_2)
+    .. math:: w_g \leftarrow v_g \max(0, 1 - t \sqrt{n_g} / \|v_g\|_2), \quad
+              v = \mathrm{sign}(w)\max(|w| - l_1, 0)
 
-    Whole slices along ``dim`` become zero (Yuan and Lin 2006).
+    Whole slices along ``dim`` become zero (Yuan and Lin 2006). With ``l1`` it is the proximal
+    operator of the sparse group lasso (Simon et al. 2013), in closed form.
+
+    With :func:`fusereg.groups_of` a group is a channel, with its slices in all tensors that write
+    it, and :math:`\sqrt{n_g}` may be another weight: all channels of a model take two passes over
+    the weights. Where readers were asked for, **two steps alternate**, in this order: that of what
+    writes the channels, then that of what reads them. The readers of one channel overlap the
+    writers of others, so the proximal operator of the sum has no closed form, and this is not it.
 
     Args:
-        params: as in :func:`l1_`.
+        params: as in :func:`l1_`; or the groups of :func:`fusereg.groups_of`.
         threshold: :math:`t \ge 0`, usually learning rate times lambda; one number or one per
-            tensor.
+            tensor. One number with groups.
         dim: the dimension whose indices are the groups, as in
+            :func:`fusereg.functional.group_lasso_penalty`.
+        l1: :math:`l_1 \ge 0`, the threshold of each element; as ``threshold``.
+        weights: with groups, what :math:`\sqrt{n_g}` stands for, as in
             :func:`fusereg.functional.group_lasso_penalty`.
 
     Raises:
-        TypeError, ValueError: as :func:`l1_`; also if a tensor has no dimension ``dim``.
+        TypeError, ValueError: as :func:`l1_`; also if a tensor has no dimension ``dim``, and for
+            groups that overlap.
     """
     op = "prox.group_lasso_"
-    s = Strengths(group=threshold, dim=check_dim(op, dim))
-    _prox(op, collect(op, without_dividing(params), s, "threshold"))
+    if isinstance(params, Groups):
+        limit, families = _coupled.strengths(
+            op, params, threshold, "threshold", dim=dim, l1=l1, weights=weights
+        )
+        for family, limits in families:
+            _coupled.prox_(op, family, family.tensors, limits, limit)
+        return
+    _coupled.only_with_groups(op, weights)
+    s = Strengths(l1, group=threshold, dim=check_dim(op, dim))
+    _prox(op, collect(op, without_dividing(params), s, _coupled.alone("threshold", l1)))
 
 
 def max_norm_(params: Params, max_norm: Strength, dim: int = 0) -> None:
