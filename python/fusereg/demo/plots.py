@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from fusereg.demo import mosaics
 from fusereg.demo.data import DataSet
-from fusereg.demo.style import FUSED_COLOR, GRAY, PLAIN_COLOR, new_figure, png, tidy
+from fusereg.core.pictures import FUSED_COLOR, GRAY, PLAIN_COLOR, new_figure, png, tidy
 from fusereg.demo.techniques import linear_weights
 from fusereg.demo.train import Result, Run
 
