@@ -16,9 +16,7 @@ import fusereg
 F64 = torch.float64
 
 
-def objective(
-    skip: Tensor, weight: Tensor, v: Tensor, u: Tensor, t: float, l1: float
-) -> Tensor:
+def objective(skip: Tensor, weight: Tensor, v: Tensor, u: Tensor, t: float, l1: float) -> Tensor:
     """What each feature's columns are to minimize."""
     near = 0.5 * ((skip - v).square().sum(0) + (weight - u).square().sum(0))
     return near + t * skip.norm(dim=0) + l1 * weight.abs().sum(0)
@@ -261,9 +259,7 @@ def test_lassonet_keeps_the_features_that_matter_also_those_without_a_linear_eff
             optimizer.zero_grad()
             (model(x) - y).square().mean().backward()
             optimizer.step()
-            fusereg.prox.hierarchical_(
-                model.skip.weight, model.first.weight, lr * strength, m=1.0
-            )
+            fusereg.prox.hierarchical_(model.skip.weight, model.first.weight, lr * strength, m=1.0)
         yield
 
     path = fusereg.path(

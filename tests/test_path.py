@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import subprocess
 import sys
@@ -125,7 +126,7 @@ def test_a_path_goes_on_beyond_its_bracket_while_groups_are_left() -> None:
     )
     strengths = [p.strength for p in path.points]
     assert len(strengths) == 2 * 3 + 1
-    ratios = [b / a for a, b in zip(strengths[1:], strengths[2:], strict=False)]
+    ratios = [b / a for a, b in itertools.pairwise(strengths[1:])]
     assert ratios == pytest.approx([50**0.5] * 5)
 
 
@@ -424,7 +425,12 @@ def test_bad_arguments_and_answers_are_refused(
 def shown() -> RegularizationPath:
     found = [
         PathPoint(s, {"accuracy": a, "loss": 1 - a}, 0.01, z, [True, z < 0.5], 2, 10, 10**6, 0.5)
-        for s, a, z in ((0.0, 0.95, 0.0), (0.01, 0.955, 0.3), (0.1, 0.951, 0.6), (1.0, math.nan, 1.0))
+        for s, a, z in (
+            (0.0, 0.95, 0.0),
+            (0.01, 0.955, 0.3),
+            (0.1, 0.951, 0.6),
+            (1.0, math.nan, 1.0),
+        )
     ]
     return RegularizationPath(found, names=["age", "sex"], samples=400)
 
@@ -464,7 +470,9 @@ def test_the_pictures_have_a_color_and_a_marker_for_each_series(tmp_path: Path) 
     assert (tmp_path / "path.png").read_bytes().startswith(b"\x89PNG")
     lines = [axes.get_lines()[0] for axes in figure.axes]
     assert len(lines) == 5
-    assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == 5
+    assert (
+        len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == 5
+    )
     assert [axes.get_ylabel().split(",")[0] for axes in figure.axes] == [
         "accuracy", "zeros", "groups used", "operations", "milliseconds",
     ]  # fmt: skip

@@ -1,4 +1,7 @@
-"""Style of the package's pictures: colors, titles, axes. matplotlib is imported when one is made."""
+"""Style of the package's pictures: colors, titles, axes.
+
+matplotlib is imported when a picture is made.
+"""
 
 from __future__ import annotations
 

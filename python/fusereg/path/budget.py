@@ -99,14 +99,14 @@ def shrink_budget(
         moved = [
             torch.zeros(()) if w.grad is None else lr_sum * norms(w.grad, dim) for w in tensors
         ]
-    high = 0.0
+    found = [0.0]
     for w, way in zip(tensors, moved, strict=True):
         if w.numel():
             total = norms(w, dim) + way.to(w.device, torch.float64)
-            high = max(high, float(total.max()) / (lr_sum * root_size(w, dim)))
-    if not math.isfinite(high):
+            found.append(float(total.max()) / (lr_sum * root_size(w, dim)))
+    if not all(map(math.isfinite, found)):
         raise ValueError(f"fusereg.{op}: params or their gradients are not finite")
-    return high
+    return max(found)
 
 
 def geometric(high: float, count: int, lowest: float = 0.02) -> list[float]:
@@ -176,7 +176,7 @@ def _proximal_step(optimizer: Optimizer, group: dict[str, Any], dim: int | None)
     lr, prox = float(group["lr"]), group.get("prox")
     if prox in (True, "capped", "preconditioned"):
         if "dampening" in group:  # SGD
-            return lr * (1 - group["dampening"]) / (1 - group["momentum"])
+            return lr * (1.0 - float(group["dampening"])) / (1.0 - float(group["momentum"]))
         if dim is None:
             raise ValueError(
                 f"{OP}: with {type(optimizer).__name__} and prox={prox!r}, proximal steps of "

@@ -50,9 +50,7 @@ def _seconds(model: nn.Module, inputs: tuple[Any, ...]) -> list[float]:
     found: list[float] = []
     begin = time.perf_counter()
     model(*inputs)
-    while len(found) < _LEAST or (
-        len(found) < _MOST and time.perf_counter() - begin < _SECONDS
-    ):
+    while len(found) < _LEAST or (len(found) < _MOST and time.perf_counter() - begin < _SECONDS):
         if on_device:
             torch.cuda.synchronize()
         start = time.perf_counter()

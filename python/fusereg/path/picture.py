@@ -107,8 +107,8 @@ def _words(path: RegularizationPath, metric: str) -> tuple[str, str]:
     how = f" = √(p(1−p)/{path.samples:,})" if path.samples else ""
     return (
         f"One standard error of {metric} allows strength {chosen.strength:.3g}: {kept}",
-        f"{text}, {chosen.value:.4g} at the chosen strength (dashed). Band: one standard error{how} "
-        "of the validation split around the best.",
+        f"{text}, {chosen.value:.4g} at the chosen strength (dashed). Band: one standard "
+        f"error{how} of the validation split around the best.",
     )
 
 

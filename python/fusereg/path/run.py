@@ -62,8 +62,8 @@ def path(
             optimizer, which takes proximal steps. It may be a generator that yields after each
             epoch.
         evaluate: returns the metric of the network, which is in evaluation mode, on a validation
-            split, without recording gradients: a number, or several by name, of which the first is chosen by. One named
-            ``"standard_error"`` is that of the first.
+            split, without recording gradients: a number, or several by name, of which the first is
+            chosen by. One named ``"standard_error"`` is that of the first.
         strengths: the strengths >= 0, in ascending or descending order; or a number n: then the
             first training has strength 0, and n lie, each by one factor stronger, between 0.02 and
             1 times the :func:`shrink_budget` of that training. Its learning rates and moves are
@@ -191,7 +191,7 @@ def _check_strengths(strengths: Any, penalized: Any) -> int | list[float]:
         ) from None
     if not found or not all(0 <= s < math.inf for s in found):
         raise ValueError(f"{OP}: strengths must be finite and not negative, got {found}")
-    steps = [b - a for a, b in zip(found, found[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(found)]
     if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
         raise ValueError(f"{OP}: strengths must ascend or descend, got {found}")
     return found
@@ -217,7 +217,9 @@ class _Groups:
                     f"{tuple(w.shape)}, got {dim}"
                 )
         count = len(self.used(model))
-        self.names = [f"group {i}" for i in range(count)] if names is None else list(map(str, names))
+        self.names = (
+            [f"group {i}" for i in range(count)] if names is None else list(map(str, names))
+        )
         if len(self.names) != count or len(set(self.names)) != count:
             raise ValueError(f"{OP}: names must be {count} different ones, got {self.names}")
 
@@ -328,9 +330,7 @@ def _train(
     return done
 
 
-def _metrics(
-    found: Any, mode: Mode, samples: int | None
-) -> tuple[dict[str, float], float | None]:
+def _metrics(found: Any, mode: Mode, samples: int | None) -> tuple[dict[str, float], float | None]:
     """Return the metrics by name, and the standard error of the first."""
     if not isinstance(found, Mapping):
         found = {"metric" if samples is None else "accuracy": found}
