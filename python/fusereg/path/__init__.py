@@ -5,7 +5,8 @@ costs, ``result`` holds the points with their tables and ``picture`` draws them.
 """
 
 from .budget import shrink_budget
-from .result import PathPoint, RegularizationPath
+from .point import PathPoint
+from .result import RegularizationPath
 from .run import path
 
 __all__ = ["PathPoint", "RegularizationPath", "path", "shrink_budget"]

@@ -1,4 +1,4 @@
-"""How strong a penalty must be to remove groups within a training: the shrink budget.
+"""The shrink budget: the strength of a penalty that removes groups within a training.
 
 At a network's zero the gradient of every layer is zero, so that "all zero" is stationary for every
 strength, and the smallest strength at which everything is zero (glmnet's) does not exist. What a

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, operations, and the time of a forward pass."""
+"""Costs of a network: parameters, operations, and the time of a forward pass."""
 
 from __future__ import annotations
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..core.pictures import COLORS, GRAY, new_figure, tidy
+from .point import PathPoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from .result import RegularizationPath
 
 #: Of the panels below the metric: the point's field, the axis's label, the factor.
 _PANELS = (
@@ -31,9 +31,11 @@ def _positions(strengths: list[float]) -> list[float]:
     return [s if s > 0 else positive[0] / max(step, 1.5) for s in strengths]
 
 
-def draw_path(path: RegularizationPath) -> Figure:
+def draw_path(
+    points: Sequence[PathPoint], best: PathPoint, chosen: PathPoint | None, samples: int | None
+) -> Figure:
     """Draw a panel for each quantity over the strength."""
-    points = sorted(path.points, key=lambda p: p.strength)
+    points = sorted(points, key=lambda p: p.strength)
     values: dict[str, list[Any]] = {
         name: [getattr(p, name, None) for p in points] for name, _, _ in _PANELS
     }
@@ -41,7 +43,7 @@ def draw_path(path: RegularizationPath) -> Figure:
     panels = [panel for panel in _PANELS if any(v is not None for v in values[panel[0]])]
     x = _positions([p.strength for p in points])
     metric = next(iter(points[0].metrics))
-    title, subtitle = _words(path, metric)
+    title, subtitle = _words(metric, best, chosen, samples)
     figure = new_figure(8.0, 2.7 + 1.35 * len(panels), title, subtitle)
     axes = figure.subplots(
         len(panels) + 1, 1, sharex=True, squeeze=False, height_ratios=[1.6] + [1.0] * len(panels)
@@ -50,7 +52,6 @@ def draw_path(path: RegularizationPath) -> Figure:
     style: dict[str, Any] = {"markersize": 5, "linewidth": 1.5}
     shown = [p.value for p in points]
     axes[0].plot(x, shown, color=COLORS[6], marker=_MARKERS[0], **style)
-    best = path.best
     if best.standard_error is not None:
         low, high = best.value - best.standard_error, best.value + best.standard_error
         axes[0].axhspan(low, high, color=COLORS[6], alpha=0.12, linewidth=0)
@@ -62,7 +63,6 @@ def draw_path(path: RegularizationPath) -> Figure:
         axes[i + 1].set_ylabel(label)
         top = max((v for v in own if not math.isnan(v)), default=0.0)
         axes[i + 1].set_ylim(0, 1.12 * top or 1.0)
-    chosen = path.chosen if best.standard_error is not None else None
     for one in axes:
         tidy(one)
         for point, line in ((best, ":"), (chosen, "--")):
@@ -94,17 +94,17 @@ def _label_zero(axes: Any, at: float) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _words(path: RegularizationPath, metric: str) -> tuple[str, str]:
+def _words(
+    metric: str, best: PathPoint, chosen: PathPoint | None, samples: int | None
+) -> tuple[str, str]:
     """Return title and subtitle, with the figures of the choice."""
-    best = path.best
     text = f"{metric.capitalize()} {best.value:.4g} at best (dotted, strength {best.strength:.3g})"
-    if best.standard_error is None:
+    if chosen is None:
         return f"Best {metric} at strength {best.strength:.3g}", text + "."
-    chosen = path.chosen
     kept = f"{100 * chosen.zeros:.0f} % of the weights are zero"
     if chosen.used:
         kept = f"{sum(chosen.used)} of {len(chosen.used)} groups are used"
-    how = f" = √(p(1−p)/{path.samples:,})" if path.samples else ""
+    how = f" = √(p(1−p)/{samples:,})" if samples else ""
     return (
         f"One standard error of {metric} allows strength {chosen.strength:.3g}: {kept}",
         f"{text}, {chosen.value:.4g} at the chosen strength (dashed). Band: one standard "
@@ -112,13 +112,13 @@ def _words(path: RegularizationPath, metric: str) -> tuple[str, str]:
     )
 
 
-def draw_groups(path: RegularizationPath, most: int) -> Figure:
+def draw_groups(points: Sequence[PathPoint], leaves_at: Mapping[str, float], most: int) -> Figure:
     """Draw a bar for each group up to the strength at which it leaves."""
-    if not path.names:
+    if not leaves_at:
         raise ValueError("fusereg.path: there are no groups to draw; pass penalized= to path")
-    left = list(path.leaves_at().items())
+    left = list(leaves_at.items())
     shown = left[:most]
-    strengths = sorted({p.strength for p in path.points if p.strength > 0})
+    strengths = sorted({p.strength for p in points if p.strength > 0})
     if not strengths:
         raise ValueError("fusereg.path: a picture of the groups needs a strength > 0")
     low, high = min(strengths[-1], *(s for _, s in shown)) / 1.5, strengths[-1] * 1.5

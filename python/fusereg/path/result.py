@@ -1,4 +1,4 @@
-"""The points of a path, the choice of one, and its tables and files."""
+"""Results of a path: the choice of a point, tables and files."""
 
 from __future__ import annotations
 
@@ -7,53 +7,20 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from .budget import OP
 from .picture import draw_groups, draw_path
+from .point import PathPoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
 Mode = Literal["max", "min"]
-
-
-@dataclass(frozen=True)
-class PathPoint:
-    """A network of a path, trained with one strength.
-
-    Attributes:
-        strength: the strength.
-        metrics: what ``evaluate`` returned, by name; the first is what is chosen by.
-        standard_error: of the first metric, None if it is not known.
-        zeros: the share of the network's weights that are exactly zero.
-        used: for each penalized group in order, whether any of its weights is not zero; empty
-            without ``penalized``.
-        epochs: how many epochs were trained, if ``train`` yields after each.
-        parameters, operations, milliseconds: of the network that ``smaller`` returned (else of
-            the network itself): its number of parameters, floating-point operations of a forward
-            pass (a multiplication and an addition are two), and median time of one; None without
-            ``example_inputs``.
-    """
-
-    strength: float
-    metrics: dict[str, float]
-    standard_error: float | None = None
-    zeros: float = 0.0
-    used: list[bool] = field(default_factory=list, repr=False)
-    epochs: int | None = None
-    parameters: int | None = None
-    operations: int | None = None
-    milliseconds: float | None = None
-
-    @property
-    def value(self) -> float:
-        """The metric that is chosen by."""
-        return next(iter(self.metrics.values()))
 
 
 class RegularizationPath:
@@ -253,11 +220,13 @@ class RegularizationPath:
 
         Needs matplotlib (``pip install "fusereg[demo]"``), as :meth:`plot_groups`.
         """
-        return _written(draw_path(self), file)
+        best = self.best
+        chosen = None if best.standard_error is None else self.chosen
+        return _written(draw_path(self.points, best, chosen, self.samples), file)
 
     def plot_groups(self, file: str | os.PathLike[str] | None = None, most: int = 40) -> Figure:
         """Draw at which strength the penalized groups leave, the last ``most`` of them."""
-        return _written(draw_groups(self, most), file)
+        return _written(draw_groups(self.points, self.leaves_at(), most), file)
 
 
 def _written(figure: Figure, file: str | os.PathLike[str] | None) -> Figure:

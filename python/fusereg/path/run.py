@@ -22,7 +22,8 @@ from ..run.checkpoint import RunFolder
 from ..run.training_run import TrainingRun
 from . import measure
 from .budget import OP, Watch, find, geometric, norms
-from .result import Mode, PathPoint, RegularizationPath
+from .point import PathPoint
+from .result import Mode, RegularizationPath
 
 Train: TypeAlias = Callable[[nn.Module, float], Iterator[Any] | None]
 Evaluate: TypeAlias = Callable[[nn.Module], "float | Tensor | Mapping[str, float | Tensor]"]
@@ -235,7 +236,7 @@ class _Groups:
 
 
 class _Record:
-    """What a resumed path knows of the strengths that are done."""
+    """A record of the strengths that are done, from which a path is resumed."""
 
     def __init__(self, asked: int | list[float]) -> None:
         self.points: list[PathPoint] = []
