@@ -253,7 +253,7 @@ class _Record:
 
     @property
     def stopped(self) -> bool:
-        """Whether nothing is left that stronger penalties could remove."""
+        """Return whether nothing is left that stronger penalties could remove."""
         last = self.points[-1] if self.points and isinstance(self._asked, int) else None
         return last is not None and last.zeros == 1.0
 
