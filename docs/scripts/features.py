@@ -131,16 +131,21 @@ def ours(data: Data, kind: type[nn.Module]) -> fusereg.RegularizationPath:
         make,
         train,
         lambda model: score(data, model(data.x[1]), 1),
-        strengths=STRENGTHS,
+        strengths=STRENGTHS[kind],
         penalized=penalized,
         dim=1,
         names=data.features,
         mode="min" if data.outputs == 1 else "max",
-        example_inputs=data.x[2],
+        samples=len(data.x[1]) if data.outputs > 1 else None,
     )
 
 
-STRENGTHS = [0.0, *(float(s) for s in np.geomspace(1e-3, 10, 17))]
+#: The hierarchical step is without the root of the group's size, and features resist by M times
+#: the weights of the network.
+STRENGTHS = {
+    Perceptron: [0.0, *np.geomspace(1e-3, 1, 11).tolist()],
+    Residual: [0.0, *np.geomspace(0.3, 1e3, 12).tolist()],
+}
 
 
 class Theirs:
@@ -179,9 +184,9 @@ def lasso(data: Data) -> Theirs:
             own = torch.from_numpy(coef).float()[None]
             found.add(float(alpha), own[0] != 0, linear(own, torch.zeros(1)))
         return found
-    for alpha in np.geomspace(1e-4, 0.3, 12):
+    for alpha in np.geomspace(2e-4, 0.3, 10):
         model = LogisticRegression(
-            l1_ratio=1.0, C=1 / (alpha * len(x)), solver="saga", tol=1e-3, max_iter=300
+            l1_ratio=1.0, C=1 / (alpha * len(x)), solver="saga", tol=1e-3, max_iter=200
         ).fit(x, y)
         coef, bias = (torch.from_numpy(a).float() for a in (model.coef_, model.intercept_))
         used = (coef != 0).any(0)
@@ -197,7 +202,7 @@ def lassonet(data: Data) -> Theirs:
 
     kind = LassoNetRegressor if data.outputs == 1 else LassoNetClassifier
     model = kind(
-        hidden_dims=(HIDDEN,), path_multiplier=1.2, n_iters=(300, 50), M=M, random_state=0,
+        hidden_dims=(HIDDEN,), path_multiplier=1.3, n_iters=(200, 30), M=M, random_state=0,
         torch_seed=0, verbose=0, val_size=0.1,
     )  # fmt: skip
     y = data.y[0].numpy()
@@ -255,7 +260,7 @@ def main() -> int:
         10.0,
         4.6,
         "Fewer input features, and what they cost",
-        "Validation splits. Large markers: the strongest penalty within one standard error of the "
+        "Best of each number of features on the validation splits. Large markers: the strongest penalty within one standard error of the "
         "method's best.",
     )
     axes = curves.subplots(1, 3)
@@ -266,10 +271,13 @@ def main() -> int:
         for i, (method, path, theirs) in enumerate(methods(data)):
             lines.append(f"| {name}, {figure} | {method} | {evaluated(path, data, theirs)} |")
             print(lines[-1], flush=True)
-            points = sorted(path.points, key=lambda p: sum(p.used))
-            counts, color = [sum(p.used) for p in points], COLORS[(6, 3, 1, 0)[i]]
+            best: dict[int, float] = {}  # of all strengths that leave as many
+            for p in path.points:
+                value, better = best.get(sum(p.used), p.value), max if path.mode == "max" else min
+                best[sum(p.used)] = better(value, p.value)
+            counts, color = sorted(best), COLORS[(6, 3, 1, 0)[i]]
             panel.plot(
-                counts, [p.value for p in points], color=color, marker="osD^"[i], markersize=3.5,
+                counts, [best[c] for c in counts], color=color, marker="osD^"[i], markersize=3.5,
                 linewidth=1.2, label=method,
             )  # fmt: skip
             panel.plot(
