@@ -287,6 +287,7 @@ def test_info_has_a_check_for_every_public_kernel() -> None:
     wanted -= {"dropout1d", "dropout3d"}  # dropout2d's kernel
     # Of torch's operations.
     wanted -= {"orthogonality_penalty", "spectral_norm_penalty", "prox.max_norm_"}
+    wanted -= {"prox.hierarchical_"}
     assert wanted <= names
     optimizers = {"SGD", "Adam", "AdamW", "Adagrad", "FTRL", "RMSprop", "NAdam", "Lion"}
     assert {f"optim.{name}" for name in optimizers} <= names

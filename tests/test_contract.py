@@ -45,6 +45,7 @@ WITHOUT_ROW = {
     "orthogonality_penalty": "torch's operations: test_penalty_others.py",
     "spectral_norm_penalty": "torch's operations: test_penalty_others.py",
     "prox.max_norm_": "torch's operations: test_penalty_others.py",
+    "prox.hierarchical_": "torch's operations: test_feature_selection.py",
     "augment.mix_labels": "arithmetic of torch on the parameters that Augment has drawn",
     "optim.param_groups_weight_decay": "sorts parameters into groups",
     "optim.load_planner": "makes a planner for checkpoints",

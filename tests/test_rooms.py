@@ -158,6 +158,7 @@ LEVELS = {
     "functional": 3,
     "convert": 4,
     "backend": 4,
+    "path": 4,
     "compact": 5,
     "": 6,  # the package itself, which integrations and programs import as a user does
     "integrations": 7,

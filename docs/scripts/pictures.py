@@ -24,8 +24,8 @@ import fusereg
 from fusereg import functional as F
 from fusereg.bench import SUITES
 from fusereg.bench.harness.figures import styles
-from fusereg.demo import style
-from fusereg.demo.style import COLORS, FUSED_COLOR, GRAY, PLAIN_COLOR, png, tidy
+from fusereg.core import pictures as style
+from fusereg.core.pictures import COLORS, FUSED_COLOR, GRAY, PLAIN_COLOR, png, tidy
 
 new_figure = partial(style.new_figure, layout=None)
 

@@ -21,6 +21,7 @@ from .core import aliases as _aliases
 from .core.version import __version__
 from .early_stopping import EarlyStopping
 from .functional import dropout_mask
+from .path import PathPoint, RegularizationPath, path, shrink_budget
 from .penalty import (
     AttachedPenalty,
     PenaltyGroup,
@@ -36,7 +37,9 @@ _aliases.install(__name__)
 __all__ = [
     "AttachedPenalty",
     "EarlyStopping",
+    "PathPoint",
     "PenaltyGroup",
+    "RegularizationPath",
     "TrainingRun",
     "WeightPenalty",
     "__version__",
@@ -53,7 +56,9 @@ __all__ = [
     "groups_of",
     "nn",
     "optim",
+    "path",
     "prox",
     "revert",
+    "shrink_budget",
     "sparsity",
 ]

@@ -12,8 +12,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from fusereg.augment import Augment, Erase, Mix
+from fusereg.core.pictures import new_figure
 from fusereg.demo.data import CLASSES, DataSet
-from fusereg.demo.style import new_figure
 from fusereg.demo.techniques import linear_weights, make_augment
 from fusereg.demo.train import Result
 

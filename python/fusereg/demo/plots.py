@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from fusereg.core.pictures import FUSED_COLOR, GRAY, PLAIN_COLOR, new_figure, png, tidy
 from fusereg.demo import mosaics
 from fusereg.demo.data import DataSet
-from fusereg.demo.style import FUSED_COLOR, GRAY, PLAIN_COLOR, new_figure, png, tidy
 from fusereg.demo.techniques import linear_weights
 from fusereg.demo.train import Result, Run
 

@@ -16,6 +16,7 @@ counts zeros.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..core import checks, dispatch, distributed
 from ..core.groups import Groups
@@ -28,9 +29,9 @@ from .coupled import Weights
 from .functional import check_all
 from .names import without_dividing
 from .others import limited
-from .strengths import Listed, Strength, Strengths, check_dim, collect
+from .strengths import Listed, Strength, Strengths, check_dim, check_number, collect
 
-__all__ = ["elastic_net_", "group_lasso_", "l1_", "max_norm_"]
+__all__ = ["elastic_net_", "group_lasso_", "hierarchical_", "l1_", "max_norm_"]
 
 
 def l1_(params: Params, threshold: Strength) -> None:
@@ -152,6 +153,95 @@ def max_norm_(params: Params, max_norm: Strength, dim: int = 0) -> None:
             checks.check_writable(w, op, f"params[{i}]")
         for w, factor in found:
             w.copy_(torch.where(factor == 1, w, w * factor))
+
+
+def hierarchical_(
+    skip: Tensor, weight: Tensor, threshold: float, m: float = 10.0, l1: float = 0.0
+) -> None:
+    r"""Apply LassoNet's proximal step, which removes input features from a network.
+
+    The network has a linear skip from its inputs to its outputs, and may use a feature only as far
+    as the skip does. For each feature j, with the columns :math:`\theta_j` of the skip and
+    :math:`w_j` of the first layer, this is
+
+    .. math:: \min_{\theta_j, w_j} \tfrac12 \|\theta_j - v_j\|^2 + \tfrac12 \|w_j - u_j\|^2
+              + t \|\theta_j\|_2 + l_1 \|w_j\|_1
+              \quad\text{subject to}\quad \|w_j\|_\infty \le M \|\theta_j\|_2
+
+    with v and u the present columns. A feature is unused where :math:`\theta_j = 0`; then
+    :math:`w_j = 0`. The global minimum is exact though the problem is not convex: with
+    :math:`a = \max(|u_j| - l_1, 0)`, sorted downward, and :math:`b_s = \max(0, \|v_j\| - t +
+    M \sum_{i \le s} a_i) / (1 + s M^2)`, take the first s with :math:`M b_s \ge a_{s+1}`; then
+    :math:`\theta_j = b_s v_j / \|v_j\|` and :math:`w_j = \mathrm{sign}(u_j) \min(a, M b_s)`.
+    Where :math:`v_j = 0`, every direction is as good, and that of equal outputs is taken.
+
+    Call it after each step of an optimizer without a penalty on these two parameters::
+
+        optimizer.register_step_post_hook(
+            lambda *_: fusereg.prox.hierarchical_(model.skip.weight, model.first.weight, lr * l)
+        )
+
+    Computed by torch's operations in float32 (float64 for float64).
+
+    Args:
+        skip: [outputs, features], changed in place.
+        weight: [hidden units, features], changed in place; dtype and device as ``skip``.
+        threshold: :math:`t \ge 0`, usually learning rate times lambda; without the factor
+            :math:`\sqrt{n}` of :func:`group_lasso_`.
+        m: :math:`M \ge 0`, how much more the network may use a feature than the skip; 0 leaves a
+            linear model.
+        l1: :math:`l_1 \ge 0`, learning rate times another strength, on single weights.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid. Nothing is changed then.
+
+    Paper:
+        I. Lemhadri, F. Ruan, L. Abraham, R. Tibshirani, "LassoNet: A Neural Network with Feature
+        Sparsity", JMLR 22, 2021.
+    """
+    op = "prox.hierarchical_"
+    for name, x in (("skip", skip), ("weight", weight)):
+        checks.check(x, op, name)
+        checks.plain(x, op, name)
+        checks.check_writable(x, op, name)
+        if x.dim() != 2:
+            raise ValueError(
+                f"fusereg.{op}: {name} must have 2 dimensions, got shape {tuple(x.shape)}"
+            )
+    checks.check_apart([skip, weight], op, "argument {}")
+    if weight.shape[1] != skip.shape[1]:
+        raise ValueError(
+            f"fusereg.{op}: weight must have as many features as skip, {skip.shape[1]}, "
+            f"got {weight.shape[1]}"
+        )
+    for name, theirs, own in (
+        ("dtype", skip.dtype, weight.dtype),
+        ("device", skip.device, weight.device),
+    ):
+        if own != theirs:
+            raise ValueError(f"fusereg.{op}: weight must have skip's {name}, {theirs}, got {own}")
+    for name, number in (("threshold", threshold), ("m", m), ("l1", l1)):
+        check_number(op, name, number)
+    if not skip.numel():
+        return
+    with torch.no_grad():
+        dtype = torch.promote_types(skip.dtype, torch.float32)
+        v, u = skip.to(dtype), weight.to(dtype)
+        norm = torch.linalg.vector_norm(v, dim=0)
+        a = (u.abs() - l1).clamp_min(0)  # [hidden units, features]
+        largest, _ = a.sort(dim=0, descending=True)
+        none = torch.zeros_like(norm).unsqueeze(0)
+        sums = torch.cat([none, largest.cumsum(0)])
+        counts = torch.arange(len(sums), device=u.device, dtype=dtype).unsqueeze(1)
+        b = (norm - threshold + m * sums).clamp_min(0) / (1 + counts * m * m)
+        first = (m * b >= torch.cat([largest, none])).int().argmax(dim=0, keepdim=True)
+        b = b.gather(0, first).squeeze(0)
+        equal = v.shape[0] ** -0.5
+        direction = torch.where(norm == 0, equal, v / norm)
+        # NaN stays NaN: a feature of which a part is NaN is NaN as a whole.
+        b = torch.where(torch.isnan(norm + sums[-1]), torch.nan, b)
+        skip.copy_(torch.where(b == 0, 0.0, b * direction))
+        weight.copy_(u.sign() * torch.minimum(a, m * b) + 0.0)  # no -0.0
 
 
 def _prox(op: str, listed: Listed) -> None:

@@ -109,6 +109,13 @@ def check_dim(op: str, dim: object, name: str = "dim") -> int:
     return dim
 
 
+def check_number(op: str, name: str, number: object) -> None:
+    """Raise unless this is a finite number >= 0."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"fusereg.{op}: {name} must be a number, got {type(number).__name__}")
+    _finite(number, f"fusereg.{op}: {name}")
+
+
 def _check(strength: object, count: int, where: str) -> Strength:
     """Raise if this is not a number >= 0, or a sequence, tensor or array of ``count`` such."""
     if isinstance(strength, Tensor) or (

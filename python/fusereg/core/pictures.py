@@ -1,15 +1,17 @@
-"""Style of the demo's pictures: colors, titles, axes."""
+"""Style of the package's pictures: colors, titles, axes.
+
+matplotlib is imported when a picture is made.
+"""
 
 from __future__ import annotations
 
 import io
 import textwrap
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe, Ito 2008, told apart with any color vision; without its yellow, too pale on white.
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
@@ -29,6 +31,10 @@ def new_figure(
     Both are wrapped to the width. matplotlib lays out everything else below them ("compressed"
     suits images), unless `layout` is None: then the caller leaves the uppermost 0.75 inch free.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     top = 0.14
