@@ -109,6 +109,7 @@ template <class C>
 struct Shares {
   double absolute = 0.0;
   double square = 0.0;
+  double update = 0.0;  // kLambNorms
   FUSEREG_DEVICE_INLINE void add(C p) {
     const double x = static_cast<double>(p);
     absolute += x < 0.0 ? -x : x;
@@ -145,10 +146,10 @@ FUSEREG_DEVICE_INLINE C weight_at(const Target& item, std::int64_t at) {
   return settled(item.copy_dtype, p, load_one<C>(item.copy_dtype, item.copy, at));
 }
 
-// One element.
+// One element; gives the new weight, of kLambNorms the update.
 template <Algorithm algorithm, class C>
-FUSEREG_DEVICE_INLINE void update_one(const Target& item, const void* g, std::int64_t at,
-                                      const Coefficients<C>& k, const Flags& f, int states) {
+FUSEREG_DEVICE_INLINE C update_one(const Target& item, const void* g, std::int64_t at,
+                                   const Coefficients<C>& k, const Flags& f, int states) {
   C s[kMaxStates] = {};
   for (int j = 0; j < states; ++j) s[j] = load_one<C>(item.state_dtype, item.state[j], at);
   C p = weight_at<C>(item, at);
@@ -156,9 +157,14 @@ FUSEREG_DEVICE_INLINE void update_one(const Target& item, const void* g, std::in
     p = recovered(item.p_dtype, p, s[0], s[1], k);
   }
   p = updated<algorithm>(p, load_one<C>(item.g_dtype, g, at), s, k, f);
-  store_one(item.p_dtype, item.p, at, p);
-  if (item.copy != nullptr) store_one(item.copy_dtype, item.copy, at, p);
-  for (int j = 0; j < states; ++j) store_one(item.state_dtype, item.state[j], at, s[j]);
+  if constexpr (algorithm != Algorithm::kLambNorms) {
+    store_one(item.p_dtype, item.p, at, p);
+    if (item.copy != nullptr) store_one(item.copy_dtype, item.copy, at, p);
+  }
+  for (int j = 0; j < states && algorithm != Algorithm::kLamb; ++j) {
+    store_one(item.state_dtype, item.state[j], at, s[j]);
+  }
+  return p;
 }
 
 // The average after a step has written p.
@@ -200,13 +206,13 @@ FUSEREG_DEVICE_INLINE void update_many(const Target& item, const void* gradient,
                                        C (&p)[kPerThread<C>], const Seen& seen) {
   constexpr int kN = kPerThread<C>;
   C copy[kN];
-  C g[kN];
+  C g[kN] = {};
   C s[kMaxStates][kN];
   if (!kLoaded) {
     load_many(item.p_dtype, item.p, at, p);
     if (item.copy != nullptr) load_many(item.copy_dtype, item.copy, at, copy);
   }
-  load_many(item.g_dtype, gradient, at, g);
+  if (algorithm != Algorithm::kLamb) load_many(item.g_dtype, gradient, at, g);
   FUSEREG_UNROLL
   for (int j = 0; j < kMaxStates; ++j) {
     if (j < states) load_many(item.state_dtype, item.state[j], at, s[j]);
@@ -224,8 +230,11 @@ FUSEREG_DEVICE_INLINE void update_many(const Target& item, const void* gradient,
     FUSEREG_UNROLL
     for (int j = 0; j < kMaxStates; ++j) s[j][i] = own[j];
   }
-  store_many(item.p_dtype, item.p, at, p);
-  if (item.copy != nullptr) store_many(item.copy_dtype, item.copy, at, p);
+  if constexpr (algorithm != Algorithm::kLambNorms) {
+    store_many(item.p_dtype, item.p, at, p);
+    if (item.copy != nullptr) store_many(item.copy_dtype, item.copy, at, p);
+  }
+  if constexpr (algorithm == Algorithm::kLamb) return;
   FUSEREG_UNROLL
   for (int j = 0; j < kMaxStates; ++j) {
     if (j < states) store_many(item.state_dtype, item.state[j], at, s[j]);
@@ -289,13 +298,18 @@ __device__ Shares<C> chunk(const Target& item, const void* gradient, const Work&
   const Coefficients<C> k = in_type<C>(w.k);
   const Flags f = w.flags;
   const bool update = w.update;
-  const bool average = w.average && item.average != nullptr;
+  constexpr bool kNorms = algorithm == Algorithm::kLambNorms;
+  const bool average = !kNorms && w.average && item.average != nullptr;
   const int states = update ? state_count(algorithm, f) : 0;
-  const bool value = w.value;
+  const bool value = kNorms || w.value;
   Shares<C> shares;
+  auto add_update = [&](C u) { shares.update += static_cast<double>(u) * static_cast<double>(u); };
   auto one = [&](std::int64_t at) {
     if (value) shares.add(weight_at<C>(item, at));
-    if (update) update_one<algorithm>(item, gradient, at, k, f, states);
+    if (update) {
+      const C u = update_one<algorithm>(item, gradient, at, k, f, states);
+      if (kNorms) add_update(u);
+    }
     if (average) average_one(item, at, k.average);
   };
   auto many = [&](std::int64_t at) {
@@ -307,6 +321,10 @@ __device__ Shares<C> chunk(const Target& item, const void* gradient, const Work&
     };
     if (update) {
       update_many<algorithm>(item, gradient, at, k, f, states, p, seen);
+      FUSEREG_UNROLL
+      for (int i = 0; i < kN; ++i) {
+        if (kNorms) add_update(p[i]);
+      }
     } else {
       load_weights(item, at, p);
       seen(p);

@@ -114,6 +114,9 @@ FUSEREG_INLINE Vector<C> recovered(Vector<C> p, const Vector<C> (&s)[kMaxStates]
   }
 }
 
+template <Algorithm algorithm>
+constexpr bool kWritesStates = algorithm != Algorithm::kLamb;
+
 // T: the dtype of p in memory where FTRL must know it.
 template <Algorithm algorithm, class T, bool kAverage, class C>
 void update_tile(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, const Flags& flags) {
@@ -134,7 +137,7 @@ void update_tile(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, con
       store(t.average + i, averaged(load(t.average + i), next, k.average));
     }
     for (int j = 0; j < kMaxStates; ++j) {
-      if (j < states) store(t.state[j] + i, s[j]);
+      if (j < states && kWritesStates<algorithm>) store(t.state[j] + i, s[j]);
     }
   }
   if (i == n) return;
@@ -147,7 +150,9 @@ void update_tile(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, con
     const V average = averaged(load_partial(t.average + i, n - i), next, k.average);
     store_partial(t.average + i, average, n - i);
   }
-  for (int j = 0; j < states; ++j) store_partial(t.state[j] + i, s[j], n - i);
+  for (int j = 0; j < states; ++j) {
+    if (kWritesStates<algorithm>) store_partial(t.state[j] + i, s[j], n - i);
+  }
 }
 
 template <Algorithm algorithm, class T, class C>
@@ -172,6 +177,10 @@ void update_any(Algorithm algorithm, DType p_dtype, const Tile<C>& t, std::int64
       return update<Algorithm::kNadam, C>(t, n, k, f);
     case Algorithm::kLion:
       return update<Algorithm::kLion, C>(t, n, k, f);
+    case Algorithm::kLamb:
+      return update<Algorithm::kLamb, C>(t, n, k, f);
+    case Algorithm::kLambNorms:
+      return update_tile<Algorithm::kLambNorms, C, false>(t, n, k, f);
     default:
       if constexpr (sizeof(C) == 4) {
         if (p_dtype == DType::kFloat16) return update<Algorithm::kFtrl, Half>(t, n, k, f);
@@ -278,7 +287,9 @@ Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Co
                  std::int64_t begin, std::int64_t n, bool wants_sums) {
   constexpr DType kOwn = Traits<C>::kDType;
   const int states = state_count(algorithm, f);
-  const bool own_p = item.p_dtype == kOwn;
+  // The norms' pass writes no weights: what it computes stays in a tile.
+  const bool norms = algorithm == Algorithm::kLambNorms;
+  const bool own_p = item.p_dtype == kOwn && !norms;
   const bool own_g = item.g_dtype == kOwn;
   const bool own_state = item.state_dtype == kOwn;
   const bool direct = own_p && own_g && own_state && item.copy == nullptr;
@@ -304,13 +315,18 @@ Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Co
     }
     if (wants_sums) add_sums(t.p, count, sums);
     update_any(algorithm, item.p_dtype, t, count, k, f);
-    if (!own_p) narrow(item.p_dtype, tile_p, item.p, at, count);
-    if (item.copy != nullptr) narrow(item.copy_dtype, t.p, item.copy, at, count);
+    if (norms) {
+      Sums update;
+      add_sums(t.p, count, update);
+      sums.update += update.square;
+    }
+    if (!own_p && !norms) narrow(item.p_dtype, tile_p, item.p, at, count);
+    if (item.copy != nullptr && !norms) narrow(item.copy_dtype, t.p, item.copy, at, count);
     for (int j = 0; j < states && !own_state; ++j) {
       narrow(item.state_dtype, tile_state[j], item.state[j], at, count);
     }
     // p as it was rounded; it is in the first-level cache still.
-    if (!own_p && item.average != nullptr) {
+    if (!own_p && !norms && item.average != nullptr) {
       average_in<C>(item, at, count, static_cast<double>(k.average));
     }
   }

@@ -61,6 +61,12 @@ FUSEREG_INLINE V ftrl_weight(V z, V n, const Coefficients<C>& k) {
   return abs(z) <= bound ? V{} : with_sign_of((abs(z) - bound) / quadratic, -z);
 }
 
+// LAMB: the step before it is scaled.
+template <class C, class V>
+FUSEREG_INLINE V lamb_update(V p, const V (&s)[kMaxStates], const Coefficients<C>& k) {
+  return s[0] * k.rate / (square_root(s[1]) * k.root + k.eps) + p * k.decay;
+}
+
 // The average after a step to p, as torch.lerp rounds it.
 template <class C, class V>
 FUSEREG_INLINE V averaged(V average, V p, C weight) {
@@ -68,7 +74,7 @@ FUSEREG_INLINE V averaged(V average, V p, C weight) {
   return weight < C(0.5) ? average + way * weight : p - way * (C(1) - weight);
 }
 
-// The new p. For vectors, core/simd.h comes before this file.
+// The new p, of kLambNorms u. For vectors, core/simd.h comes before this file.
 template <Algorithm algorithm, class C, class V>
 FUSEREG_INLINE V updated(V p, V g, V (&s)[kMaxStates], const Coefficients<C>& k, const Flags& f) {
   const V zero{};
@@ -119,6 +125,14 @@ FUSEREG_INLINE V updated(V p, V g, V (&s)[kMaxStates], const Coefficients<C>& k,
       squares = u;
       denominator = square_root(u) * k.root + k.eps;
       p = p * k.decay - s[0] * k.rate / denominator;
+    } else if constexpr (algorithm == Algorithm::kLambNorms) {
+      s[0] += (g - s[0]) * k.first;
+      s[1] = s[1] * k.second + g * g * k.third;
+      return lamb_update(p, s, k);
+    } else if constexpr (algorithm == Algorithm::kLamb) {
+      squares = s[1];
+      denominator = square_root(s[1]) * k.root + k.eps;
+      p -= lamb_update(p, s, k) * k.other;
     } else if constexpr (algorithm == Algorithm::kNadam) {
       s[0] += (g - s[0]) * k.first;
       s[1] = s[1] * k.second + g * g * k.third;

@@ -13,8 +13,21 @@ if TYPE_CHECKING:
 __all__ = ["Adam", "AdamW"]
 
 
+class Moments(RegularizedOptimizer):
+    """The base of those that keep averages of the gradients and of their squares."""
+
+    _keys = ("exp_avg", "exp_avg_sq")
+    _has_step = True
+
+    def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
+        first, second = group["betas"]
+        decoupled = bool(group.get("decoupled_weight_decay", False))
+        own = {"first": first, "second": second, "eps": group["eps"]}
+        return {**own, "decoupled_decay": decoupled}
+
+
 @documented
-class Adam(RegularizedOptimizer):
+class Adam(Moments):
     r"""``torch.optim.Adam`` (Kingma and Ba 2015) with a penalty in the same pass.
 
     .. math::
@@ -59,7 +72,6 @@ class Adam(RegularizedOptimizer):
     _algorithm = 1
     _name = "Adam"
     _keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    _has_step = True
 
     def __init__(
         self,
@@ -86,14 +98,7 @@ class Adam(RegularizedOptimizer):
         super().__init__(params, defaults, **options)
 
     def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
-        first, second = group["betas"]
-        return {
-            "first": first,
-            "second": second,
-            "eps": group["eps"],
-            "amsgrad": bool(group["amsgrad"]),
-            "decoupled_decay": bool(group["decoupled_weight_decay"]),
-        }
+        return {**super()._specific(group), "amsgrad": bool(group["amsgrad"])}
 
     def _wanted_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._keys if group["amsgrad"] else self._keys[:2]

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core import dispatch, distributed, memory
 from ..core.docs import share_paragraphs
 from ..penalty.kernels import DONE, value_dtype
+from ..penalty.strengths import check_dim
 from . import dtensor as _sharded
 from . import kernels as _kernels
 from . import op as _op
@@ -34,9 +35,9 @@ _NO_STATE: State = {}
 #: Dtypes of the count of steps.
 _COUNTS = {torch.float32, torch.float64}
 #: Keys of param groups that optimizers without a proximal step take no notice of.
-_NOT_GIVEN = ("group", "prox")
+_NOT_GIVEN = ("group", "group_dim", "prox")
 #: What :meth:`RegularizedOptimizer._check_group` looks at, strengths first.
-_CHECKED = ("l1", "l2", "group", "prox", "momentum", "ema_decay")
+_CHECKED = ("l1", "l2", "group", "group_dim", "prox", "momentum", "ema_decay")
 #: Arguments that must not be negative, and what they must be below.
 _LIMITS = {
     "lr": math.inf,
@@ -279,6 +280,7 @@ class RegularizedOptimizer(Averages):
             _check_strength(group[name], where + name)
         if group.get("ema_decay") is not None:
             self._check_number("ema_decay", group["ema_decay"], 1.0)
+        check_dim(f"optim.{self._name}", group["group_dim"], "group_dim")
         prox = group["prox"]
         if not isinstance(prox, (bool, str)) or prox not in _PROX:
             raise ValueError(
@@ -331,6 +333,7 @@ class RegularizedOptimizer(Averages):
             prox=prox,
             maximize=bool(group["maximize"]),
             master_weights=bool(group["master_weights"]),
+            group_dim=group["group_dim"] if by_groups else 0,
             **self._specific(group),
         )
 
@@ -521,7 +524,10 @@ class RegularizedOptimizer(Averages):
         keys = self._wanted_keys(group)
         own = [p for p in group["params"] if p.grad is not None]
         for p in own:
-            in_order = _op.takes(p) and _kernels.laid_out(p, given(group["group"])) is p
+            rows = given(group["group"])
+            first = group["group_dim"] if rows and p.dim() > 1 else 0
+            moved = p.movedim(first, 0) if first else p
+            in_order = _op.takes(p) and _kernels.laid_out(moved, rows) is moved
             if p.device != device or not in_order:
                 return False
             # The first gradient enters a momentum buffer in another way than those that follow.
