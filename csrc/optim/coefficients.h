@@ -229,6 +229,7 @@ FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const Hype
       const double half = f.centered ? 0.0 : 0.5;
       k.floor_l1 = half * l1;
       k.floor_l2 = half * h.l2;
+      k.floor_group = half * group;
       k.spared = step * memory < 1.0 ? 0.0 : -1.0;
     }
     if (algorithm == Algorithm::kLion) {

@@ -36,13 +36,19 @@
 //     kDecoupled         row by row v = soft(p, lr * l1),
 //                        p = v * max(0, 1 - lr * group * sqrt(n_r) / ||v_r||) / (1 + lr * l2)
 //     kPreconditioned    p_i = soft(p_i, lr * l1 / D_i) / (1 + lr * l2 / D_i): the proximal step in
-//                        the metric of the update (no group term: it has no closed form there);
+//                        the metric of the update; with a group term row by row
+//                        p_i = soft(D_i * p_i, lr * l1) / (D_i + lr * l2 + lr * group * sqrt(n) / y)
+//                        with y the norm of the result, a root that Newton's method finds; 0 where
+//                        the norm of the numerators is at most lr * group * sqrt(n);
 //                        SGD: as kDecoupled with lr * (1 - dampening) / (1 - momentum) for lr
 //     kCapped            the same with D'_i = max(D_i, (l1 + l2 * |p_i|) / 2) for D_i, so that
 //                        without l2 no weight moves by more than 2 * lr; and p_i as it is while
 //                        its sum of squared gradients is 0 and t < 1 / (1 - beta2) (Adagrad:
 //                        t < 1000). A stationary point has |gradient| = l1 + l2 * |p| <= D, so the
-//                        fixed points are those of kPreconditioned. SGD: as kPreconditioned;
+//                        fixed points are those of kPreconditioned. With a group term also
+//                        D' = D' * max(1, group * sqrt(n) / (2 * ||D'||)): no row moves by more than
+//                        2 * lr, and where a row rests ||D|| >= ||gradient|| >= group * sqrt(n), or
+//                        it is zero either way. SGD: as kPreconditioned;
 //                        centered RMSprop: without that floor, for its D may be smaller
 //     Lion has no D: for kPreconditioned and kCapped (which waits as above, while m and c are 0)
 //                        p = p - lr * sign(c + l1 * sign(p) + l2 * p), a step that would change the
@@ -283,8 +289,9 @@ struct Coefficients {
   C other = 0;  // NAdam: step size for the average, `rate` is that for the gradient; LAMB: lr * r
   C floor_l1 = 0;  // kCapped: the least metric is floor_l1 + floor_l2 * |p| ...
   C floor_l2 = 0;
-  C spared = -1;  // ... and weights whose sum of squared gradients is at most this stay
-  C group = 0;    // lr * group in the proximal step, group in the gradient; times sqrt(n)
+  C spared = -1;      // ... and weights whose sum of squared gradients is at most this stay
+  C floor_group = 0;  // and of a group the least length of its metric
+  C group = 0;        // lr * group in the proximal step, group in the gradient; times sqrt(n)
   C largest_zero = 0;
   C average = 0;  // weight of the new p in the average
 };

@@ -335,6 +335,52 @@ __device__ Shares<C> chunk(const Target& item, const void* gradient, const Work&
   return shares;
 }
 
+// A row's proximal step in the metric of the update that p and the states have had, element by
+// element: each thread comes back to those that it has written.
+template <Algorithm algorithm, class C>
+__device__ void shrink_in_metric(const Target& item, const Walk& own, const Coefficients<C>& k,
+                                 const Flags& f, int states, bool by_warp, bool average) {
+  const auto each = [&](const auto& visit) {
+    walk<C>(own, visit, [&](std::int64_t at) {
+      for (int i = 0; i < kPerThread<C>; ++i) visit(at + i);
+    });
+  };
+  const auto term = [&](std::int64_t at, C q, double scale) {
+    C s[kMaxStates] = {};
+    for (int j = 0; j < states; ++j) s[j] = load_one<C>(item.state_dtype, item.state[j], at);
+    return metric_term<algorithm>(q, s, k, f, static_cast<C>(scale));
+  };
+  const auto sums = [&](double norm, double group, double scale) {
+    double v[3] = {0.0, 0.0, 0.0};
+    each([&](std::int64_t at) {
+      const MetricTerm<C> t = term(at, load_one<C>(item.p_dtype, item.p, at), scale);
+      const C inverse = C(1) / (t.slope * static_cast<C>(norm) + static_cast<C>(group));
+      const C x = t.shrunk * inverse;
+      v[0] += static_cast<double>(x) * static_cast<double>(x);
+      v[1] += static_cast<double>(x * x * t.slope * inverse);
+      v[2] += static_cast<double>(t.metric) * static_cast<double>(t.metric);
+    });
+    if (by_warp) {
+      for (double& x : v) x = cuda::warp_sum(x);
+    } else {
+      cuda::block_sum(v);
+    }
+    return MetricSums{v[0], v[1], v[2]};
+  };
+  double scale = 1.0;
+  constexpr double kTolerance = sizeof(C) == 8 ? 1e-15 : 1e-8;
+  const auto ratio =
+      static_cast<C>(metric_ratio(static_cast<double>(k.group), static_cast<double>(k.floor_group),
+                                  static_cast<double>(k.shrink), kTolerance, scale, sums));
+  each([&](std::int64_t at) {
+    const C q = load_one<C>(item.p_dtype, item.p, at);
+    const C y = metric_weight(q, term(at, q, scale), ratio, k);
+    store_one(item.p_dtype, item.p, at, y);
+    if (item.copy != nullptr) store_one(item.copy_dtype, item.copy, at, y);
+    if (average) average_one(item, at, k.average);
+  });
+}
+
 // One row by a warp or by a block: its norm, the update, its new norm, the proximal step. Each
 // thread comes back to the elements that it has written.
 template <Algorithm algorithm, class C>
@@ -410,6 +456,12 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
         for (int i = 0; i < kN; ++i) add(p[i]);
       });
   if (!prox) return value;
+  if constexpr (has_metric(algorithm)) {
+    if (w.flags.prox >= Prox::kPreconditioned) {
+      shrink_in_metric<algorithm>(item, own, k, w.flags, states, by_warp, average);
+      return value;
+    }
+  }
   double after[2];
   sum(shares, after);
   const C factor = static_cast<C>(group_prox_factor(w.k.group, sqrt(after[1])) * w.k.factor);

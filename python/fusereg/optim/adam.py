@@ -16,7 +16,7 @@ __all__ = ["Adam", "AdamW"]
 class Moments(RegularizedOptimizer):
     """The base of those that keep averages of the gradients and of their squares."""
 
-    _keys = ("exp_avg", "exp_avg_sq")
+    _keys: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     _has_step = True
 
     def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -48,6 +48,12 @@ class Adam(Moments):
     memory of v. With ``prox="preconditioned"`` there is neither the wait nor the floor of D, which
     is ProxGen's step (Yun, Lozano and Yang 2021). Fixed points of both are those of the penalized
     problem, because there :math:`l_1 + l_2 |p_i| = |m_i| \le D_i` and the floor does not matter.
+    With a ``group`` term, row by row,
+
+    .. math:: p_i \leftarrow \frac{\mathrm{sign}(p_i) \max(D'_i |p_i| - lr\, l_1, 0)}
+                                  {D'_i + lr\, l_2 + lr\, group \sqrt{n_r} / y}
+
+    where y is the norm of the result, and D' is made longer than :math:`group \sqrt{n_r} / 2`.
     For ``prox="decoupled"``, :math:`p \leftarrow \mathrm{prox}_{lr R}(p)`, whose fixed points, like
     those of AdamW's decay, also depend on D.
 

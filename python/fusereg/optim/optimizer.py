@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core import dispatch, distributed, memory
 from ..core.docs import share_paragraphs
 from ..penalty.kernels import DONE, value_dtype
+from ..penalty.names import divided_by_name
 from ..penalty.strengths import check_dim
 from . import dtensor as _sharded
 from . import kernels as _kernels
@@ -121,6 +122,8 @@ class RegularizedOptimizer(Averages):
     _has_step = False
     _step_keys: tuple[str, ...] = ("step",)
     _supports_group = True
+    #: Whether a group's proximal step may be in the metric of the update.
+    _has_group_step = True
 
     #: A GradScaler passes its scale and overflow flag on; the kernels read them on the device.
     _step_supports_amp_scaling = True
@@ -162,11 +165,25 @@ class RegularizedOptimizer(Averages):
         self.state = _WatchedStates(dict, self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, which may have its own ``l1``, ``l2``, ``group`` and ``prox``."""
+        """Add a param group, which may have its own ``l1``, ``l2``, ``group`` and ``prox``.
+
+        Raises:
+            ValueError: the group has names, by which it is seen that ``weight_norm`` divides one of
+                its parameters by its norm, and a penalty that would make it zero.
+        """
         if isinstance(param_group, dict):  # else torch says so
             self._check_keys(param_group)
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        divided = divided_by_name(group.get("param_names", ()))
+        if divided and group["prox"] and (given(group["l1"]) or given(group["group"])):
+            self.param_groups.pop()
+            raise ValueError(
+                f"fusereg.optim.{self._name}: {divided[0]} must have no l1 and group: weight_norm "
+                "divides by its norm, and zeros of it become NaN; take the param groups from "
+                "fusereg.optim.param_groups_weight_decay(model, ...), which leaves it out"
+            )
 
     def _check_keys(self, param_group: dict[str, Any]) -> None:
         """Raise if a key seems to be a misspelled argument: its strength would be lost."""
@@ -298,12 +315,14 @@ class RegularizedOptimizer(Averages):
             )
         if not given(group["group"]):
             return
-        no_step = "with a metric of its own for each coordinate the group's step has no closed form"
         if not self._supports_group:
-            raise ValueError(f"{where}group is not supported: {no_step}")
-        if prox in ("preconditioned", "capped") and self._algorithm != 0:
             raise ValueError(
-                f"{where}group cannot go with prox={prox!r}: {no_step}; use prox='decoupled'"
+                f"{where}group is not supported: its step has no closed form; use Adagrad"
+            )
+        if prox in ("preconditioned", "capped") and not self._has_group_step:
+            raise ValueError(
+                f"{where}group cannot go with prox={prox!r}: a step of one size has no metric; "
+                "use prox='decoupled'"
             )
 
     def _check_changed(self, plan: _Plan) -> None:
@@ -319,7 +338,7 @@ class RegularizedOptimizer(Averages):
         by_groups = given(group["group"])
         penalized = by_groups or given(group["l1"]) or given(group["l2"])
         prox = _PROX[group["prox"]] if penalized else 0
-        if by_groups and group["prox"] is True and self._algorithm != 0:
+        if by_groups and group["prox"] is True and not self._has_group_step:
             prox = _PROX["decoupled"]
         decay = group.get("ema_decay")
         return Hyper(

@@ -110,8 +110,8 @@ PENALTY = r"""
             order.
         prox: ``True`` or ``"capped"``: after the update a proximal step in its metric, which gives
             weights that are exactly zero, the zeros of ``loss + R``, and spares weights that no
-            gradient has reached yet; with ``True``, param groups with a ``group`` term take the
-            decoupled step (except in SGD). ``"preconditioned"``: the same without sparing any.
+            gradient has reached yet; of Lion, param groups with a ``group`` term take the decoupled
+            step with ``True``. ``"preconditioned"``: the same without sparing any.
             ``"decoupled"``: the proximal step of :math:`lr \cdot R`. ``False``: the (sub)gradient
             of R is added to the gradient.
         max_grad_norm: clip the 2-norm of all gradients to this inside the step, as
