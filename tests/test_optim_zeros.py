@@ -112,7 +112,7 @@ def test_groups_of_inputs_find_exactly_the_zeros_of_the_problem(name: str, l1: f
         theirs = linear_model.MultiTaskLasso(alpha=strength, fit_intercept=False, tol=1e-12)
         wanted = torch.from_numpy(theirs.fit(x.numpy(), y.numpy()).coef_).t()
         assert torch.equal(zero, (wanted == 0).all(1))
-        torch.testing.assert_close(found, wanted, rtol=0.0, atol=1e-3)
+        torch.testing.assert_close(found, wanted, rtol=0.0, atol=3e-3)
     # The gradient of a group at zero is not longer than the strength, after l1; of the others it
     # is the penalty's.
     left = g.sign() * (g.abs() - l1).clamp_min(0)
