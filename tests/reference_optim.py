@@ -37,7 +37,9 @@ class Reference:
             "dampening": 0.0,
             "nesterov": False,
             "betas": (0.9, 0.99 if name == "Lion" else 0.999),
-            "eps": 1e-10 if name == "Adagrad" else 1e-8,
+            "eps": {"Adagrad": 1e-10, "LAMB": 1e-6}.get(name, 1e-8),
+            "trust_clip": False,
+            "always_adapt": False,
             "amsgrad": False,
             "lr_decay": 0.0,
             "alpha": 0.99,
@@ -67,7 +69,7 @@ class Reference:
         g = g.detach().double().cpu().clone() * (-1.0 if o["maximize"] else 1.0)
         if o["decoupled_weight_decay"]:
             p = p * (1 - lr * o["weight_decay"])
-        else:
+        elif self.name != "LAMB":
             g = g + o["weight_decay"] * p
         if not o["prox"] and self.name != "FTRL":
             g = g + o["l1"] * self.p.sign() + o["l2"] * self.p
@@ -94,6 +96,17 @@ class Reference:
                 u = s["u"] = torch.maximum(s.get("u", u), u)
             metric = (u / (1 - b2**self.t)).sqrt() + o["eps"]
             p = p - lr * s["m"] / (1 - b1**self.t) / metric
+        elif self.name == "LAMB":
+            b1, b2 = o["betas"]
+            s["m"] = b1 * s.get("m", torch.zeros_like(p)) + (1 - b1) * g
+            s["v"] = b2 * s.get("v", torch.zeros_like(p)) + (1 - b2) * g * g
+            metric = (s["v"] / (1 - b2**self.t)).sqrt() + o["eps"]
+            u = s["m"] / (1 - b1**self.t) / metric + o["weight_decay"] * p
+            norms = float(p.norm()), float(u.norm())
+            if min(norms) > 0 and (o["weight_decay"] or o["always_adapt"]):
+                ratio = norms[0] / norms[1]
+                lr = lr * (min(ratio, 1.0) if o["trust_clip"] else ratio)
+            p = p - lr * u
         elif self.name == "Adagrad":
             lr = lr / (1 + (self.t - 1) * o["lr_decay"])
             start = torch.full_like(p, o["initial_accumulator_value"])
@@ -136,9 +149,7 @@ class Reference:
             return
         if not o["prox"]:
             self.p = p
-        elif self.name != "SGD" and (
-            o["prox"] == "preconditioned" or (o["prox"] in (True, "capped") and not o["group"])
-        ):
+        elif self.name not in ("SGD", "Lion") and o["prox"] != "decoupled":
             waits = torch.zeros_like(p, dtype=torch.bool)
             if self.name == "RMSprop":
                 lr = lr / (1 - o["momentum"])
@@ -148,7 +159,13 @@ class Reference:
                 memory = 1000 if self.name == "Adagrad" else 1 / (1 - self._second())
                 squares = s["s"] if self.name == "Adagrad" else s["v"]
                 waits = (squares == 0) & (self.t < memory)
-            shrunk = soft(p, lr * o["l1"] / metric) / (1 + lr * o["l2"] / metric)
+            if o["group"] and p.dim() and rows(p).shape[1] > 1:
+                shrunk = self._by_rows(p, metric, lr)
+            else:
+                l1 = o["l1"] + o["group"]
+                if o["prox"] != "preconditioned" and not o["centered"]:
+                    metric = torch.maximum(metric, (l1 + o["l2"] * p.abs()) / 2)
+                shrunk = soft(p, lr * l1 / metric) / (1 + lr * o["l2"] / metric)
             self.p = torch.where(waits, p, shrunk)
         else:
             if o["prox"] != "decoupled" and self.name == "SGD" and o["momentum"]:
@@ -160,6 +177,29 @@ class Reference:
                 norm = r.norm(dim=1, keepdim=True)
                 v = torch.where(norm <= cut, 0.0, r * (1 - cut / norm)).reshape(p.shape)
             self.p = v / (1 + lr * o["l2"])
+
+    def _by_rows(self, p: Tensor, metric: Tensor, lr: float) -> Tensor:
+        """Minimize D / (2 lr) (w - p)^2 + R(w) row by row, the norm of each by bisection."""
+        o = self.o
+        strength = o["group"] * math.sqrt(rows(p).shape[1])
+        found = []
+        for q, d in zip(rows(p), rows(metric), strict=True):
+            if o["prox"] != "preconditioned" and not o["centered"]:
+                d = d * max(1.0, strength / 2 / float(d.norm()))
+            s = soft(d * q, lr * o["l1"])
+
+            def at(norm: float, s: Tensor = s, d: Tensor = d) -> Tensor:
+                return s * norm / ((d + lr * o["l2"]) * norm + lr * strength)
+
+            low, high = 0.0, 10.0 * (1.0 + float(q.norm()))
+            for _ in range(200):
+                middle = (low + high) / 2
+                if float(at(middle).norm()) > middle:
+                    low = middle
+                else:
+                    high = middle
+            found.append(torch.where(s.norm() <= lr * strength, 0.0, at(low)))
+        return torch.stack(found).reshape(p.shape) if found else p
 
     def _second(self) -> float:
         return float(self.o["alpha"] if self.name == "RMSprop" else self.o["betas"][1])

@@ -21,7 +21,7 @@ from reference_optim import Reference, penalty
 
 # The update and torch's own round in other places: some units of the last place for each step.
 STEPS = 4
-NAMES = ["SGD", "Adam", "AdamW", "Adagrad", "FTRL", "RMSprop", "NAdam", "Lion"]
+NAMES = ["SGD", "Adam", "AdamW", "Adagrad", "FTRL", "RMSprop", "NAdam", "Lion", "LAMB"]
 SHAPES = [(5, 7), (64,), (33,), (3, 4, 5, 2), (1,), (0,), (0, 3), (), (2, 130)]
 
 
@@ -162,6 +162,10 @@ EXTRAS: dict[str, list[dict[str, Any]]] = {
         {"lr": 0.02, "alpha": 0.5, "centered": True, "eps": 0.1},
     ],
     "NAdam": [{"lr": 0.1}, {"lr": 0.1, "decoupled_weight_decay": True, "weight_decay": 0.1}],
+    "LAMB": [
+        {"lr": 0.02, "weight_decay": 0.2},
+        {"lr": 0.02, "always_adapt": True, "trust_clip": True, "weight_decay": 0.0},
+    ],
     "Lion": [{"lr": 0.1}, {"lr": 0.05, "betas": (0.5, 0.9), "weight_decay": 0.2}],
     "FTRL": [{"lr": 0.1}, {"lr": 0.3, "beta": 0.5, "initial_accumulator_value": 0.2}],
 }
@@ -175,7 +179,9 @@ def penalized(name: str) -> list[dict[str, Any]]:
             found += [] if group else [{**extra, **strengths}]
             continue
         for prox in (True, False, "capped", "decoupled", "preconditioned"):
-            if not (group and prox in ("capped", "preconditioned") and name != "SGD"):
+            if name == "LAMB" and group and not prox:
+                continue
+            if not (group and prox in ("capped", "preconditioned") and name == "Lion"):
                 found.append({**extra, **strengths, "prox": prox})
     return found
 

@@ -66,6 +66,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "RMSprop": ("RMSprop", {"lr": 0.1, "l1": 0.1, "centered": True}),
     "NAdam": ("NAdam", {"lr": 0.1, "l1": 0.1}),
     "Lion": ("Lion", {"lr": 0.1, "l1": 0.1}),
+    "LAMB": ("LAMB", {"lr": 0.1, "l1": 0.1, "max_grad_norm": 1.0}),
 }
 
 
@@ -278,7 +279,7 @@ def test_opcheck_of_the_step() -> None:
         ],
         [torch.tensor(0.2)],
         [10],
-        [*(1, 0, 0, 0, 1, 0, 0, 1, 0), *(1, 0, 0, 0, 1, 0, 1, 0, 0)],
+        [*(1, 0, 0, 0, 1, 0, 0, 1, 0, 0), *(1, 0, 0, 0, 1, 0, 1, 0, 0, 0)],
         torch.zeros(()),
         torch.zeros(()),
         1.0,

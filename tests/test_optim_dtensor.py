@@ -23,6 +23,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("AdamW", {"lr": 0.1, "l1": 0.1, "group": 0.1}),
     ("Adagrad", {"lr": 0.1, "group": 0.1, "prox": False}),
     ("FTRL", {"lr": 0.1, "l1": 0.1, "ema_decay": 0.7}),
+    ("LAMB", {"lr": 0.1, "l1": 0.1, "max_grad_norm": 1.0}),
 ]
 
 

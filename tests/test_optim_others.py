@@ -50,6 +50,105 @@ def test_lion_is_timms_step_for_step(timm_optim: Any, weight_decay: float, betas
             torch.testing.assert_close(own.state[p]["exp_avg"], other.state[q]["exp_avg"])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight_decay": 0.0},
+        {"weight_decay": 0.0, "always_adapt": True, "trust_clip": True},
+        {"weight_decay": 0.3, "betas": (0.5, 0.7), "max_grad_norm": 1.0},
+    ],
+    ids=str,
+)
+def test_lamb_is_timms_step_for_step(timm_optim: Any, options: dict[str, Any]) -> None:
+    ours = parameters((5, 7), (33,), (2, 3, 4), (150, 200), (4,))  # more than a chunk
+    with torch.no_grad():
+        ours[4].zero_()  # without a norm
+    theirs = copies(ours)
+    own = optim.LAMB(ours, lr=0.05, **options)
+    other = timm_optim.Lamb(theirs, lr=0.05, **{"max_grad_norm": None, **options})
+    for _ in range(6):
+        give_grads(ours, theirs)
+        own.step()
+        other.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+            for key in ("exp_avg", "exp_avg_sq"):
+                torch.testing.assert_close(own.state[p][key], other.state[q][key])
+
+
+def test_a_step_of_lamb_that_overflowed_changes_nothing(backend: Backend) -> None:
+    p = torch.randn(300, device=backend.device).requires_grad_()
+    optimizer = optim.LAMB([p], lr=0.1, l1=0.1)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = [p.detach().clone(), *(t.clone() for t in optimizer.state[p].values())]
+    optimizer.found_inf = torch.ones((), device=backend.device)  # type: ignore[attr-defined]
+    optimizer.step()
+    for x, y in zip(before, [p.detach(), *optimizer.state[p].values()], strict=True):
+        assert torch.equal(x, y)
+    assert float(optimizer.penalty_value) == pytest.approx(0.1 * float(p.detach().abs().sum()))
+
+
+def test_lamb_refuses_the_gradient_of_groups() -> None:
+    with pytest.raises(ValueError, match="LAMB: group cannot go with prox=False"):
+        optim.LAMB(parameters((2, 3)), group=0.1, prox=False)
+
+
+# --- groups along another dimension ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Adagrad", "RMSprop", "NAdam", "Lion", "LAMB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_groups_along_dimension_1_are_those_of_the_transposed(
+    backend: Backend, name: str, dtype: torch.dtype
+) -> None:
+    """Bit for bit, with all that a step may contain; a bias in the same group is left as it is."""
+    options: dict[str, Any] = {"lr": 0.01, "group": 0.5, "l1": 0.1, "ema_decay": 0.9}
+    options |= {"master_weights": True, "max_grad_norm": 3.0}
+    start = [p.to(backend.device) for p in parameters((6, 5), (3, 7, 2, 2), (7,), dtype=dtype)]
+    ours = [nn.Parameter(p.detach().clone()) for p in start]
+    ours[1] = nn.Parameter(ours[1].detach().to(memory_format=torch.channels_last))
+    turned = [nn.Parameter(turn(p.detach()).contiguous()) for p in start]
+    make = getattr(optim, name)
+    own, other = make(ours, group_dim=1, **options), make(turned, **options)
+    for _ in range(3):
+        for p, q in zip(ours, turned, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = turn(p.grad).contiguous()
+        own.step()
+        other.step()
+    assert torch.equal(own.penalty_value, other.penalty_value)
+    for p, q in zip(ours, turned, strict=True):
+        assert torch.equal(turn(p.detach()), q.detach())
+        for key in ("ema_param", *own._keys):
+            if key in other.state[q]:
+                assert own.state[p][key].shape == p.shape
+                assert torch.equal(turn(own.state[p][key]), other.state[q][key])
+
+
+def turn(p: Tensor) -> Tensor:
+    return p.transpose(0, 1) if p.dim() > 1 else p
+
+
+@pytest.mark.parametrize(
+    ("dim", "error", "message"),
+    [
+        (2, ValueError, r"group_dim must be a dimension of params\[0\], whose shape is \(6, 5\)"),
+        ("rows", TypeError, "SGD: group_dim must be an int, got str"),
+    ],
+)
+def test_a_group_dim_that_is_none_is_refused_before_anything_is_written(
+    dim: Any, error: type[Exception], message: str
+) -> None:
+    (p,) = parameters((6, 5))
+    before = p.detach().clone()
+    p.grad = torch.ones_like(p)
+    with pytest.raises(error, match=message):
+        optim.SGD([p], lr=0.1, group=0.1, group_dim=dim).step()
+    assert torch.equal(p, before)
+
+
 def test_lion_stops_at_zero_and_leaves_it_only_for_a_gradient_above_l1() -> None:
     p = nn.Parameter(torch.tensor([0.005, -0.005, 0.0, 0.0, 0.5]))
     optimizer = optim.Lion([p], lr=0.01, l1=0.1)

@@ -17,7 +17,7 @@ from fusereg import EarlyStopping, optim, prox
 from fusereg.optim.optimizer import RegularizedOptimizer
 from reference_optim import Reference
 
-NAMES = ["SGD", "Adam", "AdamW", "Adagrad", "FTRL", "RMSprop", "NAdam", "Lion"]
+NAMES = ["SGD", "Adam", "AdamW", "Adagrad", "FTRL", "RMSprop", "NAdam", "Lion", "LAMB"]
 LOW = [torch.float16, torch.bfloat16]
 
 
@@ -350,6 +350,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "RMSprop": {"lr": 0.01, "momentum": 0.5, "centered": True},
     "NAdam": {"lr": 0.1},
     "Lion": {"lr": 0.1},
+    "LAMB": {"lr": 0.1},
 }
 
 

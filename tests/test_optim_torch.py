@@ -26,7 +26,12 @@ PAIRS: dict[str, dict[str, Any]] = {
     "RMSprop": {"lr": 0.01, "momentum": 0.9, "centered": True},
     "NAdam": {"lr": 0.01},
 }
-OWN: dict[str, dict[str, Any]] = {**PAIRS, "FTRL": {"lr": 0.1}, "Lion": {"lr": 0.01}}
+OWN: dict[str, dict[str, Any]] = {
+    **PAIRS,
+    "FTRL": {"lr": 0.1},
+    "Lion": {"lr": 0.01},
+    "LAMB": {"lr": 0.01},
+}
 
 
 def make(name: str, params: list[Tensor], **options: Any) -> RegularizedOptimizer:
@@ -368,8 +373,8 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
     ("AdamW", {"l1": "1"}, "l1 must be a number or a tensor, got str"),
     ("SGD", {"l1": torch.ones(2)}, "l1 must be one number, got a tensor of 2"),
     ("SGD", {"prox": "sometimes"}, "prox must be True, False, 'capped', 'decoupled' or 'pre"),
-    ("Adam", {"group": 0.1, "prox": "preconditioned"}, "group cannot go with"),
-    ("Adagrad", {"group": 0.1, "prox": "capped"}, "group cannot go with prox='capped'"),
+    ("Lion", {"group": 0.1, "prox": "preconditioned"}, "group cannot go with"),
+    ("Lion", {"group": 0.1, "prox": "capped"}, "group cannot go with prox='capped'"),
     ("SGD", {"momentum": 1.0, "l1": 0.1}, "prox=True needs momentum < 1, got 1.0"),
     ("Adam", {"lr": -0.1}, "fusereg.optim.Adam: lr must be not negative, got -0.1"),
     ("Adam", {"betas": (0.9, 1.0)}, r"betas\[1\] must be in \[0, 1.0\), got 1.0"),

@@ -81,6 +81,65 @@ def test_a_weight_without_gradients_waits_and_then_goes_by_two_steps_of_the_rate
     assert p[0] == 0.0
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RMSprop", "Adagrad"])
+@pytest.mark.parametrize("l1", [0.0, 0.05], ids=["group", "sparse group"])
+def test_groups_of_inputs_find_exactly_the_zeros_of_the_problem(name: str, l1: float) -> None:
+    """A multi-task lasso; with l1, where scikit-learn has none, the conditions of optimality."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 12, dtype=torch.float64, generator=generator)
+    x[:, :2] *= 10.0  # metrics of very different sizes
+    truth = torch.zeros(12, 3, dtype=torch.float64)
+    truth[[0, 3, 5]] = torch.randn(3, 3, dtype=torch.float64, generator=generator)
+    y = x @ truth + 0.3 * torch.randn(100, 3, dtype=torch.float64, generator=generator)
+    w = nn.Parameter(torch.randn(3, 12, dtype=torch.float64, generator=generator))
+    strength = 0.3
+    options: dict[str, Any] = {"group": strength / 3**0.5, "group_dim": 1, "l1": l1}
+    steps, rate = 1500, 1.0 if name == "Adagrad" else 0.02
+    optimizer = getattr(optim, name)([w], lr=rate, **options)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        optimizer.zero_grad()
+        (0.5 * (x @ w.t() - y).square().sum(1).mean()).backward()
+        optimizer.step()
+    assert w.grad is not None
+    found, g = w.detach().t(), w.grad.t()
+    zero = (found == 0).all(1)
+    assert 5 < int(zero.sum()) < 12
+    if not l1:
+        linear_model = pytest.importorskip("sklearn.linear_model")
+        theirs = linear_model.MultiTaskLasso(alpha=strength, fit_intercept=False, tol=1e-12)
+        wanted = torch.from_numpy(theirs.fit(x.numpy(), y.numpy()).coef_).t()
+        assert torch.equal(zero, (wanted == 0).all(1))
+        torch.testing.assert_close(found, wanted, rtol=0.0, atol=3e-3)
+    # The gradient of a group at zero is not longer than the strength, after l1; of the others it
+    # is the penalty's.
+    left = g.sign() * (g.abs() - l1).clamp_min(0)
+    assert bool((left[zero].norm(dim=1) <= strength * (1 + 1e-6)).all())
+    rest = found[~zero]
+    wanted = -(strength * rest / rest.norm(dim=1, keepdim=True) + l1 * rest.sign())
+    inside = rest != 0
+    torch.testing.assert_close(g[~zero][inside], wanted[inside], rtol=0.0, atol=2e-2)
+
+
+def test_a_group_without_gradients_waits_and_then_goes_by_two_steps_of_the_rate() -> None:
+    p = nn.Parameter(torch.ones(2, 40))
+    optimizer = optim.Adam([p], lr=0.01, betas=(0.9, 0.99), group=1e-3)
+    p.grad = torch.zeros_like(p)
+    p.grad[1] = 1e-2
+    for _ in range(99):
+        optimizer.step()
+    assert (p[0] == 1.0).all()
+    optimizer.step()
+    assert float(p.detach()[0, 0]) == pytest.approx(0.98, rel=1e-5)
+    wiped = nn.Parameter(torch.ones(2, 40))
+    other = optim.Adam([wiped], lr=0.01, group=1e-3, prox="preconditioned")
+    wiped.grad = p.grad.clone()
+    other.step()
+    assert (wiped[0] == 0.0).all()
+
+
 def test_a_column_of_zeros_ends_as_zero_but_not_at_once(problems: Any) -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(50, 4, generator=generator, dtype=torch.float64)

@@ -318,6 +318,24 @@ DIVIDING: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, nn.utils.weight_norm])
+def test_optimizers_see_by_names_what_weight_norm_divides(wrap: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), wrap(nn.Linear(4, 2)))
+    with pytest.raises(ValueError, match=r"must have no l1 and group: weight_norm divides"):
+        optim.SGD(model.named_parameters(), lr=0.1, l1=1.0)
+    with pytest.raises(ValueError, match=r"param_groups_weight_decay"):
+        optim.AdamW([{"params": list(model.named_parameters()), "group": 1.0}], lr=0.1)
+    optim.AdamW(model.named_parameters(), l2=0.1)
+    optimizer = optim.SGD(optim.param_groups_weight_decay(model, 0.0, l1=100.0), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    assert bool((model[0].weight == 0).all())
+    assert bool(torch.isfinite(model(torch.ones(2, 3))).all())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
 @pytest.mark.parametrize("how", DIVIDING)
 @pytest.mark.parametrize("strength", ["l1", "group"])
 def test_parametrized_weights_never_become_nan(how: str, strength: str) -> None:

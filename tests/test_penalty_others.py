@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fusereg
 import other_libraries  # noqa: F401  # before transformers
+from fusereg import optim
 
 F = fusereg.functional
 DTYPES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -189,6 +190,43 @@ def test_groups_are_the_outputs_of_a_layer_unless_told_otherwise(
         torch.testing.assert_close(
             param.grad, torch.autograd.grad(wanted, param, retain_graph=True)[0]
         )
+
+
+def test_param_groups_are_by_the_outputs_of_a_layer_unless_told_otherwise() -> None:
+    model = Layers()
+    named = dict(model.named_parameters())
+    groups = optim.param_groups_weight_decay(model, 0.1, group=0.3)
+    dims = {
+        n: g["group_dim"]
+        for g in optim.SGD(groups, lr=0.1).param_groups
+        for n in names_in(g, named)
+    }
+    assert {name: dims[name] for name in OUTPUTS} == OUTPUTS
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.1, 0.0]
+    groups = optim.param_groups_weight_decay(model, 0.1, group=0.3, group_dim=0)
+    assert [g.get("group_dim") for g in groups] == [0, 0]
+    assert len(optim.param_groups_weight_decay(model, 0.1, l1=0.3)) == 2
+
+
+def names_in(group: dict[str, Any], named: dict[str, Any]) -> list[str]:
+    return [name for name, p in named.items() if any(p is q for q in group["params"])]
+
+
+def test_a_state_says_along_which_dimensions_the_groups_are() -> None:
+    model = Layers()
+    state = fusereg.WeightPenalty(model, group=0.3).state_dict()
+    assert state["groups"]["default"]["group_dim"] == list(OUTPUTS.values())
+    fusereg.WeightPenalty(model, group=0.1).load_state_dict(state)
+    other = fusereg.WeightPenalty(model, group=0.1, group_dim=1)
+    with pytest.raises(
+        ValueError, match=r"dimensions \[0, 1, 0\] of its parameters, .* \[1, 1, 1\]"
+    ):
+        other.load_state_dict(state)
+    assert other.group == 0.1
+    state["groups"]["default"]["group"] = 0.0  # dimensions do not matter then
+    other.load_state_dict(state)
+    del state["groups"]["default"]["group_dim"]  # a state of before
+    other.load_state_dict(state)
 
 
 def test_an_input_of_gpt2_s_conv1d_is_no_output() -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import fusereg
 from fusereg import EarlyStopping, TrainingRun
-from fusereg.run import CheckpointError
+from fusereg.run import CheckpointError, training_run
 from ranks import Ranks, collect, fully_shard, on
 
 pytest.importorskip("safetensors")
@@ -168,6 +170,24 @@ def what_fails_on_one_rank_is_told_to_all(ranks: Ranks) -> None:
     dist.barrier()
     with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
         TrainingRun(folder, model=nn.Linear(2, 2))
+
+
+@on(2)
+def saving_by_the_clock_follows_the_first_ranks(ranks: Ranks) -> None:
+    """Clocks differ; the others are asked every so many steps only, and all save together."""
+    every = training_run._CLOCK_EVERY
+    now = [0.0]
+    with patch.object(training_run, "time", SimpleNamespace(monotonic=lambda: now[0])):
+        run = TrainingRun(common_folder(), model=nn.Linear(2, 2), every_minutes=1)
+        saved = []
+        for _ in run.epochs(1):
+            for step in run.batches(range(4 * every)):
+                saved.append(run.last.step if run.last else None)
+                # The second rank's own clock would have it save each time.
+                now[0] += 1000.0 if ranks.rank == 1 else 60.0 * (step == every + 2)
+    assert saved == [None] * 2 * every + [2 * every] * 2 * every
+    assert run.last is not None
+    assert run.last.step == 4 * every
 
 
 @on(3)

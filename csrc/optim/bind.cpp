@@ -2,8 +2,10 @@
 #include <optional>
 
 #include "core/call.h"
+#include "core/ceil_div.h"
 #include "core/launch_tables_python.h"
 #include "core/tensor_list.h"
+#include "optim/coefficients.h"
 #include "optim/optim.h"
 #include "optim/optim_math.h"
 
@@ -60,7 +62,9 @@ Keys keys_of(Algorithm algorithm) {
       {"linear", "sum", ""},
       {"square_avg", "momentum_buffer", "grad_avg"},
       {"exp_avg", "exp_avg_sq", ""},
-      {"exp_avg", "", ""}};
+      {"exp_avg", "", ""},
+      {"exp_avg", "exp_avg_sq", ""},
+      {"exp_avg", "exp_avg_sq", ""}};
   const auto intern = [](const char* name) {
     return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name));
   };
@@ -94,17 +98,19 @@ Scalar read_number(py::handle value, const Device& device, const char* op, const
 }
 
 // A tuple of (lr, first, second, eps, weight_decay, l1, l2, group, ema_decay, third, prox,
-// maximize, amsgrad, nesterov, decoupled_decay, momentum, master_weights, average, centered).
+// maximize, amsgrad, nesterov, decoupled_decay, momentum, master_weights, average, centered,
+// group_dim).
 struct HyperTuple {
   py::tuple values;
   Flags flags;
   bool master = false;
   bool average = false;
+  bool by_rows = true;  // group_dim is 0
 
   HyperTuple(py::handle tuple, const char* op) {
-    constexpr std::size_t kSize = 19;
+    constexpr std::size_t kSize = 20;
     if (!PyTuple_Check(tuple.ptr()) || py::len(tuple) != kSize)
-      throw py::type_error(where(op, "hypers") + " must hold tuples of 19");
+      throw py::type_error(where(op, "hypers") + " must hold tuples of 20");
     values = py::reinterpret_borrow<py::tuple>(tuple);
     flags.prox = choice<Prox>(values[10].cast<int>(), 4, op, "prox");
     flags.maximize = values[11].cast<bool>();
@@ -115,6 +121,7 @@ struct HyperTuple {
     master = values[16].cast<bool>();
     average = values[17].cast<bool>();
     flags.centered = values[18].cast<bool>();
+    by_rows = values[19].cast<int>() == 0;
   }
 
   Hyper read(const Device& device, const char* op) const {
@@ -259,6 +266,15 @@ class JobBuilder {
     job_.max_norm = max_norm;
   }
 
+  // LAMB's memory for norms.
+  void set_norms(const py::object& norms) {
+    if (job_.algorithm != Algorithm::kLamb && is_whole(job_.algorithm)) return;
+    auto count = static_cast<std::int64_t>(job_.items.size());
+    for (const Item& item : job_.items) count += ceil_div(item.numel, kChunk);
+    job_.norms = static_cast<double*>(
+        memory_argument(norms, 2 * count * dtype_size(DType::kFloat64), device_, op_, "norms"));
+  }
+
   bool empty() const { return job_.items.empty(); }
 
   // Autograd is told before anything is written: if it refuses, nothing has changed.
@@ -388,6 +404,7 @@ class JobBuilder {
   bool read_rows(const TensorView& p, Item& item) const {
     if (is_zero(job_.hypers[static_cast<std::size_t>(item.hyper)].group) || p.numel == 0)
       return true;
+    if (!tuples_[static_cast<std::size_t>(item.hyper)].by_rows && p.ndim > 1) return false;
     item.row = p.ndim == 0 ? 1 : p.numel / p.sizes[0];
     return item.row == 1 || p.sizes[0] == 1 || p.strides[0] == item.row;
   }
@@ -408,7 +425,8 @@ int optimizer_step(int algorithm, const py::object& params, const py::object& gr
                    const py::object& states, const py::tuple& counts, const py::tuple& hypers,
                    const py::tuple& fresh, const py::object& value, const py::object& grad_scale,
                    const py::object& found_inf, const py::object& norm, double max_norm,
-                   const py::object& workspace, const py::object& tables, const char* op) {
+                   const py::object& workspace, const py::object& tables, const char* op,
+                   const py::object& norms) {
   const ObjectList param_list(params, op, "params");
   const ObjectList state_list(states, op, "states");
   std::optional<ObjectList> grad_list;
@@ -420,6 +438,7 @@ int optimizer_step(int algorithm, const py::object& params, const py::object& gr
   const int refused = job.set_value(value);
   if (refused != 0) return refused;
   job.set_scaling(grad_scale, found_inf, norm, max_norm);
+  job.set_norms(norms);
   return job.run(workspace, tables);
 }
 
@@ -564,7 +583,7 @@ void bind(py::module_& m) {
   m.def("optimizer_step", &optimizer_step, arg("algorithm"), arg("params"), arg("grads"),
         arg("states"), arg("counts"), arg("hypers"), arg("fresh"), arg("value"), arg("grad_scale"),
         arg("found_inf"), arg("norm"), arg("max_norm"), arg("workspace"), arg("tables"),
-        op_argument());
+        op_argument(), arg("norms") = py::none());
   m.def("grad_norm", &grad_norm, arg("tensors"), arg("of_params"), arg("out"), arg("norm"),
         arg("clip"), arg("workspace"), arg("tables"), op_argument());
 }

@@ -104,6 +104,17 @@ FUSEREG_INLINE void count_step(Algorithm algorithm, const Target& item, const Hy
   write_count(item.state[2], item.step_dtype, nadam_product(item, h, step));
 }
 
+// Whether a step writes the weights and counts.
+FUSEREG_INLINE bool is_whole(Algorithm algorithm) { return algorithm != Algorithm::kLambNorms; }
+
+// LAMB's r, from the squares of both norms.
+FUSEREG_INLINE double lamb_ratio(const HyperValues& h, const Flags& f, const LastStep& norms) {
+  if (h.weight_decay == 0.0 && !f.nesterov) return 1.0;
+  if (!(norms.l1 > 0.0 && norms.l2 > 0.0)) return 1.0;
+  const double ratio = sqrt(norms.l1) / sqrt(norms.l2);
+  return h.third > 0.0 && ratio > h.third ? h.third : ratio;
+}
+
 // FTRL divides by the rate: at 0 weights and states stay.
 FUSEREG_INLINE bool rests(Algorithm algorithm, double lr) {
   return algorithm == Algorithm::kFtrl && lr == 0.0;
@@ -116,7 +127,7 @@ FUSEREG_INLINE double rounds_to_zero(DType dtype) {
                                      : 0.0;
 }
 
-// `row` as in Item; `step` counts from 1; `last` for FTRL.
+// `row` as in Item; `step` counts from 1; `last` for FTRL, NAdam and LAMB.
 FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const HyperValues& h,
                                                  const Flags& f, double step, double gradient,
                                                  std::int64_t row, bool fresh, DType p_dtype,
@@ -160,6 +171,17 @@ FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const Hype
       k.root = 1.0 / sqrt(1.0 - pow(h.second, step));
       break;
     }
+    case Algorithm::kLamb:
+    case Algorithm::kLambNorms:
+      k.first = 1.0 - h.first;
+      k.second = h.second;
+      k.third = 1.0 - h.second;
+      k.rate = 1.0 / (1.0 - pow(h.first, step));
+      k.root = 1.0 / sqrt(1.0 - pow(h.second, step));
+      k.decay = h.weight_decay;
+      lr *= lamb_ratio(h, f, last);
+      k.other = lr;
+      break;
     case Algorithm::kRmsprop:
       k.first = h.first;
       k.second = h.second;
@@ -182,7 +204,9 @@ FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const Hype
       k.factor = last.beta / last.lr;
       break;
   }
-  if (f.decoupled_decay) {
+  if (algorithm == Algorithm::kLamb || algorithm == Algorithm::kLambNorms) {
+    // Part of the update.
+  } else if (f.decoupled_decay) {
     k.decay = 1.0 - lr * h.weight_decay;
   } else {
     k.l2 = h.weight_decay;
@@ -205,6 +229,7 @@ FUSEREG_INLINE Coefficients<double> coefficients(Algorithm algorithm, const Hype
       const double half = f.centered ? 0.0 : 0.5;
       k.floor_l1 = half * l1;
       k.floor_l2 = half * h.l2;
+      k.floor_group = half * group;
       k.spared = step * memory < 1.0 ? 0.0 : -1.0;
     }
     if (algorithm == Algorithm::kLion) {

@@ -11,6 +11,7 @@ namespace fusereg::optim {
 namespace {
 
 constexpr int kMaxHypers = 8;
+static_assert(kChunkElements == kChunk, "Job::norms is as long as kChunk says");
 
 struct Scaling {
   Scalar grad_scale;
@@ -23,7 +24,9 @@ struct Scaling {
 struct StepHead {
   Output output;
   Scaling scaling;
-  Hyper hypers[kMaxHypers];  // from the step's `first_hyper` on ...
+  double* norms = nullptr;       // LAMB: of this table's entries
+  double* norm_slots = nullptr;  // and of its tasks
+  Hyper hypers[kMaxHypers];      // from the step's `first_hyper` on ...
   std::int32_t first_hyper = 0;
   const Hyper* many_hypers = nullptr;  // ... or, where these are too few, all of them
 };
@@ -39,7 +42,20 @@ __device__ void finish(const Table& t, double value) {
   const double share = cuda::block_sum(value);
   if (threadIdx.x == 0) out.slots[blockIdx.x] = share;
   if (!cuda::is_last_block(out.counter)) return;
-  if (read_scalar(t.head.scaling.found_inf) == 0.0) {
+  if constexpr (algorithm == Algorithm::kLambNorms) {
+    // A warp adds a tensor's chunks.
+    for (int i = cuda::warp_id(); i < t.count; i += kWarps) {
+      double sums[2] = {0.0, 0.0};
+      for (std::uint32_t task = t.first_task[i] + cuda::lane_id(); task < t.first_task[i + 1];
+           task += cuda::kWarpSize) {
+        for (int k = 0; k < 2; ++k) sums[k] += t.head.norm_slots[2 * task + k];
+      }
+      for (int k = 0; k < 2; ++k) {
+        const double sum = cuda::warp_sum(sums[k]);
+        if (cuda::lane_id() == 0) t.head.norms[2 * i + k] = sum;
+      }
+    }
+  } else if (read_scalar(t.head.scaling.found_inf) == 0.0) {
     for (int i = static_cast<int>(threadIdx.x); i < t.count; i += kThreads) {
       const Target& item = t.entries[i];
       if (item.step == nullptr) continue;
@@ -78,6 +94,10 @@ __device__ void prepare(const Table& t, int i, Work& shared) {
       last = read_last(item.step, item.p_dtype);
     } else if (item.step != nullptr) {
       step += read_count(item.step, item.step_dtype);
+      if constexpr (algorithm == Algorithm::kLamb) {
+        last.l1 = head.norms[2 * i];
+        last.l2 = head.norms[2 * i + 1];
+      }
       if constexpr (algorithm == Algorithm::kNadam) {
         last.l1 = nadam_product(item, read_hyper(hyper), step);
       }
@@ -122,6 +142,12 @@ __global__ void __launch_bounds__(kThreads, kRows ? 1 : 2)
     const std::int64_t n = rest < kChunkElements ? rest : kChunkElements;
     const double l1 = item.row == 1 ? work.h.l1 + work.h.group : work.h.l1;
     auto add = [&](auto shares) {
+      if constexpr (algorithm == Algorithm::kLambNorms) {
+        double sums[2] = {shares.square, shares.update};
+        cuda::block_sum(sums);
+        if (threadIdx.x < 2) t.head.norm_slots[2 * task + threadIdx.x] = sums[threadIdx.x];
+        return;
+      }
       if (l1 != 0.0) value += l1 * shares.absolute;
       if (work.h.l2 != 0.0) value += 0.5 * work.h.l2 * shares.square;
     };
@@ -149,8 +175,9 @@ struct StepList {
   void* moving(int i) const { return const_cast<void*>(at(i).g); }
   std::int64_t tasks(int i) const {
     const Item& item = at(i);
-    return item.row > 1 ? ceil_div(item.numel / item.row, rows_per_task(item.row))
-                        : ceil_div(item.numel, kChunkElements);
+    return item.row > 1 && is_whole(job.algorithm)
+               ? ceil_div(item.numel / item.row, rows_per_task(item.row))
+               : ceil_div(item.numel, kChunkElements);
   }
   int shared(int i) const { return at(i).hyper; }
   const void* shared_data() const { return job.hypers.data(); }
@@ -162,12 +189,19 @@ void launch_step(const Job& job, void* workspace, LaunchTables* tables, int devi
                  cuda::Stream stream) {
   const char* const op = "fusereg.optimizer";
   const StepList list{job};
+  constexpr bool kMayHaveRows = algorithm != Algorithm::kFtrl && algorithm != Algorithm::kLambNorms;
   const bool rows = std::any_of(job.items.begin(), job.items.end(),
                                 [](const Item& item) { return item.row > 1; });
   Output output = output_in(workspace, job.value, job.value_dtype);
+  double* slots = job.norms + 2 * job.items.size();
   const auto launch = [&](auto& table, const cuda::Part& part) {
     StepHead& head = table.head;
     head.output = output;
+    if (job.norms != nullptr) {
+      head.norms = job.norms + 2 * part.first;
+      head.norm_slots = slots;
+      slots += 2 * part.tasks;
+    }
     head.scaling = {job.grad_scale, job.found_inf, job.norm, job.max_norm};
     head.many_hypers = static_cast<const Hyper*>(part.shared);
     if (part.shared == nullptr) {
@@ -176,7 +210,6 @@ void launch_step(const Job& job, void* workspace, LaunchTables* tables, int devi
       std::copy_n(job.hypers.begin() + head.first_hyper, std::min(rest, kMaxHypers), head.hypers);
     }
     using Table = std::remove_reference_t<decltype(table)>;
-    constexpr bool kMayHaveRows = algorithm != Algorithm::kFtrl;
     const auto kernel = rows ? &optimizer_kernel<algorithm, kMayHaveRows, Table>
                              : &optimizer_kernel<algorithm, false, Table>;
     cuda::launch(op, kernel, config_for(part.tasks, stream), table);
@@ -203,6 +236,10 @@ void run_cuda(const Job& job, void* workspace, LaunchTables* tables, int device,
       return launch_step<Algorithm::kNadam>(job, workspace, tables, device, on);
     case Algorithm::kLion:
       return launch_step<Algorithm::kLion>(job, workspace, tables, device, on);
+    case Algorithm::kLamb:
+      return launch_step<Algorithm::kLamb>(job, workspace, tables, device, on);
+    case Algorithm::kLambNorms:
+      return launch_step<Algorithm::kLambNorms>(job, workspace, tables, device, on);
     default:
       return launch_step<Algorithm::kFtrl>(job, workspace, tables, device, on);
   }

@@ -26,6 +26,9 @@
 //                                                    + mu_(t+1) / (1 - M * mu_(t+1)) * m) / D
 //     Lion     c = beta1 * m + (1 - beta1) * g;  m = m + (1 - beta2) * (g - m);
 //              p = p - lr * sign(c)
+//     LAMB     m, v, D as Adam's;  u = m / (1 - beta1^t) / D + weight_decay * p;
+//              r = ||p|| / ||u|| over the whole parameter, at most `third` if that is not 0; 1 where
+//              a norm is 0, and without weight_decay unless `nesterov`;       p = p - lr * r * u
 //     FTRL     n' = n + g^2;  Q = (beta + sqrt(n')) / lr;
 //              z = g + (p != 0 ? -((Q + l2') * p + l1' * sign(p)) : min(max(z, -l1'), l1'));
 //              p = -soft(z, l1) / (Q + l2),  with l1', l2' of the parameter's last step, at first 0
@@ -33,17 +36,25 @@
 //     kDecoupled         row by row v = soft(p, lr * l1),
 //                        p = v * max(0, 1 - lr * group * sqrt(n_r) / ||v_r||) / (1 + lr * l2)
 //     kPreconditioned    p_i = soft(p_i, lr * l1 / D_i) / (1 + lr * l2 / D_i): the proximal step in
-//                        the metric of the update (no group term: it has no closed form there);
+//                        the metric of the update; with a group term row by row
+//                        p_i = soft(D_i * p_i, lr * l1) / (D_i + lr * l2 + lr * group * sqrt(n) / y)
+//                        with y the norm of the result, a root that Newton's method finds; 0 where
+//                        the norm of the numerators is at most lr * group * sqrt(n);
 //                        SGD: as kDecoupled with lr * (1 - dampening) / (1 - momentum) for lr
 //     kCapped            the same with D'_i = max(D_i, (l1 + l2 * |p_i|) / 2) for D_i, so that
 //                        without l2 no weight moves by more than 2 * lr; and p_i as it is while
 //                        its sum of squared gradients is 0 and t < 1 / (1 - beta2) (Adagrad:
 //                        t < 1000). A stationary point has |gradient| = l1 + l2 * |p| <= D, so the
-//                        fixed points are those of kPreconditioned. SGD: as kPreconditioned;
+//                        fixed points are those of kPreconditioned. With a group term also
+//                        D' = D' * max(1, group * sqrt(n) / (2 * ||D'||)): no row moves by more than
+//                        2 * lr, and where a row rests ||D|| >= ||gradient|| >= group * sqrt(n), or
+//                        it is zero either way. SGD: as kPreconditioned;
 //                        centered RMSprop: without that floor, for its D may be smaller
 //     Lion has no D: for kPreconditioned and kCapped (which waits as above, while m and c are 0)
 //                        p = p - lr * sign(c + l1 * sign(p) + l2 * p), a step that would change the
 //                        sign of p ends at 0, and a p of 0 moves only if |c| > l1
+//
+//     LAMB's proximal step has lr * r for lr; its weight_decay is never part of the gradient.
 //
 //   a = a + (1 - ema_decay) * (p - a)   the average of the weights, if there is one
 //
@@ -65,8 +76,9 @@
 // without a copy: -soft(z, l1') / (Q' + l2') if that rounds to p, with Q' of the last step.
 // The average is float32 (float64 where p is), of p as it is stored. Arithmetic is in float32, in float64 where p is float64; sums run in float64.
 // Bytes moved per element in float32: SGD 12 (20 with momentum), Adam 28 (36 with amsgrad), Adagrad
-// 20, FTRL 28; 8 more with an average, 2 more to compare a master. With a group term a row is walked again, from cache as long as it fits there (a row
-// of up to some 10^5 elements); then 8 bytes more. Deterministic: chunks, slots and the order of
+// 20, FTRL 28, LAMB 40; 8 more with an average, 2 more to compare a master. With a group term a row
+// is walked again, from cache as long as it fits there (a row of up to some 10^5 elements); then 8
+// bytes more. Deterministic: chunks, slots and the order of
 // additions depend on shapes alone.
 #pragma once
 
@@ -82,8 +94,21 @@ class LaunchTables;
 
 namespace fusereg::optim {
 
-enum class Algorithm : std::uint8_t { kSgd, kAdam, kAdagrad, kFtrl, kRmsprop, kNadam, kLion };
-inline constexpr int kAlgorithms = 7;
+// LAMB is two calls: kLambNorms updates m and v and leaves the norms of p and u in Job::norms, kLamb
+// does the rest (it reads no gradient, and counts the step). In between, the shards of a parameter
+// may add their norms' squares.
+enum class Algorithm : std::uint8_t {
+  kSgd,
+  kAdam,
+  kAdagrad,
+  kFtrl,
+  kRmsprop,
+  kNadam,
+  kLion,
+  kLamb,
+  kLambNorms
+};
+inline constexpr int kAlgorithms = 9;
 enum class Prox : std::uint8_t { kNone, kDecoupled, kPreconditioned, kCapped };
 
 inline constexpr int kMaxStates = 3;
@@ -100,14 +125,14 @@ struct Flags {
   Prox prox = Prox::kNone;
   bool maximize = false;
   bool amsgrad = false;
-  bool nesterov = false;
+  bool nesterov = false;  // LAMB: r without weight_decay, too
   bool decoupled_decay = false;
   bool momentum = false;  // SGD, RMSprop: there is a momentum buffer
   bool centered = false;  // RMSprop: the variance
 };
 
 // The numbers of a parameter's last step that FTRL comes back to; all 0 before the first. NAdam:
-// l1 is its product.
+// l1 is its product. LAMB: l1 and l2 are ||p||^2 and ||u||^2.
 struct LastStep {
   double l1 = 0.0;
   double l2 = 0.0;
@@ -117,7 +142,7 @@ struct LastStep {
 
 // What a group of parameters shares. `first` and `second` are momentum and dampening, beta1 and
 // beta2, lr_decay and nothing, beta and nothing, momentum and alpha (RMSprop); `third` is NAdam's
-// momentum_decay. Without padding, as Target.
+// momentum_decay, LAMB's largest r. Without padding, as Target.
 struct Hyper {
   Scalar lr, first, second, eps, weight_decay, l1, l2, group, ema_decay, third;
   Flags flags;
@@ -161,7 +186,12 @@ struct Job {
   Scalar found_inf{0.0};
   Scalar norm{0.0};       // of all gradients as they come, still scaled
   double max_norm = 0.0;  // 0: no clipping
+  // LAMB: of each item ||p||^2 and ||u||^2, then 2 numbers for each chunk of kChunk elements.
+  double* norms = nullptr;
 };
+
+// Elements a chunk on the CPU: its fixed costs vanish, and large tensors spread over threads.
+inline constexpr std::int64_t kChunk = 16384;
 
 void run_cpu(const Job& job);
 
@@ -237,6 +267,7 @@ struct Sums {
   double absolute = 0.0;  // sum |p|
   double square = 0.0;    // sum p^2
   double groups = 0.0;    // sum over rows of sqrt(n) * ||p_r||
+  double update = 0.0;    // kLambNorms: sum u^2
 };
 
 // What an update computes with, made of a Hyper's numbers and the step (coefficients.h).
@@ -245,7 +276,7 @@ struct Coefficients {
   C grad = 1;       // factor of the gradient: sign, unscaling, clipping
   C l1 = 0;         // the penalty's gradient: l1 * sign(p) ...
   C l2 = 0;         // ... + l2 * p, with a coupled weight_decay in it
-  C decay = 1;      // decoupled: p = decay * p
+  C decay = 1;      // decoupled: p = decay * p; LAMB: weight_decay
   C rate = 0;       // step size
   C first = 0;      // momentum; 1 - beta1; FTRL: 1 / lr
   C second = 0;     // weight of the gradient in the momentum; beta2; FTRL: beta / lr
@@ -255,11 +286,12 @@ struct Coefficients {
   C threshold = 0;  // proximal step: lr * l1; FTRL: l1
   C shrink = 0;     // proximal step: lr * l2; FTRL: l2
   C factor = 1;     // 1 / (1 + shrink); FTRL: beta / lr of the last step
-  C other = 0;      // NAdam: step size for the average, `rate` is that for the gradient
-  C floor_l1 = 0;   // kCapped: the least metric is floor_l1 + floor_l2 * |p| ...
+  C other = 0;  // NAdam: step size for the average, `rate` is that for the gradient; LAMB: lr * r
+  C floor_l1 = 0;  // kCapped: the least metric is floor_l1 + floor_l2 * |p| ...
   C floor_l2 = 0;
-  C spared = -1;  // ... and weights whose sum of squared gradients is at most this stay
-  C group = 0;    // lr * group in the proximal step, group in the gradient; times sqrt(n)
+  C spared = -1;      // ... and weights whose sum of squared gradients is at most this stay
+  C floor_group = 0;  // and of a group the least length of its metric
+  C group = 0;        // lr * group in the proximal step, group in the gradient; times sqrt(n)
   C largest_zero = 0;
   C average = 0;  // weight of the new p in the average
 };
@@ -281,8 +313,5 @@ struct CpuKernels {
 };
 
 FUSEREG_DECLARE_PER_ISA(CpuKernels, kernels)
-
-// Elements a chunk: its fixed costs vanish, and large tensors spread over threads.
-inline constexpr std::int64_t kChunk = 16384;
 
 }  // namespace fusereg::optim

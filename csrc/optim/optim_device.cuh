@@ -109,6 +109,7 @@ template <class C>
 struct Shares {
   double absolute = 0.0;
   double square = 0.0;
+  double update = 0.0;  // kLambNorms
   FUSEREG_DEVICE_INLINE void add(C p) {
     const double x = static_cast<double>(p);
     absolute += x < 0.0 ? -x : x;
@@ -145,10 +146,10 @@ FUSEREG_DEVICE_INLINE C weight_at(const Target& item, std::int64_t at) {
   return settled(item.copy_dtype, p, load_one<C>(item.copy_dtype, item.copy, at));
 }
 
-// One element.
+// One element; gives the new weight, of kLambNorms the update.
 template <Algorithm algorithm, class C>
-FUSEREG_DEVICE_INLINE void update_one(const Target& item, const void* g, std::int64_t at,
-                                      const Coefficients<C>& k, const Flags& f, int states) {
+FUSEREG_DEVICE_INLINE C update_one(const Target& item, const void* g, std::int64_t at,
+                                   const Coefficients<C>& k, const Flags& f, int states) {
   C s[kMaxStates] = {};
   for (int j = 0; j < states; ++j) s[j] = load_one<C>(item.state_dtype, item.state[j], at);
   C p = weight_at<C>(item, at);
@@ -156,9 +157,14 @@ FUSEREG_DEVICE_INLINE void update_one(const Target& item, const void* g, std::in
     p = recovered(item.p_dtype, p, s[0], s[1], k);
   }
   p = updated<algorithm>(p, load_one<C>(item.g_dtype, g, at), s, k, f);
-  store_one(item.p_dtype, item.p, at, p);
-  if (item.copy != nullptr) store_one(item.copy_dtype, item.copy, at, p);
-  for (int j = 0; j < states; ++j) store_one(item.state_dtype, item.state[j], at, s[j]);
+  if constexpr (algorithm != Algorithm::kLambNorms) {
+    store_one(item.p_dtype, item.p, at, p);
+    if (item.copy != nullptr) store_one(item.copy_dtype, item.copy, at, p);
+  }
+  for (int j = 0; j < states && algorithm != Algorithm::kLamb; ++j) {
+    store_one(item.state_dtype, item.state[j], at, s[j]);
+  }
+  return p;
 }
 
 // The average after a step has written p.
@@ -200,13 +206,13 @@ FUSEREG_DEVICE_INLINE void update_many(const Target& item, const void* gradient,
                                        C (&p)[kPerThread<C>], const Seen& seen) {
   constexpr int kN = kPerThread<C>;
   C copy[kN];
-  C g[kN];
+  C g[kN] = {};
   C s[kMaxStates][kN];
   if (!kLoaded) {
     load_many(item.p_dtype, item.p, at, p);
     if (item.copy != nullptr) load_many(item.copy_dtype, item.copy, at, copy);
   }
-  load_many(item.g_dtype, gradient, at, g);
+  if (algorithm != Algorithm::kLamb) load_many(item.g_dtype, gradient, at, g);
   FUSEREG_UNROLL
   for (int j = 0; j < kMaxStates; ++j) {
     if (j < states) load_many(item.state_dtype, item.state[j], at, s[j]);
@@ -224,8 +230,11 @@ FUSEREG_DEVICE_INLINE void update_many(const Target& item, const void* gradient,
     FUSEREG_UNROLL
     for (int j = 0; j < kMaxStates; ++j) s[j][i] = own[j];
   }
-  store_many(item.p_dtype, item.p, at, p);
-  if (item.copy != nullptr) store_many(item.copy_dtype, item.copy, at, p);
+  if constexpr (algorithm != Algorithm::kLambNorms) {
+    store_many(item.p_dtype, item.p, at, p);
+    if (item.copy != nullptr) store_many(item.copy_dtype, item.copy, at, p);
+  }
+  if constexpr (algorithm == Algorithm::kLamb) return;
   FUSEREG_UNROLL
   for (int j = 0; j < kMaxStates; ++j) {
     if (j < states) store_many(item.state_dtype, item.state[j], at, s[j]);
@@ -289,13 +298,18 @@ __device__ Shares<C> chunk(const Target& item, const void* gradient, const Work&
   const Coefficients<C> k = in_type<C>(w.k);
   const Flags f = w.flags;
   const bool update = w.update;
-  const bool average = w.average && item.average != nullptr;
+  constexpr bool kNorms = algorithm == Algorithm::kLambNorms;
+  const bool average = !kNorms && w.average && item.average != nullptr;
   const int states = update ? state_count(algorithm, f) : 0;
-  const bool value = w.value;
+  const bool value = kNorms || w.value;
   Shares<C> shares;
+  auto add_update = [&](C u) { shares.update += static_cast<double>(u) * static_cast<double>(u); };
   auto one = [&](std::int64_t at) {
     if (value) shares.add(weight_at<C>(item, at));
-    if (update) update_one<algorithm>(item, gradient, at, k, f, states);
+    if (update) {
+      const C u = update_one<algorithm>(item, gradient, at, k, f, states);
+      if (kNorms) add_update(u);
+    }
     if (average) average_one(item, at, k.average);
   };
   auto many = [&](std::int64_t at) {
@@ -307,6 +321,10 @@ __device__ Shares<C> chunk(const Target& item, const void* gradient, const Work&
     };
     if (update) {
       update_many<algorithm>(item, gradient, at, k, f, states, p, seen);
+      FUSEREG_UNROLL
+      for (int i = 0; i < kN; ++i) {
+        if (kNorms) add_update(p[i]);
+      }
     } else {
       load_weights(item, at, p);
       seen(p);
@@ -315,6 +333,52 @@ __device__ Shares<C> chunk(const Target& item, const void* gradient, const Work&
   };
   walk<C>({begin, n, head_of(item, gradient, states, begin, n), threadIdx.x, kThreads}, one, many);
   return shares;
+}
+
+// A row's proximal step in the metric of the update that p and the states have had, element by
+// element: each thread comes back to those that it has written.
+template <Algorithm algorithm, class C>
+__device__ void shrink_in_metric(const Target& item, const Walk& own, const Coefficients<C>& k,
+                                 const Flags& f, int states, bool by_warp, bool average) {
+  const auto each = [&](const auto& visit) {
+    walk<C>(own, visit, [&](std::int64_t at) {
+      for (int i = 0; i < kPerThread<C>; ++i) visit(at + i);
+    });
+  };
+  const auto term = [&](std::int64_t at, C q, double scale) {
+    C s[kMaxStates] = {};
+    for (int j = 0; j < states; ++j) s[j] = load_one<C>(item.state_dtype, item.state[j], at);
+    return metric_term<algorithm>(q, s, k, f, static_cast<C>(scale));
+  };
+  const auto sums = [&](double norm, double group, double scale) {
+    double v[3] = {0.0, 0.0, 0.0};
+    each([&](std::int64_t at) {
+      const MetricTerm<C> t = term(at, load_one<C>(item.p_dtype, item.p, at), scale);
+      const C inverse = C(1) / (t.slope * static_cast<C>(norm) + static_cast<C>(group));
+      const C x = t.shrunk * inverse;
+      v[0] += static_cast<double>(x) * static_cast<double>(x);
+      v[1] += static_cast<double>(x * x * t.slope * inverse);
+      v[2] += static_cast<double>(t.metric) * static_cast<double>(t.metric);
+    });
+    if (by_warp) {
+      for (double& x : v) x = cuda::warp_sum(x);
+    } else {
+      cuda::block_sum(v);
+    }
+    return MetricSums{v[0], v[1], v[2]};
+  };
+  double scale = 1.0;
+  constexpr double kTolerance = sizeof(C) == 8 ? 1e-15 : 1e-8;
+  const auto ratio =
+      static_cast<C>(metric_ratio(static_cast<double>(k.group), static_cast<double>(k.floor_group),
+                                  static_cast<double>(k.shrink), kTolerance, scale, sums));
+  each([&](std::int64_t at) {
+    const C q = load_one<C>(item.p_dtype, item.p, at);
+    const C y = metric_weight(q, term(at, q, scale), ratio, k);
+    store_one(item.p_dtype, item.p, at, y);
+    if (item.copy != nullptr) store_one(item.copy_dtype, item.copy, at, y);
+    if (average) average_one(item, at, k.average);
+  });
 }
 
 // One row by a warp or by a block: its norm, the update, its new norm, the proximal step. Each
@@ -392,6 +456,12 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
         for (int i = 0; i < kN; ++i) add(p[i]);
       });
   if (!prox) return value;
+  if constexpr (has_metric(algorithm)) {
+    if (w.flags.prox >= Prox::kPreconditioned) {
+      shrink_in_metric<algorithm>(item, own, k, w.flags, states, by_warp, average);
+      return value;
+    }
+  }
   double after[2];
   sum(shares, after);
   const C factor = static_cast<C>(group_prox_factor(w.k.group, sqrt(after[1])) * w.k.factor);

@@ -114,6 +114,9 @@ FUSEREG_INLINE Vector<C> recovered(Vector<C> p, const Vector<C> (&s)[kMaxStates]
   }
 }
 
+template <Algorithm algorithm>
+constexpr bool kWritesStates = algorithm != Algorithm::kLamb;
+
 // T: the dtype of p in memory where FTRL must know it.
 template <Algorithm algorithm, class T, bool kAverage, class C>
 void update_tile(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, const Flags& flags) {
@@ -134,7 +137,7 @@ void update_tile(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, con
       store(t.average + i, averaged(load(t.average + i), next, k.average));
     }
     for (int j = 0; j < kMaxStates; ++j) {
-      if (j < states) store(t.state[j] + i, s[j]);
+      if (j < states && kWritesStates<algorithm>) store(t.state[j] + i, s[j]);
     }
   }
   if (i == n) return;
@@ -147,7 +150,9 @@ void update_tile(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, con
     const V average = averaged(load_partial(t.average + i, n - i), next, k.average);
     store_partial(t.average + i, average, n - i);
   }
-  for (int j = 0; j < states; ++j) store_partial(t.state[j] + i, s[j], n - i);
+  for (int j = 0; j < states; ++j) {
+    if (kWritesStates<algorithm>) store_partial(t.state[j] + i, s[j], n - i);
+  }
 }
 
 template <Algorithm algorithm, class T, class C>
@@ -172,6 +177,10 @@ void update_any(Algorithm algorithm, DType p_dtype, const Tile<C>& t, std::int64
       return update<Algorithm::kNadam, C>(t, n, k, f);
     case Algorithm::kLion:
       return update<Algorithm::kLion, C>(t, n, k, f);
+    case Algorithm::kLamb:
+      return update<Algorithm::kLamb, C>(t, n, k, f);
+    case Algorithm::kLambNorms:
+      return update_tile<Algorithm::kLambNorms, C, false>(t, n, k, f);
     default:
       if constexpr (sizeof(C) == 4) {
         if (p_dtype == DType::kFloat16) return update<Algorithm::kFtrl, Half>(t, n, k, f);
@@ -278,7 +287,9 @@ Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Co
                  std::int64_t begin, std::int64_t n, bool wants_sums) {
   constexpr DType kOwn = Traits<C>::kDType;
   const int states = state_count(algorithm, f);
-  const bool own_p = item.p_dtype == kOwn;
+  // The norms' pass writes no weights: what it computes stays in a tile.
+  const bool norms = algorithm == Algorithm::kLambNorms;
+  const bool own_p = item.p_dtype == kOwn && !norms;
   const bool own_g = item.g_dtype == kOwn;
   const bool own_state = item.state_dtype == kOwn;
   const bool direct = own_p && own_g && own_state && item.copy == nullptr;
@@ -304,13 +315,18 @@ Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Co
     }
     if (wants_sums) add_sums(t.p, count, sums);
     update_any(algorithm, item.p_dtype, t, count, k, f);
-    if (!own_p) narrow(item.p_dtype, tile_p, item.p, at, count);
-    if (item.copy != nullptr) narrow(item.copy_dtype, t.p, item.copy, at, count);
+    if (norms) {
+      Sums update;
+      add_sums(t.p, count, update);
+      sums.update += update.square;
+    }
+    if (!own_p && !norms) narrow(item.p_dtype, tile_p, item.p, at, count);
+    if (item.copy != nullptr && !norms) narrow(item.copy_dtype, t.p, item.copy, at, count);
     for (int j = 0; j < states && !own_state; ++j) {
       narrow(item.state_dtype, tile_state[j], item.state[j], at, count);
     }
     // p as it was rounded; it is in the first-level cache still.
-    if (!own_p && item.average != nullptr) {
+    if (!own_p && !norms && item.average != nullptr) {
       average_in<C>(item, at, count, static_cast<double>(k.average));
     }
   }
@@ -364,10 +380,99 @@ void shrink_row(const Item& item, std::int64_t at, std::int64_t n, double thresh
   });
 }
 
+// Calls visit(q, states, width, index) for each vector of a row, in the type that computes.
+template <Algorithm algorithm, class C, class F>
+FUSEREG_INLINE void for_each_state(const Item& item, const Flags& f, std::int64_t at,
+                                   std::int64_t n, const F& visit) {
+  using V = Vector<C>;
+  constexpr int kW = kWidth<C>;
+  const int states = state_count(algorithm, f);
+  C tile_p[kTile];
+  C tile_state[kMaxStates][kTile];
+  for (std::int64_t i = 0; i < n; i += kTile) {
+    const std::int64_t count = n - i < kTile ? n - i : kTile;
+    widen(item.p_dtype, item.p, at + i, tile_p, count);
+    for (int j = 0; j < states; ++j) {
+      widen(item.state_dtype, item.state[j], at + i, tile_state[j], count);
+    }
+    for (std::int64_t e = 0; e < count; e += kW) {
+      const std::int64_t width = count - e < kW ? count - e : kW;
+      V s[kMaxStates] = {};
+      for (int j = 0; j < states; ++j) s[j] = load_partial(tile_state[j] + e, width);
+      visit(load_partial(tile_p + e, width), s, width, at + i + e);
+    }
+  }
+}
+
+// A row's proximal step in the metric of the update that p and the states have had.
+template <Algorithm algorithm, class C>
+void shrink_in_metric(const Item& item, std::int64_t at, std::int64_t n, const Coefficients<C>& k,
+                      const Flags& f) {
+  using V = Vector<C>;
+  constexpr int kW = kWidth<C>;
+  constexpr int kLast = kLanes / kW - 1;
+  C ones[kW];
+  for (C& one : ones) one = C(1);
+  const auto sums = [&](double norm, double group, double scale) {
+    Lanes<C> square{};
+    Lanes<C> slope{};
+    Lanes<C> metric{};
+    const C by = static_cast<C>(scale);
+    const C y = static_cast<C>(norm);
+    const C beside = static_cast<C>(group);
+    Lanes<C> unused{};
+    int v = 0;
+    for_each_state<algorithm, C>(
+        item, f, at, n,
+        [&](V q, const V(&s)[kMaxStates], std::int64_t width, std::int64_t)
+            __attribute__((always_inline)) {
+              const MetricTerm<V> t = metric_term<algorithm>(q, s, k, f, by);
+              const V inverse = C(1) / (t.slope * y + beside);
+              const V x = t.shrunk * inverse;
+              add_both(x, unused.sums[v], square.sums[v]);
+              add_widened(x * x * t.slope * inverse, slope.sums[v]);
+              add_both(t.metric * load_partial(ones, width), unused.sums[v], metric.sums[v]);
+              v = v == kLast ? 0 : v + 1;
+            });
+    return MetricSums{add_lanes(square), add_lanes(slope), add_lanes(metric)};
+  };
+  double scale = 1.0;
+  constexpr double kTolerance = sizeof(C) == 8 ? 1e-15 : 1e-8;
+  const C ratio =
+      static_cast<C>(metric_ratio(static_cast<double>(k.group), static_cast<double>(k.floor_group),
+                                  static_cast<double>(k.shrink), kTolerance, scale, sums));
+  const C by = static_cast<C>(scale);
+  for_each_state<algorithm, C>(
+      item, f, at, n,
+      [&](V q, const V(&s)[kMaxStates], std::int64_t width, std::int64_t index)
+          __attribute__((always_inline)) {
+            C out[kW];
+            store(out, metric_weight(q, metric_term<algorithm>(q, s, k, f, by), ratio, k));
+            narrow(item.p_dtype, out, item.p, index, width);
+            if (item.copy != nullptr) narrow(item.copy_dtype, out, item.copy, index, width);
+          });
+}
+
+template <class C>
+void shrink_in_metric_any(Algorithm algorithm, const Item& item, std::int64_t at,
+                          const Coefficients<C>& k, const Flags& f) {
+  switch (algorithm) {
+    case Algorithm::kAdam:
+      return shrink_in_metric<Algorithm::kAdam>(item, at, item.row, k, f);
+    case Algorithm::kAdagrad:
+      return shrink_in_metric<Algorithm::kAdagrad>(item, at, item.row, k, f);
+    case Algorithm::kRmsprop:
+      return shrink_in_metric<Algorithm::kRmsprop>(item, at, item.row, k, f);
+    default:  // NAdam and LAMB have the same
+      return shrink_in_metric<Algorithm::kNadam>(item, at, item.row, k, f);
+  }
+}
+
 Sums rows_any(Algorithm algorithm, const Item& item, const Flags& flags,
               const Coefficients<double>& k, std::int64_t begin, std::int64_t n, bool wants_sums) {
   Sums total;
   const bool prox = flags.prox != Prox::kNone;
+  const bool in_metric = flags.prox >= Prox::kPreconditioned && has_metric(algorithm);
   Flags f = flags;
   f.prox = Prox::kNone;  // the update leaves the proximal step to this function
   Item plain = item;
@@ -385,6 +490,15 @@ Sums rows_any(Algorithm algorithm, const Item& item, const Flags& flags,
     total.absolute += part.absolute;
     total.square += part.square;
     if (!prox) continue;
+    if (in_metric) {
+      if (item.p_dtype == DType::kFloat64) {
+        shrink_in_metric_any(algorithm, item, at, k, flags);
+      } else {
+        shrink_in_metric_any(algorithm, item, at, in_type<float>(k), flags);
+      }
+      if (item.average != nullptr) average_any(item, at, item.row, k.average);
+      continue;
+    }
     const double norm = __builtin_sqrt(shrunk_square(item, at, item.row, k.threshold));
     shrink_row(item, at, item.row, k.threshold, group_prox_factor(k.group, norm) * k.factor);
     if (item.average != nullptr) average_any(item, at, item.row, k.average);

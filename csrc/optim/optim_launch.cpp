@@ -31,6 +31,7 @@ class CpuRun {
 
   void execute() {
     const bool skip = read_scalar(job_.found_inf) != 0.0;
+    if (skip && norms_) return;
     gradient_ =
         gradient_factor(read_scalar(job_.grad_scale), read_scalar(job_.norm), job_.max_norm);
     cut(skip);
@@ -39,6 +40,7 @@ class CpuRun {
     } else {
       run([this](const Chunk& c) { return updated(c); });
     }
+    if (norms_) add_norms();
     if (job_.value == nullptr) return;
     const double value = add();
     if (job_.value_dtype == DType::kFloat64) {
@@ -89,17 +91,22 @@ class CpuRun {
           last = read_last(item.step, item.p_dtype);
           if (h.lr != 0.0) write_last(item.step, item.p_dtype, h);
         } else {
-          count_step(job_.algorithm, item, values_of(item));
-          step = read_count(item.step, item.step_dtype);
+          if (norms_) step += read_count(item.step, item.step_dtype);
+          if (!norms_) count_step(job_.algorithm, item, values_of(item));
+          if (!norms_) step = read_count(item.step, item.step_dtype);
           if (job_.algorithm == Algorithm::kNadam) {
             last.l1 = read_count(item.state[2], item.step_dtype);
+          } else if (job_.algorithm == Algorithm::kLamb) {
+            const double* const norms = job_.norms + 2 * (&item - job_.items.data());
+            last.l1 = norms[0];
+            last.l2 = norms[1];
           }
         }
       }
       if (item.numel == 0) continue;
       const std::uint32_t c = coefficients_of(item, step, last);
       std::int64_t size = kChunk;
-      if (item.row > 1) size = std::max<std::int64_t>(1, kChunk / item.row) * item.row;
+      if (item.row > 1 && !norms_) size = std::max<std::int64_t>(1, kChunk / item.row) * item.row;
       for (std::int64_t begin = 0; begin < item.numel; begin += size) {
         chunks_.push_back({&item, c, begin, std::min(size, item.numel - begin)});
       }
@@ -120,7 +127,9 @@ class CpuRun {
     });
   }
 
-  bool wants_sums(const Item& item) const { return job_.value != nullptr && penalized(item); }
+  bool wants_sums(const Item& item) const {
+    return norms_ || (job_.value != nullptr && penalized(item));
+  }
 
   Sums updated(const Chunk& c) const {
     const Item& item = *c.item;
@@ -131,7 +140,7 @@ class CpuRun {
       return sums;
     }
     const Flags& flags = job_.hypers[static_cast<std::size_t>(item.hyper)].flags;
-    const auto kernel = item.row > 1 ? kernels_.rows : kernels_.elements;
+    const auto kernel = item.row > 1 && !norms_ ? kernels_.rows : kernels_.elements;
     return kernel(job_.algorithm, item, flags, coefficients_[c.coefficients], c.begin, c.n,
                   wants_sums(item));
   }
@@ -153,6 +162,15 @@ class CpuRun {
     return sums;
   }
 
+  void add_norms() const {
+    std::fill_n(job_.norms, 2 * job_.items.size(), 0.0);
+    for (std::size_t i = 0; i < chunks_.size(); ++i) {
+      double* const norms = job_.norms + 2 * (chunks_[i].item - job_.items.data());
+      norms[0] += slots_[i].square;
+      norms[1] += slots_[i].update;
+    }
+  }
+
   double add() const {
     double value = 0.0;
     for (std::size_t i = 0; i < chunks_.size(); ++i) {
@@ -171,6 +189,7 @@ class CpuRun {
 
   const Job& job_;
   const CpuKernels& kernels_;
+  const bool norms_ = !is_whole(job_.algorithm);  // LAMB's first pass
   std::vector<HyperValues> hypers_;
   std::vector<Coefficients<double>> coefficients_;
   const Item* last_ = nullptr;

@@ -27,13 +27,13 @@ FUSEREG_INLINE V clamped(V x, V limit) {
 // The same numbers in the type that computes.
 template <class C>
 FUSEREG_INLINE Coefficients<C> in_type(const Coefficients<double>& k) {
-  return {static_cast<C>(k.grad),         static_cast<C>(k.l1),        static_cast<C>(k.l2),
-          static_cast<C>(k.decay),        static_cast<C>(k.rate),      static_cast<C>(k.first),
-          static_cast<C>(k.second),       static_cast<C>(k.third),     static_cast<C>(k.root),
-          static_cast<C>(k.eps),          static_cast<C>(k.threshold), static_cast<C>(k.shrink),
-          static_cast<C>(k.factor),       static_cast<C>(k.other),     static_cast<C>(k.floor_l1),
-          static_cast<C>(k.floor_l2),     static_cast<C>(k.spared),    static_cast<C>(k.group),
-          static_cast<C>(k.largest_zero), static_cast<C>(k.average)};
+  return {static_cast<C>(k.grad),     static_cast<C>(k.l1),           static_cast<C>(k.l2),
+          static_cast<C>(k.decay),    static_cast<C>(k.rate),         static_cast<C>(k.first),
+          static_cast<C>(k.second),   static_cast<C>(k.third),        static_cast<C>(k.root),
+          static_cast<C>(k.eps),      static_cast<C>(k.threshold),    static_cast<C>(k.shrink),
+          static_cast<C>(k.factor),   static_cast<C>(k.other),        static_cast<C>(k.floor_l1),
+          static_cast<C>(k.floor_l2), static_cast<C>(k.spared),       static_cast<C>(k.floor_group),
+          static_cast<C>(k.group),    static_cast<C>(k.largest_zero), static_cast<C>(k.average)};
 }
 
 // How many states an algorithm keeps for each parameter.
@@ -61,6 +61,99 @@ FUSEREG_INLINE V ftrl_weight(V z, V n, const Coefficients<C>& k) {
   return abs(z) <= bound ? V{} : with_sign_of((abs(z) - bound) / quadratic, -z);
 }
 
+// D of the algorithms that have one, from the states after the update. A weight whose `squares` are 0
+// has not seen a gradient.
+FUSEREG_INLINE constexpr bool has_metric(Algorithm algorithm) {
+  return algorithm != Algorithm::kSgd && algorithm != Algorithm::kFtrl &&
+         algorithm != Algorithm::kLion && algorithm != Algorithm::kLambNorms;
+}
+template <Algorithm algorithm, class C, class V>
+FUSEREG_INLINE V metric(const V (&s)[kMaxStates], const Coefficients<C>& k, const Flags& f,
+                        V& squares) {
+  if constexpr (algorithm == Algorithm::kRmsprop || algorithm == Algorithm::kAdagrad) {
+    V square = squares = s[0];
+    if (algorithm == Algorithm::kRmsprop && f.centered) {
+      const V mean = f.momentum ? s[2] : s[1];
+      square -= mean * mean;
+    }
+    return square_root(square) + k.eps;
+  } else {
+    squares = algorithm == Algorithm::kAdam && f.amsgrad ? s[2] : s[1];
+    return square_root(squares) * k.root + k.eps;
+  }
+}
+
+// LAMB: the step before it is scaled.
+template <class C, class V>
+FUSEREG_INLINE V lamb_update(V p, V m, V denominator, const Coefficients<C>& k) {
+  return m * k.rate / denominator + p * k.decay;
+}
+
+// One element of a group whose proximal step is in the metric; see optim.h.
+template <class V>
+struct MetricTerm {
+  V metric;   // D
+  V slope;    // D + lr * l2
+  V shrunk;   // max(D * |q| - lr * l1, 0)
+  V squares;  // see metric()
+};
+template <Algorithm algorithm, class C, class V>
+FUSEREG_INLINE MetricTerm<V> metric_term(V q, const V (&s)[kMaxStates], const Coefficients<C>& k,
+                                         const Flags& f, C scale) {
+  const V zero{};
+  MetricTerm<V> t;
+  t.metric = metric<algorithm>(s, k, f, t.squares);
+  if (f.prox == Prox::kCapped) {
+    t.metric = greater(t.metric, abs(q) * k.floor_l2 + k.floor_l1);
+  }
+  t.metric = t.metric * scale;
+  t.slope = t.metric + k.shrink;
+  const V above = abs(q) * t.metric - k.threshold;
+  t.shrunk = above <= zero ? zero : above;  // NaN stays
+  return t;
+}
+// The new weight, by the ratio lr * group * sqrt(n) / norm.
+template <class C, class V>
+FUSEREG_INLINE V metric_weight(V q, const MetricTerm<V>& t, C ratio, const Coefficients<C>& k) {
+  const V zero{};
+  const V shrunk = signed_or_zero(t.shrunk / (t.slope + ratio), q, zero + k.largest_zero);
+  return t.squares <= zero + k.spared ? q : shrunk;
+}
+
+// Finds the ratio of metric_weight for a group. `sums(norm, group, scale)` gives, over the group and
+// at that scale of its metric, with x = shrunk / (slope * norm + group): sum x^2,
+// sum x^2 * slope / (slope * norm + group), and sum metric^2. The norm of the new weights is where
+// the first one is 1; Newton's method on the inverse of its square root comes from below, and is
+// exact after one step where all metrics are equal. Infinite for a group that becomes zero.
+struct MetricSums {
+  double square;
+  double slope;
+  double metric;
+};
+template <class F>
+FUSEREG_INLINE double metric_ratio(double group, double floor_group, double shrink,
+                                   double tolerance, double& scale, const F& sums) {
+  scale = 1.0;
+  if (group == 0.0) return 0.0;
+  MetricSums at = sums(0.0, 1.0, scale);
+  const double length = square_root(at.metric);
+  if (length > 0.0 && length < floor_group) {
+    scale = floor_group / length;
+    at = sums(0.0, 1.0, scale);
+  }
+  const double above = square_root(at.square) - group;
+  if (above <= 0.0) return 1.0 / 0.0;
+  double norm = above / (square_root(at.metric) + shrink);  // not above the root
+  for (int i = 0; i < 50; ++i) {
+    at = sums(norm, group, scale);
+    const double root = square_root(at.square);
+    const double step = root * (root - 1.0) / at.slope;
+    norm += step;
+    if (!(step > tolerance * norm)) break;
+  }
+  return group / norm;
+}
+
 // The average after a step to p, as torch.lerp rounds it.
 template <class C, class V>
 FUSEREG_INLINE V averaged(V average, V p, C weight) {
@@ -68,7 +161,7 @@ FUSEREG_INLINE V averaged(V average, V p, C weight) {
   return weight < C(0.5) ? average + way * weight : p - way * (C(1) - weight);
 }
 
-// The new p. For vectors, core/simd.h comes before this file.
+// The new p, of kLambNorms u. For vectors, core/simd.h comes before this file.
 template <Algorithm algorithm, class C, class V>
 FUSEREG_INLINE V updated(V p, V g, V (&s)[kMaxStates], const Coefficients<C>& k, const Flags& f) {
   const V zero{};
@@ -114,34 +207,34 @@ FUSEREG_INLINE V updated(V p, V g, V (&s)[kMaxStates], const Coefficients<C>& k,
     } else if constexpr (algorithm == Algorithm::kAdam) {
       s[0] += (g - s[0]) * k.first;
       s[1] = s[1] * k.second + g * g * k.third;
-      V u = s[1];
-      if (f.amsgrad) u = s[2] = greater(s[1], s[2]);
-      squares = u;
-      denominator = square_root(u) * k.root + k.eps;
+      if (f.amsgrad) s[2] = greater(s[1], s[2]);
+      denominator = metric<algorithm>(s, k, f, squares);
       p = p * k.decay - s[0] * k.rate / denominator;
+    } else if constexpr (algorithm == Algorithm::kLambNorms) {
+      s[0] += (g - s[0]) * k.first;
+      s[1] = s[1] * k.second + g * g * k.third;
+      return lamb_update(p, s[0], metric<algorithm>(s, k, f, squares), k);
+    } else if constexpr (algorithm == Algorithm::kLamb) {
+      denominator = metric<algorithm>(s, k, f, squares);
+      p -= lamb_update(p, s[0], denominator, k) * k.other;
     } else if constexpr (algorithm == Algorithm::kNadam) {
       s[0] += (g - s[0]) * k.first;
       s[1] = s[1] * k.second + g * g * k.third;
-      squares = s[1];
-      denominator = square_root(s[1]) * k.root + k.eps;
+      denominator = metric<algorithm>(s, k, f, squares);
       p = p * k.decay - (g * k.rate + s[0] * k.other) / denominator;
     } else if constexpr (algorithm == Algorithm::kRmsprop) {
       s[0] = s[0] * k.second + g * g * k.third;
-      squares = s[0];
-      V square = s[0];
       if (f.centered) {
         V& mean = f.momentum ? s[2] : s[1];
         mean += (g - mean) * k.third;
-        square -= mean * mean;
       }
-      denominator = square_root(square) + k.eps;
+      denominator = metric<algorithm>(s, k, f, squares);
       V step = g / denominator;
       if (f.momentum) step = s[1] = s[1] * k.first + step;
       p -= step * k.rate;
     } else {
       s[0] += g * g;
-      squares = s[0];
-      denominator = square_root(s[0]) + k.eps;
+      denominator = metric<algorithm>(s, k, f, squares);
       p -= g * k.rate / denominator;
     }
     if (f.prox == Prox::kNone) return p;

@@ -378,6 +378,7 @@ def optimizer_step(
     workspace: torch.Tensor | None,
     tables: _LaunchTables | None,
     op: str,
+    norms: torch.Tensor | None = None,
 ) -> int: ...
 def clip_values(
     params: Sequence[torch.Tensor], limit: float, tables: _LaunchTables | None, op: str

@@ -14,6 +14,7 @@ from .clip import clip_grad_norm_, get_total_norm
 from .clip_others import adaptive_clip_grad_, clip_grad_value_
 from .ftrl import FTRL
 from .groups import param_groups_weight_decay
+from .lamb import LAMB
 from .lion import Lion
 from .nadam import NAdam
 from .planner import load_planner
@@ -23,6 +24,7 @@ from .sgd import SGD
 
 __all__ = [
     "FTRL",
+    "LAMB",
     "SGD",
     "Adagrad",
     "Adam",

@@ -13,8 +13,21 @@ if TYPE_CHECKING:
 __all__ = ["Adam", "AdamW"]
 
 
+class Moments(RegularizedOptimizer):
+    """The base of those that keep averages of the gradients and of their squares."""
+
+    _keys: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    _has_step = True
+
+    def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
+        first, second = group["betas"]
+        decoupled = bool(group.get("decoupled_weight_decay", False))
+        own = {"first": first, "second": second, "eps": group["eps"]}
+        return {**own, "decoupled_decay": decoupled}
+
+
 @documented
-class Adam(RegularizedOptimizer):
+class Adam(Moments):
     r"""``torch.optim.Adam`` (Kingma and Ba 2015) with a penalty in the same pass.
 
     .. math::
@@ -35,6 +48,12 @@ class Adam(RegularizedOptimizer):
     memory of v. With ``prox="preconditioned"`` there is neither the wait nor the floor of D, which
     is ProxGen's step (Yun, Lozano and Yang 2021). Fixed points of both are those of the penalized
     problem, because there :math:`l_1 + l_2 |p_i| = |m_i| \le D_i` and the floor does not matter.
+    With a ``group`` term, row by row,
+
+    .. math:: p_i \leftarrow \frac{\mathrm{sign}(p_i) \max(D'_i |p_i| - lr\, l_1, 0)}
+                                  {D'_i + lr\, l_2 + lr\, group \sqrt{n_r} / y}
+
+    where y is the norm of the result, and D' is made longer than :math:`group \sqrt{n_r} / 2`.
     For ``prox="decoupled"``, :math:`p \leftarrow \mathrm{prox}_{lr R}(p)`, whose fixed points, like
     those of AdamW's decay, also depend on D.
 
@@ -59,7 +78,6 @@ class Adam(RegularizedOptimizer):
     _algorithm = 1
     _name = "Adam"
     _keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    _has_step = True
 
     def __init__(
         self,
@@ -86,14 +104,7 @@ class Adam(RegularizedOptimizer):
         super().__init__(params, defaults, **options)
 
     def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
-        first, second = group["betas"]
-        return {
-            "first": first,
-            "second": second,
-            "eps": group["eps"],
-            "amsgrad": bool(group["amsgrad"]),
-            "decoupled_decay": bool(group["decoupled_weight_decay"]),
-        }
+        return {**super()._specific(group), "amsgrad": bool(group["amsgrad"])}
 
     def _wanted_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._keys if group["amsgrad"] else self._keys[:2]

@@ -13,6 +13,7 @@ from . import clip, clip_others
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .ftrl import FTRL
+from .lamb import LAMB
 from .lion import Lion
 from .nadam import NAdam
 from .rmsprop import RMSprop
@@ -149,6 +150,19 @@ def _lion(inputs: Inputs) -> Pairs:
     return _step(make, wanted, inputs)
 
 
+def _lamb(inputs: Inputs) -> Pairs:
+    def wanted(w: Tensor, g: Tensor) -> Tensor:
+        u = g / (g.abs() + 1e-6) + 0.1 * w
+        norms = torch.linalg.vector_norm(w), torch.linalg.vector_norm(u)
+        rate = LR * (norms[0] / norms[1] if float(norms[0] * norms[1]) > 0 else 1.0)
+        return _soft(w - rate * u, rate * L1)
+
+    def make(p: list[Tensor]) -> torch.optim.Optimizer:
+        return LAMB(p, LR, weight_decay=0.1, l1=L1, prox="decoupled")
+
+    return _step(make, wanted, inputs)
+
+
 def _clip_value(inputs: Inputs) -> Pairs:
     weights = inputs.weights()
     for w in weights:
@@ -208,6 +222,7 @@ OPERATIONS = [
         ("optim.RMSprop, centered", "torch.optim.RMSprop", RMSprop, _rmsprop),
         ("optim.NAdam", "torch.optim.NAdam", NAdam, _nadam),
         ("optim.Lion", "prox of lr * R after Lion's step", Lion, _lion),
+        ("optim.LAMB", "prox of lr * ||p|| / ||u|| * R after LAMB's step", LAMB, _lamb),
         (
             "optim.clip_grad_value_",
             "min(max(g, -v), v)",

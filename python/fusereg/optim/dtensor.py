@@ -7,6 +7,7 @@ along it, as FSDP2 does; other placements are refused with a group term.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -27,11 +28,15 @@ def run(call: Call, keys: tuple[str, ...]) -> None:
     hypers = call.hyper_of()
     indices = [i for i, _ in call.present()]
     params = [call.params[i] for i in indices]
-    # A tensor's strength is not asked for: it counts as a group term.
-    strengths = Strengths(group=[float(given(hypers[i].group)) for i in indices])
     total = None if call.value is None else torch.zeros_like(call.value)
     with torch.no_grad():
-        buckets = _sharded.by_mesh(call.op, params, strengths)
+        for dim in {hypers[i].group_dim for i in indices}:
+            # A tensor's strength is not asked for: it counts as a group term.
+            by_group = [
+                given(h.group) and h.group_dim == dim for h in map(hypers.__getitem__, indices)
+            ]
+            strengths = Strengths(group=[float(x) for x in by_group], dim=dim)
+            buckets = _sharded.by_mesh(call.op, params, strengths)
         grads = [_local_grad(call.op, i, call.params[i]) for i in indices]
         for where, own in buckets:
             local = [_sharded.local_part(params[n]) for n in own]
@@ -40,7 +45,8 @@ def run(call: Call, keys: tuple[str, ...]) -> None:
             own_grads = [grads[n] for n in own]
             part = call.part(whole, params=local, grads=own_grads, value=value)
             states = [{k: _local_state(v) for k, v in s.items()} for s in part.states]
-            _kernels.run_prepared(part._replace(states=states), keys)
+            over_ranks = partial(_sharded.sum_over_ranks, where=where)
+            _kernels.run_prepared(part._replace(states=states), keys, over_ranks)
             if total is not None and value is not None:
                 total += _sharded.sum_over_ranks(value, where).to(total.device)
     if total is not None and call.value is not None:

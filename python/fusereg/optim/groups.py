@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..core.params import Key
+from ..core.params import Key, output_dim
 from ..penalty.names import WORDS, named_parameters
 from ..penalty.weight_penalty import WeightPenalty
 
@@ -34,7 +34,9 @@ def param_groups_weight_decay(
             ``"norm"``, ``"layer_scale"``, ``"position_embedding"``, ``"no_weight_decay"``,
             ``"vector"``, name patterns, types of modules.
         options: further options of the first group. The second group shares them, but has 0 for
-            ``l1``, ``l2`` and ``group``.
+            ``l1``, ``l2`` and ``group``. With ``group`` and without ``group_dim``, layers whose
+            outputs are indices of dimension 1 (transposed convolutions, transformers' Conv1D) get a
+            group of their own, with ``group_dim=1``.
 
     Returns:
         ``[{"params": ..., "weight_decay": weight_decay, ...}, {"params": ..., "weight_decay": 0.0,
@@ -48,15 +50,24 @@ def param_groups_weight_decay(
         >>> groups = fusereg.optim.param_groups_weight_decay(model, 0.01, l1=1e-5)
         >>> optimizer = fusereg.optim.AdamW(groups, lr=1e-3)
     """
+    by_type = "group" in options and "group_dim" not in options
     found = WeightPenalty(model, l2=0.0, exclude=exclude)
     excluded = set(found.excluded)
     trained = [item for item in named_parameters(model) if item.param.requires_grad]
     kept_out = [item.param for item in trained if item.name in excluded]
-    decays = [item.param for item in trained if item.name not in excluded]
+    by_dim: dict[int, list[Tensor]] = {}
+    for item in trained:
+        if item.name not in excluded:
+            first = output_dim(item.module) if item.param.dim() > 1 else 0
+            by_dim.setdefault(first if by_type else 0, []).append(item.param)
     strengths = ("l1", "l2", "group")
     plain = {k: 0.0 if k in strengths else v for k, v in options.items()}
     groups: list[dict[str, Any]] = [
-        {"params": decays, "weight_decay": weight_decay, **options},
+        *(
+            {"params": own, "weight_decay": weight_decay, **options}
+            | ({"group_dim": dim} if dim else {})
+            for dim, own in sorted(by_dim.items())
+        ),
         {"params": kept_out, "weight_decay": 0.0, **plain},
     ]
     return [g for g in groups if g["params"]]

@@ -8,7 +8,7 @@ copied, devices separated, and a tensor that cannot be used is named in an error
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -17,11 +17,15 @@ from torch import Tensor
 from .. import _C
 from ..core import checks, memory
 from ..core import params as _params
-from ..penalty.kernels import NEEDS_PREPARATION, copy_into, must
+from ..penalty.kernels import DONE, NEEDS_PREPARATION, copy_into, must
 from .options import Number
 
 #: What the binding returns, besides the statuses of the penalties' kernels.
 NEEDS_STATE = 3
+#: LAMB's step, and the pass before it that leaves the norms which that step needs.
+LAMB, _LAMB_NORMS = 7, 8
+#: Elements for which that pass writes two numbers.
+_CHUNK = 16384
 
 State: TypeAlias = dict[str, Any]
 
@@ -65,6 +69,8 @@ class Hyper(NamedTuple):
     master_weights: bool = False
     average: bool = False
     centered: bool = False
+    #: The kernels know groups along dimension 0 only.
+    group_dim: int = 0
 
     def penalized(self) -> bool:
         """Return whether there is a penalty."""
@@ -93,6 +99,7 @@ class Call(NamedTuple):
     workspace: Tensor | None
     tables: _C._LaunchTables
     op: str
+    norms: Tensor | None = None
 
     def hyper_of(self) -> list[Hyper]:
         """Return each parameter's hyperparameters."""
@@ -118,16 +125,33 @@ class Call(NamedTuple):
         )
 
 
-def run(call: Call) -> int:
-    """Return the kernel's status: DONE, NEEDS_PREPARATION or NEEDS_STATE."""
+def run(call: Call, over_ranks: Callable[[Tensor], Tensor] | None = None) -> int:
+    """Return the kernel's status: DONE, NEEDS_PREPARATION or NEEDS_STATE.
+
+    ``over_ranks`` adds squares of norms over the shards of other ranks.
+    """
     device = call.params[0].device
     if device.type not in ("cpu", "cuda"):
         return NEEDS_PREPARATION
     workspace = memory.workspace(device)
-    return _C.optimizer_step(*(call if workspace is None else call._replace(workspace=workspace)))
+    if workspace is not None:
+        call = call._replace(workspace=workspace)
+    if call.algorithm == LAMB:
+        size = sum(2 + 2 * -(-p.numel() // _CHUNK) for p in call.params)
+        norms = torch.empty(size, dtype=torch.float64, device=device)
+        call = call._replace(norms=norms)
+        status = _C.optimizer_step(*call._replace(algorithm=_LAMB_NORMS, value=None))
+        if status != DONE:
+            return status
+        if over_ranks is not None:
+            own = norms[: 2 * len(call.params)]
+            own.copy_(over_ranks(own))
+    return _C.optimizer_step(*call)
 
 
-def run_prepared(call: Call, keys: tuple[str, ...]) -> None:
+def run_prepared(
+    call: Call, keys: tuple[str, ...], over_ranks: Callable[[Tensor], Tensor] | None = None
+) -> None:
     """Run the step for tensors that the kernels do not take as they are."""
     hypers = call.hyper_of()
     present = call.present()
@@ -137,14 +161,21 @@ def run_prepared(call: Call, keys: tuple[str, ...]) -> None:
         plain.append(checks.plain(p, call.op, f"params[{i}]"))
         checks.check_writable(p, call.op, f"params[{i}]")
     checks.check_apart([call.params[i] for i, _ in present], call.op, "params[{}]")
+    dims = [_group_dim(call, i, p, hypers[i]) for (i, _), p in zip(present, plain, strict=True)]
+    plain = [p.movedim(dim, 0) if dim else p for p, dim in zip(plain, dims, strict=True)]
     ready: list[Tensor] = []
     grads: list[Tensor] = []
-    for (i, grad), p in zip(present, plain, strict=True):
-        g = _plain_grad(call, i, p, grad)
+    states: list[State] = []
+    for (i, grad), p, dim in zip(present, plain, dims, strict=True):
+        g = _plain_grad(call, i, p.movedim(0, dim) if dim else p, grad)
+        g = g.movedim(dim, 0) if dim else g
         target = laid_out(p, given(hypers[i].group))
         ready.append(target)
         grads.append(g if g.stride() == target.stride() else _in_layout(target, g))
-        _lay_out_state(call, call.states[i], target, keys)
+        state = call.states[i]
+        _lay_out_state(call, state, target.movedim(0, dim) if dim else target, keys)
+        moved = {k: state[k].movedim(dim, 0) for k in (*keys, *COPIES) if dim and k in state}
+        states.append({**state, **moved} if moved else state)
     parts = []
     for device, own in _params.by_device(ready).items():
         value = None if call.value is None else torch.zeros_like(call.value, device=device)
@@ -152,23 +183,38 @@ def run_prepared(call: Call, keys: tuple[str, ...]) -> None:
             [present[n][0] for n in own],
             params=[ready[n] for n in own],
             grads=[grads[n] for n in own],
-            hypers=tuple(Hyper(*(_on(device, x, call.op) for x in h)) for h in call.hypers),
+            hypers=tuple(
+                Hyper(*(_on(device, x, call.op) for x in h))._replace(group_dim=0)
+                for h in call.hypers
+            ),
             value=value,
             grad_scale=_on(device, call.grad_scale, call.op),
             found_inf=_on(device, call.found_inf, call.op),
             norm=_on(device, call.norm, call.op),
-        )
-        must(call.op, run(part))
+        )._replace(states=[states[n] for n in own])
+        must(call.op, run(part, over_ranks))
         if value is not None:
             parts.append(value)
     if call.value is not None:
         call.value.zero_()
         for value in parts:
             call.value.add_(value.to(call.value.device))
-    for (i, _), p, r in zip(present, plain, ready, strict=True):
+    for (i, _), p, r, dim in zip(present, plain, ready, dims, strict=True):
         target = call.params[i]
         if r is not p or target.is_neg():
-            copy_into(target, r)
+            copy_into(target, r.movedim(0, dim) if dim else r)
+
+
+def _group_dim(call: Call, i: int, p: Tensor, h: Hyper) -> int:
+    """Return the dimension that the kernel is to take for dimension 0; of a vector, 0."""
+    if not h.group_dim or not given(h.group) or p.dim() < 2:
+        return 0
+    if not -p.dim() <= h.group_dim < p.dim():
+        raise ValueError(
+            f"fusereg.{call.op}: group_dim must be a dimension of params[{i}], whose shape is "
+            f"{tuple(p.shape)}, got {h.group_dim}"
+        )
+    return h.group_dim % p.dim()
 
 
 def laid_out(p: Tensor, rows: bool) -> Tensor:

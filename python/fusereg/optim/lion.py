@@ -46,6 +46,7 @@ class Lion(RegularizedOptimizer):
     _name = "Lion"
     _keys = ("exp_avg",)
     _has_step = True
+    _has_group_step = False
 
     def __init__(
         self,

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .adam import Moments
 from .kernels import State
-from .optimizer import RegularizedOptimizer, documented
+from .optimizer import documented
 from .options import Number, Options, ParamsT
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ __all__ = ["NAdam"]
 
 
 @documented
-class NAdam(RegularizedOptimizer):
+class NAdam(Moments):
     r"""``torch.optim.NAdam`` (Dozat 2016) with a penalty in the same pass.
 
     .. math::
@@ -47,8 +48,6 @@ class NAdam(RegularizedOptimizer):
 
     _algorithm = 5
     _name = "NAdam"
-    _keys = ("exp_avg", "exp_avg_sq")
-    _has_step = True
     _step_keys = ("step", "mu_product")
 
     def __init__(
@@ -76,14 +75,7 @@ class NAdam(RegularizedOptimizer):
         super().__init__(params, defaults, **options)
 
     def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
-        first, second = group["betas"]
-        return {
-            "first": first,
-            "second": second,
-            "third": group["momentum_decay"],
-            "eps": group["eps"],
-            "decoupled_decay": bool(group["decoupled_weight_decay"]),
-        }
+        return {**super()._specific(group), "third": group["momentum_decay"]}
 
     def _add_step(self, p: Tensor, state: State, group: dict[str, Any]) -> None:
         super()._add_step(p, state, group)

@@ -24,7 +24,7 @@ from . import norms
 from .kernels import Call, Hyper, State, run, run_prepared
 
 #: Of each algorithm of the kernels.
-_NAMES = ("SGD", "Adam", "Adagrad", "FTRL", "RMSprop", "NAdam", "Lion")
+_NAMES = ("SGD", "Adam", "Adagrad", "FTRL", "RMSprop", "NAdam", "Lion", "LAMB")
 _KEYS: tuple[tuple[str, ...], ...] = (
     ("momentum_buffer",),
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
@@ -33,10 +33,11 @@ _KEYS: tuple[tuple[str, ...], ...] = (
     ("square_avg", "momentum_buffer", "grad_avg"),
     ("exp_avg", "exp_avg_sq"),
     ("exp_avg",),
+    ("exp_avg", "exp_avg_sq"),
 )
 #: Numbers of a parameter that are tensors.
 _STEPS: tuple[tuple[str, ...], ...] = (
-    *((), ("step",), ("step",), ("last",), ("step",), ("step", "mu_product"), ("step",)),
+    *((), ("step",), ("step",), ("last",), ("step",), ("step", "mu_product"), ("step",), ("step",)),
 )
 _NUMBERS = Hyper._fields.index("prox")  # of a Hyper, before its options
 _OPTIONS = len(Hyper._fields) - _NUMBERS
@@ -150,9 +151,9 @@ def _hypers(a: _Arguments) -> tuple[Hyper, ...]:
         values[at] = x
     found = []
     for i in range(len(a.counts)):
-        prox, *flags = a.options[i * _OPTIONS : (i + 1) * _OPTIONS]
+        prox, *flags, dim = a.options[i * _OPTIONS : (i + 1) * _OPTIONS]
         own = values[i * _NUMBERS : (i + 1) * _NUMBERS]
-        found.append(Hyper._make((*own, prox, *map(bool, flags))))
+        found.append(Hyper._make((*own, prox, *map(bool, flags), dim)))
     return tuple(found)
 
 

@@ -17,6 +17,8 @@ from ..core.docs import share_paragraphs
 from ..core.groups import Groups
 from ..penalty.coupled import Weights
 from ..penalty.kernels import DONE, value_dtype
+from ..penalty.names import divided_by_name
+from ..penalty.strengths import check_dim
 from . import dtensor as _sharded
 from . import kernels as _kernels
 from . import op as _op
@@ -37,9 +39,9 @@ _NO_STATE: State = {}
 #: Dtypes of the count of steps.
 _COUNTS = {torch.float32, torch.float64}
 #: Keys of param groups that optimizers without a proximal step take no notice of.
-_NOT_GIVEN = ("group", "prox")
+_NOT_GIVEN = ("group", "group_dim", "prox")
 #: What :meth:`RegularizedOptimizer._check_group` looks at, strengths first.
-_CHECKED = ("l1", "l2", "group", "prox", "momentum", "ema_decay")
+_CHECKED = ("l1", "l2", "group", "group_dim", "prox", "momentum", "ema_decay")
 #: Arguments that must not be negative, and what they must be below.
 _LIMITS = {
     "lr": math.inf,
@@ -119,6 +121,8 @@ class RegularizedOptimizer(Averages):
     _has_step = False
     _step_keys: tuple[str, ...] = ("step",)
     _supports_group = True
+    #: Whether a group's proximal step may be in the metric of the update.
+    _has_group_step = True
 
     #: A GradScaler passes its scale and overflow flag on; the kernels read them on the device.
     _step_supports_amp_scaling = True
@@ -169,11 +173,25 @@ class RegularizedOptimizer(Averages):
         self.state = _WatchedStates(dict, self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group, which may have its own ``l1``, ``l2``, ``group`` and ``prox``."""
+        """Add a param group, which may have its own ``l1``, ``l2``, ``group`` and ``prox``.
+
+        Raises:
+            ValueError: the group has names, by which it is seen that ``weight_norm`` divides one of
+                its parameters by its norm, and a penalty that would make it zero.
+        """
         if isinstance(param_group, dict):  # else torch says so
             self._check_keys(param_group)
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        divided = divided_by_name(group.get("param_names", ()))
+        if divided and group["prox"] and (given(group["l1"]) or given(group["group"])):
+            self.param_groups.pop()
+            raise ValueError(
+                f"fusereg.optim.{self._name}: {divided[0]} must have no l1 and group: weight_norm "
+                "divides by its norm, and zeros of it become NaN; take the param groups from "
+                "fusereg.optim.param_groups_weight_decay(model, ...), which leaves it out"
+            )
 
     def _check_keys(self, param_group: dict[str, Any]) -> None:
         """Raise if a key seems to be a misspelled argument: its strength would be lost."""
@@ -288,6 +306,7 @@ class RegularizedOptimizer(Averages):
             _check_strength(group[name], where + name)
         if group.get("ema_decay") is not None:
             self._check_number("ema_decay", group["ema_decay"], 1.0)
+        check_dim(f"optim.{self._name}", group["group_dim"], "group_dim")
         prox = group["prox"]
         if not isinstance(prox, (bool, str)) or prox not in _PROX:
             raise ValueError(
@@ -305,17 +324,23 @@ class RegularizedOptimizer(Averages):
             )
         if not given(group["group"]):
             return
-        no_step = "with a metric of its own for each coordinate the group's step has no closed form"
         if not self._supports_group:
-            raise ValueError(f"{where}group is not supported: {no_step}")
+            raise ValueError(
+                f"{where}group is not supported: its step has no closed form; use Adagrad"
+            )
         if self.groups is not None and prox is False:
             raise ValueError(
                 f"{where}groups make a proximal step, which prox=False does not take; add "
                 "fusereg.functional.group_lasso_penalty(groups, strength) to the loss instead"
             )
-        if prox in ("preconditioned", "capped") and self._algorithm != 0:
+        if self.groups is not None and prox in ("preconditioned", "capped") and self._algorithm:
             raise ValueError(
-                f"{where}group cannot go with prox={prox!r}: {no_step}; use prox='decoupled'"
+                f"{where}groups take the decoupled step; use prox='decoupled' or True, got {prox!r}"
+            )
+        if prox in ("preconditioned", "capped") and not self._has_group_step:
+            raise ValueError(
+                f"{where}group cannot go with prox={prox!r}: a step of one size has no metric; "
+                "use prox='decoupled'"
             )
 
     def _check_changed(self, plan: _Plan) -> None:
@@ -331,20 +356,24 @@ class RegularizedOptimizer(Averages):
         by_groups = given(group["group"])
         penalized = by_groups or given(group["l1"]) or given(group["l2"])
         prox = _PROX[group["prox"]] if penalized else 0
-        if by_groups and group["prox"] is True and self._algorithm != 0:
-            prox = _PROX["decoupled"]
+        spans = self.groups is not None
+        if by_groups and group["prox"] is True:
+            # Channels that span tensors have no step in a metric.
+            if not self._has_group_step or (spans and self._algorithm != 0):
+                prox = _PROX["decoupled"]
         decay = group.get("ema_decay")
         return Hyper(
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             l1=group["l1"],
             l2=group["l2"],
-            group=group["group"] if self.groups is None else 0.0,
+            group=0.0 if spans else group["group"],
             ema_decay=0.0 if decay is None else decay,
-            average=decay is not None and self.groups is None,
+            average=decay is not None and not spans,
             prox=prox,
             maximize=bool(group["maximize"]),
             master_weights=bool(group["master_weights"]),
+            group_dim=group["group_dim"] if by_groups and not spans else 0,
             **self._specific(group),
         )
 
@@ -574,7 +603,10 @@ class RegularizedOptimizer(Averages):
         keys = self._wanted_keys(group)
         own = [p for p in group["params"] if p.grad is not None]
         for p in own:
-            in_order = _op.takes(p) and _kernels.laid_out(p, given(group["group"])) is p
+            rows = given(group["group"])
+            first = group["group_dim"] if rows and p.dim() > 1 else 0
+            moved = p.movedim(first, 0) if first else p
+            in_order = _op.takes(p) and _kernels.laid_out(moved, rows) is moved
             if p.device != device or not in_order:
                 return False
             # The first gradient enters a momentum buffer in another way than those that follow.

@@ -33,6 +33,7 @@ class Options(CommonOptions, total=False):
     """Keyword arguments of every optimizer with a proximal step."""
 
     group: Number
+    group_dim: int
     prox: bool | str
     groups: Groups | None
     group_weights: Weights
@@ -42,6 +43,7 @@ DEFAULTS: Options = {
     "l1": 0.0,
     "l2": 0.0,
     "group": 0.0,
+    "group_dim": 0,
     "prox": True,
     "groups": None,
     "group_weights": "size",
@@ -108,12 +110,18 @@ def meant(key: str, known: Iterable[str]) -> str | None:
 PENALTY = r"""
         l1, l2, group: strengths >= 0 of the penalty
             :math:`R(w) = l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2 + group \sum_r \sqrt{n_r}
-            \|w_r\|_2`, r over the slices along dimension 0. Numbers or 0-d tensors; each param
-            group may have its own, and they may be changed between steps.
+            \|w_r\|_2`, r over the slices along dimension ``group_dim``. Numbers or 0-d tensors;
+            each param group may have its own, and they may be changed between steps.
+        group_dim: the dimension of the parameters whose indices are the groups; of a vector it is
+            always 0. 0 are the outputs of linear layers and convolutions, 1 their inputs, and the
+            outputs of transposed convolutions and of transformers' Conv1D. Each param group may
+            have its own, as :func:`param_groups_weight_decay` gives it. With another than 0,
+            parameters and gradients are copied for the step where their memory is not in that
+            order.
         prox: ``True`` or ``"capped"``: after the update a proximal step in its metric, which gives
             weights that are exactly zero, the zeros of ``loss + R``, and spares weights that no
-            gradient has reached yet; with ``True``, param groups with a ``group`` term take the
-            decoupled step (except in SGD). ``"preconditioned"``: the same without sparing any.
+            gradient has reached yet; of Lion, param groups with a ``group`` term take the decoupled
+            step with ``True``. ``"preconditioned"``: the same without sparing any.
             ``"decoupled"``: the proximal step of :math:`lr \cdot R`. ``False``: the (sub)gradient
             of R is added to the gradient.
         groups: what :func:`fusereg.groups_of` returns. The group term then goes over the model's

@@ -265,6 +265,18 @@ def divides(item: Named) -> bool:
     return False
 
 
+def divided_by_name(names: Sequence[str]) -> list[str]:
+    """Return the names that weight normalization gives to what it divides by its norm."""
+    known = set(names)
+    endings = (("original1", "original0"), ("_v", "_g"))
+    return [
+        name
+        for name in names
+        for own, other in endings
+        if name.endswith(own) and name.removesuffix(own) + other in known
+    ]
+
+
 def _nan_at_zero(parametrizations: ParametrizationList, param: Tensor) -> bool:
     """Try it on a copy."""
     if distributed.is_dtensor(param) or param.device.type == "meta":

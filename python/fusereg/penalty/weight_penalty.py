@@ -350,13 +350,19 @@ class WeightPenalty:
     # -- state --
 
     def state_dict(self) -> dict[str, Any]:
-        """Return strengths and step count, without the model's parameters."""
+        """Return strengths, names and dimensions of groups, and step count, without parameters."""
         return {
             "version": 1,
             "steps": self.steps,
             "half": self.half,
             "groups": {
-                g.label: {"l1": g.l1, "l2": g.l2, "group": g.group, "names": list(g.names)}
+                g.label: {
+                    "l1": g.l1,
+                    "l2": g.l2,
+                    "group": g.group,
+                    "names": list(g.names),
+                    "group_dim": list(g.group_dim),
+                }
                 for g in self.groups
             },
         }
@@ -365,8 +371,9 @@ class WeightPenalty:
         """Load strengths and step count. Nothing is changed if the state is of another model.
 
         Raises:
-            ValueError: ``state`` is not a WeightPenalty's, or its groups or parameter names are
-                not those of this penalty, or a strength is negative or not finite.
+            ValueError: ``state`` is not a WeightPenalty's, or its groups, parameter names or (with
+                a group term) dimensions of groups are not those of this penalty, or a strength is
+                negative or not finite.
         """
         try:
             if state["version"] != 1:
@@ -374,6 +381,7 @@ class WeightPenalty:
             saved = dict(state["groups"])
             names = {label: list(g["names"]) for label, g in saved.items()}
             strengths = {k: {n: g[n] for n in ("l1", "l2", "group")} for k, g in saved.items()}
+            dims = {label: g.get("group_dim") for label, g in saved.items()}
             steps, half = int(state["steps"]), bool(state["half"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -391,6 +399,12 @@ class WeightPenalty:
                     f"fusereg.WeightPenalty: group '{label}' of the state names other parameters"
                 )
             _check_strengths(strengths[label], "WeightPenalty.load_state_dict")
+            # States of before do not have them.
+            if strengths[label]["group"] and dims[label] not in (None, g.group_dim):
+                raise ValueError(
+                    f"fusereg.WeightPenalty: group '{label}' of the state has groups along "
+                    f"dimensions {dims[label]} of its parameters, this penalty has {g.group_dim}"
+                )
         for label, g in here.items():
             g.l1, g.l2, g.group = (float(s) for s in strengths[label].values())
         self.steps, self.half = steps, half
