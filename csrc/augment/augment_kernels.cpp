@@ -345,8 +345,7 @@ class PointRows {
   void find(const Frame& f, const Frame&, std::int64_t row, std::int64_t first) {
     if (first / kBlock % kPlaces != 0) return;
     const std::int64_t left = (job_.y.w - first + kBlock - 1) / kBlock;
-    find_blocks<kHow>(f, row, first, left < kPlaces ? static_cast<int>(left) : kPlaces,
-                      places_);
+    find_blocks<kHow>(f, row, first, left < kPlaces ? static_cast<int>(left) : kPlaces, places_);
   }
   void own(const Frame& f, std::int64_t row, std::int64_t first, float* out) {
     warp_block<T, kHow>(job_, f, places_[first / kBlock % kPlaces], row, first, out);

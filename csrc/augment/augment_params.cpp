@@ -538,8 +538,7 @@ void choose_partners(const Job& job, const Step& step, const std::vector<bool>& 
   order.reserve(static_cast<std::size_t>(job.samples));
   for (std::int64_t i = 0; i < job.samples; ++i) {
     const Source source{job.seed, job.epoch, static_cast<std::uint64_t>(job.ids[i])};
-    order.push_back(
-        {bits_of(source.words(Operation::kMixOrder, step.occurrence)), job.ids[i], i});
+    order.push_back({bits_of(source.words(Operation::kMixOrder, step.occurrence)), job.ids[i], i});
   }
   std::sort(order.begin(), order.end());
   for (std::size_t k = 0; k < order.size(); ++k) {
@@ -559,8 +558,8 @@ std::string text(const Size& size) {
 Size output_size(const Job& job, const Source& source, Size canvas) {
   for (const Step& step : job.steps) {
     if (step.kind == StepKind::kRoom || step.kind == StepKind::kSide) {
-      canvas = step.kind == StepKind::kRoom ? room_size(step, canvas)
-                                            : side_size(step, canvas, source);
+      canvas =
+          step.kind == StepKind::kRoom ? room_size(step, canvas) : side_size(step, canvas, source);
       continue;
     }
     if (step.kind != StepKind::kWindow && step.kind != StepKind::kCenter &&

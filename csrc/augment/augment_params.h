@@ -99,7 +99,7 @@ struct Job {
   std::uint32_t epoch = 0;
   const std::int64_t* ids = nullptr;
   std::int64_t samples = 0;
-  std::vector<Size> inputs;  // of each sample, or one for all
+  std::vector<Size> inputs;      // of each sample, or one for all
   double* records = nullptr;     // [samples, kRecordSize]
   double* draws = nullptr;       // [samples, kDrawsSize]
   std::int64_t* keys = nullptr;  // [samples, 2]: of the noise in erased boxes

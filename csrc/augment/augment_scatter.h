@@ -50,8 +50,8 @@ void scatter_block(const Job& job, const Frame& f, const Place16& place, std::in
                       row * job.y.row + first * job.y.pixel;
   // From the view to the image.
   const std::int64_t top = f.view.top;
-  float* const to = static_cast<float*>(grad_x.data) + f.sample * grad_x.sample +
-                    f.view.left * grad_x.pixel;
+  float* const to =
+      static_cast<float*>(grad_x.data) + f.sample * grad_x.sample + f.view.left * grad_x.pixel;
   for (int i = 0; i < count; ++i, from += job.y.pixel) {
     float g[kThree ? 3 : kMaxChannels];
     for (int c = 0; c < channels; ++c)

@@ -351,8 +351,7 @@ inline constexpr std::int32_t kHalfBit = kHow == Interpolation::kNearest ? 1 : 0
 // Where the blocks of a row from column `first` on are. In a pass of its own: each takes long from
 // its first operation to its last, and nothing waits for it here.
 template <Interpolation kHow>
-void find_blocks(const Frame& f, std::int64_t row, std::int64_t first, int count,
-                 Place16* places) {
+void find_blocks(const Frame& f, std::int64_t row, std::int64_t first, int count, Place16* places) {
   constexpr int kBefore = kHow == Interpolation::kBicubic ? 1 : 0;
   constexpr int kAfter = kHow == Interpolation::kNearest    ? 0
                          : kHow == Interpolation::kBilinear ? 1
