@@ -28,9 +28,8 @@ result written once. Images a second are 64 (quick: 8) over the time. Providers:
 - ``cv2``, ``cv2 x 2``: ``warpAffine`` with the composed matrices, image by image, on one thread and
   on two.
 - ``fusereg``: ``warp_affine``, ``crop_flip_normalize`` or ``resize``, given the same parameters as
-  eager.
+  eager; the recipe, which draws them.
 - ``Augment``: ``fusereg.augment.Augment``, which also draws the parameters.
-- ``recipe``: that of ``fusereg.augment.recipes``, which draws them as well.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ from ..harness import EAGER, Accuracy, Call, Case, Options, Provider, Workload
 from ..harness.layers import FORWARD, relative_error, results, timed
 
 UINT8, KORNIA, TORCHVISION = "interpolate uint8", "kornia", "torchvision v2"
-PROVIDERS = (EAGER, UINT8, KORNIA, TORCHVISION, "cv2", "cv2 x 2", "fusereg", "Augment", "recipe")
+PROVIDERS = (EAGER, UINT8, KORNIA, TORCHVISION, "cv2", "cv2 x 2", "fusereg", "Augment")
 
 SIDE, SIZE = 224, 192
 LARGE, SMALL = 384, 224  # resize
@@ -158,10 +157,11 @@ def _setup_recipe(mode: str, batch: int, layout: torch.memory_format, options: O
             chain = classify(SMALL, train=mode == RECIPE)
             return lambda: chain(x)
         chain = augment.recipes.segmentation(WINDOW, base=BASE)
-        if masks is None:
-            raise AssertionError
+        if importlib.util.find_spec("torchvision") is None:
+            return lambda: chain(x)  # there are no masks
+        torchvision_transforms()
         tv = importlib.import_module("torchvision.tv_tensors")
-        labels = tv.Mask(torch.stack(masks))
+        labels = tv.Mask(torch.stack(masks or []))
         return lambda: chain(x, labels)[0]
 
     def theirs() -> Callable[[], Tensor]:
@@ -197,13 +197,39 @@ def _setup_recipe(mode: str, batch: int, layout: torch.memory_format, options: O
             raise AssertionError
         return lambda: chain(x.float() / 255)
 
-    providers = [_provider("recipe", ours, _DRAWS)]
+    mean, std = (torch.tensor(v, device=options.device)[:, None, None] for v in (MEAN, STD))
+    shares = (0.3 + 0.7 * torch.rand(batch, generator=generator)).tolist()
+
+    def resized(image: Tensor, height: int, width: int) -> Tensor:
+        return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+
+    def eager(image: Tensor, share: float) -> Tensor:
+        """Return an image by functions of torch, with windows in the corner."""
+        height, width = image.shape[1:]
+        if mode in (RECIPE, LIST):
+            window = image[:, : int(height * share), : int(width * share)]
+            return resized(window, side, side).flip(2)
+        short = 256 if mode == EVALUATION else int(2 * BASE * share)
+        ratio = short / min(height, width)
+        whole = resized(image, int(height * ratio), int(width * ratio))
+        gap = [max(0, side - whole.shape[2]), max(0, side - whole.shape[1])]
+        return F.pad(whole, (0, gap[0], 0, gap[1]))[:, :side, :side]
+
+    def loop() -> Tensor:
+        pairs = zip(images, shares, strict=True)
+        y = torch.stack([eager(image, share) for image, share in pairs])
+        if masks is not None:
+            torch.stack([mask[:side, :side] for mask in masks])
+        return (y / 255 - mean) / std
+
+    providers = [
+        _provider(EAGER, lambda: loop, "functions of torch, image by image"),
+        _provider("fusereg", ours, _DRAWS),
+    ]
     if importlib.util.find_spec("torchvision") is not None:
-        providers.insert(0, _provider(TORCHVISION, theirs, "image by image"))
-    elif mode == SEGMENTATION:
-        return Workload([], lambda call: _spread(call, batch, side))
+        providers.insert(1, _provider(TORCHVISION, theirs, "image by image"))
     if mode == RECIPE and importlib.util.find_spec("kornia") is not None:
-        providers.insert(0, _provider(KORNIA, kornia, "without antialiasing"))
+        providers.insert(1, _provider(KORNIA, kornia, "without antialiasing"))
     return Workload(providers, lambda call: _spread(call, batch, side))
 
 
