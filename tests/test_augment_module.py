@@ -401,8 +401,9 @@ def test_images_of_several_sizes_become_a_batch() -> None:
     alone = augment(data[7][0][None], sample_ids=[7])[0]
     assert torch.equal(found["name 7"], alone)
     mixing = everything()
-    with pytest.raises(ValueError, match="images must be of one size to be mixed"):
-        mixing.collate([data[0], data[1]])
+    y, labels = mixing.collate([data[i] for i in (7, 1)])[:2]
+    assert y.shape[0] == 2
+    assert not isinstance(labels, Tensor)  # pairs of classes and their weights
     with pytest.raises(TypeError, match=r"images must be tensors \(C, H, W\), got str"):
         augment.collate([("a", 1)])
 

@@ -7,6 +7,14 @@ The work takes a batch of 64 uint8 images, 3 x 224 x 224, to normalized 192 x 19
 - ``crop``: cropped at random, flipped with probability 0.5, normalized;
 - ``resize``: 384 x 384 to 224 x 224, bilinear with antialiasing, normalized.
 
+And the recipes that people train with (fusereg.augment.recipes), of 64 (quick: 8) uint8 images:
+
+- ``recipe``: 400 x 500, RandomResizedCrop(224), flip, normalized;
+- ``recipe list``: the same for images of 300 to 600 pixels in a list, as ``collate`` gets them;
+- ``evaluation``: 400 x 500, Resize(256), CenterCrop(224), normalized;
+- ``segmentation``: 400 x 500 and their masks, RandomResize(160 to 639), flip, RandomCrop(288),
+  normalized.
+
 By contract each byte of the input (``crop``: of the windows) is read once and each element of the
 result written once. Images a second are 64 (quick: 8) over the time. Providers:
 
@@ -20,7 +28,7 @@ result written once. Images a second are 64 (quick: 8) over the time. Providers:
 - ``cv2``, ``cv2 x 2``: ``warpAffine`` with the composed matrices, image by image, on one thread and
   on two.
 - ``fusereg``: ``warp_affine``, ``crop_flip_normalize`` or ``resize``, given the same parameters as
-  eager.
+  eager; the recipe, which draws them.
 - ``Augment``: ``fusereg.augment.Augment``, which also draws the parameters.
 """
 
@@ -52,6 +60,8 @@ SIDE, SIZE = 224, 192
 LARGE, SMALL = 384, 224  # resize
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WARP, CROP, RESIZE = "warp", "crop", "resize"
+RECIPE, LIST, EVALUATION, SEGMENTATION = "recipe", "recipe list", "evaluation", "segmentation"
+PHOTO, BASE, WINDOW = (400, 500), 320, 288
 
 _TOLERANCE = {
     torch.float64: 1e-5,
@@ -89,7 +99,147 @@ def cases(options: Options) -> list[Case]:
         for mode in (WARP, CROP, RESIZE)
         for name, layout in layouts.items()
         for dtype in options.dtypes
+    ] + [
+        _recipe_case(mode, batch, name, layout, options)
+        for mode in (RECIPE, LIST, EVALUATION, SEGMENTATION)
+        for name, layout in layouts.items()
+        if mode != LIST or not (name or options.device.type == "cuda")
     ]
+
+
+def _recipe_case(
+    mode: str, batch: int, name: str, layout: torch.memory_format, options: Options
+) -> Case:
+    """Return the case of a recipe; its result is float32."""
+    height, width = (450, 450) if mode == LIST else PHOTO
+    side = WINDOW if mode == SEGMENTATION else SMALL
+    elements = batch * 3 * side * side
+    shape = f"{batch}x3x300-600" if mode == LIST else f"{batch}x3x{height}x{width}{name}"
+    return Case(
+        op="augment",
+        mode=mode,
+        shape=shape,
+        dtype=torch.float32,
+        device=options.device,
+        tensors=1,
+        elements=elements,
+        bytes_moved=batch * 3 * height * width + elements * 4,
+        memory=batch * 3 * height * width * 64,
+        setup=functools.partial(_setup_recipe, mode, batch, layout, options),
+    )
+
+
+def _smooth(n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Return smooth images, as photographs are."""
+    coarse = torch.rand(n, 3, 16, 16, generator=generator) * 255
+    return F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 255).to(torch.uint8)
+
+
+def _setup_recipe(mode: str, batch: int, layout: torch.memory_format, options: Options) -> Workload:
+    generator = torch.Generator().manual_seed(0)
+    side = WINDOW if mode == SEGMENTATION else SMALL
+    images: list[Tensor]
+    if mode == LIST:
+        sizes = torch.randint(300, 601, (batch, 2), generator=generator).tolist()
+        images = [_smooth(1, h, w, generator)[0] for h, w in sizes]
+        x = None
+    else:
+        x = _smooth(batch, *PHOTO, generator).to(options.device).contiguous(memory_format=layout)
+        images = list(x)
+    masks = [(image[0] > 128).long() for image in images] if mode == SEGMENTATION else None
+
+    def ours() -> Callable[[], Tensor]:
+        classify = augment.recipes.torchvision_classification
+        if mode == LIST:
+            chain = classify(SMALL)
+            return lambda: chain.collate(images)
+        if mode != SEGMENTATION:
+            chain = classify(SMALL, train=mode == RECIPE)
+            return lambda: chain(x)
+        chain = augment.recipes.segmentation(WINDOW, base=BASE)
+        if importlib.util.find_spec("torchvision") is None:
+            return lambda: chain(x)  # there are no masks
+        torchvision_transforms()
+        tv = importlib.import_module("torchvision.tv_tensors")
+        labels = tv.Mask(torch.stack(masks or []))
+        return lambda: chain(x, labels)[0]
+
+    def theirs() -> Callable[[], Tensor]:
+        v2 = torchvision_transforms()
+        tv = importlib.import_module("torchvision.tv_tensors")
+        end = [v2.ToDtype({tv.Image: torch.float32, "others": None}, scale=True)]
+        end += [v2.Normalize(MEAN, STD)]
+        if mode == SEGMENTATION:
+            fill = {tv.Image: 0, tv.Mask: 255, "others": 0}
+            steps = [v2.RandomResize(BASE // 2, BASE * 2), v2.RandomHorizontalFlip(0.5)]
+            steps += [v2.RandomCrop(WINDOW, pad_if_needed=True, fill=fill)]
+            chain = v2.Compose(steps + end)
+            typed = [(tv.Image(i), tv.Mask(m)) for i, m in zip(images, masks or [], strict=True)]
+
+            def both() -> Tensor:
+                pairs = [chain(*pair) for pair in typed]
+                torch.stack([mask for _, mask in pairs])
+                return torch.stack([image for image, _ in pairs])
+
+            return both
+        steps = [v2.RandomResizedCrop(SMALL, antialias=True), v2.RandomHorizontalFlip(0.5)]
+        if mode == EVALUATION:
+            steps = [v2.Resize(256, antialias=True), v2.CenterCrop(SMALL)]
+        chain = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+        return lambda: torch.stack([chain(image) for image in images])
+
+    def kornia() -> Callable[[], Tensor]:
+        import kornia.augmentation as K
+
+        steps = [K.RandomResizedCrop((SMALL, SMALL)), K.RandomHorizontalFlip(p=0.5)]
+        chain = torch.nn.Sequential(*steps, K.Normalize(torch.tensor(MEAN), torch.tensor(STD)))
+        if x is None:
+            raise AssertionError
+        return lambda: chain(x.float() / 255)
+
+    mean, std = (torch.tensor(v, device=options.device)[:, None, None] for v in (MEAN, STD))
+    shares = (0.3 + 0.7 * torch.rand(batch, generator=generator)).tolist()
+
+    def resized(image: Tensor, height: int, width: int) -> Tensor:
+        return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+
+    def eager(image: Tensor, share: float) -> Tensor:
+        """Return an image by functions of torch, with windows in the corner."""
+        height, width = image.shape[1:]
+        if mode in (RECIPE, LIST):
+            window = image[:, : int(height * share), : int(width * share)]
+            return resized(window, side, side).flip(2)
+        short = 256 if mode == EVALUATION else int(2 * BASE * share)
+        ratio = short / min(height, width)
+        whole = resized(image, int(height * ratio), int(width * ratio))
+        gap = [max(0, side - whole.shape[2]), max(0, side - whole.shape[1])]
+        return F.pad(whole, (0, gap[0], 0, gap[1]))[:, :side, :side]
+
+    def loop() -> Tensor:
+        pairs = zip(images, shares, strict=True)
+        y = torch.stack([eager(image, share) for image, share in pairs])
+        if masks is not None:
+            torch.stack([mask[:side, :side] for mask in masks])
+        return (y / 255 - mean) / std
+
+    providers = [
+        _provider(EAGER, lambda: loop, "functions of torch, image by image"),
+        _provider("fusereg", ours, _DRAWS),
+    ]
+    if importlib.util.find_spec("torchvision") is not None:
+        providers.insert(1, _provider(TORCHVISION, theirs, "image by image"))
+    if mode == RECIPE and importlib.util.find_spec("kornia") is not None:
+        providers.insert(1, _provider(KORNIA, kornia, "without antialiasing"))
+    return Workload(providers, lambda call: _spread(call, batch, side))
+
+
+def _spread(call: Call, batch: int, side: int) -> Accuracy:
+    """Check random results by their shape and spread."""
+    (result,) = results(call)
+    if tuple(result.shape) != (batch, 3, side, side):
+        return Accuracy(math.inf, 0.0, f"result of shape {tuple(result.shape)}")
+    spread = float(result.double().std())
+    return Accuracy(0.0 if 0.3 < spread < 3.0 else math.inf, 0.0, "spread")
 
 
 class _Data:

@@ -100,15 +100,20 @@ __device__ void gather_gradient(const Job& job, std::int64_t sample, std::int64_
                                 bool as_partner, std::int32_t x, std::int32_t y, int channel,
                                 Number<T> (&sum)[kGroup]) {
   using C = Number<T>;
-  const double* const m = job.records + sample * kRecord;
-  const auto h = static_cast<std::int32_t>(job.x.h);
-  const auto w = static_cast<std::int32_t>(job.x.w);
+  View view;
+  view_of(job, job.grad_x, sample, view);
+  const double* const m = view.m;
+  const auto h = static_cast<std::int32_t>(view.x.h);
+  const auto w = static_cast<std::int32_t>(view.x.w);
+  const auto own_x = static_cast<std::int32_t>(x - view.left);
+  const auto own_y = static_cast<std::int32_t>(y - view.top);
+  if (own_x < 0 || own_x >= w || own_y < 0 || own_y >= h) return;
   const double reach_x = reach_of(job, m);
   const double reach_y = reach_of(job, m + 3);
   const Range every_x = all_coordinates(m, job.y);
   const Range every_y = all_coordinates(m + 3, job.y);
-  Range rx = unfolded(x, w, job.fill_mode, {every_x.low - reach_x, every_x.high + reach_x});
-  Range ry = unfolded(y, h, job.fill_mode, {every_y.low - reach_y, every_y.high + reach_y});
+  Range rx = unfolded(own_x, w, view.mode, {every_x.low - reach_x, every_x.high + reach_x});
+  Range ry = unfolded(own_y, h, view.mode, {every_y.low - reach_y, every_y.high + reach_y});
   rx = {rx.low - reach_x, rx.high + reach_x};
   ry = {ry.low - reach_y, ry.high + reach_y};
   // Rows: the inverse map of the rectangle's corners.
@@ -136,7 +141,7 @@ __device__ void gather_gradient(const Job& job, std::int64_t sample, std::int64_
     for (std::int64_t col = begin; col < end; ++col) {
       C g[kGroup];
       int state = 0;  // 1: g is there; 2: there is none
-      for_taps<C>(job, m, col, row, [&](std::int32_t tap_x, std::int32_t tap_y, C weight) {
+      for_taps<C>(job, view, col, row, [&](std::int32_t tap_x, std::int32_t tap_y, C weight) {
         if (tap_x != x || tap_y != y || state == 2) return;
         if (state == 0) {
           const bool any =

@@ -20,7 +20,10 @@
 // Per output pixel, in this order:
 //   warped      interpolation of the taps around M (x, y, 1). Constant fill: taps outside the image
 //               have the value fill[c] (in x's units). border: the nearest pixel inside; reflect:
-//               -1 is 1; symmetric: -1 is 0; wrap: -1 is W - 1. nearest: floor(v + 1/2). bilinear.
+//               -1 is 1; symmetric: -1 is 0; wrap: -1 is W - 1. window: of an axis-aligned sample
+//               only those pixels are read that its output covers, its border repeated (antialias:
+//               the weights of those taps made to sum to one), as if it were cropped first and then
+//               resized; of others as border. nearest: floor(v + 1/2). bilinear.
 //               bicubic: Keys' cubic convolution with a = -3/4. A tap of weight zero is not read:
 //               a NaN reaches only those pixels that it has a weight in.
 //   colored    if `color`; then clamped to [0, 255] (uint8) or [0, 1]
@@ -47,6 +50,9 @@
 //
 // On the CPU, samples that antialias and are axis-aligned (crops, flips, scales) are filtered along
 // one axis and then the other, in strips of rows (augment_filter.h), which gives the same bits.
+//
+// Images of several sizes: `each` has the image of every sample, all of x's type and layout; x has
+// their largest sides. On the CPU, forward.
 //
 // Bytes: every byte of x that is needed once, every element of y once. No workspace but the strips'.
 //
@@ -78,7 +84,7 @@ constexpr std::int64_t element_size(Element type) {
                                      : 2;
 }
 enum class Interpolation : std::uint8_t { kNearest, kBilinear, kBicubic };
-enum class FillMode : std::uint8_t { kConstant, kBorder, kReflect, kSymmetric, kWrap };
+enum class FillMode : std::uint8_t { kConstant, kBorder, kReflect, kSymmetric, kWrap, kWindow };
 
 // A batch of images: strides in elements.
 struct Images {
@@ -95,6 +101,7 @@ struct Job {
   Images grad_x;  // likewise
   std::int64_t n = 0;
   int c = 0;
+  const Images* each = nullptr;  // of several sizes: the samples' images
   const double* records = nullptr;
   const std::int64_t* keys = nullptr;  // [N, 2], with erase_noise
   Interpolation interpolation = Interpolation::kBilinear;

@@ -30,8 +30,8 @@ struct Memory {
 };
 
 // False if a tap lies outside the image, under a fill mode that reads another pixel there.
-bool make_axis(const Job& job, double step, double start, double extent, std::int64_t size,
-               std::int64_t count, Memory& memory, Axis& axis) {
+bool make_axis(const Job& job, FillMode mode, double step, double start, double extent,
+               std::int64_t size, std::int64_t count, Memory& memory, Axis& axis) {
   auto* const first = memory.take<std::int32_t>(count);
   auto* const coverage = memory.take<float>(count);
   auto* const spans = memory.take<Span<float>>(count);
@@ -41,7 +41,7 @@ bool make_axis(const Job& job, double step, double start, double extent, std::in
   for (std::int64_t i = 0; i < count; ++i) {
     Span<float>& span = spans[i];
     span = make_span<float>(add(multiply(step, static_cast<double>(i)), start), extent,
-                            static_cast<std::int32_t>(size), job.interpolation, job.fill_mode);
+                            static_cast<std::int32_t>(size), job.interpolation, mode);
     coverage[i] = span.coverage;
     axis.covered = axis.covered && span.coverage == 1.0f;
     if (span.last < span.first) continue;
@@ -109,18 +109,19 @@ class FilteredRows {
   bool make_axes(const Frame& f, Memory& memory, Filtered& filtered) const {
     const double* const m = f.m;
     return is_axis_aligned(m) &&
-           make_axis(job_, m[0], row_start(m, 0), extent_of(m), job_.x.w, job_.y.w, memory,
-                     filtered.x) &&
-           make_axis(job_, m[4], m[5], extent_of(m + 3), job_.x.h, job_.y.h, memory, filtered.y);
+           make_axis(job_, f.view.mode, m[0], row_start(m, 0), extent_of(m), f.view.x.w, job_.y.w,
+                     memory, filtered.x) &&
+           make_axis(job_, f.view.mode, m[4], m[5], extent_of(m + 3), f.view.x.h, job_.y.h, memory,
+                     filtered.y);
   }
 
   void make_strip(const Frame& f, const Filtered& s) {
-    const Images& x = job_.x;
+    const Images& x = f.view.x;
     const bool last = x.channels_last;
     const std::int64_t left = job_.y.h - row_;
     const int rows = left < kLanes ? static_cast<int>(left) : kLanes;
     const std::int64_t step = (last ? job_.c : 1) * std::int64_t{kLanes};
-    const T* const image = static_cast<const T*>(x.data) + f.sample * x.sample;
+    const T* const image = static_cast<const T*>(x.data) + f.view.offset;
     if (last) {
       along_columns<T>(image, x, s.y.band, row_, rows, s.x.begin * job_.c, s.x.end * job_.c,
                        strip_);

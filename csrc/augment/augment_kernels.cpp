@@ -216,14 +216,20 @@ FUSEREG_INLINE void ask_ahead(const Job& job, std::int64_t sample, std::int64_t 
   constexpr std::int64_t kLine = 64;
   constexpr std::int64_t kMost = 1024 * 1024;  // that waits in the cache
   constexpr auto kSize = static_cast<std::int64_t>(sizeof(T));
-  const std::int64_t bytes = job.x.sample * kSize;
+  auto image_of = [&](std::int64_t i) -> const Images& {
+    return job.each != nullptr ? job.each[i] : job.x;
+  };
+  auto bytes_of = [&](const Images& image) { return image.h * image.w * job.c * kSize; };
+  std::int64_t bytes = bytes_of(image_of(sample));
   std::int64_t at = row + (bytes <= kMost ? job.y.h : job.y.h * (kMost / 2) / bytes);
   if (at >= job.y.h) {
     at -= job.y.h;
     ++sample;
   }
   if (sample >= job.n) return;
-  const char* p = static_cast<const char*>(job.x.data) + sample * bytes;
+  bytes = bytes_of(image_of(sample));
+  const char* p = static_cast<const char*>(image_of(sample).data);
+  if (job.each == nullptr) p += sample * bytes;
   const int planes = job.x.channels_last ? 1 : job.c;
   const std::int64_t plane = bytes / planes;
   const std::int64_t begin = plane * at / job.y.h;
@@ -237,7 +243,7 @@ FUSEREG_INLINE void ask_ahead(const Job& job, std::int64_t sample, std::int64_t 
 // False where it is something else.
 template <class T, class U, bool kPast>
 bool copy_row(const Job& job, const Finish& finish, const Frame& f, std::int64_t row) {
-  const Images& x = job.x;
+  const Images& x = f.view.x;
   const bool mirrored = f.m[0] < 0.0;
   const std::int64_t width = job.y.w;
   const auto from = static_cast<std::int64_t>(f.m[2]) - (mirrored ? width - 1 : 0);
@@ -245,7 +251,7 @@ bool copy_row(const Job& job, const Finish& finish, const Frame& f, std::int64_t
   if (from < 0 || from + width > x.w || line < 0 || line >= x.h || touches(f, row)) {
     return false;
   }
-  const T* at = static_cast<const T*>(x.data) + f.sample * x.sample + line * x.row + from * x.pixel;
+  const T* at = static_cast<const T*>(x.data) + f.view.offset + line * x.row + from * x.pixel;
   U* to = static_cast<U*>(job.y.data) + f.sample * job.y.sample + row * job.y.row;
   if constexpr (sizeof(T) == 1 && sizeof(U) == 1) {
     if (finish.unchanged && !mirrored && x.pixel == job.y.pixel) {
@@ -339,15 +345,14 @@ class PointRows {
   void find(const Frame& f, const Frame&, std::int64_t row, std::int64_t first) {
     if (first / kBlock % kPlaces != 0) return;
     const std::int64_t left = (job_.y.w - first + kBlock - 1) / kBlock;
-    find_blocks<kHow>(job_, f, row, first, left < kPlaces ? static_cast<int>(left) : kPlaces,
-                      places_);
+    find_blocks<kHow>(f, row, first, left < kPlaces ? static_cast<int>(left) : kPlaces, places_);
   }
   void own(const Frame& f, std::int64_t row, std::int64_t first, float* out) {
     warp_block<T, kHow>(job_, f, places_[first / kBlock % kPlaces], row, first, out);
   }
   void other(const Frame& partner, std::int64_t row, std::int64_t first, float* out) {
     Place16 place;
-    find_blocks<kHow>(job_, partner, row, first, 1, &place);
+    find_blocks<kHow>(partner, row, first, 1, &place);
     warp_block<T, kHow>(job_, partner, place, row, first, out);
   }
 
@@ -471,13 +476,14 @@ template <class T, int kGroup>
 void add_pixels(const Job& job, std::int64_t sample, std::int64_t out, bool as_partner,
                 std::int64_t row, std::int64_t first, std::int64_t last, const Rows& rows) {
   using C = Number<T>;
-  const double* const m = job.records + sample * kRecord;
+  View view;
+  view_of(job, job.grad_x, sample, view);
   C* const grad = static_cast<C*>(job.grad_x.data) + sample * job.grad_x.sample;
   for (std::int64_t col = first; col < last; ++col) {
     for (int c = 0; c < job.c; c += kGroup) {
       C g[kGroup];
       if (!gradient_at<T, kGroup>(job, sample, out, as_partner, col, row, c, g)) continue;
-      for_taps<C>(job, m, col, row, [&](std::int32_t x, std::int32_t y, C weight) {
+      for_taps<C>(job, view, col, row, [&](std::int32_t x, std::int32_t y, C weight) {
         if (y < rows.begin || y >= rows.end) return;
         C* const at = grad + y * job.grad_x.row + x * job.grad_x.pixel;
         for (int k = 0; k < kGroup; ++k)
@@ -498,11 +504,11 @@ void add_blocks(const Job& job, std::int64_t sample, const Rows& rows) {
     for (std::int64_t first = 0; first < job.y.w; first += kBlock) {
       const std::int64_t last = first + kBlock < job.y.w ? first + kBlock : job.y.w;
       Place16 place;
-      find_blocks<kHow>(job, f, row, first, 1, &place);
+      find_blocks<kHow>(f, row, first, 1, &place);
       if (place.where == Where::kOutside) continue;
       if (place.where == Where::kPartly || touched) {
         add_pixels<T, kGroup>(job, sample, sample, false, row, first, last, rows);
-      } else if (place.top < rows.end && place.bottom >= rows.begin) {
+      } else if (f.view.top + place.top < rows.end && f.view.top + place.bottom >= rows.begin) {
         scatter_block<kHow, kGroup == 3>(job, f, place, row, first, static_cast<int>(last - first),
                                          rows.begin, rows.end);
       }

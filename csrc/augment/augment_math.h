@@ -429,31 +429,74 @@ FUSEREG_INLINE C color_sum(const double* row, C v0, C v1, C v2) {
   return add(sum, static_cast<C>(row[3]));
 }
 
+// Where a sample is read: its image, or (FillMode::kWindow) what of it its output covers, which begins
+// at (left, top); the map from output pixels to that.
+struct View {
+  Images x;
+  std::int64_t offset;  // of its first pixel, in elements from x.data
+  std::int64_t left, top;
+  FillMode mode;
+  double m[6];
+};
+
+// What outputs of an axis cover of it, cut to whole pixels; false if that is nothing.
+FUSEREG_INLINE bool limit_axis(double& start, double step, std::int64_t count, std::int64_t& size,
+                               std::int64_t& first) {
+  const double a = add(start, -0.5 * step);
+  const double b = add(start, multiply(step, static_cast<double>(count) - 0.5));
+  const std::int64_t begin = cut(floor_of(add(a < b ? a : b, 1.0)), size);
+  const std::int64_t end = cut(floor_of(add(a < b ? b : a, 1.0)), size);
+  if (begin >= end) return false;
+  size = end - begin;
+  first = begin;
+  start = add(start, -static_cast<double>(begin));
+  return true;
+}
+
+FUSEREG_STATIC void view_of(const Job& job, const Images& images, std::int64_t sample, View& v) {
+  const double* const record = job.records + sample * kRecord;
+  for (int i = 0; i < 6; ++i) v.m[i] = record[i];
+  v.x = job.each != nullptr ? job.each[sample] : images;
+  v.offset = job.each != nullptr ? 0 : sample * images.sample;
+  v.left = v.top = 0;
+  v.mode = job.fill_mode;
+  if (v.mode != FillMode::kWindow) return;
+  v.mode = FillMode::kBorder;
+  if (!is_axis_aligned(record)) return;
+  if (limit_axis(v.m[2], v.m[0], job.y.w, v.x.w, v.left) &&
+      limit_axis(v.m[5], v.m[4], job.y.h, v.x.h, v.top)) {
+    v.offset += v.top * v.x.row + v.left * v.x.pixel;
+    if (job.antialias) v.mode = FillMode::kConstant;
+  }
+}
+
 // kGroup channels from `channel` on, warped: all three of three channels, or one.
 template <class T, int kGroup>
 FUSEREG_STATIC void warped(const Job& job, std::int64_t sample, std::int64_t col, std::int64_t row,
                            int channel, Number<T> (&v)[kGroup]) {
   using C = Number<T>;
-  const double* const record = job.records + sample * kRecord;
+  View view;
+  view_of(job, job.x, sample, view);
+  const Images& x = view.x;
   Plane<T> plane;
-  plane.data = static_cast<const T*>(job.x.data) + sample * job.x.sample;
-  plane.row = job.x.row;
-  plane.pixel = job.x.pixel;
-  plane.h = static_cast<std::int32_t>(job.x.h);
-  plane.w = static_cast<std::int32_t>(job.x.w);
-  plane.mode = job.fill_mode;
-  plane.data += channel * job.x.channel;
+  plane.data = static_cast<const T*>(x.data) + view.offset;
+  plane.row = x.row;
+  plane.pixel = x.pixel;
+  plane.h = static_cast<std::int32_t>(x.h);
+  plane.w = static_cast<std::int32_t>(x.w);
+  plane.mode = view.mode;
+  plane.data += channel * x.channel;
   if (job.antialias) {
-    const Spans<C> spans = make_spans<C>(record, col, row, job.x, job.interpolation, job.fill_mode);
-    for (int k = 0; k < kGroup; ++k, plane.data += job.x.channel) {
+    const Spans<C> spans = make_spans<C>(view.m, col, row, x, job.interpolation, view.mode);
+    for (int k = 0; k < kGroup; ++k, plane.data += x.channel) {
       plane.fill = static_cast<C>(job.fill[channel + k]);
       v[k] = filtered(plane, spans, job.interpolation);
     }
     return;
   }
   Place<C> p;
-  place(record, col, row, job.interpolation == Interpolation::kNearest, p);
-  for (int k = 0; k < kGroup; ++k, plane.data += job.x.channel) {
+  place(view.m, col, row, job.interpolation == Interpolation::kNearest, p);
+  for (int k = 0; k < kGroup; ++k, plane.data += x.channel) {
     plane.fill = static_cast<C>(job.fill[channel + k]);
     v[k] = interpolate(plane, p, job.interpolation);
   }
@@ -513,22 +556,24 @@ FUSEREG_STATIC void augmented(const Job& job, std::int64_t sample, std::int64_t 
 }
 
 // --- gradients ---
-// f(x, y, weight) for every pixel of the image that an output pixel has a weight in, row by row.
+// f(x, y, weight) for every pixel of the image, which a view is of, that an output pixel has a weight in, row by row.
 template <class C, class F>
-FUSEREG_STATIC void for_taps(const Job& job, const double* m, std::int64_t col, std::int64_t row,
+FUSEREG_STATIC void for_taps(const Job& job, const View& view, std::int64_t col, std::int64_t row,
                              const F& f) {
   const Interpolation how = job.interpolation;
-  const auto w = static_cast<std::int32_t>(job.x.w);
-  const auto h = static_cast<std::int32_t>(job.x.h);
+  const auto w = static_cast<std::int32_t>(view.x.w);
+  const auto h = static_cast<std::int32_t>(view.x.h);
+  const auto left = static_cast<std::int32_t>(view.left);
+  const auto top = static_cast<std::int32_t>(view.top);
   auto line = [&](std::int32_t at_x, std::int32_t at_y, C weight) {
-    const std::int32_t x = fold(at_x, w, job.fill_mode);
-    if (x >= 0 && weight != C{0}) f(x, at_y, weight);
+    const std::int32_t x = fold(at_x, w, view.mode);
+    if (x >= 0 && weight != C{0}) f(left + x, top + at_y, weight);
   };
   if (job.antialias) {
-    const Spans<C> s = make_spans<C>(m, col, row, job.x, how, job.fill_mode);
+    const Spans<C> s = make_spans<C>(view.m, col, row, view.x, how, view.mode);
     const C coverage = multiply(s.x.coverage, s.y.coverage);
     for (std::int32_t j = s.y.first; j <= s.y.last; ++j) {
-      const std::int32_t y = fold(j, h, job.fill_mode);
+      const std::int32_t y = fold(j, h, view.mode);
       const C wy = multiply(coverage, weight_in(s.y, j, how));
       if (y < 0 || wy == C{0}) continue;
       for (std::int32_t i = s.x.first; i <= s.x.last; ++i)
@@ -537,7 +582,7 @@ FUSEREG_STATIC void for_taps(const Job& job, const double* m, std::int64_t col, 
     return;
   }
   Place<C> p;
-  place(m, col, row, how == Interpolation::kNearest, p);
+  place(view.m, col, row, how == Interpolation::kNearest, p);
   // Along each axis, from the first tap on.
   C wx[4] = {C{1}, C{0}, C{0}, C{0}};
   C wy[4] = {C{1}, C{0}, C{0}, C{0}};
@@ -563,7 +608,7 @@ FUSEREG_STATIC void for_taps(const Job& job, const double* m, std::int64_t col, 
     fill(p.ty, wy);
   }
   for (int j = 0; j < count; ++j) {
-    const std::int32_t y = fold(p.y - before + j, h, job.fill_mode);
+    const std::int32_t y = fold(p.y - before + j, h, view.mode);
     if (y < 0 || wy[j] == C{0}) continue;
     for (int i = 0; i < count; ++i) line(p.x - before + i, y, multiply(wy[j], wx[i]));
   }

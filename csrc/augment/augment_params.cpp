@@ -209,6 +209,30 @@ Size room_size(const Step& step, const Size& canvas) {
           whole(std::ceil(widest(width, height, from, to) - kRounding))};
 }
 
+// torchvision's Resize of one number, RandomResize and RandomShortestSize: quotients are cut off.
+Size side_size(const Step& step, const Size& canvas, const Source& source) {
+  const std::int64_t from = whole(step.values[0]);
+  const std::int64_t to = whole(step.values[1]);
+  const auto longest = static_cast<double>(whole(step.values[2]));
+  const auto width = static_cast<double>(canvas.width);
+  const auto height = static_cast<double>(canvas.height);
+  const double small = std::min(width, height);
+  const double large = std::max(width, height);
+  auto side = static_cast<double>(from);
+  if (from != to) {
+    const PhiloxWords words = source.words(Operation::kCrop, step.occurrence);
+    side = static_cast<double>(from + choice(words.word[0], to - from + 1));
+  }
+  double other = std::floor(side * large / small);
+  if (from == 0 || (longest > 0.0 && other > longest)) {
+    side = std::floor((from == 0 ? longest * small : longest * side) / (from == 0 ? large : other));
+    other = longest;
+  }
+  const std::int64_t a = std::max<std::int64_t>(whole(side), 1);
+  const std::int64_t b = std::max<std::int64_t>(whole(other), 1);
+  return canvas.height <= canvas.width ? Size{a, b} : Size{b, a};
+}
+
 // --- one sample ---
 
 struct Sample {
@@ -433,14 +457,38 @@ void erase(const Step& step, Sample& s) {
   }
 }
 
+// How samples find their partners, and what draws once.
+enum class Pairs : std::uint8_t { kByIds, kEach, kPair, kBatch };
+Pairs pairs_of(const Step& step) { return static_cast<Pairs>(whole(step.values[4])); }
+
+std::uint64_t bits_of(const PhiloxWords& w) {
+  return std::uint64_t{w.word[0]} | std::uint64_t{w.word[1]} << 32;
+}
+
+// What a sample is mixed by, in whatever order the samples come: itself, its pair or the batch.
+Source mixing_source(const Job& job, const Step& step, std::int64_t i) {
+  Source source{job.seed, job.epoch, static_cast<std::uint64_t>(job.ids[i])};
+  const Pairs pairs = pairs_of(step);
+  auto hash = [&](std::int64_t k) {
+    const Source of{job.seed, job.epoch, static_cast<std::uint64_t>(job.ids[k])};
+    return bits_of(of.words(Operation::kMixOrder, step.occurrence));
+  };
+  if (pairs == Pairs::kPair) source.id = hash(i) + hash(job.samples - 1 - i);
+  if (pairs == Pairs::kBatch) {
+    source.id = 0;
+    for (std::int64_t k = 0; k < job.samples; ++k) source.id += hash(k);
+  }
+  return source;
+}
+
 // Everything but the partner, which needs the batch. False: this sample is not mixed.
-bool mix(const Step& step, Sample& s) {
+bool mix(const Step& step, const Source& source, Sample& s) {
   const std::vector<double>& v = step.values;
   const std::uint32_t o = step.occurrence;
-  const PhiloxWords words = s.source.words(Operation::kMix, o);
+  const PhiloxWords words = source.words(Operation::kMix, o);
   if (!happens(words.word[0], v[0])) return false;
   const bool cut = happens(words.word[1], v[3]);
-  Stream stream(s.source, Operation::kMixWeight, o);
+  Stream stream(source, Operation::kMixWeight, o);
   const double weight = beta_variate(stream, cut ? v[2] : v[1]);
   if (!cut) {
     box(s.record + 10, 0, 0, s.canvas.width, s.canvas.height);
@@ -448,7 +496,7 @@ bool mix(const Step& step, Sample& s) {
     return true;
   }
   // Yun et al. 2019: a box of 1 - weight of the area around a random point, cut off at the edges.
-  const PhiloxWords place = s.source.words(Operation::kMixBox, o);
+  const PhiloxWords place = source.words(Operation::kMixBox, o);
   const std::int64_t x = choice(place.word[0], s.canvas.width);
   const std::int64_t y = choice(place.word[1], s.canvas.height);
   const double side = 0.5 * std::sqrt(1.0 - weight);
@@ -460,8 +508,23 @@ bool mix(const Step& step, Sample& s) {
   return s.record[10] < s.record[12] && s.record[11] < s.record[13];
 }
 
-// Every sample takes the next one in the order of hashes.
-void choose_partners(const Job& job, std::uint32_t occurrence, const std::vector<bool>& mixed) {
+void set_partner(const Job& job, std::int64_t i, std::int64_t partner, bool mixed) {
+  double* const record = job.records + i * kRecordSize;
+  if (mixed && partner != i) {
+    record[14] = static_cast<double>(partner);
+  } else {
+    box(record + 10, 0, 0, 0, 0);
+    record[15] = 1.0;
+  }
+}
+
+// Every sample takes the next one in the order of hashes, or the one as far from the batch's end.
+void choose_partners(const Job& job, const Step& step, const std::vector<bool>& mixed) {
+  if (pairs_of(step) != Pairs::kByIds) {
+    for (std::int64_t i = 0; i < job.samples; ++i)
+      set_partner(job, i, job.samples - 1 - i, mixed[static_cast<std::size_t>(i)]);
+    return;
+  }
   struct Place {
     std::uint64_t hash;
     std::int64_t id;
@@ -475,33 +538,28 @@ void choose_partners(const Job& job, std::uint32_t occurrence, const std::vector
   order.reserve(static_cast<std::size_t>(job.samples));
   for (std::int64_t i = 0; i < job.samples; ++i) {
     const Source source{job.seed, job.epoch, static_cast<std::uint64_t>(job.ids[i])};
-    const PhiloxWords w = source.words(Operation::kMixOrder, occurrence);
-    order.push_back({std::uint64_t{w.word[0]} | std::uint64_t{w.word[1]} << 32, job.ids[i], i});
+    order.push_back({bits_of(source.words(Operation::kMixOrder, step.occurrence)), job.ids[i], i});
   }
   std::sort(order.begin(), order.end());
   for (std::size_t k = 0; k < order.size(); ++k) {
     const std::int64_t i = order[k].index;
-    double* const record = job.records + i * kRecordSize;
-    if (order.size() > 1 && mixed[static_cast<std::size_t>(i)]) {
-      record[14] = static_cast<double>(order[(k + 1) % order.size()].index);
-    } else {
-      box(record + 10, 0, 0, 0, 0);
-      record[15] = 1.0;
-    }
+    set_partner(job, i, order[(k + 1) % order.size()].index, mixed[static_cast<std::size_t>(i)]);
   }
+}
+
+const Size& input_of(const Job& job, std::int64_t i) {
+  return job.inputs[job.inputs.size() > 1 ? static_cast<std::size_t>(i) : 0];
 }
 
 std::string text(const Size& size) {
   return "(" + std::to_string(size.height) + ", " + std::to_string(size.width) + ")";
 }
 
-}  // namespace
-
-Size output_size(const Job& job) {
-  Size canvas = job.input;
+Size output_size(const Job& job, const Source& source, Size canvas) {
   for (const Step& step : job.steps) {
-    if (step.kind == StepKind::kRoom) {
-      canvas = room_size(step, canvas);
+    if (step.kind == StepKind::kRoom || step.kind == StepKind::kSide) {
+      canvas =
+          step.kind == StepKind::kRoom ? room_size(step, canvas) : side_size(step, canvas, source);
       continue;
     }
     if (step.kind != StepKind::kWindow && step.kind != StepKind::kCenter &&
@@ -529,19 +587,42 @@ Size output_size(const Job& job) {
   return canvas;
 }
 
+}  // namespace
+
+Size output_size(const Job& job) {
+  bool random = false;
+  for (const Step& step : job.steps)
+    random = random || (step.kind == StepKind::kSide && step.values[0] != step.values[1]);
+  auto size_of = [&](std::int64_t i) {
+    const std::uint64_t id = job.samples > 0 ? static_cast<std::uint64_t>(job.ids[i]) : 0;
+    return output_size(job, Source{job.seed, job.epoch, id}, input_of(job, i));
+  };
+  const Size size = size_of(0);
+  for (std::int64_t i = 1; i < job.samples && (random || job.inputs.size() > 1); ++i) {
+    const Size other = size_of(i);
+    if (other.height != size.height || other.width != size.width) {
+      throw std::invalid_argument("images must be of one size in the end, got " + text(size) +
+                                  " and " + text(other) +
+                                  "; add a crop or a Resize to (height, width)");
+    }
+  }
+  return size;
+}
+
 void draw(const Job& job) {
   std::vector<bool> mixed(static_cast<std::size_t>(job.samples), false);
   const Step* mixing = nullptr;
   for (std::int64_t i = 0; i < job.samples; ++i) {
     const Source source{job.seed, job.epoch, static_cast<std::uint64_t>(job.ids[i])};
-    Sample s{source, job.records + i * kRecordSize, job.draws + i * kDrawsSize, job.input, {}};
+    const Size& input = input_of(job, i);
+    Sample s{source, job.records + i * kRecordSize, job.draws + i * kDrawsSize, input, {}};
     std::fill_n(s.record, kRecordSize, 0.0);
     std::fill_n(s.draws, kDrawsSize, 0.0);
     s.record[14] = -1.0;
     s.record[15] = 1.0;
     s.record[16] = s.record[21] = s.record[26] = 1.0;
     s.draws[1] = s.draws[2] = s.draws[13] = s.draws[14] = s.draws[15] = 1.0;
-    s.window(0.0, 0.0, static_cast<double>(job.input.width), static_cast<double>(job.input.height));
+    s.window(0.0, 0.0, static_cast<double>(input.width), static_cast<double>(input.height));
     for (const Step& step : job.steps) {
       switch (step.kind) {
         case StepKind::kAffine:
@@ -577,8 +658,12 @@ void draw(const Job& job) {
           break;
         }
         case StepKind::kMix:
-          mixed[static_cast<std::size_t>(i)] = mix(step, s);
+          mixed[static_cast<std::size_t>(i)] = mix(step, mixing_source(job, step, i), s);
           mixing = &step;
+          break;
+        case StepKind::kSide:
+          resize_window(0.0, 0.0, static_cast<double>(s.canvas.width),
+                        static_cast<double>(s.canvas.height), side_size(step, s.canvas, source), s);
           break;
         case StepKind::kRoom:
           make_room(step, s);
@@ -588,7 +673,7 @@ void draw(const Job& job) {
     const double matrix[] = {s.map.xx, s.map.xy, s.map.x1, s.map.yx, s.map.yy, s.map.y1};
     std::memcpy(s.record, matrix, sizeof matrix);
   }
-  if (mixing != nullptr) choose_partners(job, mixing->occurrence, mixed);
+  if (mixing != nullptr) choose_partners(job, *mixing, mixed);
 }
 
 }  // namespace fusereg::augment::params

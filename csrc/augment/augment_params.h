@@ -15,6 +15,7 @@
 //   center   the same in the middle
 //   resized  G: x -> x0 + (x + 1/2) w / W' - 1/2, a random window of w x h pixels made W' x H'
 //   whole    the same of the whole canvas
+//   side     as whole: of a random length of the shorter side, rounded as torchvision does
 //   room     G: p -> p + (c - c'), a canvas about the same center that holds the turned one
 //   color   brightness b, contrast c, saturation s: v' = c b (s I + (1 - s) gray) v + (1 - c)/2
 //   erase    a random box of the output
@@ -28,7 +29,9 @@
 // a sample's numbers are the same in any batch, at any place in it and on any processor.
 //
 // Partners depend on which samples are in the batch, but not on their order: samples are put in the
-// order of a hash of (seed, epoch, id), and each takes the next one, the last the first.
+// order of a hash of (seed, epoch, id), and each takes the next one, the last the first. Or the first
+// takes the last, the second the last but one, ..., and those that draw together draw by the hash of
+// all their ids.
 #pragma once
 
 #include <cstdint>
@@ -53,8 +56,9 @@ enum class StepKind {
   kErase,
   kMix,
   kRoom,
+  kSide,
 };
-inline constexpr int kStepKinds = 10;
+inline constexpr int kStepKinds = 11;
 
 // How many values a step of each kind has, and which:
 //   affine   probability; degrees from, to; +1 for counter-clockwise, -1 for clockwise;
@@ -71,9 +75,12 @@ inline constexpr int kStepKinds = 10;
 //   whole    height, width
 //   color   brightness from, to; contrast from, to; saturation from, to
 //   erase    probability; share of the area from, to; height / width from, to
-//   mix      probability; MixUp's alpha; CutMix's alpha; share of CutMix
+//   mix      probability; MixUp's alpha; CutMix's alpha; share of CutMix; pairs: 0 by ids, or sample
+//            i with n - 1 - i, where 1: each draws, 2: each pair draws once, 3: the batch does
 //   room     degrees from, to: every one of them fits
-inline constexpr int kStepValues[kStepKinds] = {22, 2, 7, 3, 6, 2, 6, 5, 4, 2};
+//   side     shorter side from, to (both possible; 0: as long as the longer one allows); the most
+//            that the longer side may have, 0 for no limit
+inline constexpr int kStepValues[kStepKinds] = {22, 2, 7, 3, 6, 2, 6, 5, 5, 2, 3};
 
 struct Step {
   StepKind kind = StepKind::kAffine;
@@ -92,14 +99,14 @@ struct Job {
   std::uint32_t epoch = 0;
   const std::int64_t* ids = nullptr;
   std::int64_t samples = 0;
-  Size input;
+  std::vector<Size> inputs;      // of each sample, or one for all
   double* records = nullptr;     // [samples, kRecordSize]
   double* draws = nullptr;       // [samples, kDrawsSize]
   std::int64_t* keys = nullptr;  // [samples, 2]: of the noise in erased boxes
 };
 
-// The size that the steps make of the input, whatever is drawn. Throws std::invalid_argument where
-// a window does not fit.
+// The size that the steps make of the inputs. Throws std::invalid_argument where a window does not
+// fit, or where samples end in several sizes.
 Size output_size(const Job& job);
 
 void draw(const Job& job);

@@ -48,13 +48,16 @@ void scatter_block(const Job& job, const Frame& f, const Place16& place, std::in
   const Images& grad_x = job.grad_x;
   const float* from = static_cast<const float*>(job.y.data) + f.sample * job.y.sample +
                       row * job.y.row + first * job.y.pixel;
-  float* const to = static_cast<float*>(grad_x.data) + f.sample * grad_x.sample;
+  // From the view to the image.
+  const std::int64_t top = f.view.top;
+  float* const to =
+      static_cast<float*>(grad_x.data) + f.sample * grad_x.sample + f.view.left * grad_x.pixel;
   for (int i = 0; i < count; ++i, from += job.y.pixel) {
     float g[kThree ? 3 : kMaxChannels];
     for (int c = 0; c < channels; ++c)
       g[c] = from[c * job.y.channel] * static_cast<float>(job.scale[c]);
     for (int j = 0; j < kTaps; ++j) {
-      const std::int64_t y = ys[i] + j;
+      const std::int64_t y = top + ys[i] + j;
       if (wy[j][i] == 0.0f || y < row_begin || y >= row_end) continue;
       float* at = to + y * grad_x.row + xs[i] * grad_x.pixel;
       for (int k = 0; k < kTaps; ++k, at += grad_x.pixel) {

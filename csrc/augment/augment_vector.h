@@ -49,7 +49,8 @@ FUSEREG_INLINE Floats cubic_of(Floats before, Floats center, Floats next, Floats
 // --- a sample ---
 // What a record says, worked out once for many rows.
 struct Frame {
-  const double* m;
+  View view;
+  const double* m;  // the view's
   const double* record;
   std::int64_t sample;
   int bits;
@@ -66,7 +67,8 @@ bool is_whole(double v) { return within_reach(v) == v && floor_of(v) == v; }
 void make_frame(const Job& job, std::int64_t sample, Frame& f) {
   f.sample = sample;
   f.record = job.records + sample * kRecord;
-  f.m = f.record;
+  view_of(job, job.x, sample, f.view);
+  f.m = f.view.m;
   f.bits = fraction_bits(f.m[0], f.m[3]);
   f.least_x = f.most_x = f.least_y = f.most_y = 0;
   for (int i = 0; i < kBlock; ++i) {
@@ -110,6 +112,7 @@ struct Source {
   const T* data;
   std::int64_t channel;
   std::int32_t row, pixel, w, h;
+  FillMode mode;
 };
 
 // --- interpolation ---
@@ -157,11 +160,11 @@ void part_by_taps(const Job& job, const Source<T>& x, const Spot& s, float* out)
   Folded column[kTaps];
   for (int i = 0; i < kTaps; ++i) {
     const Ints px = s.x + (i - kBefore);
-    column[i] = kChecked ? folded(px, x.w, job.fill_mode) : Folded{px, ~Ints{}};
+    column[i] = kChecked ? folded(px, x.w, x.mode) : Folded{px, ~Ints{}};
   }
   for (int j = 0; j < kTaps; ++j) {
     const Ints py = s.y + (j - kBefore);
-    const Folded line = kChecked ? folded(py, x.h, job.fill_mode) : Folded{py, ~Ints{}};
+    const Folded line = kChecked ? folded(py, x.h, x.mode) : Folded{py, ~Ints{}};
     for (int i = 0; i < kTaps; ++i) {
       store_ints(at[j][i], line.at * x.row + column[i].at * x.pixel);
       inside[j][i] = line.inside & column[i].inside;
@@ -348,15 +351,14 @@ inline constexpr std::int32_t kHalfBit = kHow == Interpolation::kNearest ? 1 : 0
 // Where the blocks of a row from column `first` on are. In a pass of its own: each takes long from
 // its first operation to its last, and nothing waits for it here.
 template <Interpolation kHow>
-void find_blocks(const Job& job, const Frame& f, std::int64_t row, std::int64_t first, int count,
-                 Place16* places) {
+void find_blocks(const Frame& f, std::int64_t row, std::int64_t first, int count, Place16* places) {
   constexpr int kBefore = kHow == Interpolation::kBicubic ? 1 : 0;
   constexpr int kAfter = kHow == Interpolation::kNearest    ? 0
                          : kHow == Interpolation::kBilinear ? 1
                                                             : 2;
   const std::int32_t half = (kHalfBit<kHow> << f.bits) >> 1;
-  const auto w = static_cast<std::int32_t>(job.x.w);
-  const auto h = static_cast<std::int32_t>(job.x.h);
+  const auto w = static_cast<std::int32_t>(f.view.x.w);
+  const auto h = static_cast<std::int32_t>(f.view.x.h);
   const double row_x = row_start(f.m, row);
   const double row_y = row_start(f.m + 3, row);
   for (int i = 0; i < count; ++i, first += kBlock) {
@@ -372,7 +374,7 @@ void find_blocks(const Job& job, const Frame& f, std::int64_t row, std::int64_t 
     Where where = Where::kPartly;
     if (left >= 0 && top >= 0 && right < w && bottom < h) {
       where = bottom < h - 1 || right < w - 1 ? Where::kInside : Where::kAtEnd;
-    } else if (job.fill_mode == FillMode::kConstant &&
+    } else if (f.view.mode == FillMode::kConstant &&
                (right < 0 || bottom < 0 || left >= w || top >= h)) {
       where = Where::kOutside;
     }
@@ -384,12 +386,14 @@ void find_blocks(const Job& job, const Frame& f, std::int64_t row, std::int64_t 
 template <class T, Interpolation kHow>
 FUSEREG_INLINE void warp_block(const Job& job, const Frame& f, const Place16& place,
                                std::int64_t row, std::int64_t first, float* out) {
-  const Source<T> x = {static_cast<const T*>(job.x.data) + f.sample * job.x.sample,
-                       job.x.channel,
-                       static_cast<std::int32_t>(job.x.row),
-                       static_cast<std::int32_t>(job.x.pixel),
-                       static_cast<std::int32_t>(job.x.w),
-                       static_cast<std::int32_t>(job.x.h)};
+  const Images& image = f.view.x;
+  const Source<T> x = {static_cast<const T*>(image.data) + f.view.offset,
+                       image.channel,
+                       static_cast<std::int32_t>(image.row),
+                       static_cast<std::int32_t>(image.pixel),
+                       static_cast<std::int32_t>(image.w),
+                       static_cast<std::int32_t>(image.h),
+                       f.view.mode};
   if (f.copies && copy_block(job, f, x, row, first, out)) return;
   const std::int32_t half = (kHalfBit<kHow> << f.bits) >> 1;
   auto spot = [&](int p) { return spot_of(f, place.start, p, half); };

@@ -98,8 +98,8 @@ void set_options(Job& job, const Options& o, const std::int64_t (&sizes)[4], con
   job.c = static_cast<int>(sizes[1]);
   if (o.interpolation < 0 || o.interpolation > 2)
     throw py::value_error(where(op, "interpolation") + " must be 0, 1 or 2");
-  if (o.fill_mode < 0 || o.fill_mode > 4)
-    throw py::value_error(where(op, "fill_mode") + " must be within 0 and 4");
+  if (o.fill_mode < 0 || o.fill_mode > 5)
+    throw py::value_error(where(op, "fill_mode") + " must be within 0 and 5");
   job.interpolation = static_cast<Interpolation>(o.interpolation);
   job.fill_mode = static_cast<FillMode>(o.fill_mode);
   job.antialias = o.antialias && job.interpolation != Interpolation::kNearest;
@@ -162,6 +162,47 @@ int augment_forward(const py::object& y, const py::object& x, const py::object& 
   return kDone;
 }
 
+// The same with an image [1, C, H, W] for each sample, of several sizes, on the CPU.
+int augment_forward_list(const py::object& y, const py::sequence& images, const py::object& records,
+                         const py::object& keys, int interpolation, bool antialias, int fill_mode,
+                         bool color, const std::vector<double>& fill,
+                         const std::vector<double>& scale, const std::vector<double>& shift,
+                         const std::vector<double>& erase, bool erase_noise, const char* op) {
+  Forward job;
+  Device device;
+  std::int64_t y_sizes[4];
+  std::vector<Images> each(images.size());
+  if (!read_images(y, job.y, y_sizes, device) || device.type != kDLCPU) return kNeedsPreparation;
+  if (y_sizes[0] != static_cast<std::int64_t>(each.size()))
+    throw py::value_error(where(op, "images") + " must be as many as y's batch has samples");
+  for (std::size_t i = 0; i < each.size(); ++i) {
+    std::int64_t sizes[4];
+    Device own;
+    if (!read_images(images[i], each[i], sizes, own) || own != device) return kNeedsPreparation;
+    if (each[i].type != each[0].type || each[i].channels_last != each[0].channels_last)
+      return kNeedsPreparation;
+    if (sizes[0] != 1 || sizes[1] != y_sizes[1] || sizes[2] == 0 || sizes[3] == 0) {
+      throw py::value_error(where(op, "images") +
+                            " must have the shape (1, C, H, W), y's channels and pixels");
+    }
+    job.x.h = std::max(job.x.h, each[i].h);
+    job.x.w = std::max(job.x.w, each[i].w);
+  }
+  if (each.empty() || y_sizes[1] == 0 || job.y.h == 0 || job.y.w == 0) return kDone;
+  const std::int64_t sizes[4] = {y_sizes[0], y_sizes[1], job.x.h, job.x.w};
+  job.x.type = each[0].type;
+  job.x.channels_last = each[0].channels_last;
+  job.x.channel = each[0].channels_last ? 1 : job.x.h * job.x.w;
+  job.x.row = each[0].channels_last ? job.x.w * sizes[1] : job.x.w;
+  job.x.pixel = each[0].pixel;
+  job.each = each.data();
+  const Options options{interpolation, antialias, fill_mode, color,      fill,
+                        scale,         shift,     erase,     erase_noise};
+  set_options(job, options, sizes, device, records, keys, op);
+  run_job(job, device, job.n * job.c * job.y.h * job.y.w);
+  return kDone;
+}
+
 int augment_backward(const py::object& grad_x, const py::object& grad_y, const py::object& x,
                      const py::object& records, int interpolation, bool antialias, int fill_mode,
                      bool color, const std::vector<double>& fill, const std::vector<double>& scale,
@@ -214,6 +255,9 @@ void bind(py::module_& m) {
   m.def("augment_forward", &augment_forward, arg("y"), arg("x"), arg("records"), arg("keys"),
         arg("interpolation"), arg("antialias"), arg("fill_mode"), arg("color"), arg("fill"),
         arg("scale"), arg("shift"), arg("erase"), arg("erase_noise"), op_argument());
+  m.def("augment_forward_list", &augment_forward_list, arg("y"), arg("images"), arg("records"),
+        arg("keys"), arg("interpolation"), arg("antialias"), arg("fill_mode"), arg("color"),
+        arg("fill"), arg("scale"), arg("shift"), arg("erase"), arg("erase_noise"), op_argument());
   m.def("augment_backward", &augment_backward, arg("grad_x"), arg("grad_y"), arg("x"),
         arg("records"), arg("interpolation"), arg("antialias"), arg("fill_mode"), arg("color"),
         arg("fill"), arg("scale"), arg("shift"), arg("erase"), op_argument());

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "augment/augment_params.h"
@@ -54,8 +55,9 @@ std::int64_t* integers(const py::object& tensor, std::int64_t numel, const char*
 // Fills records [n, 28], draws [n, 16] and keys [n, 2]; gives the output's (height, width).
 std::tuple<std::int64_t, std::int64_t> augment_params(
     const py::object& records, const py::object& draws, const py::object& keys,
-    const py::object& ids, const py::object& seed, std::uint32_t epoch, std::int64_t height,
-    std::int64_t width, const std::vector<StepTuple>& steps, const char* op) {
+    const py::object& ids, const py::object& seed, std::uint32_t epoch,
+    const std::vector<std::pair<std::int64_t, std::int64_t>>& sizes,
+    const std::vector<StepTuple>& steps, const char* op) {
   RawView id_view;
   if (!read_raw(ids, id_view)) {
     throw py::value_error(where(op, "ids") + " must be a contiguous int64 tensor on the CPU");
@@ -69,7 +71,10 @@ std::tuple<std::int64_t, std::int64_t> augment_params(
   job.steps = read_steps(steps, op);
   job.seed = bits_argument(seed, op, "seed");
   job.epoch = epoch;
-  job.input = {height, width};
+  for (const auto& [height, width] : sizes) job.inputs.push_back({height, width});
+  if (sizes.empty() ||
+      (sizes.size() != 1 && static_cast<std::int64_t>(sizes.size()) != job.samples))
+    throw py::value_error(where(op, "sizes") + " must be one, or one for each sample");
   params::Size size;
   try {
     size = params::output_size(job);
@@ -96,7 +101,7 @@ void bind_params(py::module_& m) {
   m.attr("AUGMENT_RECORD") = params::kRecordSize;
   m.attr("AUGMENT_DRAWS") = params::kDrawsSize;
   m.def("augment_params", &augment_params, arg("records"), arg("draws"), arg("keys"), arg("ids"),
-        arg("seed"), arg("epoch"), arg("height"), arg("width"), arg("steps"), op_argument());
+        arg("seed"), arg("epoch"), arg("sizes"), arg("steps"), op_argument());
   m.def("augment_elementary", &augment_elementary, arg("x"));
 }
 

@@ -416,6 +416,22 @@ def augment_forward(
     erase_noise: bool,
     op: str,
 ) -> int: ...
+def augment_forward_list(
+    y: torch.Tensor,
+    images: Sequence[torch.Tensor],
+    records: torch.Tensor,
+    keys: torch.Tensor | None,
+    interpolation: int,
+    antialias: bool,
+    fill_mode: int,
+    color: bool,
+    fill: Sequence[float],
+    scale: Sequence[float],
+    shift: Sequence[float],
+    erase: Sequence[float],
+    erase_noise: bool,
+    op: str,
+) -> int: ...
 def augment_backward(
     grad_x: torch.Tensor,
     grad_y: torch.Tensor,
@@ -462,8 +478,7 @@ def augment_params(
     ids: torch.Tensor,
     seed: int,
     epoch: int,
-    height: int,
-    width: int,
+    sizes: Sequence[tuple[int, int]],
     steps: Sequence[tuple[int, int, list[float]]],
     op: str,
 ) -> tuple[int, int]: ...

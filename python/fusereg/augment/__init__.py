@@ -9,6 +9,7 @@ transforms.py, compose.py and fuse.py the transforms and their fusion, torchvisi
 of torchvision's, conventions.py the conventions of other libraries.
 """
 
+from . import recipes as recipes
 from . import torchvision as torchvision  # adds itself to compose.converters
 from .augment import Augment
 from .compose import Compose, Transform
@@ -59,6 +60,7 @@ __all__ = [
     "erase",
     "mix",
     "mix_labels",
+    "recipes",
     "resize",
     "warp_affine",
 ]

@@ -18,6 +18,8 @@ Size: TypeAlias = int | Sequence[int]
 
 INTERPOLATIONS = {"nearest": 0, "bilinear": 1, "bicubic": 2}
 FILL_MODES = {"constant": 0, "border": 1, "reflect": 2, "symmetric": 3, "wrap": 4}
+#: With what a pass may have: of crops that are resized, the border of the window that was cropped.
+FILLS = {**FILL_MODES, "window": 5}
 
 
 def is_sequence(value: object) -> TypeGuard[Sequence[object]]:

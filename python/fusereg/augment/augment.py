@@ -205,7 +205,7 @@ class Augment(Chain):
         plain.check_out_dtype(out_dtype, op)
         erase_value, erase_noise = ((0.0,), False) if erasing is None else erasing.fill()
         self._settings = replace(
-            plain.repeat_edge()
+            (plain.crop_first() if self.crop == "resized" else plain.repeat_edge())
             if affine.is_identity and self.crop in ("resized", "none")
             else plain,
             color=colored,
@@ -214,6 +214,7 @@ class Augment(Chain):
             erase_noise=erase_noise,
             mixed=mixing is not None,
             num_classes=None if mixing is None else mixing.num_classes,
+            label_smoothing=0.0 if mixing is None else mixing.label_smoothing,
         )
         crops: dict[str, Step] = {
             "random": RandomWindow(self.size, larger=LARGER_ANYWHERE),
@@ -334,9 +335,9 @@ class Augment(Chain):
         A sample is an image [C, H, W] (a tensor, or an image of PIL or NumPy), a tuple that starts
         with image and target, or a mapping with a key such as "image" or "pixel_values"; those of
         :class:`WithIds` also carry their ids. torchvision's types stay; boxes become a list of N.
-        Images may differ in size where nothing is mixed.
+        Images may differ in size: on the CPU they are one call of the kernel.
         """
-        return collate(self, self._settings.mixed, samples)
+        return collate(self, samples)
 
 
 def affine_step(

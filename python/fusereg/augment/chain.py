@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor
 from . import op as _ops
 from .arguments import check_memory_format
 from .inputs import Batch
+from .labels import rewrap, unwrap
 from .loop import Called, CallParams, call, size_after
 from .params import AugmentParams
-from .render import Settings, render
+from .render import Settings, render, render_several
 from .seeded import Keys, SeededModule
-from .steps import VALUES, Encoded, Later, at_size
-from .targets import Look, Targets, rules_of
+from .steps import VALUES, Encoded, Later, at_size, ends_alike
+from .targets import Look, Targets, Unstacked, rules_of
+from .tree import batch_tree, kind_of, leaves_of, stack
 
 Size: TypeAlias = tuple[int, int]
 #: What a pass has drawn; where the images differ in size, for each of them.
@@ -47,13 +49,15 @@ class Unit:
     def look(self) -> Look:
         """Return what targets see."""
         s = self.settings
+        edge = "constant" if s.antialias else "border"
         return Look(
-            s.fill_mode,
+            edge if s.fill_mode == "window" else s.fill_mode,
             self.mask_fill,
             s.interpolation,
             s.antialias,
             s.mixed,
             s.num_classes,
+            s.label_smoothing,
             any(isinstance(step, Later) or step[0] not in VALUES for step in self.steps),
         )
 
@@ -181,6 +185,14 @@ class Chain(SeededModule):
             )
         return x, found
 
+    def finished(self, found: Targets) -> Any:
+        """Return the targets as they are in the end."""
+        return found.finish()
+
+    def restored(self, y: Tensor, like: Tensor) -> Any:
+        """Return the result for a list of images of the type of one of them."""
+        return rewrap(y, like)
+
     def _each(
         self,
         units: list[tuple[int, Unit]],
@@ -193,12 +205,25 @@ class Chain(SeededModule):
     ) -> tuple[Tensor, Targets | None]:
         """Run passes for images of several sizes, one by one up to a pass that mixes them."""
         op = self._op
+        while units and units[0][1].idle:
+            units, given = units[1:], given and given[1:]
+        unit = units[0][1] if units else None
+        if (
+            unit is not None
+            and unit.called is None
+            and keys is not None
+            and frames == 1
+            and ends_alike(unit.steps)
+            and _ops.one_call(images)
+        ):
+            x, found = self._together(unit, images, trees, found, keys, len(units) == 1)
+            return self._some(units[1:], x, frames, found, keys, None, None)
         stop = next((i for i, (_, u) in enumerate(units) if u.settings.mixed), len(units))
         if found is not None and trees is None:
             trees = found.split(False)
         results, moved = [], []
         for i, image in enumerate(images):
-            x = image if frames > 1 else image[None]
+            x = image if image.dim() == 4 else image[None]
             one = None
             if found is not None and trees is not None:
                 one = found.of_one(trees[i], (x.shape[-2], x.shape[-1]))
@@ -219,3 +244,65 @@ class Chain(SeededModule):
             found = found.joined(moved, (x.shape[-2], x.shape[-1]))
         rest = None if given is None else given[stop:]
         return self._some(units[stop:], x, frames, found, keys, rest, None)
+
+    def _together(
+        self,
+        unit: Unit,
+        images: list[Tensor],
+        trees: list[Any] | None,
+        found: Targets | None,
+        keys: Keys,
+        last: bool,
+    ) -> tuple[Tensor, Targets | None]:
+        """Run a pass for images of several sizes by one call of the kernel."""
+        op = self._op
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        params = keys.draw(unit.steps, sizes, op)  # type: ignore[arg-type]  # no Later
+        look = unit.look()
+        if found is not None and trees is None and not found.any_types():
+            found.move(params, look)
+        elif found is not None:
+            if look.mixed:
+                raise ValueError(
+                    f"fusereg.{op}: images must be of one size to be mixed, with targets that move"
+                )
+            moved = []
+            for i, tree in enumerate(found.split(False) if trees is None else trees):
+                one = found.of_one(tree, sizes[i])
+                one.move(replace(params[i], input_size=sizes[i]), look)
+                moved.append(one.whole()[0])
+            found = found.joined(moved, params.size)
+        x = render_several(
+            images,
+            params,
+            unit.settings,
+            op,
+            out_dtype=(self.out_dtype or unit.dtype) if last else unit.dtype,
+            keep_dtype=self._keep_dtype,
+            memory_format=self.memory_format,
+        )
+        return x, found
+
+    def run_several(
+        self, images: list[Tensor], targets: list[Any] | None, keys: dict[str, Any]
+    ) -> tuple[Tensor, Targets | None]:
+        """Run all passes for images, or clips, of several sizes, with targets of each or none.
+
+        ``keys`` are those of :meth:`forward`.
+        """
+        n = len(images)
+        drawn = self._keys(n, keys.get("sample_ids"), None, keys.get("view"))
+        units = list(enumerate(self._units()))
+        mixed = any(unit.settings.mixed for _, unit in units)
+        flat = [unwrap(image) for image in images]
+        frames = flat[0].shape[0] if flat[0].dim() == 4 else 1
+        found: Targets | None = None
+        trees = targets
+        if targets is not None:
+            if any(kind_of(leaf) not in ("", "Tensor") for leaf in leaves_of(targets)):
+                found = Unstacked(n, self.rules, self._op, mixed)
+            else:
+                size = (flat[0].shape[-2], flat[0].shape[-1])
+                tree = batch_tree(stack(targets))
+                found, trees = Targets(tree, n, size, self.rules, self._op, mixed), None
+        return self._each(units, flat, trees, frames, found, drawn, None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .arguments import flag, is_sequence
 from .chain import Chain, PassParams, Unit
 from .fuse import Pass, Plan, Stage, fuse
-from .inputs import batch_of
+from .inputs import Batch, batch_of
 from .loading import collate
 from .loop import Called
 from .steps import Encoded, encode
@@ -129,12 +129,20 @@ class Passes(Chain):
         y = batch.restore(y, self._types)
         if found is None:
             return y
-        moved = found.finish(self._types == "pure", self._cast)
+        moved = self.finished(found)
         return y, moved[0] if single else moved
+
+    def finished(self, found: Targets) -> Any:
+        """Return the targets as they are in the end."""
+        return found.finish(self._types == "pure", self._cast)
+
+    def restored(self, y: Tensor, like: Tensor) -> Any:
+        """Return the result for a list of images of the type of one of them."""
+        return Batch(y, 1, like, False).restore(y, self._types)
 
     def collate(self, samples: Sequence[Any]) -> Any:
         """Stack samples and transform them, as :meth:`fusereg.augment.Augment.collate`."""
-        return collate(self, self._mixed, samples)
+        return collate(self, samples)
 
 
 class Transform(Passes):

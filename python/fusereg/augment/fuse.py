@@ -15,8 +15,10 @@ from .steps import (
     LARGER_IS_AN_ERROR,
     CenterWindow,
     ExpandCanvas,
+    Flip,
     Padded,
     RandomWindow,
+    ResizedWindow,
     ShortSide,
     Step,
 )
@@ -39,9 +41,10 @@ class Stage:
         may_fill: fills where its window is larger than the canvas.
         half_pixels: reads half a pixel outside the canvas, where the edge is repeated.
         interpolation, antialias, fill_mode, fill: of a stage that resamples or fills.
+        floors: "nearest" takes the pixel at the place of the output pixel's corner.
         normal: the normalization.
         erases, erase, erase_noise: of erased boxes.
-        mixes, num_classes: of MixUp and CutMix.
+        mixes, num_classes, label_smoothing: of MixUp and CutMix.
         mask_fill: the fill of masks, where it is not that of the chain.
         dtype: of the result.
         types: what becomes of torchvision's types: "image" or "pure"; empty: they stay.
@@ -57,6 +60,7 @@ class Stage:
     half_pixels: bool = False
     interpolation: str = "bilinear"
     antialias: bool = False
+    floors: bool = False
     fill_mode: str = "constant"
     fill: tuple[float, ...] = (0.0,)
     normal: Normalization | None = None
@@ -65,6 +69,7 @@ class Stage:
     erase_noise: bool = False
     mixes: bool = False
     num_classes: int | None = None
+    label_smoothing: float = 0.0
     mask_fill: float | None = None
     dtype: torch.dtype | None = None
     types: str = ""
@@ -152,6 +157,7 @@ class Pass:
             if s.resamples:
                 values["interpolation"] = s.interpolation
                 values["antialias"] = values.get("antialias", False) or s.antialias
+                values["floors"] = s.floors
             if s is filler:
                 values.update(fill_mode=s.fill_mode, fill=s.fill)
                 values["fill_normalized"] = normalized and s.fill_mode == "constant"
@@ -163,8 +169,22 @@ class Pass:
                 values["erase_before"] = not normalized
             if s.mixes:
                 values.update(mixed=True, num_classes=s.num_classes)
+                values["label_smoothing"] = s.label_smoothing
         settings = Settings(**values)
-        return settings if filler else settings.repeat_edge()
+        if filler:
+            return settings
+        return settings.crop_first() if self._crops_first() else settings.repeat_edge()
+
+    def _crops_first(self) -> bool:
+        """Return whether a resized crop comes last, and is of whole pixels of the image."""
+        steps = [step for s in self.stages if s.geometric for step in s.steps]
+        still = [step for step in steps if not isinstance(step, Flip)]
+        whole = (RandomWindow, CenterWindow)
+        return (
+            bool(still)
+            and isinstance(still[-1], ResizedWindow)
+            and all(isinstance(step, whole) for step in still[:-1])
+        )
 
     def refuses(self, new: Stage, exact: bool) -> str:
         """Return why a stage cannot join the pass, or an empty string if it can."""
@@ -199,8 +219,11 @@ class Pass:
         )
 
     def _refuses_geometry(self, new: Stage, exact: bool) -> str:
-        if any(isinstance(step, (ShortSide, Padded)) for step in new.steps) and self._last(
-            lambda s: any(isinstance(step, ExpandCanvas) for step in s.steps)
+        if any(isinstance(step, Padded) for step in new.steps) and self._last(
+            lambda s: any(
+                isinstance(step, ExpandCanvas) or (isinstance(step, ShortSide) and step.is_random)
+                for step in s.steps
+            )
         ):
             return f"the size of {new.name} depends on that of the images before it"
         other = self._last(lambda s: s.resamples)
@@ -210,6 +233,8 @@ class Pass:
                     f"{new.name} reads by {new.interpolation}, "
                     f"{other.name} by {other.interpolation}"
                 )
+            if other.floors != new.floors:
+                return f"{new.name} and {other.name} round places in different ways"
             if exact:
                 return f"{other.name} and {new.name} resample, and exact=True keeps both"
         filler = self._last(lambda s: s.fills)

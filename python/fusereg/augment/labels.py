@@ -16,7 +16,11 @@ __all__ = ["MixedLabels", "mix_labels"]
 
 
 def mix_labels(
-    labels: Tensor, params: AugmentParams, num_classes: int | None = None, op: str = "mix_labels"
+    labels: Tensor,
+    params: AugmentParams,
+    num_classes: int | None = None,
+    op: str = "mix_labels",
+    label_smoothing: float = 0.0,
 ) -> Tensor | MixedLabels:
     """Mix labels as ``params`` mixes the images.
 
@@ -26,6 +30,8 @@ def mix_labels(
         labels: [N] class indices, or [N, K] probabilities (such as one-hot rows).
         params: the parameters that mixed the images.
         num_classes: K, for class indices.
+        op: for errors.
+        label_smoothing: s, with which labels are first l (1 - s) + s / K; with ``num_classes``.
 
     Returns:
         [N, K] float32 (or the dtype of floating probabilities); for class indices without
@@ -49,7 +55,7 @@ def mix_labels(
             )
         soft = labels if labels.is_floating_point() else labels.float()
         w = weight.to(soft.dtype)[:, None]
-        return soft * w + soft[other] * (1 - w)
+        return _smooth(soft * w + soft[other] * (1 - w), label_smoothing)
     if labels.is_floating_point() or labels.dtype is torch.bool:
         raise TypeError(
             f"fusereg.{op}: class indices must be integers, got {labels.dtype} (give other values "
@@ -65,7 +71,12 @@ def mix_labels(
             f"fusereg.{op}: class indices must be within [0, {num_classes}), "
             f"got {int(a.min())} to {int(a.max())}"
         )
-    return pair.soft(num_classes)
+    return _smooth(pair.soft(num_classes), label_smoothing)
+
+
+def _smooth(soft: Tensor, amount: float) -> Tensor:
+    """Return probabilities of which all classes get a share alike; mixing first is the same."""
+    return soft * (1 - amount) + amount / soft.shape[1] if amount else soft
 
 
 # --- torchvision's tv_tensors, where they are in use ---

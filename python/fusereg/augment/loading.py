@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 
 from .inputs import image_tensor
 from .labels import rewrap, unwrap
-from .tree import Columns, kind_of, stack
+from .tree import batch_tree, kind_of, stack
 
 __all__ = ["WithIds"]
 
@@ -106,7 +106,7 @@ class _SampleWithId:
     total: int
 
 
-def collate(augment: Any, mixed: bool, samples: Sequence[Any]) -> Any:
+def collate(augment: Any, samples: Sequence[Any]) -> Any:
     """Stack the samples of a dataset and augment them."""
     op = augment._op
     keys: dict[str, Any] = {}
@@ -117,7 +117,7 @@ def collate(augment: Any, mixed: bool, samples: Sequence[Any]) -> Any:
         keys["view"] = augment._occurrences_in_epoch(ids, views, samples[0].total)
         samples = [s.sample for s in samples]
     images, targets, put = _parted(samples, op)
-    moved = _augmented(augment, mixed, images, targets, keys)
+    moved = _augmented(augment, images, targets, keys)
     return put(*moved)
 
 
@@ -161,31 +161,13 @@ def _images(images: list[Any], op: str) -> list[Tensor]:
 
 
 def _augmented(
-    augment: Any, mixed: bool, images: list[Tensor], targets: list[Any] | None, keys: dict[str, Any]
+    augment: Any, images: list[Tensor], targets: list[Any] | None, keys: dict[str, Any]
 ) -> tuple[Tensor, Any]:
-    op = augment._op
     if all(image.shape == images[0].shape for image in images):
         x = rewrap(torch.stack([unwrap(image) for image in images]), images[0])
         if targets is None:
             return augment(x, **keys), None
-        y, moved = augment(x, _tree(stack(targets)), **keys)
+        y, moved = augment(x, batch_tree(stack(targets)), **keys)
         return y, moved
-    if mixed:
-        raise ValueError(f"fusereg.{op}.collate: images must be of one size to be mixed")
-    results, trees = [], []
-    for i, image in enumerate(images):
-        own = {name: values[i : i + 1] for name, values in keys.items()}
-        x = rewrap(unwrap(image)[None], image)
-        if targets is None:
-            results.append(augment(x, **own))
-        else:
-            y, tree = augment(x, [targets[i]], **own)
-            results.append(y)
-            trees.append(tree[0])
-    y = rewrap(torch.cat([unwrap(r) for r in results]), results[0])
-    return y, None if targets is None else stack(trees)
-
-
-def _tree(targets: Any) -> Any:
-    """Return the targets of a batch: of a list of columns, labels in the first are mixed."""
-    return Columns(targets) if isinstance(targets, list) else targets
+    y, found = augment.run_several(images, targets, keys)
+    return augment.restored(y, images[0]), None if found is None else augment.finished(found)

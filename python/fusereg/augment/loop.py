@@ -17,7 +17,7 @@ from .inputs import image_tensor, pil_image
 from .labels import tv_tensors, unwrap
 from .seeded import mix_bits
 from .targets import Targets, area, corners_of
-from .tree import kind_of, plain
+from .tree import kind_of, leaves_of, plain
 
 #: torchvision's transforms that change values alone.
 _VALUES_ONLY = {
@@ -222,15 +222,18 @@ def _with_targets(
 ) -> tuple[Any, Any]:
     """Call a transform with an image and its targets, and keep count of what is left of boxes."""
     assert found is not None
+    if isinstance(tree, list) and len(tree) == 1:  # the rest of a sample (image, target)
+        y, moved = _with_targets(called, image, tree[0], found)
+        return y, [moved]
     if not found.rules.min_visibility:
         y, moved = called.function(image, tree)
         return y, moved
-    boxes = [leaf for leaf in _leaves(tree) if kind_of(leaf) == "BoundingBoxes"]
+    boxes = [leaf for leaf in leaves_of(tree) if kind_of(leaf) == "BoundingBoxes"]
     modes = [b.clamping_mode for b in boxes]
     for b in boxes:
         b.clamping_mode = None
     y, moved = called.function(image, tree)
-    after = [leaf for leaf in _leaves(moved) if kind_of(leaf) == "BoundingBoxes"]
+    after = [leaf for leaf in leaves_of(moved) if kind_of(leaf) == "BoundingBoxes"]
     for old, mode in zip(boxes, modes, strict=True):
         old.clamping_mode = mode
     if len(after) != len(boxes):
@@ -246,14 +249,6 @@ def _with_targets(
         new.fusereg_visible = left * getattr(old, "fusereg_visible", 1.0)
         _clamp(new, cut)
     return y, moved
-
-
-def _leaves(tree: Any) -> list[Any]:
-    if isinstance(tree, dict):
-        return [leaf for value in tree.values() for leaf in _leaves(value)]
-    if isinstance(tree, (list, tuple)):
-        return [leaf for value in tree for leaf in _leaves(value)]
-    return [tree]
 
 
 def _clamp(boxes: Any, cut: Tensor) -> None:

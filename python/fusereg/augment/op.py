@@ -280,6 +280,42 @@ def apply(
     return call(augment, x, (records, keys, *target, *options, op), target, op, out)
 
 
+def one_call(images: Sequence[Tensor]) -> bool:
+    """Return whether images [C, H, W] of several sizes can be done by one call of the kernel."""
+    first = images[0]
+    return all(
+        type(x) is Tensor
+        and x.dim() == 3
+        and x.is_cpu
+        and x.numel() > 0
+        and (x.dtype, x.shape[0]) == (first.dtype, first.shape[0])
+        and not (x.requires_grad and torch.is_grad_enabled())
+        for x in images
+    ) and dispatch.direct(first)
+
+
+def apply_several(
+    like: Tensor,
+    images: Sequence[Tensor],
+    records: Tensor,
+    keys: Tensor | None,
+    target: Target,
+    options: Options,
+    op: str,
+) -> Tensor:
+    """Return the result of the pass for images [1, C, H, W] of several sizes.
+
+    ``like`` has the shape, dtype and device of a batch of them.
+    """
+    y = target.empty(like)
+    arguments = (records, keys, *options, keys is not None, op)
+    if _C.augment_forward_list(y, images, *arguments) != 0:
+        images = [x.detach().resolve_neg().contiguous() for x in images]
+        if _C.augment_forward_list(y, images, *arguments) != 0:
+            raise operator.refused(op)
+    return y
+
+
 def call(
     operation: operator.Operator,
     x: Tensor,

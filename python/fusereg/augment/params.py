@@ -476,15 +476,19 @@ def _cpu(index: slice | Sequence[int] | Tensor) -> Any:
 def draw(
     steps: Sequence[Values],
     sample_ids: Tensor,
-    input_size: tuple[int, int],
+    input_size: tuple[int, int] | list[tuple[int, int]],
     seed: int,
     epoch: int,
     op: str,
 ) -> AugmentParams:
-    """Draw the parameters of samples, on the CPU."""
+    """Draw the parameters of samples, on the CPU.
+
+    Of images of several sizes, ``input_size`` is a list, and the result's the first of it.
+    """
+    sizes = input_size if isinstance(input_size, list) else [input_size]
     n = sample_ids.shape[0]
     records = torch.empty(n, _C.AUGMENT_RECORD, dtype=torch.float64)
     draws = torch.empty(n, _C.AUGMENT_DRAWS, dtype=torch.float64)
     keys = torch.zeros(n, 2, dtype=torch.int64)
-    size = _C.augment_params(records, draws, keys, sample_ids, seed, epoch, *input_size, steps, op)
-    return AugmentParams(records, draws, keys, sample_ids, input_size, size)
+    size = _C.augment_params(records, draws, keys, sample_ids, seed, epoch, sizes, steps, op)
+    return AugmentParams(records, draws, keys, sample_ids, sizes[0], size)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core import memory
 from . import op as _ops
 from .arguments import (
-    FILL_MODES,
+    FILLS,
     INTERPOLATIONS,
     Normalization,
     for_channels,
@@ -19,6 +19,7 @@ from .arguments import (
     integer,
     interval,
     number,
+    one_of,
     per_channel,
     probability,
     scale_and_shift,
@@ -78,6 +79,10 @@ class Erase:
         return per_channel(self.value, "Erase", "value"), False
 
 
+#: How samples find their partners, in the order of csrc/augment/augment_params.h.
+_PAIRS = ("ids", "elem", "pair", "batch")
+
+
 @dataclass(frozen=True)
 class Mix:
     """MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019) within a batch.
@@ -85,7 +90,8 @@ class Mix:
     Each sample draws for itself, keyed by its id, whether it is mixed, by which of the two, and its
     weight from Beta(alpha, alpha). The batch's samples are ordered by a hash of (seed, epoch, id),
     and each is paired with the next one. So the pairs depend on which samples are in the batch, but
-    not on their order, and every sample is a partner at most once.
+    not on their order, and every sample is a partner at most once. With another ``mode``, samples i
+    and N - 1 - i are paired, as in timm.
 
     Args:
         mixup: MixUp's alpha, 0 to leave MixUp out.
@@ -94,6 +100,10 @@ class Mix:
         switch: the probability of CutMix instead of MixUp where both are on.
         num_classes: for class indices as targets: they come back as probabilities [N, num_classes];
             without it as :class:`fusereg.augment.MixedLabels`.
+        label_smoothing: the share of the labels' weight that all classes have alike; of classes, it
+            needs num_classes. Samples that are not mixed are smoothed as well, as in timm.
+        mode: "ids", as above; timm's "elem" (each sample draws), "pair" (the two draw together) or
+            "batch" (all do), by the hashes of all ids that are concerned.
 
     Raises:
         ValueError, TypeError: an argument is out of its range or of another type.
@@ -104,6 +114,8 @@ class Mix:
     p: float = 1.0
     switch: float = 0.5
     num_classes: int | None = None
+    label_smoothing: float = 0.0
+    mode: str = "ids"
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -117,11 +129,15 @@ class Mix:
         probability(self.switch, "Mix", "switch")
         if self.num_classes is not None and integer(self.num_classes, "Mix", "num_classes") < 1:
             raise ValueError(f"fusereg.Mix: num_classes must be positive, got {self.num_classes}")
+        if probability(self.label_smoothing, "Mix", "label_smoothing") and self.num_classes is None:
+            raise ValueError("fusereg.Mix: label_smoothing needs num_classes")
+        one_of(self.mode, "Mix", "mode", _PAIRS)
 
     def step(self) -> MixPair:
         """Return the step of the chain."""
         share = 1.0 if self.mixup == 0 else 0.0 if self.cutmix == 0 else float(self.switch)
-        return MixPair(float(self.p), self.mixup or 1.0, self.cutmix or 1.0, share)
+        pairs = _PAIRS.index(self.mode)
+        return MixPair(float(self.p), self.mixup or 1.0, self.cutmix or 1.0, share, pairs)
 
 
 @dataclass(frozen=True)
@@ -129,15 +145,18 @@ class Settings:
     """Settings of a pass besides its geometry: sampling of pixels, and changes of their values.
 
     Attributes:
+        floors: "nearest" takes the pixel at the place of the output pixel's corner, as
+            torchvision's NEAREST does where it resizes.
         fill_normalized: fill is in units of the result: the images were normalized before.
         three_channels: only images of 3 channels are accepted.
         erase_before: the value of erased boxes is in units of the images: normalized after it.
         erase_noise: erased boxes are filled with noise.
-        mixed, num_classes: whether samples are mixed, and the number of classes of their labels.
+        mixed, num_classes, label_smoothing: whether samples are mixed, and how labels.
     """
 
     interpolation: str = "bilinear"
     antialias: bool = False
+    floors: bool = False
     fill_mode: str = "constant"
     fill: tuple[float, ...] = (0.0,)
     fill_normalized: bool = False
@@ -149,6 +168,8 @@ class Settings:
     erase_noise: bool = False
     mixed: bool = False
     num_classes: int | None = None
+    label_smoothing: float = 0.0
+    mode: str = "ids"
 
     def check_out_dtype(self, out_dtype: torch.dtype | None, op: str) -> None:
         """Check that the result can be of this dtype."""
@@ -167,6 +188,13 @@ class Settings:
         raises the weights of the others, as torch's does.
         """
         return replace(self, fill_mode="constant" if self.antialias else "border", fill=(0.0,))
+
+    def crop_first(self) -> Settings:
+        """Return the settings for windows that are cropped, and then resized.
+
+        Nothing outside a window is read; its edge is treated as the image's is by repeat_edge.
+        """
+        return replace(self, fill_mode="window", fill=(0.0,))
 
 
 def render(
@@ -187,11 +215,43 @@ def render(
     """
     images = unwrap(x)
     params.check_images(images, op)
+    if out_dtype is None and isinstance(out, Tensor):
+        out_dtype = out.dtype
+    options, out_dtype = _options(images, settings, op, out_dtype, keep_dtype)
+    records, keys = _numbers(images, params, settings, op)
+    target = _ops.Target.of(images, params.size, out_dtype, memory_format)
+    return rewrap(_ops.apply(images, records, keys, target, options, op, out), x)
+
+
+def render_several(
+    images: Sequence[Tensor],
+    params: AugmentParams,
+    settings: Settings,
+    op: str,
+    *,
+    out_dtype: torch.dtype | None = None,
+    keep_dtype: bool = False,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
+    """Return the batch of images [C, H, W] of several sizes after one pass, on the CPU.
+
+    They have been checked by op.one_call.
+    """
+    batch = [image[None] for image in images]
+    like = batch[0].expand(len(batch), -1, -1, -1)
+    options, out_dtype = _options(like, settings, op, out_dtype, keep_dtype)
+    records, keys = _numbers(like, params, settings, op)
+    target = _ops.Target.of(batch[0], params.size, out_dtype, memory_format)
+    return _ops.apply_several(like, batch, records, keys, target, options, op)
+
+
+def _options(
+    images: Tensor, settings: Settings, op: str, out_dtype: torch.dtype | None, keep_dtype: bool
+) -> tuple[_ops.Options, torch.dtype]:
+    """Return the kernel's options for these images, and the dtype of the result."""
     channels, dtype, normal = images.shape[1], images.dtype, settings.normal
     if settings.three_channels and channels != 3:
         raise ValueError(f"fusereg.{op}: saturation needs images of 3 channels, got {channels}")
-    if out_dtype is None and isinstance(out, Tensor):
-        out_dtype = out.dtype
     settings.check_out_dtype(out_dtype, op)
     if out_dtype is None:
         keep = dtype is not torch.uint8 or (keep_dtype and normal is None)
@@ -205,21 +265,30 @@ def render(
     erase = for_channels(settings.erase, channels, op, "erase value")
     if settings.erase_before:
         erase = tuple(e * a + b for e, a, b in zip(erase, scale, shift, strict=True))
-    records = params.records
-    if settings.color and dtype is torch.uint8:
-        records = records.clone()
-        records[:, 19::4] *= 255.0
     options = _ops.Options(
         INTERPOLATIONS[settings.interpolation],
         settings.antialias,
-        FILL_MODES[settings.fill_mode],
+        FILLS[settings.fill_mode],
         settings.color,
         fill,
         scale,
         shift,
         erase,
     )
+    return options, out_dtype
+
+
+def _numbers(
+    images: Tensor, params: AugmentParams, settings: Settings, op: str
+) -> tuple[Tensor, Tensor | None]:
+    """Return the records, and the keys of noise if there is any, on the device of the images."""
+    records = params.records
+    if settings.floors:
+        records = records.clone()
+        records[:, 2] -= (records[:, 0].abs() + records[:, 1].abs()) / 2
+        records[:, 5] -= (records[:, 3].abs() + records[:, 4].abs()) / 2
+    if settings.color and images.dtype is torch.uint8:
+        records = records.clone()
+        records[:, 19::4] *= 255.0
     keys = memory.to_device(params.keys, images.device, op) if settings.erase_noise else None
-    target = _ops.Target.of(images, params.size, out_dtype, memory_format)
-    records = memory.to_device(records, images.device, op)
-    return rewrap(_ops.apply(images, records, keys, target, options, op, out), x)
+    return memory.to_device(records, images.device, op), keys

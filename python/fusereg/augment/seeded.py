@@ -84,7 +84,9 @@ class Keys:
         drawn = ids if self.drawn is self.ids else self.drawn[index]
         return Keys(ids, drawn, self.seed, self.epoch)
 
-    def draw(self, steps: Sequence[Values], size: tuple[int, int], op: str) -> AugmentParams:
+    def draw(
+        self, steps: Sequence[Values], size: tuple[int, int] | list[tuple[int, int]], op: str
+    ) -> AugmentParams:
         """Draw the parameters of the samples."""
         params = draw(steps, self.drawn, size, self.seed, self.epoch, op)
         return params if self.drawn is self.ids else replace(params, sample_ids=self.ids)

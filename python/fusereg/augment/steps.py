@@ -173,6 +173,7 @@ class MixPair(Step):
     mixup_alpha: float = 1.0
     cutmix_alpha: float = 1.0
     cutmix_share: float = 0.0
+    pairs: int = 0
 
     kind = 8
     group = "mix"
@@ -188,32 +189,30 @@ class ExpandCanvas(Step):
     group = "expand"
 
 
-#: The kinds of steps that leave pixels where they are.
-VALUES = (Color.kind, EraseBox.kind, MixPair.kind)
-
-
 @dataclass(frozen=True)
 class ShortSide(Step):
     """A resize of the shorter side, with the longer side at most ``longest`` (0: no limit).
 
-    With ``side`` 0, the longer side becomes ``longest``.
+    Its length is one of ``sides`` (from, to). With (0, 0), the longer side becomes ``longest``.
     """
 
-    side: int = 0
+    sides: tuple[int, int] = (0, 0)
     longest: int = 0
 
-    kind = FullImage.kind
+    kind = 10
     group = "crop"
 
-    def at(self, size: tuple[int, int]) -> Step:
-        """Return the step for images of this size; sides are rounded down, as in torchvision."""
-        short, long = sorted(size)
-        new = self.side, int(self.side * long / short)
-        if not self.side:
-            new = int(self.longest * short / long), self.longest
-        elif self.longest and new[1] > self.longest:
-            new = int(self.longest * new[0] / new[1]), self.longest
-        return FullImage(new if size[0] <= size[1] else (new[1], new[0]))
+    @property
+    def is_random(self) -> bool:
+        """Return whether samples differ."""
+        return self.sides[0] != self.sides[1]
+
+
+#: The kinds of steps that leave pixels where they are.
+VALUES = (Color.kind, EraseBox.kind, MixPair.kind)
+#: Those after which images have one size, and those after which they may not.
+FIXED = (RandomWindow.kind, CenterWindow.kind, ResizedWindow.kind, FullImage.kind)
+FREE = (ExpandCanvas.kind, ShortSide.kind)
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ class Padded(Step):
 class Later(NamedTuple):
     """A step whose values depend on the size of the images, and its occurrence."""
 
-    step: ShortSide | Padded
+    step: Padded
     occurrence: int
 
 
@@ -247,10 +246,29 @@ def at_size(steps: Sequence[Encoded], size: tuple[int, int]) -> Sequence[Values]
         if isinstance(item, Later):
             step = item.step.at(size)
             item = (step.kind, item.occurrence, step.values())
-        if item[0] in (RandomWindow.kind, CenterWindow.kind, ResizedWindow.kind, FullImage.kind):
+        if item[0] in FIXED:
             size = int(item[2][0]), int(item[2][1])
+        elif item[0] == ShortSide.kind:
+            side, longest = int(item[2][0]), int(item[2][2])
+            short, long = sorted(size)
+            new = side, int(side * long / short)
+            if not side:
+                new = int(longest * short / long), longest
+            elif longest and new[1] > longest:
+                new = int(longest * new[0] / new[1]), longest
+            size = new if size[0] <= size[1] else (new[1], new[0])
         made.append(item)
     return made
+
+
+def ends_alike(steps: Sequence[Encoded]) -> bool:
+    """Return whether images of several sizes have one after these steps."""
+    alike = False
+    for item in steps:
+        if isinstance(item, Later):
+            return False
+        alike = item[0] in FIXED or (alike and item[0] not in FREE)
+    return alike
 
 
 def encode(steps: Iterable[Step], seen: dict[str, int] | None = None) -> list[Encoded]:
@@ -263,7 +281,7 @@ def encode(steps: Iterable[Step], seen: dict[str, int] | None = None) -> list[En
     for step in steps:
         occurrence = seen.get(step.group, 0)
         seen[step.group] = occurrence + 1
-        if isinstance(step, (ShortSide, Padded)):
+        if isinstance(step, Padded):
             encoded.append(Later(step, occurrence))
         else:
             encoded.append((step.kind, occurrence, step.values()))

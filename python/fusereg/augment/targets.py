@@ -21,6 +21,7 @@ from .params import AugmentParams
 from .tree import (
     Columns,
     Node,
+    batch_tree,
     hides_tensors,
     items_of,
     kind_of,
@@ -107,6 +108,7 @@ class Look:
     antialias: bool = False
     mixed: bool = False
     num_classes: int | None = None
+    label_smoothing: float = 0.0
     moves: bool = True
 
 
@@ -371,7 +373,7 @@ class Targets:
                 f"fusereg.{op}: {leaf.path}, {kind}, cannot be mixed as images are; leave mix out"
             )
         elif leaf.mixable and not is_number and (kind or self.rules.passthrough is not True):
-            leaf.value = mix_labels(value, params, look.num_classes, op)
+            leaf.value = mix_labels(value, params, look.num_classes, op, look.label_smoothing)
 
     def _mix_mask(self, leaf: Leaf, params: AugmentParams, look: Look) -> Any:
         """Paste CutMix's boxes; MixUp mixes probabilities, which one-hot masks are as well."""
@@ -616,6 +618,18 @@ class Targets:
                     "boxes beside it, to be filtered with them; name the keys that have in rows="
                 )
             leaf.value = wrap(plain(rows)[kept.to(rows.device)], rows)
+
+
+class Unstacked(Targets):
+    """The targets of samples whose images differ in size, until these have one."""
+
+    def __init__(self, n: int, rules: Rules, op: str, mixed: bool) -> None:
+        super().__init__([], n, (0, 0), rules, op, mixed)
+
+    def joined(self, trees: list[Any], size: tuple[int, int]) -> Targets:
+        """Return the targets of the batch."""
+        tree = batch_tree(stack(trees))
+        return Targets(tree, self.n, size, self.rules, self.op, self.mixed)
 
 
 def _probabilities(value: Any, columns: int) -> bool:

@@ -87,11 +87,15 @@ def _resize(t: Any) -> Stage:
         side = 0 if size is None else size if isinstance(size, int) else size[0]
         if side and longest and longest <= side:
             raise ValueError(f"max_size = {longest} must be greater than the size {side}")
-        step = ShortSide(side, longest or 0)
+        step = ShortSide((side, side), longest or 0)
     else:
         step = FullImage(size_pair(list(size), "Resize"))
-    made = T.RandomResizedCrop(1, interpolation=_interpolation(t), antialias=t.antialias, seed=0)
-    return replace(made.stage, name="Resize", steps=(step,), moves=False)
+    return T.resize_stage("Resize", step, _interpolation(t), t.antialias)
+
+
+def _random_resize(t: Any) -> Stage:
+    step = ShortSide((t.min_size, t.max_size - 1))
+    return T.resize_stage("RandomResize", step, _interpolation(t), t.antialias)
 
 
 def _dtype(t: Any) -> Stage | str:
@@ -136,7 +140,7 @@ def _choice(t: Any) -> Stage | str:
     if mixup.num_classes != cutmix.num_classes:
         return "MixUp and CutMix have several numbers of classes"
     mix = Mix(mixup.alpha, cutmix.alpha, switch=share["CutMix"], num_classes=mixup.num_classes)
-    return Stage("MixUp or CutMix", (mix.step(),), mixes=True, num_classes=mix.num_classes)
+    return T.mix_stage(mix)
 
 
 def _floats(values: Any) -> list[float]:
@@ -168,6 +172,7 @@ _KNOWN: Mapping[str, Callable[[Any], Stage | Sequence[Stage] | str]] = {
     "CutMix": lambda t: T.CutMix(alpha=t.alpha, num_classes=t.num_classes, seed=0).stage,
     "RandomChoice": _choice,
     "Resize": _resize,
+    "RandomResize": _random_resize,
     "Pad": _pad,
     "ToDtype": _dtype,
     "ConvertImageDtype": _dtype,

@@ -42,6 +42,7 @@ from .steps import (
     Flip,
     RandomWindow,
     ResizedWindow,
+    Step,
 )
 
 __all__ = [
@@ -67,6 +68,13 @@ def _interpolation(value: object, rules: Convention, op: str) -> str:
     if value is None:
         return rules.interpolation
     return one_of(getattr(value, "value", value), op, "interpolation", list(INTERPOLATIONS))
+
+
+def _resampling(value: object, op: str) -> tuple[str, bool]:
+    """Return the interpolation of a resize, and whether it is by the corners of pixels."""
+    name = getattr(value, "value", value)
+    one_of(name, op, "interpolation", [*INTERPOLATIONS, "nearest-exact"])
+    return ("nearest" if name == "nearest-exact" else str(name)), name == "nearest"
 
 
 def _center(
@@ -201,12 +209,14 @@ class RandomResizedCrop(Transform):
         size: (height, width); an integer is both.
         scale: the window's share of the area (from, to).
         ratio: its width over its height (from, to); the logarithm is uniform.
-        interpolation: "nearest", "bilinear" or "bicubic".
+        interpolation: "nearest", "nearest-exact", "bilinear" or "bicubic"; "nearest" takes the
+            pixel at the output pixel's corner, as torchvision does, "nearest-exact" that at its
+            center.
         antialias: filter as wide as the output pixel where the window is made smaller.
         seed: default: from torch's generator.
 
-    torchvision crops, then resizes, so pixels outside the window are not read. Here the resize
-    reads them, which differs only at the window's edge.
+    As in torchvision, the window is cropped and then resized: no pixel outside it is read. In a
+    pass with a rotation, or another resize, the pixels around it are.
     """
 
     def __init__(
@@ -220,7 +230,7 @@ class RandomResizedCrop(Transform):
         seed: int | None = None,
     ) -> None:
         op = "RandomResizedCrop"
-        mode = _interpolation(interpolation, convention("torchvision", op), op)
+        mode, floors = _resampling(interpolation, op)
         step = ResizedWindow(
             size_pair(size, op),
             interval(scale, op, "scale", low=0.0, high=1.0, open_low=True),
@@ -234,6 +244,7 @@ class RandomResizedCrop(Transform):
             half_pixels=True,
             interpolation=mode,
             antialias=flag(bool(antialias), op, "antialias") and mode != "nearest",
+            floors=floors,
             fill_mode="border",
         )
         super().__init__(stage, seed)
@@ -397,7 +408,7 @@ class MixUp(Transform):
         self, *, alpha: float = 1.0, num_classes: int | None = None, seed: int | None = None
     ) -> None:
         mix = Mix(mixup=alpha, num_classes=num_classes)
-        super().__init__(Stage("MixUp", (mix.step(),), mixes=True, num_classes=num_classes), seed)
+        super().__init__(mix_stage(mix), seed)
         self._text = f"alpha={alpha}, num_classes={num_classes}"
 
 
@@ -415,8 +426,41 @@ class CutMix(Transform):
         self, *, alpha: float = 1.0, num_classes: int | None = None, seed: int | None = None
     ) -> None:
         mix = Mix(cutmix=alpha, num_classes=num_classes)
-        super().__init__(Stage("CutMix", (mix.step(),), mixes=True, num_classes=num_classes), seed)
+        super().__init__(mix_stage(mix), seed)
         self._text = f"alpha={alpha}, num_classes={num_classes}"
+
+
+def mixing(mix: Mix) -> Transform:
+    """Return the transform of MixUp and CutMix with one drawn for each sample."""
+    return Transform(mix_stage(mix), 0)
+
+
+def mix_stage(mix: Mix) -> Stage:
+    """Return the stage of MixUp, CutMix, or one of the two."""
+    name = "MixUp" if mix.cutmix == 0 else "CutMix" if mix.mixup == 0 else "MixUp or CutMix"
+    return Stage(
+        name,
+        (mix.step(),),
+        mixes=True,
+        num_classes=mix.num_classes,
+        label_smoothing=mix.label_smoothing,
+    )
+
+
+def resize_stage(name: str, step: Step, interpolation: object, antialias: bool | None) -> Stage:
+    """Return the stage of a resize of the whole image."""
+    mode, floors = _resampling(interpolation, name)
+    filters = bool(antialias) and mode != "nearest"
+    return Stage(
+        name,
+        (step,),
+        resamples=True,
+        half_pixels=not filters,  # a filter gives no weight to what is outside the image
+        interpolation=mode,
+        antialias=filters,
+        floors=floors,
+        fill_mode="border",
+    )
 
 
 def _not_inplace(inplace: object, op: str) -> None:

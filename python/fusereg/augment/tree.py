@@ -163,3 +163,14 @@ def stack(values: Sequence[Any]) -> Any:
     # As torch's default_collate: a plain tuple of columns is a list.
     like = list(first) if type(first) is tuple else first
     return Node(like, items).build(joined)
+
+
+def batch_tree(targets: Any) -> Any:
+    """Return the targets of a batch: of a list of columns, labels in the first are mixed."""
+    return Columns(targets) if isinstance(targets, list) else targets
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """Return what is in a nesting of containers."""
+    items = items_of(tree)
+    return [tree] if items is None else [leaf for v in items.values() for leaf in leaves_of(v)]
