@@ -13,7 +13,8 @@ from . import op as _ops
 from .arguments import check_memory_format
 from .inputs import Batch
 from .loop import Called, CallParams, call, size_after
-from .params import AugmentParams
+from .params import AugmentParams, draw
+from .program import Program, ProgramParams
 from .render import Settings, render
 from .seeded import Keys, SeededModule
 from .steps import VALUES, Encoded, Later, at_size
@@ -21,7 +22,7 @@ from .targets import Look, Targets, rules_of
 
 Size: TypeAlias = tuple[int, int]
 #: What a pass has drawn; where the images differ in size, for each of them.
-PassParams: TypeAlias = AugmentParams | CallParams | list[Any]
+PassParams: TypeAlias = AugmentParams | CallParams | ProgramParams | list[Any]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Unit:
         dtype: of the result, where a transform says so.
         mask_fill: as its transforms have it.
         idle: nothing happens: there are only conversions of types.
+        program: of each image, instead of all that.
     """
 
     steps: Sequence[Encoded]
@@ -43,6 +45,7 @@ class Unit:
     dtype: torch.dtype | None = None
     mask_fill: float | None = None
     idle: bool = False
+    program: Program | None = None
 
     def look(self) -> Look:
         """Return what targets see."""
@@ -84,6 +87,8 @@ class Chain(SeededModule):
             return [self._draw(place, unit, keys[i : i + 1], own) for i, own in enumerate(size)]
         if unit.called is not None:
             return CallParams(keys.of_place(place), keys.ids)
+        if unit.program is not None:
+            return unit.program.draw(keys, size, self._op)
         return keys.draw(at_size(unit.steps, size), size, self._op)
 
     def _sizes(
@@ -92,6 +97,8 @@ class Chain(SeededModule):
         """Return the size of the images after a pass, or their sizes."""
         if isinstance(params, AugmentParams):
             return params.size
+        if isinstance(params, ProgramParams):
+            return size
         if isinstance(params, list):
             assert isinstance(size, list)
             pairs = zip(params, size, strict=True)
@@ -167,6 +174,11 @@ class Chain(SeededModule):
                 continue
             if unit.idle:
                 continue
+            if unit.program is not None:
+                x = self._programmed(
+                    unit.program, x, own, found, frames, out if at == last else None, at == last
+                )
+                continue
             if found is not None:
                 found.move(own, unit.look())
             x = render(
@@ -180,6 +192,45 @@ class Chain(SeededModule):
                 out=out if at == last else None,
             )
         return x, found
+
+    def _programmed(
+        self,
+        program: Program,
+        x: Tensor,
+        params: ProgramParams,
+        found: Targets | None,
+        frames: int,
+        out: Tensor | None,
+        last: bool,
+    ) -> Tensor:
+        op = self._op
+        if not isinstance(params, ProgramParams):
+            raise TypeError(
+                f"fusereg.{op}: params of a program must be ProgramParams, got "
+                f"{type(params).__name__}"
+            )
+        if found is not None:
+            look = Look(fill_mode="constant", interpolation="nearest")
+            for moved in params.warps((x.shape[-2], x.shape[-1])):
+                found.move(moved, look)
+        dtype, form = (self.out_dtype, self.memory_format) if last else (None, None)
+        as_is = dtype in (None, x.dtype) and form is None and (out is None or out.dtype is x.dtype)
+        every = params if frames == 1 else params.repeat_interleave(frames)
+        y = program.run(x, every, op, out if as_is else None)
+        if as_is:
+            return y
+        size = (x.shape[-2], x.shape[-1])
+        still = draw([], every.sample_ids, size, 0, 0, op)
+        return render(
+            y,
+            still,
+            Settings(),
+            op,
+            out_dtype=dtype,
+            keep_dtype=True,
+            memory_format=form,
+            out=out,
+        )
 
     def _each(
         self,
