@@ -35,6 +35,7 @@
 #pragma once
 
 #include "augment/augment.h"
+#include "core/dtype.h"
 
 namespace fusereg::augment {
 
@@ -96,7 +97,7 @@ struct ProgramKernels {
 FUSEREG_DECLARE_PER_ISA(ProgramKernels, program_kernels)
 
 // Bytes that the CUDA kernel needs for each sample.
-inline std::int64_t program_scratch(const ProgramJob& job) {
+FUSEREG_INLINE std::int64_t program_scratch(const ProgramJob& job) {
   return (job.x.sample * 2 + 7) / 8 * 8 +
          job.x.h * job.x.w * static_cast<std::int64_t>(sizeof(float));
 }

@@ -8,7 +8,11 @@
 namespace fusereg::augment::FUSEREG_ISA {
 namespace {
 
+using namespace ::fusereg::FUSEREG_ISA;
+
 constexpr int kRun = 64;
+
+typedef std::int32_t Whole __attribute__((vector_size(kVectorBytes)));
 
 void histogram(const std::uint8_t* v, std::int64_t n, std::uint32_t* counts) {
   // Four of them, so that equal neighbors do not wait for each other.
@@ -24,9 +28,50 @@ void histogram(const std::uint8_t* v, std::int64_t n, std::uint32_t* counts) {
   for (int k = 0; k < 256; ++k) counts[k] += part[0][k] + part[1][k] + part[2][k] + part[3][k];
 }
 
+// A vector of bytes is looked up in the 16 rows of the table, of 16 each: in a row that is not that
+// of a byte its index has the highest bit, for which the instruction gives 0.
+#if defined(__AVX512BW__) || defined(__AVX2__)
+#if defined(__AVX512BW__)
+typedef __m512i Bytes;
+FUSEREG_INLINE Bytes row_of(const std::uint8_t* p) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+FUSEREG_INLINE Bytes found(Bytes row, Bytes v, int k) {
+  const Bytes at = _mm512_adds_epu8(
+      _mm512_xor_si512(v, _mm512_set1_epi8(static_cast<char>(16 * k))), _mm512_set1_epi8(0x70));
+  return _mm512_shuffle_epi8(row, at);
+}
+#else
+typedef __m256i Bytes;
+FUSEREG_INLINE Bytes row_of(const std::uint8_t* p) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+FUSEREG_INLINE Bytes found(Bytes row, Bytes v, int k) {
+  const Bytes at = _mm256_adds_epu8(
+      _mm256_xor_si256(v, _mm256_set1_epi8(static_cast<char>(16 * k))), _mm256_set1_epi8(0x70));
+  return _mm256_shuffle_epi8(row, at);
+}
+#endif
+
+void look_up(std::uint8_t* v, std::int64_t n, const std::uint8_t* table) {
+  constexpr std::int64_t kBytes = sizeof(Bytes);
+  Bytes rows[16];
+  for (int k = 0; k < 16; ++k) rows[k] = row_of(table + 16 * k);
+  std::int64_t i = 0;
+  for (; i + kBytes <= n; i += kBytes) {
+    Bytes from;
+    memcpy(&from, v + i, sizeof(from));
+    Bytes to = found(rows[0], from, 0);
+    for (int k = 1; k < 16; ++k) to |= found(rows[k], from, k);
+    memcpy(v + i, &to, sizeof(to));
+  }
+  for (; i < n; ++i) v[i] = table[v[i]];
+}
+#else
 void look_up(std::uint8_t* v, std::int64_t n, const std::uint8_t* table) {
   for (std::int64_t i = 0; i < n; ++i) v[i] = table[v[i]];
 }
+#endif
 
 struct Run {
   float value[3][kRun];
@@ -107,12 +152,14 @@ void colors(std::uint8_t* v, std::int64_t plane, Code code, double argument) {
     });
   } else {
     for_each_run(v, plane, [&](const Run& run, std::int32_t (&out)[3][kRun]) {
-      for (int i = 0; i < kRun; ++i) {
-        float rgb[3] = {run.value[0][i], run.value[1][i], run.value[2][i]};
-        turn_hue(f, rgb);
-        out[0][i] = static_cast<std::int32_t>(rgb[0]);
-        out[1][i] = static_cast<std::int32_t>(rgb[1]);
-        out[2][i] = static_cast<std::int32_t>(rgb[2]);
+      for (int i = 0; i < kRun; i += kWidth<float>) {
+        Vector<float> rgb[3];
+        for (int c = 0; c < 3; ++c) rgb[c] = load(run.value[c] + i);
+        turn_hue(broadcast(f), rgb);
+        for (int c = 0; c < 3; ++c) {
+          const Whole whole = __builtin_convertvector(rgb[c], Whole);
+          memcpy(out[c] + i, &whole, sizeof(whole));
+        }
       }
     });
   }
@@ -127,7 +174,10 @@ void sharpen(const std::uint8_t* v, std::uint8_t* y, const Planes& size, double 
     memcpy(to, p, static_cast<std::size_t>(w));
     const std::int64_t r = row % size.h;
     if (r == 0 || r == size.h - 1) continue;
-    for (std::int64_t at = 1; at + 1 < w; at += kRun) {
+    for (std::int64_t next = 1; next + 1 < w; next += kRun) {
+      // The last run ends with the row, where that is long enough.
+      const std::int64_t last = w - 1 - kRun;
+      const std::int64_t at = next > last && last >= 1 ? last : next;
       const std::int64_t count = w - 1 - at < kRun ? w - 1 - at : kRun;
       std::int32_t column[kRun + 2];
       std::int32_t own[kRun + 2];
@@ -153,20 +203,24 @@ void sharpen(const std::uint8_t* v, std::uint8_t* y, const Planes& size, double 
   }
 }
 
-FUSEREG_INLINE std::int64_t reflected(std::int64_t i, std::int64_t size) {
-  i = i < 0 ? -i : i;
-  return i < size ? i : 2 * (size - 1) - i;
-}
-
 // sum[i] = first weight * from[0][i] + ..., each product and sum rounded by itself.
 template <class From>
 FUSEREG_INLINE void weighted(const From& from, const float* weights, int taps, float* to,
                              std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) to[i] = 0.0f;
-  for (int k = 0; k < taps; ++k) {
-    const float* const p = from(k);
-    const float weight = weights[k];
-    for (std::int64_t i = 0; i < n; ++i) to[i] = add(to[i], multiply(weight, p[i]));
+  constexpr std::int64_t kN = kWidth<float>;
+  std::int64_t i = 0;
+  for (; i + 4 * kN <= n; i += 4 * kN) {
+    Vector<float> sum[4] = {};
+    for (int k = 0; k < taps; ++k) {
+      const float* const p = from(k) + i;
+      for (int q = 0; q < 4; ++q) sum[q] = sum[q] + load(p + q * kN) * weights[k];
+    }
+    for (int q = 0; q < 4; ++q) store(to + i + q * kN, sum[q]);
+  }
+  for (; i < n; ++i) {
+    float sum = 0.0f;
+    for (int k = 0; k < taps; ++k) sum = add(sum, multiply(from(k)[i], weights[k]));
+    to[i] = sum;
   }
 }
 

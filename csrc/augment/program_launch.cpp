@@ -3,7 +3,6 @@
 #include <cstring>
 #include <vector>
 
-#include "augment/elementary.h"
 #include "augment/program_math.h"
 #include "augment/scratch.h"
 #include "core/pages.h"
@@ -162,17 +161,6 @@ class Runner {
                            : static_cast<std::uint8_t>(std::min<std::int64_t>(sum / step, 255));
       sum += counts[v];
     }
-  }
-
-  static void gaussian(int taps, double sigma, float* weights) {
-    double of[kMaxTaps];
-    double sum = 0.0;
-    for (int k = 0; k < taps; ++k) {
-      const double d = (k - taps / 2) / sigma;
-      of[k] = exponential(-0.5 * d * d);
-      sum += of[k];
-    }
-    for (int k = 0; k < taps; ++k) weights[k] = static_cast<float>(of[k] / sum);
   }
 
   void blur(const double* a) {

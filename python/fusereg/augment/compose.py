@@ -75,9 +75,9 @@ class Passes(Chain):
         """Draw the parameters of n samples for each pass.
 
         A transform that is called has a :class:`fusereg.augment.CallParams`, and one that runs as a
-        program of each image a :class:`fusereg.augment.ProgramParams`. If one that is called may change the
-        size, it is called with black images to know what comes after it. Passes that see images of
-        several sizes have a list, with parameters for each.
+        program of each image a :class:`fusereg.augment.ProgramParams`. If one that is called may
+        change the size, it is called with black images to know what comes after it. Passes that see
+        images of several sizes have a list, with parameters for each.
         """
         keys = self._keys(n, sample_ids, epoch, view)
         return self._drawn(keys, (int(input_size[0]), int(input_size[1])))

@@ -155,10 +155,10 @@ class Pass:
         if new.policy.first:
             return f"{new.name} may change the number of channels"
         mover = self._last(lambda s: s.policy is not None and s.policy.moves)
-        if mover and new.policy.moves:
-            if (mover.fill, mover.whole_pixels) != (new.fill, new.whole_pixels):
-                return f"{new.name} and {mover.name} fill differently"
-        return ""
+        if mover is None or not new.policy.moves:
+            return ""
+        same = (mover.fill, mover.whole_pixels) == (new.fill, new.whole_pixels)
+        return "" if same else f"{new.name} and {mover.name} fill differently"
 
     def _last(self, wanted: Callable[[Stage], bool]) -> Stage | None:
         return next((s for s in reversed(self.stages) if wanted(s)), None)

@@ -179,12 +179,12 @@ def _magnitudes(name: str, wide: bool, bins: int, size: Size) -> list[float]:
     last = (_WIDE if wide else _AUTO).get(name, 0.0)
     if name == "Posterize":
         step = torch.arange(bins) / ((bins - 1) / last)
-        return (8 - step).round().tolist()  # type: ignore[no-any-return]
+        return (8 - step).round().tolist()
     if name == "Solarize":
-        return torch.linspace(1.0, 0.0, bins).tolist()  # type: ignore[no-any-return]
+        return torch.linspace(1.0, 0.0, bins).tolist()
     if name in ("TranslateX", "TranslateY") and not wide:
         last = last * (size[1] if name == "TranslateX" else size[0])
-    return torch.linspace(0.0, last, bins).tolist()  # type: ignore[no-any-return]
+    return torch.linspace(0.0, last, bins).tolist()
 
 
 def _operation(name: str, v: float, size: Size, how: float) -> Row:

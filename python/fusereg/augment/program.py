@@ -1,7 +1,7 @@
 """Programs: a short list of operations for each image, which one kernel runs one after the other.
 
-An instruction is a row of 8 numbers, as csrc/augment/program.h defines them. Images of uint8 stay so
-after each of them; images of floats are given to torchvision's functions, one by one.
+An instruction is a row of 8 numbers, as csrc/augment/program.h defines them. Images of uint8 stay
+so after each of them; images of floats are given to torchvision's functions, one by one.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ class Program:
             images = images.expand(-1, 3, -1, -1).contiguous()
         fill = for_channels(self.fill, images.shape[1], op, "fill")
         programs = params.programs.cpu()
-        _C.color_program_check(programs, *images.shape[1:], op)
+        channels, height, width = images.shape[1:]
+        _C.color_program_check(programs, channels, height, width, op)
         if images.dtype is not torch.uint8:
             y = _in_floats(images, programs.tolist(), fill, op)
             return rewrap(y if out is None else out.copy_(y), x)
@@ -219,8 +220,8 @@ def _in_floats(
     functions = sys.modules.get("torchvision.transforms.v2.functional")
     if functions is None:
         raise ValueError(
-            f"fusereg.{op}: images must be uint8, got {x.dtype}; convert them after this transform, "
-            "or import torchvision.transforms.v2, whose functions are called for others"
+            f"fusereg.{op}: images must be uint8, got {x.dtype}; convert them after this "
+            "transform, or import torchvision.transforms.v2, whose functions are called for others"
         )
     results = []
     for image, rows in zip(x, programs, strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import compose, policies
 from . import program as P
 from . import transforms as T
-from .arguments import size_pair
+from .arguments import per_channel, size_pair
 from .fuse import UNIT, Stage
 from .loop import Called
 from .policies import Always, Bins, Maybe, Pairs
@@ -207,7 +207,7 @@ def _auto(t: Any) -> Stage | str:
         policy = Bins(layers, magnitude, t.num_magnitude_bins, name != "RandAugment", how)
         if magnitude is not None and not -t.num_magnitude_bins <= magnitude < t.num_magnitude_bins:
             return "its magnitude is not one of its bins"
-    return Stage(name, policy=policy, fill=T.per_channel(_fill(t), name, "fill"))
+    return Stage(name, policy=policy, fill=per_channel(_fill(t), name, "fill"))
 
 
 def _floats(values: Any) -> list[float]:
@@ -278,7 +278,7 @@ def from_torchvision(transform: object) -> Sequence[Stage] | Called | None:
         if policy is None:
             return None
         first = next(iter(getattr(transform, "ops", None) or transform.policy[0]))  # type: ignore[attr-defined]
-        fill = T.per_channel(first.kwargs["fillcolor"], kind.__name__, "fill")
+        fill = per_channel(first.kwargs["fillcolor"], kind.__name__, "fill")
         return [Stage(kind.__name__, policy=policy, fill=fill, whole_pixels=True)]
     if not kind.__module__.startswith("torchvision.transforms") or not callable(transform):
         return None
