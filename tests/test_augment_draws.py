@@ -423,7 +423,7 @@ def test_arguments_that_fusereg_does_not_have_are_called_and_the_plan_says_why()
         (t.Normalize([0.5] * 3, [0.2] * 3, inplace=True), "it writes into its input"),
         (t.ToDtype(torch.int32), "it converts values without scaling"),
         (t.Grayscale(), "it changes the number of channels"),
-        (t.RandomSolarize(300), "its threshold is not within 0 and 255"),
+        (t.RandomSolarize(300, p=0.0), "its threshold is not within 0 and 255"),
     ):
         fused = Compose([item])
         assert why in str(fused.plan())

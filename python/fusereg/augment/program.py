@@ -166,12 +166,12 @@ class Program:
                 f"fusereg.{op}: x must have {len(params)} images as its parameters, "
                 f"got shape {tuple(x.shape)}"
             )
-        rows = params.programs
-        gray = (rows[..., 0] == GRAY) & (rows[..., 1] == 3)
+        programs = params.programs.cpu()
+        gray = (programs[..., 0] == GRAY) & (programs[..., 1] == 3)
         if images.shape[1] == 1 and bool(gray.any()):
             images = images.expand(-1, 3, -1, -1).contiguous()
+            programs = torch.where(gray[..., None], torch.zeros_like(programs), programs)
         fill = for_channels(self.fill, images.shape[1], op, "fill")
-        programs = params.programs.cpu()
         channels, height, width = images.shape[1:]
         _C.color_program_check(programs, channels, height, width, op)
         if images.dtype is not torch.uint8:
@@ -221,7 +221,7 @@ def _in_floats(
     if functions is None:
         raise ValueError(
             f"fusereg.{op}: images must be uint8, got {x.dtype}; convert them after this "
-            "transform, or import torchvision.transforms.v2, whose functions are called for others"
+            "transform. (Others are given to torchvision's functions, where it has been imported.)"
         )
     results = []
     for image, rows in zip(x, programs, strict=True):
