@@ -21,10 +21,6 @@ def _images(count: int = 1) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: _values(4, 3, 5, 5)() * count
 
 
-def _bytes() -> tuple[Tensor, ...]:
-    return (torch.arange(4 * 3 * 5 * 5, dtype=torch.uint8).view(4, 3, 5, 5),)
-
-
 def _labeled() -> tuple[Tensor, ...]:
     return (*_images()(), torch.tensor([0, 1, 1, 0]))
 
@@ -61,11 +57,11 @@ LAYERS: dict[type[nn.Module], tuple[dict[str, Any], Callable[[], tuple[Tensor, .
     Epilogue: ({"activation": "relu", "negative_slope": 0.01}, _images()),
     augment.Augment: ({"size": 4}, _images()),
     augment.CenterCrop: ({"size": 4}, _images()),
-    augment.ColorJitter: ({"brightness": 0.5, "hue": 0.1}, _bytes),
+    augment.ColorJitter: ({"brightness": 0.5, "hue": 0.1}, _images()),
     augment.CutMix: ({"num_classes": 2}, _labeled),
     augment.MixUp: ({"num_classes": 2}, _labeled),
     augment.Normalize: ({"mean": (0.5,) * 3, "std": (0.5,) * 3}, _images()),
-    augment.RandAugment: ({}, _bytes),
+    augment.RandAugment: ({}, _images()),
     augment.RandomAffine: ({"degrees": 9}, _images()),
     augment.RandomCrop: ({"size": 4}, _images()),
     augment.RandomErasing: ({}, _images()),
@@ -73,8 +69,8 @@ LAYERS: dict[type[nn.Module], tuple[dict[str, Any], Callable[[], tuple[Tensor, .
     augment.RandomResizedCrop: ({"size": 4}, _images()),
     augment.RandomRotation: ({"degrees": 9}, _images()),
     augment.RandomVerticalFlip: ({}, _images()),
-    augment.TimmAugment: ({"config": "rand-m9-mstd0.5-inc1"}, _bytes),
-    augment.TrivialAugmentWide: ({}, _bytes),
+    augment.TimmAugment: ({"config": "rand-m9-mstd0.5-inc1"}, _images()),
+    augment.TrivialAugmentWide: ({}, _images()),
     augment.Compose: ({"transforms": [augment.RandomHorizontalFlip()]}, _images()),
 }
 

@@ -1,4 +1,4 @@
-"""What draws the program of an image: color jitter, and the policies of torchvision and timm.
+"""Policies, which draw the programs of images: color jitter, torchvision's and timm's.
 
 Draws are made in the order of the library whose policy it is, each image's by its own id.
 """
@@ -32,7 +32,7 @@ class Jitter(Policy):
 
     @property
     def uniforms(self) -> int:
-        """How many uniform numbers an image takes at most."""
+        """The most uniform numbers that an image takes."""
         return 2 * len(self.ranges)
 
     def rows(self, numbers: Numbers, size: Size) -> list[Row]:
@@ -53,12 +53,12 @@ class Always(Policy):
 
     @property
     def uniforms(self) -> int:
-        """How many uniform numbers an image takes at most."""
+        """The most uniform numbers that an image takes."""
         return len(self.arguments)
 
     @property
     def first(self) -> bool:
-        """Whether nothing may come before it in a pass."""
+        """True where nothing may come before it in a pass."""
         return self.code == P.GRAY and bool(self.arguments)
 
     def rows(self, numbers: Numbers, size: Size) -> list[Row]:
@@ -78,17 +78,17 @@ class Maybe(Policy):
 
     @property
     def uniforms(self) -> int:
-        """How many uniform numbers an image takes at most."""
+        """The most uniform numbers that an image takes."""
         return 1 + sum(policy.uniforms for policy in self.policies)
 
     @property
     def normals(self) -> int:
-        """How many normal numbers an image takes at most."""
+        """The most normal numbers that an image takes."""
         return sum(policy.normals for policy in self.policies)
 
     @property
     def moves(self) -> bool:
-        """Whether an instruction may move pixels."""
+        """True where an instruction may move pixels."""
         return any(policy.moves for policy in self.policies)
 
     def rows(self, numbers: Numbers, size: Size) -> list[Row]:
@@ -214,12 +214,12 @@ class Bins(Policy):
 
     @property
     def uniforms(self) -> int:
-        """How many uniform numbers an image takes at most."""
+        """The most uniform numbers that an image takes."""
         return 3 * self.layers
 
     @property
     def moves(self) -> bool:
-        """Whether an instruction may move pixels."""
+        """True where an instruction may move pixels."""
         return self.layers > 0
 
     def rows(self, numbers: Numbers, size: Size) -> list[Row]:
@@ -250,12 +250,12 @@ class Pairs(Policy):
 
     @property
     def uniforms(self) -> int:
-        """How many uniform numbers an image takes at most."""
+        """The most uniform numbers that an image takes."""
         return 1 + 2 * max(len(pair) for pair in self.pairs)
 
     @property
     def moves(self) -> bool:
-        """Whether an instruction may move pixels."""
+        """True where an instruction may move pixels."""
         return any(name in _GEOMETRY for pair in self.pairs for name, *_ in pair)
 
     def rows(self, numbers: Numbers, size: Size) -> list[Row]:
@@ -354,17 +354,17 @@ class Levels(Policy):
 
     @property
     def uniforms(self) -> int:
-        """How many uniform numbers an image takes at most."""
+        """The most uniform numbers that an image takes."""
         return self.layers + 4 * self._most
 
     @property
     def normals(self) -> int:
-        """How many normal numbers an image takes at most."""
+        """The most normal numbers that an image takes."""
         return self._most if 0.0 < self.deviation < math.inf else 0
 
     @property
     def moves(self) -> bool:
-        """Whether an instruction may move pixels."""
+        """True where an instruction may move pixels."""
         return self.layers > 0
 
     def rows(self, numbers: Numbers, size: Size) -> list[Row]:

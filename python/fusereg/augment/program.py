@@ -1,12 +1,11 @@
 """Programs: a short list of operations for each image, which one kernel runs one after the other.
 
 An instruction is a row of 8 numbers, as csrc/augment/program.h defines them. Images of uint8 stay
-so after each of them; images of floats are given to torchvision's functions, one by one.
+so after each of them; images of floats go through functions of torch, one by one.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from .. import _C
 from ..core import checks, dispatch, memory, operator
+from . import floats
 from . import op as _ops
 from .arguments import for_channels
 from .labels import rewrap, unwrap
@@ -99,22 +99,22 @@ class Policy:
 
     @property
     def uniforms(self) -> int:
-        """How many uniform numbers an image takes at most."""
+        """The most uniform numbers that an image takes."""
         raise NotImplementedError
 
     @property
     def normals(self) -> int:
-        """How many normal numbers an image takes at most."""
+        """The most normal numbers that an image takes."""
         return 0
 
     @property
     def moves(self) -> bool:
-        """Whether an instruction may move pixels."""
+        """True where an instruction may move pixels."""
         return False
 
     @property
     def first(self) -> bool:
-        """Whether nothing may come before it in a pass."""
+        """True where nothing may come before it in a pass."""
         return False
 
     def rows(self, numbers: Numbers, size: tuple[int, int]) -> list[Row]:
@@ -211,55 +211,33 @@ color_program = operator.Operator(
 )
 
 
-# --- images of floats, by torchvision's functions ---
+# --- images of floats ---
+
+_NAMES = (
+    *("identity", "brightness", "contrast", "saturation", "hue", "gray", "invert", "posterize"),
+    *("solarize", "solarize_add", "autocontrast", "equalize", "sharpness", "blur", "warp"),
+)
 
 
 def _in_floats(
     x: Tensor, programs: list[list[list[float]]], fill: tuple[float, ...], op: str
 ) -> Tensor:
-    functions = sys.modules.get("torchvision.transforms.v2.functional")
-    if functions is None:
-        raise ValueError(
-            f"fusereg.{op}: images must be uint8, got {x.dtype}; convert them after this "
-            "transform. (Others are given to torchvision's functions, where it has been imported.)"
-        )
     results = []
     for image, rows in zip(x, programs, strict=True):
-        for row in rows:
-            image = _one(functions, image, int(row[0]), row[1:], fill)
+        for code, *a in rows:
+            if code == EQUALIZE:
+                levels = (image.clamp(0, 1) * 255.999).to(torch.uint8)[None]
+                row = torch.tensor([[[code, *a]]], dtype=torch.float64)
+                row = memory.to_device(row, x.device, op)
+                image = (_kernel(levels, row, fill, False)[0] / 255).to(x.dtype)
+            elif code == WARP:
+                size = (image.shape[-2], image.shape[-1])
+                params = draw([], torch.zeros(1, dtype=torch.int64), size, 0, 0, op)
+                params.records[0, :6] = torch.tensor(a[:6], dtype=torch.float64)
+                how = ("nearest", "bilinear", "bicubic")[int(a[6])]
+                shades = [f / 255 for f in fill]
+                image = params.warp(image[None], interpolation=how, fill=shades)[0]
+            else:
+                image = floats.FUNCTIONS[_NAMES[int(code)]](image, a)
         results.append(image)
     return torch.stack(results) if results else x.clone()
-
-
-def _one(
-    functions: Any, image: Tensor, code: int, a: list[float], fill: tuple[float, ...]
-) -> Tensor:
-    if code == IDENTITY:
-        return image
-    if code == SOLARIZE_ADD:
-        added = (image + a[0] / 255).clamp(max=1)
-        return torch.where(image < a[1] / 255, added, image)
-    if code == WARP:
-        size = (image.shape[-2], image.shape[-1])
-        params = draw([], torch.zeros(1, dtype=torch.int64), size, 0, 0, "program")
-        params.records[0, :6] = torch.tensor(a[:6], dtype=torch.float64)
-        how = ("nearest", "bilinear", "bicubic")[int(a[6])]
-        shades = [f / 255 for f in fill]
-        return params.warp(image[None], interpolation=how, fill=shades)[0]
-    if code == BLUR:
-        return functions.gaussian_blur(image, [int(a[0]), int(a[1])], a[2:4])  # type: ignore[no-any-return]
-    calls: dict[int, tuple[str, tuple[Any, ...]]] = {
-        BRIGHTNESS: ("adjust_brightness", (a[0],)),
-        CONTRAST: ("adjust_contrast", (a[0],)),
-        SATURATION: ("adjust_saturation", (a[0],)),
-        HUE: ("adjust_hue", (a[0],)),
-        GRAY: ("rgb_to_grayscale", (len(image),)),
-        INVERT: ("invert", ()),
-        POSTERIZE: ("posterize", (int(a[0]),)),
-        SOLARIZE: ("solarize", (a[0] if a[1] else min(a[0] / 255, 1.0),)),
-        AUTOCONTRAST: ("autocontrast", ()),
-        EQUALIZE: ("equalize", ()),
-        SHARPNESS: ("adjust_sharpness", (a[0],)),
-    }
-    name, arguments = calls[code]
-    return getattr(functions, name)(image, *arguments)  # type: ignore[no-any-return]

@@ -435,8 +435,8 @@ class ColorJitter(Transform):
     """Brightness, contrast, saturation and hue of each image, in an order that it draws.
 
     Contrast is about the mean of the image's own gray. Images of uint8 are whole numbers after each
-    operation, bit for bit those of torchvision's functions of tensors; others are given to these
-    functions, and torchvision must have been imported.
+    operation, bit for bit those of torchvision's functions of tensors. Others, in [0, 1], go
+    through torch's functions one by one, which is slower.
 
     Args:
         brightness: a factor; v is from max(0, 1 - v) to 1 + v, or (from, to).
