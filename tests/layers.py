@@ -57,9 +57,11 @@ LAYERS: dict[type[nn.Module], tuple[dict[str, Any], Callable[[], tuple[Tensor, .
     Epilogue: ({"activation": "relu", "negative_slope": 0.01}, _images()),
     augment.Augment: ({"size": 4}, _images()),
     augment.CenterCrop: ({"size": 4}, _images()),
+    augment.ColorJitter: ({"brightness": 0.5, "hue": 0.1}, _images()),
     augment.CutMix: ({"num_classes": 2}, _labeled),
     augment.MixUp: ({"num_classes": 2}, _labeled),
     augment.Normalize: ({"mean": (0.5,) * 3, "std": (0.5,) * 3}, _images()),
+    augment.RandAugment: ({}, _images()),
     augment.RandomAffine: ({"degrees": 9}, _images()),
     augment.RandomCrop: ({"size": 4}, _images()),
     augment.RandomErasing: ({}, _images()),
@@ -67,6 +69,8 @@ LAYERS: dict[type[nn.Module], tuple[dict[str, Any], Callable[[], tuple[Tensor, .
     augment.RandomResizedCrop: ({"size": 4}, _images()),
     augment.RandomRotation: ({"degrees": 9}, _images()),
     augment.RandomVerticalFlip: ({}, _images()),
+    augment.TimmAugment: ({"config": "rand-m9-mstd0.5-inc1"}, _images()),
+    augment.TrivialAugmentWide: ({}, _images()),
     augment.Compose: ({"transforms": [augment.RandomHorizontalFlip()]}, _images()),
 }
 

@@ -31,6 +31,7 @@ from fusereg.augment import (
     CutMix,
     Mix,
     Normalize,
+    ProgramParams,
     RandomErasing,
     RandomHorizontalFlip,
     RandomRotation,
@@ -250,13 +251,16 @@ def tv() -> Any:
     return augment_peers.torchvision_module("torchvision.tv_tensors")
 
 
-CALLED: dict[str, Any] = {
+PROGRAMS: dict[str, Any] = {
     "ColorJitter": lambda: v2().ColorJitter(0.5, 0.5, 0.5, 0.2),
     "ColorJitter with p": lambda: v2().RandomApply([v2().ColorJitter(0.5)], p=0.8),
     "RandomGrayscale": lambda: v2().RandomGrayscale(0.5),
     "TrivialAugmentWide": lambda: v2().TrivialAugmentWide(),
     "RandAugment": lambda: v2().RandAugment(),
     "GaussianBlur": lambda: v2().GaussianBlur(3),
+    "blur with p": lambda: v2().RandomApply([v2().GaussianBlur((3, 5))], p=0.5),
+}
+CALLED: dict[str, Any] = {
     "RandomPerspective": lambda: v2().RandomPerspective(p=1.0),
     "RandomChoice": lambda: v2().RandomChoice(
         [v2().RandomInvert(1.0), v2().RandomSolarize(9, 1.0)]
@@ -268,11 +272,11 @@ CALLED: dict[str, Any] = {
 
 
 def chain(name: str, seed: int = 5) -> Compose:
-    return Compose([v2().RandomHorizontalFlip(), CALLED[name]()], seed=seed)
+    return Compose([v2().RandomHorizontalFlip(), {**CALLED, **PROGRAMS}[name]()], seed=seed)
 
 
-@pytest.mark.parametrize("name", CALLED)
-def test_what_has_no_kernel_is_drawn_for_each_sample_by_its_id(name: str) -> None:
+@pytest.mark.parametrize("name", [*CALLED, *PROGRAMS])
+def test_whatever_is_in_a_list_is_drawn_for_each_sample_by_its_id(name: str) -> None:
     one = torch.randint(0, 256, (1, 3, 24, 30), dtype=torch.uint8)
     x = one.expand(12, -1, -1, -1)
     fused = chain(name)
@@ -284,12 +288,17 @@ def test_what_has_no_kernel_is_drawn_for_each_sample_by_its_id(name: str) -> Non
     order = [3, 11, 0]
     assert torch.equal(fused(x[:3], sample_ids=order), y[order])
     params = fused.sample_params(12, input_size=(24, 30), sample_ids=range(12))
-    assert [type(p) for p in params] == [AugmentParams, CallParams]
+    own = ProgramParams if name in PROGRAMS else CallParams
+    assert [type(p) for p in params] == [AugmentParams, own]
     assert torch.equal(fused(x, params=params), y)
     if name != "expand":
         assert distinct(y.float()) > 1
     assert not torch.equal(fused(x, sample_ids=range(12), epoch=1), y)
     text = str(fused.plan())
+    if name in PROGRAMS:
+        assert "runs as a program of each image" in text
+        assert "called" not in text
+        return
     assert "(sample by sample)" in text
     assert "called for each sample, under a generator keyed by its id: " in text
 
@@ -413,7 +422,8 @@ def test_arguments_that_fusereg_does_not_have_are_called_and_the_plan_says_why()
         (t.RandomRotation(10, expand=True), "it expands the canvas for the angle that it draws"),
         (t.Normalize([0.5] * 3, [0.2] * 3, inplace=True), "it writes into its input"),
         (t.ToDtype(torch.int32), "it converts values without scaling"),
-        (t.Grayscale(), "there is no kernel for it"),
+        (t.Grayscale(), "it changes the number of channels"),
+        (t.RandomSolarize(300, p=0.0), "its threshold is not within 0 and 255"),
     ):
         fused = Compose([item])
         assert why in str(fused.plan())
@@ -421,7 +431,7 @@ def test_arguments_that_fusereg_does_not_have_are_called_and_the_plan_says_why()
             assert len(fused(x)) == 3
     params = RandomHorizontalFlip().sample_params(3, input_size=(40, 50))
     jitter = Compose([t.ColorJitter(0.5)])
-    with pytest.raises(TypeError, match="params of ColorJitter must be CallParams, got Augment"):
+    with pytest.raises(TypeError, match="params of a program must be ProgramParams, got Augment"):
         jitter(x, params=params)
 
 

@@ -29,6 +29,8 @@ enum class Operation : std::uint32_t {
   kMixWeight,
   kMixBox,
   kMixOrder,
+  kProgram,
+  kProgramNormal,
 };
 
 struct Source {
@@ -674,6 +676,17 @@ void draw(const Job& job) {
     std::memcpy(s.record, matrix, sizeof matrix);
   }
   if (mixing != nullptr) choose_partners(job, *mixing, mixed);
+}
+
+void draw_numbers(const Job& job, std::uint32_t occurrence, std::int64_t columns,
+                  std::int64_t normals, double* out) {
+  for (std::int64_t i = 0; i < job.samples; ++i, out += columns) {
+    const Source source{job.seed, job.epoch, static_cast<std::uint64_t>(job.ids[i])};
+    Stream uniform(source, Operation::kProgram, occurrence);
+    Stream gaussian(source, Operation::kProgramNormal, occurrence);
+    for (std::int64_t k = 0; k < columns; ++k)
+      out[k] = k < columns - normals ? unit(uniform.next()) : normal(gaussian);
+  }
 }
 
 }  // namespace fusereg::augment::params

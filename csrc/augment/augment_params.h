@@ -111,4 +111,9 @@ Size output_size(const Job& job);
 
 void draw(const Job& job);
 
+// Numbers for programs: out [samples, columns], the last `normals` of each row standard normal, the
+// others uniform within [0, 1). Only ids, samples, seed and epoch of the job are read.
+void draw_numbers(const Job& job, std::uint32_t occurrence, std::int64_t columns,
+                  std::int64_t normals, double* out);
+
 }  // namespace fusereg::augment::params

@@ -12,6 +12,7 @@
 namespace fusereg::augment {
 
 void bind_params(py::module_& m);
+void bind_program(py::module_& m);
 void bind_resize(py::module_& m);
 
 // False where Python must prepare the tensor first: other dtypes, layouts, wrappers.
@@ -250,6 +251,7 @@ int augment_backward(const py::object& grad_x, const py::object& grad_y, const p
 void bind(py::module_& m) {
   using py::arg;
   bind_params(m);
+  bind_program(m);
   bind_resize(m);
   m.attr("AUGMENT_MAX_CHANNELS") = kMaxChannels;
   m.def("augment_forward", &augment_forward, arg("y"), arg("x"), arg("records"), arg("keys"),

@@ -85,6 +85,24 @@ std::tuple<std::int64_t, std::int64_t> augment_params(
   return {size.height, size.width};
 }
 
+// Fills out [n, columns]: uniform numbers, and in the last columns standard normal ones.
+void augment_numbers(const py::object& out, const py::object& ids, const py::object& seed,
+                     std::uint32_t epoch, std::uint32_t occurrence, std::int64_t columns,
+                     std::int64_t normals, const char* op) {
+  RawView id_view;
+  if (!read_raw(ids, id_view) || occurrence > 255 || normals < 0 || normals > columns ||
+      columns > 32768) {
+    throw py::value_error(where(op, "ids") + " must be a contiguous int64 tensor on the CPU");
+  }
+  params::Job job;
+  job.samples = id_view.numel;
+  job.ids = integers(ids, job.samples, op, "ids");
+  job.seed = bits_argument(seed, op, "seed");
+  job.epoch = epoch;
+  params::draw_numbers(job, occurrence, columns, normals,
+                       doubles(out, job.samples * columns, op, "out"));
+}
+
 // What the composition is made of, for the tests: sine and cosine of degrees, log, exp.
 py::tuple augment_elementary(double x) {
   double sine = 0.0;
@@ -102,6 +120,8 @@ void bind_params(py::module_& m) {
   m.attr("AUGMENT_DRAWS") = params::kDrawsSize;
   m.def("augment_params", &augment_params, arg("records"), arg("draws"), arg("keys"), arg("ids"),
         arg("seed"), arg("epoch"), arg("sizes"), arg("steps"), op_argument());
+  m.def("augment_numbers", &augment_numbers, arg("out"), arg("ids"), arg("seed"), arg("epoch"),
+        arg("occurrence"), arg("columns"), arg("normals"), op_argument());
   m.def("augment_elementary", &augment_elementary, arg("x"));
 }
 

@@ -482,4 +482,27 @@ def augment_params(
     steps: Sequence[tuple[int, int, list[float]]],
     op: str,
 ) -> tuple[int, int]: ...
+def augment_numbers(
+    out: torch.Tensor,
+    ids: torch.Tensor,
+    seed: int,
+    epoch: int,
+    occurrence: int,
+    columns: int,
+    normals: int,
+    op: str,
+) -> None: ...
+def color_program(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    programs: torch.Tensor,
+    fill: Sequence[float],
+    whole_pixels: bool,
+    scratch: torch.Tensor | None,
+    op: str,
+) -> int: ...
+def color_program_check(
+    programs: torch.Tensor, channels: int, height: int, width: int, op: str
+) -> None: ...
+def color_program_scratch(n: int, c: int, h: int, w: int) -> int: ...
 def augment_elementary(x: float) -> tuple[float, float, float, float]: ...

@@ -2,7 +2,8 @@
 
 :class:`Augment` is the whole chain; :class:`Compose` fuses a list of transforms, which have
 torchvision's names. augment.py holds the module, chain.py the passes that it and Compose run,
-params.py the drawn parameters, steps.py the steps that draw them, render.py the call of the kernel,
+program.py the programs of single images, policies.py what draws them, params.py the drawn
+parameters, steps.py the steps that draw them, render.py the call of the kernel,
 loop.py transforms without a kernel, inputs.py the forms of images, targets.py what moves with them,
 tree.py nestings of it, labels.py labels, seeded.py sample ids and epochs, loading.py loaders,
 transforms.py, compose.py and fuse.py the transforms and their fusion, torchvision.py the conversion
@@ -19,12 +20,15 @@ from .labels import MixedLabels, mix_labels
 from .loading import WithIds
 from .loop import CallParams
 from .params import AugmentParams
+from .program import ProgramParams
 from .render import Erase, Mix
 from .transforms import (
     CenterCrop,
+    ColorJitter,
     CutMix,
     MixUp,
     Normalize,
+    RandAugment,
     RandomAffine,
     RandomCrop,
     RandomErasing,
@@ -32,6 +36,8 @@ from .transforms import (
     RandomResizedCrop,
     RandomRotation,
     RandomVerticalFlip,
+    TimmAugment,
+    TrivialAugmentWide,
 )
 
 __all__ = [
@@ -39,6 +45,7 @@ __all__ = [
     "AugmentParams",
     "CallParams",
     "CenterCrop",
+    "ColorJitter",
     "Compose",
     "CutMix",
     "Erase",
@@ -47,6 +54,8 @@ __all__ = [
     "MixedLabels",
     "Normalize",
     "Plan",
+    "ProgramParams",
+    "RandAugment",
     "RandomAffine",
     "RandomCrop",
     "RandomErasing",
@@ -54,7 +63,9 @@ __all__ = [
     "RandomResizedCrop",
     "RandomRotation",
     "RandomVerticalFlip",
+    "TimmAugment",
     "Transform",
+    "TrivialAugmentWide",
     "WithIds",
     "crop_flip_normalize",
     "erase",

@@ -14,7 +14,8 @@ from .arguments import check_memory_format
 from .inputs import Batch
 from .labels import rewrap, unwrap
 from .loop import Called, CallParams, call, size_after
-from .params import AugmentParams
+from .params import AugmentParams, draw
+from .program import Program, ProgramParams
 from .render import Settings, render, render_several
 from .seeded import Keys, SeededModule
 from .steps import VALUES, Encoded, Later, at_size, ends_alike
@@ -23,7 +24,7 @@ from .tree import batch_tree, kind_of, leaves_of, stack
 
 Size: TypeAlias = tuple[int, int]
 #: What a pass has drawn; where the images differ in size, for each of them.
-PassParams: TypeAlias = AugmentParams | CallParams | list[Any]
+PassParams: TypeAlias = AugmentParams | CallParams | ProgramParams | list[Any]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Unit:
         dtype: of the result, where a transform says so.
         mask_fill: as its transforms have it.
         idle: nothing happens: there are only conversions of types.
+        program: of each image, instead of all that.
     """
 
     steps: Sequence[Encoded]
@@ -45,6 +47,7 @@ class Unit:
     dtype: torch.dtype | None = None
     mask_fill: float | None = None
     idle: bool = False
+    program: Program | None = None
 
     def look(self) -> Look:
         """Return what targets see."""
@@ -88,6 +91,8 @@ class Chain(SeededModule):
             return [self._draw(place, unit, keys[i : i + 1], own) for i, own in enumerate(size)]
         if unit.called is not None:
             return CallParams(keys.of_place(place), keys.ids)
+        if unit.program is not None:
+            return unit.program.draw(keys, size, self._op)
         return keys.draw(at_size(unit.steps, size), size, self._op)
 
     def _sizes(
@@ -96,6 +101,8 @@ class Chain(SeededModule):
         """Return the size of the images after a pass, or their sizes."""
         if isinstance(params, AugmentParams):
             return params.size
+        if isinstance(params, ProgramParams):
+            return size
         if isinstance(params, list):
             assert isinstance(size, list)
             pairs = zip(params, size, strict=True)
@@ -171,6 +178,11 @@ class Chain(SeededModule):
                 continue
             if unit.idle:
                 continue
+            if unit.program is not None:
+                x = self._programmed(
+                    unit.program, x, own, found, frames, out if at == last else None, at == last
+                )
+                continue
             if found is not None:
                 found.move(own, unit.look())
             x = render(
@@ -193,6 +205,45 @@ class Chain(SeededModule):
         """Return the result for a list of images of the type of one of them."""
         return rewrap(y, like)
 
+    def _programmed(
+        self,
+        program: Program,
+        x: Tensor,
+        params: ProgramParams,
+        found: Targets | None,
+        frames: int,
+        out: Tensor | None,
+        last: bool,
+    ) -> Tensor:
+        op = self._op
+        if not isinstance(params, ProgramParams):
+            raise TypeError(
+                f"fusereg.{op}: params of a program must be ProgramParams, got "
+                f"{type(params).__name__}"
+            )
+        if found is not None:
+            look = Look(fill_mode="constant", interpolation="nearest")
+            for moved in params.warps((x.shape[-2], x.shape[-1])):
+                found.move(moved, look)
+        dtype, form = (self.out_dtype, self.memory_format) if last else (None, None)
+        as_is = dtype in (None, x.dtype) and form is None and (out is None or out.dtype is x.dtype)
+        every = params if frames == 1 else params.repeat_interleave(frames)
+        y = program.run(x, every, op, out if as_is else None)
+        if as_is:
+            return y
+        size = (x.shape[-2], x.shape[-1])
+        still = draw([], every.sample_ids, size, 0, 0, op)
+        return render(
+            y,
+            still,
+            Settings(),
+            op,
+            out_dtype=dtype,
+            keep_dtype=True,
+            memory_format=form,
+            out=out,
+        )
+
     def _each(
         self,
         units: list[tuple[int, Unit]],
@@ -211,6 +262,7 @@ class Chain(SeededModule):
         if (
             unit is not None
             and unit.called is None
+            and unit.program is None
             and keys is not None
             and frames == 1
             and ends_alike(unit.steps)

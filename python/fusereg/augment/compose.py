@@ -43,7 +43,9 @@ class Passes(Chain):
             steps = encode([step for stage in p.stages for step in stage.steps], seen)
             settings = p.settings()
             settings.check_out_dtype(out_dtype, self._op)
-            self._made.append(Unit(steps, settings, p.called, p.dtype, p.mask_fill, p.idle))
+            self._made.append(
+                Unit(steps, settings, p.called, p.dtype, p.mask_fill, p.idle, p.program(seen))
+            )
         self._mixed = any(unit.settings.mixed for unit in self._made)
         stages = [stage for p in self._passes for stage in p.stages]
         self._types = next((s.types for s in reversed(stages) if s.types), "")
@@ -72,9 +74,10 @@ class Passes(Chain):
     ) -> list[PassParams]:
         """Draw the parameters of n samples for each pass.
 
-        A transform that is called has a :class:`fusereg.augment.CallParams`; if it may change the
-        size, it is called with black images to know what comes after it. Passes that see images of
-        several sizes have a list, with parameters for each.
+        A transform that is called has a :class:`fusereg.augment.CallParams`, and one that runs as a
+        program of each image a :class:`fusereg.augment.ProgramParams`. If one that is called may
+        change the size, it is called with black images to know what comes after it. Passes that see
+        images of several sizes have a list, with parameters for each.
         """
         keys = self._keys(n, sample_ids, epoch, view)
         return self._drawn(keys, (int(input_size[0]), int(input_size[1])))

@@ -10,6 +10,7 @@ import torch
 
 from .arguments import Normalization
 from .loop import Called
+from .program import Policy, Program
 from .render import Settings
 from .steps import (
     LARGER_IS_AN_ERROR,
@@ -49,6 +50,8 @@ class Stage:
         dtype: of the result.
         types: what becomes of torchvision's types: "image" or "pure"; empty: they stay.
         cast: a function of each target.
+        policy: draws a program for each image, which runs as a pass without other stages.
+        whole_pixels: of a program: pixels are of the image or filled, and nothing in between.
     """
 
     name: str
@@ -74,6 +77,13 @@ class Stage:
     dtype: torch.dtype | None = None
     types: str = ""
     cast: Callable[[Any], Any] | None = None
+    policy: Policy | None = None
+    whole_pixels: bool = False
+
+    @property
+    def neutral(self) -> bool:
+        """Return whether it leaves images as they are."""
+        return not (self.steps or self.normal or self.dtype or self.policy)
 
     @property
     def geometric(self) -> bool:
@@ -119,7 +129,7 @@ class Pass:
     @property
     def idle(self) -> bool:
         """True where there are only conversions of types."""
-        return self.called is None and not any(s.steps or s.normal or s.dtype for s in self.stages)
+        return self.called is None and all(s.neutral for s in self.stages)
 
     def __str__(self) -> str:
         """Return the lines of the plan."""
@@ -130,6 +140,30 @@ class Pass:
             lines.append(f"  a pass of its own: {self.reason}")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def program(self, seen: dict[str, int]) -> Program | None:
+        """Return the program of the pass, None for others; ``seen`` counts the policies."""
+        stages = [s for s in self.stages if s.policy is not None]
+        if not stages:
+            return None
+        first = seen.get("program", 0)
+        seen["program"] = first + len(stages)
+        policies = [s.policy for s in stages if s.policy is not None]
+        filler = next((s for s in stages if s.policy is not None and s.policy.moves), stages[0])
+        numbered = tuple(zip(policies, range(first, first + len(stages)), strict=True))
+        return Program(numbered, filler.fill, filler.whole_pixels)
+
+    def _refuses_program(self, new: Stage, other: Stage) -> str:
+        if new.policy is None or other.policy is None:
+            names = (new, other) if new.policy is None else (other, new)
+            return f"{names[1].name} runs as a program of each image, {names[0].name} does not"
+        if new.policy.first:
+            return f"{new.name} may change the number of channels"
+        mover = self._last(lambda s: s.policy is not None and s.policy.moves)
+        if mover is None or not new.policy.moves:
+            return ""
+        same = (mover.fill, mover.whole_pixels) == (new.fill, new.whole_pixels)
+        return "" if same else f"{new.name} and {mover.name} fill differently"
 
     def _last(self, wanted: Callable[[Stage], bool]) -> Stage | None:
         return next((s for s in reversed(self.stages) if wanted(s)), None)
@@ -188,6 +222,11 @@ class Pass:
 
     def refuses(self, new: Stage, exact: bool) -> str:
         """Return why a stage cannot join the pass, or an empty string if it can."""
+        other = self._last(lambda s: not s.neutral)
+        if new.neutral or other is None:
+            return ""
+        if new.policy is not None or other.policy is not None:
+            return self._refuses_program(new, other)
         erased = self._last(lambda s: s.erases)
         mixed = self._last(lambda s: s.mixes)
         normal = self._last(lambda s: s.normal is not None)

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compose
+from . import compose, policies
+from . import program as P
 from . import transforms as T
-from .arguments import size_pair
+from .arguments import per_channel, size_pair
 from .fuse import UNIT, Stage
 from .loop import Called
+from .policies import Always, Bins, Maybe, Pairs
 from .render import Mix
 from .steps import FullImage, Padded, ShortSide, Step
 from .tree import wrap
@@ -143,6 +145,75 @@ def _choice(t: Any) -> Stage | str:
     return T.mix_stage(mix)
 
 
+def _sometimes(t: Any, code: int, *arguments: float) -> Stage:
+    policy = Always(code, tuple((float(a), float(a)) for a in arguments))
+    return Stage(type(t).__name__, policy=Maybe(float(t.p), (policy,)))
+
+
+def _jitter(t: Any) -> Stage:
+    ranges = {
+        P.BRIGHTNESS: t.brightness,
+        P.CONTRAST: t.contrast,
+        P.SATURATION: t.saturation,
+        P.HUE: t.hue,
+    }
+    return Stage("ColorJitter", policy=policies.jitter(ranges))
+
+
+def _gray(t: Any) -> Stage | str:
+    if t.num_output_channels != 3:
+        return "it changes the number of channels"
+    return Stage("Grayscale", policy=Always(P.GRAY, ((3.0, 3.0),)))
+
+
+def _solarize(t: Any) -> Stage | str:
+    if not 0 <= t.threshold <= 255:
+        return "its threshold is not within 0 and 255"
+    # The second argument: in units of the images, also if they are floats.
+    return _sometimes(t, P.SOLARIZE, t.threshold, 1)
+
+
+def _posterize(t: Any) -> Stage | str:
+    if t.bits not in range(9):
+        return "its bits are not within 0 and 8"
+    return _sometimes(t, P.POSTERIZE, t.bits)
+
+
+def _blur(t: Any) -> Stage | str:
+    x, y = (float(k) for k in t.kernel_size)
+    if max(x, y) > 255:
+        return "its kernel is larger than 255 pixels"
+    sigma = (float(t.sigma[0]), float(t.sigma[-1]))
+    policy = Always(P.BLUR, ((x, x), (y, y), sigma, (0.0, 0.0)), same=((3, 2),))
+    return Stage("GaussianBlur", policy=policy)
+
+
+def _apply(t: Any) -> Stage | str:
+    found: list[P.Policy] = []
+    for inner in t.transforms:
+        known = from_torchvision(inner)
+        made = [s.policy for s in known] if isinstance(known, Sequence) else [None]
+        found += [p for p in made if p is not None and not p.moves and not p.first]
+        if len(found) == 0 or None in made or found[-1] is not made[-1]:
+            return ""
+    return Stage("RandomApply", policy=Maybe(float(t.p), tuple(found)))
+
+
+def _auto(t: Any) -> Stage | str:
+    name = type(t).__name__
+    how = T.interpolation_of(_interpolation(t), name)
+    policy: P.Policy
+    if name == "AutoAugment":
+        pairs = getattr(t, "_policies", None) or t.policies
+        policy = Pairs(tuple(tuple(pair) for pair in pairs), how)
+    else:
+        layers, magnitude = getattr(t, "num_ops", 1), getattr(t, "magnitude", None)
+        policy = Bins(layers, magnitude, t.num_magnitude_bins, name != "RandAugment", how)
+        if magnitude is not None and not -t.num_magnitude_bins <= magnitude < t.num_magnitude_bins:
+            return "its magnitude is not one of its bins"
+    return Stage(name, policy=policy, fill=per_channel(_fill(t), name, "fill"))
+
+
 def _floats(values: Any) -> list[float]:
     return [float(v) for v in values]
 
@@ -171,6 +242,20 @@ _KNOWN: Mapping[str, Callable[[Any], Stage | Sequence[Stage] | str]] = {
     "MixUp": lambda t: T.MixUp(alpha=t.alpha, num_classes=t.num_classes, seed=0).stage,
     "CutMix": lambda t: T.CutMix(alpha=t.alpha, num_classes=t.num_classes, seed=0).stage,
     "RandomChoice": _choice,
+    "RandomApply": _apply,
+    "ColorJitter": _jitter,
+    "Grayscale": _gray,
+    "RandomGrayscale": lambda t: _sometimes(t, P.GRAY),
+    "RandomInvert": lambda t: _sometimes(t, P.INVERT),
+    "RandomPosterize": _posterize,
+    "RandomSolarize": _solarize,
+    "RandomAutocontrast": lambda t: _sometimes(t, P.AUTOCONTRAST),
+    "RandomEqualize": lambda t: _sometimes(t, P.EQUALIZE),
+    "RandomAdjustSharpness": lambda t: _sometimes(t, P.SHARPNESS, t.sharpness_factor),
+    "GaussianBlur": _blur,
+    "RandAugment": _auto,
+    "TrivialAugmentWide": _auto,
+    "AutoAugment": _auto,
     "Resize": _resize,
     "RandomResize": _random_resize,
     "Pad": _pad,
@@ -184,11 +269,22 @@ _KNOWN: Mapping[str, Callable[[Any], Stage | Sequence[Stage] | str]] = {
 }
 
 
+#: timm's transforms that have one of its policies.
+_OF_TIMM = ("RandAugment", "AutoAugment")
+
+
 def from_torchvision(transform: object) -> Sequence[Stage] | Called | None:
     """Return the stages of a transform of torchvision, or how it is called; None: not of it."""
     kind = type(transform)
     if kind.__module__.startswith("timm.data") and kind.__name__ == "MaybeToTensor":
         return [Stage("MaybeToTensor", normal=UNIT, dtype=torch.float32, types="pure")]
+    if kind.__module__ == "timm.data.auto_augment" and kind.__name__ in _OF_TIMM:
+        policy = policies.of_timm(transform)
+        if policy is None:
+            return None
+        first = next(iter(getattr(transform, "ops", None) or transform.policy[0]))  # type: ignore[attr-defined]
+        fill = per_channel(first.kwargs["fillcolor"], kind.__name__, "fill")
+        return [Stage(kind.__name__, policy=policy, fill=fill, whole_pixels=True)]
     if not kind.__module__.startswith("torchvision.transforms") or not callable(transform):
         return None
     convert = _KNOWN.get(kind.__name__)

@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from . import policies
+from . import program as P
 from .arguments import (
     INTERPOLATIONS,
     Interval,
     PerChannel,
     Size,
     around,
+    factors,
     flag,
     integer,
     interval,
@@ -47,9 +50,11 @@ from .steps import (
 
 __all__ = [
     "CenterCrop",
+    "ColorJitter",
     "CutMix",
     "MixUp",
     "Normalize",
+    "RandAugment",
     "RandomAffine",
     "RandomCrop",
     "RandomErasing",
@@ -57,6 +62,8 @@ __all__ = [
     "RandomResizedCrop",
     "RandomRotation",
     "RandomVerticalFlip",
+    "TimmAugment",
+    "TrivialAugmentWide",
 ]
 
 
@@ -75,6 +82,11 @@ def _resampling(value: object, op: str) -> tuple[str, bool]:
     name = getattr(value, "value", value)
     one_of(name, op, "interpolation", [*INTERPOLATIONS, "nearest-exact"])
     return ("nearest" if name == "nearest-exact" else str(name)), name == "nearest"
+
+
+def interpolation_of(value: object, op: str) -> int:
+    """Return the kernels' number of an interpolation of torchvision."""
+    return INTERPOLATIONS[_interpolation(value, convention("torchvision", op), op)]
 
 
 def _center(
@@ -461,6 +473,150 @@ def resize_stage(name: str, step: Step, interpolation: object, antialias: bool |
         floors=floors,
         fill_mode="border",
     )
+
+
+class ColorJitter(Transform):
+    """Brightness, contrast, saturation and hue of each image, in an order that it draws.
+
+    Contrast is about the mean of the image's own gray. Images of uint8 are whole numbers after each
+    operation, bit for bit those of torchvision's functions of tensors. Others, in [0, 1], go
+    through torch's functions one by one, which is slower.
+
+    Args:
+        brightness: a factor; v is from max(0, 1 - v) to 1 + v, or (from, to).
+        contrast: likewise.
+        saturation: likewise.
+        hue: in turns of the color circle: v is from -v to v, or (from, to), within 1/2.
+        p: the probability that an image is changed.
+        seed: default: from torch's generator.
+
+    Images have 1 or 3 channels.
+    """
+
+    def __init__(
+        self,
+        brightness: Interval | None = None,
+        contrast: Interval | None = None,
+        saturation: Interval | None = None,
+        hue: Interval | None = None,
+        *,
+        p: float = 1.0,
+        seed: int | None = None,
+    ) -> None:
+        op = "ColorJitter"
+        turn = None if hue is None else around(hue, op, "hue", 0.5)
+        ranges = {
+            P.BRIGHTNESS: None if brightness is None else factors(brightness, op, "brightness"),
+            P.CONTRAST: None if contrast is None else factors(contrast, op, "contrast"),
+            P.SATURATION: None if saturation is None else factors(saturation, op, "saturation"),
+            P.HUE: turn,
+        }
+        policy: P.Policy = policies.jitter(ranges)
+        if probability(p, op, "p") < 1:
+            policy = policies.Maybe(float(p), (policy,))
+        super().__init__(Stage(op, policy=policy), seed)
+        self._text = (
+            f"brightness={brightness}, contrast={contrast}, saturation={saturation}, hue={hue}, "
+            f"p={p}"
+        )
+
+
+class RandAugment(Transform):
+    """RandAugment (Cubuk et al. 2020) as torchvision has it, each image by its own draws.
+
+    Args:
+        num_ops: operations of an image, one after the other.
+        magnitude: of each, a bin.
+        num_magnitude_bins: from no change to the largest.
+        interpolation: "nearest", "bilinear" or "bicubic".
+        fill: of pixels outside the image, from 0 to 255; one number for each channel.
+        seed: default: from torch's generator.
+
+    Images have 1 or 3 channels; uint8 stays so after each operation (:class:`ColorJitter`).
+    """
+
+    def __init__(
+        self,
+        num_ops: int = 2,
+        magnitude: int = 9,
+        num_magnitude_bins: int = 31,
+        interpolation: str = "nearest",
+        fill: PerChannel | None = None,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        op = "RandAugment"
+        layers, at = integer(num_ops, op, "num_ops"), integer(magnitude, op, "magnitude")
+        bins = integer(num_magnitude_bins, op, "num_magnitude_bins")
+        if layers < 0 or bins < 2 or not 0 <= at < bins:
+            raise ValueError(
+                f"fusereg.{op}: num_ops must not be negative and magnitude one of at least 2 bins "
+                f"from 0, got {layers}, {at} and {bins}"
+            )
+        policy = policies.Bins(layers, at, bins, False, interpolation_of(interpolation, op))
+        shade = per_channel(0.0 if fill is None else fill, op, "fill")
+        super().__init__(Stage(op, policy=policy, fill=shade), seed)
+        self._text = f"num_ops={num_ops}, magnitude={magnitude}, interpolation={interpolation!r}"
+
+
+class TrivialAugmentWide(Transform):
+    """TrivialAugment (Mueller, Hutter 2021), wide, as torchvision has it, drawn for each image.
+
+    Args:
+        num_magnitude_bins: of which each image draws one.
+        interpolation: as for :class:`RandAugment`.
+        fill: as for :class:`RandAugment`.
+        seed: default: from torch's generator.
+    """
+
+    def __init__(
+        self,
+        num_magnitude_bins: int = 31,
+        interpolation: str = "nearest",
+        fill: PerChannel | None = None,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        op = "TrivialAugmentWide"
+        bins = integer(num_magnitude_bins, op, "num_magnitude_bins")
+        if bins < 2:
+            raise ValueError(f"fusereg.{op}: num_magnitude_bins must be at least 2, got {bins}")
+        policy = policies.Bins(1, None, bins, True, interpolation_of(interpolation, op))
+        shade = per_channel(0.0 if fill is None else fill, op, "fill")
+        super().__init__(Stage(op, policy=policy, fill=shade), seed)
+        self._text = f"num_magnitude_bins={bins}, interpolation={interpolation!r}"
+
+
+class TimmAugment(Transform):
+    """RandAugment or AutoAugment as timm's strings name them, each image by its own draws.
+
+    Values are those of torchvision's functions of uint8, which differ from PIL's by one level an
+    operation; posterizing keeps one bit at least, where timm's stops in an error of PIL.
+
+    Args:
+        config: such as "rand-m9-mstd0.5-inc1"; "original", "originalr", "v0" or "v0r", also with
+            "-mstd0.5". A section that is not understood is an error.
+        interpolation: "random": bilinear or bicubic, drawn for each operation; or one of them.
+        fill: of pixels outside the image, from 0 to 255; one number for each channel.
+        seed: default: from torch's generator.
+    """
+
+    def __init__(
+        self,
+        config: str,
+        interpolation: str = "random",
+        fill: PerChannel = 128,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        op = "TimmAugment"
+        if not isinstance(config, str):
+            raise TypeError(f"fusereg.{op}: config must be a string, got {type(config).__name__}")
+        hows = (1, 2) if interpolation == "random" else (interpolation_of(interpolation, op),)
+        policy = policies.timm_policy(config, hows, op)
+        shade = per_channel(fill, op, "fill")
+        super().__init__(Stage(op, policy=policy, fill=shade, whole_pixels=True), seed)
+        self._text = f"{config!r}, interpolation={interpolation!r}"
 
 
 def _not_inplace(inplace: object, op: str) -> None:

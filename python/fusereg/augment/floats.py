@@ -1,0 +1,94 @@
+"""Programs of floating images in [0, 1]: torchvision's formulas for them, by torch's functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, pad
+
+_WEIGHTS = (0.2989, 0.587, 0.114)
+
+
+def gray(x: Tensor) -> Tensor:
+    """Return the gray [1, H, W] of an image of 3 channels, or one of 1 channel as it is."""
+    if len(x) == 1:
+        return x
+    r, g, b = (x[i : i + 1] * w for i, w in enumerate(_WEIGHTS))
+    return r + g + b
+
+
+def blend(x: Tensor, other: Tensor, factor: float) -> Tensor:
+    """Return factor * x + (1 - factor) * other within [0, 1]."""
+    return (x * factor + other * (1 - factor)).clamp(0, 1)
+
+
+def hue(x: Tensor, turn: float) -> Tensor:
+    """Return an image [3, H, W] with its hue moved by a part of a turn."""
+    low, high = torch.aminmax(x, dim=0)
+    span = high - low
+    r, g, b = ((high - x) / torch.where(span == 0, 1, span)).unbind(0)
+    of_r, of_g, of_b = b - g, 2 + r - b, 4 + g - r
+    sixths = torch.where(x[0] == high, of_r, torch.where(x[1] == high, of_g, of_b))
+    h = (sixths / 6 + 1 + turn).remainder(1) * 6
+    s = span / torch.where(span == 0, 1, high)
+    # Each channel is 1 minus what the place on the circle takes away of the saturation.
+    places = torch.tensor([5.0, 3.0, 1.0], dtype=x.dtype, device=x.device)[:, None, None]
+    k = (places + h).remainder(6)
+    return (high * (1 - s * torch.minimum(k, 4 - k).clamp(0, 1))).clamp(0, 1)
+
+
+def posterize(x: Tensor, bits: int) -> Tensor:
+    """Return an image with 2^bits levels."""
+    levels = 1 << bits
+    return (x * levels).floor().clamp(0, levels - 1) / levels
+
+
+def stretch(x: Tensor) -> Tensor:
+    """Return an image each of whose channels goes from 0 to 1, if it is not constant."""
+    low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
+    span = high - low
+    return torch.where(span == 0, x, ((x - low) / torch.where(span == 0, 1, span)).clamp(0, 1))
+
+
+def sharpen(x: Tensor, factor: float) -> Tensor:
+    """Return an image whose inner pixels are further from their neighbors' mean, or nearer."""
+    if min(x.shape[1:]) <= 2:
+        return x
+    kernel = x.new_ones(1, 1, 3, 3)
+    kernel[..., 1, 1] = 5
+    smooth = conv2d(x[:, None], kernel / 13)[:, 0]
+    y = x.clone()
+    inner = y[:, 1:-1, 1:-1]
+    inner.copy_(blend(inner, smooth, factor))
+    return y.clamp(0, 1)
+
+
+def blur(x: Tensor, taps: tuple[int, int], sigmas: tuple[float, float]) -> Tensor:
+    """Return an image after a Gaussian blur of (x, y), reflected at its edges."""
+    y = pad(x[None], (taps[0] // 2,) * 2 + (taps[1] // 2,) * 2, mode="reflect")[0][:, None]
+    for count, sigma, shape in zip(taps, sigmas, ((1, 1, 1, -1), (1, 1, -1, 1)), strict=True):
+        distance = torch.arange(count, dtype=torch.float32, device=x.device) - count // 2
+        weights = torch.softmax(-0.5 * (distance / sigma) ** 2, 0).to(x.dtype)
+        y = conv2d(y, weights.view(shape))
+    return y[:, 0]
+
+
+#: Of (image, arguments), by the names of the instructions.
+FUNCTIONS: dict[str, Callable[[Tensor, list[float]], Tensor]] = {
+    "identity": lambda x, a: x,
+    "brightness": lambda x, a: (x * a[0]).clamp(0, 1),
+    "contrast": lambda x, a: blend(x, gray(x).mean(), a[0]),
+    "saturation": lambda x, a: x if len(x) == 1 else blend(x, gray(x), a[0]),
+    "hue": lambda x, a: x if len(x) == 1 else hue(x, a[0]),
+    "gray": lambda x, a: gray(x).expand_as(x),
+    "invert": lambda x, a: 1 - x,
+    "posterize": lambda x, a: posterize(x, int(a[0])),
+    # The second argument: the threshold is in units of the image.
+    "solarize": lambda x, a: torch.where(x >= (a[0] if a[1] else a[0] / 255), 1 - x, x),
+    "solarize_add": lambda x, a: torch.where(x < a[1] / 255, (x + a[0] / 255).clamp(max=1), x),
+    "autocontrast": lambda x, a: stretch(x),
+    "sharpness": lambda x, a: sharpen(x, a[0]),
+    "blur": lambda x, a: blur(x, (int(a[0]), int(a[1])), (a[2], a[3])),
+}

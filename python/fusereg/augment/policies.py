@@ -1,0 +1,491 @@
+"""Policies, which draw the programs of images: color jitter, torchvision's and timm's.
+
+Draws are made in the order of the library whose policy it is, each image's by its own id.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+from .. import _C
+from . import program as P
+from .program import Numbers, Policy, Row
+
+Size: TypeAlias = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Jitter(Policy):
+    """Brightness, contrast, saturation and hue in an order that each image draws.
+
+    ``ranges`` holds (code, from, to) of those that are asked for.
+    """
+
+    ranges: tuple[tuple[int, float, float], ...]
+
+    @property
+    def uniforms(self) -> int:
+        """The most uniform numbers that an image takes."""
+        return 2 * len(self.ranges)
+
+    def rows(self, numbers: Numbers, size: Size) -> list[Row]:
+        """Return the instructions for an image of this size."""
+        places = [numbers.uniform() for _ in self.ranges]
+        made = [(float(code), numbers.between(low, high)) for code, low, high in self.ranges]
+        return [made[i] for i in sorted(range(len(made)), key=places.__getitem__)]
+
+
+@dataclass(frozen=True)
+class Always(Policy):
+    """One instruction, whose arguments are drawn from intervals; equal ones are the same number."""
+
+    code: int
+    arguments: tuple[tuple[float, float], ...] = ()
+    #: Which argument is the same number as an earlier one.
+    same: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def uniforms(self) -> int:
+        """The most uniform numbers that an image takes."""
+        return len(self.arguments)
+
+    @property
+    def first(self) -> bool:
+        """True where nothing may come before it in a pass."""
+        return self.code == P.GRAY and bool(self.arguments)
+
+    def rows(self, numbers: Numbers, size: Size) -> list[Row]:
+        """Return the instructions for an image of this size."""
+        values = [numbers.between(low, high) for low, high in self.arguments]
+        for to, of in self.same:
+            values[to] = values[of]
+        return [(float(self.code), *values)]
+
+
+@dataclass(frozen=True)
+class Maybe(Policy):
+    """Other policies, with a probability."""
+
+    p: float
+    policies: tuple[Policy, ...]
+
+    @property
+    def uniforms(self) -> int:
+        """The most uniform numbers that an image takes."""
+        return 1 + sum(policy.uniforms for policy in self.policies)
+
+    @property
+    def normals(self) -> int:
+        """The most normal numbers that an image takes."""
+        return sum(policy.normals for policy in self.policies)
+
+    @property
+    def moves(self) -> bool:
+        """True where an instruction may move pixels."""
+        return any(policy.moves for policy in self.policies)
+
+    def rows(self, numbers: Numbers, size: Size) -> list[Row]:
+        """Return the instructions for an image of this size."""
+        if numbers.uniform() >= self.p:
+            return []
+        return [row for policy in self.policies for row in policy.rows(numbers, size)]
+
+
+# --- operations by the names that the policies have for them ---
+
+
+def _shear_x(v: float, size: Size, how: float) -> Row:
+    return (P.WARP, 1.0, v, v / 2, 0.0, 1.0, 0.0, how)
+
+
+def _shear_y(v: float, size: Size, how: float) -> Row:
+    return (P.WARP, 1.0, 0.0, 0.0, v, 1.0, v / 2, how)
+
+
+def _move_x(v: float, size: Size, how: float) -> Row:
+    return (P.WARP, 1.0, 0.0, -v, 0.0, 1.0, 0.0, how)
+
+
+def _move_y(v: float, size: Size, how: float) -> Row:
+    return (P.WARP, 1.0, 0.0, 0.0, 0.0, 1.0, -v, how)
+
+
+def _rotate(v: float, size: Size, how: float) -> Row:
+    sine, cosine = _C.augment_elementary(v)[:2]
+    y, x = (size[0] - 1) / 2, (size[1] - 1) / 2
+    return (
+        *(P.WARP, cosine, -sine, x - (cosine * x - sine * y)),
+        *(sine, cosine, y - (sine * x + cosine * y), how),
+    )
+
+
+_GEOMETRY = {
+    "ShearX": _shear_x,
+    "ShearY": _shear_y,
+    "TranslateX": _move_x,
+    "TranslateY": _move_y,
+    "Rotate": _rotate,
+}
+_VALUES = {
+    "Identity": P.IDENTITY,
+    "Brightness": P.BRIGHTNESS,
+    "Color": P.SATURATION,
+    "Contrast": P.CONTRAST,
+    "Sharpness": P.SHARPNESS,
+    "Posterize": P.POSTERIZE,
+    "Solarize": P.SOLARIZE,
+    "AutoContrast": P.AUTOCONTRAST,
+    "Equalize": P.EQUALIZE,
+    "Invert": P.INVERT,
+}
+_FACTORS = ("Brightness", "Color", "Contrast", "Sharpness")
+
+# --- torchvision's: magnitudes in bins ---
+
+#: The last magnitude of each operation; the first is 0. Translations are shares of the side.
+_AUTO = {
+    **dict.fromkeys(("ShearX", "ShearY"), 0.3),
+    **dict.fromkeys(("TranslateX", "TranslateY"), 150.0 / 331.0),
+    "Rotate": 30.0,
+    **dict.fromkeys(_FACTORS, 0.9),
+    "Posterize": 4.0,
+}
+#: Translations are pixels.
+_WIDE = {
+    **dict.fromkeys(("ShearX", "ShearY"), 0.99),
+    **dict.fromkeys(("TranslateX", "TranslateY"), 32.0),
+    "Rotate": 135.0,
+    **dict.fromkeys(_FACTORS, 0.99),
+    "Posterize": 6.0,
+}
+_SIGNED = (*_GEOMETRY, *_FACTORS)
+#: The operations of RandAugment and TrivialAugmentWide, in the order of torchvision's table.
+_OPERATIONS = (
+    *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color"),
+    *("Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize"),
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def _magnitudes(name: str, wide: bool, bins: int, size: Size) -> list[float]:
+    """Return the magnitudes of an operation, in float32 as torchvision has them."""
+    last = (_WIDE if wide else _AUTO).get(name, 0.0)
+    if name == "Posterize":
+        step = torch.arange(bins) / ((bins - 1) / last)
+        return (8 - step).round().tolist()
+    if name == "Solarize":
+        return torch.linspace(1.0, 0.0, bins).tolist()
+    if name in ("TranslateX", "TranslateY") and not wide:
+        last = last * (size[1] if name == "TranslateX" else size[0])
+    return torch.linspace(0.0, last, bins).tolist()
+
+
+def _operation(name: str, v: float, size: Size, how: float) -> Row:
+    """Return torchvision's operation of this name and magnitude."""
+    if name in _GEOMETRY:
+        whole = float(int(v)) if name.startswith("Translate") else v
+        return _GEOMETRY[name](whole, size, how)
+    if name in _FACTORS:
+        v = 1.0 + v
+    elif name == "Solarize":
+        v = 255.0 * v
+    return (float(_VALUES[name]), v)
+
+
+@dataclass(frozen=True)
+class Bins(Policy):
+    """RandAugment (Cubuk et al. 2020) and TrivialAugmentWide (Mueller, Hutter 2021).
+
+    ``layers`` operations in turn, each of ``magnitude``, or one that is drawn where that is None.
+    """
+
+    layers: int
+    magnitude: int | None
+    bins: int
+    wide: bool
+    how: int
+
+    @property
+    def uniforms(self) -> int:
+        """The most uniform numbers that an image takes."""
+        return 3 * self.layers
+
+    @property
+    def moves(self) -> bool:
+        """True where an instruction may move pixels."""
+        return self.layers > 0
+
+    def rows(self, numbers: Numbers, size: Size) -> list[Row]:
+        """Return the instructions for an image of this size."""
+        made = []
+        for _ in range(self.layers):
+            name = _OPERATIONS[numbers.below(len(_OPERATIONS))]
+            v = 0.0
+            if name not in ("Identity", "AutoContrast", "Equalize"):
+                at = numbers.below(self.bins) if self.magnitude is None else self.magnitude
+                v = _magnitudes(name, self.wide, self.bins, size)[at]
+                if name in _SIGNED:
+                    v *= numbers.sign()
+            made.append(_operation(name, v, size, self.how))
+        return made
+
+
+#: A part of an AutoAugment policy: operation, probability, magnitude.
+Part: TypeAlias = tuple[str, float, "int | None"]
+
+
+@dataclass(frozen=True)
+class Pairs(Policy):
+    """AutoAugment (Cubuk et al. 2019): one of several pairs of operations."""
+
+    pairs: tuple[tuple[Part, ...], ...]
+    how: int
+
+    @property
+    def uniforms(self) -> int:
+        """The most uniform numbers that an image takes."""
+        return 1 + 2 * max(len(pair) for pair in self.pairs)
+
+    @property
+    def moves(self) -> bool:
+        """True where an instruction may move pixels."""
+        return any(name in _GEOMETRY for pair in self.pairs for name, *_ in pair)
+
+    def rows(self, numbers: Numbers, size: Size) -> list[Row]:
+        """Return the instructions for an image of this size."""
+        made = []
+        for name, p, at in self.pairs[numbers.below(len(self.pairs))]:
+            if numbers.uniform() >= p:
+                continue
+            v = 0.0 if at is None else _magnitudes(name, False, 10, size)[at]
+            if name in _SIGNED:
+                v *= numbers.sign()
+            made.append(_operation(name, v, size, self.how))
+        return made
+
+
+# --- timm's: levels from 0 to 10 ---
+
+#: Of AutoAugment's "original", "originalr", "v0" and "v0r": operation, probability, level.
+_ORIGINAL = (
+    "Posterize .4 8 Rotate .6 9|Solarize .6 5 AutoContrast .6 5|Equalize .8 8 Equalize .6 3|"
+    "Posterize .6 7 Posterize .6 6|Equalize .4 7 Solarize .2 4|Equalize .4 4 Rotate .8 8|"
+    "Solarize .6 3 Equalize .6 7|Posterize .8 5 Equalize 1 2|Rotate .2 3 Solarize .6 8|"
+    "Equalize .6 8 Posterize .4 6|Rotate .8 8 Color .4 0|Rotate .4 9 Equalize .6 2|"
+    "Equalize 0 7 Equalize .8 8|Invert .6 4 Equalize 1 8|Color .6 4 Contrast 1 8|"
+    "Rotate .8 8 Color 1 2|Color .8 8 Solarize .8 7|Sharpness .4 7 Invert .6 8|"
+    "ShearX .6 5 Equalize 1 9|Color .4 0 Equalize .6 3|Equalize .4 7 Solarize .2 4|"
+    "Solarize .6 5 AutoContrast .6 5|Invert .6 4 Equalize 1 8|Color .6 4 Contrast 1 8|"
+    "Equalize .8 8 Equalize .6 3"
+)
+_V0 = (
+    "Equalize .8 1 ShearY .8 4|Color .4 9 Equalize .6 3|Color .4 1 Rotate .6 8|"
+    "Solarize .8 3 Equalize .4 7|Solarize .4 2 Solarize .6 2|Color .2 0 Equalize .8 8|"
+    "Equalize .4 8 SolarizeAdd .8 3|ShearX .2 9 Rotate .6 8|Color .6 1 Equalize 1 2|"
+    "Invert .4 9 Rotate .6 0|Equalize 1 9 ShearY .6 3|Color .4 7 Equalize .6 0|"
+    "Posterize .4 6 AutoContrast .4 7|Solarize .6 8 Color .6 9|Solarize .2 4 Rotate .8 9|"
+    "Rotate 1 7 TranslateYRel .8 9|ShearX 0 0 Solarize .8 4|ShearY .8 0 Color .6 4|"
+    "Color 1 0 Rotate .6 2|Equalize .8 4 Equalize 0 8|Equalize 1 4 AutoContrast .6 2|"
+    "ShearY .4 7 SolarizeAdd .6 7|Posterize .8 2 Solarize .6 10|Solarize .6 8 Equalize .6 1|"
+    "Color .8 6 Rotate .4 5"
+)
+_RAND = (
+    *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd"),
+    *("Color", "Contrast", "Brightness", "Sharpness"),
+    *("ShearX", "ShearY", "TranslateXRel", "TranslateYRel"),
+)
+_WITH_INCREASING = ("Posterize", "Solarize", *_FACTORS)
+
+
+def _level_row(name: str, level: float, numbers: Numbers, size: Size, how: float) -> Row:
+    """Return timm's operation of this name and level."""
+    base = name.removesuffix("Increasing").removesuffix("Original").removesuffix("Rel")
+    share = level / 10.0
+    if base in _GEOMETRY:
+        most = {"Rotate": 30.0, "ShearX": 0.3, "ShearY": 0.3}.get(base, 0.45)
+        v = share * most * numbers.sign()
+        if base.startswith("Translate"):
+            v *= -(size[1] if base == "TranslateX" else size[0])
+        return _GEOMETRY[base](v, size, how)
+    if base in _FACTORS:
+        if name == base:
+            return (float(_VALUES[base]), share * 1.8 + 0.1)
+        return (float(_VALUES[base]), max(0.1, 1.0 + share * 0.9 * numbers.sign()))
+    if base == "Posterize":
+        bits = int(share * 4)
+        bits = {"Posterize": bits, "PosterizeOriginal": bits + 4}.get(name, 4 - bits)
+        return (P.POSTERIZE, float(min(max(bits, 1), 8)))
+    if base == "Solarize":
+        above = min(256, int(share * 256))
+        return (P.SOLARIZE, float(above if name == base else 256 - above))
+    if base == "SolarizeAdd":
+        return (P.SOLARIZE_ADD, float(min(128, int(share * 110))), 128.0)
+    return (float(_VALUES[base]),)
+
+
+@dataclass(frozen=True)
+class Levels(Policy):
+    """timm's policies: one of several sequences of (operation, probability, level).
+
+    Attributes:
+        choices: to draw from, ``layers`` times.
+        layers: how often.
+        deviation: of the level, which is normal; infinite: it is uniform from 0 to the level.
+        highest: the levels end there.
+        hows: interpolations, of which each operation draws one.
+    """
+
+    choices: tuple[tuple[tuple[str, float, float], ...], ...]
+    layers: int = 1
+    deviation: float = 0.0
+    highest: float = 10.0
+    hows: tuple[int, ...] = (1, 2)
+
+    @property
+    def _most(self) -> int:
+        return self.layers * max(len(parts) for parts in self.choices)
+
+    @property
+    def uniforms(self) -> int:
+        """The most uniform numbers that an image takes."""
+        return self.layers + 4 * self._most
+
+    @property
+    def normals(self) -> int:
+        """The most normal numbers that an image takes."""
+        return self._most if 0.0 < self.deviation < math.inf else 0
+
+    @property
+    def moves(self) -> bool:
+        """True where an instruction may move pixels."""
+        return self.layers > 0
+
+    def rows(self, numbers: Numbers, size: Size) -> list[Row]:
+        """Return the instructions for an image of this size."""
+        made = []
+        for _ in range(self.layers):
+            for name, p, level in self.choices[numbers.below(len(self.choices))]:
+                if numbers.uniform() >= p:
+                    continue
+                if self.deviation == math.inf:
+                    level = numbers.between(0.0, level)
+                elif self.deviation > 0.0:
+                    level += self.deviation * numbers.normal()
+                level = max(0.0, min(level, self.highest))
+                how = self.hows[numbers.below(len(self.hows))]
+                made.append(_level_row(name, level, numbers, size, how))
+        return made
+
+
+def _table(text: str, posterize: str) -> tuple[tuple[tuple[str, float, float], ...], ...]:
+    """Return the pairs of a policy's text, with the name of its operation of posterizing."""
+    choices = []
+    for pair in text.split("|"):
+        words = pair.split()
+        parts = zip(words[::3], words[1::3], words[2::3], strict=True)
+        choices.append(
+            tuple((posterize if n == "Posterize" else n, float(p), float(v)) for n, p, v in parts)
+        )
+    return tuple(choices)
+
+
+_TABLES = {
+    "original": (_ORIGINAL, "PosterizeOriginal"),
+    "originalr": (_ORIGINAL, "PosterizeIncreasing"),
+    "v0": (_V0, "Posterize"),
+    "v0r": (_V0, "PosterizeIncreasing"),
+}
+
+
+def timm_policy(config: str, hows: tuple[int, ...], op: str) -> Levels:
+    """Return the policy of one of timm's strings.
+
+    Raises:
+        ValueError: there is no such policy, or a section that is not understood.
+    """
+    name, *sections = config.split("-")
+    values: dict[str, float] = {}
+    keys = {"rand": ("m", "n", "p", "mstd", "mmax", "inc")}.get(name, ("mstd",))
+    if name != "rand" and name not in _TABLES:
+        known = ", ".join(repr(k) for k in ("rand", *_TABLES))
+        raise ValueError(f"fusereg.{op}: config must begin with one of {known}, got {config!r}")
+    for section in sections:
+        found = re.fullmatch(r"([a-z]+)([0-9.]+|inf)", section)
+        if found is None or found[1] not in keys:
+            raise ValueError(
+                f"fusereg.{op}: config has the section {section!r}; known are "
+                f"{', '.join(keys)}, each followed by a number"
+            )
+        whole = found[1] in ("m", "n", "mmax", "inc")
+        try:
+            values[found[1]] = float(int(found[2]) if whole else found[2])
+        except ValueError:
+            wanted = "an integer" if whole else "a number"
+            raise ValueError(
+                f"fusereg.{op}: config must have {wanted} in the section {section!r}"
+            ) from None
+    deviation = values.get("mstd", 0.0)
+    if name != "rand":
+        return Levels(_table(*_TABLES[name]), deviation=deviation, hows=hows)
+    increasing = bool(values.get("inc"))
+    names = [n + "Increasing" * (increasing and n in _WITH_INCREASING) for n in _RAND]
+    part = values.get("p", 0.5), values.get("m", 10.0)
+    return Levels(
+        tuple(((n, *part),) for n in names),
+        layers=int(values.get("n", 2)),
+        deviation=math.inf if deviation > 100 else deviation,
+        highest=values.get("mmax") or 10.0,
+        hows=hows,
+    )
+
+
+def of_timm(transform: Any) -> Levels | None:
+    """Return the policy of a RandAugment or AutoAugment of timm, None where it has another one."""
+    layers = getattr(transform, "num_layers", None)
+    if layers is None:
+        choices = list(transform.policy)
+    elif transform.choice_weights is not None:
+        return None
+    else:
+        choices = [[op] for op in transform.ops]
+    parts = [op for choice in choices for op in choice]
+    known = {*_RAND, *(n + "Increasing" for n in _WITH_INCREASING), "PosterizeOriginal"}
+    shared = {
+        (
+            op.magnitude_std,
+            op.magnitude_max,
+            str(op.kwargs["resample"]),
+            str(op.kwargs["fillcolor"]),
+        )
+        for op in parts
+    }
+    pct = {op.hparams.get("translate_pct", 0.45) for op in parts}
+    if len(shared) != 1 or pct != {0.45} or not {op.name for op in parts} <= known:
+        return None
+    first = parts[0]
+    how = first.kwargs["resample"]
+    numbers = {0: 0, 2: 1, 3: 2}
+    hows = [numbers.get(int(h)) for h in (how if isinstance(how, (list, tuple)) else [how])]
+    if None in hows:
+        return None
+    return Levels(
+        tuple(tuple((op.name, float(op.prob), float(op.magnitude)) for op in c) for c in choices),
+        layers=1 if layers is None else layers,
+        deviation=float(first.magnitude_std),
+        highest=float(first.magnitude_max or 10),
+        hows=tuple(h for h in hows if h is not None),
+    )
+
+
+def jitter(values: Mapping[int, Sequence[float] | None]) -> Jitter:
+    """Return color jitter from (from, to) of each code, None where it is not asked for."""
+    return Jitter(
+        tuple((code, float(v[0]), float(v[1])) for code, v in values.items() if v is not None)
+    )

@@ -1,0 +1,243 @@
+"""Programs: a short list of operations for each image, which one kernel runs one after the other.
+
+An instruction is a row of 8 numbers, as csrc/augment/program.h defines them. Images of uint8 stay
+so after each of them; images of floats go through functions of torch, one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..core import checks, dispatch, memory, operator
+from . import floats
+from . import op as _ops
+from .arguments import for_channels
+from .labels import rewrap, unwrap
+from .params import AugmentParams, draw
+from .seeded import Keys
+
+#: The code of each instruction.
+IDENTITY, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, INVERT, POSTERIZE = range(8)
+SOLARIZE, SOLARIZE_ADD, AUTOCONTRAST, EQUALIZE, SHARPNESS, BLUR, WARP = range(8, 15)
+_WIDTH = 8
+
+#: The code and its arguments.
+Row: TypeAlias = tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ProgramParams:
+    """The programs of N images, as ``Compose.sample_params`` draws them.
+
+    Attributes:
+        programs: [N, length, 8] float64: instructions (``csrc/augment/program.h``).
+        sample_ids: [N] int64.
+    """
+
+    programs: Tensor
+    sample_ids: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.programs)
+
+    def __getitem__(self, index: int | slice) -> ProgramParams:
+        """Return those of some samples."""
+        index = slice(index, index + 1) if isinstance(index, int) else index
+        return ProgramParams(self.programs[index].contiguous(), self.sample_ids[index])
+
+    def repeat_interleave(self, times: int) -> ProgramParams:
+        """Return each sample's program several times, one after the other."""
+        return ProgramParams(
+            self.programs.repeat_interleave(times, 0), self.sample_ids.repeat_interleave(times)
+        )
+
+    def warps(self, size: tuple[int, int]) -> Iterator[AugmentParams]:
+        """Yield the geometry of the instructions one after the other, for what moves with it."""
+        for rows in self.programs.unbind(1):
+            moved = rows[:, 0] == WARP
+            if bool(moved.any()):
+                still = draw([], self.sample_ids, size, 0, 0, "sample_params")
+                still.records[moved, :6] = rows[moved, 1:7]
+                yield still
+
+
+class Numbers:
+    """The random numbers of a sample: uniform within [0, 1), and standard normal."""
+
+    def __init__(self, values: list[float], normals: int) -> None:
+        count = len(values) - normals
+        self.uniform: Callable[[], float] = iter(values[:count]).__next__
+        self.normal: Callable[[], float] = iter(values[count:]).__next__
+
+    def between(self, low: float, high: float) -> float:
+        """Return a number of an interval."""
+        return low + self.uniform() * (high - low)
+
+    def below(self, count: int) -> int:
+        """Return an integer from 0 to count - 1."""
+        return int(self.uniform() * count)
+
+    def sign(self) -> float:
+        """Return 1 or -1."""
+        return -1.0 if self.uniform() < 0.5 else 1.0
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of what draws the instructions of an image.
+
+    ``uniforms`` and ``normals`` say how many numbers of a kind one image takes at most; ``moves``
+    whether pixels are moved.
+    """
+
+    @property
+    def uniforms(self) -> int:
+        """The most uniform numbers that an image takes."""
+        raise NotImplementedError
+
+    @property
+    def normals(self) -> int:
+        """The most normal numbers that an image takes."""
+        return 0
+
+    @property
+    def moves(self) -> bool:
+        """True where an instruction may move pixels."""
+        return False
+
+    @property
+    def first(self) -> bool:
+        """True where nothing may come before it in a pass."""
+        return False
+
+    def rows(self, numbers: Numbers, size: tuple[int, int]) -> list[Row]:
+        """Return the instructions for an image of this size."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Program:
+    """The policies of a pass, with the numbers of those before them.
+
+    Attributes:
+        policies: with their occurrences.
+        fill: of pixels outside the image.
+        whole_pixels: pixels are either of the image or filled, as in PIL.
+    """
+
+    policies: tuple[tuple[Policy, int], ...]
+    fill: tuple[float, ...] = (0.0,)
+    whole_pixels: bool = False
+
+    @dispatch.outside_graphs
+    def draw(self, keys: Keys, size: tuple[int, int], op: str) -> ProgramParams:
+        """Draw the programs of samples, on the CPU."""
+        n = len(keys.ids)
+        found: list[list[Row]] = [[] for _ in range(n)]
+        for policy, occurrence in self.policies:
+            columns = policy.uniforms + policy.normals
+            values = torch.empty(n, columns, dtype=torch.float64)
+            where = (keys.drawn, keys.seed, keys.epoch, occurrence)
+            _C.augment_numbers(values, *where, columns, policy.normals, op)
+            for rows, own in zip(found, values.tolist(), strict=True):
+                rows += policy.rows(Numbers(own, policy.normals), size)
+        length = max(1, *(len(rows) for rows in found)) if found else 1
+        flat: list[float] = []
+        for rows in found:
+            for row in rows:
+                flat += row
+                flat += (0.0,) * (_WIDTH - len(row))
+            flat += (0.0,) * (_WIDTH * (length - len(rows)))
+        programs = torch.tensor(flat, dtype=torch.float64).reshape(n, length, _WIDTH)
+        return ProgramParams(programs, keys.ids)
+
+    def run(self, x: Tensor, params: ProgramParams, op: str, out: Tensor | None) -> Tensor:
+        """Return the images after their programs."""
+        images = unwrap(x)
+        if images.dim() != 4 or len(images) != len(params):
+            raise ValueError(
+                f"fusereg.{op}: x must have {len(params)} images as its parameters, "
+                f"got shape {tuple(x.shape)}"
+            )
+        programs = params.programs.cpu()
+        gray = (programs[..., 0] == GRAY) & (programs[..., 1] == 3)
+        if images.shape[1] == 1 and bool(gray.any()):
+            images = images.expand(-1, 3, -1, -1).contiguous()
+            programs = torch.where(gray[..., None], torch.zeros_like(programs), programs)
+        fill = for_channels(self.fill, images.shape[1], op, "fill")
+        channels, height, width = images.shape[1:]
+        _C.color_program_check(programs, channels, height, width, op)
+        if images.dtype is not torch.uint8:
+            y = _in_floats(images, programs.tolist(), fill, op)
+            return rewrap(y if out is None else out.copy_(y), x)
+        if out is not None:
+            checks.check_target(images, out, op, tuple(images.shape), torch.uint8)
+        programs = memory.to_device(programs, images.device, op)
+        if not dispatch.direct(images):
+            y = color_program.overload(images, programs, fill, self.whole_pixels)
+            y = y if out is None else out.copy_(y)
+        else:
+            y = _kernel(images, programs, fill, self.whole_pixels, out=out)
+        return rewrap(y, x)
+
+
+def _kernel(
+    x: Tensor, programs: Tensor, fill: Any, whole_pixels: bool, out: Tensor | None = None
+) -> Tensor:
+    y = _like(x) if out is None else out
+    scratch = None
+    if x.device.type != "cpu" or _C.CUDA_ON_HOST:
+        scratch = x.new_empty(_C.color_program_scratch(*x.shape))
+    return _ops.run(
+        _C.color_program, y, x, (programs, fill, whole_pixels, scratch, "program"), "program"
+    )
+
+
+def _like(x: Tensor) -> Tensor:
+    return _ops.Target.of(x, x.shape[2:], torch.uint8).empty(x)
+
+
+color_program = operator.Operator(
+    "color_program(Tensor x, Tensor programs, float[] fill, bool whole_pixels) -> Tensor",
+    _kernel,
+    fake=lambda x, *_: _like(x),
+)
+
+
+# --- images of floats ---
+
+_NAMES = (
+    *("identity", "brightness", "contrast", "saturation", "hue", "gray", "invert", "posterize"),
+    *("solarize", "solarize_add", "autocontrast", "equalize", "sharpness", "blur", "warp"),
+)
+
+
+def _in_floats(
+    x: Tensor, programs: list[list[list[float]]], fill: tuple[float, ...], op: str
+) -> Tensor:
+    results = []
+    for image, rows in zip(x, programs, strict=True):
+        for code, *a in rows:
+            if code == EQUALIZE:
+                levels = (image.clamp(0, 1) * 255.999).to(torch.uint8)[None]
+                row = torch.tensor([[[code, *a]]], dtype=torch.float64)
+                row = memory.to_device(row, x.device, op)
+                image = (_kernel(levels, row, fill, False)[0] / 255).to(x.dtype)
+            elif code == WARP:
+                size = (image.shape[-2], image.shape[-1])
+                params = draw([], torch.zeros(1, dtype=torch.int64), size, 0, 0, op)
+                params.records[0, :6] = torch.tensor(a[:6], dtype=torch.float64)
+                how = ("nearest", "bilinear", "bicubic")[int(a[6])]
+                shades = [f / 255 for f in fill]
+                image = params.warp(image[None], interpolation=how, fill=shades)[0]
+            else:
+                image = floats.FUNCTIONS[_NAMES[int(code)]](image, a)
+        results.append(image)
+    return torch.stack(results) if results else x.clone()
