@@ -209,6 +209,35 @@ def test_all_instruction_sets_and_threads_give_the_same_bits() -> None:
         fusereg._C.set_cpu_isa(isa)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("fill_mode", FILL_MODES)
+def test_a_gpu_gives_the_bits_of_the_cpu(fill_mode: str, antialias: bool) -> None:
+    records = random_records(6)
+    records[3, :6] = torch.tensor([-1.0, 0.0, 58.0, 0.0, 1.0, -2.0])  # a flip and whole shifts
+    records[4, :6] = torch.tensor([1.7, 0.0, -9.0, 0.0, 0.6, 4.25])
+    records[5, :6] = torch.tensor([9.0, 0.0, -70.0, 0.0, -40.0, 31.0])
+    records[3:, PARTNER] = torch.tensor([4.0, 5.0, 3.0])
+    keys = torch.randint(2**62, (6, 2))
+    sizes = ((33, 70), (7, 5)) if fill_mode == "constant" else ((33, 70),)
+    for dtype in (torch.uint8, torch.float32, torch.bfloat16):
+        for c, laid in ((3, 0), (3, 1), (1, 0), (4, 1)):
+            x = images((6, c, 33, 61), dtype).contiguous(memory_format=FORMATS[laid])
+            if dtype is not torch.uint8:
+                x[1, 0, 3, 5:7] = math.inf
+            for how in INTERPOLATIONS[antialias:]:
+                for size in sizes:
+                    for out in (torch.float32, torch.uint8, torch.float16):
+                        options: Any = {"antialias": antialias, "color": out != torch.float16}
+                        options |= {"keys": keys, "out_dtype": out, **numbers(c, dtype)}
+                        options["memory_format"] = FORMATS[out == torch.float32]
+                        wanted = run(x, records, size, how, fill_mode, **options)
+                        y = run(x.cuda(), records, size, how, fill_mode, **options).cpu()
+                        assert torch.equal(
+                            y.float().nan_to_num(7e4), wanted.float().nan_to_num(7e4)
+                        )
+
+
 # --- what must be exact ---------------------------------------------------------------------------
 
 

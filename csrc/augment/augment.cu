@@ -1,11 +1,14 @@
 // CUDA kernels of augmentation. Contract: augment.h.
 //
-// A thread takes an output pixel (forward) or an input pixel (backward), with all its channels, so
+// Forward goes by tiles (warp_tile.cuh, filter_tile.cuh), but for float64 images. There, and backward,
+// a thread takes an output pixel (forward) or an input pixel (backward), with all its channels, so
 // that coordinates and weights are worked out once. Neighboring threads take neighboring pixels
 // of a row: their taps share cache lines, and a warp's stores are whole lines.
 #include "augment/augment.h"
 #include "augment/augment_math.h"
+#include "augment/filter_tile.cuh"
 #include "augment/launch.cuh"
+#include "augment/warp_tile.cuh"
 
 namespace fusereg::augment {
 namespace {
@@ -155,27 +158,48 @@ __device__ void gather_gradient(const Job& job, std::int64_t sample, std::int64_
   }
 }
 
+// Of the kThreads samples from `first` on, those that `sample` is mixed into: a bit each. All threads
+// of the block call.
+FUSEREG_DEVICE_INLINE void find_partners(const Job& job, std::int64_t sample, std::int64_t first,
+                                         unsigned (&found)[kThreads / cuda::kWarpSize]) {
+  const std::int64_t out = first + threadIdx.x;
+  const bool is_one = out < job.n && partner_of(job.records + out * kRecord, job.n) == sample;
+  const unsigned bits = __ballot_sync(cuda::kFullMask, is_one);
+  __syncthreads();  // the last ones have been read
+  if (cuda::lane_id() == 0) found[cuda::warp_id()] = bits;
+  __syncthreads();
+}
+
+// A block has pixels of one sample, and looks for those it is mixed into once for all of them.
 template <class T, int kGroup>
 __global__ void __launch_bounds__(kThreads)
     augment_backward_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
   using C = Number<T>;
+  FUSEREG_SHARED(found, unsigned[kThreads / cuda::kWarpSize]);
   const Images& grad = job.grad_x;
-  const std::int64_t pixels = job.n * grad.h * grad.w;
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < pixels;
-       i += step) {
+  const std::int64_t pixels = grad.h * grad.w;
+  const std::int64_t of_sample = tiles_over(pixels, kThreads);
+  for (std::int64_t tile = blockIdx.x; tile < job.n * of_sample; tile += gridDim.x) {
+    const std::int64_t sample = tile / of_sample;
+    const std::int64_t i = (tile - sample * of_sample) * kThreads + threadIdx.x;
+    const bool inside = i < pixels;
     const auto x = static_cast<std::int32_t>(i % grad.w);
-    const auto y = static_cast<std::int32_t>(i / grad.w % grad.h);
-    const std::int64_t sample = i / (grad.w * grad.h);
+    const auto y = static_cast<std::int32_t>(i / grad.w);
     C* const at = static_cast<C*>(grad.data) + sample * grad.sample + y * grad.row + x * grad.pixel;
     for (int c = 0; c < job.c; c += kGroup) {
       C sum[kGroup] = {};
-      gather_gradient<T, kGroup>(job, sample, sample, false, x, y, c, sum);
-      for (std::int64_t out = 0; out < job.n; ++out) {
-        if (partner_of(job.records + out * kRecord, job.n) == sample)
-          gather_gradient<T, kGroup>(job, sample, out, true, x, y, c, sum);
+      if (inside) gather_gradient<T, kGroup>(job, sample, sample, false, x, y, c, sum);
+      for (std::int64_t first = 0; first < job.n; first += kThreads) {
+        find_partners(job, sample, first, found);
+        for (int part = 0; part < kThreads / cuda::kWarpSize; ++part) {
+          for (unsigned bits = inside ? found[part] : 0; bits != 0; bits &= bits - 1) {
+            const std::int64_t out =
+                first + part * cuda::kWarpSize + __ffs(static_cast<int>(bits)) - 1;
+            gather_gradient<T, kGroup>(job, sample, out, true, x, y, c, sum);
+          }
+        }
       }
-      for (int k = 0; k < kGroup; ++k) at[(c + k) * grad.channel] = sum[k];
+      for (int k = 0; k < kGroup && inside; ++k) at[(c + k) * grad.channel] = sum[k];
     }
   }
 }
@@ -188,7 +212,13 @@ void run_cuda(const Forward& forward, int device, void* stream) {
   const cuda::LaunchConfig config = config_for(job.n * job.y.h * job.y.w, device, stream);
   dispatch_element(job.x.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (job.c == 3) {
+    if constexpr (!std::is_same_v<T, double>) {
+      if (job.antialias) {
+        launch_filters<T>(kOp, job, device, stream);
+      } else {
+        launch_tiles<T>(kOp, job, device, stream);
+      }
+    } else if (job.c == 3) {
       cuda::launch(kOp, augment_forward_kernel<T, 3>, config, job);
     } else {
       cuda::launch(kOp, augment_forward_kernel<T, 1>, config, job);
@@ -199,7 +229,8 @@ void run_cuda(const Forward& forward, int device, void* stream) {
 void run_cuda(const Backward& backward, int device, void* stream) {
   const Job& job = backward;
   const cuda::DeviceGuard guard(device);
-  const cuda::LaunchConfig config = config_for(job.n * job.grad_x.h * job.grad_x.w, device, stream);
+  const std::int64_t tiles = job.n * tiles_over(job.grad_x.h * job.grad_x.w, kThreads);
+  const cuda::LaunchConfig config = config_for(tiles * kThreads, device, stream);
   dispatch_element(job.x.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if constexpr (sizeof(T) > 1) {

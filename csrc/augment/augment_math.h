@@ -421,8 +421,8 @@ FUSEREG_INLINE C clamped(C v, C limit) {
   return v < C{0} ? C{0} : v > limit ? limit : v;
 }
 
-template <class C>
-FUSEREG_INLINE C color_sum(const double* row, C v0, C v1, C v2) {
+template <class R, class C>
+FUSEREG_INLINE C color_sum(const R* row, C v0, C v1, C v2) {
   C sum = multiply(static_cast<C>(row[0]), v0);
   sum = add(sum, multiply(static_cast<C>(row[1]), v1));
   sum = add(sum, multiply(static_cast<C>(row[2]), v2));
@@ -502,26 +502,29 @@ FUSEREG_STATIC void warped(const Job& job, std::int64_t sample, std::int64_t col
   }
 }
 
-// A(sample) at an output pixel.
+// What stands inside the erase box; false outside.
 template <class T, int kGroup>
-FUSEREG_STATIC void unmixed(const Job& job, std::int64_t sample, std::int64_t col, std::int64_t row,
-                            int channel, Number<T> (&v)[kGroup]) {
+FUSEREG_STATIC bool erased(const Job& job, std::int64_t sample, std::int64_t col, std::int64_t row,
+                           int channel, Number<T> (&v)[kGroup]) {
   using C = Number<T>;
-  const double* const record = job.records + sample * kRecord;
-  if (has(box_of(record + 6, job.y), col, row)) {
-    for (int k = 0; k < kGroup; ++k) {
-      const int c = channel + k;
-      const std::int64_t index = (c * job.y.h + row) * job.y.w + col;
-      v[k] =
-          job.erase_noise
-              ? static_cast<C>(normal_at(job.keys + 2 * sample, static_cast<std::uint64_t>(index)))
-              : static_cast<C>(job.erase[c]);
-    }
-    return;
+  if (!has(box_of(job.records + sample * kRecord + 6, job.y), col, row)) return false;
+  for (int k = 0; k < kGroup; ++k) {
+    const int c = channel + k;
+    const std::int64_t index = (c * job.y.h + row) * job.y.w + col;
+    v[k] = job.erase_noise
+               ? static_cast<C>(normal_at(job.keys + 2 * sample, static_cast<std::uint64_t>(index)))
+               : static_cast<C>(job.erase[c]);
   }
-  warped<T, kGroup>(job, sample, col, row, channel, v);
+  return true;
+}
+
+// Warped values, colored and normalized.
+template <class T, int kGroup>
+FUSEREG_STATIC void finished(const Job& job, std::int64_t sample, int channel,
+                             Number<T> (&v)[kGroup]) {
+  using C = Number<T>;
   if (job.color) {
-    const double* const m = record + 16;
+    const double* const m = job.records + sample * kRecord + 16;
     const auto limit = static_cast<C>(job.limit);
     if constexpr (kGroup == 3) {
       const C v0 = v[0], v1 = v[1], v2 = v[2];
@@ -534,6 +537,15 @@ FUSEREG_STATIC void unmixed(const Job& job, std::int64_t sample, std::int64_t co
     v[k] = add(multiply(v[k], static_cast<C>(job.scale[channel + k])),
                static_cast<C>(job.shift[channel + k]));
   }
+}
+
+// A(sample) at an output pixel.
+template <class T, int kGroup>
+FUSEREG_STATIC void unmixed(const Job& job, std::int64_t sample, std::int64_t col, std::int64_t row,
+                            int channel, Number<T> (&v)[kGroup]) {
+  if (erased<T, kGroup>(job, sample, col, row, channel, v)) return;
+  warped<T, kGroup>(job, sample, col, row, channel, v);
+  finished<T, kGroup>(job, sample, channel, v);
 }
 
 // y[sample] at an output pixel, before it is rounded.

@@ -1,0 +1,236 @@
+// The forward kernel of antialiased warps. Contract: augment.h; the same bits as augmented().
+//
+// A block takes a tile of a sample's output. Where rows stay rows (crops, flips, scales) the filters
+// of its columns and rows are worked out once, in shared memory, and a strip of output rows is
+// filtered along the columns for all the pixels of the input that it needs, and then along the rows:
+// what filtered() sums up pixel by pixel, in the same order. Turned samples, and filters that are too
+// wide, go pixel by pixel.
+#pragma once
+
+#include "augment/augment.h"
+#include "augment/augment_math.h"
+#include "augment/launch.cuh"
+#include "augment/warp_tile.cuh"
+
+namespace fusereg::augment {
+
+inline constexpr int kFilterTile = 32;
+inline constexpr int kFilterStrip = kThreads / kFilterTile;  // a thread for each pixel
+inline constexpr int kFilterTaps = 24;
+inline constexpr int kFilterColumns = 160;
+
+// The filters of a tile along an axis.
+struct FilterAxis {
+  Span<float> span[kFilterTile];
+  float weight[kFilterTile][kFilterTaps];
+  std::int32_t at[kFilterTile][kFilterTaps];  // the pixels that stand for the taps: see fold()
+  std::int32_t first, last;                   // of all taps
+  bool fits;
+};
+
+FUSEREG_DEVICE_INLINE std::int32_t least_of_warp(std::int32_t v) {
+  return cuda::warp_reduce(v, [](std::int32_t a, std::int32_t b) { return a < b ? a : b; });
+}
+
+// A warp for each axis works out its spans, all threads the weights.
+__device__ inline void prepare_filters(const Job& job, std::int64_t sample, std::int32_t row0,
+                                       std::int32_t col0, FilterAxis (&axes)[2]) {
+  const double* const record = job.records + sample * kRecord;
+  const bool aligned = is_axis_aligned(record);
+  const auto lane = static_cast<int>(cuda::lane_id());
+  if (cuda::warp_id() < 2) {
+    const auto axis = static_cast<int>(cuda::warp_id());
+    const double* const m = record + 3 * axis;
+    FilterAxis& a = axes[axis];
+    const std::int64_t out = axis == 0 ? job.y.w : job.y.h;
+    const auto size = static_cast<std::int32_t>(axis == 0 ? job.x.w : job.x.h);
+    std::int64_t at = (axis == 0 ? col0 : row0) + lane;
+    if (at >= out) at = out - 1;
+    const double v = axis == 0 ? add(multiply(m[0], static_cast<double>(at)), row_start(m, 0))
+                               : add(multiply(m[0], 0.0), row_start(m, at));
+    const double extent = extent_of(m);
+    Span<float> span = {};
+    const bool sane =
+        aligned && most_taps(extent, job.interpolation, kFilterTaps + 1) <= kFilterTaps;
+    if (sane) span = make_span<float>(v, extent, size, job.interpolation, job.fill_mode);
+    a.span[lane] = span;
+    const bool any = sane && span.first <= span.last;
+    const std::int32_t first = least_of_warp(any ? span.first : INT32_MAX);
+    const std::int32_t last = -least_of_warp(any ? -span.last : INT32_MAX);
+    if (lane == 0) {
+      a.first = first <= last ? first : 0;
+      a.last = first <= last ? last : -1;
+      a.fits = sane;
+    }
+  }
+  __syncthreads();
+  for (int axis = 0; axis < 2; ++axis) {
+    FilterAxis& a = axes[axis];
+    if (!a.fits) continue;
+    const auto size = static_cast<std::int32_t>(axis == 0 ? job.x.w : job.x.h);
+    for (int i = static_cast<int>(threadIdx.x); i < kFilterTile * kFilterTaps; i += kThreads) {
+      const int line = i / kFilterTaps;
+      const int k = i % kFilterTaps;
+      const std::int32_t tap = a.span[line].first + k;
+      if (tap > a.span[line].last) continue;
+      a.weight[line][k] = weight_in(a.span[line], tap, job.interpolation);
+      a.at[line][k] = fold(tap, size, job.fill_mode);
+    }
+  }
+}
+
+FUSEREG_DEVICE_INLINE bool fits(const FilterAxis (&axes)[2]) {
+  return axes[0].fits && axes[1].fits &&
+         static_cast<std::int64_t>(axes[0].last) - axes[0].first < kFilterColumns;
+}
+
+template <int kGroup>
+struct FilterColumns {
+  float sum[kGroup][kFilterStrip][kFilterColumns];
+};
+
+// Rows `strip` and on of the tile, along the columns.
+template <class T, int kGroup>
+__device__ void filter_columns(const Job& job, std::int64_t sample, const FilterAxis (&axes)[2],
+                               int strip, std::int32_t row0, int channel,
+                               FilterColumns<kGroup>& out) {
+  const FilterAxis& across = axes[0];
+  const FilterAxis& down = axes[1];
+  const int columns = across.last - across.first + 1;
+  const T* const data =
+      static_cast<const T*>(job.x.data) + sample * job.x.sample + channel * job.x.channel;
+  for (int i = static_cast<int>(threadIdx.x); i < kFilterStrip * columns; i += kThreads) {
+    const int r = i / columns;
+    const int column = i - r * columns;
+    const int line = strip + r;
+    if (row0 + line >= job.y.h) break;
+    const std::int32_t x =
+        fold(across.first + column, static_cast<std::int32_t>(job.x.w), job.fill_mode);
+    const int taps = down.span[line].last - down.span[line].first + 1;
+    float sum[kGroup] = {};
+    for (int k = 0; k < taps; ++k) {
+      const float weight = down.weight[line][k];
+      if (weight == 0.0f) continue;
+      const std::int32_t y = down.at[line][k];
+      const bool inside = x >= 0 && y >= 0;
+      const T* const at = data + y * job.x.row + x * job.x.pixel;
+      FUSEREG_UNROLL
+      for (int c = 0; c < kGroup; ++c) {
+        const float v =
+            inside ? tap(at + c * job.x.channel) : static_cast<float>(job.fill[channel + c]);
+        sum[c] = add(sum[c], multiply(weight, v));
+      }
+    }
+    FUSEREG_UNROLL
+    for (int c = 0; c < kGroup; ++c) out.sum[c][r][column] = sum[c];
+  }
+}
+
+// A pixel of them along the row: see filtered().
+template <int kGroup>
+FUSEREG_DEVICE_INLINE void filter_row(const Job& job, const FilterAxis (&axes)[2], int line, int r,
+                                      int col, int channel, const FilterColumns<kGroup>& in,
+                                      float (&v)[kGroup]) {
+  const Span<float>& across = axes[0].span[col];
+  const float coverage = multiply(across.coverage, axes[1].span[line].coverage);
+  float sum[kGroup] = {};
+  const int taps = coverage > 0.0f ? across.last - across.first + 1 : 0;
+  const int first = across.first - axes[0].first;
+  for (int k = 0; k < taps; ++k) {
+    const float weight = axes[0].weight[col][k];
+    if (weight == 0.0f) continue;
+    FUSEREG_UNROLL
+    for (int c = 0; c < kGroup; ++c) {
+      sum[c] = add(sum[c], multiply(weight, in.sum[c][r][first + k]));
+    }
+  }
+  FUSEREG_UNROLL
+  for (int c = 0; c < kGroup; ++c) {
+    const auto fill = static_cast<float>(job.fill[channel + c]);
+    v[c] = !(coverage > 0.0f) ? fill : coverage == 1.0f ? sum[c] : lerp(fill, sum[c], coverage);
+  }
+}
+
+template <class T, int kGroup>
+__global__ void __launch_bounds__(kThreads) augment_filter_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
+  struct Sources {
+    FilterAxis axes[2][2];  // of the sample and its partner
+  };
+  FUSEREG_SHARED(sources, Sources);
+  FUSEREG_SHARED(columns, FilterColumns<kGroup>);
+  const auto r = static_cast<int>(threadIdx.x) / kFilterTile;
+  const auto col = static_cast<int>(threadIdx.x) % kFilterTile;
+  const std::int64_t across = tiles_over(job.y.w, kFilterTile);
+  const std::int64_t of_sample = across * tiles_over(job.y.h, kFilterTile);
+  for (std::int64_t tile = blockIdx.x; tile < job.n * of_sample; tile += gridDim.x) {
+    const std::int64_t sample = tile / of_sample;
+    const std::int64_t in_sample = tile - sample * of_sample;
+    const auto row0 = static_cast<std::int32_t>(in_sample / across) * kFilterTile;
+    const auto col0 = static_cast<std::int32_t>(in_sample % across) * kFilterTile;
+    const double* const record = job.records + sample * kRecord;
+    const std::int64_t partner = partner_of(record, job.n);
+    const Box box = box_of(record + 10, job.y);
+    const int images = partner >= 0 && col0 < box.x1 && col0 + kFilterTile > box.x0 &&
+                               row0 < box.y1 && row0 + kFilterTile > box.y0
+                           ? 2
+                           : 1;
+    const auto lam = static_cast<float>(record[15]);
+    const auto rest = static_cast<float>(1.0 - record[15]);
+    __syncthreads();  // the last tile is done with what it shared
+    for (int image = 0; image < images; ++image)
+      prepare_filters(job, image == 0 ? sample : partner, row0, col0, sources.axes[image]);
+    const std::int32_t out_col = col0 + col;
+    for (int strip = 0; strip < kFilterTile && row0 + strip < job.y.h; strip += kFilterStrip) {
+      const std::int32_t out_row = row0 + strip + r;
+      const bool inside = out_row < job.y.h && out_col < job.y.w;
+      const bool mixes = images == 2 && has(box, out_col, out_row);
+      for (int c = 0; c < job.c; c += kGroup) {
+        float v[kGroup] = {};
+        for (int image = 0; image < images; ++image) {
+          const std::int64_t from = image == 0 ? sample : partner;
+          const FilterAxis(&axes)[2] = sources.axes[image];
+          __syncthreads();  // the columns are free, and their filters are there
+          const bool by_axis = fits(axes);
+          if (by_axis) filter_columns<T, kGroup>(job, from, axes, strip, row0, c, columns);
+          __syncthreads();
+          if (!inside || (image == 1 && !mixes)) continue;
+          float found[kGroup];
+          if (!erased<T, kGroup>(job, from, out_col, out_row, c, found)) {
+            if (by_axis) {
+              filter_row<kGroup>(job, axes, strip + r, r, col, c, columns, found);
+            } else {
+              warped<T, kGroup>(job, from, out_col, out_row, c, found);
+            }
+            finished<T, kGroup>(job, from, c, found);
+          }
+          FUSEREG_UNROLL
+          for (int k = 0; k < kGroup; ++k) {
+            v[k] = image == 0 || record[15] == 0.0
+                       ? found[k]
+                       : add(multiply(lam, v[k]), multiply(rest, found[k]));
+          }
+        }
+        if (!inside) continue;
+        const std::int64_t at =
+            sample * job.y.sample + out_row * job.y.row + out_col * job.y.pixel + c * job.y.channel;
+        FUSEREG_UNROLL
+        for (int k = 0; k < kGroup; ++k)
+          write(job.y.data, job.y.type, at + k * job.y.channel, v[k]);
+      }
+    }
+  }
+}
+
+template <class T>
+void launch_filters(const char* op, const Job& job, int device, void* stream) {
+  const std::int64_t tiles =
+      job.n * tiles_over(job.y.h, kFilterTile) * tiles_over(job.y.w, kFilterTile);
+  const cuda::LaunchConfig config = config_for(tiles * kThreads, device, stream);
+  if (job.c == 3) {
+    cuda::launch(op, augment_filter_kernel<T, 3>, config, job);
+  } else {
+    cuda::launch(op, augment_filter_kernel<T, 1>, config, job);
+  }
+}
+
+}  // namespace fusereg::augment

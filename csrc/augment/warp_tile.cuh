@@ -1,0 +1,430 @@
+// The forward kernel of warps without antialiasing. Contract: augment.h; the same bits as augmented().
+//
+// A block takes a tile of a sample's output, a thread four pixels of a row. What the tile has in
+// common is worked out once, in shared memory: the blocks' first coordinates and the steps within
+// them (all of the float64 arithmetic), boxes, color. Then coordinates are integers, four pixels'
+// taps are under way at once where all are inside the image, and what is stored is a vector.
+#pragma once
+
+#include "augment/augment.h"
+#include "augment/augment_math.h"
+#include "augment/launch.cuh"
+
+namespace fusereg::augment {
+
+inline constexpr int kRun = 4;
+inline constexpr int kTileWidth = 2 * kBlock;
+inline constexpr int kTileRows = kThreads * kRun / kTileWidth;
+
+FUSEREG_HD inline std::int64_t tiles_over(std::int64_t size, int tile) {
+  return (size + tile - 1) / tile;
+}
+
+// A sample as a tile needs it.
+struct TileSource {
+  Fixed start[2][kTileRows][2];  // of each axis, row and block
+  std::int32_t step[2][kBlock];
+  float color[12];
+  std::int32_t erase[4];
+  bool whole;  // all coordinates are whole numbers
+};
+
+struct TileMix {
+  std::int32_t box[4];
+  float lam, rest;
+  bool partner_alone;
+};
+
+struct TileChannels {
+  float fill[kMaxChannels], scale[kMaxChannels], shift[kMaxChannels];
+};
+
+// Columns and rows [x, x + width) and [y, y + height) against a box x0 y0 x1 y1.
+FUSEREG_DEVICE_INLINE bool touches(const std::int32_t* box, std::int32_t x, std::int32_t y,
+                                   int width, int height) {
+  return x < box[2] && x + width > box[0] && y < box[3] && y + height > box[1];
+}
+FUSEREG_DEVICE_INLINE void put_box(const double* r, const Images& y, std::int32_t* box) {
+  const Box b = box_of(r, y);
+  box[0] = static_cast<std::int32_t>(b.x0);
+  box[1] = static_cast<std::int32_t>(b.y0);
+  box[2] = static_cast<std::int32_t>(b.x1);
+  box[3] = static_cast<std::int32_t>(b.y1);
+}
+
+// Each thread has its part of it.
+__device__ inline void prepare(const Job& job, std::int64_t sample, std::int32_t row0,
+                               std::int32_t col0, TileSource& s) {
+  constexpr int kStarts = 2 * 2 * kTileRows;
+  static_assert(kStarts + 2 * kBlock + 12 + 2 <= kThreads, "a value for each thread");
+  const double* const record = job.records + sample * kRecord;
+  const int bits = fraction_bits(record[0], record[3]);
+  auto i = static_cast<int>(threadIdx.x);
+  const double* const m = record + 3 * (i & 1);
+  if (i < kStarts) {
+    const int block = i >> 1 & 1;
+    const int row = i >> 2;
+    s.start[i & 1][row][block] =
+        block_start(m[0], row_start(m, row0 + row), col0 + block * kBlock, bits);
+    return;
+  }
+  i -= kStarts;
+  if (i < 2 * kBlock) {
+    s.step[i & 1][i >> 1] = lane_step(m[0], i >> 1, bits);
+    return;
+  }
+  i -= 2 * kBlock;
+  if (i < 12) {
+    s.color[i] = static_cast<float>(record[16 + i]);
+  } else if (i == 12) {
+    put_box(record + 6, job.y, s.erase);
+  } else if (i == 13) {
+    bool whole = true;
+    for (int k = 0; k < 6; ++k) whole = whole && floor_of(record[k]) == record[k];
+    s.whole = whole;
+  }
+}
+
+// Where kRun pixels of a row are in the input.
+struct RunPlaces {
+  std::int32_t x[kRun], y[kRun];
+  float tx[kRun], ty[kRun];
+};
+
+// The strides of the input within a sample.
+template <int kGroup, bool kLast>
+struct TileStrides {
+  std::int64_t row, channel_stride, pixel_stride;
+  FUSEREG_DEVICE_INLINE std::int64_t pixel() const {
+    return kGroup == 1 ? pixel_stride : kLast ? kGroup : 1;
+  }
+  FUSEREG_DEVICE_INLINE std::int64_t channel() const { return kLast ? 1 : channel_stride; }
+};
+
+template <class T>
+FUSEREG_DEVICE_INLINE float tap(const T* p) {
+  if constexpr (sizeof(T) == 1) {
+    return static_cast<float>(static_cast<std::int32_t>(*p));
+  } else {
+    return read(p);
+  }
+}
+
+// lerp() of pixels. Between bytes nothing is infinite and zeros have no sign, so that no choice is
+// left to make.
+template <class T>
+FUSEREG_DEVICE_INLINE float lerp_pixels(float a, float b, float t) {
+  if constexpr (sizeof(T) == 1) {
+    return add(a, multiply(t, b - a));
+  } else {
+    return lerp(a, b, t);
+  }
+}
+
+// All taps of all pixels are inside: no tap is asked for its place.
+template <class T, int kGroup, bool kLast, int kTaps>
+FUSEREG_DEVICE_INLINE void run_inside(const T* data, const TileStrides<kGroup, kLast>& strides,
+                                      const RunPlaces& p, float (&v)[kGroup][kRun]) {
+  T taps[kRun][kGroup][kTaps][kTaps];
+  FUSEREG_UNROLL
+  for (int k = 0; k < kRun; ++k) {
+    const T* const at = data + p.y[k] * strides.row + p.x[k] * strides.pixel();
+    FUSEREG_UNROLL
+    for (int c = 0; c < kGroup; ++c) {
+      FUSEREG_UNROLL
+      for (int j = 0; j < kTaps; ++j) {
+        FUSEREG_UNROLL
+        for (int i = 0; i < kTaps; ++i)
+          taps[k][c][j][i] = at[c * strides.channel() + j * strides.row + i * strides.pixel()];
+      }
+    }
+  }
+  FUSEREG_UNROLL
+  for (int k = 0; k < kRun; ++k) {
+    FUSEREG_UNROLL
+    for (int c = 0; c < kGroup; ++c) {
+      const auto& at = taps[k][c];
+      if constexpr (kTaps == 1) {
+        v[c][k] = tap(&at[0][0]);
+      } else {
+        const float top = lerp_pixels<T>(tap(&at[0][0]), tap(&at[0][1]), p.tx[k]);
+        const float low = lerp_pixels<T>(tap(&at[1][0]), tap(&at[1][1]), p.tx[k]);
+        v[c][k] = lerp_pixels<T>(top, low, p.ty[k]);
+      }
+    }
+  }
+}
+
+// A pixel with kTaps taps along each axis, the first of them `kBefore` before its place.
+template <class T, int kGroup, bool kLast, int kTaps>
+FUSEREG_DEVICE_INLINE void pixel_anywhere(const Job& job, const T* data,
+                                          const TileStrides<kGroup, kLast>& strides, std::int32_t x,
+                                          std::int32_t y, float tx, float ty, const float* fill,
+                                          float (&v)[kGroup]) {
+  constexpr int kBefore = kTaps == 4 ? 1 : 0;
+  const auto w = static_cast<std::int32_t>(job.x.w);
+  const auto h = static_cast<std::int32_t>(job.x.h);
+  std::int32_t xs[kTaps];
+  const T* lines[kTaps];
+  FUSEREG_UNROLL
+  for (int i = 0; i < kTaps; ++i) {
+    xs[i] = fold(x - kBefore + i, w, job.fill_mode);
+    const std::int32_t row = fold(y - kBefore + i, h, job.fill_mode);
+    lines[i] = row < 0 ? nullptr : data + row * strides.row;
+  }
+  FUSEREG_UNROLL
+  for (int c = 0; c < kGroup; ++c) {
+    float at[kTaps][kTaps];
+    FUSEREG_UNROLL
+    for (int j = 0; j < kTaps; ++j) {
+      FUSEREG_UNROLL
+      for (int i = 0; i < kTaps; ++i) {
+        at[j][i] = xs[i] < 0 || lines[j] == nullptr
+                       ? fill[c]
+                       : tap(lines[j] + xs[i] * strides.pixel() + c * strides.channel());
+      }
+    }
+    if constexpr (kTaps == 1) {
+      v[c] = at[0][0];
+    } else if constexpr (kTaps == 2) {
+      v[c] = lerp(lerp(at[0][0], at[0][1], tx), lerp(at[1][0], at[1][1], tx), ty);
+    } else {
+      const Cubic<float> wx = cubic_weights(tx);
+      const Cubic<float> wy = cubic_weights(ty);
+      float line[4];
+      FUSEREG_UNROLL
+      for (int j = 0; j < 4; ++j) line[j] = cubic_of(at[j][0], at[j][1], at[j][2], at[j][3], wx);
+      v[c] = cubic_of(line[0], line[1], line[2], line[3], wy);
+    }
+  }
+}
+
+// v[c][k] = one[c], for a k that is not known when this is compiled.
+template <int kGroup>
+FUSEREG_DEVICE_INLINE void put_pixel(float (&v)[kGroup][kRun], int k, const float (&one)[kGroup]) {
+  FUSEREG_UNROLL
+  for (int at = 0; at < kRun; ++at) {
+    FUSEREG_UNROLL
+    for (int c = 0; c < kGroup; ++c) v[c][at] = at == k ? one[c] : v[c][at];
+  }
+}
+
+template <class T, int kGroup, bool kLast, int kTaps>
+FUSEREG_DEVICE_INLINE void run_warped(const Job& job, const T* data, const TileSource& s, int row,
+                                      int lane, int bits, bool nearest, const float* fill,
+                                      float (&v)[kGroup][kRun]) {
+  const TileStrides<kGroup, kLast> strides{job.x.row, job.x.channel, job.x.pixel};
+  const int block = lane / kBlock;
+  lane %= kBlock;
+  const Fixed x = s.start[0][row][block];
+  const Fixed y = s.start[1][row][block];
+  auto place_of = [&](int k, std::int32_t& at_x, std::int32_t& at_y, float& tx, float& ty) {
+    place_on_axis(x, s.step[0][lane + k], bits, nearest, at_x, tx);
+    place_on_axis(y, s.step[1][lane + k], bits, nearest, at_y, ty);
+  };
+  if constexpr (kTaps <= 2) {
+    RunPlaces p;
+    FUSEREG_UNROLL
+    for (int k = 0; k < kRun; ++k) place_of(k, p.x[k], p.y[k], p.tx[k], p.ty[k]);
+    // Steps go one way, so that the pixels between are between.
+    auto inside = [](std::int32_t a, std::int32_t b, std::int64_t size) {
+      const auto most = static_cast<std::int32_t>(size) - kTaps;
+      return a >= 0 && b >= 0 && a <= most && b <= most;
+    };
+    if (inside(p.x[0], p.x[kRun - 1], job.x.w) && inside(p.y[0], p.y[kRun - 1], job.x.h)) {
+      run_inside<T, kGroup, kLast, kTaps>(data, strides, p, v);
+      return;
+    }
+  }
+  FUSEREG_NO_UNROLL
+  for (int k = 0; k < kRun; ++k) {
+    std::int32_t at_x, at_y;
+    float tx, ty;
+    float one[kGroup];
+    place_of(k, at_x, at_y, tx, ty);
+    pixel_anywhere<T, kGroup, kLast, kTaps>(job, data, strides, at_x, at_y, tx, ty, fill, one);
+    put_pixel(v, k, one);
+  }
+}
+
+// A(sample) at the run's pixels: see unmixed().
+template <class T, int kGroup, bool kLast>
+FUSEREG_DEVICE_INLINE void run_unmixed(const Job& job, std::int64_t sample, const TileSource& s,
+                                       const TileChannels& channels, int row, int lane,
+                                       std::int32_t out_row, std::int32_t out_col, int channel,
+                                       float (&v)[kGroup][kRun]) {
+  const T* const data =
+      static_cast<const T*>(job.x.data) + sample * job.x.sample + channel * job.x.channel;
+  const double* const record = job.records + sample * kRecord;
+  const int bits = fraction_bits(record[0], record[3]);
+  const float* const fill = channels.fill + channel;
+  const bool nearest = job.interpolation == Interpolation::kNearest;
+  if (nearest || s.whole) {
+    run_warped<T, kGroup, kLast, 1>(job, data, s, row, lane, bits, nearest, fill, v);
+  } else if (job.interpolation == Interpolation::kBilinear) {
+    run_warped<T, kGroup, kLast, 2>(job, data, s, row, lane, bits, false, fill, v);
+  } else {
+    run_warped<T, kGroup, kLast, 4>(job, data, s, row, lane, bits, false, fill, v);
+  }
+  const auto limit = static_cast<float>(job.limit);
+  FUSEREG_UNROLL
+  for (int k = 0; k < kRun; ++k) {
+    if (job.color) {
+      const float* const m = s.color;
+      if constexpr (kGroup == 3) {
+        const float v0 = v[0][k], v1 = v[1][k], v2 = v[2][k];
+        FUSEREG_UNROLL
+        for (int c = 0; c < 3; ++c) v[c][k] = clamped(color_sum(m + 4 * c, v0, v1, v2), limit);
+      } else {
+        v[0][k] = clamped(add(multiply(m[0], v[0][k]), m[3]), limit);
+      }
+    }
+    FUSEREG_UNROLL
+    for (int c = 0; c < kGroup; ++c) {
+      v[c][k] = add(multiply(v[c][k], channels.scale[channel + c]), channels.shift[channel + c]);
+    }
+  }
+  if (!touches(s.erase, out_col, out_row, kRun, 1)) return;
+  FUSEREG_NO_UNROLL
+  for (int k = 0; k < kRun; ++k) {
+    float one[kGroup];
+    if (erased<T, kGroup>(job, sample, out_col + k, out_row, channel, one)) put_pixel(v, k, one);
+  }
+}
+
+// The run in y's type: vectors where all of it is inside and they fit.
+template <class U, int kGroup>
+FUSEREG_DEVICE_INLINE void store_run(const Job& job, std::int64_t at, int count,
+                                     const float (&v)[kGroup][kRun]) {
+  constexpr Element kType = sizeof(U) == 1                ? Element::kUInt8
+                            : std::is_same_v<U, Half>     ? Element::kFloat16
+                            : std::is_same_v<U, BFloat16> ? Element::kBFloat16
+                            : std::is_same_v<U, double>   ? Element::kFloat64
+                                                          : Element::kFloat32;
+  U* const to = static_cast<U*>(job.y.data) + at;
+  if constexpr (sizeof(U) <= 4) {
+    using V = cuda::Vec<U, kRun>;
+    if (count == kRun && job.y.pixel == 1 && cuda::is_aligned(to, sizeof(V)) &&
+        (kGroup == 1 || (cuda::is_aligned(to + job.y.channel, sizeof(V)) &&
+                         cuda::is_aligned(to + 2 * job.y.channel, sizeof(V))))) {
+      FUSEREG_UNROLL
+      for (int c = 0; c < kGroup; ++c) {
+        V out;
+        FUSEREG_UNROLL
+        for (int k = 0; k < kRun; ++k) write(&out.values[0], kType, k, v[c][k]);
+        cuda::store(to + c * job.y.channel, out);
+      }
+      return;
+    }
+    if constexpr (kGroup == 3) {
+      if (count == kRun && job.y.pixel == 3 && job.y.channel == 1 &&
+          cuda::is_aligned(to, sizeof(V))) {
+        FUSEREG_UNROLL
+        for (int part = 0; part < 3; ++part) {
+          V out;
+          FUSEREG_UNROLL
+          for (int i = 0; i < kRun; ++i) {
+            const int element = part * kRun + i;
+            write(&out.values[0], kType, i, v[element % 3][element / 3]);
+          }
+          cuda::store(to + part * kRun, out);
+        }
+        return;
+      }
+    }
+  }
+  FUSEREG_UNROLL
+  for (int k = 0; k < kRun; ++k) {
+    if (k >= count) break;
+    FUSEREG_UNROLL
+    for (int c = 0; c < kGroup; ++c) write(to, kType, k * job.y.pixel + c * job.y.channel, v[c][k]);
+  }
+}
+
+template <class T, int kGroup, bool kLast>
+__global__ void __launch_bounds__(kThreads, 2)
+    augment_tile_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
+  FUSEREG_SHARED(sources, TileSource[2]);
+  FUSEREG_SHARED(mix, TileMix);
+  FUSEREG_SHARED(channels, TileChannels);
+  const auto thread = static_cast<int>(threadIdx.x);
+  for (int c = thread; c < job.c; c += kThreads) {
+    channels.fill[c] = static_cast<float>(job.fill[c]);
+    channels.scale[c] = static_cast<float>(job.scale[c]);
+    channels.shift[c] = static_cast<float>(job.shift[c]);
+  }
+  const int row = thread / (kTileWidth / kRun);
+  const int lane = thread % (kTileWidth / kRun) * kRun;
+  const std::int64_t across = tiles_over(job.y.w, kTileWidth);
+  const std::int64_t of_sample = across * tiles_over(job.y.h, kTileRows);
+  for (std::int64_t tile = blockIdx.x; tile < job.n * of_sample; tile += gridDim.x) {
+    const std::int64_t sample = tile / of_sample;
+    const std::int64_t in_sample = tile - sample * of_sample;
+    const auto row0 = static_cast<std::int32_t>(in_sample / across) * kTileRows;
+    const auto col0 = static_cast<std::int32_t>(in_sample % across) * kTileWidth;
+    const double* const record = job.records + sample * kRecord;
+    const std::int64_t partner = partner_of(record, job.n);
+    __syncthreads();  // the last tile is done with what it shared
+    prepare(job, sample, row0, col0, sources[0]);
+    if (partner >= 0) {
+      prepare(job, partner, row0, col0, sources[1]);
+      if (thread == kThreads - 1) {
+        put_box(record + 10, job.y, mix.box);
+        mix.lam = static_cast<float>(record[15]);
+        mix.rest = static_cast<float>(1.0 - record[15]);
+        mix.partner_alone = record[15] == 0.0;
+      }
+    }
+    __syncthreads();
+    const std::int32_t out_row = row0 + row;
+    const std::int32_t out_col = col0 + lane;
+    if (out_row >= job.y.h || out_col >= job.y.w) continue;
+    const bool mixes = partner >= 0 && touches(mix.box, out_col, out_row, kRun, 1);
+    const auto left = static_cast<int>(job.y.w - out_col);
+    const std::int64_t at = sample * job.y.sample + out_row * job.y.row + out_col * job.y.pixel;
+    FUSEREG_NO_UNROLL
+    for (int c = 0; c < job.c; c += kGroup) {
+      float v[kGroup][kRun];
+      FUSEREG_NO_UNROLL
+      for (int which = 0; which <= static_cast<int>(mixes); ++which) {
+        float found[kGroup][kRun];
+        run_unmixed<T, kGroup, kLast>(job, which == 0 ? sample : partner, sources[which], channels,
+                                      row, lane, out_row, out_col, c, found);
+        FUSEREG_UNROLL
+        for (int k = 0; k < kRun; ++k) {
+          const bool in = which == 1 && touches(mix.box, out_col + k, out_row, 1, 1);
+          FUSEREG_UNROLL
+          for (int i = 0; i < kGroup; ++i) {
+            if (which == 0) {
+              v[i][k] = found[i][k];
+            } else if (in) {
+              v[i][k] = mix.partner_alone
+                            ? found[i][k]
+                            : add(multiply(mix.lam, v[i][k]), multiply(mix.rest, found[i][k]));
+            }
+          }
+        }
+      }
+      dispatch_element(job.y.type, [&](auto tag) {
+        using U = typename decltype(tag)::type;
+        store_run<U, kGroup>(job, at + c * job.y.channel, left < kRun ? left : kRun, v);
+      });
+    }
+  }
+}
+
+template <class T>
+void launch_tiles(const char* op, const Job& job, int device, void* stream) {
+  const std::int64_t tiles =
+      job.n * tiles_over(job.y.h, kTileRows) * tiles_over(job.y.w, kTileWidth);
+  const cuda::LaunchConfig config = config_for(tiles * kThreads, device, stream);
+  if (job.c != 3) {
+    cuda::launch(op, augment_tile_kernel<T, 1, false>, config, job);
+  } else if (job.x.channels_last) {
+    cuda::launch(op, augment_tile_kernel<T, 3, true>, config, job);
+  } else {
+    cuda::launch(op, augment_tile_kernel<T, 3, false>, config, job);
+  }
+}
+
+}  // namespace fusereg::augment
