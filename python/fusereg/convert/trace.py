@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.trace import Found, Path, Read, is_plain, trace
+from ..core.trace import ARGUMENT, DISTINCT, Found, Path, Read, is_plain, trace
 from .find import Finder, rewrite
 
 _NAME = "<forward rewritten by fusereg.convert>"
@@ -64,6 +64,8 @@ class _Check:
     def read(self, read: Read) -> None:
         """Require that a read still gives what it gave."""
         value, name = read.value, read.name
+        if read.owner is ARGUMENT:
+            return  # all must be tensors
         if isinstance(read.owner, dict):
             space = self.name(read.owner)
             if value is Found.NOTHING:
@@ -77,6 +79,11 @@ class _Check:
                 return
             if name == "_modules":
                 self.require(f"[*{self.children(read.owner)}] == {list(value)!r}")
+                return
+            if name == DISTINCT:
+                held = self.children(read.owner)
+                self.require(f"None not in {held}.values()")
+                self.require(f"len({{*map(id, {held}.values())}}) == {value}")
                 return
             on = self.module(read.owner) if isinstance(read.owner, tuple) else self.name(read.owner)
             now = f"{on}.{name}" if name == "training" else f"getattr({on}, {name!r}, NOTHING)"
