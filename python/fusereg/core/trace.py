@@ -20,21 +20,20 @@ import functools
 import math
 import operator
 import os
-import re
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute, Scope
 from torch.nn import functional as F
 
-from . import dispatch
+from . import assertions, dispatch
 
 Path = tuple[str, ...]
 
@@ -191,15 +190,6 @@ _GO_THROUGH: dict[Any, Callable[[Any], Any]] = {
 STRUCTURE = {"_modules", DISTINCT, *(function.__name__ for function in _GO_THROUGH)}
 
 
-def asserted(condition: Any, message: str, *values: Any) -> None:
-    """Raise AssertionError with the message, which the values are put into, unless it holds."""
-    if not condition:
-        raise AssertionError(message.format(*values))
-
-
-fx.node.has_side_effect(asserted)
-
-
 def _said(value: object) -> str:
     name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
     return str(name) if name and callable(value) else f"a {type(value).__name__}"
@@ -249,56 +239,8 @@ class _Proxy(fx.Proxy):
     __str__ = __repr__ = __array__ = _number
 
     def __format__(self, form: str) -> str:
-        texts = self.tracer.texts  # type: ignore[attr-defined]
-        frame = sys._getframe(1)
-        texts.append(_Text(self, form, frame, frame.f_lasti))
-        return f"\ue000{len(texts) - 1}\ue000"
-
-
-class _Text(NamedTuple):
-    """A proxy in the text of an f-string, and where this is made."""
-
-    proxy: fx.Proxy
-    form: str
-    frame: types.FrameType
-    offset: int
-
-
-_TEXT = re.compile("\ue000(\\d+)\ue000")
-
-
-#: How many values the instructions that evaluate something like ``x.shape[1]`` or ``x.dim()`` take.
-_TAKES = {
-    **dict.fromkeys(_words("LOAD_CONST LOAD_FAST LOAD_FAST_BORROW LOAD_SMALL_INT"), 0),
-    **dict.fromkeys(_words("LOAD_GLOBAL LOAD_DEREF PUSH_NULL PRECALL NOP"), 0),
-    **dict.fromkeys(_words("LOAD_ATTR LOAD_METHOD FORMAT_VALUE FORMAT_SIMPLE"), 1),
-    **dict.fromkeys(_words("BINARY_SUBSCR BINARY_OP CALL CALL_METHOD FORMAT_WITH_SPEC"), 2),
-}
-
-
-def _is_made_there(texts: Sequence[_Text], frame: types.FrameType) -> bool:
-    """Return whether texts are part of the last argument of the call that a frame is in.
-
-    Nothing else has seen them then: no instruction in between takes them off the stack.
-    """
-    if not texts or any(text.frame is not frame for text in texts):
-        return not texts
-    steps = list(dis.get_instructions(frame.f_code))
-    steps = [s for s in steps if texts[0].offset < s.offset <= frame.f_lasti]
-    steps.pop()  # the call; a frame's last instruction is at this or in its cache
-    if steps and steps[-1].opname == "PRECALL":
-        steps.pop()
-    height = above = 1
-    for step in steps[:-1]:
-        takes = _TAKES.get(step.opname, height)
-        if step.opname == "FORMAT_VALUE":
-            takes += bool((step.arg or 0) & 4)
-        if (step.opname.startswith("CALL") and step.arg) or height - takes < above:
-            return False
-        height += dis.stack_effect(step.opcode, step.arg)
-        if step.opname.startswith("FORMAT"):
-            above = height
-    return not steps or steps[-1].opname == "BUILD_STRING"
+        texts: assertions.Texts = self.tracer.texts  # type: ignore[attr-defined]
+        return texts.add(self, form, sys._getframe(1))
 
 
 class _Attribute(Attribute, _Proxy):
@@ -331,8 +273,7 @@ class _Recorder(fx.proxy.TracerBase):
         self.scope = Scope("", None)
         self.module_stack: OrderedDict[str, tuple[str, Any]] = OrderedDict()
         self.node_name_to_scope: dict[str, tuple[str, type]] = {}
-        self.texts: list[_Text] = []
-        self.read_texts: set[int] = set()
+        self.texts = assertions.Texts()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -588,18 +529,12 @@ class _Tracer:
 
     def asserted(self, condition: Any, message: Any = "") -> None:
         """Stand for ``torch._assert``: it becomes part of the graph."""
-        parts = _TEXT.split(message) if isinstance(message, str) else refuse("it asserts no text")
-        numbers = list(map(int, parts[1::2]))
-        texts = [self.recorder.texts[number] for number in numbers]
-        if not _is_made_there(texts, sys._getframe(1)):
+        made = self.recorder.texts.template(message, sys._getframe(1))
+        if made is None:
             refuse("it takes a number or text out of a tensor")
-        self.recorder.read_texts.update(numbers)
-        words = [part.replace("{", "{{").replace("}", "}}") for part in parts[::2]]
-        forms = [f"{{:{text.form}}}" for text in texts]
-        template = "".join(a + b for a, b in zip(words, [*forms, ""], strict=True))
         if isinstance(condition, fx.Proxy):
-            values = (condition, template, *(text.proxy for text in texts))
-            self.recorder.create_proxy("call_function", asserted, values, {})
+            call = self.recorder.create_proxy
+            call("call_function", assertions.asserted, (condition, *made), {})
         elif condition is not True:
             refuse("what it asserts does not hold")
 
@@ -687,7 +622,7 @@ class _Tracer:
             refuse("it calls itself")
         if type(module).forward is nn.Module.forward:
             refuse(f"it calls {'.'.join(path)}, a {type(module).__name__}", "call the layers in it")
-        before, texts = list(self.recorder.graph.nodes), len(self.recorder.texts)
+        before, texts = list(self.recorder.graph.nodes), self.recorder.texts.open.copy()
         if not self.leaf(module) and not dispatch.hooked(module):
             try:
                 forward = type(module).forward
@@ -695,7 +630,7 @@ class _Tracer:
             except UntraceableError:
                 for node in reversed(list(self.recorder.graph.nodes)[len(before) :]):
                     self.recorder.graph.erase_node(node)
-                self.recorder.read_texts.update(range(texts, len(self.recorder.texts)))
+                self.recorder.texts.open = texts
         return self.recorder.create_proxy("call_module", ".".join(path), args, kwargs)
 
 
@@ -750,7 +685,7 @@ def trace(
         proxies = [recorder.create_proxy("placeholder", name, (), {}) for name in names]
         result = made(tracer.module(module, ()), *proxies)
         recorder.create_node("output", "output", (recorder.create_arg(result),), {})
-        if len(recorder.read_texts) < len(recorder.texts):
+        if recorder.texts.open:
             refuse("it takes a number or text out of a tensor")
     except UntraceableError:
         raise
