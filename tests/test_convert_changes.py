@@ -344,6 +344,7 @@ def test_one_that_asks_whether_it_got_a_tensor_still_takes_others(calls: Calls) 
     for m in (plain, converted):
         m.eval()
     torch.testing.assert_close(converted([x, x]), plain([x, x]))
+    assert [activation for activation, *_ in calls] == ["relu", "relu"]
 
 
 def test_an_assertion_says_what_it_said(calls: Calls) -> None:

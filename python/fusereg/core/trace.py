@@ -159,6 +159,9 @@ _NUMBERS = {
 }
 
 
+_get = object.__getattribute__
+
+
 def _children(module: Any) -> list[Any]:
     """Stand for the children of a module, which are different modules."""
     tracer, (of, path) = _get(module, "_tracer"), _get(module, "_of")
@@ -298,7 +301,6 @@ class _Recorder(fx.proxy.TracerBase):
 # --- stand-ins ------------------------------------------------------------------------------------
 
 _CONTAINERS: tuple[type, ...] = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_get = object.__getattribute__
 
 
 class _Standin:
