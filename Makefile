@@ -38,6 +38,8 @@ ARCHITECTURES ?= $(if $(GPU),native,90)
 
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
+# Without compiled modules each of some hundred processes of the tests compiles torch's again, for 5 seconds.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 # Python compiles the modules it imports; pip would compile all of them, which takes most of its time.
 INSTALL := $(PIP) install --no-compile -c constraints.txt

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
+from fusereg.cli.errors import InputError
+
 from . import suites as _suites
 from .harness import Case, Options, Provider, Row, Settings, Workload, run_cases
 from .harness.cases import RENAMED
@@ -49,13 +51,11 @@ def load_suite(name: str) -> ModuleType:
     """Return the module of a technique.
 
     Raises:
-        ValueError: If there is no benchmark of that name.
+        InputError: If there is no benchmark of that name.
     """
     name = RENAMED.get(name, name)
     if name not in SUITES:
-        raise ValueError(
-            f"fusereg bench: no benchmark named {name!r}; there are: {', '.join(SUITES)}"
-        )
+        raise InputError(f"no benchmark named {name!r}; there are: {', '.join(SUITES)}")
     return importlib.import_module(f".suites.{name}", __package__)
 
 
@@ -69,7 +69,7 @@ def collect_cases(suite: str, options: Options) -> list[Case]:
     """Return the cases of one technique, in the order in which they run.
 
     Raises:
-        ValueError: If there is no benchmark of that name.
+        InputError: If there is no benchmark of that name.
     """
     module = load_suite(suite)
     cases: list[Case] = module.cases(options)

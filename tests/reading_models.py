@@ -202,6 +202,75 @@ class AsksForLayer(Base):
         return y if self.drop is None else self.drop(y) + 1
 
 
+class AsksForClass(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y * 3 if isinstance(self.drop, nn.Identity) else self.drop(y)
+
+
+class AsksForType(Base):
+    def forward(self, x: Any) -> Tensor:
+        parts = [x] if isinstance(x, Tensor) else x
+        return self.chain(torch.cat(parts, 0))
+
+
+class Asserts(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(self.own > 0, "never")
+        torch._assert(
+            x.shape[1] == 3, f"{{3}} channels, got {x.shape[1]} of {x.shape} {x.dim():>3}"
+        )
+        return self.chain(x)
+
+
+class MakesText(Base):
+    """Its text goes elsewhere before it goes into an assertion."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        text = f"{x.dim()}"
+        y = self.chain(x)
+        torch._assert(x.dim() > 0, f"got {text}")
+        return y * 3 if text == "4" else y
+
+
+class CutsText(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.dim() > 0, f"{f'{x.dim()}'[0]}")
+        return self.chain(x)
+
+
+class HandsTextOn(Base):
+    def look(self, text: str) -> str:
+        return text
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.dim() > 0, f"{self.look(f'{x.dim()}')}{x.dim()}")
+        return self.chain(x)
+
+
+class HasChildren(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        parts = nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.0)
+        self.parts = nn.ModuleDict({str(i): part for i, part in enumerate(parts)})
+
+
+class GoesThroughChildren(HasChildren):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        for part in self.parts.children():
+            x = part(x)
+        return x
+
+
+class GoesThroughItems(HasChildren):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        for _, part in self.parts.items():
+            x = part(x)
+        return x
+
+
 class AsksForMode(Base):
     def forward(self, x: Tensor) -> Tensor:
         y = self.chain(x)

@@ -33,6 +33,7 @@ from fusereg.bench.harness import (
 )
 from fusereg.bench.harness.cases import quantile, ratio
 from fusereg.bench.harness.running import rotated
+from fusereg.cli.errors import InputError
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(min_time_s=0.0, min_rounds=4, max_rounds=4, min_sample_s=0.0)
@@ -422,9 +423,9 @@ def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         report.write_json(path, {"not": math.nan})
 
     def fail(source: str, target: str) -> None:
-        raise OSError("disk full")
+        raise OSError(28, "disk full")
 
-    monkeypatch.setattr(report.os, "replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         report.write_json(path, {"tool": "other"})
     assert path.read_bytes() == before
@@ -442,7 +443,7 @@ def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_foreign_files_are_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "x.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(InputError, match=words):
         report.read_json(path)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from fusereg.bench.harness import (
 )
 from fusereg.bench.harness import shapes as parameter_shapes
 from fusereg.bench.suites import drop_block, penalty
-from fusereg.cli import bench as cli_bench
+from fusereg.cli import main
 from fusereg.cli.checks import OPERATIONS
+from fusereg.cli.errors import InputError
 
 CPU = torch.device("cpu")
 
@@ -130,7 +131,7 @@ def test_the_check_of_a_mask_sees_what_is_wrong(suite: str, modes: tuple[str, ..
 
 
 def test_an_unknown_technique_is_named() -> None:
-    with pytest.raises(ValueError, match=r"no benchmark named 'x'; there are: .*, dropout, "):
+    with pytest.raises(InputError, match=r"no benchmark named 'x'; there are: .*, dropout, "):
         collect_cases("x", Options(CPU))
     assert "penalty" in SUITES
 
@@ -182,16 +183,10 @@ def test_the_check_sees_a_provider_that_does_nothing(mode: str, dtype: torch.dty
 # --- the command ----------------------------------------------------------------------------------
 
 
-def arguments(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    cli_bench.add_parser(parser.add_subparsers())
-    return parser.parse_args(["bench", *words])
-
-
 def test_quick_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
     words = ["penalty", "--quick", "--only", "tiny", "--device", "cpu", "--min-time", "0"]
-    assert cli_bench.run(arguments(*words, "--json", str(out))) == 0
+    assert main(["bench", *words, "--json", str(out)]) == 0
     printed = capsys.readouterr()
     assert "[3/3]" in printed.err
     assert "vs eager" in printed.out
@@ -207,15 +202,12 @@ def test_quick_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert measured.p80_us is not None
         assert 0 < measured.p20_us <= measured.p50_us <= measured.p80_us
 
-    assert cli_bench.run(arguments("--from", str(out), "--markdown")) == 0
+    assert main(["bench", "--from", str(out), "--markdown"]) == 0
     assert capsys.readouterr().out.startswith("| work | mode |")
 
 
 def test_list_names_the_cases(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        cli_bench.run(arguments("penalty", "--list", "--device", "cpu", "--only", "*/resnet50/*"))
-        == 0
-    )
+    assert main(["bench", "penalty", "--list", "--device", "cpu", "--only", "*/resnet50/*"]) == 0
     assert capsys.readouterr().out.split() == [
         "penalty/elastic-net/value/resnet50/float32",
         "penalty/elastic-net/value+gradient/resnet50/float32",
@@ -247,15 +239,33 @@ def test_list_names_the_cases(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_use_is_one_line(
     words: list[str], part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli_bench.run(arguments("--device", "cpu", *words)) == 2
+    assert main(["bench", "--device", "cpu", *words]) == 2
     printed = capsys.readouterr()
-    assert part in " ".join(printed.err.split())
+    assert part in printed.err
+    assert printed.err.startswith("fusereg bench: error: ")
+    assert len(printed.err.splitlines()) == 1
     assert printed.out == ""
+
+
+def test_several_techniques_and_json_on_standard_output(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["penalty", "dropout", "--quick", "--device", "cpu", "--min-time", "0"]
+    words += ["--only", "*tiny*", "--providers", "eager,fusereg"]
+    assert main(["bench", *words, "--list"]) == 0
+    techniques = {line.split("/")[0] for line in capsys.readouterr().out.split()}
+    assert techniques == {"penalty"}
+    assert main(["bench", *words, "--json"]) == 0
+    printed = capsys.readouterr()
+    data = json.loads(printed.out)
+    assert not data["interrupted"]
+    assert {row["provider"] for row in data["rows"]} == {"copy", "eager", "fusereg"}
+    assert "[3/3]" in printed.err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli_bench.run(arguments("--device", "cuda")) == 2
+    assert main(["bench", "--device", "cuda"]) == 2
     assert "no CUDA device" in capsys.readouterr().err
 
 
@@ -270,8 +280,8 @@ def test_a_killed_run_leaves_what_it_had(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(command.report, "write_json", spy)
     words = ["penalty", "--quick", "--only", "tiny", "--device", "cpu", "--min-time", "0"]
-    args = arguments(*words, "--providers", "eager,fusereg", "--json", str(tmp_path / "a.json"))
-    assert cli_bench.run(args) == 0
+    words += ["--providers", "eager,fusereg", "--json", str(tmp_path / "a.json")]
+    assert main(["bench", *words]) == 0
     assert seen == [True, True, True, False]
     rows, _ = report.read_json(tmp_path / "a.json")
     assert {r.provider for r in rows} == {"copy", "eager", "fusereg"}

@@ -28,9 +28,9 @@ from fusereg.bench.harness import (
     run_case,
     running,
 )
-from fusereg.cli import bench as cli_bench
+from fusereg.cli import main
+from fusereg.cli.errors import InputError
 from test_bench import SETTINGS, FakeTimer, make_case, named, row
-from test_bench_command import arguments
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -287,12 +287,12 @@ def test_runs_beside_other_programs_are_no_fair_comparison(
         share = 0.94 if name == busy else 0.01
         path = tmp_path / f"{name}.json"
         names.append(write_run(path, [spread(*times)], others_cpu_share=share))
-    assert cli_bench.run(arguments("--compare", *names)) == 0
+    assert main(["bench", "--compare", *names]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert (
         f"not a fair comparison: other programs took 94 % of the CPU time during the {busy}" in text
     )
-    assert cli_bench.run(arguments("--compare", *names, "--fail-on-slower")) == 2
+    assert main(["bench", "--compare", *names, "--fail-on-slower"]) == 2
     printed = capsys.readouterr()
     assert "--fail-on-slower: not a fair comparison" in " ".join(printed.err.split())
     assert printed.out == ""
@@ -318,19 +318,19 @@ def test_compare_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     old = write_run(tmp_path / "old.json", [spread(9, 10, 11), spread(9, 10, 11, "eager")])
     new = write_run(tmp_path / "new.json", [spread(12, 13, 14), spread(9, 10, 11, "eager")])
     out = tmp_path / "moved.html"
-    assert cli_bench.run(arguments("--compare", old, new, "--html", str(out))) == 0
+    assert main(["bench", "--compare", old, new, "--html", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "+30 %" in printed
     assert "of 1 times of fusereg: 1 slower, 0 faster" in printed
     reader = read_page(out.read_text())
     assert "+30 %" in reader.text
     assert reader.loads == []
-    assert cli_bench.run(arguments("--compare", old, new, "--fail-on-slower")) == 1
-    assert cli_bench.run(arguments("--compare", old, new, "--fail-on-slower", "40")) == 0
-    assert cli_bench.run(arguments("--compare", new, old, "--fail-on-slower")) == 0
+    assert main(["bench", "--compare", old, new, "--fail-on-slower"]) == 1
+    assert main(["bench", "--compare", old, new, "--fail-on-slower", "40"]) == 0
+    assert main(["bench", "--compare", new, old, "--fail-on-slower"]) == 0
     other = write_run(tmp_path / "other.json", [spread(1, 1, 1, shape="other")])
     capsys.readouterr()
-    assert cli_bench.run(arguments("--compare", old, other)) == 2
+    assert main(["bench", "--compare", old, other]) == 2
     assert "no case in common" in capsys.readouterr().err
 
 
@@ -341,7 +341,7 @@ TINY = ["penalty", "--all", "--quick", "--only", "tiny", "--device", "cpu", "--m
 
 def test_all_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    assert cli_bench.run(arguments(*TINY, "--report", str(tmp_path / "r"))) == 0
+    assert main(["bench", *TINY, "--report", str(tmp_path / "r")]) == 0
     printed = capsys.readouterr()
     names = {path.name for path in (tmp_path / "r").iterdir()}
     assert names == {"report.json", "report.html", "roofline-cpu.png"}
@@ -354,7 +354,7 @@ def test_all_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     out = tmp_path / "again.html"
     again = ["--from", str(tmp_path / "r" / "report.json"), "--html", str(out)]
-    assert cli_bench.run(arguments(*again)) == 0
+    assert main(["bench", *again]) == 0
     assert out.read_text() == (tmp_path / "r" / "report.html").read_text()
 
 
@@ -371,7 +371,7 @@ def test_ctrl_c_writes_the_report_of_what_was_measured(
         return right(case, *args, **kwargs)
 
     monkeypatch.setattr(running, "run_case", stops)
-    assert cli_bench.run(arguments(*TINY, "--report", str(tmp_path))) == 130
+    assert main(["bench", *TINY, "--report", str(tmp_path)]) == 130
     err = " ".join(capsys.readouterr().err.split())
     assert "interrupted: what was measured until then, 1 of 6 cases, follows" in err
     assert json.loads((tmp_path / "report.json").read_text())["interrupted"] is True
@@ -386,7 +386,7 @@ def test_ctrl_c_before_the_first_case_draws_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(running, "run_case", stops)
-    assert cli_bench.run(arguments(*TINY, "--report", str(tmp_path))) == 130
+    assert main(["bench", *TINY, "--report", str(tmp_path)]) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
@@ -400,7 +400,7 @@ def test_both_devices_only_where_all_is_asked_for(monkeypatch: pytest.MonkeyPatc
     assert devices("cpu", True) == ["cpu"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert devices("auto", True) == ["cpu"]
-    with pytest.raises(command.UsageError, match="no CUDA device"):
+    with pytest.raises(InputError, match="no CUDA device"):
         devices("cuda", True)
 
 
@@ -427,9 +427,9 @@ def test_without_matplotlib_the_report_is_its_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
-    assert cli_bench.run(arguments(*TINY, "--html", str(tmp_path / "r.html"))) == 2
+    assert main(["bench", *TINY, "--html", str(tmp_path / "r.html")]) == 2
     assert "--html needs matplotlib" in capsys.readouterr().err
-    assert cli_bench.run(arguments(*TINY, "--report", str(tmp_path / "r"))) == 0
+    assert main(["bench", *TINY, "--report", str(tmp_path / "r")]) == 0
     assert "page and plots need matplotlib" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "r").iterdir()] == ["report.json"]
 

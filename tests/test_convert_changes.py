@@ -27,6 +27,7 @@ from reading_models import (
     AsksForAttribute,
     AsksForAutocast,
     AsksForBuffer,
+    AsksForClass,
     AsksForDeterminism,
     AsksForDtype,
     AsksForEnvironment,
@@ -37,6 +38,8 @@ from reading_models import (
     AsksForParameter,
     AsksForProcesses,
     AsksForThreads,
+    AsksForType,
+    Asserts,
     Base,
     BranchesOnBuffer,
     CallsBuiltin,
@@ -47,7 +50,12 @@ from reading_models import (
     CallsSuper,
     CallsTorch,
     ChainsOfOthers,
+    CutsText,
+    GoesThroughChildren,
+    GoesThroughItems,
+    HandsTextOn,
     HasDefault,
+    MakesText,
     ReadsBuffer,
     ReadsChild,
     ReadsClass,
@@ -131,6 +139,14 @@ def frozen(m: Any) -> None:
     m.bn.eval()
 
 
+def more_children(m: Any) -> None:
+    m.parts["3"] = nn.Tanh()
+
+
+def the_same_child_twice(m: Any) -> None:
+    m.parts["0"] = m.parts["2"]
+
+
 def new_layer(m: Any) -> None:
     m.relu = nn.Tanh()
 
@@ -157,6 +173,12 @@ OF_MODELS: list[tuple[type[Base], Callable[[Any], None]]] = [
     (AsksForBuffer, set_attribute("absent", torch.tensor(3.0))),
     (AsksForParameter, unset("conv.bias")),
     (AsksForLayer, unset("drop")),
+    (AsksForClass, set_attribute("drop", nn.Identity())),
+    (GoesThroughChildren, more_children),
+    (GoesThroughChildren, the_same_child_twice),
+    (GoesThroughItems, more_children),
+    (GoesThroughItems, the_same_child_twice),
+    (GoesThroughItems, lambda m: m.parts.pop("2")),
     (AsksForMode, lambda m: m.eval()),
     (CallsMethod, instance_method),
     (CallsMethod, own_forward),
@@ -251,6 +273,9 @@ OF_SHARED: list[tuple[type[Base], Callable[[], Undo]]] = [
     (CallsBuiltin, patched(HERE, "abs", lambda x: 3.0)),
     (CallsTorch, patched(F, "softsign", other_scaled)),
     (CallsTorch, patched(HERE, "F", types.SimpleNamespace(softsign=other_scaled))),
+    (GoesThroughItems, patched(nn.ModuleDict, "items", lambda self: [])),
+    (GoesThroughChildren, patched(nn.Module, "children", lambda self: iter(()))),
+    (AsksForClass, patched(HERE, "isinstance", lambda value, kinds: True)),
     (CallsMath, patched(math, "sqrt", lambda x: 3.0)),
     (HasDefault, patched(HasDefault.forward, "__defaults__", (3.0,))),
     (HasDefault, default_of_keyword),
@@ -309,6 +334,36 @@ def test_a_change_of_what_models_share_is_seen(cls: type[Base], change: Callable
     finally:
         undo()
     assert agree(plain, converted).dtype is before.dtype
+
+
+def test_one_that_asks_whether_it_got_a_tensor_still_takes_others(calls: Calls) -> None:
+    plain, converted = twins_of(AsksForType)
+    agree(plain, converted)
+    assert calls[0][0] == "relu"
+    x = torch.randn(2, 3, 4, 4)
+    for m in (plain, converted):
+        m.eval()
+    torch.testing.assert_close(converted([x, x]), plain([x, x]))
+    assert [activation for activation, *_ in calls] == ["relu", "relu"]
+
+
+def test_an_assertion_says_what_it_said(calls: Calls) -> None:
+    plain, converted = twins_of(Asserts)
+    agree(plain, converted)
+    assert calls[0][0] == "relu"
+    texts = []
+    for m in (plain, converted):
+        with pytest.raises(AssertionError) as caught:
+            m(torch.zeros(1, 4, 2, 2))
+        texts.append(str(caught.value))
+    assert texts == ["{3} channels, got 4 of torch.Size([1, 4, 2, 2])   4"] * 2
+
+
+@pytest.mark.parametrize("cls", [MakesText, CutsText, HandsTextOn])
+def test_text_of_a_tensor_goes_into_an_assertion_alone(cls: type[Base]) -> None:
+    plain, converted = twins_of(cls)
+    assert not hasattr(converted, "fusereg_plans")
+    agree(plain, converted)
 
 
 # --- compiled -------------------------------------------------------------------------------------

@@ -99,7 +99,39 @@ class UntraceableChildren(nn.Module):
         return x
 
 
+class CallsItsChildren(nn.ModuleDict):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.dim() == 4, f"wanted 4 dimensions, got {x.dim()}")
+        for part in self.children():
+            x = part(x)
+        return x
+
+
+class TakesTensorsOrLists(Pair):
+    def forward(self, x: Any) -> Tensor:
+        parts = [x] if isinstance(x, Tensor) else x
+        return self.bn(self.conv(torch.cat(parts, 1)))
+
+
+class CallsItWithLists(nn.ModuleDict):
+    """As the dense blocks of torchvision do."""
+
+    def __init__(self) -> None:
+        super().__init__({str(i): TakesTensorsOrLists(nn.Conv2d(6 * i, 6, 1)) for i in (1, 2)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [x]
+        for _, part in self.items():
+            found.append(part(found))
+        return torch.cat(found, 1)
+
+
 FOLDED: dict[str, tuple[Make, int]] = {
+    "children, one by one": (
+        lambda: CallsItsChildren({"a": convolution(), "b": nn.BatchNorm2d(6), "c": sequence()}),
+        0,
+    ),
+    "tensors or lists": (CallsItWithLists, 0),
     "sequence": (sequence, 0),
     "leaky": (lambda: sequence(BatchNorm2d, activation="leaky_relu", negative_slope=0.2), 0),
     "dropout, which does nothing": (lambda: sequence(BatchNorm2d, dropout=0.5), 0),

@@ -49,6 +49,26 @@ class NormalizesTwice(Pair):
         return self.bn(self.conv(x)) + self.bn(x)
 
 
+class TakesListsOtherwise(Pair):
+    def forward(self, x: Any) -> Any:
+        return self.bn(self.conv(x)) if isinstance(x, Tensor) else self.conv(x[0])
+
+
+class CallsItWithAList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = TakesListsOtherwise()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.part([self.part(x)])
+
+
+class AsksForItsClass(Pair):
+    def forward(self, x: Tensor) -> Any:
+        y = self.bn(self.conv(x))
+        return y if isinstance(self.bn, nn.Identity) else y * 2
+
+
 class ReadsWeight(Pair):
     def forward(self, x: Tensor) -> Any:
         return self.bn(self.conv(x)) + F.conv2d(x, self.conv.weight, padding=1)
@@ -188,6 +208,8 @@ READ: dict[str, tuple[Make, str]] = {
     "added": (Adds, "is used elsewhere"),
     "convolution twice": (CallsTwice, "it is called 2 times"),
     "batch norm twice": (NormalizesTwice, "it is called 2 times"),
+    "called otherwise with lists": (CallsItWithAList, ""),
+    "class": (AsksForItsClass, "reads its __class__"),
     "weight": (ReadsWeight, "reads its "),
     "bias": (ReadsBias, "reads its "),
     "scale": (ReadsScale, "reads its "),

@@ -7,14 +7,19 @@ to find what it looks for in a small tree with a planted fault.
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from fusereg import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE_SUFFIXES = {".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".cmake", ".sh"}
@@ -139,6 +144,100 @@ def test_a_room_without_one_level_is_found_out(level: str, tmp_path: Path) -> No
 def test_what_finds_the_rooms_names_none_of_them(file: str) -> None:
     text = (ROOT / file).read_text(encoding="utf-8")
     assert [stem for stem in rooms(ROOT) if re.search(rf"\b{stem}\b", text)] == []
+
+
+# --- a new room ---------------------------------------------------------------------------------
+
+#: A technique without compiled kernels.
+_SNOW = {
+    "op.py": """
+        import torch
+        from ..core.operator import Operator
+        def _kernel(x, strength, op="snow", out=None):
+            return torch.mul(x, strength, out=out)
+        def _save(ctx, arguments, output):
+            ctx.strength = arguments[1]
+        def _gradient(ctx, grad):
+            return (snow_(grad, ctx.strength),)
+        snow_ = Operator(
+            "snow(Tensor x, float strength) -> Tensor", _kernel,
+            fake=lambda x, strength: torch.empty_like(x), save=_save, gradient=_gradient,
+        )
+        """,
+    "functional.py": """
+        from .op import snow_
+        def snow(x, strength=0.5):
+            return snow_(x, strength)
+        """,
+    "layers.py": """
+        from torch import nn
+        from . import functional as F
+        class Snow(nn.Module):
+            def forward(self, input):
+                return F.snow(input)
+        """,
+    "check.py": """
+        from ..core.inventory import Operation
+        from . import functional
+        OPERATIONS = [Operation(
+            name="snow", formula="x * strength", function=functional.snow,
+            options={"strength": 0.25}, reference=lambda x: x * 0.25,
+        )]
+        """,
+}
+_USE_SNOW = """
+    import sys
+    # That of an editable installation comes before the path.
+    sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__name__.startswith("ScikitBuild")]
+    import torch
+    import fusereg
+    from fusereg.cli import main
+    from fusereg.cli.checks import OPERATIONS, TECHNIQUES, run_checks
+    x = torch.randn(8, requires_grad=True)
+    compiled = torch.compile(fusereg.functional.snow, fullgraph=True, backend="aot_eager")
+    assert torch.equal(fusereg.nn.Snow()(x), compiled(x))
+    (gradient,) = torch.autograd.grad(compiled(x).sum(), x)
+    assert torch.equal(gradient, torch.full((8,), 0.5))
+    assert torch.equal(torch.vmap(fusereg.functional.snow)(x), x * 0.5)
+    assert "snow" in TECHNIQUES
+    results = run_checks([row for row in OPERATIONS if row.technique == "snow"])
+    assert results and all(result.ok for result in results), results
+    assert main(["verify", "snow", "--device", "cpu", "--dtype", "float32"]) == 0
+    """
+
+
+def test_a_new_room_is_named_in_three_lines_outside_of_its_folders(tmp_path: Path) -> None:
+    """Its folders, one line in each face and one in the stub are all that a toy operation needs."""
+    source = ROOT / "python" / "fusereg"
+    leave = shutil.ignore_patterns("__pycache__", "bench")
+    package = tmp_path / "python" / "fusereg"
+    plant_room(tmp_path, "snow")
+    (package / "__init__.py").unlink()
+    shutil.copytree(source, package, ignore=leave, copy_function=os.symlink, dirs_exist_ok=True)
+    module = Path(str(_C.__file__))  # an editable installation has it elsewhere
+    if not (package / module.name).exists():
+        (package / module.name).symlink_to(module)
+    for name, text in _SNOW.items():
+        (package / "snow" / name).write_text(textwrap.dedent(text), encoding="utf-8")
+    lines = {
+        "functional/__init__.py": "from ..snow.functional import snow",
+        "nn/__init__.py": "from ..snow.layers import Snow",
+        "_C.pyi": "def snow_forward(y: Tensor, x: Tensor, strength: float, op: str) -> None: ...",
+    }
+    for name, line in lines.items():
+        before = (source / name).read_text(encoding="utf-8")
+        (package / name).unlink()
+        (package / name).write_text(f"{before}\n{line}\n", encoding="utf-8")
+    assert missing_levels(tmp_path, "snow") == []
+    assert forbidden_imports(tmp_path) == []
+    assert statements_of_faces(tmp_path) == []
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_USE_SNOW)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "python")},
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # --- Python: who may import whom ------------------------------------------------------------------

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,6 +24,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from fusereg.cli.errors import InputError
+from fusereg.cli.output import write_atomically, write_json
+
 from .. import SUITES, collect_cases, provider_names
 from . import compare as comparison
 from . import machine, report
@@ -34,30 +38,18 @@ DEFAULT_REPORT = "bench-report"
 INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
 
 
-class UsageError(Exception):
-    """Wrong arguments; the text is one line for the user."""
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit status."""
-    # Tables go to standard output, progress to standard error: --markdown can be redirected.
-    errors = Console(stderr=True)
-    try:
-        return _run(args, Console(), errors)
-    except (UsageError, ValueError, OSError) as error:
-        text = str(error)
-        errors.print(text if text.startswith("fusereg") else f"fusereg bench: {text}", markup=False)
-        return 2
-
-
 @dataclass(frozen=True)
 class Outputs:
-    """The files to write. ``folder`` gets a roofline for each device."""
+    """The files to write. ``folder`` gets a roofline for each device.
+
+    ``printed`` stands for JSON on standard output, where nothing else goes then.
+    """
 
     json: Path | None
     plot: Path | None
     html: Path | None
     folder: Path | None
+    printed: bool = False
 
     @property
     def draws(self) -> bool:
@@ -71,7 +63,7 @@ def choose_outputs(args: argparse.Namespace, errors: Console) -> Outputs:
     They are checked before the measurement: no run of an hour is lost to a wrong folder.
 
     Raises:
-        UsageError: If one of the files cannot be written.
+        InputError: If one of the files cannot be written.
     """
 
     def path(text: str | None, name: str) -> Path | None:
@@ -79,20 +71,22 @@ def choose_outputs(args: argparse.Namespace, errors: Console) -> Outputs:
 
     if args.all and not args.report:
         args.report = DEFAULT_REPORT
+    file = None if args.json == "-" else args.json
     outputs = Outputs(
-        json=None if args.read and not args.json else path(args.json, "report.json"),
+        json=None if args.read and not args.json else path(file, "report.json"),
         plot=Path(args.plot) if args.plot else None,
         html=path(args.html, "report.html"),
         folder=Path(args.report) if args.report else None,
+        printed=args.json == "-",
     )
     if importlib.util.find_spec("matplotlib") is None:
         how = "matplotlib: pip install 'fusereg[bench]' brings it"
         for option in ("plot", "html"):
             if getattr(args, option):
-                raise UsageError(f"--{option} needs {how}")
+                raise InputError(f"--{option} needs {how}")
         if outputs.folder:
             errors.print(f"the report is its JSON only; page and plots need {how}", markup=False)
-            outputs = Outputs(outputs.json, None, None, None)
+            outputs = replace(outputs, folder=None, html=None)
     for option, target in (
         ("--json", outputs.json),
         ("--plot", outputs.plot),
@@ -103,11 +97,14 @@ def choose_outputs(args: argparse.Namespace, errors: Console) -> Outputs:
     return outputs
 
 
-def _run(args: argparse.Namespace, console: Console, errors: Console) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit status."""
+    # Tables go to standard output, progress to standard error: --markdown can be redirected.
+    console, errors = Console(), Console(stderr=True)
     if args.compare:
         return _compare(args, console)
     if args.slower is not None:
-        raise UsageError("--fail-on-slower goes with --compare")
+        raise InputError("--fail-on-slower goes with --compare")
     if args.list:
         for case in _cases(args):
             console.print(case.id, markup=False, highlight=False, soft_wrap=True)
@@ -115,10 +112,10 @@ def _run(args: argparse.Namespace, console: Console, errors: Console) -> int:
     outputs = choose_outputs(args, errors)
     if args.read:
         rows, data = report.read_json(args.read)
-        return _show(args, console, errors, outputs, rows, data["machine"], data["interrupted"])
+        return _show(args, console, errors, outputs, rows, data)
     if args.threads is not None:
         if args.threads < 1:
-            raise UsageError(f"--threads must be at least 1, got {args.threads}")
+            raise InputError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     include = chooser(args.providers, suites_of(args))
     cases = _cases(args)
@@ -126,10 +123,12 @@ def _run(args: argparse.Namespace, console: Console, errors: Console) -> int:
     facts = machine.describe(cases[-1].device if cases else torch.device("cpu"))
     others = machine.OthersMeter()
 
-    def save(so_far: list[Row], interrupted: bool) -> None:
+    def save(so_far: list[Row], interrupted: bool) -> dict[str, Any]:
         facts["others_cpu_share"] = others.share()
+        document = report.document(so_far, facts, settings, interrupted)
         if outputs.json:
-            report.write_json(outputs.json, report.document(so_far, facts, settings, interrupted))
+            report.write_json(outputs.json, document)
+        return document
 
     rows, interrupted = measure(cases, settings, include, errors, save)
     if interrupted:
@@ -139,15 +138,14 @@ def _run(args: argparse.Namespace, console: Console, errors: Console) -> int:
             style="yellow",
         )
     elif not rows:
-        raise UsageError(f"--providers {args.providers}: no chosen case can run them here")
-    save(rows, interrupted)
-    status = _show(args, console, errors, outputs, rows, facts, interrupted)
+        raise InputError(f"--providers {args.providers}: no chosen case can run them here")
+    status = _show(args, console, errors, outputs, rows, save(rows, interrupted))
     return INTERRUPTED if interrupted else status
 
 
 def suites_of(args: argparse.Namespace) -> list[str]:
     """Return the chosen techniques."""
-    return [args.technique] if args.technique else list(SUITES)
+    return args.technique or list(SUITES)
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
@@ -168,10 +166,12 @@ def _show(
     errors: Console,
     outputs: Outputs,
     rows: list[Row],
-    facts: dict[str, object],
-    interrupted: bool,
+    document: dict[str, Any],
 ) -> int:
-    if args.markdown:
+    facts, interrupted = document["machine"], document["interrupted"]
+    if outputs.printed:
+        write_json("-", document)
+    elif args.markdown:
         sys.stdout.write(report.markdown(rows, facts))
     elif args.all:
         report.print_overview(console, rows)
@@ -202,10 +202,10 @@ def _draw(
             figure = figures.roofline(rows, device, machine.summary(facts))
             if figure is not None:
                 target = outputs.folder / f"roofline-{device}.png"
-                report.write_atomically(target, figures.png(figure))
+                write_atomically(target, figures.png(figure))
                 written.append(target)
     if outputs.html:
-        report.write_atomically(outputs.html, page.report(rows, facts, interrupted).encode())
+        write_atomically(outputs.html, page.report(rows, facts, interrupted).encode())
         written.append(outputs.html)
     return written
 
@@ -215,9 +215,9 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
     (old_rows, old), (new_rows, new) = (report.read_json(name) for name in args.compare)
     found = comparison.compare(old_rows, new_rows)
     if not found.changes:
-        raise UsageError("--compare: the two runs have no case in common")
+        raise InputError("--compare: the two runs have no case in common")
     if args.slower is not None and (text := comparison.unfit(old["machine"], new["machine"])):
-        raise UsageError(f"--fail-on-slower: {text}")
+        raise InputError(f"--fail-on-slower: {text}")
     comparison.print_comparison(console, found, old["machine"], new["machine"])
     if args.html:
         from . import page
@@ -225,23 +225,23 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
         target = Path(args.html)
         check_writable("--html", target)
         text = page.changes(found, old["machine"], new["machine"])
-        report.write_atomically(target, text.encode())
+        write_atomically(target, text.encode())
     return 1 if args.slower is not None and found.slower(args.slower) else 0
 
 
 def check_writable(option: str, target: Path) -> None:
-    """Raise UsageError unless a file can be written there."""
+    """Raise InputError unless a file can be written there."""
     folder = target.absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
     if target.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"{option} {target}: cannot be written")
+        raise InputError(f"{option} {target}: cannot be written")
 
 
 def choose_devices(name: str, everything: bool) -> list[torch.device]:
     """Return the devices to measure on: with --all every one, else CUDA where there is a GPU."""
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
-        raise UsageError("--device cuda: torch finds no CUDA device here")
+        raise InputError("--device cuda: torch finds no CUDA device here")
     names = ["cpu", "cuda"] if everything and has_cuda else ["cuda" if has_cuda else "cpu"]
     return [torch.device(each) for each in (names if name == "auto" else [name])]
 
@@ -253,7 +253,7 @@ def choose_dtypes(text: str | None, everything: bool) -> tuple[torch.dtype, ...]
     for name in names:
         dtype = getattr(torch, name.strip(), None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise UsageError(f"--dtype: {name.strip()!r} is not a floating-point dtype of torch")
+            raise InputError(f"--dtype: {name.strip()!r} is not a floating-point dtype of torch")
         dtypes.append(dtype)
     return tuple(dtypes)
 
@@ -267,7 +267,7 @@ def choose_settings(args: argparse.Namespace) -> Settings:
     )
     min_time = settings.min_time_s if args.min_time is None else args.min_time
     if min_time < 0:
-        raise UsageError(f"--min-time must not be negative, got {min_time}")
+        raise InputError(f"--min-time must not be negative, got {min_time}")
     return replace(
         settings,
         min_time_s=min_time,
@@ -284,7 +284,7 @@ def select(cases: Sequence[Case], pattern: str | None) -> list[Case]:
     glob = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
     chosen = [case for case in cases if fnmatch.fnmatchcase(case.id, glob.lower())]
     if not chosen:
-        raise UsageError(f"--only {pattern}: no case matches; --list shows them")
+        raise InputError(f"--only {pattern}: no case matches; --list shows them")
     return chosen
 
 
@@ -292,14 +292,14 @@ def chooser(names: str | None, suites: Sequence[str]) -> Callable[[str], bool]:
     """Return whether to measure a provider, given the names that the user chose.
 
     Raises:
-        UsageError: If no provider of these techniques has one of the names.
+        InputError: If no provider of these techniques has one of the names.
     """
     if not names:
         return lambda name: True
     wanted = {name.strip() for name in names.split(",")}
     known = dict.fromkeys([COPY, *(name for suite in suites for name in provider_names(suite))])
     if unknown := sorted(wanted - known.keys()):
-        raise UsageError(
+        raise InputError(
             f"--providers: no provider named {', '.join(map(repr, unknown))}; there are: "
             f"{', '.join(known)}"
         )
@@ -317,7 +317,7 @@ def measure(
     settings: Settings,
     include: Callable[[str], bool],
     console: Console,
-    save: Callable[[list[Row], bool], None] = lambda rows, interrupted: None,
+    save: Callable[[list[Row], bool], object] = lambda rows, interrupted: None,
 ) -> tuple[list[Row], bool]:
     """Run the cases, with a progress bar on a terminal and a line for each case elsewhere.
 

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusereg.cli.output import write_atomically
+
 from .. import SUITES
 from . import machine as machine_facts
 from .cases import COPY, EAGER, OWN, Row, cases_of, own_row
-from .report import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -345,7 +346,7 @@ def write_plot(path: str | Path, rows: Sequence[Row], machine: dict[str, Any]) -
     buffer = io.BytesIO()
     kind = Path(path).suffix.lstrip(".").lower() or "png"
     percent_of_copy(rows, machine).savefig(buffer, format=kind, dpi=150)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(Path(path), buffer.getvalue())
 
 
 def png(figure: Figure) -> bytes:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from fusereg.cli import output
+from fusereg.cli.errors import InputError
 
 from . import machine as machine_facts
 from .cases import COPY, EAGER, OWN, Row, Settings, cases_of, own_row, quantile, ratio
@@ -42,44 +43,26 @@ def document(
 
 def write_json(path: str | Path, data: dict[str, Any]) -> None:
     """Write the file completely or not at all: a run of an hour must not leave half a file."""
-    # allow_nan=False: NaN is not JSON, and most readers refuse it.
-    write_atomically(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write the file completely or not at all."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder: a rename is atomic only within one file system.
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide the file from others
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    output.write_json(str(path), data)
 
 
 def read_json(path: str | Path) -> tuple[list[Row], dict[str, Any]]:
     """Return rows and document of a file that :func:`write_json` wrote.
 
     Raises:
-        ValueError: If it is not such a file.
+        InputError: If it is not such a file.
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"fusereg bench: {path} is not JSON: {error}") from error
+        raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict) or data.get("tool") != "fusereg bench":
-        raise ValueError(f"fusereg bench: {path} was not written by fusereg bench --json")
+        raise InputError(f"{path} was not written by fusereg bench --json")
     if data.get("schema") != SCHEMA:
-        raise ValueError(
-            f"fusereg bench: {path} has schema {data.get('schema')}, this version reads {SCHEMA}"
-        )
+        raise InputError(f"{path} has schema {data.get('schema')}, this version reads {SCHEMA}")
     return [Row.from_json(row) for row in data["rows"]], data
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from torch import fx, nn
 
-from ..core.trace import Found, Trace, UntraceableError, trace
+from ..core.trace import ARGUMENT, STRUCTURE, Found, Trace, UntraceableError, trace
 from .known import is_timm_act, original_class, why_unknown
 
 _ITERABLE = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -94,7 +94,7 @@ class Calls:
                     self.touched.setdefault(owner, f"{who} reads its parameters")
             self.graphs[module].append(nodes)
             for read in traced.reads:
-                of_module = read.value is Found.MODULE or read.name in ("__class__", "_modules")
+                of_module = read.value is Found.MODULE or read.name in STRUCTURE
                 if isinstance(read.owner, tuple) and read.owner and not of_module:
                     owner = module.get_submodule(".".join(read.owner))
                     self.touched.setdefault(owner, f"{who} reads its {read.name}")
@@ -158,7 +158,7 @@ def _traces(module: nn.Module, leaf: Callable[[nn.Module], bool]) -> Iterator[Tr
         raise UntraceableError(f"it does not take 1 to {_MAX_ARGUMENTS} arguments")
     others = (*names[1:], *keywords)
     if not others:
-        yield trace(module, forward=forward, leaf=leaf)
+        yield from _of_types(module, forward, leaf)
         return
     for given in itertools.product((True, False), repeat=len(others)):
         kept = {name for name, is_given in zip(others, given, strict=True) if is_given}
@@ -167,11 +167,24 @@ def _traces(module: nn.Module, leaf: Callable[[nn.Module], bool]) -> Iterator[Tr
         parameters = ", ".join(n for n in (*names, *keywords) if n in (names[0], *kept))
         source = f"lambda self, {parameters}: __written(self, {', '.join(passed)})"
         try:
-            yield trace(module, forward=eval(source, {"__written": forward}), leaf=leaf)
+            yield from _of_types(module, eval(source, {"__written": forward}), leaf)
         except UntraceableError as error:
             # That it raises an error without this argument means that it needs the argument.
             if all(given) or not isinstance(error.__cause__, (AttributeError, TypeError)):
                 raise
+
+
+def _of_types(
+    module: nn.Module, forward: Any, leaf: Callable[[nn.Module], bool]
+) -> Iterator[Trace]:
+    """Return the trace with tensors and, if the forward asks for one's type, without."""
+    traced = trace(module, forward=forward, leaf=leaf)
+    yield traced
+    asked = [read for read in traced.reads if read.owner is ARGUMENT]
+    if len(asked) > 1:
+        raise UntraceableError("it asks for the types of several arguments")
+    if asked:
+        yield trace(module, forward=forward, leaf=leaf, tensors=False)
 
 
 def _is_usual(module: nn.Module) -> bool:

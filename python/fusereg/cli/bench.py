@@ -6,6 +6,8 @@ import argparse
 import importlib
 from typing import TYPE_CHECKING
 
+from fusereg.cli.output import add_json
+
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -22,7 +24,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "bench", help="benchmark the kernels on this machine", description=_DESCRIPTION
     )
     parser.add_argument(
-        "technique", nargs="?", help="the technique to measure, such as penalty; default: each"
+        "technique", nargs="*", help="only these, such as penalty dropout; default: all"
     )
     parser.add_argument(
         "--all",
@@ -53,7 +55,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="S",
         help="give up a torch.compile after so many seconds (120)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write rows, samples and machine")
+    add_json(parser, "rows, samples and machine")
     parser.add_argument("--plot", metavar="FILE.png", help="write percent of copy against bytes")
     parser.add_argument("--html", metavar="FILE.html", help="write a page with tables and plots")
     parser.add_argument(

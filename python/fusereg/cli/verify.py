@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusereg.cli.errors import InputError
+from fusereg.cli.output import add_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -44,9 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--isa", metavar="NAMES", help="CPU instruction sets, such as avx2,avx512")
     parser.add_argument("--dtype", metavar="NAMES", help="such as float32,bfloat16; default: all")
-    parser.add_argument(
-        "--json", metavar="FILE", help="write every result and the machine; - is standard output"
-    )
+    add_json(parser, "every result and the machine")
 
 
 def _split(text: str) -> list[str]:
@@ -246,11 +243,7 @@ def run(args: argparse.Namespace) -> int:
             "places": [place.name for place in chosen],
             "results": [asdict(result) for result in results],
         }
-        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-        if args.json == "-":
-            sys.stdout.write(text)
-        else:
-            Path(args.json).write_text(text, encoding="utf-8")
+        write_json(args.json, content)
     if args.json != "-":
         ok = len(results) - len(failed)
         isas = sum(place.isa is not None for place in chosen)

@@ -6,13 +6,24 @@ call, by a function that is generated for it. If one of them has changed, the or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.trace import Found, Path, Read, is_plain, trace
+from ..core.trace import (
+    ARGUMENT,
+    DISTINCT,
+    Found,
+    Path,
+    Read,
+    Trace,
+    UntraceableError,
+    is_plain,
+    trace,
+)
 from .find import Finder, rewrite
 
 _NAME = "<forward rewritten by fusereg.convert>"
@@ -28,12 +39,13 @@ def _same(a: object, b: object) -> bool:
 class _Check:
     """Writes the function that compares what forward reads."""
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str], others: Collection[str]) -> None:
         self.names: dict[str, Any] = {"Tensor": Tensor, "NOTHING": Found.NOTHING, "same": _same}
         self.modules: dict[Path, str] = {(): "self"}
         self.dictionaries: dict[Path, str] = {}
         self.lines = [f"def fits(self, {', '.join(arguments)}):"]
-        self.require(*(f"isinstance({name}, Tensor)" for name in arguments))
+        for name in arguments:
+            self.require(f"isinstance({name}, Tensor) is {name not in others}")
 
     def require(self, *conditions: str) -> None:
         """Add conditions."""
@@ -64,6 +76,8 @@ class _Check:
     def read(self, read: Read) -> None:
         """Require that a read still gives what it gave."""
         value, name = read.value, read.name
+        if read.owner is ARGUMENT:
+            return  # required at the beginning
         if isinstance(read.owner, dict):
             space = self.name(read.owner)
             if value is Found.NOTHING:
@@ -77,6 +91,11 @@ class _Check:
                 return
             if name == "_modules":
                 self.require(f"[*{self.children(read.owner)}] == {list(value)!r}")
+                return
+            if name == DISTINCT:
+                held = self.children(read.owner)
+                self.require(f"None not in {held}.values()")
+                self.require(f"len({{*map(id, {held}.values())}}) == {value}")
                 return
             on = self.module(read.owner) if isinstance(read.owner, tuple) else self.name(read.owner)
             now = f"{on}.{name}" if name == "training" else f"getattr({on}, {name!r}, NOTHING)"
@@ -146,7 +165,10 @@ def _compiled(lines: str, names: dict[str, Any], name: str) -> Any:
 def make_plans(
     module: nn.Module, forward: Callable[..., Any], allowed: Callable[[str], bool]
 ) -> tuple[Plan, ...]:
-    """Return a plan for a module, or one per mode if it reads its mode.
+    """Return a plan for a module, or several.
+
+    One for each mode if it reads its mode, and one for an argument that is no tensor if it asks for
+    that.
 
     Plans without chains say what was lost.
 
@@ -163,15 +185,26 @@ def make_plans(
     own = Read(original, "forward", forward)
     for training in (module.training, not module.training):
         traced = trace(module, forward=forward, training=training)
-        plans.append(_make_plan(module, traced.graph, [own, *traced.reads], allowed))
+        plans.append(_make_plan(module, traced, own, allowed))
+        others = {read.name for read in traced.reads if read.owner is ARGUMENT}
+        if others:
+            with contextlib.suppress(UntraceableError):
+                other = trace(module, forward=forward, training=training, tensors=False)
+                plans.append(_make_plan(module, other, own, allowed, others))
         if not any(read.owner == () and read.name == "training" for read in traced.reads):
             break
     return tuple(plans)
 
 
 def _make_plan(
-    module: nn.Module, graph: Any, reads: list[Read], allowed: Callable[[str], bool]
+    module: nn.Module,
+    traced: Trace,
+    own: Read,
+    allowed: Callable[[str], bool],
+    others: Collection[str] = (),
 ) -> Plan:
+    """Return the plan of a trace; ``others`` are the arguments that are no tensors."""
+    graph: Any = traced.graph
     arguments = [node.name for node in graph.nodes if node.op == "placeholder"]
     targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     finder = Finder(module, graph, allowed)
@@ -180,9 +213,9 @@ def _make_plan(
     texts = [chain.text() for chain in chains]
     for chain in chains:
         rewrite(graph, chain)
-    check = _Check(arguments)
+    check = _Check(arguments, others)
     # The mode first, because it decides between two plans.
-    for read in sorted([*reads, *finder.assumed], key=lambda r: r.name != "training"):
+    for read in sorted([own, *traced.reads, *finder.assumed], key=lambda r: r.name != "training"):
         check.read(read)
     fits = "\n".join([*check.lines, "    return True"])
     code = graph.python_code("self")

@@ -33,7 +33,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute, Scope
 from torch.nn import functional as F
 
-from . import dispatch
+from . import assertions, dispatch
 
 Path = tuple[str, ...]
 
@@ -57,7 +57,8 @@ class Read:
     Attributes:
         owner: the path of a module from the traced one, or the object itself (the globals of a
             module of Python, the defaults of a function, a class, a function).
-        name: of the attribute, or of the global.
+        name: of the attribute, or of the global; an argument's, where :data:`ARGUMENT` is the
+            owner and forward asks whether it is a tensor.
         value: what was found. Functions, classes and modules of Python are the same if identical,
             plain values if they are of the same type and equal.
         method: whether the attribute is a method, and the value its function.
@@ -67,6 +68,12 @@ class Read:
     name: str
     value: Any
     method: bool = False
+
+
+#: The owner of a read that asks whether an argument of forward is a tensor.
+ARGUMENT = "argument"
+#: The name of a read that holds as long as a module's children are different modules.
+DISTINCT = "distinct children"
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,8 @@ _BUILTINS = _words("""
     abs all any bool dict enumerate float getattr hasattr int len list map max min range reversed
     round set slice sorted str sum tuple zip
     """)
+#: What ``isinstance`` may ask of a tensor, besides whether it is one: no tensor is any of these.
+_NO_TENSORS = (list, tuple, dict, set, str, bool, int, float, complex, type(None))
 #: They draw random numbers, like whatever torch tags so, but are layers' own functions.
 _DROPOUTS = _words("""
     dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout
@@ -150,6 +159,40 @@ _NUMBERS = {
 }
 
 
+_get = object.__getattribute__
+
+
+def _children(module: Any) -> list[Any]:
+    """Stand for the children of a module, which are different modules."""
+    tracer, (of, path) = _get(module, "_tracer"), _get(module, "_of")
+    names, children = tuple(of._modules), list(of._modules.values())
+    if None in children or len({*map(id, children)}) != len(children):
+        refuse("it goes through children of which one is None or occurs twice")
+    tracer.read(path, "_modules", names)
+    tracer.read(path, DISTINCT, len(names))
+    return [_Module._child(module, name) for name in names]
+
+
+def _items(module: Any) -> list[tuple[str, Any]]:
+    tracer, (of, path) = _get(module, "_tracer"), _get(module, "_of")
+    tracer.read(path, "_modules", tuple(of._modules))
+    return [(name, _Module._child(module, name)) for name in of._modules]
+
+
+#: Functions of torch that ask a module for those in it, and what stands for them.
+_GO_THROUGH: dict[Any, Callable[[Any], Any]] = {
+    nn.Module.children: lambda module: iter(_children(module)),
+    nn.Module.named_children: lambda module: iter(
+        list(zip(_get(module, "_of")[0]._modules, _children(module), strict=True))
+    ),
+    nn.ModuleDict.items: _items,
+    nn.ModuleDict.values: lambda module: [child for _, child in _items(module)],
+    nn.ModuleDict.keys: lambda module: [name for name, _ in _items(module)],
+}
+#: The names of these functions, and of the other reads that tell what a module is made of.
+STRUCTURE = {"_modules", DISTINCT, *(function.__name__ for function in _GO_THROUGH)}
+
+
 def _said(value: object) -> str:
     name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
     return str(name) if name and callable(value) else f"a {type(value).__name__}"
@@ -196,7 +239,11 @@ class _Proxy(fx.Proxy):
         refuse("it takes a number or text out of a tensor")
 
     __float__ = __int__ = __index__ = __complex__ = __len__ = _number
-    __str__ = __repr__ = __format__ = __array__ = _number
+    __str__ = __repr__ = __array__ = _number
+
+    def __format__(self, form: str) -> str:
+        texts: assertions.Texts = self.tracer.texts  # type: ignore[attr-defined]
+        return texts.add(self, form, sys._getframe(1))
 
 
 class _Attribute(Attribute, _Proxy):
@@ -229,6 +276,7 @@ class _Recorder(fx.proxy.TracerBase):
         self.scope = Scope("", None)
         self.module_stack: OrderedDict[str, tuple[str, Any]] = OrderedDict()
         self.node_name_to_scope: dict[str, tuple[str, type]] = {}
+        self.texts = assertions.Texts()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -253,7 +301,6 @@ class _Recorder(fx.proxy.TracerBase):
 # --- stand-ins ------------------------------------------------------------------------------------
 
 _CONTAINERS: tuple[type, ...] = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_get = object.__getattribute__
 
 
 class _Standin:
@@ -292,10 +339,14 @@ class _Python(_Standin):
 
 
 class _Class(_Standin):
-    """Stands for a class of the traced module, for ``super``."""
+    """Stands for a class, for ``super`` and ``isinstance``."""
 
     def __getattribute__(self, name: str) -> Any:
         refuse(f"it reads {name} of a class")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        name = _get(self, "_of").__name__
+        refuse(f"it uses {name}, which may depend on more than its arguments")
 
 
 class _Super(_Standin):
@@ -379,9 +430,11 @@ def _const(value: Any) -> Callable[..., Any]:
 class _Tracer:
     """Follows one forward."""
 
-    def __init__(self, module: nn.Module, leaf: Callable[[nn.Module], bool], mode: bool) -> None:
+    def __init__(
+        self, module: nn.Module, leaf: Callable[[nn.Module], bool], mode: bool, tensors: bool
+    ) -> None:
         self.recorder = _Recorder()
-        self.leaf, self.mode = leaf, mode
+        self.leaf, self.mode, self.tensors = leaf, mode, tensors
         self.reads: dict[tuple[Any, str], Read] = {}
         self.root = module
         self.modules: dict[Path, _Module] = {}
@@ -411,8 +464,10 @@ class _Tracer:
             return _const(False)  # a script is compiled from the original forward
         if id(value) in _NUMBERS:
             return value
-        if isinstance(value, type) and value in type(self.root).__mro__:
+        if isinstance(value, type) and issubclass(value, nn.Module | Tensor):
             return _Class(self, value)
+        if value is torch._assert:
+            return self.asserted
         if isinstance(value, types.FunctionType) and not _of_torch(value):
             return self.function(value)
         if callable(value):
@@ -436,8 +491,8 @@ class _Tracer:
         self.read(space, name, value)
         if value is not Found.NOTHING:
             return self.admit(value, name)
-        if name == "super" and builtin:
-            return self.super
+        if name in ("super", "isinstance") and builtin:
+            return getattr(self, name)
         if name not in _BUILTINS or not builtin:
             refuse(f"it uses {name}, which may depend on more than its arguments")
         return getattr(builtins, name)
@@ -452,6 +507,38 @@ class _Tracer:
         if type(cls) is not _Class or type(module) is not _Module:
             refuse("it uses super in a way that is not supported")
         return _Super(self, (module, _get(cls, "_of")))
+
+    def isinstance(self, value: Any, kinds: Any) -> bool:
+        """Stand for the builtin ``isinstance``, where the answer is known or can be checked."""
+        of = [
+            _get(kind, "_of") if type(kind) is _Class else kind
+            for kind in (kinds if type(kinds) is tuple else (kinds,))
+        ]
+        if type(value) is _Module and all(type(kind) is type for kind in of):
+            module, path = _get(value, "_of")
+            self.read(path, "__class__", type(module))
+            return isinstance(module, tuple(of))
+        if all(kind is Tensor or kind in _NO_TENSORS for kind in of):
+            if not isinstance(value, fx.Proxy) and type(value) in (*_PLAIN, *_NO_TENSORS):
+                return isinstance(value, tuple(of))
+            if isinstance(value, _Proxy) and value.node.op == "get_attr":
+                return Tensor in of
+            if isinstance(value, _Proxy) and value.node.op == "placeholder":
+                self.read(ARGUMENT, value.node.name, Found.TENSOR)
+                if self.tensors or of == [Tensor]:
+                    return self.tensors and Tensor in of
+        return refuse("it asks for the type of a value, which is not known before the call")
+
+    def asserted(self, condition: Any, message: Any = "") -> None:
+        """Stand for ``torch._assert``: it becomes part of the graph."""
+        made = self.recorder.texts.template(message, sys._getframe(1))
+        if made is None:
+            refuse("it takes a number or text out of a tensor")
+        if isinstance(condition, fx.Proxy):
+            call = self.recorder.create_proxy
+            call("call_function", assertions.asserted, (condition, *made), {})
+        elif condition is not True:
+            refuse("what it asserts does not hold")
 
     def attribute(self, standin: _Module, name: str) -> Any:
         """Return what stands for an attribute of a module."""
@@ -471,6 +558,9 @@ class _Tracer:
             if path and self.leaf(module):
                 refuse(f"it reads {said}, the mode of another layer")
             value = value if path else self.mode
+        if value is own and isinstance(own, types.FunctionType) and own in _GO_THROUGH:
+            self.read(path, name, own, method=True)
+            return functools.partial(_GO_THROUGH[own], standin)
         if value is own and own is not Found.NOTHING and not is_plain(own):
             if path and self.leaf(module):
                 refuse(f"it uses {said}, of another layer")
@@ -534,7 +624,7 @@ class _Tracer:
             refuse("it calls itself")
         if type(module).forward is nn.Module.forward:
             refuse(f"it calls {'.'.join(path)}, a {type(module).__name__}", "call the layers in it")
-        before = list(self.recorder.graph.nodes)
+        before, texts = list(self.recorder.graph.nodes), self.recorder.texts.open.copy()
         if not self.leaf(module) and not dispatch.hooked(module):
             try:
                 forward = type(module).forward
@@ -542,6 +632,7 @@ class _Tracer:
             except UntraceableError:
                 for node in reversed(list(self.recorder.graph.nodes)[len(before) :]):
                     self.recorder.graph.erase_node(node)
+                self.recorder.texts.open = texts
         return self.recorder.create_proxy("call_module", ".".join(path), args, kwargs)
 
 
@@ -565,6 +656,7 @@ def trace(
     forward: Any = None,
     leaf: Callable[[nn.Module], bool] = lambda module: True,
     training: bool | None = None,
+    tensors: bool = True,
 ) -> Trace:
     """Return the graph of a module's forward, and the values that it depends on.
 
@@ -576,6 +668,8 @@ def trace(
         forward: its function, if not that of its class.
         leaf: whether a layer is one node. A layer that cannot be followed is one node, too.
         training: the mode to assume, if not the module's own.
+        tensors: whether the arguments are tensors. A forward that asks has reads of
+            :data:`ARGUMENT`.
 
     Raises:
         UntraceableError: forward cannot be followed, for the reason in the text.
@@ -586,13 +680,15 @@ def trace(
     if hasattr(forward, "__wrapped__"):
         refuse("its forward is decorated", "decorate a method that is not fused")
     names = _arguments(forward)
-    tracer = _Tracer(module, leaf, module.training if training is None else training)
+    tracer = _Tracer(module, leaf, module.training if training is None else training, tensors)
     recorder = tracer.recorder
     try:
         made = tracer.function(forward)
         proxies = [recorder.create_proxy("placeholder", name, (), {}) for name in names]
         result = made(tracer.module(module, ()), *proxies)
         recorder.create_node("output", "output", (recorder.create_arg(result),), {})
+        if recorder.texts.open:
+            refuse("it takes a number or text out of a tensor")
     except UntraceableError:
         raise
     except Exception as error:
