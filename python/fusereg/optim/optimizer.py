@@ -357,10 +357,10 @@ class RegularizedOptimizer(Averages):
         penalized = by_groups or given(group["l1"]) or given(group["l2"])
         prox = _PROX[group["prox"]] if penalized else 0
         spans = self.groups is not None
-        if by_groups and group["prox"] is True:
-            # Channels that span tensors have no step in a metric.
-            if not self._has_group_step or (spans and self._algorithm != 0):
-                prox = _PROX["decoupled"]
+        # Channels that span tensors have no step in a metric.
+        no_step = not self._has_group_step or (spans and self._algorithm != 0)
+        if by_groups and group["prox"] is True and no_step:
+            prox = _PROX["decoupled"]
         decay = group.get("ema_decay")
         return Hyper(
             lr=group["lr"],
