@@ -208,9 +208,8 @@ template <class From>
 FUSEREG_INLINE void weighted(const From& from, const float* weights, int taps, float* to,
                              std::int64_t n) {
   constexpr std::int64_t kN = kWidth<float>;
-  const std::int64_t last = n - 4 * kN;  // where the last vectors begin: with the row's end
-  for (std::int64_t next = 0; next < n && last >= 0; next += 4 * kN) {
-    const std::int64_t i = next < last ? next : last;
+  std::int64_t i = 0;
+  for (; i + 4 * kN <= n; i += 4 * kN) {
     Vector<float> sum[4] = {};
     for (int k = 0; k < taps; ++k) {
       const float* const p = from(k) + i;
@@ -218,7 +217,7 @@ FUSEREG_INLINE void weighted(const From& from, const float* weights, int taps, f
     }
     for (int q = 0; q < 4; ++q) store(to + i + q * kN, sum[q]);
   }
-  for (std::int64_t i = last >= 0 ? n : 0; i < n; ++i) {
+  for (; i < n; ++i) {
     float sum = 0.0f;
     for (int k = 0; k < taps; ++k) sum = add(sum, multiply(from(k)[i], weights[k]));
     to[i] = sum;
