@@ -45,7 +45,10 @@ TIMM: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "seresnet18": (_timm("seresnet18", **_RESNET), 32),
     "resnext50": (_timm("resnext50_32x4d", layers=(1, 1, 1, 1), cardinality=4), 32),
     "resnetv2": (_timm("resnetv2_50", layers=(1, 1, 1, 1), channels=(16, 32, 48, 64)), 32),
-    "group_norm": (_timm("resnetv2_50d_gn", layers=(1, 1, 1), channels=(64, 64, 128)), 32),
+    "group_norm": (
+        _timm("resnet50_gn", layers=(1, 1, 1, 1), channels=(64, 64, 96, 64), stem_width=64),
+        32,
+    ),
     "densenet": (_timm("densenet121", growth_rate=8, block_config=(2, 2, 2)), 32),
     "mobilenetv2": (_timm("mobilenetv2_035"), 32),
     "mobilenetv3": (_timm("mobilenetv3_small_050"), 32),
