@@ -56,7 +56,7 @@ TIMM: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "mnasnet": (_timm("mnasnet_small"), 32),
     "lcnet": (_timm("lcnet_035"), 32),
     "tinynet": (_timm("tinynet_e"), 32),
-    "ghostnet": (_timm("ghostnet_050"), 32),
+    "ghostnet": (_timm("ghostnet_050", drop_rate=0.0), 32),
     "regnetx": (_timm("regnetx_002"), 32),
     "regnety": (_timm("regnety_002"), 32),
     "vit": (_timm("vit_tiny_patch16_224", img_size=32, **_VIT), 32),
