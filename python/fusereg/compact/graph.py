@@ -152,7 +152,9 @@ def sets_of(model: nn.Module, inputs: Inputs, op: str) -> Traced:
     reached = {id(m) for m in graph.module2node}
     for name, layer in model.named_modules():
         if isinstance(layer, (CONV, nn.Linear)) and id(layer) not in reached:
-            builder.kept.setdefault(name, "no gradient of the outputs reaches it")
+            builder.kept.setdefault(
+                name, "it is not called as a layer, or no gradient of the outputs reaches it"
+            )
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     for found in builder.sets:
         writers = [p.module for p in found.parts if p.role == "out"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .find import Found
 from .graph import Inputs
-from .parts import CONV, Part, Set
+from .parts import CONV, Part, Set, slice_channels
 from .probe import Range, constant_for, generator, nowhere_flat, reading, zeros_alone
 
 
@@ -109,9 +109,37 @@ def _decide(
     decision = Decision(found, ~live, folds)
     if (stuck & ~live).any():
         _merge(model, decision, states, stuck & ~live)
+    if (uneven := _silent(model, found) & live).any():
+        decision.notes.append(
+            f"{int(uneven.sum())} of its channels are zero where they are made, but not constant "
+            "where they are read: padding of a pooling, for example"
+        )
     decision.whole = bool(decision.removed.all())
     _keep(decision, decision.removed)
     return decision
+
+
+def _silent(model: nn.Module, found: Set) -> Tensor:
+    """Return which channels' rows are all zero, or some scale of a normalization."""
+    rows, scale = (
+        torch.ones(found.size, dtype=torch.bool),
+        torch.zeros(found.size, dtype=torch.bool),
+    )
+    for part in found.writers:
+        for member in (s for s in part.slots if s.key == "weight"):
+            layer = part.of(model)
+            weight = layer.weight.detach().movedim(member.dim, 0)
+            channels = slice_channels(layer, part.role, member, part.channels)
+            some = weight.flatten(1).any(1).cpu() if weight.dim() > 1 else (weight != 0).cpu()
+            live = torch.zeros(found.size, dtype=torch.bool)
+            live[channels[(channels >= 0) & some]] = True
+            covered = torch.zeros(found.size, dtype=torch.bool)
+            covered[channels[channels >= 0]] = True
+            if part.role == "out":
+                rows &= ~live
+            else:
+                scale |= covered & ~live
+    return rows | scale
 
 
 def _merge(

@@ -95,9 +95,9 @@ def reading(model: nn.Module, sets: Iterable[Set]) -> Iterator[dict[str, Range]]
     """Return, once the model is run, what each reader of the sets has read, by its name."""
     seen: dict[str, Range] = {}
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach()
+    def note(name: str) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = (*args, *kwargs.values())[0].detach()
             axis = x.dim() - (module.weight.dim() - 1 if isinstance(module, CONV) else 1)
             flat = x.movedim(axis, 0).flatten(1)
             low, high = flat.amin(1), flat.amax(1)
@@ -108,7 +108,9 @@ def reading(model: nn.Module, sets: Iterable[Set]) -> Iterator[dict[str, Range]]
         return hook
 
     readers = {p.module for s in sets for p in s.readers}
-    hooks = [model.get_submodule(n).register_forward_pre_hook(note(n)) for n in readers]
+    hooks = [
+        model.get_submodule(n).register_forward_pre_hook(note(n), with_kwargs=True) for n in readers
+    ]
     try:
         yield seen
     finally:
