@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -122,6 +123,35 @@ def test_a_long_list_has_the_bits_of_several_short_ones(backend: Backend, name: 
             optimizer.step()
         found.append(everything(optimizer))
     assert_same_bits(*found)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "FTRL"])
+def test_a_list_of_any_length_has_the_bits_of_its_tensors_alone(
+    backend: Backend, name: str
+) -> None:
+    """Up to 16 tensors have tables of their own kind."""
+    for count in (1, 15, 16, 17, 40):
+        found = []
+        for together in (True, False):
+            params = params_of(backend, [(5,), (2, 3)] * (count // 2) + [(7,)] * (count % 2))
+            lists = [params] if together else [[p] for p in params]
+            optimizers = [getattr(optim, name)(p, lr=0.1, l1=0.05, l2=0.1) for p in lists]
+            keep: list[Tensor] = []
+            for turn in range(2):
+                give_grads(params, turn, keep)
+                for optimizer in optimizers:
+                    assert launches(backend, optimizer.step) in (0, 1)
+            found.append([p.detach() for p in params])
+        assert_same_bits(*found)
+
+
+def test_norms_reach_beyond_the_squares_of_float32(backend: Backend) -> None:
+    for size in (1e-30, 1e-20, 1e20, 1e30):
+        for dtype in (torch.float32, torch.bfloat16):
+            grads = [torch.full((n,), size, dtype=dtype, device=backend.device) for n in (3, 37)]
+            for kind, factor in ((2.0, 40.0**0.5), (1.0, 40.0), (math.inf, 1.0)):
+                norm = optim.get_total_norm(grads, kind)
+                assert float(norm) == pytest.approx(float(grads[0][0]) * factor, rel=1e-5)
 
 
 def test_a_captured_stream_gets_whole_tables(backend: Backend) -> None:

@@ -25,10 +25,14 @@ namespace fusereg::cuda {
 inline constexpr std::int64_t kMaxTasks = std::int64_t{1} << 31;
 
 template <class Head, class Entry>
+inline constexpr int kMostInParameters = static_cast<int>(
+    (kMaxKernelParamBytes - sizeof(Head) - 64) / (sizeof(Entry) + sizeof(void*) + 4));
+
+// For up to kSize tensors: all of it is copied for a launch, however many there are.
+template <class Head, class Entry, int kSize = kMostInParameters<Head, Entry>>
 struct ParamTable {
   static constexpr bool kInParameters = true;
-  static constexpr int kMost = static_cast<int>((kMaxKernelParamBytes - sizeof(Head) - 64) /
-                                                (sizeof(Entry) + sizeof(void*) + 4));
+  static constexpr int kMost = kSize;
   Head head;
   int count = 0;
   std::uint32_t first_task[kMost + 1];  // of each tensor, and behind the last
@@ -68,8 +72,8 @@ FUSEREG_DEVICE_INLINE int find_in_parameters(const std::uint32_t* first_task, in
   return low;
 }
 
-template <class Head, class Entry>
-FUSEREG_DEVICE_INLINE int find_entry(const ParamTable<Head, Entry>& t, std::uint32_t task) {
+template <class Head, class Entry, int kSize>
+FUSEREG_DEVICE_INLINE int find_entry(const ParamTable<Head, Entry, kSize>& t, std::uint32_t task) {
   return find_in_parameters(t.first_task, t.count, task);
 }
 // For all threads of a warp: every lane looks at a place of its own, and a list of a thousand takes
@@ -89,8 +93,8 @@ FUSEREG_DEVICE_INLINE int find_entry(const MemoryTable<Head, Entry>& t, std::uin
   return low;
 }
 
-template <class Head, class Entry>
-FUSEREG_DEVICE_INLINE void* moving_at(const ParamTable<Head, Entry>& t, int i) {
+template <class Head, class Entry, int kSize>
+FUSEREG_DEVICE_INLINE void* moving_at(const ParamTable<Head, Entry, kSize>& t, int i) {
   return t.moving[i];
 }
 template <class Head, class Entry>
@@ -121,9 +125,13 @@ struct Part {
 //   int shared(int i) const         which record entry i shares with others, ascending with i
 //   static constexpr int kShared    how many records the head has room for
 //   const void* shared_data() const, std::size_t shared_bytes() const   all the records
+//   bool is_small() const           whether a table for kSmallTable of them may do: another kernel
+inline constexpr int kSmallTable = 16;
+
 template <class List, class Launch>
 class TableLauncher {
   using Params = ParamTable<typename List::Head, typename List::Entry>;
+  using Small = ParamTable<typename List::Head, typename List::Entry, kSmallTable>;
   using Memory = MemoryTable<typename List::Head, typename List::Entry>;
   using Entry = typename List::Entry;
   static_assert(std::has_unique_object_representations_v<Entry>, "an entry has padding");
@@ -135,6 +143,13 @@ class TableLauncher {
       : op_(op), list_(list), launch_(launch) {}
 
   void execute(LaunchTables* tables, int device, Stream stream) const {
+    if (list_.size() <= kSmallTable && list_.is_small()) {
+      Small small;
+      if (fill(small, 0) == list_.size()) {
+        launch_(small, Part{0, small.first_task[small.count], true, nullptr});
+        return;
+      }
+    }
     Params t;
     int end = fill(t, 0);
     if (end < list_.size() && tables != nullptr && from_memory(*tables, device, stream)) return;
@@ -148,11 +163,12 @@ class TableLauncher {
 
  private:
   // Gives the first entry that is left out.
-  int fill(Params& t, int first) const {
+  template <class Table>
+  int fill(Table& t, int first) const {
     int i = first;
     std::int64_t tasks = 0;
     t.first_task[0] = 0;
-    for (; i < list_.size() && i - first < Params::kMost; ++i) {
+    for (; i < list_.size() && i - first < Table::kMost; ++i) {
       const std::int64_t own = list_.tasks(i);
       if (i > first &&
           (list_.shared(i) - list_.shared(first) >= List::kShared || tasks + own > kMaxTasks))

@@ -77,7 +77,8 @@ __device__ void finish(const Table& t, double value) {
   write_scalar(out.value, out.value_is_float64, sum);
 }
 
-// The coefficients take powers in float64: one thread works them out for its block.
+// The coefficients take powers in float64: one thread works them out for its block, once for all of
+// a tensor's tasks that follow each other.
 template <Algorithm algorithm, class Table>
 __device__ void prepare(const Table& t, int i, Work& shared) {
   __syncthreads();  // the previous task's readers are done
@@ -123,9 +124,11 @@ __global__ void __launch_bounds__(kThreads, kRows ? 1 : 2)
   Work& work = reinterpret_cast<Work&>(memory);
   double value = 0.0;
   const std::uint32_t tasks = t.first_task[t.count];
+  int prepared = -1;
   for (std::uint32_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int i = cuda::find_entry(t, task);
-    prepare<algorithm>(t, i, work);
+    if (i != prepared) prepare<algorithm>(t, i, work);
+    prepared = i;
     const Target& item = Table::kInParameters ? t.entries[i] : work.target;
     const void* const gradient = cuda::moving_at(t, i);
     const auto own_task = static_cast<std::int64_t>(task - t.first_task[i]);
@@ -168,7 +171,9 @@ struct StepList {
   static constexpr int kShared = kMaxHypers;
 
   const Job& job;
+  bool rows;
 
+  bool is_small() const { return !rows; }
   const Item& at(int i) const { return job.items[static_cast<std::size_t>(i)]; }
   int size() const { return static_cast<int>(job.items.size()); }
   Entry entry(int i) const { return at(i); }
@@ -188,10 +193,9 @@ template <Algorithm algorithm>
 void launch_step(const Job& job, void* workspace, LaunchTables* tables, int device,
                  cuda::Stream stream) {
   const char* const op = "fusereg.optimizer";
-  const StepList list{job};
-  constexpr bool kMayHaveRows = algorithm != Algorithm::kFtrl && algorithm != Algorithm::kLambNorms;
   const bool rows = std::any_of(job.items.begin(), job.items.end(),
                                 [](const Item& item) { return item.row > 1; });
+  const StepList list{job, rows};
   Output output = output_in(workspace, job.value, job.value_dtype);
   double* slots = job.norms + 2 * job.items.size();
   const auto launch = [&](auto& table, const cuda::Part& part) {
@@ -210,6 +214,9 @@ void launch_step(const Job& job, void* workspace, LaunchTables* tables, int devi
       std::copy_n(job.hypers.begin() + head.first_hyper, std::min(rest, kMaxHypers), head.hypers);
     }
     using Table = std::remove_reference_t<decltype(table)>;
+    constexpr bool kMayHaveRows = algorithm != Algorithm::kFtrl &&
+                                  algorithm != Algorithm::kLambNorms &&
+                                  Table::kMost > cuda::kSmallTable;
     const auto kernel = rows ? &optimizer_kernel<algorithm, kMayHaveRows, Table>
                              : &optimizer_kernel<algorithm, false, Table>;
     cuda::launch(op, kernel, config_for(part.tasks, stream), table);

@@ -62,6 +62,28 @@ __device__ void for_each_chunk(const Table& t, const F& f) {
   }
 }
 
+template <class C>
+FUSEREG_DEVICE_INLINE C magnitude(C x) {
+  return x < C(0) ? -x : x;
+}
+
+// The sum that a vector gives: in float32, as on the CPU, a vector's elements are few enough.
+template <class C, class T, int kN>
+FUSEREG_DEVICE_INLINE C terms(const cuda::Vec<T, kN>& v, Norm norm) {
+  C sum = 0;
+  if (norm == Norm::kOne) {
+    FUSEREG_UNROLL
+    for (int k = 0; k < kN; ++k) sum += magnitude(static_cast<C>(to_compute(v[k])));
+  } else {
+    FUSEREG_UNROLL
+    for (int k = 0; k < kN; ++k) {
+      const C y = static_cast<C>(to_compute(v[k]));
+      sum += y * y;
+    }
+  }
+  return sum;
+}
+
 template <class Table>
 __global__ void __launch_bounds__(kThreads) norm_kernel(FUSEREG_GRID_CONSTANT(Table, t)) {
   const Norm norm = t.head.norm;
@@ -69,16 +91,18 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(FUSEREG_GRID_CONSTANT(Ta
   for_each_chunk(t, [&](auto* x, auto count) {
     constexpr int kN = decltype(count)::value;
     const auto v = cuda::load<kN>(x);
-    FUSEREG_UNROLL
-    for (int k = 0; k < kN; ++k) {
-      const double y = static_cast<double>(to_compute(v[k]));
-      const double magnitude = y < 0.0 ? -y : y;
-      if (norm == Norm::kInfinity) {
-        share = greater(magnitude, share);
-      } else {
-        share += norm == Norm::kOne ? magnitude : y * y;
-      }
+    using C = Compute<std::remove_pointer_t<decltype(x)>>;
+    if (norm == Norm::kInfinity) {
+      C most = 0;
+      FUSEREG_UNROLL
+      for (int k = 0; k < kN; ++k) most = greater(magnitude(to_compute(v[k])), most);
+      share = greater(static_cast<double>(most), share);
+      return;
     }
+    const auto found = static_cast<double>(terms<C>(v, norm));
+    share += sizeof(C) == 8 || (found >= 1e-30 && found <= 1e38)
+                 ? found
+                 : terms<double>(v, norm);  // squares beyond float32's range, or zeros
   });
   const bool most = norm == Norm::kInfinity;
   const double block_share =
@@ -178,6 +202,7 @@ struct AdaptiveList {
 
   const AdaptiveJob& job;
 
+  bool is_small() const { return true; }
   const AdaptiveItem& at(int i) const { return job.items[static_cast<std::size_t>(i)]; }
   int size() const { return static_cast<int>(job.items.size()); }
   Entry entry(int i) const { return at(i); }
@@ -198,6 +223,7 @@ struct NormList {
 
   const std::vector<NormItem>& items;
 
+  bool is_small() const { return true; }
   const NormItem& at(int i) const { return items[static_cast<std::size_t>(i)]; }
   int size() const { return static_cast<int>(items.size()); }
   Entry entry(int i) const {

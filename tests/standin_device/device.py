@@ -33,6 +33,7 @@ OWN = {
         "set_",
         "resize_",
         "record_stream",
+        "_efficientzerotensor",
         "_local_scalar_dense",
         "unfold",
         "view_as_real",
@@ -460,6 +461,15 @@ def _up(
                 if not recording:
                     alias(t).copy_(cpu)
             return t
+    if result.layout is torch.sparse_coo:
+        parts = (
+            _up(t, given, own, device, recording) for t in (result._indices(), result._values())
+        )
+        return torch.sparse_coo_tensor(*parts, result.shape, is_coalesced=result.is_coalesced())
+    if result.layout is torch.sparse_csr:
+        held = result.crow_indices(), result.col_indices(), result.values()
+        parts = (_up(t, given, own, device, recording) for t in held)
+        return torch.sparse_csr_tensor(*parts, result.shape, check_invariants=False)
     made = torch.empty_strided(
         result.shape, result.stride(), dtype=result.dtype, device=torch.device("cuda", device)
     )
