@@ -76,10 +76,7 @@ def _added(inputs: Inputs) -> Pairs:
 
 
 def _of_channels(inputs: Inputs) -> Pairs:
-    """Value, gradient and proximal step of channels that are rows of one matrix, columns of another.
-
-    One row belongs to none.
-    """
+    """Return value, gradients and steps of channels: rows of one matrix and columns of another."""
     large = 30 if inputs.large else 1
     rows, columns = inputs.normal(9, 40 * large), inputs.normal(70 * large, 8, seed=21)
     rows[2] *= 0.01
