@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.groups import CoupledChannels, Groups, Member
 from ..core.inventory import MATRICES, Inputs, Operation, Pairs, Shape, exact
 from . import functional, prox
 from .functional import add_penalty_grad_, sparsity
@@ -72,6 +73,32 @@ def _added(inputs: Inputs) -> Pairs:
         assert w.grad is not None
         pairs.append((w.grad, gradient + 1.0))
     return pairs
+
+
+def _of_channels(inputs: Inputs) -> Pairs:
+    """Return value, gradients and steps of channels: rows of one matrix and columns of another."""
+    large = 30 if inputs.large else 1
+    rows, columns = inputs.normal(9, 40 * large), inputs.normal(70 * large, 8, seed=21)
+    rows[2] *= 0.01
+    columns[:, 1] *= 0.01
+    weights = [w.requires_grad_() for w in (rows, columns)]
+    of_rows = torch.tensor([0, -1, *range(1, 8)])
+    members = (Member("rows", rows, 0, of_rows), Member("columns", columns, 1, torch.arange(8)))
+    groups = Groups([CoupledChannels("channels", 8, members, (), None)])
+    first, second = (w.detach().requires_grad_() for w in exact(weights))
+    squares = first[of_rows >= 0].square().sum(1) + second.square().sum(0)
+    root = math.sqrt(first.shape[1] + len(second))
+    expected = GROUP * root * squares.sqrt().sum()
+    value = functional.group_lasso_penalty(groups, GROUP)
+    pairs = [(value.detach(), expected.detach())]
+    gradients = torch.autograd.grad(value, weights)
+    pairs += zip(gradients, torch.autograd.grad(expected, [first, second]), strict=True)
+    with torch.no_grad():
+        factor = (1.0 - THRESHOLD * root / squares.sqrt()).clamp_min(0.0)
+        first[of_rows >= 0] *= factor[:, None]
+        second *= factor
+        prox.group_lasso_(groups, THRESHOLD)
+    return [*pairs, (rows.detach(), first.detach()), (columns.detach(), second.detach())]
 
 
 def _sparsity(inputs: Inputs) -> Pairs:
@@ -154,6 +181,12 @@ OPERATIONS = [
         "w_g * max(0, 1 - t * sqrt(n_g) / ||w_g||)",
         _shrunk_groups,
         threshold=THRESHOLD,
+    ),
+    Operation(
+        name="prox.group_lasso_, channels",
+        formula="the same of channels that span tensors",
+        function=prox.group_lasso_,
+        pairs=_of_channels,
     ),
     Operation(
         name="activity_penalty",
