@@ -260,8 +260,8 @@ def main() -> int:
         10.0,
         4.6,
         "Fewer input features, and what they cost",
-        "Best of each number of features on the validation splits. Large markers: the strongest penalty within one standard error of the "
-        "method's best.",
+        "Best of each number of features on the validation splits. Large markers: the strongest "
+        "penalty within one standard error of the method's best.",
     )
     axes = curves.subplots(1, 3)
     kept: dict[str, fusereg.RegularizationPath] = {}
