@@ -308,7 +308,7 @@ def pixels(paths: dict[str, fusereg.RegularizationPath]) -> None:
         10.0, 3.6, "Which pixels of the digits matter",
         "Pixels by the order in which they leave, bright ones last.", layout="compressed",
     )  # fmt: skip
-    for axes, (method, path) in zip(figure.subplots(1, 4), paths.items(), strict=True):
+    for axes, (method, path) in zip(figure.subplots(1, len(paths)), paths.items(), strict=True):
         left = path.leaves_at()
         strengths = sorted(set(left.values()))
         rank = np.array([strengths.index(left[name]) for name in path.names], dtype=float)
