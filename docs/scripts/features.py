@@ -260,8 +260,8 @@ def main() -> int:
         10.0,
         4.6,
         "Fewer input features, and what they cost",
-        "Best of each number of features on the validation splits. Large markers: the strongest penalty within one standard error of the "
-        "method's best.",
+        "Best of each number of features on the validation splits. Large markers: the strongest "
+        "penalty within one standard error of the method's best.",
     )
     axes = curves.subplots(1, 3)
     kept: dict[str, fusereg.RegularizationPath] = {}
@@ -308,7 +308,7 @@ def pixels(paths: dict[str, fusereg.RegularizationPath]) -> None:
         10.0, 3.6, "Which pixels of the digits matter",
         "Pixels by the order in which they leave, bright ones last.", layout="compressed",
     )  # fmt: skip
-    for axes, (method, path) in zip(figure.subplots(1, 4), paths.items(), strict=True):
+    for axes, (method, path) in zip(figure.subplots(1, len(paths)), paths.items(), strict=True):
         left = path.leaves_at()
         strengths = sorted(set(left.values()))
         rank = np.array([strengths.index(left[name]) for name in path.names], dtype=float)
