@@ -167,8 +167,8 @@ def make_plans(
 ) -> tuple[Plan, ...]:
     """Return a plan for a module, or several.
 
-    One for each mode if it reads its mode, and one for an argument that is no tensor if it asks for
-    that.
+    One for each mode if it reads its mode, and one for an argument that is not a tensor if it asks
+    for that.
 
     Plans without chains say what was lost.
 
