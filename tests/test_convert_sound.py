@@ -133,22 +133,23 @@ def test_one_model_can_be_run_by_a_thread_while_another_converts_it() -> None:
     m = nn.Sequential(*(BasicBlock(3, 3) for _ in range(6))).eval()
     x = images(2).float()
     wanted = m(x)
-    got: list[Tensor] = []
-    done = threading.Event()
-
-    def serve() -> None:
-        while not done.is_set() or not got:
-            got.append(m(x))
-
-    server = threading.Thread(target=serve)
-    server.start()
     for _ in range(5):
-        fusereg.revert(fusereg.convert(m))
-    done.set()
-    server.join()
-    assert got
-    for y in got:
-        torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
+        got: list[Tensor] = []
+        done = threading.Event()
+
+        def serve(got: list[Tensor] = got, done: threading.Event = done) -> None:
+            while not done.is_set() or not got:
+                got.append(m(x))
+
+        server = threading.Thread(target=serve)
+        server.start()
+        fusereg.convert(m)
+        done.set()
+        server.join()
+        assert got  # also fails if the thread did
+        for y in got:
+            torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
+        fusereg.revert(m)
 
 
 def after_the_conversion() -> None:

@@ -102,6 +102,7 @@ def revert(model: _Model) -> _Model:
 
     Layers that were created as fusereg's stay. So do, with a warning to the logger ``fusereg``,
     converted layers that have since been given what torch's cannot do, such as an ``activation``.
+    No other thread may run the model meanwhile: a forward that has begun would miss its class.
 
     Args:
         model: the model, or a part of it.
