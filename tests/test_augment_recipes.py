@@ -459,14 +459,14 @@ def test_a_network_learns_as_well_with_the_fused_recipe_as_with_torchvisions() -
     def accuracy(fused: bool, seed: int) -> float:
         torch.manual_seed(seed)
         order = torch.randperm(len(images))
-        train, test = order[:1200], order[1200:]
+        train, test = order[:800], order[800:]
         net = torch.nn.Sequential(
             *(torch.nn.Conv2d(1, 12, 3, 2), torch.nn.ReLU(), torch.nn.Conv2d(12, 24, 3, 2)),
             *(torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(216, 10)),
         )
         optimizer = torch.optim.Adam(net.parameters(), 5e-3)
         for epoch in range(6):
-            for batch in train[torch.randperm(1200)].split(50):
+            for batch in train[torch.randperm(800)].split(50):
                 if fused:
                     seen = ours(images[batch], sample_ids=batch, epoch=100 * seed + epoch)
                 else:
@@ -477,9 +477,9 @@ def test_a_network_learns_as_well_with_the_fused_recipe_as_with_torchvisions() -
         with torch.no_grad():
             return float((net(evaluate(images[test])).argmax(1) == y[test]).float().mean())
 
-    runs = torch.tensor([[accuracy(fused, seed) for fused in (True, False)] for seed in range(6)])
+    runs = torch.tensor([[accuracy(fused, seed) for fused in (True, False)] for seed in range(4)])
     difference = runs[:, 0] - runs[:, 1]
     assert float(runs.mean()) > 0.85
-    # Six pairs of runs: four standard errors, and at least a point.
-    spread = float(difference.std()) / 6**0.5
+    # Four pairs of runs: four standard errors, and at least a point.
+    spread = float(difference.std()) / 4**0.5
     assert abs(float(difference.mean())) < max(4 * spread, 0.01), runs
