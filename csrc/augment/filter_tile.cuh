@@ -33,17 +33,18 @@ FUSEREG_DEVICE_INLINE std::int32_t least_of_warp(std::int32_t v) {
 }
 
 // A warp for each axis works out its spans, all threads the weights.
-__device__ inline void prepare_filters(const Job& job, std::int64_t sample, std::int32_t row0,
-                                       std::int32_t col0, FilterAxis (&axes)[2]) {
+__device__ inline void prepare_filters(const Job& job, std::int64_t sample, const TileView& view,
+                                       std::int32_t row0, std::int32_t col0,
+                                       FilterAxis (&axes)[2]) {
   const double* const record = job.records + sample * kRecord;
   const bool aligned = is_axis_aligned(record);
   const auto lane = static_cast<int>(cuda::lane_id());
   if (cuda::warp_id() < 2) {
     const auto axis = static_cast<int>(cuda::warp_id());
-    const double* const m = record + 3 * axis;
+    const double* const m = view.m + 3 * axis;
     FilterAxis& a = axes[axis];
     const std::int64_t out = axis == 0 ? job.y.w : job.y.h;
-    const auto size = static_cast<std::int32_t>(axis == 0 ? job.x.w : job.x.h);
+    const std::int32_t size = axis == 0 ? view.w : view.h;
     std::int64_t at = (axis == 0 ? col0 : row0) + lane;
     if (at >= out) at = out - 1;
     const double v = axis == 0 ? add(multiply(m[0], static_cast<double>(at)), row_start(m, 0))
@@ -52,7 +53,7 @@ __device__ inline void prepare_filters(const Job& job, std::int64_t sample, std:
     Span<float> span = {};
     const bool sane =
         aligned && most_taps(extent, job.interpolation, kFilterTaps + 1) <= kFilterTaps;
-    if (sane) span = make_span<float>(v, extent, size, job.interpolation, job.fill_mode);
+    if (sane) span = make_span<float>(v, extent, size, job.interpolation, view.mode);
     a.span[lane] = span;
     const bool any = sane && span.first <= span.last;
     const std::int32_t first = least_of_warp(any ? span.first : INT32_MAX);
@@ -67,14 +68,14 @@ __device__ inline void prepare_filters(const Job& job, std::int64_t sample, std:
   for (int axis = 0; axis < 2; ++axis) {
     FilterAxis& a = axes[axis];
     if (!a.fits) continue;
-    const auto size = static_cast<std::int32_t>(axis == 0 ? job.x.w : job.x.h);
+    const std::int32_t size = axis == 0 ? view.w : view.h;
     for (int i = static_cast<int>(threadIdx.x); i < kFilterTile * kFilterTaps; i += kThreads) {
       const int line = i / kFilterTaps;
       const int k = i % kFilterTaps;
       const std::int32_t tap = a.span[line].first + k;
       if (tap > a.span[line].last) continue;
       a.weight[line][k] = weight_in(a.span[line], tap, job.interpolation);
-      a.at[line][k] = fold(tap, size, job.fill_mode);
+      a.at[line][k] = fold(tap, size, view.mode);
     }
   }
 }
@@ -91,21 +92,19 @@ struct FilterColumns {
 
 // Rows `strip` and on of the tile, along the columns.
 template <class T, int kGroup>
-__device__ void filter_columns(const Job& job, std::int64_t sample, const FilterAxis (&axes)[2],
+__device__ void filter_columns(const Job& job, const TileView& view, const FilterAxis (&axes)[2],
                                int strip, std::int32_t row0, int channel,
                                FilterColumns<kGroup>& out) {
   const FilterAxis& across = axes[0];
   const FilterAxis& down = axes[1];
   const int columns = across.last - across.first + 1;
-  const T* const data =
-      static_cast<const T*>(job.x.data) + sample * job.x.sample + channel * job.x.channel;
+  const T* const data = static_cast<const T*>(job.x.data) + view.offset + channel * job.x.channel;
   for (int i = static_cast<int>(threadIdx.x); i < kFilterStrip * columns; i += kThreads) {
     const int r = i / columns;
     const int column = i - r * columns;
     const int line = strip + r;
     if (row0 + line >= job.y.h) break;
-    const std::int32_t x =
-        fold(across.first + column, static_cast<std::int32_t>(job.x.w), job.fill_mode);
+    const std::int32_t x = fold(across.first + column, view.w, view.mode);
     const int taps = down.span[line].last - down.span[line].first + 1;
     float sum[kGroup] = {};
     for (int k = 0; k < taps; ++k) {
@@ -154,7 +153,8 @@ FUSEREG_DEVICE_INLINE void filter_row(const Job& job, const FilterAxis (&axes)[2
 template <class T, int kGroup>
 __global__ void __launch_bounds__(kThreads) augment_filter_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
   struct Sources {
-    FilterAxis axes[2][2];  // of the sample and its partner
+    TileView views[2];  // of the sample and its partner
+    FilterAxis axes[2][2];
   };
   FUSEREG_SHARED(sources, Sources);
   FUSEREG_SHARED(columns, FilterColumns<kGroup>);
@@ -177,8 +177,13 @@ __global__ void __launch_bounds__(kThreads) augment_filter_kernel(FUSEREG_GRID_C
     const auto lam = static_cast<float>(record[15]);
     const auto rest = static_cast<float>(1.0 - record[15]);
     __syncthreads();  // the last tile is done with what it shared
-    for (int image = 0; image < images; ++image)
-      prepare_filters(job, image == 0 ? sample : partner, row0, col0, sources.axes[image]);
+    if (threadIdx.x == 0) put_view(job, sample, sources.views[0]);
+    if (threadIdx.x == cuda::kWarpSize && images == 2) put_view(job, partner, sources.views[1]);
+    __syncthreads();
+    for (int image = 0; image < images; ++image) {
+      prepare_filters(job, image == 0 ? sample : partner, sources.views[image], row0, col0,
+                      sources.axes[image]);
+    }
     const std::int32_t out_col = col0 + col;
     for (int strip = 0; strip < kFilterTile && row0 + strip < job.y.h; strip += kFilterStrip) {
       const std::int32_t out_row = row0 + strip + r;
@@ -189,9 +194,10 @@ __global__ void __launch_bounds__(kThreads) augment_filter_kernel(FUSEREG_GRID_C
         for (int image = 0; image < images; ++image) {
           const std::int64_t from = image == 0 ? sample : partner;
           const FilterAxis(&axes)[2] = sources.axes[image];
+          const TileView& view = sources.views[image];
           __syncthreads();  // the columns are free, and their filters are there
           const bool by_axis = fits(axes);
-          if (by_axis) filter_columns<T, kGroup>(job, from, axes, strip, row0, c, columns);
+          if (by_axis) filter_columns<T, kGroup>(job, view, axes, strip, row0, c, columns);
           __syncthreads();
           if (!inside || (image == 1 && !mixes)) continue;
           float found[kGroup];

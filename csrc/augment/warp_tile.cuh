@@ -20,8 +20,27 @@ FUSEREG_HD inline std::int64_t tiles_over(std::int64_t size, int tile) {
   return (size + tile - 1) / tile;
 }
 
+// What of a View a tile needs; in shared memory, where initializers are not run.
+struct TileView {
+  std::int64_t offset;
+  std::int32_t w, h;
+  FillMode mode;
+  double m[6];
+};
+
+__device__ inline void put_view(const Job& job, std::int64_t sample, TileView& to) {
+  View v;
+  view_of(job, job.x, sample, v);
+  to.offset = v.offset;
+  to.w = static_cast<std::int32_t>(v.x.w);
+  to.h = static_cast<std::int32_t>(v.x.h);
+  to.mode = v.mode;
+  for (int i = 0; i < 6; ++i) to.m[i] = v.m[i];
+}
+
 // A sample as a tile needs it.
 struct TileSource {
+  TileView view;
   Fixed start[2][kTileRows][2];  // of each axis, row and block
   std::int32_t step[2][kBlock];
   float color[12];
@@ -52,7 +71,7 @@ FUSEREG_DEVICE_INLINE void put_box(const double* r, const Images& y, std::int32_
   box[3] = static_cast<std::int32_t>(b.y1);
 }
 
-// Each thread has its part of it.
+// Each thread has its part of it; the view is there.
 __device__ inline void prepare(const Job& job, std::int64_t sample, std::int32_t row0,
                                std::int32_t col0, TileSource& s) {
   constexpr int kStarts = 2 * 2 * kTileRows;
@@ -60,7 +79,7 @@ __device__ inline void prepare(const Job& job, std::int64_t sample, std::int32_t
   const double* const record = job.records + sample * kRecord;
   const int bits = fraction_bits(record[0], record[3]);
   auto i = static_cast<int>(threadIdx.x);
-  const double* const m = record + 3 * (i & 1);
+  const double* const m = s.view.m + 3 * (i & 1);
   if (i < kStarts) {
     const int block = i >> 1 & 1;
     const int row = i >> 2;
@@ -157,19 +176,17 @@ FUSEREG_DEVICE_INLINE void run_inside(const T* data, const TileStrides<kGroup, k
 
 // A pixel with kTaps taps along each axis, the first of them `kBefore` before its place.
 template <class T, int kGroup, bool kLast, int kTaps>
-FUSEREG_DEVICE_INLINE void pixel_anywhere(const Job& job, const T* data,
+FUSEREG_DEVICE_INLINE void pixel_anywhere(const TileView& view, const T* data,
                                           const TileStrides<kGroup, kLast>& strides, std::int32_t x,
                                           std::int32_t y, float tx, float ty, const float* fill,
                                           float (&v)[kGroup]) {
   constexpr int kBefore = kTaps == 4 ? 1 : 0;
-  const auto w = static_cast<std::int32_t>(job.x.w);
-  const auto h = static_cast<std::int32_t>(job.x.h);
   std::int32_t xs[kTaps];
   const T* lines[kTaps];
   FUSEREG_UNROLL
   for (int i = 0; i < kTaps; ++i) {
-    xs[i] = fold(x - kBefore + i, w, job.fill_mode);
-    const std::int32_t row = fold(y - kBefore + i, h, job.fill_mode);
+    xs[i] = fold(x - kBefore + i, view.w, view.mode);
+    const std::int32_t row = fold(y - kBefore + i, view.h, view.mode);
     lines[i] = row < 0 ? nullptr : data + row * strides.row;
   }
   FUSEREG_UNROLL
@@ -227,11 +244,11 @@ FUSEREG_DEVICE_INLINE void run_warped(const Job& job, const T* data, const TileS
     FUSEREG_UNROLL
     for (int k = 0; k < kRun; ++k) place_of(k, p.x[k], p.y[k], p.tx[k], p.ty[k]);
     // Steps go one way, so that the pixels between are between.
-    auto inside = [](std::int32_t a, std::int32_t b, std::int64_t size) {
-      const auto most = static_cast<std::int32_t>(size) - kTaps;
+    auto inside = [](std::int32_t a, std::int32_t b, std::int32_t size) {
+      const std::int32_t most = size - kTaps;
       return a >= 0 && b >= 0 && a <= most && b <= most;
     };
-    if (inside(p.x[0], p.x[kRun - 1], job.x.w) && inside(p.y[0], p.y[kRun - 1], job.x.h)) {
+    if (inside(p.x[0], p.x[kRun - 1], s.view.w) && inside(p.y[0], p.y[kRun - 1], s.view.h)) {
       run_inside<T, kGroup, kLast, kTaps>(data, strides, p, v);
       return;
     }
@@ -242,7 +259,7 @@ FUSEREG_DEVICE_INLINE void run_warped(const Job& job, const T* data, const TileS
     float tx, ty;
     float one[kGroup];
     place_of(k, at_x, at_y, tx, ty);
-    pixel_anywhere<T, kGroup, kLast, kTaps>(job, data, strides, at_x, at_y, tx, ty, fill, one);
+    pixel_anywhere<T, kGroup, kLast, kTaps>(s.view, data, strides, at_x, at_y, tx, ty, fill, one);
     put_pixel(v, k, one);
   }
 }
@@ -253,8 +270,7 @@ FUSEREG_DEVICE_INLINE void run_unmixed(const Job& job, std::int64_t sample, cons
                                        const TileChannels& channels, int row, int lane,
                                        std::int32_t out_row, std::int32_t out_col, int channel,
                                        float (&v)[kGroup][kRun]) {
-  const T* const data =
-      static_cast<const T*>(job.x.data) + sample * job.x.sample + channel * job.x.channel;
+  const T* const data = static_cast<const T*>(job.x.data) + s.view.offset + channel * job.x.channel;
   const double* const record = job.records + sample * kRecord;
   const int bits = fraction_bits(record[0], record[3]);
   const float* const fill = channels.fill + channel;
@@ -365,6 +381,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const double* const record = job.records + sample * kRecord;
     const std::int64_t partner = partner_of(record, job.n);
     __syncthreads();  // the last tile is done with what it shared
+    if (thread == 0) put_view(job, sample, sources[0].view);
+    if (thread == cuda::kWarpSize && partner >= 0) put_view(job, partner, sources[1].view);
+    __syncthreads();
     prepare(job, sample, row0, col0, sources[0]);
     if (partner >= 0) {
       prepare(job, partner, row0, col0, sources[1]);
