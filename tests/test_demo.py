@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from fusereg.cli import main
 from fusereg.cli.errors import InputError
 from fusereg.cli.output import write_atomically
+from fusereg.core import pictures
 from fusereg.demo import data as demo_data
-from fusereg.demo import plots, report, run, style, techniques, train
+from fusereg.demo import plots, report, run, techniques, train
 from fusereg.demo.data import DataSet, read_idx
 
 Bytes = npt.NDArray[np.uint8]
@@ -467,13 +468,13 @@ def test_no_text_of_a_picture_is_cut_or_overlaps(
 
 
 def test_the_check_finds_cut_and_overlapping_text() -> None:
-    figure = style.new_figure(6, 3, "Title", "subtitle")
+    figure = pictures.new_figure(6, 3, "Title", "subtitle")
     assert misplaced_texts(figure) == []
     figure.text(0.9, 0.5, "beyond the edge")
     figure.text(0.2, 0.5, "here")
     figure.text(0.21, 0.5, "there")
     assert misplaced_texts(figure) == ["beyond the edge", "here / there"]
-    legend = style.new_figure(6, 3, "Title", "subtitle")
+    legend = pictures.new_figure(6, 3, "Title", "subtitle")
     axes = legend.subplots()
     axes.plot([1, 2], label="a label as long as this one")
     axes.legend(loc="center left", bbox_to_anchor=(0.9, 0.5))

@@ -185,10 +185,12 @@ _SNOW = {
         )]
         """,
 }
-_USE_SNOW = """
+# Each process begins with it: the finder of an editable installation comes before the path.
+_WITHOUT_FINDER = """
     import sys
-    # That of an editable installation comes before the path.
     sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__name__.startswith("ScikitBuild")]
+    """
+_USE_SNOW = """
     import torch
     import fusereg
     from fusereg.cli import main
@@ -228,6 +230,8 @@ def test_a_new_room_is_named_in_three_lines_outside_of_its_folders(tmp_path: Pat
         before = (source / name).read_text(encoding="utf-8")
         (package / name).unlink()
         (package / name).write_text(f"{before}\n{line}\n", encoding="utf-8")
+    finder = textwrap.dedent(_WITHOUT_FINDER)
+    (tmp_path / "python" / "sitecustomize.py").write_text(finder, encoding="utf-8")
     assert missing_levels(tmp_path, "snow") == []
     assert forbidden_imports(tmp_path) == []
     assert statements_of_faces(tmp_path) == []

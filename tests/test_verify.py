@@ -28,6 +28,7 @@ NO_KERNELS = {
     "set_cpu_isa", "scan", "inspect", "philox_words", "batch_norm_plan", "batch_norm_force",
     "batch_norm_layout", "cuda_ballot", "dropout_norm_chunks", "fused_dropout_partials",
     "dropout_constants", "augment_elementary", "set_restore_device", "working_stream",
+    "color_program_scratch",
 }  # fmt: skip
 
 

@@ -35,6 +35,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <class T>
+void launch_pixels(const Job& job, const cuda::LaunchConfig& config) {
+  if (job.c == 3) {
+    cuda::launch(kOp, augment_forward_kernel<T, 3>, config, job);
+  } else {
+    cuda::launch(kOp, augment_forward_kernel<T, 1>, config, job);
+  }
+}
+
 // --- backward ---
 struct Range {
   double low, high;
@@ -212,16 +221,18 @@ void run_cuda(const Forward& forward, int device, void* stream) {
   const cuda::LaunchConfig config = config_for(job.n * job.y.h * job.y.w, device, stream);
   dispatch_element(job.x.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if constexpr (!std::is_same_v<T, double>) {
+    if constexpr (std::is_same_v<T, double>) {
+      launch_pixels<T>(job, config);
+    } else {
+#if defined(FUSEREG_CUDA_ON_HOST)
+      // A list of images, which no device gets: tests call the CPU's memory one.
+      if (job.each != nullptr) return launch_pixels<T>(job, config);
+#endif
       if (job.antialias) {
         launch_filters<T>(kOp, job, device, stream);
       } else {
         launch_tiles<T>(kOp, job, device, stream);
       }
-    } else if (job.c == 3) {
-      cuda::launch(kOp, augment_forward_kernel<T, 3>, config, job);
-    } else {
-      cuda::launch(kOp, augment_forward_kernel<T, 1>, config, job);
     }
   });
 }

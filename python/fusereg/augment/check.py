@@ -11,6 +11,8 @@ from torch.nn.functional import grid_sample, interpolate
 from ..core.inventory import Inputs, Operation, Pairs, Shape, exact
 from . import functional
 from .augment import Augment
+from .compose import Compose
+from .transforms import ColorJitter
 
 #: RGB images; their sides are multiples of 3, so that two thirds of them are whole.
 _SHAPES: dict[str, Shape] = {
@@ -85,6 +87,24 @@ def _chain(inputs: Inputs) -> Pairs:
     return row.compare([inputs.normal(*_SHAPES[inputs.size])])
 
 
+def _list(inputs: Inputs) -> Pairs:
+    h, w = _SHAPES[inputs.size][2:]
+    images = exact([inputs.normal(3, h + 2 * i, w + 4 * i) for i in range(2)])
+    chain = Augment((h - 2, w - 2), hflip=1.0, crop="center", **_NORMALIZE)
+    came, _ = chain.collate([(x.to(inputs.dtype).to(inputs.device), 0) for x in images])
+    cuts = [x[None, :, i + 1 : i + h - 1, 2 * i + 1 : 2 * i + w - 1] for i, x in enumerate(images)]
+    return [(came, _normalized(torch.cat(cuts).double().flip(3)))]
+
+
+def _program(inputs: Inputs) -> Pairs:
+    images = exact([inputs.normal(*_SHAPES[inputs.size])])[0]
+    x = (images * 60 + 128).clamp(0, 255).to(torch.uint8)
+    jitter = ColorJitter(brightness=(1.25, 1.25))
+    came = Compose([jitter], out_dtype=torch.uint8)(x.to(inputs.device))
+    wanted = (x.double() * 1.25).clamp(0, 255).floor()
+    return [(came.to(inputs.dtype), wanted.to(inputs.dtype).double())]
+
+
 OPERATIONS = [
     Operation(
         name="augment.crop_flip_normalize",
@@ -153,5 +173,19 @@ OPERATIONS = [
         function=Augment,
         shapes=_SHAPES,
         pairs=_chain,
+    ),
+    Operation(
+        name="augment.Augment, a list",
+        formula="center crops of a list of images",
+        function=Augment,
+        shapes=_SHAPES,
+        pairs=_list,
+    ),
+    Operation(
+        name="augment.ColorJitter",
+        formula="a program of one operation: min(floor(5/4 x), 255)",
+        function=ColorJitter,
+        shapes=_SHAPES,
+        pairs=_program,
     ),
 ]

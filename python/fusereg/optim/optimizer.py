@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
-from ..core import dispatch, distributed, memory
+from ..core import dispatch, memory
 from ..core.docs import share_paragraphs
 from ..core.groups import Groups
 from ..penalty.coupled import Weights
@@ -23,11 +22,12 @@ from . import dtensor as _sharded
 from . import kernels as _kernels
 from . import op as _op
 from .averages import KEY, Averages
-from .coupled import GroupStep, same_tensors
+from .coupled import GroupStep
 from .kernels import COPIES, Call, Hyper, State, given, update_dtype
 from .norms import norm_of_grads
 from .op import LOW_PRECISION, Lists
 from .options import DEFAULTS, NOTES, PENALTY, CommonOptions, Options, ParamsT, meant
+from .plan import CHECKED, Plan, WatchedStates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,13 +35,11 @@ if TYPE_CHECKING:
 __all__ = ["RegularizedOptimizer"]
 
 _PROX = {False: 0, True: 3, "decoupled": 1, "preconditioned": 2, "capped": 3}
-_NO_STATE: State = {}
+_WatchedStates = WatchedStates  # pickles of before name it so
 #: Dtypes of the count of steps.
 _COUNTS = {torch.float32, torch.float64}
 #: Keys of param groups that optimizers without a proximal step take no notice of.
 _NOT_GIVEN = ("group", "group_dim", "prox")
-#: What :meth:`RegularizedOptimizer._check_group` looks at, strengths first.
-_CHECKED = ("l1", "l2", "group", "group_dim", "prox", "momentum", "ema_decay")
 #: Arguments that must not be negative, and what they must be below.
 _LIMITS = {
     "lr": math.inf,
@@ -55,52 +53,6 @@ _LIMITS = {
     "weight_decay": math.inf,
     "initial_accumulator_value": math.inf,
 }
-
-
-def _counted(name: str) -> Any:
-    """Return a method of ``defaultdict`` that also counts a change."""
-    method = getattr(defaultdict, name)
-
-    def counted(self: _WatchedStates, *args: Any, **kwargs: Any) -> Any:
-        self.version += 1
-        return method(self, *args, **kwargs)
-
-    return counted
-
-
-class _WatchedStates(defaultdict[Any, Any]):
-    """torch's ``defaultdict(dict)`` of states with a version that counts changes of entries."""
-
-    version = 0
-    __setitem__ = _counted("__setitem__")
-    __delitem__ = _counted("__delitem__")
-    clear = _counted("clear")
-    pop = _counted("pop")
-    popitem = _counted("popitem")
-    setdefault = _counted("setdefault")
-    update = _counted("update")
-
-
-class _Plan:
-    """Parameters and states as flat lists, kept from step to step while they are unchanged."""
-
-    def __init__(self, groups: list[dict[str, Any]], states: _WatchedStates) -> None:
-        self.parts: list[list[Tensor]] = [list(g["params"]) for g in groups]
-        self.params: list[Tensor] = [p for part in self.parts for p in part]
-        self.counts = tuple(len(part) for part in self.parts)
-        self.watched = states
-        self.states: list[State] = [states.get(p, _NO_STATE) for p in self.params]
-        self.version = states.version
-        self.distributed = distributed.has_dtensor(self.params)
-        self.value_dtype = value_dtype(self.params)
-        #: Of each group the arguments that were checked last.
-        self.checked: list[list[Any]] = [[self] * len(_CHECKED) for _ in groups]
-
-    def holds(self, groups: list[dict[str, Any]], states: Any) -> bool:
-        """Return whether parameters and states are still those of the optimizer."""
-        if self.watched is not states or self.version != states.version:
-            return False
-        return same_tensors(self.parts, [group["params"] for group in groups])
 
 
 class RegularizedOptimizer(Averages):
@@ -133,7 +85,7 @@ class RegularizedOptimizer(Averages):
     _group_step: GroupStep | None = None
     _norm: Tensor | None = None
     _norm_scale: Tensor | None = None
-    _plan: _Plan | None = None
+    _plan: Plan | None = None
     _penalized = False
 
     def __init__(
@@ -170,7 +122,7 @@ class RegularizedOptimizer(Averages):
         if shared["fused"] and shared["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         super().__init__(params, {**defaults, **shared})
-        self.state = _WatchedStates(dict, self.state)
+        self.state = WatchedStates(dict, self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, which may have its own ``l1``, ``l2``, ``group`` and ``prox``.
@@ -222,7 +174,7 @@ class RegularizedOptimizer(Averages):
             source = before[i] if before is not None and i < len(before) else self.defaults
             for key, default in self.defaults.items():
                 group.setdefault(key, source.get(key, default))
-        self.state = _WatchedStates(dict, self.state)
+        self.state = WatchedStates(dict, self.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer or of torch's of the same name.
@@ -343,10 +295,10 @@ class RegularizedOptimizer(Averages):
                 "use prox='decoupled'"
             )
 
-    def _check_changed(self, plan: _Plan) -> None:
+    def _check_changed(self, plan: Plan) -> None:
         """Check the groups whose strengths are not those that were checked last."""
         for i, group in enumerate(self.param_groups):
-            own: list[Any] = [group.get(key) for key in _CHECKED]
+            own: list[Any] = [group.get(key) for key in CHECKED]
             if not all(map(operator.is_, own, plan.checked[i])):
                 if any(map(given, own[:3])) or own[-1] is not None:
                     self._check_group(group)
@@ -467,7 +419,7 @@ class RegularizedOptimizer(Averages):
                 for key in self._keys:
                     del self.state[plan.params[i]][key]
 
-    def _groups_of_step(self, op: str, plan: _Plan, hypers: tuple[Hyper, ...]) -> GroupStep | None:
+    def _groups_of_step(self, op: str, plan: Plan, hypers: tuple[Hyper, ...]) -> GroupStep | None:
         """Return what takes the step of ``groups``, checked; None without any."""
         if self.groups is None:
             return None
@@ -479,7 +431,7 @@ class RegularizedOptimizer(Averages):
         return step
 
     def _step_of_groups(
-        self, step: GroupStep, hypers: tuple[Hyper, ...], plan: _Plan, value: Tensor | None
+        self, step: GroupStep, hypers: tuple[Hyper, ...], plan: Plan, value: Tensor | None
     ) -> Tensor | None:
         """Take the proximal step of ``groups``; return the whole penalty's value."""
         found_inf = getattr(self, "found_inf", None)
@@ -501,11 +453,11 @@ class RegularizedOptimizer(Averages):
                         self._begin_average(p, group)
         return value
 
-    def _new_plan(self) -> _Plan:
+    def _new_plan(self) -> Plan:
         states: Any = self.state
-        if type(states) is not _WatchedStates:
-            self.state = states = _WatchedStates(dict, states)
-        self._plan = plan = _Plan(self.param_groups, states)
+        if type(states) is not WatchedStates:
+            self.state = states = WatchedStates(dict, states)
+        self._plan = plan = Plan(self.param_groups, states)
         return plan
 
     def _with_states(self, call: Call) -> Call:

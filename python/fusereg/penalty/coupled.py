@@ -26,7 +26,7 @@ Weights: TypeAlias = str | Sequence[float | Sequence[float] | Tensor]
 
 
 class _Index(NamedTuple):
-    """Where the slices of some tensors belong, as the kernels take it."""
+    """The channels that the slices of some tensors belong to, as the kernels take them."""
 
     dims: list[int]
     slot_of: Tensor  # int32 [entries]
@@ -133,7 +133,7 @@ class Family:
 
 
 class Plan(NamedTuple):
-    """What groups come to: their writers, and their readers if there are any."""
+    """The writers of groups, and their readers if there are any."""
 
     writers: Family
     readers: Family | None

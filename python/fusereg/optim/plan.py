@@ -1,0 +1,63 @@
+"""An optimizer's parameters and states as flat lists, and what tells that they have changed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from torch import Tensor
+
+from ..core import distributed
+from ..penalty.kernels import value_dtype
+from .coupled import same_tensors
+from .kernels import State
+
+NO_STATE: State = {}
+#: What :meth:`RegularizedOptimizer._check_group` looks at, strengths first.
+CHECKED = ("l1", "l2", "group", "group_dim", "prox", "momentum", "ema_decay")
+
+
+def _counted(name: str) -> Any:
+    """Return a method of ``defaultdict`` that also counts a change."""
+    method = getattr(defaultdict, name)
+
+    def counted(self: WatchedStates, *args: Any, **kwargs: Any) -> Any:
+        self.version += 1
+        return method(self, *args, **kwargs)
+
+    return counted
+
+
+class WatchedStates(defaultdict[Any, Any]):
+    """torch's ``defaultdict(dict)`` of states with a version that counts changes of entries."""
+
+    version = 0
+    __setitem__ = _counted("__setitem__")
+    __delitem__ = _counted("__delitem__")
+    clear = _counted("clear")
+    pop = _counted("pop")
+    popitem = _counted("popitem")
+    setdefault = _counted("setdefault")
+    update = _counted("update")
+
+
+class Plan:
+    """Parameters and states as flat lists, kept from step to step while they are unchanged."""
+
+    def __init__(self, groups: list[dict[str, Any]], states: WatchedStates) -> None:
+        self.parts: list[list[Tensor]] = [list(g["params"]) for g in groups]
+        self.params: list[Tensor] = [p for part in self.parts for p in part]
+        self.counts = tuple(len(part) for part in self.parts)
+        self.watched = states
+        self.states: list[State] = [states.get(p, NO_STATE) for p in self.params]
+        self.version = states.version
+        self.distributed = distributed.has_dtensor(self.params)
+        self.value_dtype = value_dtype(self.params)
+        #: Of each group the arguments that were checked last.
+        self.checked: list[list[Any]] = [[self] * len(CHECKED) for _ in groups]
+
+    def holds(self, groups: list[dict[str, Any]], states: Any) -> bool:
+        """Return whether parameters and states are still those of the optimizer."""
+        if self.watched is not states or self.version != states.version:
+            return False
+        return same_tensors(self.parts, [group["params"] for group in groups])
