@@ -326,7 +326,7 @@ def test_pictures_are_used_and_small() -> None:
 
 
 def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
-    if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("material") is None:
+    if not all(map(importlib.util.find_spec, ("material", "mkdocstrings", "latex2mathml"))):
         pytest.skip("mkdocs-material is not installed: pip install 'fusereg[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     # mkdocs-material advertises its successor on every build unless told not to.
