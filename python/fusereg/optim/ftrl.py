@@ -22,8 +22,8 @@ class FTRL(RegularizedOptimizer):
     r"""Per-coordinate FTRL-Proximal (McMahan et al. 2013, "Ad click prediction", Algorithm 1).
 
     .. math::
-        n &\leftarrow n + g^2, \quad Q' = Q, \quad Q = (\beta + \sqrt{n}) / lr, \quad
-        z \leftarrow z + g - (Q - Q')\, p \\
+        n &\leftarrow n + g^2, \quad Q' = Q, \quad Q = (\beta + \sqrt{n}) / lr \\
+        z &\leftarrow z + g - (Q - Q')\, p \\
         p &= \begin{cases} 0 & |z| \le l_1 \\
              - \dfrac{z - \mathrm{sign}(z) l_1}{Q + l_2} & \text{else}
              \end{cases}
