@@ -108,3 +108,10 @@ TORCHVISION: dict[str, tuple[Callable[[], nn.Module], int]] = {
         32,
     ),
 }
+
+
+#: All of them, by their libraries.
+LIBRARIES = {
+    **{f"timm-{name}": found for name, found in TIMM.items()},
+    **{f"torchvision-{name}": found for name, found in TORCHVISION.items()},
+}

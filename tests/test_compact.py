@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fusereg
-from compact_models import TIMM, TORCHVISION
+from compact_models import LIBRARIES
 
 pytest.importorskip("torch_pruning")
 
@@ -654,12 +654,6 @@ def test_torch_pruning_is_asked_for_if_it_is_missing(monkeypatch: pytest.MonkeyP
 
 
 # --- the libraries' models ------------------------------------------------------------------------
-
-
-LIBRARIES = {
-    **{f"timm-{name}": found for name, found in TIMM.items()},
-    **{f"torchvision-{name}": found for name, found in TORCHVISION.items()},
-}
 
 
 def check_model(name: str, steps: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from test_compact import LIBRARIES, check_model
+from compact_models import LIBRARIES
+from test_compact import check_model
 from test_compact import double as double  # in float64 from one seed
 
 pytestmark = pytest.mark.slow
