@@ -87,6 +87,12 @@ void color_program_check(const py::object& programs, int channels, std::int64_t 
 }
 
 std::int64_t color_program_scratch(std::int64_t n, int c, std::int64_t h, std::int64_t w) {
+  const double elements =
+      static_cast<double>(n) * c * static_cast<double>(h) * static_cast<double>(w);
+  if (n < 0 || c < 0 || h < 0 || w < 0 || elements > 1e17 ||
+      static_cast<double>(n) * static_cast<double>(h) * static_cast<double>(w) > 1e17)
+    throw py::value_error("fusereg.program: n, c, h and w must be the sizes of a tensor");
+  if (n == 0 || h == 0 || w == 0) return 0;
   ProgramJob job;
   job.c = c;
   job.x.h = h;

@@ -260,6 +260,8 @@ def _stages(item: object, op: str) -> list[tuple[str, Sequence[Stage] | Called]]
         known = convert(item)
         if known is not None:
             return [(type(item).__name__, known)]
+    if isinstance(item, type):
+        raise TypeError(f"fusereg.{op}: transforms must be made: {item.__name__}(), not the class")
     if not callable(item):
         raise TypeError(
             f"fusereg.{op}: transforms must be transforms or functions, got {type(item).__name__}"

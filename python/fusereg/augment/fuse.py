@@ -17,6 +17,7 @@ from .steps import (
     CenterWindow,
     ExpandCanvas,
     Flip,
+    FullImage,
     Padded,
     RandomWindow,
     ResizedWindow,
@@ -79,6 +80,10 @@ class Stage:
     cast: Callable[[Any], Any] | None = None
     policy: Policy | None = None
     whole_pixels: bool = False
+
+    def has(self, *kinds: type[Step]) -> bool:
+        """Return whether one of its steps is of one of these kinds."""
+        return any(isinstance(step, kinds) for step in self.steps)
 
     @property
     def neutral(self) -> bool:
@@ -266,6 +271,17 @@ class Pass:
         ):
             return f"the size of {new.name} depends on that of the images before it"
         other = self._last(lambda s: s.resamples)
+        padded = self._last(lambda s: s.has(Padded))
+        if padded and new.has(ShortSide, FullImage, ResizedWindow):
+            return f"{new.name} would not interpolate at the edge of what {padded.name} adds"
+        if new.has(ShortSide, FullImage):
+            if new.antialias and (moved := self._last(lambda s: s.moves)):
+                return f"{new.name} would see what {moved.name} removed"
+            if smaller := self._last(lambda s: s.has(ShortSide, FullImage)):
+                return f"{smaller.name} and {new.name} may shrink and enlarge"
+        before = padded or other
+        if before and new.fills and new.fill_mode != "constant" and new.has(Padded, RandomWindow):
+            return f"{new.name} continues images by their edge, and {before.name} comes first"
         if new.resamples and other:
             if other.interpolation != new.interpolation:
                 return (

@@ -110,7 +110,14 @@ def collate(augment: Any, samples: Sequence[Any]) -> Any:
     """Stack the samples of a dataset and augment them."""
     op = augment._op
     keys: dict[str, Any] = {}
-    if samples and isinstance(samples[0], _SampleWithId):
+    if isinstance(samples, (Tensor, Mapping)) or not isinstance(samples, Sequence):
+        raise TypeError(
+            f"fusereg.{op}.collate: samples must be a list of samples, got "
+            f"{type(samples).__name__}; call the transform itself with a batch"
+        )
+    if not samples:
+        raise ValueError(f"fusereg.{op}.collate: samples must not be empty")
+    if isinstance(samples[0], _SampleWithId):
         ids = [s.id for s in samples]
         views = [s.view for s in samples]
         keys = {"sample_ids": ids}
@@ -157,6 +164,20 @@ def _images(images: list[Any], op: str) -> list[Tensor]:
         if not isinstance(image, Tensor) or image.dim() != (4 if clip else 3):
             what = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
             raise TypeError(f"fusereg.{op}.collate: images must be tensors (C, H, W), got {what}")
+    first = made[0]
+    for i, image in enumerate(made):
+        # One scale for all: bytes are of [0, 255], other numbers of [0, 1].
+        if image.dtype != first.dtype:
+            raise ValueError(
+                f"fusereg.{op}.collate: images must have one dtype, got {first.dtype}, and "
+                f"{image.dtype} of sample {i}"
+            )
+        if image.shape[-3] != first.shape[-3]:
+            raise ValueError(
+                f"fusereg.{op}.collate: images must have one number of channels, got "
+                f"{first.shape[-3]}, and {image.shape[-3]} of sample {i} "
+                "(for images of PIL: image.convert('RGB'))"
+            )
     return made
 
 
