@@ -28,12 +28,21 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, cuts: Cu
 
     Raises:
         TypeError: it is no optimizer.
-        ValueError: a state has another shape than its parameter.
+        ValueError: it is another model's, or a state has another shape than its parameter.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             "fusereg.compact: optimizer must be a torch.optim.Optimizer, "
             f"got {type(optimizer).__name__}"
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(map(id, model.parameters())):
+        raise ValueError("fusereg.compact: optimizer holds no parameter of the model")
+    given = getattr(optimizer, "groups", None) is not None
+    if given and not isinstance(optimizer.group_weights, str):  # type: ignore[attr-defined]
+        raise ValueError(
+            "fusereg.compact: optimizer has group_weights of each channel, which the smaller model "
+            "has not; set its groups to None, and both again afterwards"
         )
     for name, p in model.named_parameters():
         if name not in cuts:

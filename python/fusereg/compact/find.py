@@ -102,6 +102,11 @@ def find(model: nn.Module, example_inputs: object, op: str) -> Found:
         raise TypeError(
             f"fusereg.{op}: model must be a torch.nn.Module, got {type(model).__name__}"
         )
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"fusereg.{op}: gradients show what depends on what, and torch.inference_mode() has "
+            "none; call it outside"
+        )
     inputs = inputs_of(model, example_inputs, op)
     plain, inputs = plain_copy(model, op), inputs.double()
     traced = sets_of(plain, inputs, op)

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..core import checks
 from ..early_stopping import EarlyStopping
 from .carry import Change, carry_optimizer, check_optimizer
-from .find import Found, find
+from .find import Found, find, groups_of
 from .graph import plain_copy
 from .parts import cut, cuts_of
 from .plan import Decision, decide, fold, identities
@@ -89,7 +89,8 @@ def compact(
             there are as many: kernels are fastest with multiples of 8 or 16.
         dry_run: return a table of what would change instead of the model.
         optimizer: an optimizer of the model's parameters, which gets those of the smaller model,
-            with its states cut likewise. Schedulers that hold it remain valid.
+            with its states cut likewise; one with ``groups`` gets those of the smaller model, if
+            its ``group_weights`` are not given one by one. Schedulers that hold it remain valid.
         averaged: averages of the model, whose ``module`` is cut at the same channels, whether they
             are zero in the average or not.
         stopper: an :class:`fusereg.EarlyStopping` of the model, which watches the smaller model
@@ -160,6 +161,9 @@ def compact(
         stopper.move(small, of_best)
     if optimizer is not None:
         carry_optimizer(optimizer, model, small, change)
+        if (groups := getattr(optimizer, "groups", None)) is not None:
+            readers = any(s.readers for s in groups)
+            optimizer.groups = groups_of(small, example_inputs, readers)  # type: ignore[attr-defined]
     _log.info("%s: %s", _OP, table._last())
     return small
 
@@ -190,7 +194,8 @@ def _apply(
     model: nn.Module, found: Found, decisions: list[Decision], gone: list[str]
 ) -> tuple[nn.Module, Change, list[str]]:
     """Return a smaller copy of a model, in float64, and what was done."""
-    small = copy.deepcopy(model).double()
+    # In evaluation no layer changes while it is looked at, as spectral_norm does in training.
+    small = copy.deepcopy(model).double().eval()
     before = dict(small.named_parameters())
     changed = {
         f"{f.part.module}.{key}" for d in decisions for f in d.folds for key in ("weight", "bias")
@@ -234,7 +239,10 @@ def _compare(small: nn.Module, found: Found) -> None:
 
 
 def _restore(small: Any, model: nn.Module) -> None:
-    """Give the tensors of the smaller model the types of the original's."""
+    """Give the smaller model the original's modes, and its tensors the original's types."""
+    modes = {n: m.training for n, m in model.named_modules()}
+    for name, module in small.named_modules():
+        module.training = modes.get(name, model.training)
     types = {n: t.dtype for n, t in (*model.named_parameters(), *model.named_buffers())}
     for module_name, module in small.named_modules():
         for tensors in (module._parameters, module._buffers):

@@ -90,7 +90,10 @@ class _Check:
                     self.require(f"{self.children(read.owner)}.get({name!r}) is not None")
                 return
             if name == "_modules":
-                self.require(f"[*{self.children(read.owner)}] == {list(value)!r}")
+                held = self.children(read.owner)
+                # Dynamo guards values, not names.
+                self.require(f"len([*{held}.values()]) == {len(value)}")
+                self.require(f"[*{held}] == {list(value)!r}")
                 return
             if name == DISTINCT:
                 held = self.children(read.owner)
