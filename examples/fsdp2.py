@@ -38,7 +38,7 @@ def main(epochs: int, patience: int, quick: bool, folder: Path | None, verbose: 
     augment = fusereg.augment.Augment(28, degrees=12, translate=0.07, mean=0.13, std=0.31)
     # Rows stay whole where FSDP2 cuts along dimension 0, so a group lasso needs no communication.
     groups = fusereg.optim.param_groups_weight_decay(
-        model, 0.01, group=0.01, exclude=("bias", "norm", "position")
+        model, 0.01, group=0.001, exclude=("bias", "norm", "position")
     )
     optimizer = fusereg.optim.AdamW(groups, lr=2e-3)
 
