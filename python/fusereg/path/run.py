@@ -78,8 +78,9 @@ def path(
             layer; None: each element is one (L1).
         names: of all groups, such as the features' names. Without, they are numbered.
         mode: whether larger or smaller metrics are better.
-        samples: on how many samples the metric is an accuracy, for its standard error
-            :math:`\sqrt{p (1 - p) / n}`.
+        samples: on how many samples the metric is an accuracy, or with ``mode="min"`` an error
+            rate, for its standard error :math:`\sqrt{p (1 - p) / n}`. For a mean loss let
+            ``evaluate`` return a mapping with a ``"standard_error"``.
         patience: of early stopping for each strength: ``train`` must then yield the objective of
             each epoch, the loss with the penalty, preferably on validation data; training with
             this strength ends after so many epochs in a row without a smaller one, and the state
@@ -334,7 +335,8 @@ def _train(
 def _metrics(found: Any, mode: Mode, samples: int | None) -> tuple[dict[str, float], float | None]:
     """Return the metrics by name, and the standard error of the first."""
     if not isinstance(found, Mapping):
-        found = {"metric" if samples is None else "accuracy": found}
+        share = "accuracy" if mode == "max" else "error rate"
+        found = {"metric" if samples is None else share: found}
     try:
         metrics = {str(name): float(value) for name, value in found.items()}
     except (TypeError, ValueError) as error:
