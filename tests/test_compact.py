@@ -678,7 +678,7 @@ def check_model(name: str, steps: int) -> None:
     sizes = [sum(p.numel() for p in m.parameters()) for m in (small, net)]
     assert sizes[0] < 0.9 * sizes[1]
     # A network in which a rounding grows from step to step is compared after fewer.
-    for count in (steps, 5):
+    for count in (steps, 5, 2, 1):
         ours, wanted = copy.deepcopy(((small, optimizer), zeroed))
         touched = copy.deepcopy(zeroed)
         with torch.no_grad():
