@@ -37,7 +37,7 @@ class Decision:
     folds: list[Fold]
     notes: list[str] = field(default_factory=list)
     whole: bool = False
-    """Whether all its channels could be removed; one stays then."""
+    """All its channels could be removed; one stays then."""
 
 
 def columns(layer: Any) -> tuple[Tensor, Tensor]:

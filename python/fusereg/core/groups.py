@@ -32,9 +32,9 @@ class CoupledChannels(NamedTuple):
     size: int
     """The number of channels."""
     members: tuple[Member, ...]
-    """What writes the channels: if the slices of a channel are zero, the channel is zero."""
+    """The writers of the channels: if the slices of a channel are zero, the channel is zero."""
     readers: tuple[Member, ...]
-    """What reads the channels; empty unless readers were asked for."""
+    """The readers of the channels; empty unless they were asked for."""
     operations: Tensor | None
     """float64 [size]: multiply-adds of one example that removing each channel saves."""
 
