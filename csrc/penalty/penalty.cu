@@ -134,8 +134,8 @@ class CudaRun {
 
   template <template <int> class Table, int kMost>
   void flush(Table<kMost>& t) {
-    if (t.count <= kSmallTable) {
-      Table<kSmallTable> small;
+    if (t.count <= cuda::kSmallTable) {
+      Table<cuda::kSmallTable> small;
       small.count = t.count;
       for (int i = 0; i < t.count; ++i) small.copy(i, t, i);
       std::copy(t.first_task, t.first_task + t.count + 1, small.first_task);

@@ -33,8 +33,6 @@ struct Scale {
 // --- tables ---
 // A launch copies its whole table to the device: a short list has a small one.
 
-constexpr int kSmallTable = 16;
-
 constexpr int kElementEntryBytes = 48;
 constexpr int kMaxElementEntries =
     static_cast<int>((cuda::kMaxKernelParamBytes - 256) / kElementEntryBytes);
