@@ -3,10 +3,12 @@
 #   make demo     trains on real handwritten digits with every technique: table and plots
 #   make test     a sample of the suite's cases, then again with the CUDA kernels on the host
 #   make test-all everything: all cases, CPU kernels of every instruction set, slow tests, three orders
-#                 of CUDA threads, the stand-in device, the CUDA kernels compiled for a device and their code
-#                 checked (where nvcc is), the documents
+#                 of CUDA threads, the stand-in device, 64-bit Arm, the CUDA kernels compiled for a device and
+#                 their code checked (where nvcc is), the documents
 #   make test-standin  the suite on a CUDA device that is not there, with a CUDA build of torch (a download
 #                 of 530 MB, into an environment of its own)
+#   make test-aarch64  the CPU kernels compiled for 64-bit Arm, checked in an emulator, their bits compared
+#                 with this machine's (apt-get install g++-aarch64-linux-gnu qemu-user-static)
 #   make bench    every benchmark, as a page and as JSON in ./bench-report   (BENCH="penalty --quick" for less)
 #   make lint     ruff, mypy --strict, clang-format, shellcheck, clang-tidy
 #   make docs     the documents as a site in ./build/site, their tables made anew; each page opened in Chromium,
@@ -51,6 +53,10 @@ HOST_MODULE := $(HOST_BUILD)/.built
 STANDIN := build/standin
 STANDIN_TORCH ?= 2.11.0
 STANDIN_PYTHON := $(STANDIN)/venv/bin/python
+AARCH64 := build/aarch64
+# The newest whose package for Arm is a CPU build.
+AARCH64_TORCH ?= 2.10.0
+AARCH64_CHECKS ?= dropout,gaussian_dropout,batch_norm,dropout_norm,penalty,augment,cross_entropy float32,float16,bfloat16
 
 # Processes take tests from each other, so that none waits for the slowest file.
 PARALLEL = -n $(WORKERS) --dist worksteal
@@ -168,7 +174,7 @@ test:
 # `make test` goes through the CUDA kernels in the order forward.
 test-all: export FUSEREG_ISAS = all
 test-all: override PYTEST += --all-cases
-test-all: test test-slow test-schedules test-standin test-nvcc docs
+test-all: test test-slow test-schedules test-standin test-aarch64 test-nvcc docs
 
 test-slow:
 	$(call ready,test+zoo)
@@ -185,6 +191,35 @@ test-standin:
 	$(call ready,test,$(STANDIN)/.libraries $(STANDIN)/.module)
 	@$(call say,the suite on the stand-in device)
 	@tests/standin_device/run.sh $(STANDIN) $(PARALLEL) -m "not slow" $(PYTEST)
+
+# `make aarch64` compiles; `make test-aarch64` runs what came of it.
+.PHONY: aarch64 .aarch64 test-aarch64 .test-aarch64
+aarch64 test-aarch64:
+	@if ! command -v aarch64-linux-gnu-g++ >/dev/null; then \
+	    $(call say,no aarch64-linux-gnu-g++: nothing is compiled for 64-bit Arm); \
+	else $(MAKE) --no-print-directory .$@; fi
+$(AARCH64)/.sysroot: tests/aarch64/sysroot.sh
+	@$(call say,unpacking Python for 64-bit Arm (30 MB))
+	@rm -rf $(AARCH64)/sysroot && tests/aarch64/sysroot.sh $(AARCH64)/sysroot
+	@touch $@
+.aarch64: $(AARCH64)/.sysroot | $(VENV)/.installed
+	@$(call say,compiling for 64-bit Arm)
+	@unset MAKEFLAGS; (cmake -S . -B $(AARCH64)/build -G Ninja --toolchain "$(CURDIR)/tests/aarch64/toolchain.cmake" \
+	    -DSYSROOT="$(CURDIR)/$(AARCH64)/sysroot" -DFUSEREG_CUDA=OFF -DPython_EXECUTABLE="$(VENV)/bin/python" \
+	    && cmake --build $(AARCH64)/build) $(call follow,aarch64)
+$(AARCH64)/.packages: Makefile $(AARCH64)/.sysroot | $(VENV)/.python
+	@$(call say,installing torch for 64-bit Arm (150 MB))
+	@rm -rf $(AARCH64)/packages
+	@version=$$(basename $(AARCH64)/sysroot/usr/include/python3.*); $(PIP) install -q --no-compile --no-deps \
+	    --target $(AARCH64)/packages --platform manylinux_2_28_aarch64 --platform manylinux2014_aarch64 \
+	    --python-version "$${version#python}" --only-binary=:all: torch==$(AARCH64_TORCH) numpy rich \
+	    filelock typing-extensions sympy mpmath networkx jinja2 markupsafe fsspec
+	@touch $@
+.test-aarch64: .aarch64
+	@command -v qemu-aarch64-static >/dev/null || { echo "no emulator; on Debian and Ubuntu: apt-get install qemu-user-static" >&2; exit 1; }
+	@$(MAKE) --no-print-directory $(AARCH64)/.packages
+	@$(call say,the checks of fusereg verify$(comma) in an emulator)
+	@tests/aarch64/run.sh $(AARCH64) $(AARCH64_CHECKS)
 
 # One architecture is enough to see that they compile, and what of.
 test-nvcc:
