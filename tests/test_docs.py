@@ -1,8 +1,7 @@
 """What the documents say is so: examples run, tables are made from results, links lead somewhere.
 
-A page's Python examples run one after the other in one namespace, as a reader would type them;
-those for several processes run under torchrun. README's use `batches`, `train` and `validate`,
-which are given here.
+Each Python example runs by itself, as if pasted into a new session in an empty folder; those for
+several processes run under torchrun. Notebooks run as the scripts they are written as.
 """
 
 from __future__ import annotations
@@ -66,14 +65,6 @@ def script(name: str) -> types.ModuleType:
 # --- examples -------------------------------------------------------------------------------------
 
 
-def readme_names() -> dict[str, Any]:
-    return {
-        "batches": [(torch.randn(16, 784), torch.randint(0, 10, (16,))) for _ in range(3)],
-        "train": lambda model: None,
-        "validate": lambda model: 1.0,
-    }
-
-
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """In a folder of its own, with a compiler that starts at once, and loggers as they were."""
@@ -81,10 +72,13 @@ def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    handlers, level, threads = list(root.handlers), root.level, torch.get_num_threads()
+    isa = fusereg.cpu.instruction_set()
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+    torch.set_num_threads(threads)
+    fusereg.cpu.set_instruction_set(isa)
 
 
 def lacking(before: str) -> list[str]:
@@ -98,34 +92,32 @@ def lacking(before: str) -> list[str]:
 WITH_EXAMPLES = [page for page in PAGES if page.is_file() and examples(page)]
 
 
-@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda p: p.name)
-def test_the_examples_run(page: Path, quiet: None) -> None:
-    names: dict[str, Any] = {"__name__": "__main__"}
-    if page.name == "README.md":
-        names.update(readme_names())
-    left_out = []
-    for line, code, before in examples(page):
-        if before.strip() == RANKS:
-            continue
-        if missing := lacking(before):
-            left_out.append(f"line {line} needs {', '.join(missing)}")
-            continue
-        # Line numbers of the page, for tracebacks.
-        exec(compile("\n" * line + code, str(page), "exec"), names)
-    if left_out:
-        pytest.skip(f"{page.name}: {'; '.join(left_out)}")
+def of_all_pages(ranks: bool) -> list[Any]:
+    return [
+        pytest.param(page, line, code, before, id=f"{page.name}:{line}")
+        for page in WITH_EXAMPLES
+        for line, code, before in examples(page)
+        if (before.strip() == RANKS) is ranks
+    ]
 
 
-def of_ranks() -> list[Path]:
-    return [p for p in WITH_EXAMPLES if any(b.strip() == RANKS for _, _, b in examples(p))]
+@pytest.mark.parametrize(("page", "line", "code", "before"), of_all_pages(ranks=False))
+def test_each_example_runs_by_itself(
+    page: Path, line: int, code: str, before: str, quiet: None
+) -> None:
+    if missing := lacking(before):
+        pytest.skip(f"needs {', '.join(missing)}")
+    # Line numbers of the page, for tracebacks.
+    exec(compile("\n" * line + code, str(page), "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", of_ranks(), ids=lambda p: p.name)
-def test_the_examples_for_several_processes_run(page: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("page", "line", "code", "before"), of_all_pages(ranks=True))
+def test_each_example_for_several_processes_runs_by_itself(
+    page: Path, line: int, code: str, before: str, tmp_path: Path
+) -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this torch has no torch.distributed with gloo")
-    code = "\n".join(c for _, c, before in examples(page) if before.strip() == RANKS)
     (tmp_path / "page.py").write_text(code, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
