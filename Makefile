@@ -229,6 +229,8 @@ docs:
 	@$(VENV)/bin/python docs/scripts/support.py
 	@$(call say,the table of differences from torch)
 	@$(VENV)/bin/python docs/scripts/databases.py
+	@$(call say,the notebooks)
+	@$(VENV)/bin/python docs/scripts/notebooks.py
 	@$(call say,the site in build/site/index.html)
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 	@for browser in chromium chromium-browser google-chrome; do \

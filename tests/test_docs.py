@@ -29,6 +29,7 @@ from ops import FUNCTIONS, by_name
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+NOTEBOOKS = sorted(DOCS.glob("notebooks/*.ipynb"))
 #: Comments in front of an example.
 NEEDS = re.compile(r"<!-- needs: ([\w., ]+) -->")
 RANKS = "<!-- ranks: 2 -->"
@@ -148,6 +149,73 @@ def test_examples_are_found_with_what_stands_before_them(tmp_path: Path) -> None
     assert examples(page) == [(3, "x = 1\n", "# A"), (12, "y = 2\n", "<!-- needs: lightning -->")]
     assert lacking("<!-- needs: no_such_package, sys -->") == ["no_such_package"]
     assert lacking("text") == []
+
+
+# --- notebooks ------------------------------------------------------------------------------------
+
+
+def cells(notebook: Path, kind: str) -> list[dict[str, Any]]:
+    found = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in found if cell["cell_type"] == kind]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_run(notebook: Path, quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    pytest.importorskip("sklearn")
+    if notebook.stem == "compact":
+        pytest.importorskip("torch_pruning")
+    if notebook.stem == "augment":
+        pytest.importorskip("PIL")
+    plt.switch_backend("agg")
+    shown: list[int] = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(len(plt.get_fignums())))
+    code = "\n".join("".join(cell["source"]) for cell in cells(notebook, "code"))
+    exec(compile(code, str(notebook), "exec"), {"__name__": "__main__"})
+    plt.close("all")
+    stored = [o for cell in cells(notebook, "code") for o in cell["outputs"]]
+    pictures = [o for o in stored if "image/png" in o.get("data", {})]
+    assert len(pictures) == len(shown) > 0, "run: python docs/scripts/notebooks.py"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_stored_as_they_ran(notebook: Path) -> None:
+    """From the first cell to the last, without an error or a warning, and small."""
+    code = cells(notebook, "code")
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert {output.get("name") for output in outputs} <= {None, "stdout"}
+    assert "error" not in {output["output_type"] for output in outputs}
+    assert notebook.stat().st_size < 500_000
+
+
+# --- versions -------------------------------------------------------------------------------------
+
+
+def test_the_page_of_compatibility_has_the_versions_of_the_build_files() -> None:
+    page = (DOCS / "compatibility.md").read_text(encoding="utf-8")
+    (torch_version,) = re.findall(
+        r"^torch==(\S+)", (ROOT / "constraints.txt").read_text("utf-8"), re.M
+    )
+    (standin,) = re.findall(
+        r"^STANDIN_TORCH \?= (\S+)", (ROOT / "Makefile").read_text("utf-8"), re.M
+    )
+    assert f"{torch_version}, the CPU build, on each change" in page
+    assert f"{standin}, a CUDA build, on a stand-in device" in page
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"torch>={page.split("| torch | ")[1].split()[0]}"' in project
+    rows = re.findall(r"^\| ([\w, -]+) \| ([\d., with]+) \| .* \| `make", page, re.M)
+    pairs = [
+        pair
+        for names, versions in rows
+        for pair in zip(
+            re.split(r", | with ", names), re.split(r", | with ", versions), strict=True
+        )
+    ]
+    assert len(pairs) >= 11
+    for name, version in pairs:
+        asked = {"ignite": "pytorch-ignite"}.get(name.lower(), name.lower())
+        assert re.search(rf'"{asked}>={re.escape(version)}[",]', project), (name, version)
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -290,9 +358,11 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", t.lower()).strip()) for t in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    if page in NOTEBOOKS:
+        text = "\n".join("".join(cell["source"]) for cell in cells(page, "markdown"))
     broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"https?:|mailto:", target):
@@ -307,7 +377,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     named = set(re.findall(r"(\S+\.md)$", text, flags=re.M))
-    assert named == {p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")}
+    pages = {*DOCS.rglob("*.md"), *(path.with_suffix(".md") for path in NOTEBOOKS)}
+    assert named == {page.relative_to(DOCS).as_posix() for page in pages}
 
 
 def test_pictures_are_used_and_small() -> None:
