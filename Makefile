@@ -227,6 +227,8 @@ docs:
 	@$(call say,tables of measured times, and of what is supported by trying it)
 	@$(VENV)/bin/python docs/scripts/tables.py
 	@$(VENV)/bin/python docs/scripts/support.py
+	@$(call say,tables of arguments)
+	@$(VENV)/bin/python docs/scripts/arguments.py
 	@$(call say,the table of differences from torch)
 	@$(VENV)/bin/python docs/scripts/databases.py
 	@$(call say,the notebooks)

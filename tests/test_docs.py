@@ -228,6 +228,18 @@ def test_measured_tables_are_those_of_the_results() -> None:
     assert not stale, f"run: make docs ({', '.join(p.name for p in stale)})"
 
 
+def test_tables_of_arguments_are_those_of_signatures_and_docstrings() -> None:
+    arguments = script("arguments")
+    stale = arguments.out_of_date()
+    assert not stale, f"run: python docs/scripts/arguments.py ({', '.join(p.name for p in stale)})"
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = {name for _, name, _ in arguments.PLACE.findall(text)}
+    assert named == {"fusereg.augment.Augment", "fusereg.WeightPenalty", "fusereg.EarlyStopping"}
+    made = arguments.renewed("<!-- arguments: fusereg.WeightPenalty -->\n<!-- end arguments -->")
+    assert "| `l1`, `l2`, `group` | `0.0` | strengths >= 0" in made
+    assert arguments.renewed(made.replace("strengths >= 0", "weights")) == made
+
+
 def test_a_measured_table_that_was_changed_by_hand_is_found_out() -> None:
     tables = script("tables")
     rows = tables.load()
