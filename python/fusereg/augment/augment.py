@@ -82,7 +82,7 @@ class Augment(Chain):
         degrees: the range of the rotation: a number d is (-d, d).
         scale: zoom factors (from, to), or (from, to, from, to) for x and y separately.
         translate: the largest shift (x, y) as fractions of width and height; a number is both.
-        shear: range of the angle in degrees: a number a is (-a, a) along x; four numbers: x, then y.
+        shear: range of the angle: a number a is (-a, a) degrees along x; four numbers: x, then y.
         hflip: probability of a horizontal flip.
         vflip: probability of a vertical flip.
         crop: "random": a window of ``size`` at a random place (a smaller image is placed anywhere
@@ -106,7 +106,7 @@ class Augment(Chain):
         mix: "mixup" (alpha 0.2), "cutmix" (alpha 1) or :class:`Mix`.
         mean: mean of each channel, of images in [0, 1]; given together with ``std``.
         std: standard deviation of each channel, positive.
-        out_dtype: dtype of the result; default: that of the images, and float32 in [0, 1] for uint8.
+        out_dtype: dtype of the result; default: that of the images; float32 in [0, 1] for uint8.
         memory_format: torch.contiguous_format or torch.channels_last; default: that of the images.
         seed: 64 bits; default: from torch's generator, and another one on each rank.
         crop_scale: range of the window's share of the image's area, for "resized".
