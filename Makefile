@@ -262,8 +262,12 @@ docs:
 	@$(call say,tables of measured times, and of what is supported by trying it)
 	@$(VENV)/bin/python docs/scripts/tables.py
 	@$(VENV)/bin/python docs/scripts/support.py
+	@$(call say,tables of arguments)
+	@$(VENV)/bin/python docs/scripts/arguments.py
 	@$(call say,the table of differences from torch)
 	@$(VENV)/bin/python docs/scripts/databases.py
+	@$(call say,the notebooks)
+	@$(VENV)/bin/python docs/scripts/notebooks.py
 	@$(call say,the site in build/site/index.html)
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 	@for browser in chromium chromium-browser google-chrome; do \

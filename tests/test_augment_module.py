@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import pickle
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -492,13 +491,7 @@ def test_bad_calls(call: Any, text: str) -> None:
         call(everything())
 
 
-def test_the_readmes_example() -> None:
-    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Augment(" in c]
-    names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)
-    assert names["x"].shape == (8, 3, 192, 192)
-    assert isinstance(names["mixed"], MixedLabels)
+def test_the_page_shows_the_plan_of_a_composition() -> None:
     chain: list[Any] = [
         RandomResizedCrop(192),
         RandomHorizontalFlip(),

@@ -20,6 +20,7 @@ import torch
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.legend import Legend
 from matplotlib.text import Text
 from rich.console import Console
 from torch import Tensor, nn
@@ -70,7 +71,16 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small(folder: Path) -> DataSet:
-    return demo_data.load([folder])
+    return with_validation(demo_data.load([folder]))
+
+
+def with_validation(data: DataSet) -> DataSet:
+    """Return the data with validation images beside all of its training images."""
+    made = digits(50, data.height, data.width, seed=3)
+    other = demo_data._data_set("made", made, made)
+    return dataclasses.replace(
+        data, validation_images=other.train_images, validation_labels=other.train_labels
+    )
 
 
 # --- reading ---
@@ -441,8 +451,10 @@ def misplaced_texts(figure: Figure) -> list[str]:
             for text in axes.findobj(Text):
                 drawn.pop(id(text), None)
     boxes = [(t.get_text(), t.get_window_extent()) for t in drawn.values() if t.get_text().strip()]
+    legends = [legend.get_window_extent() for legend in figure.findobj(Legend)]
     inner = figure.bbox.padded(-4.0)
-    found = [name for name, b in boxes if not (inner.contains(*b.min) and inner.contains(*b.max))]
+    placed = [*boxes, *(("a legend", box) for box in legends)]
+    found = [name for name, b in placed if not (inner.contains(*b.min) and inner.contains(*b.max))]
     for (name, box), (other, second) in itertools.combinations(boxes, 2):
         # A pixel of overlap is line spacing.
         if box.padded(-1.0).overlaps(second.padded(-1.0)):
@@ -454,7 +466,9 @@ def misplaced_texts(figure: Figure) -> list[str]:
 def all_results(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[train.Result], DataSet]:
     """Train every technique for two epochs on digits of 28 x 28 pixels."""
     images, labels = digits(100, 28, 28)
-    data = demo_data._data_set("made", (images, labels), (images[:50], labels[:50]))
+    data = with_validation(
+        demo_data._data_set("made", (images, labels), (images[:50], labels[:50]))
+    )
     return [train.train_pair(t, data, epochs=2, seed=1) for t in techniques.TECHNIQUES], data
 
 
@@ -465,6 +479,70 @@ def test_no_text_of_a_picture_is_cut_or_overlaps(
     results, data = all_results
     for name, figure in plots.figures(results[-rows:] if rows else results, data).items():
         assert misplaced_texts(figure) == [], name
+
+
+def test_every_technique_has_a_color_and_marker_of_its_own(
+    all_results: tuple[list[train.Result], DataSet],
+) -> None:
+    results, data = all_results
+    looks = [plots.style_of(result) for result in results]
+    assert len(set(looks)) == len(results)
+    assert [plots.style_of(result) for result in results[-2:]] == looks[-2:]
+    drawn = plots.accuracy(results, data).axes[0].get_lines()
+    ends = {(line.get_color(), line.get_marker()) for line in drawn if line.get_marker() != "None"}
+    assert ends == set(looks)
+    for axes, look in zip(plots.loss_curves(results).axes, looks, strict=False):
+        (line,) = [li for li in axes.get_lines() if li.get_label() == "test images, fusereg"]
+        assert (line.get_color(), line.get_marker()) == look
+
+
+def test_texts_are_readable_at_half_size(
+    all_results: tuple[list[train.Result], DataSet],
+) -> None:
+    """Pictures have 150 pixels an inch: 9 points are 19 pixels, and 9 where a page halves them."""
+    results, data = all_results
+    for name, figure in plots.figures(results, data).items():
+        texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+        assert min(float(t.get_fontsize()) for t in texts) >= 9, name
+
+
+def test_early_stopping_watches_neither_training_nor_test_images(small: DataSet) -> None:
+    (technique,) = techniques.choose(["early_stopping"])
+    seen: list[float] = []
+
+    class Watching(techniques.EarlyStopping):
+        def stop(self, epoch: int, loss: float) -> bool:
+            seen.append(loss)
+            return super().stop(epoch, loss)
+
+    watching = dataclasses.replace(technique, fused=Watching)
+    result = train.train_pair(watching, small, epochs=3, seed=1, baseline=False)
+    epochs = result.fused.epochs
+    assert seen == [epoch.validation_loss for epoch in epochs]
+    assert not set(seen) & {loss for e in epochs for loss in (e.test_loss, e.train_loss)}
+
+
+def test_held_out_images_are_a_fifth_of_each_label_and_of_nothing_else(folder: Path) -> None:
+    whole = demo_data.load([folder])
+    data = demo_data.hold_out(whole)
+    assert torch.bincount(data.validation_labels).tolist() == [4] * 10
+    assert torch.bincount(data.train_labels).tolist() == [16] * 10
+    both = torch.cat([data.train_images, data.validation_images])
+    assert torch.equal(both.sum(1).sort().values, whole.train_images.sum(1).sort().values)
+    assert torch.equal(data.test_images, whole.test_images)
+    with pytest.raises(InputError, match="too few to keep a fifth of each label for validation"):
+        demo_data.hold_out(demo_data.first_of_each(whole, 2, 1))
+
+
+def test_the_row_everything_is_everything() -> None:
+    (technique,) = techniques.choose(["everything"])
+    for whole, parts in (
+        (technique.fused, "BatchNorm Penalty Augmentation EarlyStopping"),
+        (technique.plain, "PlainBatchNorm PlainPenalty PlainAugmentation PlainEarlyStopping"),
+    ):
+        assert isinstance(whole, type)
+        assert all(issubclass(whole, getattr(techniques, part)) for part in parts.split())
+    assert {"l1", "l2", "p", "patience"} <= set(technique.settings)
 
 
 def test_the_check_finds_cut_and_overlapping_text() -> None:
@@ -530,8 +608,9 @@ def test_demo_from_end_to_end(
         "source": str(folder),
         "height": 9,
         "width": 8,
-        "train_images": 200,
+        "train_images": 160,
         "test_images": 50,
+        "validation_images": 40,
     }
     assert content["machine"]["versions"]["torch"] == torch.__version__
     assert content["problems"] == []
@@ -543,7 +622,9 @@ def test_demo_from_end_to_end(
             made = entry[provider]
             assert len(made["epochs"]) == 3
             assert made["stopped_epoch"] is None
-            assert (made["restored_epoch"] is None) == (entry["name"] != "early_stopping")
+            assert (made["restored_epoch"] is None) == (
+                entry["name"] not in ("early_stopping", "everything")
+            )
             assert 0 <= made["test_accuracy"] <= 1
             assert made["gap"] == pytest.approx(made["train_accuracy"] - made["test_accuracy"])
             assert made["seconds_per_epoch"] > 0

@@ -1,8 +1,7 @@
 """What the documents say is so: examples run, tables are made from results, links lead somewhere.
 
-A page's Python examples run one after the other in one namespace, as a reader would type them;
-those for several processes run under torchrun. README's use `batches`, `train` and `validate`,
-which are given here.
+Each Python example runs by itself, as if pasted into a new session in an empty folder; those for
+several processes run under torchrun. Notebooks run as the scripts they are written as.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from ops import FUNCTIONS, by_name
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+NOTEBOOKS = sorted(DOCS.glob("notebooks/*.ipynb"))
 #: Comments in front of an example.
 NEEDS = re.compile(r"<!-- needs: ([\w., ]+) -->")
 RANKS = "<!-- ranks: 2 -->"
@@ -66,14 +66,6 @@ def script(name: str) -> types.ModuleType:
 # --- examples -------------------------------------------------------------------------------------
 
 
-def readme_names() -> dict[str, Any]:
-    return {
-        "batches": [(torch.randn(16, 784), torch.randint(0, 10, (16,))) for _ in range(3)],
-        "train": lambda model: None,
-        "validate": lambda model: 1.0,
-    }
-
-
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """In a folder of its own, with a compiler that starts at once, and loggers as they were."""
@@ -81,10 +73,13 @@ def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    handlers, level, threads = list(root.handlers), root.level, torch.get_num_threads()
+    isa = fusereg.cpu.instruction_set()
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+    torch.set_num_threads(threads)
+    fusereg.cpu.set_instruction_set(isa)
 
 
 def lacking(before: str) -> list[str]:
@@ -98,34 +93,32 @@ def lacking(before: str) -> list[str]:
 WITH_EXAMPLES = [page for page in PAGES if page.is_file() and examples(page)]
 
 
-@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda p: p.name)
-def test_the_examples_run(page: Path, quiet: None) -> None:
-    names: dict[str, Any] = {"__name__": "__main__"}
-    if page.name == "README.md":
-        names.update(readme_names())
-    left_out = []
-    for line, code, before in examples(page):
-        if before.strip() == RANKS:
-            continue
-        if missing := lacking(before):
-            left_out.append(f"line {line} needs {', '.join(missing)}")
-            continue
-        # Line numbers of the page, for tracebacks.
-        exec(compile("\n" * line + code, str(page), "exec"), names)
-    if left_out:
-        pytest.skip(f"{page.name}: {'; '.join(left_out)}")
+def of_all_pages(ranks: bool) -> list[Any]:
+    return [
+        pytest.param(page, line, code, before, id=f"{page.name}:{line}")
+        for page in WITH_EXAMPLES
+        for line, code, before in examples(page)
+        if (before.strip() == RANKS) is ranks
+    ]
 
 
-def of_ranks() -> list[Path]:
-    return [p for p in WITH_EXAMPLES if any(b.strip() == RANKS for _, _, b in examples(p))]
+@pytest.mark.parametrize(("page", "line", "code", "before"), of_all_pages(ranks=False))
+def test_each_example_runs_by_itself(
+    page: Path, line: int, code: str, before: str, quiet: None
+) -> None:
+    if missing := lacking(before):
+        pytest.skip(f"needs {', '.join(missing)}")
+    # Line numbers of the page, for tracebacks.
+    exec(compile("\n" * line + code, str(page), "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", of_ranks(), ids=lambda p: p.name)
-def test_the_examples_for_several_processes_run(page: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("page", "line", "code", "before"), of_all_pages(ranks=True))
+def test_each_example_for_several_processes_runs_by_itself(
+    page: Path, line: int, code: str, before: str, tmp_path: Path
+) -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this torch has no torch.distributed with gloo")
-    code = "\n".join(c for _, c, before in examples(page) if before.strip() == RANKS)
     (tmp_path / "page.py").write_text(code, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
@@ -158,6 +151,73 @@ def test_examples_are_found_with_what_stands_before_them(tmp_path: Path) -> None
     assert lacking("text") == []
 
 
+# --- notebooks ------------------------------------------------------------------------------------
+
+
+def cells(notebook: Path, kind: str) -> list[dict[str, Any]]:
+    found = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in found if cell["cell_type"] == kind]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_run(notebook: Path, quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    pytest.importorskip("sklearn")
+    if notebook.stem == "compact":
+        pytest.importorskip("torch_pruning")
+    if notebook.stem == "augment":
+        pytest.importorskip("PIL")
+    plt.switch_backend("agg")
+    shown: list[int] = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(len(plt.get_fignums())))
+    code = "\n".join("".join(cell["source"]) for cell in cells(notebook, "code"))
+    exec(compile(code, str(notebook), "exec"), {"__name__": "__main__"})
+    plt.close("all")
+    stored = [o for cell in cells(notebook, "code") for o in cell["outputs"]]
+    pictures = [o for o in stored if "image/png" in o.get("data", {})]
+    assert len(pictures) == len(shown) > 0, "run: python docs/scripts/notebooks.py"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_stored_as_they_ran(notebook: Path) -> None:
+    """From the first cell to the last, without an error or a warning, and small."""
+    code = cells(notebook, "code")
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert {output.get("name") for output in outputs} <= {None, "stdout"}
+    assert "error" not in {output["output_type"] for output in outputs}
+    assert notebook.stat().st_size < 500_000
+
+
+# --- versions -------------------------------------------------------------------------------------
+
+
+def test_the_page_of_compatibility_has_the_versions_of_the_build_files() -> None:
+    page = (DOCS / "compatibility.md").read_text(encoding="utf-8")
+    (torch_version,) = re.findall(
+        r"^torch==(\S+)", (ROOT / "constraints.txt").read_text("utf-8"), re.M
+    )
+    (standin,) = re.findall(
+        r"^STANDIN_TORCH \?= (\S+)", (ROOT / "Makefile").read_text("utf-8"), re.M
+    )
+    assert f"{torch_version}, the CPU build, on each change" in page
+    assert f"{standin}, a CUDA build, on a stand-in device" in page
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"torch>={page.split("| torch | ")[1].split()[0]}"' in project
+    rows = re.findall(r"^\| ([\w, -]+) \| ([\d., with]+) \| .* \| `make", page, re.M)
+    pairs = [
+        pair
+        for names, versions in rows
+        for pair in zip(
+            re.split(r", | with ", names), re.split(r", | with ", versions), strict=True
+        )
+    ]
+    assert len(pairs) >= 11
+    for name, version in pairs:
+        asked = {"ignite": "pytorch-ignite"}.get(name.lower(), name.lower())
+        assert re.search(rf'"{asked}>={re.escape(version)}[",]', project), (name, version)
+
+
 # --- tables ---------------------------------------------------------------------------------------
 
 
@@ -166,6 +226,18 @@ def test_measured_tables_are_those_of_the_results() -> None:
         pytest.skip("no measured results beside these tests")
     stale = script("tables").out_of_date()
     assert not stale, f"run: make docs ({', '.join(p.name for p in stale)})"
+
+
+def test_tables_of_arguments_are_those_of_signatures_and_docstrings() -> None:
+    arguments = script("arguments")
+    stale = arguments.out_of_date()
+    assert not stale, f"run: python docs/scripts/arguments.py ({', '.join(p.name for p in stale)})"
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = {name for _, name, _ in arguments.PLACE.findall(text)}
+    assert named == {"fusereg.augment.Augment", "fusereg.WeightPenalty", "fusereg.EarlyStopping"}
+    made = arguments.renewed("<!-- arguments: fusereg.WeightPenalty -->\n<!-- end arguments -->")
+    assert "| `l1`, `l2`, `group` | `0.0` | strengths >= 0" in made
+    assert arguments.renewed(made.replace("strengths >= 0", "weights")) == made
 
 
 def test_a_measured_table_that_was_changed_by_hand_is_found_out() -> None:
@@ -298,9 +370,11 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", t.lower()).strip()) for t in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    if page in NOTEBOOKS:
+        text = "\n".join("".join(cell["source"]) for cell in cells(page, "markdown"))
     broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"https?:|mailto:", target):
@@ -315,7 +389,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     named = set(re.findall(r"(\S+\.md)$", text, flags=re.M))
-    assert named == {p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")}
+    pages = {*DOCS.rglob("*.md"), *(path.with_suffix(".md") for path in NOTEBOOKS)}
+    assert named == {page.relative_to(DOCS).as_posix() for page in pages}
 
 
 def test_pictures_are_used_and_small() -> None:

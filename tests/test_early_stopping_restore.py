@@ -20,7 +20,6 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-import fusereg
 from fusereg import EarlyStopping
 from fusereg.core import snapshot as snapshots
 from fusereg.early_stopping import CheckpointError
@@ -622,27 +621,6 @@ def test_a_loaded_state_is_a_copy() -> None:
     third = EarlyStopping(other, patience=2)
     third.load_state_dict(first.state_dict(snapshot=False))
     assert (third.best_epoch, third.restore()) == (0, None)
-
-
-def test_the_example_in_the_readme_runs() -> None:
-    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    (code,) = [c for c in blocks if "EarlyStopping(" in c]
-    trained: list[int] = []
-
-    def train_one(model: nn.Module) -> None:
-        fill(model, len(trained))
-        trained.append(len(trained))
-
-    names: dict[str, Any] = {
-        "fusereg": fusereg,
-        "model": nn.Linear(8, 1),
-        "train": train_one,
-        "validate": lambda model: abs(trained[-1] - 3.0),
-    }
-    exec(compile(code, "README.md", "exec"), names)
-    assert trained == list(range(9)), "the best is epoch 3, and the fifth check without a gain is 8"
-    assert holds(names["model"], 3)
 
 
 @pytest.mark.gpu

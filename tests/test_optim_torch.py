@@ -470,7 +470,7 @@ def expanded() -> list[Tensor]:
     [
         (complex_parameter, "complex"),
         (overlapping, r"params\[0\] and params\[1\] share memory"),
-        (expanded, r"params\[0\] has several elements that are one in memory"),
+        (expanded, r"params\[0\] has several elements at one place in memory"),
     ],
 )
 def test_what_cannot_be_stepped_is_named(

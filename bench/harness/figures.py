@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusereg.cli.output import write_atomically
+from fusereg.core.pictures import STYLE_COLORS as COLORS
+from fusereg.core.pictures import Style, styles
 
 from .. import SUITES
 from . import machine as machine_facts
@@ -22,18 +24,9 @@ from .cases import COPY, EAGER, OWN, Row, cases_of, own_row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colors and four more, readable on white and on black. Their number and that of
-# the markers have no common divisor: cycling through both gives each pair once.
-COLORS = (
-    "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D3B", "#7B61C9",
-    "#C2185B", "#7A9A01",
-)  # fmt: skip
-MARKERS = ("o", "s", "^", "D", "v", "<", ">", "p", "h", "P", "X")
 # Inks that no color above equals: the page's style sheet has them as variables.
 INK, MUTED, LINE, PAPER = "#101112", "#6d6e6f", "#dcdddf", "#fefefd"
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--paper)"}
-
-Style = tuple[str, str]
 
 #: Color and marker of the providers that many suites have.
 PROVIDERS: dict[str, Style] = {
@@ -46,23 +39,6 @@ PROVIDERS: dict[str, Style] = {
 }
 #: Percent of a copy that a kernel should reach.
 GOAL = 85.0
-
-
-def styles(names: Iterable[str], fixed: Mapping[str, Style] | None = None) -> dict[str, Style]:
-    """Return a color and a marker for each name, no two names with the same color and marker.
-
-    Args:
-        names: What is drawn.
-        fixed: Styles of some names, which no other name gets.
-    """
-    found = dict(fixed or {})
-    taken = set(found.values())
-    pairs = zip(COLORS * len(MARKERS), MARKERS * len(COLORS), strict=True)
-    spare = (pair for pair in pairs if pair not in taken)
-    for name in names:
-        if name not in found:
-            found[name] = next(spare)
-    return found
 
 
 def _figure(

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 import fusereg
 from fusereg import functional as F
 from fusereg.bench import SUITES
-from fusereg.bench.harness.figures import styles
 from fusereg.core import pictures as style
-from fusereg.core.pictures import COLORS, FUSED_COLOR, GRAY, PLAIN_COLOR, png, tidy
+from fusereg.core.pictures import COLORS, FUSED_COLOR, GRAY, PLAIN_COLOR, png, styles, tidy
 
 new_figure = partial(style.new_figure, layout=None)
 

@@ -1,4 +1,4 @@
-"""What mkdocs calls while it builds the site: formulas become MathML, which browsers draw.
+"""What mkdocs calls while it builds the site: formulas become MathML, notebooks become pages.
 
 Formulas are LaTeX: in the pages as GitHub takes it (``$x$`` within a line, a block between lines
 of ``$$``), in docstrings as torch writes it (``:math:`x```, ``.. math::``).
@@ -6,15 +6,21 @@ of ``$$``), in docstrings as torch writes it (``:math:`x```, ``.. math::``).
 
 import importlib
 import inspect
+import posixpath
 import re
 import textwrap
 from typing import Any
 
 import griffe
+import nbformat
 from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
 
 BLOCK = re.compile(r"^\$\$\n(.+?)\n\$\$$", re.M | re.S)
 INLINE = re.compile(r"(?<![\\$\w`])\$(?![\s$])([^$\n`]+?)(?<![\s\\])\$(?![\w$])")
+NOTEBOOK = re.compile(r"(\]\([^)\s]*)\.ipynb\)")
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.M | re.S)
 
 # In a docstring: a block ends where its indentation does.
@@ -34,8 +40,23 @@ def formula(latex: str, *, block: bool) -> str:
     return f'<div class="formula">{markup}</div>' if block else f"<span>{markup}</span>"
 
 
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add a page for each notebook, with its outputs as they are stored."""
+    for file in [f for f in files if f.src_uri.endswith(".ipynb")]:
+        folder, name = posixpath.split(file.src_uri)
+        stem = name.removesuffix(".ipynb")
+        notebook = nbformat.reads(file.content_string, 4)
+        body, made = MarkdownExporter().from_notebook_node(notebook, {"unique_key": stem})
+        body = body.replace("![png](", "![Drawn by the code above](")
+        body += f'\n<a href="{name}" download>Download this notebook</a>\n'
+        for path, content in {f"{stem}.md": body, **made["outputs"]}.items():
+            files.append(File.generated(config, posixpath.join(folder, path), content=content))
+    return files
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the formulas of a page, but for those in code."""
+    """Replace the formulas of a page, but for those in code, and links to notebooks."""
+    markdown = NOTEBOOK.sub(r"\1.md)", markdown)
     markdown = BLOCK.sub(lambda m: formula(m[1], block=True), markdown)
     parts = CODE.split(markdown)
     parts[::2] = [INLINE.sub(lambda m: formula(m[1], block=False), part) for part in parts[::2]]

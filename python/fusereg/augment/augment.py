@@ -82,7 +82,7 @@ class Augment(Chain):
         degrees: the range of the rotation: a number d is (-d, d).
         scale: zoom factors (from, to), or (from, to, from, to) for x and y separately.
         translate: the largest shift (x, y) as fractions of width and height; a number is both.
-        shear: degrees: a number a is x from -a to a; (from, to) of x; four numbers: of x and of y.
+        shear: range of the angle: a number a is (-a, a) degrees along x; four numbers: x, then y.
         hflip: probability of a horizontal flip.
         vflip: probability of a vertical flip.
         crop: "random": a window of ``size`` at a random place (a smaller image is placed anywhere
@@ -98,19 +98,19 @@ class Augment(Chain):
             "wrap". Chains that only crop and resize read nothing outside but half-pixel margins,
             which repeat the edge.
         fill: the constant, in the images' units (0 to 255 for uint8); one number for each channel.
-        brightness: v is (1 - v, 1 + v); a factor of all values.
-        contrast: likewise; a factor of the distance to mid-gray. (torchvision takes the image's
+        brightness: range of a factor of all values; a number v is (1 - v, 1 + v).
+        contrast: likewise, a factor of the distance to mid-gray. (torchvision takes the image's
             mean, for which it reads the image twice.)
-        saturation: likewise; between gray (0) and the color (1). Images of 3 channels.
+        saturation: likewise, from gray (0) to the image's color (1) and beyond; for 3 channels.
         erase: a probability, or :class:`Erase`.
         mix: "mixup" (alpha 0.2), "cutmix" (alpha 1) or :class:`Mix`.
-        mean: of each channel, for images in [0, 1]; given together with ``std``.
-        std: of each channel, positive.
-        out_dtype: of the result. Default: that of the images, and float32 in [0, 1] for uint8.
+        mean: mean of each channel, of images in [0, 1]; given together with ``std``.
+        std: standard deviation of each channel, positive.
+        out_dtype: dtype of the result; default: that of the images; float32 in [0, 1] for uint8.
         memory_format: torch.contiguous_format or torch.channels_last; default: that of the images.
         seed: 64 bits; default: from torch's generator, and another one on each rank.
-        crop_scale: of "resized".
-        crop_ratio: of "resized".
+        crop_scale: range of the window's share of the image's area, for "resized".
+        crop_ratio: range of its width over its height, for "resized".
         compat: the library whose conventions for angles, scales and fills are used ("fusereg",
             "torchvision", "kornia", "keras"); see :mod:`fusereg.augment.conventions`.
         rules: how targets move. ``mask_fill``: the label of a mask outside the image (0), such as

@@ -82,7 +82,7 @@ def check_writable(tensor: Tensor, op: str, name: str) -> None:
     """Raise if an element of the tensor would be written more than once."""
     if not _elements_apart(tensor):
         raise ValueError(
-            f"fusereg.{op}: {name} has several elements that are one in memory (it is expanded, or "
+            f"fusereg.{op}: {name} has several elements at one place in memory (it is expanded, or "
             "windows of it overlap); clone() it before writing in place"
         )
 

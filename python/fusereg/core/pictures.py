@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -17,6 +18,32 @@ if TYPE_CHECKING:
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
 FUSED_COLOR, PLAIN_COLOR = COLORS[6], COLORS[1]
 GRAY = "#666666"
+
+# The same colors and four more, readable on white and on black, for what also has a marker. Their
+# number and that of the markers have no common divisor: cycling through both gives each pair once.
+STYLE_COLORS = (
+    "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D3B", "#7B61C9",
+    "#C2185B", "#7A9A01",
+)  # fmt: skip
+MARKERS = ("o", "s", "^", "D", "v", "<", ">", "p", "h", "P", "X")
+Style = tuple[str, str]  # color and marker
+
+
+def styles(names: Iterable[str], fixed: Mapping[str, Style] | None = None) -> dict[str, Style]:
+    """Return a color and a marker for each name, no two names with the same color and marker.
+
+    Args:
+        names: What is drawn.
+        fixed: Styles of some names, which no other name gets.
+    """
+    found = dict(fixed or {})
+    taken = set(found.values())
+    pairs = zip(STYLE_COLORS * len(MARKERS), MARKERS * len(STYLE_COLORS), strict=True)
+    spare = (pair for pair in pairs if pair not in taken)
+    for name in names:
+        if name not in found:
+            found[name] = next(spare)
+    return found
 
 
 def new_figure(

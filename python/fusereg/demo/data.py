@@ -46,7 +46,10 @@ _IDX_TYPES = {
 
 @dataclass(frozen=True)
 class DataSet:
-    """Images as float32 rows in [0, 1], labels as int64."""
+    """Images as float32 rows in [0, 1], labels as int64.
+
+    Validation images are what early stopping watches: neither trained with nor reported.
+    """
 
     source: str
     height: int
@@ -55,6 +58,8 @@ class DataSet:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    validation_images: Tensor
+    validation_labels: Tensor
 
     @property
     def pixels(self) -> int:
@@ -63,13 +68,8 @@ class DataSet:
 
     def to(self, device: torch.device) -> DataSet:
         """Return the same data on another device."""
-        return replace(
-            self,
-            train_images=self.train_images.to(device),
-            train_labels=self.train_labels.to(device),
-            test_images=self.test_images.to(device),
-            test_labels=self.test_labels.to(device),
-        )
+        parts = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **parts)
 
 
 def _data_set(source: str, train: tuple[Bytes, Bytes], test: tuple[Bytes, Bytes]) -> DataSet:
@@ -78,7 +78,27 @@ def _data_set(source: str, train: tuple[Bytes, Bytes], test: tuple[Bytes, Bytes]
         return torch.from_numpy(rows), torch.from_numpy(labels.astype(np.int64))
 
     height, width = train[0].shape[1:]
-    return DataSet(source, height, width, *tensors(*train), *tensors(*test))
+    made = tensors(*train)
+    nothing = made[0][:0], made[1][:0]  # until some are held out
+    return DataSet(source, height, width, *made, *tensors(*test), *nothing)
+
+
+def hold_out(data: DataSet) -> DataSet:
+    """Return the data with a fifth of each label's training images kept for validation."""
+    labels = data.train_labels.numpy().astype(np.uint8)
+    kept, held = (torch.from_numpy(i) for i in stratified_split(labels, 0.2))
+    if not len(held):
+        raise InputError(
+            f"{data.source}: {len(labels)} training images are too few to keep a fifth of each "
+            "label for validation"
+        )
+    return replace(
+        data,
+        train_images=data.train_images[kept],
+        train_labels=data.train_labels[kept],
+        validation_images=data.train_images[held],
+        validation_labels=data.train_labels[held],
+    )
 
 
 def stratified_split(labels: Bytes, test_share: float) -> tuple[Indices, Indices]:
@@ -274,10 +294,12 @@ def first_of_each(data: DataSet, train: int, test: int) -> DataSet:
         chosen = torch.cat(parts)
         return images[chosen], labels[chosen]
 
-    return DataSet(
-        data.source,
-        data.height,
-        data.width,
-        *pick(data.train_images, data.train_labels, train),
-        *pick(data.test_images, data.test_labels, test),
+    train_images, train_labels = pick(data.train_images, data.train_labels, train)
+    test_images, test_labels = pick(data.test_images, data.test_labels, test)
+    return replace(
+        data,
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
     )

@@ -10,15 +10,33 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fusereg.core.pictures import FUSED_COLOR, GRAY, PLAIN_COLOR, new_figure, png, tidy
+from fusereg.core.pictures import (
+    FUSED_COLOR,
+    GRAY,
+    PLAIN_COLOR,
+    Style,
+    new_figure,
+    png,
+    styles,
+    tidy,
+)
 from fusereg.demo import mosaics
 from fusereg.demo.data import DataSet
-from fusereg.demo.techniques import linear_weights
+from fusereg.demo.techniques import TECHNIQUES, linear_weights
 from fusereg.demo.train import Result, Run
 
 COLUMNS = 4  # of small panels
 
 Floats = npt.NDArray[np.float64]
+
+# Of the control; no other technique has this color.
+CONTROL: Style = ("#000000", "o")
+
+
+def style_of(result: Result) -> Style:
+    """Return a technique's color and marker: the same in every picture, whatever else is drawn."""
+    names = [technique.name for technique in TECHNIQUES]
+    return styles([*names, result.technique.name], {"none": CONTROL})[result.technique.name]
 
 
 def _converged(results: Sequence[Result]) -> list[Result]:
@@ -76,9 +94,10 @@ def loss_curves(results: Sequence[Result]) -> Figure:
         subtitle += " Plain PyTorch has the same initial weights and batches."
     if any(r.fused.restored is not None for r in results):
         subtitle += " Diamond: the epoch that early stopping restored."
-    figure = new_figure(11, 1.6 + 2.0 * _rows(results), _loss_title(results), subtitle)
+    figure = new_figure(11, 1.7 + 2.0 * _rows(results), _loss_title(results), subtitle)
     panels, control = _panels(figure, results, "epoch"), _control(results)
     for axes, result in zip(panels, results, strict=False):
+        color, marker = style_of(result)
         for what, style, name in (("train_loss", "--", "training"), ("test_loss", "-", "test")):
             if control is not None and control is not result:
                 values = _values(control.fused, what)
@@ -94,9 +113,12 @@ def loss_curves(results: Sequence[Result]) -> Figure:
             axes.plot(
                 range(1, len(values) + 1),
                 values,
-                color=FUSED_COLOR,
+                color=color,
                 linestyle=style,
                 linewidth=1.8,
+                marker=marker if name == "test" else None,
+                markevery=max(1, len(values) // 5),
+                markersize=5,
                 label=f"{name} images, fusereg",
             )
             if result.plain is not None:
@@ -106,15 +128,22 @@ def loss_curves(results: Sequence[Result]) -> Figure:
                     range(1, len(values) + 1, every),
                     values[::every],
                     linestyle="none",
-                    marker="o",
-                    markersize=4,
-                    color=PLAIN_COLOR,
-                    markerfacecolor="white",
+                    marker="x",
+                    markersize=5,
+                    color=GRAY,
                     label="PyTorch",
                 )
         back = result.fused.restored
         if back is not None:  # the model is this epoch's, whatever came after
-            axes.plot(back + 1, result.fused.last.test_loss, "D", markersize=6, color=FUSED_COLOR)
+            axes.plot(
+                back + 1,
+                result.fused.last.test_loss,
+                "D",
+                markersize=8,
+                color=color,
+                markerfacecolor="white",
+                zorder=4,
+            )
     axes = panels[0]
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -132,7 +161,12 @@ def loss_curves(results: Sequence[Result]) -> Figure:
         handles.update({line.get_label(): line for line in axes.get_lines()})
     names = [str(name) for name in handles if not str(name).startswith("_")]
     lines = [handles[name] for name in names]
-    figure.legend(lines, names, loc="outside lower center", ncols=len(names), frameon=False)
+    legend = figure.legend(
+        lines, names, loc="outside lower center", ncols=len(names), frameon=False
+    )
+    for line, name in zip(legend.get_lines(), names, strict=True):
+        if name.endswith("fusereg"):  # each panel's own color
+            line.set(color="black", marker="none")
     return figure
 
 
@@ -156,12 +190,13 @@ def accuracy(results: Sequence[Result], data: DataSet) -> Figure:
     )
     axes = figure.subplots()
     for index, result in enumerate(shown):
-        color = "black" if result is control else FUSED_COLOR
+        color, marker = style_of(result)
         end = result.fused.last
         train, test = 100 * end.train_accuracy, 100 * end.test_accuracy
         axes.plot([test, train], [index, index], color=color, linewidth=3, zorder=2)
-        axes.plot(test, index, "o", color=color, markersize=9, zorder=3)
-        axes.plot(train, index, "o", color=color, markersize=9, markerfacecolor="white", zorder=3)
+        ends = {"marker": marker, "color": color, "markersize": 9, "zorder": 3}
+        axes.plot(test, index, **ends)
+        axes.plot(train, index, markerfacecolor="white", **ends)
         axes.annotate(
             f"{100 * result.fused.gap:.1f}",
             ((train + test) / 2, index),
@@ -210,13 +245,13 @@ def weight_histograms(results: Sequence[Result]) -> Figure:
     reach = max((float(np.quantile(np.abs(v), 0.998)) for v in values), default=1.0) or 1.0
     bins = np.linspace(-reach, reach, 82).tolist()
     for axes, result, weights in zip(panels, shown, values, strict=False):
-        color = "black" if result.technique.name == "none" else FUSED_COLOR
+        color, _ = style_of(result)
         nonzero = np.clip(weights[weights != 0], -reach, reach)
         axes.hist(nonzero, bins=bins, color=color, log=True, histtype="stepfilled")
         axes.xaxis.set_major_locator(MaxNLocator(5, prune="both"))
         rms = float(np.sqrt(np.mean(weights**2)))
         note = f"{100 * result.fused.zeros:.1f} % exactly 0\nRMS {rms:.3f}"
-        axes.text(0.99, 0.97, note, transform=axes.transAxes, ha="right", va="top", size=8.5)
+        axes.text(0.99, 0.97, note, transform=axes.transAxes, ha="right", va="top", size=9)
     figure.supylabel("weights per bar (log)", size=10)
     return figure
 
@@ -260,7 +295,7 @@ def epoch_times(results: Sequence[Result]) -> Figure:
                 xytext=(6, 0),
                 textcoords="offset points",
                 va="center",
-                size=8.5,
+                size=9,
             )
     axes.set_yticks(range(len(shown)), [r.technique.label for r, _ in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)

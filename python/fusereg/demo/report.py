@@ -139,7 +139,8 @@ def _early_stopping(found: Converged) -> str | None:
     ended = len(run.epochs)
     how = f"stopped after epoch {ended}" if run.stopped else f"no reason to stop in {ended} epochs"
     text = (
-        f"Early stopping: {how}; restored epoch {run.restored + 1}, with a test loss of "
+        f"Early stopping: by the loss on the validation images, {how}; restored epoch "
+        f"{run.restored + 1}, with a test loss of "
         f"{run.last.test_loss:.3f} against {run.epochs[-1].test_loss:.3f} after its last epoch"
     )
     if "none" in found:
@@ -270,6 +271,7 @@ def as_json(
             "width": data.width,
             "train_images": len(data.train_labels),
             "test_images": len(data.test_labels),
+            "validation_images": len(data.validation_labels),
         },
         "machine": dict(machine),
         "techniques": [

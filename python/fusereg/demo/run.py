@@ -23,9 +23,10 @@ from fusereg.demo import plots, report
 from fusereg.demo.techniques import HIDDEN, Technique, choose
 from fusereg.demo.train import BATCH, LEARNING_RATE, Result, train_pair
 
-# Images of each label. So few for training that the network overfits within seconds.
-TRAIN, TEST = 150, 100
-QUICK_TRAIN, QUICK_TEST = 50, 20
+# Images of each label, for training and validation (a fifth), and for testing. So few for training
+# that the network overfits within seconds.
+TRAIN, TEST = 188, 100
+QUICK_TRAIN, QUICK_TEST = 63, 20
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,10 @@ def _load(settings: Settings) -> demo_data.DataSet:
     """Return the images to train on: all of the user's own, a part of the bundled ones."""
     data = demo_data.load(settings.data)
     if settings.quick:
-        return demo_data.first_of_each(data, QUICK_TRAIN, QUICK_TEST)
-    return data if settings.data else demo_data.first_of_each(data, TRAIN, TEST)
+        data = demo_data.first_of_each(data, QUICK_TRAIN, QUICK_TEST)
+    elif not settings.data:
+        data = demo_data.first_of_each(data, TRAIN, TEST)
+    return demo_data.hold_out(data)
 
 
 def _announcement(data: demo_data.DataSet, settings: Settings, device: torch.device) -> str:
@@ -82,7 +85,8 @@ def _announcement(data: demo_data.DataSet, settings: Settings, device: torch.dev
     return (
         f"data      {data.source}\n"
         f"images    {len(data.train_labels):,} for training, {len(data.test_labels):,} for "
-        f"testing, {data.height} x {data.width} pixels\n"
+        f"testing, {len(data.validation_labels):,} for early stopping, "
+        f"{data.height} x {data.width} pixels\n"
         f"network   {data.pixels}-{HIDDEN}-{demo_data.CLASSES}, ReLU, cross-entropy; SGD, learning "
         f"rate {LEARNING_RATE:g}, batches of {BATCH}, {settings.epochs} epochs, "
         f"seed {settings.seed}\n"

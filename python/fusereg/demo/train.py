@@ -31,6 +31,7 @@ class Epoch:
 
     train_loss: float
     test_loss: float
+    validation_loss: float
     train_accuracy: float
     test_accuracy: float
     seconds: float
@@ -167,10 +168,11 @@ def _epoch(run: Run, number: int, data: DataSet, order: Tensor) -> None:
     seconds = _train_epoch(run, data, order)
     train_loss, train_accuracy = _evaluate(run.model, data.train_images, data.train_labels)
     test_loss, test_accuracy = _evaluate(run.model, data.test_images, data.test_labels)
+    watched, _ = _evaluate(run.model, data.validation_images, data.validation_labels)
     started = time.perf_counter()
-    run.stopped = run.method.stop(number, test_loss)
+    run.stopped = run.method.stop(number, watched)
     seconds += time.perf_counter() - started
-    run.epochs.append(Epoch(train_loss, test_loss, train_accuracy, test_accuracy, seconds))
+    run.epochs.append(Epoch(train_loss, test_loss, watched, train_accuracy, test_accuracy, seconds))
 
 
 def train_pair(
