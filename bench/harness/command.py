@@ -25,7 +25,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from fusereg.cli.errors import InputError, choose
+from fusereg.cli.errors import InputError, choose, require_packages
 from fusereg.cli.output import write_atomically, write_json
 
 from .. import SUITES, collect_cases, provider_names
@@ -41,21 +41,12 @@ INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
 
 @dataclass(frozen=True)
 class Outputs:
-    """The files to write. ``folder`` gets a roofline for each device.
-
-    ``printed`` stands for JSON on standard output, where nothing else goes then.
-    """
+    """The files to write; ``printed``: JSON on standard output, where nothing else goes then."""
 
     json: Path | None
     plot: Path | None
     html: Path | None
-    folder: Path | None
     printed: bool = False
-
-    @property
-    def draws(self) -> bool:
-        """Return whether any of them needs matplotlib."""
-        return any((self.plot, self.html, self.folder))
 
 
 def choose_outputs(args: SimpleNamespace, errors: Console) -> Outputs:
@@ -77,17 +68,15 @@ def choose_outputs(args: SimpleNamespace, errors: Console) -> Outputs:
         json=None if args.read and not args.json else path(file, "report.json"),
         plot=Path(args.plot) if args.plot else None,
         html=path(args.html, "report.html"),
-        folder=Path(args.report) if args.report else None,
         printed=args.json == "-",
     )
-    if importlib.util.find_spec("matplotlib") is None:
-        how = "matplotlib: pip install 'fusereg[bench]' brings it"
-        for option in ("plot", "html"):
-            if getattr(args, option):
-                raise InputError(f"--{option} needs {how}")
-        if outputs.folder:
-            errors.print(f"the report is its JSON only; page and plots need {how}", markup=False)
-            outputs = replace(outputs, folder=None, html=None)
+    if args.plot:
+        require_packages("bench --plot", "bench", "matplotlib")
+    if args.html:
+        require_packages("bench --html", "bench", "plotly")
+    if outputs.html and importlib.util.find_spec("plotly") is None:
+        errors.print("the report is its JSON only: its page needs plotly", markup=False)
+        outputs = replace(outputs, html=None)
     for option, target in (
         ("--json", outputs.json),
         ("--plot", outputs.plot),
@@ -178,35 +167,20 @@ def _show(
         report.print_tables(console, rows, facts)
     written = [] if outputs.json is None else [outputs.json]
     measured = any(row.p50_us is not None for row in rows)
-    if outputs.draws and measured:
-        written += _draw(outputs, rows, facts, interrupted)
+    if outputs.plot and measured:
+        from . import figures
+
+        figures.write_plot(outputs.plot, rows, facts)
+        written.append(outputs.plot)
+    if outputs.html and measured:
+        from . import page
+
+        write_atomically(outputs.html, page.report(rows, facts, interrupted).encode())
+        written.append(outputs.html)
     if written:
         errors.print(f"wrote {', '.join(map(str, written))}", markup=False, soft_wrap=True)
     # A provider that cannot run here is a finding; nothing measured at all is a failure.
     return 0 if measured else 1
-
-
-def _draw(
-    outputs: Outputs, rows: list[Row], facts: dict[str, object], interrupted: bool
-) -> list[Path]:
-    """Write the plots and the page; return the files."""
-    from . import figures, page
-
-    written = []
-    if outputs.plot:
-        figures.write_plot(outputs.plot, rows, facts)
-        written.append(outputs.plot)
-    if outputs.folder:
-        for device in dict.fromkeys(row.device for row in rows):
-            figure = figures.roofline(rows, device, machine.summary(facts))
-            if figure is not None:
-                target = outputs.folder / f"roofline-{device}.png"
-                write_atomically(target, figures.png(figure))
-                written.append(target)
-    if outputs.html:
-        write_atomically(outputs.html, page.report(rows, facts, interrupted).encode())
-        written.append(outputs.html)
-    return written
 
 
 def _compare(args: SimpleNamespace, console: Console) -> int:
