@@ -29,7 +29,7 @@ PYTHON ?= python3
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -m 1 GPU)
 CUDA := $(or $(FUSEREG_CUDA),$(if $(GPU),AUTO,OFF))
 FUSEREG_ISAS ?= native
-WHEEL_PYTHONS ?= $(shell for minor in 10 11 12 13 14; do python3.$$minor -c '' 2>/dev/null && echo python3.$$minor; done)
+WHEEL_PYTHONS ?= $(foreach minor,10 11 12 13 14,$(shell python3.$(minor) -c 'print("python3.$(minor)")' 2>/dev/null))
 SCHEDULES ?= reverse random:1
 DEMO ?=
 BENCH ?= --all
@@ -255,7 +255,7 @@ wheel: $(VENV)/.tools
 wheels:
 	@rm -rf build/wheels && mkdir -p build/wheels
 	@for python in $(WHEEL_PYTHONS); do \
-	    $(MAKE) wheel PYTHON=$$python VENV="$(CURDIR)/build/venv-$$(basename $$python)" && rm dist/*.tar.gz; \
+	    "$(MAKE)" wheel PYTHON=$$python VENV="$(CURDIR)/build/venv-$$(basename $$python)" && rm dist/*.tar.gz; \
 	    $$python tests/wheel_check.py dist --torch $(firstword $(TORCH_VERSIONS)); \
 	    mv dist/*.whl build/wheels; \
 	done
