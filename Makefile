@@ -14,7 +14,8 @@
 #   make docs     the documents as a site in ./build/site, their tables made anew; each page opened in Chromium,
 #                 where it is installed
 #   make wheel    a wheel and an sdist in ./dist; `make wheel-test` installs the one wheel beside each of
-#                 TORCH_VERSIONS and builds another from the sdist where there is no torch
+#                 TORCH_VERSIONS and builds another from the sdist where there is no torch;
+#                 `make wheels` makes and tries one for each of WHEEL_PYTHONS (those that are here)
 #   make clean    removes ./build and ./dist; `make distclean` ./.venv as well
 #
 # PYTHON=python3.12 picks another Python (3.10 or newer). CUDA kernels are built where a GPU is seen,
@@ -30,6 +31,7 @@ PYTHON ?= python3
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -m 1 GPU)
 CUDA := $(or $(FUSEREG_CUDA),$(if $(GPU),AUTO,OFF))
 FUSEREG_ISAS ?= native
+WHEEL_PYTHONS ?= $(foreach minor,10 11 12 13 14,$(shell python3.$(minor) -c 'print("python3.$(minor)")' 2>/dev/null))
 SCHEDULES ?= reverse random:1
 DEMO ?=
 BENCH ?= --all
@@ -159,7 +161,7 @@ $(STANDIN)/.module: $(NATIVE) $(wildcard tests/cuda_on_host/*.* tests/standin_de
 
 # --- what one runs ----------------------------------------------------------------------------------
 
-.PHONY: demo test test-all test-slow test-schedules test-standin test-nvcc .nvcc bench lint docs wheel wheel-test clean distclean
+.PHONY: demo test test-all test-slow test-schedules test-standin test-nvcc .nvcc bench lint docs wheel wheels wheel-test clean distclean
 demo:
 	$(call ready,demo)
 	@$(VENV)/bin/fusereg demo $(DEMO)
@@ -243,6 +245,8 @@ lint:
 	$(call ready,test+lint)
 	@$(call say,ruff)
 	@ruff check . && ruff format --check .
+	@$(call say,pyproject.toml and its tables by their schemas)
+	@validate-pyproject pyproject.toml
 	@$(call say,mypy --strict)
 	@mypy
 	@$(call say,clang-format)
@@ -285,6 +289,16 @@ wheel: $(VENV)/.tools
 	@if [ "$$(uname)" = Linux ]; then $(VENV)/bin/python -m auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/*.whl; \
 	else mv build/wheel/*.whl dist; fi
 	@ls -lh dist
+
+# A wheel for each interpreter that is here, each installed beside torch and called.
+wheels:
+	@rm -rf build/wheels && mkdir -p build/wheels
+	@for python in $(WHEEL_PYTHONS); do \
+	    "$(MAKE)" wheel PYTHON=$$python VENV="$(CURDIR)/build/venv-$$(basename $$python)" && rm dist/*.tar.gz; \
+	    $$python tests/wheel_check.py dist --torch $(firstword $(TORCH_VERSIONS)); \
+	    mv dist/*.whl build/wheels; \
+	done
+	@mv build/wheels/*.whl dist && ls -lh dist
 
 # Wants some minutes and, for each torch that is not in pip's cache, its download.
 wheel-test: $(VENV)/.python

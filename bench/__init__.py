@@ -14,11 +14,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
-from fusereg.cli.errors import InputError
+from fusereg.cli.errors import choose
 
 from . import suites as _suites
 from .harness import Case, Options, Provider, Row, Settings, Workload, run_cases
-from .harness.cases import RENAMED
 from .harness.layers import PROVIDERS as LAYER_PROVIDERS
 
 __all__ = [
@@ -53,9 +52,7 @@ def load_suite(name: str) -> ModuleType:
     Raises:
         InputError: If there is no benchmark of that name.
     """
-    name = RENAMED.get(name, name)
-    if name not in SUITES:
-        raise InputError(f"no benchmark named {name!r}; there are: {', '.join(SUITES)}")
+    (name,) = choose([name], SUITES, "no benchmark")
     return importlib.import_module(f".suites.{name}", __package__)
 
 

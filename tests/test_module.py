@@ -159,7 +159,7 @@ def test_import_leaves_optional_packages_alone() -> None:
     """
     added, everything = (set(line.split()) for line in run_python(code).stdout.splitlines())
     assert "fusereg.functional" in added
-    assert everything.isdisjoint({"matplotlib", "rich", "mlxtend", "pandas", "hypothesis"})
+    assert everything.isdisjoint({"matplotlib", "rich", "typer", "mlxtend", "pandas", "hypothesis"})
     assert added.isdisjoint({"torch.distributed.tensor", "torch._inductor", "torch._dynamo"})
 
 

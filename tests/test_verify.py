@@ -18,6 +18,7 @@ from fusereg import _C
 from fusereg.augment import resize_op
 from fusereg.cli import checks, main, verify
 from fusereg.cli.checks import CheckResult, Inputs, Operation, Pairs, Place, _process, _worker
+from fusereg.cli.errors import RENAMED
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +43,7 @@ def test_every_check_passes_in_every_dtype(
 
 def test_every_room_has_operations() -> None:
     rooms = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()} - {"core"}
-    assert {verify.ALIASES.get(room, room) for room in rooms} <= set(checks.TECHNIQUES)
+    assert {RENAMED.get(room, room) for room in rooms} <= set(checks.TECHNIQUES)
     assert {operation.technique for operation in checks.OPERATIONS} == set(checks.TECHNIQUES)
     names = [operation.name for operation in checks.OPERATIONS]
     assert len(names) == len(set(names))
@@ -253,8 +254,12 @@ def test_a_worker_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "part"),
     [
         (["nothing"], "no technique named 'nothing'; there are:"),
-        (["--dtype", "int8"], "--dtype int8: there are: float64, float32,"),
-        (["--isa", "mmx"], "--isa mmx: this machine has:"),
+        (["penalty,dropout,batchnorm"], "no technique named 'batchnorm'; there are:"),
+        (["batchnorm"], "; did you mean batch_norm?"),
+        (["--dtype", ","], "--dtype: no dtype named ','"),
+        (["--device", "tpu"], "--device: no device named 'tpu'; there are: cpu"),
+        (["--dtype", "int8"], "--dtype: no dtype named 'int8'; there are: float64, float32,"),
+        (["--isa", "mmx"], "--isa: no instruction set here that is named 'mmx'; there are:"),
         (["--device", "cuda:99"], "--device cuda:99: not here"),
     ],
 )

@@ -81,13 +81,14 @@ def main() -> None:
     parse.add_argument("folder", type=Path)
     parse.add_argument("--torch", nargs="+", default=[], help="versions")
     arguments, options = parse.parse_known_args()
-    wheel, sdist = only(arguments.folder, "*.whl"), only(arguments.folder, "*.tar.gz")
+    wheel = only(arguments.folder, "*.whl")
     print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB", flush=True)
     for torch in arguments.torch:
         with tempfile.TemporaryDirectory() as folder:
             check_wheel(wheel, torch, options, Path(folder))
-    with tempfile.TemporaryDirectory() as folder:
-        check_sdist(sdist, wheel, options, Path(folder))
+    for sdist in arguments.folder.resolve().glob("*.tar.gz"):
+        with tempfile.TemporaryDirectory() as folder:
+            check_sdist(sdist, wheel, options, Path(folder))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 
+from fusereg.cli.errors import RENAMED
+
 from .timers import Call
 
 COPY = "copy"
 EAGER = "eager"
 #: The providers that are fusereg's, the one that ratios are about first.
 OWN = ("fusereg", "WeightPenalty")
-
-#: Earlier names of techniques, which commands and stored results may have.
-RENAMED = {"optimizer": "optim"}
 
 # --- what a suite provides ------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import fnmatch
 import importlib.util
 import os
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from fusereg.cli.errors import InputError
+from fusereg.cli.errors import InputError, choose, require_packages
 from fusereg.cli.output import write_atomically, write_json
 
 from .. import SUITES, collect_cases, provider_names
@@ -33,31 +34,22 @@ from . import machine, report
 from .cases import COPY, Case, Options, Row, Settings, cases_of
 from .running import run_cases
 
-ALL_DTYPES = ("float32", "bfloat16")
+ALL_DTYPES = (torch.float32, torch.bfloat16)
 DEFAULT_REPORT = "bench-report"
 INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """The files to write. ``folder`` gets a roofline for each device.
-
-    ``printed`` stands for JSON on standard output, where nothing else goes then.
-    """
+    """The files to write; ``printed``: JSON on standard output, where nothing else goes then."""
 
     json: Path | None
     plot: Path | None
     html: Path | None
-    folder: Path | None
     printed: bool = False
 
-    @property
-    def draws(self) -> bool:
-        """Return whether any of them needs matplotlib."""
-        return any((self.plot, self.html, self.folder))
 
-
-def choose_outputs(args: argparse.Namespace, errors: Console) -> Outputs:
+def choose_outputs(args: SimpleNamespace, errors: Console) -> Outputs:
     """Return the files to write.
 
     They are checked before the measurement: no run of an hour is lost to a wrong folder.
@@ -69,24 +61,22 @@ def choose_outputs(args: argparse.Namespace, errors: Console) -> Outputs:
     def path(text: str | None, name: str) -> Path | None:
         return Path(text) if text else Path(args.report) / name if args.report else None
 
-    if args.all and not args.report:
+    if args.everything and not args.report:
         args.report = DEFAULT_REPORT
     file = None if args.json == "-" else args.json
     outputs = Outputs(
         json=None if args.read and not args.json else path(file, "report.json"),
         plot=Path(args.plot) if args.plot else None,
         html=path(args.html, "report.html"),
-        folder=Path(args.report) if args.report else None,
         printed=args.json == "-",
     )
-    if importlib.util.find_spec("matplotlib") is None:
-        how = "matplotlib: pip install 'fusereg[bench]' brings it"
-        for option in ("plot", "html"):
-            if getattr(args, option):
-                raise InputError(f"--{option} needs {how}")
-        if outputs.folder:
-            errors.print(f"the report is its JSON only; page and plots need {how}", markup=False)
-            outputs = replace(outputs, folder=None, html=None)
+    if args.plot:
+        require_packages("bench --plot", "bench", "matplotlib")
+    if args.html:
+        require_packages("bench --html", "bench", "plotly")
+    if outputs.html and importlib.util.find_spec("plotly") is None:
+        errors.print("the report is its JSON only: its page needs plotly", markup=False)
+        outputs = replace(outputs, html=None)
     for option, target in (
         ("--json", outputs.json),
         ("--plot", outputs.plot),
@@ -97,7 +87,7 @@ def choose_outputs(args: argparse.Namespace, errors: Console) -> Outputs:
     return outputs
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: SimpleNamespace) -> int:
     """Run the command; return the exit status."""
     # Tables go to standard output, progress to standard error: --markdown can be redirected.
     console, errors = Console(), Console(stderr=True)
@@ -105,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         return _compare(args, console)
     if args.slower is not None:
         raise InputError("--fail-on-slower goes with --compare")
-    if args.list:
+    if args.show:
         for case in _cases(args):
             console.print(case.id, markup=False, highlight=False, soft_wrap=True)
         return 0
@@ -114,8 +104,6 @@ def run(args: argparse.Namespace) -> int:
         rows, data = report.read_json(args.read)
         return _show(args, console, errors, outputs, rows, data)
     if args.threads is not None:
-        if args.threads < 1:
-            raise InputError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     include = chooser(args.providers, suites_of(args))
     cases = _cases(args)
@@ -143,14 +131,14 @@ def run(args: argparse.Namespace) -> int:
     return INTERRUPTED if interrupted else status
 
 
-def suites_of(args: argparse.Namespace) -> list[str]:
+def suites_of(args: SimpleNamespace) -> list[str]:
     """Return the chosen techniques."""
-    return args.technique or list(SUITES)
+    return choose(args.technique, SUITES, "no benchmark")
 
 
-def _cases(args: argparse.Namespace) -> list[Case]:
-    devices = choose_devices(args.device, args.all)
-    dtypes = choose_dtypes(args.dtype, args.all)
+def _cases(args: SimpleNamespace) -> list[Case]:
+    devices = choose_devices(args.device, args.everything)
+    dtypes = choose_dtypes(args.dtype, args.everything)
     found = [
         case
         for device in devices
@@ -161,7 +149,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
 
 
 def _show(
-    args: argparse.Namespace,
+    args: SimpleNamespace,
     console: Console,
     errors: Console,
     outputs: Outputs,
@@ -173,44 +161,29 @@ def _show(
         write_json("-", document)
     elif args.markdown:
         sys.stdout.write(report.markdown(rows, facts))
-    elif args.all:
+    elif args.everything:
         report.print_overview(console, rows)
     else:
         report.print_tables(console, rows, facts)
     written = [] if outputs.json is None else [outputs.json]
     measured = any(row.p50_us is not None for row in rows)
-    if outputs.draws and measured:
-        written += _draw(outputs, rows, facts, interrupted)
+    if outputs.plot and measured:
+        from . import figures
+
+        figures.write_plot(outputs.plot, rows, facts)
+        written.append(outputs.plot)
+    if outputs.html and measured:
+        from . import page
+
+        write_atomically(outputs.html, page.report(rows, facts, interrupted).encode())
+        written.append(outputs.html)
     if written:
         errors.print(f"wrote {', '.join(map(str, written))}", markup=False, soft_wrap=True)
     # A provider that cannot run here is a finding; nothing measured at all is a failure.
     return 0 if measured else 1
 
 
-def _draw(
-    outputs: Outputs, rows: list[Row], facts: dict[str, object], interrupted: bool
-) -> list[Path]:
-    """Write the plots and the page; return the files."""
-    from . import figures, page
-
-    written = []
-    if outputs.plot:
-        figures.write_plot(outputs.plot, rows, facts)
-        written.append(outputs.plot)
-    if outputs.folder:
-        for device in dict.fromkeys(row.device for row in rows):
-            figure = figures.roofline(rows, device, machine.summary(facts))
-            if figure is not None:
-                target = outputs.folder / f"roofline-{device}.png"
-                write_atomically(target, figures.png(figure))
-                written.append(target)
-    if outputs.html:
-        write_atomically(outputs.html, page.report(rows, facts, interrupted).encode())
-        written.append(outputs.html)
-    return written
-
-
-def _compare(args: argparse.Namespace, console: Console) -> int:
+def _compare(args: SimpleNamespace, console: Console) -> int:
     """Compare two files; return 1 if --fail-on-slower says so."""
     (old_rows, old), (new_rows, new) = (report.read_json(name) for name in args.compare)
     found = comparison.compare(old_rows, new_rows)
@@ -248,17 +221,15 @@ def choose_devices(name: str, everything: bool) -> list[torch.device]:
 
 def choose_dtypes(text: str | None, everything: bool) -> tuple[torch.dtype, ...]:
     """Return the dtypes to measure."""
-    names = text.split(",") if text else (ALL_DTYPES if everything else ALL_DTYPES[:1])
-    dtypes = []
-    for name in names:
-        dtype = getattr(torch, name.strip(), None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise InputError(f"--dtype: {name.strip()!r} is not a floating-point dtype of torch")
-        dtypes.append(dtype)
-    return tuple(dtypes)
+    if text is None:
+        return ALL_DTYPES if everything else ALL_DTYPES[:1]
+    dtypes = {name: each for name, each in vars(torch).items() if isinstance(each, torch.dtype)}
+    known = [name for name, each in dtypes.items() if each.is_floating_point]
+    chosen = choose(text, known, "--dtype: no floating-point dtype")
+    return tuple(dict.fromkeys(dtypes[name] for name in chosen))
 
 
-def choose_settings(args: argparse.Namespace) -> Settings:
+def choose_settings(args: SimpleNamespace) -> Settings:
     """Return how long and how often to measure."""
     settings = (
         Settings(min_time_s=0.05, min_rounds=3, max_rounds=51, max_case_s=10.0)
@@ -266,8 +237,6 @@ def choose_settings(args: argparse.Namespace) -> Settings:
         else Settings()
     )
     min_time = settings.min_time_s if args.min_time is None else args.min_time
-    if min_time < 0:
-        raise InputError(f"--min-time must not be negative, got {min_time}")
     return replace(
         settings,
         min_time_s=min_time,
@@ -284,7 +253,10 @@ def select(cases: Sequence[Case], pattern: str | None) -> list[Case]:
     glob = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
     chosen = [case for case in cases if fnmatch.fnmatchcase(case.id, glob.lower())]
     if not chosen:
-        raise InputError(f"--only {pattern}: no case matches; --list shows them")
+        known = {part for case in cases for part in (case.id, *case.id.split("/"))}
+        close = difflib.get_close_matches(pattern.lower(), known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else "; --list shows them"
+        raise InputError(f"--only {pattern}: no case matches{hint}")
     return chosen
 
 
@@ -294,15 +266,8 @@ def chooser(names: str | None, suites: Sequence[str]) -> Callable[[str], bool]:
     Raises:
         InputError: If no provider of these techniques has one of the names.
     """
-    if not names:
-        return lambda name: True
-    wanted = {name.strip() for name in names.split(",")}
     known = dict.fromkeys([COPY, *(name for suite in suites for name in provider_names(suite))])
-    if unknown := sorted(wanted - known.keys()):
-        raise InputError(
-            f"--providers: no provider named {', '.join(map(repr, unknown))}; there are: "
-            f"{', '.join(known)}"
-        )
+    wanted = choose(names, known, "--providers: no provider")
     return lambda name: name in wanted
 
 

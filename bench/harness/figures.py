@@ -1,14 +1,9 @@
-"""The figures: the roofline of a device, a technique's speed, and percent of a copy.
-
-Figures of the page are SVGs whose inks become CSS variables, so that they follow the reader's light
-or dark scheme.
-"""
+"""Colors and markers of what is drawn, and the picture of percent of a copy."""
 
 from __future__ import annotations
 
 import io
 import math
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,16 +12,13 @@ from fusereg.cli.output import write_atomically
 from fusereg.core.pictures import STYLE_COLORS as COLORS
 from fusereg.core.pictures import Style, styles
 
-from .. import SUITES
 from . import machine as machine_facts
-from .cases import COPY, EAGER, OWN, Row, cases_of, own_row
+from .cases import COPY, EAGER, OWN, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Inks that no color above equals: the page's style sheet has them as variables.
 INK, MUTED, LINE, PAPER = "#101112", "#6d6e6f", "#dcdddf", "#fefefd"
-VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--paper)"}
 
 #: Color and marker of the providers that many suites have.
 PROVIDERS: dict[str, Style] = {
@@ -100,127 +92,6 @@ def _legend(figure: Figure, axes: Iterable[Any], columns: int = 4) -> None:
     )  # fmt: skip
     for text in legend.get_texts():
         text.set_color(INK)
-
-
-# --- roofline -------------------------------------------------------------------------------------
-
-
-def roofline(rows: Sequence[Row], device: str, caption: str = "") -> Figure | None:
-    """Draw GB/s over bytes moved: a mark for each case of fusereg, and the copies as the roof.
-
-    Returns:
-        None where nothing was measured that has a bandwidth.
-    """
-    cases = [
-        case
-        for case in cases_of(rows)
-        if case[0].device == device and case[0].bytes and not case[0].host
-    ]
-    own = [row for row in map(own_row, cases) if row is not None and row.gb_per_s]
-    if not own:
-        return None
-    dtypes = list(dict.fromkeys(row.dtype for row in own))
-    suites = list(dict.fromkeys(row.suite for row in own))
-    style = styles([*SUITES, *suites])
-    figure, grid = _figure(7.6, 1.1 + 3.3 * len(dtypes), len(dtypes), sharex=True, sharey=True)
-    axes = [axis for (axis,) in grid]
-    every = [row for case in cases for row in case if row.gb_per_s]
-    for axis, dtype in zip(axes, dtypes, strict=True):
-        here = [row for row in every if row.dtype == dtype]
-        _roof(axis, [row for row in here if row.provider == COPY])
-        eager = [row for row in here if row.provider == EAGER]
-        axis.scatter(
-            [row.bytes for row in eager], [row.gb_per_s for row in eager],
-            s=16, facecolor="none", edgecolor=MUTED, alpha=0.8, lw=0.8, label="eager torch",
-        )  # fmt: skip
-        for suite in suites:
-            marks = [row for row in own if row.dtype == dtype and row.suite == suite]
-            color, marker = style[suite]
-            axis.scatter(
-                [row.bytes for row in marks], [row.gb_per_s for row in marks],
-                s=42, color=color, edgecolor=PAPER, lw=0.8, marker=marker, label=suite, zorder=3,
-            )  # fmt: skip
-        axis.set_yscale("log")
-        _plain_numbers(axis.yaxis)
-        axis.set_ylabel("GB/s", color=INK)
-        axis.set_title(dtype, loc="left", fontsize=10.5, color=INK)
-    low = math.floor(math.log10(min(row.bytes for row in every)))
-    high = math.ceil(math.log10(max(row.bytes for row in every)))
-    places = [10.0**power for power in range(low, high + 1)]
-    _bytes_axis(axes[-1], places, [_bytes_text(place) for place in places])
-    axes[-1].set_xlabel("bytes moved, by contract", color=INK)
-    if caption:
-        text = textwrap.fill(caption, 110)
-        figure.text(0.01, -0.01, text, fontsize=7.5, color=MUTED, va="top", ha="left")
-    _legend(figure, axes)
-    return figure
-
-
-def _roof(axis: Any, copies: Sequence[Row]) -> None:
-    """Draw the copy's bandwidth: the median of those that move about as many bytes."""
-    if not copies:
-        return
-    steps: dict[float, list[float]] = {}
-    for row in sorted(copies, key=lambda row: row.bytes):
-        steps.setdefault(round(4 * math.log10(row.bytes)) / 4, []).append(row.gb_per_s or 0.0)
-    places = [10**step for step in steps]
-    heights = [sorted(values)[len(values) // 2] for values in steps.values()]
-    axis.plot(places, heights, color=INK, lw=1.6, label="copy: the roof", zorder=2)
-
-
-# --- speeds ---------------------------------------------------------------------------------------
-
-
-def speeds(rows: Sequence[Row]) -> Figure | None:
-    """Draw how many times faster than eager each provider is: a line for each kind of case."""
-    drawn = [
-        row for row in rows if row.vs_eager and row.provider not in (EAGER, COPY) and not row.failed
-    ]
-    if not drawn:
-        return None
-
-    def kind(row: Row) -> str:
-        host = ", host" if row.host else ""
-        return f"{row.op}: {row.mode}, {row.dtype}{host}"
-
-    kinds = list(dict.fromkeys(kind(row) for row in drawn))
-    providers = list(dict.fromkeys(row.provider for row in drawn))
-    providers.sort(key=lambda name: (name not in OWN, name))
-    style = styles(providers, PROVIDERS)
-    figure, ((axis,),) = _figure(7.6, 1.3 + 0.27 * len(kinds))
-    for name in reversed(providers):
-        color, marker = style[name]
-        marks = [row for row in drawn if row.provider == name]
-        axis.scatter(
-            [row.vs_eager for row in marks], [kinds.index(kind(row)) for row in marks],
-            s=40 if name in OWN else 32, color=color, marker=marker, lw=0.9, alpha=0.9,
-            edgecolor=None if marker == "x" else PAPER, label=name, zorder=3 + (name in OWN),
-        )  # fmt: skip
-    axis.axvline(1.0, color=INK, lw=1.2)
-    axis.set_xscale("log")
-    low = min(1.0, *(row.vs_eager or 1.0 for row in drawn)) / 1.35
-    high = max(1.0, *(row.vs_eager or 1.0 for row in drawn)) * 1.35
-    axis.set_xlim(low, high)
-    axis.set_xticks(_round_numbers(low, high))
-    _plain_numbers(axis.xaxis)
-    axis.minorticks_off()
-    axis.set_yticks(range(len(kinds)), kinds)
-    axis.set_ylim(len(kinds) - 0.4, -0.6)
-    axis.set_xlabel("times faster than eager torch (a mark for each shape)", color=INK)
-    _legend(figure, [axis])
-    return figure
-
-
-def _round_numbers(low: float, high: float) -> list[float]:
-    """Return at most 8 round numbers between two, for the labels of a logarithmic axis."""
-    found: list[float] = []
-    ladders = ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
-    for steps, stride in [*((steps, 1) for steps in ladders), ((1,), 2)]:
-        found = [k * 10.0**power for power in range(-6, 7, stride) for k in steps]
-        found = [value for value in found if low <= value <= high]
-        if len(found) <= 8:
-            break
-    return found
 
 
 # --- percent of a copy ----------------------------------------------------------------------------
@@ -323,29 +194,3 @@ def write_plot(path: str | Path, rows: Sequence[Row], machine: dict[str, Any]) -
     kind = Path(path).suffix.lstrip(".").lower() or "png"
     percent_of_copy(rows, machine).savefig(buffer, format=kind, dpi=150)
     write_atomically(Path(path), buffer.getvalue())
-
-
-def png(figure: Figure) -> bytes:
-    """Return a PNG of twice the usual resolution."""
-    buffer = io.BytesIO()
-    # Tight: with what lies below the axes, such as a caption.
-    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", pad_inches=0.1)
-    return buffer.getvalue()
-
-
-def svg(figure: Figure, name: str) -> str:
-    """Return an SVG element for a page; ``name`` is what a screen reader says of it."""
-    import html
-
-    from matplotlib import rc_context
-
-    buffer = io.StringIO()
-    # A salt for each figure: its ids must not be those of another one on the same page.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    for ink, variable in VARIABLES.items():
-        text = text.replace(ink, variable)
-    opening = f'<svg role="img" aria-label="{html.escape(name)}"'
-    return text.replace("<svg", opening, 1)

@@ -18,6 +18,7 @@ from .batch_norm.fold import fold_into_conv
 from .compact import compact, groups_of
 from .convert.model import convert, revert
 from .core import aliases as _aliases
+from .core import hints as _hints
 from .core.version import __version__
 from .early_stopping import EarlyStopping
 from .functional import dropout_mask
@@ -33,6 +34,7 @@ from .penalty import (
 from .run import TrainingRun
 
 _aliases.install(__name__)
+_hints.install(__name__)
 
 __all__ = [
     "AttachedPenalty",

@@ -73,6 +73,10 @@ def numbers(
 
 def probability(value: object, op: str, name: str) -> float:
     """Check that a value is a number within [0, 1]."""
+    if isinstance(value, bool):
+        raise TypeError(
+            f"fusereg.{op}: {name} must be a number, got bool; {float(value)} is {value}"
+        )
     p = number(value, op, name)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"fusereg.{op}: {name} must be within [0, 1], got {p}")
@@ -133,7 +137,7 @@ def size_pair(value: object, op: str, name: str = "size") -> tuple[int, int]:
         if len(value) not in (1, 2):
             raise ValueError(
                 f"fusereg.{op}: {name} must be an integer or (height, width), "
-                f"got {len(value)} numbers"
+                f"got {len(value)} numbers{'; pass shape[-2:]' * (len(value) in (3, 4))}"
             )
         sides = [integer(v, op, name) for v in value]
     else:
@@ -161,9 +165,10 @@ def for_channels(values: tuple[float, ...], channels: int, op: str, name: str) -
         return values * channels
     if len(values) != channels:
         wanted = "1 number" if channels == 1 else f"1 or {channels} numbers"
+        colors = "; 3 are of RGB, as recipes have them: convert the images, or pass others"
         raise ValueError(
             f"fusereg.{op}: {name} must have {wanted} for images of {channels} "
-            f"channel{'s' * (channels > 1)}, got {len(values)}"
+            f"channel{'s' * (channels > 1)}, got {len(values)}{colors * (len(values) == 3)}"
         )
     return values
 

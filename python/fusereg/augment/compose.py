@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import flag, is_sequence
+from .arguments import flag, is_sequence, size_pair
 from .chain import Chain, PassParams, Unit
 from .fuse import Pass, Plan, Stage, fuse
 from .inputs import Batch, batch_of
@@ -80,7 +80,7 @@ class Passes(Chain):
         images of several sizes have a list, with parameters for each.
         """
         keys = self._keys(n, sample_ids, epoch, view)
-        return self._drawn(keys, (int(input_size[0]), int(input_size[1])))
+        return self._drawn(keys, size_pair(input_size, "Compose", "input_size"))
 
     def forward(
         self,

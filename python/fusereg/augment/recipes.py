@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -315,7 +315,10 @@ def detection(
         chain += [v2.RandomHorizontalFlip(hflip)]
     if pair is not None and not (train and policy == "lsj"):
         chain += [_resize("Resize", FullImage(pair), "bilinear")]
-    chain += [v2.ConvertBoundingBoxFormat("XYXY"), v2.SanitizeBoundingBoxes()]
+    chain += [
+        v2.ConvertBoundingBoxFormat("XYXY"),
+        v2.SanitizeBoundingBoxes(labels_getter=_labels_of),
+    ]
     return Compose([*chain, v2.ToDtype(torch.float32, scale=True)], seed=seed, **rules)
 
 
@@ -384,6 +387,15 @@ def simclr(
 # --- parts ----------------------------------------------------------------------------------------
 
 
+def _labels_of(sample: Any) -> Any:
+    """Return the labels beside the boxes, which may have none."""
+    target = sample[1] if isinstance(sample, tuple) and len(sample) > 1 else sample
+    if isinstance(target, torch.Tensor) or not isinstance(target, Mapping):
+        return None
+    names = sorted((str(name) for name in target if "label" in str(name).lower()), key=len)
+    return target[names[0]] if names else None
+
+
 def _resize(name: str, step: Step, interpolation: str) -> Transform:
     return Transform(resize_stage(name, step, interpolation, True), 0)
 
@@ -426,6 +438,11 @@ def _policy(policy: Policy, magnitude: int, interpolation: str, mean: PerChannel
     if policy is None:
         return []
     if not isinstance(policy, str):
+        if not callable(policy):
+            hint = "; size is another argument" if isinstance(policy, int | tuple | list) else ""
+            raise TypeError(
+                f"fusereg.recipes: policy must be a name, a transform or None, got {policy!r}{hint}"
+            )
         return [policy]
     if policy in ("ra", "ta_wide", "imagenet", "cifar10", "svhn", "augmix"):
         v2 = _library("torchvision.transforms.v2", f"policy={policy!r}")
@@ -441,12 +458,19 @@ def _policy(policy: Policy, magnitude: int, interpolation: str, mean: PerChannel
     auto = _library("timm.data.auto_augment", f"policy={policy!r}")
     levels = for_channels(per_channel(mean, "recipes", "mean"), 3, "recipes", "mean")
     options = {"translate_const": 100, "img_mean": tuple(min(255, round(255 * m)) for m in levels)}
+    make = auto.auto_augment_transform
     if policy.startswith("rand"):
-        return [auto.rand_augment_transform(policy, options)]
-    if policy.startswith("augmix"):
+        make = auto.rand_augment_transform
+    elif policy.startswith("augmix"):
         options["translate_pct"] = 0.3
-        return [auto.augment_and_mix_transform(policy, options)]
-    return [auto.auto_augment_transform(policy, options)]
+        make = auto.augment_and_mix_transform
+    try:
+        return [make(policy, options)]
+    except (AssertionError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"fusereg.recipes: policy must be 'ra', 'ta_wide', 'imagenet', 'cifar10', 'svhn', "
+            f"'augmix', or a policy that timm reads, such as 'rand-m9-mstd0.5-inc1', got {policy!r}"
+        ) from error
 
 
 def _library(module: str, what: str) -> Any:

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fusereg.cli.output import add_json, write_json
+from fusereg.cli.options import Json
+from fusereg.cli.output import write_json
 
 if TYPE_CHECKING:
     from fusereg.cli.checks import CheckResult
     from fusereg.cli.machine import Machine
 
 SCHEMA = 1
-
-
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Add `info` to the command line."""
-    parser = subparsers.add_parser(
-        "info",
-        help="versions, instruction sets, CUDA, and a real call of each kernel",
-        description=(
-            "Shows versions, the instruction set that the kernels use (FUSEREG_CPU_ISA overrides "
-            "it), the CUDA build and devices, the OpenMP runtimes loaded, and calls every kernel "
-            "on every backend of this machine, each result compared with torch in float64. Exit "
-            "code 1 if a kernel fails."
-        ),
-    )
-    add_json(parser, "the same content")
 
 
 def facts(machine: Machine) -> list[tuple[str, str]]:
@@ -103,8 +88,13 @@ def _print_tables(machine: Machine, results: list[CheckResult]) -> None:
     console.print(table)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run `fusereg info`."""
+def run(json: Json = None) -> int:
+    """Show versions and devices, and call every kernel.
+
+    Tells which instruction set the kernels use (FUSEREG_CPU_ISA overrides it), the CUDA build and
+    devices and the OpenMP runtimes loaded, and calls every kernel on every backend of this machine,
+    each result compared with torch in float64. Exit code 1 if a kernel fails.
+    """
     from fusereg.cli.checks import run_checks
     from fusereg.cli.machine import read_machine
 
@@ -112,15 +102,15 @@ def run(args: argparse.Namespace) -> int:
     results = run_checks()
     machine = read_machine()
     failed = [result for result in results if not result.ok]
-    if args.json:
+    if json:
         content = {
             "schema": SCHEMA,
             "ok": not failed,
             **asdict(machine),
             "kernels": [asdict(result) for result in results],
         }
-        write_json(args.json, content)
-    if args.json == "-":
+        write_json(json, content)
+    if json == "-":
         return 1 if failed else 0
     _print_tables(machine, results)
     print(

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import sys
 from pathlib import Path
-
-
-def add_json(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add `--json [FILE]`; without a file, or with `-`, it means standard output."""
-    parser.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help=f"write {what} as JSON to FILE (none or -: print it, instead of the tables)",
-    )
 
 
 def write_json(target: str, content: object) -> None:

@@ -2,75 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
-from fusereg.cli.errors import InputError
-from fusereg.cli.output import add_json, write_json
+from typer import Option
+
+from fusereg.cli.errors import InputError, choose
+from fusereg.cli.options import Dtypes, Json, Techniques
+from fusereg.cli.output import write_json
 
 if TYPE_CHECKING:
-    import torch
-
     from fusereg.cli.checks import CheckResult, Place
 
 SCHEMA = 1
-#: Other names of techniques: that of the kernels' folder, where it differs from the package's.
-ALIASES = {"optimizer": "optim"}
-
-
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Add `verify` to the command line."""
-    parser = subparsers.add_parser(
-        "verify",
-        help="every kernel on every device, instruction set and dtype, against float64",
-        description=(
-            "Calls every kernel on this machine's CPU, with each instruction set that it runs, "
-            "and on each CUDA device, in float64, float32, float16 and bfloat16, on small and on "
-            "larger tensors, and compares each result with torch in float64. Each call is made "
-            "twice, the second time with one CPU thread: the bits must be the same, and the same "
-            "on all instruction sets. Takes less than a minute. Exit code 1 if anything fails."
-        ),
-    )
-    parser.add_argument(
-        "technique", nargs="*", help="only these, such as penalty dropout; default: all"
-    )
-    parser.add_argument(
-        "--device", metavar="NAMES", help="only these, such as cpu or cuda:0,cuda:1; default: all"
-    )
-    parser.add_argument("--isa", metavar="NAMES", help="CPU instruction sets, such as avx2,avx512")
-    parser.add_argument("--dtype", metavar="NAMES", help="such as float32,bfloat16; default: all")
-    add_json(parser, "every result and the machine")
-
-
-def _split(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def choose_techniques(names: Sequence[str]) -> list[str]:
-    """Return the techniques that were named, or all."""
-    from fusereg.cli.checks import TECHNIQUES
-
-    names = [ALIASES.get(name, name) for name in names]
-    for name in names:
-        if name not in TECHNIQUES:
-            raise InputError(f"no technique named {name!r}; there are: {', '.join(TECHNIQUES)}")
-    return [name for name in TECHNIQUES if not names or name in names]
-
-
-def choose_dtypes(text: str | None) -> list[torch.dtype]:
-    """Return the dtypes that were named, or all."""
-    from fusereg.cli.checks import TOLERANCES
-
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}
-    names = list(known) if text is None else _split(text)
-    for name in names:
-        if name not in known:
-            raise InputError(f"--dtype {name}: there are: {', '.join(known)}")
-    return [dtype for name, dtype in known.items() if name in names]
 
 
 def choose_places(devices: str | None, isas: str | None) -> list[Place]:
@@ -79,22 +26,17 @@ def choose_places(devices: str | None, isas: str | None) -> list[Place]:
     from fusereg.cli.checks import places
 
     found = places()
-    if devices is not None:
-        names = _split(devices)
-        for name in names:
-            if not any(name in (str(place.device), place.device.type) for place in found):
-                reason = f" ({_C.cuda_error()})" if name.startswith("cuda") else ""
-                there = ", ".join(dict.fromkeys(str(place.device) for place in found))
-                raise InputError(f"--device {name}: not here{reason}; there are: {there}")
-        found = [p for p in found if str(p.device) in names or p.device.type in names]
-    if isas is not None:
-        names = _split(isas)
-        for name in names:
-            if name not in _C.cpu_isas():
-                there = ", ".join(_C.cpu_isas())
-                raise InputError(f"--isa {name}: this machine has: {there}")
-        found = [place for place in found if place.isa is None or place.isa in names]
-    return found
+    known = dict.fromkeys(name for p in found for name in (p.device.type, str(p.device)))
+    if "cuda" in (devices or "") and "cuda" not in known:
+        raise InputError(f"--device {devices}: not here ({_C.cuda_error()}); there are: cpu")
+    names = choose(devices, known, "--device: no device")
+    sets = choose(isas, _C.cpu_isas(), "--isa: no instruction set here that is")
+    return [
+        place
+        for place in found
+        if (str(place.device) in names or place.device.type in names)
+        and (place.isa is None or place.isa in sets)
+    ]
 
 
 def compare_bits(results: Sequence[CheckResult]) -> list[CheckResult]:
@@ -204,16 +146,34 @@ def _follow(
     return results
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run `fusereg verify`."""
-    from fusereg.cli.checks import TOLERANCES
+def run(
+    technique: Techniques = None,
+    device: Annotated[
+        str | None, Option(metavar="NAMES", help="Such as cpu or cuda:0,cuda:1; default: all.")
+    ] = None,
+    isa: Annotated[
+        str | None, Option(metavar="NAMES", help="CPU instruction sets, such as avx2,avx512.")
+    ] = None,
+    dtype: Dtypes = None,
+    json: Json = None,
+) -> int:
+    """Compare every kernel with float64, in every dtype.
+
+    Calls every kernel on this machine's CPU, with each instruction set that it runs, and on each
+    CUDA device, in float64, float32, float16 and bfloat16, on small and on larger tensors, and
+    compares each result with torch in float64. Each call is made twice, the second time with one
+    CPU thread: the bits must be the same, and the same on all instruction sets. Takes less than a
+    minute. Exit code 1 if anything fails.
+    """
+    from fusereg.cli.checks import TECHNIQUES, TOLERANCES
     from fusereg.cli.checks._process import verify_place
     from fusereg.cli.checks._worker import plan
     from fusereg.cli.machine import read_machine
 
-    techniques = choose_techniques(args.technique)
-    dtypes = choose_dtypes(args.dtype)
-    chosen = choose_places(args.device, args.isa)
+    techniques = choose(technique, TECHNIQUES, "no technique")
+    known = {str(each).removeprefix("torch."): each for each in TOLERANCES}
+    dtypes = [known[name] for name in choose(dtype, known, "--dtype: no dtype")]
+    chosen = choose_places(device, isa)
     start = time.perf_counter()
     results = _follow(
         chosen,
@@ -224,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     failed = [result for result in results if not result.ok]
     machine = read_machine()
-    if args.json != "-":
+    if json != "-":
         _print_table(results)
     sys.stdout.flush()
     for result in failed:
@@ -233,7 +193,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"failed: {what}: {why(result)}", file=sys.stderr)
     for warning in machine.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if args.json:
+    if json:
         content = {
             "schema": SCHEMA,
             "ok": not failed,
@@ -243,8 +203,8 @@ def run(args: argparse.Namespace) -> int:
             "places": [place.name for place in chosen],
             "results": [asdict(result) for result in results],
         }
-        write_json(args.json, content)
-    if args.json != "-":
+        write_json(json, content)
+    if json != "-":
         ok = len(results) - len(failed)
         isas = sum(place.isa is not None for place in chosen)
         same = ", the same bits on each instruction set" if isas > 1 and not failed else ""

@@ -39,12 +39,14 @@ def _end_quietly_on_interrupt() -> None:
 
 
 def accept_interrupts() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again: the command can handle it now."""
-    if (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    ):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Let Ctrl-C raise KeyboardInterrupt again, and a scheduler's SIGTERM as well.
+
+    The command can handle both now: it ends its processes and writes what it has.
+    """
+    if threading.current_thread() is threading.main_thread() and _is_command():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, signal.default_int_handler)
 
 
 _refuse_subinterpreters()

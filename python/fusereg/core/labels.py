@@ -8,6 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+_HINT = (
+    "they are the labels of both samples of each pair; call labels.loss(criterion, prediction), "
+    "fusereg.functional.cross_entropy or labels.soft(num_classes), or mix with num_classes="
+)
+
 
 class MixedLabels(NamedTuple):
     """Class indices of both samples of each pair, and the share of the first.
@@ -21,6 +26,16 @@ class MixedLabels(NamedTuple):
     a: Tensor
     b: Tensor
     weight: Tensor
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *args: Any) -> Any:
+        """Refuse: a function of torch does not know what these labels are."""
+        name = getattr(function, "__name__", "function")
+        raise TypeError(f"fusereg.MixedLabels: torch's {name} does not take them: {_HINT}")
+
+    def __getattr__(self, name: str) -> Any:
+        """Say that these labels are no tensor."""
+        raise AttributeError(f"fusereg.MixedLabels has no attribute {name!r}: {_HINT}")
 
     def soft(self, num_classes: int) -> Tensor:
         """Return [N, num_classes] float32: weight at a, 1 - weight at b."""

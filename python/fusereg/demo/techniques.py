@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusereg
-from fusereg.cli.errors import InputError
+from fusereg.cli.errors import choose as choose_names
 
 HIDDEN = 128
 
@@ -497,11 +497,5 @@ def choose(names: Sequence[str] | None) -> list[Technique]:
     Raises:
         InputError: a name that is not in the table.
     """
-    if names is None:
-        return list(TECHNIQUES)
-    known = [technique.name for technique in TECHNIQUES]
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        found = ", ".join(unknown) or "no name"
-        raise InputError(f"--only: found {found}, wanted one or more of {', '.join(known)}")
-    return [technique for technique in TECHNIQUES if technique.name in names]
+    chosen = choose_names(names, [each.name for each in TECHNIQUES], "--only: no technique")
+    return [technique for technique in TECHNIQUES if technique.name in chosen]

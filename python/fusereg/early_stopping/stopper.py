@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from ..core.files import CheckpointError
+from ..core.hints import explains
 from ..core.ranks import Problem, describe, raise_first
 from ..core.snapshot import RandomState, Snapshot, Sources, Stateful
 from .agreement import AgreeingRanks, Agreement
@@ -23,6 +24,22 @@ from .metrics import check_metrics, check_weights, number, weighted_sum
 from .smoothing import Smoothing
 
 _VERSION = 1
+
+
+#: Arguments of the early stopping of Keras, Lightning, transformers and ignite.
+_ELSEWHERE = {
+    "monitor": "give the monitored value to step(value); of several, metrics= names them",
+    "restore_best_weights": "restore_best=True, the default, restores the best state",
+    "verbose": "print(stopper.explain()) tells where it stands",
+    "delta": "it is min_delta here",
+    "early_stopping_patience": "it is patience here",
+    "early_stopping_threshold": "it is min_delta here",
+    "stopping_threshold": "it is target here",
+    "divergence_threshold": "it is divergence here",
+    "check_finite": 'nan="stop", the default, stops at NaN and infinity',
+    "score_function": 'give the score to step(score), with mode="max"',
+    "trainer": "step(value) returns whether to go on; fusereg.integrations has callbacks",
+}
 
 
 class _Report(NamedTuple):
@@ -161,6 +178,7 @@ class EarlyStopping:
         L. Prechelt, "Early Stopping - But When?", in: Neural Networks: Tricks of the Trade, 1998.
     """
 
+    @explains(OP, _ELSEWHERE)
     def __init__(
         self,
         model: nn.Module | None = None,

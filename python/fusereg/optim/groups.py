@@ -50,6 +50,11 @@ def param_groups_weight_decay(
         >>> groups = fusereg.optim.param_groups_weight_decay(model, 0.01, l1=1e-5)
         >>> optimizer = fusereg.optim.AdamW(groups, lr=1e-3)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "fusereg.optim.param_groups_weight_decay: model must be a torch.nn.Module, "
+            f"got {type(model).__name__}"
+        )
     by_type = "group" in options and "group_dim" not in options
     found = WeightPenalty(model, l2=0.0, exclude=exclude)
     excluded = set(found.excluded)
