@@ -450,7 +450,7 @@ def test_a_filter_that_is_not_known_is_called_and_ids_may_be_an_array() -> None:
 def test_images_of_other_integers_are_refused_and_become_floats_by_to_dtype(dtype: Any) -> None:
     x = torch.ones(2, 3, 8, 8, dtype=dtype)
     for chain in (Augment(8), Compose([RandomHorizontalFlip()]), Compose([v2().Resize(4)])):
-        with pytest.raises((TypeError, ValueError), match=r"x must .*uint8"):
+        with pytest.raises((TypeError, ValueError), match="wanted uint8, float64"):
             chain(x)
     assert Compose([RandomHorizontalFlip()])(x.float()).dtype is torch.float32
 

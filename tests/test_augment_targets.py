@@ -770,7 +770,7 @@ MOVING: dict[str, Callable[[], Any]] = {
     ),
     "ElasticTransform": lambda: v2().ElasticTransform(30.0),
     "RandomZoomOut": lambda: v2().RandomZoomOut(filling(), p=1.0, side_range=(1.5, 1.5)),
-    "RandomAffine": lambda: v2().RandomApply([v2().RandomAffine(30)], p=1.0),
+    "RandomAffine": lambda: v2().RandomApply([v2().RandomAffine((20, 40))], p=1.0),
 }
 
 
