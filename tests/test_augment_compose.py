@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -314,6 +315,31 @@ def test_two_of_a_kind_draw_their_own(x: Tensor) -> None:
 def test_an_empty_list_gives_back(x: Tensor) -> None:
     assert Compose([])(x) is x
     assert len(Compose([]).plan().passes) == 0
+
+
+def test_evaluation_mode_has_a_list_of_its_own_or_says_that_it_goes_on_drawing(x: Tensor) -> None:
+    chain = Compose([RandomHorizontalFlip(1.0)], evaluation=[CenterCrop(5)])
+    model = torch.nn.Sequential(chain).eval()
+    assert torch.equal(model(x), CenterCrop(5)(x))
+    assert torch.equal(model.train()(x), x.flip(3))
+    with pytest.raises(TypeError, match="evaluation must be a sequence"):
+        Compose([], evaluation=CenterCrop(5))  # type: ignore[arg-type]
+    for drawing in (
+        Compose([RandomHorizontalFlip(1.0)]),
+        RandomHorizontalFlip(1.0),
+        Compose([chain]),
+        MixUp(),
+    ):
+        drawing.eval()
+        with pytest.warns(UserWarning, match="goes on drawing in evaluation mode"):
+            drawing(x)
+        with warnings.catch_warnings():  # once
+            warnings.simplefilter("error")
+            drawing(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for still in (Compose([CenterCrop(5), Normalize(0.5, 0.2)]), CenterCrop(5)):
+            still.eval()(x)
 
 
 def test_what_is_no_transform() -> None:

@@ -435,6 +435,38 @@ def test_arguments_that_fusereg_does_not_have_are_called_and_the_plan_says_why()
         jitter(x, params=params)
 
 
+def test_a_filter_that_is_not_known_is_called_and_ids_may_be_an_array() -> None:
+    how = v2().InterpolationMode.LANCZOS
+    for item in (v2().RandomResizedCrop(20, interpolation=how), v2().Resize(20, how)):
+        assert "(sample by sample)" in str(Compose([item]).plan())
+    x = torch.rand(4, 3, 8, 8)
+    flip = Compose([RandomHorizontalFlip()], seed=1)
+    want = flip(x, sample_ids=range(4), epoch=0)
+    for ids in (np.arange(4), np.arange(4, dtype=np.int32), torch.arange(4), [0, 1, 2, 3]):
+        assert torch.equal(flip(x, sample_ids=ids, epoch=0), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint16, torch.int32, torch.int64, torch.bool])
+def test_images_of_other_integers_are_refused_and_become_floats_by_to_dtype(dtype: Any) -> None:
+    x = torch.ones(2, 3, 8, 8, dtype=dtype)
+    for chain in (Augment(8), Compose([RandomHorizontalFlip()]), Compose([v2().Resize(4)])):
+        with pytest.raises((TypeError, ValueError), match="wanted uint8, float64"):
+            chain(x)
+    assert Compose([RandomHorizontalFlip()])(x.float()).dtype is torch.float32
+
+
+def test_numbers_of_a_regression_are_mixed_as_a_column() -> None:
+    mix = Compose([v2().MixUp()], seed=1)
+    x = torch.rand(4, 3, 8, 8)
+    (params,) = mix.sample_params(4, input_size=(8, 8), sample_ids=range(4))
+    value = torch.rand(4)
+    _, mixed = mix(x, value[:, None], params=[params])
+    w = params.weights.float()
+    torch.testing.assert_close(mixed[:, 0], value * w + value[params.partners] * (1 - w))
+    with pytest.raises(TypeError, match=r"give other values .* the shape \(N, 1\)"):
+        mix(x, value, params=[params])
+
+
 def test_a_sequence_of_modules_is_a_list_and_a_chain_within_a_list_is_refused() -> None:
     inner = torch.nn.Sequential(v2().RandomHorizontalFlip(), v2().CenterCrop(3))
     (only,) = Compose([inner, v2().Normalize([0.5], [0.5])]).plan().passes

@@ -37,6 +37,12 @@ LISTS: dict[str, Callable[[Any], list[Any]]] = {
     "crop, larger": lambda v2: [v2.CenterCrop(20), v2.Resize([60, 60])],
     "crop, shorter side": lambda v2: [v2.CenterCrop((20, 30)), v2.Resize(50)],
     "smaller, larger": lambda v2: [v2.Resize([10, 10]), v2.Resize([40, 40])],
+    "crop, pad": lambda v2: [v2.CenterCrop(20), v2.Pad(3, fill=9)],
+    "crop, pad edge": lambda v2: [v2.CenterCrop(20), v2.Pad(3, padding_mode="edge")],
+    "crop, pad reflect": lambda v2: [v2.CenterCrop((20, 31)), v2.Pad(3, padding_mode="reflect")],
+    "crop larger than the image, pad": lambda v2: [v2.CenterCrop(50), v2.Pad(3, fill=9)],
+    "crop larger, pad edge": lambda v2: [v2.CenterCrop((50, 20)), v2.Pad(3, padding_mode="edge")],
+    "smaller, crop larger, pad": lambda v2: [v2.Resize(20), v2.CenterCrop(28), v2.Pad(2, fill=9)],
     "smaller, crop": lambda v2: [v2.Resize([20, 20]), v2.CenterCrop(30)],
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import pytest
@@ -419,6 +420,52 @@ def test_views_of_simclr_differ_and_come_again() -> None:
     assert names[:2] == ["RandomResizedCrop", "RandomHorizontalFlip"]
     assert names[-1] == "Normalize"
     assert len(names) == 6
+
+
+RECIPES: dict[str, Any] = {
+    "torchvision_classification": lambda train, size: recipes.torchvision_classification(
+        size, train=train, policy="ta_wide", erase=1.0, mixup=0.2, seed=1
+    ),
+    "timm_imagenet": lambda train, size: recipes.timm_imagenet(
+        "rand-m9-mstd0.5-inc1", size, train=train, mixup=0.8, reprob=1.0, crop_pct=0.9, seed=1
+    ),
+    "segmentation": lambda train, size: recipes.segmentation(size, train=train, base=60, seed=1),
+    "simclr": lambda train, size: recipes.simclr(size, train=train, seed=1),
+    **{
+        policy: lambda train, size, policy=policy: recipes.detection(
+            policy, size, train=train, seed=1
+        )
+        for policy in ("hflip", "multiscale", "lsj", "ssd", "ssdlite")
+    },
+}
+
+
+def image_of(result: Any) -> Tensor:
+    """The images of a result, with or without targets."""
+    image: Tensor = result[0] if isinstance(result, (tuple, list)) else result
+    return image.as_subclass(Tensor)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_eval_gives_the_recipe_of_evaluation_and_train_that_of_training(name: str) -> None:
+    torchvision_module("torchvision.transforms.v2")
+    both, evaluation = RECIPES[name](True, 48), RECIPES[name](False, 48)
+    x = torch.stack([image[:, :60, :60] for image in photographs()[:2]])
+    tv = torchvision_module("torchvision.tv_tensors")
+    box = tv.BoundingBoxes([[5.0, 5, 50, 40]], format="XYXY", canvas_size=(60, 60))
+    boxes = [{"boxes": box, "labels": torch.tensor([3])}] * 2
+    given = (boxes,) if "SanitizeBoundingBoxes" in str(evaluation.plan()) else ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        want = image_of(evaluation(x, *given, sample_ids=range(2)))
+        assert torch.equal(image_of(both.eval()(x, *given, sample_ids=range(2))), want)
+        assert torch.equal(image_of(both(x, *given, sample_ids=range(2), epoch=1)), want)
+        assert str(both.plan()) == str(evaluation.plan())
+        samples = list(zip(x, *given, strict=True)) if given else list(x)
+        assert torch.equal(image_of(both.collate(samples)), want)
+        assert len(both.sample_params(2, input_size=(60, 60))) == len(evaluation.plan().passes)
+    assert str(both.train().plan()) != str(evaluation.plan())
+    assert str(both.plan()) == str(RECIPES[name](True, 48).plan())
 
 
 def test_arguments_of_recipes_are_checked() -> None:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 import augment_peers
-from fusereg.augment import Augment, Compose, Mix, MixedLabels, RandomHorizontalFlip, Transform
+from fusereg.augment import (
+    Augment,
+    Compose,
+    Mix,
+    MixedLabels,
+    MixUp,
+    RandomHorizontalFlip,
+    Transform,
+)
 
 H, W, N = 40, 60, 2
 
@@ -605,6 +613,65 @@ def test_what_cannot_be_mixed_is_refused(kind: str) -> None:
     assert mix.eval()(images(), [box(), box()])[1][0].shape == (1, 4)
 
 
+LABEL_KEYS = ["label", "labels", "labels_a", "fine_label", "label2", "class", "class_id", "Target",
+              "category_id", "one_hot", "y"]  # fmt: skip
+OTHER_KEYS = ["id", "image_id", "ids", "index", "idx", "name", "file_name", "path"]
+UNCLEAR_KEYS = ["length", "label_length", "num", "weight", "digit", "orig_size", "imageid", "x"]
+#: What a row of integers, or of numbers for each class, looks like.
+VECTORS: dict[str, Callable[[], Tensor]] = {
+    "indices": lambda: torch.arange(N),
+    "bytes": lambda: torch.arange(N, dtype=torch.uint8),
+    "rows": lambda: torch.eye(N),
+}
+
+
+def _is_mixed(value: Any) -> bool:
+    return isinstance(value, MixedLabels) or not torch.equal(value, torch.eye(N))
+
+
+@pytest.mark.parametrize("vector", VECTORS)
+@pytest.mark.parametrize("through", ["Augment", "Compose", "collate"])
+def test_only_what_its_key_calls_a_label_is_mixed(through: str, vector: str) -> None:
+    made = {"mix": Mix(mixup=1.0)} if through == "Augment" else {}
+
+    def mixed(tree: dict[str, Any], **rules: Any) -> Any:
+        if through == "Augment":
+            return Augment((H, W), seed=3, **made, **rules)(images(), tree)[1]
+        chain = Compose([MixUp()], seed=3, **rules)
+        if through == "Compose":
+            return chain(images(), tree)[1]
+        rows = [{"image": sample(i), **{k: v[i] for k, v in tree.items()}} for i in range(N)]
+        return {k: v for k, v in chain.collate(rows).items() if k != "image"}
+
+    value = VECTORS[vector]()
+    for key in LABEL_KEYS:
+        assert _is_mixed(mixed({key: value})[key]), key
+    for key in OTHER_KEYS:
+        found = mixed({key: value, "label": value})
+        assert torch.equal(found[key], value), key
+        assert _is_mixed(found["label"])
+    for key in UNCLEAR_KEYS:
+        with pytest.raises(ValueError, match=rf"\['{key}'\] may be a label"):
+            mixed({key: value, "label": value})
+        assert torch.equal(mixed({key: value, "label": value}, passthrough=[key])[key], value)
+        assert _is_mixed(mixed({key: value, "label": value}, labels=[key])[key])
+        found = mixed({key: value, "label": value}, labels=["label"])
+        assert torch.equal(found[key], value)
+        assert _is_mixed(found["label"])
+
+
+def test_two_vectors_of_a_tuple_are_refused_and_keys_tell_them_apart() -> None:
+    mix = Augment((H, W), mix="mixup")
+    ids = torch.arange(N)
+    for tree in ((ids, ids + 7), Pair(ids, ids + 7), Record(ids, ids + 7)):
+        with pytest.raises(ValueError, match="may be a label"):
+            mix(images(), tree)
+    _, moved = mix(images(), (ids,))
+    assert isinstance(moved[0], MixedLabels)
+    with pytest.raises(TypeError, match="labels must be a sequence of keys"):
+        Augment((H, W), labels="label")
+
+
 # --- loaders ---
 
 
@@ -692,3 +759,44 @@ def test_one_image_has_targets_of_its_own() -> None:
     assert y.shape == (3, H, W)
     assert moved["boxes"].tolist() == [[50, 0, 60, 10]]
     assert moved["label"] == 3
+
+
+# --- transforms that are called ---
+
+MOVING: dict[str, Callable[[], Any]] = {
+    "RandomPerspective": lambda: v2().RandomPerspective(0.5, p=1.0, fill=filling()),
+    "perspective, nearest": lambda: v2().RandomPerspective(
+        0.3, p=1.0, interpolation=v2().InterpolationMode.NEAREST
+    ),
+    "ElasticTransform": lambda: v2().ElasticTransform(30.0),
+    "RandomZoomOut": lambda: v2().RandomZoomOut(filling(), p=1.0, side_range=(1.5, 1.5)),
+    "RandomAffine": lambda: v2().RandomApply([v2().RandomAffine((20, 40))], p=1.0),
+}
+
+
+def filling() -> dict[Any, Any]:
+    return {tv().Image: 5, tv().Mask: 255, "others": 0}
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_targets_of_a_transform_that_is_called_are_those_of_torchvision(name: str) -> None:
+    """By the numbers of each sample, and other ones for each."""
+    transform = MOVING[name]()
+    chain = Compose([transform], seed=4)
+    x, m = images(3), [mask() for _ in range(3)]
+    target = [{"m": m[i], "b": box((9.0, 8, 30, 25)), "k": points((20.0, 11))} for i in range(3)]
+    (params,) = chain.sample_params(3, input_size=(H, W), sample_ids=range(3))
+    y, moved = chain(x, target, sample_ids=range(3))
+    corners = set()
+    for i, seed in enumerate(params.seeds.tolist()):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            want, theirs = transform(tv().Image(x[i]), target[i])
+        assert torch.equal(plain(y[i]), plain(want))
+        for key, value in theirs.items():
+            assert type(moved[i][key]) is type(value)
+            assert torch.equal(plain(moved[i][key]), plain(value)), key
+        assert not torch.equal(plain(moved[i]["b"]), plain(target[i]["b"]))
+        assert not torch.equal(plain(moved[i]["m"]), plain(target[i]["m"]))
+        corners.add(tuple(moved[i]["b"].flatten().tolist()))
+    assert len(corners) == 3, "each sample has its own"

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+import fusereg
 from fusereg import EarlyStopping
 from fusereg.core import snapshot as snapshots
 from fusereg.early_stopping import CheckpointError
@@ -73,6 +74,77 @@ def train(stopper: EarlyStopping, model: nn.Module, values: list[float]) -> Iter
         fill(model, epoch)
         stopper.step(values[epoch], epoch=epoch)
         yield epoch
+
+
+class Partial(nn.Module):
+    """A state_dict that leaves out a trained parameter, a frozen one, and renames a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = nn.Parameter(torch.zeros(3))
+        self.left_out = nn.Parameter(torch.zeros(5))
+        self.renamed = nn.Parameter(torch.zeros(7))
+        self.frozen = nn.Parameter(torch.zeros(11), requires_grad=False)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        del state["left_out"], state["frozen"]
+        state["another.name"] = state.pop("renamed")
+        return state
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        state = dict(state_dict)
+        state["renamed"] = state.pop("another.name")
+        return super().load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("place", ["cpu", "device", "disk"])
+def test_a_parameter_that_a_custom_state_leaves_out_comes_back(place: Any, tmp_path: Path) -> None:
+    model = Partial()
+    where: dict[str, Any] = {"folder": tmp_path} if place == "disk" else {}
+    stopper = EarlyStopping(model, patience=2, snapshot=place, **where)
+    for epoch in stopper.epochs(9):
+        fill(model, epoch)
+        model.frozen.data.fill_(-1)
+        stopper.step(VALUES[epoch], epoch=epoch)
+    for name, p in model.named_parameters():
+        assert p.tolist() == [-1.0 if name == "frozen" else 1.0] * len(p), name
+    if where:
+        buffers = fusereg.early_stopping.load_best(tmp_path).buffers
+    else:
+        buffers = stopper.state_dict()["best"]["buffers"]
+    assert list(buffers["model"]) == ["left_out"], "one name for each, and none for the frozen"
+
+
+def test_two_snapshots_are_held_while_a_new_best_is_taken_and_one_afterwards() -> None:
+    shape = (3, 17, 5)
+
+    class Counting(nn.Module):
+        during = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(shape))
+
+        def get_extra_state(self) -> int:
+            self.during = max(self.during, alive())
+            return 0
+
+        def set_extra_state(self, state: int) -> None:
+            pass
+
+    def alive() -> int:
+        """The memories of this shape, that of the parameter among them."""
+        gc.collect()
+        found = (o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter))
+        return len({o.data_ptr() for o in found if o.shape == shape})
+
+    model = Counting()
+    stopper = EarlyStopping(model, patience=2)
+    for epoch in range(4):
+        stopper.step(-epoch, epoch=epoch)
+        assert alive() == 2, "the model and one snapshot"
+    assert model.during == 2, "the old one is held until the new one is whole"
 
 
 # --- the ways out ---------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import fusereg
 from fusereg import optim
+from fusereg.optim.options import OWN
 
 dcp: Any = checkpoint
 
@@ -71,6 +72,45 @@ def test_a_distributed_checkpoint_of_torchs_optimizer_goes_on_here(
     for p in model.parameters():
         for key, value in theirs.state[p].items():
             assert torch.equal(ours.state[p][key], value), key
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("name", [*NAMES, "FTRL", "Lion", "LAMB"])
+def test_a_distributed_checkpoint_of_an_older_fusereg_goes_on_here(
+    tmp_path: Path, name: str, flat: bool
+) -> None:
+    """Saved when some, or all, arguments of fusereg's own were not known yet."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model = net()
+    old = getattr(optim, name)(model.parameters(), lr=0.05, l1=1e-3)
+    trained(model, old)
+    whole = get_optimizer_state_dict(model, old, options=options)
+    own = sorted(set(OWN) & set(old.param_groups[0]))
+    assert "l1" in own
+    for unknown in (own, ["l1"], own[::2]):
+        state: Any = copy.deepcopy(whole)
+        if flat:
+            for key in [k for k in state if k.rpartition(".")[2] in unknown]:
+                del state[key]
+        else:
+            for group in state["param_groups"]:
+                for key in unknown:
+                    del group[key]
+        path = tmp_path / "-".join(unknown)
+        dcp.save({"o": state}, checkpoint_id=path)
+        model.zero_grad()
+        new = getattr(optim, name)(model.parameters(), lr=0.5, l1=2e-3)
+        states = {"o": get_optimizer_state_dict(model, new, options=options)}
+        with pytest.raises(dcp.api.CheckpointException, match="Missing key"):
+            dcp.load(copy.deepcopy(states), checkpoint_id=path)
+        dcp.load(states, checkpoint_id=path, planner=optim.load_planner())
+        set_optimizer_state_dict(model, new, states["o"], options=options)
+        group = new.param_groups[0]
+        assert (group["lr"], group["l1"]) == (0.05, 2e-3 if "l1" in unknown else 1e-3)
+        for p in model.parameters():
+            for key, value in old.state[p].items():
+                assert torch.equal(new.state[p][key], value), key
 
 
 def test_the_planner_lets_nothing_else_be_missing(tmp_path: Path) -> None:

@@ -380,3 +380,32 @@ def test_a_penalty_without_any_strength_is_an_error() -> None:
             WeightPenalty(Net(), **arguments)
     WeightPenalty(Net(), l1=0.0)
     WeightPenalty(Net(), rules={"head.*": {"l1": 1.0}})
+
+
+STEPS: dict[str, Any] = {
+    "l1_": lambda params: fusereg.prox.l1_(params, 1e3),
+    "elastic_net_": lambda params: fusereg.prox.elastic_net_(params, 1e3, 1.0),
+    "group_lasso_": lambda params: fusereg.prox.group_lasso_(params, 1e3),
+    "max_norm_": lambda params: fusereg.prox.max_norm_(params, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_proximal_step_of_a_module_leaves_frozen_parameters_and_changes_the_rest(
+    name: str,
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0)
+    STEPS[name](model)
+    for key, p in model.named_parameters():
+        stays = key.startswith("0.") or (name == "max_norm_" and p.dim() == 1)
+        assert p.unique().tolist() == [float(stays)], key
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=f"prox.{name}: params must have a parameter that is not"):
+        STEPS[name](model)
+    STEPS[name]([p for p in model.parameters() if p.dim() > 1])  # as listed, frozen ones too
+    assert not bool(model[0].weight.any())
+    STEPS[name](nn.Sequential())  # nothing to do

@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fusereg.core.pictures import Style, styles
+
 from .. import SUITES
 from .cases import COPY, EAGER, OWN, Row, cases_of, own_row
-from .figures import MUTED, PROVIDERS, Style, styles
+from .figures import MUTED, PROVIDERS
 
 Chart = dict[str, dict[str, Any]]
 #: Plotly's names of matplotlib's markers.

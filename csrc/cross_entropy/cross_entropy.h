@@ -251,8 +251,9 @@ struct Softmax {
 template <class C>
 FUSEREG_INLINE Softmax<C> softmax_of(const Problem& p, double lse, double probability) {
   const double classes = static_cast<double>(p.classes);
-  const auto reference = static_cast<C>(lse - natural_log(classes));
-  const double off = (static_cast<double>(reference) - lse) + natural_log(classes);
+  const double log_classes = natural_log(classes);
+  const auto reference = static_cast<C>(lse - log_classes);
+  const double off = (static_cast<double>(reference) - lse) + log_classes;
   return {reference, static_cast<C>(probability / classes * exp_negative(off, 0.0))};
 }
 

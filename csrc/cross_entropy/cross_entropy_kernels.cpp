@@ -193,6 +193,11 @@ FUSEREG_INLINE void walk(const Problem& p, std::int64_t start, std::int64_t step
     for (int v = 0; v < kV; ++v) {
       const std::int64_t rest = count - v * kW;
       if (rest <= 0) continue;
+      // The next block, or row, comes from memory while this one is computed from the cache; the
+      // first look alone would wait for it.
+      if constexpr (!columns) {
+        __builtin_prefetch(x + start + (i + kSteps<columns>)*stride + v * kW);
+      }
       const V logit = logits(i, v, rest);
       sum[v] += exponential(V(logit - largest[v]));
       if constexpr (kDot) {
@@ -251,10 +256,18 @@ FUSEREG_INLINE void walk(const Problem& p, std::int64_t start, std::int64_t step
 // Number i and number i + half, until one is left.
 template <int kV, int kW>
 FUSEREG_INLINE double add_up(const Vector<double> (&sums)[kV][kW]) {
-  double numbers[kTile];
-  static_assert(sizeof(numbers) == sizeof(sums), "kTile sums");
-  memcpy(numbers, sums, sizeof(numbers));
-  for (int half = kTile / 2; half > 0; half /= 2) {
+  constexpr int kLanes = kWidth<double>;
+  Vector<double> vectors[kTile / kLanes];
+  static_assert(sizeof(vectors) == sizeof(sums), "kTile sums");
+  memcpy(vectors, sums, sizeof(vectors));
+#pragma GCC unroll 4
+  for (int half = kTile / kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) vectors[i] += vectors[i + half];
+  }
+  double numbers[kLanes];
+  memcpy(numbers, vectors, sizeof(numbers));
+  for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) numbers[i] += numbers[i + half];
   }
   return numbers[0];

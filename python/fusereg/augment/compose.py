@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +23,42 @@ from .targets import Targets
 __all__ = ["Compose", "Transform"]
 
 
+#: Names of transforms that draw something.
+_DRAWS = re.compile("Rand|Jitter|Aug|Mix|Elastic|Noise|Blur")
+
+
+@dataclass(frozen=True)
+class _Pipeline:
+    """Passes as they run: what is drawn and computed, and what becomes of types and targets."""
+
+    passes: tuple[Pass, ...]
+    units: list[Unit]
+    mixed: bool
+    types: str
+    cast: Callable[[Any], Any] | None
+
+    @staticmethod
+    def of(passes: Sequence[Pass], out_dtype: torch.dtype | None, op: str) -> _Pipeline:
+        """Return the pipeline of passes."""
+        seen: dict[str, int] = {}
+        units: list[Unit] = []
+        for p in passes:
+            steps = encode([step for stage in p.stages for step in stage.steps], seen)
+            settings = p.settings()
+            settings.check_out_dtype(out_dtype, op)
+            units.append(
+                Unit(steps, settings, p.called, p.dtype, p.mask_fill, p.idle, p.program(seen))
+            )
+        stages = [stage for p in passes for stage in p.stages]
+        return _Pipeline(
+            tuple(passes),
+            units,
+            any(unit.settings.mixed for unit in units),
+            next((s.types for s in reversed(stages) if s.types), ""),
+            next((s.cast for s in reversed(stages) if s.cast is not None), None),
+        )
+
+
 class Passes(Chain):
     """Base of Compose and of the single transforms: a sequence of passes."""
 
@@ -28,6 +66,7 @@ class Passes(Chain):
         self,
         passes: Sequence[Pass],
         *,
+        evaluation: Sequence[Pass] | None = None,
         seed: int | None,
         out_dtype: torch.dtype | None = None,
         memory_format: torch.memory_format | None = None,
@@ -36,32 +75,45 @@ class Passes(Chain):
         super().__init__(
             seed=seed, out_dtype=out_dtype, memory_format=memory_format, rules=rules or {}
         )
-        self._passes = tuple(passes)
-        seen: dict[str, int] = {}
-        self._made: list[Unit] = []
-        for p in self._passes:
-            steps = encode([step for stage in p.stages for step in stage.steps], seen)
-            settings = p.settings()
-            settings.check_out_dtype(out_dtype, self._op)
-            self._made.append(
-                Unit(steps, settings, p.called, p.dtype, p.mask_fill, p.idle, p.program(seen))
-            )
-        self._mixed = any(unit.settings.mixed for unit in self._made)
-        stages = [stage for p in self._passes for stage in p.stages]
-        self._types = next((s.types for s in reversed(stages) if s.types), "")
-        self._cast = next((s.cast for s in reversed(stages) if s.cast is not None), None)
+        self._training = _Pipeline.of(passes, out_dtype, self._op)
+        self._evaluation = (
+            None if evaluation is None else _Pipeline.of(evaluation, out_dtype, self._op)
+        )
+        self._warned = False
+
+    @property
+    def _pipeline(self) -> _Pipeline:
+        """What runs in the present mode."""
+        if self.training or self._evaluation is None:
+            return self._training
+        return self._evaluation
 
     def _units(self) -> list[Unit]:
-        return self._made
+        return self._pipeline.units
 
     @property
     def _encoded(self) -> list[Sequence[Encoded]]:
         """The steps of each pass."""
-        return [unit.steps for unit in self._made]
+        return [unit.steps for unit in self._training.units]
 
     @_encoded.setter
     def _encoded(self, encoded: list[Sequence[Encoded]]) -> None:
-        self._made = [replace(u, steps=s) for u, s in zip(self._made, encoded, strict=True)]
+        units = [replace(u, steps=s) for u, s in zip(self._training.units, encoded, strict=True)]
+        self._training = replace(self._training, units=units)
+
+    def _notice_evaluation(self) -> None:
+        """Warn once if evaluation mode goes on drawing, as torchvision's transforms do."""
+        if self.training or self._evaluation is not None or self._warned:
+            return
+        self._warned = True
+        names = [name for p in self._training.passes for name in p.names if _DRAWS.search(name)]
+        if names:
+            warnings.warn(
+                f"fusereg.{self._op}: {names[0]} goes on drawing in evaluation mode, as it does in "
+                "torchvision. Compose(..., evaluation=[...]) takes what runs there instead, and "
+                "train() before this call says that it is meant",
+                stacklevel=3,
+            )
 
     def sample_params(
         self,
@@ -107,10 +159,13 @@ class Passes(Chain):
             out: the tensor that the last pass writes its result to.
 
         Returns:
-            The result; (result, targets) if there are targets. Evaluation mode changes nothing, as
-            in torchvision.
+            The result; (result, targets) if there are targets. In evaluation mode
+            (``.eval()``), of the transforms that ``evaluation`` names; without these nothing
+            changes, as in torchvision, and a warning says so.
         """
         op = self._op
+        self._notice_evaluation()
+        pipeline = self._pipeline
         batch = batch_of(x, op, single=True)
         single = batch.one
         if single and out is not None:
@@ -118,18 +173,18 @@ class Passes(Chain):
         if params is not None and not (sample_ids is None and epoch is None and view is None):
             raise ValueError(f"fusereg.{op}: params exclude sample_ids and epoch, and view")
         given = None if params is None else list(params)
-        if given is not None and len(given) != len(self._passes):
+        if given is not None and len(given) != len(pipeline.passes):
             raise ValueError(
-                f"fusereg.{op}: params must be one AugmentParams for each of {len(self._passes)} "
-                f"passes, got {len(given)}"
+                f"fusereg.{op}: params must be one AugmentParams for each of "
+                f"{len(pipeline.passes)} passes, got {len(given)}"
             )
         keys = None if given is not None else self._keys(batch.n, sample_ids, epoch, view)
         found = None
         if targets is not None:
             tree = [targets] if single else targets
-            found = Targets(tree, batch.n, batch.size, self.rules, op, self._mixed)
+            found = Targets(tree, batch.n, batch.size, self.rules, op, pipeline.mixed)
         y, found = self._run(batch, found, keys, given, out)
-        y = batch.restore(y, self._types)
+        y = batch.restore(y, pipeline.types)
         if found is None:
             return y
         moved = self.finished(found)
@@ -137,14 +192,16 @@ class Passes(Chain):
 
     def finished(self, found: Targets) -> Any:
         """Return the targets as they are in the end."""
-        return found.finish(self._types == "pure", self._cast)
+        pipeline = self._pipeline
+        return found.finish(pipeline.types == "pure", pipeline.cast)
 
     def restored(self, y: Tensor, like: Tensor) -> Any:
         """Return the result for a list of images of the type of one of them."""
-        return Batch(y, 1, like, False).restore(y, self._types)
+        return Batch(y, 1, like, False).restore(y, self._pipeline.types)
 
     def collate(self, samples: Sequence[Any]) -> Any:
         """Stack samples and transform them, as :meth:`fusereg.augment.Augment.collate`."""
+        self._notice_evaluation()
         return collate(self, samples)
 
 
@@ -181,14 +238,17 @@ class Compose(Passes):
 
     Args:
         transforms: in the order in which they are applied.
+        evaluation: the transforms of evaluation mode (``.eval()``), in place of those of training.
+            Default: the same, as in torchvision; a warning says so where they draw. The recipes
+            have them.
         exact: fuse only what gives the same as one after the other, up to rounding.
         out_dtype: of the result; default: that of the images, float32 for uint8 that is normalized.
         memory_format: of the result.
         seed: of all transforms in the list; their own seeds are not used. Default: from torch's
             generator.
         rules: how targets move: ``mask_fill``, ``mask_interpolation``, ``image_interpolation``,
-            ``keypoint_pairs``, ``min_area``, ``min_visibility``, ``rows`` and ``passthrough``, as
-            for :class:`fusereg.augment.Augment`.
+            ``keypoint_pairs``, ``min_area``, ``min_visibility``, ``rows``, ``labels`` and
+            ``passthrough``, as for :class:`fusereg.augment.Augment`.
 
     Raises:
         TypeError: an element is neither a transform nor callable.
@@ -206,6 +266,7 @@ class Compose(Passes):
         self,
         transforms: Sequence[Transform | Callable[..., Any]],
         *,
+        evaluation: Sequence[Transform | Callable[..., Any]] | None = None,
         exact: bool = False,
         out_dtype: torch.dtype | None = None,
         memory_format: torch.memory_format | None = None,
@@ -213,22 +274,20 @@ class Compose(Passes):
         **rules: Any,
     ) -> None:
         op = self._op
-        if not is_sequence(transforms):
-            raise TypeError(
-                f"fusereg.{op}: transforms must be a sequence, got {type(transforms).__name__}"
-            )
-        items: list[tuple[str, Sequence[Stage] | Called]] = []
-        for item in transforms:
-            items.extend(_stages(item, op))
-        passes = fuse(items, flag(exact, op, "exact"))
+        only = flag(exact, op, "exact")
         super().__init__(
-            passes, seed=seed, out_dtype=out_dtype, memory_format=memory_format, rules=rules
+            _fused(transforms, op, "transforms", only),
+            evaluation=None if evaluation is None else _fused(evaluation, op, "evaluation", only),
+            seed=seed,
+            out_dtype=out_dtype,
+            memory_format=memory_format,
+            rules=rules,
         )
         self.transforms = list(transforms)
 
     def plan(self) -> Plan:
-        """Return what was fused, what was not, and why."""
-        return Plan(self._passes)
+        """Return what was fused, what was not, and why: in the present mode."""
+        return Plan(self._pipeline.passes)
 
     def extra_repr(self) -> str:
         """Return the plan."""
@@ -237,6 +296,16 @@ class Compose(Passes):
 
 #: Each returns the stages of another library's transform or how it is called; None: unknown.
 converters: list[Callable[[object], Sequence[Stage] | Called | None]] = []
+
+
+def _fused(transforms: object, op: str, name: str, exact: bool) -> tuple[Pass, ...]:
+    """Return the passes of a list."""
+    if not is_sequence(transforms):
+        raise TypeError(f"fusereg.{op}: {name} must be a sequence, got {type(transforms).__name__}")
+    items: list[tuple[str, Sequence[Stage] | Called]] = []
+    for item in transforms:
+        items.extend(_stages(item, op))
+    return fuse(items, exact)
 
 
 def _stages(item: object, op: str) -> list[tuple[str, Sequence[Stage] | Called]]:

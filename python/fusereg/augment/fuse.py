@@ -270,6 +270,8 @@ class Pass:
             )
         ):
             return f"the size of {new.name} depends on that of the images before it"
+        if new.has(Padded) and (moved := self._last(lambda s: s.moves)):
+            return f"{new.name} would show what {moved.name} removed"
         other = self._last(lambda s: s.resamples)
         padded = self._last(lambda s: s.has(Padded))
         if padded and new.has(ShortSide, FullImage, ResizedWindow):

@@ -7,6 +7,7 @@ device, single images, and in ``collate`` samples of several sizes, and draws fo
 >>> loader = DataLoader(WithIds(dataset), 64, collate_fn=train.collate, num_workers=4)
 >>> evaluate = fusereg.augment.recipes.torchvision_classification(224, train=False)
 
+``train.eval()`` is the recipe of evaluation as well, with the same arguments, until ``train()``.
 ``print(train.plan())`` shows the passes. A policy of automatic augmentation may be a name, a
 transform or a function; it runs in a pass of its own, sample by sample where there is no kernel.
 """
@@ -107,8 +108,9 @@ def torchvision_classification(
     state-of-the-art models using TorchVision's latest primitives" (2021).
     """
     normal = Normalize(mean, std)
+    after = _evaluation(size, resize, 0.875, interpolation, normal)
     if not train:
-        return _evaluation(size, resize, 0.875, interpolation, [normal], seed, rules)
+        return Compose(after, seed=seed, **rules)
     chain: list[Any] = [
         RandomResizedCrop(size, scale, ratio, interpolation, seed=0),
         RandomHorizontalFlip(hflip, seed=0),
@@ -117,7 +119,7 @@ def torchvision_classification(
         *([RandomErasing(erase, seed=0)] if erase else []),
         *_mixing(mixup, cutmix, num_classes),
     ]
-    return Compose(chain, seed=seed, **rules)
+    return Compose(chain, evaluation=after, seed=seed, **rules)
 
 
 def timm_imagenet(
@@ -187,8 +189,9 @@ def timm_imagenet(
     """
     op = "recipes.timm_imagenet"
     normal = Normalize(mean, std)
+    after = _evaluation(size, None, crop_pct, interpolation, normal)
     if not train:
-        return _evaluation(size, None, crop_pct, interpolation, [normal], seed, rules)
+        return Compose(after, seed=seed, **rules)
     chain: list[Any] = [
         RandomResizedCrop(size, scale, ratio, interpolation, seed=0),
         RandomHorizontalFlip(hflip, seed=0),
@@ -206,7 +209,7 @@ def timm_imagenet(
         chain.append(
             timm.RandomErasing(reprob, mode=remode, max_count=recount, num_splits=0, device="cpu")
         )
-    return Compose(chain, seed=seed, **rules)
+    return Compose(chain, evaluation=after, seed=seed, **rules)
 
 
 def segmentation(
@@ -249,13 +252,19 @@ def segmentation(
     Source: torchvision, references/segmentation/presets.py.
     """
     low, high = numbers(scale, "recipes.segmentation", "scale", (2,), "(from, to)")
-    sides = (int(low * base), max(int(high * base) - 1, int(low * base))) if train else (base, base)
-    name = "RandomResize" if train else "Resize"
-    chain: list[Any] = [_resize(name, ShortSide(sides), "bilinear")]
-    if train:
-        chain += [RandomHorizontalFlip(hflip, seed=0)]
-        chain += [RandomCrop(size, pad_if_needed=True, fill=fill, seed=0)]
-    return Compose([*chain, Normalize(mean, std)], seed=seed, **{"mask_fill": ignore, **rules})
+    normal = Normalize(mean, std)
+    after = [_resize("Resize", ShortSide((base, base)), "bilinear"), normal]
+    rules = {"mask_fill": ignore, **rules}
+    if not train:
+        return Compose(after, seed=seed, **rules)
+    sides = (int(low * base), max(int(high * base) - 1, int(low * base)))
+    chain: list[Any] = [
+        _resize("RandomResize", ShortSide(sides), "bilinear"),
+        RandomHorizontalFlip(hflip, seed=0),
+        RandomCrop(size, pad_if_needed=True, fill=fill, seed=0),
+        normal,
+    ]
+    return Compose(chain, evaluation=after, seed=seed, **rules)
 
 
 def detection(
@@ -300,26 +309,27 @@ def detection(
     if policy == "lsj" and size is None:
         size = 1024
     pair = None if size is None else size_pair(size, op)
-    chain: list[Any] = []
-    if train:
-        filling = {tv.Image: tuple(fill), tv.Mask: 0, "others": 0}
-        if policy == "multiscale":
-            chain += [v2.RandomShortestSize(list(range(480, 801, 32)), max_size=1333)]
-        elif policy == "lsj":
-            chain += [v2.ScaleJitter(pair, (0.1, 2.0), antialias=True)]
-            chain += [v2.RandomCrop(pair, pad_if_needed=True, fill=filling)]
-        elif policy == "ssd":
-            chain += [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=filling)]
-        if policy.startswith("ssd"):
-            chain += [v2.RandomIoUCrop()]
-        chain += [v2.RandomHorizontalFlip(hflip)]
-    if pair is not None and not (train and policy == "lsj"):
-        chain += [_resize("Resize", FullImage(pair), "bilinear")]
-    chain += [
+    resized = [] if pair is None else [_resize("Resize", FullImage(pair), "bilinear")]
+    after = [
         v2.ConvertBoundingBoxFormat("XYXY"),
         v2.SanitizeBoundingBoxes(labels_getter=_labels_of),
+        v2.ToDtype(torch.float32, scale=True),
     ]
-    return Compose([*chain, v2.ToDtype(torch.float32, scale=True)], seed=seed, **rules)
+    if not train:
+        return Compose([*resized, *after], seed=seed, **rules)
+    chain: list[Any] = []
+    filling = {tv.Image: tuple(fill), tv.Mask: 0, "others": 0}
+    if policy == "multiscale":
+        chain += [v2.RandomShortestSize(list(range(480, 801, 32)), max_size=1333)]
+    elif policy == "lsj":
+        chain += [v2.ScaleJitter(pair, (0.1, 2.0), antialias=True)]
+        chain += [v2.RandomCrop(pair, pad_if_needed=True, fill=filling)]
+    elif policy == "ssd":
+        chain += [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=filling)]
+    if policy.startswith("ssd"):
+        chain += [v2.RandomIoUCrop()]
+    chain += [v2.RandomHorizontalFlip(hflip), *([] if policy == "lsj" else resized), *after]
+    return Compose(chain, evaluation=[*resized, *after], seed=seed, **rules)
 
 
 def simclr(
@@ -366,8 +376,9 @@ def simclr(
     Source: Chen et al. 2020, appendix A; Grill et al. 2020, appendix B.
     """
     normal = Normalize(mean, std)
+    after = _evaluation(size, None, 0.875, "bicubic", normal)
     if not train:
-        return _evaluation(size, None, 0.875, "bicubic", [normal], seed, rules)
+        return Compose(after, seed=seed, **rules)
     v2 = _library("torchvision.transforms.v2", "simclr")
     kernel = max(min(size_pair(size, "recipes.simclr")) // 10, 1) // 2 * 2 + 1
     s = strength
@@ -381,7 +392,7 @@ def simclr(
         *([v2.RandomSolarize(128, solarize)] if solarize else []),
         normal,
     ]
-    return Compose(chain, seed=seed, **rules)
+    return Compose(chain, evaluation=after, seed=seed, **rules)
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -401,22 +412,15 @@ def _resize(name: str, step: Step, interpolation: str) -> Transform:
 
 
 def _evaluation(
-    size: Size,
-    resize: int | None,
-    crop_pct: float,
-    interpolation: str,
-    after: list[Any],
-    seed: int | None,
-    rules: dict[str, Any],
-) -> Compose:
-    """Return a resize of the shorter side, the central crop and what follows, in one pass."""
+    size: Size, resize: int | None, crop_pct: float, interpolation: str, normal: Transform
+) -> list[Any]:
+    """Return a resize of the shorter side, the central crop and normalization: one pass."""
     pair = size_pair(size, "recipes")
     side = math.floor(min(pair) / crop_pct) if resize is None else resize
     step: Step = ShortSide((side, side))
     if resize is None and pair[0] != pair[1]:
         step = FullImage((math.floor(pair[0] / crop_pct), math.floor(pair[1] / crop_pct)))
-    chain = [_resize("Resize", step, interpolation), CenterCrop(pair, seed=0)]
-    return Compose([*chain, *after], seed=seed, **rules)
+    return [_resize("Resize", step, interpolation), CenterCrop(pair, seed=0), normal]
 
 
 def _mixing(

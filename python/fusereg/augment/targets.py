@@ -40,6 +40,12 @@ _PLACES = re.compile(
     r"(?:$|[^a-z])"
 )
 _LABELS = re.compile("label|class|categor|id|area|score|weight|count|num|visib|name")
+#: Keys of labels that are mixed with their images, and of values that stay those of the sample.
+_MIXED = re.compile(
+    r"(?:^|[^a-z])(?:labels?|class(?:es)?|categor(?:y|ies)|targets?|one_?hot|y)"
+    r"(?:[^a-z]*|_?(?:ids?|idx|index)|_[a-z])$"
+)
+_NAMES = re.compile(r"(?:^|[^a-z])(?:ids?|idx|index|indices|names?|paths?|files?|urls?|keys?)$")
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,9 @@ class Rules:
             rows.
         min_visibility: boxes of which a smaller share is left, likewise.
         rows: the keys beside boxes whose values have a row for each box.
+        labels: the keys whose values MixUp and CutMix mix. Default: those that say so, such as
+            "label", "labels_a", "class", "category_id", "target" and "y"; "image_id", "index",
+            "name" and the like stay, and any other tensor is refused.
         passthrough: True to leave what is not understood as it is, or the keys to leave alone.
     """
 
@@ -68,6 +77,7 @@ class Rules:
     min_area: float = 0.0
     min_visibility: float = 0.0
     rows: Sequence[str] = ROWS
+    labels: Sequence[str] | None = None
     passthrough: bool | Sequence[str] = False
 
     def check(self, op: str) -> Rules:
@@ -89,9 +99,11 @@ class Rules:
             raise ValueError(
                 f"fusereg.{op}: min_visibility must be within [0, 1], got {self.min_visibility}"
             )
-        for name in ("rows", "passthrough"):
+        for name in ("rows", "labels", "passthrough"):
             keys = getattr(self, name)
-            if isinstance(keys, bool) and name == "passthrough":
+            if (isinstance(keys, bool) and name == "passthrough") or (
+                keys is None and name == "labels"
+            ):
                 continue
             if not is_sequence(keys) or not all(isinstance(k, str) for k in keys):
                 raise TypeError(f"fusereg.{op}: {name} must be a sequence of keys, got {keys!r}")
@@ -372,8 +384,29 @@ class Targets:
             raise ValueError(
                 f"fusereg.{op}: {leaf.path}, {kind}, cannot be mixed as images are; leave mix out"
             )
-        elif leaf.mixable and not is_number and (kind or self.rules.passthrough is not True):
+        elif leaf.mixable and not is_number and self._is_label(leaf):
             leaf.value = mix_labels(value, params, look.num_classes, op, look.label_smoothing)
+
+    def _is_label(self, leaf: Leaf) -> bool:
+        """Return whether a value is a label, by its key; raise an error where that says neither."""
+        key, rules = leaf.key.lower(), self.rules
+        if rules.labels is not None:
+            return leaf.key in rules.labels
+        if key and _MIXED.search(key):
+            return True
+        if (key and _NAMES.search(key)) or (rules.passthrough is True and not leaf.kind):
+            return False
+        if not key and not any(
+            other is not leaf and other.mixable and other.kind == "Tensor" and not other.key
+            for other in self.leaves
+        ):
+            return True
+        raise ValueError(
+            f"fusereg.{self.op}: {leaf.path} may be a label, which is mixed as its image, or "
+            "anything else. Name the keys of labels in labels=, or this key in passthrough= if it "
+            "must stay as it is"
+            + ("" if key else "; a mapping gives keys to the values of a tuple")
+        )
 
     def _mix_mask(self, leaf: Leaf, params: AugmentParams, look: Look) -> Any:
         """Paste CutMix's boxes; MixUp mixes probabilities, which one-hot masks are as well."""

@@ -103,7 +103,8 @@ class Snapshot:
         epoch: the epoch of that check.
         value: the metric's value, smoothed with ``smoothing``.
         states: by name ("model", and those of ``also``), what ``state_dict()`` returned.
-        buffers: by name, the buffers of modules that are not in their ``state_dict()``.
+        buffers: by name, the buffers of modules, and parameters in training, that are not in their
+            ``state_dict()``.
     """
 
     epoch: int
@@ -316,7 +317,7 @@ class Sources:
         with _normal_tensors():
             states = {name: thing.state_dict() for name, thing in objects.items()}
             buffers = {
-                name: {k: b for k, b in thing.named_buffers() if k not in states[name]}
+                name: _outside(thing, states[name])
                 for name, thing in objects.items()
                 if isinstance(thing, nn.Module)
             }
@@ -409,9 +410,29 @@ def _normal_tensors() -> Iterator[None]:
         yield
 
 
+def _outside(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the buffers, and the parameters in training, that a module's state leaves out.
+
+    Under another name they are in it. Sharded ones are not looked at: only a state can be gathered.
+    """
+    found = {k: b for k, b in module.named_buffers() if k not in state}
+    missing = {
+        k: p
+        for k, p in module.named_parameters()
+        if k not in state
+        and p.requires_grad
+        and not nn.parameter.is_lazy(p)
+        and not (distributed.is_dtensor(p) or "_flat_param" in k)
+    }
+    if missing:
+        held = {_identity(t.detach()) for t in state.values() if isinstance(t, Tensor)}
+        found.update((k, p) for k, p in missing.items() if _identity(p.detach()) not in held)
+    return found
+
+
 def _restore_buffers(module: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Restore buffers that are not in the module's ``state_dict()``."""
-    present = dict(module.named_buffers())
+    """Restore buffers and parameters that are not in the module's ``state_dict()``."""
+    present = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, value in kept.items():
         buffer = present.get(name)
         if buffer is not None and buffer.shape == value.shape:

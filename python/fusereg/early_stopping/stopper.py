@@ -101,7 +101,8 @@ class EarlyStopping:
 
     Args:
         model: the module to keep the best state of: parameters and buffers (including those that
-            are not persistent), tied ones once. None: only decide.
+            are not persistent, and trained ones that its ``state_dict()`` leaves out), tied ones
+            once. None: only decide.
         patience: p >= 1: training stops at the p-th check in a row without improvement.
         mode: ``"min"`` or ``"max"``: which values are better.
         min_delta: by how much a value has to beat the reference to count as improved, >= 0, in the

@@ -13,12 +13,13 @@ __all__ = ["load_planner"]
 
 
 def load_planner(**options: Any) -> DefaultLoadPlanner:
-    """Return a planner that loads a checkpoint of torch's optimizer into one of fusereg's.
+    """Return a planner that loads a checkpoint of torch's optimizer, or of an older fusereg's.
 
     ``torch.distributed.checkpoint`` refuses a checkpoint that lacks a key. This planner lets the
     arguments be missing that only fusereg's optimizers have (``l1``, ``l2``, ``group``, ``prox``,
     ...): they keep their present values. Any other missing key is an error as before. Checkpoints
-    of fusereg's optimizers load as without it.
+    of fusereg's optimizers load as without it, and those of older versions, which lack arguments
+    that were added since, load by it.
 
     Args:
         options: arguments of ``torch.distributed.checkpoint.DefaultLoadPlanner``.

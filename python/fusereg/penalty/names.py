@@ -236,14 +236,23 @@ def unpenalizable(item: Named) -> str | None:
     return "zeros of it would make its layer's weight NaN" if divides(item) else None
 
 
-def without_dividing(params: _params.Params) -> _params.Params:
-    """Return a module's parameters without those that :func:`divides` is about."""
+def trained(op: str, params: _params.Params, zeros: bool = True) -> _params.Params:
+    """Return a module's parameters that are not frozen; ``zeros``: nor divided by their norm."""
     if not isinstance(params, nn.Module):
         return params
-    listed = dict(params.named_parameters())
-    if not any("parametrizations." in n or n.endswith(("_v", "_orig")) for n in listed):
+    listed = {n: p for n, p in params.named_parameters() if p.requires_grad}
+    if not listed and next(params.parameters(), None) is not None:
+        raise ValueError(
+            f"fusereg.{op}: params must have a parameter that is not frozen, got a "
+            f"{type(params).__name__} whose parameters all are; its parameters() are changed as "
+            "they are"
+        )
+    if not zeros or not any(
+        "parametrizations." in n or n.endswith(("_v", "_orig")) for n in listed
+    ):
         return listed.values()
-    return [item.param for item in named_parameters(params) if not divides(item)]
+    named = named_parameters(params)
+    return [i.param for i in named if i.param.requires_grad and not divides(i)]
 
 
 def divides(item: Named) -> bool:

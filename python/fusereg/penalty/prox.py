@@ -27,7 +27,7 @@ from . import kernels as _kernels
 from . import op as _op
 from .coupled import Weights
 from .functional import check_all
-from .names import without_dividing
+from .names import trained
 from .others import limited
 from .strengths import Listed, Strength, Strengths, check_dim, check_number, collect
 
@@ -41,17 +41,19 @@ def l1_(params: Params, threshold: Strength) -> None:
 
     Args:
         params: a tensor, an iterable of tensors, or a module; changed in place. Any mix of float64,
-            float32, float16, bfloat16, devices and layouts. Of a module, parameters stay that a
-            parametrization divides by their norm (``weight_norm``): zeros would make NaN.
+            float32, float16, bfloat16, devices and layouts. Of a module, all parameters are
+            changed, biases and those of normalization layers too (list the weights to spare them),
+            but not the frozen ones, nor those that a parametrization divides by their norm
+            (``weight_norm``): zeros would make NaN.
         threshold: :math:`t \ge 0`, usually learning rate times lambda; one number or one per
             tensor.
 
     Raises:
-        TypeError, ValueError: as :func:`fusereg.functional.l1_penalty`; also for expanded tensors
-            and tensors that share memory. Nothing is changed then.
+        TypeError, ValueError: as :func:`fusereg.functional.l1_penalty`; also for expanded tensors,
+            tensors that share memory, and a module that is frozen. Nothing is changed then.
     """
     op = "prox.l1_"
-    _prox(op, collect(op, without_dividing(params), Strengths(l1=threshold), "threshold"))
+    _prox(op, collect(op, trained(op, params), Strengths(l1=threshold), "threshold"))
 
 
 def elastic_net_(params: Params, l1: Strength, l2: Strength) -> None:
@@ -70,7 +72,7 @@ def elastic_net_(params: Params, l1: Strength, l2: Strength) -> None:
         TypeError, ValueError: as :func:`l1_`.
     """
     op = "prox.elastic_net_"
-    _prox(op, collect(op, without_dividing(params), Strengths(l1, l2)))
+    _prox(op, collect(op, trained(op, params), Strengths(l1, l2)))
 
 
 def group_lasso_(
@@ -119,7 +121,7 @@ def group_lasso_(
         return
     _coupled.only_with_groups(op, weights)
     s = Strengths(l1, group=threshold, dim=check_dim(op, dim))
-    _prox(op, collect(op, without_dividing(params), s, _coupled.alone("threshold", l1)))
+    _prox(op, collect(op, trained(op, params), s, _coupled.alone("threshold", l1)))
 
 
 def max_norm_(params: Params, max_norm: Strength, dim: int = 0) -> None:
@@ -145,7 +147,7 @@ def max_norm_(params: Params, max_norm: Strength, dim: int = 0) -> None:
     """
     op = "prox.max_norm_"
     s = Strengths(l1=max_norm, dim=check_dim(op, dim))
-    tensors, s, _ = collect(op, params, s, "max_norm")
+    tensors, s, _ = collect(op, trained(op, params, zeros=False), s, "max_norm")
     limits = (limit for limit, *_ in s.each(len(tensors)))
     with torch.no_grad():
         found = limited(op, tensors, limits, dim)
