@@ -1,4 +1,4 @@
-"""Philox4x32-10 and dropout's masks in plain Python: what every kernel must give, bit for bit."""
+"""Philox4x32 and dropout's masks in plain Python: what every kernel must give, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from torch import Tensor
 
 _M32 = 0xFFFFFFFF
 
+#: Of masks; numbers have 10.
+MASK_ROUNDS = 7
 
-def philox(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+
+def philox(
+    key: int, counter: tuple[int, int, int, int], rounds: int = 10
+) -> tuple[int, int, int, int]:
     """The 4 words of a counter (its low word first) under a 64-bit key."""
     k0, k1 = key & _M32, key >> 32
     c0, c1, c2, c3 = counter
-    for _ in range(10):
+    for _ in range(rounds):
         product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = (
             (product1 >> 32) ^ c1 ^ k0,
@@ -53,7 +58,8 @@ def mask(count: int, p: float, seed: int, offset: int, index_offset: int = 0) ->
         if index // per_chunk != chunk:
             chunk = index // per_chunk
             high = chunk % 2**64
-            words = philox(seed % 2**64, (low & _M32, low >> 32, high & _M32, high >> 32))
+            counter = (low & _M32, low >> 32, high & _M32, high >> 32)
+            words = philox(seed % 2**64, counter, MASK_ROUNDS)
         at = index % per_chunk
         draw = words[at] if bits == 32 else words[at // 2] >> 16 * (at % 2) & 0xFFFF
         kept.append(draw < limit)

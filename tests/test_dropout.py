@@ -325,14 +325,23 @@ def test_dropped_inf_and_nan_become_zero(bad: float, dtype: torch.dtype, backend
 
 
 @pytest.mark.parametrize("p", [0.5, 0.3])
-def test_every_bfloat16(p: float, backend: Backend) -> None:
-    """All 65536 of them: NaN of every kind stays NaN, infinities and zeros stay what they are."""
-    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).to(backend.device)
-    keep = fusereg.dropout_mask(x.shape, p, SEED, device=backend.device)
-    y, wanted = F.dropout(x, p, seed=SEED), torch.where(keep, scaled(x, p), torch.zeros_like(x))
-    assert torch.equal(y.isnan(), wanted.isnan())
-    number = ~wanted.isnan()
-    assert torch.equal(y[number].view(torch.int16), wanted[number].view(torch.int16))
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize(("half", "quiet"), [(torch.bfloat16, 0x40), (torch.float16, 0x200)])
+def test_every_number_of_16_bits(
+    half: torch.dtype, quiet: int, rows: bool, p: float, backend: Backend
+) -> None:
+    """All 65536 of them: also subnormal ones, and NaN, which becomes quiet and keeps its bits."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(half).view(256, 256).to(backend.device)
+    keep = fusereg.dropout_mask((256, 1 if rows else 256), p, SEED, device=backend.device)
+    y = (F.drop_path if rows else F.dropout)(x, p, seed=SEED)
+    wanted = torch.where(keep, scaled(x, p), torch.zeros_like(x)).view(torch.int16)
+    nan = keep & x.isnan()
+    assert torch.equal(y.isnan(), nan)
+    if backend.name == "cuda" and not backend.on_host:
+        wanted[nan] = 0x7FFF
+    else:
+        wanted[nan] = (x.view(torch.int16) | quiet)[nan]
+    assert torch.equal(y.view(torch.int16), wanted)
 
 
 def test_in_place_of_a_slice_leaves_the_rest_alone(backend: Backend) -> None:

@@ -399,16 +399,16 @@ FUSEREG_INLINE std::int64_t partner_of(const double* record, std::int64_t n) {
 
 // The normals of the elements 4 * group to 4 * group + 3: one call of Philox.
 FUSEREG_STATIC void four_normals(const std::int64_t* key, std::uint64_t group, float (&n)[4]) {
-  const PhiloxWords w =
-      philox(static_cast<std::uint64_t>(key[0]), static_cast<std::uint64_t>(key[1]), group);
+  const PhiloxWords w = philox<kNumberRounds>(static_cast<std::uint64_t>(key[0]),
+                                              static_cast<std::uint64_t>(key[1]), group);
   normal::normal_pair<float, std::uint32_t>(w.word[0], w.word[1], n[0], n[1]);
   normal::normal_pair<float, std::uint32_t>(w.word[2], w.word[3], n[2], n[3]);
 }
 
 // The normal of an element.
 FUSEREG_STATIC float normal_at(const std::int64_t* key, std::uint64_t index) {
-  const PhiloxWords w =
-      philox(static_cast<std::uint64_t>(key[0]), static_cast<std::uint64_t>(key[1]), index / 4);
+  const PhiloxWords w = philox<kNumberRounds>(static_cast<std::uint64_t>(key[0]),
+                                              static_cast<std::uint64_t>(key[1]), index / 4);
   const bool second = (index & 2) != 0;
   float n[2];
   normal::normal_pair<float, std::uint32_t>(second ? w.word[2] : w.word[0],

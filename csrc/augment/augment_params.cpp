@@ -43,7 +43,7 @@ struct Source {
     const auto op = static_cast<std::uint64_t>(operation);
     const std::uint64_t low = std::uint64_t{epoch} | op << 32 | std::uint64_t{occurrence} << 40 |
                               std::uint64_t{attempt} << 48 | std::uint64_t{1} << 63;
-    return philox(seed, low, id);
+    return philox<kNumberRounds>(seed, low, id);
   }
 };
 

@@ -34,15 +34,8 @@ struct Plain {
 template <class C>
 FUSEREG_DEVICE_INLINE unsigned kept_bits(const Epilogue& e, const Plain<C>& plain,
                                          std::int64_t at) {
-  const std::uint64_t index = e.index_offset + static_cast<std::uint64_t>(at);
-  const auto draw = [&](std::uint64_t group) {
-    return e.draw.bits == 16 ? keep_mask<16>(plain.seed, plain.low, group, e.draw.threshold)
-                             : keep_mask<32>(plain.seed, plain.low, group, e.draw.threshold);
-  };
-  const auto shift = static_cast<unsigned>(index % kGroup);
-  unsigned bits = draw(index / kGroup) >> shift;
-  if (shift != 0) bits |= draw(index / kGroup + 1) << (kGroup - shift);
-  return bits & kAllInside;
+  return keep_mask_at(plain.seed, plain.low, e.index_offset + static_cast<std::uint64_t>(at),
+                      e.draw);
 }
 
 template <bool kHeavy, class C>

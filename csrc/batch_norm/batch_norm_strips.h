@@ -227,7 +227,7 @@ class Keeper {
   Draw draw_;
   std::uint64_t index_offset_;
   std::uint64_t low_;
-  PhiloxKeys keys_;
+  MaskKeys keys_;
   Word<C> buffer_[kStrip + 2 * kBlock<16> + kPad];
 };
 

@@ -47,7 +47,7 @@ FUSEREG_INLINE std::uint32_t keep_mask(std::uint64_t seed, std::uint64_t low, st
                                        std::uint32_t threshold) {
   std::uint32_t mask = 0;
   if constexpr (kBits == 16) {
-    const PhiloxWords w = philox(seed, low, group);
+    const PhiloxWords w = philox<kMaskRounds>(seed, low, group);
     FUSEREG_UNROLL_10
     for (int i = 0; i < 4; ++i) {
       mask |= static_cast<std::uint32_t>((w.word[i] & 0xffffu) < threshold) << (2 * i);
@@ -56,7 +56,8 @@ FUSEREG_INLINE std::uint32_t keep_mask(std::uint64_t seed, std::uint64_t low, st
   } else {
     FUSEREG_UNROLL_10
     for (int half = 0; half < 2; ++half) {
-      const PhiloxWords w = philox(seed, low, 2 * group + static_cast<std::uint64_t>(half));
+      const PhiloxWords w =
+          philox<kMaskRounds>(seed, low, 2 * group + static_cast<std::uint64_t>(half));
       FUSEREG_UNROLL_10
       for (int i = 0; i < 4; ++i) {
         mask |= static_cast<std::uint32_t>(w.word[i] < threshold) << (4 * half + i);
@@ -66,12 +67,22 @@ FUSEREG_INLINE std::uint32_t keep_mask(std::uint64_t seed, std::uint64_t low, st
   return mask;
 }
 
-FUSEREG_INLINE bool is_kept(std::uint64_t seed, std::uint64_t low, std::uint64_t index, int bits,
-                            std::uint32_t threshold) {
+// The same where the bits of a draw are known at run time; without any, all are kept.
+FUSEREG_INLINE std::uint32_t keep_mask(std::uint64_t seed, std::uint64_t low, std::uint64_t group,
+                                       const Draw& draw) {
+  if (draw.bits == 16) return keep_mask<16>(seed, low, group, draw.threshold);
+  if (draw.bits == 32) return keep_mask<32>(seed, low, group, draw.threshold);
+  return 0xffu;
+}
+
+// The mask of the 8 elements from this index on, which need not begin a group.
+FUSEREG_INLINE std::uint32_t keep_mask_at(std::uint64_t seed, std::uint64_t low,
+                                          std::uint64_t index, const Draw& draw) {
   const std::uint64_t group = index / kGroup;
-  const std::uint32_t mask = bits == 16 ? keep_mask<16>(seed, low, group, threshold)
-                                        : keep_mask<32>(seed, low, group, threshold);
-  return (mask >> (index % kGroup) & 1u) != 0;
+  const auto within = static_cast<unsigned>(index % kGroup);
+  std::uint32_t mask = keep_mask(seed, low, group, draw) >> within;
+  if (within != 0) mask |= keep_mask(seed, low, group + 1, draw) << (kGroup - within);
+  return mask & 0xffu;
 }
 
 }  // namespace fusereg

@@ -15,6 +15,8 @@ namespace fusereg::FUSEREG_ISA {
 
 #define FUSEREG_ALWAYS_INLINE inline __attribute__((always_inline))
 
+using MaskKeys = PhiloxKeys<kMaskRounds>;
+
 // Draws of a vector call, and elements that share it: two vectors of draws.
 template <int kBits>
 inline constexpr int kBlock = 2 * kVectorBytes * 8 / kBits;

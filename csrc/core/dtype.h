@@ -43,8 +43,9 @@ FUSEREG_INLINE float to_float(BFloat16 x) {
   return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
 }
 
-// The device rounds by an instruction from sm_80 on, with the same bits but for NaN, of which it
-// makes 0x7fff, as torch does there.
+// A NaN keeps its sign and the digits there is room for, and becomes quiet, on every instruction
+// set. The device rounds by an instruction from sm_80 on, with the same bits but for NaN, of which
+// it makes 0x7fff, as torch does there.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #define FUSEREG_ROUNDS_PAIRS 1
 #else
@@ -74,7 +75,11 @@ FUSEREG_INLINE float to_float(Half x) {
   // rebias the exponent; it renormalizes subnormals on the way.
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = static_cast<std::uint32_t>(x.bits & 0x7fffu) << 13;
-  if (magnitude >= (0x7c00u << 13)) return bit_cast<float>(sign | magnitude | 0x7f800000u);
+  if (magnitude >= (0x7c00u << 13)) {
+    // A NaN becomes quiet and keeps its digits, as by the instruction.
+    const std::uint32_t quiet = magnitude > (0x7c00u << 13) ? 0x400000u : 0u;
+    return bit_cast<float>(sign | magnitude | 0x7f800000u | quiet);
+  }
   return bit_cast<float>(sign | bit_cast<std::uint32_t>(bit_cast<float>(magnitude) * 0x1p112f));
 #endif
 }
@@ -88,7 +93,8 @@ FUSEREG_INLINE Half to_half(float x) {
   const std::uint32_t u = bit_cast<std::uint32_t>(x);
   const auto sign = static_cast<std::uint16_t>((u >> 16) & 0x8000u);
   const std::uint32_t magnitude = u & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return {static_cast<std::uint16_t>(sign | 0x7e00u)};
+  if (magnitude > 0x7f800000u)  // quiet, with the digits there is room for
+    return {static_cast<std::uint16_t>(sign | 0x7e00u | (magnitude >> 13 & 0x1ffu))};
   if (magnitude >= 0x477ff000u) return {static_cast<std::uint16_t>(sign | 0x7c00u)};  // >= 65520
   if (magnitude < 0x38800000u) {
     // Below 2^-14 the result is subnormal, a multiple of 2^-24: adding 0.5 in float lets the adder

@@ -1,6 +1,9 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"):
+// Philox4x32 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"):
 // random numbers as a pure function of a 64-bit key and a 128-bit counter. One source for the host,
 // the device and, in files that are compiled once per instruction set, for vectors of counters.
+//
+// Rounds: 7 where a draw only decides whether an element is kept, the fewest that pass every test
+// of random bits; 10, the default of Random123, where draws become numbers (docs/random-numbers.md).
 //
 // How fusereg uses it: key = seed; counter = (offset / 4 as 64 bits, chunk as 64 bits), low word
 // first, as in cuRAND, whose `subsequence` is our chunk. One counter gives the draws of one chunk
@@ -81,7 +84,8 @@ FUSEREG_INLINE void philox_round(PhiloxState<W>& s, W key0, W key1) {
   s.word[3] = product0;
 }
 
-inline constexpr int kPhiloxRounds = 10;
+inline constexpr int kMaskRounds = 7;
+inline constexpr int kNumberRounds = 10;
 // What the key's halves grow by from round to round.
 inline constexpr std::uint32_t kPhiloxStep0 = 0x9e3779b9u;
 inline constexpr std::uint32_t kPhiloxStep1 = 0xbb67ae85u;
@@ -91,6 +95,7 @@ struct PhiloxWords {
 };
 
 // `low` and `high` are the counter's halves: offset / 4 and the chunk.
+template <int kRounds>
 FUSEREG_INLINE PhiloxWords philox(std::uint64_t key, std::uint64_t low, std::uint64_t high) {
   auto key0 = static_cast<std::uint32_t>(key);
   auto key1 = static_cast<std::uint32_t>(key >> 32);
@@ -99,7 +104,7 @@ FUSEREG_INLINE PhiloxWords philox(std::uint64_t key, std::uint64_t low, std::uin
   std::uint32_t w0 = static_cast<std::uint32_t>(low), w1 = static_cast<std::uint32_t>(low >> 32);
   std::uint32_t w2 = static_cast<std::uint32_t>(high), w3 = static_cast<std::uint32_t>(high >> 32);
   FUSEREG_UNROLL_10
-  for (int round = 0; round < kPhiloxRounds; ++round) {
+  for (int round = 0; round < kRounds; ++round) {
     std::uint32_t low0, high0, low1, high1;
     asm("{.reg .u64 p; mul.wide.u32 p, %2, %3; mov.b64 {%0, %1}, p;}"
         : "=r"(low0), "=r"(high0)
@@ -118,7 +123,7 @@ FUSEREG_INLINE PhiloxWords philox(std::uint64_t key, std::uint64_t low, std::uin
 #else
   PhiloxState<std::uint64_t> s = {{low, low >> 32, high, high >> 32}};
   FUSEREG_UNROLL_10
-  for (int round = 0; round < kPhiloxRounds; ++round) {
+  for (int round = 0; round < kRounds; ++round) {
     philox_round<std::uint64_t>(s, key0, key1);
     key0 += kPhiloxStep0;
     key1 += kPhiloxStep1;
@@ -176,11 +181,12 @@ FUSEREG_INLINE U64Vector philox_lanes() {
 // The round keys as vectors, made once for many counters. They stay in memory, where the
 // exclusive-or reads them: without the barrier, GCC prefers to make each of them again for every
 // counter.
+template <int kRounds>
 struct PhiloxKeys {
   __attribute__((always_inline)) inline explicit PhiloxKeys(std::uint64_t seed) {
     auto key0 = static_cast<std::uint32_t>(seed);
     auto key1 = static_cast<std::uint32_t>(seed >> 32);
-    for (int round = 0; round < kPhiloxRounds; ++round) {
+    for (int round = 0; round < kRounds; ++round) {
       key[round][0] = U64Vector{} + key0;
       key[round][1] = U64Vector{} + key1;
       key0 += kPhiloxStep0;
@@ -188,17 +194,18 @@ struct PhiloxKeys {
     }
     asm("" : "+m"(key));
   }
-  U64Vector key[kPhiloxRounds][2];
+  U64Vector key[kRounds][2];
 };
 
 // 4 words of each of the chunks first, first + 1, ... in memory order: chunk after chunk, word
 // after word.
-FUSEREG_INLINE void philox_chunks(const PhiloxKeys& keys, std::uint64_t low, std::uint64_t first,
-                                  U64Vector (&draws)[2]) {
+template <int kRounds>
+FUSEREG_INLINE void philox_chunks(const PhiloxKeys<kRounds>& keys, std::uint64_t low,
+                                  std::uint64_t first, U64Vector (&draws)[2]) {
   const U64Vector high = philox_lanes() + first;
   PhiloxState<U64Vector> s = {{U64Vector{} + low, U64Vector{} + (low >> 32), high, high >> 32}};
   FUSEREG_UNROLL_10
-  for (int round = 0; round < kPhiloxRounds; ++round) {
+  for (int round = 0; round < kRounds; ++round) {
     philox_round<U64Vector>(s, keys.key[round][0], keys.key[round][1]);
   }
   const U64Vector pair0 = (s.word[0] & 0xffffffffu) | (s.word[1] << 32);

@@ -20,8 +20,7 @@ struct Arguments {
   Geometry geometry;
   std::uint64_t index_offset;
   SeedPair random;
-  int bits;
-  std::uint32_t threshold;
+  Draw draw;
   double* kept;
   double* slots;
   int slot_count;  // 0: *kept is there already
@@ -64,8 +63,7 @@ FUSEREG_DEVICE_INLINE void mark(const Arguments& a, const Tile& t, std::uint32_t
     const std::int64_t at = task % groups * kGroup - static_cast<std::int64_t>(index % kGroup);
     if (at >= runs.length) continue;
     const std::uint64_t group = index / kGroup + static_cast<std::uint64_t>(task % groups);
-    const std::uint32_t keep = a.bits == 16 ? keep_mask<16>(key, low, group, a.threshold)
-                                            : keep_mask<32>(key, low, group, a.threshold);
+    const std::uint32_t keep = keep_mask(key, low, group, a.draw);
     for (int e = 0; e < kGroup; ++e) {
       if ((keep >> e & 1u) != 0 || at + e < 0 || at + e >= runs.length) continue;
       for_block(g, t, first + at + e,
@@ -182,16 +180,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 void run_cuda(const Job& job, int device, void* stream) {
   const cuda::DeviceGuard guard(device);
-  Arguments a = {job.x,
-                 job.y,
-                 job.geometry,
-                 job.index_offset,
-                 job.random,
-                 job.draw.bits,
-                 job.draw.threshold,
-                 job.kept,
-                 job.slots,
-                 0};
+  Arguments a = {job.x,     job.y, job.geometry, job.index_offset, job.random, job.draw, job.kept,
+                 job.slots, 0};
   cuda::LaunchConfig config;
   config.block = dim3(kThreads);
   config.stream = static_cast<cuda::Stream>(stream);

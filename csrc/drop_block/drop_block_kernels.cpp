@@ -56,7 +56,7 @@ FUSEREG_INLINE void set_bits(std::uint32_t* bits, std::int64_t at, std::int64_t 
 template <int kBits>
 void mark_blocks(const Job& job, const Tile& tile, std::uint32_t* bits) {
   const Geometry& g = job.geometry;
-  const PhiloxKeys keys(job.random.key());
+  const MaskKeys keys(job.random.key());
   const std::uint64_t low = job.random.low();
   const DrawVector<kBits> threshold =
       DrawVector<kBits>{} + static_cast<typename DrawType<kBits>::type>(job.draw.threshold);

@@ -105,20 +105,23 @@ py::tuple dropout_constants(double p, bool alpha) {
 // The words of the counters (low, high), (low, high + 1), ...: one by the scalar code, or as many
 // as a vector of the chosen instruction set gives.
 std::vector<std::uint32_t> philox_words(const py::object& key, const py::object& low,
-                                        const py::object& high, bool vector) {
+                                        const py::object& high, bool vector, int rounds) {
   const char* const op = "philox_words";
+  if (rounds != kMaskRounds && rounds != kNumberRounds)
+    throw py::value_error(where(op, "rounds") + " must be 7 or 10, got " + std::to_string(rounds));
   const std::uint64_t k = bits_argument(key, op, "key");
   const std::uint64_t l = bits_argument(low, op, "low");
   const std::uint64_t h = bits_argument(high, op, "high");
 #if !defined(FUSEREG_HOST_IS_DEVICE)  // which has no CPU kernels
   if (vector) {
     std::uint32_t words[kMaxWords];
-    const int chunks = cpu_kernels().words(k, l, h, words);
+    const int chunks = cpu_kernels().words(rounds, k, l, h, words);
     return {words, words + 4 * chunks};
   }
 #endif
   (void)vector;
-  const PhiloxWords w = philox(k, l, h);
+  const PhiloxWords w =
+      rounds == kMaskRounds ? philox<kMaskRounds>(k, l, h) : philox<kNumberRounds>(k, l, h);
   return {w.word, w.word + 4};
 }
 
@@ -131,7 +134,8 @@ void bind(py::module_& m) {
   m.def("dropout_backward", &dropout_backward, arg("grad_x"), arg("grad_y"), arg("seed"),
         arg("offset"), arg("p"), arg("alpha"), arg("row_dims"), arg("index_offset"), op_argument());
   m.def("dropout_constants", &dropout_constants, arg("p"), arg("alpha"));
-  m.def("philox_words", &philox_words, arg("key"), arg("low"), arg("high"), arg("vector"));
+  m.def("philox_words", &philox_words, arg("key"), arg("low"), arg("high"), arg("vector"),
+        arg("rounds"));
 }
 
 }  // namespace fusereg::dropout

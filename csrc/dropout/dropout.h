@@ -89,9 +89,10 @@ struct CpuKernels {
   // n <= kMaxColumns.
   void (*columns)(DType dtype, const void* x, void* y, std::int64_t n, std::int64_t repeat,
                   std::int64_t stride, std::uint64_t index, const Stream& s);
-  // The 4 words of counters (low, high), (low, high + 1), ... as many as a vector call gives;
-  // returns how many.
-  int (*words)(std::uint64_t seed, std::uint64_t low, std::uint64_t high, std::uint32_t* words);
+  // The 4 words of counters (low, high), (low, high + 1), ... as many as a vector call gives, by
+  // kMaskRounds or kNumberRounds; returns how many.
+  int (*words)(int rounds, std::uint64_t seed, std::uint64_t low, std::uint64_t high,
+               std::uint32_t* words);
 };
 
 FUSEREG_DECLARE_PER_ISA(CpuKernels, kernels)

@@ -86,7 +86,7 @@ FUSEREG_INLINE void bfloat16_vector(const BFloat16* x, BFloat16* y, U64Vector dr
 
 // One block of elements, all of them there; `block` counts blocks from index 0.
 template <class T, int kBits, bool kLinear>
-FUSEREG_INLINE void whole_block(const T* x, T* y, std::uint64_t block, const PhiloxKeys& keys,
+FUSEREG_INLINE void whole_block(const T* x, T* y, std::uint64_t block, const MaskKeys& keys,
                                 std::uint64_t low, DrawVector<kBits> threshold,
                                 const Constants<Compute<T>>& k) {
   using C = Compute<T>;
@@ -125,7 +125,7 @@ FUSEREG_INLINE void prefetch_block(const T* x, const T* y) {
 
 template <class T, int kBits, bool kLinear>
 void elements(const T* x, T* y, std::int64_t n, std::uint64_t index, const Stream& s) {
-  const PhiloxKeys keys(s.seed);
+  const MaskKeys keys(s.seed);
   const std::uint64_t low = s.low;
   const DrawVector<kBits> threshold =
       DrawVector<kBits>{} + static_cast<typename DrawType<kBits>::type>(s.draw.threshold);
@@ -237,10 +237,7 @@ void columns(const T* x, T* y, std::int64_t n, std::int64_t repeat, std::int64_t
   std::uint32_t mask = 0;
   for (std::int64_t i = 0; i < n; ++i) {
     const std::uint64_t at = index + static_cast<std::uint64_t>(i);
-    if (i == 0 || at % kGroup == 0) {
-      mask = s.draw.bits == 16 ? keep_mask<16>(s.seed, s.low, at / kGroup, s.draw.threshold)
-                               : keep_mask<32>(s.seed, s.low, at / kGroup, s.draw.threshold);
-    }
+    if (i == 0 || at % kGroup == 0) mask = keep_mask(s.seed, s.low, at / kGroup, s.draw);
     keep[i] = -static_cast<M>(mask >> (at % kGroup) & 1u);
   }
   for (std::int64_t r = 0; r < repeat; ++r)
@@ -259,10 +256,15 @@ void columns_any(DType dtype, const void* x, void* y, std::int64_t n, std::int64
   });
 }
 
-int words(std::uint64_t seed, std::uint64_t low, std::uint64_t high, std::uint32_t* out) {
+int words(int rounds, std::uint64_t seed, std::uint64_t low, std::uint64_t high,
+          std::uint32_t* out) {
   U64Vector draws[2];
   static_assert(sizeof(draws) <= kMaxWords * sizeof(std::uint32_t), "the caller's buffer");
-  philox_chunks(PhiloxKeys(seed), low, high, draws);
+  if (rounds == kMaskRounds) {
+    philox_chunks(MaskKeys(seed), low, high, draws);
+  } else {
+    philox_chunks(PhiloxKeys<kNumberRounds>(seed), low, high, draws);
+  }
   memcpy(out, draws, sizeof(draws));
   return kPhiloxChunks;
 }

@@ -55,27 +55,24 @@ class CpuRun {
     const std::int64_t length = job_.rows.repeat;
     const std::int64_t pieces = ceil_div(length, kSegment);
     const std::int64_t piece = std::min(length, kSegment);
-    const Draw& draw = job_.draw;
-    parallel_for(
-        job_.rows.outer * pieces, std::max<std::int64_t>(1, kGrain / piece),
-        [&](std::int64_t begin, std::int64_t end) {
-          std::uint64_t known_group = 0;
-          std::uint32_t mask = 0;
-          for (std::int64_t task = begin; task < end; ++task) {
-            const std::int64_t row = task / pieces;
-            const std::int64_t from = task % pieces * kSegment;
-            const std::uint64_t index = job_.index_offset + static_cast<std::uint64_t>(row);
-            if (task == begin || index / kGroup != known_group) {
-              known_group = index / kGroup;
-              mask = draw.bits == 16
-                         ? keep_mask<16>(stream_.seed, stream_.low, known_group, draw.threshold)
-                         : keep_mask<32>(stream_.seed, stream_.low, known_group, draw.threshold);
-            }
-            const std::int64_t at = (row * length + from) * size_;
-            kernels_.row(job_.dtype, x_ + at, y_ + at, std::min(kSegment, length - from),
-                         (mask >> (index % kGroup) & 1u) != 0, job_.affine);
-          }
-        });
+    parallel_for(job_.rows.outer * pieces, std::max<std::int64_t>(1, kGrain / piece),
+                 [&](std::int64_t begin, std::int64_t end) {
+                   std::uint64_t known_group = 0;
+                   std::uint32_t mask = 0;
+                   for (std::int64_t task = begin; task < end; ++task) {
+                     const std::int64_t row = task / pieces;
+                     const std::int64_t from = task % pieces * kSegment;
+                     const std::uint64_t index =
+                         job_.index_offset + static_cast<std::uint64_t>(row);
+                     if (task == begin || index / kGroup != known_group) {
+                       known_group = index / kGroup;
+                       mask = keep_mask(stream_.seed, stream_.low, known_group, job_.draw);
+                     }
+                     const std::int64_t at = (row * length + from) * size_;
+                     kernels_.row(job_.dtype, x_ + at, y_ + at, std::min(kSegment, length - from),
+                                  (mask >> (index % kGroup) & 1u) != 0, job_.affine);
+                   }
+                 });
   }
 
   void columns() const {

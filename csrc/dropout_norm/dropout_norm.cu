@@ -122,21 +122,6 @@ FUSEREG_DEVICE_INLINE void store_wide(void* p, bool wide, std::int64_t at, int c
   store_group<kVectors>(static_cast<T*>(p), at, count, v);
 }
 
-// Bit e is set if element index + e is kept.
-FUSEREG_DEVICE_INLINE std::uint32_t kept_of(const Draw& draw, std::uint64_t seed, std::uint64_t low,
-                                            std::uint64_t index) {
-  if (draw.bits == 0) return 0xffu;
-  const auto group_mask = [&](std::uint64_t group) {
-    return draw.bits == 16 ? keep_mask<16>(seed, low, group, draw.threshold)
-                           : keep_mask<32>(seed, low, group, draw.threshold);
-  };
-  const std::uint64_t group = index / kGroup;
-  const auto within = static_cast<int>(index % kGroup);
-  std::uint32_t mask = group_mask(group) >> within;
-  if (within != 0) mask |= group_mask(group + 1) << (kGroup - within);
-  return mask;
-}
-
 template <class C>
 FUSEREG_DEVICE_INLINE void drop(C (&v)[kGroup], std::uint32_t kept, C scale) {
   FUSEREG_UNROLL
@@ -204,7 +189,8 @@ __global__ void __launch_bounds__(kForwardThreads, kVectors && sizeof(T) < 8 ? 2
       C added[kGroup];
       if (f.residual != nullptr) beside[u % kAhead].get(f.wide_sum, added);
       if (f.draw.bits != 0)
-        drop(held[u], kept_of(f.draw, seed, low, f.index_offset + static_cast<std::uint64_t>(at)),
+        drop(held[u],
+             keep_mask_at(seed, low, f.index_offset + static_cast<std::uint64_t>(at), f.draw),
              scale);
       FUSEREG_UNROLL
       for (int e = 0; e < kGroup; ++e) {
@@ -447,7 +433,8 @@ __global__ void __launch_bounds__(kHeld > 0 ? kHeldThreads<T, kVectors> : kBackw
           store_wide<kVectors, T>(b.grad_residual, b.wide_sum, at, count, ds);
         if (b.grad_x != nullptr) {
           if (b.draw.bits != 0)
-            drop(ds, kept_of(b.draw, seed, low, b.index_offset + static_cast<std::uint64_t>(at)),
+            drop(ds,
+                 keep_mask_at(seed, low, b.index_offset + static_cast<std::uint64_t>(at), b.draw),
                  scale);
           store_group<kVectors>(static_cast<T*>(b.grad_x), at, count, ds);
         }

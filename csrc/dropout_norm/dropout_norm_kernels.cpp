@@ -160,7 +160,7 @@ class Dropper {
     }
   }
 
-  PhiloxKeys keys_;
+  MaskKeys keys_;
   std::uint64_t low_;
   DrawVector<kBits> threshold_;
   Vector<C> scale_;

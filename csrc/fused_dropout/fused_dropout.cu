@@ -40,14 +40,6 @@ struct Arguments {
 
 using rounded::multiply;
 
-// Bit e is set if element e of the group is kept.
-FUSEREG_DEVICE_INLINE std::uint32_t group_mask(const Arguments& g, std::uint64_t seed,
-                                               std::uint64_t low, std::uint64_t group) {
-  if (g.draw.bits == 16) return keep_mask<16>(seed, low, group, g.draw.threshold);
-  if (g.draw.bits == 32) return keep_mask<32>(seed, low, group, g.draw.threshold);
-  return 0xffu;
-}
-
 // --- the forms: what becomes of an element ---
 
 template <class T>
@@ -155,7 +147,7 @@ __global__ void __launch_bounds__(kThreads)
       const std::int64_t at = origin + group * kGroup;
       std::uint32_t mask = 0;
       if constexpr (Form::kDraws)
-        mask = group_mask(g, seed, low, first_group + static_cast<std::uint64_t>(group));
+        mask = keep_mask(seed, low, first_group + static_cast<std::uint64_t>(group), g.draw);
       C bias[kGroup] = {};
       if (g.vectors && at + kGroup <= g.numel) {
         if constexpr (Form::kBias) {
@@ -205,7 +197,7 @@ __global__ void __launch_bounds__(kThreads)
        v += step) {
     const Index at = static_cast<Index>(v) * kN;
     const std::uint64_t index = g.index_offset + at / length;
-    const bool keep = (group_mask(g, seed, low, index / kGroup) >> (index % kGroup) & 1u) != 0;
+    const bool keep = (keep_mask_at(seed, low, index, g.draw) & 1u) != 0;
     auto data = cuda::load_streaming<kN>(residual + at);
     if (keep) {
       const auto more = cuda::load_streaming<kN>(x + at);
@@ -244,15 +236,13 @@ FUSEREG_DEVICE_INLINE void chunk_sums(const Arguments& g, std::int64_t first_col
   for (std::int64_t row = first + row_group; row < last; row += step) {
     const std::int64_t at = row * c.width + column;
     const std::uint64_t index = g.index_offset + static_cast<std::uint64_t>(at);
-    const auto shift = static_cast<unsigned>(index % kGroup);
     const bool whole = column + kGroup <= c.width && at + kGroup <= g.numel;
     cuda::Vec<T, kN> from[kParts];
     if (g.vectors && whole) {
       FUSEREG_UNROLL
       for (int i = 0; i < kParts; ++i) from[i] = cuda::load_streaming<kN>(x + at + i * kN);
     }
-    std::uint32_t mask = group_mask(g, seed, low, index / kGroup) >> shift;
-    if (shift != 0) mask |= group_mask(g, seed, low, index / kGroup + 1) << (kGroup - shift);
+    const std::uint32_t mask = keep_mask_at(seed, low, index, g.draw);
     FUSEREG_UNROLL
     for (int i = 0; i < kParts; ++i) {
       FUSEREG_UNROLL

@@ -59,7 +59,7 @@ FUSEREG_INLINE std::uint64_t compare(const U64Vector (&draws)[2], DrawVector<kBi
 }
 
 template <int kBits>
-__attribute__((noinline)) std::uint64_t draw_word(const PhiloxKeys& keys, std::uint64_t low,
+__attribute__((noinline)) std::uint64_t draw_word(const MaskKeys& keys, std::uint64_t low,
                                                   std::uint64_t word, std::uint32_t threshold) {
   constexpr int kCalls = kWord / kBlock<kBits>;
   const DrawVector<kBits> limit =
@@ -306,7 +306,7 @@ struct Drawing {
     if (s.draw.bits == 32) return draw_word<32>(keys, s.low, word, s.draw.threshold);
     return ~std::uint64_t{0};
   }
-  PhiloxKeys keys;
+  MaskKeys keys;
   const Stream& s;
 };
 

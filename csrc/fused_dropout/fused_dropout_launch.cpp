@@ -68,10 +68,8 @@ class CpuRun {
   }
 
   bool row_is_kept(std::int64_t row) const {
-    const Draw& draw = job_.draw;
-    return draw.bits == 0 ||
-           is_kept(stream_.seed, stream_.low, job_.index_offset + static_cast<std::uint64_t>(row),
-                   draw.bits, draw.threshold);
+    const std::uint64_t index = job_.index_offset + static_cast<std::uint64_t>(row);
+    return (keep_mask_at(stream_.seed, stream_.low, index, job_.draw) & 1u) != 0;
   }
 
   void rows() const {

@@ -20,7 +20,8 @@ FUSEREG_DEVICE_INLINE void normals(std::uint64_t key, std::uint64_t low, std::ui
                                    float (&n)[kNormals]) {
   FUSEREG_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const PhiloxWords w = philox(key, low, 2 * group + static_cast<std::uint64_t>(half));
+    const PhiloxWords w =
+        philox<kNumberRounds>(key, low, 2 * group + static_cast<std::uint64_t>(half));
     normal_pair<float, std::uint32_t>(w.word[0], w.word[1], n[4 * half], n[4 * half + 1]);
     normal_pair<float, std::uint32_t>(w.word[2], w.word[3], n[4 * half + 2], n[4 * half + 3]);
   }

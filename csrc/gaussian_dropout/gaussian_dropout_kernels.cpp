@@ -12,8 +12,10 @@ using namespace ::fusereg::normal;
 // Elements that one vector call of Philox serves.
 constexpr int kElements = kBlock<32>;
 
+using NumberKeys = PhiloxKeys<kNumberRounds>;
+
 // The normals of the elements [block * kElements, ...), in their order.
-FUSEREG_INLINE void normals(const PhiloxKeys& keys, std::uint64_t low, std::uint64_t block,
+FUSEREG_INLINE void normals(const NumberKeys& keys, std::uint64_t low, std::uint64_t block,
                             float* out) {
   constexpr std::uint64_t kLow = 0xffffffffu;
   U64Vector draws[2];
@@ -43,7 +45,7 @@ FUSEREG_INLINE Vector<double> load_as(const float* p, double) {
 }
 
 template <class T>
-FUSEREG_INLINE void whole_block(const T* x, T* y, std::uint64_t block, const PhiloxKeys& keys,
+FUSEREG_INLINE void whole_block(const T* x, T* y, std::uint64_t block, const NumberKeys& keys,
                                 std::uint64_t low, Vector<Compute<T>> strength) {
   using C = Compute<T>;
   float n[kElements];
@@ -58,7 +60,7 @@ FUSEREG_INLINE void whole_block(const T* x, T* y, std::uint64_t block, const Phi
 // As dropout's elements(): the first and the last block may be there in part.
 template <class T>
 void elements(const T* x, T* y, std::int64_t n, std::uint64_t index, const Job& job) {
-  const PhiloxKeys keys(job.random.key());
+  const NumberKeys keys(job.random.key());
   const std::uint64_t low = job.random.low();
   const auto strength = broadcast(static_cast<Compute<T>>(job.strength));
   std::uint64_t block = index / kElements;

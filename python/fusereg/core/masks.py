@@ -13,6 +13,9 @@ from .. import _C
 P = 0.3
 SEED = 5
 
+#: Philox's rounds where a draw only decides whether an element is kept.
+MASK_ROUNDS = 7
+
 _M32 = 0xFFFFFFFF
 
 
@@ -21,16 +24,19 @@ def kept_share(p: float = P) -> float:
     return _C.dropout_constants(p, False)[2]
 
 
-def _philox(seed: int, counters: Tensor) -> Tensor:
-    """Return the 4 words of Philox4x32-10 for each 64-bit counter, one row each.
+def philox(
+    seed: int | Tensor, low: int | Tensor, high: Tensor, rounds: int = MASK_ROUNDS
+) -> Tensor:
+    """Return the 4 words of Philox4x32 for each counter (low, high), one row each.
 
     See Salmon et al. 2011. The words are int64: products wrap, and what is shifted is masked, so
     that they equal those of 32-bit words.
     """
-    k0, k1 = seed & _M32, seed >> 32
-    c0, c1 = torch.zeros_like(counters), torch.zeros_like(counters)
-    c2, c3 = counters & _M32, counters >> 32
-    for _ in range(10):
+    zeros = torch.zeros_like(high)
+    k0, k1 = seed & _M32, seed >> 32 & _M32
+    c0, c1 = zeros + (low & _M32), zeros + (low >> 32 & _M32)
+    c2, c3 = high & _M32, high >> 32 & _M32
+    for _ in range(rounds):
         product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = (
             ((product1 >> 32) & _M32) ^ c1 ^ k0,
@@ -48,11 +54,11 @@ def mask(shape: tuple[int, ...], p: float = P, seed: int = SEED) -> Tensor:
     count = math.prod(shape)
     limit = round((1.0 - p) * 2**16)
     if abs(limit - (1.0 - p) * 2**16) <= min(p, 1.0 - p) * 64:
-        words = _philox(seed, torch.arange((count + 7) // 8))
+        words = philox(seed, 0, torch.arange((count + 7) // 8))
         draws = torch.stack((words & 0xFFFF, words >> 16), dim=2)
     else:
         limit = round((1.0 - p) * 2**32)
-        draws = _philox(seed, torch.arange((count + 3) // 4))
+        draws = philox(seed, 0, torch.arange((count + 3) // 4))
     return (draws.flatten()[:count] < limit).reshape(shape)
 
 

@@ -1,7 +1,7 @@
 """Philox states (seed, offset), drawn from torch's own generators.
 
 So ``torch.manual_seed`` and a ``generator`` reproduce. Each call gets a state of its own, and draws
-from Philox4x32-10 under the key ``seed`` at the counters of that offset.
+from Philox4x32 under the key ``seed`` at the counters of that offset.
 
 CPU
     two 63-bit numbers from the generator (torch's CPU stream is a Mersenne twister, so nothing is

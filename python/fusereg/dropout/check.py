@@ -38,7 +38,7 @@ _SEEDED = {"p": P, "seed": SEED}
 OPERATIONS = [
     Operation(
         name="dropout_mask",
-        formula="Philox4x32-10(seed, index) < keep",
+        formula="Philox4x32-7(seed, index) < keep",
         function=functional.dropout_mask,
         pairs=_masks,
     ),

@@ -116,7 +116,7 @@ def dropout_mask(
     Args:
         shape: of the tensor.
         p: the probability of dropping, within [0, 1].
-        seed: the key of Philox4x32-10; 64 bits count.
+        seed: the key of Philox4x32-7; 64 bits count.
         offset: a multiple of 4; offset / 4 is the low half of the counter.
         index_offset: the index of the first element.
         device: where the mask is wanted; the bits are the same everywhere.
