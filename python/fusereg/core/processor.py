@@ -9,7 +9,7 @@ from pathlib import Path
 
 #: Microarchitectures by family and range of models, for virtual machines often name no more than
 #: "AMD EPYC" (Linux, arch/x86/kernel/cpu/amd.c and arch/x86/include/asm/intel-family.h).
-_MICROARCHITECTURES = {
+_MICROARCHITECTURES: dict[str, tuple[tuple[int, int, int, str], ...]] = {
     "AuthenticAMD": (
         (23, 0x00, 0x2F, "Zen"),
         (23, 0x30, 0x4F, "Zen 2"),
