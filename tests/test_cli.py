@@ -22,6 +22,7 @@ from fusereg import _C
 from fusereg.cli import app, checks, info, machine, main
 from fusereg.cli.checks import Inputs, Operation, Pairs
 from fusereg.cli.errors import InputError, require_packages
+from fusereg.core import processor
 
 
 def one_error_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -392,6 +393,44 @@ def test_this_process_has_one_openmp_runtime() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.stdout.strip() == "1", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "name"),
+    [
+        ("AuthenticAMD", 25, 17, "Some CPU (Zen 4)"),
+        ("AuthenticAMD", 25, 1, "Some CPU (Zen 3)"),
+        ("AuthenticAMD", 26, 2, "Some CPU (Zen 5)"),
+        ("GenuineIntel", 6, 143, "Some CPU (Sapphire Rapids)"),
+        ("GenuineIntel", 6, 167, "Some CPU"),
+        ("AuthenticAMD", 6, 143, "Some CPU"),
+    ],
+)
+def test_a_processor_is_named_by_its_family_and_model(
+    vendor: str, family: int, model: int, name: str
+) -> None:
+    lines = [f"vendor_id\t: {vendor}", f"cpu family\t: {family}", f"model\t\t: {model}"]
+    lines += ["model name\t: Some CPU", "", "model name\t: another", "model\t\t: 0"]
+    assert processor.name("\n".join(lines)) == name
+
+
+def test_a_processor_without_family_or_name_is_named_by_what_there_is() -> None:
+    assert processor.name("processor\t: 0\nModel\t\t: Raspberry Pi 5") == "Raspberry Pi 5"
+    assert processor.name("") != ""
+
+
+@pytest.mark.parametrize(
+    ("pages", "asks", "line"),
+    [
+        ("madvise", False, "madvise; torch does not ask (THP_MEM_ALLOC_ENABLE=1)"),
+        ("madvise", True, "madvise; torch asks for them"),
+        (None, False, "unknown"),
+    ],
+)
+def test_info_says_who_asks_for_large_pages(pages: str | None, asks: bool, line: str) -> None:
+    now = machine.read_machine()
+    cpu = replace(now.cpu, large_pages=pages, torch_large_pages=asks)
+    assert dict(info.facts(replace(now, cpu=cpu)))["large pages"] == line
 
 
 def test_devices_are_listed_with_what_is_known_of_them() -> None:

@@ -12,28 +12,14 @@ from typing import Any
 
 import torch
 
-
-def _read(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def cpu_model() -> str:
-    """Return the processor's name."""
-    for line in _read("/proc/cpuinfo").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model", "Hardware") and value.strip():
-            return value.strip()
-    return platform.processor() or platform.machine()
+from fusereg.core import processor
 
 
 def physical_cores() -> int | None:
     """Return the number of cores, where /proc tells them from hardware threads."""
     cores = set()
     socket = ""
-    for line in _read("/proc/cpuinfo").splitlines():
+    for line in processor.read("/proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "physical id":
             socket = value.strip()
@@ -54,8 +40,8 @@ def caches() -> dict[str, str]:
     """Return the size of each cache of the first CPU, such as {"L1d": "48K", "L2": "1024K"}."""
     found: dict[str, str] = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        kind = {"Data": "d", "Instruction": "i"}.get(_read(index / "type"), "")
-        level, size = _read(index / "level"), _read(index / "size")
+        kind = {"Data": "d", "Instruction": "i"}.get(processor.read(index / "type"), "")
+        level, size = processor.read(index / "level"), processor.read(index / "size")
         if level and size:
             found[f"L{level}{kind}"] = size
     return found
@@ -63,7 +49,7 @@ def caches() -> dict[str, str]:
 
 def memory_bytes() -> int | None:
     """Return the size of the memory."""
-    for line in _read("/proc/meminfo").splitlines():
+    for line in processor.read("/proc/meminfo").splitlines():
         if line.startswith("MemTotal:"):
             with contextlib.suppress(ValueError, IndexError):
                 return int(line.split()[1]) * 1024
@@ -135,11 +121,13 @@ def describe(device: torch.device) -> dict[str, Any]:
     own = _fusereg()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": cpu_model(),
+        "cpu": processor.name(),
         "architecture": platform.machine(),
         "physical_cores": physical_cores(),
         "usable_cpus": usable_cpus(),
         "caches": caches(),
+        "large_pages": processor.large_pages(),
+        "torch_large_pages": processor.torch_asks_for_large_pages(),
         "memory_bytes": memory_bytes(),
         "kernel": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -186,7 +174,7 @@ class OthersMeter:
     @staticmethod
     def _read() -> tuple[float, float, float] | None:
         """Return seconds of all CPUs: in all, busy, and busy for this process and its children."""
-        fields = _read("/proc/stat").splitlines()[:1]
+        fields = processor.read("/proc/stat").splitlines()[:1]
         try:
             ticks = [int(value) for value in fields[0].split()[1:9]]
             per_second = os.sysconf("SC_CLK_TCK")

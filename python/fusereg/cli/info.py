@@ -23,6 +23,8 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
     chosen += f"; compiled: {', '.join(cpu.isas_compiled)})" if cpu.isas_compiled else ")"
     if cpu.isa_override:
         chosen += f", set by FUSEREG_CPU_ISA={cpu.isa_override}"
+    asks = "asks for them" if cpu.torch_large_pages else "does not ask (THP_MEM_ALLOC_ENABLE=1)"
+    pages = f"{cpu.large_pages}; torch {asks}" if cpu.large_pages else "unknown"
     if cuda.built:
         build = f"yes, toolkit {cuda.toolkit or 'unknown'}, architectures {cuda.architectures}"
     else:
@@ -34,6 +36,7 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
         ("cores", f"{cpu.usable_cores} usable of {cpu.logical_cores}"),
         ("threads", f"{cpu.torch_threads} (torch.get_num_threads)"),
         ("instruction set", chosen),
+        ("large pages", pages),
         ("OpenMP", "\n".join(machine.openmp) or "none seen"),
         ("CUDA kernels", build),
         ("CUDA in torch", cuda.torch_cuda or "no"),

@@ -6,12 +6,12 @@ import os
 import platform
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 import fusereg
 from fusereg import _C
+from fusereg.core import processor
 
 # The OpenMP runtimes of GCC, LLVM and Intel, with the hashes that wheels put into file names.
 _OPENMP_LIBRARY = re.compile(r"/lib(?:gomp|omp|iomp5)(?:[-.][^/]*)?$")
@@ -30,6 +30,8 @@ class Cpu:
     isas_available: list[str]
     isas_compiled: list[str]
     isa_override: str | None
+    large_pages: str | None  # "always", "madvise" or "never"; None where the system does not say
+    torch_large_pages: bool
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,6 @@ class Machine:
     warnings: list[str] = field(default_factory=list)
 
 
-def _read(path: str) -> str:
-    """Return a text file's content; nothing where there is no such file."""
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
 def parse_openmp_libraries(maps: str) -> list[str]:
     """Return the OpenMP runtimes among the files of a /proc/<pid>/maps text, each once."""
     paths = (parts[5] for line in maps.splitlines() if len(parts := line.split(maxsplit=5)) == 6)
@@ -73,13 +67,8 @@ def parse_openmp_libraries(maps: str) -> list[str]:
 
 def openmp_libraries() -> list[str]:
     """Return the OpenMP runtimes loaded into this process (none where there is no /proc)."""
-    found = parse_openmp_libraries(_read("/proc/self/maps"))
+    found = parse_openmp_libraries(processor.read("/proc/self/maps"))
     return list({os.path.realpath(path): path for path in found}.values())
-
-
-def _cpu_model() -> str:
-    match = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    return match.group(1).strip() if match else (platform.processor() or "unknown")
 
 
 def _driver_version(devices: list[dict[str, object]]) -> str | None:
@@ -87,7 +76,7 @@ def _driver_version(devices: list[dict[str, object]]) -> str | None:
         for key, value in device.items():
             if "driver" in key and value:
                 return str(value)
-    match = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", _read("/proc/driver/nvidia/version"))
+    match = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", processor.read("/proc/driver/nvidia/version"))
     return match.group(1) if match else None
 
 
@@ -102,7 +91,7 @@ def read_machine() -> Machine:
     }
     affinity = getattr(os, "sched_getaffinity", None)  # only on Linux
     cpu = Cpu(
-        model=_cpu_model(),
+        model=processor.name(),
         architecture=platform.machine(),
         logical_cores=os.cpu_count() or 1,
         usable_cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
@@ -111,6 +100,8 @@ def read_machine() -> Machine:
         isas_available=list(_C.cpu_isas()),
         isas_compiled=list(build["isas"]),
         isa_override=os.environ.get("FUSEREG_CPU_ISA"),
+        large_pages=processor.large_pages(),
+        torch_large_pages=processor.torch_asks_for_large_pages(),
     )
     toolkit = build["cuda"]
     cuda = Cuda(
