@@ -6,6 +6,8 @@ They consist of torch's layers only, and `fusereg.convert` converts them as they
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -209,8 +211,7 @@ class UNet(nn.Module):
         inputs = (3, *widths[:-1])
         self.down = nn.ModuleList(map(_two_convolutions, inputs, widths))
         self.widen = nn.ModuleList(
-            nn.ConvTranspose2d(below, width, 2, 2)
-            for width, below in zip(widths, widths[1:], strict=False)
+            nn.ConvTranspose2d(below, width, 2, 2) for width, below in pairwise(widths)
         )
         self.up = nn.ModuleList(_two_convolutions(2 * width, width) for width in widths[:-1])
         self.head = nn.Conv2d(widths[0], classes, 1)

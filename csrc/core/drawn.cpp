@@ -1,5 +1,7 @@
 #include "core/drawn.h"
 
+#include <exception>
+
 #include "core/call.h"
 #include "core/gate.h"
 #include "core/seed_argument.h"
@@ -128,7 +130,7 @@ PyObject* pair_of(PyObject*, PyObject* tensor) {
 }
 
 PyMethodDef g_drawn_methods[] = {
-    {"pair_of", &pair_of, METH_O, nullptr},
+    {"pair_of", &pair_of, METH_O, "pair_of(tensor, /) -> tuple[int, int]"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,5 +1,6 @@
 #include "core/gate.h"
 
+#include <stdexcept>
 #include <vector>
 
 #include "core/tensor.h"
@@ -54,8 +55,8 @@ PyObject* ready(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
 }
 
 PyMethodDef g_gate_methods[] = {
-    {"direct", fast_function(&direct), METH_FASTCALL, nullptr},
-    {"ready", fast_function(&ready), METH_FASTCALL, nullptr},
+    {"direct", fast_function(&direct), METH_FASTCALL, "direct(*tensors) -> bool"},
+    {"ready", fast_function(&ready), METH_FASTCALL, "ready(*tensors) -> bool"},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -69,10 +70,20 @@ void bind_gate(const py::module_& compiler, const py::tuple& questions,
   gate.compiler = PyModule_GetDict(compiler.ptr());
   if (PyDict_Contains(gate.compiler, gate.flag) != 1)
     throw py::import_error("fusereg: this torch.compiler has no _is_compiling_flag");
+  for (const py::handle question : questions) gate.questions.push_back(question.ptr());
+  gate.grad_enabled = grad_enabled.ptr();
+  gate.empty_like = empty_like.ptr();
+  if (g_gate.compiler != nullptr) {
+    if (g_gate.compiler == gate.compiler && g_gate.questions == gate.questions &&
+        g_gate.grad_enabled == gate.grad_enabled && g_gate.empty_like == gate.empty_like) {
+      return;
+    }
+    throw std::runtime_error("fusereg._C is bound to torch already, with other functions");
+  }
   Py_INCREF(gate.compiler);
-  for (const py::handle question : questions) gate.questions.push_back(question.inc_ref().ptr());
-  gate.grad_enabled = grad_enabled.inc_ref().ptr();
-  gate.empty_like = empty_like.inc_ref().ptr();
+  Py_INCREF(gate.grad_enabled);
+  Py_INCREF(gate.empty_like);
+  for (PyObject* const question : gate.questions) Py_INCREF(question);
   g_gate = gate;
 }
 

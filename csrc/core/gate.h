@@ -13,7 +13,8 @@ inline PyCFunction fast_function(PyObject* (*f)(PyObject*, PyObject* const*, Py_
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
 }
 
-// What is asked of torch, held for the life of the process.
+// What is asked of torch, held for the life of the process. Throws RuntimeError if it was called
+// with others before.
 //
 // compiler: the module with `_is_compiling_flag`. questions: functions without arguments that
 // return 0 or None where no tracer, dispatch mode or torch.func transform is active.
