@@ -1,10 +1,12 @@
-"""The networks of the end-to-end benchmark: a residual network and a vision transformer.
+"""The networks of the benchmarks of whole training.
 
-They consist of torch's layers only, and `fusereg.convert` converts them as they are. They are for
-small gray images (1 channel, some 14 to 32 pixels a side).
+They consist of torch's layers only, and `fusereg.convert` converts them as they are. `ResNet` and
+`ViT` are for small gray images (1 channel, some 14 to 32 pixels a side) if nothing else is asked.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -179,3 +181,58 @@ class ViT(nn.Module):
         tokens = self.stem(x).flatten(2).transpose(1, 2) + self.position
         logits: Tensor = self.head(self.norm(self.layers(tokens)).mean(1))
         return logits
+
+
+def encoder(width: int, depth: int, heads: int, dropout: float = 0.1) -> nn.Sequential:
+    """Return a transformer encoder of inputs (N, tokens, width)."""
+    return nn.Sequential(*(Layer(width, heads, dropout) for _ in range(depth)), nn.LayerNorm(width))
+
+
+def tabular(
+    inputs: int, width: int, depth: int = 4, dropout: float = 0.1, classes: int = 10
+) -> nn.Sequential:
+    """Return an MLP for tables: blocks of linear, batch norm, ReLU and dropout."""
+    parts: list[nn.Module] = []
+    for i in range(depth):
+        parts += [
+            nn.Linear(width if i else inputs, width),
+            nn.BatchNorm1d(width),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+        ]
+    return nn.Sequential(*parts, nn.Linear(width, classes))
+
+
+class UNet(nn.Module):
+    """A U-Net (Ronneberger et al. 2015): each level halves the image on the way down."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128), classes: int = 10) -> None:
+        super().__init__()
+        inputs = (3, *widths[:-1])
+        self.down = nn.ModuleList(map(_two_convolutions, inputs, widths))
+        self.widen = nn.ModuleList(
+            nn.ConvTranspose2d(below, width, 2, 2) for width, below in pairwise(widths)
+        )
+        self.up = nn.ModuleList(_two_convolutions(2 * width, width) for width in widths[:-1])
+        self.head = nn.Conv2d(widths[0], classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        passed: list[Tensor] = []
+        for level in self.down:
+            x = level(F.max_pool2d(x, 2) if passed else x)
+            passed.append(x)
+        for i in reversed(range(len(self.up))):
+            x = self.up[i](torch.cat((passed[i], self.widen[i](x)), 1))
+        scores: Tensor = self.head(x)
+        return scores
+
+
+def _two_convolutions(inputs: int, width: int) -> nn.Sequential:
+    parts: list[nn.Module] = []
+    for channels in (inputs, width):
+        parts += [
+            nn.Conv2d(channels, width, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*parts)

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "core/drawn.h"
+#include "core/gate.h"
 #include "core/isa.h"
 #include "core/launch_tables_python.h"
 #include "core/tensor.h"
@@ -144,6 +146,8 @@ py::tuple inspect(const py::object& object) {
 PYBIND11_MODULE(FUSEREG_MODULE_NAME, m, pybind11::multiple_interpreters::not_supported()) {
   using namespace fusereg;
   m.doc() = "fusereg's compiled kernels; use them through the package fusereg.";
+  bind_gate_functions(m);
+  bind_drawn(m);
   m.def("bind_torch", &bind_torch, py::arg("tensor"), py::arg("parameter"),
         py::arg("increment_version"));
   m.def("build_info", &build_info);

@@ -174,9 +174,6 @@ bool is_plain_type(py::handle object) {
   return type == g_torch.tensor || type == g_torch.parameter;
 }
 
-namespace {
-
-// Everything but the sign.
 Kind read_memory(py::handle object, TensorView& view) {
   if (g_torch.exchange == nullptr)
     throw std::runtime_error("fusereg._C is used through the package fusereg");
@@ -202,6 +199,8 @@ Kind read_memory(py::handle object, TensorView& view) {
   if (view.numel > 0 && view.data == nullptr) return Kind::kElsewhere;
   return Kind::kPlain;
 }
+
+namespace {
 
 // A negated view is exported as if its sign were not pending.
 bool is_negated(py::handle object) {

@@ -69,6 +69,8 @@ void bind_torch(const py::type& tensor, const py::type& parameter,
 // Other tensors are always asked.
 Kind read_tensor(py::handle object, TensorView& view);
 Kind read_gradient(py::handle object, TensorView& view);
+// Never asked: of what was made a moment ago, or is asked by the kernel's binding.
+Kind read_memory(py::handle object, TensorView& view);
 
 // Memory of any dtype: counters, masks, scratch, images. `sizes` and `strides` as above.
 struct RawView {

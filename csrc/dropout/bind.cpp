@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/call.h"
+#include "core/drawn.h"
 #include "core/philox.h"
 #include "core/seed_argument.h"
 #include "core/tensor.h"
@@ -51,19 +52,11 @@ bool find_rows(const TensorView& x, int row_dims, Rows& rows) {
 
 // Forward and backward are one kernel, on x or on the gradient. 0: done; 2: Python must prepare a
 // tensor first, and nothing has been written.
-int apply(Kind kind, const py::object& y, const py::object& x, const py::object& seed,
-          const py::object& offset, double p, int row_dims, const py::object& index_offset,
-          const char* op) {
-  if (!(p > 0.0 && p <= 1.0))
-    throw py::value_error(where(op, "p") + " must be within (0, 1] for the kernel");
-  TensorView in;
-  TensorView out;
+int apply(Kind kind, const TensorView& out, const TensorView& in, const SeedPair& random, double p,
+          int row_dims, const py::object& index_offset, const char* op) {
   Job job;
-  if (read_tensor(x, in) != ::fusereg::Kind::kPlain ||
-      read_tensor(y, out) != ::fusereg::Kind::kPlain || in.dtype != out.dtype ||
-      in.device != out.device || !in.same_layout(out)) {
+  if (in.dtype != out.dtype || in.device != out.device || !in.same_layout(out))
     return kNeedsPreparation;
-  }
   if (row_dims < 0 || row_dims > in.ndim)
     throw py::value_error(where(op, "row_dims") + " is out of range");
   if (!find_rows(in, row_dims, job.rows)) return kNeedsPreparation;
@@ -72,11 +65,38 @@ int apply(Kind kind, const py::object& y, const py::object& x, const py::object&
   job.dtype = in.dtype;
   job.numel = in.numel;
   job.index_offset = bits_argument(index_offset, op, "index_offset");
-  job.random = seed_argument(seed, offset, in.device, op);
+  job.random = random;
   job.draw = make_draw(p);
   job.affine = make_affine(kind, job.draw);
   run_job(job, in.device, job.numel);
   return kDone;
+}
+
+int apply(Kind kind, const py::object& y, const py::object& x, const py::object& seed,
+          const py::object& offset, double p, int row_dims, const py::object& index_offset,
+          const char* op) {
+  if (!(p > 0.0 && p <= 1.0))
+    throw py::value_error(where(op, "p") + " must be within (0, 1] for the kernel");
+  TensorView in;
+  TensorView out;
+  if (read_tensor(x, in) != ::fusereg::Kind::kPlain ||
+      read_tensor(y, out) != ::fusereg::Kind::kPlain) {
+    return kNeedsPreparation;
+  }
+  const SeedPair random = seed_argument(seed, offset, in.device, op);
+  return apply(kind, out, in, random, p, row_dims, index_offset, op);
+}
+
+// The constants of the operator's schema: p, alpha, row_dims, index_offset.
+int apply_drawn(bool backward, const TensorView& y, const TensorView& x, const SeedPair& random,
+                PyObject* const* constants, const char* op) {
+  const double p = number_argument(constants[0], op, "p");
+  const bool alpha = constants[1] == Py_True;
+  const long row_dims = PyLong_AsLong(constants[2]);
+  if (!(p > 0.0 && p <= 1.0) || row_dims < 0 || row_dims > x.ndim) return kNeedsPreparation;
+  const Kind kind = !alpha ? Kind::kDropout : backward ? Kind::kAlphaBackward : Kind::kAlpha;
+  return apply(kind, y, x, random, p, static_cast<int>(row_dims),
+               py::reinterpret_borrow<py::object>(constants[3]), op);
 }
 
 int dropout_forward(const py::object& y, const py::object& x, const py::object& seed,
@@ -133,6 +153,12 @@ void bind(py::module_& m) {
         arg("p"), arg("alpha"), arg("row_dims"), arg("index_offset"), op_argument());
   m.def("dropout_backward", &dropout_backward, arg("grad_x"), arg("grad_y"), arg("seed"),
         arg("offset"), arg("p"), arg("alpha"), arg("row_dims"), arg("index_offset"), op_argument());
+  m.def(
+      "dropout_functions",
+      [](const py::object& forward, const py::object& backward) {
+        return drawn_functions(&apply_drawn, 4, forward, backward);
+      },
+      arg("forward"), arg("backward"));
   m.def("dropout_constants", &dropout_constants, arg("p"), arg("alpha"));
   m.def("philox_words", &philox_words, arg("key"), arg("low"), arg("high"), arg("vector"),
         arg("rounds"));

@@ -5,6 +5,7 @@ preparing in Python. Nothing has been written unless it is 0.
 """
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ AUGMENT_MAX_CHANNELS: int
 AUGMENT_RECORD: int
 
 _Strength = float | Sequence[float]
+_Method = Callable[..., Any]
 
 class _LaunchTables: ...
 
@@ -28,6 +30,22 @@ def set_restore_device(exchange: Callable[[int], object]) -> None: ...
 def bind_torch(
     tensor: type[torch.Tensor], parameter: type[torch.nn.Parameter], increment_version: object
 ) -> None: ...
+def bind_gate(
+    compiler: ModuleType,
+    questions: tuple[Callable[[], object], ...],
+    grad_enabled: Callable[[], bool],
+    empty_like: Callable[[torch.Tensor], torch.Tensor],
+) -> None: ...
+
+# Whether no compiler (but Dynamo, which is asked before), tracer, dispatch mode or torch.func
+# transform is active, and each tensor is exactly a Tensor or Parameter and not meta.
+def direct(*tensors: torch.Tensor | None) -> bool: ...
+
+# The same, and whether kernels can read all tensors, of the first one's dtype, shape and device.
+def ready(*tensors: object) -> bool: ...
+
+# The two integers of an int64 tensor in CPU memory.
+def pair_of(tensor: torch.Tensor, /) -> tuple[int, int]: ...
 def build_info() -> dict[str, Any]: ...
 def cuda_device_info() -> list[dict[str, Any]]: ...
 def cuda_error() -> str: ...
@@ -176,6 +194,9 @@ def activation_dropout_backward(
     index_offset: int,
     op: str,
 ) -> int: ...
+
+# The functions of an eager autograd function, which do what these do for all tensors.
+def dropout_functions(forward: _Method, backward: _Method) -> tuple[_Method, _Method]: ...
 def dropout_constants(p: float, alpha: bool) -> tuple[int, int, float, float, float, float]: ...
 def philox_words(key: int, low: int, high: int, vector: bool, rounds: int) -> list[int]: ...
 def dropout_norm_forward(
@@ -277,6 +298,7 @@ def gaussian_dropout_forward(
     index_offset: int,
     op: str,
 ) -> int: ...
+def gaussian_dropout_functions(forward: _Method, backward: _Method) -> tuple[_Method, _Method]: ...
 def gaussian_dropout_backward(
     grad_x: torch.Tensor,
     grad_y: torch.Tensor,

@@ -50,16 +50,20 @@ def escaped_wrapper(tensor: torch.Tensor) -> bool:
 
 
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_compiler = torch.compiler
 _forward_ad = torch.autograd.forward_ad
-_dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
-_Parameter = torch.nn.Parameter
+_C.bind_gate(
+    # What torch.compiler.is_compiling() asks, but for Dynamo.
+    torch.compiler,
+    (torch._C._len_torch_dispatch_stack, _functorch_level, _tracing_state),
+    torch.is_grad_enabled,
+    torch.empty_like,
+)
 
 
 def direct(*tensors: torch.Tensor | None) -> bool:
@@ -69,19 +73,12 @@ def direct(*tensors: torch.Tensor | None) -> bool:
     a Tensor or Parameter and has memory. Wrappers are not looked for: see :func:`wrapped`.
     ``torch.compiler.is_compiling()`` alone is wrong: it is False under FakeTensorMode and make_fx.
     """
-    if (
-        # What torch.compiler.is_compiling() asks, in one call less.
-        is_dynamo_compiling()
-        or _compiler._is_compiling_flag
-        or _dispatch_modes()
-        or _functorch_level() is not None
-        or _tracing_state() is not None
-    ):
-        return False
-    for t in tensors:
-        if t is not None and (not (type(t) is torch.Tensor or type(t) is _Parameter) or t.is_meta):
-            return False
-    return True
+    return not is_dynamo_compiling() and _C.direct(*tensors)
+
+
+#: The same, and whether all tensors can be read as they are, in the first one's dtype, shape and
+#: device. Dynamo, which cannot trace it, must be asked before: ``is_dynamo_compiling()``.
+ready = _C.ready
 
 
 #: The same, of no tensors: whether nothing is tracing.

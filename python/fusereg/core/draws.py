@@ -101,15 +101,12 @@ def dropout(
         # What training loops call, with as few questions as possible.
         training
         and 0.0 < p <= 1.0
-        and (type(x) is Tensor or type(x) is torch.nn.Parameter)
-        and x.dtype in checks.SUPPORTED_DTYPES
-        and x.layout is torch.strided
-        and (x.is_cpu or x.is_cuda)
         and not (inplace or index_offset)
         and out is None
         and seed is None
         and generator is None
-        and dispatch.eager()
+        and not dispatch.is_dynamo_compiling()
+        and dispatch.ready(x)
     ):
         rows = kind.rows_of(x) if counted is not None else 0
         state = random.new_state(x)

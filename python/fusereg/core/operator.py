@@ -51,6 +51,8 @@ def keep_state(ctx: Any, *tensors: Tensor | None) -> None:
     if type(ctx.state) is not tuple:
         tensors = (*tensors, ctx.state)
         ctx.state = None
+    elif not tensors:
+        return
     ctx.save_for_backward(*tensors)
     if dispatch.forward_mode():
         ctx.save_for_forward(*tensors)
@@ -503,19 +505,16 @@ class DrawnOperator(Operator):
             row_major=True,
             linear=True,
         )
-        general, nones = self._function.backward, (None,) * self._count
-
-        def backward_at_once(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-            # Two calls less than by way of the gradient, of the five that small tensors wait for.
-            if type(ctx.rest[0]) is tuple and not torch.is_grad_enabled() and dispatch.direct(grad):
-                try:
-                    return (backward(grad, *ctx.rest), *nones)
-                except (RuntimeError, TypeError, ValueError):
-                    if not dispatch.wrapped((grad,)):
-                        raise
-            return general(ctx, grad)  # type: ignore[no-any-return]
-
-        dispatch.call_at_once(self._function, backward_at_once)
+        # What small tensors wait for is not the kernel: the usual call without Python in between.
+        function: Any = self._function
+        #: (forward, backward) by Python, to which the compiled ones leave what is unusual.
+        self.general = function.forward, function.backward
+        at_once = getattr(_C, f"{name}_functions")(*self.general)
+        function.forward = staticmethod(at_once[0])
+        dispatch.call_at_once(function, at_once[1])
+        #: ``gradient_of(ctx, grad)[0]``: that of x, for a ``ctx.rest`` of (state, *constants,
+        #: strides of the result, op).
+        self.gradient_of: Callable[[Any, Tensor], tuple[Any, ...]] = at_once[1]
         self.backward = Operator(
             f"{name}_backward(Tensor grad, Tensor seed, {constants}, SymInt[] stride) -> Tensor",
             backward,

@@ -25,6 +25,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .. import _C
 from . import memory
 from .checks import is_integer
 
@@ -75,8 +76,7 @@ def new_state(x: Tensor, generator: torch.Generator | None = None) -> State:
     if numbers is None:
         numbers = _numbers()
     filled = numbers.random_() if generator is None else numbers.random_(generator=generator)
-    seed, offset = filled.tolist()
-    return seed, offset
+    return _C.pair_of(filled)
 
 
 def check_seed(seed: object, device: torch.device, op: str) -> None:

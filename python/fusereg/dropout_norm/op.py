@@ -257,6 +257,22 @@ def _check_companion(t: object, x: Tensor, shape: torch.Size, op: str, name: str
         raise ValueError(f"fusereg.{op}: {name} must have x's dtype {x.dtype}{wide}, got {t.dtype}")
 
 
+def _fit(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Return whether the kernel may be called at once, on tensors that go together."""
+    if not (dispatch.ready(x) if residual is None else dispatch.ready(x, residual)) or not x.dim():
+        return False
+    vectors = [t for t in (weight, bias) if t is not None]
+    if not vectors:
+        return True
+    first = vectors[0]
+    return (
+        dispatch.ready(*vectors)
+        and first.dtype is x.dtype
+        and first.shape == x.shape[-1:]
+        and first.device == x.device
+    )
+
+
 def _check(
     x: Tensor,
     residual: Tensor | None,
@@ -306,19 +322,29 @@ def dropout_norm(
     if eps is None:  # as torch.nn.functional.rms_norm
         double = isinstance(x, Tensor) and x.dtype is torch.float64
         eps = torch.finfo(torch.float64 if double else torch.float32).eps
-    _check(x, residual, weight, bias, p, eps, index_offset, op)
+    # What training loops call, with as few questions as possible.
+    plain = (
+        type(p) is type(eps) is float
+        and 0.0 <= p <= 1.0
+        and eps >= 0.0
+        and index_offset == 0
+        and not dispatch.is_dynamo_compiling()
+        and _fit(x, residual, weight, bias)
+    )
+    if not plain:
+        _check(x, residual, weight, bias, p, eps, index_offset, op)
     p = float(p) if training else 0.0
     eps = float(eps)
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)
     tensors = (x, residual, weight, bias)
-    if dispatch.functorch() or dispatch.forward_mode():
+    if dispatch.forward_mode() or (not plain and dispatch.functorch()):
         y, total = unfused(*tensors, p, eps, rms, source, index_offset, op)
         return (y, total) if return_sum else y
 
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     constants = (p, eps, rms, index_offset, keep or return_sum)
-    if dispatch.direct(*tensors):
+    if plain or dispatch.direct(*tensors):
         state = random.eager_state(x, source, op) if p else (0, 0)
         y, total, _ = _norm.eager(*tensors, state, *constants, op)
     else:

@@ -17,19 +17,6 @@ from .op import ACTIVATIONS, wide_dtype
 _DEFAULT = Source()
 
 
-def _ordinary(t: object) -> bool:
-    return type(t) is Tensor or type(t) is torch.nn.Parameter
-
-
-def _readable(t: Tensor) -> bool:
-    return (
-        _ordinary(t)
-        and t.dtype in checks.SUPPORTED_DTYPES
-        and t.layout is torch.strided
-        and (t.is_cpu or t.is_cuda)
-    )
-
-
 # --- y = residual + dropout(x + bias) -------------------------------------------------------------
 
 
@@ -55,17 +42,13 @@ def add(
         and source == _DEFAULT
         and out is None
         and not (inplace or index_offset)
-        and dispatch.eager()
-        and _readable(x)
-        and _ordinary(residual)
-        and residual.dtype is x.dtype
-        and residual.shape == x.shape
-        and residual.device == x.device
+        and not dispatch.is_dynamo_compiling()
+        and dispatch.ready(x, residual)
         and x.dim()
         and (
             bias is None
             or (
-                _ordinary(bias)
+                dispatch.ready(bias)
                 and bias.dtype is x.dtype
                 and bias.shape == x.shape[-1:]
                 and bias.device == x.device
@@ -192,8 +175,8 @@ def activate(
         and out is None
         and not (inplace or index_offset)
         and activation in ACTIVATIONS
-        and dispatch.eager()
-        and _readable(x)
+        and not dispatch.is_dynamo_compiling()
+        and dispatch.ready(x)
     ):
         return ops.activate.eager(  # type: ignore[no-any-return]
             x, random.new_state(x), p, activation, 0, op

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..core import checks, draws, memory
+from ..core import checks, dispatch, draws, memory
 from ..core.operator import (
     Operator,
     in_strides,
@@ -94,6 +94,9 @@ def _add_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.has_bias and needs[1]:
         grad_x, grad_bias = _bias_backward(grad, seed, p, index_offset, ctx.stride, *op)
+    elif needs[0] and p and type(seed) is tuple and not dispatch.is_dynamo_compiling():
+        ctx.rest = (seed, p, False, rows, index_offset, ctx.stride, *op)
+        grad_x = draws.mask.gradient_of(ctx, grad)[0]
     elif needs[0]:
         grad_x = _dropped(grad, seed, p, rows, index_offset, ctx.stride, *op)
     return (grad_x if needs[0] else None), grad_bias, (grad if needs[2] else None)
