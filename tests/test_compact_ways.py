@@ -341,7 +341,108 @@ def test_rows_that_are_zero_before_a_live_norm_go_when_training_agrees(
         torch.testing.assert_close(small.train(mode)(x), net.train(mode)(x), rtol=1e-12, atol=1e-12)
 
 
+# --- halves ---------------------------------------------------------------------------------------
+
+
+def halves(kind: str, y: Tensor) -> Tensor:
+    """Join the halves of a layer's channels, or take one."""
+    if kind == "glu":
+        return F.glu(y, 1)
+    if kind == "three":
+        u, v, w = y.chunk(3, 1)
+        return u * v + w
+    u, v = y.split(y.shape[1] // 2, 1) if kind == "split" else y.chunk(2, 1)
+    if kind == "first":
+        return u
+    if kind == "second":
+        return v
+    if kind == "turned":
+        return torch.cat([v, u.relu()], 1)
+    if kind == "sum":
+        return u + v
+    if kind == "largest":
+        return torch.maximum(u, v)
+    return {"gate": F.silu(u) * v, "split": u * v.sigmoid(), "tanh": u.tanh() * v.sigmoid()}[kind]
+
+
+class Halves(nn.Module):
+    def __init__(self, kind: str, convolves: bool, width: int) -> None:
+        super().__init__()
+        made = width * (3 if kind == "three" else 2)
+        layer: Any = (lambda i, o: nn.Conv2d(i, o, 1)) if convolves else nn.Linear
+        self.kind = kind
+        self.a, self.b = layer(3, made), layer(made if kind == "turned" else width, 5)
+        self.c = layer(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(halves(self.kind, self.a(x))).relu())
+
+
+HALVES = (
+    *("glu", "gate", "split", "tanh", "three", "first", "second", "turned", "sum", "largest"),
+)
+
+
+@pytest.mark.parametrize("width", [4, 6])
+@pytest.mark.parametrize("convolves", [True, False])
+@pytest.mark.parametrize("kind", HALVES)
+def test_what_is_offered_for_halves_is_taken(kind: str, convolves: bool, width: int) -> None:
+    net = Halves(kind, convolves, width).double()
+    x = torch.randn((2, 3, 3, 3) if convolves else (4, 3), dtype=torch.float64)
+    for group in fusereg.groups_of(net, x):
+        for dead in ([1], list(range(1, group.size, 2)), list(range(1, group.size))):
+            model = copy.deepcopy(net)
+            with torch.no_grad():
+                for m in group.members:
+                    mask = torch.isin(m.channels, torch.tensor(dead))
+                    p = model.get_parameter(m.name)
+                    p.index_fill_(m.dim, mask.nonzero().flatten(), 0)
+            small = fusereg.compact(model, x)
+            got = small.get_submodule(group.name).weight
+            wanted = model.get_submodule(group.name).weight
+            assert len(got) < len(wanted)
+            torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
+    for rows in ([1], [width + 1], [1, width + 1], [0, 1]):  # whoever made them zero
+        model = copy.deepcopy(net)
+        with torch.no_grad():
+            model.a.weight[rows], model.a.bias[rows] = 0, 0
+        torch.testing.assert_close(fusereg.compact(model, x)(x), model(x), rtol=1e-12, atol=1e-12)
+
+
 # --- the dependency graph -------------------------------------------------------------------------
+
+
+class Positions(nn.Module):
+    """Products over positions, in which the graph multiplies the channels again and again."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear({"gram": 36 * 36, "outer": 36 * 36}.get(kind, 8), 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.a(x)
+        v = self.b(u.relu())
+        u, v = u.flatten(2), v.flatten(2)
+        if self.kind == "gram":
+            return self.head(torch.bmm(u.transpose(1, 2), v).flatten(1))
+        if self.kind == "outer":
+            return self.head((u.mean(1).unsqueeze(1) * v.mean(1).unsqueeze(2)).flatten(1))
+        attention = (u.transpose(1, 2) @ v).softmax(-1)
+        return self.head((v @ attention.transpose(1, 2)).mean(2))
+
+
+@pytest.mark.parametrize("kind", ["gram", "outer", "attention"])
+def test_products_over_positions_come_to_an_end(kind: str) -> None:
+    net, x = Positions(kind).eval(), torch.randn(2, 3, 6, 6)
+    groups = fusereg.groups_of(net, x)
+    with torch.no_grad():
+        net.a.weight[:3], net.a.bias[:3] = 0, 0
+    small = fusereg.compact(net, x)
+    torch.testing.assert_close(small(x), net(x))
+    if kind == "gram":
+        assert "does not come to an end" in groups.kept["a"]
 
 
 def test_a_graph_that_goes_around_forever_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

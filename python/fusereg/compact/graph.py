@@ -134,8 +134,9 @@ def plain_copy(model: nn.Module, op: str) -> nn.Module:
     return found.double().eval().requires_grad_(True)
 
 
-#: How many times each node of the graph is visited, on the mean, before the search is given up.
-_STEPS = 50
+#: How many times each node of the graph is visited on the mean, and each of so many channels as
+#: the widest layer has is mapped, before the search for a group is given up.
+_VISITS, _MAPPED = 50, 200
 
 
 class Traced(NamedTuple):
@@ -174,9 +175,8 @@ def sets_of(model: nn.Module, inputs: Inputs, op: str) -> Traced:
                 f"fusereg.{op}: the model cannot be traced with these example_inputs: "
                 f"{type(error).__name__}: {error}{_in_float64(error)}"
             ) from error
-        _limit(graph)
         model.eval()
-        builder = _Builder(model, tp, graph, names)
+        builder = _Builder(model, graph, names)
         for layer in list(graph.module2node):
             writes = isinstance(layer, (CONV, nn.Linear)) and not is_depthwise(layer)
             if writes and id(layer) not in builder.seen:
@@ -231,29 +231,69 @@ def _of_most_layers(model: nn.Module, inputs: Inputs) -> Way:
     )
 
 
-class _Counted(list[Any]):
-    """Dependencies of a node of the graph, which are followed so many times at most."""
+class _Budget:
+    """How far the search for a group may go, whose channels go around in some models forever."""
 
-    def __init__(self, items: Any, left: list[int]) -> None:
-        super().__init__(items)
-        self._left = left
+    def __init__(self) -> None:
+        self.visits = self.indices = 0
 
-    def __iter__(self) -> Iterator[Any]:
-        """Count, and return the dependencies."""
-        self._left[0] -= 1
-        if self._left[0] < 0:
+    def spend(self, visits: int, indices: int) -> None:
+        """Count visits of nodes and indices of channels.
+
+        Raises:
+            _Unknown: there were too many.
+        """
+        self.visits -= visits
+        self.indices -= indices
+        if self.visits < 0 or self.indices < 0:
             raise _Unknown(
                 "the dependency graph does not come to an end here: products over positions, for "
                 "example"
             )
+
+
+class _Dependencies(list[Any]):
+    """The dependencies of a node of the graph, which are counted when they are followed."""
+
+    def __init__(self, items: Any, budget: _Budget) -> None:
+        super().__init__(items)
+        self._budget = budget
+        for dep in items:
+            dep.index_mapping = _Mappings(dep.index_mapping, budget)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Count, and return the dependencies."""
+        self._budget.spend(1, 0)
         return super().__iter__()
 
 
-def _limit(graph: Any) -> None:
-    """Let the search for a group end, whose channels go around in some models forever."""
-    graph.steps = [0]
+class _Mappings(list[Any]):
+    """The mappings of a dependency, whose work is counted."""
+
+    def __init__(self, items: Any, budget: _Budget) -> None:
+        super().__init__(items)
+        self._budget = budget
+
+    def __iter__(self) -> Iterator[Any]:
+        """Return the mappings, each of which counts before it works."""
+
+        def counted(mapping: Any) -> Any:
+            def mapped(indices: Any) -> Any:
+                grows = 1 if getattr(mapping, "reverse", True) else getattr(mapping, "_stride", 1)
+                self._budget.spend(0, len(indices) * grows)
+                return mapping(indices)
+
+            return mapped
+
+        return iter([None if m is None else counted(m) for m in super().__iter__()])
+
+
+def _limited(graph: Any) -> _Budget:
+    """Return the budget of the searches in a graph."""
+    budget = _Budget()
     for node in graph.module2node.values():
-        node.dependencies = _Counted(node.dependencies, graph.steps)
+        node.dependencies = _Dependencies(node.dependencies, budget)
+    return budget
 
 
 def _norms(graph: Any, names: dict[int, str]) -> Iterator[tuple[str, str]]:
@@ -273,8 +313,11 @@ class _Unknown(Exception):
 class _Builder:
     """Collects the sets of a graph."""
 
-    def __init__(self, model: nn.Module, tp: Any, graph: Any, names: dict[int, str]) -> None:
-        self.model, self.tp, self.graph, self.names = model, tp, graph, names
+    def __init__(self, model: nn.Module, graph: Any, names: dict[int, str]) -> None:
+        self.model, self.graph, self.names = model, graph, names
+        self.budget = _limited(graph)
+        layers = (m for m in graph.module2node if isinstance(m, (CONV, nn.Linear)))
+        self.widest = max((max(m.weight.shape[:2]) for m in layers), default=0)
         self.sets: list[Set] = []
         self.kept: dict[str, str] = {}
         self.seen: set[int] = set()
@@ -287,7 +330,8 @@ class _Builder:
         try:
             pruner = self.graph.get_pruner_of_module(layer)
             count = pruner.get_out_channels(layer)
-            self.graph.steps[0] = _STEPS * len(self.graph.module2node)
+            self.budget.visits = _VISITS * len(self.graph.module2node)
+            self.budget.indices = _MAPPED * max(self.widest, 512)
             group = self.graph.get_pruning_group(
                 layer, pruner.prune_out_channels, list(range(count))
             )

@@ -77,7 +77,8 @@ class Running(TorchDispatchMode):
         elif packet in _UNIFORM:
             low, high = 0.0, 1.0
             if packet in (_ATEN.uniform, _ATEN.uniform_):
-                low, high = (*args[1:3], *(low, high)[len(args[1:3]) :])
+                low = args[1] if len(args) > 1 else low
+                high = args[2] if len(args) > 2 else high
             last = high - (high - low) * 2.0**-24  # the upper end is not among the numbers
             made.fill_((low + high) / 2 if not flipped else last if self.way.high else low)
         elif single:
