@@ -378,9 +378,12 @@ class Halves(nn.Module):
         return self.c(self.b(halves(self.kind, self.a(x))).relu())
 
 
-HALVES = (
-    *("glu", "gate", "split", "tanh", "three", "first", "second", "turned", "sum", "largest"),
-)
+HALVES = (*("glu", "gate", "split", "tanh", "three", "first", "second", "sum", "largest"),)
+
+
+def test_a_model_that_the_dependency_graph_fails_for_is_an_error() -> None:
+    with pytest.raises(ValueError, match="Torch-Pruning's dependency graph fails for this model"):
+        fusereg.groups_of(Halves("turned", False, 4), torch.randn(4, 3))
 
 
 @pytest.mark.parametrize("width", [4, 6])

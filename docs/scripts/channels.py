@@ -329,7 +329,7 @@ def draw(results: dict[str, list[Cut]]) -> None:
         "Filled: right after the cut; open: after fine-tuning.",
     )  # fmt: skip
     for axes, (problem, cuts) in zip(
-        figure.subplots(1, len(results)), results.items(), strict=True
+        figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
     ):
         lowest = []
         for method, color, marker, label in (

@@ -161,19 +161,26 @@ def sets_of(model: nn.Module, inputs: Inputs, op: str) -> Traced:
     names |= {id(p): name for name, p in model.named_parameters()}
     graph = tp.DependencyGraph()
     way = _of_most_layers(model, inputs)
+    what = "the model cannot be traced with these example_inputs"
+
+    def forward(model: nn.Module, _: Any) -> list[Tensor]:
+        nonlocal what
+        made = inputs.run(model, way)[0]
+        what = "Torch-Pruning's dependency graph fails for this model"
+        return [y for y in made if y.grad_fn is not None]
+
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         try:
             graph.build_dependency(
                 model,
                 (inputs.args, inputs.kwargs),
-                forward_fn=lambda m, x: [y for y in inputs.run(m, way)[0] if y.grad_fn is not None],
+                forward_fn=forward,
                 verbose=False,
             )
         except Exception as error:
             raise ValueError(
-                f"fusereg.{op}: the model cannot be traced with these example_inputs: "
-                f"{type(error).__name__}: {error}{_in_float64(error)}"
+                f"fusereg.{op}: {what}: {type(error).__name__}: {error}{_in_float64(error)}"
             ) from error
         model.eval()
         builder = _Builder(model, graph, names)
