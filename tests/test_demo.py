@@ -343,6 +343,41 @@ def test_strong_proximal_steps_give_real_zeros(small: DataSet) -> None:
     assert result.fused.zeros == pytest.approx(int(dead.sum()) * first.shape[0] / count)
 
 
+def test_hidden_units_that_are_zero_are_removed(small: DataSet) -> None:
+    pytest.importorskip("torch_pruning")
+    for strength, smaller in ((0.016, True), (1.0, False)):
+        technique = dataclasses.replace(
+            techniques.choose(["compact"])[0], settings={"group": strength}
+        )
+        result = train.train_pair(technique, small, epochs=6, seed=1)
+        first, last = techniques.linear_weights(result.fused.model)
+        living = int((first != 0).any(dim=1).sum())
+        made = result.fused.compacted
+        assert result.plain is not None
+        assert result.plain.compacted is None
+        if not smaller:  # none is left: nothing to compare
+            assert living == 0
+            assert made is None
+            assert report._compaction({"compact": result}) is None
+            continue
+        assert made is not None
+        assert 0 < living < techniques.HIDDEN
+        rest = living * (small.pixels + len(last))
+        assert made.operations == (techniques.HIDDEN * (small.pixels + len(last)), rest)
+        assert made.parameters[1] == rest + living + len(last)
+        assert made.test_accuracy[0] == made.test_accuracy[1] == result.fused.last.test_accuracy
+        text = report._compaction({"compact": result})
+        assert text is not None
+        assert f"{made.parameters[1]:,} of {made.parameters[0]:,} parameters" in text
+
+
+def test_the_row_compact_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(techniques, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'fusereg\[compact\]'"):
+        techniques.choose(None)
+    assert len(techniques.choose(["l1"])) == 1
+
+
 def test_the_same_seed_gives_the_same_run(small: DataSet) -> None:
     (technique,) = techniques.choose(["elastic_net"])
     runs = [train.train_pair(technique, small, epochs=2, seed=s) for s in (3, 3, 4)]
@@ -614,7 +649,7 @@ def test_demo_from_end_to_end(
     }
     assert content["machine"]["versions"]["torch"] == torch.__version__
     assert content["problems"] == []
-    assert 2 <= len(content["findings"]) <= 6
+    assert 2 <= len(content["findings"]) <= 7
     assert sorted(content["plots"]) == [f"{name}.png" for name in PLOTS]
     assert [entry["name"] for entry in content["techniques"]] == names
     for entry in content["techniques"]:
@@ -628,6 +663,12 @@ def test_demo_from_end_to_end(
             assert 0 <= made["test_accuracy"] <= 1
             assert made["gap"] == pytest.approx(made["train_accuracy"] - made["test_accuracy"])
             assert made["seconds_per_epoch"] > 0
+        made = entry["fusereg"]["compact"]
+        assert (made is not None) == (entry["name"] == "compact")
+        if made is not None:
+            assert made["test_accuracy"][1] == made["test_accuracy"][0]
+            assert made["operations"][1] <= made["operations"][0]
+            assert min(made["milliseconds"]) > 0
         if entry["name"] in [technique.name for technique in SAME_STEPS]:
             assert entry["max_loss_difference"] < 1e-4
         else:

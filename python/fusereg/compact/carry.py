@@ -44,15 +44,23 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, cuts: Cu
             "fusereg.compact: optimizer has group_weights of each channel, which the smaller model "
             "has not; set its groups to None, and both again afterwards"
         )
+    whole = _whole_keys(optimizer)
     for name, p in model.named_parameters():
         if name not in cuts:
             continue
         for key, value in optimizer.state.get(p, {}).items():
-            if isinstance(value, Tensor) and value.numel() != 1 and value.shape != p.shape:
+            if key in whole or not isinstance(value, Tensor):
+                continue
+            if value.numel() != 1 and value.shape != p.shape:
                 raise ValueError(
                     f"fusereg.compact: optimizer keeps {key} of shape {tuple(value.shape)} for "
                     f"{name} of shape {tuple(p.shape)}, which cannot be cut with it"
                 )
+
+
+def _whole_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Return the states that are of the whole tensor, whatever their shape: FTRL's last rates."""
+    return tuple(getattr(optimizer, "_step_keys", ()))
 
 
 @torch.no_grad()
@@ -79,18 +87,23 @@ def carry_optimizer(
                 continue
             params += [after[name], *extra.get(name, ())]
             if p in optimizer.state:
-                states[after[name]] = _state(optimizer.state[p], p, name, change)
+                whole = _whole_keys(optimizer)
+                states[after[name]] = _state(optimizer.state[p], p, name, change, whole)
         group["params"] = params
     optimizer.state.clear()
     optimizer.state.update(states)
     optimizer.__setstate__(optimizer.__getstate__())  # makes what it keeps beside them anew
 
 
-def _state(state: Mapping[str, Any], p: Tensor, name: str, change: Change) -> dict[str, Any]:
+def _state(
+    state: Mapping[str, Any], p: Tensor, name: str, change: Change, whole: tuple[str, ...]
+) -> dict[str, Any]:
     """Return the state of a parameter, cut as it was."""
     made: dict[str, Any] = {}
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == p.shape and value.dim():
+        if key in whole:
+            made[key] = copy.deepcopy(value)
+        elif isinstance(value, Tensor) and value.shape == p.shape and value.dim():
             added = change.added.get(name) if key in COPIES else None
             value = value if added is None else (value.double() + added).to(value.dtype)
             made[key] = shortened(value, change.cuts.get(name, {}))

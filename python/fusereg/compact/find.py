@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +13,10 @@ from torch import Tensor, nn
 from ..core.groups import CoupledChannels, Groups, Member
 from .graph import Inputs, inputs_of, plain_copy, sets_of
 from .parts import CONV, Part, Set, slice_channels
-from .probe import checked
+from .probe import checked, generator, randomize
+from .ways import ways_of
+
+_log = logging.getLogger("fusereg")
 
 
 class Found(NamedTuple):
@@ -61,7 +66,7 @@ def groups_of(model: nn.Module, example_inputs: object, readers: bool = False) -
     Raises:
         ImportError: Torch-Pruning is not installed (``pip install "fusereg[compact]"``).
         TypeError: ``model`` is no module, or ``example_inputs`` hold no tensor.
-        ValueError: they are on another device, or the model cannot be copied or traced.
+        ValueError: they are empty or on another device, or the model cannot be copied or traced.
 
     Example:
         >>> groups = fusereg.groups_of(model, torch.randn(2, 3, 32, 32))
@@ -108,7 +113,8 @@ def find(model: nn.Module, example_inputs: object, op: str) -> Found:
             "none; call it outside"
         )
     inputs = inputs_of(model, example_inputs, op)
-    plain, inputs = plain_copy(model, op), inputs.double()
+    plain = plain_copy(model, op)
+    inputs = _with_ways(plain, inputs.double(), op)
     traced = sets_of(plain, inputs, op)
     operations = _operations(plain, inputs)
     plain.requires_grad_(False)
@@ -116,6 +122,24 @@ def find(model: nn.Module, example_inputs: object, op: str) -> Found:
     for found in sets:
         found.operations = _saved(plain, found, operations)
     return Found(plain, inputs, sets, traced.kept | failed, traced.norms, operations)
+
+
+@torch.no_grad()
+def _with_ways(plain: nn.Module, inputs: Inputs, op: str) -> Inputs:
+    """Return the inputs with the ways in which the model runs differently."""
+    probe, other = copy.deepcopy(plain), inputs.other(generator(0))
+    randomize(probe, 0)
+    try:
+        ways, why_not = ways_of(lambda way: other.run(probe, way))
+    except Exception:  # not even in evaluation: tracing says so
+        return inputs
+    if why_not is not None:
+        _log.warning(
+            "fusereg.%s: forward was tried in evaluation alone, for it fails in training with "
+            "these example_inputs (%s); branches that only training takes may break",
+            *(op, why_not),
+        )
+    return inputs._replace(ways=ways)
 
 
 @torch.no_grad()
@@ -130,7 +154,8 @@ def _operations(model: nn.Module, inputs: Inputs) -> dict[str, float]:
             # Each element of the result (of the input, if transposed) meets a row of the weight.
             made = args[0] if isinstance(layer, CONV) and layer.transposed else out
             each = layer.weight.numel() / layer.weight.shape[0]
-            counts[name] = counts.get(name, 0.0) + made.numel() * each / batch
+            lone = out.dim() < (layer.weight.dim() if isinstance(layer, CONV) else 2)
+            counts[name] = counts.get(name, 0.0) + made.numel() * each / (1 if lone else batch)
 
         return count
 
@@ -140,7 +165,7 @@ def _operations(model: nn.Module, inputs: Inputs) -> dict[str, float]:
         if isinstance(m, (CONV, nn.Linear))
     ]
     try:
-        inputs.call(model)
+        inputs.run(model, inputs.ways[0])
     finally:
         for h in hooks:
             h.remove()

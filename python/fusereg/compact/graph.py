@@ -24,22 +24,42 @@ from .parts import (
     slice_channels,
     slots_of,
 )
+from .ways import Running, Way, running
 
 
 class Inputs(NamedTuple):
-    """The arguments of a model's forward."""
+    """The arguments of a model's forward, and the ways in which to run it."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    ways: tuple[Way, ...] = (Way(),)
 
     def call(self, model: nn.Module) -> list[Tensor]:
-        """Return the floating-point tensors of the model's result."""
-        leaves = pytree.tree_leaves(_plain(model(*self.args, **self.kwargs)))
-        return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+        """Return the floating-point tensors of the model's results, in all ways.
+
+        Raises:
+            RuntimeError: forward fails in training.
+        """
+        found = []
+        for way in self.ways:
+            try:
+                found += self.run(model, way)[0]
+            except Exception as error:
+                if not way.training:
+                    raise
+                raise RuntimeError(f"in training, {type(error).__name__}: {error}") from error
+        return found
+
+    def run(self, model: nn.Module, way: Way) -> tuple[list[Tensor], Running]:
+        """Return the floating-point tensors of the model's result in one way, and how it ran."""
+        with running(model, way) as ran:
+            leaves = pytree.tree_leaves(_plain(model(*self.args, **self.kwargs)))
+        return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()], ran
 
     def map(self, change: Any) -> Inputs:
         """Return the arguments with a function applied to each tensor."""
-        return Inputs(*pytree.tree_map_only(Tensor, change, (self.args, self.kwargs)))
+        args, kwargs = pytree.tree_map_only(Tensor, change, (self.args, self.kwargs))
+        return self._replace(args=args, kwargs=kwargs)
 
     def double(self) -> Inputs:
         """Return the arguments with floating-point tensors in float64."""
@@ -67,7 +87,7 @@ def inputs_of(model: nn.Module, example_inputs: object, op: str) -> Inputs:
 
     Raises:
         TypeError: they are no tensor, tuple, list or dict, or hold no tensor.
-        ValueError: they are on another device than the model.
+        ValueError: they are empty, or on another device than the model.
     """
     if isinstance(example_inputs, Tensor):
         inputs = Inputs((example_inputs,), {})
@@ -83,6 +103,12 @@ def inputs_of(model: nn.Module, example_inputs: object, op: str) -> Inputs:
             f"fusereg.{op}: example_inputs must be a tensor, or a tuple or dict of arguments with "
             f"a tensor among them, got {type(example_inputs).__name__}"
         )
+    for x in tensors:
+        if not x.numel():
+            raise ValueError(
+                f"fusereg.{op}: example_inputs must hold no empty tensor, got one of shape "
+                f"{tuple(x.shape)}"
+            )
     devices = {p.device for p in model.parameters()}
     for x in tensors:
         if devices and x.device not in devices:
@@ -108,6 +134,11 @@ def plain_copy(model: nn.Module, op: str) -> nn.Module:
     return found.double().eval().requires_grad_(True)
 
 
+#: How many times each node of the graph is visited on the mean, and each of so many channels as
+#: the widest layer has is mapped, before the search for a group is given up.
+_VISITS, _MAPPED = 50, 200
+
+
 class Traced(NamedTuple):
     """The sets of a dependency graph, before they are checked."""
 
@@ -129,22 +160,30 @@ def sets_of(model: nn.Module, inputs: Inputs, op: str) -> Traced:
     names = {id(m): name for name, m in model.named_modules()}
     names |= {id(p): name for name, p in model.named_parameters()}
     graph = tp.DependencyGraph()
+    way = _of_most_layers(model, inputs)
+    what = "the model cannot be traced with these example_inputs"
+
+    def forward(model: nn.Module, _: Any) -> list[Tensor]:
+        nonlocal what
+        made = inputs.run(model, way)[0]
+        what = "Torch-Pruning's dependency graph fails for this model"
+        return [y for y in made if y.grad_fn is not None]
+
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         try:
             graph.build_dependency(
                 model,
                 (inputs.args, inputs.kwargs),
-                forward_fn=lambda m, x: [y for y in inputs.call(m) if y.grad_fn is not None],
+                forward_fn=forward,
                 verbose=False,
             )
         except Exception as error:
             raise ValueError(
-                f"fusereg.{op}: the model cannot be traced with these example_inputs: "
-                f"{type(error).__name__}: {error}"
+                f"fusereg.{op}: {what}: {type(error).__name__}: {error}{_in_float64(error)}"
             ) from error
         model.eval()
-        builder = _Builder(model, tp, graph, names)
+        builder = _Builder(model, graph, names)
         for layer in list(graph.module2node):
             writes = isinstance(layer, (CONV, nn.Linear)) and not is_depthwise(layer)
             if writes and id(layer) not in builder.seen:
@@ -161,6 +200,107 @@ def sets_of(model: nn.Module, inputs: Inputs, op: str) -> Traced:
         found.name = min(writers, key=lambda name: order.get(name, 0))
     builder.sets.sort(key=lambda s: order.get(s.name, 0))
     return Traced(builder.sets, builder.kept, dict(_norms(graph, names)))
+
+
+def _in_float64(error: Exception) -> str:
+    """Return what to do about an error of mixed types."""
+    if not any(word in str(error).lower() for word in ("dtype", "scalar type", "double")):
+        return ""
+    return (
+        " (it is tried in float64; make tensors in forward with the dtype of the input or of a "
+        "parameter)"
+    )
+
+
+@torch.no_grad()
+def _of_most_layers(model: nn.Module, inputs: Inputs) -> Way:
+    """Return the way in which all layers are called that any way calls; evaluation if none is."""
+    called: list[set[str]] = []
+
+    def hook(name: str) -> Any:
+        return lambda *_: called[-1].add(name)
+
+    hooks = [
+        m.register_forward_hook(hook(n))
+        for n, m in model.named_modules()
+        if len(inputs.ways) > 1 and isinstance(m, (CONV, nn.Linear))
+    ]
+    try:
+        for way in inputs.ways if hooks else ():
+            called.append(set())
+            inputs.run(model, way)
+    finally:
+        for h in hooks:
+            h.remove()
+    everything = set().union(*called)
+    return next(
+        (w for w, c in zip(inputs.ways, called, strict=False) if c == everything), inputs.ways[0]
+    )
+
+
+class _Budget:
+    """How far the search for a group may go, whose channels go around in some models forever."""
+
+    def __init__(self) -> None:
+        self.visits = self.indices = 0
+
+    def spend(self, visits: int, indices: int) -> None:
+        """Count visits of nodes and indices of channels.
+
+        Raises:
+            _Unknown: there were too many.
+        """
+        self.visits -= visits
+        self.indices -= indices
+        if self.visits < 0 or self.indices < 0:
+            raise _Unknown(
+                "the dependency graph does not come to an end here: products over positions, for "
+                "example"
+            )
+
+
+class _Dependencies(list[Any]):
+    """The dependencies of a node of the graph, which are counted when they are followed."""
+
+    def __init__(self, items: Any, budget: _Budget) -> None:
+        super().__init__(items)
+        self._budget = budget
+        for dep in items:
+            dep.index_mapping = _Mappings(dep.index_mapping, budget)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Count, and return the dependencies."""
+        self._budget.spend(1, 0)
+        return super().__iter__()
+
+
+class _Mappings(list[Any]):
+    """The mappings of a dependency, whose work is counted."""
+
+    def __init__(self, items: Any, budget: _Budget) -> None:
+        super().__init__(items)
+        self._budget = budget
+
+    def __iter__(self) -> Iterator[Any]:
+        """Return the mappings, each of which counts before it works."""
+
+        def counted(mapping: Any) -> Any:
+            def mapped(indices: Any) -> Any:
+                grows = 1 if getattr(mapping, "reverse", True) else getattr(mapping, "_stride", 1)
+                self._budget.spend(0, len(indices) * grows)
+                return mapping(indices)
+
+            return mapped
+
+        return iter([None if m is None else counted(m) for m in super().__iter__()])
+
+
+def _limited(graph: Any) -> _Budget:
+    """Return the budget of the searches in a graph."""
+    budget = _Budget()
+    for node in graph.module2node.values():
+        node.dependencies = _Dependencies(node.dependencies, budget)
+    return budget
 
 
 def _norms(graph: Any, names: dict[int, str]) -> Iterator[tuple[str, str]]:
@@ -180,8 +320,11 @@ class _Unknown(Exception):
 class _Builder:
     """Collects the sets of a graph."""
 
-    def __init__(self, model: nn.Module, tp: Any, graph: Any, names: dict[int, str]) -> None:
-        self.model, self.tp, self.graph, self.names = model, tp, graph, names
+    def __init__(self, model: nn.Module, graph: Any, names: dict[int, str]) -> None:
+        self.model, self.graph, self.names = model, graph, names
+        self.budget = _limited(graph)
+        layers = (m for m in graph.module2node if isinstance(m, (CONV, nn.Linear)))
+        self.widest = max((max(m.weight.shape[:2]) for m in layers), default=0)
         self.sets: list[Set] = []
         self.kept: dict[str, str] = {}
         self.seen: set[int] = set()
@@ -194,6 +337,8 @@ class _Builder:
         try:
             pruner = self.graph.get_pruner_of_module(layer)
             count = pruner.get_out_channels(layer)
+            self.budget.visits = _VISITS * len(self.graph.module2node)
+            self.budget.indices = _MAPPED * max(self.widest, 512)
             group = self.graph.get_pruning_group(
                 layer, pruner.prune_out_channels, list(range(count))
             )

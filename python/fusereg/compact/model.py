@@ -36,7 +36,7 @@ def compact(
     round_to: int = 1,
     dry_run: Literal[False] = False,
     optimizer: torch.optim.Optimizer | None = None,
-    averaged: Iterable[AveragedModel] = (),
+    averaged: AveragedModel | Iterable[AveragedModel] = (),
     stopper: EarlyStopping | None = None,
 ) -> _Model: ...
 
@@ -49,7 +49,7 @@ def compact(
     *,
     dry_run: Literal[True],
     optimizer: torch.optim.Optimizer | None = None,
-    averaged: Iterable[AveragedModel] = (),
+    averaged: AveragedModel | Iterable[AveragedModel] = (),
     stopper: EarlyStopping | None = None,
 ) -> Table: ...
 
@@ -60,7 +60,7 @@ def compact(
     round_to: int = 1,
     dry_run: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
-    averaged: Iterable[AveragedModel] = (),
+    averaged: AveragedModel | Iterable[AveragedModel] = (),
     stopper: EarlyStopping | None = None,
 ) -> nn.Module | Table:
     """Return a smaller model that computes the same, without the channels that are zero.
@@ -91,8 +91,8 @@ def compact(
         optimizer: an optimizer of the model's parameters, which gets those of the smaller model,
             with its states cut likewise; one with ``groups`` gets those of the smaller model, if
             its ``group_weights`` are not given one by one. Schedulers that hold it remain valid.
-        averaged: averages of the model, whose ``module`` is cut at the same channels, whether they
-            are zero in the average or not.
+        averaged: an average of the model or several, whose ``module`` is cut at the same channels,
+            whether they are zero in the average or not.
         stopper: an :class:`fusereg.EarlyStopping` of the model, which watches the smaller model
             from now on. Its best state is cut at the same channels, whether they were zero at that
             time or not.
@@ -118,7 +118,12 @@ def compact(
         raise TypeError(f"{_OP}: round_to must be an integer, got {type(round_to).__name__}")
     if round_to < 1:
         raise ValueError(f"{_OP}: round_to must be at least 1, got {round_to}")
-    averages = tuple(averaged)
+    if not isinstance(averaged, (AveragedModel, Iterable)):
+        raise TypeError(
+            f"{_OP}: averaged must be a torch.optim.swa_utils.AveragedModel or several, "
+            f"got {type(averaged).__name__}"
+        )
+    averages = (averaged,) if isinstance(averaged, AveragedModel) else tuple(averaged)
     for average in averages:
         if not isinstance(average, AveragedModel):
             raise TypeError(

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from .find import Found
 from .graph import Inputs
 from .parts import CONV, Part, Set, slice_channels
-from .probe import Range, constant_for, generator, nowhere_flat, reading, zeros_alone
+from .probe import (
+    Range,
+    constant_for,
+    generator,
+    norms_of,
+    nowhere_flat,
+    reading,
+    zeros_alone,
+)
 
 
 @dataclass
@@ -90,6 +98,8 @@ def _decide(
     live, stuck = (torch.zeros(found.size, dtype=torch.bool) for _ in range(2))
     folds: list[Fold] = []
     states: list[tuple[Fold, Tensor]] = []
+    moving = _moving(model, found, constant, seen)
+    read = torch.zeros_like(live)
     for part in found.readers:
         layer, range_ = part.of(model), seen[part.module]
         mine = part.channels >= 0
@@ -99,6 +109,7 @@ def _decide(
         scale = torch.maximum(range_.high.abs(), range_.low.abs()).max().cpu()
         nothing = unread | (fixed & (values.abs() <= 1e-15 * scale))
         live[part.channels[mine & ~nothing & ~fixed]] = True
+        read[part.channels[mine & ~unread]] = True
         feeds = mine & ~nothing & fixed
         fold = Fold(part, torch.where(feeds, values, 0.0), torch.zeros_like(values))
         if not reads_no_zeros(layer):
@@ -106,7 +117,15 @@ def _decide(
             fold.values, fold.merged = fold.merged, fold.values
         states.append((fold, torch.where(fixed, values, 0.0)))
         folds.append(fold)
+    others = moving & read & ~live
+    live |= others
     decision = Decision(found, ~live, folds)
+    if others.any():
+        decision.notes.append(
+            f"{int(others.sum())} of its channels are constant, but in training they are another "
+            "constant: their rows are zero before a normalization whose running mean is not what "
+            "they give; make its scale and shift zero as well, or let it see some hundred batches"
+        )
     if (stuck & ~live).any():
         _merge(model, decision, states, stuck & ~live)
     if (uneven := _silent(model, found) & live).any():
@@ -117,6 +136,24 @@ def _decide(
     decision.whole = bool(decision.removed.all())
     _keep(decision, decision.removed)
     return decision
+
+
+def _moving(
+    model: nn.Module, found: Set, constant: dict[str, Tensor], seen: dict[str, Range]
+) -> Tensor:
+    """Return which channels a norm with running statistics makes constant in evaluation alone.
+
+    In training, it makes its shift of a constant.
+    """
+    moving = torch.zeros(found.size, dtype=torch.bool)
+    for part in norms_of(model, found):
+        layer, range_ = part.of(model), seen[part.module]
+        off = (range_.low - layer.running_mean) / (layer.running_var + layer.eps).sqrt()
+        if layer.weight is not None:
+            off = off * layer.weight.detach()
+        fixed = constant[part.module] & range_.constant() & (off.abs() > 1e-12)
+        moving[part.channels[fixed.cpu() & (part.channels >= 0)]] = True
+    return moving
 
 
 def _silent(model: nn.Module, found: Set) -> Tensor:
@@ -251,7 +288,10 @@ def identities(found: Found, decisions: list[Decision]) -> list[str]:
         return []
     passed = set(candidates)
     passed &= _unchanging(found.plain, passed, found.inputs)
-    passed &= _unchanging(copy.deepcopy(found.plain).train(), passed, found.inputs)
+    try:
+        passed &= _unchanging(copy.deepcopy(found.plain).train(), passed, found.inputs)
+    except Exception:  # batch norms want more examples
+        return []
     probe = zeros_alone(found.plain, 5)
     with nowhere_flat(probe):
         passed &= _unchanging(probe, passed, found.inputs)

@@ -90,16 +90,28 @@ class Range(NamedTuple):
         return self.high - self.low <= 1e-13 * (self.high.abs() + self.low.abs() + 1e-100)
 
 
+def norms_of(model: nn.Module, found: Set) -> list[Part]:
+    """Return the normalizations of a set that keep running statistics."""
+    return [
+        p
+        for p in found.writers
+        if isinstance(layer := p.of(model), (BATCH_NORM, INSTANCE_NORM))
+        and isinstance(layer.running_mean, Tensor)
+    ]
+
+
 @contextmanager
 def reading(model: nn.Module, sets: Iterable[Set]) -> Iterator[dict[str, Range]]:
-    """Return, once the model is run, what each reader of the sets has read, by its name."""
+    """Return, once the model is run, what each reader and norm of the sets has read, by name."""
     seen: dict[str, Range] = {}
 
     def note(name: str) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = (*args, *kwargs.values())[0].detach()
             axis = x.dim() - (module.weight.dim() - 1 if isinstance(module, CONV) else 1)
-            flat = x.movedim(axis, 0).flatten(1)
+            if isinstance(module, (BATCH_NORM, INSTANCE_NORM)):
+                axis = 1
+            flat = x.movedim(axis, 0).reshape(x.shape[axis], -1)
             low, high = flat.amin(1), flat.amax(1)
             if name in seen:
                 low, high = torch.minimum(low, seen[name].low), torch.maximum(high, seen[name].high)
@@ -107,9 +119,9 @@ def reading(model: nn.Module, sets: Iterable[Set]) -> Iterator[dict[str, Range]]
 
         return hook
 
-    readers = {p.module for s in sets for p in s.readers}
+    names = {p.module for s in sets for p in (*s.readers, *norms_of(model, s))}
     hooks = [
-        model.get_submodule(n).register_forward_pre_hook(note(n), with_kwargs=True) for n in readers
+        model.get_submodule(n).register_forward_pre_hook(note(n), with_kwargs=True) for n in names
     ]
     try:
         yield seen

@@ -118,6 +118,27 @@ def _sparsity(found: Converged, data: DataSet) -> str | None:
     return f"Zeros: {'; '.join(parts)}." if parts else None
 
 
+def _compaction(found: Converged) -> str | None:
+    if "compact" not in found or (made := found["compact"].fused.compacted) is None:
+        return None
+    parameters, operations = (
+        f"{after:,} of {before:,}" for before, after in (made.parameters, made.operations)
+    )
+    (dense, small), (before, after) = made.milliseconds, made.test_accuracy
+    text = "as before" if before == after else f"{_percent(before)} % before"
+    control = (
+        ""
+        if "none" not in found
+        else (f", {_percent(found['none'].fused.last.test_accuracy)} % without the penalty")
+    )
+    return (
+        f"Compaction: without the hidden units that are zero, the network has {parameters} "
+        f"parameters and {operations} multiply-adds for an image; a batch of {made.batch:,} takes "
+        f"{small:.2f} ms instead of {dense:.2f} ms, and {_percent(after)} % of the test images are "
+        f"classified correctly ({text}{control})."
+    )
+
+
 def _augmentation(found: Converged) -> str | None:
     if "augmentation" not in found or "none" not in found:
         return None
@@ -192,11 +213,12 @@ def _agreement(results: Sequence[Result]) -> str | None:
 
 
 def findings(results: Sequence[Result], data: DataSet) -> list[str]:
-    """Return up to six sentences that say what the table shows, computed from its figures."""
+    """Return up to seven sentences that say what the table shows, computed from its figures."""
     found = {r.technique.name: r for r in results if not r.fused.diverged}
     texts = [
         _overfitting(found, data),
         _sparsity(found, data),
+        _compaction(found),
         _augmentation(found),
         _early_stopping(found),
         _speed(results),
@@ -247,6 +269,7 @@ def _run_json(run: Run) -> dict[str, object]:
         "diverged": run.diverged,
         "stopped_epoch": len(run.epochs) if run.stopped else None,
         "restored_epoch": None if run.restored is None else run.restored + 1,
+        "compact": None if run.compacted is None else asdict(run.compacted),
         "epochs": [
             {key: _finite(value) for key, value in asdict(epoch).items()} for epoch in run.epochs
         ],

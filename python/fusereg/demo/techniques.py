@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import cast
 
 import torch
@@ -70,6 +71,10 @@ class Method:
 
     def finish(self) -> int | None:
         """Act after the last epoch; return the epoch (from 0) whose model was restored, if any."""
+        return None
+
+    def smaller(self) -> nn.Module | None:
+        """Return the trained network without what is zero in it, where that is the technique."""
         return None
 
 
@@ -174,6 +179,42 @@ class PlainProxPixels(Method):
         threshold = self.learning_rate * self.settings["group"] * math.sqrt(first.shape[0])
         norms = first.norm(dim=0, keepdim=True)
         first.mul_((1 - threshold / norms.clamp_min(1e-30)).clamp_min(0))
+
+
+class Compact(Method):
+    """SGD with a proximal step on hidden units; fusereg.compact removes those that are zero."""
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        groups = fusereg.groups_of(self.model, self.example())
+        return fusereg.optim.SGD(
+            self.model.parameters(),
+            lr=self.learning_rate,
+            groups=groups,
+            group=self.settings["group"],
+        )
+
+    def example(self) -> Tensor:
+        return torch.zeros(2, self.weights[0].shape[1], device=self.weights[0].device)
+
+    def smaller(self) -> nn.Module | None:
+        try:
+            return fusereg.compact(self.model, self.example())
+        except ValueError:  # the penalty was too strong: nothing is left
+            return None
+
+
+class PlainProxUnits(Method):
+    """The same proximal step in plain torch; a unit is a row of the first layer and its bias."""
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        first = next(layer for layer in self.model.modules() if isinstance(layer, nn.Linear))
+        size = first.in_features + 1
+        threshold = self.learning_rate * self.settings["group"] * math.sqrt(size)
+        norms = (first.weight.square().sum(dim=1) + first.bias.square()).sqrt()
+        scale = (1 - threshold / norms.clamp_min(1e-30)).clamp_min(0)
+        first.weight.mul_(scale[:, None])
+        first.bias.mul_(scale)
 
 
 class ProxAdamW(Method):
@@ -420,6 +461,14 @@ TECHNIQUES: list[Technique] = [
         {"group": 2e-4},
     ),
     Technique(
+        "compact",
+        "compact",
+        "proximal step on whole hidden units; those that are zero are removed at the end",
+        Compact,
+        PlainProxUnits,
+        {"group": 6e-4},
+    ),
+    Technique(
         "prox_adamw",
         "prox AdamW",
         "AdamW with soft-thresholding inside the optimizer's step",
@@ -495,7 +544,12 @@ def choose(names: Sequence[str] | None) -> list[Technique]:
     """Return the techniques of these names, in the table's order (None: all).
 
     Raises:
-        InputError: a name that is not in the table.
+        InputError: a name that is not in the table, or a package is missing.
     """
+    if (names is None or "compact" in names) and find_spec("torch_pruning") is None:
+        raise InputError(
+            "the row compact needs Torch-Pruning: pip install 'fusereg[compact]', or name other "
+            "rows with --only"
+        )
     chosen = choose_names(names, [each.name for each in TECHNIQUES], "--only: no technique")
     return [technique for technique in TECHNIQUES if technique.name in chosen]

@@ -37,6 +37,17 @@ class Epoch:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Compacted:
+    """Figures of a network before and after the removal of what is zero in it."""
+
+    parameters: tuple[int, int]
+    operations: tuple[int, int]  # multiply-adds of an image
+    milliseconds: tuple[float, float]  # for a batch
+    test_accuracy: tuple[float, float]
+    batch: int
+
+
 @dataclass
 class Run:
     """One network's training."""
@@ -49,6 +60,7 @@ class Run:
     step_losses: list[Tensor] = field(default_factory=list)
     stopped: bool = False  # by its method, before the last epoch or at it
     restored: int | None = None  # the epoch (from 0) whose model was restored at the end
+    compacted: Compacted | None = None
 
     @property
     def last(self) -> Epoch:
@@ -163,6 +175,34 @@ def _evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, 
     return loss / len(labels), correct / len(labels)
 
 
+@torch.no_grad()
+def _compacted(run: Run, data: DataSet) -> Compacted | None:
+    """Compare a network with the one without its zeros, if the method makes one."""
+    small = None if run.diverged else run.method.smaller()
+    if small is None:
+        return None
+    images = data.test_images[:1024]
+    models = (run.model.eval(), small.eval())
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(20):  # in turn, so that other load on the machine affects both alike
+        for model, own in zip(models, times, strict=True):
+            _synchronize(images.device)
+            started = time.perf_counter()
+            model(images)
+            _synchronize(images.device)
+            own.append(1e3 * (time.perf_counter() - started))
+    accuracies = [_evaluate(m, data.test_images, data.test_labels)[1] for m in models]
+    counts = [sum(p.numel() for p in m.parameters()) for m in models]
+    operations = [sum(w.numel() for w in linear_weights(m)) for m in models]
+    return Compacted(
+        (counts[0], counts[1]),
+        (operations[0], operations[1]),
+        (statistics.median(times[0]), statistics.median(times[1])),
+        (accuracies[0], accuracies[1]),
+        len(images),
+    )
+
+
 def _epoch(run: Run, number: int, data: DataSet, order: Tensor) -> None:
     """Train and evaluate one epoch, and ask the method whether to stop."""
     seconds = _train_epoch(run, data, order)
@@ -202,4 +242,5 @@ def train_pair(
                         on_epoch(technique, run.provider, epoch + 1, run.epochs[-1].train_loss)
         for run in runs:
             run.restored = run.method.finish()
+            run.compacted = _compacted(run, data)
     return Result(technique, fused, plain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -123,6 +124,13 @@ class RegularizedOptimizer(Averages):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         super().__init__(params, {**defaults, **shared})
         self.state = WatchedStates(dict, self.state)
+        strengths = (group["group"] for group in self.param_groups)
+        if self.groups and "group" not in options and not any(map(given, strengths)):
+            warnings.warn(
+                f"fusereg.optim.{self._name}: groups do nothing without a strength; pass group= as "
+                "well, here or in param groups",
+                stacklevel=3,
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, which may have its own ``l1``, ``l2``, ``group`` and ``prox``.

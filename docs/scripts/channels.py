@@ -1,0 +1,417 @@
+"""Train small residual networks with penalties on channels, take the zeros out, and compare.
+
+    python docs/scripts/channels.py      # some minutes; rewrites table, picture and figures
+
+Two problems: scikit-learn's digits, and where a crop of a real photograph comes from
+(scikit-learn's two photographs, in six horizontal bands; crops for training, validation and test
+lie in different vertical strips, so that none overlaps another's). For each of five seeds:
+
+- dense: the network, trained.
+- fusereg: the same training with ``groups=`` and each of the strengths, then ``compact``.
+- Torch-Pruning: its group-norm pruner by its own recipe, from the trained dense network: as many
+  epochs again with its ``regularize``, then cut to a share of the operations, by global ranking.
+
+All are measured right after the cut and after fine-tuning, on the test split; strengths are chosen
+on the validation split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sklearn import datasets  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import fusereg
+from fusereg.bench.models import ResNet
+from fusereg.core.pictures import COLORS, FUSED_COLOR, PLAIN_COLOR, new_figure, tidy
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "compact.md"
+RESULTS = ROOT / "bench" / "results" / "channels"
+PICTURE = ROOT / "docs" / "images" / "channels.png"
+_BLOCK = re.compile(r"(<!-- channels -->\n).*?(<!-- end channels -->)", re.DOTALL)
+WIDTHS = (16, 32, 64)
+BATCH, LR, DECAY, EPOCHS = 64, 0.05, 5e-4, 10
+TUNING_LR, TUNING_EPOCHS = 0.02, 4
+STRENGTHS = (0.001, 0.002, 0.003, 0.0042)
+BUDGETS = (0.35, 0.17)
+
+
+class Data(NamedTuple):
+    """Images and labels for training, validation and test."""
+
+    name: str
+    images: tuple[Tensor, Tensor, Tensor]
+    labels: tuple[Tensor, Tensor, Tensor]
+
+
+def digits() -> Data:
+    """Return scikit-learn's digits of 8 x 8 pixels: 60 % train, 20 % validate, 20 % test."""
+    data = datasets.load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    parts = np.split(order, [int(0.6 * len(order)), int(0.8 * len(order))])
+    images = tuple(torch.from_numpy(data.images[i]).float()[:, None] / 16 for i in parts)
+    labels = tuple(torch.from_numpy(data.target[i]) for i in parts)
+    return Data("digits", images, labels)  # type: ignore[arg-type]
+
+
+def photographs(side: int = 12, bands: int = 3) -> Data:
+    """Return crops of two photographs; which of the six bands is a crop's?"""
+    draw = np.random.default_rng(0)
+    images: list[list[Tensor]] = [[], [], []]
+    labels: list[list[int]] = [[], [], []]
+    for number, photograph in enumerate(datasets.load_sample_images().images):
+        height, width, _ = photograph.shape
+        strips = np.linspace(0, width, 11).astype(int)  # of ten, six train
+        for band in range(bands):
+            top, bottom = band * height // bands, (band + 1) * height // bands
+            for part, (own, count) in enumerate(
+                (((0, 1, 3, 5, 6, 8), 180), ((2, 7), 60), ((4, 9), 60))
+            ):
+                for _ in range(count):
+                    strip = own[draw.integers(len(own))]
+                    y = draw.integers(top, bottom - side + 1)
+                    x = draw.integers(strips[strip], strips[strip + 1] - side + 1)
+                    crop = torch.from_numpy(photograph[y : y + side, x : x + side].copy())
+                    images[part].append(crop.permute(2, 0, 1).float() / 255)
+                    labels[part].append(number * bands + band)
+    return Data(
+        "photographs",
+        tuple(torch.stack(part) for part in images),  # type: ignore[arg-type]
+        tuple(map(torch.tensor, labels)),  # type: ignore[arg-type]
+    )
+
+
+def train(
+    model: nn.Module, data: Data, optimizer: torch.optim.Optimizer, epochs: int, seed: int,
+    before_step: Callable[[], object] = lambda: None,
+) -> None:  # fmt: skip
+    """Train with a cosine schedule."""
+    draw = torch.Generator().manual_seed(seed)
+    x, y = data.images[0], data.labels[0]
+    steps = len(x) // BATCH
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+    model.train()
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x), generator=draw).split(BATCH)[:steps]:
+            optimizer.zero_grad()
+            cross_entropy(model(x[batch]), y[batch]).backward()
+            before_step()
+            optimizer.step()
+            schedule.step()
+    model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Data, part: int) -> float:
+    """Return the accuracy on the validation (1) or the test split (2)."""
+    model.eval()
+    right = model(data.images[part]).argmax(1) == data.labels[part]
+    return float(right.float().mean())
+
+
+@torch.no_grad()
+def operations(model: nn.Module, x: Tensor) -> float:
+    """Return the multiply-adds of the convolutions and linear layers for one example."""
+    total = 0.0
+
+    def count(layer: Any, args: Any, out: Tensor) -> None:
+        nonlocal total
+        total += out.numel() * layer.weight[0].numel() / len(x)
+
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def plain_sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Return the optimizer of all trainings but ours."""
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=DECAY)
+
+
+class Cut(NamedTuple):
+    """A smaller network's figures."""
+
+    method: str
+    setting: float
+    seed: int
+    operations: float
+    parameters: float
+    validation: float
+    test: float
+    tuned_validation: float
+    tuned_test: float
+
+
+def measured(
+    method: str, setting: float, seed: int, small: nn.Module, dense: nn.Module, data: Data
+) -> Cut:
+    """Return a smaller network's figures, right after the cut and after fine-tuning."""
+    x = data.images[0][:1]
+    counts = [sum(p.numel() for p in m.parameters()) for m in (small, dense)]
+    share = operations(small, x) / operations(dense, x)
+    after = [accuracy(small, data, part) for part in (1, 2)]
+    tuned = copy.deepcopy(small)
+    train(tuned, data, plain_sgd(tuned, TUNING_LR), TUNING_EPOCHS, seed + 100)
+    return Cut(
+        method, setting, seed, share, counts[0] / counts[1], *after,
+        *(accuracy(tuned, data, part) for part in (1, 2)),
+    )  # fmt: skip
+
+
+def torch_pruning(dense: nn.Module, data: Data, seed: int) -> Iterator[Cut]:
+    """Yield the networks that the group-norm pruner makes."""
+    import torch_pruning as tp  # type: ignore[import-untyped]
+
+    x = data.images[0][:2]
+    trained = copy.deepcopy(dense)
+    whole = operations(trained, x)
+
+    def pruner(model: Any, ratio: float = 0.5) -> Any:
+        return tp.pruner.GroupNormPruner(
+            model, x, tp.importance.GroupMagnitudeImportance(p=2, normalizer="max"), reg=5e-4,
+            global_pruning=True, pruning_ratio=ratio, max_pruning_ratio=0.95,
+            ignored_layers=[model.head],
+        )  # fmt: skip
+
+    sparse = pruner(trained)
+    train(
+        trained, data, plain_sgd(trained, LR), EPOCHS, seed,
+        before_step=lambda: sparse.regularize(trained),
+    )  # fmt: skip
+    for budget in BUDGETS:
+        low, high, best = 0.0, 1.0, trained
+        for _ in range(8):  # the smallest ratio that meets the budget
+            ratio = (low + high) / 2
+            small = copy.deepcopy(trained)
+            pruner(small, ratio).step()
+            if operations(small, x) <= budget * whole:
+                high, best = ratio, small
+            else:
+                low = ratio
+        yield measured("torch-pruning", budget, seed, best, dense, data)
+
+
+def run(data: Data, seeds: Iterable[int]) -> Iterator[list[Cut]]:
+    """Yield the figures of all networks of each seed."""
+    channels, classes = data.images[0].shape[1], int(data.labels[0].max()) + 1
+    for seed in seeds:
+        start, found = time.process_time(), []
+
+        def make(seed: int = seed) -> nn.Module:
+            torch.manual_seed(seed)
+            return ResNet(WIDTHS, 1, dropout=0.0, classes=classes, channels=channels)
+
+        dense = make()
+        train(dense, data, plain_sgd(dense, LR), EPOCHS, seed)
+        found.append(measured("dense", 0.0, seed, dense, dense, data))
+        for strength in STRENGTHS:
+            model = make()
+            groups = fusereg.groups_of(model, data.images[0][:2])
+            optimizer = fusereg.optim.SGD(
+                model.parameters(), lr=LR, momentum=0.9, weight_decay=DECAY, groups=groups,
+                group=strength,
+            )  # fmt: skip
+            train(model, data, optimizer, EPOCHS, seed)
+            try:
+                small = fusereg.compact(model, data.images[0][:2])
+            except ValueError as error:  # too strong: nothing is left
+                print(data.name, seed, strength, error)
+                continue
+            off = accuracy(small, data, 2) - accuracy(model, data, 2)
+            assert abs(off) <= 1 / len(data.labels[2]), off  # a rounding may move one image
+            found.append(measured("fusereg", strength, seed, small, dense, data))
+        found += torch_pruning(dense, data, seed)
+        for cut in found:
+            print(data.name, *(f"{v:.3f}" if isinstance(v, float) else v for v in cut))
+        print(f"{data.name}, seed {seed}: {time.process_time() - start:.0f} s", flush=True)
+        yield found
+
+
+# --- table and picture ----------------------------------------------------------------------------
+
+
+def select(cuts: list[Cut], method: str, setting: float | None = None) -> list[Cut]:
+    """Return the networks of a method."""
+    return [c for c in cuts if c.method == method and setting in (None, c.setting)]
+
+
+def chosen(cuts: list[Cut], budget: float | None, images: int) -> float:
+    """Return a strength, by the validation split alone.
+
+    The strongest whose mean accuracy is within one standard error of the dense networks', or, for
+    a budget, the weakest whose networks have no more operations on the mean.
+    """
+    strengths = sorted({c.setting for c in select(cuts, "fusereg")})
+    if budget is not None:
+        return next(
+            (s for s in strengths if average(select(cuts, "fusereg", s), "operations") <= budget),
+            strengths[-1],
+        )
+    dense = average(select(cuts, "dense"), "validation")
+    error = math.sqrt(dense * (1 - dense) / images)
+    fits = [
+        s for s in strengths if average(select(cuts, "fusereg", s), "validation") >= dense - error
+    ]
+    return fits[-1] if fits else strengths[0]
+
+
+def average(cuts: list[Cut], figure: str) -> float:
+    """Return a figure's mean over the seeds."""
+    return mean(getattr(c, figure) for c in cuts)
+
+
+def line(problem: str, what: str, cuts: list[Cut]) -> str:
+    """Return a row of the table."""
+
+    def spread(figure: str) -> str:
+        values = [100 * getattr(c, figure) for c in cuts]
+        return f"{mean(values):.1f} ± {stdev(values) if len(values) > 1 else 0.0:.1f} %"
+
+    shares = [c.operations for c in cuts]
+    return (
+        f"| {problem} | {what} | {mean(shares):.2f} ({min(shares):.2f} to {max(shares):.2f}) | "
+        f"{average(cuts, 'parameters'):.2f} | {spread('test')} | {spread('tuned_test')} |"
+    )
+
+
+def table(results: dict[str, list[Cut]], sizes: dict[str, int]) -> str:
+    """Return the table of all problems."""
+    lines = [
+        "| problem | network | operations | parameters | test, right after the cut | "
+        "after fine-tuning |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for problem, cuts in results.items():
+        lines.append(line(problem, "dense", select(cuts, "dense")))
+        own = chosen(cuts, None, sizes[problem])
+        lines.append(
+            line(problem, f"fusereg, {own:g}, by validation", select(cuts, "fusereg", own))
+        )
+        for budget in BUDGETS:
+            strength = chosen(cuts, budget, sizes[problem])
+            lines.append(
+                line(
+                    problem, f"fusereg, {strength:g}, at most {budget:g}",
+                    select(cuts, "fusereg", strength),
+                )
+            )  # fmt: skip
+            lines.append(
+                line(
+                    problem, f"Torch-Pruning, {budget:g}", select(cuts, "torch-pruning", budget)
+                )
+            )  # fmt: skip
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, list[Cut]]) -> None:
+    """Draw accuracy over operations."""
+    figure = new_figure(
+        9.5, 4.4, "Fewer operations, and what they cost",
+        "Test accuracy of small residual networks, mean of five seeds, smallest to largest. "
+        "Filled: right after the cut; open: after fine-tuning.",
+    )  # fmt: skip
+    for axes, (problem, cuts) in zip(
+        figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
+    ):
+        lowest = []
+        for method, color, marker, label in (
+            ("fusereg", FUSED_COLOR, "o", "fusereg: penalty, then compact"),
+            ("torch-pruning", PLAIN_COLOR, "s", "Torch-Pruning's group-norm pruner"),
+            ("dense", COLORS[0], "D", "dense"),
+        ):
+            settings = sorted({c.setting for c in select(cuts, method)})
+            own = [select(cuts, method, s) for s in settings]
+            x = [average(c, "operations") for c in own]
+            for key, filled in (("test", True), ("tuned_test", False)):
+                y = [100 * average(c, key) for c in own]
+                spread = [
+                    [
+                        v - 100 * min(getattr(c, key) for c in cs)
+                        for v, cs in zip(y, own, strict=True)
+                    ],
+                    [
+                        100 * max(getattr(c, key) for c in cs) - v
+                        for v, cs in zip(y, own, strict=True)
+                    ],
+                ]
+                axes.errorbar(
+                    x, y, yerr=spread, color=color, marker=marker, markersize=6, linewidth=1.2,
+                    elinewidth=0.7, linestyle="-" if filled else "--",
+                    markerfacecolor=color if filled else "white",
+                    label=label + ("" if filled else ", fine-tuned"),
+                )  # fmt: skip
+                lowest += y if method != "torch-pruning" or not filled else []
+        axes.set_ylim(min(lowest) - 4, 100.5)
+        axes.set_title(problem, size=10, loc="left")
+        axes.set_xlabel("share of the dense network's operations")
+        axes.set_ylabel("test accuracy, %")
+        tidy(axes)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(PICTURE, dpi=110, facecolor="white")
+
+
+def store(data: Data, cuts: list[Cut]) -> None:
+    """Store the figures of a seed."""
+    content = {
+        "problem": data.name,
+        "images": [len(part) for part in data.labels],
+        "epochs": EPOCHS,
+        "tuning_epochs": TUNING_EPOCHS,
+        "networks": [c._asdict() for c in cuts],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{data.name}-{cuts[0].seed}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def report() -> None:
+    """Rewrite table and picture from the stored figures."""
+    results: dict[str, list[Cut]] = {}
+    sizes: dict[str, int] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        sizes[content["problem"]] = content["images"][1]
+        results.setdefault(content["problem"], []).extend(Cut(**c) for c in content["networks"])
+    text = PAGE.read_text(encoding="utf-8")
+    new = table(results, sizes)
+    PAGE.write_text(_BLOCK.sub(lambda m: f"{m[1]}\n{new}\n\n{m[2]}", text), encoding="utf-8")
+    draw(results)
+
+
+def main() -> int:
+    """Train all, or only report what is stored."""
+    parser = argparse.ArgumentParser(description="Trains, cuts and compares small networks.")
+    parser.add_argument("--report", action="store_true", help="only rewrite table and picture")
+    parser.add_argument("--problem", choices=("digits", "photographs"), help="this one alone")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for data in () if options.report else (digits(), photographs()):
+        if options.problem in (None, data.name):
+            for cuts in run(data, options.seeds):
+                store(data, cuts)
+    report()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
