@@ -253,6 +253,36 @@ struct Raw {
   }
 };
 
+// Calls use(p, load(p, count)) for the elements from p on, `count` at a time, by `threads` threads
+// of which this is `thread`: vectors where `vectors` allows, kDeep loads ahead of their use.
+template <int kDeep, class T, class Load, class Use>
+FUSEREG_DEVICE_INLINE void for_run(T* p, std::int64_t n, unsigned thread, unsigned threads,
+                                   bool vectors, const Load& load, const Use& use) {
+  constexpr int kN = kVecSize<T>;
+  constexpr std::integral_constant<int, 1> one{};
+  constexpr std::integral_constant<int, kN> all{};
+  const auto misalignment = reinterpret_cast<std::uintptr_t>(p) % 16;
+  std::int64_t head =
+      misalignment == 0 ? 0 : static_cast<std::int64_t>((16 - misalignment) / sizeof(T));
+  if (!vectors || head > n) head = n;
+  for (std::int64_t i = thread; i < head; i += threads) use(p + i, load(p + i, one));
+  T* const from = p + head;
+  const std::int64_t count = (n - head) / kN;
+  std::int64_t v = thread;
+  if constexpr (kDeep > 1) {
+    for (; v + (kDeep - 1) * threads < count; v += kDeep * threads) {
+      decltype(load(from, all)) data[kDeep];
+      FUSEREG_UNROLL
+      for (int u = 0; u < kDeep; ++u) data[u] = load(from + (v + u * threads) * kN, all);
+      FUSEREG_UNROLL
+      for (int u = 0; u < kDeep; ++u) use(from + (v + u * threads) * kN, data[u]);
+    }
+  }
+  for (; v < count; v += threads) use(from + v * kN, load(from + v * kN, all));
+  for (std::int64_t i = count * kN + thread; i < n - head; i += threads)
+    use(from + i, load(from + i, one));
+}
+
 // f(0), f(1), ... rounded to T: of 16-bit types, two in one conversion.
 template <class T, int N, class F>
 FUSEREG_DEVICE_INLINE Vec<T, N> rounded_to(const F& f) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "core/cuda.cuh"
+#include "core/draw_rows.h"
 #include "core/rounded.h"
 #include "dropout/dropout.h"
 
@@ -106,8 +107,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   }
 }
 
-// Rows: kN elements that share a draw (inner = 1) or have consecutive ones of one group.
-template <class T, int kBits, bool kLinear, int kN, class Index>
+// Rows: kN elements that share a draw (inner = 1) or have consecutive ones of one group; kRagged:
+// kN elements of any rows, whose draws are looked up one after the other.
+template <class T, int kBits, bool kLinear, int kN, class Index, bool kRagged>
 __global__ void __launch_bounds__(kThreads)
     dropout_rows_kernel(FUSEREG_GRID_CONSTANT(Arguments, g)) {
   const T* const x = static_cast<const T*>(g.x);
@@ -117,16 +119,27 @@ __global__ void __launch_bounds__(kThreads)
   const auto k = constants<Compute<T>>(g);
   const auto repeat = static_cast<Index>(g.repeat);
   const auto inner = static_cast<Index>(g.inner);
-  const auto vectors = static_cast<std::int64_t>(g.numel / kN);
+  const auto mask_of = [&](std::uint64_t group) {
+    return keep_mask<kBits>(seed, low, group, g.threshold);
+  };
+  const std::int64_t vectors = (g.numel + kN - 1) / kN;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t v = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; v < vectors;
        v += step) {
     const Index at = static_cast<Index>(v) * kN;
-    const Index outer = at / (repeat * inner);
-    const std::uint64_t index = g.index_offset + outer * inner + at % inner;
-    std::uint32_t mask =
-        keep_mask<kBits>(seed, low, index / kGroup, g.threshold) >> (index % kGroup);
-    if (inner == 1) mask = (mask & 1u) != 0 ? 0xffu : 0u;
+    std::uint32_t mask;
+    if constexpr (kRagged) {
+      mask = rows_mask<kN>(at, repeat, inner, g.index_offset, mask_of);
+      if (v * kN + kN > g.numel) {
+        for (int e = 0; v * kN + e < g.numel; ++e)
+          y[at + e] = from_compute<T>(apply<T, kLinear>(x[at + e], (mask >> e & 1u) != 0, k));
+        continue;
+      }
+    } else {
+      const std::uint64_t index = g.index_offset + at / (repeat * inner) * inner + at % inner;
+      mask = mask_of(index / kGroup) >> (index % kGroup);
+      if (inner == 1) mask = (mask & 1u) != 0 ? 0xffu : 0u;
+    }
     cuda::Vec<T, kN> data;
     if ((mask & ((1u << kN) - 1u)) == 0) {
       // A row that is dropped is not read.
@@ -199,17 +212,26 @@ void run_cuda(const Job& job, int device, void* stream) {
       return;
     }
     constexpr int kN = cuda::kVecSize<T> < kGroup ? cuda::kVecSize<T> : kGroup;
-    const bool vectors =
-        aligned && (job.rows.inner == 1 ? job.rows.repeat % kN == 0
-                                        : job.rows.inner % kN == 0 && job.index_offset % kN == 0);
+    const bool whole = job.rows.inner == 1 ? job.rows.repeat % kN == 0
+                                           : job.rows.inner % kN == 0 && job.index_offset % kN == 0;
     const bool small = job.numel < (std::int64_t{1} << 31);
-    set_grid(vectors ? job.numel / kN : job.numel);
-    if (vectors && small) {
-      cuda::launch(kOp, dropout_rows_kernel<T, kBits, kLinear, kN, std::uint32_t>, config, g);
-    } else if (vectors) {
-      cuda::launch(kOp, dropout_rows_kernel<T, kBits, kLinear, kN, std::uint64_t>, config, g);
+    const auto launch = [&](auto width, auto index, auto ragged) {
+      constexpr int kWidth = decltype(width)::value;
+      using Index = typename decltype(index)::type;
+      set_grid(ceil_div(job.numel, kWidth));
+      cuda::launch(kOp,
+                   dropout_rows_kernel<T, kBits, kLinear, kWidth, Index, decltype(ragged)::value>,
+                   config, g);
+    };
+    constexpr std::integral_constant<int, kN> wide{};
+    if (aligned && whole && small) {
+      launch(wide, TypeTag<std::uint32_t>{}, std::false_type{});
+    } else if (aligned && whole) {
+      launch(wide, TypeTag<std::uint64_t>{}, std::false_type{});
+    } else if (aligned && small) {
+      launch(wide, TypeTag<std::uint32_t>{}, std::true_type{});
     } else {
-      cuda::launch(kOp, dropout_rows_kernel<T, kBits, kLinear, 1, std::uint64_t>, config, g);
+      launch(std::integral_constant<int, 1>{}, TypeTag<std::uint64_t>{}, std::false_type{});
     }
   });
 }

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "core/cuda.cuh"
+#include "core/draw_rows.h"
 #include "core/rounded.h"
 #include "fused_dropout/fused_dropout.h"
 
@@ -180,29 +181,50 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Rows: kN elements that share a draw.
-template <class T, int kN, class Index>
+// Rows: kN elements that share a draw; kRagged: of any rows, of which one may end among them.
+template <class T, int kN, class Index, bool kRagged>
 __global__ void __launch_bounds__(kThreads)
     fused_dropout_rows_kernel(FUSEREG_GRID_CONSTANT(Arguments, g)) {
+  using C = Compute<T>;
   const T* const x = static_cast<const T*>(g.x);
   const T* const residual = static_cast<const T*>(g.other);
   T* const y = static_cast<T*>(g.y);
   const std::uint64_t seed = g.random.key();
   const std::uint64_t low = g.random.low();
-  const auto scale = static_cast<Compute<T>>(g.scale);
+  const auto scale = static_cast<C>(g.scale);
   const auto length = static_cast<Index>(g.row_length);
-  const auto vectors = static_cast<std::int64_t>(g.numel / kN);
+  const auto mask_of = [&](std::uint64_t group) { return keep_mask(seed, low, group, g.draw); };
+  const auto sum = [&](T beside, T branch) {
+    return to_compute(beside) + multiply(to_compute(branch), scale);
+  };
+  const std::int64_t vectors = (g.numel + kN - 1) / kN;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t v = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; v < vectors;
        v += step) {
     const Index at = static_cast<Index>(v) * kN;
-    const std::uint64_t index = g.index_offset + at / length;
-    const bool keep = (keep_mask_at(seed, low, index, g.draw) & 1u) != 0;
+    constexpr std::uint32_t kAll = (1u << kN) - 1u;
+    std::uint32_t mask;
+    if constexpr (kRagged) {
+      mask = rows_mask<kN, Index>(at, length, 1, g.index_offset, mask_of);
+      if (v * kN + kN > g.numel) {
+        for (int e = 0; v * kN + e < g.numel; ++e) {
+          const T beside = residual[at + e];
+          y[at + e] = (mask >> e & 1u) != 0 ? from_compute<T>(sum(beside, x[at + e])) : beside;
+        }
+        continue;
+      }
+    } else {
+      const std::uint64_t index = g.index_offset + at / length;
+      mask = (keep_mask_at(seed, low, index, g.draw) & 1u) != 0 ? kAll : 0u;
+    }
     auto data = cuda::load_streaming<kN>(residual + at);
-    if (keep) {
+    if (mask != 0) {
       const auto more = cuda::load_streaming<kN>(x + at);
-      data = cuda::rounded_to<T, kN>(
-          [&](int e) { return to_compute(data[e]) + multiply(to_compute(more[e]), scale); });
+      const auto sums = cuda::rounded_to<T, kN>([&](int e) { return sum(data[e], more[e]); });
+      FUSEREG_UNROLL
+      for (int e = 0; e < kN; ++e) {
+        if (!kRagged || (mask >> e & 1u) != 0) data[e] = sums[e];
+      }
     } else if (g.other == g.y) {
       continue;
     }
@@ -400,15 +422,17 @@ class CudaRun {
     constexpr int kN = cuda::kVecSize<T>;
     const bool aligned = cuda::is_aligned(job_.x, 16) && cuda::is_aligned(job_.y, 16) &&
                          cuda::is_aligned(job_.other, 16);
-    const bool vectors = aligned && g_.row_length % kN == 0;
+    const bool whole = g_.row_length % kN == 0;
     const bool small = job_.numel < (std::int64_t{1} << 31);
-    set_grid(vectors ? job_.numel / kN : job_.numel);
-    if (vectors && small) {
-      cuda::launch(kOp, fused_dropout_rows_kernel<T, kN, std::uint32_t>, config_, g_);
-    } else if (vectors) {
-      cuda::launch(kOp, fused_dropout_rows_kernel<T, kN, std::uint64_t>, config_, g_);
+    set_grid(aligned && (whole || small) ? ceil_div(job_.numel, kN) : job_.numel);
+    if (aligned && whole && small) {
+      cuda::launch(kOp, fused_dropout_rows_kernel<T, kN, std::uint32_t, false>, config_, g_);
+    } else if (aligned && whole) {
+      cuda::launch(kOp, fused_dropout_rows_kernel<T, kN, std::uint64_t, false>, config_, g_);
+    } else if (aligned && small) {
+      cuda::launch(kOp, fused_dropout_rows_kernel<T, kN, std::uint32_t, true>, config_, g_);
     } else {
-      cuda::launch(kOp, fused_dropout_rows_kernel<T, 1, std::uint64_t>, config_, g_);
+      cuda::launch(kOp, fused_dropout_rows_kernel<T, 1, std::uint64_t, false>, config_, g_);
     }
   }
 

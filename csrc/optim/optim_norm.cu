@@ -26,25 +26,10 @@ struct NormEntry {
   std::uint8_t unused[7] = {};
 };
 
-// Calls f(x, index) for the chunk's elements: one by one up to a 16-byte boundary, then vectors.
-template <class T, class F>
-FUSEREG_DEVICE_INLINE void for_each_vector(T* x, std::int64_t n, const F& f) {
-  constexpr int kN = cuda::kVecSize<T>;
-  const auto misalignment = reinterpret_cast<std::uintptr_t>(x) % 16;
-  std::int64_t head =
-      misalignment == 0 ? 0 : static_cast<std::int64_t>((16 - misalignment) / sizeof(T));
-  if (head > n) head = n;
-  const std::int64_t vectors = (n - head) / kN;
-  for (std::int64_t i = threadIdx.x; i < head; i += kThreads)
-    f(x + i, std::integral_constant<int, 1>{});
-  for (std::int64_t v = threadIdx.x; v < vectors; v += kThreads) {
-    f(x + head + v * kN, std::integral_constant<int, kN>{});
-  }
-  for (std::int64_t i = head + vectors * kN + threadIdx.x; i < n; i += kThreads) {
-    f(x + i, std::integral_constant<int, 1>{});
-  }
-}
+// Vectors that a thread has under way at once.
+constexpr int kAhead = 4;
 
+// Calls f(x, v) for the vectors and elements of the launch's tensors, v what lies at x.
 template <class Table, class F>
 __device__ void for_each_chunk(const Table& t, const F& f) {
   const std::uint32_t tasks = t.first_task[t.count];
@@ -56,8 +41,10 @@ __device__ void for_each_chunk(const Table& t, const F& f) {
     const std::int64_t rest = item.numel - begin;
     dispatch_dtype(item.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      for_each_vector(static_cast<T*>(data) + begin, rest < kChunkElements ? rest : kChunkElements,
-                      f);
+      const auto load = [](T* x, auto count) { return cuda::load<decltype(count)::value>(x); };
+      cuda::for_run<kAhead>(static_cast<T*>(data) + begin,
+                            rest < kChunkElements ? rest : kChunkElements, threadIdx.x, kThreads,
+                            true, load, f);
     });
   }
 }
@@ -88,9 +75,8 @@ template <class Table>
 __global__ void __launch_bounds__(kThreads) norm_kernel(FUSEREG_GRID_CONSTANT(Table, t)) {
   const Norm norm = t.head.norm;
   double share = 0.0;
-  for_each_chunk(t, [&](auto* x, auto count) {
-    constexpr int kN = decltype(count)::value;
-    const auto v = cuda::load<kN>(x);
+  for_each_chunk(t, [&](auto* x, const auto& v) {
+    constexpr int kN = std::decay_t<decltype(v)>::kSize;
     using C = Compute<std::remove_pointer_t<decltype(x)>>;
     if (norm == Norm::kInfinity) {
       C most = 0;
@@ -130,12 +116,10 @@ __global__ void __launch_bounds__(kThreads) clip_kernel(FUSEREG_GRID_CONSTANT(Ta
   const double factor =
       by_value ? limit : clip_factor(read_scalar(t.head.clip_norm), t.head.max_norm);
   if (!by_value && factor == 1.0) return;
-  for_each_chunk(t, [&](auto* x, auto count) {
-    constexpr int kN = decltype(count)::value;
+  for_each_chunk(t, [&](auto* x, auto v) {
     using T = std::remove_pointer_t<decltype(x)>;
-    auto v = cuda::load<kN>(x);
     FUSEREG_UNROLL
-    for (int k = 0; k < kN; ++k) {
+    for (int k = 0; k < decltype(v)::kSize; ++k) {
       const Compute<T> y = to_compute(v[k]);
       const auto by = static_cast<Compute<T>>(factor);
       v[k] = from_compute<T>(by_value ? clamped(y, by) : y * by);

@@ -190,11 +190,17 @@ FUSEREG_DEVICE_INLINE C new_element(C w, C before, C l1, C l2, bool has_l1, bool
   }
 }
 
+// Elements of a tensor and of its gradient (kAddGrad), and what becomes of them.
+template <class T, int kN>
+struct Elements {
+  cuda::Vec<T, kN> x;
+  cuda::Vec<T, kN> before;
+};
+
 // One chunk of one tensor by the whole block; gives the thread's share of the value.
 template <class T, Op op>
 __device__ double chunk_value(T* w, T* g, std::int64_t n, double l1, double l2, double scale) {
   using C = Compute<T>;
-  constexpr int kN = cuda::kVecSize<T>;
   constexpr bool kWrites = op != Op::kValue;
   const bool has_l1 = l1 != 0.0 || op == Op::kProx;
   const bool has_l2 = l2 != 0.0;
@@ -220,65 +226,52 @@ __device__ double chunk_value(T* w, T* g, std::int64_t n, double l1, double l2, 
       square += x * x;
     }
   };
-  auto one = [&](std::int64_t i) {
-    const C x = to_compute(w[i]);
-    add(x);
-    flush();
-    if (!writes) return;
-    const C before = op == Op::kAddGrad ? to_compute(g[i]) : C(0);
-    out[i] = from_compute<T>(new_element<T, op>(x, before, c1, c2, has_l1, has_l2));
-  };
-
-  // Elements before the first 16-byte boundary one by one, then whole vectors, then the rest. Where
-  // w and g lie differently against that boundary, no vector fits both.
-  const auto misalignment = reinterpret_cast<std::uintptr_t>(w) % 16;
-  const bool together = !writes || reinterpret_cast<std::uintptr_t>(out) % 16 == misalignment;
-  std::int64_t head =
-      misalignment == 0 ? 0 : static_cast<std::int64_t>((16 - misalignment) / sizeof(T));
-  if (!together || head > n) head = n;
-  const std::int64_t vectors = (n - head) / kN;
-  for (std::int64_t i = threadIdx.x; i < head; i += kThreads) one(i);
-#if !defined(FUSEREG_CUDA_ON_HOST)
-#pragma unroll 2
-#endif
-  for (std::int64_t v = threadIdx.x; v < vectors; v += kThreads) {
-    const std::int64_t at = head + v * kN;
-    const auto x = cuda::load<kN>(w + at);
-    cuda::Vec<T, kN> y{};
-    if constexpr (op == Op::kAddGrad) {
-      if (writes) y = cuda::load<kN>(g + at);
-    }
-    FUSEREG_UNROLL
-    for (int k = 0; k < kN; ++k) {
-      const C element = to_compute(x[k]);
-      add(element);
-      if constexpr (kWrites) {
-        y[k] =
-            from_compute<T>(new_element<T, op>(element, to_compute(y[k]), c1, c2, has_l1, has_l2));
-      }
-    }
-    flush();
-    if constexpr (kWrites) {
-      if (writes) cuda::store(out + at, y);
-    }
-  }
-  for (std::int64_t i = head + vectors * kN + threadIdx.x; i < n; i += kThreads) one(i);
+  // Where w and g lie differently against 16-byte boundaries, no vector fits both.
+  const auto misalignment = [](const T* p) { return reinterpret_cast<std::uintptr_t>(p) % 16; };
+  const bool together = !writes || misalignment(out) == misalignment(w);
+  constexpr int kDeep = op == Op::kAddGrad ? kAhead / 2 : kAhead;
+  cuda::for_run<kDeep>(
+      w, n, threadIdx.x, kThreads, together,
+      [&](T* p, auto count) {
+        constexpr int kN = decltype(count)::value;
+        Elements<T, kN> e{};
+        e.x = cuda::load<kN>(p);
+        if constexpr (op == Op::kAddGrad) {
+          if (writes) e.before = cuda::load<kN>(g + (p - w));
+        }
+        return e;
+      },
+      [&](T* p, auto e) {
+        FUSEREG_UNROLL
+        for (int k = 0; k < decltype(e.x)::kSize; ++k) {
+          const C x = to_compute(e.x[k]);
+          add(x);
+          if constexpr (kWrites) {
+            e.before[k] = from_compute<T>(
+                new_element<T, op>(x, to_compute(e.before[k]), c1, c2, has_l1, has_l2));
+          }
+        }
+        flush();
+        if constexpr (kWrites) {
+          if (writes) cuda::store(out + (p - w), e.before);
+        }
+      });
 
   if constexpr (!kGivesValue<op>) return 0.0;
   if (sizeof(C) == 4 && !(is_finite(absolute_sum) && is_finite(square_sum))) {
     // float32 squares overflow from 1.8e19 on although the value may not: this thread's elements
     // again.
     absolute_sum = square_sum = 0.0;
-    auto again = [&](std::int64_t i) {
-      const double x = to_compute(w[i]);
-      absolute_sum += x < 0.0 ? -x : x;
-      square_sum += x * x;
-    };
-    for (std::int64_t i = threadIdx.x; i < head; i += kThreads) again(i);
-    for (std::int64_t v = threadIdx.x; v < vectors; v += kThreads) {
-      for (int k = 0; k < kN; ++k) again(head + v * kN + k);
-    }
-    for (std::int64_t i = head + vectors * kN + threadIdx.x; i < n; i += kThreads) again(i);
+    cuda::for_run<1>(
+        w, n, threadIdx.x, kThreads, together,
+        [](T* p, auto count) { return cuda::load<decltype(count)::value>(p); },
+        [&](T*, const auto& v) {
+          for (int k = 0; k < std::decay_t<decltype(v)>::kSize; ++k) {
+            const double x = to_compute(v[k]);
+            absolute_sum += x < 0.0 ? -x : x;
+            square_sum += x * x;
+          }
+        });
   }
   double value = 0.0;
   if (has_l1) value += l1 * absolute_sum;

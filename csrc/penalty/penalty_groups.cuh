@@ -53,36 +53,6 @@ struct GroupSums {
   }
 };
 
-// Calls use(p, load(p, count)) for the elements from p on, `count` at a time, by `threads` threads
-// of which this is `thread`: vectors where `vectors` allows, kDeep loads ahead of their use.
-template <int kDeep, class T, class Load, class Use>
-FUSEREG_DEVICE_INLINE void for_run(T* p, std::int64_t n, unsigned thread, unsigned threads,
-                                   bool vectors, const Load& load, const Use& use) {
-  constexpr int kN = cuda::kVecSize<T>;
-  constexpr std::integral_constant<int, 1> one{};
-  constexpr std::integral_constant<int, kN> all{};
-  const auto misalignment = reinterpret_cast<std::uintptr_t>(p) % 16;
-  std::int64_t head =
-      misalignment == 0 ? 0 : static_cast<std::int64_t>((16 - misalignment) / sizeof(T));
-  if (!vectors || head > n) head = n;
-  for (std::int64_t i = thread; i < head; i += threads) use(p + i, load(p + i, one));
-  T* const from = p + head;
-  const std::int64_t count = (n - head) / kN;
-  std::int64_t v = thread;
-  if constexpr (kDeep > 1) {
-    for (; v + (kDeep - 1) * threads < count; v += kDeep * threads) {
-      decltype(load(from, all)) data[kDeep];
-      FUSEREG_UNROLL
-      for (int u = 0; u < kDeep; ++u) data[u] = load(from + (v + u * threads) * kN, all);
-      FUSEREG_UNROLL
-      for (int u = 0; u < kDeep; ++u) use(from + (v + u * threads) * kN, data[u]);
-    }
-  }
-  for (; v < count; v += threads) use(from + v * kN, load(from + v * kN, all));
-  for (std::int64_t i = count * kN + thread; i < n - head; i += threads)
-    use(from + i, load(from + i, one));
-}
-
 struct GroupTerms {
   double value;
   double l2;          // kProx: the factor
@@ -115,13 +85,6 @@ struct OwnTerms {
   __device__ GroupTerms operator()(std::int64_t, const double (&sums)[2], bool) const {
     return group_terms<op>(s, size, sums);
   }
-};
-
-// Elements of a tensor and of its gradient (kAddGrad), and what becomes of them.
-template <class T, int kN>
-struct Elements {
-  cuda::Vec<T, kN> x;
-  cuda::Vec<T, kN> before;
 };
 
 template <class T, Op op>
@@ -191,17 +154,18 @@ __device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, double l1,
     const Shrink<C> shrink(l1);
     const auto load = [](T* p, auto count) { return cuda::load<decltype(count)::value>(p); };
     for_runs([&](std::int64_t at) {
-      for_run<kAhead>(w + at, shape.inner, thread, threads, true, load, [&](T*, const auto& x) {
-        FUSEREG_UNROLL
-        for (int k = 0; k < static_cast<int>(sizeof(x) / sizeof(T)); ++k)
-          own.add(to_compute(x[k]), shrink);
-        own.flush();
-      });
+      cuda::for_run<kAhead>(w + at, shape.inner, thread, threads, true, load,
+                            [&](T*, const auto& x) {
+                              FUSEREG_UNROLL
+                              for (int k = 0; k < static_cast<int>(sizeof(x) / sizeof(T)); ++k)
+                                own.add(to_compute(x[k]), shrink);
+                              own.flush();
+                            });
     });
     if (own.lost()) {
       own.clear();
       for_runs([&](std::int64_t at) {
-        for_run<1>(w + at, shape.inner, thread, threads, true, load, [&](T*, const auto& x) {
+        cuda::for_run<1>(w + at, shape.inner, thread, threads, true, load, [&](T*, const auto& x) {
           for (int k = 0; k < static_cast<int>(sizeof(x) / sizeof(T)); ++k)
             own.add_again(static_cast<double>(to_compute(x[k])), l1);
         });
@@ -226,7 +190,7 @@ __device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, double l1,
     const auto offset_of = [](const T* p) { return reinterpret_cast<std::uintptr_t>(p) % 16; };
     const bool together = offset_of(w) == offset_of(writer.target());
     for_runs([&](std::int64_t at) {
-      for_run<kAhead>(
+      cuda::for_run<kAhead>(
           w + at, shape.inner, thread, threads, together,
           [&](T* p, auto count) { return writer.template load<decltype(count)::value>(p - w); },
           [&](T* p, const auto& e) {

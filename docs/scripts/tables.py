@@ -12,7 +12,8 @@ A table is between two comments, the first of which says what is in it:
 and `host` selects the rows of tiny tensors. `view=ranges` gives one row for each
 layout and data type, with the least and the greatest ratio to eager over all shapes;
 `view=training` is for training, with memory and accuracy of both; `suite=all view=predicted` has
-the cases of bench/gpu_cases.json, with what was predicted for them and measured on each GPU. If
+the cases of bench/gpu_cases.json, with what was predicted for them, by the model of
+bench/results/device_code and by hand, and what was measured on each GPU. If
 several files have a case, the latest counts. A suite without results gets a line that says so.
 """
 
@@ -30,6 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 PREDICTED = ROOT / "bench" / "gpu_cases.json"
+DEVICE_CODE = ROOT / "bench" / "results" / "device_code" / "sm90-nvcc13.0-after.json"
 
 FILTERS = ("op", "mode", "shape", "dtype", "provider")
 OPTIONS = {*FILTERS, "suite", "view", "host"}
@@ -244,7 +246,7 @@ def _training(rows: Sequence[Row]) -> list[str]:
 
 
 def _predicted(rows: Sequence[Row]) -> list[str]:
-    """Return a line for each case: the share of a copy that was predicted, and those measured."""
+    """Return a line for each case: the shares of a copy that were predicted, and those measured."""
     measured: dict[str, dict[str, float | None]] = {}
     for row in rows:
         if row["device"] == "cuda" and row["provider"] == OURS:
@@ -253,12 +255,17 @@ def _predicted(rows: Sequence[Row]) -> list[str]:
                 "percent_of_copy"
             ]
     names = sorted(measured)
-    head = ["case", "predicted, H100", "predicted, H200", "limited by"]
+    head = ["case", "model, H100", "by hand, H100", "by hand, H200", "limited by"]
     head += [f"measured, {name}" for name in names] or ["measured"]
-    lines = [_line(head), _line(["---", "---:", "---:", "---", *["---:"] * (len(head) - 4)])]
+    lines = [
+        _line(head),
+        _line(["---", "---:", "---:", "---:", "---", *["---:"] * (len(head) - 5)]),
+    ]
+    compiled = json.loads(DEVICE_CODE.read_text(encoding="utf-8"))["rows"]
     for entry in json.loads(PREDICTED.read_text(encoding="utf-8"))["rows"]:
         ranges = (entry[gpu] for gpu in ("H100", "H200"))
-        cells = [entry["case"]]
+        shares = [r["share"] for r in compiled if re.search(entry["kernels"], r["kernel"])]
+        cells = [entry["case"], f"{min(shares):.0f} %"]
         cells += [f"{' to '.join(map(str, share))} %" if share else "–" for share in ranges]
         found = [measured[name].get(entry["case"]) for name in names] or [None]
         cells += [entry["bound"], *("–" if v is None else f"{v:.0f} %" for v in found)]
