@@ -83,7 +83,7 @@ def test_a_roofline_for_each_device_and_dtype(device: str) -> None:
     drawn = charts.rooflines(run_rows(), device)
     assert list(drawn) == [f"Roofline: {device}, float32", f"Roofline: {device}, bfloat16"]
     for chart in drawn.values():
-        names = [trace["name"] for trace in chart["data"]]  # type: ignore[index]
+        names = [trace["name"] for trace in chart["data"]]
         assert names == ["copy: the roof", "eager torch", "penalty", "drop_block"]
 
 

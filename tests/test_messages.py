@@ -56,7 +56,7 @@ MISTAKES: dict[str, tuple[Call, type[Exception], list[str]]] = {
     "a percentage": (
         lambda: fusereg.nn.Dropout(10),
         ValueError,
-        ["p must be within [0, 1], got 10"],
+        ["fusereg.nn.Dropout: p must be within [0, 1], got 10"],
     ),
     "always": (
         lambda: augment.Augment(8, hflip=True),
@@ -170,6 +170,19 @@ def test_a_mistake_is_explained(mistake: str) -> None:
     assert type(caught.value) is kind
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_layer_names_itself_as_users_reach_it() -> None:
+    seen = 0
+    for name in fusereg.nn.__all__:
+        layer = getattr(fusereg.nn, name)
+        parameters = inspect.signature(layer).parameters
+        if "p" in parameters:
+            wanted = [p.name for p in parameters.values() if p.default is p.empty and p.kind != 4]
+            with pytest.raises(ValueError, match=f"^fusereg.nn.{name}: p must be") as caught:
+                layer(**{**dict.fromkeys(wanted, 3), "p": 10})
+            seen += caught.type is ValueError
+    assert seen > 10
 
 
 @pytest.mark.parametrize("policy", ["foo-m9", "rand-x9", "augmix-q3", "orginal", "ra_wide"])

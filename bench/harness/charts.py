@@ -12,7 +12,7 @@ from .. import SUITES
 from .cases import COPY, EAGER, OWN, Row, cases_of, own_row
 from .figures import MUTED, PROVIDERS
 
-Chart = dict[str, dict[str, Any]]
+Chart = dict[str, Any]
 #: Plotly's names of matplotlib's markers.
 SYMBOLS = {
     "o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down",
@@ -58,7 +58,7 @@ def rooflines(rows: Sequence[Row], device: str) -> dict[str, Chart]:
     own = [row for row in map(own_row, cases) if row is not None and row.gb_per_s]
     style = styles([*SUITES, *(row.suite for row in own)])
     hover = "%{x:.3s}B at %{y:.3g} GB/s"
-    found = {}
+    found: dict[str, Chart] = {}
     for dtype in dict.fromkeys(row.dtype for row in own):
         every = [row for case in cases for row in case if row.gb_per_s and row.dtype == dtype]
         eager = [row for row in every if row.provider == EAGER]
@@ -104,7 +104,7 @@ def speeds(rows: Sequence[Row], where: str) -> dict[str, Chart]:
     names = list(dict.fromkeys(kinds.values()))
     style = styles(dict.fromkeys(row.provider for row in drawn), PROVIDERS)
     data = []
-    for name in sorted(style.keys() & {row.provider for row in drawn}, key=_own_first):
+    for name in sorted({row.provider for row in drawn}, key=_own_first):
         marks = [row for row in drawn if row.provider == name]
         x, y = [row.vs_eager for row in marks], [kinds[id(row)] for row in marks]
         data.append(_marks(name, marks, style[name], x, y, "%{x:.3g}x of eager's speed"))

@@ -53,7 +53,7 @@ def run(
         str | None, Option(metavar="FILE.html", help="Write a page with tables and charts.")
     ] = None,
     report: Annotated[
-        str | None, Option(metavar="DIR", help="Write JSON, page and rooflines.")
+        str | None, Option(metavar="DIR", help="Write JSON and page into it.")
     ] = None,
     markdown: Annotated[
         bool, Option("--markdown", help="Print a Markdown table instead of the wide one.")

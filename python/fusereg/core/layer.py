@@ -59,7 +59,7 @@ class DropLayer(Layer):
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
         super().__init__()
-        self.p = probability(p, keep_prob, type(self).__name__)
+        self.p = probability(p, keep_prob, f"nn.{type(self).__name__}")
         self.inplace = inplace
 
     def extra_repr(self) -> str:

@@ -37,7 +37,7 @@ class DropBlock2d(Layer):
         super().__init__()
         if p is None and keep_prob is None:
             p = 0.1
-        self.p = probability(p, keep_prob, "DropBlock2d")
+        self.p = probability(p, keep_prob, "nn.DropBlock2d")
         _drop_block.check_block_size(block_size, "nn.DropBlock2d")
         self.block_size = block_size
         self.inplace = inplace

@@ -40,7 +40,7 @@ class DropConnectLinear(Layer, nn.Linear):
         keep_prob: float | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.p = probability(p, keep_prob, "DropConnectLinear")
+        self.p = probability(p, keep_prob, "nn.DropConnectLinear")
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output, with weights dropped in training mode."""
@@ -100,7 +100,7 @@ class DropConnectConv2d(Layer, nn.Conv2d):
             device,
             dtype,
         )
-        self.p = probability(p, keep_prob, "DropConnectConv2d")
+        self.p = probability(p, keep_prob, "nn.DropConnectConv2d")
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output, with weights dropped in training mode."""

@@ -128,7 +128,7 @@ class ConsistentDropout(Layer):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.p = probability(p, keep_prob, "ConsistentDropout")
+        self.p = probability(p, keep_prob, "nn.ConsistentDropout")
         self.dim = dim
         pair = torch.empty(2, dtype=torch.int64, device=device)
         self.register_buffer("pair", pair, persistent=False)

@@ -28,7 +28,7 @@ class _Layer(Layer):
     def __init__(
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
-        super().__init__(probability(p, keep_prob, type(self).__name__), inplace)
+        super().__init__(probability(p, keep_prob, f"nn.{type(self).__name__}"), inplace)
 
 
 class Dropout(_Layer, nn.Dropout):

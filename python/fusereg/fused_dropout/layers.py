@@ -27,7 +27,7 @@ class BiasDropoutAdd(Layer):
 
     def __init__(self, p: float | None = None, *, keep_prob: float | None = None) -> None:
         super().__init__()
-        self.p = probability(p, keep_prob, "BiasDropoutAdd")
+        self.p = probability(p, keep_prob, "nn.BiasDropoutAdd")
 
     def forward(self, input: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         """Return the sum of all three, with elements of the first two dropped in training mode."""
@@ -88,7 +88,7 @@ class ActivationDropout(Layer):
         keep_prob: float | None = None,
     ) -> None:
         super().__init__()
-        self.p = probability(p, keep_prob, "ActivationDropout")
+        self.p = probability(p, keep_prob, "nn.ActivationDropout")
         _fused_dropout.check_activation(activation, "nn.ActivationDropout")
         self.activation = activation
         self.inplace = inplace
