@@ -23,7 +23,9 @@ BRITISH = re.compile(
 #: Words of this project's past for which the field has others.
 PRIVATE = re.compile(
     r"for torch's sake|What it cannot\b|is no (?:tensor|number|integer|string)\b|without chance\b|"
-    r"refused a prepared|_dropout_ops\b",
+    r"refused a prepared|_dropout_ops\b|are one in memory|named rightly|"
+    r"nobody could tell|^#+ (?:When which|How to|Training on|Choosing one)$",
+    re.MULTILINE,
 )
 #: What is not ours to spell: another library's argument names, and this list.
 ALLOWED = {"tests/test_english.py"}
