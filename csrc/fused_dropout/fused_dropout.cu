@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     } else {
       const std::uint64_t index = g.index_offset + at / length;
-      mask = (keep_mask_at(seed, low, index, g.draw) & 1u) != 0 ? kAll : 0u;
+      mask = (mask_of(index / kGroup) >> (index % kGroup) & 1u) != 0 ? kAll : 0u;
     }
     auto data = cuda::load_streaming<kN>(residual + at);
     if (mask != 0) {
