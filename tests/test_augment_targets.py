@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections import OrderedDict, UserDict, deque
+from collections import deque
 from collections.abc import Callable
 from types import MappingProxyType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -17,122 +16,34 @@ from fusereg.augment import (
     Augment,
     Compose,
     Mix,
-    MixedLabels,
-    MixUp,
     RandomHorizontalFlip,
     Transform,
 )
-
-H, W, N = 40, 60, 2
+from target_cases import (
+    EACH,
+    FLIPS,
+    H,
+    N,
+    Record,
+    W,
+    box,
+    f,
+    images,
+    leaves,
+    mask,
+    masks,
+    plain,
+    points,
+    sample,
+    tv,
+    types_of,
+    v2,
+)
 
 
 @pytest.fixture(autouse=True)
 def _types() -> None:
     augment_peers.torchvision_module("torchvision.transforms.v2")
-
-
-def tv() -> Any:
-    return augment_peers.torchvision_module("torchvision.tv_tensors")
-
-
-def v2() -> Any:
-    return augment_peers.torchvision_module("torchvision.transforms.v2")
-
-
-def f() -> Any:
-    return augment_peers.torchvision_module("torchvision.transforms.v2.functional")
-
-
-def images(n: int = N) -> Any:
-    return tv().Image(torch.randint(0, 256, (n, 3, H, W), dtype=torch.uint8))
-
-
-def box(*rows: tuple[float, ...], form: str = "XYXY") -> Any:
-    data = torch.tensor(rows or [(0.0, 0, 10, 10)]).reshape(-1, len(rows[0]) if rows else 4)
-    return tv().BoundingBoxes(data, format=form, canvas_size=(H, W))
-
-
-def points(*rows: tuple[float, float]) -> Any:
-    return tv().KeyPoints(torch.tensor(rows or [(3.0, 4.0)]), canvas_size=(H, W))
-
-
-def mask() -> Any:
-    return tv().Mask(torch.randint(0, 9, (H, W)))
-
-
-def masks() -> Any:
-    return tv().Mask(torch.randint(0, 9, (N, H, W)))
-
-
-class Pair(NamedTuple):
-    first: Any
-    second: Any
-
-
-@dataclasses.dataclass
-class Record:
-    first: Any
-    second: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class FrozenRecord:
-    first: Any
-    second: Any
-
-
-FLIPS: dict[str, Callable[[], Any]] = {
-    "Augment": lambda: Augment((H, W), hflip=1.0, crop="none"),
-    "a transform": lambda: RandomHorizontalFlip(1.0),
-    "Compose": lambda: Compose([RandomHorizontalFlip(1.0)]),
-    "Compose of torchvision's": lambda: Compose([v2().RandomHorizontalFlip(1.0)]),
-    "a nested v2.Compose": lambda: Compose([v2().Compose([v2().RandomHorizontalFlip(1.0)])]),
-    "RandomApply": lambda: Compose([v2().RandomApply([v2().RandomHorizontalFlip(1.0)], p=1.0)]),
-    "RandomChoice": lambda: Compose([v2().RandomChoice([v2().RandomHorizontalFlip(1.0)])]),
-    "RandomOrder": lambda: Compose([v2().RandomOrder([v2().RandomHorizontalFlip(1.0)])]),
-}
-
-#: Nestings of a box and points for each sample, as functions of the two lists.
-EACH: dict[str, Callable[[list[Any], list[Any]], Any]] = {
-    "list of dicts": lambda a, b: [{"boxes": x, "points": y} for x, y in zip(a, b, strict=True)],
-    "tuple of dicts": lambda a, b: tuple(
-        {"boxes": x, "points": y} for x, y in zip(a, b, strict=True)
-    ),
-    "dict of lists": lambda a, b: {"boxes": a, "points": b},
-    "dict of tuples": lambda a, b: {"boxes": tuple(a), "points": tuple(b)},
-    "tuple of lists": lambda a, b: (a, b),
-    "list of tuples": lambda a, b: list(zip(a, b, strict=True)),
-    "list of named tuples": lambda a, b: [Pair(x, y) for x, y in zip(a, b, strict=True)],
-    "list of dataclasses": lambda a, b: [Record(x, y) for x, y in zip(a, b, strict=True)],
-    "frozen": lambda a, b: [FrozenRecord(x, y) for x, y in zip(a, b, strict=True)],
-    "a dataclass of lists": lambda a, b: Record(a, b),
-    "a named tuple of lists": lambda a, b: Pair(a, b),
-    "deep": lambda a, b: {"x": {"y": [{"z": (x, [y])} for x, y in zip(a, b, strict=True)]}},
-    "other mappings": lambda a, b: [
-        OrderedDict(boxes=a[0], more=UserDict(points=b[0])),
-        OrderedDict(boxes=a[1], more=UserDict(points=b[1])),
-    ],
-}
-
-
-def leaves(tree: Any) -> list[Any]:
-    if isinstance(tree, (dict, UserDict)):
-        return [leaf for v in tree.values() for leaf in leaves(v)]
-    if dataclasses.is_dataclass(tree):
-        return leaves([getattr(tree, g.name) for g in dataclasses.fields(tree)])
-    if isinstance(tree, (list, tuple)):
-        return [leaf for v in tree for leaf in leaves(v)]
-    return [tree]
-
-
-def types_of(tree: Any) -> Any:
-    if isinstance(tree, (dict, UserDict)):
-        return type(tree), {k: types_of(v) for k, v in tree.items()}
-    if dataclasses.is_dataclass(tree):
-        return type(tree), [types_of(getattr(tree, g.name)) for g in dataclasses.fields(tree)]
-    if isinstance(tree, (list, tuple)):
-        return type(tree), [types_of(v) for v in tree]
-    return type(tree)
 
 
 @pytest.mark.parametrize("nesting", EACH)
@@ -265,10 +176,6 @@ def test_floating_masks_can_be_interpolated_and_a_second_image_has_its_own_inter
     torch.testing.assert_close(plain(map_), params.warp(plain(depth), interpolation="nearest"))
     _, map_ = Augment((H, W), **turn)(x, depth, params=params)
     torch.testing.assert_close(plain(map_), params.warp(plain(depth)))
-
-
-def plain(x: Any) -> Tensor:
-    return x.as_subclass(Tensor)
 
 
 @pytest.mark.parametrize("count", [0, 1, 65, 200])
@@ -570,113 +477,7 @@ def test_bad_rules(arguments: dict[str, Any]) -> None:
             make(**arguments)
 
 
-# --- mixing ---
-
-
-def test_cutmix_pastes_masks_and_mixup_mixes_probabilities() -> None:
-    x = images()
-    hard = masks()
-    cut = Compose([v2().CutMix(num_classes=9)], seed=2)
-    (params,) = cut.sample_params(N, input_size=(H, W), sample_ids=range(N))
-    _, tree = cut(x, {"m": hard, "y": torch.arange(N), "name": ["a", "b"]}, params=[params])
-    assert torch.equal(plain(tree["m"]), params.mask(plain(hard)))
-    assert tree["y"].shape == (N, 9)
-    assert tree["name"] == ["a", "b"]
-    mix = Augment((H, W), mix=Mix(mixup=1.0), seed=2)
-    params = mix.sample_params(N, input_size=(H, W), sample_ids=range(N))
-    one_hot = tv().Mask(torch.nn.functional.one_hot(plain(hard), 9).permute(0, 3, 1, 2).bool())
-    _y, soft = mix(x, one_hot, params=params)
-    w = params.weights[:, None, None, None].float()
-    want = one_hot.float() * w + one_hot.float()[params.partners] * (1 - w)
-    torch.testing.assert_close(plain(soft), plain(want))
-    assert type(soft) is tv().Mask
-    with pytest.raises(ValueError, match=r"targets must be one-hot or probabilities \(2, K, H"):
-        mix(x, hard, params=params)
-
-
-@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_what_cannot_be_mixed_is_refused(kind: str) -> None:
-    mix = Augment((H, W), mix=kind)
-    for target in (
-        [box(), box()],
-        {"b": [box(), box()]},
-        [points()] * N,
-        [mask(), mask()],
-        [{"labels": torch.arange(2)}] * N,
-        tv().Image(torch.zeros(N, 1, H, W)),
-        tv().KeyPoints(torch.rand(N, 2, 2), canvas_size=(H, W)),
-    ):
-        with pytest.raises(ValueError, match="cannot be mixed"):
-            mix(images(), target)
-    _, pair = mix(images(), {"y": torch.arange(N), "names": ["a", "b"]})
-    assert isinstance(pair["y"], MixedLabels)
-    assert mix.eval()(images(), [box(), box()])[1][0].shape == (1, 4)
-
-
-LABEL_KEYS = ["label", "labels", "labels_a", "fine_label", "label2", "class", "class_id", "Target",
-              "category_id", "one_hot", "y"]  # fmt: skip
-OTHER_KEYS = ["id", "image_id", "ids", "index", "idx", "name", "file_name", "path"]
-UNCLEAR_KEYS = ["length", "label_length", "num", "weight", "digit", "orig_size", "imageid", "x"]
-#: What a row of integers, or of numbers for each class, looks like.
-VECTORS: dict[str, Callable[[], Tensor]] = {
-    "indices": lambda: torch.arange(N),
-    "bytes": lambda: torch.arange(N, dtype=torch.uint8),
-    "rows": lambda: torch.eye(N),
-}
-
-
-def _is_mixed(value: Any) -> bool:
-    return isinstance(value, MixedLabels) or not torch.equal(value, torch.eye(N))
-
-
-@pytest.mark.parametrize("vector", VECTORS)
-@pytest.mark.parametrize("through", ["Augment", "Compose", "collate"])
-def test_only_what_its_key_calls_a_label_is_mixed(through: str, vector: str) -> None:
-    made = {"mix": Mix(mixup=1.0)} if through == "Augment" else {}
-
-    def mixed(tree: dict[str, Any], **rules: Any) -> Any:
-        if through == "Augment":
-            return Augment((H, W), seed=3, **made, **rules)(images(), tree)[1]
-        chain = Compose([MixUp()], seed=3, **rules)
-        if through == "Compose":
-            return chain(images(), tree)[1]
-        rows = [{"image": sample(i), **{k: v[i] for k, v in tree.items()}} for i in range(N)]
-        return {k: v for k, v in chain.collate(rows).items() if k != "image"}
-
-    value = VECTORS[vector]()
-    for key in LABEL_KEYS:
-        assert _is_mixed(mixed({key: value})[key]), key
-    for key in OTHER_KEYS:
-        found = mixed({key: value, "label": value})
-        assert torch.equal(found[key], value), key
-        assert _is_mixed(found["label"])
-    for key in UNCLEAR_KEYS:
-        with pytest.raises(ValueError, match=rf"\['{key}'\] may be a label"):
-            mixed({key: value, "label": value})
-        assert torch.equal(mixed({key: value, "label": value}, passthrough=[key])[key], value)
-        assert _is_mixed(mixed({key: value, "label": value}, labels=[key])[key])
-        found = mixed({key: value, "label": value}, labels=["label"])
-        assert torch.equal(found[key], value)
-        assert _is_mixed(found["label"])
-
-
-def test_two_vectors_of_a_tuple_are_refused_and_keys_tell_them_apart() -> None:
-    mix = Augment((H, W), mix="mixup")
-    ids = torch.arange(N)
-    for tree in ((ids, ids + 7), Pair(ids, ids + 7), Record(ids, ids + 7)):
-        with pytest.raises(ValueError, match="may be a label"):
-            mix(images(), tree)
-    _, moved = mix(images(), (ids,))
-    assert isinstance(moved[0], MixedLabels)
-    with pytest.raises(TypeError, match="labels must be a sequence of keys"):
-        Augment((H, W), labels="label")
-
-
 # --- loaders ---
-
-
-def sample(i: int) -> Any:
-    return tv().Image(torch.full((3, H, W), i, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("through", FLIPS)

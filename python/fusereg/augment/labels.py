@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -13,6 +14,21 @@ from ..core.labels import MixedLabels
 from .params import AugmentParams
 
 __all__ = ["MixedLabels", "mix_labels"]
+
+#: Keys of labels that are mixed with their images, and of values that stay those of the sample.
+_MIXED = re.compile(
+    r"(?:^|[^a-z])(?:labels?|class(?:es)?|categor(?:y|ies)|targets?|one_?hot|y)"
+    r"(?:[^a-z]*|_?(?:ids?|idx|index)|_[a-z])$"
+)
+_KEPT = re.compile(r"(?:^|[^a-z])(?:ids?|idx|index|indices|names?|paths?|files?|urls?|keys?)$")
+
+
+def is_named_as_label(key: str) -> bool | None:
+    """Return whether a key says that its values are labels, or None where it says neither."""
+    key = key.lower()
+    if _MIXED.search(key):
+        return True
+    return False if _KEPT.search(key) else None
 
 
 def mix_labels(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .arguments import INTERPOLATIONS, integer, is_sequence, number, one_of
-from .labels import MixedLabels, mix_labels
+from .labels import MixedLabels, is_named_as_label, mix_labels
 from .params import AugmentParams
 from .tree import (
     Columns,
@@ -40,12 +40,6 @@ _PLACES = re.compile(
     r"(?:$|[^a-z])"
 )
 _LABELS = re.compile("label|class|categor|id|area|score|weight|count|num|visib|name")
-#: Keys of labels that are mixed with their images, and of values that stay those of the sample.
-_MIXED = re.compile(
-    r"(?:^|[^a-z])(?:labels?|class(?:es)?|categor(?:y|ies)|targets?|one_?hot|y)"
-    r"(?:[^a-z]*|_?(?:ids?|idx|index)|_[a-z])$"
-)
-_NAMES = re.compile(r"(?:^|[^a-z])(?:ids?|idx|index|indices|names?|paths?|files?|urls?|keys?)$")
 
 
 @dataclass(frozen=True)
@@ -389,12 +383,13 @@ class Targets:
 
     def _is_label(self, leaf: Leaf) -> bool:
         """Return whether a value is a label, by its key; raise an error where that says neither."""
-        key, rules = leaf.key.lower(), self.rules
+        key, rules = leaf.key, self.rules
         if rules.labels is not None:
-            return leaf.key in rules.labels
-        if key and _MIXED.search(key):
-            return True
-        if (key and _NAMES.search(key)) or (rules.passthrough is True and not leaf.kind):
+            return key in rules.labels
+        named = is_named_as_label(key)
+        if named is not None:
+            return named
+        if rules.passthrough is True and not leaf.kind:
             return False
         if not key and not any(
             other is not leaf and other.mixable and other.kind == "Tensor" and not other.key

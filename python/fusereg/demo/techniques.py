@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusereg
+from fusereg.cli.errors import InputError
 from fusereg.cli.errors import choose as choose_names
 
 HIDDEN = 128
