@@ -320,6 +320,7 @@ def test_compare_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 TINY = ["penalty", "--all", "--quick", "--only", "tiny", "--device", "cpu", "--min-time", "0"]
 
 
+@pytest.mark.slow
 def test_all_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("plotly")
     assert main(["bench", *TINY, "--report", str(tmp_path / "r")]) == 0

@@ -382,6 +382,7 @@ def test_two_openmp_runtimes_are_warned_of(
     assert "warning: 2 OpenMP runtimes are loaded" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_this_process_has_one_openmp_runtime() -> None:
     # In a process of its own: other tests may load packages that bring another runtime.

@@ -38,7 +38,10 @@ def last_line(command: list[str]) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "plain")) for name in PROGRAMS],
+)
 def test_it_runs(name: str) -> None:
     needs, wanted = PROGRAMS[name]
     for package in ("mlxtend", *needs):

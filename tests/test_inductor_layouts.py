@@ -54,7 +54,8 @@ def _touched_by_generated_kernels(code: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("layout", [ROWS, pytest.param(CHANNELS, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [ROWS, CHANNELS])
 def test_no_activation_is_copied_around_batch_norm(layout: torch.memory_format) -> None:
     torch.manual_seed(0)
     net = _net().to(memory_format=layout)

@@ -10,6 +10,7 @@ import pytest
 NAMES = {"lightning": "lightning", "transformers": "transformers", "ignite": "ignite"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", NAMES)
 def test_a_missing_library_is_named_with_its_extra(extra: str) -> None:
     code = f"""

@@ -163,6 +163,7 @@ def test_import_leaves_optional_packages_alone() -> None:
     assert added.isdisjoint({"torch.distributed.tensor", "torch._inductor", "torch._dynamo"})
 
 
+@pytest.mark.slow
 def test_import_and_kernels_work_where_no_cuda_device_is_visible() -> None:
     code = """
         import torch, fusereg
@@ -172,6 +173,7 @@ def test_import_and_kernels_work_where_no_cuda_device_is_visible() -> None:
     assert run_python(code, CUDA_VISIBLE_DEVICES="").stdout.split("\n")[:2] == ["1.5", "[] True"]
 
 
+@pytest.mark.slow
 @on_linux
 def test_import_does_not_look_for_a_cuda_driver(tmp_path: Path) -> None:
     """The static CUDA runtime opens libcuda at the first CUDA call; the loader's log shows none."""
@@ -245,10 +247,12 @@ _FORGED_TABLE = """
 """
 
 
+@pytest.mark.slow
 def test_a_newer_exchange_table_in_front_of_the_known_one_is_walked_past() -> None:
     assert run_python(_FORGED_TABLE.replace("KEEP", "True")).stdout.strip() == "1.5"
 
 
+@pytest.mark.slow
 def test_a_torch_with_only_a_newer_exchange_table_is_refused_with_the_remedy() -> None:
     done = run_python(_FORGED_TABLE.replace("KEEP", "False"), check=False)
     assert done.returncode == 1
@@ -276,6 +280,7 @@ def test_the_module_without_the_package_says_that_it_needs_it() -> None:
 needs_openmp = pytest.mark.skipif(not _C.build_info()["openmp"], reason="built without OpenMP")
 
 
+@pytest.mark.slow
 @on_linux
 @needs_openmp
 @pytest.mark.parametrize("packages", ["torch, fusereg", "fusereg, torch"])

@@ -152,6 +152,7 @@ _FORK = """
 """
 
 
+@pytest.mark.slow
 @on_linux
 @pytest.mark.parametrize("used", ["used", ""], ids=["after use", "after import"])
 def test_a_forked_child_computes_with_one_thread_and_does_not_hang(used: str) -> None:

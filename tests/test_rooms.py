@@ -208,6 +208,7 @@ _USE_SNOW = """
     """
 
 
+@pytest.mark.slow
 def test_a_new_room_is_named_in_three_lines_outside_of_its_folders(tmp_path: Path) -> None:
     """Its folders, one line in each face and one in the stub are all that a toy operation needs."""
     source = ROOT / "python" / "fusereg"

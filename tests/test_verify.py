@@ -223,6 +223,7 @@ _C.drop_block_backward = dies
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "reason"),
     [(WRONG, "relative error 1.0e-02, allowed 1e-06"), (DIES, "its process was ended by SIGILL")],
