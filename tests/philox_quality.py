@@ -36,16 +36,21 @@ def _counters(count: int) -> list[Tensor]:
     return [torch.full_like(at, _SEED), at // 1024, at % 1024 * 2 + ones % 2]
 
 
+def _words(inputs: list[Tensor], rounds: int) -> Tensor:
+    seed, low, chunk = inputs
+    return philox(seed, low, chunk, rounds)
+
+
 def avalanche(rounds: int, count: int) -> Tensor:
     """Deviations of how often a bit of the result changes, (192, 128)."""
     inputs = _counters(count)
-    before = philox(*inputs, rounds)
+    before = _words(inputs, rounds)
     deviations = torch.empty(_INPUT_BITS, 128)
     for bit in range(_INPUT_BITS):
         changed = list(inputs)
         # The last bit of 64 is the sign.
         changed[bit // 64] = changed[bit // 64] ^ ((1 << bit % 64) - (bit % 64 == 63) * 2**64)
-        flips = before ^ philox(*changed, rounds)
+        flips = before ^ _words(changed, rounds)
         changes = torch.stack([(flips >> b & 1).sum(0) for b in range(32)], dim=1)
         deviations[bit] = (changes.flatten() - count / 2) / (count**0.5 / 2)
     return deviations
@@ -57,7 +62,7 @@ def neighbors(rounds: int, count: int, p: float) -> Tensor:
     keep = threshold / 2**16
 
     def kept(inputs: list[Tensor]) -> Tensor:
-        words = philox(*inputs, rounds)
+        words = _words(inputs, rounds)
         halves = torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten(1)
         return (halves < threshold).double() - keep
 
