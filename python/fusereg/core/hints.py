@@ -1,4 +1,4 @@
-"""What to say to users who know the names of torch, Keras, Lightning or timm."""
+"""Hints for users who know the names of torch, Keras, Lightning or timm."""
 
 from __future__ import annotations
 
