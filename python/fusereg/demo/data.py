@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -68,8 +68,8 @@ class DataSet:
 
     def to(self, device: torch.device) -> DataSet:
         """Return the same data on another device."""
-        parts = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **parts)
+        tensors: dict[str, Any] = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **{k: v.to(device) for k, v in tensors.items()})
 
 
 def _data_set(source: str, train: tuple[Bytes, Bytes], test: tuple[Bytes, Bytes]) -> DataSet:

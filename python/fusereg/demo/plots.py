@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -194,7 +195,7 @@ def accuracy(results: Sequence[Result], data: DataSet) -> Figure:
         end = result.fused.last
         train, test = 100 * end.train_accuracy, 100 * end.test_accuracy
         axes.plot([test, train], [index, index], color=color, linewidth=3, zorder=2)
-        ends = {"marker": marker, "color": color, "markersize": 9, "zorder": 3}
+        ends: dict[str, Any] = {"marker": marker, "color": color, "markersize": 9, "zorder": 3}
         axes.plot(test, index, **ends)
         axes.plot(train, index, markerfacecolor="white", **ends)
         axes.annotate(
