@@ -317,7 +317,7 @@ def draw(results: dict[str, list[Cut]]) -> None:
     figure = new_figure(
         9.5, 4.4, "Fewer operations, and what they cost",
         "Test accuracy of small residual networks, mean of the seeds, smallest to largest. "
-        "Filled: right after the cut; open: after fine-tuning.",
+        "Filled: right after the cut (Torch-Pruning's lie below); open: after fine-tuning.",
     )  # fmt: skip
     for axes, (problem, cuts) in zip(
         figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
@@ -350,7 +350,7 @@ def draw(results: dict[str, list[Cut]]) -> None:
                     label=label + ("" if filled else ", fine-tuned"),
                 )  # fmt: skip
                 lowest += y if method != "torch-pruning" or not filled else []
-        axes.set_ylim(min(lowest) - 4, 100.5)
+        axes.set_ylim(min(lowest) - 4, min(max(lowest) + 4, 100.5))
         axes.set_title(problem, size=10, loc="left")
         axes.set_xlabel("share of the dense network's operations")
         axes.set_ylabel("test accuracy, %")
