@@ -414,7 +414,7 @@ def test_what_is_offered_for_halves_is_taken(kind: str, convolves: bool, width: 
         torch.testing.assert_close(fusereg.compact(model, x)(x), model(x), rtol=1e-12, atol=1e-12)
 
 
-# --- the demo --------------------------------------------------------------------------------------
+# --- the demo -------------------------------------------------------------------------------------
 
 
 def test_the_row_compact_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
