@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusereg
+from fusereg.cli.errors import InputError
+from fusereg.demo import techniques
 
 pytest.importorskip("torch_pruning")
 
@@ -410,6 +412,16 @@ def test_what_is_offered_for_halves_is_taken(kind: str, convolves: bool, width: 
         with torch.no_grad():
             model.a.weight[rows], model.a.bias[rows] = 0, 0
         torch.testing.assert_close(fusereg.compact(model, x)(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+# --- the demo -------------------------------------------------------------------------------------
+
+
+def test_the_row_compact_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(techniques, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'fusereg\[compact\]'"):
+        techniques.choose(None)
+    assert len(techniques.choose(["l1"])) == 1
 
 
 # --- the dependency graph -------------------------------------------------------------------------

@@ -130,13 +130,6 @@ def test_hidden_units_that_are_zero_are_removed(small: DataSet) -> None:
         assert f"{made.parameters[1]:,} of {made.parameters[0]:,} parameters" in text
 
 
-def test_the_row_compact_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(techniques, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'fusereg\[compact\]'"):
-        techniques.choose(None)
-    assert len(techniques.choose(["l1"])) == 1
-
-
 def test_the_same_seed_gives_the_same_run(small: DataSet) -> None:
     (technique,) = techniques.choose(["elastic_net"])
     runs = [train.train_pair(technique, small, epochs=2, seed=s) for s in (3, 3, 4)]

@@ -253,24 +253,20 @@ def select(cuts: list[Cut], method: str, setting: float | None = None) -> list[C
     return [c for c in cuts if c.method == method and setting in (None, c.setting)]
 
 
-def chosen(cuts: list[Cut], budget: float | None, images: int) -> float:
-    """Return a strength, by the validation split alone.
+def chosen(cuts: list[Cut], budget: float | None, images: int) -> float | None:
+    """Return a strength, by the validation split alone; None if none fits.
 
     The strongest whose mean accuracy is within one standard error of the dense networks', or, for
     a budget, the weakest whose networks have no more operations on the mean.
     """
     strengths = sorted({c.setting for c in select(cuts, "fusereg")})
+    own = {s: select(cuts, "fusereg", s) for s in strengths}
     if budget is not None:
-        return next(
-            (s for s in strengths if average(select(cuts, "fusereg", s), "operations") <= budget),
-            strengths[-1],
-        )
+        return next((s for s in strengths if average(own[s], "operations") <= budget), None)
     dense = average(select(cuts, "dense"), "validation")
     error = math.sqrt(dense * (1 - dense) / images)
-    fits = [
-        s for s in strengths if average(select(cuts, "fusereg", s), "validation") >= dense - error
-    ]
-    return fits[-1] if fits else strengths[0]
+    fits = [s for s in strengths if average(own[s], "validation") >= dense - error]
+    return fits[-1] if fits else None
 
 
 def average(cuts: list[Cut], figure: str) -> float:
@@ -299,25 +295,20 @@ def table(results: dict[str, list[Cut]], sizes: dict[str, int]) -> str:
         "after fine-tuning |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
-    for problem, cuts in results.items():
-        lines.append(line(problem, "dense", select(cuts, "dense")))
-        own = chosen(cuts, None, sizes[problem])
-        lines.append(
-            line(problem, f"fusereg, {own:g}, by validation", select(cuts, "fusereg", own))
-        )
-        for budget in BUDGETS:
-            strength = chosen(cuts, budget, sizes[problem])
-            lines.append(
-                line(
-                    problem, f"fusereg, {strength:g}, at most {budget:g}",
-                    select(cuts, "fusereg", strength),
-                )
-            )  # fmt: skip
-            lines.append(
-                line(
-                    problem, f"Torch-Pruning, {budget:g}", select(cuts, "torch-pruning", budget)
-                )
-            )  # fmt: skip
+    for name, cuts in results.items():
+        dense = select(cuts, "dense")
+        problem = f"{name}, {len(dense)} seeds"
+        lines.append(line(problem, "dense", dense))
+        for budget, what in ((None, "by validation"), *((b, f"at most {b:g}") for b in BUDGETS)):
+            strength = chosen(cuts, budget, sizes[name])
+            if strength is None:
+                lines.append(f"| {problem} | fusereg, {what}: no strength fits | | | | |")
+            else:
+                own = select(cuts, "fusereg", strength)
+                lines.append(line(problem, f"fusereg, {what}: {strength:g}", own))
+            if budget is not None:
+                theirs = select(cuts, "torch-pruning", budget)
+                lines.append(line(problem, f"Torch-Pruning, {budget:g}", theirs))
     return "\n".join(lines)
 
 
@@ -325,8 +316,8 @@ def draw(results: dict[str, list[Cut]]) -> None:
     """Draw accuracy over operations."""
     figure = new_figure(
         9.5, 4.4, "Fewer operations, and what they cost",
-        "Test accuracy of small residual networks, mean of five seeds, smallest to largest. "
-        "Filled: right after the cut; open: after fine-tuning.",
+        "Test accuracy of small residual networks, mean of the seeds, smallest to largest. "
+        "Filled: right after the cut (Torch-Pruning's lie below); open: after fine-tuning.",
     )  # fmt: skip
     for axes, (problem, cuts) in zip(
         figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
@@ -359,7 +350,7 @@ def draw(results: dict[str, list[Cut]]) -> None:
                     label=label + ("" if filled else ", fine-tuned"),
                 )  # fmt: skip
                 lowest += y if method != "torch-pruning" or not filled else []
-        axes.set_ylim(min(lowest) - 4, 100.5)
+        axes.set_ylim(min(lowest) - 4, min(max(lowest) + 4, 100.5))
         axes.set_title(problem, size=10, loc="left")
         axes.set_xlabel("share of the dense network's operations")
         axes.set_ylabel("test accuracy, %")

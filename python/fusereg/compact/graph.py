@@ -239,7 +239,7 @@ def _of_most_layers(model: nn.Module, inputs: Inputs) -> Way:
 
 
 class _Budget:
-    """How far the search for a group may go, whose channels go around in some models forever."""
+    """Budget of the search for a group, whose channels go around in some models forever."""
 
     def __init__(self) -> None:
         self.visits = self.indices = 0
