@@ -294,6 +294,58 @@ def write_run(path: Path, rows: list[Row], **changes: Any) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize("key", Row.__dataclass_fields__)
+def test_a_row_with_a_value_of_another_kind_is_wrong_input(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = spread(9, 10, 11).to_json()
+    kind = str(Row.__dataclass_fields__[key].type)
+    wrong: list[Any] = [{}, {"a": 1}] + ([] if kind == "str" else ["text"])
+    wrong += [] if "None" in kind and "list" not in kind else [None]
+    wrong += [] if "list" in kind else [[], [1]]
+    wrong += [7] if kind in ("str", "bool") else [True, float("nan"), 1e999]
+    wrong += [-1.0, 0.0] if key.endswith("_us") else []
+    if "list" in kind:
+        wrong += [9.0, [9.0, "text"], [9.0, True], [-1.0]]
+    for value in wrong:
+        with pytest.raises((TypeError, ValueError), match=f"{key} must be"):
+            Row.from_json({**good, key: value})
+    path = tmp_path / "run.json"
+    write_run(path, [spread(9, 10, 11)])
+    data = json.loads(path.read_text())
+    data["rows"][0][key] = wrong[0]
+    path.write_text(json.dumps(data))
+    assert main(["bench", "--compare", str(path), str(path), "--fail-on-slower"]) == 2
+    printed = capsys.readouterr()
+    assert f"has a row that cannot be read: {key} must be" in " ".join(printed.err.split())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": "text"},
+        {"rows": None},
+        {"rows": ["text"]},
+        {"rows": [[1]]},
+        {"rows": [{}]},
+        {"rows": {"items": 1}},
+        {"machine": "text"},
+        {"machine": []},
+    ],
+    ids=str,
+)
+def test_a_document_of_another_kind_is_wrong_input(change: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    write_run(path, [spread(9, 10, 11)])
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match=r"has a row that cannot be read|must have a list of rows"):
+        report.read_json(path)
+    for text in (b"\xff\xfe", b"[" * 100_000, b"[1"):
+        path.write_bytes(text)
+        with pytest.raises(InputError, match="is not JSON"):
+            report.read_json(path)
+
+
 def test_compare_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = write_run(tmp_path / "old.json", [spread(9, 10, 11), spread(9, 10, 11, "eager")])
     new = write_run(tmp_path / "new.json", [spread(12, 13, 14), spread(9, 10, 11, "eager")])

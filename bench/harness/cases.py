@@ -202,10 +202,38 @@ class Row:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
-        """Return the row of a JSON object; keys of later versions are ignored."""
-        row = cls(**{key: data[key] for key in cls.__dataclass_fields__ if key in data})
+        """Return the row of a JSON object; keys of later versions are ignored.
+
+        Raises:
+            TypeError, ValueError: A key is missing, or has no value of its kind.
+        """
+        if not isinstance(data, Mapping):
+            raise TypeError(f"a row must be an object, got {type(data).__name__}")
+        values = {key: data[key] for key in cls.__dataclass_fields__ if key in data}
+        for key, value in values.items():
+            kind = str(cls.__dataclass_fields__[key].type)
+            listed = kind.startswith("list")
+            each = value if listed and isinstance(value, list) else [value]
+            if listed is not isinstance(value, list) or not all(
+                _is_of_kind(v, kind, positive=key.endswith("_us")) for v in each
+            ):
+                raise ValueError(f"{key} must be {kind}, got {value!r:.50}")
+        row = cls(**values)
         row.suite = RENAMED.get(row.suite, row.suite)
         return row
+
+
+def _is_of_kind(value: object, kind: str, positive: bool) -> bool:
+    """Return whether a value has the type that a field's annotation names, and is finite."""
+    if value is None:
+        return "None" in kind
+    if "float" in kind or "int" in kind:
+        number = isinstance(value, (int, float) if "float" in kind else int)
+        if not number or isinstance(value, bool):
+            return False
+        size = float(value)  # type: ignore[arg-type]
+        return math.isfinite(size) and (size > 0 or not positive)
+    return isinstance(value, bool if kind == "bool" else str)
 
 
 def cases_of(rows: Sequence[Row]) -> list[list[Row]]:

@@ -57,13 +57,19 @@ def read_json(path: str | Path) -> tuple[list[Row], dict[str, Any]]:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict) or data.get("tool") != "fusereg bench":
         raise InputError(f"{path} was not written by fusereg bench --json")
     if data.get("schema") != SCHEMA:
         raise InputError(f"{path} has schema {data.get('schema')}, this version reads {SCHEMA}")
-    return [Row.from_json(row) for row in data["rows"]], data
+    rows, facts = data.get("rows"), data.get("machine")
+    if not isinstance(rows, list) or not isinstance(facts, dict):
+        raise InputError(f"{path} must have a list of rows and an object of the machine")
+    try:
+        return [Row.from_json(row) for row in rows], data
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path} has a row that cannot be read: {error}") from error
 
 
 # --- numbers --------------------------------------------------------------------------------------
