@@ -30,6 +30,7 @@ from .arguments import (
 from .chain import Chain, Unit
 from .conventions import Convention, convention
 from .inputs import batch_of
+from .labels import require_labels
 from .loading import collate
 from .params import AugmentParams
 from .render import Erase, Mix, Settings
@@ -324,8 +325,10 @@ class Augment(Chain):
             raise ValueError(f"fusereg.{op}: params exclude sample_ids and epoch, and view")
         keys = None if params is not None else self._keys(batch.n, sample_ids, epoch, view)
         found = None
+        mixed = self._settings.mixed and self.training
+        if mixed:
+            require_labels(op, targets, params)
         if targets is not None:
-            mixed = self._settings.mixed and self.training
             found = Targets(targets, batch.n, batch.size, self.rules, op, mixed)
         y, found = self._run(batch, found, keys, None if params is None else [params], out)
         y = batch.restore(y)

@@ -31,6 +31,15 @@ def is_named_as_label(key: str) -> bool | None:
     return False if _KEPT.search(key) else None
 
 
+def require_labels(op: str, targets: object, params: object) -> None:
+    """Refuse to mix images without labels: what was mixed, and by how much, would be lost."""
+    if targets is None and params is None:
+        raise ValueError(
+            f"fusereg.{op}: images are mixed, so labels must come with them: call it with "
+            "(images, labels). To mix images alone, pass params= from sample_params"
+        )
+
+
 def mix_labels(
     labels: Tensor,
     params: AugmentParams,

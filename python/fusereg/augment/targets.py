@@ -89,15 +89,11 @@ class Rules:
         for name in ("min_area", "min_visibility"):
             if number(getattr(self, name), op, name) < 0:
                 raise ValueError(f"fusereg.{op}: {name} must not be negative")
-        if self.min_visibility > 1:
-            raise ValueError(
-                f"fusereg.{op}: min_visibility must be within [0, 1], got {self.min_visibility}"
-            )
+        if (share := self.min_visibility) > 1:
+            raise ValueError(f"fusereg.{op}: min_visibility must be within [0, 1], got {share}")
         for name in ("rows", "labels", "passthrough"):
             keys = getattr(self, name)
-            if (isinstance(keys, bool) and name == "passthrough") or (
-                keys is None and name == "labels"
-            ):
+            if (name, keys) in (("labels", None), ("passthrough", True), ("passthrough", False)):
                 continue
             if not is_sequence(keys) or not all(isinstance(k, str) for k in keys):
                 raise TypeError(f"fusereg.{op}: {name} must be a sequence of keys, got {keys!r}")
