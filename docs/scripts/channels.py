@@ -253,20 +253,19 @@ def select(cuts: list[Cut], method: str, setting: float | None = None) -> list[C
     return [c for c in cuts if c.method == method and setting in (None, c.setting)]
 
 
-def chosen(cuts: list[Cut], budget: float | None, images: int) -> float | None:
+def chosen(cuts: list[Cut], images: int) -> float | None:
     """Return a strength, by the validation split alone; None if none fits.
 
-    The strongest whose mean accuracy is within one standard error of the dense networks', or, for
-    a budget, the weakest whose networks have no more operations on the mean.
+    The strongest whose mean accuracy is within one standard error of the dense networks'.
     """
-    strengths = sorted({c.setting for c in select(cuts, "fusereg")})
-    own = {s: select(cuts, "fusereg", s) for s in strengths}
-    if budget is not None:
-        return next((s for s in strengths if average(own[s], "operations") <= budget), None)
     dense = average(select(cuts, "dense"), "validation")
     error = math.sqrt(dense * (1 - dense) / images)
-    fits = [s for s in strengths if average(own[s], "validation") >= dense - error]
-    return fits[-1] if fits else None
+    fits = [
+        s
+        for s in {c.setting for c in select(cuts, "fusereg")}
+        if average(select(cuts, "fusereg", s), "validation") >= dense - error
+    ]
+    return max(fits, default=None)
 
 
 def average(cuts: list[Cut], figure: str) -> float:
@@ -299,16 +298,13 @@ def table(results: dict[str, list[Cut]], sizes: dict[str, int]) -> str:
         dense = select(cuts, "dense")
         problem = f"{name}, {len(dense)} seeds"
         lines.append(line(problem, "dense", dense))
-        for budget, what in ((None, "by validation"), *((b, f"at most {b:g}") for b in BUDGETS)):
-            strength = chosen(cuts, budget, sizes[name])
-            if strength is None:
-                lines.append(f"| {problem} | fusereg, {what}: no strength fits | | | | |")
-            else:
-                own = select(cuts, "fusereg", strength)
-                lines.append(line(problem, f"fusereg, {what}: {strength:g}", own))
-            if budget is not None:
-                theirs = select(cuts, "torch-pruning", budget)
-                lines.append(line(problem, f"Torch-Pruning, {budget:g}", theirs))
+        own = chosen(cuts, sizes[name])
+        for strength in sorted({c.setting for c in select(cuts, "fusereg")}):
+            what = f"fusereg, {strength:g}" + ", by validation" * (strength == own)
+            lines.append(line(problem, what, select(cuts, "fusereg", strength)))
+        for budget in BUDGETS:
+            theirs = select(cuts, "torch-pruning", budget)
+            lines.append(line(problem, f"Torch-Pruning, {budget:g}", theirs))
     return "\n".join(lines)
 
 
