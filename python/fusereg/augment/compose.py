@@ -84,7 +84,7 @@ class Passes(Chain):
 
     @property
     def _pipeline(self) -> _Pipeline:
-        """What runs in the present mode."""
+        """The pipeline of the present mode."""
         if self.training or self._evaluation is None:
             return self._training
         return self._evaluation
