@@ -278,6 +278,7 @@ FUSEREG_DEVICE_INLINE void for_run(T* p, std::int64_t n, unsigned thread, unsign
       for (int u = 0; u < kDeep; ++u) use(from + (v + u * threads) * kN, data[u]);
     }
   }
+  FUSEREG_NO_UNROLL
   for (; v < count; v += threads) use(from + v * kN, load(from + v * kN, all));
   for (std::int64_t i = count * kN + thread; i < n - head; i += threads)
     use(from + i, load(from + i, one));
