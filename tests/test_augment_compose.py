@@ -331,11 +331,12 @@ def test_evaluation_mode_has_a_list_of_its_own_or_says_that_it_goes_on_drawing(x
         MixUp(),
     ):
         drawing.eval()
+        labels = torch.arange(len(x))
         with pytest.warns(UserWarning, match="goes on drawing in evaluation mode"):
-            drawing(x)
+            drawing(x, labels)
         with warnings.catch_warnings():  # once
             warnings.simplefilter("error")
-            drawing(x)
+            drawing(x, labels)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for still in (Compose([CenterCrop(5), Normalize(0.5, 0.2)]), CenterCrop(5)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -137,3 +138,23 @@ def test_two_vectors_of_a_tuple_are_refused_and_keys_tell_them_apart() -> None:
     assert isinstance(moved[0], MixedLabels)
     with pytest.raises(TypeError, match="labels must be a sequence of keys"):
         Augment((H, W), labels="label")
+
+
+@pytest.mark.parametrize("through", ["Augment", "Compose", "collate"])
+def test_mixing_without_labels_warns(through: str) -> None:
+    augment = Augment((H, W), mix="cutmix")
+    chain = Compose([MixUp()])
+
+    def call(*labels: Any) -> Any:
+        if through == "collate":
+            return chain.collate([(sample(i), *(y[i] for y in labels)) for i in range(N)])
+        return (augment if through == "Augment" else chain)(images(), *labels)
+
+    with pytest.warns(UserWarning, match="images are mixed, but no labels came with them"):
+        call()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(torch.arange(N))
+        augment.eval()(images())
+        params = augment.train().sample_params(N, input_size=(H, W))
+        augment(images(), params=params)

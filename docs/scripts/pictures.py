@@ -347,7 +347,7 @@ def augmentation() -> Figure:
         seed=5,
     )
     ids = torch.arange(8)
-    rows = [augment(cards, sample_ids=ids, epoch=epoch) for epoch in range(3)]
+    rows = [augment(cards, ids, sample_ids=ids, epoch=epoch)[0] for epoch in range(3)]
     figure = new_figure(
         9.5, 5.5, "Augmentation in one kernel, different in every epoch", "8 samples, 3 epochs"
     )

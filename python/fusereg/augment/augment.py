@@ -30,7 +30,7 @@ from .arguments import (
 from .chain import Chain, Unit
 from .conventions import Convention, convention
 from .inputs import batch_of
-from .labels import require_labels
+from .labels import notice_labels
 from .loading import collate
 from .params import AugmentParams
 from .render import Erase, Mix, Settings
@@ -327,7 +327,7 @@ class Augment(Chain):
         found = None
         mixed = self._settings.mixed and self.training
         if mixed:
-            require_labels(op, targets, params)
+            notice_labels(op, targets, params)
         if targets is not None:
             found = Targets(targets, batch.n, batch.size, self.rules, op, mixed)
         y, found = self._run(batch, found, keys, None if params is None else [params], out)

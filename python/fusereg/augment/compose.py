@@ -15,7 +15,7 @@ from .arguments import flag, is_sequence, size_pair
 from .chain import Chain, PassParams, Unit
 from .fuse import Pass, Plan, Stage, fuse
 from .inputs import Batch, batch_of
-from .labels import require_labels
+from .labels import notice_labels
 from .loading import collate
 from .loop import Called
 from .steps import Encoded, encode
@@ -182,7 +182,7 @@ class Passes(Chain):
         keys = None if given is not None else self._keys(batch.n, sample_ids, epoch, view)
         found = None
         if pipeline.mixed:
-            require_labels(op, targets, given)
+            notice_labels(op, targets, given)
         if targets is not None:
             tree = [targets] if single else targets
             found = Targets(tree, batch.n, batch.size, self.rules, op, pipeline.mixed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -31,12 +32,13 @@ def is_named_as_label(key: str) -> bool | None:
     return False if _KEPT.search(key) else None
 
 
-def require_labels(op: str, targets: object, params: object) -> None:
-    """Refuse to mix images without labels: what was mixed, and by how much, would be lost."""
-    if targets is None and params is None:
-        raise ValueError(
-            f"fusereg.{op}: images are mixed, so labels must come with them: call it with "
-            "(images, labels). To mix images alone, pass params= from sample_params"
+def notice_labels(op: str, targets: object, params: object) -> None:
+    """Warn where images are mixed without labels: what was mixed, and by how much, is lost."""
+    if targets is None and params is None and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"fusereg.{op}: images are mixed, but no labels came with them: call it with "
+            "(images, labels), or pass params= from sample_params to mix labels apart",
+            stacklevel=5,
         )
 
 

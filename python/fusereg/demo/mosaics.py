@@ -113,7 +113,7 @@ def augmentation(data: DataSet) -> Figure:
         "MixUp": Augment(size, mix=Mix(mixup=1.0), crop="center"),
         "CutMix": Augment(size, mix=Mix(cutmix=1.0), crop="center"),
     }.items():
-        made[name] = augment(images, sample_ids=ids)
+        made[name], _ = augment(images, torch.arange(len(images)), sample_ids=ids)
     rows = [(name, list(colormaps["gray"](x[:, 0].numpy()))) for name, x in made.items()]
     return _mosaic(
         rows,
