@@ -459,8 +459,8 @@ struct Matrix {
   std::int64_t bits, bit_step;      // bytes
   bool asks;                        // for lines further below
   // `one_chunk`: the columns of a chunk; wider lines are not read from end to end. Lines of one
-  // chunk are, and Intel's processors read them 1.2 times as fast if asked (measured on Sapphire
-  // Rapids, 64 float32 columns from memory).
+  // chunk are, and Intel's processors read them 1.1 to 1.2 times as fast if asked (measured on
+  // Sapphire Rapids, 64 float32 columns from memory).
   Matrix(const Layout& l, const Tile& t, const Fold& fold, bool ask, std::int64_t one_chunk) {
     asks = ask || fold.width > one_chunk || asking_ahead_pays();
     begin = t.row * l.channels + t.channel;
