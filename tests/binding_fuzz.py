@@ -39,6 +39,7 @@ import conftest  # puts the module with the CUDA kernels on the host in place, i
 import fusereg
 import fuzz_values as fv
 from fusereg.cli import checks
+from kernels_by_name import kernels_by_name
 
 _C = fusereg._C
 
@@ -96,8 +97,9 @@ def recorded_calls() -> dict[str, list[Call]]:
     try:
         for name, function in originals.items():
             setattr(_C, name, recorder(name, function))
-        for operation in checks.OPERATIONS:
-            operation.check(checks.Inputs(torch.device("cpu")))
+        with kernels_by_name():
+            for operation in checks.OPERATIONS:
+                operation.check(checks.Inputs(torch.device("cpu")))
     finally:
         for name, function in originals.items():
             setattr(_C, name, function)

@@ -369,7 +369,7 @@ def test_forward_mode_and_func_write_x_too() -> None:
         ({"out": torch.zeros(4, 3)}, "inplace=True and out exclude each other"),
         ({"input": torch.zeros(4, 3).requires_grad_()}, "input is a leaf that requires a gradient"),
         ({"input": torch.zeros(12).requires_grad_().view(4, 3)}, "input is a view of a leaf"),
-        ({"input": torch.zeros(1, 3).expand(4, 3)}, "input has several elements that are one"),
+        ({"input": torch.zeros(1, 3).expand(4, 3)}, "input has several elements at one place"),
         ({"input": torch.zeros(4, 3, dtype=torch.int64)}, "input has dtype torch.int64"),
     ],
 )  # fmt: skip

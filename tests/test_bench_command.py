@@ -224,7 +224,7 @@ def test_list_names_the_cases(capsys: pytest.CaptureFixture[str]) -> None:
         (["nothing"], "no benchmark named 'nothing'"),
         (
             ["penalty,dropuot"],
-            "gaussian_dropout, operations, optim, penalty, end_to_end; did you mean dropout?",
+            "operations, optim, penalty, steps, end_to_end; did you mean dropout?",
         ),
         (["--only", "zzz"], "no case matches; --list shows them"),
         (["--only", "gtp2"], "no case matches; did you mean gpt2?"),

@@ -30,6 +30,7 @@ from fusereg.bench.harness import (
 )
 from fusereg.cli import main
 from fusereg.cli.errors import InputError
+from fusereg.core.pictures import MARKERS
 from test_bench import SETTINGS, FakeTimer, make_case, named, row
 
 CPU = torch.device("cpu")
@@ -100,7 +101,7 @@ def test_every_suite_has_a_color_and_marker_of_its_own() -> None:
     marks = [trace["marker"] for trace in chart["data"] if trace["name"] in SUITES]
     looks = {(mark["color"], mark["symbol"]) for mark in marks}
     assert len(looks) == len(marks) == len(SUITES)
-    assert charts.SYMBOLS.keys() >= set(figures.MARKERS)
+    assert charts.SYMBOLS.keys() >= set(MARKERS)
     assert len(set(charts.SYMBOLS.values())) == len(charts.SYMBOLS)
 
 

@@ -163,7 +163,10 @@ def test_early_stopping_ends_and_goes_back(cut: bool, small: DataSet) -> None:
     assert report.problems([result]) == []
     (text,) = (t for t in report.findings([result], small) if t.startswith("Early stopping:"))
     how = "stopped after epoch 4" if cut else "no reason to stop in 5 epochs"
-    assert text.startswith(f"Early stopping: {how}; restored epoch {result.fused.restored + 1}")
+    wanted = (
+        f"by the loss on the validation images, {how}; restored epoch {result.fused.restored + 1}"
+    )
+    assert text.startswith(f"Early stopping: {wanted}")
     result.plain.restored = 0
     result.fused.restored = 1
     assert "ended with different epochs" in report.problems([result])[0]
@@ -184,7 +187,7 @@ class _EveryHook(techniques.Method):
         self.seen += len(batch)
         return batch.flip(0).flip(0)
 
-    def stop(self, epoch: int, test_loss: float) -> bool:
+    def stop(self, epoch: int, loss: float) -> bool:
         return epoch == 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from fusereg.augment import resize_op
 from fusereg.cli import checks, main, verify
 from fusereg.cli.checks import CheckResult, Inputs, Operation, Pairs, Place, _process, _worker
 from fusereg.cli.errors import RENAMED
-from fusereg.core import draws
-from fusereg.gaussian_dropout.op import noise
+from kernels_by_name import kernels_by_name
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,15 +52,12 @@ def test_every_room_has_operations() -> None:
 
 
 @pytest.fixture
-def kernels_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have dropout's autograd functions look their kernels up in _C, as for unusual tensors."""
-    for drawn in (draws.mask, noise):
-        forward, backward = drawn.general
-        monkeypatch.setattr(drawn._function, "forward", staticmethod(forward))
-        monkeypatch.setattr(drawn._function._backward_cls, "apply", backward)
+def by_name() -> Iterator[None]:
+    with kernels_by_name():
+        yield
 
 
-@pytest.mark.usefixtures("kernels_by_name")
+@pytest.mark.usefixtures("by_name")
 def test_every_compiled_kernel_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = {name for name, value in vars(_C).items() if callable(value) and name[0] != "_"}
     kernels = {name for name in kernels if not isinstance(getattr(_C, name), type)} - NO_KERNELS
@@ -99,7 +95,7 @@ def _result_of(name: str) -> Callable[[tuple[Any, ...]], torch.Tensor]:
     return result
 
 
-@pytest.mark.usefixtures("kernels_by_name")
+@pytest.mark.usefixtures("by_name")
 @pytest.mark.parametrize(
     ("kernel", "technique"),
     [
