@@ -8,6 +8,7 @@ assumed of the layers for that is recorded, and checked at every call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,15 +75,19 @@ class Finder:
             layer = self._layer(node)
             if layer is not None and type(layer) in _chain.NORMS:
                 calls.setdefault(layer, []).append(node)
-        found = [
-            self._after_norm(nodes[0])
-            for nodes in calls.values()
+        found: list[Chain] = []
+        taken: set[fx.Node] = set()
+        for nodes in calls.values():
             # A norm that is called twice updates its statistics twice, in that order.
-            if len(nodes) == 1 and len(nodes[0].args) == 1 and not nodes[0].kwargs
-            and self.allowed(str(nodes[0].target))
-        ]  # fmt: skip
-        found = [chain for chain in found if chain.followers]
-        taken = {node for chain in found for node in chain.nodes}
+            if (
+                len(nodes) != 1 or len(nodes[0].args) != 1 or nodes[0].kwargs
+                or not self.allowed(str(nodes[0].target))
+            ):  # fmt: skip
+                continue
+            chain = self._after_norm(nodes[0], taken)
+            if chain.followers:
+                found.append(chain)
+                taken.update(chain.nodes)
         for node in self.nodes:
             if node in taken:
                 continue
@@ -153,12 +158,17 @@ class Finder:
         fits = node.args == (current,) and set(node.kwargs) <= {"inplace"}
         return name if fits and name in _chain.FUNCTIONS else None
 
-    def _after_norm(self, norm: fx.Node) -> Chain:
-        """Find as many followers of a norm as one kernel can compute."""
+    def _after_norm(self, norm: fx.Node, taken: AbstractSet[fx.Node]) -> Chain:
+        """Find as many followers of a norm as one kernel can compute.
+
+        A sum of two norms belongs to one of them, that which is called first.
+        """
         found = Chain([norm])
         while len(found.nodes[-1].users) == 1:
             current = found.nodes[-1]
             (node,) = current.users
+            if node in taken:
+                break
             if self.order[node] != self.order[current] + 1:
                 moved = all(isinstance(f, nn.Identity) for f in found.followers)
                 if not (moved and self._movable(norm, node)):
