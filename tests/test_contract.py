@@ -245,6 +245,11 @@ def test_seeds_and_generators_reproduce(operation: Operation) -> None:
     assert not torch.equal(first[0], first[1])
     state = torch.tensor([operation.options["seed"], 0])
     assert_same(as_tuple(operation(*tensors, seed=state)), as_tuple(operation(*tensors)))
+    wrapped = [as_tuple(operation(*tensors, seed=seed)) for seed in (-1, 2**64 - 1)]
+    assert_same(*wrapped)
+    for seed in (2**64, -(2**63) - 1):
+        with pytest.raises(ValueError, match="seed must have at most 64 bits"):
+            operation(*tensors, seed=seed)
 
 
 @named(DRAWN)

@@ -349,3 +349,20 @@ def test_wrong_arguments_are_named(
     arguments: dict[str, Any] = {"input": torch.randn(3, 5), "target": torch.tensor([0, 1, 2])}
     with pytest.raises(error, match=rf"^fusereg\.cross_entropy: .*{words}"):
         F.cross_entropy(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (2, 3, 0), (0, 3, 2), (2, 0, 3), (2, 3, 2, 0)])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_empty_logits_give_what_torch_gives(
+    shape: tuple[int, ...], reduction: str, weighted: bool
+) -> None:
+    x = torch.randn(shape)
+    weight = torch.rand(shape[1]) if weighted else None
+    targets = [torch.rand(shape)]
+    if shape[1]:
+        targets.append(torch.zeros(shape[:1] + shape[2:], dtype=torch.int64))
+    for target in targets:
+        want = torch.nn.functional.cross_entropy(x, target, weight, reduction=reduction)
+        got = fusereg.functional.cross_entropy(x, target, weight, reduction=reduction)
+        torch.testing.assert_close(got, want, equal_nan=True)

@@ -16,6 +16,7 @@ from torch.utils.data import get_worker_info
 
 from ..core import dispatch
 from ..core.layer import Layer
+from ..core.random import check_bits
 from .arguments import integer
 from .params import AugmentParams, draw, sample_id_tensor
 from .steps import Values
@@ -153,7 +154,9 @@ class SeededModule(Layer):
         super().__init__()
         self._own_seed = seed is None
         self.seed = (
-            int(torch.randint(2**63 - 1, ())) if seed is None else integer(seed, self._op, "seed")
+            int(torch.randint(2**63 - 1, ()))
+            if seed is None
+            else check_bits(integer(seed, self._op, "seed"), self._op)
         )
         self._shared = _shared(torch.zeros(4, dtype=torch.int64))
         self._count = 0

@@ -79,9 +79,18 @@ def new_state(x: Tensor, generator: torch.Generator | None = None) -> State:
     return _C.pair_of(filled)
 
 
+def check_bits(seed: int, op: str) -> int:
+    """Return a seed; raise unless it fits 64 bits, with or without a sign."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"fusereg.{op}: seed must have at most 64 bits, got {seed}")
+    return seed
+
+
 def check_seed(seed: object, device: torch.device, op: str) -> None:
     """Raise unless ``seed`` is an integer, or a state in a tensor on the device."""
     if is_integer(seed):
+        if type(seed) is int:  # and no symbol of the compiler's
+            check_bits(seed, op)
         return
     if not isinstance(seed, Tensor):
         raise TypeError(

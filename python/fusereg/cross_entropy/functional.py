@@ -99,7 +99,8 @@ def cross_entropy(
     )
     if target.is_floating_point():
         _check_probabilities(target, ignore_index)
-        if target.requires_grad or (weight is not None and weight.requires_grad):
+        grad = target.requires_grad or (weight is not None and weight.requires_grad)
+        if grad or (input.dim() > 1 and 0 in input.shape[1:]):
             return torch.nn.functional.cross_entropy(
                 input, target, weight, reduction=reduction, label_smoothing=label_smoothing
             )
@@ -113,6 +114,10 @@ def cross_entropy(
             target = target.to(input.dtype)
         if target.stride() != input.stride() and dispatch.direct(input, target):
             target = torch.empty_like(input, dtype=target.dtype).copy_(target)
+    elif other is None and input.dim() > 2 and 0 in input.shape[2:]:
+        return torch.nn.functional.cross_entropy(
+            input, target, weight, None, ignore_index, None, reduction, label_smoothing
+        )
     elif weight is not None and weight.requires_grad:
         raise RuntimeError(
             f"fusereg.{OP}: weight has no derivative where target has class indices; detach it"
