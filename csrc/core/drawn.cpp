@@ -93,10 +93,13 @@ PyObject* try_backward(const Drawn& drawn, PyObject* ctx, PyObject* grad) {
 PyObject* drawn_forward(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const Drawn& drawn = drawn_of(self);
   if (count == 3) {
+    PyObject* y = nullptr;
     try {
-      if (PyObject* const y = try_forward(drawn, args[0], args[1], args[2])) return y;
-    } catch (const std::exception&) {  // the general one says what is wrong
+      y = try_forward(drawn, args[0], args[1], args[2]);
+    } catch (const std::exception&) {
+      y = nullptr;  // the general one says what is wrong
     }
+    if (y != nullptr) return y;
     PyErr_Clear();
   }
   return PyObject_Vectorcall(drawn.forward, args, static_cast<std::size_t>(count), nullptr);
@@ -105,10 +108,13 @@ PyObject* drawn_forward(PyObject* self, PyObject* const* args, Py_ssize_t count)
 PyObject* drawn_backward(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const Drawn& drawn = drawn_of(self);
   if (count == 2) {
+    PyObject* found = nullptr;
     try {
-      if (PyObject* const found = try_backward(drawn, args[0], args[1])) return found;
+      found = try_backward(drawn, args[0], args[1]);
     } catch (const std::exception&) {
+      found = nullptr;
     }
+    if (found != nullptr) return found;
     PyErr_Clear();
   }
   return PyObject_Vectorcall(drawn.backward, args, static_cast<std::size_t>(count), nullptr);

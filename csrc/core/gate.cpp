@@ -1,6 +1,7 @@
 #include "core/gate.h"
 
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "core/tensor.h"
@@ -84,7 +85,7 @@ void bind_gate(const py::module_& compiler, const py::tuple& questions,
   Py_INCREF(gate.grad_enabled);
   Py_INCREF(gate.empty_like);
   for (PyObject* const question : gate.questions) Py_INCREF(question);
-  g_gate = gate;
+  g_gate = std::move(gate);
 }
 
 bool nothing_traces() {

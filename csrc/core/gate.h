@@ -9,7 +9,7 @@ namespace fusereg {
 namespace py = pybind11;
 
 // A function that takes its arguments as they lie on the interpreter's stack (METH_FASTCALL).
-inline PyCFunction fast_function(PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t)) {
+inline PyCFunction fast_function(PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t)) noexcept {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
 }
 

@@ -229,7 +229,8 @@ __device__ double chunk_value(T* w, T* g, std::int64_t n, double l1, double l2, 
   // Where w and g lie differently against 16-byte boundaries, no vector fits both.
   const auto misalignment = [](const T* p) { return reinterpret_cast<std::uintptr_t>(p) % 16; };
   const bool together = !writes || misalignment(out) == misalignment(w);
-  constexpr int kDeep = op == Op::kAddGrad ? kAhead / 2 : kAhead;
+  // Of 16-bit elements, one vector of each: two would not fit the registers.
+  constexpr int kDeep = op != Op::kAddGrad ? kAhead : sizeof(T) == 2 ? 1 : kAhead / 2;
   cuda::for_run<kDeep>(
       w, n, threadIdx.x, kThreads, together,
       [&](T* p, auto count) {
