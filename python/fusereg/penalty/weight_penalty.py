@@ -339,6 +339,7 @@ class WeightPenalty:
 
         Raises:
             TypeError: ``optimizer`` is not an optimizer.
+            ValueError: it holds no parameter that is penalized, and some are.
 
         Example:
             >>> attached = penalty.attach(optimizer)
@@ -446,6 +447,12 @@ class AttachedPenalty:
         self._penalty = penalty
         self._count_steps = count_steps
         inner = innermost(optimizer)
+        penalized = {id(p) for g in penalty.groups for p in g.params}
+        if penalized and not any(id(p) in penalized for p in _held(inner)):
+            raise ValueError(
+                "fusereg.WeightPenalty.attach: optimizer holds no parameter that is penalized; is "
+                "it another model's? After parameters were replaced, call refresh()"
+            )
         self._handles = (
             inner.register_step_pre_hook(self._before),
             inner.register_step_post_hook(self._after),
@@ -506,10 +513,15 @@ def add_for(penalty: WeightPenalty, optimizer: Any, grad_scale: Tensor | None) -
 
     A step without any gradient is a skipped step, which the penalty must not turn into a real one.
     """
-    own = [p for group in optimizer.param_groups for p in group["params"]]
+    own = _held(optimizer)
     if all(p.grad is None for p in own):
         return None
     return penalty.add_grad_(grad_scale=grad_scale, only=own)
+
+
+def _held(optimizer: Any) -> list[Tensor]:
+    """Return an optimizer's parameters."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
