@@ -162,6 +162,7 @@ class TrainingRun:
         self._best: list[dict[str, Any]] = []
         self._metric: float | None = None
         self._requested = False
+        self._told = False  # whether save() has been called, and what it lacked been said
         self._running = False
         self._iterating: bool | None = None  # None: no loop over batches in this epoch yet
         self._clock = time.monotonic()
@@ -366,12 +367,21 @@ class TrainingRun:
 
         Args:
             metric: by which the best checkpoints are kept, if ``keep_best`` is > 0; the same on all
-                ranks. One that is not finite counts as none.
+                ranks. One that is not finite counts as none. Checkpoints without one are never
+                among the best, of which a warning tells if the first call has none.
         """
         try:
             value = None if metric is None else float(torch.as_tensor(metric).detach())
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{OP}.save: metric must be a number, got {metric!r}") from error
+        if value is None and self._keep_best and not self._best and not self._told:
+            warnings.warn(
+                f"{OP}.save: keep_best is {self._keep_best}, but a checkpoint without metric= is "
+                "not among the best",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._told = True
         self._metric = None if value is None or not math.isfinite(value) else value
         self._requested = True
         if not self._running:
@@ -496,19 +506,27 @@ class TrainingRun:
         path = self._folder.path_of(entry["name"])
         return Saved(entry["step"], entry["epoch"], entry["batch"], entry["metric"], path)
 
-    def restore(self, which: Literal["best", "last"] = "best") -> int | None:
+    def restore(self, which: Literal["best", "last"] = "best") -> int:
         """Load the objects' states of the best or the last checkpoint; all ranks must call it.
 
         The position and the random generators stay as they are.
 
         Returns:
-            The step of that checkpoint; None if there is none, and nothing has changed.
+            The step of that checkpoint.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
         """
         if which not in ("best", "last"):
             raise ValueError(f'{OP}.restore: which must be "best" or "last", got {which!r}')
         entry = self._last if which == "last" else next(iter(self._best), None)
         if entry is None:
-            return None
+            why = "none has been saved yet"
+            if self._last is not None and not self._keep_best:
+                why = "keep_best is 0; pass the number to keep to TrainingRun"
+            elif self._last is not None:
+                why = "none was saved with a finite metric; call save(metric=...)"
+            raise CheckpointError(f"{OP}.restore: there is no {which} checkpoint: {why}")
         self._load(entry)
         return int(entry["step"])
 
