@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import swa_utils
 
-from fusereg import TrainingRun
+import fusereg
+from fusereg import EarlyStopping, TrainingRun, WeightPenalty
 from fusereg.run import CheckpointError
 
 pytest.importorskip("safetensors")
@@ -68,3 +72,68 @@ def test_saving_without_a_metric_while_the_best_are_kept_is_told_once(
     texts = [str(w.message) for w in caught if "metric" in str(w.message)]
     assert len(texts) == told
     assert all("keep_best is 1, but a checkpoint without metric= is not among" in t for t in texts)
+
+
+# --- objects of another model ---------------------------------------------------------------------
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+OF_A_MODEL: dict[str, Callable[[nn.Module], Any]] = {
+    "optimizer": sgd,
+    "own optimizer": lambda m: fusereg.optim.AdamW(m.parameters()),
+    "scheduler": lambda m: torch.optim.lr_scheduler.StepLR(sgd(m), 3),
+    "stopper": lambda m: EarlyStopping(m, patience=3),
+    "penalty": lambda m: WeightPenalty(m, l1=0.1),
+}
+
+
+class Held(nn.Module):
+    """A module that holds another, as a DistributedDataParallel does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "plain": lambda m: m,
+    "compiled": lambda m: torch.compile(m, backend="eager"),  # type: ignore[return-value]
+    "held": Held,
+    "parallel": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("kind", OF_A_MODEL)
+def test_what_is_of_another_model_is_refused(tmp_path: Path, kind: str, wrap: str) -> None:
+    model, make, wrapped = nn.Linear(2, 1), OF_A_MODEL[kind], WRAPS[wrap]
+    for other in (copy.deepcopy(model), nn.Linear(3, 1), wrapped(nn.Linear(2, 1))):
+        with pytest.raises(ValueError, match=r"^fusereg.TrainingRun: thing \(\w+\) is of another"):
+            TrainingRun(tmp_path, model=wrapped(model), thing=make(other))
+        TrainingRun(tmp_path / "both", model=model, other=other, thing=make(other))
+    assert not (tmp_path / "run.json").exists()
+    TrainingRun(tmp_path, model=wrapped(model), thing=make(model))
+    TrainingRun(tmp_path, model=model, thing=make(wrapped(model)))
+    TrainingRun(tmp_path, model=wrapped(model), thing=make(nn.Sequential(model, nn.Linear(1, 1))))
+    TrainingRun(tmp_path, thing=make(model))
+
+
+def test_models_without_parameters_and_averages_go_with_any(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    TrainingRun(tmp_path, model=nn.ReLU(), optimizer=sgd(model))
+    average = swa_utils.AveragedModel(model)
+    for averaged in (average, torch.compile(average, backend="eager")):
+        for stopper in (EarlyStopping(averaged, patience=3), EarlyStopping(patience=3)):  # type: ignore[arg-type]
+            TrainingRun(tmp_path, model=model, stopper=stopper)
+            TrainingRun(tmp_path, model=model, average=average, stopper=stopper)
+    TrainingRun(tmp_path, model=model, stopper=EarlyStopping(nn.ReLU(), patience=3))
+
+
+def test_two_models_with_an_optimizer_each_are_a_run(tmp_path: Path) -> None:
+    one, two = nn.Linear(2, 1), nn.Linear(1, 2)
+    TrainingRun(tmp_path, one=one, two=two, first=sgd(one), second=sgd(two))
+    with pytest.raises(ValueError, match="second"):
+        TrainingRun(tmp_path, one=one, first=sgd(one), second=sgd(two))

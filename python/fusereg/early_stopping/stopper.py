@@ -238,6 +238,7 @@ class EarlyStopping:
         self._ranks = AgreeingRanks(agreement, process_group)
         self._state = State.initial(self._rules)
         sources = _sources(model, also, rng)
+        self._model = model  # TrainingRun looks whether it is that of the run
         self._keeper = Keeper(sources, self._ranks, snapshot, folder, resume, on_save_error)
         try:
             self._resume(self._keeper.open())

@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..core import distributed
 from ..core.encoding import check_savable
 from ..core.files import CheckpointError
 from ..core.lock import FolderInUse
@@ -98,8 +99,9 @@ class TrainingRun:
         resumed: whether the run goes on from a checkpoint.
 
     Raises:
-        TypeError, ValueError: an argument is invalid, the checkpoint lacks the state of an object,
-            or a file cannot hold one.
+        TypeError, ValueError: an argument is invalid, an optimizer, scheduler, penalty or early
+            stopping is of a model that the run was not given, the checkpoint lacks the state of an
+            object, or a file cannot hold one.
         CheckpointError: the folder cannot be written to or is in use, or its checkpoint is damaged.
         ImportError: safetensors is not installed (``pip install "fusereg[checkpoints]"``).
 
@@ -150,6 +152,7 @@ class TrainingRun:
                 k: _WithoutBest(v) if hasattr(v, "restorable") else v for k, v in others.items()
             }
         self._own = Sources(OP, others)
+        _check_related(objects)
         self._objects = shared
         self._every_steps, self._every_minutes = every_steps, every_minutes
         self._keep_best, self._mode, self._on_save_error = keep_best, mode, on_save_error
@@ -542,6 +545,32 @@ def _check_whole(name: str, thing: Any) -> None:
                 f"{OP}: {name} has a {kind}, whose parts are not DTensors; shard it with "
                 "torch.distributed.fsdp.fully_shard, or save it as its library says"
             )
+
+
+def _check_related(objects: Mapping[str, Any]) -> None:
+    """Raise for an object that is of none of the models: the run would save the wrong one."""
+    modules = [thing for thing in objects.values() if isinstance(thing, nn.Module)]
+    given = {id(p) for module in modules for p in module.parameters()}
+    for name, thing in objects.items() if given else ():
+        held = _parameters_of(thing)
+        if held and not any(id(p) in given for p in held):
+            raise ValueError(
+                f"{OP}: {name} ({type(thing).__name__}) is of another model: it has no parameter "
+                "of a module that the run was given; make it of that one, or give its module, too"
+            )
+
+
+def _parameters_of(thing: Any) -> list[Tensor]:
+    """Return the parameters that an optimizer, a scheduler, a penalty or a stopper is for."""
+    optimizer = thing if isinstance(thing, _Optimizer) else getattr(thing, "optimizer", None)
+    if isinstance(optimizer, _Optimizer):
+        return [p for group in optimizer.param_groups for p in group["params"]]
+    model = getattr(thing, "_model", None)
+    ours = any(kind.__module__.startswith("fusereg.") for kind in type(thing).__mro__)
+    # An average of the weights has parameters of its own.
+    if not ours or not isinstance(model, nn.Module) or distributed.is_average(model):
+        return []
+    return list(model.parameters())
 
 
 class _WithoutBest:
