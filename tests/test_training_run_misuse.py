@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import swa_utils
+from torch.utils.data import DataLoader, IterableDataset
 
 import fusereg
 from fusereg import EarlyStopping, TrainingRun, WeightPenalty
@@ -137,3 +139,117 @@ def test_two_models_with_an_optimizer_each_are_a_run(tmp_path: Path) -> None:
     TrainingRun(tmp_path, one=one, two=two, first=sgd(one), second=sgd(two))
     with pytest.raises(ValueError, match="second"):
         TrainingRun(tmp_path, one=one, first=sgd(one), second=sgd(two))
+
+
+# --- loaders --------------------------------------------------------------------------------------
+
+BATCHES = [torch.zeros(1), torch.ones(1)]
+
+
+class Stream(IterableDataset[torch.Tensor]):
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(BATCHES)
+
+
+class Again:
+    """A loader that is its own iterator, and begins anew, as some libraries' are."""
+
+    def __init__(self, anew: bool = True) -> None:
+        self.anew, self.at = anew, 0
+
+    def __iter__(self) -> Again:
+        self.at = 0 if self.anew else self.at
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        if self.at == 2:
+            raise StopIteration
+        self.at += 1
+        return BATCHES[self.at - 1]
+
+
+class Indexed:
+    """What Python iterates over by index alone."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return BATCHES[index]
+
+
+ONCE: dict[str, Callable[[], Any]] = {
+    "generator": lambda: (x for x in BATCHES),
+    "list": lambda: iter(BATCHES),
+    "dict": lambda: iter(dict(enumerate(BATCHES)).values()),
+    "range": lambda: iter(range(2)),
+    "enumerate": lambda: enumerate(DataLoader(BATCHES)),  # type: ignore[arg-type]
+    "zip": lambda: zip(BATCHES, BATCHES, strict=True),
+    "map": lambda: map(torch.neg, BATCHES),
+    "slice": lambda: itertools.islice(BATCHES, 2),
+    "chain": lambda: itertools.chain(BATCHES),
+    "DataLoader": lambda: iter(DataLoader(BATCHES)),  # type: ignore[arg-type]
+    "number": lambda: 3,
+    "none": lambda: None,
+}
+
+
+@pytest.mark.parametrize("kind", ONCE)
+def test_an_iterator_is_no_loader(tmp_path: Path, kind: str) -> None:
+    run, loader = TrainingRun(tmp_path, model=nn.Linear(1, 1)), ONCE[kind]()
+    wanted = "must be something that can be iterated over once an epoch, such as a DataLoader, got "
+    for _ in run.epochs(2):
+        with pytest.raises(TypeError, match=rf"batches: loader {wanted}{type(loader).__name__}"):
+            run.batches(loader)
+        assert len(list(run.batches(BATCHES))) == 2, "the loop may be begun after the error"
+
+
+def test_an_iterator_that_does_not_begin_anew_is_noticed_in_the_second_epoch(
+    tmp_path: Path,
+) -> None:
+    run, loader = TrainingRun(tmp_path, model=nn.Linear(1, 1)), Again(anew=False)
+    with pytest.raises(TypeError, match="got Again, an iterator that gives its batches only once"):
+        for _ in run.epochs(2):
+            list(run.batches(loader))
+    assert run.step == 2
+
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "list": lambda: BATCHES,
+    "range": lambda: range(2),
+    "dict": lambda: dict(enumerate(BATCHES)),
+    "DataLoader": lambda: DataLoader(BATCHES),  # type: ignore[arg-type]
+    "stream": lambda: DataLoader(Stream(), batch_size=None),
+    "its own iterator": Again,
+    "by index": Indexed,
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.filterwarnings("error")
+def test_what_begins_anew_in_each_epoch_is_a_loader(tmp_path: Path, kind: str) -> None:
+    loader = LOADERS[kind]()
+    run = TrainingRun(tmp_path, model=nn.Linear(1, 1), every_steps=1)
+    for _ in run.epochs(3):
+        assert len(list(run.batches(loader))) == 2
+    assert run.step == 6
+
+
+def test_an_epoch_without_a_batch_is_told(tmp_path: Path) -> None:
+    few = DataLoader(BATCHES, batch_size=3, drop_last=True)  # type: ignore[arg-type]
+    run = TrainingRun(tmp_path, model=nn.Linear(1, 1))
+    for _ in run.epochs(1):
+        with pytest.warns(RuntimeWarning, match=r"epoch 0 had no batch, as the loader \(DataLoad"):
+            assert list(run.batches(few)) == []
+
+
+@pytest.mark.parametrize("kind", [k for k in LOADERS if k != "by index"])
+def test_a_loader_that_is_shorter_than_the_position_is_refused(tmp_path: Path, kind: str) -> None:
+    model = nn.Linear(1, 1)
+    run = TrainingRun(tmp_path, model=model, every_steps=1)
+    for _ in run.epochs(1):
+        for at in run.batches(range(9)):
+            if at == 5:
+                break
+        break
+    run = TrainingRun(tmp_path, model=model)
+    with pytest.raises(ValueError, match="has only 2 batches, and the checkpoint was saved after"):
+        for _ in run.epochs(1):
+            list(run.batches(LOADERS[kind]()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -10,10 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import GeneratorType
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ..core import distributed
 from ..core.encoding import check_savable
@@ -327,6 +330,10 @@ class TrainingRun:
         Args:
             loader: a DataLoader, or whatever gives the same batches again each time it is iterated
                 over with the same random generators. One loop in each epoch.
+
+        Raises:
+            TypeError: ``loader`` is an iterator that ends once and for all, such as a generator,
+                ``enumerate(loader)`` or ``iter(loader)``.
         """
         if not self._running or self._iterating is not None:
             raise RuntimeError(
@@ -335,6 +342,10 @@ class TrainingRun:
                 if self._running
                 else f"{OP}.batches: it belongs into a loop over epochs()"
             )
+        if not isinstance(loader, Iterable) and not hasattr(type(loader), "__getitem__"):
+            raise TypeError(f"{_WANTED}, got {type(loader).__name__}")
+        if isinstance(loader, _ENDING):
+            raise _ended(loader)
         self._iterating = True
         return self._batches(loader)
 
@@ -347,6 +358,15 @@ class TrainingRun:
             if due and (self._stepped[1] or not self._waits):
                 self._save()
         self._iterating = False
+        if self.batch == 0 and isinstance(loader, Iterator):
+            raise _ended(loader)
+        if self.batch == 0:
+            warnings.warn(
+                f"{OP}.batches: epoch {self.epoch} had no batch, as the loader "
+                f"({type(loader).__name__}) gave none",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _due(self) -> bool:
         """Return whether a checkpoint is due, the same on every rank."""
@@ -535,6 +555,24 @@ class TrainingRun:
 
 
 _Optimizer = torch.optim.Optimizer
+_WANTED = (
+    f"{OP}.batches: loader must be something that can be iterated over once an epoch, such as a "
+    "DataLoader"
+)
+#: Iterators that cannot begin anew; one of another type may do so in its ``__iter__``.
+_ENDING = (
+    *(GeneratorType, enumerate, zip, map, filter, reversed, itertools.chain, itertools.islice),
+    *map(type, (iter([]), iter(()), iter(range(0)), iter({}), iter(set()), iter({}.values()))),
+    type(iter({}.items())),
+    _BaseDataLoaderIter,
+)
+
+
+def _ended(loader: Any) -> TypeError:
+    return TypeError(
+        f"{_WANTED}, got {type(loader).__name__}, an iterator that gives its batches only once; "
+        "for its index write enumerate(run.batches(loader))"
+    )
 
 
 def _check_whole(name: str, thing: Any) -> None:
