@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from ..core.checks import check_mapping
 from ..core.files import CheckpointError
 from ..core.hints import explains
 from ..core.ranks import Problem, describe, raise_first
@@ -64,6 +65,8 @@ def _sources(model: Any, also: Mapping[str, Any] | None, rng: bool) -> Sources:
                 f"{OP}: model must be a torch.nn.Module or None, got {type(model).__name__}"
             )
         objects["model"] = model
+    if also is not None:
+        check_mapping(also, f"{OP}: also", 'like {"optimizer": optimizer}')
     for name, thing in (also or {}).items():
         if name in ("model", "rng"):
             raise ValueError(f'{OP}: also: the name "{name}" is taken, choose another')

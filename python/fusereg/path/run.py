@@ -114,6 +114,14 @@ def path(
         >>> path.plot("path.png")
         >>> model = path.model_at(path.chosen)
     """
+    functions = {"make_model": make_model, "train": train, "evaluate": evaluate}
+    optional = {"penalized": penalized, "smaller": smaller}
+    for name, thing in {
+        **functions,
+        **{k: f for k, f in optional.items() if f is not None},
+    }.items():
+        if not callable(thing) or (name == "make_model" and isinstance(thing, nn.Module)):
+            raise TypeError(f"{OP}: {name} must be a function, got {type(thing).__name__}")
     asked = _check_strengths(strengths, penalized)
     if mode not in ("max", "min"):
         raise ValueError(f'{OP}: mode must be "max" or "min", got {mode!r}')

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import checks
 from ..core import params as _params
 from ..core.params import Key
 from .functional import add_grads, evaluate
@@ -123,7 +124,16 @@ class WeightPenalty:
         self.schedule = schedule
         self.steps = 0
         self._model = model
+        if not isinstance(exclude, Iterable):
+            raise TypeError(
+                "fusereg.WeightPenalty: exclude must be name patterns or module types, "
+                f"got {type(exclude).__name__}"
+            )
         self._exclude = tuple(exclude)
+        if rules is not None:
+            checks.check_mapping(
+                rules, "fusereg.WeightPenalty: rules", 'like {"head.*": {"l1": 1e-4}}'
+            )
         self._rules = dict(rules or {})
         self._check_keys()
         check_given((l1, l2, group), self._rules)
