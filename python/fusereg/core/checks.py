@@ -164,10 +164,7 @@ def check_probability(p: object, op: str, name: str = "p") -> float:
 
     A number is what torch takes for one: of Python or NumPy, or a tensor of one element.
     """
-    if type(p) is float:
-        number = p
-    else:
-        number = as_number(p, f"fusereg.{op}: {name}")
+    number = p if type(p) is float else as_number(p, f"fusereg.{op}: {name}")
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"fusereg.{op}: {name} must be within [0, 1], got {p}")
     return number
