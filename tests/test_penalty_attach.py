@@ -181,6 +181,32 @@ def test_a_wrapper_is_looked_through_and_what_is_no_optimizer_is_refused() -> No
         WeightPenalty(model, l1=1.0).attach(model[0])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("wrap", [lambda o: o, Wrapper], ids=["plain", "wrapped"])
+def test_an_optimizer_without_a_penalized_parameter_is_refused(wrap: Callable[..., Any]) -> None:
+    model = network()
+    biases = torch.optim.SGD([p for n, p in model.named_parameters() if "bias" in n], lr=0.1)
+    copied = sgd(copy.deepcopy(model))
+    penalty = WeightPenalty(model, l1=5.0)
+    for other in (copied, biases, sgd(network())):
+        with pytest.raises(ValueError, match="optimizer holds no parameter that is penalized"):
+            penalty.attach(wrap(other))
+        assert not other._optimizer_step_pre_hooks
+    penalty.attach(wrap(torch.optim.SGD([model[3].weight], lr=0.1)))
+    nothing = WeightPenalty(nn.LayerNorm(3), l1=5.0)
+    assert nothing.attach(wrap(copied)).value is None
+
+
+def test_an_optimizer_that_was_made_before_the_weights_were_replaced_is_refused() -> None:
+    model = network()
+    old, penalty = sgd(model), WeightPenalty(model, l1=5.0)
+    for layer in (model[0], model[3]):
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+    penalty.refresh()
+    with pytest.raises(ValueError, match="no parameter that is penalized"):
+        penalty.attach(old)
+    penalty.attach(sgd(model))
+
+
 def test_only_some_parameters() -> None:
     model = network()
     penalty = WeightPenalty(model, l1=1.0)

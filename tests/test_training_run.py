@@ -442,8 +442,10 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     TrainingRun(tmp_path, model=model, optimizer=optimizer).save()
+    wider = nn.Linear(2, 1)
+    own = torch.optim.SGD(wider.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="has model's weight with shape"):
-        TrainingRun(tmp_path, model=nn.Linear(2, 1), optimizer=optimizer)
+        TrainingRun(tmp_path, model=wider, optimizer=own)
     with pytest.raises(ValueError, match="holds nothing for other; it has"):
         TrainingRun(tmp_path, other=model, model=model, optimizer=optimizer)
     with pytest.warns(RuntimeWarning, match="has the states of optimizer too"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
 import torch
@@ -143,20 +143,28 @@ def _share_an_element(a: Tensor, b: Tensor) -> bool:
     return bool(torch.isin(addresses(a), addresses(b)).any())
 
 
+def as_number(value: object, where: str) -> float:
+    """Return a number as a float; raise TypeError for what is none."""
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{where} must be a number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:  # of several, or complex
+        raise TypeError(f"{where} must be a number: {error}") from error
+
+
+def check_mapping(value: object, where: str, wanted: str) -> None:
+    """Raise unless this is a mapping."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{where} must be a mapping {wanted}, got {type(value).__name__}")
+
+
 def check_probability(p: object, op: str, name: str = "p") -> float:
     """Return p as a float; raise unless it is a number in [0, 1].
 
     A number is what torch takes for one: of Python or NumPy, or a tensor of one element.
     """
-    if type(p) is float:
-        number = p
-    else:
-        if isinstance(p, (str, bytes)) or not hasattr(p, "__float__"):
-            raise TypeError(f"fusereg.{op}: {name} must be a number, got {type(p).__name__}")
-        try:
-            number = float(p)
-        except (RuntimeError, TypeError, ValueError) as error:  # of several elements, or complex
-            raise TypeError(f"fusereg.{op}: {name} must be a number: {error}") from error
+    number = p if type(p) is float else as_number(p, f"fusereg.{op}: {name}")
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"fusereg.{op}: {name} must be within [0, 1], got {p}")
     return number

@@ -139,6 +139,12 @@ def all_reduce(tensor: torch.Tensor, group: object) -> torch.Tensor:
     return tensor
 
 
+def is_average(module: torch.nn.Module) -> bool:
+    """Return whether a module holds averages of another's weights: torch's, or one of timm's."""
+    kinds = type(unwrapped(module)).__mro__
+    return any(kind.__name__.startswith(("AveragedModel", "ModelEma")) for kind in kinds)
+
+
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     """Return the module inside the wrappers of torch.compile and DistributedDataParallel."""
     while True:

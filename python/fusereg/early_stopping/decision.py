@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+from ..core.checks import as_number
 from .checks import OP, check_choice, check_integer
 from .smoothing import Memory, Smoothing
 
@@ -60,7 +61,9 @@ class Metric:
         check_choice("delta_mode", self.delta_mode, ("absolute", "relative"))
         for name in ("min_delta", "baseline", "target", "divergence"):
             value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
+            if value is None and name != "min_delta":
+                continue
+            if not math.isfinite(as_number(value, f"{OP}: {name}")):
                 raise ValueError(f"{OP}: {name} must be finite, got {value}")
         if self.min_delta < 0:
             raise ValueError(f"{OP}: min_delta must be >= 0, got {self.min_delta}")

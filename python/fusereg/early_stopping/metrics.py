@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.checks import as_number, check_mapping
 from .checks import OP, check_choice
 from .decision import Metric, Mode
 
@@ -16,9 +17,11 @@ def check_weights(weights: Mapping[str, float] | None) -> dict[str, float] | Non
     """Return the weights as plain numbers; raise ValueError unless all are finite."""
     if weights is None:
         return None
-    if not weights or not all(math.isfinite(weight) for weight in weights.values()):
+    check_mapping(weights, f"{OP}: weights", "from names of metrics to numbers")
+    found = {k: as_number(weight, f'{OP}: weights["{k}"]') for k, weight in weights.items()}
+    if not found or not all(map(math.isfinite, found.values())):
         raise ValueError(f"{OP}: weights must name metrics with finite weights, got {weights!r}")
-    return {name: float(weight) for name, weight in weights.items()}
+    return found
 
 
 def check_metrics(
@@ -34,6 +37,7 @@ def check_metrics(
             f"{OP}: mode, min_delta, delta_mode, baseline, target, divergence and smoothing are "
             "for a single metric; with metrics, give each a Metric(...) of its own"
         )
+    check_mapping(metrics, f"{OP}: metrics", 'like {"loss": "min"}')
     found = {}
     for name, metric in metrics.items():
         if isinstance(metric, str):

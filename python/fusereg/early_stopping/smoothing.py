@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from ..core.checks import as_number
 from .checks import OP
 
 Memory: TypeAlias = tuple[float, ...]
@@ -36,7 +37,7 @@ class Ema:
     decay: float
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.decay < 1.0:
+        if not 0.0 <= as_number(self.decay, f"{OP}: decay") < 1.0:
             raise ValueError(f"{OP}: decay must be in [0, 1), got {self.decay}")
 
     def update(self, memory: Memory, value: float) -> tuple[Memory, float]:

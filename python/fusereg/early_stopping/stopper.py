@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from ..core.checks import check_mapping
 from ..core.files import CheckpointError
 from ..core.hints import explains
 from ..core.ranks import Problem, describe, raise_first
@@ -64,6 +65,8 @@ def _sources(model: Any, also: Mapping[str, Any] | None, rng: bool) -> Sources:
                 f"{OP}: model must be a torch.nn.Module or None, got {type(model).__name__}"
             )
         objects["model"] = model
+    if also is not None:
+        check_mapping(also, f"{OP}: also", 'like {"optimizer": optimizer}')
     for name, thing in (also or {}).items():
         if name in ("model", "rng"):
             raise ValueError(f'{OP}: also: the name "{name}" is taken, choose another')
@@ -238,6 +241,7 @@ class EarlyStopping:
         self._ranks = AgreeingRanks(agreement, process_group)
         self._state = State.initial(self._rules)
         sources = _sources(model, also, rng)
+        self._model = model  # TrainingRun looks whether it is that of the run
         self._keeper = Keeper(sources, self._ranks, snapshot, folder, resume, on_save_error)
         try:
             self._resume(self._keeper.open())

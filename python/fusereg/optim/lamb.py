@@ -70,7 +70,7 @@ class LAMB(Moments):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": tuple(betas),
+            "betas": self._pair(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "trust_clip": trust_clip,

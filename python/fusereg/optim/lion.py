@@ -56,7 +56,7 @@ class Lion(RegularizedOptimizer):
         weight_decay: Number = 0.0,
         **options: Unpack[Options],
     ) -> None:
-        defaults = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
+        defaults = {"lr": lr, "betas": self._pair(betas), "weight_decay": weight_decay}
         super().__init__(params, defaults, **options)
 
     def _specific(self, group: dict[str, Any]) -> dict[str, Any]:

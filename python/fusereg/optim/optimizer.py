@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
-from ..core import dispatch, memory
+from ..core import checks, dispatch, memory
 from ..core.docs import share_paragraphs
 from ..core.groups import Groups
 from ..penalty.coupled import Weights
@@ -27,7 +27,7 @@ from .coupled import GroupStep
 from .kernels import COPIES, Call, Hyper, State, given, update_dtype
 from .norms import norm_of_grads
 from .op import LOW_PRECISION, Lists
-from .options import DEFAULTS, NOTES, PENALTY, CommonOptions, Options, ParamsT, meant
+from .options import DEFAULTS, NOTES, PENALTY, CommonOptions, Number, Options, ParamsT, meant
 from .plan import CHECKED, Plan, WatchedStates
 
 if TYPE_CHECKING:
@@ -142,6 +142,8 @@ class RegularizedOptimizer(Averages):
         if isinstance(param_group, dict):  # else torch says so
             self._check_keys(param_group)
             self._check_group({**self.defaults, **param_group})
+            if "betas" in self.defaults and "betas" in param_group:
+                self._pair(param_group["betas"])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         divided = divided_by_name(group.get("param_names", ()))
@@ -249,13 +251,23 @@ class RegularizedOptimizer(Averages):
         types = get_type_hints(Options if cls._supports_group else CommonOptions)
         return {name: (default, types[name]) for name, default in DEFAULTS.items() if name in types}
 
+    def _pair(self, betas: Any) -> tuple[Number, Number]:
+        """Return both betas; raise TypeError unless there are two."""
+        try:
+            first, second = betas
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"fusereg.optim.{self._name}: betas must be two numbers, got {betas!r}"
+            ) from None
+        return first, second
+
     def _check_number(self, name: str, value: Any, limit: float) -> None:
         """Raise for a number that is negative, or not below its upper limit."""
         where = f"fusereg.optim.{self._name}: {name}"
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"{where} must be one number, got a tensor of {value.numel()}")
-        elif not 0.0 <= value < limit:
+        elif not 0.0 <= checks.as_number(value, where) < limit:
             wanted = "not negative" if limit == math.inf else f"in [0, {limit})"
             raise ValueError(f"{where} must be {wanted}, got {value}")
 

@@ -114,6 +114,13 @@ def path(
         >>> path.plot("path.png")
         >>> model = path.model_at(path.chosen)
     """
+    functions = {"make_model": make_model, "train": train, "evaluate": evaluate}
+    for name, thing in {**functions, "penalized": penalized, "smaller": smaller}.items():
+        # A path that is done, and read from its folder, calls no train.
+        if thing is None and (name not in functions or (name == "train" and folder is not None)):
+            continue
+        if not callable(thing) or (name == "make_model" and isinstance(thing, nn.Module)):
+            raise TypeError(f"{OP}: {name} must be a function, got {type(thing).__name__}")
     asked = _check_strengths(strengths, penalized)
     if mode not in ("max", "min"):
         raise ValueError(f'{OP}: mode must be "max" or "min", got {mode!r}')

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import checks
 from ..core import params as _params
 from ..core.params import Key
 from .functional import add_grads, evaluate
@@ -123,7 +124,16 @@ class WeightPenalty:
         self.schedule = schedule
         self.steps = 0
         self._model = model
+        if not isinstance(exclude, Iterable):
+            raise TypeError(
+                "fusereg.WeightPenalty: exclude must be name patterns or module types, "
+                f"got {type(exclude).__name__}"
+            )
         self._exclude = tuple(exclude)
+        if rules is not None:
+            checks.check_mapping(
+                rules, "fusereg.WeightPenalty: rules", 'like {"head.*": {"l1": 1e-4}}'
+            )
         self._rules = dict(rules or {})
         self._check_keys()
         check_given((l1, l2, group), self._rules)
@@ -339,6 +349,7 @@ class WeightPenalty:
 
         Raises:
             TypeError: ``optimizer`` is not an optimizer.
+            ValueError: it holds no parameter that is penalized, and some are.
 
         Example:
             >>> attached = penalty.attach(optimizer)
@@ -446,6 +457,12 @@ class AttachedPenalty:
         self._penalty = penalty
         self._count_steps = count_steps
         inner = innermost(optimizer)
+        penalized = {id(p) for g in penalty.groups for p in g.params}
+        if penalized and not any(id(p) in penalized for p in _held(inner)):
+            raise ValueError(
+                "fusereg.WeightPenalty.attach: optimizer holds no parameter that is penalized; is "
+                "it another model's? After parameters were replaced, call refresh()"
+            )
         self._handles = (
             inner.register_step_pre_hook(self._before),
             inner.register_step_post_hook(self._after),
@@ -506,10 +523,15 @@ def add_for(penalty: WeightPenalty, optimizer: Any, grad_scale: Tensor | None) -
 
     A step without any gradient is a skipped step, which the penalty must not turn into a real one.
     """
-    own = [p for group in optimizer.param_groups for p in group["params"]]
+    own = _held(optimizer)
     if all(p.grad is None for p in own):
         return None
     return penalty.add_grad_(grad_scale=grad_scale, only=own)
+
+
+def _held(optimizer: Any) -> list[Tensor]:
+    """Return an optimizer's parameters."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import GeneratorType
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from ..core import distributed
 from ..core.encoding import check_savable
 from ..core.files import CheckpointError
 from ..core.lock import FolderInUse
@@ -98,8 +102,9 @@ class TrainingRun:
         resumed: whether the run goes on from a checkpoint.
 
     Raises:
-        TypeError, ValueError: an argument is invalid, the checkpoint lacks the state of an object,
-            or a file cannot hold one.
+        TypeError, ValueError: an argument is invalid, an optimizer, scheduler, penalty or early
+            stopping is of a model that the run was not given, the checkpoint lacks the state of an
+            object, or a file cannot hold one.
         CheckpointError: the folder cannot be written to or is in use, or its checkpoint is damaged.
         ImportError: safetensors is not installed (``pip install "fusereg[checkpoints]"``).
 
@@ -150,6 +155,7 @@ class TrainingRun:
                 k: _WithoutBest(v) if hasattr(v, "restorable") else v for k, v in others.items()
             }
         self._own = Sources(OP, others)
+        _check_related(objects)
         self._objects = shared
         self._every_steps, self._every_minutes = every_steps, every_minutes
         self._keep_best, self._mode, self._on_save_error = keep_best, mode, on_save_error
@@ -162,6 +168,7 @@ class TrainingRun:
         self._best: list[dict[str, Any]] = []
         self._metric: float | None = None
         self._requested = False
+        self._told = False  # whether save() has been called, and what it lacked been said
         self._running = False
         self._iterating: bool | None = None  # None: no loop over batches in this epoch yet
         self._clock = time.monotonic()
@@ -323,6 +330,10 @@ class TrainingRun:
         Args:
             loader: a DataLoader, or whatever gives the same batches again each time it is iterated
                 over with the same random generators. One loop in each epoch.
+
+        Raises:
+            TypeError: ``loader`` is an iterator that ends once and for all, such as a generator,
+                ``enumerate(loader)`` or ``iter(loader)``.
         """
         if not self._running or self._iterating is not None:
             raise RuntimeError(
@@ -331,6 +342,10 @@ class TrainingRun:
                 if self._running
                 else f"{OP}.batches: it belongs into a loop over epochs()"
             )
+        if not isinstance(loader, Iterable) and not hasattr(type(loader), "__getitem__"):
+            raise TypeError(f"{_WANTED}, got {type(loader).__name__}")
+        if isinstance(loader, _ENDING):
+            raise _ended(loader)
         self._iterating = True
         return self._batches(loader)
 
@@ -343,6 +358,15 @@ class TrainingRun:
             if due and (self._stepped[1] or not self._waits):
                 self._save()
         self._iterating = False
+        if self.batch == 0 and isinstance(loader, Iterator):
+            raise _ended(loader)
+        if self.batch == 0:
+            warnings.warn(
+                f"{OP}.batches: epoch {self.epoch} had no batch, as the loader "
+                f"({type(loader).__name__}) gave none",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _due(self) -> bool:
         """Return whether a checkpoint is due, the same on every rank."""
@@ -366,12 +390,21 @@ class TrainingRun:
 
         Args:
             metric: by which the best checkpoints are kept, if ``keep_best`` is > 0; the same on all
-                ranks. One that is not finite counts as none.
+                ranks. One that is not finite counts as none. Checkpoints without one are never
+                among the best, of which a warning tells if the first call has none.
         """
         try:
             value = None if metric is None else float(torch.as_tensor(metric).detach())
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{OP}.save: metric must be a number, got {metric!r}") from error
+        if value is None and self._keep_best and not self._best and not self._told:
+            warnings.warn(
+                f"{OP}.save: keep_best is {self._keep_best}, but a checkpoint without metric= is "
+                "not among the best",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._told = True
         self._metric = None if value is None or not math.isfinite(value) else value
         self._requested = True
         if not self._running:
@@ -496,24 +529,50 @@ class TrainingRun:
         path = self._folder.path_of(entry["name"])
         return Saved(entry["step"], entry["epoch"], entry["batch"], entry["metric"], path)
 
-    def restore(self, which: Literal["best", "last"] = "best") -> int | None:
+    def restore(self, which: Literal["best", "last"] = "best") -> int:
         """Load the objects' states of the best or the last checkpoint; all ranks must call it.
 
         The position and the random generators stay as they are.
 
         Returns:
-            The step of that checkpoint; None if there is none, and nothing has changed.
+            The step of that checkpoint.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
         """
         if which not in ("best", "last"):
             raise ValueError(f'{OP}.restore: which must be "best" or "last", got {which!r}')
         entry = self._last if which == "last" else next(iter(self._best), None)
         if entry is None:
-            return None
+            why = "none has been saved yet"
+            if self._last is not None and not self._keep_best:
+                why = "keep_best is 0; pass the number to keep to TrainingRun"
+            elif self._last is not None:
+                why = "none was saved with a finite metric; call save(metric=...)"
+            raise CheckpointError(f"{OP}.restore: there is no {which} checkpoint: {why}")
         self._load(entry)
         return int(entry["step"])
 
 
 _Optimizer = torch.optim.Optimizer
+_WANTED = (
+    f"{OP}.batches: loader must be something that can be iterated over once an epoch, such as a "
+    "DataLoader"
+)
+#: Iterators that cannot begin anew; one of another type may do so in its ``__iter__``.
+_ENDING = (
+    *(GeneratorType, enumerate, zip, map, filter, reversed, itertools.chain, itertools.islice),
+    *map(type, (iter([]), iter(()), iter(range(0)), iter({}), iter(set()), iter({}.values()))),
+    type(iter({}.items())),
+    _BaseDataLoaderIter,
+)
+
+
+def _ended(loader: Any) -> TypeError:
+    return TypeError(
+        f"{_WANTED}, got {type(loader).__name__}, an iterator that gives its batches only once; "
+        "for its index write enumerate(run.batches(loader))"
+    )
 
 
 def _check_whole(name: str, thing: Any) -> None:
@@ -524,6 +583,32 @@ def _check_whole(name: str, thing: Any) -> None:
                 f"{OP}: {name} has a {kind}, whose parts are not DTensors; shard it with "
                 "torch.distributed.fsdp.fully_shard, or save it as its library says"
             )
+
+
+def _check_related(objects: Mapping[str, Any]) -> None:
+    """Raise for an object that is of none of the models: the run would save the wrong one."""
+    modules = [thing for thing in objects.values() if isinstance(thing, nn.Module)]
+    given = {id(p) for module in modules for p in module.parameters()}
+    for name, thing in objects.items() if given else ():
+        held = _parameters_of(thing)
+        if held and not any(id(p) in given for p in held):
+            raise ValueError(
+                f"{OP}: {name} ({type(thing).__name__}) is of another model: it has no parameter "
+                "of a module that the run was given; make it of that one, or give its module, too"
+            )
+
+
+def _parameters_of(thing: Any) -> list[Tensor]:
+    """Return the parameters that an optimizer, a scheduler, a penalty or a stopper is for."""
+    optimizer = thing if isinstance(thing, _Optimizer) else getattr(thing, "optimizer", None)
+    if isinstance(optimizer, _Optimizer):
+        return [p for group in optimizer.param_groups for p in group["params"]]
+    model = getattr(thing, "_model", None)
+    ours = any(kind.__module__.startswith("fusereg.") for kind in type(thing).__mro__)
+    # An average of the weights has parameters of its own.
+    if not ours or not isinstance(model, nn.Module) or distributed.is_average(model):
+        return []
+    return list(model.parameters())
 
 
 class _WithoutBest:

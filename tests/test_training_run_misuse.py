@@ -1,0 +1,258 @@
+"""TrainingRun: what would have trained, saved or restored nothing is said in words."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import swa_utils
+from torch.utils.data import DataLoader, IterableDataset
+
+import fusereg
+from fusereg import EarlyStopping, TrainingRun, WeightPenalty
+from fusereg.run import CheckpointError
+
+pytest.importorskip("safetensors")
+
+
+# --- restoring ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("which", "keep_best", "metrics", "why"),
+    [
+        ("last", 0, (), "none has been saved yet"),
+        ("best", 1, (), "none has been saved yet"),
+        ("best", 0, (1.0,), "keep_best is 0"),
+        ("best", 1, (None,), "none was saved with a finite metric"),
+        ("best", 2, (float("nan"), None), "none was saved with a finite metric"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:fusereg.TrainingRun.save")
+def test_restoring_what_is_not_there_is_refused_and_changes_nothing(
+    tmp_path: Path, which: Any, keep_best: int, metrics: tuple[float | None, ...], why: str
+) -> None:
+    model = nn.Linear(1, 1)
+    run = TrainingRun(tmp_path, model=model, keep_best=keep_best)
+    for metric in metrics:
+        run.save(metric)
+    nn.init.constant_(model.weight, 3.0)
+    text = rf"^fusereg.TrainingRun.restore: there is no {which} checkpoint: {why}"
+    with pytest.raises(CheckpointError, match=text):
+        run.restore(which)
+    assert float(model.weight.detach()) == 3.0
+    run.save(metric=1.0)
+    nn.init.constant_(model.weight, 4.0)
+    if keep_best or which == "last":
+        assert run.restore(which) == 0
+        assert float(model.weight.detach()) == 3.0
+
+
+def test_a_new_run_begins_without_a_checkpoint(tmp_path: Path) -> None:
+    run = TrainingRun(tmp_path, model=nn.Linear(1, 1), keep_best=1)
+    assert not run.resumed
+    assert list(run.epochs(1)) == [0]
+
+
+@pytest.mark.parametrize(("keep_best", "first", "told"), [(1, None, 1), (1, 2.0, 0), (0, None, 0)])
+def test_saving_without_a_metric_while_the_best_are_kept_is_told_once(
+    tmp_path: Path, keep_best: int, first: float | None, told: int
+) -> None:
+    run = TrainingRun(tmp_path, model=nn.Linear(1, 1), keep_best=keep_best)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in run.epochs(3):
+            run.save(first)
+            run.save()
+    texts = [str(w.message) for w in caught if "metric" in str(w.message)]
+    assert len(texts) == told
+    assert all("keep_best is 1, but a checkpoint without metric= is not among" in t for t in texts)
+
+
+# --- objects of another model ---------------------------------------------------------------------
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+OF_A_MODEL: dict[str, Callable[[nn.Module], Any]] = {
+    "optimizer": sgd,
+    "own optimizer": lambda m: fusereg.optim.AdamW(m.parameters()),
+    "scheduler": lambda m: torch.optim.lr_scheduler.StepLR(sgd(m), 3),
+    "stopper": lambda m: EarlyStopping(m, patience=3),
+    "penalty": lambda m: WeightPenalty(m, l1=0.1),
+}
+
+
+class Held(nn.Module):
+    """A module that holds another, as a DistributedDataParallel does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "plain": lambda m: m,
+    "compiled": lambda m: torch.compile(m, backend="eager"),  # type: ignore[return-value]
+    "held": Held,
+    "parallel": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("kind", OF_A_MODEL)
+def test_what_is_of_another_model_is_refused(tmp_path: Path, kind: str, wrap: str) -> None:
+    model, make, wrapped = nn.Linear(2, 1), OF_A_MODEL[kind], WRAPS[wrap]
+    for other in (copy.deepcopy(model), nn.Linear(3, 1), wrapped(nn.Linear(2, 1))):
+        with pytest.raises(ValueError, match=r"^fusereg.TrainingRun: thing \(\w+\) is of another"):
+            TrainingRun(tmp_path, model=wrapped(model), thing=make(other))
+        TrainingRun(tmp_path / "both", model=model, other=other, thing=make(other))
+    assert not (tmp_path / "run.json").exists()
+    TrainingRun(tmp_path, model=wrapped(model), thing=make(model))
+    TrainingRun(tmp_path, model=model, thing=make(wrapped(model)))
+    TrainingRun(tmp_path, model=wrapped(model), thing=make(nn.Sequential(model, nn.Linear(1, 1))))
+    TrainingRun(tmp_path, thing=make(model))
+
+
+def test_models_without_parameters_and_averages_go_with_any(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    TrainingRun(tmp_path, model=nn.ReLU(), optimizer=sgd(model))
+    average = swa_utils.AveragedModel(model)
+    for averaged in (average, torch.compile(average, backend="eager")):
+        for stopper in (EarlyStopping(averaged, patience=3), EarlyStopping(patience=3)):  # type: ignore[arg-type]
+            TrainingRun(tmp_path, model=model, stopper=stopper)
+            TrainingRun(tmp_path, model=model, average=average, stopper=stopper)
+    TrainingRun(tmp_path, model=model, stopper=EarlyStopping(nn.ReLU(), patience=3))
+
+
+def test_two_models_with_an_optimizer_each_are_a_run(tmp_path: Path) -> None:
+    one, two = nn.Linear(2, 1), nn.Linear(1, 2)
+    TrainingRun(tmp_path, one=one, two=two, first=sgd(one), second=sgd(two))
+    with pytest.raises(ValueError, match="second"):
+        TrainingRun(tmp_path, one=one, first=sgd(one), second=sgd(two))
+
+
+# --- loaders --------------------------------------------------------------------------------------
+
+BATCHES = [torch.zeros(1), torch.ones(1)]
+
+
+class Stream(IterableDataset[torch.Tensor]):
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(BATCHES)
+
+
+class Again:
+    """A loader that is its own iterator, and begins anew, as some libraries' are."""
+
+    def __init__(self, anew: bool = True) -> None:
+        self.anew, self.at = anew, 0
+
+    def __iter__(self) -> Again:
+        self.at = 0 if self.anew else self.at
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        if self.at == 2:
+            raise StopIteration
+        self.at += 1
+        return BATCHES[self.at - 1]
+
+
+class Indexed:
+    """What Python iterates over by index alone."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return BATCHES[index]
+
+
+ONCE: dict[str, Callable[[], Any]] = {
+    "generator": lambda: (x for x in BATCHES),
+    "list": lambda: iter(BATCHES),
+    "dict": lambda: iter(dict(enumerate(BATCHES)).values()),
+    "range": lambda: iter(range(2)),
+    "enumerate": lambda: enumerate(DataLoader(BATCHES)),  # type: ignore[arg-type]
+    "zip": lambda: zip(BATCHES, BATCHES, strict=True),
+    "map": lambda: map(torch.neg, BATCHES),
+    "slice": lambda: itertools.islice(BATCHES, 2),
+    "chain": lambda: itertools.chain(BATCHES),
+    "DataLoader": lambda: iter(DataLoader(BATCHES)),  # type: ignore[arg-type]
+    "number": lambda: 3,
+    "none": lambda: None,
+}
+
+
+@pytest.mark.parametrize("kind", ONCE)
+def test_an_iterator_is_no_loader(tmp_path: Path, kind: str) -> None:
+    run, loader = TrainingRun(tmp_path, model=nn.Linear(1, 1)), ONCE[kind]()
+    wanted = "must be something that can be iterated over once an epoch, such as a DataLoader, got "
+    for _ in run.epochs(2):
+        with pytest.raises(TypeError, match=rf"batches: loader {wanted}{type(loader).__name__}"):
+            run.batches(loader)
+        assert len(list(run.batches(BATCHES))) == 2, "the loop may be begun after the error"
+
+
+def test_an_iterator_that_does_not_begin_anew_is_noticed_in_the_second_epoch(
+    tmp_path: Path,
+) -> None:
+    run, loader = TrainingRun(tmp_path, model=nn.Linear(1, 1)), Again(anew=False)
+    epochs = run.epochs(2)
+    next(epochs)
+    assert len(list(run.batches(loader))) == 2
+    next(epochs)
+    with pytest.raises(TypeError, match="got Again, an iterator that gives its batches only once"):
+        list(run.batches(loader))
+
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "list": lambda: BATCHES,
+    "range": lambda: range(2),
+    "dict": lambda: dict(enumerate(BATCHES)),
+    "DataLoader": lambda: DataLoader(BATCHES),  # type: ignore[arg-type]
+    "stream": lambda: DataLoader(Stream(), batch_size=None),
+    "its own iterator": Again,
+    "by index": Indexed,
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.filterwarnings("error")
+def test_what_begins_anew_in_each_epoch_is_a_loader(tmp_path: Path, kind: str) -> None:
+    loader = LOADERS[kind]()
+    run = TrainingRun(tmp_path, model=nn.Linear(1, 1), every_steps=1)
+    for _ in run.epochs(3):
+        assert len(list(run.batches(loader))) == 2
+    assert run.step == 6
+
+
+def test_an_epoch_without_a_batch_is_told(tmp_path: Path) -> None:
+    few = DataLoader(BATCHES, batch_size=3, drop_last=True)  # type: ignore[arg-type]
+    run = TrainingRun(tmp_path, model=nn.Linear(1, 1))
+    for _ in run.epochs(1):
+        with pytest.warns(RuntimeWarning, match=r"epoch 0 had no batch, as the loader \(DataLoad"):
+            assert list(run.batches(few)) == []
+
+
+@pytest.mark.parametrize("kind", [k for k in LOADERS if k != "by index"])
+def test_a_loader_that_is_shorter_than_the_position_is_refused(tmp_path: Path, kind: str) -> None:
+    model = nn.Linear(1, 1)
+    run = TrainingRun(tmp_path, model=model, every_steps=1)
+    for _ in run.epochs(1):
+        for at in run.batches(range(9)):
+            if at == 5:
+                break
+        break
+    run = TrainingRun(tmp_path, model=model)
+    epochs = run.epochs(1)
+    next(epochs)
+    with pytest.raises(ValueError, match="has only 2 batches, and the checkpoint was saved after"):
+        list(run.batches(LOADERS[kind]()))
