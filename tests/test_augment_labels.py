@@ -17,6 +17,7 @@ from fusereg.augment import (
     Mix,
     MixedLabels,
     MixUp,
+    RandomHorizontalFlip,
 )
 from target_cases import (
     H,
@@ -158,3 +159,16 @@ def test_mixing_without_labels_warns(through: str) -> None:
         augment.eval()(images())
         params = augment.train().sample_params(N, input_size=(H, W))
         augment(images(), params=params)
+
+
+@pytest.mark.parametrize("make", [Augment, lambda size: Compose([RandomHorizontalFlip()])])
+def test_boxes_and_points_of_another_canvas_are_refused(make: Callable[..., Any]) -> None:
+    wrong = (H + 1, W)
+    boxes = [box() for _ in range(N)]
+    augment = make((H, W))
+    augment(images(), {"boxes": boxes})
+    points = tv().KeyPoints(torch.rand(N, 2, 2), canvas_size=wrong)
+    boxes[1] = tv().BoundingBoxes([[0.0, 0, 5, 5]], format="XYXY", canvas_size=wrong)
+    for tree in ({"boxes": boxes}, {"points": points}):
+        with pytest.raises(ValueError, match=rf"canvas_size \({H}, {W}\) .* got \({H + 1}, {W}\)"):
+            augment(images(), tree)

@@ -21,7 +21,9 @@ from .params import AugmentParams
 from .tree import (
     Columns,
     Node,
+    are_probabilities,
     batch_tree,
+    check_canvas,
     hides_tensors,
     items_of,
     kind_of,
@@ -225,6 +227,8 @@ class Targets:
         kind, value = leaf.kind, leaf.value
         if kind in ("", "Tensor", "TVTensor") or self._left_alone(leaf):
             return
+        if kind in ("BoundingBoxes", "KeyPoints"):
+            check_canvas(value, self.size, self.op, leaf.path)
         if kind == "BoundingBoxes":
             if leaf.sample is None and self.n != 1:
                 raise ValueError(
@@ -311,7 +315,7 @@ class Targets:
         rest = tuple(shape[1:]) if leaf.sample is None else tuple(shape[min(len(shape), 1) :])
         if len(rest) > 1:
             return f"is a plain tensor or array of shape {tuple(shape)}"
-        if len(rest) == 1 and rest[0] > 1 and not _probabilities(value, rest[0]):
+        if len(rest) == 1 and rest[0] > 1 and not are_probabilities(value, rest[0]):
             return f"is a plain tensor or array of shape {tuple(shape)}, and no probabilities"
         return ""
 
@@ -654,21 +658,6 @@ class Unstacked(Targets):
         """Return the targets of the batch."""
         tree = batch_tree(stack(trees))
         return Targets(tree, self.n, size, self.rules, self.op, self.mixed)
-
-
-def _probabilities(value: Any, columns: int) -> bool:
-    """Return whether values [N, K] are probabilities, several classes or tokens, and no places."""
-    x = torch.as_tensor(value)
-    if not x.is_floating_point() and x.dtype is not torch.bool:
-        few = columns in (2, 4, 5, 8)
-        return not few or bool(((x == 0) | (x == 1)).all())
-    x = x.detach()
-    if x.dtype is torch.bool or bool(((x == 0) | (x == 1)).all()):
-        return True
-    if not bool(((x >= 0) & (x <= 1)).all()):
-        return False
-    sums = x.double().sum(-1)
-    return columns not in (2, 4, 5, 8) or bool(((sums - 1).abs() < 1e-2).all())
 
 
 def corners_of(boxes: Tensor, name: str) -> Tensor:

@@ -174,3 +174,27 @@ def leaves_of(tree: Any) -> list[Any]:
     """Return what is in a nesting of containers."""
     items = items_of(tree)
     return [tree] if items is None else [leaf for v in items.values() for leaf in leaves_of(v)]
+
+
+def check_canvas(value: Any, size: tuple[int, int], op: str, path: str) -> None:
+    """Check that boxes or points are places in images of this size."""
+    if tuple(value.canvas_size) != tuple(size):
+        raise ValueError(
+            f"fusereg.{op}: {path}, {kind_of(value)}, must have the canvas_size {tuple(size)} of "
+            f"the images, got {tuple(value.canvas_size)}"
+        )
+
+
+def are_probabilities(value: Any, columns: int) -> bool:
+    """Return whether values [N, K] are probabilities, several classes or tokens, and no places."""
+    x = torch.as_tensor(value)
+    if not x.is_floating_point() and x.dtype is not torch.bool:
+        few = columns in (2, 4, 5, 8)
+        return not few or bool(((x == 0) | (x == 1)).all())
+    x = x.detach()
+    if x.dtype is torch.bool or bool(((x == 0) | (x == 1)).all()):
+        return True
+    if not bool(((x >= 0) & (x <= 1)).all()):
+        return False
+    sums = x.double().sum(-1)
+    return columns not in (2, 4, 5, 8) or bool(((sums - 1).abs() < 1e-2).all())
