@@ -172,3 +172,27 @@ def test_boxes_and_points_of_another_canvas_are_refused(make: Callable[..., Any]
     for tree in ({"boxes": boxes}, {"points": points}):
         with pytest.raises(ValueError, match=rf"canvas_size \({H}, {W}\) .* got \({H + 1}, {W}\)"):
             augment(images(), tree)
+
+
+@pytest.mark.parametrize("make", [lambda: Augment((H, W), mix="mixup"), lambda: Compose([MixUp()])])
+def test_labels_that_are_no_tensor_are_refused_where_images_are_mixed(
+    make: Callable[[], Any],
+) -> None:
+    augment, names = make(), ["cat"] * N
+    for value in (names, tuple(names), "cat", 3, 0.5, ["cat", "dog"]):
+        for tree in ({"label": value}, {"file_name": names, "target": value}, value):
+            with pytest.raises(TypeError, match="must be a tensor"):
+                augment(images(), tree)
+    for key in ("name", "file_name", "path", "image_id"):
+        tree = {key: names, "label": torch.arange(N)}
+        assert augment(images(), tree)[1][key] == names
+
+
+def test_integers_of_one_column_are_refused_where_they_would_be_blended() -> None:
+    augment = Augment((H, W), mix="mixup")
+    for dtype in (torch.int64, torch.int32, torch.uint8, torch.bool):
+        column = torch.ones(N, 1, dtype=dtype)
+        with pytest.raises(TypeError, match=r"squeeze\(1\)"):
+            augment(images(), column)
+        assert augment(images(), column.expand(N, 3))[1].dtype == torch.float32
+    assert augment(images(), torch.rand(N, 1))[1].shape == (N, 1)

@@ -80,6 +80,11 @@ def mix_labels(
             raise ValueError(
                 f"fusereg.{op}: targets must have {num_classes} columns, got {labels.shape[1]}"
             )
+        if labels.shape[1] == 1 and not labels.is_floating_point():
+            raise TypeError(
+                f"fusereg.{op}: targets of shape ({n}, 1) must be floating, got {labels.dtype}; "
+                f"give class indices the shape ({n},), as by squeeze(1)"
+            )
         soft = labels if labels.is_floating_point() else labels.float()
         w = weight.to(soft.dtype)[:, None]
         return _smooth(soft * w + soft[other] * (1 - w), label_smoothing)

@@ -16,8 +16,8 @@ from torch import Tensor
 from .inputs import image_tensor, pil_image
 from .labels import tv_tensors, unwrap
 from .seeded import mix_bits
-from .targets import Targets, area, corners_of
-from .tree import kind_of, leaves_of, plain
+from .targets import Targets
+from .tree import area, corners_of, kind_of, leaves_of, plain
 
 #: torchvision's transforms that change values alone.
 _VALUES_ONLY = {

@@ -22,8 +22,10 @@ from .tree import (
     Columns,
     Node,
     are_probabilities,
+    area,
     batch_tree,
     check_canvas,
+    corners_of,
     hides_tensors,
     items_of,
     kind_of,
@@ -363,7 +365,12 @@ class Targets:
     def _mix(self, leaf: Leaf, params: AugmentParams, look: Look) -> None:
         """Mix a label or the masks of the batch; refuse what cannot be mixed."""
         value, kind, op = leaf.value, leaf.kind, self.op
-        if value is None or isinstance(value, (str, bytes)) or self._left_alone(leaf):
+        if value is None or self._left_alone(leaf):
+            return
+        is_text = isinstance(value, (str, bytes))
+        if leaf.mixable and (is_text or (leaf.sample is None and isinstance(value, (int, float)))):
+            self._refuse_plain_label(leaf)
+        if is_text:
             return
         moves = kind not in ("", "Tensor")
         is_number = isinstance(value, (int, float))
@@ -380,6 +387,20 @@ class Targets:
             )
         elif leaf.mixable and not is_number and self._is_label(leaf):
             leaf.value = mix_labels(value, params, look.num_classes, op, look.label_smoothing)
+
+    def _refuse_plain_label(self, leaf: Leaf) -> None:
+        """Raise an error for text or a number that is a label: it cannot be mixed."""
+        key, labels, tensors = leaf.key, self.rules.labels, [x for x in self.leaves if x.mixable]
+        alone = self.rules.passthrough is not True and not any(
+            x.kind or isinstance(x.value, MixedLabels) for x in tensors
+        )
+        named = key in labels if labels is not None else is_named_as_label(key) if key else alone
+        if named:
+            raise TypeError(
+                f"fusereg.{self.op}: labels must be a tensor to be mixed with their images, got "
+                f"{type(leaf.value).__name__} at {leaf.path}; name the key in passthrough= if it "
+                "must stay as it is"
+            )
 
     def _is_label(self, leaf: Leaf) -> bool:
         """Return whether a value is a label, by its key; raise an error where that says neither."""
@@ -658,25 +679,6 @@ class Unstacked(Targets):
         """Return the targets of the batch."""
         tree = batch_tree(stack(trees))
         return Targets(tree, self.n, size, self.rules, self.op, self.mixed)
-
-
-def corners_of(boxes: Tensor, name: str) -> Tensor:
-    """Return boxes of a format, or around their corners, as x0, y0, x1, y1."""
-    b = boxes.double()
-    if name == "XYXYXYXY":
-        points = b.reshape(-1, 4, 2)
-        return torch.cat([points.amin(1), points.amax(1)], dim=1)
-    first, second = b[:, :2], b[:, 2:]
-    if name == "XYWH":
-        return torch.cat([first, first + second], dim=1)
-    if name == "CXCYWH":
-        return torch.cat([first - second / 2, first + second / 2], dim=1)
-    return b
-
-
-def area(corners: Tensor) -> Tensor:
-    """Return the area of boxes x0, y0, x1, y1."""
-    return (corners[:, 2:4] - corners[:, :2]).clamp(min=0).prod(1)
 
 
 def rules_of(op: str, options: Mapping[str, Any]) -> Rules:

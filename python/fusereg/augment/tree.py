@@ -198,3 +198,22 @@ def are_probabilities(value: Any, columns: int) -> bool:
         return False
     sums = x.double().sum(-1)
     return columns not in (2, 4, 5, 8) or bool(((sums - 1).abs() < 1e-2).all())
+
+
+def corners_of(boxes: Tensor, name: str) -> Tensor:
+    """Return boxes of a format, or around their corners, as x0, y0, x1, y1."""
+    b = boxes.double()
+    if name == "XYXYXYXY":
+        points = b.reshape(-1, 4, 2)
+        return torch.cat([points.amin(1), points.amax(1)], dim=1)
+    first, second = b[:, :2], b[:, 2:]
+    if name == "XYWH":
+        return torch.cat([first, first + second], dim=1)
+    if name == "CXCYWH":
+        return torch.cat([first - second / 2, first + second / 2], dim=1)
+    return b
+
+
+def area(corners: Tensor) -> Tensor:
+    """Return the area of boxes x0, y0, x1, y1."""
+    return (corners[:, 2:4] - corners[:, :2]).clamp(min=0).prod(1)
