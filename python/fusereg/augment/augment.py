@@ -367,8 +367,10 @@ def affine_step(
         else:
             x = y = number(translate, op, "translate")
         move = (x, y)
-        if min(move) < 0:
-            raise ValueError(f"fusereg.{op}: translate must not be negative, got {move}")
+        if not 0 <= min(move) <= max(move) <= 1:
+            raise ValueError(
+                f"fusereg.{op}: translate must be within [0, 1], a share of the image, got {move}"
+            )
     shear_x = shear_y = (0.0, 0.0)
     if shear is not None:
         if is_sequence(shear):
