@@ -56,21 +56,33 @@ def cases(options: Options) -> list[Case]:
     ]
 
 
-def _case(name: str, layout: str, dtype: torch.dtype, options: Options) -> Case:
-    make, batch, side = _networks(options.quick)[name]
+def training_case(
+    shape: str,
+    make: Callable[[], nn.Module],
+    dtype: torch.dtype,
+    options: Options,
+    setup: Callable[[], Workload],
+) -> Case:
+    """Return the case of a training step of a network."""
     parameters = list(make().parameters())
     return Case(
         op="training",
         mode="step",
-        shape=f"{name} {batch}x{side}x{side} {layout}",
+        shape=shape,
         dtype=dtype,
         device=options.device,
         tensors=len(parameters),
         elements=sum(p.numel() for p in parameters),
         bytes_moved=0,
         memory=2 * 10**9,
-        setup=lambda: _setup(name, layout, dtype, options),
+        setup=setup,
     )
+
+
+def _case(name: str, layout: str, dtype: torch.dtype, options: Options) -> Case:
+    make, batch, side = _networks(options.quick)[name]
+    shape = f"{name} {batch}x{side}x{side} {layout}"
+    return training_case(shape, make, dtype, options, lambda: _setup(name, layout, dtype, options))
 
 
 def _setup(name: str, layout: str, dtype: torch.dtype, options: Options) -> Workload:

@@ -28,7 +28,7 @@ import fusereg
 
 from ..harness import EAGER, Call, Case, Options, Provider, Workload
 from ..models import ResNet, Separable, UNet, encoder, tabular
-from .backend import BACKEND, BOTH, FUSED, INDUCTOR
+from .backend import BACKEND, BOTH, FUSED, INDUCTOR, training_case
 
 PROVIDERS = (EAGER, FUSED, BACKEND, INDUCTOR, BOTH)
 _WIDTHS = (64, 128, 256, 512)
@@ -65,19 +65,8 @@ def cases(options: Options) -> list[Case]:
 
 def _case(name: str, dtype: torch.dtype, options: Options) -> Case:
     make, shape = _networks(options.quick)[name]
-    parameters = list(make().parameters())
-    return Case(
-        op="training",
-        mode="step",
-        shape=f"{name} {'x'.join(map(str, shape))}",
-        dtype=dtype,
-        device=options.device,
-        tensors=len(parameters),
-        elements=sum(p.numel() for p in parameters),
-        bytes_moved=0,
-        memory=2 * 10**9,
-        setup=lambda: _setup(name, dtype, options),
-    )
+    text = f"{name} {'x'.join(map(str, shape))}"
+    return training_case(text, make, dtype, options, lambda: _setup(name, dtype, options))
 
 
 def _setup(name: str, dtype: torch.dtype, options: Options) -> Workload:

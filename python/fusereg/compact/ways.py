@@ -28,12 +28,11 @@ class Way(NamedTuple):
     """A way to run a model."""
 
     training: bool = False
+    #: Which draw of a single number is at an end of its range, and whether at the upper; -1: none.
     draw: int = -1
-    """Which draw of a single number is at an end of its range; none is by default."""
     high: bool = False
-    """Whether that is the upper end."""
+    #: Of what draws elsewhere than in torch.
     seed: int = 0
-    """The seed of what draws elsewhere than in torch."""
 
 
 class Running(TorchDispatchMode):

@@ -205,7 +205,7 @@ class Compact(Method):
 
 
 class PlainProxUnits(Method):
-    """The same proximal step in plain torch; a unit is a row of the first layer and its bias."""
+    """Proximal step in plain torch on units: a row of the first layer, and its bias."""
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -409,7 +409,7 @@ class Everything(BatchNorm, Penalty, Augmentation, EarlyStopping):
 
 
 class PlainEverything(PlainBatchNorm, PlainPenalty, PlainAugmentation, PlainEarlyStopping):
-    """The same in plain torch, with the penalty as a term of the loss."""
+    """Everything in plain torch, with the penalty as a term of the loss."""
 
 
 # Strengths: found by trying on the bundled digits. Labels and names use the same words.
