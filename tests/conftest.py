@@ -170,7 +170,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             left_out.add(item)
     named = any("::" in argument for argument in config.args)
     if not named and not config.getoption("all_cases"):
-        left_out |= sample_of_cases.left_out(item for item in items if item not in left_out)
+        rest = [item for item in items if item not in left_out]
+        left_out |= sample_of_cases.left_out(rest, on_host=bool(HOST_MODULE))
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]

@@ -6,6 +6,10 @@ parametrize mark, each value of each fixture. A hash of their names decides amon
 sample is the same everywhere and at each run. This holds for all tests alike; none has to ask for
 it, and a test with one parameter keeps all its cases.
 
+Left out are also tests with the mark ``all_cases``, which takes ``"host"`` if it means the CUDA
+kernels on the host alone. They take much time, and say more of what others say: longer lists,
+further seeds, another check of a check.
+
 The sample is one of what -k and -m select, and a test that the command line names with ``::`` runs
 in all its cases.
 """
@@ -45,13 +49,16 @@ def values_of(case: pytest.Function) -> list[Hashable]:
     return [*found, *given.items()]
 
 
-def left_out(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+def left_out(items: Iterable[pytest.Item], *, on_host: bool) -> set[pytest.Item]:
     """Return the items that are not in the sample."""
     products: dict[object, list[pytest.Function]] = {}
-    for item in items:
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
-            products.setdefault((item.parent, item.originalname), []).append(item)
     found: set[pytest.Item] = set()
+    for item in items:
+        mark = item.get_closest_marker("all_cases")
+        if mark is not None and (on_host or not mark.args):
+            found.add(item)
+        elif isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            products.setdefault((item.parent, item.originalname), []).append(item)
     for cases in products.values():
         kept = sampled([(case.nodeid, values_of(case)) for case in cases])
         found.update(set(cases) - {cases[i] for i in kept})

@@ -123,6 +123,7 @@ def test_against_the_oracle(
             assert_near(y, wanted, 1e-13 if dtype is torch.float64 else 4e-6)
 
 
+@pytest.mark.all_cases("host")
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("fill_mode", FILL_MODES)

@@ -316,6 +316,7 @@ def test_a_layer_of_fusereg_takes_what_follows_it() -> None:
     assert fused()["batch_norm + relu + dropout"] == 1
 
 
+@pytest.mark.all_cases("host")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_other_backends_see_through_layers_of_fusereg_as_before(backend: str) -> None:
     """Keeping a call whole must not hide what it writes, nor its generator, from them."""

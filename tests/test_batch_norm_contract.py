@@ -114,6 +114,7 @@ def test_dense_layouts_are_read_as_they_lie(form: str) -> None:
     torch.testing.assert_close(y.double(), wanted, atol=1e-5, rtol=0.0)
 
 
+@pytest.mark.all_cases("host")
 @pytest.mark.sanitizer
 def test_signs_are_taken_from_no_memory_past_the_end(dtype: torch.dtype, backend: Backend) -> None:
     """Short lines of bits, in tensors after which there is no memory that may be touched."""

@@ -457,6 +457,7 @@ def permutations() -> Iterator[tuple[int, ...]]:
         yield from itertools.permutations(range(dims))
 
 
+@pytest.mark.all_cases("host")
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("mode", MODES)
 def test_every_order_of_dimensions_in_every_mode(mode: str, backend: Backend) -> None:

@@ -91,6 +91,7 @@ def tensors(out: Any) -> list[Tensor]:
     return list(out.values() if isinstance(out, dict) else out)
 
 
+@pytest.mark.all_cases
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_training_alone_does_still_works_and_computes_the_same(kind: str) -> None:
     net, x = Branches(kind).double(), torch.randn(2, 3, 6, 6, dtype=torch.float64)

@@ -58,6 +58,7 @@ def model_of(kinds: tuple[str, ...], sums: str) -> nn.Module:
     return made
 
 
+@pytest.mark.all_cases
 @pytest.mark.parametrize("sums", SUMS)
 def test_every_pair_of_branches_computes_the_same(sums: str) -> None:
     for kinds in itertools.product(BRANCHES, repeat=2):

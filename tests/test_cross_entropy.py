@@ -49,6 +49,7 @@ def assert_close(came: tuple[Tensor, ...], wanted: tuple[Tensor, ...], tolerance
         torch.testing.assert_close(a.cpu().double(), b, rtol=0, atol=bound, equal_nan=True)
 
 
+@pytest.mark.all_cases("host")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_every_option_gives_torch_s_result(

@@ -149,6 +149,7 @@ def run(
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.all_cases
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("command", RIGHT)
 def test_right_kernels_are_right_in_any_order(selftest: Path, command: str, schedule: str) -> None:

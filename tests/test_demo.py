@@ -262,6 +262,7 @@ def all_results(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[train.Re
     return [train.train_pair(t, data, epochs=2, seed=1) for t in techniques.TECHNIQUES], data
 
 
+@pytest.mark.all_cases
 @pytest.mark.parametrize("rows", [None, 1, 2], ids=["all rows", "1 row", "2 rows"])
 def test_no_text_of_a_picture_is_cut_or_overlaps(
     rows: int | None, all_results: tuple[list[train.Result], DataSet]

@@ -159,6 +159,7 @@ def cells(notebook: Path, kind: str) -> list[dict[str, Any]]:
     return [cell for cell in found if cell["cell_type"] == kind]
 
 
+@pytest.mark.all_cases
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_run(notebook: Path, quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:
     plt = pytest.importorskip("matplotlib.pyplot")
@@ -336,6 +337,7 @@ def group() -> Iterator[None]:
         yield
 
 
+@pytest.mark.all_cases
 @pytest.mark.parametrize(("page", "name"), NAMED, ids=lambda v: getattr(v, "name", v))
 def test_what_the_support_tables_say(page: Path, name: str, group: None) -> None:
     assert SUPPORT is not None

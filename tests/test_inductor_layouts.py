@@ -74,6 +74,7 @@ def test_with_dropout_no_activation_is_copied_in_channels_last() -> None:
         assert _touched_by_generated_kernels(code) == []
 
 
+@pytest.mark.all_cases("host")
 @pytest.mark.parametrize(
     ("activation", "slope", "p"),
     [

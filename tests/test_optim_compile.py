@@ -70,6 +70,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.all_cases
 @pytest.mark.parametrize("case", list(CASES))
 def test_a_compiled_step_has_the_bits_of_the_other(case: str) -> None:
     """From the first on, without a break; numbers that change are seen."""

@@ -110,6 +110,7 @@ def events(optimizer: RegularizedOptimizer, params: list[Tensor]) -> Iterator[No
     yield
 
 
+@pytest.mark.all_cases("host")
 @pytest.mark.parametrize("name", ["SGD", "Adam", "FTRL"])
 def test_a_long_list_has_the_bits_of_several_short_ones(backend: Backend, name: str) -> None:
     options: dict[str, Any] = {"SGD": {"momentum": 0.9}, "Adam": {"group": 0.1}, "FTRL": {}}[name]

@@ -81,6 +81,7 @@ def test_a_weight_without_gradients_waits_and_then_goes_by_two_steps_of_the_rate
     assert p[0] == 0.0
 
 
+@pytest.mark.all_cases
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RMSprop", "Adagrad"])
 @pytest.mark.parametrize("l1", [0.0, 0.05], ids=["group", "sparse group"])
 def test_groups_of_inputs_find_exactly_the_zeros_of_the_problem(name: str, l1: float) -> None:

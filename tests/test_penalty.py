@@ -531,6 +531,7 @@ def test_dtypes_may_be_mixed(backend: Backend) -> None:
         assert_close(p.grad, reference.gradient(p, l1=0.3, l2=0.7, group=0.1), p.dtype)
 
 
+@pytest.mark.all_cases("host")
 def test_long_lists_span_launches(backend: Backend) -> None:
     """More tensors than fit one launch's parameters."""
     params = [make((1 + i % 5, 2), torch.float32, backend).requires_grad_() for i in range(1600)]
@@ -571,6 +572,7 @@ def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
     )
 
 
+@pytest.mark.all_cases("host")
 def test_same_bits_from_run_to_run_and_for_any_number_of_threads(
     dtype: torch.dtype, backend: Backend
 ) -> None:

@@ -63,6 +63,7 @@ def test_no_call_of_the_binding_crashes_or_writes_where_it_should_not(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.all_cases("host")
 @pytest.mark.usefixtures("backend")
 def test_every_kernel_is_reached() -> None:
     """Cases that all fail at the first check would prove nothing."""

@@ -22,6 +22,12 @@ def test_product(number, letter): ...
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_single(number): ...
+
+@pytest.mark.all_cases
+def test_marked(): ...
+
+@pytest.mark.all_cases("host")
+def test_but_on_host(): ...
 """
 Case = tuple[str, list[tuple[str, int]]]
 
@@ -77,11 +83,12 @@ def test_a_row_is_one_value(
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        ([""], "3 from product, 4 from single"),
-        (["", "--all-cases"], "6 from product, 4 from single"),
-        (["", "-m", "not slow"], "2 from product, 4 from single"),
+        ([""], "3 from product, 4 from single, 1 from but_on_host"),
+        (["", "--all-cases"], "6 from product, 4 from single, 1 from marked, 1 from but_on_host"),
+        (["", "-m", "not slow"], "2 from product, 4 from single, 1 from but_on_host"),
         (["", "-k", "product and 1"], "3 from product"),
         (["::test_product"], "6 from product"),
+        (["::test_marked"], "1 from marked"),
     ],
 )
 def test_the_command_line(
@@ -101,6 +108,6 @@ def test_the_command_line(
         assert pytest.main(command, [Collected(), conftest]) == 0
     finally:
         conftest.pytest_configure(pytestconfig)
-    names = ("product", "single")
+    names = ("product", "single", "marked", "but_on_host")
     counts = {name: found.count(f"test_{name}") for name in names}
     assert ", ".join(f"{n} from {name}" for name, n in counts.items() if n) == wanted
