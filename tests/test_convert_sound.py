@@ -6,6 +6,7 @@ import copy
 import cProfile
 import pstats
 import random
+import re
 import threading
 from typing import Any
 
@@ -14,7 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import fusereg
-from plain_models import MODELS, BasicBlock, Maker, images, stir
+from fusereg.convert import find as convert_find
+from fusereg.convert import layers
+from fusereg.convert import trace as convert_trace
+from fusereg.core import trace
+from plain_models import MODELS, BasicBlock, Maker, TimmAct, images, stir
 from reading_models import LEFT, Base, agree, other_scaled_method
 
 # --- the conversion changes classes and nothing else ----------------------------------------------
@@ -78,6 +83,71 @@ def test_conversion_changes_classes_and_nothing_else(make: Maker) -> None:
         assert [sorted(vars(module)) for module in m.modules()] == names
         assert [type(module) for module in m.modules()] == classes
     assert random_states() == draws
+
+
+# --- an error inside -------------------------------------------------------------------------------
+
+#: What convert does to a module: where the function is, and its name.
+STAGES: list[tuple[Any, str]] = [
+    *((layers, name) for name in ("timm_kind", "why_not_convertible", "swap", "_extras")),
+    *((layers, name) for name in ("why_not_rewritable", "adapted", "adapt")),
+    *((convert_trace, name) for name in ("make_plans", "trace", "rewrite", "_compiled", "Plan")),
+    *((convert_find.Finder, name) for name in ("__init__", "chains", "lost", "_layer")),
+    *((convert_trace._Check, name) for name in ("__init__", "read")),
+    *((trace._Recorder, name) for name in ("__init__", "create_arg")),
+    *((trace._Tracer, name) for name in ("attribute", "call", "function")),
+    (torch.fx.Graph, "python_code"),
+]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("where", "name"), STAGES, ids=[name for _, name in STAGES])
+def test_an_error_of_any_stage_leaves_that_module_alone_and_no_other(
+    where: Any,
+    name: str,
+    after: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blocks = [BasicBlock(3, 3), TimmAct(3), BasicBlock(3, 3), BasicBlock(3, 3), nn.Dropout(0.0)]
+    m = nn.Sequential(*blocks)
+    stir(m)
+    plain, before = copy.deepcopy(m), state(m)
+    done, count = getattr(where, name), 0
+    layers._extras.cache_clear()
+    layers.adapted.cache_clear()
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        result = done(*args, **kwargs) if after or count != 1 else None
+        if count == 1:
+            raise RuntimeError("an error inside")
+        return result
+
+    monkeypatch.setattr(where, name, failing)
+    monkeypatch.setenv("FUSEREG_RAISE", "1")
+    if where not in (trace._Tracer, trace._Recorder) or name == "__init__":
+        with pytest.raises(RuntimeError, match="an error inside"):
+            fusereg.convert(copy.deepcopy(m))
+        count = 0
+    monkeypatch.delenv("FUSEREG_RAISE")
+    with caplog.at_level("DEBUG", "fusereg"):
+        fusereg.convert(m)
+    assert count > 1
+    told = [r.getMessage() for r in caplog.records if "an error inside" in r.getMessage()]
+    assert len(told) == 1
+    assert re.match(r"fusereg\.convert: (the model|[0-4]\S*) .*(left alone|not fused): ", told[0])
+    assert "Traceback" in caplog.text
+    assert state(m) == before
+    kept = sum(type(a) is type(b) for a, b in zip(m.modules(), plain.modules(), strict=True))
+    whole = fusereg.convert(copy.deepcopy(plain))
+    least = sum(type(a) is type(b) for a, b in zip(whole.modules(), plain.modules(), strict=True))
+    assert kept - least in (0, 1, 2)
+    for training in (True, False):
+        agree(plain.train(training), m.train(training))
+    fusereg.revert(m)
+    assert [type(module) for module in m.modules()] == [type(module) for module in plain.modules()]
 
 
 # --- threads and profilers ------------------------------------------------------------------------

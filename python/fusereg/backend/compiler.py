@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch._inductor import config as inductor_config
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
+from ..core import failures
 from ..core.version import __version__
 from .nodes import LEAVES
 from .rewrite import Report, fuse
@@ -69,7 +72,7 @@ def fusereg_backend(
     then, patches = _options(mode, options or {})
     report = Report()
     for module in list(_bodies(graph_module)):
-        fuse(module.graph, report, then == "eager")
+        _fuse(module, report, then == "eager")
         if then == "eager":
             _repair_checkpoints(module)
         module.recompile()
@@ -115,6 +118,18 @@ def _options(mode: str | None, options: Mapping[str, Any]) -> tuple[str, dict[st
         return then, torch._inductor.list_mode_options(mode)
     except RuntimeError as error:
         raise ValueError(f"fusereg.backend: {error}") from None
+
+
+def _fuse(module: GraphModule, report: Report, eager: bool) -> None:
+    """Fuse what a graph has; leave it as it was if an error is raised."""
+    before, own = copy.deepcopy(module.graph), Report()
+    try:
+        fuse(module.graph, own, eager)
+    except Exception as error:
+        module.graph = before
+        own = Report(left=Counter({f"all: {failures.reason(error)}": 1}))
+    report.fused.update(own.fused)
+    report.left.update(own.left)
 
 
 # --- graphs within the graph ----------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 from torch import fx, nn
 
+from ..core import failures
 from ..core.trace import ARGUMENT, STRUCTURE, Found, Trace, UntraceableError, trace
 from .known import is_timm_act, original_class, why_unknown
 
@@ -64,8 +65,10 @@ class Calls:
             who = f"the forward of {names[module] or 'the model'} ({type(module).__name__})"
             try:
                 called = self._follow(module, who, leaf)
-            except UntraceableError as error:
-                called = self._read_source(module, f"{who}, which cannot be traced ({error})")
+            except Exception as error:
+                known = isinstance(error, UntraceableError)
+                reason = str(error) if known else failures.reason(error)
+                called = self._read_source(module, f"{who}, which cannot be traced ({reason})")
             waiting += dict.fromkeys(m for m in called if m not in seen)
             seen.update(called)
 
@@ -80,30 +83,36 @@ class Calls:
         self, module: nn.Module, who: str, leaf: Callable[[nn.Module], bool]
     ) -> list[nn.Module]:
         """Add the calls of a forward, and return the modules that it calls."""
-        traces = list(_traces(module, leaf))
-        self.graphs[module] = []
-        for traced in traces:
+        graphs: list[Nodes] = []
+        for traced in list(_traces(module, leaf)):
             nodes: Nodes = {}
             for node in traced.graph.nodes:
                 if node.op == "call_module":
                     called = module.get_submodule(str(node.target))
                     nodes.setdefault(called, []).append(node)
-                    self.callers.setdefault(called, set()).add(module)
                 elif node.op == "get_attr" and "." in str(node.target):
                     owner = module.get_submodule(str(node.target).rpartition(".")[0])
                     self.touched.setdefault(owner, f"{who} reads its parameters")
-            self.graphs[module].append(nodes)
+            graphs.append(nodes)
             for read in traced.reads:
                 of_module = read.value is Found.MODULE or read.name in STRUCTURE
                 if isinstance(read.owner, tuple) and read.owner and not of_module:
                     owner = module.get_submodule(".".join(read.owner))
                     self.touched.setdefault(owner, f"{who} reads its {read.name}")
-        return [called for nodes in self.graphs[module] for called in nodes]
+        self.graphs[module] = graphs
+        found = [called for nodes in graphs for called in nodes]
+        for called in found:
+            self.callers.setdefault(called, set()).add(module)
+        return found
 
     def _read_source(self, module: nn.Module, who: str) -> list[nn.Module]:
         """Add what the source of a forward may do, and return the modules that it may call."""
         found: list[nn.Module] = []
-        only_called = _only_called(module)
+        try:
+            only_called = _only_called(module)
+        except Exception as error:
+            only_called = set()
+            who = f"{who}, and whose source cannot be read ({failures.reason(error)})"
         for key, child in module._modules.items():
             if child is None:
                 continue

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..core import dispatch
+from ..core import dispatch, failures
 from ..core.layer import Layer
 from .calls import Calls, Nodes
 from .known import epilogue_of, is_timm_act, why_unknown
@@ -111,18 +111,20 @@ def fold_into_conv(model: _Module) -> _Module:
     folded = copy.deepcopy(model)
     calls = Calls(folded)
     names = {layer: name for name, layer in folded.named_modules()}
-    pairs = {}
+    folded_parts: dict[nn.Module, tuple[nn.Module, dict[str, nn.Parameter], nn.Module]] = {}
     for layer, name in names.items():
         if not isinstance(layer, (_BatchNorm, FrozenBatchNorm)):
             continue
-        found = _find(layer, calls)
-        if isinstance(found, str):
-            _log.info("fusereg.fold_into_conv: %s stays: %s", name or "the model", found)
-        else:
-            pairs[layer] = found
-    for norm, source in pairs.items():
-        _fold(norm, source)
-        left = _left(norm, source)
+        try:
+            found = _find(layer, calls)
+            if not isinstance(found, str):
+                folded_parts[layer] = (found, _folded(layer, found), _left(layer, found))
+                continue
+        except Exception as error:
+            found = failures.reason(error)
+        _log.info("fusereg.fold_into_conv: %s stays: %s", name or "the model", found)
+    for norm, (source, parameters, left) in folded_parts.items():
+        source._parameters.update(parameters)
         for parent in names:
             for key, child in parent._modules.items():
                 if child is norm:
@@ -218,8 +220,8 @@ def _why_not_matching(norm: Any, source: Any) -> str | None:
 # --- folding --------------------------------------------------------------------------------------
 
 
-def _fold(norm: Any, source: Any) -> None:
-    """Give a layer the weight and bias that make the batch norm after it unnecessary."""
+def _folded(norm: Any, source: Any) -> dict[str, nn.Parameter]:
+    """Return the weight and bias of a layer that make the batch norm after it unnecessary."""
     weight, old_bias = source.weight, source.bias
     with torch.no_grad():
         scale = (norm.running_var.double() + float(norm.eps)).rsqrt()
@@ -234,8 +236,10 @@ def _fold(norm: Any, source: Any) -> None:
         new_weight = (weight.double() * per_output).to(weight.dtype)
     trained = norm.bias if old_bias is None else old_bias
     learns = trained is not None and trained.requires_grad
-    source.weight = nn.Parameter(new_weight, weight.requires_grad)
-    source.bias = nn.Parameter(bias.to(weight.dtype), learns)
+    return {
+        "weight": nn.Parameter(new_weight, weight.requires_grad),
+        "bias": nn.Parameter(bias.to(weight.dtype), learns),
+    }
 
 
 def _along_outputs(source: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:

@@ -25,6 +25,11 @@ class _ModuleName(str):
         return str, (str(self),)
 
 
+def name_module(cls: type) -> None:
+    """Let instances of a class say that their module is one of torch's."""
+    cls.__module__ = _ModuleName(cls.__module__)
+
+
 class Layer(nn.Module):
     """A layer that torch.fx records as one call: symbolic_trace, feature extractors, prepare_fx.
 
@@ -34,7 +39,7 @@ class Layer(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__module__ = _ModuleName(cls.__module__)
+        name_module(cls)
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Tell torch.jit.script, which asks each module, that it cannot compile this one."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+import logging
 import math
 import operator
 import os
@@ -36,6 +37,8 @@ from torch.nn import functional as F
 from . import assertions, dispatch
 
 Path = tuple[str, ...]
+
+_log = logging.getLogger("fusereg")
 
 
 class UntraceableError(Exception):
@@ -692,6 +695,8 @@ def trace(
     except UntraceableError:
         raise
     except Exception as error:
+        # Forward's own, for it was written for tensors; or one of this package.
+        _log.debug("fusereg: the error that ended the tracing of a forward:", exc_info=error)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UntraceableError(f"it cannot be followed: {first}") from error
     return Trace(recorder.graph, tuple(tracer.reads.values()))
