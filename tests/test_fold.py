@@ -24,6 +24,7 @@ from fold_models import (
     randomized,
     sequence,
 )
+from fusereg.batch_norm import calls, fold
 from fusereg.nn import (
     BatchNorm1d,
     BatchNorm2d,
@@ -410,6 +411,43 @@ def test_folding_runs_no_side_effects_of_forward() -> None:
             (counts,) = (m for m in each.modules() if isinstance(m, Counts))
             assert int(counts.steps) == counts.calls == 0
             assert not counts.free.any()
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        *((calls, name) for name in ("_traces", "_elements", "_only_called")),
+        (calls.Calls, "_follow"),
+        *((fold, name) for name in ("_find", "why_unknown", "_why_not_alone")),
+        *((fold, name) for name in ("_why_not_matching", "_folded", "_left")),
+    ],
+)
+def test_an_error_of_any_stage_leaves_that_pair_alone_and_no_other(
+    where: Any, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = (Residual(), Untraceable(sequence()), sequence(), Untraceable(sequence()))
+    model = randomized(nn.Sequential(*parts))
+    done, count = getattr(where, name), 0
+    (whole,) = {norms(fusereg.fold_into_conv(model))}
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise RuntimeError("an error inside")
+        return done(*args, **kwargs)
+
+    monkeypatch.setattr(where, name, failing)
+    with pytest.raises(RuntimeError, match="an error inside"):
+        fusereg.fold_into_conv(model)
+    monkeypatch.delenv("FUSEREG_RAISE")
+    count = 0
+    with caplog.at_level("INFO", "fusereg"):
+        copied = folded(model, caplog=caplog)
+    assert count >= 2
+    assert whole <= norms(copied) < norms(model)
+    # What cannot be traced may still be read.
+    assert "an error inside" in caplog.text or norms(copied) == whole
 
 
 def test_the_copy_is_saved_and_loaded() -> None:

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core import failures
 from ..core.version import __version__
-from .nodes import LEAVES
+from .nodes import CONVOLUTIONS, LEAVES
 from .rewrite import Report, fuse
 
 _log = logging.getLogger("fusereg")
@@ -82,6 +82,8 @@ def fusereg_backend(
     compiler: Any = lookup_backend(then)
     if then == "aot_eager":
         return compiler(graph_module, example_inputs)  # type: ignore[no-any-return]
+    if _takes_channels_last(graph_module):
+        patches = {"force_layout_optimization": True, **patches}
     known = inductor_config.unsafe_marked_cacheable_functions
     with inductor_config.patch(unsafe_marked_cacheable_functions={**known, **_CACHEABLE}):
         return compiler(  # type: ignore[no-any-return]
@@ -118,6 +120,22 @@ def _options(mode: str | None, options: Mapping[str, Any]) -> tuple[str, dict[st
         return then, torch._inductor.list_mode_options(mode)
     except RuntimeError as error:
         raise ValueError(f"fusereg.backend: {error}") from None
+
+
+def _takes_channels_last(module: GraphModule) -> bool:
+    """Return whether Inductor gives the convolutions of a graph channels_last, as oneDNN's on CPUs.
+
+    It asks the same of the backward graph, finds only gradients of convolutions there, and answers
+    no: each depthwise one then costs three copies of its arguments.
+    """
+    convolutions = [node for node in module.graph.nodes if node.target in CONVOLUTIONS]
+    values = (node.meta.get("example_value") for node in convolutions)
+    return (
+        bool(convolutions)
+        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+        and torch.backends.mkldnn.is_available()
+        and all(isinstance(value, Tensor) and value.device.type == "cpu" for value in values)
+    )
 
 
 def _fuse(module: GraphModule, report: Report, eager: bool) -> None:

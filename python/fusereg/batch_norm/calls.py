@@ -107,24 +107,21 @@ class Calls:
 
     def _read_source(self, module: nn.Module, who: str) -> list[nn.Module]:
         """Add what the source of a forward may do, and return the modules that it may call."""
-        found: list[nn.Module] = []
+        children = {key: m for key, m in module._modules.items() if m is not None}
         try:
             only_called = _only_called(module)
+            elements = {key: list(_elements(child)) for key, child in children.items()}
         except Exception as error:
-            only_called = set()
+            only_called, elements = set(), {}
             who = f"{who}, and whose source cannot be read ({failures.reason(error)})"
-        for key, child in module._modules.items():
-            if child is None:
-                continue
-            before = len(found)
-            found += _elements(child)
+        for key, child in children.items():
             if key not in only_called:
                 for inside in child.modules():
                     self.touched.setdefault(inside, f"{who}, may use it")
                 continue
-            for called in found[before:]:
+            for called in elements[key]:
                 self.touched.setdefault(called, f"it is called by {who}")
-        return found
+        return [called for found in elements.values() for called in found]
 
 
 def _elements(module: nn.Module) -> Iterator[nn.Module]:
