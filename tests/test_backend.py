@@ -58,7 +58,7 @@ def compare(model: nn.Module, *inputs: Tensor, **options: Any) -> nn.Module:
     return twin
 
 
-# --- an error inside -------------------------------------------------------------------------------
+# --- an error inside ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["_fuse_at", "_check_writes", "_check_call", "_replace"])

@@ -85,7 +85,7 @@ def test_conversion_changes_classes_and_nothing_else(make: Maker) -> None:
     assert random_states() == draws
 
 
-# --- an error inside -------------------------------------------------------------------------------
+# --- an error inside ------------------------------------------------------------------------------
 
 #: What convert does to a module: where the function is, and its name.
 STAGES: list[tuple[Any, str]] = [
@@ -268,17 +268,47 @@ def test_scripting_says_in_one_sentence_what_to_do() -> None:
     torch.testing.assert_close(torch.jit.script(m)(x), m(x))
 
 
-def test_eager_quantization_fuses_a_reverted_model() -> None:
-    def make() -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+FUSED = [
+    [nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)],
+    [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()],
+    [nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4), nn.ReLU()],
+    [nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4)],
+    [nn.Linear(3, 4), nn.BatchNorm1d(4)],
+    [nn.BatchNorm2d(3), nn.ReLU()],
+]
 
-    m = fusereg.convert(make())
-    with pytest.raises(Exception, match=r"fusereg\.batch_norm\.layers\.BatchNorm2d"):
-        torch.ao.quantization.fuse_modules(m, [["0", "1", "2"]])
-    fusereg.revert(m)
-    x = images(2).float()
-    fused = torch.ao.quantization.fuse_modules(m, [["0", "1", "2"]])
-    torch.testing.assert_close(fused(x), m(x), rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize(
+    "parts", FUSED, ids=lambda parts: "-".join(type(m).__name__ for m in parts)
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_eager_quantization_says_in_one_sentence_what_to_do(
+    parts: list[nn.Module], inplace: bool
+) -> None:
+    quantization = torch.ao.quantization
+    names = [str(i) for i in range(len(parts))]
+    plain = stir(nn.Sequential(*copy.deepcopy(parts))).eval()
+    m = fusereg.convert(copy.deepcopy(plain))
+    fuses = [quantization.fuse_modules]
+    if not isinstance(parts[0], nn.ConvTranspose2d):
+        fuses.append(quantization.fuse_modules_qat)
+    for fuse in fuses:
+        train = fuse is not quantization.fuse_modules
+        with pytest.raises(
+            RuntimeError,
+            match=r"fuse_modules cannot fuse fusereg's BatchNorm.d; "
+            r"call fusereg\.revert\(model\) first",
+        ):
+            fuse(m.train(train), [names], inplace=inplace)
+        wanted = fuse(copy.deepcopy(plain).train(train), [names])
+        got = fuse(fusereg.revert(copy.deepcopy(m)).train(train), [names])
+        for a, b in zip(got.modules(), wanted.modules(), strict=True):
+            assert type(a) is type(b)
+    norm = getattr(fusereg.nn, type(parts[-1 if len(parts) == 2 else 1]).__name__, None)
+    if norm is not None:
+        own = nn.Sequential(copy.deepcopy(parts[0]), norm(4)).eval()
+        with pytest.raises(RuntimeError, match=r"fuse fusereg's BatchNorm.d; use torch.nn's layer"):
+            quantization.fuse_modules(own, [["0", "1"]], inplace=inplace)
 
 
 # --- what is lost, and layers that stay -----------------------------------------------------------

@@ -15,6 +15,7 @@ import abc
 import functools
 import inspect
 import logging
+import sys
 import types
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -26,7 +27,7 @@ from .. import functional as F
 from .. import nn as fused_nn
 from ..batch_norm.known import activation_of
 from ..core import dispatch, failures
-from ..core.layer import Layer, name_module, refuse_script
+from ..core.layer import Layer, name_module, refuse, refuse_script
 from ..core.trace import TORCH, UntraceableError
 from . import chain as _chain
 from .trace import Plan, renewed
@@ -44,6 +45,19 @@ _NAMES = (
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, name): getattr(fused_nn, name) for name in _NAMES
 }
+
+
+def _not_fused(is_qat: bool, *layers: nn.Module) -> NoReturn:
+    """Raise RuntimeError in the place of one of torch's functions that fuse layers."""
+    layer = next(layer for layer in layers if type(layer) in SWAPS.values())
+    refuse(layer, "torch.ao.quantization.fuse_modules cannot fuse", "use torch.nn's layer")
+
+
+# It finds these functions by the exact classes of layers.
+_mappings: Any = sys.modules.get("torch.ao.quantization.fuser_method_mappings")
+_fusers: dict[Any, Any] = getattr(_mappings, "_DEFAULT_OP_LIST_TO_FUSER_METHOD", {})
+for _classes in list(_fusers):
+    _fusers.setdefault(tuple(SWAPS.get(cls, cls) for cls in _classes), _not_fused)
 
 #: The attribute of a converted layer that holds its original class.
 ORIGINAL = "_fusereg_original"

@@ -303,9 +303,7 @@ def _fuse(name: str, module: nn.Module, what: str, allowed: set[int], report: _R
         reason = _layers.why_not_rewritable(type(module), forward)
         if reason is not None:
             raise UntraceableError(reason)
-        plans = _trace.make_plans(
-            module, forward, lambda n: id(module.get_submodule(n)) in allowed
-        )
+        plans = _trace.make_plans(module, forward, lambda n: id(module.get_submodule(n)) in allowed)
     except UntraceableError as error:
         report.skip(name, what, str(error))
         return

@@ -48,13 +48,14 @@ class Layer(nn.Module):
 
 def refuse_script(module: nn.Module) -> NoReturn:
     """Raise RuntimeError, because torch.jit.script compiles the source of torch's layers alone."""
-    converted = "_fusereg_original" in vars(module) or hasattr(type(module), "fusereg_original")
-    remedy = (
-        "call fusereg.revert(model) first" if converted else "use torch.compile or torch.export"
-    )
-    raise RuntimeError(
-        f"torch.jit.script cannot compile fusereg's {type(module).__name__}; {remedy}"
-    )
+    refuse(module, "torch.jit.script cannot compile", "use torch.compile or torch.export")
+
+
+def refuse(module: nn.Module, what: str, remedy: str) -> NoReturn:
+    """Raise RuntimeError: what a tool cannot do with a layer, unless it is made torch's again."""
+    if "_fusereg_original" in vars(module) or hasattr(type(module), "fusereg_original"):
+        remedy = "call fusereg.revert(model) first"
+    raise RuntimeError(f"{what} fusereg's {type(module).__name__}; {remedy}")
 
 
 class DropLayer(Layer):
