@@ -132,7 +132,7 @@ def _takes_channels_last(module: GraphModule) -> bool:
     values = (node.meta.get("example_value") for node in convolutions)
     return (
         bool(convolutions)
-        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+        and bool(torch.backends.mkldnn.enabled)
         and torch.backends.mkldnn.is_available()
         and all(isinstance(value, Tensor) and value.device.type == "cpu" for value in values)
     )

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 from torch import fx, nn
 
 from ..core import failures
+from ..core.modules import forward_of, submodule
 from ..core.trace import ARGUMENT, STRUCTURE, Found, Trace, UntraceableError, trace
 from .known import is_timm_act, original_class, why_unknown
 
@@ -54,7 +55,7 @@ class Calls:
 
         def leaf(module: nn.Module) -> bool:
             # A sequence that is used in one place is part of what calls it.
-            sequence = type(module).forward is nn.Sequential.forward and _is_usual(module)
+            sequence = forward_of(module) is nn.Sequential.forward and _is_usual(module)
             return not sequence or held[module] != 1
 
         waiting, seen = [model], {model}
@@ -88,16 +89,16 @@ class Calls:
             nodes: Nodes = {}
             for node in traced.graph.nodes:
                 if node.op == "call_module":
-                    called = module.get_submodule(str(node.target))
+                    called = submodule(module, str(node.target))
                     nodes.setdefault(called, []).append(node)
                 elif node.op == "get_attr" and "." in str(node.target):
-                    owner = module.get_submodule(str(node.target).rpartition(".")[0])
+                    owner = submodule(module, str(node.target).rpartition(".")[0])
                     self.touched.setdefault(owner, f"{who} reads its parameters")
             graphs.append(nodes)
             for read in traced.reads:
                 of_module = read.value is Found.MODULE or read.name in STRUCTURE
                 if isinstance(read.owner, tuple) and read.owner and not of_module:
-                    owner = module.get_submodule(".".join(read.owner))
+                    owner = submodule(module, ".".join(read.owner))
                     self.touched.setdefault(owner, f"{who} reads its {read.name}")
         self.graphs[module] = graphs
         found = [called for nodes in graphs for called in nodes]
@@ -134,7 +135,7 @@ def _elements(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_list(module: nn.Module) -> bool:
-    return type(module).forward is nn.Module.forward
+    return forward_of(module) is nn.Module.forward
 
 
 # --- tracing --------------------------------------------------------------------------------------

@@ -195,13 +195,13 @@ class Planned:
         module: Any = self
         try:
             forward = type(module).fusereg_original.forward
-            self.fusereg_plans = renewed(self.fusereg_plans, module, forward)
+            plans = renewed(self.fusereg_plans, module, forward)
         except UntraceableError:
-            self.fusereg_plans = ()
+            plans = ()
         except Exception as error:
-            self.fusereg_plans = ()
-            name = type(module).__name__
+            plans, name = (), type(module).__name__
             _log.info("fusereg.convert: %s, unpickled, not fused: %s", name, failures.reason(error))
+        vars(module)["fusereg_plans"] = plans
 
 
 def _planned_forward(original: type[nn.Module]) -> Callable[..., Any]:

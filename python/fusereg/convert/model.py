@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from ..core import failures
 from ..core import params as _params
+from ..core.modules import forward_of, submodule
 from ..core.params import Key
 from ..core.trace import UntraceableError
 from . import chain as _chain
@@ -200,7 +201,7 @@ def _is_parametrizations(model: nn.Module, name: str, parent: str | None) -> boo
     """Return whether a module is the container of parametrizations of its parent."""
     if parent is None or name.rpartition(".")[2] != "parametrizations":
         return False
-    return parametrize.is_parametrized(model.get_submodule(parent))
+    return parametrize.is_parametrized(submodule(model, parent))
 
 
 # --- converting them ------------------------------------------------------------------------------
@@ -283,8 +284,10 @@ def _is_fusible(module: nn.Module) -> bool:
 
 def _forward_of(module: nn.Module) -> Callable[..., Any]:
     """Return the original forward of a module's class."""
-    cls = module.fusereg_original if isinstance(module, _layers.Adapted) else type(module)
-    return cls.forward
+    if isinstance(module, _layers.Adapted):
+        return module.fusereg_original.forward
+    forward: Callable[..., Any] = forward_of(module)
+    return forward
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:
@@ -303,7 +306,7 @@ def _fuse(name: str, module: nn.Module, what: str, allowed: set[int], report: _R
         reason = _layers.why_not_rewritable(type(module), forward)
         if reason is not None:
             raise UntraceableError(reason)
-        plans = _trace.make_plans(module, forward, lambda n: id(module.get_submodule(n)) in allowed)
+        plans = _trace.make_plans(module, forward, lambda n: id(submodule(module, n)) in allowed)
     except UntraceableError as error:
         report.skip(name, what, str(error))
         return

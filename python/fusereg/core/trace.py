@@ -17,7 +17,6 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
-import logging
 import math
 import operator
 import os
@@ -34,11 +33,10 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute, Scope
 from torch.nn import functional as F
 
-from . import assertions, dispatch
+from . import assertions, dispatch, failures
+from .modules import forward_of
 
 Path = tuple[str, ...]
-
-_log = logging.getLogger("fusereg")
 
 
 class UntraceableError(Exception):
@@ -375,9 +373,10 @@ class _Module(_Standin):
 
     def _names(self) -> list[str]:
         tracer, (module, path) = _get(self, "_tracer"), _get(self, "_of")
-        if type(module).__iter__ not in [c.__iter__ for c in _CONTAINERS]:  # type: ignore[attr-defined]
+        iterates = getattr(type(module), "__iter__", None)
+        if iterates not in [c.__iter__ for c in _CONTAINERS]:  # type: ignore[attr-defined]
             refuse(f"it iterates over {'.'.join(path) or 'itself'}, a {type(module).__name__}")
-        tracer.read(path, "__iter__", type(module).__iter__)
+        tracer.read(path, "__iter__", iterates)
         tracer.read(path, "_modules", tuple(module._modules))
         return list(module._modules)
 
@@ -625,12 +624,12 @@ class _Tracer:
         module, path = _get(standin, "_of")
         if not path:
             refuse("it calls itself")
-        if type(module).forward is nn.Module.forward:
+        forward = forward_of(module)
+        if forward is nn.Module.forward:
             refuse(f"it calls {'.'.join(path)}, a {type(module).__name__}", "call the layers in it")
         before, texts = list(self.recorder.graph.nodes), self.recorder.texts.open.copy()
         if not self.leaf(module) and not dispatch.hooked(module):
             try:
-                forward = type(module).forward
                 return self.method(standin, path, "forward", forward)(*args, **kwargs)
             except UntraceableError:
                 for node in reversed(list(self.recorder.graph.nodes)[len(before) :]):
@@ -696,7 +695,5 @@ def trace(
         raise
     except Exception as error:
         # Forward's own, for it was written for tensors; or one of this package.
-        _log.debug("fusereg: the error that ended the tracing of a forward:", exc_info=error)
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UntraceableError(f"it cannot be followed: {first}") from error
+        raise UntraceableError(f"it cannot be followed: {failures.logged(error)}") from error
     return Trace(recorder.graph, tuple(tracer.reads.values()))
