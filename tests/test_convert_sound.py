@@ -94,7 +94,7 @@ STAGES: list[tuple[Any, str]] = [
     *((convert_trace, name) for name in ("make_plans", "trace", "rewrite", "_compiled", "Plan")),
     *((convert_find.Finder, name) for name in ("__init__", "chains", "lost", "_layer")),
     *((convert_trace._Check, name) for name in ("__init__", "read")),
-    *((trace._Recorder, name) for name in ("__init__", "create_arg")),
+    *((trace.Recorder, name) for name in ("__init__", "create_arg")),
     *((trace._Tracer, name) for name in ("attribute", "call", "function")),
     (torch.fx.Graph, "python_code"),
 ]
@@ -127,7 +127,7 @@ def test_an_error_of_any_stage_leaves_that_module_alone_and_no_other(
 
     monkeypatch.setattr(where, name, failing)
     monkeypatch.setenv("FUSEREG_RAISE", "1")
-    if where not in (trace._Tracer, trace._Recorder) or name == "__init__":
+    if where not in (trace._Tracer, trace.Recorder) or name == "__init__":
         with pytest.raises(RuntimeError, match="an error inside"):
             fusereg.convert(copy.deepcopy(m))
         count = 0

@@ -21,7 +21,8 @@ from torch import fx, nn
 
 from ..core import failures
 from ..core.modules import forward_of, submodule
-from ..core.trace import ARGUMENT, STRUCTURE, Found, Trace, UntraceableError, trace
+from ..core.proxies import UntraceableError
+from ..core.trace import ARGUMENT, STRUCTURE, Found, Trace, trace
 from .known import is_timm_act, original_class, why_unknown
 
 _ITERABLE = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -162,24 +162,45 @@ def _find(norm: Any, calls: Calls) -> nn.Module | str:
 
 def _before(norm: Any, node: fx.Node, nodes: Nodes) -> nn.Module | str:
     """Return the layer whose result a batch norm is called with, or the reason for none."""
-    before = node.args[0] if node.args else None
+    before = given = node.args[0] if node.args else None
+    if isinstance(given, fx.Node) and _flattens_to_rows(given):
+        before = given.args[0]
     called = [layer for layer, calls in nodes.items() if before in calls]
     if not called or not isinstance(called[0], tuple(_DIMENSIONS)):
         return "no convolution or linear layer is seen before it"
     source, name = called[0], type(called[0]).__name__
     assert isinstance(before, fx.Node)
+    assert isinstance(given, fx.Node)
+    if given is not before and not isinstance(source, nn.Linear):
+        return f"the result of the {name} before it is reshaped"
     if type(source) not in _DIMENSIONS:
         return f"what is before it, a {name}, is a subclass of torch's layer"
-    if len(before.users) != 1:
+    if sum(not _reads_shape(user, before) for user in before.users) != 1 or len(given.users) != 1:
         return f"the result of the {name} before it is used elsewhere too"
     # fusereg's layers add a residual, as what they leave does.
     more_args = ("residual",) if type(norm).__module__.startswith("fusereg.") else ()
     if len(node.args) > 1 + len(more_args) or not set(node.kwargs) <= set(more_args):
         more = ", ".join(node.kwargs) or f"{len(node.args)} arguments"
         return f"it is called with {more}"
-    if before in node.args[1:] or before in node.kwargs.values():
+    if given in node.args[1:] or given in node.kwargs.values():
         return f"the result of the {name} before it is its residual as well"
     return source
+
+
+def _flattens_to_rows(node: fx.Node) -> bool:
+    """Return whether a node is ``x.flatten(0, 1)``, which of (N, L, C) keeps the channels last."""
+    if (node.op, node.target) not in (("call_method", "flatten"), ("call_function", torch.flatten)):
+        return False
+    return node.args[1:] in ((0, 1), (0, -2)) and not node.kwargs
+
+
+def _reads_shape(node: fx.Node, argument: fx.Node) -> bool:
+    """Return whether a node asks an argument for its shape and nothing else."""
+    if node.op == "call_method" and node.target in ("reshape_as", "view_as", "expand_as"):
+        return node.args[0] is not argument
+    if node.target == "size":
+        return node.op == "call_method"
+    return node.op == "call_function" and node.target is getattr and node.args[1] == "shape"
 
 
 def _why_not_alone(layer: nn.Module, calls: Calls) -> str | None:

@@ -28,7 +28,8 @@ from .. import nn as fused_nn
 from ..batch_norm.known import activation_of
 from ..core import dispatch, failures
 from ..core.layer import Layer, name_module, refuse, refuse_script
-from ..core.trace import TORCH, UntraceableError
+from ..core.proxies import UntraceableError
+from ..core.trace import TORCH
 from . import chain as _chain
 from .trace import Plan, renewed
 

@@ -17,7 +17,7 @@ from ..core import failures
 from ..core import params as _params
 from ..core.modules import forward_of, submodule
 from ..core.params import Key
-from ..core.trace import UntraceableError
+from ..core.proxies import UntraceableError
 from . import chain as _chain
 from . import layers as _layers
 from . import trace as _trace
