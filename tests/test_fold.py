@@ -206,6 +206,82 @@ def test_a_linear_layer(norm: Any, bias: bool, caplog: pytest.LogCaptureFixture)
         copied(torch.randn(3, 6, 4, dtype=torch.float64))
 
 
+class Rows(nn.Module):
+    """A linear layer of (N, L, C), whose batch norm takes the rows of all positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.bn = nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return self.rows(x)
+
+
+class ByMethod(Rows):
+    def rows(self, x: Tensor) -> Tensor:
+        return self.bn(x.flatten(0, 1)).reshape_as(x)
+
+
+class ByFunction(Rows):
+    def rows(self, x: Tensor) -> Tensor:
+        return self.bn(torch.flatten(x, 0, -2)).view(x.size(0), x.shape[1], 4)
+
+
+class UsedTwice(Rows):
+    def rows(self, x: Tensor) -> Tensor:
+        return self.bn(x.flatten(0, 1)).reshape_as(x) + x
+
+
+class RowsUsedTwice(Rows):
+    def rows(self, x: Tensor) -> Tensor:
+        y = x.flatten(0, 1)
+        return self.bn(y) + y
+
+
+class OtherRows(Rows):
+    def rows(self, x: Tensor) -> Tensor:
+        return self.bn(x.flatten(1)[:, :4])
+
+
+class GivesItsValues(Rows):
+    def rows(self, x: Tensor) -> Tensor:
+        return x.reshape_as(self.bn(x.flatten(0, 1)).reshape_as(x))
+
+
+@pytest.mark.parametrize("cls", [ByMethod, ByFunction])
+def test_a_linear_layer_of_rows_takes_the_batch_norm(
+    cls: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = randomized(cls())
+    assert norms(folded(model, torch.randn(2, 5, 6).double(), caplog=caplog)) == 0
+    # Another number of dimensions is an error, not another result.
+    for shape in ((5, 6), (2, 4, 4, 6)):
+        with pytest.raises((ValueError, RuntimeError, IndexError)):
+            fusereg.fold_into_conv(model)(torch.randn(shape).double())
+
+
+@pytest.mark.parametrize("cls", [UsedTwice, RowsUsedTwice, OtherRows, GivesItsValues])
+def test_a_linear_layer_whose_rows_are_used_otherwise_stays(
+    cls: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = randomized(cls())
+    assert norms(folded(model, torch.randn(2, 5, 6).double(), caplog=caplog)) == 1
+
+
+def test_flattened_images_stay(caplog: pytest.LogCaptureFixture) -> None:
+    class Flattens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv1d(6, 4, 1), nn.BatchNorm1d(7)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.bn(self.conv(x).flatten(0, 1))
+
+    model = randomized(Flattens())
+    assert norms(folded(model, torch.randn(2, 6, 7).double(), caplog=caplog)) == 1
+
+
 def test_an_unbatched_input_is_not_taken_for_a_batch() -> None:
     folds = fusereg.fold_into_conv(randomized(nn.Sequential(nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6))))
     with pytest.raises(ValueError, match="must have 3 dimensions, got 2"):
