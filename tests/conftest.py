@@ -20,6 +20,8 @@ from pathlib import Path
 
 # Before libgomp is loaded: threads that spin while they wait double the suite's time on few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# An error that users see as a module left alone ends a test.
+os.environ.setdefault("FUSEREG_RAISE", "1")
 
 import pytest
 import torch

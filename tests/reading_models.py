@@ -7,6 +7,8 @@ import math
 import os
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -64,6 +66,88 @@ class ReadsInstance(Base):
 class ReadsTuple(Base):
     def forward(self, x: Tensor) -> Tensor:
         return self.chain(x) * self.shape[0]
+
+
+@dataclass
+class Scales:
+    factor: float = 1.0
+
+
+@dataclass(slots=True)
+class Slotted:
+    factor: float = 1.0
+
+
+class Config:
+    """A model's settings."""
+
+    shared = 1.0
+
+    def __init__(self) -> None:
+        self.factor, self.mode = 1.0, "double"
+        self.scales, self.slotted = Scales(), Slotted()
+        self.names = SimpleNamespace(factor=1.0)
+        self.several = [1.0]
+
+    @property
+    def computed(self) -> float:
+        return self.factor
+
+    def scale(self) -> float:
+        return self.factor
+
+
+class OpenConfig(Config):
+    def __getattr__(self, name: str) -> float:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return 1.0
+
+
+class HasConfig(Base):
+    made: type[Config] = Config
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config: Any = self.made()
+
+
+class ReadsConfig(HasConfig):
+    def forward(self, x: Tensor) -> Tensor:
+        config = self.config
+        y = self.chain(x) * config.factor * config.shared * config.names.factor
+        y = y * config.scales.factor * self.config.slotted.factor
+        if getattr(config, "late", False):
+            y = y + 1.0
+        return y * 2 if config.mode == "double" else y
+
+
+class ReadsConfigList(HasConfig):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x) * self.config.several[0]
+
+
+class ReadsConfigProperty(HasConfig):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x) * self.config.computed
+
+
+class CallsConfig(HasConfig):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x) * self.config.scale()
+
+
+class AsksForConfig(HasConfig):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chain(x)
+        return y * 2 if self.config else y
+
+
+class ReadsOpenConfig(HasConfig):
+    made = OpenConfig
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chain(x) * self.config.anything
 
 
 class ReadsClass(Base):
@@ -438,6 +522,11 @@ LEFT: list[tuple[type[Base], str]] = [
     (WritesText, "it takes a number or text out of a tensor"),
     (ComparesObjects, "it compares objects by identity"),
     (HasProperty, "it reads self.twice, a property; set an attribute in __init__"),
+    (ReadsConfigList, "it reads self.config.several, a list, which may change unseen"),
+    (ReadsConfigProperty, "it uses self.config.computed, a property; make it a plain value"),
+    (CallsConfig, "it uses self.config.scale, a function"),
+    (AsksForConfig, "it asks whether an object is true"),
+    (ReadsOpenConfig, "it reads self.config, a OpenConfig, which may change unseen"),
     (READS_CLOSURE, "it reads factor of the function around it; make it an attribute"),
     (TakesFloat, "it takes a number or text out of a tensor"),
     (ReadsModeOfChild, "it reads self.drop.training, the mode of another layer"),

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusereg
 from compiled_models import compiled, fresh, fused  # noqa: F401
-from fusereg.backend import fusereg_backend
+from fusereg.backend import fusereg_backend, rewrite
 from plain_models import MODELS, Volumes, basic, close, images, same_state, stir, without_dropout
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +56,39 @@ def compare(model: nn.Module, *inputs: Tensor, **options: Any) -> nn.Module:
     twin.train()
     assert counters["fusereg"]["graphs"], "the backend was not called"
     return twin
+
+
+# --- an error inside ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["_fuse_at", "_check_writes", "_check_call", "_replace"])
+def test_a_graph_that_an_error_befalls_is_left_as_it_was(
+    name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = stir(without_dropout(basic())).double()
+    done, count = getattr(rewrite, name), 0
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        result = done(*args, **kwargs)
+        if count == 3:
+            raise RuntimeError("an error inside")
+        return result
+
+    monkeypatch.setattr(rewrite, name, failing)
+    with pytest.raises(Exception, match="an error inside"):
+        compiled(model)(images(3))
+    torch._dynamo.reset()
+    monkeypatch.delenv("FUSEREG_RAISE")
+    count = 0
+    twin, x = copy.deepcopy(model), images(3)
+    with caplog.at_level("INFO", "fusereg"):
+        run = compiled(twin)
+        for got, wanted in zip(step(run, x), step(model, x), strict=True):
+            close(got, wanted)
+    same_state(twin, model)
+    assert "fused nothing; left: 1 all: fusereg failed on it (RuntimeError: an error" in caplog.text
 
 
 # --- whole models ---------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import math
 import os
+import pickle
 import types
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,21 +52,25 @@ from reading_models import (
     CallsSuper,
     CallsTorch,
     ChainsOfOthers,
+    Config,
     CutsText,
     GoesThroughChildren,
     GoesThroughItems,
     HandsTextOn,
     HasDefault,
     MakesText,
+    OpenConfig,
     ReadsBuffer,
     ReadsChild,
     ReadsClass,
+    ReadsConfig,
     ReadsDefault,
     ReadsGlobal,
     ReadsGlobalDict,
     ReadsInstance,
     ReadsModeOfChild,
     ReadsTuple,
+    Scales,
     TakesFloat,
     TakesNumber,
     agree,
@@ -151,12 +157,32 @@ def new_layer(m: Any) -> None:
     m.relu = nn.Tanh()
 
 
+def in_config(name: str, value: object) -> Callable[[Any], None]:
+    """Return a change of a setting."""
+
+    def change(m: Any) -> None:
+        *path, last = name.split(".")
+        owner = m.config
+        for part in path:
+            owner = getattr(owner, part)
+        setattr(owner, last, value)
+
+    return change
+
+
 #: A model, and a change of this model after the conversion.
 OF_MODELS: list[tuple[type[Base], Callable[[Any], None]]] = [
     (ReadsInstance, set_attribute("own", 3.0)),
     (ReadsInstance, set_attribute("own", 1)),
     (ReadsInstance, set_attribute("own", torch.tensor(3.0))),
     (ReadsTuple, set_attribute("shape", (3, 2.0))),
+    *((ReadsConfig, in_config(name, 3.0)) for name in ("factor", "names.factor", "late")),
+    *((ReadsConfig, in_config(name, 3.0)) for name in ("scales.factor", "slotted.factor")),
+    (ReadsConfig, in_config("shared", 3.0)),
+    (ReadsConfig, in_config("mode", "single")),
+    (ReadsConfig, in_config("scales", Scales(3.0))),
+    (ReadsConfig, in_config("scales", SimpleNamespace(factor=3.0))),
+    (ReadsConfig, set_attribute("config", OpenConfig())),
     (ReadsClass, set_attribute("export", True)),
     (ReadsClass, set_attribute("factor", 3.0)),
     (ReadsDefault, set_attribute("scaled", True)),
@@ -263,6 +289,8 @@ HERE = reading_models
 
 #: A model, and a change of what it shares with others.
 OF_SHARED: list[tuple[type[Base], Callable[[], Undo]]] = [
+    (ReadsConfig, patched(Config, "shared", 3.0)),
+    (ReadsConfig, patched(Config, "late", property(lambda self: True))),
     (ReadsClass, patched(ReadsClass, "export", True)),
     (ReadsClass, patched(Base, "factor", 3.0)),
     (ReadsDefault, patched(ReadsDefault, "scaled", True)),
@@ -334,6 +362,18 @@ def test_a_change_of_what_models_share_is_seen(cls: type[Base], change: Callable
     finally:
         undo()
     assert agree(plain, converted).dtype is before.dtype
+
+
+def test_copies_with_settings_of_their_own_are_fused(calls: Calls) -> None:
+    _, converted = twins_of(ReadsConfig)
+    for m in (converted, copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
+        calls.clear()
+        m(torch.randn(2, 3, 4, 4))
+        assert [call[0] for call in calls] == ["relu"]
+        m.config.factor = 2.0
+        calls.clear()
+        m(torch.randn(2, 3, 4, 4))
+        assert not any(call[0] == "relu" for call in calls)
 
 
 def test_one_that_asks_whether_it_got_a_tensor_still_takes_others(calls: Calls) -> None:

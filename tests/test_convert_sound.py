@@ -6,6 +6,7 @@ import copy
 import cProfile
 import pstats
 import random
+import re
 import threading
 from typing import Any
 
@@ -14,7 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import fusereg
-from plain_models import MODELS, BasicBlock, Maker, images, stir
+from fusereg.convert import find as convert_find
+from fusereg.convert import layers
+from fusereg.convert import trace as convert_trace
+from fusereg.core import trace
+from plain_models import MODELS, BasicBlock, Maker, TimmAct, images, stir
 from reading_models import LEFT, Base, agree, other_scaled_method
 
 # --- the conversion changes classes and nothing else ----------------------------------------------
@@ -78,6 +83,71 @@ def test_conversion_changes_classes_and_nothing_else(make: Maker) -> None:
         assert [sorted(vars(module)) for module in m.modules()] == names
         assert [type(module) for module in m.modules()] == classes
     assert random_states() == draws
+
+
+# --- an error inside ------------------------------------------------------------------------------
+
+#: What convert does to a module: where the function is, and its name.
+STAGES: list[tuple[Any, str]] = [
+    *((layers, name) for name in ("timm_kind", "why_not_convertible", "swap", "_extras")),
+    *((layers, name) for name in ("why_not_rewritable", "adapted", "adapt")),
+    *((convert_trace, name) for name in ("make_plans", "trace", "rewrite", "_compiled", "Plan")),
+    *((convert_find.Finder, name) for name in ("__init__", "chains", "lost", "_layer")),
+    *((convert_trace._Check, name) for name in ("__init__", "read")),
+    *((trace.Recorder, name) for name in ("__init__", "create_arg")),
+    *((trace._Tracer, name) for name in ("attribute", "call", "function")),
+    (torch.fx.Graph, "python_code"),
+]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("where", "name"), STAGES, ids=[name for _, name in STAGES])
+def test_an_error_of_any_stage_leaves_that_module_alone_and_no_other(
+    where: Any,
+    name: str,
+    after: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blocks = [BasicBlock(3, 3), TimmAct(3), BasicBlock(3, 3), BasicBlock(3, 3), nn.Dropout(0.0)]
+    m = nn.Sequential(*blocks)
+    stir(m)
+    plain, before = copy.deepcopy(m), state(m)
+    done, count = getattr(where, name), 0
+    layers._extras.cache_clear()
+    layers.adapted.cache_clear()
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        result = done(*args, **kwargs) if after or count != 1 else None
+        if count == 1:
+            raise RuntimeError("an error inside")
+        return result
+
+    monkeypatch.setattr(where, name, failing)
+    monkeypatch.setenv("FUSEREG_RAISE", "1")
+    if where not in (trace._Tracer, trace.Recorder) or name == "__init__":
+        with pytest.raises(RuntimeError, match="an error inside"):
+            fusereg.convert(copy.deepcopy(m))
+        count = 0
+    monkeypatch.delenv("FUSEREG_RAISE")
+    with caplog.at_level("DEBUG", "fusereg"):
+        fusereg.convert(m)
+    assert count > 1
+    told = [r.getMessage() for r in caplog.records if "an error inside" in r.getMessage()]
+    assert len(told) == 1
+    assert re.match(r"fusereg\.convert: (the model|[0-4]\S*) .*(left alone|not fused): ", told[0])
+    assert "Traceback" in caplog.text
+    assert state(m) == before
+    kept = sum(type(a) is type(b) for a, b in zip(m.modules(), plain.modules(), strict=True))
+    whole = fusereg.convert(copy.deepcopy(plain))
+    least = sum(type(a) is type(b) for a, b in zip(whole.modules(), plain.modules(), strict=True))
+    assert kept - least in (0, 1, 2)
+    for training in (True, False):
+        agree(plain.train(training), m.train(training))
+    fusereg.revert(m)
+    assert [type(module) for module in m.modules()] == [type(module) for module in plain.modules()]
 
 
 # --- threads and profilers ------------------------------------------------------------------------
@@ -198,17 +268,47 @@ def test_scripting_says_in_one_sentence_what_to_do() -> None:
     torch.testing.assert_close(torch.jit.script(m)(x), m(x))
 
 
-def test_eager_quantization_fuses_a_reverted_model() -> None:
-    def make() -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+FUSED = [
+    [nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4)],
+    [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()],
+    [nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4), nn.ReLU()],
+    [nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4)],
+    [nn.Linear(3, 4), nn.BatchNorm1d(4)],
+    [nn.BatchNorm2d(3), nn.ReLU()],
+]
 
-    m = fusereg.convert(make())
-    with pytest.raises(Exception, match=r"fusereg\.batch_norm\.layers\.BatchNorm2d"):
-        torch.ao.quantization.fuse_modules(m, [["0", "1", "2"]])
-    fusereg.revert(m)
-    x = images(2).float()
-    fused = torch.ao.quantization.fuse_modules(m, [["0", "1", "2"]])
-    torch.testing.assert_close(fused(x), m(x), rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize(
+    "parts", FUSED, ids=lambda parts: "-".join(type(m).__name__ for m in parts)
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_eager_quantization_says_in_one_sentence_what_to_do(
+    parts: list[nn.Module], inplace: bool
+) -> None:
+    quantization = torch.ao.quantization
+    names = [str(i) for i in range(len(parts))]
+    plain = stir(nn.Sequential(*copy.deepcopy(parts))).eval()
+    m = fusereg.convert(copy.deepcopy(plain))
+    fuses = [quantization.fuse_modules]
+    if not isinstance(parts[0], nn.ConvTranspose2d):
+        fuses.append(quantization.fuse_modules_qat)
+    for fuse in fuses:
+        train = fuse is not quantization.fuse_modules
+        with pytest.raises(
+            RuntimeError,
+            match=r"fuse_modules cannot fuse fusereg's BatchNorm.d; "
+            r"call fusereg\.revert\(model\) first",
+        ):
+            fuse(m.train(train), [names], inplace=inplace)
+        wanted = fuse(copy.deepcopy(plain).train(train), [names])
+        got = fuse(fusereg.revert(copy.deepcopy(m)).train(train), [names])
+        for a, b in zip(got.modules(), wanted.modules(), strict=True):
+            assert type(a) is type(b)
+    norm = getattr(fusereg.nn, type(parts[-1 if len(parts) == 2 else 1]).__name__, None)
+    if norm is not None:
+        own = nn.Sequential(copy.deepcopy(parts[0]), norm(4)).eval()
+        with pytest.raises(RuntimeError, match=r"fuse fusereg's BatchNorm.d; use torch.nn's layer"):
+            quantization.fuse_modules(own, [["0", "1"]], inplace=inplace)
 
 
 # --- what is lost, and layers that stay -----------------------------------------------------------

@@ -24,6 +24,7 @@ from fold_models import (
     randomized,
     sequence,
 )
+from fusereg.batch_norm import calls, fold
 from fusereg.nn import (
     BatchNorm1d,
     BatchNorm2d,
@@ -203,6 +204,82 @@ def test_a_linear_layer(norm: Any, bias: bool, caplog: pytest.LogCaptureFixture)
     # (N, L, C) from the linear layer is (N, C, L) for the batch norm.
     with pytest.raises(ValueError, match="must have 2 dimensions, got 3"):
         copied(torch.randn(3, 6, 4, dtype=torch.float64))
+
+
+class Rows(nn.Module):
+    """A linear layer of (N, L, C), whose batch norm takes the rows of all positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.bn = nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return self.rows(x)
+
+
+class ByMethod(Rows):
+    def rows(self, x: Tensor) -> Tensor:
+        return self.bn(x.flatten(0, 1)).reshape_as(x)
+
+
+class ByFunction(Rows):
+    def rows(self, x: Tensor) -> Tensor:
+        return self.bn(torch.flatten(x, 0, -2)).view(x.size(0), x.shape[1], 4)
+
+
+class UsedTwice(Rows):
+    def rows(self, x: Tensor) -> Tensor:
+        return self.bn(x.flatten(0, 1)).reshape_as(x) + x
+
+
+class RowsUsedTwice(Rows):
+    def rows(self, x: Tensor) -> Tensor:
+        y = x.flatten(0, 1)
+        return self.bn(y) + y
+
+
+class OtherRows(Rows):
+    def rows(self, x: Tensor) -> Tensor:
+        return self.bn(x.flatten(1)[:, :4])
+
+
+class GivesItsValues(Rows):
+    def rows(self, x: Tensor) -> Tensor:
+        return x.reshape_as(self.bn(x.flatten(0, 1)).reshape_as(x))
+
+
+@pytest.mark.parametrize("cls", [ByMethod, ByFunction])
+def test_a_linear_layer_of_rows_takes_the_batch_norm(
+    cls: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = randomized(cls())
+    assert norms(folded(model, torch.randn(2, 5, 6).double(), caplog=caplog)) == 0
+    # Another number of dimensions is an error, not another result.
+    for shape in ((5, 6), (2, 4, 4, 6)):
+        with pytest.raises((ValueError, RuntimeError, IndexError)):
+            fusereg.fold_into_conv(model)(torch.randn(shape).double())
+
+
+@pytest.mark.parametrize("cls", [UsedTwice, RowsUsedTwice, OtherRows, GivesItsValues])
+def test_a_linear_layer_whose_rows_are_used_otherwise_stays(
+    cls: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = randomized(cls())
+    assert norms(folded(model, torch.randn(2, 5, 6).double(), caplog=caplog)) == 1
+
+
+def test_flattened_images_stay(caplog: pytest.LogCaptureFixture) -> None:
+    class Flattens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv1d(6, 4, 1), nn.BatchNorm1d(7)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.bn(self.conv(x).flatten(0, 1))
+
+    model = randomized(Flattens())
+    assert norms(folded(model, torch.randn(2, 6, 7).double(), caplog=caplog)) == 1
 
 
 def test_an_unbatched_input_is_not_taken_for_a_batch() -> None:
@@ -410,6 +487,43 @@ def test_folding_runs_no_side_effects_of_forward() -> None:
             (counts,) = (m for m in each.modules() if isinstance(m, Counts))
             assert int(counts.steps) == counts.calls == 0
             assert not counts.free.any()
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        *((calls, name) for name in ("_traces", "_elements", "_only_called")),
+        (calls.Calls, "_follow"),
+        *((fold, name) for name in ("_find", "why_unknown", "_why_not_alone")),
+        *((fold, name) for name in ("_why_not_matching", "_folded", "_left")),
+    ],
+)
+def test_an_error_of_any_stage_leaves_that_pair_alone_and_no_other(
+    where: Any, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = (Residual(), Untraceable(sequence()), sequence(), Untraceable(sequence()))
+    model = randomized(nn.Sequential(*parts))
+    done, count = getattr(where, name), 0
+    (whole,) = {norms(fusereg.fold_into_conv(model))}
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise RuntimeError("an error inside")
+        return done(*args, **kwargs)
+
+    monkeypatch.setattr(where, name, failing)
+    with pytest.raises(RuntimeError, match="an error inside"):
+        fusereg.fold_into_conv(model)
+    monkeypatch.delenv("FUSEREG_RAISE")
+    count = 0
+    with caplog.at_level("INFO", "fusereg"):
+        copied = folded(model, caplog=caplog)
+    assert count >= 2
+    assert whole <= norms(copied) < norms(model)
+    # What cannot be traced may still be read.
+    assert "an error inside" in caplog.text or norms(copied) == whole
 
 
 def test_the_copy_is_saved_and_loaded() -> None:

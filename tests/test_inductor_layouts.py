@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fusereg.functional as F
 from fusereg import nn as fnn
+from fusereg.backend import fusereg_backend
 
 ROWS, CHANNELS = torch.contiguous_format, torch.channels_last
 
@@ -70,6 +71,21 @@ def test_with_dropout_no_activation_is_copied_in_channels_last() -> None:
     net = _net(0.5).to(memory_format=CHANNELS)
     x = torch.randn(2, 16, 8, 8).to(memory_format=CHANNELS)
     compiled = torch.compile(net)
+    for code in _generated(lambda: compiled(x).square().sum().backward()):
+        assert _touched_by_generated_kernels(code) == []
+
+
+@pytest.mark.slow
+def test_the_gradient_of_a_depthwise_convolution_copies_no_activation_behind_the_backend() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        *(nn.Conv2d(16, 16, 3, groups=16), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 3, groups=16), nn.BatchNorm2d(16), nn.ReLU()),
+        nn.Conv2d(16, 4, 1),
+    )
+    x = torch.randn(2, 3, 12, 12)
+    compiled = torch.compile(net, backend=fusereg_backend, options={"then": "inductor"})
     for code in _generated(lambda: compiled(x).square().sum().backward()):
         assert _touched_by_generated_kernels(code) == []
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +20,9 @@ from torch._inductor import config as inductor_config
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
+from ..core import failures
 from ..core.version import __version__
-from .nodes import LEAVES
+from .nodes import CONVOLUTIONS, LEAVES
 from .rewrite import Report, fuse
 
 _log = logging.getLogger("fusereg")
@@ -69,7 +72,7 @@ def fusereg_backend(
     then, patches = _options(mode, options or {})
     report = Report()
     for module in list(_bodies(graph_module)):
-        fuse(module.graph, report, then == "eager")
+        _fuse(module, report, then == "eager")
         if then == "eager":
             _repair_checkpoints(module)
         module.recompile()
@@ -79,6 +82,8 @@ def fusereg_backend(
     compiler: Any = lookup_backend(then)
     if then == "aot_eager":
         return compiler(graph_module, example_inputs)  # type: ignore[no-any-return]
+    if _takes_channels_last(graph_module):
+        patches = {"force_layout_optimization": True, **patches}
     known = inductor_config.unsafe_marked_cacheable_functions
     with inductor_config.patch(unsafe_marked_cacheable_functions={**known, **_CACHEABLE}):
         return compiler(  # type: ignore[no-any-return]
@@ -115,6 +120,34 @@ def _options(mode: str | None, options: Mapping[str, Any]) -> tuple[str, dict[st
         return then, torch._inductor.list_mode_options(mode)
     except RuntimeError as error:
         raise ValueError(f"fusereg.backend: {error}") from None
+
+
+def _takes_channels_last(module: GraphModule) -> bool:
+    """Return whether Inductor gives the convolutions of a graph channels_last, as oneDNN's on CPUs.
+
+    It asks the same of the backward graph, finds only gradients of convolutions there, and answers
+    no: each depthwise one then costs three copies of its arguments.
+    """
+    convolutions = [node for node in module.graph.nodes if node.target in CONVOLUTIONS]
+    values = (node.meta.get("example_value") for node in convolutions)
+    return (
+        bool(convolutions)
+        and bool(torch.backends.mkldnn.enabled)
+        and torch.backends.mkldnn.is_available()
+        and all(isinstance(value, Tensor) and value.device.type == "cpu" for value in values)
+    )
+
+
+def _fuse(module: GraphModule, report: Report, eager: bool) -> None:
+    """Fuse what a graph has; leave it as it was if an error is raised."""
+    before, own = copy.deepcopy(module.graph), Report()
+    try:
+        fuse(module.graph, own, eager)
+    except Exception as error:
+        module.graph = before
+        own = Report(left=Counter({f"all: {failures.reason(error)}": 1}))
+    report.fused.update(own.fused)
+    report.left.update(own.left)
 
 
 # --- graphs within the graph ----------------------------------------------------------------------

@@ -200,11 +200,15 @@ _READERS: dict[Any, tuple[str, Callable[..., _Arguments], _Arguments]] = {
     F.batch_norm: ("norm", _own(F.batch_norm), {}),
 }
 
+CONVOLUTIONS = (
+    *(torch.conv1d, torch.conv2d, torch.conv3d),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+)
+
 #: Calls that write to nothing, whatever their arguments but ``out``, and enter no mode.
 _PURE: frozenset[Any] = frozenset(
     (
-        *(torch.conv1d, torch.conv2d, torch.conv3d, torch._C._nn.linear, torch.matmul, torch.cat),
-        *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+        *(*CONVOLUTIONS, torch._C._nn.linear, torch.matmul, torch.cat),
         *(torch_F.max_pool1d, torch_F.max_pool2d, torch_F.max_pool3d, torch_F.softmax),
         *(torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, torch.sigmoid, torch.tanh),
         *(torch.avg_pool1d, torch._C._nn.avg_pool2d, torch._C._nn.avg_pool3d),

@@ -19,7 +19,10 @@ from typing import Any, TypeAlias
 
 from torch import fx, nn
 
-from ..core.trace import ARGUMENT, STRUCTURE, Found, Trace, UntraceableError, trace
+from ..core import failures
+from ..core.modules import forward_of, submodule
+from ..core.proxies import UntraceableError
+from ..core.trace import ARGUMENT, STRUCTURE, Found, Trace, trace
 from .known import is_timm_act, original_class, why_unknown
 
 _ITERABLE = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -53,7 +56,7 @@ class Calls:
 
         def leaf(module: nn.Module) -> bool:
             # A sequence that is used in one place is part of what calls it.
-            sequence = type(module).forward is nn.Sequential.forward and _is_usual(module)
+            sequence = forward_of(module) is nn.Sequential.forward and _is_usual(module)
             return not sequence or held[module] != 1
 
         waiting, seen = [model], {model}
@@ -64,8 +67,10 @@ class Calls:
             who = f"the forward of {names[module] or 'the model'} ({type(module).__name__})"
             try:
                 called = self._follow(module, who, leaf)
-            except UntraceableError as error:
-                called = self._read_source(module, f"{who}, which cannot be traced ({error})")
+            except Exception as error:
+                known = isinstance(error, UntraceableError)
+                reason = str(error) if known else failures.reason(error)
+                called = self._read_source(module, f"{who}, which cannot be traced ({reason})")
             waiting += dict.fromkeys(m for m in called if m not in seen)
             seen.update(called)
 
@@ -80,42 +85,45 @@ class Calls:
         self, module: nn.Module, who: str, leaf: Callable[[nn.Module], bool]
     ) -> list[nn.Module]:
         """Add the calls of a forward, and return the modules that it calls."""
-        traces = list(_traces(module, leaf))
-        self.graphs[module] = []
-        for traced in traces:
+        graphs: list[Nodes] = []
+        for traced in list(_traces(module, leaf)):
             nodes: Nodes = {}
             for node in traced.graph.nodes:
                 if node.op == "call_module":
-                    called = module.get_submodule(str(node.target))
+                    called = submodule(module, str(node.target))
                     nodes.setdefault(called, []).append(node)
-                    self.callers.setdefault(called, set()).add(module)
                 elif node.op == "get_attr" and "." in str(node.target):
-                    owner = module.get_submodule(str(node.target).rpartition(".")[0])
+                    owner = submodule(module, str(node.target).rpartition(".")[0])
                     self.touched.setdefault(owner, f"{who} reads its parameters")
-            self.graphs[module].append(nodes)
+            graphs.append(nodes)
             for read in traced.reads:
                 of_module = read.value is Found.MODULE or read.name in STRUCTURE
                 if isinstance(read.owner, tuple) and read.owner and not of_module:
-                    owner = module.get_submodule(".".join(read.owner))
+                    owner = submodule(module, ".".join(read.owner))
                     self.touched.setdefault(owner, f"{who} reads its {read.name}")
-        return [called for nodes in self.graphs[module] for called in nodes]
+        self.graphs[module] = graphs
+        found = [called for nodes in graphs for called in nodes]
+        for called in found:
+            self.callers.setdefault(called, set()).add(module)
+        return found
 
     def _read_source(self, module: nn.Module, who: str) -> list[nn.Module]:
         """Add what the source of a forward may do, and return the modules that it may call."""
-        found: list[nn.Module] = []
-        only_called = _only_called(module)
-        for key, child in module._modules.items():
-            if child is None:
-                continue
-            before = len(found)
-            found += _elements(child)
+        children = {key: m for key, m in module._modules.items() if m is not None}
+        try:
+            only_called = _only_called(module)
+            elements = {key: list(_elements(child)) for key, child in children.items()}
+        except Exception as error:
+            only_called, elements = set(), {}
+            who = f"{who}, and whose source cannot be read ({failures.reason(error)})"
+        for key, child in children.items():
             if key not in only_called:
                 for inside in child.modules():
                     self.touched.setdefault(inside, f"{who}, may use it")
                 continue
-            for called in found[before:]:
+            for called in elements[key]:
                 self.touched.setdefault(called, f"it is called by {who}")
-        return found
+        return [called for found in elements.values() for called in found]
 
 
 def _elements(module: nn.Module) -> Iterator[nn.Module]:
@@ -128,7 +136,7 @@ def _elements(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_list(module: nn.Module) -> bool:
-    return type(module).forward is nn.Module.forward
+    return forward_of(module) is nn.Module.forward
 
 
 # --- tracing --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..core import dispatch
+from ..core import dispatch, failures
 from ..core.layer import Layer
 from .calls import Calls, Nodes
 from .known import epilogue_of, is_timm_act, why_unknown
@@ -111,18 +111,20 @@ def fold_into_conv(model: _Module) -> _Module:
     folded = copy.deepcopy(model)
     calls = Calls(folded)
     names = {layer: name for name, layer in folded.named_modules()}
-    pairs = {}
+    folded_parts: dict[nn.Module, tuple[nn.Module, dict[str, nn.Parameter], nn.Module]] = {}
     for layer, name in names.items():
         if not isinstance(layer, (_BatchNorm, FrozenBatchNorm)):
             continue
-        found = _find(layer, calls)
-        if isinstance(found, str):
-            _log.info("fusereg.fold_into_conv: %s stays: %s", name or "the model", found)
-        else:
-            pairs[layer] = found
-    for norm, source in pairs.items():
-        _fold(norm, source)
-        left = _left(norm, source)
+        try:
+            found = _find(layer, calls)
+            if not isinstance(found, str):
+                folded_parts[layer] = (found, _folded(layer, found), _left(layer, found))
+                continue
+        except Exception as error:
+            found = failures.reason(error)
+        _log.info("fusereg.fold_into_conv: %s stays: %s", name or "the model", found)
+    for norm, (source, parameters, left) in folded_parts.items():
+        source._parameters.update(parameters)
         for parent in names:
             for key, child in parent._modules.items():
                 if child is norm:
@@ -160,24 +162,45 @@ def _find(norm: Any, calls: Calls) -> nn.Module | str:
 
 def _before(norm: Any, node: fx.Node, nodes: Nodes) -> nn.Module | str:
     """Return the layer whose result a batch norm is called with, or the reason for none."""
-    before = node.args[0] if node.args else None
+    before = given = node.args[0] if node.args else None
+    if isinstance(given, fx.Node) and _flattens_to_rows(given):
+        before = given.args[0]
     called = [layer for layer, calls in nodes.items() if before in calls]
     if not called or not isinstance(called[0], tuple(_DIMENSIONS)):
         return "no convolution or linear layer is seen before it"
     source, name = called[0], type(called[0]).__name__
     assert isinstance(before, fx.Node)
+    assert isinstance(given, fx.Node)
+    if given is not before and not isinstance(source, nn.Linear):
+        return f"the result of the {name} before it is reshaped"
     if type(source) not in _DIMENSIONS:
         return f"what is before it, a {name}, is a subclass of torch's layer"
-    if len(before.users) != 1:
+    if sum(not _reads_shape(user, before) for user in before.users) != 1 or len(given.users) != 1:
         return f"the result of the {name} before it is used elsewhere too"
     # fusereg's layers add a residual, as what they leave does.
     more_args = ("residual",) if type(norm).__module__.startswith("fusereg.") else ()
     if len(node.args) > 1 + len(more_args) or not set(node.kwargs) <= set(more_args):
         more = ", ".join(node.kwargs) or f"{len(node.args)} arguments"
         return f"it is called with {more}"
-    if before in node.args[1:] or before in node.kwargs.values():
+    if given in node.args[1:] or given in node.kwargs.values():
         return f"the result of the {name} before it is its residual as well"
     return source
+
+
+def _flattens_to_rows(node: fx.Node) -> bool:
+    """Return whether a node is ``x.flatten(0, 1)``, which of (N, L, C) keeps the channels last."""
+    if (node.op, node.target) not in (("call_method", "flatten"), ("call_function", torch.flatten)):
+        return False
+    return node.args[1:] in ((0, 1), (0, -2)) and not node.kwargs
+
+
+def _reads_shape(node: fx.Node, argument: fx.Node) -> bool:
+    """Return whether a node asks an argument for its shape and nothing else."""
+    if node.op == "call_method" and node.target in ("reshape_as", "view_as", "expand_as"):
+        return node.args[0] is not argument
+    if node.target == "size":
+        return node.op == "call_method"
+    return node.op == "call_function" and node.target is getattr and node.args[1] == "shape"
 
 
 def _why_not_alone(layer: nn.Module, calls: Calls) -> str | None:
@@ -218,8 +241,8 @@ def _why_not_matching(norm: Any, source: Any) -> str | None:
 # --- folding --------------------------------------------------------------------------------------
 
 
-def _fold(norm: Any, source: Any) -> None:
-    """Give a layer the weight and bias that make the batch norm after it unnecessary."""
+def _folded(norm: Any, source: Any) -> dict[str, nn.Parameter]:
+    """Return the weight and bias of a layer that make the batch norm after it unnecessary."""
     weight, old_bias = source.weight, source.bias
     with torch.no_grad():
         scale = (norm.running_var.double() + float(norm.eps)).rsqrt()
@@ -234,8 +257,10 @@ def _fold(norm: Any, source: Any) -> None:
         new_weight = (weight.double() * per_output).to(weight.dtype)
     trained = norm.bias if old_bias is None else old_bias
     learns = trained is not None and trained.requires_grad
-    source.weight = nn.Parameter(new_weight, weight.requires_grad)
-    source.bias = nn.Parameter(bias.to(weight.dtype), learns)
+    return {
+        "weight": nn.Parameter(new_weight, weight.requires_grad),
+        "bias": nn.Parameter(bias.to(weight.dtype), learns),
+    }
 
 
 def _along_outputs(source: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ _FORWARDS: dict[type, Any] = {cls: vars(cls)["forward"] for cls in (*_ACTIVATION
 
 def keeps_forward(layer: nn.Module) -> bool:
     """Return whether the forward of an activation's class is still torch's."""
-    cls: Any = type(layer)
-    return _FORWARDS.get(cls) is cls.forward
+    forward = _FORWARDS.get(type(layer))
+    return forward is not None and forward is type(layer).forward
 
 
 def activation_of(layer: nn.Module) -> tuple[str, float] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any, TypeVar
 
 import torch
@@ -149,11 +150,37 @@ def _converted(module: nn.Module, replace: Any) -> nn.Module:
                 for key, child in list(layer._modules.items()):
                     if child is not None:
                         new = visit(f"{name}.{key}" if name else key, child)
-                        if new is not child:
-                            setattr(layer, key, new)
+                        layer._modules[key] = new
         return made[layer]
 
-    return visit("", module)
+    converted = visit("", module)
+    made = {old: new for old, new in made.items() if old is not new}
+    for part in [*converted.modules()] if made else ():
+        for name, value in vars(part).items():
+            if name not in _OF_MODULE:
+                vars(part)[name] = _exchanged(value, made)
+    return converted
+
+
+#: What every module holds.
+_OF_MODULE = frozenset(vars(nn.Module()))
+
+
+def _exchanged(value: Any, made: dict[nn.Module, nn.Module]) -> Any:
+    """Return what an attribute holds beside the model's tree, with layers replaced."""
+    if isinstance(value, nn.Module):
+        return made.get(value, value)
+    if type(value) is weakref.ref and (held := value()) in made:
+        return weakref.ref(made[held])
+    if type(value) is list:
+        value[:] = [_exchanged(each, made) for each in value]
+    elif type(value) is dict:
+        value.update({key: _exchanged(each, made) for key, each in value.items()})
+    elif type(value) is tuple:
+        parts = tuple(_exchanged(each, made) for each in value)
+        if any(a is not b for a, b in zip(parts, value, strict=True)):
+            return parts
+    return value
 
 
 def _to_sync(cls: type[SyncBatchNorm], name: str, layer: nn.Module, group: Any) -> nn.Module | None:
@@ -212,6 +239,6 @@ def _twin(made: type[_BatchNorm], layer: _BatchNorm, **extra: Any) -> _BatchNorm
         setattr(new, state, getattr(layer, state))
     for name, value in vars(layer).items():
         # What fusereg.convert remembers is kept as well, so that fusereg.revert works afterwards.
-        if "hooks" in name or name.startswith("_fusereg"):
+        if "hook" in name or name.startswith("_fusereg"):
             new.__dict__[name] = value
     return new.train(layer.training)

@@ -36,8 +36,8 @@ _DROPOUTS: dict[type, Any] = {cls: cls.forward for cls in (nn.Dropout, fused_nn.
 
 def is_dropout(layer: nn.Module) -> bool:
     """Return whether this drops single elements, as the kernels' epilogue does."""
-    cls: Any = type(layer)
-    return _DROPOUTS.get(cls) is cls.forward
+    forward = _DROPOUTS.get(type(layer))
+    return forward is not None and forward is type(layer).forward
 
 
 def is_identity(layer: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..batch_norm.known import activation_of
+from ..core.modules import submodule
 from ..core.trace import Found, Read
 from . import chain as _chain
 from .chain import ADD, Follower
@@ -132,7 +133,7 @@ class Finder:
         """Return the layer that a node calls, if any."""
         if node.op != "call_module":
             return None
-        return self.module.get_submodule(str(node.target))
+        return submodule(self.module, str(node.target))
 
     def _follower(self, node: fx.Node, current: fx.Node) -> Follower | None:
         """Return what a node does with the current value; None if a chain cannot contain it."""
@@ -258,7 +259,7 @@ class Finder:
 
     def _is_parameter(self, node: fx.Node) -> bool:
         path, _, name = str(node.target).rpartition(".")
-        return name in self.module.get_submodule(path)._parameters
+        return name in submodule(self.module, path)._parameters
 
     def _writes(self, node: fx.Node) -> bool:
         """Return whether an activation or dropout writes into its argument."""

@@ -11,7 +11,11 @@ created here, which has the same name and is pickled as the original class and a
 
 from __future__ import annotations
 
+import abc
 import functools
+import inspect
+import logging
+import sys
 import types
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -22,11 +26,14 @@ from torch import Tensor, nn
 from .. import functional as F
 from .. import nn as fused_nn
 from ..batch_norm.known import activation_of
-from ..core import dispatch
-from ..core.layer import refuse_script
-from ..core.trace import TORCH, UntraceableError
+from ..core import dispatch, failures
+from ..core.layer import Layer, name_module, refuse, refuse_script
+from ..core.proxies import UntraceableError
+from ..core.trace import TORCH
 from . import chain as _chain
 from .trace import Plan, renewed
+
+_log = logging.getLogger("fusereg")
 
 # --- layers of torch ------------------------------------------------------------------------------
 
@@ -39,6 +46,19 @@ _NAMES = (
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, name): getattr(fused_nn, name) for name in _NAMES
 }
+
+
+def _not_fused(is_qat: bool, *layers: nn.Module) -> NoReturn:
+    """Raise RuntimeError in the place of one of torch's functions that fuse layers."""
+    layer = next(layer for layer in layers if type(layer) in SWAPS.values())
+    refuse(layer, "torch.ao.quantization.fuse_modules cannot fuse", "use torch.nn's layer")
+
+
+# It finds these functions by the exact classes of layers.
+_mappings: Any = sys.modules.get("torch.ao.quantization.fuser_method_mappings")
+_fusers: dict[Any, Any] = getattr(_mappings, "_DEFAULT_OP_LIST_TO_FUSER_METHOD", {})
+for _classes in list(_fusers):
+    _fusers.setdefault(tuple(SWAPS.get(cls, cls) for cls in _classes), _not_fused)
 
 #: The attribute of a converted layer that holds its original class.
 ORIGINAL = "_fusereg_original"
@@ -82,9 +102,9 @@ def why_not_convertible(layer: nn.Module) -> str | None:
 def swap(layer: nn.Module) -> None:
     """Give a layer of torch the class of fusereg."""
     original: Any = type(layer)
-    layer.__class__ = SWAPS[original]
-    vars(layer).update(_extras(original))
-    vars(layer)[ORIGINAL] = original
+    # The class last: another thread may be calling the layer.
+    vars(layer).update({**_extras(original), ORIGINAL: original})
+    object.__setattr__(layer, "__class__", SWAPS[original])
 
 
 def swap_back(layer: nn.Module) -> str | None:
@@ -96,7 +116,7 @@ def swap_back(layer: nn.Module) -> str | None:
     for name, value in extras.items():
         if (now := getattr(layer, name)) != value:
             return f"{original.__name__} has no {name}={now!r}"
-    layer.__class__ = original
+    object.__setattr__(layer, "__class__", original)
     for name in (*extras, ORIGINAL):
         del vars(layer)[name]
     return None
@@ -110,6 +130,9 @@ class Adapted:
 
     fusereg_original: type[nn.Module]
     fusereg_kind: str
+
+    def __init_subclass__(cls) -> None:
+        """Keep the class from the original's ``__init_subclass__``, which may list its classes."""
 
     def __prepare_scriptable__(self) -> NoReturn:
         module: Any = self
@@ -139,14 +162,17 @@ def adapted(kind: str, original: type[nn.Module]) -> type[nn.Module]:
         "fusereg_kind": kind,
         "forward": forward(original),
     }
-    return type(original.__name__, (Adapted, base, original), namespace)
+    made: Any = type(original.__name__, (Adapted, base, original), namespace)
+    if issubclass(made, Layer):
+        name_module(made)
+    return made  # type: ignore[no-any-return]
 
 
 def adapt(kind: str, module: Any) -> None:
     """Give a module the subclass of its class that is of this kind."""
     if not isinstance(module, Adapted):
         original: Any = type(module)
-        module.__class__ = adapted(kind, original)
+        object.__setattr__(module, "__class__", adapted(kind, original))
 
 
 def adapt_back(module: Any) -> str | None:
@@ -156,7 +182,7 @@ def adapt_back(module: Any) -> str | None:
     if "fusereg_original" not in vars(cls):
         # It works all the same: without a plan, a rewritten forward calls the original one.
         return f"it is a {cls.__name__} of {cls.__module__} by now"
-    module.__class__ = cls.fusereg_original
+    object.__setattr__(module, "__class__", cls.fusereg_original)
     return None
 
 
@@ -170,9 +196,13 @@ class Planned:
         module: Any = self
         try:
             forward = type(module).fusereg_original.forward
-            self.fusereg_plans = renewed(self.fusereg_plans, module, forward)
+            plans = renewed(self.fusereg_plans, module, forward)
         except UntraceableError:
-            self.fusereg_plans = ()
+            plans = ()
+        except Exception as error:
+            plans, name = (), type(module).__name__
+            _log.info("fusereg.convert: %s, unpickled, not fused: %s", name, failures.reason(error))
+        vars(module)["fusereg_plans"] = plans
 
 
 def _planned_forward(original: type[nn.Module]) -> Callable[..., Any]:
@@ -279,8 +309,15 @@ def timm_kind(module: nn.Module) -> str | None:
     return kind if all(hasattr(module, name) for name in wanted) else None
 
 
-def why_not_rewritable(cls: type[nn.Module]) -> str | None:
-    """Return why modules of this class cannot get a plan; None if they can."""
+def why_not_rewritable(cls: type[nn.Module], forward: Any) -> str | None:
+    """Return why modules of this class, with this forward, cannot get a plan; None if they can."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    of_torch = code is not None and code.co_filename.startswith(TORCH)
+    if of_torch and forward is not nn.Sequential.forward:
+        # These have fast paths, not all of which call their layers.
+        return "its forward is torch's own"
+    if type(cls) not in (type, abc.ABCMeta):
+        return f"its class is made by {type(cls).__name__}, which would make another one"
     own_reduce_ex = cls.__reduce_ex__ is not object.__reduce_ex__ and not issubclass(cls, Adapted)
     if own_reduce_ex or cls.__reduce__ is not object.__reduce__:
         return "it has its own way of being pickled"

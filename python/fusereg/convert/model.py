@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..core import failures
 from ..core import params as _params
+from ..core.modules import forward_of, submodule
 from ..core.params import Key
-from ..core.trace import TORCH, UntraceableError
+from ..core.proxies import UntraceableError
 from . import chain as _chain
 from . import layers as _layers
 from . import trace as _trace
@@ -89,10 +91,14 @@ def convert(model: _Model, *, include: _Keys = None, exclude: _Keys = None) -> _
     chosen = _choose(model, included, _keys(exclude, "exclude"))
     report = _Report()
     for name, module in chosen:
-        _convert_layer(name, module, report)
+        with _or_left_alone(name, module, "left alone", report):
+            _convert_layer(name, module, report)
     allowed = {id(module) for _, module in chosen}
-    for name, module in _fusible(chosen, report):
-        _fuse(name, module, allowed, report)
+    for name, module in chosen:
+        what = f"({type(module).__name__}) not fused"
+        with _or_left_alone(name, module, what, report):
+            if _is_fusible(module):
+                _fuse(name, module, what, allowed, report)
     report.log()
     return model
 
@@ -195,7 +201,7 @@ def _is_parametrizations(model: nn.Module, name: str, parent: str | None) -> boo
     """Return whether a module is the container of parametrizations of its parent."""
     if parent is None or name.rpartition(".")[2] != "parametrizations":
         return False
-    return parametrize.is_parametrized(model.get_submodule(parent))
+    return parametrize.is_parametrized(submodule(model, parent))
 
 
 # --- converting them ------------------------------------------------------------------------------
@@ -232,6 +238,20 @@ class _Report:
         )
 
 
+@contextlib.contextmanager
+def _or_left_alone(name: str, module: Any, what: str, report: _Report) -> Iterator[None]:
+    """Undo what was done to a module if an error is raised, and log it in place of raising it."""
+    cls, held = type(module), dict(vars(module))
+    try:
+        yield
+    except Exception as error:
+        object.__setattr__(module, "__class__", cls)
+        for name_of_attribute in vars(module).keys() - held.keys():
+            del vars(module)[name_of_attribute]
+        vars(module).update(held)
+        report.skip(name, what, failures.reason(error))
+
+
 def _convert_layer(name: str, module: nn.Module, report: _Report) -> None:
     """Convert a module if it is a layer of torch or timm that fusereg has."""
     kind = _layers.timm_kind(module)
@@ -255,51 +275,40 @@ def _convert_layer(name: str, module: nn.Module, report: _Report) -> None:
     _log.debug("fusereg.convert: %s: %s", name or "the model", what)
 
 
-def _fusible(
-    chosen: list[tuple[str, nn.Module]], report: _Report
-) -> Iterator[tuple[str, nn.Module]]:
-    """Return the modules with children that can begin a chain, which their forward may call."""
-    for name, module in chosen:
-        if isinstance(module, (*_CONTAINERS, torch.fx.GraphModule)) or "forward" in vars(module):
-            continue
-        forward = _forward_of(module)
-        code = getattr(inspect.unwrap(forward), "__code__", None)
-        if not any(type(m) in _chain.NORMS or _chain.is_dropout(m) for m in _called(module)):
-            continue
-        of_torch = code is not None and code.co_filename.startswith(TORCH)
-        if of_torch and forward is not nn.Sequential.forward:
-            # These have fast paths, not all of which call their layers.
-            report.skip(name, f"({type(module).__name__}) not fused", "its forward is torch's own")
-            continue
-        yield name, module
+def _is_fusible(module: nn.Module) -> bool:
+    """Return whether a module has children that can begin a chain, which its forward may call."""
+    if isinstance(module, (*_CONTAINERS, torch.fx.GraphModule)) or "forward" in vars(module):
+        return False
+    return any(type(m) in _chain.NORMS or _chain.is_dropout(m) for m in _called(module))
 
 
 def _forward_of(module: nn.Module) -> Callable[..., Any]:
     """Return the original forward of a module's class."""
-    cls = module.fusereg_original if isinstance(module, _layers.Adapted) else type(module)
-    return cls.forward
+    if isinstance(module, _layers.Adapted):
+        return module.fusereg_original.forward
+    forward: Callable[..., Any] = forward_of(module)
+    return forward
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:
     """Return the children that a forward may call: containers' children, not the containers."""
-    for child in module.children():
+    for child in module._modules.values():
         if isinstance(child, _CONTAINERS):
             yield from _called(child)
-        else:
+        elif child is not None:
             yield child
 
 
-def _fuse(name: str, module: nn.Module, allowed: set[int], report: _Report) -> None:
+def _fuse(name: str, module: nn.Module, what: str, allowed: set[int], report: _Report) -> None:
     """Rewrite a module's forward with the chains of allowed layers that it calls."""
-    reason = _layers.why_not_rewritable(type(module))
+    forward = _forward_of(module)
     try:
+        reason = _layers.why_not_rewritable(type(module), forward)
         if reason is not None:
             raise UntraceableError(reason)
-        plans = _trace.make_plans(
-            module, _forward_of(module), lambda n: id(module.get_submodule(n)) in allowed
-        )
+        plans = _trace.make_plans(module, forward, lambda n: id(submodule(module, n)) in allowed)
     except UntraceableError as error:
-        report.skip(name, f"({type(module).__name__}) not fused", str(error))
+        report.skip(name, what, str(error))
         return
     said = name or "the model"
     for reason in dict.fromkeys(reason for plan in plans for reason in plan.lost):

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.proxies import UntraceableError
 from ..core.trace import (
     ARGUMENT,
     DISTINCT,
@@ -20,7 +21,6 @@ from ..core.trace import (
     Path,
     Read,
     Trace,
-    UntraceableError,
     is_plain,
     trace,
 )
@@ -43,6 +43,7 @@ class _Check:
         self.names: dict[str, Any] = {"Tensor": Tensor, "NOTHING": Found.NOTHING, "same": _same}
         self.modules: dict[Path, str] = {(): "self"}
         self.dictionaries: dict[Path, str] = {}
+        self.objects: dict[Path, str] = {}
         self.lines = [f"def fits(self, {', '.join(arguments)}):"]
         for name in arguments:
             self.require(f"isinstance({name}, Tensor) is {name not in others}")
@@ -73,6 +74,19 @@ class _Check:
             self.require(f"{name} is not None")
         return self.modules[path]
 
+    def settings(self, read: Read) -> str:
+        """Return the name of the object that is read, on the way from its module."""
+        name = self.module(read.owner)
+        for i, attribute in enumerate(read.within):
+            way = (*read.owner, *read.within[: i + 1])
+            if way not in self.objects:
+                self.objects[way] = f"o{len(self.objects)}"
+                self.lines.append(
+                    f"    {self.objects[way]} = getattr({name}, {attribute!r}, NOTHING)"
+                )
+            name = self.objects[way]
+        return name
+
     def read(self, read: Read) -> None:
         """Require that a read still gives what it gave."""
         value, name = read.value, read.name
@@ -100,7 +114,8 @@ class _Check:
                 self.require(f"None not in {held}.values()")
                 self.require(f"len({{*map(id, {held}.values())}}) == {value}")
                 return
-            on = self.module(read.owner) if isinstance(read.owner, tuple) else self.name(read.owner)
+            at_module = isinstance(read.owner, tuple)
+            on = self.settings(read) if at_module else self.name(read.owner)
             now = f"{on}.{name}" if name == "training" else f"getattr({on}, {name!r}, NOTHING)"
             if name in ("__class__", "__iter__"):
                 now = f"type({on})" + ("" if name == "__class__" else ".__iter__")

@@ -25,6 +25,11 @@ class _ModuleName(str):
         return str, (str(self),)
 
 
+def name_module(cls: type) -> None:
+    """Let instances of a class say that their module is one of torch's."""
+    cls.__module__ = _ModuleName(cls.__module__)
+
+
 class Layer(nn.Module):
     """A layer that torch.fx records as one call: symbolic_trace, feature extractors, prepare_fx.
 
@@ -34,7 +39,7 @@ class Layer(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__module__ = _ModuleName(cls.__module__)
+        name_module(cls)
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Tell torch.jit.script, which asks each module, that it cannot compile this one."""
@@ -43,13 +48,14 @@ class Layer(nn.Module):
 
 def refuse_script(module: nn.Module) -> NoReturn:
     """Raise RuntimeError, because torch.jit.script compiles the source of torch's layers alone."""
-    converted = "_fusereg_original" in vars(module) or hasattr(type(module), "fusereg_original")
-    remedy = (
-        "call fusereg.revert(model) first" if converted else "use torch.compile or torch.export"
-    )
-    raise RuntimeError(
-        f"torch.jit.script cannot compile fusereg's {type(module).__name__}; {remedy}"
-    )
+    refuse(module, "torch.jit.script cannot compile", "use torch.compile or torch.export")
+
+
+def refuse(module: nn.Module, what: str, remedy: str) -> NoReturn:
+    """Raise RuntimeError: what a tool cannot do with a layer, unless it is made torch's again."""
+    if "_fusereg_original" in vars(module) or hasattr(type(module), "fusereg_original"):
+        remedy = "call fusereg.revert(model) first"
+    raise RuntimeError(f"{what} fusereg's {type(module).__name__}; {remedy}")
 
 
 class DropLayer(Layer):

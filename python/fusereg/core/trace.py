@@ -22,7 +22,6 @@ import operator
 import os
 import sys
 import types
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -30,16 +29,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import Attribute, Scope
 from torch.nn import functional as F
 
-from . import assertions, dispatch
+from . import assertions, dispatch, failures
+from .modules import forward_of
+from .proxies import Proxy, Recorder, Standin, UntraceableError, draws, refuse, words
 
 Path = tuple[str, ...]
-
-
-class UntraceableError(Exception):
-    """A forward that cannot be followed, for the reason in the text."""
 
 
 class Found(Enum):
@@ -62,12 +58,14 @@ class Read:
         value: what was found. Functions, classes and modules of Python are the same if identical,
             plain values if they are of the same type and equal.
         method: whether the attribute is a method, and the value its function.
+        within: the attributes that lead from the owner, a module, to the object that is read.
     """
 
     owner: Any
     name: str
     value: Any
     method: bool = False
+    within: tuple[str, ...] = ()
 
 
 #: The owner of a read that asks whether an argument of forward is a tensor.
@@ -92,21 +90,12 @@ _SCALARS = (bool, int, float, complex, str, type(None), type(...))
 _PLAIN = (*_SCALARS, torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout)
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_BUILTINS = _words("""
+_BUILTINS = words("""
     abs all any bool dict enumerate float getattr hasattr int len list map max min range reversed
     round set slice sorted str sum tuple zip
     """)
 #: What ``isinstance`` may ask of a tensor, besides whether it is one: no tensor is any of these.
 _NO_TENSORS = (list, tuple, dict, set, str, bool, int, float, complex, type(None))
-#: They draw random numbers, like whatever torch tags so, but are layers' own functions.
-_DROPOUTS = _words("""
-    dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout
-    scaled_dot_product_attention
-    """)
 _REFUSED = {
     "STORE_ATTR": "it sets an attribute",
     "DELETE_ATTR": "it deletes an attribute",
@@ -121,15 +110,6 @@ _REFUSED = {
 def is_plain(value: object) -> bool:
     """Return whether a value cannot change without being replaced."""
     return all(map(is_plain, value)) if type(value) is tuple else type(value) in _PLAIN
-
-
-@functools.cache
-def draws(name: str) -> bool:
-    """Return whether the function or method of torch of this name draws random numbers."""
-    packet = None if name in _DROPOUTS else getattr(torch.ops.aten, name, None)
-    seeded = torch.Tag.nondeterministic_seeded
-    overloads = packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else ()
-    return any(seeded in getattr(packet, overload).tags for overload in overloads)
 
 
 @functools.cache
@@ -198,11 +178,6 @@ def _said(value: object) -> str:
     return str(name) if name and callable(value) else f"a {type(value).__name__}"
 
 
-def refuse(reason: str, remedy: str = "move that part into a layer of its own") -> NoReturn:
-    """Raise UntraceableError for a reason, with what to change in forward."""
-    raise UntraceableError(f"{reason}; {remedy}")
-
-
 @functools.cache
 def _check_code(code: types.CodeType) -> None:
     """Raise UntraceableError if running the code could do more than its values can tell."""
@@ -219,91 +194,12 @@ def _check_code(code: types.CodeType) -> None:
             _check_code(constant)
 
 
-# --- proxies --------------------------------------------------------------------------------------
-
-_IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul"
-
-
-class _Proxy(fx.Proxy):
-    """A proxy that records ``x += y`` as such (torch.fx: ``x + y``), and gives out no number."""
-
-    def __getattr__(self, name: str) -> Attribute:
-        if draws(name):
-            refuse(f"it calls {name}, which draws random numbers")
-        in_place = name.endswith("_") and not name.endswith("__")
-        if in_place and self.node.op == "get_attr":
-            refuse(f"it changes {self.node.target} in place")
-        return _Attribute(self, name)
-
-    def _number(self, *_: Any) -> NoReturn:
-        refuse("it takes a number or text out of a tensor")
-
-    __float__ = __int__ = __index__ = __complex__ = __len__ = _number
-    __str__ = __repr__ = __array__ = _number
-
-    def __format__(self, form: str) -> str:
-        texts: assertions.Texts = self.tracer.texts  # type: ignore[attr-defined]
-        return texts.add(self, form, sys._getframe(1))
-
-
-class _Attribute(Attribute, _Proxy):
-    """An attribute of a proxy, or its method."""
-
-
-def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    """Return the proxies' method of an operator in place."""
-    function = getattr(operator, name)
-
-    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
-        if self.node.op == "get_attr":
-            refuse(f"it changes {self.node.target} in place")
-        result: fx.Proxy = self.tracer.create_proxy("call_function", function, (self, other), {})
-        return result
-
-    return method
-
-
-for _name in _IN_PLACE.split():
-    setattr(_Proxy, f"__{_name}__", _in_place(_name))
-
-
-class _Recorder(fx.proxy.TracerBase):
-    """Makes the nodes of the graph."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.graph = fx.Graph()
-        self.scope = Scope("", None)
-        self.module_stack: OrderedDict[str, tuple[str, Any]] = OrderedDict()
-        self.node_name_to_scope: dict[str, tuple[str, type]] = {}
-        self.texts = assertions.Texts()
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Tensor):
-            refuse("it makes a tensor that depends on no input")
-        if isinstance(type(a), type) and type(a) in (_Module, _Namespace, _Python, _Class, _Super):
-            refuse("it gives a layer to a function that is not a layer")
-        return super().create_arg(a)
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        refuse("it decides by the value of a tensor")
-
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        refuse("it iterates over a tensor")
-
-    def keys(self, obj: fx.Proxy) -> Any:
-        refuse("it iterates over a tensor")
-
-
 # --- stand-ins ------------------------------------------------------------------------------------
 
 _CONTAINERS: tuple[type, ...] = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-class _Standin:
+class _Standin(Standin):
     """Stands for an object; reads of its attributes go to the tracer."""
 
     __slots__ = ("_of", "_tracer")
@@ -336,6 +232,42 @@ class _Python(_Standin):
 
     def __getattribute__(self, name: str) -> Any:
         return _get(self, "_tracer").global_(vars(_get(self, "_of")), name, builtin=False)
+
+
+class _Settings(_Standin):
+    """Stands for an object of a model's own class, given with the way to it, such as a config."""
+
+    def __getattribute__(self, name: str) -> Any:
+        tracer, (settings, path, within) = _get(self, "_tracer"), _get(self, "_of")
+        said = ".".join(("self", *path, *within, name))
+        own = next((vars(c)[name] for c in type(settings).__mro__ if name in vars(c)), None)
+        if hasattr(type(own), "__get__") and type(own) is not types.MemberDescriptorType:
+            refuse(f"it uses {said}, a {type(own).__name__}", "make it a plain value")
+        value = getattr(settings, name, Found.NOTHING)
+        if _has_settings(value):
+            return tracer.settings(value, path, (*within, name))
+        tracer.read(path, name, value, within=within)
+        if value is Found.NOTHING:
+            raise AttributeError(f"{said} is missing")
+        return tracer.admit(value, said)
+
+    def __bool__(self) -> bool:
+        refuse("it asks whether an object is true")
+
+
+def _has_settings(value: Any) -> bool:
+    """Return whether reading attributes of an object does nothing else."""
+    cls: Any = type(value)
+    read = cls.__getattribute__
+    usual = (
+        read in (object.__getattribute__, types.SimpleNamespace.__getattribute__)
+        # It knows attributes by several names.
+        or getattr(read, "__module__", "") == "transformers.configuration_utils"
+    )
+    known = isinstance(value, (Tensor, nn.Module, types.ModuleType, Enum, *_NO_TENSORS))
+    return usual and not (
+        known or is_plain(value) or callable(value) or hasattr(cls, "__getattr__")
+    )
 
 
 class _Class(_Standin):
@@ -372,9 +304,10 @@ class _Module(_Standin):
 
     def _names(self) -> list[str]:
         tracer, (module, path) = _get(self, "_tracer"), _get(self, "_of")
-        if type(module).__iter__ not in [c.__iter__ for c in _CONTAINERS]:  # type: ignore[attr-defined]
+        iterates = getattr(type(module), "__iter__", None)
+        if iterates not in [c.__iter__ for c in _CONTAINERS]:  # type: ignore[attr-defined]
             refuse(f"it iterates over {'.'.join(path) or 'itself'}, a {type(module).__name__}")
-        tracer.read(path, "__iter__", type(module).__iter__)
+        tracer.read(path, "__iter__", iterates)
         tracer.read(path, "_modules", tuple(module._modules))
         return list(module._modules)
 
@@ -433,17 +366,29 @@ class _Tracer:
     def __init__(
         self, module: nn.Module, leaf: Callable[[nn.Module], bool], mode: bool, tensors: bool
     ) -> None:
-        self.recorder = _Recorder()
+        self.recorder = Recorder()
         self.leaf, self.mode, self.tensors = leaf, mode, tensors
-        self.reads: dict[tuple[Any, str], Read] = {}
+        self.reads: dict[tuple[Any, tuple[str, ...], str], Read] = {}
         self.root = module
         self.modules: dict[Path, _Module] = {}
         self.namespaces: dict[int, _Namespace] = {}
 
-    def read(self, owner: Any, name: str, value: Any, method: bool = False) -> None:
+    def read(
+        self,
+        owner: Any,
+        name: str,
+        value: Any,
+        method: bool = False,
+        within: tuple[str, ...] = (),
+    ) -> None:
         """Record what was read."""
-        key = (owner if isinstance(owner, tuple) else id(owner), name)
-        self.reads.setdefault(key, Read(owner, name, value, method))
+        key = (owner if isinstance(owner, tuple) else id(owner), within, name)
+        self.reads.setdefault(key, Read(owner, name, value, method, within))
+
+    def settings(self, value: Any, path: Path, within: tuple[str, ...]) -> _Settings:
+        """Return what stands for an object of which only attributes are read, and recorded."""
+        self.read(path, "__class__", type(value), within=within)
+        return _Settings(self, (value, path, within))
 
     def module(self, module: nn.Module, path: Path) -> _Module:
         """Return the stand-in of a module."""
@@ -521,9 +466,9 @@ class _Tracer:
         if all(kind is Tensor or kind in _NO_TENSORS for kind in of):
             if not isinstance(value, fx.Proxy) and type(value) in (*_PLAIN, *_NO_TENSORS):
                 return isinstance(value, tuple(of))
-            if isinstance(value, _Proxy) and value.node.op == "get_attr":
+            if isinstance(value, Proxy) and value.node.op == "get_attr":
                 return Tensor in of
-            if isinstance(value, _Proxy) and value.node.op == "placeholder":
+            if isinstance(value, Proxy) and value.node.op == "placeholder":
                 self.read(ARGUMENT, value.node.name, Found.TENSOR)
                 if self.tensors or of == [Tensor]:
                     return self.tensors and Tensor in of
@@ -575,6 +520,8 @@ class _Tracer:
                     self.read(path, name, Found.TENSOR)
                     target = ".".join((*path, name))
                     return self.recorder.create_proxy("get_attr", target, (), {})
+        if _has_settings(value):
+            return self.settings(value, path, (name,))
         self.read(path, name, value)
         if value is Found.NOTHING:
             raise AttributeError(f"{cls.__name__} has no attribute {name}")
@@ -622,12 +569,12 @@ class _Tracer:
         module, path = _get(standin, "_of")
         if not path:
             refuse("it calls itself")
-        if type(module).forward is nn.Module.forward:
+        forward = forward_of(module)
+        if forward is nn.Module.forward:
             refuse(f"it calls {'.'.join(path)}, a {type(module).__name__}", "call the layers in it")
         before, texts = list(self.recorder.graph.nodes), self.recorder.texts.open.copy()
         if not self.leaf(module) and not dispatch.hooked(module):
             try:
-                forward = type(module).forward
                 return self.method(standin, path, "forward", forward)(*args, **kwargs)
             except UntraceableError:
                 for node in reversed(list(self.recorder.graph.nodes)[len(before) :]):
@@ -692,6 +639,6 @@ def trace(
     except UntraceableError:
         raise
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UntraceableError(f"it cannot be followed: {first}") from error
+        # Forward's own, for it was written for tensors; or one of this package.
+        raise UntraceableError(f"it cannot be followed: {failures.logged(error)}") from error
     return Trace(recorder.graph, tuple(tracer.reads.values()))
