@@ -92,7 +92,8 @@ class Folder:
     ) -> None:
         require_safetensors(op)
         self.op = op
-        self.path = Path(os.path.expanduser(path))  # leaves an unknown ~name
+        # Absolute, as a script may change its working directory; expanduser leaves unknown ~names.
+        self.path = Path(os.path.expanduser(path)).absolute()
         self.commit_path = self.path / commit
         self._form, self._version = form, version
         self._data = re.compile(data)

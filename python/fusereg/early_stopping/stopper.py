@@ -428,7 +428,7 @@ class EarlyStopping:
                 break
             try:
                 yield epoch
-            except GeneratorExit:
+            except BaseException:
                 # The loop was left, now or long ago: the model is the caller's by now.
                 self._leave(loop, epoch)
                 raise

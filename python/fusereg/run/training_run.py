@@ -419,6 +419,12 @@ class TrainingRun:
 
     def _save(self) -> None:
         """Write a checkpoint of this moment. All ranks must call it."""
+        for name, thing in self._objects.items():
+            if getattr(thing, "_shows_averages", False):
+                raise RuntimeError(
+                    f"{OP}.save: {name} shows its averages, which would be saved as the weights in "
+                    "training; save outside of its averaged()"
+                )
         entry: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "batch": self.batch}
         entry |= {"metric": self._metric, "ranks": self._ranks.count(), "name": "", "files": {}}
         with ExitStack() as stack:
@@ -441,16 +447,16 @@ class TrainingRun:
                 return
             for of_rank in self._all_heard:
                 entry["files"].update(of_rank)
-            best = self._ranked(entry)
-            own = None
+            own, best = None, []
             try:
                 if self._ranks.index() == 0:
+                    best = self._ranked(entry)
                     self._folder.publish(work, work / "step", entry, best)
             except Exception as problem:
                 own = problem
-            if not self._agreed(own, entry["name"]):
+            if not self._agreed(own, (entry["name"], best)):
                 return
-        entry["name"] = self._heard
+        entry["name"], best = self._heard
         self._last, self._best = entry, best
         self._metric, self._requested = None, False
         self._clock = time.monotonic()
@@ -506,8 +512,15 @@ class TrainingRun:
         return self._folder.described(place, paths)
 
     def _ranked(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the entries of the best checkpoints, with this one."""
-        entries = list(self._best)
+        """Return the entries of the best checkpoints that are still there, with this one."""
+        entries = [e for e in self._best if self._folder.path_of(e["name"]).is_dir()]
+        for gone in (e for e in self._best if e not in entries):
+            warnings.warn(
+                f"{OP}: checkpoint {gone['name']}, one of the best, is no longer in "
+                f"{self._folder.path}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         if entry["metric"] is not None:
             entries = [e for e in entries if e["step"] != entry["step"]] + [entry]
         sign = 1 if self._mode == "min" else -1
