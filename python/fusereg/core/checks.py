@@ -34,8 +34,8 @@ def check(tensor: object, op: str, name: str) -> None:
         raise ValueError(f"{where} is sparse or not strided ({tensor.layout}); densify it first")
     if tensor.is_complex():
         raise ValueError(
-            f"{where} is complex ({tensor.dtype}); pass torch.view_as_real(tensor) if its real and "
-            "imaginary parts are to be penalized each on its own"
+            f"{where} is complex ({tensor.dtype}), which no kernel takes; pass "
+            "torch.view_as_real(tensor) if its real and imaginary parts are numbers of their own"
         )
     if tensor.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
