@@ -79,7 +79,8 @@ class TrainingRun:
     Args:
         folder: where to write; ``~`` is the home directory. One run writes to it, which a lock
             ensures (a later run of the same process takes it over).
-        every_steps: save after so many batches.
+        every_steps: save after so many batches, of :meth:`batches`; without such a loop, after
+            each epoch.
         every_minutes: save after so many minutes, at the end of a batch. Without either, a
             checkpoint is made after each epoch. The end of the last epoch is saved in any case.
         keep_best: how many of the checkpoints with the best metrics are kept besides the last one;
@@ -309,7 +310,10 @@ class TrainingRun:
                 yield self.epoch
                 self.epoch, self.batch = self.epoch + 1, 0
                 self._waits = self._waits and self._stepped[0]  # a wrapper may hide the steps
-                often = self._every_steps is not None or self._every_minutes is not None
+                often = self._every_minutes is not None or (
+                    # Batches of a loop of the caller's own are not counted.
+                    self._every_steps is not None and self._iterating is not None
+                )
                 if self._requested or not often or self._due():
                     self._save()
             if self._position_now() != self._position_saved():
@@ -414,8 +418,7 @@ class TrainingRun:
         return self.step, self.epoch, self.batch
 
     def _position_saved(self) -> tuple[int, int, int] | None:
-        last = self._last
-        return None if last is None else (last["step"], last["epoch"], last["batch"])
+        return None if self._last is None else _position(self._last)
 
     def _save(self) -> None:
         """Write a checkpoint of this moment. All ranks must call it."""
@@ -522,7 +525,9 @@ class TrainingRun:
                 stacklevel=4,
             )
         if entry["metric"] is not None:
-            entries = [e for e in entries if e["step"] != entry["step"]] + [entry]
+            # One of the same position is replaced, but a loop of the caller's own has none.
+            where = _position(entry)
+            entries = [e for e in entries if _position(e) != where or not any(where)] + [entry]
         sign = 1 if self._mode == "min" else -1
         return sorted(entries, key=lambda e: sign * e["metric"])[: self._keep_best]
 
@@ -565,6 +570,10 @@ class TrainingRun:
             raise CheckpointError(f"{OP}.restore: there is no {which} checkpoint: {why}")
         self._load(entry)
         return int(entry["step"])
+
+
+def _position(entry: Mapping[str, Any]) -> tuple[int, int, int]:
+    return entry["step"], entry["epoch"], entry["batch"]
 
 
 _Optimizer = torch.optim.Optimizer
