@@ -178,20 +178,21 @@ def test_another_process_is_noticed_where_the_lock_was_moved_away(
     else:
         (folder / LOCK).unlink()
     get, put = multiprocessing.get_context("fork").Pipe(duplex=False)
-    end, ended = multiprocessing.get_context("fork").Pipe(duplex=False)
 
     def other() -> None:
         kept = started(folder, 2, resume=False)
         put.send(kept.epoch)
-        end.recv()
+        time.sleep(60)
 
-    process = multiprocessing.get_context("fork").Process(target=other)
+    process = multiprocessing.get_context("fork").Process(target=other, daemon=True)
     process.start()
-    assert get.recv() == 0
-    with pytest.raises(CheckpointError, match="is in use by process"):
-        stopper.step(0.5, epoch=1)
-    ended.send(None)
-    process.join()
+    try:
+        assert get.poll(60)
+        with pytest.raises(CheckpointError, match="is in use by process"):
+            stopper.step(0.5, epoch=1)
+    finally:
+        process.kill()
+        process.join()
     assert holds(folder, 2)
 
 

@@ -156,7 +156,7 @@ def test_every_other_way_out_of_a_loop_warns_too(by: str) -> None:
                     iterator.throw(ValueError("thrown"))
             return
 
-    with pytest.warns(RuntimeWarning, match="left in epoch 3 before its end"):
+    def run() -> None:
         if by == "a thread":
             thread = threading.Thread(target=train)
             thread.start()
@@ -164,6 +164,9 @@ def test_every_other_way_out_of_a_loop_warns_too(by: str) -> None:
         else:
             train()
         gc.collect()
+
+    with pytest.warns(RuntimeWarning, match="left in epoch 3 before its end"):
+        run()
     assert holds(model, 3)
     assert "without a reason to stop" in stopper.explain()
 

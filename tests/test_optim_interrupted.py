@@ -191,7 +191,12 @@ def test_weights_come_back_from_averages_that_are_not_finite(
 def test_weights_come_back_however_a_validation_ends(error: type[BaseException]) -> None:
     model, optimizer = averaging()
     before = weights(model)
-    with pytest.raises(error), optimizer.averaged():
-        assert not any(map(torch.equal, weights(model), before))
-        raise error
+
+    def validate() -> None:
+        with optimizer.averaged():
+            assert not any(map(torch.equal, weights(model), before))
+            raise error
+
+    with pytest.raises(error):
+        validate()
     assert all(map(torch.equal, weights(model), before))

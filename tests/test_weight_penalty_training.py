@@ -349,8 +349,9 @@ def weight_norm_as_it_was(model: nn.Sequential) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("replace", [assigned, a_new_layer, a_new_parameter, a_layer_less,
-                                     weight_norm_as_it_was])
+@pytest.mark.parametrize(
+    "replace", [assigned, a_new_layer, a_new_parameter, a_layer_less, weight_norm_as_it_was]
+)
 @pytest.mark.parametrize("use", ["penalty", "add_grad_", "attach", "attach to the old"])
 def test_replaced_parameters_are_noticed_until_the_penalty_is_refreshed(
     replace: Callable[[nn.Sequential], None], use: str
@@ -364,16 +365,19 @@ def test_replaced_parameters_are_noticed_until_the_penalty_is_refreshed(
     replace(model)
     new = torch.optim.SGD(model.parameters(), lr=0.1)
     model(torch.randn(3, 6).double()).sum().backward() if replace is not a_layer_less else None
+
+    def attach_and_step() -> None:
+        penalty.attach(new)
+        new.step()
+
+    uses: dict[str, Callable[[], Any]] = {
+        "penalty": penalty.penalty,
+        "add_grad_": penalty.add_grad_,
+        "attach": attach_and_step,
+        "attach to the old": old.step,
+    }
     with pytest.raises(ValueError, match=r"replaced.* call refresh\(\)"):
-        if use == "penalty":
-            penalty.penalty()
-        elif use == "add_grad_":
-            penalty.add_grad_()
-        elif use == "attach":
-            penalty.attach(new)
-            new.step()
-        else:
-            old.step()
+        uses[use]()
     attached.remove()
     penalty.refresh()
     assert_same(penalty.penalty(), obvious(model, strengths(penalty)))

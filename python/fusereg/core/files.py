@@ -91,6 +91,8 @@ class Folder:
         data: str,
     ) -> None:
         require_safetensors(op)
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"{op}: folder must be a path, got {type(path).__name__}")
         self.op = op
         # Absolute, as a script may change its working directory; expanduser leaves unknown ~names.
         self.path = Path(os.path.expanduser(path)).absolute()

@@ -99,6 +99,8 @@ class Averages(torch.optim.Optimizer):
         where = f"fusereg.optim.{self._name}.{what}"
         if not averages_of([self]):
             raise ValueError(f"{where}: there are no averages without ema_decay")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"{where}: model must be a module, got {type(model).__name__}")
         params = [p for group in self.param_groups for p in group["params"]]
         if model is None and distributed.has_dtensor(params):
             raise ValueError(

@@ -197,6 +197,8 @@ class RegularizedOptimizer(Averages):
             ValueError: it has the states of another kind of optimizer, or does not fit the param
                 groups. Nothing has changed then.
         """
+        where = f"fusereg.optim.{self._name}.load_state_dict: state_dict"
+        checks.check_mapping(state_dict, where, "as state_dict() returns it")
         # The last hook before and the first one after.
         loaded: list[dict[str, Any]] = []
 

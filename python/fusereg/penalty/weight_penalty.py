@@ -61,10 +61,11 @@ class WeightPenalty:
     Args:
         model: the module whose parameters are penalized. Parameters are looked up now; after
             replacing some (``fully_shard``, ``load_state_dict(assign=True)``, new layers), call
-            :meth:`refresh`; until then using the penalty is an error. Tied parameters count once, under the first of their names. Names are those inside
-            ``torch.compile``, ``DistributedDataParallel``, ``DataParallel`` and ``AveragedModel``;
-            patterns match the names with them, too, and for a parametrized layer the name of the
-            weight that is computed.
+            :meth:`refresh`; until then using the penalty is an error. Tied parameters count once,
+            under the first of their names. Names are those inside ``torch.compile``,
+            ``DistributedDataParallel``, ``DataParallel`` and ``AveragedModel``; patterns match the
+            names with them, too, and for a parametrized layer the name of the weight that is
+            computed.
         l1, l2, group: strengths >= 0, one of them, or a rule's, must be given (0 is one).
         group_dim: the dimension whose indices are the groups. None: by the type of the layer, its
             outputs: dimension 1 of transposed convolutions (dimension 0, their inputs, where they
@@ -345,11 +346,13 @@ class WeightPenalty:
             try:
                 values.append(call("WeightPenalty", part, *args))
             except (TypeError, ValueError) as error:
-                names = {id(p): n for g in self.groups for n, p in zip(g.names, g.params, strict=True)}
-                named = [names[id(p)] for p in part.tensors]
-                text = re.sub(r"params\[(\d+)\]", lambda m: named[int(m[1])], str(error))
-                raise type(error)(text) from error
+                raise type(error)(self._with_names(str(error), part.tensors)) from error
         return _total(values)
+
+    def _with_names(self, text: str, tensors: Sequence[Tensor]) -> str:
+        """Return an error's text with names in place of the indices of parameters."""
+        names = {id(p): n for g in self.groups for n, p in zip(g.names, g.params, strict=True)}
+        return re.sub(r"params\[(\d+)\]", lambda m: names[id(tensors[int(m[1])])], text)
 
     def attach(
         self, optimizer: torch.optim.Optimizer, *, count_steps: bool = True
@@ -411,6 +414,9 @@ class WeightPenalty:
                 a group term) dimensions of groups are not those of this penalty, or a strength is
                 negative or not finite.
         """
+        checks.check_mapping(
+            state, "fusereg.WeightPenalty.load_state_dict: state", "as state_dict() returns it"
+        )
         try:
             if state["version"] != 1:
                 raise ValueError(f"version {state['version']}")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ..core import distributed
+from ..core.checks import as_number
 from ..core.encoding import check_savable
 from ..core.files import CheckpointError
 from ..core.lock import FolderInUse
@@ -136,13 +137,13 @@ class TrainingRun:
         ):
             if number is not None and (type(number) is not int or number < least):
                 raise ValueError(f"{OP}: {name} must be an integer >= {least}, got {number!r}")
-        if every_minutes is not None and not every_minutes > 0:
+        if every_minutes is not None and not as_number(every_minutes, f"{OP}: every_minutes") > 0:
             raise ValueError(f"{OP}: every_minutes must be > 0, got {every_minutes!r}")
         for name, word, allowed in (
             ("mode", mode, ("min", "max")),
             ("on_save_error", on_save_error, ("raise", "warn")),
         ):
-            if word not in allowed:
+            if not isinstance(word, str) or word not in allowed:
                 raise ValueError(f"{OP}: {name} must be one of {allowed}, got {word!r}")
         if not objects:
             raise ValueError(f"{OP}: give the objects to save by name, e.g. model=model")
