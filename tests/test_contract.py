@@ -6,11 +6,13 @@ Values and gradients in all dtypes, small and large, are in test_verify.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from fusereg import _C
 from fusereg.cli.checks import OPERATIONS
 from fusereg.cli.checks._judge import digest, worst
 from fusereg.core.inventory import Inputs, Operation, as_tuple
+from odd_tensors import UNREADABLE
 from ops import (
     CPU,
     DRAWN,
@@ -211,6 +214,42 @@ def test_a_wrong_argument_is_named(operation: Operation) -> None:
         del tensors[operation.main], before[operation.main]
         assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+ODD: dict[str, Callable[[], Any]] = {
+    **{
+        name: functools.partial(UNREADABLE[name][0], torch.device("cpu"))
+        for name in ("nested, strided", "nested, jagged", "sparse COO", "sparse CSR", "quantized")
+    },
+    "complex": lambda: torch.ones(3, dtype=torch.complex64),
+    "a string": lambda: "x",
+    "a number": lambda: 3,
+    "a list": lambda: [1.0],
+    "an array": lambda: np.ones(3),
+    "a type": lambda: nn.ReLU,
+}
+
+
+@named([operation for operation in FUNCTIONS if operation.op in public_functions()])
+def test_nothing_odd_gives_an_internal_error(operation: Operation) -> None:
+    """Whichever argument it is: the function accepts it, or names itself in its error."""
+    count = len(sample(operation))
+    options = [name for name in ("out", "seed", "generator") if operation.takes(name)]
+    for at, (kind, make) in itertools.product([*range(count), *options], ODD.items()):
+        tensors, given = sample(operation), {"seed": None} if operation.takes("seed") else {}
+        if isinstance(at, int):
+            tensors[at] = make()
+        else:
+            given[at] = make()
+        state, text = torch.get_rng_state(), ""
+        try:
+            operation(*tensors, **given)
+        except (TypeError, ValueError, RuntimeError) as error:
+            text = f"{error}"
+        if not text or (operation.op.startswith("drop_connect") and at in (0, 2)):
+            continue  # layers of torch say themselves what they want
+        assert text.startswith("fusereg."), (at, kind)
+        assert torch.equal(torch.get_rng_state(), state), (at, kind)
 
 
 @named([operation for operation in FUNCTIONS if "p" in operation.options])

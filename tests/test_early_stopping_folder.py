@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
+import gc
 import io
 import json
 import multiprocessing
 import os
+import pickle
 import socket
 import threading
 import time
@@ -24,7 +27,7 @@ from torch import nn
 
 from early_stopping_runs import fill
 from forked import elsewhere
-from fusereg import EarlyStopping
+from fusereg import EarlyStopping, TrainingRun
 from fusereg.core import files, lock
 from fusereg.early_stopping import CheckpointError, load_best
 from fusereg.early_stopping.checkpoint import COMMIT
@@ -141,6 +144,95 @@ def test_another_process_is_refused_in_words(
     stopper = None
     assert gone() is None
     assert elsewhere(lambda: started(tmp_path, 2, resume=False).epoch) == "0"
+
+
+def test_a_relative_folder_stays_where_it_was_when_the_working_directory_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("begun", "later"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "begun")
+    stopper = started(Path("run"))
+    training = TrainingRun("whole", model=nn.Linear(3, 2))
+    training.save()
+    monkeypatch.chdir(tmp_path / "later")
+    stopper.step(0.5, epoch=1)
+    training.save()
+    assert list((tmp_path / "later").iterdir()) == []
+    assert load_best(tmp_path / "begun" / "run").epoch == 1
+    assert training.last is not None
+    assert training.last.path.parent == tmp_path / "begun" / "whole"
+    assert training.restore("last") == 0
+
+
+@fork
+@pytest.mark.parametrize("gone", ["the file of the lock", "the folder"])
+def test_another_process_is_noticed_where_the_lock_was_moved_away(
+    tmp_path: Path, gone: str
+) -> None:
+    """The earlier run stops, and the later one goes on: they do not write over each other."""
+    folder = tmp_path / "run"
+    stopper = started(folder)
+    if gone == "the folder":
+        folder.rename(tmp_path / "moved")
+    else:
+        (folder / LOCK).unlink()
+    get, put = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def other() -> None:
+        kept = started(folder, 2, resume=False)
+        put.send(kept.epoch)
+        time.sleep(60)
+
+    process = multiprocessing.get_context("fork").Process(target=other, daemon=True)
+    process.start()
+    try:
+        assert get.poll(60)
+        with pytest.raises(CheckpointError, match="is in use by process"):
+            stopper.step(0.5, epoch=1)
+    finally:
+        process.kill()
+        process.join()
+    assert holds(folder, 2)
+
+
+@pytest.mark.parametrize("gone", ["the file of the lock", "the folder"])
+def test_a_run_alone_goes_on_where_the_lock_was_moved_away(tmp_path: Path, gone: str) -> None:
+    folder = tmp_path / "run"
+    earlier = started(folder)
+    stopper = started(folder, resume=False)
+    if gone == "the folder":
+        folder.rename(tmp_path / "moved")
+    else:
+        (folder / LOCK).unlink()
+    stopper.step(0.5, epoch=1)
+    assert load_best(folder).epoch == 1
+    if hasattr(os, "fork"):
+        said = elsewhere(lambda: started(folder, 2, resume=False))
+        assert "is in use by process" in said, "it is locked again"
+    with pytest.raises(CheckpointError, match="was taken over by a later run"):
+        earlier.step(0.5, epoch=1)
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_a_stopper_neither_holds_nor_closes_its_lock(
+    tmp_path: Path, how: Callable[[Any], Any]
+) -> None:
+    """The number of a file that was closed twice may be another file's by then."""
+    stopper = started(tmp_path)
+    made = how(stopper._keeper._folder._claim)
+    del made
+    if how is not copy.copy:
+        made = how(stopper)
+        del made
+    gc.collect()
+    stopper.step(0.5, epoch=1)
+    if hasattr(os, "fork"):
+        assert "is in use by process" in elsewhere(lambda: started(tmp_path, 2, resume=False))
+    taking_over = copy.deepcopy(stopper)
+    taking_over.step(0.4, epoch=2)
+    with pytest.raises(CheckpointError, match="was taken over by a later run"):
+        stopper.step(0.4, epoch=2)
 
 
 @fork

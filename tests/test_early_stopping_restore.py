@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
 import re
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -98,6 +100,10 @@ LOOPS: dict[str, Callable[[EarlyStopping], Any]] = {
     "plain": lambda stopper: stopper.epochs(10),
     "enumerate": lambda stopper: (epoch for _, epoch in enumerate(stopper.epochs(10))),
     "zip": lambda stopper: (epoch for epoch, _ in zip(stopper.epochs(10), range(10), strict=False)),
+    "islice": lambda stopper: itertools.islice(stopper.epochs(10), 10),
+    "chain": lambda stopper: itertools.chain(stopper.epochs(10), ()),
+    "takewhile": lambda stopper: itertools.takewhile(lambda _: True, stopper.epochs(10)),
+    "nested": lambda stopper: (epoch for epoch in stopper.epochs(10) for _ in range(1)),
 }
 if find_spec("tqdm"):
     LOOPS["tqdm"] = lambda stopper: import_module("tqdm").tqdm(
@@ -128,6 +134,41 @@ def test_a_check_that_stops_any_loop_restores_at_once(
         gc.collect()
     assert holds(model, 42), "nothing is written after the end"
     assert stopper.explain().endswith("best metric 1 at epoch 1, restored")
+
+
+@pytest.mark.parametrize("by", ["close", "throw", "return", "next", "a thread"])
+def test_every_other_way_out_of_a_loop_warns_too(by: str) -> None:
+    model = Odd()
+    stopper = EarlyStopping(model, patience=9)
+
+    def train() -> None:
+        iterator: Any = stopper.epochs(10)
+        while True:
+            epoch = next(iterator)
+            fill(model, epoch)
+            stopper.step(VALUES[epoch], epoch=epoch)
+            if epoch < 3:
+                continue
+            if by == "close":
+                iterator.close()
+            elif by == "throw":
+                with pytest.raises(ValueError, match="thrown"):
+                    iterator.throw(ValueError("thrown"))
+            return
+
+    def run() -> None:
+        if by == "a thread":
+            thread = threading.Thread(target=train)
+            thread.start()
+            thread.join()
+        else:
+            train()
+        gc.collect()
+
+    with pytest.warns(RuntimeWarning, match="left in epoch 3 before its end"):
+        run()
+    assert holds(model, 3)
+    assert "without a reason to stop" in stopper.explain()
 
 
 class Cycle:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fusereg
-from fusereg import EarlyStopping, WeightPenalty, optim
+from fusereg import EarlyStopping, TrainingRun, WeightPenalty, optim
 from fusereg.early_stopping import Ema
+from odd_tensors import UNREADABLE
 
 BETAS = [optim.Adam, optim.AdamW, optim.NAdam, optim.LAMB, optim.Lion]
 
@@ -92,3 +96,100 @@ def test_a_path_takes_functions(name: str, value: Any) -> None:
 def test_a_path_takes_no_model_in_place_of_a_function_that_makes_it() -> None:
     with pytest.raises(TypeError, match=r"^fusereg.path: make_model must be a function, got Lin"):
         fusereg.path(nn.Linear(2, 1), print, print, strengths=[0.1])  # type: ignore[arg-type]
+
+
+# --- whatever is passed ---------------------------------------------------------------------------
+
+ODD: dict[str, Callable[[], Any]] = {
+    **{
+        name: functools.partial(UNREADABLE[name][0], torch.device("cpu"))
+        for name in ("nested, strided", "sparse COO", "sparse CSR", "quantized", "meta", "complex")
+    },
+    "a string": lambda: "0.1x",
+    "None": lambda: None,
+    "a number": lambda: 3,
+    "a list": lambda: [1.0],
+    "an array": lambda: np.ones(4),
+    "a type": lambda: nn.ReLU,
+}
+
+
+def optimizer(**options: Any) -> optim.SGD:
+    return optim.SGD(parameters(), **{"lr": 0.1, "l1": 0.1, "ema_decay": 0.9, **options})
+
+
+def penalty(**options: Any) -> WeightPenalty:
+    return WeightPenalty(nn.Linear(2, 1), **{"l1": 0.1, **options})
+
+
+ARGUMENTS: dict[str, Callable[[Any], Any]] = {
+    **{
+        f"SGD({name}=)": functools.partial(lambda name, odd: optimizer(**{name: odd}), name)
+        for name in ("lr", "l1", "l2", "group", "prox", "max_grad_norm", "ema_decay", "groups")
+    },
+    "SGD.load_state_dict": lambda odd: optimizer().load_state_dict(odd),
+    "SGD.averaged": lambda odd: optimizer().averaged(odd).__enter__(),
+    "SGD.copy_averaged": lambda odd: optimizer().copy_averaged(odd),
+    "StrengthScheduler": lambda odd: optim.StrengthScheduler(odd, lambda t: 1.0),
+    "StrengthScheduler(factor)": lambda odd: optim.StrengthScheduler(optimizer(), odd),
+    "clip_grad_norm_": lambda odd: optim.clip_grad_norm_(odd, 1.0),
+    "clip_grad_norm_(max_norm)": lambda odd: optim.clip_grad_norm_(parameters(), odd),
+    "clip_grad_norm_(norm_type)": lambda odd: optim.clip_grad_norm_(parameters(), 1.0, odd),
+    "get_total_norm": optim.get_total_norm,
+    "clip_grad_value_": lambda odd: optim.clip_grad_value_(odd, 1.0),
+    "clip_grad_value_(clip_value)": lambda odd: optim.clip_grad_value_(parameters(), odd),
+    "adaptive_clip_grad_": optim.adaptive_clip_grad_,
+    "adaptive_clip_grad_(eps)": lambda odd: optim.adaptive_clip_grad_(parameters(), 0.1, odd),
+    "param_groups_weight_decay": lambda odd: optim.param_groups_weight_decay(odd, 0.1),
+    "WeightPenalty": lambda odd: WeightPenalty(odd, l1=0.1),
+    **{
+        f"WeightPenalty({name}=)": functools.partial(lambda name, odd: penalty(**{name: odd}), name)
+        for name in ("l1", "l2", "group", "group_dim", "rules")
+    },
+    "WeightPenalty.attach": lambda odd: penalty().attach(odd),
+    "WeightPenalty.load_state_dict": lambda odd: penalty().load_state_dict(odd),
+    "WeightPenalty.add_grad_": lambda odd: penalty().add_grad_(grad_scale=odd),
+    "EarlyStopping": lambda odd: EarlyStopping(odd, patience=2),
+    **{
+        f"EarlyStopping({name}=)": functools.partial(
+            lambda name, odd: stopper(**{"model": nn.Linear(1, 1), name: odd}), name
+        )
+        for name in (
+            *("patience", "mode", "min_delta", "nan", "start_from_epoch", "target", "smoothing"),
+            *("metrics", "weights", "combine", "also", "snapshot", "folder", "on_save_error"),
+        )
+    },
+    "EarlyStopping.step": lambda odd: stopper().step(odd, epoch=0),
+    "EarlyStopping.step(epoch=)": lambda odd: stopper().step(1.0, epoch=odd),
+    "EarlyStopping.epochs": lambda odd: stopper().epochs(odd),
+    "EarlyStopping.load_state_dict": lambda odd: stopper().load_state_dict(odd),
+    "load_best": fusereg.early_stopping.load_best,
+    "TrainingRun": lambda odd: TrainingRun(odd, model=nn.Linear(1, 1)),
+    **{
+        f"TrainingRun({name}=)": functools.partial(
+            lambda name, odd: TrainingRun("run", **{"thing": nn.Linear(1, 1), name: odd}), name
+        )
+        for name in ("model", "every_steps", "every_minutes", "keep_best", "mode")
+    },
+    "TrainingRun.save": lambda odd: TrainingRun("run", model=nn.Linear(1, 1)).save(odd),
+    "prox.l1_": lambda odd: fusereg.prox.l1_(odd, 0.1),
+    "prox.l1_(threshold)": lambda odd: fusereg.prox.l1_(torch.ones(3), odd),
+    "l1_penalty(strength)": lambda odd: fusereg.functional.l1_penalty(torch.ones(3), odd),
+    "convert": fusereg.convert,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("call", ARGUMENTS)
+def test_whatever_is_passed_the_error_is_of_fusereg(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no error of a line inside, which tells users nothing."""
+    monkeypatch.chdir(tmp_path)
+    for kind, make in ODD.items():
+        text = "fusereg."
+        try:
+            ARGUMENTS[call](make())
+        except (TypeError, ValueError, RuntimeError) as error:
+            text = f"{error}"
+        assert text.startswith("fusereg."), kind

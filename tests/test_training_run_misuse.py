@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,6 +54,79 @@ def test_restoring_what_is_not_there_is_refused_and_changes_nothing(
     if keep_best or which == "last":
         assert run.restore(which) == 0
         assert float(model.weight.detach()) == 3.0
+
+
+def test_averages_are_not_saved_as_the_weights_in_training(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = fusereg.optim.SGD(model.parameters(), lr=0.5, ema_decay=0.5)
+    run = TrainingRun(tmp_path, model=model, optimizer=optimizer, on_save_error="warn")
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    raw = copy.deepcopy(model.state_dict())
+    with optimizer.averaged(), pytest.raises(RuntimeError, match=r"save outside of its averaged"):
+        run.save()
+    run.save()
+    nn.init.zeros_(model.weight)
+    run.restore("last")
+    assert torch.equal(model.weight, raw["weight"])
+    run = TrainingRun(tmp_path, model=model, optimizer=optimizer)
+    for _ in run.epochs(2):  # what is asked for inside the loops is saved after the block
+        with optimizer.averaged():
+            run.save()
+    run.restore("last")
+    assert torch.equal(model.weight, raw["weight"])
+
+
+@pytest.mark.parametrize("gone", ["one", "all", "the folder"])
+def test_a_best_checkpoint_that_has_gone_is_told_and_no_longer_named(
+    tmp_path: Path, gone: str
+) -> None:
+    folder = tmp_path / "run"
+    run = TrainingRun(folder, model=nn.Linear(1, 1), keep_best=2)
+    for epoch in run.epochs(3):
+        run.save(float(epoch))
+    names = [saved.path for saved in run.best]
+    if gone == "the folder":
+        folder.rename(tmp_path / "moved")
+    for path in names[: {"one": 1, "all": 2}.get(gone, 0)]:
+        shutil.rmtree(path)
+    with pytest.warns(RuntimeWarning, match="one of the best, is no longer in"):
+        run.save(9.0)
+    assert [saved.metric for saved in run.best] == ([1.0, 9.0] if gone == "one" else [9.0])
+    run.restore("best")
+    again = TrainingRun(folder, model=nn.Linear(1, 1), keep_best=2)
+    assert [saved.path.is_dir() for saved in again.best] == [True] * len(again.best)
+
+
+@pytest.mark.parametrize("loop", ["batches", "epochs", "own"])
+def test_the_best_are_kept_whoever_loops(tmp_path: Path, loop: str) -> None:
+    """Only the run's own loops count steps and epochs."""
+    model = nn.Linear(1, 1)
+    run = TrainingRun(tmp_path, model=model, keep_best=2)
+    metrics = [3.0, 1.0, 2.0, 4.0, 1.5]
+    for epoch in range(5) if loop == "own" else run.epochs(5):
+        nn.init.constant_(model.weight, metrics[epoch])
+        for _ in run.batches([1, 2]) if loop == "batches" else ():
+            pass
+        run.save(metrics[epoch])
+    assert [saved.metric for saved in run.best] == [1.0, 1.5]
+    run.restore("best")
+    assert model.weight.item() == 1.0
+    assert TrainingRun(tmp_path, model=model, keep_best=2).best == run.best
+
+
+@pytest.mark.parametrize("every", [{}, {"every_steps": 100}])
+def test_a_run_whose_loop_over_batches_is_the_callers_own_is_saved_after_each_epoch(
+    tmp_path: Path, every: dict[str, Any]
+) -> None:
+    model = nn.Linear(1, 1)
+    run = TrainingRun(tmp_path, model=model, **every)
+    for epoch in run.epochs(3):
+        assert (run.last.epoch if run.last else 0) == epoch
+        for _ in range(4):
+            pass
 
 
 def test_a_new_run_begins_without_a_checkpoint(tmp_path: Path) -> None:

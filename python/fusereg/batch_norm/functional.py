@@ -329,6 +329,7 @@ def _check_tensors(inputs: Inputs, settings: Settings, name: str) -> None:
         where = f"fusereg.{name}: {which}"
         if not isinstance(vector, Tensor):
             raise TypeError(f"{where} must be a torch.Tensor or None, got {type(vector).__name__}")
+        checks.check_strided(vector, name, which)
         if vector.device != x.device:
             raise ValueError(f"{where} must be on {x.device} as input, got {vector.device}")
         if which in names[:2] and vector.requires_grad and torch.is_grad_enabled():
@@ -384,8 +385,8 @@ def _check_out(out: object, inputs: Inputs, name: str) -> None:
 
 def _check_mask(x: Tensor, mask: object, name: str) -> None:
     wanted = (x.shape[0], *x.shape[2:])
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"fusereg.{name}: mask must be a torch.Tensor, got {type(mask).__name__}")
+    checks.check_strided(mask, name, "mask")
+    assert isinstance(mask, Tensor)
     if mask.dtype is not torch.bool or tuple(mask.shape) != wanted or mask.device != x.device:
         raise ValueError(
             f"fusereg.{name}: mask must be torch.bool of shape {wanted} on {x.device}, "

@@ -34,8 +34,8 @@ def check(tensor: object, op: str, name: str) -> None:
         raise ValueError(f"{where} is sparse or not strided ({tensor.layout}); densify it first")
     if tensor.is_complex():
         raise ValueError(
-            f"{where} is complex ({tensor.dtype}); pass torch.view_as_real(tensor) if its real and "
-            "imaginary parts are to be penalized each on its own"
+            f"{where} is complex ({tensor.dtype}), which no kernel takes; pass "
+            "torch.view_as_real(tensor) if its real and imaginary parts are numbers of their own"
         )
     if tensor.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
@@ -179,14 +179,20 @@ def check_tensor(x: object, op: str, name: str = "x") -> None:
         raise TypeError(f"fusereg.{op}: {name} must be a torch.Tensor, got {kind}{hint}")
 
 
-def check_input(x: object, op: str, name: str = "x") -> None:
-    """Raise unless x is a tensor that kernels or operators support."""
+def check_strided(x: object, op: str, name: str = "x") -> None:
+    """Raise unless x is a tensor with a shape and strides, which nested and sparse ones lack."""
     check_tensor(x, op, name)
     assert isinstance(x, Tensor)
-    where = f"fusereg.{op}: {name}"
     if x.is_nested or x.layout is not torch.strided:
         kind = "nested" if x.is_nested else str(x.layout)
-        raise ValueError(f"{where} must be a dense, strided tensor, got a {kind} one")
+        raise ValueError(f"fusereg.{op}: {name} must be a dense, strided tensor, got a {kind} one")
+
+
+def check_input(x: object, op: str, name: str = "x") -> None:
+    """Raise unless x is a tensor that kernels or operators support."""
+    check_strided(x, op, name)
+    assert isinstance(x, Tensor)
+    where = f"fusereg.{op}: {name}"
     if x.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
             f"{where} has dtype {x.dtype}; wanted float64, float32, float16 or bfloat16"
@@ -223,8 +229,8 @@ def check_target(
     like_x = shape is None
     shape = tuple(x.shape) if shape is None else shape
     dtype = x.dtype if dtype is None else dtype
-    if not isinstance(out, Tensor):
-        raise TypeError(f"fusereg.{op}: out must be a torch.Tensor, got {type(out).__name__}")
+    check_strided(out, op, "out")
+    assert isinstance(out, Tensor)
     if out.shape != shape or out.dtype != dtype or out.device != x.device:
         raise ValueError(
             f"fusereg.{op}: out must be {dtype} of shape {tuple(shape)} on {x.device}, "
@@ -283,8 +289,7 @@ def probability(p: float | None, keep_prob: float | None, op: str) -> float:
 
 def check_like(x: Tensor, t: Tensor, shape: Sequence[int], op: str, name: str) -> None:
     """Raise unless t is a tensor of this shape, and has x's dtype and device."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"fusereg.{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
+    check_strided(t, op, name)
     if t.shape != shape:
         raise ValueError(
             f"fusereg.{op}: {name} must have shape {tuple(shape)}, got {tuple(t.shape)}"

@@ -91,8 +91,11 @@ class Folder:
         data: str,
     ) -> None:
         require_safetensors(op)
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"{op}: folder must be a path, got {type(path).__name__}")
         self.op = op
-        self.path = Path(os.path.expanduser(path))  # leaves an unknown ~name
+        # Absolute, as a script may change its working directory; expanduser leaves unknown ~names.
+        self.path = Path(os.path.expanduser(path)).absolute()
         self.commit_path = self.path / commit
         self._form, self._version = form, version
         self._data = re.compile(data)

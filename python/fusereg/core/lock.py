@@ -43,6 +43,13 @@ class _Lock:
         self.claims = [claim for claim in self.claims if claim() is not None]
         return self.claims[-1]() if self.claims else None
 
+    def guards(self, path: Path) -> bool:
+        """Return whether the file of this path is the locked one, neither moved nor removed."""
+        try:
+            return os.path.samestat(os.fstat(self.handle), os.lstat(path))
+        except OSError:
+            return False
+
     def close(self, wipe: bool = True) -> None:
         """Release the lock; with ``wipe``, the file then names no owner."""
         if self.handle >= 0:
@@ -95,6 +102,14 @@ class Claim:
             raise FolderInUse(
                 "was taken over by a later run of this process; each run needs a folder of its own"
             )
+        elif not self._lock.guards(self._path):
+            handle = self._locked()  # another process may hold the file that is there now
+            self._lock.close()
+            self._lock.handle = handle
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy locks anew, when it writes: it must not close the file of this one.
+        return Claim, (self._path,)
 
     def release(self) -> None:
         """Give the folder back to the claim before, or unlock it."""
@@ -108,6 +123,11 @@ class Claim:
         lock = _HELD.get(key)
         if lock is not None and lock.handle >= 0:
             return lock
+        lock = _HELD[key] = _Lock(self._locked())
+        return lock
+
+    def _locked(self) -> int:
+        """Open and lock the file, write who this is into it, and return its handle."""
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
         handle = os.open(self._path, flags, 0o666)
         try:
@@ -122,8 +142,7 @@ class Claim:
         except BaseException:
             os.close(handle)
             raise
-        lock = _HELD[key] = _Lock(handle)
-        return lock
+        return handle
 
     def _exclude(self, handle: int) -> None:
         """Take the kernel's lock, or judge by the owner that is named in the file."""

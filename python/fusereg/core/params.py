@@ -38,7 +38,13 @@ def as_list(params: Params, op: str) -> list[Tensor]:
             f"got {type(params).__name__}"
             + (" (pass its values())" if isinstance(params, dict) else "")
         )
-    return list(params)
+    found = list(params)
+    if found and not isinstance(found[0], Tensor):
+        hint = "; pass parameters(), not named_parameters()" if isinstance(found[0], tuple) else ""
+        raise TypeError(
+            f"fusereg.{op}: params[0] must be a torch.Tensor, got {type(found[0]).__name__}{hint}"
+        )
+    return found
 
 
 def output_dim(module: torch.nn.Module) -> int:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .. import _C
 from . import memory
-from .checks import is_integer
+from .checks import check_strided, is_integer
 
 #: (seed, offset), or (an int64 tensor that holds both where the kernel can read them, 0).
 State: TypeAlias = tuple[int | Tensor, int]
@@ -97,6 +97,7 @@ def check_seed(seed: object, device: torch.device, op: str) -> None:
             f"fusereg.{op}: seed must be an integer or an int64 tensor (seed, offset), "
             f"got {type(seed).__name__}"
         )
+    check_strided(seed, op, "seed")
     if seed.dtype is not torch.int64 or seed.shape != (2,) or seed.device != device:
         raise ValueError(
             f"fusereg.{op}: seed must be an integer or an int64 tensor of shape (2,) on {device}, "
@@ -111,6 +112,10 @@ def check_source(device: torch.device, source: Source, op: str) -> None:
         check_seed(seed, device, op)
         if generator is not None:
             raise ValueError(f"fusereg.{op}: seed and generator exclude each other")
+    elif generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"fusereg.{op}: generator must be a torch.Generator, got {type(generator).__name__}"
+        )
     elif generator is not None and generator.device.type != device.type:
         raise ValueError(
             f"fusereg.{op}: generator must be for {device.type}, got one for {generator.device}"

@@ -150,7 +150,7 @@ def _check_device(x: Tensor, t: Tensor, name: str) -> None:
 
 def _target(x: Tensor, target: object, name: str) -> Tensor:
     """Return the target as the kernels take it: probabilities, or int64 class indices."""
-    checks.check_tensor(target, OP, name)
+    checks.check_strided(target, OP, name)
     assert isinstance(target, Tensor)
     _check_device(x, target, name)
     if target.shape == x.shape:
@@ -200,7 +200,7 @@ def _mixed(x: Tensor, labels: MixedLabels) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _check_weight(x: Tensor, weight: object) -> None:
-    checks.check_tensor(weight, OP, "weight")
+    checks.check_strided(weight, OP, "weight")
     assert isinstance(weight, Tensor)
     _check_device(x, weight, "weight")
     classes = x.shape[class_dim(x)]

@@ -126,6 +126,7 @@ def linear(
     op: str,
 ) -> Tensor:
     """Compute x @ dropout(weight).T + bias."""
+    checks.check_strided(x, op)
     _check(weight, p, 2, op)
     if not training or p == 0:
         return F.linear(x, weight, bias)
@@ -151,6 +152,7 @@ def conv2d(
     op: str,
 ) -> Tensor:
     """Compute the convolution of x with dropout(weight), plus bias."""
+    checks.check_strided(x, op)
     _check(weight, p, 4, op)
     if not training or p == 0:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)

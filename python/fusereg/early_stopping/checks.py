@@ -11,7 +11,7 @@ OP = "fusereg.EarlyStopping"
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Raise ValueError unless the value is one of the allowed words."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         words = ", ".join(f'"{word}"' for word in allowed)
         raise ValueError(f"{OP}: {name} must be one of {words}, got {value!r}")
 

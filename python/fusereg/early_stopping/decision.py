@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from ..core.checks import as_number
 from .checks import OP, check_choice, check_integer
-from .smoothing import Memory, Smoothing
+from .smoothing import Ema, Memory, Rolling, Smoothing
 
 Reason: TypeAlias = Literal["patience", "target", "divergence", "non_finite"]
 Mode: TypeAlias = Literal["min", "max"]
@@ -65,6 +65,11 @@ class Metric:
                 continue
             if not math.isfinite(as_number(value, f"{OP}: {name}")):
                 raise ValueError(f"{OP}: {name} must be finite, got {value}")
+        if self.smoothing is not None and not isinstance(self.smoothing, (Ema, Rolling)):
+            raise TypeError(
+                f"{OP}: smoothing must be an Ema or a Rolling of fusereg.early_stopping, or None, "
+                f"got {self.smoothing!r}"
+            )
         if self.min_delta < 0:
             raise ValueError(f"{OP}: min_delta must be >= 0, got {self.min_delta}")
         bounds = (self.target, self.divergence)

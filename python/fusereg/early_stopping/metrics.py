@@ -56,6 +56,8 @@ def number(value: Any, name: str) -> float:
     """Return a metric's value as a float, which may be non-finite."""
     wanted = f"{OP}.step: {name} must be a number or a tensor of one element"
     if isinstance(value, Tensor):
+        if value.is_nested:
+            raise ValueError(f"{wanted}, got a nested tensor")
         if value.numel() != 1:
             raise ValueError(f"{wanted}, got shape {tuple(value.shape)}")
         if value.is_complex():

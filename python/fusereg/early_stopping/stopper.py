@@ -428,7 +428,7 @@ class EarlyStopping:
                 break
             try:
                 yield epoch
-            except GeneratorExit:
+            except BaseException:
                 # The loop was left, now or long ago: the model is the caller's by now.
                 self._leave(loop, epoch)
                 raise
@@ -573,6 +573,7 @@ class EarlyStopping:
     def _checked(self, content: Mapping[str, Any]) -> State:
         """Return the records of a state_dict; raise ValueError if they do not fit this object."""
         where = f"{OP}.load_state_dict"
+        check_mapping(content, f"{where}: state_dict", "as state_dict() returns it")
         if (version := content.get("version")) != _VERSION:
             raise ValueError(f"{where}: version must be {_VERSION}, got {version!r}")
         mine, theirs = self._meaning(), content.get("meaning")

@@ -14,7 +14,6 @@ from . import op as ops
 from .op import ACTIVATIONS, wide_dtype
 
 #: The Philox state comes from torch's default generator.
-_DEFAULT = Source()
 
 
 # --- y = residual + dropout(x + bias) -------------------------------------------------------------
@@ -39,7 +38,8 @@ def add(
         training
         and type(p) is float
         and 0.0 < p <= 1.0
-        and source == _DEFAULT
+        and source.seed is None
+        and source.generator is None
         and out is None
         and not (inplace or index_offset)
         and not dispatch.is_dynamo_compiling()
@@ -171,7 +171,8 @@ def activate(
         training
         and type(p) is float
         and 0.0 < p <= 1.0
-        and source == _DEFAULT
+        and source.seed is None
+        and source.generator is None
         and out is None
         and not (inplace or index_offset)
         and activation in ACTIVATIONS

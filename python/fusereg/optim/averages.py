@@ -57,23 +57,28 @@ class Averages(torch.optim.Optimizer):
             ...     torch.save(model.state_dict(), "averaged.pt")
         """
         self._check_raw("averaged")
-        shown = []
-        with torch.no_grad():
-            for p, average in self._found("averaged", model):
-                raw = p.detach().clone()
-                p.copy_(_shown(raw, average, keep_zeros))
-                shown.append((p, raw, average, p._version))
+        found = self._found("averaged", model)
+        raws: list[Tensor] = []
+        versions: list[int] = []
         self._shows_averages = True
         try:
+            with torch.no_grad():
+                for p, average in found:
+                    raws.append(p.detach().clone())
+                    p.copy_(_shown(raws[-1], average, keep_zeros))
+                    versions.append(p._version)
             yield
         finally:
             self._shows_averages = False
             _free_gathered(model)
             with torch.no_grad():
-                for p, raw, average, version in shown:
+                for i, raw in enumerate(raws):  # not all, if writing the averages has failed
+                    p, average = found[i]
                     # Writes through .data do not count as a version.
                     same = _shown(raw, average, keep_zeros).to(p.dtype)
-                    if p._version == version and torch.equal(p.detach(), same):
+                    if len(versions) < len(found) or (
+                        p._version == versions[i] and _equal(p.detach(), same)
+                    ):
                         p.copy_(raw)
 
     def copy_averaged(self, model: nn.Module | None = None, *, keep_zeros: bool = False) -> None:
@@ -94,6 +99,8 @@ class Averages(torch.optim.Optimizer):
         where = f"fusereg.optim.{self._name}.{what}"
         if not averages_of([self]):
             raise ValueError(f"{where}: there are no averages without ema_decay")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"{where}: model must be a module, got {type(model).__name__}")
         params = [p for group in self.param_groups for p in group["params"]]
         if model is None and distributed.has_dtensor(params):
             raise ValueError(
@@ -123,10 +130,16 @@ class Averages(torch.optim.Optimizer):
 
     def _average_others(self) -> None:
         """Average, after a step, what the kernels have left: first steps, and missing gradients."""
+        skipped = getattr(self, "found_inf", None)
+        # Only where averages begin does the host wait for the device.
+        skips = bool(self._beginning) and skipped is not None and float(skipped) != 0.0
         with torch.no_grad():
             while self._beginning:
                 p = self._beginning.pop()
-                self.state[p][KEY].copy_(self._exact(p))
+                if skips:
+                    del self.state[p][KEY]  # the next step is the first one
+                else:
+                    self.state[p][KEY].copy_(self._exact(p))
             for group in self.param_groups:
                 decay = group.get("ema_decay")
                 if decay is None:
@@ -167,6 +180,14 @@ def _free_gathered(model: nn.Module | None) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have the same numbers, or NaN at the same places."""
+    return torch.equal(a, b) or (
+        torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.masked_fill(a.isnan(), 0.0), b.masked_fill(b.isnan(), 0.0))
+    )
 
 
 def _shown(raw: Tensor, average: Tensor, keep_zeros: bool) -> Tensor:

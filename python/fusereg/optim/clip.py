@@ -54,7 +54,7 @@ def get_total_norm(
     """
     op = "optim.get_total_norm"
     listed = _params.as_list(tensors, op)
-    norm_type = float(norm_type)
+    norm_type = _order(norm_type, op)
     if _in_graph(op, listed, norm_type):
         norm: Tensor = _norm.overload(listed, KINDS[norm_type])
     else:
@@ -99,7 +99,7 @@ def clip_grad_norm_(
         >>> optimizer.step()
     """
     op = "optim.clip_grad_norm_"
-    max_norm = float(max_norm)
+    max_norm = checks.as_number(max_norm, f"fusereg.{op}: max_norm")
     if not max_norm >= 0.0:
         raise ValueError(f"fusereg.{op}: max_norm must not be negative, got {max_norm}")
     listed = _params.as_list(parameters, op)
@@ -109,7 +109,7 @@ def clip_grad_norm_(
             "loop perhaps; no gradient is clipped",
             stacklevel=2,
         )
-    norm_type = float(norm_type)
+    norm_type = _order(norm_type, op)
     if not dispatch.eager() and not error_if_nonfinite:
         grads = list({id(p): p.grad for p in listed if p.grad is not None}.values())
         if _in_graph(op, grads, norm_type):
@@ -142,6 +142,13 @@ def _scale(grads: list[Tensor], norm: Tensor, max_norm: float) -> None:
             g.mul_(factor.to(g.device).to(g.dtype))
 
 
+def _order(norm_type: object, op: str) -> float:
+    """Return the order of a norm; torch takes "inf" too."""
+    if isinstance(norm_type, str) and norm_type in ("inf", "-inf"):
+        return float(norm_type)
+    return checks.as_number(norm_type, f"fusereg.{op}: norm_type")
+
+
 def _check_finite(norm: Tensor, norm_type: float) -> None:
     if not bool(torch.isfinite(norm)):
         raise RuntimeError(
@@ -159,7 +166,7 @@ def _in_graph(op: str, tensors: list[Tensor], norm_type: float) -> bool:
     if dispatch.eager() or not tensors or norm_type not in KINDS:
         return False
     for i, t in enumerate(tensors):
-        if distributed.is_dtensor(t):
+        if distributed.is_dtensor(t) or t.is_complex():
             return False
         checks.check(t, op, f"tensors[{i}]")
     return True

@@ -143,7 +143,7 @@ def _turned(model: nn.Module) -> set[int]:
 
 
 def _not_negative(value: float, op: str, name: str) -> float:
-    value = float(value)
+    value = checks.as_number(value, f"fusereg.{op}: {name}")
     if not value >= 0.0:
         raise ValueError(f"fusereg.{op}: {name} must not be negative, got {value}")
     return value

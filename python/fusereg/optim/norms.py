@@ -61,6 +61,15 @@ def total_norm(op: str, tensors: list[Tensor], norm_type: float) -> Tensor:
         return torch.tensor(0.0)
     if norm_type not in KINDS:
         return torch.nn.utils.get_total_norm(tensors, norm_type)
+    if any(isinstance(t, Tensor) and t.is_complex() for t in tensors):
+        # The 2-norm of complex numbers is that of their parts; others are of absolute values.
+        two = norm_type == 2.0
+        parts_of = [
+            torch.view_as_real(t.resolve_conj()) if two else t.abs()
+            for t in (t.detach() for t in tensors)
+            if t.is_complex()
+        ]
+        tensors = [*(t for t in tensors if not t.is_complex()), *parts_of]
     buckets: list[tuple[_sharded.Where, Sequence[int]]] = [(None, range(len(tensors)))]
     if distributed.has_dtensor(tensors):
         buckets = list(_sharded.by_mesh(op, tensors, NO_PENALTY))

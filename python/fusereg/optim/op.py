@@ -39,6 +39,21 @@ _KEYS: tuple[tuple[str, ...], ...] = (
 _STEPS: tuple[tuple[str, ...], ...] = (
     *((), ("step",), ("step",), ("last",), ("step",), ("step", "mu_product"), ("step",), ("step",)),
 )
+#: States without which a state is none of the algorithm's; the others come with options.
+NEEDED: tuple[tuple[str, ...], ...] = (
+    ("momentum_buffer",),
+    ("exp_avg", "exp_avg_sq"),
+    ("sum",),
+    ("linear", "sum"),
+    ("square_avg",),
+    ("exp_avg", "exp_avg_sq", "mu_product"),
+    ("exp_avg",),
+    ("exp_avg", "exp_avg_sq"),
+)
+#: All states of the kernels, and some that tell other optimizers of torch.
+STATES = {key for keys in (*_KEYS, *NEEDED) for key in keys} | {
+    *("acc_delta", "exp_inf", "ax", "prev", "row_var", "variance")
+}
 _NUMBERS = Hyper._fields.index("prox")  # of a Hyper, before its options
 _OPTIONS = len(Hyper._fields) - _NUMBERS
 

@@ -6,7 +6,7 @@ import inspect
 import math
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import torch
@@ -192,10 +192,21 @@ class RegularizedOptimizer(Averages):
         torch would round the float32 states of 16-bit parameters to the parameters' dtype; here
         they keep their bits. Hooks see and may change what torch shows them: the state dict before,
         the optimizer's states after.
+
+        Raises:
+            ValueError: it has the states of another kind of optimizer, or does not fit the param
+                groups. Nothing has changed then.
         """
+        where = f"fusereg.optim.{self._name}.load_state_dict: state_dict"
+        checks.check_mapping(state_dict, where, "as state_dict() returns it")
         # The last hook before and the first one after.
         loaded: list[dict[str, Any]] = []
-        before = self.register_load_state_dict_pre_hook(lambda _, state: loaded.append(state))
+
+        def check(_: Any, state: dict[str, Any]) -> None:
+            self._check_states(state["state"])
+            loaded.append(state)
+
+        before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(
             lambda _: self._keep_bits(loaded[-1]), prepend=True
         )
@@ -204,6 +215,21 @@ class RegularizedOptimizer(Averages):
         finally:
             before.remove()
             after.remove()
+
+    def _check_states(self, states: Mapping[Any, Any]) -> None:
+        """Raise if states are those of another kind of optimizer, which lack what this one needs.
+
+        It would begin them anew with the other's count of steps, and its first steps be far off.
+        """
+        for of, state in states.items():
+            given = sorted(key for key in _op.STATES if state.get(key) is not None)
+            missing = [key for key in _op.NEEDED[self._algorithm] if key not in given]
+            if given and missing:
+                raise ValueError(
+                    f"fusereg.optim.{self._name}.load_state_dict: the state of parameter {of} has "
+                    f"{', '.join(given)}, but no {', '.join(missing)}; is it another kind of "
+                    "optimizer's?"
+                )
 
     def _keep_bits(self, state_dict: dict[str, Any]) -> None:
         """Take the states of 16-bit parameters from a state dict as they are."""
@@ -415,17 +441,21 @@ class RegularizedOptimizer(Averages):
             tables=self._step_tables,
             op=op,
         )
-        if plan.distributed:
-            call = self._with_states(call)
-            _sharded.run(call, self._keys)
-        else:
-            status = _kernels.run(call)
-            if status == _kernels.NEEDS_STATE:
+        try:
+            if plan.distributed:
                 call = self._with_states(call)
+                _sharded.run(call, self._keys)
+            else:
                 status = _kernels.run(call)
-            if status != DONE:
-                call = self._with_states(call)
-                _kernels.run_prepared(call, self._keys)
+                if status == _kernels.NEEDS_STATE:
+                    call = self._with_states(call)
+                    status = _kernels.run(call)
+                if status != DONE:
+                    call = self._with_states(call)
+                    _kernels.run_prepared(call, self._keys)
+        except BaseException:
+            self._forget(call)  # the next step is a first step still
+            raise
         if by_groups is not None:
             value = self._step_of_groups(by_groups, hypers, plan, value)
         if value is not None or self._penalized:
@@ -435,9 +465,13 @@ class RegularizedOptimizer(Averages):
         if any(h.average for h in hypers) or self._beginning:
             self._average_others()
         if call.fresh and self._forgets(call):
-            for i in call.fresh:
-                for key in self._keys:
-                    del self.state[plan.params[i]][key]
+            self._forget(call)
+
+    def _forget(self, call: Call) -> None:
+        """Delete the states that were made for a step that did not take place."""
+        for i in call.fresh:
+            for key in self._keys:
+                call.states[i].pop(key, None)
 
     def _groups_of_step(self, op: str, plan: Plan, hypers: tuple[Hyper, ...]) -> GroupStep | None:
         """Return what takes the step of ``groups``, checked; None without any."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.checks import as_number
+
 __all__ = ["StrengthScheduler"]
 
 Factor = Callable[[int], float]
@@ -93,7 +95,8 @@ class StrengthScheduler:
         for group in groups[len(self._base) :]:
             self._base.append({name: float(group[name]) for name in self._names})
         for i, (group, base) in enumerate(zip(groups, self._base, strict=True)):
-            factor = float(self._factors[min(i, len(self._factors) - 1)](self.steps))
+            made = self._factors[min(i, len(self._factors) - 1)](self.steps)
+            factor = as_number(made, f"{_WHERE}: factor({self.steps})")
             if not (factor >= 0.0 and math.isfinite(factor)):
                 raise ValueError(
                     f"{_WHERE}: factor({self.steps}) must be finite and not negative, got {factor}"

@@ -8,8 +8,9 @@ too, and that of the weight that a parametrization computes.
 from __future__ import annotations
 
 import copy
+import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +97,51 @@ def _walk(
         if child is not None and not any(child is m for m in above):
             below = clean if name == inside else _joined(clean, name)
             yield from _walk(child, _joined(raw, name), below, (*above, module))
+
+
+class Places:
+    """The places of some parameters in a model, by which it is noticed that one was replaced."""
+
+    def __init__(self, model: nn.Module, params: Iterable[Tensor]) -> None:
+        self._model = model
+        self._params = list(params)
+        self._on_path: tuple[Sequence[Any], ...] | None = None  # dicts, keys, what is there
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_on_path": None}
+
+    def replaced(self) -> bool:
+        """Return whether a parameter is no longer in the model."""
+        if self._on_path is not None:
+            dicts, keys, there = self._on_path
+            if all(map(operator.is_, map(dict.get, dicts, keys), there)):
+                return False
+        present = {id(p): p for p in self._model.parameters()}
+        # FSDP and torch.func put tensors of their own in the place of parameters for a while.
+        if all(isinstance(p, nn.Parameter) for p in present.values()) and not any(
+            type(m).__name__ == "FullyShardedDataParallel" for m in self._model.modules()
+        ):
+            if any(id(p) not in present and not distributed.is_dtensor(p) for p in self._params):
+                return True
+            # They may be in other modules now, of a wrapper or a parametrization.
+            found = list(_on_path(self._model, {id(p) for p in self._params}, ()))
+            self._on_path = tuple(zip(*found, strict=True)) if found else ((), (), ())
+        return False
+
+
+def _on_path(
+    module: nn.Module, wanted: set[int], above: tuple[nn.Module, ...]
+) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """Return the modules' dicts in which parameters are, and the modules that lead to them."""
+    for name, param in module._parameters.items():
+        if id(param) in wanted:
+            yield module._parameters, name, param
+    for name, child in module._modules.items():
+        if child is not None and not any(child is m for m in above):
+            below = list(_on_path(child, wanted, (*above, module)))
+            if below:
+                yield module._modules, name, child
+                yield from below
 
 
 def _inside(module: nn.Module) -> str | None:

@@ -121,7 +121,10 @@ def _check(strength: object, count: int, where: str) -> Strength:
     if isinstance(strength, Tensor) or (
         hasattr(strength, "tolist") and not isinstance(strength, Sequence)
     ):
-        strength = strength.tolist()
+        try:
+            strength = strength.tolist()
+        except RuntimeError as error:  # torch's, of a tensor that has no strides
+            raise ValueError(f"{where} must be numbers in a dense tensor: {error}") from error
     if isinstance(strength, (int, float)):
         return _finite(strength, where)
     if not isinstance(strength, Sequence) or isinstance(strength, (str, bytes)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from ..core import checks
 from ..core import params as _params
 from ..core.params import Key
 from .functional import add_grads, evaluate
-from .names import SPARED, WORDS, Keys, Named, named_parameters, unpenalizable
+from .names import SPARED, WORDS, Keys, Named, Places, named_parameters, unpenalizable
 from .strengths import Listed, Strengths, listed
 
 __all__ = ["AttachedPenalty", "PenaltyGroup", "WeightPenalty"]
@@ -59,11 +60,12 @@ class WeightPenalty:
 
     Args:
         model: the module whose parameters are penalized. Parameters are looked up now; after
-            replacing some (``fully_shard``, ``to_empty``, new layers), call :meth:`refresh`. Tied
-            parameters count once, under the first of their names. Names are those inside
-            ``torch.compile``, ``DistributedDataParallel``, ``DataParallel`` and ``AveragedModel``;
-            patterns match the names with them, too, and for a parametrized layer the name of the
-            weight that is computed.
+            replacing some (``fully_shard``, ``load_state_dict(assign=True)``, new layers), call
+            :meth:`refresh`; until then using the penalty is an error. Tied parameters count once,
+            under the first of their names. Names are those inside ``torch.compile``,
+            ``DistributedDataParallel``, ``DataParallel`` and ``AveragedModel``; patterns match the
+            names with them, too, and for a parametrized layer the name of the weight that is
+            computed.
         l1, l2, group: strengths >= 0, one of them, or a rule's, must be given (0 is one).
         group_dim: the dimension whose indices are the groups. None: by the type of the layer, its
             outputs: dimension 1 of transposed convolutions (dimension 0, their inputs, where they
@@ -99,6 +101,7 @@ class WeightPenalty:
     """
 
     _DEFAULT = "default"
+    _places: Places | None = None  # of pickles of before
 
     def __init__(
         self,
@@ -226,6 +229,7 @@ class WeightPenalty:
             g.names = [name for name, _, _ in members[g.label]]
             g.params = [param for _, param, _ in members[g.label]]
             g.group_dim = [dim for _, _, dim in members[g.label]]
+        self._places = Places(self._model, [p for g in self.groups for p in g.params])
         self.excluded = excluded
         self._wrapped = {other: item.name for item in items for other in item.others}
         self._tied = [f"{name} is {item.name}" for item in items for name, _ in item.tied]
@@ -280,6 +284,15 @@ class WeightPenalty:
         """Advance the schedule by one step."""
         self.steps += 1
 
+    def _check_current(self) -> None:
+        """Raise ValueError if parameters of the model have been replaced since :meth:`refresh`."""
+        if self._places and not torch.compiler.is_compiling() and self._places.replaced():
+            raise ValueError(
+                "fusereg.WeightPenalty: parameters of the model have been replaced since they were "
+                "looked up, by load_state_dict(assign=True), a new layer or the like; call "
+                "refresh(), and make the optimizer of the new parameters"
+            )
+
     # -- the calls --
 
     def _listed(self, only: Iterable[Tensor] | None = None) -> list[Listed]:
@@ -287,6 +300,7 @@ class WeightPenalty:
 
         Without a group term the dimension does not matter.
         """
+        self._check_current()
         factor = self.factor
         half = 1.0 if self.half else 2.0
         wanted = None if only is None else {id(p) for p in only}
@@ -309,7 +323,7 @@ class WeightPenalty:
 
     def penalty(self) -> Tensor:
         """Return R as a differentiable 0-d tensor, to add to the loss."""
-        return _total([evaluate("WeightPenalty", part) for part in self._listed()])
+        return self._sum_of(evaluate, self._listed())
 
     def add_grad_(
         self, *, grad_scale: Tensor | float | None = None, only: Iterable[Tensor] | None = None
@@ -323,8 +337,22 @@ class WeightPenalty:
             only: restrict gradient and R to these parameters. Where several optimizers take turns,
                 pass the parameters of the one that steps.
         """
-        parts = self._listed(only)
-        return _total([add_grads("WeightPenalty", part, grad_scale) for part in parts])
+        return self._sum_of(add_grads, self._listed(only), grad_scale)
+
+    def _sum_of(self, call: Callable[..., Tensor], parts: Iterable[Listed], *args: Any) -> Tensor:
+        """Return the sum of calls for parts, which call parameters by their names in errors."""
+        values: list[Tensor] = []
+        for part in parts:
+            try:
+                values.append(call("WeightPenalty", part, *args))
+            except (TypeError, ValueError) as error:
+                raise type(error)(self._with_names(str(error), part.tensors)) from error
+        return _total(values)
+
+    def _with_names(self, text: str, tensors: Sequence[Tensor]) -> str:
+        """Return an error's text with names in place of the indices of parameters."""
+        names = {id(p): n for g in self.groups for n, p in zip(g.names, g.params, strict=True)}
+        return re.sub(r"params\[(\d+)\]", lambda m: names[id(tensors[int(m[1])])], text)
 
     def attach(
         self, optimizer: torch.optim.Optimizer, *, count_steps: bool = True
@@ -386,6 +414,9 @@ class WeightPenalty:
                 a group term) dimensions of groups are not those of this penalty, or a strength is
                 negative or not finite.
         """
+        checks.check_mapping(
+            state, "fusereg.WeightPenalty.load_state_dict: state", "as state_dict() returns it"
+        )
         try:
             if state["version"] != 1:
                 raise ValueError(f"version {state['version']}")
@@ -525,6 +556,7 @@ def add_for(penalty: WeightPenalty, optimizer: Any, grad_scale: Tensor | None) -
     """
     own = _held(optimizer)
     if all(p.grad is None for p in own):
+        penalty._check_current()  # as those that have gradients now may be new ones
         return None
     return penalty.add_grad_(grad_scale=grad_scale, only=own)
 

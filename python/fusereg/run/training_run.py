@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ..core import distributed
+from ..core.checks import as_number
 from ..core.encoding import check_savable
 from ..core.files import CheckpointError
 from ..core.lock import FolderInUse
@@ -79,7 +80,8 @@ class TrainingRun:
     Args:
         folder: where to write; ``~`` is the home directory. One run writes to it, which a lock
             ensures (a later run of the same process takes it over).
-        every_steps: save after so many batches.
+        every_steps: save after so many batches, of :meth:`batches`; without such a loop, after
+            each epoch.
         every_minutes: save after so many minutes, at the end of a batch. Without either, a
             checkpoint is made after each epoch. The end of the last epoch is saved in any case.
         keep_best: how many of the checkpoints with the best metrics are kept besides the last one;
@@ -135,13 +137,13 @@ class TrainingRun:
         ):
             if number is not None and (type(number) is not int or number < least):
                 raise ValueError(f"{OP}: {name} must be an integer >= {least}, got {number!r}")
-        if every_minutes is not None and not every_minutes > 0:
+        if every_minutes is not None and not as_number(every_minutes, f"{OP}: every_minutes") > 0:
             raise ValueError(f"{OP}: every_minutes must be > 0, got {every_minutes!r}")
         for name, word, allowed in (
             ("mode", mode, ("min", "max")),
             ("on_save_error", on_save_error, ("raise", "warn")),
         ):
-            if word not in allowed:
+            if not isinstance(word, str) or word not in allowed:
                 raise ValueError(f"{OP}: {name} must be one of {allowed}, got {word!r}")
         if not objects:
             raise ValueError(f"{OP}: give the objects to save by name, e.g. model=model")
@@ -309,7 +311,10 @@ class TrainingRun:
                 yield self.epoch
                 self.epoch, self.batch = self.epoch + 1, 0
                 self._waits = self._waits and self._stepped[0]  # a wrapper may hide the steps
-                often = self._every_steps is not None or self._every_minutes is not None
+                often = self._every_minutes is not None or (
+                    # Batches of a loop of the caller's own are not counted.
+                    self._every_steps is not None and self._iterating is not None
+                )
                 if self._requested or not often or self._due():
                     self._save()
             if self._position_now() != self._position_saved():
@@ -414,11 +419,16 @@ class TrainingRun:
         return self.step, self.epoch, self.batch
 
     def _position_saved(self) -> tuple[int, int, int] | None:
-        last = self._last
-        return None if last is None else (last["step"], last["epoch"], last["batch"])
+        return None if self._last is None else _position(self._last)
 
     def _save(self) -> None:
         """Write a checkpoint of this moment. All ranks must call it."""
+        for name, thing in self._objects.items():
+            if getattr(thing, "_shows_averages", False):
+                raise RuntimeError(
+                    f"{OP}.save: {name} shows its averages, which would be saved as the weights in "
+                    "training; save outside of its averaged()"
+                )
         entry: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "batch": self.batch}
         entry |= {"metric": self._metric, "ranks": self._ranks.count(), "name": "", "files": {}}
         with ExitStack() as stack:
@@ -441,16 +451,16 @@ class TrainingRun:
                 return
             for of_rank in self._all_heard:
                 entry["files"].update(of_rank)
-            best = self._ranked(entry)
-            own = None
+            own, best = None, []
             try:
                 if self._ranks.index() == 0:
+                    best = self._ranked(entry)
                     self._folder.publish(work, work / "step", entry, best)
             except Exception as problem:
                 own = problem
-            if not self._agreed(own, entry["name"]):
+            if not self._agreed(own, (entry["name"], best)):
                 return
-        entry["name"] = self._heard
+        entry["name"], best = self._heard
         self._last, self._best = entry, best
         self._metric, self._requested = None, False
         self._clock = time.monotonic()
@@ -506,10 +516,19 @@ class TrainingRun:
         return self._folder.described(place, paths)
 
     def _ranked(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the entries of the best checkpoints, with this one."""
-        entries = list(self._best)
+        """Return the entries of the best checkpoints that are still there, with this one."""
+        entries = [e for e in self._best if self._folder.path_of(e["name"]).is_dir()]
+        for gone in (e for e in self._best if e not in entries):
+            warnings.warn(
+                f"{OP}: checkpoint {gone['name']}, one of the best, is no longer in "
+                f"{self._folder.path}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         if entry["metric"] is not None:
-            entries = [e for e in entries if e["step"] != entry["step"]] + [entry]
+            # One of the same position is replaced, but a loop of the caller's own has none.
+            where = _position(entry)
+            entries = [e for e in entries if _position(e) != where or not any(where)] + [entry]
         sign = 1 if self._mode == "min" else -1
         return sorted(entries, key=lambda e: sign * e["metric"])[: self._keep_best]
 
@@ -552,6 +571,10 @@ class TrainingRun:
             raise CheckpointError(f"{OP}.restore: there is no {which} checkpoint: {why}")
         self._load(entry)
         return int(entry["step"])
+
+
+def _position(entry: Mapping[str, Any]) -> tuple[int, int, int]:
+    return entry["step"], entry["epoch"], entry["batch"]
 
 
 _Optimizer = torch.optim.Optimizer
