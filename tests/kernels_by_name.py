@@ -1,4 +1,4 @@
-"""Dropout's autograd functions with their kernels looked up in _C at each call."""
+"""Compiled autograd functions with their kernels looked up in _C at each call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
+from fusereg import _C
+from fusereg.batch_norm.op import batch_norm
 from fusereg.core import draws
+from fusereg.fused_dropout.op import activate
 from fusereg.gaussian_dropout.op import noise
 
 
@@ -14,9 +17,10 @@ from fusereg.gaussian_dropout.op import noise
 def kernels_by_name() -> Iterator[None]:
     """Have them go the way of unusual tensors, so that a kernel replaced in _C is called."""
     with ExitStack() as stack:
-        for drawn in (draws.mask, noise):
-            forward, backward = drawn.general
-            function = drawn._function
+        stack.enter_context(mock.patch.object(_C, "batch_norm_at_once", return_value=None))
+        for operator in (draws.mask, noise, activate, batch_norm):
+            forward, backward = operator.general
+            function = operator._function
             stack.enter_context(mock.patch.object(function, "forward", staticmethod(forward)))
             stack.enter_context(mock.patch.object(function._backward_cls, "apply", backward))
         yield

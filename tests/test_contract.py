@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
@@ -321,6 +323,58 @@ def test_derivatives_of_both_orders_and_batches_of_them(operation: Operation) ->
     batched: Any = {"fast_mode": True, "check_batched_grad": True}
     assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True, **batched)
     assert torch.autograd.gradgradcheck(call, leaves, **batched)
+
+
+@named(PURE)
+def test_forward_mode_does_not_depend_on_gradients(operation: Operation) -> None:
+    call, leaves = operation.as_function(sample(operation, dtype=torch.float64))
+    tangents = [torch.randn_like(t) for t in leaves]
+
+    def derived(grad: bool, tangents: list[Tensor]) -> list[Tensor | None]:
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(*pair) for pair in zip(leaves, tangents, strict=True)]
+            with torch.set_grad_enabled(grad):
+                return [forward_ad.unpack_dual(y).tangent for y in as_tuple(call(*duals))]
+
+    came, wanted = derived(False, tangents), derived(True, tangents)
+    assert any(t is not None for t in wanted)
+    torch.testing.assert_close(came, wanted)
+
+    # Forward over reverse: the tangent of a gradient that nobody differentiates by autograd.
+    leaves = tuple(t.requires_grad_() for t in leaves)
+    y = as_tuple(call(*leaves))[0]
+    grad, moved = torch.randn_like(y), torch.randn_like(y)
+    wanted = torch.autograd.grad(y, leaves, moved, retain_graph=True, allow_unused=True)
+    refused: Any = contextlib.nullcontext()
+    if operation.technique == "dropout_norm":
+        refused = pytest.raises(NotImplementedError, match="no derivative in forward mode")
+    with forward_ad.dual_level(), refused:
+        dual = forward_ad.make_dual(grad, moved)
+        found = torch.autograd.grad(y, leaves, dual, allow_unused=True)
+        came = [None if t is None else forward_ad.unpack_dual(t).tangent for t in found]
+        torch.testing.assert_close(came, list(wanted))
+
+
+@named([*PURE, *DRAWN])
+def test_the_default_device_is_for_new_tensors_alone(operation: Operation) -> None:
+    if operation.technique == "augment":
+        pytest.skip("its tables and parameters are made on the default device")
+    tensors = sample(operation, "small")
+    seed: dict[str, Any] = {"seed": None} if operation in DRAWN else {}
+
+    def call() -> list[Tensor]:
+        torch.manual_seed(1)
+        return as_tuple(operation(*tensors, **seed))
+
+    wanted = call()
+    with torch.device("meta"), ThreadPoolExecutor(1) as fresh:
+        came = call()
+        torch.set_default_device("meta")
+        try:  # a thread that makes what it keeps between calls
+            for again in (came, fresh.submit(call).result()):
+                assert_same(list(again), list(wanted))
+        finally:
+            torch.set_default_device(None)
 
 
 @named(PURE)

@@ -7,9 +7,13 @@ decision.
 
 from __future__ import annotations
 
+import gc
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusereg
 from fusereg import _C
+from kernels_by_name import kernels_by_name
 
 F = fusereg.functional
 PACKAGE = str(Path(fusereg.__file__).parent)
@@ -50,15 +55,19 @@ def _norm(x: Tensor) -> Tensor:
     return F.dropout_add_layer_norm(x, x.detach(), torch.ones(8), torch.zeros(8), 0.5)
 
 
+_BATCH_NORM = fusereg.nn.BatchNorm2d(4, activation="relu", dropout=0.5)
+_IMAGES = torch.linspace(-2.0, 2.0, 256).view(2, 4, 4, 8).requires_grad_()
+
 #: (call, functions of the package in forward, and in backward)
 CALLS: dict[str, tuple[Callable[[], Tensor], int, int]] = {
     "Dropout": (_of(fusereg.nn.Dropout(0.5)), 4, 0),
     "Dropout1d": (_of(fusereg.nn.Dropout1d(0.5)), 5, 0),
     "gaussian_dropout": (_of(F.gaussian_dropout), 16, 0),
     "dropout_add": (_of(lambda x: F.dropout_add(x, x.detach(), 0.5)), 8, 3),
-    "activation_dropout": (_of(lambda x: F.activation_dropout(x, 0.5, "gelu")), 9, 8),
-    "dropout_add_layer_norm": (_of(_norm), 22, 13),
-    "BatchNorm1d": (_of(fusereg.nn.BatchNorm1d(8)), 15, 5),
+    "activation_dropout": (_of(lambda x: F.activation_dropout(x, 0.5, "gelu")), 4, 0),
+    "dropout_add_layer_norm": (_of(_norm), 22, 12),
+    "BatchNorm1d": (_of(fusereg.nn.BatchNorm1d(8)), 4, 0),
+    "BatchNorm2d": (lambda: _BATCH_NORM(_IMAGES, residual=_IMAGES), 5, 0),
 }
 
 
@@ -72,10 +81,16 @@ def test_an_eager_call_runs_few_functions(name: str) -> None:
     assert len(backward) <= most_backward, backward
 
 
+def _gradients(shape: tuple[int, ...]) -> list[Tensor]:
+    """Return gradients that compiled functions take, and others that they leave to Python."""
+    swapped = torch.randn(shape[::-1]).permute(*range(len(shape))[::-1])
+    return [torch.randn(shape), swapped, torch.randn(1).expand(shape), torch.zeros(shape).conj()]
+
+
 def test_the_backward_without_python_is_that_of_the_general_function() -> None:
     general: list[Any] = []
-    for grad in (torch.randn(8, 8), torch.randn(8, 8).t(), torch.randn(1).expand(8, 8)):
-        for function in (F.dropout, F.alpha_dropout, F.gaussian_dropout):
+    for grad in _gradients((8, 8)):
+        for function in (F.dropout, F.alpha_dropout, F.gaussian_dropout, *_ACTIVATIONS):
             for dtype in (torch.float64, torch.bfloat16):
                 x = torch.randn(8, 8, dtype=dtype, requires_grad=True)
                 options = {"training": True, "seed": 5}
@@ -86,6 +101,142 @@ def test_the_backward_without_python_is_that_of_the_general_function() -> None:
                 assert torch.equal(eager, differentiable)
                 general.append(differentiable.grad_fn)
     assert all(general), "a gradient that is differentiated again takes the general function"
+
+
+_ACTIVATIONS = [partial(F.activation_dropout, activation=name) for name in ("relu", "gelu")]
+
+
+def _laid(x: Tensor, layout: str) -> Tensor:
+    """Return x as it is, with its channels innermost, or with its dimensions in reverse."""
+    if layout == "channels last" and x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    order = tuple(reversed(range(x.dim())))
+    return x.permute(order).contiguous().permute(order) if layout == "reversed" else x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu", "gelu"])
+def test_batch_norm_without_python_is_the_general_one(
+    activation: str | None, training: bool, dtype: torch.dtype
+) -> None:
+    options: dict[str, Any] = {"activation": activation, "dtype": dtype}
+    for shape, layout, dropout, inputs in (
+        ((6, 8), "contiguous", 0.0, 1),
+        ((6, 8), "reversed", 0.25, 2),
+        ((2, 8, 3, 5), "channels last", 0.25, 1),
+        ((2, 8, 3, 5), "contiguous", 0.0, 2),
+        ((2, 8, 1, 1), "channels last", 0.0, 2),
+        ((2, 1, 3, 5), "channels last", 0.0, 1),
+    ):
+        results: list[list[Tensor]] = []
+        for general in (False, True):
+            torch.manual_seed(3)
+            kind = fusereg.nn.BatchNorm1d if len(shape) == 2 else fusereg.nn.BatchNorm2d
+            layer = kind(shape[1], dropout=dropout, **options).train(training)
+            values = [_laid(torch.randn(shape, dtype=dtype), layout) for _ in range(inputs)]
+            leaves = [t.requires_grad_() for t in values] + list(layer.parameters())
+            grads = [grad.to(dtype) for grad in _gradients(shape)]
+            with kernels_by_name() if general else nullcontext():
+                y = layer(*values)
+                found = [torch.autograd.grad(y, leaves, g, retain_graph=True) for g in grads]
+            results.append([y, *(t for of_grad in found for t in of_grad), *layer.buffers()])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b), (shape, layout)
+            assert a.stride() == b.stride(), (shape, layout)
+
+
+#: Calls whose autograd functions are compiled, on (x, residual).
+_COMPILED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "dropout": lambda x, _: F.dropout(x, 0.5),
+    "gaussian_dropout": lambda x, _: F.gaussian_dropout(x, 0.5),
+    "activation_dropout, relu": lambda x, _: F.activation_dropout(x, 0.5, "relu"),
+    "activation_dropout, gelu": lambda x, _: F.activation_dropout(x, 0.5, "gelu"),
+    "dropout_add": lambda x, r: F.dropout_add(x, r, 0.5),
+    "batch_norm": fusereg.nn.BatchNorm1d(8, activation="silu", dropout=0.5),
+}
+
+
+@pytest.mark.parametrize("name", _COMPILED)
+@pytest.mark.parametrize("grad", ["taken", "left to Python", "refused"])
+def test_nothing_is_left_behind_by_thousands_of_calls(name: str, grad: str) -> None:
+    call = _COMPILED[name]
+    x, residual = (torch.randn(8, 8, requires_grad=True) for _ in range(2))
+    given = {"taken": torch.ones(8, 8), "left to Python": torch.ones(1).expand(8, 8)}
+
+    def calls(count: int) -> int:
+        for _ in range(count):
+            y = call(x, residual)
+            if grad == "refused":
+                with pytest.raises(RuntimeError, match=r"[Mm]ismatch in shape"):
+                    torch.autograd.grad(y, x, torch.ones(3))
+            else:
+                torch.autograd.grad(y, (x, residual), given[grad], allow_unused=True)
+        del y
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    calls(300)
+    held = [sys.getrefcount(t) for t in (x, residual, *given.values())]
+    before = calls(50)
+    count = 300 if grad == "refused" else 600
+    # The interpreter keeps some hundred free objects of each size.
+    assert calls(count) - before < count // 2, "a call leaves objects behind"
+    assert [sys.getrefcount(t) for t in (x, residual, *given.values())] == held
+
+
+def _noted(asked: list[Tensor], held: Tensor) -> Tensor:
+    asked.append(held)
+    return held
+
+
+def _fail(_: Tensor) -> Tensor:
+    raise ZeroDivisionError("of the hook")
+
+
+@pytest.mark.parametrize(
+    "name", ["activation_dropout, relu", "activation_dropout, gelu", "batch_norm"]
+)
+def test_saved_tensors_are_asked_for_once_and_their_errors_are_shown(name: str) -> None:
+    call = _COMPILED[name]
+    x, residual = (torch.randn(8, 8, requires_grad=True) for _ in range(2))
+    for grad in (torch.ones(8, 8), torch.ones(1).expand(8, 8)):
+        asked: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, partial(_noted, asked)):
+            y = call(x, residual)
+        (first,) = torch.autograd.grad(y, x, grad, retain_graph=True)
+        assert 0 < len(asked) == len({id(t) for t in asked})
+        (second,) = torch.autograd.grad(y, x, grad)
+        assert torch.equal(first, second)
+        with pytest.raises(RuntimeError, match="a second time"):
+            torch.autograd.grad(y, x, grad)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, _fail):
+            y = call(x, residual)
+        with pytest.raises(ZeroDivisionError, match="of the hook"):
+            torch.autograd.grad(y, x, grad)
+        other = x.detach().clone().requires_grad_()
+        between = other * 1.0
+        y = call(between, residual)
+        with torch.no_grad():
+            (y if "relu" in name else between).add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(y, other, grad)
+
+
+def test_calls_from_several_threads_are_each_their_own() -> None:
+    def work(seed: int) -> list[Tensor]:
+        x = torch.linspace(-1.0, 1.0, 64).view(8, 8).requires_grad_()
+        layer = fusereg.nn.BatchNorm1d(8, activation="relu")
+        found = []
+        for i in range(50):
+            y = layer(F.activation_dropout(F.dropout(x, 0.5, seed=seed + i), 0.25, "gelu", seed=i))
+            found.append(torch.autograd.grad(y.square().sum(), x)[0])
+        return found
+
+    wanted = [work(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for came, right in zip(pool.map(work, range(4)), wanted, strict=True):
+            assert all(map(torch.equal, came, right))
 
 
 def test_the_gate_is_closed_while_something_traces() -> None:
@@ -123,3 +274,22 @@ def test_a_pair_is_read_of_two_integers_alone() -> None:
     for wrong in (torch.ones(2), torch.tensor([1, 2, 3]), torch.ones(2, dtype=torch.int32), None):
         with pytest.raises(TypeError, match="two int64 numbers"):
             _C.pair_of(wrong)  # type: ignore[arg-type]
+
+
+def test_the_compiled_module_without_the_package_refuses_instead_of_aborting() -> None:
+    script = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("_C", {_C.__file__!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+for function in (module.pair_of, module.ready, module.direct):
+    try:
+        print(function(object()))
+    except RuntimeError as error:
+        print(error)
+print(module.batch_norm_at_once(None, None, (None,) * 9, None, None, ""))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[1:] == ["False", "False", "None", ""]
+    assert "is used through the package fusereg" in done.stdout

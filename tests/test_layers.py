@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import io
 import pickle
 from typing import Any
@@ -188,3 +189,38 @@ def test_a_layer_with_parameters_is_made_without_initializing_them(layer: Layer)
         assert type(module) is layer
         assert all(p.dtype is torch.float64 and not p.is_meta for p in module.parameters())
         assert all(p.is_meta for p in layer(**arguments, device="meta").parameters())
+
+
+@pytest.mark.parametrize(
+    "layer", [c for c in LAYERS if c.__name__ in fusereg.nn.__all__], ids=lambda c: c.__name__
+)
+def test_arguments_that_do_not_fit_name_the_layer_that_was_called(layer: Layer) -> None:
+    arguments = LAYERS[layer][0]
+    name = rf"fusereg\.nn\.{layer.__name__}"
+    known = inspect.signature(layer).parameters.values()
+    for parameter in known:
+        if len(parameter.name) > 4 and parameter.kind is not parameter.VAR_KEYWORD:
+            misspelled: dict[str, Any] = {parameter.name[:-1] + "_": 1}
+            meant = f"unknown argument '{parameter.name[:-1]}_'; did you mean {parameter.name}\\?$"
+            with pytest.raises(TypeError, match=f"^{name}: {meant}"):
+                layer(**arguments, **misspelled)
+    with pytest.raises(TypeError, match=f"^{name}: unknown argument 'zebra'$"):
+        layer(**arguments, zebra=1)
+    with pytest.raises(TypeError, match=f"^{name}: too many positional arguments$"):
+        layer(*[1] * 40)
+
+
+def test_arguments_of_other_libraries_are_told_by_their_names_here() -> None:
+    class Own(fusereg.nn.Dropout):
+        """A user's."""
+
+    for layer, arguments, right in (
+        (fusereg.nn.Dropout, {"prob": 0.5}, "p"),
+        (Own, {"rate": 0.5}, "p"),
+        (fusereg.nn.BatchNorm2d, {"channels": 64}, "num_features"),
+        (fusereg.nn.GhostBatchNorm, {"num_features": 8, "act_layer": "relu"}, "activation"),
+    ):
+        with pytest.raises(TypeError, match=rf"fusereg\.nn\.\w+: .*; did you mean {right}\?$"):
+            layer(**arguments)
+    with pytest.raises(TypeError, match=r"^fusereg\.nn\.BatchNorm2d: missing a required argument"):
+        fusereg.nn.BatchNorm2d()  # type: ignore[call-arg]

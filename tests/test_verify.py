@@ -31,7 +31,8 @@ NO_KERNELS = {
     "batch_norm_layout", "cuda_ballot", "dropout_norm_chunks", "fused_dropout_partials",
     "dropout_constants", "augment_elementary", "set_restore_device", "working_stream",
     "color_program_scratch", "bind_gate", "direct", "ready", "pair_of", "dropout_functions",
-    "gaussian_dropout_functions",
+    "gaussian_dropout_functions", "activation_dropout_functions", "batch_norm_functions",
+    "batch_norm_at_once",
 }  # fmt: skip
 
 

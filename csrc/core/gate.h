@@ -4,6 +4,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+#include <initializer_list>
+
 namespace fusereg {
 
 namespace py = pybind11;
@@ -16,10 +19,11 @@ inline PyCFunction fast_function(PyObject* (*f)(PyObject*, PyObject* const*, Py_
 // What is asked of torch, held for the life of the process. Throws RuntimeError if it was called
 // with others before.
 //
-// compiler: the module with `_is_compiling_flag`. questions: functions without arguments that
-// return 0 or None where no tracer, dispatch mode or torch.func transform is active.
-void bind_gate(const py::module_& compiler, const py::tuple& questions,
-               const py::object& grad_enabled, const py::object& empty_like);
+// compiler: the module with `_is_compiling_flag`. forward_ad: the one with `_current_level`, which
+// is 0 or more where tensors may carry tangents. questions: functions without arguments that return
+// 0 or None where no tracer, dispatch mode or torch.func transform is active.
+void bind_gate(const py::module_& torch, const py::module_& compiler, const py::module_& forward_ad,
+               const py::tuple& questions);
 
 // Whether no compiler, tracer, dispatch mode or transform is active. Dynamo, which does not run
 // what it traces, must have been asked before. Never leaves a Python error set.
@@ -27,8 +31,15 @@ bool nothing_traces();
 
 bool grad_enabled();
 
+// Whether tensors may carry tangents, with or without gradients.
+bool forward_mode();
+
 // torch.empty_like(x); null, without a Python error set, where that fails.
 py::object empty_like(py::handle x);
+
+// x.new_empty(sizes) of float64, or of bytes; the same.
+py::object new_float64(py::handle x, std::initializer_list<std::int64_t> sizes);
+py::object new_bytes(py::handle x, std::int64_t count);
 
 // `direct` and `ready` (_C.pyi).
 void bind_gate_functions(py::module_& m);

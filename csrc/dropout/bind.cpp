@@ -88,8 +88,8 @@ int apply(Kind kind, const py::object& y, const py::object& x, const py::object&
 }
 
 // The constants of the operator's schema: p, alpha, row_dims, index_offset.
-int apply_drawn(bool backward, const TensorView& y, const TensorView& x, const SeedPair& random,
-                PyObject* const* constants, const char* op) {
+int apply_drawn(bool backward, const TensorView& y, const TensorView& x, const TensorView*,
+                const SeedPair& random, PyObject* const* constants, const char* op) {
   const double p = number_argument(constants[0], op, "p");
   const bool alpha = constants[1] == Py_True;
   const long row_dims = PyLong_AsLong(constants[2]);

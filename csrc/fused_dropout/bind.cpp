@@ -3,6 +3,7 @@
 #include <string>
 
 #include "core/call.h"
+#include "core/drawn.h"
 #include "core/seed_argument.h"
 #include "core/tensor.h"
 #include "fused_dropout/fused_dropout.h"
@@ -137,48 +138,69 @@ int fused_dropout_bias_backward(const py::object& grad_x, const py::object& grad
   return kDone;
 }
 
-// y = dropout(activation(x)).
+// y = dropout(activation(x)), or with `saved` (x, or y for relu) y = dropout(x * activation'(saved)).
+int activate(const TensorView& y, const TensorView& x, const TensorView* saved,
+             Activation activation, const SeedPair& random, double p,
+             const py::object& index_offset, const char* op) {
+  Job job;
+  job.form = saved == nullptr ? Form::kActivate : Form::kActivateBackward;
+  job.activation = activation;
+  set_draw(job, p, op);
+  if (!set_tensors(job, x, y) || (saved != nullptr && !fits(x, *saved))) return kNeedsPreparation;
+  if (saved != nullptr) job.other = saved->data;
+  job.index_offset = bits_argument(index_offset, op, "index_offset");
+  job.random = random;
+  run_job(job, x.device, job.numel);
+  return kDone;
+}
+
 int activation_dropout_forward(const py::object& y, const py::object& x,
                                const std::string& activation, const py::object& seed,
                                const py::object& offset, double p, const py::object& index_offset,
                                const char* op) {
-  Job job;
-  job.form = Form::kActivate;
-  job.activation = parse_activation(activation, op);
-  set_draw(job, p, op);
+  const Activation known = parse_activation(activation, op);
   TensorView in, out;
-  if (!plain(x, in) || !plain(y, out) || !set_tensors(job, in, out)) return kNeedsPreparation;
-  job.index_offset = bits_argument(index_offset, op, "index_offset");
-  job.random = seed_argument(seed, offset, in.device, op);
-  run_job(job, in.device, job.numel);
-  return kDone;
+  if (!plain(x, in) || !plain(y, out)) return kNeedsPreparation;
+  return activate(out, in, nullptr, known, seed_argument(seed, offset, in.device, op), p,
+                  index_offset, op);
 }
 
-// grad_x = dropout(grad * activation'(saved)); saved is x, or y for relu.
 int activation_dropout_backward(const py::object& grad_x, const py::object& grad,
                                 const py::object& saved, const std::string& activation,
                                 const py::object& seed, const py::object& offset, double p,
                                 const py::object& index_offset, const char* op) {
-  Job job;
-  job.form = Form::kActivateBackward;
-  job.activation = parse_activation(activation, op);
-  set_draw(job, p, op);
+  const Activation known = parse_activation(activation, op);
   TensorView in, out, other;
-  if (!plain(grad, in) || !plain(grad_x, out) || !plain(saved, other) ||
-      !set_tensors(job, in, out) || !fits(in, other)) {
-    return kNeedsPreparation;
-  }
-  job.other = other.data;
-  job.index_offset = bits_argument(index_offset, op, "index_offset");
-  job.random = seed_argument(seed, offset, in.device, op);
-  run_job(job, in.device, job.numel);
-  return kDone;
+  if (!plain(grad, in) || !plain(grad_x, out) || !plain(saved, other)) return kNeedsPreparation;
+  return activate(out, in, &other, known, seed_argument(seed, offset, in.device, op), p,
+                  index_offset, op);
+}
+
+// The constants of the operator's schema: p, activation, index_offset.
+int activate_drawn(bool, const TensorView& y, const TensorView& x, const TensorView* saved,
+                   const SeedPair& random, PyObject* const* constants, const char* op) {
+  const double p = number_argument(constants[0], op, "p");
+  const std::string name = py::str(constants[1]);
+  return activate(y, x, saved, parse_activation(name, op), random, p,
+                  py::reinterpret_borrow<py::object>(constants[2]), op);
+}
+
+Keeps kept_of_activation(PyObject* const* constants) {
+  const bool relu = PyUnicode_Check(constants[1]) != 0 &&
+                    PyUnicode_CompareWithASCIIString(constants[1], "relu") == 0;
+  return relu ? Keeps::kResult : Keeps::kInput;
 }
 
 }  // namespace
 
 void bind(py::module_& m) {
   using py::arg;
+  m.def(
+      "activation_dropout_functions",
+      [](const py::object& forward, const py::object& backward) {
+        return drawn_functions(&activate_drawn, 3, forward, backward, &kept_of_activation);
+      },
+      arg("forward"), arg("backward"));
   m.def("fused_dropout_add", &fused_dropout_add, arg("y"), arg("x"), arg("bias"), arg("residual"),
         arg("seed"), arg("offset"), arg("p"), arg("rows"), arg("index_offset"), op_argument());
   m.def("fused_dropout_partials", &fused_dropout_partials, arg("numel"), arg("columns"));

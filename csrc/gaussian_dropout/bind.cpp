@@ -44,8 +44,8 @@ int apply(const py::object& y, const py::object& x, const py::object& seed,
 }
 
 // The constants of the operator's schema: p, index_offset.
-int apply_drawn(bool, const TensorView& y, const TensorView& x, const SeedPair& random,
-                PyObject* const* constants, const char* op) {
+int apply_drawn(bool, const TensorView& y, const TensorView& x, const TensorView*,
+                const SeedPair& random, PyObject* const* constants, const char* op) {
   const double p = number_argument(constants[0], op, "p");
   if (!(p > 0.0 && p < 1.0)) return kNeedsPreparation;
   return run(y, x, random, p, py::reinterpret_borrow<py::object>(constants[1]), op);

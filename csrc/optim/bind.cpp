@@ -147,20 +147,6 @@ struct Objects {
   py::object average;
 };
 
-// Thousands of small tensors lie all over memory, and what a step of theirs takes is the waiting
-// for it. A tensor's object has a pointer to the tensor right behind its header; where it has not,
-// the hint is a wrong one and does no harm.
-void prefetch_object(const PyObject* object) {
-  if (object != nullptr) __builtin_prefetch(object);
-}
-void prefetch_tensor(PyObject* object) {
-  if (object == nullptr || Py_TYPE(object)->tp_basicsize < 32) return;
-  const char* address[2];
-  memcpy(address, reinterpret_cast<const char*>(object) + 16, sizeof(address));
-  for (const char* const a : address) {
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(a + 64 * line);
-  }
-}
 void prefetch_objects(const Objects& o, bool tensors) {
   const auto f = [tensors](PyObject* object) {
     if (tensors) {

@@ -1,5 +1,7 @@
 // fusereg._C: penalties and proximal steps over lists of tensors. Contract: penalty.h, _C.pyi.
+#include <algorithm>
 #include <optional>
+#include <utility>
 
 #include "core/call.h"
 #include "core/tensor_list.h"
@@ -45,34 +47,27 @@ class JobBuilder {
     job_.items.reserve(count);
     WrittenRanges written;
     if (job_.op != Op::kValue) written.reserve(count);
-    for (std::size_t i = 0; i < count; ++i) {
-      TensorView w;
-      if (read_tensor(a_.tensors[i], w) != Kind::kPlain || !w.dense()) return false;
-      if (i == 0) device_ = w.device;
-      if (w.device != device_) return false;
-      Item item;
-      item.w = w.data;
-      item.numel = w.numel;
-      item.dtype = w.dtype;
-      item.strengths = {a_.l1[i], a_.l2[i], a_.group[i]};
-      if (item.strengths.group != 0.0) {
-        item.shape = group_shape(w, a_.dim, a_.op, i);
-        if (item.shape.group_size() == 1) {
-          item.strengths.l1 += item.strengths.group;  // sqrt(1) * |w|
-          item.strengths.group = 0.0;
-        }
+    TensorView views[kBlock];
+    py::object targets[kBlock];
+    for (std::size_t begin = 0; begin < count; begin += kBlock) {
+      const std::size_t end = std::min(begin + kBlock, count);
+      for (std::size_t i = begin; i < end; ++i) {
+        if (i + 2 * kAhead < count) prefetch_object(a_.tensors[i + 2 * kAhead].ptr());
+        if (i + kAhead < count) prefetch_tensor(a_.tensors[i + kAhead].ptr());
+        if (!read_item(i, views[i - begin])) return false;
+        if (!writes_grad) continue;
+        // Read when its memory has come, with those of the block.
+        if (!find_target(i, grads, targets[i - begin])) return false;
+        prefetch_tensor(targets[i - begin].ptr());
       }
-      any_float64_ = any_float64_ || w.dtype == DType::kFloat64;
-      numel_ += w.numel;
-      void* target = w.data;
-      if (writes_grad) {
-        if (!read_target(i, w, grads, item)) return false;
-        target = item.g;
+      for (std::size_t i = begin; i < end; ++i) {
+        const TensorView& w = views[i - begin];
+        Item& item = job_.items[i];
+        if (writes_grad && !read_target(std::move(targets[i - begin]), w, item)) return false;
+        void* const target = writes_grad ? item.g : item.w;
+        if (job_.op != Op::kValue && target != nullptr)
+          written.add(target, w.numel * dtype_size(w.dtype));
       }
-      if (job_.op != Op::kValue && target != nullptr) {
-        written.add(target, w.numel * dtype_size(w.dtype));
-      }
-      job_.items.push_back(item);
     }
     // Python says which of them share memory.
     return !written.overlap();
@@ -118,29 +113,58 @@ class JobBuilder {
   void mark_written(py::handle tensor) { written_.append(tensor); }
 
  private:
-  bool read_target(std::size_t i, const TensorView& w, const std::optional<ObjectList>& grads,
-                   Item& item) {
-    py::object grad;
+  static constexpr std::size_t kAhead = 8;  // tensors
+  static constexpr std::size_t kBlock = 32;
+
+  bool read_item(std::size_t i, TensorView& w) {
+    if (read_tensor(a_.tensors[i], w) != Kind::kPlain || !w.dense()) return false;
+    if (i == 0) device_ = w.device;
+    if (w.device != device_) return false;
+    Item item;
+    item.w = w.data;
+    item.numel = w.numel;
+    item.dtype = w.dtype;
+    item.strengths = {a_.l1[i], a_.l2[i], a_.group[i]};
+    if (item.strengths.group != 0.0) {
+      item.shape = group_shape(w, a_.dim, a_.op, i);
+      if (item.shape.group_size() == 1) {
+        item.strengths.l1 += item.strengths.group;  // sqrt(1) * |w|
+        item.strengths.group = 0.0;
+      }
+    }
+    any_float64_ = any_float64_ || w.dtype == DType::kFloat64;
+    numel_ += w.numel;
+    job_.items.push_back(item);
+    return true;
+  }
+
+  // What is written for a tensor; null: nothing.
+  bool find_target(std::size_t i, const std::optional<ObjectList>& grads, py::object& target) {
+    target = py::object();
     if (grads) {
-      grad = py::reinterpret_borrow<py::object>((*grads)[i]);
+      target = py::reinterpret_borrow<py::object>((*grads)[i]);
     } else {
       if (!requires_grad(a_.tensors[i])) return true;
       if (!is_leaf(a_.tensors[i])) return false;
-      grad = grad_of(a_.tensors[i]);
+      target = grad_of(a_.tensors[i]);
     }
-    if (grad.is_none()) {
-      if (job_.op == Op::kWriteGrad) {
-        throw py::type_error(std::string("fusereg.") + a_.op + ": grads[" + std::to_string(i) +
-                             "] must be a tensor, got None");
-      }
-      return grads.has_value();
+    if (!target.is_none()) return true;
+    if (job_.op == Op::kWriteGrad) {
+      throw py::type_error(std::string("fusereg.") + a_.op + ": grads[" + std::to_string(i) +
+                           "] must be a tensor, got None");
     }
+    target = py::object();
+    return grads.has_value();
+  }
+
+  bool read_target(py::object grad, const TensorView& w, Item& item) {
+    if (!grad) return true;
     TensorView g;
     if (read_gradient(grad, g) != Kind::kPlain || g.device != w.device || g.dtype != w.dtype ||
         !w.same_layout(g))
       return false;
     item.g = g.data;
-    written_.append(grad);
+    written_.append(std::move(grad));
     return true;
   }
 

@@ -31,10 +31,10 @@ def bind_torch(
     tensor: type[torch.Tensor], parameter: type[torch.nn.Parameter], increment_version: object
 ) -> None: ...
 def bind_gate(
+    torch: ModuleType,
     compiler: ModuleType,
+    forward_ad: ModuleType,
     questions: tuple[Callable[[], object], ...],
-    grad_enabled: Callable[[], bool],
-    empty_like: Callable[[torch.Tensor], torch.Tensor],
 ) -> None: ...
 
 # Whether no compiler (but Dynamo, which is asked before), tracer, dispatch mode or torch.func
@@ -173,6 +173,9 @@ def fused_dropout_bias_backward(
     index_offset: int,
     op: str,
 ) -> int: ...
+def activation_dropout_functions(
+    forward: _Method, backward: _Method
+) -> tuple[_Method, _Method]: ...
 def activation_dropout_forward(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -378,6 +381,19 @@ def batch_norm_plan(
     resident: bool = True,
 ) -> dict[str, Any]: ...
 def batch_norm_force(kind: str, splits: int = 0, counters: int = 0) -> None: ...
+def batch_norm_functions(forward: _Method, backward: _Method) -> tuple[_Method, _Method]: ...
+
+# y of a usual call on the CPU, None for all others, of which nothing was done. `draw` returns a
+# Philox state for x; the settings are a layer, or what functional.Settings names.
+def batch_norm_at_once(
+    apply: _Method,
+    draw: Callable[[torch.Tensor], object],
+    inputs: tuple[object, ...],
+    batches: object,
+    settings: object,
+    op: str,
+    /,
+) -> torch.Tensor | None: ...
 def batch_norm_fits(
     x: object, running_mean: object, running_var: object, weight: object, bias: object
 ) -> bool: ...

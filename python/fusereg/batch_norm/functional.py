@@ -161,6 +161,10 @@ def batch_norm(
         update_stats,
     )
     source = Source(seed, generator)
+    if seed is None and generator is None and out is None and not dispatch.is_dynamo_compiling():
+        y = op.at_once(inputs, num_batches_tracked, settings, "batch_norm")
+        if y is not None:
+            return y
     return normalized(inputs, num_batches_tracked, settings, "batch_norm", source, out)
 
 

@@ -181,12 +181,7 @@ def forward(call: Call, keep_bits: bool = False, out: Tensor | None = None) -> T
     statistics, _, group_samples, *_ = call.constants
     if moments is None and statistics == COMPUTE:
         count = statistics_shape(x, group_samples) if group_samples else x.shape[1]
-        # Sizes one by one, and no device where none is needed: a third of the call's time.
-        moments = (
-            torch.empty(3, count, dtype=torch.float64)
-            if x.is_cpu
-            else torch.empty(3, count, dtype=torch.float64, device=x.device)
-        )
+        moments = torch.empty((3, count), dtype=torch.float64, device=x.device)
     call.moments = moments
     y = result_like(x) if out is None else out
     keep_bits = keep_bits and residual is not None and call.keeps_bits()

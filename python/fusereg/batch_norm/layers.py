@@ -109,9 +109,8 @@ class _Fused(Layer, nn.modules.batchnorm._BatchNorm):
         inputs, batches = self._inputs(input, residual, mask)
         if dispatch.is_dynamo_compiling():
             return functional.called(inputs, batches, settings)
-        if settings.inplace:
-            return functional.normalized(inputs, batches, settings, "batch_norm")
-        return op.normalize(functional.prepared(inputs, batches, settings, "batch_norm"))
+        y = op.at_once(inputs, batches, settings, "batch_norm")
+        return functional.normalized(inputs, batches, settings, "batch_norm") if y is None else y
 
     def _inputs(
         self, input: Tensor, residual: Tensor | None, mask: Tensor | None

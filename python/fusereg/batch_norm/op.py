@@ -18,10 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import dispatch, operator
+from .. import _C
+from ..core import dispatch, operator, random
 from ..core.operator import Operator
 from . import kernels, reference
-from .kernels import COMPUTE, CUMULATIVE, FIXED, RECTIFIERS, Call, Constants, Inputs, inputs_of
+from .kernels import (
+    COMPUTE,
+    CUMULATIVE,
+    FIXED,
+    RECTIFIERS,
+    Call,
+    Constants,
+    Inputs,
+    constants_of,
+    inputs_of,
+)
 
 _TENSORS = (
     "Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias, Tensor? moments,"
@@ -99,12 +110,10 @@ def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
         call.bits = bits if call.keeps_bits() and not by_result else None
     x, residual, mask, weight, bias, _, mean, var, seed = call.inputs
     constants, moments = call.constants, call.moments
-    ctx.constants = constants
-    ctx.op = call.op
-    ctx.has_residual = residual is not None
-    ctx.state = None
+    state = None
     if type(seed) is tuple:
-        ctx.state, seed = seed, None
+        state, seed = seed, None
+    ctx.rest = (constants, call.op, residual is not None, state)
     if residual is not None and not call.keeps_residual():
         residual = output[0] if by_result else None
     if constants.statistics != FIXED or moments is not None:
@@ -132,11 +141,12 @@ def _use_gradient_of_sum(call: Call) -> None:
     call.bits = bits.fill_(255)
 
 
-def _gradient(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
+def _gradient(ctx: Any, grad: Tensor, *given: Any) -> tuple[Tensor | None, ...]:
+    tensors = operator.unpacked(ctx, given)
+    constants, op, has_residual, state = ctx.rest
     _, kept, *_, moments, _, _, seed, bits = tensors
-    inputs = inputs_of((*tensors[:8], seed if ctx.state is None else ctx.state))
-    call = Call(inputs, ctx.constants, ctx.op, moments=moments, bits=bits)
+    inputs = inputs_of((*tensors[:8], seed if state is None else state))
+    call = Call(inputs, constants_of(constants), op, moments=moments, bits=bits)
     by_result = kept is not None and not call.keeps_residual()  # it is y
     if by_result:
         grad = _after_activation(grad, kept, call.constants)
@@ -144,8 +154,9 @@ def _gradient(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     of_x, of_residual, _, of_weight, of_bias = ctx.needs_input_grad[:5]
     wanted = (of_x, of_residual, of_weight, of_bias)
     found: tuple[Tensor | None, ...]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        found = _differentiable_gradients(call, grad, ctx.has_residual, by_result)
+    differentiated = torch.is_grad_enabled() or dispatch.forward_mode()
+    if differentiated and not torch.compiler.is_compiling():
+        found = _differentiable_gradients(call, grad, has_residual, by_result)
     elif dispatch.direct(grad):
         if by_result:
             _use_gradient_of_sum(call)
@@ -221,6 +232,7 @@ def derivative_after_sum(call: Call) -> Tensor:
     return factor
 
 
+@torch.enable_grad()
 def _differentiable_gradients(
     call: Call, grad: Tensor, has_residual: bool, after_sum: bool = False
 ) -> tuple[Tensor | None, ...]:
@@ -259,6 +271,7 @@ batch_norm = Operator(
     gradient=_gradient,
     flexible=True,
 )
+batch_norm.compile(_C.batch_norm_functions)
 #: (grad, *Inputs, bits, sums, *Constants, wanted, reduce): the gradients and, if ``reduce`` and
 #: ``sums`` are not given, the sums.
 backward = Operator(
@@ -316,6 +329,13 @@ def update_running(call: Call, moments: Tensor) -> None:
         before = old.to(torch.float64)
         after = torch.where(changes, (1.0 - factor) * before + factor * new, before)
         old.copy_(after.to(old.dtype))
+
+
+def at_once(inputs: Inputs, batches: Tensor | None, settings: object, name: str) -> Tensor | None:
+    """Return y where nothing is unusual; None: prepare the call. Not asked while Dynamo traces."""
+    return _C.batch_norm_at_once(
+        batch_norm.apply, random.new_state, inputs, batches, settings, name
+    )
 
 
 def normalize(call: Call, out: Tensor | None = None) -> Tensor:

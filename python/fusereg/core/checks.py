@@ -135,9 +135,10 @@ def _share_an_element(a: Tensor, b: Tensor) -> bool:
     start = min(a.data_ptr(), b.data_ptr())
 
     def addresses(t: Tensor) -> Tensor:
-        at = torch.tensor(t.data_ptr() - start)
+        at = torch.tensor(t.data_ptr() - start, device="cpu")
         for stride, size in zip(t.stride(), t.shape, strict=True):
-            at = at.unsqueeze(-1) + torch.arange(size) * (stride * t.element_size())
+            steps = torch.arange(size, device="cpu") * (stride * t.element_size())
+            at = at.unsqueeze(-1) + steps
         return at.flatten()
 
     return bool(torch.isin(addresses(a), addresses(b)).any())

@@ -58,11 +58,11 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _C.bind_gate(
+    torch,
     # What torch.compiler.is_compiling() asks, but for Dynamo.
     torch.compiler,
+    _forward_ad,
     (torch._C._len_torch_dispatch_stack, _functorch_level, _tracing_state),
-    torch.is_grad_enabled,
-    torch.empty_like,
 )
 
 

@@ -110,7 +110,7 @@ def dropout(
     ):
         rows = kind.rows_of(x) if counted is not None else 0
         state = random.new_state(x)
-        if torch.is_grad_enabled() and (x.requires_grad or dispatch.forward_mode()):
+        if (torch.is_grad_enabled() and x.requires_grad) or dispatch.forward_mode():
             return mask.apply(x, (state, p, alpha, rows, 0, op))  # type: ignore[no-any-return]
         return mask.kernel(x, state, p, alpha, rows, 0, op)  # type: ignore[no-any-return]
 

@@ -40,24 +40,37 @@ def _missing(module: Any, torchs: Any, name: str) -> Any:
     raise AttributeError(text)
 
 
-def explains(op: str, elsewhere: Mapping[str, str]) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Return a decorator that says more of unknown keyword arguments than Python does.
+def explains(
+    op: str | Callable[[Any], str], elsewhere: Mapping[str, str]
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Return a decorator that says more of arguments that do not fit than Python does.
 
     Args:
-        op: the function's name for the message.
+        op: the function's name for the message, or what returns it for the first argument.
         elsewhere: arguments of other libraries' functions, and what to do instead.
     """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        known = list(inspect.signature(function).parameters)
+        signature = inspect.signature(function)
+        known = list(signature.parameters)
+        others = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
 
         @functools.wraps(function)
         def explained(*args: P.args, **given: P.kwargs) -> T:
-            for name in given:
+            for name in () if others else given:
                 if name not in known:
-                    close = difflib.get_close_matches(name, known, n=1)
+                    names = list(known)
+                    if not isinstance(op, str):  # one of several that pass arguments on
+                        names += inspect.signature(type(args[0])).parameters
+                    close = difflib.get_close_matches(name, names, n=1)
                     hint = elsewhere.get(name) or (f"did you mean {close[0]}?" if close else "")
-                    raise TypeError(f"{op}: unknown argument {name!r}" + (hint and f"; {hint}"))
+                    where = op if isinstance(op, str) else op(args[0])
+                    raise TypeError(f"{where}: unknown argument {name!r}" + (hint and f"; {hint}"))
+            try:
+                signature.bind(*args, **given)
+            except TypeError as error:
+                where = op if isinstance(op, str) else op(args[0])
+                raise TypeError(f"{where}: {error}") from None
             return function(*args, **given)
 
         return explained

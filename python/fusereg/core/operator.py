@@ -66,14 +66,28 @@ def kept(ctx: Any) -> tuple[Any, ...]:
     return (*ctx.saved_tensors, ctx.state)
 
 
+def unpacked(ctx: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return ``ctx.saved_tensors``, for which activation checkpointing lets one ask once.
+
+    ``given``: what a gradient function has beside ctx and the gradient. A compiled one that has
+    asked already passes them on there, as a tuple.
+    """
+    saved: tuple[Any, ...] = given[0] if given and type(given[0]) is tuple else ctx.saved_tensors
+    return saved
+
+
 def differentiated(*tensors: Tensor | None) -> bool:
-    """Return whether a derivative of a function of these tensors may be asked for."""
-    if not torch.is_grad_enabled():
-        return False
-    for t in tensors:
-        if t is not None and t.requires_grad:
-            return True
-    return dispatch.forward_mode()
+    """Return whether a derivative of a function of these tensors may be asked for.
+
+    In forward mode it is wherever a tensor has a tangent, under ``torch.no_grad()`` too.
+    """
+    if dispatch.forward_mode():
+        return True
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
@@ -221,12 +235,27 @@ class Operator:
             torch.autograd.Function, self._function
         ).apply
 
+    def compile(self, functions: Callable[[Kernel, Kernel], tuple[Any, Any]]) -> None:
+        """Let compiled functions do the eager autograd function's usual calls.
+
+        ``functions(forward, backward)`` of ``_C`` returns them, for the general ones by Python,
+        which they call for all that is unusual: what small tensors wait for is not the kernel.
+        """
+        function: Any = self._function
+        #: (forward, backward) by Python.
+        self.general = function.forward, function.backward
+        forward, backward = functions(*self.general)
+        function.forward = staticmethod(forward)
+        dispatch.call_at_once(function, backward)
+        #: ``gradient_of(ctx, grad)``: what autograd calls.
+        self.gradient_of: Callable[[Any, Tensor], tuple[Any, ...]] = backward
+
     def __call__(self, *args: Any) -> Any:
         """Compute the operation in whatever way its surroundings want."""
         if not dispatch.direct(*args[: self._tensors]):
             return self.traced(*args)
         try:
-            return self.eager(*args) if torch.is_grad_enabled() else self.kernel(*args)
+            return self.eager(*args)
         except (RuntimeError, TypeError, ValueError):
             # Kernels refuse wrappers before they write. To look for them first would cost each
             # backward pass of a small tensor a microsecond.
@@ -257,18 +286,18 @@ class Operator:
 
     def eager(self, *args: Any) -> Any:
         """Compute it by the kernel at once: the caller knows that nothing is tracing."""
-        if torch.is_grad_enabled():
-            if self._list is not None:
-                if self._differentiated(args):
-                    # By torch's own apply(), which unwraps what torch.func transforms have left.
-                    return self._function.apply(*self._flat(args))
-            else:  # without a call for it: this is most of what small tensors cost
-                k = self._tensors
+        if self._list is not None:
+            if self._differentiated(args):
+                # By torch's own apply(), which unwraps what torch.func transforms have left.
+                return self._function.apply(*self._flat(args))
+        else:  # as differentiated(), without a call for it: most of what small tensors cost
+            k = self._tensors
+            if torch.is_grad_enabled():
                 for t in args[:k]:
                     if t is not None and t.requires_grad:
                         return self.apply(*args[:k], args[k:])
-                if dispatch.forward_mode():
-                    return self.apply(*args[:k], args[k:])
+            if dispatch.forward_mode():
+                return self.apply(*args[:k], args[k:])
         return self.kernel(*args)
 
     def into(self, out: Tensor, *args: Any) -> Tensor:
@@ -280,13 +309,12 @@ class Operator:
         """Write the result over the first argument."""
         x: Tensor = args[0]
         k = self._tensors
-        if torch.is_grad_enabled():
-            if dispatch.forward_mode():
-                y = self.apply(*args[:k], args[k:])
-                return x.copy_(y if isinstance(y, Tensor) else y[0])
-            if self._differentiated(args):
-                result: Tensor = self._function_in_place.apply(*args[:k], args[k:])
-                return result
+        if dispatch.forward_mode():
+            y = self.apply(*args[:k], args[k:])
+            return x.copy_(y if isinstance(y, Tensor) else y[0])
+        if self._differentiated(args):
+            result: Tensor = self._function_in_place.apply(*args[:k], args[k:])
+            return result
         return self.into(x, *args)
 
     def _differentiated(self, args: tuple[Any, ...]) -> bool:
@@ -505,16 +533,8 @@ class DrawnOperator(Operator):
             row_major=True,
             linear=True,
         )
-        # What small tensors wait for is not the kernel: the usual call without Python in between.
-        function: Any = self._function
-        #: (forward, backward) by Python, to which the compiled ones leave what is unusual.
-        self.general = function.forward, function.backward
-        at_once = getattr(_C, f"{name}_functions")(*self.general)
-        function.forward = staticmethod(at_once[0])
-        dispatch.call_at_once(function, at_once[1])
-        #: ``gradient_of(ctx, grad)[0]``: that of x, for a ``ctx.rest`` of (state, *constants,
-        #: strides of the result, op).
-        self.gradient_of: Callable[[Any, Tensor], tuple[Any, ...]] = at_once[1]
+        # Its ctx.rest is (state, *constants, strides of the result, op).
+        self.compile(getattr(_C, f"{name}_functions"))
         self.backward = Operator(
             f"{name}_backward(Tensor grad, Tensor seed, {constants}, SymInt[] stride) -> Tensor",
             backward,

@@ -51,7 +51,7 @@ def _numbers() -> Tensor:
     """Return this thread's memory for two numbers."""
     # A tensor made in inference mode could not be written to outside of it.
     with torch.inference_mode(False):
-        made: Tensor = torch.empty(2, dtype=torch.int64)
+        made: Tensor = torch.empty(2, dtype=torch.int64, device="cpu")
     _local.numbers = made
     return made
 

@@ -27,10 +27,12 @@ from ..core import checks, dispatch, draws, memory
 from ..core.operator import (
     Operator,
     in_strides,
+    keep,
     keep_state,
     kept,
     refused,
     strides_of_result,
+    unpacked,
 )
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
@@ -248,14 +250,21 @@ def _activate_kernel(
 
 
 def _save_activate(ctx: Any, args: tuple[Any, ...], y: Tensor) -> None:
-    x, ctx.state, *ctx.constants = args
-    ctx.stride = strides_of_result(x) if y is x else y.stride()
-    keep_state(ctx, y if ctx.constants[1] == "relu" else x)
+    x, state, p, activation, index_offset, *op = args
+    stride = strides_of_result(x) if y is x else y.stride()
+    saved = y if activation == "relu" else x
+    if type(state) is tuple:
+        keep(ctx, saved)
+    else:
+        keep(ctx, saved, state)
+        state = None
+    ctx.rest = (state, p, activation, index_offset, stride, *op)
 
 
-def _activate_gradient(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor]:
-    p, activation, index_offset, *op = ctx.constants
-    return (_activate_backward(grad, *kept(ctx), p, activation, index_offset, ctx.stride, *op),)
+def _activate_gradient(ctx: Any, grad: Tensor, *given: Any) -> tuple[Tensor]:
+    state, *rest = ctx.rest
+    saved, *seed = unpacked(ctx, given)
+    return (_activate_backward(grad, saved, *(seed or (state,)), *rest),)
 
 
 def _save_activate_backward(ctx: Any, args: tuple[Any, ...], output: Tensor) -> None:
@@ -315,9 +324,10 @@ activate = Operator(
     fake=lambda x, *_: torch.empty_like(x),
     save=_save_activate,
     gradient=_activate_gradient,
-    tangent=lambda *args: _activate_gradient(*args)[0],
+    tangent=lambda ctx, tangent, *_: _activate_gradient(ctx, tangent)[0],
     row_major=True,
 )
+activate.compile(_C.activation_dropout_functions)
 _activate_backward = Operator(
     "activation_dropout_backward(Tensor grad, Tensor saved, Tensor seed, float p, str activation,"
     " SymInt index_offset, SymInt[] stride) -> Tensor",

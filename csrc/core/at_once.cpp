@@ -1,0 +1,118 @@
+#include "core/at_once.h"
+
+#include <exception>
+#include <vector>
+
+#include "core/gate.h"
+
+namespace fusereg {
+namespace {
+
+struct Functions {
+  const AtOnce* at_once;
+  PyObject* forward;
+  PyObject* backward;
+};
+
+const char* const kName = "fusereg.at_once";
+
+const Functions& functions_of(PyObject* self) {
+  return *static_cast<const Functions*>(PyCapsule_GetPointer(self, kName));
+}
+
+PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+PyObject* rest_name() {
+  static PyObject* const name = interned("rest");
+  return name;
+}
+
+// What `compute` returns; null, without an error, where the general function is to be called.
+// `final`: it is not.
+template <class F>
+PyObject* attempt(const F& compute, bool& final) {
+  PyObject* found = nullptr;
+  try {
+    found = compute();
+  } catch (const AtOnce::Final&) {
+    final = true;
+    return nullptr;
+  } catch (const std::exception&) {
+    found = nullptr;  // the general one says what is wrong
+  }
+  if (found == nullptr) PyErr_Clear();
+  return found;
+}
+
+PyObject* forward(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  const Functions& functions = functions_of(self);
+  bool final = false;
+  PyObject* const y = attempt([&] { return functions.at_once->forward(args, count); }, final);
+  if (y != nullptr || final) return y;
+  return PyObject_Vectorcall(functions.forward, args, static_cast<std::size_t>(count), nullptr);
+}
+
+PyObject* backward(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  const Functions& functions = functions_of(self);
+  // Of one result; the others of an operator are no tensors that anybody differentiates.
+  if (count != 2) {
+    return PyObject_Vectorcall(functions.backward, args, static_cast<std::size_t>(count), nullptr);
+  }
+  Saved saved;
+  bool final = false;
+  PyObject* const found = attempt(
+      [&]() -> PyObject* {
+        if (grad_enabled() || forward_mode() || !nothing_traces()) return nullptr;
+        return functions.at_once->backward(args[0], args[1], saved);
+      },
+      final);
+  if (found != nullptr || final) return found;
+  PyObject* const more[] = {args[0], args[1], saved.tensors.ptr()};
+  return PyObject_Vectorcall(functions.backward, more, saved.tensors ? 3 : 2, nullptr);
+}
+
+PyMethodDef g_forward = {"forward", fast_function(&forward), METH_FASTCALL, nullptr};
+PyMethodDef g_backward = {"backward", fast_function(&backward), METH_FASTCALL, nullptr};
+
+}  // namespace
+
+py::tuple at_once_functions(const AtOnce* functions, const py::object& forward,
+                            const py::object& backward) {
+  auto* const kept = new Functions{functions, forward.inc_ref().ptr(), backward.inc_ref().ptr()};
+  const py::capsule self(kept, kName);
+  const auto first = py::reinterpret_steal<py::object>(PyCFunction_New(&g_forward, self.ptr()));
+  const auto second = py::reinterpret_steal<py::object>(PyCFunction_New(&g_backward, self.ptr()));
+  // So that autograd's node, as whose method it is looked up, is the first argument.
+  const auto method = py::reinterpret_steal<py::object>(PyInstanceMethod_New(second.ptr()));
+  return py::make_tuple(first, method);
+}
+
+PyObject* const* unpack(PyObject* ctx, Saved& saved, Py_ssize_t count) {
+  static PyObject* const name = interned("saved_tensors");
+  saved.tensors = py::reinterpret_steal<py::object>(PyObject_GetAttr(ctx, name));
+  if (!saved.tensors) throw AtOnce::Final();  // written to since, freed, or a hook's own error
+  if (!PyTuple_CheckExact(saved.tensors.ptr()) || PyTuple_GET_SIZE(saved.tensors.ptr()) != count)
+    return nullptr;
+  return &PyTuple_GET_ITEM(saved.tensors.ptr(), 0);
+}
+
+bool save(PyObject* ctx, PyObject* const* tensors, std::size_t count) {
+  static PyObject* const name = interned("save_for_backward");
+  std::vector<PyObject*> args{ctx};
+  args.insert(args.end(), tensors, tensors + count);
+  PyObject* const done = PyObject_VectorcallMethod(name, args.data(), args.size(), nullptr);
+  Py_XDECREF(done);
+  return done != nullptr;
+}
+
+bool set_rest(PyObject* ctx, py::handle rest) {
+  return PyObject_SetAttr(ctx, rest_name(), rest.ptr()) == 0;
+}
+
+py::object rest_of(PyObject* ctx, Py_ssize_t count) {
+  auto rest = py::reinterpret_steal<py::object>(PyObject_GetAttr(ctx, rest_name()));
+  if (!rest || !PyTuple_CheckExact(rest.ptr()) || PyTuple_GET_SIZE(rest.ptr()) != count) return {};
+  return rest;
+}
+
+}  // namespace fusereg

@@ -1,0 +1,66 @@
+// The eager autograd function of an operation, compiled: what its Python does for plain tensors,
+// without frames of the interpreter. Most of what a call on a small tensor costs is outside the
+// kernels.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fusereg {
+
+namespace py = pybind11;
+
+// The saved tensors of an autograd function. Activation checkpointing lets them be asked for once.
+struct Saved {
+  py::object tensors;  // null: not asked for yet
+};
+
+// One operation's functions; lives as long as the process, as the operator does. Each returns null
+// where it does not do the work, with or without a Python error, or throws: nothing was written
+// then, and the general function is called, which says what is wrong. Only an error of what it has
+// called last, of which there is no second time, is thrown as Final.
+class AtOnce {
+ public:
+  struct Final {};  // a Python error is set, and stays
+
+  AtOnce() = default;
+  AtOnce(const AtOnce&) = delete;
+  AtOnce& operator=(const AtOnce&) = delete;
+  virtual ~AtOnce() = default;
+
+  // The arguments of autograd's forward: ctx first.
+  virtual PyObject* forward(PyObject* const* args, Py_ssize_t count) const = 0;
+  // Of a gradient that is neither traced nor differentiated.
+  virtual PyObject* backward(PyObject* ctx, PyObject* grad, Saved& saved) const = 0;
+};
+
+// (forward, backward) as `function.forward` and `_backward_cls.apply` take them. The given ones are
+// called for all else; the backward then has the saved tensors as a third argument, a tuple, if
+// they were asked for.
+py::tuple at_once_functions(const AtOnce* functions, const py::object& forward,
+                            const py::object& backward);
+
+// ctx.saved_tensors, a tuple of `count`; null if there are others.
+PyObject* const* unpack(PyObject* ctx, Saved& saved, Py_ssize_t count);
+
+// Whether ctx.save_for_backward and ctx.rest could be set.
+bool save(PyObject* ctx, PyObject* const* tensors, std::size_t count);
+bool set_rest(PyObject* ctx, py::handle rest);
+// ctx.rest, a tuple of `count`; null if it is something else.
+py::object rest_of(PyObject* ctx, Py_ssize_t count);
+
+// A Python function without keywords as a C function of pybind11's: exceptions become errors.
+template <class F>
+PyObject* guarded(const F& function) noexcept {
+  try {
+    return function();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const AtOnce::Final&) {
+    // with its error
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+}  // namespace fusereg
