@@ -178,31 +178,40 @@ inline constexpr std::int64_t kMaxLines = 16;
 // Up to this inner, lines of several channels are taken as one line of at most kMaxColumns.
 inline constexpr std::int64_t kMaxFolded = 256;
 
-// The plain kernels, which are loops of their own, take lines of at least so many elements.
-inline constexpr std::int64_t kMinPlainLine = 32;
+// The plain kernels, which are loops of their own, take the lines of several channels as one, of at
+// most kMaxPlainColumns, if they are no longer than kMaxPlainFolded. Every column has coefficients
+// and sums of its own then, which few rows are not worth, but for lines that are very short.
+inline constexpr std::int64_t kMaxPlainFolded = 256;
+inline constexpr std::int64_t kMaxPlainColumns = 2048;
 inline constexpr std::int64_t kMaxPlainLines = 64;
 
-FUSEREG_INLINE bool is_plain(const Layout& l, DType dtype, const std::uint8_t* mask) {
-  return dtype != DType::kFloat64 && mask == nullptr && (l.inner == 1 || l.inner >= kMinPlainLine);
+FUSEREG_INLINE bool folds(const Layout& l, std::int64_t rows) {
+  constexpr std::int64_t kWorthFolding = 32;
+  return l.inner > 1 && l.inner <= kMaxPlainFolded && (rows >= kWorthFolding || l.inner < 32);
+}
+
+FUSEREG_INLINE bool is_plain(DType dtype, const std::uint8_t* mask) {
+  return dtype != DType::kFloat64 && mask == nullptr;
 }
 // Whether plain kernels do the whole job: no mask, no dropout, ReLU or no activation.
 FUSEREG_INLINE bool is_plain(const Forward& job) {
   const Epilogue& e = job.epilogue;
-  if (!is_plain(job.layout, job.dtype, job.mask) || e.dropout) return false;
+  if (!is_plain(job.dtype, job.mask) || e.dropout) return false;
   if (job.bits != nullptr) return e.activation == Activation::kRelu && job.residual != nullptr;
   return e.activation == Activation::kNone || e.activation == Activation::kRelu;
 }
 FUSEREG_INLINE bool is_plain(const Backward& job) {
   const Epilogue& e = job.epilogue;
-  if (!is_plain(job.layout, job.dtype, job.mask) || e.dropout || job.from_y) return false;
+  if (!is_plain(job.dtype, job.mask) || e.dropout || job.from_y) return false;
   if (job.grad_x == nullptr && job.grad_residual != nullptr) return false;
   if (e.activation == Activation::kNone) return true;
   return e.activation == Activation::kRelu && (job.bits != nullptr || job.residual == nullptr);
 }
 
 // `rows` values of o from `row` on, of one group, and some channels: of lines at most
-// kMaxPlainLines if the job is plain, otherwise at most kMaxColumns / inner up to kMaxFolded and
-// kMaxLines from there on; of columns at most kMaxColumns.
+// kMaxPlainLines if the job is plain (and kMaxPlainColumns / inner where it folds them), otherwise
+// at most kMaxColumns / inner up to kMaxFolded and kMaxLines from there on; of columns at most
+// kMaxColumns.
 struct Tile {
   std::int64_t row = 0;
   std::int64_t rows = 0;

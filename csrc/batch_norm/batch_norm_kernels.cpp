@@ -358,7 +358,7 @@ void backward(const Backward& job, const Tile& tile, const Coefficients& coeffic
 // --- the table ---
 
 void moments_any(const Forward& job, const Tile& tile, const Coefficients& k, Sums sums) {
-  if (is_plain(job.layout, job.dtype, job.mask)) return plain_kernels.moments(job, tile, k, sums);
+  if (is_plain(job.dtype, job.mask)) return plain_kernels.moments(job, tile, k, sums);
   dispatch_dtype(job.dtype,
                  [&](auto tag) { moments<typename decltype(tag)::type>(job, tile, k, sums); });
 }

@@ -7,6 +7,7 @@
 // there. Otherwise they share the tiles, and meet between the passes.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "batch_norm/batch_norm.h"
@@ -55,6 +56,18 @@ void write_numbers(const PerChannel& values, std::int64_t begin, std::int64_t n,
   });
 }
 
+// How many channels' short lines are taken as one: of about kLineBytes, which processors then read
+// ahead, and of whole lines of the cache, which may then be written past it; but a few blocks for
+// threads to share.
+std::int64_t folded_width(const Layout& layout, std::int64_t size) {
+  constexpr std::int64_t kCacheLine = 64;
+  constexpr std::int64_t kFewBlocks = 16;
+  std::int64_t width = std::min(kLineBytes / (layout.inner * size), kMaxPlainLines);
+  while (width > 1 && ceil_div(layout.channels, width) < kFewBlocks) width = ceil_div(width, 2);
+  const std::int64_t whole = kCacheLine / std::gcd(layout.inner * size, kCacheLine);
+  return width < whole ? width : width / whole * whole;
+}
+
 // How the elements are cut up.
 class Tiling {
  public:
@@ -71,6 +84,8 @@ class Tiling {
         const std::int64_t blocks = ceil_div(ceil_div(layout.channels, fitting), 2) * 2;
         width_ = std::max(ceil_div(ceil_div(layout.channels, blocks), 32) * 32, kFewColumns);
       }
+    } else if (plain && folds(layout, rows)) {
+      width_ = folded_width(layout, size);
     } else if (plain) {
       const std::int64_t bytes = std::max<std::int64_t>(rows * layout.inner * size, 1);
       width_ = std::clamp<std::int64_t>(kBlockBytes / bytes, 1, kMaxPlainLines);

@@ -45,10 +45,10 @@ C scale_of(const Epilogue& e) {
 // --- coefficients ---
 
 // A tile's, as numbers of the type that computes; each array may be read past its end.
-template <class C>
+template <class C, std::int64_t kColumns = kMaxColumns>
 struct Numbers {
-  C m[kMaxColumns + kPad], a[kMaxColumns + kPad], b[kMaxColumns + kPad];
-  C q[kMaxColumns + kPad], r[kMaxColumns + kPad];
+  C m[kColumns + kPad], a[kColumns + kPad], b[kColumns + kPad];
+  C q[kColumns + kPad], r[kColumns + kPad];
 };
 
 // How a tile's elements become lines. Short lines would cost more for themselves than for their
@@ -75,8 +75,8 @@ struct Fold {
 
   // For the plain kernels, which walk down so many columns at a time: no more rows than that takes.
   Fold(const Layout& l, const Tile& t, std::int64_t at_least, const std::uint8_t* bits)
-      : columns(true), width(t.channels) {
-    if (t.channels != l.channels || (bits != nullptr && l.channels % 8 != 0)) return;
+      : columns(true), width(t.channels * l.inner), inner(l.inner) {
+    if (inner > 1 || t.channels != l.channels || (bits != nullptr && l.channels % 8 != 0)) return;
     while (width < at_least && 2 * rows <= t.rows) {
       rows *= 2;
       width *= 2;
@@ -103,8 +103,8 @@ void convert(C* to, const double* from, std::int64_t channels, const Fold& fold)
 // m alone, or also a and b, or also q and r.
 enum class Which { kM, kAffine, kGradient };
 
-template <class C>
-void convert(Numbers<C>& k, const Coefficients& from, std::int64_t n, const Fold& fold,
+template <class C, std::int64_t kColumns>
+void convert(Numbers<C, kColumns>& k, const Coefficients& from, std::int64_t n, const Fold& fold,
              Which which) {
   convert(k.m, from.m, n, fold);
   if (which == Which::kM) return;

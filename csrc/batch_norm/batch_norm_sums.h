@@ -45,10 +45,10 @@ FUSEREG_INLINE double add_lanes(const Vector<double> (&sums)[kN][kWide]) {
 }
 
 // Of the channels of a tile whose rows are lines: a sum for each column.
-template <class C>
+template <class C, std::int64_t kColumns = kMaxColumns>
 struct ColumnSums {
-  C first[kMaxColumns + kPad], second[kMaxColumns + kPad];
-  double wide_first[kMaxColumns], wide_second[kMaxColumns];
+  C first[kColumns + kPad], second[kColumns + kPad];
+  double wide_first[kColumns], wide_second[kColumns];
   int terms;
   void clear(std::int64_t n) {
     terms = 0;
