@@ -520,9 +520,6 @@ def test_arguments_are_checked(make: Callable[[], Any], why: str) -> None:
 
 def test_images_that_no_instruction_fits_are_refused(photos: Tensor) -> None:
     four = torch.cat([photos, photos[:, :1]], 1)
-    with pytest.raises(ValueError, match="instruction that images of 4 channels do not allow"):
-        ColorJitter(contrast=0.5)(four)
-    assert ColorJitter(brightness=0.5)(four).shape == four.shape
     with pytest.raises(ValueError, match="kernel_size must be less than twice"):
         Compose([v2.GaussianBlur(23)])(photos[:, :, :11])
     chain = Compose([ColorJitter(0.5), Normalize(0.5, 0.5)])

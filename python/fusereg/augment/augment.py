@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from .arguments import (
-    INTERPOLATIONS,
+    Interpolation,
     Interval,
     PerChannel,
     Size,
     around,
     factors,
     flag,
+    interpolation_name,
     interval,
     is_sequence,
     normalization,
@@ -155,7 +156,7 @@ class Augment(Chain):
         hflip: float = 0.0,
         vflip: float = 0.0,
         crop: str = "random",
-        interpolation: str = "bilinear",
+        interpolation: Interpolation = "bilinear",
         antialias: bool | None = None,
         fill_mode: str | None = None,
         fill: PerChannel = 0.0,
@@ -194,7 +195,7 @@ class Augment(Chain):
             erase if isinstance(erase, Erase | None) else Erase(probability(erase, op, "erase"))
         )
         mixing = check_mix(mix, op)
-        how = one_of(interpolation, op, "interpolation", list(INTERPOLATIONS))
+        how = interpolation_name(interpolation, op)
         if antialias is None:
             turned = any((*affine.degrees, *affine.shear_x, *affine.shear_y))
             antialias = self.crop == "resized" and how != "nearest" and not turned

@@ -13,10 +13,12 @@ from . import op as _ops
 from . import resize_op as _resize_ops
 from .arguments import (
     INTERPOLATIONS,
+    Interpolation,
     Size,
     flag,
     for_channels,
     integer,
+    interpolation_name,
     normalization,
     number,
     one_of,
@@ -114,7 +116,7 @@ class _Result(NamedTuple):
         return _ops.Target.of(x, size, dtype, self.memory_format), affine
 
 
-_Sampling: TypeAlias = tuple[str, bool, str, object]
+_Sampling: TypeAlias = tuple[object, bool, str, object]
 _NEAREST: _Sampling = ("nearest", False, "constant", 0.0)
 
 
@@ -132,7 +134,7 @@ def _apply(
     """Apply a pass; ``sampling`` is interpolation, antialias, fill mode and fill."""
     target, affine = result.resolve(x, size, op)
     options = _ops.Options.of(x.shape[1], op, sampling, affine, erase)
-    if flag(sampling[1], op, "antialias") and sampling[0] == "nearest":
+    if flag(sampling[1], op, "antialias") and options.interpolation == INTERPOLATIONS["nearest"]:
         raise ValueError(f"fusereg.{op}: antialias needs interpolation 'bilinear' or 'bicubic'")
     keys = None if keys is None else memory.to_device(keys, x.device, op)
     records = memory.to_device(records, x.device, op)
@@ -144,7 +146,7 @@ def warp_affine(
     matrix: Tensor,
     size: Size | None = None,
     *,
-    interpolation: str = "bilinear",
+    interpolation: Interpolation = "bilinear",
     antialias: bool = False,
     fill_mode: str = "constant",
     fill: float | Sequence[float] = 0.0,
@@ -287,7 +289,7 @@ def resize(
     x: Tensor,
     size: Size,
     *,
-    interpolation: str = "bilinear",
+    interpolation: Interpolation = "bilinear",
     antialias: bool = True,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
@@ -319,18 +321,17 @@ def resize(
     _ops.check_images(x, op)
     height, width = size_pair(size, op)
     result = _Result(mean, std, out_dtype, memory_format, out)
-    if flag(antialias, op, "antialias") and interpolation in ("bilinear", "bicubic"):
+    how = interpolation_name(interpolation, op)
+    if flag(antialias, op, "antialias") and how != "nearest":
         target, affine = result.resolve(x, (height, width), op)
-        resampling = (INTERPOLATIONS[interpolation], False, *affine)
+        resampling = (INTERPOLATIONS[how], False, *affine)
         return _ops.call(_resize_ops.resize, x, (*target, *resampling), target, op, out)
     by_y, by_x = x.shape[2] / height, x.shape[3] / width
     device = x.device if dispatch.eager() else torch.device("cpu")
     records = _identity(x, device, op)
     matrix = (by_x, 0.0, (by_x - 1.0) / 2.0, 0.0, by_y, (by_y - 1.0) / 2.0)
     records[:, :6] = memory.numbers(matrix, torch.float64, device)
-    return _apply(
-        x, records, (height, width), result, op, (interpolation, antialias, "border", 0.0)
-    )
+    return _apply(x, records, (height, width), result, op, (how, antialias, "border", 0.0))
 
 
 def _boxes(boxes: object, n: int, op: str) -> Tensor:

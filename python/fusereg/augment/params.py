@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _C
 from ..core import dispatch, memory
 from . import op as _ops
-from .arguments import integer, is_sequence, of_array, one_of
+from .arguments import Interpolation, integer, interpolation_name, is_sequence, of_array, one_of
 from .steps import Values
 
 __all__ = ["AugmentParams"]
@@ -342,7 +342,10 @@ class AugmentParams:
             The boxes in the same form and format, floating. Erasing and mixing do not change them.
         """
         op = "AugmentParams.boxes"
-        one_of(format, op, "format", _BOX_FORMATS)
+        format = getattr(format, "value", format)  # torchvision's are in capitals
+        format = one_of(
+            format.lower() if isinstance(format, str) else format, op, "format", _BOX_FORMATS
+        )
         if not isinstance(boxes, Tensor):
             return [
                 self._one(i, len(boxes)).boxes(b[None], format=format, clip=clip)[0]
@@ -390,7 +393,7 @@ class AugmentParams:
         *,
         fill: float = 0,
         fill_mode: str = "constant",
-        interpolation: str = "nearest",
+        interpolation: Interpolation = "nearest",
     ) -> Tensor:
         """Warp a mask (labels of pixels) as the images, by the nearest pixel.
 
@@ -403,17 +406,18 @@ class AugmentParams:
             fill_mode: as in :class:`fusereg.augment.Augment`.
             interpolation: other than "nearest" for floating masks, such as probabilities.
         """
-        if interpolation != "nearest" and not mask.is_floating_point():
+        op = "AugmentParams.mask"
+        how = interpolation_name(interpolation, op)
+        if how != "nearest" and not mask.is_floating_point():
             raise ValueError(
-                f"fusereg.AugmentParams.mask: interpolation must be 'nearest' for a mask of "
-                f"{mask.dtype}, got {interpolation!r}"
+                f"fusereg.{op}: interpolation must be 'nearest' for a mask of {mask.dtype}, "
+                f"got {how!r}"
             )
         cut = (self.records[:, 15] == 0) & (self.records[:, 14] >= 0)
         kept = torch.where(cut[:, None], self.records, self.without_mix().records)
-        sampling = (interpolation, False, fill_mode, fill)
-        return replace(self, records=kept).planes(mask, "AugmentParams.mask", sampling)
+        return replace(self, records=kept).planes(mask, op, (how, False, fill_mode, fill))
 
-    def planes(self, mask: Tensor, op: str, sampling: tuple[str, bool, str, Any]) -> Tensor:
+    def planes(self, mask: Tensor, op: str, sampling: tuple[object, bool, str, Any]) -> Tensor:
         """Warp and mix planes [N, H, W] or [N, C, H, W] of any number and dtype; erase nothing."""
         if mask.dim() not in (3, 4):
             raise ValueError(
@@ -438,7 +442,7 @@ class AugmentParams:
         self,
         x: Tensor,
         *,
-        interpolation: str = "bilinear",
+        interpolation: Interpolation = "bilinear",
         antialias: bool = False,
         fill_mode: str = "constant",
         fill: float | Sequence[float] = 0,
@@ -449,7 +453,7 @@ class AugmentParams:
         op = "AugmentParams.warp"
         return geometry._render(x, op, (interpolation, antialias, fill_mode, fill))
 
-    def _render(self, x: Tensor, op: str, sampling: tuple[str, bool, str, Any]) -> Tensor:
+    def _render(self, x: Tensor, op: str, sampling: tuple[object, bool, str, Any]) -> Tensor:
         self.check_images(x, op)
         options = _ops.Options.of(_ops.check_images(x, op).shape[1], op, sampling)
         target = _ops.Target.of(x, self.size, x.dtype)

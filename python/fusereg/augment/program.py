@@ -6,7 +6,7 @@ so after each of them; images of floats go through functions of torch, one by on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -26,6 +26,8 @@ from .seeded import Keys
 IDENTITY, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, INVERT, POSTERIZE = range(8)
 SOLARIZE, SOLARIZE_ADD, AUTOCONTRAST, EQUALIZE, SHARPNESS, BLUR, WARP = range(8, 15)
 _WIDTH = 8
+#: Those that need gray or hue, which images of 1 and 3 channels have.
+_OF_COLORS = {CONTRAST: "contrast", SATURATION: "saturation", HUE: "hue", GRAY: "grayscale"}
 
 #: The code and its arguments.
 Row: TypeAlias = tuple[float, ...]
@@ -117,6 +119,11 @@ class Policy:
         """True where nothing may come before it in a pass."""
         return False
 
+    @property
+    def codes(self) -> Set[int]:
+        """The instructions that an image may get."""
+        raise NotImplementedError
+
     def rows(self, numbers: Numbers, size: tuple[int, int]) -> list[Row]:
         """Return the instructions for an image of this size."""
         raise NotImplementedError
@@ -166,6 +173,7 @@ class Program:
                 f"fusereg.{op}: x must have {len(params)} images as its parameters, "
                 f"got shape {tuple(x.shape)}"
             )
+        self._check_channels(images.shape[1], op)
         programs = params.programs.cpu()
         gray = (programs[..., 0] == GRAY) & (programs[..., 1] == 3)
         if images.shape[1] == 1 and bool(gray.any()):
@@ -186,6 +194,17 @@ class Program:
         else:
             y = _kernel(images, programs, fill, self.whole_pixels, out=out)
         return rewrap(y, x)
+
+    def _check_channels(self, channels: int, op: str) -> None:
+        """Refuse colors of images that have none, whether or not this batch has drawn them."""
+        codes = {code for policy, _ in self.policies for code in policy.codes}
+        named = [name for code, name in _OF_COLORS.items() if code in codes]
+        if channels not in (1, 3) and named:
+            raise ValueError(
+                f"fusereg.{op}: x must have 1 or 3 channels for {', '.join(named)}, got "
+                f"{channels}; transform x[:, :3] and join the other channels again, or leave "
+                "these operations out"
+            )
 
 
 def _kernel(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import INTERPOLATIONS, integer, is_sequence, number, one_of
+from .arguments import Interpolation, integer, interpolation_name, is_sequence, number
 from .labels import MixedLabels, is_named_as_label, mix_labels
 from .params import AugmentParams
 from .tree import (
@@ -69,8 +69,8 @@ class Rules:
     """
 
     mask_fill: float | None = None
-    mask_interpolation: str = "nearest"
-    image_interpolation: str | None = None
+    mask_interpolation: Interpolation = "nearest"
+    image_interpolation: Interpolation | None = None
     keypoint_pairs: Sequence[tuple[int, int]] = ()
     min_area: float = 0.0
     min_visibility: float = 0.0
@@ -79,12 +79,18 @@ class Rules:
     passthrough: bool | Sequence[str] = False
 
     def check(self, op: str) -> Rules:
-        """Check the arguments."""
+        """Check the arguments, and return them with names for interpolations."""
         if self.mask_fill is not None:
             number(self.mask_fill, op, "mask_fill")
-        one_of(self.mask_interpolation, op, "mask_interpolation", list(INTERPOLATIONS))
+        names = {
+            "mask_interpolation": interpolation_name(
+                self.mask_interpolation, op, "mask_interpolation"
+            )
+        }
         if self.image_interpolation is not None:
-            one_of(self.image_interpolation, op, "image_interpolation", list(INTERPOLATIONS))
+            names["image_interpolation"] = interpolation_name(
+                self.image_interpolation, op, "image_interpolation"
+            )
         for pair in self.keypoint_pairs:
             if not is_sequence(pair) or len(pair) != 2:
                 raise ValueError(f"fusereg.{op}: keypoint_pairs must be pairs, got {pair!r}")
@@ -101,7 +107,7 @@ class Rules:
                 continue
             if not is_sequence(keys) or not all(isinstance(k, str) for k in keys):
                 raise TypeError(f"fusereg.{op}: {name} must be a sequence of keys, got {keys!r}")
-        return self
+        return replace(self, **names)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -349,11 +355,11 @@ class Targets:
         self._move_points(by_kind.get("KeyPoints", []), alone)
         self.size = params.size
 
-    def _mask_sampling(self, look: Look) -> Callable[[Leaf], tuple[str, bool, str, float]]:
+    def _mask_sampling(self, look: Look) -> Callable[[Leaf], tuple[Interpolation, bool, str, float]]:
         fill = self.rules.mask_fill if self.rules.mask_fill is not None else look.mask_fill or 0.0
         with_boxes = {leaf.group for leaf in self.leaves if leaf.kind == "BoundingBoxes"}
 
-        def sampling(leaf: Leaf) -> tuple[str, bool, str, float]:
+        def sampling(leaf: Leaf) -> tuple[Interpolation, bool, str, float]:
             value = leaf.value
             instances = leaf.group in with_boxes or value.dtype is torch.bool
             floating = value.is_floating_point()
@@ -447,7 +453,7 @@ class Targets:
         self,
         leaves: list[Leaf],
         alone: AugmentParams,
-        sampling: Callable[[Leaf], tuple[str, bool, str, float]],
+        sampling: Callable[[Leaf], tuple[Interpolation, bool, str, float]],
         masks: bool,
     ) -> None:
         """Warp masks, images and videos: all alike in one call."""

@@ -15,6 +15,7 @@ from . import policies
 from . import program as P
 from .arguments import (
     INTERPOLATIONS,
+    Interpolation,
     Interval,
     PerChannel,
     Size,
@@ -22,11 +23,11 @@ from .arguments import (
     factors,
     flag,
     integer,
+    interpolation_name,
     interval,
     is_sequence,
     normalization,
     numbers,
-    one_of,
     per_channel,
     probability,
     size_pair,
@@ -74,19 +75,18 @@ def _interpolation(value: object, rules: Convention, op: str) -> str:
     """
     if value is None:
         return rules.interpolation
-    return one_of(getattr(value, "value", value), op, "interpolation", list(INTERPOLATIONS))
+    return interpolation_name(value, op)
 
 
 def _resampling(value: object, op: str) -> tuple[str, bool]:
     """Return the interpolation of a resize, and whether it is by the corners of pixels."""
-    name = getattr(value, "value", value)
-    one_of(name, op, "interpolation", [*INTERPOLATIONS, "nearest-exact"])
-    return ("nearest" if name == "nearest-exact" else str(name)), name == "nearest"
+    name = interpolation_name(value, op, corners=True)
+    return ("nearest" if name == "nearest-exact" else name), name == "nearest"
 
 
 def interpolation_of(value: object, op: str) -> int:
     """Return the kernels' number of an interpolation of torchvision."""
-    return INTERPOLATIONS[_interpolation(value, convention("torchvision", op), op)]
+    return INTERPOLATIONS[interpolation_name(value, op)]
 
 
 def _center(
@@ -141,7 +141,7 @@ class RandomRotation(Transform):
     def __init__(
         self,
         degrees: Interval,
-        interpolation: str | None = None,
+        interpolation: Interpolation | None = None,
         expand: bool = False,
         center: Sequence[float] | None = None,
         fill: PerChannel | None = 0,
@@ -194,7 +194,7 @@ class RandomAffine(Transform):
         translate: Sequence[float] | None = None,
         scale: Sequence[float] | None = None,
         shear: Interval | None = None,
-        interpolation: str | None = None,
+        interpolation: Interpolation | None = None,
         fill: PerChannel | None = 0,
         center: Sequence[float] | None = None,
         *,
@@ -236,7 +236,7 @@ class RandomResizedCrop(Transform):
         size: Size,
         scale: Sequence[float] = (0.08, 1.0),
         ratio: Sequence[float] = (3 / 4, 4 / 3),
-        interpolation: str = "bilinear",
+        interpolation: Interpolation = "bilinear",
         antialias: bool | None = True,
         *,
         seed: int | None = None,
@@ -540,7 +540,7 @@ class RandAugment(Transform):
         num_ops: int = 2,
         magnitude: int = 9,
         num_magnitude_bins: int = 31,
-        interpolation: str = "nearest",
+        interpolation: Interpolation = "nearest",
         fill: PerChannel | None = None,
         *,
         seed: int | None = None,
@@ -572,7 +572,7 @@ class TrivialAugmentWide(Transform):
     def __init__(
         self,
         num_magnitude_bins: int = 31,
-        interpolation: str = "nearest",
+        interpolation: Interpolation = "nearest",
         fill: PerChannel | None = None,
         *,
         seed: int | None = None,
@@ -604,7 +604,7 @@ class TimmAugment(Transform):
     def __init__(
         self,
         config: str,
-        interpolation: str = "random",
+        interpolation: Interpolation = "random",
         fill: PerChannel = 128,
         *,
         seed: int | None = None,
