@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -224,3 +225,20 @@ def test_shapes_of_images_in_place_of_their_sides_are_named(shape: tuple[int, ..
     for chain in (Augment(8), augment.RandomCrop(8), Compose([augment.RandomCrop(8)])):
         with pytest.raises(ValueError, match=r"input_size must be .*got \d numbers; pass shape"):
             chain.sample_params(2, input_size=shape)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: Augment(8, brightness=0.3), lambda: Augment(8, mean=0.5, std=0.5),
+    lambda: ColorJitter(0.4), lambda: Compose([augment.Normalize(0.5, 0.5)]),
+])  # fmt: skip
+def test_floats_up_to_255_are_noticed_once(make: Callable[[], Any]) -> None:
+    x = photo().float()
+    chain = make()
+    with pytest.warns(UserWarning, match=r"images are understood to be of \[0, 1\], and the first"):
+        chain(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chain(x)
+        make()(x / 255)
+        make()(photo())
+        Augment(8, hflip=0.5)(x)  # nothing that reads the values

@@ -469,7 +469,7 @@ def test_a_function_of_the_images_alone_refuses_what_would_have_to_move() -> Non
 @pytest.mark.parametrize("arguments", [
     {"mask_interpolation": "lanczos"}, {"min_area": -1}, {"min_visibility": 2.0},
     {"keypoint_pairs": [(1,)]}, {"keypoint_pairs": [(0, -1)]}, {"rows": "labels"},
-    {"passthrough": 3}, {"mask_fill": "x"}, {"mask_filling": 3}, {"image_interpolation": 2},
+    {"passthrough": 3}, {"mask_fill": "x"}, {"mask_filling": 3}, {"image_interpolation": 7},
 ])  # fmt: skip
 def test_bad_rules(arguments: dict[str, Any]) -> None:
     for make in (lambda **k: Augment(8, **k), lambda **k: Compose([], **k)):
@@ -601,3 +601,60 @@ def test_targets_of_a_transform_that_is_called_are_those_of_torchvision(name: st
         assert not torch.equal(plain(moved[i]["m"]), plain(target[i]["m"]))
         corners.add(tuple(moved[i]["b"].flatten().tolist()))
     assert len(corners) == 3, "each sample has its own"
+
+
+# --- torchvision's conventions of boxes ---
+
+
+@pytest.mark.parametrize("form", ["XYXY", "XYWH", "CXCYWH"])
+@pytest.mark.parametrize("mode", ["soft", "hard", None])
+def test_boxes_beyond_the_image_are_cut_unless_their_clamping_mode_is_none(
+    form: str, mode: str | None
+) -> None:
+    corners = torch.tensor([[-5.0, -6, 3, 4], [50, 30, 80, 90], [5, 6, 7, 8]])
+    boxes = tv().BoundingBoxes(corners, format="XYXY", canvas_size=(H, W), clamping_mode=mode)
+    boxes = f().convert_bounding_box_format(boxes, new_format=tv().BoundingBoxFormat[form])
+    chain = Compose([v2().RandomHorizontalFlip(1.0), v2().RandomCrop((30, 60))], seed=0)
+    params = chain.sample_params(1, input_size=(H, W), sample_ids=[0])
+    top = float(params[0].records[0, 5])
+    moved = chain(images(1), [boxes], params=params)[1][0]
+    assert moved.clamping_mode == mode
+    wanted = torch.stack([60 - corners[:, 2], corners[:, 1] - top,
+                          60 - corners[:, 0], corners[:, 3] - top], 1)  # fmt: skip
+    if mode is not None:
+        wanted = wanted.clamp(min=0).minimum(torch.tensor([60.0, 30, 60, 30]))
+    got = f().convert_bounding_box_format(moved, new_format=tv().BoundingBoxFormat.XYXY)
+    assert torch.allclose(plain(got), wanted)
+
+
+def test_boxes_that_are_not_cut_are_measured_as_they_are_seen() -> None:
+    def left(mode: str | None, **rules: float) -> list[int]:
+        boxes = tv().BoundingBoxes(
+            torch.tensor([[0.0, 0, 20, 20], [30, 0, 50, 20], [52, 0, 60, 20]]),
+            format="XYXY", canvas_size=(H, W), clamping_mode=mode,
+        )  # fmt: skip
+        chain = Compose([v2().CenterCrop((40, 30)), v2().CenterCrop((40, 28))], **rules)
+        target = chain(images(1), [{"boxes": boxes, "labels": torch.arange(3)}])[1][0]
+        return target["labels"].tolist()  # type: ignore[no-any-return]
+
+    # Of the middle 28 columns, 16 to 44: the first has 4 of 20, the second 14 of 20 columns.
+    for mode in ("soft", None):
+        assert left(mode, min_area=1.0) == [0, 1]
+        assert left(mode, min_area=100.0) == [1]
+        assert left(mode, min_visibility=0.19) == [0, 1]
+        assert left(mode, min_visibility=0.21) == [1]
+        assert left(mode, min_visibility=0.71) == []
+
+
+@pytest.mark.parametrize("angle", [10, 24, 45, 73])
+def test_boxes_and_points_follow_a_rotation_that_expands(angle: int) -> None:
+    # torchvision gives them a canvas that is a pixel less than the image.
+    turn = v2().RandomRotation((angle, angle), expand=True)
+    x, boxes, corner = images(1), box((0.0, 0, 10, 10)), points((3.0, 4.0))
+    y, target = Compose([turn])(x, [{"boxes": boxes, "points": corner}])
+    image, wanted, place = turn(x[0], boxes, corner)
+    assert torch.equal(plain(y[0]), plain(image))
+    assert torch.equal(plain(target[0]["boxes"]), plain(wanted))
+    assert torch.equal(plain(target[0]["points"]), plain(place))
+    assert target[0]["boxes"].canvas_size == target[0]["points"].canvas_size == y.shape[-2:]
+    Compose([turn, v2().Resize((30, 30))])(x, [boxes])

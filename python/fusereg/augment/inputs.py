@@ -70,9 +70,12 @@ def image_tensor(x: Any, op: str) -> Tensor:
         return x
     if _is_pil(x):
         if x.mode not in ("L", "RGB", "RGBA", "LA"):
+            remedy = "call convert('RGB')"
+            if x.mode[0] in "IF":  # numbers that RGB has no room for
+                remedy = "give a tensor of floats in [0, 1], of numpy.asarray(image)"
             raise ValueError(
                 f"fusereg.{op}: an image of PIL must have mode L, LA, RGB or RGBA, got {x.mode!r}; "
-                "call convert('RGB')"
+                f"{remedy}"
             )
         bands = len(x.getbands())
         data = torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8)

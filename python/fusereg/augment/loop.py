@@ -193,6 +193,8 @@ def call(
                 y = called.one(image, op)
             else:
                 y, target = _with_targets(called, image, trees[i], found)
+                if isinstance(y, Tensor):
+                    _same_canvas(target, (y.shape[-2], y.shape[-1]))
                 moved.append(target)
             if not isinstance(y, Tensor) or y.dim() != clips.dim() - 1:
                 what = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
@@ -249,6 +251,18 @@ def _with_targets(
         new.fusereg_visible = left * getattr(old, "fusereg_visible", 1.0)
         _clamp(new, cut)
     return y, moved
+
+
+def _same_canvas(tree: Any, size: tuple[int, int]) -> None:
+    """Give boxes and points the image's size where torchvision rounded theirs to another pixel.
+
+    A rotation that expands does so.
+    """
+    for leaf in leaves_of(tree):
+        if kind_of(leaf) in ("BoundingBoxes", "KeyPoints"):
+            apart = [abs(a - b) for a, b in zip(leaf.canvas_size, size, strict=True)]
+            if max(apart) == 1:
+                leaf.canvas_size = size
 
 
 def _clamp(boxes: Any, cut: Tensor) -> None:

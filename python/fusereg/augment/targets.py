@@ -186,7 +186,7 @@ class Targets:
         each = indexed and sample is None and one_each(tree, self.n)
         if each:
             each = self._is_each(tree, path)
-        if self.mixed and mixable and indexed and not each and items and sample is None:
+        if self.mixed and mixable and indexed and items and sample is None:
             self._refuse_numbers(tree, path)
         made = {}
         # A list keeps the name and the group of what it is in; other containers have their own.
@@ -355,7 +355,9 @@ class Targets:
         self._move_points(by_kind.get("KeyPoints", []), alone)
         self.size = params.size
 
-    def _mask_sampling(self, look: Look) -> Callable[[Leaf], tuple[Interpolation, bool, str, float]]:
+    def _mask_sampling(
+        self, look: Look
+    ) -> Callable[[Leaf], tuple[Interpolation, bool, str, float]]:
         fill = self.rules.mask_fill if self.rules.mask_fill is not None else look.mask_fill or 0.0
         with_boxes = {leaf.group for leaf in self.leaves if leaf.kind == "BoundingBoxes"}
 
@@ -485,9 +487,15 @@ class Targets:
                 leaf.value = wrap(part.reshape(shape), leaf.value)
 
     def _move_boxes(self, leaves: list[Leaf], alone: AugmentParams) -> None:
-        """Move boxes to boxes around them, cut to the image; those of corners, corner by corner."""
-        for name in {str(leaf.value.format.value) for leaf in leaves}:
-            group = [leaf for leaf in leaves if str(leaf.value.format.value) == name]
+        """Move boxes to boxes around them; those of corners, corner by corner.
+
+        They are cut to the image, but for those whose clamping_mode is None.
+        """
+        alike: dict[tuple[str, bool], list[Leaf]] = {}
+        for leaf in leaves:
+            kind = (str(leaf.value.format.value), _is_cut(leaf.value))
+            alike.setdefault(kind, []).append(leaf)
+        for (name, clip), group in alike.items():
             counts = [len(leaf.value) for leaf in group]
             rows = torch.tensor([leaf.sample for leaf in group]).repeat_interleave(
                 torch.tensor(counts)
@@ -503,7 +511,7 @@ class Targets:
                 moved = torch.where(mirrored[:, None, None], turned, moved).flatten(1)
             else:
                 form = name.lower()
-                moved = own.boxes(b[:, None], format=form)[:, 0]  # type: ignore[call-overload]
+                moved = own.boxes(b[:, None], format=form, clip=clip)[:, 0]  # type: ignore[call-overload]
             if self.rules.min_visibility:
                 hull = corners_of(b, name)[:, None]
                 cut, full = (own.boxes(hull, clip=c)[:, 0] for c in (True, False))  # type: ignore[call-overload]
@@ -514,7 +522,9 @@ class Targets:
                 leaf.value = wrap(part, before, canvas_size=alone.size)
                 if self.rules.min_visibility:
                     kept = getattr(before, "fusereg_visible", torch.ones((), device=b.device))
-                    leaf.value.fusereg_visible = kept * left[at : at + count]
+                    now = left[at : at + count]
+                    # What is left of a box that is not cut is of the whole box already.
+                    leaf.value.fusereg_visible = kept * now if clip else now.minimum(kept)
                 at += count
 
     def _move_points(self, leaves: list[Leaf], alone: AugmentParams) -> None:
@@ -654,7 +664,10 @@ class Targets:
     def _filter(self, boxes: Leaf) -> None:
         """Leave out boxes that are too small, with the rows of the keys beside them."""
         value, rules = boxes.value, self.rules
-        kept = area(corners_of(plain(value), str(value.format.value))) >= rules.min_area
+        corners = corners_of(plain(value), str(value.format.value))
+        height, width = value.canvas_size
+        limit = corners.new_tensor([width, height, width, height])
+        kept = area(corners.clamp(min=0).minimum(limit)) >= rules.min_area
         if rules.min_visibility:
             kept &= getattr(value, "fusereg_visible", kept.double()) >= rules.min_visibility
         if bool(kept.all()):
@@ -673,6 +686,11 @@ class Targets:
                     "boxes beside it, to be filtered with them; name the keys that have in rows="
                 )
             leaf.value = wrap(plain(rows)[kept.to(rows.device)], rows)
+
+
+def _is_cut(boxes: Any) -> bool:
+    """Return whether boxes are cut to the image; older torchvisions always do."""
+    return getattr(boxes, "clamping_mode", "soft") is not None
 
 
 class Unstacked(Targets):
