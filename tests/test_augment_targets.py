@@ -658,3 +658,54 @@ def test_boxes_and_points_follow_a_rotation_that_expands(angle: int) -> None:
     assert torch.equal(plain(target[0]["points"]), plain(place))
     assert target[0]["boxes"].canvas_size == target[0]["points"].canvas_size == y.shape[-2:]
     Compose([turn, v2().Resize((30, 30))])(x, [boxes])
+
+
+INTEGERS = {torch.bool: (0, 1), torch.uint8: (0, 255), torch.int8: (-128, 127),
+            torch.int16: (-32768, 32767), torch.int64: (-100, 2**40)}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+@pytest.mark.parametrize("through", ["targets", "params"])
+def test_a_fill_that_a_mask_would_turn_into_another_label_is_refused(
+    dtype: torch.dtype, through: str
+) -> None:
+    flat = torch.zeros(1, H, W, dtype=dtype)
+
+    def labels(fill: float) -> set[int]:
+        if through == "params":
+            chain = Augment((H, W), degrees=(45, 45), crop="none")
+            params = chain.sample_params(1, input_size=(H, W))
+            return set(params.mask(flat, fill=fill).long().unique().tolist())
+        chain = Augment((H, W), degrees=(45, 45), crop="none", mask_fill=fill)
+        return set(plain(chain(images(1), tv().Mask(flat))[1]).long().unique().tolist())
+
+    low, high = INTEGERS[dtype]
+    if through == "targets" and dtype is torch.bool:
+        assert labels(255) == {0}  # boolean masks are filled with False
+        return
+    for fill in (low, high, float(high)):
+        assert labels(fill) == {0, int(fill)}
+    for fill in (0.5, *((low - 1, high + 1) if dtype is not torch.int64 else ())):
+        with pytest.raises(ValueError, match="fill must be an integer from"):
+            labels(fill)
+
+
+def test_a_fill_of_floating_images_is_zero_in_masks_of_integers_as_in_torchvision() -> None:
+    turn = v2().RandomRotation((45, 45), fill=0.5)
+    x, flat = tv().Image(torch.rand(1, 3, H, W)), tv().Mask(torch.ones(1, H, W, dtype=torch.int64))
+    moved = Compose([turn])(x, flat)[1]
+    assert set(moved.unique().tolist()) == set(turn(flat).unique().tolist()) == {0, 1}
+
+
+def test_samples_in_other_forms_are_told_where_they_go() -> None:
+    flip = Compose([RandomHorizontalFlip(1.0)])
+    x = torch.zeros(3, H, W)
+    with pytest.raises(TypeError, match=r"got dict; call it with \(images, targets\)"):
+        flip({"image": x})
+    with pytest.raises(TypeError, match=r"got tuple; call it with \(images, targets\)"):
+        flip((x, 1))
+    with pytest.raises(TypeError, match=r"got ndarray; give torch.from_numpy"):
+        Augment(8)(x.permute(1, 2, 0)[None].numpy())
+    clips = [(tv().Video(torch.zeros(t, 3, H, W)), t) for t in (3, 4)]
+    with pytest.raises(ValueError, match="one number of frames, got 3, and 4 of sample 1"):
+        flip.collate(clips)

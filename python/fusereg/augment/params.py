@@ -424,6 +424,7 @@ class AugmentParams:
                 f"fusereg.{op}: mask must have shape (N, H, W) or (N, C, H, W), "
                 f"got {tuple(mask.shape)}"
             )
+        _check_fill(sampling[3], mask.dtype, op)
         x = mask if mask.dim() == 4 else mask[:, None]
         channels, params = x.shape[1], self._map(torch.clone)
         params.records[:, 6:10] = 0
@@ -468,6 +469,19 @@ class AugmentParams:
                 f"fusereg.{op}: x must have shape ({n}, C, {height}, {width}) as its parameters, "
                 f"got {tuple(x.shape)}"
             )
+
+
+def _check_fill(fill: Any, dtype: torch.dtype, op: str) -> None:
+    """Refuse a label outside the image that a mask's dtype would turn into another one."""
+    if dtype.is_floating_point or not isinstance(fill, (int, float)):
+        return
+    low, high = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    if fill != int(fill) or not low <= fill <= high:
+        name = "mask_fill" if op != "AugmentParams.mask" else "fill"
+        raise ValueError(
+            f"fusereg.{op}: {name} must be an integer from {low} to {high} for a mask of {dtype}, "
+            f"got {fill}"
+        )
 
 
 def _cpu(index: slice | Sequence[int] | Tensor) -> Any:

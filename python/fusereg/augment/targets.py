@@ -366,7 +366,10 @@ class Targets:
             instances = leaf.group in with_boxes or value.dtype is torch.bool
             floating = value.is_floating_point()
             mode = self.rules.mask_interpolation if floating else "nearest"
-            return mode, False, look.fill_mode, 0.0 if instances else fill
+            own = 0.0 if instances else fill
+            if self.rules.mask_fill is None and not floating and abs(own) < 1:
+                own = 0.0  # the fill of floating images, which torchvision makes an integer
+            return mode, False, look.fill_mode, own
 
         return sampling
 
