@@ -63,10 +63,12 @@ def rule(name: str, how: Any) -> Any:
 
 
 TURN = torch.tensor([[0.9, 0.2, 0.3], [-0.2, 0.9, 0.4]])
+TILT = torch.cat([TURN, torch.tensor([[0.01, -0.005, 1.0]])])
 #: A result by each argument of the package that is an interpolation.
 ENTRIES: dict[str, Callable[[Any], Tensor]] = {
     "Augment": lambda how: through(Augment(16, degrees=20, interpolation=how, seed=0)),
     "RandomRotation": lambda how: through(augment.RandomRotation(20, how, seed=0)),
+    "RandomPerspective": lambda how: through(augment.RandomPerspective(0.5, 1.0, how, seed=0)),
     "RandomAffine": lambda how: through(augment.RandomAffine(20, interpolation=how, seed=0)),
     "RandomResizedCrop": lambda how: through(
         augment.RandomResizedCrop(9, interpolation=how, seed=0)
@@ -75,6 +77,7 @@ ENTRIES: dict[str, Callable[[Any], Tensor]] = {
     "TrivialAugmentWide": lambda how: through(TrivialAugmentWide(interpolation=how, seed=0)),
     "TimmAugment": lambda how: through(TimmAugment("rand-m9-n6", how, seed=0)),
     "warp_affine": lambda how: augment.warp_affine(photo(), TURN, interpolation=how),
+    "warp_perspective": lambda how: augment.warp_perspective(photo(), TILT, interpolation=how),
     "resize": lambda how: augment.resize(photo(), 9, interpolation=how, antialias=False),
     "AugmentParams.mask": lambda how: params().mask(photo() / 255, interpolation=how),
     "AugmentParams.warp": lambda how: params().warp(photo(), interpolation=how),

@@ -565,9 +565,11 @@ def test_one_image_has_targets_of_its_own() -> None:
 # --- transforms that are called ---
 
 MOVING: dict[str, Callable[[], Any]] = {
-    "RandomPerspective": lambda: v2().RandomPerspective(0.5, p=1.0, fill=filling()),
-    "perspective, nearest": lambda: v2().RandomPerspective(
-        0.3, p=1.0, interpolation=v2().InterpolationMode.NEAREST
+    "RandomPerspective": lambda: v2().RandomApply(
+        [v2().RandomPerspective(0.5, p=1.0, fill=filling())], p=1.0
+    ),
+    "perspective, nearest": lambda: v2().RandomApply(
+        [v2().RandomPerspective(0.3, p=1.0, interpolation=v2().InterpolationMode.NEAREST)], p=1.0
     ),
     "ElasticTransform": lambda: v2().ElasticTransform(30.0),
     "RandomZoomOut": lambda: v2().RandomZoomOut(filling(), p=1.0, side_range=(1.5, 1.5)),

@@ -108,7 +108,7 @@ class FilteredRows {
  private:
   bool make_axes(const Frame& f, Memory& memory, Filtered& filtered) const {
     const double* const m = f.m;
-    return is_axis_aligned(m) &&
+    return is_axis_aligned(m) && !f.view.projective &&
            make_axis(job_, f.view.mode, m[0], row_start(m, 0), extent_of(m), f.view.x.w, job_.y.w,
                      memory, filtered.x) &&
            make_axis(job_, f.view.mode, m[4], m[5], extent_of(m + 3), f.view.x.h, job_.y.h, memory,

@@ -1,6 +1,7 @@
 #include "augment/augment_params.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -31,6 +32,7 @@ enum class Operation : std::uint32_t {
   kMixOrder,
   kProgram,
   kProgramNormal,
+  kPerspective,
 };
 
 struct Source {
@@ -125,16 +127,36 @@ double beta_variate(Stream& stream, double alpha) {
 
 // --- geometry ---
 
-// (x, y) -> (xx x + xy y + x1, yx x + yy y + y1)
+// (x, y) -> (xx x + xy y + x1, yx x + yy y + y1) / (px x + py y + 1)
 struct Map {
   double xx = 1.0, xy = 0.0, x1 = 0.0;
   double yx = 0.0, yy = 1.0, y1 = 0.0;
+  double px = 0.0, py = 0.0;
 };
 
 // First g, then m.
 Map compose(const Map& m, const Map& g) {
-  return {m.xx * g.xx + m.xy * g.yx, m.xx * g.xy + m.xy * g.yy, m.xx * g.x1 + m.xy * g.y1 + m.x1,
-          m.yx * g.xx + m.yy * g.yx, m.yx * g.xy + m.yy * g.yy, m.yx * g.x1 + m.yy * g.y1 + m.y1};
+  if (m.px != 0.0 || m.py != 0.0 || g.px != 0.0 || g.py != 0.0) {
+    const double from = m.px * g.x1 + m.py * g.y1 + 1.0;
+    const double by = 1.0 / (from != 0.0 ? from : 1e-300);
+    auto row = [&](double x, double y, double one) {
+      return std::array<double, 3>{(x * g.xx + y * g.yx + one * g.px) * by,
+                                   (x * g.xy + y * g.yy + one * g.py) * by,
+                                   (x * g.x1 + y * g.y1 + one) * by};
+    };
+    const auto a = row(m.xx, m.xy, m.x1);
+    const auto b = row(m.yx, m.yy, m.y1);
+    const auto c = row(m.px, m.py, 1.0);
+    return {a[0], a[1], a[2], b[0], b[1], b[2], c[0], c[1]};
+  }
+  return {m.xx * g.xx + m.xy * g.yx,
+          m.xx * g.xy + m.xy * g.yy,
+          m.xx * g.x1 + m.xy * g.y1 + m.x1,
+          m.yx * g.xx + m.yy * g.yx,
+          m.yx * g.xy + m.yy * g.yy,
+          m.yx * g.x1 + m.yy * g.y1 + m.y1,
+          0.0,
+          0.0};
 }
 
 // Of the canvas' axis: pixels of the output to those of `length` pixels from `start` on.
@@ -348,6 +370,72 @@ void central_window(const Step& step, Sample& s) {
   const Size size{whole(step.values[0]), whole(step.values[1])};
   take_window(central_start(s.canvas.width, size.width),
               central_start(s.canvas.height, size.height), size, s);
+}
+
+// The map that takes four points to four others: a linear equation for its eight numbers, by
+// elimination. False where there is none, or none back: three of the points are on a line.
+bool map_of_corners(const double (&from)[4][2], const double (&to)[4][2], Map& map) {
+  double a[8][9];
+  for (int i = 0; i < 4; ++i) {
+    for (int axis = 0; axis < 2; ++axis) {
+      double* const row = a[2 * i + axis];
+      std::fill_n(row, 9, 0.0);
+      const double x = from[i][0];
+      const double y = from[i][1];
+      const double v = to[i][axis];
+      row[3 * axis] = x;
+      row[3 * axis + 1] = y;
+      row[3 * axis + 2] = 1.0;
+      row[6] = -v * x;
+      row[7] = -v * y;
+      row[8] = v;
+    }
+  }
+  for (int k = 0; k < 8; ++k) {
+    int best = k;
+    for (int i = k + 1; i < 8; ++i)
+      if (std::fabs(a[i][k]) > std::fabs(a[best][k])) best = i;
+    if (std::fabs(a[best][k]) < 1e-9) return false;
+    std::swap_ranges(a[k], a[k] + 9, a[best]);
+    for (int i = 0; i < 8; ++i) {
+      const double by = a[i][k] / a[k][k];
+      for (int j = k; j < 9 && i != k; ++j) a[i][j] -= by * a[k][j];
+    }
+  }
+  double h[8];
+  for (int k = 0; k < 8; ++k) h[k] = a[k][8] / a[k][k];
+  map = {h[0], h[1], h[2], h[3], h[4], h[5], h[6], h[7]};
+  const double area = map.xx * (map.yy - map.y1 * map.py) - map.xy * (map.yx - map.y1 * map.px) +
+                      map.x1 * (map.yx * map.py - map.yy * map.px);
+  return std::fabs(area) > 1e-9;
+}
+
+// torchvision's RandomPerspective.
+void perspective(const Step& step, Sample& s) {
+  const std::uint32_t o = step.occurrence;
+  const Operation kind = Operation::kPerspective;
+  if (!happens(s.source.words(kind, o, 2).word[0], step.values[0])) return;
+  const std::int64_t w = s.canvas.width;
+  const std::int64_t h = s.canvas.height;
+  const std::int64_t most_x = whole(step.values[1] * static_cast<double>(w / 2)) + 1;
+  const std::int64_t most_y = whole(step.values[1] * static_cast<double>(h / 2)) + 1;
+  double from[4][2];
+  const double right = static_cast<double>(w - 1);
+  const double bottom = static_cast<double>(h - 1);
+  const double to[4][2] = {{0.0, 0.0}, {right, 0.0}, {right, bottom}, {0.0, bottom}};
+  for (int i = 0; i < 4; ++i) {
+    const PhiloxWords words = s.source.words(kind, o, static_cast<std::uint32_t>(i / 2));
+    const std::int64_t x = choice(words.word[2 * (i % 2)], most_x);
+    const std::int64_t y = choice(words.word[2 * (i % 2) + 1], most_y);
+    from[i][0] = static_cast<double>(to[i][0] == 0.0 ? x : w - most_x + x);
+    from[i][1] = static_cast<double>(to[i][1] == 0.0 ? y : h - most_y + y);
+  }
+  Map corners;
+  if (!map_of_corners(from, to, corners)) return;
+  Map before, after;
+  before.x1 = before.y1 = 0.5;
+  after.x1 = after.y1 = -0.5;
+  s.map = compose(s.map, compose(after, compose(corners, before)));
 }
 
 void make_room(const Step& step, Sample& s) {
@@ -670,10 +758,15 @@ void draw(const Job& job) {
         case StepKind::kRoom:
           make_room(step, s);
           break;
+        case StepKind::kPerspective:
+          perspective(step, s);
+          break;
       }
     }
     const double matrix[] = {s.map.xx, s.map.xy, s.map.x1, s.map.yx, s.map.yy, s.map.y1};
     std::memcpy(s.record, matrix, sizeof matrix);
+    s.record[28] = s.map.px;
+    s.record[29] = s.map.py;
   }
   if (mixing != nullptr) choose_partners(job, *mixing, mixed);
 }

@@ -91,7 +91,8 @@ class Augment(Chain):
             in it); "center": the central window; "resized": a random window of ``crop_scale`` of
             the area and ``crop_ratio`` of width to height, resized to ``size``; "none": the full
             image, resized.
-        interpolation: "nearest", "bilinear" or "bicubic".
+        interpolation: "nearest", "bilinear" or "bicubic"; here and elsewhere also torchvision's
+            InterpolationMode or PIL's number.
         antialias: filter as wide as the output pixel where the image is made smaller. None: where
             a resized crop is neither turned nor sheared, and ``interpolation`` is not "nearest",
             as torchvision does; after a turn it takes some twenty times as long.

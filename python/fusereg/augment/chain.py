@@ -156,10 +156,11 @@ class Chain(SeededModule):
             u.program is not None or u.settings.color or u.settings.normal is not None
             for u in units
         )
-        if read and float(x[0].max()) > _LARGE:
+        highest = float(x[0].detach().max()) if read else 0.0
+        if highest > _LARGE:
             warnings.warn(
                 f"fusereg.{self._op}: floating images are understood to be of [0, 1], and the "
-                f"first has values up to {float(x[0].max()):g}; divide them by 255, or give uint8",
+                f"first has values up to {highest:g}; divide them by 255, or give uint8",
                 stacklevel=4,
             )
 

@@ -19,6 +19,7 @@ from .steps import (
     Flip,
     FullImage,
     Padded,
+    Perspective,
     RandomWindow,
     ResizedWindow,
     ShortSide,
@@ -273,6 +274,9 @@ class Pass:
         if new.has(Padded) and (moved := self._last(lambda s: s.moves)):
             return f"{new.name} would show what {moved.name} removed"
         other = self._last(lambda s: s.resamples)
+        for a, b in ((self._last(_tilts), new), (new, self._last(_filters))):
+            if a and b and _tilts(a) and _filters(b):
+                return f"{a.name} is interpolated at points, and {b.name} filters"
         padded = self._last(lambda s: s.has(Padded))
         if padded and new.has(ShortSide, FullImage, ResizedWindow):
             return f"{new.name} would not interpolate at the edge of what {padded.name} adds"
@@ -365,6 +369,14 @@ class Pass:
             self.notes.append(
                 f"{new.name} reads the pixels beyond its window's edge instead of repeating it"
             )
+
+
+def _filters(stage: Stage) -> bool:
+    return stage.antialias
+
+
+def _tilts(stage: Stage) -> bool:
+    return stage.has(Perspective)
 
 
 def _fill_text(stage: Stage) -> str:

@@ -1,6 +1,6 @@
 """The pass over a batch as a torch operation: warp, color, normalization, erasing, mixing.
 
-The arguments are those of the kernels (csrc/augment/augment.h): a record of 28 numbers for each
+The arguments are those of the kernels (csrc/augment/augment.h): a record of 30 numbers for each
 sample, and numbers for each channel. The gradient is the transpose of the warp, computed from the
 records; with ``color`` it also needs x, because of the clamp.
 """

@@ -18,6 +18,8 @@ from .steps import Values
 __all__ = ["AugmentParams"]
 
 _VERSION = 1
+#: Columns of records in states of before there was a perspective.
+_WITHOUT_PERSPECTIVE = 28
 _DRAWN = (
     "angle",
     "scale_x",
@@ -65,7 +67,7 @@ class AugmentParams:
     Coordinates are pixels (x, y); integers are pixel centers.
 
     Attributes:
-        records: [N, 28] float64: what the kernels read (``csrc/augment/augment.h``); the color
+        records: [N, 30] float64: what the kernels read (``csrc/augment/augment.h``); the color
             matrix's shifts are in units of full intensity.
         draws: [N, 16] float64: angle in degrees (counter-clockwise), scale x and y, shear x and y
             in degrees, translation x and y in pixels, flips x and y, the window x0 y0 x1 y1,
@@ -102,12 +104,28 @@ class AugmentParams:
     def moves(self) -> bool:
         """True where the geometry of any sample moves a pixel."""
         still = torch.tensor([1.0, 0, 0, 0, 1, 0], dtype=torch.float64, device=self.device)
-        return self.size != self.input_size or not bool((self.records[:, :6] == still).all())
+        stays = (self.records[:, :6] == still).all() and not self.records[:, 28:].any()
+        return self.size != self.input_size or not bool(stays)
 
     @property
     def matrices(self) -> Tensor:
-        """[N, 2, 3]: from an output pixel (x, y, 1) to its place in the input."""
+        """[N, 2, 3]: from an output pixel (x, y, 1) to its place in the input.
+
+        With a perspective, the first two rows of :attr:`homographies`.
+        """
         return self.records[:, :6].reshape(-1, 2, 3)
+
+    @property
+    def homographies(self) -> Tensor:
+        """[N, 3, 3]: to (a, b, c) with that place (a / c, b / c); c is 1 without perspective."""
+        last = torch.cat([self.records[:, 28:], torch.ones_like(self.records[:, :1])], 1)
+        return torch.cat([self.matrices, last[:, None]], 1)
+
+    @property
+    def mirrored(self) -> Tensor:
+        """[N] bool: whether the result shows the image mirrored."""
+        (a, b, c), (d, e, f), (p, q, _) = (r.unbind(1) for r in self.homographies.unbind(1))
+        return a * (e - f * q) - b * (d - f * p) + c * (d * q - e * p) < 0
 
     @property
     def flips(self) -> Tensor:
@@ -258,6 +276,9 @@ class AugmentParams:
             ("draws", _C.AUGMENT_DRAWS),
             ("keys", 2),
         ):
+            if name == "records" and tuple(state[name].shape) == (n, _WITHOUT_PERSPECTIVE):
+                more = state[name].new_zeros(n, width - _WITHOUT_PERSPECTIVE)
+                state = {**state, name: torch.cat([state[name], more], 1)}
             if tuple(state[name].shape) != (n, width):
                 raise ValueError(
                     f"fusereg.{op}: {name} must have shape ({n}, {width}), "
@@ -278,21 +299,13 @@ class AugmentParams:
         Pixels that left the image are lost.
         """
         a, b, c, d, e, f = self.records[:, :6].unbind(1)
-        determinant = a * e - b * d
-        back = torch.stack(
-            [
-                e / determinant,
-                -b / determinant,
-                (b * f - c * e) / determinant,
-                -d / determinant,
-                a / determinant,
-                (c * d - a * f) / determinant,
-            ],
-            dim=1,
-        )
+        p, q = self.records[:, 28:].unbind(1)
+        back = [e - f * q, c * q - b, b * f - c * e, f * p - d, a - c * p, c * d - a * f]
+        back += [d * q - e * p, b * p - a * q]
         records = torch.zeros_like(self.records)
+        columns = [*range(6), 28, 29]
         # Adding 0 turns a negative zero into a zero.
-        records[:, :6] = back + 0.0
+        records[:, columns] = torch.stack(back, 1) / (a * e - b * d)[:, None] + 0.0
         records[:, 14] = -1
         records[:, 15] = 1
         records[:, [16, 21, 26]] = 1
@@ -313,8 +326,10 @@ class AugmentParams:
         width = 3 if points.shape[-1:] == (3,) else 2
         self._check_points(points, "keypoints", "points", width)
         x = points if points.is_floating_point() else points.to(torch.float32)
-        m = memory.to_device(self.inverse().matrices, x.device, "AugmentParams.keypoints")
-        moved = torch.einsum("nij,nkj->nki", m[:, :, :2], x[..., :2].double()) + m[:, None, :, 2]
+        m = memory.to_device(self.inverse().homographies, x.device, "AugmentParams.keypoints")
+        xy, m, last = x[..., :2].double(), m[:, :2], m[:, None, 2]
+        moved = torch.einsum("nij,nkj->nki", m[:, :, :2], xy) + m[:, None, :, 2]
+        moved = moved / ((last[..., :2] * xy).sum(-1, keepdim=True) + 1.0)
         if width == 3:
             seen = x[..., 2:] * self.inside(moved)[..., None]
             return torch.cat([moved.to(x.dtype), seen], dim=-1)

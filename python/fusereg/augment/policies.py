@@ -384,7 +384,7 @@ class Levels(Policy):
     layers: int = 1
     deviation: float = 0.0
     highest: float = 10.0
-    hows: tuple[int, ...] = (1, 2)
+    hows: tuple[int, ...] = (1, P.PIL_BICUBIC)
 
     @property
     def _most(self) -> int:
@@ -515,7 +515,7 @@ def of_timm(transform: Any) -> Levels | None:
         return None
     first = parts[0]
     how = first.kwargs["resample"]
-    numbers = {0: 0, 2: 1, 3: 2}
+    numbers = {0: 0, 2: 1, 3: P.PIL_BICUBIC}
     hows = [numbers.get(int(h)) for h in (how if isinstance(how, (list, tuple)) else [how])]
     if None in hows:
         return None

@@ -208,6 +208,17 @@ class ShortSide(Step):
         return self.sides[0] != self.sides[1]
 
 
+@dataclass(frozen=True)
+class Perspective(Step):
+    """A perspective whose corners move inward by a random share of half a side."""
+
+    p: float = 0.5
+    distortion: float = 0.5
+
+    kind = 11
+    group = "perspective"
+
+
 #: The kinds of steps that leave pixels where they are.
 VALUES = (Color.kind, EraseBox.kind, MixPair.kind)
 #: Those after which images have one size, and those after which they may not.

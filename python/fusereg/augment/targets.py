@@ -508,8 +508,7 @@ class Targets:
             if name == "XYXYXYXY":
                 places: Any = own.keypoints(b.reshape(-1, 4, 2) - 0.5)
                 moved = places + 0.5
-                m = own.matrices.to(b.device)
-                mirrored = m[:, 0, 0] * m[:, 1, 1] < m[:, 0, 1] * m[:, 1, 0]
+                mirrored = own.mirrored.to(b.device)
                 turned = moved[:, [1, 0, 3, 2]]  # the corners' order stays clockwise
                 moved = torch.where(mirrored[:, None, None], turned, moved).flatten(1)
             else:
@@ -532,8 +531,7 @@ class Targets:
 
     def _move_points(self, leaves: list[Leaf], alone: AugmentParams) -> None:
         """Move points; those of a pair change places in a mirrored image."""
-        m = alone.matrices
-        mirrored = m[:, 0, 0] * m[:, 1, 1] < m[:, 0, 1] * m[:, 1, 0]
+        mirrored = alone.mirrored
         for leaf in leaves:
             value = plain(leaf.value)
             flat = value[None] if leaf.sample is not None else value

@@ -56,6 +56,11 @@ def _affine(t: Any) -> Stage:
     return _filled(made.stage, t)
 
 
+def _perspective(t: Any) -> Stage:
+    made = T.RandomPerspective(t.distortion_scale, t.p, t.interpolation, _fill(t), seed=0)
+    return _filled(made.stage, t)
+
+
 def _crop(t: Any) -> Stage:
     padding = t.padding
     is_v2 = type(t).__module__.startswith("torchvision.transforms.v2")
@@ -218,6 +223,7 @@ def _erasing(t: Any) -> Stage:
 _KNOWN: Mapping[str, Callable[[Any], Stage | Sequence[Stage] | str]] = {
     "RandomRotation": _rotation,
     "RandomAffine": _affine,
+    "RandomPerspective": _perspective,
     "RandomCrop": _crop,
     "RandomErasing": _erasing,
     "RandomResizedCrop": lambda t: (
