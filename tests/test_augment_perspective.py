@@ -256,6 +256,31 @@ def test_a_filter_and_a_perspective_are_passes_of_their_own_and_the_plan_says_wh
     assert len(whole.plan().passes) == 1
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "turn",
+    [
+        RandomRotation(20, "bilinear", fill=3),
+        A.RandomAffine(0, shear=20, interpolation="bilinear"),
+        RandomPerspective(0.5, 1.0),
+    ],
+    ids=["rotation", "shear", "perspective"],
+)
+def test_a_filtered_resize_and_a_turn_are_one_after_the_other(turn: Any, first: bool) -> None:
+    crop = RandomResizedCrop(20)
+    x = smooth(4, torch.uint8)
+    chain = Compose([turn, crop] if first else [crop, turn], seed=4)
+    assert len(chain.plan().passes) == 2
+    params = chain.sample_params(4, input_size=(H, W), sample_ids=range(4))
+    y = x
+    for transform, own in zip(chain.transforms, params, strict=True):
+        y = transform(y, params=[own])
+    assert torch.equal(chain(x, params=params), y)
+    # What stays along the axes is one pass: filtered, and as fast.
+    zoom = A.RandomAffine(0, translate=(0.1, 0.1), scale=(0.8, 1.2), interpolation="bilinear")
+    assert len(Compose([zoom, crop]).plan().passes) == 1
+
+
 def test_states_of_before_there_was_a_perspective_are_read() -> None:
     params = Augment((H, W), degrees=10, crop="none", seed=0).sample_params(3, input_size=(H, W))
     state = params.state_dict()

@@ -14,6 +14,7 @@ from .program import Policy, Program
 from .render import Settings
 from .steps import (
     LARGER_IS_AN_ERROR,
+    Affine,
     CenterWindow,
     ExpandCanvas,
     Flip,
@@ -274,8 +275,10 @@ class Pass:
         if new.has(Padded) and (moved := self._last(lambda s: s.moves)):
             return f"{new.name} would show what {moved.name} removed"
         other = self._last(lambda s: s.resamples)
-        for a, b in ((self._last(_tilts), new), (new, self._last(_filters))):
-            if a and b and _tilts(a) and _filters(b):
+        # A filter along the axes is fast, one across a turn is not, and not that of one after the
+        # other.
+        for a, b in ((self._last(_turns), new), (new, self._last(_filters))):
+            if a and b and _turns(a) and _filters(b):
                 return f"{a.name} is interpolated at points, and {b.name} filters"
         padded = self._last(lambda s: s.has(Padded))
         if padded and new.has(ShortSide, FullImage, ResizedWindow):
@@ -375,8 +378,11 @@ def _filters(stage: Stage) -> bool:
     return stage.antialias
 
 
-def _tilts(stage: Stage) -> bool:
-    return stage.has(Perspective)
+def _turns(stage: Stage) -> bool:
+    return any(
+        isinstance(step, Perspective) or (isinstance(step, Affine) and step.turns)
+        for step in stage.steps
+    )
 
 
 def _fill_text(stage: Stage) -> str:

@@ -71,6 +71,12 @@ class Affine(Step):
         ]
 
     @property
+    def turns(self) -> bool:
+        """Return whether rows may not stay rows."""
+        angles = (self.degrees, self.shear_x, self.shear_y)
+        return self.p > 0.0 and any(pair != _ZERO for pair in angles)
+
+    @property
     def is_identity(self) -> bool:
         """Return whether it never moves a pixel."""
         return self.p == 0.0 or (
