@@ -5,6 +5,7 @@
 // that coordinates and weights are worked out once. Neighboring threads take neighboring pixels
 // of a row: their taps share cache lines, and a warp's stores are whole lines.
 #include "augment/augment.h"
+#include "augment/augment_gradient.h"
 #include "augment/augment_math.h"
 #include "augment/filter_tile.cuh"
 #include "augment/launch.cuh"

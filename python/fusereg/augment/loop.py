@@ -17,7 +17,7 @@ from .inputs import image_tensor, pil_image
 from .labels import tv_tensors, unwrap
 from .seeded import mix_bits
 from .targets import Targets
-from .tree import area, corners_of, kind_of, leaves_of, plain
+from .tree import area, corners_of, cut_corners, kind_of, leaves_of, plain
 
 #: torchvision's transforms that change values alone.
 _VALUES_ONLY = {
@@ -244,9 +244,7 @@ def _with_targets(
         new.clamping_mode = mode
         if new is old or len(old) != len(new):
             continue  # unchanged, or filtered by the transform itself
-        whole = corners_of(plain(new), str(new.format.value))
-        height, width = new.canvas_size
-        cut = whole.clamp(min=0).minimum(whole.new_tensor([width, height, width, height]))
+        whole, cut = corners_of(plain(new), str(new.format.value)), cut_corners(new)
         left = area(cut) / area(whole).clamp(min=1e-12)
         new.fusereg_visible = left * getattr(old, "fusereg_visible", 1.0)
         _clamp(new, cut)

@@ -7,7 +7,6 @@ imported. Plain tensors are labels. What is neither, and would have to move, is 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Interpolation, integer, interpolation_name, is_sequence, number
-from .labels import MixedLabels, is_named_as_label, mix_labels
+from .labels import MixedLabels, is_named_as_label, mix_labels, names_places
 from .params import AugmentParams
 from .tree import (
     Columns,
@@ -26,7 +25,9 @@ from .tree import (
     batch_tree,
     check_canvas,
     corners_of,
+    cut_corners,
     hides_tensors,
+    is_cut,
     items_of,
     kind_of,
     one_each,
@@ -38,12 +39,6 @@ from .tree import (
 
 #: Keys whose values have a row for each box, and are filtered with the boxes.
 ROWS = ("labels", "masks", "keypoints", "area", "iscrowd", "scores", "visibility")
-#: Words in the keys of plain values that are places in the image, whatever their shape.
-_PLACES = re.compile(
-    r"(?:^|[^a-z])(?:b?box(?:es)?|bndbox|keypoints?|kpts?|landmarks?|polygons?|segmentations?|joints)"
-    r"(?:$|[^a-z])"
-)
-_LABELS = re.compile("label|class|categor|id|area|score|weight|count|num|visib|name")
 
 
 @dataclass(frozen=True)
@@ -308,7 +303,7 @@ class Targets:
         kind = leaf.kind
         if kind not in ("", "Tensor"):
             return "is a tv_tensor that fusereg does not know" if kind == "TVTensor" else ""
-        named = bool(_PLACES.search(key)) and not _LABELS.search(key)
+        named = names_places(key)
         shape = getattr(value, "shape", None)
         if shape is None:
             if isinstance(value, (int, float)):
@@ -366,10 +361,9 @@ class Targets:
             instances = leaf.group in with_boxes or value.dtype is torch.bool
             floating = value.is_floating_point()
             mode = self.rules.mask_interpolation if floating else "nearest"
-            own = 0.0 if instances else fill
-            if self.rules.mask_fill is None and not floating and abs(own) < 1:
-                own = 0.0  # the fill of floating images, which torchvision makes an integer
-            return mode, False, look.fill_mode, own
+            # The fill of floating images, which torchvision makes an integer.
+            lost = self.rules.mask_fill is None and not floating and abs(fill) < 1
+            return mode, False, look.fill_mode, 0.0 if instances or lost else fill
 
         return sampling
 
@@ -490,13 +484,10 @@ class Targets:
                 leaf.value = wrap(part.reshape(shape), leaf.value)
 
     def _move_boxes(self, leaves: list[Leaf], alone: AugmentParams) -> None:
-        """Move boxes to boxes around them; those of corners, corner by corner.
-
-        They are cut to the image, but for those whose clamping_mode is None.
-        """
+        """Move boxes to boxes around them, cut unless clamping_mode is None; or their corners."""
         alike: dict[tuple[str, bool], list[Leaf]] = {}
         for leaf in leaves:
-            kind = (str(leaf.value.format.value), _is_cut(leaf.value))
+            kind = (str(leaf.value.format.value), is_cut(leaf.value))
             alike.setdefault(kind, []).append(leaf)
         for (name, clip), group in alike.items():
             counts = [len(leaf.value) for leaf in group]
@@ -665,10 +656,7 @@ class Targets:
     def _filter(self, boxes: Leaf) -> None:
         """Leave out boxes that are too small, with the rows of the keys beside them."""
         value, rules = boxes.value, self.rules
-        corners = corners_of(plain(value), str(value.format.value))
-        height, width = value.canvas_size
-        limit = corners.new_tensor([width, height, width, height])
-        kept = area(corners.clamp(min=0).minimum(limit)) >= rules.min_area
+        kept = area(cut_corners(value)) >= rules.min_area
         if rules.min_visibility:
             kept &= getattr(value, "fusereg_visible", kept.double()) >= rules.min_visibility
         if bool(kept.all()):
@@ -687,11 +675,6 @@ class Targets:
                     "boxes beside it, to be filtered with them; name the keys that have in rows="
                 )
             leaf.value = wrap(plain(rows)[kept.to(rows.device)], rows)
-
-
-def _is_cut(boxes: Any) -> bool:
-    """Return whether boxes are cut to the image; older torchvisions always do."""
-    return getattr(boxes, "clamping_mode", "soft") is not None
 
 
 class Unstacked(Targets):
