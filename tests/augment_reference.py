@@ -17,7 +17,7 @@ import reference_philox
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 FILL_MODES = ("constant", "border", "reflect", "symmetric", "wrap")
 #: Columns of a record.
-MATRIX, ERASE, MIX, PARTNER, LAM, COLOR, RECORD = 0, 6, 10, 14, 15, 16, 28
+MATRIX, ERASE, MIX, PARTNER, LAM, COLOR, PERSPECTIVE, RECORD = 0, 6, 10, 14, 15, 16, 28, 30
 
 
 def identity_records(n: int, matrix: Tensor | Sequence[Sequence[float]] | None = None) -> Tensor:
@@ -116,8 +116,10 @@ def warp(
         torch.arange(ho, dtype=torch.float64), torch.arange(wo, dtype=torch.float64), indexing="ij"
     )
     ox, oy = ox.reshape(-1), oy.reshape(-1)
-    vx = m[0] * ox + (m[1] * oy + m[2])
-    vy = m[3] * ox + (m[4] * oy + m[5])
+    tilt = record[PERSPECTIVE:]
+    antialias = antialias and not bool(tilt.any())
+    vx = (m[0] * ox + (m[1] * oy + m[2])) / (tilt[0] * ox + tilt[1] * oy + 1)
+    vy = (m[3] * ox + (m[4] * oy + m[5])) / (tilt[0] * ox + tilt[1] * oy + 1)
     extent_x = math.hypot(float(m[0]), float(m[1]))
     extent_y = math.hypot(float(m[3]), float(m[4]))
     ix, wx, cover_x = axis_taps(vx, w, interpolation, antialias, extent_x, fill_mode)

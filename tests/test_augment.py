@@ -12,7 +12,16 @@ from torch import Tensor
 
 import augment_reference as reference
 import fusereg
-from augment_reference import ERASE, FILL_MODES, INTERPOLATIONS, LAM, MIX, PARTNER
+from augment_reference import (
+    COLOR,
+    ERASE,
+    FILL_MODES,
+    INTERPOLATIONS,
+    LAM,
+    MIX,
+    PARTNER,
+    PERSPECTIVE,
+)
 from conftest import DTYPES, TOLERANCES, Backend
 from fusereg import augment as A
 from fusereg.augment import op as ops
@@ -45,7 +54,8 @@ def random_records(n: int) -> Tensor:
     records[:, LAM] = torch.tensor([0.3, 0.5, 0.0, 0.6, 1.0], dtype=torch.float64)[
         torch.arange(n) % 5
     ]
-    records[:, 16:] += 0.2 * torch.randn(n, 12, dtype=torch.float64)
+    records[:, COLOR:PERSPECTIVE] += 0.2 * torch.randn(n, 12, dtype=torch.float64)
+    records[1::3, PERSPECTIVE:] = 0.01 * torch.randn(len(records[1::3]), 2, dtype=torch.float64)
     return records
 
 

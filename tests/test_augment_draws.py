@@ -261,7 +261,7 @@ PROGRAMS: dict[str, Any] = {
     "blur with p": lambda: v2().RandomApply([v2().GaussianBlur((3, 5))], p=0.5),
 }
 CALLED: dict[str, Any] = {
-    "RandomPerspective": lambda: v2().RandomPerspective(p=1.0),
+    "RandomPerspective": lambda: v2().RandomApply([v2().RandomPerspective(p=1.0)], p=1.0),
     "RandomChoice": lambda: v2().RandomChoice(
         [v2().RandomInvert(1.0), v2().RandomSolarize(9, 1.0)]
     ),

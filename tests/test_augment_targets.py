@@ -469,7 +469,7 @@ def test_a_function_of_the_images_alone_refuses_what_would_have_to_move() -> Non
 @pytest.mark.parametrize("arguments", [
     {"mask_interpolation": "lanczos"}, {"min_area": -1}, {"min_visibility": 2.0},
     {"keypoint_pairs": [(1,)]}, {"keypoint_pairs": [(0, -1)]}, {"rows": "labels"},
-    {"passthrough": 3}, {"mask_fill": "x"}, {"mask_filling": 3}, {"image_interpolation": 2},
+    {"passthrough": 3}, {"mask_fill": "x"}, {"mask_filling": 3}, {"image_interpolation": 7},
 ])  # fmt: skip
 def test_bad_rules(arguments: dict[str, Any]) -> None:
     for make in (lambda **k: Augment(8, **k), lambda **k: Compose([], **k)):
@@ -565,9 +565,11 @@ def test_one_image_has_targets_of_its_own() -> None:
 # --- transforms that are called ---
 
 MOVING: dict[str, Callable[[], Any]] = {
-    "RandomPerspective": lambda: v2().RandomPerspective(0.5, p=1.0, fill=filling()),
-    "perspective, nearest": lambda: v2().RandomPerspective(
-        0.3, p=1.0, interpolation=v2().InterpolationMode.NEAREST
+    "RandomPerspective": lambda: v2().RandomApply(
+        [v2().RandomPerspective(0.5, p=1.0, fill=filling())], p=1.0
+    ),
+    "perspective, nearest": lambda: v2().RandomApply(
+        [v2().RandomPerspective(0.3, p=1.0, interpolation=v2().InterpolationMode.NEAREST)], p=1.0
     ),
     "ElasticTransform": lambda: v2().ElasticTransform(30.0),
     "RandomZoomOut": lambda: v2().RandomZoomOut(filling(), p=1.0, side_range=(1.5, 1.5)),

@@ -5,6 +5,7 @@
 // that coordinates and weights are worked out once. Neighboring threads take neighboring pixels
 // of a row: their taps share cache lines, and a warp's stores are whole lines.
 #include "augment/augment.h"
+#include "augment/augment_gradient.h"
 #include "augment/augment_math.h"
 #include "augment/filter_tile.cuh"
 #include "augment/launch.cuh"
@@ -106,6 +107,43 @@ FUSEREG_DEVICE_INLINE double reach_of(const Job& job, const double* m) {
   return r * (extent > 1.0 ? extent : 1.0) + 0.02;
 }
 
+// Output pixels [begin, end) along both axes.
+struct Window {
+  std::int64_t row_begin, row_end, begin, end;
+};
+
+// Cuts a window to the output pixels whose places, under a perspective, are within the ranges: what
+// is around the corners' images, if the rectangle does not cross the line that goes to infinity.
+FUSEREG_DEVICE_INLINE void limit_projective(const View& v, const Range& rx, const Range& ry,
+                                            const Images& y, Window& window) {
+  const double* const m = v.m;
+  const double p = v.p[0];
+  const double q = v.p[1];
+  double low_x = 2.0 * kFarthest, low_y = low_x;
+  double high_x = -low_x, high_y = -low_x;
+  int signs = 0;
+  for (int corner = 0; corner < 4; ++corner) {
+    const double cx = (corner & 1) != 0 ? rx.high : rx.low;
+    const double cy = (corner & 2) != 0 ? ry.high : ry.low;
+    const double w =
+        (m[3] * q - m[4] * p) * cx + (m[1] * p - m[0] * q) * cy + (m[0] * m[4] - m[1] * m[3]);
+    const double at_x =
+        ((m[4] - m[5] * q) * cx + (m[2] * q - m[1]) * cy + (m[1] * m[5] - m[2] * m[4])) / w;
+    const double at_y =
+        ((m[5] * p - m[3]) * cx + (m[0] - m[2] * p) * cy + (m[2] * m[3] - m[0] * m[5])) / w;
+    signs += w > 1e-9 ? 1 : w < -1e-9 ? -1 : 0;
+    low_x = at_x < low_x ? at_x : low_x;
+    high_x = at_x > high_x ? at_x : high_x;
+    low_y = at_y < low_y ? at_y : low_y;
+    high_y = at_y > high_y ? at_y : high_y;
+  }
+  if (signs != 4 && signs != -4) return;
+  window.begin = cut(floor_of(low_x) - 1.0, y.w);
+  window.end = cut(floor_of(high_x) + 2.0, y.w);
+  window.row_begin = cut(floor_of(low_y) - 1.0, y.h);
+  window.row_end = cut(floor_of(high_y) + 2.0, y.h);
+}
+
 // Adds what one output image gives to the pixel (x, y) of grad_x[sample].
 template <class T, int kGroup>
 __device__ void gather_gradient(const Job& job, std::int64_t sample, std::int64_t out,
@@ -122,17 +160,19 @@ __device__ void gather_gradient(const Job& job, std::int64_t sample, std::int64_
   if (own_x < 0 || own_x >= w || own_y < 0 || own_y >= h) return;
   const double reach_x = reach_of(job, m);
   const double reach_y = reach_of(job, m + 3);
-  const Range every_x = all_coordinates(m, job.y);
-  const Range every_y = all_coordinates(m + 3, job.y);
+  const Range everywhere = {-2.0 * kFarthest, 2.0 * kFarthest};
+  const Range every_x = view.projective ? everywhere : all_coordinates(m, job.y);
+  const Range every_y = view.projective ? everywhere : all_coordinates(m + 3, job.y);
   Range rx = unfolded(own_x, w, view.mode, {every_x.low - reach_x, every_x.high + reach_x});
   Range ry = unfolded(own_y, h, view.mode, {every_y.low - reach_y, every_y.high + reach_y});
   rx = {rx.low - reach_x, rx.high + reach_x};
   ry = {ry.low - reach_y, ry.high + reach_y};
   // Rows: the inverse map of the rectangle's corners.
-  std::int64_t row_begin = 0;
-  std::int64_t row_end = job.y.h;
+  Window window = {0, job.y.h, 0, job.y.w};
   const double det = m[0] * m[4] - m[1] * m[3];
-  if (__builtin_fabs(det) > 1e-9) {
+  if (view.projective) {
+    limit_projective(view, rx, ry, job.y, window);
+  } else if (__builtin_fabs(det) > 1e-9) {
     double low = 2.0 * kFarthest;
     double high = -2.0 * kFarthest;
     for (int corner = 0; corner < 4; ++corner) {
@@ -142,14 +182,16 @@ __device__ void gather_gradient(const Job& job, std::int64_t sample, std::int64_
       low = at < low ? at : low;
       high = at > high ? at : high;
     }
-    row_begin = cut(floor_of(low) - 1.0, job.y.h);
-    row_end = cut(floor_of(high) + 2.0, job.y.h);
+    window.row_begin = cut(floor_of(low) - 1.0, job.y.h);
+    window.row_end = cut(floor_of(high) + 2.0, job.y.h);
   }
-  for (std::int64_t row = row_begin; row < row_end; ++row) {
-    std::int64_t begin = 0;
-    std::int64_t end = job.y.w;
-    limit_columns(m[0], row_start(m, row), rx, job.y.w, begin, end);
-    limit_columns(m[3], row_start(m + 3, row), ry, job.y.w, begin, end);
+  for (std::int64_t row = window.row_begin; row < window.row_end; ++row) {
+    std::int64_t begin = window.begin;
+    std::int64_t end = window.end;
+    if (!view.projective) {
+      limit_columns(m[0], row_start(m, row), rx, job.y.w, begin, end);
+      limit_columns(m[3], row_start(m + 3, row), ry, job.y.w, begin, end);
+    }
     for (std::int64_t col = begin; col < end; ++col) {
       C g[kGroup];
       int state = 0;  // 1: g is there; 2: there is none

@@ -7,7 +7,7 @@
 // float16, bfloat16, float32 or float64; y any of them. Arithmetic is float32, or float64 if x is.
 // uint8 elements are the numbers 0 to 255.
 //
-// A record is a row of 28 float64 for each sample, in memory of x's device:
+// A record is a row of 30 float64 for each sample, in memory of x's device:
 //   0..5    M = [m00 m01 m02; m10 m11 m12]: output pixel (x, y) comes from M (x, y, 1) in the
 //           input; integers are the centers of pixels in both
 //   6..9    erase box x0 y0 x1 y1 in output pixels, half open; empty if x1 <= x0 or y1 <= y0
@@ -16,6 +16,7 @@
 //   15      lam
 //   16..27  color, 3 x 4 row by row, read if `color`: C = 3: v' = K v + t with K the first three
 //           columns; other C: v' = k v + t for each channel with k = [16], t = [19]
+//   28, 29  perspective: the place in the input is M (x, y, 1) / ([28] x + [29] y + 1); zeros: none
 //
 // Per output pixel, in this order:
 //   warped      interpolation of the taps around M (x, y, 1). Constant fill: taps outside the image
@@ -24,7 +25,7 @@
 //               only those pixels are read that its output covers, its border repeated (antialias:
 //               the weights of those taps made to sum to one), as if it were cropped first and then
 //               resized; of others as border. nearest: floor(v + 1/2). bilinear.
-//               bicubic: Keys' cubic convolution with a = -3/4. A tap of weight zero is not read:
+//               bicubic: Keys' cubic convolution with a = `cubic`: -3/4, PIL's is -1. A tap of weight zero is not read:
 //               a NaN reaches only those pixels that it has a weight in.
 //   colored    if `color`; then clamped to [0, 255] (uint8) or [0, 1]
 //   normalized  v * scale[c] + shift[c]
@@ -39,9 +40,10 @@
 // constant fill the weights are those of the taps inside the image, made to sum to one, and the
 // result is coverage * v + (1 - coverage) * fill with the share of the pixel's extent, e wide, that
 // lies inside. For axis-aligned matrices this is torch.nn.functional.interpolate(antialias=True);
-// under a rotation the footprint is the axis-aligned one of these widths.
+// under a rotation the footprint is the axis-aligned one of these widths. Samples with a perspective
+// are interpolated at points.
 //
-// Coordinates. float64 x: in float64. Others: fixed point, F bits after the point (22 for
+// Coordinates. float64 x, and any perspective: in float64. Others: fixed point, F bits after the point (22 for
 // |m| < 16, fewer beyond): pixels are taken in blocks of 16 along a row, the block's first
 // coordinate is float64 rounded to 2^-F, and the steps within the block are multiples of 2^-F too
 // (error below 3e-7 pixels). All else is integer arithmetic, so every instruction set, thread count
@@ -66,13 +68,14 @@
 
 #include <cstdint>
 
+#include "core/dtype.h"
 #include "core/isa.h"
 
 namespace fusereg::augment {
 
 inline constexpr int kMaxChannels = 64;
 inline constexpr std::int64_t kMaxSide = std::int64_t{1} << 24;
-inline constexpr int kRecord = 28;
+inline constexpr int kRecord = 30;
 // Pixels of a row whose coordinates have one float64 base.
 inline constexpr int kBlock = 16;
 
@@ -110,11 +113,20 @@ struct Job {
   bool color = false;
   bool erase_noise = false;
   double limit = 1.0;
+  double cubic = -0.75;
   double fill[kMaxChannels] = {};
   double scale[kMaxChannels] = {};
   double shift[kMaxChannels] = {};
   double erase[kMaxChannels] = {};
 };
+
+// The numbers of interpolations in calls: those of Interpolation, and PIL's bicubic.
+inline constexpr int kPilBicubic = 3;
+FUSEREG_INLINE void set_interpolation(Job& job, int number) {
+  job.interpolation = static_cast<Interpolation>(number == kPilBicubic ? 2 : number);
+  job.cubic = number == kPilBicubic ? -1.0 : -0.75;
+}
+
 struct Forward : Job {};
 struct Backward : Job {};
 

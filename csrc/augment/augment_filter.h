@@ -108,7 +108,7 @@ class FilteredRows {
  private:
   bool make_axes(const Frame& f, Memory& memory, Filtered& filtered) const {
     const double* const m = f.m;
-    return is_axis_aligned(m) &&
+    return is_axis_aligned(m) && !f.view.projective &&
            make_axis(job_, f.view.mode, m[0], row_start(m, 0), extent_of(m), f.view.x.w, job_.y.w,
                      memory, filtered.x) &&
            make_axis(job_, f.view.mode, m[4], m[5], extent_of(m + 3), f.view.x.h, job_.y.h, memory,
@@ -122,28 +122,31 @@ class FilteredRows {
     const int rows = left < kLanes ? static_cast<int>(left) : kLanes;
     const std::int64_t step = (last ? job_.c : 1) * std::int64_t{kLanes};
     const T* const image = static_cast<const T*>(x.data) + f.view.offset;
+    auto block = [&](int c, std::int64_t e) __attribute__((always_inline)) {
+      const float* const strip = strip_ + (last ? c * kLanes : 0);
+      Floats v[kLanes];
+      for (int q = 0; q < kLanes; ++q) {
+        const std::int64_t column = e + q;
+        v[q] = Floats{};
+        if (column >= job_.y.w) continue;
+        v[q] = along_row(strip, s.x.band, column, x.w, s.x.begin, step);
+        if (!s.x.covered || !s.y.covered) v[q] = with_fill(v[q], s, column, rows, c);
+      }
+      turn<kLanes / 2, float>(v);
+      for (int q = 0; q < kLanes; ++q) store(s.values + (c * kLanes + q) * pitch_ + e, v[q]);
+    };
     if (last) {
       along_columns<T>(image, x, s.y.band, row_, rows, s.x.begin * job_.c, s.x.end * job_.c,
                        strip_);
+      // The strip of all channels is larger than the first cache: each part of it is read once.
+      for (std::int64_t e = 0; e < job_.y.w; e += kLanes) {
+        for (int c = 0; c < job_.c; ++c) block(c, e);
+      }
+      return;
     }
     for (int c = 0; c < job_.c; ++c) {
-      const float* strip = strip_ + (last ? c * kLanes : 0);
-      if (!last) {
-        along_columns<T>(image + c * x.channel, x, s.y.band, row_, rows, s.x.begin, s.x.end,
-                         strip_);
-      }
-      for (std::int64_t e = 0; e < job_.y.w; e += kLanes) {
-        Floats v[kLanes];
-        for (int q = 0; q < kLanes; ++q) {
-          const std::int64_t column = e + q;
-          v[q] = Floats{};
-          if (column >= job_.y.w) continue;
-          v[q] = along_row(strip, s.x.band, column, x.w, s.x.begin, step);
-          if (!s.x.covered || !s.y.covered) v[q] = with_fill(v[q], s, column, rows, c);
-        }
-        turn<kLanes / 2, float>(v);
-        for (int q = 0; q < kLanes; ++q) store(s.values + (c * kLanes + q) * pitch_ + e, v[q]);
-      }
+      along_columns<T>(image + c * x.channel, x, s.y.band, row_, rows, s.x.begin, s.x.end, strip_);
+      for (std::int64_t e = 0; e < job_.y.w; e += kLanes) block(c, e);
     }
   }
 

@@ -1,6 +1,7 @@
 // CPU kernels of augmentation; compiled once per instruction set. Contract: augment.h.
 #include "augment/augment.h"
 #include "augment/augment_filter.h"
+#include "augment/augment_gradient.h"
 #include "augment/augment_math.h"
 #include "augment/augment_scatter.h"
 #include "augment/augment_vector.h"

@@ -21,7 +21,7 @@ std::int64_t filter_bytes(const Job& job, std::int64_t lanes) {
   std::int64_t taps[2] = {0, 0};
   for (std::int64_t i = 0; i < job.n; ++i) {
     const double* const m = job.records + i * kRecord;
-    if (!is_axis_aligned(m)) continue;
+    if (!is_axis_aligned(m) || is_projective(m)) continue;
     taps[0] = std::max(taps[0], most_taps(extent_of(m), job.interpolation, job.x.w));
     taps[1] = std::max(taps[1], most_taps(extent_of(m + 3), job.interpolation, job.x.h));
   }

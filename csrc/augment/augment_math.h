@@ -211,18 +211,18 @@ FUSEREG_INLINE C lerp(C a, C b, C t) {
 }
 
 // Weights of the pixels before and after the one at or before, and of the one after that; the
-// remaining weight makes the sum one. All vanish at t = 0.
+// remaining weight makes the sum one. All vanish at t = 0. a is the weight's slope at one.
 template <class C>
 struct Cubic {
   C before, next, last;
 };
 template <class C>
-FUSEREG_INLINE Cubic<C> cubic_weights(C t) {
+FUSEREG_INLINE Cubic<C> cubic_weights(C t, C a) {
   const C s = add(C{1}, -t);
   Cubic<C> w;
-  w.before = multiply(multiply(t, C{-0.75}), multiply(s, s));
-  w.next = add(multiply(multiply(add(multiply(s, C{1.25}), C{-2.25}), s), s), C{1});
-  w.last = multiply(multiply(s, C{-0.75}), multiply(t, t));
+  w.before = multiply(multiply(t, a), multiply(s, s));
+  w.next = add(multiply(multiply(add(multiply(s, add(a, C{2})), -add(a, C{3})), s), s), C{1});
+  w.last = multiply(multiply(s, a), multiply(t, t));
   return w;
 }
 template <class C>
@@ -236,7 +236,7 @@ FUSEREG_INLINE C cubic_of(C before, C center, C next, C last, const Cubic<C>& w)
 }
 
 template <class T, class C>
-FUSEREG_STATIC C interpolate(const Plane<T>& plane, const Place<C>& p, Interpolation how) {
+FUSEREG_STATIC C interpolate(const Plane<T>& plane, const Place<C>& p, Interpolation how, C cubic) {
   if (how == Interpolation::kNearest) return pixel_at(plane, p.x, p.y);
   if (how == Interpolation::kBilinear) {
     const C top = lerp(pixel_at(plane, p.x, p.y), pixel_at(plane, p.x + 1, p.y), p.tx);
@@ -244,8 +244,8 @@ FUSEREG_STATIC C interpolate(const Plane<T>& plane, const Place<C>& p, Interpola
     return lerp(top, lerp(pixel_at(plane, p.x, p.y + 1), pixel_at(plane, p.x + 1, p.y + 1), p.tx),
                 p.ty);
   }
-  const Cubic<C> wx = cubic_weights(p.tx);
-  const Cubic<C> wy = cubic_weights(p.ty);
+  const Cubic<C> wx = cubic_weights(p.tx, cubic);
+  const Cubic<C> wy = cubic_weights(p.ty, cubic);
   C line[4];
   FUSEREG_UNROLL_10
   for (int j = 0; j < 4; ++j) {
@@ -330,6 +330,10 @@ FUSEREG_INLINE bool is_axis_aligned(const double* m) {
   bool finite = true;
   for (int i = 0; i < 6; ++i) finite = finite && m[i] - m[i] == 0.0;
   return finite && m[1] == 0.0 && m[3] == 0.0;
+}
+
+FUSEREG_INLINE bool is_projective(const double* record) {
+  return record[28] != 0.0 || record[29] != 0.0;
 }
 
 FUSEREG_INLINE std::int64_t round_up_to_line(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -437,7 +441,25 @@ struct View {
   std::int64_t left, top;
   FillMode mode;
   double m[6];
+  double p[2];  // the perspective
+  bool projective;
 };
+
+// Where an output pixel lies, with or without a perspective. Beyond the horizon nothing is special, as
+// in torchvision; on it a place is infinitely far.
+template <class C>
+FUSEREG_INLINE void place_in(const View& v, std::int64_t col, std::int64_t row, bool nearest,
+                             Place<C>& to) {
+  if (!v.projective) return place(v.m, col, row, nearest, to);
+  const auto c = static_cast<double>(col);
+  const auto r = static_cast<double>(row);
+  const double w = add(add(multiply(v.p[0], c), multiply(v.p[1], r)), 1.0);
+  double tx, ty;
+  place_on_axis(add(multiply(v.m[0], c), row_start(v.m, row)) / w, nearest, to.x, tx);
+  place_on_axis(add(multiply(v.m[3], c), row_start(v.m + 3, row)) / w, nearest, to.y, ty);
+  to.tx = static_cast<C>(tx);
+  to.ty = static_cast<C>(ty);
+}
 
 // What outputs of an axis cover of it, cut to whole pixels; false if that is nothing.
 FUSEREG_INLINE bool limit_axis(double& start, double step, std::int64_t count, std::int64_t& size,
@@ -456,13 +478,16 @@ FUSEREG_INLINE bool limit_axis(double& start, double step, std::int64_t count, s
 FUSEREG_STATIC void view_of(const Job& job, const Images& images, std::int64_t sample, View& v) {
   const double* const record = job.records + sample * kRecord;
   for (int i = 0; i < 6; ++i) v.m[i] = record[i];
+  v.p[0] = record[28];
+  v.p[1] = record[29];
+  v.projective = is_projective(record);
   v.x = job.each != nullptr ? job.each[sample] : images;
   v.offset = job.each != nullptr ? 0 : sample * images.sample;
   v.left = v.top = 0;
   v.mode = job.fill_mode;
   if (v.mode != FillMode::kWindow) return;
   v.mode = FillMode::kBorder;
-  if (!is_axis_aligned(record)) return;
+  if (!is_axis_aligned(record) || v.projective) return;
   if (limit_axis(v.m[2], v.m[0], job.y.w, v.x.w, v.left) &&
       limit_axis(v.m[5], v.m[4], job.y.h, v.x.h, v.top)) {
     v.offset += v.top * v.x.row + v.left * v.x.pixel;
@@ -486,7 +511,7 @@ FUSEREG_STATIC void warped(const Job& job, std::int64_t sample, std::int64_t col
   plane.w = static_cast<std::int32_t>(x.w);
   plane.mode = view.mode;
   plane.data += channel * x.channel;
-  if (job.antialias) {
+  if (job.antialias && !view.projective) {
     const Spans<C> spans = make_spans<C>(view.m, col, row, x, job.interpolation, view.mode);
     for (int k = 0; k < kGroup; ++k, plane.data += x.channel) {
       plane.fill = static_cast<C>(job.fill[channel + k]);
@@ -495,10 +520,10 @@ FUSEREG_STATIC void warped(const Job& job, std::int64_t sample, std::int64_t col
     return;
   }
   Place<C> p;
-  place(view.m, col, row, job.interpolation == Interpolation::kNearest, p);
+  place_in(view, col, row, job.interpolation == Interpolation::kNearest, p);
   for (int k = 0; k < kGroup; ++k, plane.data += x.channel) {
     plane.fill = static_cast<C>(job.fill[channel + k]);
-    v[k] = interpolate(plane, p, job.interpolation);
+    v[k] = interpolate(plane, p, job.interpolation, static_cast<C>(job.cubic));
   }
 }
 
@@ -565,107 +590,6 @@ FUSEREG_STATIC void augmented(const Job& job, std::int64_t sample, std::int64_t 
   for (int k = 0; k < kGroup; ++k) {
     v[k] = record[15] == 0.0 ? other[k] : add(multiply(lam, v[k]), multiply(rest, other[k]));
   }
-}
-
-// --- gradients ---
-// f(x, y, weight) for every pixel of the image, which a view is of, that an output pixel has a weight in, row by row.
-template <class C, class F>
-FUSEREG_STATIC void for_taps(const Job& job, const View& view, std::int64_t col, std::int64_t row,
-                             const F& f) {
-  const Interpolation how = job.interpolation;
-  const auto w = static_cast<std::int32_t>(view.x.w);
-  const auto h = static_cast<std::int32_t>(view.x.h);
-  const auto left = static_cast<std::int32_t>(view.left);
-  const auto top = static_cast<std::int32_t>(view.top);
-  auto line = [&](std::int32_t at_x, std::int32_t at_y, C weight) {
-    const std::int32_t x = fold(at_x, w, view.mode);
-    if (x >= 0 && weight != C{0}) f(left + x, top + at_y, weight);
-  };
-  if (job.antialias) {
-    const Spans<C> s = make_spans<C>(view.m, col, row, view.x, how, view.mode);
-    const C coverage = multiply(s.x.coverage, s.y.coverage);
-    for (std::int32_t j = s.y.first; j <= s.y.last; ++j) {
-      const std::int32_t y = fold(j, h, view.mode);
-      const C wy = multiply(coverage, weight_in(s.y, j, how));
-      if (y < 0 || wy == C{0}) continue;
-      for (std::int32_t i = s.x.first; i <= s.x.last; ++i)
-        line(i, y, multiply(wy, weight_in(s.x, i, how)));
-    }
-    return;
-  }
-  Place<C> p;
-  place(view.m, col, row, how == Interpolation::kNearest, p);
-  // Along each axis, from the first tap on.
-  C wx[4] = {C{1}, C{0}, C{0}, C{0}};
-  C wy[4] = {C{1}, C{0}, C{0}, C{0}};
-  int before = 0;
-  int count = 1;
-  if (how == Interpolation::kBilinear) {
-    count = 2;
-    wx[0] = add(C{1}, -p.tx);
-    wx[1] = p.tx;
-    wy[0] = add(C{1}, -p.ty);
-    wy[1] = p.ty;
-  } else if (how == Interpolation::kBicubic) {
-    count = 4;
-    before = 1;
-    auto fill = [](C t, C(&weights)[4]) {
-      const Cubic<C> k = cubic_weights(t);
-      weights[0] = k.before;
-      weights[1] = add(add(add(C{1}, -k.before), -k.next), -k.last);
-      weights[2] = k.next;
-      weights[3] = k.last;
-    };
-    fill(p.tx, wx);
-    fill(p.ty, wy);
-  }
-  for (int j = 0; j < count; ++j) {
-    const std::int32_t y = fold(p.y - before + j, h, view.mode);
-    if (y < 0 || wy[j] == C{0}) continue;
-    for (int i = 0; i < count; ++i) line(p.x - before + i, y, multiply(wy[j], wx[i]));
-  }
-}
-
-// What the gradient of y[out] at a pixel is for the warped values of `sample`: `out` itself, or
-// (as_partner) the sample that is mixed into it. False if it is nothing.
-template <class T, int kGroup>
-FUSEREG_STATIC bool gradient_at(const Job& job, std::int64_t sample, std::int64_t out,
-                                bool as_partner, std::int64_t col, std::int64_t row, int channel,
-                                Number<T> (&g)[kGroup]) {
-  using C = Number<T>;
-  const double* const record = job.records + sample * kRecord;
-  const double* const mixing = job.records + out * kRecord;
-  const bool mixes = partner_of(mixing, job.n) >= 0 && has(box_of(mixing + 10, job.y), col, row);
-  const double lam = mixes ? mixing[15] : 1.0;
-  const auto share = static_cast<C>(as_partner ? 1.0 - lam : lam);
-  if (share == C{0} || has(box_of(record + 6, job.y), col, row)) return false;
-  const C* const grad =
-      static_cast<const C*>(job.y.data) + out * job.y.sample + row * job.y.row + col * job.y.pixel;
-  for (int k = 0; k < kGroup; ++k) {
-    const int c = channel + k;
-    g[k] = multiply(multiply(grad[c * job.y.channel], share), static_cast<C>(job.scale[c]));
-  }
-  if (!job.color) return true;
-  const double* const m = record + 16;
-  const auto limit = static_cast<C>(job.limit);
-  C v[kGroup];
-  warped<T, kGroup>(job, sample, col, row, channel, v);
-  auto passed = [&](C value, C gradient) {
-    return value >= C{0} && value <= limit ? gradient : C{0};
-  };
-  if constexpr (kGroup == 3) {
-    for (int k = 0; k < 3; ++k) g[k] = passed(color_sum(m + 4 * k, v[0], v[1], v[2]), g[k]);
-    const C g0 = g[0], g1 = g[1], g2 = g[2];
-    for (int k = 0; k < 3; ++k) {
-      C sum = multiply(static_cast<C>(m[k]), g0);
-      sum = add(sum, multiply(static_cast<C>(m[4 + k]), g1));
-      g[k] = add(sum, multiply(static_cast<C>(m[8 + k]), g2));
-    }
-  } else {
-    const C k = static_cast<C>(m[0]);
-    g[0] = multiply(k, passed(add(multiply(k, v[0]), static_cast<C>(m[3])), g[0]));
-  }
-  return true;
 }
 
 // dispatch_element(type, [&](auto tag) { using T = typename decltype(tag)::type; ... });

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "augment/augment_maps.h"
 #include "augment/elementary.h"
 #include "core/philox.h"
 
@@ -31,6 +32,7 @@ enum class Operation : std::uint32_t {
   kMixOrder,
   kProgram,
   kProgramNormal,
+  kPerspective,
 };
 
 struct Source {
@@ -124,36 +126,6 @@ double beta_variate(Stream& stream, double alpha) {
 }
 
 // --- geometry ---
-
-// (x, y) -> (xx x + xy y + x1, yx x + yy y + y1)
-struct Map {
-  double xx = 1.0, xy = 0.0, x1 = 0.0;
-  double yx = 0.0, yy = 1.0, y1 = 0.0;
-};
-
-// First g, then m.
-Map compose(const Map& m, const Map& g) {
-  return {m.xx * g.xx + m.xy * g.yx, m.xx * g.xy + m.xy * g.yy, m.xx * g.x1 + m.xy * g.y1 + m.x1,
-          m.yx * g.xx + m.yy * g.yx, m.yx * g.xy + m.yy * g.yy, m.yx * g.x1 + m.yy * g.y1 + m.y1};
-}
-
-// Of the canvas' axis: pixels of the output to those of `length` pixels from `start` on.
-void stretch(double start, double length, double output, double& factor, double& shift) {
-  factor = length / output;
-  shift = start + (0.5 * factor - 0.5);
-}
-
-std::int64_t to_nearest(double x) { return static_cast<std::int64_t>(std::floor(x + 0.5)); }
-
-// As Python's round, in which torchvision's CenterCrop is written: half to even.
-std::int64_t half_to_even(std::int64_t twice) {
-  const std::int64_t below = twice >> 1;
-  return below + ((twice & 1) != 0 && (below & 1) != 0 ? 1 : 0);
-}
-
-std::int64_t central_start(std::int64_t canvas, std::int64_t window) {
-  return canvas >= window ? half_to_even(canvas - window) : -((window - canvas) / 2);
-}
 
 struct Range {
   std::int64_t low = 0;
@@ -348,6 +320,34 @@ void central_window(const Step& step, Sample& s) {
   const Size size{whole(step.values[0]), whole(step.values[1])};
   take_window(central_start(s.canvas.width, size.width),
               central_start(s.canvas.height, size.height), size, s);
+}
+
+// torchvision's RandomPerspective.
+void perspective(const Step& step, Sample& s) {
+  const std::uint32_t o = step.occurrence;
+  const Operation kind = Operation::kPerspective;
+  if (!happens(s.source.words(kind, o, 2).word[0], step.values[0])) return;
+  const std::int64_t w = s.canvas.width;
+  const std::int64_t h = s.canvas.height;
+  const std::int64_t most_x = whole(step.values[1] * static_cast<double>(w / 2)) + 1;
+  const std::int64_t most_y = whole(step.values[1] * static_cast<double>(h / 2)) + 1;
+  double from[4][2];
+  const double right = static_cast<double>(w - 1);
+  const double bottom = static_cast<double>(h - 1);
+  const double to[4][2] = {{0.0, 0.0}, {right, 0.0}, {right, bottom}, {0.0, bottom}};
+  for (int i = 0; i < 4; ++i) {
+    const PhiloxWords words = s.source.words(kind, o, static_cast<std::uint32_t>(i / 2));
+    const std::int64_t x = choice(words.word[2 * (i % 2)], most_x);
+    const std::int64_t y = choice(words.word[2 * (i % 2) + 1], most_y);
+    from[i][0] = static_cast<double>(to[i][0] == 0.0 ? x : w - most_x + x);
+    from[i][1] = static_cast<double>(to[i][1] == 0.0 ? y : h - most_y + y);
+  }
+  Map corners;
+  if (!map_of_corners(from, to, corners)) return;
+  Map before, after;
+  before.x1 = before.y1 = 0.5;
+  after.x1 = after.y1 = -0.5;
+  s.map = compose(s.map, compose(after, compose(corners, before)));
 }
 
 void make_room(const Step& step, Sample& s) {
@@ -670,10 +670,15 @@ void draw(const Job& job) {
         case StepKind::kRoom:
           make_room(step, s);
           break;
+        case StepKind::kPerspective:
+          perspective(step, s);
+          break;
       }
     }
     const double matrix[] = {s.map.xx, s.map.xy, s.map.x1, s.map.yx, s.map.yy, s.map.y1};
     std::memcpy(s.record, matrix, sizeof matrix);
+    s.record[28] = s.map.px;
+    s.record[29] = s.map.py;
   }
   if (mixing != nullptr) choose_partners(job, *mixing, mixed);
 }

@@ -16,6 +16,8 @@
 //   resized  G: x -> x0 + (x + 1/2) w / W' - 1/2, a random window of w x h pixels made W' x H'
 //   whole    the same of the whole canvas
 //   side     as whole: of a random length of the shorter side, rounded as torchvision does
+//   perspective  G: the perspective that takes the corners of the canvas, moved inward, to these corners,
+//            with torchvision's coordinates: a pixel's corner is where its index says
 //   room     G: p -> p + (c - c'), a canvas about the same center that holds the turned one
 //   color   brightness b, contrast c, saturation s: v' = c b (s I + (1 - s) gray) v + (1 - c)/2
 //   erase    a random box of the output
@@ -40,7 +42,7 @@
 namespace fusereg::augment::params {
 
 // One row a sample; see augment.h for what the kernels make of it.
-inline constexpr int kRecordSize = 28;
+inline constexpr int kRecordSize = 30;
 // Angle, scale x y, shear x y, translation x y, flips x y, window x0 y0 x1 y1, brightness,
 // contrast, saturation. Of two steps of a kind, the last.
 inline constexpr int kDrawsSize = 16;
@@ -57,8 +59,9 @@ enum class StepKind {
   kMix,
   kRoom,
   kSide,
+  kPerspective,
 };
-inline constexpr int kStepKinds = 11;
+inline constexpr int kStepKinds = 12;
 
 // How many values a step of each kind has, and which:
 //   affine   probability; degrees from, to; +1 for counter-clockwise, -1 for clockwise;
@@ -78,9 +81,10 @@ inline constexpr int kStepKinds = 11;
 //   mix      probability; MixUp's alpha; CutMix's alpha; share of CutMix; pairs: 0 by ids, or sample
 //            i with n - 1 - i, where 1: each draws, 2: each pair draws once, 3: the batch does
 //   room     degrees from, to: every one of them fits
+//   perspective  probability; the share of half a side by which a corner moves inward at most
 //   side     shorter side from, to (both possible; 0: as long as the longer one allows); the most
 //            that the longer side may have, 0 for no limit
-inline constexpr int kStepValues[kStepKinds] = {22, 2, 7, 3, 6, 2, 6, 5, 5, 2, 3};
+inline constexpr int kStepValues[kStepKinds] = {22, 2, 7, 3, 6, 2, 6, 5, 5, 2, 3, 2};
 
 struct Step {
   StepKind kind = StepKind::kAffine;

@@ -11,14 +11,14 @@ namespace {
 // Of the taps along an axis, from the first one on: the weights of for_taps, lane by lane, each a
 // block after the one before.
 template <Interpolation kHow>
-FUSEREG_INLINE void tap_weights(Floats t, float* weights) {
+FUSEREG_INLINE void tap_weights(Floats t, [[maybe_unused]] float cubic, float* weights) {
   if constexpr (kHow == Interpolation::kNearest) {
     store(weights, Floats{} + 1.0f);
   } else if constexpr (kHow == Interpolation::kBilinear) {
     store(weights, 1.0f - t);
     store(weights + kBlock, t);
   } else {
-    const Cubic<Floats> k = cubic_weights(t);
+    const Cubic<Floats> k = cubic_weights(t, cubic);
     store(weights, k.before);
     store(weights + kBlock, ((1.0f - k.before) - k.next) - k.last);
     store(weights + 2 * kBlock, k.next);
@@ -37,12 +37,13 @@ void scatter_block(const Job& job, const Frame& f, const Place16& place, std::in
   alignas(kVectorBytes) std::int32_t xs[kBlock], ys[kBlock];
   alignas(kVectorBytes) float wx[kTaps][kBlock], wy[kTaps][kBlock];
   const std::int32_t half = (kHalfBit<kHow> << f.bits) >> 1;
+  const auto cubic = static_cast<float>(job.cubic);
   for (int p = 0; p < kParts; ++p) {
     const Spot s = spot_of(f, place.start, p, half);
     store_ints(xs + p * kLanes, s.x - kBefore);
     store_ints(ys + p * kLanes, s.y - kBefore);
-    tap_weights<kHow>(s.tx, wx[0] + p * kLanes);
-    tap_weights<kHow>(s.ty, wy[0] + p * kLanes);
+    tap_weights<kHow>(s.tx, cubic, wx[0] + p * kLanes);
+    tap_weights<kHow>(s.ty, cubic, wy[0] + p * kLanes);
   }
   const int channels = kThree ? 3 : job.c;
   const Images& grad_x = job.grad_x;

@@ -29,12 +29,12 @@ FUSEREG_INLINE Floats finite_lerp(Ints a, Ints b, Floats t) {
   return to_floats(a) + t * to_floats(b - a);
 }
 
-FUSEREG_INLINE Cubic<Floats> cubic_weights(Floats t) {
+FUSEREG_INLINE Cubic<Floats> cubic_weights(Floats t, float a) {
   const Floats s = 1.0f - t;
   Cubic<Floats> w;
-  w.before = (t * -0.75f) * (s * s);
-  w.next = ((s * 1.25f + -2.25f) * s) * s + 1.0f;
-  w.last = (s * -0.75f) * (t * t);
+  w.before = (t * a) * (s * s);
+  w.next = ((s * (a + 2.0f) + -(a + 3.0f)) * s) * s + 1.0f;
+  w.last = (s * a) * (t * t);
   return w;
 }
 FUSEREG_INLINE Floats cubic_term(Floats sum, Floats v, Floats center, Floats weight) {
@@ -79,8 +79,9 @@ void make_frame(const Job& job, std::int64_t sample, Frame& f) {
     f.least_y = y < f.least_y ? y : f.least_y;
     f.most_y = y > f.most_y ? y : f.most_y;
   }
-  f.copies = (f.m[0] == 1.0 || f.m[0] == -1.0) && f.m[1] == 0.0 && is_whole(f.m[2]) &&
-             f.m[3] == 0.0 && (f.m[4] == 1.0 || f.m[4] == -1.0) && is_whole(f.m[5]);
+  f.copies = !f.view.projective && (f.m[0] == 1.0 || f.m[0] == -1.0) && f.m[1] == 0.0 &&
+             is_whole(f.m[2]) && f.m[3] == 0.0 && (f.m[4] == 1.0 || f.m[4] == -1.0) &&
+             is_whole(f.m[5]);
   f.erase = box_of(f.record + 6, job.y);
   f.mix = box_of(f.record + 10, job.y);
   f.partner = partner_of(f.record, job.n);
@@ -104,6 +105,21 @@ FUSEREG_INLINE Spot spot_of(const Frame& f, const Start& start, int part, std::i
   const Ints uy = load_ints(f.step_y + part * kLanes) + (start.y.rest + half);
   return {(ux >> f.bits) + start.x.whole, (uy >> f.bits) + start.y.whole,
           to_floats(ux & mask) * unit, to_floats(uy & mask) * unit};
+}
+
+// Under a perspective: each pixel by itself.
+Spot projective_spot(const Frame& f, std::int64_t row, std::int64_t first, bool nearest) {
+  alignas(kVectorBytes) std::int32_t x[kLanes], y[kLanes];
+  alignas(kVectorBytes) float tx[kLanes], ty[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    Place<float> p;
+    place_in(f.view, first + i, row, nearest, p);
+    x[i] = p.x;
+    y[i] = p.y;
+    tx[i] = p.tx;
+    ty[i] = p.ty;
+  }
+  return {load_ints(x), load_ints(y), load(tx), load(ty)};
 }
 
 // The images that a sample's rows are made of, and the plane of its first channel.
@@ -170,8 +186,9 @@ void part_by_taps(const Job& job, const Source<T>& x, const Spot& s, float* out)
       inside[j][i] = line.inside & column[i].inside;
     }
   }
-  const Cubic<Floats> wx = cubic_weights(s.tx);
-  const Cubic<Floats> wy = cubic_weights(s.ty);
+  const auto cubic = static_cast<float>(job.cubic);
+  const Cubic<Floats> wx = cubic_weights(s.tx, cubic);
+  const Cubic<Floats> wy = cubic_weights(s.ty, cubic);
   const T* plane = x.data;
   for (int c = 0; c < job.c; ++c, plane += x.channel, out += kBlock) {
     const Floats fill = broadcast(static_cast<float>(job.fill[c]));
@@ -245,8 +262,9 @@ FUSEREG_INLINE void cubic_part_by_words(const Job& job, const Source<std::uint8_
                                         const Spot& s, float* out) {
   alignas(kVectorBytes) std::int32_t at[kLanes];
   store_ints(at, (s.y - 1) * x.row + (s.x - 1));
-  const Cubic<Floats> wx = cubic_weights(s.tx);
-  const Cubic<Floats> wy = cubic_weights(s.ty);
+  const auto cubic = static_cast<float>(job.cubic);
+  const Cubic<Floats> wx = cubic_weights(s.tx, cubic);
+  const Cubic<Floats> wy = cubic_weights(s.ty, cubic);
   const std::uint8_t* plane = x.data;
   for (int c = 0; c < job.c; ++c, plane += x.channel, out += kBlock) {
     Floats line[4];
@@ -261,7 +279,8 @@ FUSEREG_INLINE void cubic_part_by_words(const Job& job, const Source<std::uint8_
 // uint8, three channels last. Nearest: the 3 bytes of a pixel, in 4. Bilinear: the 6 bytes of two
 // neighbors, in 8. Bicubic: the 12 bytes of four.
 template <Interpolation kHow>
-FUSEREG_INLINE void part_by_pixels(const Source<std::uint8_t>& x, const Spot& s, float* out) {
+FUSEREG_INLINE void part_by_pixels(const Source<std::uint8_t>& x, const Spot& s,
+                                   [[maybe_unused]] float cubic, float* out) {
   alignas(kVectorBytes) std::int32_t at[kLanes];
   if constexpr (kHow == Interpolation::kNearest) {
     store_ints(at, s.y * x.row + s.x * 3);
@@ -282,8 +301,8 @@ FUSEREG_INLINE void part_by_pixels(const Source<std::uint8_t>& x, const Spot& s,
     store(out + 2 * kBlock, blend(byte_of<2>(a), byte_of<1>(b), byte_of<2>(c), byte_of<1>(d)));
   } else {
     store_ints(at, (s.y - 1) * x.row + (s.x - 1) * 3);
-    const Cubic<Floats> wx = cubic_weights(s.tx);
-    const Cubic<Floats> wy = cubic_weights(s.ty);
+    const Cubic<Floats> wx = cubic_weights(s.tx, cubic);
+    const Cubic<Floats> wy = cubic_weights(s.ty, cubic);
     Floats line[3][4];
     for (int j = 0; j < 4; ++j) {
       const std::uint8_t* const p = x.data + j * x.row;
@@ -359,6 +378,10 @@ void find_blocks(const Frame& f, std::int64_t row, std::int64_t first, int count
   const std::int32_t half = (kHalfBit<kHow> << f.bits) >> 1;
   const auto w = static_cast<std::int32_t>(f.view.x.w);
   const auto h = static_cast<std::int32_t>(f.view.x.h);
+  if (f.view.projective) {
+    for (int i = 0; i < count; ++i) places[i] = {{}, Where::kPartly, 0, h - 1};
+    return;
+  }
   const double row_x = row_start(f.m, row);
   const double row_y = row_start(f.m + 3, row);
   for (int i = 0; i < count; ++i, first += kBlock) {
@@ -396,7 +419,11 @@ FUSEREG_INLINE void warp_block(const Job& job, const Frame& f, const Place16& pl
                        f.view.mode};
   if (f.copies && copy_block(job, f, x, row, first, out)) return;
   const std::int32_t half = (kHalfBit<kHow> << f.bits) >> 1;
-  auto spot = [&](int p) { return spot_of(f, place.start, p, half); };
+  auto spot = [&](int p) {
+    if (f.view.projective)
+      return projective_spot(f, row, first + p * kLanes, kHow == Interpolation::kNearest);
+    return spot_of(f, place.start, p, half);
+  };
   if (place.where == Where::kOutside) {
     for (int c = 0; c < job.c; ++c) {
       for (int i = 0; i < kBlock; ++i) out[c * kBlock + i] = static_cast<float>(job.fill[c]);
@@ -411,7 +438,8 @@ FUSEREG_INLINE void warp_block(const Job& job, const Frame& f, const Place16& pl
     // Words reach beyond the last tap's pixel by a byte or two; not so bicubic ones.
     const bool room = kHow == Interpolation::kBicubic || place.where == Where::kInside;
     if (x.pixel == 3 && x.channel == 1 && room) {
-      for (int p = 0; p < kParts; ++p) part_by_pixels<kHow>(x, spot(p), out + p * kLanes);
+      for (int p = 0; p < kParts; ++p)
+        part_by_pixels<kHow>(x, spot(p), static_cast<float>(job.cubic), out + p * kLanes);
       return;
     }
     if (kHow == Interpolation::kBicubic && x.pixel == 1) {

@@ -97,11 +97,11 @@ void set_options(Job& job, const Options& o, const std::int64_t (&sizes)[4], con
   }
   job.n = sizes[0];
   job.c = static_cast<int>(sizes[1]);
-  if (o.interpolation < 0 || o.interpolation > 2)
-    throw py::value_error(where(op, "interpolation") + " must be 0, 1 or 2");
+  if (o.interpolation < 0 || o.interpolation > kPilBicubic)
+    throw py::value_error(where(op, "interpolation") + " must be within 0 and 3");
   if (o.fill_mode < 0 || o.fill_mode > 5)
     throw py::value_error(where(op, "fill_mode") + " must be within 0 and 5");
-  job.interpolation = static_cast<Interpolation>(o.interpolation);
+  set_interpolation(job, o.interpolation);
   job.fill_mode = static_cast<FillMode>(o.fill_mode);
   job.antialias = o.antialias && job.interpolation != Interpolation::kNearest;
   job.color = o.color;

@@ -52,7 +52,7 @@ std::int64_t* integers(const py::object& tensor, std::int64_t numel, const char*
   return static_cast<std::int64_t*>(view.data);
 }
 
-// Fills records [n, 28], draws [n, 16] and keys [n, 2]; gives the output's (height, width).
+// Fills records [n, 30], draws [n, 16] and keys [n, 2]; gives the output's (height, width).
 std::tuple<std::int64_t, std::int64_t> augment_params(
     const py::object& records, const py::object& draws, const py::object& keys,
     const py::object& ids, const py::object& seed, std::uint32_t epoch,

@@ -37,7 +37,7 @@ bool allowed(const double* row, int channels) {
     case Code::kBlur:
       return taps(a[0]) && taps(a[1]) && a[2] > 0 && a[3] > 0;
     case Code::kWarp:
-      return a[6] >= 0 && a[6] <= 2;
+      return a[6] >= 0 && a[6] <= kPilBicubic;
     default:
       return true;
   }

@@ -37,7 +37,7 @@ __device__ inline void prepare_filters(const Job& job, std::int64_t sample, cons
                                        std::int32_t row0, std::int32_t col0,
                                        FilterAxis (&axes)[2]) {
   const double* const record = job.records + sample * kRecord;
-  const bool aligned = is_axis_aligned(record);
+  const bool aligned = is_axis_aligned(record) && !view.projective;
   const auto lane = static_cast<int>(cuda::lane_id());
   if (cuda::warp_id() < 2) {
     const auto axis = static_cast<int>(cuda::warp_id());

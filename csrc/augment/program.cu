@@ -208,12 +208,13 @@ class Block {
     one.n = 1;
     one.c = job_.c;
     one.records = shared_.record;
-    one.interpolation = static_cast<Interpolation>(static_cast<int>(a[6]));
+    set_interpolation(one, static_cast<int>(a[6]));
     one.fill_mode = job_.whole_pixels ? FillMode::kBorder : FillMode::kConstant;
     one.limit = 255.0;
     for (int c = 0; c < job_.c; ++c) {
       one.fill[c] = static_cast<double>(job_.fill[c]);
       one.scale[c] = 1.0;
+      one.shift[c] = job_.whole_pixels ? kTowardZero : 0.0;
     }
     for_all(plane_, [&](std::int64_t i) {
       const std::int64_t column = i % one.x.w;

@@ -22,10 +22,11 @@
 //                     pixels stay
 //   blur kx ky sx sy  Gaussian of kx x ky taps, reflected at the edges, rounded to nearest; the one
 //                     operation of which torchvision's result may differ, by one level
-//   warp m0..m5 i     augment.h's warp by this matrix with interpolation i, constant `fill`; rounded
-//                     to nearest. With `whole_pixels` a pixel whose place is within the image is
-//                     that of the image alone, its edge repeated, and others are the fill; without
-//                     it the image fades into the fill.
+//   warp m0..m5 i     augment.h's warp by this matrix with interpolation i (3: bicubic with a = -1),
+//                     constant `fill`; rounded to nearest. With `whole_pixels`, as in PIL: a pixel
+//                     whose place is within the image is that of the image alone, its edge repeated,
+//                     rounded toward zero (what is within a thousandth below a whole number is that
+//                     number), and others are the fill; without it the image fades into the fill.
 //
 // gray = floor(fma(B, .114, fma(G, .587, .2989 R))). C is 1 or 3 where gray or hue is asked for.
 //
@@ -77,6 +78,9 @@ struct Planes {
   int c = 0;
   std::int64_t plane() const { return h * w; }
 };
+
+// Added before rounding to nearest, for rounding toward zero.
+inline constexpr double kTowardZero = -0.499;
 
 struct ProgramKernels {
   // Adds to counts[256] those of v[n].

@@ -24,6 +24,7 @@ class Runner {
     warp_.n = 1;
     warp_.records = record_;
     std::fill_n(warp_.scale, job.c, 1.0);
+    std::fill_n(warp_.shift, job.c, job.whole_pixels ? kTowardZero : 0.0);
     for (int c = 0; c < job.c; ++c) warp_.fill[c] = job.fill[c];
     warp_.limit = 255.0;
     record_[14] = -1.0;
@@ -178,7 +179,7 @@ class Runner {
 
   void warp(const double* a) {
     std::memcpy(record_, a, 6 * sizeof(double));
-    warp_.interpolation = static_cast<Interpolation>(a[6]);
+    set_interpolation(warp_, static_cast<int>(a[6]));
     warp_.fill_mode = job_.whole_pixels ? FillMode::kBorder : FillMode::kConstant;
     Images planes;
     planes.type = Element::kUInt8;

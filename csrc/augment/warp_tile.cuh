@@ -26,6 +26,7 @@ struct TileView {
   std::int32_t w, h;
   FillMode mode;
   double m[6];
+  bool projective;
 };
 
 __device__ inline void put_view(const Job& job, std::int64_t sample, TileView& to) {
@@ -36,6 +37,7 @@ __device__ inline void put_view(const Job& job, std::int64_t sample, TileView& t
   to.h = static_cast<std::int32_t>(v.x.h);
   to.mode = v.mode;
   for (int i = 0; i < 6; ++i) to.m[i] = v.m[i];
+  to.projective = v.projective;
 }
 
 // A sample as a tile needs it.
@@ -178,8 +180,8 @@ FUSEREG_DEVICE_INLINE void run_inside(const T* data, const TileStrides<kGroup, k
 template <class T, int kGroup, bool kLast, int kTaps>
 FUSEREG_DEVICE_INLINE void pixel_anywhere(const TileView& view, const T* data,
                                           const TileStrides<kGroup, kLast>& strides, std::int32_t x,
-                                          std::int32_t y, float tx, float ty, const float* fill,
-                                          float (&v)[kGroup]) {
+                                          std::int32_t y, float tx, float ty, float cubic,
+                                          const float* fill, float (&v)[kGroup]) {
   constexpr int kBefore = kTaps == 4 ? 1 : 0;
   std::int32_t xs[kTaps];
   const T* lines[kTaps];
@@ -206,8 +208,8 @@ FUSEREG_DEVICE_INLINE void pixel_anywhere(const TileView& view, const T* data,
     } else if constexpr (kTaps == 2) {
       v[c] = lerp(lerp(at[0][0], at[0][1], tx), lerp(at[1][0], at[1][1], tx), ty);
     } else {
-      const Cubic<float> wx = cubic_weights(tx);
-      const Cubic<float> wy = cubic_weights(ty);
+      const Cubic<float> wx = cubic_weights(tx, cubic);
+      const Cubic<float> wy = cubic_weights(ty, cubic);
       float line[4];
       FUSEREG_UNROLL
       for (int j = 0; j < 4; ++j) line[j] = cubic_of(at[j][0], at[j][1], at[j][2], at[j][3], wx);
@@ -259,7 +261,8 @@ FUSEREG_DEVICE_INLINE void run_warped(const Job& job, const T* data, const TileS
     float tx, ty;
     float one[kGroup];
     place_of(k, at_x, at_y, tx, ty);
-    pixel_anywhere<T, kGroup, kLast, kTaps>(s.view, data, strides, at_x, at_y, tx, ty, fill, one);
+    pixel_anywhere<T, kGroup, kLast, kTaps>(s.view, data, strides, at_x, at_y, tx, ty,
+                                            static_cast<float>(job.cubic), fill, one);
     put_pixel(v, k, one);
   }
 }
@@ -357,6 +360,21 @@ FUSEREG_DEVICE_INLINE void store_run(const Job& job, std::int64_t at, int count,
   }
 }
 
+// A run of a sample with a perspective, or whose partner has one: pixel by pixel.
+template <class T, int kGroup>
+FUSEREG_STATIC void run_by_pixels(const Job& job, std::int64_t sample, std::int32_t row,
+                                  std::int32_t first, int count) {
+  for (int k = 0; k < count; ++k) {
+    const std::int64_t at = sample * job.y.sample + row * job.y.row + (first + k) * job.y.pixel;
+    for (int c = 0; c < job.c; c += kGroup) {
+      float v[kGroup];
+      augmented<T, kGroup>(job, sample, first + k, row, c, v);
+      for (int i = 0; i < kGroup; ++i)
+        write(job.y.data, job.y.type, at + (c + i) * job.y.channel, v[i]);
+    }
+  }
+}
+
 template <class T, int kGroup, bool kLast>
 __global__ void __launch_bounds__(kThreads, 2)
     augment_tile_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
@@ -400,6 +418,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (out_row >= job.y.h || out_col >= job.y.w) continue;
     const bool mixes = partner >= 0 && touches(mix.box, out_col, out_row, kRun, 1);
     const auto left = static_cast<int>(job.y.w - out_col);
+    if (sources[0].view.projective || (partner >= 0 && sources[1].view.projective)) {
+      run_by_pixels<T, kGroup>(job, sample, out_row, out_col, left < kRun ? left : kRun);
+      continue;
+    }
     const std::int64_t at = sample * job.y.sample + out_row * job.y.row + out_col * job.y.pixel;
     FUSEREG_NO_UNROLL
     for (int c = 0; c < job.c; c += kGroup) {

@@ -14,7 +14,7 @@ from . import recipes as recipes
 from . import torchvision as torchvision  # adds itself to compose.converters
 from .augment import Augment
 from .compose import Compose, Transform
-from .functional import crop_flip_normalize, erase, mix, resize, warp_affine
+from .functional import crop_flip_normalize, erase, mix, resize, warp_affine, warp_perspective
 from .fuse import Plan
 from .labels import MixedLabels, mix_labels
 from .loading import WithIds
@@ -33,6 +33,7 @@ from .transforms import (
     RandomCrop,
     RandomErasing,
     RandomHorizontalFlip,
+    RandomPerspective,
     RandomResizedCrop,
     RandomRotation,
     RandomVerticalFlip,
@@ -60,6 +61,7 @@ __all__ = [
     "RandomCrop",
     "RandomErasing",
     "RandomHorizontalFlip",
+    "RandomPerspective",
     "RandomResizedCrop",
     "RandomRotation",
     "RandomVerticalFlip",
@@ -74,4 +76,5 @@ __all__ = [
     "recipes",
     "resize",
     "warp_affine",
+    "warp_perspective",
 ]

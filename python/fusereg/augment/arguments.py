@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from enum import Enum
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
@@ -15,8 +16,19 @@ PerChannel: TypeAlias = float | Sequence[float]
 #: A number, or the interval to draw it from.
 Interval: TypeAlias = float | Sequence[float]
 Size: TypeAlias = int | Sequence[int]
+#: A name, a member of torchvision's InterpolationMode, or PIL's number.
+Interpolation: TypeAlias = str | int | Enum
 
 INTERPOLATIONS = {"nearest": 0, "bilinear": 1, "bicubic": 2}
+#: PIL's numbers of interpolations, which torchvision and timm take as well.
+_PIL_INTERPOLATIONS = {
+    0: "nearest",
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+    4: "box",
+    5: "hamming",
+}
 FILL_MODES = {"constant": 0, "border": 1, "reflect": 2, "symmetric": 3, "wrap": 4}
 #: With what a pass may have: of crops that are resized, the border of the window that was cropped.
 FILLS = {**FILL_MODES, "window": 5}
@@ -174,11 +186,30 @@ def for_channels(values: tuple[float, ...], channels: int, op: str, name: str) -
 
 
 def one_of(value: object, op: str, name: str, known: Sequence[str]) -> str:
-    """Check that a value is one of these names."""
+    """Return one of these names: given so, or as a member of an enumeration that stands for it."""
+    if not isinstance(value, str):
+        value = getattr(value, "value", value)
     if not isinstance(value, str) or value not in known:
         names = ", ".join(repr(k) for k in known)
         raise ValueError(f"fusereg.{op}: {name} must be one of {names}, got {value!r}")
     return value
+
+
+def interpolation_name(
+    value: object, op: str, name: str = "interpolation", *, corners: bool = False
+) -> str:
+    """Return the name of an interpolation: given so, as torchvision's enum or PIL's number.
+
+    "nearest-exact" is the pixel at whose center a place is, as "nearest" is here; with ``corners``
+    both names are kept.
+    """
+    if not isinstance(value, str):
+        value = getattr(value, "value", value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = _PIL_INTERPOLATIONS.get(value, value)
+    if value == "nearest-exact":
+        return "nearest-exact" if corners else "nearest"
+    return one_of(value, op, name, list(INTERPOLATIONS))
 
 
 def check_memory_format(

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from .arguments import (
-    INTERPOLATIONS,
+    Interpolation,
     Interval,
     PerChannel,
     Size,
     around,
     factors,
     flag,
+    interpolation_name,
     interval,
     is_sequence,
     normalization,
@@ -90,7 +91,8 @@ class Augment(Chain):
             in it); "center": the central window; "resized": a random window of ``crop_scale`` of
             the area and ``crop_ratio`` of width to height, resized to ``size``; "none": the full
             image, resized.
-        interpolation: "nearest", "bilinear" or "bicubic".
+        interpolation: "nearest", "bilinear" or "bicubic"; here and elsewhere also torchvision's
+            InterpolationMode or PIL's number.
         antialias: filter as wide as the output pixel where the image is made smaller. None: where
             a resized crop is neither turned nor sheared, and ``interpolation`` is not "nearest",
             as torchvision does; after a turn it takes some twenty times as long.
@@ -155,7 +157,7 @@ class Augment(Chain):
         hflip: float = 0.0,
         vflip: float = 0.0,
         crop: str = "random",
-        interpolation: str = "bilinear",
+        interpolation: Interpolation = "bilinear",
         antialias: bool | None = None,
         fill_mode: str | None = None,
         fill: PerChannel = 0.0,
@@ -194,7 +196,7 @@ class Augment(Chain):
             erase if isinstance(erase, Erase | None) else Erase(probability(erase, op, "erase"))
         )
         mixing = check_mix(mix, op)
-        how = one_of(interpolation, op, "interpolation", list(INTERPOLATIONS))
+        how = interpolation_name(interpolation, op)
         if antialias is None:
             turned = any((*affine.degrees, *affine.shear_x, *affine.shear_y))
             antialias = self.crop == "resized" and how != "nearest" and not turned

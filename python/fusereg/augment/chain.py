@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -9,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..core import dispatch
 from . import op as _ops
 from .arguments import check_memory_format
 from .inputs import Batch
@@ -23,6 +25,8 @@ from .targets import Look, Targets, Unstacked, rules_of
 from .tree import batch_tree, kind_of, leaves_of, stack
 
 Size: TypeAlias = tuple[int, int]
+#: More than any value of an image in [0, 1], normalized or not.
+_LARGE = 16.0
 #: What a pass has drawn; where the images differ in size, for each of them.
 PassParams: TypeAlias = AugmentParams | CallParams | ProgramParams | list[Any]
 
@@ -81,6 +85,7 @@ class Chain(SeededModule):
         self.memory_format = check_memory_format(memory_format, self._op)
         self.rules = rules_of(self._op, rules)
         self._keep_dtype = True
+        self._looked = False
 
     def _units(self) -> Sequence[Unit]:
         raise NotImplementedError
@@ -138,7 +143,26 @@ class Chain(SeededModule):
     ) -> tuple[Tensor, Targets | None]:
         """Run all passes: the images [N * frames, C, H, W] and the targets."""
         units = list(enumerate(self._units()))
+        if not self._looked and batch.x.is_floating_point():
+            self._look_at_scale(batch.x, [unit for _, unit in units])
         return self._some(units, batch.x, batch.frames, found, keys, given, out)
+
+    def _look_at_scale(self, x: Tensor, units: list[Unit]) -> None:
+        """Warn once if the first floating images are of [0, 255], where [0, 1] is understood."""
+        if not dispatch.direct(x) or not x.is_cpu or len(x) == 0:
+            return
+        self._looked = True
+        read = any(
+            u.program is not None or u.settings.color or u.settings.normal is not None
+            for u in units
+        )
+        highest = float(x[0].detach().max()) if read else 0.0
+        if highest > _LARGE:
+            warnings.warn(
+                f"fusereg.{self._op}: floating images are understood to be of [0, 1], and the "
+                f"first has values up to {highest:g}; divide them by 255, or give uint8",
+                stacklevel=4,
+            )
 
     def _some(
         self,

@@ -24,6 +24,7 @@ _SHAPES: dict[str, Shape] = {
 _NORMALIZE: Any = {"mean": (0.5, 0.25, -0.125), "std": (0.5, 2.0, 0.75)}
 #: Few bits, so that coordinates are exact on both sides.
 _MATRIX = ((0.875, -0.25, 3.0625), (0.3125, 1.125, -2.5))
+_HOMOGRAPHY = (*_MATRIX, (0.0078125, -0.015625, 1.0))
 
 
 def _normalized(x: Tensor) -> Tensor:
@@ -49,6 +50,8 @@ def _warped(x: Tensor, matrix: Tensor) -> Tensor:
     h, w = x.shape[2:]
     v, u = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     places = torch.stack((u, v, torch.ones_like(u)), dim=2).double() @ matrix.t()
+    if len(matrix) == 3:
+        places = places[..., :2] / places[..., 2:]
     grid = (2.0 * places + 1.0) / torch.tensor([w, h]) - 1.0
     if not len(x):
         return x.clone()
@@ -143,6 +146,16 @@ OPERATIONS = [
         function=functional.warp_affine,
         shapes=_SHAPES,
         tensors=_with(lambda n: torch.tensor(_MATRIX, dtype=torch.float64)),
+        arguments=("x", "matrix"),
+        constants=("matrix",),
+        reference=_warped,
+    ),
+    Operation(
+        name="augment.warp_perspective",
+        formula="grid_sample(x, H (u, v, 1)^T, divided by its third)",
+        function=functional.warp_perspective,
+        shapes=_SHAPES,
+        tensors=_with(lambda n: torch.tensor(_HOMOGRAPHY, dtype=torch.float64)),
         arguments=("x", "matrix"),
         constants=("matrix",),
         reference=_warped,

@@ -13,10 +13,12 @@ from . import op as _ops
 from . import resize_op as _resize_ops
 from .arguments import (
     INTERPOLATIONS,
+    Interpolation,
     Size,
     flag,
     for_channels,
     integer,
+    interpolation_name,
     normalization,
     number,
     one_of,
@@ -25,10 +27,10 @@ from .arguments import (
     size_pair,
 )
 
-__all__ = ["crop_flip_normalize", "erase", "mix", "resize", "warp_affine"]
+__all__ = ["crop_flip_normalize", "erase", "mix", "resize", "warp_affine", "warp_perspective"]
 
 #: Columns of a record (csrc/augment/augment.h).
-_ERASE, _MIX, _PARTNER, _LAM, _RECORD = 6, 10, 14, 15, 28
+_ERASE, _MIX, _PARTNER, _LAM, _PERSPECTIVE, _RECORD = 6, 10, 14, 15, 28, 30
 #: Noise shares no Philox counter with dropout, whose counters have this bit clear.
 _NOISE = -(2**63)
 
@@ -114,7 +116,7 @@ class _Result(NamedTuple):
         return _ops.Target.of(x, size, dtype, self.memory_format), affine
 
 
-_Sampling: TypeAlias = tuple[str, bool, str, object]
+_Sampling: TypeAlias = tuple[object, bool, str, object]
 _NEAREST: _Sampling = ("nearest", False, "constant", 0.0)
 
 
@@ -132,7 +134,7 @@ def _apply(
     """Apply a pass; ``sampling`` is interpolation, antialias, fill mode and fill."""
     target, affine = result.resolve(x, size, op)
     options = _ops.Options.of(x.shape[1], op, sampling, affine, erase)
-    if flag(sampling[1], op, "antialias") and sampling[0] == "nearest":
+    if flag(sampling[1], op, "antialias") and options.interpolation == INTERPOLATIONS["nearest"]:
         raise ValueError(f"fusereg.{op}: antialias needs interpolation 'bilinear' or 'bicubic'")
     keys = None if keys is None else memory.to_device(keys, x.device, op)
     records = memory.to_device(records, x.device, op)
@@ -144,7 +146,7 @@ def warp_affine(
     matrix: Tensor,
     size: Size | None = None,
     *,
-    interpolation: str = "bilinear",
+    interpolation: Interpolation = "bilinear",
     antialias: bool = False,
     fill_mode: str = "constant",
     fill: float | Sequence[float] = 0.0,
@@ -179,23 +181,79 @@ def warp_affine(
         y = fusereg.augment.warp_affine(images, turn)  # 32 x 32, a quarter of a turn
     """
     op = "warp_affine"
+    shape, m, records = _matrices(x, matrix, 2, size, op)
+    records[:, :6] = m.reshape(-1, 6)
+    result = _Result(mean, std, out_dtype, memory_format, out)
+    return _apply(x, records, shape, result, op, (interpolation, antialias, fill_mode, fill))
+
+
+def _matrices(
+    x: Tensor, matrix: Tensor, rows: int, size: Size | None, op: str
+) -> tuple[Sequence[int], Tensor, Tensor]:
+    """Check images and matrices; return the result's size, float64 matrices, records to fill."""
     _ops.check_images(x, op)
     if not isinstance(matrix, Tensor):
         raise TypeError(f"fusereg.{op}: matrix must be a torch.Tensor, got {type(matrix).__name__}")
     n = x.shape[0]
-    shaped = _has_shape(matrix, 2, 3) or _has_shape(matrix, n, 2, 3)
+    shaped = _has_shape(matrix, rows, 3) or _has_shape(matrix, n, rows, 3)
     if not (shaped and matrix.is_floating_point()):
         raise ValueError(
-            f"fusereg.{op}: matrix must be a floating-point tensor of shape ({n}, 2, 3) or (2, 3), "
-            f"got {matrix.dtype} of shape {tuple(matrix.shape)}"
+            f"fusereg.{op}: matrix must be a floating-point tensor of shape ({n}, {rows}, 3) or "
+            f"({rows}, 3), got {matrix.dtype} of shape {tuple(matrix.shape)}"
         )
     if matrix.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"fusereg.{op}: matrix gets no gradient; detach() it")
     shape = (x.shape[2], x.shape[3]) if size is None else size_pair(size, op)
-    records = _identity(x, matrix.device, op)
-    records[:, :6] = matrix.double().reshape(-1, 6)
+    return shape, matrix.double(), _identity(x, matrix.device, op)
+
+
+def warp_perspective(
+    x: Tensor,
+    matrix: Tensor,
+    size: Size | None = None,
+    *,
+    interpolation: Interpolation = "bilinear",
+    fill_mode: str = "constant",
+    fill: float | Sequence[float] = 0.0,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    out_dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""Warp each image by a perspective map (a homography).
+
+    Output pixel :math:`(u, v)` comes from the point :math:`(a / c, b / c)` of image i, where
+    :math:`(a, b, c)^T = H_i\,(u, v, 1)^T`. Integers are the centers of pixels.
+
+    Args:
+    {images}
+        matrix: (N, 3, 3), or (3, 3) for all, whose last element is not zero. No gradient goes to
+            it.
+        size: of the result, (height, width) or one integer for both; None: x's.
+        interpolation: "nearest", "bilinear" or "bicubic" (a = -0.75).
+    {fill}
+    {result}
+
+    Returns:
+        (N, C, height, width). Where c is zero, a place is infinitely far.
+    {tail}
+
+    Example::
+
+        tilt = torch.tensor([[1.0, 0.1, 0.0], [0.0, 1.2, 0.0], [0.0, 0.005, 1.0]])
+        y = fusereg.augment.warp_perspective(images, tilt)
+    """
+    op = "warp_perspective"
+    shape, m, records = _matrices(x, matrix, 3, size, op)
+    last = m[..., 2:, 2:]
+    if m.device.type == "cpu" and dispatch.eager() and bool((last == 0).any()):
+        raise ValueError(f"fusereg.{op}: matrix must have a last element that is not zero")
+    flat = (m / last).reshape(-1, 9)
+    records[:, :6] = flat[:, :6]
+    records[:, _PERSPECTIVE:] = flat[:, 6:8]
     result = _Result(mean, std, out_dtype, memory_format, out)
-    return _apply(x, records, shape, result, op, (interpolation, antialias, fill_mode, fill))
+    return _apply(x, records, shape, result, op, (interpolation, False, fill_mode, fill))
 
 
 def _for_samples(
@@ -287,7 +345,7 @@ def resize(
     x: Tensor,
     size: Size,
     *,
-    interpolation: str = "bilinear",
+    interpolation: Interpolation = "bilinear",
     antialias: bool = True,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
@@ -319,18 +377,17 @@ def resize(
     _ops.check_images(x, op)
     height, width = size_pair(size, op)
     result = _Result(mean, std, out_dtype, memory_format, out)
-    if flag(antialias, op, "antialias") and interpolation in ("bilinear", "bicubic"):
+    how = interpolation_name(interpolation, op)
+    if flag(antialias, op, "antialias") and how != "nearest":
         target, affine = result.resolve(x, (height, width), op)
-        resampling = (INTERPOLATIONS[interpolation], False, *affine)
+        resampling = (INTERPOLATIONS[how], False, *affine)
         return _ops.call(_resize_ops.resize, x, (*target, *resampling), target, op, out)
     by_y, by_x = x.shape[2] / height, x.shape[3] / width
     device = x.device if dispatch.eager() else torch.device("cpu")
     records = _identity(x, device, op)
     matrix = (by_x, 0.0, (by_x - 1.0) / 2.0, 0.0, by_y, (by_y - 1.0) / 2.0)
     records[:, :6] = memory.numbers(matrix, torch.float64, device)
-    return _apply(
-        x, records, (height, width), result, op, (interpolation, antialias, "border", 0.0)
-    )
+    return _apply(x, records, (height, width), result, op, (how, antialias, "border", 0.0))
 
 
 def _boxes(boxes: object, n: int, op: str) -> Tensor:
@@ -449,5 +506,5 @@ def mix(
     return _apply(x, records, x.shape[2:], _Result(out=out), op)
 
 
-for _function in (warp_affine, crop_flip_normalize, resize, erase, mix):
+for _function in (warp_affine, warp_perspective, crop_flip_normalize, resize, erase, mix):
     docs.share_paragraphs(_function, images=_IMAGES, fill=_FILL, result=_RESULT, tail=_TAIL)

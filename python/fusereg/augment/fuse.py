@@ -14,11 +14,13 @@ from .program import Policy, Program
 from .render import Settings
 from .steps import (
     LARGER_IS_AN_ERROR,
+    Affine,
     CenterWindow,
     ExpandCanvas,
     Flip,
     FullImage,
     Padded,
+    Perspective,
     RandomWindow,
     ResizedWindow,
     ShortSide,
@@ -273,6 +275,11 @@ class Pass:
         if new.has(Padded) and (moved := self._last(lambda s: s.moves)):
             return f"{new.name} would show what {moved.name} removed"
         other = self._last(lambda s: s.resamples)
+        # A filter along the axes is fast, one across a turn is not, and not that of one after the
+        # other.
+        for a, b in ((self._last(_turns), new), (new, self._last(_filters))):
+            if a and b and _turns(a) and _filters(b):
+                return f"{a.name} is interpolated at points, and {b.name} filters"
         padded = self._last(lambda s: s.has(Padded))
         if padded and new.has(ShortSide, FullImage, ResizedWindow):
             return f"{new.name} would not interpolate at the edge of what {padded.name} adds"
@@ -365,6 +372,17 @@ class Pass:
             self.notes.append(
                 f"{new.name} reads the pixels beyond its window's edge instead of repeating it"
             )
+
+
+def _filters(stage: Stage) -> bool:
+    return stage.antialias
+
+
+def _turns(stage: Stage) -> bool:
+    return any(
+        isinstance(step, Perspective) or (isinstance(step, Affine) and step.turns)
+        for step in stage.steps
+    )
 
 
 def _fill_text(stage: Stage) -> str:

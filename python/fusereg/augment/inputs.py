@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,9 +71,12 @@ def image_tensor(x: Any, op: str) -> Tensor:
         return x
     if _is_pil(x):
         if x.mode not in ("L", "RGB", "RGBA", "LA"):
+            remedy = "call convert('RGB')"
+            if x.mode[0] in "IF":  # numbers that RGB has no room for
+                remedy = "give a tensor of floats in [0, 1], of numpy.asarray(image)"
             raise ValueError(
                 f"fusereg.{op}: an image of PIL must have mode L, LA, RGB or RGBA, got {x.mode!r}; "
-                "call convert('RGB')"
+                f"{remedy}"
             )
         bands = len(x.getbands())
         data = torch.frombuffer(bytearray(x.tobytes()), dtype=torch.uint8)
@@ -115,7 +119,13 @@ def batch_of(x: Any, op: str, single: bool) -> Batch:
     if single:
         x = image_tensor(x, op)
     if not isinstance(x, Tensor):
-        form = "; give a batch of tensors, or use collate" if _is_pil(x) else ""
+        form = ""
+        if _is_pil(x):
+            form = "; give a batch of tensors, or use collate"
+        elif type(x).__module__ == "numpy":
+            form = "; give torch.from_numpy(x), with channels first: (N, C, H, W)"
+        elif isinstance(x, (Mapping, tuple, list)):
+            form = "; call it with (images, targets), and collate with a list of samples"
         raise TypeError(f"fusereg.{op}: x must be a torch.Tensor, got {type(x).__name__}{form}")
     clip = kind_of(x) == "Video" and x.dim() == 4
     if clip or x.dim() == 5:

@@ -24,6 +24,19 @@ _MIXED = re.compile(
 _KEPT = re.compile(r"(?:^|[^a-z])(?:ids?|idx|index|indices|names?|paths?|files?|urls?|keys?)$")
 
 
+#: Words in the keys of plain values that are places in the image, whatever their shape.
+_PLACES = re.compile(
+    r"(?:^|[^a-z])(?:b?box(?:es)?|bndbox|keypoints?|kpts?|landmarks?|polygons?|segmentations?|joints)"
+    r"(?:$|[^a-z])"
+)
+_LABELS = re.compile("label|class|categor|id|area|score|weight|count|num|visib|name")
+
+
+def names_places(key: str) -> bool:
+    """Return whether a key, in small letters, is that of places in the image."""
+    return bool(_PLACES.search(key)) and not _LABELS.search(key)
+
+
 def is_named_as_label(key: str) -> bool | None:
     """Return whether a key says that its values are labels, or None where it says neither."""
     key = key.lower()

@@ -172,6 +172,11 @@ def _images(images: list[Any], op: str) -> list[Tensor]:
                 f"fusereg.{op}.collate: images must have one dtype, got {first.dtype}, and "
                 f"{image.dtype} of sample {i}"
             )
+        if image.dim() == 4 and len(image) != len(first):
+            raise ValueError(
+                f"fusereg.{op}.collate: clips must have one number of frames, got {len(first)}, "
+                f"and {len(image)} of sample {i}"
+            )
         if image.shape[-3] != first.shape[-3]:
             raise ValueError(
                 f"fusereg.{op}.collate: images must have one number of channels, got "

@@ -17,7 +17,7 @@ from .inputs import image_tensor, pil_image
 from .labels import tv_tensors, unwrap
 from .seeded import mix_bits
 from .targets import Targets
-from .tree import area, corners_of, kind_of, leaves_of, plain
+from .tree import area, corners_of, cut_corners, kind_of, leaves_of, plain
 
 #: torchvision's transforms that change values alone.
 _VALUES_ONLY = {
@@ -193,6 +193,8 @@ def call(
                 y = called.one(image, op)
             else:
                 y, target = _with_targets(called, image, trees[i], found)
+                if isinstance(y, Tensor):
+                    _same_canvas(target, (y.shape[-2], y.shape[-1]))
                 moved.append(target)
             if not isinstance(y, Tensor) or y.dim() != clips.dim() - 1:
                 what = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
@@ -242,13 +244,23 @@ def _with_targets(
         new.clamping_mode = mode
         if new is old or len(old) != len(new):
             continue  # unchanged, or filtered by the transform itself
-        whole = corners_of(plain(new), str(new.format.value))
-        height, width = new.canvas_size
-        cut = whole.clamp(min=0).minimum(whole.new_tensor([width, height, width, height]))
+        whole, cut = corners_of(plain(new), str(new.format.value)), cut_corners(new)
         left = area(cut) / area(whole).clamp(min=1e-12)
         new.fusereg_visible = left * getattr(old, "fusereg_visible", 1.0)
         _clamp(new, cut)
     return y, moved
+
+
+def _same_canvas(tree: Any, size: tuple[int, int]) -> None:
+    """Give boxes and points the image's size where torchvision rounded theirs to another pixel.
+
+    A rotation that expands does so.
+    """
+    for leaf in leaves_of(tree):
+        if kind_of(leaf) in ("BoundingBoxes", "KeyPoints"):
+            apart = [abs(a - b) for a, b in zip(leaf.canvas_size, size, strict=True)]
+            if max(apart) == 1:
+                leaf.canvas_size = size
 
 
 def _clamp(boxes: Any, cut: Tensor) -> None:

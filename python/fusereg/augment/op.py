@@ -1,6 +1,6 @@
 """The pass over a batch as a torch operation: warp, color, normalization, erasing, mixing.
 
-The arguments are those of the kernels (csrc/augment/augment.h): a record of 28 numbers for each
+The arguments are those of the kernels (csrc/augment/augment.h): a record of 30 numbers for each
 sample, and numbers for each channel. The gradient is the transpose of the warp, computed from the
 records; with ``color`` it also needs x, because of the clamp.
 """
@@ -15,7 +15,14 @@ from torch import Tensor
 
 from .. import _C
 from ..core import checks, dispatch, operator
-from .arguments import FILL_MODES, INTERPOLATIONS, for_channels, one_of, per_channel
+from .arguments import (
+    FILL_MODES,
+    INTERPOLATIONS,
+    for_channels,
+    interpolation_name,
+    one_of,
+    per_channel,
+)
 
 #: A number for each channel.
 Channels: TypeAlias = Sequence[float]
@@ -50,7 +57,7 @@ class Options(NamedTuple):
         zeros = (0.0,) * channels
         scale, shift = affine or ((1.0,) * channels, zeros)
         return Options(
-            INTERPOLATIONS[one_of(interpolation, op, "interpolation", list(INTERPOLATIONS))],
+            INTERPOLATIONS[interpolation_name(interpolation, op)],
             antialias,
             FILL_MODES[one_of(fill_mode, op, "fill_mode", list(FILL_MODES))],
             False,

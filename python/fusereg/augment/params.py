@@ -12,12 +12,14 @@ from torch import Tensor
 from .. import _C
 from ..core import dispatch, memory
 from . import op as _ops
-from .arguments import integer, is_sequence, of_array, one_of
+from .arguments import Interpolation, integer, interpolation_name, is_sequence, of_array, one_of
 from .steps import Values
 
 __all__ = ["AugmentParams"]
 
 _VERSION = 1
+#: Columns of records in states of before there was a perspective.
+_WITHOUT_PERSPECTIVE = 28
 _DRAWN = (
     "angle",
     "scale_x",
@@ -65,7 +67,7 @@ class AugmentParams:
     Coordinates are pixels (x, y); integers are pixel centers.
 
     Attributes:
-        records: [N, 28] float64: what the kernels read (``csrc/augment/augment.h``); the color
+        records: [N, 30] float64: what the kernels read (``csrc/augment/augment.h``); the color
             matrix's shifts are in units of full intensity.
         draws: [N, 16] float64: angle in degrees (counter-clockwise), scale x and y, shear x and y
             in degrees, translation x and y in pixels, flips x and y, the window x0 y0 x1 y1,
@@ -102,12 +104,28 @@ class AugmentParams:
     def moves(self) -> bool:
         """True where the geometry of any sample moves a pixel."""
         still = torch.tensor([1.0, 0, 0, 0, 1, 0], dtype=torch.float64, device=self.device)
-        return self.size != self.input_size or not bool((self.records[:, :6] == still).all())
+        stays = (self.records[:, :6] == still).all() and not self.records[:, 28:].any()
+        return self.size != self.input_size or not bool(stays)
 
     @property
     def matrices(self) -> Tensor:
-        """[N, 2, 3]: from an output pixel (x, y, 1) to its place in the input."""
+        """[N, 2, 3]: from an output pixel (x, y, 1) to its place in the input.
+
+        With a perspective, the first two rows of :attr:`homographies`.
+        """
         return self.records[:, :6].reshape(-1, 2, 3)
+
+    @property
+    def homographies(self) -> Tensor:
+        """[N, 3, 3]: to (a, b, c) with that place (a / c, b / c); c is 1 without perspective."""
+        last = torch.cat([self.records[:, 28:], torch.ones_like(self.records[:, :1])], 1)
+        return torch.cat([self.matrices, last[:, None]], 1)
+
+    @property
+    def mirrored(self) -> Tensor:
+        """[N] bool: whether the result shows the image mirrored."""
+        (a, b, c), (d, e, f), (p, q, _) = (r.unbind(1) for r in self.homographies.unbind(1))
+        return a * (e - f * q) - b * (d - f * p) + c * (d * q - e * p) < 0
 
     @property
     def flips(self) -> Tensor:
@@ -258,6 +276,9 @@ class AugmentParams:
             ("draws", _C.AUGMENT_DRAWS),
             ("keys", 2),
         ):
+            if name == "records" and tuple(state[name].shape) == (n, _WITHOUT_PERSPECTIVE):
+                more = state[name].new_zeros(n, width - _WITHOUT_PERSPECTIVE)
+                state = {**state, name: torch.cat([state[name], more], 1)}
             if tuple(state[name].shape) != (n, width):
                 raise ValueError(
                     f"fusereg.{op}: {name} must have shape ({n}, {width}), "
@@ -278,21 +299,13 @@ class AugmentParams:
         Pixels that left the image are lost.
         """
         a, b, c, d, e, f = self.records[:, :6].unbind(1)
-        determinant = a * e - b * d
-        back = torch.stack(
-            [
-                e / determinant,
-                -b / determinant,
-                (b * f - c * e) / determinant,
-                -d / determinant,
-                a / determinant,
-                (c * d - a * f) / determinant,
-            ],
-            dim=1,
-        )
+        p, q = self.records[:, 28:].unbind(1)
+        back = [e - f * q, c * q - b, b * f - c * e, f * p - d, a - c * p, c * d - a * f]
+        back += [d * q - e * p, b * p - a * q]
         records = torch.zeros_like(self.records)
+        columns = [*range(6), 28, 29]
         # Adding 0 turns a negative zero into a zero.
-        records[:, :6] = back + 0.0
+        records[:, columns] = torch.stack(back, 1) / (a * e - b * d)[:, None] + 0.0
         records[:, 14] = -1
         records[:, 15] = 1
         records[:, [16, 21, 26]] = 1
@@ -313,8 +326,10 @@ class AugmentParams:
         width = 3 if points.shape[-1:] == (3,) else 2
         self._check_points(points, "keypoints", "points", width)
         x = points if points.is_floating_point() else points.to(torch.float32)
-        m = memory.to_device(self.inverse().matrices, x.device, "AugmentParams.keypoints")
-        moved = torch.einsum("nij,nkj->nki", m[:, :, :2], x[..., :2].double()) + m[:, None, :, 2]
+        m = memory.to_device(self.inverse().homographies, x.device, "AugmentParams.keypoints")
+        xy, m, last = x[..., :2].double(), m[:, :2], m[:, None, 2]
+        moved = torch.einsum("nij,nkj->nki", m[:, :, :2], xy) + m[:, None, :, 2]
+        moved = moved / ((last[..., :2] * xy).sum(-1, keepdim=True) + 1.0)
         if width == 3:
             seen = x[..., 2:] * self.inside(moved)[..., None]
             return torch.cat([moved.to(x.dtype), seen], dim=-1)
@@ -342,7 +357,10 @@ class AugmentParams:
             The boxes in the same form and format, floating. Erasing and mixing do not change them.
         """
         op = "AugmentParams.boxes"
-        one_of(format, op, "format", _BOX_FORMATS)
+        format = getattr(format, "value", format)  # torchvision's are in capitals
+        format = one_of(
+            format.lower() if isinstance(format, str) else format, op, "format", _BOX_FORMATS
+        )
         if not isinstance(boxes, Tensor):
             return [
                 self._one(i, len(boxes)).boxes(b[None], format=format, clip=clip)[0]
@@ -390,7 +408,7 @@ class AugmentParams:
         *,
         fill: float = 0,
         fill_mode: str = "constant",
-        interpolation: str = "nearest",
+        interpolation: Interpolation = "nearest",
     ) -> Tensor:
         """Warp a mask (labels of pixels) as the images, by the nearest pixel.
 
@@ -403,23 +421,25 @@ class AugmentParams:
             fill_mode: as in :class:`fusereg.augment.Augment`.
             interpolation: other than "nearest" for floating masks, such as probabilities.
         """
-        if interpolation != "nearest" and not mask.is_floating_point():
+        op = "AugmentParams.mask"
+        how = interpolation_name(interpolation, op)
+        if how != "nearest" and not mask.is_floating_point():
             raise ValueError(
-                f"fusereg.AugmentParams.mask: interpolation must be 'nearest' for a mask of "
-                f"{mask.dtype}, got {interpolation!r}"
+                f"fusereg.{op}: interpolation must be 'nearest' for a mask of {mask.dtype}, "
+                f"got {how!r}"
             )
         cut = (self.records[:, 15] == 0) & (self.records[:, 14] >= 0)
         kept = torch.where(cut[:, None], self.records, self.without_mix().records)
-        sampling = (interpolation, False, fill_mode, fill)
-        return replace(self, records=kept).planes(mask, "AugmentParams.mask", sampling)
+        return replace(self, records=kept).planes(mask, op, (how, False, fill_mode, fill))
 
-    def planes(self, mask: Tensor, op: str, sampling: tuple[str, bool, str, Any]) -> Tensor:
+    def planes(self, mask: Tensor, op: str, sampling: tuple[object, bool, str, Any]) -> Tensor:
         """Warp and mix planes [N, H, W] or [N, C, H, W] of any number and dtype; erase nothing."""
         if mask.dim() not in (3, 4):
             raise ValueError(
                 f"fusereg.{op}: mask must have shape (N, H, W) or (N, C, H, W), "
                 f"got {tuple(mask.shape)}"
             )
+        _check_fill(sampling[3], mask.dtype, op)
         x = mask if mask.dim() == 4 else mask[:, None]
         channels, params = x.shape[1], self._map(torch.clone)
         params.records[:, 6:10] = 0
@@ -438,7 +458,7 @@ class AugmentParams:
         self,
         x: Tensor,
         *,
-        interpolation: str = "bilinear",
+        interpolation: Interpolation = "bilinear",
         antialias: bool = False,
         fill_mode: str = "constant",
         fill: float | Sequence[float] = 0,
@@ -449,7 +469,7 @@ class AugmentParams:
         op = "AugmentParams.warp"
         return geometry._render(x, op, (interpolation, antialias, fill_mode, fill))
 
-    def _render(self, x: Tensor, op: str, sampling: tuple[str, bool, str, Any]) -> Tensor:
+    def _render(self, x: Tensor, op: str, sampling: tuple[object, bool, str, Any]) -> Tensor:
         self.check_images(x, op)
         options = _ops.Options.of(_ops.check_images(x, op).shape[1], op, sampling)
         target = _ops.Target.of(x, self.size, x.dtype)
@@ -464,6 +484,19 @@ class AugmentParams:
                 f"fusereg.{op}: x must have shape ({n}, C, {height}, {width}) as its parameters, "
                 f"got {tuple(x.shape)}"
             )
+
+
+def _check_fill(fill: Any, dtype: torch.dtype, op: str) -> None:
+    """Refuse a label outside the image that a mask's dtype would turn into another one."""
+    if dtype.is_floating_point or not isinstance(fill, (int, float)):
+        return
+    low, high = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    if fill != int(fill) or not low <= fill <= high:
+        name = "mask_fill" if op != "AugmentParams.mask" else "fill"
+        raise ValueError(
+            f"fusereg.{op}: {name} must be an integer from {low} to {high} for a mask of {dtype}, "
+            f"got {fill}"
+        )
 
 
 def _cpu(index: slice | Sequence[int] | Tensor) -> Any:

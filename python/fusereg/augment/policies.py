@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -35,6 +35,11 @@ class Jitter(Policy):
         """The most uniform numbers that an image takes."""
         return 2 * len(self.ranges)
 
+    @property
+    def codes(self) -> Set[int]:
+        """The instructions that an image may get."""
+        return {code for code, *_ in self.ranges}
+
     def rows(self, numbers: Numbers, size: Size) -> list[Row]:
         """Return the instructions for an image of this size."""
         places = [numbers.uniform() for _ in self.ranges]
@@ -60,6 +65,11 @@ class Always(Policy):
     def first(self) -> bool:
         """True where nothing may come before it in a pass."""
         return self.code == P.GRAY and bool(self.arguments)
+
+    @property
+    def codes(self) -> Set[int]:
+        """The instructions that an image may get."""
+        return {self.code}
 
     def rows(self, numbers: Numbers, size: Size) -> list[Row]:
         """Return the instructions for an image of this size."""
@@ -90,6 +100,11 @@ class Maybe(Policy):
     def moves(self) -> bool:
         """True where an instruction may move pixels."""
         return any(policy.moves for policy in self.policies)
+
+    @property
+    def codes(self) -> Set[int]:
+        """The instructions that an image may get."""
+        return {code for policy in self.policies for code in policy.codes if self.p > 0}
 
     def rows(self, numbers: Numbers, size: Size) -> list[Row]:
         """Return the instructions for an image of this size."""
@@ -144,7 +159,15 @@ _VALUES = {
     "AutoContrast": P.AUTOCONTRAST,
     "Equalize": P.EQUALIZE,
     "Invert": P.INVERT,
+    "SolarizeAdd": P.SOLARIZE_ADD,
 }
+
+
+def _codes(names: Iterable[str]) -> Set[int]:
+    """Return the instructions of operations."""
+    return {P.WARP if name in _GEOMETRY else _VALUES[name] for name in names}
+
+
 _FACTORS = ("Brightness", "Color", "Contrast", "Sharpness")
 
 # --- torchvision's: magnitudes in bins ---
@@ -218,6 +241,11 @@ class Bins(Policy):
         return 3 * self.layers
 
     @property
+    def codes(self) -> Set[int]:
+        """The instructions that an image may get."""
+        return _codes(_OPERATIONS) if self.layers else set()
+
+    @property
     def moves(self) -> bool:
         """True where an instruction may move pixels."""
         return self.layers > 0
@@ -252,6 +280,11 @@ class Pairs(Policy):
     def uniforms(self) -> int:
         """The most uniform numbers that an image takes."""
         return 1 + 2 * max(len(pair) for pair in self.pairs)
+
+    @property
+    def codes(self) -> Set[int]:
+        """The instructions that an image may get."""
+        return _codes(name for pair in self.pairs for name, p, _ in pair if p > 0)
 
     @property
     def moves(self) -> bool:
@@ -304,9 +337,14 @@ _RAND = (
 _WITH_INCREASING = ("Posterize", "Solarize", *_FACTORS)
 
 
+def _base_name(name: str) -> str:
+    """Return the name of an operation without timm's endings."""
+    return name.removesuffix("Increasing").removesuffix("Original").removesuffix("Rel")
+
+
 def _level_row(name: str, level: float, numbers: Numbers, size: Size, how: float) -> Row:
     """Return timm's operation of this name and level."""
-    base = name.removesuffix("Increasing").removesuffix("Original").removesuffix("Rel")
+    base = _base_name(name)
     share = level / 10.0
     if base in _GEOMETRY:
         most = {"Rotate": 30.0, "ShearX": 0.3, "ShearY": 0.3}.get(base, 0.45)
@@ -346,7 +384,7 @@ class Levels(Policy):
     layers: int = 1
     deviation: float = 0.0
     highest: float = 10.0
-    hows: tuple[int, ...] = (1, 2)
+    hows: tuple[int, ...] = (1, P.PIL_BICUBIC)
 
     @property
     def _most(self) -> int:
@@ -361,6 +399,12 @@ class Levels(Policy):
     def normals(self) -> int:
         """The most normal numbers that an image takes."""
         return self._most if 0.0 < self.deviation < math.inf else 0
+
+    @property
+    def codes(self) -> Set[int]:
+        """The instructions that an image may get."""
+        names = (n for parts in self.choices for n, p, _ in parts if p > 0 and self.layers)
+        return _codes(_base_name(n) for n in names)
 
     @property
     def moves(self) -> bool:
@@ -471,7 +515,7 @@ def of_timm(transform: Any) -> Levels | None:
         return None
     first = parts[0]
     how = first.kwargs["resample"]
-    numbers = {0: 0, 2: 1, 3: 2}
+    numbers = {0: 0, 2: 1, 3: P.PIL_BICUBIC}
     hows = [numbers.get(int(h)) for h in (how if isinstance(how, (list, tuple)) else [how])]
     if None in hows:
         return None

@@ -6,7 +6,7 @@ so after each of them; images of floats go through functions of torch, one by on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -26,6 +26,10 @@ from .seeded import Keys
 IDENTITY, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, INVERT, POSTERIZE = range(8)
 SOLARIZE, SOLARIZE_ADD, AUTOCONTRAST, EQUALIZE, SHARPNESS, BLUR, WARP = range(8, 15)
 _WIDTH = 8
+#: The interpolation of a warp that is PIL's bicubic; others have the numbers of INTERPOLATIONS.
+PIL_BICUBIC = 3
+#: Those that need gray or hue, which images of 1 and 3 channels have.
+_OF_COLORS = {CONTRAST: "contrast", SATURATION: "saturation", HUE: "hue", GRAY: "grayscale"}
 
 #: The code and its arguments.
 Row: TypeAlias = tuple[float, ...]
@@ -117,6 +121,11 @@ class Policy:
         """True where nothing may come before it in a pass."""
         return False
 
+    @property
+    def codes(self) -> Set[int]:
+        """The instructions that an image may get."""
+        raise NotImplementedError
+
     def rows(self, numbers: Numbers, size: tuple[int, int]) -> list[Row]:
         """Return the instructions for an image of this size."""
         raise NotImplementedError
@@ -166,6 +175,7 @@ class Program:
                 f"fusereg.{op}: x must have {len(params)} images as its parameters, "
                 f"got shape {tuple(x.shape)}"
             )
+        self._check_channels(images.shape[1], op)
         programs = params.programs.cpu()
         gray = (programs[..., 0] == GRAY) & (programs[..., 1] == 3)
         if images.shape[1] == 1 and bool(gray.any()):
@@ -175,7 +185,7 @@ class Program:
         channels, height, width = images.shape[1:]
         _C.color_program_check(programs, channels, height, width, op)
         if images.dtype is not torch.uint8:
-            y = _in_floats(images, programs.tolist(), fill, op)
+            y = _in_floats(images, programs.tolist(), fill, self.whole_pixels, op)
             return rewrap(y if out is None else out.copy_(y), x)
         if out is not None:
             checks.check_target(images, out, op, tuple(images.shape), torch.uint8)
@@ -186,6 +196,17 @@ class Program:
         else:
             y = _kernel(images, programs, fill, self.whole_pixels, out=out)
         return rewrap(y, x)
+
+    def _check_channels(self, channels: int, op: str) -> None:
+        """Refuse colors of images that have none, whether or not this batch has drawn them."""
+        codes = {code for policy, _ in self.policies for code in policy.codes}
+        named = [name for code, name in _OF_COLORS.items() if code in codes]
+        if channels not in (1, 3) and named:
+            raise ValueError(
+                f"fusereg.{op}: x must have 1 or 3 channels for {', '.join(named)}, got "
+                f"{channels}; transform x[:, :3] and join the other channels again, or leave "
+                "these operations out"
+            )
 
 
 def _kernel(
@@ -219,8 +240,34 @@ _NAMES = (
 )
 
 
+def _warped(
+    image: Tensor, a: list[float], fill: list[float], whole_pixels: bool, op: str
+) -> Tensor:
+    """Return an image [C, H, W] moved by a matrix; ``whole_pixels`` as in Program."""
+    size = (image.shape[-2], image.shape[-1])
+    params = draw([], torch.zeros(1, dtype=torch.int64), size, 0, 0, op)
+    params.records[0, :6] = torch.tensor(a[:6], dtype=torch.float64)
+    sampling = (0, False, "border" if whole_pixels else "constant", fill)
+    options = _ops.Options.of(len(fill), op, sampling)._replace(interpolation=int(a[6]))
+    target = _ops.Target.of(image[None], size, image.dtype)
+    records = memory.to_device(params.records, image.device, op)
+    y = _ops.apply(image[None], records, None, target, options, op)[0]
+    if not whole_pixels:
+        return y
+    rows, columns = (torch.arange(n, dtype=torch.float64) for n in size)
+    u = a[0] * columns + (a[1] * rows + a[2])[:, None]
+    v = a[3] * columns + (a[4] * rows + a[5])[:, None]
+    inside = (u >= -0.5) & (v >= -0.5) & (u < size[1] - 0.5) & (v < size[0] - 0.5)
+    shades = y.new_tensor(fill)[:, None, None]
+    return torch.where(memory.to_device(inside, y.device, op), y, shades)
+
+
 def _in_floats(
-    x: Tensor, programs: list[list[list[float]]], fill: tuple[float, ...], op: str
+    x: Tensor,
+    programs: list[list[list[float]]],
+    fill: tuple[float, ...],
+    whole_pixels: bool,
+    op: str,
 ) -> Tensor:
     results = []
     for image, rows in zip(x, programs, strict=True):
@@ -231,12 +278,7 @@ def _in_floats(
                 row = memory.to_device(row, x.device, op)
                 image = (_kernel(levels, row, fill, False)[0] / 255).to(x.dtype)
             elif code == WARP:
-                size = (image.shape[-2], image.shape[-1])
-                params = draw([], torch.zeros(1, dtype=torch.int64), size, 0, 0, op)
-                params.records[0, :6] = torch.tensor(a[:6], dtype=torch.float64)
-                how = ("nearest", "bilinear", "bicubic")[int(a[6])]
-                shades = [f / 255 for f in fill]
-                image = params.warp(image[None], interpolation=how, fill=shades)[0]
+                image = _warped(image, a, [f / 255 for f in fill], whole_pixels, op)
             else:
                 image = floats.FUNCTIONS[_NAMES[int(code)]](image, a)
         results.append(image)

@@ -21,7 +21,17 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .arguments import PerChannel, Size, for_channels, numbers, one_of, per_channel, size_pair
+from .arguments import (
+    Interpolation,
+    PerChannel,
+    Size,
+    for_channels,
+    interpolation_name,
+    numbers,
+    one_of,
+    per_channel,
+    size_pair,
+)
 from .compose import Compose, Transform
 from .render import Mix
 from .steps import FullImage, ShortSide, Step
@@ -68,7 +78,7 @@ def torchvision_classification(
     scale: Sequence[float] = (0.08, 1.0),
     ratio: Sequence[float] = (3 / 4, 4 / 3),
     hflip: float = 0.5,
-    interpolation: str = "bilinear",
+    interpolation: Interpolation = "bilinear",
     magnitude: int = 9,
     mean: PerChannel = IMAGENET_MEAN,
     std: PerChannel = IMAGENET_STD,
@@ -141,7 +151,7 @@ def timm_imagenet(
     ratio: Sequence[float] = (3 / 4, 4 / 3),
     hflip: float = 0.5,
     vflip: float = 0.0,
-    interpolation: str = "bicubic",
+    interpolation: Interpolation = "bicubic",
     crop_pct: float = 0.875,
     mean: PerChannel = IMAGENET_MEAN,
     std: PerChannel = IMAGENET_STD,
@@ -200,7 +210,7 @@ def timm_imagenet(
         *_mixing(mixup, cutmix, num_classes, mix_prob, mix_switch, label_smoothing, mix_mode),
         normal,
     ]
-    one_of(remode, op, "remode", ("const", "rand", "pixel"))
+    remode = one_of(remode, op, "remode", ("const", "rand", "pixel"))
     if reprob and remode != "rand" and recount == 1:
         value: float | str = "random" if remode == "pixel" else 0.0
         chain.append(RandomErasing(reprob, (0.02, 1 / 3), (0.3, 1 / 0.3), value, seed=0))
@@ -303,7 +313,7 @@ def detection(
     Source: torchvision, references/detection/presets.py.
     """
     op = "recipes.detection"
-    one_of(policy, op, "policy", ("hflip", "multiscale", "lsj", "ssd", "ssdlite"))
+    policy = one_of(policy, op, "policy", ("hflip", "multiscale", "lsj", "ssd", "ssdlite"))
     v2 = _library("torchvision.transforms.v2", "detection")
     tv = _library("torchvision.tv_tensors", "detection")
     if policy == "lsj" and size is None:
@@ -407,12 +417,12 @@ def _labels_of(sample: Any) -> Any:
     return target[names[0]] if names else None
 
 
-def _resize(name: str, step: Step, interpolation: str) -> Transform:
+def _resize(name: str, step: Step, interpolation: Interpolation) -> Transform:
     return Transform(resize_stage(name, step, interpolation, True), 0)
 
 
 def _evaluation(
-    size: Size, resize: int | None, crop_pct: float, interpolation: str, normal: Transform
+    size: Size, resize: int | None, crop_pct: float, interpolation: Interpolation, normal: Transform
 ) -> list[Any]:
     """Return a resize of the shorter side, the central crop and normalization: one pass."""
     pair = size_pair(size, "recipes")
@@ -437,10 +447,13 @@ def _mixing(
     return [mixing(Mix(mixup, cutmix, p, switch, num_classes, label_smoothing, mode))]
 
 
-def _policy(policy: Policy, magnitude: int, interpolation: str, mean: PerChannel) -> list[Any]:
+def _policy(
+    policy: Policy, magnitude: int, interpolation: Interpolation, mean: PerChannel
+) -> list[Any]:
     """Return the transform of a policy of automatic augmentation."""
     if policy is None:
         return []
+    policy = getattr(policy, "value", policy)  # torchvision's AutoAugmentPolicy
     if not isinstance(policy, str):
         if not callable(policy):
             hint = "; size is another argument" if isinstance(policy, int | tuple | list) else ""
@@ -451,7 +464,8 @@ def _policy(policy: Policy, magnitude: int, interpolation: str, mean: PerChannel
     if policy in ("ra", "ta_wide", "imagenet", "cifar10", "svhn", "augmix"):
         v2 = _library("torchvision.transforms.v2", f"policy={policy!r}")
         # torchvision turns tensors by no other.
-        how = v2.InterpolationMode("nearest" if interpolation == "nearest" else "bilinear")
+        nearest = interpolation_name(interpolation, "recipes") == "nearest"
+        how = v2.InterpolationMode("nearest" if nearest else "bilinear")
         if policy == "ra":
             return [v2.RandAugment(magnitude=magnitude, interpolation=how)]
         if policy == "ta_wide":

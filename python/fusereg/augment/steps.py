@@ -71,6 +71,12 @@ class Affine(Step):
         ]
 
     @property
+    def turns(self) -> bool:
+        """Return whether rows may not stay rows."""
+        angles = (self.degrees, self.shear_x, self.shear_y)
+        return self.p > 0.0 and any(pair != _ZERO for pair in angles)
+
+    @property
     def is_identity(self) -> bool:
         """Return whether it never moves a pixel."""
         return self.p == 0.0 or (
@@ -206,6 +212,17 @@ class ShortSide(Step):
     def is_random(self) -> bool:
         """Return whether samples differ."""
         return self.sides[0] != self.sides[1]
+
+
+@dataclass(frozen=True)
+class Perspective(Step):
+    """A perspective whose corners move inward by a random share of half a side."""
+
+    p: float = 0.5
+    distortion: float = 0.5
+
+    kind = 11
+    group = "perspective"
 
 
 #: The kinds of steps that leave pixels where they are.

@@ -7,7 +7,6 @@ imported. Plain tensors are labels. What is neither, and would have to move, is 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import INTERPOLATIONS, integer, is_sequence, number, one_of
-from .labels import MixedLabels, is_named_as_label, mix_labels
+from .arguments import Interpolation, integer, interpolation_name, is_sequence, number
+from .labels import MixedLabels, is_named_as_label, mix_labels, names_places
 from .params import AugmentParams
 from .tree import (
     Columns,
@@ -26,7 +25,9 @@ from .tree import (
     batch_tree,
     check_canvas,
     corners_of,
+    cut_corners,
     hides_tensors,
+    is_cut,
     items_of,
     kind_of,
     one_each,
@@ -38,12 +39,6 @@ from .tree import (
 
 #: Keys whose values have a row for each box, and are filtered with the boxes.
 ROWS = ("labels", "masks", "keypoints", "area", "iscrowd", "scores", "visibility")
-#: Words in the keys of plain values that are places in the image, whatever their shape.
-_PLACES = re.compile(
-    r"(?:^|[^a-z])(?:b?box(?:es)?|bndbox|keypoints?|kpts?|landmarks?|polygons?|segmentations?|joints)"
-    r"(?:$|[^a-z])"
-)
-_LABELS = re.compile("label|class|categor|id|area|score|weight|count|num|visib|name")
 
 
 @dataclass(frozen=True)
@@ -69,8 +64,8 @@ class Rules:
     """
 
     mask_fill: float | None = None
-    mask_interpolation: str = "nearest"
-    image_interpolation: str | None = None
+    mask_interpolation: Interpolation = "nearest"
+    image_interpolation: Interpolation | None = None
     keypoint_pairs: Sequence[tuple[int, int]] = ()
     min_area: float = 0.0
     min_visibility: float = 0.0
@@ -79,12 +74,18 @@ class Rules:
     passthrough: bool | Sequence[str] = False
 
     def check(self, op: str) -> Rules:
-        """Check the arguments."""
+        """Check the arguments, and return them with names for interpolations."""
         if self.mask_fill is not None:
             number(self.mask_fill, op, "mask_fill")
-        one_of(self.mask_interpolation, op, "mask_interpolation", list(INTERPOLATIONS))
+        names = {
+            "mask_interpolation": interpolation_name(
+                self.mask_interpolation, op, "mask_interpolation"
+            )
+        }
         if self.image_interpolation is not None:
-            one_of(self.image_interpolation, op, "image_interpolation", list(INTERPOLATIONS))
+            names["image_interpolation"] = interpolation_name(
+                self.image_interpolation, op, "image_interpolation"
+            )
         for pair in self.keypoint_pairs:
             if not is_sequence(pair) or len(pair) != 2:
                 raise ValueError(f"fusereg.{op}: keypoint_pairs must be pairs, got {pair!r}")
@@ -101,7 +102,7 @@ class Rules:
                 continue
             if not is_sequence(keys) or not all(isinstance(k, str) for k in keys):
                 raise TypeError(f"fusereg.{op}: {name} must be a sequence of keys, got {keys!r}")
-        return self
+        return replace(self, **names)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class Targets:
         each = indexed and sample is None and one_each(tree, self.n)
         if each:
             each = self._is_each(tree, path)
-        if self.mixed and mixable and indexed and not each and items and sample is None:
+        if self.mixed and mixable and indexed and items and sample is None:
             self._refuse_numbers(tree, path)
         made = {}
         # A list keeps the name and the group of what it is in; other containers have their own.
@@ -302,7 +303,7 @@ class Targets:
         kind = leaf.kind
         if kind not in ("", "Tensor"):
             return "is a tv_tensor that fusereg does not know" if kind == "TVTensor" else ""
-        named = bool(_PLACES.search(key)) and not _LABELS.search(key)
+        named = names_places(key)
         shape = getattr(value, "shape", None)
         if shape is None:
             if isinstance(value, (int, float)):
@@ -349,16 +350,20 @@ class Targets:
         self._move_points(by_kind.get("KeyPoints", []), alone)
         self.size = params.size
 
-    def _mask_sampling(self, look: Look) -> Callable[[Leaf], tuple[str, bool, str, float]]:
+    def _mask_sampling(
+        self, look: Look
+    ) -> Callable[[Leaf], tuple[Interpolation, bool, str, float]]:
         fill = self.rules.mask_fill if self.rules.mask_fill is not None else look.mask_fill or 0.0
         with_boxes = {leaf.group for leaf in self.leaves if leaf.kind == "BoundingBoxes"}
 
-        def sampling(leaf: Leaf) -> tuple[str, bool, str, float]:
+        def sampling(leaf: Leaf) -> tuple[Interpolation, bool, str, float]:
             value = leaf.value
             instances = leaf.group in with_boxes or value.dtype is torch.bool
             floating = value.is_floating_point()
             mode = self.rules.mask_interpolation if floating else "nearest"
-            return mode, False, look.fill_mode, 0.0 if instances else fill
+            # The fill of floating images, which torchvision makes an integer.
+            lost = self.rules.mask_fill is None and not floating and abs(fill) < 1
+            return mode, False, look.fill_mode, 0.0 if instances or lost else fill
 
         return sampling
 
@@ -447,7 +452,7 @@ class Targets:
         self,
         leaves: list[Leaf],
         alone: AugmentParams,
-        sampling: Callable[[Leaf], tuple[str, bool, str, float]],
+        sampling: Callable[[Leaf], tuple[Interpolation, bool, str, float]],
         masks: bool,
     ) -> None:
         """Warp masks, images and videos: all alike in one call."""
@@ -479,9 +484,12 @@ class Targets:
                 leaf.value = wrap(part.reshape(shape), leaf.value)
 
     def _move_boxes(self, leaves: list[Leaf], alone: AugmentParams) -> None:
-        """Move boxes to boxes around them, cut to the image; those of corners, corner by corner."""
-        for name in {str(leaf.value.format.value) for leaf in leaves}:
-            group = [leaf for leaf in leaves if str(leaf.value.format.value) == name]
+        """Move boxes to boxes around them, cut unless clamping_mode is None; or their corners."""
+        alike: dict[tuple[str, bool], list[Leaf]] = {}
+        for leaf in leaves:
+            kind = (str(leaf.value.format.value), is_cut(leaf.value))
+            alike.setdefault(kind, []).append(leaf)
+        for (name, clip), group in alike.items():
             counts = [len(leaf.value) for leaf in group]
             rows = torch.tensor([leaf.sample for leaf in group]).repeat_interleave(
                 torch.tensor(counts)
@@ -491,13 +499,12 @@ class Targets:
             if name == "XYXYXYXY":
                 places: Any = own.keypoints(b.reshape(-1, 4, 2) - 0.5)
                 moved = places + 0.5
-                m = own.matrices.to(b.device)
-                mirrored = m[:, 0, 0] * m[:, 1, 1] < m[:, 0, 1] * m[:, 1, 0]
+                mirrored = own.mirrored.to(b.device)
                 turned = moved[:, [1, 0, 3, 2]]  # the corners' order stays clockwise
                 moved = torch.where(mirrored[:, None, None], turned, moved).flatten(1)
             else:
                 form = name.lower()
-                moved = own.boxes(b[:, None], format=form)[:, 0]  # type: ignore[call-overload]
+                moved = own.boxes(b[:, None], format=form, clip=clip)[:, 0]  # type: ignore[call-overload]
             if self.rules.min_visibility:
                 hull = corners_of(b, name)[:, None]
                 cut, full = (own.boxes(hull, clip=c)[:, 0] for c in (True, False))  # type: ignore[call-overload]
@@ -508,13 +515,14 @@ class Targets:
                 leaf.value = wrap(part, before, canvas_size=alone.size)
                 if self.rules.min_visibility:
                     kept = getattr(before, "fusereg_visible", torch.ones((), device=b.device))
-                    leaf.value.fusereg_visible = kept * left[at : at + count]
+                    now = left[at : at + count]
+                    # What is left of a box that is not cut is of the whole box already.
+                    leaf.value.fusereg_visible = kept * now if clip else now.minimum(kept)
                 at += count
 
     def _move_points(self, leaves: list[Leaf], alone: AugmentParams) -> None:
         """Move points; those of a pair change places in a mirrored image."""
-        m = alone.matrices
-        mirrored = m[:, 0, 0] * m[:, 1, 1] < m[:, 0, 1] * m[:, 1, 0]
+        mirrored = alone.mirrored
         for leaf in leaves:
             value = plain(leaf.value)
             flat = value[None] if leaf.sample is not None else value
@@ -648,7 +656,7 @@ class Targets:
     def _filter(self, boxes: Leaf) -> None:
         """Leave out boxes that are too small, with the rows of the keys beside them."""
         value, rules = boxes.value, self.rules
-        kept = area(corners_of(plain(value), str(value.format.value))) >= rules.min_area
+        kept = area(cut_corners(value)) >= rules.min_area
         if rules.min_visibility:
             kept &= getattr(value, "fusereg_visible", kept.double()) >= rules.min_visibility
         if bool(kept.all()):

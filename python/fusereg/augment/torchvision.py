@@ -20,9 +20,6 @@ from .render import Mix
 from .steps import FullImage, Padded, ShortSide, Step
 from .tree import wrap
 
-#: PIL's numbers of interpolations.
-_NUMBERS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
-
 
 def _fill(transform: Any, *kinds: str) -> Any:
     """Return the fill of images, or of other types: a number, or one for each channel."""
@@ -40,11 +37,6 @@ def _mask_fill(transform: Any) -> float | None:
     return float(fill) if isinstance(fill, (int, float)) else None
 
 
-def _interpolation(transform: Any) -> Any:
-    value = transform.interpolation
-    return _NUMBERS.get(value, value) if isinstance(value, int) else value
-
-
 def _filled(stage: Stage, transform: Any) -> Stage:
     return replace(stage, mask_fill=_mask_fill(transform))
 
@@ -52,15 +44,20 @@ def _filled(stage: Stage, transform: Any) -> Stage:
 def _rotation(t: Any) -> Stage | str:
     if t.expand:
         return "it expands the canvas for the angle that it draws, fusereg for all of a range"
-    made = T.RandomRotation(list(t.degrees), _interpolation(t), False, t.center, _fill(t), seed=0)
+    made = T.RandomRotation(list(t.degrees), t.interpolation, False, t.center, _fill(t), seed=0)
     return _filled(made.stage, t)
 
 
 def _affine(t: Any) -> Stage:
     shear = None if t.shear is None else list(t.shear)
     made = T.RandomAffine(
-        list(t.degrees), t.translate, t.scale, shear, _interpolation(t), _fill(t), t.center, seed=0
+        list(t.degrees), t.translate, t.scale, shear, t.interpolation, _fill(t), t.center, seed=0
     )
+    return _filled(made.stage, t)
+
+
+def _perspective(t: Any) -> Stage:
+    made = T.RandomPerspective(t.distortion_scale, t.p, t.interpolation, _fill(t), seed=0)
     return _filled(made.stage, t)
 
 
@@ -92,12 +89,12 @@ def _resize(t: Any) -> Stage:
         step = ShortSide((side, side), longest or 0)
     else:
         step = FullImage(size_pair(list(size), "Resize"))
-    return T.resize_stage("Resize", step, _interpolation(t), t.antialias)
+    return T.resize_stage("Resize", step, t.interpolation, t.antialias)
 
 
 def _random_resize(t: Any) -> Stage:
     step = ShortSide((t.min_size, t.max_size - 1))
-    return T.resize_stage("RandomResize", step, _interpolation(t), t.antialias)
+    return T.resize_stage("RandomResize", step, t.interpolation, t.antialias)
 
 
 def _dtype(t: Any) -> Stage | str:
@@ -201,7 +198,7 @@ def _apply(t: Any) -> Stage | str:
 
 def _auto(t: Any) -> Stage | str:
     name = type(t).__name__
-    how = T.interpolation_of(_interpolation(t), name)
+    how = T.interpolation_of(t.interpolation, name)
     policy: P.Policy
     if name == "AutoAugment":
         pairs = getattr(t, "_policies", None) or t.policies
@@ -226,11 +223,12 @@ def _erasing(t: Any) -> Stage:
 _KNOWN: Mapping[str, Callable[[Any], Stage | Sequence[Stage] | str]] = {
     "RandomRotation": _rotation,
     "RandomAffine": _affine,
+    "RandomPerspective": _perspective,
     "RandomCrop": _crop,
     "RandomErasing": _erasing,
     "RandomResizedCrop": lambda t: (
         T.RandomResizedCrop(
-            list(t.size), t.scale, t.ratio, _interpolation(t), t.antialias, seed=0
+            list(t.size), t.scale, t.ratio, t.interpolation, t.antialias, seed=0
         ).stage
     ),
     "RandomHorizontalFlip": lambda t: T.RandomHorizontalFlip(t.p, seed=0).stage,

@@ -15,6 +15,7 @@ from . import policies
 from . import program as P
 from .arguments import (
     INTERPOLATIONS,
+    Interpolation,
     Interval,
     PerChannel,
     Size,
@@ -22,11 +23,11 @@ from .arguments import (
     factors,
     flag,
     integer,
+    interpolation_name,
     interval,
     is_sequence,
     normalization,
     numbers,
-    one_of,
     per_channel,
     probability,
     size_pair,
@@ -43,6 +44,7 @@ from .steps import (
     CenterWindow,
     ExpandCanvas,
     Flip,
+    Perspective,
     RandomWindow,
     ResizedWindow,
     Step,
@@ -59,6 +61,7 @@ __all__ = [
     "RandomCrop",
     "RandomErasing",
     "RandomHorizontalFlip",
+    "RandomPerspective",
     "RandomResizedCrop",
     "RandomRotation",
     "RandomVerticalFlip",
@@ -74,19 +77,18 @@ def _interpolation(value: object, rules: Convention, op: str) -> str:
     """
     if value is None:
         return rules.interpolation
-    return one_of(getattr(value, "value", value), op, "interpolation", list(INTERPOLATIONS))
+    return interpolation_name(value, op)
 
 
 def _resampling(value: object, op: str) -> tuple[str, bool]:
     """Return the interpolation of a resize, and whether it is by the corners of pixels."""
-    name = getattr(value, "value", value)
-    one_of(name, op, "interpolation", [*INTERPOLATIONS, "nearest-exact"])
-    return ("nearest" if name == "nearest-exact" else str(name)), name == "nearest"
+    name = interpolation_name(value, op, corners=True)
+    return ("nearest" if name == "nearest-exact" else name), name == "nearest"
 
 
 def interpolation_of(value: object, op: str) -> int:
     """Return the kernels' number of an interpolation of torchvision."""
-    return INTERPOLATIONS[_interpolation(value, convention("torchvision", op), op)]
+    return INTERPOLATIONS[interpolation_name(value, op)]
 
 
 def _center(
@@ -141,7 +143,7 @@ class RandomRotation(Transform):
     def __init__(
         self,
         degrees: Interval,
-        interpolation: str | None = None,
+        interpolation: Interpolation | None = None,
         expand: bool = False,
         center: Sequence[float] | None = None,
         fill: PerChannel | None = 0,
@@ -194,7 +196,7 @@ class RandomAffine(Transform):
         translate: Sequence[float] | None = None,
         scale: Sequence[float] | None = None,
         shear: Interval | None = None,
-        interpolation: str | None = None,
+        interpolation: Interpolation | None = None,
         fill: PerChannel | None = 0,
         center: Sequence[float] | None = None,
         *,
@@ -212,6 +214,48 @@ class RandomAffine(Transform):
             f"degrees={step.degrees}, translate={translate}, scale={scale}, shear={shear}, "
             f"interpolation={self.stage.interpolation!r}"
         )
+
+
+class RandomPerspective(Transform):
+    """A perspective of each image: its corners move inward, each by a random distance.
+
+    Args:
+        distortion_scale: the most by which a corner moves, as a share of half a side.
+        p: the probability that an image is changed.
+        interpolation: "nearest", "bilinear" or "bicubic".
+        fill: a number, or one for each channel, in the images' units.
+        fill_mode: how pixels outside the image are filled, as for :class:`Augment`.
+        seed: default: from torch's generator.
+
+    An image of whose corners three come to lie on a line stays as it is.
+    """
+
+    def __init__(
+        self,
+        distortion_scale: float = 0.5,
+        p: float = 0.5,
+        interpolation: Interpolation = "bilinear",
+        fill: PerChannel | None = 0,
+        *,
+        fill_mode: str = "constant",
+        seed: int | None = None,
+    ) -> None:
+        op = "RandomPerspective"
+        share = probability(distortion_scale, op, "distortion_scale")
+        step = Perspective(probability(p, op, "p"), share)
+        moves = step.p > 0
+        stage = Stage(
+            op,
+            (step,),
+            resamples=moves,
+            moves=moves,
+            fills=moves,
+            interpolation=interpolation_name(interpolation, op),
+            fill_mode=convention("torchvision", op).mode(fill_mode, op),
+            fill=per_channel(0.0 if fill is None else fill, op, "fill"),
+        )
+        super().__init__(stage, seed)
+        self._text = f"distortion_scale={share}, p={p}, interpolation={stage.interpolation!r}"
 
 
 class RandomResizedCrop(Transform):
@@ -236,7 +280,7 @@ class RandomResizedCrop(Transform):
         size: Size,
         scale: Sequence[float] = (0.08, 1.0),
         ratio: Sequence[float] = (3 / 4, 4 / 3),
-        interpolation: str = "bilinear",
+        interpolation: Interpolation = "bilinear",
         antialias: bool | None = True,
         *,
         seed: int | None = None,
@@ -540,7 +584,7 @@ class RandAugment(Transform):
         num_ops: int = 2,
         magnitude: int = 9,
         num_magnitude_bins: int = 31,
-        interpolation: str = "nearest",
+        interpolation: Interpolation = "nearest",
         fill: PerChannel | None = None,
         *,
         seed: int | None = None,
@@ -572,7 +616,7 @@ class TrivialAugmentWide(Transform):
     def __init__(
         self,
         num_magnitude_bins: int = 31,
-        interpolation: str = "nearest",
+        interpolation: Interpolation = "nearest",
         fill: PerChannel | None = None,
         *,
         seed: int | None = None,
@@ -590,8 +634,10 @@ class TrivialAugmentWide(Transform):
 class TimmAugment(Transform):
     """RandAugment or AutoAugment as timm's strings name them, each image by its own draws.
 
-    Values are those of torchvision's functions of uint8, which differ from PIL's by one level an
-    operation; posterizing keeps one bit at least, where timm's stops in an error of PIL.
+    Pixels are moved as PIL moves them, on which timm's policies run: bicubic has a = -1, values are
+    rounded toward zero, and a pixel is of the image, its edge repeated, or filled. Colors are those
+    of torchvision's functions of uint8, which differ from PIL's by one level an operation.
+    Posterizing keeps one bit at least, where timm's stops in an error of PIL.
 
     Args:
         config: such as "rand-m9-mstd0.5-inc1"; "original", "originalr", "v0" or "v0r", also with
@@ -604,7 +650,7 @@ class TimmAugment(Transform):
     def __init__(
         self,
         config: str,
-        interpolation: str = "random",
+        interpolation: Interpolation = "random",
         fill: PerChannel = 128,
         *,
         seed: int | None = None,
@@ -613,7 +659,8 @@ class TimmAugment(Transform):
         if not isinstance(config, str):
             raise TypeError(f"fusereg.{op}: config must be a string, got {type(config).__name__}")
         hows = (1, 2) if interpolation == "random" else (interpolation_of(interpolation, op),)
-        policy = policies.timm_policy(config, hows, op)
+        by_pil = tuple(P.PIL_BICUBIC if h == INTERPOLATIONS["bicubic"] else h for h in hows)
+        policy = policies.timm_policy(config, by_pil, op)
         shade = per_channel(fill, op, "fill")
         super().__init__(Stage(op, policy=policy, fill=shade, whole_pixels=True), seed)
         self._text = f"{config!r}, interpolation={interpolation!r}"

@@ -214,6 +214,18 @@ def corners_of(boxes: Tensor, name: str) -> Tensor:
     return b
 
 
+def is_cut(boxes: Any) -> bool:
+    """Return whether boxes are cut to the image; older torchvisions always do."""
+    return getattr(boxes, "clamping_mode", "soft") is not None
+
+
+def cut_corners(boxes: Any) -> Tensor:
+    """Return boxes, or what is around their corners, as x0, y0, x1, y1 within their canvas."""
+    corners = corners_of(plain(boxes), str(boxes.format.value))
+    height, width = boxes.canvas_size
+    return corners.clamp(min=0).minimum(corners.new_tensor([width, height, width, height]))
+
+
 def area(corners: Tensor) -> Tensor:
     """Return the area of boxes x0, y0, x1, y1."""
     return (corners[:, 2:4] - corners[:, :2]).clamp(min=0).prod(1)

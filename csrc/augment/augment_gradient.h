@@ -1,0 +1,109 @@
+// The gradient of one output pixel of augment.h, for the host and the device.
+#pragma once
+
+#include "augment/augment_math.h"
+
+namespace fusereg::augment {
+
+// f(x, y, weight) for every pixel of the image, which a view is of, that an output pixel has a weight in, row by row.
+template <class C, class F>
+FUSEREG_STATIC void for_taps(const Job& job, const View& view, std::int64_t col, std::int64_t row,
+                             const F& f) {
+  const Interpolation how = job.interpolation;
+  const auto w = static_cast<std::int32_t>(view.x.w);
+  const auto h = static_cast<std::int32_t>(view.x.h);
+  const auto left = static_cast<std::int32_t>(view.left);
+  const auto top = static_cast<std::int32_t>(view.top);
+  auto line = [&](std::int32_t at_x, std::int32_t at_y, C weight) {
+    const std::int32_t x = fold(at_x, w, view.mode);
+    if (x >= 0 && weight != C{0}) f(left + x, top + at_y, weight);
+  };
+  if (job.antialias && !view.projective) {
+    const Spans<C> s = make_spans<C>(view.m, col, row, view.x, how, view.mode);
+    const C coverage = multiply(s.x.coverage, s.y.coverage);
+    for (std::int32_t j = s.y.first; j <= s.y.last; ++j) {
+      const std::int32_t y = fold(j, h, view.mode);
+      const C wy = multiply(coverage, weight_in(s.y, j, how));
+      if (y < 0 || wy == C{0}) continue;
+      for (std::int32_t i = s.x.first; i <= s.x.last; ++i)
+        line(i, y, multiply(wy, weight_in(s.x, i, how)));
+    }
+    return;
+  }
+  Place<C> p;
+  place_in(view, col, row, how == Interpolation::kNearest, p);
+  // Along each axis, from the first tap on.
+  C wx[4] = {C{1}, C{0}, C{0}, C{0}};
+  C wy[4] = {C{1}, C{0}, C{0}, C{0}};
+  int before = 0;
+  int count = 1;
+  if (how == Interpolation::kBilinear) {
+    count = 2;
+    wx[0] = add(C{1}, -p.tx);
+    wx[1] = p.tx;
+    wy[0] = add(C{1}, -p.ty);
+    wy[1] = p.ty;
+  } else if (how == Interpolation::kBicubic) {
+    count = 4;
+    before = 1;
+    const auto cubic = static_cast<C>(job.cubic);
+    auto fill = [&](C t, C(&weights)[4]) {
+      const Cubic<C> k = cubic_weights(t, cubic);
+      weights[0] = k.before;
+      weights[1] = add(add(add(C{1}, -k.before), -k.next), -k.last);
+      weights[2] = k.next;
+      weights[3] = k.last;
+    };
+    fill(p.tx, wx);
+    fill(p.ty, wy);
+  }
+  for (int j = 0; j < count; ++j) {
+    const std::int32_t y = fold(p.y - before + j, h, view.mode);
+    if (y < 0 || wy[j] == C{0}) continue;
+    for (int i = 0; i < count; ++i) line(p.x - before + i, y, multiply(wy[j], wx[i]));
+  }
+}
+
+// What the gradient of y[out] at a pixel is for the warped values of `sample`: `out` itself, or
+// (as_partner) the sample that is mixed into it. False if it is nothing.
+template <class T, int kGroup>
+FUSEREG_STATIC bool gradient_at(const Job& job, std::int64_t sample, std::int64_t out,
+                                bool as_partner, std::int64_t col, std::int64_t row, int channel,
+                                Number<T> (&g)[kGroup]) {
+  using C = Number<T>;
+  const double* const record = job.records + sample * kRecord;
+  const double* const mixing = job.records + out * kRecord;
+  const bool mixes = partner_of(mixing, job.n) >= 0 && has(box_of(mixing + 10, job.y), col, row);
+  const double lam = mixes ? mixing[15] : 1.0;
+  const auto share = static_cast<C>(as_partner ? 1.0 - lam : lam);
+  if (share == C{0} || has(box_of(record + 6, job.y), col, row)) return false;
+  const C* const grad =
+      static_cast<const C*>(job.y.data) + out * job.y.sample + row * job.y.row + col * job.y.pixel;
+  for (int k = 0; k < kGroup; ++k) {
+    const int c = channel + k;
+    g[k] = multiply(multiply(grad[c * job.y.channel], share), static_cast<C>(job.scale[c]));
+  }
+  if (!job.color) return true;
+  const double* const m = record + 16;
+  const auto limit = static_cast<C>(job.limit);
+  C v[kGroup];
+  warped<T, kGroup>(job, sample, col, row, channel, v);
+  auto passed = [&](C value, C gradient) {
+    return value >= C{0} && value <= limit ? gradient : C{0};
+  };
+  if constexpr (kGroup == 3) {
+    for (int k = 0; k < 3; ++k) g[k] = passed(color_sum(m + 4 * k, v[0], v[1], v[2]), g[k]);
+    const C g0 = g[0], g1 = g[1], g2 = g[2];
+    for (int k = 0; k < 3; ++k) {
+      C sum = multiply(static_cast<C>(m[k]), g0);
+      sum = add(sum, multiply(static_cast<C>(m[4 + k]), g1));
+      g[k] = add(sum, multiply(static_cast<C>(m[8 + k]), g2));
+    }
+  } else {
+    const C k = static_cast<C>(m[0]);
+    g[0] = multiply(k, passed(add(multiply(k, v[0]), static_cast<C>(m[3])), g[0]));
+  }
+  return true;
+}
+
+}  // namespace fusereg::augment
