@@ -11,9 +11,9 @@
 
 namespace fusereg::optim {
 
-// Elements that a thread moves at once; of float64 as many as the registers hold without spilling.
+// Elements that a thread moves at once; of float64 fewer, for they would take twice the registers.
 template <class C>
-inline constexpr int kPerThread = sizeof(C) == 8 ? 2 : 8;
+inline constexpr int kPerThread = sizeof(C) == 8 ? 4 : 8;
 
 // Elements of a row that a warp takes alone.
 inline constexpr std::int64_t kWarpRow = 1024;
@@ -72,67 +72,13 @@ FUSEREG_DEVICE_INLINE void store_typed(T* x, const C (&y)[kPerThread<C>]) {
     cuda::store(x + i, v);
   }
 }
-// The same of any dtype, as they lie in memory until `into`, which waits for them: load() only
-// issues the loads, so that those of all tensors are under way together.
-template <class C>
-class Loaded {
- public:
-  FUSEREG_DEVICE_INLINE void load(DType dtype, const void* x, std::int64_t at) {
-    dispatch_dtype(dtype, [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      const T* const from = static_cast<const T*>(x) + at;
-      if constexpr (sizeof(T) > sizeof(C)) {
-        C y[kPerThread<C>];
-        load_typed(from, y);
-        memcpy(raw_.words, y, sizeof(y));
-      } else {
-        Raw<T> raw;
-        raw.load(from);
-        copy_words(raw.words, raw_.words);
-      }
-    });
-    raw_.join();
-  }
-  FUSEREG_DEVICE_INLINE void into(DType dtype, C (&y)[kPerThread<C>]) const {
-    switch (dtype) {
-      case DType::kFloat16:
-        return convert<Half>(y);
-      case DType::kBFloat16:
-        return convert<BFloat16>(y);
-      case DType::kFloat32:
-        return convert<float>(y);
-      default:
-        return convert<C>(y);
-    }
-  }
-
- private:
-  template <class T>
-  using Raw = cuda::Raw<T, kPerThread<C>>;
-
-  // As many as both have.
-  template <int kFrom, int kTo>
-  static FUSEREG_DEVICE_INLINE void copy_words(const std::uint32_t (&from)[kFrom],
-                                               std::uint32_t (&to)[kTo]) {
-    FUSEREG_UNROLL
-    for (int i = 0; i < (kFrom < kTo ? kFrom : kTo); ++i) to[i] = from[i];
-  }
-  template <class T>
-  FUSEREG_DEVICE_INLINE void convert(C (&y)[kPerThread<C>]) const {
-    Raw<T> raw;
-    copy_words(raw_.words, raw.words);
-    FUSEREG_UNROLL
-    for (int i = 0; i < kPerThread<C>; ++i) y[i] = static_cast<C>(to_compute(raw[i]));
-  }
-
-  Raw<C> raw_;
-};
 template <class C>
 FUSEREG_DEVICE_INLINE void load_many(DType dtype, const void* x, std::int64_t at,
                                      C (&y)[kPerThread<C>]) {
-  Loaded<C> loaded;
-  loaded.load(dtype, x, at);
-  loaded.into(dtype, y);
+  dispatch_dtype(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    load_typed(static_cast<const T*>(x) + at, y);
+  });
 }
 template <class C>
 FUSEREG_DEVICE_INLINE void store_many(DType dtype, void* x, std::int64_t at,
@@ -200,22 +146,12 @@ FUSEREG_DEVICE_INLINE C weight_at(const Target& item, std::int64_t at) {
   return settled(item.copy_dtype, p, load_one<C>(item.copy_dtype, item.copy, at));
 }
 
-// An index that is known lets them stay in registers.
-template <class C>
-FUSEREG_DEVICE_INLINE void load_states(const Target& item, std::int64_t at, int states,
-                                       C (&s)[kMaxStates]) {
-  FUSEREG_UNROLL
-  for (int j = 0; j < kMaxStates; ++j) {
-    if (j < states) s[j] = load_one<C>(item.state_dtype, item.state[j], at);
-  }
-}
-
 // One element; gives the new weight, of kLambNorms the update.
 template <Algorithm algorithm, class C>
 FUSEREG_DEVICE_INLINE C update_one(const Target& item, const void* g, std::int64_t at,
                                    const Coefficients<C>& k, const Flags& f, int states) {
   C s[kMaxStates] = {};
-  load_states(item, at, states, s);
+  for (int j = 0; j < states; ++j) s[j] = load_one<C>(item.state_dtype, item.state[j], at);
   C p = weight_at<C>(item, at);
   if (algorithm == Algorithm::kFtrl && is_16_bit(item.p_dtype)) {
     p = recovered(item.p_dtype, p, s[0], s[1], k);
@@ -225,11 +161,8 @@ FUSEREG_DEVICE_INLINE C update_one(const Target& item, const void* g, std::int64
     store_one(item.p_dtype, item.p, at, p);
     if (item.copy != nullptr) store_one(item.copy_dtype, item.copy, at, p);
   }
-  FUSEREG_UNROLL
-  for (int j = 0; j < kMaxStates; ++j) {
-    if (algorithm != Algorithm::kLamb && j < states) {
-      store_one(item.state_dtype, item.state[j], at, s[j]);
-    }
+  for (int j = 0; j < states && algorithm != Algorithm::kLamb; ++j) {
+    store_one(item.state_dtype, item.state[j], at, s[j]);
   }
   return p;
 }
@@ -257,14 +190,10 @@ FUSEREG_DEVICE_INLINE void settle_many(const Target& item, const C (&copy)[kPerT
 template <class C>
 FUSEREG_DEVICE_INLINE void load_weights(const Target& item, std::int64_t at,
                                         C (&p)[kPerThread<C>]) {
-  Loaded<C> weights;
-  Loaded<C> copies;
-  weights.load(item.p_dtype, item.p, at);
-  if (item.copy != nullptr) copies.load(item.copy_dtype, item.copy, at);
-  weights.into(item.p_dtype, p);
+  load_many(item.p_dtype, item.p, at, p);
   if (item.copy == nullptr) return;
   C copy[kPerThread<C>];
-  copies.into(item.copy_dtype, copy);
+  load_many(item.copy_dtype, item.copy, at, copy);
   settle_many(item, copy, p);
 }
 
@@ -276,31 +205,19 @@ FUSEREG_DEVICE_INLINE void update_many(const Target& item, const void* gradient,
                                        const Coefficients<C>& k, const Flags& f, int states,
                                        C (&p)[kPerThread<C>], const Seen& seen) {
   constexpr int kN = kPerThread<C>;
-  const bool copied = !kLoaded && item.copy != nullptr;
-  Loaded<C> weights;
-  Loaded<C> copies;
-  Loaded<C> gradients;
-  Loaded<C> kept[kMaxStates];
-  if (!kLoaded) weights.load(item.p_dtype, item.p, at);
-  if (copied) copies.load(item.copy_dtype, item.copy, at);
-  if (algorithm != Algorithm::kLamb) gradients.load(item.g_dtype, gradient, at);
-  FUSEREG_UNROLL
-  for (int j = 0; j < kMaxStates; ++j) {
-    if (j < states) kept[j].load(item.state_dtype, item.state[j], at);
-  }
+  C copy[kN];
   C g[kN] = {};
   C s[kMaxStates][kN];
-  if (!kLoaded) weights.into(item.p_dtype, p);
-  if (copied) {
-    C copy[kN];
-    copies.into(item.copy_dtype, copy);
-    settle_many(item, copy, p);
+  if (!kLoaded) {
+    load_many(item.p_dtype, item.p, at, p);
+    if (item.copy != nullptr) load_many(item.copy_dtype, item.copy, at, copy);
   }
-  if (algorithm != Algorithm::kLamb) gradients.into(item.g_dtype, g);
+  if (algorithm != Algorithm::kLamb) load_many(item.g_dtype, gradient, at, g);
   FUSEREG_UNROLL
   for (int j = 0; j < kMaxStates; ++j) {
-    if (j < states) kept[j].into(item.state_dtype, s[j]);
+    if (j < states) load_many(item.state_dtype, item.state[j], at, s[j]);
   }
+  if (!kLoaded && item.copy != nullptr) settle_many(item, copy, p);
   seen(p);
   if (algorithm == Algorithm::kFtrl && is_16_bit(item.p_dtype)) {
     FUSEREG_UNROLL
@@ -317,11 +234,10 @@ FUSEREG_DEVICE_INLINE void update_many(const Target& item, const void* gradient,
     store_many(item.p_dtype, item.p, at, p);
     if (item.copy != nullptr) store_many(item.copy_dtype, item.copy, at, p);
   }
-  if constexpr (algorithm != Algorithm::kLamb) {
-    FUSEREG_UNROLL
-    for (int j = 0; j < kMaxStates; ++j) {
-      if (j < states) store_many(item.state_dtype, item.state[j], at, s[j]);
-    }
+  if constexpr (algorithm == Algorithm::kLamb) return;
+  FUSEREG_UNROLL
+  for (int j = 0; j < kMaxStates; ++j) {
+    if (j < states) store_many(item.state_dtype, item.state[j], at, s[j]);
   }
 }
 
@@ -329,17 +245,13 @@ FUSEREG_DEVICE_INLINE void update_many(const Target& item, const void* gradient,
 template <class C>
 FUSEREG_DEVICE_INLINE void average_many(const Target& item, std::int64_t at, C weight,
                                         C (&p)[kPerThread<C>]) {
-  constexpr DType kOwn = sizeof(C) == 8 ? DType::kFloat64 : DType::kFloat32;
-  Loaded<C> averages;
-  Loaded<C> weights;
-  averages.load(kOwn, item.average, at);
-  if (is_16_bit(item.p_dtype)) weights.load(item.p_dtype, item.p, at);
+  C* const average = static_cast<C*>(item.average) + at;
   C a[kPerThread<C>];
-  averages.into(kOwn, a);
-  if (is_16_bit(item.p_dtype)) weights.into(item.p_dtype, p);
+  load_typed(average, a);
+  if (is_16_bit(item.p_dtype)) load_many(item.p_dtype, item.p, at, p);
   FUSEREG_UNROLL
   for (int i = 0; i < kPerThread<C>; ++i) a[i] = averaged(a[i], p[i], weight);
-  store_typed(static_cast<C*>(item.average) + at, a);
+  store_typed(average, a);
 }
 
 // How a run of n elements from `begin` on is walked: `head` of them one by one up to p's first
@@ -435,7 +347,7 @@ __device__ void shrink_in_metric(const Target& item, const Walk& own, const Coef
   };
   const auto term = [&](std::int64_t at, C q, double scale) {
     C s[kMaxStates] = {};
-    load_states(item, at, states, s);
+    for (int j = 0; j < states; ++j) s[j] = load_one<C>(item.state_dtype, item.state[j], at);
     return metric_term<algorithm>(q, s, k, f, static_cast<C>(scale));
   };
   const auto sums = [&](double norm, double group, double scale) {

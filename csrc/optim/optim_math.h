@@ -225,11 +225,8 @@ FUSEREG_INLINE V updated(V p, V g, V (&s)[kMaxStates], const Coefficients<C>& k,
     } else if constexpr (algorithm == Algorithm::kRmsprop) {
       s[0] = s[0] * k.second + g * g * k.third;
       if (f.centered) {
-        // By values: a reference to one of two would put the states into a GPU's local memory.
-        V mean = f.momentum ? s[2] : s[1];
+        V& mean = f.momentum ? s[2] : s[1];
         mean += (g - mean) * k.third;
-        s[1] = f.momentum ? s[1] : mean;
-        s[2] = f.momentum ? mean : s[2];
       }
       denominator = metric<algorithm>(s, k, f, squares);
       V step = g / denominator;
