@@ -151,7 +151,7 @@ $(STANDIN)/.libraries: $(wildcard tests/standin_device/*.*) $(STANDIN)/.torch
 	    "$$($(STANDIN_PYTHON) -c 'import importlib.util as i; print(i.find_spec("torch").submodule_search_locations[0])')/lib" $(STANDIN)/lib
 	@touch $@
 
-$(STANDIN)/.module: $(NATIVE) $(wildcard tests/cuda_on_host/*.* tests/standin_device/*.*) | $(VENV)/.installed
+$(STANDIN)/.module: $(NATIVE) $(wildcard tests/cuda_on_host/*.* tests/standin_device/*.*) | $(VENV)/.tools
 	@$(call say,building the CUDA kernels for the stand-in device)
 	@mkdir -p $(STANDIN)/module
 	@unset MAKEFLAGS; (cmake -S . -B $(STANDIN)/module -G Ninja -DFUSEREG_CUDA=OFF -DFUSEREG_STANDIN_DEVICE=ON \
@@ -188,9 +188,9 @@ test-schedules:
 	@$(call say,CUDA kernels on the host: $(SCHEDULES))
 	@FUSEREG_HOST_SCHEDULE="$(SCHEDULES)" tests/cuda_on_host/run.sh $(HOST_BUILD) $(PARALLEL) $(PYTEST)
 
-# A torch of its own, so apart from `make test`.
+# A torch of its own, so apart from `make test`: packages are downloaded while the compiler works.
 test-standin:
-	$(call ready,test,$(STANDIN)/.libraries $(STANDIN)/.module)
+	+@$(MAKE) --no-print-directory --jobs=2 $(STANDIN)/.libraries $(STANDIN)/.module
 	@$(call say,the suite on the stand-in device)
 	@tests/standin_device/run.sh $(STANDIN) $(PARALLEL) -m "not slow" $(PYTEST)
 

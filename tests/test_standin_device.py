@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fusereg import _C
 from fusereg import functional as F
 from fusereg.core import memory
 from fusereg.core.inventory import Inputs, Operation
+from fusereg.core.random import State, _cuda_state
 from ops import FUNCTIONS, differentiated, named
 from standin_device import device
 
@@ -189,6 +191,37 @@ def test_threads_that_draw_at_once_get_states_of_their_own() -> None:
     for worker in workers:
         worker.join()
     assert len({tuple(m.tolist()) for m in masks}) == 80
+
+
+class Slow:
+    """A generator between whose reading and moving on another thread can come."""
+
+    offset = 0
+
+    def initial_seed(self) -> int:
+        return 3
+
+    def get_offset(self) -> int:
+        found = self.offset
+        time.sleep(0.01)
+        return found
+
+    def set_offset(self, offset: int) -> None:
+        self.offset = offset
+
+
+def test_no_thread_comes_between_reading_an_offset_and_moving_it() -> None:
+    generator: Any = Slow()
+    states: list[State] = []
+    workers = [
+        threading.Thread(target=lambda: states.append(_cuda_state(CUDA, generator)))
+        for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(states) == [(3, 0), (3, 4), (3, 8), (3, 12)]
 
 
 # --- streams --------------------------------------------------------------------------------------

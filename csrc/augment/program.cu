@@ -2,6 +2,8 @@
 //
 // A block for each sample, whose planes stay in the second-level cache between instructions: its
 // threads take neighboring pixels, and wait for each other after each instruction.
+#include <new>
+
 #include "augment/launch.cuh"
 #include "augment/program_math.h"
 #include "core/cuda_device.cuh"
@@ -17,6 +19,9 @@ struct Shared {
   std::uint8_t table[256];
   float weights[2][kMaxTaps];
   double record[kRecord];
+  // A warp's Job, built there by one thread: as a variable it would lie in each thread's local
+  // memory.
+  alignas(Job) unsigned char job[sizeof(Job)];
   float mean;
 };
 
@@ -196,8 +201,23 @@ class Block {
       const auto k = static_cast<int>(threadIdx.x);
       shared_.record[k] = k < 6 ? a[k] : k == 14 ? -1.0 : k == 15 ? 1.0 : 0.0;
     }
+    if (threadIdx.x == 0) set_job(*new (shared_.job) Job, a);
     __syncthreads();
-    Job one;
+    const Job& one = reinterpret_cast<const Job&>(shared_.job);
+    for_all(plane_, [&](std::int64_t i) {
+      const std::int64_t column = i % one.x.w;
+      const std::int64_t row = i / one.x.w;
+      const bool filled = job_.whole_pixels && !lies_within(a, column, row, one.x.h, one.x.w);
+      for (int c = 0; c < job_.c; ++c) {
+        float v[1];
+        augmented<std::uint8_t, 1>(one, 0, column, row, c, v);
+        other_[c * plane_ + i] = filled ? job_.fill[c] : to_uint8(v[0]);
+      }
+    });
+    swap();
+  }
+
+  FUSEREG_DEVICE_INLINE void set_job(Job& one, const double* a) const {
     one.x = job_.x;
     one.x.channels_last = false;
     one.x.channel = plane_;
@@ -216,17 +236,6 @@ class Block {
       one.scale[c] = 1.0;
       one.shift[c] = job_.whole_pixels ? kTowardZero : 0.0;
     }
-    for_all(plane_, [&](std::int64_t i) {
-      const std::int64_t column = i % one.x.w;
-      const std::int64_t row = i / one.x.w;
-      const bool filled = job_.whole_pixels && !lies_within(a, column, row, one.x.h, one.x.w);
-      for (int c = 0; c < job_.c; ++c) {
-        float v[1];
-        augmented<std::uint8_t, 1>(one, 0, column, row, c, v);
-        other_[c * plane_ + i] = filled ? job_.fill[c] : to_uint8(v[0]);
-      }
-    });
-    swap();
   }
 
   const ProgramJob& job_;

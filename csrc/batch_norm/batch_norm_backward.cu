@@ -37,9 +37,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
   block_sums<kHeavy, T>(TypeTag<Walk>{}, job, t, share, coefficients, Ignore{},
                         [&](int i, const GradientSums& s) {
                           const std::int64_t c = share.slab * t.pack + i;
-                          partials[partial_index(t, share, i)] =
-                              about_mean(job, c, read_statistic(job, t, share.group, c), s,
-                                         static_cast<double>(coefficients.m[i]));
+                          about_mean(job, c, read_statistic(job, t, share.group, c), s,
+                                     static_cast<double>(coefficients.m[i]))
+                              .store(partials + partial_index(t, share, i));
                         });
   finish_backward(g, share.slab, partials, t.splits);
 }

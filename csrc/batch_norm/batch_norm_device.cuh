@@ -59,6 +59,8 @@ struct GradientSums {
     sum += o.sum;
     dot += o.dot;
   }
+  // To one that is aligned to its size, as partial results are.
+  FUSEREG_DEVICE_INLINE void store(GradientSums* to) const { cuda::store_pair(&to->sum, sum, dot); }
 };
 
 FUSEREG_DEVICE_INLINE Moments exchange(const Moments& v, int offset) {

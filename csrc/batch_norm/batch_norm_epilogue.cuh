@@ -109,6 +109,7 @@ FUSEREG_DEVICE_INLINE void finish_octet_inputs(const Forward& job, const Place& 
   if (job.residual != nullptr) {
     data.residual = load_octet<Walk::kWide>(static_cast<const T*>(job.residual), place);
   }
+  data.residual.raw.join();
 }
 
 template <bool kHeavy, class Walk, class T, class C>
@@ -162,6 +163,7 @@ FUSEREG_DEVICE_INLINE void finish_octet_inputs(const Backward& job, const Place&
   } else if (job.residual != nullptr) {
     data.residual = load_octet<Walk::kWide>(static_cast<const T*>(job.residual), place);
   }
+  data.residual.raw.join();
 }
 
 template <class Walk, class T>
@@ -169,6 +171,7 @@ FUSEREG_DEVICE_INLINE BackwardData<T> load_backward(const Backward& job, const P
   BackwardData<T> data{};
   data.grad = load_octet<Walk::kWide>(static_cast<const T*>(job.grad), place);
   if (job.x != nullptr) data.x = load_octet<Walk::kWide>(static_cast<const T*>(job.x), place);
+  data.x.raw.join();
   finish_octet_inputs<Walk>(job, place, data);
   return data;
 }

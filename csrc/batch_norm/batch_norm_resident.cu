@@ -23,19 +23,19 @@ namespace {
 template <class T>
 class Shelf {
  public:
-  using Part = cuda::Vec<T, Octet<T>::kPart>;
+  using Part = typename Octet<T>::Part;
   FUSEREG_DEVICE_INLINE explicit Shelf(Part* memory) : memory_(memory + threadIdx.x) {}
   FUSEREG_DEVICE_INLINE void put(int step, const Octet<T>& v) const {
     FUSEREG_UNROLL
     for (int i = 0; i < Octet<T>::kParts; ++i) {
-      cuda::store_shared(at(step, i).values, v.parts[i]);
+      cuda::store_shared(at(step, i).values, v.part(i));
     }
   }
   FUSEREG_DEVICE_INLINE Octet<T> get(int step) const {
     Octet<T> v;
     FUSEREG_UNROLL
     for (int i = 0; i < Octet<T>::kParts; ++i) {
-      v.parts[i] = cuda::load<Octet<T>::kPart>(at(step, i).values);
+      v.set_part(i, cuda::load<Octet<T>::kPart>(at(step, i).values));
     }
     return v;
   }
@@ -148,9 +148,9 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
         },
         [&](int i, const GradientSums& s) {
           const std::int64_t c = share.slab * t.pack + i;
-          partials[partial_index(t, share, i)] =
-              about_mean(job, c, read_statistic(job, t, share.group, c), s,
-                         static_cast<double>(coefficients.m[i]));
+          about_mean(job, c, read_statistic(job, t, share.group, c), s,
+                     static_cast<double>(coefficients.m[i]))
+              .store(partials + partial_index(t, share, i));
         });
     team.sync(t);
     for (int i = static_cast<int>(cuda::warp_id()); i < channels; i += kWarps) {

@@ -9,24 +9,35 @@ namespace fusereg::batch_norm {
 
 // --- elements ---
 
+// In whole registers, as an octet lies in memory.
 template <class T>
 struct Octet {
-  cuda::Vec<T, (cuda::kVecSize<T> < kOctet ? cuda::kVecSize<T> : kOctet)>
-      parts[kOctet / (cuda::kVecSize<T> < kOctet ? cuda::kVecSize<T> : kOctet)];
   static constexpr int kPart = cuda::kVecSize<T> < kOctet ? cuda::kVecSize<T> : kOctet;
   static constexpr int kParts = kOctet / kPart;
-  FUSEREG_DEVICE_INLINE T& operator[](int e) { return parts[e / kPart][e % kPart]; }
-  FUSEREG_DEVICE_INLINE const T& operator[](int e) const { return parts[e / kPart][e % kPart]; }
+  using Part = cuda::Vec<T, kPart>;
+  cuda::Raw<T, kOctet> raw;
+  FUSEREG_DEVICE_INLINE T operator[](int e) const { return raw[e]; }
+  FUSEREG_DEVICE_INLINE Part part(int i) const {
+    Part v;
+    memcpy(&v, raw.words + i * kPartWords, sizeof(v));
+    return v;
+  }
+  FUSEREG_DEVICE_INLINE void set_part(int i, const Part& v) {
+    memcpy(raw.words + i * kPartWords, &v, sizeof(v));
+  }
   // f(e) for each element, rounded to T.
   template <class F>
   FUSEREG_DEVICE_INLINE static Octet rounded(const F& f) {
     Octet v;
     FUSEREG_UNROLL
     for (int i = 0; i < kParts; ++i) {
-      v.parts[i] = cuda::rounded_to<T, kPart>([&](int e) { return f(i * kPart + e); });
+      v.set_part(i, cuda::rounded_to<T, kPart>([&](int e) { return f(i * kPart + e); }));
     }
     return v;
   }
+
+ private:
+  static constexpr int kPartWords = static_cast<int>(sizeof(Part)) / 4;
 };
 
 // An octet of memory from element `at` on: which of its elements are inside the line, and which of
@@ -42,7 +53,8 @@ inline constexpr unsigned kAllInside = 0xffu;
 
 template <bool kWide, class T>
 FUSEREG_DEVICE_INLINE Octet<T> load_octet(const T* p, const Place& place) {
-  cuda::Raw<T, kOctet> raw;
+  Octet<T> v;
+  cuda::Raw<T, kOctet>& raw = v.raw;
   if (kWide && place.inside == kAllInside) {
     raw.load(p + place.at);
   } else {
@@ -53,9 +65,6 @@ FUSEREG_DEVICE_INLINE Octet<T> load_octet(const T* p, const Place& place) {
     }
   }
   raw.join();
-  Octet<T> v;
-  static_assert(sizeof(v) == sizeof(raw.words), "an octet is its words");
-  memcpy(&v, raw.words, sizeof(v));
   return v;
 }
 
@@ -64,7 +73,7 @@ FUSEREG_DEVICE_INLINE void store_octet(T* p, const Place& place, const Octet<T>&
   if (kWide && place.inside == kAllInside) {
     FUSEREG_UNROLL
     for (int i = 0; i < Octet<T>::kParts; ++i) {
-      cuda::store_streaming(p + place.at + i * Octet<T>::kPart, v.parts[i]);
+      cuda::store_streaming(p + place.at + i * Octet<T>::kPart, v.part(i));
     }
   } else {
     FUSEREG_UNROLL

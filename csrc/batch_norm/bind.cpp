@@ -182,7 +182,8 @@ std::int64_t run(const Job& job, [[maybe_unused]] const py::object& scratch,
   if (runs_cuda_kernels(device)) {
     const std::int64_t bytes = scratch_bytes(job, device.index);
     const bool there = read_raw(scratch, memory) && memory.device == device && memory.contiguous &&
-                       memory.numel * memory.bytes >= bytes;
+                       memory.numel * memory.bytes >= bytes &&
+                       reinterpret_cast<std::uintptr_t>(memory.data) % 16 == 0;
     if (!there) return -std::max<std::int64_t>(bytes, 16);
     if (!read_raw(semaphores, zeros) || zeros.device != device || !zeros.contiguous ||
         zeros.numel * zeros.bytes < kSemaphoreBytes) {

@@ -152,6 +152,9 @@ int forward(const py::object& loss, const py::object& statistics, const py::obje
     void* const memory =
         memory_argument(workspace, kWorkspace * static_cast<std::int64_t>(sizeof(double)),
                         view.device, op, "workspace");
+    if (reinterpret_cast<std::uintptr_t>(memory) % 16 != 0) {
+      throw py::value_error(where(op, "workspace") + " must begin at a multiple of 16 bytes");
+    }
     run_cuda(f, static_cast<double*>(memory), view.device.index, current_stream(view.device));
     return kDone;
   }

@@ -174,7 +174,9 @@ __global__ void __launch_bounds__(kThreads)
   double mine[4] = {total.loss[0], total.loss[1], total.divisor[0], total.divisor[1]};
   cuda::block_sum(mine);
   if (threadIdx.x == 0) {
-    for (int k = 0; k < 4; ++k) workspace[4 * blockIdx.x + k] = mine[k];
+    double* const own = workspace + 4 * blockIdx.x;
+    cuda::store_pair(own, mine[0], mine[1]);
+    cuda::store_pair(own + 2, mine[2], mine[3]);
   }
 }
 

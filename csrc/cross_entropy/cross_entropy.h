@@ -83,7 +83,8 @@ void run_cpu(const Forward& forward);
 void run_cpu(const Backward& backward);
 
 // CUDA: an index that is out of range gives NaN, in the loss and in the row's gradient. `workspace`
-// is kWorkspace float64 numbers; one launch for the rows, one to add up what they have left there.
+// is kWorkspace float64 numbers from a multiple of 16 bytes on; one launch for the rows, one to add up
+// what they have left there.
 inline constexpr int kMaxBlocks = 4096;
 inline constexpr std::int64_t kWorkspace = 4 * kMaxBlocks;
 void run_cuda(const Forward& forward, double* workspace, int device, void* stream);

@@ -122,6 +122,9 @@ int coupled_sums(const py::object& params, const py::object& dims, const py::obj
   job.slots = numbers / 2;
   job.sums = b.numbers(sums, 2 * job.slots, "sums");
   job.partial = b.numbers(partial, 2 * job.entries, "partial");
+  if (reinterpret_cast<std::uintptr_t>(job.partial) % 16 != 0) {
+    refuse(op, "partial", "memory that begins at a multiple of 16 bytes");
+  }
   job.slot_of = b.indices(slot_of, job.entries, "slot_of");
   job.starts = b.indices(starts, job.slots + 1, "starts");
   job.order = b.indices(order, job.entries, "order");

@@ -42,10 +42,7 @@ struct StoreSums {
   static constexpr bool kMayLeave = false;
   double* partial;
   __device__ GroupTerms operator()(std::int64_t slice, const double (&sums)[2], bool leader) const {
-    if (leader) {
-      partial[2 * slice] = sums[0];
-      partial[2 * slice + 1] = sums[1];
-    }
+    if (leader) cuda::store_pair(partial + 2 * slice, sums[0], sums[1]);
     return {};
   }
 };

@@ -39,7 +39,7 @@ struct CoupledJob {
   const std::int32_t* starts =
       nullptr;                          // [slots + 1]: the places of each slot's entries in `order`
   const std::int32_t* order = nullptr;  // entries by slot
-  double* partial = nullptr;            // [entries, 2]: scratch
+  double* partial = nullptr;            // [entries, 2]: scratch, 16-byte aligned
   double* sums = nullptr;               // [2, slots]: of |v|, then of v^2
   // kGrad: g = *first_factor * sign(w) + factors[slot] * w.
   // kProx: factors are the slots' thresholds, squares their sums of v^2.

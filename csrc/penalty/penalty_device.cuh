@@ -229,8 +229,9 @@ __device__ double chunk_value(T* w, T* g, std::int64_t n, double l1, double l2, 
   // Where w and g lie differently against 16-byte boundaries, no vector fits both.
   const auto misalignment = [](const T* p) { return reinterpret_cast<std::uintptr_t>(p) % 16; };
   const bool together = !writes || misalignment(out) == misalignment(w);
-  // Of 16-bit elements, one vector of each: two would not fit the registers.
-  constexpr int kDeep = op != Op::kAddGrad ? kAhead : sizeof(T) == 2 ? 1 : kAhead / 2;
+  constexpr int kDeep = op != Op::kAddGrad ? kAhead : kAhead / 2;
+  // Without a gradient w again: a load behind a branch would be waited for there.
+  const T* const before = writes ? g : w;
   cuda::for_run<kDeep>(
       w, n, threadIdx.x, kThreads, together,
       [&](T* p, auto count) {
@@ -238,7 +239,7 @@ __device__ double chunk_value(T* w, T* g, std::int64_t n, double l1, double l2, 
         Elements<T, kN> e{};
         e.x = cuda::load<kN>(p);
         if constexpr (op == Op::kAddGrad) {
-          if (writes) e.before = cuda::load<kN>(g + (p - w));
+          e.before = cuda::load<kN>(before + (p - w));
         }
         return e;
       },

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import memory
 from .arguments import Interpolation, integer, interpolation_name, is_sequence, number
 from .labels import MixedLabels, is_named_as_label, mix_labels, names_places
 from .params import AugmentParams
@@ -499,7 +500,7 @@ class Targets:
             if name == "XYXYXYXY":
                 places: Any = own.keypoints(b.reshape(-1, 4, 2) - 0.5)
                 moved = places + 0.5
-                mirrored = own.mirrored.to(b.device)
+                mirrored = memory.to_device(own.mirrored, b.device, self.op)
                 turned = moved[:, [1, 0, 3, 2]]  # the corners' order stays clockwise
                 moved = torch.where(mirrored[:, None, None], turned, moved).flatten(1)
             else:
@@ -562,8 +563,11 @@ class Targets:
     def _swapped(self, x: Tensor, flipped: Tensor, order: list[int], dim: int) -> Tensor:
         if order == sorted(order):
             return x
-        other = x.index_select(dim, torch.tensor(order, device=x.device))
-        return torch.where(flipped.to(x.device).reshape(-1, *[1] * (x.dim() - 1)), other, x)
+        places = memory.to_device(torch.tensor(order), x.device, self.op)
+        flipped = memory.to_device(flipped, x.device, self.op)
+        return torch.where(
+            flipped.reshape(-1, *[1] * (x.dim() - 1)), x.index_select(dim, places), x
+        )
 
     def _move_visibility(
         self, leaf: Leaf, points: Leaf, seen: Tensor, flipped: Tensor, order: list[int]
