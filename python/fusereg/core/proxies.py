@@ -47,7 +47,7 @@ def draws(name: str) -> bool:
 
 
 class Standin:
-    """The base of what stands for an object that is no tensor."""
+    """The base of what stands for an object other than a tensor."""
 
     __slots__ = ()
 
