@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -40,6 +40,18 @@ def _missing(module: Any, torchs: Any, name: str) -> Any:
     raise AttributeError(text)
 
 
+def check_names(
+    op: str, given: Iterable[str], known: Iterable[str], elsewhere: Mapping[str, str]
+) -> None:
+    """Raise TypeError for a name of an argument that is not known, and say what may be meant."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = elsewhere.get(name) or (f"did you mean {close[0]}?" if close else "")
+            raise TypeError(f"{op}: unknown argument {name!r}" + (hint and f"; {hint}"))
+
+
 def explains(op: str, elsewhere: Mapping[str, str]) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Return a decorator that says more of unknown keyword arguments than Python does.
 
@@ -53,11 +65,7 @@ def explains(op: str, elsewhere: Mapping[str, str]) -> Callable[[Callable[P, T]]
 
         @functools.wraps(function)
         def explained(*args: P.args, **given: P.kwargs) -> T:
-            for name in given:
-                if name not in known:
-                    close = difflib.get_close_matches(name, known, n=1)
-                    hint = elsewhere.get(name) or (f"did you mean {close[0]}?" if close else "")
-                    raise TypeError(f"{op}: unknown argument {name!r}" + (hint and f"; {hint}"))
+            check_names(op, given, known, elsewhere)
             return function(*args, **given)
 
         return explained

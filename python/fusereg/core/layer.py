@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import inspect
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
 from .checks import probability
+from .hints import check_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class _ModuleName(str):
@@ -31,6 +36,18 @@ class Layer(nn.Module):
     Raises:
         RuntimeError: by ``torch.jit.script``.
     """
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        """Check the arguments' names: Python's own error would name a base class."""
+        if given and cls.__module__.startswith("fusereg."):
+            known: set[str] = set()
+            for base in (c for c in cls.__mro__ if "__init__" in vars(c)):
+                own = inspect.signature(vars(base)["__init__"]).parameters
+                known |= own.keys()
+                if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+                    break
+            check_names(f"fusereg.nn.{cls.__name__}", given, sorted(known), {})
+        return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

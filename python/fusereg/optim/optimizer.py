@@ -95,8 +95,10 @@ class RegularizedOptimizer(Averages):
         known = self._options()
         for name in options:
             if name not in known:
+                wanted = meant(name, known)
                 raise TypeError(
                     f"{type(self).__name__}.__init__() got an unexpected keyword argument '{name}'"
+                    + (f"; did you mean {wanted}?" if wanted else "")
                 )
         shared: dict[str, Any] = {**DEFAULTS, **options}
         for name, limit in _LIMITS.items():
