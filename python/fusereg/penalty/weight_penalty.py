@@ -426,9 +426,6 @@ class WeightPenalty:
                 a group term) dimensions of groups are not those of this penalty, or a strength is
                 negative or not finite.
         """
-        checks.check_mapping(
-            state, "fusereg.WeightPenalty.load_state_dict: state", "as state_dict() returns it"
-        )
         try:
             if state["version"] != 1:
                 raise ValueError(f"version {state['version']}")
@@ -437,7 +434,7 @@ class WeightPenalty:
             strengths = {k: {n: g[n] for n in ("l1", "l2", "group")} for k, g in saved.items()}
             dims = {label: g.get("group_dim") for label, g in saved.items()}
             steps, half = int(state["steps"]), bool(state["half"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"fusereg.WeightPenalty: this is no state of a WeightPenalty (version 1): {error!r}"
             ) from error
