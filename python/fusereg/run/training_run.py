@@ -155,6 +155,7 @@ class TrainingRun:
             if not isinstance(word, str) or word not in allowed:
                 raise ValueError(f"{OP}: {name} must be one of {allowed}, got {word!r}")
         numbers = [k for k, v in objects.items() if isinstance(v, (int, float, str))]
+        numbers = [k for k in numbers if k != "model"]  # nearly "mode", but meant
         check_names(OP, numbers, inspect.signature(TrainingRun).parameters, _ELSEWHERE)
         if not objects:
             raise ValueError(f"{OP}: give the objects to save by name, e.g. model=model")
