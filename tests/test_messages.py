@@ -17,8 +17,9 @@ from torch import nn
 
 import fusereg
 import other_libraries  # noqa: F401  # repairs torchvision
-from fusereg import EarlyStopping, augment, functional, optim
+from fusereg import EarlyStopping, TrainingRun, WeightPenalty, augment, functional, optim
 from fusereg.augment import MixedLabels, recipes
+from fusereg.core.layer import Layer
 
 IMAGES = torch.zeros(2, 3, 16, 16)
 LINEAR = nn.Linear(3, 3)
@@ -153,6 +154,32 @@ MISTAKES: dict[str, tuple[Call, type[Exception], list[str]]] = {
         TypeError,
         ["fusereg.Mix: num_classes must be an integer, got builtin_function_or_method"],
     ),
+    # training
+    "a strength that is none": (
+        lambda: WeightPenalty(nn.Linear(1, 1), l1_strength=0.1),  # type: ignore[call-arg]
+        TypeError,
+        ["fusereg.WeightPenalty: unknown argument 'l1_strength'", "it is l1 here"],
+    ),
+    "an option of an optimizer": (
+        lambda: fusereg.optim.AdamW([nn.Parameter(torch.ones(1))], weightdecay=0.1),
+        TypeError,
+        ["unexpected keyword argument 'weightdecay'; did you mean weight_decay?"],
+    ),
+    "an option of a run": (
+        lambda: TrainingRun("never", model=nn.Linear(1, 1), keep_bset=3),  # type: ignore[arg-type]
+        TypeError,
+        ["fusereg.TrainingRun: unknown argument 'keep_bset'; did you mean keep_best?"],
+    ),
+    "an option of a run elsewhere": (
+        lambda: TrainingRun("never", model=nn.Linear(1, 1), monitor="loss"),  # type: ignore[arg-type]
+        TypeError,
+        ["unknown argument 'monitor'; give the monitored value to save(metric=value)"],
+    ),
+    "an optimizer of early stopping": (
+        lambda: EarlyStopping(nn.Linear(1, 1), patience=1, optimizer=None),  # type: ignore[call-arg]
+        TypeError,
+        ["unknown argument 'optimizer'", 'also={"optimizer": optimizer}'],
+    ),
     # recipes
     "the size first": (
         lambda: recipes.timm_imagenet(224),
@@ -226,12 +253,34 @@ def test_the_explained_arguments_are_those_of_the_signature() -> None:
         assert "__getattr__" not in module.__all__
 
 
-def test_names_of_other_libraries_are_not_ours() -> None:
+@pytest.mark.parametrize("of", [EarlyStopping, TrainingRun, WeightPenalty])
+def test_names_of_other_libraries_are_not_ours(of: type) -> None:
     """Or else the hint would tell users to leave out what exists."""
-    source = Path(inspect.getfile(EarlyStopping)).read_text(encoding="utf-8")
+    source = Path(inspect.getfile(of)).read_text(encoding="utf-8")
     for statement in ast.parse(source).body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "_ELSEWHERE":
             names = ast.literal_eval(statement.value)
-            assert not names.keys() & inspect.signature(EarlyStopping).parameters.keys()
+            assert not names.keys() & inspect.signature(of).parameters.keys()
             return
     raise AssertionError("the table of names has gone")
+
+
+LAYERS = [name for name in fusereg.nn.__all__ if isinstance(getattr(fusereg.nn, name), type)]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_names_itself_where_an_argument_is_unknown(name: str) -> None:
+    """And no private base class; a layer of the user's own is Python's matter."""
+    layer: Any = getattr(fusereg.nn, name)
+    if not issubclass(layer, Layer):
+        return
+    with pytest.raises(TypeError, match=rf"^fusereg.nn.{name}: unknown argument 'inplce'"):
+        layer(0.5, inplce=True)
+
+    class Own(layer):
+        def __init__(self, rate: float) -> None:
+            self.rate = rate
+
+    with pytest.raises(TypeError, match=r"Own.__init__\(\) got an unexpected keyword"):
+        Own(rte=0.5)  # type: ignore[call-arg]
+    assert Own(rate=0.5).rate == 0.5

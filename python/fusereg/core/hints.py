@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -40,6 +40,18 @@ def _missing(module: Any, torchs: Any, name: str) -> Any:
     raise AttributeError(text)
 
 
+def check_names(
+    op: str, given: Iterable[str], known: Iterable[str], elsewhere: Mapping[str, str]
+) -> None:
+    """Raise TypeError for a name of an argument that is not known, and say what may be meant."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = elsewhere.get(name) or (f"did you mean {close[0]}?" if close else "")
+            raise TypeError(f"{op}: unknown argument {name!r}" + (hint and f"; {hint}"))
+
+
 def explains(
     op: str | Callable[[Any], str], elsewhere: Mapping[str, str]
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
@@ -57,19 +69,14 @@ def explains(
 
         @functools.wraps(function)
         def explained(*args: P.args, **given: P.kwargs) -> T:
-            for name in () if others else given:
-                if name not in known:
-                    names = list(known)
-                    if not isinstance(op, str):  # one of several that pass arguments on
-                        names += inspect.signature(type(args[0])).parameters
-                    close = difflib.get_close_matches(name, names, n=1)
-                    hint = elsewhere.get(name) or (f"did you mean {close[0]}?" if close else "")
-                    where = op if isinstance(op, str) else op(args[0])
-                    raise TypeError(f"{where}: unknown argument {name!r}" + (hint and f"; {hint}"))
+            where = op if isinstance(op, str) else op(args[0])
+            if not others:
+                # One of several constructors that pass arguments on knows the class's, too.
+                more = () if isinstance(op, str) else inspect.signature(type(args[0])).parameters
+                check_names(where, given, [*known, *more], elsewhere)
             try:
                 signature.bind(*args, **given)
             except TypeError as error:
-                where = op if isinstance(op, str) else op(args[0])
                 raise TypeError(f"{where}: {error}") from None
             return function(*args, **given)
 

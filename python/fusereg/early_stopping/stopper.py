@@ -38,6 +38,12 @@ _ELSEWHERE = {
     "stopping_threshold": "it is target here",
     "divergence_threshold": "it is divergence here",
     "check_finite": 'nan="stop", the default, stops at NaN and infinity',
+    "optimizer": 'also={"optimizer": optimizer} keeps and restores it with the model',
+    "scheduler": 'also={"scheduler": scheduler} keeps and restores it with the model',
+    "path": "it is folder here",
+    "filepath": "it is folder here",
+    "checkpoint_dir": "it is folder here",
+    "max_epochs": "give it to epochs(max_epochs)",
     "score_function": 'give the score to step(score), with mode="max"',
     "trainer": "step(value) returns whether to go on; fusereg.integrations has callbacks",
 }

@@ -125,6 +125,13 @@ def takes(t: object) -> bool:
     return type(t) in (Tensor, torch.nn.Parameter) and _C.inspect(t) == (0, True)
 
 
+def result_on(device: torch.device, dtype: torch.dtype, result: Tensor | None) -> Tensor:
+    """Return the tensor that a graph writes a result to: the one that is there, if it fits."""
+    if result is None or result.device != device or result.dtype is not dtype:
+        return torch.zeros((), dtype=dtype, device=device)
+    return result
+
+
 def _run(*args: Any) -> None:
     a = _Arguments(*args)
     op = f"optim.{_NAMES[a.algorithm]}"

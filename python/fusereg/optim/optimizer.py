@@ -27,7 +27,18 @@ from .coupled import GroupStep
 from .kernels import COPIES, Call, Hyper, State, given, update_dtype
 from .norms import norm_of_grads
 from .op import LOW_PRECISION, Lists
-from .options import DEFAULTS, NOTES, PENALTY, CommonOptions, Number, Options, ParamsT, meant
+from .options import (
+    DEFAULTS,
+    NOTES,
+    PENALTY,
+    CommonOptions,
+    Number,
+    Options,
+    ParamsT,
+    check_max_norm,
+    check_strength,
+    meant,
+)
 from .plan import CHECKED, Plan, WatchedStates
 
 if TYPE_CHECKING:
@@ -95,8 +106,10 @@ class RegularizedOptimizer(Averages):
         known = self._options()
         for name in options:
             if name not in known:
+                wanted = meant(name, known)
                 raise TypeError(
                     f"{type(self).__name__}.__init__() got an unexpected keyword argument '{name}'"
+                    + (f"; did you mean {wanted}?" if wanted else "")
                 )
         shared: dict[str, Any] = {**DEFAULTS, **options}
         for name, limit in _LIMITS.items():
@@ -105,7 +118,7 @@ class RegularizedOptimizer(Averages):
                     self._check_number(f"betas[{i}]", beta, limit)
             elif name in defaults:
                 self._check_number(name, defaults[name], limit)
-        self.max_grad_norm = _check_max_norm(shared.pop("max_grad_norm"), self._name)
+        self.max_grad_norm = check_max_norm(shared.pop("max_grad_norm"), self._name)
         self.groups, self.group_weights = shared.pop("groups"), shared.pop("group_weights")
         if not isinstance(self.groups, (Groups, type(None))):
             raise TypeError(
@@ -301,7 +314,7 @@ class RegularizedOptimizer(Averages):
         """Raise if a group's strengths are out of range, or do not go with its ``prox``."""
         where = f"fusereg.optim.{self._name}: "
         for name in ("l1", "l2", "group"):
-            _check_strength(group[name], where + name)
+            check_strength(group[name], where + name)
         if group.get("ema_decay") is not None:
             self._check_number("ema_decay", group["ema_decay"], 1.0)
         check_dim(f"optim.{self._name}", group["group_dim"], "group_dim")
@@ -654,9 +667,9 @@ class RegularizedOptimizer(Averages):
                 into.steps.extend(steps)
         grads = [p.grad for p in everything if p.grad is not None]
         dtype = value_dtype([*everything, *grads])
-        self.penalty_value = _on(device, dtype, self.penalty_value)
+        self.penalty_value = _op.result_on(device, dtype, self.penalty_value)
         if self.max_grad_norm is not None:
-            self._norm = _on(device, dtype, self._norm)
+            self._norm = _op.result_on(device, dtype, self._norm)
         return True
 
 
@@ -684,29 +697,3 @@ def documented(optimizer: _Optimizer) -> _Optimizer:
 
 def _wants_master(p: Tensor, group: dict[str, Any]) -> bool:
     return bool(group["master_weights"]) and p.dtype in LOW_PRECISION
-
-
-def _on(device: torch.device, dtype: torch.dtype, result: Tensor | None) -> Tensor:
-    """Return the tensor that a graph writes a result to: the one that is there, if it fits."""
-    if result is None or result.device != device or result.dtype is not dtype:
-        return torch.zeros((), dtype=dtype, device=device)
-    return result
-
-
-def _check_strength(value: Any, where: str) -> None:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{where} must be one number, got a tensor of {value.numel()}")
-        return
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{where} must be a number or a tensor, got {type(value).__name__}")
-    if not (value >= 0.0 and math.isfinite(value)):
-        raise ValueError(f"{where} must be finite and not negative, got {value}")
-
-
-def _check_max_norm(value: Any, name: str) -> float | None:
-    if value is None:
-        return None
-    if not isinstance(value, (int, float)) or not value > 0.0:
-        raise ValueError(f"fusereg.optim.{name}: max_grad_norm must be > 0 or None, got {value!r}")
-    return float(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any, TypeAlias, TypedDict
 
@@ -105,6 +106,27 @@ def meant(key: str, known: Iterable[str]) -> str | None:
             )
     close = difflib.get_close_matches(plain, by_plain, n=1, cutoff=0.85)
     return by_plain[close[0]] if close else None
+
+
+def check_strength(value: Any, where: str) -> None:
+    """Raise unless this is a strength of a penalty: a number, or a tensor of one."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{where} must be one number, got a tensor of {value.numel()}")
+        return
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{where} must be a number or a tensor, got {type(value).__name__}")
+    if not (value >= 0.0 and math.isfinite(value)):
+        raise ValueError(f"{where} must be finite and not negative, got {value}")
+
+
+def check_max_norm(value: Any, name: str) -> float | None:
+    """Return the largest norm that gradients may have; None for no limit."""
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or not value > 0.0:
+        raise ValueError(f"fusereg.optim.{name}: max_grad_norm must be > 0 or None, got {value!r}")
+    return float(value)
 
 
 PENALTY = r"""

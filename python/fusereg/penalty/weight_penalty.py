@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core import checks
 from ..core import params as _params
+from ..core.hints import explains
 from ..core.params import Key
 from .functional import add_grads, evaluate
 from .names import SPARED, WORDS, Keys, Named, Places, named_parameters, unpenalizable
@@ -42,6 +43,16 @@ Rule = Mapping[str, float | int | None] | None
 _log = logging.getLogger("fusereg")
 #: The default of a strength: equal to 0, but not the 0 that a caller passes.
 UNSET = float("0.0")
+
+
+#: Names of its arguments elsewhere.
+_ELSEWHERE = {
+    "weight_decay": "it is l2 here, whose term has the factor 1/2",
+    "strength": "give l1, l2 or group",
+    "l1_strength": "it is l1 here",
+    "l2_strength": "it is l2 here",
+    "optimizer": "call attach(optimizer)",
+}
 
 
 class WeightPenalty:
@@ -103,6 +114,7 @@ class WeightPenalty:
     _DEFAULT = "default"
     _places: Places | None = None  # of pickles of before
 
+    @explains("fusereg.WeightPenalty", _ELSEWHERE)
     def __init__(
         self,
         model: nn.Module,
@@ -414,9 +426,6 @@ class WeightPenalty:
                 a group term) dimensions of groups are not those of this penalty, or a strength is
                 negative or not finite.
         """
-        checks.check_mapping(
-            state, "fusereg.WeightPenalty.load_state_dict: state", "as state_dict() returns it"
-        )
         try:
             if state["version"] != 1:
                 raise ValueError(f"version {state['version']}")
@@ -425,7 +434,7 @@ class WeightPenalty:
             strengths = {k: {n: g[n] for n in ("l1", "l2", "group")} for k, g in saved.items()}
             dims = {label: g.get("group_dim") for label, g in saved.items()}
             steps, half = int(state["steps"]), bool(state["half"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"fusereg.WeightPenalty: this is no state of a WeightPenalty (version 1): {error!r}"
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import os
@@ -22,6 +23,7 @@ from ..core import distributed
 from ..core.checks import as_number
 from ..core.encoding import check_savable
 from ..core.files import CheckpointError
+from ..core.hints import check_names
 from ..core.lock import FolderInUse
 from ..core.ranks import Ranks, describe, raise_first
 from ..core.snapshot import Snapshot, Sources, Stateful
@@ -29,6 +31,13 @@ from . import sharded
 from .checkpoint import OP, RunFolder
 from .loader import Position
 
+#: Names of its arguments elsewhere.
+_ELSEWHERE = {
+    "save_steps": "it is every_steps here",
+    "every_n_train_steps": "it is every_steps here",
+    "save_top_k": "it is keep_best here",
+    "monitor": "give the monitored value to save(metric=value)",
+}
 #: With several ranks, rank 0's clock is asked once in so many batches.
 _CLOCK_EVERY = 16
 
@@ -145,6 +154,9 @@ class TrainingRun:
         ):
             if not isinstance(word, str) or word not in allowed:
                 raise ValueError(f"{OP}: {name} must be one of {allowed}, got {word!r}")
+        numbers = [k for k, v in objects.items() if isinstance(v, (int, float, str))]
+        numbers = [k for k in numbers if k != "model"]  # nearly "mode", but meant
+        check_names(OP, numbers, inspect.signature(TrainingRun).parameters, _ELSEWHERE)
         if not objects:
             raise ValueError(f"{OP}: give the objects to save by name, e.g. model=model")
         shared = {k: v for k, v in objects.items() if isinstance(v, (nn.Module, _Optimizer))}
