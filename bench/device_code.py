@@ -101,7 +101,9 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(r"^batch_norm::batch_norm_sums_kernel", split=1, spill=120),
     Bound(r"^batch_norm::batch_norm_gradient_kernel", spill=104),
     Bound(r"^batch_norm::\w+_resident_kernel", split=1, spill=192),
-    Bound(r"^augment::augment_backward_kernel<double", spill=464),
+    # The window of a perspective's output pixels is beside the sums of an input pixel.
+    Bound(r"^augment::augment_backward_kernel<double", spill=320),
+    Bound(r"^augment::augment_backward_kernel", spill=384),
     Bound(r"^augment::augment_", spill=320),
     # An image's program, and the taps of a row of a blur.
     Bound(r"^augment::program_kernel", spill=2304),
