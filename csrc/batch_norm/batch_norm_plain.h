@@ -748,12 +748,15 @@ void write_columns(const Layout& l, const Tile& t, const Coefficients& coefficie
 // --- which of them ---
 
 // Whether a tile is of columns. A job that is not plain may have any tile.
-FUSEREG_INLINE bool as_columns(const Layout& l, const Tile& t) {
-  return l.inner == 1 || (folds(l, t.rows) && t.channels * l.inner <= kMaxPlainColumns);
+template <class T>
+FUSEREG_INLINE bool as_columns(const Layout& l, const Tile& t, const std::uint8_t* bits) {
+  if (l.inner == 1) return true;
+  return folds(l, Traits<T>::kDType, bits != nullptr, t.rows) &&
+         t.channels * l.inner <= kMaxPlainColumns;
 }
 template <Which kWhich, class T, class F>
 void sum_plain(const Layout& l, const Tile& t, const Coefficients& k, Sums sums, const F& f) {
-  if (as_columns(l, t)) {
+  if (as_columns<T>(l, t, f.lines_of_bits())) {
     sum_columns<kWhich, T>(l, t, k, sums, f);
   } else {
     sum_lines<kWhich, T>(l, t, k, sums, f);
@@ -761,7 +764,7 @@ void sum_plain(const Layout& l, const Tile& t, const Coefficients& k, Sums sums,
 }
 template <Which kWhich, class T, class F>
 void write_plain(const Layout& l, const Tile& t, const Coefficients& k, const F& f) {
-  if (as_columns(l, t)) {
+  if (as_columns<T>(l, t, f.lines_of_bits())) {
     write_columns<kWhich, T>(l, t, k, f);
   } else {
     write_lines<kWhich, T>(l, t, k, f);
