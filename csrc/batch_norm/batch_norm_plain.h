@@ -1,8 +1,8 @@
 // For the CPU kernels alone, once per instruction set: the kernels of the plain cases (no mask, no
-// dropout, ReLU or no activation, and lines that are not short), which are those of most networks.
-// Each is one loop that keeps in registers what the strips of the others keep in the cache.
+// dropout, ReLU or no activation), which are those of most networks. Each is one loop that keeps in
+// registers what the strips of the others keep in the cache.
 //
-// Lines (inner >= kLanes): of the sums, a channel's lines follow one another, and its sums stay in
+// Lines (inner > 1): of the sums, a channel's lines follow one another, and its sums stay in
 // registers from its first row to its last; element i of a line in lane i % kLanes. Results are
 // written in the order of memory, the lines of a row's channels one after the other.
 // Columns (inner = 1, or the short lines of several channels as one): a band of rows by kChunk vectors at a time, downwards, with the coefficients
