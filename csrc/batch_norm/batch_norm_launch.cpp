@@ -71,7 +71,7 @@ std::int64_t folded_width(const Layout& layout, std::int64_t size) {
 // How the elements are cut up.
 class Tiling {
  public:
-  Tiling(const Layout& layout, DType dtype, bool plain)
+  Tiling(const Layout& layout, DType dtype, bool plain, bool bits)
       : layout_(layout), groups_(layout.groups()) {
     const std::int64_t size = dtype_size(dtype);
     const std::int64_t rows = std::min(layout.group_rows, layout.outer);
@@ -84,7 +84,7 @@ class Tiling {
         const std::int64_t blocks = ceil_div(ceil_div(layout.channels, fitting), 2) * 2;
         width_ = std::max(ceil_div(ceil_div(layout.channels, blocks), 32) * 32, kFewColumns);
       }
-    } else if (plain && folds(layout, rows)) {
+    } else if (plain && folds(layout, dtype, bits, rows)) {
       width_ = folded_width(layout, size);
     } else if (plain) {
       const std::int64_t bytes = std::max<std::int64_t>(rows * layout.inner * size, 1);
@@ -174,8 +174,10 @@ struct BlockSums {
 template <class Derived>
 class Passes {
  public:
-  Passes(const Layout& layout, DType dtype, bool plain)
-      : tiling_(layout, dtype, plain), layout_(layout) {}
+  // Job: Forward or Backward.
+  template <class Job>
+  explicit Passes(const Job& job)
+      : tiling_(job.layout, job.dtype, is_plain(job), job.bits != nullptr), layout_(job.layout) {}
 
   void run(bool with_sums, bool with_elements) {
     if (layout_.numel() == 0) return;
@@ -338,8 +340,7 @@ double count_of(const Layout& l, const std::uint8_t* mask, std::int64_t begin, s
 
 class ForwardRun : public Passes<ForwardRun> {
  public:
-  explicit ForwardRun(const Forward& job)
-      : Passes(job.layout, job.dtype, is_plain(job)), job_(job), kernels_(cpu_kernels()) {}
+  explicit ForwardRun(const Forward& job) : Passes(job), job_(job), kernels_(cpu_kernels()) {}
 
   void execute() {
     const bool compute = job_.statistics == Statistics::kCompute;
@@ -528,10 +529,7 @@ class ForwardRun : public Passes<ForwardRun> {
 class BackwardRun : public Passes<BackwardRun> {
  public:
   BackwardRun(const Backward& job, double* sums)
-      : Passes(job.layout, job.dtype, is_plain(job)),
-        job_(job),
-        kernels_(cpu_kernels()),
-        sums_(sums) {}
+      : Passes(job), job_(job), kernels_(cpu_kernels()), sums_(sums) {}
 
   void execute() {
     if (job_.reduce && layout_.numel() == 0) std::fill_n(sums_, 2 * layout_.statistics(), 0.0);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "batch_norm/batch_norm_strips.h"
+#include "core/simd_some.h"
 
 namespace fusereg::batch_norm::FUSEREG_ISA {
 namespace {
@@ -70,37 +71,6 @@ FUSEREG_INLINE std::int64_t to_next_line(const T* p) {
   const auto in_line = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(p) % kLineBytes);
   return (kLineBytes - in_line) % kLineBytes / static_cast<std::int64_t>(sizeof(T));
 }
-
-#if defined(__AVX512F__)
-FUSEREG_INLINE Vector<float> load_some(const float* p, std::int64_t n) {
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
-}
-template <class T>
-FUSEREG_INLINE Vector<float> load_some(const T* p, std::int64_t n) {
-  return widened(p, _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p));
-}
-FUSEREG_INLINE void store_some(float* p, Vector<float> v, std::int64_t n) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), v);
-}
-template <class T>
-FUSEREG_INLINE void store_some(T* p, Vector<float> v, std::int64_t n) {
-  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), narrowed(p, v));
-}
-#else
-template <class T>
-FUSEREG_INLINE Vector<float> load_some(const T* p, std::int64_t n) {
-  T buffer[kWidth<float>];
-  memset(buffer, 0, sizeof(buffer));
-  for (std::int64_t i = 0; i < n; ++i) buffer[i] = p[i];
-  return load(buffer);
-}
-template <class T>
-FUSEREG_INLINE void store_some(T* p, Vector<float> v, std::int64_t n) {
-  T buffer[kWidth<float>];
-  store(buffer, v);
-  for (std::int64_t i = 0; i < n; ++i) p[i] = buffer[i];
-}
-#endif
 
 // All ones in the first n lanes.
 FUSEREG_INLINE MaskVector<float> first_lanes(std::int64_t n) {

@@ -5,7 +5,7 @@
 // where m has grown. There are kTile sums, whatever the vector width, so every instruction set gives
 // the same bits. Where classes are neighbors, class c of a row goes to sum c % kTile; where not, the
 // sums belong to kTile neighboring rows.
-#include "core/simd.h"
+#include "core/simd_some.h"
 // After it, for vectors.
 #include "cross_entropy/cross_entropy.h"
 
@@ -117,11 +117,11 @@ struct Source {
       if constexpr (columns) {
         w = broadcast(weight[klass]);
       } else {
-        w = count >= kW ? load(weight + klass) : load_partial(weight + klass, count);
+        w = count >= kW ? load(weight + klass) : load_some(weight + klass, count);
       }
     }
     if constexpr (factors == Factors::kProbabilities) {
-      const V t = count >= kW ? load(probabilities + at) : load_partial(probabilities + at, count);
+      const V t = count >= kW ? load(probabilities + at) : load_some(probabilities + at, count);
       return (t * keep + spread) * w;
     }
     return w;
@@ -177,7 +177,7 @@ FUSEREG_INLINE void walk(const Problem& p, std::int64_t start, std::int64_t step
   auto logits = [&](std::int64_t i, int v, std::int64_t rest) __attribute__((always_inline)) {
     const T* const at = x + start + i * stride + v * kW;
     if (rest >= kW) return load(at);
-    const V some = load_partial(at, rest);
+    const V some = load_some(at, rest);
     return numbers < broadcast(static_cast<C>(rest)) ? some : minus_infinity<C>();
   };
   V largest[kV], sum[kV], dot[kV], mass[kV];
@@ -400,7 +400,7 @@ void backward_with(const Backward& b, std::int64_t begin, std::int64_t end) {
   // `rest` elements at `at`, of the class `klass` or of those that begin there.
   auto elements = [&](const auto& source, std::int64_t at, std::int64_t klass, std::int64_t rest,
                       V reference, V factor, V spread) __attribute__((always_inline)) {
-    const V logit = rest >= kW ? load(x + at) : load_partial(x + at, rest);
+    const V logit = rest >= kW ? load(x + at) : load_some(x + at, rest);
     V y = exponential(V(logit - reference)) * factor;
     if constexpr (factors == Factors::kOnes) {
       y -= spread;
@@ -410,7 +410,7 @@ void backward_with(const Backward& b, std::int64_t begin, std::int64_t end) {
     if (rest >= kW) {
       store(out + at, y);
     } else {
-      store_partial(out + at, y, rest);
+      store_some(out + at, y, rest);
     }
   };
   if (b.inner == 1) {
