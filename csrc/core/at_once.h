@@ -5,6 +5,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <exception>
+
 namespace fusereg {
 
 namespace py = pybind11;
@@ -48,9 +50,24 @@ bool set_rest(PyObject* ctx, py::handle rest);
 // ctx.rest, a tuple of `count`; null if it is something else.
 py::object rest_of(PyObject* ctx, Py_ssize_t count);
 
-// A Python function without keywords as a C function of pybind11's: exceptions become errors.
+// What `compute` returns; null, without an error, where it returned null or failed: the general
+// function is to be called, which says what is wrong. What is no Exception (Ctrl-C) is thrown on.
 template <class F>
-PyObject* guarded(const F& function) noexcept {
+auto attempt(const F& compute) -> decltype(compute()) {
+  try {
+    const auto found = compute();
+    if (!found && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    return found;
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_Exception)) throw;
+  } catch (const std::exception&) {
+  }
+  return {};
+}
+
+// A function that Python calls as it stands: what it throws becomes Python's error.
+template <class F>
+PyObject* guarded(const F& function) {
   try {
     return function();
   } catch (py::error_already_set& error) {
