@@ -22,7 +22,7 @@ struct Saved {
 // called last, of which there is no second time, is thrown as Final.
 class AtOnce {
  public:
-  struct Final {};  // a Python error is set, and stays
+  struct Final : std::exception {};  // a Python error is set, and stays
 
   AtOnce() = default;
   AtOnce(const AtOnce&) = delete;
@@ -58,11 +58,14 @@ auto attempt(const F& compute) -> decltype(compute()) {
     const auto found = compute();
     if (!found && PyErr_Occurred() != nullptr) throw py::error_already_set();
     return found;
+  } catch (const AtOnce::Final&) {
+    throw;
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_Exception)) throw;
+    return {};
   } catch (const std::exception&) {
+    return {};
   }
-  return {};
 }
 
 // A function that Python calls as it stands: what it throws becomes Python's error.
@@ -73,7 +76,7 @@ PyObject* guarded(const F& function) {
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const AtOnce::Final&) {
-    // with its error
+    return nullptr;
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }
