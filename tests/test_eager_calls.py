@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 import fusereg
 from fusereg import _C
@@ -221,6 +222,56 @@ def test_saved_tensors_are_asked_for_once_and_their_errors_are_shown(name: str) 
             (y if "relu" in name else between).add_(1.0)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(y, other, grad)
+
+
+class _Interrupts(TorchFunctionMode):
+    """Raises where a new tensor is made."""
+
+    def __init__(self, raises: Callable[..., None]) -> None:
+        super().__init__()
+        self.raises = raises
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.empty_like:
+            self.raises()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["activation_dropout, relu", "batch_norm"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_interruption_in_the_middle_of_a_call_is_not_lost(
+    name: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(8, 8, requires_grad=True)
+    raised: list[object] = []
+
+    def interrupted(*_: object) -> None:
+        raised.append(error)
+        raise error
+
+    def call() -> None:
+        _COMPILED[name](x, x)
+
+    def call_under_a_mode() -> None:
+        with _Interrupts(interrupted):
+            call()
+
+    ours, torchs = fusereg.core.random, torch.autograd.function.FunctionCtx
+    for owner, function, run in (
+        (ours, "new_state", call),
+        (torchs, "save_for_backward", call),
+        (None, "", call_under_a_mode),
+    ):
+        raised.clear()
+        with monkeypatch.context() as patch:
+            if owner is not None:
+                patch.setattr(owner, function, interrupted)
+            with pytest.raises(error):
+                run()
+        # An error may be made again by Python, which says what is wrong; an interruption is one.
+        assert len(raised) == 1 or error is ZeroDivisionError, function or run.__name__
 
 
 def test_calls_from_several_threads_are_each_their_own() -> None:

@@ -390,7 +390,6 @@ class Call {
     if (derived_ && !inputs_.residual.is_none() && is_rectifier(activation_))
       inputs_.bits = bits_ = new_bytes(x_, reader.layout().bit_bytes());
     y_ = empty_like(x_);
-    if (!y_ || (of_batch && !moments_)) return false;
     job_.y = reader.like_x(y_, &read_memory);
     read_inputs(reader, inputs_, job_);
     if (!reader.ready()) return false;
@@ -398,8 +397,8 @@ class Call {
     py::object offset = seed;
     if (p_ > 0.0) {  // last, for nothing else changes when this fails
       state_ = py::reinterpret_steal<py::object>(PyObject_CallOneArg(draw.ptr(), x_.ptr()));
-      if (!state_ || !PyTuple_CheckExact(state_.ptr()) || PyTuple_GET_SIZE(state_.ptr()) != 2)
-        return false;
+      if (!state_) throw py::error_already_set();
+      if (!PyTuple_CheckExact(state_.ptr()) || PyTuple_GET_SIZE(state_.ptr()) != 2) return false;
       seed = state_[py::int_(0)];
       offset = state_[py::int_(1)];
     }
@@ -454,18 +453,11 @@ PyObject* batch_norm_at_once(PyObject*, PyObject* const* args, Py_ssize_t count)
     if (count != 6) throw py::type_error("fusereg: batch_norm_at_once takes 6 arguments");
     const char* const op = "batch_norm";
     Call call;
-    bool ready = false;
-    if (nothing_traces() && !forward_mode()) {
-      try {
-        ready = call.read(args[2], args[3], args[4], args[1], op) && call.compute(op);
-      } catch (const std::exception&) {
-        ready = false;  // Python says what is wrong
-      }
-    }
-    if (!ready) {
-      PyErr_Clear();
-      return Py_NewRef(Py_None);
-    }
+    const bool ready =
+        nothing_traces() && !forward_mode() && attempt([&] {
+          return call.read(args[2], args[3], args[4], args[1], op) && call.compute(op);
+        });
+    if (!ready) return Py_NewRef(Py_None);
     return call.result(args[0], args[5]).release().ptr();
   });
 }
@@ -532,7 +524,6 @@ class BatchNorm : public AtOnce {
     const auto made = [&wanted](Py_ssize_t i, py::handle like) {
       py::object result = py::none();
       if (wanted(i) && !like.is_none()) result = empty_like(like);
-      if (!result) throw py::error_already_set();
       return result;
     };
     const py::object grad_x = made(0, kept[kX]);

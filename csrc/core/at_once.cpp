@@ -1,6 +1,5 @@
 #include "core/at_once.h"
 
-#include <exception>
 #include <vector>
 
 #include "core/gate.h"
@@ -27,48 +26,34 @@ PyObject* rest_name() {
   return name;
 }
 
-// What `compute` returns; null, without an error, where the general function is to be called.
-// `final`: it is not.
-template <class F>
-PyObject* attempt(const F& compute, bool& final) {
-  PyObject* found = nullptr;
-  try {
-    found = compute();
-  } catch (const AtOnce::Final&) {
-    final = true;
-    return nullptr;
-  } catch (const std::exception&) {
-    found = nullptr;  // the general one says what is wrong
-  }
-  if (found == nullptr) PyErr_Clear();
-  return found;
-}
-
 PyObject* forward(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  const Functions& functions = functions_of(self);
-  bool final = false;
-  PyObject* const y = attempt([&] { return functions.at_once->forward(args, count); }, final);
-  if (y != nullptr || final) return y;
-  return PyObject_Vectorcall(functions.forward, args, static_cast<std::size_t>(count), nullptr);
+  return guarded([&] {
+    const Functions& functions = functions_of(self);
+    PyObject* const y = attempt([&] { return functions.at_once->forward(args, count); });
+    if (y != nullptr) return y;
+    return PyObject_Vectorcall(functions.forward, args, static_cast<std::size_t>(count), nullptr);
+  });
 }
 
 PyObject* backward(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  const Functions& functions = functions_of(self);
-  // Of one result; the others of an operator are no tensors that anybody differentiates.
-  if (count != 2) {
-    return PyObject_Vectorcall(functions.backward, args, static_cast<std::size_t>(count), nullptr);
-  }
-  Saved saved;
-  bool final = false;
-  PyObject* const found = attempt(
-      [&]() -> PyObject* {
+  return guarded([&] {
+    const Functions& functions = functions_of(self);
+    PyObject* found = nullptr;
+    Saved saved;
+    if (count == 2) {  // of one result; the others of an operator are nothing to differentiate
+      found = attempt([&]() -> PyObject* {
         if (grad_enabled() || forward_mode() || !nothing_traces()) return nullptr;
         return functions.at_once->backward(args[0], args[1], saved);
-      },
-      final);
-  if (found != nullptr || final) return found;
-  PyObject* const more[] = {args[0], args[1], saved.tensors.ptr()};
-  return PyObject_Vectorcall(functions.backward, more, saved.tensors ? 3 : 2, nullptr);
+      });
+    }
+    if (found != nullptr) return found;
+    if (!saved.tensors) {
+      return PyObject_Vectorcall(functions.backward, args, static_cast<std::size_t>(count),
+                                 nullptr);
+    }
+    PyObject* const more[] = {args[0], args[1], saved.tensors.ptr()};
+    return PyObject_Vectorcall(functions.backward, more, 3, nullptr);
+  });
 }
 
 PyMethodDef g_forward = {"forward", fast_function(&forward), METH_FASTCALL, nullptr};

@@ -5,6 +5,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <exception>
+
 namespace fusereg {
 
 namespace py = pybind11;
@@ -20,7 +22,7 @@ struct Saved {
 // called last, of which there is no second time, is thrown as Final.
 class AtOnce {
  public:
-  struct Final {};  // a Python error is set, and stays
+  struct Final : std::exception {};  // a Python error is set, and stays
 
   AtOnce() = default;
   AtOnce(const AtOnce&) = delete;
@@ -48,15 +50,33 @@ bool set_rest(PyObject* ctx, py::handle rest);
 // ctx.rest, a tuple of `count`; null if it is something else.
 py::object rest_of(PyObject* ctx, Py_ssize_t count);
 
-// A Python function without keywords as a C function of pybind11's: exceptions become errors.
+// What `compute` returns; null, without an error, where it returned null or failed: the general
+// function is to be called, which says what is wrong. What is no Exception (Ctrl-C) is thrown on.
 template <class F>
-PyObject* guarded(const F& function) noexcept {
+auto attempt(const F& compute) -> decltype(compute()) {
+  try {
+    const auto found = compute();
+    if (!found && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    return found;
+  } catch (const AtOnce::Final&) {
+    throw;
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_Exception)) throw;
+    return {};
+  } catch (const std::exception&) {
+    return {};
+  }
+}
+
+// A function that Python calls as it stands: what it throws becomes Python's error.
+template <class F>
+PyObject* guarded(const F& function) {
   try {
     return function();
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const AtOnce::Final&) {
-    // with its error
+    return nullptr;
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }

@@ -83,7 +83,7 @@ class Drawn : public AtOnce {
       return {};
     const char* const name = PyUnicode_AsUTF8(op);
     py::object y = empty_like(x);
-    if (name == nullptr || !y || read_memory(y, out) != Kind::kPlain) return {};
+    if (name == nullptr || read_memory(y, out) != Kind::kPlain) return {};
     const auto seed = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(state, 0));
     const auto offset = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(state, 1));
     const SeedPair random = seed_argument(seed, offset, in.device, name);

@@ -126,7 +126,7 @@ bool forward_mode() {
 py::object empty_like(py::handle x) {
   PyObject* const arguments[] = {x.ptr()};
   PyObject* const y = PyObject_Vectorcall(g_gate.empty_like, arguments, 1, nullptr);
-  if (y == nullptr) PyErr_Clear();
+  if (y == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(y);
 }
 
@@ -135,7 +135,7 @@ namespace {
 py::object new_empty(py::handle x, const py::object& sizes, PyObject* dtype) {
   PyObject* const arguments[] = {x.ptr(), sizes.ptr(), dtype};
   PyObject* const y = PyObject_Vectorcall(g_gate.new_empty, arguments, 2, g_gate.dtype_only);
-  if (y == nullptr) PyErr_Clear();
+  if (y == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(y);
 }
 

@@ -34,7 +34,7 @@ bool grad_enabled();
 // Whether tensors may carry tangents, with or without gradients.
 bool forward_mode();
 
-// torch.empty_like(x); null, without a Python error set, where that fails.
+// torch.empty_like(x); throws its error.
 py::object empty_like(py::handle x);
 
 // x.new_empty(sizes) of float64, or of bytes; the same.
