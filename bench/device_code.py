@@ -82,17 +82,17 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(r"^dropout_norm::dropout_norm_forward_kernel<double", split=1),
     Bound(r"^dropout_norm::.*, true>$", share=90.0),
     # Element by element, in float64, rows that registers do not hold.
-    Bound(r"^dropout_norm::dropout_norm_backward_kernel<double, 0, false>$", spill=56),
-    Bound(r"^penalty::penalty_groups_kernel", spill=32, share=70.0),
+    Bound(r"^dropout_norm::dropout_norm_backward_kernel<double, 0, false>$", spill=32),
+    Bound(r"^penalty::penalty_groups_kernel", share=70.0),
     Bound(r"^penalty::coupled_kernel<3, SlotTerms", share=70.0),
     Bound(r"^penalty::", share=90.0),
     Bound(r"^optim::(?:clip|norm)_kernel", share=90.0),
     # FTRL's four numbers of the last step lie side by side, where no vector fits them.
-    Bound(r"^optim::optimizer_kernel<3,", split=3, spill=80),
+    Bound(r"^optim::optimizer_kernel<3,", split=3),
     Bound(r"^optim::optimizer_kernel", spill=88),
-    # A row's statistics, and a block's shares of the loss, are doubles side by side.
-    Bound(r"^cross_entropy::cross_entropy_(?:forward|finish)_kernel", split=2, spill=8),
-    Bound(r"^cross_entropy::cross_entropy_backward_kernel<double", spill=8),
+    # Two results of a call may lie side by side.
+    Bound(r"^cross_entropy::cross_entropy_finish_kernel", split=1),
+    Bound(r"^cross_entropy::cross_entropy_(?:forward|backward)_kernel<double", spill=8),
     Bound(r"^drop_block::drop_block_apply_kernel", share=90.0),
     Bound(r"^batch_norm::\w+_kernel<\w+, Lines<true>", share=90.0),
     Bound(
@@ -104,7 +104,8 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(r"^batch_norm::batch_norm_backward_resident_kernel", spill=96, share=90.0),
     Bound(r"^batch_norm::\w+_kernel<\w+, Columns<true>", share=90.0),
     Bound(r"^augment::augment_backward_kernel<double", spill=464),
-    Bound(r"^augment::augment_", spill=320),
+    Bound(r"^augment::augment_backward_kernel", spill=160),
+    Bound(r"^augment::augment_", spill=64),
     Bound(""),
 )
 
