@@ -140,7 +140,7 @@ $(STANDIN)/.torch: Makefile | $(VENV)/.python
 	@mkdir -p $(STANDIN) && $(PYTHON) -m venv $(STANDIN)/venv
 	@$(STANDIN_PYTHON) -m pip install -q --no-compile --no-deps "torch==$(STANDIN_TORCH)"
 	@$(STANDIN_PYTHON) -m pip install -q --no-compile filelock typing-extensions sympy networkx jinja2 fsspec \
-	    "setuptools<82" numpy rich typer pytest pytest-xdist hypothesis expecttest psutil safetensors scipy 2>&1 \
+	    "setuptools<82" numpy rich typer pytest pytest-xdist hypothesis expecttest psutil safetensors mlxtend 2>&1 \
 	    | grep -v 'torch .* requires' || true
 	@command -v nvcc >/dev/null || $(STANDIN_PYTHON) -m pip install -q --no-deps "nvidia-cuda-runtime==13.0.*" "nvidia-cuda-crt==13.0.*"
 	@touch $@

@@ -25,7 +25,7 @@ def give_grads(*lists: list[nn.Parameter]) -> None:
     for together in zip(*lists, strict=True):
         g = torch.randn(together[0].shape).to(together[0].dtype)
         for p in together:
-            p.grad = g.clone()
+            p.grad = g.to(p.device, copy=True)
 
 
 @pytest.fixture(scope="module")

@@ -145,8 +145,8 @@ class CoupledCudaRun {
   CoupledCudaRun(const CoupledJob& job, cuda::Stream stream) : job_(job), stream_(stream) {}
 
   void execute() const {
-    // Not cleared: what lies beyond `count` is never read.
     CoupledTable t;
+    clear_table(t);
     t.l1 = job_.l1;
     t.first_factor = job_.first_factor;
     t.slot_of = job_.slot_of;
@@ -154,8 +154,6 @@ class CoupledCudaRun {
     t.squares = job_.squares;
     t.slots = job_.slots;
     t.partial = job_.partial;
-    t.count = 0;
-    t.first_task[0] = 0;
     for (std::size_t i = 0; i < job_.items.size(); ++i) {
       if (job_.items[i].numel != 0) add(t, job_.items[i], job_.first[i]);
     }

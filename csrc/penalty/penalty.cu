@@ -73,11 +73,10 @@ class CudaRun {
   }
 
   void execute() {
-    // Not cleared: what lies beyond `count` is never read.
     ElementTable<kMaxElementEntries> elements;
     GroupTable<kMaxGroupEntries> groups;
-    clear(elements);
-    clear(groups);
+    clear_table(elements);
+    clear_table(groups);
     for (const Item& item : job_.items) {
       if (item.numel == 0) continue;
       const Strengths& s = item.strengths;
@@ -94,12 +93,6 @@ class CudaRun {
   }
 
  private:
-  template <class Table>
-  static void clear(Table& t) {
-    t.count = 0;
-    t.first_task[0] = 0;
-  }
-
   // Gives the entry's place, behind what was there before.
   template <template <int> class Table, int kMost>
   int reserve(Table<kMost>& t, std::int64_t tasks) {
@@ -136,6 +129,7 @@ class CudaRun {
   void flush(Table<kMost>& t) {
     if (t.count <= cuda::kSmallTable) {
       Table<cuda::kSmallTable> small;
+      clear_table(small);
       small.count = t.count;
       for (int i = 0; i < t.count; ++i) small.copy(i, t, i);
       std::copy(t.first_task, t.first_task + t.count + 1, small.first_task);
@@ -143,7 +137,7 @@ class CudaRun {
     } else {
       launch(t);
     }
-    clear(t);
+    clear_table(t);
   }
 
   template <int kMost>

@@ -1,6 +1,8 @@
 // Tables of tensors, and what a thread does with elements. For the room's .cu files alone.
 #pragma once
 
+#include <cstring>
+
 #include "core/launch_table.cuh"
 #include "core/soft_threshold.h"
 #include "penalty/penalty.h"
@@ -138,6 +140,17 @@ struct GroupTable {
 };
 static_assert(sizeof(GroupTable<kMaxGroupEntries>) <= cuda::kMaxKernelParamBytes,
               "the table does not fit a launch");
+
+// Makes a table an empty one. What lies beyond its entries is never read and not cleared, but on the
+// host, where a stand-in device looks at every address that a launch has.
+template <class Table>
+void clear_table(Table& t) {
+#if defined(FUSEREG_CUDA_ON_HOST)
+  std::memset(static_cast<void*>(&t), 0, sizeof(t));
+#endif
+  t.count = 0;
+  t.first_task[0] = 0;
+}
 
 // --- device code ---
 

@@ -480,6 +480,11 @@ def _up(
     return made
 
 
+def _read(values: Tensor, conjugated: bool, negated: bool) -> Tensor:
+    values = torch.conj_physical(values) if conjugated else values
+    return -values if negated else values
+
+
 def _copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """Copy to, from or on the device."""
     if self.numel() == 0:
@@ -491,6 +496,7 @@ def _copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if on_host and not (non_blocking and pinned):
         _wait(stream, "a copy between host and device" + ("" if pinned else ", of pageable memory"))
     memory = [Memory.of(self), Memory.of(source)]
+    bits = source.is_conj() != self.is_conj(), source.is_neg() != self.is_neg()
     if _order:
         runtime.standin_advance(stream)
         for t in on_device:
@@ -501,11 +507,11 @@ def _copy_(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
         def replay() -> None:
             to, of = (m.tensor() for m in _all_there(memory, "a copy"))
-            to.copy_(of)
+            to.copy_(_read(of, *bits))
 
         _record(stream, replay)
     else:
-        memory[0].tensor().copy_(memory[1].tensor())
+        memory[0].tensor().copy_(_read(memory[1].tensor(), *bits))
     return self
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
+from ..core import memory
+
 _WEIGHTS = (0.2989, 0.587, 0.114)
 
 
@@ -26,7 +28,7 @@ def blend(x: Tensor, other: Tensor, factor: float) -> Tensor:
 
 def hue(x: Tensor, turn: float) -> Tensor:
     """Return an image [3, H, W] with its hue moved by a part of a turn."""
-    low, high = torch.aminmax(x, dim=0)
+    low, high = x.amin(0), x.amax(0)  # aminmax() has no derivative before torch 2.13
     span = high - low
     r, g, b = ((high - x) / torch.where(span == 0, 1, span)).unbind(0)
     of_r, of_g, of_b = b - g, 2 + r - b, 4 + g - r
@@ -34,7 +36,7 @@ def hue(x: Tensor, turn: float) -> Tensor:
     h = (sixths / 6 + 1 + turn).remainder(1) * 6
     s = span / torch.where(span == 0, 1, high)
     # Each channel is 1 minus what the place on the circle takes away of the saturation.
-    places = torch.tensor([5.0, 3.0, 1.0], dtype=x.dtype, device=x.device)[:, None, None]
+    places = memory.numbers((5.0, 3.0, 1.0), x.dtype, x.device)[:, None, None]
     k = (places + h).remainder(6)
     return (high * (1 - s * torch.minimum(k, 4 - k).clamp(0, 1))).clamp(0, 1)
 

@@ -280,8 +280,7 @@ class Operator:
             return args
         seed, offset = args[at]
         if not isinstance(seed, Tensor):
-            numbers = [random.signed(seed), random.signed(offset)]
-            seed = torch.tensor(numbers, dtype=torch.int64, device=args[0].device)
+            seed = random.pair(seed, offset, args[0].device)
         return (*args[:at], seed, *args[at + 1 :])
 
     def eager(self, *args: Any) -> Any:

@@ -146,8 +146,7 @@ class ConsistentDropout(Layer):
         if seed is None:
             self.pair = random.device_state(device)
         else:
-            signed = (seed + 2**63) % 2**64 - 2**63
-            self.pair = torch.tensor([signed, 0], dtype=torch.int64, device=device)
+            self.pair = random.pair(seed, 0, device)
         self._features: tuple[int, ...] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
