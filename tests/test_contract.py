@@ -357,8 +357,6 @@ def test_forward_mode_does_not_depend_on_gradients(operation: Operation) -> None
 
 @named([*PURE, *DRAWN])
 def test_the_default_device_is_for_new_tensors_alone(operation: Operation) -> None:
-    if operation.technique == "augment":
-        pytest.skip("its tables and parameters are made on the default device")
     tensors = sample(operation, "small")
     seed: dict[str, Any] = {"seed": None} if operation in DRAWN else {}
 

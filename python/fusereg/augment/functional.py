@@ -69,8 +69,8 @@ _WINDOW = [[0.0] * _RECORD for _ in range(6)]
 _WINDOW[0][5] = _WINDOW[1][2] = _WINDOW[4][2] = _WINDOW[5][5] = 1.0
 _WINDOW[2][0] = _WINDOW[3][4] = -2.0
 _TENSORS = (
-    torch.tensor(_IDENTITY, dtype=torch.float64),
-    torch.tensor(_WINDOW, dtype=torch.float64),
+    torch.tensor(_IDENTITY, dtype=torch.float64, device="cpu"),
+    torch.tensor(_WINDOW, dtype=torch.float64, device="cpu"),
 )
 
 
@@ -78,8 +78,8 @@ def _constants(device: torch.device, op: str) -> tuple[Tensor, ...]:
     """Return the identity and the window; tracers and fake tensors want tensors of their own."""
     if dispatch.eager():
         return memory.constants("records", device, lambda: _TENSORS, op)
-    identity = torch.tensor(_IDENTITY, dtype=torch.float64)
-    return identity.to(device), torch.tensor(_WINDOW, dtype=torch.float64).to(device)
+    identity = torch.tensor(_IDENTITY, dtype=torch.float64, device="cpu")
+    return identity.to(device), torch.tensor(_WINDOW, dtype=torch.float64, device="cpu").to(device)
 
 
 def _has_shape(t: Tensor, *shape: int) -> bool:
@@ -439,9 +439,9 @@ def erase(
     keys = fill = None
     if isinstance(value, str):
         one_of(value, op, "value", ["random"])
-        keys = torch.empty(n, 2, dtype=torch.int64)
+        keys = torch.empty(n, 2, dtype=torch.int64, device="cpu")
         keys[:, 0] = (integer(seed, op, "seed") + 2**63) % 2**64 - 2**63
-        keys[:, 1] = torch.arange(n) + _NOISE
+        keys[:, 1] = torch.arange(n, device="cpu") + _NOISE
     else:
         fill = for_channels(per_channel(value, op, "value"), x.shape[1], op, "value")
     return _apply(x, records, x.shape[2:], _Result(out=out), op, keys=keys, erase=fill)

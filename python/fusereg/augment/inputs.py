@@ -83,13 +83,13 @@ def image_tensor(x: Any, op: str) -> Tensor:
         return data.reshape(x.height, x.width, bands).permute(2, 0, 1).contiguous()
     if type(x).__module__ == "numpy":
         if x.ndim == 2:
-            return torch.tensor(x)[None]
+            return torch.tensor(x, device="cpu")[None]
         if x.ndim not in (3, 4) or x.shape[-1] > 4:
             raise ValueError(
                 f"fusereg.{op}: an array of NumPy must be (H, W) or ([N,] H, W, C) with channels "
                 f"last, got shape {x.shape}; give torch.from_numpy(x) if channels come first"
             )
-        return torch.tensor(x).movedim(-1, -3).contiguous()
+        return torch.tensor(x, device="cpu").movedim(-1, -3).contiguous()
     return x  # type: ignore[no-any-return]  # refused by its caller
 
 

@@ -298,7 +298,7 @@ def size_after(
     called: Called, size: tuple[int, int], dtype: torch.dtype, seed_value: int
 ) -> tuple[int, int]:
     """Return the size that a transform gives an image of this size, from its numbers."""
-    image = torch.zeros(3, *size, dtype=dtype)
+    image = torch.zeros(3, *size, dtype=dtype, device="cpu")
     with numbers_of(image) as seed:
         seed(seed_value)
         one = _typed(image, 1) if called.form == "image" else image

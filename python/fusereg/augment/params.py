@@ -49,7 +49,7 @@ def sample_id_tensor(ids: object, n: int, op: str, name: str = "sample_ids") -> 
             raise TypeError(f"fusereg.{op}: {name} must be integers, got {ids.dtype}")
         result = ids.detach().to("cpu", torch.int64)
     elif is_sequence(ids):
-        result = torch.tensor([integer(i, op, name) for i in ids], dtype=torch.int64)
+        result = torch.tensor([integer(i, op, name) for i in ids], dtype=torch.int64, device="cpu")
     else:
         raise TypeError(
             f"fusereg.{op}: {name} must be a tensor or a sequence of integers, "
@@ -189,9 +189,9 @@ class AugmentParams:
             raise IndexError(
                 f"fusereg.AugmentParams: index {index} is out of range for {n} samples"
             )
-        positions = torch.arange(n)
+        positions = torch.arange(n, device="cpu")
         chosen = positions[[index] if isinstance(index, int) else _cpu(index)]
-        place = torch.full((n + 1,), -2, dtype=torch.int64)
+        place = torch.full((n + 1,), -2, dtype=torch.int64, device="cpu")
         place[-1] = -1  # the partner of those without one
         # A sample that is selected twice has its first place.
         place.scatter_reduce_(
@@ -520,8 +520,8 @@ def draw(
     """
     sizes = input_size if isinstance(input_size, list) else [input_size]
     n = sample_ids.shape[0]
-    records = torch.empty(n, _C.AUGMENT_RECORD, dtype=torch.float64)
-    draws = torch.empty(n, _C.AUGMENT_DRAWS, dtype=torch.float64)
-    keys = torch.zeros(n, 2, dtype=torch.int64)
+    records = torch.empty(n, _C.AUGMENT_RECORD, dtype=torch.float64, device="cpu")
+    draws = torch.empty(n, _C.AUGMENT_DRAWS, dtype=torch.float64, device="cpu")
+    keys = torch.zeros(n, 2, dtype=torch.int64, device="cpu")
     size = _C.augment_params(records, draws, keys, sample_ids, seed, epoch, sizes, steps, op)
     return AugmentParams(records, draws, keys, sample_ids, sizes[0], size)

@@ -152,7 +152,7 @@ class Program:
         found: list[list[Row]] = [[] for _ in range(n)]
         for policy, occurrence in self.policies:
             columns = policy.uniforms + policy.normals
-            values = torch.empty(n, columns, dtype=torch.float64)
+            values = torch.empty(n, columns, dtype=torch.float64, device="cpu")
             where = (keys.drawn, keys.seed, keys.epoch, occurrence)
             _C.augment_numbers(values, *where, columns, policy.normals, op)
             for rows, own in zip(found, values.tolist(), strict=True):
@@ -164,7 +164,7 @@ class Program:
                 flat += row
                 flat += (0.0,) * (_WIDTH - len(row))
             flat += (0.0,) * (_WIDTH * (length - len(rows)))
-        programs = torch.tensor(flat, dtype=torch.float64).reshape(n, length, _WIDTH)
+        programs = torch.tensor(flat, dtype=torch.float64, device="cpu").reshape(n, length, _WIDTH)
         return ProgramParams(programs, keys.ids)
 
     def run(self, x: Tensor, params: ProgramParams, op: str, out: Tensor | None) -> Tensor:
@@ -245,8 +245,8 @@ def _warped(
 ) -> Tensor:
     """Return an image [C, H, W] moved by a matrix; ``whole_pixels`` as in Program."""
     size = (image.shape[-2], image.shape[-1])
-    params = draw([], torch.zeros(1, dtype=torch.int64), size, 0, 0, op)
-    params.records[0, :6] = torch.tensor(a[:6], dtype=torch.float64)
+    params = draw([], torch.zeros(1, dtype=torch.int64, device="cpu"), size, 0, 0, op)
+    params.records[0, :6] = torch.tensor(a[:6], dtype=torch.float64, device="cpu")
     sampling = (0, False, "border" if whole_pixels else "constant", fill)
     options = _ops.Options.of(len(fill), op, sampling)._replace(interpolation=int(a[6]))
     target = _ops.Target.of(image[None], size, image.dtype)
@@ -254,7 +254,7 @@ def _warped(
     y = _ops.apply(image[None], records, None, target, options, op)[0]
     if not whole_pixels:
         return y
-    rows, columns = (torch.arange(n, dtype=torch.float64) for n in size)
+    rows, columns = (torch.arange(n, dtype=torch.float64, device="cpu") for n in size)
     u = a[0] * columns + (a[1] * rows + a[2])[:, None]
     v = a[3] * columns + (a[4] * rows + a[5])[:, None]
     inside = (u >= -0.5) & (v >= -0.5) & (u < size[1] - 0.5) & (v < size[0] - 0.5)
@@ -274,7 +274,7 @@ def _in_floats(
         for code, *a in rows:
             if code == EQUALIZE:
                 levels = (image.clamp(0, 1) * 255.999).to(torch.uint8)[None]
-                row = torch.tensor([[[code, *a]]], dtype=torch.float64)
+                row = torch.tensor([[[code, *a]]], dtype=torch.float64, device="cpu")
                 row = memory.to_device(row, x.device, op)
                 image = (_kernel(levels, row, fill, False)[0] / 255).to(x.dtype)
             elif code == WARP:

@@ -45,8 +45,10 @@ def _band(
     arguments = (size, new_size, interpolation, transposed, "resize")
     rows = size if transposed else new_size
     with torch.inference_mode(False):
-        first = torch.empty(rows, dtype=torch.int32)
-        weights = torch.empty(rows, _C.augment_resize_taps(*arguments), dtype=torch.float64)
+        first = torch.empty(rows, dtype=torch.int32, device="cpu")
+        weights = torch.empty(
+            rows, _C.augment_resize_taps(*arguments), dtype=torch.float64, device="cpu"
+        )
         _C.augment_resize_band(first, weights, *arguments)
         return first, weights.to(dtype)
 

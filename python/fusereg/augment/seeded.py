@@ -96,7 +96,9 @@ class Keys:
         """Return [N] int64: seeds for torch's generator in a transform at this place of a list."""
         ids = self.drawn.tolist()
         return torch.tensor(
-            [mix_bits(self.seed, self.epoch, i, place) for i in ids], dtype=torch.int64
+            [mix_bits(self.seed, self.epoch, i, place) for i in ids],
+            dtype=torch.int64,
+            device="cpu",
         )
 
 
@@ -154,11 +156,11 @@ class SeededModule(Layer):
         super().__init__()
         self._own_seed = seed is None
         self.seed = (
-            int(torch.randint(2**63 - 1, ()))
+            int(torch.randint(2**63 - 1, (), device="cpu"))
             if seed is None
             else check_bits(integer(seed, self._op, "seed"), self._op)
         )
-        self._shared = _shared(torch.zeros(4, dtype=torch.int64))
+        self._shared = _shared(torch.zeros(4, dtype=torch.int64, device="cpu"))
         self._count = 0
         self._worker: int | None = None
         self._rank = rank()
@@ -216,7 +218,7 @@ class SeededModule(Layer):
                 self._count = worker.seed * _GOLDEN % 2**62
             first, self._count = self._count, self._count + n
             first += self._rank * _GOLDEN % 2**62
-            ids = torch.arange(first, first + n)
+            ids = torch.arange(first, first + n, device="cpu")
             return Keys(ids, ids, seed, chosen)
         ids = sample_id_tensor(sample_ids, n, self._op)
         values = ids.tolist()
@@ -233,7 +235,7 @@ class SeededModule(Layer):
         if min(views) < 0:
             raise ValueError(f"fusereg.{self._op}: view must not be negative, got {min(views)}")
         drawn = [mix_bits(i, v) if v else i for i, v in zip(values, views, strict=True)]
-        return Keys(ids, torch.tensor(drawn, dtype=torch.int64), seed, chosen)
+        return Keys(ids, torch.tensor(drawn, dtype=torch.int64, device="cpu"), seed, chosen)
 
     def _notice(self, ids: list[int]) -> None:
         """Warn once if ids come back in calls of an epoch that was not set anew."""

@@ -474,7 +474,9 @@ class Targets:
                 )
                 stacks.append(planes)
                 each = len(planes) // max(1, len(samples))
-                rows.append(torch.tensor(samples, dtype=torch.int64).repeat_interleave(each))
+                rows.append(
+                    torch.tensor(samples, dtype=torch.int64, device="cpu").repeat_interleave(each)
+                )
             x = torch.cat(stacks)
             if not masks and not dtype.is_floating_point and dtype is not torch.uint8:
                 x = x.double()
@@ -492,8 +494,8 @@ class Targets:
             alike.setdefault(kind, []).append(leaf)
         for (name, clip), group in alike.items():
             counts = [len(leaf.value) for leaf in group]
-            rows = torch.tensor([leaf.sample for leaf in group]).repeat_interleave(
-                torch.tensor(counts)
+            rows = torch.tensor([leaf.sample for leaf in group], device="cpu").repeat_interleave(
+                torch.tensor(counts, device="cpu")
             )
             b = torch.cat([plain(leaf.value) for leaf in group])
             own = alone[rows]
@@ -563,7 +565,7 @@ class Targets:
     def _swapped(self, x: Tensor, flipped: Tensor, order: list[int], dim: int) -> Tensor:
         if order == sorted(order):
             return x
-        places = memory.to_device(torch.tensor(order), x.device, self.op)
+        places = memory.to_device(torch.tensor(order, device="cpu"), x.device, self.op)
         flipped = memory.to_device(flipped, x.device, self.op)
         return torch.where(
             flipped.reshape(-1, *[1] * (x.dim() - 1)), x.index_select(dim, places), x

@@ -174,7 +174,7 @@ def _operations(model: nn.Module, inputs: Inputs) -> dict[str, float]:
 
 def _saved(model: nn.Module, found: Set, operations: dict[str, float]) -> Tensor:
     """Return the multiply-adds that each channel's removal saves if it is the only one."""
-    saved = torch.zeros(found.size, dtype=torch.float64)
+    saved = torch.zeros(found.size, dtype=torch.float64, device="cpu")
     for part in found.parts:
         if part.module in operations:
             share = operations[part.module] / len(part.channels)

@@ -366,7 +366,7 @@ class _Builder:
             roots = item.root_idxs
             if roots is None or any(r is None for r in roots):
                 raise _Unknown("the dependency graph cannot tell its channels apart")
-            channels = torch.full((size,), -1, dtype=torch.int64)
+            channels = torch.full((size,), -1, dtype=torch.int64, device="cpu")
             for i, root in zip(item.idxs, roots, strict=True):
                 if not 0 <= i < size:
                     raise _Unknown(f"the dependency graph names channel {i} of {size}")
@@ -473,4 +473,4 @@ class _Classes:
         """Return the number of each channel's class, in the order of their first channels."""
         roots = [self.root(i) for i in range(len(self._parent))]
         order = {r: n for n, r in enumerate(sorted(set(roots)))}
-        return torch.tensor([order[r] for r in roots])
+        return torch.tensor([order[r] for r in roots], device="cpu")

@@ -46,7 +46,9 @@ class Set:
     name: str
     size: int
     parts: list[Part]
-    operations: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    operations: Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.float64, device="cpu")
+    )
 
     @property
     def writers(self) -> list[Part]:

@@ -95,7 +95,7 @@ def decide(found: Found, round_to: int) -> list[Decision]:
 def _decide(
     model: nn.Module, found: Set, constant: dict[str, Tensor], seen: dict[str, Range]
 ) -> Decision:
-    live, stuck = (torch.zeros(found.size, dtype=torch.bool) for _ in range(2))
+    live, stuck = (torch.zeros(found.size, dtype=torch.bool, device="cpu") for _ in range(2))
     folds: list[Fold] = []
     states: list[tuple[Fold, Tensor]] = []
     moving = _moving(model, found, constant, seen)
@@ -145,7 +145,7 @@ def _moving(
 
     In training, it makes its shift of a constant.
     """
-    moving = torch.zeros(found.size, dtype=torch.bool)
+    moving = torch.zeros(found.size, dtype=torch.bool, device="cpu")
     for part in norms_of(model, found):
         layer, range_ = part.of(model), seen[part.module]
         off = (range_.low - layer.running_mean) / (layer.running_var + layer.eps).sqrt()
@@ -159,8 +159,8 @@ def _moving(
 def _silent(model: nn.Module, found: Set) -> Tensor:
     """Return which channels' rows are all zero, or some scale of a normalization."""
     rows, scale = (
-        torch.ones(found.size, dtype=torch.bool),
-        torch.zeros(found.size, dtype=torch.bool),
+        torch.ones(found.size, dtype=torch.bool, device="cpu"),
+        torch.zeros(found.size, dtype=torch.bool, device="cpu"),
     )
     for part in found.writers:
         for member in (s for s in part.slots if s.key == "weight"):
@@ -168,9 +168,9 @@ def _silent(model: nn.Module, found: Set) -> Tensor:
             weight = layer.weight.detach().movedim(member.dim, 0)
             channels = slice_channels(layer, part.role, member, part.channels)
             some = weight.flatten(1).any(1).cpu() if weight.dim() > 1 else (weight != 0).cpu()
-            live = torch.zeros(found.size, dtype=torch.bool)
+            live = torch.zeros(found.size, dtype=torch.bool, device="cpu")
             live[channels[(channels >= 0) & some]] = True
-            covered = torch.zeros(found.size, dtype=torch.bool)
+            covered = torch.zeros(found.size, dtype=torch.bool, device="cpu")
             covered[channels[channels >= 0]] = True
             if part.role == "out":
                 rows &= ~live
@@ -184,7 +184,7 @@ def _merge(
 ) -> None:
     """Keep one of the constants that zero padding keeps from a bias, for all of them."""
     padded = [(fold, values) for fold, values in states if (fold.merged != 0).any()]
-    reach = torch.full((len(stuck),), float("inf"), dtype=torch.float64)
+    reach = torch.full((len(stuck),), float("inf"), dtype=torch.float64, device="cpu")
     for fold, values in padded:
         here = torch.zeros_like(reach)
         mine = fold.part.channels >= 0

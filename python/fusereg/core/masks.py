@@ -54,11 +54,11 @@ def mask(shape: tuple[int, ...], p: float = P, seed: int = SEED) -> Tensor:
     count = math.prod(shape)
     limit = round((1.0 - p) * 2**16)
     if abs(limit - (1.0 - p) * 2**16) <= min(p, 1.0 - p) * 64:
-        words = philox(seed, 0, torch.arange((count + 7) // 8))
+        words = philox(seed, 0, torch.arange((count + 7) // 8, device="cpu"))
         draws = torch.stack((words & 0xFFFF, words >> 16), dim=2)
     else:
         limit = round((1.0 - p) * 2**32)
-        draws = philox(seed, 0, torch.arange((count + 3) // 4))
+        draws = philox(seed, 0, torch.arange((count + 3) // 4, device="cpu"))
     return (draws.flatten()[:count] < limit).reshape(shape)
 
 

@@ -143,11 +143,15 @@ class _Family:
                 factor = factor.detach().reshape(()).to(device, torch.float64)
             term = self._weights[k] * factor
             total = term if total is None else total + term
-        return torch.zeros(self.family.slots, dtype=torch.float64) if total is None else total
+        return (
+            torch.zeros(self.family.slots, dtype=torch.float64, device="cpu")
+            if total is None
+            else total
+        )
 
     def with_gradients(self) -> Tensor:
         """Return for each channel whether all its members have a gradient."""
-        found = torch.ones(self.family.slots, dtype=torch.float64)
+        found = torch.ones(self.family.slots, dtype=torch.float64, device="cpu")
         for p, slot_of in zip(self.family.tensors, self.family.slot_of, strict=True):
             if p.grad is None:
                 found[slot_of[slot_of >= 0].long()] = 0.0

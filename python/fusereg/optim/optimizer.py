@@ -125,7 +125,7 @@ class RegularizedOptimizer(Averages):
                 f"fusereg.optim.{self._name}: groups must be what fusereg.groups_of returns, "
                 f"got {type(self.groups).__name__}"
             )
-        self.penalty_value: Tensor = torch.zeros((), dtype=torch.float32)
+        self.penalty_value: Tensor = torch.zeros((), dtype=torch.float32, device="cpu")
         self._beginning = []
         self._new_tables()
         if shared["differentiable"]:
@@ -188,7 +188,9 @@ class RegularizedOptimizer(Averages):
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups")
         super().__setstate__(state)
-        self.__dict__.setdefault("penalty_value", torch.zeros((), dtype=torch.float32))
+        self.__dict__.setdefault(
+            "penalty_value", torch.zeros((), dtype=torch.float32, device="cpu")
+        )
         self._plan = self._group_step = None
         self._beginning = []
         self._new_tables()

@@ -59,7 +59,7 @@ class Family:
         self.dims: list[int] = []
         self.slot_of: list[Tensor] = []
         places: dict[int, int] = {}
-        self.sizes = torch.zeros(slots, dtype=torch.float64)
+        self.sizes = torch.zeros(slots, dtype=torch.float64, device="cpu")
         for first, size, member in members:
             where = f"fusereg.{op}: {member.name}"
             channels = _checked(where, size, member)
@@ -84,7 +84,7 @@ class Family:
                 self.slot_of[at] = torch.maximum(self.slot_of[at], slot)
             if len(slot):
                 here = slot[slot >= 0].long()
-                each = torch.tensor(p.numel() // len(slot), dtype=torch.float64)
+                each = torch.tensor(p.numel() // len(slot), dtype=torch.float64, device="cpu")
                 self.sizes.index_put_((here,), each, accumulate=True)
         #: Of each tensor, whether some of its slices belong to no channel.
         self.leaves = [bool((slot < 0).any()) for slot in self.slot_of]
@@ -121,11 +121,11 @@ class Family:
         return found
 
     def _index(self, dims: list[int], slot_of: list[Tensor], device: torch.device) -> _Index:
-        slots = torch.cat([torch.empty(0, dtype=torch.int32), *slot_of])
+        slots = torch.cat([torch.empty(0, dtype=torch.int32, device="cpu"), *slot_of])
         order = torch.argsort(slots, stable=True)
         counts = torch.bincount(slots[slots >= 0].long(), minlength=self.slots)
         # Those of no slot come first in the order.
-        starts = torch.zeros(self.slots + 1, dtype=torch.int64)
+        starts = torch.zeros(self.slots + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(counts, 0, out=starts[1:])
         starts += int((slots < 0).sum())
         last = [t.to(device, torch.int32).contiguous() for t in (slots, starts, order)]
@@ -223,7 +223,7 @@ def weights_of(op: str, groups: Groups, family: Family, weights: Weights) -> Ten
                     f"{own.name} has none"
                 )
         saved = [own.operations.double().cpu() for own in groups if own.operations is not None]
-        operations = torch.cat([torch.zeros(0, dtype=torch.float64), *saved])
+        operations = torch.cat([torch.zeros(0, dtype=torch.float64, device="cpu"), *saved])
         total = float(operations.sum())
         return operations * (float(roots.sum()) / total) if total else operations
     if len(weights) != len(groups):
@@ -232,7 +232,7 @@ def weights_of(op: str, groups: Groups, family: Family, weights: Weights) -> Ten
             f"got {len(weights)}"
         )
     found = [_of_set(op, own, w) for own, w in zip(groups, weights, strict=True)]
-    return torch.cat([torch.zeros(0, dtype=torch.float64), *found])
+    return torch.cat([torch.zeros(0, dtype=torch.float64, device="cpu"), *found])
 
 
 def _of_set(op: str, own: CoupledChannels, weight: float | Sequence[float] | Tensor) -> Tensor:
