@@ -67,6 +67,7 @@ LAYERS: dict[type[nn.Module], tuple[dict[str, Any], Callable[[], tuple[Tensor, .
     augment.RandomErasing: ({}, _images()),
     augment.RandomHorizontalFlip: ({}, _images()),
     augment.RandomResizedCrop: ({"size": 4}, _images()),
+    augment.RandomPerspective: ({"p": 1.0}, _images()),
     augment.RandomRotation: ({"degrees": 9}, _images()),
     augment.RandomVerticalFlip: ({}, _images()),
     augment.TimmAugment: ({"config": "rand-m9-mstd0.5-inc1"}, _images()),

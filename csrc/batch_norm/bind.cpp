@@ -492,7 +492,7 @@ class BatchNorm : public AtOnce {
   PyObject* backward(PyObject* ctx, PyObject* grad, Saved& saved) const override {
     TensorView of_y;
     const py::object rest = rest_of(ctx, kRest);
-    if (!rest || read_gradient(grad, of_y) != Kind::kPlain || runs_cuda_kernels(of_y.device))
+    if (!rest || read_tensor(grad, of_y) != Kind::kPlain || runs_cuda_kernels(of_y.device))
       return nullptr;
     PyObject* const* const items = &PyTuple_GET_ITEM(rest.ptr(), 0);
     PyObject* const constants = items[0];

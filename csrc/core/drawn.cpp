@@ -59,7 +59,7 @@ class Drawn : public AtOnce {
     const py::object rest = rest_of(ctx, count);
     TensorView in;
     TensorView out;
-    if (!rest || read_gradient(grad, in) != Kind::kPlain) return nullptr;
+    if (!rest || read_tensor(grad, in) != Kind::kPlain) return nullptr;
     PyObject* const* const items = &PyTuple_GET_ITEM(rest.ptr(), 0);
     if (!has_strides(in, items[count - 2])) return nullptr;
     TensorView kept;

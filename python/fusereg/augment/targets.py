@@ -467,24 +467,20 @@ class Targets:
             for leaf in group:
                 flat = plain(leaf.value)
                 samples = range(self.n) if leaf.sample is None else [leaf.sample]
-                planes = (
-                    flat.reshape(-1, channels, *flat.shape[-2:])
-                    if flat.numel()
-                    else (flat.new_empty(0, channels, *flat.shape[-2:]))
+                shape = (channels, *flat.shape[-2:])
+                stacks.append(
+                    flat.reshape(-1, *shape) if flat.numel() else flat.new_empty(0, *shape)
                 )
-                stacks.append(planes)
-                each = len(planes) // max(1, len(samples))
-                rows.append(
-                    torch.tensor(samples, dtype=torch.int64, device="cpu").repeat_interleave(each)
-                )
+                each = len(stacks[-1]) // max(1, len(samples))
+                ids = torch.tensor(samples, dtype=torch.int64, device="cpu")
+                rows.append(ids.repeat_interleave(each))
             x = torch.cat(stacks)
             if not masks and not dtype.is_floating_point and dtype is not torch.uint8:
                 x = x.double()
             y = alone[torch.cat(rows)].planes(x, self.op, how)
             y = (y if dtype.is_floating_point or masks else y.round()).to(dtype)
             for leaf, part in zip(group, y.split([len(s) for s in stacks]), strict=True):
-                shape = (*leaf.value.shape[:-2], *alone.size)
-                leaf.value = wrap(part.reshape(shape), leaf.value)
+                leaf.value = wrap(part.reshape(*leaf.value.shape[:-2], *alone.size), leaf.value)
 
     def _move_boxes(self, leaves: list[Leaf], alone: AugmentParams) -> None:
         """Move boxes to boxes around them, cut unless clamping_mode is None; or their corners."""

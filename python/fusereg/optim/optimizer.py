@@ -338,9 +338,7 @@ class RegularizedOptimizer(Averages):
         if not given(group["group"]):
             return
         if not self._supports_group:
-            raise ValueError(
-                f"{where}group is not supported: its step has no closed form; use Adagrad"
-            )
+            raise ValueError(f"{where}a step with group has no closed form; use Adagrad")
         if self.groups is not None and prox is False:
             raise ValueError(
                 f"{where}groups make a proximal step, which prox=False does not take; add "
