@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import random
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,39 @@ def records(augment: Augment, ids: Any, **more: Any) -> Tensor:
 
 def distinct(x: Tensor) -> int:
     return len({tuple(row) for row in x.flatten(1).tolist()})
+
+
+# --- threads ---
+
+
+def test_threads_take_turns_with_the_generators_and_leave_them_as_they_were() -> None:
+    """A transform without a kernel draws from the process's generators."""
+    x = torch.rand(2, 3, 8, 8)
+    compose = Compose([lambda image: image + torch.rand(()) + random.random()], seed=5)
+
+    def call(i: int) -> Tensor:
+        found: Tensor = compose(x, sample_ids=range(2 * i, 2 * i + 2), epoch=0)
+        return found
+
+    alone = [call(i) for i in range(40)]
+    before = torch.get_rng_state(), random.getstate()
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(call, range(40)))
+    assert all(map(torch.equal, alone, together))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+
+
+def test_threads_get_different_ids() -> None:
+    flip = RandomHorizontalFlip()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            keys = list(pool.map(lambda _: flip._keys(1, None, None, None), range(4000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert sorted(int(k.ids) for k in keys) == list(range(4000))
 
 
 # --- seeds and ranks ---

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -559,6 +559,18 @@ def test_clip_grad_norm_is_torchs(backend: Backend, norm_type: float, max_norm: 
 def test_an_exhausted_generator_is_warned_of_as_by_torch() -> None:
     params = [torch.ones(3, requires_grad=True)]
     params[0].grad = torch.ones(3)
+    ours: list[Callable[[Iterable[Tensor]], object]] = [
+        lambda given: fusereg.functional.l1_penalty(given, 0.1),
+        lambda given: fusereg.add_penalty_grad_(given, l1=0.1),
+        lambda given: fusereg.prox.l1_(given, 0.1),
+        fusereg.sparsity,
+    ]
+    for call in ours:
+        spent = (p for p in params)
+        list(spent)
+        with pytest.warns(UserWarning, match="generator without elements") as caught:
+            call(spent)
+        assert caught[0].filename == __file__
     for clip in (torch.nn.utils.clip_grad_norm_, optim.clip_grad_norm_):
         spent = (p for p in params)
         list(spent)

@@ -270,3 +270,14 @@ def fsdp_shards_take_it_too(ranks: Ranks) -> None:
 
 
 test_on_ranks = collect(__name__, slow=False)
+
+
+def test_the_same_penalty_is_not_attached_twice_to_one_optimizer() -> None:
+    model = network()
+    optimizer, penalty = sgd(model), WeightPenalty(model, l2=0.1)
+    attached = penalty.attach(optimizer)
+    with pytest.raises(ValueError, match="attached to this optimizer already"):
+        penalty.attach(optimizer)
+    WeightPenalty(model, l1=0.1).attach(optimizer)  # another one
+    attached.remove()
+    penalty.attach(optimizer)

@@ -442,6 +442,19 @@ def test_a_schedule_that_goes_wrong(wrong: float) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_what_is_no_schedule_is_refused() -> None:
+    with pytest.raises(TypeError, match="schedule must be a function of the step"):
+        WeightPenalty(mlp(), l1=1.0, schedule=0.5)  # type: ignore[arg-type]
+    penalty = WeightPenalty(mlp(), l1=1.0, schedule=lambda t: None)  # type: ignore[arg-type,return-value]
+    with pytest.raises(TypeError, match=r"schedule\(0\) must be a number, got NoneType"):
+        penalty.add_grad_()
+
+
+def test_a_penalty_of_no_parameter_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="no parameter of the model is penalized"):
+        WeightPenalty(nn.BatchNorm1d(3), l1=0.1)
+
+
 # --- parameters of all kinds --------------------------------------------------------------------
 
 

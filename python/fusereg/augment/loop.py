@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .inputs import image_tensor, pil_image
 from .labels import tv_tensors, unwrap
-from .seeded import mix_bits
+from .seeded import ONE_AT_A_TIME, mix_bits
 from .targets import Targets
 from .tree import area, corners_of, cut_corners, kind_of, leaves_of, plain
 
@@ -134,8 +134,14 @@ class CallParams:
 def numbers_of(x: Any) -> Iterator[Callable[[int], None]]:
     """Give a function that seeds all generators, and put their states back in the end.
 
-    Those of torch (of x's device as well), of Python and of NumPy.
+    Those of torch (of x's device as well), of Python and of NumPy: the process has one of each, so
+    threads take turns.
     """
+    with ONE_AT_A_TIME:
+        yield from _numbers_of(x)
+
+
+def _numbers_of(x: Any) -> Iterator[Callable[[int], None]]:
     generators = [torch.default_generator]
     if isinstance(x, Tensor) and x.device.type == "cuda":
         index = torch.cuda.current_device() if x.device.index is None else x.device.index

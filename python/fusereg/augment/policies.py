@@ -196,18 +196,22 @@ _OPERATIONS = (
 )
 
 
+#: Whatever the defaults are.
+_FLOAT32: Any = {"dtype": torch.float32, "device": "cpu"}
+
+
 @functools.lru_cache(maxsize=1024)
 def _magnitudes(name: str, wide: bool, bins: int, size: Size) -> list[float]:
     """Return the magnitudes of an operation, in float32 as torchvision has them."""
     last = (_WIDE if wide else _AUTO).get(name, 0.0)
     if name == "Posterize":
-        step = torch.arange(bins) / ((bins - 1) / last)
+        step = torch.arange(bins, **_FLOAT32) / ((bins - 1) / last)
         return (8 - step).round().tolist()
     if name == "Solarize":
-        return torch.linspace(1.0, 0.0, bins).tolist()
+        return torch.linspace(1.0, 0.0, bins, **_FLOAT32).tolist()
     if name in ("TranslateX", "TranslateY") and not wide:
         last = last * (size[1] if name == "TranslateX" else size[0])
-    return torch.linspace(0.0, last, bins).tolist()
+    return torch.linspace(0.0, last, bins, **_FLOAT32).tolist()
 
 
 def _operation(name: str, v: float, size: Size, how: float) -> Row:

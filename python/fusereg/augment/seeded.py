@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
@@ -24,6 +25,10 @@ from .steps import Values
 _EPOCHS = 2**32
 #: An odd number whose multiples are spread over 2^64: the golden ratio's.
 _GOLDEN = 0x9E3779B97F4A7C15
+#: Held where threads count samples, or seed the process's generators.
+ONE_AT_A_TIME = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child does not have the thread that may have held it
+    os.register_at_fork(after_in_child=ONE_AT_A_TIME._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def check_epoch(epoch: object, op: str) -> int:
@@ -216,7 +221,8 @@ class SeededModule(Layer):
             if worker is not None and worker.seed != self._worker:
                 self._worker = worker.seed
                 self._count = worker.seed * _GOLDEN % 2**62
-            first, self._count = self._count, self._count + n
+            with ONE_AT_A_TIME:
+                first, self._count = self._count, self._count + n
             first += self._rank * _GOLDEN % 2**62
             ids = torch.arange(first, first + n, device="cpu")
             return Keys(ids, ids, seed, chosen)

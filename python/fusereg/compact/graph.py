@@ -70,8 +70,10 @@ class Inputs(NamedTuple):
 
         def change(x: Tensor) -> Tensor:
             if x.is_floating_point():
-                return torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
-            order = torch.randperm(x.numel(), generator=generator).to(x.device)
+                return torch.randn(x.shape, dtype=x.dtype, device="cpu", generator=generator).to(
+                    x.device
+                )
+            order = torch.randperm(x.numel(), device="cpu", generator=generator).to(x.device)
             return x.flatten()[order].view(x.shape)
 
         return self.map(change)

@@ -39,7 +39,11 @@ class _NowhereFlat(TorchDispatchMode):
 
 def _random(shape: Sequence[int], draw: torch.Generator) -> Tensor:
     """Return random numbers in float64 of mean 0 and variance 1; normal ones take 5x as long."""
-    return torch.rand(tuple(shape), dtype=torch.float64, generator=draw).mul_(12**0.5).sub_(3**0.5)
+    return (
+        torch.rand(tuple(shape), dtype=torch.float64, device="cpu", generator=draw)
+        .mul_(12**0.5)
+        .sub_(3**0.5)
+    )
 
 
 def generator(seed: int) -> torch.Generator:
@@ -240,7 +244,7 @@ def checked(model: nn.Module, sets: list[Set], inputs: Inputs) -> tuple[list[Set
 
 def _half(found: Set, seed: int) -> Tensor:
     """Return a random mask with some channels, but not all."""
-    order = torch.randperm(found.size, generator=generator(seed))
+    order = torch.randperm(found.size, device="cpu", generator=generator(seed))
     return order < max(1, found.size // 2 - (found.size > 4))
 
 

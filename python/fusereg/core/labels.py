@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 _HINT = (
@@ -39,7 +38,7 @@ class MixedLabels(NamedTuple):
 
     def soft(self, num_classes: int) -> Tensor:
         """Return [N, num_classes] float32: weight at a, 1 - weight at b."""
-        result = torch.zeros(len(self.a), num_classes, device=self.a.device)
+        result = self.weight.new_zeros(len(self.a), num_classes)
         weight = self.weight[:, None]
         return result.scatter_add_(1, self.a[:, None], weight).scatter_add_(
             1, self.b[:, None], 1 - weight

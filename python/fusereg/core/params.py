@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -39,6 +41,15 @@ def as_list(params: Params, op: str) -> list[Tensor]:
             + (" (pass its values())" if isinstance(params, dict) else "")
         )
     found = list(params)
+    if not found and isinstance(params, Iterator):
+        level, frame = 1, sys._getframe()
+        while frame.f_back and frame.f_globals.get("__name__", "").startswith("fusereg."):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(
+            f"fusereg.{op}: the parameters are a generator without elements, exhausted by an "
+            "earlier loop perhaps",
+            stacklevel=level,
+        )
     if found and not isinstance(found[0], Tensor):
         hint = "; pass parameters(), not named_parameters()" if isinstance(found[0], tuple) else ""
         raise TypeError(

@@ -6,9 +6,7 @@ and with norms that torch computes it breaks the graph instead.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
-from types import GeneratorType
 from typing import Any
 
 import torch
@@ -103,12 +101,6 @@ def clip_grad_norm_(
     if not max_norm >= 0.0:
         raise ValueError(f"fusereg.{op}: max_norm must not be negative, got {max_norm}")
     listed = _params.as_list(parameters, op)
-    if not listed and isinstance(parameters, GeneratorType):
-        warnings.warn(
-            f"fusereg.{op}: parameters is a generator without elements, exhausted by an earlier "
-            "loop perhaps; no gradient is clipped",
-            stacklevel=2,
-        )
     norm_type = _order(norm_type, op)
     if not dispatch.eager() and not error_if_nonfinite:
         grads = list({id(p): p.grad for p in listed if p.grad is not None}.values())

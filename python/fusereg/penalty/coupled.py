@@ -236,7 +236,7 @@ def weights_of(op: str, groups: Groups, family: Family, weights: Weights) -> Ten
 
 
 def _of_set(op: str, own: CoupledChannels, weight: float | Sequence[float] | Tensor) -> Tensor:
-    given = torch.as_tensor(weight, dtype=torch.float64).detach().cpu()
+    given = torch.as_tensor(weight, dtype=torch.float64, device="cpu").detach()
     if given.numel() not in (1, own.size) or given.dim() > 1:
         raise ValueError(
             f"fusereg.{op}: the weight of {own.name} must be one number or {own.size} of them, "

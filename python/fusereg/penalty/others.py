@@ -115,7 +115,7 @@ def _over_matrices(
 ) -> Tensor:
     """Return the sum of strength * value(matrix) over the tensors of two dimensions or more."""
     listed = collect(op, params, Strengths(l1=strength, dim=check_dim(op, dim)), "strength")
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float32, device="cpu")
     for i, (w, (own, *_)) in enumerate(
         zip(listed.tensors, listed.strengths.each(len(listed.tensors)), strict=True)
     ):

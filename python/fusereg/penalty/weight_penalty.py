@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,6 +136,11 @@ class WeightPenalty:
             )
         if isinstance(exclude, (str, type)):
             exclude = (exclude,)
+        if schedule is not None and not callable(schedule):
+            raise TypeError(
+                "fusereg.WeightPenalty: schedule must be a function of the step that returns a "
+                f"factor, got {type(schedule).__name__}"
+            )
         self.half = half
         self.schedule = schedule
         self.steps = 0
@@ -167,6 +173,12 @@ class WeightPenalty:
         self.groups = groups
         self.excluded: list[str] = []
         self.refresh()
+        if not any(g.params for g in self.groups):
+            warnings.warn(
+                "fusereg.WeightPenalty: no parameter of the model is penalized; biases and "
+                "normalizations are left out unless a rule names them",
+                stacklevel=3,
+            )
 
     # -- what is penalized --
 
@@ -284,7 +296,9 @@ class WeightPenalty:
         """Factor of all strengths at the present step of the schedule; 1 without a schedule."""
         if self.schedule is None:
             return 1.0
-        factor = float(self.schedule(self.steps))
+        factor = checks.as_number(
+            self.schedule(self.steps), f"fusereg.WeightPenalty: schedule({self.steps})"
+        )
         if not 0.0 <= factor < float("inf"):
             raise ValueError(
                 f"fusereg.WeightPenalty: schedule({self.steps}) must be finite and not negative, "
@@ -502,6 +516,12 @@ class AttachedPenalty:
             raise ValueError(
                 "fusereg.WeightPenalty.attach: optimizer holds no parameter that is penalized; is "
                 "it another model's? After parameters were replaced, call refresh()"
+            )
+        hooks = inner._optimizer_step_pre_hooks.values()
+        if any(getattr(getattr(h, "__self__", None), "_penalty", None) is penalty for h in hooks):
+            raise ValueError(
+                "fusereg.WeightPenalty.attach: the penalty is attached to this optimizer already, "
+                "and would count twice; call remove() of what attach() returned first"
             )
         self._handles = (
             inner.register_step_pre_hook(self._before),

@@ -410,10 +410,7 @@ class TrainingRun:
                 ranks. One that is not finite counts as none. Checkpoints without one are never
                 among the best, of which a warning tells if the first call has none.
         """
-        try:
-            value = None if metric is None else float(torch.as_tensor(metric).detach())
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{OP}.save: metric must be a number, got {metric!r}") from error
+        value = None if metric is None else as_number(metric, f"{OP}.save: metric")
         if value is None and self._keep_best and not self._best and not self._told:
             warnings.warn(
                 f"{OP}.save: keep_best is {self._keep_best}, but a checkpoint without metric= is "
