@@ -296,9 +296,14 @@ class WeightPenalty:
         """Factor of all strengths at the present step of the schedule; 1 without a schedule."""
         if self.schedule is None:
             return 1.0
-        factor = checks.as_number(
-            self.schedule(self.steps), f"fusereg.WeightPenalty: schedule({self.steps})"
-        )
+        value = self.schedule(self.steps)
+        try:
+            factor = float(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"fusereg.WeightPenalty: schedule({self.steps}) must be a number, got "
+                f"{type(value).__name__}"
+            ) from error
         if not 0.0 <= factor < float("inf"):
             raise ValueError(
                 f"fusereg.WeightPenalty: schedule({self.steps}) must be finite and not negative, "
