@@ -105,7 +105,7 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(r"^batch_norm::\w+_kernel<\w+, Columns<true>", share=90.0),
     # The window of a perspective's output pixels is beside the sums of an input pixel.
     Bound(r"^augment::augment_backward_kernel", spill=384),
-    Bound(r"^augment::augment_", spill=64),
+    Bound(r"^augment::augment_", spill=72),
     Bound(""),
 )
 
