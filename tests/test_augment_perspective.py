@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import augment_peers
 import augment_reference as reference
 from conftest import Backend
 from fusereg import augment as A
@@ -23,20 +22,9 @@ from fusereg.augment import (
     RandomResizedCrop,
     RandomRotation,
 )
+from target_cases import f, tv, v2
 
 H, W = 37, 52
-
-
-def f() -> Any:
-    return augment_peers.torchvision_module("torchvision.transforms.v2.functional")
-
-
-def v2() -> Any:
-    return augment_peers.torchvision_module("torchvision.transforms.v2")
-
-
-def tv() -> Any:
-    return augment_peers.torchvision_module("torchvision.tv_tensors")
 
 
 def drawn(n: int, size: tuple[int, int] = (H, W), distortion: float = 0.5) -> AugmentParams:

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ..core import checks, distributed
 from ..core import params as _params
+from ..core.modules import submodule
 from ..core.params import Key
 
 #: Keys of ``exclude`` that are words and no patterns; they need no match.
@@ -77,7 +78,9 @@ def named_parameters(model: nn.Module) -> list[Named]:
         others = [raw_name] if raw_name != clean_name else []
         if match is not None and isinstance(module, ParametrizationList):
             layer = match["layer"] or ""
-            owner = _at(model, raw.removesuffix(f"parametrizations.{match['name']}").rstrip("."))
+            owner = submodule(
+                model, raw.removesuffix(f"parametrizations.{match['name']}").rstrip(".")
+            )
             others.append(_joined(layer, match["name"]))
         if id(param) in found:
             found[id(param)].tied.append((clean_name, owner))
@@ -164,14 +167,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _joined(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
-
-
-def _at(model: nn.Module, path: str) -> nn.Module:
-    for name in path.split(".") if path else ():
-        child = model._modules[name]
-        assert child is not None
-        model = child
-    return model
 
 
 # --- keys -----------------------------------------------------------------------------------------
