@@ -187,7 +187,7 @@ def check_canvas(value: Any, size: tuple[int, int], op: str, path: str) -> None:
 
 def are_probabilities(value: Any, columns: int) -> bool:
     """Return whether values [N, K] are probabilities, several classes or tokens, and no places."""
-    x = torch.as_tensor(value)
+    x = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     if not x.is_floating_point() and x.dtype is not torch.bool:
         few = columns in (2, 4, 5, 8)
         return not few or bool(((x == 0) | (x == 1)).all())

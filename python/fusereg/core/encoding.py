@@ -78,7 +78,7 @@ class Encoder:
         if type(tree).__module__ == "numpy" and hasattr(tree, "item") and not tree.shape:
             return self.encode(tree.item(), path)
         if type(tree).__module__ == "numpy" and str(getattr(tree, "dtype", "")) in _ARRAY_DTYPES:
-            return {"$array": self.encode(torch.as_tensor(tree.copy()), path)}
+            return {"$array": self.encode(torch.from_numpy(tree.copy()), path)}
         if type(tree) is io.BytesIO:
             return {"$file": base64.b64encode(tree.getvalue()).decode()}
         raise TypeError(

@@ -257,7 +257,7 @@ class EarlyStoppingCallback(LightningsOwn):
         decision = stopper.step(found, epoch=trainer.current_epoch)
         self.wait_count = stopper.misses
         if stopper.best is not None:
-            self.best_score = torch.tensor(stopper.best)
+            self.best_score = torch.tensor(stopper.best, dtype=torch.float32, device="cpu")
         if self._stops and not decision.stop:  # min_epochs let training go on, and it improved
             trainer.should_stop = self._stops = False
         if decision.stop:

@@ -97,7 +97,7 @@ def shrink_budget(
             )
     if moved is None:
         moved = [
-            torch.zeros(()) if w.grad is None else lr_sum * norms(w.grad, dim) for w in tensors
+            torch.zeros((), device="cpu") if w.grad is None else lr_sum * norms(w.grad, dim) for w in tensors
         ]
     found = [0.0]
     for w, way in zip(tensors, moved, strict=True):
