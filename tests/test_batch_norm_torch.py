@@ -163,6 +163,21 @@ def test_gradcheck_and_gradgradcheck(activation: str | None, training: bool) -> 
         assert torch.autograd.gradgradcheck(f, inputs)
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu"])
+def test_a_shortcut_gets_its_own_gradient_where_that_may_be_differentiated(
+    activation: str | None,
+) -> None:
+    """The input was computed from the shortcut, as in a residual block."""
+    shortcut = torch.randn(6, 3, 4, dtype=torch.float64, requires_grad=True)
+    y = F.batch_norm(
+        shortcut.sin(), None, None, training=True, activation=activation, residual=shortcut
+    )
+    grad = torch.randn_like(y)
+    (wanted,) = torch.autograd.grad(y, shortcut, grad, retain_graph=True)
+    (came,) = torch.autograd.grad(y, shortcut, grad, create_graph=True)
+    torch.testing.assert_close(came, wanted)
+
+
 def test_gradient_penalty() -> None:
     """As WGAN-GP: the norm of a gradient is trained on."""
 

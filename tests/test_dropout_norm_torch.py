@@ -271,12 +271,12 @@ def test_errors_name_the_argument_and_change_nothing() -> None:
         ),
         (
             ValueError,
-            r"residual must have x's dtype torch.float32, got torch.bfloat16",
+            "residual must be torch.float32 on cpu as x is, got torch.bfloat16",
             lambda: F.dropout_add_layer_norm(x, x.bfloat16()),
         ),
         (
             ValueError,
-            r"x's dtype torch.bfloat16 or torch.float32, got torch.float64",
+            "weight must be torch.bfloat16 or torch.float32 on cpu as x is, got torch.float64",
             lambda: F.dropout_add_layer_norm(x.bfloat16(), None, weight.double()),
         ),
         (

@@ -85,75 +85,49 @@ def is_computed(value: object) -> bool:
     return isinstance(value, Node) and isinstance(value.meta.get("example_value"), torch.SymFloat)
 
 
-# --- readers: their parameters have the names and defaults of torch -------------------------------
+# --- readers --------------------------------------------------------------------------------------
 
 _Arguments = dict[str, Any]
 
 
-def _norm(
-    input: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any = None,
-    bias: Any = None,
-    training: Any = False,
-    momentum: Any = 0.1,
-    eps: Any = 1e-5,
-) -> _Arguments:
-    return locals()
+def _reader(parameters: str) -> Callable[..., _Arguments]:
+    """Return the reader of a function of torch, whose parameters are given as Python writes them.
+
+    What only concerns cuDNN is left out, and ``train`` gets the name that it has elsewhere.
+    """
+    written = eval(f"lambda {parameters}: locals()")
+
+    def read(*args: Any, **kwargs: Any) -> _Arguments:
+        found = written(*args, **kwargs)
+        return {
+            "training" if name == "train" else name: value
+            for name, value in found.items()
+            if not name.startswith("cudnn")
+        }
+
+    return read
 
 
-def _torch_norm(
-    input: Any,
-    weight: Any,
-    bias: Any,
-    running_mean: Any,
-    running_var: Any,
-    training: Any,
-    momentum: Any,
-    eps: Any,
-    cudnn_enabled: Any,
-) -> _Arguments:
-    return {name: value for name, value in locals().items() if name != "cudnn_enabled"}
-
-
-def _layer_norm(
-    input: Any,
-    normalized_shape: Any,
-    weight: Any = None,
-    bias: Any = None,
-    eps: Any = 1e-5,
-    cudnn_enable: Any = True,
-) -> _Arguments:
-    return locals()
-
-
-def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> _Arguments:
-    return locals()
-
-
-def _dropout(input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> _Arguments:
-    return locals()
-
-
-def _torch_dropout(input: Any, p: Any, train: Any) -> _Arguments:
-    return {"input": input, "p": p, "training": train}
-
-
-def _activation(input: Any, inplace: Any = False) -> _Arguments:
-    return locals()
-
-
-def _leaky_relu(input: Any, negative_slope: Any = 0.01, inplace: Any = False) -> _Arguments:
-    return locals()
+_norm = _reader(
+    "input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,"
+    " eps=1e-5"
+)
+_torch_norm = _reader(
+    "input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled"
+)
+_layer_norm = _reader(
+    "input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True"
+)
+_rms_norm = _reader("input, normalized_shape, weight=None, eps=None")
+_dropout = _reader("input, p=0.5, training=True, inplace=False")
+_torch_dropout = _reader("input, p, train")
+_activation = _reader("input, inplace=False")
+_leaky_relu = _reader("input, negative_slope=0.01, inplace=False")
+_add = _reader("input, other, *, alpha=1")
 
 
 def _gelu(input: Any, *, approximate: str = "none") -> _Arguments:
     return {"input": input, "activation": "gelu_tanh" if approximate == "tanh" else "gelu"}
-
-
-def _add(input: Any, other: Any, *, alpha: Any = 1) -> _Arguments:
-    return locals()
 
 
 def _own(function: Callable[..., Any]) -> Callable[..., _Arguments]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,10 @@ class Chosen(NamedTuple):
     virtual_batch_size: int | None = None
     update_stats: bool = True
     num_features: int | None = None
+
+
+#: Those of them that are parameters of :func:`batch_norm`.
+_OPTIONS = Chosen._fields[:-1]
 
 
 def batch_norm(
@@ -171,25 +175,9 @@ def batch_norm(
 def called(inputs: Inputs, batches: Tensor | None, settings: Settings) -> Tensor:
     """Call :func:`batch_norm` with a layer's settings; a compiler may keep it as one call."""
     x, residual, mask, weight, bias, _, mean, var, _ = inputs
-    return batch_norm(
-        x,
-        mean,
-        var,
-        weight,
-        bias,
-        settings.training,
-        settings.momentum,
-        settings.eps,
-        activation=settings.activation,
-        residual=residual,
-        dropout=settings.dropout,
-        inplace=settings.inplace,
-        negative_slope=settings.negative_slope,
-        mask=mask,
-        virtual_batch_size=settings.virtual_batch_size,
-        num_batches_tracked=batches,
-        update_stats=settings.update_stats,
-    )
+    options: Any = {name: getattr(settings, name) for name in _OPTIONS}
+    options |= {"residual": residual, "mask": mask, "num_batches_tracked": batches}
+    return batch_norm(x, mean, var, weight, bias, **options)
 
 
 def normalized(

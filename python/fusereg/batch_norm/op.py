@@ -232,7 +232,6 @@ def derivative_after_sum(call: Call) -> Tensor:
     return factor
 
 
-@torch.enable_grad()
 def _differentiable_gradients(
     call: Call, grad: Tensor, has_residual: bool, after_sum: bool = False
 ) -> tuple[Tensor | None, ...]:
@@ -240,27 +239,22 @@ def _differentiable_gradients(
 
     ``after_sum``: ``grad`` is that of the sum already, before the activation.
     """
-    constants, piecewise_linear = call.constants, not call.keeps_residual()
+    constants, inputs, piecewise_linear = call.constants, call.inputs, not call.keeps_residual()
     if piecewise_linear:
-        if after_sum:
-            call.inputs = call.inputs._replace(residual=None)
-        else:
+        inputs = inputs._replace(residual=None)
+        if not after_sum:
             grad = grad * derivative_after_sum(call)
         constants = constants._replace(activation=0, p=0.0)
-    y, _ = reference.normalized(call.inputs, constants, call.op)
-    asked = {
-        name: t
-        for name in ("x", "residual", "weight", "bias")
-        if (t := getattr(call.inputs, name)) is not None and t.requires_grad
-    }
-    found: dict[str, Tensor | None] = {}
-    if asked:
-        gradients = torch.autograd.grad(
-            y, list(asked.values()), grad, create_graph=True, materialize_grads=True
-        )
-        found = dict(zip(asked, gradients, strict=True))
-    of_residual = grad if piecewise_linear and has_residual else found.get("residual")
-    return found.get("x"), of_residual, found.get("weight"), found.get("bias")
+
+    def formula(x: Tensor, residual: Any, weight: Any, bias: Any) -> Tensor:
+        given = inputs._replace(x=x, residual=residual, weight=weight, bias=bias)
+        return reference.normalized(given, constants, call.op)[0]
+
+    tensors = (inputs.x, inputs.residual, inputs.weight, inputs.bias)
+    found = operator.gradients(formula, tensors, [grad], of_all=False)
+    if piecewise_linear and has_residual:
+        found[1] = grad
+    return tuple(found)
 
 
 batch_norm = Operator(

@@ -6,7 +6,6 @@ same formula (batch_norm.h), in float32 at least.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core import draws, operator
-from .kernels import FIXED, RECTIFIERS, Call, Constants, Inputs
+from .kernels import FIXED, Call, Constants, Inputs
 
 #: Returns the sum of a tensor over processes; may write to the tensor.
 SumOver = Callable[[Tensor], Tensor]
@@ -63,10 +62,7 @@ def normalized(
         moments = batch_moments(_wide(x), mask)
     else:
         z, moments = _sum(inputs, constants)
-    y = _activated(z, constants)
-    if constants.p:
-        y = y * _keep_factors(inputs, constants, op).to(y.dtype)
-    return _masked(y, mask).to(x.dtype), moments
+    return _finished(z, inputs, constants, op), moments
 
 
 def composed(call: Call) -> tuple[Tensor, Tensor]:
@@ -136,20 +132,6 @@ def _activated(z: Tensor, constants: Constants) -> Tensor:
     return z
 
 
-def _derivative(z: Tensor, constants: Constants) -> Tensor:
-    """Return the derivative of the activation."""
-    if constants.activation in RECTIFIERS:
-        below = constants.slope if constants.activation == 2 else 0.0
-        return torch.where(z > 0.0, 1.0, below).to(z.dtype)
-    if constants.activation == 3:
-        s = z.sigmoid()
-        return s * (1.0 + z * (1.0 - s))
-    if constants.activation == 4:
-        density = (-0.5 * z.square()).exp() / math.sqrt(2.0 * math.pi)
-        return 0.5 * (1.0 + torch.erf(z / math.sqrt(2.0))) + z * density
-    return torch.ones_like(z)
-
-
 class _Summed(torch.autograd.Function):
     """The sum over processes, whose gradient is the sum of all processes' gradients."""
 
@@ -163,46 +145,30 @@ class _Summed(torch.autograd.Function):
         return operator.applied(_Summed, grad, ctx.add), None
 
 
-def gradients(
-    call: Call, grad: Tensor, constants: Constants, add: SumOver
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, residual, weight and bias, as functions of all processes' tensors.
+def over_processes(inputs: Inputs, constants: Constants, call: Call, add: SumOver) -> Tensor:
+    """Return y as a function of the tensors of all processes.
 
     The sums are taken once more about the mean of the call's moments, those of all processes'
     elements, so that they are functions of x. ``add``: sums float64 [2, C] over the processes. Each
     of these has to go through the same calls.
     """
-    inputs, moments = call.inputs, call.moments
-    assert moments is not None
+    assert call.moments is not None
+    center, _, count = call.moments
     x, mask = inputs.x, inputs.mask
-    dims = [0, *range(2, x.dim())]
     wide = _wide(x)
-    count = moments[2].clamp_min(1.0)
+    deviation = _masked(wide - _per_channel(center.to(wide.dtype), x), mask)
+    dims = [0, *range(2, x.dim())]
+    sums = [v.sum(dims, dtype=torch.float64) for v in (deviation, deviation.square())]
+    means = operator.applied(_Summed, torch.stack(sums), add) / count.clamp_min(1.0)
+    low, square = (_per_channel(m.to(wide.dtype), x) for m in means)
+    normal = (deviation - low) * (square - low.square() + constants.eps).rsqrt()
+    return _finished(_masked(_affine(normal, inputs), mask), inputs, constants, call.op)
 
-    def over_all(*values: Tensor) -> tuple[Tensor, ...]:
-        sums = torch.stack([v.sum(dims, dtype=torch.float64) for v in values])
-        summed = operator.applied(_Summed, sums, add)
-        return tuple(_per_channel((s / count).to(wide.dtype), x) for s in summed)
 
-    deviation = _masked(wide - _per_channel(moments[0].to(wide.dtype), x), mask)
-    low, square = over_all(deviation, deviation.square())
-    scale = invstd = (square - low.square() + constants.eps).rsqrt()
-    normal = _masked((deviation - low) * invstd, mask)
-    if inputs.weight is not None:
-        scale = invstd * _per_channel(inputs.weight.to(wide.dtype), x)
-    z = _masked(_affine(normal, inputs), mask)
-    dz = _masked(grad.to(wide.dtype), mask) * _derivative(z, constants)
+def _finished(z: Tensor, inputs: Inputs, constants: Constants, op: str) -> Tensor:
+    """Return y of the sum that is activated."""
+    y = _activated(z, constants)
     if constants.p:
-        dz = dz * _keep_factors(inputs, constants, call.op).to(wide.dtype)
-    dot = dz * normal
-    mean, mean_dot = over_all(dz, dot)
-    grad_x = _masked(scale * (dz - mean - normal * mean_dot), mask)
-    return grad_x.to(x.dtype), dz.to(x.dtype), dot.sum(dims), dz.sum(dims)
-
-
-def _keep_factors(inputs: Inputs, constants: Constants, op: str) -> Tensor:
-    """Return 1 / (1 - p) where dropout keeps an element, else 0."""
-    ones = torch.ones_like(inputs.x, dtype=torch.float32).detach()
-    state = (inputs.seed, constants.p, False, 0, constants.index_offset, op)
-    kept: Tensor = draws.mask(ones, *state)
-    return kept
+        state = (inputs.seed, constants.p, constants.index_offset)
+        y = y * draws.keep_factors(inputs.x, *state, op).to(y.dtype)
+    return _masked(y, inputs.mask).to(inputs.x.dtype)

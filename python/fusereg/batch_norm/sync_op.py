@@ -65,26 +65,27 @@ class _Synchronized(torch.autograd.Function):
             *_, gw, gb, sums = compute(*ops.arguments(call, grad), [False, False, *has[2:]], True)
             sums = ctx.reduce_sums(sums)
             gx, gr, *_ = compute(*ops.arguments(call, grad, sums), [*has[:2], False, False], False)
-            found = (gx, gr, gw, gb)
+            found = [gx, gr, gw, gb]
         gx, gr, gw, gb = (t if there else None for t, there in zip(found, has, strict=True))
         return None, None, gx, gr, None, gw, gb, None, None, None, None
 
 
-def _gradients(call: Call, grad: Tensor, add: SumOver) -> tuple[Tensor, ...]:
+def _gradients(call: Call, grad: Tensor, add: SumOver) -> list[Tensor | None]:
     """Return the gradients as functions of all that they depend on, in all processes."""
-    constants = call.constants
+    constants, inputs = call.constants, call.inputs
     if call.bits is not None:
         # Of the activation after a residual its sign is what is known, and a constant.
         grad = grad * ops.derivative_after_sum(call)
         constants = constants._replace(activation=0, p=0.0)
-    gx, gr, gw, gb = reference.gradients(call, grad, constants, add)
-    weight, bias = call.inputs.weight, call.inputs.bias
-    return (
-        gx,
-        gr,
-        gw if weight is None else gw.to(weight.dtype),
-        gb if bias is None else gb.to(bias.dtype),
-    )
+    residual = inputs.residual
+    if residual is None:  # or its values are not needed
+        residual = torch.zeros_like(inputs.x)
+
+    def formula(x: Tensor, residual: Tensor, weight: Any, bias: Any) -> Tensor:
+        given = inputs._replace(x=x, residual=residual, weight=weight, bias=bias)
+        return reference.over_processes(given, constants, call, add)
+
+    return operator.gradients(formula, (inputs.x, residual, inputs.weight, inputs.bias), [grad])
 
 
 def normalize(call: Call, moments: Tensor, reduce_sums: SumOver) -> Tensor:

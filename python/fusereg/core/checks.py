@@ -267,6 +267,16 @@ def overlap_partly(x: Tensor, out: Tensor, or_wholly: bool = False) -> bool:
     return a < b_end and b < a_end and (or_wholly or not same)
 
 
+def target(x: Tensor, out: object, inplace: bool, op: str, name: str = "x") -> Tensor | None:
+    """Return what a result like x is written to: ``out``, x itself, or None for a new tensor."""
+    if inplace and out is not None:
+        raise ValueError(f"fusereg.{op}: inplace and out exclude each other")
+    if inplace:
+        check_in_place(x, op, name)
+        return x
+    return None if out is None else check_target(x, out, op, name=name)
+
+
 def check_in_place(x: Tensor, op: str, name: str = "x") -> None:
     """Raise if x cannot be written in place."""
     check_writable(x, op, name)
@@ -286,19 +296,38 @@ def probability(p: float | None, keep_prob: float | None, op: str) -> float:
     if keep_prob is None:
         return check_probability(0.5 if p is None else p, op)
     if p is not None:
-        raise ValueError(f"fusereg.nn.{op}: p and keep_prob exclude each other")
+        raise ValueError(f"fusereg.{op}: p and keep_prob exclude each other")
     return 1.0 - check_probability(keep_prob, op, "keep_prob")
 
 
-def check_like(x: Tensor, t: Tensor, shape: Sequence[int], op: str, name: str) -> None:
-    """Raise unless t is a tensor of this shape, and has x's dtype and device."""
+def is_vector_of(x: Tensor, *vectors: Tensor) -> bool:
+    """Return whether kernels may be called at once on these as vectors of x's last dimension."""
+    first = vectors[0]
+    return (
+        dispatch.ready(*vectors)
+        and first.dtype is x.dtype
+        and first.shape == x.shape[-1:]
+        and first.device == x.device
+    )
+
+
+def check_like(
+    x: Tensor, t: Tensor, shape: Sequence[int], op: str, name: str, wide: bool = False
+) -> None:
+    """Raise unless t is a tensor of this shape on x's device, and has x's dtype.
+
+    ``wide``: or float32, if x has 16 bits.
+    """
     check_strided(t, op, name)
     if t.shape != shape:
         raise ValueError(
             f"fusereg.{op}: {name} must have shape {tuple(shape)}, got {tuple(t.shape)}"
         )
-    if t.dtype != x.dtype or t.device != x.device:
+    dtypes = [x.dtype]
+    if wide and x.dtype in (torch.float16, torch.bfloat16):
+        dtypes.append(torch.float32)
+    if t.dtype not in dtypes or t.device != x.device:
         raise ValueError(
-            f"fusereg.{op}: {name} must be {x.dtype} on {x.device} as x is, "
+            f"fusereg.{op}: {name} must be {' or '.join(map(str, dtypes))} on {x.device} as x is, "
             f"got {t.dtype} on {t.device}"
         )

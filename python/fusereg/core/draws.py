@@ -7,14 +7,14 @@ All kinds are one form, y = keep ? a * x + b : c, whose mask is drawn a second t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks, dispatch, random
-from .operator import DrawnOperator
+from .operator import DrawnOperator, compute_dtype
 from .random import Source
 
 
@@ -142,21 +142,8 @@ def dropout(
     return mask.draw(x, constants, Source(seed, generator), op, x if inplace else out, rows)
 
 
-def kept_elements(
-    shape: Sequence[int],
-    p: float,
-    seed: int,
-    offset: int,
-    index_offset: int,
-    device: torch.device | str | None,
-) -> Tensor:
-    """Return the mask of a contiguous tensor of this shape."""
-    op = "dropout_mask"
-    p = checks.check_probability(p, op)
-    if isinstance(shape, int):
-        shape = (shape,)
-    ones = torch.ones(tuple(shape), dtype=torch.float32, device=device)
-    if p == 0:
-        return ones != 0
-    kept: Tensor = mask.kernel(ones, (seed, offset), p, False, 0, index_offset, op)
-    return kept != 0
+def keep_factors(x: Tensor, seed: object, p: float, index_offset: int, *op: str) -> Tensor:
+    """Return 1 / (1 - p) where dropout keeps an element of x, else 0; in float32 at least."""
+    ones = torch.ones_like(x, dtype=compute_dtype(x.dtype)).detach()
+    factors: Tensor = mask(ones, seed, p, False, 0, index_offset, *op)
+    return factors

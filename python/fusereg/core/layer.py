@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
 from .checks import probability
 from .hints import explains
@@ -100,3 +101,14 @@ class DropLayer(Layer):
     def extra_repr(self) -> str:
         """Return the arguments as torch's dropout layers show them."""
         return f"p={self.p}, inplace={self.inplace}"
+
+
+class DropInput(DropLayer):
+    """A layer that drops from its one input."""
+
+    #: Is called with (input, p, training, inplace).
+    _function: ClassVar[Callable[..., Tensor]]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input with parts dropped, or the input itself in evaluation mode."""
+        return self._function(input, self.p, self.training, self.inplace)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import _C
 from . import checks, dispatch, distributed, random
-from .random import Source
+from .random import Source, State
 
 _library = torch.library.Library("fusereg", "DEF")
 _EXACT = (torch.Tag.needs_exact_strides,)
@@ -64,6 +64,13 @@ def kept(ctx: Any) -> tuple[Any, ...]:
         found: tuple[Any, ...] = ctx.saved_tensors
         return found
     return (*ctx.saved_tensors, ctx.state)
+
+
+def state_of(seed: Any) -> State:
+    """Return the Philox state of an operator's argument ``seed``, of which some have none."""
+    if type(seed) is tuple:
+        return seed
+    return (0, 0) if seed is None else (seed, 0)
 
 
 def unpacked(ctx: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -115,12 +122,96 @@ def in_strides(t: Tensor, strides: Sequence[int]) -> Tensor:
     return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which kernels compute on tensors of a dtype."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 def refused(op: str) -> RuntimeError:
     """Return the error for a kernel that refuses a copy in a supported layout."""
     return RuntimeError(
         f"fusereg.{op}: the kernel refused a tensor in a layout that it supports; "
         "please report this"
     )
+
+
+def through_copy(
+    kernel: Callable[..., int],
+    y: Tensor,
+    x: Tensor,
+    rest: tuple[Any, ...],
+    supported: Callable[[Tensor], Tensor] = torch.empty_like,
+) -> Tensor:
+    """Write into y what a kernel, which has refused x, computes of a copy, and return y.
+
+    Args:
+        kernel: is called with (y, x, *rest), and may write over x.
+        y: the result, in any layout.
+        x: the tensor.
+        rest: the other arguments, the name that errors show last.
+        supported: returns a new tensor like x, in a layout that the kernel supports.
+    """
+    x = checks.plain(x, rest[-1], "x")
+    copy = supported(x).copy_(x)
+    if kernel(copy, copy, *rest) != 0:
+        raise refused(rest[-1])
+    return y.copy_(copy)
+
+
+def contiguous_copies(
+    given: Sequence[Tensor | None], names: Sequence[str], op: str
+) -> list[Tensor | None]:
+    """Return what a kernel has refused as contiguous tensors that it can read."""
+
+    def copied(t: Tensor, name: str) -> Tensor:
+        return (checks.plain(t, op, name) if t.is_floating_point() else t.detach()).contiguous()
+
+    pairs = zip(given, names, strict=True)
+    return [None if t is None else copied(t, name) for t, name in pairs]
+
+
+def gradients(
+    formula: Callable[..., Any],
+    tensors: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    *,
+    of_all: bool = True,
+) -> list[Tensor | None]:
+    """Return the gradients of a formula in torch's operations, as functions of all they depend on.
+
+    Args:
+        formula: a function of the tensors, with one result or several.
+        tensors: whose gradients are wanted; integers and None have none.
+        grads: the gradient of each result, or None.
+        of_all: whether those of tensors that require none are wanted as well.
+    """
+    with torch.enable_grad():
+        # Tensors of their own: one may have been computed from another, whose gradient here is
+        # not to contain what comes by that way.
+        own = [
+            t
+            if t is None or not t.is_floating_point()
+            else t.view_as(t)
+            if t.requires_grad
+            else t.detach().requires_grad_(of_all)
+            for t in tensors
+        ]
+        asked = [t for t in own if t is not None and t.requires_grad]
+        if not asked:
+            return [None] * len(own)
+        results = formula(*own)
+        given = zip(results if isinstance(results, tuple) else (results,), grads, strict=True)
+        pairs = [(y, grad) for y, grad in given if y is not None and grad is not None]
+        found = iter(
+            torch.autograd.grad(
+                [y for y, _ in pairs],
+                asked,
+                [grad for _, grad in pairs],
+                create_graph=True,
+                materialize_grads=True,
+            )
+        )
+    return [next(found) if t is not None and t.requires_grad else None for t in own]
 
 
 # --- the declaration ------------------------------------------------------------------------------
@@ -141,11 +232,14 @@ class Operator:
         save: ``save(ctx, arguments, output)``: keeps what gradient and tangent want, tensors by
             :func:`keep`.
         gradient: ``gradient(ctx, *gradients of the results)``: a gradient for each of the leading
-            arguments, as differentiable operations. None: the operation has no gradient.
+            arguments, as differentiable operations. None: that of ``by_parts``, or none.
         tangent: ``tangent(ctx, *tangents of the arguments)``: that of the result, in forward mode.
         row_major: torch.func transforms make the first argument contiguous, for operations whose
             result depends on the order of elements in memory.
         linear: whether the tangent does not depend on the tensors.
+        by_parts: the same of the same arguments in torch's operations and other operators, which
+            have derivatives of any order. torch.func transforms and forward mode call it, in place
+            of what is made of ``gradient`` and ``tangent``.
         flexible: whether tensors in any layout give the same result, so that a compiler need not
             copy them into the one that it traced. A second overload, ``exact``, is for calls to
             which this does not apply.
@@ -165,11 +259,15 @@ class Operator:
         tangent: Callable[..., Any] | None = None,
         row_major: bool = False,
         linear: bool = False,
+        by_parts: Kernel | None = None,
         flexible: bool = False,
     ) -> None:
         self.linear = linear
         self.name = schema[: schema.index("(")]
         self.kernel = kernel
+        self._by_parts = by_parts
+        if by_parts is not None and gradient is None:
+            save, gradient = self._save_all, self._gradient_by_parts
         _library.define(schema, tags=(torch.Tag.flexible_layout,) if flexible else ())
         names = [self.name]
         if flexible:
@@ -250,9 +348,27 @@ class Operator:
         #: ``gradient_of(ctx, grad)``: what autograd calls.
         self.gradient_of: Callable[[Any, Tensor], tuple[Any, ...]] = backward
 
+    def _save_all(self, ctx: Any, args: tuple[Any, ...], _: Any) -> None:
+        """Keep all arguments, for :meth:`_gradient_by_parts`."""
+        k = self._tensors
+        ctx.state = args[k]
+        ctx.constants = args[k + 1 :]
+        if self._seed is None:
+            ctx.state, ctx.constants = (), args[k:]
+        keep_state(ctx, *args[:k])
+
+    def _gradient_by_parts(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        assert self._by_parts is not None
+        *tensors, state = kept(ctx)
+        rest = ctx.constants if self._seed is None else (state, *ctx.constants)
+        by_parts = self._by_parts
+        found = gradients(lambda *t: by_parts(*t, *rest), tensors, grads, of_all=False)
+        return tuple(found)
+
     def __call__(self, *args: Any) -> Any:
         """Compute the operation in whatever way its surroundings want."""
-        if not dispatch.direct(*args[: self._tensors]):
+        # As dispatch.direct(), without a call for it.
+        if dispatch.is_dynamo_compiling() or not _C.direct(*args[: self._tensors]):
             return self.traced(*args)
         try:
             return self.eager(*args)
@@ -269,7 +385,12 @@ class Operator:
         ``exact``: whether compilers must keep the layouts that they traced.
         """
         args = self._with_state(args[: self._count])
-        if dispatch.functorch() and self._transform is not None:
+        if self._by_parts is not None:
+            if not torch.compiler.is_compiling() and (
+                dispatch.functorch() or dispatch.forward_mode()
+            ):
+                return self._by_parts(*args)
+        elif dispatch.functorch() and self._transform is not None:
             return self._transform.apply(*self._flat(args))
         return (self.exact if exact else self.overload)(*args)
 
@@ -285,6 +406,8 @@ class Operator:
 
     def eager(self, *args: Any) -> Any:
         """Compute it by the kernel at once: the caller knows that nothing is tracing."""
+        if self._by_parts is not None and dispatch.forward_mode():
+            return self._by_parts(*args)
         if self._list is not None:
             if self._differentiated(args):
                 # By torch's own apply(), which unwraps what torch.func transforms have left.
@@ -299,6 +422,12 @@ class Operator:
                 return self.apply(*args[:k], args[k:])
         return self.kernel(*args)
 
+    def to(self, target: Tensor | None, *args: Any) -> Tensor:
+        """Compute it as ``eager`` does: as a new tensor, into another, or over the argument."""
+        if target is None:
+            return self.eager(*args)  # type: ignore[no-any-return]
+        return self.in_place(*args) if target is args[0] else self.into(target, *args)
+
     def into(self, out: Tensor, *args: Any) -> Tensor:
         """Write the result into ``out``; no gradient."""
         self.kernel(*args, out=out)
@@ -309,7 +438,7 @@ class Operator:
         x: Tensor = args[0]
         k = self._tensors
         if dispatch.forward_mode():
-            y = self.apply(*args[:k], args[k:])
+            y = self.eager(*args)
             return x.copy_(y if isinstance(y, Tensor) else y[0])
         if self._differentiated(args):
             result: Tensor = self._function_in_place.apply(*args[:k], args[k:])
@@ -469,16 +598,8 @@ class DrawnOperator(Operator):
         count = constants.count(",") + 1
         names = f"{name}_forward", f"{name}_backward"
 
-        def copied(
-            kernel: Callable[..., int], y: Tensor, x: Tensor, rest: tuple[Any, ...]
-        ) -> Tensor:
-            """Run the kernel on a copy in a supported layout."""
-            op = rest[-1]
-            x = checks.plain(x, op, "x")
-            copy = supported(x, *rest[2:]).copy_(x)
-            if kernel(copy, copy, *rest) != 0:
-                raise refused(op)
-            return y.copy_(copy)
+        def copied(kernel: Kernel, y: Tensor, x: Tensor, rest: tuple[Any, ...]) -> Tensor:
+            return through_copy(kernel, y, x, rest, lambda x: supported(x, *rest[2:]))
 
         def forward(x: Tensor, seed: Any, *constants: Any, out: Tensor | None = None) -> Tensor:
             y = torch.empty_like(x) if out is None else out
@@ -581,7 +702,4 @@ class DrawnOperator(Operator):
             y = self.traced(x, random.traced_state(x, source, op), *constants)
             return y if target is None else target.copy_(y)
         checks.check_index_offset(constants[-1], op)
-        args = (x, random.eager_state(x, source, op), *constants, op)
-        if target is None:
-            return self.eager(*args)  # type: ignore[no-any-return]
-        return self.in_place(*args) if target is x else self.into(target, *args)
+        return self.to(target, x, random.eager_state(x, source, op), *constants, op)

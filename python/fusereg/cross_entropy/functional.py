@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..core import checks, dispatch
 from ..core.labels import MixedLabels
-from .op import OP, REDUCTIONS, class_dim, compute_dtype, shape_of_rows
+from ..core.operator import compute_dtype
+from .op import OP, REDUCTIONS, class_dim, shape_of_rows
 from .op import cross_entropy as _operator
 
 __all__ = ["cross_entropy"]

@@ -1,7 +1,6 @@
 """Cross-entropy as an operation: forward keeps a number a row, backward computes the rest again.
 
-Derivatives of higher order, and those in forward mode, are formulas of torch's operations on the
-target weights q as a dense tensor (cross_entropy.h has the formula).
+Derivatives of higher order, torch.func transforms and forward mode take torch's own loss.
 """
 
 from __future__ import annotations
@@ -10,19 +9,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy as cross_entropy_of_torch
 
 from .. import _C
-from ..core import checks, dispatch
-from ..core.operator import Operator, keep, refused
+from ..core import dispatch
+from ..core.operator import (
+    Operator,
+    compute_dtype,
+    contiguous_copies,
+    gradients,
+    keep,
+    refused,
+)
 
 OP = "cross_entropy"
 #: As torch numbers them.
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of sums, class weights and gradients' terms."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
+_NAMES = ("input", "target", "target.b", "target.weight", "weight")
 
 
 def class_dim(x: Tensor) -> int:
@@ -46,24 +49,12 @@ def _empty_results(
     for size in shape:
         rows = rows * size
     kept = rows * (2 if target.is_floating_point() else 1) + 3
-    dtype = torch.float32 if wide and x.dtype is not torch.float64 else x.dtype
-    device = x.device
-    loss = torch.empty(shape if reduction == 0 else (), dtype=dtype, device=device)
-    return loss, torch.empty(kept, dtype=torch.float64, device=device)
+    loss = torch.empty(shape if reduction == 0 else (), dtype=_loss_dtype(x, wide), device=x.device)
+    return loss, torch.empty(kept, dtype=torch.float64, device=x.device)
 
 
-def _prepared(x: Tensor, *others: Tensor | None, op: str) -> tuple[Any, ...]:
-    """Return copies in a layout that the kernels support."""
-    x = checks.plain(x, op, "input").contiguous()
-    found: list[Tensor | None] = [x]
-    for t in others:
-        if t is not None:
-            t = t.detach()
-            if t.is_floating_point():
-                t = checks.plain(t, op, "an argument")
-            t = t.contiguous()
-        found.append(t)
-    return tuple(found)
+def _loss_dtype(x: Tensor, wide: bool) -> torch.dtype:
+    return compute_dtype(x.dtype) if wide else x.dtype
 
 
 def _forward(
@@ -87,10 +78,45 @@ def _forward(
     rest: tuple[Any, ...] = (smoothing, ignore_index, reduction, OP)
     given: tuple[Any, ...] = (x, target, other, share, weight)
     if _C.cross_entropy_forward(*results, *given, *rest) != 0:
-        given = _prepared(*given, op=OP)
-        if _C.cross_entropy_forward(*results, *given, *rest) != 0:
+        copies: Any = contiguous_copies(given, _NAMES, OP)
+        if _C.cross_entropy_forward(*results, *copies, *rest) != 0:
             raise refused(OP)
     return loss, statistics
+
+
+def _by_parts(
+    x: Tensor,
+    target: Tensor,
+    other: Tensor | None,
+    share: Tensor | None,
+    weight: Tensor | None,
+    smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    wide: bool,
+    _overwrite: bool,
+) -> tuple[Tensor, None]:
+    """Return the loss by torch's function; of mixed labels, by one call for each part."""
+    dtype = compute_dtype(x.dtype)
+    logits = x.to(dtype)
+    options: Any = {"label_smoothing": smoothing}
+    if not target.is_floating_point():
+        options["ignore_index"] = ignore_index
+    if other is None or share is None:
+        target = target.to(dtype) if target.is_floating_point() else target
+        name = next(name for name, number in REDUCTIONS.items() if number == reduction)
+        loss = cross_entropy_of_torch(logits, target, weight, reduction=name, **options)
+    else:
+        loss = logits.new_zeros(())
+        share = share.to(dtype).view(-1, *[1] * (x.dim() - 2))
+        for index, part in ((target, share), (other, 1 - share)):
+            rows = part * cross_entropy_of_torch(logits, index, weight, reduction="none", **options)
+            if reduction == REDUCTIONS["mean"]:
+                there = index != ignore_index
+                counted = there if weight is None else weight[index.where(there, 0)].where(there, 0)
+                rows = rows.sum() / counted.sum()
+            loss = loss + (rows.sum() if reduction == REDUCTIONS["sum"] else rows)
+    return loss.to(_loss_dtype(x, wide)), None
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -103,7 +129,11 @@ def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
 
 def _gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    _refuse_targets(ctx, ctx.needs_input_grad[1:5])
+    if any(ctx.needs_input_grad[1:5]):
+        raise RuntimeError(
+            f"fusereg.{OP}: no gradient of target and weight here; detach them, or use "
+            "torch.nn.functional.cross_entropy"
+        )
     if grad is None:
         return (None,)
     constants = ctx.constants[:3]
@@ -122,28 +152,6 @@ def _over_logits(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return out
 
 
-def _refuse_targets(ctx: Any, wanted: Any) -> None:
-    if any(wanted):
-        raise RuntimeError(
-            f"fusereg.{OP}: no gradient of target and weight here; detach them, or use "
-            "torch.nn.functional.cross_entropy"
-        )
-
-
-def _tangent(ctx: Any, tangent: Tensor | None, *others: Any) -> tuple[Tensor | None, None]:
-    _refuse_targets(ctx, [t is not None for t in others if isinstance(t, Tensor)])
-    x, *rest = ctx.saved_tensors
-    smoothing, ignore_index, reduction, wide = ctx.constants
-    assert tangent is not None
-    shape = shape_of_rows(x) if reduction == 0 else []
-    loss_dtype = torch.float32 if wide and x.dtype is not torch.float64 else x.dtype
-    ones = x.new_ones(shape, dtype=loss_dtype)
-    slope = _backward(ones, x, *rest, smoothing, ignore_index, reduction)
-    product = slope.to(compute_dtype(x.dtype)) * tangent
-    total = product.sum(class_dim(x)) if reduction == 0 else product.sum()
-    return total.to(loss_dtype), None
-
-
 def _backward_kernel(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
     """Return the gradient of the logits."""
     if x.numel() == 0:
@@ -152,87 +160,23 @@ def _backward_kernel(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
     constants: tuple[Any, ...] = (*rest[-3:], OP)
     grad_x = torch.empty_like(x)
     if _C.cross_entropy_backward(grad_x, *given, *constants) != 0:
-        given = _prepared(x, grad, *rest[:-3], op=OP)
-        given = (given[1], given[0], *given[2:])
+        names = ("grad", *_NAMES, "statistics")
+        given = tuple(contiguous_copies(given, names, OP))
         grad_x = torch.empty_like(given[1])
         if _C.cross_entropy_backward(grad_x, *given, *constants) != 0:
             raise refused(OP)
     return grad_x
 
 
-def _dense_weights(x: Tensor, others: list[Any], smoothing: float, ignore_index: int) -> Tensor:
-    """Return q as a tensor like x, times the factors that the reduction has."""
-    target, other, share, weight, statistics = others
-    dim, dtype = class_dim(x), compute_dtype(x.dtype)
-    by_class = [1] * x.dim()
-    by_class[dim] = -1
-    of_class = None if weight is None else weight.to(dtype).view(by_class)
+def _gradient_by_parts(grad: Tensor, x: Tensor, *rest: Any) -> Tensor | None:
+    tensors, constants = rest[:4], rest[5:]  # without the statistics
 
-    def smoothed(t: Tensor) -> Tensor:
-        q = t * (1 - smoothing) + smoothing / max(x.shape[dim], 1)
-        return q if of_class is None else q * of_class
+    def formula(x: Tensor) -> Tensor:
+        by_parts: Any = _by_parts
+        loss: Tensor = by_parts(x, *tensors, *constants, False, False)[0]
+        return loss.to(grad.dtype)
 
-    factors: Tensor = statistics[-3:].to(dtype)
-    if target.is_floating_point():
-        soft: Tensor = smoothed(target.to(dtype)) * factors[0]
-        return soft
-
-    def of_indices(index: Tensor) -> Tensor:
-        there = (index != ignore_index).unsqueeze(dim)
-        safe = index.unsqueeze(dim).where(there, 0)
-        classes = torch.arange(x.shape[dim], device=x.device).view(by_class)
-        # Where nothing is there, the factor may be infinite.
-        return torch.where(there, smoothed((classes == safe).to(dtype)), 0.0)
-
-    q: Tensor = of_indices(target) * factors[0]
-    if other is None or share is None:
-        return q
-    first: Tensor = share.to(dtype).view(-1, *[1] * (x.dim() - 1))
-    return first * q + (1 - first) * of_indices(other) * factors[1]
-
-
-def _save_backward(ctx: Any, args: tuple[Any, ...], output: object) -> None:
-    *tensors, ctx.smoothing, ctx.ignore_index, ctx.reduction = args
-    keep(ctx, *tensors)
-
-
-def _parts(ctx: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Return the incoming gradient, softmax, q, its sum along the classes, and their dimension."""
-    grad, x, *others = ctx.saved_tensors
-    dim, dtype = class_dim(x), compute_dtype(x.dtype)
-    q = _dense_weights(x, others, ctx.smoothing, ctx.ignore_index)
-    along = grad.to(dtype)
-    if ctx.reduction == 0:
-        along = along.unsqueeze(dim)
-    return along, torch.softmax(x.to(dtype), dim), q, q.sum(dim, keepdim=True), dim
-
-
-def _second_gradient(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    _refuse_targets(ctx, ctx.needs_input_grad[2:6])
-    grad, x = ctx.saved_tensors[:2]
-    along, p, q, s, dim = _parts(ctx)
-    v = v.to(p.dtype)
-    mean = (p * v).sum(dim, keepdim=True)
-    of_grad = (s * mean - (q * v).sum(dim, keepdim=True)).squeeze(dim)
-    if ctx.reduction != 0:
-        of_grad = of_grad.sum()
-    return of_grad.to(grad.dtype), (along * s * p * (v - mean)).to(x.dtype)
-
-
-def _second_tangent(
-    ctx: Any, grad_tangent: Tensor | None, tangent: Tensor | None, *others: Any
-) -> Tensor:
-    # The statistics have a tangent of zeros under torch.func: p is computed of x here.
-    x = ctx.saved_tensors[1]
-    along, p, q, s, dim = _parts(ctx)
-    total = torch.zeros_like(p)
-    if grad_tangent is not None:
-        other = grad_tangent.to(p.dtype)
-        total = total + (other.unsqueeze(dim) if ctx.reduction == 0 else other) * (s * p - q)
-    if tangent is not None:
-        t = tangent.to(p.dtype)
-        total = total + along * s * p * (t - (p * t).sum(dim, keepdim=True))
-    return total.to(x.dtype)
+    return gradients(formula, [x], [grad])[0]
 
 
 _TENSORS = "Tensor x, Tensor target, Tensor? other, Tensor? share, Tensor? weight"
@@ -246,14 +190,12 @@ cross_entropy = Operator(
     ),
     save=_save,
     gradient=_gradient,
-    tangent=_tangent,
+    by_parts=_by_parts,
 )
 _backward = Operator(
     f"cross_entropy_backward(Tensor grad, {_TENSORS}, Tensor statistics, float smoothing,"
     " SymInt ignore_index, int reduction) -> Tensor",
     _backward_kernel,
     fake=lambda grad, x, *_: torch.empty_like(x),
-    save=_save_backward,
-    gradient=_second_gradient,
-    tangent=_second_tangent,
+    by_parts=_gradient_by_parts,
 )

@@ -12,29 +12,23 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..core import checks, random
-from ..core.operator import Operator, keep_state, kept, refused
+from ..core import checks
+from ..core.operator import Operator, keep_state, kept, state_of, through_copy
 
 OP = "drop_block2d"
 
 
-def _run(
-    kernel: Any, y: Tensor, x: Tensor, numbers: tuple[Any, ...], rest: tuple[Any, ...]
-) -> Tensor:
-    """Write into y, whatever the layouts."""
-    if x.numel() == 0 or kernel(y, x, *numbers, *rest, OP) == 0:
-        return y
-    x = checks.plain(x, OP, "x")
+def _supported(x: Tensor) -> Tensor:
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    copy = x.clone(memory_format=layout)
-    if kernel(copy, copy, *numbers, *rest, OP) != 0:
-        raise refused(OP)
-    return y.copy_(copy)
+    return torch.empty_like(x, memory_format=layout)
 
 
-def _state(seed: Any) -> random.State:
-    return seed if type(seed) is tuple else (seed, 0)
+def _run(kernel: Any, y: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    """Write into y, whatever the layouts."""
+    if x.numel() == 0 or kernel(y, x, *rest, OP) == 0:
+        return y
+    return through_copy(kernel, y, x, (*rest, OP), _supported)
 
 
 def _forward(
@@ -47,13 +41,12 @@ def _forward(
     elif x.is_cuda or _C.CUDA_ON_HOST:
         slots = torch.empty(_C.DROP_BLOCK_SLOTS, dtype=torch.float64, device=x.device)
     y = torch.empty_like(x) if out is None else out
-    rest = (*_state(seed), *constants)
-    return _run(_C.drop_block_forward, y, x, (count, slots), rest), count
+    return _run(_C.drop_block_forward, y, x, count, slots, *state_of(seed), *constants), count
 
 
 def _backward(grad: Tensor, count: Tensor, seed: Any, *constants: Any) -> Tensor:
-    rest = (*_state(seed), *constants)
-    return _run(_C.drop_block_backward, torch.empty_like(grad), grad, (count,), rest)
+    y = torch.empty_like(grad)
+    return _run(_C.drop_block_backward, y, grad, count, *state_of(seed), *constants)
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

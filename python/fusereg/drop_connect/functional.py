@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as torch_F
 
 from ..core.random import Source
-from . import op as _drop_connect
+from .op import Geometry, check, conv2d, linear, pair, prepared, sides
 
 __all__ = ["drop_connect_conv2d", "drop_connect_linear"]
 
@@ -42,9 +43,13 @@ def drop_connect_linear(
     Raises:
         TypeError, ValueError: as :func:`dropout`, of the weight; also if it has not 2 dimensions.
     """
-    return _drop_connect.linear(
-        x, weight, bias, p, training, Source(seed, generator), "drop_connect_linear"
-    )
+    op, draw = "drop_connect_linear", None
+    p = check(x, weight, p, 2, op)
+    if training and p != 0:
+        x, weight, bias, draw = prepared(x, weight, bias, p, Source(seed, generator), op)
+    if draw is None:
+        return torch_F.linear(x, weight, bias)
+    return linear(x, weight, bias, draw)
 
 
 def drop_connect_conv2d(
@@ -90,16 +95,19 @@ def drop_connect_conv2d(
     Example:
         >>> y = fusereg.functional.drop_connect_conv2d(x, weight, bias, padding="same", p=0.2)
     """
-    return _drop_connect.conv2d(
-        x,
-        weight,
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        p,
-        training,
-        Source(seed, generator),
-        "drop_connect_conv2d",
-    )
+    op, draw = "drop_connect_conv2d", None
+    p = check(x, weight, p, 4, op)
+    if training and p != 0:
+        x, weight, bias, draw = prepared(x, weight, bias, p, Source(seed, generator), op)
+    if draw is None:
+        return torch_F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    stride, dilation = pair(stride, op, "stride"), pair(dilation, op, "dilation")
+    if padding == "same" and stride != (1, 1):
+        raise ValueError(f"fusereg.{op}: padding='same' needs stride 1, got {stride}")
+    top, bottom, left, right = sides(padding, dilation, weight.shape[2:], op)
+    if (top, left) != (bottom, right):
+        x = torch_F.pad(x, (0, right - left, 0, bottom - top))
+    geometry = Geometry(stride, (top, left), dilation, groups)
+    if x.dim() == 3:
+        return conv2d(x.unsqueeze(0), weight, bias, draw, geometry).squeeze(0)
+    return conv2d(x, weight, bias, draw, geometry)

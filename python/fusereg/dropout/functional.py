@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core import draws
+from ..core import checks, draws
 from ..core.docs import share_paragraphs
 from ..core.draws import Kind
 
@@ -128,7 +128,15 @@ def dropout_mask(
     Example:
         >>> fusereg.dropout_mask((2, 8), 0.5, seed=1).float().mean()
     """
-    return draws.kept_elements(shape, p, seed, offset, index_offset, device)
+    op = "dropout_mask"
+    p = checks.check_probability(p, op)
+    if isinstance(shape, int):
+        shape = (shape,)
+    ones = torch.ones(tuple(shape), dtype=torch.float32, device=device)
+    if p == 0:
+        return ones != 0
+    kept: Tensor = draws.mask.kernel(ones, (seed, offset), p, False, 0, index_offset, op)
+    return kept != 0
 
 
 def dropout1d(

@@ -6,7 +6,8 @@ ways.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,31 +19,39 @@ from . import functional as F
 __all__ = ["DropoutAddLayerNorm", "DropoutAddRMSNorm"]
 
 
-def _rows(t: Tensor, dims: int) -> Tensor:
-    """Return a view with the last ``dims`` dimensions as one."""
-    return t if dims == 1 else t.flatten(-dims)
+class _Norm(Layer):
+    """What both layers do with inputs and parameters of any number of dimensions."""
+
+    def _call(
+        self: Any,
+        function: Callable[..., Any],
+        name: str,
+        x: Tensor,
+        residual: Tensor | None,
+        *parameters: Tensor | None,
+    ) -> Any:
+        shape = tuple(self.normalized_shape)
+        for which, t in ((name, x), ("residual", residual)):
+            if t is not None and tuple(t.shape[-len(shape) :]) != shape:
+                raise ValueError(
+                    f"fusereg.nn.{type(self).__name__}: {which} must have shape (..., "
+                    f"{', '.join(map(str, shape))}), got {tuple(t.shape)}"
+                )
+        options = (self.p, self.eps, self.training)
+        tensors: Any = (x, residual, *parameters)
+        if len(shape) > 1:
+            tensors = [None if t is None else t.flatten(-len(shape)) for t in tensors]
+        result = function(*tensors, *options, return_sum=self.return_sum)
+        if len(shape) == 1:
+            return result
+        return tuple(t.view(x.shape) for t in result) if self.return_sum else result.view(x.shape)
+
+    def extra_repr(self) -> str:
+        """Return the arguments as torch's layer shows them, and this one's."""
+        return f"{super().extra_repr()}, p={self.p}, return_sum={self.return_sum}"
 
 
-def _split(
-    result: Tensor | tuple[Tensor, Tensor], shape: torch.Size
-) -> Tensor | tuple[Tensor, Tensor]:
-    if isinstance(result, tuple):
-        return result[0].view(shape), result[1].view(shape)
-    return result.view(shape)
-
-
-def _check_shape(
-    input: Tensor, residual: Tensor | None, normalized_shape: tuple[int, ...], op: str
-) -> None:
-    for name, t in (("input", input), ("residual", residual)):
-        if t is not None and tuple(t.shape[-len(normalized_shape) :]) != normalized_shape:
-            raise ValueError(
-                f"fusereg.nn.{op}: {name} must have shape (..., "
-                f"{', '.join(map(str, normalized_shape))}), got {tuple(t.shape)}"
-            )
-
-
-class DropoutAddLayerNorm(Layer, nn.LayerNorm):
+class DropoutAddLayerNorm(_Norm, nn.LayerNorm):
     """:func:`fusereg.functional.dropout_add_layer_norm` with its weight and bias.
 
     Args:
@@ -84,27 +93,11 @@ class DropoutAddLayerNorm(Layer, nn.LayerNorm):
         self, input: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the normalized sum; nothing is dropped in evaluation mode."""
-        shape = tuple(self.normalized_shape)
-        _check_shape(input, residual, shape, "DropoutAddLayerNorm")
-        dims = len(shape)
-        result = F.dropout_add_layer_norm(
-            _rows(input, dims),
-            None if residual is None else _rows(residual, dims),
-            None if self.weight is None else _rows(self.weight, dims),
-            None if self.bias is None else _rows(self.bias, dims),
-            self.p,
-            self.eps,
-            self.training,
-            return_sum=self.return_sum,
-        )
-        return result if dims == 1 else _split(result, input.shape)
-
-    def extra_repr(self) -> str:
-        """Return the arguments as torch.nn.LayerNorm shows them, and p."""
-        return f"{super().extra_repr()}, p={self.p}, return_sum={self.return_sum}"
+        function, vectors = F.dropout_add_layer_norm, (self.weight, self.bias)
+        return self._call(function, "input", input, residual, *vectors)  # type: ignore[no-any-return]
 
 
-class DropoutAddRMSNorm(Layer, nn.RMSNorm):
+class DropoutAddRMSNorm(_Norm, nn.RMSNorm):
     """:func:`fusereg.functional.dropout_add_rms_norm` with its weight.
 
     Args:
@@ -144,20 +137,5 @@ class DropoutAddRMSNorm(Layer, nn.RMSNorm):
         self, x: Tensor, residual: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the normalized sum; nothing is dropped in evaluation mode."""
-        shape = tuple(self.normalized_shape)
-        _check_shape(x, residual, shape, "DropoutAddRMSNorm")
-        dims = len(shape)
-        result = F.dropout_add_rms_norm(
-            _rows(x, dims),
-            None if residual is None else _rows(residual, dims),
-            None if self.weight is None else _rows(self.weight, dims),
-            self.p,
-            self.eps,
-            self.training,
-            return_sum=self.return_sum,
-        )
-        return result if dims == 1 else _split(result, x.shape)
-
-    def extra_repr(self) -> str:
-        """Return the arguments as torch.nn.RMSNorm shows them, and p."""
-        return f"{super().extra_repr()}, p={self.p}, return_sum={self.return_sum}"
+        function = F.dropout_add_rms_norm
+        return self._call(function, "x", x, residual, self.weight)  # type: ignore[no-any-return]

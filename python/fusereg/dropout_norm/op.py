@@ -1,44 +1,114 @@
 """Dropout, residual sum and layer or RMS normalization as one operation.
 
 Forward gives the sum s as a result of its own, whether or not the caller wants it: backward keeps
-it, and through it derivatives of any order find their way to x and residual. A second derivative is
-a formula of torch operations (formulas.py), and so is everything under torch.func transforms and in
-forward mode.
+it, and through it derivatives of any order find their way to x and residual. Second derivatives,
+torch.func transforms and forward mode take the same formula in torch's operations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .. import _C
 from ..core import checks, dispatch, draws, memory, random
-from ..core.operator import Operator, keep_state, kept, refused
-from ..core.random import Source, State
-from .formulas import Gradients, compute_dtype, second_gradient, unfused
+from ..core.operator import (
+    Operator,
+    compute_dtype,
+    contiguous_copies,
+    gradients,
+    keep_state,
+    kept,
+    refused,
+    state_of,
+)
+from ..core.random import Source
 
-_HALVES = (torch.float16, torch.bfloat16)
+#: Of x, residual, weight, bias.
+_Gradients: TypeAlias = tuple[Tensor | None, ...]
 
 
 def _sum_is_x(p: float, residual: object) -> bool:
     return p == 0 and residual is None
 
 
-def _state(seed: Any) -> State:
-    if type(seed) is tuple:
-        return seed
-    return (0, 0) if seed is None else (seed, 0)
-
-
-def _supported(tensor: Tensor | None, op: str, name: str) -> Tensor | None:
-    return None if tensor is None else checks.plain(tensor, op, name).contiguous()
-
-
 def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
+
+
+# --- in torch's operations ------------------------------------------------------------------------
+
+
+def _normalized(s: Tensor, weight: Tensor | None, eps: float, rms: bool) -> Tensor:
+    # Not torch's layer_norm: as of 2.13, its derivative in forward mode has a wrong gradient.
+    centered = s if rms else s - s.mean(-1, keepdim=True)
+    y = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
+    return y if weight is None else y * weight.to(y.dtype)
+
+
+def _by_parts(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Any,
+    p: float,
+    eps: float,
+    rms: bool,
+    index_offset: int,
+    _keep: bool,
+    *op: str,
+) -> tuple[Tensor, Tensor, None]:
+    """Return y and the sum, step by step with the same mask, in the kernels' dtype."""
+    compute = compute_dtype(x.dtype)
+    s = x.to(compute).contiguous()
+    if p:
+        s = draws.mask(s, seed, p, False, 0, index_offset, *op)
+    if residual is not None:
+        s = residual.to(compute) + s
+    y = _normalized(s, weight, eps, rms)
+    if bias is not None:
+        y = y + bias.to(compute)
+    return y.to(x.dtype), s.to((x if residual is None else residual).dtype), None
+
+
+def _gradients_by_parts(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    total: Tensor,
+    _statistics: Tensor,
+    weight: Tensor | None,
+    seed: Any,
+    p: float,
+    eps: float,
+    rms: bool,
+    index_offset: int,
+    wanted: Sequence[bool],
+    *op: str,
+) -> _Gradients:
+    wide = grad.to(compute_dtype(grad.dtype))
+    s = total.to(wide.dtype)
+    vector = None if weight is None else weight.to(wide.dtype)
+    of_sum, of_weight = gradients(
+        lambda s, weight: _normalized(s, weight, eps, rms), (s, vector), [wide]
+    )
+    assert of_sum is not None
+    if grad_sum is not None:
+        of_sum = of_sum + grad_sum
+    of_x = of_sum.contiguous()
+    if p:
+        of_x = draws.mask(of_x, seed, p, False, 0, index_offset, *op)
+    of_bias = wide.sum_to_size(wide.shape[-1:])
+    found: Any = zip(
+        (of_x, of_sum, of_weight, of_bias), (grad, total, weight, weight), wanted, strict=True
+    )
+    return tuple(t.to(like.dtype) if want else None for t, like, want in found)
+
+
+# --- by the kernels -------------------------------------------------------------------------------
 
 
 def _forward(
@@ -63,17 +133,17 @@ def _forward(
             total = torch.empty(x.shape, dtype=like.dtype, device=x.device)
         rows = (*x.shape[:-1], 1 if rms else 3)
         statistics = torch.empty(rows, dtype=compute_dtype(x.dtype), device=x.device)
-    rest: tuple[Any, ...] = (*_state(seed), p, eps, rms, index_offset, op)
+    results: tuple[Any, ...] = (y, total, statistics)
+    rest: tuple[Any, ...] = (*state_of(seed), p, eps, rms, index_offset, op)
     given: tuple[Any, ...] = (
         x.contiguous(),
         _contiguous(residual),
         _contiguous(weight),
         _contiguous(bias),
     )
-    if _C.dropout_norm_forward(y, total, statistics, *given, *rest) != 0:
-        names = ("x", "residual", "weight", "bias")
-        copies: list[Any] = [_supported(t, op, name) for t, name in zip(given, names, strict=True)]
-        if _C.dropout_norm_forward(y, total, statistics, *copies, *rest) != 0:
+    if _C.dropout_norm_forward(*results, *given, *rest) != 0:
+        copies: Any = contiguous_copies(given, ("x", "residual", "weight", "bias"), op)
+        if _C.dropout_norm_forward(*results, *copies, *rest) != 0:
             raise refused(op)
     return y, total, statistics
 
@@ -129,7 +199,7 @@ def _backward_kernel(
     index_offset: int,
     wanted: Sequence[bool],
     op: str = "dropout_norm",
-) -> Gradients:
+) -> _Gradients:
     """Return the wanted ones of the gradients of x, residual, weight and bias."""
     of_x, of_residual, of_weight, of_bias = wanted
     grad, total = grad.contiguous(), total.contiguous()
@@ -150,7 +220,7 @@ def _backward_kernel(
         )
         barrier = memory.barrier(device)
     results = (grad_x, grad_residual, grad_weight, grad_bias)
-    rest: tuple[Any, ...] = (*_state(seed), p, rms, index_offset, partials, barrier, op)
+    rest: tuple[Any, ...] = (*state_of(seed), p, rms, index_offset, partials, barrier, op)
     given: tuple[Any, ...] = (
         grad,
         _contiguous(grad_sum),
@@ -160,52 +230,20 @@ def _backward_kernel(
     )
     if _C.dropout_norm_backward(*results, *given, *rest) != 0:
         names = ("grad", "grad_sum", "sum", "statistics", "weight")
-        copies: list[Any] = [_supported(t, op, name) for t, name in zip(given, names, strict=True)]
+        copies: Any = contiguous_copies(given, names, op)
         if _C.dropout_norm_backward(*results, *copies, *rest) != 0:
             raise refused(op)
     return results
 
 
-def _save_backward(ctx: Any, args: tuple[Any, ...], output: object) -> None:
-    grad, grad_sum, total, _, weight, ctx.state, *constants = args
-    *ctx.constants, ctx.wanted = constants[:5]
-    ctx.op = constants[5:]
-    ctx.has_grad_sum = grad_sum is not None
-    ctx.set_materialize_grads(False)
-    keep_state(ctx, grad, total, weight)
-
-
-def _second_gradient(ctx: Any, *along: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad, total, weight, seed = kept(ctx)
-    p, eps, rms, index_offset = ctx.constants
-
-    def drop(v: Tensor) -> Tensor:
-        if p == 0:
-            return v
-        dropped: Tensor = draws.mask(v, seed, p, False, 0, index_offset, *ctx.op)
-        return dropped
-
-    given = tuple(v if want else None for v, want in zip(along, ctx.wanted, strict=True))
-    of_grad, of_grad_sum, of_sum, of_weight = second_gradient(
-        drop,
-        eps,
-        rms,
-        grad,
-        total,
-        weight,
-        given,  # type: ignore[arg-type]
-    )
-    return of_grad, of_grad_sum if ctx.has_grad_sum else None, of_sum, None, of_weight
-
-
-def _fake(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+def _fake(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
     _, _, _, p, _, rms, _, keep = rest
     y = x.new_empty(x.shape)
     if not keep:
-        return y, None, None  # type: ignore[return-value]
+        return y, None, None
     statistics = x.new_empty((*x.shape[:-1], 1 if rms else 3), dtype=compute_dtype(x.dtype))
     if _sum_is_x(p, residual):
-        return y, None, statistics  # type: ignore[return-value]
+        return y, None, statistics
     return y, x.new_empty(x.shape, dtype=(x if residual is None else residual).dtype), statistics
 
 
@@ -226,6 +264,7 @@ _norm = Operator(
     fake=_fake,
     save=_save,
     gradient=_gradient,
+    by_parts=_by_parts,
 )
 _backward = Operator(
     "dropout_norm_backward(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor statistics,"
@@ -233,51 +272,16 @@ _backward = Operator(
     " bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_kernel,
     fake=_fake_backward,
-    save=_save_backward,
-    gradient=_second_gradient,
+    by_parts=_gradients_by_parts,
 )
 
 
 # --- the entry ------------------------------------------------------------------------------------
 
 
-def _check_companion(t: object, x: Tensor, shape: torch.Size, op: str, name: str) -> None:
-    """Raise unless t is a tensor of this shape on x's device, in x's dtype or float32."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"fusereg.{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
-    checks.check_input(t, op, name)
-    if t.shape != shape:
-        raise ValueError(
-            f"fusereg.{op}: {name} must have shape {tuple(shape)}, got {tuple(t.shape)}"
-        )
-    if t.device != x.device:
-        raise ValueError(f"fusereg.{op}: {name} must be on {x.device}, got {t.device}")
-    if t.dtype is not x.dtype and not (x.dtype in _HALVES and t.dtype is torch.float32):
-        wide = " or torch.float32" if x.dtype in _HALVES else ""
-        raise ValueError(f"fusereg.{op}: {name} must have x's dtype {x.dtype}{wide}, got {t.dtype}")
-
-
-def _fit(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Return whether the kernel may be called at once, on tensors that go together."""
-    if not (dispatch.ready(x) if residual is None else dispatch.ready(x, residual)) or not x.dim():
-        return False
-    vectors = [t for t in (weight, bias) if t is not None]
-    if not vectors:
-        return True
-    first = vectors[0]
-    return (
-        dispatch.ready(*vectors)
-        and first.dtype is x.dtype
-        and first.shape == x.shape[-1:]
-        and first.device == x.device
-    )
-
-
 def _check(
     x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    others: dict[str, Tensor | None],
     p: float,
     eps: float,
     index_offset: int,
@@ -291,11 +295,12 @@ def _check(
     checks.check_input(x, op)
     if x.dim() == 0:
         raise ValueError(f"fusereg.{op}: x must have at least 1 dimension, got 0")
-    if residual is not None:
-        _check_companion(residual, x, x.shape, op, "residual")
-    for name, t in (("weight", weight), ("bias", bias)):
+    for name, t in others.items():
         if t is not None:
-            _check_companion(t, x, x.shape[-1:], op, name)
+            checks.check_input(t, op, name)
+            shape = x.shape if name == "residual" else x.shape[-1:]
+            checks.check_like(x, t, shape, op, name, wide=True)
+    weight, bias = others["weight"], others["bias"]
     if weight is not None and bias is not None and weight.dtype is not bias.dtype:
         raise ValueError(
             f"fusereg.{op}: bias must have weight's dtype {weight.dtype}, got {bias.dtype}"
@@ -322,6 +327,7 @@ def dropout_norm(
     if eps is None:  # as torch.nn.functional.rms_norm
         double = isinstance(x, Tensor) and x.dtype is torch.float64
         eps = torch.finfo(torch.float64 if double else torch.float32).eps
+    vectors = [t for t in (weight, bias) if t is not None]
     # What training loops call, with as few questions as possible.
     plain = (
         type(p) is type(eps) is float
@@ -329,19 +335,18 @@ def dropout_norm(
         and eps >= 0.0
         and index_offset == 0
         and not dispatch.is_dynamo_compiling()
-        and _fit(x, residual, weight, bias)
+        and (dispatch.ready(x) if residual is None else dispatch.ready(x, residual))
+        and x.dim() != 0
+        and (not vectors or checks.is_vector_of(x, *vectors))
     )
     if not plain:
-        _check(x, residual, weight, bias, p, eps, index_offset, op)
+        others = {"residual": residual, "weight": weight, "bias": bias}
+        _check(x, others, p, eps, index_offset, op)
     p = float(p) if training else 0.0
     eps = float(eps)
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)
     tensors = (x, residual, weight, bias)
-    if dispatch.forward_mode() or (not plain and dispatch.functorch()):
-        y, total = unfused(*tensors, p, eps, rms, source, index_offset, op)
-        return (y, total) if return_sum else y
-
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     constants = (p, eps, rms, index_offset, keep or return_sum)
     if plain or dispatch.direct(*tensors):

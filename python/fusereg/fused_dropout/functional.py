@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core import checks, dispatch, random
 from ..core.docs import share_paragraphs
 from ..core.random import Source
-from . import entry as _fused_dropout
+from . import op as ops
 
 __all__ = ["activation_dropout", "bias_dropout_add", "drop_path_add", "dropout_add"]
-
 _ARGUMENTS = """
         training: whether to drop at all. Without it, or with ``p=0``, the rest of the formula
             stays.
@@ -64,19 +64,8 @@ def bias_dropout_add(
     Example:
         >>> y = bias_dropout_add(linear_without_bias(h), linear.bias, h, 0.1, model.training)
     """
-    return _fused_dropout.add(
-        x,
-        bias,
-        residual,
-        p,
-        training,
-        False,
-        Source(seed, generator),
-        index_offset,
-        out,
-        0,
-        "bias_dropout_add",
-    )
+    op, inplace = "bias_dropout_add", False
+    return _add(x, bias, residual, p, training, inplace, seed, generator, index_offset, out, 0, op)
 
 
 def dropout_add(
@@ -105,19 +94,8 @@ def dropout_add(
     Example:
         >>> h = fusereg.functional.dropout_add(attention(h), h, 0.1, model.training)
     """
-    return _fused_dropout.add(
-        x,
-        None,
-        residual,
-        p,
-        training,
-        inplace,
-        Source(seed, generator),
-        index_offset,
-        out,
-        0,
-        "dropout_add",
-    )
+    op = "dropout_add"
+    return _add(x, None, residual, p, training, inplace, seed, generator, index_offset, out, 0, op)
 
 
 def drop_path_add(
@@ -152,19 +130,8 @@ def drop_path_add(
     Example:
         >>> h = fusereg.functional.drop_path_add(block(h), h, 0.1, model.training)
     """
-    return _fused_dropout.add(
-        x,
-        None,
-        residual,
-        p,
-        training,
-        inplace,
-        Source(seed, generator),
-        index_offset,
-        out,
-        1,
-        "drop_path_add",
-    )
+    op = "drop_path_add"
+    return _add(x, None, residual, p, training, inplace, seed, generator, index_offset, out, 1, op)
 
 
 def activation_dropout(
@@ -202,17 +169,148 @@ def activation_dropout(
     Example:
         >>> h = fusereg.functional.activation_dropout(linear(x), 0.1, "gelu", model.training)
     """
-    return _fused_dropout.activate(
-        x,
-        p,
-        activation,
-        training,
-        inplace,
-        Source(seed, generator),
-        index_offset,
-        out,
-        "activation_dropout",
-    )
+    op = "activation_dropout"
+    if (
+        # What training loops call, with as few questions as possible.
+        training
+        and type(p) is float
+        and 0.0 < p <= 1.0
+        and seed is None
+        and generator is None
+        and out is None
+        and not (inplace or index_offset)
+        and activation in ops.ACTIVATIONS
+        and not dispatch.is_dynamo_compiling()
+        and dispatch.ready(x)
+    ):
+        return ops.activate.eager(  # type: ignore[no-any-return]
+            x, random.new_state(x), p, activation, 0, op
+        )
+
+    p = checks.check_probability(p, op)
+    check_activation(activation, op)
+    checks.check_input(x, op)
+    target = checks.target(x, out, inplace, op)
+    if inplace and activation != "relu" and torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(
+            f"fusereg.{op}: {activation} in place overwrites x, which its gradient needs, and "
+            "x requires one; use inplace=False, or relu"
+        )
+    p = p if training else 0.0
+    source = Source(seed, generator)
+    if not dispatch.direct(x):
+        if p:
+            seed = random.traced_state(x, source, op)
+            y = ops.activate.traced(x, seed, p, activation, index_offset)
+        else:
+            y = ops.activate_by_parts(x, None, p, activation, index_offset)
+        return y if target is None else target.copy_(y)
+    checks.check_index_offset(index_offset, op)
+    state = random.eager_state(x, source, op) if p else (0, 0)
+    return ops.activate.to(target, x, state, p, activation, index_offset, op)
+
+
+# --- the calls ------------------------------------------------------------------------------------
+
+
+def _add(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    index_offset: int,
+    out: Tensor | None,
+    rows: int,
+    op: str,
+) -> Tensor:
+    """Compute bias_dropout_add, dropout_add or, with a draw for each row, drop_path_add."""
+    if (
+        # What training loops call, with as few questions as possible.
+        training
+        and type(p) is float
+        and 0.0 < p <= 1.0
+        and seed is None
+        and generator is None
+        and out is None
+        and not (inplace or index_offset)
+        and not dispatch.is_dynamo_compiling()
+        and dispatch.ready(x, residual)
+        and x.dim()
+        and (bias is None or checks.is_vector_of(x, bias))
+    ):
+        return ops.add.eager(  # type: ignore[no-any-return]
+            x, bias, residual, random.new_state(x), p, rows, 0, op
+        )
+
+    p = checks.check_probability(p, op)
+    others = {"residual": residual} if bias is None else {"residual": residual, "bias": bias}
+    checks.check_input(x, op)
+    for name, t in others.items():
+        checks.check_input(t, op, name)
+    if x.dim() == 0 and (rows or bias is not None):
+        raise ValueError(f"fusereg.{op}: x must have at least 1 dimension, got 0")
+    x, bias, residual = _promoted(x, bias, residual, x if inplace else out)
+    checks.check_like(x, residual, x.shape, op, "residual")
+    if bias is not None:
+        checks.check_like(x, bias, x.shape[-1:], op, "bias")
+    target = checks.target(x, out, inplace, op)
+    if target is not None:
+        _check_others(target, others, inplace, op)
+    p = p if training else 0.0
+    source = Source(seed, generator)
+    if not dispatch.direct(x, *others.values()):
+        if p:
+            seed = random.traced_state(x, source, op)
+            y = ops.add.traced(x, bias, residual, seed, p, rows, index_offset)
+        else:
+            y = ops.add_by_parts(x, bias, residual, None, p, rows, index_offset)
+        return y if target is None else target.copy_(y)
+    checks.check_index_offset(index_offset, op)
+    if not p:
+        rows = 0  # nothing is drawn: samples are elements
+    state = random.eager_state(x, source, op) if p else (0, 0)
+    return ops.add.to(target, x, bias, residual, state, p, rows, index_offset, op)
+
+
+def _promoted(
+    x: Tensor, bias: Tensor | None, residual: Tensor, target: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the operands in one dtype: under autocast, that of torch's sum."""
+    dtypes = {t.dtype for t in (x, bias, residual) if t is not None}
+    if len(dtypes) == 1 or not torch.is_autocast_enabled(x.device.type):
+        return x, bias, residual
+    common = x.dtype if target is x else torch.promote_types(x.dtype, residual.dtype)
+    if bias is not None and target is not x:
+        common = torch.promote_types(common, bias.dtype)
+    return x.to(common), None if bias is None else bias.to(common), residual.to(common)
+
+
+def _check_others(target: Tensor, others: dict[str, Tensor], inplace: bool, op: str) -> None:
+    """Raise if an element is written that another argument still reads."""
+    for name, other in others.items():
+        if not inplace and torch.is_grad_enabled() and other.requires_grad:
+            raise ValueError(
+                f"fusereg.{op}: out= supports no gradients, and {name} requires one; "
+                "leave out= away, or call under torch.no_grad()"
+            )
+        if checks.overlap_partly(other, target):
+            raise ValueError(
+                f"fusereg.{op}: {name} and {'x' if inplace else 'out'} overlap in memory without "
+                "being the same"
+            )
+
+
+def check_activation(activation: object, op: str) -> None:
+    """Raise unless ``activation`` is the name of one."""
+    if activation not in tuple(ops.ACTIVATIONS):
+        raise ValueError(
+            f"fusereg.{op}: activation must be one of {', '.join(ops.ACTIVATIONS)}, "
+            f"got {activation!r}"
+        )
 
 
 for _function in (bias_dropout_add, dropout_add, drop_path_add, activation_dropout):

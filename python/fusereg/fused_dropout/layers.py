@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ..core.checks import probability
 from ..core.layer import DropLayer, Layer
-from . import entry as _fused_dropout
 from . import functional as F
 
 __all__ = ["ActivationDropout", "BiasDropoutAdd", "DropPathAdd", "DropoutAdd"]
@@ -89,7 +88,7 @@ class ActivationDropout(Layer):
     ) -> None:
         super().__init__()
         self.p = probability(p, keep_prob, "nn.ActivationDropout")
-        _fused_dropout.check_activation(activation, "nn.ActivationDropout")
+        F.check_activation(activation, "nn.ActivationDropout")
         self.activation = activation
         self.inplace = inplace
 

@@ -1,7 +1,6 @@
 """Dropout fused with its neighbors as operations.
 
-Two families, each with its own kernels forward and backward; ``entry.py`` checks the arguments and
-picks between them.
+Two families, each with its own kernels forward and backward:
 
 ``add``
     y = residual + dropout(x + bias), or with one draw for each sample: bias_dropout_add,
@@ -11,36 +10,39 @@ picks between them.
 
 The mask and the order of the draws are dropout's, and so is the gradient of x where there is no
 bias. Kept for backward is the Philox state, and for an activation what its derivative needs: x, or
-the result where it is relu.
+the result where it is relu. Second derivatives, torch.func transforms and forward mode take the
+same formulas in torch's operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as nnF
 
 from .. import _C
-from ..core import checks, dispatch, draws, memory
+from ..core import checks, dispatch, draws, memory, operator
 from ..core.operator import (
     Operator,
+    compute_dtype,
     in_strides,
     keep,
     keep_state,
     kept,
-    refused,
+    state_of,
     strides_of_result,
-    unpacked,
 )
 
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which kernels compute on tensors of a dtype."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
+FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": nnF.relu,
+    "gelu": nnF.gelu,
+    "gelu_tanh": lambda x: nnF.gelu(x, approximate="tanh"),
+    "silu": nnF.silu,
+}
+ACTIVATIONS = tuple(FORMULAS)
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -63,7 +65,8 @@ def _add(
     out: Tensor | None = None,
 ) -> Tensor:
     y = torch.empty_like(x) if out is None else out
-    draw = (*(seed if type(seed) is tuple else (seed, 0)), p, rows == 1, index_offset, op)
+    state = seed if type(seed) is tuple else (seed, 0)
+    draw = (*state, p, rows == 1, index_offset, op)
     if _C.fused_dropout_add(y, x, bias, residual, *draw) == 0:
         return y
     x = checks.plain(x, op, "x")
@@ -78,15 +81,36 @@ def _add(
         bias = _flat(torch.empty_like(copy).copy_(bias.expand(copy.shape)))
         copy, beside = _flat(copy), _flat(beside)
     if _C.fused_dropout_add(copy, copy, bias, beside, *draw) != 0:
-        raise refused(op)
+        raise operator.refused(op)
     return y.copy_(made)
+
+
+def add_by_parts(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    seed: Any,
+    p: float,
+    rows: int,
+    index_offset: int,
+    *op: str,
+) -> Tensor:
+    """Compute ``add`` by one operation after the other, rounded once."""
+    wide = compute_dtype(x.dtype)
+    y = x.to(wide)
+    if bias is not None:
+        y = y + bias.to(wide)
+    if p:
+        y = draws.mask(y, seed, p, False, rows, index_offset, *op)
+    return (residual.to(wide) + y).to(x.dtype)
 
 
 def _save_add(ctx: Any, args: tuple[Any, ...], y: Tensor) -> None:
     x, bias, _, ctx.state, *ctx.constants = args
-    ctx.has_bias, ctx.shape = bias is not None, y.shape
+    ctx.has_bias = bias is not None
     ctx.stride = strides_of_result(x) if y is x else y.stride()
-    keep_state(ctx)
+    if type(ctx.state) is not tuple:
+        keep_state(ctx)
 
 
 def _add_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,18 +126,6 @@ def _add_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     elif needs[0]:
         grad_x = _dropped(grad, seed, p, rows, index_offset, ctx.stride, *op)
     return (grad_x if needs[0] else None), grad_bias, (grad if needs[2] else None)
-
-
-def _add_tangent(
-    ctx: Any, x: Tensor | None, bias: Tensor | None, residual: Tensor | None, *_: None
-) -> Tensor:
-    (seed,) = kept(ctx)
-    given = next(t for t in (residual, x, bias) if t is not None)
-    shape = ctx.shape
-    zero = given.new_zeros(()).expand(shape)
-    moved = in_strides(zero if x is None else x, ctx.stride)
-    result: Tensor = add(moved, bias, zero if residual is None else residual, seed, *ctx.constants)
-    return result
 
 
 def _dropped(
@@ -138,18 +150,25 @@ def _bias_kernel(
     grad = in_strides(grad, tuple(stride))
     grad_x = torch.empty_like(grad)
     grad_bias = torch.empty(grad.shape[-1], dtype=grad.dtype, device=grad.device)
-    draw = (*(seed if type(seed) is tuple else (seed, 0)), p, index_offset, op)
-    if _sum_columns(grad_x, grad_bias, grad, draw):
+    if _sum_columns(grad_x, grad_bias, grad, (*state_of(seed), p, index_offset, op)):
         return grad_x, grad_bias
     # The columns do not lie in turn. The unrounded gradient by itself, then the sums of its rows.
-    wide = checks.plain(grad, op, "grad").to(wide_dtype(grad.dtype))
+    wide = checks.plain(grad, op, "grad").to(compute_dtype(grad.dtype))
     dropped = draws.mask.backward.kernel(wide, seed, p, False, 0, index_offset, tuple(stride), op)
     grad_x.copy_(dropped)
     rows = dropped.contiguous()
     sums = torch.empty(grad.shape[-1], dtype=rows.dtype, device=grad.device)
     if not _sum_columns(torch.empty_like(rows), sums, rows, (0, 0, 0.0, index_offset, op)):
-        raise refused(op)
+        raise operator.refused(op)
     return grad_x, grad_bias.copy_(sums)
+
+
+def _bias_by_parts(
+    grad: Tensor, seed: Any, p: float, index_offset: int, stride: Any, *op: str
+) -> tuple[Tensor, Tensor]:
+    wide = grad.to(compute_dtype(grad.dtype))
+    dropped = _dropped(wide, seed, p, 0, index_offset, stride, *op)
+    return dropped.to(grad.dtype), dropped.sum_to_size(grad.shape[-1:]).to(grad.dtype)
 
 
 def _sum_columns(grad_x: Tensor, grad_bias: Tensor, grad: Tensor, draw: tuple[Any, ...]) -> bool:
@@ -160,22 +179,6 @@ def _sum_columns(grad_x: Tensor, grad_bias: Tensor, grad: Tensor, draw: tuple[An
     return status == 0
 
 
-def _save_bias_backward(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
-    _, ctx.state, *ctx.constants = args
-    keep_state(ctx)
-
-
-def _bias_tangent(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = _bias_backward(grad, *kept(ctx), *ctx.constants)
-    return result
-
-
-def _bias_gradient(ctx: Any, grad_x: Tensor, grad_bias: Tensor) -> tuple[Tensor]:
-    (seed,) = kept(ctx)
-    p, index_offset, *rest = ctx.constants
-    return (_dropped(grad_x + grad_bias, seed, p, 0, index_offset, *rest),)
-
-
 add = Operator(
     "fused_dropout_add(Tensor x, Tensor? bias, Tensor residual, Tensor seed, float p, int row_dims,"
     " SymInt index_offset) -> Tensor",
@@ -183,9 +186,7 @@ add = Operator(
     fake=lambda x, *_: torch.empty_like(x),
     save=_save_add,
     gradient=_add_gradient,
-    tangent=_add_tangent,
-    linear=True,
-    row_major=True,
+    by_parts=add_by_parts,
 )
 _bias_backward = Operator(
     "fused_dropout_bias_backward(Tensor grad, Tensor seed, float p, SymInt index_offset,"
@@ -195,11 +196,7 @@ _bias_backward = Operator(
         grad.new_empty_strided(grad.shape, stride),
         grad.new_empty(grad.shape[-1]),
     ),
-    save=_save_bias_backward,
-    gradient=_bias_gradient,
-    tangent=_bias_tangent,
-    linear=True,
-    row_major=True,
+    by_parts=_bias_by_parts,
 )
 
 
@@ -216,14 +213,20 @@ def _activate(
     out: Tensor | None = None,
 ) -> Tensor:
     y = torch.empty_like(x) if out is None else out
-    draw = (activation, *(seed if type(seed) is tuple else (seed, 0)), p, index_offset, op)
-    if _C.activation_dropout_forward(y, x, *draw) == 0:
-        return y
-    x = checks.plain(x, op, "x")
-    copy = torch.empty_like(x).copy_(x)
-    if _C.activation_dropout_forward(copy, copy, *draw) != 0:
-        raise refused(op)
-    return y.copy_(copy)
+    kernel, draw = _C.activation_dropout_forward, (activation, *state_of(seed), p, index_offset, op)
+    return y if kernel(y, x, *draw) == 0 else operator.through_copy(kernel, y, x, draw)
+
+
+def activate_by_parts(
+    x: Tensor, seed: Any, p: float, activation: str, index_offset: int, *op: str
+) -> Tensor:
+    """Compute ``activate`` by one operation after the other, rounded once."""
+    if not p:
+        return FORMULAS[activation](x.to(compute_dtype(x.dtype))).to(x.dtype)
+    wide = x.double()  # in float32 torch's GELU loses digits in the tails
+    factors = draws.keep_factors(wide, seed, p, index_offset, *op)
+    # Each of them is 0 at 0, so that a dropped inf or NaN leaves no trace in derivatives either.
+    return (FORMULAS[activation](torch.where(factors != 0, wide, 0.0)) * factors).to(x.dtype)
 
 
 def _activate_kernel(
@@ -239,13 +242,13 @@ def _activate_kernel(
     stride = tuple(stride)
     grad, saved = in_strides(grad, stride), in_strides(saved, stride)
     grad_x = torch.empty_like(grad)
-    draw = (activation, *(seed if type(seed) is tuple else (seed, 0)), p, index_offset, op)
+    draw = (activation, *state_of(seed), p, index_offset, op)
     if _C.activation_dropout_backward(grad_x, grad, saved, *draw) == 0:
         return grad_x
     grad = in_strides(checks.plain(grad, op, "grad"), stride)
     saved = in_strides(checks.plain(saved, op, "x"), stride)
     if _C.activation_dropout_backward(grad_x, grad, saved, *draw) != 0:
-        raise refused(op)
+        raise operator.refused(op)
     return grad_x
 
 
@@ -263,58 +266,27 @@ def _save_activate(ctx: Any, args: tuple[Any, ...], y: Tensor) -> None:
 
 def _activate_gradient(ctx: Any, grad: Tensor, *given: Any) -> tuple[Tensor]:
     state, *rest = ctx.rest
-    saved, *seed = unpacked(ctx, given)
+    saved, *seed = operator.unpacked(ctx, given)
     return (_activate_backward(grad, saved, *(seed or (state,)), *rest),)
 
 
-def _save_activate_backward(ctx: Any, args: tuple[Any, ...], output: Tensor) -> None:
-    grad, saved, ctx.state, *ctx.constants = args
-    keep_state(ctx, grad, saved)
-
-
-def _activate_second_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    before, saved, seed = kept(ctx)
-    p, activation, index_offset, stride, *op = ctx.constants
-    grad_grad = _activate_backward(grad, saved, seed, *ctx.constants)
+def _activate_gradient_by_parts(
+    grad: Tensor,
+    saved: Tensor,
+    seed: Any,
+    p: float,
+    activation: str,
+    index_offset: int,
+    stride: Any,
+    *op: str,
+) -> Tensor | None:
     if activation == "relu":
-        return grad_grad, None
-    share = _curved(grad, before, saved, activation)
-    return grad_grad, _dropped(share, seed, p, 0, index_offset, stride, *op)
+        return torch.where(saved > 0, _dropped(grad, seed, p, 0, index_offset, stride, *op), 0.0)
 
+    def formula(x: Tensor) -> Tensor:
+        return activate_by_parts(in_strides(x, stride), seed, p, activation, index_offset, *op)
 
-def _activate_backward_tangent(
-    ctx: Any, grad: Tensor | None, saved_tangent: Tensor | None, *_: None
-) -> Tensor:
-    before, saved, seed = kept(ctx)
-    p, activation, index_offset, stride, *op = ctx.constants
-    result = torch.zeros_like(before)
-    if grad is not None:
-        result = _activate_backward(grad, saved, seed, *ctx.constants)
-    if saved_tangent is not None and activation != "relu":
-        share = _curved(saved_tangent, before, saved, activation)
-        result = result + _dropped(share, seed, p, 0, index_offset, stride, *op)
-    return result
-
-
-def _curved(a: Tensor, b: Tensor, x: Tensor, activation: str) -> Tensor:
-    """Return a b f''(x), rounded once."""
-    wide = wide_dtype(x.dtype)
-    return (a.to(wide) * b.to(wide) * _curvature(x.to(wide), activation)).to(x.dtype)
-
-
-def _curvature(x: Tensor, activation: str) -> Tensor:
-    """Return the second derivative of an activation that has one."""
-    if activation == "gelu":
-        density = torch.exp(-0.5 * x * x) * 0.3989422804014327
-        return density * (2.0 - x * x)
-    if activation == "silu":
-        s = torch.sigmoid(x)
-        return s * (1 - s) * (2 + x * (1 - 2 * s))
-    # x s(z), z = k (x + c x^3)
-    k, c = 1.5957691216057308, 0.044715
-    s = torch.sigmoid(k * x * (1 + c * x * x))
-    first, second = k * (1 + 3 * c * x * x), 6 * k * c * x
-    return s * (1 - s) * (2 * first + x * ((1 - 2 * s) * first * first + second))
+    return operator.gradients(formula, [saved], [grad])[0]
 
 
 activate = Operator(
@@ -324,8 +296,7 @@ activate = Operator(
     fake=lambda x, *_: torch.empty_like(x),
     save=_save_activate,
     gradient=_activate_gradient,
-    tangent=lambda ctx, tangent, *_: _activate_gradient(ctx, tangent)[0],
-    row_major=True,
+    by_parts=activate_by_parts,
 )
 activate.compile(_C.activation_dropout_functions)
 _activate_backward = Operator(
@@ -333,8 +304,5 @@ _activate_backward = Operator(
     " SymInt index_offset, SymInt[] stride) -> Tensor",
     _activate_kernel,
     fake=lambda grad, *rest: grad.new_empty_strided(grad.shape, rest[-1]),
-    save=_save_activate_backward,
-    gradient=_activate_second_gradient,
-    tangent=_activate_backward_tangent,
-    row_major=True,
+    by_parts=_activate_gradient_by_parts,
 )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from ..core.layer import DropLayer
+from ..core.layer import DropInput
 from . import functional as F
 from . import op as _gaussian_dropout
 
 __all__ = ["GaussianDropout"]
 
 
-class GaussianDropout(DropLayer):
+class GaussianDropout(DropInput):
     """:func:`fusereg.functional.gaussian_dropout`: multiplicative noise, in training mode.
 
     Args:
@@ -23,12 +21,10 @@ class GaussianDropout(DropLayer):
         ValueError: ``p`` is outside [0, 1), or both are given.
     """
 
+    _function = staticmethod(F.gaussian_dropout)
+
     def __init__(
         self, p: float | None = None, inplace: bool = False, *, keep_prob: float | None = None
     ) -> None:
         super().__init__(p, inplace, keep_prob=keep_prob)
         _gaussian_dropout.check_probability(self.p, "nn.GaussianDropout")
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the input with noise, or the input itself in evaluation mode."""
-        return F.gaussian_dropout(input, self.p, self.training, self.inplace)
