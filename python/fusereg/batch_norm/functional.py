@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -328,15 +327,13 @@ def _check_tensors(inputs: Inputs, settings: Settings, name: str) -> None:
             raise RuntimeError(f"{where} has no derivative, and must not require a gradient")
         if vector.shape == (channels,):
             continue
-        if vector.dim() == 1 and not _any_of_shape(list(vectors.values()), (channels,)):
+        if vector.dim() == 1 and not any(
+            isinstance(t, Tensor) and t.shape == (channels,) for t in vectors.values()
+        ):
             raise ValueError(
                 f"fusereg.{name}: input has {channels} channels, but {which} has {vector.shape[0]}"
             )
         raise ValueError(f"{where} must have shape ({channels},), got {tuple(vector.shape)}")
-
-
-def _any_of_shape(values: Sequence[object], shape: tuple[int, ...]) -> bool:
-    return any(isinstance(t, Tensor) and t.shape == shape for t in values)
 
 
 def check_group_size(size: object, name: str, wanted: str = "an integer") -> None:

@@ -97,11 +97,6 @@ class Call:
         """Return whether backward needs the residual: for a derivative that no sign determines."""
         return self.constants.activation not in (0, *RECTIFIERS)
 
-    def with_fixed_statistics(self) -> Call:
-        """Return the same call with its statistics as constants."""
-        constants = self.constants._replace(statistics=FIXED)
-        return Call(self.inputs, constants, self.op, moments=self.moments, bits=self.bits)
-
 
 class Gradients(NamedTuple):
     """The results of backward; None where one was not asked for."""

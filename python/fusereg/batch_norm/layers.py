@@ -16,8 +16,6 @@ from ..core.layer import Layer
 from . import functional, op
 from .kernels import Inputs, inputs_of
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
-
 
 class _Fused(Layer, nn.modules.batchnorm._BatchNorm):
     """The base of all layers, which are the settings of their calls (functional.Settings)."""

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["keep_stats"]
-
 
 @contextlib.contextmanager
 def keep_stats(module: nn.Module) -> Iterator[None]:

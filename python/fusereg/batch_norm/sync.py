@@ -14,8 +14,6 @@ from ..core import dispatch
 from . import functional, known, op, sync_op
 from .layers import AnyDimension, BatchNorm1d, BatchNorm2d, BatchNorm3d, _Fused
 
-__all__ = ["SyncBatchNorm"]
-
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 _Module = TypeVar("_Module", bound=nn.Module)
 

@@ -95,10 +95,7 @@ def normalize(call: Call, moments: Tensor, reduce_sums: SumOver) -> Tensor:
     """
     seed: Any = call.inputs.seed
     if type(seed) is tuple:
-        number, offset = seed
-        if not isinstance(number, Tensor):
-            number = random.pair(number, offset, call.inputs.x.device)
-        seed = number
+        seed = random.as_tensor(seed, call.inputs.x.device)
     inputs = call.inputs._replace(moments=moments, running_mean=None, running_var=None, seed=seed)
     constants = call.constants._replace(statistics=GIVEN)
     y = operator.applied(_Synchronized, constants, reduce_sums, *inputs)

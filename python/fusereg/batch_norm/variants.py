@@ -17,8 +17,6 @@ from . import functional, known, op
 from .kernels import GIVEN, Inputs
 from .layers import AnyDimension
 
-__all__ = ["BatchRenorm", "FrozenBatchNorm", "GhostBatchNorm"]
-
 
 class GhostBatchNorm(AnyDimension):
     """Batch normalization of virtual batches, in one pass over all (Hoffer et al. 2017).

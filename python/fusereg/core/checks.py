@@ -14,8 +14,11 @@ from . import dispatch
 SUPPORTED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def check(tensor: object, op: str, name: str) -> None:
-    """Raise, with the tensor's name and what is wrong, if no kernel supports it."""
+def check(tensor: object, op: str, name: str, meta: bool = False) -> None:
+    """Raise, with the tensor's name and what is wrong, if no kernel supports it.
+
+    ``meta``: whether it may be a meta tensor, of which operators infer shapes.
+    """
     where = f"fusereg.{op}: {name}"
     if not isinstance(tensor, Tensor):
         hint = "; pass parameters(), not named_parameters()" if isinstance(tensor, tuple) else ""
@@ -41,7 +44,7 @@ def check(tensor: object, op: str, name: str) -> None:
         raise ValueError(
             f"{where} has dtype {tensor.dtype}; wanted float64, float32, float16 or bfloat16"
         )
-    if tensor.device.type not in ("cpu", "cuda"):
+    if tensor.device.type not in ("cpu", "cuda") and not (meta and tensor.is_meta):
         raise ValueError(f"{where} is on device '{tensor.device}'; wanted cpu or cuda")
     if tensor.device.type == "cuda":
         _check_cuda(where)
@@ -111,9 +114,7 @@ def check_apart(tensors: Sequence[Tensor | None], op: str, name: str) -> None:
     extents = []
     for i, t in enumerate(tensors):
         if t is not None and t.numel() > 0:
-            start = t.data_ptr()
-            reach = sum((n - 1) * s for s, n in zip(t.stride(), t.shape, strict=True)) + 1
-            extents.append((start, start + reach * t.element_size(), i))
+            extents.append((*_extent(t), i))
     extents.sort()
     open_extents: list[tuple[int, int, int]] = []
     for start, end, i in extents:
@@ -128,6 +129,12 @@ def check_apart(tensors: Sequence[Tensor | None], op: str, name: str) -> None:
                     "memory that would be written twice; pass one of them"
                 )
         open_extents.append((start, end, i))
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    """Return the addresses between which a tensor lies."""
+    reach = sum((n - 1) * s for s, n in zip(t.stride(), t.shape, strict=True)) + 1
+    return t.data_ptr(), t.data_ptr() + reach * t.element_size()
 
 
 def _share_an_element(a: Tensor, b: Tensor) -> bool:
@@ -194,14 +201,7 @@ def check_input(x: object, op: str, name: str = "x") -> None:
     # Asked here first: a call more would be noticed in small tensors' time.
     if not isinstance(x, Tensor) or x.is_nested or x.layout is not torch.strided:
         check_strided(x, op, name)
-    assert isinstance(x, Tensor)
-    where = f"fusereg.{op}: {name}"
-    if x.dtype not in SUPPORTED_DTYPES:
-        raise ValueError(
-            f"{where} has dtype {x.dtype}; wanted float64, float32, float16 or bfloat16"
-        )
-    if x.device.type != "meta":
-        check(x, op, name)
+    check(x, op, name, meta=True)
 
 
 def is_integer(value: object) -> TypeGuard[int]:
@@ -257,12 +257,7 @@ def overlap_partly(x: Tensor, out: Tensor, or_wholly: bool = False) -> bool:
         return or_wholly
     if not dispatch.eager() or x.numel() == 0 or x.device.type == "meta":
         return False
-
-    def span(t: Tensor) -> tuple[int, int]:
-        length = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
-        return t.data_ptr(), t.data_ptr() + length * t.element_size()
-
-    (a, a_end), (b, b_end) = span(x), span(out)
+    (a, a_end), (b, b_end) = _extent(x), _extent(out)
     same = a == b and x.stride() == out.stride()
     return a < b_end and b < a_end and (or_wholly or not same)
 

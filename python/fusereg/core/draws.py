@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch, random
-from .operator import DrawnOperator, compute_dtype
+from .drawn import DrawnOperator
+from .operator import compute_dtype
 from .random import Source
 
 

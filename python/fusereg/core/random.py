@@ -158,6 +158,12 @@ def pair(seed: int, offset: int, device: torch.device) -> Tensor:
     return memory.numbers((signed(seed), signed(offset)), torch.int64, device)
 
 
+def as_tensor(state: State, device: torch.device) -> Tensor:
+    """Return a state as a tensor, as operators of torch.library take it."""
+    seed, offset = state
+    return seed if isinstance(seed, Tensor) else pair(seed, offset, device)
+
+
 def signed(number: int) -> int:
     """Return the int64 with the low 64 bits of a number."""
     return (number + 2**63) % 2**64 - 2**63

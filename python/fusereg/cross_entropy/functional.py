@@ -13,8 +13,6 @@ from ..core.operator import compute_dtype
 from .op import OP, REDUCTIONS, class_dim, shape_of_rows
 from .op import cross_entropy as _operator
 
-__all__ = ["cross_entropy"]
-
 _HALVES = (torch.float16, torch.bfloat16)
 
 

@@ -8,8 +8,6 @@ from ..core.labels import MixedLabels
 from ..core.layer import Layer
 from . import functional as F
 
-__all__ = ["CrossEntropyLoss"]
-
 
 class CrossEntropyLoss(Layer, nn.CrossEntropyLoss):
     """:func:`fusereg.functional.cross_entropy` with torch's arguments, a subclass of torch's layer.

@@ -9,8 +9,6 @@ from ..core import checks, dispatch, distributed, random
 from ..core.random import Source
 from .op import OP, check_block_size, drop
 
-__all__ = ["drop_block2d"]
-
 
 def drop_block2d(
     x: Tensor,

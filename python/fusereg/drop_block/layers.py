@@ -9,8 +9,6 @@ from ..core.layer import Layer
 from . import functional as F
 from . import op as _drop_block
 
-__all__ = ["DropBlock2d"]
-
 
 class DropBlock2d(Layer):
     """:func:`fusereg.functional.drop_block2d`: squares of each channel of (N, C, H, W).

@@ -11,8 +11,6 @@ from torch.nn import functional as torch_F
 from ..core.random import Source
 from .op import Geometry, check, conv2d, linear, pair, prepared, sides
 
-__all__ = ["drop_connect_conv2d", "drop_connect_linear"]
-
 
 def drop_connect_linear(
     x: Tensor,

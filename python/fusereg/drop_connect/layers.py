@@ -12,8 +12,6 @@ from ..core.layer import Layer
 from . import functional as F
 from .op import sides
 
-__all__ = ["DropConnectConv2d", "DropConnectLinear"]
-
 
 class DropConnectLinear(Layer, nn.Linear):
     """:func:`fusereg.functional.drop_connect_linear`: a linear layer that drops weights.

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.inventory import ANY_SHAPE, IMAGES, SEQUENCES, VOLUMES, Inputs, Operation, Pairs
+from ..core.inventory import (
+    ANY_SHAPE,
+    IMAGES,
+    SEQUENCES,
+    VOLUMES,
+    Inputs,
+    Operation,
+    Pairs,
+    Shape,
+)
 from ..core.masks import SEED, P, dropped, kept_share, mask, mask_like, mask_of_rows
 from . import functional
 from .consistent import consistent_dropout
@@ -33,7 +44,29 @@ def _alpha(x: Tensor, kept: Tensor) -> Tensor:
     return a * torch.where(kept, x, _LIMIT) - a * (1 - keep) * _LIMIT
 
 
-_SEEDED = {"p": P, "seed": SEED}
+def _row(
+    name: str,
+    formula: str,
+    kept: Callable[[Tensor], Tensor],
+    shapes: Mapping[str, Shape] = ANY_SHAPE,
+    result: Callable[[Tensor, Tensor], Tensor] = dropped,
+    **options: Any,
+) -> Operation:
+    """Return the row of a function of ``input``: ``result(input, kept(input))``."""
+    return Operation(
+        name=name,
+        formula=formula,
+        function=getattr(functional, name.partition(",")[0]),
+        arguments=("input",),
+        shapes=shapes,
+        options={"p": P, "seed": SEED, **options},
+        reference=lambda x: result(x, kept(x)),
+    )
+
+
+def _of_rows(dims: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: mask_of_rows(x, dims)
+
 
 OPERATIONS = [
     Operation(
@@ -42,81 +75,38 @@ OPERATIONS = [
         function=functional.dropout_mask,
         pairs=_masks,
     ),
-    Operation(
-        name="dropout",
-        formula="keep ? x / (1 - p) : 0",
-        function=functional.dropout,
-        arguments=("input",),
-        options=_SEEDED,
-        reference=lambda x: dropped(x, mask_like(x)),
+    _row("dropout", "keep ? x / (1 - p) : 0", mask_like),
+    _row(
+        "dropout, draws of 32 bits",
+        "the same for a p that 16 bits would miss",
+        lambda x: mask_like(x, _SMALL_P),
+        result=lambda x, kept: dropped(x, kept, _SMALL_P),
+        p=_SMALL_P,
     ),
-    Operation(
-        name="dropout, draws of 32 bits",
-        formula="the same for a p that 16 bits would miss",
-        function=functional.dropout,
-        arguments=("input",),
-        options={"p": _SMALL_P, "seed": SEED},
-        reference=lambda x: dropped(x, mask_like(x, _SMALL_P), _SMALL_P),
+    _row("dropout1d", "the same, a draw for each channel", _of_rows(2), SEQUENCES),
+    _row("dropout2d", "the same of images", _of_rows(2), IMAGES),
+    _row("dropout3d", "the same of volumes", _of_rows(2), VOLUMES),
+    _row(
+        "drop_path",
+        "the same, a draw for each sample",
+        _of_rows(1),
+        {k: v for k, v in ANY_SHAPE.items() if v},
     ),
-    Operation(
-        name="dropout1d",
-        formula="the same, a draw for each channel",
-        function=functional.dropout1d,
-        arguments=("input",),
-        shapes=SEQUENCES,
-        options=_SEEDED,
-        reference=lambda x: dropped(x, mask_of_rows(x, 2)),
-    ),
-    Operation(
-        name="dropout2d",
-        formula="the same of images",
-        function=functional.dropout2d,
-        arguments=("input",),
-        shapes=IMAGES,
-        options=_SEEDED,
-        reference=lambda x: dropped(x, mask_of_rows(x, 2)),
-    ),
-    Operation(
-        name="dropout3d",
-        formula="the same of volumes",
-        function=functional.dropout3d,
-        arguments=("input",),
-        shapes=VOLUMES,
-        options=_SEEDED,
-        reference=lambda x: dropped(x, mask_of_rows(x, 2)),
-    ),
-    Operation(
-        name="drop_path",
-        formula="the same, a draw for each sample",
-        function=functional.drop_path,
-        arguments=("input",),
-        shapes={k: v for k, v in ANY_SHAPE.items() if v},
-        options=_SEEDED,
-        reference=lambda x: dropped(x, mask_of_rows(x, 1)),
-    ),
-    Operation(
-        name="alpha_dropout",
-        formula="a * (keep ? x : alpha') + b",
-        function=functional.alpha_dropout,
-        arguments=("input",),
-        options={**_SEEDED, "training": True},
-        reference=lambda x: _alpha(x, mask_like(x)),
-    ),
-    Operation(
-        name="feature_alpha_dropout",
-        formula="the same, a draw for each channel",
-        function=functional.feature_alpha_dropout,
-        arguments=("input",),
-        shapes=IMAGES,
-        options={**_SEEDED, "training": True},
-        reference=lambda x: _alpha(x, mask_of_rows(x, 2)),
+    _row("alpha_dropout", "a * (keep ? x : alpha') + b", mask_like, result=_alpha, training=True),
+    _row(
+        "feature_alpha_dropout",
+        "the same, a draw for each channel",
+        _of_rows(2),
+        IMAGES,
+        _alpha,
+        training=True,
     ),
     Operation(
         name="consistent_dropout",
         formula="a draw for all steps of a sequence",
         function=consistent_dropout,
         shapes=SEQUENCES,
-        options={**_SEEDED, "dim": 1},
+        options={"p": P, "seed": SEED, "dim": 1},
         reference=lambda x: dropped(x, mask((x.shape[0], 1, x.shape[2]))),
     ),
 ]

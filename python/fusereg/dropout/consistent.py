@@ -12,9 +12,6 @@ from ..core.checks import probability
 from ..core.draws import Kind
 from ..core.layer import Layer
 
-__all__ = ["ConsistentDropout", "consistent_dropout"]
-
-
 #: Of (outer, inner, steps): a draw for each of the first two dimensions.
 _STEPS = Kind("consistent_dropout", rows={3: 2})
 

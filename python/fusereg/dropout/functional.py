@@ -11,17 +11,6 @@ from ..core import checks, draws
 from ..core.docs import share_paragraphs
 from ..core.draws import Kind
 
-__all__ = [
-    "alpha_dropout",
-    "drop_path",
-    "dropout",
-    "dropout1d",
-    "dropout2d",
-    "dropout3d",
-    "dropout_mask",
-    "feature_alpha_dropout",
-]
-
 
 def _rows(least: int, most: int = 64) -> dict[int, int]:
     """Return ``least`` counted dimensions for an input of each number of dimensions from there."""

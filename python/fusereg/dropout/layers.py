@@ -11,16 +11,6 @@ from ..core.docs import share_paragraphs
 from ..core.layer import DropInput
 from . import functional as F
 
-__all__ = [
-    "AlphaDropout",
-    "DropPath",
-    "Dropout",
-    "Dropout1d",
-    "Dropout2d",
-    "Dropout3d",
-    "FeatureAlphaDropout",
-]
-
 _ARGUMENTS = """
     Args:
         p: the probability of dropping, 0.5 if not given.

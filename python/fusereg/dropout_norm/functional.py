@@ -11,8 +11,6 @@ from ..core.docs import share_paragraphs
 from ..core.random import Source
 from . import op as _dropout_norm_ops
 
-__all__ = ["dropout_add_layer_norm", "dropout_add_rms_norm"]
-
 _ARGUMENTS = """
         x: what is dropped, of shape (..., n): float64, float32, float16 or bfloat16.
         residual: what is added, of x's shape, or None. Of x's dtype; it may be float32 where x has

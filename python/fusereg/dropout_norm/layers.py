@@ -16,11 +16,9 @@ from ..core import checks
 from ..core.layer import Layer
 from . import functional as F
 
-__all__ = ["DropoutAddLayerNorm", "DropoutAddRMSNorm"]
-
 
 class _Norm(Layer):
-    """What both layers do with inputs and parameters of any number of dimensions."""
+    """The base of both layers, whose parameters may have several dimensions."""
 
     def _call(
         self: Any,

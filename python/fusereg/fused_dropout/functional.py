@@ -10,7 +10,6 @@ from ..core.docs import share_paragraphs
 from ..core.random import Source
 from . import op as ops
 
-__all__ = ["activation_dropout", "bias_dropout_add", "drop_path_add", "dropout_add"]
 _ARGUMENTS = """
         training: whether to drop at all. Without it, or with ``p=0``, the rest of the formula
             stays.

@@ -8,8 +8,6 @@ from ..core.checks import probability
 from ..core.layer import DropLayer, Layer
 from . import functional as F
 
-__all__ = ["ActivationDropout", "BiasDropoutAdd", "DropPathAdd", "DropoutAdd"]
-
 
 class BiasDropoutAdd(Layer):
     """:func:`fusereg.functional.bias_dropout_add`: residual + dropout(x + bias).

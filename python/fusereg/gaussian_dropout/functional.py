@@ -9,8 +9,6 @@ from ..core import checks
 from ..core.random import Source
 from .op import OP, check_probability, noise
 
-__all__ = ["gaussian_dropout"]
-
 
 def gaussian_dropout(
     x: Tensor,

@@ -6,8 +6,6 @@ from ..core.layer import DropInput
 from . import functional as F
 from . import op as _gaussian_dropout
 
-__all__ = ["GaussianDropout"]
-
 
 class GaussianDropout(DropInput):
     """:func:`fusereg.functional.gaussian_dropout`: multiplicative noise, in training mode.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..core import checks
-from ..core.operator import DrawnOperator
+from ..core.drawn import DrawnOperator
 
 OP = "gaussian_dropout"
 
