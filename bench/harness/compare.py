@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+from fusereg.core import screen
 
 from . import machine as machine_facts
 from .cases import OWN, Row, Settings, quantile
@@ -195,13 +195,11 @@ def print_comparison(
     console: Console, found: Comparison, old: dict[str, Any], new: dict[str, Any]
 ) -> None:
     """Print the table of what moved, and the remarks."""
-    # A log file has no width: the names of cases must not be cut.
-    if not console.is_terminal:
-        console.width = max(console.width, 160)
+    screen.at_least(console, 160)
     if found.moved:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for index, name in enumerate(HEADER):
-            table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
+        table = screen.table(HEADER, words=2)
+        for column in table.columns:
+            column.overflow = "fold"
         for change in found.moved:
             texts = [Text(text) for text in cells(change)]
             if change.own:

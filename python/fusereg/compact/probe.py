@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -124,14 +124,11 @@ def reading(model: nn.Module, sets: Iterable[Set]) -> Iterator[dict[str, Range]]
         return hook
 
     names = {p.module for s in sets for p in (*s.readers, *norms_of(model, s))}
-    hooks = [
-        model.get_submodule(n).register_forward_pre_hook(note(n), with_kwargs=True) for n in names
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(note(name), with_kwargs=True))
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

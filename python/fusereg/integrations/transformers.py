@@ -223,11 +223,7 @@ class _OptimizerFactory:
     ) -> torch.optim.Optimizer:
         strengths = {k: options.pop(k) for k in ("l1", "l2", "group") if k in options}
         groups = optim.param_groups_weight_decay(model, weight_decay, **strengths)
-        for group in groups:
-            group["params"] = [p for p in group["params"] if p.requires_grad]
-        made: torch.optim.Optimizer = getattr(optim, optimizer)(
-            [group for group in groups if group["params"]], **options
-        )
+        made: torch.optim.Optimizer = getattr(optim, optimizer)(groups, **options)
         return made
 
 
