@@ -126,7 +126,6 @@ def training_case(
     )
 
 
-
 class Data:
     """Makes the tensors of a case, the same ones for each case."""
 

@@ -66,7 +66,7 @@ def cases(options: Options) -> list[Case]:
     """Return each shape in both layouts; all layers at 8 images, one at 32; then a tiny one."""
     shapes = RESNET50[3:4] if options.quick else RESNET50
     batch = 2 if options.quick else 8
-    wanted = [
+    wanted: list[tuple[tuple[int, ...], str, tuple[str, ...]]] = [
         ((batch, channels, size, size), layer, (FORWARD, OUT, BOTH) if layer == "bn" else (BOTH,))
         for channels, size in shapes
         for layer in LAYERS

@@ -117,7 +117,9 @@ def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workl
 
 def _calls(*calls: Call, **notes: str) -> list[Provider]:
     """Return providers by the names of functions, with their notes."""
-    names = [getattr(call, "__name__", "").replace("own", "fusereg").replace("_", " ") for call in calls]
+    names = [
+        getattr(call, "__name__", "").replace("own", "fusereg").replace("_", " ") for call in calls
+    ]
     return [
         Provider(name, lambda call=call: call, note=notes.get(name, ""))  # type: ignore[misc]
         for name, call in zip(names, calls, strict=True)

@@ -59,8 +59,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, cuts: Cu
 
 def _whole_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     """Return the states that are of the whole tensor, whatever their shape: FTRL's last rates."""
-    own = isinstance(optimizer, RegularizedOptimizer)
-    return optimizer._algorithm.steps if own else ()
+    return optimizer._algorithm.steps if isinstance(optimizer, RegularizedOptimizer) else ()
 
 
 @torch.no_grad()

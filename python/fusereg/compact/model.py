@@ -115,11 +115,11 @@ def compact(
         >>> model = fusereg.compact(model, x, round_to=8, optimizer=optimizer)
     """
     check_integer(round_to, 1, f"{_OP}: round_to")
-    average = "torch.optim.swa_utils.AveragedModel"
-    check_type(averaged, (AveragedModel, Iterable), f"{_OP}: averaged", f"a {average} or several")
+    wanted = "torch.optim.swa_utils.AveragedModel"
+    check_type(averaged, (AveragedModel, Iterable), f"{_OP}: averaged", f"a {wanted} or several")
     averages = (averaged,) if isinstance(averaged, AveragedModel) else tuple(averaged)
     for one in averages:
-        check_type(one, AveragedModel, f"{_OP}: what averaged holds", f"a {average}")
+        check_type(one, AveragedModel, f"{_OP}: what averaged holds", f"a {wanted}")
     if stopper is not None:
         check_type(stopper, EarlyStopping, f"{_OP}: stopper", "a fusereg.EarlyStopping")
         if (reason := stopper.why_not_movable()) is not None:

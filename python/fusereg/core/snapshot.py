@@ -329,7 +329,8 @@ class Sources:
         """Load a snapshot into the objects, in place into modules.
 
         Raises:
-            ValueError: as :meth:`check`. Nothing has changed then, nor if an object that is no module raises.
+            ValueError: as :meth:`check`. Nothing has changed then, nor if an object that is no
+                module raises.
         """
         self.check(snapshot)
         objects = self._current()
@@ -356,7 +357,7 @@ class Sources:
                 _restore_buffers(module, buffers)
 
     def check(self, snapshot: Snapshot) -> None:
-        """Raise ValueError if a snapshot lacks an object, or a module has other tensors than there."""
+        """Raise ValueError if a snapshot lacks an object, or a module has other tensors."""
         objects = self._current()
         where = f"{self._op}: the state of epoch {snapshot.epoch}"
         missing = [name for name in objects if name not in snapshot.states]
@@ -378,7 +379,9 @@ def _check_fit(module: nn.Module, state: Mapping[str, Any], where: str, name: st
         "also has": [key for key in state if key not in present],
     }
     if any(keys.values()) and not _loads_its_own_way(module):
-        parts = [f"{verb} {', '.join(k[:3])}{', ...' * (len(k) > 3)}" for verb, k in keys.items() if k]
+        parts = [
+            f"{verb} {', '.join(k[:3])}{', ...' * (len(k) > 3)}" for verb, k in keys.items() if k
+        ]
         raise ValueError(
             f"{where} {' and '.join(parts)} of {name}; is it that of another architecture?"
         )

@@ -106,11 +106,11 @@ def loss_curves(results: Sequence[Result]) -> Figure:
     style: dict[str, Any]
     for axes, result in zip(panels, results, strict=False):
         color, marker = style_of(result)
-        for what, line, name in (("train_loss", "--", "training"), ("test_loss", "-", "test")):
+        for what, dash, name in (("train_loss", "--", "training"), ("test_loss", "-", "test")):
             if control is not None and control is not result:
-                style = {"color": GRAY, "linestyle": line, "linewidth": 0.8}
+                style = {"color": GRAY, "linestyle": dash, "linewidth": 0.8}
                 _plot(axes, control.fused, what, label=f"{name} images, none", **style)
-            style = {"color": color, "linestyle": line, "linewidth": 1.8, "markersize": 5}
+            style = {"color": color, "linestyle": dash, "linewidth": 1.8, "markersize": 5}
             style["marker"] = marker if name == "test" else None
             style["markevery"] = max(1, len(result.fused.epochs) // 5)
             _plot(axes, result.fused, what, label=f"{name} images, fusereg", **style)

@@ -466,8 +466,7 @@ TECHNIQUES: list[Technique] = [
 ]  # fmt: skip
 
 
-def choose(
-names: Sequence[str] | None) -> list[Technique]:
+def choose(names: Sequence[str] | None) -> list[Technique]:
     """Return the techniques of these names, in the table's order (None: all).
 
     Raises:

@@ -195,8 +195,13 @@ class State:
 _NUMBER, _EPOCH = (int, float, type(None)), (int, type(None))
 #: The types of a record's fields.
 _TRACK: dict[str, tuple[type, ...]] = {
-    **{"reference": _NUMBER, "best": _NUMBER, "since": _EPOCH, "best_epoch": _EPOCH},
-    **{"misses": (int,), "non_finite": (int,), "memory": (list, tuple)},
+    "reference": _NUMBER,
+    "best": _NUMBER,
+    "since": _EPOCH,
+    "best_epoch": _EPOCH,
+    "misses": (int,),
+    "non_finite": (int,),
+    "memory": (list, tuple),
 }
 
 

@@ -39,9 +39,7 @@ class Algorithm(NamedTuple):
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 ALGORITHMS = (
     Algorithm(0, "SGD", ("momentum_buffer",), (), {"momentum_buffer": "momentum"}),
-    Algorithm(
-        1, "Adam", (*_MOMENTS, "max_exp_avg_sq"), optional={"max_exp_avg_sq": "amsgrad"}
-    ),
+    Algorithm(1, "Adam", (*_MOMENTS, "max_exp_avg_sq"), optional={"max_exp_avg_sq": "amsgrad"}),
     Algorithm(2, "Adagrad", ("sum",)),
     Algorithm(3, "FTRL", ("linear", "sum"), ("last",)),
     Algorithm(

@@ -64,7 +64,10 @@ _OTHER_NAMES = {
     **dict.fromkeys(("regularization", "regularizer", "reg", "penalty"), "l1 or l2"),
     **dict.fromkeys(("strength", "lambda"), "l1 or l2"),
     **dict.fromkeys(("maxnorm", "maxgradnorm"), "max_grad_norm of the optimizer"),
-    **{"elasticnet": "l1 and l2", "lasso": "l1", "ridge": "l2", "grouplasso": "group"},
+    "elasticnet": "l1 and l2",
+    "lasso": "l1",
+    "ridge": "l2",
+    "grouplasso": "group",
 }
 
 
@@ -83,7 +86,12 @@ def meant(key: str, known: Iterable[str]) -> str | None:
     for name in ("l1", "l2"):
         if name in by_plain and plain.startswith(name):
             return name
-    for prefix, what in (("lambda", ""), ("group", "group"), ("weight", "weight_decay"), ("reg", "")):
+    for prefix, what in (
+        ("lambda", ""),
+        ("group", "group"),
+        ("weight", "weight_decay"),
+        ("reg", ""),
+    ):
         rest = plain.removeprefix(prefix)
         if rest in ("l1", "l2", "lasso", "strength", "lambda", "decay", "penalty", "reg"):
             return what or (rest if rest in by_plain else "l1 or l2")

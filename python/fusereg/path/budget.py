@@ -93,7 +93,8 @@ def shrink_budget(
             dimension_of(w, dim, f"fusereg.{op}: dim", f"params[{i}]")
     if moved is None:
         moved = [
-            torch.zeros((), device="cpu") if w.grad is None else lr_sum * norms(w.grad, dim) for w in tensors
+            torch.zeros((), device="cpu") if w.grad is None else lr_sum * norms(w.grad, dim)
+            for w in tensors
         ]
     found = [0.0]
     for w, way in zip(tensors, moved, strict=True):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-
 _SECONDS = 0.2
 _LEAST, _MOST = 5, 200
 

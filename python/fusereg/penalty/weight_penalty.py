@@ -425,14 +425,11 @@ class WeightPenalty:
         here = {g.label: g for g in self.groups}
         if set(saved) != set(here):
             raise ValueError(
-                f"{OP}: the state has groups {sorted(saved)}, "
-                f"this penalty has {sorted(here)}"
+                f"{OP}: the state has groups {sorted(saved)}, this penalty has {sorted(here)}"
             )
         for label, g in here.items():
             if [self._wrapped.get(name, name) for name in names[label]] != g.names:
-                raise ValueError(
-                    f"{OP}: group '{label}' of the state names other parameters"
-                )
+                raise ValueError(f"{OP}: group '{label}' of the state names other parameters")
             _check_strengths(strengths[label], f"{OP}.load_state_dict")
             # States of before do not have them.
             if strengths[label]["group"] and dims[label] not in (None, g.group_dim):
@@ -576,9 +573,7 @@ def innermost(optimizer: Any, where: str, wanted: str) -> torch.optim.Optimizer:
 def check_given(strengths: Iterable[object], rules: Mapping[Key, Rule] | None) -> None:
     """Raise if a penalty has no strength at all: it would do nothing."""
     if all(s is UNSET for s in strengths) and not any((rules or {}).values()):
-        raise ValueError(
-            f"{OP}: no strength is given; pass l1, l2 or group, or rules with some"
-        )
+        raise ValueError(f"{OP}: no strength is given; pass l1, l2 or group, or rules with some")
 
 
 def _check_strengths(values: Mapping[str, Any], where: str) -> dict[str, float]:
@@ -593,7 +588,7 @@ def _check_strengths(values: Mapping[str, Any], where: str) -> dict[str, float]:
 def _check_group_dim(dim: Any, where: str) -> int | None:
     if dim is not None and not checks.is_integer(dim):
         raise TypeError(f"{where}: group_dim must be an int or None, got {type(dim).__name__}")
-    return cast("int | None", dim)
+    return dim
 
 
 def _group_dim(given: int | None, name: str, param: Tensor, module: nn.Module) -> int:

@@ -465,7 +465,7 @@ class TrainingRun:
         self._clock = time.monotonic()
 
     def _agreed(self, work: Callable[[], Any]) -> list[Any] | None:
-        """Return what a function returns on each rank; raise or warn, and return None, if one fails."""
+        """Return a function's results on all ranks; raise, or warn and return None, if it fails."""
         own, mine = attempt(work)
         heard = self._ranks.gather((describe(own), mine))
         problems = [problem for problem, _ in heard]
