@@ -48,8 +48,7 @@ class Change:
     @property
     def name(self) -> str:
         """Return the case's name."""
-        row = self.new
-        return f"{row.op}, {row.mode}, {row.shape}, {row.dtype}, {row.device}"
+        return f"{self.new.name}, {self.new.device}"
 
     @property
     def broken(self) -> bool:
@@ -101,9 +100,7 @@ def compare(old: Sequence[Row], new: Sequence[Row]) -> Comparison:
         first = before.get(key)
         if first is None:
             continue
-        ratio = None
-        if first.p50_us and row.p50_us is not None:
-            ratio = row.p50_us / first.p50_us
+        ratio = row.p50_us / first.p50_us if first.p50_us and row.p50_us is not None else None
         changes.append(Change(first, row, ratio, _moved(first, row)))
     return Comparison(changes, len(before.keys() - after.keys()), len(after.keys() - before.keys()))
 

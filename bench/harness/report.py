@@ -176,9 +176,7 @@ def print_tables(console: Console, rows: Sequence[Row], machine: dict[str, Any])
                 console.print(_table(part, notes, wide=True))
                 continue
             for group in cases_of(part):
-                first = group[0]
-                name = f"{first.op}, {first.mode}, {first.shape}, {first.dtype}"
-                console.print(Text(name, style="bold"))
+                console.print(Text(group[0].name, style="bold"))
                 console.print(_table(group, notes, wide=False))
     remarks = [f"({number}) {text}" for number, text in enumerate(notes.texts, start=1)]
     remarks += [

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..penalty.strengths import check_factor
+from ..penalty.strengths import factor_at
 from ..penalty.weight_penalty import innermost
 
 __all__ = ["StrengthScheduler"]
@@ -91,10 +91,7 @@ class StrengthScheduler:
         groups = self.optimizer.param_groups
         for group in groups[len(self._base) :]:
             self._base.append({name: float(group[name]) for name in self._names})
-        factors = [
-            check_factor(factor(self.steps), f"{_WHERE}: factor({self.steps})")
-            for factor in self._factors
-        ]
+        factors = [factor_at(factor, self.steps, f"{_WHERE}: factor") for factor in self._factors]
         for i, (group, base) in enumerate(zip(groups, self._base, strict=True)):
             factor = factors[min(i, len(factors) - 1)]
             for name, strength in base.items():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias, cast
 
 from torch import Tensor
@@ -127,9 +128,13 @@ def check_number(number: object, where: str, wanted: str = "a number") -> float:
     return _finite(number, where)
 
 
-def check_factor(made: object, where: str) -> float:
-    """Return what a schedule returned, as a float; raise unless it is a finite number >= 0."""
-    return _finite(checks.as_number(made, where), where)
+def factor_at(schedule: Callable[[int], object], steps: int, where: str) -> float:
+    """Return a schedule's factor at a step; raise unless it is a finite number >= 0."""
+    made = schedule(steps)
+    if not (isinstance(made, (int, float)) and 0.0 <= made < math.inf):
+        where = f"{where}({steps})"  # not before: torch.compile cannot format a step of its own
+        made = _finite(checks.as_number(made, where), where)
+    return float(made)
 
 
 def _check(strength: object, count: int, where: str) -> Strength:

@@ -23,7 +23,7 @@ from .names import SPARED, WORDS, Keys, Named, Places, named_parameters, unpenal
 from .strengths import (
     Listed,
     Strengths,
-    check_factor,
+    factor_at,
     check_number,
     dimension_of,
     listed,
@@ -274,7 +274,7 @@ class WeightPenalty:
         """Factor of all strengths at the present step of the schedule; 1 without a schedule."""
         if self.schedule is None:
             return 1.0
-        return check_factor(self.schedule(self.steps), f"{OP}: schedule({self.steps})")
+        return factor_at(self.schedule, self.steps, f"{OP}: schedule")
 
     def step(self) -> None:
         """Advance the schedule by one step."""
