@@ -1,4 +1,4 @@
-"""States that each algorithm of the kernels keeps of a parameter, by torch's names of the states."""
+"""States that each algorithm of the kernels keeps of a parameter, by torch's names of them."""
 
 from __future__ import annotations
 

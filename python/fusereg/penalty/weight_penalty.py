@@ -23,9 +23,9 @@ from .names import SPARED, WORDS, Keys, Named, Places, named_parameters, unpenal
 from .strengths import (
     Listed,
     Strengths,
-    factor_at,
     check_number,
     dimension_of,
+    factor_at,
     listed,
 )
 
