@@ -466,10 +466,7 @@ def warps_at_once(kernel: Kernel) -> int:
     warps = -(-kernel.threads // WARP)
     registers = -(-kernel.registers * WARP // 256) * 256 * warps
     blocks = min(
-        WARPS // warps,
-        BLOCKS,
-        REGISTERS // max(registers, 1),
-        SHARED // (kernel.shared + 1024),
+        WARPS // warps, BLOCKS, REGISTERS // max(registers, 1), SHARED // (kernel.shared + 1024)
     )
     return blocks * warps
 

@@ -155,10 +155,7 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 def timed(
-    mode: str,
-    *inputs: Tensor,
-    wanted: Sequence[int] | None = None,
-    gradient: Tensor | None = None,
+    mode: str, *inputs: Tensor, wanted: Sequence[int] | None = None, gradient: Tensor | None = None
 ) -> Callable[[Function], Call]:
     """Return what makes a function's timed call.
 

@@ -196,10 +196,7 @@ def _special(row: Row) -> dict[str, str]:
     if row.host:
         return {"us/tensor": "-" if row.us_per_tensor is None else f"{row.us_per_tensor:.3f}"}
     if row.whole:
-        return {
-            "memory": memory_text(row.peak_bytes),
-            "accuracy": accuracy_text(row.test_accuracy),
-        }
+        return {"memory": memory_text(row.peak_bytes), "accuracy": accuracy_text(row.test_accuracy)}
     return {
         "GB/s": "-" if row.gb_per_s is None else three_digits(row.gb_per_s),
         "% of copy": percent_text(row.percent_of_copy),

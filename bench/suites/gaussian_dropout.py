@@ -25,16 +25,7 @@ from torch import Tensor
 from fusereg import functional as F
 
 from ..harness import Accuracy, Call, Case, Options, Workload
-from ..harness.layers import (
-    BOTH,
-    FORWARD,
-    P,
-    Work,
-    layer_cases,
-    providers,
-    results,
-    timed,
-)
+from ..harness.layers import BOTH, FORWARD, P, Work, layer_cases, providers, results, timed
 
 OP = "gaussian_dropout"
 STRENGTH = math.sqrt(P / (1 - P))

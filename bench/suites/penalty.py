@@ -61,11 +61,7 @@ PROX = "prox"
 GROUP_PROX = "group prox"
 
 # Name of the operation, and elements moved for each element of the list: see the module's text.
-MODES = {
-    VALUE: ("elastic net", 1),
-    VALUE_GRADIENT: ("elastic net", 3),
-    PROX: ("soft threshold", 2),
-}
+MODES = {VALUE: ("elastic net", 1), VALUE_GRADIENT: ("elastic net", 3), PROX: ("soft threshold", 2)}
 
 WHOLE_LIST_GRAPH_LIMIT = 256
 

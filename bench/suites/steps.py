@@ -48,10 +48,7 @@ def _networks(quick: bool) -> dict[str, tuple[Callable[[], nn.Module], tuple[int
         "mlp": (lambda: tabular(128, 512), (1024, 128)),
         "encoder": (lambda: encoder(512, 4, 8), (8, 128, 512)),
         "depthwise": (Separable, (16, 3, 32, 32)),
-        "resnet18": (
-            lambda: ResNet(_WIDTHS, depth=2, dropout=0.0, channels=3),
-            (32, 3, 32, 32),
-        ),
+        "resnet18": (lambda: ResNet(_WIDTHS, depth=2, dropout=0.0, channels=3), (32, 3, 32, 32)),
         "unet": (UNet, (4, 3, 64, 64)),
     }
 

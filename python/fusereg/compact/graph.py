@@ -176,10 +176,7 @@ def sets_of(model: nn.Module, inputs: Inputs, op: str) -> Traced:
         warnings.simplefilter("ignore")
         try:
             graph.build_dependency(
-                model,
-                (inputs.args, inputs.kwargs),
-                forward_fn=forward,
-                verbose=False,
+                model, (inputs.args, inputs.kwargs), forward_fn=forward, verbose=False
             )
         except Exception as error:
             raise ValueError(

@@ -14,15 +14,7 @@ from torch import Tensor, nn
 from .find import Found
 from .graph import Inputs
 from .parts import CONV, Part, Set, slice_channels
-from .probe import (
-    Range,
-    constant_for,
-    generator,
-    norms_of,
-    nowhere_flat,
-    reading,
-    zeros_alone,
-)
+from .probe import Range, constant_for, generator, norms_of, nowhere_flat, reading, zeros_alone
 
 
 @dataclass

@@ -91,13 +91,7 @@ class Folder:
     """
 
     def __init__(
-        self,
-        op: str,
-        path: str | os.PathLike[str],
-        commit: str,
-        form: str,
-        version: int,
-        data: str,
+        self, op: str, path: str | os.PathLike[str], commit: str, form: str, version: int, data: str
     ) -> None:
         require_safetensors(op)
         if not isinstance(path, (str, os.PathLike)):

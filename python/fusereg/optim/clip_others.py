@@ -68,9 +68,7 @@ def clip_grad_value_(
 
 @dispatch.outside_graphs
 def adaptive_clip_grad_(
-    parameters: Tensor | Iterable[Tensor] | nn.Module,
-    clip_factor: float = 0.01,
-    eps: float = 1e-3,
+    parameters: Tensor | Iterable[Tensor] | nn.Module, clip_factor: float = 0.01, eps: float = 1e-3
 ) -> None:
     r"""Clip the gradient of each unit by the norm of its weights (Brock et al. 2021, NFNets).
 

@@ -16,11 +16,7 @@ __all__ = ["param_groups_weight_decay"]
 
 
 def param_groups_weight_decay(
-    model: nn.Module,
-    weight_decay: float,
-    *,
-    exclude: Iterable[Key] | Key = WORDS,
-    **options: Any,
+    model: nn.Module, weight_decay: float, *, exclude: Iterable[Key] | Key = WORDS, **options: Any
 ) -> list[dict[str, Any]]:
     r"""Return two param groups for an optimizer: with weight decay, and without (biases, norms).
 

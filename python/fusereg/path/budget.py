@@ -42,11 +42,7 @@ def root_size(w: Tensor, dim: int | None) -> float:
 
 
 def shrink_budget(
-    params: Params,
-    lr_sum: float,
-    *,
-    dim: int | None = 0,
-    moved: Iterable[Tensor] | None = None,
+    params: Params, lr_sum: float, *, dim: int | None = 0, moved: Iterable[Tensor] | None = None
 ) -> float:
     r"""Return a strength of the group lasso at which a training can remove every group.
 

@@ -20,14 +20,7 @@ from ..core.params import Key
 from .functional import add_grads, evaluate
 from .kernels import sum_on_first
 from .names import SPARED, WORDS, Keys, Named, Places, named_parameters, unpenalizable
-from .strengths import (
-    Listed,
-    Strengths,
-    check_number,
-    dimension_of,
-    factor_at,
-    listed,
-)
+from .strengths import Listed, Strengths, check_number, dimension_of, factor_at, listed
 
 __all__ = ["AttachedPenalty", "PenaltyGroup", "WeightPenalty"]
 
