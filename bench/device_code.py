@@ -45,13 +45,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from fusereg.bench.harness.machine import git_commit
+from fusereg.core import screen
 
 # --- bounds ---------------------------------------------------------------------------------------
 
@@ -468,10 +466,7 @@ def warps_at_once(kernel: Kernel) -> int:
     warps = -(-kernel.threads // WARP)
     registers = -(-kernel.registers * WARP // 256) * 256 * warps
     blocks = min(
-        WARPS // warps,
-        BLOCKS,
-        REGISTERS // max(registers, 1),
-        SHARED // (kernel.shared + 1024),
+        WARPS // warps, BLOCKS, REGISTERS // max(registers, 1), SHARED // (kernel.shared + 1024)
     )
     return blocks * warps
 
@@ -601,8 +596,7 @@ def short_names(names: Sequence[str]) -> list[str]:
 def _follow(files: Sequence[Path]) -> Iterator[Path]:
     """Yield the files, with a bar on a terminal and a line for each elsewhere."""
     console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as p:
+    with screen.progress(console) as p:
         bar = p.add_task("", total=len(files))
         for file in files:
             p.update(bar, description=f"reading {file.name}")
@@ -617,11 +611,10 @@ _HEADS = ("regs", "spill", "warps", "st16", "split", "ld16", "alone", "KB", "ins
 
 def print_table(rows: Sequence[Row]) -> None:
     """Print the rows, and a last line with their sums."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    grid.add_column("kernel")
-    for head in _HEADS:
-        grid.add_column(head, justify="right", no_wrap=True)
-    grid.add_column("by", no_wrap=True)
+    grid = screen.table(("kernel", *_HEADS, "by"), padding=(0, 1, 0, 0), pad_edge=True)
+    for column in grid.columns[1:]:
+        column.no_wrap = True
+    grid.columns[-1].justify = "left"
     for row in rows:
         name, *numbers, bound = asdict(row).values()
         grid.add_row(Text(name), *(f"{n:.0f}" for n in numbers), bound)

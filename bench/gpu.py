@@ -225,8 +225,9 @@ def merged(logs: Path) -> dict[str, Any]:
 
 def identity(row: dict[str, Any]) -> str:
     """Return the name of a row's case, as ``fusereg bench --list`` prints it."""
-    parts = (row["suite"], row["op"], row["mode"], row["shape"], row["dtype"])
-    return "/".join(part.replace(" ", "-").lower() for part in parts if part)
+    from fusereg.bench.harness.cases import case_id
+
+    return case_id(*(row[key] for key in ("suite", "op", "mode", "shape", "dtype")))
 
 
 def lines_of(document: dict[str, Any]) -> Iterator[str]:

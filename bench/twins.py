@@ -17,7 +17,6 @@ different random numbers.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -29,11 +28,10 @@ from torch.nn import functional as F
 
 import fusereg
 from fusereg.demo.data import DataSet
+from fusereg.demo.techniques import SHEAR, SHIFT, TURN, ZOOM, PlainEarlyStopping, warped
 
 from . import models
 
-#: Degrees, scale, shift as a share of the side, degrees of shear: digits remain readable.
-TURN, ZOOM, SHIFT, SHEAR = 12.0, (0.9, 1.15), 0.07, 8.0
 #: Mean and standard deviation of the digits' pixels.
 MEAN, STD = 0.13, 0.31
 
@@ -307,28 +305,11 @@ class Plain(Twin):
             fused=True,
             capturable=capturable,
         )
-        self.best = math.inf
-        self.misses = 0
-        self.kept: tuple[int, dict[str, Tensor]] | None = None
+        self.stopper = PlainEarlyStopping(patience=recipe.patience, min_delta=0.0)
+        self.stopper.model = self.model
 
     def images(self, x: Tensor, ids: Tensor, epoch: int) -> Tensor:
-        if not self.recipe.augmented:
-            return (x - MEAN) / STD
-        n = len(x)
-
-        def draw(low: float, high: float) -> Tensor:
-            return torch.empty(n, device=x.device).uniform_(low, high)
-
-        angle, zoom = torch.deg2rad(draw(-TURN, TURN)), draw(*ZOOM)
-        shear = torch.tan(torch.deg2rad(draw(-SHEAR, SHEAR)))
-        cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
-        rows = [
-            [cos + shear * sin, shear * cos - sin, 2 * draw(-SHIFT, SHIFT)],
-            [sin, cos, 2 * draw(-SHIFT, SHIFT)],
-        ]
-        matrix = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
-        grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
-        return (F.grid_sample(x, grid, align_corners=False) - MEAN) / STD
+        return ((warped(x) if self.recipe.augmented else x) - MEAN) / STD
 
     def prepared(self, x: Tensor) -> Tensor:
         return self.images(x, x, 0)  # random on the device, anew at each replay
@@ -359,23 +340,12 @@ class Plain(Twin):
         return loss.detach()
 
     def check(self, loss: float, epoch: int) -> bool:
-        if loss < self.best:
-            self.best, self.misses = loss, 0
-            self.kept = epoch, copy.deepcopy(self.model.state_dict())
-        else:
-            self.misses += 1
-        return self.misses >= self.recipe.patience or not math.isfinite(loss)
+        return self.stopper.stop(epoch, loss)
 
     def restore(self) -> int:
-        assert self.kept is not None
-        epoch, state = self.kept
-        self.model.load_state_dict(state)
-        return epoch
-
-
-def with_dtype(recipe: Recipe, dtype: torch.dtype) -> Recipe:
-    """Return the recipe in another dtype."""
-    return replace(recipe, dtype=dtype)
+        found = self.stopper.finish()
+        assert found is not None
+        return found
 
 
 def without_chance(recipe: Recipe) -> Recipe:

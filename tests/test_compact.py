@@ -597,11 +597,11 @@ def test_bad_arguments_are_refused() -> None:
         fusereg.compact(net, x.to("meta"))
     with pytest.raises(TypeError, match="round_to must be an integer, got float"):
         fusereg.compact(net, x, round_to=1.5)  # type: ignore[call-overload]
-    with pytest.raises(ValueError, match="round_to must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="round_to must be >= 1, got 0"):
         fusereg.compact(net, x, round_to=0)
     with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, got str"):
         fusereg.compact(net, x, optimizer="sgd")  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match=r"averaged must hold .*AveragedModel objects, got str"):
+    with pytest.raises(TypeError, match=r"averaged holds must be a .*AveragedModel, got str"):
         fusereg.compact(net, x, averaged="ema")  # type: ignore[call-overload]
 
 

@@ -315,6 +315,12 @@ def test_the_layer_is_torch_s() -> None:
 # --- errors ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("smoothing", [-0.1, 2, float("nan")])
+def test_a_smoothing_out_of_range_is_told_at_construction(smoothing: float) -> None:
+    with pytest.raises(RuntimeError, match="label_smoothing must be between"):
+        fusereg.nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

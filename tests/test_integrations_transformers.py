@@ -364,6 +364,24 @@ def test_the_optimizer_can_be_kept_too(tmp_path: Path) -> None:
     assert trainer.lr_scheduler.last_epoch == 4
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PenaltyCallback(l1=0.1),
+        lambda: PenaltyCallback(l1=0.1, name=None),
+        lambda: EarlyStoppingCallback("eval_loss", patience=2),
+    ],
+)
+def test_two_callbacks_that_would_overwrite_each_others_state_are_refused(
+    make: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="two callbacks keep their states under the name"):
+        train(Regression(), arguments(tmp_path), make(), make())
+    callback = make()
+    for _ in range(2):  # the same one in two runs is no clash
+        train(Regression(), arguments(tmp_path, num_train_epochs=1), callback)
+
+
 def test_wrong_arguments_are_told_when_the_callback_is_made() -> None:
     with pytest.raises(ValueError, match="patience"):
         EarlyStoppingCallback(patience=0)

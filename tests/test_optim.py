@@ -631,3 +631,31 @@ def test_any_list_of_shapes(
         if p.grad is not None:
             reference.step(p.grad)
         assert_close(p, reference.p, torch.float32, 40)
+
+
+@pytest.mark.parametrize("place", ["argument", "param group", "added"])
+@pytest.mark.parametrize("dim", [2, -3])
+def test_a_dimension_of_groups_that_no_parameter_has_is_told_when_it_is_given(
+    place: str, dim: int
+) -> None:
+    def vector() -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.ones(5))  # whose groups are along 0, whatever is asked for
+
+    def matrix() -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.ones(3, 4))
+
+    group: dict[str, Any] = {"params": [vector(), matrix()], "group": 0.1, "group_dim": dim}
+    wanted = r"SGD: group_dim must be a dimension of params\[{}\], whose shape is \(3, 4\), got"
+    if place == "argument":
+        with pytest.raises(ValueError, match=wanted.format(1)):
+            optim.SGD(group["params"], group=0.1, group_dim=dim)
+    elif place == "param group":
+        with pytest.raises(ValueError, match=wanted.format(2)):
+            optim.SGD([{"params": [matrix()]}, group])
+    else:
+        optimizer = optim.SGD([matrix()])
+        with pytest.raises(ValueError, match=wanted.format(2)):
+            optimizer.add_param_group(group)
+        assert len(optimizer.param_groups) == 1
+        optimizer.add_param_group({**group, "params": [vector()]})
+    optim.SGD([matrix()], group_dim=dim)  # without a strength there are no groups

@@ -73,6 +73,53 @@ def norms_are_those_of_the_whole(ranks: Ranks) -> None:
             assert_same(whole(p.grad), q.grad, 1e-12)
 
 
+@on(2, 3)
+def units_are_clipped_as_those_of_the_whole(ranks: Ranks) -> None:
+    """Whatever of a unit lies on other ranks: a bias as a whole, a column of rows."""
+    cases = make_cases(ranks, columns=True)
+    held = [c.held for c in cases]
+    plain = [c.whole.clone().requires_grad_() for c in cases]
+    models: list[nn.Module] = []
+    for sharded in (True, False):
+        turned = nn.ConvTranspose1d(4, 3, 2).double()  # its outputs are dimension 1
+        with torch.no_grad():
+            for p in turned.parameters():
+                p.copy_(torch.arange(p.numel()).view_as(p) / 7 - 1)
+        if sharded:
+            for name, p in list(turned.named_parameters()):
+                turned.register_parameter(name, nn.Parameter(shard(p.detach(), ranks, Shard(0))))
+        models.append(turned)
+    held_too, plain_too = (list(m.parameters()) for m in models)
+    give_grads([*held, *held_too], [*plain, *plain_too], ranks)
+    for some, model in zip((held, plain), models, strict=True):
+        optim.adaptive_clip_grad_(some, 0.1)
+        optim.adaptive_clip_grad_(model, 0.1)
+    for p, q in zip([*held, *held_too], [*plain, *plain_too], strict=True):
+        assert q.grad is not None
+        assert_same(whole(p.grad), q.grad, 1e-12)
+
+
+@on(2)
+def states_that_kernels_cannot_take_are_updated_too(ranks: Ranks) -> None:
+    """Counts that were loaded as integers, and states in another memory order."""
+    first = torch.randn(4, 6, dtype=torch.float64)
+    ours, theirs = shard(first, ranks, Shard(0)).requires_grad_(), first.clone().requires_grad_()
+    optimizers = [optim.AdamW([p], lr=0.1, l1=0.01) for p in (ours, theirs)]
+    for step in range(4):
+        give_grads([ours], [theirs], ranks)
+        for optimizer, p in zip(optimizers, (ours, theirs), strict=True):
+            optimizer.step()
+            state = optimizer.state[p]
+            if step == 0:
+                state["step"] = state["step"].long()
+                average = state["exp_avg"]
+                if isinstance(average, DTensor):
+                    local = average.to_local().t().contiguous().t()
+                    state["exp_avg"] = DTensor.from_local(local, ranks.mesh, average.placements)
+    assert int(optimizers[0].state[ours]["step"]) == 4
+    assert_same(whole(ours), theirs, 1e-12)
+
+
 @on(2)
 def clipping_inside_the_step(ranks: Ranks) -> None:
     cases = make_cases(ranks)

@@ -633,3 +633,26 @@ def test_odd_layouts_are_averaged() -> None:
         wanted = [a.lerp(p.detach(), 0.5) for a, p in zip(wanted, params, strict=True)]
     for a, b in zip(averages_of(optimizer, params), wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("how", ["|=", "update", "assignment", "replaced"])
+def test_states_that_are_put_in_by_hand_are_those_of_the_next_step(how: str) -> None:
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    ours, theirs = optim.AdamW([p], lr=0.1), torch.optim.AdamW([q], lr=0.1)
+    for optimizer, param in ((ours, p), (theirs, q)):
+        for step in range(3):
+            param.grad = torch.tensor([0.1, -0.2, 0.3]) * (step + 1)
+            optimizer.step()
+            if step > 0:
+                continue
+            new = {"step": torch.tensor(7.0), "exp_avg": torch.full((3,), 0.5)}
+            new["exp_avg_sq"] = torch.full((3,), 0.25)
+            if how == "|=":
+                optimizer.state |= {param: new}  # type: ignore[assignment]
+            elif how == "update":
+                optimizer.state.update({param: new})
+            elif how == "assignment":
+                optimizer.state[param] = new
+            else:
+                optimizer.state = type(optimizer.state)(dict, {param: new})
+    torch.testing.assert_close(p, q)

@@ -330,3 +330,79 @@ def test_a_loader_that_is_shorter_than_the_position_is_refused(tmp_path: Path, k
     next(epochs)
     with pytest.raises(ValueError, match="has only 2 batches, and the checkpoint was saved after"):
         list(run.batches(LOADERS[kind]()))
+
+
+# --- another architecture -------------------------------------------------------------------------
+
+
+def _two_layers(width: int = 3, norm: bool = False) -> nn.Module:
+    middle = nn.BatchNorm1d(width) if norm else nn.ReLU()
+    return nn.Sequential(nn.Linear(2, width), middle, nn.Linear(width, 1))
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (lambda: nn.Sequential(*_two_layers(), nn.Linear(1, 1)), "lacks 3.weight, 3.bias of model"),
+        (lambda: nn.Sequential(nn.Linear(2, 3)), "also has 2.weight, 2.bias of model"),
+        (
+            lambda: _two_layers(norm=True),
+            r"lacks 1.weight, 1.bias, 1.running_mean, \.\.\. of model",
+        ),
+        (lambda: _two_layers(4), r"has model's 0.weight with shape \(3, 2\), wanted \(4, 2\)"),
+    ],
+)
+@pytest.mark.parametrize("how", ["run", "stopper"])
+@pytest.mark.filterwarnings("ignore:fusereg.EarlyStopping: the folder holds")
+def test_a_state_of_another_architecture_is_refused_before_anything_changes(
+    tmp_path: Path, how: str, other: Callable[[], nn.Module], words: str
+) -> None:
+    def begin(model: nn.Module) -> tuple[Any, Any, Any]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        rates = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        return model, optimizer, rates
+
+    def resume(model: nn.Module, optimizer: Any, rates: Any) -> None:
+        if how == "run":
+            TrainingRun(tmp_path, model=model, optimizer=optimizer, rates=rates)
+        else:
+            also = {"optimizer": optimizer, "rates": rates}
+            arguments: dict[str, Any] = {"patience": 3, "folder": tmp_path, "also": also}
+            EarlyStopping(model, resume=True, **arguments).restore()
+
+    model, optimizer, rates = begin(_two_layers())
+    optimizer.step()
+    rates.step()
+    if how == "run":
+        TrainingRun(tmp_path, model=model, optimizer=optimizer, rates=rates).save()
+    else:
+        also = {"optimizer": optimizer, "rates": rates}
+        EarlyStopping(model, patience=3, folder=tmp_path, also=also).step(1.0, epoch=0)
+    things = begin(other())
+    before = [copy.deepcopy(thing.state_dict()) for thing in things]
+    with pytest.raises(ValueError, match=words):
+        resume(*things)
+    for thing, state in zip(things, before, strict=True):
+        torch.testing.assert_close(thing.state_dict(), state, rtol=0, atol=0)
+
+
+class _Renaming(nn.Linear):
+    """A layer that loads states of an earlier version of itself."""
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        if prefix + "w" in state:
+            state[prefix + "weight"] = state.pop(prefix + "w")
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+def test_a_module_that_loads_other_names_is_let(tmp_path: Path) -> None:
+    model = _Renaming(2, 1)
+
+    class Older(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.bias = nn.Parameter(torch.full((1, 2), 5.0)), nn.Parameter(torch.ones(1))
+
+    TrainingRun(tmp_path, model=Older()).save()
+    TrainingRun(tmp_path, model=model)
+    assert model.weight.tolist() == [[5.0, 5.0]]

@@ -123,8 +123,12 @@ class Case:
     @property
     def id(self) -> str:
         """Return what ``--only`` is matched to: ``penalty/elastic-net/value/gpt2/float32``."""
-        parts = (self.suite, self.op, self.mode, self.shape, self.dtype_name)
-        return "/".join(part.replace(" ", "-").lower() for part in parts if part)
+        return case_id(self.suite, self.op, self.mode, self.shape, self.dtype_name)
+
+
+def case_id(*parts: str) -> str:
+    """Return the name of a case: its technique, op, mode, shape and dtype."""
+    return "/".join(part.replace(" ", "-").lower() for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -195,6 +199,11 @@ class Row:
     def case(self) -> tuple[str, str, str, str, str, str]:
         """Return what rows of the same case have in common."""
         return (self.suite, self.op, self.mode, self.shape, self.dtype, self.device)
+
+    @property
+    def name(self) -> str:
+        """Return the case's name for people."""
+        return f"{self.op}, {self.mode}, {self.shape}, {self.dtype}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as a JSON object."""

@@ -21,10 +21,6 @@ SYMBOLS = {
 }  # fmt: skip
 
 
-def _name(row: Row) -> str:
-    return f"{row.op}, {row.mode}, {row.shape}, {row.dtype}"
-
-
 def _marks(
     name: str, rows: Sequence[Row], style: Style, x: Iterable[Any], y: Iterable[Any], hover: str
 ) -> dict[str, Any]:
@@ -32,7 +28,7 @@ def _marks(
     return {
         "type": "scatter", "mode": "markers", "name": name, "x": list(x), "y": list(y),
         "marker": {"color": color, "symbol": SYMBOLS[marker], "size": 9, "line": {"width": 1}},
-        "text": [_name(row) for row in rows], "hovertemplate": f"%{{text}}<br>{hover}",
+        "text": [row.name for row in rows], "hovertemplate": f"%{{text}}<br>{hover}",
     }  # fmt: skip
 
 

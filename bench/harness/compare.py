@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+from fusereg.core import screen
 
 from . import machine as machine_facts
 from .cases import OWN, Row, Settings, quantile
@@ -48,8 +48,7 @@ class Change:
     @property
     def name(self) -> str:
         """Return the case's name."""
-        row = self.new
-        return f"{row.op}, {row.mode}, {row.shape}, {row.dtype}, {row.device}"
+        return f"{self.new.name}, {self.new.device}"
 
     @property
     def broken(self) -> bool:
@@ -101,9 +100,7 @@ def compare(old: Sequence[Row], new: Sequence[Row]) -> Comparison:
         first = before.get(key)
         if first is None:
             continue
-        ratio = None
-        if first.p50_us and row.p50_us is not None:
-            ratio = row.p50_us / first.p50_us
+        ratio = row.p50_us / first.p50_us if first.p50_us and row.p50_us is not None else None
         changes.append(Change(first, row, ratio, _moved(first, row)))
     return Comparison(changes, len(before.keys() - after.keys()), len(after.keys() - before.keys()))
 
@@ -195,13 +192,11 @@ def print_comparison(
     console: Console, found: Comparison, old: dict[str, Any], new: dict[str, Any]
 ) -> None:
     """Print the table of what moved, and the remarks."""
-    # A log file has no width: the names of cases must not be cut.
-    if not console.is_terminal:
-        console.width = max(console.width, 160)
+    screen.at_least(console, 160)
     if found.moved:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for index, name in enumerate(HEADER):
-            table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
+        table = screen.table(HEADER, words=2)
+        for column in table.columns:
+            column.overflow = "fold"
         for change in found.moved:
             texts = [Text(text) for text in cells(change)]
             if change.own:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusereg.cli.output import write_atomically
 from fusereg.core.pictures import STYLE_COLORS as COLORS
-from fusereg.core.pictures import Style, styles
+from fusereg.core.pictures import Style, new_figure, styles, tidy
 
 from . import machine as machine_facts
 from .cases import COPY, EAGER, OWN, Row
@@ -18,7 +18,7 @@ from .cases import COPY, EAGER, OWN, Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK, MUTED, LINE, PAPER = "#101112", "#6d6e6f", "#dcdddf", "#fefefd"
+INK, MUTED = "#101112", "#6d6e6f"
 
 #: Color and marker of the providers that many suites have.
 PROVIDERS: dict[str, Style] = {
@@ -33,68 +33,12 @@ PROVIDERS: dict[str, Style] = {
 GOAL = 85.0
 
 
-def _figure(
-    width: float, height: float, rows: int = 1, columns: int = 1, **share: Any
-) -> tuple[Figure, list[list[Any]]]:
-    """Return a figure and its axes. They are typed as Any: matplotlib has few types."""
-    # Without pyplot: no global state, no display needed.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, **share)
-    for axis in axes.flat:
-        axis.set_facecolor(PAPER)
-        axis.grid(color=LINE, lw=0.7)
-        axis.set_axisbelow(True)
-        axis.tick_params(colors=MUTED, labelcolor=INK, labelsize=9, which="both")
-        for side, spine in axis.spines.items():
-            spine.set_color(LINE)
-            spine.set_visible(side in ("left", "bottom"))
-    return figure, axes.tolist()
-
-
-def _plain_numbers(axis: Any) -> None:
-    """Write 1000 rather than 10^3."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
 def _bytes_text(value: float) -> str:
     """Write a number of bytes with three digits."""
     for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if value >= factor:
             return f"{value / factor:.3g} {unit}"
     return f"{value:.0f} B"
-
-
-def _bytes_axis(axis: Any, places: Sequence[float], labels: Sequence[str]) -> None:
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(FixedLocator(places))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xticklabels(labels)
-
-
-def _legend(figure: Figure, axes: Iterable[Any], columns: int = 4) -> None:
-    """Add one legend for all axes above them."""
-    named: dict[str, Any] = {}
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            named.setdefault(label, handle)
-    legend = figure.legend(
-        list(named.values()), list(named), loc="outside upper left",
-        ncols=min(columns, len(named)), frameon=False, fontsize=9, handletextpad=0.4,
-    )  # fmt: skip
-    for text in legend.get_texts():
-        text.set_color(INK)
-
-
-# --- percent of a copy ----------------------------------------------------------------------------
 
 
 def percent_of_copy(rows: Sequence[Row], machine: dict[str, Any]) -> Figure:
@@ -113,31 +57,39 @@ def percent_of_copy(rows: Sequence[Row], machine: dict[str, Any]) -> Figure:
     panels = list(dict.fromkeys((row.suite, row.op, row.mode) for row in drawn))
     dtypes = list(dict.fromkeys(row.dtype for row in drawn))
     style = styles(dict.fromkeys(row.provider for row in drawn), PROVIDERS)
-    figure, axes = _figure(
-        max(7.5, 1.5 + 4.3 * len(panels)), 1.9 + 3.9 * len(dtypes), len(dtypes), len(panels),
-        sharey=True,
+    figure = new_figure(
+        max(7.5, 1.5 + 4.3 * len(panels)), 2.4 + 3.9 * len(dtypes),
+        "Bandwidth in percent of a copy's", machine_facts.summary(machine),
     )  # fmt: skip
+    axes = figure.subplots(len(dtypes), len(panels), squeeze=False, sharey=True)
     shares = [row.percent_of_copy or 100.0 for row in drawn]
     floor = 10.0 ** min(1, math.floor(math.log10(min(shares) * 0.8)))
     for dtype, line in zip(dtypes, axes, strict=True):
         for panel, axis in zip(panels, line, strict=True):
             here = [row for row in drawn if (row.suite, row.op, row.mode) == panel]
             _panel(axis, [row for row in here if row.dtype == dtype], style)
-            title = f"{panel[1]}: {panel[2]}, {dtype}"
-            axis.set_title(title, fontsize=11, loc="left", pad=8, color=INK)
+            axis.set_title(f"{panel[1]}: {panel[2]}, {dtype}", fontsize=11, loc="left", pad=8)
         line[0].set_ylim(floor, max(200.0, 1.6 * max(shares)))
-        line[0].set_ylabel("% of the copy's bandwidth", color=INK)
+        line[0].set_ylabel("% of the copy's bandwidth")
     for axis in axes[-1]:
-        axis.set_xlabel("bytes moved, by contract", labelpad=6, color=INK)
-    _legend(figure, (axis for line in axes for axis in line), columns=len(style) + 2)
-    figure.supxlabel(machine_facts.summary(machine), fontsize=8, color=MUTED)
+        axis.set_xlabel("bytes moved, by contract", labelpad=6)
+    named: dict[str, Any] = {}
+    for axis in axes.flat:
+        handles, labels = axis.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        list(named.values()), list(named), loc="outside lower left", ncols=len(named),
+        frameon=False, fontsize=9, handletextpad=0.4,
+    )  # fmt: skip
     return figure
 
 
 def _panel(axis: Any, rows: Sequence[Row], style: Mapping[str, Style]) -> None:
     """Draw one dtype and mode."""
     from matplotlib.patheffects import withStroke
+    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
+    tidy(axis)
     for provider, (color, marker) in style.items():
         marks = sorted((r for r in rows if r.provider == provider), key=lambda row: row.bytes)
         if not marks:
@@ -162,7 +114,8 @@ def _panel(axis: Any, rows: Sequence[Row], style: Mapping[str, Style]) -> None:
     axis.axhspan(GOAL, 100.0, color=COLORS[1], alpha=0.12, lw=0, label=f"{GOAL:.0f} to 100 %")
     axis.axhline(100.0, color=INK, lw=1.2, label="copy")
     axis.set_yscale("log")
-    _plain_numbers(axis.yaxis)
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # not 10^3
+    axis.yaxis.set_minor_formatter(NullFormatter())
     shapes = {row.bytes: row.shape for row in sorted(rows, key=lambda row: row.bytes)}
     if not shapes:
         return
@@ -176,12 +129,10 @@ def _panel(axis: Any, rows: Sequence[Row], style: Mapping[str, Style]) -> None:
         low = near and not low_before
         labels.append(("\n\n" if low else "") + f"{shapes[place]}\n{_bytes_text(place)}")
         low_before = low
-    _bytes_axis(axis, places, labels)
-    axis.tick_params(axis="x", labelsize=8)
+    axis.set_xscale("log")
+    axis.set_xticks(places, labels, fontsize=8)
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlim(places[0] / 10 ** (0.14 * span), places[-1] * 10 ** (0.14 * span))
-
-
-# --- files ----------------------------------------------------------------------------------------
 
 
 def write_plot(path: str | Path, rows: Sequence[Row], machine: dict[str, Any]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,43 +23,106 @@ PROVIDERS = (EAGER, "torch.compile", "clone", "fusereg")
 P = 0.1
 """Drop probability of every suite."""
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 Function = Callable[..., Tensor]
 
 
-def layer_case(
-    op: str,
-    mode: str,
-    shape: Sequence[int],
+def tolerances(*values: float) -> dict[torch.dtype, float]:
+    """Return the tolerance of each of DTYPES."""
+    return dict(zip(DTYPES, values, strict=True))
+
+
+class Work(NamedTuple):
+    """One tensor that an operation works on.
+
+    Attributes:
+        op: The operation.
+        shape: The tensor's.
+        modes: In which it is measured; by default all.
+        name: Of the shape; by default its sizes.
+        host: Whether only the cost of a call counts; then in the first dtype alone.
+        layout: The tensor's.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    modes: tuple[str, ...] = ()
+    name: str = ""
+    host: bool = False
+    layout: torch.memory_format = torch.contiguous_format
+
+
+Setup = Callable[[Work, str, torch.dtype, Options], Workload]
+
+
+def layer_cases(
+    options: Options,
+    works: Sequence[Work],
+    moved: Mapping[str, int] | Callable[[str, str], int],
+    setup: Setup,
+) -> list[Case]:
+    """Return the cases of each tensor, dtype and mode.
+
+    Args:
+        options: The user's choices.
+        works: The tensors.
+        moved: By mode, or as a function of operation and mode: the elements moved by contract for
+            each element of the tensor.
+        setup: Makes the workload.
+    """
+    found = []
+    for work in works:
+        elements = math.prod(work.shape)
+        name = work.name or "x".join(map(str, work.shape))
+        modes = work.modes or (tuple(moved) if isinstance(moved, Mapping) else ())
+        for dtype in options.dtypes[:1] if work.host else options.dtypes:
+            size = elements * dtype.itemsize
+            for mode in modes:
+                each = moved[mode] if isinstance(moved, Mapping) else moved(work.op, mode)
+                found.append(
+                    Case(
+                        op=work.op,
+                        mode=mode,
+                        shape=f"host {name}" if work.host else name,
+                        dtype=dtype,
+                        device=options.device,
+                        tensors=1,
+                        elements=elements,
+                        bytes_moved=0 if work.host else each * size,
+                        # Inputs, gradients, results and what eager torch keeps; the copy; the
+                        # check in float64.
+                        memory=(16 + each) * size + 80 * elements,
+                        setup=functools.partial(setup, work, mode, dtype, options),
+                        host=work.host,
+                    )
+                )
+    return found
+
+
+def training_case(
+    shape: str,
+    parameters: Sequence[Tensor],
     dtype: torch.dtype,
     options: Options,
     setup: Callable[[], Workload],
-    moved: int,
-    name: str = "",
-    host: bool = False,
+    *,
+    op: str = "training",
+    mode: str = "step",
+    memory: int = 2 * 10**9,
 ) -> Case:
-    """Return a case of one tensor.
-
-    Args:
-        moved: Elements moved by contract for each element of the tensor.
-        name: Name of the shape; by default its sizes.
-        host: Whether only the cost of a call counts.
-    """
-    elements = math.prod(shape)
-    size = elements * dtype.itemsize
-    name = name or "x".join(map(str, shape))
+    """Return the case of a network with these parameters, as a rule of a training step."""
     return Case(
         op=op,
         mode=mode,
-        shape=f"host {name}" if host else name,
+        shape=shape,
         dtype=dtype,
         device=options.device,
-        tensors=1,
-        elements=elements,
-        bytes_moved=0 if host else moved * size,
-        # Inputs, gradients, results and what eager torch keeps; the copy; the check in float64.
-        memory=(16 + moved) * size + 80 * elements,
+        tensors=len(parameters),
+        elements=sum(p.numel() for p in parameters),
+        bytes_moved=0,
+        memory=memory,
         setup=setup,
-        host=host,
     )
 
 
@@ -91,10 +155,7 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 def timed(
-    mode: str,
-    *inputs: Tensor,
-    wanted: Sequence[int] | None = None,
-    gradient: Tensor | None = None,
+    mode: str, *inputs: Tensor, wanted: Sequence[int] | None = None, gradient: Tensor | None = None
 ) -> Callable[[Function], Call]:
     """Return what makes a function's timed call.
 

@@ -6,34 +6,24 @@ import contextlib
 import datetime
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import fusereg
+from fusereg import _C
+from fusereg.cli.machine import usable_cores
 from fusereg.core import processor
 
 
 def physical_cores() -> int | None:
     """Return the number of cores, where /proc tells them from hardware threads."""
-    cores = set()
-    socket = ""
-    for line in processor.read("/proc/cpuinfo").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "physical id":
-            socket = value.strip()
-        elif key.strip() == "core id":
-            cores.add((socket, value.strip()))
-    return len(cores) or None
-
-
-def usable_cpus() -> int:
-    """Return the number of logical CPUs that this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1
+    pairs = r"^physical id\s*: (\d+)$.*?^core id\s*: (\d+)$"
+    found = re.findall(pairs, processor.read("/proc/cpuinfo"), re.MULTILINE | re.DOTALL)
+    return len(set(found)) or None
 
 
 def caches() -> dict[str, str]:
@@ -47,13 +37,10 @@ def caches() -> dict[str, str]:
     return found
 
 
-def memory_bytes() -> int | None:
-    """Return the size of the memory."""
-    for line in processor.read("/proc/meminfo").splitlines():
-        if line.startswith("MemTotal:"):
-            with contextlib.suppress(ValueError, IndexError):
-                return int(line.split()[1]) * 1024
-    return None
+def memory_bytes(which: str = "MemTotal") -> int | None:
+    """Return the size of the memory, or that of a part ("MemAvailable"), where /proc tells it."""
+    found = re.search(rf"^{which}:\s*(\d+)", processor.read("/proc/meminfo"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def gpu(device: torch.device) -> dict[str, Any] | None:
@@ -89,28 +76,11 @@ def git_commit() -> str | None:
 def _git(folder: Path, *arguments: str) -> str:
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _fusereg() -> dict[str, Any]:
-    import fusereg
-
-    facts: dict[str, Any] = {"version": getattr(fusereg, "__version__", None)}
-    compiled = getattr(fusereg, "_C", None)
-    # A benchmark must not fail because the facts about its build are not available.
-    with contextlib.suppress(Exception):
-        if compiled is not None:
-            facts["isa"] = compiled.cpu_isa()
-            facts["build"] = dict(compiled.build_info())
-    return facts
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -118,13 +88,12 @@ def describe(device: torch.device) -> dict[str, Any]:
     load: list[float] | None = None
     with contextlib.suppress(OSError, AttributeError):
         load = [round(value, 2) for value in os.getloadavg()]
-    own = _fusereg()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": processor.name(),
         "architecture": platform.machine(),
         "physical_cores": physical_cores(),
-        "usable_cpus": usable_cpus(),
+        "usable_cpus": usable_cores(),
         "caches": caches(),
         "large_pages": processor.large_pages(),
         "torch_large_pages": processor.torch_asks_for_large_pages(),
@@ -133,9 +102,9 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
-        "fusereg": own["version"],
-        "isa": own.get("isa"),
-        "build": own.get("build"),
+        "fusereg": fusereg.__version__,
+        "isa": _C.cpu_isa(),
+        "build": dict(_C.build_info()),
         "gpu": gpu(device),
         "git_commit": git_commit(),
         "load_average": load,

@@ -122,9 +122,7 @@ def _cases(rows: Sequence[Row], named: bool) -> _Table:
     notes = Footnotes()
     groups = {}
     for case in cases_of(rows):
-        first = case[0]
-        host = ", host" if first.host else ""
-        name = f"{first.op}, {first.mode}, {first.shape}, {first.dtype}{host}"
+        name = case[0].name + (", host" if case[0].host else "")
         groups[name] = [_line(row, notes) for row in case]
     header = _WHOLE_HEADER if all(row.whole for row in rows) else _CASE_HEADER
     summary = f"{len(groups)} case{'s' * (len(groups) != 1)} in figures"

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from fusereg.cli import output
 from fusereg.cli.errors import InputError
+from fusereg.core import screen
 
 from . import machine as machine_facts
 from .cases import COPY, EAGER, OWN, Row, Settings, cases_of, own_row, quantile, ratio
@@ -162,9 +163,7 @@ def print_tables(console: Console, rows: Sequence[Row], machine: dict[str, Any])
     """Print the tables of each device, then the notes and the machine."""
     notes = Footnotes()
     devices = list(dict.fromkeys(row.device for row in rows))
-    # A log file has no width: take what the table needs rather than 80 columns.
-    if not console.is_terminal:
-        console.width = max(console.width, FULL_WIDTH)
+    screen.at_least(console, FULL_WIDTH)
     wide = console.width >= FULL_WIDTH
     for device in devices:
         for title, part in sections([row for row in rows if row.device == device]):
@@ -177,9 +176,7 @@ def print_tables(console: Console, rows: Sequence[Row], machine: dict[str, Any])
                 console.print(_table(part, notes, wide=True))
                 continue
             for group in cases_of(part):
-                first = group[0]
-                name = f"{first.op}, {first.mode}, {first.shape}, {first.dtype}"
-                console.print(Text(name, style="bold"))
+                console.print(Text(group[0].name, style="bold"))
                 console.print(_table(group, notes, wide=False))
     remarks = [f"({number}) {text}" for number, text in enumerate(notes.texts, start=1)]
     remarks += [
@@ -199,10 +196,7 @@ def _special(row: Row) -> dict[str, str]:
     if row.host:
         return {"us/tensor": "-" if row.us_per_tensor is None else f"{row.us_per_tensor:.3f}"}
     if row.whole:
-        return {
-            "memory": memory_text(row.peak_bytes),
-            "accuracy": accuracy_text(row.test_accuracy),
-        }
+        return {"memory": memory_text(row.peak_bytes), "accuracy": accuracy_text(row.test_accuracy)}
     return {
         "GB/s": "-" if row.gb_per_s is None else three_digits(row.gb_per_s),
         "% of copy": percent_text(row.percent_of_copy),
@@ -334,24 +328,21 @@ def overview(rows: Sequence[Row]) -> list[Overview]:
 
 def print_overview(console: Console, rows: Sequence[Row]) -> None:
     """Print the lines as a table."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
+    table = screen.table(
+        OVERVIEW_HEADER,
+        words=2,
+        wrap=False,
         padding=(0, 1, 0, 0),
         title="Times faster than eager torch, and share of a copy's bandwidth",
         title_justify="left",
     )
-    for index, name in enumerate(OVERVIEW_HEADER):
-        table.add_column(name, justify="left" if index < 2 else "right", no_wrap=True)
     for line in overview(rows):
         texts = [Text(text) for text in line.cells()]
         for place, count in ((-2, line.slower), (-1, line.failed)):
             if count:
                 texts[place].stylize("bold red")
         table.add_row(*texts)
-    # A log file has no width.
-    if not console.is_terminal:
-        console.width = max(console.width, 100)
+    screen.at_least(console, 100)
     console.print(table)
 
 

@@ -45,6 +45,7 @@ from .cases import (
     quantile,
     ratio,
 )
+from .machine import memory_bytes
 from .timers import Call, CompileTimeLimitError, Timer, choose_repeats, make_timer, time_limit
 
 MIN_ROUNDS_TO_KEEP = 3
@@ -340,14 +341,7 @@ def free_memory(device: torch.device) -> int | None:
     """Return the bytes that can still be allocated on the device, or None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        return None
-    return None
+    return memory_bytes("MemAvailable")
 
 
 def release_memory(device: torch.device) -> None:

@@ -51,7 +51,7 @@ from torch.nn import functional as F
 from fusereg import augment
 
 from ..harness import EAGER, Accuracy, Call, Case, Options, Provider, Workload
-from ..harness.layers import FORWARD, relative_error, results, timed
+from ..harness.layers import FORWARD, relative_error, results, timed, tolerances
 
 UINT8, KORNIA, TORCHVISION = "interpolate uint8", "kornia", "torchvision v2"
 PROVIDERS = (EAGER, UINT8, KORNIA, TORCHVISION, "cv2", "cv2 x 2", "fusereg", "Augment")
@@ -63,12 +63,8 @@ WARP, CROP, RESIZE = "warp", "crop", "resize"
 RECIPE, LIST, EVALUATION, SEGMENTATION = "recipe", "recipe list", "evaluation", "segmentation"
 PHOTO, BASE, WINDOW = (400, 500), 320, 288
 
-_TOLERANCE = {
-    torch.float64: 1e-5,
-    torch.float32: 1e-4,  # grid_sample has float32 coordinates over the whole image
-    torch.float16: 2e-3,
-    torch.bfloat16: 1.6e-2,
-}
+# grid_sample has float32 coordinates over the whole image.
+_TOLERANCE = tolerances(1e-5, 1e-4, 2e-3, 1.6e-2)
 
 
 def cases(options: Options) -> list[Case]:
@@ -238,8 +234,12 @@ def _spread(call: Call, batch: int, side: int) -> Accuracy:
     (result,) = results(call)
     if tuple(result.shape) != (batch, 3, side, side):
         return Accuracy(math.inf, 0.0, f"result of shape {tuple(result.shape)}")
+    return _of_spread(result, 0.0)
+
+
+def _of_spread(result: Tensor, tolerance: float) -> Accuracy:
     spread = float(result.double().std())
-    return Accuracy(0.0 if 0.3 < spread < 3.0 else math.inf, 0.0, "spread")
+    return Accuracy(0.0 if 0.3 < spread < 3.0 else math.inf, tolerance, "spread")
 
 
 class _Data:
@@ -259,10 +259,8 @@ class _Data:
             numbers = torch.rand(batch, generator=generator, dtype=torch.float64)
             return low + (high - low) * numbers
 
-        # Smooth, as photographs are: on noise, a small error of a coordinate would be a large one.
-        coarse = torch.rand(batch, 3, 16, 16, generator=generator) * 255
-        smooth = F.interpolate(coarse, side, mode="bicubic").clamp(0, 255)
-        self.x = smooth.to(torch.uint8).to(device).contiguous(memory_format=layout)
+        # Smooth: on noise, a small error of a coordinate would be a large one.
+        self.x = _smooth(batch, side, side, generator).to(device).contiguous(memory_format=layout)
         self.dtype, self.layout = dtype, layout
         self.top = uniform(0, SIDE - SIZE + 1).long()
         self.left = uniform(0, SIDE - SIZE + 1).long()
@@ -509,5 +507,4 @@ def _check(data: _Data, mode: str, call: Call) -> Accuracy:
     if error <= 0.05:
         # cv2's weights are multiples of 1/32; torch resizes bytes to bytes.
         return Accuracy(error, max(tolerance, 0.01), "the first images")
-    spread = float(result.double().std())
-    return Accuracy(0.0 if 0.3 < spread < 3.0 else math.inf, tolerance, "spread")
+    return _of_spread(result, tolerance)

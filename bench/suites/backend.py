@@ -16,6 +16,7 @@ What claims to be compiled by the backend is checked: it counts what it has fuse
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 import fusereg
 
 from ..harness import EAGER, Call, Case, Options, Provider, Workload
+from ..harness.layers import training_case
 from ..models import ResNet, Separable
 
 FUSED = "fusereg"
@@ -56,33 +58,11 @@ def cases(options: Options) -> list[Case]:
     ]
 
 
-def training_case(
-    shape: str,
-    make: Callable[[], nn.Module],
-    dtype: torch.dtype,
-    options: Options,
-    setup: Callable[[], Workload],
-) -> Case:
-    """Return the case of a training step of a network."""
-    parameters = list(make().parameters())
-    return Case(
-        op="training",
-        mode="step",
-        shape=shape,
-        dtype=dtype,
-        device=options.device,
-        tensors=len(parameters),
-        elements=sum(p.numel() for p in parameters),
-        bytes_moved=0,
-        memory=2 * 10**9,
-        setup=setup,
-    )
-
-
 def _case(name: str, layout: str, dtype: torch.dtype, options: Options) -> Case:
     make, batch, side = _networks(options.quick)[name]
-    shape = f"{name} {batch}x{side}x{side} {layout}"
-    return training_case(shape, make, dtype, options, lambda: _setup(name, layout, dtype, options))
+    shape, parameters = f"{name} {batch}x{side}x{side} {layout}", list(make().parameters())
+    setup = functools.partial(_setup, name, layout, dtype, options)
+    return training_case(shape, parameters, dtype, options, setup)
 
 
 def _setup(name: str, layout: str, dtype: torch.dtype, options: Options) -> Workload:
@@ -90,10 +70,8 @@ def _setup(name: str, layout: str, dtype: torch.dtype, options: Options) -> Work
     network: Any = make()
     network = network.to(options.device, dtype, memory_format=_LAYOUTS[layout])
     x = torch.randn(batch, 3, side, side).to(options.device, dtype, memory_format=_LAYOUTS[layout])
-    torch._dynamo.reset()
-    importlib.import_module("fusereg.backend")  # only here: it imports torch's compiler
 
-    def step(prepare: Callable[[nn.Module], Any], fuses: bool = False) -> Callable[[], Call]:
+    def step(prepare: Prepare, own: bool, fuses: bool) -> Callable[[], Call]:
         def prepared() -> Call:
             model = copy.deepcopy(network)
             call = Step(prepare(model), model, x)
@@ -103,20 +81,41 @@ def _setup(name: str, layout: str, dtype: torch.dtype, options: Options) -> Work
 
         return prepared
 
-    def by_backend(model: nn.Module, **options: Any) -> Any:
-        return torch.compile(model, backend="fusereg", fullgraph=True, options=options or None)
+    return Workload(training_providers(step, fullgraph=True))
 
-    return Workload(
-        [
-            Provider(EAGER, step(lambda model: model)),
-            Provider(FUSED, step(fusereg.convert)),
-            Provider(BACKEND, step(by_backend, True), compiles=True),
-            Provider(
-                INDUCTOR, step(lambda model: torch.compile(model, fullgraph=True)), compiles=True
-            ),
-            Provider(BOTH, step(lambda m: by_backend(m, then="inductor"), True), compiles=True),
-        ]
-    )
+
+Prepare = Callable[[nn.Module], Any]
+
+
+def training_providers(
+    step: Callable[[Prepare, bool, bool], Callable[[], Call]], **options: Any
+) -> list[Provider]:
+    """Return the ways to train a network.
+
+    Args:
+        step: Makes the maker of a training step, given what prepares the network, whether that is
+            fusereg's work, and whether the backend must fuse.
+        options: Of torch.compile.
+    """
+    torch._dynamo.reset()
+    importlib.import_module("fusereg.backend")  # only here: it imports torch's compiler
+
+    def by_backend(model: nn.Module, **more: Any) -> Any:
+        return torch.compile(model, backend="fusereg", options=more or None, **options)
+
+    def by_inductor(model: nn.Module) -> Any:
+        return torch.compile(model, **options)
+
+    def both(model: nn.Module) -> Any:
+        return by_backend(model, then="inductor")
+
+    return [
+        Provider(EAGER, step(lambda model: model, False, False)),
+        Provider(FUSED, step(fusereg.convert, True, False)),
+        Provider(BACKEND, step(by_backend, True, True), compiles=True),
+        Provider(INDUCTOR, step(by_inductor, False, False), compiles=True),
+        Provider(BOTH, step(both, True, True), compiles=True),
+    ]
 
 
 class Step:

@@ -24,8 +24,6 @@ layer.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as torch_F
@@ -40,11 +38,13 @@ from ..harness.layers import (
     OUT,
     Data,
     Function,
-    layer_case,
+    Work,
+    layer_cases,
     providers,
     relative_error,
     results,
     timed,
+    tolerances,
 )
 
 LAYERS = ("bn", "bn+relu", "bn+add+relu")
@@ -52,12 +52,7 @@ MODULE = "nn.BatchNorm1d"
 #: Channels and height of the layers' outputs.
 RESNET50 = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))
 
-_TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 4e-6,
-    torch.float16: 4e-3,
-    torch.bfloat16: 3.2e-2,
-}
+_TOLERANCE = tolerances(1e-12, 4e-6, 4e-3, 3.2e-2)
 
 
 def _moved(layer: str, mode: str) -> int:
@@ -71,49 +66,25 @@ def cases(options: Options) -> list[Case]:
     """Return each shape in both layouts; all layers at 8 images, one at 32; then a tiny one."""
     shapes = RESNET50[3:4] if options.quick else RESNET50
     batch = 2 if options.quick else 8
-    works: list[tuple[tuple[int, ...], str, tuple[str, ...]]] = [
+    wanted: list[tuple[tuple[int, ...], str, tuple[str, ...]]] = [
         ((batch, channels, size, size), layer, (FORWARD, OUT, BOTH) if layer == "bn" else (BOTH,))
         for channels, size in shapes
         for layer in LAYERS
     ]
     if not options.quick:
-        works.append(((32, *RESNET50[1], RESNET50[1][1]), "bn", (FORWARD, OUT)))
-
-    def case(
-        layer: str, mode: str, shape: tuple[int, ...], last: bool, dtype: torch.dtype, host: bool
-    ) -> Case:
-        setup = functools.partial(_setup, layer, mode, shape, last, dtype, options)
-        name = "x".join(map(str, shape)) + (" NHWC" if last else "")
-        moved = _moved(layer, mode)
-        return layer_case(layer, mode, shape, dtype, options, setup, moved, name=name, host=host)
-
-    return [
-        *(
-            case(layer, mode, shape, last, dtype, False)
-            for dtype in options.dtypes
-            for last in (False, True)
-            for shape, layer, modes in works
-            for mode in modes
-        ),
-        *(
-            case(layer, mode, (32, 64), False, options.dtypes[0], True)
-            for layer in ("bn", MODULE)
-            for mode in (FORWARD, BOTH)
-        ),
+        wanted.append(((32, *RESNET50[1], RESNET50[1][1]), "bn", (FORWARD, OUT)))
+    works = [
+        Work(layer, shape, modes, "x".join(map(str, shape)) + name, layout=layout)
+        for name, layout in (("", torch.contiguous_format), (" NHWC", torch.channels_last))
+        for shape, layer, modes in wanted
     ]
+    works += [Work(layer, (32, 64), (FORWARD, BOTH), host=True) for layer in ("bn", MODULE)]
+    return layer_cases(options, works, _moved, _setup)
 
 
-def _setup(
-    layer: str,
-    mode: str,
-    shape: tuple[int, ...],
-    channels_last: bool,
-    dtype: torch.dtype,
-    options: Options,
-) -> Workload:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    data = Data(dtype, options)
-    x, residual, gradient = (data.normal(*shape, layout=layout) for _ in range(3))
+def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workload:
+    layer, shape, data = work.op, work.shape, Data(dtype, options)
+    x, residual, gradient = (data.normal(*shape, layout=work.layout) for _ in range(3))
     wide = Data(torch.float64 if dtype is torch.float64 else torch.float32, options)
     weight, bias = wide.normal(shape[1]), wide.normal(shape[1])
     mean, var = torch.zeros_like(weight), torch.ones_like(weight)

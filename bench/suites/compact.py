@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import fusereg
 
 from ..harness import EAGER, Accuracy, Call, Case, Options, Provider, Workload
+from ..harness.layers import training_case
 from ..models import Layer, Mlp, ResNet, ViT
 
 OP = "compact"
@@ -73,20 +74,16 @@ def networks(quick: bool) -> dict[str, Network]:
 def cases(options: Options) -> list[Case]:
     """Return each network in both modes."""
     return [
-        Case(
+        training_case(
+            f"{name} {'x'.join(map(str, network.shape))}",
+            list(network.make().parameters()),
+            torch.float32,
+            options,
+            functools.partial(_setup, network, mode, options),
             op=OP,
             mode=mode,
-            shape=f"{name} {'x'.join(map(str, network.shape))}",
-            dtype=torch.float32,
-            device=options.device,
-            tensors=len(parameters),
-            elements=sum(p.numel() for p in parameters),
-            bytes_moved=0,
-            memory=2 * 10**9,
-            setup=functools.partial(_setup, network, mode, options),
         )
         for name, network in networks(options.quick).items()
-        for parameters in [list(network.make().parameters())]
         for mode in (INFERENCE, STEP)
     ]
 

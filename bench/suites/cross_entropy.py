@@ -29,12 +29,11 @@ from fusereg import functional as F
 from fusereg.augment import MixedLabels
 
 from ..harness import Accuracy, Call, Case, Options, Workload
-from ..harness.layers import BOTH, layer_case, providers, results, timed
+from ..harness.layers import BOTH, Work, layer_cases, providers, results, timed
 
 SMOOTHING = 0.1
 SHARE = 0.3
 FORMS = ("hard", "smoothed", "mixed")
-MOVED = 3
 #: Logits that are checked.
 _CHECKED = 1 << 22
 
@@ -44,26 +43,19 @@ Loss = Callable[[Tensor], Tensor]
 def cases(options: Options) -> list[Case]:
     """Return a classifier's and a language model's size in each dtype and form, and a tiny one."""
     sizes = [(256, 1000)] if options.quick else [(256, 1000), (4096, 50257)]
-    works = [(shape, dtype, False) for shape in sizes for dtype in options.dtypes]
-    works.append(((4, 16), options.dtypes[0], True))
-    found = [
-        layer_case(
-            f"cross_entropy {form}", BOTH, shape, dtype, options,
-            functools.partial(_setup, form, shape, dtype, options),
-            MOVED, name=f"{shape[0]}x{shape[1]}", host=host,
-        )
-        for shape, dtype, host in works
-        for form in FORMS
-    ]  # fmt: skip
+    ops = [f"cross_entropy {form}" for form in FORMS]
+    works = [Work(op, shape) for shape in sizes for op in ops]
+    works += [Work(op, (4, 16), host=True) for op in ops]
     # Eager torch's tensors; the check in float64 is made of small logits only.
     return [
         dataclasses.replace(case, memory=(12 * case.dtype.itemsize) * case.elements)
-        for case in found
+        for case in layer_cases(options, works, {BOTH: 3}, _setup)
     ]
 
 
-def losses(form: str, rows: int, classes: int, device: torch.device) -> tuple[Loss, Loss]:
+def losses(form: str, shape: tuple[int, ...], device: torch.device) -> tuple[Loss, Loss]:
     """Return torch's loss and fusereg's as functions of the logits."""
+    rows, classes = shape
     first = torch.arange(rows, device=device) * 7 % classes
     second = first.flip(0)
     torch_loss = torch.nn.functional.cross_entropy
@@ -82,11 +74,12 @@ def losses(form: str, rows: int, classes: int, device: torch.device) -> tuple[Lo
     return both, lambda x: F.cross_entropy(x, labels, label_smoothing=e)
 
 
-def _setup(form: str, shape: tuple[int, int], dtype: torch.dtype, options: Options) -> Workload:
+def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workload:
+    form, shape = work.op.rpartition(" ")[2], work.shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).to(options.device, dtype)
-    eager, fused = losses(form, *shape, options.device)
-    wanted, _ = losses(form, *shape, options.device)
+    eager, fused = losses(form, shape, options.device)
+    wanted, _ = losses(form, shape, options.device)
     return Workload(
         providers(
             eager, fused, timed(BOTH, x, gradient=torch.ones((), dtype=dtype, device=x.device))

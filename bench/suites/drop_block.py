@@ -20,8 +20,6 @@ The ``host`` rows have one map of 8 x 8: what remains is the cost of a call.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as torch_F
@@ -34,55 +32,37 @@ from ..harness.layers import (
     FORWARD,
     Data,
     P,
+    Work,
     check_kept,
-    layer_case,
+    layer_cases,
     providers,
     timed,
+    tolerances,
 )
 
-BLOCK = 7
+OP, BLOCK = "drop_block2d", 7
 
 # Elements moved for each element of the input.
 MOVED = {FORWARD: 2, BOTH: 4}
 
 # One multiplication, by a scale that the chain rounds to the dtype as well.
-_TOLERANCE = {
-    torch.float64: 1e-5,
-    torch.float32: 1e-5,
-    torch.float16: 2e-3,
-    torch.bfloat16: 1.6e-2,
-}
+_TOLERANCE = tolerances(1e-5, 1e-5, 2e-3, 1.6e-2)
 
 
 def cases(options: Options) -> list[Case]:
     """Return both layouts in each dtype and mode, then a tiny one."""
     batch = 2 if options.quick else 32
-    nchw, nhwc = torch.contiguous_format, torch.channels_last
+    last, name = torch.channels_last, f"{batch}x128x28x28 nhwc"
     works = [
-        (f"{batch}x64x56x56", (batch, 64, 56, 56), nchw, options.dtypes, False),
-        (f"{batch}x128x28x28 nhwc", (batch, 128, 28, 28), nhwc, options.dtypes, False),
-        ("1x1x8x8", (1, 1, 8, 8), nchw, options.dtypes[:1], True),
+        Work(OP, (batch, 64, 56, 56)),
+        Work(OP, (batch, 128, 28, 28), name=name, layout=last),
+        Work(OP, (1, 1, 8, 8), host=True),
     ]
-    return [
-        layer_case(
-            "drop_block2d", mode, shape, dtype, options,
-            functools.partial(_setup, shape, layout, mode, dtype, options),
-            MOVED[mode], name=name, host=host,
-        )
-        for name, shape, layout, dtypes, host in works
-        for dtype in dtypes
-        for mode in MOVED
-    ]  # fmt: skip
+    return layer_cases(options, works, MOVED, _setup)
 
 
-def _setup(
-    shape: tuple[int, ...],
-    layout: torch.memory_format,
-    mode: str,
-    dtype: torch.dtype,
-    options: Options,
-) -> Workload:
-    x = Data(dtype, options).uniform(*shape, layout=layout)
+def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workload:
+    x = Data(dtype, options).uniform(*work.shape, layout=work.layout)
 
     def fused(t: Tensor) -> Tensor:
         return F.drop_block2d(t, P, BLOCK)

@@ -23,8 +23,6 @@ layer.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
@@ -38,55 +36,34 @@ from ..harness.layers import (
     OUT,
     Data,
     P,
+    Work,
     check_kept,
     is_keep_rate,
-    layer_case,
+    layer_cases,
     providers,
     timed,
+    tolerances,
 )
 
 # Elements moved for each element of the input.
 MOVED = {FORWARD: 2, OUT: 2, BOTH: 4}
 
-HOST_ELEMENTS = 64
 LAYER = "nn.Dropout"
 
 # A p that is a multiple of 2^-16 is off by 1e-5 of the scale at most.
-_TOLERANCE = {
-    torch.float64: 1e-5,
-    torch.float32: 1e-5,
-    torch.float16: 2e-3,
-    torch.bfloat16: 1.6e-2,
-}
+_TOLERANCE = tolerances(1e-5, 1e-5, 2e-3, 1.6e-2)
 
 
 def cases(options: Options) -> list[Case]:
     """Return large tensors in each dtype and mode, then a tiny one for the host's share."""
     sizes = {"256K": 1 << 18} if options.quick else {"4M": 1 << 22, "16M": 1 << 24}
-
-    def case(op: str, name: str, elements: int, mode: str, dtype: torch.dtype, host: bool) -> Case:
-        setup = functools.partial(_setup, op, elements, mode, dtype, options)
-        return layer_case(
-            op, mode, (elements,), dtype, options, setup, MOVED[mode], name=name, host=host
-        )
-
-    return [
-        *(
-            case("dropout", name, elements, mode, dtype, False)
-            for name, elements in sizes.items()
-            for dtype in options.dtypes
-            for mode in MOVED
-        ),
-        *(
-            case(op, "64", HOST_ELEMENTS, mode, options.dtypes[0], True)
-            for op in ("dropout", LAYER)
-            for mode in (FORWARD, BOTH)
-        ),
-    ]
+    works = [Work("dropout", (elements,), name=name) for name, elements in sizes.items()]
+    works += [Work(op, (64,), (FORWARD, BOTH), host=True) for op in ("dropout", LAYER)]
+    return layer_cases(options, works, MOVED, _setup)
 
 
-def _setup(op: str, elements: int, mode: str, dtype: torch.dtype, options: Options) -> Workload:
-    x = Data(dtype, options).uniform(elements)
+def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workload:
+    x = Data(dtype, options).uniform(*work.shape)
     out = torch.empty_like(x) if mode == OUT else None
 
     def eager(t: Tensor) -> Tensor:
@@ -96,9 +73,9 @@ def _setup(op: str, elements: int, mode: str, dtype: torch.dtype, options: Optio
         return F.dropout(t, P, out=out)
 
     eager_function, fused_function = (
-        (nn.Dropout(P), fusereg.nn.Dropout(P)) if op == LAYER else (eager, fused)
+        (nn.Dropout(P), fusereg.nn.Dropout(P)) if work.op == LAYER else (eager, fused)
     )
-    clone = "drops nothing" if mode == FORWARD and op != LAYER else ""
+    clone = "drops nothing" if mode == FORWARD and work.op != LAYER else ""
     return Workload(
         providers(eager_function, fused_function, timed(mode, x), clone=clone),
         lambda call: check_kept(

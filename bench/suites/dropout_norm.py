@@ -16,7 +16,6 @@ cost of a call.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -32,12 +31,14 @@ from ..harness.layers import (
     FORWARD,
     Data,
     P,
+    Work,
     is_keep_rate,
-    layer_case,
+    layer_cases,
     providers,
     relative_error,
     results,
     timed,
+    tolerances,
 )
 
 EPS = 1e-5
@@ -49,28 +50,15 @@ OPS = ("dropout+add+LN", RMS)
 
 # Dropout's p is a multiple of 2^-16, off by 1e-5 of the scale at most; bfloat16 rounds the sum, the
 # result and, in the unfused steps, what lies between.
-_TOLERANCE = {
-    torch.float64: 1e-4,
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 6e-2,
-}
+_TOLERANCE = tolerances(1e-4, 1e-4, 1e-2, 6e-2)
 
 
 def cases(options: Options) -> list[Case]:
     """Return the widths of well-known transformers in each dtype and mode, then a tiny one."""
     shapes = [(256, 768)] if options.quick else [(4096, 768), (4096, 1024), (2048, 4096)]
-    works = [(shape, dtype, tuple(MOVED), False) for shape in shapes for dtype in options.dtypes]
-    works.append(((4, 16), options.dtypes[0], (BOTH,), True))
-    return [
-        layer_case(
-            op, mode, shape, dtype, options,
-            functools.partial(_setup, op, shape, mode, dtype, options), MOVED[mode], host=host,
-        )
-        for shape, dtype, modes, host in works
-        for op in OPS
-        for mode in modes
-    ]  # fmt: skip
+    works = [Work(op, shape) for shape in shapes for op in OPS]
+    works += [Work(op, (4, 16), (BOTH,), host=True) for op in OPS]
+    return layer_cases(options, works, MOVED, _setup)
 
 
 def _norm(op: str, s: Tensor, *affine: Tensor) -> Tensor:
@@ -79,11 +67,9 @@ def _norm(op: str, s: Tensor, *affine: Tensor) -> Tensor:
     return y
 
 
-def _setup(
-    op: str, shape: tuple[int, int], mode: str, dtype: torch.dtype, options: Options
-) -> Workload:
-    data = Data(dtype, options)
-    x, residual, upstream = (data.normal(*shape) for _ in range(3))
+def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workload:
+    op, data = work.op, Data(dtype, options)
+    x, residual, upstream = (data.normal(*work.shape) for _ in range(3))
     weight = torch.ones_like(x[0])
     inputs = [x, residual, weight] + ([] if op == RMS else [torch.zeros_like(weight)])
     function: Any = F.dropout_add_rms_norm if op == RMS else F.dropout_add_layer_norm

@@ -32,9 +32,8 @@ from fusereg.demo.data import first_of_each, load_bundled
 
 from .. import twins
 from ..harness import EAGER, Call, Case, Facts, Options, Provider, Workload
+from ..harness.layers import training_case
 
-OP = "training"
-STEP = "step"
 FUSED = "fusereg"
 COMPILED, FUSED_COMPILED = "torch.compile", "fusereg + compile"
 CAPTURED, FUSED_CAPTURED = "eager, CUDA graph", "fusereg, CUDA graph"
@@ -56,26 +55,20 @@ def recipes(quick: bool) -> list[twins.Recipe]:
 def cases(options: Options) -> list[Case]:
     """Return each network in each dtype."""
     return [
-        _case(twins.with_dtype(recipe, dtype), options)
+        _case(replace(recipe, dtype=dtype), options)
         for recipe in recipes(options.quick)
         for dtype in options.dtypes
     ]
 
 
 def _case(recipe: twins.Recipe, options: Options) -> Case:
-    parameters = list(recipe.make().parameters())
-    return Case(
-        op=OP,
-        mode=STEP,
-        shape=f"{recipe.network} {recipe.batch}x{recipe.side}x{recipe.side}",
-        dtype=recipe.dtype,
-        device=options.device,
-        tensors=len(parameters),
-        elements=sum(p.numel() for p in parameters),
-        bytes_moved=0,
-        # Some six networks of less than 100 MB each while they train.
-        memory=10**9,
-        setup=lambda: _setup(recipe, options),
+    return training_case(
+        f"{recipe.network} {recipe.batch}x{recipe.side}x{recipe.side}",
+        list(recipe.make().parameters()),
+        recipe.dtype,
+        options,
+        lambda: _setup(recipe, options),
+        memory=10**9,  # some six networks of less than 100 MB each while they train
     )
 
 

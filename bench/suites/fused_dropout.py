@@ -20,7 +20,6 @@ The ``host`` rows have 64 elements: what remains is the cost of a call.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,23 +37,20 @@ from ..harness.layers import (
     Data,
     Function,
     P,
+    Work,
     is_keep_rate,
-    layer_case,
+    layer_cases,
     providers,
     results,
     timed,
+    tolerances,
 )
 
 COLUMNS = 1024
 
 # A p that is a multiple of 2^-16 is off by 1e-5 of the scale at most; eager rounds 16-bit types
 # after each operation.
-_TOLERANCE = {
-    torch.float64: 1e-5,
-    torch.float32: 1e-5,
-    torch.float16: 4e-3,
-    torch.bfloat16: 3e-2,
-}
+_TOLERANCE = tolerances(1e-5, 1e-5, 4e-3, 3e-2)
 
 
 def _drop_path(x: Tensor) -> Tensor:
@@ -115,24 +111,21 @@ def cases(options: Options) -> list[Case]:
     """Return all operations at one size, the first also at a larger one, then a tiny one."""
     first = next(iter(OPERATIONS))
     name, elements = ("256K", 1 << 18) if options.quick else ("4M", 1 << 22)
-    works = [(op, name, elements, options.dtypes, False) for op in OPERATIONS]
+    modes = (FORWARD, BOTH)
+    works = [Work(op, (elements,), modes, name) for op in OPERATIONS]
     if not options.quick:
-        works.append((first, "16M", 1 << 24, options.dtypes, False))
-    works += [(op, "64", 64, options.dtypes[:1], True) for op in (first, "relu")]
-    return [
-        layer_case(
-            op, mode, (elements,), dtype, options,
-            functools.partial(_setup, op, elements, mode, dtype, options),
-            OPERATIONS[op].forward + (OPERATIONS[op].backward if mode == BOTH else 0),
-            name=name, host=host,
-        )
-        for op, name, elements, dtypes, host in works
-        for dtype in dtypes
-        for mode in (FORWARD, BOTH)
-    ]  # fmt: skip
+        works.append(Work(first, (1 << 24,), modes, "16M"))
+    works += [Work(op, (64,), modes, host=True) for op in (first, "relu")]
+    return layer_cases(options, works, _moved, _setup)
 
 
-def _setup(op: str, elements: int, mode: str, dtype: torch.dtype, options: Options) -> Workload:
+def _moved(op: str, mode: str) -> int:
+    operation = OPERATIONS[op]
+    return operation.forward + (operation.backward if mode == BOTH else 0)
+
+
+def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workload:
+    op, (elements,) = work.op, work.shape
     columns = min(COLUMNS, elements)
     rows = elements // columns
     data = Data(dtype, options)

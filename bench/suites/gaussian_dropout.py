@@ -17,7 +17,6 @@ The ``host`` rows have 64 elements: what remains is the cost of a call.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -26,16 +25,9 @@ from torch import Tensor
 from fusereg import functional as F
 
 from ..harness import Accuracy, Call, Case, Options, Workload
-from ..harness.layers import (
-    BOTH,
-    FORWARD,
-    P,
-    layer_case,
-    providers,
-    results,
-    timed,
-)
+from ..harness.layers import BOTH, FORWARD, P, Work, layer_cases, providers, results, timed
 
+OP = "gaussian_dropout"
 STRENGTH = math.sqrt(P / (1 - P))
 
 # Elements moved for each element of the input.
@@ -45,21 +37,12 @@ MOVED = {FORWARD: 2, BOTH: 4}
 def cases(options: Options) -> list[Case]:
     """Return one size in each dtype and mode, then a tiny one."""
     name, elements = ("256K", 1 << 18) if options.quick else ("4M", 1 << 22)
-    works = [(name, elements, dtype, False) for dtype in options.dtypes]
-    works.append(("64", 64, options.dtypes[0], True))
-    return [
-        layer_case(
-            "gaussian_dropout", mode, (elements,), dtype, options,
-            functools.partial(_setup, elements, mode, dtype, options),
-            MOVED[mode], name=name, host=host,
-        )
-        for name, elements, dtype, host in works
-        for mode in MOVED
-    ]  # fmt: skip
+    works = [Work(OP, (elements,), name=name), Work(OP, (64,), host=True)]
+    return layer_cases(options, works, MOVED, _setup)
 
 
-def _setup(elements: int, mode: str, dtype: torch.dtype, options: Options) -> Workload:
-    x = torch.ones(elements, dtype=dtype, device=options.device)  # the result is 1 + noise
+def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workload:
+    x = torch.ones(work.shape, dtype=dtype, device=options.device)  # the result is 1 + noise
 
     def eager(t: Tensor) -> Tensor:
         return t * (1 + STRENGTH * torch.randn_like(t))

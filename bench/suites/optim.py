@@ -128,12 +128,15 @@ def _check_step(call: Call) -> Accuracy:
 
 
 def _step_providers(new: Callable[[], Parameters]) -> list[Provider]:
-    def torchs(after: Callable[[Parameters], None] | None, **kind: Any) -> Callable[[], Call]:
+    def torchs(
+        name: str, after: Callable[[Parameters], None] | None, note: str, **kind: Any
+    ) -> Provider:
         def make() -> Call:
             p = new()
             return _Step(p, torch.optim.AdamW(p, lr=LR, **kind), after)
 
-        return make
+        shown = ", ".join(f"{key}={value}" for key, value in kind.items())
+        return Provider(name, make, note=f"torch.optim.AdamW({shown}), {note}")
 
     def own() -> Call:
         p = new()
@@ -141,24 +144,11 @@ def _step_providers(new: Callable[[], Parameters]) -> list[Provider]:
         optimizer = fusereg.optim.AdamW(p, lr=LR, l1=L1, l2=L2, prox="decoupled")
         return _Step(p, optimizer, None, penalized=True)
 
-    adamw = "torch.optim.AdamW"
     return [
-        Provider(
-            EAGER,
-            torchs(_eager_prox, foreach=False),
-            note=f"{adamw}(foreach=False), softshrink and mul_",
-        ),
-        Provider(
-            "foreach",
-            torchs(_foreach_prox, foreach=True),
-            note=f"{adamw}(foreach=True), torch._foreach_* prox",
-        ),
-        Provider(
-            FUSED_PROX,
-            torchs(_foreach_prox, fused=True),
-            note=f"{adamw}(fused=True), the same prox",
-        ),
-        Provider(FUSED_ALONE, torchs(None, fused=True), note=f"{adamw}(fused=True), no penalty"),
+        torchs(EAGER, _eager_prox, "softshrink and mul_", foreach=False),
+        torchs("foreach", _foreach_prox, "torch._foreach_* prox", foreach=True),
+        torchs(FUSED_PROX, _foreach_prox, "the same prox", fused=True),
+        torchs(FUSED_ALONE, None, "no penalty", fused=True),
         Provider("fusereg", own, note='fusereg.optim.AdamW(l1=, l2=, prox="decoupled")'),
     ]
 
@@ -178,15 +168,6 @@ def _foreach_prox(parameters: Parameters) -> None:
 
 
 def _clip_workload(parameters: Parameters) -> Workload:
-    def eager() -> object:
-        return torch.nn.utils.clip_grad_norm_(parameters, NO_LIMIT, foreach=False)
-
-    def foreach() -> object:
-        return torch.nn.utils.clip_grad_norm_(parameters, NO_LIMIT, foreach=True)
-
-    def own() -> object:
-        return fusereg.optim.clip_grad_norm_(parameters, NO_LIMIT)
-
     def check(call: Call) -> Accuracy:
         squares = [p.grad.double().square().sum() for p in parameters if p.grad is not None]
         wanted = math.sqrt(float(torch.stack(squares).sum()))
@@ -195,11 +176,15 @@ def _clip_workload(parameters: Parameters) -> Workload:
         low = parameters[0].dtype.itemsize < 4
         return Accuracy(abs(came - wanted) / wanted, 1e-2 if low else 1e-4, "norm")
 
+    def clipping(clip: Callable[..., object], note: str, name: str, **kind: Any) -> Provider:
+        return Provider(name, lambda: lambda: clip(parameters, NO_LIMIT, **kind), note=note)
+
+    torchs, note = torch.nn.utils.clip_grad_norm_, "torch.nn.utils.clip_grad_norm_"
     return Workload(
         [
-            Provider(EAGER, lambda: eager, note="torch.nn.utils.clip_grad_norm_(foreach=False)"),
-            Provider("foreach", lambda: foreach, note="torch.nn.utils.clip_grad_norm_"),
-            Provider("fusereg", lambda: own, note="fusereg.optim.clip_grad_norm_"),
+            clipping(torchs, f"{note}(foreach=False)", EAGER, foreach=False),
+            clipping(torchs, note, "foreach", foreach=True),
+            clipping(fusereg.optim.clip_grad_norm_, "fusereg.optim.clip_grad_norm_", "fusereg"),
         ],
         check,
     )

@@ -41,6 +41,7 @@ from fusereg.core.groups import CoupledChannels, Groups, Member
 
 from ..harness import EAGER, Accuracy, Call, Case, Options, Provider, Workload
 from ..harness.layers import compiled as by_compiler
+from ..harness.layers import tolerances
 from ..harness.shapes import Work, gpt2_small, list_cases, resnet50, resnet50_channels, works
 
 PROVIDERS = (
@@ -60,13 +61,11 @@ PROX = "prox"
 GROUP_PROX = "group prox"
 
 # Name of the operation, and elements moved for each element of the list: see the module's text.
-MODES = {
-    VALUE: ("elastic net", 1),
-    VALUE_GRADIENT: ("elastic net", 3),
-    PROX: ("soft threshold", 2),
-}
+MODES = {VALUE: ("elastic net", 1), VALUE_GRADIENT: ("elastic net", 3), PROX: ("soft threshold", 2)}
 
 WHOLE_LIST_GRAPH_LIMIT = 256
+
+Tensors = list[torch.Tensor]
 
 
 def cases(options: Options) -> list[Case]:
@@ -88,25 +87,14 @@ class _Data:
     """The parameters of one case and their gradients, shared by all its providers."""
 
     def __init__(self, work: Work, mode: str, dtype: torch.dtype, device: torch.device) -> None:
-        self.parameters = work.parameters(dtype, device)
+        parameters = work.parameters(dtype, device)
         if mode == VALUE_GRADIENT:
-            for parameter in self.parameters:
+            for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
-
-    @property
-    def as_tensors(self) -> list[torch.Tensor]:
-        """Return the parameters, typed as tensors."""
-        return list(self.parameters)
-
-    @property
-    def detached(self) -> list[torch.Tensor]:
-        """Return the parameters, detached."""
-        return [parameter.detach() for parameter in self.parameters]
-
-    @property
-    def gradients(self) -> list[torch.Tensor]:
-        """Return the gradients."""
-        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        self.dtype = dtype
+        self.parameters: Tensors = list(parameters)
+        self.detached = [parameter.detach() for parameter in parameters]
+        self.gradients = [p.grad for p in parameters if p.grad is not None]
 
 
 def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workload:
@@ -123,102 +111,103 @@ def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workl
 # --- providers ------------------------------------------------------------------------------------
 
 
-def _value_providers(data: _Data) -> list[Provider]:
-    parameters = data.as_tensors
-
-    def eager() -> object:
-        with torch.no_grad():
-            return L1 * _total(p.abs().sum() for p in parameters) + L2 / 2 * _total(
-                p.pow(2).sum() for p in parameters
-            )
-
-    def foreach() -> object:
-        with torch.no_grad():
-            return _foreach_value(parameters)
-
-    def own() -> object:
-        with torch.no_grad():
-            return fusereg.functional.elastic_net_penalty(parameters, L1, L2)
-
+def _calls(*calls: Call, **notes: str) -> list[Provider]:
+    """Return providers by the names of functions, with their notes."""
+    names = [
+        getattr(call, "__name__", "").replace("own", "fusereg").replace("_", " ") for call in calls
+    ]
     return [
-        Provider(EAGER, lambda: eager),
-        Provider("foreach", lambda: foreach),
-        _compiled(data.detached, None, _formula_value),
-        Provider("fusereg", lambda: own),
+        Provider(name, lambda call=call: call, note=notes.get(name, ""))  # type: ignore[misc]
+        for name, call in zip(names, calls, strict=True)
     ]
 
 
+def _value_providers(data: _Data) -> list[Provider]:
+    parameters = data.parameters
+
+    @torch.no_grad()
+    def eager() -> object:
+        l1_term = _total(p.abs().sum() for p in parameters)
+        return L1 * l1_term + L2 / 2 * _total(p.pow(2).sum() for p in parameters)
+
+    @torch.no_grad()
+    def foreach() -> object:
+        return _foreach_value(parameters)
+
+    @torch.no_grad()
+    def own() -> object:
+        return fusereg.functional.elastic_net_penalty(parameters, L1, L2)
+
+    return [*_calls(eager, foreach), _compiled(data.detached, [], _formula_value), *_calls(own)]
+
+
 def _value_gradient_providers(data: _Data) -> list[Provider]:
-    parameters, gradients = data.as_tensors, data.gradients
+    parameters, gradients = data.parameters, data.gradients
 
     def eager() -> object:
         l1_term = _total(p.abs().sum() for p in parameters)
-        l2_term = _total(p.pow(2).sum() for p in parameters)
-        loss = L1 * l1_term + L2 / 2 * l2_term
+        loss = L1 * l1_term + L2 / 2 * _total(p.pow(2).sum() for p in parameters)
         loss.backward()
         return loss.detach()
 
+    @torch.no_grad()
     def foreach() -> object:
-        with torch.no_grad():
-            value = _foreach_value(parameters)
-            torch._foreach_add_(gradients, parameters, alpha=L2)
-            torch._foreach_add_(gradients, torch._foreach_sign(parameters), alpha=L1)
-            return value
+        value = _foreach_value(parameters)
+        torch._foreach_add_(gradients, parameters, alpha=L2)
+        torch._foreach_add_(gradients, torch._foreach_sign(parameters), alpha=L1)
+        return value
 
     def own() -> object:
         return fusereg.add_penalty_grad_(parameters, l1=L1, l2=L2)
 
     def weight_penalty() -> Call:
         module = torch.nn.Module()
-        for index, parameter in enumerate(data.parameters):
+        for index, parameter in enumerate(parameters):
+            assert isinstance(parameter, torch.nn.Parameter)
             module.register_parameter(f"weight{index}", parameter)
         # exclude=(): the same elements as the others, biases and norms too.
-        penalty = fusereg.WeightPenalty(module, l1=L1, l2=L2, exclude=())
-        return penalty.add_grad_
+        return fusereg.WeightPenalty(module, l1=L1, l2=L2, exclude=()).add_grad_
 
     return [
-        Provider(EAGER, lambda: eager),
-        Provider("foreach", lambda: foreach),
+        *_calls(eager, foreach),
         _compiled(data.detached, gradients, _formula_value_gradient),
-        Provider("fusereg", lambda: own),
+        *_calls(own),
         Provider("WeightPenalty", weight_penalty, note="fusereg.WeightPenalty(...).add_grad_()"),
     ]
 
 
 def _prox_providers(data: _Data) -> list[Provider]:
-    parameters = data.as_tensors
+    parameters = data.parameters
 
-    def eager() -> object:
-        with torch.no_grad():
-            for p in parameters:
-                p.copy_(torch.nn.functional.softshrink(p, THRESHOLD))
-        return None
+    @torch.no_grad()
+    def eager() -> None:
+        for p in parameters:
+            p.copy_(torch.nn.functional.softshrink(p, THRESHOLD))
 
-    def formula() -> object:
-        with torch.no_grad():
-            for p in parameters:
-                p.copy_(p.sign() * (p.abs() - THRESHOLD).clamp(min=0))
-        return None
+    @torch.no_grad()
+    def formula() -> None:
+        for p in parameters:
+            p.copy_(p.sign() * (p.abs() - THRESHOLD).clamp(min=0))
 
-    def foreach() -> object:
+    @torch.no_grad()
+    def foreach() -> None:
         # w - clamp(w, -t, t) is soft thresholding, in three passes; the form with sign and abs
         # takes six.
-        with torch.no_grad():
-            clamped = list(torch._foreach_clamp_max(parameters, THRESHOLD))
-            torch._foreach_clamp_min_(clamped, -THRESHOLD)
-            torch._foreach_sub_(parameters, clamped)
-        return None
+        clamped = list(torch._foreach_clamp_max(parameters, THRESHOLD))
+        torch._foreach_clamp_min_(clamped, -THRESHOLD)
+        torch._foreach_sub_(parameters, clamped)
 
-    def own() -> object:
+    def own() -> None:
         fusereg.prox.l1_(parameters, THRESHOLD)
-        return None
 
     return [
-        Provider(EAGER, lambda: eager, note="torch.nn.functional.softshrink and copy_"),
-        Provider("formula", lambda: formula, note="sign(w) * clamp(|w| - t, min=0) and copy_"),
-        Provider("foreach", lambda: foreach),
-        _compiled(data.detached, None, _formula_prox),
-        Provider("fusereg", lambda: own),
+        *_calls(
+            *(eager, formula, foreach),
+            eager="torch.nn.functional.softshrink and copy_",
+            formula="sign(w) * clamp(|w| - t, min=0) and copy_",
+        ),
+        _compiled(data.detached, [], _formula_prox),
+        *_calls(own),
     ]
 
 
@@ -232,11 +221,9 @@ def _groups(data: _Data) -> Groups:
     return Groups(sets)
 
 
-def _group_steps(
-    tensors: list[torch.Tensor], threshold: float, sets: list[list[int]] | None = None
-) -> None:
-    """Take the step of all sets of channels by torch's operations, tensor by tensor."""
-    for writers in resnet50_channels() if sets is None else sets:
+def _group_steps(tensors: Tensors, threshold: float, sets: list[list[int]]) -> None:
+    """Take the step of sets of channels by torch's operations, tensor by tensor."""
+    for writers in sets:
         own = [tensors[i] for i in writers]
         squares = torch.stack([w.flatten(1).square().sum(1) if w.dim() > 1 else w * w for w in own])
         size = sum(w.numel() // len(w) for w in own)
@@ -246,27 +233,21 @@ def _group_steps(
 
 
 def _group_providers(data: _Data) -> list[Provider]:
-    groups, parameters = _groups(data), data.as_tensors
-    rows = [parameters[i] for writers in resnet50_channels() for i in writers]
+    groups, parameters, sets = _groups(data), data.parameters, resnet50_channels()
+    rows = [parameters[i] for writers in sets for i in writers]
 
-    def eager() -> object:
-        with torch.no_grad():
-            _group_steps(parameters, THRESHOLD)
-        return None
+    @torch.no_grad()
+    def eager() -> None:
+        _group_steps(parameters, THRESHOLD, sets)
 
-    def own() -> object:
+    def own() -> None:
         fusereg.prox.group_lasso_(groups, THRESHOLD)
-        return None
 
-    def rows_alone() -> object:
+    def rows_alone() -> None:
         fusereg.prox.group_lasso_(rows, THRESHOLD)
-        return None
 
-    return [
-        Provider(EAGER, lambda: eager),
-        Provider("fusereg", lambda: own),
-        Provider("rows alone", lambda: rows_alone, note="groups within each tensor: other results"),
-    ]
+    note = {"rows alone": "groups within each tensor: other results"}
+    return _calls(eager, own, rows_alone, **note)
 
 
 def _total(values: Iterator[torch.Tensor]) -> torch.Tensor:
@@ -274,15 +255,13 @@ def _total(values: Iterator[torch.Tensor]) -> torch.Tensor:
     return torch.as_tensor(sum(values))
 
 
-def _foreach_value(parameters: list[torch.Tensor]) -> torch.Tensor:
+def _foreach_value(parameters: Tensors) -> torch.Tensor:
     l1_norms = torch._foreach_norm(parameters, 1)
     l2_norms = torch._foreach_norm(parameters, 2)
     return L1 * torch.stack(l1_norms).sum() + L2 / 2 * torch.stack(l2_norms).square().sum()
 
 
 # The input of torch.compile. In float32 whatever the dtype is: that is free inside a fused loop.
-
-Tensors = list[torch.Tensor]
 
 
 def _formula_value(weights: Tensors, gradients: Tensors) -> torch.Tensor:
@@ -310,10 +289,12 @@ def _formula_prox(weights: Tensors, gradients: Tensors) -> None:
 Formula = Callable[[Tensors, Tensors], torch.Tensor | None]
 
 
-def _compiled(weights: Tensors, gradients: Tensors | None, formula: Formula) -> Provider:
+def _compiled(weights: Tensors, grads: Tensors, formula: Formula) -> Provider:
     """Return torch.compile's provider: one graph of the whole list, or one for each tensor."""
-    grads = gradients if gradients is not None else []
-    per_tensor = len(weights) > WHOLE_LIST_GRAPH_LIMIT
+    parts, note = [(weights, grads)], ""
+    if len(weights) > WHOLE_LIST_GRAPH_LIMIT:
+        parts = [(weights[i : i + 1], grads[i : i + 1]) for i in range(len(weights))]
+        note = f"compiled for one tensor and called {len(weights)} times: one graph takes minutes"
 
     def make() -> Call:
         compiled = by_compiler(formula)
@@ -321,31 +302,19 @@ def _compiled(weights: Tensors, gradients: Tensors | None, formula: Formula) -> 
         with _fresh_compiler_cache(), torch.no_grad():
             # An error that passes through torch's cache manager would make it leave its folder.
             try:
-                if per_tensor:
-                    compiled(weights[:1], grads[:1])
-                else:
-                    compiled(weights, grads)
+                compiled(*parts[0])
             except BaseException as error:
                 failure = error
         if failure is not None:
             raise failure
 
-        def whole() -> object:
-            with torch.no_grad():
-                return compiled(weights, grads)
+        @torch.no_grad()
+        def call() -> object:
+            values = [compiled(*part) for part in parts]
+            return values[0] if len(values) == 1 or values[0] is None else torch.stack(values).sum()
 
-        singles = [(weights[i : i + 1], grads[i : i + 1]) for i in range(len(weights))]
+        return call
 
-        def each() -> object:
-            with torch.no_grad():
-                values = [compiled(weight, grad) for weight, grad in singles]
-                return None if values[0] is None else torch.stack(values).sum()
-
-        return each if per_tensor else whole
-
-    note = ""
-    if per_tensor:
-        note = f"compiled for one tensor and called {len(weights)} times: one graph takes minutes"
     return Provider("torch.compile", make, compiles=True, note=note)
 
 
@@ -371,19 +340,9 @@ def _fresh_compiler_cache() -> Iterator[None]:
 # --- checks ---------------------------------------------------------------------------------------
 
 # Relative, for the elementwise results: some roundings of the dtype.
-_ELEMENT_TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 1e-5,
-    torch.float16: 5e-3,
-    torch.bfloat16: 3e-2,
-}
+_ELEMENT_TOLERANCE = tolerances(1e-12, 1e-5, 5e-3, 3e-2)
 # For the value, which eager gives in the weights' dtype: that dtype's rounding, and the sum's.
-_VALUE_TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-4,
-    torch.float16: 3e-3,
-    torch.bfloat16: 1e-2,
-}
+_VALUE_TOLERANCE = tolerances(1e-9, 1e-4, 3e-3, 1e-2)
 # Float64 copies of whole tensors of 124 million elements are not needed to compare them.
 _CHUNK = 1 << 22
 
@@ -409,7 +368,7 @@ def _value_error(value: object, expected: float) -> float:
 
 
 def _check_value(data: _Data, call: Call) -> Accuracy:
-    tolerance = _VALUE_TOLERANCE[data.parameters[0].dtype]
+    tolerance = _VALUE_TOLERANCE[data.dtype]
     return Accuracy(_value_error(call(), _reference_value(data)), tolerance, "value")
 
 
@@ -424,7 +383,7 @@ def _check_value_gradient(data: _Data, call: Call) -> Accuracy:
             difference = (gradients.double() - (L1 * w.sign() + L2 * w)).abs().max()
             worst = max(worst, float(difference) / scale)
     # The worse of the two by its own tolerance.
-    dtype = data.parameters[0].dtype
+    dtype = data.dtype
     if not value_error / _VALUE_TOLERANCE[dtype] <= worst / _ELEMENT_TOLERANCE[dtype]:
         return Accuracy(value_error, _VALUE_TOLERANCE[dtype], "value")
     return Accuracy(worst, _ELEMENT_TOLERANCE[dtype], "gradient")
@@ -442,7 +401,7 @@ def _check_prox(data: _Data, call: Call) -> Accuracy:
             # nothing even where the dtype is too coarse for the others to move.
             relative = (now.double() - expected).abs() / (w.abs() + THRESHOLD)
             worst = max(worst, float(relative.max()))
-    return Accuracy(worst, _ELEMENT_TOLERANCE[data.parameters[0].dtype], "result")
+    return Accuracy(worst, _ELEMENT_TOLERANCE[data.dtype], "result")
 
 
 def _check_groups(data: _Data, call: Call) -> Accuracy:
@@ -455,4 +414,4 @@ def _check_groups(data: _Data, call: Call) -> Accuracy:
     _group_steps(wanted, THRESHOLD, sets)
     found = [parameter.double() for parameter in data.detached]
     worst = max(float((f - w).abs().max()) for f, w in zip(found, wanted, strict=True))
-    return Accuracy(worst / scale, _ELEMENT_TOLERANCE[data.parameters[0].dtype], "result")
+    return Accuracy(worst / scale, _ELEMENT_TOLERANCE[data.dtype], "result")

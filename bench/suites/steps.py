@@ -17,7 +17,6 @@ layers; a U-Net. Each consists of torch's layers.
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,11 +25,12 @@ from torch import Tensor, nn
 
 import fusereg
 
-from ..harness import EAGER, Call, Case, Options, Provider, Workload
+from ..harness import Call, Case, Options, Workload
+from ..harness.layers import training_case
 from ..models import ResNet, Separable, UNet, encoder, tabular
-from .backend import BACKEND, BOTH, FUSED, INDUCTOR, training_case
+from .backend import PROVIDERS as PROVIDERS
+from .backend import Prepare, training_providers
 
-PROVIDERS = (EAGER, FUSED, BACKEND, INDUCTOR, BOTH)
 _WIDTHS = (64, 128, 256, 512)
 
 
@@ -48,10 +48,7 @@ def _networks(quick: bool) -> dict[str, tuple[Callable[[], nn.Module], tuple[int
         "mlp": (lambda: tabular(128, 512), (1024, 128)),
         "encoder": (lambda: encoder(512, 4, 8), (8, 128, 512)),
         "depthwise": (Separable, (16, 3, 32, 32)),
-        "resnet18": (
-            lambda: ResNet(_WIDTHS, depth=2, dropout=0.0, channels=3),
-            (32, 3, 32, 32),
-        ),
+        "resnet18": (lambda: ResNet(_WIDTHS, depth=2, dropout=0.0, channels=3), (32, 3, 32, 32)),
         "unet": (UNet, (4, 3, 64, 64)),
     }
 
@@ -65,43 +62,30 @@ def cases(options: Options) -> list[Case]:
 
 def _case(name: str, dtype: torch.dtype, options: Options) -> Case:
     make, shape = _networks(options.quick)[name]
-    text = f"{name} {'x'.join(map(str, shape))}"
-    return training_case(text, make, dtype, options, lambda: _setup(name, dtype, options))
+    text, parameters = f"{name} {'x'.join(map(str, shape))}", list(make().parameters())
+    return training_case(text, parameters, dtype, options, lambda: _setup(name, dtype, options))
 
 
 def _setup(name: str, dtype: torch.dtype, options: Options) -> Workload:
     make, shape = _networks(options.quick)[name]
     network = make().to(options.device)
     x = torch.randn(shape).to(options.device)
-    torch._dynamo.reset()
-    importlib.import_module("fusereg.backend")  # only here: it imports torch's compiler
 
-    def step(prepare: Callable[[nn.Module], Any], fused: bool = True) -> Callable[[], Call]:
+    def step(prepare: Prepare, own: bool, fuses: bool) -> Callable[[], Call]:
         def prepared() -> Call:
             model = copy.deepcopy(network)
             run = prepare(model)
             # A learning rate of 0: the same work, and the weights stay what they were.
             optimizer: Any = (
                 fusereg.optim.AdamW(model.parameters(), 0.0)
-                if fused
+                if own
                 else torch.optim.AdamW(model.parameters(), 0.0, fused=True)
             )
             return Step(run, optimizer, x, dtype)
 
         return prepared
 
-    def by_backend(model: nn.Module, **options: Any) -> Any:
-        return torch.compile(model, backend="fusereg", options=options or None)
-
-    return Workload(
-        [
-            Provider(EAGER, step(lambda model: model, fused=False)),
-            Provider(FUSED, step(fusereg.convert)),
-            Provider(BACKEND, step(by_backend), compiles=True),
-            Provider(INDUCTOR, step(torch.compile, fused=False), compiles=True),
-            Provider(BOTH, step(lambda m: by_backend(m, then="inductor")), compiles=True),
-        ]
-    )
+    return Workload(training_providers(step))
 
 
 class Step:

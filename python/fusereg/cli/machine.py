@@ -80,6 +80,12 @@ def _driver_version(devices: list[dict[str, object]]) -> str | None:
     return match.group(1) if match else None
 
 
+def usable_cores() -> int:
+    """Return the number of logical CPUs that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)  # only on Linux
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def read_machine() -> Machine:
     """Return all of it as it is now."""
     build, devices = _C.build_info(), _C.cuda_device_info()
@@ -89,12 +95,11 @@ def read_machine() -> Machine:
         "python": platform.python_version(),
         **{name: str(build.get(name, "unknown")) for name in ("compiler", "pybind11", "dlpack")},
     }
-    affinity = getattr(os, "sched_getaffinity", None)  # only on Linux
     cpu = Cpu(
         model=processor.name(),
         architecture=platform.machine(),
         logical_cores=os.cpu_count() or 1,
-        usable_cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
+        usable_cores=usable_cores(),
         torch_threads=torch.get_num_threads(),
         isa=_C.cpu_isa(),
         isas_available=list(_C.cpu_isas()),

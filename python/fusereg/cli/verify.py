@@ -13,6 +13,7 @@ from typer import Option
 from fusereg.cli.errors import InputError, choose
 from fusereg.cli.options import Dtypes, Json, Techniques
 from fusereg.cli.output import write_json
+from fusereg.core import screen
 
 if TYPE_CHECKING:
     from fusereg.cli.checks import CheckResult, Place
@@ -88,22 +89,21 @@ def table(results: Sequence[CheckResult]) -> tuple[list[str], list[list[str]]]:
 
 
 def _print_table(results: Sequence[CheckResult]) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from fusereg.cli.checks import TOLERANCES
 
     allowed = {str(d).removeprefix("torch."): f"{t:.0e}" for d, t in TOLERANCES.items()}
     header, rows = table(results)
-    grid = Table(
-        box=box.SIMPLE_HEAD,
+    grid = screen.table(
+        [f"{name}\n{allowed[name]}" if name in allowed else name for name in header],
+        words=len(header),
+        wrap=False,
         title="Worst error against torch in float64, in percent of what is allowed",
         title_justify="left",
+        pad_edge=True,
     )
-    for name in header:
-        grid.add_column(f"{name}\n{allowed[name]}" if name in allowed else name, no_wrap=True)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         cells = [Text(cell) for cell in row]
         for cell in cells[2:]:
@@ -111,8 +111,7 @@ def _print_table(results: Sequence[CheckResult]) -> None:
             cell.stylize(style)
         grid.add_row(*cells, end_section=following is None or following[0] != row[0])
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 100)
+    screen.at_least(console, 100)
     console.print(grid)
 
 
@@ -123,12 +122,10 @@ def _follow(
 ) -> list[CheckResult]:
     """Do the work place by place; show a bar on a terminal, a line for each place elsewhere."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     console = Console(stderr=True, highlight=False)
     results: list[CheckResult] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as p:
+    with screen.progress(console) as p:
         bar = p.add_task("", total=calls * len(chosen))
         for place in chosen:
             start = time.perf_counter()

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.arguments import check_type
 from ..optim.kernels import COPIES
+from ..optim.optimizer import RegularizedOptimizer
 from .parts import Cuts, shortened
 
 
@@ -30,11 +32,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, cuts: Cu
         TypeError: it is no optimizer.
         ValueError: it is another model's, or a state has another shape than its parameter.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            "fusereg.compact: optimizer must be a torch.optim.Optimizer, "
-            f"got {type(optimizer).__name__}"
-        )
+    wanted = "a torch.optim.Optimizer"
+    check_type(optimizer, torch.optim.Optimizer, "fusereg.compact: optimizer", wanted)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if held.isdisjoint(map(id, model.parameters())):
         raise ValueError("fusereg.compact: optimizer holds no parameter of the model")
@@ -60,7 +59,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, cuts: Cu
 
 def _whole_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     """Return the states that are of the whole tensor, whatever their shape: FTRL's last rates."""
-    return tuple(getattr(optimizer, "_step_keys", ()))
+    return optimizer._algorithm.steps if isinstance(optimizer, RegularizedOptimizer) else ()
 
 
 @torch.no_grad()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..core.arguments import check_type
 from ..core.groups import CoupledChannels, Groups, Member
 from .graph import Inputs, inputs_of, plain_copy, sets_of
 from .parts import CONV, Part, Set, slice_channels
@@ -103,10 +105,7 @@ def _members(
 
 def find(model: nn.Module, example_inputs: object, op: str) -> Found:
     """Return the sets of coupled channels of a model that pass the probes."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"fusereg.{op}: model must be a torch.nn.Module, got {type(model).__name__}"
-        )
+    check_type(model, nn.Module, f"fusereg.{op}: model", "a torch.nn.Module")
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"fusereg.{op}: gradients show what depends on what, and torch.inference_mode() has "
@@ -159,16 +158,11 @@ def _operations(model: nn.Module, inputs: Inputs) -> dict[str, float]:
 
         return count
 
-    hooks = [
-        m.register_forward_hook(hook(n))
-        for n, m in model.named_modules()
-        if isinstance(m, (CONV, nn.Linear))
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in model.named_modules():
+            if isinstance(layer, (CONV, nn.Linear)):
+                hooks.enter_context(layer.register_forward_hook(hook(name)))
         inputs.run(model, inputs.ways[0])
-    finally:
-        for h in hooks:
-            h.remove()
     return counts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -175,10 +176,7 @@ def sets_of(model: nn.Module, inputs: Inputs, op: str) -> Traced:
         warnings.simplefilter("ignore")
         try:
             graph.build_dependency(
-                model,
-                (inputs.args, inputs.kwargs),
-                forward_fn=forward,
-                verbose=False,
+                model, (inputs.args, inputs.kwargs), forward_fn=forward, verbose=False
             )
         except Exception as error:
             raise ValueError(
@@ -217,26 +215,23 @@ def _in_float64(error: Exception) -> str:
 @torch.no_grad()
 def _of_most_layers(model: nn.Module, inputs: Inputs) -> Way:
     """Return the way in which all layers are called that any way calls; evaluation if none is."""
+    if len(inputs.ways) == 1:
+        return inputs.ways[0]
     called: list[set[str]] = []
 
     def hook(name: str) -> Any:
         return lambda *_: called[-1].add(name)
 
-    hooks = [
-        m.register_forward_hook(hook(n))
-        for n, m in model.named_modules()
-        if len(inputs.ways) > 1 and isinstance(m, (CONV, nn.Linear))
-    ]
-    try:
-        for way in inputs.ways if hooks else ():
+    with ExitStack() as hooks:
+        for name, layer in model.named_modules():
+            if isinstance(layer, (CONV, nn.Linear)):
+                hooks.enter_context(layer.register_forward_hook(hook(name)))
+        for way in inputs.ways:
             called.append(set())
             inputs.run(model, way)
-    finally:
-        for h in hooks:
-            h.remove()
     everything = set().union(*called)
     return next(
-        (w for w, c in zip(inputs.ways, called, strict=False) if c == everything), inputs.ways[0]
+        (w for w, c in zip(inputs.ways, called, strict=True) if c == everything), inputs.ways[0]
     )
 
 

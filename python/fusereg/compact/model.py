@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..core import checks
+from ..core.arguments import check_integer, check_type
 from ..early_stopping import EarlyStopping
 from .carry import Change, carry_optimizer, check_optimizer
 from .find import Found, find, groups_of
@@ -114,27 +114,14 @@ def compact(
         >>> print(fusereg.compact(model, x, dry_run=True))
         >>> model = fusereg.compact(model, x, round_to=8, optimizer=optimizer)
     """
-    if not checks.is_integer(round_to):
-        raise TypeError(f"{_OP}: round_to must be an integer, got {type(round_to).__name__}")
-    if round_to < 1:
-        raise ValueError(f"{_OP}: round_to must be at least 1, got {round_to}")
-    if not isinstance(averaged, (AveragedModel, Iterable)):
-        raise TypeError(
-            f"{_OP}: averaged must be a torch.optim.swa_utils.AveragedModel or several, "
-            f"got {type(averaged).__name__}"
-        )
+    check_integer(round_to, 1, f"{_OP}: round_to")
+    wanted = "torch.optim.swa_utils.AveragedModel"
+    check_type(averaged, (AveragedModel, Iterable), f"{_OP}: averaged", f"a {wanted} or several")
     averages = (averaged,) if isinstance(averaged, AveragedModel) else tuple(averaged)
-    for average in averages:
-        if not isinstance(average, AveragedModel):
-            raise TypeError(
-                f"{_OP}: averaged must hold torch.optim.swa_utils.AveragedModel objects, "
-                f"got {type(average).__name__}"
-            )
+    for one in averages:
+        check_type(one, AveragedModel, f"{_OP}: what averaged holds", f"a {wanted}")
     if stopper is not None:
-        if not isinstance(stopper, EarlyStopping):
-            raise TypeError(
-                f"{_OP}: stopper must be a fusereg.EarlyStopping, got {type(stopper).__name__}"
-            )
+        check_type(stopper, EarlyStopping, f"{_OP}: stopper", "a fusereg.EarlyStopping")
         if (reason := stopper.why_not_movable()) is not None:
             raise ValueError(f"{_OP}: stopper cannot go on with another model: {reason}")
     start = time.perf_counter()

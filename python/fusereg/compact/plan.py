@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,15 +14,7 @@ from torch import Tensor, nn
 from .find import Found
 from .graph import Inputs
 from .parts import CONV, Part, Set, slice_channels
-from .probe import (
-    Range,
-    constant_for,
-    generator,
-    norms_of,
-    nowhere_flat,
-    reading,
-    zeros_alone,
-)
+from .probe import Range, constant_for, generator, norms_of, nowhere_flat, reading, zeros_alone
 
 
 @dataclass
@@ -321,13 +314,11 @@ def _unchanging(model: nn.Module, names: set[str], inputs: Inputs) -> set[str]:
         return hook
 
     given: dict[nn.Module, list[Any]] = {}
-    modules = {name: model.get_submodule(name) for name in names}
-    hooks = [m.register_forward_pre_hook(before) for m in modules.values()]
-    hooks += [m.register_forward_hook(after(n)) for n, m in modules.items()]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(before))
+            hooks.enter_context(module.register_forward_hook(after(name)))
         inputs.call(model)
         inputs.other(generator(6)).call(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name for name, alike in same.items() if alike}

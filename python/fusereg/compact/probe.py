@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -124,14 +124,11 @@ def reading(model: nn.Module, sets: Iterable[Set]) -> Iterator[dict[str, Range]]
         return hook
 
     names = {p.module for s in sets for p in (*s.readers, *norms_of(model, s))}
-    hooks = [
-        model.get_submodule(n).register_forward_pre_hook(note(n), with_kwargs=True) for n in names
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(note(name), with_kwargs=True))
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -292,15 +289,18 @@ def _moves(
     probe = copy.deepcopy(model)
     for found in sets:
         silence(probe, found.readers, chosen[found.name])
-    before = _outputs(probe, inputs)
-    for i, found in enumerate(sets):
-        scramble(probe, found.writers, chosen[found.name], 11 + i)
-    after = _outputs(probe, inputs)
-    if isinstance(before, str) or isinstance(after, str):
-        return f"the model fails with other weights: {before if isinstance(before, str) else after}"
-    if differ(after, before, _TOLERANCE) is None:
-        return None
-    return "its channels are outputs of the model, or something besides the layers found reads them"
+
+    def change() -> None:
+        for i, found in enumerate(sets):
+            scramble(probe, found.writers, chosen[found.name], 11 + i)
+
+    return _changes(
+        probe,
+        inputs,
+        change,
+        "the model fails with other weights",
+        "its channels are outputs of the model, or something besides the layers found reads them",
+    )
 
 
 def _cannot_be_cut(
@@ -310,14 +310,26 @@ def _cannot_be_cut(
     probe = copy.deepcopy(model)
     for found in sets:
         silence(probe, found.parts, chosen[found.name])
+    return _changes(
+        probe,
+        inputs,
+        lambda: cut(probe, cuts_of(probe, [(s, chosen[s.name]) for s in sets])),
+        "forward does not work with fewer channels",
+        "forward computes something else with fewer channels",
+    )
+
+
+def _changes(
+    probe: nn.Module, inputs: Inputs, change: Callable[[], None], fails: str, differs: str
+) -> str | None:
+    """Return what is wrong if the outputs are others after a change; None if they are not."""
     before = _outputs(probe, inputs)
-    cut(probe, cuts_of(probe, [(s, chosen[s.name]) for s in sets]))
+    change()
     after = _outputs(probe, inputs)
-    if isinstance(before, str) or isinstance(after, str):
-        return f"forward does not work with fewer channels: {after}"
-    if differ(after, before, _TOLERANCE) is None:
-        return None
-    return "forward computes something else with fewer channels"
+    for found in (before, after):
+        if isinstance(found, str):
+            return f"{fails}: {found}"
+    return None if differ(after, before, _TOLERANCE) is None else differs  # type: ignore[arg-type]
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor] | str:

@@ -40,10 +40,7 @@ class Table(Sequence[Row]):
         #: The model's parameters, before and after.
         self.parameters = parameters
         #: Multiply-adds of one example in convolutions and linear layers, before and after.
-        self.operations = (
-            sum(r.operations[0] for r in rows),
-            sum(r.operations[1] for r in rows),
-        )
+        self.operations = (sum(r.operations[0] for r in rows), sum(r.operations[1] for r in rows))
         #: How long it took to find out.
         self.seconds = seconds
         #: What else changes: modules that become identities, biases that are new.

@@ -61,6 +61,15 @@ def open_regular(path: Path) -> BinaryIO:
         raise
 
 
+def check_kinds(content: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> None:
+    """Raise KeyError or TypeError unless the content has values of these types by these names."""
+    for name, kind in kinds.items():
+        value = content[name]
+        # A Boolean is an int for isinstance.
+        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind):
+            raise TypeError(f"{name} is {value!r:.80}")
+
+
 def hash_file(file: BinaryIO) -> str:
     """Return the SHA-256 of an open file."""
     digest = hashlib.sha256()
@@ -82,13 +91,7 @@ class Folder:
     """
 
     def __init__(
-        self,
-        op: str,
-        path: str | os.PathLike[str],
-        commit: str,
-        form: str,
-        version: int,
-        data: str,
+        self, op: str, path: str | os.PathLike[str], commit: str, form: str, version: int, data: str
     ) -> None:
         require_safetensors(op)
         if not isinstance(path, (str, os.PathLike)):

@@ -69,9 +69,19 @@ class Ranks:
         dist.broadcast_object_list(held, source, self._group)
         return cast(T, held[0])
 
-    def together(self, own: Exception | None) -> None:
-        """Raise this rank's error, or else that of the first rank that has one, on all ranks."""
+    def together(self, work: Callable[[], T]) -> T:
+        """Call a function on every rank and return its result; an error on one is raised on all."""
+        own, result = attempt(work)
         raise_first(self.gather(describe(own)), own)
+        return cast(T, result)
+
+
+def attempt(work: Callable[[], T]) -> tuple[Exception | None, T | None]:
+    """Return the error of a function, or its result."""
+    try:
+        return None, work()
+    except Exception as problem:
+        return problem, None
 
 
 def describe(problem: Exception | None) -> Problem | None:

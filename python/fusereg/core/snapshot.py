@@ -329,19 +329,12 @@ class Sources:
         """Load a snapshot into the objects, in place into modules.
 
         Raises:
-            ValueError: the snapshot lacks an object's state, or has a module's tensor in another
-                shape. Nothing has changed then, nor if an object that is no module raises.
+            ValueError: as :meth:`check`. Nothing has changed then, nor if an object that is no
+                module raises.
         """
+        self.check(snapshot)
         objects = self._current()
-        missing = [name for name in objects if name not in snapshot.states]
-        if missing:
-            raise ValueError(
-                f"{self._op}: the state of epoch {snapshot.epoch} holds nothing for "
-                f"{', '.join(missing)}; it has {', '.join(snapshot.states)}"
-            )
         modules = {name: t for name, t in objects.items() if isinstance(t, nn.Module)}
-        for name, module in modules.items():
-            self._check_fit(name, module, snapshot)
         shared: Memo = {}
         copies: Memo = {}
         before: list[tuple[Stateful, Any]] = []
@@ -363,20 +356,56 @@ class Sources:
                 buffers = release(snapshot.buffers.get(name, {}), shared, copying=False)
                 _restore_buffers(module, buffers)
 
-    def _check_fit(self, name: str, module: nn.Module, snapshot: Snapshot) -> None:
-        """Raise ValueError if a tensor of a module has another shape than in its state."""
-        state = snapshot.states[name]
-        for key, own in module.state_dict().items():
-            kept = state.get(key)
-            if isinstance(kept, Held):
-                kept = kept.local if kept.sharding is None else None
-            if not isinstance(own, Tensor) or not isinstance(kept, Tensor):
-                continue
-            if not nn.parameter.is_lazy(own) and own.shape != kept.shape:
-                raise ValueError(
-                    f"{self._op}: the state of epoch {snapshot.epoch} has {name}'s {key} with "
-                    f"shape {tuple(kept.shape)}, wanted {tuple(own.shape)}"
-                )
+    def check(self, snapshot: Snapshot) -> None:
+        """Raise ValueError if a snapshot lacks an object, or a module has other tensors."""
+        objects = self._current()
+        where = f"{self._op}: the state of epoch {snapshot.epoch}"
+        missing = [name for name in objects if name not in snapshot.states]
+        if missing:
+            raise ValueError(
+                f"{where} holds nothing for {', '.join(missing)}; it has "
+                f"{', '.join(snapshot.states)}"
+            )
+        for name, module in objects.items():
+            if isinstance(module, nn.Module):
+                _check_fit(module, snapshot.states[name], where, name)
+
+
+def _check_fit(module: nn.Module, state: Mapping[str, Any], where: str, name: str) -> None:
+    """Raise ValueError if a module and its state differ in the names or shapes of tensors."""
+    present = module.state_dict()
+    keys = {
+        "lacks": [key for key in present if key not in state],
+        "also has": [key for key in state if key not in present],
+    }
+    if any(keys.values()) and not _loads_its_own_way(module):
+        parts = [
+            f"{verb} {', '.join(k[:3])}{', ...' * (len(k) > 3)}" for verb, k in keys.items() if k
+        ]
+        raise ValueError(
+            f"{where} {' and '.join(parts)} of {name}; is it that of another architecture?"
+        )
+    for key, own in present.items():
+        kept = state.get(key)
+        if isinstance(kept, Held):
+            kept = kept.local if kept.sharding is None else None
+        if not isinstance(own, Tensor) or not isinstance(kept, Tensor):
+            continue
+        if not nn.parameter.is_lazy(own) and own.shape != kept.shape:
+            raise ValueError(
+                f"{where} has {name}'s {key} with shape {tuple(kept.shape)}, wanted "
+                f"{tuple(own.shape)}"
+            )
+
+
+def _loads_its_own_way(module: nn.Module) -> bool:
+    """Return whether a module may load a state that has other names than its own."""
+    return any(
+        m._load_state_dict_pre_hooks
+        or type(m).load_state_dict is not nn.Module.load_state_dict
+        or not type(m)._load_from_state_dict.__module__.startswith(("torch.nn.", "fusereg."))
+        for m in module.modules()
+    )
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -16,6 +16,14 @@ from .op import cross_entropy as _operator
 _HALVES = (torch.float16, torch.bfloat16)
 
 
+def check_smoothing(label_smoothing: float) -> None:
+    """Raise torch's error unless this is a share of the probability."""
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(
+            f"fusereg.{OP}: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}"
+        )
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor | MixedLabels,
@@ -77,10 +85,7 @@ def cross_entropy(
         reduction = _legacy(size_average, reduce)
     if reduction not in REDUCTIONS:
         raise ValueError(f"fusereg.{OP}: {reduction} is not a valid value for reduction")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(
-            f"fusereg.{OP}: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}"
-        )
+    check_smoothing(label_smoothing)
     checks.check_input(input, OP, "input")
     if input.dim() == 0:
         raise ValueError(f"fusereg.{OP}: input must have at least 1 dimension, got 0")

@@ -18,7 +18,7 @@ class CrossEntropyLoss(Layer, nn.CrossEntropyLoss):
         ignore_index: the class index of rows that do not count.
         reduce: deprecated, as in torch.
         reduction: "mean", "sum" or "none".
-        label_smoothing: within [0, 1].
+        label_smoothing: within [0, 1], else RuntimeError.
         inplace_backward: let backward write the gradient over the logits.
     """
 
@@ -33,6 +33,7 @@ class CrossEntropyLoss(Layer, nn.CrossEntropyLoss):
         *,
         inplace_backward: bool = False,
     ) -> None:
+        F.check_smoothing(label_smoothing)
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.inplace_backward = inplace_backward
 

@@ -73,6 +73,12 @@ def _values(run: Run, what: str) -> Floats:
     return np.array([getattr(epoch, what) for epoch in run.epochs], dtype=np.float64)
 
 
+def _plot(axes: Axes, run: Run, what: str, every: int = 1, **style: Any) -> None:
+    """Plot a figure of every so many epochs."""
+    values = _values(run, what)
+    axes.plot(range(1, len(values) + 1, every), values[::every], **style)
+
+
 def _loss_title(results: Sequence[Result]) -> str:
     control = _control(results)
     if control is None or len(control.fused.epochs) < 3:
@@ -97,54 +103,25 @@ def loss_curves(results: Sequence[Result]) -> Figure:
         subtitle += " Diamond: the epoch that early stopping restored."
     figure = new_figure(11, 1.7 + 2.0 * _rows(results), _loss_title(results), subtitle)
     panels, control = _panels(figure, results, "epoch"), _control(results)
+    style: dict[str, Any]
     for axes, result in zip(panels, results, strict=False):
         color, marker = style_of(result)
-        for what, style, name in (("train_loss", "--", "training"), ("test_loss", "-", "test")):
+        for what, dash, name in (("train_loss", "--", "training"), ("test_loss", "-", "test")):
             if control is not None and control is not result:
-                values = _values(control.fused, what)
-                axes.plot(
-                    range(1, len(values) + 1),
-                    values,
-                    color=GRAY,
-                    linestyle=style,
-                    linewidth=0.8,
-                    label=f"{name} images, none",
-                )
-            values = _values(result.fused, what)
-            axes.plot(
-                range(1, len(values) + 1),
-                values,
-                color=color,
-                linestyle=style,
-                linewidth=1.8,
-                marker=marker if name == "test" else None,
-                markevery=max(1, len(values) // 5),
-                markersize=5,
-                label=f"{name} images, fusereg",
-            )
+                style = {"color": GRAY, "linestyle": dash, "linewidth": 0.8}
+                _plot(axes, control.fused, what, label=f"{name} images, none", **style)
+            style = {"color": color, "linestyle": dash, "linewidth": 1.8, "markersize": 5}
+            style["marker"] = marker if name == "test" else None
+            style["markevery"] = max(1, len(result.fused.epochs) // 5)
+            _plot(axes, result.fused, what, label=f"{name} images, fusereg", **style)
             if result.plain is not None:
-                values = _values(result.plain, what)
-                every = max(1, len(values) // 8)
-                axes.plot(
-                    range(1, len(values) + 1, every),
-                    values[::every],
-                    linestyle="none",
-                    marker="x",
-                    markersize=5,
-                    color=GRAY,
-                    label="PyTorch",
-                )
+                every = max(1, len(result.plain.epochs) // 8)
+                style = {"color": GRAY, "linestyle": "none", "marker": "x", "markersize": 5}
+                _plot(axes, result.plain, what, every, label="PyTorch", **style)
         back = result.fused.restored
         if back is not None:  # the model is this epoch's, whatever came after
-            axes.plot(
-                back + 1,
-                result.fused.last.test_loss,
-                "D",
-                markersize=8,
-                color=color,
-                markerfacecolor="white",
-                zorder=4,
-            )
+            style = {"color": color, "markerfacecolor": "white", "markersize": 8, "zorder": 4}
+            axes.plot(back + 1, result.fused.last.test_loss, "D", **style)
     axes = panels[0]
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

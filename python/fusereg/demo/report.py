@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich import box
 from rich.table import Table
 
 from fusereg.cli.errors import InputError
+from fusereg.core import screen
 from fusereg.demo.data import DataSet
 from fusereg.demo.techniques import linear_weights
 from fusereg.demo.train import Result, Run
@@ -55,12 +55,7 @@ def row(result: Result) -> list[str]:
 
 def table(results: Sequence[Result]) -> Table:
     """Return the table that the demo prints."""
-    made = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-    for index, title in enumerate(HEADER):
-        made.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
-    for result in results:
-        made.add_row(*row(result))
-    return made
+    return screen.table(HEADER, map(row, results), wrap=False, padding=0, show_edge=False)
 
 
 def legend(results: Sequence[Result]) -> list[str]:

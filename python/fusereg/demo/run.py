@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fusereg import _C
 from fusereg.cli.errors import InputError
 from fusereg.cli.machine import read_machine
 from fusereg.cli.output import write_atomically, write_json
+from fusereg.core import screen
 from fusereg.demo import data as demo_data
 from fusereg.demo import plots, report
 from fusereg.demo.techniques import HIDDEN, Technique, choose
@@ -100,15 +100,8 @@ def _train(
     """Train all techniques: a bar on a terminal, and a line for each finished technique."""
     results: list[Result] = []
     started = time.perf_counter()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("epochs, left"),
-        TimeRemainingColumn(),
-    )
     runs = [2 if settings.baseline and technique.plain else 1 for technique in techniques]
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as p:
+    with screen.progress(console, "epochs, left") as p:
         bar = p.add_task("", total=settings.epochs * sum(runs))
 
         def on_epoch(technique: Technique, provider: str, done: int, loss: float) -> None:
@@ -167,8 +160,7 @@ def run_demo(settings: Settings) -> int:
     report.prepare_folder(settings.out)
     # Where the JSON goes to standard output, everything else goes to standard error.
     console = Console(stderr=settings.json == "-", highlight=False)
-    if not console.is_terminal:
-        console.width = 100
+    screen.at_least(console, 100)
     with _threads(settings.threads):
         console.print(_announcement(data, settings, device), soft_wrap=True)
         data = data.to(device)

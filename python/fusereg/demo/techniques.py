@@ -310,13 +310,13 @@ class PlainBatchNorm(Method):
 # --- augmentation: the training images, changed anew in every epoch ---
 
 # Degrees, zoom, shift as a share of the side, degrees of shear: what leaves a digit readable.
-_TURN, _ZOOM, _SHIFT, _SHEAR = 12.0, (0.9, 1.15), 0.07, 8.0
+TURN, ZOOM, SHIFT, SHEAR = 12.0, (0.9, 1.15), 0.07, 8.0
 
 
 def make_augment(size: tuple[int, int]) -> fusereg.augment.Augment:
     """Return the row's augmentation of images of this size."""
     return fusereg.augment.Augment(
-        size, degrees=_TURN, scale=_ZOOM, translate=_SHIFT, shear=_SHEAR, crop="center"
+        size, degrees=TURN, scale=ZOOM, translate=SHIFT, shear=SHEAR, crop="center"
     )
 
 
@@ -335,24 +335,28 @@ class PlainAugmentation(Method):
     """A matrix for each image, affine_grid and grid_sample; it draws other numbers."""
 
     def images(self, batch: Tensor) -> Tensor:
-        n, (height, width) = len(batch), self.image_size
+        return warped(batch.view(-1, 1, *self.image_size)).flatten(1)
 
-        def draw(low: float, high: float) -> Tensor:
-            return torch.empty(n, device=batch.device).uniform_(low, high)
 
-        angle, zoom = torch.deg2rad(draw(-_TURN, _TURN)), draw(*_ZOOM)
-        shear = torch.tan(torch.deg2rad(draw(-_SHEAR, _SHEAR)))
-        cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
-        stretch = height / width  # the grid's units are half the sides
-        moved = [2 * draw(-_SHIFT, _SHIFT) for _ in range(2)]
-        rows = [
-            [cos + shear * sin, (shear * cos - sin) * stretch, moved[0]],
-            [sin / stretch, cos, moved[1]],
-        ]
-        matrix = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
-        grid = F.affine_grid(matrix, [n, 1, height, width], align_corners=False)
-        images = batch.view(n, 1, height, width)
-        return F.grid_sample(images, grid, align_corners=False).flatten(1)
+def warped(images: Tensor) -> Tensor:
+    """Return images (N, 1, H, W), each turned, zoomed, shifted and sheared, in plain torch."""
+    n, _, height, width = images.shape
+
+    def draw(low: float, high: float) -> Tensor:
+        return torch.empty(n, device=images.device).uniform_(low, high)
+
+    angle, zoom = torch.deg2rad(draw(-TURN, TURN)), draw(*ZOOM)
+    shear = torch.tan(torch.deg2rad(draw(-SHEAR, SHEAR)))
+    cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
+    stretch = height / width  # the grid's units are half the sides
+    moved = [2 * draw(-SHIFT, SHIFT) for _ in range(2)]
+    rows = [
+        [cos + shear * sin, (shear * cos - sin) * stretch, moved[0]],
+        [sin / stretch, cos, moved[1]],
+    ]
+    matrix = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
 
 
 # --- when to end, and which epoch's model to keep ---
@@ -414,131 +418,52 @@ class PlainEverything(PlainBatchNorm, PlainPenalty, PlainAugmentation, PlainEarl
 
 # Strengths: found by trying on the bundled digits. Labels and names use the same words.
 TECHNIQUES: list[Technique] = [
-    Technique(
-        "none",
-        "none",
-        "no regularization: the control; both columns run the same code",
-        Method,
-        Method,
-    ),
-    Technique(
-        "l1",
-        "L1",
-        "l1 * sum |w|, its gradient added to the loss's",
-        Penalty,
-        PlainPenalty,
-        {"l1": 3e-4},
-    ),
-    Technique(
-        "l2",
-        "L2",
-        "l2/2 * sum w^2, its gradient added to the loss's",
-        Penalty,
-        PlainPenalty,
-        {"l2": 5e-3},
-    ),
-    Technique(
-        "elastic_net",
-        "elastic net",
-        "l1 * sum |w| + l2/2 * sum w^2, the gradient of both added in one pass",
-        Penalty,
-        PlainPenalty,
-        {"l1": 1e-4, "l2": 3e-3},
-    ),
-    Technique(
-        "l1_prox",
-        "L1 prox",
-        "soft-thresholding of every weight after each step",
-        ProxL1,
-        PlainProxL1,
-        {"l1": 3e-4},
-    ),
-    Technique(
-        "group_lasso",
-        "group lasso",
-        "proximal step on the first layer, a group for each input pixel",
-        ProxPixels,
-        PlainProxPixels,
-        {"group": 2e-4},
-    ),
-    Technique(
-        "compact",
-        "compact",
-        "proximal step on whole hidden units; those that are zero are removed at the end",
-        Compact,
-        PlainProxUnits,
-        {"group": 6e-4},
-    ),
-    Technique(
-        "prox_adamw",
-        "prox AdamW",
-        "AdamW with soft-thresholding inside the optimizer's step",
-        ProxAdamW,
-        PlainProxAdamW,
-        {"l1": 2e-2},
-    ),
-    Technique(
-        "dropout",
-        "dropout",
-        "h / (1 - p) with probability 1 - p, else 0, after the hidden layer",
-        Dropout,
-        PlainDropout,
-        {"p": 0.5},
-        same_steps=False,
-    ),
-    Technique(
-        "drop_connect",
-        "DropConnect",
-        "dropout of the last layer's weight, a mask for each batch",
-        DropConnect,
-        PlainDropConnect,
-        {"p": 0.5},
-        same_steps=False,
-    ),
-    Technique(
-        "batch_norm",
-        "batch norm",
-        "the hidden layer normalized over the batch, then ReLU, in one pass",
-        BatchNorm,
-        PlainBatchNorm,
-    ),
-    Technique(
-        "batch_norm_dropout",
-        "batch norm + dropout",
-        "normalization, ReLU and dropout of the hidden layer in one pass",
-        BatchNorm,
-        PlainBatchNorm,
-        {"p": 0.3},
-        same_steps=False,
-    ),
-    Technique(
-        "augmentation",
-        "augmentation",
-        "every image turned, zoomed, shifted and sheared anew in every epoch",
-        Augmentation,
-        PlainAugmentation,
-        {"degrees": _TURN, "translate": _SHIFT, "shear": _SHEAR},
-        same_steps=False,
-    ),
-    Technique(
-        "early_stopping",
-        "early stopping",
-        "ends when the loss on validation images has not fallen for some epochs, and restores the "
-        "best epoch",
-        EarlyStopping,
-        PlainEarlyStopping,
-        {"patience": 5, "min_delta": 1e-3},
-    ),
-    Technique(
-        "everything",
-        "everything",
-        "batch norm, dropout, elastic net, augmentation and early stopping in one training",
-        Everything,
-        PlainEverything,
-        {"p": 0.1, "l1": 1e-5, "l2": 1e-4, "patience": 10, "min_delta": 0.0},
-        same_steps=False,
-    ),
-]
+    Technique("none", "none", "no regularization: the control; both columns run the same code",
+              Method, Method),
+    Technique("l1", "L1", "l1 * sum |w|, its gradient added to the loss's",
+              Penalty, PlainPenalty, {"l1": 3e-4}),
+    Technique("l2", "L2", "l2/2 * sum w^2, its gradient added to the loss's",
+              Penalty, PlainPenalty, {"l2": 5e-3}),
+    Technique("elastic_net", "elastic net",
+              "l1 * sum |w| + l2/2 * sum w^2, the gradient of both added in one pass",
+              Penalty, PlainPenalty, {"l1": 1e-4, "l2": 3e-3}),
+    Technique("l1_prox", "L1 prox", "soft-thresholding of every weight after each step",
+              ProxL1, PlainProxL1, {"l1": 3e-4}),
+    Technique("group_lasso", "group lasso",
+              "proximal step on the first layer, a group for each input pixel",
+              ProxPixels, PlainProxPixels, {"group": 2e-4}),
+    Technique("compact", "compact",
+              "proximal step on whole hidden units; those that are zero are removed at the end",
+              Compact, PlainProxUnits, {"group": 6e-4}),
+    Technique("prox_adamw", "prox AdamW",
+              "AdamW with soft-thresholding inside the optimizer's step",
+              ProxAdamW, PlainProxAdamW, {"l1": 2e-2}),
+    Technique("dropout", "dropout",
+              "h / (1 - p) with probability 1 - p, else 0, after the hidden layer",
+              Dropout, PlainDropout, {"p": 0.5}, same_steps=False),
+    Technique("drop_connect", "DropConnect",
+              "dropout of the last layer's weight, a mask for each batch",
+              DropConnect, PlainDropConnect, {"p": 0.5}, same_steps=False),
+    Technique("batch_norm", "batch norm",
+              "the hidden layer normalized over the batch, then ReLU, in one pass",
+              BatchNorm, PlainBatchNorm),
+    Technique("batch_norm_dropout", "batch norm + dropout",
+              "normalization, ReLU and dropout of the hidden layer in one pass",
+              BatchNorm, PlainBatchNorm, {"p": 0.3}, same_steps=False),
+    Technique("augmentation", "augmentation",
+              "every image turned, zoomed, shifted and sheared anew in every epoch",
+              Augmentation, PlainAugmentation,
+              {"degrees": TURN, "translate": SHIFT, "shear": SHEAR}, same_steps=False),
+    Technique("early_stopping", "early stopping",
+              "ends when the loss on validation images has not fallen for some epochs, and "
+              "restores the best epoch",
+              EarlyStopping, PlainEarlyStopping, {"patience": 5, "min_delta": 1e-3}),
+    Technique("everything", "everything",
+              "batch norm, dropout, elastic net, augmentation and early stopping in one training",
+              Everything, PlainEverything,
+              {"p": 0.1, "l1": 1e-5, "l2": 1e-4, "patience": 10, "min_delta": 0.0},
+              same_steps=False),
+]  # fmt: skip
 
 
 def choose(names: Sequence[str] | None) -> list[Technique]:

@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from ..core.encoding import Encoder, decode
-from ..core.files import CheckpointError, Folder
+from ..core.files import CheckpointError, Folder, check_kinds
 from ..core.snapshot import Snapshot
 from .checks import OP
 
 FORMAT = "fusereg early stopping"
 VERSION = 1
 COMMIT = "early_stopping.json"
+#: The types of what a commit says of the best state.
+_BEST: dict[str, tuple[type, ...]] = {
+    "epoch": (int,), "value": (int, float), "states": (dict,), "buffers": (dict,), "sha256": (str,),
+}  # fmt: skip
 _DATA = r"best-\d{6,}-[0-9a-f]{12}\.safetensors"
 
 
@@ -89,11 +93,7 @@ class CheckpointFolder(Folder):
             raise TypeError(f"progress is {type(progress).__name__}")
         if best is None:
             return None
-        kinds: dict[str, tuple[type, ...]]
-        kinds = {"epoch": (int,), "value": (int, float), "states": (dict,), "buffers": (dict,)}
-        for key, kind in {**kinds, "sha256": (str,)}.items():
-            if not isinstance(best[key], kind) or isinstance(best[key], bool):
-                raise TypeError(f"best.{key} is {type(best[key]).__name__}")
+        check_kinds(best, _BEST)
         if not math.isfinite(best["value"]):
             raise ValueError(f"best.value is {best['value']}")
         self.path_of(best["file"])

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+from ..core.arguments import check_choice, check_integer
 from ..core.checks import as_number
-from .checks import OP, check_choice, check_integer
+from ..core.files import check_kinds
+from .checks import OP
 from .smoothing import Ema, Memory, Rolling, Smoothing
 
 Reason: TypeAlias = Literal["patience", "target", "divergence", "non_finite"]
@@ -57,8 +59,8 @@ class Metric:
     smoothing: Smoothing | None = None
 
     def __post_init__(self) -> None:
-        check_choice("mode", self.mode, ("min", "max"))
-        check_choice("delta_mode", self.delta_mode, ("absolute", "relative"))
+        check_choice(self.mode, ("min", "max"), f"{OP}: mode")
+        check_choice(self.delta_mode, ("absolute", "relative"), f"{OP}: delta_mode")
         for name in ("min_delta", "baseline", "target", "divergence"):
             value = getattr(self, name)
             if value is None and name != "min_delta":
@@ -108,18 +110,18 @@ class Rules:
 
     def __post_init__(self) -> None:
         why = " (patience p stops at the p-th check in a row without improvement)"
-        check_integer("patience", self.patience, 1, why)
-        check_choice("patience_unit", self.patience_unit, ("checks", "epochs"))
-        check_choice("nan", self.nan, ("stop", "count", "ignore"))
-        check_choice("combine", self.combine, ("any", "all"))
-        check_integer("start_from_epoch", self.start_from_epoch, 0)
+        check_integer(self.patience, 1, f"{OP}: patience", why)
+        check_choice(self.patience_unit, ("checks", "epochs"), f"{OP}: patience_unit")
+        check_choice(self.nan, ("stop", "count", "ignore"), f"{OP}: nan")
+        check_choice(self.combine, ("any", "all"), f"{OP}: combine")
+        check_integer(self.start_from_epoch, 0, f"{OP}: start_from_epoch")
         if self.nan_limit is not None:
             if self.nan != "ignore":
                 raise ValueError(f'{OP}: nan_limit goes with nan="ignore", got nan={self.nan!r}')
-            check_integer("nan_limit", self.nan_limit, 1)
+            check_integer(self.nan_limit, 1, f"{OP}: nan_limit")
         if not self.metrics:
             raise ValueError(f"{OP}: metrics must name at least one metric")
-        check_choice("best_by", self.best_by, list(self.metrics))
+        check_choice(self.best_by, list(self.metrics), f"{OP}: best_by")
 
     @property
     def best_index(self) -> int:
@@ -172,38 +174,35 @@ class State:
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> State:
         """Rebuild the state that ``as_dict`` described; KeyError or TypeError for anything else."""
-        names = {field.name for field in fields(Track)}
         for track in content["tracks"]:
-            if set(track) != names:
-                raise KeyError(f"a track has {sorted(track)}, wanted {sorted(names)}")
-            for name in ("reference", "best"):
-                _check_kind(name, track[name], (int, float, type(None)))
-            for name in ("since", "best_epoch"):
-                _check_kind(name, track[name], (int, type(None)))
-            for name in ("misses", "non_finite"):
-                _check_kind(name, track[name], (int,))
-            _check_kind("memory", track["memory"], (list, tuple))
+            if set(track) != set(_TRACK):
+                raise KeyError(f"a track has {sorted(track)}, wanted {sorted(_TRACK)}")
+            check_kinds(track, _TRACK)
             for number in track["memory"]:
-                _check_kind("memory", number, (int, float))
+                check_kinds({"memory": number}, {"memory": (int, float)})
         tracks = [Track(**{**t, "memory": tuple(t["memory"])}) for t in content["tracks"]]
         last = None if content["last"] is None else Decision(**content["last"])
         if last is not None:
-            for name in ("improved", "new_best", "stop"):
-                if not isinstance(getattr(last, name), bool):
-                    raise TypeError(f"{name} is {getattr(last, name)!r}")
+            check_kinds(content["last"], dict.fromkeys(("improved", "new_best", "stop"), (bool,)))
             if last.reason not in (None, *get_args(Reason)) or last.stop != (
                 last.reason is not None
             ):
                 raise TypeError(f"the reason is {last.reason!r}")
-        _check_kind("epoch", content["epoch"], (int, type(None)))
-        _check_kind("checks", content["checks"], (int,))
+        check_kinds(content, {"epoch": (int, type(None)), "checks": (int,)})
         return State(tuple(tracks), content["epoch"], content["checks"], last)
 
 
-def _check_kind(name: str, value: Any, kinds: tuple[type, ...]) -> None:
-    """Raise TypeError unless the value is of one of these types, and no Boolean."""
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}")
+_NUMBER, _EPOCH = (int, float, type(None)), (int, type(None))
+#: The types of a record's fields.
+_TRACK: dict[str, tuple[type, ...]] = {
+    "reference": _NUMBER,
+    "best": _NUMBER,
+    "since": _EPOCH,
+    "best_epoch": _EPOCH,
+    "misses": (int,),
+    "non_finite": (int,),
+    "memory": (list, tuple),
+}
 
 
 def judged_anew(rules: Rules, state: State) -> State:

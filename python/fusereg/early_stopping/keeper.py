@@ -12,14 +12,15 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import nn
 
+from ..core.arguments import check_choice
 from ..core.encoding import check_savable
 from ..core.files import CheckpointError
 from ..core.lock import FolderInUse
-from ..core.ranks import Problem, describe, raise_first
+from ..core.ranks import Problem, attempt, describe, raise_first
 from ..core.snapshot import Memo, Place, Snapshot, Sources, clone, fingerprint, release
 from .agreement import AgreeingRanks
 from .checkpoint import CheckpointFolder
-from .checks import OP, check_choice
+from .checks import OP
 
 Where: TypeAlias = Literal["cpu", "device", "disk", "none"]
 SAME_ARGUMENTS = (
@@ -50,8 +51,8 @@ class Keeper:
         resume: bool | None,
         on_save_error: OnSaveError,
     ) -> None:
-        check_choice("snapshot", where, ("cpu", "device", "disk", "none"))
-        check_choice("on_save_error", on_save_error, ("raise", "warn"))
+        check_choice(where, ("cpu", "device", "disk", "none"), f"{OP}: snapshot")
+        check_choice(on_save_error, ("raise", "warn"), f"{OP}: on_save_error")
         if folder is None:
             if where == "disk" or resume is not None:
                 name = "resume" if resume is not None else 'snapshot="disk"'
@@ -94,13 +95,13 @@ class Keeper:
         """
         if self._folder is None:
             return None
-        progress, own = None, None
-        try:
+        folder = self._folder
+
+        def checked() -> dict[str, Any] | None:
             check_savable(self._sources, OP)
-            if self._ranks.index() == 0:
-                progress = self._open(self._folder)
-        except Exception as problem:
-            own = problem
+            return self._open(folder) if self._ranks.index() == 0 else None
+
+        own, progress = attempt(checked)
         heard = self._ranks.gather(Opened(describe(own), progress, self._folder.brief()))
         if any(not isinstance(opened, Opened) for opened in heard):
             raise ValueError(f"{OP}: {SAME_ARGUMENTS}")
@@ -146,13 +147,8 @@ class Keeper:
         All ranks must call it, and all raise if it fails on one.
         """
         assert self._folder is not None
-        own = None
-        if self._where != "disk":
-            try:
-                self._in_memory = self._load_best()
-            except Exception as problem:
-                own = problem
-        self._ranks.together(own)
+        in_memory = self._where != "disk"
+        self._in_memory = self._ranks.together(lambda: self._load_best() if in_memory else None)
         self._on_disk = self._folder.best_epoch
 
     def _fingerprint(self) -> str | None:
@@ -186,14 +182,10 @@ class Keeper:
         """Take a snapshot. All ranks must call it, and all raise if it fails on one."""
         if not self._sources or self._where == "none":
             return None
-        captured, own = None, None
-        if self._where != "disk" or self._ranks.index() == 0 or self._sources.sharded():
-            try:
-                captured = self._sources.capture(epoch, value, self._place)
-            except Exception as problem:
-                own = problem
-        self._ranks.together(own)
-        return captured
+        wanted = self._where != "disk" or self._ranks.index() == 0 or self._sources.sharded()
+        return self._ranks.together(
+            lambda: self._sources.capture(epoch, value, self._place) if wanted else None
+        )
 
     def accept(self, captured: Snapshot) -> None:
         """Make this snapshot the best state."""

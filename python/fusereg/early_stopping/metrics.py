@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.arguments import check_choice, check_type
 from ..core.checks import as_number, check_mapping
-from .checks import OP, check_choice
+from .checks import OP
 from .decision import Metric, Mode
 
 
@@ -41,13 +42,9 @@ def check_metrics(
     found = {}
     for name, metric in metrics.items():
         if isinstance(metric, str):
-            check_choice(f'metrics["{name}"]', metric, ("min", "max"))
+            check_choice(metric, ("min", "max"), f'{OP}: metrics["{name}"]')
             metric = Metric(metric)
-        if not isinstance(metric, Metric):
-            raise TypeError(
-                f'{OP}: metrics["{name}"] must be "min", "max" or a Metric, '
-                f"got {type(metric).__name__}"
-            )
+        check_type(metric, Metric, f'{OP}: metrics["{name}"]', '"min", "max" or a Metric')
         found[name] = metric
     return found
 

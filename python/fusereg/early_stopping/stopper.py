@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from ..core.arguments import check_choice, check_integer, check_type
 from ..core.checks import check_mapping
 from ..core.files import CheckpointError
 from ..core.hints import explains
@@ -18,7 +19,7 @@ from ..core.ranks import Problem, describe, raise_first
 from ..core.snapshot import RandomState, Snapshot, Sources, Stateful
 from .agreement import AgreeingRanks, Agreement
 from .checkpoint import CheckpointFolder
-from .checks import OP, check_choice, check_integer
+from .checks import OP
 from .decision import Decision, Metric, Mode, Rules, State, Track, advance, explain, judged_anew
 from .keeper import SAME_ARGUMENTS, Keeper, OnSaveError, Where
 from .metrics import check_metrics, check_weights, number, weighted_sum
@@ -66,10 +67,7 @@ def _sources(model: Any, also: Mapping[str, Any] | None, rng: bool) -> Sources:
     """Return the objects to keep, by the names of their states."""
     objects: dict[str, Any] = {}
     if model is not None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"{OP}: model must be a torch.nn.Module or None, got {type(model).__name__}"
-            )
+        check_type(model, nn.Module, f"{OP}: model", "a torch.nn.Module or None")
         objects["model"] = model
     if also is not None:
         check_mapping(also, f"{OP}: also", 'like {"optimizer": optimizer}')
@@ -237,7 +235,7 @@ class EarlyStopping:
             combine=combine,
             best_by=best_by,
         )
-        check_choice("agreement", agreement, ("mean", "min", "max", "rank0", "none"))
+        check_choice(agreement, ("mean", "min", "max", "rank0", "none"), f"{OP}: agreement")
         self._restore_best = restore_best
         self._entered = False
         self._loop: object = None  # identifies the loop over epochs() that is running
@@ -399,13 +397,8 @@ class EarlyStopping:
         """Restore the best state if a loop over ``epochs`` is to stop. All ranks must call it."""
         if not decision.stop:
             return
-        own = None
-        if self._loop is not None and not self._entered:
-            try:
-                self.finish()
-            except Exception as problem:
-                own = problem
-        self._ranks.together(own)
+        wanted = self._loop is not None and not self._entered
+        self._ranks.together(self.finish if wanted else lambda: None)
 
     def epochs(self, count: int, *, start: int | None = None) -> Iterator[int]:
         """Iterate over the epochs from ``start`` up to ``count``, until a check says to stop.
@@ -418,10 +411,10 @@ class EarlyStopping:
             count: the end of the range, which is not trained itself, >= 0.
             start: the first epoch; by default the one after the last check (0 in a new run).
         """
-        count = check_integer("count", count, 0)
+        count = check_integer(count, 0, f"{OP}: count")
         if start is None:
             start = 0 if self._state.epoch is None else self._state.epoch + 1
-        start = check_integer("start", start, 0)
+        start = check_integer(start, 0, f"{OP}: start")
         return self._epochs(start, count)
 
     def _epochs(self, start: int, count: int) -> Iterator[int]:
@@ -599,7 +592,7 @@ class EarlyStopping:
     def _read(self, metric: Any, epoch: Any) -> tuple[list[float], Exception | None]:
         """Return the values to judge, and the error in them, which is raised on all ranks later."""
         try:
-            check_integer("epoch", epoch, 0)
+            check_integer(epoch, 0, f"{OP}: epoch")
             if self._state.epoch is not None and epoch < self._state.epoch:
                 raise ValueError(
                     f"{OP}.step: epoch must not go back: got {epoch} after {self._state.epoch}; "
@@ -616,11 +609,8 @@ class EarlyStopping:
         if self._single:
             return [number(metric, "metric")]
         names = list(self._weights or self._rules.metrics)
-        if not isinstance(metric, Mapping):
-            raise TypeError(
-                f"{OP}.step: metric must be a mapping with {', '.join(names)}, "
-                f"got {type(metric).__name__}"
-            )
+        wanted = f"a mapping with {', '.join(names)}"
+        check_type(metric, Mapping, f"{OP}.step: metric", wanted)
         missing = [name for name in names if name not in metric]
         if missing:
             raise ValueError(

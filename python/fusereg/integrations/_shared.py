@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import EarlyStopping, WeightPenalty
@@ -54,13 +55,14 @@ class PenaltyArguments:
         super().__init__()
         self.penalty: WeightPenalty | None = None
         self._name = name
-        make = functools.partial(WeightPenalty, l1=l1, l2=l2, group=group)
+        make = functools.partial(
+            WeightPenalty, l1=l1, l2=l2, group=group, half=half, schedule=schedule
+        )
         check_given((l1, l2, group), rules)
         if any(s is not UNSET for s in (l1, l2, group)):
-            make(nn.Module())  # so that invalid strengths are reported now
-        self._make = functools.partial(
-            make, half=half, exclude=exclude, rules=rules, schedule=schedule
-        )
+            # So that invalid ones are reported now; of the model, which is not known yet, by then.
+            make(nn.ParameterList([torch.zeros(())]), exclude=())
+        self._make = functools.partial(make, exclude=exclude, rules=rules)
 
 
 class Monitored:

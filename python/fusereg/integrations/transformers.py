@@ -36,6 +36,15 @@ else:
 _OP = "integrations.transformers"
 
 
+def _claim(state: Any, key: str, owner: TrainerCallback, advice: str) -> None:
+    """Raise if another callback of this run has the same key: its state would be overwritten."""
+    if vars(state).setdefault("_fusereg_owners", {}).setdefault(key, owner) is not owner:
+        raise ValueError(
+            f"fusereg.{_OP}.{type(owner).__name__}: two callbacks keep their states under the "
+            f'name "{key}"; {advice}'
+        )
+
+
 class PenaltyCallback(PenaltyArguments, TrainerCallback):
     r"""Adds the gradient of a :class:`fusereg.WeightPenalty` before each optimizer step.
 
@@ -59,6 +68,7 @@ class PenaltyCallback(PenaltyArguments, TrainerCallback):
 
     Raises:
         RuntimeError: when training begins, with DeepSpeed, which does not expose the gradients.
+        ValueError: when training begins, if another penalty has the same name.
 
     Example:
         >>> trainer = Trainer(model, args, callbacks=[PenaltyCallback(l1=1e-5)], ...)
@@ -83,6 +93,7 @@ class PenaltyCallback(PenaltyArguments, TrainerCallback):
                 f"fusereg.{_OP}.PenaltyCallback: DeepSpeed keeps the gradients to itself; give the "
                 "strengths to a fusereg optimizer or add the penalty to the loss"
             )
+        _claim(state, self._key, self, "give each a name= of its own")
         self.on_train_end()  # which has not run if an exception ended the last run
         self.penalty = self._make(others["model"])
         if state.global_step > 0 and self._key in state.stateful_callbacks:
@@ -146,7 +157,8 @@ class EarlyStoppingCallback(TrainerCallback):
         stopper: the :class:`fusereg.EarlyStopping` during and after training, else None.
 
     Raises:
-        TypeError, ValueError: as :class:`fusereg.EarlyStopping`, at once.
+        TypeError, ValueError: as :class:`fusereg.EarlyStopping`, at once; and when training begins,
+            if another callback watches the same metrics.
 
     Example:
         >>> stopping = EarlyStoppingCallback("eval_accuracy", patience=3, mode="max")
@@ -173,6 +185,7 @@ class EarlyStoppingCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Make the stopper, and resume it from the Trainer's state."""
+        _claim(state, self._key, self, "one of them is enough for these metrics")
         also = {}
         if self._also is not None:
             also = {"also": self._also(others["optimizer"], others["lr_scheduler"])}
@@ -223,11 +236,7 @@ class _OptimizerFactory:
     ) -> torch.optim.Optimizer:
         strengths = {k: options.pop(k) for k in ("l1", "l2", "group") if k in options}
         groups = optim.param_groups_weight_decay(model, weight_decay, **strengths)
-        for group in groups:
-            group["params"] = [p for p in group["params"] if p.requires_grad]
-        made: torch.optim.Optimizer = getattr(optim, optimizer)(
-            [group for group in groups if group["params"]], **options
-        )
+        made: torch.optim.Optimizer = getattr(optim, optimizer)(groups, **options)
         return made
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import algorithms
 from .optimizer import RegularizedOptimizer, documented
 from .options import Number, Options, ParamsT
 
@@ -48,14 +49,9 @@ class Adagrad(RegularizedOptimizer):
 
     Example:
         >>> optimizer = fusereg.optim.Adagrad(model.parameters(), lr=0.1, l1=1e-3)
-        >>> loss.backward()
-        >>> optimizer.step()
     """
 
-    _algorithm = 2
-    _name = "Adagrad"
-    _keys = ("sum",)
-    _has_step = True
+    _algorithm = algorithms.ADAGRAD
 
     def __init__(  # type: ignore[misc]  # foreach may come by position too
         self,
@@ -69,12 +65,9 @@ class Adagrad(RegularizedOptimizer):
         **options: Unpack[Options],
     ) -> None:
         defaults = {
-            "lr": lr,
-            "lr_decay": lr_decay,
-            "eps": eps,
-            "weight_decay": weight_decay,
+            "lr": lr, "lr_decay": lr_decay, "eps": eps, "weight_decay": weight_decay,
             "initial_accumulator_value": initial_accumulator_value,
-        }
+        }  # fmt: skip
         super().__init__(params, defaults, foreach=foreach, **options)
         # torch's Adagrad has its states from the beginning.
         with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .algorithms import ADAM
 from .optimizer import RegularizedOptimizer, documented
 from .options import Number, Options, ParamsT
 
@@ -16,14 +17,12 @@ __all__ = ["Adam", "AdamW"]
 class Moments(RegularizedOptimizer):
     """The base of those that keep averages of the gradients and of their squares."""
 
-    _keys: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
-    _has_step = True
-
     def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
         first, second = group["betas"]
         decoupled = bool(group.get("decoupled_weight_decay", False))
-        own = {"first": first, "second": second, "eps": group["eps"]}
-        return {**own, "decoupled_decay": decoupled}
+        return {
+            "first": first, "second": second, "eps": group["eps"], "decoupled_decay": decoupled,
+        }  # fmt: skip
 
 
 @documented
@@ -75,9 +74,7 @@ class Adam(Moments):
         >>> objective = loss.detach() + optimizer.penalty_value
     """
 
-    _algorithm = 1
-    _name = "Adam"
-    _keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _algorithm = ADAM
 
     def __init__(
         self,
@@ -93,21 +90,14 @@ class Adam(Moments):
         **options: Unpack[Options],
     ) -> None:
         defaults = {
-            "lr": lr,
-            "betas": self._pair(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "capturable": capturable,
+            "lr": lr, "betas": self._pair(betas), "eps": eps, "weight_decay": weight_decay,
+            "amsgrad": amsgrad, "capturable": capturable,
             "decoupled_weight_decay": decoupled_weight_decay,
-        }
+        }  # fmt: skip
         super().__init__(params, defaults, **options)
 
     def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
         return {**super()._specific(group), "amsgrad": bool(group["amsgrad"])}
-
-    def _wanted_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return self._keys if group["amsgrad"] else self._keys[:2]
 
 
 @documented
@@ -130,11 +120,7 @@ class AdamW(Adam):
     Example:
         >>> groups = fusereg.optim.param_groups_weight_decay(model, 0.01, l1=1e-5)
         >>> optimizer = fusereg.optim.AdamW(groups, lr=1e-3)
-        >>> loss.backward()
-        >>> optimizer.step()
     """
-
-    _name = "AdamW"
 
     def __init__(
         self,

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core import distributed
-from .kernels import State, update_dtype
-from .op import LOW_PRECISION
+from ..core.arguments import check_type
+from .kernels import LOW_PRECISION, State, update_dtype
 
 KEY = "ema_param"
 
@@ -99,8 +99,7 @@ class Averages(torch.optim.Optimizer):
         where = f"fusereg.optim.{self._name}.{what}"
         if not averages_of([self]):
             raise ValueError(f"{where}: there are no averages without ema_decay")
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"{where}: model must be a module, got {type(model).__name__}")
+        check_type(model, (nn.Module, type(None)), f"{where}: model", "a module")
         params = [p for group in self.param_groups for p in group["params"]]
         if model is None and distributed.has_dtensor(params):
             raise ValueError(

@@ -97,9 +97,7 @@ def clip_grad_norm_(
         >>> optimizer.step()
     """
     op = "optim.clip_grad_norm_"
-    max_norm = checks.as_number(max_norm, f"fusereg.{op}: max_norm")
-    if not max_norm >= 0.0:
-        raise ValueError(f"fusereg.{op}: max_norm must not be negative, got {max_norm}")
+    max_norm = not_negative(max_norm, op, "max_norm")
     listed = _params.as_list(parameters, op)
     norm_type = _order(norm_type, op)
     if not dispatch.eager() and not error_if_nonfinite:
@@ -132,6 +130,14 @@ def _scale(grads: list[Tensor], norm: Tensor, max_norm: float) -> None:
     with torch.no_grad():
         for g in grads:
             g.mul_(factor.to(g.device).to(g.dtype))
+
+
+def not_negative(value: float, op: str, name: str) -> float:
+    """Return a number as a float; raise unless it is >= 0, and for NaN."""
+    value = checks.as_number(value, f"fusereg.{op}: {name}")
+    if not value >= 0.0:
+        raise ValueError(f"fusereg.{op}: {name} must not be negative, got {value}")
+    return value
 
 
 def _order(norm_type: object, op: str) -> float:

@@ -12,14 +12,13 @@ from ..core import checks, dispatch, distributed, memory
 from ..core import params as _params
 from ..penalty import dtensor as _sharded
 from ..penalty.kernels import DONE
-from ..penalty.strengths import Strengths
+from ..penalty.strengths import NO_PENALTY
+from .clip import not_negative
 
 __all__ = ["adaptive_clip_grad_", "clip_grad_value_"]
 
 _tables = memory.launch_tables()
 _rows_tables = memory.launch_tables()
-#: Layers whose weight has its outputs in dimension 1: the name of a base class.
-_TURNED = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Conv1D")
 
 
 @dispatch.outside_graphs
@@ -49,7 +48,7 @@ def clip_grad_value_(
         >>> optimizer.step()
     """
     op = "optim.clip_grad_value_"
-    limit = _not_negative(clip_value, op, "clip_value")
+    limit = not_negative(clip_value, op, "clip_value")
     listed = list({id(p): p for p in _params.as_list(parameters, op)}.values())
     if _C.clip_values(listed, limit, _tables, op) == DONE:
         return
@@ -69,9 +68,7 @@ def clip_grad_value_(
 
 @dispatch.outside_graphs
 def adaptive_clip_grad_(
-    parameters: Tensor | Iterable[Tensor] | nn.Module,
-    clip_factor: float = 0.01,
-    eps: float = 1e-3,
+    parameters: Tensor | Iterable[Tensor] | nn.Module, clip_factor: float = 0.01, eps: float = 1e-3
 ) -> None:
     r"""Clip the gradient of each unit by the norm of its weights (Brock et al. 2021, NFNets).
 
@@ -85,7 +82,7 @@ def adaptive_clip_grad_(
 
     Args:
         parameters: a tensor, an iterable of tensors, or a module; those without ``.grad`` do not
-            count. DTensors must have whole rows on each rank.
+            count. The norms of a DTensor's units are those of all ranks' parts of them.
         clip_factor: c >= 0.
         eps: least norm of a unit's weights, >= 0: units of zeros may begin to move.
 
@@ -99,51 +96,39 @@ def adaptive_clip_grad_(
         >>> optimizer.step()
     """
     op = "optim.adaptive_clip_grad_"
-    clip_factor = _not_negative(clip_factor, op, "clip_factor")
-    eps = _not_negative(eps, op, "eps")
+    clip_factor = not_negative(clip_factor, op, "clip_factor")
+    eps = not_negative(eps, op, "eps")
     turned = _turned(parameters) if isinstance(parameters, nn.Module) else set()
     listed = list({id(p): p for p in _params.as_list(parameters, op)}.values())
-    grads = {id(p): p.grad for p in listed if p.grad is not None}
-    listed = [p for p in listed if id(p) in grads]
-    if distributed.has_dtensor(listed):
-        _sharded.by_mesh(op, listed, Strengths(group=1.0))  # refuses rows in parts
-    elif not turned and _C.clip_rows(listed, clip_factor, eps, _rows_tables, op) == DONE:
+    pairs = [(p, p.grad) for p in listed if p.grad is not None]
+    listed = [p for p, _ in pairs]
+    sharded = distributed.has_dtensor(listed)
+    if not (sharded or turned) and _C.clip_rows(listed, clip_factor, eps, _rows_tables, op) == DONE:
         return
-    for i, p in enumerate(listed):
-        w, g = p, grads[id(p)]
-        if distributed.is_dtensor(p):
-            w, g = _sharded.local_part(p), _sharded.local_part(g)
+    where_of = {i: at for at, own in _sharded.by_mesh(op, listed, NO_PENALTY) for i in own}
+    local = [(_sharded.local_part(p), _sharded.local_part(g)) for p, g in pairs]
+    for i, (w, g) in enumerate(local):
+        _sharded.check_grad(op, i, listed[i])
         checks.check(w, op, f"parameters[{i}]")
         checks.check(g, op, f"parameters[{i}].grad")
-        with torch.no_grad():
-            _clip(w, g, 1 if id(p) in turned else 0, clip_factor, eps)
+    with torch.no_grad():
+        for i, (p, (w, g)) in enumerate(zip(listed, local, strict=True)):
+            unit = -1 if p.dim() < 2 else int(id(p) in turned)
+            across = _sharded.across(p, where_of[i], unit)
+            limit = _norms(w, unit, across).clamp(min=eps) * clip_factor
+            norms = _norms(g, unit, across)
+            factor = torch.where(norms < limit, 1.0, limit / norms.clamp(min=1e-6))
+            g.mul_(factor.to(g.dtype) if g.dtype is torch.float64 else factor.float())
 
 
-def _clip(w: Tensor, g: Tensor, dim: int, clip_factor: float, eps: float) -> None:
-    dims = [d for d in range(w.dim()) if d != dim or w.dim() <= 1]
-    if w.numel() == 0:
-        return
-    norms = [
-        torch.linalg.vector_norm(t, 2, dims or None, keepdim=True, dtype=torch.float64)
-        for t in (w, g)
-    ]
-    limit = norms[0].clamp(min=eps) * clip_factor
-    factor = torch.where(norms[1] < limit, 1.0, limit / norms[1].clamp(min=1e-6))
-    g.mul_(factor.to(g.dtype) if g.dtype is torch.float64 else factor.float())
+def _norms(t: Tensor, unit: int, across: _sharded.Where) -> Tensor:
+    """Return the norms of the slices along a dimension, of all ranks' parts of them; -1: of all."""
+    dims = [d for d in range(t.dim()) if d != unit]
+    norms: Tensor = torch.linalg.vector_norm(t, 2, dims or None, keepdim=True, dtype=torch.float64)
+    return norms if across is None else _sharded.sum_over_ranks(norms.square(), across).sqrt()
 
 
 def _turned(model: nn.Module) -> set[int]:
-    return {
-        id(weight)
-        for module in model.modules()
-        if any(base.__name__ in _TURNED for base in type(module).__mro__)
-        and isinstance(weight := getattr(module, "weight", None), Tensor)
-        and weight.dim() > 1
-    }
-
-
-def _not_negative(value: float, op: str, name: str) -> float:
-    value = checks.as_number(value, f"fusereg.{op}: {name}")
-    if not value >= 0.0:
-        raise ValueError(f"fusereg.{op}: {name} must not be negative, got {value}")
-    return value
+    """Return the ids of the weights whose outputs are indices of dimension 1."""
+    weights = ((getattr(m, "weight", None), _params.output_dim(m)) for m in model.modules())
+    return {id(w) for w, dim in weights if dim and isinstance(w, Tensor) and w.dim() > 1}

@@ -30,11 +30,7 @@ class GroupStep:
     """
 
     def __init__(
-        self,
-        op: str,
-        groups: Groups,
-        weights: _coupled.Weights,
-        parts: Sequence[Sequence[Tensor]],
+        self, op: str, groups: Groups, weights: _coupled.Weights, parts: Sequence[Sequence[Tensor]]
     ) -> None:
         self.op = op
         self._made_of = groups, weights, [list(part) for part in parts]

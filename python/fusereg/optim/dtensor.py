@@ -46,7 +46,7 @@ def run(call: Call, keys: tuple[str, ...]) -> None:
             part = call.part(whole, params=local, grads=own_grads, value=value)
             states = [{k: _local_state(v) for k, v in s.items()} for s in part.states]
             over_ranks = partial(_sharded.sum_over_ranks, where=where)
-            _kernels.run_prepared(part._replace(states=states), keys, over_ranks)
+            _kernels.run_in_place(part._replace(states=states), keys, over_ranks)
             if total is not None and value is not None:
                 total += _sharded.sum_over_ranks(value, where).to(total.device)
     if total is not None and call.value is not None:

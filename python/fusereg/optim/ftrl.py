@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import algorithms
 from .kernels import update_dtype
 from .optimizer import RegularizedOptimizer, documented
 from .options import CommonOptions, Number, ParamsT
@@ -60,16 +61,10 @@ class FTRL(RegularizedOptimizer):
 
     Example:
         >>> optimizer = fusereg.optim.FTRL(model.parameters(), lr=0.1, l1=1.0)
-        >>> loss.backward()
-        >>> optimizer.step()
     """
 
-    _algorithm = 3
-    _name = "FTRL"
-    _keys = ("linear", "sum")
+    _algorithm = algorithms.FTRL
     _supports_group = False
-    _has_step = True
-    _step_keys = ("last",)
 
     def __init__(
         self,
@@ -82,11 +77,9 @@ class FTRL(RegularizedOptimizer):
         **options: Unpack[CommonOptions],
     ) -> None:
         defaults = {
-            "lr": lr,
-            "beta": beta,
-            "weight_decay": weight_decay,
+            "lr": lr, "beta": beta, "weight_decay": weight_decay,
             "initial_accumulator_value": initial_accumulator_value,
-        }
+        }  # fmt: skip
         super().__init__(params, defaults, **options)
         for name, value in (("lr", lr), ("beta", beta)):
             if not isinstance(value, Tensor) and value == 0.0:

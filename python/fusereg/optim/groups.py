@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.arguments import check_type
 from ..core.params import Key, output_dim
 from ..penalty.names import WORDS, named_parameters
 from ..penalty.weight_penalty import WeightPenalty
@@ -15,11 +16,7 @@ __all__ = ["param_groups_weight_decay"]
 
 
 def param_groups_weight_decay(
-    model: nn.Module,
-    weight_decay: float,
-    *,
-    exclude: Iterable[Key] | Key = WORDS,
-    **options: Any,
+    model: nn.Module, weight_decay: float, *, exclude: Iterable[Key] | Key = WORDS, **options: Any
 ) -> list[dict[str, Any]]:
     r"""Return two param groups for an optimizer: with weight decay, and without (biases, norms).
 
@@ -50,11 +47,8 @@ def param_groups_weight_decay(
         >>> groups = fusereg.optim.param_groups_weight_decay(model, 0.01, l1=1e-5)
         >>> optimizer = fusereg.optim.AdamW(groups, lr=1e-3)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            "fusereg.optim.param_groups_weight_decay: model must be a torch.nn.Module, "
-            f"got {type(model).__name__}"
-        )
+    where = "fusereg.optim.param_groups_weight_decay: model"
+    check_type(model, nn.Module, where, "a torch.nn.Module")
     by_type = "group" in options and "group_dim" not in options
     found = WeightPenalty(model, l2=0.0, exclude=exclude)
     excluded = set(found.excluded)

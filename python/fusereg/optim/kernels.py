@@ -18,18 +18,20 @@ from .. import _C
 from ..core import checks, memory
 from ..core import params as _params
 from ..penalty.kernels import DONE, NEEDS_PREPARATION, copy_into, must
+from ..penalty.strengths import dimension_of
+from .algorithms import ADAGRAD, FTRL, LAMB, SGD
 from .options import Number
 
 #: What the binding returns, besides the statuses of the penalties' kernels.
 NEEDS_STATE = 3
-#: LAMB's step, and the pass before it that leaves the norms which that step needs.
-LAMB, _LAMB_NORMS = 7, 8
-#: Elements for which that pass writes two numbers.
+#: The pass before LAMB's step that leaves the norms which the step needs.
+_LAMB_NORMS = 8
+#: Elements for which it writes two numbers.
 _CHUNK = 16384
 
 State: TypeAlias = dict[str, Any]
 
-
+LOW_PRECISION = (torch.float16, torch.bfloat16)
 #: States that are the weights once more: their float32 master, and their average.
 COPIES = ("master_param", "ema_param")
 
@@ -75,6 +77,12 @@ class Hyper(NamedTuple):
     def penalized(self) -> bool:
         """Return whether there is a penalty."""
         return given(self.l1) or given(self.l2) or given(self.group)
+
+    def dim_of(self, p: Tensor, op: str, i: int) -> int:
+        """Return the dimension that the kernel is to take for dimension 0; of a vector, 0."""
+        if not self.group_dim or not given(self.group) or p.dim() < 2:
+            return 0
+        return dimension_of(p, self.group_dim, f"fusereg.{op}: group_dim", f"params[{i}]")
 
 
 class Call(NamedTuple):
@@ -136,7 +144,7 @@ def run(call: Call, over_ranks: Callable[[Tensor], Tensor] | None = None) -> int
     workspace = memory.workspace(device)
     if workspace is not None:
         call = call._replace(workspace=workspace)
-    if call.algorithm == LAMB:
+    if call.algorithm == LAMB.number:
         size = sum(2 + 2 * -(-p.numel() // _CHUNK) for p in call.params)
         norms = torch.empty(size, dtype=torch.float64, device=device)
         call = call._replace(norms=norms)
@@ -161,7 +169,7 @@ def run_prepared(
         plain.append(checks.plain(p, call.op, f"params[{i}]"))
         checks.check_writable(p, call.op, f"params[{i}]")
     checks.check_apart([call.params[i] for i, _ in present], call.op, "params[{}]")
-    dims = [_group_dim(call, i, p, hypers[i]) for (i, _), p in zip(present, plain, strict=True)]
+    dims = [hypers[i].dim_of(p, call.op, i) for (i, _), p in zip(present, plain, strict=True)]
     plain = [p.movedim(dim, 0) if dim else p for p, dim in zip(plain, dims, strict=True)]
     ready: list[Tensor] = []
     grads: list[Tensor] = []
@@ -205,16 +213,16 @@ def run_prepared(
             copy_into(target, r.movedim(0, dim) if dim else r)
 
 
-def _group_dim(call: Call, i: int, p: Tensor, h: Hyper) -> int:
-    """Return the dimension that the kernel is to take for dimension 0; of a vector, 0."""
-    if not h.group_dim or not given(h.group) or p.dim() < 2:
-        return 0
-    if not -p.dim() <= h.group_dim < p.dim():
-        raise ValueError(
-            f"fusereg.{call.op}: group_dim must be a dimension of params[{i}], whose shape is "
-            f"{tuple(p.shape)}, got {h.group_dim}"
-        )
-    return h.group_dim % p.dim()
+def run_in_place(
+    call: Call, keys: tuple[str, ...], over_ranks: Callable[[Tensor], Tensor] | None = None
+) -> None:
+    """Run the step as run_prepared, but write states to the tensors that are there."""
+    before = [dict(state) for state in call.states]
+    run_prepared(call, keys, over_ranks)
+    for old, new in zip(before, call.states, strict=True):
+        for key, tensor in old.items():
+            if new[key] is not tensor:
+                tensor.copy_(new[key])
 
 
 def laid_out(p: Tensor, rows: bool) -> Tensor:
@@ -233,7 +241,7 @@ def _on(device: torch.device, value: Any, op: str) -> Any:
 def _plain_grad(call: Call, i: int, p: Tensor, grad: Tensor) -> Tensor:
     name = f"params[{i}].grad"
     if grad.layout is torch.sparse_coo and grad.dtype in checks.SUPPORTED_DTYPES:
-        if call.algorithm not in (0, 2, 3):
+        if call.algorithm not in (SGD.number, ADAGRAD.number, FTRL.number):
             raise RuntimeError(
                 f"fusereg.{call.op}: {name} is sparse, and states decay where a gradient is "
                 "zero; use torch.optim.SparseAdam, or SGD, Adagrad or FTRL here"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import algorithms
 from .adam import Moments
-from .kernels import LAMB as _LAMB
 from .kernels import given
 from .optimizer import documented
 from .options import Number, Options, ParamsT
@@ -49,12 +49,9 @@ class LAMB(Moments):
     Example:
         >>> groups = fusereg.optim.param_groups_weight_decay(model, 0.01, l1=1e-5)
         >>> optimizer = fusereg.optim.LAMB(groups, lr=2e-3, max_grad_norm=1.0)
-        >>> loss.backward()
-        >>> optimizer.step()
     """
 
-    _algorithm = _LAMB
-    _name = "LAMB"
+    _algorithm = algorithms.LAMB
 
     def __init__(
         self,
@@ -69,13 +66,9 @@ class LAMB(Moments):
         **options: Unpack[Options],
     ) -> None:
         defaults = {
-            "lr": lr,
-            "betas": self._pair(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "trust_clip": trust_clip,
-            "always_adapt": always_adapt,
-        }
+            "lr": lr, "betas": self._pair(betas), "eps": eps, "weight_decay": weight_decay,
+            "trust_clip": trust_clip, "always_adapt": always_adapt,
+        }  # fmt: skip
         super().__init__(params, defaults, **options)
 
     def _check_group(self, group: dict[str, Any]) -> None:

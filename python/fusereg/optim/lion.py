@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import algorithms
 from .optimizer import RegularizedOptimizer, documented
 from .options import Number, Options, ParamsT
 
@@ -38,14 +39,9 @@ class Lion(RegularizedOptimizer):
 
     Example:
         >>> optimizer = fusereg.optim.Lion(model.parameters(), lr=1e-4, weight_decay=0.1, l1=1e-5)
-        >>> loss.backward()
-        >>> optimizer.step()
     """
 
-    _algorithm = 6
-    _name = "Lion"
-    _keys = ("exp_avg",)
-    _has_step = True
+    _algorithm = algorithms.LION
     _has_group_step = False
 
     def __init__(

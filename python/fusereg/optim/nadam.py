@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import algorithms
 from .adam import Moments
 from .kernels import State
 from .optimizer import documented
@@ -42,13 +43,9 @@ class NAdam(Moments):
 
     Example:
         >>> optimizer = fusereg.optim.NAdam(model.parameters(), lr=2e-3, l1=1e-4)
-        >>> loss.backward()
-        >>> optimizer.step()
     """
 
-    _algorithm = 5
-    _name = "NAdam"
-    _step_keys = ("step", "mu_product")
+    _algorithm = algorithms.NADAM
 
     def __init__(
         self,
@@ -64,14 +61,10 @@ class NAdam(Moments):
         **options: Unpack[Options],
     ) -> None:
         defaults = {
-            "lr": lr,
-            "betas": self._pair(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum_decay": momentum_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
+            "lr": lr, "betas": self._pair(betas), "eps": eps, "weight_decay": weight_decay,
+            "momentum_decay": momentum_decay, "decoupled_weight_decay": decoupled_weight_decay,
             "capturable": capturable,
-        }
+        }  # fmt: skip
         super().__init__(params, defaults, **options)
 
     def _specific(self, group: dict[str, Any]) -> dict[str, Any]:

@@ -21,43 +21,12 @@ from ..core import memory
 from ..core.operator import Operator
 from ..penalty.kernels import DONE
 from . import norms
-from .kernels import Call, Hyper, State, run, run_prepared
+from .algorithms import ALGORITHMS
+from .kernels import LOW_PRECISION, Call, Hyper, State, run, run_in_place
 
-#: Of each algorithm of the kernels.
-_NAMES = ("SGD", "Adam", "Adagrad", "FTRL", "RMSprop", "NAdam", "Lion", "LAMB")
-_KEYS: tuple[tuple[str, ...], ...] = (
-    ("momentum_buffer",),
-    ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    ("sum",),
-    ("linear", "sum"),
-    ("square_avg", "momentum_buffer", "grad_avg"),
-    ("exp_avg", "exp_avg_sq"),
-    ("exp_avg",),
-    ("exp_avg", "exp_avg_sq"),
-)
-#: Numbers of a parameter that are tensors.
-_STEPS: tuple[tuple[str, ...], ...] = (
-    *((), ("step",), ("step",), ("last",), ("step",), ("step", "mu_product"), ("step",), ("step",)),
-)
-#: States without which a state is none of the algorithm's; the others come with options.
-NEEDED: tuple[tuple[str, ...], ...] = (
-    ("momentum_buffer",),
-    ("exp_avg", "exp_avg_sq"),
-    ("sum",),
-    ("linear", "sum"),
-    ("square_avg",),
-    ("exp_avg", "exp_avg_sq", "mu_product"),
-    ("exp_avg",),
-    ("exp_avg", "exp_avg_sq"),
-)
-#: All states of the kernels, and some that tell other optimizers of torch.
-STATES = {key for keys in (*_KEYS, *NEEDED) for key in keys} | {
-    *("acc_delta", "exp_inf", "ax", "prev", "row_var", "variance")
-}
 _NUMBERS = Hyper._fields.index("prox")  # of a Hyper, before its options
 _OPTIONS = len(Hyper._fields) - _NUMBERS
 
-LOW_PRECISION = (torch.float16, torch.bfloat16)
 #: All compiled steps share them: of several models with more than some 300 parameters each, every
 #: step writes its own anew.
 _tables = memory.launch_tables()
@@ -75,7 +44,7 @@ class Lists(NamedTuple):
 
 
 class _Arguments(NamedTuple):
-    """The operator's arguments; the numbers of one param group lie together."""
+    """The operator's arguments: a :class:`Lists`, and the numbers of one param group together."""
 
     algorithm: int
     params: list[Tensor]
@@ -103,19 +72,11 @@ def step(
     max_norm: float,
 ) -> None:
     """Run the step in a graph; ``results`` are where the penalty and the norm are written."""
-    numbers: list[float] = []
-    live: list[Tensor] = []
-    live_at: list[int] = []
-    options: list[int] = []
-    for hyper in hypers:
-        for x in hyper[:_NUMBERS]:
-            if isinstance(x, Tensor):
-                live.append(x)
-                live_at.append(len(numbers))
-                numbers.append(0.0)
-            else:
-                numbers.append(float(x))
-        options.extend([int(x) for x in hyper[_NUMBERS:]])
+    everything = [x for hyper in hypers for x in hyper[:_NUMBERS]]
+    live_at = [i for i, x in enumerate(everything) if isinstance(x, Tensor)]
+    live = [everything[i] for i in live_at]
+    numbers = [0.0 if isinstance(x, Tensor) else float(x) for x in everything]
+    options = [int(x) for hyper in hypers for x in hyper[_NUMBERS:]]
     packed = (numbers, live, live_at, options)
     _step.overload(algorithm, *lists, counts, *packed, *results, max_norm)
 
@@ -134,7 +95,8 @@ def result_on(device: torch.device, dtype: torch.dtype, result: Tensor | None) -
 
 def _run(*args: Any) -> None:
     a = _Arguments(*args)
-    op = f"optim.{_NAMES[a.algorithm]}"
+    algorithm = ALGORITHMS[a.algorithm]
+    op = f"optim.{algorithm.name}"
     hypers = _hypers(a)
     states = _states(a, hypers)
     norm = None
@@ -157,14 +119,8 @@ def _run(*args: Any) -> None:
         tables=_tables,
         op=op,
     )
-    if run(call) == DONE:
-        return
-    before = [dict(state) for state in states]
-    run_prepared(call, _KEYS[a.algorithm])
-    for old, new in zip(before, states, strict=True):
-        for key, tensor in old.items():
-            if new[key] is not tensor:
-                tensor.copy_(new[key])
+    if run(call) != DONE:
+        run_in_place(call, algorithm.keys)
 
 
 def _hypers(a: _Arguments) -> tuple[Hyper, ...]:
@@ -180,25 +136,18 @@ def _hypers(a: _Arguments) -> tuple[Hyper, ...]:
 
 
 def _states(a: _Arguments, hypers: Sequence[Hyper]) -> list[State]:
-    lists = (a.params, a.states, a.steps, a.masters, a.averages)
-    params, states, steps, masters, averages = map(iter, lists)
+    algorithm = ALGORITHMS[a.algorithm]
+    states, steps, masters, averages = map(iter, (a.states, a.steps, a.masters, a.averages))
+    each = (hyper for hyper, count in zip(hypers, a.counts, strict=True) for _ in range(count))
     found: list[State] = []
-    for hyper, count in zip(hypers, a.counts, strict=True):
-        keys = _KEYS[a.algorithm]
-        if a.algorithm == 1:
-            keys = keys[: 2 + hyper.amsgrad]
-        elif "momentum_buffer" in keys:
-            left_out = {"momentum_buffer": not hyper.momentum, "grad_avg": not hyper.centered}
-            keys = tuple(key for key in keys if not left_out.get(key))
-        for _ in range(count):
-            p = next(params)
-            state: State = {key: next(states) for key in keys}
-            state.update({key: next(steps) for key in _STEPS[a.algorithm]})
-            if hyper.master_weights and p.dtype in LOW_PRECISION:
-                state["master_param"] = next(masters)
-            if hyper.average:
-                state["ema_param"] = next(averages)
-            found.append(state)
+    for p, hyper in zip(a.params, each, strict=True):
+        state: State = {key: next(states) for key in algorithm.keys_of(hyper)}
+        state.update({key: next(steps) for key in algorithm.steps})
+        if hyper.master_weights and p.dtype in LOW_PRECISION:
+            state["master_param"] = next(masters)
+        if hyper.average:
+            state["ema_param"] = next(averages)
+        found.append(state)
     return found
 
 

@@ -13,32 +13,23 @@ import torch
 from torch import Tensor
 
 from ..core import checks, dispatch, memory
+from ..core.arguments import check_type
 from ..core.docs import share_paragraphs
 from ..core.groups import Groups
 from ..penalty.coupled import Weights
 from ..penalty.kernels import DONE, value_dtype
 from ..penalty.names import divided_by_name
-from ..penalty.strengths import check_dim
+from ..penalty.strengths import check_dim, check_number
 from . import dtensor as _sharded
 from . import kernels as _kernels
 from . import op as _op
+from .algorithms import SGD, STATES, Algorithm
 from .averages import KEY, Averages
 from .coupled import GroupStep
-from .kernels import COPIES, Call, Hyper, State, given, update_dtype
+from .kernels import COPIES, LOW_PRECISION, Call, Hyper, State, given, update_dtype
 from .norms import norm_of_grads
-from .op import LOW_PRECISION, Lists
-from .options import (
-    DEFAULTS,
-    NOTES,
-    PENALTY,
-    CommonOptions,
-    Number,
-    Options,
-    ParamsT,
-    check_max_norm,
-    check_strength,
-    meant,
-)
+from .op import Lists
+from .options import DEFAULTS, NOTES, PENALTY, CommonOptions, Number, Options, ParamsT, meant
 from .plan import CHECKED, Plan, WatchedStates
 
 if TYPE_CHECKING:
@@ -52,19 +43,13 @@ _WatchedStates = WatchedStates  # pickles of before name it so
 _COUNTS = {torch.float32, torch.float64}
 #: Keys of param groups that optimizers without a proximal step take no notice of.
 _NOT_GIVEN = ("group", "group_dim", "prox")
-#: Arguments that must not be negative, and what they must be below.
-_LIMITS = {
-    "lr": math.inf,
-    "momentum": math.inf,
-    "betas": 1.0,
-    "eps": math.inf,
-    "beta": math.inf,
-    "lr_decay": math.inf,
-    "alpha": math.inf,
-    "momentum_decay": math.inf,
-    "weight_decay": math.inf,
-    "initial_accumulator_value": math.inf,
-}
+#: What belongs to the optimizer, not to its param groups.
+_OWN = ("max_grad_norm", "groups", "group_weights")
+#: Arguments that must not be negative.
+_NOT_NEGATIVE = (
+    *("lr", "momentum", "eps", "beta", "lr_decay", "alpha", "momentum_decay", "weight_decay"),
+    "initial_accumulator_value",
+)
 
 
 class RegularizedOptimizer(Averages):
@@ -78,12 +63,10 @@ class RegularizedOptimizer(Averages):
         groups: may be changed between steps, as may ``group_weights``.
     """
 
-    _algorithm: int
-    _name: str
-    #: Keys of the states that have the parameter's shape, in the kernels' order.
+    _algorithm: Algorithm
+    _number: int  # of the algorithm, as the keys
     _keys: tuple[str, ...]
-    _has_step = False
-    _step_keys: tuple[str, ...] = ("step",)
+    _name: str
     _supports_group = True
     #: Whether a group's proximal step may be in the metric of the update.
     _has_group_step = True
@@ -112,45 +95,52 @@ class RegularizedOptimizer(Averages):
                     + (f"; did you mean {wanted}?" if wanted else "")
                 )
         shared: dict[str, Any] = {**DEFAULTS, **options}
-        for name, limit in _LIMITS.items():
-            if name == "betas" and name in defaults:
-                for i, beta in enumerate(defaults[name]):
-                    self._check_number(f"betas[{i}]", beta, limit)
-            elif name in defaults:
-                self._check_number(name, defaults[name], limit)
-        self.max_grad_norm = check_max_norm(shared.pop("max_grad_norm"), self._name)
-        self.groups, self.group_weights = shared.pop("groups"), shared.pop("group_weights")
-        if not isinstance(self.groups, (Groups, type(None))):
-            raise TypeError(
-                f"fusereg.optim.{self._name}: groups must be what fusereg.groups_of returns, "
-                f"got {type(self.groups).__name__}"
-            )
-        self.penalty_value: Tensor = torch.zeros((), dtype=torch.float32, device="cpu")
-        self._beginning = []
-        self._new_tables()
+        for name in _NOT_NEGATIVE:
+            if name in defaults:
+                self._check_number(name, defaults[name])
+        for i, beta in enumerate(defaults.get("betas", ())):
+            self._check_number(f"betas[{i}]", beta, 1.0)
+        self.max_grad_norm, self.groups, self.group_weights = (shared.pop(name) for name in _OWN)
+        where = f"fusereg.optim.{self._name}"
+        norm = self.max_grad_norm
+        if norm is not None and not (isinstance(norm, (int, float)) and norm > 0.0):
+            raise ValueError(f"{where}: max_grad_norm must be > 0 or None, got {norm!r}")
+        wanted = "what fusereg.groups_of returns"
+        check_type(self.groups, (Groups, type(None)), f"{where}: groups", wanted)
         if shared["differentiable"]:
             raise ValueError(
-                f"fusereg.optim.{self._name}: differentiable=True is not supported: the step is a "
-                f"kernel that autograd does not record; use torch.optim.{self._name}"
+                f"{where}: differentiable=True is not supported: the step is a kernel that "
+                f"autograd does not record; use torch.optim.{self._name}"
             )
         if shared["fused"] and shared["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        self._begin()
         super().__init__(params, {**defaults, **shared})
         self.state = WatchedStates(dict, self.state)
         strengths = (group["group"] for group in self.param_groups)
         if self.groups and "group" not in options and not any(map(given, strengths)):
             warnings.warn(
-                f"fusereg.optim.{self._name}: groups do nothing without a strength; pass group= as "
-                "well, here or in param groups",
+                f"{where}: groups do nothing without a strength; pass group= as well, here or in "
+                "param groups",
                 stacklevel=3,
             )
+
+    def _begin(self) -> None:
+        """Make what steps keep: memory for CUDA launches, of which a copy has its own."""
+        if "penalty_value" not in self.__dict__:
+            self.penalty_value: Tensor = torch.zeros((), dtype=torch.float32, device="cpu")
+        self._plan = self._group_step = None
+        self._beginning = []
+        self._step_tables = memory.launch_tables()
+        self._norm_tables = memory.launch_tables()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group, which may have its own ``l1``, ``l2``, ``group`` and ``prox``.
 
         Raises:
-            ValueError: the group has names, by which it is seen that ``weight_norm`` divides one of
-                its parameters by its norm, and a penalty that would make it zero.
+            ValueError: a parameter has no dimension ``group_dim``; or the group has names, by which
+                it is seen that ``weight_norm`` divides one of its parameters by its norm, and a
+                penalty that would make it zero.
         """
         if isinstance(param_group, dict):  # else torch says so
             self._check_keys(param_group)
@@ -158,10 +148,21 @@ class RegularizedOptimizer(Averages):
             if "betas" in self.defaults and "betas" in param_group:
                 self._pair(param_group["betas"])
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        try:
+            self._check_params(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check_params(self, group: dict[str, Any]) -> None:
+        """Raise if parameters of the last group cannot have its penalty."""
+        before = sum(len(g["params"]) for g in self.param_groups[:-1])
+        hyper = self._hyper(group)
+        for i, p in enumerate(group["params"], before):
+            if not torch.nn.parameter.is_lazy(p):
+                hyper.dim_of(p, f"optim.{self._name}", i)
         divided = divided_by_name(group.get("param_names", ()))
         if divided and group["prox"] and (given(group["l1"]) or given(group["group"])):
-            self.param_groups.pop()
             raise ValueError(
                 f"fusereg.optim.{self._name}: {divided[0]} must have no l1 and group: weight_norm "
                 "divides by its norm, and zeros of it become NaN; take the param groups from "
@@ -182,18 +183,12 @@ class RegularizedOptimizer(Averages):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: getattr(self, key) for key in ("max_grad_norm", "groups", "group_weights")}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in _OWN}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups")
         super().__setstate__(state)
-        self.__dict__.setdefault(
-            "penalty_value", torch.zeros((), dtype=torch.float32, device="cpu")
-        )
-        self._plan = self._group_step = None
-        self._beginning = []
-        self._new_tables()
+        self._begin()
         for i, group in enumerate(self.param_groups):
             # A state dict of torch's optimizer has no penalty: the present one stays.
             source = before[i] if before is not None and i < len(before) else self.defaults
@@ -237,8 +232,8 @@ class RegularizedOptimizer(Averages):
         It would begin them anew with the other's count of steps, and its first steps be far off.
         """
         for of, state in states.items():
-            given = sorted(key for key in _op.STATES if state.get(key) is not None)
-            missing = [key for key in _op.NEEDED[self._algorithm] if key not in given]
+            given = sorted(key for key in STATES if state.get(key) is not None)
+            missing = [key for key in self._algorithm.needed if key not in given]
             if given and missing:
                 raise ValueError(
                     f"fusereg.optim.{self._name}.load_state_dict: the state of parameter {of} has "
@@ -261,19 +256,11 @@ class RegularizedOptimizer(Averages):
                         exact = value.detach().to(p.device, torch.float32)
                         self.state[p][key] = exact.clone() if exact is value.detach() else exact
 
-    def _new_tables(self) -> None:
-        """Make memory for CUDA launches over many parameters; a copy of this has its own."""
-        self._step_tables = memory.launch_tables()
-        self._norm_tables = memory.launch_tables()
-
     # -- for subclasses to define --
 
     def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
         """Return the algorithm's own fields of a :class:`Hyper`."""
         raise NotImplementedError
-
-    def _wanted_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return self._keys
 
     def _new_state(self, key: str, p: Tensor, group: dict[str, Any]) -> Tensor:
         """Return a state before the first step; float32 for 16-bit parameters."""
@@ -302,7 +289,7 @@ class RegularizedOptimizer(Averages):
             ) from None
         return first, second
 
-    def _check_number(self, name: str, value: Any, limit: float) -> None:
+    def _check_number(self, name: str, value: Any, limit: float = math.inf) -> None:
         """Raise for a number that is negative, or not below its upper limit."""
         where = f"fusereg.optim.{self._name}: {name}"
         if isinstance(value, Tensor):
@@ -316,7 +303,10 @@ class RegularizedOptimizer(Averages):
         """Raise if a group's strengths are out of range, or do not go with its ``prox``."""
         where = f"fusereg.optim.{self._name}: "
         for name in ("l1", "l2", "group"):
-            check_strength(group[name], where + name)
+            if isinstance(group[name], Tensor):
+                self._check_number(name, group[name])
+            else:
+                check_number(group[name], where + name, "a number or a tensor")
         if group.get("ema_decay") is not None:
             self._check_number("ema_decay", group["ema_decay"], 1.0)
         check_dim(f"optim.{self._name}", group["group_dim"], "group_dim")
@@ -337,6 +327,7 @@ class RegularizedOptimizer(Averages):
             )
         if not given(group["group"]):
             return
+        in_metric = prox in ("preconditioned", "capped")
         if not self._supports_group:
             raise ValueError(f"{where}a step with group has no closed form; use Adagrad")
         if self.groups is not None and prox is False:
@@ -344,11 +335,11 @@ class RegularizedOptimizer(Averages):
                 f"{where}groups make a proximal step, which prox=False does not take; add "
                 "fusereg.functional.group_lasso_penalty(groups, strength) to the loss instead"
             )
-        if self.groups is not None and prox in ("preconditioned", "capped") and self._algorithm:
+        if self.groups is not None and in_metric and self._algorithm is not SGD:
             raise ValueError(
                 f"{where}groups take the decoupled step; use prox='decoupled' or True, got {prox!r}"
             )
-        if prox in ("preconditioned", "capped") and not self._has_group_step:
+        if in_metric and not self._has_group_step:
             raise ValueError(
                 f"{where}group cannot go with prox={prox!r}: a step of one size has no metric; "
                 "use prox='decoupled'"
@@ -369,7 +360,7 @@ class RegularizedOptimizer(Averages):
         prox = _PROX[group["prox"]] if penalized else 0
         spans = self.groups is not None
         # Channels that span tensors have no step in a metric.
-        no_step = not self._has_group_step or (spans and self._algorithm != 0)
+        no_step = not self._has_group_step or (spans and self._algorithm is not SGD)
         if by_groups and group["prox"] is True and no_step:
             prox = _PROX["decoupled"]
         decay = group.get("ema_decay")
@@ -438,7 +429,7 @@ class RegularizedOptimizer(Averages):
             norm, max_norm = norm_of_grads(op, plan.params, self._norm_tables), self.max_grad_norm
             self._norm, self._norm_scale = norm, scale
         call = Call(
-            algorithm=self._algorithm,
+            algorithm=self._number,
             params=plan.params,
             grads=None,
             states=plan.states,
@@ -533,7 +524,7 @@ class RegularizedOptimizer(Averages):
         index = 0
         with torch.no_grad():
             for group in self.param_groups:
-                keys = self._wanted_keys(group)
+                keys = self._algorithm.keys_of(self._hyper(group))
                 for p in group["params"]:
                     if p.grad is not None:
                         self._begin_average(p, group)
@@ -551,7 +542,7 @@ class RegularizedOptimizer(Averages):
                 f"use torch.optim.{self._name} for them"
             )
         state = self.state[p]
-        if self._has_step:
+        if self._algorithm.steps:
             self._add_step(p, state, group)
         missing = [key for key in keys if state.get(key) is None]
         for key in missing:
@@ -599,7 +590,7 @@ class RegularizedOptimizer(Averages):
         with torch.no_grad():
             if lists.params:
                 max_norm = self.max_grad_norm or 0.0
-                _op.step(self._algorithm, lists, counts, hypers, (value, norm), max_norm)
+                _op.step(self._number, lists, counts, hypers, (value, norm), max_norm)
             else:
                 for result in (value, norm):
                     if result is not None:
@@ -619,7 +610,7 @@ class RegularizedOptimizer(Averages):
         if given(group["l1"]) or given(group["l2"]) or given(group["group"]):
             self._check_group(group)
         device = everything[0].device
-        keys = self._wanted_keys(group)
+        keys = self._algorithm.keys_of(self._hyper(group))
         own = [p for p in group["params"] if p.grad is not None]
         for p in own:
             rows = given(group["group"])
@@ -629,7 +620,7 @@ class RegularizedOptimizer(Averages):
             if p.device != device or not in_order:
                 return False
             # The first gradient enters a momentum buffer in another way than those that follow.
-            if self._algorithm == 0 and any(self.state.get(p, {}).get(k) is None for k in keys):
+            if self._algorithm is SGD and any(self.state.get(p, {}).get(k) is None for k in keys):
                 return False
         averaged = group.get("ema_decay") is not None
         # The kernel goes on with averages, of parameters that have a gradient.
@@ -659,12 +650,11 @@ class RegularizedOptimizer(Averages):
             into.states.extend(values)
             into.masters.extend(masters)
             into.averages.extend(averages)
-            if self._has_step:
-                steps = [state[key] for key in self._step_keys]
-                wide = {update_dtype(p)} if "last" in self._step_keys else _COUNTS
-                if any(s.device != device or s.dtype not in wide for s in steps):
-                    return False
-                into.steps.extend(steps)
+            steps = [state[key] for key in self._algorithm.steps]
+            wide = {update_dtype(p)} if "last" in self._algorithm.steps else _COUNTS
+            if any(s.device != device or s.dtype not in wide for s in steps):
+                return False
+            into.steps.extend(steps)
         grads = [p.grad for p in everything if p.grad is not None]
         dtype = value_dtype([*everything, *grads])
         self.penalty_value = _op.result_on(device, dtype, self.penalty_value)
@@ -677,11 +667,13 @@ _Optimizer = TypeVar("_Optimizer", bound=type[RegularizedOptimizer])
 
 
 def documented(optimizer: _Optimizer) -> _Optimizer:
-    """Fill in the paragraphs and the arguments that the optimizers share.
+    """Fill in what the optimizers share: names, paragraphs and arguments.
 
     A class decorator. ``help()`` and ``inspect.signature()`` then show all keyword arguments by
     name, as type checkers and editors do.
     """
+    optimizer._number, _, optimizer._keys, *_ = optimizer._algorithm
+    optimizer._name = optimizer.__name__
     share_paragraphs(optimizer, penalty=PENALTY, notes=NOTES)
     function: Any = vars(optimizer)["__init__"]
     signature = inspect.signature(function)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable
 from typing import Any, TypeAlias, TypedDict
 
@@ -58,28 +57,17 @@ DEFAULTS: Options = {
 }
 
 #: Keys of a param group that torch's optimizers do not have, or not all of them.
-OWN = tuple(
-    key
-    for key in DEFAULTS
-    if key
-    not in ("max_grad_norm", "groups", "group_weights", "maximize", "foreach", "differentiable")
-)
+OWN = ("l1", "l2", "group", "group_dim", "prox", "master_weights", "ema_decay", "fused")
 #: What some call a strength or an option.
 _OTHER_NAMES = {
-    "wd": "weight_decay",
-    "decay": "weight_decay",
-    "regularization": "l1 or l2",
-    "regularizer": "l1 or l2",
-    "reg": "l1 or l2",
-    "penalty": "l1 or l2",
-    "strength": "l1 or l2",
-    "lambda": "l1 or l2",
+    **dict.fromkeys(("wd", "decay"), "weight_decay"),
+    **dict.fromkeys(("regularization", "regularizer", "reg", "penalty"), "l1 or l2"),
+    **dict.fromkeys(("strength", "lambda"), "l1 or l2"),
+    **dict.fromkeys(("maxnorm", "maxgradnorm"), "max_grad_norm of the optimizer"),
     "elasticnet": "l1 and l2",
     "lasso": "l1",
     "ridge": "l2",
     "grouplasso": "group",
-    "maxnorm": "max_grad_norm of the optimizer",
-    "maxgradnorm": "max_grad_norm of the optimizer",
 }
 
 
@@ -98,35 +86,17 @@ def meant(key: str, known: Iterable[str]) -> str | None:
     for name in ("l1", "l2"):
         if name in by_plain and plain.startswith(name):
             return name
-    for prefix in ("lambda", "group", "weight", "reg"):
+    for prefix, what in (
+        ("lambda", ""),
+        ("group", "group"),
+        ("weight", "weight_decay"),
+        ("reg", ""),
+    ):
         rest = plain.removeprefix(prefix)
         if rest in ("l1", "l2", "lasso", "strength", "lambda", "decay", "penalty", "reg"):
-            return _OTHER_NAMES.get(plain) or {"weight": "weight_decay"}.get(
-                prefix, "group" if prefix == "group" else rest if rest in by_plain else "l1 or l2"
-            )
+            return what or (rest if rest in by_plain else "l1 or l2")
     close = difflib.get_close_matches(plain, by_plain, n=1, cutoff=0.85)
     return by_plain[close[0]] if close else None
-
-
-def check_strength(value: Any, where: str) -> None:
-    """Raise unless this is a strength of a penalty: a number, or a tensor of one."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{where} must be one number, got a tensor of {value.numel()}")
-        return
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{where} must be a number or a tensor, got {type(value).__name__}")
-    if not (value >= 0.0 and math.isfinite(value)):
-        raise ValueError(f"{where} must be finite and not negative, got {value}")
-
-
-def check_max_norm(value: Any, name: str) -> float | None:
-    """Return the largest norm that gradients may have; None for no limit."""
-    if value is None:
-        return None
-    if not isinstance(value, (int, float)) or not value > 0.0:
-        raise ValueError(f"fusereg.optim.{name}: max_grad_norm must be > 0 or None, got {value!r}")
-    return float(value)
 
 
 PENALTY = r"""

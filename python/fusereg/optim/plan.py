@@ -32,13 +32,9 @@ class WatchedStates(defaultdict[Any, Any]):
     """torch's ``defaultdict(dict)`` of states with a version that counts changes of entries."""
 
     version = 0
-    __setitem__ = _counted("__setitem__")
-    __delitem__ = _counted("__delitem__")
-    clear = _counted("clear")
-    pop = _counted("pop")
-    popitem = _counted("popitem")
-    setdefault = _counted("setdefault")
-    update = _counted("update")
+    __setitem__, __delitem__, __ior__ = map(_counted, ("__setitem__", "__delitem__", "__ior__"))
+    clear, pop, popitem = map(_counted, ("clear", "pop", "popitem"))
+    setdefault, update = map(_counted, ("setdefault", "update"))
 
 
 class Plan:

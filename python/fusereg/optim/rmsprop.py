@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import algorithms
 from .optimizer import RegularizedOptimizer, documented
 from .options import Number, Options, ParamsT
 
@@ -39,14 +40,9 @@ class RMSprop(RegularizedOptimizer):
 
     Example:
         >>> optimizer = fusereg.optim.RMSprop(model.parameters(), lr=1e-3, l1=1e-4)
-        >>> loss.backward()
-        >>> optimizer.step()
     """
 
-    _algorithm = 4
-    _name = "RMSprop"
-    _keys = ("square_avg", "momentum_buffer", "grad_avg")
-    _has_step = True
+    _algorithm = algorithms.RMSPROP
 
     def __init__(
         self,
@@ -61,14 +57,9 @@ class RMSprop(RegularizedOptimizer):
         **options: Unpack[Options],
     ) -> None:
         defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "alpha": alpha,
-            "eps": eps,
-            "centered": centered,
-            "weight_decay": weight_decay,
-            "capturable": capturable,
-        }
+            "lr": lr, "momentum": momentum, "alpha": alpha, "eps": eps, "centered": centered,
+            "weight_decay": weight_decay, "capturable": capturable,
+        }  # fmt: skip
         super().__init__(params, defaults, **options)
 
     def _specific(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +70,3 @@ class RMSprop(RegularizedOptimizer):
             "momentum": group["momentum"] > 0,
             "centered": bool(group["centered"]),
         }
-
-    def _wanted_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        wanted = {"momentum_buffer": group["momentum"] > 0, "grad_avg": group["centered"]}
-        return tuple(key for key in self._keys if wanted.get(key, True))

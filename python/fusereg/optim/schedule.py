@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.checks import as_number
+from ..penalty.strengths import factor_at
+from ..penalty.weight_penalty import innermost
 
 __all__ = ["StrengthScheduler"]
 
@@ -57,11 +57,8 @@ class StrengthScheduler:
         *,
         names: Iterable[str] = ("l1", "l2", "group"),
     ) -> None:
-        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = inner
-        groups = getattr(optimizer, "param_groups", None)
-        if not isinstance(optimizer, torch.optim.Optimizer) or groups is None:
-            raise TypeError(f"{_WHERE}: optimizer must be one of fusereg.optim, got {optimizer!r}")
+        optimizer = innermost(optimizer, _WHERE, "one of fusereg.optim")
+        groups = optimizer.param_groups
         self._names = (names,) if isinstance(names, str) else tuple(names)
         for name in self._names:
             if name not in ("l1", "l2", "group"):
@@ -94,13 +91,9 @@ class StrengthScheduler:
         groups = self.optimizer.param_groups
         for group in groups[len(self._base) :]:
             self._base.append({name: float(group[name]) for name in self._names})
+        factors = [factor_at(factor, self.steps, f"{_WHERE}: factor") for factor in self._factors]
         for i, (group, base) in enumerate(zip(groups, self._base, strict=True)):
-            made = self._factors[min(i, len(self._factors) - 1)](self.steps)
-            factor = as_number(made, f"{_WHERE}: factor({self.steps})")
-            if not (factor >= 0.0 and math.isfinite(factor)):
-                raise ValueError(
-                    f"{_WHERE}: factor({self.steps}) must be finite and not negative, got {factor}"
-                )
+            factor = factors[min(i, len(factors) - 1)]
             for name, strength in base.items():
                 present = group[name]
                 if isinstance(present, Tensor):

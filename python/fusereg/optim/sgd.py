@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import algorithms
 from .kernels import Call
 from .optimizer import RegularizedOptimizer, documented
 from .options import Number, Options, ParamsT
@@ -47,9 +48,7 @@ class SGD(RegularizedOptimizer):
         >>> optimizer.step()
     """
 
-    _algorithm = 0
-    _name = "SGD"
-    _keys = ("momentum_buffer",)
+    _algorithm = algorithms.SGD
 
     def __init__(
         self,
@@ -62,12 +61,9 @@ class SGD(RegularizedOptimizer):
         **options: Unpack[Options],
     ) -> None:
         defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
+            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
             "nesterov": nesterov,
-        }
+        }  # fmt: skip
         super().__init__(params, defaults, **options)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
@@ -80,9 +76,6 @@ class SGD(RegularizedOptimizer):
             "nesterov": bool(group["nesterov"]),
             "momentum": momentum != 0,
         }
-
-    def _wanted_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return self._keys if group["momentum"] != 0 else ()
 
     def _forgets(self, call: Call) -> bool:
         """Return whether an overflow skipped this step, so that new states must be deleted.

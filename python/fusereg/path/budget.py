@@ -21,6 +21,7 @@ from torch.optim.optimizer import (
 
 from ..core import checks, distributed
 from ..core.params import Params, as_list
+from ..penalty.strengths import check_number, dimension_of
 
 OP = "fusereg.path"
 
@@ -41,11 +42,7 @@ def root_size(w: Tensor, dim: int | None) -> float:
 
 
 def shrink_budget(
-    params: Params,
-    lr_sum: float,
-    *,
-    dim: int | None = 0,
-    moved: Iterable[Tensor] | None = None,
+    params: Params, lr_sum: float, *, dim: int | None = 0, moved: Iterable[Tensor] | None = None
 ) -> float:
     r"""Return a strength of the group lasso at which a training can remove every group.
 
@@ -79,10 +76,8 @@ def shrink_budget(
         >>> high = fusereg.shrink_budget(model.conv.weight, lr_sum=0.1 * steps)
     """
     op = "shrink_budget"
-    if isinstance(lr_sum, bool) or not isinstance(lr_sum, (int, float)):
-        raise TypeError(f"fusereg.{op}: lr_sum must be a number, got {type(lr_sum).__name__}")
-    if not 0 < lr_sum < math.inf:
-        raise ValueError(f"fusereg.{op}: lr_sum must be positive and finite, got {lr_sum}")
+    if not check_number(lr_sum, f"fusereg.{op}: lr_sum"):
+        raise ValueError(f"fusereg.{op}: lr_sum must be positive and finite, got 0")
     tensors = as_list(params, op)
     if not tensors:
         raise ValueError(f"fusereg.{op}: params must have a tensor, got none")
@@ -90,14 +85,12 @@ def shrink_budget(
         checks.check(w, op, f"params[{i}]")
         if distributed.is_dtensor(w):
             raise TypeError(f"fusereg.{op}: params[{i}] must not be sharded, got a DTensor")
-        if dim is not None and w.dim() and not -w.dim() <= dim < w.dim():
-            raise ValueError(
-                f"fusereg.{op}: dim must be a dimension of params[{i}], whose shape is "
-                f"{tuple(w.shape)}, got {dim}"
-            )
+        if dim is not None:
+            dimension_of(w, dim, f"fusereg.{op}: dim", f"params[{i}]")
     if moved is None:
         moved = [
-            torch.zeros((), device="cpu") if w.grad is None else lr_sum * norms(w.grad, dim) for w in tensors
+            torch.zeros((), device="cpu") if w.grad is None else lr_sum * norms(w.grad, dim)
+            for w in tensors
         ]
     found = [0.0]
     for w, way in zip(tensors, moved, strict=True):

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .budget import OP
-
 _SECONDS = 0.2
 _LEAST, _MOST = 5, 200
 
@@ -34,15 +32,6 @@ def cost(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
         "operations": int(counter.get_total_flops()),
         "milliseconds": 1e3 * statistics.median(seconds),
     }
-
-
-def check_inputs(example_inputs: Any) -> None:
-    """Raise unless these are a tensor or a tuple."""
-    if not isinstance(example_inputs, (Tensor, tuple, list)):
-        raise TypeError(
-            f"{OP}: example_inputs must be a tensor or a tuple of the model's arguments, "
-            f"got {type(example_inputs).__name__}"
-        )
 
 
 def _seconds(model: nn.Module, inputs: tuple[Any, ...]) -> list[float]:

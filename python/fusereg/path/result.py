@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from ..core import screen
 from .budget import OP
 from .picture import draw_groups, draw_path
 from .point import PathPoint
@@ -145,30 +146,21 @@ class RegularizationPath:
 
     def table(self) -> Table:
         """Return the points as a table of rich, with the best and the chosen one marked."""
-        from rich import box
-        from rich.table import Table
-
         columns, rows = self._rows()
-        made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in columns:
-            made.add_column(column.replace("_", " "), justify="right")
-        made.add_column("")
         marks = self._marks()
-        for i, row in enumerate(rows):
-            made.add_row(*(_shown(c, row.get(c)) for c in columns), marks.get(i, ""))
+        lines = (
+            [*(_shown(c, row.get(c)) for c in columns), marks.get(i, "")]
+            for i, row in enumerate(rows)
+        )
+        made = screen.table([*(c.replace("_", " ") for c in columns), ""], lines, words=0)
+        made.columns[-1].justify = "left"  # of words
         return made
 
     def groups_table(self) -> Table:
         """Return a table of rich: each penalized group and the strength at which it leaves."""
-        from rich import box
-        from rich.table import Table
-
-        made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for title in ("group", "leaves at strength"):
-            made.add_column(title, justify="left" if title == "group" else "right")
-        for name, strength in self.leaves_at().items():
-            made.add_row(name, "stays" if math.isinf(strength) else f"{strength:.3g}")
-        return made
+        leaves = self.leaves_at().items()
+        rows = ([name, "stays" if math.isinf(s) else f"{s:.3g}"] for name, s in leaves)
+        return screen.table(("group", "leaves at strength"), rows)
 
     def __rich__(self) -> Table:
         return self.table()

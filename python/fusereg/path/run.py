@@ -14,10 +14,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..core import screen
+from ..core.arguments import check_choice, check_integer, check_type
 from ..core.files import CheckpointError
 from ..core.snapshot import Snapshot, Sources
 from ..early_stopping import EarlyStopping
 from ..penalty.functional import sparsity
+from ..penalty.strengths import dimension_of
 from ..run.checkpoint import RunFolder
 from ..run.training_run import TrainingRun
 from . import measure
@@ -122,18 +125,17 @@ def path(
         if not callable(thing) or (name == "make_model" and isinstance(thing, nn.Module)):
             raise TypeError(f"{OP}: {name} must be a function, got {type(thing).__name__}")
     asked = _check_strengths(strengths, penalized)
-    if mode not in ("max", "min"):
-        raise ValueError(f'{OP}: mode must be "max" or "min", got {mode!r}')
+    check_choice(mode, ("max", "min"), f"{OP}: mode")
     for name, number in (("samples", samples), ("patience", patience)):
-        if number is not None and (type(number) is not int or number < 1):
-            raise ValueError(f"{OP}: {name} must be an integer >= 1, got {number!r}")
+        if number is not None:
+            check_integer(number, 1, f"{OP}: {name}")
     if example_inputs is not None:
-        measure.check_inputs(example_inputs)
+        wanted = "a tensor or a tuple of the model's arguments"
+        check_type(example_inputs, (Tensor, tuple, list), f"{OP}: example_inputs", wanted)
     elif smaller is not None:
         raise ValueError(f"{OP}: smaller goes with example_inputs, to measure what it returns")
     model = make_model()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{OP}: make_model must return a Module, got {type(model).__name__}")
+    check_type(model, nn.Module, f"{OP}: what make_model returns", "a torch.nn.Module")
     groups = _Groups(penalized, dim, names, model)
     record = _Record(asked)
     count = 2 * asked + 1 if isinstance(asked, int) else len(asked)
@@ -150,7 +152,7 @@ def path(
         for index in _indices(run, count, record):
             bracketing = record.strengths is None
             strength = 0.0 if record.strengths is None else record.strengths[index]
-            bar.show(index, strength)
+            bar.show(strength)
             model.zero_grad(set_to_none=True)
             model.train()
             if bracketing:
@@ -220,11 +222,8 @@ class _Groups:
         if names is not None and (penalized is None or dim is None):
             raise ValueError(f"{OP}: names go with penalized, and with a dim that has groups")
         for w in self.tensors(model):
-            if dim is not None and not -w.dim() <= dim < w.dim():
-                raise ValueError(
-                    f"{OP}: dim must be a dimension of what penalized returns, of shape "
-                    f"{tuple(w.shape)}, got {dim}"
-                )
+            if dim is not None:
+                dimension_of(w, dim, f"{OP}: dim", "what penalized returns")
         count = len(self.used(model))
         self.names = (
             [f"group {i}" for i in range(count)] if names is None else list(map(str, names))
@@ -310,10 +309,7 @@ def _train(
 ) -> int | None:
     """Train with a strength; return the number of epochs, if it is known."""
     epochs = train(model, strength)
-    if epochs is not None and not isinstance(epochs, Iterator):
-        raise TypeError(
-            f"{OP}: train must return None or be a generator, got {type(epochs).__name__}"
-        )
+    check_type(epochs, (Iterator, type(None)), f"{OP}: what train returns", "None or a generator")
     if epochs is None:
         if patience is not None:
             raise TypeError(f"{OP}: with patience, train must yield the objective of each epoch")
@@ -384,24 +380,9 @@ class _Bar:
 
     def __init__(self, count: int, done: int, wanted: bool | None) -> None:
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
 
         console = Console(stderr=True, force_terminal=wanted or None)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal or wanted is False,
-        )
+        self._progress = screen.progress(console, wanted=wanted is not False)
         self._task = self._progress.add_task("", total=count, completed=done)
         self._text = ""
 
@@ -412,7 +393,7 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def show(self, index: int, strength: float) -> None:
+    def show(self, strength: float) -> None:
         """Show which strength is in training."""
         self._text = f"strength {strength:.3g}"
         self._progress.update(self._task, description=self._text)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.groups import CoupledChannels, Groups, Member
-from ..core.inventory import MATRICES, Inputs, Operation, Pairs, Shape, exact
+from ..core.inventory import MATRICES, Inputs, Operation, Pairs, exact
 from . import functional, prox
 from .functional import add_penalty_grad_, sparsity
 from .others import activity_penalty
@@ -33,7 +33,8 @@ def _elastic_net(w: Tensor) -> Tensor:
     return L1 * w.abs().sum() + L2 / 2 * w.square().sum()
 
 
-def _soft(w: Tensor, threshold: float) -> Tensor:
+def soft(w: Tensor, threshold: Tensor | float) -> Tensor:
+    """Return w after soft-thresholding."""
     return w.sign() * (w.abs() - threshold).clamp_min(0.0)
 
 
@@ -55,10 +56,6 @@ def _changed(f: Callable[[Tensor], Tensor]) -> Callable[..., None]:
             w.copy_(f(w))
 
     return step
-
-
-def _weights(inputs: Inputs, shape: Shape) -> list[Tensor]:
-    return inputs.weights()
 
 
 def _added(inputs: Inputs) -> Pairs:
@@ -109,79 +106,48 @@ def _sparsity(inputs: Inputs) -> Pairs:
     return [(share, torch.tensor(zeros / count, dtype=torch.float64))]
 
 
-def _penalty(name: str, formula: str, f: Callable[[Tensor], Tensor], **options: Any) -> Operation:
+def _row(
+    module: Any, name: str, formula: str, f: Callable[[Tensor], Tensor], **options: Any
+) -> Operation:
+    """Return the row of a function of a list, from what it does to or makes of one tensor."""
+    steps = module is prox
     return Operation(
-        name=name,
+        name=f"prox.{name}" if steps else name,
         formula=formula,
-        function=getattr(functional, name.partition(",")[0]),
-        tensors=_weights,
+        function=getattr(module, name.partition(",")[0]),
+        tensors=lambda inputs, shape: inputs.weights(),
         arguments=("params",),
         as_list=True,
         options=options,
-        reference=_summed(f),
-        refuses=_NO_META,
-    )
-
-
-def _prox(name: str, formula: str, f: Callable[[Tensor], Tensor], **options: Any) -> Operation:
-    return Operation(
-        name=f"prox.{name}",
-        formula=formula,
-        function=getattr(prox, name),
-        tensors=_weights,
-        arguments=("params",),
-        as_list=True,
-        options=options,
-        reference=_changed(f),
-        written=("params",),
+        reference=(_changed if steps else _summed)(f),
+        written=("params",) if steps else (),
         refuses=_NO_META,
     )
 
 
 OPERATIONS = [
-    _penalty("l1_penalty", "l1 * sum |w|", lambda w: L1 * w.abs().sum(), strength=L1),
-    _penalty("l2_penalty", "l2 * sum w^2", lambda w: L2 * w.square().sum(), strength=L2),
-    _penalty(
-        "l2_penalty, half",
-        "l2/2 * sum w^2",
-        lambda w: L2 / 2 * w.square().sum(),
-        strength=L2,
-        half=True,
-    ),
-    _penalty("elastic_net_penalty", "l1 * sum |w| + l2/2 * sum w^2", _elastic_net, l1=L1, l2=L2),
-    _penalty(
-        "group_lasso_penalty",
-        "group * sum_g sqrt(n_g) * ||w_g||",
-        lambda w: GROUP * _group_norms(w).sum(),
-        strength=GROUP,
-    ),
-    _penalty(
-        "group_lasso_penalty, last dimension",
-        "the same of slices along the last dimension",
-        lambda w: GROUP * _group_norms(w, -1).sum(),
-        strength=GROUP,
-        dim=-1,
-    ),
+    _row(functional, "l1_penalty", "l1 * sum |w|", lambda w: L1 * w.abs().sum(), strength=L1),
+    _row(functional, "l2_penalty", "l2 * sum w^2", lambda w: L2 * w.square().sum(), strength=L2),
+    _row(functional, "l2_penalty, half", "l2/2 * sum w^2", lambda w: L2 / 2 * w.square().sum(),
+         strength=L2, half=True),
+    _row(functional, "elastic_net_penalty", "l1 * sum |w| + l2/2 * sum w^2", _elastic_net,
+         l1=L1, l2=L2),
+    _row(functional, "group_lasso_penalty", "group * sum_g sqrt(n_g) * ||w_g||",
+         lambda w: GROUP * _group_norms(w).sum(), strength=GROUP),
+    _row(functional, "group_lasso_penalty, last dimension",
+         "the same of slices along the last dimension",
+         lambda w: GROUP * _group_norms(w, -1).sum(), strength=GROUP, dim=-1),
     Operation(
         name="add_penalty_grad_",
         formula="value, and gradient added into .grad",
         function=add_penalty_grad_,
         pairs=_added,
     ),
-    _prox("l1_", "sign(w) * max(|w| - t, 0)", lambda w: _soft(w, L1), threshold=L1),
-    _prox(
-        "elastic_net_",
-        "soft(w, l1) / (1 + l2)",
-        lambda w: _soft(w, L1) / (1.0 + L2),
-        l1=L1,
-        l2=L2,
-    ),
-    _prox(
-        "group_lasso_",
-        "w_g * max(0, 1 - t * sqrt(n_g) / ||w_g||)",
-        _shrunk_groups,
-        threshold=THRESHOLD,
-    ),
+    _row(prox, "l1_", "sign(w) * max(|w| - t, 0)", lambda w: soft(w, L1), threshold=L1),
+    _row(prox, "elastic_net_", "soft(w, l1) / (1 + l2)", lambda w: soft(w, L1) / (1.0 + L2),
+         l1=L1, l2=L2),
+    _row(prox, "group_lasso_", "w_g * max(0, 1 - t * sqrt(n_g) / ||w_g||)", _shrunk_groups,
+         threshold=THRESHOLD),
     Operation(
         name="prox.group_lasso_, channels",
         formula="the same of channels that span tensors",
@@ -198,4 +164,4 @@ OPERATIONS = [
         refuses=_NO_META,
     ),
     Operation(name="sparsity", formula="share of exact zeros", function=sparsity, pairs=_sparsity),
-]
+]  # fmt: skip

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from .. import _C
 from ..core import checks, dispatch, distributed
+from ..core.arguments import check_type
 from ..core.groups import CoupledChannels, Groups, Member
+from ..core.params import by_device
 from . import dtensor as _dtensor
 from . import kernels as _kernels
-from .strengths import NO_PENALTY, Strength
+from .strengths import NO_PENALTY, Strength, check_number
 
 #: ``"size"``, ``"operations"``, or numbers: one for each set, or for each of its channels.
 Weights: TypeAlias = str | Sequence[float | Sequence[float] | Tensor]
@@ -108,10 +110,8 @@ class Family:
             local.append(own)
         found = []
         for where, of_mesh in _dtensor.by_mesh(op, tensors, NO_PENALTY):
-            by_device: dict[torch.device, list[int]] = {}
-            for i in of_mesh:
-                by_device.setdefault(local[i].device, []).append(i)
-            for device, at in by_device.items():
+            for device, among in by_device([local[i] for i in of_mesh]).items():
+                at = [of_mesh[n] for n in among]
                 placed = tuple(getattr(tensors[i], "placements", None) for i in at)
                 key = device, where, tuple(at), placed
                 if key not in self._of_parts:
@@ -167,8 +167,7 @@ def plan(op: str, groups: Groups) -> Plan:
 def _checked(where: str, size: int, member: Member) -> Tensor:
     """Return the channels of a member on the CPU; raise if they do not go with its parameter."""
     p, dim, channels = member.parameter, member.dim, member.channels
-    if not isinstance(p, Tensor):
-        raise TypeError(f"{where} must be a tensor, got {type(p).__name__}")
+    check_type(p, Tensor, where, "a tensor")
     if not -p.dim() <= dim < p.dim():
         raise ValueError(f"{where} has {p.dim()} dimensions, so none to cut along is {dim}")
     if channels.shape != (p.shape[dim],) or channels.is_floating_point():
@@ -261,17 +260,11 @@ def strengths(
     """Return l1, and each family with its channels' strengths, float64 on the CPU; checked."""
     if dim != 0:
         raise ValueError(f"fusereg.{op}: dim must be left out with groups, got {dim}")
-    numbers = []
-    for x, own in ((l1, "l1"), (strength, name)):
-        if isinstance(x, bool) or not isinstance(x, (int, float)):
-            raise TypeError(
-                f"fusereg.{op}: {own} must be one number with groups, got {type(x).__name__}"
-            )
-        if not 0.0 <= x < math.inf:
-            raise ValueError(f"fusereg.{op}: {own} must be finite and not negative, got {x}")
-        numbers.append(float(x))
+    wanted = "one number with groups"
+    of_elements = check_number(l1, f"fusereg.{op}: l1", wanted)
+    of_groups = check_number(strength, f"fusereg.{op}: {name}", wanted)
     families = plan(op, groups).families()
-    return numbers[0], [(f, numbers[1] * weights_of(op, groups, f, weights)) for f in families]
+    return of_elements, [(f, of_groups * weights_of(op, groups, f, weights)) for f in families]
 
 
 def alone(name: str, l1: Strength) -> str | None:

@@ -67,6 +67,27 @@ def _placement(where: str, tensor: Tensor, group: float, dim: int) -> Where:
     return tensor.device_mesh, tuple(sharded)
 
 
+def across(tensor: Tensor, where: Where, dim: int) -> Where:
+    """Return over which ranks the slices along a dimension are spread; None if over none."""
+    if where is None:
+        return None
+    placements = cast("DTensor", tensor).placements
+    spread = tuple(m for m in where[1] if placements[m].dim % tensor.dim() != dim)  # type: ignore[attr-defined]
+    return (where[0], spread) if spread else None
+
+
+def check_grad(op: str, i: int, tensor: Tensor) -> None:
+    """Raise if a DTensor has a gradient that is placed otherwise."""
+    grad = tensor.grad if tensor.is_leaf and distributed.is_dtensor(tensor) else None
+    if grad is None:
+        return
+    wanted = cast("DTensor", tensor).placements
+    if not distributed.is_dtensor(grad) or cast("DTensor", grad).placements != wanted:
+        raise ValueError(
+            f"fusereg.{op}: params[{i}].grad must be a DTensor placed as its parameter, {wanted}"
+        )
+
+
 class _SumOverRanks(torch.autograd.Function):
     """All-reduce. Each rank has the same total, so the gradient passes to its part unchanged."""
 
@@ -112,14 +133,7 @@ def add_grads_(
         checks.plain(t, op, f"params[{i}]")
     buckets = by_mesh(op, tensors, s)
     for i, t in enumerate(tensors):
-        grad = t.grad if t.is_leaf else None
-        if distributed.is_dtensor(t) and grad is not None:
-            wanted = cast("DTensor", t).placements
-            if not distributed.is_dtensor(grad) or cast("DTensor", grad).placements != wanted:
-                raise ValueError(
-                    f"fusereg.{op}: params[{i}].grad must be a DTensor placed as its parameter, "
-                    f"{wanted}"
-                )
+        check_grad(op, i, t)
     values = []
     with torch.no_grad():
         found = [g if g is None else local_part(g) for g in _kernels.own_grads(op, tensors)]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks, dispatch, distributed
+from ..core.arguments import check_type
 from ..core.docs import share_paragraphs
 from ..core.groups import Groups
 from ..core.params import Params
@@ -73,10 +74,7 @@ def _check_scale(op: str, scale: Tensor | float) -> Tensor | float:
                 f"got shape {tuple(scale.shape)}"
             )
         return checks.plain(scale, op, "grad_scale") if dispatch.eager() else scale.detach()
-    if not isinstance(scale, (int, float)):
-        raise TypeError(
-            f"fusereg.{op}: grad_scale must be a number or a 0-d tensor, got {type(scale).__name__}"
-        )
+    check_type(scale, (int, float), f"fusereg.{op}: grad_scale", "a number or a 0-d tensor")
     return scale
 
 

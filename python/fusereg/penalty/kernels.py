@@ -110,8 +110,7 @@ def add_grads_(
     ``grads=None`` means each tensor's ``.grad``, created where it is missing.
     """
     whole = reduced(
-        tensors,
-        lambda out, work: _C.penalty_add_grad_(tensors, grads, out, scale, *s, work, op),
+        tensors, lambda out, work: _C.penalty_add_grad_(tensors, grads, out, scale, *s, work, op)
     )
     if whole is not None:
         return whole

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core import checks
 from ..core.params import Params
 from .functional import elastic_net_penalty
-from .strengths import Strength, Strengths, check_dim, collect
+from .strengths import Strength, Strengths, check_dim, check_number, collect, dimension_of
 
 __all__ = ["activity_penalty", "orthogonality_penalty", "spectral_norm_penalty"]
 
@@ -42,10 +42,7 @@ def activity_penalty(x: Tensor, l1: float = 0.0, l2: float = 0.0) -> Tensor:
     if x.dim() == 0:
         raise ValueError(f"fusereg.{op}: x must have at least 1 dimension, got 0")
     for name, strength in (("l1", l1), ("l2", l2)):
-        if not isinstance(strength, (int, float)) or not 0.0 <= strength < float("inf"):
-            raise ValueError(
-                f"fusereg.{op}: {name} must be finite and not negative, got {strength!r}"
-            )
+        check_number(strength, f"fusereg.{op}: {name}")
     return elastic_net_penalty([x], l1, 2 * l2) / max(x.shape[0], 1)
 
 
@@ -122,19 +119,15 @@ def _over_matrices(
         checks.check(w, op, f"params[{i}]")
         if w.dim() < 2 or own == 0.0:
             continue
-        rows = by_rows(op, f"params[{i}]", w, dim)
+        rows = _by_rows(op, i, w, dim)
         wide = rows if w.dtype is torch.float64 else rows.float()
         total = total.to(w.device) + own * value(wide)
     return total
 
 
-def by_rows(op: str, name: str, w: Tensor, dim: int) -> Tensor:
+def _by_rows(op: str, i: int, w: Tensor, dim: int) -> Tensor:
     """Return a weight as a matrix whose rows are the slices along a dimension."""
-    if not -w.dim() <= dim < w.dim():
-        raise ValueError(
-            f"fusereg.{op}: dim must be a dimension of {name}, whose shape is {tuple(w.shape)}, "
-            f"got {dim}"
-        )
+    dim = dimension_of(w, dim, f"fusereg.{op}: dim", f"params[{i}]")
     return w.movedim(dim, 0).flatten(1)
 
 
@@ -147,7 +140,7 @@ def limited(
         checks.check(w, op, f"params[{i}]")
         if w.dim() < 2:
             continue
-        rows = by_rows(op, f"params[{i}]", w.detach(), dim)
+        rows = _by_rows(op, i, w.detach(), dim)
         norms = torch.linalg.vector_norm(
             rows, dim=1, dtype=torch.float64 if w.dtype is torch.float64 else torch.float32
         )

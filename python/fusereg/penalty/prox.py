@@ -223,7 +223,7 @@ def hierarchical_(
         if own != theirs:
             raise ValueError(f"fusereg.{op}: weight must have skip's {name}, {theirs}, got {own}")
     for name, number in (("threshold", threshold), ("m", m), ("l1", l1)):
-        check_number(op, name, number)
+        check_number(number, f"fusereg.{op}: {name}")
     if not skip.numel():
         return
     with torch.no_grad():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias, cast
 
 from torch import Tensor
 
 from .. import _C
-from ..core import dispatch
+from ..core import checks, dispatch
 from ..core import params as _params
+from ..core.arguments import check_type
 
 Strength: TypeAlias = float | Sequence[float]
 
@@ -104,16 +106,35 @@ def listed(tensors: list[Tensor], s: Strengths) -> Listed:
 
 def check_dim(op: str, dim: object, name: str = "dim") -> int:
     """Raise if the dimension of the groups is not an integer."""
-    if not isinstance(dim, int):
-        raise TypeError(f"fusereg.{op}: {name} must be an int, got {type(dim).__name__}")
-    return dim
+    check_type(dim, int, f"fusereg.{op}: {name}", "an int")
+    return cast(int, dim)
 
 
-def check_number(op: str, name: str, number: object) -> None:
-    """Raise unless this is a finite number >= 0."""
+def dimension_of(tensor: Tensor, dim: int, where: str, name: str) -> int:
+    """Return a dimension of a tensor, not negative; raise if it has none such. A number has one."""
+    rank = max(tensor.dim(), 1)
+    if not -rank <= dim < rank:
+        raise ValueError(
+            f"{where} must be a dimension of {name}, whose shape is {tuple(tensor.shape)}, "
+            f"got {dim}"
+        )
+    return dim % rank
+
+
+def check_number(number: object, where: str, wanted: str = "a number") -> float:
+    """Return a finite number >= 0 as a float; raise for anything else."""
     if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise TypeError(f"fusereg.{op}: {name} must be a number, got {type(number).__name__}")
-    _finite(number, f"fusereg.{op}: {name}")
+        raise TypeError(f"{where} must be {wanted}, got {type(number).__name__}")
+    return _finite(number, where)
+
+
+def factor_at(schedule: Callable[[int], object], steps: int, where: str) -> float:
+    """Return a schedule's factor at a step; raise unless it is a finite number >= 0."""
+    made = schedule(steps)
+    if not (isinstance(made, (int, float)) and 0.0 <= made < math.inf):
+        where = f"{where}({steps})"  # not before: torch.compile cannot format a step of its own
+        made = _finite(checks.as_number(made, where), where)
+    return float(made)
 
 
 def _check(strength: object, count: int, where: str) -> Strength:

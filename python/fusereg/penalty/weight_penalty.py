@@ -7,18 +7,20 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..core import checks
 from ..core import params as _params
+from ..core.arguments import check_type
 from ..core.hints import explains
 from ..core.params import Key
 from .functional import add_grads, evaluate
+from .kernels import sum_on_first
 from .names import SPARED, WORDS, Keys, Named, Places, named_parameters, unpenalizable
-from .strengths import Listed, Strengths, listed
+from .strengths import Listed, Strengths, check_number, dimension_of, factor_at, listed
 
 __all__ = ["AttachedPenalty", "PenaltyGroup", "WeightPenalty"]
 
@@ -41,6 +43,8 @@ class PenaltyGroup:
 
 Rule = Mapping[str, float | int | None] | None
 
+OP = "fusereg.WeightPenalty"
+_STRENGTHS = ("l1", "l2", "group")
 _log = logging.getLogger("fusereg")
 #: The default of a strength: equal to 0, but not the 0 that a caller passes.
 UNSET = float("0.0")
@@ -54,6 +58,18 @@ _ELSEWHERE = {
     "l2_strength": "it is l2 here",
     "optimizer": "call attach(optimizer)",
 }
+
+
+def _of_default(name: str, what: str) -> property:
+    """Return the property of a strength of the default group."""
+
+    def get(penalty: WeightPenalty) -> float:
+        return float(getattr(penalty.groups[0], name))
+
+    def put(penalty: WeightPenalty, strength: float) -> None:
+        setattr(penalty.groups[0], name, _check_strengths({name: strength}, OP)[name])
+
+    return property(get, put, doc=f"{what} strength of all parameters that no rule matches.")
 
 
 class WeightPenalty:
@@ -115,7 +131,7 @@ class WeightPenalty:
     _DEFAULT = "default"
     _places: Places | None = None  # of pickles of before
 
-    @explains("fusereg.WeightPenalty", _ELSEWHERE)
+    @explains(OP, _ELSEWHERE)
     def __init__(
         self,
         model: nn.Module,
@@ -129,43 +145,28 @@ class WeightPenalty:
         rules: Mapping[Key, Rule] | None = None,
         schedule: Callable[[int], float] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                "fusereg.WeightPenalty: model must be a torch.nn.Module, "
-                f"got {type(model).__name__}"
-            )
+        check_type(model, nn.Module, f"{OP}: model", "a torch.nn.Module")
         if isinstance(exclude, (str, type)):
             exclude = (exclude,)
-        if schedule is not None and not callable(schedule):
-            raise TypeError(
-                "fusereg.WeightPenalty: schedule must be a function of the step that returns a "
-                f"factor, got {type(schedule).__name__}"
-            )
+        wanted = "a function of the step that returns a factor"
+        check_type(schedule, (Callable, type(None)), f"{OP}: schedule", wanted)
         self.half = half
         self.schedule = schedule
         self.steps = 0
         self._model = model
-        if not isinstance(exclude, Iterable):
-            raise TypeError(
-                "fusereg.WeightPenalty: exclude must be name patterns or module types, "
-                f"got {type(exclude).__name__}"
-            )
+        check_type(exclude, Iterable, f"{OP}: exclude", "name patterns or module types")
         self._exclude = tuple(exclude)
         if rules is not None:
-            checks.check_mapping(
-                rules, "fusereg.WeightPenalty: rules", 'like {"head.*": {"l1": 1e-4}}'
-            )
+            checks.check_mapping(rules, f"{OP}: rules", 'like {"head.*": {"l1": 1e-4}}')
         self._rules = dict(rules or {})
         self._check_keys()
         check_given((l1, l2, group), self._rules)
-        defaults: dict[str, Any] = _check_strengths(
-            {"l1": l1, "l2": l2, "group": group}, "WeightPenalty"
-        )
+        defaults: dict[str, Any] = _check_strengths({"l1": l1, "l2": l2, "group": group}, OP)
         groups = [PenaltyGroup(self._DEFAULT, [], [], **defaults)]
-        self._group_dims = {self._DEFAULT: _check_group_dim(group_dim, "WeightPenalty")}
+        self._group_dims = {self._DEFAULT: _check_group_dim(group_dim, OP)}
         for key, label in self._labels().items():
             if (rule := self._rules[key]) is not None:
-                where, own = f"WeightPenalty: the rule for {label}", dict(rule)
+                where, own = f"{OP}: the rule for {label}", dict(rule)
                 dim = _check_group_dim(own.pop("group_dim", group_dim), where)
                 self._group_dims[label] = dim
                 strengths: dict[str, Any] = {**defaults, **_check_strengths(own, where)}
@@ -175,7 +176,7 @@ class WeightPenalty:
         self.refresh()
         if not any(g.params for g in self.groups):
             warnings.warn(
-                "fusereg.WeightPenalty: no parameter of the model is penalized; biases and "
+                f"{OP}: no parameter of the model is penalized; biases and "
                 "normalizations are left out unless a rule names them",
                 stacklevel=3,
             )
@@ -186,13 +187,12 @@ class WeightPenalty:
         for key in (*self._exclude, *self._rules):
             if not _params.is_key(key):
                 raise TypeError(
-                    "fusereg.WeightPenalty: exclude and rules take name patterns or module types, "
-                    f"got {key!r}"
+                    f"{OP}: exclude and rules take name patterns or module types, got {key!r}"
                 )
         for key, rule in self._rules.items():
             if rule is not None and not isinstance(rule, Mapping):
                 raise TypeError(
-                    f"fusereg.WeightPenalty: the rule for {_label(key)} must be a mapping like "
+                    f"{OP}: the rule for {_label(key)} must be a mapping like "
                     f'{{"l1": 1e-4}} or None, got {rule!r}'
                 )
 
@@ -246,7 +246,7 @@ class WeightPenalty:
             unmatched = without_match | without_effect
             patterns = ", ".join(sorted(_label(k) for k in unmatched))
             raise ValueError(
-                f"fusereg.WeightPenalty: {_hints(keys, unmatched, items, reasons)}no parameter "
+                f"{OP}: {_hints(keys, unmatched, items, reasons)}no parameter "
                 f"(that is not excluded) matches {patterns}"
             )
         for g in self.groups:
@@ -258,58 +258,16 @@ class WeightPenalty:
         self._wrapped = {other: item.name for item in items for other in item.others}
         self._tied = [f"{name} is {item.name}" for item in items for name, _ in item.tied]
 
-    def _default(self) -> PenaltyGroup:
-        return self.groups[0]
-
-    def _set(self, name: str, strength: float) -> None:
-        setattr(self._default(), name, _check_strengths({name: strength}, "WeightPenalty")[name])
-
-    @property
-    def l1(self) -> float:
-        """L1 strength of all parameters that no rule matches."""
-        return self._default().l1
-
-    @l1.setter
-    def l1(self, strength: float) -> None:
-        self._set("l1", strength)
-
-    @property
-    def l2(self) -> float:
-        """L2 strength of all parameters that no rule matches."""
-        return self._default().l2
-
-    @l2.setter
-    def l2(self, strength: float) -> None:
-        self._set("l2", strength)
-
-    @property
-    def group(self) -> float:
-        """Group-lasso strength of all parameters that no rule matches."""
-        return self._default().group
-
-    @group.setter
-    def group(self, strength: float) -> None:
-        self._set("group", strength)
+    l1 = _of_default("l1", "L1")
+    l2 = _of_default("l2", "L2")
+    group = _of_default("group", "Group-lasso")
 
     @property
     def factor(self) -> float:
         """Factor of all strengths at the present step of the schedule; 1 without a schedule."""
         if self.schedule is None:
             return 1.0
-        value = self.schedule(self.steps)
-        try:
-            factor = float(value)
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"fusereg.WeightPenalty: schedule({self.steps}) must be a number, got "
-                f"{type(value).__name__}"
-            ) from error
-        if not 0.0 <= factor < float("inf"):
-            raise ValueError(
-                f"fusereg.WeightPenalty: schedule({self.steps}) must be finite and not negative, "
-                f"got {factor}"
-            )
-        return factor
+        return factor_at(self.schedule, self.steps, f"{OP}: schedule")
 
     def step(self) -> None:
         """Advance the schedule by one step."""
@@ -319,7 +277,7 @@ class WeightPenalty:
         """Raise ValueError if parameters of the model have been replaced since :meth:`refresh`."""
         if self._places and not torch.compiler.is_compiling() and self._places.replaced():
             raise ValueError(
-                "fusereg.WeightPenalty: parameters of the model have been replaced since they were "
+                f"{OP}: parameters of the model have been replaced since they were "
                 "looked up, by load_state_dict(assign=True), a new layer or the like; call "
                 "refresh(), and make the optimizer of the new parameters"
             )
@@ -378,7 +336,7 @@ class WeightPenalty:
                 values.append(call("WeightPenalty", part, *args))
             except (TypeError, ValueError) as error:
                 raise type(error)(self._with_names(str(error), part.tensors)) from error
-        return _total(values)
+        return sum_on_first(values)
 
     def _with_names(self, text: str, tensors: Sequence[Tensor]) -> str:
         """Return an error's text with names in place of the indices of parameters."""
@@ -450,29 +408,26 @@ class WeightPenalty:
                 raise ValueError(f"version {state['version']}")
             saved = dict(state["groups"])
             names = {label: list(g["names"]) for label, g in saved.items()}
-            strengths = {k: {n: g[n] for n in ("l1", "l2", "group")} for k, g in saved.items()}
+            strengths = {k: {n: g[n] for n in _STRENGTHS} for k, g in saved.items()}
             dims = {label: g.get("group_dim") for label, g in saved.items()}
             steps, half = int(state["steps"]), bool(state["half"])
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
-                f"fusereg.WeightPenalty: this is no state of a WeightPenalty (version 1): {error!r}"
+                f"{OP}: this is no state of a WeightPenalty (version 1): {error!r}"
             ) from error
         here = {g.label: g for g in self.groups}
         if set(saved) != set(here):
             raise ValueError(
-                f"fusereg.WeightPenalty: the state has groups {sorted(saved)}, "
-                f"this penalty has {sorted(here)}"
+                f"{OP}: the state has groups {sorted(saved)}, this penalty has {sorted(here)}"
             )
         for label, g in here.items():
             if [self._wrapped.get(name, name) for name in names[label]] != g.names:
-                raise ValueError(
-                    f"fusereg.WeightPenalty: group '{label}' of the state names other parameters"
-                )
-            _check_strengths(strengths[label], "WeightPenalty.load_state_dict")
+                raise ValueError(f"{OP}: group '{label}' of the state names other parameters")
+            _check_strengths(strengths[label], f"{OP}.load_state_dict")
             # States of before do not have them.
             if strengths[label]["group"] and dims[label] not in (None, g.group_dim):
                 raise ValueError(
-                    f"fusereg.WeightPenalty: group '{label}' of the state has groups along "
+                    f"{OP}: group '{label}' of the state has groups along "
                     f"dimensions {dims[label]} of its parameters, this penalty has {g.group_dim}"
                 )
         for label, g in here.items():
@@ -515,17 +470,17 @@ class AttachedPenalty:
         self.value: Tensor | None = None
         self._penalty = penalty
         self._count_steps = count_steps
-        inner = innermost(optimizer)
+        inner = innermost(optimizer, f"{OP}.attach", "a torch.optim.Optimizer")
         penalized = {id(p) for g in penalty.groups for p in g.params}
         if penalized and not any(id(p) in penalized for p in _held(inner)):
             raise ValueError(
-                "fusereg.WeightPenalty.attach: optimizer holds no parameter that is penalized; is "
+                f"{OP}.attach: optimizer holds no parameter that is penalized; is "
                 "it another model's? After parameters were replaced, call refresh()"
             )
         hooks = inner._optimizer_step_pre_hooks.values()
         if any(getattr(getattr(h, "__self__", None), "_penalty", None) is penalty for h in hooks):
             raise ValueError(
-                "fusereg.WeightPenalty.attach: the penalty is attached to this optimizer already, "
+                f"{OP}.attach: the penalty is attached to this optimizer already, "
                 "and would count twice; call remove() of what attach() returned first"
             )
         self._handles = (
@@ -600,56 +555,32 @@ def _held(optimizer: Any) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer inside wrappers such as Accelerate's."""
+def innermost(optimizer: Any, where: str, wanted: str) -> torch.optim.Optimizer:
+    """Return the optimizer inside wrappers such as Accelerate's; raise unless it is one."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            "fusereg.WeightPenalty.attach: optimizer must be a torch.optim.Optimizer, "
-            f"got {type(optimizer).__name__}"
-        )
-    return optimizer
+    check_type(optimizer, torch.optim.Optimizer, f"{where}: optimizer", wanted)
+    return cast(torch.optim.Optimizer, optimizer)
 
 
 def check_given(strengths: Iterable[object], rules: Mapping[Key, Rule] | None) -> None:
     """Raise if a penalty has no strength at all: it would do nothing."""
     if all(s is UNSET for s in strengths) and not any((rules or {}).values()):
-        raise ValueError(
-            "fusereg.WeightPenalty: no strength is given; pass l1, l2 or group, or rules with some"
-        )
+        raise ValueError(f"{OP}: no strength is given; pass l1, l2 or group, or rules with some")
 
 
 def _check_strengths(values: Mapping[str, Any], where: str) -> dict[str, float]:
     checked = {}
     for name, strength in values.items():
-        if name not in ("l1", "l2", "group"):
-            raise ValueError(f"fusereg.{where}: unknown strength '{name}'; known: l1, l2, group")
-        if isinstance(strength, Tensor) or not isinstance(strength, (int, float)):
-            raise TypeError(
-                f"fusereg.{where}: {name} must be a number, got {type(strength).__name__}"
-            )
-        if not 0.0 <= strength < float("inf"):
-            raise ValueError(
-                f"fusereg.{where}: {name} must be finite and not negative, got {strength}"
-            )
-        checked[name] = float(strength)
+        if name not in _STRENGTHS:
+            raise ValueError(f"{where}: unknown strength '{name}'; known: l1, l2, group")
+        checked[name] = check_number(strength, f"{where}: {name}")
     return checked
 
 
-def _total(values: list[Tensor]) -> Tensor:
-    """Return the sum of values, which may be of several devices."""
-    total = values[0]
-    for value in values[1:]:
-        total = total + value.to(total.device)
-    return total
-
-
 def _check_group_dim(dim: Any, where: str) -> int | None:
-    if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool)):
-        raise TypeError(
-            f"fusereg.{where}: group_dim must be an int or None, got {type(dim).__name__}"
-        )
+    if dim is not None and not checks.is_integer(dim):
+        raise TypeError(f"{where}: group_dim must be an int or None, got {type(dim).__name__}")
     return dim
 
 
@@ -660,12 +591,7 @@ def _group_dim(given: int | None, name: str, param: Tensor, module: nn.Module) -
         return _params.output_dim(module) if lazy or param.dim() > 1 else 0
     if lazy:
         return given
-    if not -max(param.dim(), 1) <= given < max(param.dim(), 1):
-        raise ValueError(
-            f"fusereg.WeightPenalty: group_dim must be a dimension of {name}, whose shape is "
-            f"{tuple(param.shape)}, got {given}"
-        )
-    return given % max(param.dim(), 1)
+    return dimension_of(param, given, f"{OP}: group_dim", name)
 
 
 def _label(key: Key) -> str:

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from ..core.snapshot import RandomState, Stateful
-
-OP = "fusereg.TrainingRun"
+from .checkpoint import OP
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:

@@ -12,8 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..core.files import CheckpointError
-
-OP = "fusereg.TrainingRun"
+from .checkpoint import OP
 
 
 def _states(objects: Mapping[str, Any]) -> dict[str, Any]:

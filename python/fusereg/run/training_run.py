@@ -8,7 +8,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ..core import distributed
+from ..core.arguments import check_choice, check_integer
 from ..core.checks import as_number
 from ..core.encoding import check_savable
 from ..core.files import CheckpointError
 from ..core.hints import check_names
 from ..core.lock import FolderInUse
-from ..core.ranks import Ranks, describe, raise_first
+from ..core.ranks import Ranks, attempt, describe, raise_first
 from ..core.snapshot import Snapshot, Sources, Stateful
 from . import sharded
 from .checkpoint import OP, RunFolder
@@ -140,20 +141,13 @@ class TrainingRun:
         process_group: Any = None,
         **objects: Stateful | torch.Generator,
     ) -> None:
-        for name, number, least in (
-            ("every_steps", every_steps, 1),
-            ("keep_best", keep_best, 0),
-        ):
-            if number is not None and (type(number) is not int or number < least):
-                raise ValueError(f"{OP}: {name} must be an integer >= {least}, got {number!r}")
+        if every_steps is not None:
+            check_integer(every_steps, 1, f"{OP}: every_steps")
+        check_integer(keep_best, 0, f"{OP}: keep_best")
         if every_minutes is not None and not as_number(every_minutes, f"{OP}: every_minutes") > 0:
             raise ValueError(f"{OP}: every_minutes must be > 0, got {every_minutes!r}")
-        for name, word, allowed in (
-            ("mode", mode, ("min", "max")),
-            ("on_save_error", on_save_error, ("raise", "warn")),
-        ):
-            if not isinstance(word, str) or word not in allowed:
-                raise ValueError(f"{OP}: {name} must be one of {allowed}, got {word!r}")
+        check_choice(mode, ("min", "max"), f"{OP}: mode")
+        check_choice(on_save_error, ("raise", "warn"), f"{OP}: on_save_error")
         numbers = [k for k, v in objects.items() if isinstance(v, (int, float, str))]
         numbers = [k for k in numbers if k != "model"]  # nearly "mode", but meant
         check_names(OP, numbers, inspect.signature(TrainingRun).parameters, _ELSEWHERE)
@@ -186,8 +180,6 @@ class TrainingRun:
         self._running = False
         self._iterating: bool | None = None  # None: no loop over batches in this epoch yet
         self._clock = time.monotonic()
-        self._heard: Any = None  # what rank 0 and all ranks have said in _agreed
-        self._all_heard: list[Any] = []
         self._stepped = [False, False]  # whether an optimizer made a step: ever, in this batch
         self._waits = any(isinstance(thing, _Optimizer) for thing in shared.values())
         try:
@@ -203,20 +195,19 @@ class TrainingRun:
 
     def _open(self, resume: bool) -> None:
         """Lock the folder, and go on from the checkpoint in it. All ranks must call it."""
-        found, own = None, None
-        try:
+
+        def claimed() -> Any:
             for sources in (self._shared, self._own):
                 check_savable(sources, OP)
-            if self._ranks.index() == 0:
-                if resume:
-                    self._folder.entries()  # before it is claimed: another run may be using it
-                self._claim()
-                found = self._folder.entries() if resume else None
-        except Exception as problem:
-            own = problem
-        heard = self._ranks.gather((describe(own), found))
-        raise_first([problem for problem, _ in heard], own)
-        found = heard[0][1]
+            if self._ranks.index() > 0:
+                return None
+            if resume:
+                self._folder.entries()  # before it is claimed: another run may be using it
+            self._claim()
+            return self._folder.entries() if resume else None
+
+        mine = self._ranks.together(claimed)
+        found = self._ranks.from_first(lambda: mine)
         if found is None:
             self._warn_of_records()
             return
@@ -263,24 +254,26 @@ class TrainingRun:
     def _load(self, entry: dict[str, Any]) -> Any:
         """Load a checkpoint into the objects; return this rank's position. All must call it."""
         index, count = self._ranks.index(), self._ranks.count()
-        own, state = None, None
         in_parts = any(name.startswith("sharded/") for name in entry["files"])
-        try:
+
+        def load() -> Any:
+            shared = None
             if in_parts:
                 self._folder.check_files(entry, slice(index, None, count))
             else:
-                shared = self._folder.read_states(entry, "shared")
+                states = self._folder.read_states(entry, "shared")
+                shared = Snapshot(entry["epoch"], math.nan, **states)
+                self._shared.check(shared)  # before other objects are restored
             # A rank that was not there yet takes what rank 0 had, but no position.
             rank = index if index < entry["ranks"] else 0
             mine = self._folder.read_states(entry, f"rank-{rank}")
-            state = mine["position"] if rank == index else None
             self._warn_of_others(entry, mine["names"])
             self._own.restore(Snapshot(entry["epoch"], math.nan, mine["states"], {}))
-            if not in_parts:
-                self._shared.restore(Snapshot(entry["epoch"], math.nan, **shared))
-        except Exception as problem:
-            own = problem
-        self._ranks.together(own)
+            if shared is not None:
+                self._shared.restore(shared)
+            return mine["position"] if rank == index else None
+
+        state = self._ranks.together(load)
         if in_parts:
             place = self._folder.path_of(entry["name"]) / "sharded"
             sharded.load(self._objects, place, self._ranks.group)
@@ -305,9 +298,7 @@ class TrainingRun:
         The loop ends early if one of the objects says so by ``stopped``. When it has ended, the
         last checkpoint is made, and then ``finish()`` of each object that has it is called.
         """
-        if type(count) is not int or count < 0:
-            raise ValueError(f"{OP}.epochs: count must be an integer >= 0, got {count!r}")
-        return self._epochs(count)
+        return self._epochs(check_integer(count, 0, f"{OP}.epochs: count"))
 
     def _epochs(self, count: int) -> Iterator[int]:
         if self.batch and not self._position.resuming:
@@ -441,50 +432,45 @@ class TrainingRun:
         entry: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "batch": self.batch}
         entry |= {"metric": self._metric, "ranks": self._ranks.count(), "name": "", "files": {}}
         with ExitStack() as stack:
-            own, where = None, None
-            try:
-                if self._ranks.index() == 0:
-                    where = stack.enter_context(self._folder.workplace())
-                    (where / "step").mkdir()
-            except Exception as problem:
-                own = problem
-            if not self._agreed(own, where):
-                return
-            work = Path(self._heard)
-            own, files = None, {}
-            try:
-                files = self._write(work / "step")
-            except Exception as problem:
-                own = problem
-            if not self._agreed(own, files):
-                return
-            for of_rank in self._all_heard:
-                entry["files"].update(of_rank)
-            own, best = None, []
-            try:
+
+            def make_place() -> Path | None:
+                if self._ranks.index() > 0:
+                    return None
+                work = stack.enter_context(self._folder.workplace())
+                (work / "step").mkdir()
+                return work
+
+            def publish() -> tuple[str, list[dict[str, Any]]]:
+                best = []
                 if self._ranks.index() == 0:
                     best = self._ranked(entry)
                     self._folder.publish(work, work / "step", entry, best)
-            except Exception as problem:
-                own = problem
-            if not self._agreed(own, (entry["name"], best)):
+                return entry["name"], best
+
+            heard = self._agreed(make_place)
+            if heard is None:
                 return
-        entry["name"], best = self._heard
-        self._last, self._best = entry, best
+            work = Path(heard[0])
+            heard = self._agreed(lambda: self._write(work / "step"))
+            if heard is None:
+                return
+            for of_rank in heard:
+                entry["files"].update(of_rank)
+            heard = self._agreed(publish)
+            if heard is None:
+                return
+        entry["name"], self._best = heard[0]
+        self._last = entry
         self._metric, self._requested = None, False
         self._clock = time.monotonic()
 
-    def _agreed(self, own: Exception | None, mine: Any) -> bool:
-        """Exchange a problem and a result; raise or warn, or return that no rank had a problem.
-
-        The results are in ``_all_heard``, that of rank 0 in ``_heard``.
-        """
+    def _agreed(self, work: Callable[[], Any]) -> list[Any] | None:
+        """Return a function's results on all ranks; raise, or warn and return None, if it fails."""
+        own, mine = attempt(work)
         heard = self._ranks.gather((describe(own), mine))
-        self._all_heard = [result for _, result in heard]
-        self._heard = self._all_heard[0]
         problems = [problem for problem, _ in heard]
         if not any(problems):
-            return True
+            return [result for _, result in heard]
         if own is not None and isinstance(own, (OSError, CheckpointError)):
             intact = "there was none before"
             if self._last is not None:
@@ -504,7 +490,7 @@ class TrainingRun:
         if own is not None:
             warnings.warn(str(own), RuntimeWarning, stacklevel=4)
         self._clock = time.monotonic()
-        return False
+        return None
 
     def _write(self, place: Path) -> dict[str, Any]:
         """Write this rank's files, and return their entries."""
