@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,7 +54,9 @@ def one_by_one(
             fillers += [None] * counts.get(step.group, 0)
             counts[step.group] = counts.get(step.group, 0) + 1
         alone = Compose([transform], seed=seed)
-        alone._encoded = [[(kind, len(fillers), values) for kind, _, values in alone._encoded[0]]]
+        (unit,) = alone._training.units
+        steps = [(kind, len(fillers), values) for kind, _, values in unit.steps]
+        alone._training = replace(alone._training, units=[replace(unit, steps=steps)])
         arguments = (result,) if targets is None else result
         result = alone(*arguments, sample_ids=range(len(x)))
     return result

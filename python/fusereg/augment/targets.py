@@ -18,6 +18,7 @@ from ..core import memory
 from .arguments import Interpolation, integer, interpolation_name, is_sequence, number
 from .labels import MixedLabels, is_named_as_label, mix_labels, names_places
 from .params import AugmentParams
+from .render import Settings
 from .tree import (
     Columns,
     Node,
@@ -25,9 +26,9 @@ from .tree import (
     area,
     batch_tree,
     check_canvas,
-    corners_of,
     cut_corners,
     hides_tensors,
+    hulls_of,
     is_cut,
     items_of,
     kind_of,
@@ -104,23 +105,6 @@ class Rules:
             if not is_sequence(keys) or not all(isinstance(k, str) for k in keys):
                 raise TypeError(f"fusereg.{op}: {name} must be a sequence of keys, got {keys!r}")
         return replace(self, **names)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Look:
-    """The part of a pass that targets see."""
-
-    fill_mode: str = "constant"
-    mask_fill: float | None = None
-    interpolation: str = "bilinear"
-    antialias: bool = False
-    mixed: bool = False
-    num_classes: int | None = None
-    label_smoothing: float = 0.0
-    moves: bool = True
-
-
-# --- the walk -------------------------------------------------------------------------------------
 
 
 class Leaf:
@@ -325,14 +309,14 @@ class Targets:
 
     # --- a pass ---
 
-    def move(self, params: AugmentParams, look: Look) -> None:
-        """Move the targets as the images of a pass that fusereg computes."""
-        if look.moves:
+    def move(self, params: AugmentParams, settings: Settings, moves: bool = True) -> None:
+        """Move the targets as the images of a pass that fusereg computes, which may move pixels."""
+        if moves:
             self.check_all_move("the augmentation", params)
-        if look.mixed:
+        if settings.mixed:
             for leaf in self.leaves:
-                self._mix(leaf, params, look)
-        if not look.moves or not self.any_types():
+                self._mix(leaf, params, settings)
+        if not moves or not self.any_types():
             self.size = params.size
             return
         alone = params.without_mix()
@@ -340,11 +324,11 @@ class Targets:
         for leaf in self.leaves:
             if not self._left_alone(leaf):
                 by_kind.setdefault(leaf.kind, []).append(leaf)
-        if not look.mixed:  # or else they have been moved as well
-            self._move_planes(by_kind.get("Mask", []), alone, self._mask_sampling(look), True)
-        interpolation = self.rules.image_interpolation or look.interpolation
-        antialias = look.antialias and interpolation != "nearest"
-        sampling = (interpolation, antialias, look.fill_mode, 0.0)
+        if not settings.mixed:  # or else they have been moved as well
+            self._move_planes(by_kind.get("Mask", []), alone, self._mask_sampling(settings), True)
+        interpolation = self.rules.image_interpolation or settings.interpolation
+        antialias = settings.antialias and interpolation != "nearest"
+        sampling = (interpolation, antialias, settings.fill_mode_of_targets, 0.0)
         for kind in ("Image", "Video"):
             self._move_planes(by_kind.get(kind, []), alone, lambda _: sampling, False)
         self._move_boxes(by_kind.get("BoundingBoxes", []), alone)
@@ -352,9 +336,11 @@ class Targets:
         self.size = params.size
 
     def _mask_sampling(
-        self, look: Look
+        self, settings: Settings
     ) -> Callable[[Leaf], tuple[Interpolation, bool, str, float]]:
-        fill = self.rules.mask_fill if self.rules.mask_fill is not None else look.mask_fill or 0.0
+        fill = (
+            self.rules.mask_fill if self.rules.mask_fill is not None else settings.mask_fill or 0.0
+        )
         with_boxes = {leaf.group for leaf in self.leaves if leaf.kind == "BoundingBoxes"}
 
         def sampling(leaf: Leaf) -> tuple[Interpolation, bool, str, float]:
@@ -364,11 +350,11 @@ class Targets:
             mode = self.rules.mask_interpolation if floating else "nearest"
             # The fill of floating images, which torchvision makes an integer.
             lost = self.rules.mask_fill is None and not floating and abs(fill) < 1
-            return mode, False, look.fill_mode, 0.0 if instances or lost else fill
+            return mode, False, settings.fill_mode_of_targets, 0.0 if instances or lost else fill
 
         return sampling
 
-    def _mix(self, leaf: Leaf, params: AugmentParams, look: Look) -> None:
+    def _mix(self, leaf: Leaf, params: AugmentParams, settings: Settings) -> None:
         """Mix a label or the masks of the batch; refuse what cannot be mixed."""
         value, kind, op = leaf.value, leaf.kind, self.op
         if value is None or self._left_alone(leaf):
@@ -381,7 +367,7 @@ class Targets:
         moves = kind not in ("", "Tensor")
         is_number = isinstance(value, (int, float))
         if kind == "Mask" and leaf.sample is None:
-            leaf.value = self._mix_mask(leaf, params, look)
+            leaf.value = self._mix_mask(leaf, params, settings)
         elif leaf.sample is not None and (moves or (leaf.mixable and (kind or is_number))):
             raise ValueError(
                 f"fusereg.{op}: targets of single samples cannot be mixed; leave mix out, or pass "
@@ -392,7 +378,9 @@ class Targets:
                 f"fusereg.{op}: {leaf.path}, {kind}, cannot be mixed as images are; leave mix out"
             )
         elif leaf.mixable and not is_number and self._is_label(leaf):
-            leaf.value = mix_labels(value, params, look.num_classes, op, look.label_smoothing)
+            leaf.value = mix_labels(
+                value, params, settings.num_classes, op, settings.label_smoothing
+            )
 
     def _refuse_plain_label(self, leaf: Leaf) -> None:
         """Raise an error for text or a number that is a label: it cannot be mixed."""
@@ -430,12 +418,12 @@ class Targets:
             + ("" if key else "; a mapping gives keys to the values of a tuple")
         )
 
-    def _mix_mask(self, leaf: Leaf, params: AugmentParams, look: Look) -> Any:
+    def _mix_mask(self, leaf: Leaf, params: AugmentParams, settings: Settings) -> Any:
         """Paste CutMix's boxes; MixUp mixes probabilities, which one-hot masks are as well."""
         mask = plain(leaf.value)
         paired = params.records[:, 14] >= 0
         blended = bool((paired & (params.records[:, 15] != 0)).any())
-        mode, antialias, fill_mode, fill = self._mask_sampling(look)(leaf)
+        mode, antialias, fill_mode, fill = self._mask_sampling(settings)(leaf)
         if not blended:
             moved = params.mask(mask, fill=fill, fill_mode=fill_mode, interpolation=mode)
             return wrap(moved, leaf.value)
@@ -505,7 +493,7 @@ class Targets:
                 form = name.lower()
                 moved = own.boxes(b[:, None], format=form, clip=clip)[:, 0]  # type: ignore[call-overload]
             if self.rules.min_visibility:
-                hull = corners_of(b, name)[:, None]
+                hull = hulls_of(b, name)[:, None]
                 cut, full = (own.boxes(hull, clip=c)[:, 0] for c in (True, False))  # type: ignore[call-overload]
                 left = area(cut) / area(full).clamp(min=1e-12)
             at = 0
