@@ -388,7 +388,9 @@ def test_the_result_is_as_asked_for_whatever_the_last_pass_is(last: list[Any]) -
         Compose(last, seed=1)(x, sample_ids=range(4), out=out)
         torch.testing.assert_close(out, plain.to(dtype), rtol=2e-3, atol=2e-3)
     for wrong in (torch.empty(4, 3, 8, 9), torch.empty(5, 3, 8, 10), torch.empty(4, 4, 8, 10)):
-        with pytest.raises(ValueError, match=r"out must be torch\.float32 of shape \(4, 3, 8, 10\)"):
+        with pytest.raises(
+            ValueError, match=r"out must be torch\.float32 of shape \(4, 3, 8, 10\)"
+        ):
             Compose(last, seed=1)(x, out=wrong)
 
 

@@ -49,13 +49,13 @@ class Unit:
     called: Called | None = None
     program: Program | None = None
 
-    @property
+    @cached_property
     def idle(self) -> bool:
         """True where nothing happens: there are only conversions of types."""
         other = self.called or self.program or self.settings.normal or self.settings.dtype
         return not (self.steps or other)
 
-    @property
+    @cached_property
     def moves(self) -> bool:
         """True where the kernel may move pixels."""
         return any(step[0] not in VALUES for step in self.steps)

@@ -95,8 +95,7 @@ class Drawn:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return parameters whose tensors went through a function."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        changed = {k: function(v) for k, v in values.items() if isinstance(v, Tensor)}
+        changed = {k: function(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **changed)  # type: ignore[type-var]
 
 

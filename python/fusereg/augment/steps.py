@@ -207,11 +207,6 @@ class ShortSide(Step):
     kind = 10
     group = "crop"
 
-    @property
-    def is_random(self) -> bool:
-        """Return whether samples differ."""
-        return self.sides[0] != self.sides[1]
-
 
 @dataclass(frozen=True)
 class Perspective(Step):

@@ -25,11 +25,9 @@ from .tree import (
     are_probabilities,
     area,
     batch_tree,
-    check_canvas,
     cut_corners,
     hides_tensors,
     hulls_of,
-    is_cut,
     items_of,
     kind_of,
     one_each,
@@ -166,8 +164,11 @@ class Targets:
         each = indexed and sample is None and one_each(tree, self.n)
         if each:
             each = self._is_each(tree, path)
-        if self.mixed and mixable and indexed and items and sample is None:
-            self._refuse_numbers(tree, path)
+        of_batch = mixable and indexed and sample is None
+        if self.mixed and of_batch and items and all(isinstance(v, (int, float)) for v in tree):
+            raise TypeError(
+                f"fusereg.{self.op}: {path} must be a tensor, got {type(tree).__name__}"
+            )
         made = {}
         # A list keeps the name and the group of what it is in; other containers have their own.
         inner_group = group if indexed and (each or isinstance(tree, list)) else (path, id(tree))
@@ -200,12 +201,6 @@ class Targets:
             )
         return True
 
-    def _refuse_numbers(self, tree: Any, path: str) -> None:
-        if all(isinstance(v, (int, float)) for v in tree):
-            raise TypeError(
-                f"fusereg.{self.op}: {path} must be a tensor, got {type(tree).__name__}"
-            )
-
     def _left_alone(self, leaf: Leaf) -> bool:
         keys = self.rules.passthrough
         return not isinstance(keys, bool) and leaf.key in keys
@@ -215,8 +210,11 @@ class Targets:
         kind, value = leaf.kind, leaf.value
         if kind in ("", "Tensor", "TVTensor") or self._left_alone(leaf):
             return
-        if kind in ("BoundingBoxes", "KeyPoints"):
-            check_canvas(value, self.size, self.op, leaf.path)
+        if kind in ("BoundingBoxes", "KeyPoints") and tuple(value.canvas_size) != self.size:
+            raise ValueError(
+                f"fusereg.{self.op}: {leaf.path}, {kind}, must have the canvas_size {self.size} of "
+                f"the images, got {tuple(value.canvas_size)}"
+            )
         if kind == "BoundingBoxes":
             if leaf.sample is None and self.n != 1:
                 raise ValueError(
@@ -300,7 +298,7 @@ class Targets:
             return ""
         if named:
             return "is a plain tensor or array of places, by its key"
-        rest = tuple(shape[1:]) if leaf.sample is None else tuple(shape[min(len(shape), 1) :])
+        rest = tuple(shape[1:])
         if len(rest) > 1:
             return f"is a plain tensor or array of shape {tuple(shape)}"
         if len(rest) == 1 and rest[0] > 1 and not are_probabilities(value, rest[0]):
@@ -474,7 +472,9 @@ class Targets:
         """Move boxes to boxes around them, cut unless clamping_mode is None; or their corners."""
         alike: dict[tuple[str, bool], list[Leaf]] = {}
         for leaf in leaves:
-            kind = (str(leaf.value.format.value), is_cut(leaf.value))
+            # Older torchvisions have no clamping_mode, and always cut.
+            clip = getattr(leaf.value, "clamping_mode", "soft") is not None
+            kind = (str(leaf.value.format.value), clip)
             alike.setdefault(kind, []).append(leaf)
         for (name, clip), group in alike.items():
             counts = [len(leaf.value) for leaf in group]

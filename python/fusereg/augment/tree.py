@@ -38,12 +38,16 @@ def kind_of(value: Any) -> str:
 
 def plain(value: Tensor) -> Tensor:
     """Return a tensor without torchvision's type, and others as they are."""
-    return value.as_subclass(Tensor) if kind_of(value) not in ("", "Tensor") else value
+    if type(value) is Tensor or kind_of(value) == "Tensor":
+        return value
+    return value.as_subclass(Tensor)
 
 
 def wrap(value: Tensor, like: Any, **more: Any) -> Any:
     """Return a tensor as one of the tv_tensors, and as it is where ``like`` is none."""
-    return value if kind_of(like) in ("", "Tensor") else tv_tensors().wrap(value, like=like, **more)
+    if type(like) is Tensor or kind_of(like) in ("", "Tensor"):
+        return value
+    return tv_tensors().wrap(value, like=like, **more)
 
 
 # --- containers ---
@@ -187,15 +191,6 @@ def leaves_of(tree: Any) -> list[Any]:
     return [tree] if items is None else [leaf for v in items.values() for leaf in leaves_of(v)]
 
 
-def check_canvas(value: Any, size: tuple[int, int], op: str, path: str) -> None:
-    """Check that boxes or points are places in images of this size."""
-    if tuple(value.canvas_size) != tuple(size):
-        raise ValueError(
-            f"fusereg.{op}: {path}, {kind_of(value)}, must have the canvas_size {tuple(size)} of "
-            f"the images, got {tuple(value.canvas_size)}"
-        )
-
-
 def are_probabilities(value: Any, columns: int) -> bool:
     """Return whether values [N, K] are probabilities, several classes or tokens, and no places."""
     x = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
@@ -217,11 +212,6 @@ def hulls_of(boxes: Tensor, name: str) -> Tensor:
         return corners_of(boxes, name.lower())
     points = boxes.double().reshape(-1, 4, 2)
     return torch.cat([points.amin(1), points.amax(1)], dim=1)
-
-
-def is_cut(boxes: Any) -> bool:
-    """Return whether boxes are cut to the image; older torchvisions always do."""
-    return getattr(boxes, "clamping_mode", "soft") is not None
 
 
 def cut_corners(boxes: Any) -> Tensor:
