@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from augment_peers import torchvision_module
 from fusereg.augment import (
+    Augment,
     AugmentParams,
     CallParams,
     CenterCrop,
+    ColorJitter,
     Compose,
     CutMix,
     MixUp,
@@ -53,7 +58,9 @@ def one_by_one(
             fillers += [None] * counts.get(step.group, 0)
             counts[step.group] = counts.get(step.group, 0) + 1
         alone = Compose([transform], seed=seed)
-        alone._encoded = [[(kind, len(fillers), values) for kind, _, values in alone._encoded[0]]]
+        (unit,) = alone._training.units
+        steps = [(kind, len(fillers), values) for kind, _, values in unit.steps]
+        alone._training = replace(alone._training, units=[replace(unit, steps=steps)])
         arguments = (result,) if targets is None else result
         result = alone(*arguments, sample_ids=range(len(x)))
     return result
@@ -348,3 +355,98 @@ def test_what_is_no_transform() -> None:
         Compose([3])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="Compose: transforms must be a sequence, got"):
         Compose(RandomHorizontalFlip())  # type: ignore[arg-type]
+
+
+# --- the end of a list, parameters that are given, images of several sizes ---
+
+
+def brighter(batch: Tensor) -> Tensor:
+    return batch * 0.5
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        [RandomHorizontalFlip(1.0)],
+        [RandomHorizontalFlip(1.0), brighter],
+        [brighter, torch.nn.Sequential()],
+        [ColorJitter(0.3)],
+        [],
+    ],
+    ids=["a kernel", "a function", "a function and nothing", "a program", "nothing"],
+)
+def test_the_result_is_as_asked_for_whatever_the_last_pass_is(last: list[Any]) -> None:
+    x = torch.rand(4, 3, 8, 10)
+    plain = Compose(last, seed=1)(x, sample_ids=range(4))
+    half = Compose(last, seed=1, out_dtype=torch.float16, memory_format=torch.channels_last)
+    y = half(x, sample_ids=range(4))
+    assert y.dtype is torch.float16
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, plain.half(), rtol=2e-3, atol=2e-3)
+    for dtype in (torch.float32, torch.float16):
+        out = torch.empty(4, 3, 8, 10, dtype=dtype)
+        Compose(last, seed=1)(x, sample_ids=range(4), out=out)
+        torch.testing.assert_close(out, plain.to(dtype), rtol=2e-3, atol=2e-3)
+    for wrong in (torch.empty(4, 3, 8, 9), torch.empty(5, 3, 8, 10), torch.empty(4, 4, 8, 10)):
+        with pytest.raises(
+            ValueError, match=r"out must be torch\.float32 of shape \(4, 3, 8, 10\)"
+        ):
+            Compose(last, seed=1)(x, out=wrong)
+
+
+def test_parameters_of_another_kind_or_number_are_refused(x: Tensor) -> None:
+    kinds: list[tuple[Any, str]] = [
+        (RandomHorizontalFlip(), "a pass must be AugmentParams"),
+        (ColorJitter(0.3), "a program must be ProgramParams"),
+        (brighter, "brighter must be CallParams"),
+    ]
+    chains = [Compose([item], seed=1) for item, _ in kinds]
+    drawn = [chain.sample_params(5, input_size=(24, 30)) for chain in chains]
+    for i, (chain, (_, text)) in enumerate(zip(chains, kinds, strict=True)):
+        for j, params in enumerate(drawn):
+            if i == j:
+                chain(x, params=params)
+            else:
+                with pytest.raises(TypeError, match=f"params of {text}, got"):
+                    chain(x, params=params)
+        with pytest.raises(ValueError, match=r"must be of 5 samples|must have (shape )?.* as its"):
+            chain(x, params=[drawn[i][0][:3]])
+    with pytest.raises(TypeError, match="params of a pass must be AugmentParams, got str"):
+        Augment(8)(x, params="drawn")  # type: ignore[arg-type]
+    for params in (d[0] for d in drawn):
+        assert torch.equal(params[-1].sample_ids, params.sample_ids[-1:])
+        with pytest.raises(IndexError):
+            params[5]
+
+
+def test_clips_of_several_sizes_come_back_as_clips() -> None:
+    tv = torchvision_module("torchvision.tv_tensors")
+    clips = [tv.Video(torch.rand(4, 3, 9 + i, 12 - i)) for i in range(3)]
+    for chain in (Augment(8, hflip=1.0, crop="center"), Compose([CenterCrop(8)])):
+        y = chain.collate(clips)
+        assert type(y) is tv.Video
+        assert y.shape == (3, 4, 3, 8, 8)
+        assert torch.equal(y[1], chain(clips[1][None])[0])
+
+
+def test_a_pad_sees_what_each_image_has_become() -> None:
+    v2 = torchvision_module("torchvision.transforms.v2")
+    steps = [v2.RandomResize(20, 40), v2.Pad([1, 2, 3, 4], fill=0.5), v2.CenterCrop(16)]
+    x = torch.rand(6, 3, 24, 30)
+    fused = Compose(steps, seed=3)
+    for single in range(6):
+        (params,) = fused.sample_params(1, input_size=(24, 30), sample_ids=[single])
+        assert params.size == (16, 16)
+    sizes = [(24, 30), (40, 33), (31, 31)]
+    images = [torch.rand(3, *size) for size in sizes]
+    pad = Compose([v2.Pad([1, 2, 3, 4]), v2.RandomCrop(16)], seed=3)
+    together = pad.run_several(images, None, [4, 5, 6])[0]
+    for i, image in enumerate(images):
+        assert torch.equal(together[i], pad(image, sample_ids=[4 + i]))
+    assert len(fused(x)) == 6
+
+
+def test_arrays_as_mean_are_shown() -> None:
+    mean = np.array([0.5, 0.4, 0.3])
+    assert "mean=array([0.5, 0.4, 0.3])" in repr(Augment(8, mean=mean, std=mean))
+    assert "mean=array([0.5, 0.4, 0.3])" in repr(Normalize(mean, mean))

@@ -147,14 +147,21 @@ Range starts(std::int64_t canvas, std::int64_t window, std::int64_t before, std:
 
 std::int64_t whole(double value) { return static_cast<std::int64_t>(value); }
 
+// The size of a window; without one of its own, that of the canvas with its margins.
+Size window_size(const Step& step, const Size& canvas) {
+  const std::vector<double>& v = step.values;
+  if (v[0] > 0.0) return {whole(v[0]), whole(v[1])};
+  return {canvas.height + whole(v[3]) + whole(v[5]), canvas.width + whole(v[2]) + whole(v[4])};
+}
+
 Range window_starts_x(const Step& step, const Size& canvas) {
   const std::vector<double>& v = step.values;
-  return starts(canvas.width, whole(v[1]), whole(v[2]), whole(v[4]), static_cast<int>(v[6]));
+  return starts(canvas.width, window_size(step, canvas).width, whole(v[2]), whole(v[4]), static_cast<int>(v[6]));
 }
 
 Range window_starts_y(const Step& step, const Size& canvas) {
   const std::vector<double>& v = step.values;
-  return starts(canvas.height, whole(v[0]), whole(v[3]), whole(v[5]), static_cast<int>(v[6]));
+  return starts(canvas.height, window_size(step, canvas).height, whole(v[3]), whole(v[5]), static_cast<int>(v[6]));
 }
 
 // The widest that a canvas of `along` by `across` becomes, turned by `from` to `to` degrees:
@@ -313,7 +320,7 @@ void random_window(const Step& step, Sample& s) {
   const Range y = window_starts_y(step, s.canvas);
   take_window(x.low + choice(words.word[0], x.high - x.low + 1),
               y.low + choice(words.word[1], y.high - y.low + 1),
-              {whole(step.values[0]), whole(step.values[1])}, s);
+              window_size(step, s.canvas), s);
 }
 
 void central_window(const Step& step, Sample& s) {
@@ -568,7 +575,9 @@ Size output_size(const Job& job, const Source& source, Size canvas) {
         step.kind != StepKind::kResized && step.kind != StepKind::kWhole) {
       continue;
     }
-    const Size size{whole(step.values[0]), whole(step.values[1])};
+    const Size size = step.kind == StepKind::kWindow
+                          ? window_size(step, canvas)
+                          : Size{whole(step.values[0]), whole(step.values[1])};
     Size room = canvas;
     bool fits = true;
     if (step.kind == StepKind::kWindow) {

@@ -20,15 +20,8 @@ Size: TypeAlias = int | Sequence[int]
 Interpolation: TypeAlias = str | int | Enum
 
 INTERPOLATIONS = {"nearest": 0, "bilinear": 1, "bicubic": 2}
-#: PIL's numbers of interpolations, which torchvision and timm take as well.
-_PIL_INTERPOLATIONS = {
-    0: "nearest",
-    1: "lanczos",
-    2: "bilinear",
-    3: "bicubic",
-    4: "box",
-    5: "hamming",
-}
+#: By PIL's numbers of them, which torchvision and timm take as well.
+_PIL_INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 FILL_MODES = {"constant": 0, "border": 1, "reflect": 2, "symmetric": 3, "wrap": 4}
 #: With what a pass may have: of crops that are resized, the border of the window that was cropped.
 FILLS = {**FILL_MODES, "window": 5}
@@ -187,8 +180,7 @@ def for_channels(values: tuple[float, ...], channels: int, op: str, name: str) -
 
 def one_of(value: object, op: str, name: str, known: Sequence[str]) -> str:
     """Return one of these names: given so, or as a member of an enumeration that stands for it."""
-    if not isinstance(value, str):
-        value = getattr(value, "value", value)
+    value = getattr(value, "value", value)
     if not isinstance(value, str) or value not in known:
         names = ", ".join(repr(k) for k in known)
         raise ValueError(f"fusereg.{op}: {name} must be one of {names}, got {value!r}")
@@ -203,10 +195,9 @@ def interpolation_name(
     "nearest-exact" is the pixel at whose center a place is, as "nearest" is here; with ``corners``
     both names are kept.
     """
-    if not isinstance(value, str):
-        value = getattr(value, "value", value)
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = _PIL_INTERPOLATIONS.get(value, value)
+    value = getattr(value, "value", value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 6:
+        value = _PIL_INTERPOLATIONS[value]
     if value == "nearest-exact":
         return "nearest-exact" if corners else "nearest"
     return one_of(value, op, name, list(INTERPOLATIONS))

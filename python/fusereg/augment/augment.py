@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,10 +29,8 @@ from .arguments import (
     probability,
     size_pair,
 )
-from .chain import Chain, Unit
+from .chain import Chain, Pipeline, Unit
 from .conventions import Convention, convention
-from .inputs import batch_of
-from .labels import notice_labels
 from .loading import collate
 from .params import AugmentParams
 from .render import Erase, Mix, Settings
@@ -47,7 +46,6 @@ from .steps import (
     Step,
     encode,
 )
-from .targets import Targets
 
 __all__ = ["Augment"]
 
@@ -145,6 +143,8 @@ class Augment(Chain):
     """
 
     _op = "Augment"
+    _keep_dtype = False
+    _single = False
 
     def __init__(
         self,
@@ -176,14 +176,13 @@ class Augment(Chain):
         compat: str = "fusereg",
         **rules: Any,
     ) -> None:
-        super().__init__(seed=seed, out_dtype=out_dtype, memory_format=memory_format, rules=rules)
-        self._keep_dtype = False
+        given = dict(locals())
         op = self._op
         library = convention(compat, op)
-        self.size = size_pair(size, op)
+        pair = size_pair(size, op)
         affine = affine_step(library, degrees, scale, translate, shear, op)
         flips = Flip(probability(hflip, op, "hflip"), probability(vflip, op, "vflip"))
-        self.crop = one_of(crop, op, "crop", _CROPS)
+        crop = one_of(crop, op, "crop", _CROPS)
         area = interval(crop_scale, op, "crop_scale", low=0.0, high=1.0, open_low=True)
         ratio = interval(crop_ratio, op, "crop_ratio", low=0.0, open_low=True)
         color = Color(
@@ -199,7 +198,7 @@ class Augment(Chain):
         how = interpolation_name(interpolation, op)
         if antialias is None:
             turned = any((*affine.degrees, *affine.shear_x, *affine.shear_y))
-            antialias = self.crop == "resized" and how != "nearest" and not turned
+            antialias = crop == "resized" and how != "nearest" and not turned
         plain = Settings(
             interpolation=how,
             antialias=flag(antialias, op, "antialias"),
@@ -207,55 +206,41 @@ class Augment(Chain):
             fill=per_channel(fill, op, "fill"),
             normal=normalization(mean, std, op),
         )
-        plain.check_out_dtype(out_dtype, op)
-        erase_value, erase_noise = ((0.0,), False) if erasing is None else erasing.fill()
-        self._settings = replace(
-            (plain.crop_first() if self.crop == "resized" else plain.repeat_edge())
-            if affine.is_identity and self.crop in ("resized", "none")
-            else plain,
-            color=colored,
-            three_channels=saturation is not None,
-            erase=erase_value,
-            erase_noise=erase_noise,
-            mixed=mixing is not None,
-            num_classes=None if mixing is None else mixing.num_classes,
-            label_smoothing=0.0 if mixing is None else mixing.label_smoothing,
-        )
+        settings = replace(plain, color=colored, three_channels=saturation is not None)
+        if affine.is_identity and crop in ("resized", "none"):
+            settings = settings.crop_first() if crop == "resized" else settings.repeat_edge()
         crops: dict[str, Step] = {
-            "random": RandomWindow(self.size, larger=LARGER_ANYWHERE),
-            "center": CenterWindow(self.size),
-            "resized": ResizedWindow(self.size, area, ratio),
-            "none": FullImage(self.size),
+            "random": RandomWindow(pair, larger=LARGER_ANYWHERE),
+            "center": CenterWindow(pair),
+            "resized": ResizedWindow(pair, area, ratio),
+            "none": FullImage(pair),
         }
-        steps: list[Step] = [flips, affine, crops[self.crop]]
-        steps += [color] * colored
-        steps += [part.step() for part in (erasing, mixing) if part is not None]
-        self._steps = encode(steps)
-        central = self.crop in ("random", "center")
-        self._eval_settings = plain if central else plain.repeat_edge()
-        self._eval_steps = encode([crops["center" if central else "none"]])
-        self._train_units = [Unit(self._steps, self._settings)]
-        self._eval_units = [Unit(self._eval_steps, self._eval_settings)]
-        given = {
-            "degrees": degrees,
-            "scale": scale,
-            "translate": translate,
-            "shear": shear,
-            "hflip": hflip,
-            "vflip": vflip,
-            "crop": crop,
-            "interpolation": interpolation,
-            "brightness": brightness,
-            "contrast": contrast,
-            "saturation": saturation,
-            "erase": erase,
-            "mix": mix,
-            "mean": mean,
-            "std": std,
-            "seed": seed,
-        }
-        defaults = {"degrees": 0.0, "hflip": 0.0, "vflip": 0.0}
-        self._text = ", ".join(f"{k}={v!r}" for k, v in given.items() if v != defaults.get(k))
+        steps: list[Step] = [flips, affine, crops[crop], *([color] if colored else [])]
+        if erasing is not None:
+            value, noise = erasing.fill()
+            settings = replace(settings, erase=value, erase_noise=noise)
+            steps.append(erasing.step())
+        if mixing is not None:
+            classes, smoothing = mixing.num_classes, mixing.label_smoothing
+            settings = replace(settings, mixed=True, num_classes=classes, label_smoothing=smoothing)
+            steps.append(mixing.step())
+        central = crop in ("random", "center")
+        after = plain if central else plain.repeat_edge()
+        super().__init__(
+            Pipeline([Unit(encode(steps), settings)]),
+            Pipeline([Unit(encode([crops["center" if central else "none"]]), after)]),
+            seed=seed,
+            out_dtype=out_dtype,
+            memory_format=memory_format,
+            rules=rules,
+        )
+        self.size, self.crop = pair, crop
+        known = inspect.signature(Augment.__init__).parameters
+        self._text = ", ".join(
+            f"{name}={given[name]!r}"
+            for name, argument in known.items()
+            if argument.kind is argument.KEYWORD_ONLY and given[name] is not argument.default
+        )
 
     def extra_repr(self) -> str:
         """Return the size and the arguments that differ from their defaults."""
@@ -285,9 +270,6 @@ class Augment(Chain):
         (params,) = self._drawn(keys, size)
         assert isinstance(params, AugmentParams)
         return params
-
-    def _units(self) -> list[Unit]:
-        return self._train_units if self.training else self._eval_units
 
     def forward(
         self,
@@ -321,20 +303,8 @@ class Augment(Chain):
         Returns:
             The result, differentiable in x; (result, targets) if there are targets.
         """
-        op = self._op
-        batch = batch_of(x, op, single=False)
-        if params is not None and not (sample_ids is None and epoch is None and view is None):
-            raise ValueError(f"fusereg.{op}: params exclude sample_ids and epoch, and view")
-        keys = None if params is not None else self._keys(batch.n, sample_ids, epoch, view)
-        found = None
-        mixed = self._settings.mixed and self.training
-        if mixed:
-            notice_labels(op, targets, params)
-        if targets is not None:
-            found = Targets(targets, batch.n, batch.size, self.rules, op, mixed)
-        y, found = self._run(batch, found, keys, None if params is None else [params], out)
-        y = batch.restore(y)
-        return y if found is None else (y, found.finish())
+        given = None if params is None else [params]
+        return self._apply_to(x, targets, sample_ids, epoch, view, given, out)
 
     def collate(self, samples: Sequence[Any]) -> Any:
         """Stack samples and augment them, for ``DataLoader(collate_fn=augment.collate)``.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -13,16 +14,17 @@ from torch import Tensor
 from ..core import dispatch
 from . import op as _ops
 from .arguments import check_memory_format
-from .inputs import Batch
-from .labels import rewrap, unwrap
+from .fuse import Pass
+from .inputs import Batch, batch_of
+from .labels import notice_labels
 from .loop import Called, CallParams, call, size_after
 from .params import AugmentParams, draw
 from .program import Program, ProgramParams
-from .render import Settings, render, render_several
+from .render import Settings, render
 from .seeded import Keys, SeededModule
-from .steps import VALUES, Encoded, Later, at_size, ends_alike
-from .targets import Look, Targets, Unstacked, rules_of
-from .tree import batch_tree, kind_of, leaves_of, stack
+from .steps import VALUES, Values, ends_alike
+from .targets import Targets, Unstacked, rules_of
+from .tree import plain
 
 Size: TypeAlias = tuple[int, int]
 #: More than any value of an image in [0, 1], normalized or not.
@@ -39,56 +41,98 @@ class Unit:
         steps: what is drawn.
         settings: of the kernel.
         called: what is called instead.
-        dtype: of the result, where a transform says so.
-        mask_fill: as its transforms have it.
-        idle: nothing happens: there are only conversions of types.
         program: of each image, instead of all that.
     """
 
-    steps: Sequence[Encoded]
+    steps: Sequence[Values]
     settings: Settings
     called: Called | None = None
-    dtype: torch.dtype | None = None
-    mask_fill: float | None = None
-    idle: bool = False
     program: Program | None = None
 
-    def look(self) -> Look:
-        """Return what targets see."""
-        s = self.settings
-        edge = "constant" if s.antialias else "border"
-        return Look(
-            edge if s.fill_mode == "window" else s.fill_mode,
-            self.mask_fill,
-            s.interpolation,
-            s.antialias,
-            s.mixed,
-            s.num_classes,
-            s.label_smoothing,
-            any(isinstance(step, Later) or step[0] not in VALUES for step in self.steps),
-        )
+    @cached_property
+    def idle(self) -> bool:
+        """True where nothing happens: there are only conversions of types."""
+        other = self.called or self.program or self.settings.normal or self.settings.dtype
+        return not (self.steps or other)
+
+    @cached_property
+    def moves(self) -> bool:
+        """True where the kernel may move pixels."""
+        return any(step[0] not in VALUES for step in self.steps)
+
+    def check_params(self, params: PassParams, op: str) -> None:
+        """Check that given parameters are of this pass."""
+        kind: type = AugmentParams
+        name = "a pass"
+        if self.called is not None:
+            kind, name = CallParams, self.called.name
+        elif self.program is not None:
+            kind, name = ProgramParams, "a program"
+        for own in params if isinstance(params, list) else [params]:
+            if not isinstance(own, kind):
+                raise TypeError(
+                    f"fusereg.{op}: params of {name} must be {kind.__name__}, got "
+                    f"{type(own).__name__}"
+                )
+
+
+#: A pass with its place in the chain, and its parameters if they were given.
+Task: TypeAlias = tuple[int, Unit, PassParams | None]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The passes of a mode, and what becomes of types and targets in the end, as in Stage.
+
+    Augment has none to plan.
+    """
+
+    units: Sequence[Unit]
+    passes: tuple[Pass, ...] = ()
+    types: str = ""
+    cast: Callable[[Any], Any] | None = None
+
+    @cached_property
+    def mixed(self) -> bool:
+        """True where samples are mixed."""
+        return any(unit.settings.mixed for unit in self.units)
 
 
 class Chain(SeededModule):
     """Base of Augment and Compose: passes that are drawn, rendered or called in turn."""
 
+    #: Whether uint8 stays uint8 unless it is normalized, and one image is a batch of one.
+    _keep_dtype = True
+    _single = True
+
     def __init__(
         self,
+        training: Pipeline,
+        evaluation: Pipeline | None,
         *,
         seed: int | None,
-        out_dtype: torch.dtype | None,
-        memory_format: torch.memory_format | None,
-        rules: dict[str, Any],
+        out_dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format | None = None,
+        rules: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(seed)
+        for pipeline in (training, evaluation):
+            for unit in () if pipeline is None else pipeline.units:
+                unit.settings.check_out_dtype(out_dtype, self._op)
+        self._training, self._evaluation = training, evaluation
         self.out_dtype = out_dtype
         self.memory_format = check_memory_format(memory_format, self._op)
-        self.rules = rules_of(self._op, rules)
-        self._keep_dtype = True
+        self.rules = rules_of(self._op, rules or {})
         self._looked = False
 
-    def _units(self) -> Sequence[Unit]:
-        raise NotImplementedError
+    @property
+    def _pipeline(self) -> Pipeline:
+        """The pipeline of the present mode."""
+        if self.training or self._evaluation is None:
+            return self._training
+        return self._evaluation
+
+    # --- what is drawn ---
 
     def _draw(self, place: int, unit: Unit, keys: Keys, size: Size | list[Size]) -> PassParams:
         """Draw for one pass, in images of one size or of several."""
@@ -98,7 +142,7 @@ class Chain(SeededModule):
             return CallParams(keys.of_place(place), keys.ids)
         if unit.program is not None:
             return unit.program.draw(keys, size, self._op)
-        return keys.draw(at_size(unit.steps, size), size, self._op)
+        return keys.draw(unit.steps, size, self._op)
 
     def _sizes(
         self, unit: Unit, params: PassParams, size: Size | list[Size], dtype: torch.dtype
@@ -126,112 +170,152 @@ class Chain(SeededModule):
         drawn: list[PassParams] = []
         sizes: Any = size
         dtype = torch.uint8  # what transforms that are called see, to know the size they give
-        for place, unit in enumerate(self._units()):
+        for place, unit in enumerate(self._pipeline.units):
             drawn.append(self._draw(place, unit, keys, sizes))
             sizes = self._sizes(unit, drawn[-1], sizes, dtype)
-            if unit.dtype is not None or unit.settings.normal is not None:
+            if unit.settings.dtype is not None or unit.settings.normal is not None:
                 dtype = torch.float32
         return drawn
 
-    def _run(
-        self,
-        batch: Batch,
-        found: Targets | None,
-        keys: Keys | None,
-        given: list[Any] | None,
-        out: Tensor | None,
-    ) -> tuple[Tensor, Targets | None]:
-        """Run all passes: the images [N * frames, C, H, W] and the targets."""
-        units = list(enumerate(self._units()))
-        if not self._looked and batch.x.is_floating_point():
-            self._look_at_scale(batch.x, [unit for _, unit in units])
-        return self._some(units, batch.x, batch.frames, found, keys, given, out)
+    # --- a batch ---
 
-    def _look_at_scale(self, x: Tensor, units: list[Unit]) -> None:
+    def _apply_to(
+        self,
+        x: Any,
+        targets: Any,
+        sample_ids: Tensor | Sequence[int] | None,
+        epoch: int | None,
+        view: int | Sequence[int] | Tensor | None,
+        given: Sequence[PassParams] | None,
+        out: Tensor | None,
+    ) -> Any:
+        """Run all passes, as forward does; ``given`` has the parameters of each."""
+        op, pipeline = self._op, self._pipeline
+        batch = batch_of(x, op, self._single)
+        single = batch.one and self._single
+        if single and out is not None:
+            raise ValueError(f"fusereg.{op}: out is for batches (N, C, H, W)")
+        keys = None
+        if given is None:
+            keys = self._keys(batch.n, sample_ids, epoch, view)
+            given = [None] * len(pipeline.units)  # type: ignore[list-item]
+        elif not (sample_ids is None and epoch is None and view is None):
+            raise ValueError(f"fusereg.{op}: params exclude sample_ids and epoch, and view")
+        elif len(given) != len(pipeline.units):
+            raise ValueError(
+                f"fusereg.{op}: params must be one AugmentParams for each of "
+                f"{len(pipeline.units)} passes, got {len(given)}"
+            )
+        else:
+            for unit, params in zip(pipeline.units, given, strict=True):
+                unit.check_params(params, op)
+        if pipeline.mixed:
+            notice_labels(op, targets, keys is None)
+        found = None
+        if targets is not None:
+            tree = [targets] if single else targets
+            found = Targets(tree, batch.n, batch.size, self.rules, op, pipeline.mixed)
+        if not self._looked and batch.x.is_floating_point():
+            self._look_at_scale(batch.x)
+        tasks = list(zip(range(len(given)), pipeline.units, given, strict=True))
+        y, found = self._some(tasks, batch.x, batch.frames, found, keys, out)
+        if not tasks:
+            y = self._converted(y, out)
+        y = batch.restore(y, pipeline.types)
+        if found is None:
+            return y
+        moved = found.finish(pipeline.types == "pure", pipeline.cast)
+        return y, moved[0] if single else moved
+
+    def _look_at_scale(self, x: Tensor) -> None:
         """Warn once if the first floating images are of [0, 255], where [0, 1] is understood."""
         if not dispatch.direct(x) or not x.is_cpu or len(x) == 0:
             return
         self._looked = True
         read = any(
             u.program is not None or u.settings.color or u.settings.normal is not None
-            for u in units
+            for u in self._pipeline.units
         )
         highest = float(x[0].detach().max()) if read else 0.0
         if highest > _LARGE:
             warnings.warn(
                 f"fusereg.{self._op}: floating images are understood to be of [0, 1], and the "
                 f"first has values up to {highest:g}; divide them by 255, or give uint8",
-                stacklevel=4,
+                stacklevel=6,
             )
 
     def _some(
         self,
-        units: list[tuple[int, Unit]],
+        tasks: Sequence[Task],
         x: Tensor,
         frames: int,
         found: Targets | None,
         keys: Keys | None,
-        given: list[Any] | None,
-        out: Tensor | None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Targets | None]:
-        op, last = self._op, len(units) - 1
-        checked = True
-        for at, (place, unit) in enumerate(units):
-            if not checked:
+        """Run passes for images [N * frames, C, H, W] and their targets."""
+        op, count = self._op, len(self._pipeline.units)
+        for at, (place, unit, own) in enumerate(tasks):
+            last = place == count - 1
+            if at and tasks[at - 1][1].called is not None:
                 _ops.check_images(x, op)
-                checked = True
-            size = (x.shape[-2], x.shape[-1])
-            if given is not None:
-                own = given[at]
-            else:
+            if own is None and not unit.idle:
                 assert keys is not None
-                own = self._draw(place, unit, keys, size)
+                own = self._draw(place, unit, keys, (x.shape[-2], x.shape[-1]))
             if unit.called is not None:
-                if not isinstance(own, CallParams):
-                    raise TypeError(
-                        f"fusereg.{op}: params of {unit.called.name} must be CallParams, got "
-                        f"{type(own).__name__}"
-                    )
-                y, trees = call(unit.called, x, own, found, op, frames)
-                rest = None if given is None else given[at + 1 :]
+                y, trees = call(unit.called, x, own, found, op, frames)  # type: ignore[arg-type]
                 if isinstance(y, list):
-                    return self._each(units[at + 1 :], y, trees, frames, found, keys, rest)
-                x, checked = y, False
+                    if found is not None and trees is None:
+                        trees = found.split(False)
+                    return self._each(tasks[at + 1 :], y, trees, frames, found, keys)
+                x = y
                 if found is not None and trees is not None:
                     found = found.joined(trees, (x.shape[-2], x.shape[-1]))
+            elif isinstance(own, ProgramParams):
+                x = self._programmed(unit, x, own, found, frames, out, last)
                 continue
-            if unit.idle:
+            elif not unit.idle:
+                assert isinstance(own, AugmentParams)
+                if found is not None:
+                    found.move(own, unit.settings, unit.moves)
+                every = own if frames == 1 else own.repeat_interleave(frames)
+                x = self._rendered(x, every, unit, last, out if last else None)
                 continue
-            if unit.program is not None:
-                x = self._programmed(
-                    unit.program, x, own, found, frames, out if at == last else None, at == last
-                )
-                continue
-            if found is not None:
-                found.move(own, unit.look())
-            x = render(
-                x,
-                own if frames == 1 else own.repeat_interleave(frames),
-                unit.settings,
-                op,
-                out_dtype=(self.out_dtype or unit.dtype) if at == last else unit.dtype,
-                keep_dtype=self._keep_dtype,
-                memory_format=self.memory_format,
-                out=out if at == last else None,
-            )
+            if last:
+                x = self._converted(x, out)
         return x, found
 
-    def finished(self, found: Targets) -> Any:
-        """Return the targets as they are in the end."""
-        return found.finish()
+    def _rendered(
+        self,
+        x: Tensor | list[Tensor],
+        params: AugmentParams,
+        unit: Unit,
+        last: bool,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        return render(
+            x,
+            params,
+            unit.settings,
+            self._op,
+            out_dtype=(self.out_dtype or unit.settings.dtype) if last else unit.settings.dtype,
+            keep_dtype=self._keep_dtype,
+            memory_format=self.memory_format,
+            out=out,
+        )
 
-    def restored(self, y: Tensor, like: Tensor) -> Any:
-        """Return the result for a list of images of the type of one of them."""
-        return rewrap(y, like)
+    def _converted(self, x: Tensor, out: Tensor | None) -> Tensor:
+        """Return the result of a last pass that is no kernel, in the dtype and form asked for."""
+        if out is None and self.memory_format is None and self.out_dtype in (None, x.dtype):
+            return x
+        _ops.check_images(x, self._op)
+        ids = torch.zeros(len(x), dtype=torch.int64, device="cpu")
+        still = draw([], ids, (x.shape[-2], x.shape[-1]), 0, 0, self._op)
+        return self._rendered(x, still, Unit((), Settings()), True, out)
 
     def _programmed(
         self,
-        program: Program,
+        unit: Unit,
         x: Tensor,
         params: ProgramParams,
         found: Targets | None,
@@ -239,146 +323,112 @@ class Chain(SeededModule):
         out: Tensor | None,
         last: bool,
     ) -> Tensor:
-        op = self._op
-        if not isinstance(params, ProgramParams):
-            raise TypeError(
-                f"fusereg.{op}: params of a program must be ProgramParams, got "
-                f"{type(params).__name__}"
-            )
+        assert unit.program is not None
         if found is not None:
-            look = Look(fill_mode="constant", interpolation="nearest")
+            nearest = Settings(interpolation="nearest")
             for moved in params.warps((x.shape[-2], x.shape[-1])):
-                found.move(moved, look)
-        dtype, form = (self.out_dtype, self.memory_format) if last else (None, None)
-        as_is = dtype in (None, x.dtype) and form is None and (out is None or out.dtype is x.dtype)
+                found.move(moved, nearest)
         every = params if frames == 1 else params.repeat_interleave(frames)
-        y = program.run(x, every, op, out if as_is else None)
-        if as_is:
-            return y
-        size = (x.shape[-2], x.shape[-1])
-        still = draw([], every.sample_ids, size, 0, 0, op)
-        return render(
-            y,
-            still,
-            Settings(),
-            op,
-            out_dtype=dtype,
-            keep_dtype=True,
-            memory_format=form,
-            out=out,
-        )
+        if not last:
+            return unit.program.run(x, every, self._op)
+        as_it_is = self.memory_format is None and self.out_dtype in (None, x.dtype)
+        if as_it_is and (out is None or out.dtype is x.dtype):
+            return unit.program.run(x, every, self._op, out)
+        return self._converted(unit.program.run(x, every, self._op), out)
+
+    # --- images of several sizes ---
 
     def _each(
         self,
-        units: list[tuple[int, Unit]],
+        tasks: Sequence[Task],
         images: list[Tensor],
         trees: list[Any] | None,
         frames: int,
         found: Targets | None,
         keys: Keys | None,
-        given: list[Any] | None,
     ) -> tuple[Tensor, Targets | None]:
-        """Run passes for images of several sizes, one by one up to a pass that mixes them."""
-        op = self._op
-        while units and units[0][1].idle:
-            units, given = units[1:], given and given[1:]
-        unit = units[0][1] if units else None
-        if (
-            unit is not None
-            and unit.called is None
-            and unit.program is None
-            and keys is not None
-            and frames == 1
-            and ends_alike(unit.steps)
-            and _ops.one_call(images)
-        ):
-            x, found = self._together(unit, images, trees, found, keys, len(units) == 1)
-            return self._some(units[1:], x, frames, found, keys, None, None)
-        stop = next((i for i, (_, u) in enumerate(units) if u.settings.mixed), len(units))
-        if found is not None and trees is None:
-            trees = found.split(False)
+        """Run passes for images of several sizes, one by one up to a pass that mixes them.
+
+        ``trees`` has the targets of each; those of ``found`` tell how they are joined.
+        """
+        ready = next((i for i, task in enumerate(tasks) if not task[1].idle), len(tasks))
+        if ready < len(tasks) and keys is not None and frames == 1:
+            place, unit, _ = tasks[ready]
+            kernel = unit.called is None and unit.program is None
+            if kernel and ends_alike(unit.steps) and _ops.one_call(images):
+                x, found = self._together(place, unit, images, trees, found, keys)
+                return self._some(tasks[ready + 1 :], x, frames, found, keys)
+        stop = next((i for i, task in enumerate(tasks) if task[1].settings.mixed), len(tasks))
         results, moved = [], []
         for i, image in enumerate(images):
-            x = image if image.dim() == 4 else image[None]
-            one = None
+            x, one = image if image.dim() == 4 else image[None], None
             if found is not None and trees is not None:
                 one = found.of_one(trees[i], (x.shape[-2], x.shape[-1]))
-            some = None if given is None else [g[i] for g in given[:stop]]
-            key = None if keys is None else keys[i : i + 1]
-            y, one = self._some(units[:stop], x, frames, one, key, some, None)
+            own = [(at, unit, None if p is None else p[i]) for at, unit, p in tasks[:stop]]
+            y, one = self._some(own, x, frames, one, None if keys is None else keys[i : i + 1])
             results.append(y)
             if one is not None:
                 moved.append(one.whole()[0])
         sizes = {tuple(y.shape[-2:]) for y in results}
         if len(sizes) > 1:
             raise ValueError(
-                f"fusereg.{op}: images must be of one size in the end and before they are mixed, "
-                f"got {sorted(sizes)}; add a crop or a Resize to (height, width)"
+                f"fusereg.{self._op}: images must be of one size in the end and before they are "
+                f"mixed, got {sorted(sizes)}; add a crop or a Resize to (height, width)"
             )
         x = torch.cat(results)
         if found is not None:
             found = found.joined(moved, (x.shape[-2], x.shape[-1]))
-        rest = None if given is None else given[stop:]
-        return self._some(units[stop:], x, frames, found, keys, rest, None)
+        return self._some(tasks[stop:], x, frames, found, keys)
 
     def _together(
         self,
+        place: int,
         unit: Unit,
         images: list[Tensor],
         trees: list[Any] | None,
         found: Targets | None,
         keys: Keys,
-        last: bool,
     ) -> tuple[Tensor, Targets | None]:
         """Run a pass for images of several sizes by one call of the kernel."""
-        op = self._op
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
-        params = keys.draw(unit.steps, sizes, op)  # type: ignore[arg-type]  # no Later
-        look = unit.look()
-        if found is not None and trees is None and not found.any_types():
-            found.move(params, look)
-        elif found is not None:
-            if look.mixed:
-                raise ValueError(
-                    f"fusereg.{op}: images must be of one size to be mixed, with targets that move"
-                )
-            moved = []
-            for i, tree in enumerate(found.split(False) if trees is None else trees):
-                one = found.of_one(tree, sizes[i])
-                one.move(replace(params[i], input_size=sizes[i]), look)
-                moved.append(one.whole()[0])
-            found = found.joined(moved, params.size)
-        x = render_several(
-            images,
-            params,
-            unit.settings,
-            op,
-            out_dtype=(self.out_dtype or unit.dtype) if last else unit.dtype,
-            keep_dtype=self._keep_dtype,
-            memory_format=self.memory_format,
-        )
-        return x, found
+        params = keys.draw(unit.steps, sizes, self._op)
+        if found is not None and trees is not None:
+            ones = [found.of_one(tree, size) for tree, size in zip(trees, sizes, strict=True)]
+            if any(one.any_types() for one in ones):
+                if unit.settings.mixed:
+                    raise ValueError(
+                        f"fusereg.{self._op}: images must be of one size to be mixed, with "
+                        "targets that move"
+                    )
+                for i, one in enumerate(ones):
+                    own = replace(params[i], input_size=sizes[i])
+                    one.move(own, unit.settings, unit.moves)
+                found = found.joined([one.whole()[0] for one in ones], params.size)
+            else:
+                found = found.joined(trees, params.size)
+                found.move(params, unit.settings, unit.moves)
+        last = place == len(self._pipeline.units) - 1
+        return self._rendered(images, params, unit, last), found
 
     def run_several(
-        self, images: list[Tensor], targets: list[Any] | None, keys: dict[str, Any]
-    ) -> tuple[Tensor, Targets | None]:
-        """Run all passes for images, or clips, of several sizes, with targets of each or none.
-
-        ``keys`` are those of :meth:`forward`.
-        """
-        n = len(images)
-        drawn = self._keys(n, keys.get("sample_ids"), None, keys.get("view"))
-        units = list(enumerate(self._units()))
-        mixed = any(unit.settings.mixed for _, unit in units)
-        flat = [unwrap(image) for image in images]
-        frames = flat[0].shape[0] if flat[0].dim() == 4 else 1
+        self,
+        images: list[Tensor],
+        targets: list[Any] | None,
+        sample_ids: Sequence[int] | None = None,
+        view: Sequence[int] | None = None,
+    ) -> tuple[Any, Any]:
+        """Run all passes for images, or clips, of several sizes, with targets of each or none."""
+        pipeline = self._pipeline
+        keys = self._keys(len(images), sample_ids, None, view)
         found: Targets | None = None
-        trees = targets
         if targets is not None:
-            if any(kind_of(leaf) not in ("", "Tensor") for leaf in leaves_of(targets)):
-                found = Unstacked(n, self.rules, self._op, mixed)
-            else:
-                size = (flat[0].shape[-2], flat[0].shape[-1])
-                tree = batch_tree(stack(targets))
-                found, trees = Targets(tree, n, size, self.rules, self._op, mixed), None
-        return self._each(units, flat, trees, frames, found, drawn, None)
+            found = Unstacked(len(images), self.rules, self._op, pipeline.mixed)
+        elif pipeline.mixed:
+            notice_labels(self._op, targets, False)
+        flat = [plain(image) for image in images]
+        frames = flat[0].shape[0] if flat[0].dim() == 4 else 1
+        tasks: list[Task] = [(place, unit, None) for place, unit in enumerate(pipeline.units)]
+        y, found = self._each(tasks, flat, targets, frames, found, keys)
+        form = Batch(y, frames, images[0], False)
+        moved = None if found is None else found.finish(pipeline.types == "pure", pipeline.cast)
+        return form.restore(y, pipeline.types), moved

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,9 +38,13 @@ def _cropped(x: Tensor) -> Tensor:
     return _normalized(x[:, :, 2:6, 1:6].flip(3))
 
 
-def _bytes(inputs: Inputs) -> Pairs:
+def _levels(inputs: Inputs) -> Tensor:
     images = exact([inputs.normal(*_SHAPES[inputs.size])])[0]
-    x = (images * 60 + 128).clamp(0, 255).to(torch.uint8)
+    return (images * 60 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def _bytes(inputs: Inputs) -> Pairs:
+    x = _levels(inputs)
     # The arithmetic of uint8 is float32.
     dtype = torch.float32 if inputs.dtype == torch.float64 else inputs.dtype
     size = tuple(x.shape[2:])
@@ -64,18 +70,9 @@ def _erased(x: Tensor, boxes: Tensor) -> Tensor:
     return torch.where(inside, 0.75, x)
 
 
-def _resized(x: Tensor, mode: str, size: tuple[int, int]) -> Tensor:
-    return interpolate(x, size, mode=mode, antialias=True)
-
-
-def _with(*arguments: Any) -> Any:
+def _with(argument: Callable[[int], Tensor]) -> Any:
     """Return a maker of an image batch and a constant argument, made from the batch size."""
-
-    def make(inputs: Inputs, shape: Shape) -> list[Tensor]:
-        (argument,) = arguments
-        return [inputs.normal(*shape), argument(shape[0]).to(inputs.device)]
-
-    return make
+    return lambda inputs, shape: [inputs.normal(*shape), argument(shape[0]).to(inputs.device)]
 
 
 def _chain(inputs: Inputs) -> Pairs:
@@ -100,105 +97,95 @@ def _list(inputs: Inputs) -> Pairs:
 
 
 def _program(inputs: Inputs) -> Pairs:
-    images = exact([inputs.normal(*_SHAPES[inputs.size])])[0]
-    x = (images * 60 + 128).clamp(0, 255).to(torch.uint8)
+    x = _levels(inputs)
     jitter = ColorJitter(brightness=(1.25, 1.25))
     came = Compose([jitter], out_dtype=torch.uint8)(x.to(inputs.device))
     wanted = (x.double() * 1.25).clamp(0, 255).floor()
     return [(came.to(inputs.dtype), wanted.to(inputs.dtype).double())]
 
 
+_row = partial(Operation, shapes=_SHAPES)
+
 OPERATIONS = [
-    Operation(
+    _row(
         name="augment.crop_flip_normalize",
         formula="(a window, mirrored - mean) / std",
         function=functional.crop_flip_normalize,
-        shapes=_SHAPES,
         options={"size": (4, 5), "top": 2, "left": 1, "hflip": True, **_NORMALIZE},
         reference=_cropped,
     ),
-    Operation(
+    _row(
         name="augment.crop_flip_normalize, uint8",
         formula="the same of x / 255",
         function=functional.crop_flip_normalize,
-        shapes=_SHAPES,
         pairs=_bytes,
     ),
-    Operation(
+    _row(
         name="augment.resize",
         formula="interpolate(x, antialias=True)",
         function=functional.resize,
-        shapes=_SHAPES,
         options={"size": (10, 14)},
-        reference=lambda x: _resized(x, "bilinear", (10, 14)),
+        reference=lambda x: interpolate(x, (10, 14), mode="bilinear", antialias=True),
     ),
-    Operation(
+    _row(
         name="augment.resize, bicubic",
         formula="interpolate(x, antialias=True), other sides",
         function=functional.resize,
-        shapes=_SHAPES,
         options={"size": (19, 7), "interpolation": "bicubic"},
-        reference=lambda x: _resized(x, "bicubic", (19, 7)),
+        reference=lambda x: interpolate(x, (19, 7), mode="bicubic", antialias=True),
     ),
-    Operation(
+    _row(
         name="augment.warp_affine",
         formula="grid_sample(x, M (u, v, 1)^T)",
         function=functional.warp_affine,
-        shapes=_SHAPES,
         tensors=_with(lambda n: torch.tensor(_MATRIX, dtype=torch.float64)),
         arguments=("x", "matrix"),
         constants=("matrix",),
         reference=_warped,
     ),
-    Operation(
+    _row(
         name="augment.warp_perspective",
         formula="grid_sample(x, H (u, v, 1)^T, divided by its third)",
         function=functional.warp_perspective,
-        shapes=_SHAPES,
         tensors=_with(lambda n: torch.tensor(_HOMOGRAPHY, dtype=torch.float64)),
         arguments=("x", "matrix"),
         constants=("matrix",),
         reference=_warped,
     ),
-    Operation(
+    _row(
         name="augment.erase",
         formula="a box of each image overwritten",
         function=functional.erase,
-        shapes=_SHAPES,
         tensors=_with(lambda n: torch.tensor([[4, 3, 11, 9]]).expand(n, 4)),
         arguments=("x", "boxes"),
         options={"value": 0.75},
         reference=_erased,
     ),
-    Operation(
+    _row(
         name="augment.mix",
         formula="lam * x_i + (1 - lam) * x_j",
         function=functional.mix,
-        shapes=_SHAPES,
         tensors=_with(lambda n: torch.arange(n).roll(1)),
         arguments=("x", "partner"),
         options={"lam": 0.6875},
         reference=lambda x, partner: 0.6875 * x + 0.3125 * x[partner],
     ),
-    Operation(
+    _row(
         name="augment.Augment",
         formula="drawn in the kernel: flips that are certain, center crop",
         function=Augment,
-        shapes=_SHAPES,
         pairs=_chain,
     ),
-    Operation(
+    _row(
         name="augment.Augment, a list",
         formula="center crops of a list of images",
         function=Augment,
-        shapes=_SHAPES,
         pairs=_list,
     ),
-    Operation(
+    _row(
         name="augment.ColorJitter",
         formula="a program of one operation: min(floor(5/4 x), 255)",
         function=ColorJitter,
-        shapes=_SHAPES,
         pairs=_program,
     ),
 ]

@@ -5,21 +5,17 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .arguments import flag, is_sequence, size_pair
-from .chain import Chain, PassParams, Unit
+from .chain import Chain, PassParams, Pipeline, Unit
 from .fuse import Pass, Plan, Stage, fuse
-from .inputs import Batch, batch_of
-from .labels import notice_labels
 from .loading import collate
 from .loop import Called
-from .steps import Encoded, encode
-from .targets import Targets
+from .steps import encode
 
 __all__ = ["Compose", "Transform"]
 
@@ -28,79 +24,32 @@ __all__ = ["Compose", "Transform"]
 _DRAWS = re.compile("Rand|Jitter|Aug|Mix|Elastic|Noise|Blur")
 
 
-@dataclass(frozen=True)
-class _Pipeline:
-    """Passes as they run: what is drawn and computed, and what becomes of types and targets."""
-
-    passes: tuple[Pass, ...]
-    units: list[Unit]
-    mixed: bool
-    types: str
-    cast: Callable[[Any], Any] | None
-
-    @staticmethod
-    def of(passes: Sequence[Pass], out_dtype: torch.dtype | None, op: str) -> _Pipeline:
-        """Return the pipeline of passes."""
-        seen: dict[str, int] = {}
-        units: list[Unit] = []
-        for p in passes:
-            steps = encode([step for stage in p.stages for step in stage.steps], seen)
-            settings = p.settings()
-            settings.check_out_dtype(out_dtype, op)
-            units.append(
-                Unit(steps, settings, p.called, p.dtype, p.mask_fill, p.idle, p.program(seen))
-            )
-        stages = [stage for p in passes for stage in p.stages]
-        return _Pipeline(
-            tuple(passes),
-            units,
-            any(unit.settings.mixed for unit in units),
-            next((s.types for s in reversed(stages) if s.types), ""),
-            next((s.cast for s in reversed(stages) if s.cast is not None), None),
-        )
+def _pipeline(passes: Sequence[Pass]) -> Pipeline:
+    """Return passes as they run."""
+    seen: dict[str, int] = {}
+    units: list[Unit] = []
+    for p in passes:
+        steps = encode([step for stage in p.stages for step in stage.steps], seen)
+        units.append(Unit(steps, p.settings(), p.called, p.program(seen)))
+    stages = [stage for p in reversed(passes) for stage in reversed(p.stages)]
+    return Pipeline(
+        units,
+        tuple(passes),
+        next((s.types for s in stages if s.types), ""),
+        next((s.cast for s in stages if s.cast is not None), None),
+    )
 
 
 class Passes(Chain):
     """Base of Compose and of the single transforms: a sequence of passes."""
 
     def __init__(
-        self,
-        passes: Sequence[Pass],
-        *,
-        evaluation: Sequence[Pass] | None = None,
-        seed: int | None,
-        out_dtype: torch.dtype | None = None,
-        memory_format: torch.memory_format | None = None,
-        rules: dict[str, Any] | None = None,
+        self, passes: Sequence[Pass], evaluation: Sequence[Pass] | None = None, **options: Any
     ) -> None:
         super().__init__(
-            seed=seed, out_dtype=out_dtype, memory_format=memory_format, rules=rules or {}
-        )
-        self._training = _Pipeline.of(passes, out_dtype, self._op)
-        self._evaluation = (
-            None if evaluation is None else _Pipeline.of(evaluation, out_dtype, self._op)
+            _pipeline(passes), None if evaluation is None else _pipeline(evaluation), **options
         )
         self._warned = False
-
-    @property
-    def _pipeline(self) -> _Pipeline:
-        """The pipeline of the present mode."""
-        if self.training or self._evaluation is None:
-            return self._training
-        return self._evaluation
-
-    def _units(self) -> list[Unit]:
-        return self._pipeline.units
-
-    @property
-    def _encoded(self) -> list[Sequence[Encoded]]:
-        """The steps of each pass."""
-        return [unit.steps for unit in self._training.units]
-
-    @_encoded.setter
-    def _encoded(self, encoded: list[Sequence[Encoded]]) -> None:
-        units = [replace(u, steps=s) for u, s in zip(self._training.units, encoded, strict=True)]
-        self._training = replace(self._training, units=units)
 
     def _notice_evaluation(self) -> None:
         """Warn once if evaluation mode goes on drawing, as torchvision's transforms do."""
@@ -164,43 +113,9 @@ class Passes(Chain):
             (``.eval()``), of the transforms that ``evaluation`` names; without these nothing
             changes, as in torchvision, and a warning says so.
         """
-        op = self._op
         self._notice_evaluation()
-        pipeline = self._pipeline
-        batch = batch_of(x, op, single=True)
-        single = batch.one
-        if single and out is not None:
-            raise ValueError(f"fusereg.{op}: out is for batches (N, C, H, W)")
-        if params is not None and not (sample_ids is None and epoch is None and view is None):
-            raise ValueError(f"fusereg.{op}: params exclude sample_ids and epoch, and view")
         given = None if params is None else list(params)
-        if given is not None and len(given) != len(pipeline.passes):
-            raise ValueError(
-                f"fusereg.{op}: params must be one AugmentParams for each of "
-                f"{len(pipeline.passes)} passes, got {len(given)}"
-            )
-        keys = None if given is not None else self._keys(batch.n, sample_ids, epoch, view)
-        found = None
-        if pipeline.mixed:
-            notice_labels(op, targets, given)
-        if targets is not None:
-            tree = [targets] if single else targets
-            found = Targets(tree, batch.n, batch.size, self.rules, op, pipeline.mixed)
-        y, found = self._run(batch, found, keys, given, out)
-        y = batch.restore(y, pipeline.types)
-        if found is None:
-            return y
-        moved = self.finished(found)
-        return y, moved[0] if single else moved
-
-    def finished(self, found: Targets) -> Any:
-        """Return the targets as they are in the end."""
-        pipeline = self._pipeline
-        return found.finish(pipeline.types == "pure", pipeline.cast)
-
-    def restored(self, y: Tensor, like: Tensor) -> Any:
-        """Return the result for a list of images of the type of one of them."""
-        return Batch(y, 1, like, False).restore(y, self._pipeline.types)
+        return self._apply_to(x, targets, sample_ids, epoch, view, given, out)
 
     def collate(self, samples: Sequence[Any]) -> Any:
         """Stack samples and transform them, as :meth:`fusereg.augment.Augment.collate`."""
@@ -215,11 +130,11 @@ class Transform(Passes):
     made reproduces it, and two transforms draw different numbers.
     """
 
-    def __init__(self, stage: Stage, seed: int | None) -> None:
+    def __init__(self, stage: Stage, seed: int | None, **shown: Any) -> None:
         self._op = type(self).__name__
-        super().__init__(fuse([(self._op, [stage])], exact=False), seed=seed)
+        super().__init__(fuse([stage], exact=False), seed=seed)
         self.stage = stage
-        self._text = ""
+        self._text = ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
     def extra_repr(self) -> str:
         """Return the arguments."""
@@ -297,46 +212,43 @@ class Compose(Passes):
         return str(self.plan())
 
 
-#: Each returns the stages of another library's transform or how it is called; None: unknown.
-converters: list[Callable[[object], Sequence[Stage] | Called | None]] = []
+#: Each returns the stage of another library's transform or how it is called; None: unknown.
+converters: list[Callable[[object], Stage | Called | None]] = []
 
 
 def _fused(transforms: object, op: str, name: str, exact: bool) -> tuple[Pass, ...]:
     """Return the passes of a list."""
     if not is_sequence(transforms):
         raise TypeError(f"fusereg.{op}: {name} must be a sequence, got {type(transforms).__name__}")
-    items: list[tuple[str, Sequence[Stage] | Called]] = []
-    for item in transforms:
-        items.extend(_stages(item, op))
-    return fuse(items, exact)
+    return fuse([stage for item in transforms for stage in _stages(item, op)], exact)
 
 
-def _stages(item: object, op: str) -> list[tuple[str, Sequence[Stage] | Called]]:
-    """Return the stages of a transform or of a list, or what is called, with their names."""
+def _stages(item: object, op: str) -> list[Stage | Called]:
+    """Return the stage of a transform, those of a list, or what is called."""
+    inner: Sequence[object] | None = None
     if isinstance(item, torch.nn.Sequential):
-        return [pair for inner in item for pair in _stages(inner, op)]
-    if isinstance(item, Compose) or (
+        inner = list(item)
+    elif isinstance(item, Compose) or (
         type(item).__name__ == "Compose"
         and type(item).__module__.startswith("torchvision.transforms")
     ):
-        transforms: Sequence[object] = item.transforms  # type: ignore[attr-defined]
-        return [pair for inner in transforms for pair in _stages(inner, op)]
+        inner = item.transforms  # type: ignore[attr-defined]
+    if inner is not None:
+        return [stage for transform in inner for stage in _stages(transform, op)]
     if isinstance(item, Transform):
-        return [(item._op, [item.stage])]
+        return [item.stage]
     if isinstance(item, Chain):
         raise TypeError(
             f"fusereg.{op}: transforms must be single ones or lists, got {type(item).__name__}, "
             "which draws by ids of its own; call it before or after"
         )
-    for convert in converters:
-        known = convert(item)
-        if known is not None:
-            return [(type(item).__name__, known)]
+    known = next((made for convert in converters if (made := convert(item)) is not None), None)
+    if known is not None:
+        return [known]
     if isinstance(item, type):
         raise TypeError(f"fusereg.{op}: transforms must be made: {item.__name__}(), not the class")
     if not callable(item):
         raise TypeError(
             f"fusereg.{op}: transforms must be transforms or functions, got {type(item).__name__}"
         )
-    called = Called.of(item)
-    return [(called.name, called)]
+    return [Called.of(item)]

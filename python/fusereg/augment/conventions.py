@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from .arguments import FILL_MODES, one_of
 
@@ -40,7 +39,7 @@ class Convention:
     corner_origin: bool = False
     interpolation: str = "bilinear"
     fill_mode: str = "constant"
-    fill_names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    fill_names: Mapping[str, str] = field(default_factory=dict)
 
     def mode(self, name: object, op: str, argument: str = "fill_mode") -> str:
         """Return fusereg's name of a fill mode."""
@@ -49,29 +48,25 @@ class Convention:
         return one_of(name, op, argument, [*FILL_MODES, *self.fill_names])
 
 
-CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
-    {
-        "fusereg": Convention(),
-        "torchvision": Convention(
-            affine_sign=-1.0,
-            whole_pixels=True,
-            corner_origin=True,
-            interpolation="nearest",
-            fill_names=MappingProxyType({"edge": "border"}),
-        ),
-        "kornia": Convention(
-            affine_sign=-1.0,
-            fill_names=MappingProxyType(
-                {"zeros": "constant", "reflection": "reflect", "fill": "constant"}
-            ),
-        ),
-        "keras": Convention(
-            zooms_out=True,
-            fill_mode="symmetric",
-            fill_names=MappingProxyType({"reflect": "symmetric", "nearest": "border"}),
-        ),
-    }
-)
+CONVENTIONS: Mapping[str, Convention] = {
+    "fusereg": Convention(),
+    "torchvision": Convention(
+        affine_sign=-1.0,
+        whole_pixels=True,
+        corner_origin=True,
+        interpolation="nearest",
+        fill_names={"edge": "border"},
+    ),
+    "kornia": Convention(
+        affine_sign=-1.0,
+        fill_names={"zeros": "constant", "reflection": "reflect", "fill": "constant"},
+    ),
+    "keras": Convention(
+        zooms_out=True,
+        fill_mode="symmetric",
+        fill_names={"reflect": "symmetric", "nearest": "border"},
+    ),
+}
 
 
 def convention(name: object, op: str) -> Convention:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
@@ -75,22 +73,3 @@ def blur(x: Tensor, taps: tuple[int, int], sigmas: tuple[float, float]) -> Tenso
         weights = torch.softmax(-0.5 * (distance / sigma) ** 2, 0).to(x.dtype)
         y = conv2d(y, weights.view(shape))
     return y[:, 0]
-
-
-#: Of (image, arguments), by the names of the instructions.
-FUNCTIONS: dict[str, Callable[[Tensor, list[float]], Tensor]] = {
-    "identity": lambda x, a: x,
-    "brightness": lambda x, a: (x * a[0]).clamp(0, 1),
-    "contrast": lambda x, a: blend(x, gray(x).mean(), a[0]),
-    "saturation": lambda x, a: x if len(x) == 1 else blend(x, gray(x), a[0]),
-    "hue": lambda x, a: x if len(x) == 1 else hue(x, a[0]),
-    "gray": lambda x, a: gray(x).expand_as(x),
-    "invert": lambda x, a: 1 - x,
-    "posterize": lambda x, a: posterize(x, int(a[0])),
-    # The second argument: the threshold is in units of the image.
-    "solarize": lambda x, a: torch.where(x >= (a[0] if a[1] else a[0] / 255), 1 - x, x),
-    "solarize_add": lambda x, a: torch.where(x < a[1] / 255, (x + a[0] / 255).clamp(max=1), x),
-    "autocontrast": lambda x, a: stretch(x),
-    "sharpness": lambda x, a: sharpen(x, a[0]),
-    "blur": lambda x, a: blur(x, (int(a[0]), int(a[1])), (a[2], a[3])),
-}

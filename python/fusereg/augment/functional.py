@@ -15,6 +15,7 @@ from .arguments import (
     INTERPOLATIONS,
     Interpolation,
     Size,
+    check_memory_format,
     flag,
     for_channels,
     integer,
@@ -113,7 +114,8 @@ class _Result(NamedTuple):
         if dtype is None:
             dtype = torch.float32 if normal and x.dtype is torch.uint8 else x.dtype
         _ops.check_dtype(dtype, op)
-        return _ops.Target.of(x, size, dtype, self.memory_format), affine
+        form = check_memory_format(self.memory_format, op)
+        return _ops.Target.of(x, size, dtype, form), affine
 
 
 _Sampling: TypeAlias = tuple[object, bool, str, object]

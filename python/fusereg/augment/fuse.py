@@ -121,23 +121,6 @@ class Pass:
         """The function that is called, or None."""
         return None if self.called is None else self.called.function
 
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The dtype of the result, where a transform says so."""
-        last = self._last(lambda s: s.dtype is not None)
-        return None if last is None else last.dtype
-
-    @property
-    def mask_fill(self) -> float | None:
-        """The fill of masks, where a transform has one."""
-        filler = self._filler()
-        return None if filler is None else filler.mask_fill
-
-    @property
-    def idle(self) -> bool:
-        """True where there are only conversions of types."""
-        return self.called is None and all(s.neutral for s in self.stages)
-
     def __str__(self) -> str:
         """Return the lines of the plan."""
         lines = [" + ".join(self.names)]
@@ -200,8 +183,9 @@ class Pass:
                 values["antialias"] = values.get("antialias", False) or s.antialias
                 values["floors"] = s.floors
             if s is filler:
-                values.update(fill_mode=s.fill_mode, fill=s.fill)
+                values.update(fill_mode=s.fill_mode, fill=s.fill, mask_fill=s.mask_fill)
                 values["fill_normalized"] = normalized and s.fill_mode == "constant"
+            values["dtype"] = s.dtype or values.get("dtype")
             if s is last:
                 values["normal"] = s.normal
                 normalized = True
@@ -265,13 +249,6 @@ class Pass:
         )
 
     def _refuses_geometry(self, new: Stage, exact: bool) -> str:
-        if any(isinstance(step, Padded) for step in new.steps) and self._last(
-            lambda s: any(
-                isinstance(step, ExpandCanvas) or (isinstance(step, ShortSide) and step.is_random)
-                for step in s.steps
-            )
-        ):
-            return f"the size of {new.name} depends on that of the images before it"
         if new.has(Padded) and (moved := self._last(lambda s: s.moves)):
             return f"{new.name} would show what {moved.name} removed"
         other = self._last(lambda s: s.resamples)
@@ -415,39 +392,37 @@ def _fitted(stage: Stage, canvas: tuple[int, int] | None) -> Stage:
     return replace(stage, fills=stage.fills or not fits, may_fill=False)
 
 
-def fuse(items: Sequence[tuple[str, Sequence[Stage] | Called]], exact: bool) -> tuple[Pass, ...]:
-    """Return the passes of a list of (name, stages or a transform that is called)."""
+def fuse(items: Sequence[Stage | Called], exact: bool) -> tuple[Pass, ...]:
+    """Return the passes of a list of stages, and of transforms that are called."""
     passes: list[Pass] = []
     canvas: tuple[int, int] | None = None
     ragged = False  # images may differ in size until a pass has cropped or resized each
-    for name, item in items:
+    for item in items:
+        before = passes[-1] if passes else None
         if isinstance(item, Called):
             ragged = ragged or (item.each and item.resizes)
-            own = Pass([name], called=item)
+            own = Pass([item.name], called=item)
             if item.each:
                 own.notes = [
                     f"called for each sample, under a generator keyed by its id: {item.reason}"
                 ]
-            elif passes:
+            elif before is not None:
                 own.reason = item.reason
             passes.append(own)
             canvas = None
             continue
-        for stage in item:
-            reason = ""
-            stage = _fitted(stage, canvas)
-            if passes and passes[-1].called is None:
-                reason = passes[-1].refuses(stage, exact)
-                if ragged and stage.mixes and not reason:
-                    reason = "images of several sizes come to one size before they are mixed"
-                    ragged = False
-            elif passes:
-                called = passes[-1]
-                assert called.called is not None
-                how = "for each sample" if called.called.each else "as it is"
-                reason = f"{called.names[0]} is called {how}"
-            if not passes or reason:
-                passes.append(Pass(reason=reason))
-            passes[-1].add(stage)
-            canvas = passes[-1].canvas(canvas)
+        stage = _fitted(item, canvas)
+        reason = ""
+        if before is not None and before.called is not None:
+            how = "for each sample" if before.called.each else "as it is"
+            reason = f"{before.names[0]} is called {how}"
+        elif before is not None:
+            reason = before.refuses(stage, exact)
+            if ragged and stage.mixes and not reason:
+                reason = "images of several sizes come to one size before they are mixed"
+                ragged = False
+        if before is None or reason:
+            passes.append(Pass(reason=reason))
+        passes[-1].add(stage)
+        canvas = passes[-1].canvas(canvas)
     return tuple(passes)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from . import op as _ops
-from .labels import rewrap, tv_tensors, unwrap
-from .tree import kind_of
+from .tree import kind_of, plain, tv_tensors, wrap
 
 
 @dataclass(slots=True)
@@ -46,15 +45,15 @@ class Batch:
         """Return a result in the form of the images; ``types``: as in Stage."""
         if not types and type(self.like) is Tensor and self.like.dim() == 4:
             return y
-        result = unwrap(y)
-        if isinstance(self.like, Tensor) and self.like.dim() == 5:
+        result, kind = plain(y), kind_of(self.like)
+        if (kind and self.like.dim() == 5) or (kind == "Video" and not self.one):
             result = result.unflatten(0, (-1, self.frames))
-        elif self.one and kind_of(self.like) != "Video":
+        elif self.one and kind != "Video":
             result = result[0]
         if types == "pure":
             return result
-        if isinstance(self.like, Tensor) and kind_of(self.like) in ("Image", "Video"):
-            return rewrap(result, self.like)
+        if kind in ("Image", "Video"):
+            return wrap(result, self.like)
         tv = tv_tensors()
         if types == "image" and tv is not None:
             return tv.Image(result)
@@ -129,12 +128,12 @@ def batch_of(x: Any, op: str, single: bool) -> Batch:
         raise TypeError(f"fusereg.{op}: x must be a torch.Tensor, got {type(x).__name__}{form}")
     clip = kind_of(x) == "Video" and x.dim() == 4
     if clip or x.dim() == 5:
-        flat = unwrap(x).flatten(0, -4)
+        flat = plain(x).flatten(0, -4)
         _check(flat, op)
         return Batch(flat, max(1, x.shape[-4]), given, clip)
     one = single and x.dim() == 3
     if one:
-        x = rewrap(unwrap(x)[None], x)
+        x = wrap(plain(x)[None], x)
     _check(x, op)
     return Batch(x, 1, given, one)
 

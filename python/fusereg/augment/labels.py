@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,13 +43,13 @@ def is_named_as_label(key: str) -> bool | None:
     return False if _KEPT.search(key) else None
 
 
-def notice_labels(op: str, targets: object, params: object) -> None:
+def notice_labels(op: str, targets: object, replayed: bool) -> None:
     """Warn where images are mixed without labels: what was mixed, and by how much, is lost."""
-    if targets is None and params is None and not torch.compiler.is_compiling():
+    if not (replayed or targets is not None or torch.compiler.is_compiling()):
         warnings.warn(
             f"fusereg.{op}: images are mixed, but no labels came with them: call it with "
             "(images, labels), or pass params= from sample_params to mix labels apart",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
@@ -122,29 +120,3 @@ def mix_labels(
 def _smooth(soft: Tensor, amount: float) -> Tensor:
     """Return probabilities of which all classes get a share alike; mixing first is the same."""
     return soft * (1 - amount) + amount / soft.shape[1] if amount else soft
-
-
-# --- torchvision's tv_tensors, where they are in use ---
-
-
-def tv_tensors() -> Any:
-    """Return the module if it has been imported; without it no tensor has its types."""
-    return sys.modules.get("torchvision.tv_tensors")
-
-
-def _is_image(x: Tensor) -> bool:
-    tv = tv_tensors()
-    return tv is not None and isinstance(x, (tv.Image, tv.Video))
-
-
-def unwrap(x: Tensor) -> Tensor:
-    """Return a tv_tensors.Image or Video as a Tensor, and other tensors as they are."""
-    return x.as_subclass(Tensor) if _is_image(x) else x
-
-
-def rewrap(y: Tensor, like: Tensor) -> Tensor:
-    """Return y as a tv_tensors.Image or Video if ``like`` is one."""
-    if not _is_image(like):
-        return y
-    wrapped: Tensor = tv_tensors().wrap(y, like=like)
-    return wrapped

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .inputs import image_tensor
-from .labels import rewrap, unwrap
-from .tree import batch_tree, kind_of, stack
+from .tree import batch_tree, kind_of, plain, stack, wrap
 
 __all__ = ["WithIds"]
 
@@ -188,12 +187,12 @@ def _images(images: list[Any], op: str) -> list[Tensor]:
 
 def _augmented(
     augment: Any, images: list[Tensor], targets: list[Any] | None, keys: dict[str, Any]
-) -> tuple[Tensor, Any]:
-    if all(image.shape == images[0].shape for image in images):
-        x = rewrap(torch.stack([unwrap(image) for image in images]), images[0])
-        if targets is None:
-            return augment(x, **keys), None
-        y, moved = augment(x, batch_tree(stack(targets)), **keys)
-        return y, moved
-    y, found = augment.run_several(images, targets, keys)
-    return augment.restored(y, images[0]), None if found is None else augment.finished(found)
+) -> tuple[Any, Any]:
+    if any(image.shape != images[0].shape for image in images):
+        several: tuple[Any, Any] = augment.run_several(images, targets, **keys)
+        return several
+    x = wrap(torch.stack([plain(image) for image in images]), images[0])
+    if targets is None:
+        return augment(x, **keys), None
+    y, moved = augment(x, batch_tree(stack(targets)), **keys)
+    return y, moved

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .inputs import image_tensor, pil_image
-from .labels import tv_tensors, unwrap
+from .params import BOX_FORMATS, Drawn, of_corners
 from .seeded import ONE_AT_A_TIME, mix_bits
 from .targets import Targets
-from .tree import area, corners_of, cut_corners, kind_of, leaves_of, plain
+from .tree import area, cut_corners, hulls_of, kind_of, leaves_of, plain, tv_tensors
 
 #: torchvision's transforms that change values alone.
 _VALUES_ONLY = {
@@ -109,7 +109,7 @@ def _parts(item: Any) -> list[Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class CallParams:
+class CallParams(Drawn):
     """The seeds that a transform without a kernel draws by, as ``sample_params`` gives them.
 
     Attributes:
@@ -120,15 +120,6 @@ class CallParams:
     seeds: Tensor
     sample_ids: Tensor
 
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self.seeds)
-
-    def __getitem__(self, index: int | slice) -> CallParams:
-        """Return those of some samples."""
-        index = slice(index, index + 1) if isinstance(index, int) else index
-        return CallParams(self.seeds[index], self.sample_ids[index])
-
 
 @contextmanager
 def numbers_of(x: Any) -> Iterator[Callable[[int], None]]:
@@ -137,19 +128,11 @@ def numbers_of(x: Any) -> Iterator[Callable[[int], None]]:
     Those of torch (of x's device as well), of Python and of NumPy: the process has one of each, so
     threads take turns.
     """
-    with ONE_AT_A_TIME:
-        yield from _numbers_of(x)
-
-
-def _numbers_of(x: Any) -> Iterator[Callable[[int], None]]:
     generators = [torch.default_generator]
     if isinstance(x, Tensor) and x.device.type == "cuda":
         index = torch.cuda.current_device() if x.device.index is None else x.device.index
         generators.append(torch.cuda.default_generators[index])
     numpy = sys.modules.get("numpy")
-    states = [g.get_state() for g in generators]
-    python = random.getstate()
-    array = None if numpy is None else numpy.random.get_state()
 
     def seed(value: int) -> None:
         for generator in generators:
@@ -158,14 +141,18 @@ def _numbers_of(x: Any) -> Iterator[Callable[[int], None]]:
         if numpy is not None:
             numpy.random.seed(value % 2**32)
 
-    try:
-        yield seed
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(array)
+    with ONE_AT_A_TIME:
+        states = [g.get_state() for g in generators]
+        python = random.getstate()
+        array = None if numpy is None else numpy.random.get_state()
+        try:
+            yield seed
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+            random.setstate(python)
+            if numpy is not None:
+                numpy.random.set_state(array)
 
 
 Images = Tensor | list[Tensor]
@@ -180,40 +167,44 @@ def call(
 
     ``x`` is [N * frames, C, H, W]; a clip is called as one.
     """
+    n = len(x) // frames
+    if len(params) != n:
+        raise ValueError(
+            f"fusereg.{op}: params of {called.name} must be of {n} samples, got {len(params)}"
+        )
     if found is not None and called.moves:
         found.check_all_move(called.name)
         if not called.targets:
             _refuse(called, found, op)
     if not called.each:
-        return _call_with_all(called, x, params, found), None
+        with numbers_of(x) as seed:
+            seed(mix_bits(*params.seeds.tolist()))
+            return called.function(x), None
     clips = x.reshape(-1, frames, *x.shape[1:]) if frames > 1 else x
     takes = found is not None and called.targets and found.any_types()
     trees = found.split(True) if found is not None and takes else None
     results: list[Tensor] = []
-    moved: list[Any] = []
     with numbers_of(x) as seed:
         for i, value in enumerate(params.seeds.tolist()):
             seed(value)
             image = _typed(clips[i], frames)
-            if trees is None:
+            if found is None or trees is None:
                 y = called.one(image, op)
             else:
-                y, target = _with_targets(called, image, trees[i], found)
+                y, trees[i] = _with_targets(called, image, trees[i], found.rules.min_visibility > 0)
                 if isinstance(y, Tensor):
-                    _same_canvas(target, (y.shape[-2], y.shape[-1]))
-                moved.append(target)
+                    _same_canvas(trees[i], (y.shape[-2], y.shape[-1]))
             if not isinstance(y, Tensor) or y.dim() != clips.dim() - 1:
                 what = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
                 raise TypeError(
                     f"fusereg.{op}: {called.name} must give an image (C, H, W) for each, got {what}"
                 )
-            results.append(unwrap(y))
-    after = None if trees is None else moved
+            results.append(plain(y))
     if not results:
-        return x, after
+        return x, trees
     if len({y.shape for y in results}) > 1:
-        return results, after
-    return (torch.cat if frames > 1 else torch.stack)(results), after
+        return results, trees
+    return (torch.cat if frames > 1 else torch.stack)(results), trees
 
 
 def _typed(image: Tensor, frames: int) -> Tensor:
@@ -225,23 +216,20 @@ def _typed(image: Tensor, frames: int) -> Tensor:
     return typed
 
 
-def _with_targets(
-    called: Called, image: Tensor, tree: Any, found: Targets | None
-) -> tuple[Any, Any]:
-    """Call a transform with an image and its targets, and keep count of what is left of boxes."""
-    assert found is not None
+def _with_targets(called: Called, image: Tensor, tree: Any, counted: bool) -> tuple[Any, Any]:
+    """Call a transform with an image and its targets.
+
+    ``counted``: keep count of what is left of each box.
+    """
     if isinstance(tree, list) and len(tree) == 1:  # the rest of a sample (image, target)
-        y, moved = _with_targets(called, image, tree[0], found)
+        y, moved = _with_targets(called, image, tree[0], counted)
         return y, [moved]
-    if not found.rules.min_visibility:
-        y, moved = called.function(image, tree)
-        return y, moved
-    boxes = [leaf for leaf in leaves_of(tree) if kind_of(leaf) == "BoundingBoxes"]
+    boxes = [leaf for leaf in leaves_of(tree) if counted and kind_of(leaf) == "BoundingBoxes"]
     modes = [b.clamping_mode for b in boxes]
     for b in boxes:
         b.clamping_mode = None
     y, moved = called.function(image, tree)
-    after = [leaf for leaf in leaves_of(moved) if kind_of(leaf) == "BoundingBoxes"]
+    after = [leaf for leaf in leaves_of(moved) if counted and kind_of(leaf) == "BoundingBoxes"]
     for old, mode in zip(boxes, modes, strict=True):
         old.clamping_mode = mode
     if len(after) != len(boxes):
@@ -250,10 +238,12 @@ def _with_targets(
         new.clamping_mode = mode
         if new is old or len(old) != len(new):
             continue  # unchanged, or filtered by the transform itself
-        whole, cut = corners_of(plain(new), str(new.format.value)), cut_corners(new)
+        form = str(new.format.value)
+        whole, cut = hulls_of(plain(new), form), cut_corners(new)
         left = area(cut) / area(whole).clamp(min=1e-12)
         new.fusereg_visible = left * getattr(old, "fusereg_visible", 1.0)
-        _clamp(new, cut)
+        if mode is not None and form.lower() in BOX_FORMATS:
+            plain(new).copy_(of_corners(cut, form.lower()))
     return y, moved
 
 
@@ -269,19 +259,6 @@ def _same_canvas(tree: Any, size: tuple[int, int]) -> None:
                 leaf.canvas_size = size
 
 
-def _clamp(boxes: Any, cut: Tensor) -> None:
-    """Write the corners of boxes that were cut, in their format."""
-    form = str(boxes.format.value)
-    low, high = cut[:, :2], cut[:, 2:]
-    if form == "XYWH":
-        high = high - low
-    elif form == "CXCYWH":
-        low, high = (low + high) / 2, high - low
-    elif form != "XYXY":
-        return
-    plain(boxes).copy_(torch.cat([low, high], 1))
-
-
 def _refuse(called: Called, found: Targets, op: str) -> None:
     """Raise an error if there are targets that would have to move with the images."""
     for leaf in found.leaves:
@@ -291,13 +268,6 @@ def _refuse(called: Called, found: Targets, op: str) -> None:
                 f"{called.name} is called with the images alone. If it changes values only, wrap "
                 "it in torchvision.transforms.v2.Lambda(function, tv_tensors.Image)"
             )
-
-
-def _call_with_all(called: Called, x: Tensor, params: CallParams, found: Targets | None) -> Tensor:
-    with numbers_of(x) as seed:
-        seed(mix_bits(*params.seeds.tolist()))
-        y: Tensor = called.function(x)
-    return y
 
 
 def size_after(

@@ -94,7 +94,7 @@ class Target(NamedTuple):
         memory_format: torch.memory_format | None = None,
     ) -> Target:
         """Return the target for images x; ``memory_format`` None stands for theirs."""
-        if memory_format in (None, torch.preserve_format):
+        if memory_format is None:
             return Target(tuple(size), dtype, is_channels_last(x))
         return Target(tuple(size), dtype, memory_format is torch.channels_last)
 

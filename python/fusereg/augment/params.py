@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import _C
 from ..core import dispatch, memory
@@ -15,30 +17,20 @@ from . import op as _ops
 from .arguments import Interpolation, integer, interpolation_name, is_sequence, of_array, one_of
 from .steps import Values
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["AugmentParams"]
 
 _VERSION = 1
 #: Columns of records in states of before there was a perspective.
 _WITHOUT_PERSPECTIVE = 28
 _DRAWN = (
-    "angle",
-    "scale_x",
-    "scale_y",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-    "flip_x",
-    "flip_y",
-    "window_x0",
-    "window_y0",
-    "window_x1",
-    "window_y1",
-    "brightness",
-    "contrast",
-    "saturation",
+    *("angle", "scale_x", "scale_y", "shear_x", "shear_y", "translate_x", "translate_y"),
+    *("flip_x", "flip_y", "window_x0", "window_y0", "window_x1", "window_y1"),
+    *("brightness", "contrast", "saturation"),
 )
-_BOX_FORMATS = ("xyxy", "xywh", "cxcywh")
+BOX_FORMATS = ("xyxy", "xywh", "cxcywh")
 
 
 def sample_id_tensor(ids: object, n: int, op: str, name: str = "sample_ids") -> Tensor:
@@ -60,8 +52,55 @@ def sample_id_tensor(ids: object, n: int, op: str, name: str = "sample_ids") -> 
     return result.contiguous()
 
 
+def corners_of(boxes: Tensor, format: str) -> Tensor:
+    """Return boxes [..., 4] of "xyxy", "xywh" or "cxcywh" as x0, y0, x1, y1 in float64."""
+    first, second = boxes.double()[..., :2], boxes.double()[..., 2:]
+    if format == "xywh":
+        second = first + second
+    elif format == "cxcywh":
+        first, second = first - second / 2, first + second / 2
+    return torch.cat([first, second], dim=-1)
+
+
+def of_corners(corners: Tensor, format: str) -> Tensor:
+    """Return boxes x0, y0, x1, y1 in a format of :func:`corners_of`."""
+    low, high = corners[..., :2], corners[..., 2:]
+    if format == "xywh":
+        high = high - low
+    elif format == "cxcywh":
+        low, high = (low + high) / 2, high - low
+    return torch.cat([low, high], dim=-1)
+
+
+class Drawn:
+    """Base of the drawn parameters of a batch: a dataclass, some of whose fields are tensors.
+
+    Each tensor has a row for each sample.
+    """
+
+    sample_ids: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.sample_ids)
+
+    def __getitem__(self, index: Any) -> Self:
+        """Return the parameters of some samples."""
+        index = [index] if isinstance(index, int) else index
+        return self._map(lambda t: t[index])
+
+    def repeat_interleave(self, times: int) -> Self:
+        """Return each sample's parameters several times in a row, as for the frames of a clip."""
+        return self._map(lambda t: t.repeat_interleave(times, dim=0))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Return parameters whose tensors went through a function."""
+        changed = {k: function(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **changed)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True, eq=False)
-class AugmentParams:
+class AugmentParams(Drawn):
     """The parameters of N samples, as :meth:`fusereg.augment.Augment.sample_params` draws them.
 
     Coordinates are pixels (x, y); integers are pixel centers.
@@ -88,10 +127,6 @@ class AugmentParams:
     sample_ids: Tensor
     input_size: tuple[int, int]
     size: tuple[int, int]
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return self.records.shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -173,15 +208,6 @@ class AugmentParams:
         """Copy the parameters to pinned memory (a DataLoader's ``pin_memory=True`` calls this)."""
         return self._map(lambda t: t.pin_memory())
 
-    def _map(self, function: Any) -> AugmentParams:
-        return replace(
-            self,
-            records=function(self.records),
-            draws=function(self.draws),
-            keys=function(self.keys),
-            sample_ids=function(self.sample_ids),
-        )
-
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> AugmentParams:
         """Return the parameters of the selected samples."""
         n = len(self)
@@ -213,7 +239,7 @@ class AugmentParams:
 
         The partner of a frame is the same frame of its clip's partner.
         """
-        result = self._map(lambda t: t.repeat_interleave(times, dim=0))
+        result = super().repeat_interleave(times)
         partners = result.records[:, 14]
         frames = torch.arange(times, device=self.device).repeat(len(self))
         result.records[:, 14] = torch.where(partners >= 0, partners * times + frames, partners)
@@ -231,19 +257,15 @@ class AugmentParams:
                     f"fusereg.AugmentParams.cat: parts must be of the same sizes, got "
                     f"{first.input_size} to {first.size} and {part.input_size} to {part.size}"
                 )
-        records, begin = [], 0
+        names = ("records", "draws", "keys", "sample_ids")
+        tensors: dict[str, Any] = {k: torch.cat([getattr(p, k) for p in parts]) for k in names}
+        joined = replace(first, **tensors)
+        begin = 0
         for part in parts:
-            moved = part.records.clone()
-            moved[:, 14] += begin * (moved[:, 14] >= 0)
-            records.append(moved)
+            partners = joined.records[begin : begin + len(part), 14]
+            partners += begin * (partners >= 0)
             begin += len(part)
-        return replace(
-            first,
-            records=torch.cat(records),
-            draws=torch.cat([p.draws for p in parts]),
-            keys=torch.cat([p.keys for p in parts]),
-            sample_ids=torch.cat([p.sample_ids for p in parts]),
-        )
+        return joined
 
     def without_mix(self) -> AugmentParams:
         """Return the parameters without MixUp and CutMix."""
@@ -270,21 +292,18 @@ class AugmentParams:
             raise ValueError(
                 f"fusereg.{op}: state must have version {_VERSION}, got {state['version']!r}"
             )
-        n = len(state["records"])
-        for name, width in (
-            ("records", _C.AUGMENT_RECORD),
-            ("draws", _C.AUGMENT_DRAWS),
-            ("keys", 2),
-        ):
-            if name == "records" and tuple(state[name].shape) == (n, _WITHOUT_PERSPECTIVE):
-                more = state[name].new_zeros(n, width - _WITHOUT_PERSPECTIVE)
-                state = {**state, name: torch.cat([state[name], more], 1)}
-            if tuple(state[name].shape) != (n, width):
-                raise ValueError(
-                    f"fusereg.{op}: {name} must have shape ({n}, {width}), "
-                    f"got {tuple(state[name].shape)}"
-                )
         values = {name: state[name] for name in names}
+        n = len(values["records"])
+        if tuple(values["records"].shape) == (n, _WITHOUT_PERSPECTIVE):
+            values["records"] = pad(
+                values["records"], (0, _C.AUGMENT_RECORD - _WITHOUT_PERSPECTIVE)
+            )
+        shapes = {"records": (n, _C.AUGMENT_RECORD), "draws": (n, _C.AUGMENT_DRAWS)}
+        for name, shape in {**shapes, "keys": (n, 2), "sample_ids": (n,)}.items():
+            if tuple(values[name].shape) != shape:
+                raise ValueError(
+                    f"fusereg.{op}: {name} must have shape {shape}, got {tuple(values[name].shape)}"
+                )
         for name in ("input_size", "size"):
             height, width = values[name]
             values[name] = (int(height), int(width))
@@ -322,7 +341,7 @@ class AugmentParams:
             The points in the same form, floating; they may be outside the image.
         """
         if not isinstance(points, Tensor):
-            return [self._one(i, len(points)).keypoints(p[None])[0] for i, p in enumerate(points)]
+            return self._of_each(points, AugmentParams.keypoints)
         width = 3 if points.shape[-1:] == (3,) else 2
         self._check_points(points, "keypoints", "points", width)
         x = points if points.is_floating_point() else points.to(torch.float32)
@@ -358,22 +377,13 @@ class AugmentParams:
         """
         op = "AugmentParams.boxes"
         format = getattr(format, "value", format)  # torchvision's are in capitals
-        format = one_of(
-            format.lower() if isinstance(format, str) else format, op, "format", _BOX_FORMATS
-        )
+        lower = format.lower() if isinstance(format, str) else format
+        format = one_of(lower, op, "format", BOX_FORMATS)
         if not isinstance(boxes, Tensor):
-            return [
-                self._one(i, len(boxes)).boxes(b[None], format=format, clip=clip)[0]
-                for i, b in enumerate(boxes)
-            ]
+            return self._of_each(boxes, partial(AugmentParams.boxes, format=format, clip=clip))
         self._check_points(boxes, "boxes", "boxes", 4)
         b = boxes if boxes.is_floating_point() else boxes.to(torch.float32)
-        x0, y0, x1, y1 = b.double().unbind(-1)
-        if format == "xywh":
-            x1, y1 = x0 + x1, y0 + y1
-        elif format == "cxcywh":
-            x0, x1 = x0 - x1 / 2, x0 + x1 / 2
-            y0, y1 = y0 - y1 / 2, y0 + y1 / 2
+        x0, y0, x1, y1 = corners_of(b, format).unbind(-1)
         x = torch.stack([x0, x1, x0, x1], dim=-1)
         y = torch.stack([y0, y0, y1, y1], dim=-1)
         corners = torch.stack([x, y], dim=-1).flatten(1, 2) - 0.5  # [N, 4K, 2] at pixel centers
@@ -384,16 +394,15 @@ class AugmentParams:
         if clip:
             limit = memory.numbers((self.size[1], self.size[0]), low.dtype, low.device)
             low, high = low.clamp(min=0).minimum(limit), high.clamp(min=0).minimum(limit)
-        if format == "xywh":
-            high = high - low
-        elif format == "cxcywh":
-            low, high = (low + high) / 2, high - low
-        return torch.cat([low, high], dim=-1).to(b.dtype)
+        return of_corners(torch.cat([low, high], dim=-1), format).to(b.dtype)
 
-    def _one(self, index: int, given: int) -> AugmentParams:
-        if given != len(self):
-            raise ValueError(f"fusereg.AugmentParams: got {given} tensors for {len(self)} samples")
-        return self.without_mix()[index]
+    def _of_each(self, values: Sequence[Tensor], method: Callable[..., Any]) -> list[Tensor]:
+        """Return what a method gives for a tensor of each sample."""
+        if len(values) != len(self):
+            n = len(self)
+            raise ValueError(f"fusereg.AugmentParams: got {len(values)} tensors for {n} samples")
+        alone = self.without_mix()
+        return [method(alone[i], value[None])[0] for i, value in enumerate(values)]
 
     def _check_points(self, points: Tensor, op: str, name: str, last: int) -> None:
         if points.dim() != 3 or points.shape[0] != len(self) or points.shape[2] != last:

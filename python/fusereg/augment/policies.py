@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -21,115 +21,63 @@ from .program import Numbers, Policy, Row
 Size: TypeAlias = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Jitter(Policy):
-    """Brightness, contrast, saturation and hue in an order that each image draws.
+def jitter(values: Mapping[int, Sequence[float] | None]) -> Policy:
+    """Return color jitter: instructions with a number of (from, to), in an order that is drawn.
 
-    ``ranges`` holds (code, from, to) of those that are asked for.
+    Those that are not asked for are None.
     """
-
-    ranges: tuple[tuple[int, float, float], ...]
-
-    @property
-    def uniforms(self) -> int:
-        """The most uniform numbers that an image takes."""
-        return 2 * len(self.ranges)
-
-    @property
-    def codes(self) -> Set[int]:
-        """The instructions that an image may get."""
-        return {code for code, *_ in self.ranges}
-
-    def rows(self, numbers: Numbers, size: Size) -> list[Row]:
-        """Return the instructions for an image of this size."""
-        places = [numbers.uniform() for _ in self.ranges]
-        made = [(float(code), numbers.between(low, high)) for code, low, high in self.ranges]
-        return [made[i] for i in sorted(range(len(made)), key=places.__getitem__)]
+    ranges = tuple((code, float(v[0]), float(v[1])) for code, v in values.items() if v is not None)
+    codes = frozenset(code for code, *_ in ranges)
+    return Policy(partial(_jitter, ranges), codes, 2 * len(ranges))
 
 
-@dataclass(frozen=True)
-class Always(Policy):
-    """One instruction, whose arguments are drawn from intervals; equal ones are the same number."""
-
-    code: int
-    arguments: tuple[tuple[float, float], ...] = ()
-    #: Which argument is the same number as an earlier one.
-    same: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def uniforms(self) -> int:
-        """The most uniform numbers that an image takes."""
-        return len(self.arguments)
-
-    @property
-    def first(self) -> bool:
-        """True where nothing may come before it in a pass."""
-        return self.code == P.GRAY and bool(self.arguments)
-
-    @property
-    def codes(self) -> Set[int]:
-        """The instructions that an image may get."""
-        return {self.code}
-
-    def rows(self, numbers: Numbers, size: Size) -> list[Row]:
-        """Return the instructions for an image of this size."""
-        values = [numbers.between(low, high) for low, high in self.arguments]
-        for to, of in self.same:
-            values[to] = values[of]
-        return [(float(self.code), *values)]
+def _jitter(
+    ranges: tuple[tuple[int, float, float], ...], numbers: Numbers, size: Size
+) -> list[Row]:
+    places = [numbers.uniform() for _ in ranges]
+    made = [(float(code), numbers.between(low, high)) for code, low, high in ranges]
+    return [made[i] for i in sorted(range(len(made)), key=places.__getitem__)]
 
 
-@dataclass(frozen=True)
-class Maybe(Policy):
-    """Other policies, with a probability."""
+def always(code: int, *arguments: tuple[float, float], last_alike: bool = False) -> Policy:
+    """Return one instruction, whose arguments are drawn from intervals.
 
-    p: float
-    policies: tuple[Policy, ...]
+    ``last_alike``: the last two arguments are the same number.
+    """
+    rows = partial(_always, code, arguments, last_alike)
+    return Policy(rows, frozenset({code}), len(arguments), first=code == P.GRAY and bool(arguments))
 
-    @property
-    def uniforms(self) -> int:
-        """The most uniform numbers that an image takes."""
-        return 1 + sum(policy.uniforms for policy in self.policies)
 
-    @property
-    def normals(self) -> int:
-        """The most normal numbers that an image takes."""
-        return sum(policy.normals for policy in self.policies)
+def _always(
+    code: int,
+    arguments: tuple[tuple[float, float], ...],
+    last_alike: bool,
+    numbers: Numbers,
+    size: Size,
+) -> list[Row]:
+    values = [numbers.between(low, high) for low, high in arguments]
+    if last_alike:
+        values[-1] = values[-2]
+    return [(float(code), *values)]
 
-    @property
-    def moves(self) -> bool:
-        """True where an instruction may move pixels."""
-        return any(policy.moves for policy in self.policies)
 
-    @property
-    def codes(self) -> Set[int]:
-        """The instructions that an image may get."""
-        return {code for policy in self.policies for code in policy.codes if self.p > 0}
+def maybe(p: float, *policies: Policy) -> Policy:
+    """Return other policies, with a probability."""
+    return Policy(
+        partial(_maybe, p, policies),
+        frozenset(code for policy in policies for code in policy.codes if p > 0),
+        1 + sum(policy.uniforms for policy in policies),
+        sum(policy.normals for policy in policies),
+    )
 
-    def rows(self, numbers: Numbers, size: Size) -> list[Row]:
-        """Return the instructions for an image of this size."""
-        if numbers.uniform() >= self.p:
-            return []
-        return [row for policy in self.policies for row in policy.rows(numbers, size)]
+
+def _maybe(p: float, policies: tuple[Policy, ...], numbers: Numbers, size: Size) -> list[Row]:
+    if numbers.uniform() >= p:
+        return []
+    return [row for policy in policies for row in policy.rows(numbers, size)]
 
 
 # --- operations by the names that the policies have for them ---
-
-
-def _shear_x(v: float, size: Size, how: float) -> Row:
-    return (P.WARP, 1.0, v, v / 2, 0.0, 1.0, 0.0, how)
-
-
-def _shear_y(v: float, size: Size, how: float) -> Row:
-    return (P.WARP, 1.0, 0.0, 0.0, v, 1.0, v / 2, how)
-
-
-def _move_x(v: float, size: Size, how: float) -> Row:
-    return (P.WARP, 1.0, 0.0, -v, 0.0, 1.0, 0.0, how)
-
-
-def _move_y(v: float, size: Size, how: float) -> Row:
-    return (P.WARP, 1.0, 0.0, 0.0, 0.0, 1.0, -v, how)
 
 
 def _rotate(v: float, size: Size, how: float) -> Row:
@@ -141,11 +89,11 @@ def _rotate(v: float, size: Size, how: float) -> Row:
     )
 
 
-_GEOMETRY = {
-    "ShearX": _shear_x,
-    "ShearY": _shear_y,
-    "TranslateX": _move_x,
-    "TranslateY": _move_y,
+_GEOMETRY: dict[str, Callable[[float, Size, float], Row]] = {
+    "ShearX": lambda v, size, how: (P.WARP, 1.0, v, v / 2, 0.0, 1.0, 0.0, how),
+    "ShearY": lambda v, size, how: (P.WARP, 1.0, 0.0, 0.0, v, 1.0, v / 2, how),
+    "TranslateX": lambda v, size, how: (P.WARP, 1.0, 0.0, -v, 0.0, 1.0, 0.0, how),
+    "TranslateY": lambda v, size, how: (P.WARP, 1.0, 0.0, 0.0, 0.0, 1.0, -v, how),
     "Rotate": _rotate,
 }
 _VALUES = {
@@ -163,9 +111,9 @@ _VALUES = {
 }
 
 
-def _codes(names: Iterable[str]) -> Set[int]:
+def _codes(names: Iterable[str]) -> frozenset[int]:
     """Return the instructions of operations."""
-    return {P.WARP if name in _GEOMETRY else _VALUES[name] for name in names}
+    return frozenset(P.WARP if name in _GEOMETRY else _VALUES[name] for name in names)
 
 
 _FACTORS = ("Brightness", "Color", "Contrast", "Sharpness")
@@ -226,86 +174,57 @@ def _operation(name: str, v: float, size: Size, how: float) -> Row:
     return (float(_VALUES[name]), v)
 
 
-@dataclass(frozen=True)
-class Bins(Policy):
-    """RandAugment (Cubuk et al. 2020) and TrivialAugmentWide (Mueller, Hutter 2021).
+def bins(layers: int, magnitude: int | None, count: int, wide: bool, how: int) -> Policy:
+    """Return RandAugment (Cubuk et al. 2020) or TrivialAugmentWide (Mueller, Hutter 2021).
 
     ``layers`` operations in turn, each of ``magnitude``, or one that is drawn where that is None.
     """
-
-    layers: int
-    magnitude: int | None
-    bins: int
-    wide: bool
-    how: int
-
-    @property
-    def uniforms(self) -> int:
-        """The most uniform numbers that an image takes."""
-        return 3 * self.layers
-
-    @property
-    def codes(self) -> Set[int]:
-        """The instructions that an image may get."""
-        return _codes(_OPERATIONS) if self.layers else set()
-
-    @property
-    def moves(self) -> bool:
-        """True where an instruction may move pixels."""
-        return self.layers > 0
-
-    def rows(self, numbers: Numbers, size: Size) -> list[Row]:
-        """Return the instructions for an image of this size."""
-        made = []
-        for _ in range(self.layers):
-            name = _OPERATIONS[numbers.below(len(_OPERATIONS))]
-            v = 0.0
-            if name not in ("Identity", "AutoContrast", "Equalize"):
-                at = numbers.below(self.bins) if self.magnitude is None else self.magnitude
-                v = _magnitudes(name, self.wide, self.bins, size)[at]
-                if name in _SIGNED:
-                    v *= numbers.sign()
-            made.append(_operation(name, v, size, self.how))
-        return made
+    rows = partial(_bins, layers, magnitude, count, wide, how)
+    return Policy(rows, _codes(_OPERATIONS if layers else ()), 3 * layers)
 
 
-#: A part of an AutoAugment policy: operation, probability, magnitude.
-Part: TypeAlias = tuple[str, float, "int | None"]
-
-
-@dataclass(frozen=True)
-class Pairs(Policy):
-    """AutoAugment (Cubuk et al. 2019): one of several pairs of operations."""
-
-    pairs: tuple[tuple[Part, ...], ...]
-    how: int
-
-    @property
-    def uniforms(self) -> int:
-        """The most uniform numbers that an image takes."""
-        return 1 + 2 * max(len(pair) for pair in self.pairs)
-
-    @property
-    def codes(self) -> Set[int]:
-        """The instructions that an image may get."""
-        return _codes(name for pair in self.pairs for name, p, _ in pair if p > 0)
-
-    @property
-    def moves(self) -> bool:
-        """True where an instruction may move pixels."""
-        return any(name in _GEOMETRY for pair in self.pairs for name, *_ in pair)
-
-    def rows(self, numbers: Numbers, size: Size) -> list[Row]:
-        """Return the instructions for an image of this size."""
-        made = []
-        for name, p, at in self.pairs[numbers.below(len(self.pairs))]:
-            if numbers.uniform() >= p:
-                continue
-            v = 0.0 if at is None else _magnitudes(name, False, 10, size)[at]
+def _bins(
+    layers: int,
+    magnitude: int | None,
+    count: int,
+    wide: bool,
+    how: int,
+    numbers: Numbers,
+    size: Size,
+) -> list[Row]:
+    made = []
+    for _ in range(layers):
+        name = _OPERATIONS[numbers.below(len(_OPERATIONS))]
+        v = 0.0
+        if name not in ("Identity", "AutoContrast", "Equalize"):
+            at = numbers.below(count) if magnitude is None else magnitude
+            v = _magnitudes(name, wide, count, size)[at]
             if name in _SIGNED:
                 v *= numbers.sign()
-            made.append(_operation(name, v, size, self.how))
-        return made
+        made.append(_operation(name, v, size, how))
+    return made
+
+
+#: Pairs of an AutoAugment policy, of (operation, probability, magnitude).
+PairsOf: TypeAlias = "Sequence[Sequence[tuple[str, float, int | None]]]"
+
+
+def auto_augment(pairs: PairsOf, how: int) -> Policy:
+    """Return AutoAugment (Cubuk et al. 2019): one of several pairs of operations."""
+    codes = _codes(name for pair in pairs for name, p, _ in pair if p > 0)
+    return Policy(partial(_pairs, pairs, how), codes, 1 + 2 * max(len(pair) for pair in pairs))
+
+
+def _pairs(pairs: PairsOf, how: int, numbers: Numbers, size: Size) -> list[Row]:
+    made = []
+    for name, p, at in pairs[numbers.below(len(pairs))]:
+        if numbers.uniform() >= p:
+            continue
+        v = 0.0 if at is None else _magnitudes(name, False, 10, size)[at]
+        if name in _SIGNED:
+            v *= numbers.sign()
+        made.append(_operation(name, v, size, how))
+    return made
 
 
 # --- timm's: levels from 0 to 10 ---
@@ -372,67 +291,61 @@ def _level_row(name: str, level: float, numbers: Numbers, size: Size, how: float
     return (float(_VALUES[base]),)
 
 
-@dataclass(frozen=True)
-class Levels(Policy):
-    """timm's policies: one of several sequences of (operation, probability, level).
+#: timm's sequences of (operation, probability, level).
+Choices: TypeAlias = tuple[tuple[tuple[str, float, float], ...], ...]
 
-    Attributes:
+
+def levels(
+    choices: Choices,
+    layers: int = 1,
+    deviation: float = 0.0,
+    highest: float = 10.0,
+    hows: tuple[int, ...] = (1, P.PIL_BICUBIC),
+) -> Policy:
+    """Return a policy of timm.
+
+    Args:
         choices: to draw from, ``layers`` times.
         layers: how often.
         deviation: of the level, which is normal; infinite: it is uniform from 0 to the level.
         highest: the levels end there.
         hows: interpolations, of which each operation draws one.
     """
-
-    choices: tuple[tuple[tuple[str, float, float], ...], ...]
-    layers: int = 1
-    deviation: float = 0.0
-    highest: float = 10.0
-    hows: tuple[int, ...] = (1, P.PIL_BICUBIC)
-
-    @property
-    def _most(self) -> int:
-        return self.layers * max(len(parts) for parts in self.choices)
-
-    @property
-    def uniforms(self) -> int:
-        """The most uniform numbers that an image takes."""
-        return self.layers + 4 * self._most
-
-    @property
-    def normals(self) -> int:
-        """The most normal numbers that an image takes."""
-        return self._most if 0.0 < self.deviation < math.inf else 0
-
-    @property
-    def codes(self) -> Set[int]:
-        """The instructions that an image may get."""
-        names = (n for parts in self.choices for n, p, _ in parts if p > 0 and self.layers)
-        return _codes(_base_name(n) for n in names)
-
-    @property
-    def moves(self) -> bool:
-        """True where an instruction may move pixels."""
-        return self.layers > 0
-
-    def rows(self, numbers: Numbers, size: Size) -> list[Row]:
-        """Return the instructions for an image of this size."""
-        made = []
-        for _ in range(self.layers):
-            for name, p, level in self.choices[numbers.below(len(self.choices))]:
-                if numbers.uniform() >= p:
-                    continue
-                if self.deviation == math.inf:
-                    level = numbers.between(0.0, level)
-                elif self.deviation > 0.0:
-                    level += self.deviation * numbers.normal()
-                level = max(0.0, min(level, self.highest))
-                how = self.hows[numbers.below(len(self.hows))]
-                made.append(_level_row(name, level, numbers, size, how))
-        return made
+    most = layers * max(len(parts) for parts in choices)
+    names = (_base_name(n) for parts in choices for n, p, _ in parts if p > 0 and layers)
+    return Policy(
+        partial(_levels, choices, layers, deviation, highest, hows),
+        _codes(names),
+        layers + 4 * most,
+        most if 0.0 < deviation < math.inf else 0,
+    )
 
 
-def _table(text: str, posterize: str) -> tuple[tuple[tuple[str, float, float], ...], ...]:
+def _levels(
+    choices: Choices,
+    layers: int,
+    deviation: float,
+    highest: float,
+    hows: tuple[int, ...],
+    numbers: Numbers,
+    size: Size,
+) -> list[Row]:
+    made = []
+    for _ in range(layers):
+        for name, p, level in choices[numbers.below(len(choices))]:
+            if numbers.uniform() >= p:
+                continue
+            if deviation == math.inf:
+                level = numbers.between(0.0, level)
+            elif deviation > 0.0:
+                level += deviation * numbers.normal()
+            level = max(0.0, min(level, highest))
+            how = hows[numbers.below(len(hows))]
+            made.append(_level_row(name, level, numbers, size, how))
+    return made
+
+
+def _table(text: str, posterize: str) -> Choices:
     """Return the pairs of a policy's text, with the name of its operation of posterizing."""
     choices = []
     for pair in text.split("|"):
@@ -452,7 +365,7 @@ _TABLES = {
 }
 
 
-def timm_policy(config: str, hows: tuple[int, ...], op: str) -> Levels:
+def timm_policy(config: str, hows: tuple[int, ...], op: str) -> Policy:
     """Return the policy of one of timm's strings.
 
     Raises:
@@ -481,11 +394,11 @@ def timm_policy(config: str, hows: tuple[int, ...], op: str) -> Levels:
             ) from None
     deviation = values.get("mstd", 0.0)
     if name != "rand":
-        return Levels(_table(*_TABLES[name]), deviation=deviation, hows=hows)
+        return levels(_table(*_TABLES[name]), deviation=deviation, hows=hows)
     increasing = bool(values.get("inc"))
     names = [n + "Increasing" * (increasing and n in _WITH_INCREASING) for n in _RAND]
     part = values.get("p", 0.5), values.get("m", 10.0)
-    return Levels(
+    return levels(
         tuple(((n, *part),) for n in names),
         layers=int(values.get("n", 2)),
         deviation=math.inf if deviation > 100 else deviation,
@@ -494,8 +407,8 @@ def timm_policy(config: str, hows: tuple[int, ...], op: str) -> Levels:
     )
 
 
-def of_timm(transform: Any) -> Levels | None:
-    """Return the policy of a RandAugment or AutoAugment of timm, None where it has another one."""
+def of_timm(transform: Any) -> tuple[Policy, Any] | None:
+    """Return the policy and fill of timm's RandAugment or AutoAugment, None of another one."""
     layers = getattr(transform, "num_layers", None)
     if layers is None:
         choices = list(transform.policy)
@@ -506,34 +419,24 @@ def of_timm(transform: Any) -> Levels | None:
     parts = [op for choice in choices for op in choice]
     known = {*_RAND, *(n + "Increasing" for n in _WITH_INCREASING), "PosterizeOriginal"}
     shared = {
-        (
-            op.magnitude_std,
-            op.magnitude_max,
-            str(op.kwargs["resample"]),
-            str(op.kwargs["fillcolor"]),
-        )
+        (op.magnitude_std, op.magnitude_max, str(op.kwargs), op.hparams.get("translate_pct", 0.45))
         for op in parts
     }
-    pct = {op.hparams.get("translate_pct", 0.45) for op in parts}
-    if len(shared) != 1 or pct != {0.45} or not {op.name for op in parts} <= known:
-        return None
     first = parts[0]
+    if len(shared) != 1 or not {op.name for op in parts} <= known:
+        return None
+    if first.hparams.get("translate_pct", 0.45) != 0.45:
+        return None
     how = first.kwargs["resample"]
     numbers = {0: 0, 2: 1, 3: P.PIL_BICUBIC}
     hows = [numbers.get(int(h)) for h in (how if isinstance(how, (list, tuple)) else [how])]
     if None in hows:
         return None
-    return Levels(
+    policy = levels(
         tuple(tuple((op.name, float(op.prob), float(op.magnitude)) for op in c) for c in choices),
         layers=1 if layers is None else layers,
         deviation=float(first.magnitude_std),
         highest=float(first.magnitude_max or 10),
         hows=tuple(h for h in hows if h is not None),
     )
-
-
-def jitter(values: Mapping[int, Sequence[float] | None]) -> Jitter:
-    """Return color jitter from (from, to) of each code, None where it is not asked for."""
-    return Jitter(
-        tuple((code, float(v[0]), float(v[1])) for code, v in values.items() if v is not None)
-    )
+    return policy, first.kwargs["fillcolor"]

@@ -6,7 +6,7 @@ so after each of them; images of floats go through functions of torch, one by on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,9 +18,9 @@ from ..core import checks, dispatch, memory, operator
 from . import floats
 from . import op as _ops
 from .arguments import for_channels
-from .labels import rewrap, unwrap
-from .params import AugmentParams, draw
+from .params import AugmentParams, Drawn, draw
 from .seeded import Keys
+from .tree import plain, wrap
 
 #: The code of each instruction.
 IDENTITY, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, INVERT, POSTERIZE = range(8)
@@ -36,7 +36,7 @@ Row: TypeAlias = tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class ProgramParams:
+class ProgramParams(Drawn):
     """The programs of N images, as ``Compose.sample_params`` draws them.
 
     Attributes:
@@ -46,21 +46,6 @@ class ProgramParams:
 
     programs: Tensor
     sample_ids: Tensor
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self.programs)
-
-    def __getitem__(self, index: int | slice) -> ProgramParams:
-        """Return those of some samples."""
-        index = slice(index, index + 1) if isinstance(index, int) else index
-        return ProgramParams(self.programs[index].contiguous(), self.sample_ids[index])
-
-    def repeat_interleave(self, times: int) -> ProgramParams:
-        """Return each sample's program several times, one after the other."""
-        return ProgramParams(
-            self.programs.repeat_interleave(times, 0), self.sample_ids.repeat_interleave(times)
-        )
 
     def warps(self, size: tuple[int, int]) -> Iterator[AugmentParams]:
         """Yield the geometry of the instructions one after the other, for what moves with it."""
@@ -95,40 +80,25 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Policy:
-    """Base of what draws the instructions of an image.
+    """What draws the instructions of an image.
 
-    ``uniforms`` and ``normals`` say how many numbers of a kind one image takes at most; ``moves``
-    whether pixels are moved.
+    Attributes:
+        rows: returns the instructions for an image of a size (height, width).
+        codes: the instructions that there may be.
+        uniforms, normals: the most numbers of either kind that it takes.
+        first: nothing may come before it in a pass.
     """
 
-    @property
-    def uniforms(self) -> int:
-        """The most uniform numbers that an image takes."""
-        raise NotImplementedError
-
-    @property
-    def normals(self) -> int:
-        """The most normal numbers that an image takes."""
-        return 0
+    rows: Callable[[Numbers, tuple[int, int]], list[Row]]
+    codes: frozenset[int]
+    uniforms: int
+    normals: int = 0
+    first: bool = False
 
     @property
     def moves(self) -> bool:
         """True where an instruction may move pixels."""
-        return False
-
-    @property
-    def first(self) -> bool:
-        """True where nothing may come before it in a pass."""
-        return False
-
-    @property
-    def codes(self) -> Set[int]:
-        """The instructions that an image may get."""
-        raise NotImplementedError
-
-    def rows(self, numbers: Numbers, size: tuple[int, int]) -> list[Row]:
-        """Return the instructions for an image of this size."""
-        raise NotImplementedError
+        return WARP in self.codes
 
 
 @dataclass(frozen=True)
@@ -167,16 +137,16 @@ class Program:
         programs = torch.tensor(flat, dtype=torch.float64, device="cpu").reshape(n, length, _WIDTH)
         return ProgramParams(programs, keys.ids)
 
-    def run(self, x: Tensor, params: ProgramParams, op: str, out: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, params: ProgramParams, op: str, out: Tensor | None = None) -> Tensor:
         """Return the images after their programs."""
-        images = unwrap(x)
+        images = plain(x)
         if images.dim() != 4 or len(images) != len(params):
             raise ValueError(
                 f"fusereg.{op}: x must have {len(params)} images as its parameters, "
                 f"got shape {tuple(x.shape)}"
             )
         self._check_channels(images.shape[1], op)
-        programs = params.programs.cpu()
+        programs = params.programs.cpu().contiguous()
         gray = (programs[..., 0] == GRAY) & (programs[..., 1] == 3)
         if images.shape[1] == 1 and bool(gray.any()):
             images = images.expand(-1, 3, -1, -1).contiguous()
@@ -185,17 +155,15 @@ class Program:
         channels, height, width = images.shape[1:]
         _C.color_program_check(programs, channels, height, width, op)
         if images.dtype is not torch.uint8:
+            if out is not None:
+                checks.check_target(images, out, op, tuple(images.shape), images.dtype)
             y = _in_floats(images, programs.tolist(), fill, self.whole_pixels, op)
-            return rewrap(y if out is None else out.copy_(y), x)
-        if out is not None:
-            checks.check_target(images, out, op, tuple(images.shape), torch.uint8)
+            return wrap(y if out is None else out.copy_(y), x)  # type: ignore[no-any-return]
         programs = memory.to_device(programs, images.device, op)
-        if not dispatch.direct(images):
-            y = color_program.overload(images, programs, fill, self.whole_pixels)
-            y = y if out is None else out.copy_(y)
-        else:
-            y = _kernel(images, programs, fill, self.whole_pixels, out=out)
-        return rewrap(y, x)
+        target = _ops.Target.of(images, (height, width), torch.uint8)
+        arguments = (programs, fill, self.whole_pixels)
+        y = _ops.call(color_program, images, arguments, target, op, out)
+        return wrap(y, x)  # type: ignore[no-any-return]
 
     def _check_channels(self, channels: int, op: str) -> None:
         """Refuse colors of images that have none, whether or not this batch has drawn them."""
@@ -234,10 +202,23 @@ color_program = operator.Operator(
 
 # --- images of floats ---
 
-_NAMES = (
-    *("identity", "brightness", "contrast", "saturation", "hue", "gray", "invert", "posterize"),
-    *("solarize", "solarize_add", "autocontrast", "equalize", "sharpness", "blur", "warp"),
-)
+
+_OF_FLOATS: dict[int, Callable[[Tensor, list[float]], Tensor]] = {
+    IDENTITY: lambda x, a: x,
+    BRIGHTNESS: lambda x, a: (x * a[0]).clamp(0, 1),
+    CONTRAST: lambda x, a: floats.blend(x, floats.gray(x).mean(), a[0]),
+    SATURATION: lambda x, a: x if len(x) == 1 else floats.blend(x, floats.gray(x), a[0]),
+    HUE: lambda x, a: x if len(x) == 1 else floats.hue(x, a[0]),
+    GRAY: lambda x, a: floats.gray(x).expand_as(x),
+    INVERT: lambda x, a: 1 - x,
+    POSTERIZE: lambda x, a: floats.posterize(x, int(a[0])),
+    # The second argument: the threshold is in units of the image.
+    SOLARIZE: lambda x, a: torch.where(x >= (a[0] if a[1] else a[0] / 255), 1 - x, x),
+    SOLARIZE_ADD: lambda x, a: torch.where(x < a[1] / 255, (x + a[0] / 255).clamp(max=1), x),
+    AUTOCONTRAST: lambda x, a: floats.stretch(x),
+    SHARPNESS: lambda x, a: floats.sharpen(x, a[0]),
+    BLUR: lambda x, a: floats.blur(x, (int(a[0]), int(a[1])), (a[2], a[3])),
+}
 
 
 def _warped(
@@ -280,6 +261,6 @@ def _in_floats(
             elif code == WARP:
                 image = _warped(image, a, [f / 255 for f in fill], whole_pixels, op)
             else:
-                image = floats.FUNCTIONS[_NAMES[int(code)]](image, a)
+                image = _OF_FLOATS[int(code)](image, a)
         results.append(image)
     return torch.stack(results) if results else x.clone()

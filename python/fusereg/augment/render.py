@@ -24,9 +24,9 @@ from .arguments import (
     probability,
     scale_and_shift,
 )
-from .labels import rewrap, unwrap
 from .params import AugmentParams
 from .steps import EraseBox, MixPair
+from .tree import plain, wrap
 
 __all__ = ["Erase", "Mix"]
 
@@ -152,6 +152,8 @@ class Settings:
         erase_before: the value of erased boxes is in units of the images: normalized after it.
         erase_noise: erased boxes are filled with noise.
         mixed, num_classes, label_smoothing: whether samples are mixed, and how labels.
+        mask_fill: the fill of masks, as transforms have it.
+        dtype: of the result, where a transform says so.
     """
 
     interpolation: str = "bilinear"
@@ -169,7 +171,8 @@ class Settings:
     mixed: bool = False
     num_classes: int | None = None
     label_smoothing: float = 0.0
-    mode: str = "ids"
+    mask_fill: float | None = None
+    dtype: torch.dtype | None = None
 
     def check_out_dtype(self, out_dtype: torch.dtype | None, op: str) -> None:
         """Check that the result can be of this dtype."""
@@ -181,13 +184,22 @@ class Settings:
                 "got torch.uint8"
             )
 
-    def repeat_edge(self) -> Settings:
-        """Return the settings for geometry that only resizes, and reads half a pixel outside.
+    @property
+    def edge(self) -> str:
+        """The fill mode that repeats the edge of an image.
 
-        The edge is repeated, as torch's resize does; antialiasing drops the taps outside and
-        raises the weights of the others, as torch's does.
+        Antialiasing drops the taps outside and raises the weights of the others, as torch's does.
         """
-        return replace(self, fill_mode="constant" if self.antialias else "border", fill=(0.0,))
+        return "constant" if self.antialias else "border"
+
+    @property
+    def fill_mode_of_targets(self) -> str:
+        """The fill mode of what moves with the images: the edge of a window is the image's."""
+        return self.edge if self.fill_mode == "window" else self.fill_mode
+
+    def repeat_edge(self) -> Settings:
+        """Return the settings for geometry that only resizes, and reads half a pixel outside."""
+        return replace(self, fill_mode=self.edge, fill=(0.0,))
 
     def crop_first(self) -> Settings:
         """Return the settings for windows that are cropped, and then resized.
@@ -198,7 +210,7 @@ class Settings:
 
 
 def render(
-    x: Tensor,
+    x: Tensor | Sequence[Tensor],
     params: AugmentParams,
     settings: Settings,
     op: str,
@@ -208,41 +220,29 @@ def render(
     memory_format: torch.memory_format | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return the batch [N, C, height, width] after one pass; ``x`` has been checked.
+    """Return the batch [N, C, height, width] after one pass; the images have been checked.
 
     ``out_dtype`` None stands for that of ``out``, else for that of the images, but for float32 if
     they are uint8 (with ``keep_dtype``: only if they are normalized).
+
+    A list has images [C, H, W] of several sizes, for which op.one_call is true.
     """
-    images = unwrap(x)
-    params.check_images(images, op)
+    if isinstance(x, Tensor):
+        images = plain(x)
+        params.check_images(images, op)
+    else:
+        several = [image[None] for image in x]
+        images = several[0].expand(len(several), -1, -1, -1)  # of the dtype and channels of all
     if out_dtype is None and isinstance(out, Tensor):
         out_dtype = out.dtype
     options, out_dtype = _options(images, settings, op, out_dtype, keep_dtype)
     records, keys = _numbers(images, params, settings, op)
-    target = _ops.Target.of(images, params.size, out_dtype, memory_format)
-    return rewrap(_ops.apply(images, records, keys, target, options, op, out), x)
-
-
-def render_several(
-    images: Sequence[Tensor],
-    params: AugmentParams,
-    settings: Settings,
-    op: str,
-    *,
-    out_dtype: torch.dtype | None = None,
-    keep_dtype: bool = False,
-    memory_format: torch.memory_format | None = None,
-) -> Tensor:
-    """Return the batch of images [C, H, W] of several sizes after one pass, on the CPU.
-
-    They have been checked by op.one_call.
-    """
-    batch = [image[None] for image in images]
-    like = batch[0].expand(len(batch), -1, -1, -1)
-    options, out_dtype = _options(like, settings, op, out_dtype, keep_dtype)
-    records, keys = _numbers(like, params, settings, op)
-    target = _ops.Target.of(batch[0], params.size, out_dtype, memory_format)
-    return _ops.apply_several(like, batch, records, keys, target, options, op)
+    if isinstance(x, Tensor):
+        target = _ops.Target.of(images, params.size, out_dtype, memory_format)
+        y = _ops.apply(images, records, keys, target, options, op, out)
+        return wrap(y, x)  # type: ignore[no-any-return]
+    target = _ops.Target.of(several[0], params.size, out_dtype, memory_format)
+    return _ops.apply_several(images, several, records, keys, target, options, op)
 
 
 def _options(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, TypeAlias
 
 #: (kind, how many steps of the same group come before it, values)
 Values: TypeAlias = tuple[int, int, list[float]]
-Encoded: TypeAlias = "Values | Later"
 Pair: TypeAlias = tuple[float, float]
 _ZERO, _ONE = (0.0, 0.0), (1.0, 1.0)
 
@@ -208,11 +207,6 @@ class ShortSide(Step):
     kind = 10
     group = "crop"
 
-    @property
-    def is_random(self) -> bool:
-        """Return whether samples differ."""
-        return self.sides[0] != self.sides[1]
-
 
 @dataclass(frozen=True)
 class Perspective(Step):
@@ -225,81 +219,44 @@ class Perspective(Step):
     group = "perspective"
 
 
-#: The kinds of steps that leave pixels where they are.
-VALUES = (Color.kind, EraseBox.kind, MixPair.kind)
-#: Those after which images have one size, and those after which they may not.
-FIXED = (RandomWindow.kind, CenterWindow.kind, ResizedWindow.kind, FullImage.kind)
-FREE = (ExpandCanvas.kind, ShortSide.kind)
-
-
 @dataclass(frozen=True)
 class Padded(Step):
-    """The image with margins (left, top, right, bottom)."""
+    """The image with margins (left, top, right, bottom): the one window that is as large."""
 
     margins: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     kind = RandomWindow.kind
     group = "crop"
 
-    def at(self, size: tuple[int, int]) -> Step:
-        """Return the step for images of this size: the one window there is."""
-        left, top, right, bottom = self.margins
-        return RandomWindow((size[0] + top + bottom, size[1] + left + right), self.margins)
+    def values(self) -> list[float]:
+        """Return the numbers of a window without a size of its own."""
+        return RandomWindow((0, 0), self.margins).values()
 
 
-class Later(NamedTuple):
-    """A step whose values depend on the size of the images, and its occurrence."""
-
-    step: Padded
-    occurrence: int
-
-
-def at_size(steps: Sequence[Encoded], size: tuple[int, int]) -> Sequence[Values]:
-    """Return the encoded steps for images of this size."""
-    if not any(isinstance(s, Later) for s in steps):
-        return steps  # type: ignore[return-value]
-    made: list[Values] = []
-    for item in steps:
-        if isinstance(item, Later):
-            step = item.step.at(size)
-            item = (step.kind, item.occurrence, step.values())
-        if item[0] in FIXED:
-            size = int(item[2][0]), int(item[2][1])
-        elif item[0] == ShortSide.kind:
-            side, longest = int(item[2][0]), int(item[2][2])
-            short, long = sorted(size)
-            new = side, int(side * long / short)
-            if not side:
-                new = int(longest * short / long), longest
-            elif longest and new[1] > longest:
-                new = int(longest * new[0] / new[1]), longest
-            size = new if size[0] <= size[1] else (new[1], new[0])
-        made.append(item)
-    return made
+#: The kinds of steps that leave pixels where they are.
+VALUES = (Color.kind, EraseBox.kind, MixPair.kind)
+#: Those after which images have one size, and those after which they may not.
+_FIXED = (RandomWindow.kind, CenterWindow.kind, ResizedWindow.kind, FullImage.kind)
+_FREE = (ExpandCanvas.kind, ShortSide.kind)
 
 
-def ends_alike(steps: Sequence[Encoded]) -> bool:
+def ends_alike(steps: Sequence[Values]) -> bool:
     """Return whether images of several sizes have one after these steps."""
     alike = False
-    for item in steps:
-        if isinstance(item, Later):
-            return False
-        alike = item[0] in FIXED or (alike and item[0] not in FREE)
+    for kind, _, values in steps:
+        alike = (kind in _FIXED and values[0] > 0) or (alike and kind not in _FREE)
     return alike
 
 
-def encode(steps: Iterable[Step], seen: dict[str, int] | None = None) -> list[Encoded]:
+def encode(steps: Iterable[Step], seen: dict[str, int] | None = None) -> list[Values]:
     """Return the steps as the compiled module takes them.
 
     ``seen`` counts the steps of each group across several calls.
     """
     seen = {} if seen is None else seen
-    encoded: list[Encoded] = []
+    encoded: list[Values] = []
     for step in steps:
         occurrence = seen.get(step.group, 0)
         seen[step.group] = occurrence + 1
-        if isinstance(step, Padded):
-            encoded.append(Later(step, occurrence))
-        else:
-            encoded.append((step.kind, occurrence, step.values()))
+        encoded.append((step.kind, occurrence, step.values()))
     return encoded

@@ -18,17 +18,16 @@ from ..core import memory
 from .arguments import Interpolation, integer, interpolation_name, is_sequence, number
 from .labels import MixedLabels, is_named_as_label, mix_labels, names_places
 from .params import AugmentParams
+from .render import Settings
 from .tree import (
     Columns,
     Node,
     are_probabilities,
     area,
     batch_tree,
-    check_canvas,
-    corners_of,
     cut_corners,
     hides_tensors,
-    is_cut,
+    hulls_of,
     items_of,
     kind_of,
     one_each,
@@ -106,23 +105,6 @@ class Rules:
         return replace(self, **names)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class Look:
-    """The part of a pass that targets see."""
-
-    fill_mode: str = "constant"
-    mask_fill: float | None = None
-    interpolation: str = "bilinear"
-    antialias: bool = False
-    mixed: bool = False
-    num_classes: int | None = None
-    label_smoothing: float = 0.0
-    moves: bool = True
-
-
-# --- the walk -------------------------------------------------------------------------------------
-
-
 class Leaf:
     """A value in the targets.
 
@@ -182,8 +164,11 @@ class Targets:
         each = indexed and sample is None and one_each(tree, self.n)
         if each:
             each = self._is_each(tree, path)
-        if self.mixed and mixable and indexed and items and sample is None:
-            self._refuse_numbers(tree, path)
+        of_batch = mixable and indexed and sample is None
+        if self.mixed and of_batch and items and all(isinstance(v, (int, float)) for v in tree):
+            raise TypeError(
+                f"fusereg.{self.op}: {path} must be a tensor, got {type(tree).__name__}"
+            )
         made = {}
         # A list keeps the name and the group of what it is in; other containers have their own.
         inner_group = group if indexed and (each or isinstance(tree, list)) else (path, id(tree))
@@ -216,12 +201,6 @@ class Targets:
             )
         return True
 
-    def _refuse_numbers(self, tree: Any, path: str) -> None:
-        if all(isinstance(v, (int, float)) for v in tree):
-            raise TypeError(
-                f"fusereg.{self.op}: {path} must be a tensor, got {type(tree).__name__}"
-            )
-
     def _left_alone(self, leaf: Leaf) -> bool:
         keys = self.rules.passthrough
         return not isinstance(keys, bool) and leaf.key in keys
@@ -231,8 +210,11 @@ class Targets:
         kind, value = leaf.kind, leaf.value
         if kind in ("", "Tensor", "TVTensor") or self._left_alone(leaf):
             return
-        if kind in ("BoundingBoxes", "KeyPoints"):
-            check_canvas(value, self.size, self.op, leaf.path)
+        if kind in ("BoundingBoxes", "KeyPoints") and tuple(value.canvas_size) != self.size:
+            raise ValueError(
+                f"fusereg.{self.op}: {leaf.path}, {kind}, must have the canvas_size {self.size} of "
+                f"the images, got {tuple(value.canvas_size)}"
+            )
         if kind == "BoundingBoxes":
             if leaf.sample is None and self.n != 1:
                 raise ValueError(
@@ -316,7 +298,7 @@ class Targets:
             return ""
         if named:
             return "is a plain tensor or array of places, by its key"
-        rest = tuple(shape[1:]) if leaf.sample is None else tuple(shape[min(len(shape), 1) :])
+        rest = tuple(shape[1:])
         if len(rest) > 1:
             return f"is a plain tensor or array of shape {tuple(shape)}"
         if len(rest) == 1 and rest[0] > 1 and not are_probabilities(value, rest[0]):
@@ -325,14 +307,14 @@ class Targets:
 
     # --- a pass ---
 
-    def move(self, params: AugmentParams, look: Look) -> None:
-        """Move the targets as the images of a pass that fusereg computes."""
-        if look.moves:
+    def move(self, params: AugmentParams, settings: Settings, moves: bool = True) -> None:
+        """Move the targets as the images of a pass that fusereg computes, which may move pixels."""
+        if moves:
             self.check_all_move("the augmentation", params)
-        if look.mixed:
+        if settings.mixed:
             for leaf in self.leaves:
-                self._mix(leaf, params, look)
-        if not look.moves or not self.any_types():
+                self._mix(leaf, params, settings)
+        if not moves or not self.any_types():
             self.size = params.size
             return
         alone = params.without_mix()
@@ -340,11 +322,11 @@ class Targets:
         for leaf in self.leaves:
             if not self._left_alone(leaf):
                 by_kind.setdefault(leaf.kind, []).append(leaf)
-        if not look.mixed:  # or else they have been moved as well
-            self._move_planes(by_kind.get("Mask", []), alone, self._mask_sampling(look), True)
-        interpolation = self.rules.image_interpolation or look.interpolation
-        antialias = look.antialias and interpolation != "nearest"
-        sampling = (interpolation, antialias, look.fill_mode, 0.0)
+        if not settings.mixed:  # or else they have been moved as well
+            self._move_planes(by_kind.get("Mask", []), alone, self._mask_sampling(settings), True)
+        interpolation = self.rules.image_interpolation or settings.interpolation
+        antialias = settings.antialias and interpolation != "nearest"
+        sampling = (interpolation, antialias, settings.fill_mode_of_targets, 0.0)
         for kind in ("Image", "Video"):
             self._move_planes(by_kind.get(kind, []), alone, lambda _: sampling, False)
         self._move_boxes(by_kind.get("BoundingBoxes", []), alone)
@@ -352,9 +334,11 @@ class Targets:
         self.size = params.size
 
     def _mask_sampling(
-        self, look: Look
+        self, settings: Settings
     ) -> Callable[[Leaf], tuple[Interpolation, bool, str, float]]:
-        fill = self.rules.mask_fill if self.rules.mask_fill is not None else look.mask_fill or 0.0
+        fill = (
+            self.rules.mask_fill if self.rules.mask_fill is not None else settings.mask_fill or 0.0
+        )
         with_boxes = {leaf.group for leaf in self.leaves if leaf.kind == "BoundingBoxes"}
 
         def sampling(leaf: Leaf) -> tuple[Interpolation, bool, str, float]:
@@ -364,11 +348,11 @@ class Targets:
             mode = self.rules.mask_interpolation if floating else "nearest"
             # The fill of floating images, which torchvision makes an integer.
             lost = self.rules.mask_fill is None and not floating and abs(fill) < 1
-            return mode, False, look.fill_mode, 0.0 if instances or lost else fill
+            return mode, False, settings.fill_mode_of_targets, 0.0 if instances or lost else fill
 
         return sampling
 
-    def _mix(self, leaf: Leaf, params: AugmentParams, look: Look) -> None:
+    def _mix(self, leaf: Leaf, params: AugmentParams, settings: Settings) -> None:
         """Mix a label or the masks of the batch; refuse what cannot be mixed."""
         value, kind, op = leaf.value, leaf.kind, self.op
         if value is None or self._left_alone(leaf):
@@ -381,7 +365,7 @@ class Targets:
         moves = kind not in ("", "Tensor")
         is_number = isinstance(value, (int, float))
         if kind == "Mask" and leaf.sample is None:
-            leaf.value = self._mix_mask(leaf, params, look)
+            leaf.value = self._mix_mask(leaf, params, settings)
         elif leaf.sample is not None and (moves or (leaf.mixable and (kind or is_number))):
             raise ValueError(
                 f"fusereg.{op}: targets of single samples cannot be mixed; leave mix out, or pass "
@@ -392,7 +376,9 @@ class Targets:
                 f"fusereg.{op}: {leaf.path}, {kind}, cannot be mixed as images are; leave mix out"
             )
         elif leaf.mixable and not is_number and self._is_label(leaf):
-            leaf.value = mix_labels(value, params, look.num_classes, op, look.label_smoothing)
+            leaf.value = mix_labels(
+                value, params, settings.num_classes, op, settings.label_smoothing
+            )
 
     def _refuse_plain_label(self, leaf: Leaf) -> None:
         """Raise an error for text or a number that is a label: it cannot be mixed."""
@@ -430,12 +416,12 @@ class Targets:
             + ("" if key else "; a mapping gives keys to the values of a tuple")
         )
 
-    def _mix_mask(self, leaf: Leaf, params: AugmentParams, look: Look) -> Any:
+    def _mix_mask(self, leaf: Leaf, params: AugmentParams, settings: Settings) -> Any:
         """Paste CutMix's boxes; MixUp mixes probabilities, which one-hot masks are as well."""
         mask = plain(leaf.value)
         paired = params.records[:, 14] >= 0
         blended = bool((paired & (params.records[:, 15] != 0)).any())
-        mode, antialias, fill_mode, fill = self._mask_sampling(look)(leaf)
+        mode, antialias, fill_mode, fill = self._mask_sampling(settings)(leaf)
         if not blended:
             moved = params.mask(mask, fill=fill, fill_mode=fill_mode, interpolation=mode)
             return wrap(moved, leaf.value)
@@ -486,7 +472,9 @@ class Targets:
         """Move boxes to boxes around them, cut unless clamping_mode is None; or their corners."""
         alike: dict[tuple[str, bool], list[Leaf]] = {}
         for leaf in leaves:
-            kind = (str(leaf.value.format.value), is_cut(leaf.value))
+            # Older torchvisions have no clamping_mode, and always cut.
+            clip = getattr(leaf.value, "clamping_mode", "soft") is not None
+            kind = (str(leaf.value.format.value), clip)
             alike.setdefault(kind, []).append(leaf)
         for (name, clip), group in alike.items():
             counts = [len(leaf.value) for leaf in group]
@@ -505,7 +493,7 @@ class Targets:
                 form = name.lower()
                 moved = own.boxes(b[:, None], format=form, clip=clip)[:, 0]  # type: ignore[call-overload]
             if self.rules.min_visibility:
-                hull = corners_of(b, name)[:, None]
+                hull = hulls_of(b, name)[:, None]
                 cut, full = (own.boxes(hull, clip=c)[:, 0] for c in (True, False))  # type: ignore[call-overload]
                 left = area(cut) / area(full).clamp(min=1e-12)
             at = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,39 +13,44 @@ from . import compose, policies
 from . import program as P
 from . import transforms as T
 from .arguments import per_channel, size_pair
+from .compose import Transform
 from .fuse import UNIT, Stage
 from .loop import Called
-from .policies import Always, Bins, Maybe, Pairs
 from .render import Mix
 from .steps import FullImage, Padded, ShortSide, Step
-from .tree import wrap
+from .tree import plain, wrap
+
+
+def _by_name(options: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return options of types by the names of these."""
+    return {getattr(kind, "__name__", kind): value for kind, value in options.items()}
+
+
+def _of_kind(options: Mapping[Any, Any], *kinds: str) -> Any:
+    """Return the option of the first of these types that has one, or that of others."""
+    named = _by_name(options)
+    return next((named[kind] for kind in (*kinds, "others") if kind in named), None)
 
 
 def _fill(transform: Any, *kinds: str) -> Any:
     """Return the fill of images, or of other types: a number, or one for each channel."""
     fill = transform.fill
     if isinstance(fill, dict):
-        named = {getattr(k, "__name__", k): v for k, v in fill.items()}
-        wanted = kinds or ("Image", "Tensor")
-        fill = next((named[k] for k in (*wanted, "others") if k in named), None)
+        fill = _of_kind(fill, *(kinds or ("Image", "Tensor")))
     return 0 if fill is None else fill
 
 
-def _mask_fill(transform: Any) -> float | None:
-    """Return the fill of masks: torchvision's is that of the images if it is one number."""
+def _filled(made: Transform, transform: Any) -> Stage:
+    """Return the stage with the fill of masks: torchvision's is the images' if it is one number."""
     fill = _fill(transform, "Mask")
-    return float(fill) if isinstance(fill, (int, float)) else None
-
-
-def _filled(stage: Stage, transform: Any) -> Stage:
-    return replace(stage, mask_fill=_mask_fill(transform))
+    return replace(made.stage, mask_fill=float(fill) if isinstance(fill, (int, float)) else None)
 
 
 def _rotation(t: Any) -> Stage | str:
     if t.expand:
         return "it expands the canvas for the angle that it draws, fusereg for all of a range"
     made = T.RandomRotation(list(t.degrees), t.interpolation, False, t.center, _fill(t), seed=0)
-    return _filled(made.stage, t)
+    return _filled(made, t)
 
 
 def _affine(t: Any) -> Stage:
@@ -53,12 +58,12 @@ def _affine(t: Any) -> Stage:
     made = T.RandomAffine(
         list(t.degrees), t.translate, t.scale, shear, t.interpolation, _fill(t), t.center, seed=0
     )
-    return _filled(made.stage, t)
+    return _filled(made, t)
 
 
 def _perspective(t: Any) -> Stage:
     made = T.RandomPerspective(t.distortion_scale, t.p, t.interpolation, _fill(t), seed=0)
-    return _filled(made.stage, t)
+    return _filled(made, t)
 
 
 def _crop(t: Any) -> Stage:
@@ -68,21 +73,19 @@ def _crop(t: Any) -> Stage:
         left, right, top, bottom = padding  # v2 keeps them in this order
         padding = [left, top, right, bottom]
     made = T.RandomCrop(list(t.size), padding, t.pad_if_needed, _fill(t), t.padding_mode, seed=0)
-    return _filled(made.stage, t)
+    return _filled(made, t)
 
 
 def _pad(t: Any) -> Stage:
     made = T.RandomCrop(1, t.padding, False, _fill(t), t.padding_mode, seed=0)
-    (step,) = made.stage.steps
-    margins = step.margins  # type: ignore[attr-defined]
-    return _filled(replace(made.stage, name="Pad", steps=(Padded(margins),), moves=False), t)
+    step = Padded(T.margins_of(t.padding, "Pad"))
+    return replace(_filled(made, t), name="Pad", steps=(step,), moves=False)
 
 
 def _resize(t: Any) -> Stage:
     size, longest = t.size, getattr(t, "max_size", None)
-    one = size is None or isinstance(size, int) or len(size) == 1
     step: Step
-    if one:
+    if size is None or isinstance(size, int) or len(size) == 1:
         side = 0 if size is None else size if isinstance(size, int) else size[0]
         if side and longest and longest <= side:
             raise ValueError(f"max_size = {longest} must be greater than the size {side}")
@@ -99,12 +102,10 @@ def _random_resize(t: Any) -> Stage:
 
 def _dtype(t: Any) -> Stage | str:
     """Return the stage of ToDtype: of images, to a floating dtype with 255 as 1."""
-    dtype = t.dtype
-    cast: Callable[[Any], Any] | None = None
+    dtype, cast = t.dtype, None
     if isinstance(dtype, dict):
-        named = {getattr(k, "__name__", k): v for k, v in dtype.items()}
-        dtype = next((named[k] for k in ("Image", "Tensor", "others") if k in named), None)
-        cast = _Cast(named)
+        cast = _Cast(_by_name(dtype))
+        dtype = _of_kind(dtype, "Image", "Tensor")
     if dtype is None:
         return Stage("ToDtype", cast=cast)
     if not dtype.is_floating_point or not getattr(t, "scale", True):
@@ -119,13 +120,13 @@ class _Cast:
         self.named = named
 
     def __call__(self, value: Any) -> Any:
-        """Return a target in its dtype; plain tensors stay."""
+        """Return a target in its dtype; plain tensors and images stay."""
         if not isinstance(value, Tensor) or type(value) is Tensor:
             return value
         dtype = self.named.get(type(value).__name__, self.named.get("others"))
         if dtype is None or type(value).__name__ in ("Image", "Video"):
             return value
-        return wrap(value.as_subclass(Tensor).to(dtype), value)
+        return wrap(plain(value).to(dtype), value)
 
 
 def _choice(t: Any) -> Stage | str:
@@ -143,8 +144,8 @@ def _choice(t: Any) -> Stage | str:
 
 
 def _sometimes(t: Any, code: int, *arguments: float) -> Stage:
-    policy = Always(code, tuple((float(a), float(a)) for a in arguments))
-    return Stage(type(t).__name__, policy=Maybe(float(t.p), (policy,)))
+    policy = policies.always(code, *((float(a), float(a)) for a in arguments))
+    return Stage(type(t).__name__, policy=policies.maybe(float(t.p), policy))
 
 
 def _jitter(t: Any) -> Stage:
@@ -160,7 +161,7 @@ def _jitter(t: Any) -> Stage:
 def _gray(t: Any) -> Stage | str:
     if t.num_output_channels != 3:
         return "it changes the number of channels"
-    return Stage("Grayscale", policy=Always(P.GRAY, ((3.0, 3.0),)))
+    return Stage("Grayscale", policy=policies.always(P.GRAY, (3.0, 3.0)))
 
 
 def _solarize(t: Any) -> Stage | str:
@@ -181,7 +182,7 @@ def _blur(t: Any) -> Stage | str:
     if max(x, y) > 255:
         return "its kernel is larger than 255 pixels"
     sigma = (float(t.sigma[0]), float(t.sigma[-1]))
-    policy = Always(P.BLUR, ((x, x), (y, y), sigma, (0.0, 0.0)), same=((3, 2),))
+    policy = policies.always(P.BLUR, (x, x), (y, y), sigma, sigma, last_alike=True)
     return Stage("GaussianBlur", policy=policy)
 
 
@@ -189,25 +190,25 @@ def _apply(t: Any) -> Stage | str:
     found: list[P.Policy] = []
     for inner in t.transforms:
         known = from_torchvision(inner)
-        made = [s.policy for s in known] if isinstance(known, Sequence) else [None]
-        found += [p for p in made if p is not None and not p.moves and not p.first]
-        if len(found) == 0 or None in made or found[-1] is not made[-1]:
+        policy = known.policy if isinstance(known, Stage) else None
+        if policy is None or policy.moves or policy.first:
             return ""
-    return Stage("RandomApply", policy=Maybe(float(t.p), tuple(found)))
+        found.append(policy)
+    return Stage("RandomApply", policy=policies.maybe(float(t.p), *found))
 
 
 def _auto(t: Any) -> Stage | str:
     name = type(t).__name__
     how = T.interpolation_of(t.interpolation, name)
-    policy: P.Policy
     if name == "AutoAugment":
         pairs = getattr(t, "_policies", None) or t.policies
-        policy = Pairs(tuple(tuple(pair) for pair in pairs), how)
+        policy = policies.auto_augment(tuple(tuple(pair) for pair in pairs), how)
     else:
         layers, magnitude = getattr(t, "num_ops", 1), getattr(t, "magnitude", None)
-        policy = Bins(layers, magnitude, t.num_magnitude_bins, name != "RandAugment", how)
-        if magnitude is not None and not -t.num_magnitude_bins <= magnitude < t.num_magnitude_bins:
+        bins = t.num_magnitude_bins
+        if magnitude is not None and not -bins <= magnitude < bins:
             return "its magnitude is not one of its bins"
+        policy = policies.bins(layers, magnitude, bins, name != "RandAugment", how)
     return Stage(name, policy=policy, fill=per_channel(_fill(t), name, "fill"))
 
 
@@ -220,7 +221,7 @@ def _erasing(t: Any) -> Stage:
     return T.RandomErasing(t.p, t.scale, t.ratio, value, seed=0).stage
 
 
-_KNOWN: Mapping[str, Callable[[Any], Stage | Sequence[Stage] | str]] = {
+_KNOWN: Mapping[str, Callable[[Any], Stage | str]] = {
     "RandomRotation": _rotation,
     "RandomAffine": _affine,
     "RandomPerspective": _perspective,
@@ -271,18 +272,18 @@ _KNOWN: Mapping[str, Callable[[Any], Stage | Sequence[Stage] | str]] = {
 _OF_TIMM = ("RandAugment", "AutoAugment")
 
 
-def from_torchvision(transform: object) -> Sequence[Stage] | Called | None:
-    """Return the stages of a transform of torchvision, or how it is called; None: not of it."""
+def from_torchvision(transform: object) -> Stage | Called | None:
+    """Return the stage of a transform of torchvision, or how it is called; None: not of it."""
     kind = type(transform)
     if kind.__module__.startswith("timm.data") and kind.__name__ == "MaybeToTensor":
-        return [Stage("MaybeToTensor", normal=UNIT, dtype=torch.float32, types="pure")]
+        return Stage("MaybeToTensor", normal=UNIT, dtype=torch.float32, types="pure")
     if kind.__module__ == "timm.data.auto_augment" and kind.__name__ in _OF_TIMM:
-        policy = policies.of_timm(transform)
-        if policy is None:
+        known = policies.of_timm(transform)
+        if known is None:
             return None
-        first = next(iter(getattr(transform, "ops", None) or transform.policy[0]))  # type: ignore[attr-defined]
-        fill = per_channel(first.kwargs["fillcolor"], kind.__name__, "fill")
-        return [Stage(kind.__name__, policy=policy, fill=fill, whole_pixels=True)]
+        policy, shade = known
+        fill = per_channel(shade, kind.__name__, "fill")
+        return Stage(kind.__name__, policy=policy, fill=fill, whole_pixels=True)
     if not kind.__module__.startswith("torchvision.transforms") or not callable(transform):
         return None
     convert = _KNOWN.get(kind.__name__)
@@ -294,9 +295,7 @@ def from_torchvision(transform: object) -> Sequence[Stage] | Called | None:
         stage = convert(transform)
     except (ValueError, TypeError) as error:
         return Called.of(transform, f"fusereg has no such arguments ({error})")
-    if isinstance(stage, str):
-        return Called.of(transform, stage)
-    return [stage] if isinstance(stage, Stage) else stage
+    return stage if isinstance(stage, Stage) else Called.of(transform, stage)
 
 
 compose.converters.append(from_torchvision)

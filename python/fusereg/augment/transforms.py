@@ -91,6 +91,11 @@ def interpolation_of(value: object, op: str) -> int:
     return INTERPOLATIONS[interpolation_name(value, op)]
 
 
+def _fill(value: object, op: str) -> tuple[float, ...]:
+    """Return a fill: one number, or one for each channel."""
+    return per_channel(0.0 if value is None else value, op, "fill")
+
+
 def _center(
     center: Sequence[float] | None, rules: Convention, op: str
 ) -> tuple[float, float] | None:
@@ -101,6 +106,22 @@ def _center(
     return (x - 0.5, y - 0.5) if rules.corner_origin else (x, y)
 
 
+def _warp_stage(
+    name: str, steps: tuple[Step, ...], moves: bool, interpolation: str, fill: object, mode: str
+) -> Stage:
+    """Return the stage of a rotation, an affine map or a perspective."""
+    return Stage(
+        name,
+        steps,
+        resamples=moves,
+        moves=moves,
+        fills=moves or len(steps) > 1,
+        interpolation=interpolation,
+        fill_mode=mode,
+        fill=_fill(fill, name),
+    )
+
+
 def _affine_stage(
     name: str,
     step: Affine,
@@ -108,19 +129,12 @@ def _affine_stage(
     fill: object,
     fill_mode: str | None,
     rules: Convention,
+    *before: Step,
 ) -> Stage:
-    """Return the stage of a rotation or affine map."""
-    moves = not step.is_identity
-    return Stage(
-        name,
-        (step,),
-        resamples=moves,
-        moves=moves,
-        fills=moves,
-        interpolation=_interpolation(interpolation, rules, name),
-        fill_mode=rules.mode(rules.fill_mode if fill_mode is None else fill_mode, name),
-        fill=per_channel(0.0 if fill is None else fill, name, "fill"),
-    )
+    """Return the stage of a rotation or an affine map by a library's conventions."""
+    mode = rules.mode(rules.fill_mode if fill_mode is None else fill_mode, name)
+    how = _interpolation(interpolation, rules, name)
+    return _warp_stage(name, (*before, step), not step.is_identity, how, fill, mode)
 
 
 class RandomRotation(Transform):
@@ -165,11 +179,9 @@ class RandomRotation(Transform):
             sign=rules.rotation_sign,
             center=_center(center, rules, op),
         )
-        stage = _affine_stage(op, step, interpolation, fill, fill_mode, rules)
-        if expand:
-            stage = replace(stage, steps=(ExpandCanvas(step.degrees), step), fills=True)
-        super().__init__(stage, seed)
-        self._text = f"degrees={step.degrees}, interpolation={self.stage.interpolation!r}"
+        room = [ExpandCanvas(step.degrees)] if expand else []
+        stage = _affine_stage(op, step, interpolation, fill, fill_mode, rules, *room)
+        super().__init__(stage, seed, degrees=step.degrees, interpolation=stage.interpolation)
 
 
 class RandomAffine(Transform):
@@ -209,10 +221,13 @@ class RandomAffine(Transform):
         rules = convention(compat, op)
         step = affine_step(rules, degrees, scale, translate, shear, op)
         step = replace(step, p=probability(p, op, "p"), center=_center(center, rules, op))
-        super().__init__(_affine_stage(op, step, interpolation, fill, fill_mode, rules), seed)
-        self._text = (
-            f"degrees={step.degrees}, translate={translate}, scale={scale}, shear={shear}, "
-            f"interpolation={self.stage.interpolation!r}"
+        super().__init__(
+            _affine_stage(op, step, interpolation, fill, fill_mode, rules),
+            seed,
+            degrees=step.degrees,
+            translate=translate,
+            scale=scale,
+            shear=shear,
         )
 
 
@@ -243,19 +258,10 @@ class RandomPerspective(Transform):
         op = "RandomPerspective"
         share = probability(distortion_scale, op, "distortion_scale")
         step = Perspective(probability(p, op, "p"), share)
-        moves = step.p > 0
-        stage = Stage(
-            op,
-            (step,),
-            resamples=moves,
-            moves=moves,
-            fills=moves,
-            interpolation=interpolation_name(interpolation, op),
-            fill_mode=convention("torchvision", op).mode(fill_mode, op),
-            fill=per_channel(0.0 if fill is None else fill, op, "fill"),
-        )
-        super().__init__(stage, seed)
-        self._text = f"distortion_scale={share}, p={p}, interpolation={stage.interpolation!r}"
+        how = interpolation_name(interpolation, op)
+        mode = convention("torchvision", op).mode(fill_mode, op)
+        stage = _warp_stage(op, (step,), step.p > 0, how, fill, mode)
+        super().__init__(stage, seed, distortion_scale=share, p=p, interpolation=how)
 
 
 class RandomResizedCrop(Transform):
@@ -286,43 +292,30 @@ class RandomResizedCrop(Transform):
         seed: int | None = None,
     ) -> None:
         op = "RandomResizedCrop"
-        mode, floors = _resampling(interpolation, op)
         step = ResizedWindow(
             size_pair(size, op),
             interval(scale, op, "scale", low=0.0, high=1.0, open_low=True),
             interval(ratio, op, "ratio", low=0.0, open_low=True),
         )
-        stage = Stage(
-            op,
-            (step,),
-            resamples=True,
-            moves=True,
-            half_pixels=True,
-            interpolation=mode,
-            antialias=flag(bool(antialias), op, "antialias") and mode != "nearest",
-            floors=floors,
-            fill_mode="border",
-        )
-        super().__init__(stage, seed)
-        self._text = f"size={step.size}, scale={step.area}, ratio={step.ratio}"
+        stage = resize_stage(op, step, interpolation, antialias)
+        stage = replace(stage, moves=True, half_pixels=True)
+        super().__init__(stage, seed, size=step.size, scale=step.area, ratio=step.ratio)
 
 
 class RandomHorizontalFlip(Transform):
     """Horizontal flip of each image with probability p."""
 
     def __init__(self, p: float = 0.5, *, seed: int | None = None) -> None:
-        op = "RandomHorizontalFlip"
-        super().__init__(Stage(op, (Flip(x=probability(p, op, "p")),)), seed)
-        self._text = f"p={p}"
+        step = Flip(x=probability(p, "RandomHorizontalFlip", "p"))
+        super().__init__(Stage("RandomHorizontalFlip", (step,)), seed, p=p)
 
 
 class RandomVerticalFlip(Transform):
     """Vertical flip of each image with probability p."""
 
     def __init__(self, p: float = 0.5, *, seed: int | None = None) -> None:
-        op = "RandomVerticalFlip"
-        super().__init__(Stage(op, (Flip(y=probability(p, op, "p")),)), seed)
-        self._text = f"p={p}"
+        step = Flip(y=probability(p, "RandomVerticalFlip", "p"))
+        super().__init__(Stage("RandomVerticalFlip", (step,)), seed, p=p)
 
 
 class RandomCrop(Transform):
@@ -348,27 +341,25 @@ class RandomCrop(Transform):
         seed: int | None = None,
     ) -> None:
         op = "RandomCrop"
+        widens = flag(pad_if_needed, op, "pad_if_needed")
         step = RandomWindow(
             size_pair(size, op),
-            _margins(padding, op),
-            LARGER_WIDENS_MARGINS
-            if flag(pad_if_needed, op, "pad_if_needed")
-            else LARGER_IS_AN_ERROR,
+            margins_of(padding, op),
+            LARGER_WIDENS_MARGINS if widens else LARGER_IS_AN_ERROR,
         )
         stage = Stage(
             op,
             (step,),
             moves=True,
             fills=any(step.margins),
-            may_fill=pad_if_needed,
+            may_fill=widens,
             fill_mode=convention("torchvision", op).mode(padding_mode, op, "padding_mode"),
-            fill=per_channel(0.0 if fill is None else fill, op, "fill"),
+            fill=_fill(fill, op),
         )
-        super().__init__(stage, seed)
-        self._text = f"size={step.size}, padding={padding}"
+        super().__init__(stage, seed, size=step.size, padding=padding)
 
 
-def _margins(padding: object, op: str) -> tuple[int, int, int, int]:
+def margins_of(padding: object, op: str) -> tuple[int, int, int, int]:
     """Return (left, top, right, bottom) of a padding."""
     if padding is None:
         return 0, 0, 0, 0
@@ -388,10 +379,9 @@ class CenterCrop(Transform):
     """The central window; a smaller image is padded with zeros."""
 
     def __init__(self, size: Size, *, seed: int | None = None) -> None:
-        op = "CenterCrop"
-        step = CenterWindow(size_pair(size, op))
-        super().__init__(Stage(op, (step,), moves=True, may_fill=True), seed)
-        self._text = f"size={step.size}"
+        step = CenterWindow(size_pair(size, "CenterCrop"))
+        stage = Stage("CenterCrop", (step,), moves=True, may_fill=True)
+        super().__init__(stage, seed, size=step.size)
 
 
 class Normalize(Transform):
@@ -410,9 +400,9 @@ class Normalize(Transform):
         op = "Normalize"
         _not_inplace(inplace, op)
         for name, value in (("mean", mean), ("std", std)):
-            per_channel(value, op, name)
-        super().__init__(Stage(op, normal=normalization(mean, std, op)), seed)
-        self._text = f"mean={mean}, std={std}"
+            per_channel(value, op, name)  # None is no number here
+        stage = Stage(op, normal=normalization(mean, std, op))
+        super().__init__(stage, seed, mean=mean, std=std)
 
 
 class RandomErasing(Transform):
@@ -443,8 +433,7 @@ class RandomErasing(Transform):
         erase = Erase(p, scale, ratio, value)
         fill, noise = erase.fill()
         stage = Stage(op, (erase.step(),), erases=True, erase=fill, erase_noise=noise)
-        super().__init__(stage, seed)
-        self._text = f"p={p}, scale={scale}, ratio={ratio}, value={value}"
+        super().__init__(stage, seed, p=p, scale=scale, ratio=ratio, value=value)
 
 
 class MixUp(Transform):
@@ -464,8 +453,7 @@ class MixUp(Transform):
         self, *, alpha: float = 1.0, num_classes: int | None = None, seed: int | None = None
     ) -> None:
         mix = Mix(mixup=alpha, num_classes=num_classes)
-        super().__init__(mix_stage(mix), seed)
-        self._text = f"alpha={alpha}, num_classes={num_classes}"
+        super().__init__(mix_stage(mix), seed, alpha=alpha, num_classes=num_classes)
 
 
 class CutMix(Transform):
@@ -482,8 +470,7 @@ class CutMix(Transform):
         self, *, alpha: float = 1.0, num_classes: int | None = None, seed: int | None = None
     ) -> None:
         mix = Mix(cutmix=alpha, num_classes=num_classes)
-        super().__init__(mix_stage(mix), seed)
-        self._text = f"alpha={alpha}, num_classes={num_classes}"
+        super().__init__(mix_stage(mix), seed, alpha=alpha, num_classes=num_classes)
 
 
 def mixing(mix: Mix) -> Transform:
@@ -548,20 +535,23 @@ class ColorJitter(Transform):
         seed: int | None = None,
     ) -> None:
         op = "ColorJitter"
-        turn = None if hue is None else around(hue, op, "hue", 0.5)
         ranges = {
             P.BRIGHTNESS: None if brightness is None else factors(brightness, op, "brightness"),
             P.CONTRAST: None if contrast is None else factors(contrast, op, "contrast"),
             P.SATURATION: None if saturation is None else factors(saturation, op, "saturation"),
-            P.HUE: turn,
+            P.HUE: None if hue is None else around(hue, op, "hue", 0.5),
         }
-        policy: P.Policy = policies.jitter(ranges)
+        policy = policies.jitter(ranges)
         if probability(p, op, "p") < 1:
-            policy = policies.Maybe(float(p), (policy,))
-        super().__init__(Stage(op, policy=policy), seed)
-        self._text = (
-            f"brightness={brightness}, contrast={contrast}, saturation={saturation}, hue={hue}, "
-            f"p={p}"
+            policy = policies.maybe(float(p), policy)
+        super().__init__(
+            Stage(op, policy=policy),
+            seed,
+            brightness=brightness,
+            contrast=contrast,
+            saturation=saturation,
+            hue=hue,
+            p=p,
         )
 
 
@@ -597,10 +587,11 @@ class RandAugment(Transform):
                 f"fusereg.{op}: num_ops must not be negative and magnitude one of at least 2 bins "
                 f"from 0, got {layers}, {at} and {bins}"
             )
-        policy = policies.Bins(layers, at, bins, False, interpolation_of(interpolation, op))
-        shade = per_channel(0.0 if fill is None else fill, op, "fill")
-        super().__init__(Stage(op, policy=policy, fill=shade), seed)
-        self._text = f"num_ops={num_ops}, magnitude={magnitude}, interpolation={interpolation!r}"
+        policy = policies.bins(layers, at, bins, False, interpolation_of(interpolation, op))
+        stage = Stage(op, policy=policy, fill=_fill(fill, op))
+        super().__init__(
+            stage, seed, num_ops=num_ops, magnitude=magnitude, interpolation=interpolation
+        )
 
 
 class TrivialAugmentWide(Transform):
@@ -625,10 +616,9 @@ class TrivialAugmentWide(Transform):
         bins = integer(num_magnitude_bins, op, "num_magnitude_bins")
         if bins < 2:
             raise ValueError(f"fusereg.{op}: num_magnitude_bins must be at least 2, got {bins}")
-        policy = policies.Bins(1, None, bins, True, interpolation_of(interpolation, op))
-        shade = per_channel(0.0 if fill is None else fill, op, "fill")
-        super().__init__(Stage(op, policy=policy, fill=shade), seed)
-        self._text = f"num_magnitude_bins={bins}, interpolation={interpolation!r}"
+        policy = policies.bins(1, None, bins, True, interpolation_of(interpolation, op))
+        stage = Stage(op, policy=policy, fill=_fill(fill, op))
+        super().__init__(stage, seed, num_magnitude_bins=bins, interpolation=interpolation)
 
 
 class TimmAugment(Transform):
@@ -662,8 +652,8 @@ class TimmAugment(Transform):
         by_pil = tuple(P.PIL_BICUBIC if h == INTERPOLATIONS["bicubic"] else h for h in hows)
         policy = policies.timm_policy(config, by_pil, op)
         shade = per_channel(fill, op, "fill")
-        super().__init__(Stage(op, policy=policy, fill=shade, whole_pixels=True), seed)
-        self._text = f"{config!r}, interpolation={interpolation!r}"
+        stage = Stage(op, policy=policy, fill=shade, whole_pixels=True)
+        super().__init__(stage, seed, config=config, interpolation=interpolation)
 
 
 def _not_inplace(inplace: object, op: str) -> None:

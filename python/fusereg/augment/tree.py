@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,44 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from .labels import tv_tensors
+from .params import corners_of
+
+# --- torchvision's types ---
+
+
+def tv_tensors() -> Any:
+    """Return torchvision's module if it has been imported; without it no tensor has its types."""
+    return sys.modules.get("torchvision.tv_tensors")
+
+
+def kind_of(value: Any) -> str:
+    """Return the name of torchvision's type of a tensor, "Tensor" for a plain one, else ""."""
+    if type(value) is Tensor:
+        return "Tensor"
+    if not isinstance(value, Tensor):
+        return ""
+    tv = tv_tensors()
+    if tv is not None and isinstance(value, tv.TVTensor):
+        known = ("Mask", "BoundingBoxes", "KeyPoints", "Image", "Video")
+        return next((k for k in known if isinstance(value, getattr(tv, k, ()))), "TVTensor")
+    return "Tensor"
+
+
+def plain(value: Tensor) -> Tensor:
+    """Return a tensor without torchvision's type, and others as they are."""
+    if type(value) is Tensor or kind_of(value) == "Tensor":
+        return value
+    return value.as_subclass(Tensor)
+
+
+def wrap(value: Tensor, like: Any, **more: Any) -> Any:
+    """Return a tensor as one of the tv_tensors, and as it is where ``like`` is none."""
+    if type(like) is Tensor or kind_of(like) in ("", "Tensor"):
+        return value
+    return tv_tensors().wrap(value, like=like, **more)
+
+
+# --- containers ---
 
 
 @dataclass(frozen=True)
@@ -46,17 +84,6 @@ class Node:
                     object.__setattr__(made, key, value)
             return made
         return type(like)(*values) if hasattr(like, "_fields") else type(like)(values)
-
-
-def kind_of(value: Any) -> str:
-    """Return the name of torchvision's type of a tensor, "Tensor" for a plain one, else ""."""
-    if not isinstance(value, Tensor):
-        return ""
-    tv = tv_tensors()
-    if tv is not None and isinstance(value, tv.TVTensor):
-        known = ("Mask", "BoundingBoxes", "KeyPoints", "Image", "Video")
-        return next((k for k in known if isinstance(value, getattr(tv, k, ()))), "TVTensor")
-    return "Tensor"
 
 
 def items_of(value: Any) -> dict[Any, Any] | None:
@@ -118,18 +145,6 @@ def hides_tensors(value: Any, depth: int = 3) -> bool:
     return any(hides_tensors(v, depth - 1) for v in inside)
 
 
-def wrap(value: Tensor, like: Any, **more: Any) -> Any:
-    """Return a tensor as one of the tv_tensors, and as it is where ``like`` is none."""
-    tv = tv_tensors()
-    is_one = tv is not None and isinstance(like, tv.TVTensor)
-    return tv.wrap(value, like=like, **more) if is_one else value
-
-
-def plain(value: Tensor) -> Tensor:
-    """Return a tensor without torchvision's type."""
-    return value if type(value) is Tensor else value.as_subclass(Tensor)
-
-
 def stack(values: Sequence[Any]) -> Any:
     """Return the targets of samples as those of a batch, with torchvision's types.
 
@@ -176,15 +191,6 @@ def leaves_of(tree: Any) -> list[Any]:
     return [tree] if items is None else [leaf for v in items.values() for leaf in leaves_of(v)]
 
 
-def check_canvas(value: Any, size: tuple[int, int], op: str, path: str) -> None:
-    """Check that boxes or points are places in images of this size."""
-    if tuple(value.canvas_size) != tuple(size):
-        raise ValueError(
-            f"fusereg.{op}: {path}, {kind_of(value)}, must have the canvas_size {tuple(size)} of "
-            f"the images, got {tuple(value.canvas_size)}"
-        )
-
-
 def are_probabilities(value: Any, columns: int) -> bool:
     """Return whether values [N, K] are probabilities, several classes or tokens, and no places."""
     x = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
@@ -200,28 +206,17 @@ def are_probabilities(value: Any, columns: int) -> bool:
     return columns not in (2, 4, 5, 8) or bool(((sums - 1).abs() < 1e-2).all())
 
 
-def corners_of(boxes: Tensor, name: str) -> Tensor:
-    """Return boxes of a format, or around their corners, as x0, y0, x1, y1."""
-    b = boxes.double()
-    if name == "XYXYXYXY":
-        points = b.reshape(-1, 4, 2)
-        return torch.cat([points.amin(1), points.amax(1)], dim=1)
-    first, second = b[:, :2], b[:, 2:]
-    if name == "XYWH":
-        return torch.cat([first, first + second], dim=1)
-    if name == "CXCYWH":
-        return torch.cat([first - second / 2, first + second / 2], dim=1)
-    return b
-
-
-def is_cut(boxes: Any) -> bool:
-    """Return whether boxes are cut to the image; older torchvisions always do."""
-    return getattr(boxes, "clamping_mode", "soft") is not None
+def hulls_of(boxes: Tensor, name: str) -> Tensor:
+    """Return boxes of a format, or what is around their corners, as x0, y0, x1, y1."""
+    if name != "XYXYXYXY":
+        return corners_of(boxes, name.lower())
+    points = boxes.double().reshape(-1, 4, 2)
+    return torch.cat([points.amin(1), points.amax(1)], dim=1)
 
 
 def cut_corners(boxes: Any) -> Tensor:
     """Return boxes, or what is around their corners, as x0, y0, x1, y1 within their canvas."""
-    corners = corners_of(plain(boxes), str(boxes.format.value))
+    corners = hulls_of(plain(boxes), str(boxes.format.value))
     height, width = boxes.canvas_size
     return corners.clamp(min=0).minimum(corners.new_tensor([width, height, width, height]))
 
