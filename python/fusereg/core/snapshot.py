@@ -329,8 +329,9 @@ class Sources:
         """Load a snapshot into the objects, in place into modules.
 
         Raises:
-            ValueError: the snapshot lacks an object's state, or has a module's tensor in another
-                shape. Nothing has changed then, nor if an object that is no module raises.
+            ValueError: the snapshot lacks an object's state, has a module's tensor in another
+                shape, or is of a module with other tensors. Nothing has changed then, nor if an
+                object that is no module raises.
         """
         objects = self._current()
         missing = [name for name in objects if name not in snapshot.states]
@@ -340,33 +341,45 @@ class Sources:
                 f"{', '.join(missing)}; it has {', '.join(snapshot.states)}"
             )
         modules = {name: t for name, t in objects.items() if isinstance(t, nn.Module)}
-        for name, module in modules.items():
-            self._check_fit(name, module, snapshot)
+        unlike = [name for name, m in modules.items() if not self._fits(name, m, snapshot)]
         shared: Memo = {}
         copies: Memo = {}
         before: list[tuple[Stateful, Any]] = []
         with _normal_tensors():
-            # A module copies into its own tensors, which cannot be undone: it comes last. Others
-            # keep what they are given, and would go on training inside the snapshot.
+            # A module copies into its own tensors, so it comes last. Others keep what they are
+            # given, and would go on training inside the snapshot.
             try:
                 for name, thing in objects.items():
                     if name not in modules:
                         before.append((thing, thing.state_dict()))
                         thing.load_state_dict(release(snapshot.states[name], copies, copying=True))
-            except BaseException:
+                for name, module in modules.items():
+                    if unlike:  # torch copies what fits before it says what does not
+                        own = clone(module.state_dict(), "device", {})
+                        before.append((module, release(own, {}, copying=False)))
+                    module.load_state_dict(release(snapshot.states[name], shared, copying=False))
+            except BaseException as error:
                 for thing, state in before:
                     with suppress(Exception):  # the one that refused has taken nothing
                         thing.load_state_dict(state)
+                if name in unlike and isinstance(error, RuntimeError):
+                    raise ValueError(
+                        f"{self._op}: the state of epoch {snapshot.epoch} is of another model than "
+                        f"{name}: {' '.join(str(error).split())}"
+                    ) from error
                 raise
             for name, module in modules.items():
-                module.load_state_dict(release(snapshot.states[name], shared, copying=False))
                 buffers = release(snapshot.buffers.get(name, {}), shared, copying=False)
                 _restore_buffers(module, buffers)
 
-    def _check_fit(self, name: str, module: nn.Module, snapshot: Snapshot) -> None:
-        """Raise ValueError if a tensor of a module has another shape than in its state."""
-        state = snapshot.states[name]
-        for key, own in module.state_dict().items():
+    def _fits(self, name: str, module: nn.Module, snapshot: Snapshot) -> bool:
+        """Return whether a module has the keys of its state; its hooks may know others.
+
+        Raises:
+            ValueError: a tensor of the module has another shape than in its state.
+        """
+        state, present = snapshot.states[name], module.state_dict()
+        for key, own in present.items():
             kept = state.get(key)
             if isinstance(kept, Held):
                 kept = kept.local if kept.sharding is None else None
@@ -377,6 +390,7 @@ class Sources:
                     f"{self._op}: the state of epoch {snapshot.epoch} has {name}'s {key} with "
                     f"shape {tuple(kept.shape)}, wanted {tuple(own.shape)}"
                 )
+        return bool(present.keys() == state.keys())
 
 
 def fingerprint(module: nn.Module) -> str:
