@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import logging
 import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -522,3 +529,156 @@ def test_inside_a_part_that_is_not_only_called_nothing_is_folded(
     model = randomized(nn.Sequential(cls()) if outer else cls())
     assert norms(folded(model, caplog=caplog)) == 1
     assert "cannot be traced" in caplog.text
+
+
+class _Uses:
+    def __init__(self, part: Any) -> None:
+        self.part = part
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.part.conv(x)
+
+
+class _UsesBySlot:
+    __slots__ = ("part",)
+
+    def __init__(self, part: Any) -> None:
+        self.part = part
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.part.conv(x)
+
+
+def _closure(part: Any) -> Any:
+    return lambda x: part.conv(x)
+
+
+def _default(part: Any) -> Any:
+    def call(x: Tensor, using: Any = part) -> Any:
+        return using.conv(x)
+
+    return call
+
+
+def _weakly(part: Any) -> Any:
+    held = weakref.ref(part)
+    return lambda x: held().conv(x)  # type: ignore[union-attr]
+
+
+HOLDERS: dict[str, Callable[[Any], Any]] = {
+    "a bound method": lambda part: part.conv.forward,
+    "a partial function": lambda part: functools.partial(part.conv),
+    "an object": _Uses,
+    "slots": _UsesBySlot,
+    "an object in an object": lambda part: _Uses(SimpleNamespace(conv=part.conv)),
+    "a closure": _closure,
+    "a default": _default,
+    "a weak reference": _weakly,
+    "a partial closure": lambda part: functools.partial(_closure(part)),
+}
+
+
+class _Holds(nn.Module):
+    """Calls its part, and through something else a layer of it."""
+
+    def __init__(self, how: Callable[[Any], Any], where: str) -> None:
+        super().__init__()
+        self.part, self.where = Pair(), where
+        self.held: Any = {
+            "attribute": lambda h: h,
+            "list": lambda h: [h],
+            "dict": lambda h: {"h": (h,)},
+            "set": lambda h: {h},
+            "queue": lambda h: deque([h]),
+        }[where](how(self.part))
+
+    def forward(self, x: Tensor) -> Any:
+        found: Any = self.held
+        while not callable(found):
+            found = next(iter(found.values() if isinstance(found, dict) else found))
+        return self.part(x) + found(x)
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("where", ["attribute", "list", "dict", "set", "queue"])
+def test_what_an_attribute_gives_access_to_stays(holder: str, where: str) -> None:
+    model = randomized(_Holds(HOLDERS[holder], where))
+    copied = fusereg.fold_into_conv(model)
+    assert norms(copied) == 1
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    assert torch.equal(copied(x), copy.deepcopy(model)(x))
+
+
+class _HoldsForAll(nn.Module):
+    held: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Pair()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.part(x) + self.held(x)
+
+
+def test_what_an_attribute_of_the_class_gives_access_to_stays() -> None:
+    model = _HoldsForAll()
+    _HoldsForAll.held = _Uses(model.part)
+    assert norms(fusereg.fold_into_conv(randomized(model))) == 1
+
+
+class _Harmless(nn.Module):
+    """Has attributes that give access to no modules, and is not traced for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Pair()
+        self.act = functools.partial(F.leaky_relu, negative_slope=0.3)
+        self.log = logging.getLogger("fold")
+        self.names = SimpleNamespace(a=[1, {"b": torch.ones(2)}], c=None, d=nn.ReLU)
+        self.names.itself = self.names
+
+    def forward(self, x: Tensor, *more: Any) -> Any:
+        self.log.debug("%s", self.names)
+        return self.act(self.part(x))
+
+
+def test_what_gives_access_to_no_modules_is_no_obstacle(caplog: pytest.LogCaptureFixture) -> None:
+    assert norms(folded(randomized(_Harmless()), caplog=caplog)) == 0
+
+
+def _reads_weight(module: Any, given: Any, result: Tensor) -> Tensor:
+    return result + module.conv.weight.sum()
+
+
+def _reads_among_all(*args: Any) -> Any:
+    return args[2] + args[0].conv.weight.sum()
+
+
+class _Reader:
+    def hook(self, module: Any, given: Any, result: Tensor) -> Tensor:
+        return result + module.conv.bias.sum()
+
+
+HOOKS: dict[str, tuple[Callable[[Any], Any], bool]] = {
+    "reads the module": (lambda part: _reads_weight, True),
+    "reads it among all": (lambda part: _reads_among_all, True),
+    "a method": (lambda part: _Reader().hook, True),
+    "holds another": (lambda part: lambda m, i, o: o + part.conv.weight.sum(), True),
+    "partial": (lambda part: functools.partial(lambda a, m, i, o: o + m.conv.bias.sum(), 1), True),
+    "reads the result": (lambda part: lambda module, given, result: result * 2, False),
+    "partial of the result": (lambda part: functools.partial(lambda a, m, i, o: o * a, 2), False),
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+@pytest.mark.parametrize("above", [0, 1])
+def test_what_a_hook_of_a_part_above_may_read_stays(name: str, above: int) -> None:
+    make, reads = HOOKS[name]
+    part = Pair()
+    model = nn.Sequential(nn.Sequential(part)) if above else nn.Sequential(part)
+    randomized(model)
+    part.register_forward_hook(make(part))
+    copied = fusereg.fold_into_conv(model)
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(copied(x), model(x))
+    assert norms(copied) == reads

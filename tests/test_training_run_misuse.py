@@ -406,3 +406,35 @@ def test_a_module_that_loads_other_names_is_let(tmp_path: Path) -> None:
     TrainingRun(tmp_path, model=Older()).save()
     TrainingRun(tmp_path, model=model)
     assert model.weight.tolist() == [[5.0, 5.0]]
+
+
+# --- persistent workers ---------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:fusereg.TrainingRun. the loader's persistent workers")
+@pytest.mark.parametrize(("crashes", "every"), [((8, 13), 2), ((7,), None)])
+def test_persistent_workers_bring_the_batches_that_they_would_have_brought(
+    crashes: tuple[int, ...], every: int | None, tmp_path: Path
+) -> None:
+    """Starting workers draws a number, which their next epochs do not."""
+
+    def script(folder: Path, crash_at: int | None = None) -> list[list[int]]:
+        torch.manual_seed(0)
+        loader = DataLoader(
+            torch.arange(20), 4, shuffle=True, num_workers=1, persistent_workers=True
+        )
+        run = TrainingRun(folder, model=nn.Linear(1, 1), every_steps=every)
+        for _ in run.epochs(3):
+            for batch in run.batches(loader):
+                seen[run.step] = batch.tolist()
+                if run.step == crash_at:
+                    raise RuntimeError("the power is gone")
+        return list(seen.values())
+
+    seen: dict[int, list[int]] = {}
+    wanted = script(tmp_path / "whole")
+    seen = {}
+    for crash_at in crashes:
+        with pytest.raises(RuntimeError, match="the power is gone"):
+            script(tmp_path / "crashed", crash_at)
+    assert script(tmp_path / "crashed") == wanted

@@ -116,14 +116,18 @@ class Chain(SeededModule):
         rules: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(seed)
-        for pipeline in (training, evaluation):
-            for unit in () if pipeline is None else pipeline.units:
-                unit.settings.check_out_dtype(out_dtype, self._op)
-        self._training, self._evaluation = training, evaluation
         self.out_dtype = out_dtype
+        self._take(training, evaluation)
         self.memory_format = check_memory_format(memory_format, self._op)
         self.rules = rules_of(self._op, rules or {})
         self._looked = False
+
+    def _take(self, training: Pipeline, evaluation: Pipeline | None) -> None:
+        """Check the pipelines of both modes, and use them."""
+        for pipeline in (training, evaluation):
+            for unit in () if pipeline is None else pipeline.units:
+                unit.settings.check_out_dtype(self.out_dtype, self._op)
+        self._training, self._evaluation = training, evaluation
 
     @property
     def _pipeline(self) -> Pipeline:

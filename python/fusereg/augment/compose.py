@@ -14,7 +14,7 @@ from .arguments import flag, is_sequence, size_pair
 from .chain import Chain, PassParams, Pipeline, Unit
 from .fuse import Pass, Plan, Stage, fuse
 from .loading import collate
-from .loop import Called
+from .loop import Called, why_called
 from .steps import encode
 
 __all__ = ["Compose", "Transform"]
@@ -51,6 +51,9 @@ class Passes(Chain):
         )
         self._warned = False
 
+    def _refresh(self) -> None:
+        """Read the transforms again if they have changed."""
+
     def _notice_evaluation(self) -> None:
         """Warn once if evaluation mode goes on drawing, as torchvision's transforms do."""
         if self.training or self._evaluation is not None or self._warned:
@@ -81,6 +84,7 @@ class Passes(Chain):
         change the size, it is called with black images to know what comes after it. Passes that see
         images of several sizes have a list, with parameters for each.
         """
+        self._refresh()
         keys = self._keys(n, sample_ids, epoch, view)
         return self._drawn(keys, size_pair(input_size, "Compose", "input_size"))
 
@@ -113,12 +117,14 @@ class Passes(Chain):
             (``.eval()``), of the transforms that ``evaluation`` names; without these nothing
             changes, as in torchvision, and a warning says so.
         """
+        self._refresh()
         self._notice_evaluation()
         given = None if params is None else list(params)
         return self._apply_to(x, targets, sample_ids, epoch, view, given, out)
 
     def collate(self, samples: Sequence[Any]) -> Any:
         """Stack samples and transform them, as :meth:`fusereg.augment.Augment.collate`."""
+        self._refresh()
         self._notice_evaluation()
         return collate(self, samples)
 
@@ -202,9 +208,26 @@ class Compose(Passes):
             rules=rules,
         )
         self.transforms = list(transforms)
+        self._lists = (self.transforms, None if evaluation is None else list(evaluation), only)
+        self._were = _attributes(self._lists[:2])
+
+    def _refresh(self) -> None:
+        self._lists = (self.transforms, *self._lists[1:])  # it may have been set
+        now = _attributes(self._lists[:2])
+        if now == self._were:
+            return
+        training, evaluation, exact = self._lists
+        made = [
+            None if each is None else _pipeline(_fused(each, self._op, name, exact))
+            for each, name in ((training, "transforms"), (evaluation, "evaluation"))
+        ]
+        assert made[0] is not None
+        self._take(made[0], made[1])
+        self._were = now
 
     def plan(self) -> Plan:
         """Return what was fused, what was not, and why: in the present mode."""
+        self._refresh()
         return Plan(self._pipeline.passes)
 
     def extra_repr(self) -> str:
@@ -216,6 +239,38 @@ class Compose(Passes):
 converters: list[Callable[[object], Stage | Called | None]] = []
 
 
+def _transforms_in(item: object) -> Sequence[object] | None:
+    """Return the transforms of a list; None if this is none."""
+    if isinstance(item, torch.nn.Sequential):
+        return list(item)
+    of_torchvision = type(item).__module__.startswith("torchvision.transforms")
+    if isinstance(item, Compose) or (of_torchvision and type(item).__name__ == "Compose"):
+        return list(item.transforms)  # type: ignore[attr-defined]
+    return None
+
+
+#: Whose transforms are read when a list is made, and called no more.
+_READ = ("torchvision.transforms", "timm.data", "torch.nn", "fusereg.augment")
+
+
+def _attributes(transforms: Sequence[object]) -> list[Any]:
+    """Return all attributes that are read of transforms, by which a change is seen."""
+    found: list[Any] = []
+    for item in transforms:
+        found.append(item)
+        if isinstance(item, list):
+            found[-1] = _attributes(item)
+        elif type(item).__module__.startswith(_READ):
+            found.append({k: _copied(v) for k, v in vars(item).items() if k != "training"})
+            inner = getattr(item, "transforms", None)
+            found.append(_attributes(_transforms_in(item) or inner or ()))
+    return found
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, (list, dict)) else value
+
+
 def _fused(transforms: object, op: str, name: str, exact: bool) -> tuple[Pass, ...]:
     """Return the passes of a list."""
     if not is_sequence(transforms):
@@ -225,16 +280,15 @@ def _fused(transforms: object, op: str, name: str, exact: bool) -> tuple[Pass, .
 
 def _stages(item: object, op: str) -> list[Stage | Called]:
     """Return the stage of a transform, those of a list, or what is called."""
-    inner: Sequence[object] | None = None
-    if isinstance(item, torch.nn.Sequential):
-        inner = list(item)
-    elif isinstance(item, Compose) or (
-        type(item).__name__ == "Compose"
-        and type(item).__module__.startswith("torchvision.transforms")
-    ):
-        inner = item.transforms  # type: ignore[attr-defined]
-    if inner is not None:
-        return [stage for transform in inner for stage in _stages(transform, op)]
+    own = why_called(item)
+    if isinstance(item, (Compose, Transform)) and own:
+        raise TypeError(
+            f"fusereg.{op}: {type(item).__name__}: {own}, which fusing would lose; call it before "
+            "or after"
+        )
+    transforms = None if own else _transforms_in(item)
+    if transforms is not None:
+        return [stage for inner in transforms for stage in _stages(inner, op)]
     if isinstance(item, Transform):
         return [item.stage]
     if isinstance(item, Chain):

@@ -40,6 +40,25 @@ _KEEP_SIZE = {
 _OF_BATCHES = re.compile("Mix|Mosaic|Jigsaw|Sequential")
 
 
+#: What calling a transform runs, and whose functions these are unless somebody replaces them.
+_METHODS = ("forward", "transform", "make_params", "get_params", "__call__")
+_AUTHORS = ("torchvision.", "torch.", "fusereg.", "timm.")
+
+
+def why_called(item: Any) -> str:
+    """Return what calling a transform does beside what its arguments say, or an empty string."""
+    kind = type(item)
+    own = getattr(item, "__dict__", {})
+    if own.get("_forward_hooks") or own.get("_forward_pre_hooks"):
+        return "it has hooks"
+    replaced = [k for k, v in own.items() if callable(v) and callable(getattr(kind, k, None))]
+    for name in () if replaced else _METHODS:
+        module = getattr(getattr(kind, name, None), "__module__", None)
+        if module is not None and not module.startswith(_AUTHORS):
+            replaced.append(name)
+    return f"it has a {replaced[0]} of its own" if replaced else ""
+
+
 @dataclass(frozen=True)
 class Called:
     """A transform that is called.
@@ -248,14 +267,14 @@ def _with_targets(called: Called, image: Tensor, tree: Any, counted: bool) -> tu
 
 
 def _same_canvas(tree: Any, size: tuple[int, int]) -> None:
-    """Give boxes and points the image's size where torchvision rounded theirs to another pixel.
+    """Give boxes and points the image's size where a rotation of torchvision's left another.
 
-    A rotation that expands does so.
+    One that expands rounds theirs to another pixel, and leaves that of no boxes as it was.
     """
     for leaf in leaves_of(tree):
         if kind_of(leaf) in ("BoundingBoxes", "KeyPoints"):
             apart = [abs(a - b) for a, b in zip(leaf.canvas_size, size, strict=True)]
-            if max(apart) == 1:
+            if max(apart) == 1 or not leaf.numel():
                 leaf.canvas_size = size
 
 

@@ -299,7 +299,7 @@ class Targets:
         if named:
             return "is a plain tensor or array of places, by its key"
         rest = tuple(shape[1:])
-        if len(rest) > 1:
+        if len(rest) > 1 or tuple(shape[-2:]) == self.size:
             return f"is a plain tensor or array of shape {tuple(shape)}"
         if len(rest) == 1 and rest[0] > 1 and not are_probabilities(value, rest[0]):
             return f"is a plain tensor or array of shape {tuple(shape)}, and no probabilities"

@@ -15,7 +15,7 @@ from . import transforms as T
 from .arguments import per_channel, size_pair
 from .compose import Transform
 from .fuse import UNIT, Stage
-from .loop import Called
+from .loop import Called, why_called
 from .render import Mix
 from .steps import FullImage, Padded, ShortSide, Step
 from .tree import plain, wrap
@@ -127,6 +127,18 @@ class _Cast:
         if dtype is None or type(value).__name__ in ("Image", "Video"):
             return value
         return wrap(plain(value).to(dtype), value)
+
+
+def _check_mix(t: Any) -> None:
+    """Raise ValueError unless a mix does what its arguments say: none is called."""
+    name, own = type(t).__name__, why_called(t)
+    if own:
+        raise ValueError(f"fusereg.Compose: {name} is not called but read, and {own}")
+    if getattr(t._labels_getter, "__name__", "") != "_find_labels_default_heuristic":
+        raise ValueError(
+            f"fusereg.Compose: {name} must have no labels_getter; Compose(..., labels=) names the "
+            "keys of the labels"
+        )
 
 
 def _choice(t: Any) -> Stage | str:
@@ -287,8 +299,12 @@ def from_torchvision(transform: object) -> Stage | Called | None:
     if not kind.__module__.startswith("torchvision.transforms") or not callable(transform):
         return None
     convert = _KNOWN.get(kind.__name__)
-    if convert is None:
-        return Called.of(transform)
+    for part in (transform, *getattr(transform, "transforms", ())):
+        if type(part).__name__ in ("MixUp", "CutMix"):
+            _check_mix(part)
+    own = why_called(transform)
+    if convert is None or own:
+        return Called.of(transform, own)
     if getattr(transform, "inplace", False):
         return Called.of(transform, "it writes into its input")
     try:

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dis
+import functools
 import inspect
 import itertools
+import logging
 import textwrap
 import types
-from collections import Counter
-from collections.abc import Callable, Iterator
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any, TypeAlias
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..core import failures
 from ..core.modules import forward_of, submodule
 from ..core.proxies import UntraceableError
-from ..core.trace import ARGUMENT, STRUCTURE, Found, Trace, trace
+from ..core.trace import ARGUMENT, STRUCTURE, Found, Trace, is_plain, trace
 from .known import is_timm_act, original_class, why_unknown
 
 _ITERABLE = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -31,6 +35,8 @@ _OF_MODULE = frozenset(name for cls in (nn.Module, *_ITERABLE) for name in dir(c
 }
 #: Methods that give children, and where in a pair each stands.
 _ITERATORS = {"children": None, "named_children": 1, "values": None, "items": 1}
+#: An attribute that gives access to more objects is taken to give access to modules.
+_MANY = 2000
 #: Forwards with more arguments are not traced with and without each of them.
 _MAX_ARGUMENTS = 4
 
@@ -64,7 +70,12 @@ class Calls:
             module = waiting.pop()
             if not module._modules or is_timm_act(module):
                 continue
-            who = f"the forward of {names[module] or 'the model'} ({type(module).__name__})"
+            who = f"{names[module] or 'the model'} ({type(module).__name__})"
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if any(map(_may_read_its_module, hooks)):
+                for inside in module.modules():
+                    self.touched.setdefault(inside, f"a hook of {who} may use it")
+            who = f"the forward of {who}"
             try:
                 called = self._follow(module, who, leaf)
             except Exception as error:
@@ -280,9 +291,16 @@ def _used(module: nn.Module, function: ast.FunctionDef) -> set[str] | None:
                 or _reads_a_setting(value, parents, child)
             ):
                 used.add(name)
-        elif (name in _OF_MODULE and name != "forward") or _holds_modules(vars(module).get(name)):
+        elif (name in _OF_MODULE and name != "forward") or _holds_modules(_other(module, name)):
             return None
     return used
+
+
+def _other(module: nn.Module, name: str) -> Any:
+    """Return an attribute that is no child: of the object, or of its class unless it is read."""
+    own = inspect.getattr_static(type(module), name, None)
+    read = isinstance(own, (types.FunctionType, property, staticmethod, classmethod))
+    return vars(module).get(name, None if read else own)
 
 
 def _attribute(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> tuple[str, ast.expr] | None:
@@ -365,10 +383,63 @@ def _elements_called(
     )
 
 
+def _held_by(value: Any) -> list[Any]:
+    """Return what an object that is no module gives access to."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (list, tuple, Set, deque)):
+        return list(value)
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, weakref.ref):
+        return [value()]
+    if isinstance(value, types.FunctionType):
+        return [*(value.__closure__ or ()), value.__defaults__, value.__kwdefaults__]
+    if isinstance(value, types.CellType):
+        return [value.cell_contents]
+    slots = [s for base in type(value).__mro__ for s in getattr(base, "__slots__", ())]
+    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, s, None) for s in slots)]
+
+
 def _holds_modules(value: object) -> bool:
-    """Return whether an attribute that is not a registered child holds modules."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple, set)):
-        return any(map(_holds_modules, value))
-    return isinstance(value, nn.Module)
+    """Return whether an attribute that is not a registered child gives access to modules."""
+    waiting, seen = [value], {id(value)}
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, nn.Module):
+            return True
+        if is_plain(value) or isinstance(value, (Tensor, type, types.ModuleType, logging.Logger)):
+            continue
+        try:
+            held = [v for v in _held_by(value) if id(v) not in seen]
+        except Exception:  # of the object's own
+            return True
+        seen.update(map(id, held))
+        waiting += held
+        if len(seen) > _MANY:
+            return True
+    return False
+
+
+def _may_read_its_module(hook: Any) -> bool:
+    """Return whether a hook does something with the module that it is called for, or another."""
+    function: Any = hook
+    place = 0
+    while isinstance(function, functools.partial):
+        function, place = function.func, place + len(function.args)
+    if isinstance(function, types.MethodType):
+        function, place = function.__func__, place + 1
+    if not isinstance(function, types.FunctionType):
+        return True
+    code = function.__code__
+    if place >= code.co_argcount:  # it is among *args
+        place = code.co_argcount + code.co_kwonlyargcount
+    name = code.co_varnames[place] if place < len(code.co_varnames) else None
+    read = {v for step in dis.get_instructions(code) for v in _names_in(step.argval)}
+    return name is None or name in read or _holds_modules(hook)
+
+
+def _names_in(argument: Any) -> tuple[Any, ...]:
+    return argument if isinstance(argument, tuple) else (argument,)

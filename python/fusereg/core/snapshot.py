@@ -329,30 +329,43 @@ class Sources:
         """Load a snapshot into the objects, in place into modules.
 
         Raises:
-            ValueError: as :meth:`check`. Nothing has changed then, nor if an object that is no
-                module raises.
+            ValueError: as :meth:`check`, or a module whose own hooks know other names refuses its
+                state. Nothing has changed then, nor if an object that is no module raises.
         """
         self.check(snapshot)
         objects = self._current()
         modules = {name: t for name, t in objects.items() if isinstance(t, nn.Module)}
+        states = snapshot.states
+        unlike = [
+            name for name, m in modules.items() if m.state_dict().keys() != states[name].keys()
+        ]
         shared: Memo = {}
         copies: Memo = {}
         before: list[tuple[Stateful, Any]] = []
         with _normal_tensors():
-            # A module copies into its own tensors, which cannot be undone: it comes last. Others
-            # keep what they are given, and would go on training inside the snapshot.
+            # A module copies into its own tensors, so it comes last. Others keep what they are
+            # given, and would go on training inside the snapshot.
             try:
                 for name, thing in objects.items():
                     if name not in modules:
                         before.append((thing, thing.state_dict()))
                         thing.load_state_dict(release(snapshot.states[name], copies, copying=True))
-            except BaseException:
+                for name, module in modules.items():
+                    if unlike:  # torch copies what fits before it says what does not
+                        own = clone(module.state_dict(), "device", {})
+                        before.append((module, release(own, {}, copying=False)))
+                    module.load_state_dict(release(snapshot.states[name], shared, copying=False))
+            except BaseException as error:
                 for thing, state in before:
                     with suppress(Exception):  # the one that refused has taken nothing
                         thing.load_state_dict(state)
+                if name in unlike and isinstance(error, RuntimeError):
+                    raise ValueError(
+                        f"{self._op}: the state of epoch {snapshot.epoch} is of another model than "
+                        f"{name}: {' '.join(str(error).split())}"
+                    ) from error
                 raise
             for name, module in modules.items():
-                module.load_state_dict(release(snapshot.states[name], shared, copying=False))
                 buffers = release(snapshot.buffers.get(name, {}), shared, copying=False)
                 _restore_buffers(module, buffers)
 

@@ -60,12 +60,18 @@ class Randomness:
                 generator.set_state(own)
 
 
+def _has_started(loader: Any) -> bool:
+    """Return whether a data loader has started its persistent workers."""
+    return getattr(loader, "_iterator", None) is not None
+
+
 class Position:
     """The position in the epoch's batches, from which a resumed run goes on."""
 
     def __init__(self) -> None:
         self._randomness = Randomness()
         self._before: dict[str, Any] | None = None  # as the generators were before iter()
+        self._again = False  # whether persistent workers had been started before
         self._loader: Any = None
         self._resumed: Mapping[str, Any] | None = None
 
@@ -73,7 +79,9 @@ class Position:
         """Return what a run needs to go on from here, after ``batch`` batches of the epoch."""
         own = self._loader.state_dict() if isinstance(self._loader, Stateful) else None
         before = self._before if batch and own is None else None
-        return {"now": self._randomness.state(), "before": before, "loader": own}
+        again = self._again if batch else _has_started(self._loader)
+        now = self._randomness.state()
+        return {"now": now, "before": before, "loader": own, "again": again}
 
     @property
     def resuming(self) -> bool:
@@ -94,6 +102,7 @@ class Position:
         own: Iterable[Any] = loader  # by this name also where it is known to be stateful
         state, self._resumed = self._resumed, None
         self._loader, self._randomness = loader, Randomness(generators_of(loader))
+        self._again = _has_started(loader)
         if state is None:
             self._before = self._randomness.state()
             return iter(own)
@@ -113,6 +122,12 @@ class Position:
             # Its state after the last batch may be that of an iteration which is about to end.
             first = next(iterator, None)
             return iter(own) if first is None else itertools.chain([first], iterator)
+        if state.get("again") and not self._again:
+            # Starting workers draws a number, which the epoch that is resumed did not.
+            now = self._randomness.state()
+            iter(own)
+            self._randomness.set(now)
+            self._again = True
         if state["before"] is None:
             self._randomness.set_loaders(state["now"])
         else:
