@@ -129,12 +129,6 @@ class BatchRenorm(AnyDimension):
         if not self.d_max >= 0.0:
             raise ValueError(f"fusereg.nn.BatchRenorm: d_max must be at least 0, got {self.d_max}")
 
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Renormalize the input, add the residual, apply activation and dropout."""
-        return self._normalized(input, residual, mask, self)
-
     def _normalized(
         self,
         input: Tensor,

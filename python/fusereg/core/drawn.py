@@ -155,4 +155,5 @@ class DrawnOperator(Operator):
             y = self.traced(x, random.traced_state(x, source, op), *constants)
             return y if target is None else target.copy_(y)
         checks.check_index_offset(constants[-1], op)
-        return self.to(target, x, random.eager_state(x, source, op), *constants, op)
+        args = (x, random.eager_state(x, source, op), *constants, op)
+        return self.eager(*args) if target is None else self.to(target, *args)

@@ -396,9 +396,9 @@ class _Value(torch.autograd.Function):
             if sharded:
                 raise RuntimeError(f"fusereg.{op}: DTensors have no second derivatives of groups")
             # Tensors of their own: one may have been computed from another.
-            own = [t.view_as(t) for t in local]
-            again = _formula(family, own, weights, l1)
-            wanted = [t for t in own if t.requires_grad]
+            apart = [t.view_as(t) for t in local]
+            again = _formula(family, apart, weights, l1)
+            wanted = [t for t in apart if t.requires_grad]
             found = iter(torch.autograd.grad(again, wanted, scale, create_graph=True))
             return (None,) * 4 + tuple(next(found) if t.requires_grad else None for t in local)
         scale = scale.detach().double()
