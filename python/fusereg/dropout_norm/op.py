@@ -284,8 +284,7 @@ def _check(
         raise ValueError(
             f"fusereg.{op}: bias must have weight's dtype {weight.dtype}, got {bias.dtype}"
         )
-    if not torch.compiler.is_compiling():
-        checks.check_index_offset(index_offset, op)
+    checks.check_index_offset(index_offset, op)
 
 
 def dropout_norm(
