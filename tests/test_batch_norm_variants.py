@@ -252,6 +252,7 @@ def test_frozen_loads_a_batch_norm_s_state() -> None:
         TimmAct(6, act=nn.Identity()),
         TimmAct(6, act=nn.SiLU(inplace=True)),
         fusereg.convert(TimmAct(6, act=nn.LeakyReLU(0.3))),
+        SyncBatchNorm.convert_sync_batchnorm(TimmAct(6, act=nn.SiLU())),
     ],
     ids=repr,
 )
@@ -292,6 +293,16 @@ NOT_FROZEN: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
         lambda: _with(nn.BatchNorm2d(6), lambda m: m.register_forward_hook(lambda *_: None)),
         ValueError,
         "the layer has hooks",
+    ),
+    "backward hook": (
+        lambda: _with(nn.BatchNorm2d(6), lambda m: m.register_full_backward_hook(lambda *_: None)),
+        ValueError,
+        "the layer has hooks",
+    ),
+    "activation of a synchronized one": (
+        lambda: SyncBatchNorm.convert_sync_batchnorm(TimmAct(6, act=nn.Hardswish())),
+        ValueError,
+        "Hardswish.*would be lost",
     ),
     "forward": (
         lambda: _with(nn.BatchNorm2d(6), lambda m: setattr(m, "forward", torch.relu)),

@@ -263,6 +263,26 @@ def test_a_wrong_probability_is_named(operation: Operation) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@named([operation for operation in KINDS if operation.takes("index_offset")])
+def test_a_wrong_index_offset_is_named_in_every_surrounding(operation: Operation) -> None:
+    def call(*t: Tensor) -> Any:
+        return operation(*t, index_offset=-1)
+
+    def recorded(*t: Tensor) -> Any:
+        with Recorder():
+            return call(*t)
+
+    tensors = sample(operation)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="eager")
+    wrong = rf"fusereg\.{operation.op}: index_offset must be an integer and not negative, got -1"
+    for surrounded in (call, recorded, compiled):
+        with pytest.raises(ValueError, match=wrong):
+            surrounded(*tensors)
+    with pytest.raises(ValueError, match=wrong):
+        torch.vmap(call)(*(t[None] for t in tensors))
+
+
 # --- random numbers -------------------------------------------------------------------------------
 
 

@@ -205,6 +205,20 @@ def test_conv2d_compile_func_and_autocast() -> None:
     assert layer.weight.grad.dtype is torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_autocast_casts_what_torch_casts(dtype: torch.dtype) -> None:
+    x, images = torch.randn(3, 4, dtype=dtype), torch.randn(1, 2, 5, 5, dtype=dtype)
+    weight, kernel = torch.randn(5, 4, dtype=dtype), torch.randn(3, 2, 3, 3, dtype=dtype)
+    for p in (0.0, 0.5):
+        with torch.autocast("cpu", torch.bfloat16):
+            wanted = (
+                nn.functional.linear(x, weight).dtype,
+                nn.functional.conv2d(images, kernel).dtype,
+            )
+            came = F.drop_connect_linear(x, weight, p=p), F.drop_connect_conv2d(images, kernel, p=p)
+        assert tuple(y.dtype for y in came) == wanted
+
+
 def test_bad_arguments_of_conv2d_are_named() -> None:
     x, weight = torch.ones(1, 3, 5, 5), torch.ones(4, 3, 2, 2)
     with pytest.raises(ValueError, match=r"drop_connect_conv2d: p must be within \[0, 1\]"):

@@ -328,10 +328,8 @@ def test_timm_s_layer_keeps_its_activation(
 ) -> None:
     layer = make(copy.deepcopy(act))
     model = nn.Sequential(nn.Conv2d(6, 6, 3), layer)
-    for convert in (False, True):
-        copied: Any = folded(
-            randomized(fusereg.convert(model) if convert else model), caplog=caplog
-        )
+    for made in (lambda m: m, fusereg.convert, SyncBatchNorm.convert_sync_batchnorm):
+        copied: Any = folded(randomized(made(model)), caplog=caplog)
         assert norms(copied) == 0
         assert type(copied[1].act) is type(act)
         assert {"act.weight"} & {*copied[1].state_dict()} == {"act.weight"} & {*layer.state_dict()}

@@ -208,6 +208,9 @@ def test_arguments_that_do_not_fit_name_the_layer_that_was_called(layer: Layer) 
         layer(**arguments, zebra=1)
     with pytest.raises(TypeError, match=f"^{name}: too many positional arguments$"):
         layer(*[1] * 40)
+    if "keep_prob" in inspect.signature(layer).parameters:
+        with pytest.raises(ValueError, match=f"^{name}: p and keep_prob exclude each other"):
+            layer(**{**arguments, "p": 0.5, "keep_prob": 0.5})
 
 
 def test_arguments_of_other_libraries_are_told_by_their_names_here() -> None:

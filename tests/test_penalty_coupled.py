@@ -182,6 +182,18 @@ def test_gradients_of_first_and_second_order(backend: Backend) -> None:
     )
 
 
+def test_weights_made_of_each_other_have_one_gradient_differentiable_or_not() -> None:
+    source = torch.randn(12, 3, dtype=torch.float64, requires_grad=True)
+    members = tuple(
+        Member(name, t, 0, torch.arange(12)) for name, t in (("a", source), ("b", source.sin()))
+    )
+    groups = Groups([CoupledChannels("set", 12, members, (), None)])
+    value = F.group_lasso_penalty(groups, 0.3)
+    (wanted,) = torch.autograd.grad(value, source, retain_graph=True)
+    (came,) = torch.autograd.grad(value, source, create_graph=True)
+    torch.testing.assert_close(came, wanted)
+
+
 @pytest.mark.parametrize("factor", [1e-30, 1e25])
 def test_tiny_and_huge_weights_keep_their_groups(backend: Backend, factor: float) -> None:
     groups = make_groups(torch.float32, backend)

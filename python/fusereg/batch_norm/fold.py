@@ -178,7 +178,8 @@ def _before(norm: Any, node: fx.Node, nodes: Nodes) -> nn.Module | str:
     if sum(not _reads_shape(user, before) for user in before.users) != 1 or len(given.users) != 1:
         return f"the result of the {name} before it is used elsewhere too"
     # fusereg's layers add a residual, as what they leave does.
-    more_args = ("residual",) if type(norm).__module__.startswith("fusereg.") else ()
+    ours = type(norm).__module__.startswith("fusereg.") and not is_timm_act(norm)
+    more_args = ("residual",) if ours else ()
     if len(node.args) > 1 + len(more_args) or not set(node.kwargs) <= set(more_args):
         more = ", ".join(node.kwargs) or f"{len(node.args)} arguments"
         return f"it is called with {more}"
@@ -276,7 +277,10 @@ def _left(norm: Any, source: nn.Module) -> nn.Module:
     """Return what a folded batch norm leaves in its place."""
     left: nn.Module
     if is_timm_act(norm):
-        left = nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act))
+        parts = OrderedDict(drop=norm.drop, act=norm.act)
+        if not isinstance(norm, nn.BatchNorm2d):
+            parts = OrderedDict(norm=Epilogue(None, 0.01, _DIMENSIONS[type(source)]), **parts)
+        left = nn.Sequential(parts)
     elif type(norm) in (nn.BatchNorm2d, nn.BatchNorm3d):
         left = nn.Identity()
     else:

@@ -10,8 +10,11 @@ from typing import Any
 from torch import nn
 
 _TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-#: By name, so as not to import timm: batch norm, then the children ``drop`` and ``act``.
-_TIMM = ("timm.layers.norm_act", "BatchNormAct2d")
+#: Batch norm, then the children ``drop`` and ``act``: by name, so as not to import timm.
+_WITH_CHILDREN = (
+    ("timm.layers.norm_act", "BatchNormAct2d"),
+    ("fusereg.batch_norm.sync", "SyncBatchNormAct"),
+)
 
 
 def original_class(layer: nn.Module) -> type[nn.Module]:
@@ -21,9 +24,9 @@ def original_class(layer: nn.Module) -> type[nn.Module]:
 
 
 def is_timm_act(layer: nn.Module) -> bool:
-    """Return whether this is timm's BatchNormAct2d, converted or not."""
+    """Return whether this is timm's BatchNormAct2d, converted, synchronized or neither."""
     cls = original_class(layer)
-    named = (cls.__module__, cls.__qualname__) == _TIMM
+    named = (cls.__module__, cls.__qualname__) in _WITH_CHILDREN
     return named and {"drop", "act"} <= layer._modules.keys()
 
 

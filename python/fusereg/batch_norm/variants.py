@@ -129,12 +129,6 @@ class BatchRenorm(AnyDimension):
         if not self.d_max >= 0.0:
             raise ValueError(f"fusereg.nn.BatchRenorm: d_max must be at least 0, got {self.d_max}")
 
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
-    ) -> Tensor:
-        """Renormalize the input, add the residual, apply activation and dropout."""
-        return self._normalized(input, residual, mask, self)
-
     def _normalized(
         self,
         input: Tensor,
@@ -248,7 +242,8 @@ class FrozenBatchNorm(Layer):
                 "fusereg.nn.FrozenBatchNorm: the layer has no running statistics to freeze"
             )
         epilogue = known.epilogue_of(layer)
-        if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if any(getattr(layer, name) for name in hooks) or "forward" in vars(layer):
             reason = "hooks, or a forward that is set on the object"
         elif epilogue is None:
             reason = f"an activation or a dropout of its own ({layer.drop}, {layer.act})"

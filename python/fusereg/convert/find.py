@@ -110,7 +110,7 @@ class Finder:
             if len(node.users) != 1 or len(node.all_input_nodes) != 1 or self._begins(layer):
                 continue
             (user,) = node.users
-            if user in taken or not self._could_follow(user, node):
+            if user in taken or self._follower(user, node) is None:
                 continue
             then = str(user.target) if user.op == "call_module" else _bare_name(user)
             said = f"{node.target} ({type(layer).__name__})"
@@ -125,9 +125,6 @@ class Finder:
     def _begins(self, layer: nn.Module | None) -> bool:
         """Return whether a layer can begin a chain."""
         return layer is not None and (type(layer) in _chain.NORMS or _chain.is_dropout(layer))
-
-    def _could_follow(self, node: fx.Node, current: fx.Node) -> bool:
-        return self._follower(node, current) is not None
 
     def _layer(self, node: fx.Node) -> nn.Module | None:
         """Return the layer that a node calls, if any."""

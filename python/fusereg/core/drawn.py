@@ -138,6 +138,7 @@ class DrawnOperator(Operator):
             target: what is written: x itself to work in place, ``out``, or None for a new tensor.
             rows: how many leading dimensions have a draw of their own; 0: every element.
         """
+        checks.check_index_offset(constants[-1], op)
         if distributed.is_dtensor(x):
             *before, first = constants
             y = distributed.drawn(
@@ -154,5 +155,5 @@ class DrawnOperator(Operator):
         if not dispatch.direct(x):
             y = self.traced(x, random.traced_state(x, source, op), *constants)
             return y if target is None else target.copy_(y)
-        checks.check_index_offset(constants[-1], op)
-        return self.to(target, x, random.eager_state(x, source, op), *constants, op)
+        args = (x, random.eager_state(x, source, op), *constants, op)
+        return self.eager(*args) if target is None else self.to(target, *args)

@@ -12,7 +12,9 @@ fake tensors, what backward keeps, and the gradient. From these are made
 - the autograd function with a ``vmap`` rule that torch.func transforms need.
 
 A gradient calls other operators, and each call takes the path that its surroundings want. So one
-formula serves all three, and derivatives of any order.
+formula serves all three, and derivatives of any order. An operation whose gradient is another
+kernel has the same formula in torch's operations besides, ``by_parts``, from which its further
+derivatives come.
 """
 
 from __future__ import annotations
@@ -185,17 +187,16 @@ def gradients(
         grads: the gradient of each result, or None.
         of_all: whether those of tensors that require none are wanted as well.
     """
+
+    def apart(t: Tensor | None) -> Tensor | None:
+        # One tensor may have been computed from another, and its gradient here is not to contain
+        # what comes by that way.
+        if t is None or not t.is_floating_point():
+            return t
+        return t.view_as(t) if t.requires_grad else t.detach().requires_grad_(of_all)
+
     with torch.enable_grad():
-        # Tensors of their own: one may have been computed from another, whose gradient here is
-        # not to contain what comes by that way.
-        own = [
-            t
-            if t is None or not t.is_floating_point()
-            else t.view_as(t)
-            if t.requires_grad
-            else t.detach().requires_grad_(of_all)
-            for t in tensors
-        ]
+        own = [apart(t) for t in tensors]
         asked = [t for t in own if t is not None and t.requires_grad]
         if not asked:
             return [None] * len(own)

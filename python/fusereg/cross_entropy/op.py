@@ -84,25 +84,15 @@ def _forward(
     return loss, statistics
 
 
-def _by_parts(
-    x: Tensor,
-    target: Tensor,
-    other: Tensor | None,
-    share: Tensor | None,
-    weight: Tensor | None,
-    smoothing: float,
-    ignore_index: int,
-    reduction: int,
-    wide: bool,
-    _overwrite: bool,
-) -> tuple[Tensor, None]:
+def _by_parts(x: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, None]:
     """Return the loss by torch's function; of mixed labels, by one call for each part."""
+    other, share, weight, smoothing, ignore_index, reduction, wide, _ = rest
     dtype = compute_dtype(x.dtype)
     logits = x.to(dtype)
     options: Any = {"label_smoothing": smoothing}
     if not target.is_floating_point():
         options["ignore_index"] = ignore_index
-    if other is None or share is None:
+    if other is None:
         target = target.to(dtype) if target.is_floating_point() else target
         name = next(name for name, number in REDUCTIONS.items() if number == reduction)
         loss = cross_entropy_of_torch(logits, target, weight, reduction=name, **options)
@@ -172,9 +162,7 @@ def _gradient_by_parts(grad: Tensor, x: Tensor, *rest: Any) -> Tensor | None:
     tensors, constants = rest[:4], rest[5:]  # without the statistics
 
     def formula(x: Tensor) -> Tensor:
-        by_parts: Any = _by_parts
-        loss: Tensor = by_parts(x, *tensors, *constants, False, False)[0]
-        return loss.to(grad.dtype)
+        return _by_parts(x, *tensors, *constants, False, False)[0].to(grad.dtype)
 
     return gradients(formula, [x], [grad])[0]
 

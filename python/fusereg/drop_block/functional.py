@@ -77,12 +77,12 @@ def drop_block2d(
         )
     if inplace:
         checks.check_in_place(x, OP)
+    checks.check_index_offset(index_offset, OP)
     source = Source(seed, generator)
     constants = (p, block_size, index_offset)
     if not dispatch.direct(x):
         y: Tensor = drop.traced(x, random.traced_state(x, source, OP), *constants)[0]
         return x.copy_(y) if inplace else y
-    checks.check_index_offset(index_offset, OP)
     args = (x, random.eager_state(x, source, OP), *constants)
     if inplace:
         return drop.in_place(*args)

@@ -116,8 +116,12 @@ def prepared(
     if torch.is_autocast_enabled(device):
         # Backward runs outside of autocast: the casts are made, and differentiated, out here.
         dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+
+        def cast(t: Tensor) -> Tensor:
+            wide = t.dtype is torch.float64  # which autocast leaves alone
+            return t if wide or not t.is_floating_point() else t.to(dtype)
+
+        x, weight, bias = cast(x), cast(weight), None if bias is None else cast(bias)
     return x, weight, bias, (random.eager_state(weight, source, op), p, False, 0, 0, op)
 
 

@@ -22,11 +22,9 @@ _MORE_ARGUMENTS = """
 """
 _DROPOUT_ARGUMENTS = """
         training: whether to drop at all.
-        seed: an integer that determines the mask, or an int64 tensor (seed, offset) on x's device,
-            which is read by the kernel. Default: a new state from ``generator``.
-        generator: the torch.Generator to draw from; torch's default one if not given.
-        index_offset: what is added to every index, so that a shard of a larger tensor gets its part
-            of the whole tensor's mask under one ``seed``.
+        seed: as in :func:`dropout`.
+        generator: as in :func:`dropout`.
+        index_offset: as in :func:`dropout`.
         return_sum: whether to return s as well, for networks that normalize first and add later
             (pre-norm): s is the next residual. Its gradient is added in backward.
 """

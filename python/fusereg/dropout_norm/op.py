@@ -49,20 +49,9 @@ def _normalized(s: Tensor, weight: Tensor | None, eps: float, rms: bool) -> Tens
     return y if weight is None else y * weight.to(y.dtype)
 
 
-def _by_parts(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Any,
-    p: float,
-    eps: float,
-    rms: bool,
-    index_offset: int,
-    _keep: bool,
-    *op: str,
-) -> tuple[Tensor, Tensor, None]:
+def _by_parts(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, None]:
     """Return y and the sum, step by step with the same mask, in the kernels' dtype."""
+    weight, bias, seed, p, eps, rms, index_offset, _, *op = rest
     compute = compute_dtype(x.dtype)
     s = x.to(compute).contiguous()
     if p:
@@ -76,19 +65,9 @@ def _by_parts(
 
 
 def _gradients_by_parts(
-    grad: Tensor,
-    grad_sum: Tensor | None,
-    total: Tensor,
-    _statistics: Tensor,
-    weight: Tensor | None,
-    seed: Any,
-    p: float,
-    eps: float,
-    rms: bool,
-    index_offset: int,
-    wanted: Sequence[bool],
-    *op: str,
+    grad: Tensor, grad_sum: Tensor | None, total: Tensor, *rest: Any
 ) -> _Gradients:
+    _, weight, seed, p, eps, rms, index_offset, wanted, *op = rest
     wide = grad.to(compute_dtype(grad.dtype))
     s = total.to(wide.dtype)
     vector = None if weight is None else weight.to(wide.dtype)
@@ -305,8 +284,7 @@ def _check(
         raise ValueError(
             f"fusereg.{op}: bias must have weight's dtype {weight.dtype}, got {bias.dtype}"
         )
-    if not torch.compiler.is_compiling():
-        checks.check_index_offset(index_offset, op)
+    checks.check_index_offset(index_offset, op)
 
 
 def dropout_norm(

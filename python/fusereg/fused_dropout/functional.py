@@ -196,6 +196,7 @@ def activation_dropout(
             "x requires one; use inplace=False, or relu"
         )
     p = p if training else 0.0
+    checks.check_index_offset(index_offset, op)
     source = Source(seed, generator)
     if not dispatch.direct(x):
         if p:
@@ -204,7 +205,6 @@ def activation_dropout(
         else:
             y = ops.activate_by_parts(x, None, p, activation, index_offset)
         return y if target is None else target.copy_(y)
-    checks.check_index_offset(index_offset, op)
     state = random.eager_state(x, source, op) if p else (0, 0)
     return ops.activate.to(target, x, state, p, activation, index_offset, op)
 
@@ -260,6 +260,7 @@ def _add(
     if target is not None:
         _check_others(target, others, inplace, op)
     p = p if training else 0.0
+    checks.check_index_offset(index_offset, op)
     source = Source(seed, generator)
     if not dispatch.direct(x, *others.values()):
         if p:
@@ -268,7 +269,6 @@ def _add(
         else:
             y = ops.add_by_parts(x, bias, residual, None, p, rows, index_offset)
         return y if target is None else target.copy_(y)
-    checks.check_index_offset(index_offset, op)
     if not p:
         rows = 0  # nothing is drawn: samples are elements
     state = random.eager_state(x, source, op) if p else (0, 0)

@@ -270,16 +270,8 @@ def _activate_gradient(ctx: Any, grad: Tensor, *given: Any) -> tuple[Tensor]:
     return (_activate_backward(grad, saved, *(seed or (state,)), *rest),)
 
 
-def _activate_gradient_by_parts(
-    grad: Tensor,
-    saved: Tensor,
-    seed: Any,
-    p: float,
-    activation: str,
-    index_offset: int,
-    stride: Any,
-    *op: str,
-) -> Tensor | None:
+def _activate_gradient_by_parts(grad: Tensor, saved: Tensor, *rest: Any) -> Tensor | None:
+    seed, p, activation, index_offset, stride, *op = rest
     if activation == "relu":
         return torch.where(saved > 0, _dropped(grad, seed, p, 0, index_offset, stride, *op), 0.0)
 

@@ -32,11 +32,9 @@ def gaussian_dropout(
             ``training=False`` return ``x`` itself.
         training: whether to add noise at all.
         inplace: write the result into ``x``.
-        seed: an integer that determines the noise, or an int64 tensor (seed, offset) on x's device,
-            which is read by the kernel. Default: a new state from ``generator``.
-        generator: the torch.Generator to draw from; torch's default one if not given.
-        index_offset: what is added to every index, so that a shard of a larger tensor gets its part
-            of the whole tensor's noise under one ``seed``.
+        seed: determines the noise, as the mask in :func:`dropout`.
+        generator: as in :func:`dropout`.
+        index_offset: as in :func:`dropout`.
 
     Nothing is kept for backward but the seed: the noise is drawn again. It is a function of seed,
     offset and index (the position in memory, as for :func:`dropout`) alone, the same bits on every

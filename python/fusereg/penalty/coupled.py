@@ -388,8 +388,10 @@ class _Value(torch.autograd.Function):
         if torch.is_grad_enabled():
             if sharded:
                 raise RuntimeError(f"fusereg.{op}: DTensors have no second derivatives of groups")
-            again = _formula(family, local, weights, l1)
-            wanted = [t for t in local if t.requires_grad]
+            # Tensors of their own: one may have been computed from another.
+            apart = [t.view_as(t) for t in local]
+            again = _formula(family, apart, weights, l1)
+            wanted = [t for t in apart if t.requires_grad]
             found = iter(torch.autograd.grad(again, wanted, scale, create_graph=True))
             return (None,) * 4 + tuple(next(found) if t.requires_grad else None for t in local)
         scale = scale.detach().double()
