@@ -12,6 +12,8 @@ import fusereg
 
 pytest.importorskip("torch_pruning")
 
+from fusereg.compact.probe import Range
+
 
 class Block(nn.Module):
     def __init__(self, last: Callable[[Tensor], Tensor]) -> None:
@@ -97,3 +99,38 @@ def test_what_cannot_be_carried_is_refused_in_words() -> None:
         fusereg.compact(net, x, optimizer=other)
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode\(\) has none"):
         fusereg.groups_of(net, x)
+
+
+class Masked(nn.Module):
+    """A network with a score that a mask has taken out; it may read a channel in a hidden way."""
+
+    def __init__(self, masked: float, hidden: bool) -> None:
+        super().__init__()
+        net, self.x = mlp()
+        self.first, self.last = net[0], net[2]
+        kill(self.first)
+        self.masked, self.hidden = masked, hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = torch.relu(self.first(x))
+        scores = self.last(features)
+        if self.hidden:
+            scores = scores + float(features.detach()[:, 5].sum())
+        return torch.cat([scores, torch.full_like(scores[:, :1], self.masked)], 1)
+
+
+@pytest.mark.parametrize("masked", [float("-inf"), float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_outputs_that_are_not_finite_hide_no_difference_of_the_others(
+    masked: float, hidden: bool
+) -> None:
+    net = Masked(masked, hidden)
+    small = fusereg.compact(net, net.x)
+    assert small.first.out_features == (8 if hidden else 5)
+    torch.testing.assert_close(small(net.x), net(net.x), equal_nan=True)
+
+
+def test_a_channel_that_is_infinite_at_times_is_not_constant() -> None:
+    inf = float("inf")
+    low, high = torch.tensor([-inf, 1.0, 1.0, inf, 2.0]), torch.tensor([5.0, inf, 1.0, inf, 3.0])
+    assert Range(low, high).constant().tolist() == [False, False, True, False, False]
