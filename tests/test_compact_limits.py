@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +129,41 @@ def test_outputs_that_are_not_finite_hide_no_difference_of_the_others(
     small = fusereg.compact(net, net.x)
     assert small.first.out_features == (8 if hidden else 5)
     torch.testing.assert_close(small(net.x), net(net.x), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("result", "width"),
+    [
+        (lambda scores, features: features.argmax(1), 8),
+        (lambda scores, features: features > 0, 8),
+        (lambda scores, features: torch.complex(features, features), 8),
+        (lambda scores, features: features.shape[1], 8),
+        (lambda scores, features: {"size": torch.tensor(features.shape[1])}, 8),
+        (lambda scores, features: (features > 0).sum(1), 8),
+        (lambda scores, features: scores.argmax(1), 5),
+        (lambda scores, features: torch.complex(scores, scores), 5),
+        (lambda scores, features: len(scores), 5),
+    ],
+)
+def test_results_that_are_no_real_numbers_stay_as_they_are(
+    result: Callable[[Tensor, Tensor], Any], width: int
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            net, self.x = mlp()
+            self.first, self.last = net[0], net[2]
+
+        def forward(self, x: Tensor) -> Any:
+            features = torch.relu(self.first(x))
+            scores = self.last(features)
+            return scores, result(scores, features)
+
+    net = Net()
+    kill(net.first)  # type: ignore[arg-type]
+    small = fusereg.compact(net, net.x)
+    assert small.first.out_features == width
+    torch.testing.assert_close(small(net.x), net(net.x))
 
 
 def test_a_channel_that_is_infinite_at_times_is_not_constant() -> None:

@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
     ways: tuple[Way, ...] = (Way(),)
 
     def call(self, model: nn.Module) -> list[Tensor]:
-        """Return the floating-point tensors of the model's results, in all ways.
+        """Return the numbers of the model's results, in all ways.
 
         Raises:
             RuntimeError: forward fails in training.
@@ -52,10 +52,10 @@ class Inputs(NamedTuple):
         return found
 
     def run(self, model: nn.Module, way: Way) -> tuple[list[Tensor], Running]:
-        """Return the floating-point tensors of the model's result in one way, and how it ran."""
+        """Return the numbers of the model's result in one way, and how it ran."""
         with running(model, way) as ran:
             leaves = pytree.tree_leaves(_plain(model(*self.args, **self.kwargs)))
-        return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()], ran
+        return [x for x in map(_numbers, leaves) if x is not None], ran
 
     def map(self, change: Any) -> Inputs:
         """Return the arguments with a function applied to each tensor."""
@@ -78,6 +78,15 @@ class Inputs(NamedTuple):
             return x.flatten()[order].view(x.shape)
 
         return self.map(change)
+
+
+def _numbers(leaf: Any) -> Tensor | None:
+    """Return a part of a result as floating-point numbers: indices, masks, spectra, sizes too."""
+    if isinstance(leaf, (bool, int, float)):
+        return torch.tensor(float(leaf), dtype=torch.float64, device="cpu")
+    if not isinstance(leaf, Tensor) or leaf.is_floating_point():
+        return leaf if isinstance(leaf, Tensor) else None
+    return torch.view_as_real(leaf.detach()) if leaf.is_complex() else leaf.double()
 
 
 def _plain(result: Any) -> Any:
