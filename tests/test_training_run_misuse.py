@@ -399,7 +399,7 @@ def test_two_weights_are_not_restored_into_one() -> None:
     stopper.step(1.0, epoch=0)
     net[1].weight = net[0].weight
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(ValueError, match="two weights as 0.weight and 1.weight of model, .* tied"):
+    with pytest.raises(ValueError, match=r"two weights as 0.weight and 1.weight of model, .* tied"):
         stopper.restore()
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
     stopper.step(0.5, epoch=1)  # tied ones into one, and into two

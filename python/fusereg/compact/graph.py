@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -54,8 +55,8 @@ class Inputs(NamedTuple):
     def run(self, model: nn.Module, way: Way) -> tuple[list[Tensor], Running]:
         """Return the numbers of the model's result in one way, and how it ran."""
         with running(model, way) as ran:
-            leaves = pytree.tree_leaves(_plain(model(*self.args, **self.kwargs)))
-        return [x for x in map(_numbers, leaves) if x is not None], ran
+            found = list(_numbers(model(*self.args, **self.kwargs)))
+        return found, ran
 
     def map(self, change: Any) -> Inputs:
         """Return the arguments with a function applied to each tensor."""
@@ -80,18 +81,20 @@ class Inputs(NamedTuple):
         return self.map(change)
 
 
-def _numbers(leaf: Any) -> Tensor | None:
-    """Return a part of a result as floating-point numbers: indices, masks, spectra, sizes too."""
-    if isinstance(leaf, (bool, int, float)):
-        return torch.tensor(float(leaf), dtype=torch.float64, device="cpu")
-    if not isinstance(leaf, Tensor) or leaf.is_floating_point():
-        return leaf if isinstance(leaf, Tensor) else None
-    return torch.view_as_real(leaf.detach()) if leaf.is_complex() else leaf.double()
+def _numbers(result: Any, depth: int = 3) -> Iterator[Tensor]:
+    """Return all in a result as floating-point numbers: indices, masks, spectra, sizes too.
 
-
-def _plain(result: Any) -> Any:
-    """Return a result as a tree that pytree knows; ModelOutput of transformers is a mapping."""
-    return dict(result) if isinstance(result, Mapping) else result
+    Mappings and objects are looked into, such as ModelOutput of transformers and dataclasses.
+    """
+    for leaf in pytree.tree_leaves(dict(result) if isinstance(result, Mapping) else result):
+        if isinstance(leaf, Tensor):
+            plain = torch.view_as_real(leaf.detach()) if leaf.is_complex() else leaf
+            yield plain if plain.is_floating_point() else plain.double()
+        elif isinstance(leaf, (bool, int, float)):
+            yield torch.tensor(float(leaf), dtype=torch.float64, device="cpu")
+        elif depth and not isinstance(leaf, (nn.Module, ModuleType, type)):
+            inside = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
+            yield from _numbers(dict(inside), depth - 1)
 
 
 def inputs_of(model: nn.Module, example_inputs: object, op: str) -> Inputs:
