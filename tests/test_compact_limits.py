@@ -175,3 +175,15 @@ def test_a_channel_that_is_infinite_at_times_is_not_constant() -> None:
     inf = float("inf")
     low, high = torch.tensor([-inf, 1.0, 1.0, inf, 2.0]), torch.tensor([5.0, inf, 1.0, inf, 3.0])
     assert Range(low, high).constant().tolist() == [False, False, True, False, False]
+
+
+def test_rich_shows_the_table() -> None:
+    console = pytest.importorskip("rich.console").Console(width=100)
+    net, x = mlp()
+    kill(net[0])  # type: ignore[arg-type]
+    table = fusereg.compact(net, x, dry_run=True)
+    with console.capture() as captured:
+        console.print(table)
+    shown = captured.get()
+    assert "8 -> 5" in shown
+    assert "of the operations" in shown
