@@ -17,6 +17,7 @@ from fusereg.bench.harness import (
     Accuracy,
     Options,
     command,
+    largest,
     layers,
     report,
 )
@@ -180,6 +181,35 @@ def test_the_check_sees_a_provider_that_does_nothing(mode: str, dtype: torch.dty
     }[mode]
     accuracy = check()
     assert not accuracy.error <= accuracy.tolerance
+
+
+@pytest.mark.parametrize("mode", list(penalty.MODES))
+def test_the_check_sees_a_nan_in_any_tensor_but_the_first(mode: str) -> None:
+    data = penalty._Data(parameter_shapes.Work("small", [(3, 4), (5,)]), mode, torch.float32, CPU)
+    value = torch.tensor(penalty._reference_value(data))
+
+    def spoil(tensors: Any) -> torch.Tensor:
+        tensors[-1][0] = math.nan
+        return value
+
+    accuracy = {
+        penalty.VALUE: lambda: penalty._check_value(data, lambda: value * math.nan),
+        penalty.VALUE_GRADIENT: lambda: penalty._check_value_gradient(
+            data, lambda: spoil(data.gradients)
+        ),
+        penalty.PROX: lambda: penalty._check_prox(data, lambda: spoil(data.detached)),
+    }[mode]()
+    assert math.isnan(accuracy.error)
+
+
+def test_the_largest_number_is_nan_if_one_is() -> None:
+    nan = math.nan
+    for values in ([nan, 1.0], [1.0, nan], [1.0, torch.tensor(nan), 2.0]):
+        assert math.isnan(largest(values))
+    assert largest([1.0, torch.tensor(3.0), 2.0]) == 3.0
+    assert largest([]) == 0.0
+    wanted = [torch.ones(3, dtype=torch.float64)] * 2
+    assert math.isnan(layers.relative_error([torch.ones(3), torch.full((3,), nan)], wanted))
 
 
 # --- the command ----------------------------------------------------------------------------------

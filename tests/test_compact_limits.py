@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from torch import Tensor, nn
 import fusereg
 
 pytest.importorskip("torch_pruning")
+
+from fusereg.compact.graph import _numbers
+from fusereg.compact.probe import Range
 
 
 class Block(nn.Module):
@@ -97,3 +102,88 @@ def test_what_cannot_be_carried_is_refused_in_words() -> None:
         fusereg.compact(net, x, optimizer=other)
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode\(\) has none"):
         fusereg.groups_of(net, x)
+
+
+class Masked(nn.Module):
+    """A network with a score that a mask has taken out; it may read a channel in a hidden way."""
+
+    def __init__(self, masked: float, hidden: bool) -> None:
+        super().__init__()
+        net, self.x = mlp()
+        self.first, self.last = net[0], net[2]
+        kill(self.first)
+        self.masked, self.hidden = masked, hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = torch.relu(self.first(x))
+        scores = self.last(features)
+        if self.hidden:
+            scores = scores + float(features.detach()[:, 5].sum())
+        return torch.cat([scores, torch.full_like(scores[:, :1], self.masked)], 1)
+
+
+@pytest.mark.parametrize("masked", [float("-inf"), float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_outputs_that_are_not_finite_hide_no_difference_of_the_others(
+    masked: float, hidden: bool
+) -> None:
+    net = Masked(masked, hidden)
+    small = fusereg.compact(net, net.x)
+    assert small.first.out_features == (8 if hidden else 5)
+    torch.testing.assert_close(small(net.x), net(net.x), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("result", "width"),
+    [
+        (lambda scores, features: features.argmax(1), 8),
+        (lambda scores, features: features > 0, 8),
+        (lambda scores, features: torch.complex(features, features), 8),
+        (lambda scores, features: features.shape[1], 8),
+        (lambda scores, features: {"size": torch.tensor(features.shape[1])}, 8),
+        (lambda scores, features: SimpleNamespace(features=[features]), 8),
+        (lambda scores, features: SimpleNamespace(scores=[scores], name="net"), 5),
+        (lambda scores, features: (features > 0).sum(1), 8),
+        (lambda scores, features: scores.argmax(1), 5),
+        (lambda scores, features: torch.complex(scores, scores), 5),
+        (lambda scores, features: len(scores), 5),
+    ],
+)
+def test_results_that_are_no_real_numbers_stay_as_they_are(
+    result: Callable[[Tensor, Tensor], Any], width: int
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            net, self.x = mlp()
+            self.first, self.last = net[0], net[2]
+
+        def forward(self, x: Tensor) -> Any:
+            features = torch.relu(self.first(x))
+            scores = self.last(features)
+            return scores, result(scores, features)
+
+    net = Net()
+    kill(net.first)  # type: ignore[arg-type]
+    small = fusereg.compact(net, net.x)
+    assert small.first.out_features == width
+    wanted, got = (list(_numbers(model(net.x))) for model in (net, small))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_a_channel_that_is_infinite_at_times_is_not_constant() -> None:
+    inf = float("inf")
+    low, high = torch.tensor([-inf, 1.0, 1.0, inf, 2.0]), torch.tensor([5.0, inf, 1.0, inf, 3.0])
+    assert Range(low, high).constant().tolist() == [False, False, True, False, False]
+
+
+def test_rich_shows_the_table() -> None:
+    console = pytest.importorskip("rich.console").Console(width=100)
+    net, x = mlp()
+    kill(net[0])  # type: ignore[arg-type]
+    table = fusereg.compact(net, x, dry_run=True)
+    with console.capture() as captured:
+        console.print(table)
+    shown = captured.get()
+    assert "8 -> 5" in shown
+    assert "of the operations" in shown

@@ -326,7 +326,7 @@ def test_the_best_and_the_last_are_kept(tmp_path: Path) -> None:
     again, other = counted(tmp_path, keep_best=2, mode="max")
     assert float(other.weight.detach()) == 4.0
     assert again.best == run.best
-    with pytest.raises(ValueError, match='which must be "best" or "last"'):
+    with pytest.raises(ValueError, match='which must be one of "best", "last"'):
         again.restore("worst")  # type: ignore[arg-type]
 
 

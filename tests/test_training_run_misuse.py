@@ -340,6 +340,12 @@ def _two_layers(width: int = 3, norm: bool = False) -> nn.Module:
     return nn.Sequential(nn.Linear(2, width), middle, nn.Linear(width, 1))
 
 
+def _normed() -> nn.Module:
+    net = _two_layers()
+    nn.utils.parametrizations.weight_norm(net[0])  # type: ignore[index]  # may load older names
+    return net
+
+
 @pytest.mark.parametrize(
     ("other", "words"),
     [
@@ -350,10 +356,11 @@ def _two_layers(width: int = 3, norm: bool = False) -> nn.Module:
             r"lacks 1.weight, 1.bias, 1.running_mean, \.\.\. of model",
         ),
         (lambda: _two_layers(4), r"has model's 0.weight with shape \(3, 2\), wanted \(4, 2\)"),
+        (lambda: _normed(), "lacks 0.parametrizations.weight.original0, .* also has 0.weight of"),
     ],
 )
 @pytest.mark.parametrize("how", ["run", "stopper"])
-@pytest.mark.filterwarnings("ignore:fusereg.EarlyStopping: the folder holds")
+@pytest.mark.filterwarnings("ignore:.*the folder holds the records")
 def test_a_state_of_another_architecture_is_refused_before_anything_changes(
     tmp_path: Path, how: str, other: Callable[[], nn.Module], words: str
 ) -> None:
@@ -384,6 +391,21 @@ def test_a_state_of_another_architecture_is_refused_before_anything_changes(
         resume(*things)
     for thing, state in zip(things, before, strict=True):
         torch.testing.assert_close(thing.state_dict(), state, rtol=0, atol=0)
+
+
+def test_two_weights_are_not_restored_into_one() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    stopper = EarlyStopping(net, patience=3)
+    stopper.step(1.0, epoch=0)
+    net[1].weight = net[0].weight
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=r"two weights as 0.weight and 1.weight of model, .* tied"):
+        stopper.restore()
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    stopper.step(0.5, epoch=1)  # tied ones into one, and into two
+    net[1].weight = nn.Parameter(torch.zeros(3, 3))
+    assert stopper.restore() == 1
+    assert torch.equal(net[1].weight, net[0].weight)
 
 
 class _Renaming(nn.Linear):

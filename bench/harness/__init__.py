@@ -12,6 +12,7 @@ from .cases import (
     Row,
     Settings,
     Workload,
+    largest,
 )
 from .running import Interrupted, run_case, run_cases
 from .timers import Call
@@ -30,6 +31,7 @@ __all__ = [
     "Row",
     "Settings",
     "Workload",
+    "largest",
     "run_case",
     "run_cases",
 ]

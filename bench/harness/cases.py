@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -56,6 +56,15 @@ class Accuracy:
     error: float
     tolerance: float
     what: str = "result"
+
+
+def largest(values: Iterable[Any]) -> float:
+    """Return the largest of these numbers or 0-d tensors; NaN, which max() may pass over, if any.
+
+    0 without numbers.
+    """
+    found = [float(value) for value in values]
+    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
 
 
 @dataclass(frozen=True)

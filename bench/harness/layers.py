@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .cases import EAGER, Accuracy, Case, Options, Provider, Workload
+from .cases import EAGER, Accuracy, Case, Options, Provider, Workload, largest
 from .timers import Call
 
 FORWARD = "forward"
@@ -262,4 +262,4 @@ def check_kept(
 def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """Return the largest difference of any pair, relative to the largest wanted element."""
     pairs = zip(found, wanted, strict=True)
-    return max(float((f.double() - w).abs().max() / w.abs().max()) for f, w in pairs)
+    return largest((f.double() - w).abs().max() / w.abs().max() for f, w in pairs)

@@ -28,7 +28,7 @@ from torch import Tensor
 from fusereg import functional as F
 from fusereg.augment import MixedLabels
 
-from ..harness import Accuracy, Call, Case, Options, Workload
+from ..harness import Accuracy, Call, Case, Options, Workload, largest
 from ..harness.layers import BOTH, Work, layer_cases, providers, results, timed
 
 SMOOTHING = 0.1
@@ -101,5 +101,5 @@ def _check(x: Tensor, loss: Loss, call: Call) -> Accuracy:
     if gradients:
         (wanted,) = torch.autograd.grad(reference, exact)
         worst = (gradients[0].double() - wanted).abs().max() / wanted.abs().max()
-        error = max(error, float(worst))
+        error = largest([error, worst])
     return Accuracy(error, tolerance, "loss and gradient")

@@ -30,7 +30,7 @@ from torch.nn import functional as torch_F
 
 from fusereg import functional as F
 
-from ..harness import Accuracy, Call, Case, Options, Workload
+from ..harness import Accuracy, Call, Case, Options, Workload, largest
 from ..harness.layers import (
     BOTH,
     FORWARD,
@@ -158,5 +158,5 @@ def _check(op: str, tensors: tuple[Tensor, Tensor, Tensor], call: Call) -> Accur
     if len(gradients) == 3:
         count = kept.double().sum(0) / (1 - P)
         off = (gradients[2].double() - count).abs() / count.clamp_min(1.0)
-        error = max(error, float(off.max()))
+        error = largest([error, off.max()])
     return Accuracy(error, tolerance, "kept elements")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fusereg import functional as F
 
-from ..harness import Accuracy, Call, Case, Options, Workload
+from ..harness import Accuracy, Call, Case, Options, Workload, largest
 from ..harness.layers import BOTH, FORWARD, P, Work, layer_cases, providers, results, timed
 
 OP = "gaussian_dropout"
@@ -66,5 +66,5 @@ def _check(x: Tensor, call: Call) -> Accuracy:
     if gradients and not torch.equal(gradients[0], y):
         return Accuracy(math.inf, tolerance, "gradient's noise")
     noise = y.double() - 1
-    error = max(abs(float(noise.mean())), abs(float(noise.std()) - STRENGTH)) / STRENGTH
+    error = largest([noise.mean().abs(), (noise.std() - STRENGTH).abs()]) / STRENGTH
     return Accuracy(error, tolerance, "mean and deviation")

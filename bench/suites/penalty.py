@@ -39,7 +39,7 @@ import torch
 import fusereg
 from fusereg.core.groups import CoupledChannels, Groups, Member
 
-from ..harness import EAGER, Accuracy, Call, Case, Options, Provider, Workload
+from ..harness import EAGER, Accuracy, Call, Case, Options, Provider, Workload, largest
 from ..harness.layers import compiled as by_compiler
 from ..harness.layers import tolerances
 from ..harness.shapes import Work, gpt2_small, list_cases, resnet50, resnet50_channels, works
@@ -376,23 +376,24 @@ def _check_value_gradient(data: _Data, call: Call) -> Accuracy:
     for gradient in data.gradients:
         gradient.zero_()
     value_error = _value_error(call(), _reference_value(data))
-    worst, scale = 0.0, L1 + L2 * 0.05
+    differences, scale = [], L1 + L2 * 0.05
     for parameter, gradient in zip(data.detached, data.gradients, strict=True):
         for weights, gradients in zip(_chunks(parameter), _chunks(gradient), strict=True):
             w = weights.double()
             difference = (gradients.double() - (L1 * w.sign() + L2 * w)).abs().max()
-            worst = max(worst, float(difference) / scale)
+            differences.append(float(difference) / scale)
     # The worse of the two by its own tolerance.
-    dtype = data.dtype
-    if not value_error / _VALUE_TOLERANCE[dtype] <= worst / _ELEMENT_TOLERANCE[dtype]:
-        return Accuracy(value_error, _VALUE_TOLERANCE[dtype], "value")
-    return Accuracy(worst, _ELEMENT_TOLERANCE[dtype], "gradient")
+    dtype, worst = data.dtype, largest(differences)
+    share = value_error / _VALUE_TOLERANCE[dtype]
+    if math.isnan(worst) or share <= worst / _ELEMENT_TOLERANCE[dtype]:
+        return Accuracy(worst, _ELEMENT_TOLERANCE[dtype], "gradient")
+    return Accuracy(value_error, _VALUE_TOLERANCE[dtype], "value")
 
 
 def _check_prox(data: _Data, call: Call) -> Accuracy:
     before = [parameter.clone() for parameter in data.detached]
     call()
-    worst = 0.0
+    errors = []
     for old, new in zip(before, data.detached, strict=True):
         for was, now in zip(_chunks(old), _chunks(new), strict=True):
             w = was.double()
@@ -400,8 +401,8 @@ def _check_prox(data: _Data, call: Call) -> Accuracy:
             # Relative to |w| + threshold: weights below the threshold then show a call that did
             # nothing even where the dtype is too coarse for the others to move.
             relative = (now.double() - expected).abs() / (w.abs() + THRESHOLD)
-            worst = max(worst, float(relative.max()))
-    return Accuracy(worst, _ELEMENT_TOLERANCE[data.dtype], "result")
+            errors.append(float(relative.max()))
+    return Accuracy(largest(errors), _ELEMENT_TOLERANCE[data.dtype], "result")
 
 
 def _check_groups(data: _Data, call: Call) -> Accuracy:
@@ -413,5 +414,5 @@ def _check_groups(data: _Data, call: Call) -> Accuracy:
         sets = [[i] for writers in sets for i in writers]
     _group_steps(wanted, THRESHOLD, sets)
     found = [parameter.double() for parameter in data.detached]
-    worst = max(float((f - w).abs().max()) for f, w in zip(found, wanted, strict=True))
+    worst = largest((f - w).abs().max() for f, w in zip(found, wanted, strict=True))
     return Accuracy(worst / scale, _ELEMENT_TOLERANCE[data.dtype], "result")

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ class Inputs(NamedTuple):
     ways: tuple[Way, ...] = (Way(),)
 
     def call(self, model: nn.Module) -> list[Tensor]:
-        """Return the floating-point tensors of the model's results, in all ways.
+        """Return the numbers of the model's results, in all ways.
 
         Raises:
             RuntimeError: forward fails in training.
@@ -52,10 +53,10 @@ class Inputs(NamedTuple):
         return found
 
     def run(self, model: nn.Module, way: Way) -> tuple[list[Tensor], Running]:
-        """Return the floating-point tensors of the model's result in one way, and how it ran."""
+        """Return the numbers of the model's result in one way, and how it ran."""
         with running(model, way) as ran:
-            leaves = pytree.tree_leaves(_plain(model(*self.args, **self.kwargs)))
-        return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()], ran
+            found = list(_numbers(model(*self.args, **self.kwargs)))
+        return found, ran
 
     def map(self, change: Any) -> Inputs:
         """Return the arguments with a function applied to each tensor."""
@@ -80,9 +81,20 @@ class Inputs(NamedTuple):
         return self.map(change)
 
 
-def _plain(result: Any) -> Any:
-    """Return a result as a tree that pytree knows; ModelOutput of transformers is a mapping."""
-    return dict(result) if isinstance(result, Mapping) else result
+def _numbers(result: Any, depth: int = 3) -> Iterator[Tensor]:
+    """Return all in a result as floating-point numbers: indices, masks, spectra, sizes too.
+
+    Mappings and objects are looked into, such as ModelOutput of transformers and dataclasses.
+    """
+    for leaf in pytree.tree_leaves(dict(result) if isinstance(result, Mapping) else result):
+        if isinstance(leaf, Tensor):
+            plain = torch.view_as_real(leaf.detach()) if leaf.is_complex() else leaf
+            yield plain if plain.is_floating_point() else plain.double()
+        elif isinstance(leaf, (bool, int, float)):
+            yield torch.tensor(float(leaf), dtype=torch.float64, device="cpu")
+        elif depth and not isinstance(leaf, (nn.Module, ModuleType, type)):
+            inside = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
+            yield from _numbers(dict(inside), depth - 1)
 
 
 def inputs_of(model: nn.Module, example_inputs: object, op: str) -> Inputs:

@@ -90,8 +90,10 @@ class Range(NamedTuple):
     high: Tensor
 
     def constant(self) -> Tensor:
-        """Return which channels had one value only, up to rounding."""
-        return self.high - self.low <= 1e-13 * (self.high.abs() + self.low.abs() + 1e-100)
+        """Return which channels had one finite value only, up to rounding."""
+        spread = self.high - self.low
+        same = spread <= 1e-13 * (self.high.abs() + self.low.abs() + 1e-100)
+        return same & spread.isfinite()
 
 
 def norms_of(model: nn.Module, found: Set) -> list[Part]:
@@ -200,14 +202,20 @@ def scramble(model: nn.Module, parts: Iterable[Part], removed: Tensor, seed: int
 
 
 def differ(got: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> float | None:
-    """Return the largest difference relative to the size if it is above the tolerance."""
+    """Return the largest difference relative to the size if it is above the tolerance.
+
+    Infinities and NaN, such as the logits of a mask, differ from all but their like, and have no
+    part in the size.
+    """
     if [x.shape for x in got] != [x.shape for x in wanted]:
         return float("inf")
     worst = 0.0
     for x, y in zip(got, wanted, strict=True):
         if x.numel():
-            off = (x - y).abs().nan_to_num(float("inf")).max() / y.abs().max().clamp_min(1e-300)
-            worst = max(worst, float(off.nan_to_num(0.0, posinf=float("inf"))))
+            alike = (x == y) | (x.isnan() & y.isnan())
+            off = (x - y).abs().nan_to_num(float("inf")).masked_fill(alike, 0.0).max()
+            size = torch.where(y.isfinite(), y, 0.0).abs().max().clamp_min(1e-300)
+            worst = max(worst, float(off / size))
     return worst if worst > tolerance else None
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..core import screen
 from .find import Found
 from .parts import CONV
 from .plan import Decision
@@ -82,15 +83,9 @@ class Table(Sequence[Row]):
 
     def __rich__(self) -> Any:
         """Return the table for ``rich.print``."""
-        from rich import box
-        from rich.table import Table as RichTable
-
-        table = RichTable(box=box.SIMPLE, caption=self._last(), caption_justify="left")
-        for head in _HEADS:
-            table.add_column(head, justify="left" if head in ("layer", "why") else "right")
-        for cells in self._cells():
-            table.add_row(*cells)
-        return table
+        made = screen.table(_HEADS, self._cells(), caption=self._last(), caption_justify="left")
+        made.columns[-1].justify = "left"
+        return made
 
 
 _HEADS = ("layer", "reads", "writes", "parameters", "multiply-adds", "why")

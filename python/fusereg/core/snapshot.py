@@ -391,7 +391,7 @@ def _check_fit(module: nn.Module, state: Mapping[str, Any], where: str, name: st
         "lacks": [key for key in present if key not in state],
         "also has": [key for key in state if key not in present],
     }
-    if any(keys.values()) and not _loads_its_own_way(module):
+    if any(keys.values()) and not _takes(module, state):
         parts = [
             f"{verb} {', '.join(k[:3])}{', ...' * (len(k) > 3)}" for verb, k in keys.items() if k
         ]
@@ -409,16 +409,35 @@ def _check_fit(module: nn.Module, state: Mapping[str, Any], where: str, name: st
                 f"{where} has {name}'s {key} with shape {tuple(kept.shape)}, wanted "
                 f"{tuple(own.shape)}"
             )
+    first: dict[int, str] = {}
+    for key, parameter in module.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), key)
+        a, b = state.get(other), state.get(key)
+        if a is not b and isinstance(a, Tensor) and isinstance(b, Tensor) and not torch.equal(a, b):
+            raise ValueError(
+                f"{where} has two weights as {other} and {key} of {name}, which are tied now"
+            )
 
 
-def _loads_its_own_way(module: nn.Module) -> bool:
-    """Return whether a module may load a state that has other names than its own."""
-    return any(
+def _takes(module: nn.Module, state: Mapping[str, Any]) -> bool:
+    """Return whether a module takes a state that has other names than its own."""
+    own_way = any(
         m._load_state_dict_pre_hooks
         or type(m).load_state_dict is not nn.Module.load_state_dict
         or not type(m)._load_from_state_dict.__module__.startswith(("torch.nn.", "fusereg."))
         for m in module.modules()
     )
+    if not own_way:
+        return False
+    try:
+        probe = copy.deepcopy(module)  # as a module that refuses a state may have taken a part
+    except Exception:
+        return True  # its own load_state_dict tells what is wrong
+    try:
+        probe.load_state_dict(release(state, {}, copying=False))
+    except RuntimeError:
+        return False
+    return True
 
 
 def fingerprint(module: nn.Module) -> str:

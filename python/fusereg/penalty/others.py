@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -42,7 +43,8 @@ def activity_penalty(x: Tensor, l1: float = 0.0, l2: float = 0.0) -> Tensor:
     if x.dim() == 0:
         raise ValueError(f"fusereg.{op}: x must have at least 1 dimension, got 0")
     for name, strength in (("l1", l1), ("l2", l2)):
-        check_number(strength, f"fusereg.{op}: {name}")
+        if not isinstance(strength, (int, float)) or not 0.0 <= strength < math.inf:
+            check_number(strength, f"fusereg.{op}: {name}")
     return elastic_net_penalty([x], l1, 2 * l2) / max(x.shape[0], 1)
 
 

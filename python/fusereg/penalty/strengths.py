@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from .. import _C
 from ..core import checks, dispatch
 from ..core import params as _params
-from ..core.arguments import check_type
 
 Strength: TypeAlias = float | Sequence[float]
 
@@ -106,8 +105,9 @@ def listed(tensors: list[Tensor], s: Strengths) -> Listed:
 
 def check_dim(op: str, dim: object, name: str = "dim") -> int:
     """Raise if the dimension of the groups is not an integer."""
-    check_type(dim, int, f"fusereg.{op}: {name}", "an int")
-    return cast(int, dim)
+    if not isinstance(dim, int):
+        raise TypeError(f"fusereg.{op}: {name} must be an int, got {type(dim).__name__}")
+    return dim
 
 
 def dimension_of(tensor: Tensor, dim: int, where: str, name: str) -> int:

@@ -88,9 +88,10 @@ class WeightPenalty:
 
     Args:
         model: the module whose parameters are penalized. Parameters are looked up now; after
-            replacing some (``fully_shard``, ``load_state_dict(assign=True)``, new layers), call
-            :meth:`refresh`; until then using the penalty is an error. Tied parameters count once,
-            under the first of their names. Names are those inside ``torch.compile``,
+            replacing some (``fully_shard``, ``load_state_dict(assign=True)``, other layers), call
+            :meth:`refresh`; until then using the penalty is an error. Layers that are added are
+            penalized from the next ``refresh`` on. Tied parameters count once, under the first of
+            their names. Names are those inside ``torch.compile``,
             ``DistributedDataParallel``, ``DataParallel`` and ``AveragedModel``; patterns match the
             names with them, too, and for a parametrized layer the name of the weight that is
             computed.

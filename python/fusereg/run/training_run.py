@@ -554,8 +554,7 @@ class TrainingRun:
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        if which not in ("best", "last"):
-            raise ValueError(f'{OP}.restore: which must be "best" or "last", got {which!r}')
+        check_choice(which, ("best", "last"), f"{OP}.restore: which")
         entry = self._last if which == "last" else next(iter(self._best), None)
         if entry is None:
             why = "none has been saved yet"
