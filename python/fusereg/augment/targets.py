@@ -470,13 +470,13 @@ class Targets:
 
     def _move_boxes(self, leaves: list[Leaf], alone: AugmentParams) -> None:
         """Move boxes to boxes around them, cut unless clamping_mode is None; or their corners."""
-        alike: dict[tuple[str, bool], list[Leaf]] = {}
+        alike: dict[tuple[str, bool, torch.dtype, torch.device], list[Leaf]] = {}
         for leaf in leaves:
             # Older torchvisions have no clamping_mode, and always cut.
             clip = getattr(leaf.value, "clamping_mode", "soft") is not None
-            kind = (str(leaf.value.format.value), clip)
+            kind = (str(leaf.value.format.value), clip, leaf.value.dtype, leaf.value.device)
             alike.setdefault(kind, []).append(leaf)
-        for (name, clip), group in alike.items():
+        for (name, clip, *_), group in alike.items():
             counts = [len(leaf.value) for leaf in group]
             rows = torch.tensor([leaf.sample for leaf in group], device="cpu").repeat_interleave(
                 torch.tensor(counts, device="cpu")
