@@ -298,12 +298,28 @@ class Targets:
             return ""
         if named:
             return "is a plain tensor or array of places, by its key"
-        rest = tuple(shape[1:])
+        rest = tuple(shape) if self._is_of_one(leaf, shape) else tuple(shape[1:])
         if len(rest) > 1:
             return f"is a plain tensor or array of shape {tuple(shape)}"
         if len(rest) == 1 and rest[0] > 1 and not are_probabilities(value, rest[0]):
             return f"is a plain tensor or array of shape {tuple(shape)}, and no probabilities"
         return ""
+
+    def _is_of_one(self, leaf: Leaf, shape: Sequence[int]) -> bool:
+        """Return whether a value is of one image as a whole, and has no rows of samples or boxes.
+
+        Vectors of numbers beside boxes, or of labels by their key, are taken for rows.
+        """
+        if leaf.sample is None:
+            return False
+        beside = [
+            x.value
+            for x in self.leaves
+            if x.group == leaf.group and x.kind in ("BoundingBoxes", "KeyPoints", "Mask")
+        ]
+        if len(shape) < 2:
+            return not beside and is_named_as_label(leaf.key) is None
+        return shape[0] not in {len(v) for v in beside if v.dim() > 2 or kind_of(v) != "Mask"}
 
     # --- a pass ---
 
