@@ -318,7 +318,8 @@ class Targets:
             if x.group == leaf.group and x.kind in ("BoundingBoxes", "KeyPoints", "Mask")
         ]
         if len(shape) < 2:
-            return not beside and is_named_as_label(leaf.key) is None
+            named = leaf.key in self.rules.rows or is_named_as_label(leaf.key) is not None
+            return not (beside or named)
         return shape[0] not in {len(v) for v in beside if v.dim() > 2 or kind_of(v) != "Mask"}
 
     # --- a pass ---
