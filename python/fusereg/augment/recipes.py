@@ -381,7 +381,7 @@ def simclr(
     Args:
         size: of the result.
         train: the recipe of training, or that of evaluation.
-        strength: of the jitter; 0.5 for CIFAR-10.
+        strength: of the jitter, at most 2.5; 0.5 for CIFAR-10.
         scale: the cropped share of the area.
         hflip: the probability of a horizontal flip.
         blur: of a Gaussian blur: a kernel of a tenth of the side, sigma from 0.1 to 2. BYOL's
