@@ -113,3 +113,43 @@ def test_samples_in_other_forms_are_told_where_they_go() -> None:
     clips = [(tv().Video(torch.zeros(t, 3, H, W)), t) for t in (3, 4)]
     with pytest.raises(ValueError, match="one number of frames, got 3, and 4 of sample 1"):
         flip.collate(clips)
+
+
+def test_boxes_keep_their_dtype_whatever_the_others_of_the_batch_have() -> None:
+    dtypes = (torch.float32, torch.float64, torch.float16)
+    boxes = [
+        tv().BoundingBoxes([[1.0, 2, 5, 6]], format="XYXY", canvas_size=(H, W), dtype=dtype)
+        for dtype in dtypes
+    ]
+    moved = Compose([RandomHorizontalFlip(1.0)])(images(3), boxes)[1]
+    assert [b.dtype for b in moved] == list(dtypes)
+    assert all(b.tolist() == [[W - 5, 2, W - 1, 6]] for b in moved)
+
+
+def test_boxes_that_are_not_to_be_cut_are_not_cut_by_a_transform_that_is_called() -> None:
+    for mode in ("soft", None):
+        boxes = tv().BoundingBoxes(
+            [[-4.0, 2, 5, 6]], format="XYXY", canvas_size=(H, W), clamping_mode=mode
+        )
+        chain = Compose([v2().RandomApply([v2().RandomAffine(0)], p=1.0)], min_visibility=0.1)
+        assert "sample by sample" in str(chain.plan())
+        (moved,) = chain(images(1), [boxes])[1]
+        assert moved.clamping_mode == mode
+        assert moved.tolist() == [[-4.0 if mode is None else 0.0, 2, 5, 6]]
+
+
+def test_samples_that_differ_in_their_keys_or_number_of_values_are_refused() -> None:
+    image = torch.zeros(3, 8, 8)
+    for first, second in (
+        ((image, 1, 2), (image, 1)),
+        ((image, 1), (image, 1, 2)),
+        ((image, 1), image),
+        ({"image": image, "label": 1}, {"image": image, "label": 1, "id": 3}),
+        ({"image": image, "label": 1}, {"image": image}),
+    ):
+        for other in (
+            second,
+            {**second, "image": image[:, 1:]} if isinstance(second, dict) else second,
+        ):
+            with pytest.raises(ValueError, match="samples must have the same keys or number of"):
+                Augment(8).collate([first, other])

@@ -431,19 +431,24 @@ def test_clips_of_several_sizes_come_back_as_clips() -> None:
 
 def test_a_pad_sees_what_each_image_has_become() -> None:
     v2 = torchvision_module("torchvision.transforms.v2")
-    steps = [v2.RandomResize(20, 40), v2.Pad([1, 2, 3, 4], fill=0.5), v2.CenterCrop(16)]
+    steps = [v2.RandomResize(20, 40), v2.Pad([1, 2, 3, 4], fill=0.5), v2.CenterCrop(25)]
     x = torch.rand(6, 3, 24, 30)
     fused = Compose(steps, seed=3)
-    for single in range(6):
-        (params,) = fused.sample_params(1, input_size=(24, 30), sample_ids=[single])
-        assert params.size == (16, 16)
+    assert len(fused.plan().passes) == 1
+    together = fused(x, sample_ids=range(6))
+    resized = Compose(steps[:1], seed=3)
+    shapes = set()
+    for i, image in enumerate(x):
+        alone = resized(image, sample_ids=[i])
+        shapes.add(alone.shape)
+        torch.testing.assert_close(together[i], steps[2](steps[1](alone)), rtol=0, atol=1e-5)
+    assert len(shapes) > 2
     sizes = [(24, 30), (40, 33), (31, 31)]
     images = [torch.rand(3, *size) for size in sizes]
     pad = Compose([v2.Pad([1, 2, 3, 4]), v2.RandomCrop(16)], seed=3)
     together = pad.run_several(images, None, [4, 5, 6])[0]
     for i, image in enumerate(images):
         assert torch.equal(together[i], pad(image, sample_ids=[4 + i]))
-    assert len(fused(x)) == 6
 
 
 def test_arrays_as_mean_are_shown() -> None:

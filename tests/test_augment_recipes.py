@@ -470,6 +470,29 @@ def test_eval_gives_the_recipe_of_evaluation_and_train_that_of_training(name: st
 
 def test_arguments_of_recipes_are_checked() -> None:
     for call, match in (
+        *[
+            (lambda r=recipe, k=key, v=value: r(**{k: v}), f"{recipe.__name__}: {key} must")
+            for recipe, key, *values in (
+                (recipes.torchvision_classification, "resize", 0, -3, 2.5),
+                (recipes.torchvision_classification, "train", "no"),
+                (recipes.segmentation, "base", 0, 10.5),
+                (recipes.segmentation, "scale", (0, 0), (2, 0.5)),
+                (recipes.timm_imagenet, "crop_pct", 0, -1, 100),
+                (recipes.timm_imagenet, "reprob", -1, 2.0),
+                (recipes.timm_imagenet, "recount", 0, -2, 1.5),
+                (recipes.timm_imagenet, "mix_mode", "foo"),
+                (recipes.detection, "hflip", 3),
+                (recipes.detection, "fill", "red"),
+                (recipes.simclr, "strength", -1, 9),
+                (recipes.simclr, "blur", 2),
+                (recipes.simclr, "solarize", -0.5),
+            )
+            for value in values
+        ],
+        (
+            lambda: recipes.torchvision_classification(policy="ra", magnitude=99),
+            "magnitude one of at least 2 bins",
+        ),
         (lambda: recipes.detection("coco"), "policy must be one of"),
         (lambda: recipes.timm_imagenet(None, reprob=0.1, remode="color"), "remode must be one of"),
         (lambda: recipes.segmentation(scale=(1,)), "scale must be"),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 import augment_peers
 from fusereg.augment import (
     Augment,
+    CenterCrop,
     Compose,
     Mix,
     RandomHorizontalFlip,
@@ -603,3 +605,62 @@ def test_targets_of_a_transform_that_is_called_are_those_of_torchvision(name: st
         assert not torch.equal(plain(moved[i]["m"]), plain(target[i]["m"]))
         corners.add(tuple(moved[i]["b"].flatten().tolist()))
     assert len(corners) == 3, "each sample has its own"
+
+
+# --- plain tensors of one image, as single images, lists and images of several sizes have them ---
+
+
+def corners(width: int, *rows: tuple[float, ...]) -> Any:
+    return tv().BoundingBoxes(rows, format="XYXY", canvas_size=(H, width))
+
+
+#: Places in an image of this width, which would have to move with it, and values that stay.
+PLACES: dict[str, Callable[[int], Any]] = {
+    "a mask": lambda w: torch.arange(H * w).reshape(H, w),
+    "a mask of bytes": lambda w: torch.zeros(H, w, dtype=torch.uint8),
+    "a map of numbers": lambda w: torch.rand(H, w),
+    "masks": lambda w: torch.zeros(3, H, w, dtype=torch.bool),
+    "a box": lambda w: torch.tensor([3.0, 4.0, 9.0, 8.0]),
+    "boxes": lambda w: torch.tensor([[3.0, 4.0, 9.0, 8.0]] * 3),
+    "a mask of NumPy": lambda w: np.zeros((H, w), dtype=np.int64),
+    "a mask beside boxes": lambda w: {"b": corners(w, (1.0, 2, 3, 4)), "m": torch.zeros(H, w)},
+    "a mask beside a mask": lambda w: {"a": tv().Mask(torch.zeros(H, w)), "m": torch.zeros(H, w)},
+}
+STAY: dict[str, Callable[[int], Any]] = {
+    "an index": lambda w: torch.tensor(3),
+    "one hot": lambda w: torch.eye(4)[1],
+    "tokens": lambda w: torch.arange(77),
+    "labels by their key": lambda w: {"labels": torch.tensor([1, 0])},
+    "rows of boxes": lambda w: {
+        "boxes": corners(w, (1.0, 2, 3, 4), (2.0, 3, 4, 5)),
+        "labels": torch.tensor([3, 7]),
+        "area": torch.tensor([4.0, 4.0]),
+        "scores": torch.eye(5)[:2],
+        "orig_size": torch.tensor([480, 640]),
+    },
+    "rows of masks": lambda w: {"m": tv().Mask(torch.zeros(2, H, w)), "kind": torch.eye(7)[:2]},
+}
+
+
+def through_each_way(target: Callable[[int], Any]) -> Iterator[Callable[[], Any]]:
+    """A single image, a list of each image's, and images of several sizes in collate."""
+    flip = Compose([RandomHorizontalFlip(1.0), CenterCrop((H, W))])
+    first, wide = images(1)[0], torch.zeros(3, H, W + 1, dtype=torch.uint8)
+    samples = [(first, target(W)), (wide, target(W + 1))]
+    yield lambda: flip(first, target(W))
+    yield lambda: flip(images(2), [target(W), target(W)])
+    yield lambda: flip.collate(samples)
+    yield lambda: Augment((H, W), hflip=1.0, crop="none").collate(samples)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_places_in_one_image_are_refused_however_the_image_comes(name: str) -> None:
+    for call in through_each_way(PLACES[name]):
+        with pytest.raises(ValueError, match="is a plain tensor or array"):
+            call()
+
+
+@pytest.mark.parametrize("name", STAY)
+def test_values_of_one_image_stay_however_the_image_comes(name: str) -> None:
+    for call in through_each_way(STAY[name]):
+        call()

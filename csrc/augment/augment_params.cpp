@@ -134,11 +134,11 @@ struct Range {
 
 // Where a window may start along one axis.
 Range starts(std::int64_t canvas, std::int64_t window, std::int64_t before, std::int64_t after,
-             int larger) {
-  if (larger == 2)
+             double larger) {
+  if (larger == 2.0)
     return {std::min<std::int64_t>(0, canvas - window), std::max<std::int64_t>(0, canvas - window)};
   const std::int64_t lacking = window - (canvas + before + after);
-  if (lacking > 0 && larger == 1) {
+  if (lacking > 0 && larger == 1.0) {
     before += lacking;
     after += lacking;
   }
@@ -156,12 +156,12 @@ Size window_size(const Step& step, const Size& canvas) {
 
 Range window_starts_x(const Step& step, const Size& canvas) {
   const std::vector<double>& v = step.values;
-  return starts(canvas.width, window_size(step, canvas).width, whole(v[2]), whole(v[4]), static_cast<int>(v[6]));
+  return starts(canvas.width, window_size(step, canvas).width, whole(v[2]), whole(v[4]), v[6]);
 }
 
 Range window_starts_y(const Step& step, const Size& canvas) {
   const std::vector<double>& v = step.values;
-  return starts(canvas.height, window_size(step, canvas).height, whole(v[3]), whole(v[5]), static_cast<int>(v[6]));
+  return starts(canvas.height, window_size(step, canvas).height, whole(v[3]), whole(v[5]), v[6]);
 }
 
 // The widest that a canvas of `along` by `across` becomes, turned by `from` to `to` degrees:
@@ -319,8 +319,7 @@ void random_window(const Step& step, Sample& s) {
   const Range x = window_starts_x(step, s.canvas);
   const Range y = window_starts_y(step, s.canvas);
   take_window(x.low + choice(words.word[0], x.high - x.low + 1),
-              y.low + choice(words.word[1], y.high - y.low + 1),
-              window_size(step, s.canvas), s);
+              y.low + choice(words.word[1], y.high - y.low + 1), window_size(step, s.canvas), s);
 }
 
 void central_window(const Step& step, Sample& s) {
@@ -564,32 +563,28 @@ std::string text(const Size& size) {
   return "(" + std::to_string(size.height) + ", " + std::to_string(size.width) + ")";
 }
 
+// The size that a step gives a canvas.
+Size size_after(const Step& step, const Size& canvas, const Source& source) {
+  const StepKind kind = step.kind;
+  if (kind == StepKind::kRoom) return room_size(step, canvas);
+  if (kind == StepKind::kSide) return side_size(step, canvas, source);
+  if (kind == StepKind::kWindow) return window_size(step, canvas);
+  if (kind == StepKind::kCenter || kind == StepKind::kResized || kind == StepKind::kWhole)
+    return {whole(step.values[0]), whole(step.values[1])};
+  return canvas;
+}
+
 Size output_size(const Job& job, const Source& source, Size canvas) {
   for (const Step& step : job.steps) {
-    if (step.kind == StepKind::kRoom || step.kind == StepKind::kSide) {
-      canvas =
-          step.kind == StepKind::kRoom ? room_size(step, canvas) : side_size(step, canvas, source);
-      continue;
-    }
-    if (step.kind != StepKind::kWindow && step.kind != StepKind::kCenter &&
-        step.kind != StepKind::kResized && step.kind != StepKind::kWhole) {
-      continue;
-    }
-    const Size size = step.kind == StepKind::kWindow
-                          ? window_size(step, canvas)
-                          : Size{whole(step.values[0]), whole(step.values[1])};
+    const Size size = size_after(step, canvas, source);
     Size room = canvas;
-    bool fits = true;
+    bool must_fit = step.kind == StepKind::kCenter && step.values[2] == 0.0;
     if (step.kind == StepKind::kWindow) {
-      const Range x = window_starts_x(step, canvas);
-      const Range y = window_starts_y(step, canvas);
-      fits = x.low <= x.high && y.low <= y.high;
       room.height += whole(step.values[3]) + whole(step.values[5]);
       room.width += whole(step.values[2]) + whole(step.values[4]);
-    } else if (step.kind == StepKind::kCenter && step.values[2] == 0.0) {
-      fits = size.height <= room.height && size.width <= room.width;
+      must_fit = step.values[6] == 0.0;
     }
-    if (!fits) {
+    if (must_fit && (size.height > room.height || size.width > room.width)) {
       throw std::invalid_argument("size " + text(size) +
                                   " is larger than the image with its padding, " + text(room));
     }
@@ -652,9 +647,10 @@ void draw(const Job& job) {
           resized_window(step, s);
           break;
         case StepKind::kWhole:
+        case StepKind::kSide:
           resize_window(0.0, 0.0, static_cast<double>(s.canvas.width),
-                        static_cast<double>(s.canvas.height),
-                        {whole(step.values[0]), whole(step.values[1])}, s);
+                        static_cast<double>(s.canvas.height), size_after(step, s.canvas, source),
+                        s);
           break;
         case StepKind::kColor:
           color(step, s);
@@ -671,10 +667,6 @@ void draw(const Job& job) {
         case StepKind::kMix:
           mixed[static_cast<std::size_t>(i)] = mix(step, mixing_source(job, step, i), s);
           mixing = &step;
-          break;
-        case StepKind::kSide:
-          resize_window(0.0, 0.0, static_cast<double>(s.canvas.width),
-                        static_cast<double>(s.canvas.height), side_size(step, s.canvas, source), s);
           break;
         case StepKind::kRoom:
           make_room(step, s);

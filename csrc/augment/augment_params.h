@@ -70,10 +70,9 @@ inline constexpr int kStepKinds = 12;
 //            the canvas; 1: in whole pixels; shear x from, to, y from, to in degrees; 1: a center
 //            is given; its x, y
 //   flip     probability of x, of y
-//   window   height, width (0: of the canvas with its margins); margins left, top, right, bottom
-//            that may be seen; what to do where the
-//            window is larger than that: 0 an error, 1 widen the margins on both sides by what is
-//            lacking, 2 put the canvas anywhere in the window
+//   window   height, width (0: those of the canvas with its margins); margins left, top, right,
+//            bottom that may be seen; what to do where the window is larger than that: 0 an error,
+//            1 widen the margins on both sides by what is lacking, 2 put the canvas anywhere in it
 //   center   height, width; where the window is larger: 0 an error, 2 surround the canvas
 //   resized  height, width; share of the area from, to; width / height from, to
 //   whole    height, width

@@ -51,10 +51,12 @@ def number(value: object, op: str, name: str) -> float:
     return result
 
 
-def integer(value: object, op: str, name: str) -> int:
-    """Check that a value is an integer, of Python or of NumPy."""
+def integer(value: object, op: str, name: str, least: float = -math.inf) -> int:
+    """Check that a value is an integer, of Python or of NumPy, and not below ``least``."""
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(f"fusereg.{op}: {name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"fusereg.{op}: {name} must be at least {least}, got {value}")
     return int(value)
 
 
@@ -82,10 +84,18 @@ def probability(value: object, op: str, name: str) -> float:
         raise TypeError(
             f"fusereg.{op}: {name} must be a number, got bool; {float(value)} is {value}"
         )
-    p = number(value, op, name)
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"fusereg.{op}: {name} must be within [0, 1], got {p}")
-    return p
+    return within(value, op, name, 0.0, 1.0)
+
+
+def within(
+    value: object, op: str, name: str, low: float, high: float, *, open_low: bool = False
+) -> float:
+    """Check that a value is a number within [low, high], or (low, high] if ``open_low``."""
+    v = number(value, op, name)
+    if not low <= v <= high or (open_low and v <= low):
+        left = "(" if open_low else "["
+        raise ValueError(f"fusereg.{op}: {name} must be within {left}{low:g}, {high:g}], got {v}")
+    return v
 
 
 def interval(

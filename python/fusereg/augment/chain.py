@@ -333,12 +333,14 @@ class Chain(SeededModule):
             for moved in params.warps((x.shape[-2], x.shape[-1])):
                 found.move(moved, nearest)
         every = params if frames == 1 else params.repeat_interleave(frames)
-        if not last:
-            return unit.program.run(x, every, self._op)
-        as_it_is = self.memory_format is None and self.out_dtype in (None, x.dtype)
-        if as_it_is and (out is None or out.dtype is x.dtype):
-            return unit.program.run(x, every, self._op, out)
-        return self._converted(unit.program.run(x, every, self._op), out)
+        asked = (
+            self.memory_format,
+            self.out_dtype or x.dtype,
+            x.dtype if out is None else out.dtype,
+        )
+        direct = not last or asked == (None, x.dtype, x.dtype)
+        y = unit.program.run(x, every, self._op, out if last and direct else None)
+        return y if direct else self._converted(y, out)
 
     # --- images of several sizes ---
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -275,8 +275,13 @@ def _for_samples(
                 f"of shape {tuple(value.shape)}"
             )
         return value.expand(n) if integral else value.detach().double().expand(n)
-    check = {"flags": flag, "integers": integer, "numbers": number}[kind]
-    return torch.full((n,), float(check(value, op, name)), dtype=torch.float64, device=device)
+    checks: dict[str, Callable[[object, str, str], float]] = {
+        "flags": flag,
+        "integers": integer,
+        "numbers": number,
+    }
+    made = float(checks[kind](value, op, name))
+    return torch.full((n,), made, dtype=torch.float64, device=device)
 
 
 def crop_flip_normalize(

@@ -130,6 +130,8 @@ def collate(augment: Any, samples: Sequence[Any]) -> Any:
 def _parted(samples: Sequence[Any], op: str) -> tuple[list[Tensor], list[Any] | None, Any]:
     """Return the images, the targets, and a function that puts the batch together."""
     first = samples[0]
+    if isinstance(first, (Mapping, tuple, list)):
+        _check_alike(samples, op)
     if isinstance(first, Mapping):
         key = next((k for k in _IMAGE_KEYS if k in first), None)
         if key is None:
@@ -154,6 +156,20 @@ def _parted(samples: Sequence[Any], op: str) -> tuple[list[Tensor], list[Any] | 
         pairs = [tuple(s[1:]) for s in samples]
         return _images(images, op), pairs, lambda y, targets: [y, *targets]
     return _images(list(samples), op), None, lambda y, _: y
+
+
+def _check_alike(samples: Sequence[Any], op: str) -> None:
+    """Check that samples have the same keys, or the same number of values."""
+    forms = [
+        set(s) if isinstance(s, Mapping) else len(s) if isinstance(s, (tuple, list)) else None
+        for s in samples
+    ]
+    for i, form in enumerate(forms):
+        if form != forms[0]:
+            raise ValueError(
+                f"fusereg.{op}.collate: samples must have the same keys or number of values, got "
+                f"{forms[0]}, and {form} of sample {i}"
+            )
 
 
 def _images(images: list[Any], op: str) -> list[Tensor]:

@@ -80,7 +80,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Policy:
-    """What draws the instructions of an image.
+    """A way of drawing the instructions of an image.
 
     Attributes:
         rows: returns the instructions for an image of a size (height, width).

@@ -25,24 +25,30 @@ from .arguments import (
     Interpolation,
     PerChannel,
     Size,
+    flag,
     for_channels,
+    integer,
     interpolation_name,
-    numbers,
+    interval,
     one_of,
     per_channel,
+    probability,
     size_pair,
+    within,
 )
 from .compose import Compose, Transform
-from .render import Mix
+from .render import PAIRS, Mix
 from .steps import FullImage, ShortSide, Step
 from .transforms import (
     CenterCrop,
     Normalize,
+    RandAugment,
     RandomCrop,
     RandomErasing,
     RandomHorizontalFlip,
     RandomResizedCrop,
     RandomVerticalFlip,
+    TrivialAugmentWide,
     mixing,
     resize_stage,
 )
@@ -117,9 +123,10 @@ def torchvision_classification(
     Source: torchvision, references/classification/presets.py and transforms.py; "How to train
     state-of-the-art models using TorchVision's latest primitives" (2021).
     """
+    op = "recipes.torchvision_classification"
     normal = Normalize(mean, std)
-    after = _evaluation(size, resize, 0.875, interpolation, normal)
-    if not train:
+    after = _evaluation(size, resize, 0.875, interpolation, normal, op)
+    if not flag(train, op, "train"):
         return Compose(after, seed=seed, **rules)
     chain: list[Any] = [
         RandomResizedCrop(size, scale, ratio, interpolation, seed=0),
@@ -199,8 +206,11 @@ def timm_imagenet(
     """
     op = "recipes.timm_imagenet"
     normal = Normalize(mean, std)
-    after = _evaluation(size, None, crop_pct, interpolation, normal)
-    if not train:
+    after = _evaluation(size, None, crop_pct, interpolation, normal, op)
+    remode = one_of(remode, op, "remode", ("const", "rand", "pixel"))
+    reprob, recount = probability(reprob, op, "reprob"), integer(recount, op, "recount", least=1)
+    one_of(mix_mode, op, "mix_mode", PAIRS)
+    if not flag(train, op, "train"):
         return Compose(after, seed=seed, **rules)
     chain: list[Any] = [
         RandomResizedCrop(size, scale, ratio, interpolation, seed=0),
@@ -210,7 +220,6 @@ def timm_imagenet(
         *_mixing(mixup, cutmix, num_classes, mix_prob, mix_switch, label_smoothing, mix_mode),
         normal,
     ]
-    remode = one_of(remode, op, "remode", ("const", "rand", "pixel"))
     if reprob and remode != "rand" and recount == 1:
         value: float | str = "random" if remode == "pixel" else 0.0
         chain.append(RandomErasing(reprob, (0.02, 1 / 3), (0.3, 1 / 0.3), value, seed=0))
@@ -261,13 +270,16 @@ def segmentation(
 
     Source: torchvision, references/segmentation/presets.py.
     """
-    low, high = numbers(scale, "recipes.segmentation", "scale", (2,), "(from, to)")
+    op = "recipes.segmentation"
+    low, high = interval(scale, op, "scale", low=0.0, open_low=True)
+    base = integer(base, op, "base", least=1)
     normal = Normalize(mean, std)
     after = [_resize("Resize", ShortSide((base, base)), "bilinear"), normal]
     rules = {"mask_fill": ignore, **rules}
-    if not train:
+    if not flag(train, op, "train"):
         return Compose(after, seed=seed, **rules)
-    sides = (int(low * base), max(int(high * base) - 1, int(low * base)))
+    shortest = max(int(low * base), 1)
+    sides = (shortest, max(int(high * base) - 1, shortest))
     chain: list[Any] = [
         _resize("RandomResize", ShortSide(sides), "bilinear"),
         RandomHorizontalFlip(hflip, seed=0),
@@ -316,6 +328,7 @@ def detection(
     policy = one_of(policy, op, "policy", ("hflip", "multiscale", "lsj", "ssd", "ssdlite"))
     v2 = _library("torchvision.transforms.v2", "detection")
     tv = _library("torchvision.tv_tensors", "detection")
+    hflip, shade = probability(hflip, op, "hflip"), per_channel(fill, op, "fill")
     if policy == "lsj" and size is None:
         size = 1024
     pair = None if size is None else size_pair(size, op)
@@ -325,10 +338,10 @@ def detection(
         v2.SanitizeBoundingBoxes(labels_getter=_labels_of),
         v2.ToDtype(torch.float32, scale=True),
     ]
-    if not train:
+    if not flag(train, op, "train"):
         return Compose([*resized, *after], seed=seed, **rules)
     chain: list[Any] = []
-    filling = {tv.Image: tuple(fill), tv.Mask: 0, "others": 0}
+    filling = {tv.Image: shade, tv.Mask: 0, "others": 0}
     if policy == "multiscale":
         chain += [v2.RandomShortestSize(list(range(480, 801, 32)), max_size=1333)]
     elif policy == "lsj":
@@ -368,7 +381,7 @@ def simclr(
     Args:
         size: of the result.
         train: the recipe of training, or that of evaluation.
-        strength: of the jitter; 0.5 for CIFAR-10.
+        strength: of the jitter, at most 2.5; 0.5 for CIFAR-10.
         scale: the cropped share of the area.
         hflip: the probability of a horizontal flip.
         blur: of a Gaussian blur: a kernel of a tenth of the side, sigma from 0.1 to 2. BYOL's
@@ -385,13 +398,15 @@ def simclr(
 
     Source: Chen et al. 2020, appendix A; Grill et al. 2020, appendix B.
     """
+    op = "recipes.simclr"
     normal = Normalize(mean, std)
-    after = _evaluation(size, None, 0.875, "bicubic", normal)
-    if not train:
+    after = _evaluation(size, None, 0.875, "bicubic", normal, op)
+    s = within(strength, op, "strength", 0.0, 2.5)  # hue turns by half at most
+    blur, solarize = probability(blur, op, "blur"), probability(solarize, op, "solarize")
+    if not flag(train, op, "train"):
         return Compose(after, seed=seed, **rules)
     v2 = _library("torchvision.transforms.v2", "simclr")
-    kernel = max(min(size_pair(size, "recipes.simclr")) // 10, 1) // 2 * 2 + 1
-    s = strength
+    kernel = max(min(size_pair(size, op)) // 10, 1) // 2 * 2 + 1
     jitter = v2.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
     chain: list[Any] = [
         RandomResizedCrop(size, scale, interpolation="bicubic", seed=0),
@@ -422,14 +437,22 @@ def _resize(name: str, step: Step, interpolation: Interpolation) -> Transform:
 
 
 def _evaluation(
-    size: Size, resize: int | None, crop_pct: float, interpolation: Interpolation, normal: Transform
+    size: Size,
+    resize: int | None,
+    crop_pct: float,
+    interpolation: Interpolation,
+    normal: Transform,
+    op: str,
 ) -> list[Any]:
     """Return a resize of the shorter side, the central crop and normalization: one pass."""
-    pair = size_pair(size, "recipes")
-    side = math.floor(min(pair) / crop_pct) if resize is None else resize
+    pair = size_pair(size, op)
+    share = within(crop_pct, op, "crop_pct", 0.0, 1.0, open_low=True)
+    side = math.floor(min(pair) / share)
+    if resize is not None:
+        side = integer(resize, op, "resize", least=1)
     step: Step = ShortSide((side, side))
     if resize is None and pair[0] != pair[1]:
-        step = FullImage((math.floor(pair[0] / crop_pct), math.floor(pair[1] / crop_pct)))
+        step = FullImage((math.floor(pair[0] / share), math.floor(pair[1] / share)))
     return [_resize("Resize", step, interpolation), CenterCrop(pair, seed=0), normal]
 
 
@@ -461,15 +484,16 @@ def _policy(
                 f"fusereg.recipes: policy must be a name, a transform or None, got {policy!r}{hint}"
             )
         return [policy]
-    if policy in ("ra", "ta_wide", "imagenet", "cifar10", "svhn", "augmix"):
+    # torchvision turns tensors by no other.
+    nearest = interpolation_name(interpolation, "recipes") == "nearest"
+    name = "nearest" if nearest else "bilinear"
+    if policy == "ra":
+        return [RandAugment(magnitude=magnitude, interpolation=name, seed=0)]
+    if policy == "ta_wide":
+        return [TrivialAugmentWide(interpolation=name, seed=0)]
+    if policy in ("imagenet", "cifar10", "svhn", "augmix"):
         v2 = _library("torchvision.transforms.v2", f"policy={policy!r}")
-        # torchvision turns tensors by no other.
-        nearest = interpolation_name(interpolation, "recipes") == "nearest"
-        how = v2.InterpolationMode("nearest" if nearest else "bilinear")
-        if policy == "ra":
-            return [v2.RandAugment(magnitude=magnitude, interpolation=how)]
-        if policy == "ta_wide":
-            return [v2.TrivialAugmentWide(interpolation=how)]
+        how = v2.InterpolationMode(name)
         if policy == "augmix":
             return [v2.AugMix(interpolation=how)]
         return [v2.AutoAugment(v2.AutoAugmentPolicy(policy), interpolation=how)]

@@ -80,7 +80,7 @@ class Erase:
 
 
 #: How samples find their partners, in the order of csrc/augment/augment_params.h.
-_PAIRS = ("ids", "elem", "pair", "batch")
+PAIRS = ("ids", "elem", "pair", "batch")
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,12 @@ class Mix:
             raise ValueError(f"fusereg.Mix: num_classes must be positive, got {self.num_classes}")
         if probability(self.label_smoothing, "Mix", "label_smoothing") and self.num_classes is None:
             raise ValueError("fusereg.Mix: label_smoothing needs num_classes")
-        one_of(self.mode, "Mix", "mode", _PAIRS)
+        one_of(self.mode, "Mix", "mode", PAIRS)
 
     def step(self) -> MixPair:
         """Return the step of the chain."""
         share = 1.0 if self.mixup == 0 else 0.0 if self.cutmix == 0 else float(self.switch)
-        pairs = _PAIRS.index(self.mode)
+        pairs = PAIRS.index(self.mode)
         return MixPair(float(self.p), self.mixup or 1.0, self.cutmix or 1.0, share, pairs)
 
 

@@ -7,6 +7,7 @@ imported. Plain tensors are labels. What is neither, and would have to move, is 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core import memory
-from .arguments import Interpolation, integer, interpolation_name, is_sequence, number
+from .arguments import Interpolation, integer, interpolation_name, is_sequence, number, within
 from .labels import MixedLabels, is_named_as_label, mix_labels, names_places
 from .params import AugmentParams
 from .render import Settings
@@ -89,13 +90,10 @@ class Rules:
         for pair in self.keypoint_pairs:
             if not is_sequence(pair) or len(pair) != 2:
                 raise ValueError(f"fusereg.{op}: keypoint_pairs must be pairs, got {pair!r}")
-            if min(integer(i, op, "keypoint_pairs") for i in pair) < 0:
-                raise ValueError(f"fusereg.{op}: keypoint_pairs must not be negative, got {pair!r}")
-        for name in ("min_area", "min_visibility"):
-            if number(getattr(self, name), op, name) < 0:
-                raise ValueError(f"fusereg.{op}: {name} must not be negative")
-        if (share := self.min_visibility) > 1:
-            raise ValueError(f"fusereg.{op}: min_visibility must be within [0, 1], got {share}")
+            for i in pair:
+                integer(i, op, "keypoint_pairs", least=0)
+        within(self.min_area, op, "min_area", 0, math.inf)
+        within(self.min_visibility, op, "min_visibility", 0, 1)
         for name in ("rows", "labels", "passthrough"):
             keys = getattr(self, name)
             if (name, keys) in (("labels", None), ("passthrough", True), ("passthrough", False)):
@@ -298,12 +296,29 @@ class Targets:
             return ""
         if named:
             return "is a plain tensor or array of places, by its key"
-        rest = tuple(shape[1:])
-        if len(rest) > 1 or tuple(shape[-2:]) == self.size:
+        rest = tuple(shape) if self._is_of_one(leaf, shape) else tuple(shape[1:])
+        if len(rest) > 1:
             return f"is a plain tensor or array of shape {tuple(shape)}"
         if len(rest) == 1 and rest[0] > 1 and not are_probabilities(value, rest[0]):
             return f"is a plain tensor or array of shape {tuple(shape)}, and no probabilities"
         return ""
+
+    def _is_of_one(self, leaf: Leaf, shape: Sequence[int]) -> bool:
+        """Return whether a value is of one image as a whole, and has no rows of samples or boxes.
+
+        Vectors of numbers beside boxes, or of labels by their key, are taken for rows.
+        """
+        if leaf.sample is None:
+            return False
+        beside = [
+            x.value
+            for x in self.leaves
+            if x.group == leaf.group and x.kind in ("BoundingBoxes", "KeyPoints", "Mask")
+        ]
+        if len(shape) < 2:
+            named = leaf.key in self.rules.rows or is_named_as_label(leaf.key) is not None
+            return not (beside or named)
+        return shape[0] not in {len(v) for v in beside if v.dim() > 2 or kind_of(v) != "Mask"}
 
     # --- a pass ---
 
@@ -470,13 +485,13 @@ class Targets:
 
     def _move_boxes(self, leaves: list[Leaf], alone: AugmentParams) -> None:
         """Move boxes to boxes around them, cut unless clamping_mode is None; or their corners."""
-        alike: dict[tuple[str, bool], list[Leaf]] = {}
+        alike: dict[tuple[str, bool, torch.dtype, torch.device], list[Leaf]] = {}
         for leaf in leaves:
             # Older torchvisions have no clamping_mode, and always cut.
             clip = getattr(leaf.value, "clamping_mode", "soft") is not None
-            kind = (str(leaf.value.format.value), clip)
+            kind = (str(leaf.value.format.value), clip, leaf.value.dtype, leaf.value.device)
             alike.setdefault(kind, []).append(leaf)
-        for (name, clip), group in alike.items():
+        for (name, clip, *_), group in alike.items():
             counts = [len(leaf.value) for leaf in group]
             rows = torch.tensor([leaf.sample for leaf in group], device="cpu").repeat_interleave(
                 torch.tensor(counts, device="cpu")
@@ -576,21 +591,25 @@ class Targets:
         """Return the targets of each sample; ``plainly``: in containers that torchvision knows."""
         return [self._of(self._tree, i, plainly) for i in range(self.n)]
 
-    def _of(self, node: Any, sample: int, plainly: bool) -> Any:
+    def whole(self) -> Any:
+        """Return the targets as they are now."""
+        return self._of(self._tree, None)
+
+    def _has_rows(self, leaf: Leaf) -> bool:
+        """Return whether a value is a tensor with a row for each sample."""
+        value = leaf.value
+        tensor = leaf.sample is None and isinstance(value, Tensor) and value.dim() > 0
+        return tensor and len(value) == self.n
+
+    def _of(self, node: Any, sample: int | None, plainly: bool = False) -> Any:
+        """Return the values of a sample, or of all."""
         if isinstance(node, Leaf):
             value = node.value
-            whole = node.sample is None and isinstance(value, Tensor) and value.dim() > 0
-            if not whole or len(value) != self.n:
-                return value
-            return wrap(plain(value)[sample], value)
-        if node.each:
-            return self._whole(node.items[sample], plainly)
+            rows = sample is not None and self._has_rows(node)
+            return wrap(plain(value)[sample], value) if rows else value
+        if node.each and sample is not None:
+            return self._of(node.items[sample], None, plainly)
         return node.build([self._of(v, sample, plainly) for v in node.items.values()], plainly)
-
-    def _whole(self, node: Any, plainly: bool = False) -> Any:
-        if isinstance(node, Leaf):
-            return node.value
-        return node.build([self._whole(v, plainly) for v in node.items.values()], plainly)
 
     def joined(self, trees: list[Any], size: tuple[int, int]) -> Targets:
         """Return the targets of the batch from those of each sample, as split gives them."""
@@ -601,30 +620,17 @@ class Targets:
         """Return the targets of one sample as those of a batch of one: a list of one tree."""
         return Targets([tree], 1, size, self.rules, self.op, False)
 
-    def whole(self) -> Any:
-        """Return the targets as they are now."""
-        return self._whole(self._tree)
-
     def _join(self, node: Any, results: list[Any]) -> Any:
+        """Return the results of each sample in the containers that the targets came in."""
         if isinstance(node, Leaf):
             if self._left_alone(node):
                 return node.value
-            whole = node.sample is None and isinstance(node.value, Tensor) and node.value.dim() > 0
-            return stack(results) if whole and len(node.value) == self.n else results[0]
-        if node.each:
-            pairs = zip(node.items.values(), results, strict=True)
-            return node.build([self._restored(inner, result) for inner, result in pairs])
-        columns = zip(*(values_of(r) for r in results), strict=True)
-        pairs = zip(node.items.values(), columns, strict=True)
-        joined = [self._join(inner, list(column)) for inner, column in pairs]
+            return stack(results) if self._has_rows(node) else results[0]
+        # Where there is an item for each sample, its result is that of a batch of its own.
+        parts = [[r] for r in results] if node.each else zip(*map(values_of, results), strict=True)
+        pairs = zip(node.items.values(), parts, strict=True)
+        joined = [self._join(inner, list(part)) for inner, part in pairs]
         return Columns(joined) if isinstance(node.like, Columns) else node.build(joined)
-
-    def _restored(self, node: Any, result: Any) -> Any:
-        """Return a sample's targets in the containers that they came in."""
-        if isinstance(node, Leaf):
-            return node.value if self._left_alone(node) else result
-        pairs = zip(node.items.values(), values_of(result), strict=True)
-        return node.build([self._restored(inner, value) for inner, value in pairs])
 
     # --- the end ---
 

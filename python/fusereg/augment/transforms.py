@@ -400,7 +400,7 @@ class Normalize(Transform):
         op = "Normalize"
         _not_inplace(inplace, op)
         for name, value in (("mean", mean), ("std", std)):
-            per_channel(value, op, name)  # None is no number here
+            per_channel(value, op, name)  # which refuses None
         stage = Stage(op, normal=normalization(mean, std, op))
         super().__init__(stage, seed, mean=mean, std=std)
 
