@@ -7,6 +7,7 @@ ways.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from . import functional as F
 __all__ = ["DropoutAddLayerNorm", "DropoutAddRMSNorm"]
 
 
-def _rows(t: Tensor, dims: int) -> Tensor:
-    """Return a view with the last ``dims`` dimensions as one."""
-    return t if dims == 1 else t.flatten(-dims)
+def _rows(t: Any, dims: int) -> Any:
+    """Return a view with the last ``dims`` dimensions as one; None for None."""
+    return t if dims == 1 or t is None else t.flatten(-dims)
 
 
 def _split(
@@ -89,9 +90,9 @@ class DropoutAddLayerNorm(Layer, nn.LayerNorm):
         dims = len(shape)
         result = F.dropout_add_layer_norm(
             _rows(input, dims),
-            None if residual is None else _rows(residual, dims),
-            None if self.weight is None else _rows(self.weight, dims),
-            None if self.bias is None else _rows(self.bias, dims),
+            _rows(residual, dims),
+            _rows(self.weight, dims),
+            _rows(self.bias, dims),
             self.p,
             self.eps,
             self.training,
@@ -149,8 +150,8 @@ class DropoutAddRMSNorm(Layer, nn.RMSNorm):
         dims = len(shape)
         result = F.dropout_add_rms_norm(
             _rows(x, dims),
-            None if residual is None else _rows(residual, dims),
-            None if self.weight is None else _rows(self.weight, dims),
+            _rows(residual, dims),
+            _rows(self.weight, dims),
             self.p,
             self.eps,
             self.training,
