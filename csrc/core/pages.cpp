@@ -1,6 +1,7 @@
 #include "core/pages.h"
 
 #include <atomic>
+#include <cerrno>
 
 #include "core/parallel.h"
 
@@ -32,7 +33,7 @@ void populate(char* begin, std::int64_t count, std::int64_t size) {
       while (end < n && (there[end] & 1) == 0) ++end;
       if (end - i > kFew && madvise(begin + i * size, static_cast<std::size_t>((end - i) * size),
                                     kPopulateWrite) != 0) {
-        g_populates.store(false, std::memory_order_relaxed);
+        if (errno == EINVAL) g_populates.store(false, std::memory_order_relaxed);
         return;
       }
       i = end + 1;
