@@ -34,7 +34,7 @@ if hasattr(torch._C, "_cuda_maybeExchangeDevice"):
     _C.set_restore_device(torch._C._cuda_maybeExchangeDevice)
 if hasattr(torch.Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count"):
     _C.bind_owners(
-        torch.Tensor._use_count,
+        torch.Tensor._use_count,  # type: ignore[attr-defined]
         torch.Tensor.untyped_storage,
         torch._C._storage_Use_Count,
         weakref.getweakrefcount,

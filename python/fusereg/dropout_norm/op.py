@@ -94,11 +94,11 @@ def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
 
 
 def _gradient(
-    ctx: Any, grad: Tensor | None, grad_sum: Tensor | None, _: None, *given: Any
+    ctx: Any, grad: Tensor | None, grad_sum: Tensor | None, _: None, *saved: Any
 ) -> tuple[Tensor | None, ...]:
     if not ctx.kept:
         raise RuntimeError("fusereg::dropout_norm: called with keep=False, so it has no gradient")
-    total, statistics, weight, *state = unpacked(ctx, given)
+    total, statistics, weight, *state = unpacked(ctx, saved)
     (seed,) = state or (ctx.state,)
     if grad is None:  # only the sum was used
         grad = torch.zeros(total.shape, dtype=ctx.dtype, device=total.device)
