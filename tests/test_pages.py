@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,3 +65,27 @@ def test_what_is_given_is_asked_for_as_well() -> None:
         assert not lies_in_large_pages(out)
         call(x, out=out)
         assert lies_in_large_pages(out)
+
+
+@pytest.mark.parametrize("of_file", [False, True])
+@pytest.mark.parametrize("step", [1, 3, 40, 10**6])
+def test_memory_of_which_some_pages_are_there_is_written_as_any(
+    step: int, of_file: bool, tmp_path: Path
+) -> None:
+    """5 MB, of which each ``step``-th page has been written to, 12 bytes past a page's begin."""
+    size, before = 5 << 20, 12
+    if of_file:
+        with (tmp_path / "memory").open("w+b") as file:
+            file.truncate(size)
+            memory = mmap.mmap(file.fileno(), size)
+    else:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for page in range(0, size // mmap.PAGESIZE, step):
+        memory[page * mmap.PAGESIZE + 5] = 7
+    count = (size - mmap.PAGESIZE) // 4
+    out = torch.frombuffer(memory, dtype=torch.float32, offset=before, count=count)
+    x = torch.randn(count)
+    F.dropout(x, 0.3, seed=1, out=out)
+    assert torch.equal(out, F.dropout(x, 0.3, seed=1))
+    assert memory[:before] == bytes((0, 0, 0, 0, 0, 7, *[0] * 6)), "what lies around it stays"
+    assert not any(memory[before + 4 * count :])

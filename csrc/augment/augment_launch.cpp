@@ -42,7 +42,7 @@ std::int64_t filter_bytes(const Job& job, std::int64_t lanes) {
 }  // namespace
 
 void run_cpu(const Forward& job) {
-  ask_for_large_pages(job.y.data, job.n * job.y.sample * element_size(job.y.type));
+  prepare_pages(job.y.data, job.n * job.y.sample * element_size(job.y.type));
   const CpuKernels& kernels = cpu_kernels();
   const std::int64_t row = std::max<std::int64_t>(job.y.w * job.c, 1);
   const std::int64_t rows = job.n * job.y.h;

@@ -221,7 +221,7 @@ class Runner {
 }  // namespace
 
 void run_cpu(const ProgramJob& job) {
-  ask_for_large_pages(job.y.data, job.n * job.y.sample);
+  prepare_pages(job.y.data, job.n * job.y.sample);
   const std::int64_t parts = std::clamp<std::int64_t>(max_threads(), 1, job.n);
   const ScratchMemory scratch(Runner::scratch_bytes(job), parts);
   parallel_for(parts, 1, [&](std::int64_t begin, std::int64_t end) {

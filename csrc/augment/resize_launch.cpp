@@ -14,7 +14,7 @@ void run_cpu(const ResizeJob& job) {
   const bool wide = job.x.type == Element::kFloat64;
   const std::int64_t lanes = kernels.lanes[wide ? 1 : 0];
   // Channels that lie apart on both sides are done one after the other.
-  ask_for_large_pages(job.y.data, job.n * job.y.sample * element_size(job.y.type));
+  prepare_pages(job.y.data, job.n * job.y.sample * element_size(job.y.type));
   const bool apart = !job.x.channels_last && !job.y.channels_last;
   const int groups = apart ? job.c : 1;
   const int channels = apart ? 1 : job.c;

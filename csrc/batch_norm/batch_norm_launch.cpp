@@ -632,14 +632,14 @@ class BackwardRun : public Passes<BackwardRun> {
 }  // namespace
 
 void run_cpu(const Forward& job) {
-  ask_for_large_pages(job.y, job.layout.numel() * dtype_size(job.dtype));
+  prepare_pages(job.y, job.layout.numel() * dtype_size(job.dtype));
   ForwardRun(job).execute();
 }
 
 void run_cpu(const Backward& job) {
   const std::int64_t bytes = job.layout.numel() * dtype_size(job.dtype);
-  ask_for_large_pages(job.grad_x, bytes);
-  ask_for_large_pages(job.grad_residual, bytes);
+  prepare_pages(job.grad_x, bytes);
+  prepare_pages(job.grad_residual, bytes);
   if (job.sums != nullptr) {
     BackwardRun(job, job.sums).execute();
     return;

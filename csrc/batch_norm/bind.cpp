@@ -308,25 +308,65 @@ int activation_of(py::handle name) {
 
 // Whether torch's own result, contiguous or channels_last, has x's strides.
 bool keeps_strides(const TensorView& x) {
-  const auto lies = [&x](const std::vector<int>& order, bool exactly) {
-    std::int64_t expected = 1;
-    for (const int d : order) {
-      if (x.strides[d] != expected && (exactly || x.sizes[d] != 1)) return false;
-      expected *= x.sizes[d];
+  std::int64_t expected = 1;
+  const auto follows = [&](int d, bool exactly) {
+    if (x.strides[d] != expected && (exactly || x.sizes[d] != 1)) return false;
+    expected *= x.sizes[d];
+    return true;
+  };
+  const auto contiguous = [&](bool exactly) {
+    expected = 1;
+    for (int d = x.ndim - 1; d >= 0; --d) {
+      if (!follows(d, exactly)) return false;
     }
     return true;
   };
-  std::vector<int> order;
-  for (int d = x.ndim - 1; d >= 0; --d) order.push_back(d);
-  if (lies(order, false)) return lies(order, true);
-  if (x.ndim != 4 && x.ndim != 5) return false;
-  order.erase(order.end() - 2);  // the channels
-  order.insert(order.begin(), 1);
-  return lies(order, true);
+  if (contiguous(true)) return true;
+  if ((x.ndim != 4 && x.ndim != 5) || contiguous(false)) return false;
+  expected = 1;
+  if (!follows(1, true)) return false;
+  for (int d = x.ndim - 1; d >= 2; --d) {
+    if (!follows(d, true)) return false;
+  }
+  return follows(0, true);
+}
+
+bool same_strides(const TensorView& a, const TensorView& b) {
+  return a.dtype == b.dtype && a.ndim == b.ndim && std::equal(a.sizes, a.sizes + a.ndim, b.sizes) &&
+         std::equal(a.strides, a.strides + a.ndim, b.strides);
 }
 
 // An attribute of the settings, which are a layer or a tuple with names.
-py::object setting(py::handle settings, const char* name) { return settings.attr(name); }
+enum Setting {
+  kTraining,
+  kUpdateStats,
+  kActivation,
+  kEps,
+  kNegativeSlope,
+  kDropout,
+  kVirtualBatchSize,
+  kInplace,
+  kMomentum,
+  kSettings
+};
+py::object setting(py::handle settings, Setting which) {
+  static PyObject* const* const names = [] {
+    static const char* const kTexts[kSettings] = {
+        "training", "update_stats",       "activation", "eps",     "negative_slope",
+        "dropout",  "virtual_batch_size", "inplace",    "momentum"};
+    static PyObject* made[kSettings];
+    for (int i = 0; i < kSettings; ++i) made[i] = PyUnicode_InternFromString(kTexts[i]);
+    return made;
+  }();
+  auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(settings.ptr(), names[which]));
+  if (!value) throw py::error_already_set();
+  return value;
+}
+
+// The moments of an eager call: bytes that only backward reads, which cost less than a tensor.
+double* moments_in(PyObject* bytes) {
+  return reinterpret_cast<double*>(PyByteArray_AS_STRING(bytes));
+}
 
 // A bool as it is; -1 for other objects.
 int exact_bool(const py::object& value) {
@@ -346,15 +386,15 @@ class Call {
     for (const int unusual : {2, 5, 8}) {  // mask, moments, seed
       if (items[unusual] != Py_None) return false;
     }
-    const int training = exact_bool(setting(settings, "training"));
-    const int updates = exact_bool(setting(settings, "update_stats"));
-    activation_ = activation_of(setting(settings, "activation"));
-    eps_ = setting(settings, "eps");
-    slope_ = setting(settings, "negative_slope");
-    const py::object dropout = setting(settings, "dropout");
+    const int training = exact_bool(setting(settings, kTraining));
+    const int updates = exact_bool(setting(settings, kUpdateStats));
+    activation_ = activation_of(setting(settings, kActivation));
+    eps_ = setting(settings, kEps);
+    slope_ = setting(settings, kNegativeSlope);
+    const py::object dropout = setting(settings, kDropout);
     if (training < 0 || updates < 0 || activation_ < 0 || !is_number(eps_) || !is_number(slope_) ||
-        !is_number(dropout) || !setting(settings, "virtual_batch_size").is_none() ||
-        exact_bool(setting(settings, "inplace")) != 0) {
+        !is_number(dropout) || !setting(settings, kVirtualBatchSize).is_none() ||
+        exact_bool(setting(settings, kInplace)) != 0) {
       return false;
     }
     Reader reader(x_, 0, false, op);
@@ -374,7 +414,7 @@ class Call {
     if (!(p_ >= 0.0 && p_ <= 1.0)) return false;
     if (training == 0) p_ = 0.0;
     if (training == 1 && updates == 1) {
-      const py::object momentum = setting(settings, "momentum");
+      const py::object momentum = setting(settings, kMomentum);
       if (!momentum.is_none() && !is_number(momentum)) return false;
       job_.momentum = momentum.is_none() ? kCumulative : number_argument(momentum, op, "momentum");
       if (!momentum.is_none() && !(job_.momentum > kCumulative)) return false;
@@ -386,13 +426,18 @@ class Call {
       inputs_.running_mean = inputs_.running_var = {};
     }
     derived_ = grad_enabled() && asks_for_gradient();
-    if (of_batch) inputs_.moments = moments_ = new_float64(x_, {3, channels});
     if (derived_ && !inputs_.residual.is_none() && is_rectifier(activation_))
       inputs_.bits = bits_ = new_bytes(x_, reader.layout().bit_bytes());
     y_ = empty_like(x_);
     job_.y = reader.like_x(y_, &read_memory);
     read_inputs(reader, inputs_, job_);
     if (!reader.ready()) return false;
+    if (of_batch) {
+      const auto size = static_cast<Py_ssize_t>(3 * sizeof(double)) * channels;
+      moments_ = py::reinterpret_steal<py::object>(PyByteArray_FromStringAndSize(nullptr, size));
+      if (!moments_) throw py::error_already_set();
+      job_.moments = moments_in(moments_.ptr());
+    }
     py::object seed = py::int_(0);
     py::object offset = seed;
     if (p_ > 0.0) {  // last, for nothing else changes when this fails
@@ -464,7 +509,8 @@ PyObject* batch_norm_at_once(PyObject*, PyObject* const* args, Py_ssize_t count)
 
 // What batch norm's autograd function keeps for backward; op.py keeps the same.
 enum Kept { kX, kResidual, kMask, kWeight, kBias, kMoments, kMean, kVar, kSeed, kBits, kKept };
-constexpr Py_ssize_t kRest = 4;  // constants, op, whether there was a residual, the Philox state
+// Constants, op, whether there was a residual, the Philox state, the moments if they are no tensor.
+constexpr Py_ssize_t kRest = 5;
 
 class BatchNorm : public AtOnce {
  public:
@@ -478,18 +524,20 @@ class BatchNorm : public AtOnce {
     const bool keeps_residual = activation != 0 && !is_rectifier(static_cast<int>(activation));
     PyObject* const kept[kKept] = {args[1], keeps_residual ? args[2] : Py_None,
                                    Py_None, args[4],
-                                   args[5], rest[1],
+                                   args[5], Py_None,
                                    rest[2], rest[3],
                                    Py_None, rest[4]};
     if (!save(args[0], kept, kKept) ||
-        !set_rest(args[0], py::make_tuple(py::handle(constants), py::handle(rest[6]),
-                                          args[2] != Py_None, py::handle(rest[7])))) {
+        !set_rest(args[0],
+                  py::make_tuple(py::handle(constants), py::handle(rest[6]), args[2] != Py_None,
+                                 py::handle(rest[7]), py::handle(rest[1])))) {
       throw Final();
     }
     return Py_NewRef(rest[0]);
   }
 
-  PyObject* backward(PyObject* ctx, PyObject* grad, Saved& saved) const override {
+  PyObject* backward(PyObject* ctx, PyObject* const* grads, Saved& saved) const override {
+    PyObject* const grad = grads[0];
     TensorView of_y;
     const py::object rest = rest_of(ctx, kRest);
     if (!rest || read_tensor(grad, of_y) != Kind::kPlain || runs_cuda_kernels(of_y.device))
@@ -526,7 +574,15 @@ class BatchNorm : public AtOnce {
       if (wanted(i) && !like.is_none()) result = empty_like(like);
       return result;
     };
-    const py::object grad_x = made(0, kept[kX]);
+    // A large gradient that nobody else has is written over: its pages are there. (The kernels read
+    // an element before they write it.)
+    py::object grad_x;
+    constexpr std::int64_t kWorthUsingAnew = std::int64_t{1} << 20;  // bytes
+    if (wanted(0) && items[2] != Py_True && same_strides(of_y, reader.x()) &&
+        of_y.numel * dtype_size(of_y.dtype) >= kWorthUsingAnew) {
+      grad_x = in_memory_of(grad);
+    }
+    if (!grad_x) grad_x = made(0, kept[kX]);
     const py::object grad_residual =
         items[2] == Py_True ? made(1, kept[kX]) : py::object(py::none());
     const py::object grad_weight = made(3, kept[kWeight]);
@@ -544,6 +600,7 @@ class BatchNorm : public AtOnce {
                  kept[kMean],
                  kept[kVar]},
                 job);
+    if (items[4] != Py_None) job.moments = moments_in(items[4]);
     job.grad_weight = reader.per_channel(grad_weight, "grad_weight", &read_memory);
     job.grad_bias = reader.per_channel(grad_bias, "grad_bias", &read_memory);
     job.reduce =

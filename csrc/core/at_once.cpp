@@ -40,10 +40,11 @@ PyObject* backward(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     const Functions& functions = functions_of(self);
     PyObject* found = nullptr;
     Saved saved;
-    if (count == 2) {  // of one result; the others of an operator are nothing to differentiate
+    // An operator of one result may have others, which are nothing to differentiate.
+    if (count == 1 + functions.at_once->results()) {
       found = attempt([&]() -> PyObject* {
         if (grad_enabled() || forward_mode() || !nothing_traces()) return nullptr;
-        return functions.at_once->backward(args[0], args[1], saved);
+        return functions.at_once->backward(args[0], args + 1, saved);
       });
     }
     if (found != nullptr) return found;
@@ -51,8 +52,9 @@ PyObject* backward(PyObject* self, PyObject* const* args, Py_ssize_t count) {
       return PyObject_Vectorcall(functions.backward, args, static_cast<std::size_t>(count),
                                  nullptr);
     }
-    PyObject* const more[] = {args[0], args[1], saved.tensors.ptr()};
-    return PyObject_Vectorcall(functions.backward, more, 3, nullptr);
+    std::vector<PyObject*> more(args, args + count);
+    more.push_back(saved.tensors.ptr());
+    return PyObject_Vectorcall(functions.backward, more.data(), more.size(), nullptr);
   });
 }
 

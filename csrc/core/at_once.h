@@ -31,12 +31,13 @@ class AtOnce {
 
   // The arguments of autograd's forward: ctx first.
   virtual PyObject* forward(PyObject* const* args, Py_ssize_t count) const = 0;
-  // Of a gradient that is neither traced nor differentiated.
-  virtual PyObject* backward(PyObject* ctx, PyObject* grad, Saved& saved) const = 0;
+  // Of gradients, one for each result, that are neither traced nor differentiated.
+  virtual PyObject* backward(PyObject* ctx, PyObject* const* grads, Saved& saved) const = 0;
+  virtual Py_ssize_t results() const { return 1; }
 };
 
 // (forward, backward) as `function.forward` and `_backward_cls.apply` take them. The given ones are
-// called for all else; the backward then has the saved tensors as a third argument, a tuple, if
+// called for all else; the backward then has the saved tensors as its last argument, a tuple, if
 // they were asked for.
 py::tuple at_once_functions(const AtOnce* functions, const py::object& forward,
                             const py::object& backward);

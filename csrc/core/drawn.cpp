@@ -54,7 +54,8 @@ class Drawn : public AtOnce {
     return Py_NewRef(y.ptr());
   }
 
-  PyObject* backward(PyObject* ctx, PyObject* grad, Saved& saved) const override {
+  PyObject* backward(PyObject* ctx, PyObject* const* grads, Saved& saved) const override {
+    PyObject* const grad = grads[0];
     const Py_ssize_t count = constants_ + 3;
     const py::object rest = rest_of(ctx, count);
     TensorView in;

@@ -19,7 +19,7 @@ struct Gate {
   PyObject* grad_enabled = nullptr;
   PyObject* empty_like = nullptr;
   PyObject* new_empty = nullptr;
-  PyObject* float64 = nullptr;
+  PyObject* float32 = nullptr;
   PyObject* uint8 = nullptr;
   PyObject* is_meta = nullptr;
   PyObject* dtype_only = nullptr;  // ("dtype",)
@@ -93,7 +93,7 @@ void bind_gate(const py::module_& torch, const py::module_& compiler, const py::
   gate.grad_enabled = py::object(torch.attr("is_grad_enabled")).release().ptr();
   gate.empty_like = py::object(torch.attr("empty_like")).release().ptr();
   gate.new_empty = py::object(torch.attr("Tensor").attr("new_empty")).release().ptr();
-  gate.float64 = py::object(torch.attr("float64")).release().ptr();
+  gate.float32 = py::object(torch.attr("float32")).release().ptr();
   gate.uint8 = py::object(torch.attr("uint8")).release().ptr();
   gate.dtype_only = py::make_tuple("dtype").release().ptr();
   Py_INCREF(gate.compiler);
@@ -132,28 +132,91 @@ py::object empty_like(py::handle x) {
 
 namespace {
 
+// dtype null: that of x.
 py::object new_empty(py::handle x, const py::object& sizes, PyObject* dtype) {
   PyObject* const arguments[] = {x.ptr(), sizes.ptr(), dtype};
-  PyObject* const y = PyObject_Vectorcall(g_gate.new_empty, arguments, 2, g_gate.dtype_only);
+  PyObject* const names = dtype == nullptr ? nullptr : g_gate.dtype_only;
+  PyObject* const y = PyObject_Vectorcall(g_gate.new_empty, arguments, 2, names);
   if (y == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(y);
 }
 
+py::tuple tuple_of(const std::vector<std::int64_t>& sizes) {
+  py::tuple items(sizes.size());
+  for (std::size_t i = 0; i < sizes.size(); ++i) items[i] = sizes[i];
+  return items;
+}
+
 }  // namespace
 
-py::object new_float64(py::handle x, std::initializer_list<std::int64_t> sizes) {
-  py::tuple items(sizes.size());
-  std::size_t i = 0;
-  for (const std::int64_t size : sizes) items[i++] = size;
-  return new_empty(x, items, g_gate.float64);
+py::object new_like(py::handle x, const std::vector<std::int64_t>& sizes) {
+  return new_empty(x, tuple_of(sizes), nullptr);
+}
+
+py::object new_float32(py::handle x, const std::vector<std::int64_t>& sizes) {
+  return new_empty(x, tuple_of(sizes), g_gate.float32);
 }
 
 py::object new_bytes(py::handle x, std::int64_t count) {
   return new_empty(x, py::make_tuple(count), g_gate.uint8);
 }
 
+namespace {
+
+// References held for the life of the process.
+struct Owners {
+  PyObject* use_count = nullptr;
+  PyObject* storage = nullptr;
+  PyObject* storage_use_count = nullptr;
+  PyObject* weak_references = nullptr;
+  Py_ssize_t storage_references = 0;  // to the object of a storage that one tensor has, while asked
+};
+Owners g_owners;
+
+// Whether a call gives this number, or this bool.
+bool gives(PyObject* function, py::handle argument, long expected) {
+  PyObject* const found = PyObject_CallOneArg(function, argument.ptr());
+  const bool equal = found != nullptr && PyLong_Check(found) && PyLong_AsLong(found) == expected;
+  Py_XDECREF(found);
+  if (PyErr_Occurred() != nullptr) PyErr_Clear();
+  return equal;
+}
+
+}  // namespace
+
+void bind_owners(const py::object& use_count, const py::object& storage,
+                 const py::object& storage_use_count, const py::object& weak_references,
+                 const py::object& probe) {
+  // Some releases of torch have one object for each storage, which refers to it as well.
+  const py::object of_probe = storage(probe);
+  g_owners = {use_count.inc_ref().ptr(), storage.inc_ref().ptr(), storage_use_count.inc_ref().ptr(),
+              weak_references.inc_ref().ptr(), Py_REFCNT(of_probe.ptr())};
+}
+
+py::object in_memory_of(PyObject* argument) {
+  // The object's reference is that of the tuple of arguments; a tensor's one is the object's.
+  constexpr Py_ssize_t kOfArguments = 1;
+  if (g_owners.use_count == nullptr || Py_REFCNT(argument) != kOfArguments ||
+      !gives(g_owners.use_count, argument, 1) || !gives(g_owners.weak_references, argument, 0)) {
+    return {};
+  }
+  const auto storage =
+      py::reinterpret_steal<py::object>(PyObject_CallOneArg(g_owners.storage, argument));
+  if (!storage) throw py::error_already_set();
+  // The tensor's and that of the object that was just made.
+  const bool sole = Py_REFCNT(storage.ptr()) == g_owners.storage_references &&
+                    gives(g_owners.storage_use_count, storage.attr("_cdata"), 2) &&
+                    gives(g_owners.weak_references, storage, 0) &&
+                    storage.attr("resizable")().ptr() == Py_True &&
+                    storage.attr("is_shared")().ptr() == Py_False;
+  if (!sole) return {};
+  return py::handle(argument).attr("detach")();
+}
+
 void bind_gate_functions(py::module_& m) {
   using py::arg;
+  m.def("bind_owners", &bind_owners, arg("use_count"), arg("storage"), arg("storage_use_count"),
+        arg("weak_references"), arg("probe"));
   m.def("bind_gate", &bind_gate, arg("torch"), arg("compiler"), arg("forward_ad"),
         arg("questions"));
   if (PyModule_AddFunctions(m.ptr(), g_gate_methods) != 0) throw py::error_already_set();

@@ -5,7 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <initializer_list>
+#include <vector>
 
 namespace fusereg {
 
@@ -37,9 +37,23 @@ bool forward_mode();
 // torch.empty_like(x); throws its error.
 py::object empty_like(py::handle x);
 
-// x.new_empty(sizes) of float64, or of bytes; the same.
-py::object new_float64(py::handle x, std::initializer_list<std::int64_t> sizes);
+// x.new_empty(sizes) of x's dtype, of float32, or of bytes; the same.
+py::object new_like(py::handle x, const std::vector<std::int64_t>& sizes);
+py::object new_float32(py::handle x, const std::vector<std::int64_t>& sizes);
 py::object new_bytes(py::handle x, std::int64_t count);
+
+// What is asked of torch before memory is used anew: Tensor._use_count, Tensor.untyped_storage, the
+// function that counts a storage's users, and weakref.getweakrefcount; a new tensor. Absent: it
+// never is.
+void bind_owners(const py::object& use_count, const py::object& storage,
+                 const py::object& storage_use_count, const py::object& weak_references,
+                 const py::object& probe);
+
+// A new tensor in the memory of a gradient that nobody could read any more: for an autograd
+// function whose argument it is, which holds its only reference. Null if anybody else has, by
+// whatever way, the tensor, a view of it or its storage, or if the memory is not torch's own (of an
+// array, another process, a file).
+py::object in_memory_of(PyObject* argument);
 
 // `direct` and `ready` (_C.pyi).
 void bind_gate_functions(py::module_& m);

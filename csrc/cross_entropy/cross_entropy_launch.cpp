@@ -52,7 +52,7 @@ void run_cpu(const Forward& forward) {
 void run_cpu(const Backward& backward) {
   const std::int64_t numel = backward.rows() * backward.classes;
   if (backward.grad_x != backward.x) {
-    ask_for_large_pages(backward.grad_x, numel * dtype_size(backward.dtype));
+    prepare_pages(backward.grad_x, numel * dtype_size(backward.dtype));
   }
   const CpuKernels& kernels = cpu_kernels();
   parallel_for(

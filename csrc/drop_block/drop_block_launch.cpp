@@ -16,7 +16,7 @@ constexpr std::int64_t kGrain = 1 << 15;
 
 void run_cpu(const Job& job) {
   const Geometry& g = job.geometry;
-  ask_for_large_pages(job.y, g.numel() * dtype_size(job.dtype));
+  prepare_pages(job.y, g.numel() * dtype_size(job.dtype));
   const CpuKernels& kernels = cpu_kernels();
   const std::int64_t grain = std::max<std::int64_t>(1, kGrain * g.tiles / g.numel());
   if (job.counts) {

@@ -109,7 +109,7 @@ class CpuRun {
 }  // namespace
 
 void run_cpu(const Job& job) {
-  ask_for_large_pages(job.y, job.numel * dtype_size(job.dtype));
+  prepare_pages(job.y, job.numel * dtype_size(job.dtype));
   CpuRun(job).execute();
 }
 

@@ -1,7 +1,10 @@
 // fusereg._C: dropout + normalization. Contract: dropout_norm.h, _C.pyi.
 #include <string>
+#include <vector>
 
+#include "core/at_once.h"
 #include "core/call.h"
+#include "core/gate.h"
 #include "core/seed_argument.h"
 #include "core/tensor.h"
 #include "dropout_norm/dropout_norm.h"
@@ -179,6 +182,164 @@ int dropout_norm_backward(const py::object& grad_x, const py::object& grad_resid
   return kDone;
 }
 
+// --- the usual call, on the CPU, without Python (core/at_once.h) ---
+
+// Row-major as torch.empty makes it: what is allocated like this tensor has its strides.
+bool exactly_row_major(const TensorView& t) {
+  std::int64_t expected = 1;
+  for (int d = t.ndim - 1; d >= 0; --d) {
+    if (t.strides[d] != expected) return false;
+    expected *= t.sizes[d];
+  }
+  return t.ndim > 0 && t.numel > 0;
+}
+
+bool usual(py::handle tensor, TensorView& view) {
+  return read_tensor(tensor, view) == Kind::kPlain && exactly_row_major(view);
+}
+
+void set_attribute(PyObject* object, PyObject* name, py::handle value) {
+  if (PyObject_SetAttr(object, name, value.ptr()) != 0) throw AtOnce::Final();
+}
+
+bool is_state(PyObject* state) { return PyTuple_CheckExact(state) && PyTuple_GET_SIZE(state) == 2; }
+
+// It keeps what op.py keeps.
+class DropoutNorm : public AtOnce {
+ public:
+  Py_ssize_t results() const override { return 3; }
+
+  // x, residual, weight, bias, (state, p, eps, rms, index_offset, keep, op)
+  PyObject* forward(PyObject* const* args, Py_ssize_t count) const override {
+    if (count != 6 || forward_mode()) return nullptr;
+    PyObject* const ctx = args[0];
+    const py::handle x = args[1], residual = args[2], weight = args[3], bias = args[4];
+    PyObject* const rest = args[5];
+    TensorView main;
+    TensorView other;
+    if (!PyTuple_CheckExact(rest) || PyTuple_GET_SIZE(rest) != 7 || !usual(x, main) ||
+        runs_cuda_kernels(main.device) || (!residual.is_none() && !usual(residual, other))) {
+      return nullptr;
+    }
+    PyObject* const* const items = &PyTuple_GET_ITEM(rest, 0);
+    const char* const op = PyUnicode_AsUTF8(items[6]);
+    if (!is_state(items[0]) || items[5] != Py_True || op == nullptr) return nullptr;
+    const double p = number_argument(items[1], op, "p");
+    const bool rms = items[3] == Py_True;
+    const bool sum_is_x = p == 0.0 && residual.is_none();
+
+    py::object y = empty_like(x);
+    py::object sum =
+        sum_is_x ? py::object(py::none()) : empty_like(residual.is_none() ? x : residual);
+    std::vector<std::int64_t> rows(main.sizes, main.sizes + main.ndim);
+    rows.back() = statistics_per_row(rms);
+    const bool wide = main.dtype == DType::kFloat64 || main.dtype == DType::kFloat32;
+    const py::object statistics = wide ? new_like(x, rows) : new_float32(x, rows);
+    const auto object = [](py::handle t) { return py::reinterpret_borrow<py::object>(t); };
+    if (dropout_norm_forward(
+            y, sum, statistics, object(x), object(residual), object(weight), object(bias),
+            object(PyTuple_GET_ITEM(items[0], 0)), object(PyTuple_GET_ITEM(items[0], 1)), p,
+            number_argument(items[2], op, "eps"), rms, object(items[4]), op) != kDone) {
+      return nullptr;
+    }
+    static PyObject* const names[] = {
+        PyUnicode_InternFromString("state"),     PyUnicode_InternFromString("kept"),
+        PyUnicode_InternFromString("constants"), PyUnicode_InternFromString("op"),
+        PyUnicode_InternFromString("dtype"),     PyUnicode_InternFromString("sum_is_x")};
+    static PyObject* const mark = PyUnicode_InternFromString("mark_non_differentiable");
+    static PyObject* const materialize = PyUnicode_InternFromString("set_materialize_grads");
+    static PyObject* const dtype = PyUnicode_InternFromString("dtype");
+    set_attribute(ctx, names[0], items[0]);
+    set_attribute(ctx, names[1], Py_True);
+    set_attribute(ctx, names[2],
+                  py::make_tuple(py::handle(items[1]), py::handle(items[2]), py::handle(items[3]),
+                                 py::handle(items[4])));
+    set_attribute(ctx, names[3], py::make_tuple(py::handle(items[6])));
+    set_attribute(ctx, names[4],
+                  py::reinterpret_steal<py::object>(PyObject_GetAttr(x.ptr(), dtype)));
+    set_attribute(ctx, names[5], py::bool_(sum_is_x));
+    PyObject* const marked[] = {ctx, statistics.ptr()};
+    PyObject* const no[] = {ctx, Py_False};
+    for (PyObject* const done : {PyObject_VectorcallMethod(mark, marked, 2, nullptr),
+                                 PyObject_VectorcallMethod(materialize, no, 2, nullptr)}) {
+      if (done == nullptr) throw Final();
+      Py_DECREF(done);
+    }
+    PyObject* const tensors[] = {sum_is_x ? x.ptr() : sum.ptr(), statistics.ptr(), weight.ptr()};
+    if (!save(ctx, tensors, 3)) throw Final();
+    return PyTuple_Pack(3, y.ptr(), sum.ptr(), statistics.ptr());
+  }
+
+  PyObject* backward(PyObject* ctx, PyObject* const* grads, Saved& saved) const override {
+    static PyObject* const names[] = {
+        PyUnicode_InternFromString("state"), PyUnicode_InternFromString("constants"),
+        PyUnicode_InternFromString("op"), PyUnicode_InternFromString("sum_is_x"),
+        PyUnicode_InternFromString("needs_input_grad")};
+    py::object kept[5];
+    for (int i = 0; i < 5; ++i) {
+      kept[i] = py::reinterpret_steal<py::object>(PyObject_GetAttr(ctx, names[i]));
+      if (!kept[i]) return nullptr;
+    }
+    const auto is_tuple = [](const py::object& object, Py_ssize_t least) {
+      return PyTuple_Check(object.ptr()) && PyTuple_GET_SIZE(object.ptr()) >= least;
+    };
+    const py::handle grad = grads[0];
+    const py::object sum_grad =
+        py::reinterpret_borrow<py::object>(kept[3].ptr() == Py_True ? Py_None : grads[1]);
+    TensorView of_y;
+    TensorView of_sum;
+    // Nobody used y, or the sum of a call that is differentiated by torch's operations.
+    if (grad.is_none() || !usual(grad, of_y) || runs_cuda_kernels(of_y.device) ||
+        (!sum_grad.is_none() && !usual(sum_grad, of_sum)) || !is_state(kept[0].ptr()) ||
+        !is_tuple(kept[1], 4) || !is_tuple(kept[2], 1) || !is_tuple(kept[4], 4)) {
+      return nullptr;
+    }
+    PyObject* const* const constants = &PyTuple_GET_ITEM(kept[1].ptr(), 0);
+    const char* const op = PyUnicode_AsUTF8(PyTuple_GET_ITEM(kept[2].ptr(), 0));
+    if (op == nullptr) return nullptr;
+    const double p = number_argument(constants[0], op, "p");
+    const auto wanted = [&kept](Py_ssize_t i) {
+      return PyTuple_GET_ITEM(kept[4].ptr(), i) == Py_True;
+    };
+
+    PyObject* const* const tensors = unpack(ctx, saved, 3);
+    if (tensors == nullptr) return nullptr;
+    const py::handle sum = tensors[0], weight = tensors[2];
+    TensorView total;
+    TensorView of_weight;
+    if (!usual(sum, total)) return nullptr;
+    if (!weight.is_none() && !usual(weight, of_weight)) return nullptr;
+    // Without dropping, the gradients of x and residual are the same.
+    const bool shared = p == 0.0 && wanted(0) && wanted(1) && of_y.dtype == total.dtype;
+    const auto made = [](bool want, py::handle like) {
+      return want && !like.is_none() ? empty_like(like) : py::object(py::none());
+    };
+    const py::object grad_x = made(wanted(0), grad);
+    py::object grad_residual = made(wanted(1) && !shared, sum);
+    const py::object grad_weight = made(wanted(2), weight);
+    const py::object grad_bias = made(wanted(3), weight);
+    const std::int64_t slots = !grad_weight.is_none() + !grad_bias.is_none();
+    py::object partials = py::none();
+    if (slots > 0) {
+      const std::int64_t length = of_y.sizes[of_y.ndim - 1];
+      const std::vector<std::int64_t> sizes{cpu_chunks(of_y.numel / length).count, slots, length};
+      const bool wide = of_y.dtype == DType::kFloat64 || of_y.dtype == DType::kFloat32;
+      partials = wide ? new_like(grad, sizes) : new_float32(grad, sizes);
+    }
+    const auto object = [](py::handle t) { return py::reinterpret_borrow<py::object>(t); };
+    if (dropout_norm_backward(
+            grad_x, grad_residual, grad_weight, grad_bias, object(grad), sum_grad, object(sum),
+            object(tensors[1]), object(weight), object(PyTuple_GET_ITEM(kept[0].ptr(), 0)),
+            object(PyTuple_GET_ITEM(kept[0].ptr(), 1)), p, constants[2] == Py_True,
+            object(constants[3]), partials, py::none(), op) != kDone) {
+      return nullptr;
+    }
+    if (shared) grad_residual = grad_x;
+    return PyTuple_Pack(5, grad_x.ptr(), grad_residual.ptr(), grad_weight.ptr(), grad_bias.ptr(),
+                        Py_None);
+  }
+};
+
 // How many slots `partials` has for this many rows.
 std::int64_t dropout_norm_chunks(std::int64_t rows, bool cuda) {
   size_argument(rows, 0, "dropout_norm_chunks", "rows");
@@ -196,6 +357,12 @@ void bind(py::module_& m) {
         arg("grad_weight"), arg("grad_bias"), arg("grad_y"), arg("grad_sum"), arg("sum"),
         arg("statistics"), arg("weight"), arg("seed"), arg("offset"), arg("p"), arg("rms"),
         arg("index_offset"), arg("partials"), arg("barrier"), op_argument());
+  m.def(
+      "dropout_norm_functions",
+      [](const py::object& forward, const py::object& backward) {
+        return at_once_functions(new DropoutNorm(), forward, backward);
+      },
+      arg("forward"), arg("backward"));
   m.def("dropout_norm_chunks", &dropout_norm_chunks, arg("rows"), arg("cuda"));
 }
 

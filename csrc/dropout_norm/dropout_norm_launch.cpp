@@ -19,8 +19,8 @@ std::int64_t grain(std::int64_t elements_each) {
 
 void run_cpu(const Forward& f) {
   const std::int64_t size = dtype_size(f.dtype);
-  ask_for_large_pages(f.y, f.rows * f.length * size);
-  ask_for_large_pages(f.sum, f.rows * f.length * (f.wide_sum ? 4 : size));
+  prepare_pages(f.y, f.rows * f.length * size);
+  prepare_pages(f.sum, f.rows * f.length * (f.wide_sum ? 4 : size));
   if (f.rows == 0 || f.length == 0) return;
   const CpuKernels& kernels = cpu_kernels();
   parallel_for(f.rows, grain(f.length),
@@ -29,8 +29,8 @@ void run_cpu(const Forward& f) {
 
 void run_cpu(const Backward& b) {
   const std::int64_t size = dtype_size(b.dtype);
-  ask_for_large_pages(b.grad_x, b.rows * b.length * size);
-  ask_for_large_pages(b.grad_residual, b.rows * b.length * (b.wide_sum ? 4 : size));
+  prepare_pages(b.grad_x, b.rows * b.length * size);
+  prepare_pages(b.grad_residual, b.rows * b.length * (b.wide_sum ? 4 : size));
   if (b.length == 0) return;
   const CpuKernels& kernels = cpu_kernels();
   const Chunks chunks = cpu_chunks(b.rows);

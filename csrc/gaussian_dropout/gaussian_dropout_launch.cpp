@@ -9,7 +9,7 @@
 namespace fusereg::gaussian_dropout {
 
 void run_cpu(const Job& job) {
-  ask_for_large_pages(job.y, job.numel * dtype_size(job.dtype));
+  prepare_pages(job.y, job.numel * dtype_size(job.dtype));
   // Whole blocks of every instruction set, and what a thread should get of them at least.
   constexpr std::int64_t kUnit = 4096;
   constexpr std::int64_t kGrain = 1 << 14;

@@ -30,6 +30,13 @@ def set_restore_device(exchange: Callable[[int], object]) -> None: ...
 def bind_torch(
     tensor: type[torch.Tensor], parameter: type[torch.nn.Parameter], increment_version: object
 ) -> None: ...
+def bind_owners(
+    use_count: object,
+    storage: object,
+    storage_use_count: object,
+    weak_references: object,
+    probe: torch.Tensor,
+) -> None: ...
 def bind_gate(
     torch: ModuleType,
     compiler: ModuleType,
@@ -238,6 +245,7 @@ def dropout_norm_backward(
     op: str,
 ) -> int: ...
 def dropout_norm_chunks(rows: int, cuda: bool) -> int: ...
+def dropout_norm_functions(forward: _Method, backward: _Method) -> tuple[_Method, _Method]: ...
 def drop_block_forward(
     y: torch.Tensor,
     x: torch.Tensor,

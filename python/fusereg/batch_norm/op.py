@@ -113,7 +113,7 @@ def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
     state = None
     if type(seed) is tuple:
         state, seed = seed, None
-    ctx.rest = (constants, call.op, residual is not None, state)
+    ctx.rest = (constants, call.op, residual is not None, state, None)
     if residual is not None and not call.keeps_residual():
         residual = output[0] if by_result else None
     if constants.statistics != FIXED or moments is not None:
@@ -143,8 +143,10 @@ def _use_gradient_of_sum(call: Call) -> None:
 
 def _gradient(ctx: Any, grad: Tensor, *given: Any) -> tuple[Tensor | None, ...]:
     tensors = operator.unpacked(ctx, given)
-    constants, op, has_residual, state = ctx.rest
+    constants, op, has_residual, state, memory = ctx.rest
     _, kept, *_, moments, _, _, seed, bits = tensors
+    if memory is not None:  # of a compiled forward
+        moments = torch.frombuffer(memory, dtype=torch.float64).view(3, -1)
     inputs = inputs_of((*tensors[:8], seed if state is None else state))
     call = Call(inputs, constants_of(constants), op, moments=moments, bits=bits)
     by_result = kept is not None and not call.keeps_residual()  # it is y

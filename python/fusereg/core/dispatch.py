@@ -12,6 +12,7 @@ torch.compile uses Dynamo's in its own.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -27,9 +28,18 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
 # After torch, so that both use the one OpenMP runtime that torch has loaded.
 from .. import _C  # noqa: E402
 
-_C.bind_torch(torch.Tensor, torch.nn.Parameter, torch.autograd.graph.increment_version)
+# The function below torch.autograd.graph.increment_version, which takes lists alone.
+_C.bind_torch(torch.Tensor, torch.nn.Parameter, torch._C._increment_version)
 if hasattr(torch._C, "_cuda_maybeExchangeDevice"):
     _C.set_restore_device(torch._C._cuda_maybeExchangeDevice)
+if hasattr(torch.Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count"):
+    _C.bind_owners(
+        torch.Tensor._use_count,  # type: ignore[attr-defined]
+        torch.Tensor.untyped_storage,
+        torch._C._storage_Use_Count,
+        weakref.getweakrefcount,
+        torch.empty(1, device="cpu"),
+    )
 
 
 def functorch() -> bool:

@@ -21,9 +21,9 @@ from ..core.operator import (
     contiguous_copies,
     gradients,
     keep_state,
-    kept,
     refused,
     state_of,
+    unpacked,
 )
 from ..core.random import Source
 
@@ -143,11 +143,12 @@ def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
 
 
 def _gradient(
-    ctx: Any, grad: Tensor | None, grad_sum: Tensor | None, _: None
+    ctx: Any, grad: Tensor | None, grad_sum: Tensor | None, _: None, *saved: Any
 ) -> tuple[Tensor | None, ...]:
     if not ctx.kept:
         raise RuntimeError("fusereg::dropout_norm: called with keep=False, so it has no gradient")
-    total, statistics, weight, seed = kept(ctx)
+    total, statistics, weight, *state = unpacked(ctx, saved)
+    (seed,) = state or (ctx.state,)
     if grad is None:  # only the sum was used
         grad = torch.zeros(total.shape, dtype=ctx.dtype, device=total.device)
     if ctx.sum_is_x:
@@ -245,6 +246,7 @@ _norm = Operator(
     gradient=_gradient,
     by_parts=_by_parts,
 )
+_norm.compile(_C.dropout_norm_functions)
 _backward = Operator(
     "dropout_norm_backward(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor statistics,"
     " Tensor? weight, Tensor? seed, float p, float eps, bool rms, SymInt index_offset,"
@@ -329,7 +331,8 @@ def dropout_norm(
     constants = (p, eps, rms, index_offset, keep or return_sum)
     if plain or dispatch.direct(*tensors):
         state = random.eager_state(x, source, op) if p else (0, 0)
-        y, total, _ = _norm.eager(*tensors, state, *constants, op)
+        rest = (state, *constants, op)
+        y, total, _ = _norm.apply(*tensors, rest) if keep else _norm.kernel(*tensors, *rest)
     else:
         seed = random.traced_state(x, source, op) if p else None
         y, total, _ = _norm.traced(*tensors, seed, *constants)
