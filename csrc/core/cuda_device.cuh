@@ -209,16 +209,6 @@ FUSEREG_DEVICE_INLINE void store_streaming(T* p, const T& v) {
   detail::store_as<T, detail::Access::kStreaming>(p, v);
 }
 
-// p, of which the compiler is told that it is in global memory: it does not know where an address leads
-// that is itself read from memory.
-template <class T>
-FUSEREG_DEVICE_INLINE const T* in_global(const T* p) {
-#if !defined(FUSEREG_CUDA_ON_HOST)
-  __builtin_assume(__isGlobal(p));
-#endif
-  return p;
-}
-
 // kCount numbers of T as they lie in memory, in whole registers. Where a branch decides how they
 // are loaded, they must stay so until all loads of the thread are issued: numbers that are
 // converted within the branch are waited for there.
@@ -229,17 +219,15 @@ struct Raw {
   static_assert(sizeof(T) * kCount % 4 == 0 && kWords % kPart == 0, "Raw: whole registers");
   std::uint32_t words[kWords];
 
-  template <detail::Access kAccess = detail::Access::kGlobal>
   FUSEREG_DEVICE_INLINE void load(const T* p) {
     FUSEREG_UNROLL
     for (int i = 0; i < kWords; i += kPart) {
-      const auto part = detail::load_as<Vec<std::uint32_t, kPart>, kAccess>(p + i * 4 / sizeof(T));
+      const auto part = detail::load_as<Vec<std::uint32_t, kPart>, detail::Access::kGlobal>(
+          p + i * 4 / sizeof(T));
       FUSEREG_UNROLL
       for (int k = 0; k < kPart; ++k) words[i + k] = part[k];
     }
   }
-  // As load_streaming().
-  FUSEREG_DEVICE_INLINE void load_streaming(const T* p) { load<detail::Access::kStreaming>(p); }
   FUSEREG_DEVICE_INLINE void clear() {
     FUSEREG_UNROLL
     for (int i = 0; i < kWords; ++i) words[i] = 0;

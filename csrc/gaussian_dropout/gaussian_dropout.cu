@@ -66,7 +66,13 @@ __global__ void __launch_bounds__(kThreads)
     cuda::Raw<T, kNormals> data[kCount];
     FUSEREG_UNROLL
     for (int u = 0; u < kCount; ++u) {
-      data[u].load_streaming(x + (from + u * kThreads) * kNormals);
+      const T* const at = x + (from + u * kThreads) * kNormals;
+      FUSEREG_UNROLL
+      for (int i = 0; i < kNormals; i += kN) {
+        const auto words = cuda::load_streaming<4>(reinterpret_cast<const std::uint32_t*>(at + i));
+        FUSEREG_UNROLL
+        for (int k = 0; k < 4; ++k) data[u].words[i / kN * 4 + k] = words[k];
+      }
       data[u].join();
     }
     FUSEREG_UNROLL

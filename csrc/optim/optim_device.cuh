@@ -61,7 +61,7 @@ template <>
 struct Held<double> {
   cuda::Vec<double, 2> pair;
   FUSEREG_DEVICE_INLINE void load(DType, const void* x, std::int64_t at) {
-    pair = cuda::load<2>(cuda::in_global(static_cast<const double*>(x) + at));
+    pair = cuda::load<2>(in_global(static_cast<const double*>(x) + at));
   }
   FUSEREG_DEVICE_INLINE void get(DType, double (&y)[2]) const {
     y[0] = pair[0];
@@ -101,7 +101,7 @@ struct Held<float> {
 
  private:
   FUSEREG_DEVICE_INLINE void put(int first, const char* from) {
-    const auto part = cuda::load<4>(cuda::in_global(reinterpret_cast<const std::uint32_t*>(from)));
+    const auto part = cuda::load<4>(in_global(reinterpret_cast<const std::uint32_t*>(from)));
     FUSEREG_UNROLL
     for (int i = 0; i < 4; ++i) words[first + i] = part[i];
   }

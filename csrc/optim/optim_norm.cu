@@ -42,7 +42,7 @@ __device__ void for_each_chunk(const Table& t, const F& f) {
     dispatch_dtype(item.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
       const auto load = [](T* x, auto count) {
-        return cuda::load<decltype(count)::value>(cuda::in_global(x));
+        return cuda::load<decltype(count)::value>(in_global(x));
       };
       cuda::for_run<kAhead>(static_cast<T*>(data) + begin,
                             rest < kChunkElements ? rest : kChunkElements, threadIdx.x, kThreads,
