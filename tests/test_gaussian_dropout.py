@@ -125,6 +125,20 @@ def test_shards_and_pairs(dtype: torch.dtype, backend: Backend) -> None:
         assert torch.equal(F.gaussian_dropout(x, 0.3, seed=pair), wanted)
 
 
+@pytest.mark.sanitizer
+def test_16_bits_have_the_factors_of_float32(backend: Backend) -> None:
+    """With two blocks a multiprocessor, threads of the CUDA kernel take four groups at once."""
+    device, count = backend.device, 4
+    if device.type == "cuda":
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+    # Four groups of 8 elements for each thread; and two, three, or two and a part.
+    n = 8 * (1024 * 2 * count + 519) + 3
+    for dtype in (torch.bfloat16, torch.float16):
+        x = make((n,), dtype, backend)
+        wide = F.gaussian_dropout(x.float(), 0.5, seed=SEED)
+        assert torch.equal(F.gaussian_dropout(x, 0.5, seed=SEED), wide.to(dtype))
+
+
 # --- the distribution -----------------------------------------------------------------------------
 
 

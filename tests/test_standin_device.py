@@ -174,6 +174,28 @@ def test_refused_cooperative_launches_have_a_way_back(
             )
 
 
+@pytest.mark.parametrize("layout", [(8, 3, 64 * 64), (4096, 64, 1)], ids=["lines", "columns"])
+def test_teams_of_batch_norm_that_are_refused_give_way(
+    layout: tuple[int, int, int], one_multiprocessor: None
+) -> None:
+    """Slabs that take more blocks than one multiprocessor holds, as lines and as rows."""
+    outer, channels, inner = layout
+    limits = (4, 228 * 1024, 227 * 1024)
+    for backward in (False, True):
+        plan = _C.batch_norm_plan((outer, channels, inner, outer), "float32", backward, limits)
+        assert plan["kind"] == "resident"
+        assert plan["reduce"]["splits"] > 1
+        assert plan["teams"] * plan["reduce"]["splits"] > 2
+    x = torch.randn(outer, channels, inner).requires_grad_()
+    ours = x.detach().to(CUDA).requires_grad_()
+    results = []
+    for leaf, function in ((ours, F.batch_norm), (x, torch.nn.functional.batch_norm)):
+        y = function(leaf, None, None, training=True)
+        y.sin().sum().backward()
+        results.append((y.detach().cpu(), leaf.grad.cpu() if leaf.grad is not None else None))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 # --- the generator --------------------------------------------------------------------------------
 
 

@@ -56,33 +56,68 @@ FUSEREG_INLINE FloatVector number(WordVector words) {
 }
 #endif
 
-// ln u for 2^-32 <= u <= 1: u = 2^e (1 + f) with sqrt(1/2) <= 1 + f < sqrt(2), and
-// ln(1 + f) = f - f^2 / 2 + f^3 P(f).
+// a b + c where a b is exact: once or twice rounded, it is the same.
+template <class F>
+FUSEREG_INLINE F add_exact_product(F a, float b, F c) {
+  return add(multiply(a, b), c);
+}
+// Of 0 and numbers from 2^-100 on.
+template <class F>
+FUSEREG_INLINE F root(F x) {
+  return square_root(x);
+}
 template <class F, class U>
-FUSEREG_INLINE F logarithm(F u) {
+FUSEREG_INLINE void exchange_where_negative(U word, F& a, F& b) {
+  const U swap = ~((word >> 31) - 1u);  // all ones if the bit is set
+  const U exchanged = (bit_cast<U>(a) ^ bit_cast<U>(b)) & swap;
+  a = bit_cast<F>(bit_cast<U>(a) ^ exchanged);
+  b = bit_cast<F>(bit_cast<U>(b) ^ exchanged);
+}
+#if defined(__CUDA_ARCH__)
+FUSEREG_INLINE float add_exact_product(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// What nvcc makes of __fsqrt_rn, without the branch for numbers that are smaller.
+FUSEREG_INLINE float root(float x) {
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(fmaxf(x, 0x1p-100f)));
+  const float near = __fmul_rn(x, inverse);
+  return __fmaf_rn(__fmaf_rn(-near, near, x), __fmul_rn(inverse, 0.5f), near);
+}
+FUSEREG_INLINE void exchange_where_negative(std::uint32_t word, float& a, float& b) {
+  const bool swap = static_cast<std::int32_t>(word) < 0;
+  const float first = swap ? b : a;
+  b = swap ? a : b;
+  a = first;
+}
+#endif
+
+// -2 ln(v / 2^31) for 1/2 <= v <= 2^31: v = 2^(31 + e) (1 + f) with sqrt(1/2) <= 1 + f < sqrt(2), and
+// ln(1 + f) = f - f^2 / 2 + f^3 P(f). The factor -2, a power of two, is in the coefficients: it changes
+// no rounding.
+template <class F, class U>
+FUSEREG_INLINE F minus_two_logarithm(F v) {
   constexpr std::uint32_t kRootOfHalf = 0x3f3504f3u;
-  // The exponent's bits of u / sqrt(1/2), 127 above it.
-  const U shifted = bit_cast<U>(u) + (0x3f800000u - kRootOfHalf);
-  const F e = add(number(shifted >> 23), -127.0f);
-  const F f = add(bit_cast<F>((shifted & 0x7fffffu) + kRootOfHalf), -1.0f);
-  F p = add(multiply(f, 0.08700360357761383f), -0.1426747739315033f);
-  p = add(multiply(p, f), 0.1491478681564331f);
-  p = add(multiply(p, f), -0.165775865316391f);
-  p = add(multiply(p, f), 0.19963061809539795f);
-  p = add(multiply(p, f), -0.2500133812427521f);
-  p = add(multiply(p, f), 0.3333390951156616f);
+  const U bits = bit_cast<U>(v) - (31u << 23);
+  const U e = (bits - kRootOfHalf) & 0xff800000u;  // as a signed integer, 2^23 e
+  const F f = add(bit_cast<F>(bits - e), -1.0f);
+  F p = add(multiply(f, -2.0f * 0.08700360357761383f), -2.0f * -0.1426747739315033f);
+  p = add(multiply(p, f), -2.0f * 0.1491478681564331f);
+  p = add(multiply(p, f), -2.0f * -0.165775865316391f);
+  p = add(multiply(p, f), -2.0f * 0.19963061809539795f);
+  p = add(multiply(p, f), -2.0f * -0.2500133812427521f);
+  p = add(multiply(p, f), -2.0f * 0.3333390951156616f);
   const F square = multiply(f, f);
-  const F tail = add(multiply(multiply(square, f), p), multiply(square, -0.5f));
-  return add(add(tail, f), multiply(e, 0.6931471805599453f));
+  const F tail = add(multiply(multiply(square, f), p), square);
+  return add(add_exact_product(f, -2.0f, tail),
+             multiply(number(e), -0x1p-22f * 0.6931471805599453f));
 }
 
 // The two normals of two words.
 template <class F, class U>
 FUSEREG_INLINE void normal_pair(U word0, U word1, F& normal0, F& normal1) {
   // (k + 1/2) / 2^31 of k of 31 bits: where k is small, all its bits count, and the tail is fine.
-  const F u = multiply(add(number(word0 >> 1), 0.5f), 0x1p-31f);
-  const F r = square_root(multiply(logarithm<F, U>(u), -2.0f));
+  const F radius = root(minus_two_logarithm<F, U>(add(number(word0 >> 1), 0.5f)));
   // An angle of +- 45 degrees from 30 bits; the other two choose the quarter of the circle.
+  const F r = bit_cast<F>(bit_cast<U>(radius) ^ (word1 << 1 & 0x80000000u));
   const F t = multiply(number(word1 << 2), 0x1p-31f);
   const F z = multiply(t, t);
   F s = add(multiply(z, -3.59504520019982e-05f), 0.00249000103212893f);
@@ -93,11 +128,9 @@ FUSEREG_INLINE void normal_pair(U word0, U word1, F& normal0, F& normal1) {
   c = add(multiply(c, z), 0.015854323282837868f);
   c = add(multiply(c, z), -0.3084251284599304f);
   c = multiply(add(multiply(c, z), 1.0f), r);
-  const U swap = ~((word1 >> 31) - 1u);  // all ones if the bit is set
-  const U sign = word1 << 1 & 0x80000000u;
-  const U exchanged = (bit_cast<U>(c) ^ bit_cast<U>(s)) & swap;
-  normal0 = bit_cast<F>(bit_cast<U>(c) ^ exchanged ^ sign);
-  normal1 = bit_cast<F>(bit_cast<U>(s) ^ exchanged ^ sign);
+  exchange_where_negative(word1, c, s);
+  normal0 = c;
+  normal1 = s;
 }
 
 }  // namespace fusereg::normal

@@ -1,7 +1,9 @@
 // The CUDA kernel of Gaussian dropout. Contract: gaussian_dropout.h.
 //
 // A thread takes groups of 8 elements, two Philox calls each: their loads are under way before the
-// draws are made. Memory moves in 16-byte vectors where pointers and index_offset allow it.
+// draws are made. Memory moves in 16-byte vectors where pointers and index_offset allow it. Of 16-bit
+// types a thread takes four groups at once, which share the round keys: there instructions are what
+// bounds the kernel.
 #include <algorithm>
 
 #include "core/cuda.cuh"
@@ -15,13 +17,17 @@ using namespace ::fusereg::normal;
 
 constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 32;
+constexpr int kFewBlocksPerSm = 2;
+// Groups that a thread takes at once, where each multiprocessor then still has some blocks.
+template <class T, bool kVectors>
+constexpr int kAtOnce = kVectors && sizeof(T) == 2 ? 4 : 1;
 
 FUSEREG_DEVICE_INLINE void normals(std::uint64_t key, std::uint64_t low, std::uint64_t group,
                                    float (&n)[kNormals]) {
   FUSEREG_UNROLL
   for (int half = 0; half < 2; ++half) {
     const PhiloxWords w =
-        philox<kNumberRounds>(key, low, 2 * group + static_cast<std::uint64_t>(half));
+        philox<kNumberRounds>(key, low, group << 1 | static_cast<std::uint64_t>(half));
     normal_pair<float, std::uint32_t>(w.word[0], w.word[1], n[4 * half], n[4 * half + 1]);
     normal_pair<float, std::uint32_t>(w.word[2], w.word[3], n[4 * half + 2], n[4 * half + 3]);
   }
@@ -38,7 +44,7 @@ template <class T, bool kVectors>
 __global__ void __launch_bounds__(kThreads)
     gaussian_dropout_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
   constexpr int kN = cuda::kVecSize<T> < kNormals ? cuda::kVecSize<T> : kNormals;
-  constexpr int kParts = kNormals / kN;
+  constexpr int kGroups = kAtOnce<T, kVectors>;
   const T* const x = static_cast<const T*>(job.x);
   T* const y = static_cast<T*>(job.y);
   const std::uint64_t key = job.random.key();
@@ -48,31 +54,57 @@ __global__ void __launch_bounds__(kThreads)
   const std::uint64_t first = job.index_offset / kNormals;
   const std::int64_t origin = -static_cast<std::int64_t>(job.index_offset % kNormals);
   const std::int64_t groups = (job.numel - origin + kNormals - 1) / kNormals;
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  for (std::int64_t group = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-       group < groups; group += step) {
-    const std::int64_t at = origin + group * kNormals;
-    const bool whole = kVectors && at + kNormals <= job.numel;
-    cuda::Vec<T, kN> data[kParts];
-    if (whole) {
+  const std::int64_t whole = kVectors ? job.numel / kNormals : 0;
+  // A small tensor's groups are spread over all threads.
+  const bool spread = static_cast<std::int64_t>(gridDim.x) * kThreads >= groups;
+  const int own = spread ? 1 : kGroups;
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * (own * kThreads);
+  std::int64_t group = static_cast<std::int64_t>(blockIdx.x) * (own * kThreads) + threadIdx.x;
+  // So many whole groups, kThreads apart.
+  const auto take = [&](std::int64_t from, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    cuda::Raw<T, kNormals> data[kCount];
+    FUSEREG_UNROLL
+    for (int u = 0; u < kCount; ++u) {
+      const T* const at = x + (from + u * kThreads) * kNormals;
       FUSEREG_UNROLL
-      for (int i = 0; i < kParts; ++i) data[i] = cuda::load_streaming<kN>(x + at + i * kN);
+      for (int i = 0; i < kNormals; i += kN) {
+        const auto words = cuda::load_streaming<4>(reinterpret_cast<const std::uint32_t*>(at + i));
+        FUSEREG_UNROLL
+        for (int k = 0; k < 4; ++k) data[u].words[i / kN * 4 + k] = words[k];
+      }
+      data[u].join();
     }
-    float n[kNormals];
-    normals(key, low, first + static_cast<std::uint64_t>(group), n);
-    if (whole) {
+    FUSEREG_UNROLL
+    for (int u = 0; u < kCount; ++u) {
+      float n[kNormals];
+      normals(key, low, first + static_cast<std::uint64_t>(from + u * kThreads), n);
+      T* const to = y + (from + u * kThreads) * kNormals;
       FUSEREG_UNROLL
-      for (int i = 0; i < kParts; ++i) {
-        cuda::store(y + at + i * kN, cuda::rounded_to<T, kN>([&](int e) {
-                      return noisy<T>(data[i][e], n[i * kN + e], strength);
+      for (int i = 0; i < kNormals; i += kN) {
+        cuda::store(to + i, cuda::rounded_to<T, kN>([&](int e) {
+                      return noisy<T>(data[u][i + e], n[i + e], strength);
                     }));
       }
-    } else {
+    }
+  };
+  if constexpr (kGroups > 1) {
+    for (; !spread && group + (kGroups - 1) * kThreads < whole; group += step) {
+      take(group, std::integral_constant<int, kGroups>{});
+    }
+  }
+  for (; group < groups; group += step) {
+    for (std::int64_t at = group; at < group + own * kThreads && at < groups; at += kThreads) {
+      if (at < whole) {
+        take(at, std::integral_constant<int, 1>{});
+        continue;
+      }
+      float n[kNormals];
+      normals(key, low, first + static_cast<std::uint64_t>(at), n);
       FUSEREG_UNROLL
       for (int e = 0; e < kNormals; ++e) {
-        if (at + e >= 0 && at + e < job.numel) {
-          y[at + e] = from_compute<T>(noisy<T>(x[at + e], n[e], strength));
-        }
+        const std::int64_t i = origin + at * kNormals + e;
+        if (i >= 0 && i < job.numel) y[i] = from_compute<T>(noisy<T>(x[i], n[e], strength));
       }
     }
   }
@@ -83,24 +115,23 @@ __global__ void __launch_bounds__(kThreads)
 void run_cuda(const Job& job, int device, void* stream) {
   if (job.numel == 0) return;
   const cuda::DeviceGuard guard(device);
-  const std::int64_t most =
-      static_cast<std::int64_t>(cuda::device_properties(device).sm_count) * kBlocksPerSm;
-  cuda::LaunchConfig config;
-  config.block = dim3(kThreads);
-  config.stream = static_cast<cuda::Stream>(stream);
+  const std::int64_t multiprocessors = cuda::device_properties(device).sm_count;
   const std::int64_t groups = ceil_div(job.numel, kNormals) + 1;
-  config.grid =
-      dim3(static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(groups, kThreads), 1, most)));
   const bool vectors = cuda::is_aligned(job.x, 16) && cuda::is_aligned(job.y, 16) &&
                        job.index_offset % kNormals == 0;
-  constexpr const char* kOp = "fusereg.gaussian_dropout";
-  dispatch_dtype(job.dtype, [&](auto tag) {
+  const auto launch = [&](auto tag, auto with_vectors) {
     using T = typename decltype(tag)::type;
-    if (vectors) {
-      cuda::launch(kOp, gaussian_dropout_kernel<T, true>, config, job);
-    } else {
-      cuda::launch(kOp, gaussian_dropout_kernel<T, false>, config, job);
-    }
+    constexpr bool kVectors = decltype(with_vectors)::value;
+    std::int64_t blocks = ceil_div(groups, kAtOnce<T, kVectors> * kThreads);
+    if (blocks < multiprocessors * kFewBlocksPerSm) blocks = ceil_div(groups, kThreads);
+    cuda::LaunchConfig config;
+    config.block = dim3(kThreads);
+    config.grid = dim3(static_cast<unsigned>(std::min(blocks, multiprocessors * kBlocksPerSm)));
+    config.stream = static_cast<cuda::Stream>(stream);
+    cuda::launch("fusereg.gaussian_dropout", gaussian_dropout_kernel<T, kVectors>, config, job);
+  };
+  dispatch_dtype(job.dtype, [&](auto tag) {
+    vectors ? launch(tag, std::true_type{}) : launch(tag, std::false_type{});
   });
 }
 

@@ -11,6 +11,16 @@ namespace fusereg::optim {
 inline constexpr int kThreads = 256;
 inline constexpr std::int64_t kChunkElements = 16 * 1024;
 
+// p, of which the compiler is told that it is in global memory: it does not know where an address leads
+// that is itself read from memory, as those of a MemoryTable are.
+template <class T>
+FUSEREG_DEVICE_INLINE const T* in_global(const T* p) {
+#if !defined(FUSEREG_CUDA_ON_HOST)
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
 // `total` collects the number over the launches of one call.
 struct Output {
   unsigned* counter = nullptr;

@@ -107,6 +107,7 @@ __device__ void prepare(const Table& t, int i, Work& shared) {
     shared.flags = hyper.flags;
     shared.k = coefficients(algorithm, shared.h, hyper.flags, step, gradient, item.row, item.fresh,
                             item.p_dtype, last);
+    shared.narrow = in_type<float>(shared.k);
     shared.average = read_scalar(s.found_inf) == 0.0;
     shared.update = shared.average && !rests(algorithm, shared.h.lr);
     shared.value = head.output.value != nullptr;

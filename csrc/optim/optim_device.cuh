@@ -1,8 +1,8 @@
 // Device code of an optimizer's step: chunks of tensors, and rows of those with a group term.
 //
-// All combinations of dtypes share one loop: a thread moves kPerThread elements of each tensor with
-// as many 16-byte accesses as their dtype needs, chosen by a branch that is the same for the whole
-// block.
+// All combinations of dtypes share one loop: a thread moves kPerThread elements of each tensor with as
+// many 16-byte accesses as their dtype needs, which is the same for the whole block. Where float64 meets
+// another dtype, elements are moved one by one.
 #pragma once
 
 #include "optim/coefficients.h"
@@ -11,9 +11,10 @@
 
 namespace fusereg::optim {
 
-// Elements that a thread moves at once; of float64 fewer, for they would take twice the registers.
+// Elements that a thread moves at once; of float64 fewer: they and their arithmetic take more
+// registers.
 template <class C>
-inline constexpr int kPerThread = sizeof(C) == 8 ? 4 : 8;
+inline constexpr int kPerThread = sizeof(C) == 8 ? 2 : 8;
 
 // Elements of a row that a warp takes alone.
 inline constexpr std::int64_t kWarpRow = 1024;
@@ -50,48 +51,94 @@ FUSEREG_DEVICE_INLINE void store_one(DType dtype, void* x, std::int64_t at, C y)
   }
 }
 
-// A thread's elements, from a 16-byte boundary on.
-template <class T, class C>
-FUSEREG_DEVICE_INLINE void load_typed(const T* x, C (&y)[kPerThread<C>]) {
-  constexpr int kN = cuda::kVecSize<T> < kPerThread<C> ? cuda::kVecSize<T> : kPerThread<C>;
-  FUSEREG_UNROLL
-  for (int i = 0; i < kPerThread<C>; i += kN) {
-    const auto v = cuda::load<kN>(x + i);
-    FUSEREG_UNROLL
-    for (int k = 0; k < kN; ++k) y[i + k] = static_cast<C>(to_compute(v[k]));
+// A thread's elements as they lie in memory, from a 16-byte boundary on. All that a step reads is
+// loaded before the first of it is converted: what is converted in the branch that loads it would be
+// waited for there.
+template <class C>
+struct Held;
+
+template <>
+struct Held<double> {
+  cuda::Vec<double, 2> pair;
+  FUSEREG_DEVICE_INLINE void load(DType, const void* x, std::int64_t at) {
+    pair = cuda::load<2>(in_global(static_cast<const double*>(x) + at));
   }
-}
+  FUSEREG_DEVICE_INLINE void get(DType, double (&y)[2]) const {
+    y[0] = pair[0];
+    y[1] = pair[1];
+  }
+};
+
+template <>
+struct Held<float> {
+  std::uint32_t words[8];
+  FUSEREG_DEVICE_INLINE void load(DType dtype, const void* x, std::int64_t at) {
+    const bool wide = dtype == DType::kFloat32;
+    const char* const from = static_cast<const char*>(x) + at * (wide ? 4 : 2);
+    put(0, from);
+    if (wide) {
+      put(4, from + 16);
+    } else {
+      FUSEREG_UNROLL
+      for (int i = 4; i < 8; ++i) words[i] = 0;
+    }
+#if !defined(FUSEREG_CUDA_ON_HOST)
+    // No use is moved into the branch.
+    FUSEREG_UNROLL
+    for (std::uint32_t& word : words) asm("" : "+r"(word));
+#endif
+  }
+  FUSEREG_DEVICE_INLINE void get(DType dtype, float (&y)[8]) const {
+    if (dtype == DType::kFloat32) {
+      FUSEREG_UNROLL
+      for (int i = 0; i < 8; ++i) y[i] = bit_cast<float>(words[i]);
+    } else if (dtype == DType::kBFloat16) {
+      narrow<BFloat16>(y);
+    } else {
+      narrow<Half>(y);
+    }
+  }
+
+ private:
+  FUSEREG_DEVICE_INLINE void put(int first, const char* from) {
+    const auto part = cuda::load<4>(in_global(reinterpret_cast<const std::uint32_t*>(from)));
+    FUSEREG_UNROLL
+    for (int i = 0; i < 4; ++i) words[first + i] = part[i];
+  }
+  template <class T>
+  FUSEREG_DEVICE_INLINE void narrow(float (&y)[8]) const {
+    FUSEREG_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      y[i] = to_float(T{static_cast<std::uint16_t>(words[i / 2] >> (i % 2 * 16))});
+    }
+  }
+};
+
 template <class T, class C>
 FUSEREG_DEVICE_INLINE void store_typed(T* x, const C (&y)[kPerThread<C>]) {
   constexpr int kN = cuda::kVecSize<T> < kPerThread<C> ? cuda::kVecSize<T> : kPerThread<C>;
   FUSEREG_UNROLL
   for (int i = 0; i < kPerThread<C>; i += kN) {
-    cuda::Vec<T, kN> v;
-    FUSEREG_UNROLL
-    for (int k = 0; k < kN; ++k) v[k] = from_compute<T>(static_cast<Compute<T>>(y[i + k]));
-    cuda::store(x + i, v);
+    cuda::store(x + i, cuda::rounded_to<T, kN>([&](int e) { return y[i + e]; }));
   }
 }
-template <class C>
-FUSEREG_DEVICE_INLINE void load_many(DType dtype, const void* x, std::int64_t at,
-                                     C (&y)[kPerThread<C>]) {
-  dispatch_dtype(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    load_typed(static_cast<const T*>(x) + at, y);
-  });
+FUSEREG_DEVICE_INLINE void store_many(DType, void* x, std::int64_t at, const double (&y)[2]) {
+  store_typed(static_cast<double*>(x) + at, y);
 }
-template <class C>
-FUSEREG_DEVICE_INLINE void store_many(DType dtype, void* x, std::int64_t at,
-                                      const C (&y)[kPerThread<C>]) {
-  dispatch_dtype(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    store_typed(static_cast<T*>(x) + at, y);
-  });
+FUSEREG_DEVICE_INLINE void store_many(DType dtype, void* x, std::int64_t at, const float (&y)[8]) {
+  if (dtype == DType::kFloat32) {
+    store_typed(static_cast<float*>(x) + at, y);
+  } else if (dtype == DType::kBFloat16) {
+    store_typed(static_cast<BFloat16*>(x) + at, y);
+  } else {
+    store_typed(static_cast<Half*>(x) + at, y);
+  }
 }
 
 // What every thread of a block needs to know of its tensor.
 struct Work {
   Coefficients<double> k;
+  Coefficients<float> narrow;  // the same
   HyperValues h;
   Flags flags;
   bool update;  // neither an overflow nor a rest forbids it
@@ -99,6 +146,16 @@ struct Work {
   bool value;
   Target target;  // a table's entry, where that lies in memory
 };
+
+// They stay in shared memory: in registers, loads that are under way would have no room.
+template <class C>
+FUSEREG_DEVICE_INLINE const Coefficients<C>& coefficients_of(const Work& w) {
+  if constexpr (sizeof(C) == 8) {
+    return w.k;
+  } else {
+    return w.narrow;
+  }
+}
 
 // Shared memory for it: its members have initializers, which are not run there.
 struct alignas(Work) WorkMemory {
@@ -151,7 +208,10 @@ template <Algorithm algorithm, class C>
 FUSEREG_DEVICE_INLINE C update_one(const Target& item, const void* g, std::int64_t at,
                                    const Coefficients<C>& k, const Flags& f, int states) {
   C s[kMaxStates] = {};
-  for (int j = 0; j < states; ++j) s[j] = load_one<C>(item.state_dtype, item.state[j], at);
+  FUSEREG_UNROLL
+  for (int j = 0; j < most_states(algorithm); ++j) {
+    if (j < states) s[j] = load_one<C>(item.state_dtype, item.state[j], at);
+  }
   C p = weight_at<C>(item, at);
   if (algorithm == Algorithm::kFtrl && is_16_bit(item.p_dtype)) {
     p = recovered(item.p_dtype, p, s[0], s[1], k);
@@ -161,8 +221,11 @@ FUSEREG_DEVICE_INLINE C update_one(const Target& item, const void* g, std::int64
     store_one(item.p_dtype, item.p, at, p);
     if (item.copy != nullptr) store_one(item.copy_dtype, item.copy, at, p);
   }
-  for (int j = 0; j < states && algorithm != Algorithm::kLamb; ++j) {
-    store_one(item.state_dtype, item.state[j], at, s[j]);
+  if constexpr (algorithm != Algorithm::kLamb) {
+    FUSEREG_UNROLL
+    for (int j = 0; j < most_states(algorithm); ++j) {
+      if (j < states) store_one(item.state_dtype, item.state[j], at, s[j]);
+    }
   }
   return p;
 }
@@ -179,46 +242,90 @@ FUSEREG_DEVICE_INLINE bool aligned_at(const void* x, DType dtype, std::int64_t a
   return (reinterpret_cast<std::uintptr_t>(x) + static_cast<std::uintptr_t>(at * bytes)) % 16 == 0;
 }
 
-template <class C>
-FUSEREG_DEVICE_INLINE void settle_many(const Target& item, const C (&copy)[kPerThread<C>],
-                                       C (&p)[kPerThread<C>]) {
-  FUSEREG_UNROLL
-  for (int i = 0; i < kPerThread<C>; ++i) p[i] = settled(item.copy_dtype, p[i], copy[i]);
-}
-
 // As weight_at, of kPerThread elements.
 template <class C>
-FUSEREG_DEVICE_INLINE void load_weights(const Target& item, std::int64_t at,
-                                        C (&p)[kPerThread<C>]) {
-  load_many(item.p_dtype, item.p, at, p);
-  if (item.copy == nullptr) return;
-  C copy[kPerThread<C>];
-  load_many(item.copy_dtype, item.copy, at, copy);
-  settle_many(item, copy, p);
+struct Weights {
+  Held<C> own;
+  Held<C> copy;
+  FUSEREG_DEVICE_INLINE void load(const Target& item, std::int64_t at) {
+    own.load(item.p_dtype, item.p, at);
+    if (has_copy(item)) copy.load(item.copy_dtype, item.copy, at);
+  }
+  FUSEREG_DEVICE_INLINE void get(const Target& item, C (&p)[kPerThread<C>]) const {
+    own.get(item.p_dtype, p);
+    if (!has_copy(item)) return;
+    C changed[kPerThread<C>];
+    copy.get(item.copy_dtype, changed);
+    FUSEREG_UNROLL
+    for (int i = 0; i < kPerThread<C>; ++i) p[i] = settled(item.copy_dtype, p[i], changed[i]);
+  }
+  FUSEREG_DEVICE_INLINE static void store(const Target& item, std::int64_t at,
+                                          const C (&p)[kPerThread<C>]) {
+    store_many(item.p_dtype, item.p, at, p);
+    if (has_copy(item)) store_many(item.copy_dtype, item.copy, at, p);
+  }
+
+ private:
+  // A master is float32.
+  FUSEREG_DEVICE_INLINE static bool has_copy(const Target& item) {
+    return sizeof(C) == 4 && item.copy != nullptr;
+  }
+};
+
+// The average of kPerThread elements, in the type that computes.
+template <class C>
+struct Average {
+  Held<C> held;
+  FUSEREG_DEVICE_INLINE void load(const Target& item, std::int64_t at) {
+    held.load(Traits<C>::kDType, item.average, at);
+  }
+  // p: as it is stored.
+  FUSEREG_DEVICE_INLINE void store(const Target& item, std::int64_t at, C weight,
+                                   const C (&p)[kPerThread<C>]) const {
+    C a[kPerThread<C>];
+    held.get(Traits<C>::kDType, a);
+    FUSEREG_UNROLL
+    for (int i = 0; i < kPerThread<C>; ++i) a[i] = averaged(a[i], p[i], weight);
+    store_typed(static_cast<C*>(item.average) + at, a);
+  }
+};
+
+// What memory has of p once it is stored.
+template <class C>
+FUSEREG_DEVICE_INLINE void round_as_stored(const Target& item, C (&p)[kPerThread<C>]) {
+  if (!is_16_bit(item.p_dtype)) return;
+  FUSEREG_UNROLL
+  for (int i = 0; i < kPerThread<C>; ++i) p[i] = stored(item.p_dtype, p[i]);
 }
 
 // kPerThread elements from `at` on; calls seen(p) with what the step begins with, and leaves the
-// new p there. Everything is loaded before the first number is used; or, where that takes too many
-// registers, p has been loaded already.
-template <Algorithm algorithm, bool kLoaded = false, class C, class Seen>
+// new p there, of kLambNorms the update. Everything is loaded before the first number is used.
+template <Algorithm algorithm, class C, class Seen>
 FUSEREG_DEVICE_INLINE void update_many(const Target& item, const void* gradient, std::int64_t at,
                                        const Coefficients<C>& k, const Flags& f, int states,
-                                       C (&p)[kPerThread<C>], const Seen& seen) {
+                                       bool average, C (&p)[kPerThread<C>], const Seen& seen) {
   constexpr int kN = kPerThread<C>;
-  C copy[kN];
-  C g[kN] = {};
-  C s[kMaxStates][kN];
-  if (!kLoaded) {
-    load_many(item.p_dtype, item.p, at, p);
-    if (item.copy != nullptr) load_many(item.copy_dtype, item.copy, at, copy);
-  }
-  if (algorithm != Algorithm::kLamb) load_many(item.g_dtype, gradient, at, g);
+  // What is not loaded is zero: else its registers would be kept from one turn of the loop to the next.
+  Weights<C> weights{};
+  Held<C> held_g{};
+  Held<C> held_s[kMaxStates] = {};
+  Average<C> mean{};
+  weights.load(item, at);
+  if (algorithm != Algorithm::kLamb) held_g.load(item.g_dtype, gradient, at);
   FUSEREG_UNROLL
-  for (int j = 0; j < kMaxStates; ++j) {
-    if (j < states) load_many(item.state_dtype, item.state[j], at, s[j]);
+  for (int j = 0; j < most_states(algorithm); ++j) {
+    if (j < states) held_s[j].load(item.state_dtype, item.state[j], at);
   }
-  if (!kLoaded && item.copy != nullptr) settle_many(item, copy, p);
+  if (average) mean.load(item, at);
+  weights.get(item, p);
   seen(p);
+  C g[kN] = {};
+  C s[kMaxStates][kN] = {};
+  if (algorithm != Algorithm::kLamb) held_g.get(item.g_dtype, g);
+  FUSEREG_UNROLL
+  for (int j = 0; j < most_states(algorithm); ++j) {
+    if (j < states) held_s[j].get(item.state_dtype, s[j]);
+  }
   if (algorithm == Algorithm::kFtrl && is_16_bit(item.p_dtype)) {
     FUSEREG_UNROLL
     for (int i = 0; i < kN; ++i) p[i] = recovered(item.p_dtype, p[i], s[0][i], s[1][i], k);
@@ -230,28 +337,17 @@ FUSEREG_DEVICE_INLINE void update_many(const Target& item, const void* gradient,
     FUSEREG_UNROLL
     for (int j = 0; j < kMaxStates; ++j) s[j][i] = own[j];
   }
-  if constexpr (algorithm != Algorithm::kLambNorms) {
-    store_many(item.p_dtype, item.p, at, p);
-    if (item.copy != nullptr) store_many(item.copy_dtype, item.copy, at, p);
+  if constexpr (algorithm != Algorithm::kLamb) {
+    FUSEREG_UNROLL
+    for (int j = 0; j < most_states(algorithm); ++j) {
+      if (j < states) store_many(item.state_dtype, item.state[j], at, s[j]);
+    }
   }
-  if constexpr (algorithm == Algorithm::kLamb) return;
-  FUSEREG_UNROLL
-  for (int j = 0; j < kMaxStates; ++j) {
-    if (j < states) store_many(item.state_dtype, item.state[j], at, s[j]);
-  }
-}
-
-// As average_one; p are the weights as they were before they were stored.
-template <class C>
-FUSEREG_DEVICE_INLINE void average_many(const Target& item, std::int64_t at, C weight,
-                                        C (&p)[kPerThread<C>]) {
-  C* const average = static_cast<C*>(item.average) + at;
-  C a[kPerThread<C>];
-  load_typed(average, a);
-  if (is_16_bit(item.p_dtype)) load_many(item.p_dtype, item.p, at, p);
-  FUSEREG_UNROLL
-  for (int i = 0; i < kPerThread<C>; ++i) a[i] = averaged(a[i], p[i], weight);
-  store_typed(average, a);
+  if constexpr (algorithm == Algorithm::kLambNorms) return;
+  weights.store(item, at, p);
+  if (!average) return;
+  round_as_stored(item, p);
+  mean.store(item, at, k.average, p);
 }
 
 // How a run of n elements from `begin` on is walked: `head` of them one by one up to p's first
@@ -265,11 +361,18 @@ struct Walk {
   unsigned threads;
 };
 
+// Whether kPerThread elements are taken at once: not where float64 meets another dtype.
+FUSEREG_DEVICE_INLINE bool fits(const Target& item, int states) {
+  const bool wide = item.p_dtype == DType::kFloat64;
+  return (item.g_dtype == DType::kFloat64) == wide &&
+         (states == 0 || (item.state_dtype == DType::kFloat64) == wide);
+}
+
 FUSEREG_DEVICE_INLINE std::int64_t head_of(const Target& item, const void* gradient, int states,
                                            std::int64_t begin, std::int64_t n) {
   std::int64_t head = 0;
   while (head < 8 && !aligned_at(item.p, item.p_dtype, begin + head)) ++head;
-  bool together = aligned_at(gradient, item.g_dtype, begin + head) &&
+  bool together = fits(item, states) && aligned_at(gradient, item.g_dtype, begin + head) &&
                   (item.copy == nullptr || aligned_at(item.copy, item.copy_dtype, begin + head));
   const DType own = item.p_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   together = together && (item.average == nullptr || aligned_at(item.average, own, begin + head));
@@ -295,8 +398,8 @@ template <Algorithm algorithm, class C>
 __device__ Shares<C> chunk(const Target& item, const void* gradient, const Work& w,
                            std::int64_t begin, std::int64_t n) {
   constexpr int kN = kPerThread<C>;
-  const Coefficients<C> k = in_type<C>(w.k);
-  const Flags f = w.flags;
+  const Coefficients<C>& k = coefficients_of<C>(w);
+  const Flags& f = w.flags;
   const bool update = w.update;
   constexpr bool kNorms = algorithm == Algorithm::kLambNorms;
   const bool average = !kNorms && w.average && item.average != nullptr;
@@ -320,16 +423,20 @@ __device__ Shares<C> chunk(const Target& item, const void* gradient, const Work&
       for (int i = 0; i < kN; ++i) shares.add(weights[i]);
     };
     if (update) {
-      update_many<algorithm>(item, gradient, at, k, f, states, p, seen);
+      update_many<algorithm>(item, gradient, at, k, f, states, average, p, seen);
       FUSEREG_UNROLL
       for (int i = 0; i < kN; ++i) {
         if (kNorms) add_update(p[i]);
       }
-    } else {
-      load_weights(item, at, p);
-      seen(p);
+      return;
     }
-    if (average) average_many(item, at, k.average, p);
+    Weights<C> weights{};
+    Average<C> mean{};
+    weights.load(item, at);
+    if (average) mean.load(item, at);
+    weights.get(item, p);
+    seen(p);
+    if (average) mean.store(item, at, k.average, p);
   };
   walk<C>({begin, n, head_of(item, gradient, states, begin, n), threadIdx.x, kThreads}, one, many);
   return shares;
@@ -347,7 +454,10 @@ __device__ void shrink_in_metric(const Target& item, const Walk& own, const Coef
   };
   const auto term = [&](std::int64_t at, C q, double scale) {
     C s[kMaxStates] = {};
-    for (int j = 0; j < states; ++j) s[j] = load_one<C>(item.state_dtype, item.state[j], at);
+    FUSEREG_UNROLL
+    for (int j = 0; j < most_states(algorithm); ++j) {
+      if (j < states) s[j] = load_one<C>(item.state_dtype, item.state[j], at);
+    }
     return metric_term<algorithm>(q, s, k, f, static_cast<C>(scale));
   };
   const auto sums = [&](double norm, double group, double scale) {
@@ -410,8 +520,10 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
   walk<C>(
       own, [&](std::int64_t at) { shares.add(weight_at<C>(item, at)); },
       [&](std::int64_t at) {
+        Weights<C> weights{};
+        weights.load(item, at);
         C p[kN];
-        load_weights(item, at, p);
+        weights.get(item, p);
         FUSEREG_UNROLL
         for (int i = 0; i < kN; ++i) shares.add(p[i]);
       });
@@ -425,7 +537,7 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
   if (!mine || own.thread != 0) value = 0.0;
   if (!w.update) return value;
 
-  Coefficients<C> k = in_type<C>(w.k);
+  Coefficients<C> k = coefficients_of<C>(w);
   if (!prox) k.l2 = static_cast<C>(w.k.l2 + group_gradient_factor(w.k.group, norm));
   Flags f = w.flags;
   f.prox = Prox::kNone;  // the proximal step comes when the new norm is known
@@ -445,13 +557,10 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
       },
       [&](std::int64_t at) {
         C p[kN];
-        load_weights(item, at, p);
-        update_many<algorithm, true>(item, gradient, at, k, f, states, p, [](const C(&)[kN]) {});
-        if (!prox) {
-          if (average) average_many(item, at, k.average, p);
-          return;
-        }
-        load_many(item.p_dtype, item.p, at, p);
+        update_many<algorithm>(item, gradient, at, k, f, states, average && !prox, p,
+                               [](const C(&)[kN]) {});
+        if (!prox) return;
+        round_as_stored(item, p);
         FUSEREG_UNROLL
         for (int i = 0; i < kN; ++i) add(p[i]);
       });
@@ -477,13 +586,18 @@ __device__ double row_value(const Target& item, const void* gradient, const Work
         if (average) average_one(item, at, k.average);
       },
       [&](std::int64_t at) {
+        Held<C> own;
+        Average<C> mean{};
+        own.load(item.p_dtype, item.p, at);
+        if (average) mean.load(item, at);
         C p[kN];
-        load_many(item.p_dtype, item.p, at, p);
+        own.get(item.p_dtype, p);
         FUSEREG_UNROLL
         for (int i = 0; i < kN; ++i) p[i] = shrunk(p[i]);
-        store_many(item.p_dtype, item.p, at, p);
-        if (item.copy != nullptr) store_many(item.copy_dtype, item.copy, at, p);
-        if (average) average_many(item, at, k.average, p);
+        Weights<C>::store(item, at, p);
+        if (!average) return;
+        round_as_stored(item, p);
+        mean.store(item, at, k.average, p);
       });
   return value;
 }

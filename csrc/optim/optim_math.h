@@ -53,6 +53,21 @@ FUSEREG_INLINE int state_count(Algorithm algorithm, const Flags& f) {
   }
 }
 
+// The most that it may keep.
+FUSEREG_INLINE constexpr int most_states(Algorithm algorithm) {
+  switch (algorithm) {
+    case Algorithm::kSgd:
+    case Algorithm::kAdagrad:
+    case Algorithm::kLion:
+      return 1;
+    case Algorithm::kAdam:
+    case Algorithm::kRmsprop:
+      return 3;
+    default:
+      return 2;
+  }
+}
+
 // FTRL: the weight that z and n stood for after the last step.
 template <class C, class V>
 FUSEREG_INLINE V ftrl_weight(V z, V n, const Coefficients<C>& k) {

@@ -41,7 +41,9 @@ __device__ void for_each_chunk(const Table& t, const F& f) {
     const std::int64_t rest = item.numel - begin;
     dispatch_dtype(item.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      const auto load = [](T* x, auto count) { return cuda::load<decltype(count)::value>(x); };
+      const auto load = [](T* x, auto count) {
+        return cuda::load<decltype(count)::value>(in_global(x));
+      };
       cuda::for_run<kAhead>(static_cast<T*>(data) + begin,
                             rest < kChunkElements ? rest : kChunkElements, threadIdx.x, kThreads,
                             true, load, f);
