@@ -250,7 +250,10 @@ class FrozenBatchNorm(Layer):
                 "fusereg.nn.FrozenBatchNorm: the layer has no running statistics to freeze"
             )
         epilogue = known.epilogue_of(layer)
-        if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        hooks = (layer._forward_hooks, layer._forward_pre_hooks)
+        if any((*hooks, layer._backward_hooks, layer._backward_pre_hooks)) or "forward" in vars(
+            layer
+        ):
             reason = "hooks, or a forward that is set on the object"
         elif epilogue is None:
             reason = f"an activation or a dropout of its own ({layer.drop}, {layer.act})"

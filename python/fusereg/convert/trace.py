@@ -109,6 +109,9 @@ class _Check:
                 self.require(f"len([*{held}.values()]) == {len(value)}")
                 self.require(f"[*{held}] == {list(value)!r}")
                 return
+            if name == "_forward_hooks":
+                self.require(f"not {self.module(read.owner)}._forward_hooks")
+                return
             if name == DISTINCT:
                 held = self.children(read.owner)
                 self.require(f"None not in {held}.values()")
