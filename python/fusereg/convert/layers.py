@@ -210,11 +210,14 @@ def _planned_forward(original: type[nn.Module]) -> Callable[..., Any]:
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs:
-            count = len(args)
-            for plan in self.fusereg_plans:
-                if plan.count == count and plan.fits(self, *args):
-                    return plan.run(self, *args)
+        for plan in self.fusereg_plans:
+            tensors = args
+            if kwargs or len(args) != plan.count:
+                if not plan.takes(args, kwargs):
+                    continue
+                tensors = args[: plan.count]
+            if plan.fits(self, *tensors):
+                return plan.run(self, *tensors)
         return original.forward(self, *args, **kwargs)
 
     return forward

@@ -146,6 +146,7 @@ class Plan:
         lost: what keeps other layers from being chains.
         allowed: the targets of the layers that may be part of a chain.
         count: the number of tensors that forward takes.
+        optional: the arguments that may follow, with the defaults that were traced.
         fits: whether the original forward would do what was traced.
         run: the rewritten forward.
     """
@@ -154,8 +155,19 @@ class Plan:
     lost: list[str]
     allowed: frozenset[str]
     count: int
+    optional: dict[str, Any]
     fits: Callable[..., bool]
     run: Callable[..., Any]
+
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether all arguments but the tensors are what was traced, their defaults."""
+        if len(args) == self.count:
+            given = kwargs
+        elif kwargs or not 0 < len(args) - self.count <= len(self.optional):
+            return False
+        else:
+            given = dict(zip(self.optional, args[self.count :], strict=False))
+        return all(self.optional.get(k, Found.NOTHING) is v for k, v in given.items())
 
     def __deepcopy__(self, memo: object) -> Plan:
         return self  # it refers to layers by their names
@@ -245,9 +257,17 @@ def _make_plan(
         lost,
         frozenset(filter(allowed, targets)),
         len(arguments),
+        _optional(own.value),
         _compiled(fits, check.names, "fits"),
         _compiled(code.src, code.globals, "forward"),
     )
+
+
+def _optional(forward: Any) -> dict[str, Any]:
+    """Return the arguments of a forward that have defaults, and these, in their order."""
+    code, defaults = forward.__code__, forward.__defaults__ or ()
+    names = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+    return dict(zip(names, defaults, strict=True))
 
 
 def renewed(plans: tuple[Any, ...], module: nn.Module, forward: Any) -> tuple[Plan, ...]:
