@@ -7,6 +7,7 @@ call, by a function that is generated for it. If one of them has changed, the or
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from ..core.trace import (
     trace,
 )
 from .find import Finder, rewrite
+from .wrappers import inner_of
 
 _NAME = "<forward rewritten by fusereg.convert>"
 
@@ -216,14 +218,16 @@ def make_plans(
     plans = []
     original = getattr(type(module), "fusereg_original", type(module))
     own = Read(original, "forward", forward)
+    inner, _ = inner_of(forward)
+    optional = _optional(inner)
     for training in (module.training, not module.training):
-        traced = trace(module, forward=forward, training=training)
-        plans.append(_make_plan(module, traced, own, allowed))
+        traced = trace(module, forward=inner, training=training)
+        plans.append(_make_plan(module, traced, own, allowed, optional))
         others = {read.name for read in traced.reads if read.owner is ARGUMENT}
         if others:
             with contextlib.suppress(UntraceableError):
-                other = trace(module, forward=forward, training=training, tensors=False)
-                plans.append(_make_plan(module, other, own, allowed, others))
+                other = trace(module, forward=inner, training=training, tensors=False)
+                plans.append(_make_plan(module, other, own, allowed, optional, others))
         if not any(read.owner == () and read.name == "training" for read in traced.reads):
             break
     return tuple(plans)
@@ -234,6 +238,7 @@ def _make_plan(
     traced: Trace,
     own: Read,
     allowed: Callable[[str], bool],
+    optional: dict[str, Any],
     others: Collection[str] = (),
 ) -> Plan:
     """Return the plan of a trace; ``others`` are the arguments that are no tensors."""
@@ -257,7 +262,7 @@ def _make_plan(
         lost,
         frozenset(filter(allowed, targets)),
         len(arguments),
-        _optional(own.value),
+        optional,
         _compiled(fits, check.names, "fits"),
         _compiled(code.src, code.globals, "forward"),
     )
@@ -265,6 +270,8 @@ def _make_plan(
 
 def _optional(forward: Any) -> dict[str, Any]:
     """Return the arguments of a forward that have defaults, and these, in their order."""
+    if not isinstance(forward, types.FunctionType):
+        return {}
     code, defaults = forward.__code__, forward.__defaults__ or ()
     names = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
     return dict(zip(names, defaults, strict=True))

@@ -82,8 +82,8 @@ class Proxy(fx.Proxy):
         steps = dis.get_instructions(frame.f_code)
         step = next((step for step in steps if step.offset == frame.f_lasti), None)
         if step is None or step.opname != "UNPACK_SEQUENCE":
-            self.tracer.iter(self)
-        call = self.tracer.create_proxy("call_function", unpacked, (self, step.argval), {})
+            refuse("it iterates over a tensor")
+        call: Any = self.tracer.create_proxy("call_function", unpacked, (self, step.argval), {})
         return iter([call[i] for i in range(step.argval)])
 
     def _number(self, *_: Any) -> NoReturn:
