@@ -401,8 +401,8 @@ class Call {
     const TensorView& x = reader.x();
     if (!reader.ready() || runs_cuda_kernels(x.device) || !keeps_strides(x)) return false;
     const std::int64_t channels = x.sizes[1];
-    const bool of_batch =
-        training == 1 || inputs_.running_mean.is_none() || inputs_.running_var.is_none();
+    if (inputs_.running_mean.is_none() != inputs_.running_var.is_none()) return false;
+    const bool of_batch = training == 1 || inputs_.running_mean.is_none();
     if (x.numel == 0 || (of_batch && x.numel == channels)) return false;
     for (const py::handle running : {inputs_.running_mean, inputs_.running_var}) {
       if (!running.is_none() && (!is_plain_type(running) || requires_grad(running))) return false;

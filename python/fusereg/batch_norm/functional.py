@@ -214,7 +214,13 @@ def prepared(
     """
     x, residual, mask, weight, bias, _, mean, var, seed = inputs
     training, momentum, eps = settings.training, settings.momentum, settings.eps
-    use_batch = training or mean is None or var is None
+    if (mean is None) != (var is None):
+        missing = "running_mean" if mean is None else "running_var"
+        raise ValueError(
+            f"fusereg.{name}: running_mean and running_var must both be given, or neither, and "
+            f"{missing} is None"
+        )
+    use_batch = training or mean is None
     # Tensors that fit are plain ones with memory; the gate need not look at them again.
     if dispatch.eager() and _C.batch_norm_fits(x, mean, var, weight, bias):
         direct = residual is None or dispatch.direct(residual)

@@ -202,7 +202,8 @@ def forward(call: Call, keep_bits: bool = False, out: Tensor | None = None) -> T
             raise refused(call.op)
         if batches is not None and counted is None:
             batches.add_(1)
-        for given, used in ((mean, used_mean), (var, used_var)):
+        updated = () if statistics == FIXED else ((mean, used_mean), (var, used_var))
+        for given, used in updated:
             if given is not None and used is not None and used.data_ptr() != given.data_ptr():
                 given.copy_(used)
         if result is not y:

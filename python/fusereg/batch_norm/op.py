@@ -373,12 +373,28 @@ def _check_running(call: Call) -> None:
             )
 
 
+def _check_levels(call: Call) -> None:
+    """Raise where torch.func.vmap maps over the input and not over the running statistics."""
+    x, _, mask, *_, mean, var, _ = call.inputs
+    if call.constants.statistics == FIXED or mean is None or var is None:
+        return
+    mapped = dispatch.vmap_levels(x) | dispatch.vmap_levels(mask)
+    if not mapped <= dispatch.vmap_levels(mean) & dispatch.vmap_levels(var):
+        raise RuntimeError(
+            f"fusereg.{call.op}: running_mean and running_var are updated, and torch.func.vmap "
+            "maps over the input but not over them: map over them too (torch.func."
+            "stack_module_state), or leave them out by track_running_stats=False or "
+            "torch.func.replace_all_batch_norm_modules_(model)"
+        )
+
+
 def _traced(call: Call) -> tuple[Tensor, Tensor | None]:
     """Return y and the moments, under a compiler, a mode or a transform, and for subclasses."""
     if dispatch.for_other_programs():
         return reference.of_torch(call)
     if dispatch.functorch() or (not torch.compiler.is_compiling() and dispatch.forward_mode()):
         _check_running(call)
+        _check_levels(call)
         return reference.composed(call)
     inputs = call.inputs
     statistics = call.constants.statistics

@@ -233,6 +233,7 @@ class Finder:
         if type(layer) not in _FRESH:
             return False
         self._assume(source, "__class__", type(layer))
+        self._assume(source, "_forward_hooks", {})  # one may keep the result
         return True
 
     def _movable(self, first: fx.Node, last: fx.Node) -> bool:

@@ -32,6 +32,7 @@ from ..core.proxies import UntraceableError
 from ..core.trace import TORCH
 from . import chain as _chain
 from .trace import Plan, renewed
+from .wrappers import decorated, inner_of
 
 _log = logging.getLogger("fusereg")
 
@@ -207,16 +208,33 @@ class Planned:
 
 def _planned_forward(original: type[nn.Module]) -> Callable[..., Any]:
     """Return a forward that runs the first plan that fits, or else the original one."""
+    written = original.forward
+    try:
+        inner, wrappers = inner_of(written)
+    except UntraceableError:  # of a class that has changed since its module was pickled
+        inner, wrappers = written, []
 
-    @functools.wraps(original.forward)
+    @functools.wraps(inner)
+    def planned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for plan in self.fusereg_plans:
+            tensors = args
+            if kwargs or len(args) != plan.count:
+                if not plan.takes(args, kwargs):
+                    continue
+                tensors = args[: plan.count]
+            if plan.fits(self, *tensors):
+                return plan.run(self, *tensors)
+        return (inner if wrappers else original.forward)(self, *args, **kwargs)
+
+    if not wrappers:
+        return planned
+
+    @functools.wraps(written)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs:
-            count = len(args)
-            for plan in self.fusereg_plans:
-                if plan.count == count and plan.fits(self, *args):
-                    return plan.run(self, *args)
-        return original.forward(self, *args, **kwargs)
+        replaced = original.forward is not written
+        return (original.forward if replaced else outermost)(self, *args, **kwargs)
 
+    outermost = decorated(planned, wrappers, forward)
     return forward
 
 

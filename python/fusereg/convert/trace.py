@@ -7,6 +7,7 @@ call, by a function that is generated for it. If one of them has changed, the or
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from ..core.trace import (
     trace,
 )
 from .find import Finder, rewrite
+from .wrappers import inner_of
 
 _NAME = "<forward rewritten by fusereg.convert>"
 
@@ -109,6 +111,9 @@ class _Check:
                 self.require(f"len([*{held}.values()]) == {len(value)}")
                 self.require(f"[*{held}] == {list(value)!r}")
                 return
+            if name == "_forward_hooks":
+                self.require(f"not {self.module(read.owner)}._forward_hooks")
+                return
             if name == DISTINCT:
                 held = self.children(read.owner)
                 self.require(f"None not in {held}.values()")
@@ -143,6 +148,7 @@ class Plan:
         lost: what keeps other layers from being chains.
         allowed: the targets of the layers that may be part of a chain.
         count: the number of tensors that forward takes.
+        optional: the arguments that may follow, with the defaults that were traced.
         fits: whether the original forward would do what was traced.
         run: the rewritten forward.
     """
@@ -151,8 +157,19 @@ class Plan:
     lost: list[str]
     allowed: frozenset[str]
     count: int
+    optional: dict[str, Any]
     fits: Callable[..., bool]
     run: Callable[..., Any]
+
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return whether all arguments but the tensors are what was traced, their defaults."""
+        if len(args) == self.count:
+            given = kwargs
+        elif kwargs or not 0 < len(args) - self.count <= len(self.optional):
+            return False
+        else:
+            given = dict(zip(self.optional, args[self.count :], strict=False))
+        return all(self.optional.get(k, Found.NOTHING) is v for k, v in given.items())
 
     def __deepcopy__(self, memo: object) -> Plan:
         return self  # it refers to layers by their names
@@ -201,14 +218,16 @@ def make_plans(
     plans = []
     original = getattr(type(module), "fusereg_original", type(module))
     own = Read(original, "forward", forward)
+    inner, _ = inner_of(forward)
+    optional = _optional(inner)
     for training in (module.training, not module.training):
-        traced = trace(module, forward=forward, training=training)
-        plans.append(_make_plan(module, traced, own, allowed))
+        traced = trace(module, forward=inner, training=training)
+        plans.append(_make_plan(module, traced, own, allowed, optional))
         others = {read.name for read in traced.reads if read.owner is ARGUMENT}
         if others:
             with contextlib.suppress(UntraceableError):
-                other = trace(module, forward=forward, training=training, tensors=False)
-                plans.append(_make_plan(module, other, own, allowed, others))
+                other = trace(module, forward=inner, training=training, tensors=False)
+                plans.append(_make_plan(module, other, own, allowed, optional, others))
         if not any(read.owner == () and read.name == "training" for read in traced.reads):
             break
     return tuple(plans)
@@ -219,6 +238,7 @@ def _make_plan(
     traced: Trace,
     own: Read,
     allowed: Callable[[str], bool],
+    optional: dict[str, Any],
     others: Collection[str] = (),
 ) -> Plan:
     """Return the plan of a trace; ``others`` are the arguments that are no tensors."""
@@ -242,9 +262,19 @@ def _make_plan(
         lost,
         frozenset(filter(allowed, targets)),
         len(arguments),
+        optional,
         _compiled(fits, check.names, "fits"),
         _compiled(code.src, code.globals, "forward"),
     )
+
+
+def _optional(forward: Any) -> dict[str, Any]:
+    """Return the arguments of a forward that have defaults, and these, in their order."""
+    if not isinstance(forward, types.FunctionType):
+        return {}
+    code, defaults = forward.__code__, forward.__defaults__ or ()
+    names = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+    return dict(zip(names, defaults, strict=True))
 
 
 def renewed(plans: tuple[Any, ...], module: nn.Module, forward: Any) -> tuple[Plan, ...]:

@@ -59,6 +59,17 @@ def escaped_wrapper(tensor: torch.Tensor) -> bool:
     return wrapped
 
 
+def vmap_levels(tensor: torch.Tensor | None) -> set[int]:
+    """Return the levels of the torch.func.vmap transforms that have a dimension of a tensor."""
+    levels = set()
+    functions = torch._C._functorch
+    while tensor is not None and functions.is_functorch_wrapped_tensor(tensor):
+        if functions.is_batchedtensor(tensor):
+            levels.add(functions.maybe_get_level(tensor))
+        tensor = functions.get_unwrapped(tensor)
+    return levels
+
+
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _forward_ad = torch.autograd.forward_ad
 _tracing_state = torch._C._get_tracing_state

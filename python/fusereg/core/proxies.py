@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import operator
 import sys
@@ -46,6 +47,16 @@ def draws(name: str) -> bool:
     return any(seeded in getattr(packet, overload).tags for overload in overloads)
 
 
+def unpacked(values: Any, count: int) -> tuple[Any, ...]:
+    """Return the items of ``a, b = values``, of which there must be so many."""
+    items = tuple(values)
+    if len(items) > count:
+        raise ValueError(f"too many values to unpack (expected {count})")
+    if len(items) < count:
+        raise ValueError(f"not enough values to unpack (expected {count}, got {len(items)})")
+    return items
+
+
 class Standin:
     """The base of what stands for an object other than a tensor."""
 
@@ -65,6 +76,15 @@ class Proxy(fx.Proxy):
         if in_place and self.node.op == "get_attr":
             refuse(f"it changes {self.node.target} in place")
         return _Attribute(self, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        frame = sys._getframe(1)
+        steps = dis.get_instructions(frame.f_code)
+        step = next((step for step in steps if step.offset == frame.f_lasti), None)
+        if step is None or step.opname != "UNPACK_SEQUENCE":
+            refuse("it iterates over a tensor")
+        call: Any = self.tracer.create_proxy("call_function", unpacked, (self, step.argval), {})
+        return iter([call[i] for i in range(step.argval)])
 
     def _number(self, *_: Any) -> NoReturn:
         refuse("it takes a number or text out of a tensor")
@@ -125,7 +145,7 @@ class Recorder(fx.proxy.TracerBase):
         """Refuse ``bool(proxy)``."""
         refuse("it decides by the value of a tensor")
 
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+    def iter(self, obj: fx.Proxy) -> NoReturn:
         """Refuse ``iter(proxy)``."""
         refuse("it iterates over a tensor")
 
