@@ -242,8 +242,10 @@ class FrozenBatchNorm(Layer):
                 "fusereg.nn.FrozenBatchNorm: the layer has no running statistics to freeze"
             )
         epilogue = known.epilogue_of(layer)
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        if any(getattr(layer, name) for name in hooks) or "forward" in vars(layer):
+        hooks = (layer._forward_hooks, layer._forward_pre_hooks)
+        if any((*hooks, layer._backward_hooks, layer._backward_pre_hooks)) or "forward" in vars(
+            layer
+        ):
             reason = "hooks, or a forward that is set on the object"
         elif epilogue is None:
             reason = f"an activation or a dropout of its own ({layer.drop}, {layer.act})"
