@@ -332,7 +332,10 @@ def dropout_norm(
     if plain or dispatch.direct(*tensors):
         state = random.eager_state(x, source, op) if p else (0, 0)
         rest = (state, *constants, op)
-        y, total, _ = _norm.apply(*tensors, rest) if keep else _norm.kernel(*tensors, *rest)
+        if dispatch.forward_mode():
+            y, total, _ = _norm.eager(*tensors, *rest)
+        else:  # as that does, without a call for it
+            y, total, _ = _norm.apply(*tensors, rest) if keep else _norm.kernel(*tensors, *rest)
     else:
         seed = random.traced_state(x, source, op) if p else None
         y, total, _ = _norm.traced(*tensors, seed, *constants)
