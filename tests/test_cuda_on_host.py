@@ -15,6 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIM = ROOT / "tests" / "cuda_on_host"
 FAULTS = SHIM / "selftest" / "planted_faults.cu"
 SOURCES = (SHIM / "selftest" / "selftest.cu", FAULTS)
+# Those of the module that the suite runs.
+(_flags,) = re.findall(r"set\(sanitizers ([^)]*)\)", (SHIM / "CMakeLists.txt").read_text())
+SANITIZERS = _flags.split()
 SCHEDULES = ("forward", "reverse", "random:1", "random:2", "random:3")
 
 RIGHT = (
@@ -96,7 +99,7 @@ def build(out: Path, *flags: str) -> Path:
         pytest.skip("no C++ compiler on PATH")
     command = [
         *compiler.split(),
-        *("-std=c++17", "-O0", "-g", "-Wall", "-Wextra", "-Werror"),
+        *("-std=c++17", "-O0", "-g1", "-Wall", "-Wextra", "-Werror"),
         *("-ffp-contract=off", "-fno-omit-frame-pointer"),
         "-fno-sanitize-recover=all",
         *flags,
@@ -127,7 +130,7 @@ def selftest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "selftest.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not program.exists():
-            build(folder / "selftest.new", "-fsanitize=address,undefined").rename(program)
+            build(folder / "selftest.new", *SANITIZERS).rename(program)
     return program
 
 
@@ -214,9 +217,7 @@ def test_the_schedule_comes_from_the_environment(selftest: Path) -> None:
 @pytest.mark.slow
 def test_the_portable_context_switch(tmp_path: Path) -> None:
     """Processors other than x86-64 switch with ucontext: the same results."""
-    program = build(
-        tmp_path / "selftest", "-DFUSEREG_HOST_UCONTEXT", "-fsanitize=address,undefined"
-    )
+    program = build(tmp_path / "selftest", "-DFUSEREG_HOST_UCONTEXT", *SANITIZERS)
     for command in ("block_reduction", "atomics", "cooperative_ring", "clusters", "recovers"):
         status, output = run(program, command, "random:1")
         assert status == 0, output
