@@ -240,8 +240,14 @@ FUSEREG_INLINE V updated(V p, V g, V (&s)[kMaxStates], const Coefficients<C>& k,
     } else if constexpr (algorithm == Algorithm::kRmsprop) {
       s[0] = s[0] * k.second + g * g * k.third;
       if (f.centered) {
-        V& mean = f.momentum ? s[2] : s[1];
-        mean += (g - mean) * k.third;
+        // One state or another by its address would put them into memory.
+        const V mean = f.momentum ? s[2] : s[1];
+        const V next = mean + (g - mean) * k.third;
+        if (f.momentum) {
+          s[2] = next;
+        } else {
+          s[1] = next;
+        }
       }
       denominator = metric<algorithm>(s, k, f, squares);
       V step = g / denominator;
