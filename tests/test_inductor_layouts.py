@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import fusereg
 import fusereg.functional as F
 from fusereg import nn as fnn
 from fusereg.backend import fusereg_backend
@@ -76,8 +78,10 @@ def test_with_dropout_no_activation_is_copied_in_channels_last() -> None:
 
 
 @pytest.mark.slow
-def test_the_gradient_of_a_depthwise_convolution_copies_no_activation_behind_the_backend() -> None:
-    net = nn.Sequential(
+@pytest.mark.parametrize("backend", ["fusereg", "inductor"])
+def test_the_gradient_of_a_depthwise_convolution_copies_no_activation(backend: str) -> None:
+    """Behind fusereg's backend, and of a converted network with Inductor's option."""
+    net: nn.Module = nn.Sequential(
         nn.Conv2d(3, 16, 3),
         *(nn.Conv2d(16, 16, 3, groups=16), nn.BatchNorm2d(16), nn.ReLU()),
         *(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU()),
@@ -85,7 +89,11 @@ def test_the_gradient_of_a_depthwise_convolution_copies_no_activation_behind_the
         nn.Conv2d(16, 4, 1),
     )
     x = torch.randn(2, 3, 12, 12)
-    compiled = torch.compile(net, backend=fusereg_backend, options={"then": "inductor"})
+    if backend == "fusereg":
+        compiled: Any = torch.compile(net, backend=fusereg_backend, options={"then": "inductor"})
+    else:
+        net = fusereg.convert(net)
+        compiled = torch.compile(net, options={"force_layout_optimization": True})
     for code in _generated(lambda: compiled(x).square().sum().backward()):
         assert _touched_by_generated_kernels(code) == []
 
