@@ -70,8 +70,7 @@ def load(folder: Path = RESULTS) -> list[Row]:
                 "machine": data["machine"],
                 "interrupted": data["interrupted"],
             }
-            key = hardware_text(data["machine"], row["device"]), *_case(entry)
-            found.setdefault(key, []).append(entry)
+            found.setdefault(_case(entry), []).append(entry)
         cases.update(found)
     return [row for rows in cases.values() for row in rows]
 
