@@ -9,6 +9,7 @@ from unittest import mock
 from fusereg import _C
 from fusereg.batch_norm.op import batch_norm
 from fusereg.core import draws
+from fusereg.dropout_norm.op import norm
 from fusereg.fused_dropout.op import activate
 from fusereg.gaussian_dropout.op import noise
 
@@ -18,7 +19,7 @@ def kernels_by_name() -> Iterator[None]:
     """Have them go the way of unusual tensors, so that a kernel replaced in _C is called."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(_C, "batch_norm_at_once", return_value=None))
-        for operator in (draws.mask, noise, activate, batch_norm):
+        for operator in (draws.mask, noise, activate, batch_norm, norm):
             forward, backward = operator.general
             function = operator._function
             stack.enter_context(mock.patch.object(function, "forward", staticmethod(forward)))

@@ -297,12 +297,6 @@ class EntersContext(Unreadable):
             return self.chain(x)
 
 
-class Decorated(Unreadable):
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        return self.chain(x)
-
-
 class DecoratedHelper(Unreadable):
     def forward(self, x: Tensor) -> Tensor:
         return self.quiet(x)

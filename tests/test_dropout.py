@@ -400,7 +400,7 @@ def test_probabilities_outside_0_and_1_are_refused(p: float) -> None:
 
 def test_other_inputs_are_refused_by_name() -> None:
     for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn):
-        with pytest.raises(ValueError, match=f"fusereg.dropout: input has dtype {dtype}; wanted"):
+        with pytest.raises(ValueError, match=r"fusereg.dropout: input (has dtype|is complex \()"):
             F.dropout(torch.ones(3).to(dtype))
     with pytest.raises(TypeError, match=r"input must be a torch\.Tensor, got list"):
         F.dropout([1.0])  # type: ignore[arg-type]

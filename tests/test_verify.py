@@ -32,7 +32,7 @@ NO_KERNELS = {
     "dropout_constants", "augment_elementary", "set_restore_device", "working_stream",
     "color_program_scratch", "bind_gate", "direct", "ready", "pair_of", "dropout_functions",
     "gaussian_dropout_functions", "activation_dropout_functions", "batch_norm_functions",
-    "batch_norm_at_once",
+    "batch_norm_at_once", "dropout_norm_functions", "bind_owners",
 }  # fmt: skip
 
 

@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads)
         static_cast<T*>(f.loss)[row] = from_compute<T>(loss);
       }
     } else {
-      total.add(parts);
+      add(total, parts);
     }
   });
   double mine[4] = {total.loss[0], total.loss[1], total.divisor[0], total.divisor[1]};

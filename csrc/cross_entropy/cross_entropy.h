@@ -120,13 +120,13 @@ FUSEREG_INLINE double log_sum(double largest, double sum) {
 struct Parts {
   double loss[2] = {0.0, 0.0};
   double divisor[2] = {0.0, 0.0};
-  FUSEREG_HD void add(const Parts& other) {
-    for (int i = 0; i < 2; ++i) {
-      loss[i] += other.loss[i];
-      divisor[i] += other.divisor[i];
-    }
-  }
 };
+FUSEREG_INLINE void add(Parts& sum, const Parts& parts) {
+  for (int i = 0; i < 2; ++i) {
+    sum.loss[i] += parts.loss[i];
+    sum.divisor[i] += parts.divisor[i];
+  }
+}
 
 template <class T>
 FUSEREG_INLINE double weight_of(const Problem& p, std::int64_t index) {

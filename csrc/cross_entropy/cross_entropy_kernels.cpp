@@ -302,7 +302,7 @@ FUSEREG_INLINE void finish_row(const Forward& f, std::int64_t row, const RowSums
       static_cast<T*>(f.loss)[row] = from_compute<T>(static_cast<Compute<T>>(loss));
     }
   } else {
-    total.add(parts);
+    add(total, parts);
   }
 }
 

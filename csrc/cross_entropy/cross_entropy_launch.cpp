@@ -45,7 +45,7 @@ void run_cpu(const Forward& forward) {
                  }
                });
   Parts total;
-  for (const Parts& part : parts) total.add(part);
+  for (const Parts& part : parts) add(total, part);
   finish(forward, total, sum_of_weights(forward));
 }
 

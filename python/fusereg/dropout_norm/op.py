@@ -237,7 +237,7 @@ def _fake_backward(
     )
 
 
-_norm = Operator(
+norm = Operator(
     "dropout_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, float p,"
     " float eps, bool rms, SymInt index_offset, bool keep) -> (Tensor, Tensor, Tensor)",
     _forward,
@@ -246,7 +246,7 @@ _norm = Operator(
     gradient=_gradient,
     by_parts=_by_parts,
 )
-_norm.compile(_C.dropout_norm_functions)
+norm.compile(_C.dropout_norm_functions)
 _backward = Operator(
     "dropout_norm_backward(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor statistics,"
     " Tensor? weight, Tensor? seed, float p, float eps, bool rms, SymInt index_offset,"
@@ -333,12 +333,12 @@ def dropout_norm(
         state = random.eager_state(x, source, op) if p else (0, 0)
         rest = (state, *constants, op)
         if dispatch.forward_mode():
-            y, total, _ = _norm.eager(*tensors, *rest)
+            y, total, _ = norm.eager(*tensors, *rest)
         else:  # as that does, without a call for it
-            y, total, _ = _norm.apply(*tensors, rest) if keep else _norm.kernel(*tensors, *rest)
+            y, total, _ = norm.apply(*tensors, rest) if keep else norm.kernel(*tensors, *rest)
     else:
         seed = random.traced_state(x, source, op) if p else None
-        y, total, _ = _norm.traced(*tensors, seed, *constants)
+        y, total, _ = norm.traced(*tensors, seed, *constants)
     if not return_sum:
         return y  # type: ignore[no-any-return]
     return y, x if total is None or _sum_is_x(p, residual) else total

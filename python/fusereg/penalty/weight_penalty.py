@@ -69,7 +69,8 @@ def _of_default(name: str, what: str) -> property:
     def put(penalty: WeightPenalty, strength: float) -> None:
         setattr(penalty.groups[0], name, _check_strengths({name: strength}, OP)[name])
 
-    return property(get, put, doc=f"{what} strength of all parameters that no rule matches.")
+    get.__doc__ = f"{what} strength of all parameters that no rule matches."
+    return property(get, put)
 
 
 class WeightPenalty:
