@@ -87,6 +87,8 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(r"^optim::(?:clip|norm)_kernel", share=90.0),
     # FTRL's four numbers of the last step lie side by side, where no vector fits them.
     Bound(r"^optim::optimizer_kernel<3,", split=3),
+    # The norms of LAMB: both sums of a row in float64 beside the vectors.
+    Bound(r"^optim::optimizer_kernel<8, false", spill=16),
     # Two results of a call may lie side by side.
     Bound(r"^cross_entropy::cross_entropy_finish_kernel", split=1),
     Bound(r"^cross_entropy::cross_entropy_(?:forward|backward)_kernel<double", spill=8),

@@ -23,6 +23,13 @@ struct Draw {
 // Needs 0 < p <= 1.
 Draw make_draw(double p);
 
+// As FUSEREG_INLINE, of a class.
+#if defined(__CUDACC__)
+#define FUSEREG_MEMBER __host__ __device__ __forceinline__
+#else
+#define FUSEREG_MEMBER inline __attribute__((always_inline))
+#endif
+
 // A call's (seed, offset), or where the kernel finds it: two 64-bit integers in memory of the
 // tensors' device.
 struct SeedPair {
@@ -30,10 +37,10 @@ struct SeedPair {
   std::uint64_t offset = 0;
   const std::int64_t* pair = nullptr;
   // Philox's key, and the low half of its counter.
-  FUSEREG_HD std::uint64_t key() const {
+  FUSEREG_MEMBER std::uint64_t key() const {
     return pair == nullptr ? seed : static_cast<std::uint64_t>(pair[0]);
   }
-  FUSEREG_HD std::uint64_t low() const {
+  FUSEREG_MEMBER std::uint64_t low() const {
     return (pair == nullptr ? offset : static_cast<std::uint64_t>(pair[1])) / 4;
   }
 };

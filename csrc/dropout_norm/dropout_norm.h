@@ -92,7 +92,7 @@ struct Backward : Problem {
   }
 };
 
-FUSEREG_HD inline constexpr int statistics_per_row(bool rms) { return rms ? 1 : 3; }
+FUSEREG_INLINE constexpr int statistics_per_row(bool rms) { return rms ? 1 : 3; }
 
 // Rows of a chunk: as many chunks as may keep all threads busy, unless the slots would become much
 // to move beside the rows.
