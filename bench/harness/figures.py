@@ -31,6 +31,7 @@ PROVIDERS: dict[str, Style] = {
 }
 #: Percent of a copy that a kernel should reach.
 GOAL = 85.0
+_COLUMNS = 4
 
 
 def _bytes_text(value: float) -> str:
@@ -42,7 +43,7 @@ def _bytes_text(value: float) -> str:
 
 
 def percent_of_copy(rows: Sequence[Row], machine: dict[str, Any]) -> Figure:
-    """Draw a panel for each dtype and mode, a mark for each shape and provider.
+    """Draw a panel for each operation, mode and dtype, a mark for each shape and provider.
 
     Raises:
         ValueError: If no row has a bandwidth to draw.
@@ -54,25 +55,31 @@ def percent_of_copy(rows: Sequence[Row], machine: dict[str, Any]) -> Figure:
     ]
     if not drawn:
         raise ValueError("fusereg bench: nothing to plot: no row has a bandwidth")
-    panels = list(dict.fromkeys((row.suite, row.op, row.mode) for row in drawn))
+    panels = {(row.suite, row.op, row.mode) for row in drawn}
     dtypes = list(dict.fromkeys(row.dtype for row in drawn))
+    columns = min(_COLUMNS, len(panels))
+    cells: dict[tuple[str, ...], list[Row]] = {}
+    # A line for each dtype, unless there are too many panels for one line.
+    for row in sorted(drawn, key=lambda row: dtypes.index(row.dtype)):
+        cells.setdefault((row.suite, row.op, row.mode, row.dtype), []).append(row)
+    lines = math.ceil(len(cells) / columns)
     style = styles(dict.fromkeys(row.provider for row in drawn), PROVIDERS)
     figure = new_figure(
-        max(7.5, 1.5 + 4.3 * len(panels)), 2.4 + 3.9 * len(dtypes),
+        max(7.5, 1.5 + 4.3 * columns), 2.4 + 3.9 * lines,
         "Bandwidth in percent of a copy's", machine_facts.summary(machine),
     )  # fmt: skip
-    axes = figure.subplots(len(dtypes), len(panels), squeeze=False, sharey=True)
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
     shares = [row.percent_of_copy or 100.0 for row in drawn]
     floor = 10.0 ** min(1, math.floor(math.log10(min(shares) * 0.8)))
-    for dtype, line in zip(dtypes, axes, strict=True):
-        for panel, axis in zip(panels, line, strict=True):
-            here = [row for row in drawn if (row.suite, row.op, row.mode) == panel]
-            _panel(axis, [row for row in here if row.dtype == dtype], style)
-            axis.set_title(f"{panel[1]}: {panel[2]}, {dtype}", fontsize=11, loc="left", pad=8)
+    for axis in axes.flat[len(cells) :]:
+        axis.set_visible(False)
+    for axis, ((_, op, mode, dtype), here) in zip(axes.flat, cells.items(), strict=False):
+        _panel(axis, here, style)
+        axis.set_title(f"{op}: {mode}, {dtype}", fontsize=11, loc="left", pad=8)
+        axis.set_xlabel("bytes moved, by contract", labelpad=6)
+    for line in axes:
         line[0].set_ylim(floor, max(200.0, 1.6 * max(shares)))
         line[0].set_ylabel("% of the copy's bandwidth")
-    for axis in axes[-1]:
-        axis.set_xlabel("bytes moved, by contract", labelpad=6)
     named: dict[str, Any] = {}
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
