@@ -125,6 +125,8 @@ FUSEREG_INLINE std::uint32_t positive_bits(Vector<float> z) {
   return static_cast<std::uint32_t>(_mm256_movemask_ps(bit_cast<__m256>(z > Vector<float>{})));
 #elif defined(__SSE2__)
   return static_cast<std::uint32_t>(_mm_movemask_ps(bit_cast<__m128>(z > Vector<float>{})));
+#elif defined(__aarch64__)
+  return bits_of(bit_cast<uint32x4_t>(z > Vector<float>{}));
 #else
   std::uint32_t bits = 0;
   for (int i = 0; i < kWidth<float>; ++i) bits |= static_cast<std::uint32_t>(z[i] > 0) << i;
@@ -138,6 +140,8 @@ FUSEREG_INLINE std::uint32_t positive_bits(Vector<double> z) {
   return static_cast<std::uint32_t>(_mm256_movemask_pd(bit_cast<__m256d>(z > Vector<double>{})));
 #elif defined(__SSE2__)
   return static_cast<std::uint32_t>(_mm_movemask_pd(bit_cast<__m128d>(z > Vector<double>{})));
+#elif defined(__aarch64__)
+  return bits_of(bit_cast<uint64x2_t>(z > Vector<double>{}));
 #else
   std::uint32_t bits = 0;
   for (int i = 0; i < kWidth<double>; ++i) bits |= static_cast<std::uint32_t>(z[i] > 0) << i;

@@ -83,6 +83,14 @@ FUSEREG_INLINE Wide widen_half(Narrow keep, int i) {
   if (sizeof(Wide{}[0]) == 4)
     return bit_cast<Wide>(i == 0 ? _mm_unpacklo_epi16(m, m) : _mm_unpackhi_epi16(m, m));
   return bit_cast<Wide>(i == 0 ? _mm_unpacklo_epi32(m, m) : _mm_unpackhi_epi32(m, m));
+#elif defined(__aarch64__)
+  if constexpr (sizeof(Wide{}[0]) == 4) {
+    const auto m = bit_cast<int16x8_t>(keep);
+    return bit_cast<Wide>(i == 0 ? vmovl_s16(vget_low_s16(m)) : vmovl_high_s16(m));
+  } else {
+    const auto m = bit_cast<int32x4_t>(keep);
+    return bit_cast<Wide>(i == 0 ? vmovl_s32(vget_low_s32(m)) : vmovl_high_s32(m));
+  }
 #else
   constexpr int kCount = sizeof(Wide) / sizeof(Wide{}[0]);
   Wide wide{};

@@ -45,6 +45,8 @@ FUSEREG_INLINE FloatVector square_root(FloatVector a) {
   return _mm256_sqrt_ps(a);
 #elif defined(__SSE2__)
   return _mm_sqrt_ps(a);
+#elif defined(__aarch64__)
+  return bit_cast<FloatVector>(vsqrtq_f32(bit_cast<float32x4_t>(a)));
 #else
   for (int i = 0; i < ::fusereg::FUSEREG_ISA::kWidth<float>; ++i) a[i] = __builtin_sqrtf(a[i]);
   return a;

@@ -64,6 +64,9 @@ FUSEREG_INLINE FUSEREG_ISA::U64Vector multiply_low(FUSEREG_ISA::U64Vector a, std
 #elif defined(__SSE2__)
   return bit_cast<FUSEREG_ISA::U64Vector>(
       _mm_mul_epu32(bit_cast<__m128i>(a), bit_cast<__m128i>(wide)));
+#elif defined(__aarch64__)
+  return bit_cast<FUSEREG_ISA::U64Vector>(
+      vmull_u32(vmovn_u64(bit_cast<uint64x2_t>(a)), vmovn_u64(bit_cast<uint64x2_t>(wide))));
 #else
   return (a & 0xffffffffu) * wide;
 #endif
@@ -148,6 +151,8 @@ FUSEREG_INLINE U64Vector interleave_even(U64Vector a, U64Vector b) {
   return bit_cast<U64Vector>(_mm256_unpacklo_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
 #elif defined(__SSE2__)
   return bit_cast<U64Vector>(_mm_unpacklo_epi64(bit_cast<__m128i>(a), bit_cast<__m128i>(b)));
+#elif defined(__aarch64__)
+  return bit_cast<U64Vector>(vtrn1q_u64(bit_cast<uint64x2_t>(a), bit_cast<uint64x2_t>(b)));
 #else
   U64Vector v{};
   for (int i = 0; i < kPhiloxChunks; ++i) v[i] = i % 2 == 0 ? a[i] : b[i - 1];
@@ -162,6 +167,8 @@ FUSEREG_INLINE U64Vector interleave_odd(U64Vector a, U64Vector b) {
   return bit_cast<U64Vector>(_mm256_unpackhi_epi64(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
 #elif defined(__SSE2__)
   return bit_cast<U64Vector>(_mm_unpackhi_epi64(bit_cast<__m128i>(a), bit_cast<__m128i>(b)));
+#elif defined(__aarch64__)
+  return bit_cast<U64Vector>(vtrn2q_u64(bit_cast<uint64x2_t>(a), bit_cast<uint64x2_t>(b)));
 #else
   U64Vector v{};
   for (int i = 0; i < kPhiloxChunks; ++i) v[i] = i % 2 == 0 ? a[i + 1] : b[i];

@@ -13,6 +13,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if !defined(FUSEREG_ISA)
@@ -125,6 +127,9 @@ FUSEREG_INLINE Vector<float> load(const BFloat16* p) {
 #if defined(__AVX2__)
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return bit_cast<Vector<float>>(bit_cast<U32Vector>(_mm256_cvtepu16_epi32(bits)) << 16);
+#elif defined(__aarch64__)
+  return bit_cast<Vector<float>>(
+      vshll_n_u16(vld1_u16(reinterpret_cast<const std::uint16_t*>(p)), 16));
 #else
   U16Vector bits;
   memcpy(&bits, p, sizeof(bits));
@@ -149,6 +154,9 @@ FUSEREG_INLINE void store(BFloat16* p, Vector<float> v) {
 FUSEREG_INLINE Vector<float> load(const Half* p) {
 #if defined(__AVX2__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  return bit_cast<Vector<float>>(
+      vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const std::uint16_t*>(p)))));
 #else
   Vector<float> v;
   for (int i = 0; i < kWidth<float>; ++i) v[i] = to_float(p[i]);
@@ -159,6 +167,9 @@ FUSEREG_INLINE void store(Half* p, Vector<float> v) {
 #if defined(__AVX2__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__aarch64__)
+  vst1_u16(reinterpret_cast<std::uint16_t*>(p),
+           vreinterpret_u16_f16(vcvt_f16_f32(bit_cast<float32x4_t>(v))));
 #else
   for (int i = 0; i < kWidth<float>; ++i) p[i] = to_half(v[i]);
 #endif
@@ -181,6 +192,19 @@ FUSEREG_INLINE void store_partial(T* p, Vector<Compute<T>> v, std::int64_t n) {
 }
 
 typedef std::uint64_t U64Vector __attribute__((vector_size(kVectorBytes)));
+
+#if defined(__aarch64__)
+// A bit for each lane of a mask, the first one lowest: NEON has no instruction for it.
+FUSEREG_INLINE std::uint32_t bits_of(uint16x8_t mask) {
+  return vaddvq_u16(mask & uint16x8_t{1, 2, 4, 8, 16, 32, 64, 128});
+}
+FUSEREG_INLINE std::uint32_t bits_of(uint32x4_t mask) {
+  return vaddvq_u32(mask & uint32x4_t{1, 2, 4, 8});
+}
+FUSEREG_INLINE std::uint32_t bits_of(uint64x2_t mask) {
+  return static_cast<std::uint32_t>(vaddvq_u64(mask & uint64x2_t{1, 2}));
+}
+#endif
 
 // Adds a vector's elements, widened, to as many float64 sums in memory order.
 FUSEREG_INLINE void add_widened(Vector<float> v, Vector<double> (&sums)[2]) {
@@ -221,6 +245,8 @@ FUSEREG_INLINE FUSEREG_ISA::Vector<float> square_root(FUSEREG_ISA::Vector<float>
   return _mm256_sqrt_ps(v);
 #elif defined(__SSE2__)
   return _mm_sqrt_ps(v);
+#elif defined(__aarch64__)
+  return bit_cast<FUSEREG_ISA::Vector<float>>(vsqrtq_f32(bit_cast<float32x4_t>(v)));
 #else
   for (int i = 0; i < FUSEREG_ISA::kWidth<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
@@ -233,6 +259,8 @@ FUSEREG_INLINE FUSEREG_ISA::Vector<double> square_root(FUSEREG_ISA::Vector<doubl
   return _mm256_sqrt_pd(v);
 #elif defined(__SSE2__)
   return _mm_sqrt_pd(v);
+#elif defined(__aarch64__)
+  return bit_cast<FUSEREG_ISA::Vector<double>>(vsqrtq_f64(bit_cast<float64x2_t>(v)));
 #else
   for (int i = 0; i < FUSEREG_ISA::kWidth<double>; ++i) v[i] = __builtin_sqrt(v[i]);
   return v;

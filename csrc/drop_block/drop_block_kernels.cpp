@@ -29,6 +29,12 @@ FUSEREG_INLINE std::uint64_t kept_bits(U64Vector draws, DrawVector<kBits> thresh
     const __m128i m = bit_cast<__m128i>(keep);
     return static_cast<std::uint32_t>(_mm_movemask_epi8(_mm_packs_epi16(m, m))) & 0xffu;
   }
+#elif defined(__aarch64__)
+  if constexpr (kBits == 32) {
+    return bits_of(bit_cast<uint32x4_t>(keep));
+  } else {
+    return bits_of(bit_cast<uint16x8_t>(keep));
+  }
 #else
   std::uint64_t bits = 0;
   for (int e = 0; e < kVectorBytes * 8 / kBits; ++e)

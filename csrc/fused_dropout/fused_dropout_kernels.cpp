@@ -47,6 +47,14 @@ FUSEREG_INLINE std::uint64_t compare(const U64Vector (&draws)[2], DrawVector<kBi
     return static_cast<std::uint32_t>(_mm_movemask_ps(_mm_castsi128_ps(first)) |
                                       _mm_movemask_ps(_mm_castsi128_ps(second)) << kHalf);
   }
+#elif defined(__aarch64__)
+  const auto first = bit_cast<DrawVector<kBits>>(draws[0]) < threshold;
+  const auto second = bit_cast<DrawVector<kBits>>(draws[1]) < threshold;
+  if constexpr (kBits == 16) {
+    return bits_of(bit_cast<uint16x8_t>(first)) | bits_of(bit_cast<uint16x8_t>(second)) << kHalf;
+  } else {
+    return bits_of(bit_cast<uint32x4_t>(first)) | bits_of(bit_cast<uint32x4_t>(second)) << kHalf;
+  }
 #else
   std::uint64_t bits = 0;
   for (int i = 0; i < 2; ++i) {
