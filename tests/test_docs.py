@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -24,32 +25,13 @@ import pytest
 import torch
 
 import fusereg
+from fusereg.core import pictures
 from ops import FUNCTIONS, by_name
+from pages import DOCS, FENCE, NEEDS, PAGES, RANKS, ROOT, examples, lacking, paste
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 NOTEBOOKS = sorted(DOCS.glob("notebooks/*.ipynb"))
-#: Comments in front of an example.
-NEEDS = re.compile(r"<!-- needs: ([\w., ]+) -->")
-RANKS = "<!-- ranks: 2 -->"
-_FENCE = re.compile(
-    r"^(?P<indent> *)```(?P<language>[\w-]*)[^\n]*\n(?P<body>.*?)^ *```", re.M | re.S
-)
 
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="no documents beside these tests")
-
-
-def examples(page: Path) -> list[tuple[int, str, str]]:
-    """(line, code, what stands before it) of the page's Python examples."""
-    text = page.read_text(encoding="utf-8")
-    found = []
-    for match in _FENCE.finditer(text):
-        if match["language"] == "python":
-            line = text.count("\n", 0, match.start()) + 1
-            before = text[: match.start()].rstrip().rpartition("\n")[2]
-            found.append((line, match["body"], before))
-    return found
 
 
 def script(name: str) -> types.ModuleType:
@@ -82,14 +64,6 @@ def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     fusereg.cpu.set_instruction_set(isa)
 
 
-def lacking(before: str) -> list[str]:
-    needed = NEEDS.fullmatch(before.strip())
-    if needed is None:
-        return []
-    importlib.import_module("other_libraries")  # some want it before their first import
-    return [n for n in re.split(r"[, ]+", needed[1]) if importlib.util.find_spec(n) is None]
-
-
 WITH_EXAMPLES = [page for page in PAGES if page.is_file() and examples(page)]
 
 
@@ -106,10 +80,11 @@ def of_all_pages(ranks: bool) -> list[Any]:
 def test_each_example_runs_by_itself(
     page: Path, line: int, code: str, before: str, quiet: None
 ) -> None:
+    if NEEDS.fullmatch(before.strip()):
+        importlib.import_module("other_libraries")  # some want it before their first import
     if missing := lacking(before):
         pytest.skip(f"needs {', '.join(missing)}")
-    # Line numbers of the page, for tracebacks.
-    exec(compile("\n" * line + code, str(page), "exec"), {"__name__": "__main__"})
+    paste(page, line, code)
 
 
 @pytest.mark.slow
@@ -367,14 +342,14 @@ def test_an_attempt_that_fails_says_no() -> None:
 
 def anchors(page: Path) -> set[str]:
     """The headings' anchors, as Markdown processors make them."""
-    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
     titles = re.findall(r"^#+ +(.+?)\s*$", text, flags=re.M)
     return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", t.lower()).strip()) for t in titles}
 
 
 @pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
     if page in NOTEBOOKS:
         text = "\n".join("".join(cell["source"]) for cell in cells(page, "markdown"))
     broken = []
@@ -400,6 +375,32 @@ def test_pictures_are_used_and_small() -> None:
     for path in sorted((DOCS / "images").glob("*.png")):
         assert f"images/{path.name}" in text, path.name
         assert path.stat().st_size < 250_000, path.name
+
+
+@pytest.mark.parametrize("name", ["dropouts", "shards"])
+def test_pictures_of_masks_show_those_of_this_version(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    monkeypatch.syspath_prepend(DOCS / "scripts")
+    torch.manual_seed(0)
+    figure = script("pictures").PICTURES[name]()
+    drawn, stored = (
+        imread(source)
+        for source in (io.BytesIO(pictures.png(figure)), DOCS / "images" / f"{name}.png")
+    )
+    assert drawn.shape == stored.shape, "run: python docs/scripts/pictures.py"
+    height, width, _ = drawn.shape
+    for axes in figure.axes:
+        box = axes.get_position()  # text, which depends on fonts, is around it
+        inside = (
+            slice(int((1 - box.y1) * height) + 2, int((1 - box.y0) * height) - 2),
+            slice(int(box.x0 * width) + 2, int(box.x1 * width) - 2),
+        )
+        difference = abs(drawn[inside] - stored[inside]).mean()
+        assert difference < 0.01, "run: python docs/scripts/pictures.py"
 
 
 def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:

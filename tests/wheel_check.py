@@ -2,8 +2,9 @@
 
     python tests/wheel_check.py dist --torch 2.13.0 2.12.1
 
-For each torch: a new environment, the wheel from the folder, and one call of every kernel held
-against float64, as `fusereg info` does. For the sdist: a new environment with neither torch nor
+For each torch: a new environment, the wheel from the folder, one call of every kernel held against
+float64, as `fusereg info` does, and the examples of README.md and docs/ that need nothing else. For
+the sdist: a new environment with neither torch nor
 CUDA, in which pip builds it as it builds for anybody; the wheel must hold the same files. Other
 options go to pip.
 """
@@ -59,7 +60,8 @@ def check_wheel(wheel: Path, torch: str, options: list[str], folder: Path) -> No
     python = environment(folder)
     pip(python, "install", *options, f"torch=={torch}", str(wheel), "numpy")
     # From another folder, so that nothing but the installed package can be found.
-    subprocess.run([python, "-c", SMOKE], check=True, cwd=folder)
+    for command in (["-c", SMOKE], [str(Path(__file__).resolve().with_name("pages.py"))]):
+        subprocess.run([python, *command], check=True, cwd=folder)
 
 
 def check_sdist(sdist: Path, wheel: Path, options: list[str], folder: Path) -> None:
