@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,17 +56,22 @@ def _norm(x: Tensor) -> Tensor:
     return F.dropout_add_layer_norm(x, x.detach(), torch.ones(8), torch.zeros(8), 0.5)
 
 
+def _biased(x: Tensor) -> Tensor:
+    return F.bias_dropout_add(x, torch.ones(8, requires_grad=True), x, 0.5)
+
+
 _BATCH_NORM = fusereg.nn.BatchNorm2d(4, activation="relu", dropout=0.5)
 _IMAGES = torch.linspace(-2.0, 2.0, 256).view(2, 4, 4, 8).requires_grad_()
 
 #: (call, functions of the package in forward, and in backward)
 CALLS: dict[str, tuple[Callable[[], Tensor], int, int]] = {
-    "Dropout": (_of(fusereg.nn.Dropout(0.5)), 4, 0),
+    "Dropout": (_of(fusereg.nn.Dropout(0.5)), 3, 0),
     "Dropout1d": (_of(fusereg.nn.Dropout1d(0.5)), 5, 0),
-    "gaussian_dropout": (_of(F.gaussian_dropout), 16, 0),
-    "dropout_add": (_of(lambda x: F.dropout_add(x, x.detach(), 0.5)), 8, 3),
-    "activation_dropout": (_of(lambda x: F.activation_dropout(x, 0.5, "gelu")), 4, 0),
-    "dropout_add_layer_norm": (_of(_norm), 22, 12),
+    "gaussian_dropout": (_of(F.gaussian_dropout), 1, 0),
+    "dropout_add": (_of(lambda x: F.dropout_add(x, x.detach(), 0.5)), 2, 0),
+    "bias_dropout_add": (_of(_biased), 2, 0),
+    "activation_dropout": (_of(lambda x: F.activation_dropout(x, 0.5, "gelu")), 1, 0),
+    "dropout_add_layer_norm": (_of(_norm), 2, 0),
     "BatchNorm1d": (_of(fusereg.nn.BatchNorm1d(8)), 4, 0),
     "BatchNorm2d": (lambda: _BATCH_NORM(_IMAGES, residual=_IMAGES), 5, 0),
 }
@@ -191,7 +196,7 @@ def _noted(asked: list[Tensor], held: Tensor) -> Tensor:
     return held
 
 
-def _fail(_: Tensor) -> Tensor:
+def _fail(*_: object) -> Tensor:
     raise ZeroDivisionError("of the hook")
 
 
@@ -225,16 +230,16 @@ def test_saved_tensors_are_asked_for_once_and_their_errors_are_shown(name: str) 
 
 
 class _Interrupts(TorchFunctionMode):
-    """Raises where a new tensor is made."""
+    """Raises where a function of torch is called."""
 
-    def __init__(self, raises: Callable[..., None]) -> None:
+    def __init__(self, of: Callable[..., Any], raises: Callable[..., None]) -> None:
         super().__init__()
-        self.raises = raises
+        self.of, self.raises = of, raises
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if function is torch.empty_like:
+        if function == self.of:
             self.raises()
         return function(*args, **(kwargs or {}))
 
@@ -254,24 +259,18 @@ def test_an_interruption_in_the_middle_of_a_call_is_not_lost(
     def call() -> None:
         _COMPILED[name](x, x)
 
-    def call_under_a_mode() -> None:
-        with _Interrupts(interrupted):
-            call()
-
-    ours, torchs = fusereg.core.random, torch.autograd.function.FunctionCtx
-    for owner, function, run in (
-        (ours, "new_state", call),
-        (torchs, "save_for_backward", call),
-        (None, "", call_under_a_mode),
-    ):
+    for where in ("random_", "empty_like", "save_for_backward"):
         raised.clear()
         with monkeypatch.context() as patch:
-            if owner is not None:
-                patch.setattr(owner, function, interrupted)
-            with pytest.raises(error):
-                run()
+            mode: AbstractContextManager[object] = nullcontext()
+            if where == "save_for_backward":
+                patch.setattr(torch.autograd.function.FunctionCtx, where, interrupted)
+            else:
+                mode = _Interrupts(getattr(Tensor, where, None) or torch.empty_like, interrupted)
+            with mode, pytest.raises(error):
+                call()
         # An error may be made again by Python, which says what is wrong; an interruption is one.
-        assert len(raised) == 1 or error is ZeroDivisionError, function or run.__name__
+        assert len(raised) == 1 or error is ZeroDivisionError, where
 
 
 def test_calls_from_several_threads_are_each_their_own() -> None:
@@ -320,11 +319,82 @@ def _compiling() -> Iterator[None]:
         torch.compiler._is_compiling_flag = False
 
 
-def test_a_pair_is_read_of_two_integers_alone() -> None:
-    assert _C.pair_of(torch.tensor([-(2**63), 7])) == (-(2**63), 7)
-    for wrong in (torch.ones(2), torch.tensor([1, 2, 3]), torch.ones(2, dtype=torch.int32), None):
-        with pytest.raises(TypeError, match="two int64 numbers"):
-            _C.pair_of(wrong)  # type: ignore[arg-type]
+def test_a_state_is_two_numbers_of_the_generator() -> None:
+    generator = torch.Generator()
+    for seed in range(3):
+        generator.manual_seed(seed)
+        torch.manual_seed(seed)
+        wanted = tuple(torch.empty(2, dtype=torch.int64).random_(generator=generator).tolist())
+        assert _C.random_state(None) == wanted
+        assert _C.random_state(generator.manual_seed(seed)) == wanted
+        with torch.inference_mode():
+            assert _C.random_state(generator.manual_seed(seed)) == wanted
+    with pytest.raises(TypeError, match="generator"):
+        _C.random_state(5)  # type: ignore[arg-type]
+
+
+def test_a_usual_call_draws_nothing_where_it_does_nothing() -> None:
+    x, vector = torch.randn(4, 8, requires_grad=True), torch.randn(8)
+    state = torch.get_rng_state()
+
+    def call(*tensors: Any, roles: str = "xvx") -> Any:
+        return _C.drawn_at_once(_fail, _fail, roles, (0.5, 0, 0, "op"), *tensors)
+
+    for other in (vector, x[:2], x.double(), x.t(), x.to("meta"), x.long(), 5, x.view(4, 8, 1)):
+        assert call(x, None, other) is None
+    for other in (x, vector[:4], vector.double(), vector.to("meta"), 5):
+        assert call(x, other, x) is None
+    assert call(5, None, x) is None
+    assert call(torch.ones(()), None, torch.ones(())) is None
+    assert _C.drawn_at_once(_fail, None, "x", (0.5, "op"), x.detach()) is None
+    with torch.autograd.forward_ad.dual_level():
+        assert call(x, roles="x") is None
+    with FakeTensorMode():
+        assert call(x, roles="x") is None
+    for roles in ("", "xx", "xvx"):
+        with pytest.raises(TypeError, match="other arguments"):
+            call(x, roles=roles)
+    assert torch.equal(state, torch.get_rng_state())
+    with pytest.raises(ZeroDivisionError, match="of the hook"):
+        call(x, vector, x)
+    assert not torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_with_dropout_are_those_of_the_general_function(
+    bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = fusereg.fused_dropout.op
+    forward, backward = op.add.general
+    for grad in _gradients((4, 8)):
+        for wanted in ((True, True, True), (False, True, False), (True, False, True)):
+            for p in (0.25, 1.0):
+                sizes = ((4, 8), (8,), (4, 8))
+                tensors: list[Any] = [
+                    torch.randn(size, dtype=dtype, requires_grad=want)
+                    for size, want in zip(sizes, wanted, strict=True)
+                ]
+                if not bias:
+                    tensors[1] = None
+                x, vector, residual = tensors
+                asked = [t for t in tensors if t is not None and t.requires_grad]
+                if not asked:
+                    continue
+
+                def run(draw: Any, asked: list[Tensor] = asked, grad: Tensor = grad) -> Any:
+                    torch.manual_seed(3)
+                    y = draw()
+                    return y, *torch.autograd.grad(y, asked, grad.to(dtype))
+
+                def draw(x: Any = x, v: Any = vector, r: Any = residual, p: float = p) -> Tensor:
+                    return F.bias_dropout_add(x, v, r, p)
+
+                found = run(draw)
+                with monkeypatch.context() as patch:
+                    patch.setattr(op.add._function, "forward", staticmethod(forward))
+                    patch.setattr(op.add._function._backward_cls, "apply", backward)
+                    assert all(map(torch.equal, found, run(draw)))
 
 
 def test_the_compiled_module_without_the_package_refuses_instead_of_aborting() -> None:
@@ -333,7 +403,7 @@ import importlib.util
 spec = importlib.util.spec_from_file_location("_C", {_C.__file__!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-for function in (module.pair_of, module.ready, module.direct):
+for function in (module.random_state, module.ready, module.direct):
     try:
         print(function(object()))
     except RuntimeError as error:

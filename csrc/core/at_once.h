@@ -78,6 +78,8 @@ PyObject* guarded(const F& function) {
     error.restore();
   } catch (const AtOnce::Final&) {
     return nullptr;
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }

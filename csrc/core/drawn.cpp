@@ -1,20 +1,15 @@
 #include "core/drawn.h"
 
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
 #include "core/call.h"
 #include "core/gate.h"
 #include "core/seed_argument.h"
 
 namespace fusereg {
 namespace {
-
-bool has_strides(const TensorView& view, PyObject* strides) {
-  if (!PyTuple_CheckExact(strides) || PyTuple_GET_SIZE(strides) != view.ndim) return false;
-  for (int d = 0; d < view.ndim; ++d) {
-    PyObject* const stride = PyTuple_GET_ITEM(strides, d);
-    if (!PyLong_CheckExact(stride) || PyLong_AsLongLong(stride) != view.strides[d]) return false;
-  }
-  return true;
-}
 
 class Drawn : public AtOnce {
  public:
@@ -38,13 +33,9 @@ class Drawn : public AtOnce {
     if (keeps != Keeps::kNothing && forward_mode()) return nullptr;  // which keeps it once more
     const py::object y = compute(false, x, in, nullptr, items[0], items + 1, items[count - 1], out);
     if (!y) return nullptr;
-    py::tuple strides(static_cast<std::size_t>(out.ndim));
-    for (int d = 0; d < out.ndim; ++d) {
-      PyTuple_SET_ITEM(strides.ptr(), d, PyLong_FromLongLong(out.strides[d]));
-    }
     py::tuple kept(static_cast<std::size_t>(count + 1));
     for (Py_ssize_t i = 0; i < count - 1; ++i) PyTuple_SET_ITEM(kept.ptr(), i, Py_NewRef(items[i]));
-    PyTuple_SET_ITEM(kept.ptr(), count - 1, strides.release().ptr());
+    PyTuple_SET_ITEM(kept.ptr(), count - 1, strides_of(out).release().ptr());
     PyTuple_SET_ITEM(kept.ptr(), count, Py_NewRef(items[count - 1]));
     if (!set_rest(ctx, kept)) return nullptr;
     if (keeps != Keeps::kNothing) {
@@ -97,26 +88,152 @@ class Drawn : public AtOnce {
   DrawnKeeps keeps_;
 };
 
-PyObject* pair_of(PyObject*, PyObject* tensor) {
-  return guarded([tensor]() -> PyObject* {
-    RawView view;
-    if (!read_raw(tensor, view) || !view.integer || view.bytes != 8 || view.numel != 2 ||
-        !view.contiguous || view.device.type != kDLCPU) {
-      PyErr_SetString(PyExc_TypeError, "fusereg: two int64 numbers in CPU memory are wanted");
-      return nullptr;
+// --- Philox states ---
+
+// python/fusereg/core/random.py: makes a thread's memory of two numbers; a new state for a tensor
+// that is not on the CPU. Held for the life of the process.
+struct RandomSource {
+  PyObject* make_numbers = nullptr;
+  PyObject* state_of_device = nullptr;
+};
+RandomSource g_random;
+
+void bind_random(const py::object& make_numbers, const py::object& state_of_device) {
+  g_random = {make_numbers.inc_ref().ptr(), state_of_device.inc_ref().ptr()};
+}
+
+// This thread's tensor of two numbers, borrowed; it goes with the thread.
+PyObject* numbers_of_thread() {
+  static PyObject* const name = PyUnicode_InternFromString("fusereg.numbers");
+  PyObject* const kept = PyThreadState_GetDict();
+  if (kept == nullptr || g_random.make_numbers == nullptr)
+    throw std::runtime_error("fusereg._C is used through the package fusereg");
+  PyObject* found = PyDict_GetItemWithError(kept, name);
+  if (found != nullptr) return found;
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  const auto made = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(g_random.make_numbers));
+  if (!made || PyDict_SetItem(kept, name, made.ptr()) != 0) throw py::error_already_set();
+  return made.ptr();
+}
+
+// (seed, offset): two numbers from a generator of the CPU, None for torch's default one.
+py::object random_state(py::handle generator) {
+  static PyObject* const random = PyUnicode_InternFromString("random_");
+  static PyObject* const names = py::make_tuple("generator").release().ptr();
+  PyObject* const arguments[] = {numbers_of_thread(), generator.ptr()};
+  const auto filled = py::reinterpret_steal<py::object>(
+      PyObject_VectorcallMethod(random, arguments, 1, generator.is_none() ? nullptr : names));
+  RawView view;
+  if (!filled) throw py::error_already_set();
+  if (!read_raw(filled, view) || !view.integer || view.bytes != 8 || view.numel != 2 ||
+      !view.contiguous || view.device.type != kDLCPU) {
+    throw std::runtime_error("fusereg: torch's random_() has returned another tensor");
+  }
+  const auto* const numbers = static_cast<const std::int64_t*>(view.data);
+  return py::make_tuple(numbers[0], numbers[1]);
+}
+
+PyObject* python_random_state(PyObject*, PyObject* generator) {
+  return guarded([generator] { return random_state(generator).release().ptr(); });
+}
+
+// --- the usual call ---
+
+// Whether kernels can take these tensors as they are: one dtype and device; "x" in `roles` is of
+// the first one's shape, "v" a vector of its last dimension. Those after the first may be None.
+bool fit(PyObject* const* tensors, Py_ssize_t count, const char* roles, TensorView& first) {
+  if (read_memory(tensors[0], first) != Kind::kPlain) return false;
+  if (count > 1 && first.ndim == 0) return false;
+  for (Py_ssize_t i = 1; i < count; ++i) {
+    if (tensors[i] == Py_None) continue;
+    TensorView view;
+    if (read_memory(tensors[i], view) != Kind::kPlain || view.dtype != first.dtype ||
+        view.device != first.device) {
+      return false;
     }
-    const auto* const numbers = static_cast<const std::int64_t*>(view.data);
-    return Py_BuildValue("LL", static_cast<long long>(numbers[0]),
-                         static_cast<long long>(numbers[1]));
+    const int skipped = roles[i] == 'v' ? first.ndim - 1 : 0;
+    if (view.ndim != first.ndim - skipped) return false;
+    for (int d = 0; d < view.ndim; ++d) {
+      if (view.sizes[d] != first.sizes[skipped + d]) return false;
+    }
+  }
+  return true;
+}
+
+PyObject* drawn_at_once(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return guarded([&]() -> PyObject* {
+    constexpr Py_ssize_t kTensors = 4;
+    const char* const roles = count > kTensors ? PyUnicode_AsUTF8(args[2]) : nullptr;
+    PyObject* const constants = roles == nullptr ? nullptr : args[3];
+    const Py_ssize_t tensors = count - kTensors;
+    if (roles == nullptr || static_cast<Py_ssize_t>(std::strlen(roles)) != tensors ||
+        !PyTuple_CheckExact(constants) || PyTuple_GET_SIZE(constants) == 0) {
+      PyErr_Clear();
+      throw py::type_error("fusereg: drawn_at_once was called with other arguments");
+    }
+    PyObject* const* const given = args + kTensors;
+    TensorView x;
+    if (!nothing_traces() || forward_mode() || !fit(given, tensors, roles, x))
+      return Py_NewRef(Py_None);
+    bool derived = false;
+    if (grad_enabled()) {
+      for (Py_ssize_t i = 0; i < tensors; ++i)
+        derived = derived || (given[i] != Py_None && requires_grad(given[i]));
+    }
+    PyObject* const function = derived ? args[0] : args[1];
+    if (function == Py_None) return Py_NewRef(Py_None);
+
+    py::object state;
+    if (PyFloat_AsDouble(PyTuple_GET_ITEM(constants, 0)) == 0.0) {
+      state = py::make_tuple(0, 0);
+    } else if (x.device.type == kDLCPU) {
+      state = random_state(py::none());
+    } else {
+      state = py::reinterpret_steal<py::object>(
+          PyObject_CallOneArg(g_random.state_of_device, given[0]));
+    }
+    if (!state || PyErr_Occurred() != nullptr) throw py::error_already_set();
+    // Autograd looks at no argument but the tensors: the others are one.
+    std::vector<PyObject*> arguments(given, given + tensors);
+    const Py_ssize_t numbers = PyTuple_GET_SIZE(constants);
+    py::tuple rest(static_cast<std::size_t>(numbers + 1));
+    PyTuple_SET_ITEM(rest.ptr(), 0, Py_NewRef(state.ptr()));
+    for (Py_ssize_t i = 0; i < numbers; ++i)
+      PyTuple_SET_ITEM(rest.ptr(), i + 1, Py_NewRef(PyTuple_GET_ITEM(constants, i)));
+    if (derived) {
+      arguments.push_back(rest.ptr());
+    } else {
+      for (Py_ssize_t i = 0; i <= numbers; ++i)
+        arguments.push_back(PyTuple_GET_ITEM(rest.ptr(), i));
+    }
+    return PyObject_Vectorcall(function, arguments.data(), arguments.size(), nullptr);
   });
 }
 
 PyMethodDef g_drawn_methods[] = {
-    {"pair_of", &pair_of, METH_O, "pair_of(tensor, /) -> tuple[int, int]"},
+    {"random_state", &python_random_state, METH_O, "random_state(generator, /) -> tuple[int, int]"},
+    {"drawn_at_once", fast_function(&drawn_at_once), METH_FASTCALL,
+     "drawn_at_once(apply, kernel, roles, constants, x, /, *tensors) -> Tensor | None"},
     {nullptr, nullptr, 0, nullptr},
 };
 
 }  // namespace
+
+py::tuple strides_of(const TensorView& view) {
+  py::tuple strides(static_cast<std::size_t>(view.ndim));
+  for (int d = 0; d < view.ndim; ++d)
+    PyTuple_SET_ITEM(strides.ptr(), d, PyLong_FromLongLong(view.strides[d]));
+  return strides;
+}
+
+bool has_strides(const TensorView& view, PyObject* strides) {
+  if (!PyTuple_CheckExact(strides) || PyTuple_GET_SIZE(strides) != view.ndim) return false;
+  for (int d = 0; d < view.ndim; ++d) {
+    PyObject* const stride = PyTuple_GET_ITEM(strides, d);
+    if (!PyLong_CheckExact(stride) || PyLong_AsLongLong(stride) != view.strides[d]) return false;
+  }
+  return true;
+}
 
 py::tuple drawn_functions(DrawnKernel kernel, int constants, const py::object& forward,
                           const py::object& backward, DrawnKeeps keeps) {
@@ -124,6 +241,7 @@ py::tuple drawn_functions(DrawnKernel kernel, int constants, const py::object& f
 }
 
 void bind_drawn(py::module_& m) {
+  m.def("bind_random", &bind_random, py::arg("make_numbers"), py::arg("state_of_device"));
   if (PyModule_AddFunctions(m.ptr(), g_drawn_methods) != 0) throw py::error_already_set();
 }
 

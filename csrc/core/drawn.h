@@ -25,7 +25,11 @@ using DrawnKeeps = Keeps (*)(PyObject* const* constants);
 py::tuple drawn_functions(DrawnKernel kernel, int constants, const py::object& forward,
                           const py::object& backward, DrawnKeeps keeps = nullptr);
 
-// `pair_of` (_C.pyi).
+// A tensor's strides as a tuple, and whether it has those of such a tuple.
+py::tuple strides_of(const TensorView& view);
+bool has_strides(const TensorView& view, PyObject* strides);
+
+// `bind_random`, `random_state`, `drawn_at_once` (_C.pyi).
 void bind_drawn(py::module_& m);
 
 }  // namespace fusereg

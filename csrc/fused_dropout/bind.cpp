@@ -1,9 +1,12 @@
 // fusereg._C: dropout fused with its neighbors. Contract: fused_dropout.h, _C.pyi.
 #include <algorithm>
+#include <memory>
 #include <string>
 
+#include "core/at_once.h"
 #include "core/call.h"
 #include "core/drawn.h"
+#include "core/gate.h"
 #include "core/seed_argument.h"
 #include "core/tensor.h"
 #include "fused_dropout/fused_dropout.h"
@@ -105,11 +108,11 @@ std::int64_t fused_dropout_partials(std::int64_t numel, std::int64_t columns) {
 }
 
 // grad_x = dropout(grad), grad_bias = its sum over all but the last dimension.
-int fused_dropout_bias_backward(const py::object& grad_x, const py::object& grad_bias,
-                                const py::object& grad, const py::object& partials,
-                                const py::object& counters, const py::object& seed,
-                                const py::object& offset, double p, const py::object& index_offset,
-                                const char* op) {
+// memory: in the place of `partials`, or null.
+int bias_backward_with(double* memory, const py::object& grad_x, const py::object& grad_bias,
+                       const py::object& grad, const py::object& partials,
+                       const py::object& counters, const py::object& seed, const py::object& offset,
+                       double p, const py::object& index_offset, const char* op) {
   Job job;
   job.form = Form::kBiasBackward;
   set_draw(job, p, op);
@@ -120,14 +123,17 @@ int fused_dropout_bias_backward(const py::object& grad_x, const py::object& grad
   }
   job.grad_bias = vector.data;
   job.columns = vector.numel;
-  slots = tensor_argument(partials, op, "partials");
-  if (slots.dtype != DType::kFloat64 || slots.device != in.device || !slots.dense() ||
-      slots.numel < fused_dropout_partials(job.numel, job.columns)) {
-    throw py::value_error(where(op, "partials") +
-                          " must be float64 on the gradient's device, as many as "
-                          "fused_dropout_partials() says");
+  job.partials = memory;
+  if (memory == nullptr) {
+    slots = tensor_argument(partials, op, "partials");
+    if (slots.dtype != DType::kFloat64 || slots.device != in.device || !slots.dense() ||
+        slots.numel < fused_dropout_partials(job.numel, job.columns)) {
+      throw py::value_error(where(op, "partials") +
+                            " must be float64 on the gradient's device, as many as "
+                            "fused_dropout_partials() says");
+    }
+    job.partials = static_cast<double*>(slots.data);
   }
-  job.partials = static_cast<double*>(slots.data);
   if (runs_cuda_kernels(in.device)) {
     job.counters =
         static_cast<unsigned*>(memory_argument(counters, 4 * kMaxTiles, in.device, op, "counters"));
@@ -137,6 +143,94 @@ int fused_dropout_bias_backward(const py::object& grad_x, const py::object& grad
   run_job(job, in.device, job.numel);
   return kDone;
 }
+
+int fused_dropout_bias_backward(const py::object& grad_x, const py::object& grad_bias,
+                                const py::object& grad, const py::object& partials,
+                                const py::object& counters, const py::object& seed,
+                                const py::object& offset, double p, const py::object& index_offset,
+                                const char* op) {
+  return bias_backward_with(nullptr, grad_x, grad_bias, grad, partials, counters, seed, offset, p,
+                            index_offset, op);
+}
+
+// The eager autograd function of `add` (core/at_once.h). ctx.rest is that of dropout, whose
+// function gives the gradient of x where there is no bias.
+class Add : public AtOnce {
+ public:
+  explicit Add(const py::object& gradient_of) : gradient_of_(gradient_of.inc_ref().ptr()) {}
+
+  // x, bias, residual, (state, p, rows, index_offset, op)
+  PyObject* forward(PyObject* const* args, Py_ssize_t count) const override {
+    if (count != 5 || !PyTuple_CheckExact(args[4]) || PyTuple_GET_SIZE(args[4]) != 5)
+      return nullptr;
+    PyObject* const* const items = &PyTuple_GET_ITEM(args[4], 0);
+    PyObject* const state = items[0];
+    const char* const op = PyUnicode_AsUTF8(items[4]);
+    if (op == nullptr || !PyTuple_CheckExact(state) || PyTuple_GET_SIZE(state) != 2) return nullptr;
+    const py::object y = empty_like(args[1]);
+    const auto object = [](PyObject* o) { return py::reinterpret_borrow<py::object>(o); };
+    const double p = number_argument(items[1], op, "p");
+    const bool rows = PyLong_AsLong(items[2]) == 1;
+    TensorView out;
+    if (fused_dropout_add(y, object(args[1]), object(args[2]), object(args[3]),
+                          object(PyTuple_GET_ITEM(state, 0)), object(PyTuple_GET_ITEM(state, 1)), p,
+                          rows, object(items[3]), op) != kDone ||
+        read_memory(y, out) != Kind::kPlain) {
+      return nullptr;
+    }
+    const py::tuple rest = py::make_tuple(object(state), object(items[1]), false, object(items[2]),
+                                          object(items[3]), strides_of(out), object(items[4]));
+    return set_rest(args[0], rest) ? Py_NewRef(y.ptr()) : nullptr;
+  }
+
+  PyObject* backward(PyObject* ctx, PyObject* const* grads, Saved&) const override {
+    static PyObject* const needs_name = PyUnicode_InternFromString("needs_input_grad");
+    const auto needs = py::reinterpret_steal<py::object>(PyObject_GetAttr(ctx, needs_name));
+    const py::object rest = rest_of(ctx, 7);
+    if (!rest || !needs || !PyTuple_Check(needs.ptr()) || PyTuple_GET_SIZE(needs.ptr()) < 3)
+      return nullptr;
+    PyObject* const* const items = &PyTuple_GET_ITEM(rest.ptr(), 0);
+    const auto wanted = [&needs](Py_ssize_t i) {
+      return PyTuple_GET_ITEM(needs.ptr(), i) == Py_True;
+    };
+    const char* const op = PyUnicode_AsUTF8(items[6]);
+    const double p = number_argument(items[1], op == nullptr ? "add" : op, "p");
+    // A state that is kept as a tensor; a gradient that is x's as it is.
+    if (op == nullptr || !PyTuple_CheckExact(items[0]) || p == 0.0) return nullptr;
+    const auto object = [](PyObject* o) { return py::reinterpret_borrow<py::object>(o); };
+    const py::object grad = object(grads[0]);
+    py::object grad_x = py::none();
+    py::object grad_bias = py::none();
+    if (wanted(1)) {
+      TensorView in;
+      if (!plain(grad, in) || runs_cuda_kernels(in.device) || !has_strides(in, items[5]))
+        return nullptr;
+      const std::int64_t columns = in.sizes[in.ndim - 1];
+      grad_x = empty_like(grad);
+      grad_bias = new_like(grad, {columns});
+      const auto slots = static_cast<std::size_t>(fused_dropout_partials(in.numel, columns));
+      const std::unique_ptr<double[]> memory(new double[slots]);
+      if (bias_backward_with(memory.get(), grad_x, grad_bias, grad, py::none(), py::none(),
+                             object(PyTuple_GET_ITEM(items[0], 0)),
+                             object(PyTuple_GET_ITEM(items[0], 1)), p, object(items[4]),
+                             op) != kDone) {
+        return nullptr;
+      }
+      if (!wanted(0)) grad_x = py::none();
+    } else if (wanted(0)) {
+      PyObject* const arguments[] = {ctx, grad.ptr()};
+      const auto found = py::reinterpret_steal<py::object>(
+          PyObject_Vectorcall(gradient_of_, arguments, 2, nullptr));
+      if (!found) throw Final();
+      grad_x = object(PyTuple_GET_ITEM(found.ptr(), 0));
+    }
+    return PyTuple_Pack(4, grad_x.ptr(), grad_bias.ptr(), wanted(2) ? grad.ptr() : Py_None,
+                        Py_None);
+  }
+
+ private:
+  PyObject* gradient_of_;
+};
 
 // y = dropout(activation(x)), or with `saved` (x, or y for relu) y = dropout(x * activation'(saved)).
 int activate(const TensorView& y, const TensorView& x, const TensorView* saved,
@@ -201,6 +295,12 @@ void bind(py::module_& m) {
         return drawn_functions(&activate_drawn, 3, forward, backward, &kept_of_activation);
       },
       arg("forward"), arg("backward"));
+  m.def(
+      "fused_dropout_add_functions",
+      [](const py::object& gradient_of, const py::object& forward, const py::object& backward) {
+        return at_once_functions(new Add(gradient_of), forward, backward);
+      },
+      arg("gradient_of"), arg("forward"), arg("backward"));
   m.def("fused_dropout_add", &fused_dropout_add, arg("y"), arg("x"), arg("bias"), arg("residual"),
         arg("seed"), arg("offset"), arg("p"), arg("rows"), arg("index_offset"), op_argument());
   m.def("fused_dropout_partials", &fused_dropout_partials, arg("numel"), arg("columns"));

@@ -51,8 +51,29 @@ def direct(*tensors: torch.Tensor | None) -> bool: ...
 # The same, and whether kernels can read all tensors, of the first one's dtype, shape and device.
 def ready(*tensors: object) -> bool: ...
 
-# The two integers of an int64 tensor in CPU memory.
-def pair_of(tensor: torch.Tensor, /) -> tuple[int, int]: ...
+# make_numbers(): a tensor of two int64 numbers, once for each thread; state_of_device(x): a Philox
+# state for x, which is not on the CPU.
+def bind_random(
+    make_numbers: Callable[[], torch.Tensor], state_of_device: Callable[[torch.Tensor], object]
+) -> None: ...
+
+# A new Philox state from a generator of the CPU, None for torch's default one.
+def random_state(generator: torch.Generator | None, /) -> tuple[int, int]: ...
+
+# The usual call of an operation that a Philox state determines, None for all others, of which
+# nothing was done: apply(*tensors, (state, *constants)) where a gradient is wanted, else
+# kernel(*tensors, state, *constants), which may be None. constants[0] is p; with 0 nothing is
+# drawn. `roles` has a letter for each tensor: "x" for the first and what is like it, "v" for a
+# vector of its last dimension.
+def drawn_at_once(
+    apply: _Method,
+    kernel: _Method | None,
+    roles: str,
+    constants: tuple[object, ...],
+    x: torch.Tensor,
+    /,
+    *tensors: torch.Tensor | None,
+) -> Any: ...
 def build_info() -> dict[str, Any]: ...
 def cuda_device_info() -> list[dict[str, Any]]: ...
 def cuda_error() -> str: ...
@@ -155,6 +176,9 @@ def dropout_backward(
     index_offset: int,
     op: str,
 ) -> int: ...
+def fused_dropout_add_functions(
+    gradient_of: _Method, forward: _Method, backward: _Method
+) -> tuple[_Method, _Method]: ...
 def fused_dropout_add(
     y: torch.Tensor,
     x: torch.Tensor,

@@ -295,17 +295,6 @@ def probability(p: float | None, keep_prob: float | None, op: str) -> float:
     return 1.0 - check_probability(keep_prob, op, "keep_prob")
 
 
-def is_vector_of(x: Tensor, *vectors: Tensor) -> bool:
-    """Return whether kernels may be called at once on these as vectors of x's last dimension."""
-    first = vectors[0]
-    return (
-        dispatch.ready(*vectors)
-        and first.dtype is x.dtype
-        and first.shape == x.shape[-1:]
-        and first.device == x.device
-    )
-
-
 def check_like(
     x: Tensor, t: Tensor, shape: Sequence[int], op: str, name: str, wide: bool = False
 ) -> None:

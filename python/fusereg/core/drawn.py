@@ -108,6 +108,8 @@ class DrawnOperator(Operator):
         )
         # Its ctx.rest is (state, *constants, strides of the result, op).
         self.compile(getattr(_C, f"{name}_functions"))
+        #: ``draw_at_once((*constants, op), x)``: y of a usual call, or None.
+        self.draw_at_once = self.at_once("x")
         self.backward = Operator(
             f"{name}_backward(Tensor grad, Tensor seed, {constants}, SymInt[] stride) -> Tensor",
             backward,

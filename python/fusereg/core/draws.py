@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, random
+from . import checks, dispatch
 from .drawn import DrawnOperator
 from .operator import compute_dtype
 from .random import Source
@@ -107,13 +107,12 @@ def dropout(
         and seed is None
         and generator is None
         and not dispatch.is_dynamo_compiling()
-        and dispatch.ready(x)
+        and (counted is None or dispatch.ready(x))
     ):
-        rows = kind.rows_of(x) if counted is not None else 0
-        state = random.new_state(x)
-        if (torch.is_grad_enabled() and x.requires_grad) or dispatch.forward_mode():
-            return mask.apply(x, (state, p, alpha, rows, 0, op))  # type: ignore[no-any-return]
-        return mask.kernel(x, state, p, alpha, rows, 0, op)  # type: ignore[no-any-return]
+        rows = 0 if counted is None else kind.rows_of(x)
+        y: Tensor | None = mask.draw_at_once((p, alpha, rows, 0, op), x)
+        if y is not None:
+            return y
 
     checks.check_probability(p, op)
     if not isinstance(x, Tensor) and op in public and hasattr(x, "__torch_function__"):

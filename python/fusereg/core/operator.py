@@ -19,6 +19,7 @@ derivatives come.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -348,6 +349,15 @@ class Operator:
         dispatch.call_at_once(function, backward)
         #: ``gradient_of(ctx, grad)``: what autograd calls.
         self.gradient_of: Callable[[Any, Tensor], tuple[Any, ...]] = backward
+
+    def at_once(self, roles: str, *, without_gradient: bool = True) -> Callable[..., Any]:
+        """Return ``f(constants, *tensors)``: the usual call with a new Philox state, or None.
+
+        The caller asks Dynamo before. For ``roles``, and what is left to other ways, see
+        ``_C.drawn_at_once``.
+        """
+        kernel = self.kernel if without_gradient else None
+        return functools.partial(_C.drawn_at_once, self.apply, kernel, roles)
 
     def _save_all(self, ctx: Any, args: tuple[Any, ...], _: Any) -> None:
         """Keep all arguments, for :meth:`_gradient_by_parts`."""

@@ -43,17 +43,14 @@ class Source(NamedTuple):
 #: What a call takes of a CUDA generator's offset: one step of Philox's counter.
 _OFFSET_STEP = 4
 
-_local = threading.local()
 _cuda_lock = threading.Lock()
 
 
 def _numbers() -> Tensor:
-    """Return this thread's memory for two numbers."""
+    """Return memory for two numbers, of which each thread has its own."""
     # A tensor made in inference mode could not be written to outside of it.
     with torch.inference_mode(False):
-        made: Tensor = torch.empty(2, dtype=torch.int64, device="cpu")
-    _local.numbers = made
-    return made
+        return torch.empty(2, dtype=torch.int64, device="cpu")
 
 
 def _cuda_state(device: torch.device, generator: torch.Generator | None) -> State:
@@ -72,11 +69,10 @@ def new_state(x: Tensor, generator: torch.Generator | None = None) -> State:
     """Return a new state for x from a generator, by default torch's of its device."""
     if not x.is_cpu:
         return _cuda_state(x.device, generator)
-    numbers: Tensor = getattr(_local, "numbers", None)  # type: ignore[assignment]
-    if numbers is None:
-        numbers = _numbers()
-    filled = numbers.random_() if generator is None else numbers.random_(generator=generator)
-    return _C.pair_of(filled)
+    return _C.random_state(generator)
+
+
+_C.bind_random(_numbers, new_state)
 
 
 def check_bits(seed: int, op: str) -> int:

@@ -247,6 +247,7 @@ norm = Operator(
     by_parts=_by_parts,
 )
 norm.compile(_C.dropout_norm_functions)
+_norm_at_once = norm.at_once("xxvv", without_gradient=False)
 _backward = Operator(
     "dropout_norm_backward(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor statistics,"
     " Tensor? weight, Tensor? seed, float p, float eps, bool rms, SymInt index_offset,"
@@ -307,21 +308,21 @@ def dropout_norm(
     if eps is None:  # as torch.nn.functional.rms_norm
         double = isinstance(x, Tensor) and x.dtype is torch.float64
         eps = torch.finfo(torch.float64 if double else torch.float32).eps
-    vectors = [t for t in (weight, bias) if t is not None]
-    # What training loops call, with as few questions as possible.
-    plain = (
+    if (
+        # What training loops call, with as few questions as possible.
         type(p) is type(eps) is float
         and 0.0 <= p <= 1.0
         and eps >= 0.0
-        and index_offset == 0
+        and source.seed is source.generator is None
+        and not index_offset
+        and not (weight is None and bias is not None)
         and not dispatch.is_dynamo_compiling()
-        and (dispatch.ready(x) if residual is None else dispatch.ready(x, residual))
-        and x.dim() != 0
-        and (not vectors or checks.is_vector_of(x, *vectors))
-    )
-    if not plain:
-        others = {"residual": residual, "weight": weight, "bias": bias}
-        _check(x, others, p, eps, index_offset, op)
+    ):
+        constants: tuple[Any, ...] = (p if training else 0.0, eps, rms, 0, True, op)
+        found = _norm_at_once(constants, x, residual, weight, bias)
+        if found is not None:
+            return found[0] if not return_sum else (found[0], x if found[1] is None else found[1])
+    _check(x, {"residual": residual, "weight": weight, "bias": bias}, p, eps, index_offset, op)
     p = float(p) if training else 0.0
     eps = float(eps)
     if weight is None and bias is not None:
@@ -329,13 +330,9 @@ def dropout_norm(
     tensors = (x, residual, weight, bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     constants = (p, eps, rms, index_offset, keep or return_sum)
-    if plain or dispatch.direct(*tensors):
+    if dispatch.direct(*tensors):
         state = random.eager_state(x, source, op) if p else (0, 0)
-        rest = (state, *constants, op)
-        if dispatch.forward_mode():
-            y, total, _ = norm.eager(*tensors, *rest)
-        else:  # as that does, without a call for it
-            y, total, _ = norm.apply(*tensors, rest) if keep else norm.kernel(*tensors, *rest)
+        y, total, _ = norm.eager(*tensors, state, *constants, op)
     else:
         seed = random.traced_state(x, source, op) if p else None
         y, total, _ = norm.traced(*tensors, seed, *constants)

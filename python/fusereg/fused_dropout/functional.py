@@ -180,12 +180,10 @@ def activation_dropout(
         and not (inplace or index_offset)
         and activation in ops.ACTIVATIONS
         and not dispatch.is_dynamo_compiling()
-        and dispatch.ready(x)
     ):
-        return ops.activate.eager(  # type: ignore[no-any-return]
-            x, random.new_state(x), p, activation, 0, op
-        )
-
+        found: Tensor | None = ops.activate_at_once((p, activation, 0, op), x)
+        if found is not None:
+            return found
     p = checks.check_probability(p, op)
     check_activation(activation, op)
     checks.check_input(x, op)
@@ -236,15 +234,12 @@ def _add(
         and generator is None
         and out is None
         and not (inplace or index_offset)
+        and residual is not None
         and not dispatch.is_dynamo_compiling()
-        and dispatch.ready(x, residual)
-        and x.dim()
-        and (bias is None or checks.is_vector_of(x, bias))
     ):
-        return ops.add.eager(  # type: ignore[no-any-return]
-            x, bias, residual, random.new_state(x), p, rows, 0, op
-        )
-
+        found: Tensor | None = ops.add_at_once((p, rows, 0, op), x, bias, residual)
+        if found is not None:
+            return found
     p = checks.check_probability(p, op)
     others = {"residual": residual} if bias is None else {"residual": residual, "bias": bias}
     checks.check_input(x, op)

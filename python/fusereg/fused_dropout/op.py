@@ -16,6 +16,7 @@ same formulas in torch's operations.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,8 +31,6 @@ from ..core.operator import (
     compute_dtype,
     in_strides,
     keep,
-    keep_state,
-    kept,
     state_of,
     strides_of_result,
 )
@@ -106,25 +105,28 @@ def add_by_parts(
 
 
 def _save_add(ctx: Any, args: tuple[Any, ...], y: Tensor) -> None:
-    x, bias, _, ctx.state, *ctx.constants = args
-    ctx.has_bias = bias is not None
-    ctx.stride = strides_of_result(x) if y is x else y.stride()
-    if type(ctx.state) is not tuple:
-        keep_state(ctx)
+    x, _, _, state, p, rows, index_offset, *op = args
+    stride = strides_of_result(x) if y is x else y.stride()
+    if type(state) is not tuple:
+        keep(ctx, state)
+        state = None
+    # As dropout's function has it, which gives the gradient of x where there is no bias.
+    ctx.rest = (state, p, False, rows, index_offset, stride, *op)
 
 
-def _add_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (seed,) = kept(ctx)
-    p, rows, index_offset, *op = ctx.constants
+def _add_gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    seed, p, _, rows, index_offset, stride, *op = ctx.rest
     needs = ctx.needs_input_grad
     grad_x = grad_bias = None
-    if ctx.has_bias and needs[1]:
-        grad_x, grad_bias = _bias_backward(grad, seed, p, index_offset, ctx.stride, *op)
-    elif needs[0] and p and type(seed) is tuple and not dispatch.is_dynamo_compiling():
-        ctx.rest = (seed, p, False, rows, index_offset, ctx.stride, *op)
+    if needs[0] and not needs[1] and seed and p and not dispatch.is_dynamo_compiling():
         grad_x = draws.mask.gradient_of(ctx, grad)[0]
-    elif needs[0]:
-        grad_x = _dropped(grad, seed, p, rows, index_offset, ctx.stride, *op)
+    elif needs[0] or needs[1]:
+        if seed is None:
+            (seed,) = ctx.saved_tensors
+        if needs[1]:
+            grad_x, grad_bias = _bias_backward(grad, seed, p, index_offset, stride, *op)
+        else:
+            grad_x = _dropped(grad, seed, p, rows, index_offset, stride, *op)
     return (grad_x if needs[0] else None), grad_bias, (grad if needs[2] else None)
 
 
@@ -188,6 +190,8 @@ add = Operator(
     gradient=_add_gradient,
     by_parts=add_by_parts,
 )
+add.compile(functools.partial(_C.fused_dropout_add_functions, draws.mask.gradient_of))
+add_at_once = add.at_once("xvx")
 _bias_backward = Operator(
     "fused_dropout_bias_backward(Tensor grad, Tensor seed, float p, SymInt index_offset,"
     " SymInt[] stride) -> (Tensor, Tensor)",
@@ -291,6 +295,7 @@ activate = Operator(
     by_parts=activate_by_parts,
 )
 activate.compile(_C.activation_dropout_functions)
+activate_at_once = activate.at_once("x")
 _activate_backward = Operator(
     "activation_dropout_backward(Tensor grad, Tensor saved, Tensor seed, float p, str activation,"
     " SymInt index_offset, SymInt[] stride) -> Tensor",

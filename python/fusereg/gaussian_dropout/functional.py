@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core import checks
+from ..core import checks, dispatch
 from ..core.random import Source
 from .op import OP, check_probability, noise
 
@@ -50,6 +50,19 @@ def gaussian_dropout(
     Example:
         >>> y = fusereg.functional.gaussian_dropout(x, 0.1, training=model.training)
     """
+    if (
+        # What training loops call, with as few questions as possible.
+        training
+        and type(p) is float
+        and 0.0 < p < 1.0
+        and seed is None
+        and generator is None
+        and not (inplace or index_offset)
+        and not dispatch.is_dynamo_compiling()
+    ):
+        y: Tensor | None = noise.draw_at_once((p, 0, OP), x)
+        if y is not None:
+            return y
     p = check_probability(p, OP)
     checks.check_tensor(x, OP)
     if not training or p == 0:
