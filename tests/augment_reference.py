@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import reference_philox
 
@@ -107,11 +108,17 @@ def warp(
     antialias: bool,
     fill_mode: str,
     fill: Tensor,
+    dtype: torch.dtype = torch.float64,
+    nudge: float = 0.0,
 ) -> Tensor:
-    """[C, Ho, Wo] of one image [C, H, W], both float64."""
+    """[C, Ho, Wo] of one image [C, H, W], both float64; ``dtype`` is that of the image."""
     c, h, w = x.shape
     ho, wo = size
     m = record[MATRIX : MATRIX + 6]
+    if antialias and not bool(record[PERSPECTIVE:].any()) and bool(m[1] != 0 or m[3] != 0):
+        x, m = reduced(x, m, interpolation, dtype, nudge)
+        record = torch.cat([m, record[6:]])
+        return warp(x, record, size, interpolation, False, fill_mode, fill)
     oy, ox = torch.meshgrid(
         torch.arange(ho, dtype=torch.float64), torch.arange(wo, dtype=torch.float64), indexing="ij"
     )
@@ -137,6 +144,28 @@ def warp(
     value = torch.where(coverage > 0, value, torch.zeros_like(value))
     value = value * coverage + (1 - coverage) * fill[:, None]
     return value.reshape(c, ho, wo)
+
+
+def reduced(
+    x: Tensor, m: Tensor, interpolation: str, dtype: torch.dtype, nudge: float
+) -> tuple[Tensor, Tensor]:
+    """The image at about a pixel for each pixel of the output, and the matrix to that.
+
+    ``nudge`` is added before bytes are rounded: sums of bytes are often halves, which float32 may
+    have on either side.
+    """
+    sides, rest = [], m.clone()
+    for axis, side in enumerate((x.shape[2], x.shape[1])):
+        row = m[3 * axis : 3 * axis + 3]
+        own = math.floor(side / math.hypot(float(row[0]), float(row[1])) + 0.5)
+        own = min(side, max(1, own))
+        sides.append(own)
+        rest[3 * axis : 3 * axis + 3] = row * own / side
+        rest[3 * axis + 2] = (row[2] + 0.5) * own / side - 0.5
+    z = F.interpolate(x[None], tuple(sides[::-1]), mode=interpolation, antialias=True)[0]
+    return (
+        (z + nudge).round().clamp(0, 255) if dtype is torch.uint8 else z.to(dtype).double()
+    ), rest
 
 
 def colored(v: Tensor, record: Tensor, limit: float) -> Tensor:
@@ -193,6 +222,7 @@ def augment(
     shift: float | Sequence[float] | Tensor | None = None,
     erase: float | Sequence[float] | Tensor | None = None,
     erase_noise: bool = False,
+    nudge: float = 0.0,
 ) -> Tensor:
     """[N, C, Ho, Wo] in float64, not yet rounded to the result's dtype."""
     n, c = x.shape[:2]
@@ -204,7 +234,9 @@ def augment(
     scale, shift = per_channel(scale, c, 1.0), per_channel(shift, c, 0.0)
     own = []
     for i in range(n):
-        v = warp(image[i], records[i], size, interpolation, antialias, fill_mode, fill)
+        v = warp(
+            image[i], records[i], size, interpolation, antialias, fill_mode, fill, x.dtype, nudge
+        )
         if color:
             v = colored(v, records[i], limit)
         v = v * scale[:, None, None] + shift[:, None, None]

@@ -552,17 +552,3 @@ def test_a_small_network_on_digits_gains_by_augmentation() -> None:
     torch.set_num_threads(threads)
     assert plain > 0.8
     assert augmented > plain + 0.02
-
-
-def test_resized_crops_antialias_where_nothing_turns_them() -> None:
-    x = torch.randint(0, 256, (4, 3, 60, 70), dtype=torch.uint8)
-
-    def result(antialias: bool | None, **how: Any) -> Tensor:
-        y: Tensor = Augment(16, crop="resized", seed=1, antialias=antialias, **how)(x)
-        return y
-
-    for plain in ({}, {"hflip": 0.5}, {"interpolation": "bicubic"}):
-        assert torch.equal(result(None, **plain), result(True, **plain))
-        assert not torch.equal(result(None, **plain), result(False, **plain))
-    for turned in ({"degrees": 10}, {"shear": 10}, {"interpolation": "nearest"}):
-        assert torch.equal(result(None, **turned), result(False, **turned))

@@ -10,7 +10,10 @@ The work takes a batch of 64 uint8 images, 3 x 224 x 224, to normalized 192 x 19
 And the recipes that people train with (fusereg.augment.recipes), of 64 (quick: 8) uint8 images:
 
 - ``recipe``: 400 x 500, RandomResizedCrop(224), flip, normalized;
-- ``recipe list``: the same for images of 300 to 600 pixels in a list, as ``collate`` gets them;
+- ``rotation``: the same with a rotation by up to 15 degrees, after the crop; ``fusereg`` is
+  ``Augment(224, crop="resized", degrees=15)``, whose one matrix turns before it crops;
+- ``recipe list``: the same as ``recipe`` for images of 300 to 600 pixels in a list, as
+  ``collate`` gets them;
 - ``evaluation``: 400 x 500, Resize(256), CenterCrop(224), normalized;
 - ``segmentation``: 400 x 500 and their masks, RandomResize(160 to 639), flip, RandomCrop(288),
   normalized.
@@ -61,6 +64,7 @@ LARGE, SMALL = 384, 224  # resize
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WARP, CROP, RESIZE = "warp", "crop", "resize"
 RECIPE, LIST, EVALUATION, SEGMENTATION = "recipe", "recipe list", "evaluation", "segmentation"
+ROTATION, DEGREES = "rotation", 15
 PHOTO, BASE, WINDOW = (400, 500), 320, 288
 
 # grid_sample has float32 coordinates over the whole image.
@@ -97,7 +101,7 @@ def cases(options: Options) -> list[Case]:
         for dtype in options.dtypes
     ] + [
         _recipe_case(mode, batch, name, layout, options)
-        for mode in (RECIPE, LIST, EVALUATION, SEGMENTATION)
+        for mode in (RECIPE, ROTATION, LIST, EVALUATION, SEGMENTATION)
         for name, layout in layouts.items()
         if mode != LIST or not (name or options.device.type == "cuda")
     ]
@@ -149,6 +153,10 @@ def _setup_recipe(mode: str, batch: int, layout: torch.memory_format, options: O
         if mode == LIST:
             chain = classify(SMALL)
             return lambda: chain.collate(images)
+        if mode == ROTATION:
+            how: Any = {"crop": "resized", "hflip": 0.5, "mean": MEAN, "std": STD}
+            turn = augment.Augment(SMALL, degrees=DEGREES, **how)
+            return lambda: turn(x)
         if mode != SEGMENTATION:
             chain = classify(SMALL, train=mode == RECIPE)
             return lambda: chain(x)
@@ -179,6 +187,9 @@ def _setup_recipe(mode: str, batch: int, layout: torch.memory_format, options: O
 
             return both
         steps = [v2.RandomResizedCrop(SMALL, antialias=True), v2.RandomHorizontalFlip(0.5)]
+        if mode == ROTATION:
+            bilinear = v2.InterpolationMode.BILINEAR
+            steps.insert(1, v2.RandomRotation(DEGREES, interpolation=bilinear))
         if mode == EVALUATION:
             steps = [v2.Resize(256, antialias=True), v2.CenterCrop(SMALL)]
         chain = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
@@ -188,6 +199,8 @@ def _setup_recipe(mode: str, batch: int, layout: torch.memory_format, options: O
         import kornia.augmentation as K
 
         steps = [K.RandomResizedCrop((SMALL, SMALL)), K.RandomHorizontalFlip(p=0.5)]
+        if mode == ROTATION:
+            steps.insert(1, K.RandomRotation(float(DEGREES), p=1.0))
         chain = torch.nn.Sequential(*steps, K.Normalize(torch.tensor(MEAN), torch.tensor(STD)))
         if x is None:
             raise AssertionError
@@ -195,16 +208,24 @@ def _setup_recipe(mode: str, batch: int, layout: torch.memory_format, options: O
 
     mean, std = (torch.tensor(v, device=options.device)[:, None, None] for v in (MEAN, STD))
     shares = (0.3 + 0.7 * torch.rand(batch, generator=generator)).tolist()
+    angles = ((torch.rand(batch, generator=generator) * 2 - 1) * math.radians(DEGREES)).tolist()
 
     def resized(image: Tensor, height: int, width: int) -> Tensor:
         return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
 
-    def eager(image: Tensor, share: float) -> Tensor:
+    def turned(image: Tensor, angle: float) -> Tensor:
+        cos, sin = math.cos(angle), math.sin(angle)
+        matrix = torch.tensor([[[cos, sin, 0.0], [-sin, cos, 0.0]]], device=options.device)
+        grid = F.affine_grid(matrix, [1, 3, side, side], align_corners=False)
+        return F.grid_sample(image[None].float(), grid, align_corners=False)[0]
+
+    def eager(image: Tensor, share: float, angle: float) -> Tensor:
         """Return an image by functions of torch, with windows in the corner."""
         height, width = image.shape[1:]
-        if mode in (RECIPE, LIST):
+        if mode in (RECIPE, ROTATION, LIST):
             window = image[:, : int(height * share), : int(width * share)]
-            return resized(window, side, side).flip(2)
+            small = resized(window, side, side)
+            return (turned(small, angle) if mode == ROTATION else small).flip(2)
         short = 256 if mode == EVALUATION else int(2 * BASE * share)
         ratio = short / min(height, width)
         whole = resized(image, int(height * ratio), int(width * ratio))
@@ -212,8 +233,8 @@ def _setup_recipe(mode: str, batch: int, layout: torch.memory_format, options: O
         return F.pad(whole, (0, gap[0], 0, gap[1]))[:, :side, :side]
 
     def loop() -> Tensor:
-        pairs = zip(images, shares, strict=True)
-        y = torch.stack([eager(image, share) for image, share in pairs])
+        each = zip(images, shares, angles, strict=True)
+        y = torch.stack([eager(*sample) for sample in each])
         if masks is not None:
             torch.stack([mask[:side, :side] for mask in masks])
         return (y / 255 - mean) / std
@@ -224,7 +245,7 @@ def _setup_recipe(mode: str, batch: int, layout: torch.memory_format, options: O
     ]
     if importlib.util.find_spec("torchvision") is not None:
         providers.insert(1, _provider(TORCHVISION, theirs, "image by image"))
-    if mode == RECIPE and importlib.util.find_spec("kornia") is not None:
+    if mode in (RECIPE, ROTATION) and importlib.util.find_spec("kornia") is not None:
         providers.insert(1, _provider(KORNIA, kornia, "without antialiasing"))
     return Workload(providers, lambda call: _spread(call, batch, side))
 

@@ -100,11 +100,12 @@ FUSEREG_DEVICE_INLINE void limit_columns(double step, double start, const Range&
   end = to < end ? to : end;
 }
 
-// How far from a coordinate a tap can be, and a little more for rounding.
-FUSEREG_DEVICE_INLINE double reach_of(const Job& job, const double* m) {
+// How far from a coordinate a tap can be, and a little more for rounding. A reduced image's pixels are
+// up to one and a half of the output's wide, and are filtered as widely as they are interpolated.
+FUSEREG_DEVICE_INLINE double reach_of(const Job& job, const View& view, const double* m) {
   const double r = job.interpolation == Interpolation::kBicubic ? 2.0 : 1.0;
   const double extent = job.antialias ? extent_of(m) : 1.0;
-  return r * (extent > 1.0 ? extent : 1.0) + 0.02;
+  return r * (extent > 1.0 ? extent : 1.0) * (view.reduces ? 4.0 : 1.0) + 0.02;
 }
 
 // Output pixels [begin, end) along both axes.
@@ -158,13 +159,18 @@ __device__ void gather_gradient(const Job& job, std::int64_t sample, std::int64_
   const auto own_x = static_cast<std::int32_t>(x - view.left);
   const auto own_y = static_cast<std::int32_t>(y - view.top);
   if (own_x < 0 || own_x >= w || own_y < 0 || own_y >= h) return;
-  const double reach_x = reach_of(job, m);
-  const double reach_y = reach_of(job, m + 3);
+  const double reach_x = reach_of(job, view, m);
+  const double reach_y = reach_of(job, view, m + 3);
   const Range everywhere = {-2.0 * kFarthest, 2.0 * kFarthest};
   const Range every_x = view.projective ? everywhere : all_coordinates(m, job.y);
   const Range every_y = view.projective ? everywhere : all_coordinates(m + 3, job.y);
-  Range rx = unfolded(own_x, w, view.mode, {every_x.low - reach_x, every_x.high + reach_x});
-  Range ry = unfolded(own_y, h, view.mode, {every_y.low - reach_y, every_y.high + reach_y});
+  Range rx = {every_x.low - reach_x, every_x.high + reach_x};
+  Range ry = {every_y.low - reach_y, every_y.high + reach_y};
+  // What is folded are the reduced image's pixels, which stand for several of these.
+  if (!view.reduces || view.mode == FillMode::kConstant) {
+    rx = unfolded(own_x, w, view.mode, rx);
+    ry = unfolded(own_y, h, view.mode, ry);
+  }
   rx = {rx.low - reach_x, rx.high + reach_x};
   ry = {ry.low - reach_y, ry.high + reach_y};
   // Rows: the inverse map of the rectangle's corners.

@@ -36,12 +36,17 @@
 //   stored      rounded to y's dtype; uint8: to nearest, halves to even, 0 to 255, NaN 0
 //
 // antialias (bilinear, bicubic with a = -1/2): the filter is as wide along an axis of the input as
-// the output pixel is: by max(1, e) with e = hypot(m00, m01) for x, hypot(m10, m11) for y. Under
-// constant fill the weights are those of the taps inside the image, made to sum to one, and the
-// result is coverage * v + (1 - coverage) * fill with the share of the pixel's extent, e wide, that
-// lies inside. For axis-aligned matrices this is torch.nn.functional.interpolate(antialias=True);
-// under a rotation the footprint is the axis-aligned one of these widths. Samples with a perspective
-// are interpolated at points.
+// the output pixel is: by max(1, e) with e = hypot(m00, m01) for x, hypot(m10, m11) for y.
+//   axis-aligned  Under constant fill the weights are those of the taps inside the image, made to sum
+//                 to one, and the result is coverage * v + (1 - coverage) * fill with the share of the
+//                 pixel's extent, e wide, that lies inside. This is
+//                 torch.nn.functional.interpolate(antialias=True).
+//   turned,       in two steps. The image is resized by this filter to z of W' = W / e, rounded to
+//   sheared       nearest and within 1 and W, by H' likewise; weights are those of the taps inside the
+//                 image, made to sum to one; z is rounded to x's dtype. Then z is interpolated at points
+//                 by M' = D (M + 1/2) - 1/2 with D = diag(W' / W, H' / H), whose rows are about as long
+//                 as one; fill and fill mode are those of z. The same bits as one call after the other.
+//   perspective   interpolated at points.
 //
 // Coordinates. float64 x, and any perspective: in float64. Others: fixed point, F bits after the point (22 for
 // |m| < 16, fewer beyond): pixels are taken in blocks of 16 along a row, the block's first
@@ -50,13 +55,16 @@
 // and device has the same coordinates, and as nothing is contracted the same bits of y.
 // Whole-pixel shifts, flips and quarter turns are exact. Coordinates beyond +-2^29 count as those.
 //
-// On the CPU, samples that antialias and are axis-aligned (crops, flips, scales) are filtered along
-// one axis and then the other, in strips of rows (augment_filter.h), which gives the same bits.
+// On the CPU, axis-aligned samples are antialiased along one axis and then the other, in strips of rows
+// (augment_filter.h). Of turned ones a thread makes what its rows read of z, and keeps it in its cache
+// (antialias_launch.cpp). Otherwise the pixels of z are worked out where they are read: float64 x, a
+// turned sample mixed with an axis-aligned one, gradients, CUDA. All have the same bits.
 //
 // Images of several sizes: `each` has the image of every sample, all of x's type and layout; x has
 // their largest sides. On the CPU, forward.
 //
-// Bytes: every byte of x that is needed once, every element of y once. No workspace but the strips'.
+// Bytes: every byte of x that is needed once, every element of y once. No workspace but the strips' and
+// z's, of a sample and its partner for each thread.
 //
 // Backward: grad_x [N, C, H, W] = the transpose of the map that forward is in x: the sum over
 // output pixels, in row-major order, own output first and then those of the samples that have it as
@@ -131,7 +139,7 @@ struct Forward : Job {};
 struct Backward : Job {};
 
 // Rows [begin, end) of all output rows of the batch (forward, filtered), or of a sample's rows of
-// grad_x. `filtered` is forward where any_filtered() is true; scratch has filter_bytes().
+// grad_x. `filtered` is forward of axis-aligned samples that antialias; scratch has filter_bytes().
 struct CpuKernels {
   int lanes;
   void (*forward)(const Job& job, std::int64_t begin, std::int64_t end);

@@ -1,5 +1,5 @@
 // Antialiased rows of samples whose matrix is axis-aligned, in float32: strip by strip along both
-// axes, as antialiased resizing. Every pixel has the bits that augment_math.h's `filtered` gives it,
+// axes, as antialiased resizing. Every pixel has the bits that augment_sampling.h's `filtered` gives it,
 // for some 2 (bicubic: 4) multiplications an axis and pixel instead of their product. For the CPU
 // kernels, once per instruction set.
 #pragma once

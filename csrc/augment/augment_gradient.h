@@ -5,45 +5,23 @@
 
 namespace fusereg::augment {
 
-// f(x, y, weight) for every pixel of the image, which a view is of, that an output pixel has a weight in, row by row.
+// f(x, y, weight) for every pixel of an image of this size that interpolation at a place has a weight
+// in, row by row.
 template <class C, class F>
-FUSEREG_STATIC void for_taps(const Job& job, const View& view, std::int64_t col, std::int64_t row,
-                             const F& f) {
-  const Interpolation how = job.interpolation;
-  const auto w = static_cast<std::int32_t>(view.x.w);
-  const auto h = static_cast<std::int32_t>(view.x.h);
-  const auto left = static_cast<std::int32_t>(view.left);
-  const auto top = static_cast<std::int32_t>(view.top);
-  auto line = [&](std::int32_t at_x, std::int32_t at_y, C weight) {
-    const std::int32_t x = fold(at_x, w, view.mode);
-    if (x >= 0 && weight != C{0}) f(left + x, top + at_y, weight);
-  };
-  if (job.antialias && !view.projective) {
-    const Spans<C> s = make_spans<C>(view.m, col, row, view.x, how, view.mode);
-    const C coverage = multiply(s.x.coverage, s.y.coverage);
-    for (std::int32_t j = s.y.first; j <= s.y.last; ++j) {
-      const std::int32_t y = fold(j, h, view.mode);
-      const C wy = multiply(coverage, weight_in(s.y, j, how));
-      if (y < 0 || wy == C{0}) continue;
-      for (std::int32_t i = s.x.first; i <= s.x.last; ++i)
-        line(i, y, multiply(wy, weight_in(s.x, i, how)));
-    }
-    return;
-  }
-  Place<C> p;
-  place_in(view, col, row, how == Interpolation::kNearest, p);
+FUSEREG_INLINE void for_point_taps(const Place<C>& p, std::int32_t w, std::int32_t h, FillMode mode,
+                                   const Job& job, const F& f) {
   // Along each axis, from the first tap on.
   C wx[4] = {C{1}, C{0}, C{0}, C{0}};
   C wy[4] = {C{1}, C{0}, C{0}, C{0}};
   int before = 0;
   int count = 1;
-  if (how == Interpolation::kBilinear) {
+  if (job.interpolation == Interpolation::kBilinear) {
     count = 2;
     wx[0] = add(C{1}, -p.tx);
     wx[1] = p.tx;
     wy[0] = add(C{1}, -p.ty);
     wy[1] = p.ty;
-  } else if (how == Interpolation::kBicubic) {
+  } else if (job.interpolation == Interpolation::kBicubic) {
     count = 4;
     before = 1;
     const auto cubic = static_cast<C>(job.cubic);
@@ -58,10 +36,54 @@ FUSEREG_STATIC void for_taps(const Job& job, const View& view, std::int64_t col,
     fill(p.ty, wy);
   }
   for (int j = 0; j < count; ++j) {
-    const std::int32_t y = fold(p.y - before + j, h, view.mode);
+    const std::int32_t y = fold(p.y - before + j, h, mode);
     if (y < 0 || wy[j] == C{0}) continue;
-    for (int i = 0; i < count; ++i) line(p.x - before + i, y, multiply(wy[j], wx[i]));
+    for (int i = 0; i < count; ++i) {
+      const std::int32_t x = fold(p.x - before + i, w, mode);
+      const C weight = multiply(wy[j], wx[i]);
+      if (x >= 0 && weight != C{0}) f(x, y, weight);
+    }
   }
+}
+
+// f(x, y, weight) for every pixel of the image, which a view is of, that an output pixel has a weight
+// in: row by row; of a reduced image, those of each of its pixels in turn.
+template <class C, class F>
+FUSEREG_STATIC void for_taps(const Job& job, const View& view, std::int64_t col, std::int64_t row,
+                             const F& f) {
+  const Interpolation how = job.interpolation;
+  const auto w = static_cast<std::int32_t>(view.x.w);
+  const auto h = static_cast<std::int32_t>(view.x.h);
+  const auto left = static_cast<std::int32_t>(view.left);
+  const auto top = static_cast<std::int32_t>(view.top);
+  auto filter_taps = [&](const Spans<C>& s, C share) {
+    for (std::int32_t j = s.y.first; j <= s.y.last; ++j) {
+      const std::int32_t y = fold(j, h, view.mode);
+      const C wy = multiply(share, weight_in(s.y, j, how));
+      if (y < 0 || wy == C{0}) continue;
+      for (std::int32_t i = s.x.first; i <= s.x.last; ++i) {
+        const std::int32_t x = fold(i, w, view.mode);
+        const C weight = multiply(wy, weight_in(s.x, i, how));
+        if (x >= 0 && weight != C{0}) f(left + x, top + y, weight);
+      }
+    }
+  };
+  if (view.filters) {
+    const Spans<C> s = make_spans<C>(view.m, col, row, view.x, how, view.mode);
+    return filter_taps(s, multiply(s.x.coverage, s.y.coverage));
+  }
+  Place<C> p;
+  if (view.reduces) {
+    const Reduced z = reduced_of(view.m, view.x);
+    place(z.m, col, row, false, p);
+    for_point_taps(p, z.w, z.h, view.mode, job, [&](std::int32_t x, std::int32_t y, C weight) {
+      filter_taps({reduced_span<C>(x, z.by_x, w, how), reduced_span<C>(y, z.by_y, h, how)}, weight);
+    });
+    return;
+  }
+  place_in(view, col, row, how == Interpolation::kNearest, p);
+  for_point_taps(p, w, h, view.mode, job,
+                 [&](std::int32_t x, std::int32_t y, C weight) { f(left + x, top + y, weight); });
 }
 
 // What the gradient of y[out] at a pixel is for the warped values of `sample`: `out` itself, or

@@ -9,7 +9,7 @@
 namespace fusereg::augment::FUSEREG_ISA {
 namespace {
 
-// --- forward, one pixel after the other: float64, antialiasing under a turn ---
+// --- forward, one pixel after the other: what no other kernel does ---
 template <class T, int kGroup>
 void plain_row(const Job& job, std::int64_t sample, std::int64_t row) {
   for (std::int64_t col = 0; col < job.y.w; ++col) {

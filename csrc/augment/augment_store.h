@@ -1,5 +1,5 @@
 // Vectors of values to the result, in its dtype and layout. For the CPU kernels, once per instruction
-// set. The roundings are those of augment_math.h, lane by lane.
+// set. The roundings are those of augment_sampling.h, lane by lane.
 #pragma once
 
 #include "augment/augment_gather.h"

@@ -3,8 +3,8 @@
 // A block takes a tile of a sample's output. Where rows stay rows (crops, flips, scales) the filters
 // of its columns and rows are worked out once, in shared memory, and a strip of output rows is
 // filtered along the columns for all the pixels of the input that it needs, and then along the rows:
-// what filtered() sums up pixel by pixel, in the same order. Turned samples, and filters that are too
-// wide, go pixel by pixel.
+// what filtered() sums up pixel by pixel, in the same order. Turned samples, whose reduced image's pixels
+// are worked out where they are read, and filters that are too wide, go pixel by pixel.
 #pragma once
 
 #include "augment/augment.h"

@@ -364,6 +364,29 @@ def augmentation() -> Figure:
     return figure
 
 
+def antialiasing() -> Figure:
+    """Draw a zone plate that is made smaller and turned."""
+    from fusereg.augment import Augment
+
+    at = torch.arange(400, dtype=torch.float64) - 199.5
+    radius = at[:, None].square() + at[None].square()
+    plate = (127.5 + 127.5 * torch.cos(torch.pi / 400 * radius)).round().to(torch.uint8)
+    shown = {"input, 400 x 400": plate}
+    for name, antialias in (("without antialiasing", False), ("with antialiasing", True)):
+        how = Augment(100, degrees=(20, 20), crop="none", antialias=antialias, fill=128.0)
+        shown[name] = (how(plate[None, None])[0, 0] * 255).round().to(torch.uint8)
+    figure = new_figure(
+        9.5, 3.8, "A zone plate, smaller and turned", "100 x 100 pixels, turned by 20 degrees"
+    )
+    for axes, (name, image) in zip(figure.subplots(1, 3), shown.items(), strict=True):
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_title(name, fontsize=10)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.03, top=0.75, wspace=0.06)
+    return figure
+
+
 # --- early stopping, conversion, communication ----------------------------------------------------
 
 
@@ -611,6 +634,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
         fused_bytes,
         norm_error,
         augmentation,
+        antialiasing,
         early_stopping,
         convert,
         communication,

@@ -91,9 +91,10 @@ class Augment(Chain):
             image, resized.
         interpolation: "nearest", "bilinear" or "bicubic"; here and elsewhere also torchvision's
             InterpolationMode or PIL's number.
-        antialias: filter as wide as the output pixel where the image is made smaller. None: where
-            a resized crop is neither turned nor sheared, and ``interpolation`` is not "nearest",
-            as torchvision does; after a turn it takes some twenty times as long.
+        antialias: filter as wide as the output pixel where the image is made smaller; images that
+            are turned or sheared are resized so first, and then interpolated at points
+            (:func:`warp_affine` has the formula). None: for resized crops, as torchvision does,
+            unless ``interpolation`` is "nearest".
         fill_mode: how pixels outside the image are filled: "constant" (the default; "symmetric"
             for Keras), "border" (the edge pixel), "reflect" (-1 is 1), "symmetric" (-1 is 0) or
             "wrap". Chains that only crop and resize read nothing outside but half-pixel margins,
@@ -197,8 +198,7 @@ class Augment(Chain):
         mixing = check_mix(mix, op)
         how = interpolation_name(interpolation, op)
         if antialias is None:
-            turned = any((*affine.degrees, *affine.shear_x, *affine.shear_y))
-            antialias = crop == "resized" and how != "nearest" and not turned
+            antialias = crop == "resized" and how != "nearest"
         plain = Settings(
             interpolation=how,
             antialias=flag(antialias, op, "antialias"),

@@ -168,13 +168,26 @@ def warp_affine(
         matrix: (N, 2, 3), or (2, 3) for all. No gradient goes to it.
         size: of the result, (height, width) or one integer for both; None: x's.
         interpolation: "nearest", "bilinear" or "bicubic" (a = -0.75).
-        antialias: widens the filter where the map shrinks ("bilinear", "bicubic" with a = -0.5).
+        antialias: filters as wide as the output pixel where the map shrinks ("bilinear", or
+            "bicubic" with a = -0.5); see below.
     {fill}
     {result}
 
     Returns:
         (N, C, height, width). Whole-pixel shifts, flips and quarter turns are exact. A NaN reaches
         only the pixels in which it has a weight.
+
+    ``antialias``: an output pixel is :math:`e_x = \sqrt{m_{00}^2 + m_{01}^2}` wide and
+    :math:`e_y = \sqrt{m_{10}^2 + m_{11}^2}` high in the image. If :math:`M_i` only scales, shifts
+    and flips, the filter is :math:`\max(1, e_x)` wide and :math:`\max(1, e_y)` high, as that of
+    :func:`resize`. If it turns or shears, the image is resized first, so filtered, to
+
+    .. math:: w' = \min(w, \max(1, \lfloor w / e_x + 1/2 \rfloor)), \qquad
+        h' = \min(h, \max(1, \lfloor h / e_y + 1/2 \rfloor)),
+
+    rounded to x's dtype, and then interpolated at points by the rest of the map, which fills what
+    is outside. The CPU keeps what is read of the resized image in its cache. Gradients, float64
+    images and CUDA filter each of its pixels where it is read: the same bits, but slower.
     {tail}
 
     Example::
