@@ -448,7 +448,7 @@ class Targets:
             )
         soft = mask if mask.is_floating_point() else mask.float()
         sampling = (mode, antialias, fill_mode, fill)
-        return wrap(params.planes(soft, self.op, sampling), leaf.value)
+        return wrap(params.planes(soft, self.op, sampling, True), leaf.value)
 
     def _move_planes(
         self,
@@ -475,7 +475,7 @@ class Targets:
                 each = len(stacks[-1]) // max(1, len(samples))
                 ids = torch.tensor(samples, dtype=torch.int64, device="cpu")
                 rows.append(ids.repeat_interleave(each))
-            x = torch.cat(stacks)
+            x = torch.cat(stacks) if len(stacks) > 1 else stacks[0]
             if not masks and not dtype.is_floating_point and dtype is not torch.uint8:
                 x = x.double()
             y = alone[torch.cat(rows)].planes(x, self.op, how)
