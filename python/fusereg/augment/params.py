@@ -41,7 +41,10 @@ def sample_id_tensor(ids: object, n: int, op: str, name: str = "sample_ids") -> 
             raise TypeError(f"fusereg.{op}: {name} must be integers, got {ids.dtype}")
         result = ids.detach().to("cpu", torch.int64)
     elif is_sequence(ids):
-        result = torch.tensor([integer(i, op, name) for i in ids], dtype=torch.int64, device="cpu")
+        values = [integer(i, op, name) for i in ids]
+        if any(not -(2**63) <= i < 2**63 for i in values):
+            raise ValueError(f"fusereg.{op}: {name} must be within [-2^63, 2^63), got {values}")
+        result = torch.tensor(values, dtype=torch.int64, device="cpu")
     else:
         raise TypeError(
             f"fusereg.{op}: {name} must be a tensor or a sequence of integers, "

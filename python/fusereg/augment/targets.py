@@ -31,6 +31,7 @@ from .tree import (
     hulls_of,
     items_of,
     kind_of,
+    odd_form,
     one_each,
     plain,
     stack,
@@ -282,6 +283,8 @@ class Targets:
         if value is None or isinstance(value, (str, bytes, MixedLabels)):
             return ""
         kind = leaf.kind
+        if form := odd_form(value):
+            return f"is a {form} tensor, which fusereg does not read"
         if kind not in ("", "Tensor"):
             return "is a tv_tensor that fusereg does not know" if kind == "TVTensor" else ""
         named = names_places(key)
@@ -598,8 +601,8 @@ class Targets:
     def _has_rows(self, leaf: Leaf) -> bool:
         """Return whether a value is a tensor with a row for each sample."""
         value = leaf.value
-        tensor = leaf.sample is None and isinstance(value, Tensor) and value.dim() > 0
-        return tensor and len(value) == self.n
+        tensor = leaf.sample is None and isinstance(value, Tensor) and not odd_form(value)
+        return tensor and value.dim() > 0 and len(value) == self.n
 
     def _of(self, node: Any, sample: int | None, plainly: bool = False) -> Any:
         """Return the values of a sample, or of all."""
