@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import augment_peers
 from fusereg.augment import Augment, Compose, Normalize, RandomHorizontalFlip
 from target_cases import H, W, box, images, points, v2
 
@@ -152,6 +153,45 @@ def test_what_changes_in_a_list_is_seen(name: str, how: str) -> None:
     else:
         assert torch.equal(chain(x), x.flip(-1))
         assert torch.equal(chain(x), x.flip(-1))
+
+
+def v1() -> Any:
+    return augment_peers.torchvision_module("torchvision.transforms")
+
+
+def _normal(v: Any) -> Any:
+    return v.Normalize(torch.full((3,), 0.5), torch.full((3,), 0.2))
+
+
+#: A transform, and a change within one of its attributes.
+WITHIN: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "a tensor, in place": (lambda: _normal(v1()), lambda t: t.mean.add_(0.2)),
+    "a list of tensors, in place": (lambda: _normal(v2()), lambda t: t.mean[1].add_(0.2)),
+    "another tensor": (
+        lambda: _normal(v1()),
+        lambda t: setattr(t, "mean", torch.tensor([0.1, 0.2, 0.3])),
+    ),
+    "an array": (
+        lambda: v1().Normalize(torch.full((3,), 0.5).numpy(), torch.full((3,), 0.2).numpy()),
+        lambda t: setattr(t, "std", torch.tensor([0.1, 0.2, 0.3]).numpy()),
+    ),
+    "a list in a dict": (
+        lambda: v2().RandomCrop((H + 4, W), (0, 4), fill={type(images()): [1.0, 2.0, 3.0]}),
+        lambda t: next(iter(t.fill.values())).__setitem__(0, 200.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_what_changes_within_an_attribute_is_seen(name: str) -> None:
+    make, change = WITHIN[name]
+    x, item = torch.rand(2, 3, H, W), make()
+    chain = Compose([Compose([item])], seed=1)
+    first = chain(x, sample_ids=[1, 2])
+    change(item)
+    fresh = Compose([item], seed=1)(x, sample_ids=[1, 2])
+    assert not torch.equal(first, fresh)
+    assert torch.equal(chain(x, sample_ids=[1, 2]), fresh)
 
 
 def test_parameters_and_plans_are_of_the_list_as_it_is() -> None:

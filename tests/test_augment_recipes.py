@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from augment_peers import torchvision_module
+from conftest import Backend
 from fusereg.augment import (
     Augment,
     Compose,
@@ -235,6 +236,22 @@ def test_images_of_several_sizes_are_as_each_by_itself(make: Any) -> None:
     mixed = [last[i] if i % 2 else classes()[i] for i in range(5)]
     again, _ = chain.collate([WithIds(mixed)[i] for i in range(5)])
     torch.testing.assert_close(again, y)
+
+
+def test_a_list_on_a_device_is_as_on_the_cpu(backend: Backend) -> None:
+    """By one call of the kernel on the CPU, image by image on a device."""
+    sizes = ((19, 23), (16, 40), (31, 17))
+    pictures = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in sizes]
+
+    def run(images: list[Tensor]) -> Tensor:
+        chain = recipes.torchvision_classification(16, erase=0.5, seed=1)
+        y, labels = chain.collate([WithIds([(x, 3) for x in images])[i] for i in range(3)])
+        assert labels.tolist() == [3, 3, 3]
+        return y
+
+    y = run([x.to(backend.device) for x in pictures])
+    assert y.device.type == torch.device(backend.device).type
+    assert torch.equal(y.cpu(), run(pictures))
 
 
 def test_images_of_several_sizes_are_mixed_in_the_same_pass() -> None:

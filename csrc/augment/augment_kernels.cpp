@@ -5,6 +5,7 @@
 #include "augment/augment_math.h"
 #include "augment/augment_scatter.h"
 #include "augment/augment_vector.h"
+#include "augment/augment_words.h"
 
 namespace fusereg::augment::FUSEREG_ISA {
 namespace {
@@ -43,17 +44,6 @@ FUSEREG_INLINE Floats clamped(Floats v, float limit) {
 FUSEREG_INLINE bool touches(const Frame& f, std::int64_t row) {
   return (row >= f.erase.y0 && row < f.erase.y1) ||
          (f.partner >= 0 && row >= f.mix.y0 && row < f.mix.y1);
-}
-
-// Columns of a box that are in a block, as places in the block; nothing in other rows.
-struct Cut {
-  int begin, end;
-};
-FUSEREG_INLINE Cut cut_block(const Box& box, std::int64_t row, std::int64_t first, int count) {
-  if (row < box.y0 || row >= box.y1 || box.x1 <= first || box.x0 >= first + count) return {0, 0};
-  const std::int64_t begin = box.x0 - first;
-  const std::int64_t end = box.x1 - first;
-  return {begin > 0 ? static_cast<int>(begin) : 0, end < count ? static_cast<int>(end) : count};
 }
 
 void erase_block(const Job& job, const Frame& f, std::int64_t row, std::int64_t first,
@@ -435,6 +425,14 @@ template <class T>
 void forward_of(const Job& job, std::int64_t begin, std::int64_t end) {
   // Offsets within a channel, or a channels-last image, are 32 bits wide.
   const bool small = job.x.h * job.x.row < (std::int64_t{1} << 29);
+  if constexpr (sizeof(T) == 1) {
+    if (small && copies_words(job)) {
+      copy_rows(job, begin, end, [](const Job& j, std::int64_t first, std::int64_t last) {
+        block_rows<T, PointRows<T, Interpolation::kNearest>>(j, first, last, nullptr);
+      });
+      return;
+    }
+  }
   if constexpr (sizeof(T) < 8) {
     if (!job.antialias && small) {
       switch (job.interpolation) {

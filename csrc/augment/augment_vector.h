@@ -62,6 +62,17 @@ struct Frame {
   std::int64_t partner;
 };
 
+// Columns of a box that are in a block, as places in the block; nothing in other rows.
+struct Cut {
+  int begin, end;
+};
+FUSEREG_INLINE Cut cut_block(const Box& box, std::int64_t row, std::int64_t first, int count) {
+  if (row < box.y0 || row >= box.y1 || box.x1 <= first || box.x0 >= first + count) return {0, 0};
+  const std::int64_t begin = box.x0 - first;
+  const std::int64_t end = box.x1 - first;
+  return {begin > 0 ? static_cast<int>(begin) : 0, end < count ? static_cast<int>(end) : count};
+}
+
 bool is_whole(double v) { return within_reach(v) == v && floor_of(v) == v; }
 
 void make_frame(const Job& job, std::int64_t sample, Frame& f) {

@@ -208,22 +208,20 @@ class Compose(Passes):
             rules=rules,
         )
         self.transforms = list(transforms)
-        self._lists = (self.transforms, None if evaluation is None else list(evaluation), only)
-        self._were = _attributes(self._lists[:2])
+        self._after = None if evaluation is None else list(evaluation)
+        self._exact = only
+        self._watch = _Watch(self.transforms, self._after)
 
     def _refresh(self) -> None:
-        self._lists = (self.transforms, *self._lists[1:])  # it may have been set
-        now = _attributes(self._lists[:2])
-        if now == self._were:
+        if not self._watch.sees(self.transforms, self._after):
             return
-        training, evaluation, exact = self._lists
         made = [
-            None if each is None else _pipeline(_fused(each, self._op, name, exact))
-            for each, name in ((training, "transforms"), (evaluation, "evaluation"))
+            None if each is None else _pipeline(_fused(each, self._op, name, self._exact))
+            for each, name in ((self.transforms, "transforms"), (self._after, "evaluation"))
         ]
         assert made[0] is not None
         self._take(made[0], made[1])
-        self._were = now
+        self._watch = _Watch(self.transforms, self._after)
 
     def plan(self) -> Plan:
         """Return what was fused, what was not, and why: in the present mode."""
@@ -253,22 +251,46 @@ def _transforms_in(item: object) -> Sequence[object] | None:
 _READ = ("torchvision.transforms", "timm.data", "torch.nn", "fusereg.augment")
 
 
-def _attributes(transforms: Sequence[object]) -> list[Any]:
-    """Return all attributes that are read of transforms, by which a change is seen."""
-    found: list[Any] = []
-    for item in transforms:
-        found.append(item)
-        if isinstance(item, list):
-            found[-1] = _attributes(item)
-        elif type(item).__module__.startswith(_READ):
-            found.append({k: _copied(v) for k, v in vars(item).items() if k != "training"})
-            inner = getattr(item, "transforms", None)
-            found.append(_attributes(_transforms_in(item) or inner or ()))
-    return found
+class _Watch:
+    """The lists of transforms and the attributes that were read of these, as they were."""
 
+    def __init__(self, *lists: Sequence[object] | None) -> None:
+        self._lists = lists
+        self._were: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[Tensor, int]] = []
+        for transforms in lists:
+            self._keep(transforms)
+            self._look(transforms or ())
 
-def _copied(value: Any) -> Any:
-    return value.copy() if isinstance(value, (list, dict)) else value
+    def _keep(self, now: Any) -> None:
+        self._were.append((now, self._copied(now)))
+
+    def _look(self, transforms: Sequence[object]) -> None:
+        for item in transforms:
+            if type(item).__module__.startswith(_READ):
+                self._keep(vars(item))
+                self._look(_transforms_in(item) or getattr(item, "transforms", ()))
+
+    def _copied(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            self._tensors.append((value, value._version))
+        if isinstance(value, list):
+            return [self._copied(v) for v in value]
+        return {k: self._copied(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Watch, ()  # of a copy: its transforms have attributes of their own
+
+    def sees(self, *lists: Sequence[object] | None) -> bool:
+        """Return whether there are other lists now, or anything in them has changed."""
+        pairs = zip(lists, self._lists, strict=False)
+        if len(lists) != len(self._lists) or any(now is not was for now, was in pairs):
+            return True
+        try:
+            same = all(now == was for now, was in self._were)
+        except (RuntimeError, ValueError):  # another tensor or array in an attribute
+            same = False
+        return not same or any(t._version != was for t, was in self._tensors)
 
 
 def _fused(transforms: object, op: str, name: str, exact: bool) -> tuple[Pass, ...]:

@@ -57,7 +57,12 @@ class Batch:
         tv = tv_tensors()
         if types == "image" and tv is not None:
             return tv.Image(result)
-        return pil_image(result) if _is_pil(self.like) and not types else result
+        if types or not _is_pil(self.like):
+            return result
+        image = pil_image(result)
+        if not isinstance(image, Tensor):
+            image.info = dict(self.like.info)  # such as EXIF's orientation, as PIL's functions do
+        return image
 
 
 def _is_pil(x: object) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core import memory
 from ..core.labels import MixedLabels
 from .params import AugmentParams
+from .tree import odd_form
 
 __all__ = ["MixedLabels", "mix_labels"]
 
@@ -78,6 +79,8 @@ def mix_labels(
     n = len(params)
     if not isinstance(labels, Tensor):
         raise TypeError(f"fusereg.{op}: targets must be a tensor, got {type(labels).__name__}")
+    if form := odd_form(labels):
+        raise ValueError(f"fusereg.{op}: targets must be a dense tensor, got a {form} one")
     if labels.dim() not in (1, 2) or labels.shape[0] != n:
         raise ValueError(
             f"fusereg.{op}: targets must be class indices ({n},) or probabilities ({n}, K), "

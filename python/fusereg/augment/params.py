@@ -41,7 +41,10 @@ def sample_id_tensor(ids: object, n: int, op: str, name: str = "sample_ids") -> 
             raise TypeError(f"fusereg.{op}: {name} must be integers, got {ids.dtype}")
         result = ids.detach().to("cpu", torch.int64)
     elif is_sequence(ids):
-        result = torch.tensor([integer(i, op, name) for i in ids], dtype=torch.int64, device="cpu")
+        values = [integer(i, op, name) for i in ids]
+        if any(not -(2**63) <= i < 2**63 for i in values):
+            raise ValueError(f"fusereg.{op}: {name} must be within [-2^63, 2^63), got {values}")
+        result = torch.tensor(values, dtype=torch.int64, device="cpu")
     else:
         raise TypeError(
             f"fusereg.{op}: {name} must be a tensor or a sequence of integers, "
@@ -425,7 +428,7 @@ class AugmentParams(Drawn):
         both masks by :attr:`weights`), and so does erasing.
 
         Args:
-            mask: [N, H, W] or [N, C, H, W]: bool, integers up to 2^53, or floats.
+            mask: [N, H, W] or [N, C, H, W] of any dtype.
             fill: the label outside the image, in the mask's dtype (such as 255 to ignore it).
             fill_mode: as in :class:`fusereg.augment.Augment`.
             interpolation: other than "nearest" for floating masks, such as probabilities.
@@ -441,8 +444,17 @@ class AugmentParams(Drawn):
         kept = torch.where(cut[:, None], self.records, self.without_mix().records)
         return replace(self, records=kept).planes(mask, op, (how, False, fill_mode, fill))
 
-    def planes(self, mask: Tensor, op: str, sampling: tuple[object, bool, str, Any]) -> Tensor:
-        """Warp and mix planes [N, H, W] or [N, C, H, W] of any number and dtype; erase nothing."""
+    def planes(
+        self,
+        mask: Tensor,
+        op: str,
+        sampling: tuple[object, bool, str, Any],
+        blended: bool = False,
+    ) -> Tensor:
+        """Warp and mix planes [N, H, W] or [N, C, H, W] of any number and dtype; erase nothing.
+
+        ``blended``: MixUp may be among what is mixed.
+        """
         if mask.dim() not in (3, 4):
             raise ValueError(
                 f"fusereg.{op}: mask must have shape (N, H, W) or (N, C, H, W), "
@@ -450,18 +462,37 @@ class AugmentParams(Drawn):
             )
         _check_fill(sampling[3], mask.dtype, op)
         x = mask if mask.dim() == 4 else mask[:, None]
-        channels, params = x.shape[1], self._map(torch.clone)
+        params = self._map(torch.clone)
         params.records[:, 6:10] = 0
-        if not 0 < channels <= _C.AUGMENT_MAX_CHANNELS:
+        # Every pixel is one of the mask's, or the fill: its bytes move, and no value is read.
+        copied = (
+            mask.element_size() > 1
+            and sampling[0] == "nearest"
+            and not blended
+            and dispatch.direct(mask)
+            and not (mask.requires_grad and torch.is_grad_enabled())
+        )
+        if not 0 < x.shape[1] <= _C.AUGMENT_MAX_CHANNELS or copied:
             # Each channel as an image of its own.
-            params = params.repeat_interleave(channels)
+            params = params.repeat_interleave(x.shape[1])
             x = x.flatten(0, 1)[:, None]
-        if mask.dtype is torch.bool:
-            x = x.to(torch.uint8)
-        elif mask.dtype is not torch.uint8 and not mask.is_floating_point():
-            x = x.to(torch.float64)
-        y = params._render(x, op, sampling).to(mask.dtype)
+        if copied:
+            y = params._copied(x, op, sampling)
+        else:
+            if mask.dtype is torch.bool:
+                x = x.to(torch.uint8)
+            elif mask.dtype is not torch.uint8 and not mask.is_floating_point():
+                x = x.to(torch.float64)
+            y = params._render(x, op, sampling).to(mask.dtype)
         return y.reshape(*mask.shape[:-2], *y.shape[-2:])
+
+    def _copied(self, x: Tensor, op: str, sampling: tuple[object, bool, str, Any]) -> Tensor:
+        """Warp planes [N, 1, H, W] by the nearest pixel: the bytes of one are channels of uint8."""
+        how, _, fill_mode, fill = sampling
+        fills = x.new_tensor([fill], device="cpu").view(torch.uint8).tolist()
+        last = x.contiguous().view(torch.uint8).unflatten(-1, (x.shape[3], -1)).squeeze(1)
+        y = self._render(last.permute(0, 3, 1, 2), op, (how, False, fill_mode, fills))
+        return y.permute(0, 2, 3, 1).contiguous().flatten(2).view(x.dtype)
 
     def warp(
         self,

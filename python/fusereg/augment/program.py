@@ -86,7 +86,7 @@ class Policy:
         rows: returns the instructions for an image of a size (height, width).
         codes: the instructions that there may be.
         uniforms, normals: the most numbers of either kind that it takes.
-        first: nothing may come before it in a pass.
+        first: images of one channel have three after it, so nothing may come before it in a pass.
     """
 
     rows: Callable[[Numbers, tuple[int, int]], list[Row]]
@@ -147,9 +147,9 @@ class Program:
             )
         self._check_channels(images.shape[1], op)
         programs = params.programs.cpu().contiguous()
-        gray = (programs[..., 0] == GRAY) & (programs[..., 1] == 3)
-        if images.shape[1] == 1 and bool(gray.any()):
+        if images.shape[1] == 1 and any(policy.first for policy, _ in self.policies):
             images = images.expand(-1, 3, -1, -1).contiguous()
+            gray = (programs[..., 0] == GRAY) & (programs[..., 1] == 3)
             programs = torch.where(gray[..., None], torch.zeros_like(programs), programs)
         fill = for_channels(self.fill, images.shape[1], op, "fill")
         channels, height, width = images.shape[1:]

@@ -31,6 +31,7 @@ from .tree import (
     hulls_of,
     items_of,
     kind_of,
+    odd_form,
     one_each,
     plain,
     stack,
@@ -282,6 +283,8 @@ class Targets:
         if value is None or isinstance(value, (str, bytes, MixedLabels)):
             return ""
         kind = leaf.kind
+        if form := odd_form(value):
+            return f"is a {form} tensor, which fusereg does not read"
         if kind not in ("", "Tensor"):
             return "is a tv_tensor that fusereg does not know" if kind == "TVTensor" else ""
         named = names_places(key)
@@ -448,7 +451,7 @@ class Targets:
             )
         soft = mask if mask.is_floating_point() else mask.float()
         sampling = (mode, antialias, fill_mode, fill)
-        return wrap(params.planes(soft, self.op, sampling), leaf.value)
+        return wrap(params.planes(soft, self.op, sampling, True), leaf.value)
 
     def _move_planes(
         self,
@@ -475,7 +478,7 @@ class Targets:
                 each = len(stacks[-1]) // max(1, len(samples))
                 ids = torch.tensor(samples, dtype=torch.int64, device="cpu")
                 rows.append(ids.repeat_interleave(each))
-            x = torch.cat(stacks)
+            x = torch.cat(stacks) if len(stacks) > 1 else stacks[0]
             if not masks and not dtype.is_floating_point and dtype is not torch.uint8:
                 x = x.double()
             y = alone[torch.cat(rows)].planes(x, self.op, how)
@@ -598,8 +601,8 @@ class Targets:
     def _has_rows(self, leaf: Leaf) -> bool:
         """Return whether a value is a tensor with a row for each sample."""
         value = leaf.value
-        tensor = leaf.sample is None and isinstance(value, Tensor) and value.dim() > 0
-        return tensor and len(value) == self.n
+        tensor = leaf.sample is None and isinstance(value, Tensor) and not odd_form(value)
+        return tensor and value.dim() > 0 and len(value) == self.n
 
     def _of(self, node: Any, sample: int | None, plainly: bool = False) -> Any:
         """Return the values of a sample, or of all."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,17 @@ def wrap(value: Tensor, like: Any, **more: Any) -> Any:
     return tv_tensors().wrap(value, like=like, **more)
 
 
+def odd_form(value: Any) -> str:
+    """Return the form of a tensor that is not dense, whose rows and values are not read, or ""."""
+    if not isinstance(value, Tensor):
+        return ""
+    if value.is_nested:
+        return "nested"
+    if value.layout is not torch.strided:
+        return str(value.layout).removeprefix("torch._").removeprefix("torch.")
+    return "quantized" if value.is_quantized else ""
+
+
 # --- containers ---
 
 
@@ -83,7 +94,16 @@ class Node:
                 else:
                     object.__setattr__(made, key, value)
             return made
-        return type(like)(*values) if hasattr(like, "_fields") else type(like)(values)
+        if plain:  # what torch knows of other classes is how some are made, or nothing
+            return tuple(values) if isinstance(like, tuple) else values
+        if isinstance(like, tuple):  # a class of its own may be made in another way
+            made = tuple.__new__(type(like), values)
+            if hasattr(like, "__dict__"):
+                vars(made).update(vars(like))
+            return made
+        made = copy.copy(like)
+        made[:] = values
+        return made
 
 
 def items_of(value: Any) -> dict[Any, Any] | None:
@@ -130,8 +150,11 @@ def one_each(value: Sequence[Any], n: int) -> bool:
 
 
 def hides_tensors(value: Any, depth: int = 3) -> bool:
-    """Return whether there are tensors, arrays or images in an object of an unknown class."""
-    if isinstance(value, Tensor) or hasattr(value, "__array__"):
+    """Return whether there may be tensors, arrays or images in an object of an unknown class.
+
+    What an iterator has is not known before it is used up.
+    """
+    if isinstance(value, (Tensor, Iterator)) or hasattr(value, "__array__"):
         return True
     if depth == 0 or isinstance(value, (str, bytes, int, float, type)):
         return False
@@ -152,7 +175,7 @@ def stack(values: Sequence[Any]) -> Any:
     """
     first = values[0]
     kinds = {kind_of(v) for v in values}
-    if "BoundingBoxes" in kinds or any(v is None for v in values):
+    if "BoundingBoxes" in kinds or any(v is None or odd_form(v) for v in values):
         return list(values)
     if isinstance(first, Tensor):
         if len({v.shape for v in values}) > 1:
@@ -163,7 +186,9 @@ def stack(values: Sequence[Any]) -> Any:
     items = items_of(first)
     if items is None:
         alike = len({getattr(v, "shape", None) for v in values}) == 1
-        numbers = isinstance(first, (int, float, str, bytes)) or hasattr(first, "__array__")
+        numbers = isinstance(first, (int, float, str, bytes)) or (
+            hasattr(first, "__array__") and _kind_of_array(first) in "biufc"
+        )
         return default_collate(list(values)) if alike and numbers else list(values)
     parts = [items_of(v) or {} for v in values]
     if isinstance(first, list) and len({len(v) for v in values}) > 1:
@@ -191,8 +216,17 @@ def leaves_of(tree: Any) -> list[Any]:
     return [tree] if items is None else [leaf for v in items.values() for leaf in leaves_of(v)]
 
 
+def _kind_of_array(value: Any) -> str:
+    """Return NumPy's letter for what is in an array: "U" text, "O" objects."""
+    return getattr(getattr(value, "dtype", None), "kind", "f")
+
+
 def are_probabilities(value: Any, columns: int) -> bool:
     """Return whether values [N, K] are probabilities, several classes or tokens, and no places."""
+    if _kind_of_array(value) not in "biufc":
+        return _kind_of_array(value) in "US"
+    if isinstance(value, Tensor) and value.is_meta:
+        return columns not in (2, 4, 5, 8)
     x = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     if not x.is_floating_point() and x.dtype is not torch.bool:
         few = columns in (2, 4, 5, 8)
