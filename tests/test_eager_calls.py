@@ -8,6 +8,7 @@ decision.
 from __future__ import annotations
 
 import gc
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 import fusereg
 from fusereg import _C
+from fusereg.augment import MixedLabels
 from kernels_by_name import kernels_by_name
 
 F = fusereg.functional
@@ -63,6 +65,9 @@ def _biased(x: Tensor) -> Tensor:
 _BATCH_NORM = fusereg.nn.BatchNorm2d(4, activation="relu", dropout=0.5)
 _IMAGES = torch.linspace(-2.0, 2.0, 256).view(2, 4, 4, 8).requires_grad_()
 
+_INDICES = torch.arange(8)
+_MIXED = MixedLabels(_INDICES, _INDICES.flip(0), torch.linspace(0, 1, 8))
+
 #: (call, functions of the package in forward, and in backward)
 CALLS: dict[str, tuple[Callable[[], Tensor], int, int]] = {
     "Dropout": (_of(fusereg.nn.Dropout(0.5)), 3, 0),
@@ -74,6 +79,8 @@ CALLS: dict[str, tuple[Callable[[], Tensor], int, int]] = {
     "dropout_add_layer_norm": (_of(_norm), 2, 0),
     "BatchNorm1d": (_of(fusereg.nn.BatchNorm1d(8)), 4, 0),
     "BatchNorm2d": (lambda: _BATCH_NORM(_IMAGES, residual=_IMAGES), 5, 0),
+    "cross_entropy": (_of(lambda x: F.cross_entropy(x, _INDICES, label_smoothing=0.1)), 1, 0),
+    "cross_entropy, mixed": (_of(lambda x: F.cross_entropy(x, _MIXED)), 1, 0),
 }
 
 
@@ -152,6 +159,48 @@ def test_batch_norm_without_python_is_the_general_one(
             assert a.stride() == b.stride(), (shape, layout)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(7,), (6, 40), (3, 5, 2, 4)])
+def test_cross_entropy_without_python_is_the_general_one(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    classes, *rest = shape if len(shape) == 1 else (shape[1], shape[0], *shape[2:])
+    first = torch.arange(torch.Size(rest).numel()).mul(5).remainder(classes).view(rest)
+    if rest:
+        first.view(-1)[2] = 1 - classes
+    targets: list[Any] = [first]
+    if rest:
+        targets.append(MixedLabels(first, first.flip(0), torch.linspace(0, 1, shape[0])))
+    weight = torch.linspace(0.5, 2, classes, dtype=dtype)
+    values = _laid(torch.randn(shape, dtype=dtype), "channels last")
+    for target, w, e, reduction in itertools.product(
+        targets, (None, weight), (0, 0.1), ("mean", "sum", "none")
+    ):
+        options: dict[str, Any] = {"label_smoothing": e, "ignore_index": 1 - classes}
+        results: list[list[Tensor]] = []
+        for general in (False, True):
+            x = values.detach().requires_grad_()
+            with kernels_by_name() if general else nullcontext():
+                loss = F.cross_entropy(x, target, w, reduction=reduction, **options)
+                with torch.no_grad():
+                    alone = F.cross_entropy(x, target, w, reduction=reduction, **options)
+                grads = [torch.randn(loss.shape, dtype=dtype).fill_(0.5)]
+                if loss.dim() > 0:
+                    grads += [torch.full((1,), 0.5, dtype=dtype).expand(loss.shape)]
+                found = [
+                    torch.autograd.grad(loss, x, grad, retain_graph=True, create_graph=again)[0]
+                    for grad in grads
+                    for again in (False, True)
+                ]
+            results.append([loss, alone, *found])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+            assert a.stride() == b.stride()
+        of_loss = results[0][2:]
+        assert all(torch.equal(grad, of_loss[0]) for grad in of_loss)
+        assert [grad.requires_grad for grad in of_loss] == [False, True] * len(grads)
+
+
 #: Calls whose autograd functions are compiled, on (x, residual).
 _COMPILED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "dropout": lambda x, _: F.dropout(x, 0.5),
@@ -160,6 +209,10 @@ _COMPILED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "activation_dropout, gelu": lambda x, _: F.activation_dropout(x, 0.5, "gelu"),
     "dropout_add": lambda x, r: F.dropout_add(x, r, 0.5),
     "batch_norm": fusereg.nn.BatchNorm1d(8, activation="silu", dropout=0.5),
+    # A loss for each element: of one class.
+    "cross_entropy": lambda x, _: F.cross_entropy(
+        x.unsqueeze(1), torch.zeros(8, 8, dtype=torch.int64), reduction="none"
+    ),
 }
 
 
@@ -201,7 +254,8 @@ def _fail(*_: object) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["activation_dropout, relu", "activation_dropout, gelu", "batch_norm"]
+    "name",
+    ["activation_dropout, relu", "activation_dropout, gelu", "batch_norm", "cross_entropy"],
 )
 def test_saved_tensors_are_asked_for_once_and_their_errors_are_shown(name: str) -> None:
     call = _COMPILED[name]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import swa_utils
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 import fusereg
 from fusereg import EarlyStopping, TrainingRun, WeightPenalty
@@ -285,6 +285,78 @@ def test_an_iterator_that_does_not_begin_anew_is_noticed_in_the_second_epoch(
     next(epochs)
     with pytest.raises(TypeError, match="got Again, an iterator that gives its batches only once"):
         list(run.batches(loader))
+
+
+@pytest.mark.parametrize("crash_at", [3, 4, 10])
+@pytest.mark.parametrize(
+    ("samples", "size", "told"),
+    [
+        (40, 4, ""),
+        (40, 8, "5 batches of size 8"),
+        (40, 2, "20 batches of size 2"),
+        (44, 4, "11 batches of size 4"),
+    ],
+)
+def test_a_loader_of_another_size_is_told_where_an_epoch_is_gone_on_with(
+    tmp_path: Path, crash_at: int, samples: int, size: int, told: str
+) -> None:
+    def run(samples: int, size: int, stop_at: int) -> int:
+        run = TrainingRun(tmp_path, model=nn.Linear(1, 1), every_steps=1)
+        loader = DataLoader(torch.arange(samples), batch_size=size, shuffle=True)  # type: ignore[arg-type]
+        for _ in run.epochs(2):
+            for _ in run.batches(loader):
+                if run.step == stop_at:
+                    run._folder.release()
+                    return run.step
+        return run.step
+
+    assert run(40, 4, crash_at) == crash_at
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steps = run(samples, size, -1)
+    epoch = samples // size
+    assert steps == (epoch if crash_at < 10 else 10) + epoch
+    within = told and crash_at < 10  # of an epoch that is complete nothing is left
+    found = [str(w.message) for w in caught]
+    assert len(found) == bool(within), found
+    if within:
+        assert f"the loader has {told}, and had 10 batches of size 4 when" in found[0]
+        assert f"after {crash_at} batches of this epoch" in found[0]
+
+
+class Streaming(IterableDataset[int]):
+    """A stream that says that it is shorter than it is."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(3))
+
+
+class Unsized(Sampler[int]):
+    """A sampler whose length is not known."""
+
+    def __len__(self) -> int:
+        raise RuntimeError("not known before the first epoch")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(3))
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [DataLoader(Streaming()), DataLoader(torch.arange(3), sampler=Unsized())],  # type: ignore[arg-type]
+)
+@pytest.mark.filterwarnings("error")
+def test_a_loader_that_does_not_know_its_size_is_saved(
+    tmp_path: Path, loader: DataLoader[Any]
+) -> None:
+    run = TrainingRun(tmp_path, model=nn.Linear(1, 1), every_steps=1)
+    for _ in run.epochs(2):
+        for _ in run.batches(loader):
+            pass
+    assert run.step == 6
 
 
 LOADERS: dict[str, Callable[[], Any]] = {

@@ -324,6 +324,20 @@ def cross_entropy_backward(
     reduction: int,
     op: str,
 ) -> int: ...
+def cross_entropy_functions(forward: _Method, backward: _Method) -> tuple[_Method, _Method]: ...
+
+# The loss of a usual call on the CPU, None for all others, of which nothing was done.
+def cross_entropy_at_once(
+    apply: _Method,
+    mixed_labels: type,
+    input: object,
+    target: object,
+    weight: object,
+    ignore_index: object,
+    reduction: object,
+    label_smoothing: object,
+    /,
+) -> torch.Tensor | None: ...
 def gaussian_dropout_forward(
     y: torch.Tensor,
     x: torch.Tensor,

@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..core import checks, dispatch
 from ..core.labels import MixedLabels
 from ..core.operator import compute_dtype
@@ -81,7 +82,16 @@ def cross_entropy(
         >>> images, labels = augment(images, labels)  # mixed by MixUp
         >>> loss = fusereg.functional.cross_entropy(model(images), labels, label_smoothing=0.1)
     """
-    if size_average is not None or reduce is not None:
+    legacy = size_average is not None or reduce is not None
+    if not (legacy or inplace_backward or dispatch.is_dynamo_compiling()):
+        # Nothing is unusual, or None.
+        options = (ignore_index, reduction, label_smoothing)
+        loss = _C.cross_entropy_at_once(
+            _operator.apply, MixedLabels, input, target, weight, *options
+        )
+        if loss is not None:
+            return loss
+    if legacy:
         reduction = _legacy(size_average, reduce)
     if reduction not in REDUCTIONS:
         raise ValueError(f"fusereg.{OP}: {reduction} is not a valid value for reduction")

@@ -20,6 +20,7 @@ from ..core.operator import (
     gradients,
     keep,
     refused,
+    unpacked,
 )
 
 OP = "cross_entropy"
@@ -110,15 +111,16 @@ def _by_parts(x: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, None]:
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
-    x, target, other, share, weight, *ctx.constants, ctx.overwrite = args
+    x, target, other, share, weight, *constants, _, overwrite = args
     _, statistics = output
+    ctx.rest = (*constants, overwrite)
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
     keep(ctx, x, target, other, share, weight, statistics)
 
 
-def _gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
+def _gradient(ctx: Any, grad: Tensor | None, *saved: Any) -> tuple[Tensor | None, ...]:
+    tensors = unpacked(ctx, saved)
     if any(ctx.needs_input_grad[1:5]):
         raise RuntimeError(
             f"fusereg.{OP}: no gradient of target and weight here; detach them, or use "
@@ -126,8 +128,11 @@ def _gradient(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
         )
     if grad is None:
         return (None,)
-    constants = ctx.constants[:3]
-    if ctx.overwrite and not torch.is_grad_enabled() and dispatch.direct(grad, *tensors):
+    smoothing, ignore_index, reduction, overwrite, *statistics = ctx.rest
+    if statistics:  # of the compiled call, as bytes
+        tensors = (*tensors, torch.frombuffer(bytearray(*statistics), dtype=torch.float64))
+    constants = (smoothing, ignore_index, reduction)
+    if overwrite and not torch.is_grad_enabled() and dispatch.direct(grad, *tensors):
         return (_over_logits(grad, *tensors, *constants),)
     return (_backward(grad, *tensors, *constants),)
 
@@ -180,6 +185,7 @@ cross_entropy = Operator(
     gradient=_gradient,
     by_parts=_by_parts,
 )
+cross_entropy.compile(_C.cross_entropy_functions)
 _backward = Operator(
     f"cross_entropy_backward(Tensor grad, {_TENSORS}, Tensor statistics, float smoothing,"
     " SymInt ignore_index, int reduction) -> Tensor",

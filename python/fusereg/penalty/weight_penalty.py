@@ -298,13 +298,17 @@ class WeightPenalty:
         found: dict[int, tuple[list[Tensor], list[float], list[float], list[float]]] = {}
         for g in self.groups:
             strengths = (g.l1 * factor, g.l2 * factor * half, g.group * factor)
-            for param, dim in zip(g.params, g.group_dim, strict=True):
-                if wanted is not None and id(param) not in wanted:
-                    continue
-                lists = found.setdefault(dim if g.group else 0, ([], [], [], []))
-                lists[0].append(param)
-                for values, strength in zip(lists[1:], strengths, strict=True):
-                    values.append(strength)
+            for dim in dict.fromkeys(g.group_dim) if g.group else (0,):
+                own = g.params
+                if g.group:
+                    own = [p for p, d in zip(own, g.group_dim, strict=True) if d == dim]
+                if wanted is not None:
+                    own = [p for p in own if id(p) in wanted]
+                if own:
+                    lists = found.setdefault(dim, ([], [], [], []))
+                    lists[0].extend(own)
+                    for values, strength in zip(lists[1:], strengths, strict=True):
+                        values.extend([strength] * len(own))
         if not found:
             return [listed([], Strengths([], [], []))]
         return [

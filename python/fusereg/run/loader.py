@@ -65,6 +65,25 @@ def _has_started(loader: Any) -> bool:
     return getattr(loader, "_iterator", None) is not None
 
 
+def _sizes(loader: Any) -> list[int | None]:
+    """Return the number of batches and the batch size, where a loader knows them."""
+    count = None
+    # Of a stream, len() would have the loader warn of each batch beyond it.
+    if not isinstance(getattr(loader, "dataset", None), torch.utils.data.IterableDataset):
+        try:
+            count = len(loader)
+        except Exception:  # a sampler's own; a checkpoint must not fail for it
+            count = None
+    size = getattr(loader, "batch_size", None)
+    return [count, size if isinstance(size, int) else None]
+
+
+def _shown(sizes: list[int | None]) -> str:
+    count, size = sizes
+    batches = "an unknown number of batches" if count is None else f"{count} batches"
+    return batches if size is None else f"{batches} of size {size}"
+
+
 class Position:
     """The position in the epoch's batches, from which a resumed run goes on."""
 
@@ -81,7 +100,8 @@ class Position:
         before = self._before if batch and own is None else None
         again = self._again if batch else _has_started(self._loader)
         now = self._randomness.state()
-        return {"now": now, "before": before, "loader": own, "again": again}
+        sizes = _sizes(self._loader)
+        return {"now": now, "before": before, "loader": own, "again": again, "sizes": sizes}
 
     @property
     def resuming(self) -> bool:
@@ -122,6 +142,19 @@ class Position:
             # Its state after the last batch may be that of an iteration which is about to end.
             first = next(iterator, None)
             return iter(own) if first is None else itertools.chain([first], iterator)
+        sizes = _sizes(loader)
+        saved = state.get("sizes", sizes)  # states of before do not have them
+        if skip and saved != sizes:
+            if saved[0] == skip:  # the epoch was complete
+                self._randomness.set(state["now"])
+                return iter(())
+            warnings.warn(
+                f"{OP}: the loader has {_shown(sizes)}, and had {_shown(saved)} when the "
+                f"checkpoint was saved, after {skip} batches of this epoch: the run goes on after "
+                "as many, and samples may be left out or trained twice in this epoch",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         if state.get("again") and not self._again:
             # Starting workers draws a number, which the epoch that is resumed did not.
             now = self._randomness.state()
