@@ -15,6 +15,7 @@ import argparse
 import csv
 import importlib.metadata
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -116,7 +117,8 @@ def times(device: torch.device, compiled: bool, target: Path) -> int:
         min_time_s=0.05, min_rounds=7, max_rounds=41, min_sample_s=3e-4, max_case_s=3.0,
         compile_limit_s=25.0,
     )  # fmt: skip
-    names = chosen_ids("compiled" if compiled else "case")
+    wanted = os.environ.get("CASES", "")
+    names = [n for n in chosen_ids("compiled" if compiled else "case") if re.search(wanted, n)]
     facts = machine.describe(device)
     others = machine.OthersMeter()
 

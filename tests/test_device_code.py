@@ -35,6 +35,16 @@ def test_a_kernel_has_its_registers_threads_and_memory() -> None:
     assert (split.registers, split.threads, split.shared - 1024, split.spill) == (20, 128, 256, 0)
 
 
+def test_names_are_short_and_have_all_template_arguments() -> None:
+    assert device_code.short_names(
+        [
+            "_ZN7fusereg4room12_GLOBAL__N_16kernelIfLNS1_4KindE3ELb1EEEvPKT_",
+            "_ZN7fusereg4room6kernelILNS0_4KindE2ELi16EEEvPKf",
+            "_Z12whole_kernelPK5uint4PS_i",
+        ]
+    ) == ["room::kernel<float, 3, true>", "room::kernel<2, 16>", "whole_kernel"]
+
+
 def test_stores_that_are_split_are_found() -> None:
     assert (row(WHOLE).st16, row(WHOLE).split) == (2, 0)
     assert (row(SPLIT).st16, row(SPLIT).split) == (0, 1)

@@ -207,6 +207,16 @@ def test_providers_that_compile_are_measured_apart(
     assert providers == {"copy", *kept}
 
 
+def test_only_some_cases_are_measured(
+    gpu: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(gpu, "cases", lambda device, ids: asked.extend(ids) or [])
+    monkeypatch.setenv("CASES", "^gaussian.*bfloat16")
+    assert gpu.times(torch.device("cpu"), False, tmp_path / "times.json") == 0
+    assert asked == ["gaussian_dropout/gaussian_dropout/forward/4m/bfloat16"]
+
+
 def test_the_table_has_predicted_and_measured(gpu: types.ModuleType, tmp_path: Path) -> None:
     case = gpu.chosen_ids("counted")[0]
     suite, op, mode, shape, dtype = case.split("/")

@@ -470,6 +470,29 @@ def test_weights_without_a_gradient_are_averaged_too(backend: Backend, name: str
         torch.testing.assert_close(after, before if skipped else wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("l1", [0.0, 0.01])
+@pytest.mark.parametrize("dtype", LOW, ids=["float16", "bfloat16"])
+def test_a_changed_weight_is_averaged_where_its_step_rests(
+    backend: Backend, dtype: torch.dtype, l1: float
+) -> None:
+    """At a rate of 0 FTRL writes no weight; its average is of the weight, not of the old master."""
+    params = [random(backend, n, dtype=dtype) for n in (3, 130, 16400)]
+    optimizer = optim.FTRL(params, lr=0.1, l1=l1, master_weights=True, ema_decay=0.5)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.0
+    wanted = []
+    for p, average in zip(params, averages_of(optimizer, params), strict=True):
+        master = optimizer.state[p]["master_param"].clone()
+        with torch.no_grad():
+            p[1::2] += 1.0
+        master[1::2] = p.detach()[1::2].float()
+        wanted.append((average + master) / 2)
+    optimizer.step()
+    torch.testing.assert_close(averages_of(optimizer, params), wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_groups_have_decays_of_their_own_or_none() -> None:
     params = [torch.randn(4).requires_grad_() for _ in range(3)]
     decays = (0.5, None, torch.tensor(0.25))

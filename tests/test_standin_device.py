@@ -57,15 +57,29 @@ def test_a_wait_in_a_capture_is_an_error() -> None:
 
 
 def test_a_graph_runs_nothing_until_it_is_replayed() -> None:
-    x = torch.ones(3).to(CUDA)
+    """Operators, kernels of fusereg, fills and copies, between tensors and from pinned memory."""
+    x, copied, given = (torch.ones(3).to(CUDA) for _ in range(3))
+    pinned = torch.zeros(3).pin_memory()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         x.add_(1)
         y = x * 2
-    assert x.tolist() == [1, 1, 1]
+        copied.copy_(y)
+        given.copy_(pinned, non_blocking=True)
+        dropped = F.dropout(y, 1.0)
+    assert [t.tolist() for t in (x, copied, given)] == [[1, 1, 1]] * 3
     graph.replay()
+    pinned.fill_(7)
     graph.replay()
-    assert (x.tolist(), y.tolist()) == ([3, 3, 3], [6, 6, 6])
+    found = [t.tolist() for t in (x, y, copied, given, dropped)]
+    assert found == [[3, 3, 3], [6, 6, 6], [6, 6, 6], [7, 7, 7], [0, 0, 0]]
+
+
+def test_fresh_memory_is_poisoned() -> None:
+    """What the allocator has just got is no zeros that a kernel could do with by luck."""
+    torch.cuda.empty_cache()
+    x = torch.empty(1 << 22, dtype=torch.uint8, device=CUDA)
+    assert set(x[:: 1 << 16].tolist()) == {0xA5}
 
 
 def test_work_of_two_streams_without_an_event_between_is_an_error() -> None:

@@ -65,28 +65,78 @@ def test_no_layer_waits_in_training(layer: type[torch.nn.Module]) -> None:
     assert waits_of(step) == []
 
 
-OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
-    "SGD": lambda p: fusereg.optim.SGD(p, lr=0.1, momentum=0.9, l1=0.01),
-    "AdamW": lambda p: fusereg.optim.AdamW(p, lr=0.1, max_grad_norm=1.0),
-    "Adagrad": lambda p: fusereg.optim.Adagrad(p, lr=0.1),
-    "FTRL": lambda p: fusereg.optim.FTRL(p, lr=0.1),
-    "a learning rate on the device": lambda p: fusereg.optim.AdamW(
-        p, lr=torch.tensor(0.1).to(CUDA)
-    ),
+#: All that one may ask of a step, where the optimizer has it.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9, "l1": 0.01, "group": 0.01, "prox": True},
+    "Adam": {"amsgrad": True, "l2": 0.01, "max_grad_norm": 1.0},
+    "AdamW": {"l1": 0.01, "group": 0.01, "prox": True, "max_grad_norm": 1.0},
+    "Adagrad": {"l1": 0.01},
+    "FTRL": {"l1": 0.01},
+    "RMSprop": {"momentum": 0.9, "centered": True},
+    "NAdam": {},
+    "Lion": {"l1": 0.01},
+    "LAMB": {"max_grad_norm": 1.0},
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_no_optimizer_waits(name: str) -> None:
+@pytest.mark.parametrize("skipped", [None, 0.0, 1.0], ids=["", "no overflow", "overflow"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_optimizer_waits(name: str, skipped: float | None) -> None:
+    """With numbers on the device, masters and averages, from the second step on."""
     params = [torch.nn.Parameter(images(5, 7)) for _ in range(3)]
-    optimizer = OPTIMIZERS[name](params)
+    params.append(torch.nn.Parameter(images(9).bfloat16()))
+    optimizer = getattr(fusereg.optim, name)(
+        params,
+        lr=torch.tensor(0.1).to(CUDA),
+        master_weights=True,
+        ema_decay=torch.tensor(0.5).to(CUDA),
+        **OPTIONS[name],
+    )
+    if skipped is not None:
+        optimizer.grad_scale = torch.ones((), device=CUDA)
 
     def step() -> None:
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step()
 
+    step()
+    if skipped is not None:
+        optimizer.found_inf = torch.full((), skipped, device=CUDA)
     assert waits_of(step) == []
+
+
+def _model() -> torch.nn.Module:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)).to(CUDA)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    return model
+
+
+def penalties_and_clipping() -> dict[str, Callable[[], object]]:
+    model = _model()
+    params = list(model.parameters())
+    grads = [p.grad for p in params if p.grad is not None]
+    penalty = fusereg.WeightPenalty(model, l1=0.1, l2=0.1, group=0.1)
+    attached = fusereg.WeightPenalty(model, l1=0.1)
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    attached.attach(optimizer)
+    return {
+        "WeightPenalty.penalty": lambda: penalty.penalty().backward(),
+        "WeightPenalty.add_grad_": penalty.add_grad_,
+        "WeightPenalty.attach": optimizer.step,
+        "add_penalty_grad_": lambda: fusereg.add_penalty_grad_(params, l1=0.1),
+        "prox.elastic_net_": lambda: fusereg.prox.elastic_net_(params, 0.1, 0.1),
+        "get_total_norm": lambda: fusereg.optim.get_total_norm(grads),
+        "clip_grad_norm_": lambda: fusereg.optim.clip_grad_norm_(params, 1.0),
+        "clip_grad_value_": lambda: fusereg.optim.clip_grad_value_(params, 1.0),
+        "adaptive_clip_grad_": lambda: fusereg.optim.adaptive_clip_grad_(params, 0.01),
+    }
+
+
+@pytest.mark.parametrize("name", penalties_and_clipping())
+def test_no_penalty_and_no_clipping_waits(name: str) -> None:
+    assert waits_of(penalties_and_clipping()[name]) == []
 
 
 def test_mixing_labels_on_the_device_does_not_wait() -> None:
@@ -141,6 +191,18 @@ DOCUMENTED: dict[str, tuple[Callable[[], object], Any]] = {
             inplace=True,
         ),
         fusereg.functional.batch_norm,
+    ),
+    "get_total_norm": (
+        lambda: fusereg.optim.get_total_norm([images(3)], error_if_nonfinite=True),
+        fusereg.optim.get_total_norm,
+    ),
+    "Augment of numbers on the device": (
+        lambda: augment.Augment(size=4)(images(), sample_ids=torch.arange(4).to(CUDA)),
+        augment.Augment.forward,
+    ),
+    "EarlyStopping.step": (
+        lambda: fusereg.EarlyStopping(_model(), patience=1).step(images(1).sum(), epoch=0),
+        fusereg.EarlyStopping.step,
     ),
 }
 

@@ -230,11 +230,11 @@ FUSEREG_DEVICE_INLINE C update_one(const Target& item, const void* g, std::int64
   return p;
 }
 
-// The average after a step has written p.
+// The average after a step has written p, or has rested.
 template <class C>
 FUSEREG_DEVICE_INLINE void average_one(const Target& item, std::int64_t at, C weight) {
   C* const a = static_cast<C*>(item.average) + at;
-  *a = averaged(*a, load_one<C>(item.p_dtype, item.p, at), weight);
+  *a = averaged(*a, weight_at<C>(item, at), weight);
 }
 
 FUSEREG_DEVICE_INLINE bool aligned_at(const void* x, DType dtype, std::int64_t at) {

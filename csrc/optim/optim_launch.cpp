@@ -134,10 +134,10 @@ class CpuRun {
   Sums updated(const Chunk& c) const {
     const Item& item = *c.item;
     if (rests(job_.algorithm, values_of(item).lr)) {
-      const Sums sums = value_of(c);
       const double weight = coefficients_[c.coefficients].average;
+      if (item.copy != nullptr) kernels_.take_changed(item, c.begin, c.n);
       if (item.average != nullptr) kernels_.average(item, c.begin, c.n, weight);
-      return sums;
+      return value_of(c);
     }
     const Flags& flags = job_.hypers[static_cast<std::size_t>(item.hyper)].flags;
     const auto kernel = item.row > 1 && !norms_ ? kernels_.rows : kernels_.elements;

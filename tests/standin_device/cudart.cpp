@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -84,6 +85,7 @@ struct Stream {
 struct Event {
   std::shared_ptr<Capture> capture;
   Clock clock;
+  std::chrono::steady_clock::time_point when;
 };
 
 struct Block {
@@ -513,6 +515,7 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t handle, uns
   auto* const e = reinterpret_cast<Event*>(event);
   e->capture = s->capture;
   e->clock = s->clock;
+  e->when = std::chrono::steady_clock::now();
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
@@ -529,8 +532,10 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   const auto* const e = reinterpret_cast<const Event*>(event);
   return wait("cudaEventSynchronize", e->clock, e->capture);
 }
-cudaError_t cudaEventElapsedTime(float* t, cudaEvent_t, cudaEvent_t) {
-  *t = 1;
+cudaError_t cudaEventElapsedTime(float* t, cudaEvent_t begin, cudaEvent_t end) {
+  const auto between =
+      reinterpret_cast<const Event*>(end)->when - reinterpret_cast<const Event*>(begin)->when;
+  *t = std::chrono::duration<float, std::milli>(between).count();
   return cudaSuccess;
 }
 cudaError_t cudaLaunchHostFunc(cudaStream_t s, cudaHostFn_t f, void* u) {

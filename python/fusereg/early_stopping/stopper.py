@@ -339,8 +339,9 @@ class EarlyStopping:
         the best state at once.
 
         Args:
-            metric: a number or a tensor of one element; with ``metrics`` or ``weights`` a mapping
-                that has all of their names (others are ignored).
+            metric: a number or a tensor of one element, for whose device this waits; with
+                ``metrics`` or ``weights`` a mapping that has all of their names (others are
+                ignored).
             epoch: the epoch it belongs to, >= 0 and not before that of the last check; several
                 checks may share one. Any counter that grows will do (steps, samples).
 
