@@ -65,9 +65,13 @@ def test_folded_as_it_is_now_it_computes_the_same(name: str) -> None:
             agree(results(folded, x)[:2], results(copied, x)[:2])
 
 
+#: What Dynamo's guards do not see, see docs/backend.md and tests/test_backend.py.
+_UNSEEN = {"OwnDictionary", "Vars"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("converted", [False, True], ids=["backend fusereg", "converted"])
-@pytest.mark.parametrize("name", _BY_NAME)
+@pytest.mark.parametrize("name", [name for name in _BY_NAME if name not in _UNSEEN])
 def test_compiled_it_follows_every_change(name: str, converted: bool) -> None:
     make = _BY_NAME[name]
     plain, m = twins(make)
