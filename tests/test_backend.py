@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusereg
 from compiled_models import compiled, fresh, fused  # noqa: F401
-from fusereg.backend import fusereg_backend, rewrite
+from fusereg.backend import compiler, fusereg_backend, rewrite
 from plain_models import MODELS, Volumes, basic, close, images, same_state, stir, without_dropout
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -420,6 +420,16 @@ def test_the_other_holes_of_dynamos_guards_are_as_documented(
     monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x + 1.0)
     assert torch.equal(run(x), first)
 
+    class ReadsDictionary(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * vars(self).get("factor", 1.0) * self.__dict__.get("other", 1.0)
+
+    model = ReadsDictionary()
+    run = compiled(model, fullgraph=False)
+    run(x)
+    vars(model).update(factor=3.0, other=3.0)
+    assert torch.equal(run(x), x)
+
     def f(x: Tensor) -> Tensor:
         return x + 1.0 if torch.distributed.is_initialized() else x * 2.0
 
@@ -477,12 +487,31 @@ def test_the_backend_is_registered_by_name() -> None:
         ("max-autotune", None, "is Inductor's"),
         (None, {"mode": "max-autotune"}, "is Inductor's"),
         (None, {"then": "inductor", "mode": "fastest"}, "Unrecognized mode"),
+        (None, {"channels_last": True}, "'channels_last' must be True or False, with"),
+        (None, {"then": "inductor", "channels_last": 1}, "must be True or False, .* got 1 with"),
     ],
 )
 def test_an_unknown_option_or_mode_is_an_error(mode: Any, options: Any, words: str) -> None:
     module = torch.fx.GraphModule({}, torch.fx.Graph())
     with pytest.raises(ValueError, match=words):
         fusereg_backend(module, [], mode=mode, options=options)
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+def test_inductor_gives_gradients_of_convolutions_channels_last_unless_told_not_to(
+    given: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def inductor(module: Any, inputs: Any, config_patches: dict[str, Any]) -> Any:
+        seen.append(config_patches)
+        return module.forward
+
+    monkeypatch.setattr(compiler, "lookup_backend", lambda name: inductor)
+    options = {"then": "inductor", **({} if given is None else {"channels_last": given})}
+    torch.compile(Separable(), backend=fusereg_backend, options=options)(torch.randn(2, 3, 8, 8))
+    wanted = given is not False and torch.backends.mkldnn.is_available()
+    assert seen == [{"force_layout_optimization": True} if wanted else {}]
 
 
 def test_a_graph_is_reported_in_one_line(caplog: pytest.LogCaptureFixture) -> None:

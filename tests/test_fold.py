@@ -23,6 +23,7 @@ from fold_models import (
     norms,
     randomized,
     sequence,
+    untraceable,
 )
 from fusereg.batch_norm import calls, fold
 from fusereg.nn import (
@@ -49,8 +50,8 @@ class UntraceableLoop(nn.Module):
         self.last = nn.ModuleDict({"a": sequence(), "b": sequence()})
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 1e9:
-            return x
+        with untraceable:
+            pass
         for part in self.parts:
             x = part(x)
         for i, part in enumerate(self.more):
@@ -64,8 +65,8 @@ class UntraceableLoop(nn.Module):
 
 class UntraceableDict(nn.ModuleDict):
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 1e9:
-            return x
+        with untraceable:
+            pass
         for name, part in self.items():
             x = part(x) + len(name)
         for part in self.values():
@@ -75,8 +76,8 @@ class UntraceableDict(nn.ModuleDict):
 
 class UntraceableList(nn.ModuleList):
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 1e9:
-            return x
+        with untraceable:
+            pass
         for part in self:
             x = part(x)
         for i, part in enumerate(self):
@@ -91,8 +92,8 @@ class UntraceableChildren(nn.Module):
             self.add_module(name, child)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 1e9:
-            return x
+        with untraceable:
+            pass
         for part in self.children():
             x = part(x)
         for _, part in self.named_children():

@@ -28,6 +28,7 @@ from fold_models import (
     norms,
     randomized,
     sequence,
+    untraceable,
 )
 from fusereg.nn import BatchNorm2d
 
@@ -416,7 +417,8 @@ class Inside(nn.Module):
         self.part = sequence() if part is None else part
 
     def forward(self, x: Tensor) -> Any:
-        return None if x.sum() > 1e9 else self.look(x)
+        with untraceable:
+            return self.look(x)
 
 
 class Taps(Inside):

@@ -59,11 +59,13 @@ def fusereg_backend(
         example_inputs: its inputs.
         mode: of Inductor; to be given as an option, since torch.compile takes only one of the two.
         options: ``{"then": backend}`` hands the rewritten graph to ``"aot_eager"`` or
-            ``"inductor"``, and ``"mode"`` is Inductor's mode, such as ``"max-autotune"``. Default:
-            ``"eager"``, the graph runs as it is.
+            ``"inductor"``. Default: ``"eager"``, the graph runs as it is. With Inductor, ``"mode"``
+            is its mode, such as ``"max-autotune"``, and ``"channels_last": False`` leaves the
+            layout of convolutions' gradients on CPUs to it, which copies those of depthwise ones;
+            by default they get the layout of the convolutions.
 
     Raises:
-        ValueError: an option or mode is unknown, or a mode is given without Inductor.
+        ValueError: an option or its value is unknown, or one of Inductor's is given without it.
 
     Example:
         >>> model.compile(backend="fusereg")
@@ -82,7 +84,7 @@ def fusereg_backend(
     compiler: Any = lookup_backend(then)
     if then == "aot_eager":
         return compiler(graph_module, example_inputs)  # type: ignore[no-any-return]
-    if _takes_channels_last(graph_module):
+    if (options or {}).get("channels_last") is not False and _takes_channels_last(graph_module):
         patches = {"force_layout_optimization": True, **patches}
     known = inductor_config.unsafe_marked_cacheable_functions
     with inductor_config.patch(unsafe_marked_cacheable_functions={**known, **_CACHEABLE}):
@@ -98,15 +100,22 @@ if "fusereg" not in torch.compiler.list_backends():
 
 def _options(mode: str | None, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the backend to hand on to, and Inductor's settings."""
-    unknown = sorted(set(options) - {"then", "mode"})
+    unknown = sorted(set(options) - {"then", "mode", "channels_last"})
     if unknown:
         raise ValueError(
-            f"fusereg.backend: options must be among 'then', 'mode', got {', '.join(unknown)}"
+            "fusereg.backend: options must be among 'then', 'mode', 'channels_last', got "
+            f"{', '.join(unknown)}"
         )
     then = options.get("then", "eager")
     if then not in _THEN:
         raise ValueError(
             f"fusereg.backend: the option 'then' must be one of {', '.join(_THEN)}, got {then!r}"
+        )
+    channels_last = options.get("channels_last")
+    if channels_last is not None and (type(channels_last) is not bool or then != "inductor"):
+        raise ValueError(
+            "fusereg.backend: the option 'channels_last' must be True or False, with "
+            f'"then": "inductor", got {channels_last!r} with {then!r}'
         )
     mode = options.get("mode", mode)
     if mode is None:

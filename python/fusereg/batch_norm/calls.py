@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from ..core import failures
 from ..core.modules import forward_of, submodule
 from ..core.proxies import UntraceableError
-from ..core.trace import ARGUMENT, STRUCTURE, Found, Trace, is_plain, trace
+from ..core.trace import ARGUMENT, CONTEXTS, STRUCTURE, TORCH, Found, Trace, is_plain, trace
 from .known import is_timm_act, original_class, why_unknown
 
 _ITERABLE = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -39,6 +39,10 @@ _ITERATORS = {"children": None, "named_children": 1, "values": None, "items": 1}
 _MANY = 2000
 #: Forwards with more arguments are not traced with and without each of them.
 _MAX_ARGUMENTS = 4
+#: Forwards that may go more ways, by the values of tensors, are not traced.
+_MAX_WAYS = 64
+#: What a forward raises that was not given an argument that it needs.
+_NEEDS_ARGUMENT = (AttributeError, TypeError)
 
 #: Module -> the nodes of a graph that call it.
 Nodes: TypeAlias = dict[nn.Module, list[fx.Node]]
@@ -60,10 +64,12 @@ class Calls:
         names = {module: name for name, module in model.named_modules()}
         held = Counter(m for parent in names for m in parent._modules.values() if m is not None)
 
+        self._repeated: set[nn.Module] = set()
+
         def leaf(module: nn.Module) -> bool:
             # A sequence that is used in one place is part of what calls it.
             sequence = forward_of(module) is nn.Sequential.forward and _is_usual(module)
-            return not sequence or held[module] != 1
+            return not sequence or held[module] != 1 or module in self._repeated
 
         waiting, seen = [model], {model}
         while waiting:
@@ -97,7 +103,11 @@ class Calls:
     ) -> list[nn.Module]:
         """Add the calls of a forward, and return the modules that it calls."""
         graphs: list[Nodes] = []
-        for traced in list(_traces(module, leaf)):
+        found = list(_traces(module, leaf))
+        while more := _repeated(module, found) - self._repeated:
+            self._repeated |= more
+            found = list(_traces(module, leaf))
+        for traced in found:
             nodes: Nodes = {}
             for node in traced.graph.nodes:
                 if node.op == "call_module":
@@ -111,12 +121,13 @@ class Calls:
                 of_module = read.value is Found.MODULE or read.name in STRUCTURE
                 if isinstance(read.owner, tuple) and read.owner and not of_module:
                     owner = submodule(module, ".".join(read.owner))
-                    self.touched.setdefault(owner, f"{who} reads its {read.name}")
+                    if not _is_setting(owner, read.name, read.value):
+                        self.touched.setdefault(owner, f"{who} reads its {read.name}")
         self.graphs[module] = graphs
-        found = [called for nodes in graphs for called in nodes]
-        for called in found:
+        called_here = [called for nodes in graphs for called in nodes]
+        for called in called_here:
             self.callers.setdefault(called, set()).add(module)
-        return found
+        return called_here
 
     def _read_source(self, module: nn.Module, who: str) -> list[nn.Module]:
         """Add what the source of a forward may do, and return the modules that it may call."""
@@ -135,6 +146,21 @@ class Calls:
             for called in elements[key]:
                 self.touched.setdefault(called, f"it is called by {who}")
         return [called for found in elements.values() for called in found]
+
+
+def _repeated(module: nn.Module, found: list[Trace]) -> set[nn.Module]:
+    """Return the sequences of which a layer is called more than once by a forward."""
+    paths = (
+        path
+        for traced in found
+        for path, n in Counter(
+            str(node.target) for node in traced.graph.nodes if node.op == "call_module"
+        ).items()
+        if n > 1
+    )
+    around = {path[:i] for path in paths for i, c in enumerate(path) if c == "."}
+    inside = (submodule(module, path) for path in around)
+    return {part for part in inside if forward_of(part) is nn.Sequential.forward}
 
 
 def _elements(module: nn.Module) -> Iterator[nn.Module]:
@@ -164,9 +190,9 @@ def _traces(module: nn.Module, leaf: Callable[[nn.Module], bool]) -> Iterator[Tr
         return
     if not _is_usual(module):
         raise UntraceableError("it has its own way of being called")
-    forward: Any = original_class(module).forward
-    if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
-        raise UntraceableError("it is decorated, or not a function")
+    forward: Any = _inside(module, original_class(module).forward)
+    if not isinstance(forward, types.FunctionType):
+        raise UntraceableError("it is not a function")
     code = forward.__code__
     if code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
         raise UntraceableError("it takes any number of arguments")
@@ -186,24 +212,57 @@ def _traces(module: nn.Module, leaf: Callable[[nn.Module], bool]) -> Iterator[Tr
         parameters = ", ".join(n for n in (*names, *keywords) if n in (names[0], *kept))
         source = f"lambda self, {parameters}: __written(self, {', '.join(passed)})"
         try:
-            yield from _of_types(module, eval(source, {"__written": forward}), leaf)
+            errors = () if all(given) else _NEEDS_ARGUMENT
+            yield from _of_types(module, eval(source, {"__written": forward}), leaf, errors)
         except UntraceableError as error:
             # That it raises an error without this argument means that it needs the argument.
-            if all(given) or not isinstance(error.__cause__, (AttributeError, TypeError)):
+            if all(given) or not isinstance(error.__cause__, _NEEDS_ARGUMENT):
                 raise
 
 
 def _of_types(
-    module: nn.Module, forward: Any, leaf: Callable[[nn.Module], bool]
+    module: nn.Module,
+    forward: Any,
+    leaf: Callable[[nn.Module], bool],
+    errors: tuple[type[Exception], ...] = (),
 ) -> Iterator[Trace]:
-    """Return the trace with tensors and, if the forward asks for one's type, without."""
-    traced = trace(module, forward=forward, leaf=leaf)
-    yield traced
-    asked = [read for read in traced.reads if read.owner is ARGUMENT]
+    """Return the traces with tensors and, if the forward asks for one's type, without."""
+    found = list(_ways(module, errors, forward=forward, leaf=leaf))
+    yield from found
+    asked = {r.name for traced in found for r in traced.reads if r.owner is ARGUMENT}
     if len(asked) > 1:
         raise UntraceableError("it asks for the types of several arguments")
     if asked:
-        yield trace(module, forward=forward, leaf=leaf, tensors=False)
+        yield from _ways(module, errors, forward=forward, leaf=leaf, tensors=False)
+
+
+def _ways(
+    module: nn.Module, errors: tuple[type[Exception], ...], **options: Any
+) -> Iterator[Trace]:
+    """Return a forward's traces, one for each way that the values of tensors may lead it.
+
+    Ways that end in a failed assertion, or in one of the errors, are left out.
+    """
+    answers: list[bool] = []
+    found, raised = False, None
+    for _ in range(_MAX_WAYS):
+        try:
+            yield trace(module, answers=answers, **options)
+            found = True
+        except UntraceableError as error:
+            ends = (*errors, AssertionError) if answers else errors
+            if not isinstance(error.__cause__, ends):
+                raise
+            raised = error
+        while answers and not answers[-1]:
+            answers.pop()
+        if not answers:
+            break
+        answers[-1] = False
+    else:
+        raise UntraceableError("it decides by the values of many tensors")
+    if raised is not None and not found:
+        raise raised
 
 
 def _is_usual(module: nn.Module) -> bool:
@@ -215,6 +274,77 @@ def _is_usual(module: nn.Module) -> bool:
         and cls.__getattr__ is nn.Module.__getattr__
         and cls.__getattribute__ is nn.Module.__getattribute__
     )
+
+
+# --- decorators -----------------------------------------------------------------------------------
+
+
+def _inside(module: nn.Module, function: Any) -> Any:
+    """Return the function inside of its decorators.
+
+    Raises:
+        UntraceableError: a decorator may use layers of the module itself.
+    """
+    while hasattr(function, "__wrapped__"):
+        if not _hands_on(module, function):
+            raise UntraceableError("a decorator of it may use its layers")
+        function = function.__wrapped__
+    return function
+
+
+def _hands_on(module: nn.Module, wrapper: Any) -> bool:
+    """Return whether a decorator's function gives the module to what it decorates, and no other."""
+    if not isinstance(wrapper, types.FunctionType) or _holds_modules(wrapper):
+        return False
+    code, inside = wrapper.__code__, wrapper.__wrapped__  # type: ignore[attr-defined]
+    if code.co_filename.removeprefix(TORCH) in CONTEXTS:
+        return True
+    cells = zip(code.co_freevars, wrapper.__closure__ or (), strict=True)
+    names = {name for name, cell in cells if cell.cell_contents is inside}
+    tree = _tree(code)
+    if tree is None or any(_holds_modules(wrapper.__globals__.get(name)) for name in code.co_names):
+        return False
+    # The module is the first argument, or else the first of *args.
+    args = [*tree.args.posonlyargs, *tree.args.args]
+    own = args[0].arg if args else getattr(tree.args.vararg, "arg", None)
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == own]
+    return all(_is_handed_on(module, node, parents, names) for node in uses)
+
+
+def _is_handed_on(
+    module: nn.Module, node: ast.expr, parents: dict[ast.AST, ast.AST], names: set[str]
+) -> bool:
+    """Return whether the module goes into a call of these functions, or a setting of it is read."""
+    parent = parents[node]
+    if isinstance(parent, ast.Starred):
+        parent, node = parents[parent], parent
+    if isinstance(parent, ast.Call) and node in parent.args and isinstance(parent.func, ast.Name):
+        called = parent.func.id, *(a.id for a in parent.args[:1] if isinstance(a, ast.Name))
+        return (
+            called[0] in names or called[0] == "type" or called in {("partial", n) for n in names}
+        )
+    if not isinstance(parent, ast.Attribute) or not isinstance(parent.ctx, ast.Load):
+        return False
+    name = parent.attr
+    own = inspect.getattr_static(type(module), name, None)
+    if name in ("training", "__class__"):
+        return True
+    return not (
+        name in module._modules
+        or name in _OF_MODULE
+        or hasattr(type(own), "__get__")
+        or _holds_modules(vars(module).get(name, own))
+    )
+
+
+def _tree(code: types.CodeType) -> ast.FunctionDef | None:
+    """Return the syntax tree of a function, if its source is that of one."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(code))).body
+    except (OSError, TypeError, SyntaxError, ValueError, IndexError):
+        return None
+    return tree if isinstance(tree, ast.FunctionDef) else None
 
 
 # --- reading the source ---------------------------------------------------------------------------
@@ -232,17 +362,17 @@ def _only_called(module: nn.Module) -> set[str]:
         return set(module._modules)
     found = set(module._modules)
     try:
-        for function in _functions(cls):
+        for function in _functions(module, cls):
             used = _used(module, function)
             if used is None:
                 return set()
             found -= used
-    except (OSError, TypeError, SyntaxError, ValueError, IndexError):
-        return set()  # there is no source, or it is written in a way that is not understood
+    except UntraceableError:
+        return set()
     return found
 
 
-def _functions(cls: type) -> list[ast.FunctionDef]:
+def _functions(module: nn.Module, cls: type) -> list[ast.FunctionDef]:
     """Return the forward of a class and the methods that it uses, as syntax trees."""
     found: dict[types.FunctionType, ast.FunctionDef] = {}
     names = ["forward"]
@@ -257,12 +387,12 @@ def _functions(cls: type) -> list[ast.FunctionDef]:
             if base in (nn.Module, object, *_ITERABLE) or value is None:
                 continue
             value = getattr(value, "fget", None) or getattr(value, "__func__", value)
-            value = inspect.unwrap(value)
+            value = _inside(module, value)
             if not isinstance(value, types.FunctionType):
                 continue
-            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(value))).body
-            if not isinstance(tree, ast.FunctionDef):
-                raise TypeError(f"{name} is not a method")
+            tree = _tree(value.__code__)
+            if tree is None:  # or it is written in a way that is not understood
+                raise UntraceableError("its source cannot be read")
             found[value] = tree
             names += [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
     return list(found.values())
@@ -289,6 +419,7 @@ def _used(module: nn.Module, function: ast.FunctionDef) -> set[str] | None:
             if not (
                 _is_called(value, parents, function, _is_list(child))
                 or _reads_a_setting(value, parents, child)
+                or _asks_whether_it_is(value, parents, child)
             ):
                 used.add(name)
         elif (name in _OF_MODULE and name != "forward") or _holds_modules(_other(module, name)):
@@ -320,12 +451,25 @@ def _attribute(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> tuple[str, as
 
 
 def _reads_a_setting(node: ast.expr, parents: dict[ast.AST, ast.AST], child: nn.Module) -> bool:
-    """Return whether an expression is an attribute of a child that is a number, a text or None."""
+    """Return whether an expression is an attribute of a child that folding does not change."""
     parent = parents[node]
-    if not isinstance(parent, ast.Attribute) or why_unknown(child) is None:
-        return False
-    settings = (bool, int, float, str, type(None))
-    return type(vars(child).get(parent.attr, child)) in settings
+    return isinstance(parent, ast.Attribute) and _is_setting(
+        child, parent.attr, vars(child).get(parent.attr, child)
+    )
+
+
+def _asks_whether_it_is(node: ast.expr, parents: dict[ast.AST, ast.AST], child: nn.Module) -> bool:
+    """Return whether an expression decides by the truth of a child, which is its presence."""
+    parent = parents[node]
+    if isinstance(parent, ast.UnaryOp) and isinstance(parent.op, ast.Not):
+        node, parent = parent, parents[parent]
+    decides = isinstance(parent, (ast.If, ast.IfExp)) and parent.test is node
+    return decides and not (hasattr(type(child), "__bool__") or hasattr(type(child), "__len__"))
+
+
+def _is_setting(layer: nn.Module, name: str, value: Any) -> bool:
+    """Return whether an attribute is a value that is the same after the layer has been folded."""
+    return is_plain(value) and name not in layer._parameters and why_unknown(layer) is not None
 
 
 def _is_called(

@@ -85,8 +85,10 @@ def fold_into_conv(model: _Module) -> _Module:
     folded, and what was not and why.
 
     What a forward does is found by tracing it as it is now, in evaluation. Fold again if you change
-    attributes that it reads. Of a forward that cannot be traced, its source is read: modules that
-    it only calls are searched, and others are left as they are.
+    attributes that it reads. Where it decides by values of tensors, it is traced on every way that
+    it may go, and so is a decorated one whose decorators only hand the module on. Of a forward that
+    cannot be traced, its source is read: modules that it only calls are searched, and others are
+    left as they are.
 
     Args:
         model: in evaluation mode (``model.eval()``). It stays as it is.

@@ -13,12 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 from ..core.proxies import refuse
-from ..core.trace import TORCH
+from ..core.trace import CONTEXTS, TORCH
 
 _Function = Callable[..., Any]
 
-#: Decorators of torch that run what they decorate in a context.
-_CONTEXTS = ("utils/_contextlib.py", "amp/autocast_mode.py")
 #: What the rewritten function has of the original one.
 _KEPT = {*functools.WRAPPER_ASSIGNMENTS, "__wrapped__"}
 
@@ -42,7 +40,7 @@ def _check(wrapper: Any) -> None:
     if not isinstance(wrapper, types.FunctionType):
         refuse(*said)
     file = wrapper.__code__.co_filename
-    if file.startswith(TORCH) and not file.removeprefix(TORCH).endswith(_CONTEXTS):
+    if file.startswith(TORCH) and file.removeprefix(TORCH) not in CONTEXTS:
         refuse(*said)
     cells = zip(wrapper.__code__.co_freevars, wrapper.__closure__ or (), strict=True)
     names = {n for n, cell in cells if _content(cell) is wrapper.__wrapped__}  # type: ignore[attr-defined]

@@ -118,11 +118,22 @@ for _name in _IN_PLACE.split():
     setattr(Proxy, f"__{_name}__", _in_place(_name))
 
 
-class Recorder(fx.proxy.TracerBase):
-    """Makes the nodes of the graph."""
+#: A forward that asks for more values that are not known before the call is not followed.
+_MAX_ANSWERS = 8
 
-    def __init__(self) -> None:
+
+class Recorder(fx.proxy.TracerBase):
+    """Makes the nodes of the graph.
+
+    Args:
+        answers: what values that are not known before the call are taken to be where forward
+            decides by them, in their order; ``True`` is added for what is asked beyond. None: such
+            forwards are refused.
+    """
+
+    def __init__(self, answers: list[bool] | None = None) -> None:
         super().__init__()
+        self.answers, self.asked = answers, 0
         self.graph = fx.Graph()
         self.scope = Scope("", None)
         self.module_stack: OrderedDict[str, tuple[str, Any]] = OrderedDict()
@@ -141,9 +152,18 @@ class Recorder(fx.proxy.TracerBase):
             refuse("it gives a layer to a function that is not a layer")
         return super().create_arg(a)
 
+    def answer(self, reason: str) -> bool:
+        """Return the next answer, or refuse for this reason if there is none."""
+        if self.answers is None or self.asked == _MAX_ANSWERS:
+            refuse(reason)
+        self.asked += 1
+        if self.asked > len(self.answers):
+            self.answers.append(True)
+        return self.answers[self.asked - 1]
+
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Refuse ``bool(proxy)``."""
-        refuse("it decides by the value of a tensor")
+        """Answer ``bool(proxy)``."""
+        return self.answer("it decides by the value of a tensor")
 
     def iter(self, obj: fx.Proxy) -> NoReturn:
         """Refuse ``iter(proxy)``."""

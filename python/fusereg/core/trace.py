@@ -24,7 +24,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, EnumMeta
 from typing import Any, NoReturn
 
 import torch
@@ -85,6 +85,8 @@ class Trace:
 # --- what is known --------------------------------------------------------------------------------
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
+#: Its files with decorators that run what they decorate in a context.
+CONTEXTS = ("utils/_contextlib.py", "amp/autocast_mode.py")
 
 _SCALARS = (bool, int, float, complex, str, type(None), type(...))
 _PLAIN = (*_SCALARS, torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout)
@@ -94,6 +96,8 @@ _BUILTINS = words("""
     abs all any bool dict enumerate float getattr hasattr int len list map max min range reversed
     round set slice sorted str sum tuple zip
     """)
+#: Of these, what makes a number of a tensor.
+_TO_NUMBERS = words("abs float int len round")
 #: What ``isinstance`` may ask of a tensor, besides whether it is one: no tensor is any of these.
 _NO_TENSORS = (list, tuple, dict, set, str, bool, int, float, complex, type(None))
 _REFUSED = {
@@ -110,6 +114,21 @@ _REFUSED = {
 def is_plain(value: object) -> bool:
     """Return whether a value cannot change without being replaced."""
     return all(map(is_plain, value)) if type(value) is tuple else type(value) in _PLAIN
+
+
+@functools.cache
+def _is_enumeration(cls: type) -> bool:
+    """Return whether a class is an Enum of plain values, with nothing else of its own."""
+    if not issubclass(cls, Enum) or type(cls) is not EnumMeta:
+        return False
+    written = [c for c in cls.__mro__ if c.__module__ not in ("enum", "builtins")]
+    own = [(n, v) for c in written for n, v in vars(c).items() if n not in cls.__members__]
+    return all(is_plain(member.value) for member in cls) and all(
+        n[0] == n[-1] == "_" and getattr(v, "__module__", "") in ("enum", "builtins", None, "")
+        if isinstance(v, types.FunctionType)
+        else n[0] == "_"
+        for n, v in own
+    )
 
 
 @functools.cache
@@ -171,6 +190,13 @@ _GO_THROUGH: dict[Any, Callable[[Any], Any]] = {
 }
 #: The names of these functions, and of the other reads that tell what a module is made of.
 STRUCTURE = {"_modules", DISTINCT, *(function.__name__ for function in _GO_THROUGH)}
+
+
+def _asks_torch(value: Any) -> bool:
+    """Return whether a function of torch answers a question and does nothing else."""
+    name = getattr(value, "__name__", "")
+    of_torch = str(getattr(value, "__module__", "")).split(".")[0] == "torch"
+    return of_torch and callable(value) and name.startswith(("is_", "are_"))
 
 
 def _said(value: object) -> str:
@@ -281,6 +307,19 @@ class _Class(_Standin):
         refuse(f"it uses {name}, which may depend on more than its arguments")
 
 
+class _OfNumbers:
+    """Stands for a function of numbers; one of a number that a tensor gives is recorded."""
+
+    __slots__ = ("function", "recorded")
+
+    def __init__(self, tracer: _Tracer, function: Callable[..., Any]) -> None:
+        self.function, self.recorded = function, tracer.recorded(function)
+
+    def __call__(self, *args: Any) -> Any:
+        unknown = any(issubclass(type(a), fx.Proxy) for a in args)
+        return (self.recorded if unknown else self.function)(*args)
+
+
 class _Super(_Standin):
     """Stands for ``super()``."""
 
@@ -364,9 +403,14 @@ class _Tracer:
     """Follows one forward."""
 
     def __init__(
-        self, module: nn.Module, leaf: Callable[[nn.Module], bool], mode: bool, tensors: bool
+        self,
+        module: nn.Module,
+        leaf: Callable[[nn.Module], bool],
+        mode: bool,
+        tensors: bool,
+        answers: list[bool] | None,
     ) -> None:
-        self.recorder = Recorder()
+        self.recorder = Recorder(answers)
         self.leaf, self.mode, self.tensors = leaf, mode, tensors
         self.reads: dict[tuple[Any, tuple[str, ...], str], Read] = {}
         self.root = module
@@ -398,7 +442,7 @@ class _Tracer:
 
     def admit(self, value: Any, said: str) -> Any:
         """Return what stands for a value that was read and recorded."""
-        if is_plain(value):
+        if is_plain(value) or _is_enumeration(value if isinstance(value, type) else type(value)):
             return value
         if isinstance(value, types.ModuleType):
             return _Python(self, value)
@@ -408,13 +452,15 @@ class _Tracer:
         if value is _is_scripting:
             return _const(False)  # a script is compiled from the original forward
         if id(value) in _NUMBERS:
-            return value
+            return self.of_numbers(value)
         if isinstance(value, type) and issubclass(value, nn.Module | Tensor):
             return _Class(self, value)
         if value is torch._assert:
             return self.asserted
         if isinstance(value, types.FunctionType) and not _of_torch(value):
             return self.function(value)
+        if self.recorder.answers is not None and _asks_torch(value):
+            return self.recorded(value)
         if callable(value):
             refuse(f"it uses {said}, which may depend on more than its arguments")
         kind = _said(value)
@@ -440,7 +486,12 @@ class _Tracer:
             return getattr(self, name)
         if name not in _BUILTINS or not builtin:
             refuse(f"it uses {name}, which may depend on more than its arguments")
-        return getattr(builtins, name)
+        function = getattr(builtins, name)
+        return self.of_numbers(function) if name in _TO_NUMBERS else function
+
+    def of_numbers(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of numbers, which may be a tensor's if they need not be known."""
+        return function if self.recorder.answers is None else _OfNumbers(self, function)
 
     def super(self, *args: Any) -> _Super:
         """Stand for the builtin ``super``."""
@@ -456,7 +507,7 @@ class _Tracer:
     def isinstance(self, value: Any, kinds: Any) -> bool:
         """Stand for the builtin ``isinstance``, where the answer is known or can be checked."""
         of = [
-            _get(kind, "_of") if type(kind) is _Class else kind
+            _get(kind, "_of") if type(kind) is _Class else getattr(kind, "function", kind)
             for kind in (kinds if type(kinds) is tuple else (kinds,))
         ]
         if type(value) is _Module and all(type(kind) is type for kind in of):
@@ -472,7 +523,8 @@ class _Tracer:
                 self.read(ARGUMENT, value.node.name, Found.TENSOR)
                 if self.tensors or of == [Tensor]:
                     return self.tensors and Tensor in of
-        return refuse("it asks for the type of a value, which is not known before the call")
+        reason = "it asks for the type of a value, which is not known before the call"
+        return self.recorder.answer(reason) if isinstance(value, Proxy) else refuse(reason)
 
     def asserted(self, condition: Any, message: Any = "") -> None:
         """Stand for ``torch._assert``: it becomes part of the graph."""
@@ -604,6 +656,7 @@ def trace(
     leaf: Callable[[nn.Module], bool] = lambda module: True,
     training: bool | None = None,
     tensors: bool = True,
+    answers: list[bool] | None = None,
 ) -> Trace:
     """Return the graph of a module's forward, and the values that it depends on.
 
@@ -617,6 +670,8 @@ def trace(
         training: the mode to assume, if not the module's own.
         tensors: whether the arguments are tensors. A forward that asks has reads of
             :data:`ARGUMENT`.
+        answers: what forward is told where it decides by values that are not known before the
+            call, see :class:`Recorder`; None: it cannot be followed then.
 
     Raises:
         UntraceableError: forward cannot be followed, for the reason in the text.
@@ -627,7 +682,8 @@ def trace(
     if hasattr(forward, "__wrapped__"):
         refuse("its forward is decorated", "decorate a method that is not fused")
     names = _arguments(forward)
-    tracer = _Tracer(module, leaf, module.training if training is None else training, tensors)
+    mode = module.training if training is None else training
+    tracer = _Tracer(module, leaf, mode, tensors, answers)
     recorder = tracer.recorder
     try:
         made = tracer.function(forward)
