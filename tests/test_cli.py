@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -86,12 +87,14 @@ def test_wrong_usage_is_exit_code_2(
     assert one_error_line(capsys).startswith(f"{command}: error: ")
 
 
-def test_runs_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fusereg", "--version"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"fusereg {fusereg.__version__}"
+def test_runs_as_a_module(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fusereg", "--version"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("fusereg", run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.strip() == f"fusereg {fusereg.__version__}"
 
 
 def test_parsing_imports_nothing_heavy() -> None:

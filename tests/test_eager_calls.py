@@ -11,6 +11,7 @@ import gc
 import itertools
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,25 +28,32 @@ from torch.overrides import TorchFunctionMode
 import fusereg
 from fusereg import _C
 from fusereg.augment import MixedLabels
+from fusereg.core.checks import check_input
 from kernels_by_name import kernels_by_name
+from ops import FUNCTIONS, sample
 
 F = fusereg.functional
 PACKAGE = str(Path(fusereg.__file__).parent)
 
 
-def frames(call: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """Return the result of a call, and the functions of the package that it ran."""
-    found: list[str] = []
+def watched(call: Callable[[], Any], note: Callable[[Any], None], within: str = PACKAGE) -> Any:
+    """Return the result of a call; ``note`` is given the frame of each function in these files."""
 
     def watch(frame: Any, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-            found.append(frame.f_code.co_name)
+        if event == "call" and frame.f_code.co_filename.startswith(within):
+            note(frame)
 
     sys.setprofile(watch)
     try:
-        result = call()
+        return call()
     finally:
         sys.setprofile(None)
+
+
+def frames(call: Callable[[], Any], within: str = PACKAGE) -> tuple[Any, list[str]]:
+    """Return the result of a call, and the functions in these files that it ran."""
+    found: list[str] = []
+    result = watched(call, lambda frame: found.append(frame.f_code.co_name), within)
     return result, found
 
 
@@ -92,6 +100,58 @@ def test_an_eager_call_runs_few_functions(name: str) -> None:
     _, backward = frames(lambda: torch.autograd.backward((y,), (torch.ones_like(y),)))
     assert len(forward) <= most_forward, forward
     assert len(backward) <= most_backward, backward
+
+
+def test_a_dropout_layer_runs_nine_functions_of_python_at_most() -> None:
+    """Those of torch.nn.Module are among them."""
+    layer, x = fusereg.nn.Dropout(0.5), torch.ones(8, 8, requires_grad=True)
+    layer(x)
+    _, found = frames(partial(layer, x), within="")
+    assert 4 <= len(found) <= 9, found
+
+
+def checks(call: Callable[[], Any]) -> Counter[tuple[Any, ...]]:
+    """Return how often a call ran each check on the same arguments."""
+    found: Counter[tuple[Any, ...]] = Counter()
+    kept: list[Any] = []  # so that no two objects have one address
+
+    def note(frame: Any) -> None:
+        code = frame.f_code
+        if "check" in code.co_name or "checks.py" in code.co_filename:
+            given = [frame.f_locals[name] for name in code.co_varnames[: code.co_argcount]]
+            kept.extend(given)
+            values = (g if isinstance(g, str | int | float | None) else id(g) for g in given)
+            found[(code.co_filename, code.co_name, *values)] += 1
+
+    watched(call, note)
+    return found
+
+
+def test_nothing_is_checked_three_times_on_one_call() -> None:
+    layer = torch.nn.Linear(4, 4)
+    layer(torch.ones(2, 4)).sum().backward()
+    augment = fusereg.augment.Augment(8, degrees=10, hflip=0.5, mean=(0.5,) * 3, std=(0.2,) * 3)
+    images = torch.rand(2, 3, 16, 16)
+    calls: dict[str, Callable[[], Any]] = {
+        operation.name: partial(operation, *sample(operation)) for operation in FUNCTIONS
+    }
+    calls["Augment"] = partial(augment, images)
+    for kind in (fusereg.optim.SGD, fusereg.optim.AdamW, fusereg.optim.LAMB):
+        optimizer: Any = kind(layer.parameters(), lr=0.1, l1=1e-3, l2=1e-3)
+        calls[kind.__name__] = optimizer.step
+    counts = {name: checks(call) for name, call in calls.items()}
+    assert sum(map(len, counts.values())) > 200, "the checks were not found"
+    often = {
+        name: [check[:2] for check, times in found.items() if times > 2]
+        for name, found in counts.items()
+    }
+    assert {name: found for name, found in often.items() if found} == {}
+
+
+def test_what_is_checked_three_times_is_found() -> None:
+    x = torch.ones(3)
+    found = checks(lambda: [check_input(x, "snow") for _ in range(3)])
+    assert max(found.values()) == 3
 
 
 def _gradients(shape: tuple[int, ...]) -> list[Tensor]:

@@ -24,7 +24,8 @@ BRITISH = re.compile(
 PRIVATE = re.compile(
     r"for torch's sake|What it cannot\b|is no (?:tensor|number|integer|string)\b|without chance\b|"
     r"refused a prepared|_dropout_ops\b|are one in memory|named rightly|"
-    r"nobody could tell|^#+ (?:When which|How to|Training on|Choosing one)$",
+    r"nobody could tell|waits? for nobody|walked twice|there is to be one|nothing is to be done|"
+    r"^#+ (?:When which|How to|Training on|Choosing one)$",
     re.MULTILINE,
 )
 #: What is not ours to spell: another library's argument names, and this list.

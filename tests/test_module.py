@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
+import json
 import os
 import pickle
 import re
@@ -129,35 +131,87 @@ def test_module_has_no_library_path_of_the_machine_that_built_it() -> None:
 # --- what import does -----------------------------------------------------------------------------
 
 
-def test_import_prints_nothing_and_warns_of_nothing() -> None:
-    code = """
-        import os, sys, tempfile, warnings
-        import torch
+#: All that is asked of a new interpreter in one, for it takes seconds to start: what the import
+#: does, the first calls under values of FUSEREG_CPU_ISA, each in a copy of the process in which
+#: nothing was called, and numbers of threads.
+_FRESH = """
+    import json, os, sys, tempfile, warnings
+    import torch
+    torch_needs = set(sys.modules)
+    with tempfile.TemporaryFile() as said, warnings.catch_warnings():
         warnings.simplefilter("error")
-        with tempfile.TemporaryFile() as said:
-            before = os.dup(1), os.dup(2)
-            os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
+        before = os.dup(1), os.dup(2)
+        os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
+        try:
+            import fusereg
+            sys.stdout.flush(), sys.stderr.flush()
+        finally:
+            os.dup2(before[0], 1), os.dup2(before[1], 2)
+        said.seek(0)
+        printed = said.read().decode()
+    everything = sorted(sys.modules)
+
+    def first_calls():
+        weights = torch.arange(-50.0, 51.0)
+        others = weights.clone()
+        calls = (
+            fusereg._C.cpu_isa,
+            lambda: fusereg.prox.l1_(weights, 1.0),
+            lambda: float(fusereg.functional.elastic_net_penalty(others, 0.5, 2.0)),
+            fusereg._C.cpu_isa,
+        )
+        for call in calls:
             try:
-                import fusereg
-                sys.stdout.flush(), sys.stderr.flush()
-            finally:
-                os.dup2(before[0], 1), os.dup2(before[1], 2)
-            said.seek(0)
-            print(repr(said.read()))
-    """
-    assert run_python(code).stdout.strip() == "b''"
+                yield call()
+            except (ValueError, RuntimeError) as error:
+                yield f"{type(error).__name__}: {error}"
+        yield weights[0].item()
+
+    def by_isa(isa):
+        get, put = os.pipe()
+        child = os.fork()
+        if child == 0:
+            if isa is not None:
+                os.environ["FUSEREG_CPU_ISA"] = isa
+            os.write(put, json.dumps([x for x in first_calls() if x is not None]).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        return json.loads(os.read(get, 1 << 14))
+
+    found = [by_isa(isa) for isa in VALUES]
+    rows = []
+    if os.path.isdir("/proc/self/task"):
+        weights = torch.randn(1 << 20, generator=torch.Generator().manual_seed(1))
+        wide = weights.view(4, -1)
+        alone = len(os.listdir("/proc/self/task"))
+        for threads in (1, 2, 8):
+            torch.set_num_threads(threads)
+            one = fusereg.functional.elastic_net_penalty(weights, 0.3, 0.7)
+            two = fusereg.functional.group_lasso_penalty(wide, 0.3)
+            started = len(os.listdir("/proc/self/task")) - alone
+            rows.append((threads, started, one.item().hex(), two.item().hex()))
+    added = [name for name in everything if name not in torch_needs]
+    print(json.dumps({"printed": printed, "everything": everything, "added": added,
+                      "found": found, "rows": rows}))
+"""
+_UNKNOWN = ("sse9", "AVX2", "avx2 ")
+_VALUES = (None, "", *_C.cpu_isas(), *_UNKNOWN)
+
+
+@functools.cache
+def fresh() -> dict[str, Any]:
+    """Return what a new interpreter tells of itself, once."""
+    told: dict[str, Any] = json.loads(run_python(_FRESH.replace("VALUES", repr(_VALUES))).stdout)
+    told["found"] = dict(zip(_VALUES, told["found"], strict=True))
+    return told
+
+
+def test_import_prints_nothing_and_warns_of_nothing() -> None:
+    assert fresh()["printed"] == ""
 
 
 def test_import_leaves_optional_packages_alone() -> None:
-    code = """
-        import sys
-        import torch
-        torch_needs = set(sys.modules)
-        import fusereg
-        print(*sorted(set(sys.modules) - torch_needs))
-        print(*sorted(sys.modules))
-    """
-    added, everything = (set(line.split()) for line in run_python(code).stdout.splitlines())
+    added, everything = set(fresh()["added"]), set(fresh()["everything"])
     assert "fusereg.functional" in added
     assert everything.isdisjoint({"matplotlib", "rich", "typer", "mlxtend", "pandas", "hypothesis"})
     assert added.isdisjoint({"torch.distributed.tensor", "torch._inductor", "torch._dynamo"})
@@ -306,21 +360,8 @@ def test_the_one_openmp_runtime_is_the_one_that_torch_loads(packages: str) -> No
 @needs_openmp
 def test_set_num_threads_is_honored_and_does_not_change_a_bit() -> None:
     """OpenMP keeps a team's threads for the next one, so each larger team shows as new threads."""
-    code = """
-        import os
-        import torch, fusereg
-        weights = torch.randn(1 << 20, generator=torch.Generator().manual_seed(1))
-        wide = weights.view(4, -1)
-        alone = len(os.listdir("/proc/self/task"))
-        for threads in (1, 2, 8):
-            torch.set_num_threads(threads)
-            one = fusereg.functional.elastic_net_penalty(weights, 0.3, 0.7)
-            two = fusereg.functional.group_lasso_penalty(wide, 0.3)
-            started = len(os.listdir("/proc/self/task")) - alone
-            print(threads, started, one.item().hex(), two.item().hex())
-    """
-    rows = [line.split() for line in run_python(code).stdout.splitlines()]
-    assert [(int(n), int(started)) for n, started, *_ in rows] == [(1, 0), (2, 1), (8, 7)]
+    rows = fresh()["rows"]
+    assert [(n, started) for n, started, *_ in rows] == [(1, 0), (2, 1), (8, 7)]
     assert len({tuple(bits) for _, _, *bits in rows}) == 1
 
 
@@ -335,12 +376,11 @@ def keeps_isa() -> Iterator[None]:
 
 
 def test_the_best_available_isa_is_chosen_by_default() -> None:
-    code = "import fusereg; print(fusereg._C.cpu_isa(), *fusereg._C.cpu_isas())"
-    for env in ({}, {"FUSEREG_CPU_ISA": ""}):
-        chosen, *available = run_python(code, **env).stdout.split()
-        assert available[0] == "baseline"
-        assert available == [isa for isa in ISAS if isa in available], "slowest first"
-        assert chosen == available[-1]
+    available = _C.cpu_isas()
+    assert available[0] == "baseline"
+    assert available == [isa for isa in ISAS if isa in available], "slowest first"
+    for value in (None, ""):
+        assert fresh()["found"][value][0] == available[-1]
 
 
 def test_available_isas_were_compiled() -> None:
@@ -349,37 +389,21 @@ def test_available_isas_were_compiled() -> None:
 
 @pytest.mark.parametrize("isa", _C.cpu_isas())
 def test_the_environment_chooses_each_available_isa_and_it_computes(isa: str) -> None:
-    code = """
-        import torch, fusereg
-        print(fusereg._C.cpu_isa())
-        print(float(fusereg.functional.elastic_net_penalty(torch.arange(-50.0, 51.0), 0.5, 2.0)))
-        print(fusereg._C.cpu_isa())
-    """
-    # 0.5 * 2 * (1 + ... + 50) + 2 * (1 + 4 + ... + 2500)
-    want = str(0.5 * 2550 + 2.0 * 42925)
-    assert run_python(code, FUSEREG_CPU_ISA=isa).stdout.split() == [isa, want, isa]
+    # 0.5 * 2 * (1 + ... + 50) + 2 * (1 + 4 + ... + 2500), and -50 by one nearer to zero
+    assert fresh()["found"][isa] == [isa, 0.5 * 2550 + 2.0 * 42925, isa, -49.0]
 
 
-def test_an_unknown_isa_in_the_environment_is_an_error_that_names_those_available() -> None:
-    code = """
-        import os
-        import torch, fusereg
-        w = torch.full((3,), 2.0)
-        calls = fusereg._C.cpu_isa, lambda: fusereg.prox.l1_(w, 1.0)
-        for name in ("sse9", "AVX2", "avx2 "):
-            os.environ["FUSEREG_CPU_ISA"] = name
-            for call in calls:
-                try:
-                    call()
-                except (ValueError, RuntimeError) as error:
-                    print(error, w.tolist(), sep="|")
-    """
+@pytest.mark.parametrize("name", _UNKNOWN)
+def test_an_unknown_isa_in_the_environment_is_an_error_that_names_those_available(
+    name: str,
+) -> None:
     available = ", ".join(_C.cpu_isas())
-    assert run_python(code).stdout.splitlines() == [
-        f"FUSEREG_CPU_ISA: unknown instruction set '{name}'; available: {available}|{[2.0] * 3}"
-        for name in ("sse9", "AVX2", "avx2 ")
-        for _ in range(2)
-    ]
+    *errors, weight = fresh()["found"][name]
+    assert {error.partition(": ")[0] for error in errors} <= {"ValueError", "RuntimeError"}
+    assert [error.partition(": ")[2] for error in errors] == [
+        f"FUSEREG_CPU_ISA: unknown instruction set '{name}'; available: {available}"
+    ] * 4
+    assert weight == -50.0
 
 
 def test_an_isa_that_is_not_built_or_cannot_run_here_is_an_error_that_says_which() -> None:

@@ -140,12 +140,6 @@ def test_a_room_without_one_level_is_found_out(level: str, tmp_path: Path) -> No
     assert len(missing_levels(tmp_path, "snow")) == 1
 
 
-@pytest.mark.parametrize("file", ["CMakeLists.txt", "csrc/module.cpp"])
-def test_what_finds_the_rooms_names_none_of_them(file: str) -> None:
-    text = (ROOT / file).read_text(encoding="utf-8")
-    assert [stem for stem in rooms(ROOT) if re.search(rf"\b{stem}\b", text)] == []
-
-
 # --- a new room ---------------------------------------------------------------------------------
 
 #: A technique without compiled kernels.

@@ -138,7 +138,7 @@ bool plan_resident(Plan& plan, DType dtype, Direction direction, const DeviceLim
   std::int64_t splits = std::max(std::min(blocks / teams, most), least);
   if (const std::int64_t forced = forced_splits; forced > 0) splits = std::max(forced, least);
   set_splits(t, splits);
-  // A team of one waits for nobody: as many as there are slabs, run in whatever order.
+  // A team of one needs no barrier: as many as there are slabs, run in whatever order.
   plan.teams = t.splits == 1 ? t.items() : std::min(t.items(), blocks / t.splits);
   if (t.splits > 1) plan.teams = std::min<std::int64_t>(plan.teams, kMaxTeams);
   plan.steps =

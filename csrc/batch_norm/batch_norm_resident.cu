@@ -6,7 +6,7 @@
 // block the same way, so with the same bits) and finishes its share from shared memory. Teams take
 // one slab after the other. A team that waits needs all its blocks to be resident: the launch is
 // cooperative, no larger than what the device holds by its own answer, and refused by the driver
-// otherwise. Teams of one block wait for nobody and are an ordinary launch.
+// otherwise. Teams of one block need no barrier, and an ordinary launch.
 //
 // Slots are never used twice in a launch, so one barrier for each slab is enough. A share stays as
 // it came, in x's own dtype: in octets, octet `step` of a thread at step * kThreads + thread, so

@@ -1,7 +1,6 @@
 // fusereg._C: cross-entropy. Contract: cross_entropy.h, _C.pyi.
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -74,11 +73,8 @@ double* statistics_of(const py::object& object, std::int64_t count, const Tensor
   return static_cast<double*>(view.data);
 }
 
-// What forward and backward have in common. False: Python must prepare a tensor.
-bool read_problem(const py::object& x, const py::object& target, const py::object& other,
-                  const py::object& share, const py::object& weight, const py::object& statistics,
-                  double smoothing, std::int64_t ignore_index, int reduction, const char* op,
-                  Problem& p, TensorView& view) {
+void set_options(double smoothing, std::int64_t ignore_index, int reduction, const char* op,
+                 Problem& p) {
   if (!(smoothing >= 0.0 && smoothing <= 1.0)) {
     throw py::value_error(where(op, "label_smoothing") + " must be within [0, 1]");
   }
@@ -88,6 +84,12 @@ bool read_problem(const py::object& x, const py::object& target, const py::objec
   p.smoothing = smoothing;
   p.ignore_index = ignore_index;
   p.reduction = static_cast<Reduction>(reduction);
+}
+
+// The tensors that forward and backward have in common. False: Python must prepare one.
+bool read_tensors(const py::object& x, const py::object& target, const py::object& other,
+                  const py::object& share, const py::object& weight, const py::object& statistics,
+                  const char* op, Problem& p, TensorView& view) {
   if (!read_logits(x, p, view)) return false;
   const DType wide = view.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   TensorView other_view;
@@ -129,7 +131,7 @@ bool read_problem(const py::object& x, const py::object& target, const py::objec
 }
 
 // Before anything is written.
-[[maybe_unused]] void check_indices(const Forward& f, const char* op) {
+void check_indices(const Forward& f, const char* op) {
   for (const std::int64_t* index : f.index) {
     for (std::int64_t row = 0; index != nullptr && row < f.rows(); ++row) {
       if (index[row] == f.ignore_index || (index[row] >= 0 && index[row] < f.classes)) continue;
@@ -147,10 +149,9 @@ int forward(const py::object& loss, const py::object& statistics, const py::obje
             std::int64_t ignore_index, int reduction, const char* op) {
   Forward f;
   TensorView view;
-  if (!read_problem(x, target, other, share, weight, statistics, smoothing, ignore_index, reduction,
-                    op, f, view)) {
+  set_options(smoothing, ignore_index, reduction, op, f);
+  if (!read_tensors(x, target, other, share, weight, statistics, op, f, view))
     return kNeedsPreparation;
-  }
   TensorView result;
   const std::int64_t numel = f.reduction == Reduction::kNone ? f.rows() : 1;
   if (!read_dense(loss, numel, view, result) ||
@@ -161,27 +162,20 @@ int forward(const py::object& loss, const py::object& statistics, const py::obje
   }
   f.loss = result.data;
   f.wide_loss = result.dtype != view.dtype;
+  double* memory = nullptr;
 #if defined(FUSEREG_CUDA)
   if (runs_cuda_kernels(view.device)) {
-    void* const memory =
+    memory = static_cast<double*>(
         memory_argument(workspace, kWorkspace * static_cast<std::int64_t>(sizeof(double)),
-                        view.device, op, "workspace");
+                        view.device, op, "workspace"));
     if (reinterpret_cast<std::uintptr_t>(memory) % 16 != 0) {
       throw py::value_error(where(op, "workspace") + " must begin at a multiple of 16 bytes");
     }
-    run_cuda(f, static_cast<double*>(memory), view.device.index, current_stream(view.device));
-    return kDone;
   }
 #endif
   (void)workspace;
-#if !defined(FUSEREG_CUDA_ON_HOST)
-  check_indices(f, op);
-  {
-    std::optional<py::gil_scoped_release> released;
-    if (view.numel >= kWorthReleasing) released.emplace();
-    run_cpu(f);
-  }
-#endif
+  if (memory == nullptr) check_indices(f, op);
+  run_job(f, view.device, view.numel, memory);
   return kDone;
 }
 
@@ -191,10 +185,9 @@ int backward(const py::object& grad_x, const py::object& grad, const py::object&
              std::int64_t ignore_index, int reduction, const char* op) {
   Backward b;
   TensorView view;
-  if (!read_problem(x, target, other, share, weight, statistics, smoothing, ignore_index, reduction,
-                    op, b, view)) {
+  set_options(smoothing, ignore_index, reduction, op, b);
+  if (!read_tensors(x, target, other, share, weight, statistics, op, b, view))
     return kNeedsPreparation;
-  }
   TensorView incoming;
   TensorView result;
   if (!read_dense(grad, b.reduction == Reduction::kNone ? b.rows() : 1, view, incoming) ||

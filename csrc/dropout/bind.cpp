@@ -50,6 +50,11 @@ bool find_rows(const TensorView& x, int row_dims, Rows& rows) {
   return true;
 }
 
+Kind kind_of(bool alpha, bool backward) {
+  if (!alpha) return Kind::kDropout;
+  return backward ? Kind::kAlphaBackward : Kind::kAlpha;
+}
+
 // Forward and backward are one kernel, on x or on the gradient. 0: done; 2: Python must prepare a
 // tensor first, and nothing has been written.
 int apply(Kind kind, const TensorView& out, const TensorView& in, const SeedPair& random, double p,
@@ -72,9 +77,10 @@ int apply(Kind kind, const TensorView& out, const TensorView& in, const SeedPair
   return kDone;
 }
 
-int apply(Kind kind, const py::object& y, const py::object& x, const py::object& seed,
-          const py::object& offset, double p, int row_dims, const py::object& index_offset,
-          const char* op) {
+template <bool kBackward>
+int dropout(const py::object& y, const py::object& x, const py::object& seed,
+            const py::object& offset, double p, bool alpha, int row_dims,
+            const py::object& index_offset, const char* op) {
   if (!(p > 0.0 && p <= 1.0))
     throw py::value_error(where(op, "p") + " must be within (0, 1] for the kernel");
   TensorView in;
@@ -84,7 +90,7 @@ int apply(Kind kind, const py::object& y, const py::object& x, const py::object&
     return kNeedsPreparation;
   }
   const SeedPair random = seed_argument(seed, offset, in.device, op);
-  return apply(kind, out, in, random, p, row_dims, index_offset, op);
+  return apply(kind_of(alpha, kBackward), out, in, random, p, row_dims, index_offset, op);
 }
 
 // The constants of the operator's schema: p, alpha, row_dims, index_offset.
@@ -94,23 +100,8 @@ int apply_drawn(bool backward, const TensorView& y, const TensorView& x, const T
   const bool alpha = constants[1] == Py_True;
   const long row_dims = PyLong_AsLong(constants[2]);
   if (!(p > 0.0 && p <= 1.0) || row_dims < 0 || row_dims > x.ndim) return kNeedsPreparation;
-  const Kind kind = !alpha ? Kind::kDropout : backward ? Kind::kAlphaBackward : Kind::kAlpha;
-  return apply(kind, y, x, random, p, static_cast<int>(row_dims),
+  return apply(kind_of(alpha, backward), y, x, random, p, static_cast<int>(row_dims),
                py::reinterpret_borrow<py::object>(constants[3]), op);
-}
-
-int dropout_forward(const py::object& y, const py::object& x, const py::object& seed,
-                    const py::object& offset, double p, bool alpha, int row_dims,
-                    const py::object& index_offset, const char* op) {
-  return apply(alpha ? Kind::kAlpha : Kind::kDropout, y, x, seed, offset, p, row_dims, index_offset,
-               op);
-}
-
-int dropout_backward(const py::object& grad_x, const py::object& grad_y, const py::object& seed,
-                     const py::object& offset, double p, bool alpha, int row_dims,
-                     const py::object& index_offset, const char* op) {
-  return apply(alpha ? Kind::kAlphaBackward : Kind::kDropout, grad_x, grad_y, seed, offset, p,
-               row_dims, index_offset, op);
 }
 
 // (bits, threshold, keep, a, b, c) of dropout.h for 0 < p <= 1.
@@ -149,9 +140,9 @@ std::vector<std::uint32_t> philox_words(const py::object& key, const py::object&
 
 void bind(py::module_& m) {
   using py::arg;
-  m.def("dropout_forward", &dropout_forward, arg("y"), arg("x"), arg("seed"), arg("offset"),
+  m.def("dropout_forward", &dropout<false>, arg("y"), arg("x"), arg("seed"), arg("offset"),
         arg("p"), arg("alpha"), arg("row_dims"), arg("index_offset"), op_argument());
-  m.def("dropout_backward", &dropout_backward, arg("grad_x"), arg("grad_y"), arg("seed"),
+  m.def("dropout_backward", &dropout<true>, arg("grad_x"), arg("grad_y"), arg("seed"),
         arg("offset"), arg("p"), arg("alpha"), arg("row_dims"), arg("index_offset"), op_argument());
   m.def(
       "dropout_functions",

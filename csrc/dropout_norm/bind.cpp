@@ -134,13 +134,17 @@ int dropout_norm_forward(const py::object& y, const py::object& sum, const py::o
   return kDone;
 }
 
-// memory: in the place of `partials`, or null.
-int backward_with(void* memory, const py::object& grad_x, const py::object& grad_residual,
-                  const py::object& grad_weight, const py::object& grad_bias,
-                  const py::object& grad_y, const py::object& grad_sum, const py::object& sum,
-                  const py::object& statistics, const py::object& weight, const py::object& seed,
-                  const py::object& offset, double p, bool rms, const py::object& index_offset,
-                  const py::object& partials, const py::object& barrier, const char* op) {
+// The name of a capsule with memory of this file, in the place of the tensor `partials`.
+constexpr char kPartials[] = "fusereg.dropout_norm.partials";
+
+int dropout_norm_backward(const py::object& grad_x, const py::object& grad_residual,
+                          const py::object& grad_weight, const py::object& grad_bias,
+                          const py::object& grad_y, const py::object& grad_sum,
+                          const py::object& sum, const py::object& statistics,
+                          const py::object& weight, const py::object& seed,
+                          const py::object& offset, double p, bool rms,
+                          const py::object& index_offset, const py::object& partials,
+                          const py::object& barrier, const char* op) {
   Reader in(grad_y);
   if (!in.fits()) return kNeedsPreparation;
   const std::int64_t numel = in.main().numel;
@@ -160,12 +164,13 @@ int backward_with(void* memory, const py::object& grad_x, const py::object& grad
   b.grad_bias = in.companion(grad_bias, length, weights);
   const bool on_cuda = runs_cuda_kernels(in.main().device);
   const Chunks chunks = on_cuda ? cuda_chunks(in.rows()) : cpu_chunks(in.rows());
-  b.partials =
-      memory != nullptr ? memory : in.partials(partials, chunks.count * b.slots() * length);
+  b.partials = PyCapsule_IsValid(partials.ptr(), kPartials)
+                   ? PyCapsule_GetPointer(partials.ptr(), kPartials)
+                   : in.partials(partials, chunks.count * b.slots() * length);
   if (!in.fits()) return kNeedsPreparation;
   require(sum, op, "sum");
   require(statistics, op, "statistics");
-  if (b.slots() > 0 && memory == nullptr) require(partials, op, "partials");
+  if (b.slots() > 0) require(partials, op, "partials");
   b.dtype = in.main().dtype;
   b.wide_sum = sums.wide;
   b.wide_weight = weights.wide;
@@ -321,18 +326,20 @@ class DropoutNorm : public AtOnce {
     const py::object grad_bias = made(wanted(3), weight);
     const std::int64_t slots = !grad_weight.is_none() + !grad_bias.is_none();
     // Float64 are enough for those of any dtype.
-    std::unique_ptr<double[]> partials;
+    std::unique_ptr<double[]> memory;
+    py::object partials = py::none();
     if (slots > 0) {
       const std::int64_t length = of_y.sizes[of_y.ndim - 1];
       const std::int64_t count = cpu_chunks(of_y.numel / length).count * slots * length;
-      partials.reset(new double[static_cast<std::size_t>(count)]);
+      memory.reset(new double[static_cast<std::size_t>(count)]);
+      partials = py::capsule(memory.get(), kPartials);
     }
     const auto object = [](py::handle t) { return py::reinterpret_borrow<py::object>(t); };
-    if (backward_with(partials.get(), grad_x, grad_residual, grad_weight, grad_bias, object(grad),
-                      sum_grad, object(sum), object(tensors[1]), object(weight),
-                      object(PyTuple_GET_ITEM(kept[0].ptr(), 0)),
-                      object(PyTuple_GET_ITEM(kept[0].ptr(), 1)), p, constants[2] == Py_True,
-                      object(constants[3]), py::none(), py::none(), op) != kDone) {
+    if (dropout_norm_backward(
+            grad_x, grad_residual, grad_weight, grad_bias, object(grad), sum_grad, object(sum),
+            object(tensors[1]), object(weight), object(PyTuple_GET_ITEM(kept[0].ptr(), 0)),
+            object(PyTuple_GET_ITEM(kept[0].ptr(), 1)), p, constants[2] == Py_True,
+            object(constants[3]), partials, py::none(), op) != kDone) {
       return nullptr;
     }
     if (shared) grad_residual = grad_x;
@@ -354,21 +361,10 @@ void bind(py::module_& m) {
   m.def("dropout_norm_forward", &dropout_norm_forward, arg("y"), arg("sum"), arg("statistics"),
         arg("x"), arg("residual"), arg("weight"), arg("bias"), arg("seed"), arg("offset"), arg("p"),
         arg("eps"), arg("rms"), arg("index_offset"), op_argument());
-  m.def(
-      "dropout_norm_backward",
-      [](const py::object& grad_x, const py::object& grad_residual, const py::object& grad_weight,
-         const py::object& grad_bias, const py::object& grad_y, const py::object& grad_sum,
-         const py::object& sum, const py::object& statistics, const py::object& weight,
-         const py::object& seed, const py::object& offset, double p, bool rms,
-         const py::object& index_offset, const py::object& partials, const py::object& barrier,
-         const char* op) {
-        return backward_with(nullptr, grad_x, grad_residual, grad_weight, grad_bias, grad_y,
-                             grad_sum, sum, statistics, weight, seed, offset, p, rms, index_offset,
-                             partials, barrier, op);
-      },
-      arg("grad_x"), arg("grad_residual"), arg("grad_weight"), arg("grad_bias"), arg("grad_y"),
-      arg("grad_sum"), arg("sum"), arg("statistics"), arg("weight"), arg("seed"), arg("offset"),
-      arg("p"), arg("rms"), arg("index_offset"), arg("partials"), arg("barrier"), op_argument());
+  m.def("dropout_norm_backward", &dropout_norm_backward, arg("grad_x"), arg("grad_residual"),
+        arg("grad_weight"), arg("grad_bias"), arg("grad_y"), arg("grad_sum"), arg("sum"),
+        arg("statistics"), arg("weight"), arg("seed"), arg("offset"), arg("p"), arg("rms"),
+        arg("index_offset"), arg("partials"), arg("barrier"), op_argument());
   m.def(
       "dropout_norm_functions",
       [](const py::object& forward, const py::object& backward) {

@@ -253,7 +253,7 @@ Sums run_sums(T* w, const GroupShape& shape, double l1, std::int64_t index) {
   return sums;
 }
 
-// One after the other, each walked twice, the second time from cache.
+// Group by group: each is read twice, the second time from cache.
 template <class T, Op op>
 double groups_by_runs(T* w, T* g, const Item& item, double scale, std::int64_t begin,
                       std::int64_t end) {

@@ -171,7 +171,7 @@ COLUMNS: dict[str, Callable[[Operation], None]] = {
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """A group of this process alone."""
+    """Make a process group of this process alone."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -184,7 +184,7 @@ def process_group() -> Iterator[None]:
 
 
 def answers(name: str, why: Callable[[str], object] = lambda text: None) -> list[str]:
-    """What the table says of an operation; needs ``process_group()``.
+    """Return what the table says of an operation; needs ``process_group()``.
 
     ``why`` is told what went wrong in an attempt that failed.
     """
@@ -224,7 +224,7 @@ def table(rows: Sequence[str]) -> str:
 
 
 def names(text: str) -> list[str]:
-    """The operations that a page's comments name; separated by semicolons."""
+    """Return the operations that a page's comments name; separated by semicolons."""
     return [n.strip() for m in _BLOCK.finditer(text) for n in m["names"].split(";")]
 
 

@@ -68,7 +68,7 @@ def dropout(
 ) -> Tensor:
     r"""Apply dropout: :math:`y_i = x_i / (1-p)` with probability :math:`1-p`, else 0.
 
-    This is inverted dropout (Srivastava et al. 2014): nothing is to be done at evaluation.
+    This is inverted dropout (Srivastava et al. 2014): evaluation needs no scaling.
 
     Args:
         input: x, float64, float32, float16 or bfloat16, of any shape and layout, or a jagged nested

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import _C
 from ..core import checks, memory
 from ..core import params as _params
+from ..core.operator import refused
 from .strengths import Strengths
 
 #: What a binding returns.
@@ -47,7 +48,7 @@ def reduced(
 def must(op: str, status: int) -> None:
     """Raise if a kernel has declined prepared tensors."""
     if status != DONE:
-        raise RuntimeError(f"fusereg.{op}: the kernel refused prepared tensors; please report this")
+        raise refused(op)
 
 
 def sum_on_first(parts: Sequence[Tensor]) -> Tensor:
