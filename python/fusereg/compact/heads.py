@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from os.path import commonpath
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -89,8 +89,8 @@ def _heads(count: int, size: int, outer: int) -> torch.Tensor:
 
 def _attention(model: nn.Module, writers: Collection[str]) -> tuple[str, nn.Module]:
     """Return the innermost module around the layers that knows of heads."""
-    split = [name.split(".")[:-1] for name in writers]
-    shared = list(commonpath(split))
+    above = zip(*(name.split(".")[:-1] for name in writers), strict=False)
+    shared = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, above)]
     while shared and not _numbers(model.get_submodule(".".join(shared))):
         shared.pop()
     name = ".".join(shared)
