@@ -23,6 +23,8 @@ class Change(NamedTuple):
     """float64, of the parameters' old shapes: what was folded into them."""
     new: dict[str, str]
     """A new bias -> the weight of the same layer."""
+    scales: dict[str, float]
+    """A weight of an RMSNorm -> what it was multiplied by."""
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, cuts: Cuts) -> None:
@@ -103,8 +105,9 @@ def _state(
         if key in whole:
             made[key] = copy.deepcopy(value)
         elif isinstance(value, Tensor) and value.shape == p.shape and value.dim():
-            added = change.added.get(name) if key in COPIES else None
-            value = value if added is None else (value.double() + added).to(value.dtype)
+            if key in COPIES and (name in change.added or name in change.scales):
+                new = value.double() * change.scales.get(name, 1.0) + change.added.get(name, 0.0)
+                value = new.to(value.dtype)
             made[key] = shortened(value, change.cuts.get(name, {}))
         else:
             made[key] = copy.deepcopy(value)

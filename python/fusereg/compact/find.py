@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core.arguments import check_type
 from ..core.groups import CoupledChannels, Groups, Member
 from .graph import Inputs, inputs_of, plain_copy, sets_of
+from .heads import with_heads
 from .parts import CONV, Part, Set, slice_channels
 from .probe import checked, generator, randomize
 from .ways import ways_of
@@ -41,9 +42,9 @@ def groups_of(model: nn.Module, example_inputs: object, readers: bool = False) -
     A channel is what convolutions and linear layers make. Where they are added (residual
     connections), concatenated, normalized, or convolved for each channel or group, several layers
     must lose it at once. For each such set, its *members* are what writes the channels: the rows of
-    the weights, the biases, scale and shift of the normalizations between. If the members' slices
-    for a channel are zero, the channel is zero, and :func:`fusereg.compact` removes it. No two sets
-    share a slice of a member.
+    the weights, the biases, scale and shift of the normalizations between. An attention head is one
+    channel. If the members' slices for a channel are zero, the channel is zero, and
+    :func:`fusereg.compact` removes it. No two sets share a slice of a member.
 
     The dependency graph is Torch-Pruning's (Fang et al. 2023, "DepGraph"), built on a copy of the
     model with torch's own layers, and each mapping in it is tried on that copy in float64 with
@@ -118,9 +119,13 @@ def find(model: nn.Module, example_inputs: object, op: str) -> Found:
     operations = _operations(plain, inputs)
     plain.requires_grad_(False)
     sets, failed = checked(plain, traced.sets, inputs)
+    order = {name: i for i, (name, _) in enumerate(plain.named_modules())}
+    sets = sorted(with_heads(plain, traced, sets, inputs), key=lambda s: order[s.name])
+    written = {p.module for s in sets for p in s.writers}
+    kept = {n: why for n, why in (traced.kept | failed).items() if n not in written}
     for found in sets:
         found.operations = _saved(plain, found, operations)
-    return Found(plain, inputs, sets, traced.kept | failed, traced.norms, operations)
+    return Found(plain, inputs, sets, kept, traced.norms, operations)
 
 
 @torch.no_grad()

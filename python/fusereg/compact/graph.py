@@ -22,7 +22,9 @@ from .parts import (
     Set,
     Slot,
     couplings,
+    epsilon_of,
     is_depthwise,
+    name_epsilons,
     slice_channels,
     slots_of,
 )
@@ -146,6 +148,7 @@ def plain_copy(model: nn.Module, op: str) -> nn.Module:
             adapt_back(module)
         elif ORIGINAL in vars(module):
             swap_back(module)
+    name_epsilons(found)
     return found.double().eval().requires_grad_(True)
 
 
@@ -400,6 +403,9 @@ class _Builder:
         for module, role, channels in maps:
             classes = torch.where(channels >= 0, number[channels.clamp_min(0)], channels)
             parts.append(self._part(module, role, classes))
+            owner = parts[-1].of(self.model)
+            if isinstance(module, nn.Parameter) and epsilon_of(owner) is not None:
+                parts.append(Part(parts[-1].module, "in", (), classes))
         return Set(name, size, parts)
 
     def _role(self, dep: Any) -> Role:

@@ -17,7 +17,7 @@ from ..early_stopping import EarlyStopping
 from .carry import Change, carry_optimizer, check_optimizer
 from .find import Found, find, groups_of
 from .graph import plain_copy
-from .parts import cut, cuts_of
+from .parts import cut, cuts_of, name_epsilons, scales_of
 from .plan import Decision, decide, fold, identities
 from .probe import differ, generator
 from .table import Table, make_table
@@ -187,7 +187,9 @@ def _apply(
 ) -> tuple[nn.Module, Change, list[str]]:
     """Return a smaller copy of a model, in float64, and what was done."""
     # In evaluation no layer changes while it is looked at, as spectral_norm does in training.
-    small = copy.deepcopy(model).double().eval()
+    small = copy.deepcopy(model)
+    of_their_type = name_epsilons(small)
+    small.double().eval()
     before = dict(small.named_parameters())
     changed = {
         f"{f.part.module}.{key}" for d in decisions for f in d.folds for key in ("weight", "bias")
@@ -195,8 +197,13 @@ def _apply(
     old = {n: p.detach().clone() for n, p in before.items() if n in changed}
     new = fold(small, decisions, found.norms)
     added = {n: before[n].detach() - p for n, p in old.items()}
-    cuts = cuts_of(small, [(d.found, d.removed) for d in decisions])
-    cut(small, cuts)
+    chosen = [(d.found, d.removed) for d in decisions]
+    scales = scales_of(small, cuts_of(small, chosen))
+    cuts = cut(small, chosen)
+    scaled = {id(small.get_submodule(name.rpartition(".")[0])) for name in scales}
+    for norm in of_their_type:
+        if id(norm) not in scaled:
+            norm.eps = None
     notes = [f"{name}: nn.Identity, for its branch is zero" for name in gone]
     for name in gone:
         owner, _, key = name.rpartition(".")
@@ -205,7 +212,8 @@ def _apply(
     new = [n for n in new if n in names]
     notes += [f"{name}: new, for the constants that its layer reads" for name in new]
     weights = {n: f"{n.rpartition('.')[0]}.weight" for n in new}
-    return small, Change(cuts, {n: a for n, a in added.items() if a.any()}, weights), notes
+    change = Change(cuts, {n: a for n, a in added.items() if a.any()}, weights, scales)
+    return small, change, notes
 
 
 @torch.no_grad()

@@ -39,6 +39,14 @@ class Part(NamedTuple):
         return model.get_submodule(self.module)
 
 
+class Number(NamedTuple):
+    """A number that a module keeps of a set's channels: so many for each."""
+
+    module: str
+    key: str
+    each: int
+
+
 @dataclass
 class Set:
     """A set of coupled channels."""
@@ -49,6 +57,9 @@ class Set:
     operations: Tensor = field(
         default_factory=lambda: torch.zeros(0, dtype=torch.float64, device="cpu")
     )
+    numbers: tuple[Number, ...] = ()
+    width: int = 1
+    """Slices of a reader for each channel: an attention head has several."""
 
     @property
     def writers(self) -> list[Part]:
@@ -110,6 +121,43 @@ def couplings(layer: nn.Module, role: Role) -> Iterator[list[int]]:
             yield list(range(i, i + each))
 
 
+@torch.no_grad()
+def epsilon_of(norm: nn.Module) -> str | None:
+    """Return where a module keeps its epsilon if it computes w x / sqrt(mean(x^2) + epsilon)."""
+    weight = norm._parameters.get("weight")
+    if weight is None or weight.dim() != 1 or len(list(norm.parameters())) != 1:
+        return None
+    for key in ("eps", "variance_epsilon"):
+        epsilon = getattr(norm, key, None)
+        if isinstance(epsilon, float):
+            x = torch.linspace(-1, 2, 2 * len(weight), dtype=weight.dtype, device=weight.device)
+            x = x.view(2, -1)
+            try:
+                made = norm(x)
+            except Exception:  # it is no function of one tensor of these channels
+                return None
+            wanted = weight * x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+            alike = isinstance(made, Tensor) and made.shape == x.shape
+            return key if alike and torch.allclose(made.to(x), wanted, 1e-3, 1e-5) else None
+    return None
+
+
+def name_epsilons(model: nn.Module) -> list[nn.RMSNorm]:
+    """Give RMSNorms that take epsilon from the type of their numbers that of their weight's type.
+
+    Returns:
+        Those that had none.
+    """
+    found = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.RMSNorm) and m.eps is None and isinstance(m.weight, Tensor)
+    ]
+    for norm in found:
+        norm.eps = torch.finfo(norm.weight.dtype).eps
+    return found
+
+
 # --- cutting --------------------------------------------------------------------------------------
 
 #: For each tensor of a model, by name: the indices that stay, for each dimension that is cut.
@@ -144,11 +192,36 @@ def shortened(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
     return tensor.clone() if not cuts else tensor.contiguous()
 
 
+def scales_of(model: nn.Module, cuts: Cuts) -> dict[str, float]:
+    """Return the factor of each RMSNorm's weight that is cut.
+
+    A mean over C' of C channels, where the others are zero, is C / C' times as large. With sqrt(C /
+    C') in the weight and C / C' in epsilon, the result is the same.
+    """
+    found = {}
+    for name, by_dim in cuts.items():
+        owner, _, key = name.rpartition(".")
+        norm = model.get_submodule(owner)
+        if key == "weight" and epsilon_of(norm) is not None:
+            found[name] = (len(norm.weight) / len(by_dim[0])) ** 0.5  # type: ignore[arg-type]
+    return found
+
+
 @torch.no_grad()
-def cut(model: nn.Module, cuts: Cuts) -> None:
-    """Cut the tensors of a model in place and set the sizes that its layers keep beside them."""
+def cut(model: nn.Module, sets: Iterable[tuple[Set, Tensor]]) -> Cuts:
+    """Remove the channels given by a mask from a model in place; return what stays of its tensors.
+
+    The sizes that layers keep beside their tensors are set as well.
+    """
+    sets = list(sets)
+    cuts = cuts_of(model, sets)
     new: dict[int, Tensor] = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    for name, scale in scales_of(model, cuts).items():
+        norm = modules[name.rpartition(".")[0]]
+        norm.weight.mul_(scale)
+        key = epsilon_of(norm) or ""
+        setattr(norm, key, getattr(norm, key) * scale**2)
     for name, by_dim in cuts.items():
         owner, _, key = name.rpartition(".")
         tensor = getattr(modules[owner], key)
@@ -163,6 +236,10 @@ def cut(model: nn.Module, cuts: Cuts) -> None:
                     tensors[key] = new[id(tensor)]
     for owner in {name.rpartition(".")[0] for name in cuts}:
         _set_sizes(modules[owner])
+    for found, removed in sets:
+        for number in found.numbers:
+            setattr(modules[number.module], number.key, number.each * int((~removed).sum()))
+    return cuts
 
 
 def _set_sizes(module: Any) -> None:
@@ -181,6 +258,8 @@ def _set_sizes(module: Any) -> None:
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, nn.RMSNorm) and isinstance(module.weight, Tensor):
+        module.normalized_shape = tuple(module.weight.shape)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = module.weight.numel()
     elif isinstance(module, (BATCH_NORM, INSTANCE_NORM)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -96,11 +97,15 @@ def _decide(
     for part in found.readers:
         layer, range_ = part.of(model), seen[part.module]
         mine = part.channels >= 0
-        unread = (columns(layer)[1] == 0).all(0).cpu()
         fixed = (constant[part.module] & range_.constant()).cpu()
         values = range_.low.cpu()
         scale = torch.maximum(range_.high.abs(), range_.low.abs()).max().cpu()
-        nothing = unread | (fixed & (values.abs() <= 1e-15 * scale))
+        zero = fixed & (values.abs() <= 1e-15 * scale)
+        if part.slots:
+            unread = (columns(layer)[1] == 0).all(0).cpu()
+        else:  # an RMSNorm, where a constant is a part of the mean
+            unread, fixed = torch.zeros_like(mine), zero
+        nothing = unread | zero
         live[part.channels[mine & ~nothing & ~fixed]] = True
         read[part.channels[mine & ~unread]] = True
         feeds = mine & ~nothing & fixed
@@ -224,12 +229,13 @@ def _keep(decision: Decision, removed: Tensor) -> None:
 def _round(decision: Decision, round_to: int) -> None:
     """Keep more channels, up to a multiple."""
     stay = int((~decision.removed).sum())
-    missing = min(-stay % round_to, len(decision.removed) - stay)
+    multiple = round_to // math.gcd(round_to, decision.found.width)
+    missing = min(-stay % multiple, len(decision.removed) - stay)
     if missing:
         removed = decision.removed.clone()
         removed[removed.nonzero().flatten()[:missing]] = False
         _keep(decision, removed)
-        decision.notes.append(f"{missing} zero channels stay to make a multiple of {round_to}")
+        decision.notes.append(f"{missing} zero channels stay to make a multiple of {multiple}")
 
 
 # --- folding --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .graph import Inputs
-from .parts import BATCH_NORM, CONV, INSTANCE_NORM, Part, Set, cut, cuts_of, slice_channels
+from .parts import BATCH_NORM, CONV, INSTANCE_NORM, Part, Set, cut, slice_channels
 
 _ATEN = torch.ops.aten
 #: Activations that are flat somewhere: a channel may look constant for the numbers at hand alone.
@@ -188,6 +188,18 @@ def silence(model: nn.Module, parts: Iterable[Part], removed: Tensor) -> None:
                 tensor.index_fill_(dim, slices.to(tensor.device), 0)
 
 
+def hide(model: nn.Module, parts: Iterable[Part], removed: Tensor) -> None:
+    """Let readers without a weight for each channel, RMSNorms, read zeros for the given ones."""
+
+    def hook(zero: Tensor) -> Callable[[Any, tuple[Any, ...]], Any]:
+        return lambda _, args: (args[0].masked_fill(zero.to(args[0].device), 0), *args[1:])
+
+    for part in parts:
+        if not part.slots:
+            zero = removed[part.channels.clamp_min(0)] & (part.channels >= 0)
+            part.of(model).register_forward_pre_hook(hook(zero))
+
+
 @torch.no_grad()
 def scramble(model: nn.Module, parts: Iterable[Part], removed: Tensor, seed: int) -> None:
     """Set what the parts have for the given channels to random numbers."""
@@ -297,6 +309,7 @@ def _moves(
     probe = copy.deepcopy(model)
     for found in sets:
         silence(probe, found.readers, chosen[found.name])
+        hide(probe, found.readers, chosen[found.name])
 
     def change() -> None:
         for i, found in enumerate(sets):
@@ -321,14 +334,14 @@ def _cannot_be_cut(
     return _changes(
         probe,
         inputs,
-        lambda: cut(probe, cuts_of(probe, [(s, chosen[s.name]) for s in sets])),
+        lambda: cut(probe, [(s, chosen[s.name]) for s in sets]),
         "forward does not work with fewer channels",
         "forward computes something else with fewer channels",
     )
 
 
 def _changes(
-    probe: nn.Module, inputs: Inputs, change: Callable[[], None], fails: str, differs: str
+    probe: nn.Module, inputs: Inputs, change: Callable[[], object], fails: str, differs: str
 ) -> str | None:
     """Return what is wrong if the outputs are others after a change; None if they are not."""
     before = _outputs(probe, inputs)
