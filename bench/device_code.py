@@ -87,8 +87,6 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(r"^optim::(?:clip|norm)_kernel", share=90.0),
     # FTRL's four numbers of the last step lie side by side, where no vector fits them.
     Bound(r"^optim::optimizer_kernel<3,", split=3),
-    # The norms of LAMB: both sums of a row in float64 beside the vectors.
-    Bound(r"^optim::optimizer_kernel<8, false", spill=16),
     # Two results of a call may lie side by side.
     Bound(r"^cross_entropy::cross_entropy_finish_kernel", split=1),
     Bound(r"^cross_entropy::cross_entropy_(?:forward|backward)_kernel<double", spill=8),
@@ -586,10 +584,12 @@ def disassemble(file: Path) -> str:
 def short_names(names: Sequence[str]) -> list[str]:
     """Return the kernels' names and template arguments in C++, without namespaces."""
     plain = _output("c++filt", given="\n".join(names)).splitlines()
-    noise = r"^void |\(anonymous namespace\)::|\b(?:fusereg|cuda|std)::|\((?:\w+::)+\w+\)(?=\d)"
+    noise = r"^void |\(anonymous namespace\)::|\b(?:fusereg|cuda|std)::"
+    types = r"\((?:\w+::)*\w+\)(?=\d)"
     found = []
     for name in plain:
-        room, _, rest = re.sub(noise, "", name).partition("(")[0].partition("::")
+        text = re.sub(types, "", re.sub(noise, "", name))
+        room, _, rest = text.partition("(")[0].partition("::")
         found.append(f"{room}::{rest.replace(f'{room}::', '')}" if rest else room)
     return found
 

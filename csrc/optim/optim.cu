@@ -149,7 +149,10 @@ __global__ void __launch_bounds__(kThreads, kRows ? 1 : 2)
       if constexpr (algorithm == Algorithm::kLambNorms) {
         double sums[2] = {shares.square, shares.update};
         cuda::block_sum(sums);
-        if (threadIdx.x < 2) t.head.norm_slots[2 * task + threadIdx.x] = sums[threadIdx.x];
+        // Indexed by the thread, they would lie in local memory.
+        if (threadIdx.x < 2) {
+          t.head.norm_slots[2 * task + threadIdx.x] = threadIdx.x == 0 ? sums[0] : sums[1];
+        }
         return;
       }
       if (l1 != 0.0) value += l1 * shares.absolute;
