@@ -16,7 +16,15 @@ from fusereg.backend import fusereg_backend
 from hostile_models import Plain
 from plain_models import basic, bottleneck, close, mlp, same_state, without_dropout
 from test_hostile import agree, results, same, twins
-from unusual_models import CASES, FACTOR, LIMITS, Descriptor
+from unusual_models import (
+    CASES,
+    FACTOR,
+    LIMITS,
+    Descriptor,
+    EnumByText,
+    EnumByValue,
+    EnumProperty,
+)
 
 Make = Callable[[], nn.Module]
 _BY_NAME = {make.__name__: make for make in CASES}
@@ -152,3 +160,11 @@ def test_run_another_way_it_computes_the_same(way: Any, make: Make) -> None:
         if way is not replica or not training:
             continue
         same_state(m, plain, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("make", "fused"), [(EnumByValue, True), (EnumByText, True), (EnumProperty, False)]
+)
+def test_members_of_plain_enumerations_are_values(make: Any, fused: bool) -> None:
+    m = fusereg.convert(make())
+    assert bool(getattr(m, "fusereg_plans", ())) is fused
