@@ -368,15 +368,15 @@ def antialiasing() -> Figure:
     """Draw a zone plate that is made smaller and turned."""
     from fusereg.augment import Augment
 
-    at = torch.arange(400, dtype=torch.float64) - 199.5
+    at = torch.arange(160, dtype=torch.float64) - 79.5
     radius = at[:, None].square() + at[None].square()
-    plate = (127.5 + 127.5 * torch.cos(torch.pi / 400 * radius)).round().to(torch.uint8)
-    shown = {"input, 400 x 400": plate}
+    plate = (127.5 + 127.5 * torch.cos(torch.pi / 160 * radius)).round().to(torch.uint8)
+    shown = {"input, 160 x 160": plate}
     for name, antialias in (("without antialiasing", False), ("with antialiasing", True)):
-        how = Augment(100, degrees=(20, 20), crop="none", antialias=antialias, fill=128.0)
+        how = Augment(40, degrees=(20, 20), crop="none", antialias=antialias, fill=128.0)
         shown[name] = (how(plate[None, None])[0, 0] * 255).round().to(torch.uint8)
     figure = new_figure(
-        9.5, 3.8, "A zone plate, smaller and turned", "100 x 100 pixels, turned by 20 degrees"
+        7.0, 3.1, "A zone plate, smaller and turned", "40 x 40 pixels, turned by 20 degrees"
     )
     for axes, (name, image) in zip(figure.subplots(1, 3), shown.items(), strict=True):
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
