@@ -1,5 +1,4 @@
 // fusereg._C: cross-entropy. Contract: cross_entropy.h, _C.pyi.
-#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>

@@ -346,7 +346,7 @@ class JobBuilder {
       if (!tensor) return kNeedsState;
       TensorView s;
       const bool numbers = job_.algorithm == Algorithm::kFtrl;  // a LastStep
-      if (read_tensor(tensor, s) != Kind::kPlain || s.device != device_ ||
+      if (read_gradient(tensor, s) != Kind::kPlain || s.device != device_ ||
           s.numel != (numbers ? 4 : 1) || !s.dense() ||
           (numbers ? s.dtype != widest(p)
                    : s.dtype != DType::kFloat32 && s.dtype != DType::kFloat64))
