@@ -341,12 +341,11 @@ class CrossEntropy : public AtOnce {
     if (tensors == nullptr) return nullptr;
     const auto tensor = [tensors](int i) { return py::reinterpret_borrow<py::object>(tensors[i]); };
     const py::object grad_x = empty_like(tensors[0]);
-    if (cross_entropy::backward(grad_x, py::reinterpret_borrow<py::object>(grads[0]), tensor(0),
-                                tensor(1), tensor(2), tensor(3), tensor(4),
-                                py::reinterpret_borrow<py::object>(constants[4]),
-                                PyFloat_AsDouble(constants[0]), PyLong_AsLongLong(constants[1]),
-                                static_cast<int>(PyLong_AsLong(constants[2])),
-                                Call::kOp) != kDone) {
+    if (cross_entropy::backward(
+            grad_x, py::reinterpret_borrow<py::object>(grads[0]), tensor(0), tensor(1), tensor(2),
+            tensor(3), tensor(4), py::reinterpret_borrow<py::object>(constants[4]),
+            PyFloat_AsDouble(constants[0]), PyLong_AsLongLong(constants[1]),
+            static_cast<int>(PyLong_AsLong(constants[2])), Call::kOp) != kDone) {
       return nullptr;
     }
     return PyTuple_Pack(6, grad_x.ptr(), Py_None, Py_None, Py_None, Py_None, Py_None);
