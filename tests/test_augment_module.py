@@ -84,6 +84,7 @@ def oracle(x: Tensor, params: AugmentParams, erase_noise: bool) -> Tensor:
         shift=-mean / std,
         erase=torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64),
         erase_noise=erase_noise,
+        antialias=True,
     )
 
 
@@ -199,7 +200,7 @@ def test_evaluation_is_the_central_crop_normalized() -> None:
     torch.testing.assert_close(y, want)
     assert torch.equal(labels, torch.arange(5))
     whole = everything().eval()(x)
-    resized = torch.nn.functional.interpolate(x, (14, 17), mode="bilinear")
+    resized = torch.nn.functional.interpolate(x, (14, 17), mode="bilinear", antialias=True)
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     torch.testing.assert_close(whole, (resized - mean) / std, rtol=1e-4, atol=1e-4)
 
