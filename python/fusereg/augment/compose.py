@@ -269,7 +269,7 @@ class _Watch:
         for item in transforms:
             if type(item).__module__.startswith(_READ):
                 self._keep(vars(item))
-                self._look(_transforms_in(item) or getattr(item, "transforms", ()))
+                self._look(_transforms_in(item) or getattr(item, "transforms", None) or ())
 
     def _copied(self, value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -87,20 +87,20 @@ class Node:
             frozen = isinstance(like, Mapping) and not isinstance(like, MutableMapping)
             if plain or frozen or type(like) is dict:
                 return pairs
-            made = copy.copy(like)
+            made: Any = copy.copy(like)
             for key, value in pairs.items():
                 if isinstance(like, Mapping):
-                    made[key] = value  # type: ignore[index]
+                    made[key] = value
                 else:
                     object.__setattr__(made, key, value)
             return made
         if plain:  # what torch knows of other classes is how some are made, or nothing
             return tuple(values) if isinstance(like, tuple) else values
         if isinstance(like, tuple):  # a class of its own may be made in another way
-            made = tuple.__new__(type(like), values)
+            row = tuple.__new__(type(like), values)
             if hasattr(like, "__dict__"):
-                vars(made).update(vars(like))
-            return made
+                vars(row).update(vars(like))
+            return row
         made = copy.copy(like)
         made[:] = values
         return made
