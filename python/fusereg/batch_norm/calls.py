@@ -313,7 +313,7 @@ def _hands_on(module: nn.Module, wrapper: Any) -> bool:
 
 
 def _is_handed_on(
-    module: nn.Module, node: ast.expr, parents: dict[ast.AST, ast.AST], names: set[str]
+    module: nn.Module, node: ast.AST, parents: dict[ast.AST, ast.AST], names: set[str]
 ) -> bool:
     """Return whether the module goes into a call of these functions, or a setting of it is read."""
     parent = parents[node]

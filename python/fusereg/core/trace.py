@@ -506,7 +506,7 @@ class _Tracer:
 
     def isinstance(self, value: Any, kinds: Any) -> bool:
         """Stand for the builtin ``isinstance``, where the answer is known or can be checked."""
-        of = [
+        of: list[Any] = [
             _get(kind, "_of") if type(kind) is _Class else getattr(kind, "function", kind)
             for kind in (kinds if type(kinds) is tuple else (kinds,))
         ]

@@ -313,7 +313,8 @@ def dropout_norm(
         type(p) is type(eps) is float
         and 0.0 <= p <= 1.0
         and eps >= 0.0
-        and source.seed is source.generator is None
+        and source.seed is None
+        and source.generator is None
         and not index_offset
         and not (weight is None and bias is not None)
         and not dispatch.is_dynamo_compiling()
