@@ -11,7 +11,7 @@ from fusereg.batch_norm.op import batch_norm
 from fusereg.core import draws
 from fusereg.cross_entropy.op import cross_entropy
 from fusereg.dropout_norm.op import norm
-from fusereg.fused_dropout.op import activate
+from fusereg.fused_dropout.op import activate, add
 from fusereg.gaussian_dropout.op import noise
 
 
@@ -21,7 +21,7 @@ def kernels_by_name() -> Iterator[None]:
     with ExitStack() as stack:
         for name in ("batch_norm_at_once", "cross_entropy_at_once"):
             stack.enter_context(mock.patch.object(_C, name, return_value=None))
-        for operator in (draws.mask, noise, activate, batch_norm, norm, cross_entropy):
+        for operator in (draws.mask, noise, activate, add, batch_norm, norm, cross_entropy):
             forward, backward = operator.general
             function = operator._function
             stack.enter_context(mock.patch.object(function, "forward", staticmethod(forward)))

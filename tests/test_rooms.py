@@ -26,7 +26,7 @@ SOURCE_SUFFIXES = {".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".cmake", ".sh"}
 MAX_LINES = 700
 #: What a file that is compiled once per instruction set may include of the standard library: no
 #: inline function, compiled with AVX-512, that the linker could keep for everybody.
-ISA_HEADERS = {"cstdint", "cstring", "immintrin.h"}
+ISA_HEADERS = {"arm_neon.h", "cstdint", "cstring", "immintrin.h"}
 
 
 def rooms(root: Path) -> list[str]:

@@ -17,6 +17,9 @@ And the recipes that people train with (fusereg.augment.recipes), of 64 (quick: 
 - ``evaluation``: 400 x 500, Resize(256), CenterCrop(224), normalized;
 - ``segmentation``: 400 x 500 and their masks, RandomResize(160 to 639), flip, RandomCrop(288),
   normalized.
+- ``policy``: 224 x 224, RandomResizedCrop(224), flip, TrivialAugmentWide, normalized, one in ten
+  erased, as torchvision trains;
+- ``timm``: 224 x 224, timm's recipe with "rand-m9-mstd0.5-inc1", one in four erased by noise.
 
 By contract each byte of the input (``crop``: of the windows) is read once and each element of the
 result written once. Images a second are 64 (quick: 8) over the time. Providers:
@@ -28,6 +31,7 @@ result written once. Images a second are 64 (quick: 8) over the time. Providers:
 - ``kornia``, ``torchvision v2``: their transforms, with different parameters for each sample (the
   latter in a loop over the images). torchvision's transforms need none of its C++ operators; where
   those are missing, stand-ins are declared so that it can be imported.
+- ``timm``: ``timm.data.create_transform``, image by image, of PIL's images.
 - ``cv2``, ``cv2 x 2``: ``warpAffine`` with the composed matrices, image by image, on one thread and
   on two.
 - ``fusereg``: ``warp_affine``, ``crop_flip_normalize`` or ``resize``, given the same parameters as
@@ -56,8 +60,8 @@ from fusereg import augment
 from ..harness import EAGER, Accuracy, Call, Case, Options, Provider, Workload
 from ..harness.layers import FORWARD, relative_error, results, timed, tolerances
 
-UINT8, KORNIA, TORCHVISION = "interpolate uint8", "kornia", "torchvision v2"
-PROVIDERS = (EAGER, UINT8, KORNIA, TORCHVISION, "cv2", "cv2 x 2", "fusereg", "Augment")
+UINT8, KORNIA, TORCHVISION, PIL = "interpolate uint8", "kornia", "torchvision v2", "timm"
+PROVIDERS = (EAGER, UINT8, KORNIA, TORCHVISION, PIL, "cv2", "cv2 x 2", "fusereg", "Augment")
 
 SIDE, SIZE = 224, 192
 LARGE, SMALL = 384, 224  # resize
@@ -65,9 +69,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WARP, CROP, RESIZE = "warp", "crop", "resize"
 RECIPE, LIST, EVALUATION, SEGMENTATION = "recipe", "recipe list", "evaluation", "segmentation"
 ROTATION, DEGREES = "rotation", 15
+POLICY, TIMM = "policy", "timm"
 PHOTO, BASE, WINDOW = (400, 500), 320, 288
 
 # grid_sample has float32 coordinates over the whole image.
+_STRING = "rand-m9-mstd0.5-inc1"
 _TOLERANCE = tolerances(1e-5, 1e-4, 2e-3, 1.6e-2)
 
 
@@ -101,7 +107,7 @@ def cases(options: Options) -> list[Case]:
         for dtype in options.dtypes
     ] + [
         _recipe_case(mode, batch, name, layout, options)
-        for mode in (RECIPE, ROTATION, LIST, EVALUATION, SEGMENTATION)
+        for mode in (RECIPE, ROTATION, LIST, EVALUATION, SEGMENTATION, POLICY, TIMM)
         for name, layout in layouts.items()
         if mode != LIST or not (name or options.device.type == "cuda")
     ]
@@ -111,7 +117,7 @@ def _recipe_case(
     mode: str, batch: int, name: str, layout: torch.memory_format, options: Options
 ) -> Case:
     """Return the case of a recipe; its result is float32."""
-    height, width = (450, 450) if mode == LIST else PHOTO
+    height, width = {LIST: (450, 450), POLICY: (SIDE, SIDE), TIMM: (SIDE, SIDE)}.get(mode, PHOTO)
     side = WINDOW if mode == SEGMENTATION else SMALL
     elements = batch * 3 * side * side
     shape = f"{batch}x3x300-600" if mode == LIST else f"{batch}x3x{height}x{width}{name}"
@@ -125,7 +131,9 @@ def _recipe_case(
         elements=elements,
         bytes_moved=batch * 3 * height * width + elements * 4,
         memory=batch * 3 * height * width * 64,
-        setup=functools.partial(_setup_recipe, mode, batch, layout, options),
+        setup=functools.partial(
+            _setup_policy if mode in (POLICY, TIMM) else _setup_recipe, mode, batch, layout, options
+        ),
     )
 
 
@@ -325,6 +333,47 @@ def _setup(
     data = _Data(batch, layout, dtype, options.device, LARGE if mode == RESIZE else SIDE)
     providers = {WARP: _warps, CROP: _crops, RESIZE: _resizes}[mode](data)
     return Workload(providers, lambda call: _check(data, mode, call))
+
+
+def _setup_policy(mode: str, batch: int, layout: torch.memory_format, options: Options) -> Workload:
+    """Return the recipe with a policy of each image, beside its own library's."""
+    x = _smooth(batch, SIDE, SIDE, torch.Generator().manual_seed(0)).to(options.device)
+    x = x.contiguous(memory_format=layout)
+
+    def ours() -> Callable[[], Tensor]:
+        if mode == POLICY:
+            chain = augment.recipes.torchvision_classification(SMALL, policy="ta_wide", erase=0.1)
+        else:
+            chain = augment.recipes.timm_imagenet(_STRING, SMALL, reprob=0.25, remode="pixel")
+        return lambda: chain(x)
+
+    def torchvision() -> Callable[[], Tensor]:
+        v2 = torchvision_transforms()
+        end = [
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+            v2.RandomErasing(0.1),
+        ]
+        start = [v2.RandomResizedCrop(SMALL, antialias=True), v2.RandomHorizontalFlip(0.5)]
+        chain = v2.Compose([*start, v2.TrivialAugmentWide(), *end])
+        return lambda: torch.stack([chain(image) for image in x])
+
+    def timm() -> Callable[[], Tensor]:
+        torchvision_transforms()  # timm imports torchvision
+        image = importlib.import_module("PIL.Image")
+        create = importlib.import_module("timm.data").create_transform
+        how = {"re_prob": 0.25, "re_mode": "pixel", "interpolation": "bicubic"}
+        chain = create(SMALL, is_training=True, auto_augment=_STRING, color_jitter=None, **how)
+        images = [image.fromarray(one.permute(1, 2, 0).contiguous().cpu().numpy()) for one in x]
+        return lambda: torch.stack([chain(one) for one in images])
+
+    providers = [_provider("fusereg", ours, _DRAWS)]
+    theirs, name, package = (
+        (torchvision, TORCHVISION, "torchvision") if mode == POLICY else (timm, PIL, "timm")
+    )
+    if importlib.util.find_spec(package) is not None:
+        providers.insert(0, _provider(name, theirs, "image by image"))
+    return Workload(providers, lambda call: _spread(call, batch, SMALL))
 
 
 # --- providers ------------------------------------------------------------------------------------

@@ -107,12 +107,15 @@ std::int64_t fused_dropout_partials(std::int64_t numel, std::int64_t columns) {
   return std::max(cpu.width * cpu.count, cuda.width * cuda.count);
 }
 
+// The name of a capsule with memory of this file, in the place of the tensor `partials`.
+constexpr char kPartials[] = "fusereg.fused_dropout.partials";
+
 // grad_x = dropout(grad), grad_bias = its sum over all but the last dimension.
-// memory: in the place of `partials`, or null.
-int bias_backward_with(double* memory, const py::object& grad_x, const py::object& grad_bias,
-                       const py::object& grad, const py::object& partials,
-                       const py::object& counters, const py::object& seed, const py::object& offset,
-                       double p, const py::object& index_offset, const char* op) {
+int fused_dropout_bias_backward(const py::object& grad_x, const py::object& grad_bias,
+                                const py::object& grad, const py::object& partials,
+                                const py::object& counters, const py::object& seed,
+                                const py::object& offset, double p, const py::object& index_offset,
+                                const char* op) {
   Job job;
   job.form = Form::kBiasBackward;
   set_draw(job, p, op);
@@ -123,8 +126,9 @@ int bias_backward_with(double* memory, const py::object& grad_x, const py::objec
   }
   job.grad_bias = vector.data;
   job.columns = vector.numel;
-  job.partials = memory;
-  if (memory == nullptr) {
+  if (PyCapsule_IsValid(partials.ptr(), kPartials) != 0) {
+    job.partials = static_cast<double*>(PyCapsule_GetPointer(partials.ptr(), kPartials));
+  } else {
     slots = tensor_argument(partials, op, "partials");
     if (slots.dtype != DType::kFloat64 || slots.device != in.device || !slots.dense() ||
         slots.numel < fused_dropout_partials(job.numel, job.columns)) {
@@ -142,15 +146,6 @@ int bias_backward_with(double* memory, const py::object& grad_x, const py::objec
   job.random = seed_argument(seed, offset, in.device, op);
   run_job(job, in.device, job.numel);
   return kDone;
-}
-
-int fused_dropout_bias_backward(const py::object& grad_x, const py::object& grad_bias,
-                                const py::object& grad, const py::object& partials,
-                                const py::object& counters, const py::object& seed,
-                                const py::object& offset, double p, const py::object& index_offset,
-                                const char* op) {
-  return bias_backward_with(nullptr, grad_x, grad_bias, grad, partials, counters, seed, offset, p,
-                            index_offset, op);
 }
 
 // The eager autograd function of `add` (core/at_once.h). ctx.rest is that of dropout, whose
@@ -210,10 +205,10 @@ class Add : public AtOnce {
       grad_bias = new_like(grad, {columns});
       const auto slots = static_cast<std::size_t>(fused_dropout_partials(in.numel, columns));
       const std::unique_ptr<double[]> memory(new double[slots]);
-      if (bias_backward_with(memory.get(), grad_x, grad_bias, grad, py::none(), py::none(),
-                             object(PyTuple_GET_ITEM(items[0], 0)),
-                             object(PyTuple_GET_ITEM(items[0], 1)), p, object(items[4]),
-                             op) != kDone) {
+      if (fused_dropout_bias_backward(grad_x, grad_bias, grad, py::capsule(memory.get(), kPartials),
+                                      py::none(), object(PyTuple_GET_ITEM(items[0], 0)),
+                                      object(PyTuple_GET_ITEM(items[0], 1)), p, object(items[4]),
+                                      op) != kDone) {
         return nullptr;
       }
       if (!wanted(0)) grad_x = py::none();
