@@ -101,6 +101,17 @@ def test_whole_heads_go_and_further_training_is_the_same(name: str) -> None:
     assert off(small(x), model(x)) < 1e-9
 
 
+def test_attentions_that_share_layers_keep_their_heads() -> None:
+    model, x = Layer(nn.Sequential(Attention("outer"), Attention("outer")), nn.LayerNorm), None
+    first, second = model.attention
+    second.qkv, second.o = first.qkv, first.o
+    x = torch.randn(2, 6, 5)
+    groups = fusereg.groups_of(model, x)
+    assert "attention.0.qkv" in groups.kept
+    before = model(x)
+    assert off(fusereg.compact(model, x)(x), before) < 1e-12
+
+
 def test_heads_are_rounded_by_their_rows() -> None:
     model, x = Layer(Attention("outer"), nn.LayerNorm), torch.randn(2, 6, 5)
     for group in fusereg.groups_of(model, x):
@@ -137,7 +148,27 @@ class Fixed(Attention):
         return self.o(y.reshape(n, length, WIDTH))
 
 
-@pytest.mark.parametrize("attention", [Bias, lambda: Fixed("outer")])
+class Uneven(Attention):
+    """A factor by the place of a head."""
+
+    def __init__(self, training: bool = False) -> None:
+        super().__init__("outer")
+        self.in_training = training
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, length, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        if not self.in_training:
+            y = y * (torch.arange(self.n_heads) % 2 + 1.0)[:, None, None]
+        elif self.training:
+            y = y * (self.n_heads / HEADS)
+        return self.o(y.transpose(1, 2).reshape(n, length, -1))
+
+
+@pytest.mark.parametrize(
+    "attention", [Bias, lambda: Fixed("outer"), Uneven, lambda: Uneven(training=True)]
+)
 def test_heads_that_forward_counts_by_itself_stay(attention: Callable[[], nn.Module]) -> None:
     model, x = Layer(attention(), nn.LayerNorm), torch.randn(2, 6, 5)
     groups = fusereg.groups_of(model, x)

@@ -104,6 +104,33 @@ def elsewhere(forward: Any) -> Any:
     return wrapper
 
 
+def with_a_setting(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def wrapper(self: Any, x: Tensor) -> Any:
+        return forward(self, x) * wrapper.scale  # type: ignore[attr-defined]
+
+    wrapper.scale = 1.0  # type: ignore[attr-defined]
+    return wrapper
+
+
+def with_a_count(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def wrapper(self: Any, x: Tensor) -> Any:
+        wrapper.calls += 1  # type: ignore[attr-defined]
+        return forward(self, x)
+
+    wrapper.calls = 0  # type: ignore[attr-defined]
+    return wrapper
+
+
+def with_a_setting_by_name(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def wrapper(self: Any, x: Tensor) -> Any:
+        return forward(self, x) if getattr(wrapper, "enabled", True) else x
+
+    return wrapper
+
+
 FUSED: dict[str, list[Decorator]] = {
     "passes": [passes],
     "renames": [renames],
@@ -122,6 +149,9 @@ LEFT: dict[str, list[Decorator]] = {
     "compares it": [compares],
     "an object": [Holder],
     "held elsewhere": [elsewhere],
+    "has a setting": [with_a_setting],
+    "has a count": [with_a_count],
+    "has a setting by name": [with_a_setting_by_name],
     "compiled": [torch.compile(backend="eager")],
     "one of them": [passes, reads_code],
 }

@@ -227,6 +227,10 @@ def test_logits_that_cannot_be_overwritten_are_refused() -> None:
     target = torch.tensor([0, 3, 5])
     with pytest.raises(ValueError, match="leaf"):
         F.cross_entropy(leaf, target, inplace_backward=True)
+    for view in (leaf.view(3, 6), leaf[:], leaf.T.T, leaf[None][0]):
+        for kind in (target, leaf.detach().softmax(1), MixedLabels(target, target, torch.ones(3))):
+            with pytest.raises(ValueError, match="view of a leaf"):
+                F.cross_entropy(view, kind, inplace_backward=True)
     with pytest.raises(ValueError, match="contiguous"):
         F.cross_entropy((leaf * 1)[:, ::2], target.clamp(max=2), inplace_backward=True)
     with torch.no_grad():

@@ -120,7 +120,8 @@ def find(model: nn.Module, example_inputs: object, op: str) -> Found:
     plain.requires_grad_(False)
     sets, failed = checked(plain, traced.sets, inputs)
     order = {name: i for i, (name, _) in enumerate(plain.named_modules())}
-    sets = sorted(with_heads(plain, traced, sets, inputs), key=lambda s: order[s.name])
+    sets, inputs = with_heads(plain, traced, sets, inputs)
+    sets.sort(key=lambda s: order[s.name])
     written = {p.module for s in sets for p in s.writers}
     kept = {n: why for n, why in (traced.kept | failed).items() if n not in written}
     for found in sets:

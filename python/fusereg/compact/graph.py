@@ -381,7 +381,10 @@ class _Builder:
             channels = torch.full((size,), -1, dtype=torch.int64, device="cpu")
             for i, root in zip(item.idxs, roots, strict=True):
                 if not 0 <= i < size:
-                    raise _Unknown(f"the dependency graph names channel {i} of {size}")
+                    raise _Unknown(
+                        f"the dependency graph takes {self.names.get(id(module), 'an operation')}, "
+                        f"which has {size} slices, for one with a slice for each channel"
+                    )
                 if channels[i] >= 0:
                     joined.join(int(channels[i]), int(root))
                 channels[i] = int(root)

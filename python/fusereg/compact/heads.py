@@ -12,16 +12,21 @@ from torch import nn
 from .graph import Inputs, Traced
 from .parts import Number, Part, Set, slots_of
 from .probe import checked
+from .ways import Way
 
 _SIZES = ("dim", "size", "width", "features", "channels")
 
 
-def with_heads(model: nn.Module, traced: Traced, sets: list[Set], inputs: Inputs) -> list[Set]:
-    """Return the sets, and those of attention heads of other layers that pass the probes.
+def with_heads(
+    model: nn.Module, traced: Traced, sets: list[Set], inputs: Inputs
+) -> tuple[list[Set], Inputs]:
+    """Return the sets, those of attention heads of other layers that pass the probes, and inputs.
 
     How a layer's rows are cut into heads is no part of a model's graph, so the ways that the sizes
-    kept in its attention module allow are tried one after the other.
+    kept in its attention module allow are tried one after the other. They are tried in training as
+    well, which may depend on the number of heads where evaluation does not.
     """
+    plain, inputs = inputs, _in_training(model, inputs)
     waiting: dict[str, list[Set]] = {}
     for found in (*traced.sets, *_in_attention(model)):
         waiting.setdefault(found.name, []).extend(_candidates(model, found))
@@ -33,18 +38,27 @@ def with_heads(model: nn.Module, traced: Traced, sets: list[Set], inputs: Inputs
                 round_.append(ways.pop(0))
                 taken |= {p.module for p in round_[-1].writers}
         if not round_:
-            return sets
-        sets = sets + checked(model, round_, inputs)[0]
+            return sets, inputs if any(s.numbers for s in sets) else plain
+        passed, _ = checked(model, round_, inputs)
+        sets = sets + checked(model, passed, inputs, first=True)[0]
+
+
+@torch.no_grad()
+def _in_training(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Return inputs that run the model in training too, if it can be run so."""
+    both = inputs._replace(ways=(*inputs.ways, Way(True)))
+    try:
+        both.call(model)
+    except RuntimeError:
+        return inputs
+    return inputs if any(way.training for way in inputs.ways) else both
 
 
 def _in_attention(model: nn.Module) -> Iterator[Set]:
     """Return the linear layers of each attention module: the last one reads what others write."""
-    for owner, module in model.named_modules():
-        layers = [
-            (f"{owner}.{name}" if owner else name, m)
-            for name, m in module.named_children()
-            if type(m) is nn.Linear
-        ]
+    names = {id(m): name for name, m in model.named_modules()}
+    for _, module in model.named_modules():
+        layers = [(names[id(m)], m) for m in module.children() if type(m) is nn.Linear]
         if len(layers) > 1 and _numbers(module):
             *writers, reader = layers
             parts = [_part(name, "out", layer) for name, layer in writers]

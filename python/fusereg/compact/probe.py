@@ -237,10 +237,12 @@ def differ(got: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) ->
 _TOLERANCE = 1e-8
 
 
-def checked(model: nn.Module, sets: list[Set], inputs: Inputs) -> tuple[list[Set], dict[str, str]]:
+def checked(
+    model: nn.Module, sets: list[Set], inputs: Inputs, first: bool = False
+) -> tuple[list[Set], dict[str, str]]:
     """Return the sets that pass the probes, and the reason why the others do not.
 
-    Of a random half of each set's channels, and then of the other half:
+    Of a random half of each set's channels (of the first one), and then of the others:
 
     1. If what writes them is zero, the readers read constants at their columns.
     2. If the readers' columns are zero, what writes them does not move the outputs.
@@ -250,7 +252,10 @@ def checked(model: nn.Module, sets: list[Set], inputs: Inputs) -> tuple[list[Set
     randomize(model, 0)
     inputs = inputs.other(generator(0))
     kept: dict[str, str] = {}
-    halves = {s.name: _half(s, i) for i, s in enumerate(sets)}
+    halves = {
+        s.name: torch.arange(s.size, device="cpu") < 1 if first else _half(s, i)
+        for i, s in enumerate(sets)
+    }
     for flip in (False, True):
         chosen = {name: half ^ flip for name, half in halves.items()}
         sets = _unread(model, sets, chosen, inputs, kept, flip)

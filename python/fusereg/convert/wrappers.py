@@ -10,6 +10,7 @@ import dis
 import functools
 import types
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from ..core.proxies import refuse
@@ -43,8 +44,14 @@ def _check(wrapper: Any) -> None:
     if file.startswith(TORCH) and file.removeprefix(TORCH) not in CONTEXTS:
         refuse(*said)
     cells = zip(wrapper.__code__.co_freevars, wrapper.__closure__ or (), strict=True)
-    names = {n for n, cell in cells if _content(cell) is wrapper.__wrapped__}  # type: ignore[attr-defined]
-    if not names or not _only_calls(wrapper.__code__, names):
+    held = {n: _content(cell) for n, cell in cells}
+    names = {n for n, value in held.items() if value is wrapper.__wrapped__}  # type: ignore[attr-defined]
+    itself = {n for n, value in held.items() if value is wrapper}
+    if (
+        not names
+        or not _only_calls(wrapper.__code__, names)
+        or not _only_compares(wrapper.__code__, itself)
+    ):
         refuse(*said)
 
 
@@ -69,6 +76,20 @@ def _only_calls(code: types.CodeType, names: set[str]) -> bool:
             return False
     inside = (c for c in code.co_consts if isinstance(c, types.CodeType))
     return all(_only_calls(c, names & {*c.co_freevars}) for c in inside)
+
+
+def _only_compares(code: types.CodeType, names: set[str]) -> bool:
+    """Return whether code uses functions under these names as ``... is name`` alone.
+
+    Their attributes, or a call of theirs, would be those of a function that is made anew.
+    """
+    steps = list(dis.get_instructions(code))
+    inside = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return all(
+        after.opname == "IS_OP"
+        for step, after in pairwise(steps)
+        if step.argval in names and step.opname.endswith("_DEREF")
+    ) and all(_only_compares(c, names & {*c.co_freevars}) for c in inside)
 
 
 def decorated(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _C
 from ..core import checks, dispatch
+from ..core.arguments import check_integer
 from ..core.labels import MixedLabels
 from ..core.operator import compute_dtype
 from .op import OP, REDUCTIONS, class_dim, shape_of_rows
@@ -96,6 +97,7 @@ def cross_entropy(
     if reduction not in REDUCTIONS:
         raise ValueError(f"fusereg.{OP}: {reduction} is not a valid value for reduction")
     check_smoothing(label_smoothing)
+    ignore_index = check_integer(ignore_index, -(2**63), f"fusereg.{OP}: ignore_index")
     checks.check_input(input, OP, "input")
     if input.dim() == 0:
         raise ValueError(f"fusereg.{OP}: input must have at least 1 dimension, got 0")
@@ -235,11 +237,7 @@ def _check_probabilities(target: Tensor, ignore_index: int) -> None:
 
 def _check_overwritten(x: Tensor) -> None:
     """Raise unless backward may write over the logits."""
-    if x.requires_grad and x.is_leaf:
-        raise ValueError(
-            f"fusereg.{OP}: inplace_backward needs logits that are no leaf: input is one, and its "
-            "gradient would take the place of its values"
-        )
+    checks.check_in_place(x, OP, "input")
     dense = x.is_contiguous() or x.movedim(class_dim(x), -1).is_contiguous()
     if not dense:
         raise ValueError(
