@@ -215,6 +215,7 @@ $(AARCH64)/.packages: Makefile $(AARCH64)/.sysroot | $(VENV)/.python
 	@version=$$(basename $(AARCH64)/sysroot/usr/include/python3.*); $(PIP) install -q --no-compile --no-deps \
 	    --target $(AARCH64)/packages --platform manylinux_2_28_aarch64 --platform manylinux2014_aarch64 \
 	    --python-version "$${version#python}" --only-binary=:all: torch==$(AARCH64_TORCH) numpy rich \
+	    typer click shellingham annotated-doc \
 	    filelock typing-extensions sympy mpmath networkx jinja2 markupsafe fsspec
 	@touch $@
 .test-aarch64: .aarch64
