@@ -14,6 +14,11 @@ using normal::multiply;
 // Before functions that are too large to be part of each of their callers. Internal linkage, for
 // the same reason as FUSEREG_INLINE.
 #define FUSEREG_STATIC [[maybe_unused]] static FUSEREG_HD
+#if defined(__CUDACC__)
+#define FUSEREG_STATIC_CALL FUSEREG_STATIC __noinline__
+#else
+#define FUSEREG_STATIC_CALL FUSEREG_STATIC
+#endif
 
 // --- elements ---
 template <class T>
@@ -431,8 +436,9 @@ FUSEREG_INLINE Number<T> rounded_to(Number<T> v) {
   }
 }
 
+// A call on the device: its loops in the place of each of up to 16 taps would be most of a kernel.
 template <class T>
-FUSEREG_STATIC Number<T> reduced_pixel(const Plane<T>& plane, const Reduced& z, Interpolation how,
+FUSEREG_STATIC_CALL Number<T> reduced_pixel(const Plane<T>& plane, const Reduced& z, Interpolation how,
                                        std::int32_t x, std::int32_t y) {
   using C = Number<T>;
   const std::int32_t i = fold(x, z.w, plane.mode);
