@@ -438,8 +438,8 @@ FUSEREG_INLINE Number<T> rounded_to(Number<T> v) {
 
 // A call on the device: its loops in the place of each of up to 16 taps would be most of a kernel.
 template <class T>
-FUSEREG_STATIC_CALL Number<T> reduced_pixel(const Plane<T>& plane, const Reduced& z, Interpolation how,
-                                       std::int32_t x, std::int32_t y) {
+FUSEREG_STATIC_CALL Number<T> reduced_pixel(const Plane<T>& plane, const Reduced& z,
+                                            Interpolation how, std::int32_t x, std::int32_t y) {
   using C = Number<T>;
   const std::int32_t i = fold(x, z.w, plane.mode);
   const std::int32_t j = fold(y, z.h, plane.mode);
