@@ -46,12 +46,14 @@ def with_heads(
 @torch.no_grad()
 def _in_training(model: nn.Module, inputs: Inputs) -> Inputs:
     """Return inputs that run the model in training too, if it can be run so."""
+    if any(way.training for way in inputs.ways):
+        return inputs
     both = inputs._replace(ways=(*inputs.ways, Way(True)))
     try:
         both.call(model)
     except RuntimeError:
         return inputs
-    return inputs if any(way.training for way in inputs.ways) else both
+    return both
 
 
 def _in_attention(model: nn.Module) -> Iterator[Set]:
