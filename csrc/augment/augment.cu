@@ -1,11 +1,10 @@
 // CUDA kernels of augmentation. Contract: augment.h.
 //
-// Forward goes by tiles (warp_tile.cuh, filter_tile.cuh), but for float64 images. There, and backward,
-// a thread takes an output pixel (forward) or an input pixel (backward), with all its channels, so
-// that coordinates and weights are worked out once. Neighboring threads take neighboring pixels
-// of a row: their taps share cache lines, and a warp's stores are whole lines.
+// They go by tiles (warp_tile.cuh, filter_tile.cuh), but for float64 images and antialiased samples
+// that are not filtered along the axes. There a thread takes an output pixel with all its channels, so
+// that coordinates and weights are worked out once. Neighboring threads take neighboring pixels of a
+// row: their taps share cache lines, and a warp's stores are whole lines.
 #include "augment/augment.h"
-#include "augment/augment_gradient.h"
 #include "augment/augment_math.h"
 #include "augment/filter_tile.cuh"
 #include "augment/launch.cuh"
@@ -16,20 +15,23 @@ namespace {
 
 constexpr const char* kOp = "fusereg.augment";
 
+// rest_only: what augment_filter_kernel leaves.
 template <class T, int kGroup>
 __global__ void __launch_bounds__(kThreads)
-    augment_forward_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
-  const std::int64_t pixels = job.n * job.y.h * job.y.w;
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < pixels;
-       i += step) {
+    augment_forward_kernel(FUSEREG_GRID_CONSTANT(Job, job), bool rest_only) {
+  const std::int64_t pixels = job.y.h * job.y.w;
+  const std::int64_t of_sample = ceil_div(pixels, kThreads);
+  for (std::int64_t tile = blockIdx.x; tile < job.n * of_sample; tile += gridDim.x) {
+    const std::int64_t sample = tile / of_sample;
+    if (rest_only && is_filtered_by_tiles(job, sample)) continue;
+    const std::int64_t i = (tile - sample * of_sample) * kThreads + threadIdx.x;
+    if (i >= pixels) continue;
     const std::int64_t col = i % job.y.w;
-    const std::int64_t row = i / job.y.w % job.y.h;
-    const std::int64_t sample = i / (job.y.w * job.y.h);
+    const std::int64_t row = i / job.y.w;
     const std::int64_t at = sample * job.y.sample + row * job.y.row + col * job.y.pixel;
     for (int c = 0; c < job.c; c += kGroup) {
       Number<T> v[kGroup];
-      augmented<T, kGroup>(job, sample, col, row, c, v);
+      augmented<T, kGroup, true>(job, sample, col, row, c, v);
       for (int k = 0; k < kGroup; ++k)
         write(job.y.data, job.y.type, at + (c + k) * job.y.channel, v[k]);
     }
@@ -37,227 +39,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-void launch_pixels(const Job& job, const cuda::LaunchConfig& config) {
+void launch_pixels(const Job& job, bool rest_only, int device, void* stream) {
+  const std::int64_t tiles = job.n * ceil_div(job.y.h * job.y.w, kThreads);
+  const cuda::LaunchConfig config = config_for(tiles * kThreads, device, stream);
   if (job.c == 3) {
-    cuda::launch(kOp, augment_forward_kernel<T, 3>, config, job);
+    cuda::launch(kOp, augment_forward_kernel<T, 3>, config, job, rest_only);
   } else {
-    cuda::launch(kOp, augment_forward_kernel<T, 1>, config, job);
-  }
-}
-
-// --- backward ---
-struct Range {
-  double low, high;
-};
-
-// Along one axis, all coordinates of the output pixels.
-FUSEREG_DEVICE_INLINE Range all_coordinates(const double* m, const Images& y) {
-  Range r = {m[2], m[2]};
-  const double by[2] = {m[0] * static_cast<double>(y.w - 1), m[1] * static_cast<double>(y.h - 1)};
-  for (const double b : by) (b < 0.0 ? r.low : r.high) += b;
-  return r;
-}
-
-// Along one axis, where the pixels that stand for `at` can be: itself, and under a fill mode that
-// folds, everything on a side of the image that holds another one.
-FUSEREG_DEVICE_INLINE Range unfolded(std::int32_t at, std::int32_t size, FillMode mode,
-                                     const Range& all) {
-  Range r = {static_cast<double>(at), static_cast<double>(at)};
-  if (mode == FillMode::kConstant) return r;
-  // The nearest pixels on either side that are folded to this one.
-  double before = at - size;
-  double after = at + size;
-  if (mode == FillMode::kBorder) {
-    before = at == 0 ? -1.0 : -2.0 * kFarthest;
-    after = at == size - 1 ? size : 2.0 * kFarthest;
-  } else if (mode == FillMode::kSymmetric) {
-    before = -1.0 - at;
-    after = 2.0 * size - 1.0 - at;
-  } else if (mode == FillMode::kReflect) {
-    before = size == 1 ? -1.0 : at == 0 ? -2.0 * (size - 1) : -at;
-    after = size == 1 ? 1.0 : at == size - 1 ? 3.0 * (size - 1) : 2.0 * (size - 1) - at;
-  }
-  if (all.low <= before && all.low < r.low) r.low = all.low;
-  if (all.high >= after && all.high > r.high) r.high = all.high;
-  return r;
-}
-
-// Output columns [begin, end) of a row at which step * x + start is within the range.
-FUSEREG_DEVICE_INLINE void limit_columns(double step, double start, const Range& r,
-                                         std::int64_t width, std::int64_t& begin,
-                                         std::int64_t& end) {
-  if (__builtin_fabs(step) < 1e-9) return;
-  double first = (r.low - start) / step;
-  double last = (r.high - start) / step;
-  if (first > last) {
-    const double other = first;
-    first = last;
-    last = other;
-  }
-  const std::int64_t from = cut(floor_of(first), width);
-  const std::int64_t to = cut(floor_of(last) + 2.0, width);
-  begin = from > begin ? from : begin;
-  end = to < end ? to : end;
-}
-
-// How far from a coordinate a tap can be, and a little more for rounding. A reduced image's pixels are
-// up to one and a half of the output's wide, and are filtered as widely as they are interpolated.
-FUSEREG_DEVICE_INLINE double reach_of(const Job& job, const View& view, const double* m) {
-  const double r = job.interpolation == Interpolation::kBicubic ? 2.0 : 1.0;
-  const double extent = job.antialias ? extent_of(m) : 1.0;
-  return r * (extent > 1.0 ? extent : 1.0) * (view.reduces ? 4.0 : 1.0) + 0.02;
-}
-
-// Output pixels [begin, end) along both axes.
-struct Window {
-  std::int64_t row_begin, row_end, begin, end;
-};
-
-// Cuts a window to the output pixels whose places, under a perspective, are within the ranges: what
-// is around the corners' images, if the rectangle does not cross the line that goes to infinity.
-FUSEREG_DEVICE_INLINE void limit_projective(const View& v, const Range& rx, const Range& ry,
-                                            const Images& y, Window& window) {
-  const double* const m = v.m;
-  const double p = v.p[0];
-  const double q = v.p[1];
-  double low_x = 2.0 * kFarthest, low_y = low_x;
-  double high_x = -low_x, high_y = -low_x;
-  int signs = 0;
-  for (int corner = 0; corner < 4; ++corner) {
-    const double cx = (corner & 1) != 0 ? rx.high : rx.low;
-    const double cy = (corner & 2) != 0 ? ry.high : ry.low;
-    const double w =
-        (m[3] * q - m[4] * p) * cx + (m[1] * p - m[0] * q) * cy + (m[0] * m[4] - m[1] * m[3]);
-    const double at_x =
-        ((m[4] - m[5] * q) * cx + (m[2] * q - m[1]) * cy + (m[1] * m[5] - m[2] * m[4])) / w;
-    const double at_y =
-        ((m[5] * p - m[3]) * cx + (m[0] - m[2] * p) * cy + (m[2] * m[3] - m[0] * m[5])) / w;
-    signs += w > 1e-9 ? 1 : w < -1e-9 ? -1 : 0;
-    low_x = at_x < low_x ? at_x : low_x;
-    high_x = at_x > high_x ? at_x : high_x;
-    low_y = at_y < low_y ? at_y : low_y;
-    high_y = at_y > high_y ? at_y : high_y;
-  }
-  if (signs != 4 && signs != -4) return;
-  window.begin = cut(floor_of(low_x) - 1.0, y.w);
-  window.end = cut(floor_of(high_x) + 2.0, y.w);
-  window.row_begin = cut(floor_of(low_y) - 1.0, y.h);
-  window.row_end = cut(floor_of(high_y) + 2.0, y.h);
-}
-
-// Adds what one output image gives to the pixel (x, y) of grad_x[sample].
-template <class T, int kGroup>
-__device__ void gather_gradient(const Job& job, std::int64_t sample, std::int64_t out,
-                                bool as_partner, std::int32_t x, std::int32_t y, int channel,
-                                Number<T> (&sum)[kGroup]) {
-  using C = Number<T>;
-  View view;
-  view_of(job, job.grad_x, sample, view);
-  const double* const m = view.m;
-  const auto h = static_cast<std::int32_t>(view.x.h);
-  const auto w = static_cast<std::int32_t>(view.x.w);
-  const auto own_x = static_cast<std::int32_t>(x - view.left);
-  const auto own_y = static_cast<std::int32_t>(y - view.top);
-  if (own_x < 0 || own_x >= w || own_y < 0 || own_y >= h) return;
-  const double reach_x = reach_of(job, view, m);
-  const double reach_y = reach_of(job, view, m + 3);
-  const Range everywhere = {-2.0 * kFarthest, 2.0 * kFarthest};
-  const Range every_x = view.projective ? everywhere : all_coordinates(m, job.y);
-  const Range every_y = view.projective ? everywhere : all_coordinates(m + 3, job.y);
-  Range rx = {every_x.low - reach_x, every_x.high + reach_x};
-  Range ry = {every_y.low - reach_y, every_y.high + reach_y};
-  // What is folded are the reduced image's pixels, which stand for several of these.
-  if (!view.reduces || view.mode == FillMode::kConstant) {
-    rx = unfolded(own_x, w, view.mode, rx);
-    ry = unfolded(own_y, h, view.mode, ry);
-  }
-  rx = {rx.low - reach_x, rx.high + reach_x};
-  ry = {ry.low - reach_y, ry.high + reach_y};
-  // Rows: the inverse map of the rectangle's corners.
-  Window window = {0, job.y.h, 0, job.y.w};
-  const double det = m[0] * m[4] - m[1] * m[3];
-  if (view.projective) {
-    limit_projective(view, rx, ry, job.y, window);
-  } else if (__builtin_fabs(det) > 1e-9) {
-    double low = 2.0 * kFarthest;
-    double high = -2.0 * kFarthest;
-    for (int corner = 0; corner < 4; ++corner) {
-      const double cx = ((corner & 1) != 0 ? rx.high : rx.low) - m[2];
-      const double cy = ((corner & 2) != 0 ? ry.high : ry.low) - m[5];
-      const double at = (m[0] * cy - m[3] * cx) / det;
-      low = at < low ? at : low;
-      high = at > high ? at : high;
-    }
-    window.row_begin = cut(floor_of(low) - 1.0, job.y.h);
-    window.row_end = cut(floor_of(high) + 2.0, job.y.h);
-  }
-  for (std::int64_t row = window.row_begin; row < window.row_end; ++row) {
-    std::int64_t begin = window.begin;
-    std::int64_t end = window.end;
-    if (!view.projective) {
-      limit_columns(m[0], row_start(m, row), rx, job.y.w, begin, end);
-      limit_columns(m[3], row_start(m + 3, row), ry, job.y.w, begin, end);
-    }
-    for (std::int64_t col = begin; col < end; ++col) {
-      C g[kGroup];
-      int state = 0;  // 1: g is there; 2: there is none
-      for_taps<C>(job, view, col, row, [&](std::int32_t tap_x, std::int32_t tap_y, C weight) {
-        if (tap_x != x || tap_y != y || state == 2) return;
-        if (state == 0) {
-          const bool any =
-              gradient_at<T, kGroup>(job, sample, out, as_partner, col, row, channel, g);
-          state = any ? 1 : 2;
-          if (!any) return;
-        }
-        for (int k = 0; k < kGroup; ++k) sum[k] = add(sum[k], multiply(weight, g[k]));
-      });
-    }
-  }
-}
-
-// Of the kThreads samples from `first` on, those that `sample` is mixed into: a bit each. All threads
-// of the block call.
-FUSEREG_DEVICE_INLINE void find_partners(const Job& job, std::int64_t sample, std::int64_t first,
-                                         unsigned (&found)[kThreads / cuda::kWarpSize]) {
-  const std::int64_t out = first + threadIdx.x;
-  const bool is_one = out < job.n && partner_of(job.records + out * kRecord, job.n) == sample;
-  const unsigned bits = __ballot_sync(cuda::kFullMask, is_one);
-  __syncthreads();  // the last ones have been read
-  if (cuda::lane_id() == 0) found[cuda::warp_id()] = bits;
-  __syncthreads();
-}
-
-// A block has pixels of one sample, and looks for those it is mixed into once for all of them.
-template <class T, int kGroup>
-__global__ void __launch_bounds__(kThreads)
-    augment_backward_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
-  using C = Number<T>;
-  FUSEREG_SHARED(found, unsigned[kThreads / cuda::kWarpSize]);
-  const Images& grad = job.grad_x;
-  const std::int64_t pixels = grad.h * grad.w;
-  const std::int64_t of_sample = tiles_over(pixels, kThreads);
-  for (std::int64_t tile = blockIdx.x; tile < job.n * of_sample; tile += gridDim.x) {
-    const std::int64_t sample = tile / of_sample;
-    const std::int64_t i = (tile - sample * of_sample) * kThreads + threadIdx.x;
-    const bool inside = i < pixels;
-    const auto x = static_cast<std::int32_t>(i % grad.w);
-    const auto y = static_cast<std::int32_t>(i / grad.w);
-    C* const at = static_cast<C*>(grad.data) + sample * grad.sample + y * grad.row + x * grad.pixel;
-    for (int c = 0; c < job.c; c += kGroup) {
-      C sum[kGroup] = {};
-      if (inside) gather_gradient<T, kGroup>(job, sample, sample, false, x, y, c, sum);
-      for (std::int64_t first = 0; first < job.n; first += kThreads) {
-        find_partners(job, sample, first, found);
-        for (int part = 0; part < kThreads / cuda::kWarpSize; ++part) {
-          for (unsigned bits = inside ? found[part] : 0; bits != 0; bits &= bits - 1) {
-            const std::int64_t out =
-                first + part * cuda::kWarpSize + __ffs(static_cast<int>(bits)) - 1;
-            gather_gradient<T, kGroup>(job, sample, out, true, x, y, c, sum);
-          }
-        }
-      }
-      for (int k = 0; k < kGroup && inside; ++k) at[(c + k) * grad.channel] = sum[k];
-    }
+    cuda::launch(kOp, augment_forward_kernel<T, 1>, config, job, rest_only);
   }
 }
 
@@ -266,37 +54,20 @@ __global__ void __launch_bounds__(kThreads)
 void run_cuda(const Forward& forward, int device, void* stream) {
   const Job& job = forward;
   const cuda::DeviceGuard guard(device);
-  const cuda::LaunchConfig config = config_for(job.n * job.y.h * job.y.w, device, stream);
   dispatch_element(job.x.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if constexpr (std::is_same_v<T, double>) {
-      launch_pixels<T>(job, config);
+      launch_pixels<T>(job, false, device, stream);
     } else {
 #if defined(FUSEREG_CUDA_ON_HOST)
       // A list of images, which no device gets: tests call the CPU's memory one.
-      if (job.each != nullptr) return launch_pixels<T>(job, config);
+      if (job.each != nullptr) return launch_pixels<T>(job, false, device, stream);
 #endif
       if (job.antialias) {
         launch_filters<T>(kOp, job, device, stream);
+        launch_pixels<T>(job, true, device, stream);
       } else {
         launch_tiles<T>(kOp, job, device, stream);
-      }
-    }
-  });
-}
-
-void run_cuda(const Backward& backward, int device, void* stream) {
-  const Job& job = backward;
-  const cuda::DeviceGuard guard(device);
-  const std::int64_t tiles = job.n * tiles_over(job.grad_x.h * job.grad_x.w, kThreads);
-  const cuda::LaunchConfig config = config_for(tiles * kThreads, device, stream);
-  dispatch_element(job.x.type, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if constexpr (sizeof(T) > 1) {
-      if (job.c == 3) {
-        cuda::launch(kOp, augment_backward_kernel<T, 3>, config, job);
-      } else {
-        cuda::launch(kOp, augment_backward_kernel<T, 1>, config, job);
       }
     }
   });

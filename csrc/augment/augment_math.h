@@ -129,8 +129,9 @@ FUSEREG_STATIC void view_of(const Job& job, const Images& images, std::int64_t s
   }
 }
 
-// kGroup channels from `channel` on, warped: all three of three channels, or one.
-template <class T, int kGroup>
+// kGroup channels from `channel` on, warped: all three of three channels, or one. kAntialias: whether
+// the job may antialias; the code for that is large.
+template <class T, int kGroup, bool kAntialias>
 FUSEREG_STATIC void warped(const Job& job, std::int64_t sample, std::int64_t col, std::int64_t row,
                            int channel, Number<T> (&v)[kGroup]) {
   using C = Number<T>;
@@ -145,7 +146,7 @@ FUSEREG_STATIC void warped(const Job& job, std::int64_t sample, std::int64_t col
   plane.w = static_cast<std::int32_t>(x.w);
   plane.mode = view.mode;
   plane.data += channel * x.channel;
-  if (view.filters) {
+  if (kAntialias && view.filters) {
     const Spans<C> spans = make_spans<C>(view.m, col, row, x, job.interpolation, view.mode);
     for (int k = 0; k < kGroup; ++k, plane.data += x.channel) {
       plane.fill = static_cast<C>(job.fill[channel + k]);
@@ -155,7 +156,7 @@ FUSEREG_STATIC void warped(const Job& job, std::int64_t sample, std::int64_t col
   }
   const auto cubic = static_cast<C>(job.cubic);
   Place<C> p;
-  if (view.reduces) {
+  if (kAntialias && view.reduces) {
     const Reduced z = reduced_of(view.m, x);
     place(z.m, col, row, false, p);
     auto pixel = [&](std::int32_t at_x, std::int32_t at_y) {
@@ -213,26 +214,28 @@ FUSEREG_STATIC void finished(const Job& job, std::int64_t sample, int channel,
 }
 
 // A(sample) at an output pixel.
-template <class T, int kGroup>
+template <class T, int kGroup, bool kAntialias>
 FUSEREG_STATIC void unmixed(const Job& job, std::int64_t sample, std::int64_t col, std::int64_t row,
                             int channel, Number<T> (&v)[kGroup]) {
   if (erased<T, kGroup>(job, sample, col, row, channel, v)) return;
-  warped<T, kGroup>(job, sample, col, row, channel, v);
+  warped<T, kGroup, kAntialias>(job, sample, col, row, channel, v);
   finished<T, kGroup>(job, sample, channel, v);
 }
 
 // y[sample] at an output pixel, before it is rounded.
-template <class T, int kGroup>
+template <class T, int kGroup, bool kAntialias>
 FUSEREG_STATIC void augmented(const Job& job, std::int64_t sample, std::int64_t col,
                               std::int64_t row, int channel, Number<T> (&v)[kGroup]) {
   using C = Number<T>;
   const double* const record = job.records + sample * kRecord;
   const std::int64_t partner = partner_of(record, job.n);
   const bool mixes = partner >= 0 && has(box_of(record + 10, job.y), col, row);
-  if (!mixes || record[15] != 0.0) unmixed<T, kGroup>(job, sample, col, row, channel, v);
+  if (!mixes || record[15] != 0.0) {
+    unmixed<T, kGroup, kAntialias>(job, sample, col, row, channel, v);
+  }
   if (!mixes) return;
   C other[kGroup];
-  unmixed<T, kGroup>(job, partner, col, row, channel, other);
+  unmixed<T, kGroup, kAntialias>(job, partner, col, row, channel, other);
   const auto lam = static_cast<C>(record[15]);
   const auto rest = static_cast<C>(1.0 - record[15]);
   for (int k = 0; k < kGroup; ++k) {

@@ -1,10 +1,10 @@
-// The forward kernel of antialiased warps. Contract: augment.h; the same bits as augmented().
+// The forward kernel of antialiased warps whose rows stay rows (crops, flips, scales). Contract:
+// augment.h; the same bits as augmented().
 //
-// A block takes a tile of a sample's output. Where rows stay rows (crops, flips, scales) the filters
-// of its columns and rows are worked out once, in shared memory, and a strip of output rows is
-// filtered along the columns for all the pixels of the input that it needs, and then along the rows:
-// what filtered() sums up pixel by pixel, in the same order. Turned samples, whose reduced image's pixels
-// are worked out where they are read, and filters that are too wide, go pixel by pixel.
+// A block takes a tile of a sample's output. The filters of its columns and rows are worked out once, in
+// shared memory, and a strip of output rows is filtered along the columns for all the pixels of the
+// input that it needs, and then along the rows: what filtered() sums up pixel by pixel, in the same
+// order. Other samples are left to a kernel that goes by pixels, and so are filters that are too wide.
 #pragma once
 
 #include "augment/augment.h"
@@ -25,19 +25,29 @@ struct FilterAxis {
   float weight[kFilterTile][kFilterTaps];
   std::int32_t at[kFilterTile][kFilterTaps];  // the pixels that stand for the taps: see fold()
   std::int32_t first, last;                   // of all taps
-  bool fits;
 };
+
+// Whether the filters of a sample's tiles fit into shared memory.
+FUSEREG_DEVICE_INLINE bool fits(const Job& job, std::int64_t sample) {
+  const double* const record = job.records + sample * kRecord;
+  if (!is_axis_aligned(record) || is_projective(record)) return false;
+  auto taps = [&](double extent) { return most_taps(extent, job.interpolation, kFilterTaps + 1); };
+  const double across = __builtin_fabs(record[0]);
+  return taps(across) <= kFilterTaps && taps(__builtin_fabs(record[4])) <= kFilterTaps &&
+         across * (kFilterTile - 1) + kFilterTaps + 2 < kFilterColumns;
+}
+FUSEREG_DEVICE_INLINE bool is_filtered_by_tiles(const Job& job, std::int64_t sample) {
+  const std::int64_t partner = partner_of(job.records + sample * kRecord, job.n);
+  return fits(job, sample) && (partner < 0 || fits(job, partner));
+}
 
 FUSEREG_DEVICE_INLINE std::int32_t least_of_warp(std::int32_t v) {
   return cuda::warp_reduce(v, [](std::int32_t a, std::int32_t b) { return a < b ? a : b; });
 }
 
 // A warp for each axis works out its spans, all threads the weights.
-__device__ inline void prepare_filters(const Job& job, std::int64_t sample, const TileView& view,
-                                       std::int32_t row0, std::int32_t col0,
-                                       FilterAxis (&axes)[2]) {
-  const double* const record = job.records + sample * kRecord;
-  const bool aligned = is_axis_aligned(record) && !view.projective;
+__device__ inline void prepare_filters(const Job& job, const TileView& view, std::int32_t row0,
+                                       std::int32_t col0, FilterAxis (&axes)[2]) {
   const auto lane = static_cast<int>(cuda::lane_id());
   if (cuda::warp_id() < 2) {
     const auto axis = static_cast<int>(cuda::warp_id());
@@ -49,25 +59,19 @@ __device__ inline void prepare_filters(const Job& job, std::int64_t sample, cons
     if (at >= out) at = out - 1;
     const double v = axis == 0 ? add(multiply(m[0], static_cast<double>(at)), row_start(m, 0))
                                : add(multiply(m[0], 0.0), row_start(m, at));
-    const double extent = extent_of(m);
-    Span<float> span = {};
-    const bool sane =
-        aligned && most_taps(extent, job.interpolation, kFilterTaps + 1) <= kFilterTaps;
-    if (sane) span = make_span<float>(v, extent, size, job.interpolation, view.mode);
+    const auto span = make_span<float>(v, extent_of(m), size, job.interpolation, view.mode);
     a.span[lane] = span;
-    const bool any = sane && span.first <= span.last;
+    const bool any = span.first <= span.last;
     const std::int32_t first = least_of_warp(any ? span.first : INT32_MAX);
     const std::int32_t last = -least_of_warp(any ? -span.last : INT32_MAX);
     if (lane == 0) {
       a.first = first <= last ? first : 0;
       a.last = first <= last ? last : -1;
-      a.fits = sane;
     }
   }
   __syncthreads();
   for (int axis = 0; axis < 2; ++axis) {
     FilterAxis& a = axes[axis];
-    if (!a.fits) continue;
     const std::int32_t size = axis == 0 ? view.w : view.h;
     for (int i = static_cast<int>(threadIdx.x); i < kFilterTile * kFilterTaps; i += kThreads) {
       const int line = i / kFilterTaps;
@@ -78,11 +82,6 @@ __device__ inline void prepare_filters(const Job& job, std::int64_t sample, cons
       a.at[line][k] = fold(tap, size, view.mode);
     }
   }
-}
-
-FUSEREG_DEVICE_INLINE bool fits(const FilterAxis (&axes)[2]) {
-  return axes[0].fits && axes[1].fits &&
-         static_cast<std::int64_t>(axes[0].last) - axes[0].first < kFilterColumns;
 }
 
 template <int kGroup>
@@ -160,10 +159,11 @@ __global__ void __launch_bounds__(kThreads) augment_filter_kernel(FUSEREG_GRID_C
   FUSEREG_SHARED(columns, FilterColumns<kGroup>);
   const auto r = static_cast<int>(threadIdx.x) / kFilterTile;
   const auto col = static_cast<int>(threadIdx.x) % kFilterTile;
-  const std::int64_t across = tiles_over(job.y.w, kFilterTile);
-  const std::int64_t of_sample = across * tiles_over(job.y.h, kFilterTile);
+  const std::int64_t across = ceil_div(job.y.w, kFilterTile);
+  const std::int64_t of_sample = across * ceil_div(job.y.h, kFilterTile);
   for (std::int64_t tile = blockIdx.x; tile < job.n * of_sample; tile += gridDim.x) {
     const std::int64_t sample = tile / of_sample;
+    if (!is_filtered_by_tiles(job, sample)) continue;
     const std::int64_t in_sample = tile - sample * of_sample;
     const auto row0 = static_cast<std::int32_t>(in_sample / across) * kFilterTile;
     const auto col0 = static_cast<std::int32_t>(in_sample % across) * kFilterTile;
@@ -181,8 +181,7 @@ __global__ void __launch_bounds__(kThreads) augment_filter_kernel(FUSEREG_GRID_C
     if (threadIdx.x == cuda::kWarpSize && images == 2) put_view(job, partner, sources.views[1]);
     __syncthreads();
     for (int image = 0; image < images; ++image) {
-      prepare_filters(job, image == 0 ? sample : partner, sources.views[image], row0, col0,
-                      sources.axes[image]);
+      prepare_filters(job, sources.views[image], row0, col0, sources.axes[image]);
     }
     const std::int32_t out_col = col0 + col;
     for (int strip = 0; strip < kFilterTile && row0 + strip < job.y.h; strip += kFilterStrip) {
@@ -196,17 +195,12 @@ __global__ void __launch_bounds__(kThreads) augment_filter_kernel(FUSEREG_GRID_C
           const FilterAxis(&axes)[2] = sources.axes[image];
           const TileView& view = sources.views[image];
           __syncthreads();  // the columns are free, and their filters are there
-          const bool by_axis = fits(axes);
-          if (by_axis) filter_columns<T, kGroup>(job, view, axes, strip, row0, c, columns);
+          filter_columns<T, kGroup>(job, view, axes, strip, row0, c, columns);
           __syncthreads();
           if (!inside || (image == 1 && !mixes)) continue;
           float found[kGroup];
           if (!erased<T, kGroup>(job, from, out_col, out_row, c, found)) {
-            if (by_axis) {
-              filter_row<kGroup>(job, axes, strip + r, r, col, c, columns, found);
-            } else {
-              warped<T, kGroup>(job, from, out_col, out_row, c, found);
-            }
+            filter_row<kGroup>(job, axes, strip + r, r, col, c, columns, found);
             finished<T, kGroup>(job, from, c, found);
           }
           FUSEREG_UNROLL
@@ -230,7 +224,7 @@ __global__ void __launch_bounds__(kThreads) augment_filter_kernel(FUSEREG_GRID_C
 template <class T>
 void launch_filters(const char* op, const Job& job, int device, void* stream) {
   const std::int64_t tiles =
-      job.n * tiles_over(job.y.h, kFilterTile) * tiles_over(job.y.w, kFilterTile);
+      job.n * ceil_div(job.y.h, kFilterTile) * ceil_div(job.y.w, kFilterTile);
   const cuda::LaunchConfig config = config_for(tiles * kThreads, device, stream);
   if (job.c == 3) {
     cuda::launch(op, augment_filter_kernel<T, 3>, config, job);

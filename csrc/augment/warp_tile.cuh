@@ -16,10 +16,6 @@ inline constexpr int kRun = 4;
 inline constexpr int kTileWidth = 2 * kBlock;
 inline constexpr int kTileRows = kThreads * kRun / kTileWidth;
 
-FUSEREG_HD inline std::int64_t tiles_over(std::int64_t size, int tile) {
-  return (size + tile - 1) / tile;
-}
-
 // What of a View a tile needs; in shared memory, where initializers are not run.
 struct TileView {
   std::int64_t offset;
@@ -368,7 +364,7 @@ FUSEREG_STATIC void run_by_pixels(const Job& job, std::int64_t sample, std::int3
     const std::int64_t at = sample * job.y.sample + row * job.y.row + (first + k) * job.y.pixel;
     for (int c = 0; c < job.c; c += kGroup) {
       float v[kGroup];
-      augmented<T, kGroup>(job, sample, first + k, row, c, v);
+      augmented<T, kGroup, false>(job, sample, first + k, row, c, v);
       for (int i = 0; i < kGroup; ++i)
         write(job.y.data, job.y.type, at + (c + i) * job.y.channel, v[i]);
     }
@@ -389,8 +385,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   const int row = thread / (kTileWidth / kRun);
   const int lane = thread % (kTileWidth / kRun) * kRun;
-  const std::int64_t across = tiles_over(job.y.w, kTileWidth);
-  const std::int64_t of_sample = across * tiles_over(job.y.h, kTileRows);
+  const std::int64_t across = ceil_div(job.y.w, kTileWidth);
+  const std::int64_t of_sample = across * ceil_div(job.y.h, kTileRows);
   for (std::int64_t tile = blockIdx.x; tile < job.n * of_sample; tile += gridDim.x) {
     const std::int64_t sample = tile / of_sample;
     const std::int64_t in_sample = tile - sample * of_sample;
@@ -456,8 +452,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class T>
 void launch_tiles(const char* op, const Job& job, int device, void* stream) {
-  const std::int64_t tiles =
-      job.n * tiles_over(job.y.h, kTileRows) * tiles_over(job.y.w, kTileWidth);
+  const std::int64_t tiles = job.n * ceil_div(job.y.h, kTileRows) * ceil_div(job.y.w, kTileWidth);
   const cuda::LaunchConfig config = config_for(tiles * kThreads, device, stream);
   if (job.c != 3) {
     cuda::launch(op, augment_tile_kernel<T, 1, false>, config, job);
