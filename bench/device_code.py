@@ -100,11 +100,13 @@ BOUNDS: tuple[Bound, ...] = (
     # With the code for SiLU, GELU and dropout.
     Bound(r"^batch_norm::batch_norm_backward_resident_kernel", spill=96, share=90.0),
     Bound(r"^batch_norm::\w+_kernel<\w+, Columns<true>", share=90.0),
-    # The window of a perspective's output pixels is beside the sums of an input pixel; and, as
-    # below, the frame of what filters a pixel of a turned sample's resized image, the two filters.
-    Bound(r"^augment::augment_backward_kernel", spill=720),
-    # A call, whose frame no other sample touches: in its callers it would be most of a kernel.
-    Bound(r"^augment::augment_", spill=176),
+    # The window of a perspective's output pixels is beside the sums of an input pixel.
+    Bound(r"^augment::augment_backward_kernel<\w+, \d, 0>", spill=224),
+    # And the filters of a pixel of a turned sample's resized image.
+    Bound(r"^augment::augment_backward_kernel", spill=496),
+    Bound(r"^augment::augment_forward_kernel<double", spill=72),
+    Bound(r"^augment::augment_filter_kernel", spill=64),
+    Bound(r"^augment::augment_", spill=40),
     Bound(""),
 )
 

@@ -57,14 +57,15 @@
 //
 // On the CPU, axis-aligned samples are antialiased along one axis and then the other, in strips of rows
 // (augment_filter.h). Of turned ones a thread makes what its rows read of z, and keeps it in its cache
-// (antialias_launch.cpp). Otherwise the pixels of z are worked out where they are read: float64 x, a
-// turned sample mixed with an axis-aligned one, gradients, CUDA. All have the same bits.
+// (antialias_launch.cpp). On CUDA a kernel makes z of all of them first, in memory of x's size. Otherwise
+// the pixels of z are worked out where they are read: on the CPU float64 x and a turned sample mixed
+// with an axis-aligned one; gradients. All have the same bits.
 //
 // Images of several sizes: `each` has the image of every sample, all of x's type and layout; x has
 // their largest sides. On the CPU, forward.
 //
 // Bytes: every byte of x that is needed once, every element of y once. No workspace but the strips' and
-// z's, of a sample and its partner for each thread.
+// z's: on the CPU of a sample and its partner for each thread.
 //
 // Backward: grad_x [N, C, H, W] = the transpose of the map that forward is in x: the sum over
 // output pixels, in row-major order, own output first and then those of the samples that have it as
@@ -118,6 +119,8 @@ struct Job {
   Interpolation interpolation = Interpolation::kBilinear;
   FillMode fill_mode = FillMode::kConstant;
   bool antialias = false;
+  void* reduced =
+      nullptr;  // CUDA, antialias, with x: room for what z is of turned samples, as x lies
   bool color = false;
   bool erase_noise = false;
   double limit = 1.0;

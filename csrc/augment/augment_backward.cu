@@ -6,6 +6,7 @@
 #include "augment/augment_gradient.h"
 #include "augment/augment_math.h"
 #include "augment/launch.cuh"
+#include "augment/reduce.cuh"
 
 namespace fusereg::augment {
 namespace {
@@ -112,7 +113,7 @@ FUSEREG_DEVICE_INLINE void limit_projective(const View& v, const Range& rx, cons
 }
 
 // Adds what one output image gives to the pixel (x, y) of grad_x[sample].
-template <class T, int kGroup, bool kAntialias>
+template <class T, int kGroup, Antialias kAntialias>
 __device__ void gather_gradient(const Job& job, std::int64_t sample, std::int64_t out,
                                 bool as_partner, std::int32_t x, std::int32_t y, int channel,
                                 Number<T> (&sum)[kGroup]) {
@@ -196,7 +197,7 @@ FUSEREG_DEVICE_INLINE void find_partners(const Job& job, std::int64_t sample, st
 }
 
 // A block has pixels of one sample, and looks for those it is mixed into once for all of them.
-template <class T, int kGroup, bool kAntialias>
+template <class T, int kGroup, Antialias kAntialias>
 __global__ void __launch_bounds__(kThreads)
     augment_backward_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
   using C = Number<T>;
@@ -239,18 +240,19 @@ void run_cuda(const Backward& backward, int device, void* stream) {
   dispatch_element(job.x.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if constexpr (sizeof(T) > 1) {
-      auto launch = [&](auto antialias) {
-        constexpr bool kAntialias = decltype(antialias)::value;
-        if (job.c == 3) {
-          cuda::launch(kOp, augment_backward_kernel<T, 3, kAntialias>, config, job);
+      auto launch = [&](auto group) {
+        constexpr int kGroup = decltype(group)::value;
+        if (job.antialias) {
+          cuda::launch(kOp, augment_backward_kernel<T, kGroup, Antialias::kReduced>, config, job);
         } else {
-          cuda::launch(kOp, augment_backward_kernel<T, 1, kAntialias>, config, job);
+          cuda::launch(kOp, augment_backward_kernel<T, kGroup, Antialias::kNever>, config, job);
         }
       };
-      if (job.antialias) {
-        launch(std::true_type{});
+      if (job.reduced != nullptr) launch_reduce<T>(kOp, job, device, stream);
+      if (job.c == 3) {
+        launch(std::integral_constant<int, 3>{});
       } else {
-        launch(std::false_type{});
+        launch(std::integral_constant<int, 1>{});
       }
     }
   });

@@ -48,7 +48,7 @@ FUSEREG_INLINE void for_point_taps(const Place<C>& p, std::int32_t w, std::int32
 
 // f(x, y, weight) for every pixel of the image, which a view is of, that an output pixel has a weight
 // in: row by row; of a reduced image, those of each of its pixels in turn.
-template <class C, bool kAntialias, class F>
+template <class C, Antialias kAntialias, class F>
 FUSEREG_STATIC void for_taps(const Job& job, const View& view, std::int64_t col, std::int64_t row,
                              const F& f) {
   const Interpolation how = job.interpolation;
@@ -68,12 +68,12 @@ FUSEREG_STATIC void for_taps(const Job& job, const View& view, std::int64_t col,
       }
     }
   };
-  if (kAntialias && view.filters) {
+  if (kAntialias != Antialias::kNever && view.filters) {
     const Spans<C> s = make_spans<C>(view.m, col, row, view.x, how, view.mode);
     return filter_taps(s, multiply(s.x.coverage, s.y.coverage));
   }
   Place<C> p;
-  if (kAntialias && view.reduces) {
+  if (kAntialias != Antialias::kNever && view.reduces) {
     const Reduced z = reduced_of(view.m, view.x);
     place(z.m, col, row, false, p);
     for_point_taps(p, z.w, z.h, view.mode, job, [&](std::int32_t x, std::int32_t y, C weight) {
@@ -88,7 +88,7 @@ FUSEREG_STATIC void for_taps(const Job& job, const View& view, std::int64_t col,
 
 // What the gradient of y[out] at a pixel is for the warped values of `sample`: `out` itself, or
 // (as_partner) the sample that is mixed into it. False if it is nothing.
-template <class T, int kGroup, bool kAntialias>
+template <class T, int kGroup, Antialias kAntialias>
 FUSEREG_STATIC bool gradient_at(const Job& job, std::int64_t sample, std::int64_t out,
                                 bool as_partner, std::int64_t col, std::int64_t row, int channel,
                                 Number<T> (&g)[kGroup]) {

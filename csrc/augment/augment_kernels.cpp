@@ -17,7 +17,7 @@ void plain_row(const Job& job, std::int64_t sample, std::int64_t row) {
     const std::int64_t at = sample * job.y.sample + row * job.y.row + col * job.y.pixel;
     for (int c = 0; c < job.c; c += kGroup) {
       Number<T> v[kGroup];
-      augmented<T, kGroup, true>(job, sample, col, row, c, v);
+      augmented<T, kGroup, Antialias::kAny>(job, sample, col, row, c, v);
       for (int k = 0; k < kGroup; ++k)
         write(job.y.data, job.y.type, at + (c + k) * job.y.channel, v[k]);
     }
@@ -481,14 +481,16 @@ void add_pixels(const Job& job, std::int64_t sample, std::int64_t out, bool as_p
   for (std::int64_t col = first; col < last; ++col) {
     for (int c = 0; c < job.c; c += kGroup) {
       C g[kGroup];
-      if (!gradient_at<T, kGroup, true>(job, sample, out, as_partner, col, row, c, g)) continue;
-      for_taps<C, true>(job, view, col, row, [&](std::int32_t x, std::int32_t y, C weight) {
-        if (y < rows.begin || y >= rows.end) return;
-        C* const at = grad + y * job.grad_x.row + x * job.grad_x.pixel;
-        for (int k = 0; k < kGroup; ++k)
-          at[(c + k) * job.grad_x.channel] =
-              add(at[(c + k) * job.grad_x.channel], multiply(weight, g[k]));
-      });
+      if (!gradient_at<T, kGroup, Antialias::kAny>(job, sample, out, as_partner, col, row, c, g))
+        continue;
+      for_taps<C, Antialias::kAny>(
+          job, view, col, row, [&](std::int32_t x, std::int32_t y, C weight) {
+            if (y < rows.begin || y >= rows.end) return;
+            C* const at = grad + y * job.grad_x.row + x * job.grad_x.pixel;
+            for (int k = 0; k < kGroup; ++k)
+              at[(c + k) * job.grad_x.channel] =
+                  add(at[(c + k) * job.grad_x.channel], multiply(weight, g[k]));
+          });
     }
   }
 }

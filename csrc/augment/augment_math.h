@@ -129,14 +129,33 @@ FUSEREG_STATIC void view_of(const Job& job, const Images& images, std::int64_t s
   }
 }
 
-// kGroup channels from `channel` on, warped: all three of three channels, or one. kAntialias: whether
-// the job may antialias; the code for that is large.
-template <class T, int kGroup, bool kAntialias>
+// As samples of job.x are read: turned ones where job.reduced has them.
+FUSEREG_STATIC void view_to_read(const Job& job, std::int64_t sample, View& v) {
+  view_of(job, job.x, sample, v);
+  if (job.reduced == nullptr || !v.reduces) return;
+  const Reduced z = reduced_of(v.m, v.x);
+  v.x.data = job.reduced;
+  v.x.w = z.w;
+  v.x.h = z.h;
+  for (int i = 0; i < 6; ++i) v.m[i] = z.m[i];
+  v.reduces = false;
+}
+
+// The samples that code is for: without antialiasing; with it, where job.reduced has the turned ones;
+// all. What is not needed would be most of a kernel.
+enum class Antialias : std::uint8_t { kNever, kReduced, kAny };
+
+// kGroup channels from `channel` on, warped: all three of three channels, or one.
+template <class T, int kGroup, Antialias kAntialias>
 FUSEREG_STATIC void warped(const Job& job, std::int64_t sample, std::int64_t col, std::int64_t row,
                            int channel, Number<T> (&v)[kGroup]) {
   using C = Number<T>;
   View view;
-  view_of(job, job.x, sample, view);
+  if constexpr (kAntialias == Antialias::kReduced) {
+    view_to_read(job, sample, view);
+  } else {
+    view_of(job, job.x, sample, view);
+  }
   const Images& x = view.x;
   Plane<T> plane;
   plane.data = static_cast<const T*>(x.data) + view.offset;
@@ -146,7 +165,7 @@ FUSEREG_STATIC void warped(const Job& job, std::int64_t sample, std::int64_t col
   plane.w = static_cast<std::int32_t>(x.w);
   plane.mode = view.mode;
   plane.data += channel * x.channel;
-  if (kAntialias && view.filters) {
+  if (kAntialias != Antialias::kNever && view.filters) {
     const Spans<C> spans = make_spans<C>(view.m, col, row, x, job.interpolation, view.mode);
     for (int k = 0; k < kGroup; ++k, plane.data += x.channel) {
       plane.fill = static_cast<C>(job.fill[channel + k]);
@@ -156,7 +175,7 @@ FUSEREG_STATIC void warped(const Job& job, std::int64_t sample, std::int64_t col
   }
   const auto cubic = static_cast<C>(job.cubic);
   Place<C> p;
-  if (kAntialias && view.reduces) {
+  if (kAntialias == Antialias::kAny && view.reduces) {
     const Reduced z = reduced_of(view.m, x);
     place(z.m, col, row, false, p);
     auto pixel = [&](std::int32_t at_x, std::int32_t at_y) {
@@ -214,7 +233,7 @@ FUSEREG_STATIC void finished(const Job& job, std::int64_t sample, int channel,
 }
 
 // A(sample) at an output pixel.
-template <class T, int kGroup, bool kAntialias>
+template <class T, int kGroup, Antialias kAntialias>
 FUSEREG_STATIC void unmixed(const Job& job, std::int64_t sample, std::int64_t col, std::int64_t row,
                             int channel, Number<T> (&v)[kGroup]) {
   if (erased<T, kGroup>(job, sample, col, row, channel, v)) return;
@@ -223,7 +242,7 @@ FUSEREG_STATIC void unmixed(const Job& job, std::int64_t sample, std::int64_t co
 }
 
 // y[sample] at an output pixel, before it is rounded.
-template <class T, int kGroup, bool kAntialias>
+template <class T, int kGroup, Antialias kAntialias>
 FUSEREG_STATIC void augmented(const Job& job, std::int64_t sample, std::int64_t col,
                               std::int64_t row, int channel, Number<T> (&v)[kGroup]) {
   using C = Number<T>;

@@ -7,6 +7,7 @@
 
 #include "augment/augment.h"
 #include "core/call.h"
+#include "core/gate.h"
 #include "core/tensor.h"
 
 namespace fusereg::augment {
@@ -136,6 +137,19 @@ void set_options(Job& job, const Options& o, const std::int64_t (&sizes)[4], con
   job.keys = static_cast<const std::int64_t*>(raw.data);
 }
 
+// What antialiasing on CUDA has the resized images of turned samples in: it lives until the kernels are
+// launched, and the stream's next work may have the memory.
+py::object room_for_reduced(Job& job, const Device& device, const py::object& x) {
+  if (!job.antialias || !runs_cuda_kernels(device)) return py::none();
+  py::object room = empty_like(x);
+  Images images;
+  std::int64_t sizes[4];
+  Device own;
+  if (!read_images(room, images, sizes, own)) throw std::logic_error("fusereg: x is not dense");
+  job.reduced = images.data;
+  return room;
+}
+
 // 0: done; 2: Python must prepare a tensor first, and nothing has been written.
 int augment_forward(const py::object& y, const py::object& x, const py::object& records,
                     const py::object& keys, int interpolation, bool antialias, int fill_mode,
@@ -159,6 +173,7 @@ int augment_forward(const py::object& y, const py::object& x, const py::object& 
   if (job.n == 0 || job.c == 0 || job.y.h == 0 || job.y.w == 0) return kDone;
   if (job.x.h == 0 || job.x.w == 0)
     throw py::value_error(where(op, "x") + " must have at least one pixel");
+  const py::object reduced = room_for_reduced(job, device, x);
   run_job(job, device, job.n * job.c * job.y.h * job.y.w);
   return kDone;
 }
@@ -242,6 +257,7 @@ int augment_backward(const py::object& grad_x, const py::object& grad_y, const p
                         scale,         shift,     erase,     false};
   set_options(job, options, sizes, device, records, py::none(), op);
   if (job.n == 0 || job.c == 0 || job.x.h == 0 || job.x.w == 0) return kDone;
+  const py::object reduced = color ? room_for_reduced(job, device, x) : py::none();
   run_job(job, device, job.n * job.c * job.x.h * job.x.w);
   return kDone;
 }

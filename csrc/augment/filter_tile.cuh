@@ -4,20 +4,18 @@
 // A block takes a tile of a sample's output. The filters of its columns and rows are worked out once, in
 // shared memory, and a strip of output rows is filtered along the columns for all the pixels of the
 // input that it needs, and then along the rows: what filtered() sums up pixel by pixel, in the same
-// order. Other samples are left to a kernel that goes by pixels, and so are filters that are too wide.
+// order.
 #pragma once
 
 #include "augment/augment.h"
 #include "augment/augment_math.h"
 #include "augment/launch.cuh"
+#include "augment/tiles.cuh"
 #include "augment/warp_tile.cuh"
 
 namespace fusereg::augment {
 
-inline constexpr int kFilterTile = 32;
 inline constexpr int kFilterStrip = kThreads / kFilterTile;  // a thread for each pixel
-inline constexpr int kFilterTaps = 24;
-inline constexpr int kFilterColumns = 160;
 
 // The filters of a tile along an axis.
 struct FilterAxis {
@@ -26,20 +24,6 @@ struct FilterAxis {
   std::int32_t at[kFilterTile][kFilterTaps];  // the pixels that stand for the taps: see fold()
   std::int32_t first, last;                   // of all taps
 };
-
-// Whether the filters of a sample's tiles fit into shared memory.
-FUSEREG_DEVICE_INLINE bool fits(const Job& job, std::int64_t sample) {
-  const double* const record = job.records + sample * kRecord;
-  if (!is_axis_aligned(record) || is_projective(record)) return false;
-  auto taps = [&](double extent) { return most_taps(extent, job.interpolation, kFilterTaps + 1); };
-  const double across = __builtin_fabs(record[0]);
-  return taps(across) <= kFilterTaps && taps(__builtin_fabs(record[4])) <= kFilterTaps &&
-         across * (kFilterTile - 1) + kFilterTaps + 2 < kFilterColumns;
-}
-FUSEREG_DEVICE_INLINE bool is_filtered_by_tiles(const Job& job, std::int64_t sample) {
-  const std::int64_t partner = partner_of(job.records + sample * kRecord, job.n);
-  return fits(job, sample) && (partner < 0 || fits(job, partner));
-}
 
 FUSEREG_DEVICE_INLINE std::int32_t least_of_warp(std::int32_t v) {
   return cuda::warp_reduce(v, [](std::int32_t a, std::int32_t b) { return a < b ? a : b; });
@@ -163,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) augment_filter_kernel(FUSEREG_GRID_C
   const std::int64_t of_sample = across * ceil_div(job.y.h, kFilterTile);
   for (std::int64_t tile = blockIdx.x; tile < job.n * of_sample; tile += gridDim.x) {
     const std::int64_t sample = tile / of_sample;
-    if (!is_filtered_by_tiles(job, sample)) continue;
+    if (way_of(job, sample) != Way::kFilters) continue;
     const std::int64_t in_sample = tile - sample * of_sample;
     const auto row0 = static_cast<std::int32_t>(in_sample / across) * kFilterTile;
     const auto col0 = static_cast<std::int32_t>(in_sample % across) * kFilterTile;

@@ -210,7 +210,7 @@ class Block {
       const bool filled = job_.whole_pixels && !lies_within(a, column, row, one.x.h, one.x.w);
       for (int c = 0; c < job_.c; ++c) {
         float v[1];
-        augmented<std::uint8_t, 1, false>(one, 0, column, row, c, v);
+        augmented<std::uint8_t, 1, Antialias::kNever>(one, 0, column, row, c, v);
         other_[c * plane_ + i] = filled ? job_.fill[c] : to_uint8(v[0]);
       }
     });

@@ -1,4 +1,5 @@
-// The forward kernel of warps without antialiasing. Contract: augment.h; the same bits as augmented().
+// The forward kernel of warps that read at points: without antialiasing, and of samples that turn, whose
+// resized images lie in job.reduced. Contract: augment.h; the same bits as augmented().
 //
 // A block takes a tile of a sample's output, a thread four pixels of a row. What the tile has in
 // common is worked out once, in shared memory: the blocks' first coordinates and the steps within
@@ -9,6 +10,7 @@
 #include "augment/augment.h"
 #include "augment/augment_math.h"
 #include "augment/launch.cuh"
+#include "augment/tiles.cuh"
 
 namespace fusereg::augment {
 
@@ -23,11 +25,13 @@ struct TileView {
   FillMode mode;
   double m[6];
   bool projective;
+  bool reduced;
 };
 
 __device__ inline void put_view(const Job& job, std::int64_t sample, TileView& to) {
   View v;
-  view_of(job, job.x, sample, v);
+  view_to_read(job, sample, v);
+  to.reduced = v.x.data != job.x.data;
   to.offset = v.offset;
   to.w = static_cast<std::int32_t>(v.x.w);
   to.h = static_cast<std::int32_t>(v.x.h);
@@ -43,6 +47,7 @@ struct TileSource {
   std::int32_t step[2][kBlock];
   float color[12];
   std::int32_t erase[4];
+  int bits;    // fraction_bits()
   bool whole;  // all coordinates are whole numbers
 };
 
@@ -75,7 +80,7 @@ __device__ inline void prepare(const Job& job, std::int64_t sample, std::int32_t
   constexpr int kStarts = 2 * 2 * kTileRows;
   static_assert(kStarts + 2 * kBlock + 12 + 2 <= kThreads, "a value for each thread");
   const double* const record = job.records + sample * kRecord;
-  const int bits = fraction_bits(record[0], record[3]);
+  const int bits = fraction_bits(s.view.m[0], s.view.m[3]);
   auto i = static_cast<int>(threadIdx.x);
   const double* const m = s.view.m + 3 * (i & 1);
   if (i < kStarts) {
@@ -97,8 +102,9 @@ __device__ inline void prepare(const Job& job, std::int64_t sample, std::int32_t
     put_box(record + 6, job.y, s.erase);
   } else if (i == 13) {
     bool whole = true;
-    for (int k = 0; k < 6; ++k) whole = whole && floor_of(record[k]) == record[k];
+    for (const double v : s.view.m) whole = whole && floor_of(v) == v;
     s.whole = whole;
+    s.bits = bits;
   }
 }
 
@@ -269,9 +275,10 @@ FUSEREG_DEVICE_INLINE void run_unmixed(const Job& job, std::int64_t sample, cons
                                        const TileChannels& channels, int row, int lane,
                                        std::int32_t out_row, std::int32_t out_col, int channel,
                                        float (&v)[kGroup][kRun]) {
-  const T* const data = static_cast<const T*>(job.x.data) + s.view.offset + channel * job.x.channel;
-  const double* const record = job.records + sample * kRecord;
-  const int bits = fraction_bits(record[0], record[3]);
+  // Of the kernel's arguments, so that the compiler knows it to be global memory.
+  const auto* const images = static_cast<const T*>(s.view.reduced ? job.reduced : job.x.data);
+  const T* const data = images + s.view.offset + channel * job.x.channel;
+  const int bits = s.bits;
   const float* const fill = channels.fill + channel;
   const bool nearest = job.interpolation == Interpolation::kNearest;
   if (nearest || s.whole) {
@@ -364,7 +371,7 @@ FUSEREG_STATIC void run_by_pixels(const Job& job, std::int64_t sample, std::int3
     const std::int64_t at = sample * job.y.sample + row * job.y.row + (first + k) * job.y.pixel;
     for (int c = 0; c < job.c; c += kGroup) {
       float v[kGroup];
-      augmented<T, kGroup, false>(job, sample, first + k, row, c, v);
+      augmented<T, kGroup, Antialias::kNever>(job, sample, first + k, row, c, v);
       for (int i = 0; i < kGroup; ++i)
         write(job.y.data, job.y.type, at + (c + i) * job.y.channel, v[i]);
     }
@@ -389,6 +396,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const std::int64_t of_sample = across * ceil_div(job.y.h, kTileRows);
   for (std::int64_t tile = blockIdx.x; tile < job.n * of_sample; tile += gridDim.x) {
     const std::int64_t sample = tile / of_sample;
+    if (job.antialias && way_of(job, sample) != Way::kPoints) continue;
     const std::int64_t in_sample = tile - sample * of_sample;
     const auto row0 = static_cast<std::int32_t>(in_sample / across) * kTileRows;
     const auto col0 = static_cast<std::int32_t>(in_sample % across) * kTileWidth;
