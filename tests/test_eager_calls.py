@@ -96,10 +96,12 @@ CALLS: dict[str, tuple[Callable[[], Tensor], int, int]] = {
 def test_an_eager_call_runs_few_functions(name: str) -> None:
     call, most_forward, most_backward = CALLS[name]
     call().sum().backward()  # imports, and this thread's memory
-    y, forward = frames(call)
-    _, backward = frames(lambda: torch.autograd.backward((y,), (torch.ones_like(y),)))
-    assert len(forward) <= most_forward, forward
-    assert len(backward) <= most_backward, backward
+    for expanded in (False, True):  # a sum's gradient is one number, expanded
+        y, forward = frames(call)
+        grad = torch.ones(()).expand_as(y) if expanded else torch.ones_like(y)
+        _, backward = frames(partial(torch.autograd.backward, (y,), (grad,)))
+        assert len(forward) <= most_forward, forward
+        assert len(backward) <= most_backward, backward
 
 
 def test_a_dropout_layer_runs_nine_functions_of_python_at_most() -> None:
@@ -276,12 +278,20 @@ _COMPILED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+#: All ones: as kernels take them, made dense first, and left to the general function.
+_GRADS: dict[str, Callable[[], Tensor]] = {
+    "taken": lambda: torch.ones(8, 8),
+    "made dense": lambda: torch.ones(1).expand(8, 8),
+    "left to Python": lambda: torch._neg_view(-torch.ones(8, 8)),
+}
+
+
 @pytest.mark.parametrize("name", _COMPILED)
-@pytest.mark.parametrize("grad", ["taken", "left to Python", "refused"])
+@pytest.mark.parametrize("grad", [*_GRADS, "refused"])
 def test_nothing_is_left_behind_by_thousands_of_calls(name: str, grad: str) -> None:
     call = _COMPILED[name]
     x, residual = (torch.randn(8, 8, requires_grad=True) for _ in range(2))
-    given = {"taken": torch.ones(8, 8), "left to Python": torch.ones(1).expand(8, 8)}
+    given = {name: make() for name, make in _GRADS.items()}
 
     def calls(count: int) -> int:
         for _ in range(count):
@@ -320,7 +330,8 @@ def _fail(*_: object) -> Tensor:
 def test_saved_tensors_are_asked_for_once_and_their_errors_are_shown(name: str) -> None:
     call = _COMPILED[name]
     x, residual = (torch.randn(8, 8, requires_grad=True) for _ in range(2))
-    for grad in (torch.ones(8, 8), torch.ones(1).expand(8, 8)):
+    for make in _GRADS.values():
+        grad = make()
         asked: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, partial(_noted, asked)):
             y = call(x, residual)

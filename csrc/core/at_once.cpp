@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "core/gate.h"
+#include "core/tensor.h"
 
 namespace fusereg {
 namespace {
@@ -35,16 +36,38 @@ PyObject* forward(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// Makes gradients on the CPU contiguous that are not dense: a sum's is one number, expanded. Whether
+// there was any.
+bool make_dense(std::vector<PyObject*>& gradients, std::vector<py::object>& made) {
+  static PyObject* const contiguous = interned("contiguous");
+  for (PyObject*& gradient : gradients) {
+    TensorView view;
+    if (read_tensor(gradient, view) != Kind::kPlain || view.dense() || view.device.type != kDLCPU)
+      continue;
+    made.push_back(py::reinterpret_steal<py::object>(
+        PyObject_VectorcallMethod(contiguous, &gradient, 1, nullptr)));
+    if (!made.back()) throw py::error_already_set();
+    gradient = made.back().ptr();
+  }
+  return !made.empty();
+}
+
 PyObject* backward(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   return guarded([&] {
     const Functions& functions = functions_of(self);
     PyObject* found = nullptr;
     Saved saved;
+    std::vector<py::object> made;
+    std::vector<PyObject*> dense;
     // An operator of one result may have others, which are nothing to differentiate.
     if (count == 1 + functions.at_once->results()) {
       found = attempt([&]() -> PyObject* {
         if (grad_enabled() || forward_mode() || !nothing_traces()) return nullptr;
-        return functions.at_once->backward(args[0], args + 1, saved);
+        PyObject* const done = functions.at_once->backward(args[0], args + 1, saved);
+        if (done != nullptr || PyErr_Occurred() != nullptr) return done;
+        dense.assign(args + 1, args + count);
+        if (!make_dense(dense, made)) return nullptr;
+        return functions.at_once->backward(args[0], dense.data(), saved);
       });
     }
     if (found != nullptr) return found;
@@ -76,7 +99,8 @@ py::tuple at_once_functions(const AtOnce* functions, const py::object& forward,
 
 PyObject* const* unpack(PyObject* ctx, Saved& saved, Py_ssize_t count) {
   static PyObject* const name = interned("saved_tensors");
-  saved.tensors = py::reinterpret_steal<py::object>(PyObject_GetAttr(ctx, name));
+  if (!saved.tensors)
+    saved.tensors = py::reinterpret_steal<py::object>(PyObject_GetAttr(ctx, name));
   if (!saved.tensors) throw AtOnce::Final();  // written to since, freed, or a hook's own error
   if (!PyTuple_CheckExact(saved.tensors.ptr()) || PyTuple_GET_SIZE(saved.tensors.ptr()) != count)
     return nullptr;

@@ -55,7 +55,7 @@ def escaped_wrapper(tensor: torch.Tensor) -> bool:
     """Return whether this is a wrapper of a torch.func transform that has ended."""
     if torch.compiler.is_compiling() or _functorch_level() is not None:
         return False
-    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    wrapped: bool = is_wrapped(tensor)
     return wrapped
 
 
@@ -76,7 +76,7 @@ _tracing_state = torch._C._get_tracing_state
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 
 
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _C.bind_gate(
     torch,
@@ -112,7 +112,7 @@ def wrapped(values: Sequence[object]) -> bool:
     So do gradients under ``torch.autograd.grad(is_grads_batched=True)``, and what a torch.func
     transform leaves behind for a later backward.
     """
-    return any(isinstance(t, torch.Tensor) and (_is_batched(t) or _is_wrapped(t)) for t in values)
+    return any(isinstance(t, torch.Tensor) and (_is_batched(t) or is_wrapped(t)) for t in values)
 
 
 def with_values(jagged: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -291,6 +291,10 @@ class Operator:
         lists = [i for i, a in enumerate(arguments) if str(a.type) == "List[Tensor]"]
         #: Where a list of tensors is among the arguments: autograd must see them one by one.
         self._list = lists[0] if lists and gradient is not None else None
+        #: Where single ones are.
+        self._single = [
+            i for i, a in enumerate(arguments) if "Tensor" in str(a.type) and i not in lists
+        ]
         returned = len(self.overload._schema.returns)
 
         def filled(results: Any, first: Any) -> Any:
@@ -419,8 +423,10 @@ class Operator:
             return self._by_parts(*args)
         if self._list is not None:
             if self._differentiated(args):
-                # By torch's own apply(), which unwraps what torch.func transforms have left.
-                return self._function.apply(*self._flat(args))
+                # torch's own apply() unwraps what torch.func transforms have left.
+                left = any(map(dispatch.is_wrapped, args[self._list]))
+                apply: Callable[..., Any] = self._function.apply if left else self.apply
+                return apply(*self._flat(args))
         else:  # as differentiated(), without a call for it: most of what small tensors cost
             k = self._tensors
             if torch.is_grad_enabled():
@@ -457,7 +463,7 @@ class Operator:
     def _differentiated(self, args: tuple[Any, ...]) -> bool:
         if self._list is None:
             return differentiated(*args[: self._tensors])
-        return differentiated(*(a for a in args if isinstance(a, Tensor)), *args[self._list])
+        return differentiated(*[args[i] for i in self._single], *args[self._list])
 
     def _flat(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments with a list of tensors laid out at their end."""

@@ -70,9 +70,9 @@ class Listed(NamedTuple):
 
     def with_l2_times(self, factor: float) -> Listed:
         """Return the same with another l2."""
-        l2 = self.strengths.l2
-        l2 = [factor * x for x in l2] if isinstance(l2, Sequence) else factor * l2
-        return self._replace(strengths=self.strengths._replace(l2=l2))
+        l1, l2, group, dim = self.strengths
+        l2 = factor * l2 if isinstance(l2, float) else [factor * x for x in l2]
+        return Listed(self.tensors, Strengths(l1, l2, group, dim), self.direct)
 
 
 def collect(op: str, params: _params.Params, s: Strengths, name: str | None = None) -> Listed:
