@@ -8,7 +8,9 @@ import importlib
 import inspect
 import posixpath
 import re
+import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import griffe
@@ -17,6 +19,10 @@ from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
+
+import other_libraries  # noqa: F401  # Lightning imports a torchvision, which may not fit this torch
 
 BLOCK = re.compile(r"^\$\$\n(.+?)\n\$\$$", re.M | re.S)
 INLINE = re.compile(r"(?<![\\$\w`])\$(?![\s$])([^$\n`]+?)(?<![\s\\])\$(?![\w$])")

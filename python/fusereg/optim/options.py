@@ -100,10 +100,10 @@ def meant(key: str, known: Iterable[str]) -> str | None:
 
 
 PENALTY = r"""
-        l1, l2, group: strengths >= 0 of the penalty
-            :math:`R(w) = l_1 \sum |w_i| + \tfrac{l_2}{2} \sum w_i^2 + group \sum_r \sqrt{n_r}
-            \|w_r\|_2`, r over the slices along dimension ``group_dim``. Numbers or 0-d tensors;
-            each param group may have its own, and they may be changed between steps.
+        l1, l2, group: strengths >= 0 of the penalty :math:`R(w) = l_1 \sum |w_i| +`
+            :math:`\tfrac{l_2}{2} \sum w_i^2 +` :math:`group \sum_r \sqrt{n_r} \|w_r\|_2`, r over
+            the slices along dimension ``group_dim``. Numbers or 0-d tensors; each param group may
+            have its own, and they may be changed between steps.
         group_dim: the dimension of the parameters whose indices are the groups; of a vector it is
             always 0. 0 are the outputs of linear layers and convolutions, 1 their inputs, and the
             outputs of transposed convolutions and of transformers' Conv1D. Each param group may
