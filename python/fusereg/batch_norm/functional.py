@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import _C
 from ..core import checks, dispatch, random
+from ..core.hints import explains, refuse
 from ..core.random import Source
 from . import inplace as in_place
 from . import kernels, op
@@ -61,6 +62,7 @@ class Chosen(NamedTuple):
 _OPTIONS = Chosen._fields[:-1]
 
 
+@explains()
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -83,6 +85,7 @@ def batch_norm(
     update_stats: bool = True,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""Batch normalization, and what often follows it, in one pass (Ioffe and Szegedy 2015).
 
@@ -151,6 +154,8 @@ def batch_norm(
         ...     x, mean, var, weight, bias, True, activation="relu", residual=shortcut
         ... )
     """
+    if unknown:
+        refuse(batch_norm, unknown)
     inputs = Inputs(input, residual, mask, weight, bias, None, running_mean, running_var)
     settings = Chosen(
         training,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn
@@ -10,26 +9,12 @@ from typing import Any, ClassVar, NoReturn
 from torch import Tensor, nn
 
 from .checks import probability
-from .hints import explains
-
-#: What others call the arguments of such layers.
-_ELSEWHERE = {
-    other: ours
-    for ours, others in {
-        "p": "prob probability rate ratio drop_prob drop_rate dropout_rate dropout_prob",
-        "num_features": "channels num_channels features in_features out_channels filters",
-        "activation": "act act_layer activation_fn nonlinearity",
-        "block_size": "kernel_size size",
-        "normalized_shape": "dim hidden_size",
-    }.items()
-    for other in others.split()
-}
+from .hints import explain_constructor, public_class
 
 
 def _public_name(layer: object) -> str:
     """Return the name under which users know a layer, or the layer of ours that it is made from."""
-    names = (c.__name__ for c in type(layer).__mro__ if c.__module__.startswith("fusereg."))
-    name = next(names)
+    name = public_class(layer).__name__
     public = name in vars(sys.modules["fusereg.nn"])["__all__"]
     return f"fusereg.nn.{name}" if public else f"fusereg.{name}"
 
@@ -64,11 +49,7 @@ class Layer(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own = vars(cls).get("__init__")
-        if own is not None and cls.__module__.startswith("fusereg."):
-            known = inspect.signature(own).parameters
-            hints = {k: f"did you mean {v}?" for k, v in _ELSEWHERE.items() if v in known}
-            cls.__init__ = explains(_public_name, hints)(own)  # type: ignore[method-assign]
+        explain_constructor(cls, _public_name)
         name_module(cls)
 
     def __prepare_scriptable__(self) -> NoReturn:
