@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import nn
 import fusereg
 import other_libraries  # noqa: F401  # repairs torchvision
 from fusereg import augment, functional, optim
-from fusereg.augment.targets import RULES
+from fusereg.augment.targets import RULES, Rules
 from fusereg.core.hints import SYNONYMS, explains
 
 #: What fusereg returns and users do not make, and what Python makes.
@@ -208,6 +209,15 @@ def test_what_fits_is_handed_on_and_other_errors_come_through() -> None:
         ratio("3")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^fusereg.ratio: unknown argument 'bye'; did you mean by"):
         ratio(3.0, bye=2.0)  # type: ignore[call-arg]
+
+
+def test_rules_of_transforms_are_taken() -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(Rules)}
+    assert tuple(defaults) == RULES
+    for name, value in defaults.items():
+        augment.Augment(8, **{name: value})
+        augment.Compose([], **{name: value})
+        augment.recipes.segmentation(8, **{name: value})
 
 
 def test_compiled_code_takes_the_arguments_by_name() -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..core import dispatch
-from ..core.hints import explain_constructor, public_class
 from . import op as _ops
 from .arguments import check_memory_format
 from .fuse import Pass
@@ -114,10 +113,6 @@ ELSEWHERE = {
 }
 
 
-def _public_name(chain: Chain) -> str:
-    return f"fusereg.{public_class(chain).__name__}"
-
-
 class Chain(SeededModule):
     """Base of Augment and Compose: passes that are drawn, rendered or called in turn."""
 
@@ -125,10 +120,7 @@ class Chain(SeededModule):
     _keep_dtype = True
     _single = True
     _elsewhere: ClassVar[Mapping[str, str]] = ELSEWHERE
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        explain_constructor(cls, _public_name, cls._elsewhere, RULES)
+    _collected: ClassVar[Sequence[str]] = RULES
 
     def __init__(
         self,

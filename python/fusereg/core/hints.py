@@ -251,17 +251,3 @@ def explains(
 def public_class(instance: object) -> type:
     """Return the class of an object, or the one of fusereg that a user's class is made from."""
     return next(c for c in type(instance).__mro__ if c.__module__.startswith("fusereg."))
-
-
-def explain_constructor(
-    cls: type,
-    name: Callable[[Any], str],
-    elsewhere: Mapping[str, str] = _NONE,
-    more: Iterable[str] = (),
-) -> None:
-    """Let a class of fusereg explain arguments that do not fit; for ``__init_subclass__``."""
-    own = vars(cls).get("__init__")
-    if own is not None and cls.__module__.startswith("fusereg."):
-        rules = any(p.name == "rules" for p in inspect.signature(own).parameters.values())
-        made: Any = cls
-        made.__init__ = explains(name, elsewhere, more if rules else ())(own)

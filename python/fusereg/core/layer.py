@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor, nn
 
 from .checks import probability
-from .hints import explain_constructor, public_class
+from .hints import explains, public_class
 
 
 def _public_name(layer: object) -> str:
@@ -47,9 +48,18 @@ class Layer(nn.Module):
         RuntimeError: by ``torch.jit.script``.
     """
 
+    #: Arguments of other libraries' layers, and what to do instead.
+    _elsewhere: ClassVar[Mapping[str, str]] = {}
+    #: What a constructor takes as ``**rules``.
+    _collected: ClassVar[Sequence[str]] = ()
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        explain_constructor(cls, _public_name)
+        own = vars(cls).get("__init__")
+        if own is not None and cls.__module__.startswith("fusereg."):
+            rules = "rules" in inspect.signature(own).parameters
+            explain = explains(_public_name, cls._elsewhere, cls._collected if rules else ())
+            cls.__init__ = explain(own)  # type: ignore[method-assign]
         name_module(cls)
 
     def __prepare_scriptable__(self) -> NoReturn:
