@@ -108,7 +108,8 @@ def batch_norm(
             running statistics, as torch's layers do.
         eps: added to the variance, > 0; in evaluation >= 0.
         activation: None, "relu", "leaky_relu", "silu" or "gelu".
-        residual: r, of x's shape and dtype; added before the activation.
+        residual: r, of x's shape and dtype; added before the activation. Under autocast it may have
+            another dtype; the result then has that of torch's sum.
         dropout: the probability of dropping an element of the result, in training.
         out: where to write the result, under ``torch.no_grad()``; may be ``x`` or ``residual``.
         inplace: write the result into ``x``, and for backward keep it in the place of ``x``
@@ -241,7 +242,11 @@ def prepared(
         wanted = "positive in training" if training else "at least 0"
         raise ValueError(f"fusereg.{name}: eps must be {wanted}, got {eps}")
     if residual is not None:
-        checks.check_like(x, residual, x.shape, name, "residual")
+        x, added = checks.promoted(x, residual)
+        if x is not inputs.x or added is not residual:
+            residual = added
+            inputs = inputs._replace(x=x, residual=residual)
+        checks.check_like(x, added, x.shape, name, "residual")
     if out is not None:
         _check_out(out, inputs, name)
     if mask is not None:

@@ -42,9 +42,10 @@ _NOTES = """
     the mask and the statistics.
 
     Under autocast y keeps x's dtype, as statistics are in float32 anyway; weight and bias may stay
-    float32. Gradients of weight and bias are added in a fixed order. Twice differentiable: the
-    second derivative is a formula of torch operations. Under ``torch.func`` transforms and in
-    forward mode the steps run one by one, with the same mask.
+    float32. A residual whose dtype does not go with x's is taken there, too: both get the dtype
+    that torch's sum has. Gradients of weight and bias are added in a fixed order. Twice
+    differentiable: the second derivative is a formula of torch operations. Under ``torch.func``
+    transforms and in forward mode the steps run one by one, with the same mask.
 
     Raises:
         TypeError: an argument is not a tensor, ``p`` or ``eps`` not a number, ``seed`` not an

@@ -266,7 +266,11 @@ def _add(
         checks.check_input(t, op, name)
     if x.dim() == 0 and (rows or bias is not None):
         raise ValueError(f"fusereg.{op}: x must have at least 1 dimension, got 0")
-    x, bias, residual = _promoted(x, bias, residual, x if inplace else out)
+    if not inplace:
+        x, bias, residual = checks.promoted(x, bias, residual)
+    elif torch.is_autocast_enabled(x.device.type):
+        residual = residual.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
     checks.check_like(x, residual, x.shape, op, "residual")
     if bias is not None:
         checks.check_like(x, bias, x.shape[-1:], op, "bias")
@@ -287,19 +291,6 @@ def _add(
         rows = 0  # nothing is drawn: samples are elements
     state = random.eager_state(x, source, op) if p else (0, 0)
     return ops.add.to(target, x, bias, residual, state, p, rows, index_offset, op)
-
-
-def _promoted(
-    x: Tensor, bias: Tensor | None, residual: Tensor, target: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the operands in one dtype: under autocast, that of torch's sum."""
-    dtypes = {t.dtype for t in (x, bias, residual) if t is not None}
-    if len(dtypes) == 1 or not torch.is_autocast_enabled(x.device.type):
-        return x, bias, residual
-    common = x.dtype if target is x else torch.promote_types(x.dtype, residual.dtype)
-    if bias is not None and target is not x:
-        common = torch.promote_types(common, bias.dtype)
-    return x.to(common), None if bias is None else bias.to(common), residual.to(common)
 
 
 def _check_others(target: Tensor, others: dict[str, Tensor], inplace: bool, op: str) -> None:
