@@ -368,3 +368,35 @@ def test_groups_are_batches_of_their_own() -> None:
     assert torch.allclose(mean, x.mean((0, 2)), atol=1e-6)
     assert torch.allclose(var, x.var((0, 2)), atol=1e-6)
     assert ops.statistics(x, None, 3).shape == (3, 9)
+
+
+# --- autocast -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("of_x", "of_residual"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.half, torch.bfloat16),
+    ],
+)
+def test_autocast_takes_a_residual_of_any_dtype(
+    of_x: torch.dtype, of_residual: torch.dtype, training: bool
+) -> None:
+    layer = fusereg.nn.BatchNorm2d(4, activation="relu").train(training)
+    plain = nn.BatchNorm2d(4).train(training)
+    x = torch.randn(3, 4, 5, 5, dtype=of_x, requires_grad=True)
+    residual = torch.randn(3, 4, 5, 5, dtype=of_residual, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x, residual)
+        wanted = (plain(x.float()) + residual.float()).relu()
+        assert y.dtype is torch.float32  # of torch's sum
+        torch.testing.assert_close(y, wanted)
+        assert torch.equal(compiled(x, residual), layer(x, residual))
+    for grad, t in zip(torch.autograd.grad(y.sum(), (x, residual)), (x, residual), strict=True):
+        assert grad.dtype is t.dtype
+    with pytest.raises(ValueError, match="residual must be"):
+        layer(x, residual)

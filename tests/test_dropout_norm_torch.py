@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -181,6 +182,15 @@ def test_export_and_fake_tensors() -> None:
     assert F.dropout_add_rms_norm(torch.empty(3, 8, device="meta"), None).is_meta
 
 
+#: x, residual, and then y: those that the kernels do not take together without autocast.
+PAIRS = [
+    (torch.float32, torch.bfloat16, torch.float32),
+    (torch.float32, torch.float16, torch.float32),
+    (torch.float16, torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.float16, torch.float32),
+]
+
+
 @pytest.mark.parametrize("amp_dtype", HALVES)
 def test_autocast_keeps_xs_dtype(amp_dtype: torch.dtype) -> None:
     linear, layer = torch.nn.Linear(6, 8), nn.DropoutAddLayerNorm(8, 0.5)
@@ -195,6 +205,33 @@ def test_autocast_keeps_xs_dtype(amp_dtype: torch.dtype) -> None:
         assert parameter.grad is not None
         assert parameter.grad.dtype is torch.float32
         assert parameter.grad.any()
+
+
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+def test_autocast_takes_a_residual_of_any_dtype(
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], rms: bool
+) -> None:
+    """As torch's sum and norm do, one after the other."""
+    of_x, of_residual, of_y = dtypes
+    f = F.dropout_add_rms_norm if rms else F.dropout_add_layer_norm
+    x = torch.randn(4, 8, dtype=of_x, requires_grad=True)
+    residual = torch.randn(4, 8, dtype=of_residual, requires_grad=True)
+    weight = torch.rand(8, requires_grad=True)
+    call = functools.partial(f, p=0.0, weight=weight, return_sum=True)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, s = call(x, residual)
+        again, _ = compiled(x, residual)
+        assert (y.dtype, s.dtype) == (of_y, torch.promote_types(of_x, of_residual))
+        assert torch.equal(s, x + residual)
+        assert torch.equal(y, again)
+    plain = torch.nn.functional.rms_norm if rms else torch.nn.functional.layer_norm
+    torch.testing.assert_close(y, plain(s, (8,), weight))
+    for grad, t in zip(torch.autograd.grad(y.sum(), (x, residual)), (x, residual), strict=True):
+        assert grad.dtype is t.dtype
+    with pytest.raises(ValueError, match="residual must be"):
+        call(x, residual)
 
 
 # --- modules --------------------------------------------------------------------------------------

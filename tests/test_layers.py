@@ -204,7 +204,7 @@ def test_arguments_that_do_not_fit_name_the_layer_that_was_called(layer: Layer) 
             meant = f"unknown argument '{parameter.name[:-1]}_'; did you mean {parameter.name}\\?$"
             with pytest.raises(TypeError, match=f"^{name}: {meant}"):
                 layer(**arguments, **misspelled)
-    with pytest.raises(TypeError, match=f"^{name}: unknown argument 'zebra'$"):
+    with pytest.raises(TypeError, match=f"^{name}: unknown argument 'zebra'; it takes "):
         layer(**arguments, zebra=1)
     with pytest.raises(TypeError, match=f"^{name}: too many positional arguments$"):
         layer(*[1] * 40)

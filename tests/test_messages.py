@@ -163,7 +163,7 @@ MISTAKES: dict[str, tuple[Call, type[Exception], list[str]]] = {
     "an option of an optimizer": (
         lambda: fusereg.optim.AdamW([nn.Parameter(torch.ones(1))], weightdecay=0.1),
         TypeError,
-        ["unexpected keyword argument 'weightdecay'; did you mean weight_decay?"],
+        ["fusereg.optim.AdamW: unknown argument 'weightdecay'; did you mean weight_decay?"],
     ),
     "an option of a run": (
         lambda: TrainingRun("never", model=nn.Linear(1, 1), keep_bset=3),  # type: ignore[arg-type]
@@ -258,7 +258,7 @@ def test_names_of_other_libraries_are_not_ours(of: type) -> None:
     """Or else the hint would tell users to leave out what exists."""
     source = Path(inspect.getfile(of)).read_text(encoding="utf-8")
     for statement in ast.parse(source).body:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "_ELSEWHERE":
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "ELSEWHERE":
             names = ast.literal_eval(statement.value)
             assert not names.keys() & inspect.signature(of).parameters.keys()
             return

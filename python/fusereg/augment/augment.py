@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from .arguments import (
     probability,
     size_pair,
 )
-from .chain import Chain, Pipeline, Unit
+from .chain import ELSEWHERE, Chain, Pipeline, Unit
 from .conventions import Convention, convention
 from .loading import collate
 from .params import AugmentParams
@@ -146,6 +146,16 @@ class Augment(Chain):
     _op = "Augment"
     _keep_dtype = False
     _single = False
+    _elsewhere: ClassVar[Mapping[str, str]] = {
+        **ELSEWHERE,
+        "p": "each part has a probability of its own: hflip, vflip, erase, mix",
+        "normalize": "give mean and std",
+        "padding": "crop takes smaller images; fill_mode and fill say what is around them",
+        "policy": "RandAugment and its kin are transforms; Compose takes them",
+        "auto_augment": "RandAugment and its kin are transforms; Compose takes them",
+        "mixup_alpha": "give mix=Mix(mixup=alpha)",
+        "cutmix_alpha": "give mix=Mix(cutmix=alpha)",
+    }
 
     def __init__(
         self,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from .program import Program, ProgramParams
 from .render import Settings, render
 from .seeded import Keys, SeededModule
 from .steps import VALUES, Values, ends_alike
-from .targets import Targets, Unstacked, rules_of
+from .targets import RULES, Targets, Unstacked, rules_of
 from .tree import plain
 
 Size: TypeAlias = tuple[int, int]
@@ -98,12 +98,29 @@ class Pipeline:
         return any(unit.settings.mixed for unit in self.units)
 
 
+#: Arguments of other libraries' transforms, and what to do instead.
+ELSEWHERE = {
+    "hue": "ColorJitter has it, in Compose",
+    "same_on_batch": "each sample has draws of its own; the frames of a clip share theirs",
+    "keepdim": "one image [C, H, W] of Compose keeps its dimensions",
+    "data_format": "images are (N, C, H, W)",
+    "return_transform": "sample_params() returns what is drawn",
+    "always_apply": "p=1 applies it always",
+    "bbox_params": "boxes are torchvision's BoundingBoxes, among the targets of the call",
+    "keypoint_params": "points are torchvision's KeyPoints, among the targets of the call",
+    "additional_targets": "further images are among the targets of the call",
+    "data_keys": "what moves with the images is the second argument of the call",
+}
+
+
 class Chain(SeededModule):
     """Base of Augment and Compose: passes that are drawn, rendered or called in turn."""
 
     #: Whether uint8 stays uint8 unless it is normalized, and one image is a batch of one.
     _keep_dtype = True
     _single = True
+    _elsewhere: ClassVar[Mapping[str, str]] = ELSEWHERE
+    _collected: ClassVar[Sequence[str]] = RULES
 
     def __init__(
         self,

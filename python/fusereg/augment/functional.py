@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import dispatch, docs, memory
+from ..core.hints import explains
 from . import op as _ops
 from . import resize_op as _resize_ops
 from .arguments import (
@@ -143,6 +144,7 @@ def _apply(
     return _ops.apply(x, records, keys, target, options, op, result.out)
 
 
+@explains()
 def warp_affine(
     x: Tensor,
     matrix: Tensor,
@@ -222,6 +224,7 @@ def _matrices(
     return shape, matrix.double(), _identity(x, matrix.device, op)
 
 
+@explains()
 def warp_perspective(
     x: Tensor,
     matrix: Tensor,
@@ -297,6 +300,7 @@ def _for_samples(
     return torch.full((n,), made, dtype=torch.float64, device=device)
 
 
+@explains()
 def crop_flip_normalize(
     x: Tensor,
     size: Size,
@@ -361,6 +365,7 @@ def crop_flip_normalize(
     return _apply(x, records, (height, width), result, op, ("nearest", False, fill_mode, fill))
 
 
+@explains()
 def resize(
     x: Tensor,
     size: Size,
@@ -422,6 +427,7 @@ def _boxes(boxes: object, n: int, op: str) -> Tensor:
     return boxes.double()
 
 
+@explains()
 def erase(
     x: Tensor,
     boxes: Tensor,
@@ -467,6 +473,7 @@ def erase(
     return _apply(x, records, x.shape[2:], _Result(out=out), op, keys=keys, erase=fill)
 
 
+@explains()
 def mix(
     x: Tensor,
     partner: Tensor,

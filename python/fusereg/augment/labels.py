@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import memory
+from ..core.hints import explains
 from ..core.labels import MixedLabels
 from .params import AugmentParams
 from .tree import odd_form
@@ -54,6 +55,7 @@ def notice_labels(op: str, targets: object, replayed: bool) -> None:
         )
 
 
+@explains()
 def mix_labels(
     labels: Tensor,
     params: AugmentParams,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from ..core.hints import explains
 from .inputs import image_tensor
 from .tree import batch_tree, kind_of, plain, stack, wrap
 
@@ -19,6 +20,7 @@ __all__ = ["WithIds"]
 _IMAGE_KEYS = ("image", "pixel_values", "img", "images", "video")
 
 
+@explains()
 class WithIds(Dataset[Any]):
     """A dataset whose samples carry their index, as sample id for :meth:`Augment.collate`.
 

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from ..core.hints import explains
 from .arguments import (
     Interpolation,
     PerChannel,
@@ -39,6 +40,7 @@ from .arguments import (
 from .compose import Compose, Transform
 from .render import PAIRS, Mix
 from .steps import FullImage, ShortSide, Step
+from .targets import RULES
 from .transforms import (
     CenterCrop,
     Normalize,
@@ -71,6 +73,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Policy: TypeAlias = str | Callable[..., Any] | None
 
 
+@explains("fusereg.recipes.torchvision_classification", more=RULES)
 def torchvision_classification(
     size: Size = 224,
     *,
@@ -139,6 +142,7 @@ def torchvision_classification(
     return Compose(chain, evaluation=after, seed=seed, **rules)
 
 
+@explains("fusereg.recipes.timm_imagenet", more=RULES)
 def timm_imagenet(
     policy: Policy = "rand-m9-mstd0.5-inc1",
     size: Size = 224,
@@ -231,6 +235,7 @@ def timm_imagenet(
     return Compose(chain, evaluation=after, seed=seed, **rules)
 
 
+@explains("fusereg.recipes.segmentation", more=RULES)
 def segmentation(
     size: Size = 480,
     *,
@@ -289,6 +294,7 @@ def segmentation(
     return Compose(chain, evaluation=after, seed=seed, **rules)
 
 
+@explains("fusereg.recipes.detection", more=RULES)
 def detection(
     policy: str = "hflip",
     size: Size | None = None,
@@ -355,6 +361,7 @@ def detection(
     return Compose(chain, evaluation=[*resized, *after], seed=seed, **rules)
 
 
+@explains("fusereg.recipes.simclr", more=RULES)
 def simclr(
     size: Size = 224,
     *,

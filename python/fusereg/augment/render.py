@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import memory
+from ..core.hints import explains
 from . import op as _ops
 from .arguments import (
     FILLS,
@@ -31,6 +32,7 @@ from .tree import plain, wrap
 __all__ = ["Erase", "Mix"]
 
 
+@explains()
 @dataclass(frozen=True)
 class Erase:
     """Random erasing (Zhong et al. 2017): a box of each image is overwritten.
@@ -83,6 +85,7 @@ class Erase:
 PAIRS = ("ids", "elem", "pair", "batch")
 
 
+@explains()
 @dataclass(frozen=True)
 class Mix:
     """MixUp (Zhang et al. 2018) and CutMix (Yun et al. 2019) within a batch.

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..core import dispatch, failures
+from ..core.hints import explains
 from ..core.layer import Layer
 from .calls import Calls, Nodes
 from .known import epilogue_of, is_timm_act, why_unknown
@@ -67,6 +68,7 @@ class Epilogue(Layer):
         return f"activation={self.activation!r}"
 
 
+@explains()
 def fold_into_conv(model: _Module) -> _Module:
     r"""Return a copy of the model for inference, with batch norms folded into convolutions.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import _C
 from ..core import checks, dispatch, random
+from ..core.hints import explains, refuse
 from ..core.random import Source
 from . import inplace as in_place
 from . import kernels, op
@@ -61,6 +62,7 @@ class Chosen(NamedTuple):
 _OPTIONS = Chosen._fields[:-1]
 
 
+@explains()
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -83,6 +85,7 @@ def batch_norm(
     update_stats: bool = True,
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""Batch normalization, and what often follows it, in one pass (Ioffe and Szegedy 2015).
 
@@ -105,7 +108,8 @@ def batch_norm(
             running statistics, as torch's layers do.
         eps: added to the variance, > 0; in evaluation >= 0.
         activation: None, "relu", "leaky_relu", "silu" or "gelu".
-        residual: r, of x's shape and dtype; added before the activation.
+        residual: r, of x's shape and dtype; added before the activation. Under autocast it may have
+            another dtype; the result then has that of torch's sum.
         dropout: the probability of dropping an element of the result, in training.
         out: where to write the result, under ``torch.no_grad()``; may be ``x`` or ``residual``.
         inplace: write the result into ``x``, and for backward keep it in the place of ``x``
@@ -151,6 +155,8 @@ def batch_norm(
         ...     x, mean, var, weight, bias, True, activation="relu", residual=shortcut
         ... )
     """
+    if unknown:
+        refuse(batch_norm, unknown)
     inputs = Inputs(input, residual, mask, weight, bias, None, running_mean, running_var)
     settings = Chosen(
         training,
@@ -236,7 +242,11 @@ def prepared(
         wanted = "positive in training" if training else "at least 0"
         raise ValueError(f"fusereg.{name}: eps must be {wanted}, got {eps}")
     if residual is not None:
-        checks.check_like(x, residual, x.shape, name, "residual")
+        x, added = checks.promoted(x, residual)
+        if x is not inputs.x or added is not residual:
+            residual = added
+            inputs = inputs._replace(x=x, residual=residual)
+        checks.check_like(x, added, x.shape, name, "residual")
     if out is not None:
         _check_out(out, inputs, name)
     if mask is not None:

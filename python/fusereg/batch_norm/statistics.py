@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from ..core.hints import explains
 
+
+@explains()
 @contextlib.contextmanager
 def keep_stats(module: nn.Module) -> Iterator[None]:
     """Keep the running statistics of the module's batch-norm layers within a block.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core.arguments import check_type
 from ..core.groups import CoupledChannels, Groups, Member
+from ..core.hints import explains
 from .graph import Inputs, inputs_of, plain_copy, sets_of
 from .heads import with_heads
 from .parts import CONV, Part, Set, slice_channels
@@ -36,6 +37,7 @@ class Found(NamedTuple):
     """Multiply-adds of one example, by layer."""
 
 
+@explains()
 def groups_of(model: nn.Module, example_inputs: object, readers: bool = False) -> Groups:
     """Return the sets of channels of a model that can only be removed together.
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..core.arguments import check_integer, check_type
+from ..core.hints import explains
 from ..early_stopping import EarlyStopping
 from .carry import Change, carry_optimizer, check_optimizer
 from .find import Found, find, groups_of
@@ -54,6 +55,7 @@ def compact(
 ) -> Table: ...
 
 
+@explains()
 def compact(
     model: nn.Module,
     example_inputs: object,

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from ..core import failures
 from ..core import params as _params
+from ..core.hints import explains
 from ..core.modules import forward_of, submodule
 from ..core.params import Key
 from ..core.proxies import UntraceableError
@@ -32,6 +33,7 @@ _Keys = Iterable[Key] | Key | None
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
+@explains()
 def convert(model: _Model, *, include: _Keys = None, exclude: _Keys = None) -> _Model:
     """Change a model's dropout and batch-norm layers to fusereg's, and fuse what follows them.
 
@@ -103,6 +105,7 @@ def convert(model: _Model, *, include: _Keys = None, exclude: _Keys = None) -> _
     return model
 
 
+@explains()
 def revert(model: _Model) -> _Model:
     """Undo :func:`convert`: restore the original class of every module.
 

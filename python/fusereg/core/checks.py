@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -293,6 +294,16 @@ def probability(p: float | None, keep_prob: float | None, op: str) -> float:
     if p is not None:
         raise ValueError(f"fusereg.{op}: p and keep_prob exclude each other")
     return 1.0 - check_probability(keep_prob, op, "keep_prob")
+
+
+def promoted(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """Return the terms of a sum; under autocast in one dtype, that of torch's sum."""
+    terms = (x, *others)
+    dtypes = {t.dtype for t in terms if isinstance(t, Tensor)}
+    if len(dtypes) < 2 or not torch.is_autocast_enabled(x.device.type):
+        return terms
+    common = functools.reduce(torch.promote_types, dtypes)
+    return tuple(t.to(common) if isinstance(t, Tensor) else t for t in terms)
 
 
 def check_like(

@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor, nn
 
 from .checks import probability
-from .hints import explains
-
-#: What others call the arguments of such layers.
-_ELSEWHERE = {
-    other: ours
-    for ours, others in {
-        "p": "prob probability rate ratio drop_prob drop_rate dropout_rate dropout_prob",
-        "num_features": "channels num_channels features in_features out_channels filters",
-        "activation": "act act_layer activation_fn nonlinearity",
-        "block_size": "kernel_size size",
-        "normalized_shape": "dim hidden_size",
-    }.items()
-    for other in others.split()
-}
+from .hints import explains, public_class
 
 
 def _public_name(layer: object) -> str:
     """Return the name under which users know a layer, or the layer of ours that it is made from."""
-    names = (c.__name__ for c in type(layer).__mro__ if c.__module__.startswith("fusereg."))
-    name = next(names)
+    name = public_class(layer).__name__
     public = name in vars(sys.modules["fusereg.nn"])["__all__"]
     return f"fusereg.nn.{name}" if public else f"fusereg.{name}"
 
@@ -62,13 +48,18 @@ class Layer(nn.Module):
         RuntimeError: by ``torch.jit.script``.
     """
 
+    #: Arguments of other libraries' layers, and what to do instead.
+    _elsewhere: ClassVar[Mapping[str, str]] = {}
+    #: What a constructor takes as ``**rules``.
+    _collected: ClassVar[Sequence[str]] = ()
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = vars(cls).get("__init__")
         if own is not None and cls.__module__.startswith("fusereg."):
-            known = inspect.signature(own).parameters
-            hints = {k: f"did you mean {v}?" for k, v in _ELSEWHERE.items() if v in known}
-            cls.__init__ = explains(_public_name, hints)(own)  # type: ignore[method-assign]
+            rules = "rules" in inspect.signature(own).parameters
+            explain = explains(_public_name, cls._elsewhere, cls._collected if rules else ())
+            cls.__init__ = explain(own)  # type: ignore[method-assign]
         name_module(cls)
 
     def __prepare_scriptable__(self) -> NoReturn:

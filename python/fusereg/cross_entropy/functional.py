@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from .. import _C
 from ..core import checks, dispatch
 from ..core.arguments import check_integer
+from ..core.hints import explains, refuse
 from ..core.labels import MixedLabels
 from ..core.operator import compute_dtype
 from .op import OP, REDUCTIONS, class_dim, shape_of_rows
@@ -26,6 +28,7 @@ def check_smoothing(label_smoothing: float) -> None:
         )
 
 
+@explains()
 def cross_entropy(
     input: Tensor,
     target: Tensor | MixedLabels,
@@ -37,6 +40,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     inplace_backward: bool = False,
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""Return the cross-entropy of logits and labels, as torch.nn.functional.cross_entropy does.
 
@@ -83,6 +87,8 @@ def cross_entropy(
         >>> images, labels = augment(images, labels)  # mixed by MixUp
         >>> loss = fusereg.functional.cross_entropy(model(images), labels, label_smoothing=0.1)
     """
+    if unknown:
+        refuse(cross_entropy, unknown)
     legacy = size_average is not None or reduce is not None
     if not (legacy or inplace_backward or dispatch.is_dynamo_compiling()):
         # Nothing is unusual, or None.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
 from ..core import checks, dispatch, distributed, random
+from ..core.hints import explains, refuse
 from ..core.random import Source
 from .op import OP, check_block_size, drop
 
 
+@explains()
 def drop_block2d(
     x: Tensor,
     p: float = 0.1,
@@ -20,6 +24,7 @@ def drop_block2d(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     index_offset: int = 0,
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""Drop squares of b x b elements of each channel of (N, C, H, W): DropBlock.
 
@@ -62,6 +67,8 @@ def drop_block2d(
     Example:
         >>> y = fusereg.functional.drop_block2d(x, 0.1, 7, training=model.training)
     """
+    if unknown:
+        refuse(drop_block2d, unknown)
     p = checks.check_probability(p, OP)
     checks.check_tensor(x, OP)
     check_block_size(block_size, OP)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as torch_F
 
+from ..core.hints import explains
 from ..core.random import Source
 from .op import Geometry, check, conv2d, linear, pair, prepared, sides
 
 
+@explains()
 def drop_connect_linear(
     x: Tensor,
     weight: Tensor,
@@ -50,6 +52,7 @@ def drop_connect_linear(
     return linear(x, weight, bias, draw)
 
 
+@explains()
 def drop_connect_conv2d(
     x: Tensor,
     weight: Tensor,

@@ -10,12 +10,14 @@ from torch import Tensor
 from ..core import checks, draws, random
 from ..core.checks import probability
 from ..core.draws import Kind
+from ..core.hints import explains
 from ..core.layer import Layer
 
 #: Of (outer, inner, steps): a draw for each of the first two dimensions.
 _STEPS = Kind("consistent_dropout", rows={3: 2})
 
 
+@explains()
 def consistent_dropout(
     x: Tensor,
     p: float = 0.5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..core import checks, draws
 from ..core.docs import share_paragraphs
 from ..core.draws import Kind
+from ..core.hints import explains, refuse
 
 
 def _rows(least: int, most: int = 64) -> dict[int, int]:
@@ -55,6 +57,7 @@ _DROPOUT_RETURNS = """
 """
 
 
+@explains()
 def dropout(
     input: Tensor,
     p: float = 0.5,
@@ -65,6 +68,7 @@ def dropout(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
     out: Tensor | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""Apply dropout: :math:`y_i = x_i / (1-p)` with probability :math:`1-p`, else 0.
 
@@ -85,9 +89,12 @@ def dropout(
     Example:
         >>> y = fusereg.functional.dropout(x, 0.1, training=model.training)
     """
+    if unknown:
+        refuse(dropout, unknown)
     return draws.dropout(input, p, training, inplace, seed, generator, index_offset, _DROPOUT, out)
 
 
+@explains()
 def dropout_mask(
     shape: Sequence[int],
     p: float,
@@ -128,6 +135,7 @@ def dropout_mask(
     return kept != 0
 
 
+@explains()
 def dropout1d(
     input: Tensor,
     p: float = 0.5,
@@ -137,6 +145,7 @@ def dropout1d(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     index_offset: int = 0,
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""Drop whole channels of (N, C, L) or (C, L): one draw for each (n, c) (Tompson et al. 2015).
 
@@ -147,9 +156,12 @@ def dropout1d(
     The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
     {dropout_returns}
     """
+    if unknown:
+        refuse(dropout1d, unknown)
     return draws.dropout(input, p, training, inplace, seed, generator, index_offset, _DROPOUT1D)
 
 
+@explains()
 def dropout2d(
     input: Tensor,
     p: float = 0.5,
@@ -159,6 +171,7 @@ def dropout2d(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     index_offset: int = 0,
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""Drop whole channels of (N, C, H, W): one draw for each (n, c) (Tompson et al. 2015).
 
@@ -172,9 +185,12 @@ def dropout2d(
     The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
     {dropout_returns}
     """
+    if unknown:
+        refuse(dropout2d, unknown)
     return draws.dropout(input, p, training, inplace, seed, generator, index_offset, _DROPOUT2D)
 
 
+@explains()
 def dropout3d(
     input: Tensor,
     p: float = 0.5,
@@ -184,6 +200,7 @@ def dropout3d(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     index_offset: int = 0,
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""Drop whole channels of (N, C, D, H, W) or (C, D, H, W) (Tompson et al. 2015).
 
@@ -196,9 +213,12 @@ def dropout3d(
     The index that is drawn for is :math:`n C + c`, for contiguous and channels_last tensors alike.
     {dropout_returns}
     """
+    if unknown:
+        refuse(dropout3d, unknown)
     return draws.dropout(input, p, training, inplace, seed, generator, index_offset, _DROPOUT3D)
 
 
+@explains()
 def alpha_dropout(
     input: Tensor,
     p: float = 0.5,
@@ -208,6 +228,7 @@ def alpha_dropout(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     index_offset: int = 0,
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""Apply alpha dropout, which keeps mean 0 and variance 1 (Klambauer et al. 2017).
 
@@ -221,9 +242,12 @@ def alpha_dropout(
 
     {dropout_returns}
     """
+    if unknown:
+        refuse(alpha_dropout, unknown)
     return draws.dropout(input, p, training, inplace, seed, generator, index_offset, _ALPHA)
 
 
+@explains()
 def feature_alpha_dropout(
     input: Tensor,
     p: float = 0.5,
@@ -233,6 +257,7 @@ def feature_alpha_dropout(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     index_offset: int = 0,
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""Apply alpha dropout to whole channels: one draw for each (n, c) of (N, C, ...).
 
@@ -243,9 +268,12 @@ def feature_alpha_dropout(
     The formula is that of :func:`alpha_dropout`, the index :math:`n C + c`.
     {dropout_returns}
     """
+    if unknown:
+        refuse(feature_alpha_dropout, unknown)
     return draws.dropout(input, p, training, inplace, seed, generator, index_offset, _FEATURE_ALPHA)
 
 
+@explains()
 def drop_path(
     input: Tensor,
     p: float = 0.5,
@@ -255,6 +283,7 @@ def drop_path(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     index_offset: int = 0,
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""Drop whole samples of (N, ...), one draw for each n: stochastic depth (Huang et al. 2016).
 
@@ -269,6 +298,8 @@ def drop_path(
     Example:
         >>> x = x + fusereg.functional.drop_path(block(x), 0.1, model.training)
     """
+    if unknown:
+        refuse(drop_path, unknown)
     return draws.dropout(input, p, training, inplace, seed, generator, index_offset, _DROP_PATH)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
 
 from ..core.docs import share_paragraphs
+from ..core.hints import explains, refuse
 from ..core.random import Source
 from . import op as _dropout_norm_ops
 
@@ -41,9 +42,10 @@ _NOTES = """
     the mask and the statistics.
 
     Under autocast y keeps x's dtype, as statistics are in float32 anyway; weight and bias may stay
-    float32. Gradients of weight and bias are added in a fixed order. Twice differentiable: the
-    second derivative is a formula of torch operations. Under ``torch.func`` transforms and in
-    forward mode the steps run one by one, with the same mask.
+    float32. A residual whose dtype does not go with x's is taken there, too: both get the dtype
+    that torch's sum has. Gradients of weight and bias are added in a fixed order. Twice
+    differentiable: the second derivative is a formula of torch operations. Under ``torch.func``
+    transforms and in forward mode the steps run one by one, with the same mask.
 
     Raises:
         TypeError: an argument is not a tensor, ``p`` or ``eps`` not a number, ``seed`` not an
@@ -98,6 +100,7 @@ def dropout_add_layer_norm(
     index_offset: int = ...,
     return_sum: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@explains()
 def dropout_add_layer_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -111,6 +114,7 @@ def dropout_add_layer_norm(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
     return_sum: bool = False,
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Apply layer normalization to residual + dropout(x) over the last dimension.
 
@@ -130,6 +134,8 @@ def dropout_add_layer_norm(
     Example:
         >>> y = F.dropout_add_layer_norm(attention(x), x, norm.weight, norm.bias, 0.1)
     """
+    if unknown:
+        refuse(dropout_add_layer_norm, unknown)
     return _dropout_norm_ops.dropout_norm(
         x,
         residual,
@@ -188,6 +194,7 @@ def dropout_add_rms_norm(
     index_offset: int = ...,
     return_sum: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@explains()
 def dropout_add_rms_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -200,6 +207,7 @@ def dropout_add_rms_norm(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
     return_sum: bool = False,
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Apply RMS normalization to residual + dropout(x) over the last dimension.
 
@@ -219,6 +227,8 @@ def dropout_add_rms_norm(
     Example:
         >>> y, s = F.dropout_add_rms_norm(mlp(y), s, norm.weight, 0.1, return_sum=True)
     """
+    if unknown:
+        refuse(dropout_add_rms_norm, unknown)
     return _dropout_norm_ops.dropout_norm(
         x,
         residual,

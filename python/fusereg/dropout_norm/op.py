@@ -274,7 +274,6 @@ def _check(
         raise TypeError(f"fusereg.{op}: eps must be a number, got {type(eps).__name__}")
     if not eps >= 0.0:
         raise ValueError(f"fusereg.{op}: eps must not be negative, got {eps}")
-    checks.check_input(x, op)
     if x.dim() == 0:
         raise ValueError(f"fusereg.{op}: x must have at least 1 dimension, got 0")
     for name, t in others.items():
@@ -323,6 +322,10 @@ def dropout_norm(
         found = _norm_at_once(constants, x, residual, weight, bias)
         if found is not None:
             return found[0] if not return_sum else (found[0], x if found[1] is None else found[1])
+    checks.check_input(x, op)
+    wide = x.dtype in (torch.float16, torch.bfloat16)
+    if not (wide and isinstance(residual, Tensor) and residual.dtype is torch.float32):
+        x, residual = checks.promoted(x, residual)
     _check(x, {"residual": residual, "weight": weight, "bias": bias}, p, eps, index_offset, op)
     p = float(p) if training else 0.0
     eps = float(eps)

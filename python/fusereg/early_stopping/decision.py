@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 from ..core.arguments import check_choice, check_integer
 from ..core.checks import as_number
 from ..core.files import check_kinds
+from ..core.hints import explains
 from .checks import OP
 from .smoothing import Ema, Memory, Rolling, Smoothing
 
@@ -41,6 +42,7 @@ class Decision:
     reason: Reason | None
 
 
+@explains("fusereg.early_stopping.Metric")
 @dataclass(frozen=True)
 class Metric:
     """Rules for one metric; the arguments are those of :class:`fusereg.EarlyStopping`.

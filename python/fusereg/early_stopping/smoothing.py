@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from ..core.checks import as_number
+from ..core.hints import explains
 from .checks import OP
 
 Memory: TypeAlias = tuple[float, ...]
 
 
+@explains("fusereg.early_stopping.Ema")
 @dataclass(frozen=True)
 class Ema:
     r"""Exponential moving average with bias correction.
@@ -50,6 +52,7 @@ class Ema:
         return (mean, weight), mean
 
 
+@explains("fusereg.early_stopping.Rolling")
 @dataclass(frozen=True)
 class Rolling:
     """Mean or median of the last values; of all so far while there are fewer.

@@ -29,7 +29,7 @@ _VERSION = 1
 
 
 #: Arguments of the early stopping of Keras, Lightning, transformers and ignite.
-_ELSEWHERE = {
+ELSEWHERE = {
     "monitor": "give the monitored value to step(value); of several, metrics= names them",
     "restore_best_weights": "restore_best=True, the default, restores the best state",
     "verbose": "print(stopper.explain()) tells where it stands",
@@ -186,7 +186,7 @@ class EarlyStopping:
         L. Prechelt, "Early Stopping - But When?", in: Neural Networks: Tricks of the Trade, 1998.
     """
 
-    @explains(OP, _ELSEWHERE)
+    @explains(OP, ELSEWHERE)
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -623,6 +623,7 @@ class EarlyStopping:
         return list(values.values())
 
 
+@explains("fusereg.early_stopping.load_best")
 def load_best(folder: str | os.PathLike[str]) -> Snapshot:
     """Load the best state that a run wrote to this folder, on the CPU, and check its SHA-256.
 

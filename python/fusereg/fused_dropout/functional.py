@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
 from ..core import checks, dispatch, random
 from ..core.docs import share_paragraphs
+from ..core.hints import explains, refuse
 from ..core.random import Source
 from . import op as ops
 
@@ -33,6 +36,7 @@ _RETURNS = """
 """
 
 
+@explains()
 def bias_dropout_add(
     x: Tensor,
     bias: Tensor | None,
@@ -44,6 +48,7 @@ def bias_dropout_add(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
     out: Tensor | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""Apply bias, dropout and a residual connection: :math:`y = r + \mathrm{dropout}(x + b)`.
 
@@ -63,10 +68,13 @@ def bias_dropout_add(
     Example:
         >>> y = bias_dropout_add(linear_without_bias(h), linear.bias, h, 0.1, model.training)
     """
+    if unknown:
+        refuse(bias_dropout_add, unknown)
     op, inplace = "bias_dropout_add", False
     return _add(x, bias, residual, p, training, inplace, seed, generator, index_offset, out, 0, op)
 
 
+@explains()
 def dropout_add(
     x: Tensor,
     residual: Tensor,
@@ -78,6 +86,7 @@ def dropout_add(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
     out: Tensor | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""Apply dropout and a residual connection: :math:`y = r + \mathrm{dropout}(x)`.
 
@@ -93,10 +102,13 @@ def dropout_add(
     Example:
         >>> h = fusereg.functional.dropout_add(attention(h), h, 0.1, model.training)
     """
+    if unknown:
+        refuse(dropout_add, unknown)
     op = "dropout_add"
     return _add(x, None, residual, p, training, inplace, seed, generator, index_offset, out, 0, op)
 
 
+@explains()
 def drop_path_add(
     x: Tensor,
     residual: Tensor,
@@ -108,6 +120,7 @@ def drop_path_add(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
     out: Tensor | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""Apply stochastic depth and its residual connection (Huang et al. 2016).
 
@@ -129,10 +142,13 @@ def drop_path_add(
     Example:
         >>> h = fusereg.functional.drop_path_add(block(h), h, 0.1, model.training)
     """
+    if unknown:
+        refuse(drop_path_add, unknown)
     op = "drop_path_add"
     return _add(x, None, residual, p, training, inplace, seed, generator, index_offset, out, 1, op)
 
 
+@explains()
 def activation_dropout(
     x: Tensor,
     p: float = 0.5,
@@ -144,6 +160,7 @@ def activation_dropout(
     generator: torch.Generator | None = None,
     index_offset: int = 0,
     out: Tensor | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""Apply an activation and dropout: :math:`y = \mathrm{dropout}(f(x))`.
 
@@ -168,6 +185,8 @@ def activation_dropout(
     Example:
         >>> h = fusereg.functional.activation_dropout(linear(x), 0.1, "gelu", model.training)
     """
+    if unknown:
+        refuse(activation_dropout, unknown)
     op = "activation_dropout"
     if (
         # What training loops call, with as few questions as possible.
@@ -247,7 +266,11 @@ def _add(
         checks.check_input(t, op, name)
     if x.dim() == 0 and (rows or bias is not None):
         raise ValueError(f"fusereg.{op}: x must have at least 1 dimension, got 0")
-    x, bias, residual = _promoted(x, bias, residual, x if inplace else out)
+    if not inplace:
+        x, bias, residual = checks.promoted(x, bias, residual)
+    elif torch.is_autocast_enabled(x.device.type):
+        residual = residual.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
     checks.check_like(x, residual, x.shape, op, "residual")
     if bias is not None:
         checks.check_like(x, bias, x.shape[-1:], op, "bias")
@@ -268,19 +291,6 @@ def _add(
         rows = 0  # nothing is drawn: samples are elements
     state = random.eager_state(x, source, op) if p else (0, 0)
     return ops.add.to(target, x, bias, residual, state, p, rows, index_offset, op)
-
-
-def _promoted(
-    x: Tensor, bias: Tensor | None, residual: Tensor, target: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the operands in one dtype: under autocast, that of torch's sum."""
-    dtypes = {t.dtype for t in (x, bias, residual) if t is not None}
-    if len(dtypes) == 1 or not torch.is_autocast_enabled(x.device.type):
-        return x, bias, residual
-    common = x.dtype if target is x else torch.promote_types(x.dtype, residual.dtype)
-    if bias is not None and target is not x:
-        common = torch.promote_types(common, bias.dtype)
-    return x.to(common), None if bias is None else bias.to(common), residual.to(common)
 
 
 def _check_others(target: Tensor, others: dict[str, Tensor], inplace: bool, op: str) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
 from ..core import checks, dispatch
+from ..core.hints import explains, refuse
 from ..core.random import Source
 from .op import OP, check_probability, noise
 
 
+@explains()
 def gaussian_dropout(
     x: Tensor,
     p: float = 0.5,
@@ -19,6 +23,7 @@ def gaussian_dropout(
     seed: int | Tensor | None = None,
     generator: torch.Generator | None = None,
     index_offset: int = 0,
+    **unknown: NoReturn,
 ) -> Tensor:
     r"""Apply Gaussian dropout: :math:`y_i = x_i (1 + \sqrt{p / (1-p)}\, n_i)`, :math:`n_i` normal.
 
@@ -50,6 +55,8 @@ def gaussian_dropout(
     Example:
         >>> y = fusereg.functional.gaussian_dropout(x, 0.1, training=model.training)
     """
+    if unknown:
+        refuse(gaussian_dropout, unknown)
     if (
         # What training loops call, with as few questions as possible.
         training

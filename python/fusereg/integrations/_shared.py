@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import nn
 
 from .. import EarlyStopping, WeightPenalty
+from ..core.hints import explains, public_class
 from ..core.params import Key
+from ..early_stopping.stopper import ELSEWHERE
 from ..penalty.names import SPARED
 from ..penalty.weight_penalty import UNSET, Rule, check_given
 
@@ -37,9 +40,19 @@ def library(module: str, extra: str) -> Any:
         ) from error
 
 
+def _public_name(callback: object) -> str:
+    cls = public_class(callback)
+    return f"{cls.__module__}.{cls.__name__}"
+
+
+#: Of the callbacks of early stopping, which have EarlyStopping's arguments besides their own.
+explains_stopping = explains(_public_name, ELSEWHERE, inspect.signature(EarlyStopping).parameters)
+
+
 class PenaltyArguments:
     """Base of the penalty callbacks: takes WeightPenalty's arguments before there is a model."""
 
+    @explains(_public_name)
     def __init__(
         self,
         *,

@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from .. import AttachedPenalty, EarlyStopping, WeightPenalty
-from ._shared import Monitored, library
+from ..core.hints import explains
+from ._shared import Monitored, explains_stopping, library
 
 __all__ = ["EarlyStoppingHandler", "PenaltyHandler"]
 
 _engine = library("ignite.engine", "ignite")
 
 
+@explains("fusereg.integrations.ignite.PenaltyHandler")
 class PenaltyHandler:
     """Adds a :class:`fusereg.WeightPenalty`'s gradient before each step of an optimizer.
 
@@ -109,6 +111,7 @@ class EarlyStoppingHandler:
         >>> handler.stopper.best_epoch
     """
 
+    @explains_stopping
     def __init__(
         self,
         model: nn.Module,

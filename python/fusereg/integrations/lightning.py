@@ -30,7 +30,7 @@ from ..core import dispatch, distributed
 from ..core.snapshot import Stateful
 from ..optim.averages import averages_of
 from ..penalty.weight_penalty import add_for, skips_step
-from ._shared import Monitored, PenaltyArguments, library
+from ._shared import Monitored, PenaltyArguments, explains_stopping, library
 
 __all__ = ["EarlyStoppingCallback", "PenaltyCallback"]
 
@@ -194,6 +194,7 @@ class EarlyStoppingCallback(LightningsOwn):
         >>> stopping.stopper.best_epoch
     """
 
+    @explains_stopping
     def __init__(
         self,
         monitor: str | None = None,

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import AttachedPenalty, EarlyStopping, optim
+from ..core.hints import check_names, explains
 from ..core.snapshot import Stateful
-from ._shared import Monitored, PenaltyArguments, library
+from ._shared import Monitored, PenaltyArguments, explains_stopping, library
 
 __all__ = ["EarlyStoppingCallback", "PenaltyCallback", "optimizer_of"]
 
@@ -166,6 +167,7 @@ class EarlyStoppingCallback(TrainerCallback):
         >>> stopping.stopper.explain()
     """
 
+    @explains_stopping
     def __init__(
         self,
         monitor: str | None = "eval_loss",
@@ -240,6 +242,7 @@ class _OptimizerFactory:
         return made
 
 
+@explains("fusereg.integrations.transformers.optimizer_of")
 def optimizer_of(
     args: Any, optimizer: str = "AdamW", **options: Any
 ) -> tuple[type[_OptimizerFactory], dict[str, Any]]:
@@ -267,12 +270,8 @@ def optimizer_of(
             f"fusereg.{_OP}.optimizer_of: optimizer must be one of {', '.join(known)}, "
             f"got {optimizer!r}"
         )
-    parameters = inspect.signature(getattr(optim, optimizer)).parameters
-    unknown = [name for name in options if name not in parameters or name == "params"]
-    if unknown:
-        raise TypeError(
-            f"fusereg.{_OP}.optimizer_of: {optimizer} has no option {', '.join(unknown)}"
-        )
+    _, *has = inspect.signature(getattr(optim, optimizer)).parameters
+    check_names(f"fusereg.{_OP}.optimizer_of({optimizer})", options, ["optimizer", *has])
     found = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if optimizer in ("Adam", "AdamW"):
         found["betas"] = (args.adam_beta1, args.adam_beta2)

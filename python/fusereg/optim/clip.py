@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import _C
 from ..core import checks, dispatch, distributed
 from ..core import params as _params
+from ..core.hints import explains
 from ..core.operator import Operator
 from ..penalty.kernels import value_dtype
 from .norms import KINDS, in_one_call, total_norm
@@ -22,6 +23,7 @@ from .norms import KINDS, in_one_call, total_norm
 __all__ = ["clip_grad_norm_", "get_total_norm"]
 
 
+@explains("fusereg.optim.get_total_norm")
 def get_total_norm(
     tensors: Tensor | Iterable[Tensor],
     norm_type: float = 2.0,
@@ -62,6 +64,7 @@ def get_total_norm(
     return norm
 
 
+@explains("fusereg.optim.clip_grad_norm_")
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor] | torch.nn.Module,
     max_norm: float,

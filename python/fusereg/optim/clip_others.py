@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import _C
 from ..core import checks, dispatch, distributed, memory
 from ..core import params as _params
+from ..core.hints import explains
 from ..penalty import dtensor as _sharded
 from ..penalty.kernels import DONE
 from ..penalty.strengths import NO_PENALTY
@@ -21,6 +22,7 @@ _tables = memory.launch_tables()
 _rows_tables = memory.launch_tables()
 
 
+@explains("fusereg.optim.clip_grad_value_")
 @dispatch.outside_graphs
 def clip_grad_value_(
     parameters: Tensor | Iterable[Tensor] | nn.Module,
@@ -66,6 +68,7 @@ def clip_grad_value_(
             g.clamp_(-limit, limit)
 
 
+@explains("fusereg.optim.adaptive_clip_grad_")
 @dispatch.outside_graphs
 def adaptive_clip_grad_(
     parameters: Tensor | Iterable[Tensor] | nn.Module, clip_factor: float = 0.01, eps: float = 1e-3

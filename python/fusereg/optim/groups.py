@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.arguments import check_type
+from ..core.hints import explains
 from ..core.params import Key, output_dim
 from ..penalty.names import WORDS, named_parameters
 from ..penalty.weight_penalty import WeightPenalty
@@ -15,6 +16,13 @@ from ..penalty.weight_penalty import WeightPenalty
 __all__ = ["param_groups_weight_decay"]
 
 
+@explains(
+    "fusereg.optim.param_groups_weight_decay",
+    {
+        **dict.fromkeys(("no_weight_decay_list", "skip_list", "no_decay"), "did you mean exclude?"),
+        "wd": "did you mean weight_decay?",
+    },
+)
 def param_groups_weight_decay(
     model: nn.Module, weight_decay: float, *, exclude: Iterable[Key] | Key = WORDS, **options: Any
 ) -> list[dict[str, Any]]:

@@ -29,7 +29,17 @@ from .coupled import GroupStep
 from .kernels import COPIES, LOW_PRECISION, Call, Hyper, State, given, update_dtype
 from .norms import norm_of_grads
 from .op import Lists
-from .options import DEFAULTS, NOTES, PENALTY, CommonOptions, Number, Options, ParamsT, meant
+from .options import (
+    DEFAULTS,
+    NOTES,
+    PENALTY,
+    CommonOptions,
+    Number,
+    Options,
+    ParamsT,
+    check_options,
+    meant,
+)
 from .plan import CHECKED, Plan, WatchedStates
 
 if TYPE_CHECKING:
@@ -86,14 +96,7 @@ class RegularizedOptimizer(Averages):
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]
     ) -> None:
-        known = self._options()
-        for name in options:
-            if name not in known:
-                wanted = meant(name, known)
-                raise TypeError(
-                    f"{type(self).__name__}.__init__() got an unexpected keyword argument '{name}'"
-                    + (f"; did you mean {wanted}?" if wanted else "")
-                )
+        check_options(self, f"fusereg.optim.{self._name}", options, self._options())
         shared: dict[str, Any] = {**DEFAULTS, **options}
         for name in _NOT_NEGATIVE:
             if name in defaults:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Collection, Iterable
 from typing import Any, TypeAlias, TypedDict
 
 from torch import Tensor
 
 from ..core.groups import Groups
+from ..core.hints import check_names, public_class
 from ..penalty.coupled import Weights
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -58,6 +60,18 @@ DEFAULTS: Options = {
 
 #: Keys of a param group that torch's optimizers do not have, or not all of them.
 OWN = ("l1", "l2", "group", "group_dim", "prox", "master_weights", "ema_decay", "fused")
+#: Arguments of other optimizers, and what to do instead where one here does not have them.
+ELSEWHERE = {
+    "nesterov": "SGD has it, and NAdam is Adam with it",
+    "momentum": "the first of betas is it, where there are betas",
+    "amsgrad": "Adam and AdamW have it",
+    "group": "a step with group has no closed form here; Adagrad takes one",
+    "prox": "the step of FTRL is a proximal one",
+    "use_ema": "give ema_decay",
+    "clipvalue": "call fusereg.optim.clip_grad_value_ before the step",
+    "bias_correction": "it is always on",
+    "correct_bias": "it is always on",
+}
 #: What some call a strength or an option.
 _OTHER_NAMES = {
     **dict.fromkeys(("wd", "decay"), "weight_decay"),
@@ -97,6 +111,18 @@ def meant(key: str, known: Iterable[str]) -> str | None:
             return what or (rest if rest in by_plain else "l1 or l2")
     close = difflib.get_close_matches(plain, by_plain, n=1, cutoff=0.85)
     return by_plain[close[0]] if close else None
+
+
+def check_options(
+    optimizer: object, op: str, given: Iterable[str], shared: Collection[str]
+) -> None:
+    """Raise TypeError for an option that the optimizer does not have."""
+    unknown = [name for name in given if name not in shared]
+    if unknown:
+        known = list(inspect.signature(public_class(optimizer)).parameters)
+        near = {name: meant(name, known) for name in unknown}
+        hints = {name: f"did you mean {of}?" for name, of in near.items() if of}
+        check_names(op, unknown, known, {**hints, **ELSEWHERE})
 
 
 PENALTY = r"""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
+from ..core.hints import check_names
 from .options import OWN
 
 if TYPE_CHECKING:
@@ -30,6 +32,10 @@ def load_planner(**options: Any) -> DefaultLoadPlanner:
         >>> set_optimizer_state_dict(model, optimizer, states["optimizer"])
     """
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    check_names(
+        "fusereg.optim.load_planner", options, inspect.signature(DefaultLoadPlanner).parameters
+    )
 
     class Planner(DefaultLoadPlanner):
         def set_up_planner(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.hints import explains
 from ..penalty.strengths import factor_at
 from ..penalty.weight_penalty import innermost
 
@@ -16,6 +17,7 @@ __all__ = ["StrengthScheduler"]
 Factor = Callable[[int], float]
 
 
+@explains("fusereg.optim.StrengthScheduler")
 class StrengthScheduler:
     r"""Multiply an optimizer's strengths by a function of the step.
 

@@ -20,6 +20,7 @@ from torch.optim.optimizer import (
 )
 
 from ..core import checks, distributed
+from ..core.hints import explains
 from ..core.params import Params, as_list
 from ..penalty.strengths import check_number, dimension_of
 
@@ -41,6 +42,7 @@ def root_size(w: Tensor, dim: int | None) -> float:
     return math.sqrt(w.numel() / max(w.shape[dim], 1))
 
 
+@explains()
 def shrink_budget(
     params: Params, lr_sum: float, *, dim: int | None = 0, moved: Iterable[Tensor] | None = None
 ) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core import screen
 from ..core.arguments import check_choice, check_integer, check_type
 from ..core.files import CheckpointError
+from ..core.hints import explains
 from ..core.snapshot import Snapshot, Sources
 from ..early_stopping import EarlyStopping
 from ..penalty.functional import sparsity
@@ -34,6 +35,7 @@ Evaluate: TypeAlias = Callable[[nn.Module], "float | Tensor | Mapping[str, float
 _log = logging.getLogger("fusereg")
 
 
+@explains()
 def path(
     make_model: Callable[[], nn.Module],
     train: Train,

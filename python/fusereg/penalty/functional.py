@@ -9,6 +9,7 @@ from ..core import checks, dispatch, distributed
 from ..core.arguments import check_type
 from ..core.docs import share_paragraphs
 from ..core.groups import Groups
+from ..core.hints import explains
 from ..core.params import Params
 from . import coupled as _coupled
 from . import dtensor as _dtensor
@@ -97,6 +98,7 @@ _RETURNS = """
 """
 
 
+@explains()
 def l1_penalty(params: Params, strength: Strength) -> Tensor:
     r"""Return the L1 (lasso) penalty :math:`\lambda \sum_i |w_i|` (Tibshirani 1996).
 
@@ -114,6 +116,7 @@ def l1_penalty(params: Params, strength: Strength) -> Tensor:
     return evaluate(op, collect(op, params, Strengths(l1=strength), "strength"))
 
 
+@explains()
 def l2_penalty(params: Params, strength: Strength, *, half: bool = False) -> Tensor:
     r"""Return the L2 (ridge) penalty :math:`\lambda \sum_i w_i^2`, or half of it.
 
@@ -135,6 +138,7 @@ def l2_penalty(params: Params, strength: Strength, *, half: bool = False) -> Ten
     return evaluate(op, listed if half else listed.with_l2_times(2.0))
 
 
+@explains()
 def elastic_net_penalty(params: Params, l1: Strength, l2: Strength) -> Tensor:
     r"""Return the elastic net penalty (Zou and Hastie 2005).
 
@@ -157,6 +161,7 @@ def elastic_net_penalty(params: Params, l1: Strength, l2: Strength) -> Tensor:
     return evaluate(op, collect(op, params, Strengths(l1, l2)))
 
 
+@explains()
 def group_lasso_penalty(
     params: Params | Groups,
     strength: Strength,
@@ -204,6 +209,7 @@ def group_lasso_penalty(
     return evaluate(op, collect(op, params, s, _coupled.alone("strength", l1)))
 
 
+@explains()
 def add_penalty_grad_(
     params: Params,
     *,
@@ -254,6 +260,7 @@ def add_penalty_grad_(
     return add_grads(op, collect(op, params, s), grad_scale)
 
 
+@explains()
 def sparsity(params: Params) -> float:
     """Return the share of exact zeros (of either sign) among all elements, from 0 to 1.
 

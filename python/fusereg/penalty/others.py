@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.hints import explains
 from ..core.params import Params
 from .functional import elastic_net_penalty
 from .strengths import Strength, Strengths, check_dim, check_number, collect, dimension_of
@@ -16,6 +17,7 @@ from .strengths import Strength, Strengths, check_dim, check_number, collect, di
 __all__ = ["activity_penalty", "orthogonality_penalty", "spectral_norm_penalty"]
 
 
+@explains()
 def activity_penalty(x: Tensor, l1: float = 0.0, l2: float = 0.0) -> Tensor:
     r"""Return the mean over a batch of a penalty on activations.
 
@@ -48,6 +50,7 @@ def activity_penalty(x: Tensor, l1: float = 0.0, l2: float = 0.0) -> Tensor:
     return elastic_net_penalty([x], l1, 2 * l2) / max(x.shape[0], 1)
 
 
+@explains()
 def orthogonality_penalty(params: Params, strength: Strength, dim: int = 0) -> Tensor:
     r"""Return the soft orthogonality penalty :math:`\lambda \sum_W \|W W^T - I\|_F^2`.
 
@@ -80,6 +83,7 @@ def orthogonality_penalty(params: Params, strength: Strength, dim: int = 0) -> T
     return _over_matrices("orthogonality_penalty", params, strength, dim, value)
 
 
+@explains()
 def spectral_norm_penalty(params: Params, strength: Strength, dim: int = 0) -> Tensor:
     r"""Return the penalty :math:`\tfrac{\lambda}{2} \sum_W \sigma_{max}(W)^2` of spectral norms.
 

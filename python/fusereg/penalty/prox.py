@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..core import checks, dispatch, distributed
 from ..core.groups import Groups
+from ..core.hints import explains
 from ..core.params import Params
 from . import coupled as _coupled
 from . import dtensor as _dtensor
@@ -34,6 +35,7 @@ from .strengths import Listed, Strength, Strengths, check_dim, check_number, col
 __all__ = ["elastic_net_", "group_lasso_", "hierarchical_", "l1_", "max_norm_"]
 
 
+@explains("fusereg.prox.l1_")
 def l1_(params: Params, threshold: Strength) -> None:
     r"""Apply soft-thresholding (Donoho 1995).
 
@@ -56,6 +58,7 @@ def l1_(params: Params, threshold: Strength) -> None:
     _prox(op, collect(op, trained(op, params), Strengths(l1=threshold), "threshold"))
 
 
+@explains("fusereg.prox.elastic_net_")
 def elastic_net_(params: Params, l1: Strength, l2: Strength) -> None:
     r"""Apply the elastic net's proximal step.
 
@@ -75,6 +78,7 @@ def elastic_net_(params: Params, l1: Strength, l2: Strength) -> None:
     _prox(op, collect(op, trained(op, params), Strengths(l1, l2)))
 
 
+@explains("fusereg.prox.group_lasso_")
 def group_lasso_(
     params: Params | Groups,
     threshold: Strength,
@@ -124,6 +128,7 @@ def group_lasso_(
     _prox(op, collect(op, trained(op, params), s, _coupled.alone("threshold", l1)))
 
 
+@explains("fusereg.prox.max_norm_")
 def max_norm_(params: Params, max_norm: Strength, dim: int = 0) -> None:
     r"""Project onto a limit of the norms: no slice along ``dim`` is longer than c.
 
@@ -157,6 +162,7 @@ def max_norm_(params: Params, max_norm: Strength, dim: int = 0) -> None:
             w.copy_(torch.where(factor == 1, w, w * factor))
 
 
+@explains("fusereg.prox.hierarchical_")
 def hierarchical_(
     skip: Tensor, weight: Tensor, threshold: float, m: float = 10.0, l1: float = 0.0
 ) -> None:

@@ -51,7 +51,7 @@ UNSET = float("0.0")
 
 
 #: Names of its arguments elsewhere.
-_ELSEWHERE = {
+ELSEWHERE = {
     "weight_decay": "it is l2 here, whose term has the factor 1/2",
     "strength": "give l1, l2 or group",
     "l1_strength": "it is l1 here",
@@ -133,7 +133,7 @@ class WeightPenalty:
     _DEFAULT = "default"
     _places: Places | None = None  # of pickles of before
 
-    @explains(OP, _ELSEWHERE)
+    @explains(OP, ELSEWHERE)
     def __init__(
         self,
         model: nn.Module,

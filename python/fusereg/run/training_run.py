@@ -33,7 +33,7 @@ from .checkpoint import OP, RunFolder
 from .loader import Position
 
 #: Names of its arguments elsewhere.
-_ELSEWHERE = {
+ELSEWHERE = {
     "save_steps": "it is every_steps here",
     "every_n_train_steps": "it is every_steps here",
     "save_top_k": "it is keep_best here",
@@ -150,7 +150,7 @@ class TrainingRun:
         check_choice(on_save_error, ("raise", "warn"), f"{OP}: on_save_error")
         numbers = [k for k, v in objects.items() if isinstance(v, (int, float, str))]
         numbers = [k for k in numbers if k != "model"]  # nearly "mode", but meant
-        check_names(OP, numbers, inspect.signature(TrainingRun).parameters, _ELSEWHERE)
+        check_names(OP, numbers, inspect.signature(TrainingRun).parameters, ELSEWHERE)
         if not objects:
             raise ValueError(f"{OP}: give the objects to save by name, e.g. model=model")
         shared = {k: v for k, v in objects.items() if isinstance(v, (nn.Module, _Optimizer))}
