@@ -274,7 +274,8 @@ docs:
 	@$(call say,the notebooks)
 	@$(VENV)/bin/python docs/scripts/notebooks.py
 	@$(call say,the site in build/site/index.html)
-	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	@# Not --quiet: what it would hide, --strict does not count.
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 	@for browser in chromium chromium-browser google-chrome; do \
 	    ! command -v $$browser >/dev/null || exec $(VENV)/bin/python docs/scripts/look.py build/site build/pages "$$(command -v $$browser)"; \
 	done; echo "no Chromium, so nobody looked at the pages; on Debian and Ubuntu: apt-get install chromium"

@@ -69,6 +69,20 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return "".join(parts)
 
 
+def at_run_time(path: str) -> Any:
+    """Return what lies at ``path`` once the package is imported, or ``None`` if nothing does."""
+    parts = path.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:end]))
+        except ImportError:
+            continue
+        for name in parts[end:]:
+            found = inspect.getattr_static(found, name, None)
+        return found
+    return None
+
+
 def as_markdown(docstring: str) -> str:
     """Return a docstring with formulas and references as mkdocs takes them."""
     text = MATH.sub(
@@ -79,7 +93,13 @@ def as_markdown(docstring: str) -> str:
     def reference(match: re.Match[str]) -> str:
         short, name = match[1], match[2]
         shown = name.rsplit(".", 1)[-1] if short else name
-        return f"[`{shown}`][{name}]" if name.startswith("fusereg.") else f"`{shown}`"
+        if not name.startswith("fusereg."):
+            return f"`{shown}`"
+        # The reference knows a function by its module, not by each name that it is exported as.
+        found = at_run_time(name)
+        if inspect.isclass(found) or inspect.isfunction(found):
+            name = f"{found.__module__}.{found.__qualname__}"
+        return f'<autoref optional identifier="{name}"><code>{shown}</code></autoref>'
 
     text = NAME.sub(reference, text)
     text = re.sub(r"``([^`]+)``", r"`\1`", text).replace("Example::", "Example:")
@@ -98,22 +118,10 @@ class Docstrings(griffe.Extension):
                 return
             seen.add(id(obj))
             if obj.docstring:
-                obj.docstring.value = as_markdown(self.at_run_time(obj.path) or obj.docstring.value)
+                found = at_run_time(obj.path)
+                text = inspect.getdoc(found) if found is not None else None
+                obj.docstring.value = as_markdown(text or obj.docstring.value)
             for member in obj.members.values():
                 walk(member)
 
         walk(pkg)
-
-    @staticmethod
-    def at_run_time(path: str) -> str | None:
-        """Return the docstring of what lies at ``path``, or ``None`` if nothing does."""
-        parts = path.split(".")
-        for end in range(len(parts), 0, -1):
-            try:
-                found: Any = importlib.import_module(".".join(parts[:end]))
-            except ImportError:
-                continue
-            for name in parts[end:]:
-                found = inspect.getattr_static(found, name, None)
-            return inspect.getdoc(found) if found is not None else None
-        return None
