@@ -260,6 +260,74 @@ def test_an_rms_norm_that_reads_a_constant_keeps_it() -> None:
     assert off(small(x), model(x)) < 1e-12
 
 
+class Cross(nn.Module):
+    """Queries of one sequence, keys and values of another."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        if kind == "other names":
+            self.parts, self.each = 4, 6
+        else:
+            self.num_heads, self.head_dim = 4, 6
+        self.q = nn.Linear(24, 24)
+        if kind == "keys and values of one layer":
+            self.kv = nn.Linear(24, 48)
+        else:
+            self.k, self.v = nn.Linear(24, 24), nn.Linear(24, 24)
+        self.o = nn.Linear(24, 24)
+        if kind == "a factor of each head":
+            self.register_buffer("factor", torch.rand(4, 1, 1))
+
+    def cut(self, x: Tensor) -> Tensor:
+        heads, each = (self.parts, self.each) if hasattr(self, "parts") else (
+            self.num_heads, self.head_dim
+        )  # fmt: skip
+        return x.unflatten(-1, (heads, each)).transpose(1, 2)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        both = self.kv(memory).chunk(2, -1) if hasattr(self, "kv") else None
+        k, v = both or (self.k(memory), self.v(memory))
+        scores = self.cut(self.q(x)) @ self.cut(k).mT
+        scores = scores * getattr(self, "factor", 1.0)
+        return self.o((scores.softmax(-1) @ self.cut(v)).transpose(1, 2).flatten(2))
+
+
+class Decoder(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.cross, self.out = Cross(kind), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return self.out(x + self.cross(x, memory))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("plain", None),
+        ("other names", 'in cross as an integer with "head" in its name'),
+        ("keys and values of one layer", "a layer each, and not kv for both"),
+        ("a factor of each head", "factor of cross has an element for each head"),
+    ],
+)
+def test_cross_attention_goes_or_says_what_to_change(kind: str, said: str | None) -> None:
+    model = Decoder(kind).double()
+    inputs = (torch.randn(2, 5, 24).double(), torch.randn(2, 7, 24).double())
+    groups = fusereg.groups_of(model, inputs)
+    if said is None:
+        assert [(g.name, g.size) for g in groups] == [("cross.q", 4)]
+        assert "cross.q" not in groups.kept
+    else:
+        assert said in groups.kept["cross.q"], groups.kept
+
+
+def test_torchs_attention_says_how_heads_could_go() -> None:
+    layer = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
+    kept = fusereg.groups_of(layer, (torch.randn(2, 5, 8), torch.randn(2, 7, 8))).kept
+    for name in ("self_attn.out_proj", "multihead_attn.out_proj"):
+        assert "written with linear layers of its own" in kept[name]
+
+
 def of_transformers(name: str) -> tuple[nn.Module, Any]:
     import transformers as t
 

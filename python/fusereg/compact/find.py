@@ -15,7 +15,7 @@ from ..core.arguments import check_type
 from ..core.groups import CoupledChannels, Groups, Member
 from ..core.hints import explains
 from .graph import Inputs, inputs_of, plain_copy, sets_of
-from .heads import with_heads
+from .heads import advice, with_heads
 from .parts import CONV, Part, Set, slice_channels
 from .probe import checked, generator, randomize
 from .ways import ways_of
@@ -125,7 +125,9 @@ def find(model: nn.Module, example_inputs: object, op: str) -> Found:
     sets, inputs = with_heads(plain, traced, sets, inputs)
     sets.sort(key=lambda s: order[s.name])
     written = {p.module for s in sets for p in s.writers}
-    kept = {n: why for n, why in (traced.kept | failed).items() if n not in written}
+    kept = {
+        n: why + advice(plain, n) for n, why in (traced.kept | failed).items() if n not in written
+    }
     for found in sets:
         found.operations = _saved(plain, found, operations)
     return Found(plain, inputs, sets, kept, traced.norms, operations)

@@ -206,8 +206,13 @@ def sets_of(model: nn.Module, inputs: Inputs, op: str) -> Traced:
     reached = {id(m) for m in graph.module2node}
     for name, layer in model.named_modules():
         if isinstance(layer, (CONV, nn.Linear)) and id(layer) not in reached:
+            around = model.get_submodule(name.rpartition(".")[0])
             builder.kept.setdefault(
-                name, "it is not called as a layer, or no gradient of the outputs reaches it"
+                name,
+                "nn.MultiheadAttention does not call it as a layer; heads go from attention "
+                "that is written with linear layers of its own"
+                if isinstance(around, nn.MultiheadAttention)
+                else "it is not called as a layer, or no gradient of the outputs reaches it",
             )
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     for found in builder.sets:

@@ -143,3 +143,30 @@ def _changing(
     yield (*heads, *widths)
     if widths:
         yield tuple(heads)
+
+
+def advice(model: nn.Module, name: str) -> str:
+    """Return what to change so that heads can go, for a layer that seems to write such; else ""."""
+    owner, _, own = name.rpartition(".")
+    module = model.get_submodule(owner)
+    layers = {n: m for n, m in module.named_children() if type(m) is nn.Linear}
+    if len(layers) < 3 or own not in list(layers)[:-1]:
+        return ""
+    numbers = _numbers(module)
+    if not numbers:
+        return (
+            f"; if forward cuts them into heads, keep their number or size in {owner} as an "
+            'integer with "head" in its name'
+        )
+    *_, reader = layers.values()
+    wide = [n for n, m in layers.items() if m.out_features > reader.in_features]
+    if wide and len(layers) < 4:
+        return f"; heads can go if keys and values have a layer each, and not {wide[0]} for both"
+    counts = {reader.in_features // each for each in _head_sizes(module, reader.in_features)}
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    by_head = [
+        n for n, t in tensors.items() if n.split(".")[0] not in layers and counts & set(t.shape)
+    ]
+    if by_head:
+        return f"; {by_head[0]} of {owner} has an element for each head, so that the heads stay"
+    return f"; heads can go if forward reads their number from {owner}.{next(iter(numbers))} alone"
