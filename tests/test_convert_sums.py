@@ -96,3 +96,52 @@ def test_a_sum_belongs_to_one_norm(
     with caplog.at_level(logging.INFO, "fusereg"):
         fusereg.convert(model_of(kinds, "relu"))
     assert f"{chains}fused" in caplog.text
+
+
+#: What is added to, and how.
+ADDED_TO = {
+    "norm": "self.norm0(x)",
+    "layer and norm": "self.norm0(self.conv0(x))",
+    "dropout": "self.drop(self.conv0(x))",
+    "silent dropout": "self.still(self.conv0(x))",
+}
+HOW = {"+": "a = a + r", "+=": "a += r", "add_": "a.add_(r)", "relu": "a += r\n    a = F.relu(a)"}
+#: (shape, dtype) of x and of what is added to it.
+TERMS = (
+    ((2, 4, 3, 3), torch.float32, (2, 4, 3, 3), torch.float64),
+    ((2, 4, 3, 3), torch.float32, (2, 4, 3, 3), torch.bfloat16),
+    ((2, 4, 3, 3), torch.float32, (2, 4, 3, 3), torch.float32),
+    ((2, 4, 3, 3), torch.float32, (4, 1, 1), torch.float32),
+    ((1, 4, 3, 3), torch.float32, (2, 4, 3, 3), torch.float32),
+    ((2, 4, 3, 3), torch.float32, (2, 4, 3, 3), torch.complex64),
+    ((2, 4, 3, 3), torch.float32, (2, 4, 3, 3), torch.int64),
+)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("to", ADDED_TO)
+def test_sums_have_the_dtype_shape_and_errors_that_they_had(to: str, how: str) -> None:
+    """A sum in place keeps those of what it is added to; another takes those of both."""
+    names: dict[str, Any] = {"F": F, "torch": torch}
+    exec(f"def forward(self, x, r):\n    a = {ADDED_TO[to]}\n    {HOW[how]}\n    return a\n", names)
+    model = type("Sum", (Branches,), {"forward": names["forward"]})()
+    model.still = nn.Dropout(0.5)
+    model.drop.p = 1e-9  # drops nothing, and is no identity
+    model.still.eval()
+    mine = fusereg.convert(copy.deepcopy(model))
+    for autocast, (shape, dtype, other_shape, other) in itertools.product((False, True), TERMS):
+        x = torch.randn(shape, dtype=dtype)
+        r = torch.randn(other_shape).mul(4).to(other)
+        results: list[Any] = []
+        for net in (model, mine):
+            try:
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    results.append(net(x.clone(), r.clone()))
+            except RuntimeError as error:
+                results.append(str(error))
+        want, got = results
+        if isinstance(want, str):
+            assert got == want
+        else:
+            off = 0.1 if autocast else 1e-5
+            torch.testing.assert_close(got, want, rtol=off / 10, atol=off)

@@ -74,12 +74,14 @@ class Stored:
 
     def __init__(self) -> None:
         self.values: dict[int, float] = {}
+        self.kept: list[Any] = []  # so that no other object gets an id
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else self.values.get(id(instance), 1.0)
 
     def __set__(self, instance: Any, value: float) -> None:
         self.values[id(instance)] = value
+        self.kept.append(instance)
 
 
 @changed_by(lambda m: setattr(Descriptor, "value", 3.0))

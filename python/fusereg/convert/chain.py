@@ -18,10 +18,10 @@ from .. import nn as fused_nn
 from ..batch_norm.known import activation_of, keeps_forward
 from ..core import dispatch
 
-#: The follower that adds the residual.
-ADD = "add"
+#: The followers that add the residual: as a new tensor, or in place, which keeps dtype and shape.
+ADD, ADD_IN_PLACE = SUMS = ("add", "add_")
 
-#: A layer, ADD, or the name of an activation that the model calls as a function.
+#: A layer, one of SUMS, or the name of an activation that the model calls as a function.
 Follower: TypeAlias = nn.Module | str
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -68,15 +68,15 @@ def _drops(follower: Any) -> bool:
 
 
 def dropout_chain(x: Tensor, residual: Any, first: Any, second: Any) -> Tensor:
-    """Call an activation and a dropout, or a dropout and ADD, as one kernel if equivalent.
+    """Call an activation and a dropout, or a dropout and a sum, as one kernel if equivalent.
 
     Args:
         x: the input of the first.
-        residual: a tensor, or anything that can be added, if the second is ADD.
+        residual: a tensor, or anything that can be added, if the second is one of SUMS.
         first: a :data:`Follower`, an activation or a dropout.
-        second: a dropout or ADD.
+        second: a dropout or one of SUMS.
     """
-    if second is ADD:
+    if second in SUMS:
         if _drops(first) and _alike(x, residual):
             return F.dropout_add(x, residual, first.p, True)
     elif _drops(second) and (isinstance(first, str) or not dispatch.hooked(first)):
@@ -84,7 +84,7 @@ def dropout_chain(x: Tensor, residual: Any, first: Any, second: Any) -> Tensor:
         if activation is not None:
             return F.activation_dropout(x, second.p, activation, True)
     y: Tensor = FUNCTIONS[first](x) if isinstance(first, str) else first(x)
-    return y + residual if second is ADD else second(y)  # type: ignore[no-any-return]
+    return _sum(y, residual, second) if second in SUMS else second(y)
 
 
 def chain(x: Tensor, residual: Any, norm: Any, *followers: Any) -> Tensor:
@@ -92,7 +92,7 @@ def chain(x: Tensor, residual: Any, norm: Any, *followers: Any) -> Tensor:
 
     Args:
         x: the norm's input.
-        residual: a tensor, or anything that can be added, if ADD is among the followers.
+        residual: a tensor, or anything that can be added, if one of SUMS is among the followers.
         norm: a layer.
         followers: each a :data:`Follower`.
     """
@@ -106,7 +106,7 @@ def chain(x: Tensor, residual: Any, norm: Any, *followers: Any) -> Tensor:
         for follower in followers:
             if dropout:
                 break
-            if follower is ADD:
+            if follower in SUMS:
                 if activation is not None or added is not None or not _alike(x, residual):
                     break
                 added = residual
@@ -129,13 +129,20 @@ def chain(x: Tensor, residual: Any, norm: Any, *followers: Any) -> Tensor:
             done += 1
         y = norm.with_epilogue(x, added, None, activation, slope, dropout)
     for follower in followers[done:]:
-        if follower is ADD:
-            y = y + residual
+        if follower in SUMS:
+            y = _sum(y, residual, follower)
         elif isinstance(follower, str):
             y = FUNCTIONS[follower](y)
         else:
             y = follower(y)
     return y
+
+
+def _sum(y: Tensor, residual: Any, how: Follower) -> Tensor:
+    if how == ADD_IN_PLACE:
+        y += residual
+        return y
+    return y + residual  # type: ignore[no-any-return]
 
 
 def _has_no_epilogue(norm: Any) -> bool:

@@ -18,7 +18,7 @@ from ..batch_norm.known import activation_of
 from ..core.modules import submodule
 from ..core.trace import Found, Read
 from . import chain as _chain
-from .chain import ADD, Follower
+from .chain import ADD, ADD_IN_PLACE, SUMS, Follower
 
 _Allowed = Callable[[str], bool]
 
@@ -149,10 +149,10 @@ class Finder:
                 return None
             left, right = node.args
             other = right if left is current else left
-            in_place = _function_name(node) in ("iadd", "add_")
+            how = ADD_IN_PLACE if _function_name(node) in ("iadd", "add_") else ADD
             # Only the current value may be written into, as nothing else reads it.
-            fits = left is not right and not (in_place and right is current)
-            return ADD if fits and isinstance(other, fx.Node) else None
+            fits = left is not right and not (how is ADD_IN_PLACE and right is current)
+            return how if fits and isinstance(other, fx.Node) else None
         fits = node.args == (current,) and set(node.kwargs) <= {"inplace"}
         return name if fits and name in _chain.FUNCTIONS else None
 
@@ -172,7 +172,8 @@ class Finder:
                 if not (moved and self._movable(norm, node)):
                     break
             follower = self._follower(node, current)
-            if follower is None or (follower is ADD and ADD in found.followers):
+            sums = [f for f in (*found.followers, follower) if f in SUMS]
+            if follower is None or len(sums) > 1:
                 break
             found.nodes.append(node)
             found.followers.append(follower)
@@ -194,9 +195,9 @@ class Finder:
         follower = self._follower(node, first)
         if isinstance(head, nn.Module) and _chain.is_dropout(head):
             # In evaluation a dropout returns its input, which a sum in place would change.
-            if follower is not ADD:
+            if follower not in SUMS:
                 return None
-            writes = _function_name(node) in ("iadd", "add_")
+            writes = follower == ADD_IN_PLACE
         elif isinstance(follower, nn.Module) and _chain.is_dropout(follower):
             writes = False
         else:
@@ -217,7 +218,7 @@ class Finder:
             fits = node.args == (source,) and not node.kwargs and self.allowed(str(node.target))
             return layer if known and fits else None
         follower = self._follower(node, source)
-        if follower is None or follower is ADD:
+        if follower is None or follower in SUMS:
             return None
         return follower if _chain.fused_activation(follower) is not None else None
 
@@ -286,7 +287,7 @@ def rewrite(graph: fx.Graph, found: Chain) -> None:
         ):
             is_layer = isinstance(follower, nn.Module)
             layers.append(graph.get_attr(str(node.target)) if is_layer else follower)
-            if follower is ADD:
+            if follower in SUMS:
                 (residual,) = (value for value in node.args if value is not before)
         call = graph.call_function(run, (first.args[0], residual, *layers))
     last.replace_all_uses_with(call)
