@@ -493,6 +493,12 @@ def test_floats_have_the_same_draws(photos: Tensor) -> None:
     assert floats.dtype is torch.float32
     assert (whole - floats).abs().mean() < 0.05
     solarize = Compose([v2.RandomSolarize(0.5, p=1.0)])(photos.float() / 255)
+    for chain in (
+        [v2.RandomSolarize(128, p=1.0)],
+        [v2.ToDtype(torch.float32, True), v2.RandomSolarize(2, p=1.0)],
+    ):
+        with pytest.raises(TypeError, match="threshold must be at most 1 for images of floats"):
+            Compose(chain)(photos if len(chain) == 2 else photos.float() / 255)
     assert torch.equal(solarize, F.solarize(photos.float() / 255, 0.5))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import fusereg
+import fusereg.functional as F
 from fusereg import EarlyStopping, TrainingRun, WeightPenalty, optim
 from fusereg.early_stopping import Ema
 from odd_tensors import UNREADABLE
@@ -193,3 +194,37 @@ def test_whatever_is_passed_the_error_is_of_fusereg(
         except (TypeError, ValueError, RuntimeError) as error:
             text = f"{error}"
         assert text.startswith("fusereg."), kind
+
+
+_WAITING = torch.tensor(0.1, requires_grad=True)
+_IMAGES = torch.rand(2, 3, 4, 4)
+_WEIGHTS = torch.randn(3, 3)
+_LOGITS, _CLASSES = torch.randn(2, 3), torch.tensor([0, 1])
+_CONSTANTS: dict[str, Callable[[Any], Any]] = {
+    "l1_penalty: strength": lambda s: F.l1_penalty(_WEIGHTS, s),
+    "l2_penalty: strength": lambda s: F.l2_penalty([_WEIGHTS], s.expand(1)),
+    "elastic_net_penalty: l2": lambda s: F.elastic_net_penalty(_WEIGHTS, 0.1, s),
+    "group_lasso_penalty: strength": lambda s: F.group_lasso_penalty(_WEIGHTS, s),
+    "orthogonality_penalty: strength": lambda s: F.orthogonality_penalty(_WEIGHTS, s),
+    "spectral_norm_penalty: strength": lambda s: F.spectral_norm_penalty(_WEIGHTS, s),
+    "prox.l1_: threshold": lambda s: fusereg.prox.l1_(_WEIGHTS.clone(), s),
+    "dropout: p": lambda s: F.dropout(_WEIGHTS, s),
+    "Dropout: p": fusereg.nn.Dropout,
+    "gaussian_dropout: p": lambda s: F.gaussian_dropout(_WEIGHTS, s),
+    "cross_entropy: label_smoothing": lambda s: F.cross_entropy(
+        _LOGITS, _CLASSES, label_smoothing=s
+    ),
+    "warp_affine: matrix": lambda s: fusereg.augment.warp_affine(_IMAGES, s.expand(2, 3)),
+    "mix: lam": lambda s: fusereg.augment.mix(_IMAGES, torch.tensor([1, 0]), s),
+}
+
+
+@pytest.mark.parametrize("name", _CONSTANTS)
+def test_what_gets_no_gradient_is_not_taken_while_it_waits_for_one(name: str) -> None:
+    call = _CONSTANTS[name]
+    with pytest.raises(ValueError, match=f"{name} gets no gradient; detach") as raised:
+        call(_WAITING)
+    assert str(raised.value).startswith("fusereg.")
+    with torch.no_grad():
+        call(_WAITING)
+    call(_WAITING.detach())

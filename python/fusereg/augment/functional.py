@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import dispatch, docs, memory
+from ..core.checks import check_constant
 from ..core.hints import explains
 from . import op as _ops
 from . import resize_op as _resize_ops
@@ -218,8 +219,7 @@ def _matrices(
             f"fusereg.{op}: matrix must be a floating-point tensor of shape ({n}, {rows}, 3) or "
             f"({rows}, 3), got {matrix.dtype} of shape {tuple(matrix.shape)}"
         )
-    if matrix.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"fusereg.{op}: matrix gets no gradient; detach() it")
+    check_constant(matrix, f"fusereg.{op}: matrix")
     shape = (x.shape[2], x.shape[3]) if size is None else size_pair(size, op)
     return shape, matrix.double(), _identity(x, matrix.device, op)
 
@@ -290,6 +290,7 @@ def _for_samples(
                 f"fusereg.{op}: {name} must have shape ({n},) and hold {kind}, got {value.dtype} "
                 f"of shape {tuple(value.shape)}"
             )
+        check_constant(value, f"fusereg.{op}: {name}")
         return value.expand(n) if integral else value.detach().double().expand(n)
     checks: dict[str, Callable[[object, str, str], float]] = {
         "flags": flag,

@@ -203,6 +203,15 @@ color_program = operator.Operator(
 # --- images of floats ---
 
 
+def _solarized(x: Tensor, a: list[float]) -> Tensor:
+    """Invert an image [C, H, W] from a threshold on, in units of the image or (not a[1]) of uint8."""
+    if a[1] and a[0] > 1:
+        raise TypeError(
+            f"RandomSolarize: threshold must be at most 1 for images of floats, got {a[0]:g}"
+        )
+    return torch.where(x >= (a[0] if a[1] else a[0] / 255), 1 - x, x)
+
+
 _OF_FLOATS: dict[int, Callable[[Tensor, list[float]], Tensor]] = {
     IDENTITY: lambda x, a: x,
     BRIGHTNESS: lambda x, a: (x * a[0]).clamp(0, 1),
@@ -212,8 +221,7 @@ _OF_FLOATS: dict[int, Callable[[Tensor, list[float]], Tensor]] = {
     GRAY: lambda x, a: floats.gray(x).expand_as(x),
     INVERT: lambda x, a: 1 - x,
     POSTERIZE: lambda x, a: floats.posterize(x, int(a[0])),
-    # The second argument: the threshold is in units of the image.
-    SOLARIZE: lambda x, a: torch.where(x >= (a[0] if a[1] else a[0] / 255), 1 - x, x),
+    SOLARIZE: _solarized,
     SOLARIZE_ADD: lambda x, a: torch.where(x < a[1] / 255, (x + a[0] / 255).clamp(max=1), x),
     AUTOCONTRAST: lambda x, a: floats.stretch(x),
     SHARPNESS: lambda x, a: floats.sharpen(x, a[0]),

@@ -152,8 +152,16 @@ def _share_an_element(a: Tensor, b: Tensor) -> bool:
     return bool(torch.isin(addresses(a), addresses(b)).any())
 
 
+def check_constant(value: object, where: str) -> None:
+    """Raise for a tensor that waits for a gradient which it would never get."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{where} gets no gradient; detach() it")
+
+
 def as_number(value: object, where: str) -> float:
     """Return a number as a float; raise TypeError for what is none."""
+    if isinstance(value, Tensor):
+        value = value.detach()  # torch warns otherwise
     if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
         raise TypeError(f"{where} must be a number, got {type(value).__name__}")
     try:
@@ -174,6 +182,7 @@ def check_probability(p: object, op: str, name: str = "p") -> float:
     A number is what torch takes for one: of Python or NumPy, or a tensor of one element.
     """
     number = p if type(p) is float else as_number(p, f"fusereg.{op}: {name}")
+    check_constant(p, f"fusereg.{op}: {name}")
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"fusereg.{op}: {name} must be within [0, 1], got {p}")
     return number

@@ -22,6 +22,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 def check_smoothing(label_smoothing: float) -> None:
     """Raise torch's error unless this is a share of the probability."""
+    checks.check_constant(label_smoothing, f"fusereg.{OP}: label_smoothing")
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(
             f"fusereg.{OP}: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}"
@@ -90,8 +91,9 @@ def cross_entropy(
     if unknown:
         refuse(cross_entropy, unknown)
     legacy = size_average is not None or reduce is not None
-    if not (legacy or inplace_backward or dispatch.is_dynamo_compiling()):
-        # Nothing is unusual, or None.
+    unusual = legacy or inplace_backward or isinstance(label_smoothing, Tensor)
+    if not (unusual or dispatch.is_dynamo_compiling()):
+        # What it does, or None.
         options = (ignore_index, reduction, label_smoothing)
         loss = _C.cross_entropy_at_once(
             _operator.apply, MixedLabels, input, target, weight, *options

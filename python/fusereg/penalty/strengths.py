@@ -142,6 +142,7 @@ def _check(strength: object, count: int, where: str) -> Strength:
     if isinstance(strength, Tensor) or (
         hasattr(strength, "tolist") and not isinstance(strength, Sequence)
     ):
+        checks.check_constant(strength, where)
         try:
             strength = strength.tolist()
         except RuntimeError as error:  # torch's, of a tensor that has no strides
