@@ -47,7 +47,7 @@ _BLOCK = re.compile(r"(<!-- channels -->\n).*?(<!-- end channels -->)", re.DOTAL
 WIDTHS = (16, 32, 64)
 BATCH, LR, DECAY, EPOCHS = 64, 0.05, 5e-4, 10
 TUNING_LR, TUNING_EPOCHS = 0.02, 4
-STRENGTHS = (0.001, 0.002, 0.003, 0.0042)
+STRENGTHS = (0.001, 0.002, 0.0024, 0.0028, 0.0033, 0.0038, 0.0044)
 BUDGETS = (0.35, 0.17)
 
 
