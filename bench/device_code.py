@@ -72,7 +72,7 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(r"^dropout::dropout_elements_kernel<.*, true>$", share=90.0),
     Bound(r"^dropout::dropout_rows_kernel<\w+, 16, \w+, [248], unsigned int,", share=90.0),
     # Two Philox calls and four pairs of normals for 8 elements, each operation rounded.
-    Bound(r"^gaussian_dropout::.*, true>$", share=80.0),
+    Bound(r"^gaussian_dropout::.*, true>$", share=85.0),
     Bound(r"^fused_dropout::fused_dropout_rows_kernel<\w+, [248], [\w ]+, false>", share=90.0),
     # GELU and its derivative are bound by their arithmetic.
     Bound(r"^fused_dropout::fused_dropout_elements_kernel", share=70.0),
@@ -92,13 +92,12 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(r"^cross_entropy::cross_entropy_(?:forward|backward)_kernel<double", spill=8),
     Bound(r"^drop_block::drop_block_apply_kernel", share=90.0),
     Bound(r"^batch_norm::\w+_kernel<\w+, Lines<true>", share=90.0),
+    # With the code for SiLU, GELU and dropout.
     Bound(
-        r"^batch_norm::batch_norm_backward_resident_kernel<\w+, Columns<true>, false>",
-        spill=24,
+        r"^batch_norm::batch_norm_backward_resident_kernel<\w+, Columns<true>, true>",
+        spill=16,
         share=90.0,
     ),
-    # With the code for SiLU, GELU and dropout.
-    Bound(r"^batch_norm::batch_norm_backward_resident_kernel", spill=96, share=90.0),
     Bound(r"^batch_norm::\w+_kernel<\w+, Columns<true>", share=90.0),
     # The window of a perspective's output pixels is beside the sums of an input pixel.
     Bound(r"^augment::augment_backward_kernel<\w+, \d, 0>", spill=224),

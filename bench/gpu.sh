@@ -9,8 +9,8 @@
 #
 # OUT gets STAGE.txt (a line for each part) and STAGE.tar.gz (logs and reports), and of `measure` also
 # measure.json and measure.md. Variables: WHEEL=FILE.whl installs that instead of building; PYTHON names
-# another interpreter than python3; LIMIT is a stage's seconds; CASES=REGEX measures only such cases;
-# DEVICE=cpu tries the script without a GPU.
+# another interpreter than python3; LIMIT is a stage's seconds (235; more are for its parts too);
+# CASES=REGEX measures only such cases; DEVICE=cpu tries the script without a GPU.
 #
 # Needs python3 with torch, pytest, pytest-xdist, hypothesis, numpy and rich; to build also pybind11,
 # scikit-build-core, cmake, ninja, nvcc and a C++17 compiler. Downloads nothing and installs nothing for
@@ -63,6 +63,7 @@ note() { # NAME RESULT SECONDS DETAIL
 part() {
   local name="$1" seconds="$2" started="$SECONDS" left status
   shift 2
+  if [ "$limit" -gt 235 ]; then seconds=$((seconds * limit / 235)); fi
   left=$((limit - SECONDS))
   if [ "$left" -lt 5 ]; then
     note "$name" FAILED 0 "no time left of $limit s"

@@ -194,5 +194,5 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
         return not STANDIN_MODULE or None
     if (HOST_MODULE or STANDIN_MODULE) and collection_path.suffix == ".py":
         text = collection_path.read_text()
-        return not ("backend" in text or (STANDIN_MODULE and "mark.gpu" in text)) or None
+        return not ("Backend" in text or (STANDIN_MODULE and "mark.gpu" in text)) or None
     return None

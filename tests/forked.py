@@ -16,10 +16,12 @@ import tempfile
 import textwrap
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+_TESTS = str(Path(__file__).parent)
 #: How to start processes: CUDA is not usable in a copy, nor are the threads of every system.
 START_METHOD = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
 
@@ -29,7 +31,8 @@ def run(program: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str
     program = textwrap.dedent(program)
     if START_METHOD != "fork":
         if "FUSEREG_TEST_STANDIN_MODULE" in os.environ:
-            program = "import conftest\n" + program  # puts the device in place
+            # The first puts the device in place.
+            program = f"import sys; sys.path.insert(0, {_TESTS!r})\nimport conftest\n" + program
         return subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, timeout=timeout
         )

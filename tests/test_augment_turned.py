@@ -139,8 +139,9 @@ def test_partners_and_lists_have_the_same_bits(
                     torch.set_num_threads(threads)
                     y = run(x, records, size, antialias=True)
                     assert torch.equal(y, torch.where(inside, both, own))
-                    several = run(x, records, size, antialias=True, several=list(x.split(1)))
-                    assert torch.equal(y, several)
+                    if x.is_cpu:  # lists have no kernel elsewhere
+                        several = run(x, records, size, antialias=True, several=list(x.split(1)))
+                        assert torch.equal(y, several)
             finally:
                 torch.set_num_threads(before)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fusereg
 from fusereg import _C
 from fusereg import functional as F
 from fusereg.core import memory
@@ -134,6 +135,41 @@ def test_a_capture_on_the_device_that_is_not_current_is_seen() -> None:
         first = y.clone()
         graph.replay()
     assert not torch.equal(y, first)
+
+
+def of_two_devices(*places: torch.device) -> list[torch.nn.Parameter]:
+    values = torch.linspace(-1, 1, 7).reshape(7, 1)
+    params = [torch.nn.Parameter(values.to(places[i % 2], copy=True)) for i in range(4)]
+    for i, p in enumerate(params):
+        p.grad = torch.full_like(p, 0.5 + i)
+    return params
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "LAMB", "Lion"])
+def test_a_model_on_two_devices_is_trained_as_on_the_cpu(name: str) -> None:
+    results = []
+    for places in ((torch.device("cpu"),) * 2, (CUDA, SECOND)):
+        params = of_two_devices(*places)
+        optimizer = getattr(fusereg.optim, name)(params, lr=0.1, l1=0.01, max_grad_norm=1.0)
+        for _ in range(3):
+            optimizer.step()
+        results.append([t.detach().cpu() for t in (*params, optimizer.grad_norm)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    assert torch.cuda.current_device() == 0
+
+
+def test_a_model_on_two_devices_is_penalized_and_clipped_as_on_the_cpu() -> None:
+    results = []
+    for places in ((torch.device("cpu"),) * 2, (CUDA, SECOND)):
+        params = of_two_devices(*places)
+        norm = fusereg.optim.clip_grad_norm_(params, 1.0)
+        model = torch.nn.ParameterList(params)
+        value = fusereg.WeightPenalty(model, l1=0.1, group=0.1).penalty()
+        value.backward()
+        fusereg.prox.elastic_net_(params, 0.1, 0.1)
+        grads = [p.grad for p in params if p.grad is not None]
+        results.append([t.detach().cpu() for t in (*params, *grads, norm, value)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 _IN_A_THREAD = """
@@ -288,3 +324,29 @@ def test_fusereg_works_on_the_streams_that_it_is_called_on() -> None:
             y = F.dropout(x, 0.5)
         with torch.cuda.stream(second), pytest.raises(device.OrderError):
             F.l1_penalty([y], 1.0)
+
+
+def long_list() -> list[torch.nn.Parameter]:
+    """Return parameters whose table lies in memory that is kept."""
+    params = [torch.nn.Parameter(torch.ones(3).to(CUDA)) for _ in range(1200)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return params
+
+
+def test_tables_of_long_lists_are_those_of_a_stream() -> None:
+    step = fusereg.optim.AdamW(long_list(), lr=0.1).step
+    model = torch.nn.ParameterList(long_list())
+    penalty = fusereg.WeightPenalty(model, l1=0.1)
+    step()
+    penalty.penalty()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    with device.order_checked(), device.kernels_noted(_C, kept):
+        for turn in range(4):
+            stream, other = streams[turn % 2], streams[1 - turn % 2]
+            with torch.cuda.stream(stream):
+                penalty.penalty()  # no event orders the two streams
+            stream.wait_stream(other)
+            with torch.cuda.stream(stream):
+                step()

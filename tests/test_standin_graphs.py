@@ -95,6 +95,54 @@ def test_an_optimizer_step_in_a_graph() -> None:
         assert torch.equal(a, b)
 
 
+def many(count: int) -> list[torch.nn.Parameter]:
+    """Return more parameters than fit beside a launch: their table lies in memory that is kept."""
+    values = torch.linspace(-1, 1, 3).to(CUDA)
+    return [torch.nn.Parameter(values.clone()) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "LAMB"])
+def test_no_other_step_writes_what_the_graph_of_a_long_one_reads(name: str) -> None:
+    results = []
+    for in_graph in (False, True):
+        params = many(400)
+        optimizer = getattr(fusereg.optim, name)(params, lr=0.1, l1=0.01)
+        own, others = ([torch.full_like(p, value) for p in params] for value in (1.0, 2.0))
+
+        def step(gradients: list[Tensor]) -> None:
+            for p, g in zip(params, gradients, strict=True):  # noqa: B023
+                p.grad = g
+            optimizer.step()  # noqa: B023
+
+        step(own)
+        step(own)
+        graph = torch.cuda.CUDAGraph()
+        if in_graph:
+            with torch.cuda.graph(graph):
+                step(own)
+        step(others)
+        if in_graph:
+            graph.replay()
+        else:
+            step(own)
+        results.append([p.detach().clone() for p in params])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_other_call_writes_what_the_graph_of_a_long_clipping_reads() -> None:
+    params, others = many(1200), many(1200)
+    ones, threes = torch.ones(3600).to(CUDA), torch.full((3600,), 3.0).to(CUDA)
+    for i, (p, other) in enumerate(zip(params, others, strict=True)):
+        p.grad, other.grad = (t[3 * i : 3 * i + 3] for t in (ones, threes))
+    graph, norm = captured(lambda: fusereg.optim.clip_grad_norm_(params, 1.0))
+    fusereg.optim.clip_grad_norm_(others, 1.0)
+    ones.fill_(2.0)
+    graph.replay()
+    assert norm.item() == pytest.approx(2 * 3600**0.5)
+    assert ones.tolist() == pytest.approx([1 / 60] * 3600)
+
+
 # --- memory pools ---------------------------------------------------------------------------------
 
 
@@ -150,7 +198,7 @@ def test_nothing_is_kept_in_the_pool_of_a_graph(operation: Operation) -> None:
 
 
 def test_no_optimizer_keeps_tables_in_the_pool_of_a_graph() -> None:
-    params = [torch.nn.Parameter(torch.ones(3).to(CUDA)) for _ in range(1000)]
+    params = many(1200)
     for p in params:
         p.grad = torch.ones_like(p)
     for optimizer in (

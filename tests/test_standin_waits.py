@@ -6,6 +6,7 @@ result has a shape that only the device knows.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +107,68 @@ def test_no_optimizer_waits(name: str, skipped: float | None) -> None:
     assert waits_of(step) == []
 
 
+#: Of these a skipped first step has to be a first step again, which the host must know of.
+UNDONE: dict[str, dict[str, Any]] = {
+    "dampening": {"momentum": 0.9, "dampening": 0.5},
+    "averages": {"ema_decay": 0.5},
+}
+
+
+@pytest.mark.parametrize("options", [{}, *UNDONE.values()], ids=["", *UNDONE])
+@pytest.mark.parametrize("overflow", [None, False, True], ids=["unscaled", "scaled", "overflow"])
+def test_first_steps_that_may_be_undone_wait(
+    overflow: bool | None, options: dict[str, Any]
+) -> None:
+    """Under a GradScaler, once; no other first step waits."""
+    params = [torch.nn.Parameter(images(5, 7)) for _ in range(3)]
+    optimizer = fusereg.optim.SGD(params, lr=0.1, **{"momentum": 0.9, **options})
+    if overflow is not None:
+        optimizer.grad_scale = torch.ones((), device=CUDA)
+    counts = []
+    for overflows in (overflow, False, False):
+        if overflow is not None:
+            optimizer.found_inf = torch.full((), float(overflows or 0), device=CUDA)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with device.waits() as found:
+            optimizer.step()
+        counts.append(len(found))
+    first = int(bool(options) and overflow is not None)
+    assert counts == [first, first if overflow else 0, 0]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_step_after_loading_waits(name: str) -> None:
+    """Also where the states were loaded to the CPU."""
+    params = [torch.nn.Parameter(images(5, 7)), torch.nn.Parameter(images(9).bfloat16())]
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    loaded, kept = (
+        getattr(fusereg.optim, name)(own, lr=0.1, master_weights=True, **OPTIONS[name])
+        for own in (copies, params)
+    )
+
+    def step(optimizer: Any) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    step(kept)
+    with torch.no_grad():
+        for copied, p in zip(copies, params, strict=True):
+            copied.copy_(p)
+    written = io.BytesIO()
+    torch.save(kept.state_dict(), written)
+    written.seek(0)
+    loaded.load_state_dict(torch.load(written, map_location="cpu", weights_only=True))
+    with device.waits() as found:
+        step(loaded)
+    step(kept)
+    assert found == []
+    for copied, p in zip(copies, params, strict=True):
+        assert torch.equal(copied, p)
+
+
 def _model() -> torch.nn.Module:
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)).to(CUDA)
     for p in model.parameters():
@@ -198,6 +261,10 @@ DOCUMENTED: dict[str, tuple[Callable[[], object], Any]] = {
     ),
     "Augment of numbers on the device": (
         lambda: augment.Augment(size=4)(images(), sample_ids=torch.arange(4).to(CUDA)),
+        augment.Augment.forward,
+    ),
+    "Augment of probabilities on the device": (
+        lambda: augment.Augment(size=4, mix="mixup")(images(), torch.eye(5)[:4].to(CUDA)),
         augment.Augment.forward,
     ),
     "EarlyStopping.step": (

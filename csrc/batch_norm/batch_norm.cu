@@ -33,7 +33,7 @@ template <class T, class Walk>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
     batch_norm_moments_kernel(FUSEREG_GRID_CONSTANT(Arguments<Forward>, g)) {
   const Tiling& t = g.tiling;
-  const Share share = share_of(t, blockIdx.x / t.splits, blockIdx.x % t.splits);
+  const Share share = share_of_block(t, blockIdx.x);
   auto* const partials = static_cast<Moments*>(g.partials);
   block_moments<T>(TypeTag<Walk>{}, g.job, t, share, Ignore{},
                    [&](int c, const Moments& m) { partials[partial_index(t, share, c)] = m; });
@@ -47,21 +47,21 @@ __global__ void __launch_bounds__(kThreads, kHeavy || Walk::kColumns ? kBlocksPe
   FUSEREG_SHARED(coefficients, ChannelNumbers<C>);
   const Forward& job = g.job;
   const Tiling& t = g.tiling;
-  const std::int64_t block = gridDim.x - 1 - blockIdx.x;  // the last that was read comes first
-  const Share share = share_of(t, block / t.splits, block % t.splits);
+  // The last that was read comes first.
+  const Share share = share_of_block(t, gridDim.x - 1 - blockIdx.x);
   for (int i = static_cast<int>(threadIdx.x); i < slab_channels(t, share.slab); i += kThreads) {
-    const std::int64_t c = share.slab * t.pack + i;
+    const std::int64_t c = first_channel(t, share) + i;
     set_coefficients(coefficients, i, job, c, read_statistic(job, t, share.group, c));
   }
   __syncthreads();
-  const Plain<C> plain(job.epilogue);
+  const auto plain = plain_of<C>(job.epilogue);
   Walk walk = walk_share(TypeTag<Walk>{}, t, share, job.mask);
   const auto k = kept_coefficients(walk, coefficients);
   for_each_octet<kAhead<T> / 2>(
       walk,
       [&](const Place& place) {
         ForwardData<T> data{};
-        data.x = load_octet<Walk::kWide>(static_cast<const T*>(job.x), place);
+        data.x = load_octet<Walk>(static_cast<const T*>(job.x), place);
         finish_octet_inputs<Walk>(job, place, data);
         return data;
       },

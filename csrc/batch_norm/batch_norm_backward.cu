@@ -27,16 +27,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
   FUSEREG_SHARED(coefficients, ChannelNumbers<C>);
   const Backward& job = g.job;
   const Tiling& t = g.tiling;
-  const Share share = share_of(t, blockIdx.x / t.splits, blockIdx.x % t.splits);
+  const Share share = share_of_block(t, blockIdx.x);
   for (int i = static_cast<int>(threadIdx.x); i < slab_channels(t, share.slab); i += kThreads) {
-    const std::int64_t c = share.slab * t.pack + i;
+    const std::int64_t c = first_channel(t, share) + i;
     set_backward_coefficients(coefficients, i, job, c, read_statistic(job, t, share.group, c));
   }
   __syncthreads();
   auto* const partials = static_cast<GradientSums*>(g.partials);
-  block_sums<kHeavy, T>(TypeTag<Walk>{}, job, t, share, coefficients, Ignore{},
+  const auto plain = plain_of<C>(job.epilogue);
+  block_sums<kHeavy, T>(TypeTag<Walk>{}, job, t, share, plain, coefficients, Ignore{},
                         [&](int i, const GradientSums& s) {
-                          const std::int64_t c = share.slab * t.pack + i;
+                          const std::int64_t c = first_channel(t, share) + i;
                           about_mean(job, c, read_statistic(job, t, share.group, c), s,
                                      static_cast<double>(coefficients.m[i]))
                               .store(partials + partial_index(t, share, i));
@@ -51,11 +52,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
   FUSEREG_SHARED(coefficients, ChannelNumbers<C>);
   const Backward& job = g.job;
   const Tiling& t = g.tiling;
-  const std::int64_t block = gridDim.x - 1 - blockIdx.x;  // the last that was read comes first
-  const Share share = share_of(t, block / t.splits, block % t.splits);
+  // The last that was read comes first.
+  const Share share = share_of_block(t, gridDim.x - 1 - blockIdx.x);
   const std::int64_t all = t.groups * t.channels;
   for (int i = static_cast<int>(threadIdx.x); i < slab_channels(t, share.slab); i += kThreads) {
-    const std::int64_t c = share.slab * t.pack + i;
+    const std::int64_t c = first_channel(t, share) + i;
     const std::int64_t s = share.group * t.channels + c;
     const Statistic statistic = read_statistic(job, t, share.group, c);
     set_backward_coefficients(coefficients, i, job, c, statistic);
@@ -64,14 +65,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
     set_gradient(coefficients, i, job, c, statistic, sums);
   }
   __syncthreads();
-  const Plain<C> plain(job.epilogue);
+  const auto plain = plain_of<C>(job.epilogue);
   Walk walk = walk_share(TypeTag<Walk>{}, t, share, job.mask);
   const auto k = kept_coefficients(walk, coefficients);
   C q[Walk::kSets];
   C r[Walk::kSets];
   kept_gradient(walk, coefficients, q, r);
   for_each_octet<kAhead<T> / 2>(
-      walk, [&](const Place& place) { return load_backward<Walk, T>(job, place); },
+      walk, [&](const Place& place) { return load_backward<kHeavy, Walk, T>(job, plain, place); },
       [&](const Place& place, const BackwardData<T>& data) {
         write_backward<kHeavy, Walk>(job, plain, k, q, r, place, data);
       });

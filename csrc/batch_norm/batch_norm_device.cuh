@@ -78,7 +78,9 @@ FUSEREG_DEVICE_INLINE GradientSums exchange(const GradientSums& v, int offset) {
 template <class P>
 FUSEREG_DEVICE_INLINE P combine(const P* first, std::int64_t count) {
   P total;
-  for (std::int64_t k = cuda::lane_id(); k < count; k += cuda::kWarpSize) total.add(first[k]);
+  const int shares = static_cast<int>(count);
+  for (int k = static_cast<int>(cuda::lane_id()); k < shares; k += cuda::kWarpSize)
+    total.add(first[k]);
   for (int offset = cuda::kWarpSize / 2; offset > 0; offset /= 2) {
     // The lower lane's comes first in both lanes: so they get the same bits.
     const P other = exchange(total, offset);

@@ -12,7 +12,8 @@ inline constexpr int kAhead = sizeof(T) == 2 ? 4 : 2;
 
 // --- epilogues ---
 // What a call does is decided by branches that go the same way for the whole grid, once an octet.
-// kHeavy: with the code for SiLU, GELU and dropout, which would cost the others registers.
+// kHeavy: with the code for SiLU, GELU and dropout, which would cost the others registers. What is not
+// wide has no other kind.
 
 inline bool is_heavy(const Epilogue& e) {
   return e.dropout || e.activation == Activation::kSilu || e.activation == Activation::kGelu;
@@ -22,13 +23,15 @@ template <class C>
 struct Plain {
   C slope, inverse_slope, scale;  // inverse: from y to z
   std::uint64_t seed, low;
-  FUSEREG_DEVICE_INLINE explicit Plain(const Epilogue& e)
-      : slope(static_cast<C>(e.slope)),
-        inverse_slope(e.activation == Activation::kLeakyRelu ? C(1) / slope : C(1)),
-        scale(static_cast<C>(e.dropout && e.draw.keep > 0.0 ? 1.0 / e.draw.keep : 0.0)),
-        seed(e.dropout ? e.random.key() : 0),
-        low(e.dropout ? e.random.low() : 0) {}
 };
+template <class C>
+FUSEREG_DEVICE_INLINE Plain<C> plain_of(const Epilogue& e) {
+  const C slope = static_cast<C>(e.slope);
+  const double keep = e.dropout ? e.draw.keep : 1.0;
+  return {slope, e.activation == Activation::kLeakyRelu ? C(1) / slope : C(1),
+          static_cast<C>(keep > 0.0 ? 1.0 / keep : 0.0), e.dropout ? e.random.key() : 0,
+          e.dropout ? e.random.low() : 0};
+}
 
 // Which elements of the octet dropout keeps.
 template <class C>
@@ -107,7 +110,7 @@ template <class Walk, class T>
 FUSEREG_DEVICE_INLINE void finish_octet_inputs(const Forward& job, const Place& place,
                                                ForwardData<T>& data) {
   if (job.residual != nullptr) {
-    data.residual = load_octet<Walk::kWide>(static_cast<const T*>(job.residual), place);
+    data.residual = load_octet<Walk>(static_cast<const T*>(job.residual), place);
   }
   data.residual.raw.join();
 }
@@ -142,7 +145,7 @@ FUSEREG_DEVICE_INLINE void write_forward(const Forward& job, const Plain<C>& pla
     }
   }
   const auto y = Octet<T>::rounded([&](int e) { return (live >> e & 1u) != 0 ? z[e] : C(0); });
-  store_octet<Walk::kWide>(static_cast<T*>(job.y), place, y);
+  store_octet<Walk>(static_cast<T*>(job.y), place, y);
 }
 
 // --- backward ---
@@ -151,7 +154,20 @@ template <class T>
 struct BackwardData {
   Octet<T> grad, x, residual;
   unsigned positive;
+  unsigned kept;  // by dropout, of those that count; kHeavy only
 };
+
+// Draws come first: they want registers that the octet's data take afterwards.
+template <bool kHeavy, class T, class C>
+FUSEREG_DEVICE_INLINE BackwardData<T> drawn(const Backward& job, const Plain<C>& plain,
+                                            const Place& place) {
+  BackwardData<T> data{};
+  if constexpr (kHeavy) {
+    data.kept = place.live;
+    if (job.epilogue.dropout) data.kept &= kept_bits(job.epilogue, plain, place.at);
+  }
+  return data;
+}
 
 // What is not kept on the chip: the residual, where one is needed, and the bits.
 template <class Walk, class T>
@@ -161,16 +177,17 @@ FUSEREG_DEVICE_INLINE void finish_octet_inputs(const Backward& job, const Place&
   if (job.bits != nullptr) {
     data.positive = place.inside != 0 ? job.bits[place.bits_at] : 0u;
   } else if (job.residual != nullptr) {
-    data.residual = load_octet<Walk::kWide>(static_cast<const T*>(job.residual), place);
+    data.residual = load_octet<Walk>(static_cast<const T*>(job.residual), place);
   }
   data.residual.raw.join();
 }
 
-template <class Walk, class T>
-FUSEREG_DEVICE_INLINE BackwardData<T> load_backward(const Backward& job, const Place& place) {
-  BackwardData<T> data{};
-  data.grad = load_octet<Walk::kWide>(static_cast<const T*>(job.grad), place);
-  if (job.x != nullptr) data.x = load_octet<Walk::kWide>(static_cast<const T*>(job.x), place);
+template <bool kHeavy, class Walk, class T, class C>
+FUSEREG_DEVICE_INLINE BackwardData<T> load_backward(const Backward& job, const Plain<C>& plain,
+                                                    const Place& place) {
+  auto data = drawn<kHeavy, T>(job, plain, place);
+  data.grad = load_octet<Walk>(static_cast<const T*>(job.grad), place);
+  if (job.x != nullptr) data.x = load_octet<Walk>(static_cast<const T*>(job.x), place);
   data.x.raw.join();
   finish_octet_inputs<Walk>(job, place, data);
   return data;
@@ -182,29 +199,25 @@ FUSEREG_DEVICE_INLINE void gradient_of_z(const Backward& job, const Plain<C>& pl
                                          const Kept<C, Walk::kSets>& k, const Place& place,
                                          const BackwardData<T>& data, C (&dz)[kOctet],
                                          C (&d)[kOctet]) {
+  constexpr bool kFromY = !(kHeavy && Walk::kWide);  // it goes with none of the three
+  const bool from_y = kFromY && job.from_y;
   unsigned positive = data.positive;
+  const unsigned kept = kHeavy ? data.kept : place.live;
   FUSEREG_UNROLL
   for (int e = 0; e < kOctet; ++e) {
     const int i = Walk::kSets == 1 ? 0 : e;
     dz[e] = to_compute(data.grad[e]);
+    if constexpr (kHeavy) dz[e] *= plain.scale;
     C x = to_compute(data.x[e]);
-    if (job.from_y) {
+    if (from_y) {
       positive |= static_cast<unsigned>(x > C(0)) << e;
       if (!(x > C(0))) x *= plain.inverse_slope;
     }
     d[e] = job.x != nullptr ? x - k.m[i] : C(0);
   }
-  unsigned kept = place.live;
-  if constexpr (kHeavy) {
-    if (job.epilogue.dropout) {
-      kept &= kept_bits(job.epilogue, plain, place.at);
-      FUSEREG_UNROLL
-      for (int e = 0; e < kOctet; ++e) dz[e] *= plain.scale;
-    }
-  }
   if (job.epilogue.activation != Activation::kNone) {
     C z[kOctet];
-    if (job.bits == nullptr && !job.from_y) {
+    if (job.bits == nullptr && !from_y) {
       FUSEREG_UNROLL
       for (int e = 0; e < kOctet; ++e) {
         const int i = Walk::kSets == 1 ? 0 : e;
@@ -236,8 +249,8 @@ FUSEREG_DEVICE_INLINE void write_backward(const Backward& job, const Plain<C>& p
   C d[kOctet];
   gradient_of_z<kHeavy, Walk>(job, plain, k, place, data, dz, d);
   if (job.grad_residual != nullptr) {
-    store_octet<Walk::kWide>(static_cast<T*>(job.grad_residual), place,
-                             Octet<T>::rounded([&](int e) { return dz[e]; }));
+    store_octet<Walk>(static_cast<T*>(job.grad_residual), place,
+                      Octet<T>::rounded([&](int e) { return dz[e]; }));
   }
   if (job.grad_x == nullptr) return;
   // Constant statistics: no 0 * (x - m), which would be NaN where x is infinite.
@@ -248,7 +261,7 @@ FUSEREG_DEVICE_INLINE void write_backward(const Backward& job, const Plain<C>& p
         fixed ? dz[e] * k.a[i] : multiply_add(dz[e], k.a[i], multiply_add(d[e], q[i], r[i]));
     return (place.live >> e & 1u) != 0 ? v : C(0);
   });
-  store_octet<Walk::kWide>(static_cast<T*>(job.grad_x), place, out);
+  store_octet<Walk>(static_cast<T*>(job.grad_x), place, out);
 }
 
 template <class Walk, class C>

@@ -14,7 +14,7 @@ inline constexpr const char* kBackwardOp = "fusereg.batch_norm: backward";
 
 // Where the partial result of a share goes.
 FUSEREG_DEVICE_INLINE std::int64_t partial_index(const Tiling& t, const Share& s, int channel) {
-  return (s.group * t.channels + s.slab * t.pack + channel) * t.splits + s.split;
+  return (s.group * t.channels + first_channel(t, s) + channel) * t.splits + s.split;
 }
 
 FUSEREG_DEVICE_INLINE void write_moments(const Forward& job, const Tiling& t, std::int64_t group,

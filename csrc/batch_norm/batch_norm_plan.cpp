@@ -108,7 +108,7 @@ Tiling make_tiling(const Layout& layout, DType dtype, bool aligned, bool masked,
 // The teams of a resident kernel; false: the slabs do not fit.
 bool plan_resident(Plan& plan, DType dtype, Direction direction, const DeviceLimits& device) {
   Tiling& t = plan.reduce;
-  if (!t.wide || t.outer == 0 || t.items() == 0) return false;
+  if (!t.wide || t.outer == 0 || t.items() == 0 || t.items() > 0x7fffffff) return false;
   const std::int64_t blocks = std::int64_t{kResidentPerSm} * device.sm_count;
   const std::int64_t memory =
       std::min(device.shared_per_sm / kResidentPerSm - kReservedPerBlock, device.shared_per_block) -

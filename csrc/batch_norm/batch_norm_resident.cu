@@ -47,25 +47,45 @@ class Shelf {
   Part* memory_;
 };
 
-// How a resident block goes through its slabs.
-template <class Job>
+// How a resident block goes through its slabs. It is the same for all threads and in use all the
+// time, so it lies in shared memory, where it takes no registers from them.
 struct Team {
-  std::int64_t index, member;
-  unsigned* counters;
-  std::int64_t round = 0;
-  FUSEREG_DEVICE_INLINE explicit Team(const Arguments<Job>& g)
-      : index(blockIdx.x / g.tiling.splits),
-        member(blockIdx.x % g.tiling.splits),
-        counters(g.semaphores + kFirstTeamCounter + 2 * index) {}
-  FUSEREG_DEVICE_INLINE void sync(const Tiling& t) {
-    if (t.splits > 1) {
-      team_sync(counters, t.splits, ++round);
+  unsigned index, member, round;
+  Share share;
+  // The block's next slab; false: there is none. Every thread calls it.
+  template <class Job>
+  FUSEREG_DEVICE_INLINE bool next(const Arguments<Job>& g) {
+    __syncthreads();  // the last one's coefficients, and this, have been read
+    if (threadIdx.x == 0) {
+      share = share_of(g.tiling, index + round * static_cast<unsigned>(g.teams), member);
+      ++round;
+    }
+    __syncthreads();
+    return share.group < g.tiling.groups;
+  }
+  FUSEREG_DEVICE_INLINE void start(const Tiling& t) {
+    const auto splits = static_cast<unsigned>(t.splits);
+    index = blockIdx.x / splits;
+    member = blockIdx.x % splits;
+    round = 0;
+  }
+  template <class Job>
+  FUSEREG_DEVICE_INLINE void sync(const Arguments<Job>& g) const {
+    if (g.tiling.splits > 1) {
+      team_sync(counters(g), g.tiling.splits, round);
     } else {
       __syncthreads();
     }
   }
-  FUSEREG_DEVICE_INLINE void leave(const Tiling& t) const {
-    if (t.splits > 1) team_leave(counters, t.splits);
+  template <class Job>
+  FUSEREG_DEVICE_INLINE void leave(const Arguments<Job>& g) const {
+    if (g.tiling.splits > 1) team_leave(counters(g), g.tiling.splits);
+  }
+
+ private:
+  template <class Job>
+  FUSEREG_DEVICE_INLINE unsigned* counters(const Arguments<Job>& g) const {
+    return g.semaphores + kFirstTeamCounter + 2 * index;
   }
 };
 
@@ -78,17 +98,21 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
   const Tiling& t = g.tiling;
   const Shelf<T> shelf(cuda::dynamic_shared<typename Shelf<T>::Part>());
   auto* const partials = static_cast<Moments*>(g.partials);
-  const Plain<C> plain(job.epilogue);
-  Team<Forward> team(g);
-  for (std::int64_t item = team.index; item < t.items(); item += g.teams) {
-    const Share share = share_of(t, item, team.member);
+  FUSEREG_SHARED(plain, Plain<C>);
+  FUSEREG_SHARED(team, Team);
+  if (threadIdx.x == 0) {
+    plain = plain_of<C>(job.epilogue);
+    team.start(t);
+  }
+  while (team.next(g)) {
+    const Share& share = team.share;
     int step = 0;
     block_moments<T>(
         TypeTag<Walk>{}, job, t, share, [&](const Octet<T>& octet) { shelf.put(step++, octet); },
         [&](int c, const Moments& m) { partials[partial_index(t, share, c)] = m; });
-    team.sync(t);
+    team.sync(g);
     for (int i = static_cast<int>(cuda::warp_id()); i < slab_channels(t, share.slab); i += kWarps) {
-      const std::int64_t c = share.slab * t.pack + i;
+      const std::int64_t c = first_channel(t, share) + i;
       const Moments m = combine(partials + (share.group * t.channels + c) * t.splits, t.splits);
       if (cuda::lane_id() == 0) {
         const double variance = m.count > 0.0 ? m.m2 / m.count : 0.0;
@@ -112,9 +136,8 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
           write_forward<kHeavy, Walk>(job, plain, k, place, data);
         });
     if (team.member == 0) finish_forward(g, share.slab, static_cast<const Moments*>(nullptr), 1);
-    __syncthreads();  // the coefficients have been read
   }
-  team.leave(t);
+  team.leave(g);
 }
 
 template <class T, class Walk, bool kHeavy>
@@ -128,33 +151,37 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
   const Shelf<T> x_shelf(memory);
   const Shelf<T> grad_shelf(memory + g.steps * Octet<T>::kParts * kThreads);
   auto* const partials = static_cast<GradientSums*>(g.partials);
-  const Plain<C> plain(job.epilogue);
+  FUSEREG_SHARED(plain, Plain<C>);
+  FUSEREG_SHARED(team, Team);
+  if (threadIdx.x == 0) {
+    plain = plain_of<C>(job.epilogue);
+    team.start(t);
+  }
   const std::int64_t all = t.groups * t.channels;
-  Team<Backward> team(g);
-  for (std::int64_t item = team.index; item < t.items(); item += g.teams) {
-    const Share share = share_of(t, item, team.member);
+  while (team.next(g)) {
+    const Share& share = team.share;
     const int channels = slab_channels(t, share.slab);
     for (int i = static_cast<int>(threadIdx.x); i < channels; i += kThreads) {
-      const std::int64_t c = share.slab * t.pack + i;
+      const std::int64_t c = first_channel(t, share) + i;
       set_backward_coefficients(coefficients, i, job, c, read_statistic(job, t, share.group, c));
     }
     __syncthreads();
     int step = 0;
     block_sums<kHeavy, T>(
-        TypeTag<Walk>{}, job, t, share, coefficients,
+        TypeTag<Walk>{}, job, t, share, plain, coefficients,
         [&](const BackwardData<T>& data) {
           x_shelf.put(step, data.x);
           grad_shelf.put(step++, data.grad);
         },
         [&](int i, const GradientSums& s) {
-          const std::int64_t c = share.slab * t.pack + i;
+          const std::int64_t c = first_channel(t, share) + i;
           about_mean(job, c, read_statistic(job, t, share.group, c), s,
                      static_cast<double>(coefficients.m[i]))
               .store(partials + partial_index(t, share, i));
         });
-    team.sync(t);
+    team.sync(g);
     for (int i = static_cast<int>(cuda::warp_id()); i < channels; i += kWarps) {
-      const std::int64_t c = share.slab * t.pack + i;
+      const std::int64_t c = first_channel(t, share) + i;
       const std::int64_t s = share.group * t.channels + c;
       const GradientSums sums = combine(partials + s * t.splits, t.splits);
       if (cuda::lane_id() == 0) {
@@ -175,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
     for_each_octet<1>(
         walk,
         [&](const Place& place) {
-          BackwardData<T> data{};
+          auto data = drawn<kHeavy, T>(job, plain, place);
           finish_octet_inputs<Walk>(job, place, data);
           return data;
         },
@@ -186,9 +213,8 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
         });
     if (team.member == 0)
       finish_backward(g, share.slab, static_cast<const GradientSums*>(nullptr), 1);
-    __syncthreads();  // the coefficients have been read
   }
-  team.leave(t);
+  team.leave(g);
 }
 
 // The plan counted on kResidentPerSm blocks a multiprocessor; the device may hold fewer, and then

@@ -82,7 +82,7 @@ __device__ void block_moments(TypeTag<Lines<kWide>>, const Forward& job, const T
   std::int64_t count = 0;
   Walk walk(t, share, job.mask, static_cast<int>(threadIdx.x), kThreads);
   for_each_octet<kAhead<T>>(
-      walk, [&](const Place& place) { return load_octet<kWide>(x, place); },
+      walk, [&](const Place& place) { return load_octet<Walk>(x, place); },
       [&](const Place& place, const Octet<T>& octet) {
         keep(octet);
         C d[kOctet];
@@ -149,7 +149,7 @@ __device__ void block_moments(TypeTag<Columns<kWide>>, const Forward& job, const
     }
     __syncthreads();  // the last run's sums have been read
     for (int c = static_cast<int>(threadIdx.x); c < channels; c += kThreads) {
-      shifts[c] = to_compute(x[(row * t.channels + share.slab * t.pack + c) * t.inner]);
+      shifts[c] = to_compute(x[(row * t.channels + first_channel(t, share) + c) * t.inner]);
     }
     __syncthreads();
     C shift[kOctet];
@@ -164,7 +164,7 @@ __device__ void block_moments(TypeTag<Columns<kWide>>, const Forward& job, const
     int count = 0;
     walk.run(kRunRows);
     for_each_octet<kAhead<T>>(
-        walk, [&](const Place& place) { return load_octet<kWide>(x, place); },
+        walk, [&](const Place& place) { return load_octet<Walk>(x, place); },
         [&](const Place& place, const Octet<T>& octet) {
           keep(octet);
           if (place.live == 0) return;
@@ -189,7 +189,7 @@ __device__ void block_moments(TypeTag<Columns<kWide>>, const Forward& job, const
           for (std::int64_t i = cuda::lane_id(); i < (end - begin) * inner; i += cuda::kWarpSize) {
             const std::int64_t o = begin + i / inner;
             if (job.mask != nullptr && job.mask[o] == 0) continue;
-            const std::int64_t line = o * t.channels + share.slab * t.pack + c;
+            const std::int64_t line = o * t.channels + first_channel(t, share) + c;
             s += term(to_compute(x[line * inner + i % inner]), center, square);
           }
           return cuda::warp_sum(s);
@@ -207,16 +207,16 @@ __device__ void block_moments(TypeTag<Columns<kWide>>, const Forward& job, const
 // The coefficients must be there.
 template <bool kHeavy, class T, bool kWide, class Keep, class Emit>
 __device__ void block_sums(TypeTag<Lines<kWide>>, const Backward& job, const Tiling& t,
-                           const Share& share, const ChannelNumbers<Compute<T>>& coefficients,
-                           const Keep& keep, const Emit& emit) {
+                           const Share& share, const Plain<Compute<T>>& plain,
+                           const ChannelNumbers<Compute<T>>& coefficients, const Keep& keep,
+                           const Emit& emit) {
   using C = Compute<T>;
   using Walk = Lines<kWide>;
-  const Plain<C> plain(job.epilogue);
   Walk walk(t, share, job.mask, static_cast<int>(threadIdx.x), kThreads);
   const auto k = kept_coefficients(walk, coefficients);
   LineSums<C> sums;
   for_each_octet<kAhead<T> / 2>(
-      walk, [&](const Place& place) { return load_backward<Walk, T>(job, place); },
+      walk, [&](const Place& place) { return load_backward<kHeavy, Walk, T>(job, plain, place); },
       [&](const Place& place, const BackwardData<T>& data) {
         keep(data);
         C dz[kOctet];
@@ -234,28 +234,31 @@ __device__ void block_sums(TypeTag<Lines<kWide>>, const Backward& job, const Til
 
 template <bool kHeavy, class T, bool kWide, class Keep, class Emit>
 __device__ void block_sums(TypeTag<Columns<kWide>>, const Backward& job, const Tiling& t,
-                           const Share& share, const ChannelNumbers<Compute<T>>& coefficients,
-                           const Keep& keep, const Emit& emit) {
+                           const Share& share, const Plain<Compute<T>>& plain,
+                           const ChannelNumbers<Compute<T>>& coefficients, const Keep& keep,
+                           const Emit& emit) {
   using C = Compute<T>;
   using Walk = Columns<kWide>;
   FUSEREG_SHARED(buffer, ColumnBuffer<C>);
   FUSEREG_SHARED(totals, GradientSums[kMaxPack]);
-  const Plain<C> plain(job.epilogue);
   const int channels = slab_channels(t, share.slab);
+  // Every thread takes part in each run.
   const RowRange rows = rows_of(t, share);
-  const std::int64_t step = static_cast<std::int64_t>(kRunRows) * t.rows_at_once;
+  int runs = rows.begin < rows.end
+                 ? static_cast<int>((rows.end - rows.begin - 1) / (kRunRows * t.rows_at_once)) + 1
+                 : 0;
   for (int c = static_cast<int>(threadIdx.x); c < channels; c += kThreads)
     totals[c] = GradientSums{};
   Walk walk(t, share, job.mask, threadIdx.x);
   const auto k = kept_coefficients(walk, coefficients);
-  for (std::int64_t begin = rows.begin; begin < rows.end; begin += step) {
+  for (; runs > 0; --runs) {
     C first[kOctet];
     C second[kOctet];
     FUSEREG_UNROLL
     for (int e = 0; e < kOctet; ++e) first[e] = second[e] = C(0);
     walk.run(kRunRows);
     for_each_octet<kAhead<T> / 2>(
-        walk, [&](const Place& place) { return load_backward<Walk, T>(job, place); },
+        walk, [&](const Place& place) { return load_backward<kHeavy, Walk, T>(job, plain, place); },
         [&](const Place& place, const BackwardData<T>& data) {
           keep(data);
           C dz[kOctet];

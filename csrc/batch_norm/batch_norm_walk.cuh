@@ -51,11 +51,17 @@ struct Place {
 
 inline constexpr unsigned kAllInside = 0xffu;
 
-template <bool kWide, class T>
+// Whether the octet is moved as vectors. The wide columns' octets are never cut.
+template <class Walk>
+FUSEREG_DEVICE_INLINE bool is_whole(const Place& place) {
+  return Walk::kWide && (Walk::kColumns || place.inside == kAllInside);
+}
+
+template <class Walk, class T>
 FUSEREG_DEVICE_INLINE Octet<T> load_octet(const T* p, const Place& place) {
   Octet<T> v;
   cuda::Raw<T, kOctet>& raw = v.raw;
-  if (kWide && place.inside == kAllInside) {
+  if (is_whole<Walk>(place)) {
     raw.load(p + place.at);
   } else {
     raw.clear();
@@ -68,9 +74,9 @@ FUSEREG_DEVICE_INLINE Octet<T> load_octet(const T* p, const Place& place) {
   return v;
 }
 
-template <bool kWide, class T>
+template <class Walk, class T>
 FUSEREG_DEVICE_INLINE void store_octet(T* p, const Place& place, const Octet<T>& v) {
-  if (kWide && place.inside == kAllInside) {
+  if (is_whole<Walk>(place)) {
     FUSEREG_UNROLL
     for (int i = 0; i < Octet<T>::kParts; ++i) {
       cuda::store_streaming(p + place.at + i * Octet<T>::kPart, v.part(i));
@@ -93,12 +99,23 @@ struct Ignore {
 
 // --- walking a share ---
 
-// A block's place in the work: its slab, group and share.
+// A block's place in the work: its slab, group and share. Of each there are fewer than 2^31: a grid
+// has no more blocks, a resident kernel's plan no more items.
 struct Share {
-  std::int64_t slab, group, split;
+  int slab, group, split;
 };
-FUSEREG_DEVICE_INLINE Share share_of(const Tiling& t, std::int64_t item, std::int64_t split) {
-  return {item % t.slabs, item / t.slabs, split};
+FUSEREG_DEVICE_INLINE Share share_of(const Tiling& t, unsigned item, unsigned split) {
+  const auto slabs = static_cast<unsigned>(t.slabs);
+  return {static_cast<int>(item % slabs), static_cast<int>(item / slabs), static_cast<int>(split)};
+}
+// Of a grid with a block for each share.
+FUSEREG_DEVICE_INLINE Share share_of_block(const Tiling& t, unsigned block) {
+  const auto splits = static_cast<unsigned>(t.splits);
+  return share_of(t, block / splits, block % splits);
+}
+// The first channel of a share's slab.
+FUSEREG_DEVICE_INLINE std::int64_t first_channel(const Tiling& t, const Share& s) {
+  return std::int64_t{s.slab} * t.pack;
 }
 
 FUSEREG_DEVICE_INLINE std::int64_t first_row(const Tiling& t, std::int64_t group) {
@@ -187,36 +204,37 @@ class Columns {
 
   FUSEREG_DEVICE_INLINE Columns(const Tiling& t, const Share& s, const std::uint8_t* mask,
                                 unsigned thread)
-      : t_(t), mask_(mask), width_(static_cast<int>(t.width)) {
-    octet_ = static_cast<int>(thread) % width_;
-    lane_ = static_cast<int>(thread) / width_;
-    pitch_ = t.channels * t.inner;
+      : t_(t), mask_(mask) {
+    octet_ = static_cast<int>(thread) % static_cast<int>(t.width);
+    lane_ = static_cast<int>(thread) / static_cast<int>(t.width);
+    const std::int64_t pitch = t.channels * t.inner;
     column_ = s.slab * t.width * kOctet + octet_ * kOctet;
     inside_ = 0;
-    if (lane_ < t.rows_at_once && column_ < pitch_) {
-      inside_ = pitch_ - column_ < kOctet ? (1u << (pitch_ - column_)) - 1u : kAllInside;
+    if (lane_ < t.rows_at_once && column_ < pitch) {
+      const std::int64_t rest = pitch - column_;
+      inside_ = kWide || rest >= kOctet ? kAllInside : (1u << rest) - 1u;
     }
     const std::int64_t begin = first_row(t, s.group);
     const std::int64_t end = first_row(t, s.group + 1);
-    first_ = begin + s.split * t.share;
-    end_ = first_ + t.share < end ? first_ + t.share : end;
-    if (inside_ == 0) first_ = end_ = 0;  // has no part in it
-    row_ = first_ + lane_;
-    limit_ = end_;
+    const std::int64_t first = begin + s.split * t.share;
+    row_ = first + lane_;
+    const std::int64_t rows = (first + t.share < end ? first + t.share : end) - row_;
+    // No row of a column that there is not.
+    left_ = rows > 0 && inside_ != 0 ? static_cast<int>((rows - 1) / t.rows_at_once) + 1 : 0;
   }
 
-  FUSEREG_DEVICE_INLINE bool valid() const { return row_ < limit_; }
-  FUSEREG_DEVICE_INLINE void next() { row_ += t_.rows_at_once; }
-  // Stops after so many rows of each thread; the next call goes on from there.
-  FUSEREG_DEVICE_INLINE void run(int rows) {
-    first_ = row_ - lane_;
-    limit_ = first_ + static_cast<std::int64_t>(rows) * t_.rows_at_once;
-    if (limit_ > end_) limit_ = end_;
+  FUSEREG_DEVICE_INLINE bool valid() const { return left_ > stop_; }
+  FUSEREG_DEVICE_INLINE void next() {
+    --left_;
+    row_ += t_.rows_at_once;
   }
+  // Stops after so many rows of each thread; the next call goes on from there.
+  FUSEREG_DEVICE_INLINE void run(int rows) { stop_ = left_ > rows ? left_ - rows : 0; }
   FUSEREG_DEVICE_INLINE Place place() const {
     Place p;
-    p.at = row_ * pitch_ + column_;
-    p.bits_at = row_ * ((pitch_ + kOctet - 1) / kOctet) + column_ / kOctet;
+    const std::int64_t pitch = t_.channels * t_.inner;
+    p.at = row_ * pitch + column_;
+    p.bits_at = kWide ? p.at / kOctet : row_ * ((pitch + kOctet - 1) / kOctet) + column_ / kOctet;
     p.inside = p.live = inside_;
     // A mask comes with inner = 1 only: one byte for the row.
     if (mask_ != nullptr && mask_[row_] == 0) p.live = 0;
@@ -233,9 +251,10 @@ class Columns {
  private:
   const Tiling& t_;
   const std::uint8_t* mask_;
-  int width_, octet_, lane_;
+  int octet_, lane_;
+  int left_, stop_ = 0;  // rows of this thread, and how many are left for another run
   unsigned inside_;
-  std::int64_t pitch_, column_, first_, end_, row_, limit_;
+  std::int64_t column_, row_;
 };
 
 template <bool kWide>

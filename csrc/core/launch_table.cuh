@@ -28,6 +28,13 @@ template <class Head, class Entry>
 inline constexpr int kMostInParameters = static_cast<int>(
     (kMaxKernelParamBytes - sizeof(Head) - 64) / (sizeof(Entry) + sizeof(void*) + 4));
 
+#if defined(FUSEREG_CUDA_ON_HOST)
+// The stand-in device looks for addresses in all of a kernel's parameters.
+#define FUSEREG_EMPTY_ON_HOST = {}
+#else
+#define FUSEREG_EMPTY_ON_HOST
+#endif
+
 // For up to kSize tensors: all of it is copied for a launch, however many there are.
 template <class Head, class Entry, int kSize = kMostInParameters<Head, Entry>>
 struct ParamTable {
@@ -35,9 +42,9 @@ struct ParamTable {
   static constexpr int kMost = kSize;
   Head head;
   int count = 0;
-  std::uint32_t first_task[kMost + 1];  // of each tensor, and behind the last
-  void* moving[kMost];
-  Entry entries[kMost];
+  std::uint32_t first_task[kMost + 1] FUSEREG_EMPTY_ON_HOST;  // of each tensor, and behind the last
+  void* moving[kMost] FUSEREG_EMPTY_ON_HOST;
+  Entry entries[kMost] FUSEREG_EMPTY_ON_HOST;
 };
 
 template <class Head, class Entry>
@@ -50,8 +57,9 @@ struct MemoryTable {
   const std::uint32_t* first_task = nullptr;
   const Entry* entries = nullptr;
   void* const* many_moving = nullptr;  // where `moving` does not hold them all
-  void* moving[kMost];
+  void* moving[kMost] FUSEREG_EMPTY_ON_HOST;
 };
+#undef FUSEREG_EMPTY_ON_HOST
 
 // --- device code ---
 

@@ -2,7 +2,7 @@
 //
 // A thread takes groups of 8 elements, two Philox calls each: their loads are under way before the
 // draws are made. Memory moves in 16-byte vectors where pointers and index_offset allow it. Of 16-bit
-// types a thread takes four groups at once, which share the round keys: there instructions are what
+// types a thread takes eight groups at once, which share the round keys: there instructions are what
 // bounds the kernel.
 #include <algorithm>
 
@@ -20,14 +20,14 @@ constexpr int kBlocksPerSm = 32;
 constexpr int kFewBlocksPerSm = 2;
 // Groups that a thread takes at once, where each multiprocessor then still has some blocks.
 template <class T, bool kVectors>
-constexpr int kAtOnce = kVectors && sizeof(T) == 2 ? 4 : 1;
+constexpr int kAtOnce = kVectors && sizeof(T) == 2 ? 8 : 1;
 
-FUSEREG_DEVICE_INLINE void normals(std::uint64_t key, std::uint64_t low, std::uint64_t group,
+// `chunk`: the first of the two that a group has, an even number.
+FUSEREG_DEVICE_INLINE void normals(std::uint64_t key, std::uint64_t low, std::uint64_t chunk,
                                    float (&n)[kNormals]) {
   FUSEREG_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const PhiloxWords w =
-        philox<kNumberRounds>(key, low, group << 1 | static_cast<std::uint64_t>(half));
+    const PhiloxWords w = philox<kNumberRounds>(key, low, chunk | static_cast<std::uint64_t>(half));
     normal_pair<float, std::uint32_t>(w.word[0], w.word[1], n[4 * half], n[4 * half + 1]);
     normal_pair<float, std::uint32_t>(w.word[2], w.word[3], n[4 * half + 2], n[4 * half + 3]);
   }
@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto take = [&](std::int64_t from, auto count) {
     constexpr int kCount = decltype(count)::value;
     cuda::Raw<T, kNormals> data[kCount];
+    const std::uint64_t chunk = (first + static_cast<std::uint64_t>(from)) << 1;
     FUSEREG_UNROLL
     for (int u = 0; u < kCount; ++u) {
       const T* const at = x + (from + u * kThreads) * kNormals;
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
     FUSEREG_UNROLL
     for (int u = 0; u < kCount; ++u) {
       float n[kNormals];
-      normals(key, low, first + static_cast<std::uint64_t>(from + u * kThreads), n);
+      normals(key, low, chunk + u * (2 * kThreads), n);
       T* const to = y + (from + u * kThreads) * kNormals;
       FUSEREG_UNROLL
       for (int i = 0; i < kNormals; i += kN) {
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kThreads)
         continue;
       }
       float n[kNormals];
-      normals(key, low, first + static_cast<std::uint64_t>(at), n);
+      normals(key, low, (first + static_cast<std::uint64_t>(at)) << 1, n);
       FUSEREG_UNROLL
       for (int e = 0; e < kNormals; ++e) {
         const std::int64_t i = origin + at * kNormals + e;

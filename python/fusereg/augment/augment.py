@@ -299,7 +299,8 @@ class Augment(Chain):
                 channels_last; clips [N, T, C, H, W], with one draw for all frames of a clip. A
                 torchvision tv_tensors.Image or Video returns one.
             targets: in any nesting of mappings, lists, tuples and dataclasses. Class indices [N] or
-                probabilities [N, K] are mixed if the images are. torchvision's Mask,
+                probabilities [N, K] are mixed if the images are; telling those from places in the
+                image waits for a GPU. torchvision's Mask,
                 BoundingBoxes, KeyPoints, Image and Video move with the images; a list or tuple of
                 N has one for each. Numbers, strings and labels are returned as they are; plain
                 tensors and arrays that may be places in the image are an error.

@@ -361,6 +361,8 @@ def crop_flip_normalize(
     # One product instead of a write to each column.
     numbers = torch.stack(places, 1).double()
     identity, window = _constants(device, op)
+    if not tensors and device != x.device:
+        _constants(x.device, op)  # for a capture after this call, which can copy none
     records = torch.addmm(identity, numbers, window)
     result = _Result(mean, std, out_dtype, memory_format, out)
     return _apply(x, records, (height, width), result, op, ("nearest", False, fill_mode, fill))

@@ -288,7 +288,8 @@ def _lay_out_state(call: Call, state: State, target: Tensor, keys: tuple[str, ..
         counts = step.dtype if step.dtype is torch.float64 else torch.float32
         for key in ("step", "mu_product"):
             if isinstance(state.get(key), Tensor):
-                state[key] = state[key].to(target.device, counts)
+                moved = memory.to_device(state[key], target.device, call.op)
+                state[key] = moved.to(target.device, counts)
     if isinstance(last, Tensor):
         state["last"] = last.to(target.device, wide).contiguous()
     if isinstance(average, Tensor):
