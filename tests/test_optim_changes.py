@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conftest import Backend
 from fusereg import optim
-from test_optim_state import LOW, random
+from test_optim_state import LOW, NAMES, SCHEDULES, STEPS, assert_close, random
 from test_optim_torch import OWN, PAIRS, assert_same, copies, give_grads, params_of
 
 
@@ -102,6 +102,35 @@ def test_numbers_may_be_numpys(name: str, kind: Callable[[float], Any]) -> None:
         for optimizer in optimizers:
             optimizer.step()
         assert_same(mine, other)
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+@pytest.mark.parametrize("name", NAMES)
+def test_clipping_averages_and_masters_follow_a_schedule(name: str, schedule: str) -> None:
+    """Beside a plain float32 step of the clipped gradients, averaged by torch."""
+    options = {"lr": 0.1, "weight_decay": 0.01, **({"momentum": 0.9} if name == "SGD" else {})}
+    plain = torch.randn(50).bfloat16().float().requires_grad_()
+    p = plain.detach().bfloat16().requires_grad_()
+    together = {"max_grad_norm": 2.0, "ema_decay": 0.9, "master_weights": True}
+    optimizers = [
+        getattr(optim, name)([p], **options, **together),
+        getattr(optim, name)([plain], **options),
+    ]
+    schedulers = [SCHEDULES[schedule](optimizer) for optimizer in optimizers]
+    average = None
+    for _ in range(STEPS):
+        p.grad = torch.randn_like(p)
+        plain.grad = p.grad.float()
+        torch.nn.utils.clip_grad_norm_([plain], 2.0)
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step(*[1.0] * (schedule == "ReduceLROnPlateau"))
+        now = plain.detach()
+        average = now.clone() if average is None else torch.lerp(average, now, 0.1)
+        state = optimizers[0].state[p]
+        assert_close(state["master_param"], now)
+        assert torch.equal(p.detach(), state["master_param"].bfloat16())
+        assert_close(state["ema_param"], average)
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.0, -0.0, math.inf])
