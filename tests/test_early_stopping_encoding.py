@@ -8,6 +8,7 @@ from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -126,6 +127,35 @@ def test_other_containers(tmp_path: Path) -> None:
     assert found == tree
     assert type(found["c"]) is Counter
     assert list(found["c"].elements()) == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        {1, 2},
+        frozenset({1, "a"}),
+        torch.Size([2, 3]),
+        (1, (2.5, None)),
+        *(kind(2.5) for kind in (np.float16, np.float32, np.float64)),
+        *(kind(2) for kind in (np.int8, np.int32, np.int64, np.uint8, np.uint64, np.bool_)),
+        np.array(2.5, dtype=np.float32),
+        np.arange(6).reshape(2, 3),
+        np.float32(math.inf),
+        np.uint64(2**64 - 1),
+    ],
+    ids=repr,
+)
+def test_what_comes_back_has_the_type_that_it_had(tmp_path: Path, thing: Any) -> None:
+    """A float in place of a float32 makes later numbers wider, and a set has no hash."""
+    found = round_trip([thing], tmp_path)[0]
+    assert type(found) is type(thing)
+    assert getattr(found, "dtype", None) == getattr(thing, "dtype", None)
+    assert np.array_equal(found, thing) if isinstance(thing, np.ndarray) else found == thing
+
+
+def test_a_number_of_no_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="'object' is no dtype of a number"):
+        decode({"$number": ["object", 1]}, {})
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,7 @@ def test_what_a_load_hook_changes_stays(dtype: torch.dtype, when: str) -> None:
         ("AdamW", "weight-decay", "weight_decay"),
         ("SGD", "wd", "weight_decay"),
         ("SGD", "group_lasso", "group"),
+        ("SGD", "learning_rate", "lr"),
         ("SGD", "lasso", "l1"),
         ("SGD", "regularization", "l1 or l2"),
         ("SGD", "momentun", "momentum"),

@@ -227,16 +227,16 @@ EDITS = [
 ]
 
 
-@pytest.mark.parametrize("group", [0.0, 0.05])
+@pytest.mark.parametrize(("l1", "group"), [(1e-3, 0.0), (1e-3, 0.05), (0.0, 0.0)])
 @pytest.mark.parametrize("dtype", LOW, ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_changed_weight_is_taken_for_its_master(
-    backend: Backend, name: str, dtype: torch.dtype, group: float
+    backend: Backend, name: str, dtype: torch.dtype, l1: float, group: float
 ) -> None:
     """Element by element: others keep the digits that only the master has."""
     own = {"group": group} if name != "FTRL" else {}
     params = [random(backend, *shape, dtype=dtype) for shape in ((5, 7), (3, 600), (2, 9))]
-    optimizer = getattr(optim, name)(params, lr=1e-3, l1=1e-3, master_weights=True, **own)
+    optimizer = getattr(optim, name)(params, lr=1e-3, l1=l1, master_weights=True, **own)
     for edit in EDITS:
         for p in params:
             p.grad = torch.randn_like(p)
@@ -248,7 +248,7 @@ def test_a_changed_weight_is_taken_for_its_master(
             for p in params:
                 edit(p)
         wanted_params = [p.detach().clone().requires_grad_() for p in params]
-        wanted = getattr(optim, name)(wanted_params, lr=1e-3, l1=1e-3, master_weights=True, **own)
+        wanted = getattr(optim, name)(wanted_params, lr=1e-3, l1=l1, master_weights=True, **own)
         wanted.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         for p, q, master in zip(params, wanted_params, masters, strict=True):
             kept = master.to(dtype).view(torch.int16) == q.detach().view(torch.int16)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -40,18 +41,20 @@ class ObjectList {
 };
 
 // Thousands of small tensors lie all over memory, and what a step of theirs takes is the waiting
-// for it. A tensor's object has a pointer to the tensor right behind its header; where it has not,
-// the hint is a wrong one and does no harm.
+// for it. A tensor's object has a pointer to the tensor right behind its header, or (torch < 2.13)
+// behind a flag there; where it has not, the hint is a wrong one and does no harm.
 inline void prefetch_object(const PyObject* object) {
   if (object != nullptr) __builtin_prefetch(object);
 }
 inline void prefetch_tensor(PyObject* object) {
   if (object == nullptr || Py_TYPE(object)->tp_basicsize < 32) return;
-  const char* address[2];
-  std::memcpy(address, reinterpret_cast<const char*>(object) + 16, sizeof(address));
-  for (const char* const a : address) {
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(a + 64 * line);
-  }
+  std::uintptr_t words[2];
+  std::memcpy(words, reinterpret_cast<const char*>(object) + 16, sizeof(words));
+  // A flag is no address: looking in vain for its page takes longer than a hint is worth.
+  const std::uintptr_t at = words[0] > 1 ? words[0] : words[1];
+  if (at <= 1) return;
+  for (int line = 0; line < 3; ++line)
+    __builtin_prefetch(reinterpret_cast<const char*>(at) + 64 * line);
 }
 
 // A strength that is one number for all tensors or one for each.

@@ -352,6 +352,7 @@ class JobBuilder {
                    : s.dtype != DType::kFloat32 && s.dtype != DType::kFloat64))
         return refused();
       item.step = s.data;
+      __builtin_prefetch(s.data);  // the launcher looks at it before the kernels at the rest
       item.step_dtype = numbers ? DType::kFloat32 : s.dtype;
     }
     if (job_.algorithm == Algorithm::kNadam) {

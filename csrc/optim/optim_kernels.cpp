@@ -87,6 +87,10 @@ struct Tile {
   const C* g;
   C* state[kMaxStates];
   C* average;  // null where there is none, or p is to be rounded first
+  // Of a master: its 16-bit weights, and their gradient if g is null.
+  void* copy;
+  const void* low_g;
+  bool half;
 };
 
 // x as T stores it.
@@ -117,48 +121,100 @@ FUSEREG_INLINE Vector<C> recovered(Vector<C> p, const Vector<C> (&s)[kMaxStates]
 template <Algorithm algorithm>
 constexpr bool kWritesStates = algorithm != Algorithm::kLamb;
 
+// The elements of one vector, or of a part of it, in 16 bits.
+template <class T>
+FUSEREG_INLINE Vector<float> load_low(const void* x, std::int64_t i, std::int64_t n) {
+  const T* const at = static_cast<const T*>(x) + i;
+  return n >= kWidth<float> ? load(at) : load_partial(at, n);
+}
+FUSEREG_INLINE Vector<float> load_low(bool half, const void* x, std::int64_t i, std::int64_t n) {
+  return half ? load_low<Half>(x, i, n) : load_low<BFloat16>(x, i, n);
+}
+template <class T>
+FUSEREG_INLINE void store_low(void* x, std::int64_t i, Vector<float> v, std::int64_t n) {
+  T* const at = static_cast<T*>(x) + i;
+  if (n >= kWidth<float>) {
+    store(at, v);
+  } else {
+    store_partial(at, v, n);
+  }
+}
+
+// A master, or its weight where that is not what the master rounds to: it was changed.
+template <class T>
+FUSEREG_INLINE Vector<float> taken(Vector<float> p, Vector<float> copy) {
+  const U32Vector differs = bit_cast<U32Vector>(rounded<T>(p)) ^ bit_cast<U32Vector>(copy);
+  const Vector<float> same = differs == U32Vector{} ? p : copy;
+  return p == p ? same : copy;  // the vectors above do not round NaN as storage does
+}
+
 // T: the dtype of p in memory where FTRL must know it.
-template <Algorithm algorithm, class T, bool kAverage, class C>
-void update_tile(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, const Flags& flags) {
+enum class Beside : std::uint8_t { kNothing, kAverage, kCopy };
+
+template <Algorithm algorithm, class T, Beside beside, class C>
+FUSEREG_INLINE void update_vector(const Tile<C>& t, std::int64_t i, std::int64_t n,
+                                  const Coefficients<C>& k, const Flags& f, int states) {
   using V = Vector<C>;
+  const bool whole = n >= kWidth<C>;
+  const auto get = [&](const C* x) __attribute__((always_inline)) {
+    return whole ? load(x + i) : load_partial(x + i, n);
+  };
+  const auto put = [&](C* x, V v) __attribute__((always_inline)) {
+    if (whole) {
+      store(x + i, v);
+    } else {
+      store_partial(x + i, v, n);
+    }
+  };
+  V s[kMaxStates] = {};
+  for (int j = 0; j < kMaxStates; ++j) {
+    if (j < states) s[j] = get(t.state[j]);
+  }
+  V p = recovered<T>(get(t.p), s, k);
+  V g;
+  if constexpr (beside == Beside::kCopy) {
+    const V copy = load_low(t.half, t.copy, i, n);
+    p = t.half ? taken<Half>(p, copy) : taken<BFloat16>(p, copy);
+    g = t.g != nullptr ? get(t.g) : load_low(t.half, t.low_g, i, n);
+  } else {
+    g = get(t.g);
+  }
+  const V next = updated<algorithm>(p, g, s, k, f);
+  put(t.p, next);
+  if constexpr (beside == Beside::kCopy) {
+    if (t.half) {
+      store_low<Half>(t.copy, i, next, n);
+    } else {
+      store_low<BFloat16>(t.copy, i, next, n);
+    }
+  }
+  if (beside == Beside::kAverage || (beside == Beside::kCopy && t.average != nullptr)) {
+    put(t.average, averaged(get(t.average), next, k.average));
+  }
+  for (int j = 0; j < kMaxStates; ++j) {
+    if (j < states && kWritesStates<algorithm>) put(t.state[j], s[j]);
+  }
+}
+
+template <Algorithm algorithm, class T, Beside beside, class C>
+void update_tile(const Tile<C>& tile, std::int64_t n, const Coefficients<C>& k,
+                 const Flags& flags) {
   constexpr int kW = kWidth<C>;
+  const Tile<C> t = tile;
   const Flags f = flags;
   const int states = state_count(algorithm, f);
   std::int64_t i = 0;
-  for (; n - i >= kW; i += kW) {
-    V s[kMaxStates] = {};
-    for (int j = 0; j < kMaxStates; ++j) {
-      if (j < states) s[j] = load(t.state[j] + i);
-    }
-    const V p = recovered<T>(load(t.p + i), s, k);
-    const V next = updated<algorithm>(p, load(t.g + i), s, k, f);
-    store(t.p + i, next);
-    if constexpr (kAverage) {
-      store(t.average + i, averaged(load(t.average + i), next, k.average));
-    }
-    for (int j = 0; j < kMaxStates; ++j) {
-      if (j < states && kWritesStates<algorithm>) store(t.state[j] + i, s[j]);
-    }
-  }
-  if (i == n) return;
-  V s[kMaxStates] = {};
-  for (int j = 0; j < states; ++j) s[j] = load_partial(t.state[j] + i, n - i);
-  const V p = recovered<T>(load_partial(t.p + i, n - i), s, k);
-  const V next = updated<algorithm>(p, load_partial(t.g + i, n - i), s, k, f);
-  store_partial(t.p + i, next, n - i);
-  if constexpr (kAverage) {
-    const V average = averaged(load_partial(t.average + i, n - i), next, k.average);
-    store_partial(t.average + i, average, n - i);
-  }
-  for (int j = 0; j < states; ++j) {
-    if (kWritesStates<algorithm>) store_partial(t.state[j] + i, s[j], n - i);
-  }
+  for (; n - i >= kW; i += kW) update_vector<algorithm, T, beside>(t, i, kW, k, f, states);
+  if (i < n) update_vector<algorithm, T, beside>(t, i, n - i, k, f, states);
 }
 
 template <Algorithm algorithm, class T, class C>
 void update(const Tile<C>& t, std::int64_t n, const Coefficients<C>& k, const Flags& f) {
-  if (t.average != nullptr) return update_tile<algorithm, T, true>(t, n, k, f);
-  update_tile<algorithm, T, false>(t, n, k, f);
+  if constexpr (sizeof(C) == 4 && sizeof(T) == 4) {
+    if (t.copy != nullptr) return update_tile<algorithm, T, Beside::kCopy>(t, n, k, f);
+  }
+  if (t.average != nullptr) return update_tile<algorithm, T, Beside::kAverage>(t, n, k, f);
+  update_tile<algorithm, T, Beside::kNothing>(t, n, k, f);
 }
 
 template <class C>
@@ -180,7 +236,7 @@ void update_any(Algorithm algorithm, DType p_dtype, const Tile<C>& t, std::int64
     case Algorithm::kLamb:
       return update<Algorithm::kLamb, C>(t, n, k, f);
     case Algorithm::kLambNorms:
-      return update_tile<Algorithm::kLambNorms, C, false>(t, n, k, f);
+      return update_tile<Algorithm::kLambNorms, C, Beside::kNothing>(t, n, k, f);
     default:
       if constexpr (sizeof(C) == 4) {
         if (p_dtype == DType::kFloat16) return update<Algorithm::kFtrl, Half>(t, n, k, f);
@@ -292,7 +348,10 @@ Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Co
   const bool own_p = item.p_dtype == kOwn && !norms;
   const bool own_g = item.g_dtype == kOwn;
   const bool own_state = item.state_dtype == kOwn;
-  const bool direct = own_p && own_g && own_state && item.copy == nullptr;
+  // Beside a master, a gradient in the weights' dtype is read where it is.
+  const bool copies = item.copy != nullptr && !norms;
+  const bool low_g = copies && item.g_dtype == item.copy_dtype;
+  const bool direct = own_p && (own_g || low_g) && own_state;
   C tile_p[kTile];
   C tile_g[kTile];
   C tile_state[kMaxStates][kTile];
@@ -303,12 +362,18 @@ Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Co
     const std::int64_t at = begin + i;
     const std::int64_t count = n - i < step ? n - i : step;
     Tile<C> t{};
-    if (item.copy != nullptr) take_changed(item, at, count);
+    if (item.copy != nullptr && (norms || wants_sums)) take_changed(item, at, count);
+    if (copies) {
+      constexpr std::int64_t kLowSize = 2;
+      t.copy = static_cast<char*>(item.copy) + at * kLowSize;
+      t.half = item.copy_dtype == DType::kFloat16;
+      if (low_g) t.low_g = static_cast<const char*>(item.g) + at * kLowSize;
+    }
     t.p = own_p ? static_cast<C*>(item.p) + at : tile_p;
     if (!own_p) widen(item.p_dtype, item.p, at, tile_p, count);
     if (own_p && item.average != nullptr) t.average = static_cast<C*>(item.average) + at;
-    t.g = own_g ? static_cast<const C*>(item.g) + at : tile_g;
-    if (!own_g) widen(item.g_dtype, item.g, at, tile_g, count);
+    if (!low_g) t.g = own_g ? static_cast<const C*>(item.g) + at : tile_g;
+    if (!own_g && !low_g) widen(item.g_dtype, item.g, at, tile_g, count);
     for (int j = 0; j < states; ++j) {
       t.state[j] = own_state ? static_cast<C*>(item.state[j]) + at : tile_state[j];
       if (!own_state) widen(item.state_dtype, item.state[j], at, tile_state[j], count);
@@ -321,7 +386,6 @@ Sums elements_in(Algorithm algorithm, const Item& item, const Flags& f, const Co
       sums.update += update.square;
     }
     if (!own_p && !norms) narrow(item.p_dtype, tile_p, item.p, at, count);
-    if (item.copy != nullptr && !norms) narrow(item.copy_dtype, t.p, item.copy, at, count);
     for (int j = 0; j < states && !own_state; ++j) {
       narrow(item.state_dtype, tile_state[j], item.state[j], at, count);
     }

@@ -1,7 +1,8 @@
 """Encoding of a state as JSON plus a flat dict of tensors, which safetensors can hold.
 
 A tensor that appears in several places is written once, and is one tensor again after reading.
-Strides, tuples, integer keys, NaN and Counter are preserved; what JSON cannot hold is refused.
+Strides, tuples, sets, integer keys, NaN, Counter and numbers of NumPy are preserved; what JSON
+cannot hold is refused.
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ class Encoder:
         """
         if isinstance(tree, (Tensor, Held)):
             return self._tensor(tree, path)
+        if type(tree).__module__ == "numpy" and str(getattr(tree, "dtype", "")) in _ARRAY_DTYPES:
+            if type(tree).__name__ == "ndarray":
+                return {"$array": self.encode(torch.from_numpy(tree.copy()), path)}
+            # Of another type it would make later numbers wider, and their bits other ones.
+            return {"$number": [str(tree.dtype), self.encode(tree.item(), path)]}
         if isinstance(tree, float):
             value = float(tree)
             return value if math.isfinite(value) else {"$float": str(value)}
@@ -64,21 +70,20 @@ class Encoder:
             return int(tree)
         if isinstance(tree, Mapping):
             return self._mapping(tree, path)
+        if isinstance(tree, torch.Size):
+            return {"$size": list(tree)}
         if isinstance(tree, (list, tuple)):
             items = [self.encode(item, f"{path}.{i}") for i, item in enumerate(tree)]
             return items if isinstance(tree, list) else {"$tuple": items}
         if isinstance(tree, (set, frozenset)):
-            return {"$set": [self.encode(item, path) for item in sorted(tree, key=repr)]}
+            items = [self.encode(item, path) for item in sorted(tree, key=repr)]
+            return {"$set" if isinstance(tree, set) else "$frozenset": items}
         if isinstance(tree, bytes):
             return {"$bytes": base64.b64encode(tree).decode()}
         if isinstance(tree, torch.dtype):
             return {"$dtype": str(tree).removeprefix("torch.")}
         if isinstance(tree, torch.device):
             return {"$device": str(tree)}
-        if type(tree).__module__ == "numpy" and hasattr(tree, "item") and not tree.shape:
-            return self.encode(tree.item(), path)
-        if type(tree).__module__ == "numpy" and str(getattr(tree, "dtype", "")) in _ARRAY_DTYPES:
-            return {"$array": self.encode(torch.from_numpy(tree.copy()), path)}
         if type(tree) is io.BytesIO:
             return {"$file": base64.b64encode(tree.getvalue()).decode()}
         raise TypeError(
@@ -170,11 +175,24 @@ def _dtype(name: Any) -> torch.dtype:
     return found
 
 
+def _number(content: Sequence[Any]) -> Any:
+    """Return a number of NumPy's."""
+    import numpy as np
+
+    dtype, value = content
+    if dtype not in _ARRAY_DTYPES:
+        raise ValueError(f"{dtype!r} is no dtype of a number")
+    return np.dtype(dtype).type(value)
+
+
 #: What makes an object of the decoded content under each tag.
 _DECODERS: dict[str, Callable[[Any], Any]] = {
     "$float": float,
     "$tuple": tuple,
     "$set": set,
+    "$frozenset": frozenset,
+    "$size": torch.Size,
+    "$number": _number,
     "$bytes": base64.b64decode,
     "$dtype": _dtype,
     "$device": torch.device,

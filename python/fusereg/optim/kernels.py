@@ -74,6 +74,16 @@ class Hyper(NamedTuple):
     #: The kernels know groups along dimension 0 only.
     group_dim: int = 0
 
+    def in_python(self) -> Hyper:
+        """Return the same with numbers of Python in place of NumPy's."""
+        if all(isinstance(x, (int, float, Tensor)) for x in self):
+            return self
+        values: list[Any] = [
+            float(x) if not isinstance(x, (int, Tensor)) and hasattr(x, "__float__") else x
+            for x in self
+        ]
+        return Hyper(*values)
+
     def penalized(self) -> bool:
         """Return whether there is a penalty."""
         return given(self.l1) or given(self.l2) or given(self.group)

@@ -348,14 +348,20 @@ class RegularizedOptimizer(Averages):
                 "use prox='decoupled'"
             )
 
-    def _check_changed(self, plan: Plan) -> None:
-        """Check the groups whose strengths are not those that were checked last."""
+    def _hypers(self, plan: Plan) -> tuple[Hyper, ...]:
+        """Return what the groups say; those that have changed since the last step are checked."""
         for i, group in enumerate(self.param_groups):
-            own: list[Any] = [group.get(key) for key in CHECKED]
-            if not all(map(operator.is_, own, plan.checked[i])):
-                if any(map(given, own[:3])) or own[-1] is not None:
+            own: list[Any] = [self.groups, *group, *group.values()]
+            before = plan.read[i]
+            if len(own) == len(before) and all(map(operator.is_, own, before)):
+                continue
+            checked: list[Any] = [group.get(key) for key in CHECKED]
+            if not all(map(operator.is_, checked, plan.checked[i])):
+                if any(map(given, checked[:3])) or checked[-1] is not None:
                     self._check_group(group)
-                plan.checked[i] = own
+                plan.checked[i] = checked
+            plan.set_hyper(i, self._hyper(group).in_python(), group, own)
+        return plan.all_hypers()
 
     def _hyper(self, group: dict[str, Any]) -> Hyper:
         by_groups = given(group["group"])
@@ -419,10 +425,9 @@ class RegularizedOptimizer(Averages):
             plan = self._new_plan()
         if not plan.params:
             return
-        self._check_changed(plan)
-        hypers = tuple([self._hyper(g) for g in groups])
+        hypers = self._hypers(plan)
         value: Tensor | None = None
-        if any(h.penalized() for h in hypers):
+        if plan.penalized:
             value = torch.zeros((), dtype=plan.value_dtype, device=plan.params[0].device)
         scale: Tensor | None = getattr(self, "grad_scale", None)
         op = f"optim.{self._name}"
@@ -469,7 +474,7 @@ class RegularizedOptimizer(Averages):
             # When the strengths have become zero, so does the value.
             self.penalty_value = torch.zeros_like(self.penalty_value) if value is None else value
             self._penalized = value is not None
-        if any(h.average for h in hypers) or self._beginning:
+        if plan.averaged or self._beginning:
             self._average_others()
         if call.fresh and self._forgets(call):
             self._forget(call)

@@ -82,6 +82,7 @@ _OTHER_NAMES = {
     "lasso": "l1",
     "ridge": "l2",
     "grouplasso": "group",
+    "learningrate": "lr",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from typing import Any
 
@@ -9,10 +10,12 @@ from torch import Tensor
 
 from ..core import distributed
 from ..penalty.kernels import value_dtype
-from .coupled import same_tensors
-from .kernels import State
+from .kernels import Hyper, State
 
 NO_STATE: State = {}
+#: Values of a param group that do not change while they are the same object. A tensor is read anew
+#: in each step.
+_FIXED = (int, float, str, tuple, type(None), Tensor)
 #: What :meth:`RegularizedOptimizer._check_group` looks at, strengths first.
 CHECKED = ("l1", "l2", "group", "group_dim", "prox", "momentum", "ema_decay")
 
@@ -51,9 +54,33 @@ class Plan:
         self.value_dtype = value_dtype(self.params)
         #: Of each group the arguments that were checked last.
         self.checked: list[list[Any]] = [[self] * len(CHECKED) for _ in groups]
+        #: Of each group what its hyperparameters were read from; empty where they may change in it.
+        self.read: list[list[Any]] = [[] for _ in groups]
+        self._hypers: list[Hyper] = [Hyper(0.0) for _ in groups]
+        self._all: tuple[Hyper, ...] | None = None
+
+    def set_hyper(self, i: int, hyper: Hyper, group: dict[str, Any], read: list[Any]) -> None:
+        """Keep a group's hyperparameters for as long as it has the same objects."""
+        values = (v for key, v in group.items() if key not in ("params", "param_names"))
+        fixed = all(isinstance(v, _FIXED) for v in values)
+        self._hypers[i], self._all, self.read[i] = hyper, None, read if fixed else []
+
+    def all_hypers(self) -> tuple[Hyper, ...]:
+        """Return the hyperparameters of all groups."""
+        if self._all is None:
+            self._all = tuple(self._hypers)
+            self.penalized = any(h.penalized() for h in self._all)
+            self.averaged = any(h.average for h in self._all)
+        return self._all
 
     def holds(self, groups: list[dict[str, Any]], states: Any) -> bool:
         """Return whether parameters and states are still those of the optimizer."""
         if self.watched is not states or self.version != states.version:
             return False
-        return same_tensors(self.parts, [group["params"] for group in groups])
+        if len(groups) != len(self.parts):
+            return False
+        for part, group in zip(self.parts, groups, strict=True):
+            params = group["params"]
+            if len(part) != len(params) or not all(map(operator.is_, part, params)):
+                return False
+        return True
