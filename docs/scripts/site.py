@@ -117,6 +117,8 @@ class Docstrings(griffe.Extension):
             if obj.is_alias or id(obj) in seen:
                 return
             seen.add(id(obj))
+            if obj.is_function and any(p.name == "unknown" for p in obj.parameters):
+                del obj.parameters["unknown"]  # names that are refused with a hint
             if obj.docstring:
                 found = at_run_time(obj.path)
                 text = inspect.getdoc(found) if found is not None else None

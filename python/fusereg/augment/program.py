@@ -204,7 +204,7 @@ color_program = operator.Operator(
 
 
 def _solarized(x: Tensor, a: list[float]) -> Tensor:
-    """Invert an image [C, H, W] from a threshold on, in units of the image or (not a[1]) of uint8."""
+    """Invert an image [C, H, W] from a threshold on: in its units or, without a[1], in bytes."""
     if a[1] and a[0] > 1:
         raise TypeError(
             f"RandomSolarize: threshold must be at most 1 for images of floats, got {a[0]:g}"
