@@ -120,6 +120,7 @@ struct Job {
   bool antialias = false;
   bool color = false;
   bool erase_noise = false;
+  bool outside_unread = false;  // CPU: where no tap is in the image, the result may be anything
   double limit = 1.0;
   double cubic = -0.75;
   double fill[kMaxChannels] = {};
