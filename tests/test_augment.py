@@ -28,6 +28,7 @@ from fusereg import augment as A
 from fusereg.augment import op as ops
 
 ALL_DTYPES = [torch.uint8, *DTYPES]
+DTYPES_OF_POINTS = [torch.uint8, torch.float16, torch.bfloat16, torch.float32]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 OUT = (11, 41)  # two whole blocks of 16 and a part of one
 
@@ -156,8 +157,8 @@ def test_rows_filtered_axis_by_axis_have_the_bits_of_pixels_alone(
 ) -> None:
     # Scales up and down, flips, windows that reach out of the image or miss it; then the same with
     # a turned partner, of which nothing is mixed in: the CPU goes pixel by pixel. The CUDA kernels
-    # do so for a list of images.
-    n, sizes = 6, ((OUT, (3, 50)) if backend.on_host else (OUT, (3, 50), (40, 17), (1, 1)))
+    # do so for a list of images. The last two lie within the image: rows are shuffled there.
+    n, sizes = 8, ((OUT, (3, 50)) if backend.on_host else (OUT, (3, 50), (40, 17), (1, 1)))
     records = random_records(n + 1)
     records[:, MIX : MIX + 4] = 0.0
     records[:, PARTNER] = -1.0
@@ -166,6 +167,8 @@ def test_rows_filtered_axis_by_axis_have_the_bits_of_pixels_alone(
         x = [flip * (0.4 + 0.7 * i), 0.0, (36.0 if i % 2 else -3.0) + i]
         y = [0.0, 0.3 + 0.9 * i, (100.0 if i == 5 else -2.0) + i]
         records[i, :6] = torch.tensor([*x, *y], dtype=torch.float64)
+    records[6, :6] = torch.tensor([0.4, 0.0, 4.2, 0.0, 0.5, 2.1], dtype=torch.float64)
+    records[7, :6] = torch.tensor([-0.8, 0.0, 35.0, 0.0, 0.9, 1.0], dtype=torch.float64)
     beside = records.clone()
     listed = backend.name == "cuda_on_host"
     if not listed:
@@ -186,6 +189,47 @@ def test_rows_filtered_axis_by_axis_have_the_bits_of_pixels_alone(
                 several = list(x.split(1)) if listed else None
                 alone = run(x, beside, size, interpolation, fill_mode, several=several, **how)
                 assert torch.equal(rows[:n].nan_to_num(7e7), alone[:n].nan_to_num(7e7))
+
+
+@pytest.mark.parametrize("fill_mode", FILL_MODES)
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("dtype", DTYPES_OF_POINTS, ids=str)
+def test_rows_that_are_moved_along_have_the_bits_of_other_warps(
+    dtype: torch.dtype, interpolation: str, fill_mode: str, backend: Backend
+) -> None:
+    """Shears along x, and translations: a kernel of their own where m3 is 0, but not if tiny."""
+    rows = [  # m1, m2, m4, m5
+        (0.3, -4.25, 1.0, 0.0), (-0.99, 9.0, 1.0, 0.0), (0.0, -7.0, 1.0, 2.0),
+        (0.0, 0.0, 1.0, 0.25), (0.0, 2.5, -1.0, 11.75), (0.01, -60.0, 0.5, -3.0),
+        (2.0, 0.0, 0.0, 5.0), (0.0, 30.5, 1.5, 0.0),
+    ]  # fmt: skip
+    records = reference.identity_records(len(rows), torch.zeros(len(rows), 2, 3))
+    for i, (m1, m2, m4, m5) in enumerate(rows):
+        records[i, :6] = torch.tensor([1.0, m1, m2, 0.0, m4, m5], dtype=torch.float64)
+    other = records.clone()
+    other[:, 3] = 1e-300
+    shapes = ((13, 37), OUT), ((3, 2), (5, 16)), ((40, 64), (40, 64))
+    for shape, size in shapes[:1] if backend.on_host else shapes:
+        for c, layout in ((3, FORMATS[0]), (1, FORMATS[0]), (3, FORMATS[1])):
+            x = images((len(rows), c, *shape), dtype, backend).contiguous(memory_format=layout)
+            values = numbers(c, dtype)
+            y = run(x, records, size, interpolation, fill_mode, **values)
+            assert torch.equal(y, run(x, other, size, interpolation, fill_mode, **values))
+
+
+@pytest.mark.parametrize("fill_mode", FILL_MODES)
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+def test_channels_that_are_last_have_the_bits_of_planes(
+    interpolation: str, fill_mode: str, backend: Backend
+) -> None:
+    """Where a pixel's channels are read together as well: within the image, and across its edge."""
+    for shape, size in (((13, 37), OUT), ((2, 1), (4, 16)), ((40, 64), (44, 64))):
+        x = images((6, 3, *shape), torch.uint8, backend)
+        records = reference.identity_records(6, warps(6, 20.0))
+        how = (size, interpolation, fill_mode)
+        y = run(x, records, *how, **numbers(3, torch.uint8))
+        last = x.contiguous(memory_format=torch.channels_last)
+        assert torch.equal(y, run(last, records, *how, **numbers(3, torch.uint8)))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])

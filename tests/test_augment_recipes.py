@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from typing import Any
 
@@ -23,6 +24,9 @@ from fusereg.augment import (
     WithIds,
     mix_labels,
     recipes,
+)
+from fusereg.augment import (
+    op as _ops,
 )
 
 MEAN, STD = recipes.IMAGENET_MEAN, recipes.IMAGENET_STD
@@ -400,6 +404,69 @@ def test_policies_of_both_libraries_are_given_to_the_chain() -> None:
         assert y.shape == (3, 3, 32, 32)
         assert torch.equal(y[1:2], chain(x[1:2], sample_ids=[1]))
         assert not torch.equal(y[0], y[1])
+
+
+def test_timms_strings_need_no_timm_and_draw_as_its_transforms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.stack([photographs()[0][:, :200, :200]] * 6)
+    auto = pytest.importorskip("timm.data.auto_augment")
+    for policy in ("rand-m9-mstd0.5-inc1", "rand-m15-n3-p0.9", "original-mstd0.5", "v0r"):
+        make = auto.rand_augment_transform if "rand" in policy else auto.auto_augment_transform
+        theirs = make(policy, {"translate_const": 100, "img_mean": (124, 116, 104)})
+        wanted = recipes.timm_imagenet(theirs, 32, seed=0)(x, sample_ids=range(6))
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "timm.data.auto_augment", None)
+            chain = recipes.timm_imagenet(policy, 32, seed=0)
+            assert torch.equal(chain(x, sample_ids=range(6)), wanted)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "timm.data.auto_augment", None)
+        with pytest.raises(ImportError, match="needs timm"):
+            recipes.timm_imagenet("augmix-m3-w3", 32)
+
+
+def test_a_batch_of_detection_is_flipped_and_converted_in_one_pass() -> None:
+    """Boxes are converted and filtered without a copy of the images, whose types stay theirs."""
+    tv = torchvision_module("torchvision.tv_tensors")
+    chain = recipes.detection("hflip", hflip=1.0, seed=1)
+    assert "1. RandomHorizontalFlip + ToDtype" in str(chain.plan())
+    x = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8)
+    boxes = [
+        tv.BoundingBoxes(torch.tensor([[1.0, 2.0, 9.0, 8.0]]), format="XYXY", canvas_size=(20, 30))
+        for _ in x
+    ]
+    y, moved = chain(tv.Image(x), boxes)
+    assert torch.allclose(y.as_subclass(Tensor), x.flip(3) / 255, rtol=0, atol=1e-7)
+    assert [b.tolist() for b in moved] == [[[21.0, 2.0, 29.0, 8.0]]] * 2
+
+
+def test_what_a_transform_gives_back_in_another_order_is_copied() -> None:
+    """Of the same memory and shape, and read in another way."""
+    v2 = torchvision_module("torchvision.transforms.v2")
+    x = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    turned = Compose([v2.Lambda(lambda image: image.transpose(1, 2))], seed=0)
+    assert torch.equal(turned(x), x.transpose(2, 3))
+
+
+def test_images_of_several_sizes_are_together_again_from_a_resize_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After transforms that are called for each, and as each image is by itself."""
+    v2 = torchvision_module("torchvision.transforms.v2")
+    tv = torchvision_module("torchvision.tv_tensors")
+    steps = [v2.RandomZoomOut(p=1.0), v2.ElasticTransform(), v2.Resize((24, 24))]
+    chain = Compose([*steps, v2.RandomHorizontalFlip()], seed=0)
+    x = torch.randint(0, 256, (4, 3, 20, 30), dtype=torch.uint8)
+    masks = tv.Mask((x[:, 0] > 128).long())
+    calls = []
+    several = _ops.apply_several
+    monkeypatch.setattr(_ops, "apply_several", lambda *a: (calls.append(1), several(*a))[1])
+    y, moved = chain(tv.Image(x), masks, sample_ids=range(4))
+    assert len(calls) == 1
+    for i in range(4):
+        alone, mask = chain(tv.Image(x[i]), tv.Mask(masks[i]), sample_ids=[i])
+        assert torch.equal(alone, y[i])
+        assert torch.equal(mask, moved[i])
 
 
 def test_detection_moves_and_filters_boxes() -> None:

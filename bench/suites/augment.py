@@ -17,9 +17,11 @@ And the recipes that people train with (fusereg.augment.recipes), of 64 (quick: 
 - ``evaluation``: 400 x 500, Resize(256), CenterCrop(224), normalized;
 - ``segmentation``: 400 x 500 and their masks, RandomResize(160 to 639), flip, RandomCrop(288),
   normalized.
-- ``policy``: 224 x 224, RandomResizedCrop(224), flip, TrivialAugmentWide, normalized, one in ten
-  erased, as torchvision trains;
-- ``timm``: 224 x 224, timm's recipe with "rand-m9-mstd0.5-inc1", one in four erased by noise.
+- ``policy``: 224 x 224, RandomResizedCrop(224), flip, TrivialAugmentWide (bilinear), normalized,
+  one in ten erased, as torchvision trains;
+- ``timm``: 224 x 224, timm's recipe with "rand-m9-mstd0.5-inc1-mmax9", one in four erased by noise.
+  The levels end at 9 on both sides: at 10, timm posterizes to 0 bits, an error since Pillow 13.
+  Each operation draws bilinear or bicubic on both; timm's crop does as well, ours is bicubic.
 
 By contract each byte of the input (``crop``: of the windows) is read once and each element of the
 result written once. Images a second are 64 (quick: 8) over the time. Providers:
@@ -29,7 +31,8 @@ result written once. Images a second are 64 (quick: 8) over the time. Providers:
   ``interpolate`` of the images as floats.
 - ``interpolate uint8``: that of the bytes, which torch rounds after each pass.
 - ``kornia``, ``torchvision v2``: their transforms, with different parameters for each sample (the
-  latter in a loop over the images). torchvision's transforms need none of its C++ operators; where
+  latter in a loop over the images; kornia's policy draws one operation for the batch, with a
+  strength for each image). torchvision's transforms need none of its C++ operators; where
   those are missing, stand-ins are declared so that it can be imported.
 - ``timm``: ``timm.data.create_transform``, image by image, of PIL's images.
 - ``cv2``, ``cv2 x 2``: ``warpAffine`` with the composed matrices, image by image, on one thread and
@@ -73,7 +76,7 @@ POLICY, TIMM = "policy", "timm"
 PHOTO, BASE, WINDOW = (400, 500), 320, 288
 
 # grid_sample has float32 coordinates over the whole image.
-_STRING = "rand-m9-mstd0.5-inc1"
+_STRING = "rand-m9-mstd0.5-inc1-mmax9"
 _TOLERANCE = tolerances(1e-5, 1e-4, 2e-3, 1.6e-2)
 
 
@@ -355,14 +358,28 @@ def _setup_policy(mode: str, batch: int, layout: torch.memory_format, options: O
             v2.RandomErasing(0.1),
         ]
         start = [v2.RandomResizedCrop(SMALL, antialias=True), v2.RandomHorizontalFlip(0.5)]
-        chain = v2.Compose([*start, v2.TrivialAugmentWide(), *end])
+        wide = v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)
+        chain = v2.Compose([*start, wide, *end])
         return lambda: torch.stack([chain(image) for image in x])
+
+    def kornia() -> Callable[[], Tensor]:
+        import kornia.augmentation as K
+        from kornia.augmentation.auto import TrivialAugment
+
+        chain = torch.nn.Sequential(
+            K.RandomResizedCrop((SMALL, SMALL)),
+            K.RandomHorizontalFlip(p=0.5),
+            TrivialAugment(),
+            K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+            K.RandomErasing(p=0.1),
+        )
+        return lambda: chain(x.float() / 255)
 
     def timm() -> Callable[[], Tensor]:
         torchvision_transforms()  # timm imports torchvision
         image = importlib.import_module("PIL.Image")
         create = importlib.import_module("timm.data").create_transform
-        how = {"re_prob": 0.25, "re_mode": "pixel", "interpolation": "bicubic"}
+        how = {"re_prob": 0.25, "re_mode": "pixel", "interpolation": "random"}
         chain = create(SMALL, is_training=True, auto_augment=_STRING, color_jitter=None, **how)
         images = [image.fromarray(one.permute(1, 2, 0).contiguous().cpu().numpy()) for one in x]
         return lambda: torch.stack([chain(one) for one in images])
@@ -373,6 +390,9 @@ def _setup_policy(mode: str, batch: int, layout: torch.memory_format, options: O
     )
     if importlib.util.find_spec(package) is not None:
         providers.insert(0, _provider(name, theirs, "image by image"))
+    if mode == POLICY and importlib.util.find_spec("kornia") is not None:
+        note = "one operation for the batch, without antialiasing"
+        providers.insert(0, _provider(KORNIA, kornia, note))
     return Workload(providers, lambda call: _spread(call, batch, SMALL))
 
 

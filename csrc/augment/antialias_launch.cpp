@@ -40,10 +40,10 @@ std::int64_t filter_bytes(const Job& job, std::int64_t lanes) {
            round_up_to_line(count * static_cast<std::int64_t>(sizeof(Span<float>))) +
            round_up_to_line(count * most * kFloat);
   };
-  const std::int64_t strip = job.x.w * (job.x.channels_last ? job.c : 1) * lanes;
-  const std::int64_t pitch = ceil_div(job.y.w, kBlock) * kBlock;
-  return round_up_to_line(strip * kFloat) + 2 * (round_up_to_line(job.c * lanes * pitch * kFloat) +
-                                                 axis(job.y.w, taps[0]) + axis(job.y.h, taps[1]));
+  const std::int64_t pitch = filter_pitch(job.y.w);
+  return round_up_to_line(filter_strip(job, lanes) * kFloat) +
+         2 * (round_up_to_line(job.c * lanes * pitch * kFloat) + axis(job.y.w, taps[0]) +
+              axis(job.y.h, taps[1]) + round_up_to_line(pitch * taps[0] * kFloat));
 }
 
 // --- turned samples ---

@@ -123,6 +123,7 @@ struct Job {
       nullptr;  // CUDA, antialias, with x: room for what z is of turned samples, as x lies
   bool color = false;
   bool erase_noise = false;
+  bool outside_unread = false;  // CPU: where no tap is in the image, the result may be anything
   double limit = 1.0;
   double cubic = -0.75;
   double fill[kMaxChannels] = {};

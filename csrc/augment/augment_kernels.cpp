@@ -500,6 +500,7 @@ template <class T, int kGroup, Interpolation kHow>
 void add_blocks(const Job& job, std::int64_t sample, const Rows& rows) {
   Frame f;
   make_frame(job, sample, f);
+  f.runs = false;  // what is added reaches every tap
   for (std::int64_t row = 0; row < job.y.h; ++row) {
     const bool touched = touches(f, row);
     for (std::int64_t first = 0; first < job.y.w; first += kBlock) {

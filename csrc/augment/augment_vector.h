@@ -55,6 +55,8 @@ struct Frame {
   std::int64_t sample;
   int bits;
   bool copies;  // a whole-pixel shift, with flips or without
+  bool runs;    // rows of planes, each moved along: neighbors stay neighbors in memory
+  bool fills;   // pixels that no tap is inside for are the fill
   std::int32_t step_x[kBlock], step_y[kBlock];
   std::int32_t least_x, most_x, least_y, most_y;  // of the steps
   Box erase;
@@ -93,6 +95,8 @@ void make_frame(const Job& job, std::int64_t sample, Frame& f) {
   f.copies = !f.view.projective && (f.m[0] == 1.0 || f.m[0] == -1.0) && f.m[1] == 0.0 &&
              is_whole(f.m[2]) && f.m[3] == 0.0 && (f.m[4] == 1.0 || f.m[4] == -1.0) &&
              is_whole(f.m[5]);
+  f.runs = !f.view.projective && f.m[0] == 1.0 && f.m[3] == 0.0 && f.view.x.pixel == 1;
+  f.fills = f.view.mode == FillMode::kConstant || job.outside_unread;
   f.erase = box_of(f.record + 6, job.y);
   f.mix = box_of(f.record + 10, job.y);
   f.partner = partner_of(f.record, job.n);
@@ -262,10 +266,16 @@ FUSEREG_INLINE Ints byte_of(Ints words) {
 #endif
 }
 
+// For numbers that are all finite: what is multiplied by zero changes nothing.
+FUSEREG_INLINE Floats finite_cubic(Floats before, Floats center, Floats next, Floats last,
+                                   const Cubic<Floats>& w) {
+  return ((center + w.before * (before - center)) + w.next * (next - center)) +
+         w.last * (last - center);
+}
 // The four taps of a line of bytes.
-FUSEREG_INLINE Floats cubic_of_bytes(Ints before, Ints center, Ints next, Ints last,
-                                     const Cubic<Floats>& w) {
-  return cubic_of(to_floats(before), to_floats(center), to_floats(next), to_floats(last), w);
+FUSEREG_INLINE Floats finite_cubic(Ints before, Ints center, Ints next, Ints last,
+                                   const Cubic<Floats>& w) {
+  return finite_cubic(to_floats(before), to_floats(center), to_floats(next), to_floats(last), w);
 }
 
 // Bicubic, uint8, likewise.
@@ -281,9 +291,9 @@ FUSEREG_INLINE void cubic_part_by_words(const Job& job, const Source<std::uint8_
     Floats line[4];
     for (int j = 0; j < 4; ++j) {
       const Ints w = words_at<4>(plane + j * x.row, at);
-      line[j] = cubic_of_bytes(byte_of<0>(w), byte_of<1>(w), byte_of<2>(w), byte_of<3>(w), wx);
+      line[j] = finite_cubic(byte_of<0>(w), byte_of<1>(w), byte_of<2>(w), byte_of<3>(w), wx);
     }
-    store(out, cubic_of(line[0], line[1], line[2], line[3], wy));
+    store(out, finite_cubic(line[0], line[1], line[2], line[3], wy));
   }
 }
 
@@ -318,13 +328,39 @@ FUSEREG_INLINE void part_by_pixels(const Source<std::uint8_t>& x, const Spot& s,
     for (int j = 0; j < 4; ++j) {
       const std::uint8_t* const p = x.data + j * x.row;
       const Ints a = words_at<4>(p, at), b = words_at<4>(p + 4, at), c = words_at<4>(p + 8, at);
-      line[0][j] = cubic_of_bytes(byte_of<0>(a), byte_of<3>(a), byte_of<2>(b), byte_of<1>(c), wx);
-      line[1][j] = cubic_of_bytes(byte_of<1>(a), byte_of<0>(b), byte_of<3>(b), byte_of<2>(c), wx);
-      line[2][j] = cubic_of_bytes(byte_of<2>(a), byte_of<1>(b), byte_of<0>(c), byte_of<3>(c), wx);
+      line[0][j] = finite_cubic(byte_of<0>(a), byte_of<3>(a), byte_of<2>(b), byte_of<1>(c), wx);
+      line[1][j] = finite_cubic(byte_of<1>(a), byte_of<0>(b), byte_of<3>(b), byte_of<2>(c), wx);
+      line[2][j] = finite_cubic(byte_of<2>(a), byte_of<1>(b), byte_of<0>(c), byte_of<3>(c), wx);
     }
     for (int k = 0; k < 3; ++k)
-      store(out + k * kBlock, cubic_of(line[k][0], line[k][1], line[k][2], line[k][3], wy));
+      store(out + k * kBlock, finite_cubic(line[k][0], line[k][1], line[k][2], line[k][3], wy));
   }
+}
+
+// uint8, three channels last, where some taps may lie outside the image; not for what reads the last
+// row: a pixel is taken as 4 bytes.
+template <Interpolation kHow>
+void checked_part_by_pixels(const Job& job, const Source<std::uint8_t>& x, const Spot& s,
+                            float* out) {
+  constexpr int kTaps = kHow == Interpolation::kNearest ? 1 : 2;
+  Floats tap[3][4][4];
+  for (int j = 0; j < kTaps; ++j) {
+    const Folded line = folded(s.y + j, x.h, x.mode);
+    for (int i = 0; i < kTaps; ++i) {
+      const Folded column = folded(s.x + i, x.w, x.mode);
+      alignas(kVectorBytes) std::int32_t at[kLanes];
+      store_ints(at, line.at * x.row + column.at * 3);
+      const Ints inside = line.inside & column.inside;
+      const Ints w = words_at<4>(x.data, at);
+      const Ints bytes[3] = {byte_of<0>(w), byte_of<1>(w), byte_of<2>(w)};
+      for (int c = 0; c < 3; ++c) {
+        const Floats fill = broadcast(static_cast<float>(job.fill[c]));
+        tap[c][j][i] = select(inside, to_floats(bytes[c]), fill);
+      }
+    }
+  }
+  for (int c = 0; c < 3; ++c, out += kBlock)
+    store(out, combine<std::uint8_t, kHow>(tap[c], s, Cubic<Floats>{}, Cubic<Floats>{}));
 }
 
 // --- whole-pixel shifts and flips ---
@@ -359,6 +395,95 @@ FUSEREG_INLINE bool copy_block(const Job& job, const Frame& f, const Source<T>& 
     for (int c = 0; c < 3; ++c) store(to(p) + c * kBlock, planes[c]);
   }
   return true;
+}
+
+// --- rows that are moved along ---
+// Between two or four taps, tap(0) at or before the place.
+template <bool kFinite, Interpolation kHow, class F>
+FUSEREG_INLINE Floats between(const F& tap, Floats t, const Cubic<Floats>& w) {
+  if constexpr (kHow == Interpolation::kBilinear) {
+    return kFinite ? finite_lerp(tap(0), tap(1), t) : lerp(tap(0), tap(1), t);
+  } else {
+    return kFinite ? finite_cubic(tap(-1), tap(0), tap(1), tap(2), w)
+                   : cubic_of(tap(-1), tap(0), tap(1), tap(2), w);
+  }
+}
+
+// Pixels of a row of the image and beside it, as floats.
+template <class T>
+void lay_line(const Source<T>& x, const T* plane, double fill, std::int32_t row, std::int32_t first,
+              int count, float* to) {
+  const std::int32_t y = fold(row, x.h, x.mode);
+  const T* const line = plane + (y < 0 ? 0 : y) * x.row;
+  auto beside = [&](int i) {
+    const std::int32_t at = fold(first + i, x.w, x.mode);
+    return y < 0 || at < 0 ? static_cast<float>(fill) : read(line + at);
+  };
+  const int begin = first < 0 ? (-first < count ? -first : count) : 0;
+  const int inside = x.w - first < count ? x.w - first : count;
+  const int end = y < 0 || inside < begin ? begin : inside;
+  for (int i = begin; i < end; ++i) to[i] = read(line + first + i);
+  const bool alike = x.mode == FillMode::kConstant || x.mode == FillMode::kBorder;
+  const float before = begin > 0 ? beside(0) : 0.0f;
+  const float after = end < count ? beside(count - 1) : 0.0f;
+  for (int i = 0; i < begin; ++i) to[i] = alike ? before : beside(i);
+  for (int i = end; i < count; ++i) to[i] = alike ? after : beside(i);
+}
+
+// A block of a run: one place between pixels for all of it. kChecked: some of its taps may lie
+// outside the image; they are put together in memory first.
+template <class T, Interpolation kHow, bool kChecked>
+void run_block(const Job& job, const Frame& f, const Source<T>& x, const Start& start,
+               std::int32_t half, float* out) {
+  constexpr bool kFinite = sizeof(T) == 1 && !kChecked;
+  constexpr int kBefore = kHow == Interpolation::kBicubic ? 1 : 0;
+  constexpr int kAfter = kHow == Interpolation::kNearest    ? 0
+                         : kHow == Interpolation::kBilinear ? 1
+                                                            : 2;
+  constexpr int kPitch = 2 * kBlock;
+  const std::int32_t mask = (1 << f.bits) - 1;
+  const float unit = power_of_two_float(-f.bits);
+  const std::int32_t ux = start.x.rest + half;
+  const std::int32_t uy = start.y.rest + half;
+  const bool moves_x = kHow != Interpolation::kNearest && (ux & mask) != 0;
+  const bool moves_y = kHow != Interpolation::kNearest && (uy & mask) != 0;
+  const Floats tx = broadcast(static_cast<float>(ux & mask) * unit);
+  const Floats ty = broadcast(static_cast<float>(uy & mask) * unit);
+  const Cubic<Floats> wx = cubic_weights(tx, static_cast<float>(job.cubic));
+  const Cubic<Floats> wy = cubic_weights(ty, static_cast<float>(job.cubic));
+  const std::int32_t column = start.x.whole + (ux >> f.bits);
+  const std::int32_t row = start.y.whole + (uy >> f.bits);
+  float edge[(kBefore + 1 + kAfter) * kPitch];
+  const T* plane = x.data;
+  for (int c = 0; c < job.c; ++c, plane += x.channel, out += kBlock) {
+    if constexpr (kChecked) {
+      for (int j = moves_y ? -kBefore : 0; j <= (moves_y ? kAfter : 0); ++j)
+        lay_line(x, plane, job.fill[c], row + j, column - kBefore, kBlock + kBefore + kAfter,
+                 edge + (j + kBefore) * kPitch);
+    }
+    for (int i = 0; i < kBlock; i += kLanes) {
+      auto value = [&](int j, int k) {
+        if constexpr (kChecked) {
+          return load(edge + (j + kBefore) * kPitch + kBefore + i + k);
+        } else {
+          return load_run(plane + (row + j) * x.row + column + i + k);
+        }
+      };
+      auto line = [&](int j) {
+        if constexpr (kHow != Interpolation::kNearest) {
+          if (moves_x) return between<kFinite, kHow>([&](int k) { return value(j, k); }, tx, wx);
+        }
+        return value(j, 0);
+      };
+      Floats v = {};
+      if constexpr (kHow == Interpolation::kNearest) {
+        v = line(0);
+      } else {
+        v = moves_y ? between<kFinite, kHow>(line, ty, wy) : line(0);
+      }
+      store(out + i, v);
+    }
+  }
 }
 
 // --- blocks ---
@@ -398,18 +523,19 @@ void find_blocks(const Frame& f, std::int64_t row, std::int64_t first, int count
   for (int i = 0; i < count; ++i, first += kBlock) {
     const Start start = {block_start(f.m[0], row_x, first, f.bits),
                          block_start(f.m[3], row_y, first, f.bits)};
-    // The first and the last column and row that any tap is in.
+    // The first and the last column and row that any tap is in; a run reads none whose weight is 0.
     const std::int32_t x = start.x.rest + half;
     const std::int32_t y = start.y.rest + half;
-    const std::int32_t left = start.x.whole + ((x + f.least_x) >> f.bits) - kBefore;
-    const std::int32_t right = start.x.whole + ((x + f.most_x) >> f.bits) + kAfter;
-    const std::int32_t top = start.y.whole + ((y + f.least_y) >> f.bits) - kBefore;
-    const std::int32_t bottom = start.y.whole + ((y + f.most_y) >> f.bits) + kAfter;
+    const int along = f.runs && start.x.rest == 0 ? 0 : 1;
+    const int down = f.runs && start.y.rest == 0 ? 0 : 1;
+    const std::int32_t left = start.x.whole + ((x + f.least_x) >> f.bits) - kBefore * along;
+    const std::int32_t right = start.x.whole + ((x + f.most_x) >> f.bits) + kAfter * along;
+    const std::int32_t top = start.y.whole + ((y + f.least_y) >> f.bits) - kBefore * down;
+    const std::int32_t bottom = start.y.whole + ((y + f.most_y) >> f.bits) + kAfter * down;
     Where where = Where::kPartly;
     if (left >= 0 && top >= 0 && right < w && bottom < h) {
       where = bottom < h - 1 || right < w - 1 ? Where::kInside : Where::kAtEnd;
-    } else if (f.view.mode == FillMode::kConstant &&
-               (right < 0 || bottom < 0 || left >= w || top >= h)) {
+    } else if (f.fills && (right < 0 || bottom < 0 || left >= w || top >= h)) {
       where = Where::kOutside;
     }
     places[i] = {start, where, top, bottom};
@@ -441,7 +567,23 @@ FUSEREG_INLINE void warp_block(const Job& job, const Frame& f, const Place16& pl
     }
     return;
   }
+  if (f.runs) {
+    if (place.where == Where::kPartly) {
+      run_block<T, kHow, true>(job, f, x, place.start, half, out);
+    } else {
+      run_block<T, kHow, false>(job, f, x, place.start, half, out);
+    }
+    return;
+  }
   if (place.where == Where::kPartly) {
+    if constexpr (sizeof(T) == 1 && kHow != Interpolation::kBicubic) {
+      const bool clamps = x.mode == FillMode::kConstant || x.mode == FillMode::kBorder;
+      if (x.pixel == 3 && x.channel == 1 && clamps && place.bottom < x.h - 1 && x.h > 1) {
+        for (int p = 0; p < kParts; ++p)
+          checked_part_by_pixels<kHow>(job, x, spot(p), out + p * kLanes);
+        return;
+      }
+    }
     for (int p = 0; p < kParts; ++p) part_by_taps<T, kHow, true>(job, x, spot(p), out + p * kLanes);
     return;
   }

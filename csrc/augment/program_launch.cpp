@@ -11,6 +11,39 @@
 namespace fusereg::augment {
 namespace {
 
+struct Columns {
+  std::int64_t begin, end;
+};
+
+// How many of n columns satisfy a condition that holds for the first of them, or for none.
+template <class F>
+std::int64_t count_first(std::int64_t n, const F& f) {
+  std::int64_t begin = 0;
+  while (begin < n) {
+    const std::int64_t middle = (begin + n) / 2;
+    if (f(middle)) {
+      begin = middle + 1;
+    } else {
+      n = middle;
+    }
+  }
+  return begin;
+}
+
+// The columns of a row whose coordinate along an axis is within the image, as lies_within has it:
+// with its roundings the coordinate never turns back.
+Columns columns_within(const double* m, std::int64_t row, std::int64_t size, std::int64_t width) {
+  const double low = -0.5;
+  const double high = static_cast<double>(size) - 0.5;
+  auto at = [&](std::int64_t column) { return coordinate(m, column, row); };
+  if (m[0] >= 0.0) {
+    return {count_first(width, [&](std::int64_t i) { return !(at(i) >= low); }),
+            count_first(width, [&](std::int64_t i) { return at(i) < high; })};
+  }
+  return {count_first(width, [&](std::int64_t i) { return !(at(i) < high); }),
+          count_first(width, [&](std::int64_t i) { return at(i) >= low; })};
+}
+
 // One after the other: what a thread keeps of a sample.
 class Runner {
  public:
@@ -181,6 +214,7 @@ class Runner {
     std::memcpy(record_, a, 6 * sizeof(double));
     set_interpolation(warp_, static_cast<int>(a[6]));
     warp_.fill_mode = job_.whole_pixels ? FillMode::kBorder : FillMode::kConstant;
+    warp_.outside_unread = job_.whole_pixels;
     Images planes;
     planes.type = Element::kUInt8;
     planes.h = size_.h;
@@ -192,17 +226,35 @@ class Runner {
     warp_.x = warp_.y = planes;
     warp_.x.data = now_;
     warp_.y.data = other_;
+    // Where neighbors do not stay neighbors, a pixel's channels are found together.
+    const bool along = a[0] == 1.0 && a[3] == 0.0;
+    if (job_.c == 3 && !along && warp_.interpolation != Interpolation::kBicubic) {
+      kernels_.from_planes(now_, other_, size_);
+      std::swap(warp_.x.data, warp_.y.data);
+      warp_.x.channels_last = true;
+      warp_.x.channel = 1;
+      warp_.x.row = size_.w * 3;
+      warp_.x.pixel = 3;
+      std::swap(now_, other_);
+    }
     cpu_kernels().forward(warp_, 0, size_.h);
-    if (job_.whole_pixels) {
-      for (std::int64_t row = 0; row < size_.h; ++row) {
-        for (std::int64_t column = 0; column < size_.w; ++column) {
-          if (lies_within(a, column, row, size_.h, size_.w)) continue;
-          for (int c = 0; c < job_.c; ++c)
-            other_[c * size_.plane() + row * size_.w + column] = job_.fill[c];
-        }
+    std::swap(now_, other_);
+    if (job_.whole_pixels) fill_outside(a);
+  }
+
+  // In whole pixels: what lies outside is the fill.
+  void fill_outside(const double* a) {
+    for (std::int64_t row = 0; row < size_.h; ++row) {
+      const Columns x = columns_within(a, row, size_.w, size_.w);
+      const Columns y = columns_within(a + 3, row, size_.h, size_.w);
+      const std::int64_t begin = std::max(x.begin, y.begin);
+      const std::int64_t end = std::max(std::min(x.end, y.end), begin);
+      std::uint8_t* line = now_ + row * size_.w;
+      for (int c = 0; c < job_.c; ++c, line += size_.plane()) {
+        std::fill_n(line, begin, job_.fill[c]);
+        std::fill_n(line + end, size_.w - end, job_.fill[c]);
       }
     }
-    std::swap(now_, other_);
   }
 
   const ProgramJob& job_;

@@ -182,13 +182,18 @@ FUSEREG_INLINE void gaussian(int taps, double sigma, float* weights) {
   for (int k = 0; k < taps; ++k) weights[k] = static_cast<float>(value(k) / sum);
 }
 
-// Where a place of the output lies within the image, for `whole_pixels`.
+// Where a place of the output lies along an axis of the image, whose row of the matrix is m.
+FUSEREG_INLINE double coordinate(const double* m, std::int64_t column, std::int64_t row) {
+  return add(
+      add(multiply(m[0], static_cast<double>(column)), multiply(m[1], static_cast<double>(row))),
+      m[2]);
+}
+
+// Whether that is within the image, for `whole_pixels`.
 FUSEREG_INLINE bool lies_within(const double* m, std::int64_t x, std::int64_t y, std::int64_t h,
                                 std::int64_t w) {
-  const auto column = static_cast<double>(x);
-  const auto row = static_cast<double>(y);
-  const double u = add(add(multiply(m[0], column), multiply(m[1], row)), m[2]);
-  const double v = add(add(multiply(m[3], column), multiply(m[4], row)), m[5]);
+  const double u = coordinate(m, x, y);
+  const double v = coordinate(m + 3, x, y);
   return u >= -0.5 && v >= -0.5 && u < static_cast<double>(w) - 0.5 &&
          v < static_cast<double>(h) - 0.5;
 }

@@ -56,6 +56,11 @@ class Unit:
         return not (self.steps or other)
 
     @cached_property
+    def makes_alike(self) -> bool:
+        """True where the kernel gives images of several sizes one size."""
+        return self.called is None and self.program is None and ends_alike(self.steps)
+
+    @cached_property
     def moves(self) -> bool:
         """True where the kernel may move pixels."""
         return any(step[0] not in VALUES for step in self.steps)
@@ -370,18 +375,23 @@ class Chain(SeededModule):
         found: Targets | None,
         keys: Keys | None,
     ) -> tuple[Tensor, Targets | None]:
-        """Run passes for images of several sizes, one by one up to a pass that mixes them.
+        """Run passes for images of several sizes, one by one up to one that takes them together.
 
         ``trees`` has the targets of each; those of ``found`` tell how they are joined.
         """
-        ready = next((i for i, task in enumerate(tasks) if not task[1].idle), len(tasks))
-        if ready < len(tasks) and keys is not None and frames == 1:
-            place, unit, _ = tasks[ready]
-            kernel = unit.called is None and unit.program is None
-            if kernel and ends_alike(unit.steps) and _ops.one_call(images):
-                x, found = self._together(place, unit, images, trees, found, keys)
-                return self._some(tasks[ready + 1 :], x, frames, found, keys)
-        stop = next((i for i, task in enumerate(tasks) if task[1].settings.mixed), len(tasks))
+        together = keys is not None and frames == 1 and _ops.one_call(images)
+        if keys is not None and together and tasks and tasks[0][1].makes_alike:
+            place, unit, _ = tasks[0]
+            x, found = self._together(place, unit, images, trees, found, keys)
+            return self._some(tasks[1:], x, frames, found, keys)
+        stop = next(
+            (
+                i
+                for i, (_, unit, _) in enumerate(tasks)
+                if unit.settings.mixed or (together and unit.makes_alike)
+            ),
+            len(tasks),
+        )
         results, moved = [], []
         for i, image in enumerate(images):
             x, one = image if image.dim() == 4 else image[None], None
@@ -392,6 +402,9 @@ class Chain(SeededModule):
             results.append(y)
             if one is not None:
                 moved.append(one.whole()[0])
+        if together and stop < len(tasks) and tasks[stop][1].makes_alike:
+            later = [y[0] for y in results]
+            return self._each(tasks[stop:], later, moved or None, frames, found, keys)
         sizes = {tuple(y.shape[-2:]) for y in results}
         if len(sizes) > 1:
             raise ValueError(

@@ -219,11 +219,17 @@ def call(
                     f"fusereg.{op}: {called.name} must give an image (C, H, W) for each, got {what}"
                 )
             results.append(plain(y))
-    if not results:
-        return x, trees
+    if all(_is_same(y, clip) for y, clip in zip(results, clips, strict=True)):
+        return x, trees  # what a transform of boxes alone gives
     if len({y.shape for y in results}) > 1:
         return results, trees
     return (torch.cat if frames > 1 else torch.stack)(results), trees
+
+
+def _is_same(y: Tensor, x: Tensor) -> bool:
+    """Return whether a tensor is another one's memory, read in the same way."""
+    form = (y.dtype, y.shape, y.stride())
+    return y.data_ptr() == x.data_ptr() and form == (x.dtype, x.shape, x.stride())
 
 
 def _typed(image: Tensor, frames: int) -> Tensor:

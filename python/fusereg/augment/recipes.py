@@ -50,6 +50,7 @@ from .transforms import (
     RandomHorizontalFlip,
     RandomResizedCrop,
     RandomVerticalFlip,
+    TimmAugment,
     TrivialAugmentWide,
     mixing,
     resize_stage,
@@ -339,10 +340,11 @@ def detection(
         size = 1024
     pair = None if size is None else size_pair(size, op)
     resized = [] if pair is None else [_resize("Resize", FullImage(pair), "bilinear")]
+    # Values first, in the pass before: boxes are filtered without the images.
     after = [
+        v2.ToDtype(torch.float32, scale=True),
         v2.ConvertBoundingBoxFormat("XYXY"),
         v2.SanitizeBoundingBoxes(labels_getter=_labels_of),
-        v2.ToDtype(torch.float32, scale=True),
     ]
     if not flag(train, op, "train"):
         return Compose([*resized, *after], seed=seed, **rules)
@@ -504,9 +506,14 @@ def _policy(
         if policy == "augmix":
             return [v2.AugMix(interpolation=how)]
         return [v2.AutoAugment(v2.AutoAugmentPolicy(policy), interpolation=how)]
-    auto = _library("timm.data.auto_augment", f"policy={policy!r}")
     levels = for_channels(per_channel(mean, "recipes", "mean"), 3, "recipes", "mean")
-    options = {"translate_const": 100, "img_mean": tuple(min(255, round(255 * m)) for m in levels)}
+    shade = tuple(min(255, round(255 * m)) for m in levels)
+    try:
+        return [TimmAugment(policy, fill=shade, seed=0)]
+    except ValueError:
+        pass  # such as weighted sets, and "augmix": timm has those
+    auto = _library("timm.data.auto_augment", f"policy={policy!r}")
+    options: dict[str, Any] = {"translate_const": 100, "img_mean": shade}
     make = auto.auto_augment_transform
     if policy.startswith("rand"):
         make = auto.rand_augment_transform
