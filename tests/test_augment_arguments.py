@@ -186,7 +186,7 @@ OF_VALUES: dict[str, Callable[[], Any]] = {
     "RandomAutocontrast": lambda: v2_chain("RandomAutocontrast", 1.0),
     "RandomInvert": lambda: v2_chain("RandomInvert", 1.0),
     "RandomPosterize": lambda: v2_chain("RandomPosterize", 3, 1.0),
-    "RandomSolarize": lambda: v2_chain("RandomSolarize", 100, 1.0),
+    "RandomSolarize": lambda: v2_chain("RandomSolarize", 0.4, 1.0),
     "RandomAdjustSharpness": lambda: v2_chain("RandomAdjustSharpness", 2.0, 1.0),
     "GaussianBlur": lambda: v2_chain("GaussianBlur", 3, 1.0),
 }
