@@ -119,8 +119,7 @@ struct Job {
   Interpolation interpolation = Interpolation::kBilinear;
   FillMode fill_mode = FillMode::kConstant;
   bool antialias = false;
-  void* reduced =
-      nullptr;  // CUDA, antialias, with x: room for what z is of turned samples, as x lies
+  void* reduced = nullptr;  // CUDA, antialias: room for z of turned samples, laid out as x
   bool color = false;
   bool erase_noise = false;
   bool outside_unread = false;  // CPU: where no tap is in the image, the result may be anything
