@@ -54,6 +54,8 @@ HOST_BUILD := build/cuda_on_host
 HOST_MODULE := $(HOST_BUILD)/.built
 STANDIN := build/standin
 STANDIN_TORCH ?= 2.11.0
+# The one that goes with it.
+STANDIN_TORCHVISION ?= 0.26.0
 STANDIN_PYTHON := $(STANDIN)/venv/bin/python
 AARCH64 := build/aarch64
 # The newest whose package for Arm is a CPU build.
@@ -138,9 +140,9 @@ $(HOST_MODULE): $(NATIVE) $(wildcard tests/cuda_on_host/*.*) | $(VENV)/.installe
 $(STANDIN)/.torch: Makefile | $(VENV)/.python
 	@$(call say,installing a CUDA build of torch (530 MB) for the stand-in device)
 	@mkdir -p $(STANDIN) && $(PYTHON) -m venv $(STANDIN)/venv
-	@$(STANDIN_PYTHON) -m pip install -q --no-compile --no-deps "torch==$(STANDIN_TORCH)"
+	@$(STANDIN_PYTHON) -m pip install -q --no-compile --no-deps "torch==$(STANDIN_TORCH)" "torchvision==$(STANDIN_TORCHVISION)"
 	@$(STANDIN_PYTHON) -m pip install -q --no-compile filelock typing-extensions sympy networkx jinja2 fsspec \
-	    "setuptools<82" numpy rich typer pytest pytest-xdist hypothesis expecttest psutil safetensors mlxtend 2>&1 \
+	    "setuptools<82" numpy pillow rich typer pytest pytest-xdist hypothesis expecttest psutil safetensors mlxtend 2>&1 \
 	    | grep -v 'torch .* requires' || true
 	@command -v nvcc >/dev/null || $(STANDIN_PYTHON) -m pip install -q --no-deps "nvidia-cuda-runtime==13.0.*" "nvidia-cuda-crt==13.0.*"
 	@touch $@

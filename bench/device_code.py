@@ -18,9 +18,10 @@ each kernel:
            one: only one of them is ever under way
   KB       kilobytes of global loads that a multiprocessor has under way at once
   ins, alu instructions for each 16 bytes moved, and those of them in the ALU pipe (half rate)
+  f64      those of them that calculate in float64 or convert to or from it
   share    predicted share of a copy's bandwidth on an H100, in percent, and what bounds it
 
-The last five are of the kernel's slowest hot loop. Hot are the innermost loops that move more than
+The last six are of the kernel's slowest hot loop. Hot are the innermost loops that move more than
 half as many 16-byte vectors as any of them; where no loop moves any, accesses of all widths count.
 A loop's path is the one that moves the most in the fewest instructions.
 
@@ -64,6 +65,7 @@ class Bound(NamedTuple):
     spill: int = 0
     split: int = 0
     share: float = 0.0
+    f64: float = 10.0  # of kernels of other dtypes
 
 
 #: Without `share`: what goes element by element, for pointers and lengths that no vector fits, and
@@ -129,6 +131,10 @@ PIPES = {
     "fp64": re.compile(r"D(?:ADD|MUL|FMA|SETP)"),
     "special": re.compile(r"MUFU|POPC|I2F|F2I|F2F|FRND"),
 }
+
+#: A GeForce RTX 4090 does two a cycle on each of 128 multiprocessors, at 2.5 GHz, and moves 1 TB a
+#: second: a warp has the time of ten for each 16 bytes of its threads.
+FLOAT64 = re.compile(r"D(?:ADD|MUL|FMA|SETP)|(?:F2F|I2F|F2I)\S*\.F64")
 
 # --- reading --------------------------------------------------------------------------------------
 
@@ -459,6 +465,7 @@ class Row:
     kilobytes: float
     instructions: float
     alu: float
+    f64: float
     share: float
     bound: str
 
@@ -492,6 +499,7 @@ def row_of(kernel: Kernel, name: str) -> Row:
         kilobytes=round(model.under_way / 1024, 1),
         instructions=round(model.each["issue"], 1),
         alu=round(model.each["alu"], 1),
+        f64=round(model.float64, 1),
         share=round(100 * model.share, 1),
         bound=model.bound,
     )
@@ -508,6 +516,7 @@ class Model:
         for pipe, pattern in PIPES.items():
             counts[pipe] = sum(bool(pattern.match(c.text)) for c in path.code)
         self.each = {pipe: n / vectors for pipe, n in counts.items()}
+        self.float64 = sum(bool(FLOAT64.match(c.text)) for c in path.code) / vectors
         self.under_way = most_under_way(path.code) * warps * WARP
         # A warp moves 512 bytes with a vector of each of its threads.
         cycles = 16 * WARP / BYTES_A_CYCLE
@@ -530,6 +539,8 @@ def crossed(rows: Sequence[Row], bounds: Sequence[Bound] = BOUNDS) -> list[str]:
             lines.append(f"{row.kernel}: {row.split} 16-byte stores are split, not {bound.split}")
         if row.spill > bound.spill:
             lines.append(f"{row.kernel}: {row.spill} bytes of local memory, not {bound.spill}")
+        if "<double" not in row.kernel and row.f64 > bound.f64:
+            lines.append(f"{row.kernel}: {row.f64} float64 instructions, not {bound.f64}")
         if row.bound != "none" and row.share < bound.share:
             lines.append(
                 f"{row.kernel}: {row.share:.0f} % of a copy by the model ({row.bound}), "
@@ -610,7 +621,10 @@ def _follow(files: Sequence[Path]) -> Iterator[Path]:
                 console.print(f"read {file.name}")
 
 
-_HEADS = ("regs", "spill", "warps", "st16", "split", "ld16", "alone", "KB", "ins", "alu", "share")
+_HEADS = (
+    *("regs", "spill", "warps", "st16", "split", "ld16", "alone", "KB", "ins", "alu", "f64"),
+    "share",
+)
 
 
 def print_table(rows: Sequence[Row]) -> None:

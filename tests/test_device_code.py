@@ -83,6 +83,24 @@ def test_a_loop_of_much_arithmetic_is_bound_by_it() -> None:
     assert found.share < 50
 
 
+def test_float64_has_a_bound_of_its_own() -> None:
+    """For GPUs that are slow in it; kernels of float64 may have any number."""
+    kernel = kernels()[WHOLE]
+    first = next(i for i, c in enumerate(kernel.code) if c.access == ("STG", 16))
+    more = [
+        kernel.code[first]._replace(text=text)
+        for text in ("DADD R4, R4, R6", "F2F.F64.F32 R4, R2", "DFMA R4, R4, R6, R4") * 16
+    ]
+    kernel.code[first:first] = more
+    kernel.labels = {k: v if v <= first else v + len(more) for k, v in kernel.labels.items()}
+    found = row_of(kernel, WHOLE)
+    assert found.f64 == 12.0
+    assert crossed([found], (Bound("", f64=12.0),)) == []
+    assert "12.0 float64 instructions" in crossed([found], (Bound(""),))[0]
+    found.kernel = "room::kernel<double, 2>"
+    assert crossed([found], (Bound(""),)) == []
+
+
 def test_bounds_that_are_crossed_are_named() -> None:
     rows = [row(WHOLE), row(SPLIT)]
     lines = crossed(rows, (Bound("whole", share=96.0), Bound("")))

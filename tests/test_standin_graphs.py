@@ -18,6 +18,7 @@ import fusereg
 from fusereg import augment
 from fusereg import functional as F
 from fusereg.core import memory
+from fusereg.core.groups import CoupledChannels, Groups, Member
 from fusereg.core.inventory import Inputs, Operation
 from ops import FUNCTIONS, differentiated, named
 
@@ -263,6 +264,8 @@ def on_the_cpu() -> dict[str, Callable[[], object]]:
     params = _augment().sample_params(4, input_size=(5, 5))
     matrix = torch.eye(2, 3)
     points, boxes = torch.rand(4, 2, 2).to(CUDA), torch.rand(4, 2, 4).to(CUDA)
+    member = Member("w", torch.rand(6, 2).to(CUDA), 0, torch.arange(6))
+    groups = Groups([CoupledChannels("w", 6, (member,), (), None)])
     return {
         "Augment": lambda: _augment()(x),
         "Augment with parameters": lambda: _augment()(x, params=params),
@@ -275,6 +278,8 @@ def on_the_cpu() -> dict[str, Callable[[], object]]:
         "AugmentParams.boxes": lambda: params.boxes(boxes),
         "AugmentParams.mask": lambda: params.mask(x),
         "AugmentParams.warp": lambda: params.warp(x),
+        "group_lasso_penalty": lambda: F.group_lasso_penalty(groups, 0.1),
+        "prox.group_lasso_": lambda: fusereg.prox.group_lasso_(groups, 0.1),
     }
 
 

@@ -6,6 +6,7 @@ result has a shape that only the device knows.
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import augment_peers
 import fusereg
 from fusereg import augment
 from fusereg.batch_norm import sync_op
 from fusereg.batch_norm.kernels import Call, Constants
 from fusereg.batch_norm.kernels import Inputs as BatchNormInputs
+from fusereg.core.groups import CoupledChannels, Groups, Member
 from fusereg.core.inventory import Inputs, Operation
 from layers import LAYERS
 from ops import FUNCTIONS, differentiated, named
@@ -197,6 +200,52 @@ def penalties_and_clipping() -> dict[str, Callable[[], object]]:
     }
 
 
+def coupled() -> Groups:
+    """Return the channels between two layers of a model on the device."""
+    first, _, second = torch.nn.Sequential(
+        torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3)
+    ).to(CUDA)
+    channels = torch.arange(6)
+    members = tuple(
+        Member(name, p, dim, channels)
+        for name, p, dim in (
+            ("w", first.weight, 0),
+            ("b", first.bias, 0),
+            ("next", second.weight, 1),
+        )
+    )
+    for member in members:
+        member.parameter.grad = torch.ones_like(member.parameter)
+    return Groups([CoupledChannels("hidden", 6, members, (), torch.ones(6, dtype=torch.float64))])
+
+
+def of_coupled_channels() -> dict[str, Callable[[], object]]:
+    groups = coupled()
+    params = [m.parameter for own in groups for m in own.members]
+
+    def scaled(optimizer: Any) -> Callable[[], object]:
+        optimizer.step()
+        optimizer.grad_scale = torch.ones((), device=CUDA)
+        optimizer.found_inf = torch.zeros((), device=CUDA)
+        return optimizer.step  # type: ignore[no-any-return]
+
+    options: dict[str, Any] = {"lr": 0.1, "groups": groups, "group": 0.1, "l1": 0.01}
+    return {
+        "group_lasso_penalty": lambda: fusereg.functional.group_lasso_penalty(
+            groups, 0.3, l1=0.1
+        ).backward(),
+        "prox.group_lasso_": lambda: fusereg.prox.group_lasso_(groups, 0.3, l1=0.1),
+        "SGD": fusereg.optim.SGD(params, momentum=0.9, **options).step,
+        "AdamW": fusereg.optim.AdamW(params, **options).step,
+        "SGD, scaled": scaled(fusereg.optim.SGD(params, **options)),
+    }
+
+
+@pytest.mark.parametrize("name", of_coupled_channels())
+def test_nothing_of_coupled_channels_waits(name: str) -> None:
+    assert waits_of(of_coupled_channels()[name]) == []
+
+
 @pytest.mark.parametrize("name", penalties_and_clipping())
 def test_no_penalty_and_no_clipping_waits(name: str) -> None:
     assert waits_of(penalties_and_clipping()[name]) == []
@@ -208,17 +257,75 @@ def test_mixing_labels_on_the_device_does_not_wait() -> None:
     assert waits_of(lambda: mix(x, labels)) == []
 
 
-def test_boxes_points_and_masks_on_the_device_do_not_wait() -> None:
-    params = augment.Augment(size=4).sample_params(4, input_size=(5, 5))
-    points, boxes, mask = images(4, 2, 2), images(4, 2, 4), images(4, 5, 5) > 0.5
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_boxes_points_and_masks_on_the_device_do_not_wait(place: str) -> None:
+    params = augment.Augment(size=4, hflip=0.5).sample_params(4, input_size=(5, 5)).to(place)
+    points, boxes, mask = images(4, 2, 3), images(4, 2, 4), images(4, 5, 5) > 0.5
+    x = images()
     for call in (
         lambda: params.keypoints(points),
-        lambda: params.boxes(boxes),
+        lambda: params.keypoints(points[..., :2]),
+        *(
+            functools.partial(params.boxes, boxes, format=form)
+            for form in ("xyxy", "xywh", "cxcywh")
+        ),
+        lambda: params.boxes(boxes, clip=False),
         lambda: params.mask(mask),
-        lambda: params.warp(images()),
+        lambda: params.warp(x),
+        lambda: params.inverse().warp(x[..., :4, :4]),
     ):
-        with_image = waits_of(call)
-        assert [w for w in with_image if "test_standin" not in w.where[0]] == []
+        assert waits_of(call) == []
+
+
+#: Of torchvision's types on the device: the shape of a value, and the arguments of its type.
+TARGETS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "Mask": ((2, 5, 5), {}),
+    "KeyPoints": ((2, 2), {"canvas_size": (5, 5)}),
+    **{
+        f"BoundingBoxes {form}": (
+            (2, 8 if form == "XYXYXYXY" else 4),
+            {"canvas_size": (5, 5), "format": form},
+        )
+        for form in ("XYXY", "XYWH", "CXCYWH", "XYXYXYXY")
+    },
+}
+
+
+def labeled_images(name: str, **rules: Any) -> Callable[[], object]:
+    """Return a call with a target of torchvision's for each image."""
+    tv_tensors = augment_peers.torchvision_module("torchvision.tv_tensors")
+    kind, (shape, arguments) = name.split()[0], TARGETS[name]
+    values = [getattr(tv_tensors, kind)(images(*shape) * 4, **arguments) for _ in range(4)]
+    chain = augment.Augment(size=4, hflip=0.5, **rules)
+    x = images()
+    return lambda: chain(x, [{"value": v} for v in values])
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_targets_on_the_device_do_not_wait(name: str) -> None:
+    rules = {"keypoint_pairs": [(0, 1)]} if name == "KeyPoints" else {}
+    assert waits_of(labeled_images(name, **rules)) == []
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        c
+        for c in LAYERS
+        if c.__module__.startswith("fusereg.augment") and c is not augment.Normalize
+    ],
+    ids=lambda layer: layer.__name__,
+)
+def test_no_transform_of_whole_numbers_waits(layer: type[torch.nn.Module]) -> None:
+    arguments, inputs = LAYERS[layer]
+    x, *labels = _on_device(inputs())
+    transform, x = layer(**arguments), (x * 60 + 128).to(torch.uint8)
+    assert waits_of(lambda: transform(x, *labels)) == []
+
+
+def test_programs_of_floating_images_do_not_wait() -> None:
+    transform, x = augment.TimmAugment("rand-n30-m9"), images(4, 3, 8, 8)
+    assert waits_of(lambda: transform(x)) == []
 
 
 def test_a_given_seed_does_not_wait() -> None:
@@ -239,6 +346,16 @@ def test_synchronized_batch_norm_with_dropout_does_not_wait() -> None:
         sync_op.normalize(given, moments, lambda sums: sums)
 
     assert waits_of(call) == []
+
+
+def attached_step() -> None:
+    """Take a step that the optimizer skips or not, with a penalty that counts steps."""
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    fusereg.WeightPenalty(model, l1=0.1).attach(optimizer)
+    optimizer.grad_scale = torch.ones((), device=CUDA)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.zeros((), device=CUDA)  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 #: Public calls for which the host waits, and what of them says so.
@@ -267,6 +384,18 @@ DOCUMENTED: dict[str, tuple[Callable[[], object], Any]] = {
         lambda: augment.Augment(size=4, mix="mixup")(images(), torch.eye(5)[:4].to(CUDA)),
         augment.Augment.forward,
     ),
+    "AugmentParams on the device, selected": (
+        lambda: augment.Augment(size=4).sample_params(4, input_size=(5, 5)).to(CUDA)[1:3],
+        augment.AugmentParams,
+    ),
+    "AugmentParams on the device, asked": (
+        lambda: augment.Augment(size=4).sample_params(4, input_size=(5, 5)).to(CUDA).moves,
+        augment.AugmentParams,
+    ),
+    "WeightPenalty.attach to a scaled optimizer": (
+        attached_step,
+        fusereg.WeightPenalty.attach,
+    ),
     "EarlyStopping.step": (
         lambda: fusereg.EarlyStopping(_model(), patience=1).step(images(1).sum(), epoch=0),
         fusereg.EarlyStopping.step,
@@ -281,3 +410,11 @@ def test_what_waits_says_so(name: str) -> None:
         call()
     assert [w for w in found if "/fusereg/" in w.where[0] + "".join(w.where[1:4])]
     assert "wait" in documented.__doc__.lower()
+
+
+@pytest.mark.parametrize("rule", ["min_area", "min_visibility"])
+def test_boxes_that_are_left_out_wait(rule: str) -> None:
+    """How many are left is for the host to know."""
+    call = labeled_images("BoundingBoxes XYXY", **{rule: 0.5})
+    assert waits_of(call)
+    assert f"``{rule}``" in augment.Augment.__doc__.split("waits for a GPU")[0]  # type: ignore[union-attr]

@@ -16,6 +16,7 @@
 namespace fusereg::augment {
 
 inline constexpr int kFilterStrip = kThreads / kFilterTile;  // a thread for each pixel
+inline constexpr int kTapsAhead = 4;  // of a column, loaded before the first is used
 
 // The filters of a tile along an axis.
 struct FilterAxis {
@@ -90,17 +91,27 @@ __device__ void filter_columns(const Job& job, const TileView& view, const Filte
     const std::int32_t x = fold(across.first + column, view.w, view.mode);
     const int taps = down.span[line].last - down.span[line].first + 1;
     float sum[kGroup] = {};
-    for (int k = 0; k < taps; ++k) {
-      const float weight = down.weight[line][k];
-      if (weight == 0.0f) continue;
-      const std::int32_t y = down.at[line][k];
-      const bool inside = x >= 0 && y >= 0;
-      const T* const at = data + y * job.x.row + x * job.x.pixel;
+    FUSEREG_NO_UNROLL
+    for (int k = 0; k < taps; k += kTapsAhead) {
+      float weight[kTapsAhead];
+      bool inside[kTapsAhead];
+      T v[kTapsAhead][kGroup];
       FUSEREG_UNROLL
-      for (int c = 0; c < kGroup; ++c) {
-        const float v =
-            inside ? tap(at + c * job.x.channel) : static_cast<float>(job.fill[channel + c]);
-        sum[c] = add(sum[c], multiply(weight, v));
+      for (int j = 0; j < kTapsAhead; ++j) {
+        weight[j] = k + j < taps ? down.weight[line][k + j] : 0.0f;
+        const std::int32_t y = weight[j] != 0.0f ? down.at[line][k + j] : -1;
+        inside[j] = x >= 0 && y >= 0;
+        const T* const at = data + y * job.x.row + x * job.x.pixel;
+        FUSEREG_UNROLL
+        for (int c = 0; c < kGroup; ++c) v[j][c] = inside[j] ? at[c * job.x.channel] : T{};
+      }
+      FUSEREG_UNROLL
+      for (int j = 0; j < kTapsAhead; ++j) {
+        FUSEREG_UNROLL
+        for (int c = 0; c < kGroup; ++c) {
+          const float value = inside[j] ? tap(&v[j][c]) : static_cast<float>(job.fill[channel + c]);
+          if (weight[j] != 0.0f) sum[c] = add(sum[c], multiply(weight[j], value));
+        }
       }
     }
     FUSEREG_UNROLL

@@ -101,9 +101,11 @@ struct ProgramKernels {
 FUSEREG_DECLARE_PER_ISA(ProgramKernels, program_kernels)
 
 // Bytes that the CUDA kernel needs for each sample.
+FUSEREG_INLINE std::int64_t program_planes(const ProgramJob& job) {
+  return (job.x.sample * 2 + 15) / 16 * 16;
+}
 FUSEREG_INLINE std::int64_t program_scratch(const ProgramJob& job) {
-  return (job.x.sample * 2 + 7) / 8 * 8 +
-         job.x.h * job.x.w * static_cast<std::int64_t>(sizeof(float));
+  return program_planes(job) + (job.x.h * job.x.w + 3) / 4 * 16;
 }
 
 void run_cpu(const ProgramJob& job);

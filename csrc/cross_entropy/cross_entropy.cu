@@ -3,7 +3,8 @@
 // A team of threads takes a row at a time: a block where there are many classes, a warp where there
 // are few, and one thread where classes are not neighbors, so that the threads of a warp read
 // neighboring rows. Each thread keeps a running maximum and the sum of exp(x - maximum); logits are
-// read once in each direction, in 16-byte vectors from the first aligned one on.
+// read once in each direction, in 16-byte vectors from the first aligned one on, some of them before
+// the first is used: those are added in float32.
 #include <algorithm>
 
 #include "core/cuda.cuh"
@@ -18,8 +19,21 @@ constexpr std::int64_t kManyClasses = 2048;
 
 enum class Factors : std::uint8_t { kNone, kOnes, kWeights, kProbabilities };
 
+// What a thread loads before it uses the first of it: vectors of a row, in a forward kernel, and single
+// logits that are not neighbors. Of float64 fewer, whose exponentials want registers, of which more are
+// left to a thread.
+template <class T, Factors factors>
+constexpr int kForwardRuns = sizeof(T) == 2 || (sizeof(T) == 8 && factors > Factors::kOnes) ? 2 : 4;
+template <class T>
+constexpr int kApart = sizeof(T) == 8 ? 6 : 32 / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int kForwardBlocks = sizeof(T) == 8 ? 2 : 0;  // on a multiprocessor; 0: nvcc's choice
+
 FUSEREG_DEVICE_INLINE float exponential(float x) { return expf(x); }
 FUSEREG_DEVICE_INLINE double exponential(double x) { return exp(x); }
+// Of a NaN and a number, the number: the NaN's exponential says what there is to say.
+FUSEREG_DEVICE_INLINE float larger(float a, float b) { return fmaxf(a, b); }
+FUSEREG_DEVICE_INLINE double larger(double a, double b) { return fmax(a, b); }
 
 // --- teams ---
 
@@ -48,38 +62,73 @@ FUSEREG_DEVICE_INLINE void each_row(std::int64_t rows, F f) {
   }
 }
 
-// use(class, vector of elements, how many of them are there), for the classes of this thread.
-template <class T, int kTeam, class F>
-FUSEREG_DEVICE_INLINE void each_class(const T* x, const Problem& p, bool vectors, F use) {
-  constexpr int kN = cuda::kVecSize<T>;
-  cuda::Vec<T, kN> v;
-  if constexpr (kTeam == 1) {
-    for (std::int64_t c = 0; c < p.classes; ++c) {
-      v[0] = x[c * p.inner];
-      use(c, v, 1);
-    }
-  } else {
-    const int me = member<kTeam>();
-    std::int64_t head = p.classes;
-    if (vectors) {
-      const auto over = reinterpret_cast<std::uintptr_t>(x) % 16 / sizeof(T);
-      head = static_cast<std::int64_t>((kN - over) % kN);
-      head = head < p.classes ? head : p.classes;
-    }
-    for (std::int64_t c = me; c < head; c += kTeam) {
-      v[0] = x[c];
-      use(c, v, 1);
-    }
-    const std::int64_t groups = (p.classes - head) / kN;
-    for (std::int64_t g = me; g < groups; g += kTeam) {
-      const std::int64_t c = head + g * kN;
-      use(c, cuda::load<kN>(x + c), kN);
-    }
-    for (std::int64_t c = head + groups * kN + me; c < p.classes; c += kTeam) {
-      v[0] = x[c];
-      use(c, v, 1);
+// Logits that a thread loads before it uses the first of them: kRuns vectors of kN neighbors.
+template <class T, int kRuns, int kN>
+struct Logits {
+  cuda::Vec<T, kN> run[kRuns];
+  std::int64_t first;   // class
+  std::int64_t stride;  // classes from one vector to the next
+
+  FUSEREG_DEVICE_INLINE void load(const T* x, std::int64_t at, std::int64_t between,
+                                  std::int64_t inner) {
+    first = at;
+    stride = between;
+    FUSEREG_UNROLL
+    for (int r = 0; r < kRuns; ++r) run[r] = cuda::load<kN>(x + class_of(r, 0) * inner);
+  }
+  FUSEREG_DEVICE_INLINE void store(T* x, std::int64_t inner) const {
+    FUSEREG_UNROLL
+    for (int r = 0; r < kRuns; ++r) cuda::store(x + class_of(r, 0) * inner, run[r]);
+  }
+  FUSEREG_DEVICE_INLINE std::int64_t class_of(int r, int e) const { return first + r * stride + e; }
+  // f(logit, class)
+  template <class F>
+  FUSEREG_DEVICE_INLINE void each(const F& f) {
+    FUSEREG_UNROLL
+    for (int r = 0; r < kRuns; ++r) {
+      FUSEREG_UNROLL
+      for (int e = 0; e < kN; ++e) f(run[r][e], class_of(r, e));
     }
   }
+};
+
+// use(Logits) for the classes of this thread: kRuns vectors at a time, or kApart that are not
+// neighbors.
+template <class T, int kTeam, int kRuns, class F>
+FUSEREG_DEVICE_INLINE void each_class(const T* x, const Problem& p, bool vectors, const F& use) {
+  constexpr int kN = kTeam == 1 ? 1 : cuda::kVecSize<T>;
+  constexpr int kDeep = kTeam == 1 ? kApart<T> : kRuns;
+  const std::int64_t inner = kTeam == 1 ? p.inner : 1;
+  const int me = member<kTeam>();
+  const auto one = [&](std::int64_t c) {
+    Logits<T, 1, 1> logit;
+    logit.load(x, c, 0, inner);
+    use(logit);
+  };
+  std::int64_t head = kTeam == 1 ? 0 : p.classes;
+  if (kTeam > 1 && vectors) {
+    const auto over = reinterpret_cast<std::uintptr_t>(x) % 16 / sizeof(T);
+    head = static_cast<std::int64_t>((cuda::kVecSize<T> - over) % cuda::kVecSize<T>);
+    head = head < p.classes ? head : p.classes;
+  }
+  FUSEREG_NO_UNROLL
+  for (std::int64_t c = me; c < head; c += kTeam) one(c);
+  const std::int64_t groups = (p.classes - head) / kN;
+  std::int64_t g = me;
+  FUSEREG_NO_UNROLL
+  for (; g + (kDeep - 1) * kTeam < groups; g += kDeep * kTeam) {
+    Logits<T, kDeep, kN> logits;
+    logits.load(x, head + g * kN, kTeam * kN, inner);
+    use(logits);
+  }
+  FUSEREG_NO_UNROLL
+  for (; g < groups; g += kTeam) {
+    Logits<T, 1, kN> logits;
+    logits.load(x, head + g * kN, 0, inner);
+    use(logits);
+  }
+  FUSEREG_NO_UNROLL
+  for (std::int64_t c = head + groups * kN + me; c < p.classes; c += kTeam) one(c);
 }
 
 template <class T, class U, Factors factors>
@@ -97,7 +146,7 @@ FUSEREG_DEVICE_INLINE Compute<T> factor_of(const Problem& p, std::int64_t at, st
 // --- forward ---
 
 template <class T, class U, Factors factors, int kTeam>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<T>)
     cross_entropy_forward_kernel(FUSEREG_GRID_CONSTANT(Forward, f), bool vectors,
                                  double* workspace) {
   using C = Compute<T>;
@@ -109,38 +158,39 @@ __global__ void __launch_bounds__(kThreads)
       const std::int64_t start = f.row_start(row);
       const T* const x = static_cast<const T*>(f.x) + start;
       C largest = lowest;
-      C sum = C(0);
+      double sum = 0.0;
       // From the first logit, so that products cancel less.
       C origin = C(0);
       if constexpr (factors != Factors::kNone) {
         const C first = to_compute(x[0]);
         if (first - first == C(0)) origin = first;
       }
-      C dot = C(0);
-      C mass = C(0);
-      each_class<T, kTeam>(x, f, vectors, [&](std::int64_t c, const auto& v, int count) {
-        FUSEREG_UNROLL
-        for (int e = 0; e < cuda::kVecSize<T>; ++e) {
-          if (e >= count) break;
-          const C logit = to_compute(v[e]);
-          const C above = logit - largest;
-          const C fall = exponential(above > C(0) ? -above : above);
-          if (above > C(0)) {
-            sum = sum * fall + C(1);
-            largest = logit;
-          } else {
-            sum += fall;
-          }
+      double dot = 0.0;
+      double mass = 0.0;
+      each_class<T, kTeam, kForwardRuns<T, factors>>(x, f, vectors, [&](auto& logits) {
+        C top = largest;
+        logits.each([&](const T& v, std::int64_t) { top = larger(top, to_compute(v)); });
+        C part = C(0);
+        [[maybe_unused]] C dot_part = C(0);
+        [[maybe_unused]] C mass_part = C(0);
+        logits.each([&](const T& v, std::int64_t c) {
+          const C logit = to_compute(v);
+          part += exponential(logit - top);
           if constexpr (factors != Factors::kNone) {
-            const C q = factor_of<T, U, factors>(f, start + (c + e) * f.inner, c + e);
-            dot += q * (logit - origin);
-            mass += q;
+            const C q = factor_of<T, U, factors>(f, start + c * f.inner, c);
+            dot_part += q * (logit - origin);
+            mass_part += q;
           }
+        });
+        sum = sum * static_cast<double>(exponential(largest - top)) + static_cast<double>(part);
+        largest = top;
+        if constexpr (factors != Factors::kNone) {
+          dot += static_cast<double>(dot_part);
+          mass += static_cast<double>(mass_part);
         }
       });
       const C top = team_reduce<kTeam>(largest, cuda::Max{}, lowest);
-      double shared[3] = {static_cast<double>(sum * exponential(largest - top)),
-                          static_cast<double>(dot), static_cast<double>(mass)};
+      double shared[3] = {sum * static_cast<double>(exponential(largest - top)), dot, mass};
       constexpr int kSums = factors == Factors::kNone ? 1 : 3;
       if constexpr (kTeam == kThreads) {
         if constexpr (kSums == 1) {
@@ -228,28 +278,21 @@ __global__ void __launch_bounds__(kThreads)
       softmax = softmax_of<C>(b, b.statistics[row], g.probability);
     }
     const C spread = static_cast<C>(g.spread);
-    each_class<T, kTeam>(x, b, vectors, [&](std::int64_t c, auto v, int count) {
-      FUSEREG_UNROLL
-      for (int e = 0; e < cuda::kVecSize<T>; ++e) {
-        if (e >= count) break;
-        const std::int64_t klass = c + e;
+    each_class<T, kTeam, 2>(x, b, vectors, [&](auto& logits) {
+      logits.each([&](T& v, std::int64_t c) {
         C y = C(0);
         if (!ignored) {
-          y = exponential(to_compute(v[e]) - softmax.reference) * softmax.factor;
-          if (klass == g.index[0] || klass == g.index[1]) {
-            const double w = weight_of<T>(b, klass);
-            y -= static_cast<C>(g.spread * w + (klass == g.index[0] ? g.at[0] : g.at[1]));
+          y = exponential(to_compute(v) - softmax.reference) * softmax.factor;
+          if (c == g.index[0] || c == g.index[1]) {
+            const double w = weight_of<T>(b, c);
+            y -= static_cast<C>(g.spread * w + (c == g.index[0] ? g.at[0] : g.at[1]));
           } else if constexpr (factors != Factors::kNone) {
-            y -= spread * factor_of<T, U, factors>(b, start + klass * b.inner, klass);
+            y -= spread * factor_of<T, U, factors>(b, start + c * b.inner, c);
           }
         }
-        v[e] = from_compute<T>(y);
-      }
-      if (kTeam > 1 && count > 1) {
-        cuda::store(out + c, v);
-      } else {
-        out[c * b.inner] = v[0];
-      }
+        v = from_compute<T>(y);
+      });
+      logits.store(out, b.inner);
     });
   });
 }

@@ -26,10 +26,21 @@ struct NormEntry {
   std::uint8_t unused[7] = {};
 };
 
-// Vectors that a thread has under way at once.
+// Vectors that a thread has under way at once: of a chunk, and of a row, which may be short.
 constexpr int kAhead = 4;
+constexpr int kRowAhead = 2;
 
-// Calls f(x, v) for the vectors and elements of the launch's tensors, v what lies at x.
+// Calls f(x, v) for the vectors and elements from x on, v what lies there.
+template <int kDeep, class T, class F>
+FUSEREG_DEVICE_INLINE void for_vectors(T* x, std::int64_t n, unsigned thread, unsigned threads,
+                                       const F& f) {
+  const auto load = [](T* from, auto count) {
+    return cuda::load<decltype(count)::value>(in_global(from));
+  };
+  cuda::for_run<kDeep>(x, n, thread, threads, true, load, f);
+}
+
+// The same for the launch's tensors.
 template <class Table, class F>
 __device__ void for_each_chunk(const Table& t, const F& f) {
   const std::uint32_t tasks = t.first_task[t.count];
@@ -41,12 +52,8 @@ __device__ void for_each_chunk(const Table& t, const F& f) {
     const std::int64_t rest = item.numel - begin;
     dispatch_dtype(item.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      const auto load = [](T* x, auto count) {
-        return cuda::load<decltype(count)::value>(in_global(x));
-      };
-      cuda::for_run<kAhead>(static_cast<T*>(data) + begin,
-                            rest < kChunkElements ? rest : kChunkElements, threadIdx.x, kThreads,
-                            true, load, f);
+      for_vectors<kAhead>(static_cast<T*>(data) + begin,
+                          rest < kChunkElements ? rest : kChunkElements, threadIdx.x, kThreads, f);
     });
   }
 }
@@ -73,6 +80,14 @@ FUSEREG_DEVICE_INLINE C terms(const cuda::Vec<T, kN>& v, Norm norm) {
   return sum;
 }
 
+template <class C, class T, int kN>
+FUSEREG_DEVICE_INLINE double share_of(const cuda::Vec<T, kN>& v, Norm norm) {
+  const auto found = static_cast<double>(terms<C>(v, norm));
+  return sizeof(C) == 8 || (found >= 1e-30 && found <= 1e38)
+             ? found
+             : terms<double>(v, norm);  // squares beyond float32's range, or zeros
+}
+
 template <class Table>
 __global__ void __launch_bounds__(kThreads) norm_kernel(FUSEREG_GRID_CONSTANT(Table, t)) {
   const Norm norm = t.head.norm;
@@ -87,10 +102,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(FUSEREG_GRID_CONSTANT(Ta
       share = greater(static_cast<double>(most), share);
       return;
     }
-    const auto found = static_cast<double>(terms<C>(v, norm));
-    share += sizeof(C) == 8 || (found >= 1e-30 && found <= 1e38)
-                 ? found
-                 : terms<double>(v, norm);  // squares beyond float32's range, or zeros
+    share += share_of<C>(v, norm);
   });
   const bool most = norm == Norm::kInfinity;
   const double block_share =
@@ -149,16 +161,20 @@ __global__ void __launch_bounds__(kThreads) adaptive_kernel(FUSEREG_GRID_CONSTAN
         static_cast<std::int64_t>(task - t.first_task[i]) * rows_per_task(item.row) +
         (by_warp ? cuda::warp_id() : 0);
     const std::int64_t begin = row * item.row;
-    const std::int64_t end = begin < item.numel ? begin + item.row : begin;
-    const std::int64_t first = begin + (by_warp ? cuda::lane_id() : threadIdx.x);
-    const int stride = by_warp ? cuda::kWarpSize : kThreads;
-    double squares[2] = {0.0, 0.0};
-    for (std::int64_t at = first; at < end; at += stride) {
-      const double g = load_one<double>(item.g_dtype, grad, at);
-      const double p = load_one<double>(item.p_dtype, item.p, at);
-      squares[0] += g * g;
-      squares[1] += p * p;
-    }
+    const std::int64_t length = begin < item.numel ? item.row : 0;
+    const unsigned thread = by_warp ? cuda::lane_id() : threadIdx.x;
+    const unsigned threads = by_warp ? cuda::kWarpSize : kThreads;
+    const auto square_sum = [&](DType dtype, const void* data) {
+      double sum = 0.0;
+      dispatch_dtype(dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        for_vectors<kRowAhead>(
+            static_cast<const T*>(data) + begin, length, thread, threads,
+            [&](const T*, const auto& v) { sum += share_of<Compute<T>>(v, Norm::kTwo); });
+      });
+      return sum;
+    };
+    double squares[2] = {square_sum(item.g_dtype, grad), square_sum(item.p_dtype, item.p)};
     if (by_warp) {
       squares[0] = cuda::warp_sum(squares[0]);
       squares[1] = cuda::warp_sum(squares[1]);
@@ -168,14 +184,17 @@ __global__ void __launch_bounds__(kThreads) adaptive_kernel(FUSEREG_GRID_CONSTAN
     const double factor =
         adaptive_factor(sqrt(squares[0]), sqrt(squares[1]), t.head.factor, t.head.eps);
     if (factor == 1.0) continue;
-    for (std::int64_t at = first; at < end; at += stride) {
-      if (item.g_dtype == DType::kFloat64) {
-        store_one(item.g_dtype, grad, at, load_one<double>(item.g_dtype, grad, at) * factor);
-      } else {
-        const auto by = static_cast<float>(factor);
-        store_one(item.g_dtype, grad, at, load_one<float>(item.g_dtype, grad, at) * by);
-      }
-    }
+    dispatch_dtype(item.g_dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const auto by = static_cast<Compute<T>>(factor);
+      for_vectors<kRowAhead>(static_cast<T*>(grad) + begin, length, thread, threads,
+                             [&](T* x, auto v) {
+                               FUSEREG_UNROLL
+                               for (int k = 0; k < v.kSize; ++k)
+                                 v[k] = from_compute<T>(to_compute(v[k]) * by);
+                               cuda::store(x, v);
+                             });
+    });
   }
 }
 

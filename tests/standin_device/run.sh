@@ -4,7 +4,7 @@
 set -euo pipefail
 folder=$(realpath "$1")
 shift
-module=$(find "$folder/module" -name '_C_standin*.so' | head -n 1)
+module=$(find "$folder/module/" -name '_C_standin*.so' | head -n 1)
 [ -n "$module" ] || { echo "no _C_standin module in $folder; build it with make test-standin" >&2; exit 1; }
 
 # The package as it is installed, with its benchmarks.

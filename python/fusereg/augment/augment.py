@@ -120,8 +120,9 @@ class Augment(Chain):
             ``mask_interpolation``: of floating masks ("nearest"). ``image_interpolation``: of
             further images ("bilinear" as the images). ``keypoint_pairs``: pairs of indices of
             points that change places where an image is mirrored. ``min_area`` (pixels) and
-            ``min_visibility`` (share): boxes with less are left out, with their rows in the values
-            beside them whose keys ``rows`` names ("labels", "masks", "keypoints", "area", ...).
+            ``min_visibility`` (share): boxes with less are left out, which waits for a GPU that
+            has them, with their rows in the values beside them whose keys ``rows`` names
+            ("labels", "masks", "keypoints", "area", ...).
             ``labels``: the keys of values that are mixed; by default those that say so ("label",
             "class", "target", "y"), while "image_id" and other names stay and the rest is refused.
             ``passthrough``: keys whose values stay as they are, or True for all that fusereg does

@@ -121,7 +121,8 @@ class AugmentParams(Drawn):
         size: (height, width) of the result.
 
     ``params[2:5]``, ``params[[3, 1]]`` and ``params[mask]`` select samples; partners of MixUp and
-    CutMix are followed, and must be among them (:meth:`without_mix` drops them).
+    CutMix are followed, and must be among them (:meth:`without_mix` drops them). To select of
+    parameters on a GPU, and to ask whether they move anything (``moves``), waits for it.
     """
 
     records: Tensor
@@ -325,12 +326,12 @@ class AugmentParams(Drawn):
         back = [e - f * q, c * q - b, b * f - c * e, f * p - d, a - c * p, c * d - a * f]
         back += [d * q - e * p, b * p - a * q]
         records = torch.zeros_like(self.records)
-        columns = [*range(6), 28, 29]
         # Adding 0 turns a negative zero into a zero.
-        records[:, columns] = torch.stack(back, 1) / (a * e - b * d)[:, None] + 0.0
+        values = torch.stack(back, 1) / (a * e - b * d)[:, None] + 0.0
+        records[:, :6], records[:, 28:] = values[:, :6], values[:, 6:]
         records[:, 14] = -1
         records[:, 15] = 1
-        records[:, [16, 21, 26]] = 1
+        records[:, 16:27:5] = 1
         return replace(self, records=records, input_size=self.size, size=self.input_size)
 
     def keypoints(self, points: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
@@ -359,7 +360,7 @@ class AugmentParams(Drawn):
 
     def inside(self, points: Tensor) -> Tensor:
         """Return whether points (x, y) of the result are within its pixels."""
-        limit = points.new_tensor([self.size[1], self.size[0]]) - 0.5
+        limit = memory.numbers((self.size[1], self.size[0]), points.dtype, points.device) - 0.5
         return ((points >= -0.5) & (points < limit)).all(-1)
 
     def boxes(

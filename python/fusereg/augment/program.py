@@ -247,7 +247,7 @@ def _warped(
     u = a[0] * columns + (a[1] * rows + a[2])[:, None]
     v = a[3] * columns + (a[4] * rows + a[5])[:, None]
     inside = (u >= -0.5) & (v >= -0.5) & (u < size[1] - 0.5) & (v < size[0] - 0.5)
-    shades = y.new_tensor(fill)[:, None, None]
+    shades = memory.numbers(fill, y.dtype, y.device)[:, None, None]
     return torch.where(memory.to_device(inside, y.device, op), y, shades)
 
 

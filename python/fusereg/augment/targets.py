@@ -509,7 +509,8 @@ class Targets:
                 places: Any = own.keypoints(b.reshape(-1, 4, 2) - 0.5)
                 moved = places + 0.5
                 mirrored = memory.to_device(own.mirrored, b.device, self.op)
-                turned = moved[:, [1, 0, 3, 2]]  # the corners' order stays clockwise
+                # The corners' order stays clockwise.
+                turned = moved.unflatten(1, (2, 2)).flip(2).flatten(1, 2)
                 moved = torch.where(mirrored[:, None, None], turned, moved).flatten(1)
             else:
                 form = name.lower()
@@ -536,7 +537,7 @@ class Targets:
             value = plain(leaf.value)
             flat = value[None] if leaf.sample is not None else value
             own = alone if leaf.sample is None else alone[[leaf.sample]]
-            flipped = mirrored if leaf.sample is None else mirrored[[leaf.sample]]
+            flipped = mirrored if leaf.sample is None else mirrored[leaf.sample, None]
             moved = own.keypoints(flat.reshape(len(flat), flat[:1].numel() // 2, 2))
             assert isinstance(moved, Tensor)
             seen = own.inside(moved).reshape(flat.shape[:-1])

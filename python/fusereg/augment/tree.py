@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ..core import memory
 from .params import corners_of
 
 # --- torchvision's types ---
@@ -252,7 +253,8 @@ def cut_corners(boxes: Any) -> Tensor:
     """Return boxes, or what is around their corners, as x0, y0, x1, y1 within their canvas."""
     corners = hulls_of(plain(boxes), str(boxes.format.value))
     height, width = boxes.canvas_size
-    return corners.clamp(min=0).minimum(corners.new_tensor([width, height, width, height]))
+    sides = memory.numbers((width, height, width, height), corners.dtype, corners.device)
+    return corners.clamp(min=0).minimum(sides)
 
 
 def area(corners: Tensor) -> Tensor:

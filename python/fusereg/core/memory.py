@@ -84,7 +84,9 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and _C.working_stream(_index(device)) is None
 
 
-def to_device(tensor: torch.Tensor, device: torch.device, op: str) -> torch.Tensor:
+def to_device(
+    tensor: torch.Tensor, device: torch.device, op: str, what: str = "parameters"
+) -> torch.Tensor:
     """Copy to a device through pinned memory, without waiting for it.
 
     While a CUDA graph is captured this is refused: each replay would copy whatever lies in that
@@ -96,8 +98,9 @@ def to_device(tensor: torch.Tensor, device: torch.device, op: str) -> torch.Tens
         return tensor.to(device)
     if capturing(device):
         raise RuntimeError(
-            f"fusereg.{op}: its parameters are on the CPU, and a CUDA graph that is captured would "
-            f"not copy them anew; pass them as tensors on {device}"
+            f"fusereg.{op}: its {what} are on the CPU, and a CUDA graph that is captured would "
+            "not copy them anew"
+            + (f"; pass them as tensors on {device}" if what == "parameters" else "")
         )
     return tensor.pin_memory().to(device, non_blocking=True)
 

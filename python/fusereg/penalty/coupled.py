@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..core import checks, dispatch, distributed
+from ..core import checks, dispatch, distributed, memory
 from ..core.arguments import check_type
 from ..core.groups import CoupledChannels, Groups, Member
 from ..core.params import by_device
@@ -335,7 +335,10 @@ def prox_(
             checks.check_apart(local, op, "params[{}]")
         for part in parts:
             device = part.layout.slot_of.device
-            limits, squares = thresholds.to(device), sums[1].to(device)
+            limits, squares = (
+                memory.to_device(thresholds, device, op, "weights"),
+                sums[1].to(device),
+            )
             dims, slot_of = part.layout[:2]
             status = _C.coupled_prox_(part.tensors, dims, slot_of, l1, limits, squares, op)
             _kernels.must(op, status)
@@ -371,7 +374,7 @@ class _Value(torch.autograd.Function):
         sharded = distributed.has_dtensor(family.tensors)
         tensors = family.tensors if sharded else list(local)
         parts, sums = _in_parts(op, family, tensors, l1, False)
-        weights = weights.to(sums.device)
+        weights = memory.to_device(weights, sums.device, op, "weights")
         norms = sums[1].sqrt()
         zero = norms == 0
         ctx.arguments = op, family, weights, l1, parts, sharded

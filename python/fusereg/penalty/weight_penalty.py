@@ -364,7 +364,9 @@ class WeightPenalty:
         Args:
             optimizer: a ``torch.optim.Optimizer``, or a wrapper such as Accelerate's around one.
             count_steps: call :meth:`step` after each step; with several optimizers, set it for one
-                of them only.
+                of them only. Of an optimizer that a ``GradScaler`` lets skip steps by itself
+                (``fused=True``), each step then waits for the device, to count what it did not
+                skip.
 
         Returns:
             An object with ``remove()``, which detaches the penalty, and ``value``, the penalty at
