@@ -415,6 +415,69 @@ def test_a_metric_logged_at_the_end_of_the_training_epoch_is_there() -> None:
     assert float(model.weight) == 3.0
 
 
+@pytest.mark.parametrize("kind", ["parts of an epoch", "every second epoch", "two loaders"])
+def test_checks_are_those_of_the_validations(kind: str) -> None:
+    """However often Lightning validates, and on however many loaders."""
+    seen: list[float] = []
+
+    class Model(Scripted):
+        def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:
+            pass
+
+        def on_validation_epoch_end(self) -> None:
+            seen.append(LOSSES[len(seen)])
+            self.log("val_loss", seen[-1])
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            with torch.no_grad():
+                self.weight.add_(1.0)  # as many as there were batches
+
+    options = {
+        "parts of an epoch": {"val_check_interval": 0.5},
+        "every second epoch": {"check_val_every_n_epoch": 2},
+        "two loaders": {},
+    }[kind]
+    one = DataLoader(TensorDataset(torch.zeros(2, 1)))
+    model, stopping = Model([0.0] * 20), EarlyStoppingCallback("val_loss", patience=3)
+    validation = [one, one] if kind == "two loaders" else one
+    trainer(stopping, max_epochs=20, **options).fit(model, one, validation)
+    assert seen == LOSSES[:7]  # the best is the fourth
+    assert stopping.stopper is not None
+    assert stopping.stopper.best == 2.0
+    batches = {"parts of an epoch": 1, "every second epoch": 4, "two loaders": 2}[kind]
+    assert float(model.weight) == 4.0 * batches
+
+
+def test_a_search_for_a_rate_leaves_no_trace() -> None:
+    """Lightning trains and validates for a while, and sets back what it knows of."""
+    from lightning.pytorch.tuner import Tuner
+
+    class Tuned(Regression):
+        lr = 0.1
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+        def on_validation_epoch_end(self) -> None:
+            self.log("loss", self.net[0].weight.detach().abs().sum())
+
+    def callbacks() -> list[Any]:
+        return [PenaltyCallback(l1=0.02), EarlyStoppingCallback("loss", patience=2)]
+
+    loader = DataLoader(data(), 4)
+    found, plain = Tuned(), Tuned()
+    penalty, stopping = callbacks()
+    searched = trainer(penalty, stopping)
+    Tuner(searched).lr_find(found, loader, loader, num_training=5, update_attr=False)
+    assert penalty.penalty is None or penalty.penalty.steps == 0
+    assert stopping.stopper is None or stopping.stopper.epoch is None
+    searched.fit(found, loader, loader)
+    trainer(*callbacks()).fit(plain, loader, loader)
+    assert_same(found, plain, 0.0)
+    assert penalty.penalty is not None
+    assert penalty.penalty.steps == 12
+
+
 def test_several_metrics() -> None:
     model = Scripted(LOSSES)
     stopping = EarlyStoppingCallback(weights={"val_loss": 1.0, "twice": -1.0}, patience=1)

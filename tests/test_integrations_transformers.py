@@ -222,6 +222,19 @@ def test_adamw_of_fusereg_is_the_trainers_own(tmp_path: Path) -> None:
     assert_same(wanted, got)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])  # linear is the default
+def test_ftrl_learns_under_the_trainers_schedule(schedule: str, tmp_path: Path) -> None:
+    """The rate ends at 0; the weights must not."""
+    args = arguments(tmp_path, lr_scheduler_type=schedule, num_train_epochs=30, learning_rate=0.3)
+    model = Regression()
+    rows = Rows()
+    before = float(model(rows.x, rows.y)["loss"])
+    trainer = train(model, args, optimizer_cls_and_kwargs=optimizer_of(args, "FTRL"))
+    assert trainer.optimizer.param_groups[0]["lr"] < 0.01
+    assert float(model(rows.x, rows.y)["loss"]) < 0.3 * before
+    assert float(model.net[0].weight.detach().abs().max()) > 0.2
+
+
 def test_an_optimizer_or_an_option_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="optimizer must be one of AdamW, Adam, SGD"):
         optimizer_of(arguments(tmp_path), "Lion")

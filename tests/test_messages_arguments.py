@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -228,3 +229,66 @@ def test_what_gets_no_gradient_is_not_taken_while_it_waits_for_one(name: str) ->
     with torch.no_grad():
         call(_WAITING)
     call(_WAITING.detach())
+
+
+# --- what says nothing, or is not there yet -------------------------------------------------------
+
+
+def test_adding_a_penalty_needs_a_strength_and_0_is_one() -> None:
+    layer = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match=r"^fusereg.add_penalty_grad_: no strength is given; pass"):
+        fusereg.add_penalty_grad_(layer)
+    assert layer.weight.grad is None
+    assert fusereg.add_penalty_grad_(layer, l1=0.0) == 0.0
+
+
+@pytest.mark.parametrize("of", ["model_at", "used_at"])
+def test_a_point_of_a_path_is_no_strength(of: str) -> None:
+    path = fusereg.path(lambda: nn.Linear(2, 1), lambda *_: None, lambda _: 1.0, strengths=[0.1, 2])
+    for wrong in (0.1, None, dataclasses.replace(path.points[0], strength=7.0)):
+        with pytest.raises(ValueError, match=r"such as path.chosen .* strengths are 0.1, 2$"):
+            getattr(path, of)(wrong)
+    getattr(path, of)(path.points[1])
+
+
+@pytest.mark.parametrize("value", [None, "a", [0.1]])
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_numbers_of_param_groups_are_numbers(name: str, value: Any) -> None:
+    """When a group is added, and at the step after it was changed."""
+    weight = nn.Parameter(torch.ones(2))
+    text = rf"^fusereg.optim.SGD: {name} must be a number"
+    with pytest.raises(TypeError, match=text):
+        optim.SGD([{"params": [weight], name: value}], lr=0.1)
+    with pytest.raises(ValueError, match=f"{name} must be not negative, got -1"):
+        optim.SGD([{"params": [weight], name: -1.0}], lr=0.1)
+    optimizer = optim.SGD([weight], lr=0.1)
+    optimizer.param_groups[0][name] = value
+    weight.grad = torch.ones(2)
+    with pytest.raises(TypeError, match=text):
+        optimizer.step()
+    assert weight.tolist() == [1.0, 1.0]
+
+
+LAZY: dict[str, Callable[[nn.Module, Path], Any]] = {
+    "EarlyStopping": lambda m, _: EarlyStopping(m, patience=2).step(1.0, epoch=0),
+    "EarlyStopping on disk": lambda m, folder: EarlyStopping(m, patience=2, folder=folder),
+    "TrainingRun": lambda m, folder: [*TrainingRun(folder, model=m).epochs(1)],
+    "WeightPenalty": lambda m, _: WeightPenalty(m, l1=0.1).penalty(),
+    "add_penalty_grad_": lambda m, _: fusereg.add_penalty_grad_(m, l1=0.1),
+    "prox": lambda m, _: fusereg.prox.l1_(m, 0.1),
+    "sparsity": lambda m, _: fusereg.sparsity(m),
+    "groups_of": lambda m, _: fusereg.groups_of(m, torch.ones(2, 4)),
+    "compact": lambda m, _: fusereg.compact(m, torch.ones(2, 4)),
+    "param_groups_weight_decay": lambda m, _: optim.param_groups_weight_decay(m, 0.1),
+}
+
+
+@pytest.mark.parametrize("call", LAZY)
+def test_a_lazy_model_is_to_be_called_once_first(call: str, tmp_path: Path) -> None:
+    if call in ("groups_of", "compact"):
+        pytest.importorskip("torch_pruning")
+    model = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(1))
+    with pytest.raises(ValueError, match=r"^fusereg\..* is an uninitialized parameter of a lazy"):
+        LAZY[call](model, tmp_path)
+    model(torch.ones(2, 4))
+    LAZY[call](model, tmp_path)

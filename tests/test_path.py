@@ -383,7 +383,7 @@ def test_what_a_smaller_network_costs_is_measured() -> None:
         ({"strengths": [0.1, 0.1]}, ValueError, "must ascend or descend"),
         ({"strengths": [0.1, 0.3, 0.2]}, ValueError, "must ascend or descend"),
         ({"strengths": [-0.1]}, ValueError, "not negative"),
-        ({"strengths": []}, ValueError, "finite"),
+        ({"strengths": []}, ValueError, "at least one, got none"),
         ({"strengths": "weak"}, TypeError, "an int or a sequence"),
         ({"strengths": 3, "penalized": None}, ValueError, "needs penalized="),
         ({"mode": "large"}, ValueError, "mode must be"),

@@ -274,7 +274,7 @@ def test_group_lasso_of_a_vector_is_l1(backend: Backend) -> None:
         {"l1": 0.3, "l2": 0.7},
         {"group": 0.2},
         {"l1": 0.3, "l2": 0.7, "group": 0.2},
-        {},
+        {"l1": 0.0},
     ],
     ids=str,
 )
@@ -419,6 +419,19 @@ def test_nan_stays_visible(dtype: torch.dtype, backend: Backend) -> None:
     w[1, 2] = float("nan")
     fusereg.prox.l1_(w, 0.1)
     assert w.isnan().sum() == 1
+
+
+def test_a_term_of_strength_zero_is_left_out(dtype: torch.dtype, backend: Backend) -> None:
+    """Of NaN and infinities, too, which a multiplication by zero would make NaN."""
+    w = torch.tensor([[float("nan"), float("inf"), 1.0]], dtype=dtype, device=backend.device)
+    w.requires_grad_()
+    for penalty in (F.l1_penalty, F.l2_penalty, F.group_lasso_penalty):
+        value = penalty(w, 0.0)
+        value.backward()
+        assert value == 0.0
+    assert fusereg.add_penalty_grad_(w, l1=0.0) == 0.0
+    assert w.grad is not None
+    assert not w.grad.any()
 
 
 def test_infinity(dtype: torch.dtype, backend: Backend) -> None:

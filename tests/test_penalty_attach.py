@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -281,3 +282,29 @@ def test_the_same_penalty_is_not_attached_twice_to_one_optimizer() -> None:
     WeightPenalty(model, l1=0.1).attach(optimizer)  # another one
     attached.remove()
     penalty.attach(optimizer)
+
+
+@pytest.mark.parametrize("only", ["all", "some", "others"])
+def test_what_the_step_adds_is_not_added_by_hand_too(only: str) -> None:
+    """Refused before anything is written; another optimizer's parameters may be."""
+    model = network()
+    first, last = (torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 3))
+    penalty = WeightPenalty(model, l1=0.1)
+    attached = penalty.attach(first)
+    model[0].weight.grad = torch.zeros_like(model[0].weight)
+    chosen = {"all": None, "some": model[0].parameters(), "others": model[3].parameters()}[only]
+    if only == "others":
+        penalty.add_grad_(only=chosen)
+        last.step()
+    else:
+        with pytest.raises(ValueError, match=r"attached to an optimizer.*would count twice"):
+            penalty.add_grad_(only=chosen)
+    wanted = 0.1 * model[0].weight.detach().sign()
+    first.step()
+    torch.testing.assert_close(model[0].weight.grad, wanted, rtol=0.0, atol=1e-12)
+    attached.remove()
+    penalty.add_grad_()
+    attached = penalty.attach(first)
+    del first  # the optimizer is no more, though what attach() returned is
+    gc.collect()
+    penalty.add_grad_()

@@ -84,7 +84,12 @@ bool has_step(Algorithm algorithm) { return algorithm != Algorithm::kSgd; }
 // A Python number, or a tensor of one element: the CPU's is read now, the device's by the kernel.
 Scalar read_number(py::handle value, const Device& device, const char* op, const char* name) {
   if (is_number(value)) return {number_argument(value, op, name)};
-  const TensorView v = tensor_argument(value, op, name);
+  TensorView v;
+  if (read_tensor(value, v) == Kind::kNotTensor) {
+    throw py::type_error(std::string("fusereg.") + op + ": " + name +
+                         " must be a number or a tensor of one, got " + type_name(value));
+  }
+  v = tensor_argument(value, op, name);
   if (v.numel != 1 || (v.device != device && v.device.type != kDLCPU)) {
     throw py::value_error(std::string("fusereg.") + op + ": " + name + " must be one element on " +
                           device.name() + ", got " + std::to_string(v.numel) + " on " +

@@ -143,6 +143,10 @@ Sums elements_with(T* w, T* g, std::int64_t n, const Coefficients& c) {
   if constexpr (op == Op::kProx) {
     return elements<T, op, Terms::kBoth>(w, g, n, c);
   } else {
+    if (op == Op::kWriteGrad && c.l1 == 0.0 && c.l2 == 0.0) {
+      memset(g, 0, static_cast<std::size_t>(n) * sizeof(T));  // of NaN, too
+      return {};
+    }
     if (c.l2 == 0.0) return elements<T, op, Terms::kL1>(w, g, n, c);
     if (c.l1 == 0.0) return elements<T, op, Terms::kL2>(w, g, n, c);
     return elements<T, op, Terms::kBoth>(w, g, n, c);

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..convert.layers import ORIGINAL, Adapted, adapt_back, swap_back
+from ..core.modules import check_materialized
 from .parts import (
     BATCH_NORM,
     CONV,
@@ -139,6 +140,7 @@ def inputs_of(model: nn.Module, example_inputs: object, op: str) -> Inputs:
 
 def plain_copy(model: nn.Module, op: str) -> nn.Module:
     """Return a copy in float64 and evaluation, with the classes that layers had before convert."""
+    check_materialized(model, f"fusereg.{op}")
     try:
         found = copy.deepcopy(model)
     except Exception as error:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
+from .modules import check_materialized
 
 Place: TypeAlias = Literal["cpu", "device"]
 
@@ -265,7 +266,13 @@ class Sources:
 
     def states(self) -> dict[str, Any]:
         """Return what each object's ``state_dict()`` returns now."""
-        return {name: thing.state_dict() for name, thing in self._current().items()}
+        return self._states_of(self._current())
+
+    def _states_of(self, objects: Mapping[str, Stateful]) -> dict[str, Any]:
+        for name, thing in objects.items():
+            if isinstance(thing, nn.Module):
+                check_materialized(thing, f"{self._op}: {name}")
+        return {name: thing.state_dict() for name, thing in objects.items()}
 
     def __bool__(self) -> bool:
         return bool(self._objects)
@@ -315,7 +322,7 @@ class Sources:
         objects = self._current()
         memo: Memo = {}
         with _normal_tensors():
-            states = {name: thing.state_dict() for name, thing in objects.items()}
+            states = self._states_of(objects)
             buffers = {
                 name: _outside(thing, states[name])
                 for name, thing in objects.items()

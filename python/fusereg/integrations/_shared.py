@@ -16,7 +16,8 @@ from ..core.hints import explains, public_class
 from ..core.params import Key
 from ..early_stopping.stopper import ELSEWHERE
 from ..penalty.names import SPARED
-from ..penalty.weight_penalty import UNSET, Rule, check_given
+from ..penalty.strengths import UNSET
+from ..penalty.weight_penalty import Rule, check_given
 
 #: Arguments of EarlyStopping that concern a model or a folder, of which a new callback has none.
 _LATER = {

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..core.arguments import check_type
 from ..core.hints import explains
+from ..core.modules import check_materialized
 from ..core.params import Key, output_dim
 from ..penalty.names import WORDS, named_parameters
 from ..penalty.weight_penalty import WeightPenalty
@@ -57,6 +58,7 @@ def param_groups_weight_decay(
     """
     where = "fusereg.optim.param_groups_weight_decay: model"
     check_type(model, nn.Module, where, "a torch.nn.Module")
+    check_materialized(model, "fusereg.optim.param_groups_weight_decay")
     by_type = "group" in options and "group_dim" not in options
     found = WeightPenalty(model, l2=0.0, exclude=exclude)
     excluded = set(found.excluded)

@@ -98,9 +98,6 @@ class RegularizedOptimizer(Averages):
     ) -> None:
         check_options(self, f"fusereg.optim.{self._name}", options, self._options())
         shared: dict[str, Any] = {**DEFAULTS, **options}
-        for name in _NOT_NEGATIVE:
-            if name in defaults:
-                self._check_number(name, defaults[name])
         for i, beta in enumerate(defaults.get("betas", ())):
             self._check_number(f"betas[{i}]", beta, 1.0)
         self.max_grad_norm, self.groups, self.group_weights = (shared.pop(name) for name in _OWN)
@@ -303,8 +300,10 @@ class RegularizedOptimizer(Averages):
             raise ValueError(f"{where} must be {wanted}, got {value}")
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise if a group's strengths are out of range, or do not go with its ``prox``."""
+        """Raise if a group's numbers are out of range, or do not go with its ``prox``."""
         where = f"fusereg.optim.{self._name}: "
+        for name in filter(self.defaults.__contains__, _NOT_NEGATIVE):
+            self._check_number(name, group[name])
         for name in ("l1", "l2", "group"):
             if isinstance(group[name], Tensor):
                 self._check_number(name, group[name])

@@ -89,9 +89,19 @@ class RegularizationPath:
         Raises:
             ValueError: this is no point of the path, or the path holds no weights.
         """
-        if self._load is None or point not in self.points:
+        self._check(point)
+        if self._load is None:
             raise ValueError(f"{OP}: no weights are held of {point!r}")
         return self._load(self.points.index(point))
+
+    def _check(self, point: PathPoint) -> None:
+        """Raise unless this is one of the points."""
+        if point not in self.points:
+            strengths = ", ".join(f"{p.strength:g}" for p in self.points)
+            raise ValueError(
+                f"{OP}: this must be one of the path's points, such as path.chosen or "
+                f"path.points[0], got {point!r}; their strengths are {strengths}"
+            )
 
     # -- groups --
 
@@ -114,7 +124,12 @@ class RegularizationPath:
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def used_at(self, point: PathPoint) -> list[str]:
-        """Return the names of the penalized groups that a point's network uses."""
+        """Return the names of the penalized groups that a point's network uses.
+
+        Raises:
+            ValueError: this is no point of the path.
+        """
+        self._check(point)
         return [name for name, used in zip(self.names, point.used, strict=True) if used]
 
     # -- tables and files --

@@ -202,7 +202,9 @@ def _check_strengths(strengths: Any, penalized: Any) -> int | list[float]:
         raise TypeError(
             f"{OP}: strengths must be an int or a sequence of numbers, got {strengths!r}"
         ) from None
-    if not found or not all(0 <= s < math.inf for s in found):
+    if not found:
+        raise ValueError(f"{OP}: strengths must be at least one, got none")
+    if not all(0 <= s < math.inf for s in found):
         raise ValueError(f"{OP}: strengths must be finite and not negative, got {found}")
     steps = [b - a for a, b in itertools.pairwise(found)]
     if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):

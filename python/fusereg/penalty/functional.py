@@ -16,7 +16,7 @@ from . import dtensor as _dtensor
 from . import kernels as _kernels
 from . import op as _op
 from .coupled import Weights
-from .strengths import NO_PENALTY, Listed, Strength, Strengths, check_dim, collect
+from .strengths import NO_PENALTY, UNSET, Listed, Strength, Strengths, check_dim, collect
 
 __all__ = [
     "add_penalty_grad_",
@@ -213,9 +213,9 @@ def group_lasso_penalty(
 def add_penalty_grad_(
     params: Params,
     *,
-    l1: Strength = 0.0,
-    l2: Strength = 0.0,
-    group: Strength = 0.0,
+    l1: Strength = UNSET,
+    l2: Strength = UNSET,
+    group: Strength = UNSET,
     grad_scale: Tensor | float | None = None,
     group_dim: int = 0,
 ) -> Tensor:
@@ -235,7 +235,8 @@ def add_penalty_grad_(
         params: a tensor, an iterable of tensors, or a module. Any mix of float64, float32, float16,
             bfloat16, devices and layouts. A missing ``.grad`` is created. A tensor that needs no
             gradient counts in the value only.
-        l1, l2, group: strengths >= 0, one number or one per tensor.
+        l1, l2, group: strengths >= 0, one number or one per tensor; one of them must be given (0 is
+            one).
         grad_scale: factor by which the loss was multiplied before ``backward()``, as by a
             ``GradScaler``, so that unscaling gives the right sum: a number or a 0-d tensor (read on
             the device). The returned value is not scaled.
@@ -256,6 +257,8 @@ def add_penalty_grad_(
         >>> optimizer.step()
     """
     op = "add_penalty_grad_"
+    if l1 is UNSET and l2 is UNSET and group is UNSET and not torch.compiler.is_compiling():
+        raise ValueError(f"fusereg.{op}: no strength is given; pass l1, l2 or group")
     s = Strengths(l1, l2, group, check_dim(op, group_dim, "group_dim"))
     return add_grads(op, collect(op, params, s), grad_scale)
 

@@ -15,6 +15,9 @@ from ..core import params as _params
 
 Strength: TypeAlias = float | Sequence[float]
 
+#: The default of a strength: equal to 0, but not the 0 that a caller passes.
+UNSET = float("0.0")
+
 
 class Strengths(NamedTuple):
     """Strengths, each one number or one per tensor, and the dimension whose indices are the groups.

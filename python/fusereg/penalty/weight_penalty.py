@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -20,7 +21,7 @@ from ..core.params import Key
 from .functional import add_grads, evaluate
 from .kernels import sum_on_first
 from .names import SPARED, WORDS, Keys, Named, Places, named_parameters, unpenalizable
-from .strengths import Listed, Strengths, check_number, dimension_of, factor_at, listed
+from .strengths import UNSET, Listed, Strengths, check_number, dimension_of, factor_at, listed
 
 __all__ = ["AttachedPenalty", "PenaltyGroup", "WeightPenalty"]
 
@@ -46,9 +47,6 @@ Rule = Mapping[str, float | int | None] | None
 OP = "fusereg.WeightPenalty"
 _STRENGTHS = ("l1", "l2", "group")
 _log = logging.getLogger("fusereg")
-#: The default of a strength: equal to 0, but not the 0 that a caller passes.
-UNSET = float("0.0")
-
 
 #: Names of its arguments elsewhere.
 ELSEWHERE = {
@@ -331,7 +329,18 @@ class WeightPenalty:
             grad_scale: factor of the gradient that is added.
             only: restrict gradient and R to these parameters. Where several optimizers take turns,
                 pass the parameters of the one that steps.
+
+        Raises:
+            ValueError: as there; or the penalty is attached to an optimizer that holds some of the
+                parameters, so that its next step would add their gradient once more.
         """
+        chosen = None if only is None else list(only)
+        # torch.compile cannot trace weak references.
+        if not torch.compiler.is_compiling():
+            _check_not_attached(self, chosen)
+        return self._add_grad(grad_scale, chosen)
+
+    def _add_grad(self, grad_scale: Tensor | float | None, only: Iterable[Tensor] | None) -> Tensor:
         return self._sum_of(add_grads, self._listed(only), grad_scale)
 
     def _sum_of(self, call: Callable[..., Tensor], parts: Iterable[Listed], *args: Any) -> Tensor:
@@ -495,11 +504,14 @@ class AttachedPenalty:
             inner.register_step_pre_hook(self._before),
             inner.register_step_post_hook(self._after),
         )
+        self._optimizer = weakref.ref(inner)
+        _attached.add(self)
 
     def remove(self) -> None:
         """Detach the penalty from the optimizer. A second call does nothing."""
         for handle in self._handles:
             handle.remove()
+        _attached.discard(self)
 
     def _before(
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -536,6 +548,24 @@ class AttachedPenalty:
             self._penalty.step()
 
 
+#: All that are attached.
+_attached: weakref.WeakSet[AttachedPenalty] = weakref.WeakSet()
+
+
+def _check_not_attached(penalty: WeightPenalty, only: list[Tensor] | None) -> None:
+    """Raise if the next step of an optimizer adds the gradient of some of the parameters, too."""
+    for attached in [a for a in _attached if a._penalty is penalty]:
+        optimizer = attached._optimizer()
+        held = {id(p) for p in _held(optimizer)} if optimizer is not None else set()
+        chosen = (p for g in penalty.groups for p in g.params) if only is None else only
+        if any(id(p) in held for p in chosen):
+            raise ValueError(
+                f"{OP}.add_grad_: the penalty is attached to an optimizer, whose step adds the "
+                "gradient, so that it would count twice; leave this call out, or call remove() of "
+                "what attach() returned first. penalty() returns the value"
+            )
+
+
 def skips_step(optimizer: Any) -> bool:
     """Return whether a GradScaler's overflow makes a step that runs on the device change nothing.
 
@@ -555,7 +585,7 @@ def add_for(penalty: WeightPenalty, optimizer: Any, grad_scale: Tensor | None) -
     if all(p.grad is None for p in own):
         penalty._check_current()  # as those that have gradients now may be new ones
         return None
-    return penalty.add_grad_(grad_scale=grad_scale, only=own)
+    return penalty._add_grad(grad_scale, own)
 
 
 def _held(optimizer: Any) -> list[Tensor]:
