@@ -136,6 +136,8 @@ def test_training_and_evaluation_equal_torch_over_three_batch_sizes(make: Make, 
         if make is basic
         else {"batch_norm + relu": 2, "batch_norm + silu": 2}
     )
+    if then == "inductor":  # which fuses them itself
+        expected = {}
     # Training, training with any batch size, and evaluation.
     assert fused() == {what: 3 * n for what, n in expected.items()}
     assert counters["fusereg"]["graphs"] == 3
@@ -497,9 +499,10 @@ def test_an_unknown_option_or_mode_is_an_error(mode: Any, options: Any, words: s
         fusereg_backend(module, [], mode=mode, options=options)
 
 
+@pytest.mark.parametrize("make", [Separable, basic], ids=["depthwise", "others"])
 @pytest.mark.parametrize("given", [None, True, False])
 def test_inductor_gives_gradients_of_convolutions_channels_last_unless_told_not_to(
-    given: bool | None, monkeypatch: pytest.MonkeyPatch
+    given: bool | None, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, Any]] = []
 
@@ -509,9 +512,92 @@ def test_inductor_gives_gradients_of_convolutions_channels_last_unless_told_not_
 
     monkeypatch.setattr(compiler, "lookup_backend", lambda name: inductor)
     options = {"then": "inductor", **({} if given is None else {"channels_last": given})}
-    torch.compile(Separable(), backend=fusereg_backend, options=options)(torch.randn(2, 3, 8, 8))
-    wanted = given is not False and torch.backends.mkldnn.is_available()
+    torch.compile(make(), backend=fusereg_backend, options=options)(torch.randn(2, 3, 8, 8))
+    wanted = make is Separable and given is not False and torch.backends.mkldnn.is_available()
     assert seen == [{"force_layout_optimization": True} if wanted else {}]
+
+
+class Norms(nn.Module):
+    """Batch norms of fusereg in each form that a layer or a call can have."""
+
+    def __init__(self, momentum: float | None = 0.1, **options: Any) -> None:
+        super().__init__()
+        activations = (None, "relu", "leaky_relu", "silu", "gelu")
+        self.norms = nn.ModuleList(
+            fusereg.nn.BatchNorm2d(
+                3, momentum=momentum, activation=a, negative_slope=0.2, **options
+            )
+            for a in activations
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm in self.norms:
+            x = norm(x, residual=x * 0.5) + norm(x)
+        return x
+
+
+def through_inductor(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, list[torch.fx.Graph]]:
+    """Return the model compiled, and the graphs that Inductor got; they are run as they are."""
+    graphs: list[torch.fx.Graph] = []
+
+    def inductor(module: torch.fx.GraphModule, inputs: Any, config_patches: Any) -> Any:
+        graphs.append(module.graph)
+        return module.forward
+
+    monkeypatch.setattr(compiler, "lookup_backend", lambda name: inductor)
+    return compiled(model, then="inductor"), graphs
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        basic,
+        lambda: fusereg.convert(basic()),
+        Norms,
+        *(lambda option=option: Norms(**{option: False}) for option in (
+            "affine", "bias", "track_running_stats", "update_stats",
+        )),
+    ],
+    ids=["torch", "converted", "native", "no affine", "no bias", "no tracking", "no updates"],
+)  # fmt: skip
+def test_batch_norm_is_left_to_inductor_on_cpus(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = stir(without_dropout(make())).double()
+    twin = copy.deepcopy(model)
+    run, graphs = through_inductor(twin, monkeypatch)
+    for training in (True, True, False):
+        model.train(training)
+        twin.train(training)
+        x = images(5)
+        for got, wanted in zip(step(run, x), step(model, x), strict=True):
+            close(got, wanted)
+        same_state(twin, model)
+    assert len(graphs) == 2
+    for graph in graphs:
+        called = {node.target for node in graph.nodes}
+        assert F.batch_norm in called
+        assert fusereg.functional.batch_norm not in called
+    assert fused() == {}
+    assert set(counters["fusereg left"]) == {"batch_norm: Inductor fuses it itself on CPUs"}
+
+
+@pytest.mark.parametrize("drops", ["layer", "native", "cumulative"])
+def test_what_inductor_cannot_fuse_of_batch_norm_stays_one_call(
+    drops: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if drops == "layer":
+        model: nn.Module = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.25))
+    else:
+        more: dict[str, Any] = {"dropout": 0.25} if drops == "native" else {"momentum": None}
+        model = fusereg.nn.BatchNorm2d(3, activation="relu", **more)
+    run, graphs = through_inductor(model, monkeypatch)
+    run(images(5).float())
+    called = [node.target for node in graphs[0].nodes if node.op == "call_function"]
+    assert called == [fusereg.functional.batch_norm]
+    assert fused() == ({"batch_norm + relu + dropout": 1} if drops == "layer" else {})
 
 
 def test_a_graph_is_reported_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
@@ -553,6 +639,7 @@ def test_inductor_may_cache_what_the_rewritten_graph_becomes(
         return module.forward
 
     monkeypatch.setattr("fusereg.backend.compiler.lookup_backend", lambda name: inductor)
-    compiled(Separable(), then="inductor", mode="max-autotune-no-cudagraphs")(images().float())
-    assert fused() == {"batch_norm + relu": 2, "batch_norm + silu": 2}
+    model = nn.Sequential(Separable(), nn.Dropout(0.5))
+    compiled(model, then="inductor", mode="max-autotune-no-cudagraphs")(images().float())
+    assert fused() == {"dropout": 1}
     assert patches[0]["max_autotune"] is True

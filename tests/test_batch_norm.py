@@ -310,6 +310,31 @@ def test_nan_and_inf_stay_in_their_channel(
     assert dirty["var"][2].isnan()
 
 
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("shape", [(33, 5), (3, 5, 70), (4, 19, 5, 7)], ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", *SMOOTH])
+def test_the_gradient_passes_a_nan_as_in_torch(
+    activation: str, residual: bool, shape: tuple[int, ...], dtype: torch.dtype, backend: Backend
+) -> None:
+    """A ReLU passes it on whole, a leaky ReLU times the slope, smooth ones make it NaN."""
+    for training, channels_last in itertools.product((False, True), (False, len(shape) == 4)):
+        case = make(shape, dtype, backend, channels_last, residual)
+        dirty = case.x if case.residual is None else case.residual
+        lines = dirty.transpose(0, 1).flatten(1)  # a copy
+        for channel, element in ((0, 0), (1, 7), (3, -1), (4, 11)):
+            lines[channel, element] = float("nan")
+        dirty.copy_(lines.view(dirty.transpose(0, 1).shape).transpose(0, 1))
+        found, wanted = ours(case, training, activation), exact(case, training, activation)
+        assert wanted["grad_bias"].isnan().any() == (activation in SMOOTH)
+        # In evaluation a NaN of x has no gradient here, which docs/migration.md says.
+        wanted["grad_x"] = torch.where(case.x.cpu().isnan(), torch.nan, wanted["grad_x"])
+        for name, t in wanted.items():
+            assert torch.equal(found[name].cpu().isnan(), t.isnan()), name
+        finite = [{k: t.nan_to_num() for k, t in of.items()} for of in (found, wanted)]
+        assert_near(finite[0], finite[1], dtype)
+
+
 # --- dropout, masks, layouts ----------------------------------------------------------------------
 
 

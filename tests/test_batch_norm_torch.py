@@ -323,6 +323,27 @@ def test_compile_fullgraph_updates_the_statistics(momentum: float | None) -> Non
     assert torch.allclose(compiled(x), eager(x), atol=1e-6)
 
 
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_compiled_code_passes_a_nan_s_gradient_as_eager_calls(activation: str) -> None:
+    x, grad = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
+    residual = torch.randn(4, 3, 5)
+    residual[1, 2, 3] = torch.nan
+
+    def gradients(function: Any) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+        return torch.autograd.grad(function(*leaves), leaves, grad)
+
+    def call(x: Tensor, residual: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, None, None, True, residual=residual, **options)
+
+    options: dict[str, Any] = {"activation": activation, "negative_slope": 0.5}
+    torch._dynamo.reset()
+    found = gradients(torch.compile(call, fullgraph=True, backend="aot_eager"))
+    for got, wanted in zip(found, gradients(call), strict=True):
+        assert torch.equal(got, wanted)
+    assert found[1][1, 2, 3] == grad[1, 2, 3] * (1.0 if activation == "relu" else 0.5)
+
+
 # --- the pieces for other kinds -------------------------------------------------------------------
 
 

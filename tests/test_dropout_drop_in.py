@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusereg
 from fusereg import functional as F
@@ -279,6 +281,20 @@ def test_each_number_of_dimensions_is_dropped_as_by_torch(name: str, dims: int) 
                 assert result.unique().numel() <= 2
 
 
+@pytest.mark.parametrize("shape", [(6, 4), (3, 4, 5, 5, 2)], ids=str)
+def test_a_converted_model_takes_what_torchs_dropout2d_takes(shape: tuple[int, ...]) -> None:
+    """An example of 2020 has a Dropout2d of rows behind its first linear layer."""
+    plain = nn.Sequential(nn.Dropout2d(0.5), nn.Flatten())
+    converted = fusereg.convert(nn.Sequential(nn.Dropout2d(0.5), nn.Flatten()))
+    x = torch.ones(shape)
+    for training in (True, False):
+        result, warned = quiet(converted.train(training), x)
+        wanted, also_warned = quiet(plain.train(training), x)
+        assert len(warned) == len(also_warned) == 1
+        assert result.shape == wanted.shape
+        assert set(result.unique().tolist()) <= {0.0, 2.0 if training else 1.0}
+
+
 def test_the_warning_points_to_the_caller() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -312,6 +328,26 @@ def test_results_have_torchs_strides_in_eager_compiled_and_fake_calls(
         wanted,
         torch.empty_like(x).stride(),
     )
+
+
+# --- modes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [fusereg.nn.Dropout(0.5), fusereg.nn.BatchNorm1d(4)], ids=repr)
+def test_a_checkpoint_has_forward_and_backward_inside_of_a_mode_or_neither(
+    layer: nn.Module,
+) -> None:
+    def forward() -> Tensor:
+        x = torch.ones(3, 4).cumsum(0).requires_grad_()
+        y: Tensor = checkpoint(lambda t: layer(t * 2) * t, x, use_reentrant=False)
+        return y.sum()
+
+    with FlopCounterMode(display=False):
+        inside = forward()
+        forward().backward()
+    with pytest.raises(CheckpointError):  # which docs/migration.md lists
+        inside.backward()
+    forward().backward()
 
 
 # --- scripting ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ layers; a U-Net. Each consists of torch's layers.
 - ``backend fusereg``: the network compiled with ``backend="fusereg"``, which also finds dropout,
   sum and norm in its graph; all that is not fused runs as in ``eager``. With fusereg's optimizer.
 - ``inductor``: the network compiled with Inductor.
+- ``fusereg, inductor``: the converted network compiled with Inductor, with fusereg's optimizer.
 - ``backend fusereg, inductor``: the graph that the backend has rewritten, compiled with Inductor,
   and fusereg's optimizer.
 """

@@ -41,8 +41,9 @@
 // mask: one byte for each (o, i), o * inner + i; where it is 0 an element belongs to no statistic,
 // y and grad_x are 0. Applies to padded sequences.
 //
-// bits: the sign of z, 1 where z > 0, kept for a ReLU or leaky ReLU after a residual was added
-// (without one, backward computes z again from x). One line of bytes for each line of memory: the
+// bits: whether the activation passes the gradient on whole: a leaky ReLU where z > 0, a ReLU where
+// not z <= 0, so that a NaN does, as in torch. Kept for these after a residual was added (without
+// one, backward computes z again from x). One line of bytes for each line of memory: the
 // inner elements of (o, c), or with inner = 1 the channels of o; each line starts at a new byte,
 // bit e % 8 of byte e / 8 is element e; bits past a line's end are zero.
 //

@@ -118,7 +118,7 @@ struct Write {
     Vector<float> z = (get<kHow>(x + at.i, n) - k.m) * k.a + k.b;
     if constexpr (kResidual) z += get<kHow>(residual + at.i, n);
     if constexpr (kAfter == After::kReluBits)
-      put_bits(bits + at.line, at.e, positive_bits(z), kHow == How::kPart ? n : kWidth<float>);
+      put_bits(bits + at.line, at.e, passing_bits<true>(z), kHow == How::kPart ? n : kWidth<float>);
     if constexpr (kAfter != After::kNothing) z = relu(z);
     put<kHow>(y + at.i, z, n);
   }
@@ -144,8 +144,8 @@ struct GradientOf {
     const Vector<float> g = get<kHow>(grad + at.i, n);
     if constexpr (kAfter == After::kNothing) return g;
     if constexpr (kAfter == After::kRelu) {
-      // As d * a + b > 0, and for all numbers: a sum is rounded to its sign. One instruction less.
-      return d * k.a > -k.b ? g : Vector<float>{};
+      // As d * a + b <= 0, and for all numbers: a sum is rounded to its sign. One instruction less.
+      return d * k.a <= -k.b ? Vector<float>{} : g;
     }
     return masked<float>(g, mask_of_bits<float>(get_bits(bits + at.line, at.e,
                                                          kHow == How::kPart ? n : kWidth<float>)));

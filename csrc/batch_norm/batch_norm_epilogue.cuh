@@ -69,6 +69,12 @@ FUSEREG_DEVICE_INLINE void activate(C (&z)[kOctet], Activation activation, C slo
   }
 }
 
+// Whether a ReLU or leaky ReLU passes the gradient on whole: a NaN's only a ReLU (batch_norm.h).
+template <class C>
+FUSEREG_DEVICE_INLINE bool passes(C z, bool relu) {
+  return z > C(0) || (relu && z != z);
+}
+
 // dz *= activation'(z); of ReLU and leaky ReLU, `positive` tells.
 template <bool kHeavy, class C>
 FUSEREG_DEVICE_INLINE void activate_backward(C (&dz)[kOctet], const C (&z)[kOctet],
@@ -131,8 +137,9 @@ FUSEREG_DEVICE_INLINE void write_forward(const Forward& job, const Plain<C>& pla
   }
   if (job.bits != nullptr) {
     unsigned positive = 0;
+    const bool relu = job.epilogue.activation == Activation::kRelu;
     FUSEREG_UNROLL
-    for (int e = 0; e < kOctet; ++e) positive |= static_cast<unsigned>(z[e] > C(0)) << e;
+    for (int e = 0; e < kOctet; ++e) positive |= static_cast<unsigned>(passes(z[e], relu)) << e;
     job.bits[place.bits_at] = static_cast<std::uint8_t>(positive & place.live);
   }
   activate<kHeavy>(z, job.epilogue.activation, plain.slope);
@@ -218,12 +225,13 @@ FUSEREG_DEVICE_INLINE void gradient_of_z(const Backward& job, const Plain<C>& pl
   if (job.epilogue.activation != Activation::kNone) {
     C z[kOctet];
     if (job.bits == nullptr && !from_y) {
+      const bool relu = job.epilogue.activation == Activation::kRelu;
       FUSEREG_UNROLL
       for (int e = 0; e < kOctet; ++e) {
         const int i = Walk::kSets == 1 ? 0 : e;
         z[e] = multiply_add(d[e], k.a[i], k.b[i]);
         if (job.residual != nullptr) z[e] += to_compute(data.residual[e]);
-        positive |= static_cast<unsigned>(z[e] > C(0)) << e;
+        positive |= static_cast<unsigned>(passes(z[e], relu)) << e;
       }
     } else {
       FUSEREG_UNROLL

@@ -214,7 +214,9 @@ void forward(const Forward& job, const Tile& tile, const Coefficients& coefficie
     affine<C>(z, from, more, n, co, relu);
     if (job.bits != nullptr) {
       for_each_bit_line(strip, fold, [&](std::int64_t byte, std::int64_t i, std::int64_t count) {
-        write_bits<C>(job.bits + byte, z + i, count, n - i);
+        const auto write =
+            e.activation == Activation::kRelu ? write_bits<true, C> : write_bits<false, C>;
+        write(job.bits + byte, z + i, count, n - i);
       });
     }
     if (!relu && e.activation != Activation::kNone) activate<C>(z, n, e.activation, slope);

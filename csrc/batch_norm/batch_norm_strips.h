@@ -118,33 +118,45 @@ void convert(Numbers<C, kColumns>& k, const Coefficients& from, std::int64_t n, 
 
 // --- masks ---
 
-FUSEREG_INLINE std::uint32_t positive_bits(Vector<float> z) {
+// Where the activation passes the gradient on whole, as in torch: a ReLU where not z <= 0, so that a
+// NaN does; a leaky ReLU where z > 0.
+template <bool kRelu, class C>
+FUSEREG_INLINE auto passes(Vector<C> z) {
+  if constexpr (kRelu) return ~(z <= Vector<C>{});
+  if constexpr (!kRelu) return z > Vector<C>{};
+}
+template <bool kRelu>
+FUSEREG_INLINE std::uint32_t passing_bits(Vector<float> z) {
 #if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask(z, Vector<float>{}, _CMP_GT_OQ);
+  return _mm512_cmp_ps_mask(z, Vector<float>{}, kRelu ? _CMP_NLE_UQ : _CMP_GT_OQ);
 #elif defined(__AVX2__)
-  return static_cast<std::uint32_t>(_mm256_movemask_ps(bit_cast<__m256>(z > Vector<float>{})));
+  return static_cast<std::uint32_t>(_mm256_movemask_ps(bit_cast<__m256>(passes<kRelu, float>(z))));
 #elif defined(__SSE2__)
-  return static_cast<std::uint32_t>(_mm_movemask_ps(bit_cast<__m128>(z > Vector<float>{})));
+  return static_cast<std::uint32_t>(_mm_movemask_ps(bit_cast<__m128>(passes<kRelu, float>(z))));
 #elif defined(__aarch64__)
-  return bits_of(bit_cast<uint32x4_t>(z > Vector<float>{}));
+  return bits_of(bit_cast<uint32x4_t>(passes<kRelu, float>(z)));
 #else
   std::uint32_t bits = 0;
-  for (int i = 0; i < kWidth<float>; ++i) bits |= static_cast<std::uint32_t>(z[i] > 0) << i;
+  const auto mask = passes<kRelu, float>(z);
+  for (int i = 0; i < kWidth<float>; ++i) bits |= static_cast<std::uint32_t>(mask[i] != 0) << i;
   return bits;
 #endif
 }
-FUSEREG_INLINE std::uint32_t positive_bits(Vector<double> z) {
+template <bool kRelu>
+FUSEREG_INLINE std::uint32_t passing_bits(Vector<double> z) {
 #if defined(__AVX512F__)
-  return _mm512_cmp_pd_mask(z, Vector<double>{}, _CMP_GT_OQ);
+  return _mm512_cmp_pd_mask(z, Vector<double>{}, kRelu ? _CMP_NLE_UQ : _CMP_GT_OQ);
 #elif defined(__AVX2__)
-  return static_cast<std::uint32_t>(_mm256_movemask_pd(bit_cast<__m256d>(z > Vector<double>{})));
+  return static_cast<std::uint32_t>(
+      _mm256_movemask_pd(bit_cast<__m256d>(passes<kRelu, double>(z))));
 #elif defined(__SSE2__)
-  return static_cast<std::uint32_t>(_mm_movemask_pd(bit_cast<__m128d>(z > Vector<double>{})));
+  return static_cast<std::uint32_t>(_mm_movemask_pd(bit_cast<__m128d>(passes<kRelu, double>(z))));
 #elif defined(__aarch64__)
-  return bits_of(bit_cast<uint64x2_t>(z > Vector<double>{}));
+  return bits_of(bit_cast<uint64x2_t>(passes<kRelu, double>(z)));
 #else
   std::uint32_t bits = 0;
-  for (int i = 0; i < kWidth<double>; ++i) bits |= static_cast<std::uint32_t>(z[i] > 0) << i;
+  const auto mask = passes<kRelu, double>(z);
+  for (int i = 0; i < kWidth<double>; ++i) bits |= static_cast<std::uint32_t>(mask[i] != 0) << i;
   return bits;
 #endif
 }
@@ -437,13 +449,15 @@ FUSEREG_INLINE const C* last_block(const C* p, std::int64_t n, std::int64_t ther
 
 // `there`: how many elements can be read from z on, n at least: a line of bits may end where the
 // tensor does.
-template <class C>
+template <bool kRelu, class C>
 void write_bits(std::uint8_t* to, const C* z, std::int64_t n, std::int64_t there) {
   C copy[kLanes];
   for (std::int64_t i = 0; i < n; i += kLanes) {
     std::uint32_t bits = 0;
     const C* const from = n - i >= kLanes ? z + i : last_block(z + i, n - i, there - i, copy);
-    FUSEREG_EACH_VECTOR(v) bits |= positive_bits(load(from + v * kWidth<C>)) << (v * kWidth<C>);
+    FUSEREG_EACH_VECTOR(v) {
+      bits |= passing_bits<kRelu>(load(from + v * kWidth<C>)) << (v * kWidth<C>);
+    }
     if (n - i >= kLanes) {
       memcpy(to + i / 8, &bits, sizeof(bits));
       continue;
@@ -461,7 +475,7 @@ void keep(C* z, const C* from, std::int64_t n, const Word<C>* words, C scale) {
   }
 }
 
-// dz = g where the sign bit is set, else g * slope (ReLU: 0). `there`: as for write_bits, from g on.
+// dz = g where the bit is set, else g * slope (ReLU: 0). `there`: as for write_bits, from g on.
 template <class C>
 void rectify_by_bits(C* dz, const C* g, std::int64_t n, std::int64_t there,
                      const std::uint8_t* from, bool relu, C slope) {
@@ -493,7 +507,7 @@ void rectify(C* dz, const C* g, const C* x, const C* residual, std::int64_t n, c
     Vector<C> z = (load(x + i) - FUSEREG_AT(m, i)) * FUSEREG_AT(a, i) + FUSEREG_AT(b, i);
     if (residual != nullptr) z += load(residual + i);
     const Vector<C> d = load(g + i);
-    store(dz + i, z > zero ? d : kRelu ? zero : d * slope);
+    store(dz + i, passes<kRelu, C>(z) ? d : kRelu ? zero : d * slope);
   }
 }
 // From y = activation(z) alone: z, and dz = g * activation'(z). No activation is a slope of 1.

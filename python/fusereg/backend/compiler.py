@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core import failures
 from ..core.version import __version__
 from .nodes import CONVOLUTIONS, LEAVES
-from .rewrite import Report, fuse
+from .rewrite import Report, fuse, value
 
 _log = logging.getLogger("fusereg")
 
@@ -59,10 +59,11 @@ def fusereg_backend(
         example_inputs: its inputs.
         mode: of Inductor; to be given as an option, since torch.compile takes only one of the two.
         options: ``{"then": backend}`` hands the rewritten graph to ``"aot_eager"`` or
-            ``"inductor"``. Default: ``"eager"``, the graph runs as it is. With Inductor, ``"mode"``
-            is its mode, such as ``"max-autotune"``, and ``"channels_last": False`` leaves the
-            layout of convolutions' gradients on CPUs to it, which copies those of depthwise ones;
-            by default they get the layout of the convolutions.
+            ``"inductor"``. Default: ``"eager"``, the graph runs as it is. Inductor fuses batch norm
+            itself, so on CPUs only what has dropout is fused before. ``"mode"`` is its mode, such
+            as ``"max-autotune"``, and ``"channels_last": False`` leaves the layout of convolutions'
+            gradients on CPUs to it, which copies those of depthwise ones; by default they get the
+            layout of the convolutions.
 
     Raises:
         ValueError: an option or its value is unknown, or one of Inductor's is given without it.
@@ -74,7 +75,7 @@ def fusereg_backend(
     then, patches = _options(mode, options or {})
     report = Report()
     for module in list(_bodies(graph_module)):
-        _fuse(module, report, then == "eager")
+        _fuse(module, report, then)
         if then == "eager":
             _repair_checkpoints(module)
         module.recompile()
@@ -132,26 +133,27 @@ def _options(mode: str | None, options: Mapping[str, Any]) -> tuple[str, dict[st
 
 
 def _takes_channels_last(module: GraphModule) -> bool:
-    """Return whether Inductor gives the convolutions of a graph channels_last, as oneDNN's on CPUs.
+    """Return whether the backward graph is to have the layout that forward has on CPUs.
 
-    It asks the same of the backward graph, finds only gradients of convolutions there, and answers
-    no: each depthwise one then costs three copies of its arguments.
+    Inductor gives convolutions channels_last there, as oneDNN does. In the backward graph it finds
+    only their gradients, and asks each weight for a layout; that of a depthwise one, of one input
+    channel, has strides that are any layout's, and three copies of activations follow.
     """
     convolutions = [node for node in module.graph.nodes if node.target in CONVOLUTIONS]
-    values = (node.meta.get("example_value") for node in convolutions)
+    tensors = [[value(n) for n in node.all_input_nodes[:2]] for node in convolutions]
     return (
-        bool(convolutions)
-        and bool(torch.backends.mkldnn.enabled)
+        bool(torch.backends.mkldnn.enabled)
         and torch.backends.mkldnn.is_available()
-        and all(isinstance(value, Tensor) and value.device.type == "cpu" for value in values)
+        and all(isinstance(t, Tensor) and t.device.type == "cpu" for ts in tensors for t in ts)
+        and any(len(ts) == 2 and ts[1].shape[1] == 1 for ts in tensors)
     )
 
 
-def _fuse(module: GraphModule, report: Report, eager: bool) -> None:
+def _fuse(module: GraphModule, report: Report, then: str) -> None:
     """Fuse what a graph has; leave it as it was if an error is raised."""
     before, own = copy.deepcopy(module.graph), Report()
     try:
-        fuse(module.graph, own, eager)
+        fuse(module.graph, own, then)
     except Exception as error:
         module.graph = before
         own = Report(left=Counter({f"all: {failures.reason(error)}": 1}))

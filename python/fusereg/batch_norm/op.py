@@ -123,8 +123,9 @@ def _save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
 
 def _after_activation(grad: Tensor, y: Tensor, constants: Constants) -> Tensor:
     """Return the gradient of what a rectifier was applied to, from the sign of its result."""
-    other = 0.0 if constants.activation == RECTIFIERS[0] else grad * constants.slope
-    return torch.where(y > 0, grad, other)
+    if constants.activation == RECTIFIERS[0]:
+        return torch.where(y <= 0, 0.0, grad)  # as torch: the gradient passes where y is NaN
+    return torch.where(y > 0, grad, grad * constants.slope)
 
 
 def _use_gradient_of_sum(call: Call) -> None:
