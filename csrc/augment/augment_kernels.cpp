@@ -207,6 +207,7 @@ FUSEREG_INLINE void ask_ahead(const Job& job, std::int64_t sample, std::int64_t 
   constexpr std::int64_t kLine = 64;
   constexpr std::int64_t kMost = 1024 * 1024;  // that waits in the cache
   constexpr auto kSize = static_cast<std::int64_t>(sizeof(T));
+  if (job.each == nullptr && job.x.sample == 0) return;  // one image, which is in the cache
   auto image_of = [&](std::int64_t i) -> const Images& {
     return job.each != nullptr ? job.each[i] : job.x;
   };
@@ -254,6 +255,18 @@ bool copy_row(const Job& job, const Finish& finish, const Frame& f, std::int64_t
   }
   // Where vector i of the result comes from.
   auto source = [&](std::int64_t i) { return mirrored ? width - kLanes - i : i; };
+  if (x.pixel == 1 && job.y.pixel != 1) {
+    for (std::int64_t i = 0; i < width; i += kLanes, to += 3 * kLanes) {
+      Floats v[3], pixels[3];
+      for (int k = 0; k < 3; ++k) {
+        const Floats own = load_run(at + k * x.channel + source(i));
+        v[k] = (mirrored ? reversed(own) : own) * finish.scale[k] + finish.shift[k];
+      }
+      interleave(v[0], v[1], v[2], pixels);
+      for (int k = 0; k < 3; ++k) put<kPast>(to + k * kLanes, pixels[k]);
+    }
+    return true;
+  }
   if (x.pixel == 1) {
     for (int c = 0; c < job.c; ++c, at += x.channel, to += job.y.channel) {
       const Floats scale = broadcast(finish.scale[c]);
@@ -311,8 +324,8 @@ Writer make_writer(const Job& job) {
       constexpr auto kSize = static_cast<std::int64_t>(sizeof(U));
       const bool copies =
           !job.color && job.y.w % kLanes == 0 &&
-          ((job.x.pixel == 1 && job.y.pixel == 1) ||
-           (three_last(job, job.x) && (job.y.pixel == 1 || three_last(job, job.y))));
+          (job.x.pixel == 1 || three_last(job, job.x)) &&
+          (job.y.pixel == 1 || three_last(job, job.y));
       const bool aligned = (reinterpret_cast<std::uintptr_t>(job.y.data) |
                             static_cast<std::uintptr_t>(job.y.w * kSize)) %
                                (kLanes * sizeof(U)) ==
