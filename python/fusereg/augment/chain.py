@@ -91,7 +91,7 @@ Task: TypeAlias = tuple[int, Unit, PassParams | None]
 
 
 def joined(tasks: Sequence[Task], x: Tensor) -> tuple[Task | None, Task, Task | None] | None:
-    """Return the program that comes next, with the passes before and after it that it can take along.
+    """Return the program that comes next, and the passes before and after it that go with it.
 
     On the CPU they are one call, so that what is between them stays in the cache.
     """
@@ -372,6 +372,7 @@ class Chain(SeededModule):
                 own = self._draw(place, unit, keys, size)
             if isinstance(own, ProgramParams):
                 every = self._moved(own, size, found, frames)
+                every.check_images(images.shape, self._op)
                 continue
             assert isinstance(own, AugmentParams)
             if found is not None:

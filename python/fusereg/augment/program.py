@@ -6,7 +6,7 @@ so after each of them; images of floats go through functions of torch, one by on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -46,6 +46,14 @@ class ProgramParams(Drawn):
 
     programs: Tensor
     sample_ids: Tensor
+
+    def check_images(self, shape: Sequence[int], op: str) -> None:
+        """Check that there are images [N, C, H, W] for all programs."""
+        if len(shape) != 4 or shape[0] != len(self):
+            raise ValueError(
+                f"fusereg.{op}: x must have {len(self)} images as its parameters, "
+                f"got shape {tuple(shape)}"
+            )
 
     def warps(self, size: tuple[int, int]) -> Iterator[AugmentParams]:
         """Yield the geometry of the instructions one after the other, for what moves with it."""
@@ -166,11 +174,7 @@ class Program:
         Passes are where ``joins`` is true, and mix no samples; the one after does not antialias.
         """
         images = plain(x)
-        if images.dim() != 4 or len(images) != len(params):
-            raise ValueError(
-                f"fusereg.{op}: x must have {len(params)} images as its parameters, "
-                f"got shape {tuple(x.shape)}"
-            )
+        params.check_images(x.shape, op)
         self._check_channels(images.shape[1], op)
         programs = params.programs.cpu().contiguous()
         if images.shape[1] == 1 and any(policy.first for policy, _ in self.policies):
