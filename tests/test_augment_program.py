@@ -20,7 +20,11 @@ from fusereg.augment import (
     Normalize,
     ProgramParams,
     RandAugment,
+    RandomCrop,
+    RandomErasing,
     RandomHorizontalFlip,
+    RandomResizedCrop,
+    RandomRotation,
     TimmAugment,
     TrivialAugmentWide,
     policies,
@@ -445,6 +449,66 @@ def test_a_list_of_a_recipe_has_its_programs_in_one_pass_and_the_plan_says_so() 
     crops = Compose(recipe[:2], seed=2)(x, sample_ids=range(8))
     colors = Compose(recipe[2:6], seed=2)(crops, sample_ids=range(8))
     assert torch.equal(y, Compose(recipe[6:])(colors))
+
+
+_AROUND: dict[str, list[Any]] = {
+    "a crop, a policy and an end": [
+        RandomResizedCrop(33),
+        RandomHorizontalFlip(),
+        TrivialAugmentWide(interpolation="bilinear"),
+        Normalize(0.5, 0.25),
+        RandomErasing(0.7, value="random"),
+    ],
+    "a turn, a policy in PIL's pixels": [
+        RandomRotation(30, interpolation="bilinear"),
+        TimmAugment("rand-m9-mstd0.5-inc1"),
+    ],
+    "a policy and an end that moves": [RandAugment(), RandomCrop(48), Normalize(0.5, 0.25)],
+    "a crop that turns, filtered": [
+        RandomResizedCrop(20),
+        ColorJitter(0.4, 0.4, 0.4, 0.1),
+        RandomRotation(30),
+        RandAugment(),
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", _AROUND)
+def test_passes_around_a_program_have_the_bits_of_passes_alone(
+    name: str, layout: torch.memory_format, photos: Tensor, isa: str, monkeypatch: Any
+) -> None:
+    """On the CPU a sample goes through all of them while it is in the cache."""
+    tv = pytest.importorskip("torchvision.tv_tensors")
+    x = photos.repeat(3, 1, 1, 1)[:, :, :60, :71].contiguous(memory_format=layout)
+    mask = tv.Mask((x[:, 0] > 128).long())
+    calls: list[tuple[Any, ...]] = []
+    call = P.Program.run
+    for out_layout in (None, torch.contiguous_format, torch.channels_last):
+        chain = Compose(_AROUND[name], seed=3, memory_format=out_layout)
+        calls.clear()
+
+        def run(batch: Any, **more: Any) -> Any:
+            return chain(batch, sample_ids=range(9), **more)  # noqa: B023
+
+        with monkeypatch.context() as patch:
+            patch.setattr(P.Program, "joins", lambda *_: False)
+            wanted, moved = run(x, targets=mask)
+        with monkeypatch.context() as patch:
+            patch.setattr(P.Program, "run", lambda *a: (calls.append(a), call(*a))[1])
+            y, own = run(x, targets=mask)
+        assert any(passes is not None for a in calls for passes in a[5:])
+        assert len(calls) == sum(u.program is not None for u in chain._pipeline.units)
+        assert torch.equal(y, wanted)
+        assert y.stride() == wanted.stride()
+        assert torch.equal(own, moved)
+        out = torch.empty_like(wanted)
+        assert run(x, out=out) is out
+        assert torch.equal(out, wanted)
+        params = chain.sample_params(9, input_size=(60, 71), sample_ids=range(9))
+        assert torch.equal(chain(x, params=params), wanted)
+        clips = x.unflatten(0, (9, 1)).expand(-1, 2, -1, -1, -1)
+        assert torch.equal(run(clips)[:, 1], wanted)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

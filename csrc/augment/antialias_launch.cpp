@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "augment/augment_math.h"
@@ -178,7 +179,7 @@ class Reducer {
 class Turned {
  public:
   Turned(const Job& job, const CpuKernels& kernels)
-      : job_(job), kernels_(kernels), records_(job.records, job.records + job.n * kRecord) {
+      : kernels_(kernels), records_(job.records, job.records + job.n * kRecord) {
     for (std::int64_t i = 0; i < job.n; ++i) {
       View view;
       view_of(job, job.x, i, view);
@@ -200,37 +201,37 @@ class Turned {
 
   std::int64_t scratch() const { return std::max(filter_bytes_, 2 * bytes_ + strip_bytes_); }
 
-  void run(std::int64_t begin, std::int64_t end, char* memory) const {
+  void run(const Job& job, std::int64_t begin, std::int64_t end, char* memory) const {
     std::vector<Images> each = images_;
-    Job points = job_;
+    Job points = job;
     points.antialias = false;
     points.records = records_.data();
     points.each = each.data();
-    Reducer reducer(job_, cpu_resize_kernels(), bytes_, memory);
-    const std::int64_t h = job_.y.h;
+    Reducer reducer(job, cpu_resize_kernels(), bytes_, memory);
+    const std::int64_t h = job.y.h;
     while (begin < end) {
       const std::int64_t sample = begin / h;
       const std::int64_t next = std::min(end, (sample + 1) * h);
-      const double* const record = job_.records + sample * kRecord;
-      const std::int64_t partner = partner_of(record, job_.n);
-      const double* const other = partner < 0 ? record : job_.records + partner * kRecord;
+      const double* const record = job.records + sample * kRecord;
+      const std::int64_t partner = partner_of(record, job.n);
+      const double* const other = partner < 0 ? record : job.records + partner * kRecord;
       if (is_filtered(record) && is_filtered(other)) {
-        kernels_.filtered(job_, begin, next, memory);
+        kernels_.filtered(job, begin, next, memory);
       } else if (is_filtered(record) || is_filtered(other)) {
-        kernels_.forward(job_, begin, next);  // pixel by pixel
+        kernels_.forward(job, begin, next);  // pixel by pixel
       } else {
         // Whole blocks of pixels are read.
-        Box box = {0, begin - sample * h, ceil_div(job_.y.w, kBlock) * kBlock - 1,
+        Box box = {0, begin - sample * h, ceil_div(job.y.w, kBlock) * kBlock - 1,
                    next - sample * h - 1};
         auto prepare = [&](std::int64_t i, int slot) {
           each[static_cast<std::size_t>(i)] = images_[static_cast<std::size_t>(i)];
           if (reduces_[static_cast<std::size_t>(i)] == 0) return;
-          reducer.reduce(job_, reduced_[static_cast<std::size_t>(i)], box, slot,
+          reducer.reduce(job, reduced_[static_cast<std::size_t>(i)], box, slot,
                          each[static_cast<std::size_t>(i)]);
         };
         prepare(sample, 0);
         if (partner >= 0 && partner != sample) {
-          const Box mixed = box_of(record + 10, job_.y);
+          const Box mixed = box_of(record + 10, job.y);
           box = {mixed.x0 / kBlock * kBlock, std::max(mixed.y0, box.y0),
                  ceil_div(mixed.x1, kBlock) * kBlock - 1, std::min(mixed.y1 - 1, box.y1)};
           if (box.x0 <= box.x1 && box.y0 <= box.y1) prepare(partner, 1);
@@ -242,7 +243,6 @@ class Turned {
   }
 
  private:
-  const Job& job_;
   const CpuKernels& kernels_;
   std::vector<double> records_;  // those of turned samples: to the reduced images
   std::vector<Images> images_;
@@ -253,31 +253,38 @@ class Turned {
 
 }  // namespace
 
-void run_antialiased(const Job& job) {
+RowRunner row_runner(const Job& job) {
   const CpuKernels& kernels = cpu_kernels();
-  const std::int64_t rows = job.n * job.y.h;
-  const std::int64_t parts =
-      std::clamp<std::int64_t>(rows * job.y.w * job.c / kGrain, 1, max_threads());
-  auto each_part = [&](std::int64_t bytes, const auto& run) {
-    const ScratchMemory scratch(bytes, parts);
-    parallel_for(parts, 1, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t p = begin; p < end; ++p)
-        run(rows * p / parts, rows * (p + 1) / parts, scratch.of(p));
-    });
-  };
+  if (!job.antialias || job.x.type == Element::kFloat64) {
+    return {0, [&kernels](const Job& own, std::int64_t begin, std::int64_t end, char*) {
+              kernels.forward(own, begin, end);
+            }};
+  }
   bool filtered = true;
   for (std::int64_t i = 0; i < job.n; ++i)
     filtered = filtered && is_filtered(job.records + i * kRecord);
   if (filtered) {
-    each_part(filter_bytes(job, kernels.lanes),
-              [&](std::int64_t begin, std::int64_t end, char* memory) {
-                kernels.filtered(job, begin, end, memory);
-              });
-    return;
+    return {filter_bytes(job, kernels.lanes),
+            [&kernels](const Job& own, std::int64_t begin, std::int64_t end, char* memory) {
+              kernels.filtered(own, begin, end, memory);
+            }};
   }
-  const Turned turned(job, kernels);
-  each_part(turned.scratch(), [&](std::int64_t begin, std::int64_t end, char* memory) {
-    turned.run(begin, end, memory);
+  const auto turned = std::make_shared<const Turned>(job, kernels);
+  return {turned->scratch(),
+          [turned](const Job& own, std::int64_t begin, std::int64_t end, char* memory) {
+            turned->run(own, begin, end, memory);
+          }};
+}
+
+void run_antialiased(const Job& job) {
+  const std::int64_t rows = job.n * job.y.h;
+  const std::int64_t parts =
+      std::clamp<std::int64_t>(rows * job.y.w * job.c / kGrain, 1, max_threads());
+  const RowRunner runner = row_runner(job);
+  const ScratchMemory scratch(runner.bytes, parts);
+  parallel_for(parts, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t p = begin; p < end; ++p)
+      runner.run(job, rows * p / parts, rows * (p + 1) / parts, scratch.of(p));
   });
 }
 

@@ -101,10 +101,13 @@ struct Filtered {
 template <class T>
 class FilteredRows {
  public:
+  static constexpr bool kWhole = true;
   FilteredRows(const Job& job, void* scratch)
       : job_(job), pitch_(filter_pitch(job.y.w)), three_(job.x.channels_last && job.c == 3) {
     Memory memory{static_cast<char*>(scratch)};
-    strip_ = memory.take<float>(filter_strip(job, kLanes));
+    const std::int64_t strip = filter_strip(job, kLanes);
+    strip_ = memory.take<float>(strip);
+    memset(strip_, 0, static_cast<std::size_t>(strip) * sizeof(float));  // finite, see along()
     own_.values = memory.take<float>(job.c * kLanes * pitch_);
     other_.values = memory.take<float>(job.c * kLanes * pitch_);
     left_ = memory.at;
@@ -132,6 +135,9 @@ class FilteredRows {
   void other(const Frame&, std::int64_t row, std::int64_t first, float* out) {
     copy(other_, row, first, out);
   }
+  // The sample's own row, once it is found: a channel every stride() floats.
+  const float* line(std::int64_t row) const { return own_.values + (row - row_) * pitch_; }
+  std::int64_t stride() const { return kLanes * pitch_; }
 
  private:
   bool make_axes(const Frame& f, Memory& memory, Filtered& filtered) const {
@@ -214,7 +220,9 @@ class FilteredRows {
       Floats sum = {};
       for (int k = 0; k < s.x.band.taps; ++k, weights += pitch_) {
         const Floats w = load(weights);
-        sum = select(w != 0.0f, sum + __builtin_shuffle(low, high, index + k) * w, sum);
+        const Floats more = sum + __builtin_shuffle(low, high, index + k) * w;
+        // Of bytes all numbers there are finite: adding zero changes nothing.
+        sum = sizeof(T) == 1 ? more : select(w != 0.0f, more, sum);
       }
       store(to + e, sum);
     }

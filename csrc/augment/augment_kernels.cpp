@@ -6,6 +6,7 @@
 #include "augment/augment_scatter.h"
 #include "augment/augment_vector.h"
 #include "augment/augment_words.h"
+#include "core/normal_simd.h"
 
 namespace fusereg::augment::FUSEREG_ISA {
 namespace {
@@ -46,21 +47,50 @@ FUSEREG_INLINE bool touches(const Frame& f, std::int64_t row) {
          (f.partner >= 0 && row >= f.mix.y0 && row < f.mix.y1);
 }
 
+// Standard normals of a sample's elements, a vector of them at a time; each channel's last one stays.
+class Noise {
+ public:
+  // Elements [index, index + count) of a channel.
+  void copy(const Job& job, std::int64_t sample, int channel, std::uint64_t index, int count,
+            float* to) {
+    const std::int64_t* const key = job.keys + 2 * sample;
+    if (sample != sample_) {
+      for (int c = 0; c < job.c; ++c) block_[c] = ~std::uint64_t{0};
+      sample_ = sample;
+    }
+    float* const found = found_[channel];
+    while (count > 0) {
+      const std::uint64_t block = index / kNormals;
+      if (block != block_[channel]) {
+        normals(NormalKeys(static_cast<std::uint64_t>(key[0])), static_cast<std::uint64_t>(key[1]),
+                block, found);
+        block_[channel] = block;
+      }
+      const int skip = static_cast<int>(index % kNormals);
+      const int part = count < kNormals - skip ? count : kNormals - skip;
+      memcpy(to, found + skip, static_cast<std::size_t>(part) * sizeof(float));
+      index += static_cast<std::uint64_t>(part);
+      to += part;
+      count -= part;
+    }
+  }
+
+ private:
+  std::int64_t sample_ = -1;
+  std::uint64_t block_[kMaxChannels];
+  alignas(kVectorBytes) float found_[kMaxChannels][kNormals];
+};
+
 void erase_block(const Job& job, const Frame& f, std::int64_t row, std::int64_t first,
-                 const Cut& where, float* out, std::int64_t stride) {
-  for (int c = 0; c < job.c; ++c) {
-    float* const line = out + c * stride;
+                 const Cut& where, float* out, Noise& noise) {
+  for (int c = 0; c < job.c; ++c, out += kBlock) {
     if (!job.erase_noise) {
-      for (int i = where.begin; i < where.end; ++i) line[i] = static_cast<float>(job.erase[c]);
+      for (int i = where.begin; i < where.end; ++i) out[i] = static_cast<float>(job.erase[c]);
       continue;
     }
-    const auto index = static_cast<std::uint64_t>((c * job.y.h + row) * job.y.w + first);
-    float n[4];
-    for (int i = where.begin; i < where.end; ++i) {
-      const std::uint64_t at = index + static_cast<std::uint64_t>(i);
-      if (i == where.begin || at % 4 == 0) four_normals(job.keys + 2 * f.sample, at / 4, n);
-      line[i] = n[at % 4];
-    }
+    const auto index =
+        static_cast<std::uint64_t>((c * job.y.h + row) * job.y.w + first + where.begin);
+    noise.copy(job, f.sample, c, index, where.end - where.begin, out + where.begin);
   }
 }
 
@@ -119,7 +149,7 @@ FUSEREG_INLINE void finish_part(const Job& job, const Finish& finish, const doub
 // A(sample) for the 16 pixels of a block, of which `count` are there; warp() gives those of the warp.
 template <class F>
 void unmixed_block(const Job& job, const Finish& finish, const Frame& f, std::int64_t row,
-                   std::int64_t first, int count, float* out, const F& warp) {
+                   std::int64_t first, int count, float* out, Noise& noise, const F& warp) {
   const Cut erased = cut_block(f.erase, row, first, count);
   if (erased.end - erased.begin < count) {
     warp(f, row, first, out);
@@ -128,7 +158,7 @@ void unmixed_block(const Job& job, const Finish& finish, const Frame& f, std::in
                   [&](int c, Floats v) { store(out + c * kBlock + p, v); });
     }
   }
-  if (erased.begin < erased.end) erase_block(job, f, row, first, erased, out, kBlock);
+  if (erased.begin < erased.end) erase_block(job, f, row, first, erased, out, noise);
 }
 
 // --- the result's dtypes and layouts ---
@@ -200,6 +230,40 @@ void finish_block(const Job& job, const Finish& finish, const double* record, st
   store_block<U, kPast>(job, at, values, kBlock);
 }
 
+// Of a whole row without color that is neither erased nor mixed: channels every `stride` floats, and
+// whole vectors of them.
+template <class U, bool kPast>
+void finish_row(const Job& job, const Finish& finish, std::int64_t at, const float* values,
+                std::int64_t stride) {
+  U* to = static_cast<U*>(job.y.data) + at;
+  const std::int64_t width = job.y.w;
+  auto normalized = [&](int c, std::int64_t i) {
+    return load(values + c * stride + i) * finish.scale[c] + finish.shift[c];
+  };
+  if (three_last(job, job.y)) {
+    for (std::int64_t i = 0; i < width; i += kLanes, to += 3 * kLanes) {
+      Floats pixels[3];
+      interleave(normalized(0, i), normalized(1, i), normalized(2, i), pixels);
+      if (i + kLanes <= width) {
+        for (int k = 0; k < 3; ++k) put<kPast>(to + k * kLanes, pixels[k]);
+        continue;
+      }
+      U part[3 * kLanes];
+      for (int k = 0; k < 3; ++k) store_as(part + k * kLanes, pixels[k]);
+      memcpy(to, part, static_cast<std::size_t>(3 * (width - i)) * sizeof(U));
+    }
+    return;
+  }
+  for (int c = 0; c < job.c; ++c, to += job.y.channel) {
+    std::int64_t i = 0;
+    for (; i + kLanes <= width; i += kLanes) put<kPast>(to + i, normalized(c, i));
+    if (i == width) continue;
+    U part[kLanes];
+    store_as(part, normalized(c, i));
+    memcpy(to + i, part, static_cast<std::size_t>(width - i) * sizeof(U));
+  }
+}
+
 // Asks for what is needed an image later or, of larger ones, some rows later, as much as is a row's
 // share: a warp reads an image in an order that the processor does not foresee.
 template <class T>
@@ -207,6 +271,7 @@ FUSEREG_INLINE void ask_ahead(const Job& job, std::int64_t sample, std::int64_t 
   constexpr std::int64_t kLine = 64;
   constexpr std::int64_t kMost = 1024 * 1024;  // that waits in the cache
   constexpr auto kSize = static_cast<std::int64_t>(sizeof(T));
+  if (job.each == nullptr && job.x.sample == 0) return;  // one image, which is in the cache
   auto image_of = [&](std::int64_t i) -> const Images& {
     return job.each != nullptr ? job.each[i] : job.x;
   };
@@ -254,6 +319,18 @@ bool copy_row(const Job& job, const Finish& finish, const Frame& f, std::int64_t
   }
   // Where vector i of the result comes from.
   auto source = [&](std::int64_t i) { return mirrored ? width - kLanes - i : i; };
+  if (x.pixel == 1 && job.y.pixel != 1) {
+    for (std::int64_t i = 0; i < width; i += kLanes, to += 3 * kLanes) {
+      Floats v[3], pixels[3];
+      for (int k = 0; k < 3; ++k) {
+        const Floats own = load_run(at + k * x.channel + source(i));
+        v[k] = (mirrored ? reversed(own) : own) * finish.scale[k] + finish.shift[k];
+      }
+      interleave(v[0], v[1], v[2], pixels);
+      for (int k = 0; k < 3; ++k) put<kPast>(to + k * kLanes, pixels[k]);
+    }
+    return true;
+  }
   if (x.pixel == 1) {
     for (int c = 0; c < job.c; ++c, at += x.channel, to += job.y.channel) {
       const Floats scale = broadcast(finish.scale[c]);
@@ -296,7 +373,10 @@ struct Writer {
   void (*store)(const Job& job, std::int64_t at, const float* values, int count);
   void (*finish)(const Job& job, const Finish& finish, const double* record, std::int64_t at,
                  float* values);
-  bool (*copy)(const Job& job, const Finish& finish, const Frame& f, std::int64_t row);  // or null
+  // Of rows, or null where they are of another layout.
+  bool (*copy)(const Job& job, const Finish& finish, const Frame& f, std::int64_t row);
+  void (*row)(const Job& job, const Finish& finish, std::int64_t at, const float* values,
+              std::int64_t stride);
 };
 
 template <class T>
@@ -306,23 +386,22 @@ Writer make_writer(const Job& job) {
   return dispatch_element(job.y.type, [&](auto tag) -> Writer {
     using U = typename decltype(tag)::type;
     if constexpr (sizeof(U) == 8) {
-      return {&store_block<U, false>, &finish_block<U, false>, nullptr};
+      return {&store_block<U, false>, &finish_block<U, false>, nullptr, nullptr};
     } else {
       constexpr auto kSize = static_cast<std::int64_t>(sizeof(U));
+      const bool rows = !job.color && (job.y.pixel == 1 || three_last(job, job.y));
       const bool copies =
-          !job.color && job.y.w % kLanes == 0 &&
-          ((job.x.pixel == 1 && job.y.pixel == 1) ||
-           (three_last(job, job.x) && (job.y.pixel == 1 || three_last(job, job.y))));
+          rows && job.y.w % kLanes == 0 && (job.x.pixel == 1 || three_last(job, job.x));
       const bool aligned = (reinterpret_cast<std::uintptr_t>(job.y.data) |
                             static_cast<std::uintptr_t>(job.y.w * kSize)) %
                                (kLanes * sizeof(U)) ==
                            0;
       if (aligned && job.n * job.y.sample * kSize >= kLarge) {
         return {&store_block<U, true>, &finish_block<U, true>,
-                copies ? &copy_row<T, U, true> : nullptr};
+                copies ? &copy_row<T, U, true> : nullptr, rows ? &finish_row<U, true> : nullptr};
       }
       return {&store_block<U, false>, &finish_block<U, false>,
-              copies ? &copy_row<T, U, false> : nullptr};
+              copies ? &copy_row<T, U, false> : nullptr, rows ? &finish_row<U, false> : nullptr};
     }
   });
 }
@@ -331,6 +410,7 @@ Writer make_writer(const Job& job) {
 template <class T, Interpolation kHow>
 class PointRows {
  public:
+  static constexpr bool kWhole = false;  // rows are there as a whole
   PointRows(const Job& job, void*) : job_(job) {}
   bool start(const Frame&, const Frame&) { return true; }
   void find(const Frame& f, const Frame&, std::int64_t row, std::int64_t first) {
@@ -361,6 +441,7 @@ void block_rows(const Job& job, std::int64_t begin, std::int64_t end, void* scra
   Frame frame;
   Frame partner;
   Rows rows(job, scratch);
+  Noise noise;
   std::int64_t sample = -1;
   bool supported = true;
   alignas(kVectorBytes) float values[kMaxChannels * kBlock];
@@ -386,6 +467,14 @@ void block_rows(const Job& job, std::int64_t begin, std::int64_t end, void* scra
     ask_ahead<T>(job, sample, row);
     if (frame.copies && writer.copy != nullptr && writer.copy(job, finish, frame, row)) continue;
     const bool touched = touches(frame, row);
+    if constexpr (Rows::kWhole) {
+      if (!touched && writer.row != nullptr) {
+        rows.find(frame, partner, row, 0);
+        const std::int64_t at = sample * job.y.sample + row * job.y.row;
+        writer.row(job, finish, at, rows.line(row), rows.stride());
+        continue;
+      }
+    }
     for (std::int64_t first = 0; first < job.y.w; first += kBlock) {
       rows.find(frame, partner, row, first);
       const std::int64_t at = sample * job.y.sample + row * job.y.row + first * job.y.pixel;
@@ -400,9 +489,9 @@ void block_rows(const Job& job, std::int64_t begin, std::int64_t end, void* scra
       const Cut mixed = frame.partner >= 0 ? cut_block(frame.mix, row, first, count) : Cut{0, 0};
       const double lam = frame.record[15];
       if (mixed.end - mixed.begin < count || lam != 0.0)
-        unmixed_block(job, finish, frame, row, first, count, values, own);
+        unmixed_block(job, finish, frame, row, first, count, values, noise, own);
       if (mixed.begin < mixed.end) {
-        unmixed_block(job, finish, partner, row, first, count, others, other);
+        unmixed_block(job, finish, partner, row, first, count, others, noise, other);
         const auto share = static_cast<float>(lam);
         const auto rest = static_cast<float>(1.0 - lam);
         for (int c = 0; c < job.c; ++c) {

@@ -8,13 +8,36 @@ namespace fusereg::augment::FUSEREG_ISA {
 namespace {
 
 // --- one vector ---
+// a > b ? a : b and a < b ? a : b: of a NaN, b.
+FUSEREG_INLINE Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(0xffff, a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
+#else
+  return select(a > b, a, b);
+#endif
+}
+FUSEREG_INLINE Floats lesser(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_ps(0xffff, a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_min_ps(a, b);
+#else
+  return select(a < b, a, b);
+#endif
+}
+
 template <class U>
 FUSEREG_INLINE void store_as(U* to, Floats v) {
   if constexpr (sizeof(U) > 1) {
     store(to, v);
   } else {
-    const Floats low = select(v > 0.0f, v, Floats{});
-    const Floats within = select(low < 255.0f, low, broadcast(255.0f));
+    const Floats within = lesser(larger(v, Floats{}), broadcast(255.0f));
     const Ints bytes = bit_cast<Ints>(within + 12582912.0f) & 255;
 #if defined(__AVX512F__)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to),

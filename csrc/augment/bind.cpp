@@ -137,6 +137,28 @@ void set_options(Job& job, const Options& o, const std::int64_t (&sizes)[4], con
   job.keys = static_cast<const std::int64_t*>(raw.data);
 }
 
+}  // namespace
+
+// The settings of a pass that is done with a program, from what augment_forward takes from `records` to
+// `erase_noise`. It mixes no samples: a thread has one of them at a time.
+void set_pass(Job& job, const py::tuple& a, const std::int64_t (&sizes)[4], const Device& device,
+              const char* op) {
+  if (a.size() < 11) throw py::value_error(where(op, "before") + " and after must be of a pass");
+  std::vector<double> channels[4];
+  for (std::size_t k = 0; k < 4; ++k) channels[k] = a[6 + k].cast<std::vector<double>>();
+  const Options options{a[2].cast<int>(),  a[3].cast<bool>(), a[4].cast<int>(), a[5].cast<bool>(),
+                        channels[0],       channels[1],       channels[2],      channels[3],
+                        a[10].cast<bool>()};
+  set_options(job, options, sizes, device, a[0], a[1], op);
+  for (std::int64_t i = 0; i < job.n; ++i) {
+    const double partner = job.records[i * kRecord + 14];
+    if (partner >= 0.0 && partner < static_cast<double>(job.n))
+      throw py::value_error(where(op, "records") + " must not mix samples");
+  }
+}
+
+namespace {
+
 // What antialiasing on CUDA has the resized images of turned samples in: it lives until the kernels are
 // launched, and the stream's next work may have the memory.
 py::object room_for_reduced(Job& job, const Device& device, const py::object& x) {

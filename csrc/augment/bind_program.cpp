@@ -13,6 +13,8 @@ namespace fusereg::augment {
 
 bool read_images(const py::object& tensor, Images& images, std::int64_t (&sizes)[4],
                  Device& device);
+void set_pass(Job& job, const py::tuple& a, const std::int64_t (&sizes)[4], const Device& device,
+              const char* op);
 
 namespace {
 
@@ -101,11 +103,57 @@ std::int64_t color_program_scratch(std::int64_t n, int c, std::int64_t h, std::i
   return n * program_scratch(job);
 }
 
+// Images of uint8 in planes, without memory.
+Images planes_of(const std::int64_t (&sizes)[4]) {
+  Images images;
+  images.type = Element::kUInt8;
+  images.h = sizes[2];
+  images.w = sizes[3];
+  images.sample = sizes[1] * sizes[2] * sizes[3];
+  images.channel = sizes[2] * sizes[3];
+  images.row = sizes[3];
+  images.pixel = 1;
+  return images;
+}
+
+// The passes before and after the programs, with which sizes become those between them.
+void set_passes(ProgramJob& job, Forward& first, Forward& last, const py::object& before,
+                const py::object& after, std::int64_t (&sizes)[4], std::int64_t (&y_sizes)[4],
+                const Device& device, const char* op) {
+  if (before.is_none() && after.is_none()) return;
+  if (runs_cuda_kernels(device) || y_sizes[0] != sizes[0] || y_sizes[1] != sizes[1])
+    throw py::value_error(where(op, "x") + " must have y's batch size and channels, on the CPU");
+  if (!before.is_none()) {
+    const auto pass = before.cast<py::tuple>();
+    if (pass.size() != 13) throw py::value_error(where(op, "before") + " must have 13 values");
+    std::int64_t own[4] = {sizes[0], sizes[1], pass[11].cast<std::int64_t>(),
+                           pass[12].cast<std::int64_t>()};
+    if (own[2] < 1 || own[3] < 1 || own[2] > kMaxSide || own[3] > kMaxSide || sizes[2] < 1 ||
+        sizes[3] < 1)
+      throw py::value_error(where(op, "before") + " must have images with pixels");
+    first.x = job.x;
+    first.y = job.x = planes_of(own);
+    set_pass(first, pass, sizes, device, op);
+    std::copy(own, own + 4, sizes);
+    job.before = &first;
+  }
+  if (!after.is_none()) {
+    last.y = job.y;
+    last.x = job.y = planes_of(sizes);
+    set_pass(last, after.cast<py::tuple>(), sizes, device, op);
+    if (last.antialias) throw py::value_error(where(op, "after") + " must not antialias");
+    std::copy(sizes, sizes + 4, y_sizes);
+    job.after = &last;
+  }
+}
+
 // 0: done; 2: Python must prepare a tensor first, and nothing has been written.
 int color_program(const py::object& y, const py::object& x, const py::object& programs,
                   const std::vector<double>& fill, bool whole_pixels, const py::object& scratch,
-                  const char* op) {
+                  const py::object& before, const py::object& after, const char* op) {
   ProgramJob job;
+  Forward first;
+  Forward last;
   Device device;
   Device y_device;
   std::int64_t sizes[4];
@@ -114,6 +162,7 @@ int color_program(const py::object& y, const py::object& x, const py::object& pr
       device != y_device) {
     return kNeedsPreparation;
   }
+  set_passes(job, first, last, before, after, sizes, y_sizes, device, op);
   if (job.x.type != Element::kUInt8 || job.y.type != Element::kUInt8)
     throw py::value_error(where(op, "x") + " must be of uint8, and so must y");
   if (!std::equal(sizes, sizes + 4, y_sizes))
@@ -152,7 +201,7 @@ int color_program(const py::object& y, const py::object& x, const py::object& pr
 void bind_program(py::module_& m) {
   using py::arg;
   m.def("color_program", &color_program, arg("y"), arg("x"), arg("programs"), arg("fill"),
-        arg("whole_pixels"), arg("scratch"), op_argument());
+        arg("whole_pixels"), arg("scratch"), arg("before"), arg("after"), op_argument());
   m.def("color_program_check", &color_program_check, arg("programs"), arg("channels"),
         arg("height"), arg("width"), op_argument());
   m.def("color_program_scratch", &color_program_scratch, arg("n"), arg("c"), arg("h"), arg("w"));

@@ -31,8 +31,9 @@
 // gray = floor(fma(B, .114, fma(G, .587, .2989 R))). C is 1 or 3 where gray or hue is asked for.
 //
 // CPU: a thread takes a sample at a time, in its cache: tables of 256 entries are composed and
-// applied at once. CUDA: a block for each sample. Either way one read of x and one write of y, and
-// every instruction set, thread count and device gives the same bits.
+// applied at once. A pass before and one after (augment.h) may be done with it, on the sample while it
+// is there. CUDA: a block for each sample. Either way one read of x and one write of y, and every
+// instruction set, thread count and device gives the same bits.
 #pragma once
 
 #include "augment/augment.h"
@@ -70,6 +71,10 @@ struct ProgramJob {
   bool whole_pixels = false;
   std::uint8_t fill[kMaxChannels] = {};
   std::uint8_t* scratch = nullptr;  // CUDA: program_scratch() bytes
+  // CPU: passes before and after the programs that mix no samples, the one after without
+  // antialiasing; x is what the one before gives, y what the one after reads, without data then.
+  const Forward* before = nullptr;
+  const Forward* after = nullptr;
 };
 
 // Sizes of a sample: planes of h w bytes.

@@ -1,8 +1,10 @@
 // The CPU launcher of programs. Contract: program.h.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
+#include "augment/antialias_launch.h"
 #include "augment/program_math.h"
 #include "augment/scratch.h"
 #include "core/pages.h"
@@ -47,12 +49,21 @@ Columns columns_within(const double* m, std::int64_t row, std::int64_t size, std
 // One after the other: what a thread keeps of a sample.
 class Runner {
  public:
-  Runner(const ProgramJob& job, char* scratch)
-      : job_(job), kernels_(cpu_program_kernels()), size_{job.x.h, job.x.w, job.c} {
+  Runner(const ProgramJob& job, const RowRunner& rows, char* scratch)
+      : job_(job), rows_(rows), kernels_(cpu_program_kernels()), size_{job.x.h, job.x.w, job.c} {
     const std::int64_t bytes = round_up_to_line(job.x.sample);
     first_ = reinterpret_cast<std::uint8_t*>(scratch);
     second_ = first_ + bytes;
     floats_ = reinterpret_cast<float*>(second_ + bytes);
+    rows_memory_ = scratch + own_bytes(job);
+    if (job.before != nullptr) {
+      before_ = *job.before;
+      before_.y = planes();
+    }
+    if (job.after != nullptr) {
+      after_ = *job.after;
+      after_.x = planes();
+    }
     warp_.c = job.c;
     warp_.n = 1;
     warp_.records = record_;
@@ -64,34 +75,64 @@ class Runner {
     record_[15] = 1.0;
   }
 
-  static std::int64_t scratch_bytes(const ProgramJob& job) {
-    const std::int64_t floats = (job.x.h + 1) * (job.x.w + kMaxTaps);
-    return 2 * round_up_to_line(job.x.sample) + floats * static_cast<std::int64_t>(sizeof(float));
+  static std::int64_t scratch_bytes(const ProgramJob& job, const RowRunner& rows) {
+    return own_bytes(job) + rows.bytes;
   }
 
   void run(std::int64_t i) {
-    const auto count = static_cast<std::size_t>(job_.x.sample);
-    const std::uint8_t* const x = static_cast<const std::uint8_t*>(job_.x.data) + i * job_.x.sample;
+    const bool within = job_.after == nullptr && !job_.y.channels_last;  // y itself
     std::uint8_t* const y = static_cast<std::uint8_t*>(job_.y.data) + i * job_.y.sample;
-    now_ = job_.y.channels_last ? first_ : y;
-    other_ = job_.y.channels_last ? second_ : first_;
-    if (job_.x.channels_last) {
-      kernels_.to_planes(x, now_, size_);
-    } else if (now_ != x) {
-      std::memcpy(now_, x, count);
-    }
+    now_ = within ? y : first_;
+    other_ = within ? first_ : second_;
+    read(i);
     const double* instruction = job_.programs + i * job_.length * kInstruction;
     for (int k = 0; k < job_.length; ++k, instruction += kInstruction)
       step(static_cast<Code>(instruction[0]), instruction + 1);
     apply_tables();
-    if (job_.y.channels_last) {
+    if (job_.after != nullptr) {
+      after_.x.data = now_;
+      cpu_kernels().forward(after_, i * after_.y.h, (i + 1) * after_.y.h);
+    } else if (job_.y.channels_last) {
       kernels_.from_planes(now_, y, size_);
     } else if (now_ != y) {
-      std::memcpy(y, now_, count);
+      std::memcpy(y, now_, static_cast<std::size_t>(job_.y.sample));
     }
   }
 
  private:
+  static std::int64_t own_bytes(const ProgramJob& job) {
+    const std::int64_t floats = (job.x.h + 1) * (job.x.w + kMaxTaps);
+    return 2 * round_up_to_line(job.x.sample) +
+           round_up_to_line(floats * static_cast<std::int64_t>(sizeof(float)));
+  }
+
+  // The planes of one sample, which is that of every index.
+  Images planes() const {
+    Images planes;
+    planes.type = Element::kUInt8;
+    planes.h = size_.h;
+    planes.w = size_.w;
+    planes.channel = size_.plane();
+    planes.row = size_.w;
+    planes.pixel = 1;
+    return planes;
+  }
+
+  // Sample i, to now_.
+  void read(std::int64_t i) {
+    if (job_.before != nullptr) {
+      before_.y.data = now_;
+      rows_.run(before_, i * size_.h, (i + 1) * size_.h, rows_memory_);
+      return;
+    }
+    const std::uint8_t* const x = static_cast<const std::uint8_t*>(job_.x.data) + i * job_.x.sample;
+    if (job_.x.channels_last) {
+      kernels_.to_planes(x, now_, size_);
+    } else if (now_ != x) {
+      std::memcpy(now_, x, static_cast<std::size_t>(job_.x.sample));
+    }
+  }
+
   void step(Code code, const double* a) {
     if (code == Code::kIdentity) return;
     if (is_plain_table(code)) {
@@ -215,15 +256,7 @@ class Runner {
     set_interpolation(warp_, static_cast<int>(a[6]));
     warp_.fill_mode = job_.whole_pixels ? FillMode::kBorder : FillMode::kConstant;
     warp_.outside_unread = job_.whole_pixels;
-    Images planes;
-    planes.type = Element::kUInt8;
-    planes.h = size_.h;
-    planes.w = size_.w;
-    planes.sample = job_.x.sample;
-    planes.channel = size_.plane();
-    planes.row = size_.w;
-    planes.pixel = 1;
-    warp_.x = warp_.y = planes;
+    warp_.x = warp_.y = planes();
     warp_.x.data = now_;
     warp_.y.data = other_;
     // Where neighbors do not stay neighbors, a pixel's channels are found together.
@@ -258,8 +291,11 @@ class Runner {
   }
 
   const ProgramJob& job_;
+  const RowRunner& rows_;  // of the pass before
   const ProgramKernels& kernels_;
   Planes size_;
+  char* rows_memory_;
+  Forward before_, after_;  // of now_
   std::uint8_t* first_;
   std::uint8_t* second_;
   std::uint8_t* now_ = nullptr;
@@ -273,13 +309,21 @@ class Runner {
 }  // namespace
 
 void run_cpu(const ProgramJob& job) {
-  prepare_pages(job.y.data, job.n * job.y.sample);
+  const Images& y = job.after != nullptr ? job.after->y : job.y;
+  prepare_pages(y.data, job.n * y.sample * element_size(y.type));
+  const RowRunner rows = job.before != nullptr ? row_runner(*job.before) : RowRunner{};
   const std::int64_t parts = std::clamp<std::int64_t>(max_threads(), 1, job.n);
-  const ScratchMemory scratch(Runner::scratch_bytes(job), parts);
+  const ScratchMemory scratch(Runner::scratch_bytes(job, rows), parts);
+  // Samples take their time: a thread that is done takes the next one.
+  std::atomic<std::int64_t> next{0};
   parallel_for(parts, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t p = begin; p < end; ++p) {
-      Runner runner(job, scratch.of(p));
-      for (std::int64_t i = job.n * p / parts; i < job.n * (p + 1) / parts; ++i) runner.run(i);
+      Runner runner(job, rows, scratch.of(p));
+      for (;;) {
+        const std::int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+        if (i >= job.n) break;
+        runner.run(i);
+      }
     }
   });
 }

@@ -54,14 +54,18 @@ Isa parse(const std::string& name, const std::string& where) {
 
 }  // namespace
 
-// Declared in simd.h, whose files see no more of the library than they must. An extension of AVX-512
-// of Cooper Lake, Sapphire Rapids, Zen 4 and what came after them.
+// Declared in simd.h, whose files see no more of the library than they must. Extensions of AVX-512: of
+// Cooper Lake, Sapphire Rapids, Zen 4; of Cannon Lake, Ice Lake, Zen 4; and what came after them.
 extern const bool has_bfloat16_instructions;
+extern const bool has_byte_permutations;
 #if defined(__x86_64__)
 const bool has_bfloat16_instructions =
     (__builtin_cpu_init(), __builtin_cpu_supports("avx512bf16")) != 0;
+const bool has_byte_permutations =
+    (__builtin_cpu_init(), __builtin_cpu_supports("avx512vbmi")) != 0;
 #else
 const bool has_bfloat16_instructions = false;
+const bool has_byte_permutations = false;
 #endif
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }

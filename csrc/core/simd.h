@@ -23,8 +23,9 @@
 #endif
 
 namespace fusereg {
-// Whether the processor has AVX512-BF16 (isa.cpp).
+// Whether the processor has AVX512-BF16, and permutations of bytes (AVX512-VBMI) (isa.cpp).
 extern const bool has_bfloat16_instructions;
+extern const bool has_byte_permutations;
 }  // namespace fusereg
 
 namespace fusereg::FUSEREG_ISA {

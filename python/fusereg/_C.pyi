@@ -583,6 +583,8 @@ def color_program(
     fill: Sequence[float],
     whole_pixels: bool,
     scratch: torch.Tensor | None,
+    before: tuple[object, ...] | None,
+    after: tuple[object, ...] | None,
     op: str,
 ) -> int: ...
 def color_program_check(

@@ -20,7 +20,7 @@ from .labels import notice_labels
 from .loop import Called, CallParams, call, size_after
 from .params import AugmentParams, draw
 from .program import Program, ProgramParams
-from .render import Settings, render
+from .render import Settings, pass_of, render
 from .seeded import Keys, SeededModule
 from .steps import VALUES, Values, ends_alike
 from .targets import RULES, Targets, Unstacked, rules_of
@@ -56,6 +56,11 @@ class Unit:
         return not (self.steps or other)
 
     @cached_property
+    def joins(self) -> bool:
+        """True for a pass of the kernel, on one sample after the other."""
+        return not (self.called or self.program or self.idle or self.settings.mixed)
+
+    @cached_property
     def makes_alike(self) -> bool:
         """True where the kernel gives images of several sizes one size."""
         return self.called is None and self.program is None and ends_alike(self.steps)
@@ -83,6 +88,29 @@ class Unit:
 
 #: A pass with its place in the chain, and its parameters if they were given.
 Task: TypeAlias = tuple[int, Unit, PassParams | None]
+
+
+def joined(tasks: Sequence[Task], x: Tensor) -> tuple[Task | None, Task, Task | None] | None:
+    """Return the program that comes next, and the passes before and after it that go with it.
+
+    On the CPU they are one call, so that what is between them stays in the cache.
+    """
+    before = None if tasks[0][1].program is not None else tasks[0]
+    if before is not None:
+        settings = before[1].settings
+        if not before[1].joins or settings.normal or settings.dtype not in (None, torch.uint8):
+            return None
+        tasks = tasks[1:]
+    if not tasks or tasks[0][1].program is None or not tasks[0][1].program.joins(x):
+        return None
+    after = tasks[1] if len(tasks) > 1 and tasks[1][1].joins else None
+    if after is not None and after[1].settings.antialias:
+        after = None
+    for task in (before, after):
+        own = None if task is None else task[2]
+        if isinstance(own, AugmentParams) and bool((own.partners >= 0).any()):
+            return None
+    return None if before is after else (before, tasks[0], after)
 
 
 @dataclass(frozen=True)
@@ -281,10 +309,18 @@ class Chain(SeededModule):
     ) -> tuple[Tensor, Targets | None]:
         """Run passes for images [N * frames, C, H, W] and their targets."""
         op, count = self._op, len(self._pipeline.units)
+        done = 0
         for at, (place, unit, own) in enumerate(tasks):
+            if at < done:
+                continue
             last = place == count - 1
             if at and tasks[at - 1][1].called is not None:
                 _ops.check_images(x, op)
+            together = joined(tasks[at:], x)
+            if together is not None:
+                x = self._joined(*together, x, frames, found, keys, out)
+                done = at + sum(task is not None for task in together)
+                continue
             if own is None and not unit.idle:
                 assert keys is not None
                 own = self._draw(place, unit, keys, (x.shape[-2], x.shape[-1]))
@@ -311,6 +347,63 @@ class Chain(SeededModule):
                 x = self._converted(x, out)
         return x, found
 
+    def _joined(
+        self,
+        before: Task | None,
+        programmed: Task,
+        after: Task | None,
+        x: Tensor,
+        frames: int,
+        found: Targets | None,
+        keys: Keys | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        """Run a program with the passes before and after it."""
+        images, size = plain(x), (x.shape[-2], x.shape[-1])
+        passes: list[_ops.Pass | None] = []
+        every: ProgramParams | None = None
+        for task in (before, programmed, after):
+            if task is None:
+                passes.append(None)
+                continue
+            place, unit, own = task
+            if own is None:
+                assert keys is not None
+                own = self._draw(place, unit, keys, size)
+            if isinstance(own, ProgramParams):
+                every = self._moved(own, size, found, frames)
+                every.check_images(images.shape, self._op)
+                continue
+            assert isinstance(own, AugmentParams)
+            if found is not None:
+                found.move(own, unit.settings, unit.moves)
+            own = own if frames == 1 else own.repeat_interleave(frames)
+            own.check_images((*images.shape[:2], *size), self._op)
+            last = place == len(self._pipeline.units) - 1
+            dtype = self._dtype_of(unit, last)
+            if dtype is None and last and out is not None:
+                dtype = out.dtype
+            how = (unit.settings, self._op, dtype, self._keep_dtype, self.memory_format)
+            passes.append(pass_of(images, own, *how))
+            size = own.size
+        place, unit, _ = programmed
+        assert unit.program is not None
+        assert every is not None
+        last = (programmed if after is None else after)[0] == len(self._pipeline.units) - 1
+        direct = after is not None or self._is_direct(x, last, out)
+        target = out if last and direct else None
+        y = unit.program.run(x, every, self._op, target, *passes)
+        return y if direct else self._converted(y, out)
+
+    def _dtype_of(self, unit: Unit, last: bool) -> torch.dtype | None:
+        return (self.out_dtype or unit.settings.dtype) if last else unit.settings.dtype
+
+    def _is_direct(self, x: Tensor, last: bool, out: Tensor | None) -> bool:
+        """Return whether the result of a program is that of the chain, or that of no last pass."""
+        given = x.dtype if out is None else out.dtype
+        asked = (self.memory_format, self.out_dtype or x.dtype, given)
+        return not last or asked == (None, x.dtype, x.dtype)
+
     def _rendered(
         self,
         x: Tensor | list[Tensor],
@@ -324,7 +417,7 @@ class Chain(SeededModule):
             params,
             unit.settings,
             self._op,
-            out_dtype=(self.out_dtype or unit.settings.dtype) if last else unit.settings.dtype,
+            out_dtype=self._dtype_of(unit, last),
             keep_dtype=self._keep_dtype,
             memory_format=self.memory_format,
             out=out,
@@ -350,19 +443,20 @@ class Chain(SeededModule):
         last: bool,
     ) -> Tensor:
         assert unit.program is not None
-        if found is not None:
-            nearest = Settings(interpolation="nearest")
-            for moved in params.warps((x.shape[-2], x.shape[-1])):
-                found.move(moved, nearest)
-        every = params if frames == 1 else params.repeat_interleave(frames)
-        asked = (
-            self.memory_format,
-            self.out_dtype or x.dtype,
-            x.dtype if out is None else out.dtype,
-        )
-        direct = not last or asked == (None, x.dtype, x.dtype)
+        every = self._moved(params, (x.shape[-2], x.shape[-1]), found, frames)
+        direct = self._is_direct(x, last, out)
         y = unit.program.run(x, every, self._op, out if last and direct else None)
         return y if direct else self._converted(y, out)
+
+    def _moved(
+        self, params: ProgramParams, size: Size, found: Targets | None, frames: int
+    ) -> ProgramParams:
+        """Move the targets by programs, and return these for each frame."""
+        if found is not None:
+            nearest = Settings(interpolation="nearest")
+            for moved in params.warps(size):
+                found.move(moved, nearest)
+        return params if frames == 1 else params.repeat_interleave(frames)
 
     # --- images of several sizes ---
 

@@ -106,6 +106,20 @@ class Target(NamedTuple):
         return x.new_empty((n, c, h, w), dtype=self.dtype)
 
 
+class Pass(NamedTuple):
+    """What the kernel takes beside images; ``records`` and ``keys`` are on their device."""
+
+    records: Tensor
+    keys: Tensor | None
+    target: Target
+    options: Options
+
+    @property
+    def arguments(self) -> tuple[object, ...]:
+        """The arguments of the compiled functions, in their order."""
+        return self.records, self.keys, *self.options, self.keys is not None
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Return whether images are channels_last, and not contiguous as well."""
     if x.is_contiguous():

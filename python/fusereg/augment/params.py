@@ -511,19 +511,19 @@ class AugmentParams(Drawn):
         return geometry._render(x, op, (interpolation, antialias, fill_mode, fill))
 
     def _render(self, x: Tensor, op: str, sampling: tuple[object, bool, str, Any]) -> Tensor:
-        self.check_images(x, op)
+        self.check_images(x.shape, op)
         options = _ops.Options.of(_ops.check_images(x, op).shape[1], op, sampling)
         target = _ops.Target.of(x, self.size, x.dtype)
         records = memory.to_device(self.records, x.device, op)
         return _ops.apply(x, records, None, target, options, op)
 
-    def check_images(self, x: Tensor, op: str) -> None:
-        """Check that x is [N, C, height, width] of these parameters' input size."""
+    def check_images(self, shape: Sequence[int], op: str) -> None:
+        """Check that images are [N, C, height, width] of these parameters' input size."""
         n, (height, width) = len(self), self.input_size
-        if x.dim() != 4 or x.shape[0] != n or tuple(x.shape[2:]) != (height, width):
+        if len(shape) != 4 or shape[0] != n or tuple(shape[2:]) != (height, width):
             raise ValueError(
                 f"fusereg.{op}: x must have shape ({n}, C, {height}, {width}) as its parameters, "
-                f"got {tuple(x.shape)}"
+                f"got {tuple(shape)}"
             )
 
 

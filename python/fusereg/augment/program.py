@@ -6,7 +6,7 @@ so after each of them; images of floats go through functions of torch, one by on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -46,6 +46,14 @@ class ProgramParams(Drawn):
 
     programs: Tensor
     sample_ids: Tensor
+
+    def check_images(self, shape: Sequence[int], op: str) -> None:
+        """Check that there are images [N, C, H, W] for all programs."""
+        if len(shape) != 4 or shape[0] != len(self):
+            raise ValueError(
+                f"fusereg.{op}: x must have {len(self)} images as its parameters, "
+                f"got shape {tuple(shape)}"
+            )
 
     def warps(self, size: tuple[int, int]) -> Iterator[AugmentParams]:
         """Yield the geometry of the instructions one after the other, for what moves with it."""
@@ -137,14 +145,36 @@ class Program:
         programs = torch.tensor(flat, dtype=torch.float64, device="cpu").reshape(n, length, _WIDTH)
         return ProgramParams(programs, keys.ids)
 
-    def run(self, x: Tensor, params: ProgramParams, op: str, out: Tensor | None = None) -> Tensor:
-        """Return the images after their programs."""
+    def joins(self, x: Tensor) -> bool:
+        """Return whether passes before and after the programs of these images can be part of them.
+
+        A thread takes one sample after the other then: there must be some for each.
+        """
+        grows = x.shape[1] == 1 and any(policy.first for policy, _ in self.policies)
+        return (
+            x.dtype is torch.uint8
+            and x.is_cpu
+            and not _C.CUDA_ON_HOST
+            and len(x) >= 2 * torch.get_num_threads()
+            and not grows
+            and dispatch.direct(plain(x))
+        )
+
+    def run(
+        self,
+        x: Tensor,
+        params: ProgramParams,
+        op: str,
+        out: Tensor | None = None,
+        before: _ops.Pass | None = None,
+        after: _ops.Pass | None = None,
+    ) -> Tensor:
+        """Return the images after their programs, with a pass before and one after these.
+
+        Passes are where ``joins`` is true, and mix no samples; the one after does not antialias.
+        """
         images = plain(x)
-        if images.dim() != 4 or len(images) != len(params):
-            raise ValueError(
-                f"fusereg.{op}: x must have {len(params)} images as its parameters, "
-                f"got shape {tuple(x.shape)}"
-            )
+        params.check_images(x.shape, op)
         self._check_channels(images.shape[1], op)
         programs = params.programs.cpu().contiguous()
         if images.shape[1] == 1 and any(policy.first for policy, _ in self.policies):
@@ -152,8 +182,8 @@ class Program:
             gray = (programs[..., 0] == GRAY) & (programs[..., 1] == 3)
             programs = torch.where(gray[..., None], torch.zeros_like(programs), programs)
         fill = for_channels(self.fill, images.shape[1], op, "fill")
-        channels, height, width = images.shape[1:]
-        _C.color_program_check(programs, channels, height, width, op)
+        height, width = images.shape[2:] if before is None else before.target.size
+        _C.color_program_check(programs, images.shape[1], height, width, op)
         if images.dtype is not torch.uint8:
             if out is not None:
                 checks.check_target(images, out, op, tuple(images.shape), images.dtype)
@@ -161,9 +191,20 @@ class Program:
             return wrap(y if out is None else out.copy_(y), x)  # type: ignore[no-any-return]
         programs = memory.to_device(programs, images.device, op)
         target = _ops.Target.of(images, (height, width), torch.uint8)
-        arguments = (programs, fill, self.whole_pixels)
-        y = _ops.call(color_program, images, arguments, target, op, out)
-        return wrap(y, x)  # type: ignore[no-any-return]
+        if before is None and after is None:
+            arguments = (programs, fill, self.whole_pixels)
+            y = _ops.call(color_program, images, arguments, target, op, out)
+            return wrap(y, x)  # type: ignore[no-any-return]
+        target = target if after is None else after.target
+        if out is not None:
+            shape = (*images.shape[:2], *target.size)
+            checks.check_target(images, out, op, shape, target.dtype)
+        first = None if before is None else (*before.arguments, height, width)
+        last = None if after is None else after.arguments
+        passes = (programs, fill, self.whole_pixels, None, first, last, op)
+        y = target.empty(images) if out is None else out
+        y = _ops.run(_C.color_program, y, images, passes, op)
+        return wrap(y if out is None else operator.written(y), x)  # type: ignore[no-any-return]
 
     def _check_channels(self, channels: int, op: str) -> None:
         """Refuse colors of images that have none, whether or not this batch has drawn them."""
@@ -185,7 +226,11 @@ def _kernel(
     if x.device.type != "cpu" or _C.CUDA_ON_HOST:
         scratch = x.new_empty(_C.color_program_scratch(*x.shape))
     return _ops.run(
-        _C.color_program, y, x, (programs, fill, whole_pixels, scratch, "program"), "program"
+        _C.color_program,
+        y,
+        x,
+        (programs, fill, whole_pixels, scratch, None, None, "program"),
+        "program",
     )
 
 

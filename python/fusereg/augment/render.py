@@ -230,22 +230,33 @@ def render(
 
     A list has images [C, H, W] of several sizes, for which op.one_call is true.
     """
-    if isinstance(x, Tensor):
-        images = plain(x)
-        params.check_images(images, op)
-    else:
-        several = [image[None] for image in x]
-        images = several[0].expand(len(several), -1, -1, -1)  # of the dtype and channels of all
     if out_dtype is None and isinstance(out, Tensor):
         out_dtype = out.dtype
-    options, out_dtype = _options(images, settings, op, out_dtype, keep_dtype)
-    records, keys = _numbers(images, params, settings, op)
+    how = (settings, op, out_dtype, keep_dtype, memory_format)
     if isinstance(x, Tensor):
-        target = _ops.Target.of(images, params.size, out_dtype, memory_format)
-        y = _ops.apply(images, records, keys, target, options, op, out)
+        images = plain(x)
+        params.check_images(images.shape, op)
+        y = _ops.apply(images, *pass_of(images, params, *how), op, out)
         return wrap(y, x)  # type: ignore[no-any-return]
-    target = _ops.Target.of(several[0], params.size, out_dtype, memory_format)
-    return _ops.apply_several(images, several, records, keys, target, options, op)
+    several = [image[None] for image in x]
+    images = several[0].expand(len(several), -1, -1, -1)  # of the dtype and channels of all
+    return _ops.apply_several(images, several, *pass_of(several[0], params, *how), op)
+
+
+def pass_of(
+    images: Tensor,
+    params: AugmentParams,
+    settings: Settings,
+    op: str,
+    out_dtype: torch.dtype | None,
+    keep_dtype: bool,
+    memory_format: torch.memory_format | None,
+) -> _ops.Pass:
+    """Return what the kernel takes for images of this dtype, layout and number of channels."""
+    options, dtype = _options(images, settings, op, out_dtype, keep_dtype)
+    records, keys = _numbers(images, params, settings, op)
+    target = _ops.Target.of(images, params.size, dtype, memory_format)
+    return _ops.Pass(records, keys, target, options)
 
 
 def _options(
