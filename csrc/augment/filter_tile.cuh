@@ -90,7 +90,10 @@ __device__ void filter_columns(const Job& job, const TileView& view, const Filte
     if (row0 + line >= job.y.h) break;
     const std::int32_t x = fold(across.first + column, view.w, view.mode);
     const int taps = down.span[line].last - down.span[line].first + 1;
+    float fill[kGroup];
     float sum[kGroup] = {};
+    FUSEREG_UNROLL
+    for (int c = 0; c < kGroup; ++c) fill[c] = static_cast<float>(job.fill[channel + c]);
     FUSEREG_NO_UNROLL
     for (int k = 0; k < taps; k += kTapsAhead) {
       float weight[kTapsAhead];
@@ -101,16 +104,17 @@ __device__ void filter_columns(const Job& job, const TileView& view, const Filte
         weight[j] = k + j < taps ? down.weight[line][k + j] : 0.0f;
         const std::int32_t y = weight[j] != 0.0f ? down.at[line][k + j] : -1;
         inside[j] = x >= 0 && y >= 0;
-        const T* const at = data + y * job.x.row + x * job.x.pixel;
+        // Of what is not asked for the first pixel: a load within a branch would be waited for there.
+        const T* const at = inside[j] ? data + y * job.x.row + x * job.x.pixel : data;
         FUSEREG_UNROLL
-        for (int c = 0; c < kGroup; ++c) v[j][c] = inside[j] ? at[c * job.x.channel] : T{};
+        for (int c = 0; c < kGroup; ++c) v[j][c] = at[c * job.x.channel];
       }
       FUSEREG_UNROLL
       for (int j = 0; j < kTapsAhead; ++j) {
         FUSEREG_UNROLL
         for (int c = 0; c < kGroup; ++c) {
-          const float value = inside[j] ? tap(&v[j][c]) : static_cast<float>(job.fill[channel + c]);
-          if (weight[j] != 0.0f) sum[c] = add(sum[c], multiply(weight[j], value));
+          const float value = inside[j] ? tap(&v[j][c]) : fill[c];
+          sum[c] = weight[j] != 0.0f ? add(sum[c], multiply(weight[j], value)) : sum[c];
         }
       }
     }
