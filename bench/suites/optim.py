@@ -2,8 +2,10 @@
 
 The work is one step of AdamW with an elastic net, ``l1 * sum |w| + l2/2 * sum w^2``, as a proximal
 step after the update: parameter, gradient and two states are read, parameter and states written, 28
-bytes an element in float32. And ``clip``: the norm of all gradients, and their scaling where it is
-too large: read, and here not written, for the norm stays below the limit; 4 bytes an element.
+bytes an element in float32. ``average``: a step of AdamW without a penalty, and an exponential
+moving average of the weights: one more state, 36 bytes. ``clip``: the norm of all gradients, and
+their scaling where it is too large: read, and here not written, for the norm stays below the limit;
+4 bytes an element.
 
 Each way to do it is written as a good user of it would:
 
@@ -12,6 +14,9 @@ Each way to do it is written as a good user of it would:
 - ``fused + foreach prox``: ``torch.optim.AdamW(fused=True)``, and the same proximal step.
 - ``fused AdamW alone``: without any penalty: what fusereg's step is to cost no more than.
 - ``fusereg``: ``fusereg.optim.AdamW`` with ``l1`` and ``l2``; ``max_grad_norm`` clips as well.
+
+For ``average``: torch's AdamW and ``lerp_`` of each average or ``torch._foreach_lerp_`` of all, as
+``AveragedModel`` takes it; ``fusereg.optim.AdamW`` with ``ema_decay``.
 
 For ``clip``: ``torch.nn.utils.clip_grad_norm_`` with and without foreach, and
 ``fusereg.optim.clip_grad_norm_``.
@@ -22,6 +27,7 @@ tensor.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +40,8 @@ from ..harness import EAGER, Accuracy, Call, Case, Options, Provider, Workload
 from ..harness.shapes import Work, count, list_cases, works
 
 FUSED_PROX, FUSED_ALONE = "fused + foreach prox", "fused AdamW alone"
-PROVIDERS = (EAGER, "foreach", FUSED_PROX, FUSED_ALONE, "fusereg")
+FUSED_AVERAGE = "fused + foreach average"
+PROVIDERS = (EAGER, "foreach", FUSED_PROX, FUSED_AVERAGE, FUSED_ALONE, "fusereg")
 
 LR = 1e-3
 # Thousands of steps on the same weights leave most of them nonzero. No provider's time depends on
@@ -42,12 +49,18 @@ LR = 1e-3
 L1 = 1e-5
 L2 = 1e-4
 NO_LIMIT = 1e9
+DECAY = 0.999
 
 STEP = "step"
+AVERAGE = "average"
 CLIP = "clip"
 # Name of the operation, and elements of the parameters' dtype moved for each element of the list:
 # see the module's text.
-MODES = {STEP: ("AdamW elastic net", 7), CLIP: ("clip_grad_norm_", 1)}
+MODES = {
+    STEP: ("AdamW elastic net", 7),
+    AVERAGE: ("AdamW and average", 9),
+    CLIP: ("clip_grad_norm_", 1),
+}
 
 Parameters = list[torch.nn.Parameter]
 
@@ -61,7 +74,7 @@ def cases(options: Options) -> list[Case]:
 def _memory(work: Work, mode: str, size: int) -> int:
     """Bound the memory: five providers' weights, gradients and states, and some temporaries."""
     # States of 16-bit weights are float32.
-    providers = 5 * (2 * size + 8 * count(work.shapes)) if mode == STEP else size
+    providers = size if mode == CLIP else 5 * (2 * size + 12 * count(work.shapes))
     return 6 * size + providers
 
 
@@ -80,7 +93,8 @@ def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workl
 
     if mode == CLIP:
         return _clip_workload(new())
-    return Workload(_step_providers(new), None if dtype.itemsize < 4 else _check_step)
+    providers = _step_providers if mode == STEP else _average_providers
+    return Workload(providers(new), None if dtype.itemsize < 4 else _check_step)
 
 
 class _Step:
@@ -92,11 +106,18 @@ class _Step:
         optimizer: torch.optim.Optimizer,
         after: Callable[[Parameters], None] | None,
         penalized: bool = False,
+        averages: list[torch.Tensor] | None = None,
     ) -> None:
         self.parameters = parameters
         self.optimizer = optimizer
         self.after = after
-        self.penalized = penalized or after is not None
+        self.penalized = penalized
+        self.averages = averages
+
+    def average(self) -> torch.Tensor | None:
+        """Return the first parameter's average, where there is one."""
+        own = self.optimizer.state[self.parameters[0]].get("ema_param")
+        return own if self.averages is None else self.averages[0]
 
     def __call__(self) -> object:
         self.optimizer.step()
@@ -121,9 +142,16 @@ def _check_step(call: Call) -> Accuracy:
     wanted = parameter.detach().double() * (1 - LR * 0.01) - LR * update
     if call.penalized:
         wanted = wanted.sign() * (wanted.abs() - LR * L1).clamp_min(0.0) / (1 + LR * L2)
+    before = call.average()
+    average = None if before is None else before.double()
     call()
+    error = 0.0
+    if average is not None and (after := call.average()) is not None:
+        way = (1 - DECAY) * (wanted - average)
+        # A thousandth of the way of the weights: two digits of it in float32.
+        error = 1e-2 * float((after.double() - average - way).abs().max() / way.abs().max())
     # Relative to the step: an error of the proximal step shows beside weights a thousand times it.
-    error = float((parameter.detach().double() - wanted).abs().max()) / LR
+    error = max(error, float((parameter.detach().double() - wanted).abs().max()) / LR)
     return Accuracy(error, 1e-4, "step")
 
 
@@ -133,7 +161,7 @@ def _step_providers(new: Callable[[], Parameters]) -> list[Provider]:
     ) -> Provider:
         def make() -> Call:
             p = new()
-            return _Step(p, torch.optim.AdamW(p, lr=LR, **kind), after)
+            return _Step(p, torch.optim.AdamW(p, lr=LR, **kind), after, after is not None)
 
         shown = ", ".join(f"{key}={value}" for key, value in kind.items())
         return Provider(name, make, note=f"torch.optim.AdamW({shown}), {note}")
@@ -150,6 +178,38 @@ def _step_providers(new: Callable[[], Parameters]) -> list[Provider]:
         torchs(FUSED_PROX, _foreach_prox, "the same prox", fused=True),
         torchs(FUSED_ALONE, None, "no penalty", fused=True),
         Provider("fusereg", own, note='fusereg.optim.AdamW(l1=, l2=, prox="decoupled")'),
+    ]
+
+
+def _average_providers(new: Callable[[], Parameters]) -> list[Provider]:
+    def eager(averages: list[torch.Tensor], weights: Parameters) -> None:
+        for a, p in zip(averages, weights, strict=True):
+            a.lerp_(p, 1 - DECAY)
+
+    def foreach(averages: list[torch.Tensor], weights: Parameters) -> None:
+        torch._foreach_lerp_(averages, list[torch.Tensor](weights), 1 - DECAY)
+
+    def torchs(name: str, average: Callable[..., None] | None, **kind: Any) -> Provider:
+        def make() -> Call:
+            p = new()
+            averages = [w.detach().clone() for w in p] if average is not None else None
+            after = None if average is None else functools.partial(average, averages)
+            return _Step(p, torch.optim.AdamW(p, lr=LR, **kind), after, averages=averages)
+
+        shown = ", ".join(f"{key}={value}" for key, value in kind.items())
+        what = "no average" if average is None else "lerp_ of the averages"
+        return Provider(name, make, note=f"torch.optim.AdamW({shown}), {what}")
+
+    def own() -> Call:
+        p = new()
+        return _Step(p, fusereg.optim.AdamW(p, lr=LR, ema_decay=DECAY), None)
+
+    return [
+        torchs(EAGER, eager, foreach=False),
+        torchs("foreach", foreach, foreach=True),
+        torchs(FUSED_AVERAGE, foreach, fused=True),
+        torchs(FUSED_ALONE, None, fused=True),
+        Provider("fusereg", own, note="fusereg.optim.AdamW(ema_decay=)"),
     ]
 
 

@@ -21,8 +21,10 @@ Each way to do it is written as a good user of it would:
 
 - ``group prox``: the proximal step of the group lasso over ResNet-50's channels, each with its
   slices in all tensors that write it: convolutions, scales and shifts, along the residual streams.
-  Weights are read twice and written once: 12 bytes. ``eager`` sums and scales tensor by tensor;
-  ``rows alone`` is ``prox.group_lasso_`` of the same tensors, whose groups are rows of one tensor.
+  Weights are read twice and written once: 12 bytes. ``eager`` sums and scales tensor by tensor,
+  ``by channel`` channel by channel; ``rows alone`` is ``prox.group_lasso_`` of the same tensors,
+  whose groups are rows of one tensor. ``Torch-Pruning`` is ``GroupNormPruner.regularize`` of a
+  ResNet-50: other work with the same aim, a ridge on the channels and on what reads them.
 
 ``host`` rows have lists of tensors with one element each: what remains is the cost of handling a
 tensor.
@@ -33,6 +35,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -43,10 +46,11 @@ from ..harness import EAGER, Accuracy, Call, Case, Options, Provider, Workload, 
 from ..harness.layers import compiled as by_compiler
 from ..harness.layers import tolerances
 from ..harness.shapes import Work, gpt2_small, list_cases, resnet50, resnet50_channels, works
+from .augment import torchvision_transforms
 
 PROVIDERS = (
     *(EAGER, "formula", "foreach", "torch.compile", "fusereg", "WeightPenalty"),
-    "rows alone",
+    *("rows alone", "by channel", "Torch-Pruning"),
 )
 
 L1 = 1e-5
@@ -246,8 +250,44 @@ def _group_providers(data: _Data) -> list[Provider]:
     def rows_alone() -> None:
         fusereg.prox.group_lasso_(rows, THRESHOLD)
 
+    @torch.no_grad()
+    def by_channel() -> None:
+        for writers in sets:
+            for rows in zip(*(parameters[i] for i in writers), strict=True):
+                size = sum(row.numel() for row in rows)
+                norm = torch.stack([row.square().sum() for row in rows]).sum().sqrt()
+                factor = (1 - THRESHOLD * size**0.5 / norm).clamp_min(0)
+                for row in rows:
+                    row.mul_(factor)
+
+    def regularize() -> Call:
+        import torch_pruning as tp
+
+        torchvision_transforms()  # or torchvision cannot be imported beside torch for the CPU
+        import torchvision
+
+        model = torchvision.models.resnet50().to(parameters[0].device, data.dtype)
+        x = torch.zeros(1, 3, 64, 64, device=parameters[0].device, dtype=data.dtype)
+        pruner = tp.pruner.GroupNormPruner(
+            model, x, tp.importance.GroupMagnitudeImportance(), ignored_layers=[model.fc]
+        )
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        return _Regularize(pruner, model)
+
     note = {"rows alone": "groups within each tensor: other results"}
-    return _calls(eager, own, rows_alone, **note)
+    theirs = Provider("Torch-Pruning", regularize, note="GroupNormPruner.regularize: other work")
+    return [*_calls(eager, own, rows_alone, by_channel, **note), theirs]
+
+
+class _Regularize:
+    """Torch-Pruning's call, which adds to gradients."""
+
+    def __init__(self, pruner: Any, model: torch.nn.Module) -> None:
+        self.pruner, self.model = pruner, model
+
+    def __call__(self) -> None:
+        self.pruner.regularize(self.model)
 
 
 def _total(values: Iterator[torch.Tensor]) -> torch.Tensor:
@@ -406,6 +446,10 @@ def _check_prox(data: _Data, call: Call) -> Accuracy:
 
 
 def _check_groups(data: _Data, call: Call) -> Accuracy:
+    if isinstance(call, _Regularize):
+        call()
+        grads = [p.grad for p in call.model.parameters() if p.grad is not None]
+        return Accuracy(0.0 if all(g.isfinite().all() for g in grads) else 1.0, 0.5, "finite")
     wanted = [parameter.double() for parameter in data.detached]
     scale = max(float(w.abs().max()) for w in wanted)
     call()

@@ -47,11 +47,7 @@ _BLOCK = re.compile(r"(<!-- channels -->\n).*?(<!-- end channels -->)", re.DOTAL
 WIDTHS = (16, 32, 64)
 BATCH, LR, DECAY, EPOCHS = 64, 0.05, 5e-4, 10
 TUNING_LR, TUNING_EPOCHS = 0.02, 4
-#: An epoch of the photographs has 3.3 times as many steps as one of the digits.
-STRENGTHS = {
-    "digits": (0.001, 0.002, 0.0024, 0.0028, 0.0033, 0.0038, 0.0044),
-    "photographs": (0.0005, 0.0007, 0.0008, 0.0009, 0.001, 0.0012, 0.0015),
-}
+STRENGTHS = (0.001, 0.002, 0.0024, 0.0028, 0.0033, 0.0038, 0.0044)
 BUDGETS = (0.35, 0.17)
 
 
@@ -84,7 +80,7 @@ def photographs(side: int = 12, bands: int = 3) -> Data:
         for band in range(bands):
             top, bottom = band * height // bands, (band + 1) * height // bands
             for part, (own, count) in enumerate(
-                (((0, 1, 3, 5, 6, 8), 600), ((2, 7), 240), ((4, 9), 240))
+                (((0, 1, 3, 5, 6, 8), 180), ((2, 7), 60), ((4, 9), 60))
             ):
                 for _ in range(count):
                     strip = own[draw.integers(len(own))]
@@ -226,7 +222,7 @@ def run(data: Data, seeds: Iterable[int]) -> Iterator[list[Cut]]:
         dense = make()
         train(dense, data, plain_sgd(dense, LR), EPOCHS, seed)
         found.append(measured("dense", 0.0, seed, dense, dense, data))
-        for strength in STRENGTHS[data.name]:
+        for strength in STRENGTHS:
             model = make()
             groups = fusereg.groups_of(model, data.images[0][:2])
             optimizer = fusereg.optim.SGD(
