@@ -23,7 +23,9 @@ from fusereg.augment import (
     RandAugment,
     TimmAugment,
     TrivialAugmentWide,
+    erase,
     recipes,
+    resize,
 )
 
 #: The name, torchvision's constant, and PIL's number.
@@ -246,3 +248,34 @@ def test_floats_up_to_255_are_noticed_once(make: Callable[[], Any]) -> None:
         make()(x / 255)
         make()(photo())
         Augment(8, hflip=0.5)(x)  # nothing that reads the values
+
+
+@pytest.mark.parametrize("result", [None, 3, [torch.zeros(2, 3, 8, 8)], (), torch.zeros(3, 8, 8)])
+def test_a_function_that_gives_no_batch_is_named(result: Any) -> None:
+    """As each other transform is that gives no image."""
+    for x in (torch.rand(2, 3, 8, 8), [torch.rand(3, 8, 8), torch.rand(3, 9, 8)]):
+        chain = Compose([lambda batch: result])
+        with pytest.raises(TypeError, match=r"<lambda> is called with images \[\d, C, H, W\] and"):
+            chain(x) if isinstance(x, Tensor) else chain.collate(x)
+    if not isinstance(result, Tensor):
+        tv = augment_peers.torchvision_module("torchvision.tv_tensors")
+        each = augment_peers.torchvision_module("torchvision.transforms.v2").Lambda(
+            lambda image: result, tv.Image
+        )
+        with pytest.raises(TypeError, match="Lambda must give an image"):
+            Compose([each])(torch.rand(2, 3, 8, 8))
+
+
+def test_one_image_where_a_batch_is_wanted_is_told_how_to_become_one() -> None:
+    tv = augment_peers.torchvision_module("torchvision.tv_tensors")
+    image, flip = torch.rand(3, 8, 8), Augment(8, hflip=1.0)
+    for call in (flip, lambda x: resize(x, 4), lambda x: erase(x, torch.zeros(1, 4))):
+        with pytest.raises(ValueError, match=r"got 3; x\[None\] is a batch of one image"):
+            call(image)
+    for target in (tv.Mask(image[0]), tv.Image(image), tv.Mask(image)):
+        with pytest.raises(ValueError, match="for one image alone give a list of one"):
+            flip(image[None], target)
+        _, (moved,) = flip(image[None], [target])
+        assert torch.equal(moved, target.flip(-1))
+    box = tv.BoundingBoxes([[0.0, 0, 3, 3]], format="XYXY", canvas_size=(8, 8))
+    assert flip(image[None], box)[1].tolist() == [[5, 0, 8, 3]]

@@ -134,6 +134,26 @@ def test_nearest_resizes_take_torchvisions_pixels(mode: str, size: tuple[int, in
     assert torch.equal(Compose([resize])(x), resize(x))
 
 
+def test_nearest_columns_are_torchs_but_where_a_place_is_the_edge_of_two_pixels() -> None:
+    """There torch's product of float32 numbers is above or below it."""
+    v2 = torchvision_module("torchvision.transforms.v2")
+    nearest = v2.InterpolationMode("nearest")
+    others = 0
+    for side in range(5, 700, 29):
+        row = torch.arange(side, dtype=torch.float32).reshape(1, 1, 1, side)
+        for size in (7, 31, 64, 96, 224, 333, 480):
+            resize = v2.Resize((1, size), nearest)
+            want, y = resize(row).flatten(), Compose([resize])(row).flatten()
+            place = torch.arange(size) * side
+            # The pixel that the place is in, in whole numbers.
+            assert torch.equal(y.long(), torch.div(place, size, rounding_mode="floor"))
+            other = want != y
+            assert bool((place[other] % size == 0).all())
+            assert bool((want - y)[other].eq(-1).all())
+            others += int(other.sum())
+    assert others < 20, "of 40,000 columns"
+
+
 @pytest.mark.parametrize(("size", "resize"), [(224, 256), (64, 80), (224, 232)])
 def test_evaluation_is_torchvisions_resize_and_central_crop(size: int, resize: int) -> None:
     v2 = torchvision_module("torchvision.transforms.v2")

@@ -198,7 +198,14 @@ def call(
     if not called.each:
         with numbers_of(x) as seed:
             seed(mix_bits(*params.seeds.tolist()))
-            return called.function(x), None
+            y = called.function(x)
+        if not isinstance(y, Tensor) or y.dim() != 4 or len(y) != len(x):
+            what = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise TypeError(
+                f"fusereg.{op}: {called.name} is called with images [{len(x)}, C, H, W] and must "
+                f"give as many, got {what}"
+            )
+        return y, None
     clips = x.reshape(-1, frames, *x.shape[1:]) if frames > 1 else x
     takes = found is not None and called.targets and found.any_types()
     trees = found.split(True) if found is not None and takes else None

@@ -267,7 +267,8 @@ def check_images(x: object, op: str, name: str = "x") -> Tensor:
             f"{where} has dtype {x.dtype}; wanted uint8, float64, float32, float16 or bfloat16"
         )
     if x.dim() != 4:
-        raise ValueError(f"{where} must have 4 dimensions (N, C, H, W), got {x.dim()}")
+        remedy = f"; {name}[None] is a batch of one image (C, H, W)" if x.dim() == 3 else ""
+        raise ValueError(f"{where} must have 4 dimensions (N, C, H, W), got {x.dim()}{remedy}")
     if 0 in x.shape[1:]:
         raise ValueError(f"{where} must have channels and pixels, got shape {tuple(x.shape)}")
     if x.shape[1] > _C.AUGMENT_MAX_CHANNELS:

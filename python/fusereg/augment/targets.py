@@ -254,9 +254,12 @@ class Targets:
             names = {"Mask": "[K,] H, W", "Image": "C, H, W", "Video": "T, C, H, W"}[kind]
             one = "" if not batched else f"{self.n}, "
             names = names.replace("H, W", f"{self.size[0]}, {self.size[1]}")
+            remedy = ""
+            if batched and least <= len(shape) <= most and shape[-2:] == self.size:
+                remedy = "; for one image alone give a list of one, for several one for each"
             raise ValueError(
                 f"fusereg.{self.op}: {leaf.path}, a {kind}, must have shape ({one}{names}) as the "
-                f"images, got {shape}"
+                f"images, got {shape}{remedy}"
             )
 
     # --- what is not understood ---
