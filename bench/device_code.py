@@ -65,7 +65,7 @@ class Bound(NamedTuple):
     spill: int = 0
     split: int = 0
     share: float = 0.0
-    f64: float = 10.0  # of kernels of other dtypes
+    f64: float = float("inf")  # of kernels of other dtypes
 
 
 #: Without `share`: what goes element by element, for pointers and lengths that no vector fits, and
@@ -86,28 +86,26 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(r"^penalty::penalty_groups_kernel", share=70.0),
     Bound(r"^penalty::coupled_kernel<3, SlotTerms", share=70.0),
     Bound(r"^penalty::", share=90.0),
-    Bound(r"^optim::(?:clip|norm)_kernel", share=90.0),
+    Bound(r"^optim::(?:clip|norm|adaptive)_kernel", share=90.0, f64=10.0),
     # FTRL's four numbers of the last step lie side by side, where no vector fits them.
     Bound(r"^optim::optimizer_kernel<3,", split=3),
     # Two results of a call may lie side by side.
     Bound(r"^cross_entropy::cross_entropy_finish_kernel", split=1),
-    Bound(r"^cross_entropy::cross_entropy_(?:forward|backward)_kernel<double", spill=8),
+    Bound(r"^cross_entropy::", share=90.0, f64=10.0),
     Bound(r"^drop_block::drop_block_apply_kernel", share=90.0),
     Bound(r"^batch_norm::\w+_kernel<\w+, Lines<true>", share=90.0),
     # With the code for SiLU, GELU and dropout.
-    Bound(
-        r"^batch_norm::batch_norm_backward_resident_kernel<\w+, Columns<true>, true>",
-        spill=16,
-        share=90.0,
-    ),
+    Bound(r"^batch_norm::\w+_backward_resident_kernel<\w+, Columns<true>, true>", 16, share=90.0),
     Bound(r"^batch_norm::\w+_kernel<\w+, Columns<true>", share=90.0),
     # The window of a perspective's output pixels is beside the sums of an input pixel.
     Bound(r"^augment::augment_backward_kernel<\w+, \d, 0>", spill=224),
     # And the filters of a pixel of a turned sample's resized image.
     Bound(r"^augment::augment_backward_kernel", spill=496),
     Bound(r"^augment::augment_forward_kernel<double", spill=72),
-    Bound(r"^augment::augment_filter_kernel", spill=64),
+    Bound(r"^augment::augment_filter_kernel", spill=64, f64=10.0),
+    Bound(r"^augment::augment_(?:tile|forward)", spill=40, f64=10.0),
     Bound(r"^augment::augment_", spill=40),
+    Bound(r"^augment::program_kernel", share=90.0, f64=10.0),
     Bound(""),
 )
 
@@ -132,8 +130,7 @@ PIPES = {
     "special": re.compile(r"MUFU|POPC|I2F|F2I|F2F|FRND"),
 }
 
-#: A GeForce RTX 4090 does two a cycle on each of 128 multiprocessors, at 2.5 GHz, and moves 1 TB a
-#: second: a warp has the time of ten for each 16 bytes of its threads.
+#: A GeForce RTX 4090 (128 multiprocessors, two of these a cycle) does ten in the time of 16 bytes.
 FLOAT64 = re.compile(r"D(?:ADD|MUL|FMA|SETP)|(?:F2F|I2F|F2I)\S*\.F64")
 
 # --- reading --------------------------------------------------------------------------------------
