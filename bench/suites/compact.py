@@ -14,6 +14,7 @@ Both networks are of torch's layers: ``eager`` is the one with its zeros, ``fuse
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -61,6 +62,7 @@ def vit(width: int = 192, depth: int = 4) -> nn.Module:
     return model
 
 
+@functools.cache
 def networks(quick: bool) -> dict[str, Network]:
     """Return what is measured; ``quick``: tiny ones."""
     if quick:
@@ -125,10 +127,17 @@ class Run:
         return loss
 
 
-def _setup(network: Network, mode: str, options: Options) -> Workload:
-    x = torch.randn(network.shape, device=options.device)
+@functools.cache
+def _prepared(network: Network, device: torch.device) -> tuple[Tensor, nn.Module, nn.Module]:
+    """Return an input, the network with its zeros and the smaller one."""
+    x = torch.randn(network.shape, device=device)
     dense = zeroed(network, x)
-    small = fusereg.compact(dense, x, ROUND_TO)
+    return x, dense, fusereg.compact(dense, x, ROUND_TO)
+
+
+def _setup(network: Network, mode: str, options: Options) -> Workload:
+    x, *networks = _prepared(network, options.device)
+    dense, small = copy.deepcopy(networks)
     with torch.no_grad():
         wanted = dense.eval()(x)
 
