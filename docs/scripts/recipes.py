@@ -151,7 +151,7 @@ def segmentation() -> list[list[Tensor]]:
 
 
 def detection() -> list[list[Tensor]]:
-    """Return the recipes of SSD and large-scale jitter with their boxes, each above torchvision's."""
+    """Return SSD's and large-scale jitter's draws with their boxes, each above torchvision's."""
     image, rows = tv_tensors.Image(photographs()[0]), []
     places = torch.tensor([[20.0, 60.0, 260.0, 400.0], [330.0, 120.0, 600.0, 330.0]])
     boxes = tv_tensors.BoundingBoxes(places, format="XYXY", canvas_size=(427, 640))  # type: ignore[call-arg]
