@@ -301,6 +301,7 @@ CALLED: dict[str, Any] = {
         [v2().RandomInvert(1.0), v2().RandomSolarize(9, 1.0)]
     ),
     "RandomOrder": lambda: v2().RandomOrder([v2().RandomInvert(0.5), v2().RandomSolarize(99, 0.5)]),
+    "AugMix": lambda: v2().AugMix(),
     "expand": lambda: v2().RandomRotation((3, 3.0001), expand=True),
     "Lambda": lambda: v2().Lambda(lambda x: x + torch.randint(0, 9, ()), tv().Image),
 }

@@ -320,6 +320,17 @@ def test_levels_mean_what_they_mean_in_timm(
                 assert more.float().mean() < 0.01, (name, level, sign)
 
 
+@pytest.mark.parametrize("name", ["Posterize", "PosterizeIncreasing"])
+def test_posterizing_keeps_a_bit_where_timm_asks_for_none(name: str) -> None:
+    """Which Pillow refuses since 13, and older ones made black."""
+    auto = pytest.importorskip("timm.data.auto_augment")
+    numbers = P.Numbers([0.5] * 9, 0)
+    for level in (0.0, 1.0, 2.4, 2.6, 5.0, 9.0, 10.0):
+        (bits,) = auto.LEVEL_TO_ARG[name](level, {})
+        code, kept = policies._level_row(name, level, numbers, (9, 9), 1.0)[:2]
+        assert (code, kept) == (P.POSTERIZE, max(1, bits)), level
+
+
 @pytest.mark.parametrize("how", ["NEAREST", "BILINEAR", "BICUBIC"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
 def test_pixels_of_timms_policies_move_as_pil_moves_them(

@@ -270,10 +270,8 @@ RowRunner row_runner(const Job& job) {
             }};
   }
   const auto turned = std::make_shared<const Turned>(job, kernels);
-  return {turned->scratch(),
-          [turned](const Job& own, std::int64_t begin, std::int64_t end, char* memory) {
-            turned->run(own, begin, end, memory);
-          }};
+  return {turned->scratch(), [turned](const Job& own, std::int64_t begin, std::int64_t end,
+                                      char* memory) { turned->run(own, begin, end, memory); }};
 }
 
 void run_antialiased(const Job& job) {

@@ -146,9 +146,9 @@ void set_pass(Job& job, const py::tuple& a, const std::int64_t (&sizes)[4], cons
   if (a.size() < 11) throw py::value_error(where(op, "before") + " and after must be of a pass");
   std::vector<double> channels[4];
   for (std::size_t k = 0; k < 4; ++k) channels[k] = a[6 + k].cast<std::vector<double>>();
-  const Options options{a[2].cast<int>(),  a[3].cast<bool>(), a[4].cast<int>(), a[5].cast<bool>(),
-                        channels[0],       channels[1],       channels[2],      channels[3],
-                        a[10].cast<bool>()};
+  const Options options{a[2].cast<int>(),  a[3].cast<bool>(), a[4].cast<int>(),
+                        a[5].cast<bool>(), channels[0],       channels[1],
+                        channels[2],       channels[3],       a[10].cast<bool>()};
   set_options(job, options, sizes, device, a[0], a[1], op);
   for (std::int64_t i = 0; i < job.n; ++i) {
     const double partner = job.records[i * kRecord + 14];

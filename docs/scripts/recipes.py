@@ -1,7 +1,8 @@
 """Make contact sheets of the recipes beside torchvision's: `python docs/scripts/recipes.py FOLDER`.
 
-Each sheet has a photograph of scikit-learn's in ten draws: above by the recipe, below by the
-transforms of its own library. Classification, segmentation and evaluation have the same draws.
+Each sheet has photographs of scikit-learn's in ten draws: above by the recipe, below by the
+transforms of its own library. Classification and evaluation have the same draws. One sheet has a
+digit for each recipe that takes images without targets.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from sklearn.datasets import load_sample_images
+from sklearn.datasets import load_digits, load_sample_images
+from timm.data import create_transform
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -85,6 +87,33 @@ def trivial() -> list[list[Tensor]]:
     return _policy(ours, v2.Compose([*steps, v2.RandomErasing(0.5, value=means)]))
 
 
+def timm() -> list[list[Tensor]]:
+    """Return timm's recipe, with draws of each library's own."""
+    string = "rand-m9-mstd0.5-inc1-mmax9"  # Pillow refuses what level 10 asks for
+    ours = recipes.timm_imagenet(string, SIZE, reprob=0.5, remode="pixel", seed=1)
+    theirs = create_transform(
+        SIZE, is_training=True, auto_augment=string, re_prob=0.5, re_mode="pixel"
+    )
+    rows = _policy(ours, lambda image: theirs(F.to_pil_image(image)))
+    return [rows[0], [shown(y) for y in rows[1]]]
+
+
+def digits() -> list[list[Tensor]]:
+    """Return digits, and the draws of four recipes."""
+    data, labels = load_digits(return_X_y=True)
+    first = [int((labels == k).nonzero()[0][0]) for k in range(COUNT)]
+    small = torch.tensor(data[first]).reshape(COUNT, 1, 8, 8) * 15.9
+    x = small.to(torch.uint8).repeat_interleave(8, 2).repeat_interleave(8, 3).repeat(1, 3, 1, 1)
+    gentle: Any = {"scale": (0.6, 1.0), "hflip": 0.0, "seed": 1}
+    made = [
+        recipes.torchvision_classification(64, policy="ta_wide", erase=0.3, **gentle),
+        recipes.timm_imagenet("rand-m9-mstd0.5-inc1", 64, reprob=0.3, remode="pixel", **gentle),
+        recipes.segmentation(64, base=64, seed=1),
+        recipes.simclr(64, seed=1),
+    ]
+    return [list(x), *([shown(y) for y in chain(x, sample_ids=range(COUNT))] for chain in made)]
+
+
 def simclr() -> list[list[Tensor]]:
     """Return SimCLR's two views, and those of torchvision's transforms."""
     chain, x = recipes.simclr(SIZE, seed=1), photographs()[:1].expand(COUNT, -1, -1, -1)
@@ -122,7 +151,7 @@ def segmentation() -> list[list[Tensor]]:
 
 
 def detection() -> list[list[Tensor]]:
-    """Return the recipes of SSD and large-scale jitter, with their boxes."""
+    """Return SSD's and large-scale jitter's draws with their boxes, each above torchvision's."""
     image, rows = tv_tensors.Image(photographs()[0]), []
     places = torch.tensor([[20.0, 60.0, 260.0, 400.0], [330.0, 120.0, 600.0, 330.0]])
     boxes = tv_tensors.BoundingBoxes(places, format="XYXY", canvas_size=(427, 640))  # type: ignore[call-arg]
@@ -131,13 +160,39 @@ def detection() -> list[list[Tensor]]:
         target = {"boxes": boxes, "labels": torch.tensor([0, 1])}
         made = [chain(image, target, sample_ids=[i]) for i in range(COUNT)]
         rows.append([_boxes((y * 255).to(torch.uint8), t["boxes"]) for y, t in made])
+        torch.manual_seed(0)
+        theirs = v2.Compose(_DETECTION[policy]())
+        own = {"boxes": boxes, "labels": torch.tensor([0, 1])}
+        made = [theirs(image, own) for _ in range(COUNT)]
+        rows.append([_boxes(y.as_subclass(Tensor).clone(), t["boxes"]) for y, t in made])
     return rows
+
+
+_FILL: Any = {tv_tensors.Image: (123, 117, 104), "others": 0}
+#: Those of torchvision's references/detection/presets.py, without the conversions at their end.
+_DETECTION: dict[str, Any] = {
+    "ssd": lambda: [
+        v2.RandomPhotometricDistort(),
+        v2.RandomZoomOut(fill=_FILL),
+        v2.RandomIoUCrop(),
+        v2.RandomHorizontalFlip(0.5),
+        v2.Resize((SIZE, SIZE)),
+        v2.SanitizeBoundingBoxes(),
+    ],
+    "lsj": lambda: [
+        v2.ScaleJitter((SIZE, SIZE), antialias=True),
+        v2.RandomCrop((SIZE, SIZE), pad_if_needed=True, fill=_FILL),
+        v2.RandomHorizontalFlip(0.5),
+        v2.SanitizeBoundingBoxes(),
+    ],
+}
 
 
 def main(folder: Path) -> None:
     """Write a sheet for each recipe."""
     folder.mkdir(parents=True, exist_ok=True)
-    for make in (classification, evaluation, trivial, segmentation, simclr, detection):
+    sheets = (classification, evaluation, trivial, timm, segmentation, simclr, detection, digits)
+    for make in sheets:
         rows = make()
         figure = Figure(figsize=(COUNT * 1.3, len(rows) * 1.35))
         axes = figure.subplots(len(rows), COUNT, squeeze=False)
