@@ -363,6 +363,17 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert broken == []
 
 
+def test_the_first_look_is_short() -> None:
+    """README.md is read in a minute; what is more belongs to docs/."""
+    assert (ROOT / "README.md").stat().st_size < 7_000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_extras_are_installed_from_a_clone(page: Path) -> None:
+    """No package index has fusereg."""
+    assert not re.search(r"pip install [\"']?fusereg", page.read_text(encoding="utf-8"))
+
+
 def test_every_page_is_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     named = set(re.findall(r"(\S+\.md)$", text, flags=re.M))

@@ -124,7 +124,31 @@ def penalty(**options: Any) -> WeightPenalty:
     return WeightPenalty(nn.Linear(2, 1), **{"l1": 0.1, **options})
 
 
+def batch_norm(**options: Any) -> torch.Tensor:
+    return F.batch_norm(
+        torch.ones(2, 3, 4), torch.zeros(3), torch.ones(3), training=True, **options
+    )
+
+
 ARGUMENTS: dict[str, Callable[[Any], Any]] = {
+    **{
+        f"batch_norm({name}=)": functools.partial(
+            lambda name, odd: batch_norm(**{"activation": "leaky_relu", name: odd}), name
+        )
+        for name in (
+            *("eps", "momentum", "negative_slope", "dropout", "virtual_batch_size", "weight"),
+            *("residual", "mask", "seed", "generator"),
+        )
+    },
+    **{
+        f"cross_entropy({name}=)": functools.partial(
+            lambda name, odd: F.cross_entropy(
+                torch.ones(2, 3), **{"target": torch.tensor([0, 1]), name: odd}
+            ),
+            name,
+        )
+        for name in ("target", "weight", "ignore_index", "label_smoothing")
+    },
     **{
         f"SGD({name}=)": functools.partial(lambda name, odd: optimizer(**{name: odd}), name)
         for name in ("lr", "l1", "l2", "group", "prox", "max_grad_norm", "ema_decay", "groups")

@@ -27,9 +27,10 @@ INTRODUCTION = """\
 
 {count} models of {libraries} are converted, reverted,
 folded and trained for one step in the
-test suite (`make test-all`; `pip install fusereg[zoo]` for the libraries). In float64, the results
-in training and evaluation, the gradients, and all parameters and buffers after the step are those
-of the model as it was; and after `revert`, it is what it was. Many are made smaller by options.
+test suite (`make test-all`; `pip install ".[zoo]"` in a clone for the libraries). In float64,
+the results in training and evaluation, the gradients, and all parameters and buffers after the
+step are those of the model as it was; and after `revert`, it is what it was. Many are made smaller
+by options.
 
 "layers" says how many layers [`convert`](convert.md) converted, "chains" how many chains it fused,
 and "folded" how many batch norms [`fold_into_conv`](batch-norm.md) folded. The last column has what

@@ -238,6 +238,8 @@ def prepared(
             f"fusereg.{name}: training wants more than 1 value per channel, "
             f"got input of shape {tuple(x.shape)}"
         )
+    if type(eps) is not float:
+        eps = checks.as_number(eps, f"fusereg.{name}: eps")
     if not eps > 0.0 and (training or eps != 0.0):
         wanted = "positive in training" if training else "at least 0"
         raise ValueError(f"fusereg.{name}: eps must be {wanted}, got {eps}")
@@ -258,19 +260,26 @@ def prepared(
     group = 0
     if settings.virtual_batch_size is not None:
         group = _group_samples(x, settings.virtual_batch_size, use_batch, name)
-    p = 0.0
-    if settings.dropout:
-        checks.check_probability(settings.dropout, name, "dropout")
-        if training:
-            p = float(settings.dropout)
+    slope, p = settings.negative_slope, settings.dropout
+    if type(slope) is not float:
+        slope = checks.as_number(slope, f"fusereg.{name}: negative_slope")
+    if type(p) is not float or p:
+        p = checks.check_probability(p, name, "dropout")
+        p = p if training else 0.0
+        if p:
             draw = random.eager_state if direct else random.traced_state
             seed = draw(x, source or Source(), name)
     statistics = COMPUTE if use_batch else FIXED
     if training and settings.update_stats:
         if momentum is None:
             momentum = CUMULATIVE
-        elif not momentum > CUMULATIVE:
-            raise ValueError(f"fusereg.{name}: momentum must be a number or None, got {momentum}")
+        else:
+            if type(momentum) is not float:
+                momentum = checks.as_number(momentum, f"fusereg.{name}: momentum")
+            if not momentum > CUMULATIVE:
+                raise ValueError(
+                    f"fusereg.{name}: momentum must be a number or None, got {momentum}"
+                )
         if batches is not None and not isinstance(batches, Tensor):
             raise TypeError(
                 f"fusereg.{name}: num_batches_tracked must be a torch.Tensor or None, "
@@ -284,7 +293,7 @@ def prepared(
         inputs = Inputs(x, residual, mask, weight, bias, None, mean, var, seed)
     return Call(
         inputs,
-        constants_of((statistics, eps, group, activation, settings.negative_slope, p, 0)),
+        constants_of((statistics, eps, group, activation, slope, p, 0)),
         name,
         batches,
         0.0 if momentum is None else momentum,

@@ -23,6 +23,8 @@ _HALVES = (torch.float16, torch.bfloat16)
 def check_smoothing(label_smoothing: float) -> None:
     """Raise torch's error unless this is a share of the probability."""
     checks.check_constant(label_smoothing, f"fusereg.{OP}: label_smoothing")
+    if type(label_smoothing) is not float:
+        label_smoothing = checks.as_number(label_smoothing, f"fusereg.{OP}: label_smoothing")
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(
             f"fusereg.{OP}: label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}"
