@@ -1,12 +1,36 @@
 // CPU kernels of Gaussian dropout; compiled once per instruction set. Contract: gaussian_dropout.h.
 #include "core/draw_simd.h"
-#include "core/normal_simd.h"
+#include "core/normal.h"
 #include "gaussian_dropout/gaussian_dropout.h"
 
 namespace fusereg::gaussian_dropout::FUSEREG_ISA {
 namespace {
 
 using namespace ::fusereg::FUSEREG_ISA;
+using namespace ::fusereg::normal;
+
+// Elements that one vector call of Philox serves.
+constexpr int kElements = kBlock<32>;
+
+using NumberKeys = PhiloxKeys<kNumberRounds>;
+
+// The normals of the elements [block * kElements, ...), in their order.
+FUSEREG_INLINE void normals(const NumberKeys& keys, std::uint64_t low, std::uint64_t block,
+                            float* out) {
+  constexpr std::uint64_t kLow = 0xffffffffu;
+  U64Vector draws[2];
+  philox_chunks(keys, low, block * kPhiloxChunks, draws);
+  // Even words and odd words, each of a pair in the same lane: those of draws[0] in even lanes.
+  const U64Vector even = (draws[0] & kLow) | (draws[1] << 32);
+  const U64Vector odd = (draws[0] >> 32) | (draws[1] & ~kLow);
+  Vector<float> first, second;
+  normal_pair<Vector<float>, U32Vector>(bit_cast<U32Vector>(even), bit_cast<U32Vector>(odd), first,
+                                        second);
+  const auto a = bit_cast<U64Vector>(first);
+  const auto b = bit_cast<U64Vector>(second);
+  store(out, bit_cast<Vector<float>>((a & kLow) | (b << 32)));
+  store(out + kElements / 2, bit_cast<Vector<float>>((a >> 32) | (b & ~kLow)));
+}
 
 FUSEREG_INLINE Vector<float> load_as(const float* p, float) { return load(p); }
 FUSEREG_INLINE Vector<double> load_as(const float* p, double) {
@@ -21,13 +45,13 @@ FUSEREG_INLINE Vector<double> load_as(const float* p, double) {
 }
 
 template <class T>
-FUSEREG_INLINE void whole_block(const T* x, T* y, std::uint64_t block, const NormalKeys& keys,
+FUSEREG_INLINE void whole_block(const T* x, T* y, std::uint64_t block, const NumberKeys& keys,
                                 std::uint64_t low, Vector<Compute<T>> strength) {
   using C = Compute<T>;
-  float n[kNormals];
+  float n[kElements];
   normals(keys, low, block, n);
   FUSEREG_UNROLL_10
-  for (int i = 0; i < kNormals / kWidth<C>; ++i) {
+  for (int i = 0; i < kElements / kWidth<C>; ++i) {
     const int at = i * kWidth<C>;
     store(y + at, load(x + at) * (load_as(n + at, C{}) * strength + C{1}));
   }
@@ -36,12 +60,12 @@ FUSEREG_INLINE void whole_block(const T* x, T* y, std::uint64_t block, const Nor
 // As dropout's elements(): the first and the last block may be there in part.
 template <class T>
 void elements(const T* x, T* y, std::int64_t n, std::uint64_t index, const Job& job) {
-  const NormalKeys keys(job.random.key());
+  const NumberKeys keys(job.random.key());
   const std::uint64_t low = job.random.low();
   const auto strength = broadcast(static_cast<Compute<T>>(job.strength));
-  std::uint64_t block = index / kNormals;
+  std::uint64_t block = index / kElements;
   auto partial = [&](std::int64_t skip, std::int64_t count) {
-    T buffer[kNormals];
+    T buffer[kElements];
     memset(buffer, 0, sizeof(buffer));
     memcpy(buffer + skip, x, static_cast<std::size_t>(count) * sizeof(T));
     whole_block(buffer, buffer, block, keys, low, strength);
@@ -51,12 +75,12 @@ void elements(const T* x, T* y, std::int64_t n, std::uint64_t index, const Job& 
     n -= count;
     ++block;
   };
-  const auto skip = static_cast<std::int64_t>(index % kNormals);
-  if (skip != 0) partial(skip, n < kNormals - skip ? n : kNormals - skip);
-  for (; n >= kNormals; n -= kNormals) {
+  const auto skip = static_cast<std::int64_t>(index % kElements);
+  if (skip != 0) partial(skip, n < kElements - skip ? n : kElements - skip);
+  for (; n >= kElements; n -= kElements) {
     whole_block(x, y, block, keys, low, strength);
-    x += kNormals;
-    y += kNormals;
+    x += kElements;
+    y += kElements;
     ++block;
   }
   if (n > 0) partial(0, n);
