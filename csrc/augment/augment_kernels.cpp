@@ -60,14 +60,14 @@ class Noise {
     }
     float* const found = found_[channel];
     while (count > 0) {
-      const std::uint64_t block = index / kNormals;
+      const std::uint64_t block = index / kNormalsAtOnce;
       if (block != block_[channel]) {
         normals(NormalKeys(static_cast<std::uint64_t>(key[0])), static_cast<std::uint64_t>(key[1]),
                 block, found);
         block_[channel] = block;
       }
-      const int skip = static_cast<int>(index % kNormals);
-      const int part = count < kNormals - skip ? count : kNormals - skip;
+      const int skip = static_cast<int>(index % kNormalsAtOnce);
+      const int part = count < kNormalsAtOnce - skip ? count : kNormalsAtOnce - skip;
       memcpy(to, found + skip, static_cast<std::size_t>(part) * sizeof(float));
       index += static_cast<std::uint64_t>(part);
       to += part;
@@ -78,7 +78,7 @@ class Noise {
  private:
   std::int64_t sample_ = -1;
   std::uint64_t block_[kMaxChannels];
-  alignas(kVectorBytes) float found_[kMaxChannels][kNormals];
+  alignas(kVectorBytes) float found_[kMaxChannels][kNormalsAtOnce];
 };
 
 void erase_block(const Job& job, const Frame& f, std::int64_t row, std::int64_t first,

@@ -8,11 +8,11 @@
 namespace fusereg::FUSEREG_ISA {
 
 // Elements that one vector call of Philox serves.
-inline constexpr int kNormals = 4 * kPhiloxChunks;
+inline constexpr int kNormalsAtOnce = 4 * kPhiloxChunks;
 
 using NormalKeys = PhiloxKeys<kNumberRounds>;
 
-// The normals of the elements [block * kNormals, ...), in their order.
+// The normals of the elements [block * kNormalsAtOnce, ...), in their order.
 FUSEREG_INLINE void normals(const NormalKeys& keys, std::uint64_t low, std::uint64_t block,
                             float* out) {
   constexpr std::uint64_t kLow = 0xffffffffu;
@@ -27,7 +27,7 @@ FUSEREG_INLINE void normals(const NormalKeys& keys, std::uint64_t low, std::uint
   const auto a = bit_cast<U64Vector>(first);
   const auto b = bit_cast<U64Vector>(second);
   store(out, bit_cast<Vector<float>>((a & kLow) | (b << 32)));
-  store(out + kNormals / 2, bit_cast<Vector<float>>((a >> 32) | (b & ~kLow)));
+  store(out + kNormalsAtOnce / 2, bit_cast<Vector<float>>((a >> 32) | (b & ~kLow)));
 }
 
 }  // namespace fusereg::FUSEREG_ISA

@@ -24,10 +24,10 @@ template <class T>
 FUSEREG_INLINE void whole_block(const T* x, T* y, std::uint64_t block, const NormalKeys& keys,
                                 std::uint64_t low, Vector<Compute<T>> strength) {
   using C = Compute<T>;
-  float n[kNormals];
+  float n[kNormalsAtOnce];
   normals(keys, low, block, n);
   FUSEREG_UNROLL_10
-  for (int i = 0; i < kNormals / kWidth<C>; ++i) {
+  for (int i = 0; i < kNormalsAtOnce / kWidth<C>; ++i) {
     const int at = i * kWidth<C>;
     store(y + at, load(x + at) * (load_as(n + at, C{}) * strength + C{1}));
   }
@@ -39,9 +39,9 @@ void elements(const T* x, T* y, std::int64_t n, std::uint64_t index, const Job& 
   const NormalKeys keys(job.random.key());
   const std::uint64_t low = job.random.low();
   const auto strength = broadcast(static_cast<Compute<T>>(job.strength));
-  std::uint64_t block = index / kNormals;
+  std::uint64_t block = index / kNormalsAtOnce;
   auto partial = [&](std::int64_t skip, std::int64_t count) {
-    T buffer[kNormals];
+    T buffer[kNormalsAtOnce];
     memset(buffer, 0, sizeof(buffer));
     memcpy(buffer + skip, x, static_cast<std::size_t>(count) * sizeof(T));
     whole_block(buffer, buffer, block, keys, low, strength);
@@ -51,12 +51,12 @@ void elements(const T* x, T* y, std::int64_t n, std::uint64_t index, const Job& 
     n -= count;
     ++block;
   };
-  const auto skip = static_cast<std::int64_t>(index % kNormals);
-  if (skip != 0) partial(skip, n < kNormals - skip ? n : kNormals - skip);
-  for (; n >= kNormals; n -= kNormals) {
+  const auto skip = static_cast<std::int64_t>(index % kNormalsAtOnce);
+  if (skip != 0) partial(skip, n < kNormalsAtOnce - skip ? n : kNormalsAtOnce - skip);
+  for (; n >= kNormalsAtOnce; n -= kNormalsAtOnce) {
     whole_block(x, y, block, keys, low, strength);
-    x += kNormals;
-    y += kNormals;
+    x += kNormalsAtOnce;
+    y += kNormalsAtOnce;
     ++block;
   }
   if (n > 0) partial(0, n);

@@ -107,7 +107,7 @@ class Target(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """Arguments of the kernel beside images; ``records`` and ``keys`` are on their device."""
+    """The arguments of the kernel beside images; ``records`` and ``keys`` are on their device."""
 
     records: Tensor
     keys: Tensor | None
