@@ -1,5 +1,6 @@
 #include "core/drawn.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
@@ -31,8 +32,8 @@ class Drawn : public AtOnce {
     PyObject* const* const items = &PyTuple_GET_ITEM(rest, 0);
     const Keeps keeps = keeps_ == nullptr ? Keeps::kNothing : keeps_(items + 1);
     if (keeps != Keeps::kNothing && forward_mode()) return nullptr;  // which keeps it once more
-    const py::object y = compute(false, x, in, nullptr, items[0], items + 1, items[count - 1], out);
-    if (!y) return nullptr;
+    const py::object y = result_like(x, out);
+    if (!y || !run(false, out, in, nullptr, items[0], items + 1, items[count - 1])) return nullptr;
     py::tuple kept(static_cast<std::size_t>(count + 1));
     for (Py_ssize_t i = 0; i < count - 1; ++i) PyTuple_SET_ITEM(kept.ptr(), i, Py_NewRef(items[i]));
     PyTuple_SET_ITEM(kept.ptr(), count - 1, strides_of(out).release().ptr());
@@ -53,7 +54,15 @@ class Drawn : public AtOnce {
     TensorView out;
     if (!rest || read_tensor(grad, in) != Kind::kPlain) return nullptr;
     PyObject* const* const items = &PyTuple_GET_ITEM(rest.ptr(), 0);
-    if (!has_strides(in, items[count - 2])) return nullptr;
+    py::object y;
+    if (has_strides(in, items[count - 2])) {
+      y = result_like(grad, out);
+    } else {
+      y = written_out(grad, in, out);
+      if (y && !has_strides(out, items[count - 2])) return nullptr;
+      in = out;
+    }
+    if (!y) return nullptr;
     TensorView kept;
     const bool keeps = keeps_ != nullptr && keeps_(items + 1) != Keeps::kNothing;
     if (keeps) {
@@ -61,26 +70,48 @@ class Drawn : public AtOnce {
       PyObject* const* const tensors = unpack(ctx, saved, 1);
       if (tensors == nullptr || read_tensor(tensors[0], kept) != Kind::kPlain) return nullptr;
     }
-    const py::object y = compute(true, grad, in, keeps ? &kept : nullptr, items[0], items + 1,
-                                 items[count - 1], out);
-    return y ? PyTuple_Pack(2, y.ptr(), Py_None) : nullptr;
+    return run(true, out, in, keeps ? &kept : nullptr, items[0], items + 1, items[count - 1])
+               ? PyTuple_Pack(2, y.ptr(), Py_None)
+               : nullptr;
   }
 
  private:
-  // A new y from x; null where the kernel does not do it.
-  py::object compute(bool backward, py::handle x, const TensorView& in, const TensorView* kept,
-                     PyObject* state, PyObject* const* constants, PyObject* op,
-                     TensorView& out) const {
-    if (!PyTuple_CheckExact(state) || PyTuple_GET_SIZE(state) != 2 || !PyUnicode_Check(op))
-      return {};
-    const char* const name = PyUnicode_AsUTF8(op);
+  // A new tensor like x; null where kernels cannot write to it.
+  static py::object result_like(py::handle x, TensorView& out) {
     py::object y = empty_like(x);
-    if (name == nullptr || read_memory(y, out) != Kind::kPlain) return {};
+    if (read_memory(y, out) != Kind::kPlain) return {};
+    return y;
+  }
+
+  // The gradient of a sum is one number, expanded: a new contiguous tensor full of it, on which the
+  // kernel then works in place. Null for other gradients, and where one thread would take long.
+  static py::object written_out(py::handle grad, const TensorView& in, TensorView& out) {
+    constexpr std::int64_t kFew = 1 << 14;
+    if (in.device.type != kDLCPU || in.numel > kFew) return {};
+    for (int d = 0; d < in.ndim; ++d) {
+      if (in.strides[d] != 0 && in.sizes[d] != 1) return {};
+    }
+    py::object y = new_like(grad, {in.sizes, in.sizes + in.ndim});
+    if (read_memory(y, out) != Kind::kPlain) return {};
+    dispatch_dtype(in.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      if (in.numel > 0)
+        std::fill_n(static_cast<T*>(out.data), in.numel, *static_cast<const T*>(in.data));
+    });
+    return y;
+  }
+
+  // Whether the kernel has written out.
+  bool run(bool backward, const TensorView& out, const TensorView& in, const TensorView* kept,
+           PyObject* state, PyObject* const* constants, PyObject* op) const {
+    if (!PyTuple_CheckExact(state) || PyTuple_GET_SIZE(state) != 2 || !PyUnicode_Check(op))
+      return false;
+    const char* const name = PyUnicode_AsUTF8(op);
+    if (name == nullptr) return false;
     const auto seed = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(state, 0));
     const auto offset = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(state, 1));
     const SeedPair random = seed_argument(seed, offset, in.device, name);
-    if (kernel_(backward, out, in, kept, random, constants, name) != kDone) return {};
-    return y;
+    return kernel_(backward, out, in, kept, random, constants, name) == kDone;
   }
 
   DrawnKernel kernel_;

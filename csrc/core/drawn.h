@@ -8,7 +8,8 @@
 
 namespace fusereg {
 
-// Runs the kernel on tensors that were read. `kept`: what backward has of forward, or null.
+// Runs the kernel on tensors that were read; y may be x. `kept`: what backward has of forward, or
+// null.
 // `constants`: those of the operator's schema. Anything but kDone: nothing was written. May throw.
 using DrawnKernel = int (*)(bool backward, const TensorView& y, const TensorView& x,
                             const TensorView* kept, const SeedPair& random,

@@ -512,8 +512,7 @@ class Targets:
                 places: Any = own.keypoints(b.reshape(-1, 4, 2) - 0.5)
                 moved = places + 0.5
                 mirrored = memory.to_device(own.mirrored, b.device, self.op)
-                # The corners' order stays clockwise.
-                turned = moved.unflatten(1, (2, 2)).flip(2).flatten(1, 2)
+                turned = moved.unflatten(1, (2, 2)).flip(2).flatten(1, 2)  # clockwise still
                 moved = torch.where(mirrored[:, None, None], turned, moved).flatten(1)
             else:
                 form = name.lower()

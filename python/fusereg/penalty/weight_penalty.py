@@ -335,13 +335,11 @@ class WeightPenalty:
                 parameters, so that its next step would add their gradient once more.
         """
         chosen = None if only is None else list(only)
+        parts = self._listed(chosen)
         # torch.compile cannot trace weak references.
         if not torch.compiler.is_compiling():
             _check_not_attached(self, chosen)
-        return self._add_grad(grad_scale, chosen)
-
-    def _add_grad(self, grad_scale: Tensor | float | None, only: Iterable[Tensor] | None) -> Tensor:
-        return self._sum_of(add_grads, self._listed(only), grad_scale)
+        return self._sum_of(add_grads, parts, grad_scale)
 
     def _sum_of(self, call: Callable[..., Tensor], parts: Iterable[Listed], *args: Any) -> Tensor:
         """Return the sum of calls for parts, which call parameters by their names in errors."""
@@ -585,7 +583,7 @@ def add_for(penalty: WeightPenalty, optimizer: Any, grad_scale: Tensor | None) -
     if all(p.grad is None for p in own):
         penalty._check_current()  # as those that have gradients now may be new ones
         return None
-    return penalty._add_grad(grad_scale, own)
+    return penalty._sum_of(add_grads, penalty._listed(own), grad_scale)
 
 
 def _held(optimizer: Any) -> list[Tensor]:
