@@ -131,10 +131,50 @@ def test_states_of_another_kind_of_optimizer_are_refused_and_nothing_changes(own
             assert torch.equal(now["state"][0][key], value)
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "LAMB"])
+def test_moments_without_a_count_of_steps_are_refused(name: str) -> None:
+    """As timm's Lamb and apex's optimizers save them: the corrections of both would begin anew."""
+    p = torch.ones(3, requires_grad=True)
+    optimizer = getattr(optim, name)([p], lr=0.1)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["state"][0]["step"]
+    state["param_groups"][0]["step"] = torch.tensor(1.0)
+    with pytest.raises(ValueError, match=r"has exp_avg, .*but no step; is it another kind"):
+        getattr(optim, name)([p], lr=0.1).load_state_dict(state)
+
+
+def test_the_states_of_timms_lamb_are_refused() -> None:
+    pytest.importorskip("other_libraries")
+    p = torch.ones(3, requires_grad=True)
+    theirs = pytest.importorskip("timm.optim").Lamb([p], lr=0.1)
+    p.grad = torch.ones(3)
+    theirs.step()
+    with pytest.raises(ValueError, match="but no step"):
+        optim.LAMB([p], lr=0.1).load_state_dict(theirs.state_dict())
+
+
+def test_a_state_dict_of_the_optimizer_brings_no_weights_back() -> None:
+    """Its masters are of other weights: the parameters count."""
+    p, q = (torch.randn(9).bfloat16().requires_grad_() for _ in range(2))
+    saved, other = (optim.SGD([t], lr=1e-3, momentum=0.9, master_weights=True) for t in (p, q))
+    p.grad = torch.ones_like(p)
+    saved.step()
+    before = q.detach().clone()
+    other.load_state_dict(saved.state_dict())
+    assert torch.equal(q, before)
+    other.param_groups[0]["lr"] = 0.0
+    q.grad = torch.ones_like(q)
+    other.step()
+    assert torch.equal(q, before)
+    assert torch.equal(other.state[q]["master_param"], before.float())
+
+
 def test_what_users_keep_in_states_is_let_be() -> None:
     p = torch.ones(3, requires_grad=True)
     optimizer = optim.SGD([p], lr=0.1)
-    optimizer.state[p]["mask"] = torch.ones(3)
+    optimizer.state[p].update(mask=torch.ones(3), step=torch.ones(()))
     again = optim.SGD([p], lr=0.1)
     again.load_state_dict(optimizer.state_dict())
     assert torch.equal(again.state[p]["mask"], torch.ones(3))
@@ -200,3 +240,16 @@ def test_weights_come_back_however_a_validation_ends(error: type[BaseException])
     with pytest.raises(error):
         validate()
     assert all(map(torch.equal, weights(model), before))
+
+
+def test_buffers_are_not_averaged() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    optimizer = optim.SGD(model.parameters(), lr=0.5, ema_decay=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+    before, raw = copy.deepcopy(dict(model.named_buffers())), weights(model)
+    with optimizer.averaged():
+        torch.testing.assert_close(dict(model.named_buffers()), before, rtol=0.0, atol=0.0)
+        assert not torch.equal(model[0].weight, raw[0])

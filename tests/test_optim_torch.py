@@ -233,12 +233,16 @@ def test_sparse_gradients(name: str) -> None:
     assert_same([embedding.weight], [same], 1e-6)
 
 
-def test_adam_refuses_sparse_gradients_as_torch_does() -> None:
+@pytest.mark.parametrize("name", [name for name in OWN if name not in ("SGD", "Adagrad", "FTRL")])
+def test_the_others_refuse_sparse_gradients_as_torchs_do(name: str) -> None:
     embedding = nn.Embedding(6, 3, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
     before = embedding.weight.detach().clone()
-    with pytest.raises(RuntimeError, match=r"AdamW: params\[0\].grad is sparse.*SparseAdam"):
-        make("AdamW", [embedding.weight]).step()
+    with pytest.raises(RuntimeError, match=rf"{name}: params\[0\].grad is sparse.*SparseAdam"):
+        make(name, [embedding.weight]).step()
+    if name in PAIRS:
+        with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+            getattr(torch.optim, name)([embedding.weight], **PAIRS[name]).step()
     assert torch.equal(embedding.weight, before)
 
 
@@ -394,6 +398,16 @@ def test_bad_arguments(name: str, options: dict[str, Any], message: str) -> None
 
 
 @pytest.mark.parametrize("name", list(OWN))
+def test_what_only_torchs_optimizer_does_names_it_if_there_is_one(name: str) -> None:
+    says = rf"; use torch\.optim\.{name}$" if name in PAIRS else r"^(?!.*torch\.optim)"
+    with pytest.raises(ValueError, match=says):
+        make(name, params_of((3,)), differentiable=True)
+    with pytest.raises(ValueError, match=says) as caught:
+        make(name, complex_parameter()).step()
+    assert "complex parameters" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", list(OWN))
 def test_the_shared_arguments_are_in_the_signature(name: str) -> None:
     optimizer = getattr(optim, name)
     parameters = inspect.signature(optimizer).parameters
@@ -468,7 +482,6 @@ def expanded() -> list[Tensor]:
 @pytest.mark.parametrize(
     ("make_params", "message"),
     [
-        (complex_parameter, "complex"),
         (overlapping, r"params\[0\] and params\[1\] share memory"),
         (expanded, r"params\[0\] has several elements at one place in memory"),
     ],

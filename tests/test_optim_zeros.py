@@ -81,6 +81,33 @@ def test_a_weight_without_gradients_waits_and_then_goes_by_two_steps_of_the_rate
     assert p[0] == 0.0
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RMSprop", "Adagrad"])
+def test_no_proximal_step_is_longer_than_two_steps_of_the_rate(name: str) -> None:
+    """Of any weight, and of a row by the mean square with its metric as the weights."""
+    second = {"RMSprop": "square_avg", "Adagrad": "sum"}.get(name, "exp_avg_sq")
+    for strengths in ({"l1": 0.3, "l2": 0.2}, {"group": 0.3}):
+        for prox in (True, "preconditioned"):
+            generator = torch.Generator().manual_seed(1)
+            start, g = (
+                torch.randn(50, 8, generator=generator, dtype=torch.float64)
+                * 10.0 ** (6 * torch.rand(50, 8, generator=generator, dtype=torch.float64) - 4)
+                for _ in range(2)
+            )
+            ours, plain = (nn.Parameter(start.clone()) for _ in range(2))
+            make = getattr(optim, name)
+            own, other = make([ours], lr=0.01, prox=prox, **strengths), make([plain], lr=0.01)
+            for p, optimizer in ((ours, own), (plain, other)):
+                p.grad = g.clone()
+                optimizer.step()
+            unbiased = 1.0 if name in ("RMSprop", "Adagrad") else 1 - 0.999
+            metric = (other.state[plain][second] / unbiased).sqrt()
+            metric += other.param_groups[0]["eps"]
+            moved = (ours - plain).detach().abs()
+            if "group" in strengths:
+                moved = (metric * moved).norm(dim=1) / metric.norm(dim=1)
+            assert (float(moved.max()) <= 0.02 * (1 + 1e-6)) == (prox is True)
+
+
 @pytest.mark.all_cases
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RMSprop", "Adagrad"])
 @pytest.mark.parametrize("l1", [0.0, 0.05], ids=["group", "sparse group"])
@@ -135,6 +162,12 @@ def test_a_group_without_gradients_waits_and_then_goes_by_two_steps_of_the_rate(
     assert (p[0] == 1.0).all()
     optimizer.step()
     assert float(p.detach()[0, 0]) == pytest.approx(0.98, rel=1e-5)
+    part = nn.Parameter(torch.ones(2, 40))
+    part.grad = torch.full_like(part, 1e-2)
+    part.grad[0, 7:] = 0.0
+    optim.Adam([part], lr=0.01, betas=(0.9, 0.99), group=1e-3).step()
+    assert (part[0, 7:] == 1.0).all()  # element by element
+    assert (part[0, :7] < 0.99).all()
     wiped = nn.Parameter(torch.ones(2, 40))
     other = optim.Adam([wiped], lr=0.01, group=1e-3, prox="preconditioned")
     wiped.grad = p.grad.clone()

@@ -33,7 +33,9 @@ class Algorithm(NamedTuple):
     def needed(self) -> tuple[str, ...]:
         """Return the states without which a state is none of this algorithm's."""
         always = tuple(key for key in self.keys if key not in self.optional)
-        return (*(always or self.keys), *self.steps[1:])
+        # The corrections of both moments would begin anew with the count.
+        count = self.steps[:1] if "exp_avg_sq" in self.keys else ()
+        return (*(always or self.keys), *count, *self.steps[1:])
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -54,6 +56,6 @@ ALGORITHMS = (
 )
 SGD, ADAM, ADAGRAD, FTRL, RMSPROP, NADAM, LION, LAMB = ALGORITHMS
 #: All states of the kernels, and some that tell other optimizers of torch.
-STATES = {key for a in ALGORITHMS for key in (*a.keys, *a.needed)} | {
+STATES = {key for a in ALGORITHMS for key in (*a.keys, *a.needed) if key != "step"} | {
     *("acc_delta", "exp_inf", "ax", "prev", "row_var", "variance")
 }

@@ -39,6 +39,7 @@ from .options import (
     ParamsT,
     check_options,
     meant,
+    of_torch,
 )
 from .plan import CHECKED, Plan, WatchedStates
 
@@ -110,7 +111,7 @@ class RegularizedOptimizer(Averages):
         if shared["differentiable"]:
             raise ValueError(
                 f"{where}: differentiable=True is not supported: the step is a kernel that "
-                f"autograd does not record; use torch.optim.{self._name}"
+                f"autograd does not record{of_torch(self._name)}"
             )
         if shared["fused"] and shared["foreach"]:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
@@ -233,7 +234,7 @@ class RegularizedOptimizer(Averages):
         """
         for of, state in states.items():
             given = sorted(key for key in STATES if state.get(key) is not None)
-            missing = [key for key in self._algorithm.needed if key not in given]
+            missing = [key for key in self._algorithm.needed if state.get(key) is None]
             if given and missing:
                 raise ValueError(
                     f"fusereg.optim.{self._name}.load_state_dict: the state of parameter {of} has "
@@ -545,8 +546,8 @@ class RegularizedOptimizer(Averages):
         """Make the states that do not exist; return whether one in ``keys`` was made."""
         if p.is_complex():
             raise ValueError(
-                f"fusereg.optim.{self._name}: complex parameters ({p.dtype}) are not supported; "
-                f"use torch.optim.{self._name} for them"
+                f"fusereg.optim.{self._name}: complex parameters ({p.dtype}) are not supported"
+                f"{of_torch(self._name)}"
             )
         state = self.state[p]
         if self._algorithm.steps:

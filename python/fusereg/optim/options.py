@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Collection, Iterable
 from typing import Any, TypeAlias, TypedDict
 
+import torch
 from torch import Tensor
 
 from ..core.groups import Groups
@@ -112,6 +113,11 @@ def meant(key: str, known: Iterable[str]) -> str | None:
             return what or (rest if rest in by_plain else "l1 or l2")
     close = difflib.get_close_matches(plain, by_plain, n=1, cutoff=0.85)
     return by_plain[close[0]] if close else None
+
+
+def of_torch(name: str) -> str:
+    """Return the end of an error that says to take torch's optimizer, if torch has it."""
+    return f"; use torch.optim.{name}" if hasattr(torch.optim, name) else ""
 
 
 def check_options(
