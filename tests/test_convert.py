@@ -281,6 +281,19 @@ def test_sync_batch_norm_conversion_of_torch_loses_nothing() -> None:
     close(converted(x), model.eval()(x))
 
 
+def test_sync_batch_norm_conversion_of_torch_loses_what_layers_do_themselves() -> None:
+    """As docs/integrations.md says of Lightning's; own conversion before does not help."""
+    plain = torch.nn.Sequential(fusereg.nn.BatchNorm2d(3, activation="relu")).double()
+    own = fusereg.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    wanted = plain.eval()(x)
+    close(own.eval()(x), wanted)
+    for model in (plain, own):
+        theirs = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()
+        assert bool((theirs(x) < 0).any())
+        close(theirs(x).relu(), wanted)
+
+
 def test_autocast_and_half() -> None:
     model = stir(without_dropout(basic())).eval()
     converted = fusereg.convert(copy.deepcopy(model))

@@ -1,4 +1,4 @@
-"""What the integrations share: the error when a library is missing."""
+"""What the integrations share, the error when a library is missing, and Accelerate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import sys
 import warnings
 
 import pytest
+import torch
+from torch import nn
 
+import fusereg
 from fusereg.integrations._shared import PenaltyArguments
 
 NAMES = {"lightning": "lightning", "transformers": "transformers", "ignite": "ignite"}
@@ -41,3 +44,25 @@ def test_the_arguments_of_a_penalty_are_checked_without_a_model_and_without_a_wa
         PenaltyArguments(l1=-0.1)
     with pytest.raises(TypeError, match="schedule must be a function"):
         PenaltyArguments(l1=0.1, schedule=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("attach", ["before", "after"])
+def test_attached_before_or_after_accelerates_prepare_it_comes_after_clipping(attach: str) -> None:
+    """With next to nothing left of the loss's gradient, the penalty's is all."""
+    pytest.importorskip("other_libraries")
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    model = nn.Linear(6, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    penalty = fusereg.WeightPenalty(model, l2=1.0)
+    if attach == "before":
+        penalty.attach(optimizer)
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    if attach == "after":
+        penalty.attach(prepared)
+    weight, bias = (p.detach().clone() for p in model.parameters())
+    accelerator.backward(wrapped(torch.randn(8, 6)).square().mean())
+    accelerator.clip_grad_norm_(wrapped.parameters(), 1e-12)
+    prepared.step()
+    torch.testing.assert_close(model.weight.detach(), 0.9 * weight)
+    torch.testing.assert_close(model.bias.detach(), bias)
+    assert penalty.steps == 1

@@ -120,6 +120,29 @@ def test_it_leaves_the_optimizer_when_the_run_is_over_or_broken() -> None:
     assert torch.allclose(model[0].weight, weight * 0.25)
 
 
+def test_each_optimizer_has_a_handler_and_clipping_comes_before() -> None:
+    model = network()
+    layers = (model[0], model[3])
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in layers]
+
+    def update(engine: Engine, batch: Any) -> None:
+        model(batch[0]).square().mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-14)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    trainer = Engine(update)
+    for i, optimizer in enumerate(optimizers):
+        penalty = fusereg.WeightPenalty(model, l2=1.0)
+        PenaltyHandler(penalty, optimizer, name=f"penalty{i}").attach(trainer)
+    before = [layer.weight.detach().clone() for layer in layers]
+    trainer.run(batches()[:1], max_epochs=1)
+    for i, (layer, weight) in enumerate(zip(layers, before, strict=True)):
+        torch.testing.assert_close(layer.weight.detach(), 0.9 * weight)
+        value = float(trainer.state.metrics[f"penalty{i}"])
+        assert value == pytest.approx(float(weight.square().sum()) / 2)
+
+
 # --- early stopping -------------------------------------------------------------------------------
 
 

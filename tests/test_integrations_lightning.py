@@ -250,6 +250,21 @@ def test_the_optimizers_of_fusereg_train_in_lightning(tmp_path: Path) -> None:
     assert fusereg.sparsity(whole) > 0
 
 
+def test_lightning_refuses_to_clip_what_the_step_unscales() -> None:
+    """As the page says; ``max_grad_norm`` of the optimizer takes its place."""
+
+    def run(largest: float | None, **options: Any) -> None:
+        model = Regression(lambda p: fusereg.optim.SGD(p, lr=0.1, max_grad_norm=largest))
+        model.net.float()
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        plugin = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+        fit(model, plugins=[plugin], max_epochs=1, **options)
+
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        run(None, gradient_clip_val=0.05)
+    run(0.05)
+
+
 # --- early stopping -------------------------------------------------------------------------------
 
 
@@ -446,6 +461,13 @@ def test_checks_are_those_of_the_validations(kind: str) -> None:
     assert stopping.stopper.best == 2.0
     batches = {"parts of an epoch": 1, "every second epoch": 4, "two loaders": 2}[kind]
     assert float(model.weight) == 4.0 * batches
+
+
+def test_a_trial_run_makes_no_checks() -> None:
+    stopping = EarlyStoppingCallback("val_loss", patience=1)
+    fit_scripted(Scripted(LOSSES), stopping, fast_dev_run=True)
+    assert stopping.stopper is not None
+    assert stopping.stopper.explain() == "no check yet"
 
 
 def test_a_search_for_a_rate_leaves_no_trace() -> None:

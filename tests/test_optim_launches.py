@@ -79,8 +79,22 @@ def test_two_thousand_tensors_are_one_launch(backend: Backend) -> None:
         torch.testing.assert_close(p.detach().double().cpu(), reference.p, rtol=0.0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name", ["SGD", "Adam", "AdamW", "Adagrad", "FTRL", "RMSprop", "NAdam", "Lion", "LAMB"]
+)
+def test_a_largest_norm_is_one_launch_more(backend: Backend, name: str) -> None:
+    """LAMB's norms are a pass of their own."""
+    for largest in (None, 0.1):
+        params = params_of(backend, [(3,), (2, 4), (0,)] * 200)
+        optimizer = getattr(optim, name)(params, lr=0.1, l1=0.05, max_grad_norm=largest)
+        keep: list[Tensor] = []
+        for turn in range(3):
+            give_grads(params, turn, keep)
+            count = launches(backend, optimizer.step)
+        assert not backend.on_host or count == 1 + (name == "LAMB") + (largest is not None)
+
+
 def test_clipping_is_two_launches(backend: Backend) -> None:
-    """And inside a step, with the norm, two."""
     params = params_of(backend, [(2,), (0,), (0,), (0,)] * 300)
     keep: list[Tensor] = []
     for turn in range(2):

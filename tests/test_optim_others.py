@@ -127,6 +127,17 @@ def test_groups_along_dimension_1_are_those_of_the_transposed(
                 assert torch.equal(turn(own.state[p][key]), other.state[q][key])
 
 
+def test_states_are_laid_out_along_the_groups_for_good() -> None:
+    p = nn.Parameter(torch.randn(6, 5))
+    optimizer = optim.AdamW([p], group=0.1, group_dim=1, ema_decay=0.9, amsgrad=True)
+    for _ in range(2):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+        for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema_param"):
+            assert optimizer.state[p][key].stride() == (1, 6), key
+    assert p.stride() == (5, 1)
+
+
 def turn(p: Tensor) -> Tensor:
     return p.transpose(0, 1) if p.dim() > 1 else p
 

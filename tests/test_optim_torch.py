@@ -187,6 +187,29 @@ def test_parameters_without_a_gradient_stay() -> None:
     assert [float(optimizer.state[p]["step"]) for p in (a, b)] == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("name", list(OWN))
+def test_an_optimizer_for_each_parameter_steps_within_backward(name: str) -> None:
+    """``register_post_accumulate_grad_hook``: with the bits of one optimizer after backward."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    same = copy.deepcopy(model)
+    whole = make(name, list(same.parameters()), l1=0.01)
+    own = {p: make(name, [p], l1=0.01) for p in model.parameters()}
+
+    def step(p: Tensor) -> None:
+        own[p].step()
+        own[p].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    for _ in range(3):
+        x = torch.randn(5, 3)
+        model(x).square().mean().backward()
+        whole.zero_grad()
+        same(x).square().mean().backward()
+        whole.step()
+    assert_same(list(model.parameters()), list(same.parameters()))
+
+
 def test_a_group_may_join_later_and_parameters_may_be_exchanged() -> None:
     a, b = params_of((4,), (5,))
     optimizer = make("AdamW", [a])

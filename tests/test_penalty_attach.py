@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -282,6 +283,19 @@ def test_the_same_penalty_is_not_attached_twice_to_one_optimizer() -> None:
     WeightPenalty(model, l1=0.1).attach(optimizer)  # another one
     attached.remove()
     penalty.attach(optimizer)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_of_an_optimizer_has_no_penalty_until_it_is_attached_to(how: Any) -> None:
+    model = network()
+    WeightPenalty(model, l2=1.0).attach(optimizer := sgd(model))
+    other = how(optimizer)
+    (weight, *_) = params = other.param_groups[0]["params"]
+    before = weight.detach().clone()
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    other.step()
+    assert torch.equal(weight, before)
 
 
 @pytest.mark.parametrize("only", ["all", "some", "others"])

@@ -272,6 +272,15 @@ def test_writers_and_readers_alternate_in_this_order(backend: Backend) -> None:
         assert torch.equal(shared, first)
 
 
+def test_the_value_is_that_of_writers_and_readers(backend: Backend) -> None:
+    groups = make_groups(torch.float64, backend, SIMPLE, readers=True)
+    alone = Groups(own._replace(readers=()) for own in groups)
+    readers = [own.readers[0].parameter.detach().cpu() for own in groups]
+    wanted = F.group_lasso_penalty(alone, 0.3).detach().cpu()
+    wanted += 0.3 * 8**0.5 * sum(r.norm(dim=0).sum() for r in readers)
+    torch.testing.assert_close(F.group_lasso_penalty(groups, 0.3).detach().cpu(), wanted)
+
+
 def test_odd_layouts_are_prepared(backend: Backend) -> None:
     """A strided view, a slice that starts anywhere, a negated view, and 0 channels."""
     groups = make_groups(torch.float32, backend, SIMPLE)
@@ -466,6 +475,69 @@ def test_param_groups_that_share_channels_must_take_the_same_step() -> None:
         fusereg.optim.SGD(params, lr=0.1, groups=groups, group=1.0, prox=False)
     with pytest.raises(TypeError, match="groups must be what fusereg"):
         fusereg.optim.SGD(params, lr=0.1, groups=[params], group=1.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("lr", 0.2), ("group", 0.1), ("l2", 0.3), ("prox", "decoupled"),
+                       ("momentum", 0.5), ("dampening", 0.5)]
+)  # fmt: skip
+def test_what_makes_the_threshold_must_be_the_same_where_channels_are_shared(
+    key: str, value: Any
+) -> None:
+    groups = make_groups(torch.float32, Backend("cpu", torch.device("cpu")), SIMPLE)
+    params = tensors_of(groups)
+    with_grads(params)
+    options = {"lr": 0.1, "momentum": 0.9, "groups": groups, "group": 1.0}
+    split: list[dict[str, Any]] = [{"params": params[1:]}, {"params": params[:1], key: value}]
+    with pytest.raises(ValueError, match="0 and 1 hold slices of the same channels, so their lr"):
+        fusereg.optim.SGD(split, **options).step()
+    split = [{"params": params[1:]}, {"params": params[:1], "l1": 0.1}]  # of each element
+    fusereg.optim.SGD(split, **options).step()
+
+
+@pytest.mark.parametrize("prox", [True, "capped", "preconditioned", "decoupled"])
+def test_momentum_amplifies_the_threshold_unless_it_is_decoupled(prox: bool | str) -> None:
+    w = torch.nn.Parameter(torch.ones(3, 4))
+    groups = Groups([CoupledChannels("s", 3, (Member("w", w, 0, torch.arange(3)),), (), None)])
+    optimizer = fusereg.optim.SGD(
+        [w], 0.1, momentum=0.9, dampening=0.5, groups=groups, group=0.02, prox=prox
+    )
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    gain = 1.0 if prox == "decoupled" else (1 - 0.5) / (1 - 0.9)
+    torch.testing.assert_close(w.detach(), torch.full_like(w, 1 - 0.1 * 0.02 * gain))
+
+
+def test_a_step_with_groups_is_not_in_a_full_graph() -> None:
+    groups = make_groups(torch.float32, Backend("cpu", torch.device("cpu")), SIMPLE)
+    optimizer = fusereg.optim.AdamW(tensors_of(groups), lr=0.02, groups=groups, group=5.0)
+    for _ in range(2):  # states are there the second time
+        torch._dynamo.reset()
+        with_grads(tensors_of(groups))
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+        torch.compile(optimizer.step, backend="eager")()
+    assert dead_channels(groups[0])
+
+
+def test_compiled_code_runs_the_functions_of_groups_outside_of_its_graphs() -> None:
+    torch._dynamo.reset()
+    groups, same = (
+        make_groups(torch.float32, Backend("cpu", torch.device("cpu")), SIMPLE) for _ in range(2)
+    )
+
+    @torch.compile(backend="eager")
+    def compiled(x: Tensor) -> Tensor:
+        y = x + 1
+        value = F.group_lasso_penalty(groups, 0.3)
+        fusereg.prox.group_lasso_(groups, 0.3)
+        return y * value
+
+    wanted = 2 * F.group_lasso_penalty(same, 0.3)
+    fusereg.prox.group_lasso_(same, 0.3)
+    assert torch.equal(compiled(torch.ones(())), wanted)
+    for a, b in zip(tensors_of(groups), tensors_of(same), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_copy_of_an_optimizer_steps_its_own_groups() -> None:

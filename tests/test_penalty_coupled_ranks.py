@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import fusereg
 from fusereg.core.groups import CoupledChannels, Groups, Member
 from ranks import Ranks, collect, fully_shard, on
+from sharded import counted_reductions
 
 
 def make_model() -> nn.Module:
@@ -75,6 +76,10 @@ def a_model_with_fsdp2_trains_as_a_whole_one(ranks: Ranks) -> None:
         fully_shard(sharded, mesh=ranks.mesh)
         ours = train(sharded, traced.of(sharded), x, y)
         theirs = train(plain, make_groups(plain, readers), x, y)
+        with counted_reductions() as sizes:
+            ours.step()
+        theirs.step()
+        assert len([n for n in sizes if n > 1]) == 1 + readers, sizes  # and the value of l1
         assert_equal_models(sharded, plain, 1e-12)
         assert any((whole(p.detach()) == 0).any() for p in sharded.parameters())
         torch.testing.assert_close(ours.penalty_value, theirs.penalty_value)
@@ -111,8 +116,11 @@ def replicas_of_ddp_stay_the_same(ranks: Ranks) -> None:
     groups = make_groups(model)
     x, y = data()
     replica = nn.parallel.DistributedDataParallel(model)
-    train(replica, groups, x[ranks.rank :: 2], y[ranks.rank :: 2])
-    train(plain, make_groups(plain), x, y)
+    optimizer = train(replica, groups, x[ranks.rank :: 2], y[ranks.rank :: 2])
+    with counted_reductions() as sizes:
+        optimizer.step()
+    assert sizes == []
+    train(plain, make_groups(plain), x, y).step()
     assert_equal_models(model, plain, 1e-12)
     for p in model.parameters():
         others = [torch.empty_like(p) for _ in range(2)]

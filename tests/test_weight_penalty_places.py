@@ -121,3 +121,14 @@ def test_what_no_kernel_takes_is_named(kind: str) -> None:
     with pytest.raises(ValueError, match=rf"^fusereg.WeightPenalty: {name} (is|has) "):
         penalty.add_grad_()
     assert model["first"].weight.grad is None
+
+
+def test_layers_that_are_added_are_penalized_from_the_next_refresh_on() -> None:
+    model = nn.Sequential(nn.Linear(2, 2)).double()
+    penalty = WeightPenalty(model, l1=0.1)
+    value = penalty.penalty()
+    model.append(nn.Linear(2, 2).double())
+    assert torch.equal(penalty.penalty(), value)
+    penalty.refresh()
+    assert_same(penalty.penalty(), obvious(model, strengths(penalty)))
+    assert set(strengths(penalty)) == {"0.weight", "1.weight"}
