@@ -555,6 +555,10 @@ def test_an_epoch_does_not_go_back() -> None:
         stopper.step(0.5, epoch=6.0)  # type: ignore[arg-type]
     assert stopper.state_dict() == before
     assert stopper.step(0.5, epoch=5).new_best
+    stopper.step(0.4, epoch=9)
+    stopper.load_state_dict(before)  # to go back to an earlier epoch
+    assert stopper.step(0.5, epoch=6).new_best
+    assert (stopper.best_epoch, stopper.epoch) == (6, 6)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,20 @@ def ranks_that_came_from_different_states_follow_rank_0(ranks: Ranks) -> None:
     assert stopper.best == 1.0
 
 
+@on(2, 3)
+def one_rank_may_restore_alone(ranks: Ranks) -> None:
+    """It does not communicate: nobody waits for the others."""
+    model = nn.Linear(3, 2)
+    stopper = EarlyStopping(model, patience=2)
+    fill(model, 1)
+    stopper.step(1.0, epoch=0)
+    fill(model, 2)
+    if ranks.rank == 1:
+        assert stopper.restore() == 0
+    assert bool((model.weight == (1 if ranks.rank == 1 else 2)).all())
+    stopper.step(2.0, epoch=1)
+
+
 # --- what goes wrong on one rank ------------------------------------------------------------------
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
+import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ import fusereg
 from fusereg import EarlyStopping, TrainingRun, WeightPenalty
 from fusereg.run import CheckpointError
 
-pytest.importorskip("safetensors")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 
 
 # --- restoring ------------------------------------------------------------------------------------
@@ -127,6 +129,37 @@ def test_a_run_whose_loop_over_batches_is_the_callers_own_is_saved_after_each_ep
         assert (run.last.epoch if run.last else 0) == epoch
         for _ in range(4):
             pass
+
+
+def test_a_save_that_is_asked_for_is_made_when_the_batch_is_complete(tmp_path: Path) -> None:
+    run = TrainingRun(tmp_path, model=nn.Linear(1, 1), every_steps=100)
+    seen = []
+    for _ in run.epochs(1):
+        for batch in run.batches(range(4)):
+            if batch == 1:
+                run.save()
+            seen.append(run.last and run.last.step)
+    assert seen == [None, None, 2, 2]
+
+
+def test_any_reader_takes_the_files(tmp_path: Path) -> None:
+    """JSON and safetensors, each with its SHA-256 in ``run.json``."""
+    model = nn.Linear(2, 1)
+    TrainingRun(tmp_path, model=model, generator=torch.Generator()).save()
+    (folder,) = tmp_path.glob("step-*")
+    last = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["last"]
+    assert last["name"] == folder.name
+    assert set(last["files"]) == {path.name for path in folder.iterdir()}
+    tensors: list[torch.Tensor] = []
+    for name, said in last["files"].items():
+        content = (folder / name).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == said["sha256"]
+        if name.endswith(".json"):
+            json.loads(content)
+        else:
+            tensors += safetensors_torch.load(content).values()
+    for p in model.parameters():
+        assert any(torch.equal(t, p) for t in tensors)
 
 
 def test_a_new_run_begins_without_a_checkpoint(tmp_path: Path) -> None:

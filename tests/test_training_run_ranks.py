@@ -6,6 +6,7 @@ Each check is a function of the ``Ranks`` that runs on several gloo processes; s
 from __future__ import annotations
 
 import tempfile
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -136,6 +138,58 @@ def fsdp_early_stopping_keeps_its_best_in_its_own_folder(ranks: Ranks) -> None:
             dist.barrier()
             continue
         assert bool((model.weight.full_tensor() == 1).all())  # type: ignore[operator]
+
+
+@on(2)
+def fsdp_early_stopping_without_a_folder_says_that_its_best_is_lost(ranks: Ranks) -> None:
+    assert fully_shard is not None
+    folder = common_folder()
+    for start in range(2):
+        model = nn.Linear(4, 3)
+        fully_shard(model, mesh=ranks.mesh)
+        stopper = EarlyStopping(model, patience=9)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            run = TrainingRun(folder, model=model, stopper=stopper)
+        texts = [str(w.message) for w in heard]
+        assert len(texts) == start, texts
+        if start:
+            assert "best weights so far, of epoch 0, are not in the run's checkpoint" in texts[0]
+        stopper.step(1.0, epoch=start)
+        run.save()
+
+
+@on(3)
+def shards_load_on_another_number_of_ranks(ranks: Ranks) -> None:
+    """Weights and the optimizer's states, by any reader of torch.distributed.checkpoint."""
+    assert fully_shard is not None
+    folder, found = common_folder(), []
+    # Whoever is in no group must make the groups, too, and not what is in them.
+    for world in (2, 3):
+        group = dist.new_group(list(range(world)))
+        dist.barrier()
+        if ranks.rank >= world:
+            continue
+        mesh = DeviceMesh.from_group(group, "cpu")
+        model = nn.Linear(5, 7)
+        fully_shard(model, mesh=mesh)
+        optimizer = fusereg.optim.AdamW(model.parameters(), lr=0.1)
+        options: dict[str, Any] = {"model": model, "optimizer": optimizer, "process_group": group}
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            run = TrainingRun(folder, **options)
+        if world == 2:
+            model(torch.ones(2, 5)).sum().backward()
+            optimizer.step()
+            run.save()
+        else:
+            assert "is of 2 ranks, and there are 3 now" in str(heard[-1].message)
+        tensors = [model.weight, optimizer.state[model.weight]["exp_avg"]]
+        found.append([t.full_tensor().detach() for t in tensors])  # type: ignore[operator]
+    dist.barrier()
+    for a, b in zip(found[0], found[-1], strict=True):
+        assert torch.equal(a, b)
+        assert bool(b.any())
 
 
 @on(2)

@@ -642,8 +642,17 @@ class _WithoutBest:
         return self._stopper.state_dict(snapshot=False)
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Load the records."""
+        """Load the records; warn if the best state, which the folder should have, is lost."""
         self._stopper.load_state_dict(state_dict)
+        if self._stopper.best_epoch is not None and not self._stopper.restorable:
+            warnings.warn(
+                f"{OP}: the best weights so far, of epoch {self._stopper.best_epoch}, are not in "
+                "the run's checkpoint, as those of a sharded model are not; unless a later epoch "
+                "is better, training will end with its last ones (give EarlyStopping a folder= "
+                "of its own to keep them)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 class _Noted:
