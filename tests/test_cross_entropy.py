@@ -188,6 +188,51 @@ def test_nothing_of_the_logits_size_is_kept_but_the_logits() -> None:
     assert max(sizes) <= 1000
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(("kind", "kept"), [("indices", 8), ("mixed", 8), ("probabilities", 16)])
+def test_bytes_of_a_row_that_are_kept(kind: str, kept: int, layout: torch.memory_format) -> None:
+    """And no copy of logits or probabilities in either layout."""
+    x = logits((8, 21, 6, 7), torch.bfloat16).to(memory_format=layout).requires_grad_()
+    weight, rows = torch.ones(21), 8 * 6 * 7
+    target = torch.zeros(8, 6, 7, dtype=torch.int64)
+    targets: dict[str, Any] = {
+        "indices": target,
+        "mixed": MixedLabels(target, target.flip(0), torch.rand(8)),
+        "probabilities": x.detach().softmax(1).to(memory_format=layout),
+    }
+    given = {t.data_ptr() for t in (x, weight, targets["probabilities"], target)}
+    sizes: list[int] = []
+
+    def pack(t: Tensor) -> Tensor:
+        if t.is_floating_point() and t.data_ptr() not in given:
+            sizes.append(t.numel() * t.element_size())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        F.cross_entropy(x, targets[kind], weight, label_smoothing=0.1)
+    shares = 4 * 8 if kind == "mixed" else 0
+    assert kept * rows <= sum(sizes) <= kept * rows + shares + 32
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kind", ["indices", "mixed", "probabilities"])
+def test_memory_of_the_logits_size_is_taken_once_or_not_at_all(kind: str, inplace: bool) -> None:
+    x = logits((256, 1000), torch.float32).requires_grad_()
+    target = torch.arange(256)
+    targets: dict[str, Any] = {
+        "indices": target,
+        "mixed": MixedLabels(target, target.flip(0), torch.rand(256)),
+        "probabilities": x.detach().softmax(1),
+    }
+    y = x * 1
+    with torch.profiler.profile(profile_memory=True) as profile:
+        loss = F.cross_entropy(y, targets[kind], label_smoothing=0.1, inplace_backward=inplace)
+        (grad,) = torch.autograd.grad(loss, y)
+    taken = [e.self_cpu_memory_usage for e in profile.events() if e.self_cpu_memory_usage > 0]
+    assert sum(size >= x.nbytes // 2 for size in taken) == (not inplace)
+    assert (grad.data_ptr() == y.data_ptr()) == inplace
+
+
 # --- gradients over the logits --------------------------------------------------------------------
 
 
@@ -362,6 +407,30 @@ def test_wrong_arguments_are_named(
     arguments: dict[str, Any] = {"input": torch.randn(3, 5), "target": torch.tensor([0, 1, 2])}
     with pytest.raises(error, match=rf"^fusereg\.cross_entropy: .*{words}"):
         F.cross_entropy(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 5, 2), (3, 1500)])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_index_out_of_range_is_an_error_on_the_cpu_and_nan_on_cuda(
+    shape: tuple[int, ...], mixed: bool, backend: Backend
+) -> None:
+    x = logits(shape, torch.float32).to(backend.device)
+    good = torch.zeros((3, *shape[2:]), dtype=torch.int64, device=backend.device)
+    for index in (-1, shape[1], 2**40):
+        bad = good.clone()
+        bad.view(3, -1)[1, 0] = index
+        target = MixedLabels(good, bad, torch.full((3,), 0.5, device=x.device)) if mixed else bad
+        if backend.isa is not None:
+            with pytest.raises(IndexError, match=f"got {index}"):
+                F.cross_entropy(x, target)
+            continue
+        loss, grad = with_gradient(x, target, reduction="none")
+        at = loss.view(3, -1).isnan().nonzero().tolist()
+        assert at == [[1, 0]]
+        rows = grad.movedim(1, -1).reshape(3, -1, shape[1]).isnan()
+        assert bool(rows[1, 0].all())
+        assert int(rows.any(-1).sum()) == 1
+        assert bool(with_gradient(x, target)[0].isnan())
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3), (2, 3, 0), (0, 3, 2), (2, 0, 3), (2, 3, 2, 0)])
