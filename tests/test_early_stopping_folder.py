@@ -646,6 +646,19 @@ def test_a_run_resumed_from_a_folder_with_a_larger_patience_goes_on(tmp_path: Pa
         assert again.stopped == stopped
 
 
+def test_reset_leaves_objects_and_the_checkpoint_until_the_next_save(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    stopper = EarlyStopping(model, patience=1, folder=tmp_path)
+    fill(model, 1)
+    stopper.step(1.0, epoch=4)
+    fill(model, 2)
+    stopper.reset()
+    assert bool((model.weight == 2).all())
+    assert holds(tmp_path, 1)
+    stopper.step(9.0, epoch=0)
+    assert holds(tmp_path, 2)
+
+
 # --- resuming with another model ------------------------------------------------------------------
 
 

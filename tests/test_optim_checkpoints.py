@@ -277,6 +277,29 @@ def test_a_schedule_goes_on_after_loading() -> None:
     assert (again.param_groups[0]["l1"], other.steps) == (0.0625, 3)
 
 
+def test_a_state_of_other_groups_or_names_is_refused() -> None:
+    optimizer = optim.SGD(net().parameters(), lr=0.1, l1=0.5)
+    schedule = optim.StrengthScheduler(optimizer, lambda t: 0.5**t)
+    own = copy.deepcopy(schedule.state_dict())
+    fewer = optim.StrengthScheduler(optimizer, lambda t: 1.0, names="l1").state_dict()
+    optimizer.param_groups[0]["l1"] = 0.5
+    for other in (fewer, {**own, "strengths": own["strengths"] * 2}):
+        with pytest.raises(ValueError, match=r"the state has \d param groups with"):
+            schedule.load_state_dict(other)
+    assert schedule.state_dict() == own
+    assert optimizer.param_groups[0]["l1"] == 0.5
+
+
+def test_a_schedule_looks_through_a_wrapper() -> None:
+    pytest.importorskip("other_libraries")
+    accelerate = pytest.importorskip("accelerate")
+    model = net()
+    optimizer = optim.SGD(model.parameters(), lr=0.1, l1=0.5)
+    _, wrapped = accelerate.Accelerator(cpu=True).prepare(model, optimizer)
+    optim.StrengthScheduler(wrapped, lambda t: 0.5)
+    assert optimizer.param_groups[0]["l1"] == 0.25
+
+
 def test_the_value_falls_to_zero_with_the_strengths() -> None:
     model = net()
     optimizer = optim.AdamW(model.parameters(), lr=0.1, l1=0.5)

@@ -258,6 +258,49 @@ def test_units_are_those_of_the_layer_where_a_module_is_passed() -> None:
     assert torch.allclose(grad.transpose(0, 1).flatten(1).norm(dim=1), limit)
 
 
+CLIPS: dict[str, Any] = {
+    "norm": lambda p: optim.clip_grad_norm_(p, 0.1),
+    "another norm": lambda p: optim.clip_grad_norm_(p, 0.1, 3.0),
+    "a norm that is checked": lambda p: optim.clip_grad_norm_(p, 0.1, error_if_nonfinite=True),
+    "value": lambda p: optim.clip_grad_value_(p, 0.1),
+    "units": lambda p: optim.adaptive_clip_grad_(p, 0.01),
+}
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("how", ["overlapping", "the same", "turned"])
+def test_gradients_that_share_memory_are_not_clipped_twice(clip: str, how: str) -> None:
+    memory = torch.arange(1.0, 17.0)
+    first, *others = parameters((4,), (4,), (4, 4))
+    first.grad = torch.ones(4)
+    if how == "turned":
+        others[0] = nn.Parameter(torch.ones(4, 4))
+        others[0].grad, others[1].grad = memory.view(4, 4), memory.view(4, 4).t()
+    else:
+        others[1] = nn.Parameter(torch.ones(4))
+        others[0].grad = memory[:4]
+        others[1].grad = memory[2:6] if how == "overlapping" else memory[:4]
+    before = memory.clone()
+    match = r"parameters\[1\]\.grad and parameters\[2\]\.grad share memory"
+    with pytest.raises(ValueError, match=match):
+        CLIPS[clip]([first, *others])
+    assert torch.equal(memory, before)
+    assert torch.equal(first.grad, torch.ones(4))
+    CLIPS[clip]([first, others[0], others[0]])  # listed twice, and once in memory
+    assert not torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("clip", ["value", "units"])
+def test_no_gradient_is_clipped_where_one_is_refused(clip: str) -> None:
+    params = parameters((4,), (4,))
+    params[1] = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="complex"):
+        CLIPS[clip](params)
+    assert torch.equal(params[0].grad, torch.ones(4))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -388,6 +388,9 @@ def test_param_groups_weight_decay() -> None:
     assert len(everything["params"]) == 6
     torch.optim.AdamW([decay, rest])
     optim.AdamW([decay, rest])
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    assert [len(g["params"]) for g in optim.param_groups_weight_decay(tied, 0.01)] == [1, 2]
     with pytest.raises(ValueError, match="matches head"):
         optim.param_groups_weight_decay(model, 0.01, exclude="head*")
 

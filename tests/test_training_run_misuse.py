@@ -162,6 +162,35 @@ def test_any_reader_takes_the_files(tmp_path: Path) -> None:
         assert any(torch.equal(t, p) for t in tensors)
 
 
+def test_any_object_may_end_the_run_and_is_finished_after_the_last_checkpoint(
+    tmp_path: Path,
+) -> None:
+    class Budget:
+        def __init__(self) -> None:
+            self.stopped = False
+            self.finished: list[int] = []
+
+        def state_dict(self) -> dict[str, bool]:
+            return {"stopped": self.stopped}
+
+        def load_state_dict(self, state: dict[str, bool]) -> None:
+            self.stopped = state["stopped"]
+
+        def finish(self) -> None:
+            assert run.last is not None
+            self.finished.append(run.last.epoch)
+
+    budget = Budget()
+    run = TrainingRun(tmp_path, model=nn.Linear(1, 1), budget=budget)
+    for epoch in run.epochs(9):
+        budget.stopped = epoch == 2
+    assert budget.finished == [3]
+    again = Budget()
+    run = TrainingRun(tmp_path, model=nn.Linear(1, 1), budget=again)
+    assert list(run.epochs(9)) == []
+    assert again.finished == [3]
+
+
 def test_a_new_run_begins_without_a_checkpoint(tmp_path: Path) -> None:
     run = TrainingRun(tmp_path, model=nn.Linear(1, 1), keep_best=1)
     assert not run.resumed

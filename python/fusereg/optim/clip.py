@@ -17,6 +17,7 @@ from ..core import checks, dispatch, distributed
 from ..core import params as _params
 from ..core.hints import explains
 from ..core.operator import Operator
+from ..penalty import dtensor as _sharded
 from ..penalty.kernels import value_dtype
 from .norms import KINDS, in_one_call, total_norm
 
@@ -120,12 +121,21 @@ def _clip_parameters(
         if norm is not None:
             return norm
     repeated = set(_C.scan(listed)[1])
-    grads = [p.grad for i, p in enumerate(listed) if p.grad is not None and i not in repeated]
+    own = [None if i in repeated else p.grad for i, p in enumerate(listed)]
+    grads = [g for g in own if g is not None]
     norm = total_norm(op, grads, norm_type)
     if error_if_nonfinite:
         _check_finite(norm, norm_type)
+    checks.check_apart(list(map(_memory, own)), op, "parameters[{}].grad")
     _scale(grads, norm, max_norm)
     return norm
+
+
+def _memory(grad: Tensor | None) -> Tensor | None:
+    """Return this rank's part of a gradient, if it lies in memory of its own."""
+    if grad is None or grad.layout is not torch.strided:
+        return None
+    return _sharded.local_part(grad) if distributed.is_dtensor(grad) else grad
 
 
 def _scale(grads: list[Tensor], norm: Tensor, max_norm: float) -> None:

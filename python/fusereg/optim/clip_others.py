@@ -54,18 +54,24 @@ def clip_grad_value_(
     listed = list({id(p): p for p in _params.as_list(parameters, op)}.values())
     if _C.clip_values(listed, limit, _tables, op) == DONE:
         return
+    local: list[Tensor | None] = []
     for i, p in enumerate(listed):
-        if p.grad is None:
-            continue
         g = p.grad
+        local.append(None)
+        if g is None:
+            continue
         if g.layout is torch.sparse_coo:
             p.grad = g = g.coalesce()
             g = g.values()
         if distributed.is_dtensor(g):
             g = _sharded.local_part(g)
         checks.check(g, op, f"parameters[{i}].grad")
-        with torch.no_grad():
-            g.clamp_(-limit, limit)
+        local[-1] = g
+    checks.check_apart(local, op, "parameters[{}].grad")
+    with torch.no_grad():
+        for g in local:
+            if g is not None:
+                g.clamp_(-limit, limit)
 
 
 @explains("fusereg.optim.adaptive_clip_grad_")
@@ -114,6 +120,7 @@ def adaptive_clip_grad_(
         _sharded.check_grad(op, i, listed[i])
         checks.check(w, op, f"parameters[{i}]")
         checks.check(g, op, f"parameters[{i}].grad")
+    checks.check_apart([g for _, g in local], op, "parameters[{}].grad")
     with torch.no_grad():
         for i, (p, (w, g)) in enumerate(zip(listed, local, strict=True)):
             unit = -1 if p.dim() < 2 else int(id(p) in turned)
