@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -541,7 +542,11 @@ def test_a_resumed_run_decides_and_restores_as_an_unbroken_one(
     keeper = ModelCheckpoint(tmp_path, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
     fit_scripted(Scripted(LOSSES), make(), keeper, max_epochs=5)
     stopping, model = make(), Scripted(LOSSES)
-    fit_scripted(model, stopping, ckpt_path=tmp_path / "epoch=4.ckpt")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit_scripted(model, stopping, ckpt_path=tmp_path / "epoch=4.ckpt")
+    lost = [w for w in said if "of epoch 3, are not in the checkpoint" in str(w.message)]
+    assert len(lost) == (not in_checkpoint)
     assert stopping.stopper is not None
     assert stopping.stopper.epoch == 6
     assert stopping.stopper.best_epoch == 3

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -245,6 +246,15 @@ class EarlyStoppingCallback(LightningsOwn):
         if self._loaded is not None:
             self.stopper.load_state_dict(self._loaded)
             self._loaded = None
+            if self.stopper.best_epoch is not None and not self.stopper.restorable:
+                warnings.warn(
+                    "fusereg.integrations.lightning.EarlyStoppingCallback: the best weights so "
+                    f"far, of epoch {self.stopper.best_epoch}, are not in the checkpoint; unless a "
+                    "later epoch is better, training will end with its last ones (give folder= "
+                    "and resume=True to keep them)",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         self._fitting, self._stops = True, False
 
     def _run_early_stopping_check(self, trainer: Any) -> None:
