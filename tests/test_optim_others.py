@@ -290,6 +290,14 @@ def test_gradients_that_share_memory_are_not_clipped_twice(clip: str, how: str) 
     assert not torch.equal(memory, before)
 
 
+def test_nor_are_they_in_the_operator_of_compiled_code() -> None:
+    memory = torch.arange(1.0, 7.0)
+    before = memory.clone()
+    with pytest.raises(ValueError, match="gradient 0 and gradient 1 share memory"):
+        torch.ops.fusereg.clip_grads_([memory[:4], memory[2:]], 0.1, 1)
+    assert torch.equal(memory, before)
+
+
 @pytest.mark.parametrize("clip", ["value", "units"])
 def test_no_gradient_is_clipped_where_one_is_refused(clip: str) -> None:
     params = parameters((4,), (4,))

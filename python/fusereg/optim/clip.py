@@ -191,6 +191,7 @@ def _clip_grads_(grads: list[Tensor], max_norm: float, kind: int) -> Tensor:
     norm = in_one_call(op, grads, norm_type, max_norm=max_norm)
     if norm is None:
         norm = total_norm(op, grads, norm_type)
+        checks.check_apart(list(map(_memory, grads)), op, "gradient {}")
         _scale(grads, norm, max_norm)
     return norm
 
