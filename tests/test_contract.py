@@ -346,6 +346,9 @@ def test_derivatives_of_both_orders_and_batches_of_them(operation: Operation) ->
     batched: Any = {"fast_mode": True, "check_batched_grad": True}
     assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True, **batched)
     assert torch.autograd.gradgradcheck(call, leaves, **batched)
+    # With a gradient that nothing is computed from, as that of a sum.
+    ones = [torch.ones_like(y) for y in as_tuple(call(*leaves)) if y.requires_grad]
+    assert torch.autograd.gradgradcheck(call, leaves, ones, fast_mode=True)
 
 
 @named(PURE)

@@ -89,6 +89,11 @@ def test_each_optimizer_has_its_own_parameters_and_one_counts() -> None:
     assert torch.allclose(model[0].weight, before[0].weight * 0.9)
     assert torch.allclose(model[3].weight, before[3].weight * 0.9)
     assert penalty.steps == 1
+    with pytest.raises(ValueError, match="this one would count twice"):
+        penalty.step()
+    held.remove()
+    penalty.step()
+    assert penalty.steps == 2
 
 
 @pytest.mark.parametrize("by_name", [False, True])

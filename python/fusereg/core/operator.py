@@ -203,7 +203,8 @@ def gradients(
             return [None] * len(own)
         results = formula(*own)
         given = zip(results if isinstance(results, tuple) else (results,), grads, strict=True)
-        pairs = [(y, grad) for y, grad in given if y is not None and grad is not None]
+        # A result that depends on no tensor, as the slope of a ReLU, has no gradient to pass on.
+        pairs = [(y, g) for y, g in given if y is not None and y.requires_grad and g is not None]
         found = iter(
             torch.autograd.grad(
                 [y for y, _ in pairs],
@@ -212,6 +213,8 @@ def gradients(
                 create_graph=True,
                 materialize_grads=True,
             )
+            if pairs
+            else map(torch.zeros_like, asked)
         )
     return [next(found) if t is not None and t.requires_grad else None for t in own]
 

@@ -384,7 +384,7 @@ class Sources:
         if missing:
             raise ValueError(
                 f"{where} holds nothing for {', '.join(missing)}; it has "
-                f"{', '.join(snapshot.states)}"
+                + (", ".join(snapshot.states) or "none of the objects that were given")
             )
         for name, module in objects.items():
             if isinstance(module, nn.Module):

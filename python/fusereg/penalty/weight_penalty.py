@@ -270,7 +270,16 @@ class WeightPenalty:
         return factor_at(self.schedule, self.steps, f"{OP}: schedule")
 
     def step(self) -> None:
-        """Advance the schedule by one step."""
+        """Advance the schedule by one step.
+
+        Raises:
+            ValueError: the penalty is attached to an optimizer whose steps are counted.
+        """
+        if not torch.compiler.is_compiling() and any(a._count_steps for a, _ in _attached_to(self)):
+            raise ValueError(
+                f"{OP}.step: the penalty is attached to an optimizer and counts its steps, so that "
+                "this one would count twice; leave this call out, or attach with count_steps=False"
+            )
         self.steps += 1
 
     def _check_current(self) -> None:
@@ -543,24 +552,29 @@ class AttachedPenalty:
 
     def _after(self, optimizer: Any, *_: Any) -> None:
         if self._count_steps and not skips_step(optimizer):
-            self._penalty.step()
+            self._penalty.steps += 1
 
 
 #: All that are attached.
 _attached: weakref.WeakSet[AttachedPenalty] = weakref.WeakSet()
 
 
+def _attached_to(penalty: WeightPenalty) -> list[tuple[AttachedPenalty, Any]]:
+    """Return what attaches a penalty, each with its optimizer, while that exists."""
+    found = [(a, a._optimizer()) for a in _attached if a._penalty is penalty]
+    return [(attached, optimizer) for attached, optimizer in found if optimizer is not None]
+
+
 def _check_not_attached(penalty: WeightPenalty, only: list[Tensor] | None) -> None:
     """Raise if the next step of an optimizer adds the gradient of some of the parameters, too."""
-    for attached in [a for a in _attached if a._penalty is penalty]:
-        optimizer = attached._optimizer()
-        held = {id(p) for p in _held(optimizer)} if optimizer is not None else set()
+    for _, optimizer in _attached_to(penalty):
+        held = {id(p) for p in _held(optimizer)}
         chosen = (p for g in penalty.groups for p in g.params) if only is None else only
         if any(id(p) in held for p in chosen):
             raise ValueError(
                 f"{OP}.add_grad_: the penalty is attached to an optimizer, whose step adds the "
                 "gradient, so that it would count twice; leave this call out, or call remove() of "
-                "what attach() returned first. penalty() returns the value"
+                "what attach() returned first. penalty.penalty() returns the value"
             )
 
 
