@@ -71,9 +71,9 @@ void look_up(std::uint8_t* v, std::int64_t n, const std::uint8_t* table) {
     for (; i + kBytes <= n; i += kBytes) {
       Bytes from;
       memcpy(&from, v + i, sizeof(from));
-      const Bytes to = _mm512_mask_blend_epi8(_mm512_movepi8_mask(from),
-                                              permuted(from, part[0], part[1]),
-                                              permuted(from, part[2], part[3]));
+      const Bytes to =
+          _mm512_mask_blend_epi8(_mm512_movepi8_mask(from), permuted(from, part[0], part[1]),
+                                 permuted(from, part[2], part[3]));
       memcpy(v + i, &to, sizeof(to));
     }
   }
