@@ -31,7 +31,11 @@ new_figure = partial(style.new_figure, layout=None)
 #: Names of techniques on the speed chart, where they are not those of the suites.
 LABELS = {
     "dropout_norm": "dropout + add + norm",
-    "end_to_end": "whole training step",
+    "end_to_end": "training ResNet and ViT",
+    "steps": "steps of five networks",
+    "backend": "converted networks",
+    "cross_entropy": "cross-entropy",
+    "compact": "compaction",
     "fused_dropout": "fused dropouts",
     "drop_block": "DropBlock",
     "gaussian_dropout": "Gaussian dropout",
