@@ -71,9 +71,14 @@ def carry_optimizer(
     """Give an optimizer the parameters of the smaller model, with the states of the old ones."""
     after = dict(small.named_parameters(remove_duplicate=False))
     names = {id(p): name for name, p in model.named_parameters()}
+    new = {
+        id(p): after[name]
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if name in after
+    }
     extra: dict[str, list[Tensor]] = {}
-    for new, weight in change.new.items():
-        extra.setdefault(weight, []).append(after[new])
+    for bias, weight in change.new.items():
+        extra.setdefault(weight, []).append(after[bias])
     states = {}
     for group in optimizer.param_groups:
         params: list[Tensor] = []
@@ -84,12 +89,12 @@ def carry_optimizer(
                 if p in optimizer.state:
                     states[p] = optimizer.state[p]
                 continue
-            if name not in after:  # of a module that became an identity
+            if id(p) not in new:  # of a module that became an identity
                 continue
-            params += [after[name], *extra.get(name, ())]
+            params += [new[id(p)], *extra.get(name, ())]
             if p in optimizer.state:
                 whole = _whole_keys(optimizer)
-                states[after[name]] = _state(optimizer.state[p], p, name, change, whole)
+                states[new[id(p)]] = _state(optimizer.state[p], p, name, change, whole)
         group["params"] = params
     optimizer.state.clear()
     optimizer.state.update(states)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.arguments import check_type
 from ..core.groups import CoupledChannels, Groups, Member
 from ..core.hints import explains
-from .graph import Inputs, inputs_of, plain_copy, sets_of
+from .graph import Inputs, check_kind, inputs_of, plain_copy, sets_of
 from .heads import advice, with_heads
 from .parts import CONV, Part, Set, slice_channels
 from .probe import checked, generator, randomize
@@ -114,6 +114,7 @@ def find(model: nn.Module, example_inputs: object, op: str) -> Found:
             f"fusereg.{op}: gradients show what depends on what, and torch.inference_mode() has "
             "none; call it outside"
         )
+    check_kind(model, op)
     inputs = inputs_of(model, example_inputs, op)
     plain = plain_copy(model, op)
     inputs = _with_ways(plain, inputs.double(), op)
@@ -121,6 +122,9 @@ def find(model: nn.Module, example_inputs: object, op: str) -> Found:
     operations = _operations(plain, inputs)
     plain.requires_grad_(False)
     sets, failed = checked(plain, traced.sets, inputs)
+    for one in traced.sets:
+        if (why := failed.get(one.name)) is not None:
+            failed |= {p.module: why for p in one.writers if p.role == "out"}
     order = {name: i for i, (name, _) in enumerate(plain.named_modules())}
     sets, inputs = with_heads(plain, traced, sets, inputs)
     sets.sort(key=lambda s: order[s.name])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..convert.layers import ORIGINAL, Adapted, adapt_back, swap_back
+from ..core import distributed
 from ..core.modules import check_materialized
 from .parts import (
     BATCH_NORM,
@@ -45,7 +46,7 @@ class Inputs(NamedTuple):
         Raises:
             RuntimeError: forward fails in training.
         """
-        found = []
+        found: list[Tensor] = []
         for way in self.ways:
             try:
                 found += self.run(model, way)[0]
@@ -57,8 +58,9 @@ class Inputs(NamedTuple):
 
     def run(self, model: nn.Module, way: Way) -> tuple[list[Tensor], Running]:
         """Return the numbers of the model's result in one way, and how it ran."""
+        own = self.map(torch.clone)  # forward may write to its arguments
         with running(model, way) as ran:
-            found = list(_numbers(model(*self.args, **self.kwargs)))
+            found = list(_numbers(model(*own.args, **own.kwargs)))
         return found, ran
 
     def map(self, change: Any) -> Inputs:
@@ -138,13 +140,37 @@ def inputs_of(model: nn.Module, example_inputs: object, op: str) -> Inputs:
     return inputs
 
 
+def check_kind(model: nn.Module, op: str) -> None:
+    """Raise ValueError for a model whose copy could not be cut, or would not train."""
+    check_materialized(model, f"fusereg.{op}")
+    for name, module in model.named_modules():
+        what = f"fusereg.{op}: {name or 'the model'} is"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{what} a script, which cannot be cut; script the smaller model")
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"{what} wrapped in DistributedDataParallel, which holds its parameters; give the "
+                "module inside, and wrap the smaller model"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"fusereg.{op}: {name} is on the meta device, where it has no values")
+        if distributed.is_dtensor(tensor):
+            raise ValueError(f"fusereg.{op}: {name} is a DTensor; shard the smaller model instead")
+
+
 def plain_copy(model: nn.Module, op: str) -> nn.Module:
     """Return a copy in float64 and evaluation, with the classes that layers had before convert."""
-    check_materialized(model, f"fusereg.{op}")
     try:
         found = copy.deepcopy(model)
     except Exception as error:
-        raise ValueError(f"fusereg.{op}: the model cannot be copied: {error}") from error
+        why = str(error)
+        if "graph leaves" in why:
+            why = (
+                "it keeps a weight that was computed from other parameters, with its graph; call "
+                "torch.nn.utils.prune.remove or remove_weight_norm first"
+            )
+        raise ValueError(f"fusereg.{op}: the model cannot be copied: {why}") from error
     for module in list(found.modules()):
         if isinstance(module, Adapted):
             adapt_back(module)
@@ -351,6 +377,7 @@ class _Builder:
 
     def add(self, layer: Any) -> None:
         """Add the set of channels that a layer writes, or the reason why it has none."""
+        before = set(self.seen)
         self.seen.add(id(layer))
         name = self.names[id(layer)]
         try:
@@ -363,10 +390,11 @@ class _Builder:
             )
             found = self._set(name, count, list(group))
             self._claim(found)
-        except _Unknown as reason:
-            self.kept[name] = str(reason)
         except Exception as error:
-            self.kept[name] = f"the dependency graph fails here: {type(error).__name__}: {error}"
+            reason = str(error)
+            if not isinstance(error, _Unknown):
+                reason = f"the dependency graph fails here: {type(error).__name__}: {reason}"
+            self.kept |= {self.names[i]: reason for i in self.seen - before if i in self.names}
         else:
             self.sets.append(found)
 

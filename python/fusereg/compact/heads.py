@@ -153,9 +153,10 @@ def advice(model: nn.Module, name: str) -> str:
     if len(layers) < 3 or own not in list(layers)[:-1]:
         return ""
     numbers = _numbers(module)
+    where = owner or "the model"
     if not numbers:
         return (
-            f"; if forward cuts them into heads, keep their number or size in {owner} as an "
+            f"; if forward cuts them into heads, keep their number or size in {where} as an "
             'integer with "head" in its name'
         )
     *_, reader = layers.values()
@@ -168,5 +169,6 @@ def advice(model: nn.Module, name: str) -> str:
         n for n, t in tensors.items() if n.split(".")[0] not in layers and counts & set(t.shape)
     ]
     if by_head:
-        return f"; {by_head[0]} of {owner} has an element for each head, so that the heads stay"
-    return f"; heads can go if forward reads their number from {owner}.{next(iter(numbers))} alone"
+        return f"; {by_head[0]} of {where} has an element for each head, so that the heads stay"
+    own = f"{owner}.{next(iter(numbers))}".lstrip(".")
+    return f"; heads can go if forward reads their number from {own} alone"

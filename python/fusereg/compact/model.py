@@ -192,7 +192,9 @@ def _apply(
     small = copy.deepcopy(model)
     of_their_type = name_epsilons(small)
     small.double().eval()
-    before = dict(small.named_parameters())
+    before = dict(small.named_parameters(remove_duplicate=False))
+    first = {id(p): n for n, p in small.named_parameters()}
+    alias = {n: first[id(p)] for n, p in before.items()}  # of tied ones, all names but the first
     changed = {
         f"{f.part.module}.{key}" for d in decisions for f in d.folds for key in ("weight", "bias")
     }
@@ -214,7 +216,12 @@ def _apply(
     new = [n for n in new if n in names]
     notes += [f"{name}: new, for the constants that its layer reads" for name in new]
     weights = {n: f"{n.rpartition('.')[0]}.weight" for n in new}
-    change = Change(cuts, {n: a for n, a in added.items() if a.any()}, weights, scales)
+    change = Change(
+        {alias.get(n, n): c for n, c in cuts.items()},
+        {alias[n]: a for n, a in added.items() if a.any()},
+        {n: alias[w] for n, w in weights.items()},
+        {alias[n]: s for n, s in scales.items()},
+    )
     return small, change, notes
 
 
@@ -245,7 +252,8 @@ def _restore(small: Any, model: nn.Module) -> None:
     modes = {n: m.training for n, m in model.named_modules()}
     for name, module in small.named_modules():
         module.training = modes.get(name, model.training)
-    types = {n: t.dtype for n, t in (*model.named_parameters(), *model.named_buffers())}
+    tensors_of = (model.named_parameters, model.named_buffers)
+    types = {n: t.dtype for all_of in tensors_of for n, t in all_of(remove_duplicate=False)}
     for module_name, module in small.named_modules():
         for tensors in (module._parameters, module._buffers):
             for key, tensor in tensors.items():

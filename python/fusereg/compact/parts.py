@@ -186,10 +186,15 @@ def cuts_of(model: nn.Module, sets: Iterable[tuple[Set, Tensor]]) -> Cuts:
 
 
 def shortened(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
-    """Return a copy of a tensor without the slices that are cut."""
+    """Return a copy of a tensor without the slices that are cut, in the same memory format."""
+    short = tensor
     for dim, index in cuts.items():
-        tensor = tensor.index_select(dim, index.to(tensor.device))
-    return tensor.clone() if not cuts else tensor.contiguous()
+        short = short.index_select(dim, index.to(tensor.device))
+    # Of dimensions with the same stride, all but one have a single slice: they lie inside of it.
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda d: (-strides[d], tensor.shape[d] == 1))
+    made = torch.empty_permuted(short.shape, order, dtype=tensor.dtype, device=tensor.device)
+    return made.copy_(short)
 
 
 def scales_of(model: nn.Module, cuts: Cuts) -> dict[str, float]:

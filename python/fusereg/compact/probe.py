@@ -106,6 +106,13 @@ def norms_of(model: nn.Module, found: Set) -> list[Part]:
     ]
 
 
+def _axis(module: Any, x: Tensor) -> int:
+    """Return along which dimension of its input the channels of a module lie."""
+    if isinstance(module, (BATCH_NORM, INSTANCE_NORM)):
+        return 1
+    return x.dim() - (module.weight.dim() - 1 if isinstance(module, CONV) else 1)
+
+
 @contextmanager
 def reading(model: nn.Module, sets: Iterable[Set]) -> Iterator[dict[str, Range]]:
     """Return, once the model is run, what each reader and norm of the sets has read, by name."""
@@ -114,9 +121,7 @@ def reading(model: nn.Module, sets: Iterable[Set]) -> Iterator[dict[str, Range]]
     def note(name: str) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = (*args, *kwargs.values())[0].detach()
-            axis = x.dim() - (module.weight.dim() - 1 if isinstance(module, CONV) else 1)
-            if isinstance(module, (BATCH_NORM, INSTANCE_NORM)):
-                axis = 1
+            axis = _axis(module, x)
             flat = x.movedim(axis, 0).reshape(x.shape[axis], -1)
             low, high = flat.amin(1), flat.amax(1)
             if name in seen:
@@ -189,15 +194,22 @@ def silence(model: nn.Module, parts: Iterable[Part], removed: Tensor) -> None:
 
 
 def hide(model: nn.Module, parts: Iterable[Part], removed: Tensor) -> None:
-    """Let readers without a weight for each channel, RMSNorms, read zeros for the given ones."""
+    """Let readers read zeros for the given channels."""
 
-    def hook(zero: Tensor) -> Callable[[Any, tuple[Any, ...]], Any]:
-        return lambda _, args: (args[0].masked_fill(zero.to(args[0].device), 0), *args[1:])
+    def masking(zero: Tensor) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x, *others = (*args, *kwargs.values())
+            shape = [1] * x.dim()
+            shape[_axis(module, x)] = len(zero)
+            x = x.masked_fill(zero.view(shape).to(x.device), 0)
+            values = (x, *others)
+            return values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True))
+
+        return hook
 
     for part in parts:
-        if not part.slots:
-            zero = removed[part.channels.clamp_min(0)] & (part.channels >= 0)
-            part.of(model).register_forward_pre_hook(hook(zero))
+        zero = removed[part.channels.clamp_min(0)] & (part.channels >= 0)
+        part.of(model).register_forward_pre_hook(masking(zero), with_kwargs=True)
 
 
 @torch.no_grad()
@@ -245,7 +257,7 @@ def checked(
     Of a random half of each set's channels (of the first one), and then of the others:
 
     1. If what writes them is zero, the readers read constants at their columns.
-    2. If the readers' columns are zero, what writes them does not move the outputs.
+    2. If the readers read zeros there, neither what writes them nor the columns move the outputs.
     3. If both are zero, the model without them has the same outputs.
     """
     model = copy.deepcopy(model)
@@ -313,19 +325,19 @@ def _moves(
     """Return why something besides the readers must read the sets' channels; None if not."""
     probe = copy.deepcopy(model)
     for found in sets:
-        silence(probe, found.readers, chosen[found.name])
         hide(probe, found.readers, chosen[found.name])
 
     def change() -> None:
         for i, found in enumerate(sets):
-            scramble(probe, found.writers, chosen[found.name], 11 + i)
+            scramble(probe, found.parts, chosen[found.name], 11 + i)
 
     return _changes(
         probe,
         inputs,
         change,
         "the model fails with other weights",
-        "its channels are outputs of the model, or something besides the layers found reads them",
+        "its channels are outputs of the model, or something besides the layers found reads them "
+        "or these layers' weights for them",
     )
 
 
