@@ -208,10 +208,30 @@ def test_tiny_and_huge_weights_keep_their_groups(backend: Backend, factor: float
         assert torch.equal(t.cpu() == 0, e == 0)
 
 
-def test_results_have_the_same_bits_for_any_number_of_threads() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("l1", [0.0, 0.01])
+@pytest.mark.parametrize("rows", [True, False])
+def test_one_pass_gives_the_bits_of_two(
+    backend: Backend, rows: bool, l1: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards take two, since ranks add their sums between them."""
+    layouts = [row for row in LAYOUTS if row[2] == 0] if rows else LAYOUTS
+    one, two = (make_groups(dtype, backend, layouts) for _ in range(2))
+    fusereg.prox.group_lasso_(one, 0.02, l1=l1)
+    monkeypatch.setattr("fusereg.core.distributed.has_dtensor", lambda tensors: True)
+    fusereg.prox.group_lasso_(two, 0.02, l1=l1)
+    for a, b in zip(tensors_of(one), tensors_of(two), strict=True):
+        assert a.any() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_results_have_the_same_bits_for_any_number_of_threads(rows: bool) -> None:
     """Also on every instruction set, which add the same numbers in the same order."""
     cpu = Backend("cpu", torch.device("cpu"))
-    shapes = [("a", (12, 300, 3, 3), 0, list(range(12))), ("b", (700, 12), 1, list(range(12)))]
+    each = list(range(12))
+    shapes: list[Any] = [("a", (12, 3000, 3, 3), 0, each), ("norm", (12,), 0, each)]
+    if not rows:
+        shapes = [("a", (12, 300, 3, 3), 0, each), ("b", (700, 12), 1, each)]
     found: list[list[Tensor]] = []
     before = torch.get_num_threads(), fusereg._C.cpu_isa()
     try:

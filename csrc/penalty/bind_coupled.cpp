@@ -23,7 +23,7 @@ class CoupledBuilder {
   }
 
   // False: Python must prepare something first. `grads` null: the tensors themselves are written
-  // to by kProx.
+  // to, but by kSums.
   bool read(const ObjectList* grads) {
     WrittenRanges written;
     for (std::size_t i = 0; i < tensors_.size(); ++i) {
@@ -43,7 +43,7 @@ class CoupledBuilder {
           return false;
         item.g = g.data;
         written.add(g.data, w.numel * dtype_size(w.dtype));
-      } else if (job_.pass == CoupledJob::Pass::kProx) {
+      } else if (job_.pass != CoupledJob::Pass::kSums) {
         written.add(w.data, w.numel * dtype_size(w.dtype));
         written_.append(tensors_[i]);
       }
@@ -112,10 +112,13 @@ class CoupledBuilder {
   py::list written_;
 };
 
-int coupled_sums(const py::object& params, const py::object& dims, const py::object& slot_of,
-                 const py::object& starts, const py::object& order, const py::object& partial,
-                 const py::object& sums, double l1, bool thresholded, const char* op) {
-  CoupledBuilder b(CoupledJob::Pass::kSums, params, dims, op);
+// `thresholds` null: only the sums.
+int sums_and_step(const py::object& params, const py::object& dims, const py::object& slot_of,
+                  const py::object& starts, const py::object& order, const py::object& partial,
+                  const py::object& sums, double l1, bool thresholded, const py::object* thresholds,
+                  const char* op) {
+  CoupledBuilder b(thresholds == nullptr ? CoupledJob::Pass::kSums : CoupledJob::Pass::kStep,
+                   params, dims, op);
   if (!b.read(nullptr)) return kNeedsPreparation;
   CoupledJob& job = b.job();
   const std::int64_t numbers = b.count_of(sums, "sums");
@@ -130,7 +133,23 @@ int coupled_sums(const py::object& params, const py::object& dims, const py::obj
   job.order = b.indices(order, job.entries, "order");
   job.l1 = l1;
   job.thresholded = thresholded;
+  job.squares = job.sums + job.slots;
+  if (thresholds != nullptr) job.factors = b.numbers(*thresholds, job.slots, "thresholds");
   return b.run();
+}
+
+int coupled_sums(const py::object& params, const py::object& dims, const py::object& slot_of,
+                 const py::object& starts, const py::object& order, const py::object& partial,
+                 const py::object& sums, double l1, bool thresholded, const char* op) {
+  return sums_and_step(params, dims, slot_of, starts, order, partial, sums, l1, thresholded,
+                       nullptr, op);
+}
+
+int coupled_step_(const py::object& params, const py::object& dims, const py::object& slot_of,
+                  const py::object& starts, const py::object& order, const py::object& partial,
+                  const py::object& sums, double l1, const py::object& thresholds, const char* op) {
+  return sums_and_step(params, dims, slot_of, starts, order, partial, sums, l1, l1 != 0.0,
+                       &thresholds, op);
 }
 
 int coupled_backward(const py::object& params, const py::object& grads, const py::object& dims,
@@ -168,6 +187,8 @@ void bind_coupled(py::module_& m) {
   using py::arg;
   m.def("coupled_sums", &coupled_sums, arg("params"), arg("dims"), arg("slot_of"), arg("starts"),
         arg("order"), arg("partial"), arg("sums"), arg("l1"), arg("thresholded"), op_argument());
+  m.def("coupled_step_", &coupled_step_, arg("params"), arg("dims"), arg("slot_of"), arg("starts"),
+        arg("order"), arg("partial"), arg("sums"), arg("l1"), arg("thresholds"), op_argument());
   m.def("coupled_backward", &coupled_backward, arg("params"), arg("grads"), arg("dims"),
         arg("slot_of"), arg("first"), arg("factors"), op_argument());
   m.def("coupled_prox_", &coupled_prox_, arg("params"), arg("dims"), arg("slot_of"), arg("l1"),

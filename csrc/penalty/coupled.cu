@@ -207,7 +207,7 @@ class CoupledCudaRun {
       case CoupledJob::Pass::kGrad:
         start(&coupled_kernel<Op::kWriteGrad, SlotTerms<Op::kWriteGrad>>);
         break;
-      case CoupledJob::Pass::kProx:
+      default:
         start(&coupled_kernel<Op::kProx, SlotTerms<Op::kProx>>);
         break;
     }
@@ -222,7 +222,15 @@ class CoupledCudaRun {
 
 void run_cuda(const CoupledJob& job, int device, void* stream) {
   const cuda::DeviceGuard guard(device);
-  CoupledCudaRun(job, static_cast<cuda::Stream>(stream)).execute();
+  const auto run = [&](const CoupledJob& one) {
+    CoupledCudaRun(one, static_cast<cuda::Stream>(stream)).execute();
+  };
+  if (job.pass != CoupledJob::Pass::kStep) return run(job);
+  CoupledJob part = job;
+  part.pass = CoupledJob::Pass::kSums;
+  run(part);
+  part.pass = CoupledJob::Pass::kProx;
+  run(part);
 }
 
 }  // namespace fusereg::penalty

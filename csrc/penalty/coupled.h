@@ -10,13 +10,16 @@
 //   prox(w)_s = v_s * max(0, 1 - group_s / ||v_s||_2),   v = soft(w, l1)
 //
 // in two passes, for all channels of a model at once: the sums of each slot (kSums), then what they
-// scale (kGrad, kProx). Between the two, ranks that hold shards of the tensors add their sums.
+// scale (kGrad, kProx). Between the two, ranks that hold shards of the tensors add their sums. Where
+// one device holds all, kStep is both: on the CPU slot by slot, so that the second pass comes from
+// cache.
 // Slices of no slot are not written: the caller clears their gradients.
 //
 // Dtypes and arithmetic as in penalty.h: float64, float32, float16, bfloat16, mixed within a list;
 // sums run in float32 over at most 8 terms, then in float64, and again in float64 where float32
 // squares overflow or lose their bits. Zeros come out as +0.0.
-// Bytes moved per element of size e: kSums e, kGrad 2e, kProx 2e. Deterministic: each slice's sums
+// Bytes moved per element of size e: kSums e, kGrad 2e, kProx 2e, kStep 2e (CUDA: 3e); the bits of
+// kStep are those of kSums and kProx. Deterministic: each slice's sums
 // go to a place of their own, and a slot adds its slices in the order of the list.
 #pragma once
 
@@ -25,15 +28,15 @@
 namespace fusereg::penalty {
 
 struct CoupledJob {
-  enum class Pass : std::uint8_t { kSums, kGrad, kProx };
+  enum class Pass : std::uint8_t { kSums, kGrad, kProx, kStep };
   Pass pass = Pass::kSums;
   std::vector<Item> items;          // shape.groups slices each; strengths are not read
   std::vector<std::int64_t> first;  // of each item: its first entry
   std::int64_t entries = 0;
   std::int64_t slots = 0;
   const std::int32_t* slot_of = nullptr;  // [entries]
-  // kSums: sums of |v| and of v^2, v = w, or soft(w, l1) with `thresholded`.
-  // kProx: the thresholds of the elements.
+  // kSums, kStep: sums of |v| and of v^2, v = w, or soft(w, l1) with `thresholded`.
+  // kProx, kStep: the thresholds of the elements.
   double l1 = 0.0;
   bool thresholded = false;
   const std::int32_t* starts =
@@ -42,7 +45,7 @@ struct CoupledJob {
   double* partial = nullptr;            // [entries, 2]: scratch, 16-byte aligned
   double* sums = nullptr;               // [2, slots]: of |v|, then of v^2
   // kGrad: g = *first_factor * sign(w) + factors[slot] * w.
-  // kProx: factors are the slots' thresholds, squares their sums of v^2.
+  // kProx, kStep: factors are the slots' thresholds, squares their sums of v^2, which kStep makes.
   const double* first_factor = nullptr;
   const double* factors = nullptr;
   const double* squares = nullptr;

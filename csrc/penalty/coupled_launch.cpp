@@ -1,5 +1,5 @@
 // The CPU launcher of coupled channels: slices by tasks, then each slot's sums in the order of the
-// list. Contract: coupled.h.
+// list; or, for a step of slices that are rows, slot by slot. Contract: coupled.h.
 #include <algorithm>
 #include <cmath>
 
@@ -38,17 +38,18 @@ class CoupledRun {
   }
 
   void execute() {
-    if (job_.pass == CoupledJob::Pass::kSums) {
-      sums();
-    } else if (job_.pass == CoupledJob::Pass::kGrad) {
-      scale(Op::kWriteGrad, job_.first_factor == nullptr ? 0.0 : *job_.first_factor, job_.factors);
-    } else {
-      std::vector<double> factors(static_cast<std::size_t>(job_.slots));
-      for (std::int64_t s = 0; s < job_.slots; ++s) {
-        factors[static_cast<std::size_t>(s)] =
-            group_prox_factor(job_.factors[s], std::sqrt(job_.squares[s]));
-      }
-      scale(Op::kProx, job_.l1, factors.data());
+    switch (job_.pass) {
+      case CoupledJob::Pass::kSums:
+        return sums();
+      case CoupledJob::Pass::kGrad:
+        return scale(Op::kWriteGrad, job_.first_factor == nullptr ? 0.0 : *job_.first_factor,
+                     job_.factors);
+      case CoupledJob::Pass::kProx:
+        return prox();
+      case CoupledJob::Pass::kStep:
+        if (all_rows()) return by_slots();
+        sums();
+        return prox();
     }
   }
 
@@ -64,6 +65,92 @@ class CoupledRun {
       for (std::int64_t i = begin; i < end; ++i)
         on_task(tasks_[static_cast<std::size_t>(reversed ? begin + end - 1 - i : i)]);
     });
+  }
+
+  double factor_of(std::int64_t slot) const {
+    return group_prox_factor(job_.factors[slot], std::sqrt(job_.squares[slot]));
+  }
+
+  void prox() const {
+    std::vector<double> factors(static_cast<std::size_t>(job_.slots));
+    for (std::int64_t s = 0; s < job_.slots; ++s)
+      factors[static_cast<std::size_t>(s)] = factor_of(s);
+    scale(Op::kProx, job_.l1, factors.data());
+  }
+
+  // Columns of several slots share cache lines, so they are not taken slot by slot.
+  bool all_rows() const {
+    return std::all_of(job_.items.begin(), job_.items.end(),
+                       [](const Item& item) { return item.numel == 0 || item.shape.outer == 1; });
+  }
+
+  // The sums of a slot, in the order of the list, and at once what they scale: a slot's rows are read
+  // again from cache.
+  void by_slots() const {
+    std::vector<Item> items = job_.items;
+    for (Item& item : items) item.strengths.l1 = job_.l1;
+    std::vector<std::uint32_t> item_of(static_cast<std::size_t>(job_.entries));
+    for (std::size_t i = 0; i < items.size(); ++i) {
+      const auto first = item_of.begin() + job_.first[i];
+      std::fill(first, first + items[i].shape.groups, static_cast<std::uint32_t>(i));
+    }
+    // Slots of about a chunk of elements.
+    std::vector<std::int64_t> ends;
+    std::int64_t elements = 0;
+    for (std::int64_t s = 0; s < job_.slots; ++s) {
+      for_each_slice(s, [&](std::int64_t e) {
+        elements += items[item_of[static_cast<std::size_t>(e)]].shape.group_size();
+      });
+      if (elements >= kChunk || s + 1 == job_.slots) {
+        ends.push_back(s + 1);
+        elements = 0;
+      }
+    }
+    std::vector<double> factors(static_cast<std::size_t>(job_.slots));
+    const auto count = static_cast<std::int64_t>(ends.size());
+    const std::int64_t grain = kGrainElements / kChunk;
+    parallel_for(count, grain, [&](std::int64_t begin, std::int64_t end) {
+      const std::int64_t from = begin == 0 ? 0 : ends[static_cast<std::size_t>(begin - 1)];
+      for (std::int64_t s = from; s < ends[static_cast<std::size_t>(end - 1)]; ++s) {
+        step_of_slot(s, items, item_of, factors.data());
+      }
+    });
+  }
+
+  void step_of_slot(std::int64_t slot, const std::vector<Item>& items,
+                    const std::vector<std::uint32_t>& item_of, double* factors) const {
+    const Op op = job_.thresholded ? Op::kProx : Op::kValue;
+    Sums total;
+    for_each_slice(slot, [&](std::int64_t e) {
+      const std::uint32_t i = item_of[static_cast<std::size_t>(e)];
+      if (items[i].numel == 0) return;
+      const std::int64_t at = e - job_.first[i];
+      Sums own;
+      kernels_.slice_sums(op, items[i], at, at + 1, &own);
+      total.absolute += own.absolute;
+      total.square += own.square;
+    });
+    job_.sums[slot] = total.absolute;
+    job_.sums[job_.slots + slot] = total.square;
+    factors[slot] = factor_of(slot);
+    for_each_slice(slot, [&](std::int64_t e) {
+      const std::uint32_t i = item_of[static_cast<std::size_t>(e)];
+      if (items[i].numel == 0) return;
+      const std::int64_t at = e - job_.first[i];
+      kernels_.slices(Op::kProx, items[i], job_.slot_of + job_.first[i], factors, job_.slots, at,
+                      at + 1);
+    });
+  }
+
+  // Calls on_slice(entry) for the slices of a slot. What comes from tensors is not trusted.
+  template <class F>
+  void for_each_slice(std::int64_t slot, const F& on_slice) const {
+    const std::int64_t begin = std::max<std::int64_t>(job_.starts[slot], 0);
+    const std::int64_t end = std::min<std::int64_t>(job_.starts[slot + 1], job_.entries);
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t entry = job_.order[i];
+      if (entry >= 0 && entry < job_.entries) on_slice(entry);
+    }
   }
 
   void sums() const {

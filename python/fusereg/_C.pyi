@@ -94,6 +94,18 @@ def coupled_sums(
     thresholded: bool,
     op: str,
 ) -> int: ...
+def coupled_step_(
+    params: Sequence[torch.Tensor],
+    dims: Sequence[int],
+    slot_of: torch.Tensor,
+    starts: torch.Tensor,
+    order: torch.Tensor,
+    partial: torch.Tensor,
+    sums: torch.Tensor,
+    l1: float,
+    thresholds: torch.Tensor,
+    op: str,
+) -> int: ...
 def coupled_backward(
     params: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor],

@@ -281,13 +281,17 @@ def only_with_groups(op: str, weights: Weights) -> None:
 # --- the two passes -------------------------------------------------------------------------------
 
 
+def _for_sums(index: _Index, slots: int) -> tuple[Tensor, Tensor]:
+    """Return memory for each slice's sums, and for each slot's."""
+    device = index.slot_of.device
+    partial = torch.empty(2 * len(index.slot_of), dtype=torch.float64, device=device)
+    return partial, torch.empty((2, slots), dtype=torch.float64, device=device)
+
+
 def _sums(op: str, part: _Part, slots: int, l1: float, thresholded: bool) -> tuple[Tensor, int]:
     """Return the sums of |v| and v^2 of each slot over one part, and the kernel's status."""
-    index = part.layout
-    device = index.slot_of.device
-    sums = torch.empty((2, slots), dtype=torch.float64, device=device)
-    partial = torch.empty(2 * len(index.slot_of), dtype=torch.float64, device=device)
-    status = _C.coupled_sums(part.tensors, *index, partial, sums, l1, thresholded, op)
+    partial, sums = _for_sums(part.layout, slots)
+    status = _C.coupled_sums(part.tensors, *part.layout, partial, sums, l1, thresholded, op)
     return sums, status
 
 
@@ -327,6 +331,14 @@ def prox_(
     if not tensors or not family.slots:
         return None
     with torch.no_grad():
+        device = tensors[0].device
+        if device.type in ("cpu", "cuda") and not distributed.has_dtensor(tensors):
+            index = family.whole(device)
+            partial, sums = _for_sums(index, family.slots)
+            limits = memory.to_device(thresholds, device, op, "weights")
+            status = _C.coupled_step_(tensors, *index, partial, sums, l1, limits, op)
+            if status == _kernels.DONE:
+                return sums[1]
         parts, sums = _in_parts(op, family, tensors, l1, l1 != 0.0)
         if parts[0].tensors is not tensors:  # the kernels decline these too, without their names
             local = [_dtensor.local_part(t) for t in tensors]
