@@ -1,7 +1,8 @@
 """Group lasso over channels whose slices lie in several tensors: layouts, kernels and gradient.
 
 All channels of a model take two passes over the weights: the sums of each channel, then what they
-scale. The sums of shards on other ranks are added between the two, as one vector.
+scale. The sums of shards on other ranks are added between the two, as one vector. Where there are
+none, a proximal step is one call of the kernels.
 """
 
 from __future__ import annotations
