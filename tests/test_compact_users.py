@@ -507,6 +507,20 @@ def test_odd_layers_go_or_stay_with_a_reason_and_the_outputs_are_equal(
         assert (got - wanted).abs().max() <= 1e-12 * wanted.abs().max()
 
 
+def test_hooks_of_modules_go_along_and_those_of_parameters_do_not() -> None:
+    net, x = mlp(), torch.randn(4, 6)
+    kill(net, x)
+    net[2].register_forward_hook(lambda module, args, out: 3 * out)
+    net[2].weight.register_hook(lambda grad: 2 * grad)
+    small = fusereg.compact(net, x)
+    torch.testing.assert_close(small(x), net(x))
+    for model in (net, small, copy.deepcopy(net)):
+        model(x).sum().backward()
+    twice = net[2].weight.grad
+    assert twice is not None
+    torch.testing.assert_close(small[2].weight.grad, twice[:, ::2] / 2)
+
+
 # --- wrappers and kinds of model ------------------------------------------------------------------
 
 

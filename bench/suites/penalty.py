@@ -21,10 +21,11 @@ Each way to do it is written as a good user of it would:
 
 - ``group prox``: the proximal step of the group lasso over ResNet-50's channels, each with its
   slices in all tensors that write it: convolutions, scales and shifts, along the residual streams.
-  By contract weights are read and written: 8 bytes, the second reading of a channel being from
-  cache. ``eager`` sums and scales tensor by tensor, ``by channel`` channel by channel; ``rows alone`` is ``prox.group_lasso_`` of the same tensors,
-  whose groups are rows of one tensor. ``Torch-Pruning`` is ``GroupNormPruner.regularize`` of a
-  ResNet-50: other work with the same aim, a ridge on the channels and on what reads them.
+  By contract weights are read and written: 8 bytes; a channel's second reading is from cache.
+  ``eager`` sums and scales tensor by tensor, ``by channel`` channel by channel; ``rows alone`` is
+  ``prox.group_lasso_`` of the same tensors, whose groups are rows of one tensor.
+  ``Torch-Pruning`` is ``GroupNormPruner.regularize`` of a ResNet-50: other work with the same aim,
+  a ridge on the channels and on what reads them.
 
 ``host`` rows have lists of tensors with one element each: what remains is the cost of handling a
 tensor.
