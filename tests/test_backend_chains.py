@@ -198,6 +198,11 @@ def residual_written_after_the_sum(x, r, *norm):
     return F.relu(y)
 
 
+def one_of_tied_statistics_is_left(x, r, *norm):
+    y = bn(x.transpose(2, 3), *norm).transpose(2, 3)
+    return y + F.relu(bn(r, *norm))
+
+
 ONE = {"batch_norm": 1}
 
 
@@ -216,6 +221,7 @@ ONE = {"batch_norm": 1}
         (factor_of_the_sum, ONE, "factor"),
         (unknown_in_between, ONE, "cumsum is called in between"),
         (tied_statistics, {"batch_norm": 1, "batch_norm + relu": 1}, "uses the same memory"),
+        (one_of_tied_statistics_is_left, {}, "differ from torch's in dtype, shape or strides"),
         (statistics_read_in_between, ONE, "uses the same memory"),
         (statistics_as_residual, ONE, "reads what an earlier part of it writes"),
         (residual_written_after_the_sum, {"batch_norm + add": 1}, "uses the same memory"),

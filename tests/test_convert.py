@@ -10,6 +10,7 @@ import pickle
 import sys
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -248,6 +249,44 @@ def test_copies_and_pickles(make: Maker, calls: list[object]) -> None:
         assert calls == fused
         assert repr(fusereg.revert(other)) == repr(model)
         assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+
+
+class MadeWith(nn.Sequential):
+    """Its class cannot make an object without an argument."""
+
+    def __new__(cls, kind: str) -> MadeWith:
+        made = super().__new__(cls)
+        made.__dict__["kind"] = kind
+        return made
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(nn.Linear(3, 3), nn.ReLU(), nn.Dropout(0.0))
+
+    def __getnewargs__(self) -> tuple[str]:
+        return (self.__dict__["kind"],)
+
+
+class MadeByName(MadeWith):
+    def __new__(cls, *, kind: str) -> MadeByName:
+        return super().__new__(cls, kind)  # type: ignore[return-value]
+
+    def __init__(self, *, kind: str) -> None:
+        super().__init__(kind)
+
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, str]]:
+        return (), {"kind": self.__dict__["kind"]}
+
+
+@pytest.mark.parametrize("cls", [MadeWith, MadeByName])
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_class_may_need_arguments_to_make_an_object(cls: Any, how: Any) -> None:
+    converted = fusereg.convert(cls(kind="a"))
+    copied = how(converted)
+    assert type(copied) is type(converted)
+    assert copied.fusereg_plans
+    assert copied.kind == "a"
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(copied(x), converted(x))
 
 
 @pytest.mark.parametrize("make", MODELS)

@@ -311,6 +311,35 @@ def test_eager_quantization_says_in_one_sentence_what_to_do(
             quantization.fuse_modules(own, [["0", "1"]], inplace=inplace)
 
 
+def observed(m: nn.Module) -> list[str]:
+    return [name for name, _ in m.named_modules() if "activation_post_process" in name]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_eager_quantization_observes_the_layers_that_it_observes_of_torchs(train: bool) -> None:
+    quantization = torch.ao.quantization
+    blocks = nn.Sequential(BasicBlock(3, 3), nn.BatchNorm2d(3), nn.Dropout(0.0))
+    plain = nn.Sequential(quantization.QuantStub(), stir(blocks), quantization.DeQuantStub())
+    plain = plain.float().train(train)
+    converted = fusereg.convert(copy.deepcopy(plain))
+    assert observed(converted) == []
+    prepare = quantization.prepare_qat if train else quantization.prepare
+    for m in (plain, converted):
+        m.qconfig = quantization.get_default_qat_qconfig("fbgemm")  # type: ignore[assignment]
+        prepare(m, inplace=True)
+        m.apply(quantization.disable_fake_quant)  # which would enlarge differences of rounding
+    assert observed(converted) == observed(plain)
+    assert {f"1.{i}.activation_post_process" for i in (0, 1)} & {*observed(converted)}
+    agree(plain, converted)
+    with pytest.raises(
+        RuntimeError, match=r"cannot quantize fusereg's .*; call fusereg\.revert\(model\) first"
+    ):
+        quantization.convert(converted.eval())
+    fusereg.revert(converted)
+    wanted, got = (quantization.convert(m.eval()) for m in (plain, converted))
+    assert [type(m) for m in got.modules()] == [type(m) for m in wanted.modules()]
+
+
 # --- what is lost, and layers that stay -----------------------------------------------------------
 
 

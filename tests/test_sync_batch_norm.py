@@ -518,6 +518,20 @@ def test_revert_works_after_synchronizing_and_back(caplog: pytest.LogCaptureFixt
     assert [type(m) for m in made] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
 
 
+def test_hooks_of_state_dicts_get_the_new_layer() -> None:
+    layer, seen = nn.BatchNorm1d(3), []
+    layer.register_state_dict_pre_hook(lambda module, *_: seen.append(("saves", module)))
+    layer.register_load_state_dict_pre_hook(lambda module, *_: seen.append(("loads", module)))
+    layer.register_load_state_dict_post_hook(lambda module, _: seen.append(("loaded", module)))
+    model = nn.Sequential(layer)
+    del layer
+    for change in (SyncBatchNorm.convert_sync_batchnorm, SyncBatchNorm.revert_sync_batchnorm):
+        change(model)
+        seen.clear()
+        model.load_state_dict(model.state_dict())
+        assert seen == [(what, model[0]) for what in ("saves", "loads", "loaded")]
+
+
 def test_torch_s_layer_cannot_take_a_fused_activation() -> None:
     layer = SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm2d(4))
     layer.activation = "relu"

@@ -285,6 +285,20 @@ def _followed(chain: Chain) -> Chain | None:
     return Chain([*chain.nodes, user], name, F.batch_norm, chain.args, {**given, **more})
 
 
+def _check_statistics(chain: Chain) -> None:
+    """Raise if another norm updates the same running statistics, and must be left to torch.
+
+    torch's norm keeps them for backward, where it would find that a kernel has written to them.
+    """
+    mean = chain.kwargs.get("running_mean")
+    for other in mean.users if isinstance(mean, Node) else ():
+        if other not in chain.nodes and other.target is not F.batch_norm and _is(other, "norm"):
+            alone = next(_norms(other))
+            if not _plain(other) or not _plain(alone.args[0]):
+                raise NotFusedError("a norm of the same running statistics is left")
+            _check_call(alone)
+
+
 def _row_norms(node: Node) -> Iterator[Chain]:
     """Yield a dropout, a sum and a layer or RMS norm."""
     call = _is(node, "row_norm")
@@ -485,6 +499,7 @@ def _fuse_at(
                 raise NotFusedError("p is not a constant number")
             _check_order(chain.nodes)
             _check_writes(chain.nodes)
+            _check_statistics(chain)
             _replace(graph=node.graph, chain=chain, result=_check_call(chain))
         except NotFusedError as reason:
             report.left[f"{chain.name}: {reason}"] += 1

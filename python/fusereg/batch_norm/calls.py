@@ -26,7 +26,8 @@ from torch import Tensor, fx, nn
 from ..core import failures
 from ..core.modules import forward_of, submodule
 from ..core.proxies import UntraceableError
-from ..core.trace import ARGUMENT, CONTEXTS, STRUCTURE, TORCH, Found, Trace, is_plain, trace
+from ..core.standins import STRUCTURE, Found, is_plain
+from ..core.trace import ARGUMENT, CONTEXTS, TORCH, Trace, trace
 from .known import is_timm_act, original_class, why_unknown
 
 _ITERABLE = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

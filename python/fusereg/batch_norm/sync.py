@@ -239,4 +239,7 @@ def _twin(made: type[_BatchNorm], layer: _BatchNorm, **extra: Any) -> _BatchNorm
         # What fusereg.convert remembers is kept as well, so that fusereg.revert works afterwards.
         if "hook" in name or name.startswith("_fusereg"):
             new.__dict__[name] = value
+    for hook in vars(new)["_load_state_dict_pre_hooks"].values():
+        if getattr(hook, "with_module", False):  # torch's wrapper of those that want the module
+            hook.module = weakref.ref(new)
     return new.train(layer.training)

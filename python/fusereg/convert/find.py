@@ -16,7 +16,8 @@ from torch import fx, nn
 
 from ..batch_norm.known import activation_of
 from ..core.modules import submodule
-from ..core.trace import Found, Read
+from ..core.standins import Found
+from ..core.trace import Read
 from . import chain as _chain
 from .chain import ADD, ADD_IN_PLACE, SUMS, Follower
 
@@ -247,6 +248,8 @@ class Finder:
             name = _function_name(node)
             in_place = name.endswith("_") and not name.endswith("__")
             if in_place or name in ("iadd", "setitem") or node.kwargs.get("inplace"):
+                return False
+            if "out" in node.kwargs:
                 return False
             # What updates or reads the norm's statistics must do so in the same order.
             if between is not None and any(m is layer for m in between.modules()):

@@ -17,7 +17,7 @@ import inspect
 import logging
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -55,11 +55,27 @@ def _not_fused(is_qat: bool, *layers: nn.Module) -> NoReturn:
     refuse(layer, "torch.ao.quantization.fuse_modules cannot fuse", "use torch.nn's layer")
 
 
-# It finds these functions by the exact classes of layers.
-_mappings: Any = sys.modules.get("torch.ao.quantization.fuser_method_mappings")
-_fusers: dict[Any, Any] = getattr(_mappings, "_DEFAULT_OP_LIST_TO_FUSER_METHOD", {})
+class _NotQuantized:
+    """Stands for the quantized layer of one of fusereg's, which there is none of."""
+
+    @staticmethod
+    def from_float(layer: nn.Module) -> NoReturn:
+        """Raise RuntimeError."""
+        refuse(layer, "torch.ao.quantization.convert cannot quantize", "use torch.nn's layer")
+
+
+def _torchs(module: str, name: str) -> dict[Any, Any]:
+    """Return one of the tables of torch's quantization, which go by the exact classes of layers."""
+    table: dict[Any, Any] = getattr(sys.modules.get(f"torch.ao.quantization.{module}"), name, {})
+    return table
+
+
+_fusers = _torchs("fuser_method_mappings", "_DEFAULT_OP_LIST_TO_FUSER_METHOD")
 for _classes in list(_fusers):
     _fusers.setdefault(tuple(SWAPS.get(cls, cls) for cls in _classes), _not_fused)
+_quantized = _torchs("quantization_mappings", "DEFAULT_STATIC_QUANT_MODULE_MAPPINGS")
+for _class in SWAPS.keys() & _quantized.keys() - {nn.Dropout}:  # which is never observed
+    _quantized.setdefault(SWAPS[_class], _NotQuantized)
 
 #: The attribute of a converted layer that holds its original class.
 ORIGINAL = "_fusereg_original"
@@ -126,6 +142,9 @@ def swap_back(layer: nn.Module) -> str | None:
 # --- created classes ------------------------------------------------------------------------------
 
 
+_NOTHING: Mapping[str, Any] = types.MappingProxyType({})
+
+
 class Adapted:
     """Mixin of the created subclasses, which pickles their modules by the original class."""
 
@@ -140,14 +159,19 @@ class Adapted:
         refuse_script(module)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        reduced: tuple[Any, ...] = tuple(super().__reduce_ex__(max(2, protocol)))
-        return _new, (self.fusereg_kind, self.fusereg_original), *reduced[2:]
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        make, (_, *given), *rest = reduced
+        # What a __getnewargs__ of the class returns, or a __getnewargs_ex__.
+        args, names = given if make.__name__ == "__newobj_ex__" else (given, {})
+        return _new, (self.fusereg_kind, self.fusereg_original, tuple(args), names), *rest
 
 
-def _new(kind: str, original: Any) -> nn.Module:
+def _new(
+    kind: str, original: Any, args: tuple[Any, ...] = (), names: Mapping[str, Any] = _NOTHING
+) -> nn.Module:
     """Make an empty module when unpickling."""
     cls = adapted(kind, original)
-    module: nn.Module = cls.__new__(cls)
+    module: nn.Module = cls.__new__(cls, *args, **names)
     return module
 
 

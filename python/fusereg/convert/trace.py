@@ -15,16 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.proxies import UntraceableError
-from ..core.trace import (
-    ARGUMENT,
-    DISTINCT,
-    Found,
-    Path,
-    Read,
-    Trace,
-    is_plain,
-    trace,
-)
+from ..core.standins import DISTINCT, Found, is_plain
+from ..core.trace import ARGUMENT, Path, Read, Trace, trace
 from .find import Finder, rewrite
 from .wrappers import inner_of
 
@@ -122,8 +114,10 @@ class _Check:
             at_module = isinstance(read.owner, tuple)
             on = self.settings(read) if at_module else self.name(read.owner)
             now = f"{on}.{name}" if name == "training" else f"getattr({on}, {name!r}, NOTHING)"
-            if name in ("__class__", "__iter__"):
-                now = f"type({on})" + ("" if name == "__class__" else ".__iter__")
+            if at_module and name.startswith("__"):
+                now = f"type({on})"
+                if name != "__class__":
+                    now = f"getattr({now}, {name!r}, NOTHING)"
             if read.method:
                 # The second, because Dynamo does not guard the first.
                 code = self.name(value.__code__)
@@ -193,7 +187,11 @@ def _restored(*_: Any) -> Again:
 
 def _compiled(lines: str, names: dict[str, Any], name: str) -> Any:
     namespace = dict(names)
-    exec(compile(lines, _NAME, "exec"), namespace)
+    try:
+        exec(compile(lines, _NAME, "exec"), namespace)
+    except SyntaxError as error:
+        reason = "a name of a layer cannot be written in Python code; rename it"
+        raise UntraceableError(reason) from error
     return namespace[name]
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import cmath
 import dis
 import functools
 import operator
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from enum import Enum
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
+from torch.fx.graph import inplace_methods, magic_methods
 from torch.fx.proxy import Attribute, Scope
 
 from . import assertions
@@ -69,13 +72,24 @@ _IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift i
 class Proxy(fx.Proxy):
     """A proxy that records ``x += y`` as such (torch.fx: ``x + y``), and gives out no number."""
 
+    def __getattribute__(self, name: str) -> Any:
+        # Globals of another type than a dictionary are those of code that is followed.
+        if name in _OWN and type(sys._getframe(1).f_globals) is not dict:
+            return Proxy.__getattr__(self, name)
+        return super().__getattribute__(name)
+
+    def __hash__(self) -> int:
+        refuse("it compares objects by identity")
+
     def __getattr__(self, name: str) -> Attribute:
         if draws(name):
             refuse(f"it calls {name}, which draws random numbers")
         in_place = name.endswith("_") and not name.endswith("__")
         if in_place and self.node.op == "get_attr":
             refuse(f"it changes {self.node.target} in place")
-        return _Attribute(self, name)
+        attribute = _Attribute(self, name)
+        recorder: Any = self.tracer
+        return recorder.or_none(attribute) if _may_be_none(name) else attribute
 
     def __iter__(self) -> Iterator[Any]:
         frame = sys._getframe(1)
@@ -100,6 +114,21 @@ class Proxy(fx.Proxy):
 class _Attribute(Attribute, Proxy):
     """An attribute of a proxy, or its method."""
 
+    optional: int | None = None
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        """The node that reads the attribute."""
+        node: fx.Node = super().node
+        node.meta["optional"] = self.optional
+        return node
+
+
+#: The attributes that a proxy has itself, other than operators: forward means the value's.
+_OWN = {*dir(_Attribute), "node", "tracer", "root", "attr", "_node"} - {
+    f"__{name}__" for operators in (magic_methods, inplace_methods) for name in operators
+}
+
 
 def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     """Return the proxies' method of an operator in place."""
@@ -118,6 +147,11 @@ for _name in _IN_PLACE.split():
     setattr(Proxy, f"__{_name}__", _in_place(_name))
 
 
+def _may_be_none(attribute: str) -> bool:
+    """Return whether an attribute or method of a value may be None, or return it."""
+    return not hasattr(Tensor, attribute) or attribute in ("grad", "grad_fn", "_base", "_grad")
+
+
 #: A forward that asks for more values that are not known before the call is not followed.
 _MAX_ANSWERS = 8
 
@@ -129,11 +163,18 @@ class Recorder(fx.proxy.TracerBase):
         answers: what values that are not known before the call are taken to be where forward
             decides by them, in their order; ``True`` is added for what is asked beyond. None: such
             forwards are refused.
+        none: the number of the value that is None, of those that may be. A proxy is not None, and
+            Python lets nothing notice that forward asks.
+
+    Attributes:
+        optional: how many values may be None: those that a layer, or an object that may be no
+            tensor, returns, and arguments. The ``meta`` of their nodes has their numbers.
     """
 
-    def __init__(self, answers: list[bool] | None = None) -> None:
+    def __init__(self, answers: list[bool] | None = None, none: int | None = None) -> None:
         super().__init__()
         self.answers, self.asked = answers, 0
+        self.none, self.optional = none, 0
         self.graph = fx.Graph()
         self.scope = Scope("", None)
         self.module_stack: OrderedDict[str, tuple[str, Any]] = OrderedDict()
@@ -144,12 +185,36 @@ class Recorder(fx.proxy.TracerBase):
         """Return the proxy of a node."""
         return Proxy(node, self)
 
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the proxy of a new node; None, if its value is taken to be None."""
+        proxy = super().create_proxy(kind, target, *args, **kwargs)
+        optional = (
+            kind in ("call_module", "placeholder")
+            or target is operator.getitem
+            or (kind == "call_method" and _may_be_none(target))
+        )
+        return self.or_none(proxy) if optional else proxy
+
+    def or_none(self, value: Any) -> Any:
+        """Return a value that may be None, or None if it is taken to be."""
+        number = self.optional
+        self.optional += 1
+        if type(value) is _Attribute:
+            value.optional = number
+        else:
+            value.node.meta["optional"] = number
+        return None if number == self.none else value
+
     def create_arg(self, a: Any) -> Any:
         """Return an argument of a node; refuse what a graph cannot hold."""
         if isinstance(a, Tensor):
             refuse("it makes a tensor that depends on no input")
         if issubclass(type(a), Standin):
-            refuse("it gives a layer to a function that is not a layer")
+            refuse("it gives a layer or a function to a function")
+        if isinstance(a, Enum):
+            refuse("it gives a member of an Enum to a function or returns one", "give its value")
+        if isinstance(a, complex) and not cmath.isfinite(a):
+            refuse("it has a complex number that is not finite")
         return super().create_arg(a)
 
     def answer(self, reason: str) -> bool:

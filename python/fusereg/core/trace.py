@@ -22,28 +22,37 @@ import operator
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, EnumMeta
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from . import assertions, dispatch, failures
-from .modules import forward_of
-from .proxies import Proxy, Recorder, Standin, UntraceableError, draws, refuse, words
+from .modules import forward_of, submodule
+from .proxies import Proxy, Recorder, UntraceableError, draws, refuse, words
+from .standins import (
+    GO_THROUGH,
+    NO_TENSORS,
+    PLAIN,
+    Class,
+    Found,
+    Function,
+    Module,
+    Namespace,
+    OfNumbers,
+    Python,
+    Settings,
+    Super,
+    attribute_of,
+    has_settings,
+    is_plain,
+)
 
 Path = tuple[str, ...]
-
-
-class Found(Enum):
-    """Results of a read that are not values."""
-
-    NOTHING = "no attribute"
-    MODULE = "a module"
-    TENSOR = "a tensor"
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,6 @@ class Read:
 
 #: The owner of a read that asks whether an argument of forward is a tensor.
 ARGUMENT = "argument"
-#: The name of a read that holds as long as a module's children are different modules.
-DISTINCT = "distinct children"
 
 
 @dataclass(frozen=True)
@@ -88,18 +95,15 @@ TORCH = os.path.dirname(torch.__file__) + os.sep
 #: Its files with decorators that run what they decorate in a context.
 CONTEXTS = ("utils/_contextlib.py", "amp/autocast_mode.py")
 
-_SCALARS = (bool, int, float, complex, str, type(None), type(...))
-_PLAIN = (*_SCALARS, torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout)
-
 
 _BUILTINS = words("""
-    abs all any bool dict enumerate float getattr hasattr int len list map max min range reversed
-    round set slice sorted str sum tuple zip
+    abs all any bool dict enumerate float getattr hasattr int isinstance len list map max min range
+    reversed round set slice sorted str sum super tuple zip
     """)
+#: Of these, what the tracer has methods of the same name for.
+_WITH_STANDINS = words("getattr hasattr isinstance super")
 #: Of these, what makes a number of a tensor.
 _TO_NUMBERS = words("abs float int len round")
-#: What ``isinstance`` may ask of a tensor, besides whether it is one: no tensor is any of these.
-_NO_TENSORS = (list, tuple, dict, set, str, bool, int, float, complex, type(None))
 _REFUSED = {
     "STORE_ATTR": "it sets an attribute",
     "DELETE_ATTR": "it deletes an attribute",
@@ -108,12 +112,11 @@ _REFUSED = {
     "PUSH_EXC_INFO": "it has a with or try statement",
     "SETUP_FINALLY": "it has a with or try statement",
     "SETUP_WITH": "it has a with or try statement",
+    **dict.fromkeys(
+        ("MATCH_CLASS", "MATCH_KEYS", "MATCH_MAPPING", "MATCH_SEQUENCE"),
+        "it matches the type of a value",
+    ),
 }
-
-
-def is_plain(value: object) -> bool:
-    """Return whether a value cannot change without being replaced."""
-    return all(map(is_plain, value)) if type(value) is tuple else type(value) in _PLAIN
 
 
 @functools.cache
@@ -154,42 +157,11 @@ def _known() -> dict[int, Any]:
 
 _is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
 _NUMBERS = {
-    id(f) for m in (math, operator) for n, f in vars(m).items() if callable(f) and n[0] != "_"
+    id(f)
+    for m in (math, operator)
+    for n, f in vars(m).items()
+    if callable(f) and n[0] != "_" and n not in ("is_", "is_not")
 }
-
-
-_get = object.__getattribute__
-
-
-def _children(module: Any) -> list[Any]:
-    """Stand for the children of a module, which are different modules."""
-    tracer, (of, path) = _get(module, "_tracer"), _get(module, "_of")
-    names, children = tuple(of._modules), list(of._modules.values())
-    if None in children or len({*map(id, children)}) != len(children):
-        refuse("it goes through children of which one is None or occurs twice")
-    tracer.read(path, "_modules", names)
-    tracer.read(path, DISTINCT, len(names))
-    return [_Module._child(module, name) for name in names]
-
-
-def _items(module: Any) -> list[tuple[str, Any]]:
-    tracer, (of, path) = _get(module, "_tracer"), _get(module, "_of")
-    tracer.read(path, "_modules", tuple(of._modules))
-    return [(name, _Module._child(module, name)) for name in of._modules]
-
-
-#: Functions of torch that ask a module for those in it, and what stands for them.
-_GO_THROUGH: dict[Any, Callable[[Any], Any]] = {
-    nn.Module.children: lambda module: iter(_children(module)),
-    nn.Module.named_children: lambda module: iter(
-        list(zip(_get(module, "_of")[0]._modules, _children(module), strict=True))
-    ),
-    nn.ModuleDict.items: _items,
-    nn.ModuleDict.values: lambda module: [child for _, child in _items(module)],
-    nn.ModuleDict.keys: lambda module: [name for name, _ in _items(module)],
-}
-#: The names of these functions, and of the other reads that tell what a module is made of.
-STRUCTURE = {"_modules", DISTINCT, *(function.__name__ for function in _GO_THROUGH)}
 
 
 def _asks_torch(value: Any) -> bool:
@@ -220,180 +192,23 @@ def _check_code(code: types.CodeType) -> None:
             _check_code(constant)
 
 
-# --- stand-ins ------------------------------------------------------------------------------------
-
-_CONTAINERS: tuple[type, ...] = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-class _Standin(Standin):
-    """Stands for an object; reads of its attributes go to the tracer."""
-
-    __slots__ = ("_of", "_tracer")
-
-    def __init__(self, tracer: _Tracer, of: Any) -> None:
-        object.__setattr__(self, "_tracer", tracer)
-        object.__setattr__(self, "_of", of)
-
-    def __getattribute__(self, name: str) -> Any:
-        raise NotImplementedError
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        refuse(f"it sets {name}")
-
-    def __delattr__(self, name: str) -> None:
-        refuse(f"it deletes {name}")
-
-    def __eq__(self, other: object) -> bool:
-        refuse("it compares layers")
-
-    def __repr__(self) -> str:
-        refuse("it makes text of a layer")
-
-    __hash__ = object.__hash__
-    __str__ = __repr__
-
-
-class _Python(_Standin):
-    """Stands for a module of Python."""
-
-    def __getattribute__(self, name: str) -> Any:
-        return _get(self, "_tracer").global_(vars(_get(self, "_of")), name, builtin=False)
-
-
-class _Settings(_Standin):
-    """Stands for an object of a model's own class, given with the way to it, such as a config."""
-
-    def __getattribute__(self, name: str) -> Any:
-        tracer, (settings, path, within) = _get(self, "_tracer"), _get(self, "_of")
-        said = ".".join(("self", *path, *within, name))
-        own = next((vars(c)[name] for c in type(settings).__mro__ if name in vars(c)), None)
-        if hasattr(type(own), "__get__") and type(own) is not types.MemberDescriptorType:
-            refuse(f"it uses {said}, a {type(own).__name__}", "make it a plain value")
-        value = getattr(settings, name, Found.NOTHING)
-        if _has_settings(value):
-            return tracer.settings(value, path, (*within, name))
-        tracer.read(path, name, value, within=within)
-        if value is Found.NOTHING:
-            raise AttributeError(f"{said} is missing")
-        return tracer.admit(value, said)
-
-    def __bool__(self) -> bool:
-        refuse("it asks whether an object is true")
-
-
-def _has_settings(value: Any) -> bool:
-    """Return whether reading attributes of an object does nothing else."""
-    cls: Any = type(value)
-    read = cls.__getattribute__
-    usual = (
-        read in (object.__getattribute__, types.SimpleNamespace.__getattribute__)
-        # It knows attributes by several names.
-        or getattr(read, "__module__", "") == "transformers.configuration_utils"
-    )
-    known = isinstance(value, (Tensor, nn.Module, types.ModuleType, Enum, *_NO_TENSORS))
-    return usual and not (
-        known or is_plain(value) or callable(value) or hasattr(cls, "__getattr__")
-    )
-
-
-class _Class(_Standin):
-    """Stands for a class, for ``super`` and ``isinstance``."""
-
-    def __getattribute__(self, name: str) -> Any:
-        refuse(f"it reads {name} of a class")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        name = _get(self, "_of").__name__
-        refuse(f"it uses {name}, which may depend on more than its arguments")
-
-
-class _OfNumbers:
-    """Stands for a function of numbers; one of a number that a tensor gives is recorded."""
-
-    __slots__ = ("function", "recorded")
-
-    def __init__(self, tracer: _Tracer, function: Callable[..., Any]) -> None:
-        self.function, self.recorded = function, tracer.recorded(function)
-
-    def __call__(self, *args: Any) -> Any:
-        unknown = any(issubclass(type(a), fx.Proxy) for a in args)
-        return (self.recorded if unknown else self.function)(*args)
-
-
-class _Super(_Standin):
-    """Stands for ``super()``."""
-
-    def __getattribute__(self, name: str) -> Any:
-        tracer, (module, cls) = _get(self, "_tracer"), _get(self, "_of")
-        mro = type(_get(module, "_of")[0]).__mro__
-        for base in mro[mro.index(cls) + 1 :]:
-            if name in vars(base):
-                return tracer.method(module, base, name, vars(base)[name])
-        return refuse(f"it reads super().{name}")
-
-
-class _Module(_Standin):
-    """Stands for a module of torch, given with its path."""
-
-    def __getattribute__(self, name: str) -> Any:
-        return _get(self, "_tracer").attribute(self, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _get(self, "_tracer").call(self, args, kwargs)
-
-    def _names(self) -> list[str]:
-        tracer, (module, path) = _get(self, "_tracer"), _get(self, "_of")
-        iterates = getattr(type(module), "__iter__", None)
-        if iterates not in [c.__iter__ for c in _CONTAINERS]:  # type: ignore[attr-defined]
-            refuse(f"it iterates over {'.'.join(path) or 'itself'}, a {type(module).__name__}")
-        tracer.read(path, "__iter__", iterates)
-        tracer.read(path, "_modules", tuple(module._modules))
-        return list(module._modules)
-
-    def __bool__(self) -> bool:
-        module, path = _get(self, "_of")
-        if hasattr(type(module), "__len__") or hasattr(type(module), "__bool__"):
-            return bool(_Module._names(self))
-        for name in ("__len__", "__bool__"):
-            _get(self, "_tracer").read(path, name, Found.NOTHING)
-        return True
-
-    def __len__(self) -> int:
-        return len(_Module._names(self))
-
-    def __iter__(self) -> Iterator[Any]:
-        names = _Module._names(self)
-        keys = isinstance(_get(self, "_of")[0], nn.ModuleDict)
-        return iter(names if keys else [_Module._child(self, name) for name in names])
-
-    def __getitem__(self, key: Any) -> Any:
-        names = _Module._names(self)
-        if isinstance(_get(self, "_of")[0], nn.ModuleDict):
-            return _Module._child(self, key) if key in names else refuse(f"it has no layer {key}")
-        if isinstance(key, slice):
-            return [_Module._child(self, name) for name in names[key]]
-        return _Module._child(self, names[key])
-
-    def __contains__(self, key: Any) -> bool:
-        return key in _Module._names(self)
-
-    def _child(self, name: str) -> Any:
-        return _get(self, "_tracer").attribute(self, name)
-
-
-class _Namespace(dict[str, Any]):
-    """The globals of a function that is made again."""
-
-    def __init__(self, tracer: _Tracer, of: dict[str, Any]) -> None:
-        super().__init__(__builtins__={}, __name__=of.get("__name__"))
-        self.tracer, self.of = tracer, of
-
-    def __missing__(self, name: str) -> Any:
-        return self.tracer.global_(self.of, name, builtin=True)
-
-
 def _const(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
+
+
+@functools.cache
+def _asks_for_none(code: types.CodeType) -> bool:
+    """Return whether a function asks whether something is None, other than an attribute of self."""
+    steps = list(dis.get_instructions(code))
+    for i, step in enumerate(steps):
+        asks = step.opname == "IS_OP" or step.opname.endswith(("IF_NONE", "IF_NOT_NONE"))
+        if asks and step.opname == "IS_OP":
+            i -= 1  # LOAD_CONST None
+        owner, attribute = (s.opname for s in steps[i - 2 : i]) if i > 1 else ("", "")
+        of_self = steps[i - 2].argval == (*code.co_varnames, None)[0]
+        if asks and not (owner.startswith("LOAD_FAST") and attribute == "LOAD_ATTR" and of_self):
+            return True
+    return any(_asks_for_none(c) for c in code.co_consts if isinstance(c, types.CodeType))
 
 
 # --- the tracer -----------------------------------------------------------------------------------
@@ -409,13 +224,35 @@ class _Tracer:
         mode: bool,
         tensors: bool,
         answers: list[bool] | None,
+        none: int | None = None,
     ) -> None:
-        self.recorder = Recorder(answers)
+        self.recorder = Recorder(answers, none)
+        self.asks_for_none = False
         self.leaf, self.mode, self.tensors = leaf, mode, tensors
         self.reads: dict[tuple[Any, tuple[str, ...], str], Read] = {}
         self.root = module
-        self.modules: dict[Path, _Module] = {}
-        self.namespaces: dict[int, _Namespace] = {}
+        self.modules: dict[Path, Module] = {}
+        self.namespaces: dict[int, Namespace] = {}
+
+    def follow(self, forward: types.FunctionType) -> fx.Graph:
+        """Return the graph of the forward."""
+        recorder = self.recorder
+        count = _count_tensors(forward)
+        try:
+            made = self.function(forward)
+            proxies = [
+                recorder.create_proxy("placeholder", f"input_{i}", (), {}) for i in range(count)
+            ]
+            result = made(self.module(self.root, ()), *proxies)
+            recorder.create_node("output", "output", (recorder.create_arg(result),), {})
+            if recorder.texts.open:
+                refuse("it takes a number or text out of a tensor")
+        except UntraceableError:
+            raise
+        except Exception as error:
+            # Forward's own, for it was written for tensors; or one of this package.
+            raise UntraceableError(f"it cannot be followed: {failures.logged(error)}") from error
+        return recorder.graph
 
     def read(
         self,
@@ -429,15 +266,15 @@ class _Tracer:
         key = (owner if isinstance(owner, tuple) else id(owner), within, name)
         self.reads.setdefault(key, Read(owner, name, value, method, within))
 
-    def settings(self, value: Any, path: Path, within: tuple[str, ...]) -> _Settings:
+    def settings(self, value: Any, path: Path, within: tuple[str, ...]) -> Settings:
         """Return what stands for an object of which only attributes are read, and recorded."""
         self.read(path, "__class__", type(value), within=within)
-        return _Settings(self, (value, path, within))
+        return Settings(self, (value, path, within))
 
-    def module(self, module: nn.Module, path: Path) -> _Module:
+    def module(self, module: nn.Module, path: Path) -> Module:
         """Return the stand-in of a module."""
         if path not in self.modules:
-            self.modules[path] = _Module(self, (module, path))
+            self.modules[path] = Module(self, (module, path))
         return self.modules[path]
 
     def admit(self, value: Any, said: str) -> Any:
@@ -445,20 +282,20 @@ class _Tracer:
         if is_plain(value) or _is_enumeration(value if isinstance(value, type) else type(value)):
             return value
         if isinstance(value, types.ModuleType):
-            return _Python(self, value)
+            return Python(self, value)
         known = _known().get(id(value))
         if known is not None:
             return self.recorded(known)
         if value is _is_scripting:
-            return _const(False)  # a script is compiled from the original forward
+            return Function(self, _const(False))  # a script is compiled from the original forward
         if id(value) in _NUMBERS:
             return self.of_numbers(value)
         if isinstance(value, type) and issubclass(value, nn.Module | Tensor):
-            return _Class(self, value)
+            return Class(self, value)
         if value is torch._assert:
             return self.asserted
         if isinstance(value, types.FunctionType) and not _of_torch(value):
-            return self.function(value)
+            return Function(self, self.function(value))
         if self.recorder.answers is not None and _asks_torch(value):
             return self.recorded(value)
         if callable(value):
@@ -468,13 +305,13 @@ class _Tracer:
         remedy = "make it a tuple, or several attributes" if mutable else "make it a plain value"
         return refuse(f"it reads {said}, {kind}, which may change unseen", remedy)
 
-    def recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(self, function: Callable[..., Any]) -> Function:
         """Return a function that records calls of torch's."""
 
-        def call(*args: Any, **kwargs: Any) -> fx.Proxy:
+        def call(*args: Any, **kwargs: Any) -> Any:
             return self.recorder.create_proxy("call_function", function, args, kwargs)
 
-        return call
+        return Function(self, call)
 
     def global_(self, space: dict[str, Any], name: str, *, builtin: bool) -> Any:
         """Return what stands for a global, or for a builtin of that name."""
@@ -482,7 +319,7 @@ class _Tracer:
         self.read(space, name, value)
         if value is not Found.NOTHING:
             return self.admit(value, name)
-        if name in ("super", "isinstance") and builtin:
+        if name in _WITH_STANDINS and builtin:
             return getattr(self, name)
         if name not in _BUILTINS or not builtin:
             refuse(f"it uses {name}, which may depend on more than its arguments")
@@ -491,31 +328,45 @@ class _Tracer:
 
     def of_numbers(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function of numbers, which may be a tensor's if they need not be known."""
-        return function if self.recorder.answers is None else _OfNumbers(self, function)
+        return function if self.recorder.answers is None else OfNumbers(self, function)
 
-    def super(self, *args: Any) -> _Super:
+    def super(self, *args: Any) -> Super:
         """Stand for the builtin ``super``."""
         if not args:
             frame = sys._getframe(1)
             first = frame.f_code.co_varnames[:1]
             args = tuple(frame.f_locals.get(name) for name in ("__class__", *first))
         cls, module = args
-        if type(cls) is not _Class or type(module) is not _Module:
+        if type(cls) is not Class or type(module) is not Module:
             refuse("it uses super in a way that is not supported")
-        return _Super(self, (module, _get(cls, "_of")))
+        return Super(self, (module, attribute_of(cls, "_of")))
+
+    def hasattr(self, value: Any, name: str) -> bool:
+        """Stand for the builtin ``hasattr``: whether a tensor has an attribute is not known."""
+        if issubclass(type(value), Proxy):  # not isinstance, which would ask a stand-in
+            return self.recorder.answer("it asks whether a value has an attribute")
+        return hasattr(value, name)
+
+    def getattr(self, value: Any, name: str, *default: Any) -> Any:
+        """Stand for the builtin ``getattr``."""
+        if not issubclass(type(value), Proxy):
+            return getattr(value, name, *default)
+        if default and not self.hasattr(value, name):
+            return default[0]
+        return Proxy.__getattr__(value, name)  # not by getattr, from code that is not followed
 
     def isinstance(self, value: Any, kinds: Any) -> bool:
         """Stand for the builtin ``isinstance``, where the answer is known or can be checked."""
         of: list[Any] = [
-            _get(kind, "_of") if type(kind) is _Class else getattr(kind, "function", kind)
+            attribute_of(kind, "_of") if type(kind) in (Class, OfNumbers) else kind
             for kind in (kinds if type(kinds) is tuple else (kinds,))
         ]
-        if type(value) is _Module and all(type(kind) is type for kind in of):
-            module, path = _get(value, "_of")
+        if type(value) is Module and all(type(kind) is type for kind in of):
+            module, path = attribute_of(value, "_of")
             self.read(path, "__class__", type(module))
             return isinstance(module, tuple(of))
-        if all(kind is Tensor or kind in _NO_TENSORS for kind in of):
-            if not isinstance(value, fx.Proxy) and type(value) in (*_PLAIN, *_NO_TENSORS):
+        if all(kind is Tensor or kind in NO_TENSORS for kind in of):
+            if not isinstance(value, fx.Proxy) and type(value) in (*PLAIN, *NO_TENSORS):
                 return isinstance(value, tuple(of))
             if isinstance(value, Proxy) and value.node.op == "get_attr":
                 return Tensor in of
@@ -537,9 +388,9 @@ class _Tracer:
         elif condition is not True:
             refuse("what it asserts does not hold")
 
-    def attribute(self, standin: _Module, name: str) -> Any:
+    def attribute(self, standin: Module, name: str) -> Any:
         """Return what stands for an attribute of a module."""
-        module, path = _get(standin, "_of")
+        module, path = attribute_of(standin, "_of")
         cls: Any = type(module)
         said = ".".join(("self", *path, name))
         if (
@@ -555,9 +406,9 @@ class _Tracer:
             if path and self.leaf(module):
                 refuse(f"it reads {said}, the mode of another layer")
             value = value if path else self.mode
-        if value is own and isinstance(own, types.FunctionType) and own in _GO_THROUGH:
+        if value is own and isinstance(own, types.FunctionType) and own in GO_THROUGH:
             self.read(path, name, own, method=True)
-            return functools.partial(_GO_THROUGH[own], standin)
+            return Function(self, functools.partial(GO_THROUGH[own], standin))
         if value is own and own is not Found.NOTHING and not is_plain(own):
             if path and self.leaf(module):
                 refuse(f"it uses {said}, of another layer")
@@ -572,14 +423,14 @@ class _Tracer:
                     self.read(path, name, Found.TENSOR)
                     target = ".".join((*path, name))
                     return self.recorder.create_proxy("get_attr", target, (), {})
-        if _has_settings(value):
+        if has_settings(value):
             return self.settings(value, path, (name,))
         self.read(path, name, value)
         if value is Found.NOTHING:
             raise AttributeError(f"{cls.__name__} has no attribute {name}")
         return self.admit(value, said)
 
-    def method(self, standin: _Module, owner: Any, name: str, value: Any) -> Any:
+    def method(self, standin: Module, owner: Any, name: str, value: Any) -> Any:
         """Return what stands for a function of a class, bound to a module."""
         static = isinstance(value, staticmethod)
         function = value.__func__ if static else value
@@ -589,12 +440,13 @@ class _Tracer:
             refuse(f"it calls {name} of {function.__qualname__.split('.')[0]}, which is torch's")
         self.read(owner, name, function, method=isinstance(owner, tuple) and not static)
         made = self.function(function)
-        return made if static else functools.partial(made, standin)
+        return Function(self, made if static else functools.partial(made, standin))
 
     def function(self, function: types.FunctionType) -> Callable[..., Any]:
         """Return the function made again, such that it sees stand-ins alone."""
         code = function.__code__
         _check_code(code)
+        self.asks_for_none |= _asks_for_none(code)
         if not _of_torch(function):
             for name in ("__code__", "__defaults__", "__kwdefaults__"):
                 self.read(function, name, getattr(function, name))
@@ -602,10 +454,10 @@ class _Tracer:
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             if name != "__class__":
                 refuse(f"it reads {name} of the function around it", "make it an attribute")
-            cells.append(types.CellType(_Class(self, cell.cell_contents)))
+            cells.append(types.CellType(Class(self, cell.cell_contents)))
         space = function.__globals__
         if id(space) not in self.namespaces:
-            self.namespaces[id(space)] = _Namespace(self, space)
+            self.namespaces[id(space)] = Namespace(self, space)
         defaults = tuple(self.admit(v, "a default") for v in function.__defaults__ or ())
         made = types.FunctionType(
             code, self.namespaces[id(space)], function.__name__, defaults, tuple(cells)
@@ -616,9 +468,9 @@ class _Tracer:
         made.__kwdefaults__ = {k: self.admit(v, k) for k, v in keywords.items()}
         return made
 
-    def call(self, standin: _Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, standin: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a layer: as one node, or by following its forward if it is no leaf."""
-        module, path = _get(standin, "_of")
+        module, path = attribute_of(standin, "_of")
         if not path:
             refuse("it calls itself")
         forward = forward_of(module)
@@ -639,14 +491,14 @@ def _of_torch(function: types.FunctionType) -> bool:
     return function.__code__.co_filename.startswith(TORCH)
 
 
-def _arguments(forward: types.FunctionType) -> tuple[str, ...]:
-    """Return the names of the tensors that forward requires; others keep their defaults."""
+def _count_tensors(forward: types.FunctionType) -> int:
+    """Return how many tensors forward requires; other arguments keep their defaults."""
     code = forward.__code__
     count = code.co_argcount - len(forward.__defaults__ or ())
     keywords = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
     if count < 2 or not set(keywords) <= set(forward.__kwdefaults__ or ()):
         refuse("it does not take a fixed number of tensors", "name them as arguments")
-    return code.co_varnames[1:count]
+    return count - 1
 
 
 def trace(
@@ -681,20 +533,45 @@ def trace(
         refuse("its forward is not a function", "write it as a method")
     if hasattr(forward, "__wrapped__"):
         refuse("its forward is decorated", "decorate a method that is not fused")
-    names = _arguments(forward)
     mode = module.training if training is None else training
     tracer = _Tracer(module, leaf, mode, tensors, answers)
-    recorder = tracer.recorder
-    try:
-        made = tracer.function(forward)
-        proxies = [recorder.create_proxy("placeholder", name, (), {}) for name in names]
-        result = made(tracer.module(module, ()), *proxies)
-        recorder.create_node("output", "output", (recorder.create_arg(result),), {})
-        if recorder.texts.open:
-            refuse("it takes a number or text out of a tensor")
-    except UntraceableError:
-        raise
-    except Exception as error:
-        # Forward's own, for it was written for tensors; or one of this package.
-        raise UntraceableError(f"it cannot be followed: {failures.logged(error)}") from error
-    return Trace(recorder.graph, tuple(tracer.reads.values()))
+    graph = tracer.follow(forward)
+    for number in _may_be_none(tracer) if tracer.asks_for_none else ():
+        copied = None if answers is None else [*answers]
+        try:
+            other = _Tracer(module, leaf, mode, tensors, copied, number).follow(forward)
+        except UntraceableError as error:
+            if error.__cause__ is not None:
+                continue  # forward needs the value
+            other = None
+        if other is None or _rows(other, number) != _rows(graph, number):
+            refuse("it asks whether a value is None, which is not known before the call")
+    return Trace(graph, tuple(tracer.reads.values()))
+
+
+def _may_be_none(tracer: _Tracer) -> list[int]:
+    """Return the numbers of the values that may be None."""
+    known = set()
+    asked = {read.name for read in tracer.reads.values() if read.owner is ARGUMENT}
+    for node in tracer.recorder.graph.nodes:
+        if node.op == "call_module":
+            cls = type(submodule(tracer.root, str(node.target)))
+            of_torch = cls.__module__.startswith(("torch.nn.", "fusereg."))
+            is_known = of_torch and not issubclass(cls, nn.Sequential)
+        else:
+            is_known = node.op == "placeholder" and (tracer.tensors or node.name not in asked)
+        if is_known:
+            known.add(node.meta.get("optional"))
+    return [number for number in range(tracer.recorder.optional) if number not in known]
+
+
+def _rows(graph: fx.Graph, none: int) -> list[Any]:
+    """Return what a graph computes, in a form that can be compared, where one value is None."""
+    rows: list[Any] = []
+    numbers: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        numbers[node] = None if node.meta.get("optional") == none else ("node", len(rows))
+        if numbers[node] is not None:
+            given = fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)
+            rows.append((node.op, node.target, given))
+    return rows
