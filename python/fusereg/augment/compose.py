@@ -138,7 +138,7 @@ class Transform(Passes):
 
     def __init__(self, stage: Stage, seed: int | None, **shown: Any) -> None:
         self._op = type(self).__name__
-        super().__init__(fuse([stage], exact=False), seed=seed)
+        super().__init__(fuse([stage]), seed=seed)
         self.stage = stage
         self._text = ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
@@ -191,17 +191,17 @@ class Compose(Passes):
         transforms: Sequence[Transform | Callable[..., Any]],
         *,
         evaluation: Sequence[Transform | Callable[..., Any]] | None = None,
-        exact: bool = False,
+        merge: bool = False,
         out_dtype: torch.dtype | None = None,
         memory_format: torch.memory_format | None = None,
         seed: int | None = None,
         **rules: Any,
     ) -> None:
         op = self._op
-        only = flag(exact, op, "exact")
+        joins = flag(merge, op, "merge")
         super().__init__(
-            _fused(transforms, op, "transforms", only),
-            evaluation=None if evaluation is None else _fused(evaluation, op, "evaluation", only),
+            _fused(transforms, op, "transforms", joins),
+            evaluation=None if evaluation is None else _fused(evaluation, op, "evaluation", joins),
             seed=seed,
             out_dtype=out_dtype,
             memory_format=memory_format,
@@ -209,14 +209,14 @@ class Compose(Passes):
         )
         self.transforms = list(transforms)
         self._after = None if evaluation is None else list(evaluation)
-        self._exact = only
+        self._merge = joins
         self._watch = _Watch(self.transforms, self._after)
 
     def _refresh(self) -> None:
         if not self._watch.sees(self.transforms, self._after):
             return
         made = [
-            None if each is None else _pipeline(_fused(each, self._op, name, self._exact))
+            None if each is None else _pipeline(_fused(each, self._op, name, self._merge))
             for each, name in ((self.transforms, "transforms"), (self._after, "evaluation"))
         ]
         assert made[0] is not None
@@ -293,11 +293,11 @@ class _Watch:
         return not same or any(t._version != was for t, was in self._tensors)
 
 
-def _fused(transforms: object, op: str, name: str, exact: bool) -> tuple[Pass, ...]:
+def _fused(transforms: object, op: str, name: str, merge: bool) -> tuple[Pass, ...]:
     """Return the passes of a list."""
     if not is_sequence(transforms):
         raise TypeError(f"fusereg.{op}: {name} must be a sequence, got {type(transforms).__name__}")
-    return fuse([stage for item in transforms for stage in _stages(item, op)], exact)
+    return fuse([stage for item in transforms for stage in _stages(item, op)], merge)
 
 
 def _stages(item: object, op: str) -> list[Stage | Called]:

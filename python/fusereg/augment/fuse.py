@@ -14,17 +14,19 @@ from .program import Policy, Program
 from .render import Settings
 from .steps import (
     LARGER_IS_AN_ERROR,
+    RESIZES,
     Affine,
     CenterWindow,
     ExpandCanvas,
     Flip,
-    FullImage,
     Padded,
     Perspective,
     RandomWindow,
     ResizedWindow,
     ShortSide,
     Step,
+    encode,
+    ends_apart,
 )
 
 #: What makes values of [0, 255] those of [0, 1], and leaves others alone.
@@ -131,6 +133,11 @@ class Pass:
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
+    @property
+    def ends_apart(self) -> bool:
+        """Return whether images of one size may have several after it."""
+        return ends_apart(encode(step for s in self.stages for step in s.steps))
+
     def program(self, seen: dict[str, int]) -> Program | None:
         """Return the program of the pass, None for others; ``seen`` counts the policies."""
         stages = [s for s in self.stages if s.policy is not None]
@@ -147,6 +154,8 @@ class Pass:
         if new.policy is None or other.policy is None:
             names = (new, other) if new.policy is None else (other, new)
             return f"{names[1].name} runs as a program of each image, {names[0].name} does not"
+        if chains := next((s for s in (new, other) if s.policy and s.policy.chains), None):
+            return f"{chains.name} mixes several programs"
         if new.policy.first:
             return f"{new.name} may change the number of channels"
         mover = self._last(lambda s: s.policy is not None and s.policy.moves)
@@ -211,8 +220,11 @@ class Pass:
             and all(isinstance(step, whole) for step in still[:-1])
         )
 
-    def refuses(self, new: Stage, exact: bool) -> str:
-        """Return why a stage cannot join the pass, or an empty string if it can."""
+    def refuses(self, new: Stage, merge: bool) -> str:
+        """Return why a stage does not join the pass, or an empty string if it does.
+
+        Without ``merge`` it must give what it gives after the pass, up to rounding.
+        """
         other = self._last(lambda s: not s.neutral)
         if new.neutral or other is None:
             return ""
@@ -236,7 +248,8 @@ class Pass:
             if erased and erased.erase_noise:
                 return f"{new.name} would normalize the noise of {erased.name}"
         if new.geometric:
-            return self._refuses_geometry(new, exact)
+            differs = "" if merge else self._differs(new)
+            return self._refuses_geometry(new) or (differs and f"{differs} (merge=True joins them)")
         return ""
 
     def _in_units_since(self, stage: Stage) -> bool:
@@ -248,7 +261,7 @@ class Pass:
             for s in since
         )
 
-    def _refuses_geometry(self, new: Stage, exact: bool) -> str:
+    def _refuses_geometry(self, new: Stage) -> str:
         if new.has(Padded) and (moved := self._last(lambda s: s.moves)):
             return f"{new.name} would show what {moved.name} removed"
         other = self._last(lambda s: s.resamples)
@@ -257,13 +270,15 @@ class Pass:
         for a, b in ((self._last(_turns), new), (new, self._last(_filters))):
             if a and b and _turns(a) and _filters(b):
                 return f"{a.name} is interpolated at points, and {b.name} filters"
+        if new.floors and (mirror := self._last(lambda s: s.has(Flip))):
+            return f"{new.name} takes the pixels at corners, which {mirror.name} would exchange"
         padded = self._last(lambda s: s.has(Padded))
-        if padded and new.has(ShortSide, FullImage, ResizedWindow):
+        if padded and new.has(*RESIZES, ResizedWindow):
             return f"{new.name} would not interpolate at the edge of what {padded.name} adds"
-        if new.has(ShortSide, FullImage):
+        if new.has(*RESIZES):
             if new.antialias and (moved := self._last(lambda s: s.moves)):
                 return f"{new.name} would see what {moved.name} removed"
-            if smaller := self._last(lambda s: s.has(ShortSide, FullImage)):
+            if smaller := self._last(lambda s: s.has(*RESIZES)):
                 return f"{smaller.name} and {new.name} may shrink and enlarge"
         before = padded or other
         if before and new.fills and new.fill_mode != "constant" and new.has(Padded, RandomWindow):
@@ -276,8 +291,6 @@ class Pass:
                 )
             if other.floors != new.floors:
                 return f"{new.name} and {other.name} round places in different ways"
-            if exact:
-                return f"{other.name} and {new.name} resample, and exact=True keeps both"
         filler = self._last(lambda s: s.fills)
         if new.fills and filler and self._clashes(filler, new):
             if (filler.fill_mode, filler.fill) == (new.fill_mode, new.fill):
@@ -285,16 +298,40 @@ class Pass:
                     f"the images are normalized between the fills of {filler.name} and {new.name}"
                 )
             return f"{new.name} fills by {_fill_text(new)}, {filler.name} by {_fill_text(filler)}"
-        moved = self._last(lambda s: s.moves)
-        if exact and moved and (new.fills or new.may_fill or new.resamples):
-            return f"{new.name} would see what {moved.name} removed, and exact=True forbids it"
         return ""
 
-    def canvas(self, before: tuple[int, int] | None) -> tuple[int, int] | None:
+    def _differs(self, new: Stage) -> str:
+        """Return why a stage that could join the pass would give something else than after it."""
+        other = self._last(lambda s: s.resamples)
+        if new.resamples and other:
+            return f"{other.name} and {new.name} both resample"
+        fills = new.fills or new.may_fill
+        moved = self._last(lambda s: s.moves)
+        if moved and (fills or new.resamples):
+            return f"{new.name} would see what {moved.name} removed"
+        window = self._last(lambda s: s.has(ResizedWindow))
+        if window and not _flips(new):
+            return f"{window.name} repeats the edge of its window, and {new.name} would not"
+        edge = self._last(lambda s: s.half_pixels)
+        if edge and fills:
+            return f"{edge.name} repeats the image's edge, and {new.name} may fill"
+        filler = self._last(lambda s: s.fills)
+        if filler and new.may_fill and self._clashes(filler, new):
+            return f"{new.name} may fill by {_fill_text(new)}, {filler.name} by {_fill_text(filler)}"
+        if filler and new.fills and new.fill_mode not in ("constant", "border"):
+            return f"{new.name} continues what {filler.name} gives by {new.fill_mode}"
+        return ""
+
+    def canvas(self, before: Canvas | None) -> Canvas | None:
         """Return the size of the pass's result, or None if that depends on the images."""
         for step in (step for stage in self.stages for step in stage.steps):
-            unknown = isinstance(step, (ExpandCanvas, ShortSide, Padded))
-            before = None if unknown else getattr(step, "size", before)
+            if isinstance(step, ShortSide):
+                least = 0 if step.longest else step.sides[0]
+                before = Canvas((least, least), False) if least else None
+            elif isinstance(step, (ExpandCanvas, Padded, *RESIZES[2:])):
+                before = None
+            elif hasattr(step, "size"):
+                before = Canvas(step.size, True)
         return before
 
     def add(self, new: Stage) -> None:
@@ -316,6 +353,11 @@ class Pass:
             ]
         self.stages.append(new)
         self.names.append(new.name)
+        window = self._last(lambda s: s.has(ResizedWindow))
+        if window and not _flips(new) and (self._filler() or not self._crops_first()):
+            self.notes.append(
+                f"{window.name} reads the pixels beyond its window's edge instead of repeating it"
+            )
 
     def _must_fit(self, optional: Stage, other: Stage) -> Stage:
         """Return a crop that must not be larger than the image, as it has no fill of its own."""
@@ -345,10 +387,11 @@ class Pass:
                 f"{new.name}{where} sees the images' own pixels where {moved.name} had removed "
                 "them, and fills only what is outside the images"
             )
-        elif new.half_pixels and any(s.geometric for s in self.stages):
-            self.notes.append(
-                f"{new.name} reads the pixels beyond its window's edge instead of repeating it"
-            )
+
+
+def _flips(stage: Stage) -> bool:
+    """Return whether a stage changes no places of pixels but by flips."""
+    return not stage.geometric or all(isinstance(step, Flip) for step in stage.steps)
 
 
 def _filters(stage: Stage) -> bool:
@@ -383,19 +426,32 @@ class Plan:
         return "\n".join(f"{i}. {p}" for i, p in enumerate(self.passes, start=1))
 
 
-def _fitted(stage: Stage, canvas: tuple[int, int] | None) -> Stage:
+@dataclass(frozen=True)
+class Canvas:
+    """What is known of the size (height, width) that images have: it, or the least it can be."""
+
+    size: tuple[int, int]
+    exact: bool
+
+
+def _fitted(stage: Stage, canvas: Canvas | None) -> Stage:
     """Return a stage of which it is known whether it fills, if the canvas is known."""
     if not stage.may_fill or canvas is None:
         return stage
     sizes = [step.size for step in stage.steps if isinstance(step, (RandomWindow, CenterWindow))]
-    fits = all(h <= canvas[0] and w <= canvas[1] for h, w in sizes)
+    fits = all(h <= canvas.size[0] and w <= canvas.size[1] for h, w in sizes)
+    if not (fits or canvas.exact):
+        return stage
     return replace(stage, fills=stage.fills or not fits, may_fill=False)
 
 
-def fuse(items: Sequence[Stage | Called], exact: bool) -> tuple[Pass, ...]:
-    """Return the passes of a list of stages, and of transforms that are called."""
+def fuse(items: Sequence[Stage | Called], merge: bool = False) -> tuple[Pass, ...]:
+    """Return the passes of a list of stages, and of transforms that are called.
+
+    ``merge``: also of stages whose result in one pass is not that of one after the other.
+    """
     passes: list[Pass] = []
-    canvas: tuple[int, int] | None = None
+    canvas: Canvas | None = None
     ragged = False  # images may differ in size until a pass has cropped or resized each
     for item in items:
         before = passes[-1] if passes else None
@@ -417,11 +473,12 @@ def fuse(items: Sequence[Stage | Called], exact: bool) -> tuple[Pass, ...]:
             how = "for each sample" if before.called.each else "as it is"
             reason = f"{before.names[0]} is called {how}"
         elif before is not None:
-            reason = before.refuses(stage, exact)
+            reason = before.refuses(stage, merge)
             if ragged and stage.mixes and not reason:
                 reason = "images of several sizes come to one size before they are mixed"
                 ragged = False
         if before is None or reason:
+            ragged = ragged or (before is not None and before.ends_apart)
             passes.append(Pass(reason=reason))
         passes[-1].add(stage)
         canvas = passes[-1].canvas(canvas)

@@ -7,7 +7,7 @@ so after each of them; images of floats go through functions of torch, one by on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -25,7 +25,8 @@ from .tree import plain, wrap
 #: The code of each instruction.
 IDENTITY, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, INVERT, POSTERIZE = range(8)
 SOLARIZE, SOLARIZE_ADD, AUTOCONTRAST, EQUALIZE, SHARPNESS, BLUR, WARP = range(8, 15)
-_WIDTH = 8
+#: Numbers of an instruction.
+WIDTH = 8
 #: The interpolation of a warp that is PIL's bicubic; others have the numbers of INTERPOLATIONS.
 PIL_BICUBIC = 3
 #: Those that need gray or hue, which images of 1 and 3 channels have.
@@ -40,7 +41,8 @@ class ProgramParams(Drawn):
     """The programs of N images, as ``Compose.sample_params`` draws them.
 
     Attributes:
-        programs: [N, length, 8] float64: instructions (``csrc/augment/program.h``).
+        programs: [N, length, 8] float64: instructions (``csrc/augment/program.h``). Of AugMix, the
+            weights of the image and of each chain, and then the chains.
         sample_ids: [N] int64.
     """
 
@@ -95,6 +97,7 @@ class Policy:
         codes: the instructions that there may be.
         uniforms, normals: the most numbers of either kind that it takes.
         first: images of one channel have three after it, so nothing may come before it in a pass.
+        chains: how many programs the image is mixed of, beside itself; 0: one, which is not mixed.
     """
 
     rows: Callable[[Numbers, tuple[int, int]], list[Row]]
@@ -102,6 +105,7 @@ class Policy:
     uniforms: int
     normals: int = 0
     first: bool = False
+    chains: int = 0
 
     @property
     def moves(self) -> bool:
@@ -123,6 +127,11 @@ class Program:
     fill: tuple[float, ...] = (0.0,)
     whole_pixels: bool = False
 
+    @property
+    def chains(self) -> int:
+        """How many programs an image is mixed of: Policy has it."""
+        return self.policies[0][0].chains
+
     @dispatch.outside_graphs
     def draw(self, keys: Keys, size: tuple[int, int], op: str) -> ProgramParams:
         """Draw the programs of samples, on the CPU."""
@@ -140,9 +149,9 @@ class Program:
         for rows in found:
             for row in rows:
                 flat += row
-                flat += (0.0,) * (_WIDTH - len(row))
-            flat += (0.0,) * (_WIDTH * (length - len(rows)))
-        programs = torch.tensor(flat, dtype=torch.float64, device="cpu").reshape(n, length, _WIDTH)
+                flat += (0.0,) * (WIDTH - len(row))
+            flat += (0.0,) * (WIDTH * (length - len(rows)))
+        programs = torch.tensor(flat, dtype=torch.float64, device="cpu").reshape(n, length, WIDTH)
         return ProgramParams(programs, keys.ids)
 
     def joins(self, x: Tensor) -> bool:
@@ -157,6 +166,7 @@ class Program:
             and not _C.CUDA_ON_HOST
             and len(x) >= 2 * torch.get_num_threads()
             and not grows
+            and not self.chains
             and dispatch.direct(plain(x))
         )
 
@@ -176,6 +186,8 @@ class Program:
         images = plain(x)
         params.check_images(x.shape, op)
         self._check_channels(images.shape[1], op)
+        if self.chains:
+            return self._mixed(x, params, op, out)
         programs = params.programs.cpu().contiguous()
         if images.shape[1] == 1 and any(policy.first for policy, _ in self.policies):
             images = images.expand(-1, 3, -1, -1).contiguous()
@@ -205,6 +217,25 @@ class Program:
         y = target.empty(images) if out is None else out
         y = _ops.run(_C.color_program, y, images, passes, op)
         return wrap(y if out is None else operator.written(y), x)  # type: ignore[no-any-return]
+
+    def _mixed(self, x: Tensor, params: ProgramParams, op: str, out: Tensor | None) -> Tensor:
+        """Return the images mixed with the results of their chains, as torchvision mixes them."""
+        images = plain(x)
+        alone = replace(self, policies=((replace(self.policies[0][0], chains=0), 0),))
+        parts = params.programs[:, 1:].unflatten(1, (self.chains, -1)).unbind(1)
+        chains = [
+            alone.run(images, replace(params, programs=rows.contiguous()), op) for rows in parts
+        ]
+        y = torch.empty_like(images) if out is None else out
+        checks.check_target(images, y, op, tuple(images.shape), images.dtype)
+        weights = params.programs[:, 0, : self.chains + 1].float()
+        weights = memory.to_device(weights, images.device, op)[..., None, None, None]
+        for i, image in enumerate(images):  # one after the other, each while it is in the cache
+            mixed = weights[i, 0] * image
+            for weight, chain in zip(weights[i, 1:], chains, strict=True):
+                mixed.add_(weight * chain[i])
+            y[i] = mixed
+        return wrap(y, x)  # type: ignore[no-any-return]
 
     def _check_channels(self, channels: int, op: str) -> None:
         """Refuse colors of images that have none, whether or not this batch has drawn them."""
