@@ -7,8 +7,12 @@ import importlib.util
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import other_libraries  # noqa: F401  # makes a torchvision importable that does not fit this torch
+from fusereg import _C
+from fusereg.augment import program as P
 
 
 def torchvision_module(name: str) -> Any:
@@ -19,3 +23,45 @@ def torchvision_module(name: str) -> Any:
         return importlib.import_module(name)
     except (RuntimeError, ImportError, AttributeError) as error:
         pytest.skip(f"torchvision cannot be imported: {error}")
+
+
+class Torch:
+    """torch for a module of torchvision, with given random numbers."""
+
+    def __init__(self, numbers: P.Numbers) -> None:
+        self.numbers = numbers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def rand(self, *_: Any) -> Tensor:
+        return torch.tensor(self.numbers.uniform(), dtype=torch.float64)
+
+    def randint(self, *args: Any, low: int = 0, high: int = 0, size: Any = ()) -> Tensor:
+        count = args[0] if args else high - low
+        return torch.tensor(low + self.numbers.below(count))
+
+    def randperm(self, count: int) -> Tensor:
+        places = [self.numbers.uniform() for _ in range(count)]
+        return torch.tensor(sorted(range(count), key=places.__getitem__))
+
+
+def numbers_of(seed: int, sample: int, columns: int, occurrence: int = 0) -> P.Numbers:
+    values = torch.empty(1, columns, dtype=torch.float64)
+    ids = torch.tensor([sample])
+    _C.augment_numbers(values, ids, seed, 0, occurrence, columns, 0, "test")
+    return P.Numbers(values[0].tolist(), 0)
+
+
+def by_torchvision(
+    transform: Any, x: Tensor, monkeypatch: pytest.MonkeyPatch, seed: int, columns: int
+) -> Tensor:
+    """What torchvision's own transform gives of each image with the numbers of its id."""
+    results = []
+    module = __import__(type(transform).__module__, fromlist=["torch"])
+    for i, image in enumerate(x):
+        numbers = numbers_of(seed, i, columns)
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "torch", Torch(numbers))
+            results.append(transform(image))
+    return torch.stack(results)

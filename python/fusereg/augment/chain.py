@@ -215,8 +215,8 @@ class Chain(SeededModule):
         if isinstance(params, ProgramParams):
             return size
         if isinstance(params, list):
-            assert isinstance(size, list)
-            pairs = zip(params, size, strict=True)
+            each = size if isinstance(size, list) else [size] * len(params)
+            pairs = zip(params, each, strict=True)
             found: list[Any] = [self._sizes(unit, p, s, dtype) for p, s in pairs]
         else:
             assert unit.called is not None

@@ -57,6 +57,7 @@ class Stage:
         cast: a function of each target.
         policy: draws a program for each image, which runs as a pass without other stages.
         whole_pixels: of a program: pixels are of the image or filled, and nothing in between.
+        own_units: of a program: the fill is in units of the images, of floats as well.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Stage:
     cast: Callable[[Any], Any] | None = None
     policy: Policy | None = None
     whole_pixels: bool = False
+    own_units: bool = False
 
     def has(self, *kinds: type[Step]) -> bool:
         """Return whether one of its steps is of one of these kinds."""
@@ -148,7 +150,7 @@ class Pass:
         policies = [s.policy for s in stages if s.policy is not None]
         filler = next((s for s in stages if s.policy is not None and s.policy.moves), stages[0])
         numbered = tuple(zip(policies, range(first, first + len(stages)), strict=True))
-        return Program(numbered, filler.fill, filler.whole_pixels)
+        return Program(numbered, filler.fill, filler.whole_pixels, filler.own_units)
 
     def _refuses_program(self, new: Stage, other: Stage) -> str:
         if new.policy is None or other.policy is None:
@@ -161,7 +163,8 @@ class Pass:
         mover = self._last(lambda s: s.policy is not None and s.policy.moves)
         if mover is None or not new.policy.moves:
             return ""
-        same = (mover.fill, mover.whole_pixels) == (new.fill, new.whole_pixels)
+        first, second = ((s.fill, s.whole_pixels, s.own_units) for s in (mover, new))
+        same = first == second
         return "" if same else f"{new.name} and {mover.name} fill differently"
 
     def _last(self, wanted: Callable[[Stage], bool]) -> Stage | None:
@@ -186,11 +189,13 @@ class Pass:
         normalized = False
         filler = self._filler()
         last = self._last(lambda s: s.normal is not None)
-        for s in self.stages:
+        for at, s in enumerate(self.stages):
             if s.resamples:
                 values["interpolation"] = s.interpolation
                 values["antialias"] = values.get("antialias", False) or s.antialias
                 values["floors"] = s.floors
+                floats = any(b.normal or b.dtype for b in self.stages[:at])
+                values["cuts"] = s.interpolation == "bicubic" and not floats
             if s is filler:
                 values.update(fill_mode=s.fill_mode, fill=s.fill, mask_fill=s.mask_fill)
                 values["fill_normalized"] = normalized and s.fill_mode == "constant"
@@ -209,9 +214,9 @@ class Pass:
             return settings
         return settings.crop_first() if self._crops_first() else settings.repeat_edge()
 
-    def _crops_first(self) -> bool:
+    def _crops_first(self, *more: Stage) -> bool:
         """Return whether a resized crop comes last, and is of whole pixels of the image."""
-        steps = [step for s in self.stages if s.geometric for step in s.steps]
+        steps = [step for s in (*self.stages, *more) if s.geometric for step in s.steps]
         still = [step for step in steps if not isinstance(step, Flip)]
         whole = (RandomWindow, CenterWindow)
         return (
@@ -307,7 +312,7 @@ class Pass:
             return f"{other.name} and {new.name} both resample"
         fills = new.fills or new.may_fill
         moved = self._last(lambda s: s.moves)
-        if moved and (fills or new.resamples):
+        if moved and (fills or new.resamples) and (self._filler() or not self._crops_first(new)):
             return f"{new.name} would see what {moved.name} removed"
         window = self._last(lambda s: s.has(ResizedWindow))
         if window and not _flips(new):
@@ -317,7 +322,9 @@ class Pass:
             return f"{edge.name} repeats the image's edge, and {new.name} may fill"
         filler = self._last(lambda s: s.fills)
         if filler and new.may_fill and self._clashes(filler, new):
-            return f"{new.name} may fill by {_fill_text(new)}, {filler.name} by {_fill_text(filler)}"
+            return (
+                f"{new.name} may fill by {_fill_text(new)}, {filler.name} by {_fill_text(filler)}"
+            )
         if filler and new.fills and new.fill_mode not in ("constant", "border"):
             return f"{new.name} continues what {filler.name} gives by {new.fill_mode}"
         return ""
@@ -337,7 +344,7 @@ class Pass:
     def add(self, new: Stage) -> None:
         """Add a stage to the pass."""
         if new.geometric:
-            self._note(new)
+            self._note(new, self._differs(new))
         filler = self._filler()
         edge = None if self._last(lambda s: s.fills) else self._last(lambda s: s.half_pixels)
         if new.may_fill and filler and self._clashes(filler, new):
@@ -353,11 +360,6 @@ class Pass:
             ]
         self.stages.append(new)
         self.names.append(new.name)
-        window = self._last(lambda s: s.has(ResizedWindow))
-        if window and not _flips(new) and (self._filler() or not self._crops_first()):
-            self.notes.append(
-                f"{window.name} reads the pixels beyond its window's edge instead of repeating it"
-            )
 
     def _must_fit(self, optional: Stage, other: Stage) -> Stage:
         """Return a crop that must not be larger than the image, as it has no fill of its own."""
@@ -373,7 +375,7 @@ class Pass:
         )
         return replace(optional, steps=steps, may_fill=False)
 
-    def _note(self, new: Stage) -> None:
+    def _note(self, new: Stage, differs: str) -> None:
         other = self._last(lambda s: s.resamples)
         if new.resamples and other:
             self.notes.append(
@@ -387,6 +389,8 @@ class Pass:
                 f"{new.name}{where} sees the images' own pixels where {moved.name} had removed "
                 "them, and fills only what is outside the images"
             )
+        elif differs and not (new.resamples and other):
+            self.notes.append(f"not as one after the other: {differs}")
 
 
 def _flips(stage: Stage) -> bool:

@@ -233,10 +233,11 @@ def _pairs(pairs: PairsOf, how: int, numbers: Numbers, size: Size) -> list[Row]:
 def aug_mix(severity: int, width: int, depth: int, all_ops: bool, how: int) -> Policy:
     """Return AugMix (Hendrycks et al. 2020) with alpha 1: the image and chains of it, mixed.
 
-    Its first row are the weights of the image and of each chain, and ``deepest`` rows of each chain
-    come after it. ``depth``: operations of a chain; below 1: from 1 to 3.
+    Its first row has the shares of the image and of all chains, and of each chain in the latter; as
+    many rows for each chain follow. ``depth``: operations of a chain; below 1: from 1 to 3.
     """
-    names = [name for name in _OPERATIONS[1:] if all_ops or name not in _FACTORS]
+    kept = [name for name in _OPERATIONS[1:] if name not in _FACTORS]
+    names = [*kept, *(_FACTORS if all_ops else ())]
     rows = partial(_aug_mix, severity, width, depth, names, how)
     deepest = depth if depth > 0 else _DEEPEST
     uniforms = 2 + width + width * (1 + 3 * deepest)
@@ -260,8 +261,7 @@ def _aug_mix(
         waits = [-_C.augment_elementary(1.0 - numbers.uniform())[2] for _ in range(count)]
         return [w / max(sum(waits), 1e-300) for w in waits]
 
-    own, others = shares(2)
-    made: list[Row] = [(own, *(others * share for share in shares(width)))]
+    made: list[Row] = [(*shares(2), *shares(width))]
     for _ in range(width):
         count = depth if depth > 0 else 1 + numbers.below(_DEEPEST)
         for _ in range(count):

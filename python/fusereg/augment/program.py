@@ -42,7 +42,7 @@ class ProgramParams(Drawn):
 
     Attributes:
         programs: [N, length, 8] float64: instructions (``csrc/augment/program.h``). Of AugMix, the
-            weights of the image and of each chain, and then the chains.
+            shares that they are mixed by, and then those of each chain.
         sample_ids: [N] int64.
     """
 
@@ -121,16 +121,18 @@ class Program:
         policies: with their occurrences.
         fill: of pixels outside the image.
         whole_pixels: pixels are either of the image or filled, as in PIL.
+        own_units: the fill is in units of the images, of floats as well: else of bytes.
     """
 
     policies: tuple[tuple[Policy, int], ...]
     fill: tuple[float, ...] = (0.0,)
     whole_pixels: bool = False
+    own_units: bool = False
 
     @property
     def chains(self) -> int:
         """How many programs an image is mixed of: Policy has it."""
-        return self.policies[0][0].chains
+        return max((policy.chains for policy, _ in self.policies), default=0)
 
     @dispatch.outside_graphs
     def draw(self, keys: Keys, size: tuple[int, int], op: str) -> ProgramParams:
@@ -199,7 +201,8 @@ class Program:
         if images.dtype is not torch.uint8:
             if out is not None:
                 checks.check_target(images, out, op, tuple(images.shape), images.dtype)
-            y = _in_floats(images, programs.tolist(), fill, self.whole_pixels, op)
+            shades = tuple(f if self.own_units else f / 255 for f in fill)
+            y = _in_floats(images, programs.tolist(), shades, self.whole_pixels, op)
             return wrap(y if out is None else out.copy_(y), x)  # type: ignore[no-any-return]
         programs = memory.to_device(programs, images.device, op)
         target = _ops.Target.of(images, (height, width), torch.uint8)
@@ -228,7 +231,10 @@ class Program:
         ]
         y = torch.empty_like(images) if out is None else out
         checks.check_target(images, y, op, tuple(images.shape), images.dtype)
-        weights = params.programs[:, 0, : self.chains + 1].float()
+        own, others, shares = (
+            params.programs[:, 0, : self.chains + 2].float().tensor_split((1, 2), 1)
+        )
+        weights = torch.cat([own, shares * others], 1)
         weights = memory.to_device(weights, images.device, op)[..., None, None, None]
         for i, image in enumerate(images):  # one after the other, each while it is in the cache
             mixed = weights[i, 0] * image
@@ -343,7 +349,7 @@ def _in_floats(
                 row = memory.to_device(row, x.device, op)
                 image = (_kernel(levels, row, fill, False)[0] / 255).to(x.dtype)
             elif code == WARP:
-                image = _warped(image, a, [f / 255 for f in fill], whole_pixels, op)
+                image = _warped(image, a, list(fill), whole_pixels, op)
             else:
                 image = _OF_FLOATS[int(code)](image, a)
         results.append(image)

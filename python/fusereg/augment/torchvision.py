@@ -111,7 +111,10 @@ def _shortest_size(t: Any) -> Stage | str:
 
 
 def _scale_jitter(t: Any) -> Stage:
-    height, width = t.target_size[1], t.target_size[0]  # torchvision fits the height into the second
+    height, width = (
+        t.target_size[1],
+        t.target_size[0],
+    )  # torchvision fits the height into the second
     step = ScaleJitter((height, width), (float(t.scale_range[0]), float(t.scale_range[1])))
     return T.resize_stage("ScaleJitter", step, t.interpolation, t.antialias)
 
@@ -237,15 +240,16 @@ def _auto(t: Any) -> Stage | str:
         if magnitude is not None and not -bins <= magnitude < bins:
             return "its magnitude is not one of its bins"
         policy = policies.bins(layers, magnitude, bins, name != "RandAugment", how)
-    return Stage(name, policy=policy, fill=per_channel(_fill(t), name, "fill"))
+    return Stage(name, policy=policy, fill=per_channel(_fill(t), name, "fill"), own_units=True)
 
 
 def _aug_mix(t: Any) -> Stage | str:
-    if t.alpha != 1 or not 0 < t.mixture_width < P.WIDTH:
-        return "its alpha is not 1, or it mixes more than 7 chains"
+    if t.alpha != 1 or not 0 < t.mixture_width <= P.WIDTH - 2:
+        return "its alpha is not 1, or it mixes more than 6 chains"
     how = T.interpolation_of(t.interpolation, "AugMix")
     policy = policies.aug_mix(t.severity, t.mixture_width, t.chain_depth, t.all_ops, how)
-    return Stage("AugMix", policy=policy, fill=per_channel(_fill(t), "AugMix", "fill"))
+    shade = per_channel(_fill(t), "AugMix", "fill")
+    return Stage("AugMix", policy=policy, fill=shade, own_units=True)
 
 
 def _floats(values: Any) -> list[float]:
