@@ -152,20 +152,21 @@ class Compose(Passes):
 
     Accepts fusereg's transforms, torchvision's (their arguments are read), another Compose of
     either or an nn.Sequential (the transforms in it are taken), and any function of a batch.
-    Geometry composes to one matrix for each sample; a normalization, an erased box and MixUp or
-    CutMix are part of the same pass. A transform of torchvision for which there is no kernel is
-    called for each sample, with its targets, under a generator keyed by the sample's id; any other
-    function is called as it is, with the whole batch and without targets. :meth:`plan` shows what
-    was fused, what was not and why, and where the result differs from that of one transform after
-    the other: two resamples in one are sharper, and a rotated crop shows the image's own pixels in
-    its corners.
+    The result is that of one transform after the other, up to rounding: those that can are one
+    pass, with one matrix for each sample, and a normalization, an erased box and MixUp or CutMix
+    are part of it. A transform of torchvision for which there is no kernel is called for each
+    sample, with its targets, under a generator keyed by the sample's id; any other function is
+    called as it is, with the whole batch and without targets. :meth:`plan` shows what is one pass,
+    what is not and why, and what ``merge=True`` would join.
 
     Args:
         transforms: in the order in which they are applied.
         evaluation: the transforms of evaluation mode (``.eval()``), in place of those of training.
             Default: the same, as in torchvision; a warning says so where they draw. The recipes
             have them.
-        exact: fuse only what gives the same as one after the other, up to rounding.
+        merge: join geometry in one pass where that changes the result as well, which the plan
+            notes: two resamplings in one are sharper, and what left the image in the first, or was
+            cropped, comes back in the second.
         out_dtype: of the result; default: that of the images, float32 for uint8 that is normalized.
         memory_format: of the result.
         seed: of all transforms in the list; their own seeds are not used. Default: from torch's
