@@ -21,9 +21,10 @@ from .loop import Called, CallParams, call, refuse_types, size_after
 from .params import AugmentParams, draw
 from .program import Program, ProgramParams
 from .render import Settings, pass_of, render
+from .rules import RULES, rules_of
 from .seeded import Keys, SeededModule
 from .steps import VALUES, Values, ends_alike, ends_apart
-from .targets import RULES, Targets, Unstacked, rules_of
+from .targets import Targets, Unstacked
 from .tree import plain
 
 Size: TypeAlias = tuple[int, int]

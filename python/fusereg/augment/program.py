@@ -229,19 +229,21 @@ class Program:
         chains = [
             alone.run(images, replace(params, programs=rows.contiguous()), op) for rows in parts
         ]
-        y = torch.empty_like(images) if out is None else out
-        checks.check_target(images, y, op, tuple(images.shape), images.dtype)
+        if out is not None:
+            checks.check_target(images, out, op, tuple(images.shape), images.dtype)
         own, others, shares = (
             params.programs[:, 0, : self.chains + 2].float().tensor_split((1, 2), 1)
         )
         weights = torch.cat([own, shares * others], 1)
         weights = memory.to_device(weights, images.device, op)[..., None, None, None]
+        results = []
         for i, image in enumerate(images):  # one after the other, each while it is in the cache
             mixed = weights[i, 0] * image
             for weight, chain in zip(weights[i, 1:], chains, strict=True):
-                mixed.add_(weight * chain[i])
-            y[i] = mixed
-        return wrap(y, x)  # type: ignore[no-any-return]
+                mixed = mixed.add_(weight * chain[i])
+            results.append(mixed.to(images.dtype))
+        y = torch.stack(results) if results else images.clone()
+        return wrap(y if out is None else out.copy_(y), x)  # type: ignore[no-any-return]
 
     def _check_channels(self, channels: int, op: str) -> None:
         """Refuse colors of images that have none, whether or not this batch has drawn them."""
