@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -65,3 +68,40 @@ def by_torchvision(
             patched.setattr(module, "torch", Torch(numbers))
             results.append(transform(image))
     return torch.stack(results)
+
+
+#: Whose photographs tests are run with: scikit-image's are in its package, and read without it.
+SOURCES = ("scikit-learn", "scikit-image")
+
+
+@functools.cache
+def photographs(source: str = SOURCES[0]) -> list[Tensor]:
+    """Two photographs [3, 427, 640], and parts of these or others of other sizes."""
+    if source == "scikit-learn":
+        datasets = pytest.importorskip("sklearn.datasets")
+        china, flower = map(_first, datasets.load_sample_images().images)
+        parts = [china, flower, china[:, 40:390, 100:500], flower[:, :301, 200:]]
+        parts.append(china[:, 100:, :333])
+    else:
+        found = importlib.util.find_spec("skimage")
+        if found is None or found.origin is None:
+            pytest.skip("scikit-image is not installed")
+        pil = pytest.importorskip("PIL.Image")
+        folder = Path(found.origin).parent / "data"
+        names = (
+            "rocket.jpg",
+            "hubble_deep_field.jpg",
+            "astronaut.png",
+            "coffee.png",
+            "chelsea.png",
+        )
+        rocket, sky, portrait, cup, cat = (
+            _first(np.asarray(pil.open(folder / name).convert("RGB"))) for name in names
+        )
+        parts = [rocket, sky[:, 200:627, 200:840], portrait[:, 40:390, 100:500]]
+        parts += [cup[:, :301, 200:], cat[:, :, :333]]
+    return [part.contiguous() for part in parts]
+
+
+def _first(image: Any) -> Tensor:
+    return torch.tensor(image).permute(2, 0, 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from augment_peers import torchvision_module
-from fusereg.augment import Compose
+from fusereg.augment import Compose, WithIds
 
 RAMP = torch.arange(40, dtype=torch.uint8).mul(6).view(1, 1, 40).expand(3, 40, 40).contiguous()
 NOISE = torch.randint(0, 256, (3, 40, 40), generator=torch.Generator().manual_seed(0)).to(
@@ -73,5 +73,7 @@ def test_collate_refuses_what_has_no_common_scale_or_channels() -> None:
         compose.collate([])
     with pytest.raises(TypeError, match="must be a list of samples, got Tensor"):
         compose.collate(byte[None])
+    with pytest.raises(TypeError, match="must be of WithIds, or none"):
+        compose.collate([WithIds([byte])[0], byte])
     with pytest.raises(TypeError, match=r"must be made: Compose\(\), not the class"):
         Compose([Compose])

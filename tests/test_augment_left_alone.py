@@ -211,7 +211,7 @@ def test_rows_beside_boxes_are_left_out_with_them_or_an_error_names_them(flip: s
     every = filtered({name: make() for name, make in ROWS.items()})
     assert {len(value) for value in every.values()} == {2}
     assert every["track_ids"].tolist() == [1, 3]
-    for odd in (torch.tensor([1, 2, 3]), ["a", "b", "c"], torch.rand(3, 4, 2)):
+    for odd in (torch.tensor([1, 2, 3]), ["a", "b", "c"], tv().Mask(torch.ones(3, H, W))):
         with pytest.raises(ValueError, match=r"odd_scores.* may have a row for each of the 3"):
             filtered({"odd_scores": odd})
     assert (

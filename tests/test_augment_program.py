@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import other_libraries  # noqa: F401
-from augment_peers import Torch, by_torchvision, numbers_of
+from augment_peers import SOURCES, Torch, by_torchvision, numbers_of, photographs
 from fusereg import _C
 from fusereg.augment import (
     ColorJitter,
@@ -33,17 +33,19 @@ from fusereg.augment import (
 from fusereg.augment import program as P
 
 v2 = pytest.importorskip("torchvision.transforms.v2")
-datasets = pytest.importorskip("sklearn.datasets")
 F = v2.functional
 
 
-@pytest.fixture(scope="module")
-def photos() -> Tensor:
+@pytest.fixture(scope="module", params=SOURCES)
+def photos(request: pytest.FixtureRequest) -> Tensor:
     """Real photographs, one of them with few levels, of odd sides."""
-    china = torch.from_numpy(datasets.load_sample_image("china.jpg").copy())
-    flower = torch.from_numpy(datasets.load_sample_image("flower.jpg").copy())
-    crops = [china[:121, :149], flower[150:271, 200:349], china[250:371, 300:449] // 3 + 90]
-    return torch.stack([c.permute(2, 0, 1).contiguous() for c in crops])
+    first, second, *_ = photographs(request.param)
+    crops = [
+        first[:, :121, :149],
+        second[:, 150:271, 200:349],
+        first[:, 250:371, 300:449] // 3 + 90,
+    ]
+    return torch.stack(crops)
 
 
 @pytest.fixture(params=_C.cpu_isas())

@@ -150,7 +150,8 @@ class Pass:
         policies = [s.policy for s in stages if s.policy is not None]
         filler = next((s for s in stages if s.policy is not None and s.policy.moves), stages[0])
         numbered = tuple(zip(policies, range(first, first + len(stages)), strict=True))
-        return Program(numbered, filler.fill, filler.whole_pixels, filler.own_units)
+        how = (filler.fill, filler.whole_pixels, filler.own_units)
+        return Program(numbered, *how, policies[0].chains)
 
     def _refuses_program(self, new: Stage, other: Stage) -> str:
         if new.policy is None or other.policy is None:

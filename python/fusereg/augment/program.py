@@ -122,17 +122,14 @@ class Program:
         fill: of pixels outside the image.
         whole_pixels: pixels are either of the image or filled, as in PIL.
         own_units: the fill is in units of the images, of floats as well: else of bytes.
+        chains: how many programs an image is mixed of, as Policy has it.
     """
 
     policies: tuple[tuple[Policy, int], ...]
     fill: tuple[float, ...] = (0.0,)
     whole_pixels: bool = False
     own_units: bool = False
-
-    @property
-    def chains(self) -> int:
-        """How many programs an image is mixed of: Policy has it."""
-        return max((policy.chains for policy, _ in self.policies), default=0)
+    chains: int = 0
 
     @dispatch.outside_graphs
     def draw(self, keys: Keys, size: tuple[int, int], op: str) -> ProgramParams:
@@ -224,7 +221,7 @@ class Program:
     def _mixed(self, x: Tensor, params: ProgramParams, op: str, out: Tensor | None) -> Tensor:
         """Return the images mixed with the results of their chains, as torchvision mixes them."""
         images = plain(x)
-        alone = replace(self, policies=((replace(self.policies[0][0], chains=0), 0),))
+        alone = replace(self, chains=0)
         parts = params.programs[:, 1:].unflatten(1, (self.chains, -1)).unbind(1)
         chains = [
             alone.run(images, replace(params, programs=rows.contiguous()), op) for rows in parts
