@@ -103,7 +103,7 @@ def interpolations() -> Iterator[str]:
             public = callable(value) and not name.startswith("_")
             if public and "interpolation" in inspect.signature(value).parameters:
                 yield prefix + name
-    for name in vars(fusereg.augment.targets.Rules)["__dataclass_fields__"]:
+    for name in vars(fusereg.augment.rules.Rules)["__dataclass_fields__"]:
         if name.endswith("interpolation"):
             yield f"Rules.{name}"
 

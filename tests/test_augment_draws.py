@@ -292,6 +292,7 @@ PROGRAMS: dict[str, Any] = {
     "RandomGrayscale": lambda: v2().RandomGrayscale(0.5),
     "TrivialAugmentWide": lambda: v2().TrivialAugmentWide(),
     "RandAugment": lambda: v2().RandAugment(),
+    "AugMix": lambda: v2().AugMix(),
     "GaussianBlur": lambda: v2().GaussianBlur(3),
     "blur with p": lambda: v2().RandomApply([v2().GaussianBlur((3, 5))], p=0.5),
 }
@@ -301,7 +302,7 @@ CALLED: dict[str, Any] = {
         [v2().RandomInvert(1.0), v2().RandomSolarize(9, 1.0)]
     ),
     "RandomOrder": lambda: v2().RandomOrder([v2().RandomInvert(0.5), v2().RandomSolarize(99, 0.5)]),
-    "AugMix": lambda: v2().AugMix(),
+    "AugMix of another alpha": lambda: v2().AugMix(alpha=0.5),
     "expand": lambda: v2().RandomRotation((3, 3.0001), expand=True),
     "Lambda": lambda: v2().Lambda(lambda x: x + torch.randint(0, 9, ()), tv().Image),
 }

@@ -208,7 +208,7 @@ def test_images_too_small_to_tilt_stay() -> None:
 def test_a_perspective_is_part_of_one_pass() -> None:
     chain = Compose(
         [RandomHorizontalFlip(0.5), RandomPerspective(0.4, 1.0), RandomRotation(20, "bilinear"),
-         CenterCrop((20, 30)), Normalize(0.5, 0.25)], seed=3,
+         CenterCrop((20, 30)), Normalize(0.5, 0.25)], seed=3, merge=True,
     )  # fmt: skip
     assert len(chain.plan().passes) == 1
     x = smooth(4)
@@ -240,7 +240,7 @@ def test_a_filter_and_a_perspective_are_passes_of_their_own_and_the_plan_says_wh
     ):
         assert len(chain.plan().passes) == 2
         assert "is interpolated at points, and RandomResizedCrop filters" in str(chain.plan())
-    whole = Compose([RandomPerspective(), RandomResizedCrop(20, antialias=False)])
+    whole = Compose([RandomPerspective(), RandomResizedCrop(20, antialias=False)], merge=True)
     assert len(whole.plan().passes) == 1
 
 
@@ -264,9 +264,9 @@ def test_a_filtered_resize_and_a_turn_are_one_after_the_other(turn: Any, first: 
     for transform, own in zip(chain.transforms, params, strict=True):
         y = transform(y, params=[own])
     assert torch.equal(chain(x, params=params), y)
-    # What stays along the axes is one pass: filtered, and as fast.
+    # What stays along the axes can be merged: filtered, and as fast.
     zoom = A.RandomAffine(0, translate=(0.1, 0.1), scale=(0.8, 1.2), interpolation="bilinear")
-    assert len(Compose([zoom, crop]).plan().passes) == 1
+    assert len(Compose([zoom, crop], merge=True).plan().passes) == 1
 
 
 def test_states_of_before_there_was_a_perspective_are_read() -> None:

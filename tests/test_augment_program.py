@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import other_libraries  # noqa: F401
+from augment_peers import SOURCES, Torch, by_torchvision, numbers_of, photographs
 from fusereg import _C
 from fusereg.augment import (
     ColorJitter,
@@ -32,17 +33,19 @@ from fusereg.augment import (
 from fusereg.augment import program as P
 
 v2 = pytest.importorskip("torchvision.transforms.v2")
-datasets = pytest.importorskip("sklearn.datasets")
 F = v2.functional
 
 
-@pytest.fixture(scope="module")
-def photos() -> Tensor:
+@pytest.fixture(scope="module", params=SOURCES)
+def photos(request: pytest.FixtureRequest) -> Tensor:
     """Real photographs, one of them with few levels, of odd sides."""
-    china = torch.from_numpy(datasets.load_sample_image("china.jpg").copy())
-    flower = torch.from_numpy(datasets.load_sample_image("flower.jpg").copy())
-    crops = [china[:121, :149], flower[150:271, 200:349], china[250:371, 300:449] // 3 + 90]
-    return torch.stack([c.permute(2, 0, 1).contiguous() for c in crops])
+    first, second, *_ = photographs(request.param)
+    crops = [
+        first[:, :121, :149],
+        second[:, 150:271, 200:349],
+        first[:, 250:371, 300:449] // 3 + 90,
+    ]
+    return torch.stack(crops)
 
 
 @pytest.fixture(params=_C.cpu_isas())
@@ -170,47 +173,6 @@ def test_solarize_add_is_that_of_timm() -> None:
 # --- draws in torchvision's order ---
 
 
-class Torch:
-    """torch for a module of torchvision, with given random numbers."""
-
-    def __init__(self, numbers: P.Numbers) -> None:
-        self.numbers = numbers
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    def rand(self, *_: Any) -> Tensor:
-        return torch.tensor(self.numbers.uniform(), dtype=torch.float64)
-
-    def randint(self, count: int, _: Any) -> Tensor:
-        return torch.tensor(self.numbers.below(count))
-
-    def randperm(self, count: int) -> Tensor:
-        places = [self.numbers.uniform() for _ in range(count)]
-        return torch.tensor(sorted(range(count), key=places.__getitem__))
-
-
-def numbers_of(seed: int, sample: int, columns: int, occurrence: int = 0) -> P.Numbers:
-    values = torch.empty(1, columns, dtype=torch.float64)
-    ids = torch.tensor([sample])
-    _C.augment_numbers(values, ids, seed, 0, occurrence, columns, 0, "test")
-    return P.Numbers(values[0].tolist(), 0)
-
-
-def by_torchvision(
-    transform: Any, x: Tensor, monkeypatch: pytest.MonkeyPatch, seed: int, columns: int
-) -> Tensor:
-    """What torchvision's own transform gives of each image with the numbers of its id."""
-    results = []
-    module = __import__(type(transform).__module__, fromlist=["torch"])
-    for i, image in enumerate(x):
-        numbers = numbers_of(seed, i, columns)
-        with monkeypatch.context() as patched:
-            patched.setattr(module, "torch", Torch(numbers))
-            results.append(transform(image))
-    return torch.stack(results)
-
-
 _POLICIES: dict[str, Callable[[], Any]] = {
     "RandAugment": lambda: v2.RandAugment(2, 9),
     "RandAugment of three, strong, filled": lambda: v2.RandAugment(3, 25, fill=[90, 20, 200]),
@@ -237,6 +199,17 @@ def test_policies_are_those_of_torchvision_with_the_same_numbers(
     # Where a place is at the middle between two pixels, the rounding of torchvision's grid decides.
     assert different.max() < 0.1, different
     assert (different == 0).float().mean() > 0.85
+
+
+def test_the_fill_of_floats_is_in_their_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = v2.RandAugment(3, 25, fill=[0.9, 0.2, 0.5])
+    x = torch.full((40, 3, 60, 75), 0.3)
+    chain = Compose([transform], seed=3)
+    columns = chain.plan().passes[0].stages[0].policy.uniforms
+    expected = by_torchvision(transform, x, monkeypatch, 3, columns)
+    apart = (chain(x, sample_ids=range(40)) - expected).abs().flatten(1) > 1e-3
+    assert apart.double().mean() < 0.02
+    assert (~apart).all(1).float().mean() > 0.4
 
 
 def test_color_jitter_is_that_of_torchvision_with_the_same_numbers(

@@ -177,7 +177,7 @@ def test_a_list_of_torchvisions_transforms_is_read(x: Tensor) -> None:
         CutMix(num_classes=4),
     ]
     labels = torch.arange(6) % 4
-    a, b = Compose(theirs, seed=7), Compose(ours, seed=7)
+    a, b = Compose(theirs, merge=True, seed=7), Compose(ours, merge=True, seed=7)
     assert len(a.plan().passes) == 1
     assert str(a.plan()) == str(b.plan())
     for given, want in zip(a(x, labels), b(x, labels), strict=True):
@@ -215,9 +215,11 @@ def test_expanded_images_lose_nothing(degrees: tuple[int, int]) -> None:
     assert width - 1 < float((w * cos + h * sin).max()) < width + 1e-3
     assert height - 1 < float((w * sin + h * cos).max()) < height + 1e-3
     # What comes later sees the larger canvas.
-    chain = Compose([transform, CenterCrop((height - 2, width - 1)), Normalize(0.5, 0.5)], seed=3)
-    assert len(chain.plan().passes) == 1
-    assert chain(x).shape == (40, 1, height - 2, width - 1)
+    steps = [transform, CenterCrop((height - 2, width - 1)), Normalize(0.5, 0.5)]
+    for merge in (False, True):
+        chain = Compose(steps, merge=merge, seed=3)
+        assert len(chain.plan().passes) == 2 - merge
+        assert chain(x).shape == (40, 1, height - 2, width - 1)
 
 
 def test_tv_tensors_go_through() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 import fusereg
 import other_libraries  # noqa: F401  # repairs torchvision
 from fusereg import augment, functional, optim
-from fusereg.augment.targets import RULES, Rules
+from fusereg.augment.rules import RULES, Rules
 from fusereg.core.hints import SYNONYMS, explains
 
 #: What fusereg returns and users do not make, and what Python makes.

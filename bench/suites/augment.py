@@ -10,8 +10,11 @@ The work takes a batch of 64 uint8 images, 3 x 224 x 224, to normalized 192 x 19
 And the recipes that people train with (fusereg.augment.recipes), of 64 (quick: 8) uint8 images:
 
 - ``recipe``: 400 x 500, RandomResizedCrop(224), flip, normalized;
-- ``rotation``: the same with a rotation by up to 15 degrees, after the crop; ``fusereg`` is
+- ``rotation``: the same with a rotation by up to 15 degrees, after the crop; ``Augment`` is
   ``Augment(224, crop="resized", degrees=15)``, whose one matrix turns before it crops;
+- ``lsj``: 400 x 500, ScaleJitter(0.1 to 2) and RandomCrop(512) as for detection, flip, in [0, 1];
+- ``scales``: 400 x 500, RandomShortestSize(240, 256, ... 400), flip, Resize(320), in [0, 1];
+- ``augmix``: 224 x 224, torchvision's AugMix, in [0, 1];
 - ``recipe list``: the same as ``recipe`` for images of 300 to 600 pixels in a list, as
   ``collate`` gets them;
 - ``evaluation``: 400 x 500, Resize(256), CenterCrop(224), normalized;
@@ -72,8 +75,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WARP, CROP, RESIZE = "warp", "crop", "resize"
 RECIPE, LIST, EVALUATION, SEGMENTATION = "recipe", "recipe list", "evaluation", "segmentation"
 ROTATION, DEGREES = "rotation", 15
+LSJ, SCALES, AUGMIX = "lsj", "scales", "augmix"
+#: The sides of the results that are not SMALL.
+_SIDES = {"segmentation": 288, "lsj": 512, "scales": 320}
 POLICY, TIMM = "policy", "timm"
-PHOTO, BASE, WINDOW = (400, 500), 320, 288
+PHOTO, BASE = (400, 500), 320
 
 # grid_sample has float32 coordinates over the whole image.
 _STRING = "rand-m9-mstd0.5-inc1-mmax9"
@@ -110,9 +116,11 @@ def cases(options: Options) -> list[Case]:
         for dtype in options.dtypes
     ] + [
         _recipe_case(mode, batch, name, layout, options)
-        for mode in (RECIPE, ROTATION, LIST, EVALUATION, SEGMENTATION, POLICY, TIMM)
+        for mode in (
+            *(RECIPE, ROTATION, LIST, EVALUATION, SEGMENTATION, LSJ, SCALES, AUGMIX, POLICY, TIMM),
+        )
         for name, layout in layouts.items()
-        if mode != LIST or not (name or options.device.type == "cuda")
+        if mode not in (LIST, *_LISTED) or not (name or options.device.type == "cuda")
     ]
 
 
@@ -120,9 +128,12 @@ def _recipe_case(
     mode: str, batch: int, name: str, layout: torch.memory_format, options: Options
 ) -> Case:
     """Return the case of a recipe; its result is float32."""
-    height, width = {LIST: (450, 450), POLICY: (SIDE, SIDE), TIMM: (SIDE, SIDE)}.get(mode, PHOTO)
-    side = WINDOW if mode == SEGMENTATION else SMALL
+    small = dict.fromkeys((POLICY, TIMM, AUGMIX), (SIDE, SIDE))
+    height, width = {LIST: (450, 450), **small}.get(mode, PHOTO)
+    side = _SIDES.get(mode, SMALL)
     elements = batch * 3 * side * side
+    setup = _setup_listed if mode in _LISTED else _setup_recipe
+    setup = _setup_policy if mode in (POLICY, TIMM) else setup
     shape = f"{batch}x3x300-600" if mode == LIST else f"{batch}x3x{height}x{width}{name}"
     return Case(
         op="augment",
@@ -134,9 +145,7 @@ def _recipe_case(
         elements=elements,
         bytes_moved=batch * 3 * height * width + elements * 4,
         memory=batch * 3 * height * width * 64,
-        setup=functools.partial(
-            _setup_policy if mode in (POLICY, TIMM) else _setup_recipe, mode, batch, layout, options
-        ),
+        setup=functools.partial(setup, mode, batch, layout, options),
     )
 
 
@@ -148,7 +157,7 @@ def _smooth(n: int, height: int, width: int, generator: torch.Generator) -> Tens
 
 def _setup_recipe(mode: str, batch: int, layout: torch.memory_format, options: Options) -> Workload:
     generator = torch.Generator().manual_seed(0)
-    side = WINDOW if mode == SEGMENTATION else SMALL
+    side = _SIDES.get(mode, SMALL)
     images: list[Tensor]
     if mode == LIST:
         sizes = torch.randint(300, 601, (batch, 2), generator=generator).tolist()
@@ -165,19 +174,25 @@ def _setup_recipe(mode: str, batch: int, layout: torch.memory_format, options: O
             chain = classify(SMALL)
             return lambda: chain.collate(images)
         if mode == ROTATION:
-            how: Any = {"crop": "resized", "hflip": 0.5, "mean": MEAN, "std": STD}
-            turn = augment.Augment(SMALL, degrees=DEGREES, **how)
-            return lambda: turn(x)
+            steps = [augment.RandomResizedCrop(SMALL), augment.RandomRotation(DEGREES, "bilinear")]
+            steps += [augment.RandomHorizontalFlip(), augment.Normalize(MEAN, STD)]
+            turns = augment.Compose(steps)
+            return lambda: turns(x)
         if mode != SEGMENTATION:
             chain = classify(SMALL, train=mode == RECIPE)
             return lambda: chain(x)
-        chain = augment.recipes.segmentation(WINDOW, base=BASE)
+        chain = augment.recipes.segmentation(side, base=BASE)
         if importlib.util.find_spec("torchvision") is None:
             return lambda: chain(x)  # there are no masks
         torchvision_transforms()
         tv = importlib.import_module("torchvision.tv_tensors")
         labels = tv.Mask(torch.stack(masks or []))
         return lambda: chain(x, labels)[0]
+
+    def turned_first() -> Callable[[], Tensor]:
+        how: Any = {"crop": "resized", "hflip": 0.5, "mean": MEAN, "std": STD}
+        turn = augment.Augment(SMALL, degrees=DEGREES, **how)
+        return lambda: turn(x)
 
     def theirs() -> Callable[[], Tensor]:
         v2 = torchvision_transforms()
@@ -187,7 +202,7 @@ def _setup_recipe(mode: str, batch: int, layout: torch.memory_format, options: O
         if mode == SEGMENTATION:
             fill = {tv.Image: 0, tv.Mask: 255, "others": 0}
             steps = [v2.RandomResize(BASE // 2, BASE * 2), v2.RandomHorizontalFlip(0.5)]
-            steps += [v2.RandomCrop(WINDOW, pad_if_needed=True, fill=fill)]
+            steps += [v2.RandomCrop(side, pad_if_needed=True, fill=fill)]
             chain = v2.Compose(steps + end)
             typed = [(tv.Image(i), tv.Mask(m)) for i, m in zip(images, masks or [], strict=True)]
 
@@ -254,6 +269,8 @@ def _setup_recipe(mode: str, batch: int, layout: torch.memory_format, options: O
         _provider(EAGER, lambda: loop, "functions of torch, image by image"),
         _provider("fusereg", ours, _DRAWS),
     ]
+    if mode == ROTATION:
+        providers.append(_provider("Augment", turned_first, "one interpolation"))
     if importlib.util.find_spec("torchvision") is not None:
         providers.insert(1, _provider(TORCHVISION, theirs, "image by image"))
     if mode in (RECIPE, ROTATION) and importlib.util.find_spec("kornia") is not None:
@@ -394,6 +411,54 @@ def _setup_policy(mode: str, batch: int, layout: torch.memory_format, options: O
         note = "one operation for the batch, without antialiasing"
         providers.insert(0, _provider(KORNIA, kornia, note))
     return Workload(providers, lambda call: _spread(call, batch, SMALL))
+
+
+#: torchvision's own transforms, in its Compose and in ours.
+_LISTED: dict[str, Callable[[Any], list[Any]]] = {
+    LSJ: lambda v2: [
+        v2.ScaleJitter((512, 512), (0.1, 2.0)),
+        v2.RandomCrop(512, pad_if_needed=True),
+        v2.RandomHorizontalFlip(0.5),
+    ],
+    SCALES: lambda v2: [
+        v2.RandomShortestSize(list(range(240, 401, 16))),
+        v2.RandomHorizontalFlip(0.5),
+        v2.Resize((320, 320)),
+    ],
+    AUGMIX: lambda v2: [v2.AugMix()],
+}
+
+
+def _setup_listed(mode: str, batch: int, layout: torch.memory_format, options: Options) -> Workload:
+    size = (SIDE, SIDE) if mode == AUGMIX else PHOTO
+    x = _smooth(batch, *size, torch.Generator().manual_seed(0)).to(options.device)
+
+    def steps() -> list[Any]:
+        v2 = torchvision_transforms()
+        return [*_LISTED[mode](v2), v2.ToDtype(torch.float32, scale=True)]
+
+    def ours() -> Callable[[], Tensor]:
+        chain = augment.Compose(steps())
+        return lambda: chain(x)
+
+    def theirs() -> Callable[[], Tensor]:
+        chain = torchvision_transforms().Compose(steps())
+        return lambda: torch.stack([chain(image) for image in x])
+
+    providers = []
+    if importlib.util.find_spec("torchvision") is not None:
+        providers = [
+            _provider(TORCHVISION, theirs, "image by image"),
+            _provider("fusereg", ours, _DRAWS),
+        ]
+    return Workload(providers, lambda call: _shaped(call, batch, _SIDES.get(mode, SMALL)))
+
+
+def _shaped(call: Call, batch: int, side: int) -> Accuracy:
+    """Check random results in [0, 1] by their shape."""
+    (result,) = results(call)
+    good = tuple(result.shape) == (batch, 3, side, side) and bool((result >= 0).all())
+    return Accuracy(0.0 if good and float(result.max()) < 1.0001 else math.inf, 0.0, "shape")
 
 
 # --- providers ------------------------------------------------------------------------------------

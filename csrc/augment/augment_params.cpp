@@ -7,123 +7,11 @@
 #include <string>
 
 #include "augment/augment_maps.h"
+#include "augment/augment_random.h"
 #include "augment/elementary.h"
-#include "core/philox.h"
 
 namespace fusereg::augment::params {
 namespace {
-
-// --- random numbers ---
-
-enum class Operation : std::uint32_t {
-  kRotation = 1,
-  kScale,
-  kShear,
-  kTranslation,
-  kAffineChance,
-  kFlip,
-  kCrop,
-  kColor,
-  kErase,
-  kEraseNoise,
-  kMix,
-  kMixWeight,
-  kMixBox,
-  kMixOrder,
-  kProgram,
-  kProgramNormal,
-  kPerspective,
-};
-
-struct Source {
-  std::uint64_t seed;
-  std::uint32_t epoch;
-  std::uint64_t id;
-
-  PhiloxWords words(Operation operation, std::uint32_t occurrence,
-                    std::uint32_t attempt = 0) const {
-    const auto op = static_cast<std::uint64_t>(operation);
-    const std::uint64_t low = std::uint64_t{epoch} | op << 32 | std::uint64_t{occurrence} << 40 |
-                              std::uint64_t{attempt} << 48 | std::uint64_t{1} << 63;
-    return philox<kNumberRounds>(seed, low, id);
-  }
-};
-
-// [0, 1), a multiple of 2^-32.
-double unit(std::uint32_t word) { return word * 0x1p-32; }
-
-double between(std::uint32_t word, double low, double high) {
-  return low + unit(word) * (high - low);
-}
-
-// One of 0, 1, ..., count - 1.
-std::int64_t choice(std::uint32_t word, std::int64_t count) {
-  return static_cast<std::int64_t>(std::uint64_t{word} * static_cast<std::uint64_t>(count) >> 32);
-}
-
-bool happens(std::uint32_t word, double probability) { return unit(word) < probability; }
-
-// As many words as are wanted, one counter after the other.
-class Stream {
- public:
-  Stream(const Source& source, Operation operation, std::uint32_t occurrence)
-      : source_(source), operation_(operation), occurrence_(occurrence) {}
-  std::uint32_t next() {
-    if (at_ == 4) {
-      words_ = source_.words(operation_, occurrence_, attempt_++);
-      at_ = 0;
-    }
-    return words_.word[at_++];
-  }
-  // (0, 1)
-  double open_unit() { return (next() + 0.5) * 0x1p-32; }
-
- private:
-  const Source& source_;
-  Operation operation_;
-  std::uint32_t occurrence_;
-  std::uint32_t attempt_ = 0;
-  int at_ = 4;
-  PhiloxWords words_{};
-};
-
-// Marsaglia's polar method.
-double normal(Stream& stream) {
-  while (true) {
-    const double x = 2.0 * stream.open_unit() - 1.0;
-    const double y = 2.0 * stream.open_unit() - 1.0;
-    const double square = x * x + y * y;
-    if (square < 1.0 && square > 0.0) {
-      return x * std::sqrt(-2.0 * natural_log(square) / square);
-    }
-  }
-}
-
-// The logarithm of a gamma variate (Marsaglia and Tsang 2000; below 1 by that of alpha + 1 times
-// u^(1/alpha), whose logarithm does not underflow).
-double log_gamma_variate(Stream& stream, double alpha) {
-  const double raised = alpha < 1.0 ? alpha + 1.0 : alpha;
-  const double boost = alpha < 1.0 ? natural_log(stream.open_unit()) / alpha : 0.0;
-  const double d = raised - 1.0 / 3.0;
-  const double c = 1.0 / std::sqrt(9.0 * d);
-  while (true) {
-    const double x = normal(stream);
-    const double root = 1.0 + c * x;
-    if (root <= 0.0) continue;
-    const double v = root * root * root;
-    const double log_v = natural_log(v);
-    if (natural_log(stream.open_unit()) < 0.5 * x * x + d - d * v + d * log_v) {
-      return natural_log(d) + log_v + boost;
-    }
-  }
-}
-
-// Beta(alpha, alpha)
-double beta_variate(Stream& stream, double alpha) {
-  const double first = log_gamma_variate(stream, alpha);
-  const double second = log_gamma_variate(stream, alpha);
-  return 1.0 / (1.0 + exponential(second - first));
-}
 
 // --- geometry ---
 
@@ -190,7 +78,7 @@ Size room_size(const Step& step, const Size& canvas) {
           whole(std::ceil(widest(width, height, from, to) - kRounding))};
 }
 
-// torchvision's Resize of one number, RandomResize and RandomShortestSize: quotients are cut off.
+// torchvision's Resize of one number, and RandomResize: quotients are cut off.
 Size side_size(const Step& step, const Size& canvas, const Source& source) {
   const std::int64_t from = whole(step.values[0]);
   const std::int64_t to = whole(step.values[1]);
@@ -212,6 +100,33 @@ Size side_size(const Step& step, const Size& canvas, const Source& source) {
   const std::int64_t a = std::max<std::int64_t>(whole(side), 1);
   const std::int64_t b = std::max<std::int64_t>(whole(other), 1);
   return canvas.height <= canvas.width ? Size{a, b} : Size{b, a};
+}
+
+// The factor of both sides: torchvision's RandomShortestSize, and ScaleJitter in float32 as there.
+double drawn_factor(const Step& step, const Size& canvas, const Source& source) {
+  const std::vector<double>& v = step.values;
+  const auto width = static_cast<double>(canvas.width);
+  const auto height = static_cast<double>(canvas.height);
+  const PhiloxWords words = source.words(Operation::kCrop, step.occurrence);
+  if (step.kind == StepKind::kJitter) {
+    const float scale = static_cast<float>(v[2]) + static_cast<float>(words.word[0] >> 8) *
+                                                       0x1p-24f * static_cast<float>(v[3] - v[2]);
+    return static_cast<float>(std::min(v[0] / height, v[1] / width)) * scale;
+  }
+  const double side = v[0] + v[1] * static_cast<double>(choice(words.word[0], whole(v[2])));
+  const double factor = side / std::min(width, height);
+  return v[3] > 0.0 ? std::min(factor, v[3] / std::max(width, height)) : factor;
+}
+
+Size factor_size(const Step& step, const Size& canvas, const Source& source) {
+  const double factor = drawn_factor(step, canvas, source);
+  auto times = [&](std::int64_t side) {
+    const std::int64_t cut = step.kind == StepKind::kJitter
+                                 ? whole(static_cast<float>(side) * static_cast<float>(factor))
+                                 : whole(static_cast<double>(side) * factor);
+    return std::max<std::int64_t>(cut, 1);
+  };
+  return {times(canvas.height), times(canvas.width)};
 }
 
 // --- one sample ---
@@ -563,11 +478,22 @@ std::string text(const Size& size) {
   return "(" + std::to_string(size.height) + ", " + std::to_string(size.width) + ")";
 }
 
+bool scales_both(StepKind kind) { return kind == StepKind::kShortest || kind == StepKind::kJitter; }
+
+// Whether a step may give equal canvases several sizes.
+bool has_random_size(const Step& step) {
+  const std::vector<double>& v = step.values;
+  if (step.kind == StepKind::kShortest) return v[2] > 1.0;
+  if (step.kind == StepKind::kJitter) return v[2] != v[3];
+  return step.kind == StepKind::kSide && v[0] != v[1];
+}
+
 // The size that a step gives a canvas.
 Size size_after(const Step& step, const Size& canvas, const Source& source) {
   const StepKind kind = step.kind;
   if (kind == StepKind::kRoom) return room_size(step, canvas);
   if (kind == StepKind::kSide) return side_size(step, canvas, source);
+  if (scales_both(kind)) return factor_size(step, canvas, source);
   if (kind == StepKind::kWindow) return window_size(step, canvas);
   if (kind == StepKind::kCenter || kind == StepKind::kResized || kind == StepKind::kWhole)
     return {whole(step.values[0]), whole(step.values[1])};
@@ -597,8 +523,7 @@ Size output_size(const Job& job, const Source& source, Size canvas) {
 
 Size output_size(const Job& job) {
   bool random = false;
-  for (const Step& step : job.steps)
-    random = random || (step.kind == StepKind::kSide && step.values[0] != step.values[1]);
+  for (const Step& step : job.steps) random = random || has_random_size(step);
   auto size_of = [&](std::int64_t i) {
     const std::uint64_t id = job.samples > 0 ? static_cast<std::uint64_t>(job.ids[i]) : 0;
     return output_size(job, Source{job.seed, job.epoch, id}, input_of(job, i));
@@ -648,6 +573,10 @@ void draw(const Job& job) {
           break;
         case StepKind::kWhole:
         case StepKind::kSide:
+        case StepKind::kShortest:
+        case StepKind::kJitter:
+          if (scales_both(step.kind))
+            s.draws[1] = s.draws[2] = drawn_factor(step, s.canvas, source);
           resize_window(0.0, 0.0, static_cast<double>(s.canvas.width),
                         static_cast<double>(s.canvas.height), size_after(step, s.canvas, source),
                         s);

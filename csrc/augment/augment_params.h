@@ -16,6 +16,7 @@
 //   resized  G: x -> x0 + (x + 1/2) w / W' - 1/2, a random window of w x h pixels made W' x H'
 //   whole    the same of the whole canvas
 //   side     as whole: of a random length of the shorter side, rounded as torchvision does
+//   shortest, jitter  as whole: both sides times a random factor, cut off as torchvision does
 //   perspective  G: the perspective that takes the corners of the canvas, moved inward, to these corners,
 //            with torchvision's coordinates: a pixel's corner is where its index says
 //   room     G: p -> p + (c - c'), a canvas about the same center that holds the turned one
@@ -44,7 +45,7 @@ namespace fusereg::augment::params {
 // One row a sample; see augment.h for what the kernels make of it.
 inline constexpr int kRecordSize = 30;
 // Angle, scale x y, shear x y, translation x y, flips x y, window x0 y0 x1 y1, brightness,
-// contrast, saturation. Of two steps of a kind, the last.
+// contrast, saturation. Of two steps of a kind, the last. Scale: also that of shortest and jitter.
 inline constexpr int kDrawsSize = 16;
 
 enum class StepKind {
@@ -60,8 +61,10 @@ enum class StepKind {
   kRoom,
   kSide,
   kPerspective,
+  kShortest,
+  kJitter,
 };
-inline constexpr int kStepKinds = 12;
+inline constexpr int kStepKinds = 14;
 
 // How many values a step of each kind has, and which:
 //   affine   probability; degrees from, to; +1 for counter-clockwise, -1 for clockwise;
@@ -84,7 +87,10 @@ inline constexpr int kStepKinds = 12;
 //   perspective  probability; the share of half a side by which a corner moves inward at most
 //   side     shorter side from, to (both possible; 0: as long as the longer one allows); the most
 //            that the longer side may have, 0 for no limit
-inline constexpr int kStepValues[kStepKinds] = {22, 2, 7, 3, 6, 2, 6, 5, 5, 2, 3, 2};
+//   shortest  lengths of the shorter side: the first, the distance to the next, their number; the
+//            most of the longer side, 0 for no limit
+//   jitter   height, width that the image is fitted into; a factor from, to of what it has then
+inline constexpr int kStepValues[kStepKinds] = {22, 2, 7, 3, 6, 2, 6, 5, 5, 2, 3, 2, 4, 4};
 
 struct Step {
   StepKind kind = StepKind::kAffine;

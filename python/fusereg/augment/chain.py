@@ -17,13 +17,14 @@ from .arguments import check_memory_format
 from .fuse import Pass
 from .inputs import Batch, batch_of
 from .labels import notice_labels
-from .loop import Called, CallParams, call, size_after
+from .loop import Called, CallParams, call, refuse_types, size_after
 from .params import AugmentParams, draw
 from .program import Program, ProgramParams
 from .render import Settings, pass_of, render
+from .rules import RULES, rules_of
 from .seeded import Keys, SeededModule
-from .steps import VALUES, Values, ends_alike
-from .targets import RULES, Targets, Unstacked, rules_of
+from .steps import VALUES, Values, ends_alike, ends_apart
+from .targets import Targets, Unstacked
 from .tree import plain
 
 Size: TypeAlias = tuple[int, int]
@@ -58,12 +59,18 @@ class Unit:
     @cached_property
     def joins(self) -> bool:
         """True for a pass of the kernel, on one sample after the other."""
-        return not (self.called or self.program or self.idle or self.settings.mixed)
+        other = self.called or self.program or self.idle or self.settings.mixed
+        return not (other or self.makes_apart)
 
     @cached_property
     def makes_alike(self) -> bool:
         """True where the kernel gives images of several sizes one size."""
         return self.called is None and self.program is None and ends_alike(self.steps)
+
+    @cached_property
+    def makes_apart(self) -> bool:
+        """True where the kernel may give images of one size several sizes."""
+        return not self.settings.mixed and ends_apart(self.steps)
 
     @cached_property
     def moves(self) -> bool:
@@ -190,6 +197,8 @@ class Chain(SeededModule):
 
     def _draw(self, place: int, unit: Unit, keys: Keys, size: Size | list[Size]) -> PassParams:
         """Draw for one pass, in images of one size or of several."""
+        if unit.makes_apart and len(keys.ids) > 1 and not isinstance(size, list):
+            size = [size] * len(keys.ids)
         if isinstance(size, list):
             return [self._draw(place, unit, keys[i : i + 1], own) for i, own in enumerate(size)]
         if unit.called is not None:
@@ -207,8 +216,8 @@ class Chain(SeededModule):
         if isinstance(params, ProgramParams):
             return size
         if isinstance(params, list):
-            assert isinstance(size, list)
-            pairs = zip(params, size, strict=True)
+            each = size if isinstance(size, list) else [size] * len(params)
+            pairs = zip(params, each, strict=True)
             found: list[Any] = [self._sizes(unit, p, s, dtype) for p, s in pairs]
         else:
             assert unit.called is not None
@@ -316,6 +325,10 @@ class Chain(SeededModule):
             last = place == count - 1
             if at and tasks[at - 1][1].called is not None:
                 _ops.check_images(x, op)
+            if unit.makes_apart and len(x) > frames:
+                each = plain(x).reshape(-1, frames, *x.shape[1:]) if frames > 1 else plain(x)
+                trees = None if found is None else found.split(False)
+                return self._each(tasks[at:], list(each), trees, frames, found, keys, out)
             together = joined(tasks[at:], x)
             if together is not None:
                 x = self._joined(*together, x, frames, found, keys, out)
@@ -329,7 +342,7 @@ class Chain(SeededModule):
                 if isinstance(y, list):
                     if found is not None and trees is None:
                         trees = found.split(False)
-                    return self._each(tasks[at + 1 :], y, trees, frames, found, keys)
+                    return self._each(tasks[at + 1 :], y, trees, frames, found, keys, out)
                 x = y
                 if found is not None and trees is not None:
                     found = found.joined(trees, (x.shape[-2], x.shape[-1]))
@@ -443,6 +456,10 @@ class Chain(SeededModule):
         last: bool,
     ) -> Tensor:
         assert unit.program is not None
+        if unit.program.chains and found is not None:
+            found.check_all_move("AugMix")
+            refuse_types(found, self._op, "AugMix mixes them with their own moved images")
+            found = None
         every = self._moved(params, (x.shape[-2], x.shape[-1]), found, frames)
         direct = self._is_direct(x, last, out)
         y = unit.program.run(x, every, self._op, out if last and direct else None)
@@ -468,6 +485,7 @@ class Chain(SeededModule):
         frames: int,
         found: Targets | None,
         keys: Keys | None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Targets | None]:
         """Run passes for images of several sizes, one by one up to one that takes them together.
 
@@ -477,7 +495,7 @@ class Chain(SeededModule):
         if keys is not None and together and tasks and tasks[0][1].makes_alike:
             place, unit, _ = tasks[0]
             x, found = self._together(place, unit, images, trees, found, keys)
-            return self._some(tasks[1:], x, frames, found, keys)
+            return self._rest(tasks[1:], x, frames, found, keys, out)
         stop = next(
             (
                 i
@@ -498,7 +516,7 @@ class Chain(SeededModule):
                 moved.append(one.whole()[0])
         if together and stop < len(tasks) and tasks[stop][1].makes_alike:
             later = [y[0] for y in results]
-            return self._each(tasks[stop:], later, moved or None, frames, found, keys)
+            return self._each(tasks[stop:], later, moved or None, frames, found, keys, out)
         sizes = {tuple(y.shape[-2:]) for y in results}
         if len(sizes) > 1:
             raise ValueError(
@@ -508,7 +526,21 @@ class Chain(SeededModule):
         x = torch.cat(results)
         if found is not None:
             found = found.joined(moved, (x.shape[-2], x.shape[-1]))
-        return self._some(tasks[stop:], x, frames, found, keys)
+        return self._rest(tasks[stop:], x, frames, found, keys, out)
+
+    def _rest(
+        self,
+        tasks: Sequence[Task],
+        x: Tensor,
+        frames: int,
+        found: Targets | None,
+        keys: Keys | None,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Targets | None]:
+        """Run the passes after those for images of several sizes: there may be none."""
+        if tasks or out is None:
+            return self._some(tasks, x, frames, found, keys, out)
+        return self._converted(x, out), found
 
     def _together(
         self,

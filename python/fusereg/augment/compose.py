@@ -138,7 +138,7 @@ class Transform(Passes):
 
     def __init__(self, stage: Stage, seed: int | None, **shown: Any) -> None:
         self._op = type(self).__name__
-        super().__init__(fuse([stage], exact=False), seed=seed)
+        super().__init__(fuse([stage]), seed=seed)
         self.stage = stage
         self._text = ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
@@ -152,20 +152,21 @@ class Compose(Passes):
 
     Accepts fusereg's transforms, torchvision's (their arguments are read), another Compose of
     either or an nn.Sequential (the transforms in it are taken), and any function of a batch.
-    Geometry composes to one matrix for each sample; a normalization, an erased box and MixUp or
-    CutMix are part of the same pass. A transform of torchvision for which there is no kernel is
-    called for each sample, with its targets, under a generator keyed by the sample's id; any other
-    function is called as it is, with the whole batch and without targets. :meth:`plan` shows what
-    was fused, what was not and why, and where the result differs from that of one transform after
-    the other: two resamples in one are sharper, and a rotated crop shows the image's own pixels in
-    its corners.
+    The result is that of one transform after the other, up to rounding: those that can are one
+    pass, with one matrix for each sample, and a normalization, an erased box and MixUp or CutMix
+    are part of it. A transform of torchvision for which there is no kernel is called for each
+    sample, with its targets, under a generator keyed by the sample's id; any other function is
+    called as it is, with the whole batch and without targets. :meth:`plan` shows what is one pass,
+    what is not and why, and what ``merge=True`` would join.
 
     Args:
         transforms: in the order in which they are applied.
         evaluation: the transforms of evaluation mode (``.eval()``), in place of those of training.
             Default: the same, as in torchvision; a warning says so where they draw. The recipes
             have them.
-        exact: fuse only what gives the same as one after the other, up to rounding.
+        merge: join geometry in one pass where that changes the result as well, which the plan
+            notes: two resamplings in one are sharper, and what left the image in the first, or was
+            cropped, comes back in the second.
         out_dtype: of the result; default: that of the images, float32 for uint8 that is normalized.
         memory_format: of the result.
         seed: of all transforms in the list; their own seeds are not used. Default: from torch's
@@ -191,17 +192,17 @@ class Compose(Passes):
         transforms: Sequence[Transform | Callable[..., Any]],
         *,
         evaluation: Sequence[Transform | Callable[..., Any]] | None = None,
-        exact: bool = False,
+        merge: bool = False,
         out_dtype: torch.dtype | None = None,
         memory_format: torch.memory_format | None = None,
         seed: int | None = None,
         **rules: Any,
     ) -> None:
         op = self._op
-        only = flag(exact, op, "exact")
+        joins = flag(merge, op, "merge")
         super().__init__(
-            _fused(transforms, op, "transforms", only),
-            evaluation=None if evaluation is None else _fused(evaluation, op, "evaluation", only),
+            _fused(transforms, op, "transforms", joins),
+            evaluation=None if evaluation is None else _fused(evaluation, op, "evaluation", joins),
             seed=seed,
             out_dtype=out_dtype,
             memory_format=memory_format,
@@ -209,14 +210,14 @@ class Compose(Passes):
         )
         self.transforms = list(transforms)
         self._after = None if evaluation is None else list(evaluation)
-        self._exact = only
+        self._merge = joins
         self._watch = _Watch(self.transforms, self._after)
 
     def _refresh(self) -> None:
         if not self._watch.sees(self.transforms, self._after):
             return
         made = [
-            None if each is None else _pipeline(_fused(each, self._op, name, self._exact))
+            None if each is None else _pipeline(_fused(each, self._op, name, self._merge))
             for each, name in ((self.transforms, "transforms"), (self._after, "evaluation"))
         ]
         assert made[0] is not None
@@ -293,11 +294,11 @@ class _Watch:
         return not same or any(t._version != was for t, was in self._tensors)
 
 
-def _fused(transforms: object, op: str, name: str, exact: bool) -> tuple[Pass, ...]:
+def _fused(transforms: object, op: str, name: str, merge: bool) -> tuple[Pass, ...]:
     """Return the passes of a list."""
     if not is_sequence(transforms):
         raise TypeError(f"fusereg.{op}: {name} must be a sequence, got {type(transforms).__name__}")
-    return fuse([stage for item in transforms for stage in _stages(item, op)], exact)
+    return fuse([stage for item in transforms for stage in _stages(item, op)], merge)
 
 
 def _stages(item: object, op: str) -> list[Stage | Called]:

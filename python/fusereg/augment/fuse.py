@@ -14,17 +14,19 @@ from .program import Policy, Program
 from .render import Settings
 from .steps import (
     LARGER_IS_AN_ERROR,
+    RESIZES,
     Affine,
     CenterWindow,
     ExpandCanvas,
     Flip,
-    FullImage,
     Padded,
     Perspective,
     RandomWindow,
     ResizedWindow,
     ShortSide,
     Step,
+    encode,
+    ends_apart,
 )
 
 #: What makes values of [0, 255] those of [0, 1], and leaves others alone.
@@ -55,6 +57,7 @@ class Stage:
         cast: a function of each target.
         policy: draws a program for each image, which runs as a pass without other stages.
         whole_pixels: of a program: pixels are of the image or filled, and nothing in between.
+        own_units: of a program: the fill is in units of the images, of floats as well.
     """
 
     name: str
@@ -82,6 +85,7 @@ class Stage:
     cast: Callable[[Any], Any] | None = None
     policy: Policy | None = None
     whole_pixels: bool = False
+    own_units: bool = False
 
     def has(self, *kinds: type[Step]) -> bool:
         """Return whether one of its steps is of one of these kinds."""
@@ -131,6 +135,11 @@ class Pass:
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
+    @property
+    def ends_apart(self) -> bool:
+        """Return whether images of one size may have several after it."""
+        return ends_apart(encode(step for s in self.stages for step in s.steps))
+
     def program(self, seen: dict[str, int]) -> Program | None:
         """Return the program of the pass, None for others; ``seen`` counts the policies."""
         stages = [s for s in self.stages if s.policy is not None]
@@ -141,18 +150,22 @@ class Pass:
         policies = [s.policy for s in stages if s.policy is not None]
         filler = next((s for s in stages if s.policy is not None and s.policy.moves), stages[0])
         numbered = tuple(zip(policies, range(first, first + len(stages)), strict=True))
-        return Program(numbered, filler.fill, filler.whole_pixels)
+        how = (filler.fill, filler.whole_pixels, filler.own_units)
+        return Program(numbered, *how, policies[0].chains)
 
     def _refuses_program(self, new: Stage, other: Stage) -> str:
         if new.policy is None or other.policy is None:
             names = (new, other) if new.policy is None else (other, new)
             return f"{names[1].name} runs as a program of each image, {names[0].name} does not"
+        if chains := next((s for s in (new, other) if s.policy and s.policy.chains), None):
+            return f"{chains.name} mixes several programs"
         if new.policy.first:
             return f"{new.name} may change the number of channels"
         mover = self._last(lambda s: s.policy is not None and s.policy.moves)
         if mover is None or not new.policy.moves:
             return ""
-        same = (mover.fill, mover.whole_pixels) == (new.fill, new.whole_pixels)
+        first, second = ((s.fill, s.whole_pixels, s.own_units) for s in (mover, new))
+        same = first == second
         return "" if same else f"{new.name} and {mover.name} fill differently"
 
     def _last(self, wanted: Callable[[Stage], bool]) -> Stage | None:
@@ -177,11 +190,13 @@ class Pass:
         normalized = False
         filler = self._filler()
         last = self._last(lambda s: s.normal is not None)
-        for s in self.stages:
+        for at, s in enumerate(self.stages):
             if s.resamples:
                 values["interpolation"] = s.interpolation
                 values["antialias"] = values.get("antialias", False) or s.antialias
                 values["floors"] = s.floors
+                floats = any(b.normal or b.dtype for b in self.stages[:at])
+                values["cuts"] = s.interpolation == "bicubic" and not floats
             if s is filler:
                 values.update(fill_mode=s.fill_mode, fill=s.fill, mask_fill=s.mask_fill)
                 values["fill_normalized"] = normalized and s.fill_mode == "constant"
@@ -200,9 +215,9 @@ class Pass:
             return settings
         return settings.crop_first() if self._crops_first() else settings.repeat_edge()
 
-    def _crops_first(self) -> bool:
+    def _crops_first(self, *more: Stage) -> bool:
         """Return whether a resized crop comes last, and is of whole pixels of the image."""
-        steps = [step for s in self.stages if s.geometric for step in s.steps]
+        steps = [step for s in (*self.stages, *more) if s.geometric for step in s.steps]
         still = [step for step in steps if not isinstance(step, Flip)]
         whole = (RandomWindow, CenterWindow)
         return (
@@ -211,8 +226,11 @@ class Pass:
             and all(isinstance(step, whole) for step in still[:-1])
         )
 
-    def refuses(self, new: Stage, exact: bool) -> str:
-        """Return why a stage cannot join the pass, or an empty string if it can."""
+    def refuses(self, new: Stage, merge: bool) -> str:
+        """Return why a stage does not join the pass, or an empty string if it does.
+
+        Without ``merge`` it must give what it gives after the pass, up to rounding.
+        """
         other = self._last(lambda s: not s.neutral)
         if new.neutral or other is None:
             return ""
@@ -236,7 +254,8 @@ class Pass:
             if erased and erased.erase_noise:
                 return f"{new.name} would normalize the noise of {erased.name}"
         if new.geometric:
-            return self._refuses_geometry(new, exact)
+            differs = "" if merge else self._differs(new)
+            return self._refuses_geometry(new) or (differs and f"{differs} (merge=True joins them)")
         return ""
 
     def _in_units_since(self, stage: Stage) -> bool:
@@ -248,7 +267,7 @@ class Pass:
             for s in since
         )
 
-    def _refuses_geometry(self, new: Stage, exact: bool) -> str:
+    def _refuses_geometry(self, new: Stage) -> str:
         if new.has(Padded) and (moved := self._last(lambda s: s.moves)):
             return f"{new.name} would show what {moved.name} removed"
         other = self._last(lambda s: s.resamples)
@@ -257,13 +276,15 @@ class Pass:
         for a, b in ((self._last(_turns), new), (new, self._last(_filters))):
             if a and b and _turns(a) and _filters(b):
                 return f"{a.name} is interpolated at points, and {b.name} filters"
+        if new.floors and (mirror := self._last(lambda s: s.has(Flip))):
+            return f"{new.name} takes the pixels at corners, which {mirror.name} would exchange"
         padded = self._last(lambda s: s.has(Padded))
-        if padded and new.has(ShortSide, FullImage, ResizedWindow):
+        if padded and new.has(*RESIZES, ResizedWindow):
             return f"{new.name} would not interpolate at the edge of what {padded.name} adds"
-        if new.has(ShortSide, FullImage):
+        if new.has(*RESIZES):
             if new.antialias and (moved := self._last(lambda s: s.moves)):
                 return f"{new.name} would see what {moved.name} removed"
-            if smaller := self._last(lambda s: s.has(ShortSide, FullImage)):
+            if smaller := self._last(lambda s: s.has(*RESIZES)):
                 return f"{smaller.name} and {new.name} may shrink and enlarge"
         before = padded or other
         if before and new.fills and new.fill_mode != "constant" and new.has(Padded, RandomWindow):
@@ -276,8 +297,6 @@ class Pass:
                 )
             if other.floors != new.floors:
                 return f"{new.name} and {other.name} round places in different ways"
-            if exact:
-                return f"{other.name} and {new.name} resample, and exact=True keeps both"
         filler = self._last(lambda s: s.fills)
         if new.fills and filler and self._clashes(filler, new):
             if (filler.fill_mode, filler.fill) == (new.fill_mode, new.fill):
@@ -285,22 +304,48 @@ class Pass:
                     f"the images are normalized between the fills of {filler.name} and {new.name}"
                 )
             return f"{new.name} fills by {_fill_text(new)}, {filler.name} by {_fill_text(filler)}"
-        moved = self._last(lambda s: s.moves)
-        if exact and moved and (new.fills or new.may_fill or new.resamples):
-            return f"{new.name} would see what {moved.name} removed, and exact=True forbids it"
         return ""
 
-    def canvas(self, before: tuple[int, int] | None) -> tuple[int, int] | None:
+    def _differs(self, new: Stage) -> str:
+        """Return why a stage that could join the pass would give something else than after it."""
+        other = self._last(lambda s: s.resamples)
+        if new.resamples and other:
+            return f"{other.name} and {new.name} both resample"
+        fills = new.fills or new.may_fill
+        moved = self._last(lambda s: s.moves)
+        if moved and (fills or new.resamples) and (self._filler() or not self._crops_first(new)):
+            return f"{new.name} would see what {moved.name} removed"
+        window = self._last(lambda s: s.has(ResizedWindow))
+        if window and not _flips(new):
+            return f"{window.name} repeats the edge of its window, and {new.name} would not"
+        edge = self._last(lambda s: s.half_pixels)
+        if edge and fills:
+            return f"{edge.name} repeats the image's edge, and {new.name} may fill"
+        filler = self._last(lambda s: s.fills)
+        if filler and new.may_fill and self._clashes(filler, new):
+            return (
+                f"{new.name} may fill by {_fill_text(new)}, {filler.name} by {_fill_text(filler)}"
+            )
+        if filler and new.fills and new.fill_mode not in ("constant", "border"):
+            return f"{new.name} continues what {filler.name} gives by {new.fill_mode}"
+        return ""
+
+    def canvas(self, before: Canvas | None) -> Canvas | None:
         """Return the size of the pass's result, or None if that depends on the images."""
         for step in (step for stage in self.stages for step in stage.steps):
-            unknown = isinstance(step, (ExpandCanvas, ShortSide, Padded))
-            before = None if unknown else getattr(step, "size", before)
+            if isinstance(step, ShortSide):
+                least = 0 if step.longest else step.sides[0]
+                before = Canvas((least, least), False) if least else None
+            elif isinstance(step, (ExpandCanvas, Padded, *RESIZES[2:])):
+                before = None
+            elif hasattr(step, "size"):
+                before = Canvas(step.size, True)
         return before
 
     def add(self, new: Stage) -> None:
         """Add a stage to the pass."""
         if new.geometric:
-            self._note(new)
+            self._note(new, self._differs(new))
         filler = self._filler()
         edge = None if self._last(lambda s: s.fills) else self._last(lambda s: s.half_pixels)
         if new.may_fill and filler and self._clashes(filler, new):
@@ -331,7 +376,7 @@ class Pass:
         )
         return replace(optional, steps=steps, may_fill=False)
 
-    def _note(self, new: Stage) -> None:
+    def _note(self, new: Stage, differs: str) -> None:
         other = self._last(lambda s: s.resamples)
         if new.resamples and other:
             self.notes.append(
@@ -345,10 +390,13 @@ class Pass:
                 f"{new.name}{where} sees the images' own pixels where {moved.name} had removed "
                 "them, and fills only what is outside the images"
             )
-        elif new.half_pixels and any(s.geometric for s in self.stages):
-            self.notes.append(
-                f"{new.name} reads the pixels beyond its window's edge instead of repeating it"
-            )
+        elif differs and not (new.resamples and other):
+            self.notes.append(f"not as one after the other: {differs}")
+
+
+def _flips(stage: Stage) -> bool:
+    """Return whether a stage changes no places of pixels but by flips."""
+    return not stage.geometric or all(isinstance(step, Flip) for step in stage.steps)
 
 
 def _filters(stage: Stage) -> bool:
@@ -383,19 +431,32 @@ class Plan:
         return "\n".join(f"{i}. {p}" for i, p in enumerate(self.passes, start=1))
 
 
-def _fitted(stage: Stage, canvas: tuple[int, int] | None) -> Stage:
+@dataclass(frozen=True)
+class Canvas:
+    """What is known of the size (height, width) that images have: it, or the least it can be."""
+
+    size: tuple[int, int]
+    exact: bool
+
+
+def _fitted(stage: Stage, canvas: Canvas | None) -> Stage:
     """Return a stage of which it is known whether it fills, if the canvas is known."""
     if not stage.may_fill or canvas is None:
         return stage
     sizes = [step.size for step in stage.steps if isinstance(step, (RandomWindow, CenterWindow))]
-    fits = all(h <= canvas[0] and w <= canvas[1] for h, w in sizes)
+    fits = all(h <= canvas.size[0] and w <= canvas.size[1] for h, w in sizes)
+    if not (fits or canvas.exact):
+        return stage
     return replace(stage, fills=stage.fills or not fits, may_fill=False)
 
 
-def fuse(items: Sequence[Stage | Called], exact: bool) -> tuple[Pass, ...]:
-    """Return the passes of a list of stages, and of transforms that are called."""
+def fuse(items: Sequence[Stage | Called], merge: bool = False) -> tuple[Pass, ...]:
+    """Return the passes of a list of stages, and of transforms that are called.
+
+    ``merge``: also of stages whose result in one pass is not that of one after the other.
+    """
     passes: list[Pass] = []
-    canvas: tuple[int, int] | None = None
+    canvas: Canvas | None = None
     ragged = False  # images may differ in size until a pass has cropped or resized each
     for item in items:
         before = passes[-1] if passes else None
@@ -417,11 +478,12 @@ def fuse(items: Sequence[Stage | Called], exact: bool) -> tuple[Pass, ...]:
             how = "for each sample" if before.called.each else "as it is"
             reason = f"{before.names[0]} is called {how}"
         elif before is not None:
-            reason = before.refuses(stage, exact)
+            reason = before.refuses(stage, merge)
             if ragged and stage.mixes and not reason:
                 reason = "images of several sizes come to one size before they are mixed"
                 ragged = False
         if before is None or reason:
+            ragged = ragged or (before is not None and before.ends_apart)
             passes.append(Pass(reason=reason))
         passes[-1].add(stage)
         canvas = passes[-1].canvas(canvas)

@@ -26,8 +26,8 @@ _KEPT = re.compile(r"(?:^|[^a-z])(?:ids?|idx|index|indices|names?|paths?|files?|
 
 #: Words in the keys of plain values that are places in the image, whatever their shape.
 _PLACES = re.compile(
-    r"(?:^|[^a-z])(?:b?box(?:es)?|bndbox|keypoints?|kpts?|landmarks?|polygons?|segmentations?|joints)"
-    r"(?:$|[^a-z])"
+    r"(?:^|[^a-z])(?:b?box(?:es)?|bndbox|keypoints?|kpts?|landmarks?|polygons?|polys?|contours?|joints"
+    r"|segmentations?|rles?|rois?|quads?|centroids?|xyxy|c?xc?ywh|[xy]_?(?:min|max))(?:$|[^a-z])"
 )
 _LABELS = re.compile("label|class|categor|id|area|score|weight|count|num|visib|name")
 
@@ -35,6 +35,11 @@ _LABELS = re.compile("label|class|categor|id|area|score|weight|count|num|visib|n
 def names_places(key: str) -> bool:
     """Return whether a key, in small letters, is that of places in the image."""
     return bool(_PLACES.search(key)) and not _LABELS.search(key)
+
+
+def is_no_place(key: str) -> bool:
+    """Return whether a key, in small letters, says that its values are no places."""
+    return bool(_LABELS.search(key))
 
 
 def is_named_as_label(key: str) -> bool | None:

@@ -119,6 +119,11 @@ def collate(augment: Any, samples: Sequence[Any]) -> Any:
     if not samples:
         raise ValueError(f"fusereg.{op}.collate: samples must not be empty")
     if isinstance(samples[0], _SampleWithId):
+        if not all(isinstance(s, _SampleWithId) for s in samples):
+            raise TypeError(
+                f"fusereg.{op}.collate: all samples must be of WithIds, or none; wrap the dataset "
+                "of all, as WithIds(ConcatDataset([...]))"
+            )
         ids = [s.id for s in samples]
         views = [s.view for s in samples]
         keys = {"sample_ids": ids}

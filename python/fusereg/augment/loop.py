@@ -194,7 +194,11 @@ def call(
     if found is not None and called.moves:
         found.check_all_move(called.name)
         if not called.targets:
-            _refuse(called, found, op)
+            alone = (
+                f"{called.name} is called with the images alone. If it changes values only, wrap "
+                "it in torchvision.transforms.v2.Lambda(function, tv_tensors.Image)"
+            )
+            refuse_types(found, op, alone)
     if not called.each:
         with numbers_of(x) as seed:
             seed(mix_bits(*params.seeds.tolist()))
@@ -291,14 +295,13 @@ def _same_canvas(tree: Any, size: tuple[int, int]) -> None:
                 leaf.canvas_size = size
 
 
-def _refuse(called: Called, found: Targets, op: str) -> None:
+def refuse_types(found: Targets, op: str, why: str) -> None:
     """Raise an error if there are targets that would have to move with the images."""
     for leaf in found.leaves:
         if leaf.kind not in ("", "Tensor") and found.rules.passthrough is not True:
             raise ValueError(
                 f"fusereg.{op}: {leaf.path}, {leaf.kind}, would have to move with the images, and "
-                f"{called.name} is called with the images alone. If it changes values only, wrap "
-                "it in torchvision.transforms.v2.Lambda(function, tv_tensors.Image)"
+                f"{why}"
             )
 
 

@@ -136,6 +136,9 @@ _WIDE = {
     **dict.fromkeys(_FACTORS, 0.99),
     "Posterize": 6.0,
 }
+#: AugMix's, whose translations are shares of the side.
+_MIXED = {**_AUTO, **dict.fromkeys(("TranslateX", "TranslateY"), 1.0 / 3.0)}
+_TABLE_OF = {"auto": _AUTO, "wide": _WIDE, "mixed": _MIXED}
 _SIGNED = (*_GEOMETRY, *_FACTORS)
 #: The operations of RandAugment and TrivialAugmentWide, in the order of torchvision's table.
 _OPERATIONS = (
@@ -149,15 +152,15 @@ _FLOAT32: Any = {"dtype": torch.float32, "device": "cpu"}
 
 
 @functools.lru_cache(maxsize=1024)
-def _magnitudes(name: str, wide: bool, bins: int, size: Size) -> list[float]:
+def _magnitudes(name: str, table: str, bins: int, size: Size) -> list[float]:
     """Return the magnitudes of an operation, in float32 as torchvision has them."""
-    last = (_WIDE if wide else _AUTO).get(name, 0.0)
+    last = _TABLE_OF[table].get(name, 0.0)
     if name == "Posterize":
         step = torch.arange(bins, **_FLOAT32) / ((bins - 1) / last)
-        return (8 - step).round().tolist()
+        return ((4 if table == "mixed" else 8) - step).round().tolist()
     if name == "Solarize":
         return torch.linspace(1.0, 0.0, bins, **_FLOAT32).tolist()
-    if name in ("TranslateX", "TranslateY") and not wide:
+    if name in ("TranslateX", "TranslateY") and table != "wide":
         last = last * (size[1] if name == "TranslateX" else size[0])
     return torch.linspace(0.0, last, bins, **_FLOAT32).tolist()
 
@@ -198,7 +201,7 @@ def _bins(
         v = 0.0
         if name not in ("Identity", "AutoContrast", "Equalize"):
             at = numbers.below(count) if magnitude is None else magnitude
-            v = _magnitudes(name, wide, count, size)[at]
+            v = _magnitudes(name, "wide" if wide else "auto", count, size)[at]
             if name in _SIGNED:
                 v *= numbers.sign()
         made.append(_operation(name, v, size, how))
@@ -220,10 +223,55 @@ def _pairs(pairs: PairsOf, how: int, numbers: Numbers, size: Size) -> list[Row]:
     for name, p, at in pairs[numbers.below(len(pairs))]:
         if numbers.uniform() >= p:
             continue
-        v = 0.0 if at is None else _magnitudes(name, False, 10, size)[at]
+        v = 0.0 if at is None else _magnitudes(name, "auto", 10, size)[at]
         if name in _SIGNED:
             v *= numbers.sign()
         made.append(_operation(name, v, size, how))
+    return made
+
+
+def aug_mix(severity: int, width: int, depth: int, all_ops: bool, how: int) -> Policy:
+    """Return AugMix (Hendrycks et al. 2020) with alpha 1: the image and chains of it, mixed.
+
+    Its first row has the shares of the image and of all chains, and of each chain in the latter; as
+    many rows for each chain follow. ``depth``: operations of a chain; below 1: from 1 to 3.
+    """
+    kept = [name for name in _OPERATIONS[1:] if name not in _FACTORS]
+    names = [*kept, *(_FACTORS if all_ops else ())]
+    rows = partial(_aug_mix, severity, width, depth, names, how)
+    deepest = depth if depth > 0 else _DEEPEST
+    uniforms = 2 + width + width * (1 + 3 * deepest)
+    return Policy(rows, _codes(names), uniforms, chains=width)
+
+
+#: The most operations of AugMix's chains where their number is drawn.
+_DEEPEST = 3
+
+
+def _aug_mix(
+    severity: int,
+    width: int,
+    depth: int,
+    names: list[str],
+    how: int,
+    numbers: Numbers,
+    size: Size,
+) -> list[Row]:
+    def shares(count: int) -> list[float]:
+        waits = [-_C.augment_elementary(1.0 - numbers.uniform())[2] for _ in range(count)]
+        return [w / max(sum(waits), 1e-300) for w in waits]
+
+    made: list[Row] = [(*shares(2), *shares(width))]
+    for _ in range(width):
+        count = depth if depth > 0 else 1 + numbers.below(_DEEPEST)
+        for _ in range(count):
+            name, v = names[numbers.below(len(names))], 0.0
+            if name not in ("AutoContrast", "Equalize"):
+                v = _magnitudes(name, "mixed", 10, size)[numbers.below(severity)]
+                if name in _SIGNED:
+                    v *= numbers.sign()
+            made.append(_operation(name, v, size, how))
+        made += [(float(P.IDENTITY),)] * ((depth if depth > 0 else _DEEPEST) - count)
     return made
 
 

@@ -7,7 +7,7 @@ so after each of them; images of floats go through functions of torch, one by on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -25,7 +25,8 @@ from .tree import plain, wrap
 #: The code of each instruction.
 IDENTITY, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, INVERT, POSTERIZE = range(8)
 SOLARIZE, SOLARIZE_ADD, AUTOCONTRAST, EQUALIZE, SHARPNESS, BLUR, WARP = range(8, 15)
-_WIDTH = 8
+#: Numbers of an instruction.
+WIDTH = 8
 #: The interpolation of a warp that is PIL's bicubic; others have the numbers of INTERPOLATIONS.
 PIL_BICUBIC = 3
 #: Those that need gray or hue, which images of 1 and 3 channels have.
@@ -40,7 +41,8 @@ class ProgramParams(Drawn):
     """The programs of N images, as ``Compose.sample_params`` draws them.
 
     Attributes:
-        programs: [N, length, 8] float64: instructions (``csrc/augment/program.h``).
+        programs: [N, length, 8] float64: instructions (``csrc/augment/program.h``). Of AugMix, the
+            shares that they are mixed by, and then those of each chain.
         sample_ids: [N] int64.
     """
 
@@ -95,6 +97,7 @@ class Policy:
         codes: the instructions that there may be.
         uniforms, normals: the most numbers of either kind that it takes.
         first: images of one channel have three after it, so nothing may come before it in a pass.
+        chains: how many programs the image is mixed of, beside itself; 0: one, which is not mixed.
     """
 
     rows: Callable[[Numbers, tuple[int, int]], list[Row]]
@@ -102,6 +105,7 @@ class Policy:
     uniforms: int
     normals: int = 0
     first: bool = False
+    chains: int = 0
 
     @property
     def moves(self) -> bool:
@@ -117,11 +121,15 @@ class Program:
         policies: with their occurrences.
         fill: of pixels outside the image.
         whole_pixels: pixels are either of the image or filled, as in PIL.
+        own_units: the fill is in units of the images, of floats as well: else of bytes.
+        chains: how many programs an image is mixed of, as Policy has it.
     """
 
     policies: tuple[tuple[Policy, int], ...]
     fill: tuple[float, ...] = (0.0,)
     whole_pixels: bool = False
+    own_units: bool = False
+    chains: int = 0
 
     @dispatch.outside_graphs
     def draw(self, keys: Keys, size: tuple[int, int], op: str) -> ProgramParams:
@@ -140,9 +148,9 @@ class Program:
         for rows in found:
             for row in rows:
                 flat += row
-                flat += (0.0,) * (_WIDTH - len(row))
-            flat += (0.0,) * (_WIDTH * (length - len(rows)))
-        programs = torch.tensor(flat, dtype=torch.float64, device="cpu").reshape(n, length, _WIDTH)
+                flat += (0.0,) * (WIDTH - len(row))
+            flat += (0.0,) * (WIDTH * (length - len(rows)))
+        programs = torch.tensor(flat, dtype=torch.float64, device="cpu").reshape(n, length, WIDTH)
         return ProgramParams(programs, keys.ids)
 
     def joins(self, x: Tensor) -> bool:
@@ -157,6 +165,7 @@ class Program:
             and not _C.CUDA_ON_HOST
             and len(x) >= 2 * torch.get_num_threads()
             and not grows
+            and not self.chains
             and dispatch.direct(plain(x))
         )
 
@@ -176,6 +185,8 @@ class Program:
         images = plain(x)
         params.check_images(x.shape, op)
         self._check_channels(images.shape[1], op)
+        if self.chains:
+            return self._mixed(x, params, op, out)
         programs = params.programs.cpu().contiguous()
         if images.shape[1] == 1 and any(policy.first for policy, _ in self.policies):
             images = images.expand(-1, 3, -1, -1).contiguous()
@@ -187,7 +198,8 @@ class Program:
         if images.dtype is not torch.uint8:
             if out is not None:
                 checks.check_target(images, out, op, tuple(images.shape), images.dtype)
-            y = _in_floats(images, programs.tolist(), fill, self.whole_pixels, op)
+            shades = tuple(f if self.own_units else f / 255 for f in fill)
+            y = _in_floats(images, programs.tolist(), shades, self.whole_pixels, op)
             return wrap(y if out is None else out.copy_(y), x)  # type: ignore[no-any-return]
         programs = memory.to_device(programs, images.device, op)
         target = _ops.Target.of(images, (height, width), torch.uint8)
@@ -205,6 +217,30 @@ class Program:
         y = target.empty(images) if out is None else out
         y = _ops.run(_C.color_program, y, images, passes, op)
         return wrap(y if out is None else operator.written(y), x)  # type: ignore[no-any-return]
+
+    def _mixed(self, x: Tensor, params: ProgramParams, op: str, out: Tensor | None) -> Tensor:
+        """Return the images mixed with the results of their chains, as torchvision mixes them."""
+        images = plain(x)
+        alone = replace(self, chains=0)
+        parts = params.programs[:, 1:].unflatten(1, (self.chains, -1)).unbind(1)
+        chains = [
+            alone.run(images, replace(params, programs=rows.contiguous()), op) for rows in parts
+        ]
+        if out is not None:
+            checks.check_target(images, out, op, tuple(images.shape), images.dtype)
+        own, others, shares = (
+            params.programs[:, 0, : self.chains + 2].float().tensor_split((1, 2), 1)
+        )
+        weights = torch.cat([own, shares * others], 1)
+        weights = memory.to_device(weights, images.device, op)[..., None, None, None]
+        results = []
+        for i, image in enumerate(images):  # one after the other, each while it is in the cache
+            mixed = weights[i, 0] * image
+            for weight, chain in zip(weights[i, 1:], chains, strict=True):
+                mixed = mixed.add_(weight * chain[i])
+            results.append(mixed.to(images.dtype))
+        y = torch.stack(results) if results else images.clone()
+        return wrap(y if out is None else out.copy_(y), x)  # type: ignore[no-any-return]
 
     def _check_channels(self, channels: int, op: str) -> None:
         """Refuse colors of images that have none, whether or not this batch has drawn them."""
@@ -312,7 +348,7 @@ def _in_floats(
                 row = memory.to_device(row, x.device, op)
                 image = (_kernel(levels, row, fill, False)[0] / 255).to(x.dtype)
             elif code == WARP:
-                image = _warped(image, a, [f / 255 for f in fill], whole_pixels, op)
+                image = _warped(image, a, list(fill), whole_pixels, op)
             else:
                 image = _OF_FLOATS[int(code)](image, a)
         results.append(image)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -39,8 +39,8 @@ from .arguments import (
 )
 from .compose import Compose, Transform
 from .render import PAIRS, Mix
+from .rules import RULES
 from .steps import FullImage, ShortSide, Step
-from .targets import RULES
 from .transforms import (
     CenterCrop,
     Normalize,
@@ -321,9 +321,10 @@ def detection(
         seed: as for :class:`Compose`.
         rules: how targets move, as for :class:`Compose`.
 
-    Boxes come back as XYXY, without those that are empty, with their labels, and images in [0, 1],
-    as torchvision's models want them. "lsj" pads all sides, torchvision's reference the right
-    and the bottom one. torchvision is needed.
+    Boxes come back as XYXY, without those of less than a pixel (``min_area=``) and their rows in
+    what is beside them (``rows=``), and images in [0, 1], as torchvision's models want them.
+    "lsj" pads all sides, torchvision's reference the right and the bottom one. torchvision is
+    needed.
 
     Raises:
         ValueError, TypeError: an argument is out of its range or of another type.
@@ -340,12 +341,8 @@ def detection(
         size = 1024
     pair = None if size is None else size_pair(size, op)
     resized = [] if pair is None else [_resize("Resize", FullImage(pair), "bilinear")]
-    # Values first, in the pass before: boxes are filtered without the images.
-    after = [
-        v2.ToDtype(torch.float32, scale=True),
-        v2.ConvertBoundingBoxFormat("XYXY"),
-        v2.SanitizeBoundingBoxes(labels_getter=_labels_of),
-    ]
+    after = [v2.ToDtype(torch.float32, scale=True), v2.ConvertBoundingBoxFormat("XYXY")]
+    rules = {"min_area": 1.0, **rules}
     if not flag(train, op, "train"):
         return Compose([*resized, *after], seed=seed, **rules)
     chain: list[Any] = []
@@ -430,15 +427,6 @@ def simclr(
 
 
 # --- parts ----------------------------------------------------------------------------------------
-
-
-def _labels_of(sample: Any) -> Any:
-    """Return the labels beside the boxes, which may have none."""
-    target = sample[1] if isinstance(sample, tuple) and len(sample) > 1 else sample
-    if isinstance(target, torch.Tensor) or not isinstance(target, Mapping):
-        return None
-    names = sorted((str(name) for name in target if "label" in str(name).lower()), key=len)
-    return target[names[0]] if names else None
 
 
 def _resize(name: str, step: Step, interpolation: Interpolation) -> Transform:

@@ -151,6 +151,7 @@ class Settings:
         floors: "nearest" takes the pixel at the place of the output pixel's corner, as
             torchvision's NEAREST does where it resizes.
         fill_normalized: fill is in units of the result: the images were normalized before.
+        cuts: interpolated bytes are bytes again: bicubic's overshoot is cut before normalization.
         three_channels: only images of 3 channels are accepted.
         erase_before: the value of erased boxes is in units of the images: normalized after it.
         erase_noise: erased boxes are filled with noise.
@@ -165,6 +166,7 @@ class Settings:
     fill_mode: str = "constant"
     fill: tuple[float, ...] = (0.0,)
     fill_normalized: bool = False
+    cuts: bool = False
     color: bool = False
     three_channels: bool = False
     normal: Normalization | None = None
@@ -279,11 +281,13 @@ def _options(
     erase = for_channels(settings.erase, channels, op, "erase value")
     if settings.erase_before:
         erase = tuple(e * a + b for e, a, b in zip(erase, scale, shift, strict=True))
+    # Colors that change nothing are cut as well.
+    cuts = settings.cuts and dtype is torch.uint8 and out_dtype is not torch.uint8
     options = _ops.Options(
         INTERPOLATIONS[settings.interpolation],
         settings.antialias,
         FILLS[settings.fill_mode],
-        settings.color,
+        settings.color or cuts,
         fill,
         scale,
         shift,

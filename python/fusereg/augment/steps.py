@@ -209,6 +209,33 @@ class ShortSide(Step):
 
 
 @dataclass(frozen=True)
+class ShortestSize(Step):
+    """Both sides times a factor that makes the shorter one first, first + stride, ... pixels long.
+
+    The longer one has at most ``longest`` pixels (0: no limit).
+    """
+
+    first: int = 1
+    stride: int = 1
+    count: int = 1
+    longest: int = 0
+
+    kind = 12
+    group = "crop"
+
+
+@dataclass(frozen=True)
+class ScaleJitter(Step):
+    """Both sides times what fits them into a size, and times a random factor."""
+
+    size_within: tuple[int, int] = (1, 1)
+    scale: Pair = _ONE
+
+    kind = 13
+    group = "crop"
+
+
+@dataclass(frozen=True)
 class Perspective(Step):
     """A perspective whose corners move inward by a random share of half a side."""
 
@@ -237,7 +264,9 @@ class Padded(Step):
 VALUES = (Color.kind, EraseBox.kind, MixPair.kind)
 #: Those after which images have one size, and those after which they may not.
 _FIXED = (RandomWindow.kind, CenterWindow.kind, ResizedWindow.kind, FullImage.kind)
-_FREE = (ExpandCanvas.kind, ShortSide.kind)
+_FREE = (ExpandCanvas.kind, ShortSide.kind, ShortestSize.kind, ScaleJitter.kind)
+#: The steps that resize the whole image.
+RESIZES = (FullImage, ShortSide, ShortestSize, ScaleJitter)
 
 
 def ends_alike(steps: Sequence[Values]) -> bool:
@@ -246,6 +275,18 @@ def ends_alike(steps: Sequence[Values]) -> bool:
     for kind, _, values in steps:
         alike = (kind in _FIXED and values[0] > 0) or (alike and kind not in _FREE)
     return alike
+
+
+def ends_apart(steps: Sequence[Values]) -> bool:
+    """Return whether images of one size may have several after these steps."""
+    apart = False
+    for kind, _, values in steps:
+        apart = (apart and not (kind in _FIXED and values[0] > 0)) or (
+            (kind == ShortSide.kind and values[0] != values[1])
+            or (kind == ShortestSize.kind and values[2] > 1)
+            or (kind == ScaleJitter.kind and values[2] != values[3])
+        )
+    return apart
 
 
 def encode(steps: Iterable[Step], seen: dict[str, int] | None = None) -> list[Values]:

@@ -6,24 +6,24 @@ imported. Plain tensors are labels. What is neither, and would have to move, is 
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core import memory
-from .arguments import Interpolation, integer, interpolation_name, is_sequence, number, within
-from .labels import MixedLabels, is_named_as_label, mix_labels, names_places
+from .arguments import Interpolation
+from .labels import MixedLabels, is_named_as_label, is_no_place, mix_labels, names_places
 from .params import AugmentParams
 from .render import Settings
+from .rules import ROWS, Rules
 from .tree import (
     Columns,
     Node,
     are_probabilities,
+    are_rows_of_numbers,
     area,
     batch_tree,
     cut_corners,
@@ -39,74 +39,6 @@ from .tree import (
     wrap,
 )
 
-#: Keys whose values have a row for each box, and are filtered with the boxes.
-ROWS = ("labels", "masks", "keypoints", "area", "iscrowd", "scores", "visibility")
-
-
-@dataclass(frozen=True)
-class Rules:
-    """The rules by which targets move.
-
-    Args:
-        mask_fill: the label outside the image, such as 255. Default: what a transform of
-            torchvision has as the fill of masks, else 0. Masks beside boxes (one for each) and
-            boolean masks are filled with 0.
-        mask_interpolation: of floating masks; masks of integers take the nearest pixel.
-        image_interpolation: of a second image, such as depth; default: that of the images.
-        keypoint_pairs: pairs of indices, such as left and right eye, that change places where an
-            image is mirrored.
-        min_area: boxes with a smaller area (in pixels, cut to the image) are left out, with their
-            rows.
-        min_visibility: boxes of which a smaller share is left, likewise.
-        rows: the keys beside boxes whose values have a row for each box.
-        labels: the keys whose values MixUp and CutMix mix. Default: those that say so, such as
-            "label", "labels_a", "class", "category_id", "target" and "y"; "image_id", "index",
-            "name" and the like stay, and any other tensor is refused.
-        passthrough: True to leave what is not understood as it is, or the keys to leave alone.
-    """
-
-    mask_fill: float | None = None
-    mask_interpolation: Interpolation = "nearest"
-    image_interpolation: Interpolation | None = None
-    keypoint_pairs: Sequence[tuple[int, int]] = ()
-    min_area: float = 0.0
-    min_visibility: float = 0.0
-    rows: Sequence[str] = ROWS
-    labels: Sequence[str] | None = None
-    passthrough: bool | Sequence[str] = False
-
-    def check(self, op: str) -> Rules:
-        """Check the arguments, and return them with names for interpolations."""
-        if self.mask_fill is not None:
-            number(self.mask_fill, op, "mask_fill")
-        names = {
-            "mask_interpolation": interpolation_name(
-                self.mask_interpolation, op, "mask_interpolation"
-            )
-        }
-        if self.image_interpolation is not None:
-            names["image_interpolation"] = interpolation_name(
-                self.image_interpolation, op, "image_interpolation"
-            )
-        for pair in self.keypoint_pairs:
-            if not is_sequence(pair) or len(pair) != 2:
-                raise ValueError(f"fusereg.{op}: keypoint_pairs must be pairs, got {pair!r}")
-            for i in pair:
-                integer(i, op, "keypoint_pairs", least=0)
-        within(self.min_area, op, "min_area", 0, math.inf)
-        within(self.min_visibility, op, "min_visibility", 0, 1)
-        for name in ("rows", "labels", "passthrough"):
-            keys = getattr(self, name)
-            if (name, keys) in (("labels", None), ("passthrough", True), ("passthrough", False)):
-                continue
-            if not is_sequence(keys) or not all(isinstance(k, str) for k in keys):
-                raise TypeError(f"fusereg.{op}: {name} must be a sequence of keys, got {keys!r}")
-        return replace(self, **names)  # type: ignore[arg-type]
-
-
-#: What ``rules`` of transforms take by name.
-RULES = tuple(f.name for f in dataclasses.fields(Rules))
-
 
 class Leaf:
     """A value in the targets.
@@ -118,13 +50,22 @@ class Leaf:
         value: what is there now.
         sample: the index of its sample, or None for the whole batch.
         mixable: a label that is mixed with its image.
+        placed: it is, by a name above it, a place in the image.
     """
 
     def __init__(
-        self, path: str, key: str, group: object, value: Any, sample: int | None, mixable: bool
+        self,
+        path: str,
+        key: str,
+        group: object,
+        value: Any,
+        sample: int | None,
+        mixable: bool,
+        placed: bool,
     ) -> None:
         self.path, self.key, self.group, self.value = path, key, group, value
         self.sample, self.mixable = sample, mixable
+        self.placed = placed and not is_no_place(key.lower())
 
     @property
     def kind(self) -> str:
@@ -144,12 +85,20 @@ class Targets:
     ) -> None:
         self.n, self.size, self.rules, self.op, self.mixed = n, size, rules, op, mixed
         self.leaves: list[Leaf] = []
+        self._rows: list[tuple[str, str]] = []  # lists of lists of numbers
         self._tree = self._walk(tree, "targets", "", (), None, True)
         for leaf in self.leaves:
             self._check(leaf)
 
     def _walk(
-        self, tree: Any, path: str, key: str, group: object, sample: int | None, mixable: bool
+        self,
+        tree: Any,
+        path: str,
+        key: str,
+        group: object,
+        sample: int | None,
+        mixable: bool,
+        placed: bool = False,
     ) -> Any:
         if isinstance(tree, Columns):
             own = (path, id(tree))
@@ -160,7 +109,7 @@ class Targets:
             return Node(tree, dict(enumerate(parts)))
         items = items_of(tree)
         if items is None or isinstance(tree, MixedLabels):
-            leaf = Leaf(path, key, (group, sample), tree, sample, mixable)
+            leaf = Leaf(path, key, (group, sample), tree, sample, mixable, placed)
             self.leaves.append(leaf)
             return leaf
         indexed = isinstance(tree, (list, tuple)) and not hasattr(tree, "_fields")
@@ -172,6 +121,8 @@ class Targets:
             raise TypeError(
                 f"fusereg.{self.op}: {path} must be a tensor, got {type(tree).__name__}"
             )
+        if indexed and not each and are_rows_of_numbers(tree):
+            self._rows.append((path, key))
         made = {}
         # A list keeps the name and the group of what it is in; other containers have their own.
         inner_group = group if indexed and (each or isinstance(tree, list)) else (path, id(tree))
@@ -186,6 +137,7 @@ class Targets:
                 inner_group,
                 name if each else sample,
                 mixable,
+                placed or (not indexed and names_places(str(name).lower())),
             )
         return Node(tree, made, each)
 
@@ -275,18 +227,24 @@ class Targets:
         """
         if self.rules.passthrough is True:
             return
-        for leaf in self.leaves:
-            reason = "" if self._left_alone(leaf) else self._place(leaf)
+        reasons = [(x.path, "" if self._left_alone(x) else self._place(x)) for x in self.leaves]
+        kept = self.rules.passthrough or ()
+        reasons += [
+            (path, "is a list of lists of numbers")
+            for path, key in self._rows
+            if not (key in kept or is_no_place(key.lower()))
+        ]
+        for path, reason in reasons:
             if reason and (params is None or params.moves):
                 raise ValueError(
-                    f"fusereg.{self.op}: {leaf.path} {reason}, and {who} moves the images. Give a "
+                    f"fusereg.{self.op}: {path} {reason}, and {who} moves the images. Give a "
                     "torchvision tv_tensor (Mask, BoundingBoxes, KeyPoints, Image), which moves "
                     "with them, or name the key in passthrough= if it must stay as it is"
                 )
 
     def _place(self, leaf: Leaf) -> str:
         """Return why a value may be a place in the image, or an empty string if it is none."""
-        value, key = leaf.value, leaf.key.lower()
+        value = leaf.value
         if value is None or isinstance(value, (str, bytes, MixedLabels)):
             return ""
         kind = leaf.kind
@@ -294,7 +252,7 @@ class Targets:
             return f"is a {form} tensor, which fusereg does not read"
         if kind not in ("", "Tensor"):
             return "is a tv_tensor that fusereg does not know" if kind == "TVTensor" else ""
-        named = names_places(key)
+        named = leaf.placed
         shape = getattr(value, "shape", None)
         if shape is None:
             if isinstance(value, (int, float)):
@@ -661,19 +619,16 @@ class Targets:
 
     def _filter(self, boxes: Leaf) -> None:
         """Leave out boxes that are too small, with the rows of the keys beside them."""
-        value, rules = boxes.value, self.rules
+        value, rules, beside = boxes.value, self.rules, self._beside(boxes)
         kept = area(cut_corners(value)) >= rules.min_area
         if rules.min_visibility:
             kept &= getattr(value, "fusereg_visible", kept.double()) >= rules.min_visibility
         if bool(kept.all()):
             return
         boxes.value = wrap(plain(value)[kept], value)
-        for leaf in self.leaves:
-            kind, rows = leaf.kind, leaf.value
-            # A tuple has no keys: its vector beside the boxes has their labels.
-            named = leaf.key in rules.rows if leaf.key else kind == "Tensor" and rows.dim() == 1
-            whole = kind == "Mask" and rows.dim() < 3  # of all pixels, not of instances
-            if leaf is boxes or leaf.group != boxes.group or not named or whole:
+        for leaf, named in beside:
+            rows = leaf.value
+            if not named:
                 continue
             if not isinstance(rows, Tensor) or rows.shape[:1] != kept.shape:
                 raise ValueError(
@@ -681,6 +636,42 @@ class Targets:
                     "boxes beside it, to be filtered with them; name the keys that have in rows="
                 )
             leaf.value = wrap(plain(rows)[kept.to(rows.device)], rows)
+
+    def _beside(self, boxes: Leaf) -> list[tuple[Leaf, bool]]:
+        """Return what is beside boxes, and whether it has their rows: its key says so."""
+        count, rules = len(boxes.value), self.rules
+        beside = [x for x in self.leaves if x is not boxes and x.group == boxes.group]
+        found = []
+        for leaf in beside:
+            kind, value = leaf.kind, leaf.value
+            # A tuple has no keys: its vector beside the boxes has their labels.
+            named = leaf.key in rules.rows if leaf.key else kind == "Tensor" and value.dim() == 1
+            if kind == "Mask" and value.dim() < 3:  # of all pixels, not of instances
+                named = False
+            listed = bool(re.search(r"\[\d+\]$", leaf.path)) and leaf.key
+            if listed:
+                rows = sum(x.key == leaf.key for x in beside)
+            else:
+                rows = len(value) if kind and value.dim() else -1
+            unsaid = not named and rules.rows == ROWS
+            if unsaid and rows == count and not self._is_of_image(leaf):
+                raise ValueError(
+                    f"fusereg.{self.op}: {leaf.path} may have a row for each of the {count} boxes "
+                    "beside it, which are filtered, or none; name its key in rows= or in "
+                    "passthrough="
+                )
+            found.append((leaf, named))
+        return found
+
+    def _is_of_image(self, leaf: Leaf) -> bool:
+        """Return whether a value beside boxes is of the image, by its type or its key."""
+        kept = self.rules.passthrough
+        key = leaf.key.lower()
+        whole = leaf.kind in ("Image", "Video", "BoundingBoxes") or (
+            leaf.kind == "Mask" and leaf.value.dim() < 3
+        )
+        named = key in ("", "size", "orig_size", "original_size", "image_size", "image_id", "id")
+        return whole or named or kept is True or self._left_alone(leaf)
 
 
 class Unstacked(Targets):
@@ -693,8 +684,3 @@ class Unstacked(Targets):
         """Return the targets of the batch."""
         tree = batch_tree(stack(trees))
         return Targets(tree, self.n, size, self.rules, self.op, self.mixed)
-
-
-def rules_of(op: str, options: Mapping[str, Any]) -> Rules:
-    """Return the rules that arguments of a transform name."""
-    return Rules(**options).check(op)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .compose import Transform
 from .fuse import UNIT, Stage
 from .loop import Called, why_called
 from .render import Mix
-from .steps import FullImage, Padded, ShortSide, Step
+from .steps import FullImage, Padded, ScaleJitter, ShortestSize, ShortSide, Step
 from .tree import plain, wrap
 
 
@@ -98,6 +99,24 @@ def _resize(t: Any) -> Stage:
 def _random_resize(t: Any) -> Stage:
     step = ShortSide((t.min_size, t.max_size - 1))
     return T.resize_stage("RandomResize", step, t.interpolation, t.antialias)
+
+
+def _shortest_size(t: Any) -> Stage | str:
+    sides = list(t.min_size)
+    strides = {b - a for a, b in pairwise(sides)}
+    if len(strides) > 1 or min(sides) < 1:
+        return "its sizes are not evenly spaced"
+    step = ShortestSize(sides[0], min(strides, default=0), len(sides), t.max_size or 0)
+    return T.resize_stage("RandomShortestSize", step, t.interpolation, t.antialias)
+
+
+def _scale_jitter(t: Any) -> Stage:
+    height, width = (
+        t.target_size[1],
+        t.target_size[0],
+    )  # torchvision fits the height into the second
+    step = ScaleJitter((height, width), (float(t.scale_range[0]), float(t.scale_range[1])))
+    return T.resize_stage("ScaleJitter", step, t.interpolation, t.antialias)
 
 
 def _dtype(t: Any) -> Stage | str:
@@ -221,7 +240,16 @@ def _auto(t: Any) -> Stage | str:
         if magnitude is not None and not -bins <= magnitude < bins:
             return "its magnitude is not one of its bins"
         policy = policies.bins(layers, magnitude, bins, name != "RandAugment", how)
-    return Stage(name, policy=policy, fill=per_channel(_fill(t), name, "fill"))
+    return Stage(name, policy=policy, fill=per_channel(_fill(t), name, "fill"), own_units=True)
+
+
+def _aug_mix(t: Any) -> Stage | str:
+    if t.alpha != 1 or not 0 < t.mixture_width <= P.WIDTH - 2:
+        return "its alpha is not 1, or it mixes more than 6 chains"
+    how = T.interpolation_of(t.interpolation, "AugMix")
+    policy = policies.aug_mix(t.severity, t.mixture_width, t.chain_depth, t.all_ops, how)
+    shade = per_channel(_fill(t), "AugMix", "fill")
+    return Stage("AugMix", policy=policy, fill=shade, own_units=True)
 
 
 def _floats(values: Any) -> list[float]:
@@ -267,8 +295,11 @@ _KNOWN: Mapping[str, Callable[[Any], Stage | str]] = {
     "RandAugment": _auto,
     "TrivialAugmentWide": _auto,
     "AutoAugment": _auto,
+    "AugMix": _aug_mix,
     "Resize": _resize,
     "RandomResize": _random_resize,
+    "RandomShortestSize": _shortest_size,
+    "ScaleJitter": _scale_jitter,
     "Pad": _pad,
     "ToDtype": _dtype,
     "ConvertImageDtype": _dtype,

@@ -277,8 +277,8 @@ class RandomResizedCrop(Transform):
         antialias: filter as wide as the output pixel where the window is made smaller.
         seed: default: from torch's generator.
 
-    As in torchvision, the window is cropped and then resized: no pixel outside it is read. In a
-    pass with a rotation, or another resize, the pixels around it are.
+    As in torchvision, the window is cropped and then resized: no pixel outside it is read.
+    (``Compose(..., merge=True)`` reads those around it where it joins other geometry.)
     """
 
     def __init__(

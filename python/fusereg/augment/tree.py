@@ -241,6 +241,17 @@ def are_probabilities(value: Any, columns: int) -> bool:
     return columns not in (2, 4, 5, 8) or bool(((sums - 1).abs() < 1e-2).all())
 
 
+def are_rows_of_numbers(value: Any) -> bool:
+    """Return whether a list has lists of numbers, such as points, polygons or a mask."""
+    return bool(value) and all(
+        isinstance(row, (list, tuple))
+        and not hasattr(row, "_fields")
+        and bool(row)
+        and (are_rows_of_numbers(row) or all(isinstance(v, (int, float)) for v in row))
+        for row in value
+    )
+
+
 def hulls_of(boxes: Tensor, name: str) -> Tensor:
     """Return boxes of a format, or what is around their corners, as x0, y0, x1, y1."""
     if name != "XYXYXYXY":
