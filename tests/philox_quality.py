@@ -57,12 +57,14 @@ def avalanche(rounds: int, count: int) -> Tensor:
 
 
 def neighbors(rounds: int, count: int, p: float) -> Tensor:
-    """Deviations of the correlations with the next chunk, offset and seed, (3, 8)."""
+    """Deviations of the correlations with the next chunk, offset and seed, a row each."""
     threshold = round((1.0 - p) * 2**16)
     keep = threshold / 2**16
 
     def kept(inputs: list[Tensor]) -> Tensor:
         words = _words(inputs, rounds)
+        if p == 0.5:  # a bit an element
+            return (words.unsqueeze(2) >> torch.arange(32) & 1).flatten(1).double() - keep
         halves = torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten(1)
         return (halves < threshold).double() - keep
 

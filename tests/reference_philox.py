@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -36,6 +37,11 @@ def threshold(p: float) -> tuple[int, int]:
     keep = 1.0 - p
     if keep == 0.0:
         return 16, 0
+    if keep == 1.0:  # for a p of 1e-17
+        return 32, 2**32 - 1
+    for bits in (1, 2):
+        if (keep * 2**bits).is_integer():
+            return bits, int(keep * 2**bits)
     coarse = round(keep * 2**16)
     if abs(coarse - keep * 2**16) <= min(p, keep) * 64:
         return 16, coarse
@@ -47,12 +53,30 @@ def keep_probability(p: float) -> float:
     return math.ldexp(limit, -bits)
 
 
+@functools.lru_cache(maxsize=64)
+def _digits(seed: int, low: int, chunk: int, digit: int) -> int:
+    """Digits of the draws of 128 elements, where a draw has one or two."""
+    high = chunk + digit * 2**57
+    counter = (low & _M32, low >> 32, high & _M32, high >> 32)
+    words = philox(seed % 2**64, counter, MASK_ROUNDS)
+    return ~sum(word << 32 * i for i, word in enumerate(words))
+
+
+def _digit(seed: int, low: int, index: int, digit: int) -> int:
+    return _digits(seed, low, index // 128, digit) >> index % 128 & 1
+
+
 def mask(count: int, p: float, seed: int, offset: int, index_offset: int = 0) -> Tensor:
     """Whether each of the elements index_offset, index_offset + 1, ... is kept."""
     bits, limit = threshold(p)
-    per_chunk = 128 // bits
     low = (offset % 2**64) // 4
     kept = []
+    if bits <= 2:
+        for index in range(index_offset, index_offset + count):
+            draw = sum(_digit(seed, low, index, digit) << digit for digit in range(bits))
+            kept.append(draw < limit)
+        return torch.tensor(kept, dtype=torch.bool)
+    per_chunk = 128 // bits
     chunk, words = -1, (0, 0, 0, 0)
     for index in range(index_offset, index_offset + count):
         if index // per_chunk != chunk:

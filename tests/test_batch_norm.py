@@ -341,7 +341,7 @@ def test_the_gradient_passes_a_nan_as_in_torch(
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("p", [0.3, 0.001, 1.0])
+@pytest.mark.parametrize("p", [0.3, 0.5, 0.75, 0.001, 1.0])
 def test_dropout_is_dropout_of_the_result(
     p: float, activation: str | None, dtype: torch.dtype, backend: Backend
 ) -> None:

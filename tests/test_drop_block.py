@@ -83,14 +83,18 @@ def test_mask_and_values(
         assert_dropped(x.grad, x.detach(), mask)
 
 
-@pytest.mark.parametrize(("p", "bits"), [(0.75, 16), (0.016, 32)])
-def test_draws_of_16_and_of_32_bits(p: float, bits: int, backend: Backend) -> None:
+@pytest.mark.parametrize(
+    ("p", "block_size", "bits"), [(0.5, 1, 1), (0.25, 1, 2), (0.75, 2, 16), (0.016, 2, 32)]
+)
+def test_draws_of_few_and_of_many_bits(
+    p: float, block_size: int, bits: int, backend: Backend
+) -> None:
     shape = (2, 11, 12, 11)
-    assert reference_philox.threshold(gamma(shape, p, 2))[0] == bits
-    mask = kept(shape, p, 2)
+    assert reference_philox.threshold(gamma(shape, p, block_size))[0] == bits
+    mask = kept(shape, p, block_size)
     assert 0 < mask.sum() < mask.numel()
     x = make(shape, torch.float32, backend)
-    assert_dropped(F.drop_block2d(x, p, 2, seed=SEED), x, mask)
+    assert_dropped(F.drop_block2d(x, p, block_size, seed=SEED), x, mask)
 
 
 @pytest.mark.parametrize("index_offset", [1, 8, 100, 2**32 - 3, 2**62])

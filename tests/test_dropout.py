@@ -18,11 +18,12 @@ from conftest import make_nonzero as make
 from fusereg import functional as F
 from fusereg import nn
 
-#: Around a chunk (8), around the vector blocks (16 to 128), more than one unit of work a thread.
-SIZES = [0, 1, 7, 8, 9, 31, 33, 127, 129, 1003]
+#: Around a chunk (8, or 128), around the vector blocks (16 to 128), around a vector of bits (1024),
+#: more than one unit of work a thread.
+SIZES = [0, 1, 7, 8, 9, 31, 33, 127, 129, 1003, 1025]
 
-#: 16-bit draws, 32-bit draws (too fine or too coarse for 16), nothing kept.
-PROBABILITIES = [0.5, 0.1, 0.001, 0.9997, 1e-9, 1.0]
+#: Draws of one and of two digits, of 16 bits, of 32 (too fine or too coarse for 16); nothing kept.
+PROBABILITIES = [0.5, 0.25, 0.75, 0.1, 0.001, 0.9997, 1e-9, 1.0]
 
 
 def scaled(x: Tensor, p: float) -> Tensor:
@@ -54,20 +55,21 @@ def test_mask_and_values(p: float, dtype: torch.dtype, backend: Backend) -> None
         assert_dropped(F.dropout(x, p, seed=SEED), x, mask, p)
 
 
-@pytest.mark.parametrize("p", [0.5, 0.001])
-@pytest.mark.parametrize("index_offset", [1, 8, 100, 2**32 - 3, 2**40 + 5, 2**62])
+@pytest.mark.parametrize("p", [0.5, 0.75, 0.1, 0.001])
+@pytest.mark.parametrize("index_offset", [1, 8, 100, 1000, 2**32 - 3, 2**40 + 5, 2**62])
 def test_index_offset_gives_a_shard_its_part(p: float, index_offset: int, backend: Backend) -> None:
     x = make((201,), torch.float32, backend)
     y = F.dropout(x, p, seed=SEED, index_offset=index_offset)
     assert_dropped(y, x, reference_philox.mask(201, p, SEED, 0, index_offset), p)
 
 
-def test_shards_give_the_whole_mask(dtype: torch.dtype, backend: Backend) -> None:
+@pytest.mark.parametrize("p", [0.3, 0.5])
+def test_shards_give_the_whole_mask(p: float, dtype: torch.dtype, backend: Backend) -> None:
     x = make((6, 77), dtype, backend)
-    whole = F.dropout(x, 0.3, seed=SEED)
+    whole = F.dropout(x, p, seed=SEED)
     cuts = [0, 1, 3, 6]
     for a, b in itertools.pairwise(cuts):
-        shard = F.dropout(x[a:b], 0.3, seed=SEED, index_offset=77 * a)
+        shard = F.dropout(x[a:b], p, seed=SEED, index_offset=77 * a)
         assert torch.equal(shard, whole[a:b])
 
 
@@ -89,16 +91,29 @@ def test_dropout_mask(backend: Backend) -> None:
 
 
 def test_the_effective_probability() -> None:
-    for p in (0.5, 0.1, 0.3, 1e-3, 1e-5, 1e-12, 0.999, 1 - 1e-7, 1 - 1e-15, 2**-16, 1.0):
+    some = (0.5, 0.25, 0.75, 0.125, 0.1, 0.3, 0.999, 1 - 1e-7, 1 - 1e-15, 1.0)
+    for p in (*some, 1e-3, 1e-5, 1e-12, 1e-17, 5e-324, 2**-16):
         bits, limit, keep, *_ = fusereg._C.dropout_constants(p, False)
         assert (bits, limit) == reference_philox.threshold(p)
         assert keep == reference_philox.keep_probability(p)
         if 1e-9 < p < 1 - 1e-9:
             assert abs(keep - (1 - p)) <= min(p, 1 - p) / 1024 + 2**-33
-    assert fusereg._C.dropout_constants(0.1, False)[0] == 16
-    assert fusereg._C.dropout_constants(0.001, False)[0] == 32
+    for p, bits in ((0.5, 1), (0.25, 2), (0.75, 2), (0.1, 16), (0.125, 16), (0.001, 32)):
+        assert fusereg._C.dropout_constants(p, False)[0] == bits
     with pytest.raises(ValueError, match="p must be within"):
         fusereg._C.dropout_constants(0.0, False)
+
+
+@pytest.mark.parametrize("p", [1e-16, 1e-17, 5e-324])
+def test_a_p_that_1_minus_p_does_not_show_keeps_what_is_there(p: float, backend: Backend) -> None:
+    x = make((2, 3, 8, 8), torch.float32, backend)
+    for kind in (F.dropout, F.dropout2d, F.drop_path, F.alpha_dropout, F.feature_alpha_dropout):
+        assert torch.equal(kind(x, p, True, seed=SEED), x)
+    assert torch.equal(F.drop_block2d(x, p, 3, seed=SEED), x)
+    added = F.bias_dropout_add(x, None, torch.zeros_like(x), p, seed=SEED)
+    assert torch.equal(added, x)
+    _, added = F.dropout_add_rms_norm(x, None, None, p, seed=SEED, return_sum=True)
+    assert torch.equal(added, x)
 
 
 def free_memory() -> int:
@@ -258,7 +273,7 @@ def alpha_reference(x: Tensor, mask: Tensor, p: float) -> Tensor:
 
 
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("p", [0.5, 0.1, 0.001, 1.0])
+@pytest.mark.parametrize("p", [0.5, 0.75, 0.1, 0.001, 1.0])
 @pytest.mark.parametrize("feature", [False, True])
 def test_alpha(feature: bool, p: float, dtype: torch.dtype, backend: Backend) -> None:
     tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3}.get(dtype, 8e-3)
@@ -441,7 +456,7 @@ def assert_fair(counts: Tensor, probabilities: Tensor) -> None:
     assert statistic < chi_squared_limit(counts.numel() - 1)
 
 
-@pytest.mark.parametrize("p", [0.5, 0.1, 0.003])
+@pytest.mark.parametrize("p", [0.5, 0.25, 0.75, 0.1, 0.003])
 def test_keep_rate_and_independence(p: float) -> None:
     """Chi-squared over many seeds, each test with a false-alarm rate of one in a million."""
     keep = reference_philox.keep_probability(p)

@@ -92,7 +92,7 @@ def check(
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_values_and_gradients(rms: bool, dtype: torch.dtype, backend: Backend) -> None:
     for i, length in enumerate(LENGTHS):
-        p = (0.3, 0.001, 0.5)[i % 3]
+        p = (0.3, 0.001, 0.5, 0.75)[i % 4]
         check(rms, backend, dtype, (3, length) if backend.on_host else (2, 9, length), p)
 
 
@@ -148,13 +148,14 @@ def test_many_rows(backend: Backend) -> None:
 def test_index_offset(index_offset: int, backend: Backend) -> None:
     check(False, backend, torch.float32, (3, 43), 0.4, index_offset=index_offset)
     check(True, backend, torch.float32, (3, 43), 0.001, index_offset=index_offset)
+    check(False, backend, torch.float32, (3, 43), 0.75, index_offset=index_offset)
 
 
 def test_the_mask_is_dropouts(backend: Backend) -> None:
     """What is added is bit for bit what dropout gives."""
     x = make((6, 77), torch.float32, backend)
     zeros = torch.zeros_like(x)
-    for p in (0.3, 0.001):
+    for p in (0.3, 0.001, 0.5, 0.75):
         _, s = F.dropout_add_layer_norm(x, zeros, None, None, p, seed=SEED, return_sum=True)
         assert torch.equal(s, F.dropout(x, p, seed=SEED))
         mask = fusereg.dropout_mask(x.shape, p, SEED, device=backend.device)

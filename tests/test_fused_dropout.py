@@ -15,8 +15,8 @@ import reference_philox
 from conftest import SEED, TOLERANCES, Backend, make
 from fusereg import functional as F
 
-#: 16-bit draws, 32-bit draws, nothing kept, nothing drawn.
-PROBABILITIES = [0.3, 0.001, 1.0, 0.0]
+#: 16-bit draws, draws of one and of two digits, 32-bit draws, nothing kept, nothing drawn.
+PROBABILITIES = [0.3, 0.5, 0.75, 0.001, 1.0, 0.0]
 
 #: Rows shorter than a vector, around a word (64), longer than a tile of columns (2048); one column;
 #: several rows of partial sums.

@@ -160,6 +160,21 @@ MISTAKES: dict[str, tuple[Call, type[Exception], list[str]]] = {
         TypeError,
         ["fusereg.WeightPenalty: unknown argument 'l1_strength'", "it is l1 here"],
     ),
+    "a model for its parameters": (
+        lambda: optim.AdamW(LINEAR, lr=0.1),  # type: ignore[arg-type]
+        TypeError,
+        ["fusereg.optim.AdamW: params must be parameters", "got Linear; pass model.parameters()"],
+    ),
+    "a dictionary for parameters": (
+        lambda: optim.FTRL(LINEAR.state_dict(), lr=0.1),  # type: ignore[arg-type]
+        TypeError,
+        ["fusereg.optim.FTRL: params must be", "got OrderedDict; pass model.parameters()"],
+    ),
+    "one group for a list of them": (
+        lambda: optim.SGD({"params": [LINEAR.weight]}, lr=0.1),  # type: ignore[arg-type]
+        TypeError,
+        ["got dict; pass it in a list"],
+    ),
     "an option of an optimizer": (
         lambda: fusereg.optim.AdamW([nn.Parameter(torch.ones(1))], weightdecay=0.1),
         TypeError,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -288,6 +289,24 @@ def test_the_same_penalty_is_not_attached_twice_to_one_optimizer() -> None:
     WeightPenalty(model, l1=0.1).attach(optimizer)  # another one
     attached.remove()
     penalty.attach(optimizer)
+
+
+def test_a_second_optimizer_of_the_same_parameters_is_warned_of() -> None:
+    model = network()
+    first, second, penalty = sgd(model), sgd(model), WeightPenalty(model, l2=0.1)
+    halves: list[torch.optim.Optimizer] = []
+    attached = penalty.attach(first)
+    with pytest.warns(UserWarning, match="another optimizer of some of these parameters") as seen:
+        penalty.attach(second, count_steps=False).remove()
+    assert seen[0].filename == __file__
+    attached.remove()
+    (one, *others) = model.parameters()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        penalty.attach(second).remove()
+        for params in ([one], others):
+            halves.append(torch.optim.SGD(params, lr=0.1))
+            penalty.attach(halves[-1])
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])

@@ -88,7 +88,10 @@ def test_with_six_rounds_they_would_not() -> None:
     assert philox_quality.avalanche(6, 2048).abs().max() > 20
 
 
-@pytest.mark.parametrize("p", [0.5, 0.1])
-def test_masks_of_neighboring_chunks_offsets_and_seeds_are_independent(p: float) -> None:
-    assert philox_quality.neighbors(masks.MASK_ROUNDS, 2**15, p).abs().max() < 4.5
+# Passed by random bits but for 1 time in 6000: there are 384 cells (bits of a counter) and 24.
+@pytest.mark.parametrize(("p", "limit"), [(0.5, 5.06), (0.1, 4.5)])
+def test_masks_of_neighboring_chunks_offsets_and_seeds_are_independent(
+    p: float, limit: float
+) -> None:
+    assert philox_quality.neighbors(masks.MASK_ROUNDS, 2**15, p).abs().max() < limit
     assert philox_quality.neighbors(4, 2**15, p).abs().max() > 20, "what the test sees"

@@ -209,7 +209,9 @@ class Keeper {
   // Of n <= kStrip elements from element `at` of memory on; valid until the next call.
   const Word<C>* words(std::int64_t at, std::int64_t n) {
     const std::uint64_t index = index_offset_ + static_cast<std::uint64_t>(at);
-    return buffer_ + (draw_.bits == 16 ? fill<16>(index, n) : fill<32>(index, n));
+    std::int64_t skip = 0;
+    dispatch_bits(draw_, [&](auto bits) { skip = fill<decltype(bits)::value>(index, n); });
+    return buffer_ + skip;
   }
 
  private:
@@ -220,11 +222,12 @@ class Keeper {
     constexpr auto kSize = static_cast<std::uint64_t>(kBlock<kBits>);
     const DrawVector<kBits> threshold =
         DrawVector<kBits>{} + static_cast<typename DrawType<kBits>::type>(draw_.threshold);
+    MaskDraws<kBits> mask_draws(keys_, low_, draw_);
     std::uint64_t block = index / kSize;
     const auto skip = static_cast<std::int64_t>(index % kSize);
     for (std::int64_t at = 0; at < skip + n; at += kBlock<kBits>, ++block) {
       U64Vector draws[2];
-      philox_chunks(keys_, low_, block * kPhiloxChunks, draws);
+      mask_draws.make(block, draws);
       for (int half = 0; half < 2; ++half) {
         const auto masks = Masks<C, kBits>::make(draws[half], threshold);
         for (int i = 0; i < Masks<C, kBits>::kParts; ++i) {

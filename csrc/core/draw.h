@@ -6,6 +6,11 @@
 // misses p or 1 - p by more than 1 part in 1024; then they have 32 (4 elements a call). `keep` is
 // what the threshold really gives, threshold / 2^bits: what scales by it is unbiased for every p.
 // p = 1 has threshold 0. draw_simd.h has the same draws as masks of vectors.
+//
+// Where 1 - p has at most kMostDigits binary digits, a draw has just these, each from a call of its
+// own that serves 128 elements: of the element with index i, digit d (0: the lowest) is the
+// complement of bit i % 128 of the call with the chunk i / 128 + d * 2^57. The comparison is then
+// one AND (of a 0 in the threshold) or OR (of a 1) a digit, from the lowest on, of whole words.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +18,8 @@
 #include "core/philox.h"
 
 namespace fusereg {
+
+inline constexpr int kMostDigits = 2;
 
 struct Draw {
   int bits = 16;
@@ -48,12 +55,40 @@ struct SeedPair {
 // Elements that are drawn together: one Philox call of 16-bit draws, two of 32-bit draws.
 inline constexpr int kGroup = 8;
 
-// Bit e is set if element e of the group is kept.
+// The chunk of 128 elements' digit.
+FUSEREG_INLINE std::uint64_t digit_chunk(std::uint64_t chunk, int digit) {
+  return chunk + (static_cast<std::uint64_t>(digit) << 57);
+}
+
+// Folds the bits of a digit into those of the lower ones, `kept` being 0 at first.
+template <class W>
+FUSEREG_INLINE W fold_digit(W kept, W bits, std::uint32_t threshold, int digit) {
+  return (threshold >> digit & 1u) != 0 ? kept | bits : kept & bits;
+}
+
+// The masks below for draws of few digits.
+FUSEREG_INLINE std::uint32_t keep_mask_of_digits(std::uint64_t seed, std::uint64_t low,
+                                                 std::uint64_t group, const Draw& draw) {
+  std::uint32_t kept = 0;
+  const auto part = static_cast<unsigned>(group % 16);
+  for (int digit = 0; digit < draw.bits; ++digit) {
+    const PhiloxWords w = philox<kMaskRounds>(seed, low, digit_chunk(group / 16, digit));
+    // No array is indexed by what is known at run time only: on a device it would be in memory.
+    const std::uint32_t first = part < 8 ? w.word[0] : w.word[2];
+    const std::uint32_t second = part < 8 ? w.word[1] : w.word[3];
+    kept = fold_digit(kept, (part & 4u) == 0 ? first : second, draw.threshold, digit);
+  }
+  return kept >> (part % 4 * 8) & 0xffu;
+}
+
+// Bit e is set if element e of the group is kept. kBits is 32, or 16 for all other draws.
 template <int kBits>
 FUSEREG_INLINE std::uint32_t keep_mask(std::uint64_t seed, std::uint64_t low, std::uint64_t group,
-                                       std::uint32_t threshold) {
+                                       const Draw& draw) {
+  const std::uint32_t threshold = draw.threshold;
   std::uint32_t mask = 0;
   if constexpr (kBits == 16) {
+    if (draw.bits < 16) return keep_mask_of_digits(seed, low, group, draw);
     const PhiloxWords w = philox<kMaskRounds>(seed, low, group);
     FUSEREG_UNROLL_10
     for (int i = 0; i < 4; ++i) {
@@ -77,9 +112,9 @@ FUSEREG_INLINE std::uint32_t keep_mask(std::uint64_t seed, std::uint64_t low, st
 // The same where the bits of a draw are known at run time; without any, all are kept.
 FUSEREG_INLINE std::uint32_t keep_mask(std::uint64_t seed, std::uint64_t low, std::uint64_t group,
                                        const Draw& draw) {
-  if (draw.bits == 16) return keep_mask<16>(seed, low, group, draw.threshold);
-  if (draw.bits == 32) return keep_mask<32>(seed, low, group, draw.threshold);
-  return 0xffu;
+  if (draw.bits == 0) return 0xffu;
+  return draw.bits == 32 ? keep_mask<32>(seed, low, group, draw)
+                         : keep_mask<16>(seed, low, group, draw);
 }
 
 // The mask of the 8 elements from this index on, which need not begin a group.

@@ -2,10 +2,15 @@
 // kBlock elements is one vector call of Philox; its two vectors of draws become masks as wide as
 // the type that computes.
 //
+//   const MaskKeys keys(seed);
+//   MaskDraws<kBits> mask_draws(keys, low, draw);
 //   U64Vector draws[2];
-//   philox_chunks(keys, low, block * kPhiloxChunks, draws);     elements [block * kBlock, ...)
+//   mask_draws.make(block, draws);                              elements [block * kBlock, ...)
 //   const auto masks = Masks<C, kBits>::make(draws[half], threshold);
 //   masks.part(i)                                  of elements half * kBlock / 2 + i * kWidth<C>
+//
+// kBits is 16, 32, or kFewBits for draws of few digits, which are made 16 bits wide: 0 or 0xffff,
+// which every threshold tells apart.
 #pragma once
 
 #include "core/draw.h"
@@ -17,14 +22,34 @@ namespace fusereg::FUSEREG_ISA {
 
 using MaskKeys = PhiloxKeys<kMaskRounds>;
 
-// Draws of a vector call, and elements that share it: two vectors of draws.
+inline constexpr int kFewBits = 1;
+
+// Calls f with a compile-time value of a draw's bits.
+template <int kValue>
+struct DrawBits {
+  static constexpr int value = kValue;
+};
+template <class F>
+FUSEREG_ALWAYS_INLINE void dispatch_bits(const Draw& draw, F&& f) {
+  if (draw.bits == 16) {
+    f(DrawBits<16>{});
+  } else if (draw.bits == 32) {
+    f(DrawBits<32>{});
+  } else {
+    f(DrawBits<kFewBits>{});
+  }
+}
+
+// The bits of a lane that has a draw.
 template <int kBits>
-inline constexpr int kBlock = 2 * kVectorBytes * 8 / kBits;
+inline constexpr int kLaneBits = kBits == 32 ? 32 : 16;
+
+// Two vectors of draws, and elements that have them.
+template <int kBits>
+inline constexpr int kBlock = 2 * kVectorBytes * 8 / kLaneBits<kBits>;
 
 template <int kBits>
-struct DrawType;
-template <>
-struct DrawType<16> {
+struct DrawType {
   using type = std::uint16_t;
 };
 template <>
@@ -33,6 +58,91 @@ struct DrawType<32> {
 };
 template <int kBits>
 using DrawVector = Vector<typename DrawType<kBits>::type>;
+
+// Lanes of 16 bits that are 0 where a bit is set, and 0xffff elsewhere.
+FUSEREG_INLINE U64Vector lanes_of_bits(const unsigned char* bits) {
+#if defined(__AVX512F__)
+  __mmask32 mask;
+  memcpy(&mask, bits, sizeof(mask));
+  return bit_cast<U64Vector>(_mm512_movm_epi16(~mask));
+#else
+  constexpr int kLanes = kVectorBytes / 2;
+  DrawVector<16> bit{};
+  for (int i = 0; i < kLanes; ++i) bit[i] = static_cast<std::uint16_t>(1u << i);
+  DrawVector<16> word{};
+  if constexpr (kLanes == 16) {
+    std::uint16_t mask;
+    memcpy(&mask, bits, sizeof(mask));
+    word += mask;
+  } else {
+    word += *bits;
+  }
+  return bit_cast<U64Vector>((word & bit) == 0);
+#endif
+}
+
+// The draws of a call, block after block.
+template <int kBits>
+class MaskDraws {
+ public:
+  FUSEREG_ALWAYS_INLINE MaskDraws(const MaskKeys& keys, std::uint64_t low, const Draw&)
+      : keys_(keys), low_(low) {}
+
+  FUSEREG_ALWAYS_INLINE void make(std::uint64_t block, U64Vector (&draws)[2]) {
+    philox_chunks(keys_, low_, block * kPhiloxChunks, draws);
+  }
+
+ private:
+  const MaskKeys& keys_;
+  std::uint64_t low_;
+};
+
+// Of draws of few digits: the bits of as many elements as a vector call gives a digit of, ones where
+// they are kept. (A function of the file that includes this, not a member: see simd.h.)
+[[maybe_unused]] __attribute__((noinline)) static void draw_bits(const MaskKeys& keys,
+                                                                 std::uint64_t low,
+                                                                 const Draw& draw,
+                                                                 std::uint64_t call,
+                                                                 U64Vector (&kept)[2]) {
+  kept[0] = kept[1] = U64Vector{};
+  for (int digit = 0; digit < draw.bits; ++digit) {
+    U64Vector w[2];
+    philox_chunks(keys, low, digit_chunk(call * kPhiloxChunks, digit), w);
+    for (int i = 0; i < 2; ++i) kept[i] = fold_digit(kept[i], w[i], draw.threshold, digit);
+  }
+}
+
+// Such a call serves 16 blocks.
+template <>
+class MaskDraws<kFewBits> {
+ public:
+  FUSEREG_ALWAYS_INLINE MaskDraws(const MaskKeys& keys, std::uint64_t low, const Draw& draw)
+      : keys_(keys), low_(low), draw_(draw) {}
+
+  FUSEREG_ALWAYS_INLINE void make(std::uint64_t block, U64Vector (&draws)[2]) {
+    const unsigned char* const from = bits<kVectorBytes / 8>(block);
+    draws[0] = lanes_of_bits(from);
+    draws[1] = lanes_of_bits(from + kVectorBytes / 16);
+  }
+
+  // Where the bits of the elements [8 kBytes at, 8 kBytes (at + 1)) are: ones if they are kept.
+  template <int kBytes>
+  FUSEREG_ALWAYS_INLINE const unsigned char* bits(std::uint64_t at) {
+    constexpr std::uint64_t kParts = sizeof(bits_) / kBytes;
+    if (at / kParts != known_) {
+      known_ = at / kParts;
+      draw_bits(keys_, low_, draw_, known_, bits_);
+    }
+    return reinterpret_cast<const unsigned char*>(bits_) + at % kParts * kBytes;
+  }
+
+ private:
+  const MaskKeys& keys_;
+  std::uint64_t low_;
+  Draw draw_;
+  std::uint64_t known_ = ~std::uint64_t{0};  // none: calls are counted in 2^8 elements or more
+  U64Vector bits_[2];
+};
 
 // All ones where an element is kept, as wide as the type that computes.
 template <class C>
@@ -55,10 +165,10 @@ using Bits = std::uint32_t;
 // vector.
 template <class C, int kBits>
 struct Masks {
-  static constexpr int kParts = static_cast<int>(sizeof(C)) * 8 / kBits;
+  static constexpr int kParts = static_cast<int>(sizeof(C)) * 8 / kLaneBits<kBits>;
   Bits bits;
   static FUSEREG_ALWAYS_INLINE Masks make(U64Vector draws, DrawVector<kBits> threshold) {
-    if constexpr (kBits == 16) {
+    if constexpr (kLaneBits<kBits> == 16) {
       return {_mm512_cmplt_epu16_mask(bit_cast<__m512i>(draws), bit_cast<__m512i>(threshold))};
     } else {
       return {_mm512_cmplt_epu32_mask(bit_cast<__m512i>(draws), bit_cast<__m512i>(threshold))};
@@ -101,7 +211,7 @@ FUSEREG_INLINE Wide widen_half(Narrow keep, int i) {
 
 template <class C, int kBits>
 struct Masks {
-  static constexpr int kParts = static_cast<int>(sizeof(C)) * 8 / kBits;
+  static constexpr int kParts = static_cast<int>(sizeof(C)) * 8 / kLaneBits<kBits>;
   typedef decltype(DrawVector<kBits>{} < DrawVector<kBits>{}) Keep;
   Keep keep;
   static FUSEREG_ALWAYS_INLINE Masks make(U64Vector draws, DrawVector<kBits> threshold) {

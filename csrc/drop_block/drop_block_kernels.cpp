@@ -37,8 +37,7 @@ FUSEREG_INLINE std::uint64_t kept_bits(U64Vector draws, DrawVector<kBits> thresh
   }
 #else
   std::uint64_t bits = 0;
-  for (int e = 0; e < kVectorBytes * 8 / kBits; ++e)
-    bits |= static_cast<std::uint64_t>(keep[e] != 0) << e;
+  for (int e = 0; e < kBlock<kBits> / 2; ++e) bits |= static_cast<std::uint64_t>(keep[e] != 0) << e;
   return bits;
 #endif
 #endif
@@ -63,7 +62,7 @@ template <int kBits>
 void mark_blocks(const Job& job, const Tile& tile, std::uint32_t* bits) {
   const Geometry& g = job.geometry;
   const MaskKeys keys(job.random.key());
-  const std::uint64_t low = job.random.low();
+  MaskDraws<kBits> mask_draws(keys, job.random.low(), job.draw);
   const DrawVector<kBits> threshold =
       DrawVector<kBits>{} + static_cast<typename DrawType<kBits>::type>(job.draw.threshold);
   constexpr std::int64_t kSize = kBlock<kBits>;
@@ -73,10 +72,10 @@ void mark_blocks(const Job& job, const Tile& tile, std::uint32_t* bits) {
     const std::int64_t first = runs.first + run * runs.stride;
     const std::uint64_t index = job.index_offset + static_cast<std::uint64_t>(first);
     auto skip = static_cast<std::int64_t>(index % kSize);
-    std::uint64_t chunk = index / kSize * kPhiloxChunks;
-    for (std::int64_t at = -skip; at < runs.length; at += kSize, chunk += kPhiloxChunks) {
+    std::uint64_t block = index / kSize;
+    for (std::int64_t at = -skip; at < runs.length; at += kSize, ++block) {
       U64Vector draws[2];
-      philox_chunks(keys, low, chunk, draws);
+      mask_draws.make(block, draws);
       std::uint64_t corners = kAll & ~(kept_bits<kBits>(draws[0], threshold) |
                                        kept_bits<kBits>(draws[1], threshold) << (kSize / 2));
       if (at < 0) corners &= kAll << -at;
@@ -95,11 +94,8 @@ std::int64_t mark(const Job& job, const Tile& tile, std::uint32_t* bits) {
   const std::int64_t planes = g.channels_last ? g.tile_planes : tile.planes;
   const std::int64_t words = (planes * tile.rows * g.w + 31) / 32;
   memset(bits, 0, static_cast<std::size_t>(words) * sizeof(*bits));
-  if (job.draw.bits == 16) {
-    mark_blocks<16>(job, tile, bits);
-  } else {
-    mark_blocks<32>(job, tile, bits);
-  }
+  dispatch_bits(job.draw,
+                [&](auto draw_bits) { mark_blocks<decltype(draw_bits)::value>(job, tile, bits); });
   std::int64_t dropped = 0;
   for (std::int64_t i = 0; i < words; ++i) dropped += __builtin_popcount(bits[i]);
   return dropped;

@@ -26,7 +26,7 @@ struct Arguments {
   std::int64_t inner;
   std::uint64_t index_offset;
   SeedPair random;
-  std::uint32_t threshold;
+  Draw draw;
   double a, b, c;
 };
 
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
       if (group >= groups) break;
       const std::int64_t at = origin + group * kGroup;
       const std::uint32_t mask =
-          keep_mask<kBits>(seed, low, first_group + static_cast<std::uint64_t>(group), g.threshold);
+          keep_mask<kBits>(seed, low, first_group + static_cast<std::uint64_t>(group), g.draw);
       if (kVectors && at + kGroup <= g.numel) {
         FUSEREG_UNROLL
         for (int i = 0; i < kParts; ++i) {
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto repeat = static_cast<Index>(g.repeat);
   const auto inner = static_cast<Index>(g.inner);
   const auto mask_of = [&](std::uint64_t group) {
-    return keep_mask<kBits>(seed, low, group, g.threshold);
+    return keep_mask<kBits>(seed, low, group, g.draw);
   };
   const std::int64_t vectors = (g.numel + kN - 1) / kN;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
@@ -161,7 +161,7 @@ void dispatch(const Job& job, F&& f) {
     using Wide = std::integral_constant<int, 32>;
     using Narrow = std::integral_constant<int, 16>;
     const bool linear = job.affine.linear();
-    if (job.draw.bits == 16) {
+    if (job.draw.bits != 32) {
       if (linear) {
         f(tag, Narrow{}, std::true_type{});
       } else {
@@ -180,12 +180,9 @@ void dispatch(const Job& job, F&& f) {
 void run_cuda(const Job& job, int device, void* stream) {
   if (job.numel == 0) return;
   const cuda::DeviceGuard guard(device);
-  const Arguments g = {job.x,          job.y,
-                       job.numel,      job.rows.repeat,
-                       job.rows.inner, job.index_offset,
-                       job.random,     job.draw.threshold,
-                       job.affine.a,   job.affine.b,
-                       job.affine.c};
+  const Arguments g = {
+      job.x,      job.y,    job.numel,    job.rows.repeat, job.rows.inner, job.index_offset,
+      job.random, job.draw, job.affine.a, job.affine.b,    job.affine.c};
   const std::int64_t most =
       static_cast<std::int64_t>(cuda::device_properties(device).sm_count) * kBlocksPerSm;
   cuda::LaunchConfig config;

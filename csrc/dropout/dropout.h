@@ -10,11 +10,9 @@
 //                   s = -(scale * alpha) of SELU = -1.7580993408473766
 //   its backward    a as before, b = c = 0
 //
-// Draws have 16 bits (8 elements a Philox call), threshold = round(65536 * (1 - p)), unless that
-// misses p or 1 - p by more than 1 part in 1024; then they have 32 (4 elements a call). `keep` is
-// what the threshold really gives, threshold / 2^bits, and a, b, c are made from it: the mean is
-// unbiased for every p. p = 1 has threshold 0 and writes zeros. A dropped element is never
-// multiplied: inf and NaN become c as well.
+// core/draw.h says how many bits a draw has. `keep` is what the threshold really gives, threshold /
+// 2^bits, and a, b, c are made from it: the mean is unbiased for every p. p = 1 has threshold 0 and
+// writes zeros. A dropped element is never multiplied: inf and NaN become c as well.
 //
 // index_i = index_offset + (position of element i in memory), for a tensor without gaps; with rows,
 // the position of its row among the rows. It depends on nothing else: not on dtype, device,

@@ -86,16 +86,15 @@ FUSEREG_INLINE void bfloat16_vector(const BFloat16* x, BFloat16* y, U64Vector dr
 
 // One block of elements, all of them there; `block` counts blocks from index 0.
 template <class T, int kBits, bool kLinear>
-FUSEREG_INLINE void whole_block(const T* x, T* y, std::uint64_t block, const MaskKeys& keys,
-                                std::uint64_t low, DrawVector<kBits> threshold,
-                                const Constants<Compute<T>>& k) {
+FUSEREG_INLINE void whole_block(const T* x, T* y, std::uint64_t block, MaskDraws<kBits>& mask_draws,
+                                DrawVector<kBits> threshold, const Constants<Compute<T>>& k) {
   using C = Compute<T>;
   constexpr int kHalf = kBlock<kBits> / 2;
   U64Vector draws[2];
-  philox_chunks(keys, low, block * kPhiloxChunks, draws);
+  mask_draws.make(block, draws);
   FUSEREG_UNROLL_10
   for (int half = 0; half < 2; ++half) {
-    if constexpr (kBits == 16 && Traits<T>::kDType == DType::kBFloat16) {
+    if constexpr (kLaneBits<kBits> == 16 && Traits<T>::kDType == DType::kBFloat16) {
       bfloat16_vector<kLinear>(x + half * kHalf, y + half * kHalf, draws[half], threshold, k);
     } else {
       const auto masks = Masks<C, kBits>::make(draws[half], threshold);
@@ -126,7 +125,7 @@ FUSEREG_INLINE void prefetch_block(const T* x, const T* y) {
 template <class T, int kBits, bool kLinear>
 void elements(const T* x, T* y, std::int64_t n, std::uint64_t index, const Stream& s) {
   const MaskKeys keys(s.seed);
-  const std::uint64_t low = s.low;
+  MaskDraws<kBits> mask_draws(keys, s.low, s.draw);
   const DrawVector<kBits> threshold =
       DrawVector<kBits>{} + static_cast<typename DrawType<kBits>::type>(s.draw.threshold);
   const auto k = constants<Compute<T>>(s.affine);
@@ -137,7 +136,7 @@ void elements(const T* x, T* y, std::int64_t n, std::uint64_t index, const Strea
     T buffer[kBlock<kBits>];
     memset(buffer, 0, sizeof(buffer));
     memcpy(buffer + skip, x, static_cast<std::size_t>(count) * sizeof(T));
-    whole_block<T, kBits, kLinear>(buffer, buffer, block, keys, low, threshold, k);
+    whole_block<T, kBits, kLinear>(buffer, buffer, block, mask_draws, threshold, k);
     memcpy(y, buffer + skip, static_cast<std::size_t>(count) * sizeof(T));
     x += count;
     y += count;
@@ -148,7 +147,7 @@ void elements(const T* x, T* y, std::int64_t n, std::uint64_t index, const Strea
   if (skip != 0) partial(skip, n < kBlock<kBits> - skip ? n : kBlock<kBits> - skip);
   for (; n >= kBlock<kBits>; n -= kBlock<kBits>) {
     prefetch_block<T, kBits>(x, y);
-    whole_block<T, kBits, kLinear>(x, y, block, keys, low, threshold, k);
+    whole_block<T, kBits, kLinear>(x, y, block, mask_draws, threshold, k);
     x += kBlock<kBits>;
     y += kBlock<kBits>;
     ++block;
@@ -162,17 +161,14 @@ void elements_any(DType dtype, const void* x, void* y, std::int64_t n, std::uint
     using T = typename decltype(tag)::type;
     const T* const from = static_cast<const T*>(x);
     T* const to = static_cast<T*>(y);
-    if (s.draw.bits == 16) {
+    dispatch_bits(s.draw, [&](auto bits) {
+      constexpr int kBits = decltype(bits)::value;
       if (s.affine.linear()) {
-        elements<T, 16, true>(from, to, n, index, s);
+        elements<T, kBits, true>(from, to, n, index, s);
       } else {
-        elements<T, 16, false>(from, to, n, index, s);
+        elements<T, kBits, false>(from, to, n, index, s);
       }
-    } else if (s.affine.linear()) {
-      elements<T, 32, true>(from, to, n, index, s);
-    } else {
-      elements<T, 32, false>(from, to, n, index, s);
-    }
+    });
   });
 }
 

@@ -110,7 +110,7 @@ class Dropper {
  public:
   __attribute__((always_inline)) inline explicit Dropper(const Problem& problem)
       : keys_(problem.random.key()),
-        low_(problem.random.low()),
+        mask_draws_(keys_, problem.random.low(), problem.draw),
         threshold_(DrawVector<kBits>{} +
                    static_cast<typename DrawType<kBits>::type>(problem.draw.threshold)),
         scale_(
@@ -127,7 +127,7 @@ class Dropper {
     for (std::int64_t i = 0; i < skip_ + n; i += kBlock<kBits>) {
       ahead(i, kBlock<kBits>);
       U64Vector draws[2];
-      philox_chunks(keys_, low_, (block + b++) * kPhiloxChunks, draws);
+      mask_draws_.make(block + b++, draws);
       memcpy(draws_ + i, draws, sizeof(draws));
     }
   }
@@ -161,7 +161,7 @@ class Dropper {
   }
 
   MaskKeys keys_;
-  std::uint64_t low_;
+  MaskDraws<kBits> mask_draws_;
   DrawVector<kBits> threshold_;
   Vector<C> scale_;
   std::int64_t skip_ = 0;
@@ -428,21 +428,14 @@ void backward_rows(const Backward& b, std::int64_t first, std::int64_t last, voi
   }
 }
 
-template <int kValue>
-struct DrawBits {
-  static constexpr int value = kValue;
-};
-
 // Calls f with compile-time values of dtype and bits.
 template <class F>
 FUSEREG_ALWAYS_INLINE void dispatch(const Problem& problem, F f) {
   dispatch_dtype(problem.dtype, [&](auto tag) {
     if (problem.draw.bits == 0) {
       f(tag, DrawBits<0>{});
-    } else if (problem.draw.bits == 16) {
-      f(tag, DrawBits<16>{});
     } else {
-      f(tag, DrawBits<32>{});
+      dispatch_bits(problem.draw, [&](auto bits) { f(tag, bits); });
     }
   });
 }

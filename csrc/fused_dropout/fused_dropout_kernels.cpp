@@ -308,20 +308,24 @@ FUSEREG_INLINE void walk(const Span& span, const F& word_function) {
 
 // What the draws need, made once a span.
 struct Drawing {
-  FUSEREG_ALWAYS_INLINE explicit Drawing(const Stream& stream) : keys(stream.seed), s(stream) {}
-  FUSEREG_ALWAYS_INLINE std::uint64_t operator()(std::uint64_t word) const {
+  FUSEREG_ALWAYS_INLINE explicit Drawing(const Stream& stream)
+      : keys(stream.seed), s(stream), few(keys, stream.low, stream.draw) {}
+  FUSEREG_ALWAYS_INLINE std::uint64_t operator()(std::uint64_t word) {
     if (s.draw.bits == 16) return draw_word<16>(keys, s.low, word, s.draw.threshold);
     if (s.draw.bits == 32) return draw_word<32>(keys, s.low, word, s.draw.threshold);
-    return ~std::uint64_t{0};
+    std::uint64_t bits = ~std::uint64_t{0};
+    if (s.draw.bits != 0) memcpy(&bits, few.bits<sizeof(bits)>(word), sizeof(bits));
+    return bits;
   }
   MaskKeys keys;
   const Stream& s;
+  MaskDraws<kFewBits> few;
 };
 
 template <class T, class Function>
 void elements(const Span& span, const Stream& s) {
   using C = Compute<T>;
-  const Drawing draw(s);
+  Drawing draw(s);
   const Vector<C> scale = broadcast(static_cast<C>(s.scale));
   using Window = BiasWindow<T>;
   Window window(static_cast<const T*>(span.bias),
@@ -399,7 +403,7 @@ void bias_backward(const Span& span, double* sums, const Stream& s) {
   using C = Compute<T>;
   constexpr int kW = kWidth<C>;
   constexpr int kWide = static_cast<int>(sizeof(double) / sizeof(C));
-  const Drawing draw(s);
+  Drawing draw(s);
   const Vector<C> scale = broadcast(static_cast<C>(s.scale));
   std::int64_t column = span.column;
   walk<T, false>(span, [&](const T* x, const T*, T* y, std::uint64_t word, std::int64_t skip,

@@ -74,20 +74,23 @@ void check_words() {
   }
 }
 
-template <class C>
-void check_masks() {
+template <class C, int kBits>
+void check_masks(const Draw& draw) {
   const MaskKeys keys(5);
-  const auto threshold = broadcast(static_cast<std::uint16_t>(0x6000));
-  for (std::uint64_t first = 0; first < 512; first += kPhiloxChunks) {
+  MaskDraws<kBits> mask_draws(keys, 3, draw);
+  const auto threshold = broadcast(static_cast<typename DrawType<kBits>::type>(draw.threshold));
+  for (std::uint64_t block = 0; block < 64; ++block) {
     U64Vector draws[2];
-    philox_chunks(keys, 0, first, draws);
-    const auto masks = Masks<C, 16>::make(draws[0], threshold);
-    std::uint16_t numbers[kVectorBytes / 2];
-    std::memcpy(numbers, &draws[0], sizeof(numbers));
-    for (int i = 0; i < kVectorBytes / 2; ++i) {
-      const auto kept = masks.part(i / kWidth<C>)[i % kWidth<C>];
-      same(kept != 0, numbers[i] < 0x6000, "mask", first);
-      same(kept == 0 || kept == -1, true, "all ones", first);
+    mask_draws.make(block, draws);
+    std::uint64_t index = block * kBlock<kBits>;
+    for (const U64Vector& half : draws) {
+      const auto masks = Masks<C, kBits>::make(half, threshold);
+      for (int i = 0; i < kBlock<kBits> / 2; ++i, ++index) {
+        const auto kept = masks.part(i / kWidth<C>)[i % kWidth<C>];
+        const std::uint32_t group = keep_mask(5, 3, index / kGroup, draw);
+        same(kept != 0, group >> (index % kGroup) & 1u, "mask", index);
+        same(kept == 0 || kept == -1, true, "all ones", index);
+      }
     }
   }
 }
@@ -114,8 +117,14 @@ int main() {
   check_stores<BFloat16>("to bfloat16", [](float v) { return to_bfloat16(v); });
   check_words<kMaskRounds>();
   check_words<kNumberRounds>();
-  check_masks<float>();
-  check_masks<double>();
+  check_masks<float, 16>({16, 0x6000});
+  check_masks<double, 16>({16, 0x6000});
+  check_masks<float, 32>({32, 0x60000000});
+  check_masks<double, 32>({32, 0x60000000});
+  for (const Draw& draw : {Draw{1, 1}, Draw{2, 1}, Draw{2, 3}}) {
+    check_masks<float, kFewBits>(draw);
+    check_masks<double, kFewBits>(draw);
+  }
   check_roots();
 #if defined(__aarch64__)
   for (std::uint32_t bits = 0; bits < 256; ++bits) {

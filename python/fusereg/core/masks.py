@@ -52,6 +52,11 @@ def philox(
 def mask(shape: tuple[int, ...], p: float = P, seed: int = SEED) -> Tensor:
     """Return which elements of a contiguous tensor are kept, on the CPU."""
     count = math.prod(shape)
+    keep = 1.0 - p
+    for digits in (1, 2):
+        m = keep * 2**digits
+        if 0.0 < m < 2**digits and m.is_integer():
+            return _mask_of_digits(count, digits, int(m), seed).reshape(shape)
     limit = round((1.0 - p) * 2**16)
     if abs(limit - (1.0 - p) * 2**16) <= min(p, 1.0 - p) * 64:
         words = philox(seed, 0, torch.arange((count + 7) // 8, device="cpu"))
@@ -60,6 +65,17 @@ def mask(shape: tuple[int, ...], p: float = P, seed: int = SEED) -> Tensor:
         limit = round((1.0 - p) * 2**32)
         draws = philox(seed, 0, torch.arange((count + 3) // 4, device="cpu"))
     return (draws.flatten()[:count] < limit).reshape(shape)
+
+
+def _mask_of_digits(count: int, digits: int, limit: int, seed: int) -> Tensor:
+    """As mask(), for draws of so many digits: each is the complement of a bit of Philox."""
+    chunks = torch.arange((count + 127) // 128, device="cpu")
+    draws = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for digit in range(digits):
+        words = philox(seed, 0, chunks + (digit << 57))
+        bits = words.unsqueeze(2) >> torch.arange(32, device="cpu") & 1
+        draws = draws + (1 - bits.flatten() << digit)
+    return draws[:count] < limit
 
 
 def mask_like(x: Tensor, p: float = P, seed: int = SEED) -> Tensor:

@@ -25,14 +25,15 @@ from .consistent import consistent_dropout
 
 #: Alpha dropout replaces what is dropped by SELU's limit at minus infinity.
 _LIMIT = -1.7580993408473766
-#: A probability that draws of 16 bits would miss.
+#: A probability that draws of 16 bits would miss, and one for which two digits are enough.
 _SMALL_P = 0.001
+_ROUND_P = 0.75
 
 
 def _masks(inputs: Inputs) -> Pairs:
     shape = ANY_SHAPE[inputs.size]
     pairs = []
-    for p in (P, _SMALL_P):
+    for p in (P, _SMALL_P, _ROUND_P, 0.5):
         came = functional.dropout_mask(shape, p, SEED, device=inputs.device)
         pairs.append((came.to(inputs.dtype), mask(shape, p).double()))
     return pairs
@@ -82,6 +83,13 @@ OPERATIONS = [
         lambda x: mask_like(x, _SMALL_P),
         result=lambda x, kept: dropped(x, kept, _SMALL_P),
         p=_SMALL_P,
+    ),
+    _row(
+        "dropout, draws of two digits",
+        "the same for a p of which two binary digits say all",
+        lambda x: mask_like(x, _ROUND_P),
+        result=lambda x, kept: dropped(x, kept, _ROUND_P),
+        p=_ROUND_P,
     ),
     _row("dropout1d", "the same, a draw for each channel", _of_rows(2), SEQUENCES),
     _row("dropout2d", "the same of images", _of_rows(2), IMAGES),

@@ -97,12 +97,12 @@ class RegularizedOptimizer(Averages):
     def __init__(
         self, params: ParamsT, defaults: dict[str, Any], **options: Unpack[Options]
     ) -> None:
-        check_options(self, f"fusereg.optim.{self._name}", options, self._options())
+        where = f"fusereg.optim.{self._name}"
+        check_options(self, where, params, options, self._options())
         shared: dict[str, Any] = {**DEFAULTS, **options}
         for i, beta in enumerate(defaults.get("betas", ())):
             self._check_number(f"betas[{i}]", beta, 1.0)
         self.max_grad_norm, self.groups, self.group_weights = (shared.pop(name) for name in _OWN)
-        where = f"fusereg.optim.{self._name}"
         norm = self.max_grad_norm
         if norm is not None and not (isinstance(norm, (int, float)) and norm > 0.0):
             raise ValueError(f"{where}: max_grad_norm must be > 0 or None, got {norm!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeAlias, TypedDict
 
 import torch
@@ -121,9 +121,16 @@ def of_torch(name: str) -> str:
 
 
 def check_options(
-    optimizer: object, op: str, given: Iterable[str], shared: Collection[str]
+    optimizer: object, op: str, params: object, given: Iterable[str], shared: Collection[str]
 ) -> None:
-    """Raise TypeError for an option that the optimizer does not have."""
+    """Raise TypeError for a model in place of parameters, or an option that there is not."""
+    if isinstance(params, (torch.nn.Module, Mapping)):
+        group = isinstance(params, Mapping) and "params" in params
+        hint = "it in a list" if group else "model.parameters()"
+        raise TypeError(
+            f"{op}: params must be parameters or param groups, in a list or another iterable, got "
+            f"{type(params).__name__}; pass {hint}"
+        )
     unknown = [name for name in given if name not in shared]
     if unknown:
         known = list(inspect.signature(public_class(optimizer)).parameters)

@@ -507,6 +507,15 @@ class AttachedPenalty:
                 f"{OP}.attach: the penalty is attached to this optimizer already, "
                 "and would count twice; call remove() of what attach() returned first"
             )
+        own = {id(p) for p in _held(inner)} & penalized
+        for _, other in _attached_to(penalty):
+            if any(id(p) in own for p in _held(other)):
+                warnings.warn(
+                    f"{OP}.attach: the penalty is attached to another optimizer of some of these "
+                    "parameters, and counts twice where both step with the same gradients; call "
+                    "remove() of what attach() returned for the one that no longer steps",
+                    stacklevel=3,
+                )
         self._handles = (
             inner.register_step_pre_hook(self._before),
             inner.register_step_post_hook(self._after),
