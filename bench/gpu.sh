@@ -138,9 +138,10 @@ info() {
     "$python" -c "import fusereg; print(fusereg.__version__, 'in', fusereg.__path__[0])"
 }
 
-# Every row of the inventory, forward and backward, small and large, with float64 on the CPU.
+# Every row of the inventory, forward and backward, small and large, with float64 on the CPU. On one GPU:
+# `cuda` would be each of the machine's, one after the other.
 operations() {
-  "$python" -m fusereg verify --device "$device" --dtype float32,bfloat16 --json "$logs/operations.json"
+  "$python" -m fusereg verify --device "${device/#cuda/cuda:0}" --dtype float32,bfloat16 --json "$logs/operations.json"
 }
 
 tests() { # ARGUMENT...: pytest for the chosen backend alone; the checkout stays as it was

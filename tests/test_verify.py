@@ -197,6 +197,29 @@ def test_all_is_well_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert f"cpu {isa}: 4 calls ok" in printed.err
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_an_interrupt_leaves_what_there_is(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(place: Place, *_: object) -> list[CheckResult]:
+        on_result = _[-1]
+        assert callable(on_result)
+        for operation in checks.OPERATIONS[:count]:
+            on_result(checks.run_check(operation, Inputs(place.device), place.name))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_process, "verify_place", work)
+    out = tmp_path / "verify.json"
+    assert main([*SMALL, "--json", str(out)]) == 130
+    printed = capsys.readouterr()
+    assert f"{count} calls ok, then interrupted, of 4" in printed.err
+    assert "fusereg verify: interrupted" in printed.err
+    assert f"{count} of {count} calls ok" in printed.out
+    content = json.loads(out.read_text())
+    assert (content["ok"], content["interrupted"]) == (False, True)
+    assert len(content["results"]) == count
+
+
 def _broken_worker(code: str) -> Callable[[], list[str]]:
     """A worker that first runs this, as a broken build would be broken from the start."""
     program = (

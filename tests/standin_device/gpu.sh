@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tries bench/gpu.sh on the stand-in device: STAGE is check or measure. A GPU's times it can't tell, and
-# the sizes that fill one take it minutes, so that it measures the small cases alone unless CASES says more.
+# the sizes that fill one take it minutes, so that it measures the small cases alone unless CASES says more,
+# and has more time than a GPU would for the kernels that the CPU runs: a LIMIT of 900 s for each stage.
 # Usage: tests/standin_device/gpu.sh BUILD_FOLDER STAGE OUT
 set -euo pipefail
 folder=$(realpath "$1")
@@ -14,7 +15,7 @@ cp -r "$root/python/fusereg" "$folder/gpu/site/fusereg"
 cp -r "$root/bench" "$folder/gpu/site/fusereg/bench"
 touch "$folder/gpu/.installed"
 
-export CASES="${CASES:-drop_path_add|gelu/|28x28-nhwc}"
+export LIMIT="${LIMIT:-900}" CASES="${CASES:-drop_path_add|gelu/|28x28-nhwc}"
 export LD_LIBRARY_PATH="$folder/lib" FUSEREG_TEST_STANDIN_MODULE="$module" OMP_NUM_THREADS=1
 PYTHONPATH="$root/tests/standin_device/start" PYTHON="$folder/venv/bin/python" BUILD="$folder/gpu" \
   "$root/bench/gpu.sh" "$2" "$3"

@@ -119,8 +119,12 @@ def _follow(
     chosen: Sequence[Place],
     calls: int,
     work: Callable[[Place, Callable[[CheckResult], None]], list[CheckResult]],
-) -> list[CheckResult]:
-    """Do the work place by place; show a bar on a terminal, a line for each place elsewhere."""
+) -> tuple[list[CheckResult], bool]:
+    """Do the work place by place; show a bar on a terminal, a line for each place elsewhere.
+
+    Returns:
+        The results, and whether the work was interrupted before it had all of them.
+    """
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
@@ -131,16 +135,26 @@ def _follow(
             start = time.perf_counter()
             p.update(bar, description=f"{place.name}: starting")
 
-            def on_result(result: CheckResult) -> None:
+            here: list[CheckResult] = []
+
+            def on_result(result: CheckResult, here: list[CheckResult] = here) -> None:
+                here.append(result)
                 p.update(bar, advance=1, description=f"{result.backend}: {result.kernel}")
 
-            here = work(place, on_result)
+            interrupted = False
+            try:
+                work(place, on_result)
+            except KeyboardInterrupt:
+                interrupted = True
             failed = sum(not result.ok for result in here)
             verdict = f"{failed} of {len(here)} calls FAILED" if failed else f"{len(here)} calls ok"
+            verdict += f", then interrupted, of {calls}" if interrupted else ""
             seconds = time.perf_counter() - start
             console.print(f"{place.name}: {verdict}, {seconds:.1f} s", soft_wrap=True)
             results += here
-    return results
+            if interrupted:
+                return results, True
+    return results, False
 
 
 def run(
@@ -160,7 +174,7 @@ def run(
     CUDA device, in float64, float32, float16 and bfloat16, on small and on larger tensors, and
     compares each result with torch in float64. Each call is made twice, the second time with one
     CPU thread: the bits must be the same, and the same on all instruction sets. Takes less than a
-    minute. Exit code 1 if anything fails.
+    minute. Exit code 1 if anything fails. Interrupted, it reports what it has.
     """
     from fusereg.cli.checks import TECHNIQUES, TOLERANCES
     from fusereg.cli.checks._process import verify_place
@@ -172,7 +186,7 @@ def run(
     dtypes = [known[name] for name in choose(dtype, known, "--dtype: no dtype")]
     chosen = choose_places(device, isa)
     start = time.perf_counter()
-    results = _follow(
+    results, interrupted = _follow(
         chosen,
         len(plan(techniques, dtypes)),
         lambda place, on_result: verify_place(place, techniques, dtypes, on_result),
@@ -181,7 +195,7 @@ def run(
     seconds = time.perf_counter() - start
     failed = [result for result in results if not result.ok]
     machine = read_machine()
-    if json != "-":
+    if json != "-" and results:
         _print_table(results)
     sys.stdout.flush()
     for result in failed:
@@ -193,7 +207,8 @@ def run(
     if json:
         content = {
             "schema": SCHEMA,
-            "ok": not failed,
+            "ok": not failed and not interrupted,
+            "interrupted": interrupted,
             "seconds": round(seconds, 2),
             **asdict(machine),
             "tolerances": {str(d).removeprefix("torch."): t for d, t in TOLERANCES.items()},
@@ -206,4 +221,6 @@ def run(
         isas = sum(place.isa is not None for place in chosen)
         same = ", the same bits on each instruction set" if isas > 1 and not failed else ""
         print(f"{ok} of {len(results)} calls ok{same}, {seconds:.0f} s")
+    if interrupted:
+        raise KeyboardInterrupt
     return 1 if failed else 0
