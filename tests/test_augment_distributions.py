@@ -147,6 +147,26 @@ def test_short_sides() -> None:
     assert_counted_alike("side", sides, [r["size"][0] for r in theirs(resize)])
 
 
+def test_the_comparisons_see_other_distributions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    same, other = (torch.rand(MANY, generator=generator) for _ in range(2))
+    assert_alike("the same", same.tolist(), other.tolist())
+    for wrong in (other * 1.1, other**1.3, other + 0.1, torch.where(other < 0.08, 0.5, other)):
+        with pytest.raises(AssertionError):
+            assert_alike("another", same.tolist(), wrong.tolist())
+    assert_counted_alike("the same", (same < 0.5).tolist(), (other < 0.5).tolist())
+    for share in (0.42, 0.58):
+        with pytest.raises(AssertionError):
+            assert_counted_alike("another", (same < 0.5).tolist(), (other < share).tolist())
+    with pytest.raises(AssertionError):  # one of 14 operations that is drawn half as often
+        numbers = (other * 14).long()
+        assert_counted_alike(
+            "another",
+            (same * 14).long().tolist(),
+            torch.where((numbers == 5) & (same < 0.5), 6, numbers).tolist(),
+        )
+
+
 # --- erasing and mixing ---
 
 
