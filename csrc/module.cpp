@@ -168,6 +168,7 @@ PYBIND11_MODULE(FUSEREG_MODULE_NAME, m, pybind11::multiple_interpreters::not_sup
 #endif
 #if defined(FUSEREG_CUDA_ON_HOST)
   m.def("_launch_count", &cuda_on_host::launch_count);
+  m.def("_parameter_bytes", &cuda_on_host::parameter_bytes);
   m.def("_grant_sms", [](int count) { cuda_on_host::device().granted_sms = count; });
 #endif
   bind_launch_tables(m);

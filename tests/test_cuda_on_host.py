@@ -39,6 +39,7 @@ RIGHT = (
     "vectors",
     "nothing",
     "counts_launches",
+    "asks_once",
     "recovers",
 )
 

@@ -1,4 +1,4 @@
-"""Lists too long for a kernel's parameters: one launch all the same, with the bits of several."""
+"""Tables of tensors: small for short lists, one launch for long ones, with the bits of several."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import Tensor
 
 import fusereg
 from conftest import Backend
+from fusereg import functional as F
 from fusereg import optim
+from fusereg.core.groups import CoupledChannels, Groups, Member
 from fusereg.optim.optimizer import RegularizedOptimizer
 from reference_optim import Reference
 
@@ -157,6 +159,74 @@ def test_a_list_of_any_length_has_the_bits_of_its_tensors_alone(
                 for optimizer in optimizers:
                     assert launches(backend, optimizer.step) in (0, 1)
             found.append([p.detach() for p in params])
+        assert_same_bits(*found)
+
+
+def coupled_of(params: list[Tensor]) -> Groups:
+    """All of them have one channel, their slices along the first dimension."""
+    members = [
+        Member(str(i), p, 0, torch.zeros(p.shape[0], dtype=torch.int64))  # type: ignore[arg-type]
+        for i, p in enumerate(params)
+    ]
+    return Groups([CoupledChannels("all", 1, tuple(members), (), torch.ones(1))])
+
+
+LISTS: dict[str, Callable[[list[Tensor]], Any]] = {
+    "AdamW": lambda p: optim.AdamW(p, lr=0.1, l1=0.05).step(),
+    "LAMB": lambda p: optim.LAMB(p, lr=0.1).step(),
+    "clip_grad_norm_": lambda p: optim.clip_grad_norm_(p, 1.0),
+    "clip_grad_value_": lambda p: optim.clip_grad_value_(p, 0.1),
+    "adaptive_clip_grad_": lambda p: optim.adaptive_clip_grad_(p, 0.1),
+    "elastic_net_penalty": lambda p: F.elastic_net_penalty(p, 0.1, 0.1).backward(),
+    "group_lasso_penalty": lambda p: F.group_lasso_penalty(p, 0.1).backward(),
+    "prox.elastic_net_": lambda p: fusereg.prox.elastic_net_(p, 0.1, 0.1),
+    "prox.group_lasso_": lambda p: fusereg.prox.group_lasso_(p, 0.1),
+    "group_lasso_penalty of channels": lambda p: F.group_lasso_penalty(
+        coupled_of(p), 0.1
+    ).backward(),
+    "prox.group_lasso_ of channels": lambda p: fusereg.prox.group_lasso_(
+        coupled_of(p), 0.1, l1=0.1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_short_list_copies_a_small_table(backend: Backend, name: str) -> None:
+    """All of a table travels with each launch: 32 KB of a whole one, however few its tensors."""
+    if not backend.on_host:
+        pytest.skip("only the host counts what launches copy")
+    copied = {}
+    for count in (1, 16, 17):
+        params = params_of(backend, [(3, 2)] * count)
+        give_grads(params, 0, [])
+        before: int = _C._parameter_bytes()  # type: ignore[attr-defined]
+        number = launches(backend, lambda: LISTS[name](params))  # noqa: B023
+        copied[count] = (_C._parameter_bytes() - before) / number  # type: ignore[attr-defined]
+    assert copied[1] == copied[16] < 4096
+    assert copied[17] > 8192
+
+
+@pytest.mark.parametrize("l1", [0.0, 0.05])
+def test_channels_of_a_list_of_any_length_have_the_bits_of_a_long_one(
+    backend: Backend, l1: float
+) -> None:
+    """Tensors that belong to no channel only lengthen the table."""
+    for count in (1, 16, 17, 450):
+        found = []
+        for more in (0, 40):
+            params = params_of(backend, [(5, 3), (5,)] * (count // 2) + [(5, 70)] * (count % 2))
+            others = params_of(backend, [(2, 2)] * more)
+            members = [
+                Member(str(i), p, 0, torch.arange(5) if i < count else torch.full((2,), -1))  # type: ignore[arg-type]
+                for i, p in enumerate([*params, *others])
+            ]
+            groups = Groups([CoupledChannels("set", 5, tuple(members), (), torch.ones(5))])
+            value = F.group_lasso_penalty(groups, 0.1, l1=l1)
+            value.backward()
+            gradients = [p.grad for p in params if p.grad is not None]
+            fusereg.prox.group_lasso_(groups, 0.05, l1=l1)
+            found.append([value.detach(), *gradients, *(p.detach() for p in params)])
+        assert len(found[0]) == 1 + 2 * count
         assert_same_bits(*found)
 
 

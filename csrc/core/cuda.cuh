@@ -15,11 +15,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "core/ceil_div.h"
@@ -273,6 +276,39 @@ bool launched(const char* op, cudaError_t error, const Note& note) {
   return true;
 }
 
+// What follows asks CUDA, for some microseconds, what does not change: once for each kernel and device.
+
+// A kernel gets up to 48 KB of dynamic shared memory unasked; more must be asked for. What it has got it
+// keeps, so that less is there too.
+inline cudaError_t allow_shared_bytes(const void* function, int device, std::size_t bytes) {
+  constexpr std::size_t kUnasked = 48 * 1024;
+  if (bytes <= kUnasked) return cudaSuccess;
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, std::size_t> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::size_t& most = allowed[{function, device}];
+  if (bytes <= most) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(
+      function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess) most = bytes;
+  return error;
+}
+
+inline int max_blocks_per_sm(const char* op, const void* function, int device, int threads,
+                             std::size_t shared_bytes) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int, std::size_t>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_tuple(function, device, threads, shared_bytes);
+  if (const auto at = known.find(key); at != known.end()) return at->second;
+  check(op, allow_shared_bytes(function, device, shared_bytes));
+  int blocks = 0;
+  check(op,
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, shared_bytes));
+  known.emplace(key, blocks);
+  return blocks;
+}
+
 #if defined(FUSEREG_CUDA_ON_HOST)
 
 // False: the driver does not hold all blocks of a cooperative launch at once.
@@ -286,7 +322,10 @@ bool launch_with(const char* op, void (*kernel)(P...), const LaunchConfig& c,
   const auto body = [kernel, copies] {
     std::apply([kernel](const auto&... copy) { kernel(*copy...); }, copies);
   };
+  const auto* const function = reinterpret_cast<const void*>(kernel);
+  check(op, allow_shared_bytes(function, current_device(), c.shared_bytes));
   const cudaError_t error = cuda_on_host::launch({op,
+                                                  function,
                                                   c.grid,
                                                   c.block,
                                                   c.shared_bytes,
@@ -312,16 +351,12 @@ bool launch_with(const char* op, void (*kernel)(P...), const LaunchConfig& c,
            std::to_string(c.shared_bytes) + " bytes of dynamic shared memory";
   };
 
-  // A kernel gets up to 48 KB unasked; more must be asked for, on each device.
-  constexpr std::size_t kUnasked = 48 * 1024;
-  if (c.shared_bytes > kUnasked) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(c.shared_bytes));
-    if (error != cudaSuccess) {
-      const int most = device_properties(current_device()).max_shared_per_block_optin;
-      throw_error(op, error,
-                  note() + ", where a block of this device has at most " + std::to_string(most));
-    }
+  const int device = current_device();
+  const cudaError_t refused = allow_shared_bytes(function, device, c.shared_bytes);
+  if (refused != cudaSuccess) {
+    const int most = device_properties(device).max_shared_per_block_optin;
+    throw_error(op, refused,
+                note() + ", where a block of this device has at most " + std::to_string(most));
   }
 
   cudaLaunchAttribute attributes[2];
@@ -387,21 +422,10 @@ void launch(const char* op, void (*kernel)(P...), const LaunchConfig& config, co
 template <class... P>
 int max_resident_blocks(const char* op, void (*kernel)(P...), int threads,
                         std::size_t shared_bytes = 0) {
-#if defined(FUSEREG_CUDA_ON_HOST)
-  (void)op;
-  (void)kernel;
-  return cuda_on_host::max_resident_blocks(static_cast<unsigned>(threads), shared_bytes);
-#else
-  const void* function = reinterpret_cast<const void*>(kernel);
-  if (shared_bytes > 48 * 1024) {
-    check(op, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared_bytes)));
-  }
-  int per_sm = 0;
-  check(op,
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, function, threads, shared_bytes));
-  return per_sm * device_properties(current_device()).sm_count;
-#endif
+  const int device = current_device();
+  return device_properties(device).sm_count *
+         detail::max_blocks_per_sm(op, reinterpret_cast<const void*>(kernel), device, threads,
+                                   shared_bytes);
 }
 
 }  // namespace fusereg::cuda

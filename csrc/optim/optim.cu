@@ -177,7 +177,7 @@ struct StepList {
   const Job& job;
   bool rows;
 
-  bool is_small() const { return !rows; }
+  bool is_small() const { return !rows; }  // theirs are the largest kernels: one of each will do
   const Item& at(int i) const { return job.items[static_cast<std::size_t>(i)]; }
   int size() const { return static_cast<int>(job.items.size()); }
   Entry entry(int i) const { return at(i); }

@@ -15,6 +15,7 @@ namespace {
 constexpr int kEntryBytes = 80;
 constexpr int kMaxEntries = static_cast<int>((cuda::kMaxKernelParamBytes - 256) / kEntryBytes);
 
+template <int kEntries>
 struct CoupledTable {
   double l1;
   const double* first_factor;
@@ -24,15 +25,24 @@ struct CoupledTable {
   std::int64_t slots;
   double* partial;
   int count;
-  std::uint32_t first_task[kMaxEntries + 1];
-  void* w[kMaxEntries];
-  void* g[kMaxEntries];
-  GroupShape shape[kMaxEntries];
-  GroupLayout layout[kMaxEntries];
-  std::int64_t first[kMaxEntries];
-  DType dtype[kMaxEntries];
+  std::uint32_t first_task[kEntries + 1];
+  void* w[kEntries];
+  void* g[kEntries];
+  GroupShape shape[kEntries];
+  GroupLayout layout[kEntries];
+  std::int64_t first[kEntries];
+  DType dtype[kEntries];
+
+  void copy(int to, const CoupledTable<kMaxEntries>& t, int from) {
+    w[to] = t.w[from];
+    g[to] = t.g[from];
+    shape[to] = t.shape[from];
+    layout[to] = t.layout[from];
+    first[to] = t.first[from];
+    dtype[to] = t.dtype[from];
+  }
 };
-static_assert(sizeof(CoupledTable) <= cuda::kMaxKernelParamBytes,
+static_assert(sizeof(CoupledTable<kMaxEntries>) <= cuda::kMaxKernelParamBytes,
               "the table does not fit a launch");
 
 // kSums: a slice's sums go to their place.
@@ -90,8 +100,9 @@ __device__ void single_elements(T* w, T* g, std::int64_t count, double l1, std::
   }
 }
 
-template <Op op, class Terms>
-__global__ void __launch_bounds__(kThreads) coupled_kernel(FUSEREG_GRID_CONSTANT(CoupledTable, t)) {
+template <Op op, class Terms, class Table>
+__global__ void __launch_bounds__(kThreads, op == Op::kProx && !Terms::kSums ? 3 : 2)
+    coupled_kernel(FUSEREG_GRID_CONSTANT(Table, t)) {
   FUSEREG_SHARED(shared, ColumnSums);
   const double l1 = t.first_factor == nullptr ? t.l1 : *t.first_factor;
   const std::uint32_t tasks = t.first_task[t.count];
@@ -145,15 +156,8 @@ class CoupledCudaRun {
   CoupledCudaRun(const CoupledJob& job, cuda::Stream stream) : job_(job), stream_(stream) {}
 
   void execute() const {
-    CoupledTable t;
+    CoupledTable<kMaxEntries> t;
     clear_table(t);
-    t.l1 = job_.l1;
-    t.first_factor = job_.first_factor;
-    t.slot_of = job_.slot_of;
-    t.factors = job_.factors;
-    t.squares = job_.squares;
-    t.slots = job_.slots;
-    t.partial = job_.partial;
     for (std::size_t i = 0; i < job_.items.size(); ++i) {
       if (job_.items[i].numel != 0) add(t, job_.items[i], job_.first[i]);
     }
@@ -174,7 +178,7 @@ class CoupledCudaRun {
     return c;
   }
 
-  void add(CoupledTable& t, const Item& item, std::int64_t first) const {
+  void add(CoupledTable<kMaxEntries>& t, const Item& item, std::int64_t first) const {
     GroupLayout layout = group_layout(item);
     if (item.shape.group_size() == 1) layout.groups_per_task = kThreads;
     const std::int64_t tasks = ceil_div(item.shape.groups, layout.groups_per_task);
@@ -189,8 +193,21 @@ class CoupledCudaRun {
     t.dtype[i] = item.dtype;
   }
 
-  void flush(CoupledTable& t) const {
+  void flush(CoupledTable<kMaxEntries>& t) const {
     if (t.count == 0) return;
+    with_fitting_table(t, [this](auto& table) { launch(table); });
+    clear_table(t);
+  }
+
+  template <class Table>
+  void launch(Table& t) const {
+    t.l1 = job_.l1;
+    t.first_factor = job_.first_factor;
+    t.slot_of = job_.slot_of;
+    t.factors = job_.factors;
+    t.squares = job_.squares;
+    t.slots = job_.slots;
+    t.partial = job_.partial;
     const std::int64_t blocks =
         std::min<std::int64_t>(t.first_task[t.count], std::int64_t{8} * kMaxBlocks);
     const auto start = [&](auto* kernel) {
@@ -199,19 +216,18 @@ class CoupledCudaRun {
     switch (job_.pass) {
       case CoupledJob::Pass::kSums:
         if (job_.thresholded) {
-          start(&coupled_kernel<Op::kProx, StoreSums>);
+          start(&coupled_kernel<Op::kProx, StoreSums, Table>);
         } else {
-          start(&coupled_kernel<Op::kValue, StoreSums>);
+          start(&coupled_kernel<Op::kValue, StoreSums, Table>);
         }
         break;
       case CoupledJob::Pass::kGrad:
-        start(&coupled_kernel<Op::kWriteGrad, SlotTerms<Op::kWriteGrad>>);
+        start(&coupled_kernel<Op::kWriteGrad, SlotTerms<Op::kWriteGrad>, Table>);
         break;
       default:
-        start(&coupled_kernel<Op::kProx, SlotTerms<Op::kProx>>);
+        start(&coupled_kernel<Op::kProx, SlotTerms<Op::kProx>, Table>);
         break;
     }
-    t.count = 0;
   }
 
   const CoupledJob& job_;

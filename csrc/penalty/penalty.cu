@@ -127,16 +127,7 @@ class CudaRun {
 
   template <template <int> class Table, int kMost>
   void flush(Table<kMost>& t) {
-    if (t.count <= cuda::kSmallTable) {
-      Table<cuda::kSmallTable> small;
-      clear_table(small);
-      small.count = t.count;
-      for (int i = 0; i < t.count; ++i) small.copy(i, t, i);
-      std::copy(t.first_task, t.first_task + t.count + 1, small.first_task);
-      launch(small);
-    } else {
-      launch(t);
-    }
+    with_fitting_table(t, [this](auto& table) { launch(table); });
     clear_table(t);
   }
 

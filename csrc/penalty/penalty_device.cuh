@@ -152,6 +152,18 @@ void clear_table(Table& t) {
   t.first_task[0] = 0;
 }
 
+// Calls launch(table) with t's entries in the smallest table that has room for them.
+template <template <int> class Table, int kMost, class Launch>
+void with_fitting_table(Table<kMost>& t, const Launch& launch) {
+  if (t.count > cuda::kSmallTable) return launch(t);
+  Table<cuda::kSmallTable> small;
+  clear_table(small);
+  small.count = t.count;
+  for (int i = 0; i < t.count; ++i) small.copy(i, t, i);
+  std::copy(t.first_task, t.first_task + t.count + 1, small.first_task);
+  launch(small);
+}
+
 // --- device code ---
 
 __device__ double read_scale(const Scale& s) {

@@ -93,7 +93,10 @@ void Engine::run_together(const std::vector<std::uint64_t>& blocks) {
 }
 
 cudaError_t Engine::refusal(const Launch& l) const {
-  if (l.shared_bytes > static_cast<std::size_t>(device.shared_per_block)) {
+  // A kernel has 48 KB unasked.
+  const auto allowed = dynamic_bytes.find(l.function);
+  if (l.shared_bytes >
+      std::max<std::size_t>(48 * 1024, allowed == dynamic_bytes.end() ? 0 : allowed->second)) {
     return cudaErrorInvalidValue;
   }
   const std::uint64_t cluster_blocks = std::uint64_t{l.cluster.x} * l.cluster.y * l.cluster.z;
@@ -111,9 +114,10 @@ cudaError_t Engine::refusal(const Launch& l) const {
 
 cudaError_t Engine::run(const Launch& launch) {
   if (const cudaError_t error = refusal(launch)) return error;
-  const auto& [op, grid, block, shared_bytes, cooperative, cluster, stream, parameters, body] =
-      launch;
-  (void)stream, (void)parameters;
+  const auto& [op, function, grid, block, shared_bytes, cooperative, cluster, stream, parameters,
+               body] = launch;
+  (void)function, (void)stream;
+  for (const Parameter& p : parameters) parameter_bytes += p.size;
   const std::uint64_t cluster_blocks = std::uint64_t{cluster.x} * cluster.y * cluster.z;
   const std::uint64_t blocks = std::uint64_t{grid.x} * grid.y * grid.z;
   ++launches;
@@ -237,6 +241,8 @@ Schedule parse_schedule(const std::string& text) {
 }
 Device& device() { return engine().device; }
 std::uint64_t launch_count() { return engine().launches; }
+std::uint64_t parameter_bytes() { return engine().parameter_bytes; }
+std::uint64_t question_count() { return engine().questions; }
 int max_resident_blocks(unsigned threads_per_block, std::size_t shared_bytes) {
   const Device& d = engine().device;
   int per_sm = std::min(d.blocks_per_sm, d.threads_per_sm / static_cast<int>(threads_per_block));
@@ -245,3 +251,20 @@ int max_resident_blocks(unsigned threads_per_block, std::size_t shared_bytes) {
 }
 
 }  // namespace fusereg::cuda_on_host
+
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int value) {
+  auto& engine = fusereg::cuda_on_host::engine();
+  ++engine.questions;
+  if (value > engine.device.shared_per_block) return cudaErrorInvalidValue;
+  engine.dynamic_bytes[function] = static_cast<std::size_t>(value);
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
+                                                          std::size_t shared_bytes) {
+  auto& engine = fusereg::cuda_on_host::engine();
+  ++engine.questions;
+  *blocks =
+      fusereg::cuda_on_host::max_resident_blocks(static_cast<unsigned>(threads), shared_bytes) /
+      engine.device.sm_count;
+  return cudaSuccess;
+}

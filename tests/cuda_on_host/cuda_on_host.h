@@ -103,6 +103,8 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
 enum cudaMemcpyKind {
   cudaMemcpyHostToHost,
   cudaMemcpyHostToDevice,
@@ -139,6 +141,9 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
                             cudaStream_t = nullptr);
 cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaStream_t = nullptr);
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status);
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int value);
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function,
+                                                          int threads, std::size_t shared_bytes);
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
@@ -186,6 +191,10 @@ Device& device();
 
 // How many launches have run: lets a test say "one launch for the whole list".
 std::uint64_t launch_count();
+// Bytes of parameters that all of them have copied to the device.
+std::uint64_t parameter_bytes();
+// How often a kernel has been asked about, or given an attribute.
+std::uint64_t question_count();
 
 int max_resident_blocks(unsigned threads_per_block, std::size_t shared_bytes);
 
@@ -197,6 +206,7 @@ struct Parameter {
 
 struct Launch {
   std::string op;
+  const void* function;
   dim3 grid, block;
   std::size_t shared_bytes;
   bool cooperative;

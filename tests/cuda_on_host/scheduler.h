@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -112,6 +113,9 @@ class Engine {
   Schedule schedule;
   Device device;
   std::uint64_t launches = 0;
+  std::uint64_t parameter_bytes = 0;
+  std::uint64_t questions = 0;
+  std::map<const void*, std::size_t> dynamic_bytes;  // that kernels have been allowed
 
  private:
   void run_together(const std::vector<std::uint64_t>& blocks);

@@ -491,6 +491,42 @@ void counts_launches() {
   expect(host::launch_count() == before + 2, "two launches");
 }
 
+__global__ void idle_kernel(int* out) {
+  if (threadIdx.x == 0) ++*out;
+}
+
+// What does not change is asked once of a kernel; a launch that needs less shared memory takes none away.
+void asks_once() {
+  int runs = 0;
+  const std::uint64_t before = host::question_count();
+  for (const int kilobytes : {100, 60, 100, 20}) {
+    auto c = config(1, 32);
+    c.shared_bytes = static_cast<std::size_t>(kilobytes) * 1024;
+    fc::launch("asks", idle_kernel, c, &runs);
+  }
+  expect(runs == 4 && host::question_count() == before + 1, "one attribute, for the most");
+  for (int i = 0; i < 3; ++i) {
+    expect(fc::max_resident_blocks("asks", idle_kernel, 64, 100 * 1024) == 8, "two an SM");
+  }
+  expect(host::question_count() == before + 2, "one answer for a size");
+  expect(fc::max_resident_blocks("asks", idle_kernel, 1024) == 8, "another size");
+  expect(host::question_count() == before + 3, "another answer");
+  {
+    const fc::DeviceGuard guard(1);
+    (void)fc::max_resident_blocks("asks", idle_kernel, 64, 100 * 1024);
+    expect(host::question_count() == before + 5, "another device is asked itself");
+  }
+  std::string refused;
+  try {
+    auto c = config(1, 32);
+    c.shared_bytes = 300 * 1024;
+    fc::launch("asks", idle_kernel, c, &runs);
+  } catch (const std::runtime_error& error) {
+    refused = error.what();
+  }
+  expect(refused.find("cudaErrorInvalidValue") != std::string::npos, "no device has as much");
+}
+
 // After a fault, the next launch works as if nothing had been.
 __global__ void stuck_kernel(int* out) {
   if (threadIdx.x < 2) out[threadIdx.x] = __shfl_sync(0x3u, 1, 0);
@@ -539,6 +575,7 @@ const Commands& commands() {
       {"orders", orders},
       {"devices", devices},
       {"counts_launches", counts_launches},
+      {"asks_once", asks_once},
       {"recovers", recovers},
 #endif
       {"missing_barrier", reverse_blocks<false>},
