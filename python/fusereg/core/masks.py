@@ -68,7 +68,7 @@ def mask(shape: tuple[int, ...], p: float = P, seed: int = SEED) -> Tensor:
 
 
 def _mask_of_digits(count: int, digits: int, limit: int, seed: int) -> Tensor:
-    """As mask(), for draws of so many digits: each is the complement of a bit of Philox."""
+    """Return a mask of draws with so many digits, each the complement of a bit of Philox."""
     chunks = torch.arange((count + 127) // 128, device="cpu")
     draws = torch.zeros(1, dtype=torch.int64, device="cpu")
     for digit in range(digits):

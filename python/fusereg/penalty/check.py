@@ -82,6 +82,9 @@ def _of_channels(inputs: Inputs) -> Pairs:
     of_rows = torch.tensor([0, -1, *range(1, 8)])
     members = (Member("rows", rows, 0, of_rows), Member("columns", columns, 1, torch.arange(8)))
     groups = Groups([CoupledChannels("channels", 8, members, (), None)])
+    # Tensors with gaps go another way.
+    gapped = [torch.stack([w.detach(), w.detach()], -1)[..., 0] for w in weights]
+    others = tuple(m._replace(parameter=w) for m, w in zip(members, gapped, strict=True))
     first, second = (w.detach().requires_grad_() for w in exact(weights))
     squares = first[of_rows >= 0].square().sum(1) + second.square().sum(0)
     root = math.sqrt(first.shape[1] + len(second))
@@ -95,7 +98,10 @@ def _of_channels(inputs: Inputs) -> Pairs:
         first[of_rows >= 0] *= factor[:, None]
         second *= factor
         prox.group_lasso_(groups, THRESHOLD)
-    return [*pairs, (rows.detach(), first.detach()), (columns.detach(), second.detach())]
+        prox.group_lasso_(Groups([CoupledChannels("channels", 8, others, (), None)]), THRESHOLD)
+    wanted = [first.detach(), second.detach()]
+    pairs += zip([w.detach() for w in weights], wanted, strict=True)
+    return [*pairs, *zip(gapped, wanted, strict=True)]
 
 
 def _sparsity(inputs: Inputs) -> Pairs:
