@@ -170,9 +170,9 @@ int coupled_prox_(const py::object& params, const py::object& dims, const py::ob
 
 void bind_coupled(py::module_& m) {
   using py::arg;
-  m.def("coupled_sums_", &coupled_sums_, arg("params"), arg("dims"), arg("slot_of"),
-        arg("starts"), arg("order"), arg("partial"), arg("sums"), arg("l1"), arg("thresholded"),
-        arg("thresholds"), op_argument());
+  m.def("coupled_sums_", &coupled_sums_, arg("params"), arg("dims"), arg("slot_of"), arg("starts"),
+        arg("order"), arg("partial"), arg("sums"), arg("l1"), arg("thresholded"), arg("thresholds"),
+        op_argument());
   m.def("coupled_backward", &coupled_backward, arg("params"), arg("grads"), arg("dims"),
         arg("slot_of"), arg("first"), arg("factors"), op_argument());
   m.def("coupled_prox_", &coupled_prox_, arg("params"), arg("dims"), arg("slot_of"), arg("l1"),
