@@ -292,9 +292,7 @@ def _for_sums(index: _Index, slots: int) -> tuple[Tensor, Tensor]:
 def _sums(op: str, part: _Part, slots: int, l1: float, thresholded: bool) -> tuple[Tensor, int]:
     """Return the sums of |v| and v^2 of each slot over one part, and the kernel's status."""
     partial, sums = _for_sums(part.layout, slots)
-    status = _C.coupled_sums_(
-        part.tensors, *part.layout, partial, sums, l1, thresholded, None, op
-    )
+    status = _C.coupled_sums_(part.tensors, *part.layout, partial, sums, l1, thresholded, None, op)
     return sums, status
 
 
@@ -339,9 +337,7 @@ def prox_(
             index = family.whole(device)
             partial, sums = _for_sums(index, family.slots)
             limits = memory.to_device(thresholds, device, op, "weights")
-            status = _C.coupled_sums_(
-                tensors, *index, partial, sums, l1, l1 != 0.0, limits, op
-            )
+            status = _C.coupled_sums_(tensors, *index, partial, sums, l1, l1 != 0.0, limits, op)
             if status == _kernels.DONE:
                 return sums[1]
         parts, sums = _in_parts(op, family, tensors, l1, l1 != 0.0)
