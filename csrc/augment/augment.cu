@@ -18,7 +18,7 @@ constexpr const char* kOp = "fusereg.augment";
 
 // rest_only: what the tiles leave.
 template <class T, int kGroup, Antialias kAntialias>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     augment_forward_kernel(FUSEREG_GRID_CONSTANT(Job, job), bool rest_only) {
   const std::int64_t pixels = job.y.h * job.y.w;
   const std::int64_t of_sample = ceil_div(pixels, kThreads);
@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int c = 0; c < job.c; c += kGroup) {
       Number<T> v[kGroup];
       augmented<T, kGroup, kAntialias>(job, sample, col, row, c, v);
+      FUSEREG_UNROLL
       for (int k = 0; k < kGroup; ++k)
         write(job.y.data, job.y.type, at + (c + k) * job.y.channel, v[k]);
     }

@@ -1,7 +1,8 @@
 // CUDA kernels of augmentation's gradient. Contract: augment.h.
 //
 // A thread takes an input pixel, with all its channels, so that the output pixels that can reach it are
-// found once. Neighboring threads take neighboring pixels of a row.
+// found once. Neighboring threads take neighboring pixels of a row. What the pixels of a sample have in
+// common is worked out once for a block's, in shared memory.
 #include "augment/augment.h"
 #include "augment/augment_gradient.h"
 #include "augment/augment_math.h"
@@ -49,10 +50,18 @@ FUSEREG_DEVICE_INLINE Range unfolded(std::int32_t at, std::int32_t size, FillMod
   return r;
 }
 
+// Output pixels [begin, end) along both axes.
+struct Window {
+  std::int32_t row_begin, row_end, begin, end;
+};
+FUSEREG_DEVICE_INLINE std::int32_t cut_to(double v, std::int64_t size) {
+  return static_cast<std::int32_t>(cut(v, size));
+}
+
 // Output columns [begin, end) of a row at which step * x + start is within the range.
 FUSEREG_DEVICE_INLINE void limit_columns(double step, double start, const Range& r,
-                                         std::int64_t width, std::int64_t& begin,
-                                         std::int64_t& end) {
+                                         std::int64_t width, std::int32_t& begin,
+                                         std::int32_t& end) {
   if (__builtin_fabs(step) < 1e-9) return;
   double first = (r.low - start) / step;
   double last = (r.high - start) / step;
@@ -61,8 +70,8 @@ FUSEREG_DEVICE_INLINE void limit_columns(double step, double start, const Range&
     first = last;
     last = other;
   }
-  const std::int64_t from = cut(floor_of(first), width);
-  const std::int64_t to = cut(floor_of(last) + 2.0, width);
+  const std::int32_t from = cut_to(floor_of(first), width);
+  const std::int32_t to = cut_to(floor_of(last) + 2.0, width);
   begin = from > begin ? from : begin;
   end = to < end ? to : end;
 }
@@ -74,11 +83,6 @@ FUSEREG_DEVICE_INLINE double reach_of(const Job& job, const View& view, const do
   const double extent = job.antialias ? extent_of(m) : 1.0;
   return r * (extent > 1.0 ? extent : 1.0) * (view.reduces ? 4.0 : 1.0) + 0.02;
 }
-
-// Output pixels [begin, end) along both axes.
-struct Window {
-  std::int64_t row_begin, row_end, begin, end;
-};
 
 // Cuts a window to the output pixels whose places, under a perspective, are within the ranges: what
 // is around the corners' images, if the rectangle does not cross the line that goes to infinity.
@@ -106,33 +110,55 @@ FUSEREG_DEVICE_INLINE void limit_projective(const View& v, const Range& rx, cons
     high_y = at_y > high_y ? at_y : high_y;
   }
   if (signs != 4 && signs != -4) return;
-  window.begin = cut(floor_of(low_x) - 1.0, y.w);
-  window.end = cut(floor_of(high_x) + 2.0, y.w);
-  window.row_begin = cut(floor_of(low_y) - 1.0, y.h);
-  window.row_end = cut(floor_of(high_y) + 2.0, y.h);
+  window.begin = cut_to(floor_of(low_x) - 1.0, y.w);
+  window.end = cut_to(floor_of(high_x) + 2.0, y.w);
+  window.row_begin = cut_to(floor_of(low_y) - 1.0, y.h);
+  window.row_end = cut_to(floor_of(high_y) + 2.0, y.h);
+}
+
+// Of a sample, for all its pixels.
+struct Common {
+  std::int64_t sample;
+  View view, values;  // of its gradient; see gradient_at()
+  Reduced z;          // see for_taps()
+  double det;
+  double reach_x, reach_y;
+  Range every_x, every_y;
+};
+
+template <Antialias kAntialias>
+__device__ void put_common(const Job& job, std::int64_t sample, Common& to) {
+  to.sample = sample;
+  view_of(job, job.grad_x, sample, to.view);
+  const View& view = to.view;
+  const double* const m = view.m;
+  if (kAntialias != Antialias::kNever && view.reduces) to.z = reduced_of(m, view.x);
+  if (job.color) view_to_warp<kAntialias>(job, sample, to.values);
+  to.det = m[0] * m[4] - m[1] * m[3];
+  to.reach_x = reach_of(job, view, m);
+  to.reach_y = reach_of(job, view, m + 3);
+  const Range everywhere = {-2.0 * kFarthest, 2.0 * kFarthest};
+  to.every_x = view.projective ? everywhere : all_coordinates(m, job.y);
+  to.every_y = view.projective ? everywhere : all_coordinates(m + 3, job.y);
 }
 
 // Adds what one output image gives to the pixel (x, y) of grad_x[sample].
 template <class T, int kGroup, Antialias kAntialias>
-__device__ void gather_gradient(const Job& job, std::int64_t sample, std::int64_t out,
+__device__ void gather_gradient(const Job& job, const Common& common, std::int64_t out,
                                 bool as_partner, std::int32_t x, std::int32_t y, int channel,
                                 Number<T> (&sum)[kGroup]) {
   using C = Number<T>;
-  View view;
-  view_of(job, job.grad_x, sample, view);
+  const View& view = common.view;
   const double* const m = view.m;
   const auto h = static_cast<std::int32_t>(view.x.h);
   const auto w = static_cast<std::int32_t>(view.x.w);
   const auto own_x = static_cast<std::int32_t>(x - view.left);
   const auto own_y = static_cast<std::int32_t>(y - view.top);
   if (own_x < 0 || own_x >= w || own_y < 0 || own_y >= h) return;
-  const double reach_x = reach_of(job, view, m);
-  const double reach_y = reach_of(job, view, m + 3);
-  const Range everywhere = {-2.0 * kFarthest, 2.0 * kFarthest};
-  const Range every_x = view.projective ? everywhere : all_coordinates(m, job.y);
-  const Range every_y = view.projective ? everywhere : all_coordinates(m + 3, job.y);
-  Range rx = {every_x.low - reach_x, every_x.high + reach_x};
-  Range ry = {every_y.low - reach_y, every_y.high + reach_y};
+  const double reach_x = common.reach_x;
+  const double reach_y = common.reach_y;
+  Range rx = {common.every_x.low - reach_x, common.every_x.high + reach_x};
+  Range ry = {common.every_y.low - reach_y, common.every_y.high + reach_y};
   // What is folded are the reduced image's pixels, which stand for several of these.
   if (!view.reduces || view.mode == FillMode::kConstant) {
     rx = unfolded(own_x, w, view.mode, rx);
@@ -141,8 +167,8 @@ __device__ void gather_gradient(const Job& job, std::int64_t sample, std::int64_
   rx = {rx.low - reach_x, rx.high + reach_x};
   ry = {ry.low - reach_y, ry.high + reach_y};
   // Rows: the inverse map of the rectangle's corners.
-  Window window = {0, job.y.h, 0, job.y.w};
-  const double det = m[0] * m[4] - m[1] * m[3];
+  Window window = {0, static_cast<std::int32_t>(job.y.h), 0, static_cast<std::int32_t>(job.y.w)};
+  const double det = common.det;
   if (view.projective) {
     limit_projective(view, rx, ry, job.y, window);
   } else if (__builtin_fabs(det) > 1e-9) {
@@ -155,31 +181,32 @@ __device__ void gather_gradient(const Job& job, std::int64_t sample, std::int64_
       low = at < low ? at : low;
       high = at > high ? at : high;
     }
-    window.row_begin = cut(floor_of(low) - 1.0, job.y.h);
-    window.row_end = cut(floor_of(high) + 2.0, job.y.h);
+    window.row_begin = cut_to(floor_of(low) - 1.0, job.y.h);
+    window.row_end = cut_to(floor_of(high) + 2.0, job.y.h);
   }
-  for (std::int64_t row = window.row_begin; row < window.row_end; ++row) {
-    std::int64_t begin = window.begin;
-    std::int64_t end = window.end;
+  for (std::int32_t row = window.row_begin; row < window.row_end; ++row) {
+    read_shared_again();
+    std::int32_t begin = window.begin;
+    std::int32_t end = window.end;
     if (!view.projective) {
       limit_columns(m[0], row_start(m, row), rx, job.y.w, begin, end);
       limit_columns(m[3], row_start(m + 3, row), ry, job.y.w, begin, end);
     }
-    for (std::int64_t col = begin; col < end; ++col) {
+    for (std::int32_t col = begin; col < end; ++col) {
+      read_shared_again();
       C g[kGroup];
       int state = 0;  // 1: g is there; 2: there is none
-      for_taps<C, kAntialias>(job, view, col, row,
-                              [&](std::int32_t tap_x, std::int32_t tap_y, C weight) {
-                                if (tap_x != x || tap_y != y || state == 2) return;
-                                if (state == 0) {
-                                  const bool any = gradient_at<T, kGroup, kAntialias>(
-                                      job, sample, out, as_partner, col, row, channel, g);
-                                  state = any ? 1 : 2;
-                                  if (!any) return;
-                                }
-                                for (int k = 0; k < kGroup; ++k)
-                                  sum[k] = add(sum[k], multiply(weight, g[k]));
-                              });
+      for_taps<C, kAntialias>(
+          job, view, common.z, col, row, [&](std::int32_t tap_x, std::int32_t tap_y, C weight) {
+            if (tap_x != x || tap_y != y || state == 2) return;
+            if (state == 0) {
+              const bool any = gradient_at<T, kGroup, kAntialias>(
+                  job, common.values, common.sample, out, as_partner, col, row, channel, g);
+              state = any ? 1 : 2;
+              if (!any) return;
+            }
+            for (int k = 0; k < kGroup; ++k) sum[k] = add(sum[k], multiply(weight, g[k]));
+          });
     }
   }
 }
@@ -202,6 +229,7 @@ __global__ void __launch_bounds__(kThreads)
     augment_backward_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
   using C = Number<T>;
   FUSEREG_SHARED(found, unsigned[kThreads / cuda::kWarpSize]);
+  FUSEREG_SHARED(common, Common);
   const Images& grad = job.grad_x;
   const std::int64_t pixels = grad.h * grad.w;
   const std::int64_t of_sample = ceil_div(pixels, kThreads);
@@ -211,21 +239,30 @@ __global__ void __launch_bounds__(kThreads)
     const bool inside = i < pixels;
     const auto x = static_cast<std::int32_t>(i % grad.w);
     const auto y = static_cast<std::int32_t>(i / grad.w);
-    C* const at = static_cast<C*>(grad.data) + sample * grad.sample + y * grad.row + x * grad.pixel;
+    __syncthreads();  // the last tile is done with what it shared
+    if (threadIdx.x == 0) put_common<kAntialias>(job, sample, common);
+    __syncthreads();
     for (int c = 0; c < job.c; c += kGroup) {
       C sum[kGroup] = {};
-      if (inside) gather_gradient<T, kGroup, kAntialias>(job, sample, sample, false, x, y, c, sum);
-      for (std::int64_t first = 0; first < job.n; first += kThreads) {
-        find_partners(job, sample, first, found);
-        for (int part = 0; part < kThreads / cuda::kWarpSize; ++part) {
-          for (unsigned bits = inside ? found[part] : 0; bits != 0; bits &= bits - 1) {
+      // The sample's own output first, then, kThreads samples at a time, those that it is mixed into.
+      for (std::int64_t first = -kThreads; first < job.n; first += kThreads) {
+        const bool own = first < 0;
+        if (!own) find_partners(job, common.sample, first, found);
+        const int parts = own ? 1 : kThreads / cuda::kWarpSize;
+        for (int part = 0; part < parts; ++part) {
+          for (unsigned bits = !inside ? 0 : own ? 1 : found[part]; bits != 0; bits &= bits - 1) {
             const std::int64_t out =
-                first + part * cuda::kWarpSize + __ffs(static_cast<int>(bits)) - 1;
-            gather_gradient<T, kGroup, kAntialias>(job, sample, out, true, x, y, c, sum);
+                own ? common.sample
+                    : first + part * cuda::kWarpSize + __ffs(static_cast<int>(bits)) - 1;
+            gather_gradient<T, kGroup, kAntialias>(job, common, out, !own, x, y, c, sum);
           }
         }
       }
-      for (int k = 0; k < kGroup && inside; ++k) at[(c + k) * grad.channel] = sum[k];
+      if (!inside) continue;
+      C* const at =
+          static_cast<C*>(grad.data) + common.sample * grad.sample + y * grad.row + x * grad.pixel;
+      FUSEREG_UNROLL
+      for (int k = 0; k < kGroup; ++k) at[(c + k) * grad.channel] = sum[k];
     }
   }
 }

@@ -37,20 +37,21 @@ FUSEREG_INLINE void for_point_taps(const Place<C>& p, std::int32_t w, std::int32
   }
   for (int j = 0; j < count; ++j) {
     const std::int32_t y = fold(p.y - before + j, h, mode);
-    if (y < 0 || wy[j] == C{0}) continue;
+    const C down = element_at(wy, j);
+    if (y < 0 || down == C{0}) continue;
     for (int i = 0; i < count; ++i) {
       const std::int32_t x = fold(p.x - before + i, w, mode);
-      const C weight = multiply(wy[j], wx[i]);
+      const C weight = multiply(down, element_at(wx, i));
       if (x >= 0 && weight != C{0}) f(x, y, weight);
     }
   }
 }
 
 // f(x, y, weight) for every pixel of the image, which a view is of, that an output pixel has a weight
-// in: row by row; of a reduced image, those of each of its pixels in turn.
+// in: row by row; of a reduced image (z, read where view.reduces), those of each of its pixels in turn.
 template <class C, Antialias kAntialias, class F>
-FUSEREG_STATIC void for_taps(const Job& job, const View& view, std::int64_t col, std::int64_t row,
-                             const F& f) {
+FUSEREG_STATIC void for_taps(const Job& job, const View& view, const Reduced& z, std::int64_t col,
+                             std::int64_t row, const F& f) {
   const Interpolation how = job.interpolation;
   const auto w = static_cast<std::int32_t>(view.x.w);
   const auto h = static_cast<std::int32_t>(view.x.h);
@@ -74,7 +75,6 @@ FUSEREG_STATIC void for_taps(const Job& job, const View& view, std::int64_t col,
   }
   Place<C> p;
   if (kAntialias != Antialias::kNever && view.reduces) {
-    const Reduced z = reduced_of(view.m, view.x);
     place(z.m, col, row, false, p);
     for_point_taps(p, z.w, z.h, view.mode, job, [&](std::int32_t x, std::int32_t y, C weight) {
       filter_taps({reduced_span<C>(x, z.by_x, w, how), reduced_span<C>(y, z.by_y, h, how)}, weight);
@@ -87,11 +87,12 @@ FUSEREG_STATIC void for_taps(const Job& job, const View& view, std::int64_t col,
 }
 
 // What the gradient of y[out] at a pixel is for the warped values of `sample`: `out` itself, or
-// (as_partner) the sample that is mixed into it. False if it is nothing.
+// (as_partner) the sample that is mixed into it. False if it is nothing. `values`: of view_to_warp(), read
+// with job.color.
 template <class T, int kGroup, Antialias kAntialias>
-FUSEREG_STATIC bool gradient_at(const Job& job, std::int64_t sample, std::int64_t out,
-                                bool as_partner, std::int64_t col, std::int64_t row, int channel,
-                                Number<T> (&g)[kGroup]) {
+FUSEREG_STATIC bool gradient_at(const Job& job, const View& values, std::int64_t sample,
+                                std::int64_t out, bool as_partner, std::int64_t col,
+                                std::int64_t row, int channel, Number<T> (&g)[kGroup]) {
   using C = Number<T>;
   const double* const record = job.records + sample * kRecord;
   const double* const mixing = job.records + out * kRecord;
@@ -109,7 +110,7 @@ FUSEREG_STATIC bool gradient_at(const Job& job, std::int64_t sample, std::int64_
   const double* const m = record + 16;
   const auto limit = static_cast<C>(job.limit);
   C v[kGroup];
-  warped<T, kGroup, kAntialias>(job, sample, col, row, channel, v);
+  warped<T, kGroup, kAntialias>(job, values, col, row, channel, v);
   auto passed = [&](C value, C gradient) {
     return value >= C{0} && value <= limit ? gradient : C{0};
   };

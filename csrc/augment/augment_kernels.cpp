@@ -564,16 +564,19 @@ template <class T, int kGroup>
 void add_pixels(const Job& job, std::int64_t sample, std::int64_t out, bool as_partner,
                 std::int64_t row, std::int64_t first, std::int64_t last, const Rows& rows) {
   using C = Number<T>;
-  View view;
+  View view, values;
   view_of(job, job.grad_x, sample, view);
+  const Reduced z = view.reduces ? reduced_of(view.m, view.x) : Reduced{};
+  if (job.color) view_to_warp<Antialias::kAny>(job, sample, values);
   C* const grad = static_cast<C*>(job.grad_x.data) + sample * job.grad_x.sample;
   for (std::int64_t col = first; col < last; ++col) {
     for (int c = 0; c < job.c; c += kGroup) {
       C g[kGroup];
-      if (!gradient_at<T, kGroup, Antialias::kAny>(job, sample, out, as_partner, col, row, c, g))
+      if (!gradient_at<T, kGroup, Antialias::kAny>(job, values, sample, out, as_partner, col, row,
+                                                   c, g))
         continue;
       for_taps<C, Antialias::kAny>(
-          job, view, col, row, [&](std::int32_t x, std::int32_t y, C weight) {
+          job, view, z, col, row, [&](std::int32_t x, std::int32_t y, C weight) {
             if (y < rows.begin || y >= rows.end) return;
             C* const at = grad + y * job.grad_x.row + x * job.grad_x.pixel;
             for (int k = 0; k < kGroup; ++k)

@@ -145,17 +145,46 @@ FUSEREG_STATIC void view_to_read(const Job& job, std::int64_t sample, View& v) {
 // all. What is not needed would be most of a kernel.
 enum class Antialias : std::uint8_t { kNever, kReduced, kAny };
 
+// v[k] = value. What an index that isn't known when this is compiled chooses would lie in local memory on
+// the device, and the loops that call this are too large to be unrolled.
+template <class C, int kGroup>
+FUSEREG_INLINE void set_channel(C (&v)[kGroup], int k, C value) {
+#if defined(__CUDACC__)
+  FUSEREG_UNROLL_10
+  for (int i = 0; i < kGroup; ++i) v[i] = i == k ? value : v[i];
+#else
+  v[k] = value;
+#endif
+}
+
+// v[i], as set_channel().
+template <class C, int kSize>
+FUSEREG_INLINE C element_at(const C (&v)[kSize], int i) {
+#if defined(__CUDACC__)
+  C found = v[0];
+  FUSEREG_UNROLL_10
+  for (int k = 1; k < kSize; ++k) found = i == k ? v[k] : found;
+  return found;
+#else
+  return v[i];
+#endif
+}
+
+// Where warped() reads.
+template <Antialias kAntialias>
+FUSEREG_STATIC void view_to_warp(const Job& job, std::int64_t sample, View& v) {
+  if constexpr (kAntialias == Antialias::kReduced) {
+    view_to_read(job, sample, v);
+  } else {
+    view_of(job, job.x, sample, v);
+  }
+}
+
 // kGroup channels from `channel` on, warped: all three of three channels, or one.
 template <class T, int kGroup, Antialias kAntialias>
-FUSEREG_STATIC void warped(const Job& job, std::int64_t sample, std::int64_t col, std::int64_t row,
+FUSEREG_STATIC void warped(const Job& job, const View& view, std::int64_t col, std::int64_t row,
                            int channel, Number<T> (&v)[kGroup]) {
   using C = Number<T>;
-  View view;
-  if constexpr (kAntialias == Antialias::kReduced) {
-    view_to_read(job, sample, view);
-  } else {
-    view_of(job, job.x, sample, view);
-  }
   const Images& x = view.x;
   Plane<T> plane;
   plane.data = static_cast<const T*>(x.data) + view.offset;
@@ -169,7 +198,7 @@ FUSEREG_STATIC void warped(const Job& job, std::int64_t sample, std::int64_t col
     const Spans<C> spans = make_spans<C>(view.m, col, row, x, job.interpolation, view.mode);
     for (int k = 0; k < kGroup; ++k, plane.data += x.channel) {
       plane.fill = static_cast<C>(job.fill[channel + k]);
-      v[k] = filtered(plane, spans, job.interpolation);
+      set_channel(v, k, filtered(plane, spans, job.interpolation));
     }
     return;
   }
@@ -183,7 +212,7 @@ FUSEREG_STATIC void warped(const Job& job, std::int64_t sample, std::int64_t col
     };
     for (int k = 0; k < kGroup; ++k, plane.data += x.channel) {
       plane.fill = static_cast<C>(job.fill[channel + k]);
-      v[k] = interpolate(pixel, p, job.interpolation, cubic);
+      set_channel(v, k, interpolate(pixel, p, job.interpolation, cubic));
     }
     return;
   }
@@ -191,7 +220,7 @@ FUSEREG_STATIC void warped(const Job& job, std::int64_t sample, std::int64_t col
   auto pixel = [&](std::int32_t at_x, std::int32_t at_y) { return pixel_at(plane, at_x, at_y); };
   for (int k = 0; k < kGroup; ++k, plane.data += x.channel) {
     plane.fill = static_cast<C>(job.fill[channel + k]);
-    v[k] = interpolate(pixel, p, job.interpolation, cubic);
+    set_channel(v, k, interpolate(pixel, p, job.interpolation, cubic));
   }
 }
 
@@ -204,9 +233,10 @@ FUSEREG_STATIC bool erased(const Job& job, std::int64_t sample, std::int64_t col
   for (int k = 0; k < kGroup; ++k) {
     const int c = channel + k;
     const std::int64_t index = (c * job.y.h + row) * job.y.w + col;
-    v[k] = job.erase_noise
-               ? static_cast<C>(normal_at(job.keys + 2 * sample, static_cast<std::uint64_t>(index)))
-               : static_cast<C>(job.erase[c]);
+    set_channel(v, k,
+                job.erase_noise ? static_cast<C>(normal_at(job.keys + 2 * sample,
+                                                           static_cast<std::uint64_t>(index)))
+                                : static_cast<C>(job.erase[c]));
   }
   return true;
 }
@@ -237,7 +267,9 @@ template <class T, int kGroup, Antialias kAntialias>
 FUSEREG_STATIC void unmixed(const Job& job, std::int64_t sample, std::int64_t col, std::int64_t row,
                             int channel, Number<T> (&v)[kGroup]) {
   if (erased<T, kGroup>(job, sample, col, row, channel, v)) return;
-  warped<T, kGroup, kAntialias>(job, sample, col, row, channel, v);
+  View view;
+  view_to_warp<kAntialias>(job, sample, view);
+  warped<T, kGroup, kAntialias>(job, view, col, row, channel, v);
   finished<T, kGroup>(job, sample, channel, v);
 }
 

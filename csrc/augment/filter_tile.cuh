@@ -149,10 +149,12 @@ FUSEREG_DEVICE_INLINE void filter_row(const Job& job, const FilterAxis (&axes)[2
 }
 
 template <class T, int kGroup>
-__global__ void __launch_bounds__(kThreads) augment_filter_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
+__global__ void __launch_bounds__(kThreads, 3)
+    augment_filter_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
   struct Sources {
     TileView views[2];  // of the sample and its partner
     FilterAxis axes[2][2];
+    TileMix mix;
   };
   FUSEREG_SHARED(sources, Sources);
   FUSEREG_SHARED(columns, FilterColumns<kGroup>);
@@ -166,19 +168,16 @@ __global__ void __launch_bounds__(kThreads) augment_filter_kernel(FUSEREG_GRID_C
     const std::int64_t in_sample = tile - sample * of_sample;
     const auto row0 = static_cast<std::int32_t>(in_sample / across) * kFilterTile;
     const auto col0 = static_cast<std::int32_t>(in_sample % across) * kFilterTile;
-    const double* const record = job.records + sample * kRecord;
-    const std::int64_t partner = partner_of(record, job.n);
-    const Box box = box_of(record + 10, job.y);
-    const int images = partner >= 0 && col0 < box.x1 && col0 + kFilterTile > box.x0 &&
-                               row0 < box.y1 && row0 + kFilterTile > box.y0
-                           ? 2
-                           : 1;
-    const auto lam = static_cast<float>(record[15]);
-    const auto rest = static_cast<float>(1.0 - record[15]);
     __syncthreads();  // the last tile is done with what it shared
+    TileMix& mix = sources.mix;
     if (threadIdx.x == 0) put_view(job, sample, sources.views[0]);
-    if (threadIdx.x == cuda::kWarpSize && images == 2) put_view(job, partner, sources.views[1]);
+    if (threadIdx.x == cuda::kWarpSize) {
+      put_mix(job, sample, mix);
+      if (mix.partner >= 0) put_view(job, mix.partner, sources.views[1]);
+    }
     __syncthreads();
+    const int images =
+        mix.partner >= 0 && touches(mix.box, col0, row0, kFilterTile, kFilterTile) ? 2 : 1;
     for (int image = 0; image < images; ++image) {
       prepare_filters(job, sources.views[image], row0, col0, sources.axes[image]);
     }
@@ -186,11 +185,10 @@ __global__ void __launch_bounds__(kThreads) augment_filter_kernel(FUSEREG_GRID_C
     for (int strip = 0; strip < kFilterTile && row0 + strip < job.y.h; strip += kFilterStrip) {
       const std::int32_t out_row = row0 + strip + r;
       const bool inside = out_row < job.y.h && out_col < job.y.w;
-      const bool mixes = images == 2 && has(box, out_col, out_row);
+      const bool mixes = images == 2 && touches(mix.box, out_col, out_row, 1, 1);
       for (int c = 0; c < job.c; c += kGroup) {
         float v[kGroup] = {};
         for (int image = 0; image < images; ++image) {
-          const std::int64_t from = image == 0 ? sample : partner;
           const FilterAxis(&axes)[2] = sources.axes[image];
           const TileView& view = sources.views[image];
           __syncthreads();  // the columns are free, and their filters are there
@@ -198,20 +196,18 @@ __global__ void __launch_bounds__(kThreads) augment_filter_kernel(FUSEREG_GRID_C
           __syncthreads();
           if (!inside || (image == 1 && !mixes)) continue;
           float found[kGroup];
-          if (!erased<T, kGroup>(job, from, out_col, out_row, c, found)) {
+          if (!erased<T, kGroup>(job, view.sample, out_col, out_row, c, found)) {
             filter_row<kGroup>(job, axes, strip + r, r, col, c, columns, found);
-            finished<T, kGroup>(job, from, c, found);
+            finished<T, kGroup>(job, view.sample, c, found);
           }
           FUSEREG_UNROLL
           for (int k = 0; k < kGroup; ++k) {
-            v[k] = image == 0 || record[15] == 0.0
-                       ? found[k]
-                       : add(multiply(lam, v[k]), multiply(rest, found[k]));
+            v[k] = image == 0 ? found[k] : mixed(mix, v[k], found[k]);
           }
         }
         if (!inside) continue;
-        const std::int64_t at =
-            sample * job.y.sample + out_row * job.y.row + out_col * job.y.pixel + c * job.y.channel;
+        const std::int64_t at = sources.views[0].sample * job.y.sample + out_row * job.y.row +
+                                out_col * job.y.pixel + c * job.y.channel;
         FUSEREG_UNROLL
         for (int k = 0; k < kGroup; ++k)
           write(job.y.data, job.y.type, at + k * job.y.channel, v[k]);

@@ -22,4 +22,12 @@ inline cuda::LaunchConfig config_for(std::int64_t work, int device, void* stream
   return config;
 }
 
+// What lies in shared memory is read again behind this: over a long loop it would else be kept in registers,
+// or in local memory where there are too few.
+FUSEREG_DEVICE_INLINE void read_shared_again() {
+#if !defined(FUSEREG_CUDA_ON_HOST)
+  asm volatile("" ::: "memory");
+#endif
+}
+
 }  // namespace fusereg::augment

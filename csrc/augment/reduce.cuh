@@ -11,15 +11,21 @@
 namespace fusereg::augment {
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) augment_reduce_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
+__global__ void __launch_bounds__(kThreads, 4)
+    augment_reduce_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
   using C = Number<T>;
+  FUSEREG_SHARED(view, View);  // of the tile's sample
+  FUSEREG_SHARED(z, Reduced);
   const std::int64_t of_sample = ceil_div(job.x.h * job.x.w, kThreads);
   for (std::int64_t tile = blockIdx.x; tile < job.n * of_sample; tile += gridDim.x) {
     const std::int64_t sample = tile / of_sample;
-    View view;
-    view_of(job, job.x, sample, view);
+    __syncthreads();  // the last tile is done with what it shared
+    if (threadIdx.x == 0) {
+      view_of(job, job.x, sample, view);
+      if (view.reduces) z = reduced_of(view.m, view.x);
+    }
+    __syncthreads();
     if (!view.reduces) continue;
-    const Reduced z = reduced_of(view.m, view.x);
     const std::int64_t i = (tile - sample * of_sample) * kThreads + threadIdx.x;
     if (i >= std::int64_t{z.h} * z.w) continue;
     const auto col = static_cast<std::int32_t>(i % z.w);
@@ -27,7 +33,8 @@ __global__ void __launch_bounds__(kThreads) augment_reduce_kernel(FUSEREG_GRID_C
     const Spans<C> spans = {reduced_span<C>(col, z.by_x, view.x.w, job.interpolation),
                             reduced_span<C>(row, z.by_y, view.x.h, job.interpolation)};
     Plane<T> plane;
-    plane.data = static_cast<const T*>(view.x.data) + view.offset;
+    // Of the kernel's arguments, so that the compiler knows it to be global memory.
+    plane.data = static_cast<const T*>(job.x.data) + view.offset;
     plane.row = view.x.row;
     plane.pixel = view.x.pixel;
     plane.h = static_cast<std::int32_t>(view.x.h);

@@ -20,6 +20,7 @@ inline constexpr int kTileRows = kThreads * kRun / kTileWidth;
 
 // What of a View a tile needs; in shared memory, where initializers are not run.
 struct TileView {
+  std::int64_t sample;
   std::int64_t offset;
   std::int32_t w, h;
   FillMode mode;
@@ -31,6 +32,7 @@ struct TileView {
 __device__ inline void put_view(const Job& job, std::int64_t sample, TileView& to) {
   View v;
   view_to_read(job, sample, v);
+  to.sample = sample;
   to.reduced = v.x.data != job.x.data;
   to.offset = v.offset;
   to.w = static_cast<std::int32_t>(v.x.w);
@@ -52,6 +54,7 @@ struct TileSource {
 };
 
 struct TileMix {
+  std::int64_t partner;  // -1: none, and nothing else is set
   std::int32_t box[4];
   float lam, rest;
   bool partner_alone;
@@ -74,12 +77,26 @@ FUSEREG_DEVICE_INLINE void put_box(const double* r, const Images& y, std::int32_
   box[3] = static_cast<std::int32_t>(b.y1);
 }
 
+__device__ inline void put_mix(const Job& job, std::int64_t sample, TileMix& to) {
+  const double* const record = job.records + sample * kRecord;
+  to.partner = partner_of(record, job.n);
+  if (to.partner < 0) return;
+  put_box(record + 10, job.y, to.box);
+  to.lam = static_cast<float>(record[15]);
+  to.rest = static_cast<float>(1.0 - record[15]);
+  to.partner_alone = record[15] == 0.0;
+}
+// Of a sample's value and its partner's, inside the box.
+FUSEREG_DEVICE_INLINE float mixed(const TileMix& mix, float own, float other) {
+  return mix.partner_alone ? other : add(multiply(mix.lam, own), multiply(mix.rest, other));
+}
+
 // Each thread has its part of it; the view is there.
-__device__ inline void prepare(const Job& job, std::int64_t sample, std::int32_t row0,
-                               std::int32_t col0, TileSource& s) {
+__device__ inline void prepare(const Job& job, std::int32_t row0, std::int32_t col0,
+                               TileSource& s) {
   constexpr int kStarts = 2 * 2 * kTileRows;
   static_assert(kStarts + 2 * kBlock + 12 + 2 <= kThreads, "a value for each thread");
-  const double* const record = job.records + sample * kRecord;
+  const double* const record = job.records + s.view.sample * kRecord;
   const int bits = fraction_bits(s.view.m[0], s.view.m[3]);
   auto i = static_cast<int>(threadIdx.x);
   const double* const m = s.view.m + 3 * (i & 1);
@@ -271,7 +288,7 @@ FUSEREG_DEVICE_INLINE void run_warped(const Job& job, const T* data, const TileS
 
 // A(sample) at the run's pixels: see unmixed().
 template <class T, int kGroup, bool kLast>
-FUSEREG_DEVICE_INLINE void run_unmixed(const Job& job, std::int64_t sample, const TileSource& s,
+FUSEREG_DEVICE_INLINE void run_unmixed(const Job& job, const TileSource& s,
                                        const TileChannels& channels, int row, int lane,
                                        std::int32_t out_row, std::int32_t out_col, int channel,
                                        float (&v)[kGroup][kRun]) {
@@ -310,7 +327,8 @@ FUSEREG_DEVICE_INLINE void run_unmixed(const Job& job, std::int64_t sample, cons
   FUSEREG_NO_UNROLL
   for (int k = 0; k < kRun; ++k) {
     float one[kGroup];
-    if (erased<T, kGroup>(job, sample, out_col + k, out_row, channel, one)) put_pixel(v, k, one);
+    if (erased<T, kGroup>(job, s.view.sample, out_col + k, out_row, channel, one))
+      put_pixel(v, k, one);
   }
 }
 
@@ -372,6 +390,7 @@ FUSEREG_STATIC void run_by_pixels(const Job& job, std::int64_t sample, std::int3
     for (int c = 0; c < job.c; c += kGroup) {
       float v[kGroup];
       augmented<T, kGroup, Antialias::kNever>(job, sample, first + k, row, c, v);
+      FUSEREG_UNROLL
       for (int i = 0; i < kGroup; ++i)
         write(job.y.data, job.y.type, at + (c + i) * job.y.channel, v[i]);
     }
@@ -400,41 +419,37 @@ __global__ void __launch_bounds__(kThreads, 2)
     const std::int64_t in_sample = tile - sample * of_sample;
     const auto row0 = static_cast<std::int32_t>(in_sample / across) * kTileRows;
     const auto col0 = static_cast<std::int32_t>(in_sample % across) * kTileWidth;
-    const double* const record = job.records + sample * kRecord;
-    const std::int64_t partner = partner_of(record, job.n);
     __syncthreads();  // the last tile is done with what it shared
+    // What all threads read stays in shared memory, where it takes no registers.
     if (thread == 0) put_view(job, sample, sources[0].view);
-    if (thread == cuda::kWarpSize && partner >= 0) put_view(job, partner, sources[1].view);
-    __syncthreads();
-    prepare(job, sample, row0, col0, sources[0]);
-    if (partner >= 0) {
-      prepare(job, partner, row0, col0, sources[1]);
-      if (thread == kThreads - 1) {
-        put_box(record + 10, job.y, mix.box);
-        mix.lam = static_cast<float>(record[15]);
-        mix.rest = static_cast<float>(1.0 - record[15]);
-        mix.partner_alone = record[15] == 0.0;
-      }
+    if (thread == cuda::kWarpSize) {
+      put_mix(job, sample, mix);
+      if (mix.partner >= 0) put_view(job, mix.partner, sources[1].view);
     }
+    __syncthreads();
+    prepare(job, row0, col0, sources[0]);
+    if (mix.partner >= 0) prepare(job, row0, col0, sources[1]);
     __syncthreads();
     const std::int32_t out_row = row0 + row;
     const std::int32_t out_col = col0 + lane;
     if (out_row >= job.y.h || out_col >= job.y.w) continue;
-    const bool mixes = partner >= 0 && touches(mix.box, out_col, out_row, kRun, 1);
+    const bool mixes = mix.partner >= 0 && touches(mix.box, out_col, out_row, kRun, 1);
     const auto left = static_cast<int>(job.y.w - out_col);
-    if (sources[0].view.projective || (partner >= 0 && sources[1].view.projective)) {
-      run_by_pixels<T, kGroup>(job, sample, out_row, out_col, left < kRun ? left : kRun);
+    if (sources[0].view.projective || (mix.partner >= 0 && sources[1].view.projective)) {
+      run_by_pixels<T, kGroup>(job, sources[0].view.sample, out_row, out_col,
+                               left < kRun ? left : kRun);
       continue;
     }
-    const std::int64_t at = sample * job.y.sample + out_row * job.y.row + out_col * job.y.pixel;
+    const std::int64_t at =
+        sources[0].view.sample * job.y.sample + out_row * job.y.row + out_col * job.y.pixel;
     FUSEREG_NO_UNROLL
     for (int c = 0; c < job.c; c += kGroup) {
       float v[kGroup][kRun];
       FUSEREG_NO_UNROLL
       for (int which = 0; which <= static_cast<int>(mixes); ++which) {
         float found[kGroup][kRun];
-        run_unmixed<T, kGroup, kLast>(job, which == 0 ? sample : partner, sources[which], channels,
-                                      row, lane, out_row, out_col, c, found);
+        run_unmixed<T, kGroup, kLast>(job, sources[which], channels, row, lane, out_row, out_col, c,
+                                      found);
         FUSEREG_UNROLL
         for (int k = 0; k < kRun; ++k) {
           const bool in = which == 1 && touches(mix.box, out_col + k, out_row, 1, 1);
@@ -443,9 +458,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             if (which == 0) {
               v[i][k] = found[i][k];
             } else if (in) {
-              v[i][k] = mix.partner_alone
-                            ? found[i][k]
-                            : add(multiply(mix.lam, v[i][k]), multiply(mix.rest, found[i][k]));
+              v[i][k] = mixed(mix, v[i][k], found[i][k]);
             }
           }
         }

@@ -17,7 +17,6 @@ struct Arguments {
   void* partials;
   unsigned* semaphores;
   std::int64_t teams;
-  int steps;
 };
 
 // --- statistics that are put together ---

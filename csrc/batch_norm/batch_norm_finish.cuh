@@ -212,7 +212,6 @@ bool try_resident(const char* op, Arguments<Job>& g, const Plan& plan, cuda::Str
   if (plan.kind == KernelKind::kResident) {
     g.tiling = plan.reduce;
     g.teams = plan.teams;
-    g.steps = plan.steps;
     if (launch_resident(g, plan, stream)) return true;
   }
   if (resident_forced()) {

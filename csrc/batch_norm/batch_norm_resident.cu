@@ -9,8 +9,8 @@
 // otherwise. Teams of one block need no barrier, and an ordinary launch.
 //
 // Slots are never used twice in a launch, so one barrier for each slab is enough. A share stays as
-// it came, in x's own dtype: in octets, octet `step` of a thread at step * kThreads + thread, so
-// that neighboring threads meet neighboring banks.
+// it came, in x's own dtype: in octets, those of neighboring threads side by side, so that they meet
+// neighboring banks.
 //
 // Two blocks of 256 threads share a multiprocessor: while one waits or stores, the other loads.
 #include "batch_norm/batch_norm_finish.cuh"
@@ -19,32 +19,32 @@
 namespace fusereg::batch_norm {
 namespace {
 
-// A thread's octets in shared memory.
+// A thread's octets in shared memory, one after the other: put() and take() go on from where the last one
+// was, which takes one register.
 template <class T>
 class Shelf {
  public:
   using Part = typename Octet<T>::Part;
-  FUSEREG_DEVICE_INLINE explicit Shelf(Part* memory) : memory_(memory + threadIdx.x) {}
-  FUSEREG_DEVICE_INLINE void put(int step, const Octet<T>& v) const {
+  FUSEREG_DEVICE_INLINE explicit Shelf(Part* memory) : next_(memory + threadIdx.x) {}
+  FUSEREG_DEVICE_INLINE void put(const Octet<T>& v) {
     FUSEREG_UNROLL
     for (int i = 0; i < Octet<T>::kParts; ++i) {
-      cuda::store_shared(at(step, i).values, v.part(i));
+      cuda::store_shared(next_[i * kThreads].values, v.part(i));
     }
+    next_ += Octet<T>::kParts * kThreads;
   }
-  FUSEREG_DEVICE_INLINE Octet<T> get(int step) const {
+  FUSEREG_DEVICE_INLINE Octet<T> take() {
     Octet<T> v;
     FUSEREG_UNROLL
     for (int i = 0; i < Octet<T>::kParts; ++i) {
-      v.set_part(i, cuda::load<Octet<T>::kPart>(at(step, i).values));
+      v.set_part(i, cuda::load<Octet<T>::kPart>(next_[i * kThreads].values));
     }
+    next_ += Octet<T>::kParts * kThreads;
     return v;
   }
 
  private:
-  FUSEREG_DEVICE_INLINE Part& at(int step, int i) const {
-    return memory_[(step * Octet<T>::kParts + i) * kThreads];
-  }
-  Part* memory_;
+  Part* next_;
 };
 
 // How a resident block goes through its slabs. It is the same for all threads and in use all the
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
   FUSEREG_SHARED(coefficients, ChannelNumbers<C>);
   const Forward& job = g.job;
   const Tiling& t = g.tiling;
-  const Shelf<T> shelf(cuda::dynamic_shared<typename Shelf<T>::Part>());
+  auto* const memory = cuda::dynamic_shared<typename Shelf<T>::Part>();
   auto* const partials = static_cast<Moments*>(g.partials);
   FUSEREG_SHARED(plain, Plain<C>);
   FUSEREG_SHARED(team, Team);
@@ -106,9 +106,9 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
   }
   while (team.next(g)) {
     const Share& share = team.share;
-    int step = 0;
+    Shelf<T> shelf(memory);
     block_moments<T>(
-        TypeTag<Walk>{}, job, t, share, [&](const Octet<T>& octet) { shelf.put(step++, octet); },
+        TypeTag<Walk>{}, job, t, share, [&](const Octet<T>& octet) { shelf.put(octet); },
         [&](int c, const Moments& m) { partials[partial_index(t, share, c)] = m; });
     team.sync(g);
     for (int i = static_cast<int>(cuda::warp_id()); i < slab_channels(t, share.slab); i += kWarps) {
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
     __syncthreads();
     Walk walk = walk_share(TypeTag<Walk>{}, t, share, job.mask);
     const auto k = kept_coefficients(walk, coefficients);
-    step = 0;
+    shelf = Shelf<T>(memory);
     for_each_octet<1>(
         walk,
         [&](const Place& place) {
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
           return data;
         },
         [&](const Place& place, ForwardData<T>& data) {
-          data.x = shelf.get(step++);
+          data.x = shelf.take();
           write_forward<kHeavy, Walk>(job, plain, k, place, data);
         });
     if (team.member == 0) finish_forward(g, share.slab, static_cast<const Moments*>(nullptr), 1);
@@ -148,8 +148,6 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
   const Backward& job = g.job;
   const Tiling& t = g.tiling;
   auto* const memory = cuda::dynamic_shared<typename Shelf<T>::Part>();
-  const Shelf<T> x_shelf(memory);
-  const Shelf<T> grad_shelf(memory + g.steps * Octet<T>::kParts * kThreads);
   auto* const partials = static_cast<GradientSums*>(g.partials);
   FUSEREG_SHARED(plain, Plain<C>);
   FUSEREG_SHARED(team, Team);
@@ -157,7 +155,6 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
     plain = plain_of<C>(job.epilogue);
     team.start(t);
   }
-  const std::int64_t all = t.groups * t.channels;
   while (team.next(g)) {
     const Share& share = team.share;
     const int channels = slab_channels(t, share.slab);
@@ -166,12 +163,12 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
       set_backward_coefficients(coefficients, i, job, c, read_statistic(job, t, share.group, c));
     }
     __syncthreads();
-    int step = 0;
+    Shelf<T> shelf(memory);  // of x and of the gradient, in turn
     block_sums<kHeavy, T>(
         TypeTag<Walk>{}, job, t, share, plain, coefficients,
         [&](const BackwardData<T>& data) {
-          x_shelf.put(step, data.x);
-          grad_shelf.put(step++, data.grad);
+          shelf.put(data.x);
+          shelf.put(data.grad);
         },
         [&](int i, const GradientSums& s) {
           const std::int64_t c = first_channel(t, share) + i;
@@ -188,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
         set_gradient(coefficients, i, job, c, read_statistic(job, t, share.group, c), sums);
         if (team.member == 0) {
           job.sums[s] = sums.sum;
-          job.sums[all + s] = sums.dot;
+          job.sums[t.groups * t.channels + s] = sums.dot;
         }
       }
     }
@@ -198,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
     C q[Walk::kSets];
     C r[Walk::kSets];
     kept_gradient(walk, coefficients, q, r);
-    step = 0;
+    shelf = Shelf<T>(memory);
     for_each_octet<1>(
         walk,
         [&](const Place& place) {
@@ -207,8 +204,8 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
           return data;
         },
         [&](const Place& place, BackwardData<T>& data) {
-          data.x = x_shelf.get(step);
-          data.grad = grad_shelf.get(step++);
+          data.x = shelf.take();
+          data.grad = shelf.take();
           write_backward<kHeavy, Walk>(job, plain, k, q, r, place, data);
         });
     if (team.member == 0)

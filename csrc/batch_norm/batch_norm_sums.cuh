@@ -279,6 +279,10 @@ __device__ void block_sums(TypeTag<Columns<kWide>>, const Backward& job, const T
       buffer.get(t, c, sums.sum, sums.dot, rows_unused);
       if (cuda::lane_id() == 0) totals[c].add(sums);
     }
+#if !defined(FUSEREG_CUDA_ON_HOST)
+    // Compared here, not before the run, which would have to keep the answer.
+    asm volatile("" : "+r"(runs));
+#endif
   }
   __syncthreads();
   for (int c = static_cast<int>(threadIdx.x); c < channels; c += kThreads) emit(c, totals[c]);
