@@ -295,6 +295,34 @@ class ItemIsNone(GivesPair):
         return y * 2 if weights is None else y
 
 
+@left(None)
+class SumsInALoop(Base):
+    """What is compared with None is the result of layers of torch, which is never None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = nn.Identity(), nn.Sequential(nn.Tanh(), nn.Identity()), nn.Conv2d(3, 3, 1)
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Any:
+        x, total = self.chain(x), None
+        for part, z in zip(self.parts, (x, x[:], x.chunk(1)[0]), strict=True):
+            y = part(z)
+            total = y if total is None else total + y
+        return total
+
+
+@left("it asks whether a value is None", off)
+class IdentityOfNone(HasSometimes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = nn.Sequential(nn.Identity(), nn.Identity())
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.chain(x)
+        return y if self.same(self.aux(y)) is None else y * 2
+
+
 @left("it matches the type of a value")
 class MatchesTuple(GivesPair):
     def forward(self, x: Tensor) -> Any:

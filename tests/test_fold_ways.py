@@ -98,6 +98,22 @@ class UsedOnOneWay(Pair):
         return z + y if x.sum() > 0 else z
 
 
+class Positive(nn.Module):
+    def forward(self, x: Tensor) -> Tensor | None:
+        return x if x.sum() > 0 else None
+
+
+class UsedIfNone(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        self.positive = Positive()
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        z = self.bn(y)
+        return z + y if self.positive(x) is None else z
+
+
 class WithoutNormOnOneWay(Pair):
     def forward(self, x: Tensor) -> Any:
         y = self.conv(x)
@@ -151,6 +167,7 @@ class LoopsOverNumber(Pair):
 
 UNFOLLOWED: dict[type[Pair], str] = {
     UsedOnOneWay: "is used elsewhere too",
+    UsedIfNone: "is used elsewhere too",
     WithoutNormOnOneWay: "it is called with and without this batch norm",
     OtherSourceOnOneWay: "no convolution or linear layer is seen before it",
     ReadsOnOneWay: "reads its parameters",

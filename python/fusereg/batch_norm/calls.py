@@ -248,7 +248,9 @@ def _ways(
     found, raised = False, None
     for _ in range(_MAX_WAYS):
         try:
-            yield trace(module, answers=answers, **options)
+            traced = trace(module, answers=answers, **options)
+            yield traced
+            yield from traced.otherwise
             found = True
         except UntraceableError as error:
             ends = (*errors, AssertionError) if answers else errors

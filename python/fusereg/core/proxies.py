@@ -89,7 +89,7 @@ class Proxy(fx.Proxy):
             refuse(f"it changes {self.node.target} in place")
         attribute = _Attribute(self, name)
         recorder: Any = self.tracer
-        return recorder.or_none(attribute) if _may_be_none(name) else attribute
+        return recorder.or_none(attribute) if may_be_none(name) else attribute
 
     def __iter__(self) -> Iterator[Any]:
         frame = sys._getframe(1)
@@ -147,7 +147,7 @@ for _name in _IN_PLACE.split():
     setattr(Proxy, f"__{_name}__", _in_place(_name))
 
 
-def _may_be_none(attribute: str) -> bool:
+def may_be_none(attribute: str) -> bool:
     """Return whether an attribute or method of a value may be None, or return it."""
     return not hasattr(Tensor, attribute) or attribute in ("grad", "grad_fn", "_base", "_grad")
 
@@ -191,7 +191,7 @@ class Recorder(fx.proxy.TracerBase):
         optional = (
             kind in ("call_module", "placeholder")
             or target is operator.getitem
-            or (kind == "call_method" and _may_be_none(target))
+            or (kind == "call_method" and may_be_none(target))
         )
         return self.or_none(proxy) if optional else proxy
 

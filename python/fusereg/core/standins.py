@@ -1,4 +1,4 @@
-"""Stand-ins for the objects, other than tensors, that a forward uses while it is traced.
+"""Objects that stand for what a forward uses while it is traced, other than its tensors.
 
 Forward sees stand-ins alone. Each gives what the tracer knows and can record, and refuses whatever
 else Python lets code ask of an object: what is not refused here would be answered for the stand-in.

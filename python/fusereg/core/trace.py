@@ -33,7 +33,16 @@ from torch.nn import functional as F
 
 from . import assertions, dispatch, failures
 from .modules import forward_of, submodule
-from .proxies import Proxy, Recorder, UntraceableError, draws, refuse, words
+from .proxies import (
+    Proxy,
+    Recorder,
+    UntraceableError,
+    draws,
+    may_be_none,
+    refuse,
+    unpacked,
+    words,
+)
 from .standins import (
     GO_THROUGH,
     NO_TENSORS,
@@ -83,10 +92,15 @@ ARGUMENT = "argument"
 
 @dataclass(frozen=True)
 class Trace:
-    """The graph of a forward, and the values that it depends on."""
+    """The graph of a forward, and the values that it depends on.
+
+    Attributes:
+        otherwise: what it does where a value is None that it asks about, and that may be.
+    """
 
     graph: fx.Graph
     reads: tuple[Read, ...]
+    otherwise: tuple[Trace, ...] = ()
 
 
 # --- what is known --------------------------------------------------------------------------------
@@ -536,33 +550,57 @@ def trace(
     mode = module.training if training is None else training
     tracer = _Tracer(module, leaf, mode, tensors, answers)
     graph = tracer.follow(forward)
+    otherwise = []
     for number in _may_be_none(tracer) if tracer.asks_for_none else ():
         copied = None if answers is None else [*answers]
+        other, found = _Tracer(module, leaf, mode, tensors, copied, number), None
         try:
-            other = _Tracer(module, leaf, mode, tensors, copied, number).follow(forward)
+            found = other.follow(forward)
         except UntraceableError as error:
             if error.__cause__ is not None:
                 continue  # forward needs the value
-            other = None
-        if other is None or _rows(other, number) != _rows(graph, number):
-            refuse("it asks whether a value is None, which is not known before the call")
-    return Trace(graph, tuple(tracer.reads.values()))
+        if found is None or _rows(found, number) != _rows(graph, number):
+            if found is None or answers is None:
+                refuse("it asks whether a value is None, which is not known before the call")
+            otherwise.append(Trace(found, tuple(other.reads.values())))
+    return Trace(graph, tuple(tracer.reads.values()), tuple(otherwise))
 
 
 def _may_be_none(tracer: _Tracer) -> list[int]:
     """Return the numbers of the values that may be None."""
-    known = set()
     asked = {read.name for read in tracer.reads.values() if read.owner is ARGUMENT}
+    known: set[fx.Node] = set()  # that neither they nor what they hold is None
     for node in tracer.recorder.graph.nodes:
-        if node.op == "call_module":
-            cls = type(submodule(tracer.root, str(node.target)))
-            of_torch = cls.__module__.startswith(("torch.nn.", "fusereg."))
-            is_known = of_torch and not issubclass(cls, nn.Sequential)
+        held = bool(node.args) and node.args[0] in known
+        if node.op == "placeholder":
+            is_known = tracer.tensors or node.name not in asked
+        elif node.op == "call_module":
+            is_known = _gives_tensors(submodule(tracer.root, str(node.target)), held)
+        elif node.target in (operator.getitem, unpacked):
+            is_known = held
+        elif node.op == "call_method" or node.target is getattr:
+            name = node.target if node.op == "call_method" else node.args[1]
+            is_known = held and not may_be_none(str(name))
         else:
-            is_known = node.op == "placeholder" and (tracer.tensors or node.name not in asked)
+            is_known = node.target is not F.multi_head_attention_forward
         if is_known:
-            known.add(node.meta.get("optional"))
-    return [number for number in range(tracer.recorder.optional) if number not in known]
+            known.add(node)
+    numbers = {node.meta.get("optional") for node in known}
+    return [number for number in range(tracer.recorder.optional) if number not in numbers]
+
+
+def _gives_tensors(layer: nn.Module | None, of_tensors: bool) -> bool:
+    """Return whether a layer's result is a tensor, or holds tensors alone."""
+    while isinstance(layer, nn.Sequential) and layer._modules:
+        *before, last = layer._modules.values()
+        identities = [type(m) is nn.Identity for m in (*before, last)]
+        if identities[-1] and not all(identities):
+            last = next(m for m in reversed(before) if type(m) is not nn.Identity)
+        layer = last
+    if type(layer) is nn.Identity:
+        return of_tensors
+    of_torch = type(layer).__module__.startswith(("torch.nn.", "fusereg."))
+    return of_torch and not isinstance(layer, nn.MultiheadAttention | nn.Sequential)
 
 
 def _rows(graph: fx.Graph, none: int) -> list[Any]:
