@@ -433,7 +433,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Canvas:
-    """What is known of the size (height, width) that images have: it, or the least it can be."""
+    """The size (height, width) that images have, or the least that it can be."""
 
     size: tuple[int, int]
     exact: bool
