@@ -433,7 +433,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Canvas:
-    """The size (height, width) of images as far as it is known: itself, or the least possible."""
+    """The size (height, width) that images have, or the least that it can be."""
 
     size: tuple[int, int]
     exact: bool
