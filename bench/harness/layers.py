@@ -226,12 +226,12 @@ def results(call: Call) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def is_keep_rate(kept: Tensor) -> bool:
-    """Return whether about a share 1 - P of the mask is kept."""
+def is_keep_rate(kept: Tensor, p: float = P) -> bool:
+    """Return whether about a share 1 - p of the mask is kept."""
     n = kept.numel()
-    deviation = abs(float(kept.double().mean()) - (1 - P)) / math.sqrt(P * (1 - P) / n)
-    # Off by chance once in a billion; P itself is 1e-5 off where draws have 16 bits.
-    return deviation <= 6 + 1e-5 * math.sqrt(n / (P * (1 - P)))
+    deviation = abs(float(kept.double().mean()) - (1 - p)) / math.sqrt(p * (1 - p) / n)
+    # Off by chance once in a billion; p itself is 1e-5 off where draws have 16 bits.
+    return deviation <= 6 + 1e-5 * math.sqrt(n / (p * (1 - p)))
 
 
 def check_kept(

@@ -1,6 +1,7 @@
 """Benchmark of dropout, element by element, against torch's.
 
-The work is ``y = keep ? x / (1 - p) : 0`` with p = 0.1, in three modes:
+The work is ``y = keep ? x / (1 - p) : 0`` with p = 0.1 (16 bits an element; one bit where the
+operation's name has p = 0.5), in three modes:
 
 - ``forward``: into memory that is allocated at each call, as in training.
 - ``forward out``: into memory that exists already (``out=``; torch has no such argument, so its
@@ -49,6 +50,7 @@ from ..harness.layers import (
 MOVED = {FORWARD: 2, OUT: 2, BOTH: 4}
 
 LAYER = "nn.Dropout"
+HALF = "dropout, p = 0.5"
 
 # A p that is a multiple of 2^-16 is off by 1e-5 of the scale at most.
 _TOLERANCE = tolerances(1e-5, 1e-5, 2e-3, 1.6e-2)
@@ -58,6 +60,7 @@ def cases(options: Options) -> list[Case]:
     """Return large tensors in each dtype and mode, then a tiny one for the host's share."""
     sizes = {"256K": 1 << 18} if options.quick else {"4M": 1 << 22, "16M": 1 << 24}
     works = [Work("dropout", (elements,), name=name) for name, elements in sizes.items()]
+    works += [Work(HALF, (elements,), (FORWARD,), name=name) for name, elements in sizes.items()]
     works += [Work(op, (64,), (FORWARD, BOTH), host=True) for op in ("dropout", LAYER)]
     return layer_cases(options, works, MOVED, _setup)
 
@@ -65,12 +68,13 @@ def cases(options: Options) -> list[Case]:
 def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workload:
     x = Data(dtype, options).uniform(*work.shape)
     out = torch.empty_like(x) if mode == OUT else None
+    p = 0.5 if work.op == HALF else P
 
     def eager(t: Tensor) -> Tensor:
-        return nn.functional.dropout(t, P)
+        return nn.functional.dropout(t, p)
 
     def fused(t: Tensor) -> Tensor:
-        return F.dropout(t, P, out=out)
+        return F.dropout(t, p, out=out)
 
     eager_function, fused_function = (
         (nn.Dropout(P), fusereg.nn.Dropout(P)) if work.op == LAYER else (eager, fused)
@@ -79,6 +83,6 @@ def _setup(work: Work, mode: str, dtype: torch.dtype, options: Options) -> Workl
     return Workload(
         providers(eager_function, fused_function, timed(mode, x), clone=clone),
         lambda call: check_kept(
-            x, call, _TOLERANCE[dtype], lambda kept: 1 - P if is_keep_rate(kept) else None
+            x, call, _TOLERANCE[dtype], lambda kept: 1 - p if is_keep_rate(kept, p) else None
         ),
     )

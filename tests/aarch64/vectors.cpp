@@ -88,7 +88,7 @@ void check_masks(const Draw& draw) {
       for (int i = 0; i < kBlock<kBits> / 2; ++i, ++index) {
         const auto kept = masks.part(i / kWidth<C>)[i % kWidth<C>];
         const std::uint32_t group = keep_mask(5, 3, index / kGroup, draw);
-        same(kept != 0, group >> (index % kGroup) & 1u, "mask", index);
+        same(kept != 0, (group >> (index % kGroup) & 1u) != 0, "mask", index);
         same(kept == 0 || kept == -1, true, "all ones", index);
       }
     }
