@@ -101,8 +101,7 @@ __device__ void single_elements(T* w, T* g, std::int64_t count, double l1, std::
 }
 
 template <Op op, class Terms, class Table>
-__global__ void __launch_bounds__(kThreads, op == Op::kProx && !Terms::kSums ? 3 : 2)
-    coupled_kernel(FUSEREG_GRID_CONSTANT(Table, t)) {
+__global__ void __launch_bounds__(kThreads) coupled_kernel(FUSEREG_GRID_CONSTANT(Table, t)) {
   FUSEREG_SHARED(shared, ColumnSums);
   const double l1 = t.first_factor == nullptr ? t.l1 : *t.first_factor;
   const std::uint32_t tasks = t.first_task[t.count];
