@@ -66,19 +66,26 @@ FUSEREG_INLINE W fold_digit(W kept, W bits, std::uint32_t threshold, int digit) 
   return (threshold >> digit & 1u) != 0 ? kept | bits : kept & bits;
 }
 
-// The masks below for draws of few digits.
+// The 8 bits of a group in a call that serves 128 elements.
+FUSEREG_INLINE std::uint32_t bits_of_group(const PhiloxWords& w, std::uint64_t group) {
+  // No array is indexed by what is known at run time only: on a device it would be in memory.
+  const auto part = static_cast<unsigned>(group % 16);
+  const std::uint32_t first = part < 8 ? w.word[0] : w.word[2];
+  const std::uint32_t second = part < 8 ? w.word[1] : w.word[3];
+  return ((part & 4u) == 0 ? first : second) >> (part % 4 * 8) & 0xffu;
+}
+
+// The masks below for draws of few digits. The lowest digit of a threshold is 1: it had fewer else.
 FUSEREG_INLINE std::uint32_t keep_mask_of_digits(std::uint64_t seed, std::uint64_t low,
                                                  std::uint64_t group, const Draw& draw) {
-  std::uint32_t kept = 0;
-  const auto part = static_cast<unsigned>(group % 16);
-  for (int digit = 0; digit < draw.bits; ++digit) {
-    const PhiloxWords w = philox<kMaskRounds>(seed, low, digit_chunk(group / 16, digit));
-    // No array is indexed by what is known at run time only: on a device it would be in memory.
-    const std::uint32_t first = part < 8 ? w.word[0] : w.word[2];
-    const std::uint32_t second = part < 8 ? w.word[1] : w.word[3];
-    kept = fold_digit(kept, (part & 4u) == 0 ? first : second, draw.threshold, digit);
+  static_assert(kMostDigits == 2, "a call for each digit");
+  const std::uint64_t chunk = group / 16;
+  std::uint32_t kept = bits_of_group(philox<kMaskRounds>(seed, low, chunk), group);
+  if (draw.bits == 2) {
+    const PhiloxWords w = philox<kMaskRounds>(seed, low, digit_chunk(chunk, 1));
+    kept = fold_digit(kept, bits_of_group(w, group), draw.threshold, 1);
   }
-  return kept >> (part % 4 * 8) & 0xffu;
+  return kept;
 }
 
 // Bit e is set if element e of the group is kept. kBits is 32, or 16 for all other draws.
@@ -120,6 +127,11 @@ FUSEREG_INLINE std::uint32_t keep_mask(std::uint64_t seed, std::uint64_t low, st
 // The mask of the 8 elements from this index on, which need not begin a group.
 FUSEREG_INLINE std::uint32_t keep_mask_at(std::uint64_t seed, std::uint64_t low,
                                           std::uint64_t index, const Draw& draw) {
+#if defined(__CUDA_ARCH__)
+  // Unknown again at each call: kernels with this among much else have no registers to keep the
+  // keys of all rounds.
+  asm volatile("" : "+l"(seed));
+#endif
   const std::uint64_t group = index / kGroup;
   const auto within = static_cast<unsigned>(index % kGroup);
   std::uint32_t mask = keep_mask(seed, low, group, draw) >> within;
