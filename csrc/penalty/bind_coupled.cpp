@@ -112,13 +112,13 @@ class CoupledBuilder {
   py::list written_;
 };
 
-// `thresholds` null: only the sums.
-int sums_and_step(const py::object& params, const py::object& dims, const py::object& slot_of,
-                  const py::object& starts, const py::object& order, const py::object& partial,
-                  const py::object& sums, double l1, bool thresholded, const py::object* thresholds,
-                  const char* op) {
-  CoupledBuilder b(thresholds == nullptr ? CoupledJob::Pass::kSums : CoupledJob::Pass::kStep,
-                   params, dims, op);
+// With `thresholds`, the proximal step as well.
+int coupled_sums(const py::object& params, const py::object& dims, const py::object& slot_of,
+                 const py::object& starts, const py::object& order, const py::object& partial,
+                 const py::object& sums, double l1, bool thresholded, const py::object& thresholds,
+                 const char* op) {
+  const bool steps = !thresholds.is_none();
+  CoupledBuilder b(steps ? CoupledJob::Pass::kStep : CoupledJob::Pass::kSums, params, dims, op);
   if (!b.read(nullptr)) return kNeedsPreparation;
   CoupledJob& job = b.job();
   const std::int64_t numbers = b.count_of(sums, "sums");
@@ -134,22 +134,8 @@ int sums_and_step(const py::object& params, const py::object& dims, const py::ob
   job.l1 = l1;
   job.thresholded = thresholded;
   job.squares = job.sums + job.slots;
-  if (thresholds != nullptr) job.factors = b.numbers(*thresholds, job.slots, "thresholds");
+  if (steps) job.factors = b.numbers(thresholds, job.slots, "thresholds");
   return b.run();
-}
-
-int coupled_sums(const py::object& params, const py::object& dims, const py::object& slot_of,
-                 const py::object& starts, const py::object& order, const py::object& partial,
-                 const py::object& sums, double l1, bool thresholded, const char* op) {
-  return sums_and_step(params, dims, slot_of, starts, order, partial, sums, l1, thresholded,
-                       nullptr, op);
-}
-
-int coupled_step_(const py::object& params, const py::object& dims, const py::object& slot_of,
-                  const py::object& starts, const py::object& order, const py::object& partial,
-                  const py::object& sums, double l1, const py::object& thresholds, const char* op) {
-  return sums_and_step(params, dims, slot_of, starts, order, partial, sums, l1, l1 != 0.0,
-                       &thresholds, op);
 }
 
 int coupled_backward(const py::object& params, const py::object& grads, const py::object& dims,
@@ -186,9 +172,8 @@ int coupled_prox_(const py::object& params, const py::object& dims, const py::ob
 void bind_coupled(py::module_& m) {
   using py::arg;
   m.def("coupled_sums", &coupled_sums, arg("params"), arg("dims"), arg("slot_of"), arg("starts"),
-        arg("order"), arg("partial"), arg("sums"), arg("l1"), arg("thresholded"), op_argument());
-  m.def("coupled_step_", &coupled_step_, arg("params"), arg("dims"), arg("slot_of"), arg("starts"),
-        arg("order"), arg("partial"), arg("sums"), arg("l1"), arg("thresholds"), op_argument());
+        arg("order"), arg("partial"), arg("sums"), arg("l1"), arg("thresholded"), arg("thresholds"),
+        op_argument());
   m.def("coupled_backward", &coupled_backward, arg("params"), arg("grads"), arg("dims"),
         arg("slot_of"), arg("first"), arg("factors"), op_argument());
   m.def("coupled_prox_", &coupled_prox_, arg("params"), arg("dims"), arg("slot_of"), arg("l1"),

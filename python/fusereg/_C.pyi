@@ -92,18 +92,7 @@ def coupled_sums(
     sums: torch.Tensor,
     l1: float,
     thresholded: bool,
-    op: str,
-) -> int: ...
-def coupled_step_(
-    params: Sequence[torch.Tensor],
-    dims: Sequence[int],
-    slot_of: torch.Tensor,
-    starts: torch.Tensor,
-    order: torch.Tensor,
-    partial: torch.Tensor,
-    sums: torch.Tensor,
-    l1: float,
-    thresholds: torch.Tensor,
+    thresholds: torch.Tensor | None,
     op: str,
 ) -> int: ...
 def coupled_backward(
