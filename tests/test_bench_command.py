@@ -56,7 +56,7 @@ def test_bytes_by_contract() -> None:
     assert per_element == {
         ("value", "float32"): 4, ("value+gradient", "float32"): 12, ("prox", "float32"): 8,
         ("value", "bfloat16"): 2, ("value+gradient", "bfloat16"): 6, ("prox", "bfloat16"): 4,
-        # norms, then scaling: two reads and a write
+        # a read and a write: a channel that is read again is in the cache
         ("group prox", "float32"): 8, ("group prox", "bfloat16"): 4,
     }  # fmt: skip
     assert {case.shape for case in cases} == {"resnet50", "2000x512", "64M", "gpt2", "host 2000x1"}
