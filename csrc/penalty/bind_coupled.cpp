@@ -112,12 +112,13 @@ class CoupledBuilder {
   py::list written_;
 };
 
-int coupled_sums_(const py::object& params, const py::object& dims, const py::object& slot_of,
-                  const py::object& starts, const py::object& order, const py::object& partial,
-                  const py::object& sums, double l1, bool thresholded, const py::object& thresholds,
-                  const char* op) {
-  const bool step = !thresholds.is_none();
-  CoupledBuilder b(step ? CoupledJob::Pass::kStep : CoupledJob::Pass::kSums, params, dims, op);
+// With `thresholds`, the proximal step as well.
+int coupled_sums(const py::object& params, const py::object& dims, const py::object& slot_of,
+                 const py::object& starts, const py::object& order, const py::object& partial,
+                 const py::object& sums, double l1, bool thresholded, const py::object& thresholds,
+                 const char* op) {
+  const bool steps = !thresholds.is_none();
+  CoupledBuilder b(steps ? CoupledJob::Pass::kStep : CoupledJob::Pass::kSums, params, dims, op);
   if (!b.read(nullptr)) return kNeedsPreparation;
   CoupledJob& job = b.job();
   const std::int64_t numbers = b.count_of(sums, "sums");
@@ -133,7 +134,7 @@ int coupled_sums_(const py::object& params, const py::object& dims, const py::ob
   job.l1 = l1;
   job.thresholded = thresholded;
   job.squares = job.sums + job.slots;
-  if (step) job.factors = b.numbers(thresholds, job.slots, "thresholds");
+  if (steps) job.factors = b.numbers(thresholds, job.slots, "thresholds");
   return b.run();
 }
 
@@ -170,7 +171,7 @@ int coupled_prox_(const py::object& params, const py::object& dims, const py::ob
 
 void bind_coupled(py::module_& m) {
   using py::arg;
-  m.def("coupled_sums_", &coupled_sums_, arg("params"), arg("dims"), arg("slot_of"), arg("starts"),
+  m.def("coupled_sums", &coupled_sums, arg("params"), arg("dims"), arg("slot_of"), arg("starts"),
         arg("order"), arg("partial"), arg("sums"), arg("l1"), arg("thresholded"), arg("thresholds"),
         op_argument());
   m.def("coupled_backward", &coupled_backward, arg("params"), arg("grads"), arg("dims"),

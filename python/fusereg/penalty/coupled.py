@@ -282,31 +282,43 @@ def only_with_groups(op: str, weights: Weights) -> None:
 # --- the two passes -------------------------------------------------------------------------------
 
 
-def _for_sums(index: _Index, slots: int) -> tuple[Tensor, Tensor]:
-    """Return memory for each slice's sums, and for each slot's."""
+def _sums(
+    op: str,
+    part: _Part,
+    slots: int,
+    l1: float,
+    thresholded: bool,
+    thresholds: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """Return the sums of |v| and v^2 of each slot over one part, and the kernel's status.
+
+    With thresholds, the proximal step is taken as well.
+    """
+    index = part.layout
     device = index.slot_of.device
+    sums = torch.empty((2, slots), dtype=torch.float64, device=device)
     partial = torch.empty(2 * len(index.slot_of), dtype=torch.float64, device=device)
-    return partial, torch.empty((2, slots), dtype=torch.float64, device=device)
+    last = thresholded, thresholds, op
+    return sums, _C.coupled_sums(part.tensors, *index, partial, sums, l1, *last)
 
 
-def _sums(op: str, part: _Part, slots: int, l1: float, thresholded: bool) -> tuple[Tensor, int]:
-    """Return the sums of |v| and v^2 of each slot over one part, and the kernel's status."""
-    partial, sums = _for_sums(part.layout, slots)
-    status = _C.coupled_sums_(part.tensors, *part.layout, partial, sums, l1, thresholded, None, op)
-    return sums, status
+def _undivided(family: Family, tensors: list[Tensor]) -> _Part | None:
+    """Return all tensors as one part, where one device holds them; None elsewhere."""
+    device = tensors[0].device
+    if device.type not in ("cpu", "cuda") or distributed.has_dtensor(tensors):
+        return None
+    return _Part(None, range(len(tensors)), tensors, family.whole(device))
 
 
 def _in_parts(
     op: str, family: Family, tensors: list[Tensor], l1: float, thresholded: bool
 ) -> tuple[list[_Part], Tensor]:
     """Return the tensors as the kernels take them, and each slot's sums over all ranks."""
-    device = tensors[0].device
-    if device.type in ("cpu", "cuda") and not distributed.has_dtensor(tensors):
-        index = family.whole(device)
-        part = _Part(None, range(len(tensors)), tensors, index)
-        sums, status = _sums(op, part, family.slots, l1, thresholded)
+    whole = _undivided(family, tensors)
+    if whole is not None:
+        sums, status = _sums(op, whole, family.slots, l1, thresholded)
         if status == _kernels.DONE:
-            return [part], sums
+            return [whole], sums
     parts = family.parts(op, tensors)
     found = []
     for part in parts:
@@ -332,12 +344,10 @@ def prox_(
     if not tensors or not family.slots:
         return None
     with torch.no_grad():
-        device = tensors[0].device
-        if device.type in ("cpu", "cuda") and not distributed.has_dtensor(tensors):
-            index = family.whole(device)
-            partial, sums = _for_sums(index, family.slots)
-            limits = memory.to_device(thresholds, device, op, "weights")
-            status = _C.coupled_sums_(tensors, *index, partial, sums, l1, l1 != 0.0, limits, op)
+        whole = _undivided(family, tensors)
+        if whole is not None:
+            limits = memory.to_device(thresholds, tensors[0].device, op, "weights")
+            sums, status = _sums(op, whole, family.slots, l1, l1 != 0.0, limits)
             if status == _kernels.DONE:
                 return sums[1]
         parts, sums = _in_parts(op, family, tensors, l1, l1 != 0.0)
