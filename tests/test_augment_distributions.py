@@ -158,13 +158,11 @@ def test_the_comparisons_see_other_distributions() -> None:
     for share in (0.42, 0.58):
         with pytest.raises(AssertionError):
             assert_counted_alike("another", (same < 0.5).tolist(), (other < share).tolist())
-    with pytest.raises(AssertionError):  # one of 14 operations that is drawn half as often
-        numbers = (other * 14).long()
-        assert_counted_alike(
-            "another",
-            (same * 14).long().tolist(),
-            torch.where((numbers == 5) & (same < 0.5), 6, numbers).tolist(),
-        )
+    # One of 14 operations that is drawn half as often.
+    numbers = (other * 14).long()
+    rarer = torch.where((numbers == 5) & (same < 0.5), 6, numbers).tolist()
+    with pytest.raises(AssertionError):
+        assert_counted_alike("another", (same * 14).long().tolist(), rarer)
 
 
 # --- erasing and mixing ---
