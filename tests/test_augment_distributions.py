@@ -158,9 +158,10 @@ def test_the_comparisons_see_other_distributions() -> None:
     for share in (0.42, 0.58):
         with pytest.raises(AssertionError):
             assert_counted_alike("another", (same < 0.5).tolist(), (other < share).tolist())
+    # One of 14 operations that is drawn half as often.
     numbers = (other * 14).long()
     rarer = torch.where((numbers == 5) & (same < 0.5), 6, numbers).tolist()
-    with pytest.raises(AssertionError):  # one of 14 operations that is drawn half as often
+    with pytest.raises(AssertionError):
         assert_counted_alike("another", (same * 14).long().tolist(), rarer)
 
 

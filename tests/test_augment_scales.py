@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from augment_peers import torchvision_module
+from conftest import Backend
 from fusereg.augment import AugmentParams, Compose, MixUp, RandomHorizontalFlip, recipes
 
 SIZES = [(480, 640), (333, 500), (37, 211), (500, 374), (61, 61)]
@@ -201,3 +202,17 @@ def test_a_flip_between_is_joined_and_a_mix_is_not() -> None:
     chain = Compose([RandomHorizontalFlip(1.0), v2().ScaleJitter((40, 40)), v2().CenterCrop(32)])
     assert len(chain.plan().passes) == 1
     assert chain(torch.rand(3, 3, 20, 30)).shape == (3, 3, 32, 32)
+
+
+def test_on_a_device_results_are_those_of_the_cpu(backend: Backend) -> None:
+    x = torch.randint(0, 256, (4, 3, 22, 30), dtype=torch.uint8)
+    for steps in (
+        [v2().RandomShortestSize([16, 20, 24]), v2().Resize((18, 18))],
+        [v2().ScaleJitter((24, 24)), v2().RandomCrop(20, pad_if_needed=True, fill=9)],
+        [v2().AugMix()],
+        [v2().Resize((18, 18), interpolation=3), v2().Normalize([0.5] * 3, [0.2] * 3)],
+    ):
+        chain = Compose(steps, seed=2)
+        y = chain(x.to(backend.device), sample_ids=range(4))
+        assert y.device.type == torch.device(backend.device).type
+        torch.testing.assert_close(y.cpu(), chain(x, sample_ids=range(4)), rtol=0, atol=1e-5)
