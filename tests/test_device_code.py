@@ -6,6 +6,8 @@ stores a vector in four parts. Their source is in the comments of `WHOLE` and `S
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,48 @@ def test_the_command_ends_with_1_where_a_bound_is_crossed(
     assert "split_kernel: 1 16-byte stores are split" in said.err
     assert "2 kernels: st16 2, split 1" in said.out
     assert '"kernel": "whole_kernel"' in table.read_text(encoding="utf-8")
+
+
+# --- the stored table -----------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+STORED = ROOT / "bench" / "results" / "device_code" / "sm90-nvcc13.0-after.json"
+PAGE = ROOT / "docs" / "cuda.md"
+needs_checkout = pytest.mark.skipif(
+    not (STORED.is_file() and PAGE.is_file()), reason="no bench/ and docs/ beside these tests"
+)
+
+
+def stored() -> list[Row]:
+    return [Row(**row) for row in json.loads(STORED.read_text(encoding="utf-8"))["rows"]]
+
+
+def named_as_slow() -> list[re.Pattern[str]]:
+    """Return what the page names in the table of slow kernels, with dots for anything."""
+    text = PAGE.read_text(encoding="utf-8")
+    table = text.partition("| kernels | why |")[2].partition("\n\n")[0]
+    names = [
+        name
+        for line in table.splitlines()[2:]
+        for name in re.findall("`([^`]*_kernel[^`]*)`", line.split(" | ")[0])
+    ]
+    parts = [".*".join(map(re.escape, name.split("..."))) for name in names]
+    return [re.compile(rf"::{part}(?:<|$)" if "<" not in part else f"::{part}") for part in parts]
+
+
+@needs_checkout
+def test_the_stored_table_is_within_the_bounds() -> None:
+    rows = stored()
+    assert len(rows) > 500
+    assert crossed(rows) == []
+
+
+@needs_checkout
+def test_each_slow_kernel_has_its_reason_on_the_page() -> None:
+    slow = [row.kernel for row in stored() if row.share < 85.0]
+    names = named_as_slow()
+    assert len(slow) > 50
+    assert len(names) > 8
+    assert [k for k in slow if not any(name.search(k) for name in names)] == []
+    unused = [n.pattern for n in names if not any(n.search(kernel) for kernel in slow)]
+    assert unused == ["::program_kernel(?:<|$)"]  # what bounds it the model does not know

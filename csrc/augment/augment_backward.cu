@@ -185,7 +185,7 @@ __device__ void gather_gradient(const Job& job, const Common& common, std::int64
     window.row_end = cut_to(floor_of(high) + 2.0, job.y.h);
   }
   for (std::int32_t row = window.row_begin; row < window.row_end; ++row) {
-    read_shared_again();
+    compiler_barrier();
     std::int32_t begin = window.begin;
     std::int32_t end = window.end;
     if (!view.projective) {
@@ -193,7 +193,7 @@ __device__ void gather_gradient(const Job& job, const Common& common, std::int64
       limit_columns(m[3], row_start(m + 3, row), ry, job.y.w, begin, end);
     }
     for (std::int32_t col = begin; col < end; ++col) {
-      read_shared_again();
+      compiler_barrier();
       C g[kGroup];
       int state = 0;  // 1: g is there; 2: there is none
       for_taps<C, kAntialias>(

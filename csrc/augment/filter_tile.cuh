@@ -109,6 +109,7 @@ __device__ void filter_columns(const Job& job, const TileView& view, const Filte
         FUSEREG_UNROLL
         for (int c = 0; c < kGroup; ++c) v[j][c] = at[c * job.x.channel];
       }
+      compiler_barrier();
       FUSEREG_UNROLL
       for (int j = 0; j < kTapsAhead; ++j) {
         FUSEREG_UNROLL
@@ -149,7 +150,7 @@ FUSEREG_DEVICE_INLINE void filter_row(const Job& job, const FilterAxis (&axes)[2
 }
 
 template <class T, int kGroup>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 4)
     augment_filter_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
   struct Sources {
     TileView views[2];  // of the sample and its partner

@@ -22,9 +22,10 @@ inline cuda::LaunchConfig config_for(std::int64_t work, int device, void* stream
   return config;
 }
 
-// What lies in shared memory is read again behind this: over a long loop it would else be kept in registers,
-// or in local memory where there are too few.
-FUSEREG_DEVICE_INLINE void read_shared_again() {
+// The compiler moves no access to memory past this. Behind it shared memory is read again, which over a long
+// loop would else be kept in registers, or in local memory where there are too few; before it, loads are
+// issued together.
+FUSEREG_DEVICE_INLINE void compiler_barrier() {
 #if !defined(FUSEREG_CUDA_ON_HOST)
   asm volatile("" ::: "memory");
 #endif
