@@ -88,6 +88,8 @@ def test_dropout_mask(backend: Backend) -> None:
     assert fusereg.dropout_mask((5,), 0.0, 1).all()
     assert not fusereg.dropout_mask((5,), 1.0, 1).any()
     assert fusereg.dropout_mask((0, 3), 0.5, 1).shape == (0, 3)
+    with pytest.raises(ValueError, match=r"fusereg.dropout_mask: shape .* got \(2, -1\)"):
+        fusereg.dropout_mask((2, -1), 0.5, 1)
 
 
 def test_the_effective_probability() -> None:

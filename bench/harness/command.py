@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import importlib.util
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from rich.progress import (
 )
 
 from fusereg.cli.errors import InputError, choose, require_packages
-from fusereg.cli.output import write_atomically, write_json
+from fusereg.cli.output import check_writable, write_atomically, write_json
 
 from .. import SUITES, collect_cases, provider_names
 from . import compare as comparison
@@ -200,14 +199,6 @@ def _compare(args: SimpleNamespace, console: Console) -> int:
         text = page.changes(found, old["machine"], new["machine"])
         write_atomically(target, text.encode())
     return 1 if args.slower is not None and found.slower(args.slower) else 0
-
-
-def check_writable(option: str, target: Path) -> None:
-    """Raise InputError unless a file can be written there."""
-    folder = target.absolute().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    if target.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"{option} {target}: cannot be written")
 
 
 def choose_devices(name: str, everything: bool) -> list[torch.device]:

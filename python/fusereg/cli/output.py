@@ -8,6 +8,17 @@ import os
 import sys
 from pathlib import Path
 
+from fusereg.cli.errors import InputError
+
+
+def check_writable(option: str, target: Path) -> None:
+    """Make the folder of a file that is to be written at the end; raise InputError if it cannot."""
+    folder = target.absolute().parent
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if target.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{option} {target}: cannot be written")
+
 
 def write_json(target: str, content: object) -> None:
     """Write the content as JSON to a file, or to standard output if the target is `-`."""

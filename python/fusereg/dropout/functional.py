@@ -118,8 +118,8 @@ def dropout_mask(
         device: where the mask is wanted; the bits are the same everywhere.
 
     Raises:
-        TypeError, ValueError: ``p`` is not a number within [0, 1], or ``seed`` or ``offset`` not
-            an integer.
+        TypeError, ValueError: ``p`` is not a number within [0, 1], ``seed`` or ``offset`` not an
+            integer, or a size negative.
 
     Example:
         >>> fusereg.dropout_mask((2, 8), 0.5, seed=1).float().mean()
@@ -128,6 +128,8 @@ def dropout_mask(
     p = checks.check_probability(p, op)
     if isinstance(shape, int):
         shape = (shape,)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"fusereg.{op}: shape must have no negative size, got {tuple(shape)}")
     ones = torch.ones(tuple(shape), dtype=torch.float32, device=device)
     if p == 0:
         return ones != 0
