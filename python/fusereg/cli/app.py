@@ -99,9 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed = get_command(build_app()).main(
             list(_complete(words)), prog_name="fusereg", standalone_mode=False
         )
-    except USAGE_ERROR as error:
+    except (USAGE_ERROR, InputError) as error:
         where = " ".join(["fusereg", *[word for word in words if word in COMMANDS][:1]])
-        print(f"{where}: error: {' '.join(error.format_message().split())}", file=sys.stderr)
+        text = one_line(error) if isinstance(error, InputError) else error.format_message()
+        print(f"{where}: error: {' '.join(text.split())}", file=sys.stderr)
         return EXIT_USAGE
     if not isinstance(parsed, tuple):  # the help or the version has been printed
         return parsed or EXIT_OK
