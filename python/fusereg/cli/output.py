@@ -16,7 +16,7 @@ def check_writable(option: str, target: Path) -> None:
     folder = target.absolute().parent
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    if target.is_dir() or not os.access(folder, os.W_OK):
+    if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"{option} {target}: cannot be written")
 
 
