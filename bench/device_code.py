@@ -98,6 +98,7 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(r"^batch_norm::\w+_kernel<\w+, Columns<true>", share=90.0),
     # Element by element there is no loop over vectors: the one that is counted puts together the
     # slots of the blocks.
+    Bound(r"^batch_norm::batch_norm_gradient_kernel<\w+, Columns<false>, true>", spill=8, f64=13.0),
     Bound(r"^batch_norm::\w+_kernel<\w+, (?:Lines|Columns)<false>", f64=13.0),
     # The window of a perspective's output pixels is beside the sums of an input pixel; and, with
     # antialiasing, the filters of a pixel of a turned sample's resized image.
