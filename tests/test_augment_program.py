@@ -331,9 +331,12 @@ def test_pixels_of_timms_policies_move_as_pil_moves_them(
         given = x[None] if dtype is torch.uint8 else x[None] / 255
         mine = run(given, row, fill=(9.0, 99.0, 199.0), whole_pixels=True)[0].float()
         if dtype is torch.uint8:
-            # A place on a pixel's edge, or a value next to a whole number, may round otherwise.
-            assert float((mine != theirs).float().mean()) < 0.006
-            assert float(((mine - theirs).abs() > 1).float().mean()) < 0.003
+            wrong = mine != theirs
+            if how != "NEAREST":  # a value next to a whole number may be one level higher
+                exact = run(x[None].double() / 255, row, fill=(9.0, 99.0, 199.0), whole_pixels=True)
+                exact = exact[0] * 255
+                wrong &= ((exact - exact.round()).abs() > 0.001) | (mine != theirs + 1)
+            assert float(wrong.float().mean()) < 0.003  # a place on a pixel's edge
         else:
             far = ((mine * 255).clamp(0, 255) - theirs - 0.5).abs() > 0.51  # theirs are cut off
             far &= ((mine * 255) - theirs).abs() > 0.01
