@@ -36,15 +36,13 @@ def kill(
     share: float = 0.5,
     seed: int = 0,
     readers: bool = False,
+    scales: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, int]:
-    """Set random channels of every set to zero; return how many are left of each.
-
-    Momenta in the optimizer would bring them back to life: they become zero as well.
-    """
+    """Set random channels of every set to zero, momenta too; return how many are left of each."""
     draw = torch.Generator().manual_seed(seed)
     left = {}
-    for group in fusereg.groups_of(model, x, readers=readers):
+    for group in fusereg.groups_of(model, x, readers=readers, scales=scales):
         dead = torch.rand(group.size, generator=draw) < share
         dead[int(torch.randint(group.size, (), generator=draw))] = False
         for member in (*group.members, *group.readers):
@@ -238,11 +236,13 @@ STEPS = st.lists(
 )
 
 
-def check_graph(steps: list[tuple[str, int, int]], seed: int, share: float, shifts: bool) -> None:
+def check_graph(
+    steps: list[tuple[str, int, int]], seed: int, share: float, shifts: bool, scales: bool = False
+) -> None:
     torch.manual_seed(seed)
     net = shaken(Graph(steps)).eval()
     x = torch.randn(2, 4, 5, 5)
-    kill(net, x, share, seed)
+    kill(net, x, share, seed, scales=scales)
     if shifts:  # constants instead of zeros
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):

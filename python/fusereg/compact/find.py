@@ -38,7 +38,9 @@ class Found(NamedTuple):
 
 
 @explains()
-def groups_of(model: nn.Module, example_inputs: object, readers: bool = False) -> Groups:
+def groups_of(
+    model: nn.Module, example_inputs: object, readers: bool = False, scales: bool = False
+) -> Groups:
     """Return the sets of channels of a model that can only be removed together.
 
     A channel is what convolutions and linear layers make. Where they are added (residual
@@ -61,6 +63,11 @@ def groups_of(model: nn.Module, example_inputs: object, readers: bool = False) -
             model's forward, on its device. Only shapes and integers matter.
         readers: list what reads the channels as well, the columns of the weights behind. The same
             weight then occurs in two sets, by its rows and by its columns.
+        scales: leave a layer out of the members where a batch norm alone reads its result, so that
+            the norm's scale and shift stand for it (Liu et al. 2017, "Network Slimming", with the
+            shift). The network does not change when such a layer's rows are scaled, so a penalty
+            on them shrinks them for nothing, and a small row is turned far by the next steps. Not
+            where the norm's parameters are frozen or missing.
 
     Returns:
         The sets, a sequence of ``CoupledChannels``: ``name`` (of the first layer that writes it),
@@ -83,13 +90,29 @@ def groups_of(model: nn.Module, example_inputs: object, readers: bool = False) -
         CoupledChannels(
             s.name,
             s.size,
-            _members(found.plain, s.writers, parameters),
+            _members(
+                found.plain, _scaled(found, s, parameters) if scales else s.writers, parameters
+            ),
             _members(found.plain, s.readers, parameters) if readers else (),
             s.operations,
         )
         for s in found.sets
     )
     return Groups(sets, found.kept)
+
+
+def _scaled(found: Found, s: Set, parameters: Mapping[str, Tensor]) -> list[Part]:
+    """Return the writers of a set without the layers that a batch norm of the set stands for."""
+    written = {p.module for p in s.writers}
+
+    def stands(part: Part) -> bool:
+        norm = found.norms.get(part.module)
+        if norm is None or norm not in written:
+            return False
+        scale, shift = (parameters.get(f"{norm}.{key}") for key in ("weight", "bias"))
+        return scale is not None and scale.requires_grad and (shift is None or shift.requires_grad)
+
+    return [p for p in s.writers if not stands(p)]
 
 
 def _members(
