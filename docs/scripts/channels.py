@@ -1,18 +1,23 @@
 """Train small residual networks with penalties on channels, take the zeros out, and compare.
 
-    python docs/scripts/channels.py      # some minutes; rewrites table, picture and figures
+    python docs/scripts/channels.py      # half an hour; rewrites table, picture and figures
 
 Two problems: scikit-learn's digits, and where a crop of a real photograph comes from
 (scikit-learn's two photographs, in six horizontal bands; crops for training, validation and test
-lie in different vertical strips, so that none overlaps another's). For each of five seeds:
+lie in different vertical strips, so that none overlaps another's). Every network is trained for
+the same number of epochs, in bfloat16 (autocast), on images that are shifted and (the photographs)
+flipped, at a rate that falls to zero along one cosine. For each of five seeds, from one network
+after the first part of the epochs:
 
-- dense: the network, trained.
-- fusereg: the same training with ``groups=`` and each of the strengths, then ``compact``.
-- Torch-Pruning: its group-norm pruner by its own recipe, from the trained dense network: as many
-  epochs again with its ``regularize``, then cut to a share of the operations, by global ranking.
+- dense: all goes on without a penalty.
+- fusereg: the second part with ``groups=`` and each of the strengths, then ``compact``; the smaller
+  network goes on with the optimizer's state and without a penalty.
+- Torch-Pruning: the second part with the ``regularize`` of its group-norm pruner, then cut to a
+  share of the operations, by global ranking; goes on with a new optimizer.
 
-All are measured right after the cut and after fine-tuning, on the test split; strengths are chosen
-on the validation split.
+Strengths are chosen on the validation split, and accuracies are those of the test split.
+
+The figures of a seed are stored when it is done; ``--resume`` leaves out seeds that are.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fusereg
+from fusereg.augment import Augment
 from fusereg.bench.models import ResNet
 from fusereg.core.pictures import COLORS, FUSED_COLOR, PLAIN_COLOR, new_figure, tidy
 
@@ -44,44 +50,54 @@ PAGE = ROOT / "docs" / "compact.md"
 RESULTS = ROOT / "bench" / "results" / "channels"
 PICTURE = ROOT / "docs" / "images" / "channels.png"
 _BLOCK = re.compile(r"(<!-- channels -->\n).*?(<!-- end channels -->)", re.DOTALL)
-WIDTHS = (16, 32, 64)
-BATCH, LR, DECAY, EPOCHS = 64, 0.05, 5e-4, 10
-TUNING_LR, TUNING_EPOCHS = 0.02, 4
-STRENGTHS = (0.001, 0.002, 0.0024, 0.0028, 0.0033, 0.0038, 0.0044)
+WIDTHS = (32, 64, 128)
+LAYOUT = torch.channels_last
+#: So many vertical strips of a photograph; of five, three train, one validates and one tests.
+STRIPS = 30
+BATCH, LR, DECAY = 64, 0.05, 5e-4
+#: Epochs before the penalty, with it, and after the cut.
+FIRST, SPARSE, LAST = 24, 24, 48
+EPOCHS = FIRST + SPARSE + LAST
 BUDGETS = (0.35, 0.17)
+#: Strengths by problem, between the first channels that go and too few that stay.
+DIGITS = (0.005, 0.006, 0.007, 0.009, 0.012)
+PHOTOGRAPHS = (0.005, 0.0055, 0.006, 0.007, 0.009)
 
 
 class Data(NamedTuple):
     """Images and labels for training, validation and test."""
 
     name: str
+    augment: Augment
+    strengths: tuple[float, ...]
     images: tuple[Tensor, Tensor, Tensor]
     labels: tuple[Tensor, Tensor, Tensor]
 
 
 def digits() -> Data:
     """Return scikit-learn's digits of 8 x 8 pixels: 60 % train, 20 % validate, 20 % test."""
+    augment = Augment(8, translate=1 / 8, crop="center", seed=0, memory_format=LAYOUT)
     data = datasets.load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     parts = np.split(order, [int(0.6 * len(order)), int(0.8 * len(order))])
     images = tuple(torch.from_numpy(data.images[i]).float()[:, None] / 16 for i in parts)
     labels = tuple(torch.from_numpy(data.target[i]) for i in parts)
-    return Data("digits", images, labels)  # type: ignore[arg-type]
+    return Data("digits", augment, DIGITS, images, labels)  # type: ignore[arg-type]
 
 
-def photographs(side: int = 12, bands: int = 3) -> Data:
+def photographs(side: int = 16, bands: int = 3) -> Data:
     """Return crops of two photographs; which of the six bands is a crop's?"""
+    augment = Augment(12, hflip=0.5, seed=0, memory_format=LAYOUT)  # windows of the crops
     draw = np.random.default_rng(0)
     images: list[list[Tensor]] = [[], [], []]
     labels: list[list[int]] = [[], [], []]
     for number, photograph in enumerate(datasets.load_sample_images().images):
         height, width, _ = photograph.shape
-        strips = np.linspace(0, width, 11).astype(int)  # of ten, six train
+        strips = np.linspace(0, width, STRIPS + 1).astype(int)
         for band in range(bands):
             top, bottom = band * height // bands, (band + 1) * height // bands
-            for part, (own, count) in enumerate(
-                (((0, 1, 3, 5, 6, 8), 180), ((2, 7), 60), ((4, 9), 60))
-            ):
+            for part, (places, count) in enumerate((((0, 1, 3), 200), ((2,), 240), ((4,), 240))):
+                own = [i for i in range(STRIPS) if i % 5 in places]
                 for _ in range(count):
                     strip = own[draw.integers(len(own))]
                     y = draw.integers(top, bottom - side + 1)
@@ -91,28 +107,36 @@ def photographs(side: int = 12, bands: int = 3) -> Data:
                     labels[part].append(number * bands + band)
     return Data(
         "photographs",
+        augment,
+        PHOTOGRAPHS,
         tuple(torch.stack(part) for part in images),  # type: ignore[arg-type]
         tuple(map(torch.tensor, labels)),  # type: ignore[arg-type]
     )
 
 
 def train(
-    model: nn.Module, data: Data, optimizer: torch.optim.Optimizer, epochs: int, seed: int,
+    model: nn.Module, data: Data, optimizer: torch.optim.Optimizer, epochs: range, seed: int,
     before_step: Callable[[], object] = lambda: None,
 ) -> None:  # fmt: skip
-    """Train with a cosine schedule."""
-    draw = torch.Generator().manual_seed(seed)
+    """Train for some of the epochs of one cosine schedule."""
     x, y = data.images[0], data.labels[0]
     steps = len(x) // BATCH
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     model.train()
-    for _ in range(epochs):
-        for batch in torch.randperm(len(x), generator=draw).split(BATCH)[:steps]:
+    data.augment.train()
+    for epoch in epochs:
+        draw = torch.Generator().manual_seed(1000 * seed + epoch)
+        order = torch.randperm(len(x), generator=draw)
+        for step, batch in enumerate(order.split(BATCH)[:steps]):
+            for group in optimizer.param_groups:
+                done = (epoch + step / steps) / EPOCHS
+                group["lr"] = LR * (1 + math.cos(math.pi * done)) / 2
+            images = data.augment(x[batch], sample_ids=batch, epoch=1000 * seed + epoch)
             optimizer.zero_grad()
-            cross_entropy(model(x[batch]), y[batch]).backward()
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(images).float()
+            cross_entropy(logits, y[batch]).backward()
             before_step()
             optimizer.step()
-            schedule.step()
     model.eval()
 
 
@@ -120,8 +144,15 @@ def train(
 def accuracy(model: nn.Module, data: Data, part: int) -> float:
     """Return the accuracy on the validation (1) or the test split (2)."""
     model.eval()
-    right = model(data.images[part]).argmax(1) == data.labels[part]
+    right = model(plain(data, data.images[part])).argmax(1) == data.labels[part]
     return float(right.float().mean())
+
+
+def plain(data: Data, images: Tensor) -> Tensor:
+    """Return images as they are for evaluation: their central windows."""
+    data.augment.eval()
+    made: Tensor = data.augment(images)
+    return made
 
 
 @torch.no_grad()
@@ -141,9 +172,9 @@ def operations(model: nn.Module, x: Tensor) -> float:
     return total
 
 
-def plain_sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Return the optimizer of all trainings but ours."""
-    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=DECAY)
+def sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    """Return the optimizer of all trainings."""
+    return fusereg.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=DECAY, **options)
 
 
 class Cut(NamedTuple):
@@ -160,27 +191,25 @@ class Cut(NamedTuple):
     tuned_test: float
 
 
-def measured(
-    method: str, setting: float, seed: int, small: nn.Module, dense: nn.Module, data: Data
-) -> Cut:
-    """Return a smaller network's figures, right after the cut and after fine-tuning."""
-    x = data.images[0][:1]
+def finished(
+    method: str, setting: float, seed: int, small: nn.Module, optimizer: torch.optim.Optimizer,
+    dense: nn.Module, data: Data,
+) -> Cut:  # fmt: skip
+    """Train a smaller network to the end; return its figures, right after the cut and then."""
+    x = plain(data, data.images[0][:1])
     counts = [sum(p.numel() for p in m.parameters()) for m in (small, dense)]
     share = operations(small, x) / operations(dense, x)
     after = [accuracy(small, data, part) for part in (1, 2)]
-    tuned = copy.deepcopy(small)
-    train(tuned, data, plain_sgd(tuned, TUNING_LR), TUNING_EPOCHS, seed + 100)
-    return Cut(
-        method, setting, seed, share, counts[0] / counts[1], *after,
-        *(accuracy(tuned, data, part) for part in (1, 2)),
-    )  # fmt: skip
+    train(small, data, optimizer, range(FIRST + SPARSE, EPOCHS), seed)
+    end = [accuracy(small, data, part) for part in (1, 2)]
+    return Cut(method, setting, seed, share, counts[0] / counts[1], *after, *end)
 
 
 def torch_pruning(dense: nn.Module, data: Data, seed: int) -> Iterator[Cut]:
     """Yield the networks that the group-norm pruner makes."""
     import torch_pruning as tp  # type: ignore[import-untyped]
 
-    x = data.images[0][:2]
+    x = plain(data, data.images[0][:2])
     trained = copy.deepcopy(dense)
     whole = operations(trained, x)
 
@@ -192,55 +221,65 @@ def torch_pruning(dense: nn.Module, data: Data, seed: int) -> Iterator[Cut]:
         )  # fmt: skip
 
     sparse = pruner(trained)
-    train(
-        trained, data, plain_sgd(trained, LR), EPOCHS, seed,
-        before_step=lambda: sparse.regularize(trained),
-    )  # fmt: skip
+
+    def regularize() -> None:
+        sparse.regularize(trained)
+
+    train(trained, data, sgd(trained), range(FIRST, FIRST + SPARSE), seed, regularize)
     for budget in BUDGETS:
         low, high, best = 0.0, 1.0, trained
-        for _ in range(8):  # the smallest ratio that meets the budget
+        for _ in range(6):  # the smallest ratio that meets the budget
             ratio = (low + high) / 2
             small = copy.deepcopy(trained)
             pruner(small, ratio).step()
-            if operations(small, x) <= budget * whole:
-                high, best = ratio, small
-            else:
+            share = operations(small, x) / whole
+            if share > budget:
                 low = ratio
-        yield measured("torch-pruning", budget, seed, best, dense, data)
+                continue
+            high, best = ratio, small
+            if share > budget - 0.01:
+                break
+        best = copy.deepcopy(best)
+        yield finished("torch-pruning", budget, seed, best, sgd(best), dense, data)
 
 
 def run(data: Data, seeds: Iterable[int]) -> Iterator[list[Cut]]:
     """Yield the figures of all networks of each seed."""
     channels, classes = data.images[0].shape[1], int(data.labels[0].max()) + 1
     for seed in seeds:
-        start, found = time.process_time(), []
+        start = time.process_time()
+        found: list[Cut] = []
 
-        def make(seed: int = seed) -> nn.Module:
-            torch.manual_seed(seed)
-            return ResNet(WIDTHS, 1, dropout=0.0, classes=classes, channels=channels)
+        def note(cut: Cut, found: list[Cut] = found) -> None:
+            found.append(cut)
+            print(data.name, *(f"{v:.4g}" if isinstance(v, float) else v for v in cut), flush=True)
 
-        dense = make()
-        train(dense, data, plain_sgd(dense, LR), EPOCHS, seed)
-        found.append(measured("dense", 0.0, seed, dense, dense, data))
-        for strength in STRENGTHS:
-            model = make()
-            groups = fusereg.groups_of(model, data.images[0][:2])
-            optimizer = fusereg.optim.SGD(
-                model.parameters(), lr=LR, momentum=0.9, weight_decay=DECAY, groups=groups,
-                group=strength,
-            )  # fmt: skip
-            train(model, data, optimizer, EPOCHS, seed)
+        torch.manual_seed(seed)
+        dense = ResNet(WIDTHS, 1, dropout=0.0, classes=classes, channels=channels)
+        dense = dense.to(memory_format=LAYOUT)
+        train(dense, data, sgd(dense), range(FIRST), seed)
+        second = range(FIRST, FIRST + SPARSE)
+        model = copy.deepcopy(dense)
+        optimizer = sgd(model)
+        train(model, data, optimizer, second, seed)
+        note(finished("dense", 0.0, seed, model, optimizer, model, data))
+        x = plain(data, data.images[0][:2])
+        for strength in data.strengths:
+            model = copy.deepcopy(dense)
+            groups = fusereg.groups_of(model, x, scales=True)
+            optimizer = sgd(model, groups=groups, group=strength)
+            train(model, data, optimizer, second, seed)
             try:
-                small = fusereg.compact(model, data.images[0][:2])
+                small = fusereg.compact(model, x, optimizer=optimizer)
             except ValueError as error:  # too strong: nothing is left
                 print(data.name, seed, strength, error)
                 continue
             off = accuracy(small, data, 2) - accuracy(model, data, 2)
             assert abs(off) <= 1 / len(data.labels[2]), off  # a rounding may move one image
-            found.append(measured("fusereg", strength, seed, small, dense, data))
-        found += torch_pruning(dense, data, seed)
-        for cut in found:
-            print(data.name, *(f"{v:.3f}" if isinstance(v, float) else v for v in cut))
+            optimizer.param_groups[0]["group"] = 0.0
+            note(finished("fusereg", strength, seed, small, optimizer, dense, data))
+        for cut in torch_pruning(dense, data, seed):
+            note(cut)
         print(f"{data.name}, seed {seed}: {time.process_time() - start:.0f} s", flush=True)
         yield found
 
@@ -256,14 +295,15 @@ def select(cuts: list[Cut], method: str, setting: float | None = None) -> list[C
 def chosen(cuts: list[Cut], images: int) -> float | None:
     """Return a strength, by the validation split alone; None if none fits.
 
-    The strongest whose mean accuracy is within one standard error of the dense networks'.
+    The strongest whose mean accuracy, fine-tuned, is within one standard error of the dense
+    networks'.
     """
-    dense = average(select(cuts, "dense"), "validation")
+    dense = average(select(cuts, "dense"), "tuned_validation")
     error = math.sqrt(dense * (1 - dense) / images)
     fits = [
         s
         for s in {c.setting for c in select(cuts, "fusereg")}
-        if average(select(cuts, "fusereg", s), "validation") >= dense - error
+        if average(select(cuts, "fusereg", s), "tuned_validation") >= dense - error
     ]
     return max(fits, default=None)
 
@@ -361,13 +401,17 @@ def store(data: Data, cuts: list[Cut]) -> None:
     content = {
         "problem": data.name,
         "images": [len(part) for part in data.labels],
-        "epochs": EPOCHS,
-        "tuning_epochs": TUNING_EPOCHS,
+        "epochs": [FIRST, SPARSE, LAST],
         "networks": [c._asdict() for c in cuts],
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{data.name}-{cuts[0].seed}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=1) + "\n"
+    where(data.name, cuts[0].seed).write_text(text, encoding="utf-8")
+
+
+def where(problem: str, seed: int) -> Path:
+    """Return the file for the figures of a seed."""
+    return RESULTS / f"{problem}-{seed}.json"
 
 
 def report() -> None:
@@ -390,11 +434,13 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="only rewrite table and picture")
     parser.add_argument("--problem", choices=("digits", "photographs"), help="this one alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--resume", action="store_true", help="leave out seeds that are stored")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for data in () if options.report else (digits(), photographs()):
         if options.problem in (None, data.name):
-            for cuts in run(data, options.seeds):
+            stored = [s for s in options.seeds if options.resume and where(data.name, s).exists()]
+            for cuts in run(data, [s for s in options.seeds if s not in stored]):
                 store(data, cuts)
     report()
     return 0
