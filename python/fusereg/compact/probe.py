@@ -291,6 +291,8 @@ def _unread(
     flip: bool,
 ) -> list[Set]:
     """Return the sets whose readers read constants if the channels' writers are silent."""
+    if not sets:
+        return sets
     probe = copy.deepcopy(model)
     for found in sets:
         silence(probe, found.writers, chosen[found.name])
@@ -323,16 +325,15 @@ def _moves(
     model: nn.Module, chosen: dict[str, Tensor], inputs: Inputs, sets: list[Set]
 ) -> str | None:
     """Return why something besides the readers must read the sets' channels; None if not."""
-    probe = copy.deepcopy(model)
-    for found in sets:
-        hide(probe, found.readers, chosen[found.name])
 
-    def change() -> None:
+    def change(probe: nn.Module, changed: bool) -> None:
         for i, found in enumerate(sets):
-            scramble(probe, found.parts, chosen[found.name], 11 + i)
+            hide(probe, found.readers, chosen[found.name])
+            if changed:
+                scramble(probe, found.parts, chosen[found.name], 11 + i)
 
     return _changes(
-        probe,
+        model,
         inputs,
         change,
         "the model fails with other weights",
@@ -345,29 +346,40 @@ def _cannot_be_cut(
     model: nn.Module, chosen: dict[str, Tensor], inputs: Inputs, sets: list[Set]
 ) -> str | None:
     """Return why the sets' channels cannot be removed from the model; None if they can."""
-    probe = copy.deepcopy(model)
-    for found in sets:
-        silence(probe, found.parts, chosen[found.name])
+
+    def change(probe: nn.Module, changed: bool) -> None:
+        for found in sets:
+            silence(probe, found.parts, chosen[found.name])
+        if changed:
+            cut(probe, [(s, chosen[s.name]) for s in sets])
+
     return _changes(
-        probe,
+        model,
         inputs,
-        lambda: cut(probe, [(s, chosen[s.name]) for s in sets]),
+        change,
         "forward does not work with fewer channels",
         "forward computes something else with fewer channels",
     )
 
 
 def _changes(
-    probe: nn.Module, inputs: Inputs, change: Callable[[], object], fails: str, differs: str
+    model: nn.Module,
+    inputs: Inputs,
+    change: Callable[[nn.Module, bool], object],
+    fails: str,
+    differs: str,
 ) -> str | None:
     """Return what is wrong if the outputs are others after a change; None if they are not."""
-    before = _outputs(probe, inputs)
-    change()
-    after = _outputs(probe, inputs)
-    for found in (before, after):
+    outputs: list[list[Tensor]] = []
+    for changed in (True, False):  # that which may fail, and ends there, is the first
+        probe = copy.deepcopy(model)
+        change(probe, changed)
+        found = _outputs(probe, inputs)
         if isinstance(found, str):
             return f"{fails}: {found}"
-    return None if differ(after, before, _TOLERANCE) is None else differs  # type: ignore[arg-type]
+        outputs.append(found)
+    after, before = outputs
+    return None if differ(after, before, _TOLERANCE) is None else differs
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor] | str:
