@@ -29,52 +29,20 @@ def with_heads(
     waiting: dict[str, list[Set]] = {}
     for found in (*traced.sets, *_in_attention(model)):
         waiting.setdefault(found.name, []).extend(_candidates(model, found))
-    kinds: dict[Any, list[list[Set]]] = {}
-    for ways in filter(None, waiting.values()):
-        kinds.setdefault(_kind(model, ways), []).append(ways)
-    if not kinds:
+    if not any(waiting.values()):
         return sets, inputs
     plain, inputs = inputs, _in_training(model, inputs)
-    apart: set[Any] = set()
     while True:
         taken = {p.module for s in sets for p in s.writers}
-        round_: dict[Any, list[list[Set]]] = {}
-        for alike in kinds.values():
-            alike[:] = [ways for ways in alike if ways and _is_free(ways[0], taken)]
-        for kind, alike in kinds.items():
-            # What fails for the first and the last of a kind is not tried for those between.
-            for ways in alike if kind in apart else alike[:: max(len(alike) - 1, 1)]:
-                if _is_free(ways[0], taken):
-                    round_.setdefault(kind, []).append(ways)
-                    taken |= {p.module for p in ways[0].writers}
+        round_ = []
+        for ways in waiting.values():
+            if ways and taken.isdisjoint(p.module for p in ways[0].writers):
+                round_.append(ways.pop(0))
+                taken |= {p.module for p in round_[-1].writers}
         if not round_:
             return sets, inputs if any(s.numbers for s in sets) else plain
-        tried = checked(model, [ways[0] for own in round_.values() for ways in own], inputs)[0]
-        passed = checked(model, tried, inputs, first=True)[0]
-        sets = sets + passed
-        names = {s.name for s in passed}
-        for kind, own in round_.items():
-            failed = [ways for ways in own if ways[0].name not in names]
-            if len(failed) < len(own) or len(own) < min(len(kinds[kind]), 2):
-                apart.add(kind)
-            for ways in failed if kind in apart else kinds[kind]:
-                del ways[0]
-
-
-def _is_free(found: Set, taken: Collection[str]) -> bool:
-    """Return whether no layer that writes a set is taken."""
-    return not any(p.module in taken for p in found.writers)
-
-
-def _kind(model: nn.Module, ways: list[Set]) -> Any:
-    """Return what attention modules of the same class, layers and sizes have in common."""
-    module = _attention(model, [p.module for p in ways[0].writers])[1]
-    layers = tuple((name, type(m)) for name, m in module.named_modules())
-    sizes = tuple(
-        (s.size, s.width, *(n[1:] for n in s.numbers), *(len(p.channels) for p in s.parts))
-        for s in ways
-    )
-    return type(module), layers, sizes
+        passed, _ = checked(model, round_, inputs)
+        sets = sets + checked(model, passed, inputs, first=True)[0]
 
 
 @torch.no_grad()

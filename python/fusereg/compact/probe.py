@@ -325,15 +325,16 @@ def _moves(
     model: nn.Module, chosen: dict[str, Tensor], inputs: Inputs, sets: list[Set]
 ) -> str | None:
     """Return why something besides the readers must read the sets' channels; None if not."""
+    probe = copy.deepcopy(model)
+    for found in sets:
+        hide(probe, found.readers, chosen[found.name])
 
-    def change(probe: nn.Module, changed: bool) -> None:
+    def change() -> None:
         for i, found in enumerate(sets):
-            hide(probe, found.readers, chosen[found.name])
-            if changed:
-                scramble(probe, found.parts, chosen[found.name], 11 + i)
+            scramble(probe, found.parts, chosen[found.name], 11 + i)
 
     return _changes(
-        model,
+        probe,
         inputs,
         change,
         "the model fails with other weights",
@@ -346,40 +347,29 @@ def _cannot_be_cut(
     model: nn.Module, chosen: dict[str, Tensor], inputs: Inputs, sets: list[Set]
 ) -> str | None:
     """Return why the sets' channels cannot be removed from the model; None if they can."""
-
-    def change(probe: nn.Module, changed: bool) -> None:
-        for found in sets:
-            silence(probe, found.parts, chosen[found.name])
-        if changed:
-            cut(probe, [(s, chosen[s.name]) for s in sets])
-
+    probe = copy.deepcopy(model)
+    for found in sets:
+        silence(probe, found.parts, chosen[found.name])
     return _changes(
-        model,
+        probe,
         inputs,
-        change,
+        lambda: cut(probe, [(s, chosen[s.name]) for s in sets]),
         "forward does not work with fewer channels",
         "forward computes something else with fewer channels",
     )
 
 
 def _changes(
-    model: nn.Module,
-    inputs: Inputs,
-    change: Callable[[nn.Module, bool], object],
-    fails: str,
-    differs: str,
+    probe: nn.Module, inputs: Inputs, change: Callable[[], object], fails: str, differs: str
 ) -> str | None:
     """Return what is wrong if the outputs are others after a change; None if they are not."""
-    outputs: list[list[Tensor]] = []
-    for changed in (True, False):  # that which may fail, and ends there, is the first
-        probe = copy.deepcopy(model)
-        change(probe, changed)
-        found = _outputs(probe, inputs)
+    before = _outputs(probe, inputs)
+    change()
+    after = _outputs(probe, inputs)
+    for found in (before, after):
         if isinstance(found, str):
             return f"{fails}: {found}"
-        outputs.append(found)
-    after, before = outputs
-    return None if differ(after, before, _TOLERANCE) is None else differs
+    return None if differ(after, before, _TOLERANCE) is None else differs  # type: ignore[arg-type]
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor] | str:
@@ -389,6 +379,12 @@ def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor] | str:
             return inputs.call(model)
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _likeness(found: Set) -> str:
+    """Return a key by which sets are neighbors that probably fail, or pass, together."""
+    parts = ((p.role, p.module.rpartition(".")[2], len(p.channels)) for p in found.parts)
+    return str([found.size, *parts])
 
 
 def _largest(
@@ -405,7 +401,7 @@ def _largest(
         half = len(some) // 2
         return culprits(some[:half]) | culprits(some[half:])
 
-    bad = culprits(sets)
+    bad = culprits(sorted(sets, key=_likeness))
     passed = [s for s in sets if s.name not in bad]
     if bad and passed and (reason := fails(passed)) is not None:  # only together with others
         alone: list[Set] = []
