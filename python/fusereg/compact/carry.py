@@ -8,11 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..core.arguments import check_type
 from ..optim.kernels import COPIES
 from ..optim.optimizer import RegularizedOptimizer
 from .parts import Cuts, shortened
+
+#: States that are weights: of fusereg's optimizers, and the average of torch's ASGD.
+_COPIES = (*COPIES, "ax")
 
 
 class Change(NamedTuple):
@@ -32,13 +36,25 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, cuts: Cu
 
     Raises:
         TypeError: it is no optimizer.
-        ValueError: it is another model's, or a state has another shape than its parameter.
+        ValueError: it is another model's, it keeps parameters in a place of its own, or a state
+            has another shape than its parameter.
     """
     wanted = "a torch.optim.Optimizer"
     check_type(optimizer, torch.optim.Optimizer, "fusereg.compact: optimizer", wanted)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if held.isdisjoint(map(id, model.parameters())):
         raise ValueError("fusereg.compact: optimizer holds no parameter of the model")
+    own = isinstance(optimizer, RegularizedOptimizer)
+    for place, value in vars(optimizer).items():
+        if own or place in ("param_groups", "state"):
+            continue
+        for kept in pytree.tree_leaves(value):
+            if id(kept) in held or isinstance(kept, torch.optim.Optimizer):
+                raise ValueError(
+                    f"fusereg.compact: optimizer ({type(optimizer).__name__}) keeps parameters in "
+                    f"{place}, which would remain those of the larger model; make a new one for "
+                    "the smaller model"
+                )
     given = getattr(optimizer, "groups", None) is not None
     if given and not isinstance(optimizer.group_weights, str):  # type: ignore[attr-defined]
         raise ValueError(
@@ -50,13 +66,14 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, cuts: Cu
         if name not in cuts:
             continue
         for key, value in optimizer.state.get(p, {}).items():
-            if key in whole or not isinstance(value, Tensor):
-                continue
-            if value.numel() != 1 and value.shape != p.shape:
-                raise ValueError(
-                    f"fusereg.compact: optimizer keeps {key} of shape {tuple(value.shape)} for "
-                    f"{name} of shape {tuple(p.shape)}, which cannot be cut with it"
-                )
+            for kept in () if key in whole else pytree.tree_leaves(value):
+                if not isinstance(kept, Tensor) or kept.numel() == 1:
+                    continue
+                if kept is not value or kept.shape != p.shape:
+                    raise ValueError(
+                        f"fusereg.compact: optimizer keeps {key} of shape {tuple(kept.shape)} for "
+                        f"{name} of shape {tuple(p.shape)}, which cannot be cut with it"
+                    )
 
 
 def _whole_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
@@ -110,7 +127,7 @@ def _state(
         if key in whole:
             made[key] = copy.deepcopy(value)
         elif isinstance(value, Tensor) and value.shape == p.shape and value.dim():
-            if key in COPIES and (name in change.added or name in change.scales):
+            if key in _COPIES and (name in change.added or name in change.scales):
                 new = value.double() * change.scales.get(name, 1.0) + change.added.get(name, 0.0)
                 value = new.to(value.dtype)
             made[key] = shortened(value, change.cuts.get(name, {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -142,7 +143,12 @@ def find(model: nn.Module, example_inputs: object, op: str) -> Found:
     plain = plain_copy(model, op)
     inputs = _with_ways(plain, inputs.double(), op)
     traced = sets_of(plain, inputs, op)
+    start = time.perf_counter()
     operations = _operations(plain, inputs)
+    _log.info(
+        "fusereg.%s: trying %d sets of channels, in a dozen runs of the model or more of %.2g s",
+        *(op, len(traced.sets), len(inputs.ways) * (time.perf_counter() - start)),
+    )
     plain.requires_grad_(False)
     sets, failed = checked(plain, traced.sets, inputs)
     for one in traced.sets:

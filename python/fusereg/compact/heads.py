@@ -26,10 +26,12 @@ def with_heads(
     kept in its attention module allow are tried one after the other. They are tried in training as
     well, which may depend on the number of heads where evaluation does not.
     """
-    plain, inputs = inputs, _in_training(model, inputs)
     waiting: dict[str, list[Set]] = {}
     for found in (*traced.sets, *_in_attention(model)):
         waiting.setdefault(found.name, []).extend(_candidates(model, found))
+    if not any(waiting.values()):
+        return sets, inputs
+    plain, inputs = inputs, _in_training(model, inputs)
     while True:
         taken = {p.module for s in sets for p in s.writers}
         round_ = []

@@ -19,7 +19,7 @@ from .carry import Change, carry_optimizer, check_optimizer
 from .find import Found, find, groups_of
 from .graph import plain_copy
 from .parts import cut, cuts_of, name_epsilons, scales_of
-from .plan import Decision, decide, fold, identities
+from .plan import Decision, Run, decide, fold, identities
 from .probe import differ, generator
 from .table import Table, make_table
 
@@ -128,11 +128,11 @@ def compact(
             raise ValueError(f"{_OP}: stopper cannot go on with another model: {reason}")
     start = time.perf_counter()
     found = find(model, example_inputs, "compact")
-    decisions = decide(found, round_to)
+    decisions, runs = decide(found, round_to)
     gone = identities(found, decisions)
     _explain_whole(found, decisions, gone)
     small, change, notes = _apply(model, found, decisions, gone)
-    _compare(small, found)
+    _compare(small, runs)
     table = make_table(found, small, decisions, time.perf_counter() - start, notes)
     if optimizer is not None:
         check_optimizer(optimizer, model, change.cuts)
@@ -226,15 +226,14 @@ def _apply(
 
 
 @torch.no_grad()
-def _compare(small: nn.Module, found: Found) -> None:
+def _compare(small: nn.Module, runs: Iterable[Run]) -> None:
     """Compare the outputs of the smaller model with those of the original in float64.
 
     Raises:
         RuntimeError: they differ, or it cannot be run.
     """
     probe = plain_copy(small, "compact")
-    for inputs in (found.inputs, found.inputs.other(generator(10))):
-        wanted = inputs.call(found.plain)
+    for inputs, wanted in runs:
         try:
             got = inputs.call(probe)
         except Exception as error:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,13 @@ class Decision:
     """All its channels could be removed; one stays then."""
 
 
+class Run(NamedTuple):
+    """What a model has made of some inputs."""
+
+    inputs: Inputs
+    outputs: list[Tensor]
+
+
 def columns(layer: Any) -> tuple[Tensor, Tensor]:
     """Return the sums over the kernel and the largest sizes of a layer's weights [out, in]."""
     weight = layer.weight.detach()
@@ -72,18 +79,18 @@ def reads_no_zeros(layer: Any) -> bool:
 
 
 @torch.no_grad()
-def decide(found: Found, round_to: int) -> list[Decision]:
-    """Return what can be removed of each set."""
+def decide(found: Found, round_to: int) -> tuple[list[Decision], list[Run]]:
+    """Return what can be removed of each set, and the runs of the model that this took."""
     constant = constant_for(zeros_alone(found.plain, 2), found.sets, found.inputs, 3)
     with reading(found.plain, found.sets) as seen:
-        for inputs in (found.inputs, found.inputs.other(generator(4))):
-            inputs.call(found.plain)
+        both = found.inputs, found.inputs.other(generator(4))
+        runs = [Run(inputs, inputs.call(found.plain)) for inputs in both]
     decisions = []
     for s in found.sets:
         decision = _decide(found.plain, s, constant, seen)
         _round(decision, round_to)
         decisions.append(decision)
-    return decisions
+    return decisions, runs
 
 
 def _decide(

@@ -291,6 +291,8 @@ def _unread(
     flip: bool,
 ) -> list[Set]:
     """Return the sets whose readers read constants if the channels' writers are silent."""
+    if not sets:
+        return sets
     probe = copy.deepcopy(model)
     for found in sets:
         silence(probe, found.writers, chosen[found.name])
@@ -379,6 +381,12 @@ def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor] | str:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
+def _likeness(found: Set) -> str:
+    """Return a key by which sets are neighbors that probably fail, or pass, together."""
+    parts = ((p.role, p.module.rpartition(".")[2], len(p.channels)) for p in found.parts)
+    return str([found.size, *parts])
+
+
 def _largest(
     sets: list[Set], fails: Callable[[list[Set]], str | None], kept: dict[str, str]
 ) -> list[Set]:
@@ -393,7 +401,7 @@ def _largest(
         half = len(some) // 2
         return culprits(some[:half]) | culprits(some[half:])
 
-    bad = culprits(sets)
+    bad = culprits(sorted(sets, key=_likeness))
     passed = [s for s in sets if s.name not in bad]
     if bad and passed and (reason := fails(passed)) is not None:  # only together with others
         alone: list[Set] = []
