@@ -20,7 +20,7 @@ from torch._inductor import config as inductor_config
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
-from ..core import failures
+from ..core import failures, operator
 from ..core.version import __version__
 from .nodes import CONVOLUTIONS, LEAVES
 from .rewrite import Report, fuse, value
@@ -37,6 +37,8 @@ _MANY = 4
 torch.compiler.allow_in_graph(list(LEAVES))
 #: Their graphs may be cached: only the arguments decide what they do.
 _CACHEABLE = {f"{leaf.__module__}.{leaf.__name__}": __version__ for leaf in LEAVES}
+# Dynamo, which does that where it traces into them, does not trace into leaves.
+operator.tell_inductor()
 
 
 def fusereg_backend(

@@ -132,6 +132,51 @@ def _activated(z: Tensor, constants: Constants) -> Tensor:
     return z
 
 
+def gradients(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, residual, weight and bias, and the sums (batch_norm.h).
+
+    Neither mask nor dropout nor groups. A residual before a rectifier means that ``grad`` is that
+    of the sum already (op.py).
+    """
+    inputs, constants = call.inputs, call.constants
+    x, weight, bias = inputs.x, inputs.weight, inputs.bias
+    wide, given = _wide(x), _wide(grad)
+    fixed = constants.statistics == FIXED
+    mean, var = (t.to(wide.dtype) for t in _fixed(inputs))
+    deviation, invstd = wide - _per_channel(mean, x), (var + constants.eps).rsqrt()
+    if inputs.residual is None or call.keeps_residual():
+        z = _affine(deviation * _per_channel(invstd, x), inputs)
+        given = _before_activation(given, z, constants)
+    dims = [0, *range(2, x.dim())]
+    total, dot = given.sum(dims), (given * deviation).sum(dims)
+    centered = given
+    if not fixed:
+        count = x.numel() / x.shape[1]
+        slope = _per_channel(invstd.square() * (dot / count), x)
+        centered = given - deviation * slope - _per_channel(total / count, x)
+    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    return (
+        (centered * _per_channel(scale, x)).to(x.dtype),
+        given.to(x.dtype),
+        None if weight is None else (dot * invstd).to(weight.dtype),
+        None if bias is None else total.to(bias.dtype),
+        torch.stack([total, dot]).double(),
+    )
+
+
+def _before_activation(grad: Tensor, z: Tensor, constants: Constants) -> Tensor:
+    """Return the gradient of z from that of the activation's result."""
+    if constants.activation == 1:
+        return torch.where(z <= 0, 0.0, grad)
+    if constants.activation == 2:
+        return torch.where(z > 0, grad, grad * constants.slope)
+    if constants.activation == 3:
+        return torch.ops.aten.silu_backward(grad, z)
+    if constants.activation == 4:
+        return torch.ops.aten.gelu_backward(grad, z)
+    return grad
+
+
 class _Summed(torch.autograd.Function):
     """The sum over processes, whose gradient is the sum of all processes' gradients."""
 

@@ -32,6 +32,8 @@ from .random import State
 
 _library = torch.library.Library("fusereg", "DEF")
 _EXACT = (torch.Tag.needs_exact_strides,)
+#: What Inductor generates code from in place of an operator.
+_FOR_INDUCTOR: dict[Any, Callable[..., Any]] = {}
 
 Kernel = Callable[..., Any]
 
@@ -219,6 +221,20 @@ def gradients(
     return [next(found) if t is not None and t.requires_grad else None for t in own]
 
 
+def tell_inductor() -> bool:
+    """Add the decompositions to Inductor's table, which is none of the other compilers' tables."""
+    from torch._inductor import decomposition as table  # 0.3 s, so only when something is compiled
+
+    if not _FOR_INDUCTOR.keys() <= table.decompositions.keys():
+        table.decompositions.update(_FOR_INDUCTOR)
+        table.fast_random_decomps.cache_clear()  # a copy, made where something was compiled before
+    return True
+
+
+# Dynamo is to call it where it would trace it, as torch.compiler.assume_constant_result has it do.
+tell_inductor._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 # --- the declaration ------------------------------------------------------------------------------
 
 
@@ -357,6 +373,14 @@ class Operator:
         #: ``gradient_of(ctx, grad)``: what autograd calls.
         self.gradient_of: Callable[[Any, Tensor], tuple[Any, ...]] = backward
 
+    def decompose(self, decomposition: Callable[..., Any]) -> None:
+        """Let Inductor generate code from torch's operations in place of the flexible operator.
+
+        ``decomposition`` gets the operator's arguments and returns its results, or NotImplemented
+        where the operator is to stay. Other compilers keep the operator.
+        """
+        _FOR_INDUCTOR[self.overload] = decomposition
+
     def at_once(self, roles: str, *, without_gradient: bool = True) -> Callable[..., Any]:
         """Return ``f(constants, *tensors)``: the usual call with a new Philox state, or None.
 
@@ -403,6 +427,8 @@ class Operator:
         ``exact``: whether compilers must keep the layouts that they traced.
         """
         args = self._with_state(args[: self._count])
+        if dispatch.is_dynamo_compiling():
+            tell_inductor()
         if self._by_parts is not None:
             if not torch.compiler.is_compiling() and (
                 dispatch.functorch() or dispatch.forward_mode()
