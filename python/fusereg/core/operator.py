@@ -262,8 +262,8 @@ class Operator:
             have derivatives of any order. torch.func transforms and forward mode call it, in place
             of what is made of ``gradient`` and ``tangent``.
         flexible: whether tensors in any layout give the same result, so that a compiler need not
-            copy them into the one that it traced. A second overload, ``exact``, is for calls to
-            which this does not apply.
+            copy them into the one that it traced. Another overload, ``exact``, is for calls to
+            which this does not apply, and one, ``kept``, for what :meth:`decompose` leaves.
 
     Raises:
         RuntimeError: by torch, for a schema that it cannot read.
@@ -292,8 +292,9 @@ class Operator:
         _library.define(schema, tags=(torch.Tag.flexible_layout,) if flexible else ())
         names = [self.name]
         if flexible:
-            names.append(f"{self.name}.exact")
-            _library.define(names[1] + schema[len(self.name) :], tags=_EXACT)
+            names += [f"{self.name}.exact", f"{self.name}.kept"]
+            for name, tags in zip(names[1:], (_EXACT, (torch.Tag.flexible_layout,)), strict=True):
+                _library.define(name + schema[len(self.name) :], tags=tags)
         packet = getattr(torch.ops.fusereg, self.name)
         self.overload = packet.default
         #: The overload for which compilers keep the layouts that they traced.
@@ -379,7 +380,14 @@ class Operator:
         ``decomposition`` gets the operator's arguments and returns its results, or NotImplemented
         where the operator is to stay. Other compilers keep the operator.
         """
-        _FOR_INDUCTOR[self.overload] = decomposition
+        kept = getattr(torch.ops.fusereg, self.name).kept
+
+        def decomposed(*args: Any) -> Any:
+            results = decomposition(*args)
+            # Inductor calls no operator that is in its table, so it gets the other overload.
+            return kept(*args) if results is NotImplemented else results
+
+        _FOR_INDUCTOR[self.overload] = decomposed
 
     def at_once(self, roles: str, *, without_gradient: bool = True) -> Callable[..., Any]:
         """Return ``f(constants, *tensors)``: the usual call with a new Philox state, or None.
