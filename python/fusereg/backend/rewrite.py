@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -387,48 +387,22 @@ def _drops(node: Node) -> Iterator[Chain]:
             yield Chain([call.x, node], name, F.activation_dropout, args, {})
 
 
-# --- what Inductor fuses itself -------------------------------------------------------------------
-
-#: Arguments of this package's batch norm for which Inductor has no code (decompositions.py).
-_KERNELS_ONLY = ("dropout", "out", "inplace", "mask", "virtual_batch_size")
-
-
-def _left_to_inductor(node: Node, report: Report) -> bool:
-    """Leave a batch norm on the CPU to Inductor, unless it drops; return whether that was done."""
-    call = _is(node, "norm")
-    if call is None or not _plain(call.x) or value(call.x).device.type != "cpu":
-        return False
-    last = None
-    with suppress(NotFusedError):
-        for chain in _norms(node):
-            last = chain
-    if last is not None and last.kwargs.get("dropout"):
-        return False
-    if any(call.given.get(name) for name in _KERNELS_ONLY):
-        return False
-    report.left["batch_norm: Inductor fuses it itself on CPUs"] += 1
-    return True
-
-
 # --- replacing them -------------------------------------------------------------------------------
 
 
-def fuse(graph: Graph, report: Report, then: str) -> None:
+def fuse(graph: Graph, report: Report, *, eager: bool) -> None:
     """Replace every chain of a graph, and report what was done.
 
-    ``then``: what compiles the graph. "eager": it will be run as it is, so that numbers that it
-    computes are plain ones. "inductor": it fuses batch norm itself, see :func:`_left_to_inductor`.
+    ``eager``: it will be run as it is, so that numbers that it computes are plain ones.
     """
-    eager, inductor = then == "eager", then == "inductor"
     if any("functorch" in str(getattr(n.target, "__module__", "")) for n in graph.nodes):
         report.left["all: a torch.func transform is called"] += 1
         return
     for find in (_norms, _row_norms, _sums, _drops):
         gone: set[Node] = set()
         for node in list(graph.nodes):
-            if node in gone or (inductor and find is _norms and _left_to_inductor(node, report)):
-                continue
-            gone.update(_fuse_at(node, find, report, eager))
+            if node not in gone:
+                gone.update(_fuse_at(node, find, report, eager))
     graph.lint()
 
 

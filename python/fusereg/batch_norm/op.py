@@ -308,7 +308,8 @@ def update_running(call: Call, moments: Tensor) -> None:
     channels = call.inputs.x.shape[1]
     if mean is None or var is None or channels == 0:
         return
-    of_group, square_of_group, count = moments.detach().reshape(3, -1, channels).unbind(0)
+    # Those that a compiler computes have a fourth row.
+    of_group, square_of_group, count = moments.detach()[:3].reshape(3, -1, channels).unbind(0)
     total = count.sum(0)
     whole = total.clamp_min(1.0)
     center = (of_group * count).sum(0) / whole

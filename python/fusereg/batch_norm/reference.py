@@ -132,49 +132,86 @@ def _activated(z: Tensor, constants: Constants) -> Tensor:
     return z
 
 
-def gradients(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
+# --- for code that a compiler generates -----------------------------------------------------------
+#
+# Neither mask nor dropout nor groups. Both functions begin with the same operations, of which the
+# compiler keeps one: it decides what is kept for backward, and what is computed again.
+
+
+def generated(call: Call) -> tuple[Tensor, Tensor | None]:
+    """Return y and, unless statistics are FIXED, moments with 1 / sqrt(variance + eps) as well.
+
+    They have the dtype that the arithmetic has: backward reads them once for each element.
+    """
+    x, moments = call.inputs.x, None
+    if call.constants.statistics != FIXED:
+        mean, var = batch_moments(_wide(x), None)
+        count = torch.full_like(mean, x.numel() / x.shape[1])
+        moments = torch.stack([mean, var, count, (var + call.constants.eps).rsqrt()])
+    *_, z = _parts(call, moments)
+    return _activated(z, call.constants).to(x.dtype), moments
+
+
+def generated_gradients(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, residual, weight and bias, and the sums (batch_norm.h).
 
-    Neither mask nor dropout nor groups. A residual before a rectifier means that ``grad`` is that
-    of the sum already (op.py).
+    A residual before a rectifier means that ``grad`` is that of the sum already (op.py).
     """
     inputs, constants = call.inputs, call.constants
     x, weight, bias = inputs.x, inputs.weight, inputs.bias
-    wide, given = _wide(x), _wide(grad)
-    fixed = constants.statistics == FIXED
-    mean, var = (t.to(wide.dtype) for t in _fixed(inputs))
-    deviation, invstd = wide - _per_channel(mean, x), (var + constants.eps).rsqrt()
+    deviation, invstd, z = _parts(call, inputs.moments)
+    of_z = _wide(grad)
     if inputs.residual is None or call.keeps_residual():
-        z = _affine(deviation * _per_channel(invstd, x), inputs)
-        given = _before_activation(given, z, constants)
+        of_z = _before_activation(of_z, z, constants)
     dims = [0, *range(2, x.dim())]
-    total, dot = given.sum(dims), (given * deviation).sum(dims)
-    centered = given
-    if not fixed:
-        count = x.numel() / x.shape[1]
-        slope = _per_channel(invstd.square() * (dot / count), x)
-        centered = given - deviation * slope - _per_channel(total / count, x)
+    total, dot = of_z.sum(dims), (of_z * deviation).sum(dims)
+    centered = of_z
+    if constants.statistics != FIXED:
+        share = x.shape[1] / x.numel()
+        slope = _per_channel(dot * share * (invstd * invstd), x)
+        centered = of_z - deviation * slope - _per_channel(total * share, x)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     return (
         (centered * _per_channel(scale, x)).to(x.dtype),
-        given.to(x.dtype),
+        of_z.to(x.dtype),
         None if weight is None else (dot * invstd).to(weight.dtype),
         None if bias is None else total.to(bias.dtype),
         torch.stack([total, dot]).double(),
     )
 
 
+def _parts(call: Call, moments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x - mean, 1 / sqrt(variance + eps), and z."""
+    x = call.inputs.x
+    wide = _wide(x)
+    if call.constants.statistics == FIXED:
+        mean, var = (t.to(wide.dtype) for t in _fixed(call.inputs))
+        invstd = (var + call.constants.eps).rsqrt()
+    else:
+        assert moments is not None
+        mean, invstd = moments[0], moments[3]
+    deviation = wide - _per_channel(mean, x)
+    return deviation, invstd, _affine(deviation * _per_channel(invstd, x), call.inputs)
+
+
 def _before_activation(grad: Tensor, z: Tensor, constants: Constants) -> Tensor:
-    """Return the gradient of z from that of the activation's result."""
+    """Return the gradient of z from that of the activation's result.
+
+    A rectifier's by the result, as torch's own: what follows keeps that for backward anyway.
+    """
     if constants.activation == 1:
-        return torch.where(z <= 0, 0.0, grad)
+        return torch.where(_activated(z, constants) <= 0, 0.0, grad)
     if constants.activation == 2:
-        return torch.where(z > 0, grad, grad * constants.slope)
+        positive = _activated(z, constants) > 0 if constants.slope >= 0.0 else z > 0
+        return torch.where(positive, grad, grad * constants.slope)
     if constants.activation == 3:
         return torch.ops.aten.silu_backward(grad, z)
     if constants.activation == 4:
         return torch.ops.aten.gelu_backward(grad, z)
     return grad
+
+
+# --- over several processes -----------------------------------------------------------------------
 
 
 class _Summed(torch.autograd.Function):
