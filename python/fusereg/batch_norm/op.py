@@ -245,6 +245,12 @@ def _differentiable_gradients(
         if not after_sum:
             grad = grad * derivative_after_sum(call)
         constants = constants._replace(activation=0, p=0.0)
+        # What is constant in x and bias, a rectifier's slope or all of evaluation, has derivative 0
+        # as in torch, rather than none.
+        for t in (inputs.x, inputs.bias):
+            if t is not None and t.requires_grad:
+                like = t if t is inputs.x else reference.per_channel(t, grad)
+                grad = torch.where(torch.ones_like(grad, dtype=torch.bool), grad, like.to(grad.dtype))
 
     def formula(x: Tensor, residual: Any, weight: Any, bias: Any) -> Tensor:
         given = inputs._replace(x=x, residual=residual, weight=weight, bias=bias)

@@ -19,7 +19,8 @@ from .kernels import FIXED, Call, Constants, Inputs
 SumOver = Callable[[Tensor], Tensor]
 
 
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """Return a value for each channel in a shape that broadcasts with x."""
     return values.reshape(1, -1, *[1] * (x.dim() - 2))
 
 
@@ -39,7 +40,7 @@ def batch_moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         return mean, var
     count = mask.bool().unsqueeze(1).sum().clamp_min(1)
     mean = _masked(x, mask).sum(dims) / count
-    deviation = _masked(x - _per_channel(mean, x), mask)
+    deviation = _masked(x - per_channel(mean, x), mask)
     return mean, deviation.square().sum(dims) / count
 
 
@@ -105,16 +106,16 @@ def _sum(inputs: Inputs, constants: Constants) -> tuple[Tensor, tuple[Tensor, Te
         mean, var = (t.to(wide.dtype) for t in _fixed(inputs))
     else:
         mean, var = batch_moments(wide, inputs.mask)
-    normal = (wide - _per_channel(mean, x)) * _per_channel((var + constants.eps).rsqrt(), x)
+    normal = (wide - per_channel(mean, x)) * per_channel((var + constants.eps).rsqrt(), x)
     return _affine(normal, inputs), (mean, var)
 
 
 def _affine(z: Tensor, inputs: Inputs) -> Tensor:
     """Return z * weight + bias + residual."""
     if inputs.weight is not None:
-        z = z * _per_channel(inputs.weight.to(z.dtype), z)
+        z = z * per_channel(inputs.weight.to(z.dtype), z)
     if inputs.bias is not None:
-        z = z + _per_channel(inputs.bias.to(z.dtype), z)
+        z = z + per_channel(inputs.bias.to(z.dtype), z)
     if inputs.residual is not None:
         z = z + inputs.residual.to(z.dtype)
     return z
@@ -168,11 +169,11 @@ def generated_gradients(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
     centered = of_z
     if constants.statistics != FIXED:
         share = x.shape[1] / x.numel()
-        slope = _per_channel(dot * share * (invstd * invstd), x)
-        centered = of_z - deviation * slope - _per_channel(total * share, x)
+        slope = per_channel(dot * share * (invstd * invstd), x)
+        centered = of_z - deviation * slope - per_channel(total * share, x)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     return (
-        (centered * _per_channel(scale, x)).to(x.dtype),
+        (centered * per_channel(scale, x)).to(x.dtype),
         of_z.to(x.dtype),
         None if weight is None else (dot * invstd).to(weight.dtype),
         None if bias is None else total.to(bias.dtype),
@@ -190,8 +191,8 @@ def _parts(call: Call, moments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     else:
         assert moments is not None
         mean, invstd = moments[0], moments[3]
-    deviation = wide - _per_channel(mean, x)
-    return deviation, invstd, _affine(deviation * _per_channel(invstd, x), call.inputs)
+    deviation = wide - per_channel(mean, x)
+    return deviation, invstd, _affine(deviation * per_channel(invstd, x), call.inputs)
 
 
 def _before_activation(grad: Tensor, z: Tensor, constants: Constants) -> Tensor:
@@ -238,11 +239,11 @@ def over_processes(inputs: Inputs, constants: Constants, call: Call, add: SumOve
     center, _, count = call.moments
     x, mask = inputs.x, inputs.mask
     wide = _wide(x)
-    deviation = _masked(wide - _per_channel(center.to(wide.dtype), x), mask)
+    deviation = _masked(wide - per_channel(center.to(wide.dtype), x), mask)
     dims = [0, *range(2, x.dim())]
     sums = [v.sum(dims, dtype=torch.float64) for v in (deviation, deviation.square())]
     means = operator.applied(_Summed, torch.stack(sums), add) / count.clamp_min(1.0)
-    low, square = (_per_channel(m.to(wide.dtype), x) for m in means)
+    low, square = (per_channel(m.to(wide.dtype), x) for m in means)
     normal = (deviation - low) * (square - low.square() + constants.eps).rsqrt()
     return _finished(_masked(_affine(normal, inputs), mask), inputs, constants, call.op)
 
