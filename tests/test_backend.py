@@ -136,8 +136,6 @@ def test_training_and_evaluation_equal_torch_over_three_batch_sizes(make: Make, 
         if make is basic
         else {"batch_norm + relu": 2, "batch_norm + silu": 2}
     )
-    if then == "inductor":  # which fuses them itself
-        expected = {}
     # Training, training with any batch size, and evaluation.
     assert fused() == {what: 3 * n for what, n in expected.items()}
     assert counters["fusereg"]["graphs"] == 3
@@ -499,10 +497,14 @@ def test_an_unknown_option_or_mode_is_an_error(mode: Any, options: Any, words: s
         fusereg_backend(module, [], mode=mode, options=options)
 
 
-@pytest.mark.parametrize("make", [Separable, basic], ids=["depthwise", "others"])
 @pytest.mark.parametrize("given", [None, True, False])
-def test_inductor_gives_gradients_of_convolutions_channels_last_unless_told_not_to(
-    given: bool | None, make: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("make", [Separable, basic, Volumes], ids=["depthwise", "2d", "3d"])
+def test_inductor_is_told_the_layout_of_convolutions(
+    make: Make,
+    layout: torch.memory_format,
+    given: bool | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[dict[str, Any]] = []
 
@@ -512,9 +514,16 @@ def test_inductor_gives_gradients_of_convolutions_channels_last_unless_told_not_
 
     monkeypatch.setattr(compiler, "lookup_backend", lambda name: inductor)
     options = {"then": "inductor", **({} if given is None else {"channels_last": given})}
-    torch.compile(make(), backend=fusereg_backend, options=options)(torch.randn(2, 3, 8, 8))
-    wanted = make is Separable and given is not False and torch.backends.mkldnn.is_available()
-    assert seen == [{"force_layout_optimization": True} if wanted else {}]
+    model: Any = make().float()
+    model, x = model.to(memory_format=layout), torch.randn(2, 3, 8, 8).to(memory_format=layout)
+    torch.compile(model, backend=fusereg_backend, options=options)(x)
+    wanted: dict[str, bool] = {}
+    if given is not False and torch.backends.mkldnn.is_available():
+        if make is Separable:
+            wanted = {"force_layout_optimization": True}
+        elif make is basic and layout is torch.contiguous_format and given is None:
+            wanted = {"layout_optimization": False}
+    assert seen == [wanted]
 
 
 class Norms(nn.Module):
@@ -562,7 +571,7 @@ def through_inductor(
     ],
     ids=["torch", "converted", "native", "no affine", "no bias", "no tracking", "no updates"],
 )  # fmt: skip
-def test_batch_norm_is_left_to_inductor_on_cpus(
+def test_inductor_gets_a_batch_norm_with_what_follows_as_one_call(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = stir(without_dropout(make())).double()
@@ -578,26 +587,8 @@ def test_batch_norm_is_left_to_inductor_on_cpus(
     assert len(graphs) == 2
     for graph in graphs:
         called = {node.target for node in graph.nodes}
-        assert F.batch_norm in called
-        assert fusereg.functional.batch_norm not in called
-    assert fused() == {}
-    assert set(counters["fusereg left"]) == {"batch_norm: Inductor fuses it itself on CPUs"}
-
-
-@pytest.mark.parametrize("drops", ["layer", "native", "cumulative"])
-def test_what_inductor_cannot_fuse_of_batch_norm_stays_one_call(
-    drops: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if drops == "layer":
-        model: nn.Module = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.25))
-    else:
-        more: dict[str, Any] = {"dropout": 0.25} if drops == "native" else {"momentum": None}
-        model = fusereg.nn.BatchNorm2d(3, activation="relu", **more)
-    run, graphs = through_inductor(model, monkeypatch)
-    run(images(5).float())
-    called = [node.target for node in graphs[0].nodes if node.op == "call_function"]
-    assert called == [fusereg.functional.batch_norm]
-    assert fused() == ({"batch_norm + relu + dropout": 1} if drops == "layer" else {})
+        assert fusereg.functional.batch_norm in called
+        assert F.batch_norm not in called
 
 
 def test_a_graph_is_reported_in_one_line(caplog: pytest.LogCaptureFixture) -> None:

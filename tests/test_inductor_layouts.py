@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -18,16 +19,6 @@ from fusereg.backend import fusereg_backend
 ROWS, CHANNELS = torch.contiguous_format, torch.channels_last
 
 
-def _net(dropout: float = 0.0) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(16, 32, 3, padding=1),
-        fnn.BatchNorm2d(32, activation="relu", dropout=dropout),
-        nn.Conv2d(32, 32, 3, padding=1),
-        fnn.BatchNorm2d(32, activation="relu"),
-        nn.Conv2d(32, 16, 1),
-    )
-
-
 def _generated(step: Callable[[], object]) -> list[str]:
     """Return the wrapper codes of forward and backward, without the use of caches."""
     from torch._inductor.utils import run_and_get_code
@@ -37,6 +28,13 @@ def _generated(step: Callable[[], object]) -> list[str]:
         _, codes = run_and_get_code(step)
     assert len(codes) == 2, "one graph forward, one backward"
     return [code[code.index("def call(") :] for code in codes]
+
+
+def _kernels_and_activations(code: str) -> tuple[int, list[str]]:
+    """Return the number of generated kernels, and the memory that is allocated for activations."""
+    assert "torch.ops.fusereg" not in code
+    allocated = re.findall(r"empty_strided_cpu\((\(\d+, \d+, \d+, \d+\), \([\d, ]+\))", code)
+    return len(re.findall(r"cpp_fused\w*\(", code)), sorted(allocated)
 
 
 def _touched_by_generated_kernels(code: str) -> list[str]:
@@ -57,58 +55,75 @@ def _touched_by_generated_kernels(code: str) -> list[str]:
     return found
 
 
+class _Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(16, 32, 1), nn.Conv2d(32, 32, 3, padding=1)
+        self.bn, self.relu = nn.BatchNorm2d(32), nn.ReLU()
+        self.last = nn.Conv2d(32, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y: Tensor = self.last(self.relu(self.bn(self.conv(x)) + x))
+        return y
+
+
+def _depthwise() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(16, 32, 3),
+        *(nn.Conv2d(32, 32, 3, groups=32), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32), nn.SiLU()),
+        *(nn.Conv2d(32, 32, 3, groups=32), nn.BatchNorm2d(32), nn.ReLU()),
+        nn.Conv2d(32, 4, 1),
+    )
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("make", [_depthwise, _Residual])
 @pytest.mark.parametrize("layout", [ROWS, CHANNELS])
-def test_no_activation_is_copied_around_batch_norm(layout: torch.memory_format) -> None:
+def test_a_converted_network_has_no_more_kernels_and_activations_than_torchs(
+    make: Callable[[], nn.Module], layout: torch.memory_format
+) -> None:
     torch.manual_seed(0)
-    net = _net().to(memory_format=layout)
-    x = torch.randn(2, 16, 8, 8).to(memory_format=layout)
-    compiled = torch.compile(net)
-    for code in _generated(lambda: compiled(x).square().sum().backward()):
-        assert _touched_by_generated_kernels(code) == []
+    net: Any = make()
+    net = net.to(memory_format=layout)
+    x = torch.randn(2, 16, 12, 12).to(memory_format=layout)
+    found = []
+    for model in (net, fusereg.convert(copy.deepcopy(net))):
+        compiled = torch.compile(model)
+        codes = _generated(lambda compiled=compiled: compiled(x).square().sum().backward())
+        found.append([_kernels_and_activations(code) for code in codes])
+    assert found[1] == found[0]
+    assert all(kernels for kernels, _ in found[0])
 
 
 @pytest.mark.slow
 def test_with_dropout_no_activation_is_copied_in_channels_last() -> None:
-    net = _net(0.5).to(memory_format=CHANNELS)
+    parts = nn.Conv2d(16, 32, 3), fnn.BatchNorm2d(32, activation="relu", dropout=0.5)
+    net = nn.Sequential(*parts, nn.Conv2d(32, 16, 1)).to(memory_format=CHANNELS)
     x = torch.randn(2, 16, 8, 8).to(memory_format=CHANNELS)
     compiled = torch.compile(net)
     for code in _generated(lambda: compiled(x).square().sum().backward()):
         assert _touched_by_generated_kernels(code) == []
 
 
-def _depthwise() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3),
-        *(nn.Conv2d(16, 16, 3, groups=16), nn.BatchNorm2d(16), nn.ReLU()),
-        *(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU()),
-        *(nn.Conv2d(16, 16, 3, groups=16), nn.BatchNorm2d(16), nn.ReLU()),
-        nn.Conv2d(16, 4, 1),
-    )
-
-
 @pytest.mark.slow
-def test_with_inductors_option_a_converted_depthwise_network_copies_no_activation() -> None:
-    net, x = fusereg.convert(_depthwise()), torch.randn(2, 3, 12, 12)
-    compiled = torch.compile(net, options={"force_layout_optimization": True})
-    for code in _generated(lambda: compiled(x).square().sum().backward()):
-        assert _touched_by_generated_kernels(code) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_behind_fuseregs_backend_no_activation_of_a_depthwise_network_changes_its_layout(
-    channels_last: bool,
-) -> None:
-    net, x = _depthwise(), torch.randn(2, 3, 12, 12)
-    options = {"then": "inductor", "channels_last": channels_last}
-    compiled: Any = torch.compile(net, backend=fusereg_backend, options=options)
-    made = re.compile(r"empty_strided_cpu\(\(2, 16, \d+, \d+\), \(\d+, (\d+), \d+, \d+\)")
+@pytest.mark.parametrize("way", ["option", "backend", "not asked for"])
+def test_no_activation_of_a_depthwise_network_changes_its_layout(way: str) -> None:
+    net, x = _depthwise(), torch.randn(2, 16, 12, 12)
+    compiled: Any
+    if way == "option":  # of Inductor's
+        options = {"force_layout_optimization": True}
+        compiled = torch.compile(fusereg.convert(net), options=options)
+    else:
+        options = {"then": "inductor", **({} if way == "backend" else {"channels_last": False})}
+        compiled = torch.compile(net, backend=fusereg_backend, options=options)
+    made = re.compile(r"empty_strided_cpu\(\(2, 32, \d+, \d+\), \(\d+, (\d+), \d+, \d+\)")
     strides = set()
     for code in _generated(lambda: compiled(x).square().sum().backward()):
         strides.update(made.findall(code))
     # Without the option Inductor itself copies some, which shows that the test would see it.
-    assert (strides == {"1"}) == channels_last
+    assert (strides == {"1"}) == (way != "not asked for")
     assert "1" in strides
 
 

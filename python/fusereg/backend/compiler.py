@@ -18,9 +18,10 @@ from torch._dynamo.utils import counters
 from torch._guards import CompileContext
 from torch._inductor import config as inductor_config
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import checkpoint
 
-from ..core import failures
+from ..core import failures, operator
 from ..core.version import __version__
 from .nodes import CONVOLUTIONS, LEAVES
 from .rewrite import Report, fuse, value
@@ -37,6 +38,8 @@ _MANY = 4
 torch.compiler.allow_in_graph(list(LEAVES))
 #: Their graphs may be cached: only the arguments decide what they do.
 _CACHEABLE = {f"{leaf.__module__}.{leaf.__name__}": __version__ for leaf in LEAVES}
+# Dynamo, which does that where it traces into them, does not trace into leaves.
+operator.tell_inductor()
 
 
 def fusereg_backend(
@@ -59,11 +62,11 @@ def fusereg_backend(
         example_inputs: its inputs.
         mode: of Inductor; to be given as an option, since torch.compile takes only one of the two.
         options: ``{"then": backend}`` hands the rewritten graph to ``"aot_eager"`` or
-            ``"inductor"``. Default: ``"eager"``, the graph runs as it is. Inductor fuses batch norm
-            itself, so on CPUs only what has dropout is fused before. ``"mode"`` is its mode, such
-            as ``"max-autotune"``, and ``"channels_last": False`` leaves the layout of convolutions'
-            gradients on CPUs to it, which copies those of depthwise ones; by default they get the
-            layout of the convolutions.
+            ``"inductor"``. Default: ``"eager"``, the graph runs as it is. Inductor's options are
+            ``"mode"``, such as ``"max-autotune"``, and ``"channels_last"``, the layout of 2-d
+            convolutions on CPUs: True for channels_last in forward and backward, False for what
+            Inductor does by itself. By default it is True with depthwise convolutions, and others
+            keep the layout that they have in the model.
 
     Raises:
         ValueError: an option or its value is unknown, or one of Inductor's is given without it.
@@ -75,7 +78,7 @@ def fusereg_backend(
     then, patches = _options(mode, options or {})
     report = Report()
     for module in list(_bodies(graph_module)):
-        _fuse(module, report, then)
+        _fuse(module, report, then == "eager")
         if then == "eager":
             _repair_checkpoints(module)
         module.recompile()
@@ -85,8 +88,7 @@ def fusereg_backend(
     compiler: Any = lookup_backend(then)
     if then == "aot_eager":
         return compiler(graph_module, example_inputs)  # type: ignore[no-any-return]
-    if (options or {}).get("channels_last") is not False and _takes_channels_last(graph_module):
-        patches = {"force_layout_optimization": True, **patches}
+    patches = {**_layout(graph_module, (options or {}).get("channels_last")), **patches}
     known = inductor_config.unsafe_marked_cacheable_functions
     with inductor_config.patch(unsafe_marked_cacheable_functions={**known, **_CACHEABLE}):
         return compiler(  # type: ignore[no-any-return]
@@ -132,28 +134,38 @@ def _options(mode: str | None, options: Mapping[str, Any]) -> tuple[str, dict[st
         raise ValueError(f"fusereg.backend: {error}") from None
 
 
-def _takes_channels_last(module: GraphModule) -> bool:
-    """Return whether the backward graph is to have the layout that forward has on CPUs.
+def _layout(module: GraphModule, channels_last: bool | None) -> dict[str, bool]:
+    """Return Inductor's settings for the layout of convolutions on CPUs.
 
-    Inductor gives convolutions channels_last there, as oneDNN does. In the backward graph it finds
-    only their gradients, and asks each weight for a layout; that of a depthwise one, of one input
-    channel, has strides that are any layout's, and three copies of activations follow.
+    Inductor gives them channels_last, as oneDNN does. In the backward graph it finds only their
+    gradients, and asks each weight for a layout; that of a depthwise one, of one input channel, has
+    strides that are any layout's, and three copies of activations follow. Others gain nothing by
+    another layout than the model's: its own convolutions are as fast, and nothing is copied.
     """
-    convolutions = [node for node in module.graph.nodes if node.target in CONVOLUTIONS]
-    tensors = [[value(n) for n in node.all_input_nodes[:2]] for node in convolutions]
-    return (
-        bool(torch.backends.mkldnn.enabled)
-        and torch.backends.mkldnn.is_available()
-        and all(isinstance(t, Tensor) and t.device.type == "cpu" for ts in tensors for t in ts)
-        and any(len(ts) == 2 and ts[1].shape[1] == 1 for ts in tensors)
+    nodes = [node for node in module.graph.nodes if node.target in CONVOLUTIONS]
+    tensors = [[value(n) for n in node.all_input_nodes[:2]] for node in nodes]
+    known = all(len(ts) == 2 and all(map(_is_on_cpu, ts)) for ts in tensors)
+    mkldnn = torch.backends.mkldnn
+    if channels_last is False or not (nodes and known and mkldnn.enabled and mkldnn.is_available()):
+        return {}
+    if any(w.shape[1] == 1 and not statically_known_true(x.shape[1] == 1) for x, w in tensors):
+        return {"force_layout_optimization": True}
+    as_rows = all(
+        node.target is torch.conv2d and all(t.is_contiguous() for t in ts)
+        for node, ts in zip(nodes, tensors, strict=True)
     )
+    return {"layout_optimization": False} if as_rows and channels_last is None else {}
 
 
-def _fuse(module: GraphModule, report: Report, then: str) -> None:
+def _is_on_cpu(t: object) -> bool:
+    return isinstance(t, Tensor) and t.device.type == "cpu"
+
+
+def _fuse(module: GraphModule, report: Report, eager: bool) -> None:
     """Fuse what a graph has; leave it as it was if an error is raised."""
     before, own = copy.deepcopy(module.graph), Report()
     try:
-        fuse(module.graph, own, then)
+        fuse(module.graph, own, eager=eager)
     except Exception as error:
         module.graph = before
         own = Report(left=Counter({f"all: {failures.reason(error)}": 1}))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
-from torch.nn import functional as torch_F
 from torch.utils import _pytree
 
 from .. import functional as F
@@ -388,94 +387,22 @@ def _drops(node: Node) -> Iterator[Chain]:
             yield Chain([call.x, node], name, F.activation_dropout, args, {})
 
 
-# --- what Inductor fuses itself -------------------------------------------------------------------
-
-_ACTIVATIONS: dict[str, Callable[..., Any]] = {
-    "relu": torch_F.relu,
-    "leaky_relu": torch_F.leaky_relu,
-    "silu": torch_F.silu,
-    "gelu": torch_F.gelu,
-}
-#: Arguments of batch_norm that torch's has not, beside the activation and the residual.
-_OWN = ("dropout", "out", "inplace", "mask", "virtual_batch_size")
-
-
-def _left_to_inductor(node: Node, report: Report) -> bool:
-    """Leave a batch norm on the CPU to Inductor, unless it drops; return whether that was done.
-
-    On CPUs Inductor's kernels move as many bytes as this package's, and go together with what is
-    around them, which an operator keeps apart. A call of this package's becomes torch's again.
-    """
-    call = _is(node, "norm")
-    if call is None or not _plain(call.x) or value(call.x).device.type != "cpu":
-        return False
-    last = None
-    with suppress(NotFusedError):
-        for chain in _norms(node):
-            last = chain
-    if last is not None and last.kwargs.get("dropout"):
-        return False
-    if node.target is F.batch_norm and not _as_torch(node, call.given):
-        return False
-    report.left["batch_norm: Inductor fuses it itself on CPUs"] += 1
-    return True
-
-
-def _as_torch(node: Node, given: dict[str, Any]) -> bool:
-    """Replace a call of this package's batch norm by calls of torch, if these do the same."""
-    training, update = given["training"], given["update_stats"]
-    statistics = [given["running_mean"], given["running_var"]]
-    residual, activation = given["residual"], given["activation"]
-    try:
-        _check_numbers(given, "eps", "momentum", "negative_slope")
-    except NotFusedError:
-        return False
-    if any(given[name] for name in _OWN) or not isinstance(update, bool) or given["eps"] <= 0.0:
-        return False
-    if (statistics[0] is None) != (statistics[1] is None):
-        return False
-    if residual is not None and not _alike(given["input"], residual):
-        return False
-    counted = given["num_batches_tracked"] if training and update else None
-    if training and not update:
-        statistics = [None, None]
-    by_batch = training or statistics[0] is None
-    affine = given["weight"], given["bias"], by_batch, given["momentum"], given["eps"]
-    graph = node.graph
-    with graph.inserting_before(node):
-        if counted is not None:
-            graph.call_method("add_", (counted, 1)).meta = dict(counted.meta)
-        made = graph.call_function(torch_F.batch_norm, (given["input"], *statistics, *affine))
-        if residual is not None:
-            made = graph.call_function(operator.add, (made, residual))
-        if activation is not None:
-            slope = (given["negative_slope"],) if activation == "leaky_relu" else ()
-            made = graph.call_function(_ACTIVATIONS[activation], (made, *slope))
-    made.meta = dict(node.meta)
-    node.replace_all_uses_with(made)
-    graph.erase_node(node)
-    return True
-
-
 # --- replacing them -------------------------------------------------------------------------------
 
 
-def fuse(graph: Graph, report: Report, then: str) -> None:
+def fuse(graph: Graph, report: Report, *, eager: bool) -> None:
     """Replace every chain of a graph, and report what was done.
 
-    ``then``: what compiles the graph. "eager": it will be run as it is, so that numbers that it
-    computes are plain ones. "inductor": it fuses batch norm itself, see :func:`_left_to_inductor`.
+    ``eager``: it will be run as it is, so that numbers that it computes are plain ones.
     """
-    eager, inductor = then == "eager", then == "inductor"
     if any("functorch" in str(getattr(n.target, "__module__", "")) for n in graph.nodes):
         report.left["all: a torch.func transform is called"] += 1
         return
     for find in (_norms, _row_norms, _sums, _drops):
         gone: set[Node] = set()
         for node in list(graph.nodes):
-            if node in gone or (inductor and find is _norms and _left_to_inductor(node, report)):
-                continue
-            gone.update(_fuse_at(node, find, report, eager))
+            if node not in gone:
+                gone.update(_fuse_at(node, find, report, eager))
     graph.lint()
 
 

@@ -245,6 +245,12 @@ def _differentiable_gradients(
         if not after_sum:
             grad = grad * derivative_after_sum(call)
         constants = constants._replace(activation=0, p=0.0)
+        # What is constant in x and bias, a rectifier's slope or all of evaluation, has derivative 0
+        # as in torch, rather than none.
+        for t in (inputs.x, inputs.bias):
+            if t is not None and t.requires_grad:
+                like = t if t is inputs.x else reference.per_channel(t, grad)
+                grad = torch.where(torch.ones_like(grad, dtype=torch.bool), grad, like.to(grad.dtype))
 
     def formula(x: Tensor, residual: Any, weight: Any, bias: Any) -> Tensor:
         given = inputs._replace(x=x, residual=residual, weight=weight, bias=bias)
@@ -308,7 +314,8 @@ def update_running(call: Call, moments: Tensor) -> None:
     channels = call.inputs.x.shape[1]
     if mean is None or var is None or channels == 0:
         return
-    of_group, square_of_group, count = moments.detach().reshape(3, -1, channels).unbind(0)
+    # Those that a compiler computes have a fourth row.
+    of_group, square_of_group, count = moments.detach()[:3].reshape(3, -1, channels).unbind(0)
     total = count.sum(0)
     whole = total.clamp_min(1.0)
     center = (of_group * count).sum(0) / whole

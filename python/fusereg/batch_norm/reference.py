@@ -19,7 +19,8 @@ from .kernels import FIXED, Call, Constants, Inputs
 SumOver = Callable[[Tensor], Tensor]
 
 
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """Return a value for each channel in a shape that broadcasts with x."""
     return values.reshape(1, -1, *[1] * (x.dim() - 2))
 
 
@@ -39,7 +40,7 @@ def batch_moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         return mean, var
     count = mask.bool().unsqueeze(1).sum().clamp_min(1)
     mean = _masked(x, mask).sum(dims) / count
-    deviation = _masked(x - _per_channel(mean, x), mask)
+    deviation = _masked(x - per_channel(mean, x), mask)
     return mean, deviation.square().sum(dims) / count
 
 
@@ -105,16 +106,16 @@ def _sum(inputs: Inputs, constants: Constants) -> tuple[Tensor, tuple[Tensor, Te
         mean, var = (t.to(wide.dtype) for t in _fixed(inputs))
     else:
         mean, var = batch_moments(wide, inputs.mask)
-    normal = (wide - _per_channel(mean, x)) * _per_channel((var + constants.eps).rsqrt(), x)
+    normal = (wide - per_channel(mean, x)) * per_channel((var + constants.eps).rsqrt(), x)
     return _affine(normal, inputs), (mean, var)
 
 
 def _affine(z: Tensor, inputs: Inputs) -> Tensor:
     """Return z * weight + bias + residual."""
     if inputs.weight is not None:
-        z = z * _per_channel(inputs.weight.to(z.dtype), z)
+        z = z * per_channel(inputs.weight.to(z.dtype), z)
     if inputs.bias is not None:
-        z = z + _per_channel(inputs.bias.to(z.dtype), z)
+        z = z + per_channel(inputs.bias.to(z.dtype), z)
     if inputs.residual is not None:
         z = z + inputs.residual.to(z.dtype)
     return z
@@ -130,6 +131,88 @@ def _activated(z: Tensor, constants: Constants) -> Tensor:
     if constants.activation == 4:
         return torch.nn.functional.gelu(z)
     return z
+
+
+# --- for code that a compiler generates -----------------------------------------------------------
+#
+# Neither mask nor dropout nor groups. Both functions begin with the same operations, of which the
+# compiler keeps one: it decides what is kept for backward, and what is computed again.
+
+
+def generated(call: Call) -> tuple[Tensor, Tensor | None]:
+    """Return y and, unless statistics are FIXED, moments with 1 / sqrt(variance + eps) as well.
+
+    They have the dtype that the arithmetic has: backward reads them once for each element.
+    """
+    x, moments = call.inputs.x, None
+    if call.constants.statistics != FIXED:
+        mean, var = batch_moments(_wide(x), None)
+        count = torch.full_like(mean, x.numel() / x.shape[1])
+        moments = torch.stack([mean, var, count, (var + call.constants.eps).rsqrt()])
+    *_, z = _parts(call, moments)
+    return _activated(z, call.constants).to(x.dtype), moments
+
+
+def generated_gradients(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, residual, weight and bias, and the sums (batch_norm.h).
+
+    A residual before a rectifier means that ``grad`` is that of the sum already (op.py).
+    """
+    inputs, constants = call.inputs, call.constants
+    x, weight, bias = inputs.x, inputs.weight, inputs.bias
+    deviation, invstd, z = _parts(call, inputs.moments)
+    of_z = _wide(grad)
+    if inputs.residual is None or call.keeps_residual():
+        of_z = _before_activation(of_z, z, constants)
+    dims = [0, *range(2, x.dim())]
+    total, dot = of_z.sum(dims), (of_z * deviation).sum(dims)
+    centered = of_z
+    if constants.statistics != FIXED:
+        share = x.shape[1] / x.numel()
+        slope = per_channel(dot * share * (invstd * invstd), x)
+        centered = of_z - deviation * slope - per_channel(total * share, x)
+    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    return (
+        (centered * per_channel(scale, x)).to(x.dtype),
+        of_z.to(x.dtype),
+        None if weight is None else (dot * invstd).to(weight.dtype),
+        None if bias is None else total.to(bias.dtype),
+        torch.stack([total, dot]).double(),
+    )
+
+
+def _parts(call: Call, moments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x - mean, 1 / sqrt(variance + eps), and z."""
+    x = call.inputs.x
+    wide = _wide(x)
+    if call.constants.statistics == FIXED:
+        mean, var = (t.to(wide.dtype) for t in _fixed(call.inputs))
+        invstd = (var + call.constants.eps).rsqrt()
+    else:
+        assert moments is not None
+        mean, invstd = moments[0], moments[3]
+    deviation = wide - per_channel(mean, x)
+    return deviation, invstd, _affine(deviation * per_channel(invstd, x), call.inputs)
+
+
+def _before_activation(grad: Tensor, z: Tensor, constants: Constants) -> Tensor:
+    """Return the gradient of z from that of the activation's result.
+
+    A rectifier's by the result, as torch's own: what follows keeps that for backward anyway.
+    """
+    if constants.activation == 1:
+        return torch.where(_activated(z, constants) <= 0, 0.0, grad)
+    if constants.activation == 2:
+        positive = _activated(z, constants) > 0 if constants.slope >= 0.0 else z > 0
+        return torch.where(positive, grad, grad * constants.slope)
+    if constants.activation == 3:
+        return torch.ops.aten.silu_backward(grad, z)
+    if constants.activation == 4:
+        return torch.ops.aten.gelu_backward(grad, z)
+    return grad
+
+
+# --- over several processes -----------------------------------------------------------------------
 
 
 class _Summed(torch.autograd.Function):
@@ -156,11 +239,11 @@ def over_processes(inputs: Inputs, constants: Constants, call: Call, add: SumOve
     center, _, count = call.moments
     x, mask = inputs.x, inputs.mask
     wide = _wide(x)
-    deviation = _masked(wide - _per_channel(center.to(wide.dtype), x), mask)
+    deviation = _masked(wide - per_channel(center.to(wide.dtype), x), mask)
     dims = [0, *range(2, x.dim())]
     sums = [v.sum(dims, dtype=torch.float64) for v in (deviation, deviation.square())]
     means = operator.applied(_Summed, torch.stack(sums), add) / count.clamp_min(1.0)
-    low, square = (_per_channel(m.to(wide.dtype), x) for m in means)
+    low, square = (per_channel(m.to(wide.dtype), x) for m in means)
     normal = (deviation - low) * (square - low.square() + constants.eps).rsqrt()
     return _finished(_masked(_affine(normal, inputs), mask), inputs, constants, call.op)
 

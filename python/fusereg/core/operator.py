@@ -32,6 +32,8 @@ from .random import State
 
 _library = torch.library.Library("fusereg", "DEF")
 _EXACT = (torch.Tag.needs_exact_strides,)
+#: What Inductor generates code from in place of an operator.
+_FOR_INDUCTOR: dict[Any, Callable[..., Any]] = {}
 
 Kernel = Callable[..., Any]
 
@@ -219,6 +221,20 @@ def gradients(
     return [next(found) if t is not None and t.requires_grad else None for t in own]
 
 
+def tell_inductor() -> bool:
+    """Add the decompositions to Inductor's table, which is none of the other compilers' tables."""
+    from torch._inductor import decomposition as table  # 0.3 s, so only when something is compiled
+
+    if not _FOR_INDUCTOR.keys() <= table.decompositions.keys():
+        table.decompositions.update(_FOR_INDUCTOR)
+        table.fast_random_decomps.cache_clear()  # a copy, made where something was compiled before
+    return True
+
+
+# Dynamo is to call it where it would trace it, as torch.compiler.assume_constant_result has it do.
+tell_inductor._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 # --- the declaration ------------------------------------------------------------------------------
 
 
@@ -246,8 +262,8 @@ class Operator:
             have derivatives of any order. torch.func transforms and forward mode call it, in place
             of what is made of ``gradient`` and ``tangent``.
         flexible: whether tensors in any layout give the same result, so that a compiler need not
-            copy them into the one that it traced. A second overload, ``exact``, is for calls to
-            which this does not apply.
+            copy them into the one that it traced. Another overload, ``exact``, is for calls to
+            which this does not apply, and one, ``kept``, for what :meth:`decompose` leaves.
 
     Raises:
         RuntimeError: by torch, for a schema that it cannot read.
@@ -276,8 +292,9 @@ class Operator:
         _library.define(schema, tags=(torch.Tag.flexible_layout,) if flexible else ())
         names = [self.name]
         if flexible:
-            names.append(f"{self.name}.exact")
-            _library.define(names[1] + schema[len(self.name) :], tags=_EXACT)
+            names += [f"{self.name}.exact", f"{self.name}.kept"]
+            for name, tags in zip(names[1:], (_EXACT, (torch.Tag.flexible_layout,)), strict=True):
+                _library.define(name + schema[len(self.name) :], tags=tags)
         packet = getattr(torch.ops.fusereg, self.name)
         self.overload = packet.default
         #: The overload for which compilers keep the layouts that they traced.
@@ -357,6 +374,21 @@ class Operator:
         #: ``gradient_of(ctx, grad)``: what autograd calls.
         self.gradient_of: Callable[[Any, Tensor], tuple[Any, ...]] = backward
 
+    def decompose(self, decomposition: Callable[..., Any]) -> None:
+        """Let Inductor generate code from torch's operations in place of the flexible operator.
+
+        ``decomposition`` gets the operator's arguments and returns its results, or NotImplemented
+        where the operator is to stay. Other compilers keep the operator.
+        """
+        kept = getattr(torch.ops.fusereg, self.name).kept
+
+        def decomposed(*args: Any) -> Any:
+            results = decomposition(*args)
+            # Inductor calls no operator that is in its table, so it gets the other overload.
+            return kept(*args) if results is NotImplemented else results
+
+        _FOR_INDUCTOR[self.overload] = decomposed
+
     def at_once(self, roles: str, *, without_gradient: bool = True) -> Callable[..., Any]:
         """Return ``f(constants, *tensors)``: the usual call with a new Philox state, or None.
 
@@ -403,6 +435,8 @@ class Operator:
         ``exact``: whether compilers must keep the layouts that they traced.
         """
         args = self._with_state(args[: self._count])
+        if dispatch.is_dynamo_compiling():
+            tell_inductor()
         if self._by_parts is not None:
             if not torch.compiler.is_compiling() and (
                 dispatch.functorch() or dispatch.forward_mode()
