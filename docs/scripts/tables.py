@@ -9,13 +9,13 @@ A table is between two comments, the first of which says what is in it:
     <!-- end measured -->
 
 `suite` is required; `op`, `mode`, `shape`, `dtype` and `provider` select by comma-separated names,
-and `host` selects the rows of tiny tensors. `view=ranges` gives one row for each
-layout and data type, with the least and the greatest ratio to eager over all shapes; `view=runs`
-gives the ratio in each stored run, those in bench/results/again included, which no other table
-counts; `view=training` is for training, with memory and accuracy of both; `suite=all view=predicted` has
-the cases of bench/gpu_cases.json, with what was predicted for them, by the model of
-bench/results/device_code and by hand, and what was measured on each GPU. If
-several files have a case, the latest counts. A suite without results gets a line that says so.
+and `host` selects the rows of tiny tensors. `view=ranges` gives one row for each layout and data
+type, with the least and the greatest ratio to eager over all shapes; `view=runs` gives the ratio in
+each stored run, those in bench/results/again included, which no other table counts; `view=training`
+is for training, with memory and accuracy of both; `suite=all view=predicted` has the cases of
+bench/gpu_cases.json, with what was predicted for them, by the model of bench/results/device_code
+and by hand, and what was measured on each GPU. If several files have a case, the latest counts. A
+suite without results gets a line that says so.
 """
 
 from __future__ import annotations
