@@ -60,7 +60,7 @@ FIRST, SPARSE, LAST = 24, 24, 48
 EPOCHS = FIRST + SPARSE + LAST
 BUDGETS = (0.35, 0.17)
 #: Strengths by problem, between the first channels that go and too few that stay.
-DIGITS = (0.005, 0.006, 0.007, 0.009, 0.012)
+DIGITS = (0.006, 0.009, 0.012, 0.016, 0.02)
 PHOTOGRAPHS = (0.005, 0.0055, 0.006, 0.007, 0.009)
 
 
@@ -330,8 +330,7 @@ def line(problem: str, what: str, cuts: list[Cut]) -> str:
 def table(results: dict[str, list[Cut]], sizes: dict[str, int]) -> str:
     """Return the table of all problems."""
     lines = [
-        "| problem | network | operations | parameters | test, right after the cut | "
-        "after fine-tuning |",
+        "| problem | network | operations | parameters | test, right after the cut | at the end |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for name, cuts in results.items():
@@ -352,13 +351,12 @@ def draw(results: dict[str, list[Cut]]) -> None:
     """Draw accuracy over operations."""
     figure = new_figure(
         9.5, 4.4, "Fewer operations, and what they cost",
-        "Test accuracy of small residual networks, mean of the seeds, smallest to largest. "
-        "Filled: right after the cut (Torch-Pruning's lie below); open: after fine-tuning.",
+        "Test accuracy of small residual networks at the end of training, mean of the seeds, "
+        "smallest to largest.",
     )  # fmt: skip
     for axes, (problem, cuts) in zip(
         figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
     ):
-        lowest = []
         for method, color, marker, label in (
             ("fusereg", FUSED_COLOR, "o", "fusereg: penalty, then compact"),
             ("torch-pruning", PLAIN_COLOR, "s", "Torch-Pruning's group-norm pruner"),
@@ -366,27 +364,14 @@ def draw(results: dict[str, list[Cut]]) -> None:
         ):
             settings = sorted({c.setting for c in select(cuts, method)})
             own = [select(cuts, method, s) for s in settings]
-            x = [average(c, "operations") for c in own]
-            for key, filled in (("test", True), ("tuned_test", False)):
-                y = [100 * average(c, key) for c in own]
-                spread = [
-                    [
-                        v - 100 * min(getattr(c, key) for c in cs)
-                        for v, cs in zip(y, own, strict=True)
-                    ],
-                    [
-                        100 * max(getattr(c, key) for c in cs) - v
-                        for v, cs in zip(y, own, strict=True)
-                    ],
-                ]
-                axes.errorbar(
-                    x, y, yerr=spread, color=color, marker=marker, markersize=6, linewidth=1.2,
-                    elinewidth=0.7, linestyle="-" if filled else "--",
-                    markerfacecolor=color if filled else "white",
-                    label=label + ("" if filled else ", fine-tuned"),
-                )  # fmt: skip
-                lowest += y if method != "torch-pruning" or not filled else []
-        axes.set_ylim(min(lowest) - 4, min(max(lowest) + 4, 100.5))
+            y = [[100 * c.tuned_test for c in cs] for cs in own]
+            middle = [mean(v) for v in y]
+            spread = [[m - min(v), max(v) - m] for m, v in zip(middle, y, strict=True)]
+            axes.errorbar(
+                [average(c, "operations") for c in own], middle, yerr=np.transpose(spread),
+                color=color, marker=marker, markersize=6, linewidth=1.2, elinewidth=0.7,
+                label=label,
+            )  # fmt: skip
         axes.set_title(problem, size=10, loc="left")
         axes.set_xlabel("share of the dense network's operations")
         axes.set_ylabel("test accuracy, %")
