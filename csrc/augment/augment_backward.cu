@@ -142,11 +142,16 @@ __device__ void put_common(const Job& job, std::int64_t sample, Common& to) {
   to.every_y = view.projective ? everywhere : all_coordinates(m + 3, job.y);
 }
 
+// Of each thread's pixel: where the coordinates are whose taps can reach it.
+struct Near {
+  Range x[kThreads], y[kThreads];
+};
+
 // Adds what one output image gives to the pixel (x, y) of grad_x[sample].
 template <class T, int kGroup, Antialias kAntialias>
 __device__ void gather_gradient(const Job& job, const Common& common, std::int64_t out,
                                 bool as_partner, std::int32_t x, std::int32_t y, int channel,
-                                Number<T> (&sum)[kGroup]) {
+                                Near& near, Number<T> (&sum)[kGroup]) {
   using C = Number<T>;
   const View& view = common.view;
   const double* const m = view.m;
@@ -184,29 +189,38 @@ __device__ void gather_gradient(const Job& job, const Common& common, std::int64
     window.row_begin = cut_to(floor_of(low) - 1.0, job.y.h);
     window.row_end = cut_to(floor_of(high) + 2.0, job.y.h);
   }
+  near.x[threadIdx.x] = rx;
+  near.y[threadIdx.x] = ry;
   for (std::int32_t row = window.row_begin; row < window.row_end; ++row) {
     compiler_barrier();
     std::int32_t begin = window.begin;
     std::int32_t end = window.end;
     if (!view.projective) {
-      limit_columns(m[0], row_start(m, row), rx, job.y.w, begin, end);
-      limit_columns(m[3], row_start(m + 3, row), ry, job.y.w, begin, end);
+      limit_columns(m[0], row_start(m, row), near.x[threadIdx.x], job.y.w, begin, end);
+      limit_columns(m[3], row_start(m + 3, row), near.y[threadIdx.x], job.y.w, begin, end);
     }
     for (std::int32_t col = begin; col < end; ++col) {
       compiler_barrier();
       C g[kGroup];
-      int state = 0;  // 1: g is there; 2: there is none
-      for_taps<C, kAntialias>(
-          job, view, common.z, col, row, [&](std::int32_t tap_x, std::int32_t tap_y, C weight) {
-            if (tap_x != x || tap_y != y || state == 2) return;
-            if (state == 0) {
-              const bool any = gradient_at<T, kGroup, kAntialias>(
-                  job, common.values, common.sample, out, as_partner, col, row, channel, g);
-              state = any ? 1 : 2;
-              if (!any) return;
-            }
-            for (int k = 0; k < kGroup; ++k) sum[k] = add(sum[k], multiply(weight, g[k]));
-          });
+      // First whether any tap is this pixel, and then the sums, so that neither has registers of
+      // gradient_at() beside its own.
+      bool found = false;
+      FUSEREG_NO_UNROLL
+      for (int pass = 0; pass < 2; ++pass) {
+        compiler_barrier();
+        for_taps<C, kAntialias>(
+            job, view, common.z, col, row, [&](std::int32_t at) { return at == y; },
+            [&](std::int32_t at) { return at == x; },
+            [&](std::int32_t, std::int32_t, C weight) {
+              found = true;
+              if (pass == 0) return;
+              for (int k = 0; k < kGroup; ++k) sum[k] = add(sum[k], multiply(weight, g[k]));
+            });
+        if (!found) break;
+        if (pass == 0 && !gradient_at<T, kGroup, kAntialias>(job, common.values, common.sample, out,
+                                                             as_partner, col, row, channel, g))
+          break;
+      }
     }
   }
 }
@@ -230,16 +244,16 @@ __global__ void __launch_bounds__(kThreads)
   using C = Number<T>;
   FUSEREG_SHARED(found, unsigned[kThreads / cuda::kWarpSize]);
   FUSEREG_SHARED(common, Common);
+  FUSEREG_SHARED(tiles, Tiles);
+  FUSEREG_SHARED(near, Near);
   const Images& grad = job.grad_x;
-  const std::int64_t pixels = grad.h * grad.w;
-  const std::int64_t of_sample = ceil_div(pixels, kThreads);
-  for (std::int64_t tile = blockIdx.x; tile < job.n * of_sample; tile += gridDim.x) {
-    const std::int64_t sample = tile / of_sample;
-    const std::int64_t i = (tile - sample * of_sample) * kThreads + threadIdx.x;
-    const bool inside = i < pixels;
+  bool more = first_tile(tiles, ceil_div(grad.h * grad.w, kThreads), job.n);
+  for (; more; more = next_tile(tiles)) {
+    const std::int64_t sample = tiles.at / tiles.of_sample;
+    const std::int64_t i = (tiles.at - sample * tiles.of_sample) * kThreads + threadIdx.x;
+    const bool inside = i < grad.h * grad.w;
     const auto x = static_cast<std::int32_t>(i % grad.w);
     const auto y = static_cast<std::int32_t>(i / grad.w);
-    __syncthreads();  // the last tile is done with what it shared
     if (threadIdx.x == 0) put_common<kAntialias>(job, sample, common);
     __syncthreads();
     for (int c = 0; c < job.c; c += kGroup) {
@@ -254,7 +268,7 @@ __global__ void __launch_bounds__(kThreads)
             const std::int64_t out =
                 own ? common.sample
                     : first + part * cuda::kWarpSize + __ffs(static_cast<int>(bits)) - 1;
-            gather_gradient<T, kGroup, kAntialias>(job, common, out, !own, x, y, c, sum);
+            gather_gradient<T, kGroup, kAntialias>(job, common, out, !own, x, y, c, near, sum);
           }
         }
       }

@@ -6,10 +6,11 @@
 namespace fusereg::augment {
 
 // f(x, y, weight) for every pixel of an image of this size that interpolation at a place has a weight
-// in, row by row.
-template <class C, class F>
+// in and whose row(y) and column(x) are asked for, row by row.
+template <class C, class Row, class Column, class F>
 FUSEREG_INLINE void for_point_taps(const Place<C>& p, std::int32_t w, std::int32_t h, FillMode mode,
-                                   const Job& job, const F& f) {
+                                   const Job& job, const Row& row, const Column& column,
+                                   const F& f) {
   // Along each axis, from the first tap on.
   C wx[4] = {C{1}, C{0}, C{0}, C{0}};
   C wy[4] = {C{1}, C{0}, C{0}, C{0}};
@@ -38,34 +39,41 @@ FUSEREG_INLINE void for_point_taps(const Place<C>& p, std::int32_t w, std::int32
   for (int j = 0; j < count; ++j) {
     const std::int32_t y = fold(p.y - before + j, h, mode);
     const C down = element_at(wy, j);
-    if (y < 0 || down == C{0}) continue;
+    if (y < 0 || !row(y) || down == C{0}) continue;
     for (int i = 0; i < count; ++i) {
       const std::int32_t x = fold(p.x - before + i, w, mode);
+      if (x < 0 || !column(x)) continue;
       const C weight = multiply(down, element_at(wx, i));
-      if (x >= 0 && weight != C{0}) f(x, y, weight);
+      if (weight != C{0}) f(x, y, weight);
     }
   }
 }
 
 // f(x, y, weight) for every pixel of the image, which a view is of, that an output pixel has a weight
-// in: row by row; of a reduced image (z, read where view.reduces), those of each of its pixels in turn.
-template <class C, Antialias kAntialias, class F>
+// in and whose in_row(y) and in_column(x) are asked for: row by row; of a reduced image (z, read where
+// view.reduces), those of each of its pixels in turn.
+template <class C, Antialias kAntialias, class Row, class Column, class F>
 FUSEREG_STATIC void for_taps(const Job& job, const View& view, const Reduced& z, std::int64_t col,
-                             std::int64_t row, const F& f) {
+                             std::int64_t row, const Row& in_row, const Column& in_column,
+                             const F& f) {
   const Interpolation how = job.interpolation;
   const auto w = static_cast<std::int32_t>(view.x.w);
   const auto h = static_cast<std::int32_t>(view.x.h);
   const auto left = static_cast<std::int32_t>(view.left);
   const auto top = static_cast<std::int32_t>(view.top);
+  auto own_row = [&](std::int32_t y) { return in_row(top + y); };
+  auto own_column = [&](std::int32_t x) { return in_column(left + x); };
   auto filter_taps = [&](const Spans<C>& s, C share) {
     for (std::int32_t j = s.y.first; j <= s.y.last; ++j) {
       const std::int32_t y = fold(j, h, view.mode);
+      if (y < 0 || !own_row(y)) continue;
       const C wy = multiply(share, weight_in(s.y, j, how));
-      if (y < 0 || wy == C{0}) continue;
+      if (wy == C{0}) continue;
       for (std::int32_t i = s.x.first; i <= s.x.last; ++i) {
         const std::int32_t x = fold(i, w, view.mode);
+        if (x < 0 || !own_column(x)) continue;
         const C weight = multiply(wy, weight_in(s.x, i, how));
-        if (x >= 0 && weight != C{0}) f(left + x, top + y, weight);
+        if (weight != C{0}) f(left + x, top + y, weight);
       }
     }
   };
@@ -76,13 +84,16 @@ FUSEREG_STATIC void for_taps(const Job& job, const View& view, const Reduced& z,
   Place<C> p;
   if (kAntialias != Antialias::kNever && view.reduces) {
     place(z.m, col, row, false, p);
-    for_point_taps(p, z.w, z.h, view.mode, job, [&](std::int32_t x, std::int32_t y, C weight) {
-      filter_taps({reduced_span<C>(x, z.by_x, w, how), reduced_span<C>(y, z.by_y, h, how)}, weight);
-    });
+    auto any = [](std::int32_t) { return true; };
+    for_point_taps(
+        p, z.w, z.h, view.mode, job, any, any, [&](std::int32_t x, std::int32_t y, C weight) {
+          filter_taps({reduced_span<C>(x, z.by_x, w, how), reduced_span<C>(y, z.by_y, h, how)},
+                      weight);
+        });
     return;
   }
   place_in(view, col, row, how == Interpolation::kNearest, p);
-  for_point_taps(p, w, h, view.mode, job,
+  for_point_taps(p, w, h, view.mode, job, own_row, own_column,
                  [&](std::int32_t x, std::int32_t y, C weight) { f(left + x, top + y, weight); });
 }
 

@@ -568,6 +568,8 @@ void add_pixels(const Job& job, std::int64_t sample, std::int64_t out, bool as_p
   view_of(job, job.grad_x, sample, view);
   const Reduced z = view.reduces ? reduced_of(view.m, view.x) : Reduced{};
   if (job.color) view_to_warp<Antialias::kAny>(job, sample, values);
+  auto own_row = [&](std::int32_t y) { return y >= rows.begin && y < rows.end; };
+  auto any = [](std::int32_t) { return true; };
   C* const grad = static_cast<C*>(job.grad_x.data) + sample * job.grad_x.sample;
   for (std::int64_t col = first; col < last; ++col) {
     for (int c = 0; c < job.c; c += kGroup) {
@@ -576,8 +578,7 @@ void add_pixels(const Job& job, std::int64_t sample, std::int64_t out, bool as_p
                                                    c, g))
         continue;
       for_taps<C, Antialias::kAny>(
-          job, view, z, col, row, [&](std::int32_t x, std::int32_t y, C weight) {
-            if (y < rows.begin || y >= rows.end) return;
+          job, view, z, col, row, own_row, any, [&](std::int32_t x, std::int32_t y, C weight) {
             C* const at = grad + y * job.grad_x.row + x * job.grad_x.pixel;
             for (int k = 0; k < kGroup; ++k)
               at[(c + k) * job.grad_x.channel] =

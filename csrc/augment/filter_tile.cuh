@@ -156,25 +156,31 @@ __global__ void __launch_bounds__(kThreads, 4)
     TileView views[2];  // of the sample and its partner
     FilterAxis axes[2][2];
     TileMix mix;
+    Tiles tiles;
+    std::int32_t row0, col0;
   };
   FUSEREG_SHARED(sources, Sources);
   FUSEREG_SHARED(columns, FilterColumns<kGroup>);
   const auto r = static_cast<int>(threadIdx.x) / kFilterTile;
   const auto col = static_cast<int>(threadIdx.x) % kFilterTile;
   const std::int64_t across = ceil_div(job.y.w, kFilterTile);
-  const std::int64_t of_sample = across * ceil_div(job.y.h, kFilterTile);
-  for (std::int64_t tile = blockIdx.x; tile < job.n * of_sample; tile += gridDim.x) {
-    const std::int64_t sample = tile / of_sample;
+  Tiles& tiles = sources.tiles;
+  const std::int32_t& row0 = sources.row0;
+  const std::int32_t& col0 = sources.col0;
+  bool more = first_tile(tiles, across * ceil_div(job.y.h, kFilterTile), job.n);
+  for (; more; more = next_tile(tiles)) {
+    const std::int64_t sample = tiles.at / tiles.of_sample;
     if (way_of(job, sample) != Way::kFilters) continue;
-    const std::int64_t in_sample = tile - sample * of_sample;
-    const auto row0 = static_cast<std::int32_t>(in_sample / across) * kFilterTile;
-    const auto col0 = static_cast<std::int32_t>(in_sample % across) * kFilterTile;
-    __syncthreads();  // the last tile is done with what it shared
     TileMix& mix = sources.mix;
-    if (threadIdx.x == 0) put_view(job, sample, sources.views[0]);
+    if (threadIdx.x == 0) {
+      const std::int64_t in_sample = tiles.at - sample * tiles.of_sample;
+      sources.row0 = static_cast<std::int32_t>(in_sample / across) * kFilterTile;
+      sources.col0 = static_cast<std::int32_t>(in_sample % across) * kFilterTile;
+      put_view<Antialias::kNever>(job, sample, sources.views[0]);  // none is of a resized image
+    }
     if (threadIdx.x == cuda::kWarpSize) {
       put_mix(job, sample, mix);
-      if (mix.partner >= 0) put_view(job, mix.partner, sources.views[1]);
+      if (mix.partner >= 0) put_view<Antialias::kNever>(job, mix.partner, sources.views[1]);
     }
     __syncthreads();
     const int images =

@@ -22,6 +22,23 @@ inline cuda::LaunchConfig config_for(std::int64_t work, int device, void* stream
   return config;
 }
 
+// A block's tiles, one after the other: for (bool more = first_tile(...); more; more = next_tile(tiles)). In
+// shared memory, where they take no registers; all threads of the block call.
+struct Tiles {
+  std::int64_t at, of_sample, all;
+};
+FUSEREG_DEVICE_INLINE bool first_tile(Tiles& tiles, std::int64_t of_sample, std::int64_t samples) {
+  if (threadIdx.x == 0) tiles = {blockIdx.x, of_sample, samples * of_sample};
+  __syncthreads();
+  return tiles.at < tiles.all;
+}
+FUSEREG_DEVICE_INLINE bool next_tile(Tiles& tiles) {
+  __syncthreads();  // the last tile is done with what it shared
+  if (threadIdx.x == 0) tiles.at += gridDim.x;
+  __syncthreads();
+  return tiles.at < tiles.all;
+}
+
 // The compiler moves no access to memory past this. Behind it shared memory is read again, which over a long
 // loop would else be kept in registers, or in local memory where there are too few; before it, loads are
 // issued together.

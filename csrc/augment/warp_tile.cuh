@@ -29,9 +29,10 @@ struct TileView {
   bool reduced;
 };
 
-__device__ inline void put_view(const Job& job, std::int64_t sample, TileView& to) {
+template <Antialias kAntialias>
+__device__ void put_view(const Job& job, std::int64_t sample, TileView& to) {
   View v;
-  view_to_read(job, sample, v);
+  view_to_warp<kAntialias>(job, sample, v);
   to.sample = sample;
   to.reduced = v.x.data != job.x.data;
   to.offset = v.offset;
@@ -403,6 +404,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   FUSEREG_SHARED(sources, TileSource[2]);
   FUSEREG_SHARED(mix, TileMix);
   FUSEREG_SHARED(channels, TileChannels);
+  FUSEREG_SHARED(tiles, Tiles);
   const auto thread = static_cast<int>(threadIdx.x);
   for (int c = thread; c < job.c; c += kThreads) {
     channels.fill[c] = static_cast<float>(job.fill[c]);
@@ -412,19 +414,18 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int row = thread / (kTileWidth / kRun);
   const int lane = thread % (kTileWidth / kRun) * kRun;
   const std::int64_t across = ceil_div(job.y.w, kTileWidth);
-  const std::int64_t of_sample = across * ceil_div(job.y.h, kTileRows);
-  for (std::int64_t tile = blockIdx.x; tile < job.n * of_sample; tile += gridDim.x) {
-    const std::int64_t sample = tile / of_sample;
+  bool more = first_tile(tiles, across * ceil_div(job.y.h, kTileRows), job.n);
+  for (; more; more = next_tile(tiles)) {
+    const std::int64_t sample = tiles.at / tiles.of_sample;
     if (job.antialias && way_of(job, sample) != Way::kPoints) continue;
-    const std::int64_t in_sample = tile - sample * of_sample;
+    const std::int64_t in_sample = tiles.at - sample * tiles.of_sample;
     const auto row0 = static_cast<std::int32_t>(in_sample / across) * kTileRows;
     const auto col0 = static_cast<std::int32_t>(in_sample % across) * kTileWidth;
-    __syncthreads();  // the last tile is done with what it shared
     // What all threads read stays in shared memory, where it takes no registers.
-    if (thread == 0) put_view(job, sample, sources[0].view);
+    if (thread == 0) put_view<Antialias::kReduced>(job, sample, sources[0].view);
     if (thread == cuda::kWarpSize) {
       put_mix(job, sample, mix);
-      if (mix.partner >= 0) put_view(job, mix.partner, sources[1].view);
+      if (mix.partner >= 0) put_view<Antialias::kReduced>(job, mix.partner, sources[1].view);
     }
     __syncthreads();
     prepare(job, row0, col0, sources[0]);
