@@ -52,7 +52,7 @@ def test_a_deeper_model_is_not_run_more_often(monkeypatch: pytest.MonkeyPatch) -
         runs.clear()
         fusereg.compact(blocks(depth).eval(), torch.randn(2, 3, 6, 6))
         counts.append(len(runs))
-    assert counts[0] == counts[1] <= 24
+    assert counts == [22, 22]  # as docs/compact.md says
 
 
 def test_sets_that_fail_alike_are_tried_side_by_side() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -402,6 +403,8 @@ BAD_ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
     ("AdamW", {"l2": float("nan")}, "l2 must be finite"),
     ("AdamW", {"l1": "1"}, "l1 must be a number or a tensor, got str"),
     ("SGD", {"l1": torch.ones(2)}, "l1 must be one number, got a tensor of 2"),
+    ("SGD", {"l1": torch.tensor(-1.0)}, "l1 must be not negative, got -1.0"),
+    ("AdamW", {"group": torch.tensor(math.nan)}, "group must be not negative, got nan"),
     ("SGD", {"prox": "sometimes"}, "prox must be True, False, 'capped', 'decoupled' or 'pre"),
     ("Lion", {"group": 0.1, "prox": "preconditioned"}, "group cannot go with"),
     ("Lion", {"group": 0.1, "prox": "capped"}, "group cannot go with prox='capped'"),

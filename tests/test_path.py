@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fusereg
 from fusereg import PathPoint, RegularizationPath
+from fusereg.early_stopping import CheckpointError
 
 # --- strengths ------------------------------------------------------------------------------------
 
@@ -188,6 +189,28 @@ def test_the_standard_error_is_that_of_an_accuracy_or_given() -> None:
         run(98.0, samples=1000)
     with pytest.raises(ValueError, match="NaN at every strength"):
         _ = run(math.nan).best
+
+
+def test_a_metric_that_is_not_finite_is_a_point_that_is_not_chosen(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def run(answers: list[Any], **options: Any) -> RegularizationPath:
+        answered = iter(answers)
+        return fusereg.path(
+            Lone, lambda m, s: None, lambda m: next(answered), strengths=[0.1, 0.2], **options
+        )
+
+    for first, options in (
+        (math.nan, {"samples": 100}),
+        ({"accuracy": math.nan, "standard_error": math.nan}, {}),
+    ):
+        caplog.clear()
+        path = run([first, {"accuracy": 0.5, "standard_error": 0.01}], **options)
+        assert [p.standard_error for p in path.points] == [None, 0.01]
+        assert path.best.strength == path.chosen.strength == 0.2
+        assert "the metric is NaN at strength 0.1" in caplog.text
+    losses = [{"loss": x, "standard_error": 0.1} for x in (math.inf, math.inf)]
+    assert run(losses, mode="min").chosen.strength == 0.2
 
 
 # --- groups ---------------------------------------------------------------------------------------
@@ -385,12 +408,16 @@ def test_what_a_smaller_network_costs_is_measured() -> None:
         ({"strengths": [-0.1]}, ValueError, "not negative"),
         ({"strengths": []}, ValueError, "at least one, got none"),
         ({"strengths": "weak"}, TypeError, "an int or a sequence"),
+        ({"strengths": "123"}, TypeError, "an int or a sequence"),
+        ({"strengths": torch.ones(2, 2)}, TypeError, "an int or a sequence"),
+        ({"strengths": [0.1, math.nan]}, ValueError, "finite and not negative"),
         ({"strengths": 3, "penalized": None}, ValueError, "needs penalized="),
         ({"mode": "large"}, ValueError, "mode must be"),
         ({"samples": 0}, ValueError, "samples must be >= 1, got 0"),
         ({"patience": 0}, ValueError, "patience must be >= 1, got 0"),
         ({"names": ["a"]}, ValueError, "4 different ones"),
         ({"names": ["a"] * 4}, ValueError, "4 different ones"),
+        ({"names": "abcd"}, TypeError, "got the word 'abcd'"),
         ({"names": list("abcd"), "dim": None}, ValueError, "a dim that has groups"),
         ({"dim": 2}, ValueError, "dim must be a dimension"),
         ({"smaller": lambda m: m}, ValueError, "smaller goes with example_inputs"),
@@ -402,6 +429,9 @@ def test_what_a_smaller_network_costs_is_measured() -> None:
         ({"train": lambda m, s: iter([None]), "patience": 2}, TypeError, "got None"),
         ({"evaluate": lambda m: "good"}, TypeError, "evaluate must return numbers"),
         ({"evaluate": lambda m: {}}, ValueError, "must return a metric"),
+        ({"evaluate": lambda m: (0.9, 0.01)}, TypeError, "evaluate must return numbers"),
+        ({"evaluate": lambda m: torch.ones(2)}, TypeError, "evaluate must return numbers"),
+        ({"evaluate": lambda m: None}, TypeError, "evaluate must return numbers"),
     ],
 )
 def test_bad_arguments_and_answers_are_refused(
@@ -481,6 +511,29 @@ def test_the_pictures_have_a_color_and_a_marker_for_each_series(tmp_path: Path) 
     assert [patch.get_hatch() for patch in bars.patches] == ["///", None]
     with pytest.raises(ValueError, match="no groups to draw"):
         RegularizationPath(points((0.1, 0.5))).plot_groups()
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.1])
+def test_a_path_of_one_point_has_pictures(strength: float, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    one = [PathPoint(strength, {"accuracy": 0.5}, 0.01, 0.3, [True, False])]
+    path = RegularizationPath(one, names=["age", "sex"])
+    path.plot(tmp_path / "path.png")
+    assert (tmp_path / "path.png").read_bytes().startswith(b"\x89PNG")
+    if strength:
+        path.plot_groups(tmp_path / "groups.png")
+        assert (tmp_path / "groups.png").read_bytes().startswith(b"\x89PNG")
+    else:
+        with pytest.raises(ValueError, match="needs a strength > 0"):
+            path.plot_groups()
+
+
+def test_a_folder_that_cannot_be_one_is_refused_before_training(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for folder in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises((OSError, CheckpointError), match="file"):
+            whole(folder, train=lambda m, s: pytest.fail("it was trained"))
 
 
 def test_a_progress_bar_is_shown_if_it_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:

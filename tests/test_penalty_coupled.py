@@ -516,6 +516,20 @@ def test_what_makes_the_threshold_must_be_the_same_where_channels_are_shared(
     fusereg.optim.SGD(split, **options).step()
 
 
+@pytest.mark.parametrize("key", ["lr", "group"])
+def test_equal_numbers_in_different_tensors_are_the_same(key: str) -> None:
+    groups = make_groups(torch.float32, Backend("cpu", torch.device("cpu")), SIMPLE)
+    params = tensors_of(groups)
+    with_grads(params)
+    copies = [torch.tensor(0.1), torch.tensor(0.1)]
+    split = [{"params": p, key: v} for p, v in zip((params[1:], params[:1]), copies, strict=True)]
+    optimizer = fusereg.optim.SGD(split, lr=0.1, groups=groups, group=0.1)
+    optimizer.step()
+    copies[1].fill_(0.2)
+    with pytest.raises(ValueError, match="hold slices of the same channels"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("prox", [True, "capped", "preconditioned", "decoupled"])
 def test_momentum_amplifies_the_threshold_unless_it_is_decoupled(prox: bool | str) -> None:
     w = torch.nn.Parameter(torch.ones(3, 4))

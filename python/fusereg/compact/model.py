@@ -108,8 +108,9 @@ def compact(
         ImportError: Torch-Pruning is not installed (``pip install "fusereg[compact]"``).
         TypeError: an argument is of another type than these.
         ValueError: ``round_to`` is below 1, the inputs are on another device, the model cannot be
-            copied or traced, its outputs do not depend on its input, or a state of the optimizer
-            or of the stopper cannot be cut.
+            copied or traced, its outputs do not depend on its input, the optimizer keeps
+            parameters outside of its param groups, or a state of it or of the stopper cannot be
+            cut.
         RuntimeError: the smaller model does not compute the same; nothing is changed.
 
     Example:

@@ -42,7 +42,8 @@ class GroupStep:
                     raise ValueError(
                         f"fusereg.{op}: groups hold {name}, which is not among the parameters "
                         "(a model that was sharded or loaded with assign=True has new ones: "
-                        "groups.of(model) finds them by their names)"
+                        "groups.of(model) finds them by their names; frozen ones must be among "
+                        "them too, and their channels stay)"
                     )
             own = [group_of[id(p)] for p in family.tensors]
             own_weights = _coupled.weights_of(op, groups, family, weights)
@@ -62,7 +63,8 @@ class GroupStep:
             if not all(x is y or _equal(x, y) for x, y in zip(own, other, strict=True)):
                 raise ValueError(
                     f"fusereg.{self.op}: param groups {a} and {b} hold slices of the same "
-                    "channels, so their lr, group, l2, prox and momentum must be the same"
+                    "channels, so their lr, group, l2, prox and momentum must be the same; give "
+                    "group to the optimizer, not to some of its param groups"
                 )
 
     def run(
@@ -169,5 +171,6 @@ def _threshold(lr: Number, strength: Number, l2: Number, gain: Number, _: Number
 
 
 def _equal(a: Number, b: Number) -> bool:
-    # A tensor's value is not asked for: that would wait for its device.
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
+    # The value of an accelerator's tensor is not asked for: that would wait for it.
+    known = all(not isinstance(x, Tensor) or x.device.type == "cpu" for x in (a, b))
+    return known and float(a) == float(b)

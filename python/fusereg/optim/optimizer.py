@@ -291,12 +291,13 @@ class RegularizedOptimizer(Averages):
         return first, second
 
     def _check_number(self, name: str, value: Any, limit: float = math.inf) -> None:
-        """Raise for a number that is negative, or not below its upper limit."""
+        """Raise for a number that is negative or not below its limit; of a tensor, on the CPU."""
         where = f"fusereg.optim.{self._name}: {name}"
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(f"{where} must be one number, got a tensor of {value.numel()}")
-        elif not 0.0 <= checks.as_number(value, where) < limit:
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{where} must be one number, got a tensor of {value.numel()}")
+        if isinstance(value, Tensor) and not (value.is_cpu and dispatch.eager()):
+            return  # asking would wait for the device
+        if not 0.0 <= checks.as_number(value, where) < limit:
             wanted = "not negative" if limit == math.inf else f"in [0, {limit})"
             raise ValueError(f"{where} must be {wanted}, got {value}")
 

@@ -80,7 +80,7 @@ class RegularizationPath:
             )
         # A hair of tolerance, for accuracies that differ by whole samples.
         limit = best.standard_error * (1 + 1e-9)
-        near = [p for p in self.points if abs(p.value - best.value) <= limit]
+        near = [p for p in self.points if p is best or abs(p.value - best.value) <= limit]
         return max(near, key=lambda p: p.strength)
 
     def model_at(self, point: PathPoint) -> nn.Module:

@@ -166,6 +166,8 @@ def path(
             model.eval()
             with torch.no_grad():
                 metrics, error = _metrics(evaluate(model), mode, samples)
+            if math.isnan(next(iter(metrics.values()))):
+                _log.warning("%s: the metric is NaN at strength %g", OP, strength)
             tensors = groups.tensors(model)
             point = PathPoint(
                 strength, metrics, error, sparsity(tensors or model), groups.used(model), epochs
@@ -197,8 +199,8 @@ def _check_strengths(strengths: Any, penalized: Any) -> int | list[float]:
             )
         return strengths
     try:
-        found = [float(s) for s in strengths]
-    except (TypeError, ValueError):
+        found = [float(s) for s in (None if isinstance(strengths, str) else strengths)]
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"{OP}: strengths must be an int or a sequence of numbers, got {strengths!r}"
         ) from None
@@ -223,6 +225,8 @@ class _Groups:
         model: nn.Module,
     ) -> None:
         self._penalized, self._dim = penalized, dim
+        if isinstance(names, str):
+            raise TypeError(f"{OP}: names must be one for each group, got the word {names!r}")
         if names is not None and (penalized is None or dim is None):
             raise ValueError(f"{OP}: names go with penalized, and with a dim that has groups")
         for w in self.tensors(model):
@@ -346,7 +350,7 @@ def _metrics(found: Any, mode: Mode, samples: int | None) -> tuple[dict[str, flo
         found = {"metric" if samples is None else share: found}
     try:
         metrics = {str(name): float(value) for name, value in found.items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # of tensors with several elements
         raise TypeError(f"{OP}: evaluate must return numbers, got {found!r}") from error
     standard_error = metrics.pop("standard_error", None)
     if not metrics:
@@ -354,6 +358,8 @@ def _metrics(found: Any, mode: Mode, samples: int | None) -> tuple[dict[str, flo
     name, value = next(iter(metrics.items()))
     if mode == "max" and ("loss" in name.lower() or "error" in name.lower()):
         raise ValueError(f'{OP}: is a smaller {name} better? Then pass mode="min"')
+    if math.isnan(value):
+        return metrics, None
     if standard_error is None and samples is not None:
         if not 0 <= value <= 1:
             raise ValueError(
