@@ -421,3 +421,43 @@ def test_autocast_takes_a_residual_of_any_dtype(
         assert grad.dtype is t.dtype
     with pytest.raises(ValueError, match="residual must be"):
         layer(x, residual)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu", "gelu"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("has_residual", [True, False])
+def test_a_gradient_penalty_is_torchs_where_nothing_depends_on_x(
+    activation: str | None, training: bool, affine: bool, has_residual: bool
+) -> None:
+    drawn = [torch.randn(4, 3, 5, dtype=torch.float64) for _ in range(2)]
+    drawn += [torch.rand(3, dtype=torch.float64) for _ in range(2)]
+    mean, var = (None, None) if training else (torch.zeros(3).double(), torch.ones(3).double())
+    functions: dict[str | None, Any] = {
+        **{name: getattr(nn.functional, name) for name in ("relu", "leaky_relu", "silu", "gelu")},
+        None: lambda z: z,
+    }
+
+    def ours(x: Tensor, residual: Tensor | None, *affine: Tensor | None) -> Tensor:
+        more: Any = {"activation": activation, "residual": residual}
+        return fusereg.functional.batch_norm(x, mean, var, *affine, training, **more)
+
+    def theirs(x: Tensor, residual: Tensor | None, *affine: Tensor | None) -> Tensor:
+        z = nn.functional.batch_norm(x, mean, var, *affine, training)
+        y: Tensor = functions[activation](z if residual is None else z + residual)
+        return y
+
+    found = []
+    for f in (ours, theirs):
+        x, residual, weight, bias = (t.clone().requires_grad_() for t in drawn)
+        given = [
+            x,
+            residual if has_residual else None,
+            *((weight, bias) if affine else (None, None)),
+        ]
+        (gradient,) = torch.autograd.grad(f(*given).sum(), x, create_graph=True)
+        leaves = [t for t in given if t is not None]
+        options: Any = {"allow_unused": True, "materialize_grads": True}
+        found.append(torch.autograd.grad(gradient.square().sum(), leaves, **options))
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)

@@ -100,9 +100,7 @@ def test_each_form_of_the_layer_computes_the_same_without_an_operator() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted", "strided"])
-def test_results_have_the_dtype_and_strides_of_eager_calls(
-    layout: str, dtype: torch.dtype
-) -> None:
+def test_results_have_the_dtype_and_strides_of_eager_calls(layout: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 8, 6, 10)
     x = {

@@ -250,7 +250,9 @@ def _differentiable_gradients(
         for t in (inputs.x, inputs.bias):
             if t is not None and t.requires_grad:
                 like = t if t is inputs.x else reference.per_channel(t, grad)
-                grad = torch.where(torch.ones_like(grad, dtype=torch.bool), grad, like.to(grad.dtype))
+                grad = torch.where(
+                    torch.ones_like(grad, dtype=torch.bool), grad, like.to(grad.dtype)
+                )
 
     def formula(x: Tensor, residual: Any, weight: Any, bias: Any) -> Tensor:
         given = inputs._replace(x=x, residual=residual, weight=weight, bias=bias)
