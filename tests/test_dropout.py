@@ -56,7 +56,10 @@ def test_mask_and_values(p: float, dtype: torch.dtype, backend: Backend) -> None
 
 
 @pytest.mark.parametrize("p", [0.5, 0.75, 0.1, 0.001])
-@pytest.mark.parametrize("index_offset", [1, 8, 100, 1000, 2**32 - 3, 2**40 + 5, 2**62])
+# Before 2**34 and 2**35 the number of a chunk, of 4 or of 8 elements, comes to 2**32.
+@pytest.mark.parametrize(
+    "index_offset", [1, 8, 100, 1000, 2**32 - 3, 2**34 - 90, 2**35 - 90, 2**40 + 5, 2**62]
+)
 def test_index_offset_gives_a_shard_its_part(p: float, index_offset: int, backend: Backend) -> None:
     x = make((201,), torch.float32, backend)
     y = F.dropout(x, p, seed=SEED, index_offset=index_offset)

@@ -54,15 +54,15 @@ class Drawn : public AtOnce {
     TensorView out;
     if (!rest || read_tensor(grad, in) != Kind::kPlain) return nullptr;
     PyObject* const* const items = &PyTuple_GET_ITEM(rest.ptr(), 0);
-    py::object y;
-    if (has_strides(in, items[count - 2])) {
-      y = result_like(grad, out);
-    } else {
-      y = written_out(grad, in, out);
-      if (y && !has_strides(out, items[count - 2])) return nullptr;
+    const bool fits = has_strides(in, items[count - 2]);
+    if (!fits && !few_equal(in)) return nullptr;
+    const py::object y = result_like(grad, out);
+    if (!y) return nullptr;
+    if (!fits) {
+      if (!has_strides(out, items[count - 2])) return nullptr;
+      fill(out, in);  // on which the kernel works in place
       in = out;
     }
-    if (!y) return nullptr;
     TensorView kept;
     const bool keeps = keeps_ != nullptr && keeps_(items + 1) != Keeps::kNothing;
     if (keeps) {
@@ -83,22 +83,23 @@ class Drawn : public AtOnce {
     return y;
   }
 
-  // The gradient of a sum is one number, expanded: a new contiguous tensor full of it, on which the
-  // kernel then works in place. Null for other gradients, and where one thread would take long.
-  static py::object written_out(py::handle grad, const TensorView& in, TensorView& out) {
+  // Whether a tensor on the CPU is one number, expanded, as the gradient of a sum is, to no more
+  // elements than one thread writes in no time.
+  static bool few_equal(const TensorView& view) {
     constexpr std::int64_t kFew = 1 << 14;
-    if (in.device.type != kDLCPU || in.numel > kFew) return {};
-    for (int d = 0; d < in.ndim; ++d) {
-      if (in.strides[d] != 0 && in.sizes[d] != 1) return {};
+    if (view.device.type != kDLCPU || view.numel > kFew) return false;
+    for (int d = 0; d < view.ndim; ++d) {
+      if (view.strides[d] != 0 && view.sizes[d] != 1) return false;
     }
-    py::object y = new_like(grad, {in.sizes, in.sizes + in.ndim});
-    if (read_memory(y, out) != Kind::kPlain) return {};
-    dispatch_dtype(in.dtype, [&](auto tag) {
+    return true;
+  }
+
+  static void fill(const TensorView& out, const TensorView& number) {
+    dispatch_dtype(number.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      if (in.numel > 0)
-        std::fill_n(static_cast<T*>(out.data), in.numel, *static_cast<const T*>(in.data));
+      if (number.numel > 0)
+        std::fill_n(static_cast<T*>(out.data), number.numel, *static_cast<const T*>(number.data));
     });
-    return y;
   }
 
   // Whether the kernel has written out.

@@ -79,7 +79,10 @@ void check_masks(const Draw& draw) {
   const MaskKeys keys(5);
   MaskDraws<kBits> mask_draws(keys, 3, draw);
   const auto threshold = broadcast(static_cast<typename DrawType<kBits>::type>(draw.threshold));
-  for (std::uint64_t block = 0; block < 64; ++block) {
+  // From the first chunk on, and where their number comes to 2^32.
+  constexpr std::uint64_t kAround = (std::uint64_t{1} << 32) / kPhiloxChunks;
+  for (std::uint64_t i = 0; i < 128; ++i) {
+    const std::uint64_t block = i < 64 ? i : kAround - 96 + i;
     U64Vector draws[2];
     mask_draws.make(block, draws);
     std::uint64_t index = block * kBlock<kBits>;
