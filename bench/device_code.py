@@ -23,7 +23,8 @@ each kernel:
 
 The last six are of the kernel's slowest hot loop. Hot are the innermost loops that move more than
 half as many 16-byte vectors as any of them; where no loop moves any, accesses of all widths count.
-A loop's path is the one that moves the most in the fewest instructions.
+A loop's path is the one that moves the most in the fewest instructions; of dropout, in the most, as
+it depends on the probability how a call draws.
 
 The model knows bytes under way (Little's law), issue slots and pipes. It knows nothing of barriers,
 caches, tails and launches: a kernel can't exceed what it says.
@@ -73,17 +74,16 @@ class Bound(NamedTuple):
 #: float32 rate does some ten such instructions while it moves 16 bytes.
 BOUNDS: tuple[Bound, ...] = (
     Bound(r"^dropout::dropout_elements_kernel<.*, true>$", share=90.0),
-    Bound(r"^dropout::dropout_rows_kernel<\w+, 16, \w+, [248], unsigned int,", share=90.0),
+    Bound(r"^dropout::dropout_rows_kernel<.*, [248], unsigned int, true>", share=80.0),
+    Bound(r"^dropout::dropout_rows_kernel<.*, [248], unsigned int,", share=90.0),
     # Two Philox calls and four pairs of normals for 8 elements, each operation rounded.
     Bound(r"^gaussian_dropout::.*, true>$", share=85.0),
-    Bound(r"^fused_dropout::fused_dropout_rows_kernel<\w+, [248], [\w ]+, false>", share=90.0),
+    Bound(r"^fused_dropout::\w+_rows_kernel<\w+, [248], [\w ]+, false>", share=90.0),
     # GELU and its derivative are bound by their arithmetic.
     Bound(r"^fused_dropout::fused_dropout_elements_kernel", share=70.0),
     # Two doubles of a row's statistics lie side by side, where no vector fits them.
     Bound(r"^dropout_norm::dropout_norm_forward_kernel<double", split=1),
     Bound(r"^dropout_norm::.*, true>$", share=90.0),
-    # Element by element, in float64, rows that registers do not hold.
-    Bound(r"^dropout_norm::dropout_norm_backward_kernel<double, 0, false>$", spill=32),
     Bound(r"^penalty::penalty_groups_kernel", share=70.0),
     Bound(r"^penalty::coupled_kernel<3, SlotTerms", share=70.0),
     Bound(r"^penalty::", share=90.0),
@@ -100,13 +100,10 @@ BOUNDS: tuple[Bound, ...] = (
     # slots of the blocks.
     Bound(r"^batch_norm::batch_norm_gradient_kernel<\w+, Columns<false>, true>", spill=8, f64=13.0),
     Bound(r"^batch_norm::\w+_kernel<\w+, (?:Lines|Columns)<false>", f64=13.0),
-    # The window of a perspective's output pixels is beside the sums of an input pixel; and, with
-    # antialiasing, the filters of a pixel of a turned sample's resized image.
     Bound(r"^augment::augment_backward_kernel<double, \d, 0>", spill=168),
     Bound(r"^augment::augment_backward_kernel<double", spill=312),
     Bound(r"^augment::augment_backward_kernel<\w+, \d, 0>", spill=80),
     Bound(r"^augment::augment_backward_kernel", spill=184),
-    # Where a tile is and what it needs, once a tile: with fewer warps there would be none.
     Bound(r"^augment::augment_filter_kernel", spill=16),
     Bound(r"^augment::augment_tile_kernel<\w+, 3, false>", spill=8),
     Bound(r"^augment::program_kernel", share=90.0),
@@ -136,6 +133,8 @@ PIPES = {
 
 #: A GeForce RTX 4090 (128 multiprocessors, two of these a cycle) does ten in the time of 16 bytes.
 FLOAT64 = re.compile(r"D(?:ADD|MUL|FMA|SETP)|(?:F2F|I2F|F2I)\S*\.F64")
+
+DRAWS = re.compile(r"dropout::")  # kernels of several paths, of which a call takes one
 
 # --- reading --------------------------------------------------------------------------------------
 
@@ -292,23 +291,22 @@ class Way(NamedTuple):
         return _moved(self.code, least)
 
 
-def best_path(kernel: Kernel, blocks: Sequence[Block], first: int, last: int, least: int) -> Way:
+def best_path(
+    kernel: Kernel, blocks: Sequence[Block], first: int, last: int, least: int, longest: bool
+) -> Way:
     """Return the way from block `first` to `last` that moves the most in the fewest instructions.
 
-    Accesses of at least `least` bytes count.
+    With `longest`, in the most. Accesses of at least `least` bytes count.
     """
+    sizes = [(b.end - b.begin) * (1 if longest else -1) for b in blocks]
     weight = [_moved(kernel.code[b.begin : b.end], least) for b in blocks[first : last + 1]]
-    best = {first: (weight[0], blocks[first].begin - blocks[first].end, -1)}
+    best = {first: (weight[0], sizes[first], -1)}
     for i in range(first, last + 1):
         if i not in best:
             continue
         for j in blocks[i].following:
             if i < j <= last:
-                found = (
-                    best[i][0] + weight[j - first],
-                    best[i][1] + blocks[j].begin - blocks[j].end,
-                    i,
-                )
+                found = (best[i][0] + weight[j - first], best[i][1] + sizes[j], i)
                 if found[:2] > best.get(j, (-1, 0))[:2]:
                     best[j] = found
     if last not in best:
@@ -325,19 +323,21 @@ def _moved(code: Iterable[Instruction], least: int = 1) -> int:
     return sum(c.access[1] for c in code if c.access and c.access[1] >= least)
 
 
-def hot_paths(kernel: Kernel) -> list[Way]:
+def hot_paths(kernel: Kernel, longest: bool = False) -> list[Way]:
     """Return the paths of the hot loops, or of the whole kernel where no loop moves anything."""
     blocks = blocks_of(kernel)
     # Loops of vectors if there are any: others are of tails and partial results.
     for least in (16, 1):
-        paths = {loop: best_path(kernel, blocks, *loop, least) for loop in loops_of(blocks)}
+        paths = {
+            loop: best_path(kernel, blocks, *loop, least, longest) for loop in loops_of(blocks)
+        }
         moving = {loop: path for loop, path in paths.items() if path.moved(least)}
         inner = [path for loop, path in moving.items() if not _has_inner(loop, moving)]
         if inner:
             break
     else:
         ends = [i for i, b in enumerate(blocks) if kernel.code[b.end - 1].text.startswith("EXIT")]
-        inner = [best_path(kernel, blocks, 0, i, least) for i in ends]
+        inner = [best_path(kernel, blocks, 0, i, least, longest) for i in ends]
     most = max((path.moved(least) for path in inner), default=0)
     return [path for path in inner if path.moved(least) > most / 2]
 
@@ -486,7 +486,7 @@ def row_of(kernel: Kernel, name: str) -> Row:
     whole, split = split_stores(kernel)
     loads, alone = lone_loads(kernel)
     warps = warps_at_once(kernel)
-    models = [Model(path, warps) for path in hot_paths(kernel)]
+    models = [Model(p, warps) for p in hot_paths(kernel, longest=bool(DRAWS.match(name)))]
     model = min(models, key=lambda m: m.share, default=Model(Way([]), warps))
     return Row(
         kernel=name,

@@ -85,6 +85,20 @@ def test_a_loop_of_much_arithmetic_is_bound_by_it() -> None:
     assert found.share < 50
 
 
+def test_of_dropout_the_longest_path_is_rated() -> None:
+    """Of a loop that skips 900 instructions or not."""
+    kernel = kernels()[WHOLE]
+    first = next(i for i, c in enumerate(kernel.code) if c.access == ("STG", 16))
+    jump = kernel.code[first]._replace(guard="@P1", text="BRA `(.L_skip)")
+    more = [kernel.code[first]._replace(text=f"IADD3 R0, R0, {i}, RZ") for i in range(900)]
+    kernel.code[first:first] = [jump, *more]
+    kernel.labels = {k: v if v <= first else v + 901 for k, v in kernel.labels.items()}
+    kernel.labels[".L_skip"] = first + 901
+    other, dropout = (row_of(kernel, f"{room}::kernel<float>") for room in ("penalty", "dropout"))
+    assert (other.share, other.bound) == (95.0, "memory")
+    assert dropout.share < 50
+
+
 def test_float64_has_a_bound_of_its_own() -> None:
     """For GPUs that are slow in it; kernels of float64 may have any number."""
     kernel = kernels()[WHOLE]
