@@ -9,6 +9,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import fusereg
@@ -83,6 +84,42 @@ def a_model_with_fsdp2_trains_as_a_whole_one(ranks: Ranks) -> None:
         assert_equal_models(sharded, plain, 1e-12)
         assert any((whole(p.detach()) == 0).any() for p in sharded.parameters())
         torch.testing.assert_close(ours.penalty_value, theirs.penalty_value)
+
+
+@on(2)
+def a_model_with_fsdp2_in_two_dimensions_trains_as_a_whole_one(ranks: Ranks) -> None:
+    """Replicas of shards: fully_shard over a mesh of two dimensions."""
+    for shape in ((2, 1), (1, 2)):
+        plain = make_model().eval()
+        sharded = copy.deepcopy(plain)
+        x, y = data()
+        traced = make_groups(sharded)
+        names = ("replicate", "shard")
+        fully_shard(sharded, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
+        train(sharded, traced.of(sharded), x, y)
+        train(plain, make_groups(plain), x, y)
+        assert_equal_models(sharded, plain, 1e-12)
+        assert any((whole(p.detach()) == 0).any() for p in sharded.parameters())
+
+
+@on(2)
+def what_no_replica_of_ddp_uses_stays(ranks: Ranks) -> None:
+    model = make_model().eval()
+    model.register_module("unused", nn.Linear(3, 6).double())
+    groups = make_groups(model)
+    unused = Member("unused.weight", model.unused.weight, 0, torch.arange(6))
+    own = groups[0]._replace(members=(*groups[0].members, unused))
+    before = copy.deepcopy(model.state_dict())
+    x, y = data()
+    model.forward = lambda z: nn.Sequential.forward(model[:5], z)  # type: ignore[method-assign]
+    replica = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    train(replica, Groups([own, groups[1]]), x[ranks.rank :: 2], y[ranks.rank :: 2])
+    assert torch.equal(model.unused.weight, before["unused.weight"])
+    assert not (model[0].weight == 0).flatten(1).all(1).any()  # as a member has no gradient
+    for p in model.parameters():
+        others = [torch.empty_like(p) for _ in range(2)]
+        torch.distributed.all_gather(others, p.detach())
+        assert torch.equal(others[0], others[1])
 
 
 @on(2, 3)

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
@@ -198,12 +199,14 @@ def _check_strengths(strengths: Any, penalized: Any) -> int | list[float]:
                 "them; or pass strengths as a sequence"
             )
         return strengths
-    try:
-        found = [float(s) for s in (None if isinstance(strengths, str) else strengths)]
-    except (TypeError, ValueError, RuntimeError):
+    found = None
+    if not isinstance(strengths, str):  # whose characters may be numbers
+        with suppress(TypeError, ValueError, RuntimeError):
+            found = [float(s) for s in strengths]
+    if found is None:
         raise TypeError(
             f"{OP}: strengths must be an int or a sequence of numbers, got {strengths!r}"
-        ) from None
+        )
     if not found:
         raise ValueError(f"{OP}: strengths must be at least one, got none")
     if not all(0 <= s < math.inf for s in found):
