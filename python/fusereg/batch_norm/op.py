@@ -5,7 +5,8 @@
 - the kernels: eager calls;
 - ``torch.ops.fusereg.batch_norm``: torch.compile, export, fake tensors. It is a pure function;
   running statistics are then updated by torch's own operations. It takes any layout, so that
-  Inductor copies no activation; its overload ``exact``, for dropout, keeps the traced one;
+  Inductor copies no activation; its overload ``exact``, for dropout, keeps the traced one. On CPUs
+  Inductor generates code of its own in its place (decompositions.py);
 - torch's operations (reference.py): torch.func transforms, forward mode, other programs.
 
 Second derivatives are composed of torch's operations too.

@@ -205,10 +205,9 @@ def _before_activation(grad: Tensor, z: Tensor, constants: Constants) -> Tensor:
     if constants.activation == 2:
         positive = _activated(z, constants) > 0 if constants.slope >= 0.0 else z > 0
         return torch.where(positive, grad, grad * constants.slope)
-    if constants.activation == 3:
-        return torch.ops.aten.silu_backward(grad, z)
-    if constants.activation == 4:
-        return torch.ops.aten.gelu_backward(grad, z)
+    backward: Any = {3: torch.ops.aten.silu_backward, 4: torch.ops.aten.gelu_backward}
+    if constants.activation in backward:
+        grad = backward[constants.activation](grad, z)
     return grad
 
 
