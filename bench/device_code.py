@@ -102,8 +102,6 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(r"^batch_norm::\w+_kernel<\w+, (?:Lines|Columns)<false>", f64=13.0),
     # Which output pixels read one of few channels is asked in float64, in both passes over the taps.
     Bound(r"^augment::augment_backward_kernel<\w+, 1,", f64=15.0),
-    Bound(r"^augment::augment_filter_kernel", spill=16),
-    Bound(r"^augment::augment_tile_kernel<\w+, 3, false>", spill=8),
     Bound(r"^augment::program_kernel", share=90.0),
     Bound(""),
 )

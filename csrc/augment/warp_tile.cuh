@@ -413,10 +413,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   const int row = thread / (kTileWidth / kRun);
   const int lane = thread % (kTileWidth / kRun) * kRun;
-  const std::int64_t across = ceil_div(job.y.w, kTileWidth);
-  bool more = first_tile(tiles, across * ceil_div(job.y.h, kTileRows), job.n);
+  bool more =
+      first_tile(tiles, ceil_div(job.y.w, kTileWidth) * ceil_div(job.y.h, kTileRows), job.n);
   for (; more; more = next_tile(tiles)) {
     const std::int64_t sample = tiles.at / tiles.of_sample;
+    const std::int64_t across = ceil_div(job.y.w, kTileWidth);
     if (job.antialias && way_of(job, sample) != Way::kPoints) continue;
     const std::int64_t in_sample = tiles.at - sample * tiles.of_sample;
     const auto row0 = static_cast<std::int32_t>(in_sample / across) * kTileRows;
@@ -441,8 +442,6 @@ __global__ void __launch_bounds__(kThreads, 2)
                                left < kRun ? left : kRun);
       continue;
     }
-    const std::int64_t at =
-        sources[0].view.sample * job.y.sample + out_row * job.y.row + out_col * job.y.pixel;
     FUSEREG_NO_UNROLL
     for (int c = 0; c < job.c; c += kGroup) {
       float v[kGroup][kRun];
@@ -464,9 +463,12 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
         }
       }
+      compiler_barrier();
+      const std::int64_t at = sources[0].view.sample * job.y.sample + c * job.y.channel +
+                              out_row * job.y.row + out_col * job.y.pixel;
       dispatch_element(job.y.type, [&](auto tag) {
         using U = typename decltype(tag)::type;
-        store_run<U, kGroup>(job, at + c * job.y.channel, left < kRun ? left : kRun, v);
+        store_run<U, kGroup>(job, at, left < kRun ? left : kRun, v);
       });
     }
   }
