@@ -1,4 +1,4 @@
-"""Channels by the scale and shift of their batch norms: groups_of(..., scales=True)."""
+"""Which parameters stand for a channel: batch norms' scales, trained ones, biases that are new."""
 
 from __future__ import annotations
 
@@ -104,9 +104,126 @@ def test_a_step_leaves_the_rows_alone_and_zeros_scale_and_shift() -> None:
     assert torch.equal(dead, net[3].norm.bias == 0)
 
 
+def held(groups: fusereg.core.groups.Groups) -> list[set[str]]:
+    return [{m.name for m in (*g.members, *g.readers)} for g in groups]
+
+
+@pytest.mark.parametrize("readers", [False, True])
+@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_an_optimizer_holds_the_same_groups_of_the_smaller_model(
+    name: str, scales: bool, readers: bool
+) -> None:
+    net, x = SMALL[name]()
+    groups = fusereg.groups_of(net, x, readers=readers, scales=scales)
+    optimizer = fusereg.optim.SGD(net.parameters(), lr=0.01, groups=groups, group=0.1)
+    wanted = held(groups)
+    kill(net, x, scales=scales)
+    small = fusereg.compact(net, x, optimizer=optimizer)
+    assert held(optimizer.groups) == wanted
+    parameters = {id(p) for p in small.parameters()}
+    assert all(id(m.parameter) in parameters for g in optimizer.groups for m in g.members)
+
+
+def test_an_optimizer_holds_only_the_sets_that_it_was_given() -> None:
+    net, x = SMALL["blocks"]()
+    groups = fusereg.groups_of(net, x)
+    one = fusereg.core.groups.Groups([groups[1]])
+    optimizer = fusereg.optim.SGD(net.parameters(), lr=0.01, groups=one, group=0.1)
+    kill(net, x)
+    fusereg.compact(net, x, optimizer=optimizer)
+    assert held(optimizer.groups) == held(one)
+
+
+def test_a_new_bias_belongs_to_the_group_of_its_layer() -> None:
+    net = nn.Sequential(
+        *(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6, bias=False), nn.ReLU(), nn.Linear(6, 2))
+    )
+    with torch.no_grad():
+        net[0].weight[:3] = 0  # their biases stay
+        net[0].bias.fill_(0.5)
+    x = torch.randn(3, 4)
+    groups = fusereg.groups_of(net, x)
+    optimizer = fusereg.optim.SGD(net.parameters(), lr=0.01, groups=groups, group=0.1)
+    fusereg.compact(net, x, optimizer=optimizer)
+    assert held(optimizer.groups) == [{"0.weight", "0.bias"}, {"2.weight", "2.bias"}]
+
+
+def test_frozen_parameters_are_no_members_beside_trained_ones() -> None:
+    net, x = SMALL["chain"]()
+    net[1].requires_grad_(False)
+    groups = fusereg.groups_of(net, x)
+    assert {m.name for m in groups[0].members} == {"0.weight"}
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = fusereg.optim.SGD(trained, lr=1.0, groups=groups, group=1.0)
+    net(x).sum().backward()
+    optimizer.step()
+    assert not net[0].weight.any()
+    net.requires_grad_(False)
+    assert len(fusereg.groups_of(net, x)[0].members) == 3
+
+
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(STEPS, st.integers(0, 99), st.sampled_from((0.3, 0.7)))
 def test_graphs_compute_the_same(
     steps: list[tuple[str, int, int]], seed: int, share: float
 ) -> None:
     check_graph(steps, seed, share, shifts=False, scales=True)
+
+
+# --- biases that are new --------------------------------------------------------------------------
+
+BIASLESS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(8, 6, bias=False), (3, 4)),
+    "pointwise": (lambda: nn.Conv2d(8, 6, 1, bias=False), (3, 4, 5, 5)),
+    "groups": (lambda: nn.Conv2d(8, 6, 1, groups=2, bias=False), (3, 4, 5, 5)),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 6, 1, bias=False), (3, 4, 5, 5)),
+    "reflect": (
+        lambda: nn.Conv2d(8, 6, 3, padding=1, padding_mode="reflect", bias=False),
+        (3, 4, 5, 5),
+    ),
+    "group norm": (
+        lambda: nn.Sequential(nn.Conv2d(8, 6, 1, bias=False), nn.GroupNorm(3, 6)),
+        (3, 4, 5, 5),
+    ),
+    "instance norm": (
+        lambda: nn.Sequential(nn.Conv2d(8, 6, 1, bias=False), nn.InstanceNorm2d(6, affine=True)),
+        (3, 4, 5, 5),
+    ),
+    "norm without statistics": (
+        lambda: nn.Sequential(
+            nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6, track_running_stats=False)
+        ),
+        (3, 4, 5, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BIASLESS)
+def test_a_layer_that_gets_a_bias_may_lose_rows_itself(kind: str) -> None:
+    make, shape = BIASLESS[kind]
+    flat = len(shape) == 2
+    first, last = (nn.Linear, nn.Linear) if flat else (nn.Conv2d, nn.Conv2d)
+    size = () if flat else (1,)
+    net = nn.Sequential(first(4, 8, *size), nn.ReLU(), make(), nn.ReLU(), last(6, 2, *size))
+    x = torch.randn(shape)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    train(net, optimizer, x, 2)
+    with torch.no_grad():
+        for group in fusereg.groups_of(net, x):
+            for member in group.members:
+                if member.name != "0.bias":  # a constant
+                    dead = (member.channels % 3 == 0) & (member.channels >= 0)
+                    member.parameter.index_fill_(member.dim, dead.nonzero().flatten(), 0)
+        net[0].bias.fill_(0.1)
+    small = fusereg.compact(net.eval(), x, optimizer=optimizer)
+    assert off(small(x), net(x)) < 1e-12
+    inner = (
+        small[2]
+        if isinstance(small[2], (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
+        else small[2][0]
+    )
+    if inner.bias is not None:
+        assert inner.bias.shape == (inner.weight.shape[1 if kind == "transposed" else 0],)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
+    train(small, optimizer, x, 2)

@@ -380,6 +380,11 @@ def test_wrong_arguments_beside_groups_are_refused() -> None:
             fusereg.prox.group_lasso_(groups, *arguments, **options)
     with pytest.raises(ValueError, match="go with groups of channels only"):
         fusereg.prox.group_lasso_(torch.ones(3, 3), 0.3, weights="operations")
+    params = [m.parameter for s in groups for m in s.members]
+    with pytest.raises(ValueError, match="group_dim must be left out with groups"):
+        fusereg.optim.SGD(params, lr=0.1, groups=groups, group=0.1, group_dim=1)
+    with pytest.raises(TypeError, match=r"got CoupledChannels$"):  # no pair of a name and a tensor
+        fusereg.add_penalty_grad_(groups, group=0.1)
 
 
 # --- in the optimizers ---

@@ -49,7 +49,8 @@ def groups_of(
     must lose it at once. For each such set, its *members* are what writes the channels: the rows of
     the weights, the biases, scale and shift of the normalizations between. An attention head is one
     channel. If the members' slices for a channel are zero, the channel is zero, and
-    :func:`fusereg.compact` removes it. No two sets share a slice of a member.
+    :func:`fusereg.compact` removes it. No two sets share a slice of a member. Frozen parameters are
+    no members beside trained ones; a channel may then become a constant.
 
     The dependency graph is Torch-Pruning's (Fang et al. 2023, "DepGraph"), built on a copy of the
     model with torch's own layers, and each mapping in it is tried on that copy in float64 with
@@ -127,7 +128,8 @@ def _members(
             if name in parameters:
                 channels = slice_channels(part.of(plain), part.role, slot, part.channels)
                 members.append(Member(name, parameters[name], slot.dim, channels.clone()))
-    return tuple(members)
+    trained = [m for m in members if m.parameter.requires_grad]
+    return tuple(trained or members)
 
 
 def find(model: nn.Module, example_inputs: object, op: str) -> Found:

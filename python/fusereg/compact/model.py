@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, overload
 
 import torch
@@ -13,12 +14,13 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..core.arguments import check_integer, check_type
+from ..core.groups import Groups, Member
 from ..core.hints import explains
 from ..early_stopping import EarlyStopping
 from .carry import Change, carry_optimizer, check_optimizer
 from .find import Found, find, groups_of
 from .graph import plain_copy
-from .parts import cut, cuts_of, name_epsilons, scales_of
+from .parts import Set, Slot, cut, cuts_of, name_epsilons, scales_of
 from .plan import Decision, Run, decide, fold, identities
 from .probe import differ, generator
 from .table import Table, make_table
@@ -157,10 +159,39 @@ def compact(
     if optimizer is not None:
         carry_optimizer(optimizer, model, small, change)
         if (groups := getattr(optimizer, "groups", None)) is not None:
-            readers = any(s.readers for s in groups)
-            optimizer.groups = groups_of(small, example_inputs, readers)  # type: ignore[attr-defined]
+            found_again = groups_of(small, example_inputs, any(s.readers for s in groups))
+            optimizer.groups = _as_before(found_again, groups, model)  # type: ignore[attr-defined]
     _log.info("%s: %s", _OP, table._last())
     return small
+
+
+def _as_before(groups: Groups, old: Groups, model: nn.Module) -> Groups:
+    """Return of the groups of the smaller model what the old ones hold of the model.
+
+    Biases that are new belong to the members of their layers.
+    """
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    known = {n for of_one in names.values() for n in of_one}
+
+    def held(members: Iterable[Member], before: Iterable[Member]) -> tuple[Member, ...]:
+        places = {(n, m.dim) for m in before for n in names.get(id(m.parameter), ())}
+        layers = {n.rpartition(".")[0] for n, _ in places}
+        return tuple(
+            m
+            for m in members
+            if (m.name, m.dim) in places
+            or (m.name not in known and m.name.rpartition(".")[0] in layers)
+        )
+
+    writers = [m for s in old for m in s.members]
+    readers = [m for s in old for m in s.readers]
+    sets = (
+        s._replace(members=held(s.members, writers), readers=held(s.readers, readers))
+        for s in groups
+    )
+    return Groups((s for s in sets if s.members), groups.kept)
 
 
 def _explain_whole(found: Found, decisions: list[Decision], gone: list[str]) -> None:
@@ -202,7 +233,7 @@ def _apply(
     old = {n: p.detach().clone() for n, p in before.items() if n in changed}
     new = fold(small, decisions, found.norms)
     added = {n: before[n].detach() - p for n, p in old.items()}
-    chosen = [(d.found, d.removed) for d in decisions]
+    chosen = [(_with_biases(d.found, new), d.removed) for d in decisions]
     scales = scales_of(small, cuts_of(small, chosen))
     cuts = cut(small, chosen)
     scaled = {id(small.get_submodule(name.rpartition(".")[0])) for name in scales}
@@ -224,6 +255,17 @@ def _apply(
         {alias[n]: s for n, s in scales.items()},
     )
     return small, change, notes
+
+
+def _with_biases(found: Set, new: Collection[str]) -> Set:
+    """Return a set with the biases that its layers have got."""
+    parts = [
+        p._replace(slots=(*p.slots, Slot("bias", 0)))
+        if p.role != "in" and f"{p.module}.bias" in new
+        else p
+        for p in found.parts
+    ]
+    return replace(found, parts=parts)
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ class Decision:
 
 
 class Run(NamedTuple):
-    """What a model has made of some inputs."""
+    """Some inputs, and what a model has made of them."""
 
     inputs: Inputs
     outputs: list[Tensor]

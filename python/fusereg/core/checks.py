@@ -22,7 +22,7 @@ def check(tensor: object, op: str, name: str, meta: bool = False) -> None:
     """
     where = f"fusereg.{op}: {name}"
     if not isinstance(tensor, Tensor):
-        hint = "; pass parameters(), not named_parameters()" if isinstance(tensor, tuple) else ""
+        hint = "; pass parameters(), not named_parameters()" if type(tensor) is tuple else ""
         raise TypeError(f"{where} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
     if not torch.compiler.is_compiling() and torch.nn.parameter.is_lazy(tensor):
         raise ValueError(

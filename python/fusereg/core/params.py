@@ -51,7 +51,7 @@ def as_list(params: Params, op: str) -> list[Tensor]:
             stacklevel=level,
         )
     if found and not isinstance(found[0], Tensor):
-        hint = "; pass parameters(), not named_parameters()" if isinstance(found[0], tuple) else ""
+        hint = "; pass parameters(), not named_parameters()" if type(found[0]) is tuple else ""
         raise TypeError(
             f"fusereg.{op}: params[0] must be a torch.Tensor, got {type(found[0]).__name__}{hint}"
         )

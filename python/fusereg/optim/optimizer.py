@@ -103,11 +103,13 @@ class RegularizedOptimizer(Averages):
         for i, beta in enumerate(defaults.get("betas", ())):
             self._check_number(f"betas[{i}]", beta, 1.0)
         self.max_grad_norm, self.groups, self.group_weights = (shared.pop(name) for name in _OWN)
-        norm = self.max_grad_norm
+        norm, groups = self.max_grad_norm, self.groups
         if norm is not None and not (isinstance(norm, (int, float)) and norm > 0.0):
             raise ValueError(f"{where}: max_grad_norm must be > 0 or None, got {norm!r}")
         wanted = "what fusereg.groups_of returns"
-        check_type(self.groups, (Groups, type(None)), f"{where}: groups", wanted)
+        check_type(groups, (Groups, type(None)), f"{where}: groups", wanted)
+        if groups is not None and shared["group_dim"] != DEFAULTS["group_dim"]:
+            raise ValueError(f"{where}: group_dim must be left out with groups")
         if shared["differentiable"]:
             raise ValueError(
                 f"{where}: differentiable=True is not supported: the step is a kernel that "
@@ -119,12 +121,9 @@ class RegularizedOptimizer(Averages):
         super().__init__(params, {**defaults, **shared})
         self.state = WatchedStates(dict, self.state)
         strengths = (group["group"] for group in self.param_groups)
-        if self.groups and "group" not in options and not any(map(given, strengths)):
-            warnings.warn(
-                f"{where}: groups do nothing without a strength; pass group= as well, here or in "
-                "param groups",
-                stacklevel=3,
-            )
+        if groups and "group" not in options and not any(map(given, strengths)):
+            text = "groups do nothing without a strength; pass group= here or in param groups"
+            warnings.warn(f"{where}: {text}", stacklevel=3)
 
     def _begin(self) -> None:
         """Make what steps keep: memory for CUDA launches, of which a copy has its own."""
