@@ -564,7 +564,9 @@ def test_compiled_draws_anew(operation: Operation) -> None:
 def test_inductor_is_eager(operation: Operation) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda *t: operation(*t), fullgraph=True)
-    tensors = [sample(operation) for _ in range(2)]
+    # Inductor's own code for batch norm adds in the dtype of x, whose mean is far from zero here.
+    dtype = torch.float64 if operation.technique == "batch_norm" else torch.float32
+    tensors = [sample(operation, dtype=dtype) for _ in range(2)]
     came = differentiated(operation, tensors[0], compiled)
     for a, b in zip(came, differentiated(operation, tensors[1]), strict=True):
         torch.testing.assert_close(a, b)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -93,8 +94,9 @@ def test_a_converted_network_has_no_more_kernels_and_activations_than_torchs(
         compiled = torch.compile(model)
         codes = _generated(lambda compiled=compiled: compiled(x).square().sum().backward())
         found.append([_kernels_and_activations(code) for code in codes])
-    assert found[1] == found[0]
-    assert all(kernels for kernels, _ in found[0])
+    for (own_kernels, own), (kernels, activations) in zip(found[1], found[0], strict=True):
+        assert 0 < own_kernels <= kernels
+        assert Counter(own) <= Counter(activations)
 
 
 @pytest.mark.slow
