@@ -151,6 +151,14 @@ def pytest_make_parametrize_id(val: object) -> str | None:
     return getattr(val, "__name__", None) if callable(val) else None
 
 
+def _refuse_names_of_sets(item: pytest.Item) -> None:
+    """The order of a set's elements differs between processes, and so would the tests' names."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    for value in params.values():
+        if isinstance(value, (set, frozenset)) and str(value) in item.name:
+            raise pytest.UsageError(f"{item.nodeid} is named by a set: give its parameter an id")
+
+
 def _is_of_backend(item: pytest.Item, name: str) -> bool:
     params = item.callspec.params if hasattr(item, "callspec") else {}
     chosen = any(isinstance(value, Backend) and value.name == name for value in params.values())
@@ -163,6 +171,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     only = config.getoption("only_backend")
     left_out: set[pytest.Item] = set()
     for item in items:
+        _refuse_names_of_sets(item)
         if item.get_closest_marker("gpu") and not has_gpu():
             item.add_marker(no_gpu)
         takes_backend = "backend" in getattr(item, "fixturenames", ())

@@ -132,8 +132,8 @@ def test_other_containers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "thing",
     [
-        {1, 2},
-        frozenset({1, "a"}),
+        pytest.param({1, 2}, id="set"),
+        pytest.param(frozenset({1, "a"}), id="frozenset"),
         torch.Size([2, 3]),
         (1, (2.5, None)),
         *(kind(2.5) for kind in (np.float16, np.float32, np.float64)),
