@@ -298,8 +298,8 @@ wheel: $(VENV)/.tools
 # A wheel for each interpreter that is here, each installed beside torch and called.
 wheels:
 	@rm -rf build/wheels && mkdir -p build/wheels
-	@for python in $(WHEEL_PYTHONS); do \
-	    "$(MAKE)" wheel PYTHON=$$python VENV="$(CURDIR)/build/venv-$$(basename $$python)" && rm dist/*.tar.gz; \
+	@set -e; for python in $(WHEEL_PYTHONS); do \
+	    "$(MAKE)" wheel PYTHON=$$python VENV="$(CURDIR)/build/venv-$$(basename $$python)"; rm dist/*.tar.gz; \
 	    $$python tests/wheel_check.py dist --torch $(firstword $(TORCH_VERSIONS)); \
 	    mv dist/*.whl build/wheels; \
 	done
