@@ -124,7 +124,8 @@ def a_model_trained_with_fsdp2_is_compacted_and_sharded_again(ranks: Ranks) -> N
     again = fusereg.compact(gathered, example)
     assert isinstance(again, nn.Module)
     for p, q in zip(again.parameters(), small.parameters(), strict=True):
-        assert p.shape == q.shape and torch.equal(p, q)
+        assert p.shape == q.shape
+        assert torch.equal(p, q)
     assert again[0].weight.shape[0] == 3
     x, y = data()
     groups = fusereg.groups_of(again, example)
