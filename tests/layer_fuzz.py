@@ -202,10 +202,10 @@ class Norm(Case):
         each = self.x.numel() // n // channels
         if n * each == 1:
             return True
-        size = self.layer.virtual_batch_size
-        if size is None or not self.training:
-            return False
-        return bool((n % size or min(size, n)) * each == 1)
+        size = (self.layer.virtual_batch_size if self.training else None) or n
+        if (n % size or min(size, n)) * each == 1:
+            return True
+        return self.mask is not None and int(self.mask.sum()) == 1
 
     def normalized(self, x: Tensor, mask: Tensor) -> Tensor:
         """Normalize by the statistics of each group."""

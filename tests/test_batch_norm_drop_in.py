@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -373,7 +374,8 @@ def call_of(x: Tensor, option: str) -> Tensor:
     if "residual" in options:
         options["residual"] = torch.ones_like(x, memory_format=torch.contiguous_format)
     if "mask" in options:
-        options["mask"] = x.select(1, 0) > -1.0
+        first = x.select(1, 0)
+        options["mask"] = first > first.amin()
     channels = x.shape[1]
     statistics = (torch.zeros(channels), torch.ones(channels), torch.ones(channels))
     return F.batch_norm(x, *(t.to(x.device) for t in statistics), **options)
@@ -575,6 +577,36 @@ def test_a_mask_may_lie_in_any_way(backend: Backend) -> None:
             assert torch.equal(
                 found, F.batch_norm(x, None, None, mask=mask.contiguous(), **options)
             )
+
+
+MASKED: dict[str, Callable[[], nn.Module]] = {
+    **{
+        f"BatchNorm{d}d": functools.partial(getattr(fusereg.nn, f"BatchNorm{d}d"), 3)
+        for d in (1, 2, 3)
+    },
+    **{n: functools.partial(getattr(fusereg.nn, n), 3) for n in ("SyncBatchNorm", "BatchRenorm")},
+    "in place": lambda: fusereg.nn.BatchNorm2d(3, inplace=True),
+    "virtual": lambda: fusereg.nn.GhostBatchNorm(3, virtual_batch_size=2),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_one_value_that_a_mask_leaves_is_an_error_as_a_batch_of_one_is(name: str) -> None:
+    layer = MASKED[name]()
+    x = torch.randn(4, 3, *(5,) * {"BatchNorm1d": 1, "BatchNorm3d": 3}.get(name, 2))
+    none, one, enough = (torch.zeros(4, *x.shape[2:], dtype=torch.bool) for _ in range(3))
+    one.view(-1)[7] = True
+    enough[1] = True
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(x.clone(), mask=one)
+    for key, value in before.items():
+        assert torch.equal(layer.state_dict()[key], value)
+    assert layer.eval()(x.clone(), mask=one).shape == x.shape
+    layer.train()
+    for mask in (enough, none):
+        assert layer(x.clone(), mask=mask).shape == x.shape
+    assert F.batch_norm(x[:, :0], None, None, training=True, mask=one).numel() == 0
 
 
 # --- what is refused, and what is said ------------------------------------------------------------

@@ -135,6 +135,49 @@ def test_an_optimizer_holds_only_the_sets_that_it_was_given() -> None:
     assert held(optimizer.groups) == held(one)
 
 
+@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_weights_follow_the_channels_that_stay(name: str, scales: bool) -> None:
+    net, x = SMALL[name]()
+    groups = fusereg.groups_of(net, x, scales=scales)
+    weights = [torch.linspace(1.0 + k, 2.0 + k, g.size) for k, g in enumerate(groups)]
+    one_each: list[Any] = [0.5, *weights[1:]]
+    optimizer = fusereg.optim.SGD(
+        net.parameters(), lr=0.01, groups=groups, group=0.1, group_weights=one_each
+    )
+    kill(net, x, scales=scales)
+    # Each slice that stays is known by a value of its own, in a copy whose zeros are the same.
+    weight_of: dict[tuple[str, float], float] = {}
+    with torch.no_grad():
+        for g, w in zip(groups, one_each, strict=True):
+            for m in g.members:
+                if not isinstance(m.parameter, Tensor) or m.parameter.dim() != 1:
+                    continue
+                for i, c in enumerate(m.channels.tolist()):
+                    value = float(m.parameter[i])
+                    if value and c >= 0:
+                        m.parameter[i] = value * (1.0 + 1e-3 * i)
+                        key = m.name, float(m.parameter[i])
+                        weight_of[key] = float(torch.as_tensor(w).expand(g.size)[c])
+    before = optimizer.group_weights
+    fusereg.compact(net, x, dry_run=True, optimizer=optimizer)
+    assert optimizer.group_weights is before
+    fusereg.compact(net, x, optimizer=optimizer)
+    seen = 0
+    assert len(optimizer.group_weights) == len(optimizer.groups)
+    for g, w in zip(optimizer.groups, optimizer.group_weights, strict=True):
+        assert w.shape == (g.size,)
+        for m in g.members:
+            for i, c in enumerate(m.channels.tolist()):
+                if m.parameter.dim() == 1 and (m.name, m.parameter[i].item()) in weight_of:
+                    assert float(w[c]) == weight_of[m.name, m.parameter[i].item()]
+                    seen += 1
+    assert seen >= 3
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+
+
 def test_a_new_bias_belongs_to_the_group_of_its_layer() -> None:
     net = nn.Sequential(
         *(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6, bias=False), nn.ReLU(), nn.Linear(6, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -611,3 +612,25 @@ def test_inputs_that_the_model_cannot_take_are_refused() -> None:
     for x in (torch.randint(5, (4, 6)), torch.randn(4, 6, dtype=torch.complex64)):
         with pytest.raises(ValueError, match="cannot be traced with these example_inputs"):
             fusereg.compact(mlp(), x)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d, fusereg.nn.BatchNorm2d])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("tracked", [False, True])
+def test_norms_with_and_without_tensors_have_the_size_of_what_they_read(
+    dims: int, kind: type[nn.Module], affine: bool, tracked: bool
+) -> None:
+    library = fusereg.nn if kind is fusereg.nn.BatchNorm2d else nn
+    make = getattr(library, kind.__name__.replace("2", str(dims)))
+    layer = getattr(nn, f"Conv{dims}d")
+    norm = make(8, affine=affine, track_running_stats=tracked)
+    net = nn.Sequential(layer(3, 8, 3), norm, nn.ReLU(), layer(8, 4, 3)).eval()
+    x = torch.randn(2, 3, *(6,) * dims)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of another size
+        kill(net, x)
+        small = fusereg.compact(net, x)
+        assert small[1].num_features == small[0].out_channels == 4
+        torch.testing.assert_close(small(x), net(x))
+        small.train()(x).sum().backward()

@@ -20,15 +20,20 @@ from fusereg.backend import fusereg_backend
 ROWS, CHANNELS = torch.contiguous_format, torch.channels_last
 
 
-def _generated(step: Callable[[], object]) -> list[str]:
-    """Return the wrapper codes of forward and backward, without the use of caches."""
+def _sources(step: Callable[[], object]) -> list[str]:
+    """Return the codes of forward and backward, without the use of caches."""
     from torch._inductor.utils import run_and_get_code
 
     torch._dynamo.reset()
     with torch._inductor.config.patch(force_disable_caches=True):
         _, codes = run_and_get_code(step)
     assert len(codes) == 2, "one graph forward, one backward"
-    return [code[code.index("def call(") :] for code in codes]
+    return list(codes)
+
+
+def _generated(step: Callable[[], object]) -> list[str]:
+    """Return the wrapper codes of forward and backward."""
+    return [code[code.index("def call(") :] for code in _sources(step)]
 
 
 def _kernels_and_activations(code: str) -> tuple[int, list[str]]:
@@ -97,6 +102,26 @@ def test_a_converted_network_has_no_more_kernels_and_activations_than_torchs(
     for (own_kernels, own), (kernels, activations) in zip(found[1], found[0], strict=True):
         assert 0 < own_kernels <= kernels
         assert Counter(own) <= Counter(activations)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [ROWS, CHANNELS])
+@pytest.mark.parametrize("activation", [nn.ReLU, lambda: nn.LeakyReLU(0.1), nn.Identity])
+def test_backward_reads_no_activations_but_the_gradient_and_x(
+    activation: Callable[[], nn.Module], layout: torch.memory_format
+) -> None:
+    parts = nn.Conv2d(16, 32, 1), nn.BatchNorm2d(32), activation(), nn.Conv2d(32, 16, 1)
+    net: Any = nn.Sequential(*parts).to(memory_format=layout)
+    x = torch.randn(2, 16, 12, 12).to(memory_format=layout)
+    compiled = torch.compile(fusereg.convert(net))
+    loss = torch.randn(2, 16, 12, 12).to(memory_format=layout)
+    code = _sources(lambda: (compiled(x) * loss).sum().backward())[1]
+    (kernel,) = re.findall(r"\ncpp_fused\w*batch_norm_backward\w* = (.*?)\n'''\)", code, re.DOTALL)
+    names = dict(re.findall(r"auto (in_ptr\d+) = (in_out_ptr\d+);", kernel))
+    loads = re.findall(r"loadu\((\w+) \+ static_cast<int64_t>\(([^()]*)\)", kernel)
+    # By elements, not by channels alone.
+    read = {names.get(pointer, pointer) for pointer, at in loads if "x0" in at and "x1" in at}
+    assert len(read) == 2
 
 
 @pytest.mark.slow

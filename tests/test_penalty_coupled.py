@@ -489,18 +489,39 @@ def test_param_groups_that_share_channels_must_take_the_same_step() -> None:
     split = [{"params": params[:half]}, {"params": params[half:], "lr": 0.01, "group": 0.1}]
     fusereg.optim.SGD(split, lr=0.1, groups=groups, group=1.0).step()  # a set in each
     crossed = [{"params": params[1:]}, {"params": params[:1], "group": 0.1}]
-    optimizer = fusereg.optim.SGD(crossed, lr=0.1, groups=groups, group=1.0)
+    with pytest.raises(ValueError, match="param groups 0 and 1 hold slices of the same channels"):
+        fusereg.optim.SGD(crossed, lr=0.1, groups=groups, group=1.0)
+    optimizer = fusereg.optim.SGD(crossed, lr=0.1, group=1.0)
+    optimizer.groups = groups
     before = [p.detach().clone() for p in params]
     with pytest.raises(ValueError, match="param groups 0 and 1 hold slices of the same channels"):
         optimizer.step()
-    few = fusereg.optim.SGD(params[1:], lr=0.1, groups=groups, group=1.0)
-    with pytest.raises(ValueError, match="groups hold 0\\.conv, which is not among the parameters"):
-        few.step()
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
     with pytest.raises(ValueError, match="prox=False does not take"):
         fusereg.optim.SGD(params, lr=0.1, groups=groups, group=1.0, prox=False)
     with pytest.raises(TypeError, match="groups must be what fusereg"):
         fusereg.optim.SGD(params, lr=0.1, groups=[params], group=1.0)
+
+
+NAMES = ("SGD", "Adam", "AdamW", "Adagrad", "LAMB", "Lion", "NAdam", "RMSprop")
+
+
+@pytest.mark.parametrize("kind", [getattr(fusereg.optim, name) for name in NAMES])
+def test_groups_that_do_not_fit_are_found_when_the_optimizer_is_made(kind: Any) -> None:
+    cpu = Backend("cpu", torch.device("cpu"))
+    groups, others = (make_groups(torch.float32, cpu, SIMPLE) for _ in range(2))
+    params = tensors_of(groups)
+    for own, given in ((params, others), (params[1:], groups)):
+        with pytest.raises(ValueError, match="groups hold 0\\.conv, which is not among the para"):
+            kind(own, lr=0.1, groups=given, group=1.0)
+    for weights, says in (([1.0], "must have 2 entries"), ("sizes", "must be 'size'")):
+        with pytest.raises(ValueError, match=says):
+            kind(params, lr=0.1, groups=groups, group=1.0, group_weights=weights)
+    later = kind(params[1:], lr=0.1, group=1.0)
+    later.add_param_group({"params": params[:1]})
+    later.groups = groups
+    with_grads(params)
+    later.step()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -86,20 +87,53 @@ def a_model_with_fsdp2_trains_as_a_whole_one(ranks: Ranks) -> None:
         torch.testing.assert_close(ours.penalty_value, theirs.penalty_value)
 
 
-@on(2)
+@on(2, 4)
 def a_model_with_fsdp2_in_two_dimensions_trains_as_a_whole_one(ranks: Ranks) -> None:
-    """Replicas of shards: fully_shard over a mesh of two dimensions."""
-    for shape in ((2, 1), (1, 2)):
-        plain = make_model().eval()
-        sharded = copy.deepcopy(plain)
-        x, y = data()
-        traced = make_groups(sharded)
-        names = ("replicate", "shard")
-        fully_shard(sharded, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
-        train(sharded, traced.of(sharded), x, y)
-        train(plain, make_groups(plain), x, y)
-        assert_equal_models(sharded, plain, 1e-12)
-        assert any((whole(p.detach()) == 0).any() for p in sharded.parameters())
+    """Replicas of shards: fully_shard over a mesh of two dimensions, each rank with its data."""
+    for shape in ((2, 1), (1, 2)) if ranks.world == 2 else ((2, 2), (4, 1), (1, 4)):
+        for readers in (False, True):
+            plain = make_model().eval()
+            sharded = copy.deepcopy(plain)
+            x, y = data()
+            traced = make_groups(sharded, readers)
+            names = ("replicate", "shard")
+            fully_shard(sharded, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
+            own = slice(ranks.rank, None, ranks.world)
+            train(sharded, traced.of(sharded), x[own], y[own])
+            train(plain, make_groups(plain, readers), x, y)
+            assert_equal_models(sharded, plain, 1e-12)
+            assert any((whole(p.detach()) == 0).any() for p in sharded.parameters())
+
+
+@on(4)
+def a_model_trained_with_fsdp2_is_compacted_and_sharded_again(ranks: Ranks) -> None:
+    names = ("replicate", "shard")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    plain = make_model()
+    for name in ("0.weight", "0.bias", "1.weight", "1.bias"):
+        plain.get_parameter(name).data[1::2] = 0.0
+    example = torch.zeros(1, 3, 4, 4).double()
+    small = fusereg.compact(plain, example)
+    assert isinstance(small, nn.Module)
+    sharded = copy.deepcopy(plain)
+    fully_shard(sharded, mesh=mesh)
+    with pytest.raises((TypeError, ValueError), match="DTensor"):
+        fusereg.compact(sharded, example)
+    gathered = make_model()
+    gathered.load_state_dict({n: whole(t) for n, t in sharded.state_dict().items()})
+    again = fusereg.compact(gathered, example)
+    assert isinstance(again, nn.Module)
+    for p, q in zip(again.parameters(), small.parameters(), strict=True):
+        assert p.shape == q.shape
+        assert torch.equal(p, q)
+    assert again[0].weight.shape[0] == 3
+    x, y = data()
+    groups = fusereg.groups_of(again, example)
+    fully_shard(again, mesh=mesh)
+    own = slice(ranks.rank, None, ranks.world)
+    train(again.eval(), groups.of(again), x[own], y[own])
+    train(small.eval(), fusereg.groups_of(small, example), x, y)
+    assert_equal_models(again, small, 1e-12)
 
 
 @on(2)
@@ -122,15 +156,19 @@ def what_no_replica_of_ddp_uses_stays(ranks: Ranks) -> None:
         assert torch.equal(others[0], others[1])
 
 
-@on(2, 3)
+@on(2, 3, 4)
 def any_placement_gives_the_value_gradient_and_step_of_the_whole(ranks: Ranks) -> None:
-    for placements in ([Shard(0)], [Shard(1)], [Replicate()]):
+    mesh, every = ranks.mesh, [[Shard(0)], [Shard(1)], [Replicate()]]
+    if ranks.world == 4:
+        mesh = init_device_mesh("cpu", (2, 2))
+        every = [[*a, *b] for a in every for b in every]
+    for placements in every:
         plain = make_model()
         held = copy.deepcopy(plain)
         for module in (held[0], held[4]):
             assert isinstance(module, (nn.Conv2d, nn.Linear))
             module.weight = nn.Parameter(
-                distribute_tensor(module.weight.detach(), ranks.mesh, placements)
+                distribute_tensor(module.weight.detach(), mesh, placements)
             )
         ours, theirs = make_groups(held), make_groups(plain)
         values = [fusereg.functional.group_lasso_penalty(g, 0.3, l1=0.1) for g in (ours, theirs)]

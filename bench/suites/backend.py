@@ -1,7 +1,9 @@
 """Benchmark of torch.compile's backend: a training step of two convolutional networks.
 
 The step is forward, mean and backward, without an optimizer, on random images. The networks are a
-residual network of 18 layers and a depthwise-separable network of 96 channels.
+residual network of 18 layers and a depthwise-separable network of 96 channels. One more case is the
+forward alone, without autograd, of a ResNet-18 so small that the host's time is what counts:
+Dynamo's guards, or the calls of modules.
 
 - ``eager``: torch's layers.
 - ``fusereg``: the same network, converted.
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 import fusereg
 
 from ..harness import EAGER, Call, Case, Options, Provider, Workload
-from ..harness.layers import training_case
+from ..harness.layers import FORWARD, training_case
 from ..models import ResNet, Separable
 
 FUSED = "fusereg"
@@ -52,13 +54,27 @@ def _networks(quick: bool) -> dict[str, tuple[Callable[[], nn.Module], int, int]
 
 
 def cases(options: Options) -> list[Case]:
-    """Return each network in each layout and dtype."""
-    return [
+    """Return each network in each layout and dtype, and the one for the host's time."""
+    found = [
         _case(name, layout, dtype, options)
         for name in _networks(options.quick)
         for layout in _LAYOUTS
         for dtype in options.dtypes
     ]
+    host = Case(
+        op="call",
+        mode=FORWARD,
+        shape="host resnet18 2x8x8",
+        dtype=options.dtypes[0],
+        device=options.device,
+        tensors=1,
+        elements=sum(p.numel() for p in _small().parameters()),
+        bytes_moved=0,
+        memory=10**8,
+        setup=functools.partial(_setup_host, options),
+        host=True,
+    )
+    return [*found, host]
 
 
 def _case(name: str, layout: str, dtype: torch.dtype, options: Options) -> Case:
@@ -85,6 +101,35 @@ def _setup(name: str, layout: str, dtype: torch.dtype, options: Options) -> Work
         return prepared
 
     return Workload(training_providers(step, fullgraph=True))
+
+
+def _small() -> ResNet:
+    return ResNet((4, 4, 4, 4), depth=2, dropout=0.0, channels=3)
+
+
+def _setup_host(options: Options) -> Workload:
+    network = _small().to(options.device, options.dtypes[0])
+    x = torch.randn(2, 3, 8, 8).to(options.device, options.dtypes[0])
+
+    def prepared(prepare: Prepare) -> Callable[[], Call]:
+        def make() -> Call:
+            model = prepare(copy.deepcopy(network))
+            return torch.no_grad()(lambda: model(x))
+
+        return make
+
+    def by_backend(model: nn.Module) -> Any:
+        importlib.import_module("fusereg.backend")
+        torch._dynamo.reset()
+        return torch.compile(model, backend="fusereg", fullgraph=True)
+
+    return Workload(
+        [
+            Provider(EAGER, prepared(lambda model: model)),
+            Provider(FUSED, prepared(fusereg.convert)),
+            Provider(BACKEND, prepared(by_backend), compiles=True),
+        ]
+    )
 
 
 Prepare = Callable[[nn.Module], Any]

@@ -260,6 +260,8 @@ def prepared(
     group = 0
     if settings.virtual_batch_size is not None:
         group = _group_samples(x, settings.virtual_batch_size, use_batch, name)
+    if mask is not None and use_batch and x.shape[1] and not single_values:
+        _check_count(mask, name)
     slope, p = settings.negative_slope, settings.dropout
     if type(slope) is not float:
         slope = checks.as_number(slope, f"fusereg.{name}: negative_slope")
@@ -394,6 +396,15 @@ def _check_out(out: object, inputs: Inputs, name: str) -> None:
         raise ValueError(
             f"fusereg.{name}: out= supports no gradients, and an argument requires one; "
             "leave out= away, or call under torch.no_grad()"
+        )
+
+
+def _check_count(mask: Tensor, name: str) -> None:
+    """Raise if a mask leaves one value per channel, where knowing that waits for no device."""
+    known = dispatch.direct(mask) and mask.device.type == "cpu"
+    if known and int(torch.count_nonzero(mask)) == 1:
+        raise ValueError(
+            f"fusereg.{name}: training wants more than 1 value per channel, and mask leaves 1"
         )
 
 

@@ -317,7 +317,7 @@ def update_running(call: Call, moments: Tensor) -> None:
     channels = call.inputs.x.shape[1]
     if mean is None or var is None or channels == 0:
         return
-    # Those that a compiler computes have a fourth row.
+    # Those that a compiler computes have more rows.
     of_group, square_of_group, count = moments.detach()[:3].reshape(3, -1, channels).unbind(0)
     total = count.sum(0)
     whole = total.clamp_min(1.0)

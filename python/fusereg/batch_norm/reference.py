@@ -140,15 +140,17 @@ def _activated(z: Tensor, constants: Constants) -> Tensor:
 
 
 def generated(call: Call) -> tuple[Tensor, Tensor | None]:
-    """Return y and, unless statistics are FIXED, moments with 1 / sqrt(variance + eps) as well.
+    """Return y and, unless statistics are FIXED, moments with three rows more.
 
-    They have the dtype that the arithmetic has: backward reads them once for each element.
+    These are 1 / sqrt(variance + eps), and the scale and shift of x. All have the dtype that the
+    arithmetic has: backward reads them once for each element.
     """
     x, moments = call.inputs.x, None
     if call.constants.statistics != FIXED:
         mean, var = batch_moments(_wide(x), None)
         count = torch.full_like(mean, x.numel() / x.shape[1])
-        moments = torch.stack([mean, var, count, (var + call.constants.eps).rsqrt()])
+        invstd = (var + call.constants.eps).rsqrt()
+        moments = torch.stack([mean, var, count, invstd, *_line(mean, invstd, call.inputs)])
     *_, z = _parts(call, moments)
     return _activated(z, call.constants).to(x.dtype), moments
 
@@ -160,7 +162,7 @@ def generated_gradients(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
     """
     inputs, constants = call.inputs, call.constants
     x, weight, bias = inputs.x, inputs.weight, inputs.bias
-    deviation, invstd, z = _parts(call, inputs.moments)
+    deviation, invstd, scale, z = _parts(call, inputs.moments)
     of_z = _wide(grad)
     if inputs.residual is None or call.keeps_residual():
         of_z = _before_activation(of_z, z, constants)
@@ -171,7 +173,6 @@ def generated_gradients(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
         share = x.shape[1] / x.numel()
         slope = per_channel(dot * share * (invstd * invstd), x)
         centered = of_z - deviation * slope - per_channel(total * share, x)
-    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     return (
         (centered * per_channel(scale, x)).to(x.dtype),
         of_z.to(x.dtype),
@@ -181,30 +182,43 @@ def generated_gradients(call: Call, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _parts(call: Call, moments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x - mean, 1 / sqrt(variance + eps), and z."""
-    x = call.inputs.x
+def _parts(call: Call, moments: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x - mean, 1 / sqrt(variance + eps), the scale of x, and z.
+
+    As scale * x + shift, z is read from three tensors. Inductor writes a value that is used more
+    than once to memory if it is read from more than four, and its gradient is read from one more.
+    """
+    x, residual = call.inputs.x, call.inputs.residual
     wide = _wide(x)
     if call.constants.statistics == FIXED:
         mean, var = (t.to(wide.dtype) for t in _fixed(call.inputs))
         invstd = (var + call.constants.eps).rsqrt()
+        scale, shift = _line(mean, invstd, call.inputs)
     else:
         assert moments is not None
-        mean, invstd = moments[0], moments[3]
-    deviation = wide - per_channel(mean, x)
-    return deviation, invstd, _affine(deviation * per_channel(invstd, x), call.inputs)
+        mean, _, _, invstd, scale, shift = moments.unbind()
+    z = wide * per_channel(scale, x) + per_channel(shift, x)
+    if residual is not None:
+        z = z + residual.to(z.dtype)
+    return wide - per_channel(mean, x), invstd, scale, z
+
+
+def _line(mean: Tensor, invstd: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Return the scale and the shift of x, as in torch's kernel for CPUs."""
+    scale = invstd if inputs.weight is None else invstd * inputs.weight.to(invstd.dtype)
+    shift = -mean * scale
+    return scale, shift if inputs.bias is None else shift + inputs.bias.to(shift.dtype)
 
 
 def _before_activation(grad: Tensor, z: Tensor, constants: Constants) -> Tensor:
     """Return the gradient of z from that of the activation's result.
 
-    A rectifier's by the result, as torch's own: what follows keeps that for backward anyway.
+    A rectifier's by z, which is computed from x; the result would be read in addition, twice.
     """
     if constants.activation == 1:
-        return torch.where(_activated(z, constants) <= 0, 0.0, grad)
+        return torch.where(z <= 0, 0.0, grad)
     if constants.activation == 2:
-        positive = _activated(z, constants) > 0 if constants.slope >= 0.0 else z > 0
-        return torch.where(positive, grad, grad * constants.slope)
+        return torch.where(z > 0, grad, grad * constants.slope)
     backward: Any = {3: torch.ops.aten.silu_backward, 4: torch.ops.aten.gelu_backward}
     if constants.activation in backward:
         grad = backward[constants.activation](grad, z)

@@ -55,12 +55,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, cuts: Cu
                     f"{place}, which would remain those of the larger model; make a new one for "
                     "the smaller model"
                 )
-    given = getattr(optimizer, "groups", None) is not None
-    if given and not isinstance(optimizer.group_weights, str):  # type: ignore[attr-defined]
-        raise ValueError(
-            "fusereg.compact: optimizer has group_weights of each channel, which the smaller model "
-            "has not; set its groups to None, and both again afterwards"
-        )
     whole = _whole_keys(optimizer)
     for name, p in model.named_parameters():
         if name not in cuts:

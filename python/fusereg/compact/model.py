@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any, Literal, TypeVar, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..core.arguments import check_integer, check_type
 from ..core.groups import Groups, Member
 from ..core.hints import explains
 from ..early_stopping import EarlyStopping
+from ..optim.optimizer import RegularizedOptimizer
+from ..penalty.coupled import given_weights
 from .carry import Change, carry_optimizer, check_optimizer
 from .find import Found, find, groups_of
 from .graph import plain_copy
-from .parts import Set, Slot, cut, cuts_of, name_epsilons, scales_of
+from .parts import Cuts, Set, Slot, cut, cuts_of, name_epsilons, scales_of
 from .plan import Decision, Run, decide, fold, identities
 from .probe import differ, generator
 from .table import Table, make_table
@@ -93,8 +96,8 @@ def compact(
             there are as many: kernels are fastest with multiples of 8 or 16.
         dry_run: return a table of what would change instead of the model.
         optimizer: an optimizer of the model's parameters, which gets those of the smaller model,
-            with its states cut likewise; one with ``groups`` gets those of the smaller model, if
-            its ``group_weights`` are not given one by one. Schedulers that hold it remain valid.
+            with its states cut likewise; one with ``groups`` gets those of the smaller model, with
+            the ``group_weights`` of the channels that stay. Schedulers that hold it remain valid.
         averaged: an average of the model or several, whose ``module`` is cut at the same channels,
             whether they are zero in the average or not.
         stopper: an :class:`fusereg.EarlyStopping` of the model, which watches the smaller model
@@ -143,6 +146,13 @@ def compact(
         return table
     smaller_averages = [_apply(a.module, found, decisions, gone)[0] for a in averages]
     _restore(small, model)
+    of_optimizer: dict[str, Any] = {}
+    if isinstance(optimizer, RegularizedOptimizer) and (groups := optimizer.groups) is not None:
+        again = groups_of(small, example_inputs, any(s.readers for s in groups))
+        again = of_optimizer["groups"] = _as_before(again, groups, model)
+        if not isinstance(weights := optimizer.group_weights, str):
+            known = given_weights("compact", groups, weights)
+            of_optimizer["group_weights"] = _weights(again, groups, known, model, change.cuts)
     for average, smaller in zip(averages, smaller_averages, strict=True):
         _restore(smaller, average.module)
         average.module = smaller
@@ -158,9 +168,8 @@ def compact(
         stopper.move(small, of_best)
     if optimizer is not None:
         carry_optimizer(optimizer, model, small, change)
-        if (groups := getattr(optimizer, "groups", None)) is not None:
-            found_again = groups_of(small, example_inputs, any(s.readers for s in groups))
-            optimizer.groups = _as_before(found_again, groups, model)  # type: ignore[attr-defined]
+        for key, value in of_optimizer.items():
+            setattr(optimizer, key, value)
     _log.info("%s: %s", _OP, table._last())
     return small
 
@@ -192,6 +201,38 @@ def _as_before(groups: Groups, old: Groups, model: nn.Module) -> Groups:
         for s in groups
     )
     return Groups((s for s in sets if s.members), groups.kept)
+
+
+def _weights(
+    groups: Groups, old: Groups, weights: Iterable[Tensor], model: nn.Module, cuts: Cuts
+) -> list[Tensor]:
+    """Return the weights that channels of the smaller model had, by the slices that they hold."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(p): name for name, p in model.named_parameters()}
+    before: dict[tuple[int, int], Tensor] = {}  # of each slice; NaN: of no channel
+    for own, given in zip(old, weights, strict=True):
+        for m in own.members:
+            slices = before.setdefault(
+                (id(m.parameter), m.dim),
+                torch.full(m.channels.shape, math.nan, dtype=torch.float64, device="cpu"),
+            )
+            channels = m.channels.cpu()
+            slices[channels >= 0] = given[channels[channels >= 0]]
+    found = []
+    for own in groups:
+        total = torch.zeros(own.size, dtype=torch.float64, device="cpu")
+        for m in own.members:
+            p = named.get(m.name)
+            if p is None or (id(p), m.dim) not in before:  # a bias that is new
+                continue
+            slices = before[id(p), m.dim]
+            if (index := cuts.get(first[id(p)], {}).get(m.dim)) is not None:
+                slices = slices[index.cpu()]
+            channels = m.channels.cpu()
+            held = (channels >= 0) & ~slices.isnan()
+            total[channels[held]] = slices[held]
+        found.append(total)
+    return found
 
 
 def _explain_whole(found: Found, decisions: list[Decision], gone: list[str]) -> None:

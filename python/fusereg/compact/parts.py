@@ -241,9 +241,16 @@ def cut(model: nn.Module, sets: Iterable[tuple[Set, Tensor]]) -> Cuts:
                     tensors[key] = new[id(tensor)]
     for owner in {name.rpartition(".")[0] for name in cuts}:
         _set_sizes(modules[owner])
+    bare: dict[str, Tensor] = {}  # norms without tensors, which torch's layers keep a size of
     for found, removed in sets:
         for number in found.numbers:
             setattr(modules[number.module], number.key, number.each * int((~removed).sum()))
+        for part in found.parts:
+            if not part.slots and isinstance(part.of(model), (BATCH_NORM, INSTANCE_NORM)):
+                gone = removed[part.channels.clamp_min(0)] & (part.channels >= 0)
+                bare[part.module] = bare.get(part.module, torch.ones_like(gone)) & ~gone
+    for name, stay in bare.items():
+        modules[name].num_features = int(stay.sum())
     return cuts
 
 

@@ -43,7 +43,8 @@ class GroupStep:
                         f"fusereg.{op}: groups hold {name}, which is not among the parameters "
                         "(a model that was sharded or loaded with assign=True has new ones: "
                         "groups.of(model) finds them by their names; after freezing some, call "
-                        "groups_of again, which leaves them out)"
+                        "groups_of again, which leaves them out; with add_param_group set "
+                        "optimizer.groups after it)"
                     )
             own = [group_of[id(p)] for p in family.tensors]
             own_weights = _coupled.weights_of(op, groups, family, weights)

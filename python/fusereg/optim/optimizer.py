@@ -6,7 +6,7 @@ import inspect
 import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import torch
@@ -120,6 +120,7 @@ class RegularizedOptimizer(Averages):
         self._begin()
         super().__init__(params, {**defaults, **shared})
         self.state = WatchedStates(dict, self.state)
+        self._groups_of_step(f"optim.{self._name}", list(map(self._hyper, self.param_groups)))
         strengths = (group["group"] for group in self.param_groups)
         if groups and "group" not in options and not any(map(given, strengths)):
             text = "groups do nothing without a strength; pass group= here or in param groups"
@@ -431,7 +432,7 @@ class RegularizedOptimizer(Averages):
             value = torch.zeros((), dtype=plan.value_dtype, device=plan.params[0].device)
         scale: Tensor | None = getattr(self, "grad_scale", None)
         op = f"optim.{self._name}"
-        by_groups = self._groups_of_step(op, plan, hypers)
+        by_groups = self._groups_of_step(op, hypers)
         norm, max_norm = None, 0.0
         if self.max_grad_norm is not None:
             norm, max_norm = norm_of_grads(op, plan.params, self._norm_tables), self.max_grad_norm
@@ -485,14 +486,13 @@ class RegularizedOptimizer(Averages):
             for key in self._keys:
                 call.states[i].pop(key, None)
 
-    def _groups_of_step(self, op: str, plan: Plan, hypers: tuple[Hyper, ...]) -> GroupStep | None:
+    def _groups_of_step(self, op: str, hypers: Sequence[Hyper]) -> GroupStep | None:
         """Return what takes the step of ``groups``, checked; None without any."""
         if self.groups is None:
             return None
-        step = self._group_step
-        if step is None or not step.fits(self.groups, self.group_weights, plan.parts):
-            step = GroupStep(op, self.groups, self.group_weights, plan.parts)
-            self._group_step = step
+        step, parts = self._group_step, [group["params"] for group in self.param_groups]
+        if step is None or not step.fits(self.groups, self.group_weights, parts):
+            step = self._group_step = GroupStep(op, self.groups, self.group_weights, parts)
         step.check(self.param_groups, hypers)
         return step
 

@@ -226,13 +226,18 @@ def weights_of(op: str, groups: Groups, family: Family, weights: Weights) -> Ten
         operations = torch.cat([torch.zeros(0, dtype=torch.float64, device="cpu"), *saved])
         total = float(operations.sum())
         return operations * (float(roots.sum()) / total) if total else operations
+    found = given_weights(op, groups, weights)
+    return torch.cat([torch.zeros(0, dtype=torch.float64, device="cpu"), *found])
+
+
+def given_weights(op: str, groups: Groups, weights: Sequence[Any] | Tensor) -> list[Tensor]:
+    """Return the weights of each set's channels, float64 [size] on the CPU, that a user gave."""
     if len(weights) != len(groups):
         raise ValueError(
             f"fusereg.{op}: weights must have {len(groups)} entries, one for each set, "
             f"got {len(weights)}"
         )
-    found = [_of_set(op, own, w) for own, w in zip(groups, weights, strict=True)]
-    return torch.cat([torch.zeros(0, dtype=torch.float64, device="cpu"), *found])
+    return [_of_set(op, own, w) for own, w in zip(groups, weights, strict=True)]
 
 
 def _of_set(op: str, own: CoupledChannels, weight: float | Sequence[float] | Tensor) -> Tensor:
