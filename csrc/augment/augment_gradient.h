@@ -107,15 +107,17 @@ FUSEREG_STATIC bool gradient_at(const Job& job, const View& values, std::int64_t
   using C = Number<T>;
   const double* const record = job.records + sample * kRecord;
   const double* const mixing = job.records + out * kRecord;
-  const bool mixes = partner_of(mixing, job.n) >= 0 && has(box_of(mixing + 10, job.y), col, row);
-  const double lam = mixes ? mixing[15] : 1.0;
-  const auto share = static_cast<C>(as_partner ? 1.0 - lam : lam);
-  if (share == C{0} || has(box_of(record + 6, job.y), col, row)) return false;
+  // All of it is loaded before any is asked about, so that one load doesn't wait for another.
   const C* const grad =
       static_cast<const C*>(job.y.data) + out * job.y.sample + row * job.y.row + col * job.y.pixel;
+  for (int k = 0; k < kGroup; ++k) g[k] = grad[(channel + k) * job.y.channel];
+  const bool in_mix = has(box_of(mixing + 10, job.y), col, row);
+  const bool in_erased = has(box_of(record + 6, job.y), col, row);
+  const double lam = partner_of(mixing, job.n) >= 0 && in_mix ? mixing[15] : 1.0;
+  const auto share = static_cast<C>(as_partner ? 1.0 - lam : lam);
+  if (share == C{0} || in_erased) return false;
   for (int k = 0; k < kGroup; ++k) {
-    const int c = channel + k;
-    g[k] = multiply(multiply(grad[c * job.y.channel], share), static_cast<C>(job.scale[c]));
+    g[k] = multiply(multiply(g[k], share), static_cast<C>(job.scale[channel + k]));
   }
   if (!job.color) return true;
   const double* const m = record + 16;

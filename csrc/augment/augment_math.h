@@ -230,12 +230,13 @@ FUSEREG_STATIC bool erased(const Job& job, std::int64_t sample, std::int64_t col
                            int channel, Number<T> (&v)[kGroup]) {
   using C = Number<T>;
   if (!has(box_of(job.records + sample * kRecord + 6, job.y), col, row)) return false;
+  std::int64_t key[2] = {};
+  for (int i = 0; i < 2 && job.erase_noise; ++i) key[i] = job.keys[2 * sample + i];
   for (int k = 0; k < kGroup; ++k) {
     const int c = channel + k;
     const std::int64_t index = (c * job.y.h + row) * job.y.w + col;
     set_channel(v, k,
-                job.erase_noise ? static_cast<C>(normal_at(job.keys + 2 * sample,
-                                                           static_cast<std::uint64_t>(index)))
+                job.erase_noise ? static_cast<C>(normal_at(key, static_cast<std::uint64_t>(index)))
                                 : static_cast<C>(job.erase[c]));
   }
   return true;

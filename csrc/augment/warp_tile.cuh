@@ -142,15 +142,6 @@ struct TileStrides {
   FUSEREG_DEVICE_INLINE std::int64_t channel() const { return kLast ? 1 : channel_stride; }
 };
 
-template <class T>
-FUSEREG_DEVICE_INLINE float tap(const T* p) {
-  if constexpr (sizeof(T) == 1) {
-    return static_cast<float>(static_cast<std::int32_t>(*p));
-  } else {
-    return read(p);
-  }
-}
-
 // lerp() of pixels. Between bytes nothing is infinite and zeros have no sign, so that no choice is
 // left to make.
 template <class T>
