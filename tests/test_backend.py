@@ -636,3 +636,30 @@ def test_inductor_may_cache_what_the_rewritten_graph_becomes(
     compiled(model, then="inductor", mode="max-autotune-no-cudagraphs")(images().float())
     assert fused() == {"dropout": 1, "batch_norm + relu": 2, "batch_norm + silu": 2}
     assert patches[0]["max_autotune"] is True
+
+
+@pytest.mark.slow
+def test_code_that_torch_has_cached_is_not_that_of_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor.utils import fresh_cache
+
+    for name, text in (("a", "1"), ("b", "1"), ("c", "2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kernel.py").write_text(text, encoding="utf-8")
+    a, b, c = (compiler._digest(tmp_path / name) for name in "abc")
+    assert a == b != c
+    model, x = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()), torch.randn(8, 4)
+
+    def hits() -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(model, backend="fusereg", options={"then": "inductor"})
+        compiled(x).sum().backward()
+        return int(counters["aot_autograd"]["autograd_cache_hit"])
+
+    with fresh_cache():
+        assert [hits(), hits()] == [0, 1]
+        other = dict.fromkeys(compiler._CACHEABLE, f"{c} of other code")
+        monkeypatch.setattr(compiler, "_CACHEABLE", other)
+        assert [hits(), hits()] == [0, 1]

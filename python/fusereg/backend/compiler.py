@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,8 +38,19 @@ _MANY = 4
 
 # Native and converted layers are one node each; AOTAutograd traces through them as before.
 torch.compiler.allow_in_graph(list(LEAVES))
-#: Their graphs may be cached: only the arguments decide what they do.
-_CACHEABLE = {f"{leaf.__module__}.{leaf.__name__}": __version__ for leaf in LEAVES}
+
+
+def _digest(folder: Path) -> str:
+    """Return a digest of the code in a folder, which decides what its functions are traced to."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+#: Their graphs may be cached: only the arguments and this package's code decide what they do.
+_CODE = f"{__version__} {_digest(Path(__file__).parents[1])}"
+_CACHEABLE = {f"{leaf.__module__}.{leaf.__name__}": _CODE for leaf in LEAVES}
 # Dynamo, which does that where it traces into them, does not trace into leaves.
 operator.tell_inductor()
 
