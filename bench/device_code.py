@@ -69,23 +69,19 @@ class Bound(NamedTuple):
     f64: float = 10.0  # of kernels of other dtypes
 
 
-#: Without `share`: what goes element by element, for pointers and lengths that no vector fits,
-#: and what is still to become faster. `f64`: a GPU that calculates in float64 at 1/64 of its
-#: float32 rate does some ten such instructions while it moves 16 bytes.
+#: Without `share`: what is still to become faster. `f64`: a GPU that calculates in float64 at 1/64
+#: of its float32 rate does some ten such instructions while it moves 16 bytes.
 BOUNDS: tuple[Bound, ...] = (
-    Bound(r"^dropout::dropout_elements_kernel<.*, true>$", share=90.0),
-    Bound(r"^dropout::dropout_rows_kernel<.*, [248], unsigned int, true>", share=80.0),
-    Bound(r"^dropout::dropout_rows_kernel<.*, [248], unsigned int,", share=90.0),
-    # Two Philox calls and four pairs of normals for 8 elements, each operation rounded.
-    Bound(r"^gaussian_dropout::.*, true>$", share=85.0),
-    Bound(r"^fused_dropout::\w+_rows_kernel<\w+, [248], [\w ]+, false>", share=90.0),
-    # GELU and its derivative are bound by their arithmetic.
-    Bound(r"^fused_dropout::fused_dropout_elements_kernel", share=70.0),
+    Bound(r"^dropout::dropout_window_kernel", share=85.0),
+    Bound(r"^dropout::", share=90.0),
+    # Two Philox calls and four pairs of normals for 8 elements, each operation rounded; in windows
+    # the normals are exchanged, too.
+    Bound(r"^gaussian_dropout::gaussian_dropout_kernel", share=85.0),
+    Bound(r"^gaussian_dropout::", share=70.0),
+    Bound(r"^fused_dropout::", share=90.0),
     # Two doubles of a row's statistics lie side by side, where no vector fits them.
-    Bound(r"^dropout_norm::dropout_norm_forward_kernel<double", split=1),
-    Bound(r"^dropout_norm::.*, true>$", share=90.0),
-    Bound(r"^penalty::penalty_groups_kernel", share=70.0),
-    Bound(r"^penalty::coupled_kernel<3, SlotTerms", share=70.0),
+    Bound(r"^dropout_norm::dropout_norm_forward_kernel<double", split=1, share=90.0),
+    Bound(r"^dropout_norm::", share=90.0),
     Bound(r"^penalty::", share=90.0),
     Bound(r"^optim::(?:clip|norm|adaptive)_kernel", share=90.0),
     # FTRL's four numbers of the last step lie side by side, where no vector fits them.
@@ -94,12 +90,7 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(r"^cross_entropy::cross_entropy_finish_kernel", split=1),
     Bound(r"^cross_entropy::", share=90.0),
     Bound(r"^drop_block::drop_block_apply_kernel", share=90.0),
-    Bound(r"^batch_norm::\w+_kernel<\w+, Lines<true>", share=90.0),
-    Bound(r"^batch_norm::\w+_kernel<\w+, Columns<true>", share=90.0),
-    # Element by element there is no loop over vectors: the one that is counted puts together the
-    # slots of the blocks.
-    Bound(r"^batch_norm::batch_norm_gradient_kernel<\w+, Columns<false>, true>", spill=8, f64=13.0),
-    Bound(r"^batch_norm::\w+_kernel<\w+, (?:Lines|Columns)<false>", f64=13.0),
+    Bound(r"^batch_norm::", share=90.0),
     # Which output pixels read one is asked in float64, in both passes over the taps.
     Bound(r"^augment::augment_backward_kernel<\w+, 1,", f64=15.0),
     Bound(r"^augment::program_kernel", share=90.0),

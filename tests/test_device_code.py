@@ -179,8 +179,8 @@ def test_the_stored_table_is_within_the_bounds() -> None:
 def test_each_slow_kernel_has_its_reason_on_the_page() -> None:
     slow = [row.kernel for row in stored() if row.share < 85.0]
     names = named_as_slow()
-    assert len(slow) > 50
-    assert len(names) > 8
+    assert slow
+    assert names
     assert [k for k in slow if not any(name.search(k) for name in names)] == []
     unused = [n.pattern for n in names if not any(n.search(kernel) for kernel in slow)]
     assert unused == ["::program_kernel(?:<|$)"]  # what bounds it the model does not know

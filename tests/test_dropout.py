@@ -155,6 +155,29 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+#: What no vector fits is dropped in windows of 256 elements, which begin at a group of 8 draws.
+WINDOWS = [1, 8, 250, 256, 263, 264, 519, 1031]
+
+
+def misaligned(t: Tensor) -> Tensor:
+    """A copy off a 16-byte boundary, with the same strides."""
+    memory = t.new_empty(t.numel() + 1)[1:]
+    return memory.as_strided(t.shape, t.stride(), 1).copy_(t)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("p", [0.5, 0.25, 0.1, 0.001])
+def test_misaligned_elements(p: float, dtype: torch.dtype, backend: Backend) -> None:
+    for n in WINDOWS:
+        for index_offset in (0, 3):
+            x = misaligned(make((n,), dtype, backend))
+            mask = reference_philox.mask(n, p, SEED, 0, index_offset)
+            y = F.dropout(x, p, seed=SEED, index_offset=index_offset)
+            assert_dropped(y, x, mask, p)
+            F.dropout(x, p, seed=SEED, index_offset=index_offset, inplace=True)
+            assert torch.equal(x, y)
+
+
 def in_memory_order(t: Tensor) -> Tensor:
     """The elements of a dense tensor as they lie."""
     return t.as_strided((t.numel(),), (1,))
@@ -233,6 +256,54 @@ def test_rows(
             y.backward(x.detach())
             assert x.grad is not None
             assert_dropped(x.grad, x.detach(), mask, p)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("p", [0.4, 0.5, 0.001])
+@pytest.mark.parametrize(
+    ("kind", "shape", "dims"),
+    [
+        (F.drop_path, (9, 61), 1),
+        (F.drop_path, (300, 3), 1),
+        (F.dropout2d, (3, 5, 9, 13), 2),
+        (F.dropout2d, (2, 11, 7, 7), 2),
+        (F.dropout2d, (2, 300, 2, 1), 2),
+    ],
+    ids=lambda v: getattr(v, "__name__", str(v)),
+)
+def test_misaligned_rows(
+    kind: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    dims: int,
+    p: float,
+    dtype: torch.dtype,
+    backend: Backend,
+) -> None:
+    check_rows(kind, shape, dims, p, backend, dtype, misaligned)
+
+
+# More elements than a grid takes at once, on a device of up to four multiprocessors.
+@pytest.mark.parametrize("move", [lambda t: t, misaligned], ids=["aligned", "misaligned"])
+def test_many_ragged_rows(move: Callable[[Tensor], Tensor], backend: Backend) -> None:
+    for shape in ((1, 53, 71, 73), (531, 3, 13, 13)):
+        check_rows(F.dropout2d, shape, 2, 0.5, backend, torch.bfloat16, move)
+
+
+def check_rows(
+    kind: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    dims: int,
+    p: float,
+    backend: Backend,
+    dtype: torch.dtype,
+    move: Callable[[Tensor], Tensor],
+) -> None:
+    mask = reference_philox.mask(math.prod(shape[:dims]), p, SEED, 0, 13)
+    mask = mask.view(*shape[:dims], *[1] * (len(shape) - dims)).expand(shape)
+    formats = [torch.contiguous_format, *[torch.channels_last] * (len(shape) == 4)]
+    for memory_format in formats:
+        x = move(make(shape, dtype, backend).contiguous(memory_format=memory_format))
+        assert_dropped(kind(x, p, seed=SEED, index_offset=13), x, mask, p)
 
 
 def test_rows_in_other_layouts(backend: Backend) -> None:

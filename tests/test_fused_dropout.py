@@ -147,6 +147,21 @@ def test_drop_path_add(p: float, dtype: torch.dtype, backend: Backend) -> None:
             assert again.stride() == last.stride()
 
 
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("p", [0.5, 0.25, 0.1, 0.001])
+def test_drop_path_add_of_misaligned_rows(p: float, dtype: torch.dtype, backend: Backend) -> None:
+    # Around windows of 256 elements; rows shorter than the 8 that a thread draws for.
+    for shape in ((1, 255), (9, 61), (4, 257), (300, 3)):
+        x, residual = make(shape, dtype, backend), make(shape, dtype, backend)
+        mask = mask_of(shape[:1], p, backend, 3).view(-1, 1).expand(shape)
+        wanted = residual.double() + dropped(x.double(), mask, p)
+        move = LAYOUTS["misaligned"]
+        y = F.drop_path_add(move(x), move(residual), p, seed=SEED, index_offset=3)
+        assert_close(y, wanted)
+        assert torch.equal(y[~mask], residual[~mask])
+        assert torch.equal(y, F.drop_path_add(x, residual, p, seed=SEED, index_offset=3))
+
+
 @pytest.mark.parametrize("index_offset", [1, 8, 100, 2**40 + 5])
 def test_index_offset_gives_a_shard_its_part(index_offset: int, backend: Backend) -> None:
     shape = (6, 77)

@@ -206,6 +206,17 @@ def test_layouts(dtype: torch.dtype, backend: Backend) -> None:
         assert torch.equal(leaf.grad, y)
 
 
+@pytest.mark.sanitizer
+def test_misaligned_elements(dtype: torch.dtype, backend: Backend) -> None:
+    # Around windows of 256 elements, which begin at a group of 8.
+    for n in (1, 8, 250, 256, 263, 264, 519, 1031):
+        for index_offset in (0, 3):
+            t = make((n,), dtype, backend)
+            x = torch.cat([t[:1], t])[1:]
+            y = F.gaussian_dropout(x, 0.4, seed=SEED, index_offset=index_offset)
+            assert torch.equal(y, noisy(x, normals(n, SEED, 0, index_offset), 0.4))
+
+
 def test_arguments() -> None:
     x = torch.ones(2, 3)
     assert F.gaussian_dropout(x, 0.0) is x

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, kHeavy || Walk::kColumns ? kBlocksPe
   const Tiling& t = g.tiling;
   // The last that was read comes first.
   const Share share = share_of_block(t, gridDim.x - 1 - blockIdx.x);
-  for (int i = static_cast<int>(threadIdx.x); i < slab_channels(t, share.slab); i += kThreads) {
+  if (const int i = static_cast<int>(threadIdx.x); i < slab_channels(t, share.slab)) {
     const std::int64_t c = first_channel(t, share) + i;
     set_coefficients(coefficients, i, job, c, read_statistic(job, t, share.group, c));
   }
@@ -60,12 +60,12 @@ __global__ void __launch_bounds__(kThreads, kHeavy || Walk::kColumns ? kBlocksPe
   for_each_octet<kAhead<T> / 2>(
       walk,
       [&](const Place& place) {
-        ForwardData<T> data{};
+        ForwardData<T, Walk::kWide> data{};
         data.x = load_octet<Walk>(static_cast<const T*>(job.x), place);
         finish_octet_inputs<Walk>(job, place, data);
         return data;
       },
-      [&](const Place& place, const ForwardData<T>& data) {
+      [&](const Place& place, const ForwardData<T, Walk::kWide>& data) {
         write_forward<kHeavy, Walk>(job, plain, k, place, data);
       });
 }

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
   const Backward& job = g.job;
   const Tiling& t = g.tiling;
   const Share share = share_of_block(t, blockIdx.x);
-  for (int i = static_cast<int>(threadIdx.x); i < slab_channels(t, share.slab); i += kThreads) {
+  if (const int i = static_cast<int>(threadIdx.x); i < slab_channels(t, share.slab)) {
     const std::int64_t c = first_channel(t, share) + i;
     set_backward_coefficients(coefficients, i, job, c, read_statistic(job, t, share.group, c));
   }
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
   // The last that was read comes first.
   const Share share = share_of_block(t, gridDim.x - 1 - blockIdx.x);
   const std::int64_t all = t.groups * t.channels;
-  for (int i = static_cast<int>(threadIdx.x); i < slab_channels(t, share.slab); i += kThreads) {
+  if (const int i = static_cast<int>(threadIdx.x); i < slab_channels(t, share.slab)) {
     const std::int64_t c = first_channel(t, share) + i;
     const std::int64_t s = share.group * t.channels + c;
     const Statistic statistic = read_statistic(job, t, share.group, c);
@@ -71,9 +71,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
   C q[Walk::kSets];
   C r[Walk::kSets];
   kept_gradient(walk, coefficients, q, r);
-  for_each_octet<kAhead<T> / 2>(
+  for_each_octet<kAheadBackward<T, Walk>>(
       walk, [&](const Place& place) { return load_backward<kHeavy, Walk, T>(job, plain, place); },
-      [&](const Place& place, const BackwardData<T>& data) {
+      [&](const Place& place, const BackwardData<T, Walk::kWide>& data) {
         write_backward<kHeavy, Walk>(job, plain, k, q, r, place, data);
       });
 }

@@ -8,6 +8,7 @@
 namespace fusereg::batch_norm {
 
 inline constexpr int kWarps = kThreads / cuda::kWarpSize;
+static_assert(kMaxPack <= kThreads, "a thread for each channel of a slab");
 
 // A kernel's only parameter.
 template <class Job>
@@ -20,6 +21,14 @@ struct Arguments {
 };
 
 // --- statistics that are put together ---
+
+// Where all of what is loaded is to be under way before the first is used.
+template <class... D>
+FUSEREG_DEVICE_INLINE void join_registers(D&... values) {
+#if !defined(FUSEREG_CUDA_ON_HOST)
+  (([&] { asm volatile("" : "+d"(values)); }()), ...);
+#endif
+}
 
 struct Moments {
   double count = 0.0;
@@ -35,6 +44,7 @@ struct Moments {
     m2 += o.m2 + delta * delta * count * weight;
     count = total;
   }
+  FUSEREG_DEVICE_INLINE void join() { join_registers(count, mean, m2); }
 };
 
 // From sums of x - shift and of its square.
@@ -58,6 +68,7 @@ struct GradientSums {
     sum += o.sum;
     dot += o.dot;
   }
+  FUSEREG_DEVICE_INLINE void join() { join_registers(sum, dot); }
   // To one that is aligned to its size, as partial results are.
   FUSEREG_DEVICE_INLINE void store(GradientSums* to) const { cuda::store_pair(&to->sum, sum, dot); }
 };
@@ -78,8 +89,20 @@ template <class P>
 FUSEREG_DEVICE_INLINE P combine(const P* first, std::int64_t count) {
   P total;
   const int shares = static_cast<int>(count);
-  for (int k = static_cast<int>(cuda::lane_id()); k < shares; k += cuda::kWarpSize)
-    total.add(first[k]);
+  constexpr int kAtOnce = 4;
+  FUSEREG_NO_UNROLL
+  for (int k = static_cast<int>(cuda::lane_id()); k < shares; k += kAtOnce * cuda::kWarpSize) {
+    P parts[kAtOnce];
+    FUSEREG_UNROLL
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (k + u * cuda::kWarpSize < shares) parts[u] = first[k + u * cuda::kWarpSize];
+    }
+    FUSEREG_UNROLL
+    for (int u = 0; u < kAtOnce; ++u) {
+      parts[u].join();
+      total.add(parts[u]);
+    }
+  }
   for (int offset = cuda::kWarpSize / 2; offset > 0; offset /= 2) {
     // The lower lane's comes first in both lanes: so they get the same bits.
     const P other = exchange(total, offset);

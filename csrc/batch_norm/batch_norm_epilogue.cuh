@@ -9,6 +9,10 @@ namespace fusereg::batch_norm {
 // Octets that a thread has under way at once.
 template <class T>
 inline constexpr int kAhead = sizeof(T) == 2 ? 4 : 2;
+// Backward an octet is two or three: columns that are loaded element by element have no registers for
+// more than one.
+template <class T, class Walk>
+inline constexpr int kAheadBackward = Walk::kColumns && !Walk::kWide ? 1 : kAhead<T> / 2;
 
 // --- epilogues ---
 // What a call does is decided by branches that go the same way for the whole grid, once an octet.
@@ -107,14 +111,14 @@ FUSEREG_DEVICE_INLINE void activate_backward(C (&dz)[kOctet], const C (&z)[kOcte
 
 // --- forward ---
 
-template <class T>
+template <class T, bool kWide>
 struct ForwardData {
-  Octet<T> x, residual;
+  Octet<T, kWide> x, residual;
 };
 
 template <class Walk, class T>
 FUSEREG_DEVICE_INLINE void finish_octet_inputs(const Forward& job, const Place& place,
-                                               ForwardData<T>& data) {
+                                               ForwardData<T, Walk::kWide>& data) {
   if (job.residual != nullptr) {
     data.residual = load_octet<Walk>(static_cast<const T*>(job.residual), place);
   }
@@ -124,7 +128,7 @@ FUSEREG_DEVICE_INLINE void finish_octet_inputs(const Forward& job, const Place& 
 template <bool kHeavy, class Walk, class T, class C>
 FUSEREG_DEVICE_INLINE void write_forward(const Forward& job, const Plain<C>& plain,
                                          const Kept<C, Walk::kSets>& k, const Place& place,
-                                         const ForwardData<T>& data) {
+                                         const ForwardData<T, Walk::kWide>& data) {
   C z[kOctet];
   FUSEREG_UNROLL
   for (int e = 0; e < kOctet; ++e) {
@@ -157,21 +161,21 @@ FUSEREG_DEVICE_INLINE void write_forward(const Forward& job, const Plain<C>& pla
 
 // --- backward ---
 
-template <class T>
+template <class T, bool kWide>
 struct BackwardData {
-  Octet<T> grad, x, residual;
+  Octet<T, kWide> grad, x, residual;
   unsigned positive;
-  unsigned kept;  // by dropout, of those that count; kHeavy only
+  unsigned kept;  // by dropout; kHeavy only
 };
 
 // Draws come first: they want registers that the octet's data take afterwards.
-template <bool kHeavy, class T, class C>
-FUSEREG_DEVICE_INLINE BackwardData<T> drawn(const Backward& job, const Plain<C>& plain,
-                                            const Place& place) {
-  BackwardData<T> data{};
+template <bool kHeavy, class Walk, class T, class C>
+FUSEREG_DEVICE_INLINE BackwardData<T, Walk::kWide> drawn(const Backward& job, const Plain<C>& plain,
+                                                         const Place& place) {
+  BackwardData<T, Walk::kWide> data{};
   if constexpr (kHeavy) {
-    data.kept = place.live;
-    if (job.epilogue.dropout) data.kept &= kept_bits(job.epilogue, plain, place.at);
+    data.kept = kAllInside;
+    if (job.epilogue.dropout) data.kept = kept_bits(job.epilogue, plain, place.at);
   }
   return data;
 }
@@ -179,7 +183,7 @@ FUSEREG_DEVICE_INLINE BackwardData<T> drawn(const Backward& job, const Plain<C>&
 // What is not kept on the chip: the residual, where one is needed, and the bits.
 template <class Walk, class T>
 FUSEREG_DEVICE_INLINE void finish_octet_inputs(const Backward& job, const Place& place,
-                                               BackwardData<T>& data) {
+                                               BackwardData<T, Walk::kWide>& data) {
   data.positive = 0;
   if (job.bits != nullptr) {
     data.positive = place.inside != 0 ? job.bits[place.bits_at] : 0u;
@@ -190,9 +194,10 @@ FUSEREG_DEVICE_INLINE void finish_octet_inputs(const Backward& job, const Place&
 }
 
 template <bool kHeavy, class Walk, class T, class C>
-FUSEREG_DEVICE_INLINE BackwardData<T> load_backward(const Backward& job, const Plain<C>& plain,
-                                                    const Place& place) {
-  auto data = drawn<kHeavy, T>(job, plain, place);
+FUSEREG_DEVICE_INLINE BackwardData<T, Walk::kWide> load_backward(const Backward& job,
+                                                                 const Plain<C>& plain,
+                                                                 const Place& place) {
+  auto data = drawn<kHeavy, Walk, T>(job, plain, place);
   data.grad = load_octet<Walk>(static_cast<const T*>(job.grad), place);
   if (job.x != nullptr) data.x = load_octet<Walk>(static_cast<const T*>(job.x), place);
   data.x.raw.join();
@@ -204,12 +209,12 @@ FUSEREG_DEVICE_INLINE BackwardData<T> load_backward(const Backward& job, const P
 template <bool kHeavy, class Walk, class T, class C>
 FUSEREG_DEVICE_INLINE void gradient_of_z(const Backward& job, const Plain<C>& plain,
                                          const Kept<C, Walk::kSets>& k, const Place& place,
-                                         const BackwardData<T>& data, C (&dz)[kOctet],
+                                         const BackwardData<T, Walk::kWide>& data, C (&dz)[kOctet],
                                          C (&d)[kOctet]) {
   constexpr bool kFromY = !(kHeavy && Walk::kWide);  // it goes with none of the three
   const bool from_y = kFromY && job.from_y;
   unsigned positive = data.positive;
-  const unsigned kept = kHeavy ? data.kept : place.live;
+  const unsigned kept = kHeavy ? data.kept & place.live : place.live;
   FUSEREG_UNROLL
   for (int e = 0; e < kOctet; ++e) {
     const int i = Walk::kSets == 1 ? 0 : e;
@@ -252,7 +257,7 @@ template <bool kHeavy, class Walk, class T, class C>
 FUSEREG_DEVICE_INLINE void write_backward(const Backward& job, const Plain<C>& plain,
                                           const Kept<C, Walk::kSets>& k, const C (&q)[Walk::kSets],
                                           const C (&r)[Walk::kSets], const Place& place,
-                                          const BackwardData<T>& data) {
+                                          const BackwardData<T, Walk::kWide>& data) {
   C dz[kOctet];
   C d[kOctet];
   gradient_of_z<kHeavy, Walk>(job, plain, k, place, data, dz, d);

@@ -127,11 +127,11 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
     for_each_octet<1>(
         walk,
         [&](const Place& place) {
-          ForwardData<T> data{};
+          ForwardData<T, Walk::kWide> data{};
           finish_octet_inputs<Walk>(job, place, data);
           return data;
         },
-        [&](const Place& place, ForwardData<T>& data) {
+        [&](const Place& place, ForwardData<T, Walk::kWide>& data) {
           data.x = shelf.take();
           write_forward<kHeavy, Walk>(job, plain, k, place, data);
         });
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
   while (team.next(g)) {
     const Share& share = team.share;
     const int channels = slab_channels(t, share.slab);
-    for (int i = static_cast<int>(threadIdx.x); i < channels; i += kThreads) {
+    if (const int i = static_cast<int>(threadIdx.x); i < channels) {
       const std::int64_t c = first_channel(t, share) + i;
       set_backward_coefficients(coefficients, i, job, c, read_statistic(job, t, share.group, c));
     }
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
     Shelf<T> shelf(memory);  // of x and of the gradient, in turn
     block_sums<kHeavy, T>(
         TypeTag<Walk>{}, job, t, share, plain, coefficients,
-        [&](const BackwardData<T>& data) {
+        [&](const BackwardData<T, Walk::kWide>& data) {
           shelf.put(data.x);
           shelf.put(data.grad);
         },
@@ -199,11 +199,11 @@ __global__ void __launch_bounds__(kThreads, kResidentPerSm)
     for_each_octet<1>(
         walk,
         [&](const Place& place) {
-          auto data = drawn<kHeavy, T>(job, plain, place);
+          auto data = drawn<kHeavy, Walk, T>(job, plain, place);
           finish_octet_inputs<Walk>(job, place, data);
           return data;
         },
-        [&](const Place& place, BackwardData<T>& data) {
+        [&](const Place& place, BackwardData<T, Walk::kWide>& data) {
           data.x = shelf.take();
           data.grad = shelf.take();
           write_backward<kHeavy, Walk>(job, plain, k, q, r, place, data);

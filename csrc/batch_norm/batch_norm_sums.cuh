@@ -83,7 +83,7 @@ __device__ void block_moments(TypeTag<Lines<kWide>>, const Forward& job, const T
   Walk walk(t, share, job.mask, static_cast<int>(threadIdx.x), kThreads);
   for_each_octet<kAhead<T>>(
       walk, [&](const Place& place) { return load_octet<Walk>(x, place); },
-      [&](const Place& place, const Octet<T>& octet) {
+      [&](const Place& place, const Octet<T, kWide>& octet) {
         keep(octet);
         C d[kOctet];
         C square[kOctet];
@@ -148,7 +148,7 @@ __device__ void block_moments(TypeTag<Columns<kWide>>, const Forward& job, const
       while (row + 1 < end && job.mask[row] == 0) ++row;
     }
     __syncthreads();  // the last run's sums have been read
-    for (int c = static_cast<int>(threadIdx.x); c < channels; c += kThreads) {
+    if (const int c = static_cast<int>(threadIdx.x); c < channels) {
       shifts[c] = to_compute(x[(row * t.channels + first_channel(t, share) + c) * t.inner]);
     }
     __syncthreads();
@@ -165,7 +165,7 @@ __device__ void block_moments(TypeTag<Columns<kWide>>, const Forward& job, const
     walk.run(kRunRows);
     for_each_octet<kAhead<T>>(
         walk, [&](const Place& place) { return load_octet<Walk>(x, place); },
-        [&](const Place& place, const Octet<T>& octet) {
+        [&](const Place& place, const Octet<T, kWide>& octet) {
           keep(octet);
           if (place.live == 0) return;
           ++count;
@@ -200,7 +200,7 @@ __device__ void block_moments(TypeTag<Columns<kWide>>, const Forward& job, const
     }
   }
   __syncthreads();
-  for (int c = static_cast<int>(threadIdx.x); c < channels; c += kThreads) emit(c, totals[c]);
+  if (const int c = static_cast<int>(threadIdx.x); c < channels) emit(c, totals[c]);
 }
 
 // The two sums of backward, of the block's share: keep(octets) and emit(channel, sums) as above.
@@ -215,9 +215,9 @@ __device__ void block_sums(TypeTag<Lines<kWide>>, const Backward& job, const Til
   Walk walk(t, share, job.mask, static_cast<int>(threadIdx.x), kThreads);
   const auto k = kept_coefficients(walk, coefficients);
   LineSums<C> sums;
-  for_each_octet<kAhead<T> / 2>(
+  for_each_octet<kAheadBackward<T, Walk>>(
       walk, [&](const Place& place) { return load_backward<kHeavy, Walk, T>(job, plain, place); },
-      [&](const Place& place, const BackwardData<T>& data) {
+      [&](const Place& place, const BackwardData<T, Walk::kWide>& data) {
         keep(data);
         C dz[kOctet];
         C d[kOctet];
@@ -257,9 +257,9 @@ __device__ void block_sums(TypeTag<Columns<kWide>>, const Backward& job, const T
     FUSEREG_UNROLL
     for (int e = 0; e < kOctet; ++e) first[e] = second[e] = C(0);
     walk.run(kRunRows);
-    for_each_octet<kAhead<T> / 2>(
+    for_each_octet<kAheadBackward<T, Walk>>(
         walk, [&](const Place& place) { return load_backward<kHeavy, Walk, T>(job, plain, place); },
-        [&](const Place& place, const BackwardData<T>& data) {
+        [&](const Place& place, const BackwardData<T, Walk::kWide>& data) {
           keep(data);
           C dz[kOctet];
           C d[kOctet];
@@ -285,7 +285,7 @@ __device__ void block_sums(TypeTag<Columns<kWide>>, const Backward& job, const T
 #endif
   }
   __syncthreads();
-  for (int c = static_cast<int>(threadIdx.x); c < channels; c += kThreads) emit(c, totals[c]);
+  if (const int c = static_cast<int>(threadIdx.x); c < channels) emit(c, totals[c]);
 }
 
 }  // namespace fusereg::batch_norm

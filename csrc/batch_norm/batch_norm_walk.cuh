@@ -9,13 +9,13 @@ namespace fusereg::batch_norm {
 
 // --- elements ---
 
-// In whole registers, as an octet lies in memory.
-template <class T>
+// In whole registers, as an octet lies in memory; not kWide: as it is loaded element by element.
+template <class T, bool kWide = true>
 struct Octet {
   static constexpr int kPart = cuda::kVecSize<T> < kOctet ? cuda::kVecSize<T> : kOctet;
   static constexpr int kParts = kOctet / kPart;
   using Part = cuda::Vec<T, kPart>;
-  cuda::Raw<T, kOctet> raw;
+  std::conditional_t<kWide, cuda::Raw<T, kOctet>, cuda::Singles<T, kOctet>> raw;
   FUSEREG_DEVICE_INLINE T operator[](int e) const { return raw[e]; }
   FUSEREG_DEVICE_INLINE Part part(int i) const {
     Part v;
@@ -58,19 +58,21 @@ FUSEREG_DEVICE_INLINE bool is_whole(const Place& place) {
 }
 
 template <class Walk, class T>
-FUSEREG_DEVICE_INLINE Octet<T> load_octet(const T* p, const Place& place) {
-  Octet<T> v;
-  cuda::Raw<T, kOctet>& raw = v.raw;
-  if (is_whole<Walk>(place)) {
-    raw.load(p + place.at);
-  } else {
-    raw.clear();
+FUSEREG_DEVICE_INLINE Octet<T, Walk::kWide> load_octet(const T* p, const Place& place) {
+  Octet<T, Walk::kWide> v;
+  const auto one_by_one = [&] {
+    v.raw.clear();
     FUSEREG_UNROLL
     for (int e = 0; e < kOctet; ++e) {
-      if ((place.inside >> e & 1u) != 0) raw.set(e, p[place.at + e]);
+      if ((place.inside >> e & 1u) != 0) v.raw.set(e, p[place.at + e]);
     }
+  };
+  if constexpr (Walk::kWide) {
+    is_whole<Walk>(place) ? v.raw.load(p + place.at) : one_by_one();
+  } else {
+    one_by_one();
   }
-  raw.join();
+  v.raw.join();
   return v;
 }
 
@@ -165,7 +167,8 @@ class Lines {
       line_ += t_.channels;
     }
   }
-  FUSEREG_DEVICE_INLINE Place place() const {
+  // `masked`: with the elements that the mask leaves; else all inside are live.
+  FUSEREG_DEVICE_INLINE Place place(bool masked = true) const {
     const std::int64_t start = line_ * t_.inner;
     // Wide octets lie at multiples of 8 elements, in lines that may begin anywhere.
     const std::int64_t position =
@@ -179,7 +182,7 @@ class Lines {
     if (rest < kOctet) p.inside &= rest > 0 ? (1u << rest) - 1u : 0u;
     p.inside &= kAllInside;
     p.live = p.inside;
-    if (mask_ != nullptr) {
+    if (masked && mask_ != nullptr) {
       p.live = mask_bits(mask_ + line_ / t_.channels * t_.inner + position, p.inside);
     }
     return p;
@@ -230,14 +233,14 @@ class Columns {
   }
   // Stops after so many rows of each thread; the next call goes on from there.
   FUSEREG_DEVICE_INLINE void run(int rows) { stop_ = left_ > rows ? left_ - rows : 0; }
-  FUSEREG_DEVICE_INLINE Place place() const {
+  FUSEREG_DEVICE_INLINE Place place(bool masked = true) const {
     Place p;
     const std::int64_t pitch = t_.channels * t_.inner;
     p.at = row_ * pitch + column_;
     p.bits_at = kWide ? p.at / kOctet : row_ * ((pitch + kOctet - 1) / kOctet) + column_ / kOctet;
     p.inside = p.live = inside_;
     // A mask comes with inner = 1 only: one byte for the row.
-    if (mask_ != nullptr && mask_[row_] == 0) p.live = 0;
+    if (masked && mask_ != nullptr && mask_[row_] == 0) p.live = 0;
     return p;
   }
   FUSEREG_DEVICE_INLINE int channel(int e) const {
@@ -268,22 +271,29 @@ FUSEREG_DEVICE_INLINE Columns<kWide> walk_share(TypeTag<Columns<kWide>>, const T
   return Columns<kWide>(t, s, mask, threadIdx.x);
 }
 
-// Calls load(place) for up to kAhead octets before use(place, loaded) for the first of them.
+// Calls load(place) for up to kAhead octets before use(place, loaded) for the first of them. Those
+// that are not wide have their places twice: the mask would be waited for before they are loaded.
 template <int kAhead, class Walk, class Load, class Use>
 FUSEREG_DEVICE_INLINE void for_each_octet(Walk& walk, const Load& load, const Use& use) {
+  Walk behind = walk;
   while (walk.valid()) {
     Place places[kAhead];
     decltype(load(places[0])) data[kAhead];
     FUSEREG_UNROLL
     for (int u = 0; u < kAhead; ++u) {
       if (walk.valid()) {
-        places[u] = walk.place();
+        places[u] = walk.place(Walk::kWide);
         data[u] = load(places[u]);
         walk.next();
       }
     }
     FUSEREG_UNROLL
     for (int u = 0; u < kAhead; ++u) {
+      if constexpr (!Walk::kWide) {
+        if (!behind.valid()) break;
+        places[u] = behind.place();
+        behind.next();
+      }
       if (places[u].inside != 0) use(places[u], data[u]);
     }
   }

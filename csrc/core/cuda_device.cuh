@@ -232,8 +232,9 @@ struct Raw {
     FUSEREG_UNROLL
     for (int i = 0; i < kWords; ++i) words[i] = 0;
   }
-  // Sets element e, which must be zero.
-  FUSEREG_DEVICE_INLINE void set(int e, const T& v) {
+  // Sets element e, which must be zero. By value: bytes that are copied from a reference to what
+  // may lie anywhere are loaded one by one.
+  FUSEREG_DEVICE_INLINE void set(int e, T v) {
     if constexpr (sizeof(T) == 2) {
       words[e / 2] |= static_cast<std::uint32_t>(bit_cast<std::uint16_t>(v)) << (e % 2 * 16);
     } else {
@@ -254,6 +255,45 @@ struct Raw {
 #if !defined(FUSEREG_CUDA_ON_HOST)
     FUSEREG_UNROLL
     for (int i = 0; i < kWords; ++i) asm("" : "+r"(words[i]));
+#endif
+  }
+};
+
+// The same with each number in registers of its own. What is loaded one by one is waited for where
+// words are put together.
+template <class T, int kCount>
+struct Singles {
+  using Bits = std::conditional_t<sizeof(T) == 8, std::uint64_t, std::uint32_t>;
+  Bits words[kCount];
+
+  FUSEREG_DEVICE_INLINE void clear() {
+    FUSEREG_UNROLL
+    for (int e = 0; e < kCount; ++e) words[e] = 0;
+  }
+  FUSEREG_DEVICE_INLINE void set(int e, T v) {
+    if constexpr (sizeof(T) == 2) {
+      words[e] = bit_cast<std::uint16_t>(v);
+    } else {
+      words[e] = bit_cast<Bits>(v);
+    }
+  }
+  FUSEREG_DEVICE_INLINE T operator[](int e) const {
+    if constexpr (sizeof(T) == 2) {
+      return bit_cast<T>(static_cast<std::uint16_t>(words[e]));
+    } else {
+      return bit_cast<T>(words[e]);
+    }
+  }
+  FUSEREG_DEVICE_INLINE void join() {
+#if !defined(FUSEREG_CUDA_ON_HOST)
+    FUSEREG_UNROLL
+    for (int e = 0; e < kCount; ++e) {
+      if constexpr (sizeof(T) == 8) {
+        asm("" : "+l"(words[e]));
+      } else {
+        asm("" : "+r"(words[e]));
+      }
+    }
 #endif
   }
 };
@@ -319,6 +359,25 @@ FUSEREG_DEVICE_INLINE unsigned block_rank() {
 }
 FUSEREG_DEVICE_INLINE unsigned lane_id() { return thread_rank() % kWarpSize; }
 FUSEREG_DEVICE_INLINE unsigned warp_id() { return thread_rank() / kWarpSize; }
+
+// --- where no vector fits ---
+
+// A warp takes a window of 32 * N elements that follow each other, and a lane every 32nd of them, so
+// that what a warp loads or stores at once lies side by side; its first one is the lane's number.
+// Bits of the elements come from lanes that have them for N neighbors each, lane 0 for the first:
+// window_bits() gives each lane what window_bit() needs to answer for the lane's element j. All
+// lanes of the warp must call both.
+template <int N>
+FUSEREG_DEVICE_INLINE std::uint32_t window_bits(std::uint32_t bits) {
+  static_assert(N == 8, "four lanes to a word");
+  bits <<= lane_id() % 4 * N;
+  bits |= __shfl_xor_sync(kFullMask, bits, 1);
+  return bits | __shfl_xor_sync(kFullMask, bits, 2);
+}
+template <int N>
+FUSEREG_DEVICE_INLINE bool window_bit(std::uint32_t bits, int j) {
+  return (__shfl_sync(kFullMask, bits, j * (kWarpSize / N)) >> lane_id() & 1u) != 0;
+}
 
 // --- reductions ---
 // The order of the additions depends on the number of threads alone, so the bits do not change from

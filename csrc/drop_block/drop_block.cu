@@ -47,14 +47,13 @@ FUSEREG_DEVICE_INLINE int tile_words(const Geometry& g, const Tile& t) {
 }
 
 // The whole block; the bits are there for all threads when it returns.
-FUSEREG_DEVICE_INLINE void mark(const Arguments& a, const Tile& t, std::uint32_t* bits) {
+FUSEREG_DEVICE_INLINE void mark(const Arguments& a, std::uint64_t key, std::uint64_t low,
+                                const Tile& t, std::uint32_t* bits) {
   const Geometry& g = a.geometry;
   const int words = tile_words(g, t);
   for (int i = static_cast<int>(threadIdx.x); i < words; i += kThreads) bits[i] = 0;
   __syncthreads();
   const Runs runs = corner_runs(g, t);
-  const std::uint64_t key = a.random.key();
-  const std::uint64_t low = a.random.low();
   // A run may begin and end within a group.
   const std::int64_t groups = runs.length / kGroup + 2;
   for (std::int64_t task = threadIdx.x; task < runs.count * groups; task += kThreads) {
@@ -77,10 +76,12 @@ __global__ void __launch_bounds__(kThreads)
     drop_block_count_kernel(FUSEREG_GRID_CONSTANT(Arguments, a)) {
   FUSEREG_SHARED(bits, std::uint32_t[kTileWords]);
   const Geometry& g = a.geometry;
+  const std::uint64_t key = a.random.key();
+  const std::uint64_t low = a.random.low();
   unsigned long long dropped = 0;
   for (std::int64_t index = blockIdx.x; index < g.tiles; index += gridDim.x) {
     const Tile t = tile_at(g, index);
-    mark(a, t, bits);
+    mark(a, key, low, t, bits);
     const int words = tile_words(g, t);
     for (int i = static_cast<int>(threadIdx.x); i < words; i += kThreads)
       dropped += static_cast<unsigned long long>(__popc(bits[i]));
@@ -164,9 +165,11 @@ __global__ void __launch_bounds__(kThreads, 3)
   const auto scale = static_cast<Compute<T>>(make_scale(g, kept));
   const T* const x = static_cast<const T*>(a.x);
   T* const y = static_cast<T*>(a.y);
+  const std::uint64_t key = a.random.key();
+  const std::uint64_t low = a.random.low();
   for (std::int64_t index = blockIdx.x; index < g.tiles; index += gridDim.x) {
     const Tile t = tile_at(g, index);
-    mark(a, t, bits);
+    mark(a, key, low, t, bits);
     if (g.channels_last) {
       apply_pixels(x + t.start, y + t.start, g, t, bits, scale);
     } else {

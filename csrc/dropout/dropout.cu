@@ -2,8 +2,8 @@
 //
 // A thread takes groups of 8 elements (one Philox call of 16-bit draws), kGroupsPerThread of them a
 // block's width apart: all loads are under way before the first draw is made. Memory moves in
-// 16-byte vectors where pointers and index_offset allow it, element by element otherwise; the draws
-// are the same.
+// 16-byte vectors where pointers and index_offset allow it, element by element otherwise: a warp then
+// takes the 256 elements of its groups as a window (core/cuda_device.cuh). The draws are the same.
 #include <algorithm>
 
 #include "core/cuda.cuh"
@@ -16,14 +16,14 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kGroupsPerThread = 2;
+constexpr int kWindow = cuda::kWarpSize * kGroup;
 constexpr int kBlocksPerSm = 32;
 
 struct Arguments {
   const void* x;
   void* y;
   std::int64_t numel;
-  std::int64_t repeat;
-  std::int64_t inner;
+  RowSteps rows;  // of all threads' elements
   std::uint64_t index_offset;
   SeedPair random;
   Draw draw;
@@ -53,7 +53,7 @@ FUSEREG_DEVICE_INLINE Compute<T> apply(T x, bool keep, const Constants<Compute<T
 template <class T>
 constexpr int kResident = sizeof(T) == 8 ? 3 : 4;
 
-template <class T, int kBits, bool kLinear, bool kVectors>
+template <class T, int kBits, bool kLinear>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     dropout_elements_kernel(FUSEREG_GRID_CONSTANT(Arguments, g)) {
   constexpr int kN = cuda::kVecSize<T> < kGroup ? cuda::kVecSize<T> : kGroup;
@@ -63,33 +63,28 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   const std::uint64_t seed = g.random.key();
   const std::uint64_t low = g.random.low();
   const auto k = constants<Compute<T>>(g);
-  // Position of the first group's first element: 0, or negative where index_offset is within a
-  // group.
   const std::uint64_t first_group = g.index_offset / kGroup;
-  const std::int64_t origin = -static_cast<std::int64_t>(g.index_offset % kGroup);
-  const std::int64_t groups = (g.numel - origin + kGroup - 1) / kGroup;
+  const std::int64_t groups = (g.numel + kGroup - 1) / kGroup;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads * kGroupsPerThread;
   std::int64_t base =
       static_cast<std::int64_t>(blockIdx.x) * kThreads * kGroupsPerThread + threadIdx.x;
   for (; base < groups; base += step) {
     cuda::Vec<T, kN> data[kGroupsPerThread][kParts];
-    if constexpr (kVectors) {
+    FUSEREG_UNROLL
+    for (int u = 0; u < kGroupsPerThread; ++u) {
+      const std::int64_t at = (base + u * kThreads) * kGroup;
+      if (at + kGroup > g.numel) continue;
       FUSEREG_UNROLL
-      for (int u = 0; u < kGroupsPerThread; ++u) {
-        const std::int64_t at = (base + u * kThreads) * kGroup;
-        if (at + kGroup > g.numel) continue;
-        FUSEREG_UNROLL
-        for (int i = 0; i < kParts; ++i) data[u][i] = cuda::load_streaming<kN>(x + at + i * kN);
-      }
+      for (int i = 0; i < kParts; ++i) data[u][i] = cuda::load_streaming<kN>(x + at + i * kN);
     }
     FUSEREG_UNROLL
     for (int u = 0; u < kGroupsPerThread; ++u) {
       const std::int64_t group = base + u * kThreads;
       if (group >= groups) break;
-      const std::int64_t at = origin + group * kGroup;
+      const std::int64_t at = group * kGroup;
       const std::uint32_t mask =
           keep_mask<kBits>(seed, low, first_group + static_cast<std::uint64_t>(group), g.draw);
-      if (kVectors && at + kGroup <= g.numel) {
+      if (at + kGroup <= g.numel) {
         FUSEREG_UNROLL
         for (int i = 0; i < kParts; ++i) {
           const auto result = cuda::rounded_to<T, kN>([&](int e) {
@@ -98,12 +93,72 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
           cuda::store(y + at + i * kN, result);
         }
       } else {
-        for (int e = 0; e < kGroup; ++e) {
-          if (at + e < 0 || at + e >= g.numel) continue;
+        FUSEREG_NO_UNROLL
+        for (int e = 0; at + e < g.numel; ++e) {
           y[at + e] = from_compute<T>(apply<T, kLinear>(x[at + e], (mask >> e & 1u) != 0, k));
         }
       }
     }
+  }
+}
+
+// Element by element, where each has a draw of its own and where rows share them: a lane draws for 8
+// that follow each other.
+template <class T, int kBits, bool kLinear, bool kRows>
+__global__ void __launch_bounds__(kThreads)
+    dropout_window_kernel(FUSEREG_GRID_CONSTANT(Arguments, g)) {
+  const T* const x = static_cast<const T*>(g.x);
+  T* const y = static_cast<T*>(g.y);
+  const std::uint64_t seed = g.random.key();
+  const std::uint64_t low = g.random.low();
+  const auto k = constants<Compute<T>>(g);
+  const auto mask_of = [&](std::uint64_t group) {
+    return keep_mask<kBits>(seed, low, group, g.draw);
+  };
+  // Windows of whole groups of draws. Those before and behind them are the last block's.
+  const std::int64_t head = kRows ? 0 : -g.index_offset % kGroup;
+  const std::int64_t windows = g.numel > head ? (g.numel - head) / kWindow : 0;
+  const int step = static_cast<int>(gridDim.x) * (kThreads / cuda::kWarpSize);
+  std::int64_t w = std::int64_t{blockIdx.x} * (kThreads / cuda::kWarpSize) + cuda::warp_id();
+  const auto walk = [&](std::int64_t at) {
+    return RowWalk<std::uint64_t>(g.rows, static_cast<std::uint64_t>(at), g.index_offset);
+  };
+  auto rows = walk(w * kWindow + cuda::lane_id() * kGroup);
+  for (; w < windows; w += step) {
+    const std::int64_t begin = head + w * kWindow;
+    const std::int64_t at = begin + cuda::lane_id();
+    T data[kGroup];
+    const auto load = [&](int j) { data[j] = cuda::load_streaming(x + at + j * cuda::kWarpSize); };
+    std::uint32_t mask;
+    if constexpr (kRows) {
+      mask = rows.template mask<kGroup>(mask_of);
+      rows.next();
+    } else {
+      FUSEREG_UNROLL
+      for (int j = 0; j < kGroup; ++j) load(j);
+      mask = mask_of((g.index_offset + begin) / kGroup + cuda::lane_id());
+    }
+    mask = cuda::window_bits<kGroup>(mask);
+    bool keep[kGroup];
+    FUSEREG_UNROLL
+    for (int j = 0; j < kGroup; ++j) {
+      keep[j] = cuda::window_bit<kGroup>(mask, j);
+      // Of rows, what is dropped is not read.
+      if (kRows && keep[j]) load(j);
+    }
+    FUSEREG_UNROLL
+    for (int j = 0; j < kGroup; ++j) {
+      y[at + j * cuda::kWarpSize] = from_compute<T>(apply<T, kLinear>(data[j], keep[j], k));
+    }
+  }
+  if (blockIdx.x != gridDim.x - 1) return;
+  FUSEREG_NO_UNROLL
+  for (std::int64_t t = threadIdx.x; t < g.numel - windows * kWindow; t += kThreads) {
+    const std::int64_t i = t < head ? t : t + windows * kWindow;
+    const std::uint64_t index = g.index_offset + i;
+    const bool keep = kRows ? walk(i).template mask<1>(mask_of) != 0
+                            : (mask_of(index / kGroup) >> index % kGroup & 1u) != 0;
+    y[i] = from_compute<T>(apply<T, kLinear>(x[i], keep, k));
   }
 }
 
@@ -117,19 +172,21 @@ __global__ void __launch_bounds__(kThreads)
   const std::uint64_t seed = g.random.key();
   const std::uint64_t low = g.random.low();
   const auto k = constants<Compute<T>>(g);
-  const auto repeat = static_cast<Index>(g.repeat);
-  const auto inner = static_cast<Index>(g.inner);
+  const auto repeat = static_cast<Index>(g.rows.repeat);
+  const auto inner = static_cast<Index>(g.rows.inner);
   const auto mask_of = [&](std::uint64_t group) {
     return keep_mask<kBits>(seed, low, group, g.draw);
   };
   const std::int64_t vectors = (g.numel + kN - 1) / kN;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  for (std::int64_t v = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; v < vectors;
-       v += step) {
+  std::int64_t v = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  RowWalk<Index> rows(g.rows, static_cast<Index>(v) * kN, g.index_offset);
+  for (; v < vectors; v += step) {
     const Index at = static_cast<Index>(v) * kN;
     std::uint32_t mask;
     if constexpr (kRagged) {
-      mask = rows_mask<kN>(at, repeat, inner, g.index_offset, mask_of);
+      mask = rows.template mask<kN>(mask_of);
+      rows.next();
       if (v * kN + kN > g.numel) {
         for (int e = 0; v * kN + e < g.numel; ++e)
           y[at + e] = from_compute<T>(apply<T, kLinear>(x[at + e], (mask >> e & 1u) != 0, k));
@@ -180,17 +237,19 @@ void dispatch(const Job& job, F&& f) {
 void run_cuda(const Job& job, int device, void* stream) {
   if (job.numel == 0) return;
   const cuda::DeviceGuard guard(device);
-  const Arguments g = {
-      job.x,      job.y,    job.numel,    job.rows.repeat, job.rows.inner, job.index_offset,
-      job.random, job.draw, job.affine.a, job.affine.b,    job.affine.c};
+  Arguments g = {job.x,      job.y,    job.numel,    {},           job.index_offset,
+                 job.random, job.draw, job.affine.a, job.affine.b, job.affine.c};
   const std::int64_t most =
       static_cast<std::int64_t>(cuda::device_properties(device).sm_count) * kBlocksPerSm;
   cuda::LaunchConfig config;
   config.block = dim3(kThreads);
   config.stream = static_cast<cuda::Stream>(stream);
-  auto set_grid = [&](std::int64_t threads) {
-    config.grid =
-        dim3(static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(threads, kThreads), 1, most)));
+  // For all threads at so many elements each.
+  auto set_grid = [&](std::int64_t elements) {
+    const std::int64_t blocks =
+        std::clamp<std::int64_t>(ceil_div(job.numel, kThreads * elements), 1, most);
+    config.grid = dim3(static_cast<unsigned>(blocks));
+    g.rows = row_steps(job.rows.repeat, job.rows.inner, blocks * kThreads * elements);
   };
   const bool aligned = cuda::is_aligned(job.x, 16) && cuda::is_aligned(job.y, 16);
   constexpr const char* kOp = "fusereg.dropout";
@@ -200,11 +259,12 @@ void run_cuda(const Job& job, int device, void* stream) {
     constexpr int kBits = decltype(bits)::value;
     constexpr bool kLinear = decltype(linear)::value;
     if (job.rows.repeat == 1) {
-      set_grid(ceil_div(job.numel, kGroup * kGroupsPerThread) + 1);
       if (aligned && job.index_offset % kGroup == 0) {
-        cuda::launch(kOp, dropout_elements_kernel<T, kBits, kLinear, true>, config, g);
+        set_grid(kGroup * kGroupsPerThread);
+        cuda::launch(kOp, dropout_elements_kernel<T, kBits, kLinear>, config, g);
       } else {
-        cuda::launch(kOp, dropout_elements_kernel<T, kBits, kLinear, false>, config, g);
+        set_grid(kGroup);
+        cuda::launch(kOp, dropout_window_kernel<T, kBits, kLinear, false>, config, g);
       }
       return;
     }
@@ -215,7 +275,7 @@ void run_cuda(const Job& job, int device, void* stream) {
     const auto launch = [&](auto width, auto index, auto ragged) {
       constexpr int kWidth = decltype(width)::value;
       using Index = typename decltype(index)::type;
-      set_grid(ceil_div(job.numel, kWidth));
+      set_grid(kWidth);
       cuda::launch(kOp,
                    dropout_rows_kernel<T, kBits, kLinear, kWidth, Index, decltype(ragged)::value>,
                    config, g);
@@ -228,7 +288,8 @@ void run_cuda(const Job& job, int device, void* stream) {
     } else if (aligned && small) {
       launch(wide, TypeTag<std::uint32_t>{}, std::true_type{});
     } else {
-      launch(std::integral_constant<int, 1>{}, TypeTag<std::uint64_t>{}, std::false_type{});
+      set_grid(kGroup);
+      cuda::launch(kOp, dropout_window_kernel<T, kBits, kLinear, true>, config, g);
     }
   });
 }

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kGroupsPerThread = 2;
+constexpr int kWindow = cuda::kWarpSize * kGroup;
 constexpr int kBlocksPerSm = 32;
 
 struct Arguments {
@@ -28,7 +29,7 @@ struct Arguments {
   unsigned* counters;
   std::int64_t numel;
   std::int64_t columns;
-  std::int64_t row_length;
+  RowSteps rows;  // of all threads' elements
   std::uint64_t index_offset;
   SeedPair random;
   Draw draw;
@@ -192,20 +193,22 @@ __global__ void __launch_bounds__(kThreads)
   const std::uint64_t seed = g.random.key();
   const std::uint64_t low = g.random.low();
   const auto scale = static_cast<C>(g.scale);
-  const auto length = static_cast<Index>(g.row_length);
+  const auto length = static_cast<Index>(g.rows.repeat);
   const auto mask_of = [&](std::uint64_t group) { return keep_mask(seed, low, group, g.draw); };
   const auto sum = [&](T beside, T branch) {
     return to_compute(beside) + multiply(to_compute(branch), scale);
   };
   const std::int64_t vectors = (g.numel + kN - 1) / kN;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
-  for (std::int64_t v = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x; v < vectors;
-       v += step) {
+  std::int64_t v = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  RowWalk<Index> rows(g.rows, static_cast<Index>(v) * kN, g.index_offset);
+  for (; v < vectors; v += step) {
     const Index at = static_cast<Index>(v) * kN;
     constexpr std::uint32_t kAll = (1u << kN) - 1u;
     std::uint32_t mask;
     if constexpr (kRagged) {
-      mask = rows_mask<kN, Index>(at, length, 1, g.index_offset, mask_of);
+      mask = rows.template mask<kN>(mask_of);
+      rows.next();
       if (v * kN + kN > g.numel) {
         for (int e = 0; v * kN + e < g.numel; ++e) {
           const T beside = residual[at + e];
@@ -232,6 +235,61 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Element by element, where no vector fits: a lane draws for 8 that follow each other.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    fused_dropout_window_kernel(FUSEREG_GRID_CONSTANT(Arguments, g)) {
+  const T* const x = static_cast<const T*>(g.x);
+  const T* const residual = static_cast<const T*>(g.other);
+  T* const y = static_cast<T*>(g.y);
+  const std::uint64_t seed = g.random.key();
+  const std::uint64_t low = g.random.low();
+  const auto scale = static_cast<Compute<T>>(g.scale);
+  const auto mask_of = [&](std::uint64_t group) {
+    return keep_mask_at(seed, low, group * kGroup, g.draw);
+  };
+  const auto result = [&](T beside, T branch, bool keep) {
+    const auto sum = to_compute(beside) + multiply(to_compute(branch), scale);
+    return keep ? from_compute<T>(sum) : beside;
+  };
+  const bool in_place = g.other == g.y;
+  const std::int64_t windows = g.numel / kWindow;
+  const int step = static_cast<int>(gridDim.x) * (kThreads / cuda::kWarpSize);
+  std::int64_t w = std::int64_t{blockIdx.x} * (kThreads / cuda::kWarpSize) + cuda::warp_id();
+  const auto walk = [&](std::int64_t at) {
+    return RowWalk<std::uint64_t>(g.rows, static_cast<std::uint64_t>(at), g.index_offset);
+  };
+  auto rows = walk(w * kWindow + cuda::lane_id() * kGroup);
+  for (; w < windows; w += step) {
+    const std::int64_t at = w * kWindow + cuda::lane_id();
+    T beside[kGroup];
+    T branch[kGroup];
+    FUSEREG_UNROLL
+    for (int j = 0; j < kGroup; ++j) {
+      beside[j] = cuda::load_streaming(residual + at + j * cuda::kWarpSize);
+    }
+    const std::uint32_t mask = cuda::window_bits<kGroup>(rows.template mask<kGroup>(mask_of));
+    rows.next();
+    bool keep[kGroup];
+    FUSEREG_UNROLL
+    for (int j = 0; j < kGroup; ++j) {
+      keep[j] = cuda::window_bit<kGroup>(mask, j);
+      // What is dropped is not read.
+      if (keep[j]) branch[j] = cuda::load_streaming(x + at + j * cuda::kWarpSize);
+    }
+    FUSEREG_UNROLL
+    for (int j = 0; j < kGroup; ++j) {
+      if (!keep[j] && in_place) continue;
+      y[at + j * cuda::kWarpSize] = result(beside[j], branch[j], keep[j]);
+    }
+  }
+  if (blockIdx.x != gridDim.x - 1) return;
+  FUSEREG_NO_UNROLL
+  for (std::int64_t i = windows * kWindow + threadIdx.x; i < g.numel; i += kThreads) {
+    y[i] = result(residual[i], x[i], walk(i).template mask<1>(mask_of) != 0);
+  }
+}
+
 // --- the gradient of the bias ---
 
 // Adds up a tile's columns over one chunk of rows, writes grad_x on the way.
@@ -242,6 +300,8 @@ FUSEREG_DEVICE_INLINE void chunk_sums(const Arguments& g, std::int64_t first_col
   constexpr int kN = cuda::kVecSize<T> < kGroup ? cuda::kVecSize<T> : kGroup;
   constexpr int kParts = kGroup / kN;
   constexpr int kTermsPerFlush = 8;
+  // Rows that are under way at once.
+  constexpr int kAhead = sizeof(T) == 2 ? 2 : 1;
   const T* const x = static_cast<const T*>(g.x);
   T* const y = static_cast<T*>(g.y);
   const std::uint64_t seed = g.random.key();
@@ -255,38 +315,53 @@ FUSEREG_DEVICE_INLINE void chunk_sums(const Arguments& g, std::int64_t first_col
   C sums[kGroup] = {};
   int terms = 0;
   if (column >= c.width) return;
-  for (std::int64_t row = first + row_group; row < last; row += step) {
-    const std::int64_t at = row * c.width + column;
-    const std::uint64_t index = g.index_offset + static_cast<std::uint64_t>(at);
-    const bool whole = column + kGroup <= c.width && at + kGroup <= g.numel;
-    cuda::Vec<T, kN> from[kParts];
-    if (g.vectors && whole) {
-      FUSEREG_UNROLL
-      for (int i = 0; i < kParts; ++i) from[i] = cuda::load_streaming<kN>(x + at + i * kN);
-    }
-    const std::uint32_t mask = keep_mask_at(seed, low, index, g.draw);
+  const auto at_row = [&](std::int64_t row) { return row * c.width + column; };
+  const auto is_whole = [&](std::int64_t row) {
+    return column + kGroup <= c.width && at_row(row) + kGroup <= g.numel;
+  };
+  for (std::int64_t row = first + row_group; row < last; row += kAhead * step) {
+    cuda::Vec<T, kN> data[kAhead][kParts];
     FUSEREG_UNROLL
-    for (int i = 0; i < kParts; ++i) {
+    for (int u = 0; u < kAhead; ++u) {
+      const std::int64_t r = row + u * step;
+      if (r >= last || !g.vectors || !is_whole(r)) continue;
       FUSEREG_UNROLL
-      for (int e = 0; e < kN; ++e) {
-        const int k = i * kN + e;
-        const bool there = whole || (column + k < c.width && at + k < g.numel);
-        const bool keep = there && (mask >> k & 1u) != 0;
-        if (!(g.vectors && whole) && there) from[i][e] = x[at + k];
-        const C product = keep ? multiply(to_compute(from[i][e]), scale) : C(0);
-        sums[k] += product;
-        from[i][e] = from_compute<T>(product);
-        if (!(g.vectors && whole) && there) y[at + k] = from[i][e];
+      for (int i = 0; i < kParts; ++i) {
+        data[u][i] = cuda::load_streaming<kN>(x + at_row(r) + i * kN);
       }
-      if (g.vectors && whole) cuda::store(y + at + i * kN, from[i]);
     }
-    if (++terms == kTermsPerFlush) {
+    FUSEREG_UNROLL
+    for (int u = 0; u < kAhead; ++u) {
+      const std::int64_t r = row + u * step;
+      if (r >= last) break;
+      const std::int64_t at = at_row(r);
+      const bool whole = is_whole(r);
+      auto& from = data[u];
+      const std::uint64_t index = g.index_offset + static_cast<std::uint64_t>(at);
+      const std::uint32_t mask = keep_mask_at(seed, low, index, g.draw);
       FUSEREG_UNROLL
-      for (int k = 0; k < kGroup; ++k) {
-        totals[k] += static_cast<double>(sums[k]);
-        sums[k] = C(0);
+      for (int i = 0; i < kParts; ++i) {
+        FUSEREG_UNROLL
+        for (int e = 0; e < kN; ++e) {
+          const int k = i * kN + e;
+          const bool there = whole || (column + k < c.width && at + k < g.numel);
+          const bool keep = there && (mask >> k & 1u) != 0;
+          if (!(g.vectors && whole) && there) from[i][e] = x[at + k];
+          const C product = keep ? multiply(to_compute(from[i][e]), scale) : C(0);
+          sums[k] += product;
+          from[i][e] = from_compute<T>(product);
+          if (!(g.vectors && whole) && there) y[at + k] = from[i][e];
+        }
+        if (g.vectors && whole) cuda::store(y + at + i * kN, from[i]);
       }
-      terms = 0;
+      if (++terms == kTermsPerFlush) {
+        FUSEREG_UNROLL
+        for (int k = 0; k < kGroup; ++k) {
+          totals[k] += static_cast<double>(sums[k]);
+          sums[k] = C(0);
+        }
+        terms = 0;
+      }
     }
   }
   FUSEREG_UNROLL
@@ -350,7 +425,6 @@ class CudaRun {
     g_.counters = job.counters;
     g_.numel = job.numel;
     g_.columns = job.columns;
-    g_.row_length = job.numel / std::max<std::int64_t>(job.rows, 1);
     g_.index_offset = job.index_offset;
     g_.random = job.random;
     g_.draw = job.draw;
@@ -422,17 +496,22 @@ class CudaRun {
     constexpr int kN = cuda::kVecSize<T>;
     const bool aligned = cuda::is_aligned(job_.x, 16) && cuda::is_aligned(job_.y, 16) &&
                          cuda::is_aligned(job_.other, 16);
-    const bool whole = g_.row_length % kN == 0;
+    const std::int64_t length = job_.numel / std::max<std::int64_t>(job_.rows, 1);
+    const bool whole = length % kN == 0;
     const bool small = job_.numel < (std::int64_t{1} << 31);
-    set_grid(aligned && (whole || small) ? ceil_div(job_.numel, kN) : job_.numel);
+    const auto launch = [&](auto kernel, std::int64_t elements) {
+      set_grid(ceil_div(job_.numel, elements));
+      g_.rows = row_steps(length, 1, std::int64_t{config_.grid.x} * kThreads * elements);
+      cuda::launch(kOp, kernel, config_, g_);
+    };
     if (aligned && whole && small) {
-      cuda::launch(kOp, fused_dropout_rows_kernel<T, kN, std::uint32_t, false>, config_, g_);
+      launch(fused_dropout_rows_kernel<T, kN, std::uint32_t, false>, kN);
     } else if (aligned && whole) {
-      cuda::launch(kOp, fused_dropout_rows_kernel<T, kN, std::uint64_t, false>, config_, g_);
+      launch(fused_dropout_rows_kernel<T, kN, std::uint64_t, false>, kN);
     } else if (aligned && small) {
-      cuda::launch(kOp, fused_dropout_rows_kernel<T, kN, std::uint32_t, true>, config_, g_);
+      launch(fused_dropout_rows_kernel<T, kN, std::uint32_t, true>, kN);
     } else {
-      cuda::launch(kOp, fused_dropout_rows_kernel<T, 1, std::uint64_t, false>, config_, g_);
+      launch(fused_dropout_window_kernel<T>, kGroup);
     }
   }
 

@@ -19,8 +19,9 @@ constexpr int kThreads = 256;
 constexpr int kBlocksPerSm = 32;
 constexpr int kFewBlocksPerSm = 2;
 // Groups that a thread takes at once, where each multiprocessor then still has some blocks.
-template <class T, bool kVectors>
-constexpr int kAtOnce = kVectors && sizeof(T) == 2 ? 8 : 1;
+template <class T>
+constexpr int kAtOnce = sizeof(T) == 2 ? 8 : 1;
+constexpr int kWindow = cuda::kWarpSize * kNormals;
 
 // `chunk`: the first of the two that a group has, an even number.
 FUSEREG_DEVICE_INLINE void normals(std::uint64_t key, std::uint64_t low, std::uint64_t chunk,
@@ -40,21 +41,19 @@ FUSEREG_DEVICE_INLINE Compute<T> noisy(T x, float normal, Compute<T> strength) {
   return multiply(static_cast<C>(to_compute(x)), factor);
 }
 
-template <class T, bool kVectors>
+template <class T>
 __global__ void __launch_bounds__(kThreads)
     gaussian_dropout_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
   constexpr int kN = cuda::kVecSize<T> < kNormals ? cuda::kVecSize<T> : kNormals;
-  constexpr int kGroups = kAtOnce<T, kVectors>;
+  constexpr int kGroups = kAtOnce<T>;
   const T* const x = static_cast<const T*>(job.x);
   T* const y = static_cast<T*>(job.y);
   const std::uint64_t key = job.random.key();
   const std::uint64_t low = job.random.low();
   const auto strength = static_cast<Compute<T>>(job.strength);
-  // Position of the first group's first element: negative where index_offset is within a group.
   const std::uint64_t first = job.index_offset / kNormals;
-  const std::int64_t origin = -static_cast<std::int64_t>(job.index_offset % kNormals);
-  const std::int64_t groups = (job.numel - origin + kNormals - 1) / kNormals;
-  const std::int64_t whole = kVectors ? job.numel / kNormals : 0;
+  const std::int64_t groups = (job.numel + kNormals - 1) / kNormals;
+  const std::int64_t whole = job.numel / kNormals;
   // A small tensor's groups are spread over all threads.
   const bool spread = static_cast<std::int64_t>(gridDim.x) * kThreads >= groups;
   const int own = spread ? 1 : kGroups;
@@ -104,10 +103,67 @@ __global__ void __launch_bounds__(kThreads)
       normals(key, low, (first + static_cast<std::uint64_t>(at)) << 1, n);
       FUSEREG_UNROLL
       for (int e = 0; e < kNormals; ++e) {
-        const std::int64_t i = origin + at * kNormals + e;
-        if (i >= 0 && i < job.numel) y[i] = from_compute<T>(noisy<T>(x[i], n[e], strength));
+        const std::int64_t i = at * kNormals + e;
+        if (i < job.numel) y[i] = from_compute<T>(noisy<T>(x[i], n[e], strength));
       }
     }
+  }
+}
+
+// Element by element, where no vector fits: a warp takes the 256 elements of its groups, a lane every
+// 32nd of them, so that what it loads or stores at once lies side by side.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    gaussian_dropout_window_kernel(FUSEREG_GRID_CONSTANT(Job, job)) {
+  FUSEREG_SHARED(drawn, float[kThreads * kNormals]);
+  const T* const x = static_cast<const T*>(job.x);
+  T* const y = static_cast<T*>(job.y);
+  const std::uint64_t key = job.random.key();
+  const std::uint64_t low = job.random.low();
+  const auto strength = static_cast<Compute<T>>(job.strength);
+  const auto lane = static_cast<int>(cuda::lane_id());
+  float* const of_warp = drawn + cuda::warp_id() * kWindow;
+  // Windows of whole groups. Those before and behind them are the last block's.
+  const auto cut = static_cast<std::int64_t>(job.index_offset % kNormals);
+  const std::int64_t head = cut == 0 ? 0 : kNormals - cut;
+  const std::int64_t windows = (job.numel - head) / kWindow;
+  const std::uint64_t first = (job.index_offset + static_cast<std::uint64_t>(head)) / kNormals;
+  const int step = static_cast<int>(gridDim.x) * (kThreads / cuda::kWarpSize);
+  std::int64_t w = std::int64_t{blockIdx.x} * (kThreads / cuda::kWarpSize) + cuda::warp_id();
+  for (; w < windows; w += step) {
+    const std::int64_t at = head + w * kWindow + lane;
+    T data[kNormals];
+    FUSEREG_UNROLL
+    for (int j = 0; j < kNormals; ++j) {
+      data[j] = cuda::load_streaming(x + at + j * cuda::kWarpSize);
+    }
+    float n[kNormals];
+    normals(key, low, (first + static_cast<std::uint64_t>(w * cuda::kWarpSize + lane)) << 1, n);
+    FUSEREG_UNROLL
+    for (int e = 0; e < kNormals; e += 4) {
+      cuda::store_shared(of_warp + lane * kNormals + e,
+                         cuda::Vec<float, 4>{{n[e], n[e + 1], n[e + 2], n[e + 3]}});
+    }
+    __syncwarp();
+    FUSEREG_UNROLL
+    for (int j = 0; j < kNormals; ++j) n[j] = of_warp[j * cuda::kWarpSize + lane];
+    __syncwarp();
+    FUSEREG_UNROLL
+    for (int j = 0; j < kNormals; ++j) {
+      y[at + j * cuda::kWarpSize] = from_compute<T>(noisy<T>(data[j], n[j], strength));
+    }
+  }
+  if (blockIdx.x != gridDim.x - 1) return;
+  // At most 34 groups.
+  std::int64_t group = threadIdx.x;
+  if (cut == 0 || group > 0) group += windows * cuda::kWarpSize;
+  if (group * kNormals >= job.numel + cut) return;
+  float n[kNormals];
+  normals(key, low, (job.index_offset / kNormals + static_cast<std::uint64_t>(group)) << 1, n);
+  FUSEREG_UNROLL
+  for (int e = 0; e < kNormals; ++e) {
+    const std::int64_t i = group * kNormals + e - cut;
+    if (i >= 0 && i < job.numel) y[i] = from_compute<T>(noisy<T>(x[i], n[e], strength));
   }
 }
 
@@ -117,22 +173,19 @@ void run_cuda(const Job& job, int device, void* stream) {
   if (job.numel == 0) return;
   const cuda::DeviceGuard guard(device);
   const std::int64_t multiprocessors = cuda::device_properties(device).sm_count;
-  const std::int64_t groups = ceil_div(job.numel, kNormals) + 1;
   const bool vectors = cuda::is_aligned(job.x, 16) && cuda::is_aligned(job.y, 16) &&
                        job.index_offset % kNormals == 0;
-  const auto launch = [&](auto tag, auto with_vectors) {
+  const std::int64_t groups = ceil_div(job.numel, kNormals) + (vectors ? 0 : 1);
+  dispatch_dtype(job.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    constexpr bool kVectors = decltype(with_vectors)::value;
-    std::int64_t blocks = ceil_div(groups, kAtOnce<T, kVectors> * kThreads);
+    std::int64_t blocks = ceil_div(groups, (vectors ? kAtOnce<T> : 1) * kThreads);
     if (blocks < multiprocessors * kFewBlocksPerSm) blocks = ceil_div(groups, kThreads);
     cuda::LaunchConfig config;
     config.block = dim3(kThreads);
     config.grid = dim3(static_cast<unsigned>(std::min(blocks, multiprocessors * kBlocksPerSm)));
     config.stream = static_cast<cuda::Stream>(stream);
-    cuda::launch("fusereg.gaussian_dropout", gaussian_dropout_kernel<T, kVectors>, config, job);
-  };
-  dispatch_dtype(job.dtype, [&](auto tag) {
-    vectors ? launch(tag, std::true_type{}) : launch(tag, std::false_type{});
+    const auto kernel = vectors ? &gaussian_dropout_kernel<T> : &gaussian_dropout_window_kernel<T>;
+    cuda::launch("fusereg.gaussian_dropout", kernel, config, job);
   });
 }
 

@@ -201,6 +201,20 @@ __device__ double groups_by_runs(T* w, T* g, const GroupShape& shape, double l1,
   return leader ? t.value : 0.0;
 }
 
+// After all loads of a thread, before the first use: keeps the optimizer from using one in between.
+template <class T, int N>
+FUSEREG_DEVICE_INLINE void join([[maybe_unused]] cuda::Vec<T, N>& v) {
+#if !defined(FUSEREG_CUDA_ON_HOST)
+  if constexpr (sizeof(v) % 4 == 0) {
+    std::uint32_t words[sizeof(v) / 4];
+    memcpy(words, &v, sizeof(v));
+    FUSEREG_UNROLL
+    for (std::uint32_t& word : words) asm volatile("" : "+r"(word));
+    memcpy(&v, words, sizeof(v));
+  }
+#endif
+}
+
 // What the threads of a block tell each other about their columns.
 struct ColumnSums {
   double of_warps[2][kWarps][kMaxColumns];
@@ -313,6 +327,8 @@ __device__ double groups_by_columns(T* w, T* g, const GroupShape& shape, double 
       FUSEREG_UNROLL
       for (int u = 0; u < kAhead; ++u)
         e[u] = writer.template load<kN>((o + u * rows) * width + column);
+      FUSEREG_UNROLL
+      for (int u = 0; u < kAhead; ++u) join(e[u].x);
       FUSEREG_UNROLL
       for (int u = 0; u < kAhead; ++u)
         writer.store((o + u * rows) * width + column, e[u], l2_of, left_of);
