@@ -26,6 +26,10 @@ SIZES = [0, 1, 7, 8, 9, 31, 33, 127, 129, 1003, 1025]
 PROBABILITIES = [0.5, 0.25, 0.75, 0.1, 0.001, 0.9997, 1e-9, 1.0]
 
 
+#: For which the product of some numbers of bfloat16 and the scale lies in the middle between two.
+P_WITH_TIES = 15647 / 2**16
+
+
 def scaled(x: Tensor, p: float) -> Tensor:
     """What a kept element becomes: rounded as the kernels round."""
     keep = reference_philox.keep_probability(p)
@@ -415,7 +419,7 @@ def test_dropped_inf_and_nan_become_zero(bad: float, dtype: torch.dtype, backend
     assert torch.equal(rows == 0, ~mask)
 
 
-@pytest.mark.parametrize("p", [0.5, 0.3])
+@pytest.mark.parametrize("p", [0.5, 0.3, P_WITH_TIES])
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize(("half", "quiet"), [(torch.bfloat16, 0x40), (torch.float16, 0x200)])
 def test_every_number_of_16_bits(
@@ -433,6 +437,20 @@ def test_every_number_of_16_bits(
     else:
         wanted[nan] = (x.view(torch.int16) | quiet)[nan]
     assert torch.equal(y.view(torch.int16), wanted)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.3, 720 / 2**16])  # the last has ties
+def test_every_gradient_of_alpha_dropout_in_bfloat16(p: float, backend: Backend) -> None:
+    """By scales below 1."""
+    grad = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).to(backend.device)
+    x = torch.zeros_like(grad).requires_grad_()
+    (found,) = torch.autograd.grad(F.alpha_dropout(x, p, True, seed=SEED), x, grad)
+    keep = fusereg.dropout_mask((2**16,), p, SEED, device=backend.device)
+    scale = torch.tensor(fusereg._C.dropout_constants(p, True)[3]).to(backend.device)
+    wanted = torch.where(keep, (grad.float() * scale).bfloat16(), torch.zeros_like(grad))
+    assert torch.equal(found.isnan(), wanted.isnan())
+    number = ~wanted.isnan()
+    assert torch.equal(found[number].view(torch.int16), wanted[number].view(torch.int16))
 
 
 def test_in_place_of_a_slice_leaves_the_rest_alone(backend: Backend) -> None:

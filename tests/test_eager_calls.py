@@ -416,12 +416,8 @@ def test_calls_from_several_threads_are_each_their_own() -> None:
 
 def test_the_gate_is_closed_while_something_traces() -> None:
     x = torch.ones(3)
-    assert _C.ready(x, x)
     assert _C.direct(x, None)
     assert _C.direct()
-    meta = torch.ones(3, device="meta")
-    for other in (torch.ones(4), x.double(), x.long(), None, x.to_sparse(), meta):
-        assert not _C.ready(x, other)
     assert not _C.direct(torch.ones(3, device="meta"))
     assert not _C.direct(x.as_subclass(type("Own", (Tensor,), {})))
     with FakeTensorMode():
@@ -429,10 +425,10 @@ def test_the_gate_is_closed_while_something_traces() -> None:
     with _compiling():
         assert not _C.direct()
     seen: list[bool] = []
-    torch.func.vmap(lambda t: (seen.append(_C.ready(x)), t)[1])(x)
-    torch.jit.trace(lambda t: (seen.append(_C.ready(x)), t + 1)[1], x, check_trace=False)
+    torch.func.vmap(lambda t: (seen.append(_C.direct(x)), t)[1])(x)
+    torch.jit.trace(lambda t: (seen.append(_C.direct(x)), t + 1)[1], x, check_trace=False)
     assert seen == [False, False]
-    assert _C.ready(x)
+    assert _C.direct(x)
 
 
 @contextmanager
@@ -528,7 +524,7 @@ import importlib.util
 spec = importlib.util.spec_from_file_location("_C", {_C.__file__!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-for function in (module.random_state, module.ready, module.direct):
+for function in (module.random_state, module.direct):
     try:
         print(function(object()))
     except RuntimeError as error:
@@ -537,5 +533,5 @@ print(module.batch_norm_at_once(None, None, (None,) * 9, None, None, ""))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[1:] == ["False", "False", "None", ""]
+    assert done.stdout.split("\n")[1:] == ["False", "None", ""]
     assert "is used through the package fusereg" in done.stdout

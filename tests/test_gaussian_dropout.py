@@ -243,7 +243,7 @@ def test_nothing_is_kept_for_backward() -> None:
         kept.append(t.untyped_storage().nbytes())
         return t
 
-    x = torch.randn(1000, requires_grad=True)
+    x = torch.randn(2000, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = F.gaussian_dropout(x)
     node: Any = y.grad_fn

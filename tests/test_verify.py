@@ -30,10 +30,11 @@ NO_KERNELS = {
     "set_cpu_isa", "scan", "inspect", "philox_words", "batch_norm_plan", "batch_norm_force",
     "batch_norm_layout", "cuda_ballot", "dropout_norm_chunks", "fused_dropout_partials",
     "dropout_constants", "augment_elementary", "set_restore_device", "working_stream",
-    "color_program_scratch", "bind_gate", "direct", "ready", "random_state", "dropout_functions",
-    "gaussian_dropout_functions", "activation_dropout_functions", "batch_norm_functions",
-    "batch_norm_at_once", "dropout_norm_functions", "bind_owners", "bind_random", "drawn_at_once",
-    "fused_dropout_add_functions", "cross_entropy_at_once", "cross_entropy_functions",
+    "color_program_scratch", "bind_gate", "direct", "drawn_apply", "random_state",
+    "dropout_functions", "gaussian_dropout_functions", "activation_dropout_functions",
+    "batch_norm_functions", "batch_norm_at_once", "dropout_norm_functions", "bind_owners",
+    "bind_random", "drawn_at_once", "fused_dropout_add_functions",
+    "cross_entropy_at_once", "cross_entropy_functions",
 }  # fmt: skip
 
 

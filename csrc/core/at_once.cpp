@@ -97,6 +97,12 @@ py::tuple at_once_functions(const AtOnce* functions, const py::object& forward,
   return py::make_tuple(first, method);
 }
 
+const AtOnce* at_once_of(py::handle forward) {
+  if (!PyCFunction_CheckExact(forward.ptr())) return nullptr;
+  PyObject* const self = PyCFunction_GET_SELF(forward.ptr());
+  return PyCapsule_IsValid(self, kName) != 0 ? functions_of(self).at_once : nullptr;
+}
+
 PyObject* const* unpack(PyObject* ctx, Saved& saved, Py_ssize_t count) {
   static PyObject* const name = interned("saved_tensors");
   if (!saved.tensors)

@@ -42,6 +42,9 @@ class AtOnce {
 py::tuple at_once_functions(const AtOnce* functions, const py::object& forward,
                             const py::object& backward);
 
+// The AtOnce of which at_once_functions made this `forward`; null of anything else.
+const AtOnce* at_once_of(py::handle forward);
+
 // ctx.saved_tensors, a tuple of `count`; null if there are others.
 PyObject* const* unpack(PyObject* ctx, Saved& saved, Py_ssize_t count);
 

@@ -81,20 +81,61 @@ FUSEREG_INLINE U64Vector lanes_of_bits(const unsigned char* bits) {
 #endif
 }
 
+// What the first three rounds make of a seed, of offset / 4 and of a chunk's upper 32 bits, which 2^32
+// chunks share: the words that are the same for all of these, with the next round's key.
+struct MaskStart {
+  std::uint64_t upper;
+  U64Vector first, second[2], third;
+};
+
+// (A function of the file that includes this, not a member: see simd.h.)
+[[maybe_unused]] __attribute__((noinline)) static void start_masks(const MaskKeys& keys,
+                                                                   std::uint64_t low,
+                                                                   std::uint64_t upper,
+                                                                   MaskStart& start) {
+  constexpr std::uint64_t kLower = 0xffffffffu;
+  const std::uint64_t product0 = multiply_low(low, kPhiloxFactor0);
+  const std::uint64_t word2 = (product0 >> 32) ^ upper ^ keys.key[0][1][0];
+  const std::uint64_t product1 = multiply_low(word2, kPhiloxFactor1);
+  start.upper = upper;
+  start.first = U64Vector{} + (((low >> 32) ^ keys.key[0][0][0]) & kLower);
+  start.second[0] = U64Vector{} + (((product1 >> 32) ^ keys.key[1][0][0]) & kLower);
+  start.second[1] = U64Vector{} + ((product0 ^ keys.key[1][1][0]) & kLower);
+  start.third = U64Vector{} + ((product1 ^ keys.key[2][0][0]) & kLower);
+}
+
+// philox_chunks() of chunks whose upper half is start's: without one of its multiplications.
+FUSEREG_INLINE void chunks_from(const MaskStart& start, const MaskKeys& keys, std::uint64_t chunk,
+                                U64Vector (&draws)[2]) {
+  const U64Vector product1 = multiply_low(philox_lanes() + chunk, kPhiloxFactor1);
+  const U64Vector product0 = multiply_low((product1 >> 32) ^ start.first, kPhiloxFactor0);
+  const U64Vector next0 = multiply_low(product1 ^ start.second[0], kPhiloxFactor0);
+  const U64Vector next1 = multiply_low((product0 >> 32) ^ start.second[1], kPhiloxFactor1);
+  philox_words_from(
+      3, {{(next1 >> 32) ^ start.third, next1, (next0 >> 32) ^ product0 ^ keys.key[2][1], next0}},
+      keys, draws);
+}
+
 // The draws of a call, block after block.
 template <int kBits>
 class MaskDraws {
  public:
   FUSEREG_ALWAYS_INLINE MaskDraws(const MaskKeys& keys, std::uint64_t low, const Draw&)
-      : keys_(keys), low_(low) {}
+      : keys_(keys), low_(low) {
+    start_.upper = ~std::uint64_t{0};  // of no chunk
+  }
 
   FUSEREG_ALWAYS_INLINE void make(std::uint64_t block, U64Vector (&draws)[2]) {
-    philox_chunks(keys_, low_, block * kPhiloxChunks, draws);
+    const std::uint64_t chunk = block * kPhiloxChunks;
+    if (__builtin_expect(chunk >> 32 != start_.upper, 0))
+      start_masks(keys_, low_, chunk >> 32, start_);
+    chunks_from(start_, keys_, chunk, draws);
   }
 
  private:
   const MaskKeys& keys_;
   std::uint64_t low_;
+  MaskStart start_;
 };
 
 // Of draws of few digits: the bits of as many elements as a vector call gives a digit of, ones where

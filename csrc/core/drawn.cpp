@@ -60,7 +60,7 @@ class Drawn : public AtOnce {
     if (!y) return nullptr;
     if (!fits) {
       if (!has_strides(out, items[count - 2])) return nullptr;
-      fill(out, in);  // on which the kernel works in place
+      fill(out, in.data);  // on which the kernel works in place
       in = out;
     }
     TensorView kept;
@@ -73,6 +73,35 @@ class Drawn : public AtOnce {
     return run(true, out, in, keeps ? &kept : nullptr, items[0], items + 1, items[count - 1])
                ? PyTuple_Pack(2, y.ptr(), Py_None)
                : nullptr;
+  }
+
+  // y = x times factors, by torch: autograd records a node of its own, which keeps the factors and
+  // calls no Python. For few elements, whose kernels take no time. The kernel then writes y again,
+  // because it makes 0 of a dropped inf or NaN. Null, without an error, for all other calls; what
+  // torch.mul or a hook raises is thrown.
+  py::object by_factors(PyObject* const* args, Py_ssize_t arguments) const {
+    // Calls on more are faster than torch's as it is, and their factors would take memory.
+    constexpr std::int64_t kFew = 1 << 10;
+    const Py_ssize_t count = constants_ + 2;
+    TensorView in;
+    if (arguments != 2 || read_tensor(args[0], in) != Kind::kPlain ||
+        runs_cuda_kernels(in.device) || in.numel == 0 || in.numel > kFew ||
+        dtype_size(in.dtype) < 4 || !in.dense() || !PyTuple_CheckExact(args[1]) ||
+        PyTuple_GET_SIZE(args[1]) != count) {
+      return {};
+    }
+    PyObject* const* const items = &PyTuple_GET_ITEM(args[1], 0);
+    const auto draw = [&](bool backward, const TensorView& out, const TensorView& x) {
+      return attempt(
+          [&] { return run(backward, out, x, nullptr, items[0], items + 1, items[count - 1]); });
+    };
+    TensorView out;
+    const py::object factors = result_like(args[0], out);
+    if (!factors) return {};
+    fill(out, nullptr);
+    if (!draw(true, out, out)) return {};
+    const py::object y = product(args[0], factors);
+    return read_memory(y, out) == Kind::kPlain && draw(false, out, in) ? y : py::object();
   }
 
  private:
@@ -94,11 +123,13 @@ class Drawn : public AtOnce {
     return true;
   }
 
-  static void fill(const TensorView& out, const TensorView& number) {
-    dispatch_dtype(number.dtype, [&](auto tag) {
+  // Null: with ones.
+  static void fill(const TensorView& out, const void* number) {
+    dispatch_dtype(out.dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      if (number.numel > 0)
-        std::fill_n(static_cast<T*>(out.data), number.numel, *static_cast<const T*>(number.data));
+      if (out.numel == 0) return;
+      const T value = number == nullptr ? from_compute<T>(1) : *static_cast<const T*>(number);
+      std::fill_n(static_cast<T*>(out.data), out.numel, value);
     });
   }
 
@@ -119,6 +150,34 @@ class Drawn : public AtOnce {
   Py_ssize_t constants_;
   DrawnKeeps keeps_;
 };
+
+// --- the function of few elements ---
+
+struct Apply {
+  const Drawn* drawn;
+  PyObject* general;  // both live as long as the process
+};
+
+const char* const kApply = "fusereg.drawn_apply";
+
+PyObject* apply(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  return guarded([&] {
+    const auto& functions = *static_cast<const Apply*>(PyCapsule_GetPointer(self, kApply));
+    py::object y = functions.drawn->by_factors(args, count);
+    if (y) return y.release().ptr();
+    return PyObject_Vectorcall(functions.general, args, static_cast<std::size_t>(count), nullptr);
+  });
+}
+
+PyMethodDef g_apply = {"apply", fast_function(&apply), METH_FASTCALL, nullptr};
+
+py::object drawn_apply(const py::object& forward, const py::object& general) {
+  const auto* const drawn = dynamic_cast<const Drawn*>(at_once_of(forward));
+  if (drawn == nullptr || PyCallable_Check(general.ptr()) == 0)
+    throw py::type_error("fusereg: drawn_apply needs a drawn map's forward");
+  const py::capsule self(new Apply{drawn, general.inc_ref().ptr()}, kApply);
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&g_apply, self.ptr()));
+}
 
 // --- Philox states ---
 
@@ -274,6 +333,7 @@ py::tuple drawn_functions(DrawnKernel kernel, int constants, const py::object& f
 
 void bind_drawn(py::module_& m) {
   m.def("bind_random", &bind_random, py::arg("make_numbers"), py::arg("state_of_device"));
+  m.def("drawn_apply", &drawn_apply, py::arg("forward"), py::arg("general"));
   if (PyModule_AddFunctions(m.ptr(), g_drawn_methods) != 0) throw py::error_already_set();
 }
 

@@ -30,7 +30,7 @@ py::tuple drawn_functions(DrawnKernel kernel, int constants, const py::object& f
 py::tuple strides_of(const TensorView& view);
 bool has_strides(const TensorView& view, PyObject* strides);
 
-// `bind_random`, `random_state`, `drawn_at_once` (_C.pyi).
+// `bind_random`, `random_state`, `drawn_apply`, `drawn_at_once` (_C.pyi).
 void bind_drawn(py::module_& m);
 
 }  // namespace fusereg

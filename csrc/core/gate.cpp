@@ -18,6 +18,7 @@ struct Gate {
   std::vector<PyObject*> questions;
   PyObject* grad_enabled = nullptr;
   PyObject* empty_like = nullptr;
+  PyObject* mul = nullptr;
   PyObject* new_empty = nullptr;
   PyObject* float32 = nullptr;
   PyObject* uint8 = nullptr;
@@ -46,25 +47,8 @@ PyObject* direct(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
   return boolean(true);
 }
 
-PyObject* ready(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
-  if (!nothing_traces()) return boolean(false);
-  TensorView first;
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    TensorView view;
-    if (read_memory(tensors[i], view) != Kind::kPlain) return boolean(false);
-    if (i == 0) first = view;
-    if (view.dtype != first.dtype || view.device != first.device || view.ndim != first.ndim)
-      return boolean(false);
-    for (int d = 0; d < view.ndim; ++d) {
-      if (view.sizes[d] != first.sizes[d]) return boolean(false);
-    }
-  }
-  return boolean(true);
-}
-
 PyMethodDef g_gate_methods[] = {
     {"direct", fast_function(&direct), METH_FASTCALL, "direct(*tensors) -> bool"},
-    {"ready", fast_function(&ready), METH_FASTCALL, "ready(*tensors) -> bool"},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -92,6 +76,7 @@ void bind_gate(const py::module_& torch, const py::module_& compiler, const py::
   }
   gate.grad_enabled = py::object(torch.attr("is_grad_enabled")).release().ptr();
   gate.empty_like = py::object(torch.attr("empty_like")).release().ptr();
+  gate.mul = py::object(torch.attr("mul")).release().ptr();
   gate.new_empty = py::object(torch.attr("Tensor").attr("new_empty")).release().ptr();
   gate.float32 = py::object(torch.attr("float32")).release().ptr();
   gate.uint8 = py::object(torch.attr("uint8")).release().ptr();
@@ -126,6 +111,13 @@ bool forward_mode() {
 py::object empty_like(py::handle x) {
   PyObject* const arguments[] = {x.ptr()};
   PyObject* const y = PyObject_Vectorcall(g_gate.empty_like, arguments, 1, nullptr);
+  if (y == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(y);
+}
+
+py::object product(py::handle x, py::handle factors) {
+  PyObject* const arguments[] = {x.ptr(), factors.ptr()};
+  PyObject* const y = PyObject_Vectorcall(g_gate.mul, arguments, 2, nullptr);
   if (y == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(y);
 }

@@ -37,6 +37,9 @@ bool forward_mode();
 // torch.empty_like(x); throws its error.
 py::object empty_like(py::handle x);
 
+// torch.mul(x, factors), which autograd records; throws its error, or a hook's.
+py::object product(py::handle x, py::handle factors);
+
 // x.new_empty(sizes) of x's dtype, of float32, or of bytes; the same.
 py::object new_like(py::handle x, const std::vector<std::int64_t>& sizes);
 py::object new_float32(py::handle x, const std::vector<std::int64_t>& sizes);
@@ -55,7 +58,7 @@ void bind_owners(const py::object& use_count, const py::object& storage,
 // array, another process, a file).
 py::object in_memory_of(PyObject* argument);
 
-// `direct` and `ready` (_C.pyi).
+// `direct` (_C.pyi).
 void bind_gate_functions(py::module_& m);
 
 }  // namespace fusereg

@@ -204,21 +204,46 @@ struct PhiloxKeys {
   U64Vector key[kRounds][2];
 };
 
-// 4 words of each of the chunks first, first + 1, ... in memory order: chunk after chunk, word
-// after word.
+// The halves of each lane in each other's place.
+FUSEREG_INLINE U64Vector swap_halves(U64Vector v) {
+#if defined(__AVX512F__)
+  return bit_cast<U64Vector>(
+      _mm512_maskz_shuffle_epi32(static_cast<__mmask16>(-1), bit_cast<__m512i>(v), _MM_PERM_CDAB));
+#elif defined(__AVX2__)
+  return bit_cast<U64Vector>(_mm256_shuffle_epi32(bit_cast<__m256i>(v), 0xb1));
+#elif defined(__SSE2__)
+  return bit_cast<U64Vector>(_mm_shuffle_epi32(bit_cast<__m128i>(v), 0xb1));
+#elif defined(__aarch64__)
+  return bit_cast<U64Vector>(vrev64q_u32(bit_cast<uint32x4_t>(v)));
+#else
+  return (v >> 32) | (v << 32);
+#endif
+}
+
+// The rounds from this one on, and the words that they give in memory order: chunk after chunk,
+// word after word.
+template <int kRounds>
+FUSEREG_INLINE void philox_words_from(int round, PhiloxState<U64Vector> s,
+                                      const PhiloxKeys<kRounds>& keys, U64Vector (&words)[2]) {
+  constexpr int kLast = kRounds - 1;
+  FUSEREG_UNROLL_10
+  for (; round < kLast; ++round) philox_round<U64Vector>(s, keys.key[round][0], keys.key[round][1]);
+  // The last one puts two words into a lane: those that are products' lower halves above.
+  const U64Vector pair0 = swap_halves(multiply_low(s.word[2], kPhiloxFactor1)) ^
+                          ((s.word[1] ^ keys.key[kLast][0]) & 0xffffffffu);
+  const U64Vector pair1 = swap_halves(multiply_low(s.word[0], kPhiloxFactor0)) ^
+                          ((s.word[3] ^ keys.key[kLast][1]) & 0xffffffffu);
+  words[0] = interleave_even(pair0, pair1);
+  words[1] = interleave_odd(pair0, pair1);
+}
+
+// 4 words of each of the chunks first, first + 1, ...
 template <int kRounds>
 FUSEREG_INLINE void philox_chunks(const PhiloxKeys<kRounds>& keys, std::uint64_t low,
-                                  std::uint64_t first, U64Vector (&draws)[2]) {
+                                  std::uint64_t first, U64Vector (&words)[2]) {
   const U64Vector high = philox_lanes() + first;
-  PhiloxState<U64Vector> s = {{U64Vector{} + low, U64Vector{} + (low >> 32), high, high >> 32}};
-  FUSEREG_UNROLL_10
-  for (int round = 0; round < kRounds; ++round) {
-    philox_round<U64Vector>(s, keys.key[round][0], keys.key[round][1]);
-  }
-  const U64Vector pair0 = (s.word[0] & 0xffffffffu) | (s.word[1] << 32);
-  const U64Vector pair1 = (s.word[2] & 0xffffffffu) | (s.word[3] << 32);
-  draws[0] = interleave_even(pair0, pair1);
-  draws[1] = interleave_odd(pair0, pair1);
+  philox_words_from(0, {{U64Vector{} + low, U64Vector{} + (low >> 32), high, high >> 32}}, keys,
+                    words);
 }
 
 }  // namespace FUSEREG_ISA

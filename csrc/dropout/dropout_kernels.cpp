@@ -46,13 +46,20 @@ FUSEREG_INLINE Vector<double> apply(Vector<double> x, Bits keep, const Constants
 
 #endif
 
+// Whether elements are computed in pairs.
+template <class T, int kBits>
+inline constexpr bool kPairs = kLaneBits<kBits> == 16 && Traits<T>::kDType == DType::kBFloat16;
+
 // bfloat16 with 16-bit draws: the elements at even and at odd positions are computed where they
 // lie, each in the upper half of a float, so that nothing is ever unpacked or packed.
+template <bool kTies>
 FUSEREG_INLINE U32Vector round_to_bfloat16(Vector<float> v) {
   // In the upper halves; the lower ones are rubbish. As store(BFloat16*) rounds, but for NaN, which
   // needs no care here: it comes from x, so its lower half is 0, and what is added carries nothing
-  // into the upper one.
+  // into the upper one. Where no number lies in the middle between two of bfloat16 (kTies), half a
+  // last place more does it.
   const auto u = bit_cast<U32Vector>(v);
+  if constexpr (!kTies) return u + 0x8000u;
 #if defined(__AVX512F__)
   const __m512i up = bit_cast<__m512i>(u + 0x7fffu);
   const __mmask16 odd = _mm512_test_epi32_mask(bit_cast<__m512i>(u), _mm512_set1_epi32(0x10000));
@@ -62,7 +69,25 @@ FUSEREG_INLINE U32Vector round_to_bfloat16(Vector<float> v) {
 #endif
 }
 
-template <bool kLinear>
+// Whether the product of some bfloat16 number and a lies in the middle between two of them: mostly
+// not. The digits of a product depend on its exponent only where it is subnormal, which it never is
+// for exponents of x above the first two.
+[[maybe_unused]] __attribute__((noinline)) static bool has_ties(float a) {
+  if (!(a >= 0.5f)) return true;
+  constexpr std::uint32_t kPatterns = 3 << 7;
+  U32Vector x{};
+  for (int i = 0; i < kWidth<float>; ++i) x[i] = static_cast<std::uint32_t>(i);
+  U32Vector found{};
+  for (std::uint32_t i = 0; i < kPatterns; i += kWidth<float>) {
+    const auto u = bit_cast<U32Vector>(bit_cast<Vector<float>>((x + i) << 16) * broadcast(a));
+    found |= bit_cast<U32Vector>((u << 16) == 0x80000000u);
+  }
+  std::uint32_t any = 0;
+  for (int i = 0; i < kWidth<float>; ++i) any |= found[i];
+  return any != 0;
+}
+
+template <bool kLinear, bool kTies>
 FUSEREG_INLINE void bfloat16_vector(const BFloat16* x, BFloat16* y, U64Vector draws,
                                     DrawVector<16> threshold, const Constants<float>& k) {
   U32Vector u;
@@ -73,11 +98,11 @@ FUSEREG_INLINE void bfloat16_vector(const BFloat16* x, BFloat16* y, U64Vector dr
     even += k.b;
     odd += k.b;
   }
-  const auto pair = bit_cast<DrawVector<16>>((round_to_bfloat16(even) >> 16) |
-                                             (round_to_bfloat16(odd) & 0xffff0000u));
+  const auto pair = bit_cast<DrawVector<16>>((round_to_bfloat16<kTies>(even) >> 16) |
+                                             (round_to_bfloat16<kTies>(odd) & 0xffff0000u));
   DrawVector<16> dropped{};
   if constexpr (!kLinear) {
-    const U32Vector c = round_to_bfloat16(k.c);
+    const U32Vector c = round_to_bfloat16<true>(k.c);
     dropped = bit_cast<DrawVector<16>>((c >> 16) | (c & 0xffff0000u));
   }
   const DrawVector<16> result = bit_cast<DrawVector<16>>(draws) < threshold ? pair : dropped;
@@ -85,7 +110,7 @@ FUSEREG_INLINE void bfloat16_vector(const BFloat16* x, BFloat16* y, U64Vector dr
 }
 
 // One block of elements, all of them there; `block` counts blocks from index 0.
-template <class T, int kBits, bool kLinear>
+template <class T, int kBits, bool kLinear, bool kTies>
 FUSEREG_INLINE void whole_block(const T* x, T* y, std::uint64_t block, MaskDraws<kBits>& mask_draws,
                                 DrawVector<kBits> threshold, const Constants<Compute<T>>& k) {
   using C = Compute<T>;
@@ -94,8 +119,9 @@ FUSEREG_INLINE void whole_block(const T* x, T* y, std::uint64_t block, MaskDraws
   mask_draws.make(block, draws);
   FUSEREG_UNROLL_10
   for (int half = 0; half < 2; ++half) {
-    if constexpr (kLaneBits<kBits> == 16 && Traits<T>::kDType == DType::kBFloat16) {
-      bfloat16_vector<kLinear>(x + half * kHalf, y + half * kHalf, draws[half], threshold, k);
+    if constexpr (kPairs<T, kBits>) {
+      bfloat16_vector<kLinear, kTies>(x + half * kHalf, y + half * kHalf, draws[half], threshold,
+                                      k);
     } else {
       const auto masks = Masks<C, kBits>::make(draws[half], threshold);
       FUSEREG_UNROLL_10
@@ -122,7 +148,7 @@ FUSEREG_INLINE void prefetch_block(const T* x, const T* y) {
   }
 }
 
-template <class T, int kBits, bool kLinear>
+template <class T, int kBits, bool kLinear, bool kTies>
 void elements(const T* x, T* y, std::int64_t n, std::uint64_t index, const Stream& s) {
   const MaskKeys keys(s.seed);
   MaskDraws<kBits> mask_draws(keys, s.low, s.draw);
@@ -136,7 +162,7 @@ void elements(const T* x, T* y, std::int64_t n, std::uint64_t index, const Strea
     T buffer[kBlock<kBits>];
     memset(buffer, 0, sizeof(buffer));
     memcpy(buffer + skip, x, static_cast<std::size_t>(count) * sizeof(T));
-    whole_block<T, kBits, kLinear>(buffer, buffer, block, mask_draws, threshold, k);
+    whole_block<T, kBits, kLinear, kTies>(buffer, buffer, block, mask_draws, threshold, k);
     memcpy(y, buffer + skip, static_cast<std::size_t>(count) * sizeof(T));
     x += count;
     y += count;
@@ -147,7 +173,7 @@ void elements(const T* x, T* y, std::int64_t n, std::uint64_t index, const Strea
   if (skip != 0) partial(skip, n < kBlock<kBits> - skip ? n : kBlock<kBits> - skip);
   for (; n >= kBlock<kBits>; n -= kBlock<kBits>) {
     prefetch_block<T, kBits>(x, y);
-    whole_block<T, kBits, kLinear>(x, y, block, mask_draws, threshold, k);
+    whole_block<T, kBits, kLinear, kTies>(x, y, block, mask_draws, threshold, k);
     x += kBlock<kBits>;
     y += kBlock<kBits>;
     ++block;
@@ -163,11 +189,19 @@ void elements_any(DType dtype, const void* x, void* y, std::int64_t n, std::uint
     T* const to = static_cast<T*>(y);
     dispatch_bits(s.draw, [&](auto bits) {
       constexpr int kBits = decltype(bits)::value;
-      if (s.affine.linear()) {
-        elements<T, kBits, true>(from, to, n, index, s);
-      } else {
-        elements<T, kBits, false>(from, to, n, index, s);
+      if (!s.affine.linear()) {
+        elements<T, kBits, false, true>(from, to, n, index, s);
+        return;
       }
+      if constexpr (kPairs<T, kBits>) {
+        // Processors are slow at subnormal numbers: to look takes as long as thousands of elements.
+        constexpr std::int64_t kWorthLooking = 4096;
+        if (n >= kWorthLooking && !has_ties(static_cast<float>(s.affine.a))) {
+          elements<T, kBits, true, false>(from, to, n, index, s);
+          return;
+        }
+      }
+      elements<T, kBits, true, true>(from, to, n, index, s);
     });
   });
 }

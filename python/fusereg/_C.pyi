@@ -48,9 +48,6 @@ def bind_gate(
 # transform is active, and each tensor is exactly a Tensor or Parameter and not meta.
 def direct(*tensors: torch.Tensor | None) -> bool: ...
 
-# The same, and whether kernels can read all tensors, of the first one's dtype, shape and device.
-def ready(*tensors: object) -> bool: ...
-
 # make_numbers(): a tensor of two int64 numbers, once for each thread; state_of_device(x): a Philox
 # state for x, which is not on the CPU.
 def bind_random(
@@ -59,6 +56,11 @@ def bind_random(
 
 # A new Philox state from a generator of the CPU, None for torch's default one.
 def random_state(generator: torch.Generator | None, /) -> tuple[int, int]: ...
+
+# For drawn_at_once, of a linear map whose eager autograd function has this compiled `forward`: few
+# float32 or float64 elements on the CPU are multiplied by their factors, all others left to
+# `general`.
+def drawn_apply(forward: _Method, general: _Method) -> Callable[..., Any]: ...
 
 # The usual call of an operation that a Philox state determines, None for all others, of which
 # nothing was done: apply(*tensors, (state, *constants)) where a gradient is wanted, else

@@ -97,11 +97,6 @@ def direct(*tensors: torch.Tensor | None) -> bool:
     return not is_dynamo_compiling() and _C.direct(*tensors)
 
 
-#: The same, and whether all tensors can be read as they are, in the first one's dtype, shape and
-#: device. Dynamo, which cannot trace it, must be asked before: ``is_dynamo_compiling()``.
-ready = _C.ready
-
-
 #: The same, of no tensors: whether nothing is tracing.
 eager: Callable[[], bool] = direct
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,8 @@ from .random import Source
 class DrawnOperator(Operator):
     """A linear map that (seed, offset) draws: y = m x elementwise, for rows, or plus a constant.
 
-    Nothing is kept for backward but the Philox state: the map is drawn a second time. It is its own
+    Nothing is kept for backward but the Philox state: the map is drawn a second time. (Usual calls
+    on few elements keep the factors that the kernel draws; see ``_C.drawn_apply``.) It is its own
     transpose, so it is gradient, tangent and every further derivative too. Element i of the memory
     of ``torch.empty_like(x)`` has draw ``index_offset + i``.
 
@@ -109,7 +111,9 @@ class DrawnOperator(Operator):
         # Its ctx.rest is (state, *constants, strides of the result, op).
         self.compile(getattr(_C, f"{name}_functions"))
         #: ``draw_at_once((*constants, op), x)``: y of a usual call, or None.
-        self.draw_at_once = self.at_once("x")
+        self.draw_at_once = functools.partial(
+            _C.drawn_at_once, _C.drawn_apply(self._function.forward, self.apply), forward, "x"
+        )
         self.backward = Operator(
             f"{name}_backward(Tensor grad, Tensor seed, {constants}, SymInt[] stride) -> Tensor",
             backward,

@@ -95,7 +95,8 @@ def dropout(
     out: Tensor | None = None,
 ) -> Tensor:
     """Apply a kind of dropout; the public functions document the arguments."""
-    op, alpha, counted, *_ = kind
+    op, alpha, counted, _, _ = kind
+    rows = None if counted else 0
     if type(p) is not float:
         p = checks.check_probability(p, op)
     if (
@@ -107,9 +108,10 @@ def dropout(
         and seed is None
         and generator is None
         and not dispatch.is_dynamo_compiling()
-        and (counted is None or dispatch.ready(x))
+        and (counted is None or isinstance(x, Tensor))
     ):
-        rows = 0 if counted is None else kind.rows_of(x)
+        if rows is None:
+            rows = kind.rows_of(x)
         y: Tensor | None = mask.draw_at_once((p, alpha, rows, 0, op), x)
         if y is not None:
             return y
@@ -124,7 +126,8 @@ def dropout(
         return found
     checks.check_tensor(x, op, "input")
     identity = not training or p == 0
-    rows = kind.rows_of(x, identity) if counted is not None else 0
+    if rows is None:
+        rows = kind.rows_of(x, identity)
     if out is not None:
         if inplace:
             raise ValueError(f"fusereg.{op}: inplace and out exclude each other")

@@ -44,6 +44,10 @@ _DROPOUT_ARGUMENTS = """
 _DROPOUT_RETURNS = """
     Nothing is kept for backward but the seed: the mask is drawn again. It is a function of seed,
     offset and index alone, the same bits on every device, dtype, instruction set and thread count.
+    Without ``seed``, ``generator``, ``index_offset`` and ``inplace``, float32 and float64 tensors
+    on the CPU of at most 1024 elements keep their factors, which is faster: the gradient of a
+    dropped element is then 0 times the incoming one, as in torch (NaN for an infinite one, else a
+    zero of either sign), and otherwise +0.
     The effective probability is a multiple of 2^-16 (2^-32 where that would miss p or 1 - p by more
     than 1 part in 1024), and the scale is made from it, so the mean is unbiased. A dropped inf or
     NaN becomes 0, where torch gives NaN.

@@ -41,10 +41,11 @@ def gaussian_dropout(
         generator: as in :func:`dropout`.
         index_offset: as in :func:`dropout`.
 
-    Nothing is kept for backward but the seed: the noise is drawn again. It is a function of seed,
-    offset and index (the position in memory, as for :func:`dropout`) alone, the same bits on every
-    device, dtype, instruction set and thread count. It has the resolution of float32, in float64
-    too, and :math:`|n_i|` is at most 6.67.
+    Nothing is kept for backward but the seed: the noise is drawn again. (Tiny tensors keep their
+    factors, as in :func:`dropout`.) It is a function of seed, offset and index (the position in
+    memory, as for :func:`dropout`) alone, the same bits on every device, dtype, instruction set and
+    thread count. It has the resolution of float32, in float64 too, and :math:`|n_i|` is at most
+    6.67.
 
     Raises:
         TypeError: ``x`` is not a tensor, ``p`` not a number, or ``seed`` neither an integer nor a
