@@ -11,6 +11,7 @@ import gc
 import itertools
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 import fusereg
 from fusereg import _C
 from fusereg.augment import MixedLabels
+from fusereg.core import random
 from fusereg.core.checks import check_input
 from kernels_by_name import kernels_by_name
 from ops import FUNCTIONS, sample
@@ -535,3 +537,17 @@ print(module.batch_norm_at_once(None, None, (None,) * 9, None, None, ""))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[1:] == ["False", "None", ""]
     assert "is used through the package fusereg" in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "_use_count"), reason="torch < 2.13 does not count owners")
+def test_the_memory_of_states_has_an_owner_besides_its_python_object() -> None:
+    seen: list[int] = []
+
+    def ask() -> None:
+        seen.append(random._numbers()._use_count())  # type: ignore[attr-defined]
+
+    for target in (ask, torch.inference_mode()(ask)):
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+    assert seen == [2, 2]

@@ -44,13 +44,18 @@ class Source(NamedTuple):
 _OFFSET_STEP = 4
 
 _cuda_lock = threading.Lock()
+_of_thread = threading.local()
 
 
 def _numbers() -> Tensor:
     """Return memory for two numbers, of which each thread has its own."""
     # A tensor made in inference mode could not be written to outside of it.
     with torch.inference_mode(False):
-        return torch.empty(2, dtype=torch.int64, device="cpu")
+        numbers = torch.empty(2, dtype=torch.int64, device="cpu")
+        # A tensor that only its Python object owns has torch take the GIL at each use that makes
+        # another owner, three times a draw. A view is one that stays.
+        _of_thread.view = numbers.view(2)
+    return numbers
 
 
 def _cuda_state(device: torch.device, generator: torch.Generator | None) -> State:
