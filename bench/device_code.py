@@ -101,8 +101,8 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(r"^batch_norm::batch_norm_gradient_kernel<\w+, Columns<false>, true>", spill=8, f64=13.0),
     Bound(r"^batch_norm::\w+_kernel<\w+, (?:Lines|Columns)<false>", f64=13.0),
     # Which output pixels read one is asked in float64, in both passes over the taps.
-    Bound(r"^augment::augment_backward_kernel<\w+, 1,", f64=15.0),
-    Bound(r"^augment::program_kernel", share=90.0),
+    Bound(r"^augment::augment_backward_kernel<\w+, 1,", share=90.0, f64=15.0),
+    Bound(r"^augment::", share=90.0),
     Bound(""),
 )
 
