@@ -92,8 +92,8 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(r"^drop_block::drop_block_apply_kernel", share=90.0),
     Bound(r"^batch_norm::", share=90.0),
     # Which output pixels read one is asked in float64, in both passes over the taps.
-    Bound(r"^augment::augment_backward_kernel<\w+, 1,", f64=15.0),
-    Bound(r"^augment::program_kernel", share=90.0),
+    Bound(r"^augment::augment_backward_kernel<\w+, 1,", share=90.0, f64=15.0),
+    Bound(r"^augment::", share=90.0),
     Bound(""),
 )
 

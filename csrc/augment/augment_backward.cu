@@ -247,10 +247,10 @@ __global__ void __launch_bounds__(kThreads)
   FUSEREG_SHARED(tiles, Tiles);
   FUSEREG_SHARED(near, Near);
   const Images& grad = job.grad_x;
-  bool more = first_tile(tiles, ceil_div(grad.h * grad.w, kThreads), job.n);
+  bool more = first_tile(tiles, ceil_div(grad.h * grad.w, kThreads), 1, job.n);
   for (; more; more = next_tile(tiles)) {
-    const std::int64_t sample = tiles.at / tiles.of_sample;
-    const std::int64_t i = (tiles.at - sample * tiles.of_sample) * kThreads + threadIdx.x;
+    const std::int64_t sample = tiles.sample;
+    const std::int64_t i = tiles.col * kThreads + threadIdx.x;
     const bool inside = i < grad.h * grad.w;
     const auto x = static_cast<std::int32_t>(i % grad.w);
     const auto y = static_cast<std::int32_t>(i / grad.w);

@@ -44,19 +44,18 @@ __global__ void __launch_bounds__(kThreads, 4)
   FUSEREG_SHARED(columns, Columns);
   const auto r = static_cast<int>(threadIdx.x) / kFilterTile;
   const auto col = static_cast<int>(threadIdx.x) % kFilterTile;
-  const std::int64_t across = ceil_div(job.y.w, kFilterTile);
   Tiles& tiles = sources.tiles;
-  const std::int32_t& row0 = sources.row0;
-  const std::int32_t& col0 = sources.col0;
-  bool more = first_tile(tiles, across * ceil_div(job.y.h, kFilterTile), job.n);
+  bool more =
+      first_tile(tiles, ceil_div(job.y.w, kFilterTile), ceil_div(job.y.h, kFilterTile), job.n);
   for (; more; more = next_tile(tiles)) {
-    const std::int64_t sample = tiles.at / tiles.of_sample;
+    const std::int64_t sample = tiles.sample;
     if (way_of(job, sample) != Way::kFilters) continue;
     TileMix& mix = sources.mix;
+    const std::int32_t& row0 = sources.row0;
+    const std::int32_t& col0 = sources.col0;
     if (threadIdx.x == 0) {
-      const std::int64_t in_sample = tiles.at - sample * tiles.of_sample;
-      sources.row0 = static_cast<std::int32_t>(in_sample / across) * kFilterTile;
-      sources.col0 = static_cast<std::int32_t>(in_sample % across) * kFilterTile;
+      sources.row0 = static_cast<std::int32_t>(tiles.row) * kFilterTile;
+      sources.col0 = static_cast<std::int32_t>(tiles.col) * kFilterTile;
       put_view<Antialias::kNever>(job, sample, sources.views[0]);  // none is of a resized image
     }
     if (threadIdx.x == cuda::kWarpSize) {

@@ -23,20 +23,35 @@ inline cuda::LaunchConfig config_for(std::int64_t work, int device, void* stream
 }
 
 // A block's tiles, one after the other: for (bool more = first_tile(...); more; more = next_tile(tiles)). In
-// shared memory, where they take no registers; all threads of the block call.
+// shared memory, where they take no registers, and divided by one thread; all threads of the block call.
 struct Tiles {
-  std::int64_t at, of_sample, all;
+  std::int64_t at, across, of_sample, all;
+  std::int64_t sample, row, col;  // the tile's, the last two in tiles
 };
-FUSEREG_DEVICE_INLINE bool first_tile(Tiles& tiles, std::int64_t of_sample, std::int64_t samples) {
-  if (threadIdx.x == 0) tiles = {blockIdx.x, of_sample, samples * of_sample};
+FUSEREG_DEVICE_INLINE bool this_tile(Tiles& tiles) {
+  if (threadIdx.x == 0) {
+    tiles.sample = tiles.at / tiles.of_sample;
+    const std::int64_t in_sample = tiles.at - tiles.sample * tiles.of_sample;
+    tiles.row = in_sample / tiles.across;
+    tiles.col = in_sample - tiles.row * tiles.across;
+  }
   __syncthreads();
   return tiles.at < tiles.all;
+}
+FUSEREG_DEVICE_INLINE bool first_tile(Tiles& tiles, std::int64_t across, std::int64_t down,
+                                      std::int64_t samples) {
+  if (threadIdx.x == 0) {
+    tiles.at = blockIdx.x;
+    tiles.across = across;
+    tiles.of_sample = across * down;
+    tiles.all = samples * tiles.of_sample;
+  }
+  return this_tile(tiles);
 }
 FUSEREG_DEVICE_INLINE bool next_tile(Tiles& tiles) {
   __syncthreads();  // the last tile is done with what it shared
   if (threadIdx.x == 0) tiles.at += gridDim.x;
-  __syncthreads();
-  return tiles.at < tiles.all;
+  return this_tile(tiles);
 }
 
 // The compiler moves no access to memory past this. Behind it shared memory is read again, which over a long

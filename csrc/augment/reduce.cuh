@@ -43,10 +43,10 @@ __global__ void __launch_bounds__(kThreads, 4)
   const auto r = static_cast<int>(threadIdx.x) / kFilterTile;
   const auto lane = static_cast<int>(threadIdx.x) % kFilterTile;
   const int group = job.c == kMost ? kMost : 1;
-  const std::int64_t across = ceil_div(job.x.w, kFilterTile);
-  bool more = first_tile(tiles, across * ceil_div(job.x.h, kFilterTile), job.n);
+  bool more =
+      first_tile(tiles, ceil_div(job.x.w, kFilterTile), ceil_div(job.x.h, kFilterTile), job.n);
   for (; more; more = next_tile(tiles)) {
-    const std::int64_t sample = tiles.at / tiles.of_sample;
+    const std::int64_t sample = tiles.sample;
     if (threadIdx.x == 0) {
       View view;
       view_of(job, job.x, sample, view);
@@ -57,9 +57,8 @@ __global__ void __launch_bounds__(kThreads, 4)
       if (view.reduces) sources.tile.z = reduced_of(view.m, view.x);
     }
     __syncthreads();
-    const std::int64_t in_sample = tiles.at - sample * tiles.of_sample;
-    const auto row0 = static_cast<std::int32_t>(in_sample / across) * kFilterTile;
-    const auto col0 = static_cast<std::int32_t>(in_sample % across) * kFilterTile;
+    const auto row0 = static_cast<std::int32_t>(tiles.row) * kFilterTile;
+    const auto col0 = static_cast<std::int32_t>(tiles.col) * kFilterTile;
     if (!tile.reduces || row0 >= z.h || col0 >= z.w) continue;
     const bool fits = filters_fit(job, z.by_x, z.by_y);
     FilterAxis<C>(&axes)[2] = sources.axes;
