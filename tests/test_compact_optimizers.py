@@ -204,3 +204,46 @@ def test_what_cannot_follow_is_refused_and_nothing_changes(
     with pytest.raises(ValueError, match=text):
         fusereg.compact(net, x, optimizer=optimizer)
     assert [id(p) for g in optimizer.param_groups for p in g["params"]] == held
+
+
+@pytest.mark.parametrize("frozen", ["0.weight", "0.bias", "1.weight", "1.bias"])
+def test_a_member_that_was_frozen_stays_one(frozen: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    groups = fusereg.groups_of(model.double(), x)
+    with torch.no_grad():
+        for member in groups[0].members:
+            member.parameter[:3] = 0
+    model.get_parameter(frozen).requires_grad_(False)
+    large = copy.deepcopy(model)
+    options: dict[str, Any] = {"lr": 0.1, "group": 0.5, "group_weights": [1.0]}
+    optimizer = fusereg.optim.SGD(model.parameters(), groups=groups, **options)
+    of_large = fusereg.optim.SGD(large.parameters(), groups=groups.of(large), **options)
+    small = fusereg.compact(model, x, optimizer=optimizer)
+    assert optimizer.groups is not None
+    assert {m.name for s in optimizer.groups for m in s.members} == {
+        m.name for s in groups for m in s.members
+    }
+    for name, p in small.named_parameters():
+        assert p.requires_grad == (name != frozen)
+    for _ in range(3):
+        for net, one in ((large, of_large), (small, optimizer)):
+            one.zero_grad()
+            net(x).square().mean().backward()
+            one.step()
+    torch.testing.assert_close(small(x), large(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("watched", ["another", "none", "inside of a wrapper"])
+def test_the_stopper_is_the_models(watched: str) -> None:
+    def make() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    model, x = make(), torch.randn(4, 6)
+    own = {"another": make(), "none": None, "inside of a wrapper": nn.Sequential(model)}[watched]
+    stopper = fusereg.EarlyStopping(own, patience=3)
+    if watched == "inside of a wrapper":
+        fusereg.compact(model, x, stopper=stopper)
+        return
+    with pytest.raises(ValueError, match="stopper watches another model, or none"):
+        fusereg.compact(model, x, stopper=stopper)

@@ -6,6 +6,8 @@ import fractions
 import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -348,6 +350,50 @@ def test_a_checkpoint_has_forward_and_backward_inside_of_a_mode_or_neither(
     with pytest.raises(CheckpointError):  # which docs/migration.md lists
         inside.backward()
     forward().backward()
+
+
+DRAWS: dict[str, Callable[[Tensor], Any]] = {
+    **{
+        name: partial(getattr(F, name), p=0.4, training=True)
+        for name in ("dropout", "dropout1d", "alpha_dropout", "feature_alpha_dropout", "drop_path",
+                     "gaussian_dropout")
+    },
+    "dropout2d": lambda t: F.dropout2d(t[:, :, None], 0.4),
+    "dropout3d": lambda t: F.dropout3d(t[:, :, None, None], 0.4),
+    "drop_block": lambda t: F.drop_block2d(t[:, :, None], 0.4, 3),
+    "bias_dropout_add": lambda t: F.bias_dropout_add(t, None, t, 0.4),
+    "layer_norm": lambda t: F.dropout_add_layer_norm(t, None, p=0.4),
+    "batch_norm": fusereg.nn.BatchNorm1d(8, dropout=0.4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_seed_draws_the_same_inside_of_a_mode_or_a_compiler(name: str, seed: int) -> None:
+    def drawn(function: Callable[[Tensor], Any]) -> Tensor:
+        torch.manual_seed(seed)
+        found = function(torch.ones(4, 8, 40).cumsum(2))
+        return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
+
+    wanted = drawn(DRAWS[name])
+    with FlopCounterMode(display=False):
+        assert torch.equal(drawn(DRAWS[name]), wanted)
+    torch._dynamo.reset()
+    compiled = torch.compile(DRAWS[name], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(drawn(compiled), wanted)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("size", [64, 4096])
+def test_a_reentrant_checkpoint_may_have_one_pass_inside_of_a_mode(where: str, size: int) -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x = torch.ones(size, requires_grad=True)
+        with FlopCounterMode(display=False) if where == "forward" else nullcontext():
+            y = checkpoint(fusereg.nn.Dropout(0.4), x * 1, use_reentrant=True)
+        with FlopCounterMode(display=False) if where == "backward" else nullcontext():
+            y.sum().backward()
+        assert torch.equal(x.grad, y)
 
 
 # --- scripting ------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -506,6 +508,26 @@ def test_param_groups_that_share_channels_must_take_the_same_step() -> None:
 NAMES = ("SGD", "Adam", "AdamW", "Adagrad", "LAMB", "Lion", "NAdam", "RMSprop")
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [1.0, None, torch.tensor(1.0), {"0": 1.0, "1": 1.0}, ["a", "b"], [None, 1.0], np.array(1.0)],
+    ids=str,
+)
+@pytest.mark.parametrize("of", ["penalty", "prox", "optimizer"])
+def test_weights_of_another_type_say_what_is_wanted(of: str, weights: Any) -> None:
+    groups = make_groups(torch.float32, Backend("cpu", torch.device("cpu")), SIMPLE)
+    says = "the weight of .* must be one number or" if type(weights) is list else "must be 'size', "
+    call: Callable[[], object] = {
+        "penalty": lambda: F.group_lasso_penalty(groups, 0.3, weights=weights),
+        "prox": lambda: fusereg.prox.group_lasso_(groups, 0.3, weights=weights),
+        "optimizer": lambda: fusereg.optim.SGD(
+            tensors_of(groups), lr=0.1, groups=groups, group=1.0, group_weights=weights
+        ),
+    }[of]
+    with pytest.raises(TypeError, match=says):
+        call()
+
+
 @pytest.mark.parametrize("kind", [getattr(fusereg.optim, name) for name in NAMES])
 def test_groups_that_do_not_fit_are_found_when_the_optimizer_is_made(kind: Any) -> None:
     cpu = Backend("cpu", torch.device("cpu"))
@@ -517,6 +539,8 @@ def test_groups_that_do_not_fit_are_found_when_the_optimizer_is_made(kind: Any) 
     for weights, says in (([1.0], "must have 2 entries"), ("sizes", "must be 'size'")):
         with pytest.raises(ValueError, match=says):
             kind(params, lr=0.1, groups=groups, group=1.0, group_weights=weights)
+    with pytest.raises(ValueError, match="group_weights are those of groups"):
+        kind(params, lr=0.1, group=1.0, group_weights=[1.0, 1.0])
     later = kind(params[1:], lr=0.1, group=1.0)
     later.add_param_group({"params": params[:1]})
     later.groups = groups

@@ -114,8 +114,8 @@ def compact(
         TypeError: an argument is of another type than these.
         ValueError: ``round_to`` is below 1, the inputs are on another device, the model cannot be
             copied or traced, its outputs do not depend on its input, the optimizer keeps
-            parameters outside of its param groups, or a state of it or of the stopper cannot be
-            cut.
+            parameters outside of its param groups, the stopper watches another model, or a state of
+            either cannot be cut.
         RuntimeError: the smaller model does not compute the same; nothing is changed.
 
     Example:
@@ -132,6 +132,8 @@ def compact(
         check_type(stopper, EarlyStopping, f"{_OP}: stopper", "a fusereg.EarlyStopping")
         if (reason := stopper.why_not_movable()) is not None:
             raise ValueError(f"{_OP}: stopper cannot go on with another model: {reason}")
+        if not stopper.watches(model):
+            raise ValueError(f"{_OP}: stopper watches another model, or none")
     start = time.perf_counter()
     found = find(model, example_inputs, "compact")
     decisions, runs = decide(found, round_to)
@@ -148,8 +150,7 @@ def compact(
     _restore(small, model)
     of_optimizer: dict[str, Any] = {}
     if isinstance(optimizer, RegularizedOptimizer) and (groups := optimizer.groups) is not None:
-        again = groups_of(small, example_inputs, any(s.readers for s in groups))
-        again = of_optimizer["groups"] = _as_before(again, groups, model)
+        again = of_optimizer["groups"] = _as_before(small, example_inputs, groups, model)
         if not isinstance(weights := optimizer.group_weights, str):
             known = given_weights("compact", groups, weights)
             of_optimizer["group_weights"] = _weights(again, groups, known, model, change.cuts)
@@ -174,15 +175,25 @@ def compact(
     return small
 
 
-def _as_before(groups: Groups, old: Groups, model: nn.Module) -> Groups:
+def _as_before(small: nn.Module, example_inputs: Any, old: Groups, model: nn.Module) -> Groups:
     """Return of the groups of the smaller model what the old ones hold of the model.
 
-    Biases that are new belong to the members of their layers.
+    Biases that are new belong to the members of their layers, and parameters that were frozen since
+    stay members.
     """
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
     known = {n for of_one in names.values() for n in of_one}
+    of_old = {n for s in old for m in (*s.members, *s.readers) for n in names[id(m.parameter)]}
+    frozen = [p for n, p in small.named_parameters() if n in of_old and not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        groups = groups_of(small, example_inputs, any(s.readers for s in old))
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
     def held(members: Iterable[Member], before: Iterable[Member]) -> tuple[Member, ...]:
         places = {(n, m.dim) for m in before for n in names.get(id(m.parameter), ())}

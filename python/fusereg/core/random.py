@@ -14,7 +14,8 @@ CUDA
     calls may meet.) While a CUDA graph is captured these numbers cannot be asked for: a state is
     drawn on the device, anew with each replay, and the kernels read it.
 Compiler, torch.func, modes
-    a state from ``torch.randint``, which all of them know how to treat.
+    a state from ``torch.randint``, which all of them know how to treat; on the CPU the numbers that
+    the generator would give without them.
 """
 
 from __future__ import annotations
@@ -137,9 +138,11 @@ def eager_state(x: Tensor, source: Source, op: str) -> State:
 
 def device_state(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """Return a new state as a tensor on the device."""
-    return torch.randint(
+    state = torch.randint(
         -(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator
     )
+    # The 63 bits that random_() takes of the same random number.
+    return state & (2**63 - 1) if device.type == "cpu" else state
 
 
 def traced_state(x: Tensor, source: Source, op: str) -> Tensor:

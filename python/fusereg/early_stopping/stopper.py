@@ -497,6 +497,11 @@ class EarlyStopping:
         self._restored = epoch is not None
         return epoch
 
+    def watches(self, model: nn.Module) -> bool:
+        """Return whether the model, or one that wraps it, is the one whose best state is kept."""
+        own = self._model
+        return isinstance(own, nn.Module) and any(m is model for m in own.modules())
+
     def why_not_movable(self) -> str | None:
         """Return why :meth:`move` cannot give this to another model; None if it can."""
         return self._keeper.why_not_movable()

@@ -8,7 +8,7 @@ none, a proximal step is one call of the kernels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -232,16 +232,29 @@ def weights_of(op: str, groups: Groups, family: Family, weights: Weights) -> Ten
 
 def given_weights(op: str, groups: Groups, weights: Sequence[Any] | Tensor) -> list[Tensor]:
     """Return the weights of each set's channels, float64 [size] on the CPU, that a user gave."""
-    if len(weights) != len(groups):
-        raise ValueError(
-            f"fusereg.{op}: weights must have {len(groups)} entries, one for each set, "
-            f"got {len(weights)}"
+    wanted = f"{len(groups)} entries, one for each set"
+    try:
+        count = -1 if isinstance(weights, Mapping) else len(weights)
+    except TypeError:  # also of a tensor without dimensions
+        count = -1
+    if count < 0:
+        raise TypeError(
+            f"fusereg.{op}: weights must be 'size', 'operations' or a sequence of {wanted}, "
+            f"got {type(weights).__name__}"
         )
+    if count != len(groups):
+        raise ValueError(f"fusereg.{op}: weights must have {wanted}, got {count}")
     return [_of_set(op, own, w) for own, w in zip(groups, weights, strict=True)]
 
 
 def _of_set(op: str, own: CoupledChannels, weight: float | Sequence[float] | Tensor) -> Tensor:
-    given = torch.as_tensor(weight, dtype=torch.float64, device="cpu").detach()
+    try:
+        given = torch.as_tensor(weight, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"fusereg.{op}: the weight of {own.name} must be one number or {own.size} of them, "
+            f"got {type(weight).__name__}"
+        ) from error
     if given.numel() not in (1, own.size) or given.dim() > 1:
         raise ValueError(
             f"fusereg.{op}: the weight of {own.name} must be one number or {own.size} of them, "
