@@ -49,6 +49,7 @@ def philox(
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may be used outside of it
 def mask(shape: tuple[int, ...], p: float = P, seed: int = SEED) -> Tensor:
     """Return which elements of a contiguous tensor are kept, on the CPU."""
     count = math.prod(shape)

@@ -108,8 +108,6 @@ class RegularizedOptimizer(Averages):
             raise ValueError(f"{where}: max_grad_norm must be > 0 or None, got {norm!r}")
         wanted = "what fusereg.groups_of returns"
         check_type(groups, (Groups, type(None)), f"{where}: groups", wanted)
-        if groups is None and "group_weights" in options:
-            raise ValueError(f"{where}: group_weights are those of groups; pass groups= as well")
         if groups is not None and shared["group_dim"] != DEFAULTS["group_dim"]:
             raise ValueError(f"{where}: group_dim must be left out with groups")
         if shared["differentiable"]:

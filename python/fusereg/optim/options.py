@@ -121,9 +121,16 @@ def of_torch(name: str) -> str:
 
 
 def check_options(
-    optimizer: object, op: str, params: object, given: Iterable[str], shared: Collection[str]
+    optimizer: object,
+    op: str,
+    params: object,
+    given: Mapping[str, Any],
+    shared: Collection[str],
 ) -> None:
-    """Raise TypeError for a model in place of parameters, or an option that there is not."""
+    """Raise TypeError for a model in place of parameters, or an option that there is not.
+
+    And ValueError for one that does nothing without another.
+    """
     if isinstance(params, (torch.nn.Module, Mapping)):
         group = isinstance(params, Mapping) and "params" in params
         hint = "it in a list" if group else "model.parameters()"
@@ -137,6 +144,8 @@ def check_options(
         near = {name: meant(name, known) for name in unknown}
         hints = {name: f"did you mean {of}?" for name, of in near.items() if of}
         check_names(op, unknown, known, {**hints, **ELSEWHERE})
+    if "group_weights" in given and given.get("groups") is None:
+        raise ValueError(f"{op}: group_weights are those of groups; pass groups= as well")
 
 
 PENALTY = r"""
