@@ -206,7 +206,7 @@ def test_arguments_that_do_not_fit_name_the_layer_that_was_called(layer: Layer) 
                 layer(**arguments, **misspelled)
     with pytest.raises(TypeError, match=f"^{name}: unknown argument 'zebra'; it takes "):
         layer(**arguments, zebra=1)
-    with pytest.raises(TypeError, match=f"^{name}: too many positional arguments$"):
+    with pytest.raises(TypeError, match=f"^{name}: too many positional arguments($|; by name go )"):
         layer(*[1] * 40)
     if "keep_prob" in inspect.signature(layer).parameters:
         with pytest.raises(ValueError, match=f"^{name}: p and keep_prob exclude each other"):

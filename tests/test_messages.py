@@ -195,6 +195,11 @@ MISTAKES: dict[str, tuple[Call, type[Exception], list[str]]] = {
         TypeError,
         ["unknown argument 'optimizer'", 'also={"optimizer": optimizer}'],
     ),
+    "a strength by position": (
+        lambda: WeightPenalty(LINEAR, 1e-3),  # type: ignore[misc]
+        TypeError,
+        ["too many positional arguments; by name go l1, l2, group"],
+    ),
     # recipes
     "the size first": (
         lambda: recipes.timm_imagenet(224),

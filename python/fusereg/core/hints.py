@@ -240,7 +240,10 @@ def explains(
                     signature.bind(*args, **given)
                 except TypeError as error:
                     where = op(args[0]) if callable(op) else op
-                    raise TypeError(f"{where}: {error}") from None
+                    by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+                    too_many = by_name and "too many" in str(error)
+                    hint = f"; by name go {', '.join(by_name)}" if too_many else ""
+                    raise TypeError(f"{where}: {error}{hint}") from None
             return function(*args, **given)
 
         return cast(F, explained)
