@@ -80,6 +80,18 @@ def sample(
     return operation.sample(Inputs(device, dtype, size))
 
 
+def saved_by(call: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return a call's result, and what autograd keeps for it."""
+    kept: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        return call(), kept
+
+
 def public_functions() -> dict[str, Callable[..., Any]]:
     """Return every public function that computes something of tensors, by its name in fusereg."""
     found = {name: getattr(fusereg.functional, name) for name in fusereg.functional.__all__}

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 import fusereg
 from fusereg import _C, nn
 from fusereg import functional as F
+from ops import saved_by
 
 #: Of more elements than this, the kernel computes the gradient.
 FEW = 1024
@@ -70,18 +71,6 @@ def by_factors(y: Tensor) -> bool:
 
 def bits(t: Tensor) -> Tensor:
     return t.contiguous().view({4: torch.int32, 8: torch.int64}[t.element_size()])
-
-
-def saved_by(call: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Return a call's result, and what autograd keeps for it."""
-    kept: list[Tensor] = []
-
-    def pack(t: Tensor) -> Tensor:
-        kept.append(t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        return call(), kept
 
 
 def layouts(x: Tensor) -> list[Tensor]:

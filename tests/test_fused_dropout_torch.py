@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fusereg
 from fusereg import functional as F
+from ops import saved_by
 
 _OPS = torch.ops.fusereg
 
@@ -83,18 +84,6 @@ def test_gradcheck_in_place() -> None:
 
 
 # --- memory ---------------------------------------------------------------------------------------
-
-
-def saved_by(f: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The result, and the tensors that autograd keeps for it."""
-    kept: list[Tensor] = []
-
-    def pack(t: Tensor) -> Tensor:
-        kept.append(t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        return f(), kept
 
 
 @pytest.mark.parametrize("name", ["bias_dropout_add", "dropout_add", "drop_path_add"])
